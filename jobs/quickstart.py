@@ -14,7 +14,7 @@ import sys
 import urllib.request
 from typing import Any
 
-from mhmoe_ray.cli.serve import curl_line
+from mhmoe_ray.cli.serve import curl_command
 
 SPEC = "jobs/quickstart.yaml"
 PROMPT = "Fellow citizens of the Senate and of the House of Representatives:"
@@ -31,9 +31,9 @@ def ask(*args: str) -> Any:
     return json.loads(subprocess.check_output([sys.executable, "-m", "mhmoe_ray.cli.app", *args, "--json"]))
 
 
-def free_port(wanted: int) -> int:
-    """Return this port, or any free port if it is taken."""
-    for port in (wanted, 0):
+def free_port(preferred_port: int) -> int:
+    """Return `preferred_port`, or any free port if it is taken."""
+    for port in (preferred_port, 0):
         with socket.socket() as s:
             try:
                 s.bind(("127.0.0.1", port))
@@ -44,6 +44,7 @@ def free_port(wanted: int) -> int:
 
 
 def complete(url: str, prompt: str) -> str:
+    """Return the completion of `prompt` by the served model at `url`."""
     body = json.dumps({"prompt": prompt, "max_tokens": 48, "temperature": 0.7, "seed": 1}).encode()
     request = urllib.request.Request(f"{url}/v1/completions", body, {"Content-Type": "application/json"})
     with urllib.request.urlopen(request, timeout=60) as answer:
@@ -53,7 +54,7 @@ def complete(url: str, prompt: str) -> str:
 def main() -> None:
     overrides = sys.argv[1:]
     sets = [word for override in overrides for word in ("--set", override)]
-    ours = not os.environ.get("RAY_API_SERVER_ADDRESS") and ask("cluster", "status") is None
+    starts_cluster = not os.environ.get("RAY_API_SERVER_ADDRESS") and ask("cluster", "status") is None
     keep = os.environ.get("KEEP") == "1"
     deployed = False
     try:
@@ -68,11 +69,11 @@ def main() -> None:
         url = f"http://127.0.0.1:{port}"
         print(f"\n{PROMPT} ...{complete(url, PROMPT)}")
         print(f"\nrun directory  {run['path']}\ndashboard      {run['dashboard']}")
-        print(f"ask it         {curl_line(url)}", flush=True)
+        print(f"ask it         {curl_command(url)}", flush=True)
     finally:
         if keep:
             print("\nstill running; end it with: .venv/bin/mhmoe cluster down")
-        elif ours:
+        elif starts_cluster:
             mhmoe("cluster", "down")
         elif deployed:
             mhmoe("serve", "down")
@@ -81,7 +82,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is stopped
+    # An exception, unlike the default action, runs the `finally` that stops the server and the cluster.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         main()
     except subprocess.CalledProcessError as e:

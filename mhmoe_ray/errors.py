@@ -27,19 +27,19 @@ class MhmoeError(Exception):
     """An error that is shown to the user as one line: what happened, why, and what to do.
 
     Args:
-        what: the thing that failed, with its name ("spec jobs/a.yaml").
-        why: the reason, as a clause.
+        subject: the thing that failed, with its name ("spec jobs/a.yaml").
+        reason: the reason, as a clause.
         fix: the next step for the user, as a clause.
     """
 
     exit_code = 1
 
-    def __init__(self, what: str, why: str, fix: str) -> None:
-        super().__init__(what, why, fix)
-        self.what, self.why, self.fix = what, why, fix
+    def __init__(self, subject: str, reason: str, fix: str) -> None:
+        super().__init__(subject, reason, fix)
+        self.subject, self.reason, self.fix = subject, reason, fix
 
     def __str__(self) -> str:
-        return " ".join(f"{self.what}: {self.why}; {self.fix}".split())
+        return " ".join(f"{self.subject}: {self.reason}; {self.fix}".split())
 
     def log(self) -> None:
         """Print the error as one line of a job's log, in the form that `logged` parses."""
@@ -97,8 +97,8 @@ def logging_errors() -> Iterator[None]:
 
 def logged(log: str) -> MhmoeError | None:
     """Return the last error in a job's log, of the class with its exit code (RunError for 7); None without an error."""
-    found = re.findall(r"^error (\d+): (.*?): (.*); (.*)$", log, re.MULTILINE)
-    if not found:
+    matches = re.findall(r"^error (\d+): (.*?): (.*); (.*)$", log, re.MULTILINE)
+    if not matches:
         return None
-    code, *parts = found[-1]
+    code, *parts = matches[-1]
     return next(kind for kind in _KINDS if kind.exit_code == int(code))(*parts)

@@ -58,9 +58,9 @@ def check(path: Path) -> None:
         DataError: matplotlib is not installed, or the file could not be written.
     """
     with style(), _writing(path):
-        was_there = path.exists()
+        existed = path.exists()
         path.open("ab").close()
-        if not was_there:
+        if not existed:
             path.unlink()
 
 
@@ -91,7 +91,7 @@ def short(number: int) -> str:
 
 
 @contextmanager
-def writing(what: str, fix: str) -> Iterator[None]:
+def writing(subject: str, fix: str) -> Iterator[None]:
     """Turn an OSError of the storage into an error for the user.
 
     Raises:
@@ -100,7 +100,7 @@ def writing(what: str, fix: str) -> Iterator[None]:
     try:
         yield
     except OSError as e:
-        raise DataError(what, e.strerror or str(e), fix) from e
+        raise DataError(subject, e.strerror or str(e), fix) from e
 
 
 def _writing(path: Path) -> AbstractContextManager[None]:

@@ -41,12 +41,12 @@ def _from_uri(scheme: str, bucket: str, query: str) -> "tuple[fs.FileSystem, str
     from pyarrow import fs
 
     try:
-        found: tuple[fs.FileSystem, str] = fs.FileSystem.from_uri(
+        filesystem_and_path: tuple[fs.FileSystem, str] = fs.FileSystem.from_uri(
             f"{scheme}://{bucket}" + (f"?{query}" if query else "")
         )
     except pa.ArrowException as e:
         raise OSError(str(e)) from e
-    return found
+    return filesystem_and_path
 
 
 STORES: dict[str, Store] = {"s3": _from_uri, "gs": _from_uri}
@@ -55,7 +55,7 @@ STORES: dict[str, Store] = {"s3": _from_uri, "gs": _from_uri}
 
 def unknown_scheme(scheme: str) -> tuple[str, str]:
     """Return the reason why a scheme is refused, and what the user can do."""
-    return f"{scheme}:// is not known", f"use a local path, {' or '.join(f'{known}://' for known in STORES)}"
+    return f"{scheme}:// is not known", f"use a local path, {' or '.join(f'{name}://' for name in STORES)}"
 
 
 class Status(NamedTuple):
@@ -76,10 +76,10 @@ class ObjectPath:
             SpecError: the scheme is unknown, or the URI holds a password.
         """
         refuse_password(uri)
-        self._scheme, separator, rest = uri.partition("://")
+        self._scheme, separator, path_and_query = uri.partition("://")
         if not separator or self._scheme not in STORES:
             raise SpecError(f"path {uri}", *unknown_scheme(self._scheme))
-        self._path, _, self._query = rest.partition("?")
+        self._path, _, self._query = path_and_query.partition("?")
         self._path = self._path.strip("/")
 
     def __str__(self) -> str:
@@ -88,19 +88,19 @@ class ObjectPath:
     def __repr__(self) -> str:
         return f"ObjectPath({str(self)!r})"
 
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, ObjectPath) and str(self) == str(other)
+    def __eq__(self, right: object) -> bool:
+        return isinstance(right, ObjectPath) and str(self) == str(right)
 
     def __hash__(self) -> int:
         return hash(str(self))
 
-    def __lt__(self, other: "ObjectPath") -> bool:
-        return self._path < other._path
+    def __lt__(self, right: "ObjectPath") -> bool:
+        return self._path < right._path
 
-    def __truediv__(self, below: str) -> "ObjectPath":
-        return self._at(f"{self._path}/{below}")
+    def __truediv__(self, relative_path: str) -> "ObjectPath":
+        return self._with_path(f"{self._path}/{relative_path}")
 
-    def _at(self, path: str) -> "ObjectPath":
+    def _with_path(self, path: str) -> "ObjectPath":
         return ObjectPath(f"{self._scheme}://{path}" + (f"?{self._query}" if self._query else ""))
 
     @property
@@ -109,7 +109,7 @@ class ObjectPath:
 
     @property
     def parent(self) -> "ObjectPath":
-        return self._at(self._path.rpartition("/")[0] or self._path)
+        return self._with_path(self._path.rpartition("/")[0] or self._path)
 
     def absolute(self) -> "ObjectPath":
         return self
@@ -121,9 +121,9 @@ class ObjectPath:
         Raises:
             OSError: the store cannot be reached.
         """
-        bucket, _, below = self._path.partition("/")
+        bucket, _, key = self._path.partition("/")
         system, root = object_store(self._scheme, bucket, self._query)
-        return system, f"{root}/{below}".rstrip("/")
+        return system, f"{root}/{key}".rstrip("/")
 
     def stat(self) -> Status:
         """Return the size and the modification time of the object.
@@ -200,16 +200,16 @@ class ObjectPath:
 
     def iterdir(self) -> "Iterator[ObjectPath]":
         """Yield the paths directly below this one, in the order of their names."""
-        for info in self._below():
+        for info in self._child_infos():
             yield self / info.base_name
 
     def sizes(self) -> "Iterator[tuple[ObjectPath, int]]":
         """Yield the objects directly below this path, in the order of their names, each with its size in bytes."""
-        for info in self._below():
+        for info in self._child_infos():
             if info.type.name == "File":
                 yield self / info.base_name, info.size
 
-    def _below(self) -> "list[Any]":
+    def _child_infos(self) -> "list[Any]":
         from pyarrow import fs
 
         system, path = self.filesystem
@@ -221,14 +221,15 @@ class ObjectPath:
         Args:
             pattern: glob patterns of names separated by "/", one for each level.
         """
-        first, _, rest = pattern.partition("/")
-        plain = not any(c in first for c in "*?[")
-        found = [self / first] if plain else [p for p in self.iterdir() if fnmatch.fnmatchcase(p.name, first)]
-        for place in found:
-            if rest:
-                yield from place.glob(rest)
-            elif not plain or place.exists():
-                yield place
+        head_pattern, _, tail_pattern = pattern.partition("/")
+        plain = not any(c in head_pattern for c in "*?[")
+        children = [self / head_pattern] if plain else list(self.iterdir())
+        candidates = children if plain else [p for p in children if fnmatch.fnmatchcase(p.name, head_pattern)]
+        for candidate in candidates:
+            if tail_pattern:
+                yield from candidate.glob(tail_pattern)
+            elif not plain or candidate.exists():
+                yield candidate
 
 
 Location: TypeAlias = Path | ObjectPath
@@ -240,11 +241,12 @@ def refuse_password(uri: str) -> None:
     Raises:
         SpecError: a password stands beside the name; it would be visible in specs, logs and the metadata of jobs.
     """
-    scheme, separator, rest = uri.partition("://")
-    user, at, host = rest.partition("/")[0].rpartition("@")
-    if separator and at and ":" in user:
-        why = "it holds a password, which others would see in specs and logs"
-        raise SpecError(f"path {scheme}://...@{host}", why, "leave it to the environment, or to the vendor's own files")
+    scheme, separator, host_and_path = uri.partition("://")
+    user, at_sign, host = host_and_path.partition("/")[0].rpartition("@")
+    if separator and at_sign and ":" in user:
+        reason = "it holds a password, which others would see in specs and logs"
+        fix = "leave it to the environment, or to the vendor's own files"
+        raise SpecError(f"path {scheme}://...@{host}", reason, fix)
 
 
 def location(text: "str | Location") -> Location:
@@ -308,9 +310,9 @@ def create_file(path: Location) -> Iterator[BinaryIO]:
             os.fsync(f.fileno())
 
 
-def copy_file(source: Location, to: Location) -> None:
+def copy_file(source: Location, target: Location) -> None:
     """Copy a small file atomically; its whole contents are held in memory."""
-    replace_file(to, source.read_bytes())
+    replace_file(target, source.read_bytes())
 
 
 def remove_tree(folder: Location) -> None:

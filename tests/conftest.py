@@ -15,7 +15,7 @@ import torch
 from xdist.remote import Producer
 from xdist.scheduler import LoadFileScheduling
 
-from mhmoe_kernels.cpu import asked_level, level_environment
+from mhmoe_kernels.cpu import level_environment, requested_level
 from mhmoe_ray.cluster import spawn
 from mhmoe_ray.cluster.local import RECORD, start_local, stop_local
 from mhmoe_ray.cluster.spawn import LocalCluster
@@ -42,7 +42,7 @@ hypothesis.settings.register_profile("explore", deadline=None, print_blob=True)
 
 
 try:
-    if (_LEVEL := asked_level()) is not None:
+    if (_LEVEL := requested_level()) is not None:
         # Torch and its libraries read these when they first compute: here, which is not yet, in the lanes, in processes
         # that tests start, and in Ray's, all of which have the environment of this one.
         os.environ |= level_environment(_LEVEL)
@@ -150,8 +150,10 @@ def lane_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with home_of_its_own(home):
         yield home
         runs = (home / RECORD).exists()
-        down = subprocess.run(command("cluster", "down"), capture_output=True, text=True)
-        assert (down.returncode, down.stdout) == (0, "stopped\n" if runs else "no local cluster ran\n"), down.stderr
+        shutdown = subprocess.run(command("cluster", "down"), capture_output=True, text=True)
+        assert (shutdown.returncode, shutdown.stdout) == (0, "stopped\n" if runs else "no local cluster ran\n"), (
+            shutdown.stderr
+        )
         assert not (home / RECORD).exists()
 
 

@@ -25,15 +25,15 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).parent.parent
 FOLDERS = ("mhmoe_ray", "kernels/mhmoe_kernels", "jobs")
-OURS = ("mhmoe_ray", "mhmoe_kernels")
-OWN_PLACES = re.compile(r"\bmhmoe_(ray|kernels)(\.\w+)*|(\w+/)*\w+\.py\b|\b(\w+/)+")
+OUR_PACKAGES = ("mhmoe_ray", "mhmoe_kernels")
+LOCATION_PATTERN = re.compile(r"\bmhmoe_(ray|kernels)(\.\w+)*|(\w+/)*\w+\.py\b|\b(\w+/)+")
 """Pattern of dotted names of our modules, of paths of files and of paths of folders in strings."""
 
 
 class Definition(NamedTuple):
     shape: str
     """The statement without the parts that may differ between places."""
-    place: str
+    location: str
     """File, line and names of the statement, for people."""
 
 
@@ -44,7 +44,7 @@ def definitions(root: Path, names: Mapping[str, str]) -> Iterator[Definition]:
             tree = ast.parse(path.read_text())
             modules, originals = imported_names(tree, root)
             for number, node in enumerate(tree.body):
-                if is_left_out(node, first=number == 0):
+                if is_left_out(node, is_first=number == 0):
                     continue
                 local = bound_names(node)
                 reader = Reader(modules - local, originals, names)
@@ -57,22 +57,22 @@ def imported_names(tree: ast.Module, root: Path) -> tuple[set[str], dict[str, st
     name."""
     modules, originals = set(), {}
     for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(OURS):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(OUR_PACKAGES):
             folder = Path(*(node.module or "").split("."))
             for alias in node.names:
-                places = [root / top / folder / alias.name for top in ("", "kernels")]
-                if any(place.is_dir() or place.with_suffix(".py").exists() for place in places):
+                candidates = [root / top / folder / alias.name for top in ("", "kernels")]
+                if any(candidate.is_dir() or candidate.with_suffix(".py").exists() for candidate in candidates):
                     modules.add(alias.asname or alias.name)
                 elif alias.asname:
                     originals[alias.asname] = alias.name
     return modules, originals
 
 
-def is_left_out(node: ast.stmt, first: bool) -> bool:
+def is_left_out(node: ast.stmt, is_first: bool) -> bool:
     """Return whether a top-level statement is no definition but an import, the module's docstring, or `__all__`."""
     if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
-        return all(isinstance(each, ast.Import | ast.ImportFrom) for each in node.body)
-    if first and isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+        return all(isinstance(statement, ast.Import | ast.ImportFrom) for statement in node.body)
+    if is_first and isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
         return True
     return isinstance(node, ast.Import | ast.ImportFrom) or defined_names(node) == ["__all__"]
 
@@ -87,8 +87,8 @@ def defined_names(node: ast.stmt) -> list[str]:
 
 def bound_names(node: ast.stmt) -> set[str]:
     """Return the parameters and variables of a statement; a module's name among them means a variable there."""
-    parameters = {each.arg for each in ast.walk(node) if isinstance(each, ast.arg)}
-    stored = {each.id for each in ast.walk(node) if isinstance(each, ast.Name) and isinstance(each.ctx, ast.Store)}
+    parameters = {child.arg for child in ast.walk(node) if isinstance(child, ast.arg)}
+    stored = {child.id for child in ast.walk(node) if isinstance(child, ast.Name) and isinstance(child.ctx, ast.Store)}
     return parameters | stored
 
 
@@ -112,7 +112,7 @@ class Reader(ast.NodeTransformer):
     def visit_Constant(self, node: ast.Constant) -> ast.Constant:
         if not isinstance(node.value, str):
             return node
-        text = self.names.get(node.value, OWN_PLACES.sub("<place>", node.value))
+        text = self.names.get(node.value, LOCATION_PATTERN.sub("<place>", node.value))
         return ast.Constant(" ".join(text.split()))
 
     def generic_visit(self, node: ast.AST) -> ast.AST:
@@ -122,13 +122,13 @@ class Reader(ast.NodeTransformer):
             node.arg = self.names.get(node.arg, node.arg)
         for field in ("body", "orelse", "finalbody"):
             if isinstance(statements := getattr(node, field, None), list):
-                kept = [each for each in statements if not is_own_import(each)]
-                setattr(node, field, kept or ([ast.Pass()] if statements else []))
+                kept_statements = [statement for statement in statements if not is_own_import(statement)]
+                setattr(node, field, kept_statements or ([ast.Pass()] if statements else []))
         return super().generic_visit(node)
 
 
 def is_own_import(node: ast.stmt) -> bool:
-    return isinstance(node, ast.ImportFrom) and (node.module or "").startswith(OURS)
+    return isinstance(node, ast.ImportFrom) and (node.module or "").startswith(OUR_PACKAGES)
 
 
 def main() -> int:
@@ -136,25 +136,36 @@ def main() -> int:
     parser.add_argument("commit")
     parser.add_argument("--rename", action="append", default=[], metavar="OLD=NEW")
     arguments = parser.parse_args()
-    names = dict(each.split("=", 1) for each in arguments.rename)
+    names = dict(rename.split("=", 1) for rename in arguments.rename)
     with tempfile.TemporaryDirectory() as folder:
         archive = Path(folder) / "commit.tar"
-        command = ["git", "archive", "-o", str(archive), arguments.commit, *(each.split("/")[0] for each in FOLDERS)]
+        command = [
+            "git",
+            "archive",
+            "-o",
+            str(archive),
+            arguments.commit,
+            *(folder_name.split("/")[0] for folder_name in FOLDERS),
+        ]
         subprocess.run(command, cwd=ROOT, check=True)
         with tarfile.open(archive) as files:
             files.extractall(folder, filter="data")
-        before, after = list(definitions(Path(folder), names)), list(definitions(ROOT, {}))
-    counts = [Counter(each.shape for each in side) for side in (before, after)]
+        base_definitions, our_definitions = list(definitions(Path(folder), names)), list(definitions(ROOT, {}))
+    counts = [Counter(definition.shape for definition in side) for side in (base_definitions, our_definitions)]
     edits = 0
-    for title, side, others in (("only in the commit", before, counts[1]), ("only in this tree", after, counts[0])):
-        rest = others.copy()
+    for title, side, other_counts in (
+        ("only in the commit", base_definitions, counts[1]),
+        ("only in this tree", our_definitions, counts[0]),
+    ):
+        unmatched_counts = other_counts.copy()
         for definition in side:
-            if rest[definition.shape] > 0:
-                rest[definition.shape] -= 1
+            if unmatched_counts[definition.shape] > 0:
+                unmatched_counts[definition.shape] -= 1
             else:
-                print(f"{title}: {definition.place}")
+                print(f"{title}: {definition.location}")
                 edits += 1
-    print(f"{len(before):,} statements in {arguments.commit}, {len(after):,} here; {edits} without a twin")
+    statement_counts = f"{len(base_definitions):,} statements in {arguments.commit}, {len(our_definitions):,} here"
+    print(f"{statement_counts}; {edits} without a twin")
     return min(edits, 1)
 
 

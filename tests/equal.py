@@ -1,4 +1,4 @@
-"""Compare this working tree with a commit: everything that a user sees must be equal, all bits of numbers included.
+"""Compare this working tree with a commit: everything that a user sees must be equal, to the last bit.
 
     python -m tests.equal COMMIT
 
@@ -29,9 +29,9 @@ from tests.equality import specs, trees
 from tests.equality.differences import first_difference
 from tests.equality.side import LEVELS, CommandError, Side, best_level
 from tests.equality.stored import Store
-from tests.equality.walk import Seen, walk
+from tests.equality.walk import Observations, walk
 
-STARTED = ("bin/mhmoe", "mhmoe_ray.train.job", "default_worker.py")
+EXPECTED_COMMANDS = ("bin/mhmoe", "mhmoe_ray.train.job", "default_worker.py")
 """Parts of the command lines of commands, of jobs of runs, and of Ray's own workers: each side must have had some."""
 # Short, since paths of Unix sockets may not be long; and always the same, since prepared data, and checkpoints by its
 # digest, know where they lie.
@@ -47,7 +47,7 @@ def main() -> int:
     parser.add_argument("--level", choices=LEVELS, default=best_level(), help="CPU level that both sides compute at")
     parser.add_argument("--models", default=",".join(specs.MODELS), help="only these, by commas")
     parser.add_argument(
-        "--anew", action="store_true", help="also look at a commit anew of which the findings are stored"
+        "--anew", action="store_true", help="observe the commit again even if its observations are stored"
     )
     parser.add_argument("--keep", action="store_true", help="leave both sides' files for a look")
     options = parser.parse_args()
@@ -57,22 +57,22 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # clusters are taken down on the way
     commit = trees.commit_of(options.commit)
     store = Store(commit, options.level, models)
-    look = partial(_seen, level=options.level, models=models, port=_free_port())
+    look = partial(_observe, level=options.level, models=models, port=_free_port())
     try:
-        with _alone(options.keep):
+        with _locked_work_folder(options.keep):
             base = None if options.anew else store.read()
             if base is None:
                 base = look("base", partial(trees.worktree, commit))
                 store.write(base)
-            here = look("here", trees.working_copy)
+            our_observations = look("here", trees.working_copy)
     except CommandError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    return _compared(base, here)
+    return _compared(base, our_observations)
 
 
 @contextmanager
-def _alone(keep: bool) -> Iterator[None]:
+def _locked_work_folder(keep: bool) -> Iterator[None]:
     """Make the folder of both sides, of which there is one; remove it in the end.
 
     Raises:
@@ -97,40 +97,40 @@ def _alone(keep: bool) -> Iterator[None]:
                 shutil.rmtree(WORK)
 
 
-def _seen(name: str, tree: Tree, level: str, models: list[str], port: int) -> Seen:
+def _observe(name: str, tree: Tree, level: str, models: list[str], port: int) -> Observations:
     """Return all that is seen of one tree. Its folder is called the same for both; in the end it gets the side's name.
 
     Raises:
         CommandError: a command fails that must not, or a process ran other code than this tree's.
     """
-    folder, began = WORK / "side", time.monotonic()
+    folder, start_time = WORK / "side", time.monotonic()
 
     def say(text: str) -> None:
-        print(f"[{time.monotonic() - began:4.0f} s] {name}: {text}", file=sys.stderr, flush=True)
+        print(f"[{time.monotonic() - start_time:4.0f} s] {name}: {text}", file=sys.stderr, flush=True)
 
     folder.mkdir()
     try:
         with tree(folder / "tree"):
             side = Side(folder, level)
-            seen = walk(side, models, port, say)
-            if problems := side.check_imports(*STARTED):
+            observations = walk(side, models, port, say)
+            if problems := side.check_imports(*EXPECTED_COMMANDS):
                 raise CommandError("\n".join(problems))
     finally:
         folder.rename(WORK / name)
     say("done")
     # As it is read again when it was stored.
-    read: Seen = json.loads(json.dumps(seen))
+    read: Observations = json.loads(json.dumps(observations))
     return read
 
 
-def _compared(base: Seen, here: Seen) -> int:
+def _compared(base: Observations, our_observations: Observations) -> int:
     """Print a line for each thing; return how the process is to end."""
-    names, different = list(dict.fromkeys([*base, *here])), 0
+    names, different = list(dict.fromkeys([*base, *our_observations])), 0
     for name in names:
-        if name not in base or name not in here:
-            difference: str | None = f"it is there only {'here' if name in here else 'in the commit'}"
+        if name not in base or name not in our_observations:
+            difference: str | None = f"it is there only {'here' if name in our_observations else 'in the commit'}"
         else:
-            difference = first_difference(base[name], here[name])
+            difference = first_difference(base[name], our_observations[name])
         different += difference is not None
         print(f"equal      {name}" if difference is None else f"DIFFERENT  {name}: {difference}")
     print(f"{len(names)} things compared, {different} of them differ")

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from mhmoe_ray.model.decoder import Decoder
-from mhmoe_ray.serve.engine.block_pool import blocks_for
-from mhmoe_ray.serve.engine.paged_cache import PagedCache, PagedStep, Span
+from mhmoe_ray.serve.engine.block_pool import count_blocks
+from mhmoe_ray.serve.engine.paged_cache import PagedCache, PagedChunk, PagedStep
 
 
 def in_parts(model: Decoder, token_BT: Tensor, sizes: Sequence[int]) -> Tensor:
@@ -16,14 +16,16 @@ def in_parts(model: Decoder, token_BT: Tensor, sizes: Sequence[int]) -> Tensor:
     The cache blocks of the sequences are interleaved.
     """
     B, T = token_BT.shape
-    each, weight = blocks_for(T), model.blocks[0].attention.qkv.weight
-    cache = PagedCache(model.spec, B * each, weight.dtype, weight.device)
-    parts, before = [], 0
+    blocks_per_sequence, weight = count_blocks(T), model.blocks[0].attention.qkv.weight
+    cache = PagedCache(model.spec, B * blocks_per_sequence, weight.dtype, weight.device)
+    parts, cached_tokens = [], 0
     for size in sizes:
-        step = PagedStep(cache, [Span(range(b, B * each, B), before, size, size) for b in range(B)])
-        token_1T = torch.zeros(1, step.room, dtype=torch.long)
-        token_1T[0, : step.tokens] = token_BT[:, before : before + size].flatten()
-        logits_BTV = model(token_1T, step).logits_BTV[:, : step.wanted_rows]
+        step = PagedStep(
+            cache, [PagedChunk(range(b, B * blocks_per_sequence, B), cached_tokens, size, size) for b in range(B)]
+        )
+        token_1T = torch.zeros(1, step.padded_count, dtype=torch.long)
+        token_1T[0, : step.token_count] = token_BT[:, cached_tokens : cached_tokens + size].flatten()
+        logits_BTV = model(token_1T, step).logits_BTV[:, : step.logit_count]
         parts.append(logits_BTV.view(B, size, -1))
-        before += size
+        cached_tokens += size
     return torch.cat(parts, 1)

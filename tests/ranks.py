@@ -20,8 +20,8 @@ def run_ranks(world: int, function: Callable[..., Any], *args: Any) -> list[Any]
     A world of one has no group. A failure of any rank ends all of them and is raised here.
     """
     with tempfile.TemporaryDirectory() as folder:
-        given = (dict(os.environ), world, free_ports(1)[0], folder, function, args)
-        mp.start_processes(_rank, given, nprocs=world, start_method=FORKED.get_start_method())
+        rank_arguments = (dict(os.environ), world, free_ports(1)[0], folder, function, args)
+        mp.start_processes(_rank, rank_arguments, nprocs=world, start_method=FORKED.get_start_method())
         return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(world)]
 
 

@@ -19,9 +19,9 @@ CREDENTIALS = {"AWS_ACCESS_KEY_ID": "somebody", "AWS_SECRET_ACCESS_KEY": "secret
 @pytest.fixture(scope="session")
 def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, fs.FileSystem]]:
     """Start a local S3 server; yield the URI query that leads to its bucket `bucket`, and the server's file system."""
-    missing = [name for name in ("moto", "flask", "flask_cors") if find_spec(name) is None]
-    if missing:
-        pytest.skip(f"{', '.join(missing)} not installed: see the dev extra")
+    missing_packages = [name for name in ("moto", "flask", "flask_cors") if find_spec(name) is None]
+    if missing_packages:
+        pytest.skip(f"{', '.join(missing_packages)} not installed: see the dev extra")
     [port] = free_ports(1)
     log = tmp_path_factory.mktemp("s3") / "log"
     command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]

@@ -1,15 +1,15 @@
-"""The counts of every architecture are those of the model that is built."""
+"""The counts of every architecture, compared with a built model."""
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from mhmoe_ray.architectures import ARCHITECTURES
-from mhmoe_ray.checkpoint.huggingface.names import entries
+from mhmoe_ray.checkpoint.huggingface.names import tensor_entries
 from mhmoe_ray.model.architectures import modules_of
 from mhmoe_ray.model.decoder import Decoder
 from mhmoe_ray.model.init import init_weights
-from mhmoe_ray.planner.sizes import sizes
+from mhmoe_ray.planner.sizes import compute_sizes
 from mhmoe_ray.spec import ModelSpec, MoESpec
 from mhmoe_ray.spec.model import ROUTERS
 
@@ -26,14 +26,13 @@ SIZES = {"vocab_size": 1000, "d_model": 48, "layers": 6, "attention_heads": 12}
 
 
 def model_specs(backbone, moe):
-    """Yield the model with as many keys and values as heads, and with fewer where the architecture has grouped queries.
-
-    Each of them comes with tied and with untied embeddings.
-    """
+    """Yield models with tied and with untied embeddings, also with grouped queries if the architecture has them."""
     d_ff = None if moe and moe.every == 1 else 100
     for kv_heads in (None, 4) if ARCHITECTURES[backbone].grouped_queries else (None,):
-        for tied in (True, False):
-            yield ModelSpec(backbone=backbone, **SIZES, d_ff=d_ff, moe=moe, kv_heads=kv_heads, tied_embeddings=tied)
+        for has_tied_embeddings in (True, False):
+            yield ModelSpec(
+                backbone=backbone, **SIZES, d_ff=d_ff, moe=moe, kv_heads=kv_heads, tied_embeddings=has_tied_embeddings
+            )
 
 
 @pytest.mark.parametrize("moe", MOES)
@@ -41,9 +40,9 @@ def model_specs(backbone, moe):
 def test_parameters_from_the_spec_are_those_of_a_built_model(backbone, moe):
     for spec in model_specs(backbone, moe):
         model = Decoder(spec)
-        assert sizes(spec).parameters == sum(p.numel() for p in model.parameters())
+        assert compute_sizes(spec).parameters == sum(p.numel() for p in model.parameters())
         experts = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
-        assert sizes(spec).expert_parameters == experts
+        assert compute_sizes(spec).expert_parameters == experts
 
 
 @pytest.mark.parametrize(
@@ -59,7 +58,7 @@ def test_multiply_adds_from_the_spec_are_those_that_torch_counts(backbone, moe):
             model(tokens)
         operations = {str(name): flops for name, flops in counter.get_flop_counts()["Global"].items()}
         products = sum(flops for name, flops in operations.items() if "attention" not in name)
-        assert products == 2 * 8 * sizes(spec).macs_per_token
+        assert products == 2 * 8 * compute_sizes(spec).macs_per_token
 
 
 @pytest.mark.parametrize("backbone", ARCHITECTURES)
@@ -75,5 +74,5 @@ def test_an_expert_has_the_parameters_that_its_architecture_counts(backbone):
 @pytest.mark.parametrize("backbone", ARCHITECTURES)
 def test_every_tensor_has_a_name_in_an_exported_folder(backbone, moe):
     for spec in model_specs(backbone, moe):
-        exported = {entry.ours for group in entries(spec) for entry in group}
-        assert exported == set(Decoder(spec).tensors())
+        exported = {entry.checkpoint_name for group in tensor_entries(spec) for entry in group}
+        assert exported == set(Decoder(spec).named_tensors())

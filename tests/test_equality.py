@@ -15,7 +15,7 @@ from tests.equality.side import Side
 
 
 @pytest.mark.parametrize(
-    ("base", "here", "difference"),
+    ("base", "actual", "difference"),
     [
         ({"a": [1, {"b": 2.0}]}, {"a": [1, {"b": 2.0}]}, None),
         ({"a": [1, {"b": 2.0}]}, {"a": [1, {"b": 2.5}]}, "a 1 b is 2.0, and here 2.5"),
@@ -28,12 +28,12 @@ from tests.equality.side import Side
         ("one\ntwo", "one\n2", "line 1 is 'two', and here '2'"),
     ],
 )
-def test_the_first_difference_is_named(base, here, difference):
-    assert first_difference(base, here) == difference
+def test_the_first_difference_is_named(base, actual, difference):
+    assert first_difference(base, actual) == difference
 
 
 def test_what_differs_from_call_to_call_is_left_out_and_nothing_else():
-    told = {
+    answer = {
         "run": "tiny-0a1b2c",
         "time": 1.5,
         "eta_seconds": None,
@@ -42,7 +42,7 @@ def test_what_differs_from_call_to_call_is_left_out_and_nothing_else():
         "files": {"b": {"size": 1}, "a": {"size": 2}},
         "loss": 1.25,
     }
-    assert Normaliser(Path("/somewhere/side")).value(told) == {
+    assert Normaliser(Path("/somewhere/side")).value(answer) == {
         "run": "tiny-<id>",
         "time": "(left out)",
         "eta_seconds": None,
@@ -59,10 +59,10 @@ def test_a_single_bit_of_a_tensor_shows(tmp_path):
     values = values.copy()
     values[1, 2] = np.nextafter(np.float32(1), np.float32(2))
     save_file({"x": values, "y": np.ones((2, 3), np.float32)}, tmp_path / "here.safetensors")
-    base, here = (reading.tensors(tmp_path / f"{name}.safetensors") for name in ("base", "here"))
-    assert base["y"] == here["y"]
-    assert base["x"]["sha256"] != here["x"]["sha256"]
-    assert str(first_difference(base, here)).startswith("x norm is ")
+    base, actual = (reading.tensors(tmp_path / f"{name}.safetensors") for name in ("base", "here"))
+    assert base["y"] == actual["y"]
+    assert base["x"]["sha256"] != actual["x"]["sha256"]
+    assert str(first_difference(base, actual)).startswith("x norm is ")
 
 
 def test_a_process_that_ran_other_code_is_named(tmp_path):

@@ -48,9 +48,9 @@ def resumed(tmp_path_factory, local_cluster):
         assert f" {FOLDER}/{part}\n" in text
         text = text.replace(f" {FOLDER}/{part}\n", f" {project / part}\n")
     spec.write_text(text)
-    done = mhmoe(project, "resume", RUN)
-    assert done.code == 0, done.err
-    assert done.out.endswith(f"run {RUN} finished at step 40\n")
+    result = mhmoe(project, "resume", RUN)
+    assert result.code == 0, result.err
+    assert result.out.endswith(f"run {RUN} finished at step 40\n")
     return Resumed(project, json.loads((FIXTURE / "expected.json").read_text()))
 
 

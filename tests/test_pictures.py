@@ -5,12 +5,12 @@ from mhmoe_ray.errors import DataError
 
 
 def test_a_file_that_can_be_written_is_left_as_it_was(tmp_path):
-    there = tmp_path / "there.png"
-    there.write_bytes(b"before")
-    pictures.check(there)
+    existing_picture = tmp_path / "there.png"
+    existing_picture.write_bytes(b"before")
+    pictures.check(existing_picture)
     pictures.check(tmp_path / "new.png")
-    assert there.read_bytes() == b"before"
-    assert list(tmp_path.iterdir()) == [there]
+    assert existing_picture.read_bytes() == b"before"
+    assert list(tmp_path.iterdir()) == [existing_picture]
 
 
 def test_what_cannot_be_written_is_one_line(tmp_path):

@@ -22,9 +22,9 @@ from mhmoe_ray.model.decoder import Decoder
 from mhmoe_ray.model.init import init_weights
 from mhmoe_ray.runs import history, metrics
 from mhmoe_ray.runs.directory import list_runs
-from tests.cli.audit import assert_read_as_ordered
+from tests.cli.audit import assert_samples_in_order
 from tests.cli.run import mhmoe
-from tests.watch import newest, started, step_of, wait_until
+from tests.watch import newest, start_events, step_of, wait_until
 
 pytestmark = pytest.mark.ray
 
@@ -32,7 +32,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def quickstart(folder: Path, *overrides: str, **env: str) -> str:
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "jobs/quickstart.py", *overrides],
         cwd=folder,
         env={**os.environ, "COLUMNS": "120", **env},
@@ -40,8 +40,8 @@ def quickstart(folder: Path, *overrides: str, **env: str) -> str:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
     )
-    assert done.returncode == 0, done.stdout
-    return done.stdout
+    assert process.returncode == 0, process.stdout
+    return process.stdout
 
 
 @pytest.fixture(scope="module")
@@ -53,30 +53,30 @@ def project(tmp_path_factory, lane_home):
 
 
 @pytest.fixture(scope="module")
-def first(project):
+def first_output(project):
     """Return the result of the first quickstart, a seventh as long as the real one; its cluster and server are left
     running."""
     return quickstart(project, "train.steps=100", "train.validate_every=100", "train.checkpoint_every=50", KEEP="1")
 
 
 @pytest.fixture(scope="module")
-def readme(project, first):
+def readme(project, first_output):
     """Run the commands of cli/README.md in its order; return the result of each, and as JSON what follows from two of
     them."""
     block = re.search(r"```sh\n(.*?)```", (ROOT / "mhmoe_ray/cli/README.md").read_text(), re.S)[1]
-    said = {}
+    results = {}
     for line in block.splitlines():
         program, *words = shlex.split(line, comments=True)
         assert program == "mhmoe"
         if words == ["stop"]:  # before it trains it would be ended without a checkpoint
             wait_until(lambda: step_of(newest(project)), "a step")
-        said[words[0]] = done = mhmoe(project, *words, COLUMNS="120")
-        assert done.code == 0, (line, done)
+        results[words[0]] = result = mhmoe(project, *words, COLUMNS="120")
+        assert result.code == 0, (line, result)
         if words == ["stop"]:
-            said["stopped"] = mhmoe(project, "status", "--json")
+            results["stopped"] = mhmoe(project, "status", "--json")
         if words == ["eval"]:
-            said["evaluated"] = mhmoe(project, "eval", "--json")
-    return said
+            results["evaluated"] = mhmoe(project, "eval", "--json")
+    return results
 
 
 def losses(printed: str) -> tuple[float, float, float]:
@@ -86,17 +86,17 @@ def losses(printed: str) -> tuple[float, float, float]:
     return tuple(map(float, (loss, *to_beat)))
 
 
-def test_it_learns_and_prints_both_figures_to_beat(project, first):
-    loss, unigram, bigram = losses(first)
+def test_it_learns_and_prints_both_figures_to_beat(project, first_output):
+    loss, unigram, bigram = losses(first_output)
     assert 0 < loss < unigram - 0.5
     assert 0 < bigram < unigram
     run, *_ = list_runs(project / "runs")
     for part in (f"run directory  {run.path}", "dashboard      http://127.0.0.1:", "ask it         curl http://"):
-        assert part in first
-    assert_read_as_ordered(run)
+        assert part in first_output
+    assert_samples_in_order(run)
 
 
-def test_every_expert_got_tokens_and_changed(project, first):
+def test_every_expert_got_tokens_and_changed(project, first_output):
     run, *_ = list_runs(project / "runs")
     spec = run.spec()
     routes = [json.loads(p.read_text())["routes_per_layer_and_expert"] for p in run.routing.iterdir()]
@@ -108,17 +108,17 @@ def test_every_expert_got_tokens_and_changed(project, first):
     trained, _ = load_model(run.checkpoints / sorted(p.name for p in run.checkpoints.iterdir())[-1])
     fresh = Decoder(spec.model)
     init_weights(fresh, spec.seed)
-    for (name, new), old in zip(trained.named_parameters(), fresh.parameters(), strict=True):
+    for (name, trained_weight), initial_weight in zip(trained.named_parameters(), fresh.parameters(), strict=True):
         if ".experts." in name:
-            new_EW, old_EW = new.flatten(1), old.flatten(1)
+            new_EW, old_EW = trained_weight.flatten(1), initial_weight.flatten(1)
             # Weight decay alone would shrink an expert, so only what turned counts.
             along_E1 = (new_EW * old_EW).sum(1, keepdim=True) / old_EW.square().sum(1, keepdim=True)
             turned_E = (new_EW - along_E1 * old_EW).norm(dim=1) / old_EW.norm(dim=1)
             assert (turned_E > 0.1).all(), name
 
 
-def test_the_curl_line_it_prints_is_answered(first):
-    url, body = re.search(r"ask it +curl (http://\S+) .* -d '(.*)'", first).groups()
+def test_the_curl_line_it_prints_is_answered(first_output):
+    url, body = re.search(r"ask it +curl (http://\S+) .* -d '(.*)'", first_output).groups()
     answer = httpx.post(url, content=body, headers={"Content-Type": "application/json"}, timeout=60)
     assert 1 <= answer.json()["usage"]["completion_tokens"] <= 32
     assert answer.json()["choices"][0]["text"].strip()
@@ -130,27 +130,31 @@ def test_readmes_commands_run_in_the_order_it_gives_them(readme):
 
 def test_the_run_that_readme_stops_goes_on_with_fewer_workers_where_it_stopped(project, readme):
     _, run, *_ = list_runs(project / "runs")
-    stopped, steps = readme["stopped"].json(), run.spec().train.steps
-    at = stopped["last"]["step"]
-    assert 1 <= at < steps
+    stopped_status, steps = readme["stopped"].json(), run.spec().train.steps
+    stop_step = stopped_status["last"]["step"]
+    assert 1 <= stop_step < steps
     assert readme["stop"].out == f"run {run.id} stopped\n"
-    assert (stopped["run"], stopped["state"], stopped["checkpoint"]["step"]) == (run.id, "stopped", at)
-    assert [len(event["workers"]) for event in started(run)] == [2, 1]
-    assert f"training from step {at} on 1 workers, dp 1 x ep 1" in readme["resume"].err
-    assert_read_as_ordered(run)
-    assert history.last(run)[metrics.TOKENS] == steps * run.spec().tokens_per_step
+    assert (stopped_status["run"], stopped_status["state"], stopped_status["checkpoint"]["step"]) == (
+        run.id,
+        "stopped",
+        stop_step,
+    )
+    assert [len(event["workers"]) for event in start_events(run)] == [2, 1]
+    assert f"training from step {stop_step} on 1 workers, dp 1 x ep 1" in readme["resume"].err
+    assert_samples_in_order(run)
+    assert history.last_line(run)[metrics.TOKENS] == steps * run.spec().tokens_per_step
 
 
 def test_what_readme_evaluates_is_what_its_training_validated(project, readme):
     _, run, *_ = list_runs(project / "runs")
-    evaluated, last = readme["evaluated"].json()["figures"], history.last(run)
+    evaluated, last_line = readme["evaluated"].json()["figures"], history.last_line(run)
     total = evaluated["total"]["all"]
-    assert total["loss"] == pytest.approx(last[metrics.VAL_LOSS], rel=1e-6)
-    assert total["tokens"] == last["val_tokens"]
+    assert total["loss"] == pytest.approx(last_line[metrics.VAL_LOSS], rel=1e-6)
+    assert total["tokens"] == last_line["val_tokens"]
     prepared = read_data_manifest(run.spec().data.prepared).domains
     assert evaluated["domains"].keys() == {name for name in prepared if prepared[name].validation_samples}
     assert "bits/byte" in readme["eval"].out
-    assert "as evaluated before" in readme["evaluated"].err
+    assert "it was evaluated before" in readme["evaluated"].err
     assert len(list((run.path / "evaluations").iterdir())) == 1  # which has its routes, too
 
 
@@ -162,10 +166,10 @@ def test_a_whole_one_ends_below_the_bigram_model(project, readme):
 
 @pytest.mark.slow
 def test_a_second_quickstart_works_and_leaves_a_cluster_that_it_did_not_start(project, readme):
-    before = len(list_runs(project / "runs"))
+    run_count = len(list_runs(project / "runs"))
     printed = quickstart(project, "train.steps=10")
     assert "finished" in printed
-    assert len(list_runs(project / "runs")) == before + 1
+    assert len(list_runs(project / "runs")) == run_count + 1
     assert mhmoe(project, "cluster", "status", "--json").json() is not None
 
 

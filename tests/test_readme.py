@@ -29,9 +29,9 @@ def test_its_spec_gives_the_plan_that_is_shown(tmp_path):
     assert len(block("yaml").splitlines()) == 12
     plan = mhmoe(tmp_path, "plan", "spec.yaml")
     assert plan.code == 0, plan.err
-    shown = re.search(r"^```\n(beside .*?)^```", README, re.S | re.M)[1]
+    shown_plan = re.search(r"^```\n(beside .*?)^```", README, re.S | re.M)[1]
     printed = [line.rstrip() for line in plan.out.splitlines()]
-    for line in shown.splitlines():
+    for line in shown_plan.splitlines():
         assert line in printed, line
 
 

@@ -20,6 +20,6 @@ def parts(package: Path) -> list[str]:
 def test_a_docstring_with_a_table_names_every_file(package):
     """A docstring has a table where one of its lines begins with the name of a file."""
     text = ast.get_docstring(ast.parse((package / "__init__.py").read_text())) or ""
-    named = set(re.findall(r"(?<![\w/.])\w+(?:\.py\b|/)", text))
+    listed_names = set(re.findall(r"(?<![\w/.])\w+(?:\.py\b|/)", text))
     if any(line.startswith(tuple(parts(package))) for line in map(str.strip, text.splitlines())):
-        assert [part for part in parts(package) if part not in named] == []
+        assert [part for part in parts(package) if part not in listed_names] == []

@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "CONTRIBUTING.md").read_text()
 TOUR = TEXT[TEXT.index("## Three walks") : TEXT.index("## Habits")]
-NAMED = sorted(set(re.findall(r"`([\w/]+\.py)`,?\s+`([A-Za-z_][\w.]*)`", TOUR)))
+NAMED_FUNCTIONS = sorted(set(re.findall(r"`([\w/]+\.py)`,?\s+`([A-Za-z_][\w.]*)`", TOUR)))
 PATHS = sorted(set(re.findall(r"`([\w/]+(?:\.py|/))`", TEXT)))
 FOLDERS = (ROOT, ROOT / "mhmoe_ray", ROOT / "kernels/mhmoe_kernels")
 
@@ -29,10 +29,10 @@ def definitions(tree: ast.Module) -> set[str]:
 
 
 def test_the_walks_name_functions():
-    assert len(NAMED) > 40
+    assert len(NAMED_FUNCTIONS) > 40
 
 
-@pytest.mark.parametrize(("path", "name"), NAMED)
+@pytest.mark.parametrize(("path", "name"), NAMED_FUNCTIONS)
 def test_a_function_of_the_tour_is_in_its_file(path, name):
     assert name in definitions(ast.parse((ROOT / "mhmoe_ray" / path).read_text()))
 

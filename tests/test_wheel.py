@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("mhmoe_ray", "kernels/mhmoe_kernels")
-ONLY_HERE = {"README.md"}
+NOT_PACKAGED = {"README.md"}
 
 
 @pytest.fixture(scope="module")
@@ -22,8 +22,8 @@ def wheel(tmp_path_factory):
     for name in ("pyproject.toml", "README.md"):
         shutil.copy(ROOT / name, copy)
     build = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", "out", "."]
-    made = subprocess.run(build, cwd=copy, capture_output=True, text=True)
-    assert made.returncode == 0, made.stderr
+    result = subprocess.run(build, cwd=copy, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
     [path] = (copy / "out").iterdir()
     with zipfile.ZipFile(path) as opened:
         yield opened
@@ -34,14 +34,14 @@ def test_it_has_every_file_of_the_packages(wheel):
         str(path.relative_to((ROOT / package).parent))
         for package in PACKAGES
         for path in (ROOT / package).rglob("*")
-        if path.is_file() and path.parent.name != "__pycache__" and path.name not in ONLY_HERE
+        if path.is_file() and path.parent.name != "__pycache__" and path.name not in NOT_PACKAGED
     }
-    held = {name for name in wheel.namelist() if ".dist-info/" not in name}
-    assert held == files
+    wheel_files = {name for name in wheel.namelist() if ".dist-info/" not in name}
+    assert wheel_files == files
 
 
 def test_it_brings_the_command_and_vllms_plugin(wheel):
     [name] = [name for name in wheel.namelist() if name.endswith("entry_points.txt")]
-    said = wheel.read(name).decode()
-    assert "mhmoe = mhmoe_ray.cli.app:main" in said
-    assert "mhmoe = mhmoe_ray.serve.vllm.plugin:register" in said
+    entry_points = wheel.read(name).decode()
+    assert "mhmoe = mhmoe_ray.cli.app:main" in entry_points
+    assert "mhmoe = mhmoe_ray.serve.vllm.plugin:register" in entry_points

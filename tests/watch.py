@@ -16,11 +16,11 @@ LIMIT = 400.0
 """Seconds within which every awaited event must have come: a watchdog of the tests, not a measurement."""
 
 
-def wait_until(condition: Callable[[], T], what: str, seconds: float = LIMIT) -> T:
+def wait_until(condition: Callable[[], T], description: str, seconds: float = LIMIT) -> T:
     """Wait until the condition gives a true value, and return that value."""
     deadline = time.monotonic() + seconds
     while not (value := condition()):
-        assert time.monotonic() < deadline, f"not within {seconds:.0f} s: {what}"
+        assert time.monotonic() < deadline, f"not within {seconds:.0f} s: {description}"
         time.sleep(0.02)
     return value
 
@@ -30,27 +30,27 @@ def newest(project: Path) -> RunDir:
 
 
 def of_kind(run: RunDir, kind: str) -> list[dict[str, Any]]:
-    return [e for e in events.events(run) if e["event"] == kind]
+    return [e for e in events.read(run) if e["event"] == kind]
 
 
-def started(run: RunDir) -> list[dict[str, Any]]:
+def start_events(run: RunDir) -> list[dict[str, Any]]:
     """Return the events of the starts of the run's workers."""
     return of_kind(run, "started")
 
 
 def step_of(run: RunDir) -> int:
-    last = history.last(run)
-    return last[metrics.STEP] if last else 0
+    last_line = history.last_line(run)
+    return last_line[metrics.STEP] if last_line else 0
 
 
 def is_over(run: RunDir) -> bool:
-    return events.is_over(events.state(events.events(run)))
+    return events.is_end_state(events.state(events.read(run)))
 
 
 def wait_for_the_end(run: RunDir, seconds: float = LIMIT, state: str = "finished") -> None:
     wait_until(lambda: is_over(run), "the end of the run", seconds)
-    happened = events.events(run)
-    assert events.state(happened) == state, happened[-3:]
+    run_events = events.read(run)
+    assert events.state(run_events) == state, run_events[-3:]
 
 
 def ended_by_ctrl_c(process: subprocess.Popen[str]) -> str:

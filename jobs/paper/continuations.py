@@ -13,7 +13,7 @@ from collections import defaultdict
 from pathlib import Path
 
 from mhmoe_ray.data.prepare.validation import is_validation
-from mhmoe_ray.data.sources import Document, Reading, find_files
+from mhmoe_ray.data.sources import Document, FileReader, find_files
 from mhmoe_ray.runs.directory import find_run
 from mhmoe_ray.spec import DataSpec
 
@@ -31,20 +31,21 @@ metric_list: [{{metric: acc}}, {{metric: acc_norm}}]
 """
 PASSAGE, PIECE = 320, 64
 """Approximate numbers of characters of a passage and of a piece; each ends where a word does."""
-OF_A_DOMAIN = 80
+QUESTIONS_PER_DOMAIN = 80
 
 
 def main(run: str, folder: Path) -> None:
+    """Write the questions of a run and the task that asks them to `folder`."""
     data = find_run(run, Path("runs")).spec().data
-    chance, questions = random.Random(0), []
+    generator, questions = random.Random(0), []
     for domain, pairs in sorted(passages(data).items()):
-        chance.shuffle(pairs)
+        generator.shuffle(pairs)
         pieces = sorted({piece for _, piece in pairs})
         if len(pieces) < 4:
             continue
-        for passage, piece in pairs[:OF_A_DOMAIN]:
-            choices = chance.sample([other for other in pieces if other != piece], 3)
-            answer = chance.randrange(4)
+        for passage, piece in pairs[:QUESTIONS_PER_DOMAIN]:
+            choices = generator.sample([wrong_piece for wrong_piece in pieces if wrong_piece != piece], 3)
+            answer = generator.randrange(4)
             choices.insert(answer, piece)
             questions.append({"domain": domain, "passage": passage, "choices": choices, "answer": answer})
     folder.mkdir(parents=True, exist_ok=True)
@@ -59,20 +60,20 @@ def passages(data: DataSpec) -> dict[str, list[tuple[str, str]]]:
 
     Every held-out document that is long enough gives one pair from its middle.
     """
-    found = defaultdict(list)
+    pairs_by_domain = defaultdict(list)
     for file in find_files(data):
-        for item in Reading(file, data):
+        for item in FileReader(file, data):
             if isinstance(item, Document) and is_validation(item.text, data.validation_fraction):
                 middle = len(item.text) // 2
                 begin, cut, end = (_end_of_word(item.text, middle + shift) for shift in (-PASSAGE, 0, PIECE))
                 if middle > PASSAGE and begin < cut < end:
-                    found[file.domain].append((item.text[begin:cut], item.text[cut:end]))
-    return found
+                    pairs_by_domain[file.domain].append((item.text[begin:cut], item.text[cut:end]))
+    return pairs_by_domain
 
 
-def _end_of_word(text: str, place: int) -> int:
-    """Return the index of the first whitespace character at this place or after it; -1 if there is none."""
-    return next((i for i in range(max(place, 0), len(text)) if text[i].isspace()), -1)
+def _end_of_word(text: str, position: int) -> int:
+    """Return the index of the first whitespace character at `position` or after it; -1 if there is none."""
+    return next((i for i in range(max(position, 0), len(text)) if text[i].isspace()), -1)
 
 
 if __name__ == "__main__":

@@ -29,12 +29,12 @@ def main() -> None:
             (-0.12, pictures.VERMILION, "gate weights as in the paper's code", RAW),
             (0.12, pictures.BLUE, "gate weights that add up to 1", NORMALISED),
         ):
-            found = differences(section)
-            for place, name in enumerate(VARIANTS):
-                mean, low, high = found[name]
+            difference_by_variant = differences(section)
+            for position, name in enumerate(VARIANTS):
+                mean, low, high = difference_by_variant[name]
                 axis.errorbar(
-                    mean, place + shift, xerr=[[mean - low], [high - mean]], fmt="o", color=colour, capsize=3,
-                    label=label if place == 0 else None,
+                    mean, position + shift, xerr=[[mean - low], [high - mean]], fmt="o", color=colour, capsize=3,
+                    label=label if position == 0 else None,
                 )  # fmt: skip
         axis.set_yticks(range(len(VARIANTS)), list(VARIANTS.values()))
         axis.invert_yaxis()

@@ -18,7 +18,7 @@ COMMANDS = (
     "submit jobs/quickstart.yaml --set train.steps=70 --set train.validate_every=35 --set train.checkpoint_every=35",
     "status",
 )
-KEPT_OF_PLAN = 6
+PLAN_LINES = 6
 """Number of lines kept of the plan that `submit` begins with; the picture leaves out the rest."""
 CONTROL = re.compile(r"\x1b\[(\d*)([A-Za-z])|\x1b\[\?\d+[hl]|\r|\n")
 
@@ -44,6 +44,7 @@ def screen_of(output: str) -> list[str]:
 
 
 def session(arguments: str) -> list[str]:
+    """Run a command in a terminal of `WIDTH` columns and return the lines that it leaves on the screen."""
     command = [sys.executable, "-m", "mhmoe_ray.cli.app", *arguments.split()]
     child = pexpect.spawn(command[0], command[1:], dimensions=(60, WIDTH), encoding="utf-8", timeout=900)
     child.expect(pexpect.EOF)
@@ -59,13 +60,8 @@ def main() -> None:
         lines = [line for line in session(arguments) if line.strip()]
         if number == 0:
             first_event = next(i for i, line in enumerate(lines) if "run quickstart-" in line)
-            lines = [*lines[:KEPT_OF_PLAN], "...", *lines[first_event:]]
-        shown = (
-            arguments
-            if number
-            else arguments.replace(" --set train.validate_every=35 --set train.checkpoint_every=35", "")
-        )
-        console.print(Text.assemble((PROMPT, "bold green"), (f"mhmoe {shown}", "bold")))
+            lines = [*lines[:PLAN_LINES], "...", *lines[first_event:]]
+        console.print(Text.assemble((PROMPT, "bold green"), (f"mhmoe {arguments}", "bold")))
         for line in lines:
             text = Text.from_ansi(line)
             text.plain = text.plain.replace(str(Path.cwd()), "~/mhmoe-ray")

@@ -1,25 +1,25 @@
-"""Kernels that run routed rows through experts. Torch only; this package knows nothing of heads, layers or processes.
+"""Kernels that run routed rows through experts. They need torch only, and have no notion of heads, layers or processes.
 
-Importing this package alone does not import torch: its names are loaded at their first use, so that the spec and the
+The import of this package does not import torch: its names are loaded at their first use, so that the spec and the
 planner can read abilities.py.
 
 Shape suffixes, here and in mhmoe_ray.model:
 
     N  rows (tokens, or sub-tokens when h > 1)     D  width of a row (d, or d/h)
-    K  experts per row (top-k)                     E  experts held here
+    K  experts per row (top-k)                     E  experts of the stack
     R  routed rows, N * K                          F  hidden width of an expert
     I  input width of a matrix                     O  output width of a matrix
     P  rows including a kernel's padding
 
-    abilities.py        what each kernel can compute, without torch
-    backends.py         the common interface: rows and their routes in, combined expert outputs per row out
-    weights.py          a stack of experts
-    permutation.py      sorting routes by expert and un-sorting them
-    cpu.py              which instructions the CPU has
-    reference.py        a readable reference for tests, and GShard's static routing for comparison
+    abilities.py        limits of each kernel, without torch
+    backends.py         common interface: rows and routes in, combined expert outputs per row out
+    weights.py          stack of experts
+    permutation.py      sorting of routes by expert, and its inverse
+    cpu.py              instruction level of the CPU
+    reference.py        readable reference for tests, and GShard's static routing for comparison
     grouped.py          each expert once on its contiguous rows, with hand-written backwards
     megablocks.py       MegaBlocks' sort, histogram and copies around a grouped GEMM; CUDA only
-    packed.py           for inference on CPUs: a row's result does not depend on other rows
+    packed.py           inference on CPUs: a row's result does not depend on other rows
     triton/             experts as fused Triton kernels
     cpp/                experts as one fused kernel for CPUs
 """
@@ -28,8 +28,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mhmoe_kernels.backends import BACKENDS, choose, run_experts, run_sorted_experts, why_not
-    from mhmoe_kernels.permutation import combine, permute, plan_routes, wide
+    from mhmoe_kernels.backends import BACKENDS, choose_kernel, run_experts, run_sorted_experts, unavailable_reason
+    from mhmoe_kernels.permutation import combine, permute, plan_routes, widen
     from mhmoe_kernels.weights import ExpertWeights, Function, GeluSubln, Swiglu
 
 __all__ = [
@@ -38,14 +38,14 @@ __all__ = [
     "Function",
     "GeluSubln",
     "Swiglu",
-    "choose",
+    "choose_kernel",
     "combine",
     "permute",
     "plan_routes",
     "run_experts",
     "run_sorted_experts",
-    "why_not",
-    "wide",
+    "unavailable_reason",
+    "widen",
 ]
 
 _MODULES = ("backends", "permutation", "weights")
@@ -58,6 +58,7 @@ def __getattr__(name: str) -> Any:
         AttributeError: `__all__` does not contain the name.
     """
     if name in __all__:
+        # Stored as a global, a name is found without this function from then on.
         for module in map(import_module, (f"{__name__}.{module}" for module in _MODULES)):
             if hasattr(module, name):
                 globals()[name] = getattr(module, name)

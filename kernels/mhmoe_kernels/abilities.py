@@ -1,38 +1,44 @@
-"""Limits of each kernel and the hardware it runs on. No torch: the spec's checks, the planner's counts and the
-dispatcher in backends.py use the same entries."""
+"""Limits of each kernel, and the hardware that it runs on.
+
+The spec's checks, the planner's counts and the dispatcher in backends.py read the same entries. This module does not
+import torch, so that the spec and the planner do not need it.
+"""
 
 from typing import Literal, NamedTuple
 
 ExpertFunction = Literal["swiglu", "gelu_subln"]
-"""Name of the function that a feed-forward layer or an expert computes; `weights.py` implements it."""
+"""Name of the function that a feed-forward layer or an expert computes; weights.py implements it."""
 KernelName = Literal["auto", "grouped", "cpp", "triton", "megablocks", "capacity", "reference"]
 
 
-class Abilities(NamedTuple):
-    """Limits of a kernel; None where it has no limit."""
+class KernelLimits(NamedTuple):
+    """Limits of a kernel. A field is None where the kernel has no limit."""
 
     device: Literal["CUDA", "CPUs"] | None = None
     precision: Literal["bfloat16"] | None = None
     function: ExpertFunction | None = None
-    """The only expert function that the kernel computes."""
-    sizes: int = 1
-    """Number that widths of rows and of experts must be multiples of."""
-    widest_row: int | None = None
-    auto_widest_row: int | None = None
+    """Only expert function that the kernel computes."""
+    size_multiple: int = 1
+    """Number of which the widths of rows and of experts must be multiples."""
+    max_row_width: int | None = None
+    auto_max_row_width: int | None = None
     """Largest row width for which `auto` prefers this kernel on GPUs in bfloat16."""
-    keeps: Literal["as told", "nothing", "all"] = "all"
-    """Hidden rows of experts that the kernel keeps for the backward; "as told" means that `moe.recompute` decides."""
+    kept_rows: Literal["as told", "nothing", "all"] = "all"
+    """Hidden rows of experts that the kernel keeps for the backward pass; "as told" means that `moe.recompute`
+    decides."""
     is_static: bool = False
-    """Whether the kernel lays out a limited number of slots per expert (static routing) and needs that number."""
+    """True if the kernel lays out a fixed number of slots per expert (static routing), and so needs that number."""
 
 
-KERNELS: dict[KernelName, Abilities] = {
-    "auto": Abilities(keeps="as told"),
-    "grouped": Abilities(keeps="as told"),
-    "cpp": Abilities(device="CPUs", precision="bfloat16", function="swiglu", sizes=2, keeps="nothing"),
-    # By its roofline (kernels/README.md) the fused kernel should be ahead up to 256; not measured yet.
-    "triton": Abilities(device="CUDA", widest_row=1024, auto_widest_row=256, keeps="nothing"),
-    "megablocks": Abilities(device="CUDA"),
-    "capacity": Abilities(is_static=True),
-    "reference": Abilities(),
+KERNELS: dict[KernelName, KernelLimits] = {
+    "auto": KernelLimits(kept_rows="as told"),
+    "grouped": KernelLimits(kept_rows="as told"),
+    # bfloat16 matrix units read values in pairs, so sizes must be even.
+    "cpp": KernelLimits(device="CPUs", precision="bfloat16", function="swiglu", size_multiple=2, kept_rows="nothing"),
+    # Wider rows than 1024 do not fit on the chip (triton/blocks.py). The roofline (kernels/README.md) predicts that the
+    # fused kernel is the fastest up to 256; this is not measured yet.
+    "triton": KernelLimits(device="CUDA", max_row_width=1024, auto_max_row_width=256, kept_rows="nothing"),
+    "megablocks": KernelLimits(device="CUDA"),
+    "capacity": KernelLimits(is_static=True),
+    "reference": KernelLimits(),
 }

@@ -1,7 +1,7 @@
-"""The level of the CPU, which says what instructions it has, as one of a few ordered levels (`cpu_level`).
+"""Instruction level of the CPU, one of a few ordered levels (`CpuLevel`).
 
-torch and oneDNN each choose their code by the CPU. `level_environment` restricts them and this package to one level, so
-that a machine can show what happens on lesser CPUs.
+torch and oneDNN choose their code by the instructions of the CPU. `level_environment` restricts them and this package
+to a level, so that tests on one machine cover CPUs with fewer instructions.
 """
 
 import os
@@ -10,15 +10,15 @@ from functools import cache
 
 import torch
 
-VARIABLE = "MHMOE_CPU_LEVEL"
-"""Environment variable with the highest level that the CPU is taken to have, in lower case."""
+LEVEL_VARIABLE = "MHMOE_CPU_LEVEL"
+"""Environment variable that limits the level; its value is the name of a level in lower case."""
 
 
 class CpuLevel(IntEnum):
-    """Level of a CPU; each level has the instructions of those before it."""
+    """Instruction level of a CPU; each level includes the instructions of the levels below it."""
 
     GENERIC = 0
-    """Any x86 CPU without AVX2, and every other CPU."""
+    """x86 CPU without AVX2, or a CPU of another architecture."""
     AVX2 = 1
     """AVX2 with FMA."""
     AVX512 = 2
@@ -26,10 +26,10 @@ class CpuLevel(IntEnum):
     AVX512_BF16 = 3
     """Multiplication of bfloat16 vectors."""
     AMX = 4
-    """Multiplication of bfloat16 tiles, which the system allows this process to use."""
+    """Multiplication of bfloat16 tiles; the system allows this process to use them."""
 
 
-TITLES = {
+LEVEL_TITLES = {
     CpuLevel.GENERIC: "no AVX2",
     CpuLevel.AVX2: "AVX2",
     CpuLevel.AVX512: "AVX512",
@@ -45,82 +45,87 @@ _ENVIRONMENTS = {
     CpuLevel.AVX512_BF16: ("avx512", "AVX512_CORE_BF16", "AVX512_E3"),
     CpuLevel.AMX: ("avx512", "DEFAULT", "AVX512_E4"),
 }
-"""Values of ATEN_CPU_CAPABILITY, ONEDNN_MAX_CPU_ISA and MKL_ENABLE_INSTRUCTIONS for each level. MKL follows its
-variable only on Intel's CPUs."""
+"""Values of ATEN_CPU_CAPABILITY, ONEDNN_MAX_CPU_ISA and MKL_ENABLE_INSTRUCTIONS for each level.
+
+MKL obeys its variable on Intel's CPUs only.
+"""
 
 
 def is_x86() -> bool:
-    """Return whether the CPU is an x86, for which the levels are defined."""
+    """Return whether the CPU is an x86, the architecture for which levels above GENERIC exist."""
     return str(torch.cpu.get_capabilities()["architecture"]) in ("x86", "x86_64")
 
 
 @cache
 def machine_level() -> CpuLevel:
-    """Return the level of the CPU itself, regardless of the environment.
+    """Return the level of the CPU itself, regardless of environment variables.
 
-    torch's own answer (`torch.backends.cpu.get_cpu_capability`) follows ATEN_CPU_CAPABILITY even to instructions that
-    the CPU lacks, so this reads the CPU's instruction flags. AMX is requested from the system, because a CPU may list
-    it where the system, a sandbox or a hypervisor does not let processes use its tiles. A process that has requested it
-    once may use it.
+    The call also requests AMX from the system, after which the process may use it.
     """
-    has = torch.cpu.get_capabilities()
+    # `torch.backends.cpu.get_cpu_capability` obeys ATEN_CPU_CAPABILITY, even for instructions that the CPU lacks. The
+    # instruction flags do not.
+    capabilities = torch.cpu.get_capabilities()
 
-    def has_all(*names: str) -> bool:
-        return all(has.get(name, False) for name in names)
+    def has_features(*names: str) -> bool:
+        return all(capabilities.get(name, False) for name in names)
 
-    if not has_all("avx2", "fma3"):
+    if not has_features("avx2", "fma3"):
         return CpuLevel.GENERIC
-    if not has_all("avx512_f", "avx512_bw", "avx512_dq", "avx512_vl"):
+    if not has_features("avx512_f", "avx512_bw", "avx512_dq", "avx512_vl"):
         return CpuLevel.AVX2
-    if not has_all("avx512_bf16"):
+    if not has_features("avx512_bf16"):
         return CpuLevel.AVX512
-    amx = has_all("amx_tile", "amx_bf16") and torch.cpu._init_amx()
-    return CpuLevel.AMX if amx else CpuLevel.AVX512_BF16
+    # A CPU may list AMX although the system, a sandbox or a hypervisor forbids its tiles, so only a request tells.
+    has_amx = has_features("amx_tile", "amx_bf16") and torch.cpu._init_amx()
+    return CpuLevel.AMX if has_amx else CpuLevel.AVX512_BF16
 
 
-def asked_level() -> CpuLevel | None:
-    """Return the level that MHMOE_CPU_LEVEL names; None if it is unset or empty.
+def requested_level() -> CpuLevel | None:
+    """Return the level that MHMOE_CPU_LEVEL names; None if the variable is unset or empty.
 
     Raises:
         ValueError: MHMOE_CPU_LEVEL names no level.
     """
-    text = os.environ.get(VARIABLE, "")
+    text = os.environ.get(LEVEL_VARIABLE, "")
     if not text:
         return None
     names = [level.name.lower() for level in CpuLevel]
     if text not in names:
-        raise ValueError(f"{VARIABLE} is {text!r}, but levels are {', '.join(names)}: set it to one, or not at all")
+        raise ValueError(
+            f"{LEVEL_VARIABLE} is {text!r}, but levels are {', '.join(names)}: set it to one, or not at all"
+        )
     return CpuLevel(names.index(text))
 
 
 def cpu_level() -> CpuLevel:
     """Return the level that this process may use.
 
-    This is the level of the CPU itself, lowered to MHMOE_CPU_LEVEL and to what torch takes the CPU for, which
-    ATEN_CPU_CAPABILITY controls. Neither can raise it.
+    It is the lowest of the CPU's own level, MHMOE_CPU_LEVEL, and the level that torch uses, which ATEN_CPU_CAPABILITY
+    sets.
 
     Raises:
         ValueError: MHMOE_CPU_LEVEL names no level.
     """
-    wanted_level = asked_level()
-    bounds = {"DEFAULT": CpuLevel.GENERIC, "NO AVX": CpuLevel.GENERIC, "AVX2": CpuLevel.AVX2}
-    torch_level = bounds.get(torch.backends.cpu.get_cpu_capability(), CpuLevel.AMX)
-    return min(machine_level(), torch_level, CpuLevel.AMX if wanted_level is None else wanted_level)
+    level_limit = requested_level()
+    # torch reports no capability above AVX512, so any other capability sets no limit.
+    torch_levels = {"DEFAULT": CpuLevel.GENERIC, "NO AVX": CpuLevel.GENERIC, "AVX2": CpuLevel.AVX2}
+    torch_level = torch_levels.get(torch.backends.cpu.get_cpu_capability(), CpuLevel.AMX)
+    return min(machine_level(), torch_level, CpuLevel.AMX if level_limit is None else level_limit)
 
 
 def level_environment(level: CpuLevel) -> dict[str, str]:
-    """Return the environment variables that restrict this package, torch, oneDNN and MKL to a level, in a process and
-    its children.
+    """Return the environment variables that restrict this package, torch, oneDNN and MKL to a level.
 
-    Each of them reads its variable when it first computes, so the variables must be set before. On a CPU that is no
-    x86, only this package's own variable is returned.
+    Set them before the first computation, at which each library reads its variable. Child processes inherit them. On
+    other architectures than x86, only this package's own variable is returned.
 
     Args:
-        level: the level; one above the machine's own is lowered to that, because torch would believe it and crash.
+        level: the level; it is lowered to the machine's own level.
     """
+    # torch would believe a higher level and crash at the first instruction that the CPU lacks.
     level = min(level, machine_level())
-    own_variable = {VARIABLE: level.name.lower()}
+    level_variable = {LEVEL_VARIABLE: level.name.lower()}
     if not is_x86():
-        return own_variable
+        return level_variable
     aten, onednn, mkl = _ENVIRONMENTS[level]
-    return {**own_variable, "ATEN_CPU_CAPABILITY": aten, "ONEDNN_MAX_CPU_ISA": onednn, "MKL_ENABLE_INSTRUCTIONS": mkl}
+    return {**level_variable, "ATEN_CPU_CAPABILITY": aten, "ONEDNN_MAX_CPU_ISA": onednn, "MKL_ENABLE_INSTRUCTIONS": mkl}

@@ -1,10 +1,10 @@
-"""MegaBlocks as a backend: its sort, histogram and fused copies, around a grouped GEMM. CUDA only.
+"""MegaBlocks as a backend: its sort, histogram and fused copies around a grouped GEMM. It runs on CUDA only.
 
 The operators are those of MegaBlocks' own dropless layer with `mlp_impl="grouped"` (Gale et al., "MegaBlocks", 2022).
 Its padded operators are not used: they serve block-sparse products, whose blocks of 128 are too large for a small
 expert.
 
-Nothing here imports `megablocks` before the first call, so that the base install does not need it.
+This module imports `megablocks` at the first call, so that the base install does not need it.
 """
 
 import importlib
@@ -18,26 +18,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mhmoe_kernels.grouped import grouped, run_sorted
+from mhmoe_kernels.grouped import run_grouped, run_sorted
 from mhmoe_kernels.weights import ExpertWeights, Swiglu
 
 Matmul = Callable[[Tensor, Tensor], Tensor]
-"""Function (x_RI, w_EOI) -> y_RO: F.linear of each row with the matrix of its own expert. Rows are sorted by expert."""
+"""Function (x_RI, w_EOI) -> y_RO: F.linear of each row with the matrix of its expert. Rows are sorted by expert."""
 
 
-def run_grouped(x_RD: Tensor, weights: ExpertWeights, matmul: Matmul) -> Tensor:
-    """Run rows that are sorted by expert through their experts: what `run_sorted` computes, for experts that
-    `can_group` accepts.
+def run_grouped_gemm(x_RD: Tensor, weights: ExpertWeights, matmul: Matmul) -> Tensor:
+    """Run rows that are sorted by expert through their experts, with grouped GEMMs.
 
-    It must run outside autocast, which makes a norm's output float32, while no grouped GEMM takes two dtypes.
+    The result is that of `run_sorted`. `can_group` must accept the experts.
     """
+    # This must run outside autocast, which makes the output of a norm float32: no grouped GEMM takes two dtypes.
     if isinstance(weights.function, Swiglu):
         return _swiglu(matmul, x_RD, *weights.stacked)
     return _gelu_subln(matmul, weights.function.eps, x_RD, *weights.stacked)
 
 
 def can_group(weights: ExpertWeights) -> bool:
-    """Whether the rows of the experts' matrices are aligned to 16 bytes, as grouped GEMMs require."""
+    """Return whether the rows of the experts' matrices are aligned to 16 bytes, as grouped GEMMs require."""
     return all(w.shape[-1] * w.dtype.itemsize % 16 == 0 for w in weights.stacked if w.ndim == 3)
 
 
@@ -56,9 +56,9 @@ def _gelu_subln(
     fc2_EDF: Tensor,
     fc2_bias_ED: Tensor,
 ) -> Tensor:
-    # An expert's vector comes to its rows as the product of a one with a matrix of that one column: the gradient, a sum
-    # over the expert's rows, is then a grouped GEMM too, which adds in float32. Indexing would add in bfloat16.
-    # Eight columns for the alignment.
+    # Each row gets its expert's vector as the product of a one with a matrix that has this vector as its column. The
+    # gradient, a sum over the expert's rows, is then a grouped GEMM too, which sums in float32; the gradient of
+    # indexing would be summed in bfloat16. Eight columns make rows of 16 bytes, the alignment of a grouped GEMM.
     one_R8 = F.pad(x_RD.new_ones(x_RD.shape[0], 1), (0, 7))
 
     def to_rows(v_EF: Tensor) -> Tensor:
@@ -69,21 +69,21 @@ def _gelu_subln(
     return matmul(normed_RF * to_rows(norm_weight_EF) + to_rows(norm_bias_EF), fc2_EDF) + to_rows(fc2_bias_ED)
 
 
-_INSTALL = "pip install --no-deps --no-build-isolation --no-cache-dir megablocks==0.10.0 stanford-stk==0.7.1"
+_INSTALL_COMMAND = "pip install --no-deps --no-build-isolation --no-cache-dir megablocks==0.10.0 stanford-stk==0.7.1"
 
 
 def run(x_ND: Tensor, expert_NK: Tensor, gate_NK: Tensor, weights: ExpertWeights) -> Tensor:
-    """Run routed rows through experts: see `mhmoe_kernels.run_experts`.
+    """Run routed rows through experts, as `mhmoe_kernels.run_experts` does.
 
-    The experts' products come from the first of these that applies: the package grouped_gemm, if it is installed and
-    all is bfloat16 (the host then waits for the counts); `F.grouped_mm`; or, where `can_group` returns False or in
-    float64, a loop over experts.
+    Products are computed by a loop over experts if `can_group` returns False or the dtype is float64; otherwise by the
+    package grouped_gemm if it is installed and the dtype is bfloat16 (the host then waits for the counts); otherwise by
+    `F.grouped_mm`.
 
-    MegaBlocks rounds each gated output to the dtype of x before it adds the K of them, and the gates' gradients
-    likewise. Its copies go through float32, so float64 is no more exact than that.
+    MegaBlocks rounds each gated output to the dtype of x before it adds the K outputs, and rounds the gradients of
+    gates in the same way. Its copies use float32, so float64 results have the precision of float32.
 
     Raises:
-        ValueError: there are too many rows for its kernels' 32-bit indices.
+        ValueError: there are too many rows for the 32-bit indices of MegaBlocks' kernels.
     """
     (N, D), K = x_ND.shape, expert_NK.shape[1]
     if N * K * D >= 2**31:
@@ -92,66 +92,66 @@ def run(x_ND: Tensor, expert_NK: Tensor, gate_NK: Tensor, weights: ExpertWeights
             "make the micro-batch smaller, or use the kernel 'grouped'"
         )
     if N == 0:
-        # There is nothing to permute, and MegaBlocks promises nothing about launches without blocks.
-        return grouped(x_ND, expert_NK, gate_NK, weights)
-    ops, K, E = _import("megablocks.ops"), expert_NK.shape[1], len(weights.stacked[0])
+        # There is nothing to permute, and MegaBlocks does not say whether its kernels can be launched without blocks.
+        return run_grouped(x_ND, expert_NK, gate_NK, weights)
+    ops, K, E = _import_module("megablocks.ops"), expert_NK.shape[1], len(weights.stacked[0])
     with torch.no_grad():
         expert_R, route_R = ops.sort(expert_NK.flatten().int(), max((E - 1).bit_length(), 1))
         count_E = ops.histogram(expert_R, E)
-        # Of one expert, MegaBlocks makes a scalar.
+        # With one expert, MegaBlocks returns a scalar.
         end_E = ops.inclusive_cumsum(count_E, 0).view(E)
-    # The copies take the numbers of a row to be adjacent in memory, and rows to follow each other.
+    # MegaBlocks' copies assume that tensors are contiguous.
     x_RD = ops.gather(x_ND.contiguous(), route_R, expert_R, end_E, K)
-    out_RD = _experts(x_RD, count_E, end_E, weights).contiguous()
+    out_RD = _run_sorted_rows(x_RD, count_E, end_E, weights).contiguous()
     y_ND: Tensor = ops.scatter(out_RD, route_R, expert_R, gate_NK.flatten(), end_E, K)
     return y_ND
 
 
-def why_not(device: torch.device) -> str | None:
-    """Return in one line why `run` cannot run on `device`; None if it can."""
+def unavailable_reason(device: torch.device) -> str | None:
+    """Return the reason why `run` cannot run on `device`, in one line; None if it can."""
     if device.type != "cuda":
         return f"megablocks needs CUDA; the device is {device.type}"
     if not torch.cuda.is_available():
         return "megablocks needs CUDA, and torch finds none here"
-    return _missing()
+    return _missing_dependency()
 
 
-def _missing() -> str | None:
+def _missing_dependency() -> str | None:
     for module, package in (("triton", "triton"), ("stk", "stanford-stk"), ("megablocks", "megablocks")):
         if find_spec(module) is None:
-            return f"{package} is not installed: {'pip install triton' if package == 'triton' else _INSTALL}"
+            return f"{package} is not installed: {'pip install triton' if package == 'triton' else _INSTALL_COMMAND}"
     if find_spec("megablocks_ops") is None:
-        reinstall = _INSTALL.replace("install", "install --force-reinstall")
+        reinstall_command = _INSTALL_COMMAND.replace("install", "install --force-reinstall")
         return (
             "megablocks was built without its CUDA extension megablocks_ops: with nvcc and a CUDA build of torch, "
-            f"{reinstall} (with CUDA 13, see kernels/README.md)"
+            f"{reinstall_command} (with CUDA 13, see kernels/README.md)"
         )
     try:
-        _import("megablocks.ops")
+        _import_module("megablocks.ops")
     except ImportError as error:
-        # Typically a symbol that the torch it was compiled for had.
+        # Typically the extension was compiled for another torch, and a symbol is missing.
         line, _, _ = str(error).partition("\n")
         return f"megablocks cannot be imported: {line}"
     return None
 
 
 @cache
-def _import(name: str) -> ModuleType:
+def _import_module(name: str) -> ModuleType:
     with warnings.catch_warnings():
-        # That grouped_gemm is missing, which is answered below; and torch.jit.script, in a part not used here.
+        # `_grouped_matmul` handles a missing grouped_gemm, and torch.jit.script occurs in a part that is not used here.
         warnings.filterwarnings("ignore", "Grouped GEMM not available")
         warnings.filterwarnings("ignore", ".*torch.jit.script.* is deprecated", DeprecationWarning)
         return importlib.import_module(name)
 
 
-def _experts(x_RD: Tensor, count_E: Tensor, end_E: Tensor, weights: ExpertWeights) -> Tensor:
+def _run_sorted_rows(x_RD: Tensor, count_E: Tensor, end_E: Tensor, weights: ExpertWeights) -> Tensor:
     if x_RD.dtype == torch.float64 or not can_group(weights):
         return run_sorted(x_RD, count_E.tolist(), weights)
-    return run_grouped(x_RD, weights, _matmul(x_RD, count_E, end_E))
+    return run_grouped_gemm(x_RD, weights, _grouped_matmul(x_RD, count_E, end_E))
 
 
-def _matmul(x_RD: Tensor, count_E: Tensor, end_E: Tensor) -> Matmul:
-    package = _import("megablocks.grouped_gemm_util")
+def _grouped_matmul(x_RD: Tensor, count_E: Tensor, end_E: Tensor) -> Matmul:
+    package = _import_module("megablocks.grouped_gemm_util")
     if package.grouped_gemm_is_available() and x_RD.dtype == torch.bfloat16:
         counts = count_E.long().cpu()
         return lambda x_RI, w_EOI: package.ops.gmm(x_RI, w_EOI.contiguous(), counts, trans_b=True)

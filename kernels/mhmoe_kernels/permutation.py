@@ -1,4 +1,7 @@
-"""Sorting of routes by expert and its inverse; both directions gather, forward and backward, without a scatter-add."""
+"""Sorting of routes by expert, and its inverse.
+
+Both directions are gathers, forward and backward. There is no scatter-add.
+"""
 
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -9,34 +12,31 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
-def wide(x: Tensor) -> Tensor:
-    """Return x in float32, or unchanged in float64.
-
-    Of two scores that bfloat16 cannot tell apart, one must still be the larger; and sums over experts in bfloat16 lose
-    what routing learns from.
-    """
+def widen(x: Tensor) -> Tensor:
+    """Return x in float32, or unchanged if it is float64."""
+    # In bfloat16, different scores become equal, and sums over experts lose the differences from which routing learns.
     return x if x.dtype == torch.float64 else x.float()
 
 
-CACHED = 1 << 17
-"""Number of float32 values that a CPU's cache holds beside other such arrays."""
+CACHE_VALUES = 1 << 17
+"""Number of float32 values of an array that fits into a CPU's cache beside other arrays of that size."""
 
 
 class RoutePlan(NamedTuple):
     """Permutation of the R = N * K routes that sorts them by expert (stable: rows stay in order)."""
 
     row_R: Tensor
-    """Row that each sorted route came from."""
+    """Row of each sorted route."""
     slot_NK: Tensor
-    """Place of each route of a row in the sorted order."""
+    """Position of each route of a row in the sorted order."""
     count_E: Tensor
     """Number of routes per expert."""
 
     def trimmed(self, routes: int) -> "RoutePlan":
-        """Return the plan with a single place for all sorted routes after the first `routes`, if there are any.
+        """Return the plan with a single slot for all sorted routes after the first `routes`.
 
-        For `permute` that place is an unused row. What `combine` and gradients find there must be 0, as the gates of
-        these routes are.
+        The gates of these routes must be 0. `permute` fills that slot with an unused row, and the caller must write
+        zeros to it before `combine` and in gradients.
         """
         return RoutePlan(self.row_R[: routes + 1], self.slot_NK.clamp(max=routes), self.count_E)
 
@@ -47,9 +47,9 @@ def plan_routes(expert_NK: Tensor, n_experts: int) -> RoutePlan:
     order_R = torch.argsort(flat_R, stable=True)
     slot_R = torch.empty_like(order_R)
     slot_R[order_R] = torch.arange(order_R.numel(), device=order_R.device)
-    # Not bincount, which makes the host wait for a GPU.
-    past_E = torch.searchsorted(flat_R[order_R], torch.arange(n_experts, device=flat_R.device), right=True)
-    count_E = past_E.diff(prepend=past_E.new_zeros(1))
+    # bincount would make the host wait for a GPU.
+    end_E = torch.searchsorted(flat_R[order_R], torch.arange(n_experts, device=flat_R.device), right=True)
+    count_E = end_E.diff(prepend=end_E.new_zeros(1))
     return RoutePlan(order_R // expert_NK.shape[1], slot_R.view_as(expert_NK), count_E)
 
 
@@ -67,7 +67,7 @@ class _Permute(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_ND: Tensor, plan: RoutePlan) -> Tensor:
         ctx.slot_NK = plan.slot_NK
-        # Not x_ND[row_R], which is several times slower on a CPU.
+        # x_ND[row_R] is several times slower on a CPU.
         return x_ND.index_select(0, plan.row_R)
 
     @staticmethod
@@ -84,8 +84,8 @@ class _Combine(torch.autograd.Function):
     def forward(ctx: Any, out_RD: Tensor, gate_NK: Tensor, plan: RoutePlan) -> Tensor:
         ctx.save_for_backward(out_RD, gate_NK)
         ctx.plan = plan
-        # Gathers, weights and adds in float32 in one pass, but takes weights in the dtype of the rows only. So a gate
-        # is given in two parts, of which the second is what the first has lost by rounding.
+        # embedding_bag gathers, weights and adds in float32 in one pass, but takes weights in the dtype of the rows
+        # only. A gate is therefore split into two parts: its rounded value, and the rounding error.
         rounded_NK = gate_NK.to(out_RD.dtype)
         slot_NK, parts_NK = plan.slot_NK, rounded_NK
         if rounded_NK.dtype.itemsize < gate_NK.dtype.itemsize:
@@ -102,19 +102,20 @@ class _Combine(torch.autograd.Function):
         gate_R1 = gate_NK.new_empty(len(out_RD), 1)
         gate_R1[slot_R, 0] = gate_NK.flatten()
         grad_out_RD = torch.empty_like(out_RD)
-        grad_gate_R = torch.empty(len(out_RD), dtype=wide(gate_NK).dtype, device=gate_NK.device)
-        for at in _blocks(out_RD):
-            grad = wide(grad_ND.index_select(0, plan.row_R[at]))
-            torch.sum(wide(out_RD[at]) * grad, 1, out=grad_gate_R[at])
-            grad_out_RD[at] = grad.mul_(gate_R1[at])
+        grad_gate_R = torch.empty(len(out_RD), dtype=widen(gate_NK).dtype, device=gate_NK.device)
+        # Gradients of gates are sums over the width, so they are computed in float32.
+        for block in _row_blocks(out_RD):
+            grad = widen(grad_ND.index_select(0, plan.row_R[block]))
+            torch.sum(widen(out_RD[block]) * grad, 1, out=grad_gate_R[block])
+            grad_out_RD[block] = grad.mul_(gate_R1[block])
         return grad_out_RD, grad_gate_R[slot_R].view_as(gate_NK).to(gate_NK.dtype), None
 
 
 _combine: Callable[[Tensor, Tensor, RoutePlan], Tensor] = _Combine.apply
 
 
-def _blocks(x_RD: Tensor) -> Iterator[slice]:
-    """Return slices that cover all rows: a single one on GPUs; on a CPU so few rows each that they stay in its cache,
-    because each row is read and written several times."""
-    rows = max(1, CACHED // x_RD.shape[1]) if x_RD.device.type == "cpu" else max(1, len(x_RD))
+def _row_blocks(x_RD: Tensor) -> Iterator[slice]:
+    """Return slices that together cover all rows: a single one on GPUs, and blocks that fit into the cache on CPUs."""
+    # The caller reads and writes each row several times.
+    rows = max(1, CACHE_VALUES // x_RD.shape[1]) if x_RD.device.type == "cpu" else max(1, len(x_RD))
     return (slice(start, start + rows) for start in range(0, len(x_RD), rows))

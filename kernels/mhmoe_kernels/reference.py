@@ -1,11 +1,10 @@
-"""Two readable kernels: `reference`, a loop over experts with masks in any dtype, and `capacity`, GShard's static
-routing.
+"""Two readable kernels: `reference`, a loop over experts in any dtype, and `capacity`, GShard's static routing.
 
-GShard's static routing as the papers ran it (arXiv 2006.16668): one-hot masks of N x E x C values lay rows out in E
-buffers of C places and bring the outputs back. It is here for comparison: memory grows with N * E * C, which at a
-capacity factor of 1 is about k * N^2, and every place is computed, whether taken or not.
+Static routing is implemented as in the papers (GShard, arXiv 2006.16668): one-hot masks of N x E x C values move rows
+into E buffers of C slots and move the outputs back. It is here for comparison. Its memory grows with N * E * C, which
+at a capacity factor of 1 is about k * N^2, and it computes every slot, also the empty ones.
 
-An additional shape suffix: C places in an expert's buffer.
+Additional shape suffix: C slots in an expert's buffer.
 """
 
 import torch
@@ -15,8 +14,8 @@ from torch import Tensor
 from mhmoe_kernels.weights import ExpertWeights
 
 
-def reference(x_ND: Tensor, expert_NK: Tensor, gate_NK: Tensor, weights: ExpertWeights) -> Tensor:
-    """Run routed rows through experts: see `mhmoe_kernels.run_experts`. Tests compare the other kernels with it."""
+def run_reference(x_ND: Tensor, expert_NK: Tensor, gate_NK: Tensor, weights: ExpertWeights) -> Tensor:
+    """Run routed rows through experts, as `mhmoe_kernels.run_experts` does. Tests compare the other kernels with it."""
     y_ND = torch.zeros_like(x_ND)
     for e in range(len(weights.stacked[0])):
         rows, choice = (expert_NK == e).nonzero(as_tuple=True)
@@ -25,24 +24,27 @@ def reference(x_ND: Tensor, expert_NK: Tensor, gate_NK: Tensor, weights: ExpertW
     return y_ND
 
 
-def capacity(x_ND: Tensor, expert_NK: Tensor, gate_NK: Tensor, weights: ExpertWeights, *, places: int) -> Tensor:
-    """Run routed rows through experts as in `mhmoe_kernels.run_experts`, with C = `places` slots per expert.
+def run_capacity(
+    x_ND: Tensor, expert_NK: Tensor, gate_NK: Tensor, weights: ExpertWeights, *, expert_capacity: int
+) -> Tensor:
+    """Run routed rows through experts as `mhmoe_kernels.run_experts` does, with C = `expert_capacity` slots per expert.
 
-    A route with gate 0 takes no slot: routing has dropped it. First choices get slots before second ones, so no route
-    that routing kept under this capacity is left without one.
+    A route with gate 0 takes no slot, because routing has dropped it. First choices get slots before second choices, as
+    in routing, so every route that routing kept under this capacity gets a slot.
     """
-    experts, top_k, places = len(weights.stacked[0]), expert_NK.shape[1], max(1, places)  # no rows make no places
+    # Without rows the capacity is 0, but the masks need at least one slot.
+    n_experts, top_k, expert_capacity = len(weights.stacked[0]), expert_NK.shape[1], max(1, expert_capacity)
     kept_NK = gate_NK != 0
-    chosen_NKE = F.one_hot(expert_NK, experts) * kept_NK[..., None]
-    first_KNE = chosen_NKE.transpose(0, 1).reshape(-1, experts)  # all first choices, then all second ones
-    place_KN = ((first_KNE.cumsum(0) - first_KNE) * first_KNE).sum(-1)
-    place_NK = place_KN.view(top_k, -1).T
-    fits_NK = kept_NK & (place_NK < places)
-    at_NKC = F.one_hot(place_NK.clamp(max=places - 1), places) * fits_NK[..., None]
-    # Each of the two masks is N x E x C; a row is at most once with an expert, so the sum over k loses nothing.
-    chosen_NKE, at_NKC = chosen_NKE.to(x_ND), at_NKC.to(x_ND)
-    combine_NEC = torch.einsum("nke,nkc,nk->nec", chosen_NKE, at_NKC, gate_NK.to(x_ND))
-    dispatch_NEC = torch.einsum("nke,nkc->nec", chosen_NKE, at_NKC)
+    chosen_NKE = F.one_hot(expert_NK, n_experts) * kept_NK[..., None]
+    choice_KNE = chosen_NKE.transpose(0, 1).reshape(-1, n_experts)  # all first choices, then all second choices
+    slot_KN = ((choice_KNE.cumsum(0) - choice_KNE) * choice_KNE).sum(-1)
+    slot_NK = slot_KN.view(top_k, -1).T
+    fits_NK = kept_NK & (slot_NK < expert_capacity)
+    slot_NKC = F.one_hot(slot_NK.clamp(max=expert_capacity - 1), expert_capacity) * fits_NK[..., None]
+    # Both masks are N x E x C. A row is routed to an expert at most once, so the sum over k merges no routes.
+    chosen_NKE, slot_NKC = chosen_NKE.to(x_ND), slot_NKC.to(x_ND)
+    combine_NEC = torch.einsum("nke,nkc,nk->nec", chosen_NKE, slot_NKC, gate_NK.to(x_ND))
+    dispatch_NEC = torch.einsum("nke,nkc->nec", chosen_NKE, slot_NKC)
     x_ECD = torch.einsum("nec,nd->ecd", dispatch_NEC, x_ND)
-    out_ECD = torch.stack([weights.function(x_ECD[e], *(w[e] for w in weights.stacked)) for e in range(experts)])
+    out_ECD = torch.stack([weights.function(x_ECD[e], *(w[e] for w in weights.stacked)) for e in range(n_experts)])
     return torch.einsum("nec,ecd->nd", combine_NEC, out_ECD)

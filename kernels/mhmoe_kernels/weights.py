@@ -1,4 +1,4 @@
-"""A stack of experts: the function that each computes, and its weights stacked over experts."""
+"""Stack of experts: the function that each expert computes, and its weights, stacked over experts."""
 
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
@@ -11,7 +11,7 @@ from mhmoe_kernels.abilities import ExpertFunction
 
 @dataclass(frozen=True)
 class Swiglu:
-    """SwiGLU, down(silu(gate(x)) * up(x)), without biases (P2's experts, and LLaMA's dense layer)."""
+    """SwiGLU, down(silu(gate(x)) * up(x)), without biases: P2's experts and LLaMA's dense layer."""
 
     name: ClassVar[ExpertFunction] = "swiglu"
 
@@ -21,11 +21,7 @@ class Swiglu:
 
 @dataclass(frozen=True)
 class GeluSubln:
-    """GELU with SubLN, fc2(norm(gelu(fc1(x)))), with biases and SubLN's inner LayerNorm (P1's experts and dense layer).
-
-    GELU is computed in float32, as in the first paper's code: torch computes narrower values in float32 and rounds
-    once.
-    """
+    """GELU with SubLN, fc2(norm(gelu(fc1(x)))), with biases and an inner LayerNorm: P1's experts and dense layer."""
 
     name: ClassVar[ExpertFunction] = "gelu_subln"
     eps: float = 1e-5
@@ -41,22 +37,21 @@ class GeluSubln:
         fc2_DF: Tensor,
         fc2_bias_D: Tensor,
     ) -> Tensor:
+        # P1's code computes GELU in float32. torch does so for narrower dtypes too, and rounds once.
         gelu_NF = F.gelu(F.linear(x_ND, fc1_FD, fc1_bias_F))
         normed_NF = F.layer_norm(gelu_NF, norm_weight_F.shape, norm_weight_F, norm_bias_F, self.eps)
         return F.linear(normed_NF, fc2_DF, fc2_bias_D)
 
 
 Function = Swiglu | GeluSubln
-"""Function of an expert or a dense layer: (x_ND, *its weights) -> y_ND, for any N, including 0."""
+"""Function (x_ND, *weights) -> y_ND of an expert or a dense layer, for any N, including 0."""
 
 
 class ExpertWeights(NamedTuple):
-    """Weights of E experts of one kind. Matrices have the layout [E, out, in], which is what F.linear takes per
-    expert."""
+    """Weights of E experts of one kind. A matrix is [E, out, in]: the layout of F.linear for each expert."""
 
     function: Function
     stacked: tuple[Tensor, ...]
     """Weights of the function, each [E, ...], in the order of its arguments."""
     recompute: float = 0.0
-    """Share of the routes whose hidden rows are recomputed in the backward instead of kept, if the backend keeps
-    any."""
+    """Share of the routes whose hidden rows are recomputed in the backward, if the backend keeps any."""

@@ -1,8 +1,8 @@
-"""Architectures without their modules: choices, counts of parameters and operations, kept bytes, Hugging Face names.
+"""Architectures without their modules: options, counts of parameters and operations, saved bytes, Hugging Face names.
 
-An architecture has two files: one here, which the spec and the planner read and which needs no torch, and one of the
-same name in `model/architectures/` with its modules and its initialization. `tests/test_architectures.py` compares the
-counts of each entry below with the built model.
+An architecture has two files of the same name. The one here needs no torch; the spec and the planner read it. The one
+in `model/architectures/` has the modules and the initialization. `tests/test_architectures.py` compares the counts of
+each architecture with the built model.
 
     base.py     the interface of an architecture
     llama.py    RMSNorm, rotary positions and SwiGLU (P2)

@@ -1,8 +1,10 @@
 """The interface of an architecture: options for the spec, counts for the planner, names of exported tensors.
 
-Sizes are plain numbers, so that the spec can use an architecture: d is the width of the model, D the width of an
-expert's row (d, or d/h), F the hidden width of a feed-forward layer or an expert.
+Methods take sizes as plain numbers: d is the width of the model, D the width of an expert's row (d, or d/h), F the
+hidden width of a feed-forward layer or an expert.
 """
+
+# The spec imports this package, so nothing here may need a spec.
 
 from abc import ABC, abstractmethod
 from typing import ClassVar
@@ -15,27 +17,27 @@ FLOAT32 = 4
 
 class Architecture(ABC):
     expert_function: ClassVar[ExpertFunction]
-    """Function of a dense feed-forward layer and of an expert, by its name in mhmoe_kernels."""
+    """Name in mhmoe_kernels of the function of a dense feed-forward layer and of an expert."""
     grouped_queries: ClassVar[bool]
-    """Whether several attention heads may share keys and values (`model.kv_heads`)."""
+    """True if several attention heads may share keys and values (`model.kv_heads`)."""
     longest_sequence: ClassVar[int | None] = None
-    """Largest sequence length whose positions stay in the range of float32; None if any length works."""
+    """Largest sequence length whose positions stay in the range of float32; None if any length does."""
     is_mixtral: ClassVar[bool] = False
-    """Whether other tools know a plain mixture of experts of this architecture as a Mixtral."""
+    """True if a plain mixture of experts of this architecture is a Mixtral for other tools."""
     runs_in_vllm: ClassVar[bool] = False
-    """Whether `serve/vllm` implements its layers."""
+    """True if `serve/vllm` implements the layers of this architecture."""
 
     norms_per_block: ClassVar[int]
     norm_vectors: ClassVar[int]
-    """Parameters of a norm over the width of the model, in vectors of that width."""
+    """Number of parameter vectors of a norm, each as wide as the model."""
     attention_biases: ClassVar[int] = 0
-    """Biases of an attention layer, in vectors of the width of the model."""
+    """Number of bias vectors of an attention layer, each as wide as the model."""
     expert_matrices: ClassVar[int]
     """Number of matrix products in a feed-forward layer or an expert, each between widths D and F."""
 
     tensor_names: ClassVar[tuple[tuple[str, str], ...]]
-    """Names of the feed-forward tensors, as pairs of the name in a checkpoint and the name in an exported folder, in
-    the notation of `checkpoint/huggingface/names.py`."""
+    """Names of the feed-forward tensors: pairs of the name in a checkpoint and the name in an exported folder, in the
+    notation of `checkpoint/huggingface/names.py`."""
 
     def norm_parameters(self, d: int) -> int:
         """Return the number of parameters of one norm over rows of width `d`."""
@@ -50,18 +52,18 @@ class Architecture(ABC):
         """Return the number of parameters of a feed-forward layer or an expert."""
 
     @abstractmethod
-    def norm_kept(self, d: int, size: int) -> int:
-        """Return the bytes that a norm keeps for the backward per token, including the operand of the matrix product
+    def norm_saved_bytes(self, d: int, size: int) -> int:
+        """Return the bytes per token that a norm saves for the backward, including the operand of the matrix product
         after it.
 
         Args:
             d: width of the model.
-            size: bytes per value in matrix products, here and below.
+            size: bytes per value in matrix products.
         """
 
     @abstractmethod
-    def attention_kept(self, d: int, kv_width: int, heads: int, size: int) -> int:
-        """Return the bytes that an attention layer keeps for the backward per token.
+    def attention_saved_bytes(self, d: int, kv_width: int, heads: int, size: int) -> int:
+        """Return the bytes per token that an attention layer saves for the backward.
 
         Args:
             d: width of the model.
@@ -71,10 +73,12 @@ class Architecture(ABC):
         """
 
     @abstractmethod
-    def hidden_kept(self, hidden: int, size: int) -> int:
-        """Return the bytes that autograd keeps for one hidden row of a feed-forward layer or an expert."""
+    def hidden_saved_bytes(self, hidden: int, size: int) -> int:
+        """Return the bytes that autograd saves for one hidden row of a feed-forward layer or an expert."""
 
     @abstractmethod
-    def hidden_kept_by_grouped(self, hidden: int, size: int) -> int:
-        """Return the bytes that kernel `grouped` keeps for one hidden row; its backward is written by hand and keeps
-        less than autograd."""
+    def grouped_hidden_saved_bytes(self, hidden: int, size: int) -> int:
+        """Return the bytes that kernel `grouped` saves for one hidden row.
+
+        Its backward is written by hand and needs less than autograd's.
+        """

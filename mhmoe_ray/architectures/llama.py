@@ -32,16 +32,16 @@ class Llama(Architecture):
     def expert_parameters(self, width: int, hidden: int) -> int:
         return self.expert_macs(width, hidden)
 
-    def norm_kept(self, d: int, size: int) -> int:
-        # RMSNorm keeps its input, the normalised input and one statistic.
+    def norm_saved_bytes(self, d: int, size: int) -> int:
+        # RMSNorm saves its input and the normalised input in float32, the operand of the next product, and a statistic.
         return d * (2 * FLOAT32 + size) + FLOAT32
 
-    def attention_kept(self, d: int, kv_width: int, heads: int, size: int) -> int:
-        # Queries and keys before and after rotation, values, the result; a statistic per head.
+    def attention_saved_bytes(self, d: int, kv_width: int, heads: int, size: int) -> int:
+        # Saved are queries and keys before and after rotation, values, the result, and a statistic per head.
         return size * (2 * d + 3 * kv_width + d) + FLOAT32 * heads
 
-    def hidden_kept(self, hidden: int, size: int) -> int:
+    def hidden_saved_bytes(self, hidden: int, size: int) -> int:
         return 4 * hidden * size  # gate, its silu, up, their product
 
-    def hidden_kept_by_grouped(self, hidden: int, size: int) -> int:
+    def grouped_hidden_saved_bytes(self, hidden: int, size: int) -> int:
         return 2 * hidden * size  # gate and up

@@ -10,8 +10,8 @@ from mhmoe_ray.architectures.base import FLOAT32, Architecture
 class Subln(Architecture):
     expert_function: ClassVar[ExpertFunction] = "gelu_subln"
     grouped_queries = False
-    # Keys grow by (7/2)^(1/512) with each position and overflow float32 some 3,500 tokens later. What is rotated keeps
-    # the same factor as room below the largest float32.
+    # xPos scales keys by up to (7/2)^(1/512) per position, which overflows float32 some 3,500 positions beyond this
+    # length. The rotated keys themselves need that margin below the largest float32.
     longest_sequence = 32_768
     norms_per_block = 3  # the third lies inside attention
     norm_vectors = 2  # weight and bias
@@ -42,20 +42,20 @@ class Subln(Architecture):
     # fmt: on
 
     def expert_parameters(self, width: int, hidden: int) -> int:
-        # Beside the matrices: the two biases, and weight and bias of the inner norm.
+        # In addition to the matrices there are two biases, and the weight and bias of the inner norm.
         return self.expert_macs(width, hidden) + 3 * hidden + width
 
-    def norm_kept(self, d: int, size: int) -> int:
-        # LayerNorm keeps its input and two statistics.
+    def norm_saved_bytes(self, d: int, size: int) -> int:
+        # LayerNorm saves its input, the operand of the next product, and two statistics.
         return d * (FLOAT32 + size) + 2 * FLOAT32
 
-    def attention_kept(self, d: int, kv_width: int, heads: int, size: int) -> int:
-        # Queries and keys before and after rotation, values, the result before and after the inner norm; a statistic
-        # per head and two of the norm.
+    def attention_saved_bytes(self, d: int, kv_width: int, heads: int, size: int) -> int:
+        # Saved are queries and keys before and after rotation, values, and the result before and after the inner norm;
+        # also a statistic per head and two of the norm.
         return size * (2 * d + 3 * kv_width + 2 * d) + FLOAT32 * (heads + 2)
 
-    def hidden_kept(self, hidden: int, size: int) -> int:
+    def hidden_saved_bytes(self, hidden: int, size: int) -> int:
         return 3 * hidden * size + 2 * size  # GELU's input and output, the norm's result and its two statistics
 
-    def hidden_kept_by_grouped(self, hidden: int, size: int) -> int:
+    def grouped_hidden_saved_bytes(self, hidden: int, size: int) -> int:
         return hidden * size  # GELU's input

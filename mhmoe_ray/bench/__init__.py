@@ -1,15 +1,15 @@
-"""Side-by-side benchmarks: the cost of a layer beside a dense one of the same work, and of a whole training step.
+"""Benchmarks that compare their cases side by side, for example layers or training steps of equal work.
 
-timing.py       interleaved rounds, medians and ratios; the device; errors for what cannot be measured
+timing.py       interleaved rounds, medians and ratios; the device; errors of measurements
 processes.py    run a measurement in a process of its own
-process_memory.py   memory of a process and its children
+process_memory.py   memory of a process and its descendants
 layers.py       matched layers
 peers.py        layers of other packages, with our weights
 measure.py      measure all layers at one shape: bytes of a pass, then time
-sweep.py        measure all layers along an axis; how their cost grows
+sweep.py        measure all layers along an axis, and the growth of their cost
 plot.py         draw a sweep
 steps.py        whole training steps of matched models
-checkpoints.py  how long a checkpoint blocks training
+checkpoints.py  time that a checkpoint blocks training
 run.py          a run beside the same steps in a bare loop
 commands.py     latency of the command line
 dispatch/       flat and hierarchical dispatch between two nodes

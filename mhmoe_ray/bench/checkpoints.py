@@ -1,4 +1,4 @@
-"""How long a checkpoint holds training up, beside `torch.save` of the same state, and what memory it takes."""
+"""Time that a checkpoint blocks training, compared with `torch.save` of the same state, and memory that it takes."""
 
 import statistics
 from collections.abc import Callable
@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import torch
 
 from mhmoe_ray.bench.steps import Case
-from mhmoe_ray.bench.timing import Hardware, clock, turns
-from mhmoe_ray.checkpoint.manifest import committed
+from mhmoe_ray.bench.timing import Hardware, device_clock, turns
+from mhmoe_ray.checkpoint.manifest import committed_checkpoints
 from mhmoe_ray.checkpoint.save import Saver
 from mhmoe_ray.runs import events
 from mhmoe_ray.runs.directory import create_run
@@ -18,22 +18,24 @@ from mhmoe_ray.storage import remove_tree
 
 
 class Figures(NamedTuple):
-    """Seconds, one for each round but the first, in which buffers are made."""
+    """Measurements of checkpoints; lists have the seconds of each round, without the warm-up round."""
 
     state: int
     """Bytes of weights and moments."""
     steps: list[float]
-    """Training steps while nothing is written."""
-    beside: list[float]
-    """Training steps beside a checkpoint that is written, pauses included."""
+    """Seconds of a training step while no checkpoint is written."""
+    steps_while_writing: list[float]
+    """Seconds of a training step while a checkpoint is written, including the pauses."""
     torch_save: list[float]
-    """Of all of it, to a file; not forced onto the disk."""
+    """Seconds of `torch.save` of the whole state to a file, which is not flushed to the disk."""
     pauses: list[float]
-    """For which training waits: before it goes on, and before the next update, until there is a copy."""
+    """Seconds for which training waits for a checkpoint: at its start, and before the next update until the state is
+    copied."""
     committed: list[float]
-    """Until the checkpoint counts: on the disk, with hashes; training goes on beside it."""
+    """Seconds until a checkpoint is complete, on the disk and with hashes; training continues meanwhile."""
     extra: int | None
-    """Bytes of resident memory that the first checkpoint took beyond training's own; where the system tells it."""
+    """Bytes of resident memory that the first checkpoint took beyond training's own; None if the system does not report
+    it."""
 
     @property
     def pause_to_torch_save(self) -> float:
@@ -44,61 +46,69 @@ class Figures(NamedTuple):
         return None if self.extra is None else self.extra / self.state
 
     def as_json(self) -> dict[str, Any]:
+        fields = self._asdict()
         return {
-            **self._asdict(),
+            "beside": fields.pop("steps_while_writing"),
+            **fields,
             "pause_to_torch_save": self.pause_to_torch_save,
             "extra_to_state": self.extra_to_state,
         }
 
 
 def measure(spec: RunSpec, rounds: int, folder: Path, hardware: Hardware) -> Figures:
-    """Both ways, and a step by itself, in turn.
+    """Measure a checkpoint, `torch.save` and a training step without either, in interleaved rounds.
 
     Args:
-        spec: what is trained.
-        rounds: that are counted.
-        folder: on the disk to write to; empty.
-        hardware: to train on.
+        spec: the spec of the training.
+        rounds: the number of rounds that are counted.
+        folder: an empty folder on the disk to write to.
+        hardware: the hardware to train on.
     """
-    spec = _placed(spec, folder)
+    spec = _with_folders(spec, folder)
     run = create_run(spec)
+    # The saver records the hashes of this file and of the data manifest in each checkpoint.
     run.tokenizer_file.touch()
     case = Case(spec, hardware.device)
+    # AdamW creates its moments, which belong to the state, at the first update.
     case.step()
-    saver, file = Saver(run, case.trainer, group=1), folder / "torch.pt"
-    state = [(f"{part}.{name}", t) for part, name, t in case.trainer.strategy.state()]
-    read = clock(hardware.device)
-    found = Figures(sum(t.nbytes for _, t in state), [], [], [], [], [], None)
+    saver, torch_file = Saver(run, case.trainer, group=1), folder / "torch.pt"
+    state = [(f"{part}.{name}", t) for part, name, t in case.trainer.strategy.checkpoint_tensors()]
+    read_clock = device_clock(hardware.device)
+    figures = Figures(sum(t.nbytes for _, t in state), [], [], [], [], [], None)
 
-    def nothing() -> None:
-        found.steps.append(_timed(case.step, read))
+    def measure_step() -> None:
+        figures.steps.append(_time_action(case.step, read_clock))
 
-    def synchronous() -> None:
-        found.torch_save.append(_timed(lambda: torch.save(dict(state), file), read))
-        file.unlink()
+    def measure_torch_save() -> None:
+        figures.torch_save.append(_time_action(lambda: torch.save(dict(state), torch_file), read_clock))
+        torch_file.unlink()
 
-    def asynchronous() -> None:
-        began = read()
+    def measure_checkpoint() -> None:
+        start_time = read_clock()
         saver.save(case.trainer.zero_counts())
-        found.beside.append(_timed(case.step, read))
+        figures.steps_while_writing.append(_time_action(case.step, read_clock))
         saver.wait()
-        found.committed.append(read() - began)
-        found.pauses.append(next(e["pause"] for e in reversed(events.events(run)) if e["event"] == "checkpoint"))
-        remove_tree(committed(run)[-1])
+        figures.committed.append(read_clock() - start_time)
+        figures.pauses.append(
+            next(event["pause"] for event in reversed(events.read(run)) if event["event"] == "checkpoint")
+        )
+        remove_tree(committed_checkpoints(run)[-1])
 
-    training, saving = _settled(case.step, found.state // 100), _peak_resident(asynchronous)
-    if training and saving:
-        found = found._replace(extra=saving - training)
-    synchronous()
-    for warm_up in (found.pauses, found.committed, found.beside, found.torch_save):
-        warm_up.clear()
-    for _, way in turns((nothing, asynchronous, synchronous), rounds):
-        way()
-    return found
+    # The first checkpoint allocates the buffers of the saver, so it is measured for its memory and not for its time.
+    training_peak, saving_peak = _settled_peak(case.step, figures.state // 100), _peak_resident(measure_checkpoint)
+    if training_peak and saving_peak:
+        figures = figures._replace(extra=saving_peak - training_peak)
+    measure_torch_save()
+    for timings in (figures.pauses, figures.committed, figures.steps_while_writing, figures.torch_save):
+        timings.clear()
+    for _, measure_case in turns((measure_step, measure_checkpoint, measure_torch_save), rounds):
+        measure_case()
+    return figures
 
 
-def _placed(spec: RunSpec, folder: Path) -> RunSpec:
-    """With a run directory there, and the manifest of data that a checkpoint names."""
+def _with_folders(spec: RunSpec, folder: Path) -> RunSpec:
+    """Return the spec with its run directory in `folder`, and with an empty manifest of prepared data."""
+    # No data are read, but the saver needs this manifest.
     prepared = folder / "prepared"
     prepared.mkdir()
     (prepared / "manifest.json").write_text("{}")
@@ -106,31 +116,36 @@ def _placed(spec: RunSpec, folder: Path) -> RunSpec:
     return spec.model_copy(update={"storage": folder / "runs", "data": data})
 
 
-def _timed(action: Callable[[], object], read: Callable[[], float]) -> float:
-    began = read()
+def _time_action(action: Callable[[], object], read_clock: Callable[[], float]) -> float:
+    start_time = read_clock()
     action()
-    return read() - began
+    return read_clock() - start_time
 
 
-def _settled(action: Callable[[], object], slight: int) -> int | None:
-    """The peak of an action that has been done until 8 times in a row raised it by next to nothing, at most 64 times:
-    what the C library keeps for its use grows for the first tens of steps, and would pass for the checkpoint's."""
-    peak, still = _peak_resident(action), 0
+def _settled_peak(action: Callable[[], object], tolerance: int) -> int | None:
+    """Repeat an action until 8 runs in a row raise its peak memory by less than `tolerance`; return the last peak.
+
+    The action runs at most 65 times. The result is None if the system does not report the peak.
+    """
+    # The memory that the C library keeps for reuse grows during the first tens of steps. Without these repetitions its
+    # growth would count as the checkpoint's memory.
+    peak, stable_runs = _peak_resident(action), 0
     for _ in range(64):
-        before, peak = peak, _peak_resident(action)
-        if before is None or peak is None:
+        previous_peak, peak = peak, _peak_resident(action)
+        if previous_peak is None or peak is None:
             break
-        still = still + 1 if peak < before + slight else 0
-        if still == 8:
+        stable_runs = stable_runs + 1 if peak < previous_peak + tolerance else 0
+        if stable_runs == 8:
             break
     return peak
 
 
 def _peak_resident(action: Callable[[], object]) -> int | None:
-    """The most memory that this process has in use while it runs, in bytes; None where the system does not tell."""
+    """Return the peak of this process's resident bytes while an action runs; None if the system does not report it."""
     status = Path("/proc/self/status")
     if status.exists():
-        Path("/proc/self/clear_refs").write_text("5")  # forget the highest so far
+        # 5 resets the peak (VmHWM) to the current size.
+        Path("/proc/self/clear_refs").write_text("5")
     action()
     lines = status.read_text().splitlines() if status.exists() else []
     return next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM")), None)

@@ -1,7 +1,7 @@
-"""A plain mixture of experts, others of equal multiply-adds and parameters, and a dense layer of the same work.
+"""Layers to compare: a plain mixture of experts, others of equal work and parameters, and a dense layer of equal work.
 
-Only the fine-grained one has twice the parameters: it has eight times the experts, each a quarter as wide, and chooses
-four times as many.
+Only the fine-grained layer has more parameters, twice as many: it has eight times the experts, each a quarter as wide,
+and chooses four times as many.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mhmoe_kernels import BACKENDS, why_not
+from mhmoe_kernels import BACKENDS, unavailable_reason
 from mhmoe_kernels.abilities import KERNELS
 from mhmoe_ray.errors import SpecError
 from mhmoe_ray.model.decoder import Decoder
@@ -25,7 +25,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class Shape(NamedTuple):
-    """Sizes of the plain layer, from which those of the others follow."""
+    """Sizes of the plain layer, which determine the sizes of the others."""
 
     tokens: int = 4096
     d_model: int = 512
@@ -34,7 +34,7 @@ class Shape(NamedTuple):
     d_expert: int = 2048
 
     @property
-    def plain(self) -> MoESpec:
+    def plain_moe(self) -> MoESpec:
         return MoESpec(heads=1, experts=self.experts, top_k=self.top_k, d_expert=self.d_expert, every=1)
 
 
@@ -45,27 +45,31 @@ class Layer(NamedTuple):
     build: Callable[[], nn.Module]
     """Function that returns the layer with its weights, in float32 on the CPU."""
     package: str | None = None
-    """Package that the layer comes from, with its version; None for ours."""
+    """Package of the layer, with its version; None for ours."""
 
 
-class Absent(NamedTuple):
-    """A layer or kernel that was requested but not measured, with the reason."""
+class SkippedCase(NamedTuple):
+    """Layer or kernel that was requested but not measured, with the reason."""
 
     name: str
-    why: str
+    reason: str
+
+    def as_json(self) -> dict[str, str]:
+        return {"name": self.name, "why": self.reason}
 
 
 def has_masks(moe: MoESpec | None) -> bool:
-    """Return whether a layer has the masks of static routing, which grow with the square of the rows."""
+    """Return whether a layer uses the masks of static routing, which grow with the square of the rows."""
     return moe is not None and moe.kernel == "capacity"
 
 
 class Case:
-    """A layer with its weights and input in place, on which passes can run repeatedly."""
+    """Layer with its weights and input on the device, for repeated passes."""
 
     def __init__(self, layer: Layer, shape: Shape, dtype: DTypeName, device: torch.device) -> None:
         self.layer = layer
         self.module = layer.build().to(device, DTYPES[dtype])
+        # All layers get the same input.
         x_BTM = torch.randn(1, shape.tokens, shape.d_model, generator=torch.Generator().manual_seed(0))
         self.x_BTM = x_BTM.to(device, DTYPES[dtype]).requires_grad_()
 
@@ -75,7 +79,7 @@ class Case:
         return y_BTM
 
     def backward(self, y_BTM: Tensor) -> None:
-        """Compute the gradients of the input and of all weights, which are then dropped."""
+        """Compute the gradients of the input and of all weights, and drop them."""
         torch.autograd.backward(y_BTM, torch.ones_like(y_BTM))
         for leaf in (self.x_BTM, *self.module.parameters()):
             leaf.grad = None
@@ -94,78 +98,86 @@ def our_layers(
     kernels: Sequence[str],
     device: torch.device,
     dtype: DTypeName = "bfloat16",
-) -> tuple[list[Layer], list[Absent]]:
-    """Return our layers to measure, the dense layer first, then the plain one, and the kernels that cannot run.
+) -> tuple[list[Layer], list[SkippedCase]]:
+    """Return our layers to measure (the dense layer, the plain one, then the others), and the kernels that cannot run.
 
     Args:
         shape: the sizes of the plain layer.
         heads: the numbers of heads h of the multi-head layers.
         static: whether to add static routing with its masks, for the plain layer and for the one with the fewest heads.
-        kernels: names as in `MoESpec.kernel`; each layer is returned once with each of those that can run on the
-            device.
+        kernels: names as in `MoESpec.kernel`; each layer is returned with each kernel that can run on the device.
         device: the device to run on.
         dtype: the data type to run with.
 
     Raises:
-        SpecError: a layer of these sizes cannot be made, no layer with so many heads matches, or no kernel can run.
+        SpecError: a layer of these sizes is impossible, no layer with this number of heads matches, or no kernel can
+            run.
     """
-    plain = shape.plain
-    moes: dict[str, MoESpec] = {"SMoE": plain, "X-MoE": plain.model_copy(update={"router": "xmoe"})}
+    plain_moe = shape.plain_moe
+    moes: dict[str, MoESpec] = {"SMoE": plain_moe, "X-MoE": plain_moe.model_copy(update={"router": "xmoe"})}
     for h in heads:
-        moe = matched_heads(_model(shape, plain), h, plain.top_k).moe
+        moe = matched_heads(_model_spec(shape, plain_moe), h, plain_moe.top_k).moe
         assert moe is not None
         moes[f"MH-MoE h {h}"] = moe
-    fine = {"experts": 8 * shape.experts, "top_k": 4 * shape.top_k, "d_expert": shape.d_expert // 4}
-    moes["fine-grained"] = plain.model_copy(update=fine)
-    can_run, absent = _usable(kernels, device, dtype)
-    found: dict[str, MoESpec] = {}
+    fine_grained = {"experts": 8 * shape.experts, "top_k": 4 * shape.top_k, "d_expert": shape.d_expert // 4}
+    moes["fine-grained"] = plain_moe.model_copy(update=fine_grained)
+    runnable_kernels, skipped = _split_kernels(kernels, device, dtype)
+    layer_moes: dict[str, MoESpec] = {}
     for name, moe in moes.items():
-        for kernel in can_run:
-            found[name if len(kernels) == 1 else f"{name}, {kernel}"] = moe.model_copy(update={"kernel": kernel})
+        for kernel in runnable_kernels:
+            layer_moes[name if len(kernels) == 1 else f"{name}, {kernel}"] = moe.model_copy(update={"kernel": kernel})
     if static:
+        # The masks grow with the square of the rows, and more heads mean more rows.
         for name in ["SMoE", *(f"MH-MoE h {h}" for h in sorted(heads)[:1])]:
             static_routing = {"capacity_factor": 1.0, "kernel": "capacity"}
-            found[f"{name} static"] = moes[name].model_copy(update=static_routing)
-    dense = Layer("dense", None, partial(_dense, shape))
-    return [dense, *(Layer(name, moe, partial(mixture, shape, moe)) for name, moe in found.items())], absent
+            layer_moes[f"{name} static"] = moes[name].model_copy(update=static_routing)
+    dense = Layer("dense", None, partial(_build_dense, shape))
+    return [dense, *(Layer(name, moe, partial(build_mixture, shape, moe)) for name, moe in layer_moes.items())], skipped
 
 
-def _usable(kernels: Sequence[str], device: torch.device, dtype: DTypeName) -> tuple[list[str], list[Absent]]:
-    can_run, absent = [], []
-    trainable = [name for name, backend in BACKENDS.items() if backend.trains]
+def _split_kernels(
+    kernels: Sequence[str], device: torch.device, dtype: DTypeName
+) -> tuple[list[str], list[SkippedCase]]:
+    runnable_kernels, skipped = [], []
+    trainable_kernels = [name for name, backend in BACKENDS.items() if backend.has_backward]
     for kernel in kernels:
-        if kernel not in ("auto", *trainable):
-            raise SpecError(f"kernel {kernel}", "there is none of that name", f"choose of auto, {', '.join(trainable)}")
+        if kernel not in ("auto", *trainable_kernels):
+            raise SpecError(
+                f"kernel {kernel}", "there is none of that name", f"choose one of auto, {', '.join(trainable_kernels)}"
+            )
         if kernel == "capacity":
             raise SpecError("kernel capacity", "it is static routing, which drops rows", "ask for it with --static")
         precision = next(limits.precision for name, limits in KERNELS.items() if name == kernel)
-        other = f"kernel {kernel} computes in {precision}, not in {dtype}" if precision not in (None, dtype) else None
-        # What it computes nowhere comes first: another machine would not help.
-        why = other or why_not(kernel, device)
-        if why is None:
-            can_run.append(kernel)
+        precision_reason = (
+            f"kernel {kernel} computes in {precision}, not in {dtype}" if precision not in (None, dtype) else None
+        )
+        # An unsupported precision is reported before an unsupported machine: another machine would not help.
+        reason = precision_reason or unavailable_reason(kernel, device)
+        if reason is None:
+            runnable_kernels.append(kernel)
         else:
-            absent.append(Absent(f"kernel {kernel}", why))
-    if not can_run:
-        raise SpecError(absent[0].name, absent[0].why, "name one that can run here")
-    return can_run, absent
+            skipped.append(SkippedCase(f"kernel {kernel}", reason))
+    if not runnable_kernels:
+        raise SpecError(skipped[0].name, skipped[0].reason, "name one that can run here")
+    return runnable_kernels, skipped
 
 
-def _model(shape: Shape, moe: MoESpec) -> ModelSpec:
+def _model_spec(shape: Shape, moe: MoESpec) -> ModelSpec:
+    # Only the expert layer is used, so the rest of the model is as small as possible.
     return ModelSpec(vocab_size=1, d_model=shape.d_model, layers=1, attention_heads=1, moe=moe)
 
 
-def mixture(shape: Shape, moe: MoESpec) -> MultiHeadMoE:
-    """Return the expert layer of a model that has no other one."""
-    model = Decoder(_model(shape, moe))
+def build_mixture(shape: Shape, moe: MoESpec) -> MultiHeadMoE:
+    """Return the expert layer of a model with a single layer."""
+    model = Decoder(_model_spec(shape, moe))
     init_weights(model, 0)
     [layer] = model.moe_layers()
     return layer
 
 
-def _dense(shape: Shape) -> nn.Module:
+def _build_dense(shape: Shape) -> nn.Module:
     """Return a SwiGLU layer as wide as the k experts of a token together."""
-    wide = shape.top_k * shape.d_expert
-    model = Decoder(ModelSpec(vocab_size=1, d_model=shape.d_model, layers=1, attention_heads=1, d_ff=wide))
+    hidden_width = shape.top_k * shape.d_expert
+    model = Decoder(ModelSpec(vocab_size=1, d_model=shape.d_model, layers=1, attention_heads=1, d_ff=hidden_width))
     init_weights(model, 0)
     return model.get_submodule("blocks.0.ffn")

@@ -1,6 +1,6 @@
 """Measurement of all layers at one shape: memory of a first pass, then interleaved rounds of time.
 
-Memory means the bytes that torch's allocator gives out. It leaves out what a library allocates itself, such as oneDNN's
+Memory means the bytes from torch's allocator, without the bytes that libraries allocate themselves, such as oneDNN's
 scratch space.
 """
 
@@ -13,83 +13,83 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from mhmoe_ray.bench.layers import Absent, Case, DTypeName, Layer, Shape, has_masks, our_layers
+from mhmoe_ray.bench.layers import Case, DTypeName, Layer, Shape, SkippedCase, has_masks, our_layers
 from mhmoe_ray.bench.peers import peer_layers
-from mhmoe_ray.bench.timing import Hardware, clock, interleaved
+from mhmoe_ray.bench.timing import Hardware, device_clock, time_interleaved
 from mhmoe_ray.errors import SpecError
 from mhmoe_ray.spec import MoESpec
 
 
 class Footprint(NamedTuple):
-    peak: int
-    """Largest number of bytes allocated at one time, beyond those before the pass: results, gradients and
-    intermediates."""
-    kept: int
-    """Bytes that the forward pass keeps for the backward pass, weights excluded."""
+    peak_bytes: int
+    """Largest number of bytes allocated at one time, without those allocated before the pass."""
+    saved_bytes: int
+    """Bytes that the forward pass saves for the backward pass, without weights."""
 
 
 def footprint(layer: nn.Module, forward: Callable[[], Tensor], backward: Callable[[Tensor], None]) -> Footprint:
-    """Measure the memory of one pass; what the pass leaves allocated counts as well.
+    """Measure the memory of one pass, including memory that stays allocated after it.
 
     Args:
-        layer: the layer, whose weights are not counted as kept.
+        layer: the layer, whose weights do not count as saved.
         forward: a function that returns the output.
         backward: a function that takes the output.
     """
-    kept: dict[int, int] = {}
+    saved_sizes: dict[int, int] = {}
     weights = {p.untyped_storage().data_ptr() for p in layer.parameters()}
 
-    def keep(t: Tensor) -> Tensor:
-        # The graph holds t until backward, so that no other tensor gets its address before.
+    def record_storage(t: Tensor) -> Tensor:
+        # The graph holds t until the backward pass, so no other tensor can get its address before.
         storage = t.untyped_storage()
         if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return t.detach()  # t itself may hold the graph that holds it, and would never be released
+            saved_sizes[storage.data_ptr()] = storage.nbytes()
+        # t may hold the graph that holds t; such a cycle would never be released.
+        return t.detach()
 
     def run() -> None:
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        with torch.autograd.graph.saved_tensors_hooks(record_storage, lambda t: t):
             y = forward()
         backward(y)
 
-    return Footprint(peak_bytes(run, next(layer.parameters()).device), sum(kept.values()))
+    return Footprint(peak_bytes(run, next(layer.parameters()).device), sum(saved_sizes.values()))
 
 
 def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
-    """Return the largest number of bytes that `run` has allocated at one time on the device, beyond those before it."""
+    """Return the largest number of bytes allocated on the device at one time while `run` runs, without earlier ones."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-        before = torch.cuda.memory_allocated(device)
+        previous_bytes = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
         run()
-        return torch.cuda.max_memory_allocated(device) - before
-    return highest(_changes(run))
+        return torch.cuda.max_memory_allocated(device) - previous_bytes
+    return highest_sum(_allocation_changes(run))
 
 
-def _changes(run: Callable[[], object]) -> list[int]:
+def _allocation_changes(run: Callable[[], object]) -> list[int]:
     """Return the bytes of each allocation on the CPU, and of each release as a negative number, in order of time."""
-    # Read at the profiler's first use: without it, it announces its stages on stderr.
+    # The profiler reads this variable at its first use. Without it, it announces its stages on stderr.
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         run()
-    results = found.profiler.kineto_results if found.profiler else None
+    results = profiler.profiler.kineto_results if profiler.profiler else None
     assert results is not None
     events = sorted((e for e in results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns())
     return [e.nbytes() for e in events]
 
 
-def highest(changes: Iterable[int]) -> int:
+def highest_sum(changes: Iterable[int]) -> int:
     """Return the highest partial sum of the changes, starting from 0."""
-    at = top = 0
+    total = highest_total = 0
     for change in changes:
-        at += change
-        top = max(top, at)
-    return top
+        total += change
+        highest_total = max(highest_total, total)
+    return highest_total
 
 
 STATIC_ROWS = 8192
-"""Number of rows up to which static routing is measured.
+"""Largest number of rows at which static routing is measured.
 
-Its masks have k N^2 values each: with k = 2 a pass takes 3 GB at 8,192 rows, and some 64 times that at 65,536.
+Its masks have k N^2 values each: with k = 2 a pass takes 3 GB at 8,192 rows, and about 64 times as much at 65,536.
 """
 
 
@@ -111,100 +111,110 @@ class Figures(NamedTuple):
     moe: MoESpec | None
     """Sizes of the mixture of experts; None for the dense layer."""
     package: str | None
-    """Package that the layer comes from, with its version; None for ours."""
+    """Package of the layer, with its version; None for ours."""
     median: float
     """Median time of a pass in seconds."""
     seconds: list[float]
     """Seconds of a pass, one value per round."""
-    peak: int
+    peak_bytes: int
     """Peak memory in bytes, as in `Footprint`."""
-    kept: int | None
-    extrapolated: bool = False
-    """Whether the values are not measured but extrapolated from those at fewer rows."""
+    saved_bytes: int | None
+    is_extrapolated: bool = False
+    """True if the values are extrapolated from fewer rows instead of measured."""
 
 
-class Measured(NamedTuple):
+class Measurements(NamedTuple):
     figures: list[Figures]
-    """Figures of each layer, the dense layer first, then the plain one."""
-    absent: list[Absent]
+    """Figures of each layer: of the dense layer, of the plain one, then of the others."""
+    skipped: list[SkippedCase]
 
 
-def measure(request: Request, hardware: Hardware, note: Callable[[str], None]) -> Measured:
+def measure(request: Request, hardware: Hardware, report: Callable[[str], None]) -> Measurements:
     """Measure every layer that can run.
 
     Args:
         request: the layers to measure.
         hardware: the device to measure on.
-        note: a function that is called with a line about what comes next.
+        report: a function that is called with a line about the next measurement.
 
     Raises:
-        SpecError: a layer of these sizes cannot be made, or the first two do not fit into memory.
+        SpecError: a layer of these sizes is impossible, or the first two layers do not fit into memory.
     """
     device = hardware.device
-    layers, absent = wanted(request, device)
-    note(f"{len(layers)} layers, {request.rounds} rounds")
+    layers, skipped = requested_layers(request, device)
+    report(f"{len(layers)} layers, {request.rounds} rounds")
     cases: list[Case] = []
     footprints: list[Footprint] = []
     for layer in layers:
         try:
             case = Case(layer, request.shape, request.dtype, device)
+            # Kernels are compiled and chosen at their first call, which would add to the memory of the pass.
             if device.type == "cuda":
-                case.run()  # kernels are compiled and chosen at their first call, which takes memory of its own
+                case.run()
             footprints.append(footprint(case.module, case.forward, case.backward))
+        # Layers of other packages may raise any error; `failure_reason` tells a reason from a bug.
         except Exception as error:
-            why = cannot(layer, error)
-            if why is None:
+            reason = failure_reason(layer, error)
+            if reason is None:
                 raise
+            # Ratios need the dense layer and the plain one.
             if len(cases) < 2:
-                raise SpecError(f"layer {layer.name}", why, "choose other sizes or kernels") from error
-            absent.append(Absent(layer.name, why))
+                raise SpecError(f"layer {layer.name}", reason, "choose other sizes or kernels") from error
+            skipped.append(SkippedCase(layer.name, reason))
         else:
             cases.append(case)
-    timings = interleaved({c.layer.name: c.run for c in cases}, request.rounds, clock(device), warm_up=False)
+    # The measurement of memory has already run each case once.
+    timings = time_interleaved(
+        {c.layer.name: c.run for c in cases}, request.rounds, device_clock(device), warm_up=False
+    )
     figures = [
-        Figures(name, moe, package, timings[name].median, timings[name].seconds, found.peak, found.kept)
-        for (name, moe, _, package), found in zip((case.layer for case in cases), footprints, strict=True)
+        Figures(name, moe, package, timings[name].median, timings[name].seconds, memory.peak_bytes, memory.saved_bytes)
+        for (name, moe, _, package), memory in zip((case.layer for case in cases), footprints, strict=True)
     ]
-    return Measured(figures, absent)
+    return Measurements(figures, skipped)
 
 
-def wanted(request: Request, device: torch.device) -> tuple[list[Layer], list[Absent]]:
-    """Return the layers of a request, and those that are left out with the reason."""
+def requested_layers(request: Request, device: torch.device) -> tuple[list[Layer], list[SkippedCase]]:
+    """Return the layers of a request, and those that are skipped, with the reason."""
     shape = request.shape
-    layers, absent = our_layers(shape, request.heads, request.static, request.kernels, device, request.dtype)
+    layers, skipped = our_layers(shape, request.heads, request.static, request.kernels, device, request.dtype)
     if request.peers:
-        more, missing = peer_layers(shape)
-        layers, absent = layers + more, absent + missing
-    many = {
+        more_layers, skipped_peers = peer_layers(shape)
+        layers, skipped = layers + more_layers, skipped + skipped_peers
+    excess_rows = {
         layer.name: rows
         for layer in layers
-        if has_masks(layer.moe) and (rows := rows_of(layer.moe, shape)) > STATIC_ROWS
+        if has_masks(layer.moe) and (rows := row_count(layer.moe, shape)) > STATIC_ROWS
     }
-    why = f"its masks grow with the square of the rows; it is measured up to {STATIC_ROWS:,}"
-    absent += [Absent(name, f"{rows:,} rows: {why}") for name, rows in many.items()]
-    return [layer for layer in layers if layer.name not in many], absent
+    reason = f"its masks grow with the square of the rows; it is measured up to {STATIC_ROWS:,}"
+    skipped += [SkippedCase(name, f"{rows:,} rows: {reason}") for name, rows in excess_rows.items()]
+    return [layer for layer in layers if layer.name not in excess_rows], skipped
 
 
-def rows_of(moe: MoESpec | None, shape: Shape) -> int:
+def row_count(moe: MoESpec | None, shape: Shape) -> int:
     """Return the number of rows N of a layer: its tokens, or its sub-tokens."""
     return shape.tokens * (moe.heads if moe else 1)
 
 
-def cannot(layer: Layer, error: Exception) -> str | None:
-    """Return in one line why a layer cannot run here, from an error that says so; None if the error is a bug.
+def failure_reason(layer: Layer, error: Exception) -> str | None:
+    """Return the reason why a layer cannot run, in one line, from the error that it raised; None if that is a bug.
 
-    For a layer of another package every error is a reason. A kernel that was named refuses sizes with a ValueError.
+    For a layer of another package, every error is a reason. A kernel that was named refuses sizes with a ValueError.
     """
-    named = layer.moe is not None and layer.moe.kernel != "auto"
-    if layer.package or isinstance(error, torch.OutOfMemoryError) or (named and isinstance(error, ValueError)):
-        said = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
-        first, _, _ = said.removeprefix("Value error, ").strip().partition("\n")
-        return f"{type(error).__name__}: {first}" if layer.package else first
+    is_kernel_named = layer.moe is not None and layer.moe.kernel != "auto"
+    if (
+        layer.package
+        or isinstance(error, torch.OutOfMemoryError)
+        or (is_kernel_named and isinstance(error, ValueError))
+    ):
+        message = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
+        first_line, _, _ = message.removeprefix("Value error, ").strip().partition("\n")
+        return f"{type(error).__name__}: {first_line}" if layer.package else first_line
     return None
 
 
 def as_json(figures: Sequence[Figures]) -> list[dict[str, Any]]:
-    """Return the figures as JSON, with ratios to the first two of them, the dense and the plain layer."""
+    """Return the figures as JSON, with their ratios to the first two, which are the dense and the plain layer."""
     dense, plain = (f.median for f in figures[:2])
     return [
         {
@@ -215,9 +225,9 @@ def as_json(figures: Sequence[Figures]) -> list[dict[str, Any]]:
             "median": f.median,
             "to_dense": f.median / dense,
             "to_smoe": f.median / plain,
-            "peak": f.peak,
-            "kept_for_backward": f.kept,
-            "extrapolated": f.extrapolated,
+            "peak": f.peak_bytes,
+            "kept_for_backward": f.saved_bytes,
+            "extrapolated": f.is_extrapolated,
         }
         for f in figures
     ]

@@ -1,6 +1,6 @@
-"""Expert layers of other packages, with the very weights of our plain layer, so that routing and work are the same.
+"""Expert layers of other packages, with the weights of our plain layer, so that routing and work are the same.
 
-transformers' Mixtral block and DeepSpeed's layer divide the k routing weights by their sum, as `normalize_gates` does.
+transformers' Mixtral block and DeepSpeed's layer divide the k gates by their sum, as `normalize_gates` does.
 """
 
 import sys
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from mhmoe_ray.bench.layers import Absent, Layer, Shape, mixture
+from mhmoe_ray.bench.layers import Layer, Shape, SkippedCase, build_mixture
 from mhmoe_ray.model.feedforward import FeedForward
 from mhmoe_ray.model.moe import MultiHeadMoE
 from mhmoe_ray.spec import ModelSpec
@@ -22,133 +22,137 @@ from mhmoe_ray.spec import ModelSpec
 class Peer(NamedTuple):
     name: str
     package: str
-    oldest: tuple[int, ...]
-    like: Callable[[MultiHeadMoE], nn.Module]
+    oldest_version: tuple[int, ...]
+    build: Callable[[MultiHeadMoE], nn.Module]
     """Function that returns the package's layer with the weights of ours."""
     capacity_factor: float | None = None
 
 
-def mixtral(implementation: str, ours: MultiHeadMoE) -> nn.Module:
+def build_mixtral(implementation: str, our_layer: MultiHeadMoE) -> nn.Module:
     """Return transformers' Mixtral block with our weights.
 
     Args:
-        implementation: the implementation of its experts, which is a loop (`eager`) or `grouped_mm`.
-        ours: the layer whose weights it gets.
+        implementation: the implementation of its experts: `eager`, which is a loop, or `grouped_mm`.
+        our_layer: the layer whose weights it gets.
     """
     from transformers import MixtralConfig
     from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
-    gate_EFD, up_EFD, down_EDF = _weights(ours)
+    gate_EFD, up_EFD, down_EDF = _weights(our_layer)
     experts, d_expert, d_model = gate_EFD.shape
     config = MixtralConfig(
         hidden_size=d_model,
         intermediate_size=d_expert,
         num_local_experts=experts,
-        num_experts_per_tok=ours.router.moe.top_k,
+        num_experts_per_tok=our_layer.router.moe.top_k,
         experts_implementation=implementation,
     )
     block: nn.Module = MixtralSparseMoeBlock(config)
-    given = {
-        "gate.weight": _router(ours),
+    state = {
+        "gate.weight": _router_weight(our_layer),
         "experts.gate_up_proj": torch.cat([gate_EFD, up_EFD], dim=1),
         "experts.down_proj": down_EDF,
     }
-    block.load_state_dict(given)
+    block.load_state_dict(state)
     return block
 
 
-def deepspeed_moe(drop_tokens: bool, ours: MultiHeadMoE) -> nn.Module:
-    """Return DeepSpeed's layer with our weights, on one rank, which needs no process group.
+def build_deepspeed(drop_tokens: bool, our_layer: MultiHeadMoE) -> nn.Module:
+    """Return DeepSpeed's layer with our weights, on one rank and without a process group.
 
     The random parts of its routing are switched off.
 
     Args:
-        drop_tokens: whether experts have a capacity of k N / E rows; otherwise as many as the fullest expert gets.
-        ours: the layer whose weights it gets.
+        drop_tokens: whether experts have a capacity of k N / E rows; otherwise their capacity is the number of rows of
+            the fullest expert.
+        our_layer: the layer whose weights it gets.
     """
-    with redirect_stdout(sys.stderr):  # where its log goes from then on
+    # DeepSpeed's logger writes to the stdout of its import; stdout is for results.
+    with redirect_stdout(sys.stderr):
         from deepspeed.moe.layer import MoE
-    gate_EFD, up_EFD, down_EDF = _weights(ours)
+    gate_EFD, up_EFD, down_EDF = _weights(our_layer)
     experts, d_expert, d_model = gate_EFD.shape
-    one = FeedForward(ModelSpec(vocab_size=1, d_model=d_model, layers=1, attention_heads=1, d_ff=d_expert), d_expert)
+    expert = FeedForward(ModelSpec(vocab_size=1, d_model=d_model, layers=1, attention_heads=1, d_ff=d_expert), d_expert)
+    # DeepSpeed copies this layer for each expert, under the names of the weights below.
     layer: nn.Module = MoE(
         d_model,
-        one,
+        expert,
         num_experts=experts,
-        k=ours.router.moe.top_k,
+        k=our_layer.router.moe.top_k,
         drop_tokens=drop_tokens,
         use_rts=False,
         top2_2nd_expert_sampling=False,
     )
-    given = {"deepspeed_moe.gate.wg.weight": _router(ours)}
+    state = {"deepspeed_moe.gate.wg.weight": _router_weight(our_layer)}
     for e in range(experts):
-        its = f"deepspeed_moe.experts.deepspeed_experts.{e}"
-        given |= {f"{its}.gate_FD": gate_EFD[e], f"{its}.up_FD": up_EFD[e], f"{its}.down_DF": down_EDF[e]}
-    layer.load_state_dict(given)
+        prefix = f"deepspeed_moe.experts.deepspeed_experts.{e}"
+        state |= {f"{prefix}.gate_FD": gate_EFD[e], f"{prefix}.up_FD": up_EFD[e], f"{prefix}.down_DF": down_EDF[e]}
+    layer.load_state_dict(state)
     return layer
 
 
 PEERS = (
-    Peer("transformers eager", "transformers", (5, 20), partial(mixtral, "eager")),
-    Peer("transformers grouped_mm", "transformers", (5, 20), partial(mixtral, "grouped_mm")),
-    # Before 0.19.4 its rows went through static routing's masks.
-    Peer("DeepSpeed capacity", "deepspeed", (0, 19, 4), partial(deepspeed_moe, True), capacity_factor=1.0),
-    Peer("DeepSpeed dropless", "deepspeed", (0, 19, 4), partial(deepspeed_moe, False)),
+    Peer("transformers eager", "transformers", (5, 20), partial(build_mixtral, "eager")),
+    Peer("transformers grouped_mm", "transformers", (5, 20), partial(build_mixtral, "grouped_mm")),
+    # Before 0.19.4, DeepSpeed moved rows with the masks of static routing.
+    Peer("DeepSpeed capacity", "deepspeed", (0, 19, 4), partial(build_deepspeed, True), capacity_factor=1.0),
+    Peer("DeepSpeed dropless", "deepspeed", (0, 19, 4), partial(build_deepspeed, False)),
 )
 
 
-def peer_layers(shape: Shape) -> tuple[list[Layer], list[Absent]]:
-    """Return the layers of installed packages, and the others with the reason why they are not measured."""
-    layers, absent = [], []
+def peer_layers(shape: Shape) -> tuple[list[Layer], list[SkippedCase]]:
+    """Return the layers of installed packages, and the skipped ones with the reason."""
+    layers, skipped = [], []
     for peer in PEERS:
-        version = installed(peer.package)
-        if why := why_not(peer, version):
-            absent.append(Absent(peer.name, why))
+        version = installed_version(peer.package)
+        if reason := unavailable_reason(peer, version):
+            skipped.append(SkippedCase(peer.name, reason))
         else:
-            moe = shape.plain.model_copy(
+            moe = shape.plain_moe.model_copy(
                 update={"normalize_gates": shape.top_k > 1, "capacity_factor": peer.capacity_factor}
             )
             layers.append(Layer(peer.name, moe, partial(_build, peer, shape), f"{peer.package} {version}"))
-    return layers, absent
+    return layers, skipped
 
 
 def _build(peer: Peer, shape: Shape) -> nn.Module:
-    return peer.like(mixture(shape, shape.plain))
+    return peer.build(build_mixture(shape, shape.plain_moe))
 
 
-def why_not(peer: Peer, version: str | None) -> str | None:
-    """Return why a version of a package is not measured; None if it is.
+def unavailable_reason(peer: Peer, version: str | None) -> str | None:
+    """Return the reason why a version of a package cannot be measured, in one line; None if it can.
 
     Args:
         peer: the layer of the package.
         version: the installed version; None if the package is not installed.
     """
-    oldest = ".".join(map(str, peer.oldest))
-    install = f"pip install '{peer.package}>={oldest}'"
+    oldest_version = ".".join(map(str, peer.oldest_version))
+    install = f"pip install '{peer.package}>={oldest_version}'"
     if version is None:
         return f"{peer.package} is not installed: {install}"
-    if _numbers(version) < peer.oldest:
-        return f"{peer.package} {version} is older than {oldest}: {install}"
+    if _version_numbers(version) < peer.oldest_version:
+        return f"{peer.package} {version} is older than {oldest_version}: {install}"
     return None
 
 
-def installed(package: str) -> str | None:
+def installed_version(package: str) -> str | None:
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
 
 
-def _numbers(version: str) -> tuple[int, ...]:
+def _version_numbers(version: str) -> tuple[int, ...]:
+    # The local part, such as +cpu, and parts such as dev1 do not change the order here.
     release = version.partition("+")[0].split(".")
     return tuple(int(part) for part in release if part.isdecimal())
 
 
-def _weights(ours: MultiHeadMoE) -> tuple[Any, Any, Any]:
-    gate_EFD, up_EFD, down_EDF = (p.detach() for p in ours.experts.parameters())
+def _weights(our_layer: MultiHeadMoE) -> tuple[Any, Any, Any]:
+    gate_EFD, up_EFD, down_EDF = (p.detach() for p in our_layer.experts.parameters())
     return gate_EFD, up_EFD, down_EDF
 
 
-def _router(ours: MultiHeadMoE) -> torch.Tensor:
-    [weight_ED] = ours.router.parameters()
+def _router_weight(our_layer: MultiHeadMoE) -> torch.Tensor:
+    [weight_ED] = our_layer.router.parameters()
     return weight_ED.detach()

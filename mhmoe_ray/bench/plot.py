@@ -1,4 +1,4 @@
-"""Picture of a sweep: time, its ratio to the dense layer, and peak memory of each layer along the axis."""
+"""Plot of a sweep: time, its ratio to the dense layer, and peak memory of each layer along the axis."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -15,93 +15,111 @@ if TYPE_CHECKING:
 
 
 COLOURS = {"dense": BLACK, "SMoE": BLUE, "X-MoE": SKY, "fine-grained": GREEN, "transformers": PURPLE, "DeepSpeed": GREY}
-OF_HEADS = (VERMILION, ORANGE)
-"""Colours of multi-head layers in their order, reused from the first if there are more; marks tell these apart."""
+HEAD_COLOURS = (VERMILION, ORANGE)
+"""Colours of multi-head layers in their order. With more layers the colours repeat, but their marks differ."""
 MARKS = "osD^vPX<>*pd"
 
 
 class Style(NamedTuple):
     colour: str
     mark: str
-    hollow: bool
-    """Whether marks are hollow, as for static routing and for other packages."""
+    is_hollow: bool
+    """True if marks are hollow, as for static routing and for other packages."""
 
 
-def plot(swept: Sweep, request: Request, hardware: Hardware, path: Path) -> None:
+def plot(sweep: Sweep, request: Request, hardware: Hardware, path: Path) -> None:
     """Draw a sweep and write it as a PNG.
 
     Raises:
         DataError: matplotlib is not installed, or the file cannot be written.
     """
     with style():
-        save(picture(swept, request, hardware), path)
+        save(draw_picture(sweep, request, hardware), path)
 
 
-def picture(swept: Sweep, request: Request, hardware: Hardware) -> "Figure":
+def draw_picture(sweep: Sweep, request: Request, hardware: Hardware) -> "Figure":
     """Draw a sweep as three panels and a legend."""
     figure = new_figure(13, 4.6)
     time, ratio, memory = figure.subplots(1, 3)
-    dense = {at: figures[0].median for at, figures in swept.points.items()}
-    styles = styles_of(swept.series)
-    for name, along in swept.series.items():
-        _draw(time, along, {at: f.median for at, f in along.items()}, styles[name], name)
-        _draw(ratio, along, {at: f.median / dense[at] for at, f in along.items()}, styles[name])
-        _draw(memory, along, {at: f.peak / 1e9 for at, f in along.items()}, styles[name])
-    dropless = [f.median / dense[at] for at, here in swept.points.items() for f in here if not has_masks(f.moe)]
-    ratio.set_ylim(min(dropless) / 1.15, max(dropless) * 1.15)  # static routing would flatten all others
+    dense = {point: figures[0].median for point, figures in sweep.points.items()}
+    styles = layer_styles(sweep.series)
+    for name, layer_figures in sweep.series.items():
+        _draw_layer(time, layer_figures, {point: f.median for point, f in layer_figures.items()}, styles[name], name)
+        _draw_layer(
+            ratio, layer_figures, {point: f.median / dense[point] for point, f in layer_figures.items()}, styles[name]
+        )
+        _draw_layer(
+            memory, layer_figures, {point: f.peak_bytes / 1e9 for point, f in layer_figures.items()}, styles[name]
+        )
+    dropless = [
+        f.median / dense[point]
+        for point, point_figures in sweep.points.items()
+        for f in point_figures
+        if not has_masks(f.moe)
+    ]
+    # Static routing is left out of the limits, because its ratios would flatten all other lines.
+    ratio.set_ylim(min(dropless) / 1.15, max(dropless) * 1.15)
     for axes, title in ((time, "time (s)"), (ratio, "time, ratio to dense"), (memory, "peak memory (GB)")):
-        _finish(axes, swept, title)
-    if AXES[swept.over].grows:
-        _guide(time, dense)
+        _format_axes(axes, sweep, title)
+    if AXES[sweep.axis].work_grows:
+        _draw_guide(time, dense)
     figure.legend(loc="outside right center", handlelength=2.4, labelspacing=0.7)
-    figure.suptitle(_says(swept, request, hardware), x=0.01, ha="left", fontsize="medium")
+    figure.suptitle(_title(sweep, request, hardware), x=0.01, ha="left", fontsize="medium")
     return figure
 
 
-def styles_of(series: dict[str, dict[int, Figures]]) -> dict[str, Style]:
+def layer_styles(series: dict[str, dict[int, Figures]]) -> dict[str, Style]:
     """Return the style of each layer.
 
-    The colour shows the kind of layer, so that static routing and other kernels share it; the mark shows the order.
+    The colour shows the kind of layer, so static routing and other kernels share it. The mark shows the order.
     """
     heads: dict[str, str] = {}
     styles = {}
-    for i, (name, along) in enumerate(series.items()):
+    for i, (name, layer_figures) in enumerate(series.items()):
         base = name.partition(",")[0].removesuffix(" static")
         if base.startswith("MH-MoE"):
-            colour = heads.setdefault(base, OF_HEADS[len(heads) % len(OF_HEADS)])
+            colour = heads.setdefault(base, HEAD_COLOURS[len(heads) % len(HEAD_COLOURS)])
         else:
             colour = COLOURS[base if base in COLOURS else base.partition(" ")[0]]
-        hollow = name.endswith(" static") or next(iter(along.values())).package is not None
+        hollow = name.endswith(" static") or next(iter(layer_figures.values())).package is not None
         styles[name] = Style(colour, MARKS[i % len(MARKS)], hollow)
     return styles
 
 
-def _draw(axes: "Axes", along: dict[int, Figures], values: dict[int, float], style: Style, label: str = "") -> None:
-    measured = [at for at in along if not along[at].extrapolated]
-    beyond = [at for at in along if along[at].extrapolated]
-    look: dict[str, Any] = {
+def _draw_layer(
+    axes: "Axes", layer_figures: dict[int, Figures], values: dict[int, float], style: Style, label: str = ""
+) -> None:
+    measured_points = [point for point in layer_figures if not layer_figures[point].is_extrapolated]
+    extrapolated_points = [point for point in layer_figures if layer_figures[point].is_extrapolated]
+    line_options: dict[str, Any] = {
         "color": style.colour,
         "marker": style.mark,
         "markersize": 5.5,
-        "linewidth": 1.1 if style.hollow else 1.6,
-        "markerfacecolor": "white" if style.hollow else style.colour,
+        "linewidth": 1.1 if style.is_hollow else 1.6,
+        "markerfacecolor": "white" if style.is_hollow else style.colour,
     }
-    axes.plot(measured, [values[at] for at in measured], label=label or "_", **look)
-    if beyond:
-        dashed = [*measured[-1:], *beyond]
-        axes.plot(dashed, [values[at] for at in dashed], linestyle=(0, (4, 2)), zorder=1.9, **look)
+    # matplotlib leaves labels that start with an underscore out of the legend.
+    axes.plot(measured_points, [values[point] for point in measured_points], label=label or "_", **line_options)
+    if extrapolated_points:
+        # The dashed line starts at the last measured point, so that there is no gap.
+        dashed_points = [*measured_points[-1:], *extrapolated_points]
+        axes.plot(
+            dashed_points, [values[point] for point in dashed_points], linestyle=(0, (4, 2)), zorder=1.9, **line_options
+        )
 
 
-def _finish(axes: "Axes", swept: Sweep, title: str) -> None:
+def _format_axes(axes: "Axes", sweep: Sweep, title: str) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     axes.set_title(title, loc="left")
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
-    axes.set_xticks(list(swept.points), labels := [short(at) for at in swept.points])
-    axes.set_xlabel(AXES[swept.over].label + (" (1K = 1,024)" if "K" in "".join(labels) else ""))
+    axes.set_xticks(list(sweep.points), labels := [short(point) for point in sweep.points])
+    axes.set_xlabel(AXES[sweep.axis].label + (" (1K = 1,024)" if "K" in "".join(labels) else ""))
+    # A short axis needs ticks within its decades; on a long one they would overlap.
     low, high = axes.get_ylim()
     within_decades = (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8) if high / low < 5 else (1, 2, 5)
+    # LogLocator leaves ticks out if there are more than `numticks`.
     axes.yaxis.set_major_locator(LogLocator(subs=within_decades if high / low < 200 else (1,), numticks=99))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.4g}"))
     for axis in (axes.xaxis, axes.yaxis):
@@ -109,25 +127,25 @@ def _finish(axes: "Axes", swept: Sweep, title: str) -> None:
     axes.grid(True, linewidth=0.5, alpha=0.35)
 
 
-def _guide(axes: "Axes", dense: dict[int, float]) -> None:
+def _draw_guide(axes: "Axes", dense: dict[int, float]) -> None:
     """Draw a line of slope 1 below all others."""
-    first, last = min(dense), max(dense)
-    at = {first: dense[first] / 2, last: dense[first] / 2 * last / first}
-    axes.plot(list(at), list(at.values()), color=GREY, linewidth=1, linestyle=":")
-    middle = (first * last) ** 0.5
-    place = (middle, at[first] * middle / first)
-    axes.annotate("slope 1", place, (8, -10), textcoords="offset points", color=GREY)
+    first_point, last_point = min(dense), max(dense)
+    guide = {first_point: dense[first_point] / 2, last_point: dense[first_point] / 2 * last_point / first_point}
+    axes.plot(list(guide), list(guide.values()), color=GREY, linewidth=1, linestyle=":")
+    middle = (first_point * last_point) ** 0.5
+    label_position = (middle, guide[first_point] * middle / first_point)
+    axes.annotate("slope 1", label_position, (8, -10), textcoords="offset points", color=GREY)
 
 
-def _says(swept: Sweep, request: Request, hardware: Hardware) -> str:
+def _title(sweep: Sweep, request: Request, hardware: Hardware) -> str:
     s = request.shape
     sizes = {"tokens": f"T {s.tokens:,}", "": f"d {s.d_model}", "experts": f"E {s.experts}", "top-k": f"k {s.top_k}"}
-    fixed = ", ".join([text for axis, text in sizes.items() if axis != swept.over] + [f"f {s.d_expert:,}"])
-    drawn = any(f.extrapolated for figures in swept.points.values() for f in figures)
-    static = any(has_masks(f.moe) for figures in swept.points.values() for f in figures)
-    remarks = "; static routing leaves the middle panel" * static
-    remarks += "; dashed: not measured, drawn on by the law of its masks" * drawn
+    fixed_sizes = ", ".join([text for axis, text in sizes.items() if axis != sweep.axis] + [f"f {s.d_expert:,}"])
+    has_extrapolated = any(f.is_extrapolated for figures in sweep.points.values() for f in figures)
+    has_static = any(has_masks(f.moe) for figures in sweep.points.values() for f in figures)
+    remarks = "; static routing leaves the middle panel" * has_static
+    remarks += "; dashed: not measured, extrapolated by the law of its masks" * has_extrapolated
     return (
-        f"One layer, forward and backward; plain layer {fixed}; {request.dtype}; {hardware}\n"
+        f"One layer, forward and backward; plain layer {fixed_sizes}; {request.dtype}; {hardware}\n"
         f"medians of {request.rounds} interleaved rounds{remarks}"
     )

@@ -1,4 +1,4 @@
-"""Memory of a process and its descendants, as Linux counts it."""
+"""Memory of a process and its descendants, as counted by Linux."""
 
 import os
 import threading
@@ -7,22 +7,22 @@ from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, Self
 
-EVERY_SECONDS = 0.2
+POLL_SECONDS = 0.2
 
 
-class Usage(NamedTuple):
+class MemoryUsage(NamedTuple):
     resident: int
-    """Bytes in memory, including those shared with other processes."""
-    own: int
-    """Bytes in memory without pages of files and of shared memory, such as Ray's object store."""
+    """Resident bytes, including those shared with other processes."""
+    private: int
+    """Resident bytes without pages of files and of shared memory, such as Ray's object store."""
 
 
-class Peak:
-    """Context that records the largest memory of any one process, this one or a descendant, while it is entered."""
+class PeakMemory:
+    """Context that records the memory of the largest process while it is open: this process or a descendant."""
 
     def __init__(self) -> None:
-        self.resident = self.own = 0
-        self._stop = threading.Event()
+        self.resident = self.private = 0
+        self._stop_event = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
     def __enter__(self) -> Self:
@@ -32,41 +32,43 @@ class Peak:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._stop.set()
+        self._stop_event.set()
         self._thread.join()
 
     def _watch(self) -> None:
-        while not self._stop.is_set():
+        while not self._stop_event.is_set():
             for pid in [os.getpid(), *descendants(os.getpid())]:
-                usage = usage_of(pid)
-                self.resident, self.own = max(self.resident, usage.resident), max(self.own, usage.own)
-            time.sleep(EVERY_SECONDS)
+                usage = memory_usage(pid)
+                self.resident, self.private = max(self.resident, usage.resident), max(self.private, usage.private)
+            time.sleep(POLL_SECONDS)
 
 
 def descendants(root: int) -> list[int]:
     """Return the ids of all descendants of a process, without the process itself."""
+    # /proc has the parent of each process, not its children.
     children: dict[int, list[int]] = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
-            parent = _field(entry, "PPid:")
+            parent = _status_field(entry, "PPid:")
             children.setdefault(int(parent), []).append(int(entry.name))
-    found, seen = list[int](), [root]
-    while seen:
-        below = children.get(seen.pop(), [])
-        found += below
-        seen += below
-    return found
+    descendant_ids, pending_ids = list[int](), [root]
+    while pending_ids:
+        child_ids = children.get(pending_ids.pop(), [])
+        descendant_ids += child_ids
+        pending_ids += child_ids
+    return descendant_ids
 
 
-def usage_of(pid: int) -> Usage:
+def memory_usage(pid: int) -> MemoryUsage:
     """Return the memory of a process; zeros if it has ended."""
     entry = Path("/proc") / str(pid)
-    return Usage(*(1024 * int(_field(entry, name).split()[0]) for name in ("VmRSS:", "RssAnon:")))
+    return MemoryUsage(*(1024 * int(_status_field(entry, name).split()[0]) for name in ("VmRSS:", "RssAnon:")))
 
 
-def _field(entry: Path, name: str) -> str:
+def _status_field(entry: Path, name: str) -> str:
     try:
         lines = (entry / "status").read_text().splitlines()
-    except (FileNotFoundError, ProcessLookupError):  # it has ended
+    # The process may have ended since its folder was listed.
+    except (FileNotFoundError, ProcessLookupError):
         return "0"
     return next((line.removeprefix(name).strip() for line in lines if line.startswith(name)), "0")

@@ -1,4 +1,4 @@
-"""Measurements in a process of their own, so that nothing of one, its Ray included, is left for the next."""
+"""Measurements in processes of their own, so that nothing of a measurement, such as its Ray, affects the next one."""
 
 import importlib
 import json
@@ -12,42 +12,48 @@ from pathlib import Path
 from secrets import token_hex
 from typing import Any
 
-from mhmoe_ray.bench.timing import failure
+from mhmoe_ray.bench.timing import process_failure
 from mhmoe_ray.cluster.spawn import PRIVATE
 from mhmoe_ray.spec import RunSpec
 
 Measurement = Callable[[RunSpec, Path, int], dict[str, Any]]
-"""A function that measures a spec in an empty folder with a number of processes or threads.
+"""Function that measures a spec in an empty folder with a number of processes or threads.
 
-It returns figures that JSON can hold.
+It returns figures that JSON can represent.
 """
 
 
-def run_apart(measurement: Measurement, spec: RunSpec, number: int, what: str, **more: str) -> dict[str, Any]:
+def run_in_process(
+    measurement: Measurement, spec: RunSpec, number: int, title: str, **variables: str
+) -> dict[str, Any]:
     """Run a measurement in a process of its own, and return its figures.
 
     Args:
         measurement: a function at the top level of a module.
         spec: the first argument of the function.
         number: the last argument of the function, a number of processes or threads.
-        what: the name of the measurement in an error.
-        more: additional variables of the process's environment.
+        title: the name of the measurement in an error.
+        variables: additional variables of the process's environment.
 
     Raises:
         JobError: the measurement failed.
     """
     folder = tempfile.mkdtemp(prefix="mhmoe-bench-")
-    place = {"module": measurement.__module__, "function": measurement.__qualname__}
-    request = json.dumps({**place, "spec": spec.model_dump_json(), "folder": folder, "number": number})
-    ray = PRIVATE | {"RAY_AUTH_TOKEN": token_hex(32)}  # of a Ray of its own
+    function_name = {"module": measurement.__module__, "function": measurement.__qualname__}
+    request = json.dumps({**function_name, "spec": spec.model_dump_json(), "folder": folder, "number": number})
+    # The measurement starts a Ray of its own, which only this machine can reach, and only with this token.
+    ray_variables = PRIVATE | {"RAY_AUTH_TOKEN": token_hex(32)}
     command = [sys.executable, "-m", __name__]
     try:
-        done = subprocess.run(command, input=request, text=True, capture_output=True, env=os.environ | ray | more)
+        process = subprocess.run(
+            command, input=request, text=True, capture_output=True, env=os.environ | ray_variables | variables
+        )
     finally:
         shutil.rmtree(folder)
-    if done.returncode:
-        raise failure(what, done.stderr, done.returncode)
-    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    if process.returncode:
+        raise process_failure(title, process.stderr, process.returncode)
+    # Libraries may print before the result, which is the last line.
+    result: dict[str, Any] = json.loads(process.stdout.splitlines()[-1])
     return result
 
 

@@ -1,7 +1,7 @@
-"""Cost of a run beyond its steps: a whole training with Ray Train and the stream, beside the same steps in a bare loop.
+"""Overhead of a run: a whole training with Ray Train and the stream, compared with the same steps in a bare loop.
 
-All of them train the same model on the same samples from the same start, so they end with the same loss, to the last
-bit. The loop is measured with Python's default settings and with the memory settings that a run's workers get
+Run and loops train the same model on the same samples from the same start, so they end with the same loss, to the last
+bit. The loop is measured twice: with Python's default memory settings, and with those of a run's workers
 (train/driver.py).
 """
 
@@ -16,7 +16,7 @@ import numpy as np
 import ray
 import torch
 
-from mhmoe_ray.bench.processes import Measurement, run_apart
+from mhmoe_ray.bench.processes import Measurement, run_in_process
 from mhmoe_ray.bench.timing import turns
 from mhmoe_ray.data.shards.files import split_padding
 from mhmoe_ray.data.shards.manifest import require_data_manifest
@@ -29,104 +29,112 @@ from mhmoe_ray.runs.directory import create_run
 from mhmoe_ray.spec import RunSpec
 from mhmoe_ray.spec.cluster import WorkerRange
 from mhmoe_ray.train import malloc
-from mhmoe_ray.train.driver import drive
+from mhmoe_ray.train.driver import train_run
 from mhmoe_ray.train.step import MicroBatch, Trainer
 
-WARM_UP = 10
-"""Number of steps that are not timed: the first ones wait for the stream, and for kernels to be compiled."""
+WARM_UP_STEPS = 10
+"""Number of steps that are not timed: the first steps wait for the stream and for the compilation of kernels."""
 
 
 class Figures(NamedTuple):
     run: list[dict[str, Any]]
-    """Measurements of the run, one per round: `seconds` of the timed steps, `loss` of the last one, share
-    `data_wait`."""
+    """Measurements of the run, one per round: `seconds` of the timed steps, `loss` of the last step, and `data_wait`,
+    the share of time spent waiting for data."""
     loop: list[dict[str, Any]]
     """Measurements of the loop with Python's default settings, one per round, without `data_wait`."""
     settled: list[dict[str, Any]]
     """Measurements of the loop with the workers' memory settings, one per round, without `data_wait`."""
 
     @property
-    def kept(self) -> float:
-        """Share of the loop's tokens per second that the run reaches, the median over rounds."""
-        return _kept(self.run, self.loop)
+    def throughput_ratio(self) -> float:
+        """Median over rounds of the ratio of the run's tokens per second to the loop's."""
+        return _throughput_ratio(self.run, self.loop)
 
     @property
-    def kept_of_settled(self) -> float:
-        return _kept(self.run, self.settled)
+    def settled_throughput_ratio(self) -> float:
+        return _throughput_ratio(self.run, self.settled)
 
 
-def _kept(run: list[dict[str, Any]], loop: list[dict[str, Any]]) -> float:
+def _throughput_ratio(run: list[dict[str, Any]], loop: list[dict[str, Any]]) -> float:
     ratios: list[float] = [b["seconds"] / a["seconds"] for a, b in zip(run, loop, strict=True)]
     return statistics.median(ratios)
 
 
-def measure(spec: RunSpec, threads: int, rounds: int, tell: Callable[[str], None]) -> Figures:
-    """Measure the run and both loops in interleaved rounds, every other one in reverse order.
+def measure(spec: RunSpec, threads: int, rounds: int, report: Callable[[str], None]) -> Figures:
+    """Measure the run and both loops in interleaved rounds; every other round is in reverse order.
 
     Args:
         spec: a spec whose data are prepared.
-        threads: the number of threads of the only worker, and of the loop.
+        threads: the number of threads of the worker, and of the loop.
         rounds: the number of rounds.
-        tell: a function that is called with a line after each measurement.
+        report: a function that is called with a line after each measurement.
 
     Raises:
         SpecError: the spec has too few steps.
         JobError: one of the measurements failed, or their losses differ.
     """
     steps = spec.train.steps
-    if steps <= WARM_UP:
-        raise SpecError("bench run", f"train.steps is {steps}, and {WARM_UP} are not timed", "set more train.steps")
-    # Nothing but steps between the first one and the last.
-    rare = {"validate_every": steps, "checkpoint_every": steps}
-    one = {"workers": WorkerRange(min=1, max=1), "ep": 1, "cpus_per_worker": threads}
-    changed = {"train": spec.train.model_copy(update=rare), "cluster": spec.cluster.model_copy(update=one)}
-    spec = spec.model_copy(update=changed)
-    settings = malloc.settings(os.environ)
-    ways: dict[str, tuple[Measurement, dict[str, str]]]
-    ways = {"run": (a_run, {}), "loop": (a_loop, {}), "settled": (a_loop, settings)}
-    found: dict[str, list[dict[str, Any]]] = {name: [] for name in ways}
-    for turn, name in turns(ways, rounds):
-        way, environment = ways[name]
-        result = run_apart(way, spec, threads, f"bench run, {name}", **environment)
-        tell(f"round {turn + 1}: {name} {result['seconds']:.1f} s")
-        found[name].append(result)
-    losses = {result["loss"] for results in found.values() for result in results}
-    # GPUs add up in no certain order.
+    if steps <= WARM_UP_STEPS:
+        raise SpecError(
+            "bench run", f"train.steps is {steps}, and {WARM_UP_STEPS} are not timed", "set more train.steps"
+        )
+    # Validation and checkpoints come only after the last step, because the loop has none.
+    intervals = {"validate_every": steps, "checkpoint_every": steps}
+    one_worker = {"workers": WorkerRange(min=1, max=1), "ep": 1, "cpus_per_worker": threads}
+    updates = {"train": spec.train.model_copy(update=intervals), "cluster": spec.cluster.model_copy(update=one_worker)}
+    spec = spec.model_copy(update=updates)
+    settings = malloc.malloc_settings(os.environ)
+    contestants: dict[str, tuple[Measurement, dict[str, str]]]
+    contestants = {"run": (measure_run, {}), "loop": (measure_loop, {}), "settled": (measure_loop, settings)}
+    results_by_name: dict[str, list[dict[str, Any]]] = {name: [] for name in contestants}
+    for turn, name in turns(contestants, rounds):
+        measurement, environment = contestants[name]
+        result = run_in_process(measurement, spec, threads, f"bench run, {name}", **environment)
+        report(f"round {turn + 1}: {name} {result['seconds']:.1f} s")
+        results_by_name[name].append(result)
+    losses = {result["loss"] for results in results_by_name.values() for result in results}
+    # GPUs sum in no fixed order, so their losses may differ slightly.
     if max(losses) - min(losses) > (1e-3 if spec.cluster.gpus_per_worker else 0):
-        raise JobError("bench run", f"losses differ: {losses}", "this is a defect; their steps are not the same")
-    return Figures(**found)
+        raise JobError(
+            "bench run", f"losses differ: {losses}", "this is a bug: their steps are not the same; report it"
+        )
+    return Figures(**results_by_name)
 
 
-def a_run(spec: RunSpec, folder: Path, _threads: int) -> dict[str, Any]:
-    """Run the job of a run, as `mhmoe submit` starts it, and measure it."""
+def measure_run(spec: RunSpec, folder: Path, _threads: int) -> dict[str, Any]:
+    """Run the job that `mhmoe submit` starts for a run, and measure it."""
     ray.init("local", num_cpus=spec.cluster.cpus, log_to_driver=False, include_dashboard=False)
     run = create_run(spec.model_copy(update={"storage": folder / "runs"}))
-    drive(run, 0)
+    train_run(run, 0)
     lines = history.read(run)
-    timed = lines[WARM_UP:]
+    # A line has the time at the end of its step, so the timed steps begin with the line before them.
+    timed_lines = lines[WARM_UP_STEPS:]
     return {
-        "seconds": timed[-1][metrics.TIME] - lines[WARM_UP - 1][metrics.TIME],
+        "seconds": timed_lines[-1][metrics.TIME] - lines[WARM_UP_STEPS - 1][metrics.TIME],
         "loss": lines[-1][metrics.LOSS],
-        "data_wait": statistics.mean(line[metrics.DATA_WAIT] for line in timed),
+        "data_wait": statistics.mean(line[metrics.DATA_WAIT] for line in timed_lines),
     }
 
 
-def a_loop(spec: RunSpec, _folder: Path, threads: int) -> dict[str, Any]:
-    """Run the same steps on the same samples, which are in memory before the steps are timed, and measure them."""
+def measure_loop(spec: RunSpec, _folder: Path, threads: int) -> dict[str, Any]:
+    """Run the same steps on the same samples, which are read before the steps are timed, and measure them."""
     torch.set_num_threads(threads)
     folder = spec.data.prepared
     token_bytes = require_data_manifest(folder).token_bytes
-    start = boundaries(load_tokenizer(folder / "tokenizer.json", spec.model.vocab_size)).start
+    start_id = boundaries(load_tokenizer(folder / "tokenizer.json", spec.model.vocab_size)).start
     device = torch.device("cuda" if spec.cluster.gpus_per_worker else "cpu")
-    trainer = Trainer(spec, build_mesh(spec.cluster, ["here"], device.type), device, start)
+    trainer = Trainer(spec, build_mesh(spec.cluster, ["here"], device.type), device, start_id)
     positions = np.arange(spec.train.steps * spec.samples_per_step).reshape(spec.train.steps, -1)
-    steps = [split_padding(TrainingSamples.open(spec).read(row), token_bytes) for row in positions]
+    steps = [split_padding(TrainingSamples.open_cached(spec).read(row), token_bytes) for row in positions]
     b, loss = spec.train.micro_batch_size, 0.0
     for number, (token_ST, counts_ST) in enumerate(steps):
-        if number == WARM_UP:
-            began = time.perf_counter()
-        parts = (torch.from_numpy(whole).to(device).view(-1, b, whole.shape[1]) for whole in (token_ST, counts_ST))
+        if number == WARM_UP_STEPS:
+            start_time = time.perf_counter()
+        parts = (
+            torch.from_numpy(tensor_ST).to(device).view(-1, b, tensor_ST.shape[1])
+            for tensor_ST in (token_ST, counts_ST)
+        )
         sums = trainer.accumulate([MicroBatch(*pair) for pair in zip(*parts, strict=True)])
         trainer.update(sums)
         loss = sums.loss / max(1, sums.targets)
-    return {"seconds": time.perf_counter() - began, "loss": loss}
+    return {"seconds": time.perf_counter() - start_time, "loss": loss}

@@ -1,13 +1,13 @@
-"""Whole training steps of a plain mixture of experts and of the multi-head ones that P2 would put beside it.
+"""Whole training steps of a plain mixture of experts and of the multi-head models with which P2 would compare it.
 
-P1 is the first paper (arXiv 2404.15045), P2 the follow-up paper. The multi-head models have h sub-tokens with k = h,
-and equal multiply-adds and parameters. At half of P2's width the solver finds P2's own numbers of experts, 40 for h 2
-and 96 for h 3, at half their width.
+P1 is the first paper (arXiv 2404.15045), and P2 is the follow-up paper. The multi-head models have h sub-tokens with
+k = h, and the multiply-adds and parameters of the plain model. At half of P2's width the solver finds P2's own numbers
+of experts, 40 for h 2 and 96 for h 3, at half their width.
 
-A step is that of training: M micro-batches forward, loss and backward, then clipping and AdamW.
+A step is a step of training: forward, loss and backward of M micro-batches, then clipping and AdamW.
 
-P1's own figures of speed stand here too: whole models, trained on 8 RTX 3090 cards. They are from the authors' answers
-in the review of P1. Its h and sizes are not stated.
+This module also holds P1's own throughput, of whole models in training on 8 RTX 3090 cards. The figures are from the
+authors' answers in the review of P1, which do not state h and the sizes.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,18 +16,18 @@ from typing import Any, NamedTuple
 import torch
 
 from mhmoe_ray.bench.measure import Figures
-from mhmoe_ray.bench.timing import Hardware, clock, interleaved
+from mhmoe_ray.bench.timing import Hardware, device_clock, time_interleaved
 from mhmoe_ray.distributed.mesh import build_mesh
 from mhmoe_ray.planner.match import matched_heads
 from mhmoe_ray.planner.presets import FAMILIES, Size
-from mhmoe_ray.planner.sizes import sizes
+from mhmoe_ray.planner.sizes import compute_sizes
 from mhmoe_ray.spec import DataSpec, ModelSpec, RunSpec, SourceSpec, TrainSpec
 from mhmoe_ray.train.step import MicroBatch, Trainer
 
-SMALL = Size(384, 4, 8192, 256, steps=1000, micro_batches=2, micro_batch_size=8, precision="bfloat16")
+SMALL_SIZE = Size(384, 4, 8192, 256, steps=1000, micro_batches=2, micro_batch_size=8, precision="bfloat16")
 """Size at which a step takes about a second on two CPU cores.
 
-384 is the width nearest to the families' `small` that splits in 2 and in 3.
+384 is the width nearest to that of the families' `small` that is divisible by 2 and by 3.
 """
 
 
@@ -39,18 +39,18 @@ class StepFigures(NamedTuple):
     seconds: list[float]
     """Seconds of a step, one value per round."""
     median: float
-    to_smoe: float
+    ratio_to_smoe: float
     """Ratio of the median time to that of the plain model."""
-    paper: float
-    """The same ratio from the first paper's own throughput with dynamic routing, whatever its h was."""
+    paper_ratio: float
+    """Same ratio from the first paper's own throughput with dynamic routing, for an h that the paper does not state."""
 
     @property
-    def tokens_a_second(self) -> float:
+    def tokens_per_second(self) -> float:
         return self.spec.tokens_per_step / self.median
 
     @property
     def parameters(self) -> int:
-        return sizes(self.spec.model).parameters
+        return compute_sizes(self.spec.model).parameters
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -59,20 +59,21 @@ class StepFigures(NamedTuple):
             "parameters": self.parameters,
             "seconds": self.seconds,
             "median": self.median,
-            "tokens_a_second": self.tokens_a_second,
-            "to_smoe": self.to_smoe,
-            "papers_ratio": self.paper,
+            "tokens_a_second": self.tokens_per_second,
+            "to_smoe": self.ratio_to_smoe,
+            "papers_ratio": self.paper_ratio,
         }
 
 
 class Case:
-    """A model in training, with the micro-batches of a step in place."""
+    """Model in training, with the micro-batches of a step on the device."""
 
     def __init__(self, spec: RunSpec, device: torch.device) -> None:
         self.spec = spec
         self.trainer = Trainer(spec, build_mesh(spec.cluster, ["here"], device.type), device)
         shape = (spec.train.micro_batches, spec.train.micro_batch_size, spec.data.seq_len + 1)
         token_MBT = torch.randint(spec.model.vocab_size, shape, generator=torch.Generator().manual_seed(spec.seed))
+        # Random tokens have no padding, so all targets count.
         counts_BT = torch.ones(token_MBT[0, :, 1:].shape, dtype=torch.bool, device=device)
         self.batches = [MicroBatch(token_BT, counts_BT) for token_BT in token_MBT.to(device)]
 
@@ -84,52 +85,53 @@ class Case:
 
 
 def measure(size: Size, heads: Sequence[int], rounds: int, hardware: Hardware) -> list[StepFigures]:
-    """Measure steps of all models in interleaved rounds, the plain model first.
+    """Measure steps of all models in interleaved rounds; the figures of the plain model come first.
 
     Raises:
         SpecError: in the same cases as `matched_models`.
     """
     specs = matched_models(size, heads)
     cases: dict[str, Callable[[], object]] = {n: Case(spec, hardware.device).step for n, spec in specs.items()}
-    found = interleaved(cases, rounds, clock(hardware.device))
-    plain = found["SMoE"].median
+    timings = time_interleaved(cases, rounds, device_clock(hardware.device))
+    plain_median = timings["SMoE"].median
     return [
         StepFigures(
             name,
             specs[name],
             timing.seconds,
             timing.median,
-            timing.median / plain,
+            timing.median / plain_median,
             time_ratio("SMoE" if name == "SMoE" else "MH-MoE", "dynamic"),
         )
-        for name, timing in found.items()
+        for name, timing in timings.items()
     ]
 
 
 def matched_models(size: Size, heads: Sequence[int]) -> dict[str, RunSpec]:
-    """Return the specs of the plain model and of the multi-head models that match it, by name, the plain one first.
+    """Return the specs of the plain model and of the multi-head models that match it, by name; the plain one is first.
 
     Args:
         size: the size of all of them.
         heads: the numbers of heads h of the multi-head models.
 
     Raises:
-        SpecError: the width does not split into so many heads, or no model with so many heads matches.
+        SpecError: the width does not split into one of the numbers of heads, or no model with it matches.
     """
     trunk = size.trunk
     plain = ModelSpec.model_validate({**trunk, "moe": (FAMILIES["smoe"].moe or dict)(trunk)})
     models = {"SMoE": plain}
     models |= {f"MH-MoE h {h}": matched_heads(plain, h) for h in heads}
-    return {name: _run(model, size) for name, model in models.items()}
+    return {name: _run_spec(model, size) for name, model in models.items()}
 
 
-def _run(model: ModelSpec, size: Size) -> RunSpec:
-    """Return the spec of a run whose text is never read, because the time of a step does not depend on its tokens."""
+def _run_spec(model: ModelSpec, size: Size) -> RunSpec:
+    """Return the spec of a run without text; `Case` draws random tokens."""
+    # The time of a step does not depend on its tokens.
     data = DataSpec(sources={"none": SourceSpec(path="none")}, prepared="none", seq_len=size.seq_len)
     return RunSpec(name="bench", model=model, data=data, train=TrainSpec(**size.train))
 
 
-TOKENS_A_SECOND = {
+PAPER_TOKENS_PER_SECOND = {
     ("SMoE", "static"): 32.21,
     ("SMoE", "dynamic"): 33.98,
     ("MH-MoE", "static"): 25.77,
@@ -138,31 +140,33 @@ TOKENS_A_SECOND = {
 
 
 def time_ratio(model: str, routing: str) -> float:
-    """Return the ratio of the time per token of a model in the first paper to that of its dynamic SMoE."""
-    return TOKENS_A_SECOND["SMoE", "dynamic"] / TOKENS_A_SECOND[model, routing]
+    """Return the ratio of a model's time per token in the first paper to that of the paper's dynamic SMoE."""
+    return PAPER_TOKENS_PER_SECOND["SMoE", "dynamic"] / PAPER_TOKENS_PER_SECOND[model, routing]
 
 
-class Beside(NamedTuple):
+class PaperComparison(NamedTuple):
     layer: str
     """Name of our layer."""
     paper: str
     """Name of the paper's model."""
     tokens_a_second: float
     papers_ratio: float
-    """Ratio of its time per token to that of the paper's dynamic SMoE."""
+    """Ratio of the time per token of the paper's model to that of the paper's dynamic SMoE."""
     our_ratio: float
     """Ratio of our layer's time to that of our plain layer."""
 
 
-def beside(figures: Sequence[Figures]) -> list[Beside]:
-    """Return our plain and multi-head layers, static and dropless, beside the paper's models."""
-    [plain] = (f.median for f in figures[1:2])
+def compare_with_paper(figures: Sequence[Figures]) -> list[PaperComparison]:
+    """Return comparisons of our plain and multi-head layers, static and dropless, with the paper's models."""
+    [plain_median] = (f.median for f in figures[1:2])
     rows = []
     for f in figures:
         kind = next((kind for kind in ("SMoE", "MH-MoE") if f.name.startswith(kind)), None)
         if kind is None or f.moe is None:
             continue
         routing = "dynamic" if f.moe.capacity_factor is None else "static"
-        found = TOKENS_A_SECOND[kind, routing]
-        rows.append(Beside(f.name, f"{kind} {routing}", found, time_ratio(kind, routing), f.median / plain))
+        paper_rate = PAPER_TOKENS_PER_SECOND[kind, routing]
+        rows.append(
+            PaperComparison(f.name, f"{kind} {routing}", paper_rate, time_ratio(kind, routing), f.median / plain_median)
+        )
     return rows

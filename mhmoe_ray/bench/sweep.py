@@ -1,7 +1,7 @@
-"""Sweep of layers along an axis: how their cost grows with tokens, experts, choices or heads.
+"""Sweep of layers along an axis, and the growth of their cost with tokens, experts, choices or heads.
 
 Static routing is measured up to `measure.STATIC_ROWS` rows. Along tokens its cost is extrapolated from there by the law
-a T + b T^2: experts see T rows, its masks have T x E C values, and E C grows with T.
+a T + b T^2: experts compute T rows, the masks have T x E C values, and E C grows with T.
 """
 
 import math
@@ -11,41 +11,42 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from mhmoe_ray.bench.layers import Absent, has_masks
-from mhmoe_ray.bench.measure import Figures, Request, measure, wanted
+from mhmoe_ray.bench.layers import SkippedCase, has_masks
+from mhmoe_ray.bench.measure import Figures, Request, measure, requested_layers
 from mhmoe_ray.bench.timing import Hardware
 
-Over = Literal["tokens", "experts", "top-k", "heads"]
+AxisName = Literal["tokens", "experts", "top-k", "heads"]
 
 
 class Axis(NamedTuple):
     label: str
     points: tuple[int, ...]
     """Default points of the axis."""
-    grows: bool = True
-    """Whether work grows along the axis; otherwise it should stay the same."""
+    work_grows: bool = True
+    """True if work grows along the axis; otherwise it should stay the same."""
 
 
-AXES: dict[Over, Axis] = {
+AXES: dict[AxisName, Axis] = {
     "tokens": Axis("tokens T", (1024, 2048, 4096, 8192, 16384, 32768, 65536)),
-    "experts": Axis("experts E, multiply-adds unchanged", (8, 16, 32, 64), grows=False),
+    "experts": Axis("experts E, multiply-adds unchanged", (8, 16, 32, 64), work_grows=False),
     "top-k": Axis("experts k of a row", (1, 2, 4, 8)),
-    "heads": Axis("heads h, multiply-adds unchanged", (1, 2, 4, 8), grows=False),
+    "heads": Axis("heads h, multiply-adds unchanged", (1, 2, 4, 8), work_grows=False),
 }
 
 
 class Sweep(NamedTuple):
-    over: Over
+    axis: AxisName
     points: dict[int, list[Figures]]
-    """Figures at each point of the axis, the dense layer first, then the plain one."""
-    absent: list[Absent]
+    """Figures at each point of the axis: of the dense layer, of the plain one, then of the others."""
+    skipped: list[SkippedCase]
 
     @property
     def series(self) -> dict[str, dict[int, Figures]]:
-        """Figures of each layer along the axis, with layers in the order in which they first appear."""
+        """Figures of each layer along the axis, in the order in which layers first appear."""
         names = dict.fromkeys(f.name for figures in self.points.values() for f in figures)
         return {
-            name: {at: f for at, figures in self.points.items() for f in figures if f.name == name} for name in names
+            name: {point: f for point, figures in self.points.items() for f in figures if f.name == name}
+            for name in names
         }
 
     @property
@@ -54,85 +55,101 @@ class Sweep(NamedTuple):
 
         If work grows along the axis, it is the exponent (1 is linear); if work stays the same, it is max / min - 1.
         """
-        grow = exponent if AXES[self.over].grows else spread
-        known = {
-            name: [(at, f.median) for at, f in along.items() if not f.extrapolated]
-            for name, along in self.series.items()
+        measure_growth = fit_exponent if AXES[self.axis].work_grows else relative_spread
+        measured_times = {
+            name: [(point, f.median) for point, f in layer_figures.items() if not f.is_extrapolated]
+            for name, layer_figures in self.series.items()
         }
-        return {name: grow(pairs) for name, pairs in known.items() if len(pairs) > 1}
+        return {name: measure_growth(pairs) for name, pairs in measured_times.items() if len(pairs) > 1}
 
 
 def sweep(
-    request: Request, over: Over, points: Sequence[int], hardware: Hardware, note: Callable[[str], None]
+    request: Request, axis: AxisName, points: Sequence[int], hardware: Hardware, report: Callable[[str], None]
 ) -> Sweep:
     """Measure every layer at every point, with all layers interleaved at each point.
 
     Raises:
         SpecError: in the same cases as `measure`.
     """
-    requests = {at: _at(request, over, at) for at in sorted(set(points))}
-    for one in requests.values():
-        wanted(one, hardware.device)  # so that sizes that cannot be are refused before any is measured
-    found = {}
-    for at, one in requests.items():
-        found[at] = measure(one, hardware, partial(_note_at, note, f"{over} {at:,}"))
-    absent = list(dict.fromkeys(missing for measured in found.values() for missing in measured.absent))
-    figures = {at: measured.figures for at, measured in found.items()}
-    if over == "heads":  # one layer along the axis
-        figures = {at: [f._replace(name=f.name.replace(f" h {at}", "")) for f in here] for at, here in figures.items()}
-    swept = Sweep(over, figures, absent)
-    return drawn_on(swept) if over == "tokens" else swept
+    requests = {point: _request_at(request, axis, point) for point in sorted(set(points))}
+    for point_request in requests.values():
+        # Impossible sizes are refused here, before minutes of measurements at other points.
+        requested_layers(point_request, hardware.device)
+    results = {}
+    for point, point_request in requests.items():
+        results[point] = measure(point_request, hardware, partial(_report_at, report, f"{axis} {point:,}"))
+    skipped = list(dict.fromkeys(case for result in results.values() for case in result.skipped))
+    figures = {point: result.figures for point, result in results.items()}
+    # Names lose the number of heads, so that the layer is a single one along the axis.
+    if axis == "heads":
+        figures = {
+            point: [f._replace(name=f.name.replace(f" h {point}", "")) for f in point_figures]
+            for point, point_figures in figures.items()
+        }
+    sweep_result = Sweep(axis, figures, skipped)
+    return extrapolate_static(sweep_result) if axis == "tokens" else sweep_result
 
 
-def _note_at(note: Callable[[str], None], point: str, line: str) -> None:
-    note(f"{point}: {line}")
+def _report_at(report: Callable[[str], None], point: str, line: str) -> None:
+    report(f"{point}: {line}")
 
 
-def _at(request: Request, over: Over, at: int) -> Request:
-    if over == "heads":
-        return request._replace(heads=[at])
-    return request._replace(shape=request.shape._replace(**{over.replace("-", "_"): at}))
+def _request_at(request: Request, axis: AxisName, point: int) -> Request:
+    if axis == "heads":
+        return request._replace(heads=[point])
+    return request._replace(shape=request.shape._replace(**{axis.replace("-", "_"): point}))
 
 
-def drawn_on(swept: Sweep) -> Sweep:
-    """Return the sweep with static routing's figures extrapolated, by its law, to points beyond its measurements."""
-    points = {at: list(figures) for at, figures in swept.points.items()}
-    static = {name: known for name, known in swept.series.items() if has_masks(next(iter(known.values())).moe)}
-    for known in static.values():
-        last = known[max(known)]
-        for at in (at for at in points if at > max(known)):
-            median = by_law([(t, f.median) for t, f in known.items()], at)
-            peak = round(by_law([(t, f.peak) for t, f in known.items()], at))
-            beyond = last._replace(median=median, seconds=[], peak=peak, kept=None, extrapolated=True)
-            points[at].append(beyond)
-    return swept._replace(points=points, absent=[a for a in swept.absent if a.name not in static])
+def extrapolate_static(sweep_result: Sweep) -> Sweep:
+    """Return the sweep with figures of static routing added, extrapolated by its law, at points beyond its own."""
+    points = {point: list(figures) for point, figures in sweep_result.points.items()}
+    static_figures = {
+        name: layer_figures
+        for name, layer_figures in sweep_result.series.items()
+        if has_masks(next(iter(layer_figures.values())).moe)
+    }
+    for layer_figures in static_figures.values():
+        last_figures = layer_figures[max(layer_figures)]
+        for point in (point for point in points if point > max(layer_figures)):
+            median = extrapolate([(t, f.median) for t, f in layer_figures.items()], point)
+            peak = round(extrapolate([(t, f.peak_bytes) for t, f in layer_figures.items()], point))
+            extrapolated_figures = last_figures._replace(
+                median=median, seconds=[], peak_bytes=peak, saved_bytes=None, is_extrapolated=True
+            )
+            points[point].append(extrapolated_figures)
+    return sweep_result._replace(
+        points=points, skipped=[a for a in sweep_result.skipped if a.name not in static_figures]
+    )
 
 
-def by_law(known: Sequence[tuple[int, float]], at: int) -> float:
-    """Return a T + b T^2 at T = `at`, with the a and b >= 0 of least relative error; from one point, b T^2.
+def extrapolate(measured_values: Sequence[tuple[int, float]], tokens: int) -> float:
+    """Return a T + b T^2 at T = `tokens`, with the a and b >= 0 of least relative error; from one value, b T^2.
 
     Args:
-        known: pairs of T and value. The three with the largest T count: at smaller ones other costs weigh more.
-        at: a value of T beyond them.
+        measured_values: pairs of T and value. Only the three with the largest T are used.
+        tokens: a value of T beyond them.
     """
-    t, y = (np.array(values, dtype=float) for values in zip(*sorted(known)[-3:], strict=True))
+    # At smaller T, costs that the law does not describe weigh more.
+    t, y = (np.array(values, dtype=float) for values in zip(*sorted(measured_values)[-3:], strict=True))
 
-    def fitted(powers: list[int]) -> Any:
-        terms = np.stack([(t / at) ** power for power in powers], axis=1)
+    def fit_factors(powers: list[int]) -> Any:
+        terms = np.stack([(t / tokens) ** power for power in powers], axis=1)
         return np.linalg.lstsq(terms / y[:, None], np.ones(len(t)), rcond=None)[0]
 
-    factors = fitted([2] if len(t) == 1 else [1, 2])
-    if (factors < 0).any():  # neither part can be; noise, or cost that does not grow, made it so
-        factors = fitted([2] if factors[0] < 0 else [1])
+    factors = fit_factors([2] if len(t) == 1 else [1, 2])
+    # Neither factor can be negative; noise, or a cost that does not grow, can make the fit so. The other term is then
+    # fitted alone.
+    if (factors < 0).any():
+        factors = fit_factors([2] if factors[0] < 0 else [1])
     return float(factors.sum())
 
 
-def exponent(known: Sequence[tuple[int, float]]) -> float:
-    """Return the exponent p of the y = c t^p that fits best on logarithmic axes."""
-    slope, _ = np.polyfit([math.log(t) for t, _ in known], [math.log(y) for _, y in known], 1)
+def fit_exponent(measured_values: Sequence[tuple[int, float]]) -> float:
+    """Return the exponent p of the best fit y = c t^p on logarithmic axes."""
+    slope, _ = np.polyfit([math.log(t) for t, _ in measured_values], [math.log(y) for _, y in measured_values], 1)
     return float(slope)
 
 
-def spread(known: Sequence[tuple[int, float]]) -> float:
+def relative_spread(measured_values: Sequence[tuple[int, float]]) -> float:
     """Return max / min - 1 of the values."""
-    return max(y for _, y in known) / min(y for _, y in known) - 1
+    return max(y for _, y in measured_values) / min(y for _, y in measured_values) - 1

@@ -1,7 +1,7 @@
-"""Interleaved timing: all cases in each round, so that other load on the machine affects all alike.
+"""Interleaved timing: each round runs all cases, so that other load on the machine affects all cases alike.
 
-It also holds what measurements share: the device and its clock, errors for sizes that cannot be measured, and the check
-which contestants are installed.
+The module also has the common parts of measurements: the device and its clock, errors for impossible sizes, and the
+check of which contestants are installed.
 """
 
 import platform
@@ -32,7 +32,7 @@ class Timing(NamedTuple):
         return statistics.median(self.seconds)
 
 
-def interleaved(
+def time_interleaved(
     cases: dict[str, Callable[[], object]],
     rounds: int,
     clock: Callable[[], float] = time.perf_counter,
@@ -44,7 +44,7 @@ def interleaved(
         cases: the functions to time, by name.
         rounds: the number of rounds that are counted.
         clock: a function that returns seconds; for a GPU, one that waits for it.
-        warm_up: whether to add a first round that is not counted, which is not needed for cases that have run before.
+        warm_up: whether to add a first round that is not counted; cases that have run before do not need it.
     """
     seconds: dict[str, list[float]] = {name: [] for name in cases}
     for turn, name in turns(cases, rounds, warm_up):
@@ -52,17 +52,18 @@ def interleaved(
         cases[name]()
         if turn >= 0:
             seconds[name].append(clock() - start)
-    return {name: Timing(found) for name, found in seconds.items()}
+    return {name: Timing(values) for name, values in seconds.items()}
 
 
 def turns(cases: Iterable[Case], rounds: int, warm_up: bool = False) -> Iterator[tuple[int, Case]]:
-    """Yield every case once per round with the round's number, from 0, every other round in reverse order.
+    """Yield each case once per round, with the number of the round from 0; every other round is in reverse order.
 
     Args:
         cases: the cases in the order of the first round.
         rounds: the number of rounds that are counted.
         warm_up: whether to add a round -1 before them.
     """
+    # With alternating orders, a steady change of the machine's speed affects all cases alike.
     order = list(cases)
     for turn in range(-1 if warm_up else 0, rounds):
         for case in order:
@@ -84,7 +85,7 @@ class Hardware(NamedTuple):
         return self.name if self.threads is None else f"{self.name}, {self.threads} threads"
 
 
-def find(device: str) -> Hardware:
+def find_hardware(device: str) -> Hardware:
     """Return the hardware of a device: `cpu`, or `cuda` for the current graphics card.
 
     Raises:
@@ -93,9 +94,9 @@ def find(device: str) -> Hardware:
     if device == "cpu":
         return Hardware(torch.device("cpu"), cpu_name(), torch.get_num_threads())
     if not torch.cuda.is_available():
-        built = f"is built for CUDA {torch.version.cuda}" if torch.version.cuda else "is built without CUDA"
-        why = f"torch {torch.__version__} {built} and finds no card"
-        raise SpecError("device cuda", why, "use --device cpu, or run it where there is one")
+        build = f"is built for CUDA {torch.version.cuda}" if torch.version.cuda else "is built without CUDA"
+        reason = f"torch {torch.__version__} {build} and finds no card"
+        raise SpecError("device cuda", reason, "use --device cpu, or run it where there is one")
     return Hardware(torch.device("cuda"), torch.cuda.get_device_name(), None)
 
 
@@ -106,10 +107,11 @@ def cpu_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
     return " ".join(names[0].replace("(R)", "").replace("(TM)", "").split()) if names else platform.machine()
 
 
-def clock(device: torch.device) -> Callable[[], float]:
-    """Return a clock, which waits until the device has done all its work and then returns the time in seconds."""
+def device_clock(device: torch.device) -> Callable[[], float]:
+    """Return a function that waits until the device has finished its work and then returns the time in seconds."""
 
     def read() -> float:
+        # CUDA calls return before their work is done.
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         return time.perf_counter()
@@ -118,44 +120,46 @@ def clock(device: torch.device) -> Callable[[], float]:
 
 
 @contextmanager
-def checked_sizes(what: str) -> Iterator[None]:
-    """Turn the ValidationError of an impossible model in this context into an error about the sizes that were given.
+def checked_sizes(title: str) -> Iterator[None]:
+    """Turn a ValidationError of an impossible model inside the `with` block into an error about the given sizes.
 
     Args:
-        what: the name of the command or option that was given the sizes.
+        title: the command or option with the sizes.
 
     Raises:
-        SpecError: the model is impossible; the reason is the first one of the ValidationError.
+        SpecError: the model is impossible; the message is the first one of the ValidationError.
     """
     try:
         yield
     except ValidationError as e:
-        why = e.errors()[0]["msg"].removeprefix("Value error, ")
-        raise SpecError(what, why, "choose other sizes") from e
+        reason = e.errors()[0]["msg"].removeprefix("Value error, ")
+        raise SpecError(title, reason, "choose other sizes") from e
 
 
-def failure(what: str, stderr: str, code: int) -> JobError:
-    """Return the error for a process that failed, with the first error of its traceback, which caused the others.
+def process_failure(title: str, stderr: str, code: int) -> JobError:
+    """Return the error for a process that failed, with the first error of its traceback.
 
     Args:
-        what: the name of the process.
-        stderr: everything that the process wrote to stderr.
+        title: the name of the process.
+        stderr: the whole stderr of the process.
         code: its exit code; if negative, minus the number of the signal that ended it.
     """
+    # The first error of a chain is the cause of the others.
     lines = [line for line in stderr.splitlines() if line.strip()]
+    # A traceback names its exception at the start of a line.
     errors = [line for line in lines if re.match(r"[\w.]*(Error|Exception)\b", line)]
-    ended = f"exit code {code}" if code >= 0 else f"it was ended by {signal.Signals(-code).name}"
-    return JobError(what, next(iter(errors or lines[-1:]), ended), "mend that and measure again")
+    exit_reason = f"exit code {code}" if code >= 0 else f"it was ended by {signal.Signals(-code).name}"
+    return JobError(title, next(iter(errors or lines[-1:]), exit_reason), "fix that and measure again")
 
 
-def there(needs: Mapping[str, str | None], tell: Callable[[str], None]) -> list[str]:
+def installed_contestants(packages: Mapping[str, str | None], report: Callable[[str], None]) -> list[str]:
     """Return the names of the contestants whose package is installed, in their order.
 
     Args:
-        needs: the package of each contestant; None if it needs none beside ours.
-        tell: a function that is called with a line for each of the others.
+        packages: the package of each contestant; None if it needs only ours.
+        report: a function that is called with a line for each of the others.
     """
-    missing = {name: package for name, package in needs.items() if package and find_spec(package) is None}
-    for name, package in missing.items():
-        tell(f"{name} is not measured: {package} is not installed")
-    return [name for name in needs if name not in missing]
+    missing_packages = {name: package for name, package in packages.items() if package and find_spec(package) is None}
+    for name, package in missing_packages.items():
+        report(f"{name} is not measured: {package} is not installed")
+    return [name for name in packages if name not in missing_packages]

@@ -1,7 +1,8 @@
 """Slices of tensors in safetensors files, read at any offset and written without a second copy in memory.
 
-The layout is torch's own (`torch.distributed.checkpoint.hf_storage`): the file's metadata says where a slice begins in
-its whole tensor, so torch's reader reads our files and this module reads torch's. Files without it hold whole tensors.
+The layout is that of `torch.distributed.checkpoint.hf_storage`: the metadata of a file has the offset of each slice in
+its full tensor. So torch reads the files of this module, and this module reads the files of torch. A file without this
+metadata holds full tensors.
 """
 
 import hashlib
@@ -13,12 +14,13 @@ from typing import Any, BinaryIO, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from mhmoe_ray.model.held import local, offset
+from mhmoe_ray.model.held import local_shard, shard_offset
 from mhmoe_ray.storage import FileEntry, Location
 
 SUFFIX = ".safetensors"
-PIECE = 16 << 20  # bytes in memory at a time
-_OFFSETS, _VERSION = "DCP_SHARDING_INFO", "DCP_VERSION"
+# Number of bytes that are in memory at a time while a file is written, and while a slice is converted.
+PIECE_BYTES = 16 << 20
+_OFFSETS_KEY, _VERSION_KEY = "DCP_SHARDING_INFO", "DCP_VERSION"
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -29,44 +31,50 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class Slice(NamedTuple):
-    """Slice of a tensor that a process holds."""
+    """Slice of a tensor that this process holds."""
 
     local: Tensor
     offset: tuple[int, ...]
-    """Start of the slice in the whole tensor."""
+    """Start of the slice in the full tensor."""
     shape: tuple[int, ...]
-    """Shape of the whole tensor."""
+    """Shape of the full tensor."""
 
 
-def slice_of(tensor: Tensor) -> Slice:
-    """Return a view of this rank's part of a DTensor, or of the whole of any other tensor."""
-    return Slice(local(tensor).detach(), offset(tensor), tuple(tensor.shape))
+def local_slice(tensor: Tensor) -> Slice:
+    """Return a view of this rank's part of a DTensor, or of all of any other tensor."""
+    return Slice(local_shard(tensor).detach(), shard_offset(tensor), tuple(tensor.shape))
 
 
 def write_slices(file: BinaryIO, slices: Mapping[str, Slice], on_piece: Callable[[], None] = lambda: None) -> FileEntry:
-    """Write a complete safetensors file of tensors in CPU memory; return its size and hash, computed while writing.
+    """Write a complete safetensors file of tensors in CPU memory, and return its size and hash.
 
     Args:
         file: file that is open for writing.
         slices: slices by the names of their tensors.
-        on_piece: called after each piece that is written.
+        on_piece: called after each written piece.
     """
     header: dict[str, Any] = {
         "__metadata__": {
-            _OFFSETS: json.dumps({name: {"saved_offsets": list(s.offset)} for name, s in slices.items()}),
-            _VERSION: "1.0",
+            _OFFSETS_KEY: json.dumps({name: {"saved_offsets": list(s.offset)} for name, s in slices.items()}),
+            _VERSION_KEY: "1.0",
         }
     }
     end = 0
     for name, s in slices.items():
         start, end = end, end + s.local.nbytes
-        header[name] = {"dtype": _NAMES[s.local.dtype], "shape": list(s.local.shape), "data_offsets": [start, end]}
+        header[name] = {
+            "dtype": _DTYPE_NAMES[s.local.dtype],
+            "shape": list(s.local.shape),
+            "data_offsets": [start, end],
+        }
     text = json.dumps(header).encode()
+    # Data begins at a multiple of 8 bytes, as safetensors' own writer aligns it.
     text += b" " * (-len(text) % 8)
+    # The hash is computed while writing, so that the file need not be read again.
     digest, size = hashlib.sha256(), 0
     for piece in _pieces([len(text).to_bytes(8, "little") + text], (s.local for s in slices.values())):
         file.write(piece)
@@ -76,15 +84,15 @@ def write_slices(file: BinaryIO, slices: Mapping[str, Slice], on_piece: Callable
     return FileEntry(size=size, sha256=digest.hexdigest())
 
 
-def _pieces(first: Iterable[bytes], tensors: Iterable[Tensor]) -> Iterator[bytes | memoryview]:
-    yield from first
+def _pieces(header_pieces: Iterable[bytes], tensors: Iterable[Tensor]) -> Iterator[bytes | memoryview]:
+    yield from header_pieces
     for tensor in tensors:
-        whole = _bytes_of(tensor.contiguous())
-        yield from (whole[i : i + PIECE] for i in range(0, len(whole), PIECE))
+        data = _tensor_bytes(tensor.contiguous())
+        yield from (data[i : i + PIECE_BYTES] for i in range(0, len(data), PIECE_BYTES))
 
 
-def _bytes_of(contiguous: Tensor) -> memoryview:
-    return contiguous.view(-1).view(torch.uint8).numpy().data
+def _tensor_bytes(tensor: Tensor) -> memoryview:
+    return tensor.view(-1).view(torch.uint8).numpy().data
 
 
 class StoredSlice(NamedTuple):
@@ -107,19 +115,20 @@ def stored_slices(file: Location) -> dict[str, StoredSlice]:
     """
     with file.open("rb") as f:
         length = int.from_bytes(f.read(8), "little")
+        # The first bytes of any other file may mean a huge length, and reading so much would fail.
         if length > file.stat().st_size:
             raise ValueError("it is no safetensors file")
         header = json.loads(f.read(length))
-    offsets = json.loads(header.pop("__metadata__", {}).get(_OFFSETS, "{}"))
-    found = {}
+    offsets = json.loads(header.pop("__metadata__", {}).get(_OFFSETS_KEY, "{}"))
+    slices = {}
     for name, entry in header.items():
         if entry["dtype"] not in DTYPES:
             raise ValueError(f"{name} is of dtype {entry['dtype']}")
         shape = tuple(entry["shape"]) or (1,)
         offset = tuple(offsets[name]["saved_offsets"] if name in offsets else ()) or (0,) * len(shape)
         start = 8 + length + entry["data_offsets"][0]
-        found[name] = StoredSlice(file, start, DTYPES[entry["dtype"]], shape, offset)
-    return found
+        slices[name] = StoredSlice(file, start, DTYPES[entry["dtype"]], shape, offset)
+    return slices
 
 
 class Readable(Protocol):
@@ -127,11 +136,11 @@ class Readable(Protocol):
 
     def seek(self, offset: int, /) -> int: ...
 
-    def readinto(self, into: memoryview, /) -> int | None: ...
+    def readinto(self, buffer: memoryview, /) -> int | None: ...
 
 
 def read_into(target: Slice, stored: StoredSlice, file: Readable) -> int:
-    """Copy the values that a stored slice and a target have in common, in the target's dtype; return their number.
+    """Copy the overlap of a stored slice and a target into the target, in its dtype; return the number of values.
 
     Args:
         target: slice to fill.
@@ -142,37 +151,44 @@ def read_into(target: Slice, stored: StoredSlice, file: Readable) -> int:
         ValueError: the file ends too early.
     """
     local = target.local if target.local.ndim else target.local.view(1)
-    shape, there, here = stored.shape, stored.offset, target.offset or (0,)
-    first = [max(a, b) for a, b in zip(here, there, strict=True)]
-    last = [min(a + n, b + m) for a, n, b, m in zip(here, local.shape, there, shape, strict=True)]
-    if any(b <= a for a, b in zip(first, last, strict=True)):
+    shape, stored_offset, target_offset = stored.shape, stored.offset, target.offset or (0,)
+    overlap_start = [max(a, b) for a, b in zip(target_offset, stored_offset, strict=True)]
+    overlap_end = [
+        min(a + n, b + m) for a, n, b, m in zip(target_offset, local.shape, stored_offset, shape, strict=True)
+    ]
+    if any(b <= a for a, b in zip(overlap_start, overlap_end, strict=True)):
         return 0
-    wanted = local[tuple(slice(a - o, b - o) for a, b, o in zip(first, last, here, strict=True))]
-    inner = tuple(slice(a - o, b - o) for a, b, o in zip(first[1:], last[1:], there[1:], strict=True))
-    row = math.prod(shape[1:]) * stored.dtype.itemsize
-    rows = max(1, PIECE // max(1, row))
-    direct = wanted.dtype == stored.dtype and wanted.device.type == "cpu" and wanted[0].shape == shape[1:]
-    for i in range(0, len(wanted), rows):
-        part = wanted[i : i + rows]
-        into = part
-        if not (direct and part.is_contiguous()):
-            into = torch.empty(len(part), *shape[1:], dtype=stored.dtype)
-        file.seek(stored.start + (first[0] - there[0] + i) * row)
-        _fill(file, _bytes_of(into))
-        if into is not part:
-            part.copy_(into[:, *inner])
-    return wanted.numel()
+    overlap = local[
+        tuple(slice(a - o, b - o) for a, b, o in zip(overlap_start, overlap_end, target_offset, strict=True))
+    ]
+    inner_slices = tuple(
+        slice(a - o, b - o) for a, b, o in zip(overlap_start[1:], overlap_end[1:], stored_offset[1:], strict=True)
+    )
+    row_bytes = math.prod(shape[1:]) * stored.dtype.itemsize
+    block_rows = max(1, PIECE_BYTES // max(1, row_bytes))
+    # If dtype, device and rows match, bytes are read into the target itself; otherwise through a buffer of some rows.
+    is_direct = overlap.dtype == stored.dtype and overlap.device.type == "cpu" and overlap[0].shape == shape[1:]
+    for i in range(0, len(overlap), block_rows):
+        part = overlap[i : i + block_rows]
+        buffer = part
+        if not (is_direct and part.is_contiguous()):
+            buffer = torch.empty(len(part), *shape[1:], dtype=stored.dtype)
+        file.seek(stored.start + (overlap_start[0] - stored_offset[0] + i) * row_bytes)
+        _read_fully(file, _tensor_bytes(buffer))
+        if buffer is not part:
+            part.copy_(buffer[:, *inner_slices])
+    return overlap.numel()
 
 
-def _fill(file: Readable, into: memoryview) -> None:
-    while into:
-        count = file.readinto(into)
+def _read_fully(file: Readable, buffer: memoryview) -> None:
+    while buffer:
+        count = file.readinto(buffer)
         if not count:
             raise ValueError("it ends too early")
-        into = into[count:]
+        buffer = buffer[count:]
 
 
-Index = Mapping[str, list[StoredSlice]]
+SliceIndex = Mapping[str, list[StoredSlice]]
 """All slices of a folder, by the names of their tensors."""
 
 
@@ -181,7 +197,7 @@ def file_name(rank: int) -> str:
     return f"rank_{rank:05d}{SUFFIX}"
 
 
-def _shape(slices: list[StoredSlice]) -> tuple[int, ...]:
-    """Return the shape of the whole tensor that these slices are parts of."""
-    ends = [[o + n for o, n in zip(s.offset, s.shape, strict=True)] for s in slices]
-    return tuple(max(dim) for dim in zip(*ends, strict=True))
+def full_shape(slices: list[StoredSlice]) -> tuple[int, ...]:
+    """Return the shape of the full tensor that these slices are parts of."""
+    slice_ends = [[o + n for o, n in zip(s.offset, s.shape, strict=True)] for s in slices]
+    return tuple(max(dim) for dim in zip(*slice_ends, strict=True))

@@ -1,4 +1,4 @@
-"""Manifest of a checkpoint: it is written last, and its presence is the commit.
+"""Checkpoint manifest: manifest.json lists the files of a checkpoint; it is written last and commits the checkpoint.
 
     | in checkpoints/step_00000200.3/  | content                                       | written by    | read by      |
     | -------------------------------- | --------------------------------------------- | ------------- | ------------ |
@@ -6,18 +6,18 @@
     |                                  | file's header says where each slice begins    | even share    | serving      |
     | optim/rank_00000.safetensors     | slices of AdamW's two moments, `exp_avg` and  | each rank its | training     |
     |                                  | `exp_avg_sq` of each name, in the same way    | even share    |              |
-    | manifest.json                    | `Manifest` below: sizes and SHA-256 of all    | rank 0, when  | all, first   |
-    |                                  | these files, and what they belong to          | all are there |              |
+    | manifest.json                    | `CheckpointManifest`: size and SHA-256 of     | rank 0, after | all, first   |
+    |                                  | each file, model, step and position           | all files     |              |
 
 This example is of step 200, written by the third worker group of the run. A checkpoint does not count without
-manifest.json, or if a file is missing, does not belong to it, or has another size or hash than the manifest says
+manifest.json, or if a file is missing, is not in the manifest, or has another size or hash than the manifest says
 (`read_manifest`).
 
-An imported checkpoint has whole tensors in weights/model-*.safetensors, in the dtype in which they were imported, and
-no optim/; its manifest has the token ids that end a text in addition to those that its tokenizer names (`ends`).
+An imported checkpoint has full tensors in weights/model-*.safetensors, in the dtype in which they were imported, and no
+optim/. Its checkpoint manifest has the token ids that end a text in addition to those of its tokenizer (`ends`).
 
-A directory is never written twice: readers take every *.safetensors that they find, so files of two saves in one folder
-would load as a silent mix. For the same reason a folder must hold exactly the manifest's files.
+A directory is never written twice: readers take every *.safetensors in it, so files of two saves would silently load as
+a mix. For the same reason a directory must hold exactly the files of the manifest.
 """
 
 import json
@@ -39,7 +39,7 @@ PARTS = ("weights", "optim")
 _FIX = "use another checkpoint of the run"
 
 
-class Manifest(BaseModel):
+class CheckpointManifest(BaseModel):
     step: int
     """Number of steps done."""
     skipped: int = 0
@@ -58,36 +58,36 @@ class Manifest(BaseModel):
     model: ModelSpec
     seq_len: int
     ends: list[int] = []
-    """Token ids that end a text in addition to the tokenizer's own (`data.tokenizer.boundaries`), as an imported folder
-    names them. Older manifests have none."""
+    """Token ids that end a text in addition to the tokenizer's own (`data.tokenizer.boundaries`), from an imported
+    folder. Older manifests have none."""
     tokenizer_sha256: str
     data_sha256: str | None
-    """Hash of the prepared data's manifest: `position` counts in that data and no other. None for imported weights,
-    which were trained on no data prepared here."""
+    """Hash of the prepared data's manifest: `position` counts samples of that data only. None for imported weights,
+    which were not trained on data prepared here."""
     files: dict[str, FileEntry]
     """Size and hash of each file, by path below the checkpoint."""
 
 
-_NAME = re.compile(r"step_\d+\.\d+")
+_NAME_PATTERN = re.compile(r"step_\d+\.\d+")
 
 
 def checkpoint_name(step: int, group: int) -> str:
     return f"step_{step:08d}.{group}"
 
 
-def commit(checkpoint: Location, manifest: Manifest) -> None:
+def commit(checkpoint: Location, manifest: CheckpointManifest) -> None:
     """Commit a checkpoint by writing its manifest."""
     write_json(checkpoint / MANIFEST, manifest.model_dump(mode="json"))
 
 
-def stored_manifest(checkpoint: Location) -> Manifest:
-    """Return the manifest of a checkpoint, without a look at its files.
+def stored_manifest(checkpoint: Location) -> CheckpointManifest:
+    """Return the manifest of a checkpoint without verifying its files.
 
     Raises:
         CheckpointError: the checkpoint is uncommitted, or its manifest is damaged.
     """
     try:
-        return Manifest.model_validate(json.loads((checkpoint / MANIFEST).read_text()))
+        return CheckpointManifest.model_validate(json.loads((checkpoint / MANIFEST).read_text()))
     except OSError as e:
         raise CheckpointError(f"checkpoint {checkpoint}", f"it has no readable {MANIFEST}", _FIX) from e
     except (ValueError, ValidationError) as e:
@@ -96,117 +96,115 @@ def stored_manifest(checkpoint: Location) -> Manifest:
 
 def read_manifest(
     checkpoint: Location, parts: tuple[str, ...] = PARTS, describe: Describe | None = describe_files
-) -> Manifest:
+) -> CheckpointManifest:
     """Return the manifest of an intact checkpoint, after checking names, sizes and hashes of the files of these parts.
 
     Args:
         checkpoint: directory of the checkpoint.
         parts: parts whose files are checked.
-        describe: function that computes the hashes, for which it reads all files; with None only names and sizes are
-            checked.
+        describe: function that reads all files and computes their hashes; with None only names and sizes are checked.
 
     Raises:
-        CheckpointError: the checkpoint is uncommitted, torn, damaged, or removed while it is read; the reason says
-            which file and how.
+        CheckpointError: the checkpoint is uncommitted, torn, damaged, or removed while it is read; the reason names the
+            file and the damage.
     """
     manifest = stored_manifest(checkpoint)
     try:
         problem = next(_problems(checkpoint, manifest, parts, describe), None)
     except FileNotFoundError as e:
-        raise removed(checkpoint) from e
+        raise removed_error(checkpoint) from e
     if problem:
         raise CheckpointError(f"checkpoint {checkpoint}", problem, _FIX)
     return manifest
 
 
-def removed(checkpoint: Location) -> CheckpointError:
-    """Return the error for a checkpoint that existed when reading it began and was removed meanwhile."""
-    why = "it was removed while it was read, as train.keep_checkpoints has old ones removed"
-    return CheckpointError(f"checkpoint {checkpoint}", why, "use a newer one of the run")
+def removed_error(checkpoint: Location) -> CheckpointError:
+    """Return the error for a checkpoint that was removed while it was read."""
+    reason = "it was removed while it was read, because train.keep_checkpoints removes old checkpoints"
+    return CheckpointError(f"checkpoint {checkpoint}", reason, "use a newer one of the run")
 
 
 def is_committed(checkpoint: Location) -> bool:
-    """Return whether a checkpoint has a manifest; a checkpoint that is dropped loses its manifest first."""
+    """Return whether a checkpoint has a manifest."""
     return (checkpoint / MANIFEST).exists()
 
 
 def _problems(
-    checkpoint: Location, manifest: Manifest, parts: tuple[str, ...], describe: Describe | None
+    checkpoint: Location, manifest: CheckpointManifest, parts: tuple[str, ...], describe: Describe | None
 ) -> Iterator[str]:
     present = {f"{part}/{p.name}" for part in parts for p in checkpoint.glob(f"{part}/*")}
     files = {name: entry for name, entry in manifest.files.items() if name.startswith(tuple(f"{p}/" for p in parts))}
     yield from (f"{name} is missing" for name in sorted(files.keys() - present))
     yield from (f"{name} does not belong to it" for name in sorted(present - files.keys()))
     for name, expected in files.items():
+        # Sizes first: they need no read, and a file that was cut off differs in size.
         size = (checkpoint / name).stat().st_size
         if size != expected.size:
             yield f"{name} has {size} bytes, not {expected.size}"
     if describe is None:
         return
-    for name, found in zip(files, describe([checkpoint / name for name in files]), strict=True):
-        if found.sha256 != files[name].sha256:
+    for name, actual_entry in zip(files, describe([checkpoint / name for name in files]), strict=True):
+        if actual_entry.sha256 != files[name].sha256:
             yield f"{name} does not have the hash it was written with"
 
 
-def unfinished(run: RunDir) -> list[Location]:
-    """Return the folders of checkpoints that were never committed: they are being written, or a process that was killed
-    left them."""
-    named = (p for p in run.checkpoints.glob("step_*") if _NAME.fullmatch(p.name))
-    return sorted(p for p in named if not is_committed(p))
+def uncommitted_checkpoints(run: RunDir) -> list[Location]:
+    """Return the folders of uncommitted checkpoints: they are being written, or a killed process left them."""
+    checkpoints = (p for p in run.checkpoints.glob("step_*") if _NAME_PATTERN.fullmatch(p.name))
+    return sorted(p for p in checkpoints if not is_committed(p))
 
 
-def committed(run: RunDir) -> list[Location]:
+def committed_checkpoints(run: RunDir) -> list[Location]:
     """Return the committed checkpoints of a run, oldest first, without verifying their files."""
-    return [*_newest_first(run)][::-1]
+    return [*_committed_newest_first(run)][::-1]
 
 
 def last_step(run: RunDir) -> int:
     """Return the step of the newest committed checkpoint; 0 without any."""
-    return next((step_and_group(checkpoint)[0] for checkpoint in _newest_first(run)), 0)
+    return next((step_and_group(checkpoint)[0] for checkpoint in _committed_newest_first(run)), 0)
 
 
-def _newest_first(run: RunDir) -> Iterator[Location]:
-    """Return the committed checkpoints of a run, newest first: by worker group, then by step.
-
-    A worker group continues from the newest intact checkpoint, which may be older than a damaged one. So what a later
-    worker group wrote is newer, even if it is of an earlier step.
-    """
-    folders: list[Location] = [p for p in run.checkpoints.glob("step_*") if _NAME.fullmatch(p.name)]
-    folders.sort(key=lambda folder: step_and_group(folder)[::-1], reverse=True)
-    return (folder for folder in folders if is_committed(folder))
+def _committed_newest_first(run: RunDir) -> Iterator[Location]:
+    """Return the committed checkpoints of a run, newest first: by worker group, then by step."""
+    # A worker group continues from the newest intact checkpoint, which may be older than a damaged one. So a checkpoint
+    # of a later worker group is newer, even if its step is earlier.
+    checkpoints: list[Location] = [p for p in run.checkpoints.glob("step_*") if _NAME_PATTERN.fullmatch(p.name)]
+    checkpoints.sort(key=lambda folder: step_and_group(folder)[::-1], reverse=True)
+    return (folder for folder in checkpoints if is_committed(folder))
 
 
-class Newest(NamedTuple):
+class NewestCheckpoint(NamedTuple):
     checkpoint: Location
-    manifest: Manifest
+    manifest: CheckpointManifest
     skipped: list[CheckpointError]
-    """Errors of newer checkpoints, which are not intact."""
+    """Errors of newer checkpoints, which are damaged."""
 
 
 def newest_checkpoint(
     run: RunDir, parts: tuple[str, ...] = PARTS, describe: Describe | None = describe_files
-) -> Newest | None:
+) -> NewestCheckpoint | None:
     """Return the newest intact checkpoint of a run; None if the run has no committed checkpoint.
 
-    A directory without a manifest was never committed and is skipped silently. A checkpoint that is dropped while it is
-    read is skipped too; there are newer ones by then, so the search starts again.
+    Uncommitted checkpoints are skipped silently.
 
     Args:
         run: the run whose checkpoints are searched.
-        parts: parts whose files are checked; without any, only whether each manifest can be read.
-        describe: function that computes hashes, as `read_manifest` takes it.
+        parts: parts whose files are checked; without any part, only the manifests are read.
+        describe: function that computes hashes, or None (see `read_manifest`).
 
     Raises:
         CheckpointError: there are committed checkpoints, but none is intact; the error is that of the newest one.
     """
     skipped: list[CheckpointError] = []
-    for checkpoint in _newest_first(run):
+    for checkpoint in _committed_newest_first(run):
         try:
-            return Newest(checkpoint, read_manifest(checkpoint, parts, describe), skipped)
+            return NewestCheckpoint(checkpoint, read_manifest(checkpoint, parts, describe), skipped)
         except CheckpointError as e:
+            # Retention deleted the checkpoint while it was read. There are newer ones then, so the search restarts.
             if not is_committed(checkpoint):
                 return newest_checkpoint(run, parts, describe)
             skipped.append(e)
+    # Training must not silently start from the beginning because all checkpoints are damaged.
     if skipped:
         raise skipped[0]
     return None

@@ -1,51 +1,55 @@
-"""Checkpoint retention: which checkpoints of a run are kept, where not all are."""
+"""Checkpoint retention: keep the newest checkpoints of a run and the best one, and delete the others."""
 
 import math
 
-from mhmoe_ray.checkpoint.manifest import MANIFEST, committed, step_and_group
+from mhmoe_ray.checkpoint.manifest import MANIFEST, committed_checkpoints, step_and_group
 from mhmoe_ray.runs import history, metrics
 from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.storage import Location, remove_tree
 
 
-class Retention:
+class RetentionPolicy:
     """Retention policy that keeps the newest checkpoints and the best one.
 
-    The best checkpoint has the lowest validation loss among those of steps that were validated. A loss that is not
-    finite does not count. The run's history, which may be long, is read once; later losses are passed to `surplus`.
+    The best checkpoint has the lowest validation loss among those of validated steps. A loss that is not finite does
+    not count.
     """
 
-    def __init__(self, run: RunDir, keep: int) -> None:
-        """Prepare the policy; the history is not read yet.
+    def __init__(self, run: RunDir, newest_count: int) -> None:
+        """Prepare the policy; the history is read later.
 
         Args:
-            run: the run whose checkpoints are kept or dropped.
-            keep: number of newest checkpoints to keep.
+            run: the run whose checkpoints are kept or deleted.
+            newest_count: number of newest checkpoints to keep.
         """
-        self._run, self._keep = run, keep
+        self._run, self._newest_count = run, newest_count
         self._losses: dict[int, float] | None = None
         """Validation loss by step; None until the history is read."""
 
-    def surplus(self, step: int, loss: float | None) -> list[Location]:
-        """Return the checkpoints that are not to be kept, oldest first.
+    def removable_checkpoints(self, step: int, loss: float | None) -> list[Location]:
+        """Return the checkpoints that may be deleted, oldest first.
 
         Args:
             step: step of the newest checkpoint.
             loss: validation loss of that step, None if it was not validated.
         """
+        # The history may be long, so it is read once. Later losses are arguments of this method.
         if self._losses is None:
-            validated_at = ((line[metrics.STEP], line.get(metrics.VAL_LOSS)) for line in history.read(self._run))
-            self._losses = {step: loss for step, loss in validated_at if loss is not None}
+            step_losses = ((line[metrics.STEP], line.get(metrics.VAL_LOSS)) for line in history.read(self._run))
+            self._losses = {step: loss for step, loss in step_losses if loss is not None}
         if loss is not None and math.isfinite(loss):
             self._losses[step] = loss
-        found, losses = committed(self._run), self._losses
-        validated = [path for path in found if step_and_group(path)[0] in losses]
-        # Of two of a step the later is the one whose loss the history has.
-        best = min(reversed(validated), key=lambda path: losses[step_and_group(path)[0]], default=None)
-        return [path for path in found[: -self._keep] if path != best]
+        checkpoints, losses = committed_checkpoints(self._run), self._losses
+        validated_checkpoints = [path for path in checkpoints if step_and_group(path)[0] in losses]
+        # If two checkpoints are of the same step, the history has the loss of the later one.
+        best_checkpoint = min(
+            reversed(validated_checkpoints), key=lambda path: losses[step_and_group(path)[0]], default=None
+        )
+        return [path for path in checkpoints[: -self._newest_count] if path != best_checkpoint]
 
 
-def drop(checkpoint: Location) -> None:
-    """Drop a checkpoint, its manifest first: if the removal of the rest fails for any reason, it no longer counts."""
+def delete_checkpoint(checkpoint: Location) -> None:
+    """Delete a checkpoint."""
+    # Without its manifest the checkpoint no longer counts, even if the removal of the other files fails.
     (checkpoint / MANIFEST).unlink()
     remove_tree(checkpoint)

@@ -1,12 +1,12 @@
-"""Checkpoints written while training goes on: it waits neither for storage nor, as a rule, for the copy in memory.
+"""Checkpoint writer that works while training goes on: training waits neither for storage nor, usually, for the copy.
 
     training    | step 100 | forward and backward of 101 | update | step 102 | step 103 | ...
-    background              | copy the state | write own file of each part, hash it | tell others | manifest = commit |
+    background              | copy the state | write own file of each part, hash it | gather hashes | commit manifest |
 
-The state changes only in updates, so it is copied beside the next step's forward and backward. Training waits only for
-the part of the copy that is left when the update is due. Each rank copies and writes its own share only (`Shares`),
-into buffers that are kept. Ranks communicate in a process group of their own, since training's may be in use. One
-checkpoint at a time is written: the next one waits for it.
+The state changes only in updates, so it is copied beside the forward and backward pass of the next step. The update
+waits until the copy is complete. Each rank copies and writes its own share only (`WriterAssignment`), into buffers that
+are reused. Ranks communicate in a process group of their own, since training's may be in use. One checkpoint at a time
+is written: the next one waits for it.
 """
 
 import time
@@ -20,56 +20,57 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mhmoe_ray.checkpoint.format import Slice, file_name, slice_of, write_slices
+from mhmoe_ray.checkpoint.format import Slice, file_name, local_slice, write_slices
 from mhmoe_ray.checkpoint.load import TrainerState
-from mhmoe_ray.checkpoint.manifest import PARTS, Manifest, checkpoint_name, commit
-from mhmoe_ray.checkpoint.retention import Retention, drop
+from mhmoe_ray.checkpoint.manifest import PARTS, CheckpointManifest, checkpoint_name, commit
+from mhmoe_ray.checkpoint.retention import RetentionPolicy, delete_checkpoint
 from mhmoe_ray.data.shards.manifest import data_digest
 from mhmoe_ray.errors import CheckpointError, StorageError
-from mhmoe_ray.model.held import is_shared_out
+from mhmoe_ray.model.held import is_dtensor
 from mhmoe_ray.runs import events
 from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.storage import FileEntry, Location, create_file, describe_file, write_json
 
 
-class Shares:
-    """Assigns each tensor or slice to one of the ranks that hold it, which writes it: the one with the least to write
-    so far.
+class WriterAssignment:
+    """Assignment of each tensor or slice to the rank that writes it: of the ranks that hold it, the least loaded one.
 
-    Every rank finds the same answer by itself, if all ask for the same tensors in the same order.
+    Every rank computes the same assignment without communication, if all ask for the same tensors in the same order.
     """
 
     def __init__(self) -> None:
         world, self._rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
-        self._load = [0] * world
+        self._assigned_elements = [0] * world
 
-    def is_mine(self, tensor: Tensor) -> bool:
+    def is_writer(self, tensor: Tensor) -> bool:
         """Return whether this rank writes its part of a DTensor, or the whole of any other tensor."""
-        ours = [self._writer(holders, tensor.numel()) for holders in self._holders(tensor)]
-        return self._rank in ours
+        writers = [self._assign_writer(holders, tensor.numel()) for holders in self._holders(tensor)]
+        return self._rank in writers
 
-    def _writer(self, holders: list[int], size: int) -> int:
-        least = min(holders, key=self._load.__getitem__)
-        self._load[least] += size
-        return least
+    def _assign_writer(self, holders: list[int], size: int) -> int:
+        writer = min(holders, key=self._assigned_elements.__getitem__)
+        self._assigned_elements[writer] += size
+        return writer
 
     def _holders(self, tensor: Tensor) -> list[list[int]]:
-        """Return, for each slice of a tensor, the ranks that hold it."""
-        if not is_shared_out(tensor):
-            return [list(range(len(self._load)))]
+        """Return the ranks that hold each slice of a tensor."""
+        if not is_dtensor(tensor):
+            return [list(range(len(self._assigned_elements)))]
         from torch.distributed.tensor import Replicate
 
         mesh = tensor.device_mesh.mesh
-        alike = [dim for dim, placement in enumerate(tensor.placements) if isinstance(placement, Replicate)]
-        apart = [dim for dim in range(mesh.ndim) if dim not in alike]
-        slices = mesh.permute(*apart, *alike).reshape(-1, *(mesh.shape[dim] for dim in alike))
-        return [holders.flatten().tolist() for holders in slices]
+        replicated_dims = [dim for dim, placement in enumerate(tensor.placements) if isinstance(placement, Replicate)]
+        sharded_dims = [dim for dim in range(mesh.ndim) if dim not in replicated_dims]
+        rank_groups = mesh.permute(*sharded_dims, *replicated_dims).reshape(
+            -1, *(mesh.shape[dim] for dim in replicated_dims)
+        )
+        return [holders.flatten().tolist() for holders in rank_groups]
 
 
 def save_slices(
     folder: Location, slices: Mapping[str, Slice], rank: int, on_piece: Callable[[], None] = lambda: None
 ) -> FileEntry:
-    """Write slices that are in CPU memory as one file, which has no bytes of data if there are no slices.
+    """Write slices in CPU memory as one file; without slices the file has no data.
 
     Args:
         folder: folder of a part of a checkpoint.
@@ -88,15 +89,15 @@ def save_slices(
 
 
 T = TypeVar("T")
-_stream_of: Callable[[torch.device], torch.cuda.Stream] = torch.cuda.Stream
-_FIX = "make room or mend the storage, then `mhmoe resume`: the checkpoint before it is whole"
+_create_stream: Callable[[torch.device], torch.cuda.Stream] = torch.cuda.Stream
+_FIX = "make room or repair the storage, then `mhmoe resume`; the previous checkpoint is intact"
 
 
-class _Copy(NamedTuple):
+class _SliceCopy(NamedTuple):
     part: str
     name: str
     source: torch.Tensor | None
-    """Tensor to copy; None where the copy is done."""
+    """Tensor to copy; None if the copy is done."""
     slice: Slice
     """Slice whose `local` is the copy."""
 
@@ -110,35 +111,34 @@ class Saver:
     def __init__(
         self, run: RunDir, trainer: TrainerState, group: int, on_piece: Callable[[], None] = lambda: None
     ) -> None:
-        """Prepare to save the state of a trainer, which from now on waits for the copy before it updates.
+        """Prepare to save the state of a trainer, whose updates wait for the copy from now on.
 
         This is a collective operation, because it creates a process group.
 
         Args:
             run: the run that the checkpoints belong to.
             trainer: trainer whose state is saved.
-            group: number of this worker group, for the checkpoints' names: no other worker group writes to the same
-                names.
-            on_piece: called in the background after each piece that is written.
+            group: number of this worker group, a part of the checkpoints' names, so that no two groups use a name.
+            on_piece: called in the background after each written piece.
         """
         self._run, self._trainer, self._group, self._on_piece = run, trainer, group, on_piece
-        keep = trainer.spec.train.keep_checkpoints
-        self._retention = Retention(run, keep) if keep and trainer.mesh.rank == 0 else None
-        trainer.before_update = self._until_copied
-        # However long the others take to write: whoever hangs is the watchdog's concern.
-        patience = timedelta(days=1)
-        self._peers = dist.new_group(backend="gloo", timeout=patience) if trainer.mesh.world > 1 else None
+        newest_count = trainer.spec.train.keep_checkpoints
+        self._retention = RetentionPolicy(run, newest_count) if newest_count and trainer.mesh.rank == 0 else None
+        trainer.before_update = self._wait_for_copy
+        # Ranks may write for a long time. The watchdog, not this timeout, ends a rank that hangs.
+        timeout = timedelta(days=1)
+        self._process_group = dist.new_group(backend="gloo", timeout=timeout) if trainer.mesh.world_size > 1 else None
         self._buffers: dict[tuple[str, str], torch.Tensor] = {}
-        self._stream = _stream_of(trainer.device) if trainer.device.type == "cuda" else None
-        self._copied = Event()
-        self._pause = 0.0
-        self._data = data_digest(trainer.spec.data.prepared)
-        self._tokenizer = describe_file(run.tokenizer_file).sha256
+        self._copy_stream = _create_stream(trainer.device) if trainer.device.type == "cuda" else None
+        self._copy_done = Event()
+        self._pause_seconds = 0.0
+        self._data_sha256 = data_digest(trainer.spec.data.prepared)
+        self._tokenizer_sha256 = describe_file(run.tokenizer_file).sha256
         self._thread: Thread | None = None
         self._error: Exception | None = None
 
     def save(self, count_LE: torch.Tensor, val_loss: float | None = None) -> None:
-        """Begin to write the state, which the trainer will not change before it is copied.
+        """Start to write the state in the background; the trainer changes it only after it is copied.
 
         Args:
             count_LE: routes per layer and expert since the previous checkpoint, which rank 0 writes below `routing/`.
@@ -147,22 +147,24 @@ class Saver:
         Raises:
             CheckpointError: the previous checkpoint could not be written.
         """
-        began = time.monotonic()
+        # The pause of training includes the wait for the previous checkpoint and, later, the wait for the copy.
+        start_time = time.monotonic()
         self.wait()
-        self._copied.clear()
-        share, manifest = self._share(), self._manifest()
+        self._copy_done.clear()
+        copies, manifest = self._prepare_copies(), self._manifest()
         counts = {"step": manifest.step, "routes_per_layer_and_expert": count_LE.tolist()}
-        ready = torch.cuda.current_stream().record_event() if self._stream else None
-        args = (share, ready, manifest, counts, val_loss)
-        self._thread = Thread(target=self._write, args=args, name="saver", daemon=True)
+        # The copy stream must wait for the kernels that are queued now.
+        state_ready = torch.cuda.current_stream().record_event() if self._copy_stream else None
+        write_args = (copies, state_ready, manifest, counts, val_loss)
+        self._thread = Thread(target=self._write_checkpoint, args=write_args, name="saver", daemon=True)
         self._thread.start()
-        self._pause = time.monotonic() - began
+        self._pause_seconds = time.monotonic() - start_time
 
-    def _until_copied(self) -> None:
-        if self._thread and not self._copied.is_set():
-            began = time.monotonic()
-            self._copied.wait()
-            self._pause += time.monotonic() - began
+    def _wait_for_copy(self) -> None:
+        if self._thread and not self._copy_done.is_set():
+            start_time = time.monotonic()
+            self._copy_done.wait()
+            self._pause_seconds += time.monotonic() - start_time
 
     def wait(self) -> None:
         """Wait until no checkpoint is being written.
@@ -177,148 +179,150 @@ class Saver:
             raise self._error
 
     @property
-    def failed(self) -> bool:
-        """Whether `wait` would raise.
-
-        Ranks learn of a failure at different moments: agree before acting on it.
-        """
+    def has_failed(self) -> bool:
+        """True if `wait` would raise; ranks learn of a failure at different moments and must agree before they act."""
         return self._error is not None
 
-    def _share(self) -> list[_Copy]:
-        """Return what this rank writes, not copied yet unless the strategy gathered it for this purpose."""
-        share, shares, strategy = list[_Copy](), Shares(), self._trainer.strategy
-        for part, name, tensor in strategy.state():
-            if not shares.is_mine(tensor):
+    def _prepare_copies(self) -> list[_SliceCopy]:
+        """Return the slices that this rank writes, with the buffers for their copies."""
+        copies, assignment, strategy = list[_SliceCopy](), WriterAssignment(), self._trainer.strategy
+        for part, name, tensor in strategy.checkpoint_tensors():
+            if not assignment.is_writer(tensor):
                 continue
-            source = slice_of(tensor)
-            into = self._buffers.get((part, name))
-            if into is None:
-                pinned = source.local.device.type == "cuda"  # else a copy from there would not be asynchronous
-                into = torch.empty(source.local.shape, dtype=source.local.dtype, pin_memory=pinned)
-                self._buffers[part, name] = into
-            copy = _Copy(part, name, source.local, source._replace(local=into))
-            if strategy.gathers:
-                into.copy_(source.local)
+            source = local_slice(tensor)
+            buffer = self._buffers.get((part, name))
+            if buffer is None:
+                # A copy from a GPU is asynchronous only if its target is pinned.
+                is_pinned = source.local.device.type == "cuda"
+                buffer = torch.empty(source.local.shape, dtype=source.local.dtype, pin_memory=is_pinned)
+                self._buffers[part, name] = buffer
+            copy = _SliceCopy(part, name, source.local, source._replace(local=buffer))
+            # A gathered tensor is temporary; all others are views of the state and can be copied later.
+            if strategy.gathers_state:
+                buffer.copy_(source.local)
                 copy = copy._replace(source=None)
-            share.append(copy)
-        return share
+            copies.append(copy)
+        return copies
 
-    def _copy(self, share: list[_Copy], ready: torch.cuda.Event | None) -> None:
-        """Copy the share of this rank, in the background; on a GPU, on a stream beside that of its work."""
-        if self._stream:
-            torch.cuda.set_device(self._stream.device)  # of this thread, which else would take memory of the first GPU
-        with torch.cuda.stream(self._stream):
-            if self._stream and ready:
-                self._stream.wait_event(ready)
-            for copy in share:
-                into = copy.slice.local
+    def _copy_state(self, copies: list[_SliceCopy], state_ready: torch.cuda.Event | None) -> None:
+        """Copy the slices of this rank to CPU memory, in the background; on a GPU in a stream of its own."""
+        if self._copy_stream:
+            # The device of a new thread is the first GPU, whose memory it would use.
+            torch.cuda.set_device(self._copy_stream.device)
+        with torch.cuda.stream(self._copy_stream):
+            if self._copy_stream and state_ready:
+                self._copy_stream.wait_event(state_ready)
+            for copy in copies:
+                buffer = copy.slice.local
                 if copy.source is None:
                     continue
                 if copy.source.device.type == "cpu" and copy.source.is_contiguous():
-                    # By this thread alone: torch would take as many threads as training has, and be in its way.
-                    target, source = (t.view(-1).view(torch.uint8).numpy() for t in (into, copy.source))
+                    # numpy copies in this thread alone. torch would use as many threads as training and slow it down.
+                    target, source = (t.view(-1).view(torch.uint8).numpy() for t in (buffer, copy.source))
                     np.copyto(target, source)
                 else:
-                    into.copy_(copy.source, non_blocking=True)
-            if self._stream:
-                self._stream.synchronize()
+                    buffer.copy_(copy.source, non_blocking=True)
+            if self._copy_stream:
+                self._copy_stream.synchronize()
 
-    def _manifest(self) -> Manifest:
-        """Return the manifest of the present state, without its files."""
+    def _manifest(self) -> CheckpointManifest:
+        """Return the manifest of the current state, without its files."""
         trainer, spec = self._trainer, self._trainer.spec
-        return Manifest(
+        return CheckpointManifest(
             step=trainer.step,
             skipped=trainer.skipped,
             skipped_in_a_row=trainer.skipped_in_a_row,
             tokens=trainer.tokens,
             position=trainer.step * spec.samples_per_step,
             seed=spec.seed,
-            world=trainer.mesh.world,
+            world=trainer.mesh.world_size,
             ep=trainer.mesh.size("ep"),
             model=spec.model,
             seq_len=spec.data.seq_len,
-            data_sha256=self._data,
-            tokenizer_sha256=self._tokenizer,
+            data_sha256=self._data_sha256,
+            tokenizer_sha256=self._tokenizer_sha256,
             files={},
         )
 
-    def _write(
+    def _write_checkpoint(
         self,
-        share: list[_Copy],
-        ready: torch.cuda.Event | None,
-        manifest: Manifest,
+        copies: list[_SliceCopy],
+        state_ready: torch.cuda.Event | None,
+        manifest: CheckpointManifest,
         counts: dict[str, Any],
         val_loss: float | None,
     ) -> None:
-        """Write the checkpoint, commit it on rank 0 and drop old ones, in the background; a failure is left in
-        `_error`."""
-        began = time.monotonic()
+        """Write the checkpoint, commit it on rank 0 and delete old ones; an error is stored for `wait`."""
+        start_time = time.monotonic()
         checkpoint = self._run.checkpoints / checkpoint_name(manifest.step, self._group)
         rank = self._trainer.mesh.rank
 
-        def write_own() -> dict[str, FileEntry]:
+        def write_files() -> dict[str, FileEntry]:
             try:
-                self._copy(share, ready)
+                self._copy_state(copies, state_ready)
             finally:
-                self._copied.set()
-            written = {}
+                # Also after an error: otherwise the next update would wait forever.
+                self._copy_done.set()
+            entries = {}
             for part in PARTS:
-                slices = {copy.name: copy.slice for copy in share if copy.part == part}
-                written[f"{part}/{file_name(rank)}"] = save_slices(checkpoint / part, slices, rank, self._on_piece)
-            return written
+                slices = {copy.name: copy.slice for copy in copies if copy.part == part}
+                entries[f"{part}/{file_name(rank)}"] = save_slices(checkpoint / part, slices, rank, self._on_piece)
+            return entries
 
-        def finish() -> None:
+        def commit_checkpoint() -> None:
             if rank == 0:
-                files = {name: entry for own in written for name, entry in own.items()}
+                files = {name: entry for rank_entries in entries_by_rank for name, entry in rank_entries.items()}
                 write_json(self._run.routing / f"{checkpoint.name}.json", counts)
+                # All ranks have written their files, so the manifest may commit them.
                 commit(checkpoint, manifest.model_copy(update={"files": files}))
-                spent = {"pause": self._pause, "seconds": time.monotonic() - began}
-                events.record(self._run, "checkpoint", step=manifest.step, name=checkpoint.name, **spent)
-                self._drop_surplus(manifest.step, val_loss)
+                durations = {"pause": self._pause_seconds, "seconds": time.monotonic() - start_time}
+                events.record(self._run, "checkpoint", step=manifest.step, name=checkpoint.name, **durations)
+                self._apply_retention(manifest.step, val_loss)
 
         try:
-            written = self._everywhere(write_own, checkpoint)
-            self._everywhere(finish, checkpoint)
+            entries_by_rank = self._run_on_all_ranks(write_files, checkpoint)
+            self._run_on_all_ranks(commit_checkpoint, checkpoint)
         except Exception as e:
             self._error = e
 
-    def _everywhere(self, action: Callable[[], T], checkpoint: Location) -> list[T]:
+    def _run_on_all_ranks(self, action: Callable[[], T], checkpoint: Location) -> list[T]:
         """Run an action on every rank, and return the results of all ranks.
 
         Raises:
             CheckpointError: the action failed on a rank; raised on all ranks.
         """
         failure = None
-        done: tuple[T | None, str | None] = (None, None)
+        outcome: tuple[T | None, str | None] = (None, None)
         try:
-            done = (action(), None)
+            outcome = (action(), None)
         except Exception as e:
             failure = e
-            done = (None, (isinstance(e, OSError) and e.strerror) or f"{type(e).__name__}: {e}")
-        every = [done]
-        if self._peers:
-            every = [done] * self._trainer.mesh.world
-            dist.all_gather_object(every, done, group=self._peers)
-        for rank, (_, why) in enumerate(every):
-            if why:
+            outcome = (None, (isinstance(e, OSError) and e.strerror) or f"{type(e).__name__}: {e}")
+        outcomes = [outcome]
+        if self._process_group:
+            outcomes = [outcome] * self._trainer.mesh.world_size
+            dist.all_gather_object(outcomes, outcome, group=self._process_group)
+        # If one rank failed, all raise: a rank that goes on alone would wait for the others forever.
+        for rank, (_, reason) in enumerate(outcomes):
+            if reason:
                 raise CheckpointError(
-                    f"checkpoint {checkpoint}", f"rank {rank} cannot write it: {why}", _FIX
+                    f"checkpoint {checkpoint}", f"rank {rank} cannot write it: {reason}", _FIX
                 ) from failure
-        return cast("list[T]", [result for result, _ in every])
+        return cast("list[T]", [result for result, _ in outcomes])
 
-    def _drop_surplus(self, step: int, val_loss: float | None) -> None:
-        """Drop checkpoints that are not to be kept; a failure causes a warning only.
-
-        A failure is no reason to end training, nor to regard the new checkpoint as one that failed.
-        """
+    def _apply_retention(self, step: int, val_loss: float | None) -> None:
+        """Delete checkpoints that the retention policy does not keep; a failure causes a warning only."""
+        # The new checkpoint is committed, so a failure here must neither end training nor count as its failure.
         try:
-            surplus = self._retention.surplus(step, val_loss) if self._retention else []
+            removable_checkpoints = self._retention.removable_checkpoints(step, val_loss) if self._retention else []
         except OSError as e:
-            print(f"warning: nobody can tell which checkpoints of {self._run.path} to remove: {e}")
+            print(
+                f"warning: old checkpoints of {self._run.path} are kept, because the run directory cannot be read: {e}"
+            )
             return
-        for old in surplus:
+        for checkpoint in removable_checkpoints:
             try:
-                drop(old)
-                events.record(self._run, "dropped_checkpoint", name=old.name)
+                delete_checkpoint(checkpoint)
+                events.record(self._run, "dropped_checkpoint", name=checkpoint.name)
             except (OSError, StorageError) as e:
-                print(f"warning: {old} cannot be removed: {e}")
+                print(f"warning: {checkpoint} cannot be removed: {e}")

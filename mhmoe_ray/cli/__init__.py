@@ -1,10 +1,10 @@
-"""The `mhmoe` command: one file for each noun that a user types, wired in app.py, and helpers that commands share.
+"""The `mhmoe` command, with one file for each noun that a user types, and helpers that commands share.
 
     app.py         wires the commands; turns errors into one line and an exit code
-    common.py      options and their completion, consoles, reading specs and checkpoints, numbers and tables
+    common.py      options and their completion, consoles, reading of specs and checkpoints, numbers and tables
     verbs.py       hints for unknown commands
-    jobs.py        the cluster that a command runs on, and following its jobs
-    submit.py      start a run            follow.py     follow it to its end
+    jobs.py        the cluster that a command runs on, and the following of its jobs
+    submit.py      start a run            follow.py     follow a run to its end
     runs.py        list, resume, stop, rm
     status.py      state of a run         logs.py       logs of its job and workers
     plan.py, plan_tables.py                 the meaning of a spec
@@ -20,6 +20,6 @@
     bench.py, bench_layer.py, bench_serve.py, bench_tables.py   measurements
     cluster.py     the local cluster, names for others, doctor
 
-Importing a module here imports neither torch nor ray, so that `mhmoe --help` answers at once; commands import what they
-need when they run.
+Modules here import neither torch nor ray, so that `mhmoe --help` answers at once. Commands import what they need when
+they run.
 """

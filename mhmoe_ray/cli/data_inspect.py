@@ -1,4 +1,4 @@
-"""`mhmoe data inspect`: the contents of raw text and its shards; `mhmoe data lint`: the problems in it.
+"""`mhmoe data inspect` shows the contents of raw text and its shards; `mhmoe data lint` shows the problems in it.
 
 Both use a survey of the text, which a job on the cluster makes.
 """
@@ -24,24 +24,24 @@ if TYPE_CHECKING:
     from mhmoe_ray.spec import ClusterSpec, DataSpec, RunSpec
 
 
-WhatArg = Annotated[
+DataArg = Annotated[
     list[str],
     typer.Argument(help="A spec (.yaml); or folders, files or patterns of raw text.", show_default=False),
 ]
 SetOption = Annotated[
     list[str],
-    typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the spec; of raw text, of its data or cluster."),
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the spec; for raw text, of data or cluster."),
 ]
 
 
 @dataclass
-class What:
-    """The data that a command is about."""
+class InspectTarget:
+    """Data that a command reads, with its cluster and its spec."""
 
     name: str
     data: "DataSpec"
     cluster: "ClusterSpec"
-    needed: list[Path]
+    required_paths: list[Path]
     """Paths of this machine that the cluster's nodes must see."""
     spec: "RunSpec | None"
     """Spec of the run; None for raw text."""
@@ -54,59 +54,65 @@ class What:
         return self.data.prepared / "tokenizer.json" if self.manifest else self.data.tokenizer
 
 
-def what_is_meant(what: list[str], overrides: list[str]) -> What:
-    """Return the data that a command's arguments mean: one spec, or raw text.
+def resolve_target(arguments: list[str], overrides: list[str]) -> InspectTarget:
+    """Return the data that a command's arguments name: a spec, or raw text.
 
     Raises:
-        SpecError: a spec is wrong, or it stands beside other arguments.
+        SpecError: a spec is wrong, or it is named together with other data.
         DataError: the prepared data was made with other settings.
     """
     from mhmoe_ray.data.shards.manifest import check_recipe, read_data_manifest
     from mhmoe_ray.errors import SpecError
 
-    specs = [name for name in what if name.endswith(SPEC_SUFFIXES)]
+    specs = [name for name in arguments if name.endswith(SPEC_SUFFIXES)]
     if not specs:
-        return raw_text(what, overrides)
-    if len(what) > 1:
-        raise SpecError(f"spec {specs[0]}", "it stands beside other data", "give one spec, or raw text alone")
+        return raw_text_target(arguments, overrides)
+    if len(arguments) > 1:
+        raise SpecError(f"spec {specs[0]}", "it is named together with other data", "give one spec, or raw text alone")
     spec = read_spec(Path(specs[0]), overrides)
     manifest = read_data_manifest(spec.data.prepared)
     if manifest is not None:
         check_recipe(spec.data.prepared, manifest, spec)
-    return What(spec.name, spec.data, spec.cluster, [spec.data.prepared], spec, manifest)
+    return InspectTarget(spec.name, spec.data, spec.cluster, [spec.data.prepared], spec, manifest)
 
 
-def raw_text(what: list[str], overrides: list[str]) -> What:
-    """Return raw text as data, each path as a source that is named after its last part without a pattern."""
-    from mhmoe_ray.spec import ClusterSpec, DataSpec, checked, overridden
-    from mhmoe_ray.spec.data import absolute
+def raw_text_target(paths: list[str], overrides: list[str]) -> InspectTarget:
+    """Return raw text as a target, in which each path is a source named after its last part without a pattern."""
+    from mhmoe_ray.spec import ClusterSpec, DataSpec, apply_overrides, validate_section
+    from mhmoe_ray.spec.data import absolute_path
 
     sources: dict[str, Any] = {}
-    for path in what:
+    for path in paths:
         parts = [part for part in path.partition("?")[0].split("/") if part and "*" not in part]
         name = parts[-1] if parts else "text"
+        # Several paths may end with the same name.
         while name in sources:
             name += "-"
-        sources[name] = {"path": absolute(Path.cwd(), path)}
-    # Nothing is prepared, and no text is left out for lying in that folder.
+        sources[name] = {"path": absolute_path(Path.cwd(), path)}
+    # A data section must have these keys. Text below the folder of prepared data is left out, and none is below the
+    # null device; seq_len has no meaning for raw text.
     tree: dict[str, Any] = {"data": {"sources": sources, "prepared": os.devnull, "seq_len": 1}, "cluster": {}}
-    overridden(tree, overrides)
-    named = f"text {', '.join(what)}"
-    data, cluster = checked(DataSpec, tree["data"], named, "data."), checked(ClusterSpec, tree["cluster"], named)
+    apply_overrides(tree, overrides)
+    label = f"text {', '.join(paths)}"
+    data, cluster = (
+        validate_section(DataSpec, tree["data"], label, "data."),
+        validate_section(ClusterSpec, tree["cluster"], label),
+    )
     if data.tokenizer:
         data = data.model_copy(update={"tokenizer": Path.cwd() / data.tokenizer})
-    needed = [Path(source.path) for source in data.sources.values() if "://" not in source.path]
-    needed += [data.tokenizer] if data.tokenizer else []
-    return What(", ".join(data.sources), data, cluster, needed, None, None)
+    # All nodes can reach an object store.
+    required_paths = [Path(source.path) for source in data.sources.values() if "://" not in source.path]
+    required_paths += [data.tokenizer] if data.tokenizer else []
+    return InspectTarget(", ".join(data.sources), data, cluster, required_paths, None, None)
 
 
-def make(what: What, address: str | None, *, rules: bool) -> "Survey":
-    """Survey all of the data in a job on the cluster.
+def run_survey(target: InspectTarget, address: str | None, *, check_rules: bool) -> "Survey":
+    """Survey all of the data in a job on the cluster, and return the survey.
 
     Args:
-        what: the data to read.
+        target: the data to read.
         address: address of the cluster; None for the default.
-        rules: whether to check texts against the rules of `lint`.
+        check_rules: whether to check texts against the rules of `lint`.
 
     Raises:
         MhmoeError: the job failed; this is the error that it logged.
@@ -115,100 +121,109 @@ def make(what: What, address: str | None, *, rules: bool) -> "Survey":
     from mhmoe_ray.data.inspect.result import SurveyRequest
     from mhmoe_ray.data.sources import find_files
 
-    find_files(what.data)
-    connection = jobs.cluster_for(what.cluster, what.needed, 1, address)
-    request = SurveyRequest(data=what.data, tokenizer=what.tokenizer, rules=rules)
-    job = remote.submit(connection, what.cluster.runtime_env, request)
-    jobs.follow(job)
-    return job.result(f"data of {what.name}")
+    # Missing text is an error here, before a cluster is started for it.
+    find_files(target.data)
+    connection = jobs.connect_to_cluster(target.cluster, target.required_paths, 1, address)
+    request = SurveyRequest(data=target.data, tokenizer=target.tokenizer, rules=check_rules)
+    job = remote.submit(connection, target.cluster.runtime_env, request)
+    jobs.follow_job(job)
+    return job.result(f"data of {target.name}")
 
 
 QUANTILES = {"p10": 0.1, "median": 0.5, "p90": 0.9, "p99": 0.99}
 
 
 def inspect(
-    what: WhatArg,
+    data: DataArg,
     set_: SetOption = [],  # noqa: B006 - typer needs the list
     samples: Annotated[
-        int, typer.Option(min=0, help="Show so many packed training samples as text, and read no raw text.")
+        int, typer.Option(min=0, help="Show this many packed training samples as text, and read no raw text.")
     ] = 0,
-    at: Annotated[int, typer.Option(min=0, help="The first of these samples, by its position in the training.")] = 0,
+    first_position: Annotated[
+        int, typer.Option("--at", min=0, help="Position of the first of these samples in the training.")
+    ] = 0,
     address: AddressOption = None,
     json: JsonOption = False,
     png: Annotated[Path | None, typer.Option(help="Also draw lengths and fertility into this file.")] = None,
 ) -> None:
-    """Read text on the cluster and show what is in it, by domain and by language.
+    """Read text on the cluster and show its contents, by domain and by language.
 
     It counts documents, bytes, characters and words; tokens, with the tokenizer of the spec's prepared folder, else
     with data.tokenizer, and fertility; lengths; unreadable records; exact copies. Of prepared data it also shows the
     contents of the shards.
     """
-    meant = what_is_meant(what, set_)
+    target = resolve_target(data, set_)
+    # Packed samples come from the prepared folder, which needs no job.
     if samples:
-        _show_samples(meant, at, samples, json)
+        _print_samples(target, first_position, samples, json)
         return
+    # A picture that cannot be written is an error before the text is read, which may take long.
     if png:
         pictures.check(png)
-    found = {"name": meant.name, **as_dict(make(meant, address, rules=False)), "prepared": prepared(meant)}
+    summary = {
+        "name": target.name,
+        **survey_dict(run_survey(target, address, check_rules=False)),
+        "prepared": prepared_dict(target),
+    }
     if png:
-        from mhmoe_ray.cli.data_inspect_view import draw
+        from mhmoe_ray.cli.data_inspect_view import draw_survey
 
-        draw(found, png)
+        draw_survey(summary, png)
     if json:
-        print_json(found)
+        print_json(summary)
         return
-    data_inspect_view.show(found, held_out=meant.spec is not None)
+    data_inspect_view.print_survey(summary, held_out=target.spec is not None)
     if png:
         out.print(f"drawn in {png}", soft_wrap=True)
 
 
-def as_dict(found: "Survey") -> dict[str, Any]:
-    """Return the survey as a whole, by domain (and within it by language), and by language."""
-    from mhmoe_ray.data.inspect.figures import total
+def survey_dict(survey: "Survey") -> dict[str, Any]:
+    """Return the survey as JSON data: in total, by domain (each also by language), and by language."""
+    from mhmoe_ray.data.inspect.figures import sum_figures
 
     languages: dict[str, list[Figures]] = {}
-    for domain in found.domains.values():
+    for domain in survey.domains.values():
         for language, figures in domain.languages.items():
             languages.setdefault(language, []).append(figures)
-    copies = found.copies
+    copies = survey.copies
     return {
-        "tokenized": found.tokenized,
+        "tokenized": survey.tokenized,
         "whole": {
-            **_figures(total(figures for parts in languages.values() for figures in parts)),
+            **_figures_dict(sum_figures(figures for parts in languages.values() for figures in parts)),
             "distinct_texts": copies.distinct,
             "copies": copies.extra,
             "copied_bytes": copies.extra_bytes,
-            "most_copied": [{"documents": n, "first": str(a), "second": str(b)} for n, a, b in copies.most],
+            "most_copied": [{"documents": n, "first": str(a), "second": str(b)} for n, a, b in copies.most_copied],
             "shared_texts": dict(copies.pairs.most_common()),
         },
-        "domains": {name: _domain(domain, copies.domains.get(name)) for name, domain in found.domains.items()},
-        "languages": {name: _figures(total(parts)) for name, parts in sorted(languages.items())},
+        "domains": {name: _domain_dict(domain, copies.domains.get(name)) for name, domain in survey.domains.items()},
+        "languages": {name: _figures_dict(sum_figures(parts)) for name, parts in sorted(languages.items())},
     }
 
 
-def _domain(domain: "DomainSurvey", copies: "DomainCopies | None") -> dict[str, Any]:
+def _domain_dict(domain: "DomainSurvey", copies: "DomainCopies | None") -> dict[str, Any]:
     return {
         "files": domain.files,
         "stored_bytes": domain.stored_bytes,
         "damaged_files": domain.damaged,
-        **_figures(domain.whole),
+        **_figures_dict(domain.all_figures),
         "quarantined": dict(domain.quarantined),
         "dropped": dict(domain.dropped),
         "copies": copies.extra if copies else 0,
         "copied_bytes": copies.extra_bytes if copies else 0,
-        "texts_elsewhere": copies.elsewhere if copies else 0,
-        "languages": {name: _figures(figures) for name, figures in sorted(domain.languages.items())},
+        "texts_elsewhere": copies.shared_texts if copies else 0,
+        "languages": {name: _figures_dict(figures) for name, figures in sorted(domain.languages.items())},
     }
 
 
-def _figures(figures: "Figures") -> dict[str, Any]:
-    """Return the figures for JSON; figures of tokens are null without a tokenizer."""
-    from mhmoe_ray.data.inspect.figures import octaves, quantile
+def _figures_dict(figures: "Figures") -> dict[str, Any]:
+    """Return the figures as JSON data, in which figures of tokens are null without a tokenizer."""
+    from mhmoe_ray.data.inspect.figures import octave_counts, quantile
 
     def lengths(bins: dict[int, int]) -> dict[str, Any]:
         return {
             **{name: quantile(bins, share) for name, share in QUANTILES.items()},
-            "octaves": octaves(bins),
+            "octaves": octave_counts(bins),
         }
 
     tokens = figures.token_lengths
@@ -230,84 +245,91 @@ def _figures(figures: "Figures") -> dict[str, Any]:
     }
 
 
-def prepared(meant: What) -> dict[str, Any] | None:
-    """Return the manifest of the prepared folder without its files; None if the data is not prepared."""
-    if meant.manifest is None:
+def prepared_dict(target: InspectTarget) -> dict[str, Any] | None:
+    """Return the manifest of the prepared folder without its files; return None if the data is not prepared."""
+    if target.manifest is None:
         return None
-    whole = meant.manifest.model_dump(exclude={"recipe", "domains", "validation"})
-    domains = {name: domain.model_dump(exclude={"shards"}) for name, domain in meant.manifest.domains.items()}
-    return {"folder": str(meant.data.prepared), **whole, "domains": domains}
+    totals = target.manifest.model_dump(exclude={"recipe", "domains", "validation"})
+    domains = {name: domain.model_dump(exclude={"shards"}) for name, domain in target.manifest.domains.items()}
+    return {"folder": str(target.data.prepared), **totals, "domains": domains}
 
 
-def _show_samples(meant: What, start: int, count: int, json: bool) -> None:
-    from dataclasses import asdict
+def _print_samples(target: InspectTarget, start: int, count: int, json: bool) -> None:
 
-    from mhmoe_ray.data.inspect.samples import decoded
+    from mhmoe_ray.data.inspect.samples import decode_samples
 
-    if meant.spec is None:
-        raise typer.BadParameter(f"--samples: {meant.name} is raw text, which has none; give a spec with prepared data")
-    shown = decoded(meant.spec, start, count)
+    if target.spec is None:
+        raise typer.BadParameter(
+            f"--samples: {target.name} is raw text, which has no packed samples; give a spec with prepared data"
+        )
+    samples = decode_samples(target.spec, start, count)
     if json:
-        print_json([asdict(sample) for sample in shown])
+        print_json([asdict(sample) for sample in samples])
         return
-    for sample in shown:
-        data_inspect_view.show_sample(sample)
+    for sample in samples:
+        data_inspect_view.print_sample(sample)
 
 
-WHERE = 5
-"""Largest number of domains that are named for one problem."""
+MAX_DOMAINS = 5
+"""Largest number of domains that are listed for one problem."""
 
 
 def lint(
-    what: WhatArg,
+    data: DataArg,
     set_: SetOption = [],  # noqa: B006 - typer needs the list
     strict: Annotated[bool, typer.Option("--strict", help="Fail for warnings too.")] = False,
     address: AddressOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Read text on the cluster and show what is wrong with it: where, and what to do.
+    """Read text on the cluster and show its problems, where they are, and what to do.
 
     It looks for unreadable lines, files of unknown formats, damaged and foreign text, copies, domains that are too
-    small or would be read too often, and unsuitable tokenizers. It ends with exit code 4 if there is an error.
+    small or would be read too often, and unsuitable tokenizers. The exit code is 4 if there is an error.
     """
-    from mhmoe_ray.data.inspect.lint import Data
+    from mhmoe_ray.data.inspect.lint import LintInput
     from mhmoe_ray.data.inspect.lint import lint as check
     from mhmoe_ray.errors import DataError
 
-    meant = what_is_meant(what, set_)
-    found = make(meant, address, rules=True)
-    problems = check(Data(found, meant.data, meant.spec, meant.manifest))
+    target = resolve_target(data, set_)
+    survey = run_survey(target, address, check_rules=True)
+    problems = check(LintInput(survey, target.data, target.spec, target.manifest))
     if json:
-        print_json([asdict(problem) for problem in problems])
+        print_json([problem.as_json() for problem in problems])
     else:
-        documents = sum(domain.whole.documents for domain in found.domains.values())
-        _show(problems)
-        out.print(f"{_summary(problems)} in {documents:,} documents of {len(found.domains):,} domains")
+        documents = sum(domain.all_figures.documents for domain in survey.domains.values())
+        _print_problems(problems)
+        out.print(f"{_format_summary(problems)} in {documents:,} documents of {len(survey.domains):,} domains")
     if any(problem.severe or strict for problem in problems):
-        raise DataError(f"data of {meant.name}", _summary(problems), "mend them as it says above")
+        raise DataError(f"data of {target.name}", _format_summary(problems), "fix them as described above")
 
 
-def _summary(problems: "list[Problem]") -> str:
-    """Return the counts of errors and warnings as text ("2 errors and 3 warnings"); the same message in several domains
-    counts once."""
-    kinds = {(problem.severe, problem.rule, problem.says) for problem in problems}
-    told = []
+def _format_summary(problems: "list[Problem]") -> str:
+    """Return the counts of errors and warnings as text, such as "2 errors and 3 warnings".
+
+    The same message in several domains counts once.
+    """
+    kinds = {(problem.severe, problem.rule, problem.message) for problem in problems}
+    parts = []
     for severe, name in ((True, "error"), (False, "warning")):
         if count := sum(kind[0] is severe for kind in kinds):
-            told.append(f"{count} {name}" + ("s" if count > 1 else ""))
-    return " and ".join(told) or "nothing wrong"
+            parts.append(f"{count} {name}" + ("s" if count > 1 else ""))
+    return " and ".join(parts) or "no problems"
 
 
-def _show(problems: "list[Problem]") -> None:
-    """Print one block for each rule: the domains that it is about, by count, and a few examples."""
-    order = sorted(problems, key=lambda p: (not p.severe, p.rule, p.says))
-    for (severe, rule, says), group in groupby(order, key=lambda p: (p.severe, p.rule, p.says)):
-        same = sorted(group, key=lambda p: -p.count)
+def _print_problems(problems: "list[Problem]") -> None:
+    """Print one block for each message: its domains by count, a few examples, and what to do."""
+    # `groupby` needs equal keys side by side. Errors come before warnings.
+    sorted_problems = sorted(problems, key=lambda p: (not p.severe, p.rule, p.message))
+    for (severe, rule, message), group in groupby(sorted_problems, key=lambda p: (p.severe, p.rule, p.message)):
+        rule_problems = sorted(group, key=lambda p: -p.count)
         kind = "error" if severe else "warning"
-        out.print(f"{kind} {rule}: {says}", style="bold red" if severe else "bold yellow", soft_wrap=True)
-        named = ", ".join(f"{p.where} {p.count:,}" for p in same[:WHERE])
-        more = f" and {len(same) - WHERE:,} more" if len(same) > WHERE else ""
-        out.print(f"  in {named}{more}", soft_wrap=True)
-        for place, saw in [example for p in same[:WHERE] for example in p.examples[: 1 if len(same) > 1 else 3]]:
-            out.print(f"  {place}" + (f"  {saw}" if saw else ""), soft_wrap=True)
-        out.print(f"  to do: {same[0].fix}\n", soft_wrap=True)
+        out.print(f"{kind} {rule}: {message}", style="bold red" if severe else "bold yellow", soft_wrap=True)
+        domains = ", ".join(f"{p.subject} {p.count:,}" for p in rule_problems[:MAX_DOMAINS])
+        ellipsis = f" and {len(rule_problems) - MAX_DOMAINS:,} more" if len(rule_problems) > MAX_DOMAINS else ""
+        out.print(f"  in {domains}{ellipsis}", soft_wrap=True)
+        # One example of each domain is enough where there are several domains.
+        for location, excerpt in [
+            example for p in rule_problems[:MAX_DOMAINS] for example in p.examples[: 1 if len(rule_problems) > 1 else 3]
+        ]:
+            out.print(f"  {location}" + (f"  {excerpt}" if excerpt else ""), soft_wrap=True)
+        out.print(f"  to do: {rule_problems[0].fix}\n", soft_wrap=True)

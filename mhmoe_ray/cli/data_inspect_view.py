@@ -1,47 +1,48 @@
-"""The tables and the picture of `mhmoe data inspect`: lengths of documents by domain, fertility by language."""
+"""Tables and the picture of `mhmoe data inspect`: lengths of documents by domain, fertility by language."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mhmoe_ray.cli.common import BARS, in_bytes, number_table, out, print_whole
+from mhmoe_ray.cli.common import BARS, format_bytes, number_table, out, print_untruncated
 from mhmoe_ray.data.domains import source_of, subfolder_of
 from mhmoe_ray.pictures import BLUE, ROW_INCHES, VERMILION, new_figure, save, short, style
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from mhmoe_ray.data.inspect.samples import Shown
+    from mhmoe_ray.data.inspect.samples import DecodedSample
 
 
 UNNAMED = "(not named)"
-LISTED = 10
+MAX_PAIRS = 10
 """Largest number of listed pairs of domains that share texts."""
 
 
-def show(found: dict[str, Any], *, held_out: bool) -> None:
+def print_survey(survey: dict[str, Any], *, held_out: bool) -> None:
     """Print a survey as tables.
 
     Args:
-        found: the survey, as `mhmoe data inspect --json` prints it.
+        survey: the survey, as `mhmoe data inspect --json` prints it.
         held_out: whether a spec defines which documents are held out for validation.
     """
-    whole = found["whole"]
-    tokens = f", {whole['tokens']:,} tokens" if found["tokenized"] and whole["tokens"] else ""
+    totals = survey["whole"]
+    tokens = f", {totals['tokens']:,} tokens" if survey["tokenized"] and totals["tokens"] else ""
     out.print(
-        f"{found['name']}: {whole['documents']:,} documents, {in_bytes(whole['bytes'])} of text{tokens}", soft_wrap=True
+        f"{survey['name']}: {totals['documents']:,} documents, {format_bytes(totals['bytes'])} of text{tokens}",
+        soft_wrap=True,
     )
-    if not found["tokenized"]:
+    if not survey["tokenized"]:
         out.print("no tokens: prepare the data, or give a tokenizer.json by --set data.tokenizer=PATH", soft_wrap=True)
-    _domains(found, held_out)
-    _lengths(found)
-    _languages(found)
-    _unread(found)
-    _copies(found)
-    _prepared(found["prepared"])
+    _print_domains(survey, held_out)
+    _print_lengths(survey)
+    _print_languages(survey)
+    _print_unread(survey)
+    _print_copies(survey)
+    _print_prepared(survey["prepared"])
 
 
-def show_sample(sample: "Shown") -> None:
+def print_sample(sample: "DecodedSample") -> None:
     """Print one packed training sample, with a line before each document in it."""
     padding = f", {sample.padding:,} tokens of padding" if sample.padding else ""
     out.print(
@@ -50,206 +51,216 @@ def show_sample(sample: "Shown") -> None:
         soft_wrap=True,
     )
     for part in sample.parts:
-        if part is sample.parts[-1] and part.begins and not part.text:  # a target only
+        # A document may begin with the last token of a sample, which is only a target and has no text.
+        if part is sample.parts[-1] and part.begins and not part.text:
             out.print("--- the document ends", style="cyan")
             continue
-        how = "a document begins" if part.begins else "it goes on from the sample before"
-        out.print(f"--- {how}, {part.tokens:,} tokens", style="cyan")
+        heading = "a document begins" if part.begins else "it goes on from the previous sample"
+        out.print(f"--- {heading}, {part.tokens:,} tokens", style="cyan")
         out.print(part.text, soft_wrap=True)
     out.print()
 
 
-def _nested(found: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield each domain with its name indented, below a line with the name of its source."""
+def _rows_by_source(survey: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield each domain with its name indented, below an empty row with the name of its source."""
     source = None
-    for name, row in found["domains"].items():
+    for name, row in survey["domains"].items():
         if source_of(name) != source:
             source = source_of(name)
             yield source, {}
         yield f"  {subfolder_of(name)}", row
 
 
-def _table(title: str, columns: Sequence[str], rows: list[list[str]]) -> None:
+def _print_table(title: str, columns: Sequence[str], rows: list[list[str]]) -> None:
+    # A table of names alone says nothing.
     if any(any(row[1:]) for row in rows):
         out.print(f"\n{title}", style="bold")
-        print_whole(number_table(["", *columns], rows))
+        print_untruncated(number_table(["", *columns], rows))
 
 
-def _domains(found: dict[str, Any], held_out: bool) -> None:
-    columns = ["files", "stored", "documents", *(["held out"] if held_out else []), *_SIZES]
-    columns += _FERTILITY if found["tokenized"] else []
+def _print_domains(survey: dict[str, Any], held_out: bool) -> None:
+    columns = ["files", "stored", "documents", *(["held out"] if held_out else []), *_SIZE_COLUMNS]
+    columns += _FERTILITY_COLUMNS if survey["tokenized"] else []
     rows = []
-    for name, row in _nested(found):
+    for name, row in _rows_by_source(survey):
         if not row:
             rows.append([name, *[""] * len(columns)])
             continue
-        share = [_percent(row["held_out"], row["documents"])] if held_out else []
-        counts = [f"{row['files']:,}", in_bytes(row["stored_bytes"]), f"{row['documents']:,}"]
-        rows.append([name, *counts, *share, *_sizes(row), *(_fertility(row) if found["tokenized"] else [])])
-    _table("by domain", columns, rows)
+        share = [_format_percent(row["held_out"], row["documents"])] if held_out else []
+        counts = [f"{row['files']:,}", format_bytes(row["stored_bytes"]), f"{row['documents']:,}"]
+        rows.append([name, *counts, *share, *_size_cells(row), *(_fertility_cells(row) if survey["tokenized"] else [])])
+    _print_table("by domain", columns, rows)
 
 
-_SIZES = ["text", "characters", "words"]
-_FERTILITY = ["tokens", "bytes/token", "tokens/char", "tokens/word"]
+_SIZE_COLUMNS = ["text", "characters", "words"]
+_FERTILITY_COLUMNS = ["tokens", "bytes/token", "tokens/char", "tokens/word"]
 
 
-def _sizes(row: dict[str, Any]) -> list[str]:
-    return [in_bytes(row["bytes"]), f"{row['characters']:,}", f"{row['words']:,}"]
+def _size_cells(row: dict[str, Any]) -> list[str]:
+    return [format_bytes(row["bytes"]), f"{row['characters']:,}", f"{row['words']:,}"]
 
 
-def _fertility(row: dict[str, Any]) -> list[str]:
+def _fertility_cells(row: dict[str, Any]) -> list[str]:
     tokens = "" if row["tokens"] is None else f"{row['tokens']:,}"
-    return [tokens, *(_decimal(row[k]) for k in ("bytes_per_token", "tokens_per_character", "tokens_per_word"))]
+    return [tokens, *(_format_decimal(row[k]) for k in ("bytes_per_token", "tokens_per_character", "tokens_per_word"))]
 
 
-def _lengths(found: dict[str, Any]) -> None:
-    key, unit = ("lengths_in_tokens", "tokens") if found["tokenized"] else ("lengths_in_characters", "characters")
-    ranges = [int(o) for row in found["domains"].values() for o in (row[key] or {"octaves": ()})["octaves"]]
-    if not ranges:
+def _print_lengths(survey: dict[str, Any]) -> None:
+    key, unit = ("lengths_in_tokens", "tokens") if survey["tokenized"] else ("lengths_in_characters", "characters")
+    used_octaves = [int(o) for row in survey["domains"].values() for o in (row[key] or {"octaves": ()})["octaves"]]
+    if not used_octaves:
         return
-    octaves = [o for o in [0, *(1 << i for i in range(64))] if min(ranges) <= o <= max(ranges)]
+    # Octaves without documents have a place too, so that the bars of all domains line up.
+    octaves = [o for o in [0, *(1 << i for i in range(64))] if min(used_octaves) <= o <= max(used_octaves)]
     rows = []
-    for name, row in _nested(found):
+    for name, row in _rows_by_source(survey):
         lengths = row.get(key)
         if not lengths:
             rows.append([name, *[""] * 7])
             continue
         quantiles = [f"{value:,}" for quantile, value in lengths.items() if quantile != "octaves"]
         counts = {int(o): n for o, n in lengths["octaves"].items()}
-        bars = _bars([counts.get(o, 0) for o in octaves])
+        bars = _format_bars([counts.get(o, 0) for o in octaves])
         rows.append([name, bars, *quantiles, f"{row['longest']:,}", row["longest_at"]])
     title = f"lengths of documents in {unit}; bars: by powers of two, from {octaves[0]:,} to {2 * octaves[-1]:,}"
-    _table(title, ["", "p10", "median", "p90", "p99", "longest (characters)", "at"], rows)
+    _print_table(title, ["", "p10", "median", "p90", "p99", "longest (characters)", "at"], rows)
 
 
-def _languages(found: dict[str, Any]) -> None:
-    """Print the languages over all domains, then those of each domain that has several."""
-    if set(found["languages"]) <= {""}:
+def _print_languages(survey: dict[str, Any]) -> None:
+    """Print the languages of all domains together, then those of each domain that has several."""
+    # Text without named languages needs no table by language.
+    if set(survey["languages"]) <= {""}:
         return
-    columns = ["documents", *_SIZES, *(_FERTILITY if found["tokenized"] else [])]
+    columns = ["documents", *_SIZE_COLUMNS, *(_FERTILITY_COLUMNS if survey["tokenized"] else [])]
 
-    def line(name: str, row: dict[str, Any]) -> list[str]:
-        fertility = _fertility(row) if found["tokenized"] else []
-        return [name, f"{row['documents']:,}", *_sizes(row), *fertility]
+    def cells(name: str, row: dict[str, Any]) -> list[str]:
+        fertility = _fertility_cells(row) if survey["tokenized"] else []
+        return [name, f"{row['documents']:,}", *_size_cells(row), *fertility]
 
-    _table("by language", columns, [line(name or UNNAMED, row) for name, row in found["languages"].items()])
+    _print_table("by language", columns, [cells(name or UNNAMED, row) for name, row in survey["languages"].items()])
     rows = []
-    for domain, whole in found["domains"].items():
-        if len(whole["languages"]) > 1:
+    for domain, domain_row in survey["domains"].items():
+        if len(domain_row["languages"]) > 1:
             rows.append([domain, *[""] * len(columns)])
-            rows += [line(f"  {name or UNNAMED}", row) for name, row in whole["languages"].items()]
-    _table("languages of domains that have several", columns, rows)
+            rows += [cells(f"  {name or UNNAMED}", row) for name, row in domain_row["languages"].items()]
+    _print_table("languages of domains that have several", columns, rows)
 
 
-def _unread(found: dict[str, Any]) -> None:
+def _print_unread(survey: dict[str, Any]) -> None:
     rows = []
-    for name, row in found["domains"].items():
+    for name, row in survey["domains"].items():
         for kind, label in (("quarantined", "in quarantine"), ("dropped", "filtered out")):
             rows += [[name, f"{n:,}", label, reason] for reason, n in sorted(row[kind].items())]
-    _table("not read", ["", "", ""], rows)
+    _print_table("not read", ["", "", ""], rows)
 
 
-def _copies(found: dict[str, Any]) -> None:
-    whole = found["whole"]
+def _print_copies(survey: dict[str, Any]) -> None:
+    totals = survey["whole"]
     rows = [
         [
             name,
             f"{row['copies']:,}",
-            _percent(row["copies"], row["documents"]),
-            in_bytes(row["copied_bytes"]),
+            _format_percent(row["copies"], row["documents"]),
+            format_bytes(row["copied_bytes"]),
             f"{row['texts_elsewhere']:,}",
         ]
-        for name, row in found["domains"].items()
+        for name, row in survey["domains"].items()
         if row["copies"] or row["texts_elsewhere"]
     ]
-    title = f"exact copies of other documents: {whole['copies']:,}, {in_bytes(whole['copied_bytes'])} of text"
+    title = f"exact copies of other documents: {totals['copies']:,}, {format_bytes(totals['copied_bytes'])} of text"
     if not rows:
         out.print("\nno exact copies", style="bold")
-    _table(title, ["copies in it", "share", "text", "texts elsewhere too"], rows)
-    for pair, count in list(whole["shared_texts"].items())[:LISTED]:
+    _print_table(title, ["copies in it", "share", "text", "texts elsewhere too"], rows)
+    for pair, count in list(totals["shared_texts"].items())[:MAX_PAIRS]:
         out.print(f"texts in both {' and '.join(pair.split(', '))}: {count:,}", soft_wrap=True)
-    for most in whole["most_copied"]:
-        more = ", ..." if most["documents"] > 2 else ""
-        out.print(f"{most['documents']:,} times: {most['first']}, {most['second']}{more}", soft_wrap=True)
+    for copied_text in totals["most_copied"]:
+        ellipsis = ", ..." if copied_text["documents"] > 2 else ""
+        out.print(
+            f"{copied_text['documents']:,} times: {copied_text['first']}, {copied_text['second']}{ellipsis}",
+            soft_wrap=True,
+        )
 
 
-def _prepared(prepared: dict[str, Any] | None) -> None:
+def _print_prepared(prepared: dict[str, Any] | None) -> None:
     if prepared is None:
         return
     domains = prepared["domains"]
     columns = [key for key, value in next(iter(domains.values())).items() if isinstance(value, int | float)]
     rows = [[name, *(f"{row[key]:,}" for key in columns)] for name, row in domains.items()]
-    _table(f"prepared in {prepared['folder']}", [key.replace("_", " ") for key in columns], rows)
+    _print_table(f"prepared in {prepared['folder']}", [key.replace("_", " ") for key in columns], rows)
 
 
-def _bars(counts: list[int]) -> str:
-    """Return a bar for each count, whose height is its share of the largest count; blank for a count of 0."""
-    most = max(counts)
-    return "".join(BARS[(len(BARS) - 1) * n // most] if n else " " for n in counts)
+def _format_bars(counts: list[int]) -> str:
+    """Return a bar for each count, as high as its share of the largest count; a count of 0 is blank."""
+    largest_count = max(counts)
+    return "".join(BARS[(len(BARS) - 1) * n // largest_count] if n else " " for n in counts)
 
 
-def _percent(part: int, whole: int) -> str:
-    return f"{100 * part / whole:.2g}%" if whole else ""
+def _format_percent(part: int, total: int) -> str:
+    return f"{100 * part / total:.2g}%" if total else ""
 
 
-def _decimal(value: float | None) -> str:
+def _format_decimal(value: float | None) -> str:
     return "" if value is None else f"{value:.2f}"
 
 
-BAR_INCHES = 0.2  # of the scale of shades
+# Height of the scale of shades.
+BAR_INCHES = 0.2
 
 
-def draw(found: dict[str, Any], path: Path) -> None:
-    """Draw a survey.
+def draw_survey(survey: dict[str, Any], path: Path) -> None:
+    """Draw a survey and write the picture.
 
     Args:
-        found: the survey, as `mhmoe data inspect --json` prints it.
+        survey: the survey, as `mhmoe data inspect --json` prints it.
         path: path of the PNG file to write.
 
     Raises:
         DataError: matplotlib is not installed, or the file cannot be written.
     """
     with style():
-        save(_picture(found), path)
+        save(_survey_figure(survey), path)
 
 
-def _picture(found: dict[str, Any]) -> "Figure":
-    rows = max(len(found["domains"]), len(found["languages"]))
+def _survey_figure(survey: dict[str, Any]) -> "Figure":
+    rows = max(len(survey["domains"]), len(survey["languages"]))
     figure = new_figure(13, 2.4 + ROW_INCHES * rows)
-    panels = 3 if found["tokenized"] else 2
+    panels = 3 if survey["tokenized"] else 2
     axes = figure.subplots(1, panels, width_ratios=[1.6, *[1] * (panels - 1)])
     for axis in axes:
         axis.xaxis.tick_top()
-    _plot_lengths(figure, axes[0], found)
-    languages = {name or "(not named)": row for name, row in found["languages"].items()}
-    if found["tokenized"]:
+    _plot_lengths(figure, axes[0], survey)
+    languages = {name or "(not named)": row for name, row in survey["languages"].items()}
+    if survey["tokenized"]:
         _plot_bars(axes[1], {n: row["tokens_per_word"] for n, row in languages.items()}, "tokens per word", BLUE)
         _plot_bars(
             axes[2], {n: row["tokens_per_character"] for n, row in languages.items()}, "tokens per character", VERMILION
         )
     else:
         _plot_bars(axes[1], {n: row["bytes"] / 1e6 for n, row in languages.items()}, "MB of text", BLUE)
-    for axis in axes:  # rows of one height, whether there are more domains or more languages
+    # All panels get the same number of rows, so that rows are equally high for domains and for languages.
+    for axis in axes:
         axis.set_ylim(rows - 0.5, -0.5)
     return figure
 
 
-def _plot_lengths(figure: Any, axis: Any, found: dict[str, Any]) -> None:
-    """Plot a row of shades for each domain: the share of its documents in each octave of lengths."""
-    key, unit = ("lengths_in_tokens", "tokens") if found["tokenized"] else ("lengths_in_characters", "characters")
+def _plot_lengths(figure: Any, axis: Any, survey: dict[str, Any]) -> None:
+    """Plot a row of shades for each domain: the shares of its documents in the octaves of lengths."""
+    key, unit = ("lengths_in_tokens", "tokens") if survey["tokenized"] else ("lengths_in_characters", "characters")
     by_domain = {
         name: {int(octave): n for octave, n in row[key]["octaves"].items()}
-        for name, row in found["domains"].items()
+        for name, row in survey["domains"].items()
         if row[key]
     }
-    every = [octave for counts in by_domain.values() for octave in counts if octave]
-    powers = range(min(every, default=1).bit_length() - 1, max(every, default=1).bit_length())
+    lengths = [octave for counts in by_domain.values() for octave in counts if octave]
+    powers = range(min(lengths, default=1).bit_length() - 1, max(lengths, default=1).bit_length())
     shares = [
         [100 * counts.get(1 << power, 0) / max(1, sum(counts.values())) for power in powers]
         for counts in by_domain.values()
     ]
     image = axis.imshow(shares, aspect="auto", cmap="Blues", vmin=0, interpolation="none")
     axis.set_yticks(range(len(by_domain)), by_domain)
+    # At most eight labels fit below the picture.
     step = -(-len(powers) // 8)
     axis.set_xticks([i - 0.5 for i in range(0, len(powers), step)], [short(1 << p) for p in powers[::step]])
     axis.set_title(f"length of documents in {unit}")
@@ -265,7 +276,7 @@ def _plot_lengths(figure: Any, axis: Any, found: dict[str, Any]) -> None:
 
 
 def _plot_bars(axis: Any, values: dict[str, float | None], title: str, color: str) -> None:
-    """Plot one bar for each language; a language without a figure has none."""
+    """Plot one bar for each language, and none for a language without a figure."""
     axis.barh(range(len(values)), [value or 0 for value in values.values()], color=color)
     axis.set_yticks(range(len(values)), values)
     axis.set_title(title)

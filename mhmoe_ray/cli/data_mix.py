@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mhmoe_ray.cli.common import JsonOption, SetOption, SpecArg, number_table, out, print_json, print_whole, read_spec
+from mhmoe_ray.cli.common import (
+    JsonOption,
+    SetOption,
+    SpecArg,
+    number_table,
+    out,
+    print_json,
+    print_untruncated,
+    read_spec,
+)
 from mhmoe_ray.data.domains import source_of, subfolder_of
 from mhmoe_ray.pictures import COLOURS, ROW_INCHES, new_figure, save, style
 
@@ -24,51 +33,57 @@ if TYPE_CHECKING:
 STAGES = {"by_size": ("by size", "o"), "tempered": ("tempered", "s"), "share": ("after limits", "x")}
 
 
-def draw(found: dict[str, Any], path: Path) -> None:
-    """Draw a mixture.
+def draw_mixture(mixture: dict[str, Any], path: Path) -> None:
+    """Draw a mixture and write the picture.
 
     Args:
-        found: the mixture, as `mhmoe data mix --json` prints it.
+        mixture: the mixture, as `mhmoe data mix --json` prints it.
         path: path of the PNG file to write.
 
     Raises:
         DataError: matplotlib is not installed, or the file cannot be written.
     """
     with style():
-        save(_picture(found), path)
+        save(_mixture_figure(mixture), path)
 
 
-def _picture(found: dict[str, Any]) -> "Figure":
-    names, phases = list(found["whole"]["domains"]), found["phases"]
+def _mixture_figure(mixture: dict[str, Any]) -> "Figure":
+    names, phases = list(mixture["whole"]["domains"]), mixture["phases"]
     rows = range(len(names))
     figure = new_figure(4 + 3.5 * (len(phases) + 1), 1.5 + ROW_INCHES * len(names))
     axes = figure.subplots(1, len(phases) + 1, sharey=True)
+    # The last axis is for the epochs of the whole training.
     for axis, phase in zip(axes, phases, strict=False):
         for (stage, (label, marker)), color in zip(STAGES.items(), COLOURS, strict=False):
             share = [phase["domains"][name][stage] for name in names]
-            shown = [i for i in rows if share[i]]
-            x, look = [100 * share[i] for i in shown], {"color": color, "fillstyle": "none", "markersize": 7}
-            axis.plot(x, shown, marker, label=label, **look)
+            # A share of 0 has no place on a logarithmic scale.
+            shown_rows = [i for i in rows if share[i]]
+            x, marker_style = (
+                [100 * share[i] for i in shown_rows],
+                {"color": color, "fillstyle": "none", "markersize": 7},
+            )
+            axis.plot(x, shown_rows, marker, label=label, **marker_style)
         axis.set_xscale("log")
         axis.set_title(f"from step {phase['from_step']:,}: share in per cent")
         axis.grid(axis="x", alpha=0.3)
     axes[0].set_yticks(rows, names)
     axes[0].invert_yaxis()
-    left = [0.0] * len(names)
+    bar_starts = [0.0] * len(names)
     for number, phase in enumerate(phases):
         epochs = [phase["domains"][name]["epochs"] for name in names]
-        color = COLOURS[1 + number % (len(COLOURS) - 1)]  # black is for the limits
-        axes[-1].barh(rows, epochs, left=left, label=f"from step {phase['from_step']:,}", color=color)
-        left = [a + b for a, b in zip(left, epochs, strict=True)]
-    limits = {i: found["whole"]["domains"][name]["samples_at_most"] for i, name in enumerate(names)}
+        # The first colour, black, is for the limits.
+        color = COLOURS[1 + number % (len(COLOURS) - 1)]
+        axes[-1].barh(rows, epochs, left=bar_starts, label=f"from step {phase['from_step']:,}", color=color)
+        bar_starts = [a + b for a, b in zip(bar_starts, epochs, strict=True)]
+    limits = {i: mixture["whole"]["domains"][name]["samples_at_most"] for i, name in enumerate(names)}
     limited = [i for i in rows if limits[i] is not None]
-    at_most = [limits[i] / found["whole"]["domains"][names[i]]["samples_there"] for i in limited]
-    axes[-1].plot(at_most, limited, "k|", markersize=10, label="at most")
+    epoch_limits = [limits[i] / mixture["whole"]["domains"][names[i]]["samples_there"] for i in limited]
+    axes[-1].plot(epoch_limits, limited, "k|", markersize=10, label="at most")
     axes[-1].set_title("epochs of the whole training")
     axes[-1].grid(axis="x", alpha=0.3)
     handles, labels = axes[0].get_legend_handles_labels()
-    more_handles, more_labels = axes[-1].get_legend_handles_labels()
-    figure.legend(handles + more_handles, labels + more_labels, loc="outside upper center", ncols=6)
+    epoch_handles, epoch_labels = axes[-1].get_legend_handles_labels()
+    figure.legend(handles + epoch_handles, labels + epoch_labels, loc="outside upper center", ncols=6)
     return figure
 
 
@@ -76,40 +91,42 @@ def mix(
     spec: SpecArg,
     set_: SetOption = [],  # noqa: B006 - typer needs the list
     json: JsonOption = False,
-    png: Annotated[Path | None, typer.Option(help="Also draw it into this file.")] = None,
+    png: Annotated[Path | None, typer.Option(help="Also draw the mixture into this file.")] = None,
 ) -> None:
     """Show what a training reads of each source, domain and language: shares, samples, epochs and tokens by phase.
 
-    Shares "by size" follow the sources' weights and the number of tokens; "tempered" shares are after alpha; the last
-    ones after max_epochs. Numbers of samples are exact, counted by the training order itself; tokens are without
-    padding, and an average where samples are padded. Needs prepared data.
+    Shares "by size" follow the sources' weights and the number of tokens; "tempered" shares also include alpha;
+    "limited" shares include max_epochs too. Numbers of samples are exact, as the training order itself counts them.
+    Tokens are without padding, and an average where samples are padded. The data must be prepared.
     """
-    from mhmoe_ray.data.shards.manifest import prepared_for
+    from mhmoe_ray.data.shards.manifest import require_prepared_data
 
     resolved = read_spec(spec, set_)
-    found = as_dict(resolved, prepared_for(resolved))
+    mixture = mixture_dict(resolved, require_prepared_data(resolved))
     if png:
-        draw(found, png)
+        draw_mixture(mixture, png)
     if json:
-        print_json(found)
+        print_json(mixture)
         return
-    _show(found)
+    _print_mixture(mixture)
     if png:
         out.print(f"drawn in {png}", soft_wrap=True)
 
 
-def as_dict(spec: "RunSpec", manifest: "DataManifest") -> dict[str, Any]:
-    """Return the mixture by phase and as a whole; each has rows by domain and by source."""
-    from mhmoe_ray.data.order.mixture import mixture
+def mixture_dict(spec: "RunSpec", manifest: "DataManifest") -> dict[str, Any]:
+    """Return the mixture as JSON data: by phase and in total, each with rows by domain and by source."""
+    from mhmoe_ray.data.order.mixture import compute_mixture
 
-    mixed = mixture(spec, manifest)
-    names, sources = [d.name for d in mixed.domains], [d.source for d in mixed.domains]
-    there = [d.samples for d in mixed.domains]
-    # Of a sample, on average: padding is not read.
-    targets = [spec.data.seq_len - manifest.domains[name].padding / n for name, n in zip(names, there, strict=True)]
+    mixture = compute_mixture(spec, manifest)
+    names, sources = [d.name for d in mixture.domains], [d.source for d in mixture.domains]
+    sample_counts = [d.samples for d in mixture.domains]
+    # Padding is not read, so a sample has fewer tokens than its length, on average.
+    mean_tokens = [
+        spec.data.seq_len - manifest.domains[name].padding / n for name, n in zip(names, sample_counts, strict=True)
+    ]
 
-    def rows(values: Mapping[str, Sequence[float]], keys: Sequence[str]) -> dict[str, dict[str, float]]:
-        """Return the sums of the values by key, and epochs: samples read, divided by samples that exist."""
+    def sum_rows(values: Mapping[str, Sequence[float]], keys: Sequence[str]) -> dict[str, dict[str, float]]:
+        """Return a row for each key: the sums of its values, and its epochs (samples read by samples that exist)."""
         result: dict[str, dict[str, float]] = {key: dict.fromkeys(values, 0) for key in keys}
         for i, key in enumerate(keys):
             for name, value in values.items():
@@ -118,62 +135,71 @@ def as_dict(spec: "RunSpec", manifest: "DataManifest") -> dict[str, Any]:
             row |= {"tokens": round(row["tokens"]), "epochs": row["samples"] / row["samples_there"]}
         return result
 
-    def both(shares: Mapping[str, Sequence[float]], read: Sequence[int]) -> dict[str, Any]:
-        tokens = [n * t for n, t in zip(read, targets, strict=True)]
-        values = {**shares, "samples": read, "samples_there": there, "tokens": tokens}
-        return {"domains": rows(values, names), "sources": rows(values, sources)}
+    def rows_by_kind(shares: Mapping[str, Sequence[float]], samples_read: Sequence[int]) -> dict[str, Any]:
+        tokens = [n * t for n, t in zip(samples_read, mean_tokens, strict=True)]
+        values = {**shares, "samples": samples_read, "samples_there": sample_counts, "tokens": tokens}
+        return {"domains": sum_rows(values, names), "sources": sum_rows(values, sources)}
 
     phases = []
-    for phase in mixed.phases:
-        read = mixed.read(phase.from_step, phase.from_step + phase.steps)
+    for phase in mixture.phases:
+        samples_read = mixture.samples_read(phase.from_step, phase.from_step + phase.steps)
         shares = {"by_size": phase.by_size, "tempered": phase.tempered, "share": phase.shares}
-        phases.append({"from_step": phase.from_step, "steps": phase.steps, **both(shares, read)})
+        phases.append({"from_step": phase.from_step, "steps": phase.steps, **rows_by_kind(shares, samples_read)})
     steps = spec.train.steps
-    read = mixed.read(0, steps)
-    share = [n / (steps * spec.samples_per_step) for n in read]
-    whole = both({"share": share, "tokens_there": [manifest.domains[name].tokens for name in names]}, read)
-    for name, limit in zip(names, mixed.limits, strict=True):
-        whole["domains"][name]["samples_at_most"] = limit
+    samples_read = mixture.samples_read(0, steps)
+    share = [n / (steps * spec.samples_per_step) for n in samples_read]
+    totals = rows_by_kind(
+        {"share": share, "tokens_there": [manifest.domains[name].tokens for name in names]}, samples_read
+    )
+    for name, limit in zip(names, mixture.limits, strict=True):
+        totals["domains"][name]["samples_at_most"] = limit
     return {
         "name": spec.name,
         "steps": steps,
         "samples_per_step": spec.samples_per_step,
         "seq_len": spec.data.seq_len,
         "phases": phases,
-        "whole": whole,
+        "whole": totals,
     }
 
 
-def _show(found: dict[str, Any]) -> None:
-    samples = found["steps"] * found["samples_per_step"]
-    tokens = sum(row["tokens"] for row in found["whole"]["sources"].values())
+def _print_mixture(mixture: dict[str, Any]) -> None:
+    samples = mixture["steps"] * mixture["samples_per_step"]
+    tokens = sum(row["tokens"] for row in mixture["whole"]["sources"].values())
     out.print(
-        f"{found['name']}: {found['steps']:,} steps of {found['samples_per_step']:,} samples: {samples:,} samples, "
-        f"{tokens:,} tokens",
+        f"{mixture['name']}: {mixture['steps']:,} steps of {mixture['samples_per_step']:,} samples: "
+        f"{samples:,} samples, {tokens:,} tokens",
         soft_wrap=True,
     )
-    several = len(found["phases"]) > 1
-    for phase in found["phases"] if several else []:
+    # The shares of a single phase are those of the whole training.
+    has_several_phases = len(mixture["phases"]) > 1
+    for phase in mixture["phases"] if has_several_phases else []:
         out.print(f"\nfrom step {phase['from_step']:,}, {phase['steps']:,} steps, shares in per cent", style="bold")
         columns = ["", "by size", "tempered", "limited", "samples", "epochs", "tokens"]
-        print_whole(number_table(columns, [[name, *_shares(r), *_read(r)] for name, r in _nested(phase)]))
-    out.print("\nthe whole training" + ("" if several else ", shares in per cent"), style="bold")
-    shares = ["share"] if several else ["by size", "tempered", "limited"]
-    columns = ["", "tokens there", "samples there", *shares, "samples", "epochs", "at most", "tokens"]
+        print_untruncated(
+            number_table(columns, [[name, *_share_cells(r), *_read_cells(r)] for name, r in _rows_by_source(phase)])
+        )
+    out.print("\nthe whole training" + ("" if has_several_phases else ", shares in per cent"), style="bold")
+    share_columns = ["share"] if has_several_phases else ["by size", "tempered", "limited"]
+    columns = ["", "prepared tokens", "prepared samples", *share_columns, "samples", "epochs", "at most", "tokens"]
     lines = []
-    for name, row in _nested(found["whole"]):
-        kind = "sources" if name in found["whole"]["sources"] else "domains"
-        one = [_percent(row["share"])] if several else _shares(found["phases"][0][kind][row["key"]])
-        read, epochs, tokens = _read(row)
-        most = row.get("samples_at_most")
-        at_most = "" if most is None else _epochs(most / row["samples_there"])
-        there = f"{row['tokens_there']:,}", f"{row['samples_there']:,}"
-        lines.append([name, *there, *one, read, epochs, at_most, tokens])
-    print_whole(number_table(columns, lines))
+    for name, row in _rows_by_source(mixture["whole"]):
+        kind = "sources" if name in mixture["whole"]["sources"] else "domains"
+        share_cells = (
+            [_format_percent(row["share"])]
+            if has_several_phases
+            else _share_cells(mixture["phases"][0][kind][row["key"]])
+        )
+        samples_cell, epochs, tokens = _read_cells(row)
+        limit = row.get("samples_at_most")
+        limit_cell = "" if limit is None else _format_epochs(limit / row["samples_there"])
+        existing_cells = f"{row['tokens_there']:,}", f"{row['samples_there']:,}"
+        lines.append([name, *existing_cells, *share_cells, samples_cell, epochs, limit_cell, tokens])
+    print_untruncated(number_table(columns, lines))
 
 
-def _nested(table: dict[str, Any]) -> Iterable[tuple[str, dict[str, Any]]]:
-    """Yield each source, then its domains with indented names; each row also holds its key in the table."""
+def _rows_by_source(table: dict[str, Any]) -> Iterable[tuple[str, dict[str, Any]]]:
+    """Yield the row of each source, then those of its domains with indented names; rows also hold their keys."""
     for source, total in table["sources"].items():
         yield source, {**total, "key": source}
         for name, row in table["domains"].items():
@@ -181,17 +207,18 @@ def _nested(table: dict[str, Any]) -> Iterable[tuple[str, dict[str, Any]]]:
                 yield f"  {subfolder_of(name)}", {**row, "key": name}
 
 
-def _shares(row: dict[str, float]) -> list[str]:
-    return [_percent(row[column]) for column in ("by_size", "tempered", "share")]
+def _share_cells(row: dict[str, float]) -> list[str]:
+    return [_format_percent(row[column]) for column in ("by_size", "tempered", "share")]
 
 
-def _read(row: dict[str, float]) -> tuple[str, str, str]:
-    return f"{row['samples']:,}", _epochs(row["epochs"]), f"{row['tokens']:,}"
+def _read_cells(row: dict[str, float]) -> tuple[str, str, str]:
+    return f"{row['samples']:,}", _format_epochs(row["epochs"]), f"{row['tokens']:,}"
 
 
-def _percent(share: float) -> str:
+def _format_percent(share: float) -> str:
     return f"{100 * share:.3g}"
 
 
-def _epochs(epochs: float) -> str:
+def _format_epochs(epochs: float) -> str:
+    # Two decimals would show 0.00 for a domain of which little is read.
     return f"{epochs:.2f}" if epochs >= 0.1 or not epochs else f"{epochs:.1g}"

@@ -1,4 +1,4 @@
-"""`mhmoe eval`: show the quality of a checkpoint.
+"""`mhmoe eval`: the quality of a checkpoint.
 
 The checkpoint is evaluated on the cluster, unless the run directory holds the evaluation already.
 """
@@ -21,7 +21,7 @@ from mhmoe_ray.cli.common import (
     out,
     pick_checkpoint,
     print_json,
-    print_whole,
+    print_untruncated,
 )
 
 if TYPE_CHECKING:
@@ -45,16 +45,16 @@ def make_request(
     limit: int | None,
     gpus: int | None,
 ) -> "EvalRequest":
-    """Return the request: for raw text if some is named, else for the held-out samples unless tasks are named, and for
-    tasks.
+    """Return a request to evaluate a run on raw text, on its held-out samples, or in tasks.
 
-    The run's spec gives the batch size, the precision and the resources.
+    Held-out samples are evaluated if neither text nor tasks are named. The run's spec gives the batch size, the
+    precision and the resources.
 
     Raises:
         BadParameter: an option is given without the option that it belongs to.
         CheckpointError: there is no such checkpoint, or it is damaged.
     """
-    from mhmoe_ray.cli.data_inspect import raw_text
+    from mhmoe_ray.cli.data_inspect import raw_text_target
     from mhmoe_ray.evaluate.request import EvalRequest
     from mhmoe_ray.spec import ClusterSpec
 
@@ -62,7 +62,9 @@ def make_request(
         raise typer.BadParameter("--set and --samples are about --text: name some")
     if not tasks and (limit or task_folders):
         raise typer.BadParameter("--limit and --task-folder are about --tasks: name some")
-    path, _ = pick_checkpoint(run, checkpoint, hashed=False)
+    # The job loads the checkpoint, which reveals damage, so its weights need not be hashed here.
+    path, _ = pick_checkpoint(run, checkpoint, verify_hashes=False)
+    # An imported run has no spec and no held-out samples.
     spec = None if run.is_imported else run.spec()
     cluster = spec.cluster if spec else ClusterSpec()
     held_out = spec is not None and not text and not tasks
@@ -70,7 +72,7 @@ def make_request(
         run=str(run.path),
         checkpoint=path.name,
         prepared=str(spec.data.prepared) if spec and held_out else None,
-        text=raw_text(text, overrides).data if text else None,
+        text=raw_text_target(text, overrides).data if text else None,
         samples=(samples or SAMPLES) if text else 0,
         tasks=tasks,
         task_folders=[str(folder.absolute()) for folder in task_folders],
@@ -82,13 +84,13 @@ def make_request(
     )
 
 
-def evaluation_of(run: "RunDir", request: "EvalRequest", again: bool, address: str | None) -> "Evaluation":
+def load_or_evaluate(run: "RunDir", request: "EvalRequest", recompute: bool, address: str | None) -> "Evaluation":
     """Return the evaluation that the run directory holds, or compute it on the cluster now.
 
     Args:
         run: the run.
         request: what to evaluate.
-        again: compute it even if the run directory holds it.
+        recompute: whether to compute it even if the run directory holds it.
         address: address of the cluster; None for the default.
 
     Raises:
@@ -99,47 +101,53 @@ def evaluation_of(run: "RunDir", request: "EvalRequest", again: bool, address: s
     from mhmoe_ray.data.shards.manifest import require_data_manifest
     from mhmoe_ray.errors import RunError
     from mhmoe_ray.evaluate.job import EvalJob
-    from mhmoe_ray.evaluate.request import stored
+    from mhmoe_ray.evaluate.request import load_evaluation
     from mhmoe_ray.spec import ClusterSpec
 
-    if not request.said:
+    if not request.description:
         raise RunError(f"run {run.id}", "it was imported and has no held-out text", "give --text or --tasks")
-    if not again and (found := stored(run, request)):
-        note.print(f"as evaluated before, in {run.evaluations}; --again does it anew", soft_wrap=True)
-        return found
+    # The same request gives the same result, so it is looked up first.
+    if not recompute and (stored_evaluation := load_evaluation(run, request)):
+        note.print(f"it was evaluated before, in {run.evaluations}; --again evaluates it again", soft_wrap=True)
+        return stored_evaluation
+    # Missing data is an error here, before a cluster is started for it.
     if request.prepared:
         require_data_manifest(Path(request.prepared))
     section: ClusterSpec = ClusterSpec() if run.is_imported else run.spec().cluster
-    needed = [run.path, *_local(request)]
-    connection = jobs.cluster_for(section, needed, request.cpus, address)
-    asked = EvalJob(request=request, can_grow=not connection.local)
-    job = remote.submit(connection, section.runtime_env, asked)
-    jobs.follow(job)
+    required_paths = [run.path, *_local_paths(request)]
+    connection = jobs.connect_to_cluster(section, required_paths, request.cpus, address)
+    eval_job = EvalJob(request=request, can_grow=not connection.local)
+    job = remote.submit(connection, section.runtime_env, eval_job)
+    jobs.follow_job(job)
     return job.result(f"evaluation of {run.id}")
 
 
-def _local(request: "EvalRequest") -> list[Path]:
+def _local_paths(request: "EvalRequest") -> list[Path]:
     """Return the paths on this machine that the request reads."""
-    named = [request.prepared] if request.prepared else []
-    named += [source.path for source in request.text.sources.values()] if request.text else []
-    return [Path(path) for path in (*named, *request.task_folders) if "://" not in path]
+    paths = [request.prepared] if request.prepared else []
+    paths += [source.path for source in request.text.sources.values()] if request.text else []
+    # All nodes can reach an object store.
+    return [Path(path) for path in (*paths, *request.task_folders) if "://" not in path]
 
 
 TextOption = Annotated[
     list[str], typer.Option("--text", help="Raw text instead of the held-out samples: a folder, file or pattern.")
 ]
-AgainOption = Annotated[bool, typer.Option("--again", help="Also if the run directory has the answer already.")]
+AgainOption = Annotated[
+    bool, typer.Option("--again", help="Evaluate even if the run directory holds the result already.")
+]
 SamplesOption = Annotated[
-    int | None, typer.Option(min=1, help=f"Of each domain of --text, at most; {SAMPLES} by default.")
+    int | None, typer.Option(min=1, help=f"Samples of each domain of --text, at most; {SAMPLES} by default.")
 ]
 TextSetOption = Annotated[
-    list[str], typer.Option("--set", metavar="KEY=VALUE", help="How --text is read, as data keys of a spec.")
+    list[str], typer.Option("--set", metavar="KEY=VALUE", help="Set a data key of a spec, by which --text is read.")
 ]
-STDERR = "_stderr"
-"""Part of lm-eval's name of a figure by which a standard error is recognised."""
+STANDARD_ERROR = "_stderr"
+"""Part of the names that lm-eval gives to standard errors."""
 
 GpusOption = Annotated[
-    int | None, typer.Option(min=0, max=1, help="To compute on; by default as many as a worker of the training had.")
+    int | None,
+    typer.Option(min=0, max=1, help="GPUs to compute on; by default as many as a worker of the training had."),
 ]
 
 
@@ -147,15 +155,16 @@ def eval_(
     run: RunArg = None,
     text: TextOption = [],  # noqa: B006 - typer needs the list
     tasks: Annotated[
-        str | None, typer.Option(help="Tasks of lm-eval, by commas; `english` and `xnli` are the papers' lists.")
+        str | None,
+        typer.Option(help="Tasks of lm-eval, separated by commas; `english` and `xnli` are the papers' lists."),
     ] = None,
-    task_folder: Annotated[list[Path], typer.Option(help="With tasks of your own, as lm-eval reads them.")] = [],  # noqa: B006 - typer needs the list
+    task_folder: Annotated[list[Path], typer.Option(help="Folder of your own tasks, as lm-eval reads them.")] = [],  # noqa: B006 - typer needs the list
     limit: Annotated[int | None, typer.Option(min=1, help="Questions of each task, at most.")] = None,
     samples: SamplesOption = None,
     set_: TextSetOption = [],  # noqa: B006 - typer needs the list
     checkpoint: CheckpointOption = None,
     gpus: GpusOption = None,
-    again: AgainOption = False,
+    recompute: AgainOption = False,
     storage: StorageOption = STORAGE,
     address: AddressOption = None,
     json: JsonOption = False,
@@ -168,18 +177,24 @@ def eval_(
     """
     from mhmoe_ray.runs.directory import find_run
 
-    found = find_run(run, storage)
-    named = [task.strip() for task in tasks.split(",")] if tasks else []
-    request = make_request(found, checkpoint, text, set_, samples, named, task_folder, limit, gpus)
-    evaluation = evaluation_of(found, request, again, address)
+    run_dir = find_run(run, storage)
+    task_names = [task.strip() for task in tasks.split(",")] if tasks else []
+    request = make_request(run_dir, checkpoint, text, set_, samples, task_names, task_folder, limit, gpus)
+    evaluation = load_or_evaluate(run_dir, request, recompute, address)
     if json:
-        print_json({**evaluation.model_dump(exclude={"routing"}), "figures": _figures(evaluation)})
+        # `mhmoe routing` shows the routing.
+        print_json({**evaluation.model_dump(exclude={"routing"}), "figures": _figures_dict(evaluation)})
         return
-    out.print(f"{found.id}, {request.checkpoint}, {evaluation.tokens:,} tokens trained: {request.said}", soft_wrap=True)
+    out.print(
+        f"{run_dir.id}, {request.checkpoint}, {evaluation.tokens:,} tokens trained: {request.description}",
+        soft_wrap=True,
+    )
     if evaluation.domains:
-        _show_scores(evaluation)
+        _print_scores(evaluation)
     if evaluation.tasks:
-        print_whole(number_table(["", "questions", "measure", "value", "standard error"], _task_rows(evaluation.tasks)))
+        print_untruncated(
+            number_table(["", "questions", "measure", "value", "standard error"], _task_rows(evaluation.tasks))
+        )
 
 
 def _task_rows(tasks: dict[str, dict[str, Any]]) -> list[list[str]]:
@@ -187,24 +202,25 @@ def _task_rows(tasks: dict[str, dict[str, Any]]) -> list[list[str]]:
     for task, result in tasks.items():
         questions = f"{result['questions']:,}" if "questions" in result else "-"
         for name, value in result.items():
-            if name == "questions" or STDERR in name:
+            if name == "questions" or STANDARD_ERROR in name:
                 continue
-            measure, comma, filtered = name.partition(",")
-            error = result.get(f"{measure}{STDERR}{comma}{filtered}")
-            told = "-" if error is None else f"{error:.4f}"
-            rows.append([task, questions, name, f"{value:.4f}", told])
+            # lm-eval names a figure MEASURE,FILTER and its standard error MEASURE_stderr,FILTER.
+            measure, comma, filter_name = name.partition(",")
+            error = result.get(f"{measure}{STANDARD_ERROR}{comma}{filter_name}")
+            error_text = "-" if error is None else f"{error:.4f}"
+            rows.append([task, questions, name, f"{value:.4f}", error_text])
     return rows
 
 
-def _figures(evaluation: "Evaluation") -> dict[str, dict[str, dict[str, float | None]]]:
-    found = {
+def _figures_dict(evaluation: "Evaluation") -> dict[str, dict[str, dict[str, float | None]]]:
+    figures = {
         "domains": {name: score.figures() for name, score in evaluation.domains.items()},
         "languages": {name: score.figures() for name, score in evaluation.languages.items()},
     }
-    return {**found, "total": {"all": evaluation.total.figures()}} if evaluation.domains else found
+    return {**figures, "total": {"all": evaluation.total_score.figures()}} if evaluation.domains else figures
 
 
-def _show_scores(evaluation: "Evaluation") -> None:
+def _print_scores(evaluation: "Evaluation") -> None:
     def row(name: str, score: "Score") -> list[str]:
         perplexity = "not finite" if score.perplexity is None else f"{score.perplexity:.2f}"
         bits = "-" if score.bits_per_byte is None else f"{score.bits_per_byte:.4f}"
@@ -213,8 +229,8 @@ def _show_scores(evaluation: "Evaluation") -> None:
 
     columns = ["", "loss", "perplexity", "bits/byte", "tokens", "bytes"]
     rows = [row(name, score) for name, score in evaluation.domains.items()]
-    rows += [row("all", evaluation.total)]
-    print_whole(number_table(columns, rows))
+    rows += [row("all", evaluation.total_score)]
+    print_untruncated(number_table(columns, rows))
     if evaluation.languages:
         out.print()
-        print_whole(number_table(columns, [row(name, score) for name, score in evaluation.languages.items()]))
+        print_untruncated(number_table(columns, [row(name, score) for name, score in evaluation.languages.items()]))

@@ -16,16 +16,18 @@ from mhmoe_ray.cli.common import (
 )
 
 if TYPE_CHECKING:
-    from mhmoe_ray.serve.answer import Answerer, Piece
+    from mhmoe_ray.serve.answer import Answerer, AnswerPiece
     from mhmoe_ray.serve.engine import Request
 
 
 def generate(
     run: RunArg = None,
-    prompt: Annotated[str | None, typer.Option(help="What to go on from; read from standard input by default.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="Text to continue; read from standard input by default.")] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the answer, at most.")] = 128,
     temperature: Annotated[float, typer.Option(min=0, max=2, help="0 takes the most likely token each time.")] = 1.0,
-    top_p: Annotated[float, typer.Option(min=0, max=1, help="Draw from the likeliest of this mass.")] = 1.0,
+    top_p: Annotated[
+        float, typer.Option(min=0, max=1, help="Draw from the likeliest tokens of this total probability.")
+    ] = 1.0,
     seed: Annotated[int | None, typer.Option(help="Equal seeds give equal answers.")] = None,
     gpus: Annotated[int, typer.Option(min=0, max=1, help="GPUs of this machine to compute on.")] = 0,
     checkpoint: CheckpointOption = None,
@@ -38,7 +40,7 @@ def generate(
 
     from mhmoe_ray.errors import ServeError
     from mhmoe_ray.runs.directory import find_run
-    from mhmoe_ray.serve.engine import EngineError, Request, Sampling
+    from mhmoe_ray.serve.engine import EngineError, Request, SamplingParams
     from mhmoe_ray.serve.load import load_answerer
     from mhmoe_ray.spec import ServeSpec
 
@@ -46,33 +48,36 @@ def generate(
         raise typer.BadParameter("--top-p 0: nothing is left to draw from; give more than 0")
     try:
         text = sys.stdin.read() if prompt is None else prompt
-        text.encode()  # of an argument's bytes that are no UTF-8, Python makes half characters
+        # Python decodes bytes of an argument that are not UTF-8 to lone surrogates, which cannot be encoded.
+        text.encode()
     except UnicodeError as e:
-        raise ServeError("the prompt", "it is not UTF-8", "give it as such") from e
-    found = find_run(run, storage)
-    path, manifest = pick_checkpoint(found, checkpoint, hashed=True)
+        raise ServeError("the prompt", "it is not UTF-8", "give it as UTF-8") from e
+    run_dir = find_run(run, storage)
+    path, manifest = pick_checkpoint(run_dir, checkpoint, verify_hashes=True)
+    # A missing GPU is an error that names the option, before the checkpoint is loaded.
     if gpus:
         _require_gpu()
     spec = ServeSpec(max_concurrency=1, cpus_per_replica=os.cpu_count() or 1, gpus_per_replica=gpus)
     answerer = load_answerer(path, spec, manifest)
     try:
         ids = answerer.encode(text)
-        answerer.check_length(ids, answer=True)
-        sampling = Sampling(max_tokens, temperature, top_p=top_p, seed=seed)
-        pieces = asyncio.run(_followed(answerer, Request(tuple(ids), sampling), shown=not json))
+        answerer.check_length(ids, has_answer=True)
+        sampling = SamplingParams(max_tokens, temperature, top_p=top_p, seed=seed)
+        pieces = asyncio.run(_collect_pieces(answerer, Request(tuple(ids), sampling), echo=not json))
     except EngineError as e:
         raise ServeError("the engine", str(e), "try another checkpoint, or --gpus 0") from e
     finally:
+        # An engine must be closed before the process ends, also after an error.
         answerer.engine.close()
     if json:
         print_json(
             {
-                "run": found.id,
+                "run": run_dir.id,
                 "checkpoint": path.name,
                 "step": manifest.step,
                 "prompt": text,
                 "text": "".join(piece.text for piece in pieces),
-                "tokens": pieces[-1].tokens,
+                "tokens": pieces[-1].token_count,
                 "finish_reason": pieces[-1].finish_reason,
             }
         )
@@ -89,10 +94,10 @@ def _require_gpu() -> None:
         raise ServeError("--gpus 1", "torch finds no GPU in this process", "give --gpus 0, or install torch for CUDA")
 
 
-async def _followed(answerer: "Answerer", request: "Request", shown: bool) -> "list[Piece]":
+async def _collect_pieces(answerer: "Answerer", request: "Request", echo: bool) -> "list[AnswerPiece]":
     pieces = []
     async for piece in answerer.answer(request):
         pieces.append(piece)
-        if shown:
+        if echo:
             print(piece.text, end="", flush=True)
     return pieces

@@ -1,4 +1,4 @@
-"""The cluster that a command runs on, the checks before it starts there, and following its jobs."""
+"""Connection of a command to its cluster, checks before a run starts there, and following of its jobs."""
 
 import os
 import shlex
@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mhmoe_ray.cli.common import STORAGE, detaching, note, say
+from mhmoe_ray.cli.common import STORAGE, detach_on_interrupt, note, print_note
 
 if TYPE_CHECKING:
     from mhmoe_ray.cluster.connect import Connection
@@ -22,105 +22,113 @@ LOCAL_CPUS = 8
 """Smallest number of logical CPUs that a local cluster is started with."""
 
 
-def cluster_for(section: "ClusterSpec", needed: "Sequence[Location]", cpus: int, address: str | None) -> "Connection":
-    """Return a connection to the cluster to run on; start a local cluster, large enough to train on later, if none is
-    named.
+def connect_to_cluster(
+    section: "ClusterSpec", required_paths: "Sequence[Location]", cpus: int, address: str | None
+) -> "Connection":
+    """Return a connection to the cluster to run on; start a local cluster if no cluster is named.
 
     Args:
         section: cluster section of the spec.
-        needed: locations that the cluster's nodes read and write.
+        required_paths: locations that the cluster's nodes read and write.
         cpus: number of logical CPUs that a local cluster must have.
         address: address of the cluster that the user asked for; None for the default.
 
     Raises:
-        ClusterError: the cluster cannot be reached, or the local one has fewer logical CPUs than needed.
-        SpecError: a needed path is on this machine, and the cluster's nodes cannot be expected to see it.
+        ClusterError: the cluster cannot be reached, or the local one has too few logical CPUs.
+        SpecError: a required path is on this machine, and the cluster's nodes cannot be expected to see it.
     """
-    from mhmoe_ray.cluster.connect import connect_if_there, start
+    from mhmoe_ray.cluster.connect import connect_if_running, start
     from mhmoe_ray.errors import ClusterError, SpecError
 
-    connection = connect_if_there(address)
+    connection = connect_if_running(address)
     if connection is None:
         note.print("starting a Ray cluster on this machine; `mhmoe cluster down` ends it")
+        # A cluster that is started for a small job must be large enough to train on later.
         connection = start(max(cpus, section.cpus, LOCAL_CPUS))
-    if connection.ours and connection.ours.cpus < cpus:
+    if connection.local_cluster and connection.local_cluster.cpus < cpus:
         fix = "stop it with `mhmoe cluster down`; the next command starts one that is large enough"
-        raise ClusterError("local cluster", f"it has {connection.ours.cpus} CPUs and {cpus} are needed", fix)
-    own = next((place for place in needed if isinstance(place, Path)), None)
-    if own and not connection.is_local_machine and not section.shared_filesystem:
-        why = f"the nodes of {connection.address} cannot be expected to see {own} of this machine"
+        raise ClusterError("local cluster", f"it has {connection.local_cluster.cpus} CPUs and {cpus} are needed", fix)
+    # A location in an object store is no `Path`, and all nodes can reach it.
+    local_path = next((path for path in required_paths if isinstance(path, Path)), None)
+    if local_path and not connection.is_local_machine and not section.shared_filesystem:
+        reason = f"the nodes of {connection.address} cannot be expected to see {local_path} of this machine"
         fix = "put storage and data on a file system that all of them mount and set cluster.shared_filesystem"
-        raise SpecError("storage", why, fix)
+        raise SpecError("storage", reason, fix)
     return connection
 
 
-def cluster_to_train(spec: "RunSpec", address: str | None) -> "Connection":
-    """Return a connection to the cluster that a run of this spec goes to, after checking that it can hold the run.
+def connect_to_train(spec: "RunSpec", address: str | None) -> "Connection":
+    """Return a connection to the cluster that will train this spec, after checking that it can hold the run.
 
     Raises:
-        ClusterError: the cluster can never hold the run's workers, or for a reason of `cluster_for`.
-        SpecError: for the reason of `cluster_for`.
+        ClusterError: the cluster can never hold the run's workers, or `connect_to_cluster` cannot connect.
+        SpecError: the cluster's nodes cannot be expected to see the run's paths.
     """
     check_gpus_of_this_machine(spec, address)
-    connection = cluster_for(spec.cluster, [spec.storage, spec.data.prepared], spec.cluster.cpus, address)
-    check_room(spec, connection)
+    connection = connect_to_cluster(spec.cluster, [spec.storage, spec.data.prepared], spec.cluster.cpus, address)
+    check_capacity(spec, connection)
     return connection
 
 
 def check_gpus_of_this_machine(spec: "RunSpec", address: str | None) -> None:
-    """Refuse a run with GPUs on a machine without enough GPUs, before a local cluster is started for it.
+    """Raise if a run needs more GPUs than this machine has, before a local cluster is started for it.
 
     Raises:
         ClusterError: a local cluster would be started, and it could never hold the run.
     """
-    from mhmoe_ray.cluster.connect import connect_if_there
+    from mhmoe_ray.cluster.connect import connect_if_running
     from mhmoe_ray.cluster.nodes import gpus_of_this_machine
     from mhmoe_ray.planner.placement import Node
 
-    if spec.cluster.gpus_per_worker and connect_if_there(address) is None:
-        here = Node("this machine", max(spec.cluster.cpus, LOCAL_CPUS), gpus_of_this_machine())
-        _check_room(spec, [here], "local cluster")
+    # A cluster that runs knows its nodes, so `check_capacity` looks at it later.
+    if spec.cluster.gpus_per_worker and connect_if_running(address) is None:
+        this_machine = Node("this machine", max(spec.cluster.cpus, LOCAL_CPUS), gpus_of_this_machine())
+        _check_capacity(spec, [this_machine], "local cluster")
 
 
-def check_room(spec: "RunSpec", connection: "Connection") -> None:
-    """Refuse a run that its cluster can never hold; if the cluster may grow, print what the run will wait for.
+def check_capacity(spec: "RunSpec", connection: "Connection") -> None:
+    """Raise if the cluster can never hold the run; if the cluster may grow, print a warning instead.
 
     Raises:
         ClusterError: a cluster that does not grow lacks nodes, CPUs or GPUs.
     """
-    from mhmoe_ray.cluster.nodes import whole_nodes
+    from mhmoe_ray.cluster.nodes import total_nodes
     from mhmoe_ray.errors import ClusterError
 
     try:
-        _check_room(spec, whole_nodes(connection), f"cluster {connection.address}")
+        _check_capacity(spec, total_nodes(connection), f"cluster {connection.address}")
     except ClusterError as e:
         if connection.local:
             raise
-        note.print(f"warning: {e.why}; the run waits until nodes join, and `mhmoe status` shows it", soft_wrap=True)
+        note.print(f"warning: {e.reason}; the run waits until nodes join, and `mhmoe status` shows it", soft_wrap=True)
 
 
-def _check_room(spec: "RunSpec", nodes: "list[Node]", name: str) -> None:
+def _check_capacity(spec: "RunSpec", nodes: "list[Node]", name: str) -> None:
     from mhmoe_ray.errors import ClusterError
-    from mhmoe_ray.planner.placement import missing_room
+    from mhmoe_ray.planner.placement import capacity_shortfall
 
     cluster = spec.cluster
-    missing = missing_room(nodes, cluster.cpus_per_worker, cluster.gpus_per_worker, spec.worker_counts[0])
-    if missing:
-        gpus = "set cluster.gpus_per_worker to 0, or " if cluster.gpus_per_worker else "lower cluster.workers, or "
-        raise ClusterError(name, missing, f"{gpus}name a larger cluster with --address")
+    # A run starts as soon as there is room for its smallest number of workers.
+    shortage = capacity_shortfall(nodes, cluster.cpus_per_worker, cluster.gpus_per_worker, spec.worker_counts[0])
+    if shortage:
+        advice = "set cluster.gpus_per_worker to 0, or " if cluster.gpus_per_worker else "lower cluster.workers, or "
+        raise ClusterError(name, shortage, f"{advice}name a larger cluster with --address")
 
 
-def name_of(run: "RunDir") -> str:
-    """Return the argument that names a run in a command: its id if commands look into its storage folder, else its
-    path."""
+def run_argument(run: "RunDir") -> str:
+    """Return the argument that names a run in a command.
+
+    It is the run's id if the run is in the storage folder that commands use, else its path.
+    """
     from mhmoe_ray.storage import location
 
-    looked_in = location(os.environ.get("MHMOE_STORAGE", STORAGE)).absolute()
-    return run.id if run.path.parent == looked_in else shlex.quote(str(run.path))
+    storage_folder = location(os.environ.get("MHMOE_STORAGE", STORAGE)).absolute()
+    # The argument is shown in commands that users paste into a shell, hence the quotes.
+    return run.id if run.path.parent == storage_folder else shlex.quote(str(run.path))
 
 
-def check_can_train(spec: "RunSpec") -> None:
-    """Check the data of a spec now, so that an error is not left to a job that has just started.
+def check_training_data(spec: "RunSpec") -> None:
+    """Raise if a spec cannot be trained on its data, before a job is started that would fail.
 
     Raises:
         DataError: text is missing, or the prepared data does not suffice for the spec or was made with other settings.
@@ -137,13 +145,13 @@ def check_can_train(spec: "RunSpec") -> None:
         find_files(spec.data)
 
 
-def detaching_from(job: "SubmittedJob[Any]") -> AbstractContextManager[None]:
-    """Within this context, Ctrl-C ends the command and prints that the job goes on."""
-    return detaching(f"job {job.name} goes on; see it in the dashboard, {job.connection.address}")
+def detach_from_job(job: "SubmittedJob[Any]") -> AbstractContextManager[None]:
+    """Return a context in which Ctrl-C ends the command and prints that the job goes on."""
+    return detach_on_interrupt(f"job {job.name} goes on; see it in the dashboard, {job.connection.address}")
 
 
-def follow(job: "SubmittedJob[Any]") -> None:
-    """Print a job's lines for the user until the job ends."""
-    with detaching_from(job):
+def follow_job(job: "SubmittedJob[Any]") -> None:
+    """Print the lines that a job writes for the user, until the job ends."""
+    with detach_from_job(job):
         for line in job.progress():
-            say(line)
+            print_note(line)

@@ -12,33 +12,33 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mhmoe_ray.cli.common import STORAGE, JsonOption, RunArg, StorageOption, note, print_json, say
+from mhmoe_ray.cli.common import STORAGE, JsonOption, RunArg, StorageOption, note, print_json, print_note
 
 if TYPE_CHECKING:
     from mhmoe_ray.cluster.connect import Connection
     from mhmoe_ray.runs.directory import RunDir
 
 
-UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
-STAMP = re.compile(r"\b(\d{4}-\d\d-\d\d)[ T](\d\d:\d\d:\d\d)(?:[.,](\d+))?([+-]\d\d:?\d\d|Z)?")
-"""Timestamp in a log line: our workers write it with an offset from UTC, Ray without."""
+UNIT_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+TIMESTAMP_PATTERN = re.compile(r"\b(\d{4}-\d\d-\d\d)[ T](\d\d:\d\d:\d\d)(?:[.,](\d+))?([+-]\d\d:?\d\d|Z)?")
+"""Pattern of a timestamp in a log line: our workers write it with an offset from UTC, Ray without."""
 
 
-def moment(text: str) -> float:
-    """Return a point in time in seconds since the epoch: 90s, 10m, 2h or 1d ago, or a date and time.
+def parse_time(text: str) -> float:
+    """Parse a point in time into seconds since the epoch: an age like 90s, 10m, 2h or 1d, or a date and time.
 
     Raises:
         BadParameter: the text is neither.
     """
     if match := re.fullmatch(r"(\d+)([smhd])", text):
-        return time.time() - int(match[1]) * UNITS[match[2]]
+        return time.time() - int(match[1]) * UNIT_SECONDS[match[2]]
     try:
         return datetime.fromisoformat(text).timestamp()
     except ValueError as e:
         raise typer.BadParameter(f"--since {text}: it is no time; write 90s, 10m, 2h, 1d or 2026-11-26T14:00") from e
 
 
-def pattern(text: str) -> re.Pattern[str]:
+def compile_pattern(text: str) -> re.Pattern[str]:
     """Compile a regular expression.
 
     Raises:
@@ -50,56 +50,59 @@ def pattern(text: str) -> re.Pattern[str]:
         raise typer.BadParameter(f"--grep {text}: it is no regular expression: {e}; escape signs like ( with \\") from e
 
 
-def chosen(lines: Iterable[str], since: float | None, wanted: re.Pattern[str] | None) -> Iterator[str]:
-    """Yield the lines from the time `since` on that match `wanted`.
+def filter_lines(lines: Iterable[str], start_time: float | None, pattern: re.Pattern[str] | None) -> Iterator[str]:
+    """Yield the lines that were written at `start_time` or later and match `pattern`.
 
-    A line without a timestamp belongs to the last line that has one. Lines before the first timestamp have an unknown
-    time; they are left out if `since` is given.
+    A line without a timestamp has the time of the nearest earlier line with one. Lines before the first timestamp have
+    an unknown time and are left out if a start time is given.
     """
-    late = since is None
+    # The state outlives a line because a traceback or a table has a timestamp in its first line alone.
+    is_recent = start_time is None
     for line in lines:
-        if since is not None and (when := stamped(line)) is not None:
-            late = when >= since
-        if late and (wanted is None or wanted.search(line)):
+        if start_time is not None and (timestamp := line_time(line)) is not None:
+            is_recent = timestamp >= start_time
+        if is_recent and (pattern is None or pattern.search(line)):
             yield line
 
 
-def stamped(line: str) -> float | None:
+def line_time(line: str) -> float | None:
     """Return the time in a line, in seconds since the epoch; None if there is none.
 
     A time without an offset counts as this machine's local time.
     """
-    match = STAMP.search(line)
+    match = TIMESTAMP_PATTERN.search(line)
     if match is None:
         return None
     date, clock, fraction, offset = match.groups()
     try:
-        found = datetime.fromisoformat(f"{date}T{clock}{(offset or '').replace('Z', '+00:00')}")
-        return (found + timedelta(seconds=float(f"0.{fraction or 0}"))).timestamp()
-    except (ValueError, OverflowError):  # no such day or hour, or at the ends of the calendar
+        timestamp = datetime.fromisoformat(f"{date}T{clock}{(offset or '').replace('Z', '+00:00')}")
+        return (timestamp + timedelta(seconds=float(f"0.{fraction or 0}"))).timestamp()
+    # Lines hold any text: the digits may name no day or hour, or a time at the ends of the calendar.
+    except (ValueError, OverflowError):
         return None
 
 
-LOOK_SECONDS = 2.0
-"""Seconds without a line of the followed worker, after which the command checks whether the run is over."""
+OUTCOME_CHECK_SECONDS = 2.0
+"""Seconds without a line of the followed worker after which the command checks whether the run is over."""
 
 
 def logs(
     run: RunArg = None,
     rank: Annotated[
-        int | None, typer.Option(min=0, help="Only what this worker's process wrote.", show_default=False)
+        int | None, typer.Option(min=0, help="Print only what the worker of this rank wrote.", show_default=False)
     ] = None,
-    since: Annotated[
-        str | None, typer.Option(metavar="TIME", help="From then on: 90s, 10m, 2h, 1d ago, or 2026-11-26T14:00.")
+    start_text: Annotated[
+        str | None,
+        typer.Option("--since", metavar="TIME", help="Start at this time: 90s, 10m, 2h, 1d ago, or 2026-11-26T14:00."),
     ] = None,
-    grep: Annotated[str | None, typer.Option(metavar="REGEX", help="Only lines with this.")] = None,
+    grep: Annotated[str | None, typer.Option(metavar="REGEX", help="Print only lines that match this.")] = None,
     follow: Annotated[
-        bool, typer.Option("--follow", "-f", help="Go on with new lines until the job ends, or Ctrl-C.")
+        bool, typer.Option("--follow", "-f", help="Print new lines until the job ends, or Ctrl-C.")
     ] = False,
     storage: StorageOption = STORAGE,
     json: JsonOption = False,
 ) -> None:
-    """Print the log of a run's newest attempt, workers included; or of one worker, by its rank.
+    """Print the log of a run's newest attempt, with all workers, or of one worker by its rank.
 
     If the cluster is gone, the lines that the run directory keeps are printed.
 
@@ -108,16 +111,16 @@ def logs(
     from mhmoe_ray.cluster import jobs
     from mhmoe_ray.cluster.connect import connect
     from mhmoe_ray.errors import ClusterError, JobError, TokenError
-    from mhmoe_ray.runs.directory import find_run, last_attempt, newest_number
-    from mhmoe_ray.runs.logs import kept_lines
+    from mhmoe_ray.runs.directory import find_run, last_attempt, newest_attempt_number
+    from mhmoe_ray.runs.logs import archived_lines
 
-    start, wanted = moment(since) if since else None, pattern(grep) if grep else None
-    found = find_run(run, storage, with_job=True)
-    attempt = last_attempt(found)
+    start_time, pattern = parse_time(start_text) if start_text else None, compile_pattern(grep) if grep else None
+    run_dir = find_run(run, storage, with_job=True)
+    attempt = last_attempt(run_dir)
     try:
         connection = connect(attempt.address)
         if rank is not None:
-            lines: Iterator[str] = _of_rank(found, connection, rank, follow)
+            lines: Iterator[str] = _worker_log(run_dir, connection, rank, follow)
         elif jobs.status(connection, attempt.job) is None:
             raise JobError(f"job {attempt.job}", "the cluster does not know it", "see `mhmoe list`")
         elif follow:
@@ -125,50 +128,55 @@ def logs(
         else:
             lines = iter(jobs.logs(connection, attempt.job).splitlines())
     except (ClusterError, JobError) as e:
-        kept = kept_lines(found, newest_number(found))
-        if isinstance(e, TokenError) or kept is None:
+        stored_lines = archived_lines(run_dir, newest_attempt_number(run_dir))
+        # A cluster that refuses the token still has the log: the user should fix the token.
+        if isinstance(e, TokenError) or stored_lines is None:
             raise
-        note.print(f"from {found.logs}, since the cluster has them no longer ({e.what}: {e.why})", soft_wrap=True)
-        lines = kept if rank is None else _of_worker(kept, _worker(found, rank)["pid"])
+        note.print(
+            f"from {run_dir.logs}, because the cluster no longer has the lines ({e.subject}: {e.reason})",
+            soft_wrap=True,
+        )
+        lines = stored_lines if rank is None else _worker_lines(stored_lines, _worker_entry(run_dir, rank)["pid"])
     if json or not sys.stdout.isatty():
-        lines = (re.sub(r"\x1b\[[0-9;]*m", "", line) for line in lines)  # Ray's colours
-    shown = chosen(lines, start, wanted)
+        # Ray colours the prefixes of workers' lines even if nothing can show colours.
+        lines = (re.sub(r"\x1b\[[0-9;]*m", "", line) for line in lines)
+    selected_lines = filter_lines(lines, start_time, pattern)
     if json:
-        print_json({"job": attempt.job, "rank": rank, "lines": list(shown)})
+        print_json({"job": attempt.job, "rank": rank, "lines": list(selected_lines)})
         return
     try:
-        for line in shown:
+        for line in selected_lines:
             print(line, flush=follow)
     except KeyboardInterrupt:
         return
 
 
-def _of_rank(run: "RunDir", connection: "Connection", rank: int, follow: bool) -> Iterator[str]:
-    """Return the log of a worker: first the file of what it printed, which is mostly empty, then the file of what it
-    logged."""
+def _worker_log(run: "RunDir", connection: "Connection", rank: int, follow: bool) -> Iterator[str]:
+    """Return the log of a worker: the lines that it printed, mostly none, and then the lines that it logged."""
     from mhmoe_ray.cluster.nodes import process_log
     from mhmoe_ray.cluster.runs import recorded_outcome
     from mhmoe_ray.runs import events
 
-    place = _worker(run, rank)
-    note.print(f"rank {rank}: process {place['pid']} on {place['host']}")
-    where = connection, place["node"], place["pid"]
-    printed = process_log(*where, "out")
-    first = next(printed, None)  # asks now whether there is such a log
-    printed = chain([first] if first is not None else [], printed)
-    if not follow or recorded_outcome(events.events(run)):
-        return chain(printed, process_log(*where, "err"))
-    return chain(printed, _until_over(process_log(*where, "err", follow=True), run, connection))
+    worker = _worker_entry(run, rank)
+    note.print(f"rank {rank}: process {worker['pid']} on {worker['host']}")
+    log_address = connection, worker["node"], worker["pid"]
+    printed_lines = process_log(*log_address, "out")
+    # The generator asks the cluster at its first line. Asking now raises a missing log's error in the caller's `try`.
+    first_line = next(printed_lines, None)
+    printed_lines = chain([first_line] if first_line is not None else [], printed_lines)
+    if not follow or recorded_outcome(events.read(run)):
+        return chain(printed_lines, process_log(*log_address, "err"))
+    return chain(printed_lines, _lines_until_end(process_log(*log_address, "err", follow=True), run, connection))
 
 
-def _of_worker(lines: Iterator[str], pid: int) -> Iterator[str]:
+def _worker_lines(lines: Iterator[str], pid: int) -> Iterator[str]:
     """Return the lines of a job's log that a worker wrote, without Ray's prefix that names the process."""
-    mark = re.compile(rf"^(\x1b\[[0-9;]*m)*\([^()]*\bpid={pid}\b[^()]*\)(\x1b\[[0-9;]*m)* ?")
-    return (mark.sub("", line) for line in lines if mark.match(line))
+    prefix = re.compile(rf"^(\x1b\[[0-9;]*m)*\([^()]*\bpid={pid}\b[^()]*\)(\x1b\[[0-9;]*m)* ?")
+    return (prefix.sub("", line) for line in lines if prefix.match(line))
 
 
-def _worker(run: "RunDir", rank: int) -> dict[str, Any]:
-    """Return the entry of a rank in the newest event of started workers.
+def _worker_entry(run: "RunDir", rank: int) -> dict[str, Any]:
+    """Return the entry of a worker, by its rank, in the run's newest `started` event.
 
     Raises:
         RunError: no workers have started yet, or there is no such rank.
@@ -176,46 +184,45 @@ def _worker(run: "RunDir", rank: int) -> dict[str, Any]:
     from mhmoe_ray.errors import RunError
     from mhmoe_ray.runs import events
 
-    started = events.newest(events.events(run), "started")
-    if started is None:
+    started_event = events.newest_event(events.read(run), "started")
+    if started_event is None:
         raise RunError(f"run {run.id}", "its workers have not started yet", "see `mhmoe logs` without --rank")
-    place = next((w for w in started["workers"] if w["rank"] == rank), None)
-    if place is None:
-        why = f"it has ranks 0 to {len(started['workers']) - 1}"
-        raise RunError(f"rank {rank} of run {run.id}", why, "name one of them")
-    return dict(place)
+    worker = next((w for w in started_event["workers"] if w["rank"] == rank), None)
+    if worker is None:
+        reason = f"it has ranks 0 to {len(started_event['workers']) - 1}"
+        raise RunError(f"rank {rank} of run {run.id}", reason, "name one of them")
+    return dict(worker)
 
 
-def _until_over(lines: Iterator[str], run: "RunDir", connection: "Connection") -> Iterator[str]:
-    """Yield the lines that come before the run's end.
-
-    Ray follows a file forever, even if no process writes to it any more. Lines are therefore read in a thread, which
-    ends with the process.
-    """
-    from mhmoe_ray.cluster.dashboard import Patience
+def _lines_until_end(lines: Iterator[str], run: "RunDir", connection: "Connection") -> Iterator[str]:
+    """Yield the lines of a followed log until the run ends."""
+    from mhmoe_ray.cluster.dashboard import RetryingCaller
     from mhmoe_ray.cluster.runs import outcome
 
-    told, patience, over = Queue[str | Exception | None](), Patience(say), None
+    line_queue, retrying_caller, run_outcome = Queue[str | Exception | None](), RetryingCaller(print_note), None
 
-    def read() -> None:
+    def fill_queue() -> None:
         try:
             for line in lines:
-                told.put(line)
-            told.put(None)
+                line_queue.put(line)
+            line_queue.put(None)
         except Exception as e:
-            told.put(e)
+            line_queue.put(e)
 
-    Thread(target=read, daemon=True).start()
+    # Ray follows a file forever, even if no process writes to it any more. A daemon thread can stay blocked in the read
+    # and ends with this process.
+    Thread(target=fill_queue, daemon=True).start()
     while True:
         try:
-            found = told.get(timeout=LOOK_SECONDS)
+            item = line_queue.get(timeout=OUTCOME_CHECK_SECONDS)
         except Empty:
-            if over:
+            # The last lines may arrive after the outcome is known: one more interval must pass without a line.
+            if run_outcome:
                 return
-            over = patience.ask(lambda: outcome(run, connection), None)
+            run_outcome = retrying_caller.call(lambda: outcome(run, connection), None)
             continue
-        if found is None:
+        if item is None:
             return
-        if isinstance(found, Exception):
-            raise found
-        yield found
+        if isinstance(item, Exception):
+            raise item
+        yield item

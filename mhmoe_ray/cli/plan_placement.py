@@ -1,4 +1,4 @@
-"""Placement of a run's ranks: on the nodes of a cluster, or of one on paper; without a cluster to ask, on one node."""
+"""Placement of a run's ranks on the nodes of a running cluster, of a cluster on paper, or on one assumed node."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -7,217 +7,244 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from rich.table import Table
 
 from mhmoe_ray.cli.common import note, number_table
-from mhmoe_ray.planner.placement import Layout, Node, laid_out, on_paper, packed
+from mhmoe_ray.planner.placement import Layout, Node, build_layout, hypothetical_nodes, pack_workers
 
 if TYPE_CHECKING:
     from mhmoe_ray.spec import RunSpec
 
 
-NOBODYS = "one node"
+ASSUMED_NODE = "one node"
 """Name of the single node that is assumed if no cluster reports its nodes."""
-SHOWN = 8
+MAX_ROWS = 8
 """Largest number of rows of a table."""
 
 
 class Placement(NamedTuple):
-    of: str
-    """Description of the nodes that this is a placement on, for a title."""
+    """A placement of a run's ranks on nodes."""
+
+    description: str
+    """Description of the nodes, for a title."""
     nodes: list[Node]
-    places: list[Node]
-    """Node of each rank; there are fewer entries than ranks if the nodes cannot hold all."""
+    rank_nodes: list[Node]
+    """Node of each rank; there are fewer entries than ranks if the nodes cannot hold all ranks."""
     layout: Layout | None
-    """Layout of the ranks; None if the nodes cannot hold all of them."""
-    missing: str | None
-    """Line about the ranks that have no place; None if all have one."""
-    refused: str | None
+    """Layout of the ranks; None if the nodes cannot hold all ranks."""
+    shortage: str | None
+    """Line about the workers for which the nodes have no room; None if there is room for all."""
+    refusal: str | None
     """Line with the reason why workers would refuse to start there; None if they would start."""
     notes: list[str]
     """Further remarks for the user, a line each."""
 
     def as_dict(self) -> dict[str, Any]:
+        """Return the placement as `mhmoe plan --json` and `submit --dry-run` print it."""
         groups = self.layout.groups if self.layout else None
-        on = Counter(self.places)
+        rank_counts = Counter(self.rank_nodes)
         return {
-            "of": self.of,
-            "nodes": [{**node._asdict(), "ranks": on[node]} for node in self.nodes],
-            "node_of_rank": [node.name for node in self.places],
+            "of": self.description,
+            "nodes": [{**node._asdict(), "ranks": rank_counts[node]} for node in self.nodes],
+            "node_of_rank": [node.name for node in self.rank_nodes],
             "expert_groups": groups.ranks if groups else None,
-            "straddling_groups": groups.straddling if groups else None,
-            "groups_apart": groups.apart if groups else None,
-            "missing": self.missing,
-            "refused": self.refused,
+            "straddling_groups": groups.straddling_indices if groups else None,
+            "groups_apart": groups.cross_domain_indices if groups else None,
+            "missing": self.shortage,
+            "refused": self.refusal,
             "notes": self.notes,
         }
 
 
-def placement_on_paper(spec: "RunSpec", nodes: int, gpus: int) -> Placement:
+def planned_placement(spec: "RunSpec", nodes: int, gpus: int) -> Placement:
     """Return the placement on `nodes` equal nodes on paper, which the spec's workers fill."""
-    each = spec.cluster.network.nodes_per_domain
-    domains = f", {each} to a domain" if each else ", all in one domain"
-    there = on_paper(nodes, gpus * spec.cluster.cpus_per_worker, gpus, each)
-    of = f"on paper: {_nodes(nodes)} of {gpus} GPU{'s' if gpus > 1 else ''}{domains if nodes > 1 else ''}"
-    return _placement(spec, of, there)
+    domain_size = spec.cluster.network.nodes_per_domain
+    domain_text = f", {domain_size} to a domain" if domain_size else ", all in one domain"
+    planned_nodes = hypothetical_nodes(nodes, gpus * spec.cluster.cpus_per_worker, gpus, domain_size)
+    description = (
+        f"on paper: {_format_nodes(nodes)} of {gpus} GPU{'s' if gpus > 1 else ''}{domain_text if nodes > 1 else ''}"
+    )
+    return _place_workers(spec, description, planned_nodes)
 
 
-def placement(spec: "RunSpec", address: str | None = None) -> Placement:
+def forecast_placement(spec: "RunSpec", address: str | None = None) -> Placement:
     """Return the placement on the cluster that a run would go to.
 
-    A cluster that does not answer is no error, because nothing is about to start: one node that holds all workers is
-    then assumed.
+    Without a cluster that answers, the placement is on one assumed node that holds all workers.
     """
-    from mhmoe_ray.cluster.connect import connect_if_there
+    from mhmoe_ray.cluster.connect import connect_if_running
     from mhmoe_ray.cluster.nodes import free_nodes
     from mhmoe_ray.errors import ClusterError
 
-    cluster, why = spec.cluster, "no cluster runs that could be asked"
+    cluster, reason = spec.cluster, "no cluster is running"
     try:
-        connection = connect_if_there(address)
+        connection = connect_if_running(address)
         if connection:
-            of = f"a forecast: as Ray would pack workers on {connection.address} now"
-            return _placement(spec, of, free_nodes(connection, cluster.domain_label), shared=True)
+            description = f"a forecast: as Ray would pack workers on {connection.address} now"
+            return _place_workers(spec, description, free_nodes(connection, cluster.domain_label), has_stream=True)
+    # Nothing is about to start, so that a cluster that does not answer is only worth a warning.
     except ClusterError as e:
         note.print(f"warning: {e}", soft_wrap=True)
-        why = "the cluster could not be asked"
-    workers = cluster.world
-    one = Node(NOBODYS, workers * cluster.cpus_per_worker, workers * cluster.gpus_per_worker)
-    return _placement(spec, f"if one node holds all workers: {why}", [one])
+        reason = "the cluster did not answer"
+    workers = cluster.max_world_size
+    assumed_node = Node(ASSUMED_NODE, workers * cluster.cpus_per_worker, workers * cluster.gpus_per_worker)
+    return _place_workers(spec, f"if one node holds all workers: {reason}", [assumed_node])
 
 
-def placed_spec(spec: "RunSpec", layout: Layout) -> "RunSpec":
+def spec_for_layout(spec: "RunSpec", layout: Layout) -> "RunSpec":
     """Return the spec of a run with as many workers as the layout has."""
-    return spec if len(layout.nodes) == spec.cluster.world else spec.with_workers(len(layout.nodes))
+    return spec if len(layout.nodes) == spec.cluster.max_world_size else spec.with_workers(len(layout.nodes))
 
 
-def _placement(spec: "RunSpec", of: str, nodes: list[Node], shared: bool = False) -> Placement:
+def _place_workers(spec: "RunSpec", description: str, nodes: list[Node], has_stream: bool = False) -> Placement:
     """Return the placement of as many workers as would start on these nodes.
 
     Args:
         spec: spec of the run.
-        of: description of the nodes, for a title.
+        description: description of the nodes, for a title.
         nodes: the nodes, with their free CPUs and GPUs.
-        shared: whether the data stream needs CPUs of the same nodes.
+        has_stream: whether the data stream needs CPUs of the same nodes.
     """
     cluster, counts = spec.cluster, spec.worker_counts
     cpus, gpus = cluster.cpus_per_worker, cluster.gpus_per_worker
-    free = sum(node.cpus for node in nodes)
-    places = packed(nodes, cpus, gpus, cluster.world)
-    room = len(places)
-    if shared and cluster.workers.elastic:
-        room = min(room, int((free - 1) // cpus))  # as train/resilience.py: one CPU is for the stream
+    free_cpus = sum(node.cpus for node in nodes)
+    rank_nodes = pack_workers(nodes, cpus, gpus, cluster.max_world_size)
+    room = len(rank_nodes)
+    if has_stream and cluster.workers.is_elastic:
+        # The same rule as in train/resilience.py: without one CPU for the data stream no step would begin.
+        room = min(room, int((free_cpus - 1) // cpus))
     count = max((n for n in counts if n <= room), default=0)
     if not count:
-        each = f"{cpus} CPU" + (f" and {gpus} GPU" if gpus else "")
-        missing = (
-            f"{counts[0] - room:,} of {counts[0]:,} workers find no place: each takes {each}, and the cluster's "
-            f"{_nodes(len(nodes))} can hold {room:,} now; Ray starts none before all have a place"
+        resources = f"{cpus} CPU" + (f" and {gpus} GPU" if gpus else "")
+        shortage = (
+            f"{counts[0] - room:,} of {counts[0]:,} workers find no place: each takes {resources}, and the cluster's "
+            f"{_format_nodes(len(nodes))} can hold {room:,} now; Ray starts none before all have a place"
         )
-        return Placement(of, nodes, places, None, missing, None, [])
-    places = places[:count]
-    layout = laid_out(places, cluster.ep)
-    why = layout.groups.why_refused if cluster.straddling == "refuse" else None
-    refused = f"cluster.straddling is refuse, so the run would end at once: {why}" if why else None
-    notes = [_fewer(count, cluster.world), _staying_flat(spec, layout)]
-    notes.append(_for_stream(free - count * cpus) if shared else None)
-    return Placement(of, nodes, places, layout, None, refused, [note for note in notes if note])
+        return Placement(description, nodes, rank_nodes, None, shortage, None, [])
+    # An elastic run starts with the largest of its allowed numbers of workers, even if there is room for a few more.
+    rank_nodes = rank_nodes[:count]
+    layout = build_layout(rank_nodes, cluster.ep)
+    reason = layout.groups.refusal_reason if cluster.straddling == "refuse" else None
+    refusal = f"cluster.straddling is refuse, so the run would end at once: {reason}" if reason else None
+    notes = [_worker_count_remark(count, cluster.max_world_size), _dispatch_remark(spec, layout)]
+    notes.append(_stream_remark(free_cpus - count * cpus) if has_stream else None)
+    return Placement(description, nodes, rank_nodes, layout, None, refusal, [remark for remark in notes if remark])
 
 
-def _fewer(count: int, most: int) -> str | None:
-    if count == most:
+def _worker_count_remark(count: int, max_count: int) -> str | None:
+    if count == max_count:
         return None
-    return f"it would start with {count:,} of at most {most:,} workers, for which there is room now, and grow later"
+    return f"it would start with {count:,} of at most {max_count:,} workers, as there is room for now, and grow later"
 
 
-def _staying_flat(spec: "RunSpec", layout: Layout) -> str | None:
+def _dispatch_remark(spec: "RunSpec", layout: Layout) -> str | None:
     from mhmoe_ray.planner.traffic import has_rails
 
+    # Hierarchical dispatch needs a group with equally many ranks on each of its nodes, and is flat in other groups.
     groups = [layout.spread(ranks) for ranks in layout.groups.ranks]
-    flat = sum(group.total() > 1 and not has_rails(group) for group in groups)
-    if spec.cluster.dispatch == "flat" or not flat:
+    flat_count = sum(group.total() > 1 and not has_rails(group) for group in groups)
+    if spec.cluster.dispatch == "flat" or not flat_count:
         return None
-    of_all = f"{flat:,} of {len(groups):,} groups" if len(groups) > 1 else "the only group"
-    return f"cluster.dispatch is hierarchical, but flat in {of_all}: nodes have unequally many of the ranks"
+    group_text = f"{flat_count:,} of {len(groups):,} groups" if len(groups) > 1 else "the only group"
+    return f"cluster.dispatch is hierarchical, but flat in {group_text}: nodes have unequal numbers of ranks"
 
 
-def _for_stream(left: float) -> str | None:
+def _stream_remark(free_cpus: float) -> str | None:
     from mhmoe_ray.spec.cluster import STREAM_CPUS
 
-    if left < 1:
+    if free_cpus < 1:
         return "workers take every free CPU, and the data stream has none: no step begins before others give one back"
-    if left < STREAM_CPUS:
-        return f"workers leave {left:g} CPUs for the data stream, which is to have {STREAM_CPUS}: they may wait for it"
+    if free_cpus < STREAM_CPUS:
+        return f"workers leave {free_cpus:g} CPUs for the data stream, which needs {STREAM_CPUS}: they may wait for it"
     return None
 
 
-def said_of(placement: Placement) -> list[str]:
-    """Return the lines about a placement that a user must know."""
-    lines = [line for line in (placement.missing, placement.refused) if line] + placement.notes
+def placement_remarks(placement: Placement) -> list[str]:
+    """Return the lines about a placement that the user should read: problems, notes, and the spread of groups."""
+    lines = [line for line in (placement.shortage, placement.refusal) if line] + placement.notes
     layout = placement.layout
-    if layout and len(layout.on_nodes) > 1 and len(layout.groups.ranks) < len(layout.nodes) and not placement.refused:
-        groups, said = layout.groups, "every group lies on one node"
-        if groups.straddling:
-            of_all = f"{len(groups.straddling):,} of {len(groups.ranks):,} groups"
-            said = f"{of_all} lie on more than one node, {len(groups.apart) or 'none'} in more than one domain"
-        lines.append(said)
+    # The spread is known without a line on a single node, with one rank per group, and from a refusal.
+    if (
+        layout
+        and len(layout.node_groups) > 1
+        and len(layout.groups.ranks) < len(layout.nodes)
+        and not placement.refusal
+    ):
+        groups, remark = layout.groups, "every group lies on one node"
+        if groups.straddling_indices:
+            group_text = f"{len(groups.straddling_indices):,} of {len(groups.ranks):,} groups"
+            remark = (
+                f"{group_text} lie on more than one node, {len(groups.cross_domain_indices) or 'none'} in more than "
+                "one domain"
+            )
+        lines.append(remark)
     return lines
 
 
-def _nodes(count: int) -> str:
+def _format_nodes(count: int) -> str:
     return "one node" if count == 1 else f"{count:,} nodes"
 
 
-def table(placement: Placement) -> Table:
-    """Return a table of the first groups, or of the first nodes if a rank is a group of its own.
+def placement_table(placement: Placement) -> Table:
+    """Return a table of the first groups and their nodes, or of the first nodes if each rank is its own group.
 
-    If the nodes cannot hold all ranks, it shows how many workers each node takes.
+    If the nodes cannot hold all ranks, the table shows the free CPUs and GPUs of nodes and the workers that fit.
     """
     if placement.layout is None:
-        on = Counter(node.name for node in placement.places)
-        free = [(node.name, f"{node.cpus:g}", f"{node.gpus:g}", str(on[node.name])) for node in placement.nodes]
-        return number_table(["", "free CPUs", "free GPUs", "workers"], _shortened(free))
+        worker_counts = Counter(node.name for node in placement.rank_nodes)
+        node_rows = [
+            (node.name, f"{node.cpus:g}", f"{node.gpus:g}", str(worker_counts[node.name])) for node in placement.nodes
+        ]
+        return number_table(["", "free CPUs", "free GPUs", "workers"], _shorten_rows(node_rows))
     layout = placement.layout
     columns: tuple[str, ...] = ("ranks", "node")
-    rows: list[tuple[str, ...]] = [_where(ranks, layout) for ranks in layout.on_nodes]
+    rows: list[tuple[str, ...]] = [_format_location(ranks, layout) for ranks in layout.node_groups]
     if len(layout.groups.ranks) < len(layout.nodes):
         columns = ("group", "ranks", "nodes")
-        rows = [(str(i), *_where(ranks, layout)) for i, ranks in enumerate(layout.groups.ranks)]
-    found = Table(box=None, pad_edge=False)
+        rows = [(str(i), *_format_location(ranks, layout)) for i, ranks in enumerate(layout.groups.ranks)]
+    table = Table(box=None, pad_edge=False)
     for column in columns:
-        found.add_column(column, overflow="fold")
-    for row in _shortened(rows):
-        found.add_row(*row)
-    return found
+        table.add_column(column, overflow="fold")
+    for row in _shorten_rows(rows):
+        table.add_row(*row)
+    return table
 
 
-def _where(ranks: list[int], layout: Layout) -> tuple[str, str]:
-    """Return the ranks and their nodes, as text."""
-    on = Counter(layout.nodes[rank] for rank in ranks)
-    names, counts = list(on), set(on.values())
+def _format_location(ranks: list[int], layout: Layout) -> tuple[str, str]:
+    """Format ranks, and the nodes and domains that they are on."""
+    # More than three nodes would make the cell too long, so that a range stands for them.
+    rank_counts = Counter(layout.nodes[rank] for rank in ranks)
+    node_names, counts = list(rank_counts), set(rank_counts.values())
     domains = dict.fromkeys(layout.domains[rank] for rank in ranks)
-    if len(on) > 3 and len(counts) == 1:
-        where = f"{len(on)} from {names[0]} to {names[-1]}, {counts.pop()} on each"
-    elif len(on) > 3:
-        where = f"{len(on)} from {names[0]} to {names[-1]}, {min(counts)} to {max(counts)} on each"
+    if len(rank_counts) > 3 and len(counts) == 1:
+        location = f"{len(rank_counts)} from {node_names[0]} to {node_names[-1]}, {counts.pop()} on each"
+    elif len(rank_counts) > 3:
+        location = (
+            f"{len(rank_counts)} from {node_names[0]} to {node_names[-1]}, {min(counts)} to {max(counts)} on each"
+        )
     else:
-        where = ", ".join(f"{name} ({count})" for name, count in on.items()) if len(on) > 1 else names[0]
+        location = (
+            ", ".join(f"{name} ({count})" for name, count in rank_counts.items())
+            if len(rank_counts) > 1
+            else node_names[0]
+        )
     if any(domains):
-        where += f"; {', '.join(domains)}" if len(domains) < 4 else f"; {len(domains)} domains"
-    return _ranges(ranks), where
+        location += f"; {', '.join(domains)}" if len(domains) < 4 else f"; {len(domains)} domains"
+    return _format_ranges(ranks), location
 
 
-def _shortened(rows: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
-    if len(rows) <= SHOWN:
+def _shorten_rows(rows: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    if len(rows) <= MAX_ROWS:
         return list(rows)
-    left = len(rows) - SHOWN + 1
-    return [*rows[: SHOWN - 1], (f"and {left:,} more", *("" for _ in rows[0][1:]))]
+    # The line with the count takes a row itself.
+    hidden_count = len(rows) - MAX_ROWS + 1
+    return [*rows[: MAX_ROWS - 1], (f"and {hidden_count:,} more", *("" for _ in rows[0][1:]))]
 
 
-def _ranges(ranks: list[int]) -> str:
+def _format_ranges(ranks: list[int]) -> str:
     """Format ranks as ranges, for example "0-3, 8-11"; more than three ranges are abbreviated by "..."."""
-    runs: list[list[int]] = []
+    ranges: list[list[int]] = []
     for rank in sorted(ranks):
-        if runs and runs[-1][1] == rank - 1:
-            runs[-1][1] = rank
+        if ranges and ranges[-1][1] == rank - 1:
+            ranges[-1][1] = rank
         else:
-            runs.append([rank, rank])
-    said = [f"{a}-{b}" if a < b else str(a) for a, b in runs]
-    return ", ".join(said if len(said) < 4 else [*said[:2], "...", said[-1]])
+            ranges.append([rank, rank])
+    texts = [f"{a}-{b}" if a < b else str(a) for a, b in ranges]
+    return ", ".join(texts if len(texts) < 4 else [*texts[:2], "...", texts[-1]])

@@ -5,70 +5,72 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from mhmoe_ray.cli.common import JsonOption, out, print_json, print_whole
+from mhmoe_ray.cli.common import JsonOption, out, print_json, print_untruncated
 
 if TYPE_CHECKING:
     from mhmoe_ray.planner.presets import Preset
 
 
-LEFT = ("preset", "reference: ratio of parameters, of multiply-adds")
-RIGHT = ("h", "E", "k", "f", "parameters", "active", "multiply-adds")
+LEFT_COLUMNS = ("preset", "reference: ratio of parameters, of multiply-adds")
+RIGHT_COLUMNS = ("h", "E", "k", "f", "parameters", "active", "multiply-adds")
 
 
 def presets(
-    part: Annotated[str, typer.Argument(help="Only those whose name has this in it.", show_default=False)] = "",
+    part: Annotated[str, typer.Argument(help="List only presets with this in their names.", show_default=False)] = "",
     json: JsonOption = False,
 ) -> None:
     """List the models that `preset:` names in a spec, with sizes and ratios to their reference."""
     from mhmoe_ray.errors import SpecError
-    from mhmoe_ray.planner.resolve import every_preset
+    from mhmoe_ray.planner.resolve import all_presets
 
-    rows = [_row(name, size, preset) for name, size, preset in every_preset() if part in name]
+    rows = [_preset_row(name, size, preset) for name, size, preset in all_presets() if part in name]
     if not rows:
-        raise SpecError(f"preset {part}", "no name has this in it", "see them all with `mhmoe presets`")
+        raise SpecError(f"preset {part}", "no preset has this in its name", "see all of them with `mhmoe presets`")
     if json:
         print_json(rows)
         return
     table = Table(box=None, pad_edge=False)
-    for column in [*LEFT, *RIGHT]:
-        table.add_column(column, justify="left" if column in LEFT else "right", no_wrap=True)
+    for column in [*LEFT_COLUMNS, *RIGHT_COLUMNS]:
+        table.add_column(column, justify="left" if column in LEFT_COLUMNS else "right", no_wrap=True)
     for row in rows:
         ratios = [f"{row[key]:.3f}" if row[key] else "" for key in ("parameters_ratio", "multiply_adds_ratio")]
         table.add_row(
             f"{row['preset']} {row['size'] or ''}",
             f"{row['reference']}: {ratios[0]}, {ratios[1]}" if row["reference"] else "",
             *(str(row[key] or "") for key in "hEkf"),
-            *(_short(row[key]) for key in ("parameters", "active", "multiply_adds")),
+            *(_format_count(row[key]) for key in ("parameters", "active", "multiply_adds")),
         )
-    print_whole(table)
+    print_untruncated(table)
+    # The descriptions of all presets would drown the table.
     if len(rows) == 1:
         out.print(f"\n{rows[0]['about']}", soft_wrap=True)
 
 
-def _row(name: str, size: Any, preset: "Preset") -> dict[str, Any]:
-    from mhmoe_ray.planner.match import parity
-    from mhmoe_ray.planner.resolve import models_of
-    from mhmoe_ray.planner.sizes import sizes
+def _preset_row(name: str, size: Any, preset: "Preset") -> dict[str, Any]:
+    """Return a preset's row of the table, as `mhmoe presets --json` prints it."""
+    from mhmoe_ray.planner.match import compare_models
+    from mhmoe_ray.planner.resolve import preset_models
+    from mhmoe_ray.planner.sizes import compute_sizes
 
-    model, reference = models_of(preset)
-    found, moe = sizes(model), model.moe
-    ratios = parity(model, reference) if reference else {}
+    model, reference = preset_models(preset)
+    model_sizes, moe = compute_sizes(model), model.moe
+    ratios = compare_models(model, reference) if reference else {}
     return {
         "preset": name,
         "size": size,
-        "about": preset.about,
+        "about": preset.description,
         "h": moe.heads if moe else None,
         "E": moe.experts if moe else None,
         "k": moe.top_k if moe else None,
         "f": moe.d_expert if moe else None,
-        "parameters": found.parameters,
-        "active": found.active_parameters,
-        "multiply_adds": found.macs_per_token,
+        "parameters": model_sizes.parameters,
+        "active": model_sizes.active_parameters,
+        "multiply_adds": model_sizes.macs_per_token,
         "reference": preset.reference,
         "parameters_ratio": ratios["parameters"].ratio if ratios else None,
         "multiply_adds_ratio": ratios["multiply-adds per token"].ratio if ratios else None,
     }
 
 
-def _short(count: int) -> str:
+def _format_count(count: int) -> str:
     return f"{count / 1e9:.3g} G" if count >= 1e9 else f"{count / 1e6:.3g} M"

@@ -13,14 +13,14 @@ def report(
     runs: Annotated[
         list[str] | None,
         typer.Argument(
-            help="Ids, beginnings of ids, or paths; of a sweep its name. The newest run by default.",
-            autocompletion=common.runs,
+            help="Ids of runs, beginnings of ids, paths, or names of sweeps. The newest run by default.",
+            autocompletion=common.complete_runs,
             show_default=False,
         ),
     ] = None,
-    to: Annotated[Path, typer.Option(help="Folder for the page and its pictures.")] = Path("report"),
+    target_folder: Annotated[Path, typer.Option("--to", help="Folder for the page and its pictures.")] = Path("report"),
     baseline: Annotated[
-        str | None, typer.Option(help="What the others are compared with; the first by default.")
+        str | None, typer.Option(help="Variant that the others are compared with; the first by default.")
     ] = None,
     storage: StorageOption = STORAGE,
     json: JsonOption = False,
@@ -31,22 +31,24 @@ def report(
     Runs that differ in their seed alone count as one variant. For example `mhmoe report follow-up-small --baseline
     smoe`.
     """
-    from mhmoe_ray.report.page import PAGE, write_report
+    from mhmoe_ray.report.page import PAGE_FILE, write_report
     from mhmoe_ray.runs.directory import find_run
     from mhmoe_ray.runs.sweeps import sweep_dir
     from mhmoe_ray.storage import location
 
-    found = [] if runs else [find_run(None, storage, with_job=True)]
+    run_dirs = [] if runs else [find_run(None, storage, with_job=True)]
     for name in runs or []:
         sweep = sweep_dir(location(storage).absolute(), name)
-        if sweep.exists:  # one of whose runs may have no job yet
-            found += [run for run in sweep.runs().values() if run.attempts_file.exists()]
+        if sweep.exists:
+            # A run of the sweep may still be waiting for its job, and has nothing to compare yet.
+            run_dirs += [run for run in sweep.runs().values() if run.attempts_file.exists()]
         else:
-            found.append(find_run(name, storage, with_job=True))
-    verdicts = write_report(list(dict.fromkeys(found)), to, baseline)
+            run_dirs.append(find_run(name, storage, with_job=True))
+    # A run that is named itself and by its sweep counts once; the order stays, which decides the default baseline.
+    verdicts = write_report(list(dict.fromkeys(run_dirs)), target_folder, baseline)
     if json:
-        print_json({"page": str(to / PAGE), "verdicts": [v._asdict() for v in verdicts]})
+        print_json({"page": str(target_folder / PAGE_FILE), "verdicts": [v.as_json() for v in verdicts]})
         return
     for verdict in verdicts:
-        out.print(verdict.said, soft_wrap=True)
-    out.print(f"{to / PAGE}", soft_wrap=True)
+        out.print(verdict.text, soft_wrap=True)
+    out.print(f"{target_folder / PAGE_FILE}", soft_wrap=True)

@@ -1,4 +1,4 @@
-"""`mhmoe routing`: show which experts a run's tokens go to."""
+"""`mhmoe routing`: show to which experts a run routes its tokens."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,7 @@ from mhmoe_ray.cli.common import (
     number_table,
     out,
     print_json,
-    print_whole,
+    print_untruncated,
 )
 from mhmoe_ray.cli.eval import (
     AgainOption,
@@ -20,7 +20,7 @@ from mhmoe_ray.cli.eval import (
     SamplesOption,
     TextOption,
     TextSetOption,
-    evaluation_of,
+    load_or_evaluate,
     make_request,
 )
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from mhmoe_ray.runs.directory import RunDir
 
 
+# Rows of the table of training metrics: enough to show a trend, and few enough for a screen with the other tables.
 CURVE_POINTS = 8
 
 
@@ -38,7 +39,7 @@ def routing(
     set_: TextSetOption = [],  # noqa: B006 - typer needs the list
     checkpoint: CheckpointOption = None,
     gpus: GpusOption = None,
-    again: AgainOption = False,
+    recompute: AgainOption = False,
     storage: StorageOption = STORAGE,
     address: AddressOption = None,
     json: JsonOption = False,
@@ -52,101 +53,108 @@ def routing(
     from mhmoe_ray.errors import RunError
     from mhmoe_ray.runs.directory import find_run
 
-    found = find_run(run, storage)
-    dense = RunError(f"run {found.id}", "it is a dense model, without a router", "name a run with experts")
-    if not found.is_imported and found.spec().model.moe is None:
-        raise dense  # before anything is evaluated
-    request = make_request(found, checkpoint, text, set_, samples, [], [], None, gpus)
-    evaluation = evaluation_of(found, request, again, address)
+    run_dir = find_run(run, storage)
+    dense_error = RunError(f"run {run_dir.id}", "it is a dense model, without a router", "name a run with experts")
+    if not run_dir.is_imported and run_dir.spec().model.moe is None:
+        # The spec tells already; an evaluation of the checkpoint could take minutes on the cluster.
+        raise dense_error
+    request = make_request(run_dir, checkpoint, text, set_, samples, [], [], None, gpus)
+    evaluation = load_or_evaluate(run_dir, request, recompute, address)
+    # An imported run has no spec, so that only its evaluation tells that it is dense.
     if not evaluation.routing:
-        raise dense
-    figures = figures_of(evaluation.routing)
-    training = [] if found.is_imported else _training(found)
+        raise dense_error
+    figures = routing_figures(evaluation.routing)
+    training = [] if run_dir.is_imported else _training_metrics(run_dir)
     if json:
-        print_json({"run": found.id, "checkpoint": request.checkpoint, "training": training, **figures})
+        print_json({"run": run_dir.id, "checkpoint": request.checkpoint, "training": training, **figures})
         return
     if training:
-        _show_training(training)
-    out.print(f"\n{found.id}, {request.checkpoint}: {figures['tokens']:,} tokens of {request.said}", soft_wrap=True)
-    _show(figures)
+        _print_training(training)
+    out.print(
+        f"\n{run_dir.id}, {request.checkpoint}: {figures['tokens']:,} tokens of {request.description}", soft_wrap=True
+    )
+    _print_figures(figures)
 
 
-def figures_of(by_domain: "dict[str, Any]") -> dict[str, Any]:
-    """Return the figures that are shown, for JSON, from the counts of routes by domain."""
+def routing_figures(by_domain: "dict[str, Any]") -> dict[str, Any]:
+    """Return the figures of `mhmoe routing`, as JSON has them, from the counts of routes by domain."""
     from mhmoe_ray.evaluate import activation
 
-    whole = activation.joined(by_domain.values())
-    agreement = activation.mean_agreement(whole)
+    total_counts = activation.sum_counts(by_domain.values())
+    agreement = activation.mean_head_agreement(total_counts)
     layers = [
         {
-            "entropy": float(activation.entropy(whole)[layer]),
-            "least": float(activation.load(whole.counts)[layer].min()),
-            "most": float(activation.load(whole.counts)[layer].max()),
-            "distinct": float(activation.distinct_experts(whole)[layer]),
+            "entropy": float(activation.load_entropy(total_counts)[layer]),
+            "least": float(activation.expert_loads(total_counts.counts)[layer].min()),
+            "most": float(activation.expert_loads(total_counts.counts)[layer].max()),
+            "distinct": float(activation.mean_distinct_experts(total_counts)[layer]),
             "agreement": None if agreement is None else float(agreement[layer]),
-            "first_weight": float(activation.first_weight(whole)[layer]),
-            "load": activation.load(whole.counts)[layer].tolist(),
+            "first_weight": float(activation.first_choice_weight(total_counts)[layer]),
+            "load": activation.expert_loads(total_counts.counts)[layer].tolist(),
         }
-        for layer in range(len(whole.counts))
+        for layer in range(len(total_counts.counts))
     ]
     return {
-        "tokens": whole.tokens,
+        "tokens": total_counts.tokens,
         "layers": layers,
-        "routes_per_token": len(whole.distinct[0]) - 1,
-        "activated": dict(zip(activation.THRESHOLDS, activation.activated(whole), strict=True)),
-        "activated_relative": dict(zip(activation.RELATIVE, activation.activated_relative(whole.counts), strict=True)),
-        "head_agreement": activation.head_agreement(whole).tolist(),
+        "routes_per_token": len(total_counts.distinct[0]) - 1,
+        "activated": dict(zip(activation.THRESHOLDS, activation.activated_shares(total_counts), strict=True)),
+        "activated_relative": dict(
+            zip(activation.RELATIVE_THRESHOLDS, activation.relative_activated_shares(total_counts.counts), strict=True)
+        ),
+        "head_agreement": activation.head_agreement(total_counts).tolist(),
         "domains": {
             name: {
                 "tokens": counts.tokens,
-                "entropy": float(activation.entropy(counts).mean()),
-                "specialisation": activation.specialisation(counts, whole),
-                "load": activation.load(counts.counts).tolist(),
+                "entropy": float(activation.load_entropy(counts).mean()),
+                "specialisation": activation.specialisation(counts, total_counts),
+                "load": activation.expert_loads(counts.counts).tolist(),
             }
             for name, counts in by_domain.items()
         },
     }
 
 
-def _training(run: "RunDir") -> list[dict[str, Any]]:
-    """Return the router's metrics at CURVE_POINTS or fewer steps of the training, evenly spread."""
+def _training_metrics(run: "RunDir") -> list[dict[str, Any]]:
+    """Return the router's metrics at evenly spread steps of the training, at most CURVE_POINTS of them."""
     from mhmoe_ray.runs import metrics
-    from mhmoe_ray.runs.history import course
+    from mhmoe_ray.runs.history import read_trend
 
     names = (metrics.STEP, metrics.BALANCE, metrics.ENTROPY, metrics.LEAST_EXPERT, metrics.DROPPED)
-    lines = course(run, run.spec().train.validate_every).curve
+    lines = read_trend(run, run.spec().train.validate_every).curve
     points = [round(i * (len(lines) - 1) / (CURVE_POINTS - 1)) for i in range(CURVE_POINTS)]
+    # A curve with fewer lines than points repeats indices.
     return [{name: lines[i].get(name) for name in names} for i in dict.fromkeys(points)] if lines else []
 
 
-def _show_training(training: list[dict[str, Any]]) -> None:
+def _print_training(training: list[dict[str, Any]]) -> None:
     from mhmoe_ray.runs import metrics
 
-    def cell(value: float | None, form: str) -> str:
+    def format_cell(value: float | None, form: str) -> str:
         return "" if value is None else format(value, form)
 
     rows = [
         [
             f"{line[metrics.STEP]:,}",
-            cell(line[metrics.BALANCE], ".3f"),
-            cell(line[metrics.ENTROPY], ".3f"),
-            cell(line[metrics.LEAST_EXPERT], ".2f"),
-            cell(line[metrics.DROPPED], ".1%"),
+            format_cell(line[metrics.BALANCE], ".3f"),
+            format_cell(line[metrics.ENTROPY], ".3f"),
+            format_cell(line[metrics.LEAST_EXPERT], ".2f"),
+            format_cell(line[metrics.DROPPED], ".1%"),
         ]
         for line in training
     ]
-    print_whole(number_table(["step", "balance loss", "lowest entropy", "least expert", "dropped"], rows))
+    print_untruncated(number_table(["step", "balance loss", "lowest entropy", "least expert", "dropped"], rows))
 
 
-def _show(figures: dict[str, Any]) -> None:
+def _print_figures(figures: dict[str, Any]) -> None:
     rows = []
-    for number, layer in enumerate(figures["layers"]):
+    for layer_number, layer in enumerate(figures["layers"]):
         agreement = "" if layer["agreement"] is None else f"{layer['agreement']:.1%}"
         loads = [f"{layer['entropy']:.3f}", f"{layer['least']:.2f}", f"{layer['most']:.2f}"]
-        rows.append([str(number), *loads, f"{layer['distinct']:.2f}", agreement, f"{layer['first_weight']:.3f}"])
+        rows.append([str(layer_number), *loads, f"{layer['distinct']:.2f}", agreement, f"{layer['first_weight']:.3f}"])
     experts = f"experts of {figures['routes_per_token']}"
     columns = ["layer", "entropy", "least", "most", experts, "heads agree", "first weight"]
-    print_whole(number_table(columns, rows))
+    print_untruncated(number_table(columns, rows))
     out.print("least and most: loads, 1 is uniform; experts: different ones that a token sees, of its routes\n")
     for title, key in [
         ("experts that more than this share of the tokens see", "activated"),
@@ -154,11 +162,11 @@ def _show(figures: dict[str, Any]) -> None:
     ]:
         curve = figures[key]
         out.print(title)
-        print_whole(number_table([f"{t:g}" for t in curve], [[f"{share:.1%}" for share in curve.values()]]))
+        print_untruncated(number_table([f"{t:g}" for t in curve], [[f"{share:.1%}" for share in curve.values()]]))
     rows = [
         [name, f"{d['tokens']:,}", f"{d['entropy']:.3f}", f"{d['specialisation']:.3f}"]
         for name, d in figures["domains"].items()
     ]
     out.print()
-    print_whole(number_table(["", "tokens", "entropy", "off the whole"], rows))
+    print_untruncated(number_table(["", "tokens", "entropy", "off the whole"], rows))
     out.print("off the whole: share of routes that go to other experts than those of all texts together")

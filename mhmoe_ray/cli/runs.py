@@ -20,10 +20,10 @@ from mhmoe_ray.cli.common import (
     note,
     out,
     print_json,
-    say,
+    print_note,
 )
-from mhmoe_ray.cli.follow import follow
-from mhmoe_ray.cli.submit import ended, go_on
+from mhmoe_ray.cli.follow import follow_run
+from mhmoe_ray.cli.submit import final_outcome, resume_run
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -33,64 +33,80 @@ if TYPE_CHECKING:
 
 
 def list_(
-    name: Annotated[str | None, typer.Argument(help="Only runs whose ids begin so.", show_default=False)] = None,
-    state: Annotated[
-        list[str] | None, typer.Option(help="Only runs in this state; may be given several times.", show_default=False)
+    name: Annotated[
+        str | None, typer.Argument(help="List only runs whose ids begin with this.", show_default=False)
     ] = None,
-    since: Annotated[
-        str | None, typer.Option(metavar="TIME", help="Only runs made since: 90s, 10m, 2h, 1d ago, or 2026-11-26.")
+    state: Annotated[
+        list[str] | None,
+        typer.Option(help="List only runs in this state; may be given several times.", show_default=False),
+    ] = None,
+    creation_text: Annotated[
+        str | None,
+        typer.Option(
+            "--since", metavar="TIME", help="List only runs created since: 90s, 10m, 2h, 1d ago, or 2026-11-26."
+        ),
     ] = None,
     storage: StorageOption = STORAGE,
     json: JsonOption = False,
 ) -> None:
-    """List runs, newest last: from their directories and, for runs that are not over, their clusters.
+    """List runs, newest last, with their states from their directories or, while they run, from their clusters.
 
     For example `mhmoe list tiny --state running --since 1d`.
     """
-    from mhmoe_ray.cli.logs import moment
-    from mhmoe_ray.cluster.connect import each_once
+    from mhmoe_ray.cli.logs import parse_time
+    from mhmoe_ray.cluster.connect import cached_connect
     from mhmoe_ray.runs.directory import list_runs
 
-    start = moment(since) if since else 0.0
-    wanted = [run for run in list_runs(storage) if run.id.startswith(name or "") and run.created() >= start]
-    connected = each_once()
-    found = [row for row in (_row(run, connected) for run in wanted) if not state or row["state"] in state]
+    start_time = parse_time(creation_text) if creation_text else 0.0
+    matching_runs = [
+        run for run in list_runs(storage) if run.id.startswith(name or "") and run.creation_time() >= start_time
+    ]
+    # Many runs share a cluster, and one that does not answer costs a timeout: each cluster is asked once.
+    connect = cached_connect()
+    rows = [row for row in (_run_row(run, connect) for run in matching_runs) if not state or row["state"] in state]
     if json:
-        print_json(found)
+        print_json(rows)
         return
     table = Table("run", "preset", "state", "step", "loss", "created", box=None, pad_edge=False)
-    for row in found:
+    for row in rows:
         loss = f"{row['loss']:.3f}" if row["loss"] is not None else ""
-        when = time.strftime("%Y-%m-%d %H:%M", time.localtime(row["created"]))
+        created_text = time.strftime("%Y-%m-%d %H:%M", time.localtime(row["created"]))
         step = f"{row['step']}/{row['steps']}" if row["steps"] is not None else ""
-        table.add_row(row["run"], row["preset"] or "", row["state"], step, loss, when)
-    fewer = " that are so" if name or state or since else ""
-    out.print(table if found else f"no runs in {storage}{fewer}")
+        table.add_row(row["run"], row["preset"] or "", row["state"], step, loss, created_text)
+    filter_text = " match the filters" if name or state or creation_text else ""
+    out.print(table if rows else f"no runs in {storage}{filter_text}")
 
 
-def _row(run: "RunDir", connected: "Callable[[str], Connection]") -> dict[str, Any]:
+def _run_row(run: "RunDir", connect: "Callable[[str], Connection]") -> dict[str, Any]:
+    """Return a run's row of the list, as `mhmoe list --json` prints it.
+
+    Args:
+        run: the run.
+        connect: function that connects to the cluster at an address.
+    """
     from mhmoe_ray.cluster.runs import state_of
     from mhmoe_ray.errors import SpecError
     from mhmoe_ray.runs import events, history, metrics
 
-    last = history.last(run)
+    last_metrics = history.last_line(run)
     steps: int | str | None = None
     preset = None
     try:
         if not run.is_imported:
             spec = run.spec()
             steps, preset = spec.train.steps, spec.origin
-        state, _, _ = state_of(run, events.events(run), connected)
-    except SpecError:  # written by another version; the other runs are still worth a list
+        state, _, _ = state_of(run, events.read(run), connect)
+    # Another version may have written the spec. The other runs should still be listed.
+    except SpecError:
         steps, state = "?", "unreadable spec"
     return {
         "run": run.id,
         "state": state,
-        "step": last[metrics.STEP] if last else 0,
+        "step": last_metrics[metrics.STEP] if last_metrics else 0,
         "steps": steps,
         "preset": preset,
-        "loss": last[metrics.LOSS] if last else None,
-        "created": run.created(),
+        "loss": last_metrics[metrics.LOSS] if last_metrics else None,
+        "created": run.creation_time(),
         "path": str(run.path),
     }
 
@@ -112,28 +128,27 @@ def resume(
     from mhmoe_ray.runs.directory import find_run, last_attempt
     from mhmoe_ray.spec import load_resolved_spec, parse_overrides
 
-    found = find_run(run, storage, with_job=True)
+    run_dir = find_run(run, storage, with_job=True)
     for keys, _ in parse_overrides(set_):
         if keys[0] != "cluster":
-            why = "a resumed run must go on exactly as it would have"
-            raise SpecError(f"override {'.'.join(keys)}", why, "change only cluster keys, or submit a new run")
-    before = last_attempt(found)
-    over = ended(found, force)
-    if over.state == "finished":
-        raise RunError(f"run {found.id}", "it is finished", "submit a new run to train longer")
-    spec = found.relocated(load_resolved_spec(found.spec_file, set_))
-    connection = go_on(found, spec, address or _where(before))
+            reason = "a resumed run must go on exactly as it would have"
+            raise SpecError(f"override {'.'.join(keys)}", reason, "change only cluster keys, or submit a new run")
+    previous_attempt = last_attempt(run_dir)
+    run_outcome = final_outcome(run_dir, force)
+    if run_outcome.state == "finished":
+        raise RunError(f"run {run_dir.id}", "it is finished", "submit a new run to train longer")
+    spec = run_dir.relocated_spec(load_resolved_spec(run_dir.spec_file, set_))
+    connection = resume_run(run_dir, spec, address or _attempt_address(previous_attempt))
+    # The progress of earlier attempts has been shown when it happened.
     if not detach:
-        follow(found, connection, from_now=True)
+        follow_run(run_dir, connection, from_now=True)
 
 
-def _where(attempt: "Attempt") -> str:
-    """Return the cluster that the attempt ran on, as commands take it.
-
-    A local cluster is named `local`, because a new one has another address.
-    """
+def _attempt_address(attempt: "Attempt") -> str:
+    """Return the address of the cluster that the attempt ran on, as commands take it."""
     from mhmoe_ray.cluster.connect import LOCAL
 
+    # A local cluster that was restarted has another address, but the same name.
     return LOCAL if attempt.local else attempt.address
 
 
@@ -142,7 +157,9 @@ POLL_SECONDS = 0.5
 
 def stop(
     run: RunArg = None,
-    now: Annotated[bool, typer.Option("--now", help="End its job at once, without a last checkpoint.")] = False,
+    end_immediately: Annotated[
+        bool, typer.Option("--now", help="End its job at once, without a last checkpoint.")
+    ] = False,
     storage: StorageOption = STORAGE,
 ) -> None:
     """Ask a run to end: its workers finish their step, validate, save a checkpoint and stop. `resume` continues it.
@@ -151,53 +168,63 @@ def stop(
     """
     from mhmoe_ray.cluster import jobs
     from mhmoe_ray.cluster.connect import connect
-    from mhmoe_ray.cluster.dashboard import Patience
+    from mhmoe_ray.cluster.dashboard import RetryingCaller
     from mhmoe_ray.cluster.runs import outcome, recorded_outcome
     from mhmoe_ray.errors import ClusterError, RunError, TokenError
     from mhmoe_ray.runs import events
     from mhmoe_ray.runs.directory import find_run, last_attempt
 
-    found = find_run(run, storage, with_job=True)
-    attempt = last_attempt(found)
-    happened = events.events(found)
-    over = recorded_outcome(happened)
-    if over:
-        raise RunError(f"run {found.id}", f"it is {over.state} already", "see `mhmoe status`")
-    trains = events.state(happened) == "running"
+    run_dir = find_run(run, storage, with_job=True)
+    attempt = last_attempt(run_dir)
+    run_events = events.read(run_dir)
+    run_outcome = recorded_outcome(run_events)
+    if run_outcome:
+        raise RunError(f"run {run_dir.id}", f"it is {run_outcome.state} already", "see `mhmoe status`")
+    is_training = events.state(run_events) == "running"
     try:
         connection = connect(attempt.address)
+    # TokenError is a ClusterError. The cluster answers, and the user should give its token.
     except TokenError:
         raise
     except ClusterError as e:
-        if now or not trains:
+        if end_immediately or not is_training:
             raise
         # Its cluster may be within a batch job, where no command reaches it; workers read the directory.
-        found.stop_file.touch()
-        note.print(f"asked for in its directory; whether it happens is not seen from here: {e.why}", soft_wrap=True)
+        run_dir.stop_file.touch()
+        note.print(
+            f"its workers are asked to stop through its directory; this machine cannot see whether they do: {e.reason}",
+            soft_wrap=True,
+        )
         return
-    found.stop_file.touch()
-    if now or events.state(events.events(found)) != "running":  # to connect may have taken long
+    run_dir.stop_file.touch()
+    # Connecting may have taken long, so that the state is read again.
+    if end_immediately or events.state(events.read(run_dir)) != "running":
         jobs.stop(connection, attempt.job)
     else:
-        note.print("waiting for its checkpoint; `mhmoe stop --now` does not")
-    patience = Patience(say)
-    while (over := patience.ask(lambda: outcome(found, connection), None)) is None:
+        note.print("waiting for its last checkpoint; `mhmoe stop --now` ends it without one")
+    retrying_caller = RetryingCaller(print_note)
+    while (run_outcome := retrying_caller.call(lambda: outcome(run_dir, connection), None)) is None:
         time.sleep(POLL_SECONDS)
-    if over.state == "stopped" and recorded_outcome(events.events(found)) is None:
-        events.record(found, "stopped", reason="its job was ended")
-    out.print(f"run {found.id} {over.state}{': ' + over.reason if over.reason else ''}", soft_wrap=True)
+    # The driver of a job that Ray ended had no chance to record the end itself.
+    if run_outcome.state == "stopped" and recorded_outcome(events.read(run_dir)) is None:
+        events.record(run_dir, "stopped", reason="its job was ended")
+    out.print(
+        f"run {run_dir.id} {run_outcome.state}{': ' + run_outcome.reason if run_outcome.reason else ''}", soft_wrap=True
+    )
 
 
-ASK_SECONDS = 60.0
-"""Seconds to wait for a dashboard that is busy.
+DASHBOARD_WAIT_SECONDS = 60.0
+"""Seconds to wait for a busy dashboard before a run is removed.
 
-A run that is served must not be removed: its replicas would lose the files.
+The wait is long because a run that is served must not be removed: its replicas would lose the files.
 """
 
 
 def rm(
-    runs: Annotated[list[str], typer.Argument(help="Ids, beginnings of ids, or paths.", autocompletion=common.runs)],
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    runs: Annotated[
+        list[str], typer.Argument(help="Ids of runs, beginnings of ids, or paths.", autocompletion=common.complete_runs)
+    ],
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Remove them without asking.")] = False,
     force: ForceOption = False,
     storage: StorageOption = STORAGE,
 ) -> None:
@@ -209,39 +236,43 @@ def rm(
     from mhmoe_ray.runs.directory import find_run
     from mhmoe_ray.storage import remove_tree
 
-    found = [find_run(name, storage) for name in dict.fromkeys(runs)]
-    for run in found:
-        _check(run, force)
-    names = ", ".join(run.id for run in found)
+    # All runs are found and checked before the first is removed. A run that is named twice counts once.
+    run_dirs = [find_run(name, storage) for name in dict.fromkeys(runs)]
+    for run in run_dirs:
+        _check_removable(run, force)
+    names = ", ".join(run.id for run in run_dirs)
     if not yes:
         if not sys.stdin.isatty():
-            raise RunError(f"runs {names}", "nobody is there to be asked", "give --yes if they are to be removed")
+            raise RunError(
+                f"runs {names}", "there is no terminal on which you could confirm", "give --yes to remove them"
+            )
         if not typer.confirm(f"remove {names}, with all checkpoints?", err=True):
             note.print("nothing was removed")
             return
-        for run in found:  # to answer may have taken long
-            _check(run, force)
-    for run in found:
+        # The answer may have taken long, and a run may have been resumed or served meanwhile.
+        for run in run_dirs:
+            _check_removable(run, force)
+    for run in run_dirs:
         remove_tree(run.path)
         out.print(f"removed {run.id}")
 
 
-def _check(run: "RunDir", force: bool) -> None:
-    """Check that a run may be removed.
+def _check_removable(run: "RunDir", force: bool) -> None:
+    """Raise an error if a run must not be removed.
 
     Raises:
         RunError: the run is running, may still be running, or is served.
-        TokenError: its cluster requires a token that this machine does not have, so its state cannot be told.
+        TokenError: its cluster requires a token that this machine does not have, so its state is unknown.
     """
-    from mhmoe_ray.cluster.runs import served
+    from mhmoe_ray.cluster.runs import serving_applications
     from mhmoe_ray.errors import RunError
     from mhmoe_ray.runs import events
 
-    ended(run, force)
-    for where in served(run, events.events(run), ASK_SECONDS):
-        if where["status"] != "unknown":
+    final_outcome(run, force)
+    for application in serving_applications(run, events.read(run), DASHBOARD_WAIT_SECONDS):
+        if application["status"] != "unknown":
             raise RunError(
                 f"run {run.id}",
-                f"it is served at {where['url']}",
-                f"take it away first: mhmoe serve down {where['application']}",
+                f"it is served at {application['url']}",
+                f"stop serving it first: mhmoe serve down {application['application']}",
             )

@@ -1,4 +1,4 @@
-"""`mhmoe schema`: the JSON schema of a spec or a sweep, with which editors complete and check it."""
+"""`mhmoe schema`: the JSON schema of a spec or a sweep, for editors that complete and check such files."""
 
 from typing import Annotated, Literal
 
@@ -6,10 +6,12 @@ import typer
 
 from mhmoe_ray.cli.common import print_json
 
-Kind = Literal["spec", "sweep"]
+SchemaKind = Literal["spec", "sweep"]
 
 
-def schema(kind: Annotated[Kind, typer.Argument(help="Of which file.")] = "spec") -> None:
+def schema(
+    kind: Annotated[SchemaKind, typer.Argument(help="Kind of file that the schema describes.")] = "spec",
+) -> None:
     """Print the JSON schema of a spec, or of a sweep.
 
     Editors with a YAML language server complete and check a file whose first line names the schema, as the specs in

@@ -14,14 +14,14 @@ from mhmoe_ray.cli.common import (
     JsonOption,
     SetOption,
     StorageOption,
-    detaching,
+    detach_on_interrupt,
     note,
     out,
     pick_checkpoint,
     print_json,
-    say,
+    print_note,
 )
-from mhmoe_ray.cli.verbs import Verbs
+from mhmoe_ray.cli.verbs import SuggestingGroup
 
 if TYPE_CHECKING:
     from mhmoe_ray.cluster.connect import Connection
@@ -29,13 +29,14 @@ if TYPE_CHECKING:
     from mhmoe_ray.runs.directory import RunDir
 
 
-app = typer.Typer(cls=Verbs, help="Serve checkpoints.", no_args_is_help=True)
+app = typer.Typer(cls=SuggestingGroup, help="Serve checkpoints.", no_args_is_help=True)
 
 APPLICATION = "mhmoe"
-SERVE_CPUS = 1  # beside the replicas' own, for what else runs on a local cluster
-KEY = "MHMOE_API_KEY"
+# A local cluster is started with more CPUs than the replicas need, for the other processes that run on it.
+SERVE_CPUS = 1
+API_KEY_VARIABLE = "MHMOE_API_KEY"
 
-NameArg = Annotated[str, typer.Argument(metavar="[NAME]", help="The application's; mhmoe by default.")]
+NameArg = Annotated[str, typer.Argument(metavar="[NAME]", help="Name of the application; mhmoe by default.")]
 
 
 @app.command()
@@ -44,48 +45,57 @@ def deploy(
         str | None,
         typer.Argument(
             metavar="[RUN|SPEC|CHECKPOINT]",
-            help="A run: an id, a unique beginning of one, or a path. A spec file: its newest run, served as it says. "
-            "A folder of a checkpoint. The newest run by default.",
+            help="A run (its id, the beginning of one, or its path), a spec file (its newest run, served with its "
+            "settings), or the folder of a checkpoint. The newest run by default.",
         ),
     ] = None,
     set_: SetOption = [],  # noqa: B006 - typer needs the list
     checkpoint: CheckpointOption = None,
-    replicas: Annotated[str | None, typer.Option(metavar="N|A..B", help="Processes that serve it.")] = None,
+    replicas: Annotated[
+        str | None,
+        typer.Option(metavar="N|A..B", help="Number of replicas; with A..B, Serve adds and removes replicas."),
+    ] = None,
     engine: Annotated[
-        str | None, typer.Option(metavar="torch|vllm", help="What computes; vllm must be installed where replicas run.")
+        str | None,
+        typer.Option(metavar="torch|vllm", help="Engine that computes; vllm must be installed where replicas run."),
     ] = None,
     name: Annotated[
         str,
-        typer.Option(help="Of the application, of which a cluster may have several; all but mhmoe answer at /NAME."),
+        typer.Option(help="Name of the application; a cluster may have several. All but mhmoe answer at /NAME."),
     ] = APPLICATION,
     storage: StorageOption = STORAGE,
     address: AddressOption = None,
 ) -> None:
-    """Serve a run's checkpoint, as it is, in place of what is served under that name now."""
+    """Serve a run's checkpoint, as it is, in place of the application that has this name now."""
     from mhmoe_ray.cli import jobs
-    from mhmoe_ray.cli.serve_choice import KEYS, chosen, sizes_set, with_keys
+    from mhmoe_ray.cli.serve_choice import API_KEYS_VARIABLE, option_overrides, resolve_target, with_environment_keys
     from mhmoe_ray.serve.config import application_config
 
-    found, path, spec = chosen(target, checkpoint, storage, [*set_, *sizes_set(replicas, engine)])
-    spec = spec.model_copy(update={"serve": with_keys(spec.serve)})
+    run_dir, path, spec = resolve_target(target, checkpoint, storage, [*set_, *option_overrides(replicas, engine)])
+    spec = spec.model_copy(update={"serve": with_environment_keys(spec.serve)})
     if spec.serve.host not in ("127.0.0.1", "localhost", "::1") and not spec.serve.keys:
         note.print(
-            f"warning: whoever reaches {spec.serve.host}:{spec.serve.port} may ask; serve.keys or {KEYS} limit it"
+            f"warning: any client that reaches {spec.serve.host}:{spec.serve.port} may send requests; set serve.keys "
+            f"or {API_KEYS_VARIABLE} to require a key"
         )
+    # A local cluster that is started now must have room for the largest number of replicas: it cannot grow.
     cpus = spec.serve.replicas.max * spec.serve.cpus_per_replica + SERVE_CPUS
-    connection = jobs.cluster_for(spec.cluster, [found.path], cpus, address)
-    config = application_config(name, path, spec.serve, found.id, _route(name), spec.cluster.runtime_env)
-    made = _deployed(found, connection, config, spec.serve.host, spec.serve.port, f"of {found.id}")
-    ask = "ask it" if made.reachable else "ask it on the cluster's machine"
-    out.print(f"serving {found.id} at {made.url}/v1/completions; {ask}: {curl_line(made.url)}", soft_wrap=True)
+    connection = jobs.connect_to_cluster(spec.cluster, [run_dir.path], cpus, address)
+    config = application_config(name, path, spec.serve, run_dir.id, _route_prefix(name), spec.cluster.runtime_env)
+    application = _deploy(run_dir, connection, config, spec.serve.host, spec.serve.port, f"of {run_dir.id}")
+    hint = "ask it" if application.reachable else "ask it on the cluster's machine"
+    out.print(
+        f"serving {run_dir.id} at {application.url}/v1/completions; {hint}: {curl_command(application.url)}",
+        soft_wrap=True,
+    )
 
 
 @app.command()
 def update(name: NameArg = APPLICATION, checkpoint: CheckpointOption = None, address: AddressOption = None) -> None:
     """Serve a newer checkpoint of the same run.
 
-    New replicas start first, for which there must be room unless it was deployed with `--set serve.surge=false`; old
-    replicas finish the requests that they have begun.
+    New replicas start before old ones end, so that the cluster needs room for both, unless the application was deployed
+    with `--set serve.surge=false`. Old replicas finish the requests that they have begun.
     """
     from mhmoe_ray.cluster import serving
     from mhmoe_ray.cluster.connect import connect
@@ -93,21 +103,21 @@ def update(name: NameArg = APPLICATION, checkpoint: CheckpointOption = None, add
     from mhmoe_ray.storage import location
 
     connection = connect(address)
-    config, host, port = serving.declared(connection, name)
-    before = location(config["args"]["checkpoint"])
-    path, _ = pick_checkpoint(RunDir.of_checkpoint(before), checkpoint, hashed=False)
-    how = f"in place of {before.name}"
-    if path.name == before.name:
-        # Serve keeps the configuration of an update that failed, too.
-        status = _status(connection, name)
+    config, host, port = serving.deployed_config(connection, name)
+    previous_path = location(config["args"]["checkpoint"])
+    path, _ = pick_checkpoint(RunDir.of_checkpoint(previous_path), checkpoint, verify_hashes=False)
+    remark = f"in place of {previous_path.name}"
+    if path.name == previous_path.name:
+        # Serve also keeps the configuration of an update that failed: only the status tells whether it is served.
+        status = _application_status(connection, name)
         if status == "DEPLOYING":
-            _running(connection, name, f"{path.name} is being deployed already")
+            _wait_until_running(connection, name, f"{path.name} is being deployed already")
         if status in ("DEPLOYING", "RUNNING"):
             out.print(f"{path.name} is {'' if checkpoint else 'the newest checkpoint, and is '}served")
             return
-        how = "again"
+        remark = "again"
     config["args"] = {**config["args"], "checkpoint": str(path)}
-    _deployed(RunDir.of_checkpoint(path), connection, config, host, port, how)
+    _deploy(RunDir.of_checkpoint(path), connection, config, host, port, remark)
     out.print(f"serving {path.name}")
 
 
@@ -119,76 +129,84 @@ def status(address: AddressOption = None, json: JsonOption = False) -> None:
     from mhmoe_ray.cluster import serving
     from mhmoe_ray.cluster.connect import connect
 
-    found = serving.applications(connect(address))
-    # A key goes to applications of ours alone.
-    ours = [a for a in found if a.checkpoint and a.status == "RUNNING"]
-    key = os.environ.get(KEY, "").strip()
-    stats = {a.name: serving.stats(a, key or None) for a in ours}
+    applications = serving.applications(connect(address))
+    # The key is a secret: applications that are not from this project must not see it.
+    our_applications = [a for a in applications if a.checkpoint and a.status == "RUNNING"]
+    key = os.environ.get(API_KEY_VARIABLE, "").strip()
+    stats = {a.name: serving.application_stats(a, key or None) for a in our_applications}
     if json:
-        print_json([{**asdict(a), "stats": stats.get(a.name)} for a in found])
+        print_json([{**asdict(a), "stats": stats.get(a.name)} for a in applications])
         return
     table = Table("application", "status", "url", "message", box=None, pad_edge=False)
-    for a in found:
+    for a in applications:
         table.add_row(a.name, a.status, a.url, a.message)
-    out.print(table if found else "nothing is served")
-    for name, told in stats.items():
-        if isinstance(told, dict):
-            out.print(f"\n{name}: {told['model']}", style="bold")
-            out.print(_busy(told["replicas"]))
+    out.print(table if applications else "nothing is served")
+    for name, application_stats in stats.items():
+        if isinstance(application_stats, dict):
+            out.print(f"\n{name}: {application_stats['model']}", style="bold")
+            out.print(_load_table(application_stats["replicas"]))
         else:
-            out.print(f"\n{name}: {told}", soft_wrap=True)
+            out.print(f"\n{name}: {application_stats}", soft_wrap=True)
 
 
-@app.command()
-def down(name: NameArg = APPLICATION, address: AddressOption = None) -> None:
+@app.command("down")
+def stop_serving(name: NameArg = APPLICATION, address: AddressOption = None) -> None:
     """Stop serving an application."""
     from mhmoe_ray.cluster import serving
     from mhmoe_ray.cluster.connect import connect
     from mhmoe_ray.cluster.serve_removal import remove
 
     connection = connect(address)
-    with detaching(f"Serve goes on. `mhmoe serve down {name}` waits for it again"):
-        remove(connection, name, say)
-    left = [a.name for a in serving.applications(connection)]
-    out.print(f"still served: {', '.join(left)}" if left else "nothing is served any more")
+    with detach_on_interrupt(f"Serve goes on. `mhmoe serve down {name}` waits for it again"):
+        remove(connection, name, print_note)
+    remaining_names = [a.name for a in serving.applications(connection)]
+    out.print(f"still served: {', '.join(remaining_names)}" if remaining_names else "nothing is served any more")
 
 
-def _deployed(
-    run: "RunDir", connection: "Connection", config: dict[str, Any], host: str, port: int, how: str
+def _deploy(
+    run: "RunDir", connection: "Connection", config: dict[str, Any], host: str, port: int, remark: str
 ) -> "Application":
-    """Deploy the application and return it when it answers.
+    """Deploy an application and return it when it answers.
 
-    The run's directory records that it is served before that: Serve continues to deploy and may succeed, even if this
-    command ends early.
+    Args:
+        run: the run whose checkpoint is served; its directory records that.
+        connection: connection to the cluster.
+        config: Serve's configuration of the application.
+        host: address that Serve's proxy listens on.
+        port: port that Serve's proxy listens on.
+        remark: end of the line that is printed about the deployment.
     """
     from mhmoe_ray.cluster import serving
     from mhmoe_ray.storage import location
 
     name, checkpoint = config["name"], location(config["args"]["checkpoint"]).name
-    if _status(connection, name) in ("DEPLOY_FAILED", "UNHEALTHY"):
+    # Serve ignores a configuration that it already has. A failed application starts again only if something changes.
+    if _application_status(connection, name) in ("DEPLOY_FAILED", "UNHEALTHY"):
         config["args"]["again"] = token_hex(3)
     url = serving.deploy(connection, config, host, port)
-    _record(run, connection, name, url, checkpoint)
-    return _running(connection, name, f"deploying {checkpoint} {how}")
+    # The record comes before the wait: Serve continues to deploy and may succeed even if this command ends early.
+    _record_deployment(run, connection, name, url, checkpoint)
+    return _wait_until_running(connection, name, f"deploying {checkpoint} {remark}")
 
 
-def _status(connection: "Connection", name: str) -> str | None:
+def _application_status(connection: "Connection", name: str) -> str | None:
+    """Return Serve's status of an application; None if the cluster has no application of this name."""
     from mhmoe_ray.cluster import serving
 
     return next((a.status for a in serving.applications(connection) if a.name == name), None)
 
 
-def _running(connection: "Connection", name: str, line: str) -> "Application":
-    """Print the line, wait until the application answers, and return it."""
+def _wait_until_running(connection: "Connection", name: str, message: str) -> "Application":
+    """Print the message, wait until the application answers, and return the application."""
     from mhmoe_ray.cluster import serving
 
-    with detaching(f"Serve goes on. See: mhmoe serve status; to end it: mhmoe serve down {name}"):
-        note.print(line)
-        return serving.wait_until_running(connection, name, say=say)
+    with detach_on_interrupt(f"Serve goes on. See: mhmoe serve status; to end it: mhmoe serve down {name}"):
+        note.print(message)
+        return serving.wait_until_running(connection, name, say=print_note)
 
 
-def _record(run: "RunDir", connection: "Connection", application: str, url: str, checkpoint: str) -> None:
-    """Record in the run directory that it is served, so that `mhmoe status` knows where to ask."""
+def _record_deployment(run: "RunDir", connection: "Connection", application: str, url: str, checkpoint: str) -> None:
+    """Record in the run directory that the run is served, so that `mhmoe status` can ask the application."""
     from mhmoe_ray.errors import StorageError
     from mhmoe_ray.runs import events
 
@@ -196,20 +214,27 @@ def _record(run: "RunDir", connection: "Connection", application: str, url: str,
         events.record(
             run, "served", application=application, url=url, address=connection.address, checkpoint=checkpoint
         )
-    except StorageError as e:  # a run directory that cannot be written is served all the same
+    # A checkpoint can be served even if its run directory cannot be written.
+    except StorageError as e:
         note.print(f"warning: {e}", soft_wrap=True)
 
 
-def curl_line(url: str) -> str:
+def curl_command(url: str) -> str:
+    """Return a shell command that sends a completion request to the server at `url`."""
     body = '{"prompt": "Fellow citizens", "max_tokens": 32}'
     return f"curl {url}/v1/completions -H 'Content-Type: application/json' -d '{body}'"
 
 
-def _route(name: str) -> str:
+def _route_prefix(name: str) -> str:
     return "/" if name == APPLICATION else f"/{name}"
 
 
-def _busy(replicas: list[dict[str, Any]]) -> Table:
+def _load_table(replicas: list[dict[str, Any]]) -> Table:
+    """Return a table of the load of an application's replicas.
+
+    Args:
+        replicas: statistics of each replica, as the application's API reports them.
+    """
     columns = (
         "replica",
         "running",
@@ -223,26 +248,34 @@ def _busy(replicas: list[dict[str, Any]]) -> Table:
         "least expert",
     )
     table = Table(*columns, box=None, pad_edge=False)
-    for told in replicas:
-        batch = told["step_tokens"] / told["steps"] if told["steps"] else None
+    for stats in replicas:
+        batch = stats["step_tokens"] / stats["steps"] if stats["steps"] else None
         table.add_row(
-            told["replica"],
-            str(told["running"]),
-            str(told["waiting"]),
-            f"{told['cache_used']:.0%}",
-            f"{told['answer_rate']:.1f}",
-            *(_seconds(told[f"{what}_seconds"]["mean"]) for what in ("queue", "first_token", "each_token")),
+            stats["replica"],
+            str(stats["running"]),
+            str(stats["waiting"]),
+            f"{stats['cache_used']:.0%}",
+            f"{stats['answer_rate']:.1f}",
+            *(
+                _format_milliseconds(stats[f"{phase}_seconds"]["mean"])
+                for phase in ("queue", "first_token", "each_token")
+            ),
             "-" if batch is None else f"{batch:.1f}",
-            _least(told["count_LE"]),
+            _least_expert_load(stats["count_LE"]),
         )
     return table
 
 
-def _seconds(mean: float | None) -> str:
-    return "-" if mean is None else f"{1000 * mean:.1f} ms"
+def _format_milliseconds(mean_seconds: float | None) -> str:
+    return "-" if mean_seconds is None else f"{1000 * mean_seconds:.1f} ms"
 
 
-def _least(count_LE: list[list[int]]) -> str:
-    """Return the load of the least used expert of any layer, relative to an even share, as text."""
+def _least_expert_load(count_LE: list[list[int]]) -> str:
+    """Format the load of the least used expert of all layers, relative to an even share; "-" before any load.
+
+    Args:
+        count_LE: number of routes to each expert of each layer.
+    """
+    # A layer has no routes before the first request.
     shares = [min(counts) * len(counts) / sum(counts) for counts in count_LE if sum(counts)]
     return f"{min(shares):.2f}" if shares else "-"

@@ -1,4 +1,4 @@
-"""The choice of what `mhmoe serve deploy` serves: the run, its checkpoint, its settings and API keys."""
+"""The choice of the run, checkpoint, settings and API keys that `mhmoe serve deploy` serves."""
 
 import os
 from hashlib import sha256
@@ -13,15 +13,15 @@ from mhmoe_ray.runs.directory import RunDir, find_run, list_runs
 from mhmoe_ray.spec import DeploySpec, KeySpec, ServeSpec, load_deploy_spec, parse_overrides
 from mhmoe_ray.storage import Location, location
 
-KEYS = "MHMOE_API_KEYS"
-OF_CLUSTER = (["cluster", "shared_filesystem"], ["cluster", "runtime_env"])
+API_KEYS_VARIABLE = "MHMOE_API_KEYS"
+CLUSTER_KEYS = (["cluster", "shared_filesystem"], ["cluster", "runtime_env"])
 """Keys of a spec that serving uses beside the serve section."""
 
 
-def chosen(
+def resolve_target(
     target: str | None, checkpoint: str | None, storage: str, overrides: list[str]
 ) -> tuple[RunDir, Location, DeploySpec]:
-    """Return the run, its checkpoint, and the spec by which it is served.
+    """Return the run, checkpoint and spec that the arguments of `mhmoe serve deploy` name.
 
     Args:
         target: a spec file, a checkpoint directory, or the name of a run; None picks the newest run.
@@ -34,65 +34,77 @@ def chosen(
         RunError, CheckpointError: there is no such run or checkpoint.
     """
     for keys, _ in parse_overrides(overrides):
-        if keys[0] != "serve" and keys[:2] not in OF_CLUSTER:
+        # An override without any effect, such as train.lr, would mislead the user.
+        if keys[0] != "serve" and keys[:2] not in CLUSTER_KEYS:
             raise SpecError(f"override {'.'.join(keys)}", "serving does not use it", "set keys of the serve section")
     spec_file: Location | None = None
     if target and target.endswith(SPEC_SUFFIXES):
-        spec_file, whole = Path(target), read_spec(Path(target), [])
-        runs = [r for r in list_runs(whole.storage) if r.name == whole.name]
+        spec_file, run_spec = Path(target), read_spec(Path(target), [])
+        runs = [r for r in list_runs(run_spec.storage) if r.name == run_spec.name]
         if not runs:
-            raise RunError(f"spec {target}", f"{whole.storage} holds no run of it", f"start one: mhmoe submit {target}")
+            raise RunError(
+                f"spec {target}", f"{run_spec.storage} holds no run of it", f"start one: mhmoe submit {target}"
+            )
         run = runs[-1]
     elif target and (location(target) / MANIFEST).exists():
         path = location(target).absolute()
+        # This check finds a damaged checkpoint before a replica tries to load it. The manifest itself is not needed.
         read_manifest(path, ("weights",), describe=None)
         run = RunDir.of_checkpoint(path)
         return run, path, load_deploy_spec(None if run.is_imported else run.spec_file, overrides)
     else:
         run = find_run(target, storage)
+    # A spec file that is named counts instead of the run's own: its serve section may have changed since.
     spec = load_deploy_spec(spec_file or (None if run.is_imported else run.spec_file), overrides)
-    return run, pick_checkpoint(run, checkpoint, hashed=False)[0], spec
+    return run, pick_checkpoint(run, checkpoint, verify_hashes=False)[0], spec
 
 
-def sizes_set(replicas: str | None, engine: str | None) -> list[str]:
-    """Return the options --replicas and --engine as overrides of the spec."""
-    found = []
+def option_overrides(replicas: str | None, engine: str | None) -> list[str]:
+    """Return the overrides of the spec that the options --replicas and --engine stand for."""
+    overrides = []
     if replicas is not None:
         low, dots, high = replicas.partition("..")
-        found.append(f"serve.replicas={{min: {low}, max: {high}}}" if dots else f"serve.replicas={replicas}")
+        overrides.append(f"serve.replicas={{min: {low}, max: {high}}}" if dots else f"serve.replicas={replicas}")
     if engine is not None:
-        found.append(f"serve.engine={engine}")
-    return found
+        overrides.append(f"serve.engine={engine}")
+    return overrides
 
 
-def with_keys(spec: ServeSpec) -> ServeSpec:
-    """Return the spec with the API keys that the environment names added to its own.
+def with_environment_keys(spec: ServeSpec) -> ServeSpec:
+    """Return a copy of the spec with the API keys of the environment variable MHMOE_API_KEYS added to its own.
 
-    Limits belong to a name: an additional key with a name that the spec has, as while keys are being changed, gets the
-    same limits.
+    A key of the environment whose name is also in the spec gets the limits of that name.
 
     Raises:
         SpecError: two keys with the same name have different limits, or the environment variable is malformed.
     """
-    known: dict[str, KeySpec] = {}
+    keys_by_name: dict[str, KeySpec] = {}
     for key in spec.keys:
-        if _limited_as(known.setdefault(key.name, key), key.sha256) != key:
-            why = "two keys of this name have different limits, and limits are counted by name"
-            raise SpecError(f"serve.keys, {key.name}", why, "give both the same, or one another name")
-    added = []
-    for pair in filter(None, map(str.strip, os.environ.get(KEYS, "").split(","))):
+        # A client has two keys while one replaces the other, and its requests by both count against the same limits.
+        if _with_hash(keys_by_name.setdefault(key.name, key), key.sha256) != key:
+            reason = "two keys of this name have different limits, and limits are counted by name"
+            raise SpecError(
+                f"serve.keys, {key.name}", reason, "give both keys the same limits, or give one another name"
+            )
+    environment_keys = []
+    for pair in filter(None, map(str.strip, os.environ.get(API_KEYS_VARIABLE, "").split(","))):
         name, _, secret = map(str.strip, pair.partition(":"))
         if not (name and secret):
-            raise SpecError(KEYS, "it is not NAME:KEY,NAME:KEY", "correct it, or unset it")
-        hashed = sha256(secret.encode()).hexdigest()
+            raise SpecError(API_KEYS_VARIABLE, "it is not NAME:KEY,NAME:KEY", "correct it, or unset it")
+        key_hash = sha256(secret.encode()).hexdigest()
         try:
-            added.append(_limited_as(known[name], hashed) if name in known else KeySpec(name=name, sha256=hashed))
-        except ValidationError:  # which shows the name; where the two are exchanged, that is the key
-            why = "a name has up to 40 letters, digits, dots, dashes and underscores, and one is not so"
-            raise SpecError(KEYS, why, "correct it, or unset it") from None
-    return spec.model_copy(update={"keys": (*spec.keys, *added)})
+            environment_keys.append(
+                _with_hash(keys_by_name[name], key_hash)
+                if name in keys_by_name
+                else KeySpec(name=name, sha256=key_hash)
+            )
+        # Pydantic's error shows the name, which is the secret if somebody wrote KEY:NAME. It is therefore not chained.
+        except ValidationError:
+            reason = "a name has up to 40 letters, digits, dots, dashes and underscores, and one name here breaks this"
+            raise SpecError(API_KEYS_VARIABLE, reason, "correct it, or unset it") from None
+    return spec.model_copy(update={"keys": (*spec.keys, *environment_keys)})
 
 
-def _limited_as(key: KeySpec, hashed: str) -> KeySpec:
-    """Return a key with another hash for the same client, with the same limits."""
-    return key.model_copy(update={"sha256": hashed})
+def _with_hash(key: KeySpec, key_hash: str) -> KeySpec:
+    """Return a copy of a client's key with another hash; name and limits stay the same."""
+    return key.model_copy(update={"sha256": key_hash})

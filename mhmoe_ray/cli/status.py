@@ -1,4 +1,4 @@
-"""`mhmoe status`: show one run, from its directory and, if it answers, its cluster."""
+"""`mhmoe status`: show the state of a run, from its directory and, if it answers, its cluster."""
 
 import math
 import time
@@ -15,169 +15,194 @@ from mhmoe_ray.cli.common import (
     JsonOption,
     RunArg,
     StorageOption,
-    facts,
-    figure,
-    in_bytes,
-    nats,
+    fact_table,
+    format_bytes,
+    format_figure,
+    format_nats,
     out,
     print_json,
-    say,
+    print_note,
 )
 
 if TYPE_CHECKING:
     from mhmoe_ray.runs.directory import RunDir
 
 
-def view(found: dict[str, Any]) -> RenderableType:
-    """Return the view of a run's state.
+def state_view(run_state: dict[str, Any]) -> RenderableType:
+    """Return what `mhmoe status` shows of a run's state on a terminal.
 
     Args:
-        found: the state, as `cluster.runs.standing` returns it.
+        run_state: the state, as `cluster.runs.run_status` returns it.
     """
-    parts: list[RenderableType] = [facts(_rows(found), title=f"{found['run']}: {found['state']}")]
-    if found["state"] == "failed" and found["last_lines"]:
+    parts: list[RenderableType] = [fact_table(_fact_rows(run_state), title=f"{run_state['run']}: {run_state['state']}")]
+    if run_state["state"] == "failed" and run_state["last_lines"]:
         parts.append(Text("\nlast lines of the worker that failed", style="bold"))
-        parts.append(Text("\n".join(found["last_lines"]), style="dim"))
+        parts.append(Text("\n".join(run_state["last_lines"]), style="dim"))
     return Group(*parts)
 
 
-def _rows(found: dict[str, Any]) -> dict[str, str | None]:
+def _fact_rows(run_state: dict[str, Any]) -> dict[str, str | None]:
+    """Return the names and values of all facts; facts without a value are left out by the table."""
     from mhmoe_ray.runs import events
 
-    rows = {"why": found["reason"], "waits for room": found["missing"], "imported from": found["source"]}
-    rows |= _progress(found)
-    rows |= _quality(found)
-    rows |= _speed(found)
-    rows |= _workers(found)
-    if found["skipped_steps"]:
-        rows["skipped steps"] = f"{found['skipped_steps']}, whose gradient was not finite"
-    if checkpoint := found["checkpoint"]:
-        said = f"{checkpoint['name']}, {_ago(checkpoint['time'])}"
-        damaged = len(set(found["skipped_checkpoints"]))
-        rows["checkpoint"] = f"{said}; {damaged} newer ones were damaged and passed over" if damaged else said
-    rows["served"] = "\n".join(_served(s) for s in found["served"])
-    if not events.is_over(found["state"]):
-        rows["cluster"] = found["cluster"]
-    return rows | {"dashboard": found["dashboard"], "path": found["path"]}
+    rows = {"why": run_state["reason"], "waits for room": run_state["missing"], "imported from": run_state["source"]}
+    rows |= _progress_rows(run_state)
+    rows |= _quality_rows(run_state)
+    rows |= _speed_rows(run_state)
+    rows |= _worker_rows(run_state)
+    if run_state["skipped_steps"]:
+        rows["skipped steps"] = f"{run_state['skipped_steps']}, whose gradient was not finite"
+    if checkpoint := run_state["checkpoint"]:
+        text = f"{checkpoint['name']}, {_format_age(checkpoint['time'])}"
+        # Each restart that skips a damaged checkpoint records it again.
+        damaged_count = len(set(run_state["skipped_checkpoints"]))
+        rows["checkpoint"] = f"{text}; {damaged_count} newer ones were damaged and skipped" if damaged_count else text
+    rows["served"] = "\n".join(_format_application(s) for s in run_state["served"])
+    # A run that has ended needs its cluster no more, and the cluster may be gone.
+    if not events.is_end_state(run_state["state"]):
+        rows["cluster"] = run_state["cluster"]
+    return rows | {"dashboard": run_state["dashboard"], "path": run_state["path"]}
 
 
-def _progress(found: dict[str, Any]) -> dict[str, str | None]:
-    last, steps = found["last"], found["steps"]
-    if not last:
+def _progress_rows(run_state: dict[str, Any]) -> dict[str, str | None]:
+    last_metrics, steps = run_state["last"], run_state["steps"]
+    if not last_metrics:
         return {}
-    rows: dict[str, str | None] = {"step": f"{last['step']:,} of {steps:,} ({last['step'] / steps:.0%})"}
-    if found["eta_seconds"] is not None:
-        rows["left"] = duration(found["eta_seconds"])
+    rows: dict[str, str | None] = {
+        "step": f"{last_metrics['step']:,} of {steps:,} ({last_metrics['step'] / steps:.0%})"
+    }
+    if run_state["eta_seconds"] is not None:
+        rows["left"] = format_duration(run_state["eta_seconds"])
     return rows
 
 
-def _quality(found: dict[str, Any]) -> dict[str, str | None]:
+def _quality_rows(run_state: dict[str, Any]) -> dict[str, str | None]:
     from mhmoe_ray.runs.metrics import METRICS
 
-    last, validation, base = found["last"], found["validation"], found["baselines"]
+    last_metrics, validation, baselines = run_state["last"], run_state["validation"], run_state["baselines"]
     rows: dict[str, str | None] = {}
-    if last:
-        curve = sparkline([line["loss"] for line in found["curve"]])
-        rows["loss"] = f"{nats(last['loss'])} nats per token  {curve}".rstrip()
+    if last_metrics:
+        curve = sparkline([line["loss"] for line in run_state["curve"]])
+        rows["loss"] = f"{format_nats(last_metrics['loss'])} nats per token  {curve}".rstrip()
     if validation:
         perplexity = validation["val_perplexity"]
-        shown = f"{perplexity:,.2f}" if perplexity else "not finite"
-        rows["validation"] = f"loss {nats(validation['val_loss'])}, perplexity {shown}, at step {validation['step']:,}"
-    if base:
+        perplexity_text = f"{perplexity:,.2f}" if perplexity else "not finite"
+        rows["validation"] = (
+            f"loss {format_nats(validation['val_loss'])}, perplexity {perplexity_text}, at step {validation['step']:,}"
+        )
+    # A model whose loss is above these has not yet learned more than the frequencies of tokens and of their pairs.
+    if baselines:
         rows["  to beat"] = (
-            f"{base['unigram_entropy']:.4f} unigram entropy of that text, "
-            f"{base['bigram']:.4f} bigram model of {base['bigram_tokens']:,} training tokens"
+            f"{baselines['unigram_entropy']:.4f} unigram entropy of that text, "
+            f"{baselines['bigram']:.4f} bigram model of {baselines['bigram_tokens']:,} training tokens"
         )
-    if last and "balance" in last:
+    if last_metrics and "balance" in last_metrics:
         rows["balance"] = (
-            f"{figure(last['balance'], '.3f')} (1 is uniform); the least used expert has "
-            f"{figure(last['least_expert'], '.2f')} of its share"
+            f"{format_figure(last_metrics['balance'], '.3f')} (1 is uniform); the least used expert has "
+            f"{format_figure(last_metrics['least_expert'], '.2f')} of its share"
         )
+    # Some metrics, such as dropped routes, are worth a row only if they are not zero.
     for metric in METRICS.values():
-        if metric.status and last and last.get(metric.name):
-            rows[metric.name] = metric.status.format(last[metric.name])
+        if metric.status and last_metrics and last_metrics.get(metric.name):
+            rows[metric.name] = metric.status.format(last_metrics[metric.name])
     return rows
 
 
-def _speed(found: dict[str, Any]) -> dict[str, str | None]:
-    last, rate, mean = found["last"], found["tokens_per_s"], found["mean_tokens_per_s"]
+def _speed_rows(run_state: dict[str, Any]) -> dict[str, str | None]:
+    last_metrics, rate, mean = run_state["last"], run_state["tokens_per_s"], run_state["mean_tokens_per_s"]
     rows: dict[str, str | None] = {}
-    if last and rate:
-        by_clock = f", {mean:,.0f} by the clock since workers started" if mean else ""
-        rows["speed"] = f"{rate:,.0f} tokens/s{by_clock}; waiting for data {last['data_wait']:.1%}"
-    if last and last.get("rows_least"):
-        ratio, far = last["rows_sent"] / last["rows_least"], last.get("rows_between_nodes")
-        hierarchical = found["started"] and found["started"].get("dispatch") == "hierarchical"
+    if last_metrics and rate:
+        clock_text = f", {mean:,.0f} by the clock since workers started" if mean else ""
+        rows["speed"] = f"{rate:,.0f} tokens/s{clock_text}; waiting for data {last_metrics['data_wait']:.1%}"
+    # Dense models and single ranks exchange no rows, and the ratio would divide by zero.
+    if last_metrics and last_metrics.get("rows_least"):
+        ratio, internode_rows = (
+            last_metrics["rows_sent"] / last_metrics["rows_least"],
+            last_metrics.get("rows_between_nodes"),
+        )
+        is_hierarchical = run_state["started"] and run_state["started"].get("dispatch") == "hierarchical"
         rows["exchange"] = (
-            f"{in_bytes(last['rows_sent'])} of rows between ranks in a step"
-            + (f" ({in_bytes(far)} between nodes)" if far else "")
-            + f", {ratio:.2f} times {'what flat dispatch would send' if hierarchical else 'the least'}"
-            + f"; {in_bytes(last['counts_sent'])} of counts"
+            f"{format_bytes(last_metrics['rows_sent'])} of rows between ranks in a step"
+            + (f" ({format_bytes(internode_rows)} between nodes)" if internode_rows else "")
+            + f", {ratio:.2f} times {'what flat dispatch would send' if is_hierarchical else 'the least'}"
+            + f"; {format_bytes(last_metrics['counts_sent'])} of counts"
         )
     return rows
 
 
-def _workers(found: dict[str, Any]) -> dict[str, str | None]:
+def _worker_rows(run_state: dict[str, Any]) -> dict[str, str | None]:
     from mhmoe_ray.runs import events
 
     rows: dict[str, str | None] = {}
-    started, asked = found["started"], found["asked"]
-    if asked:
-        workers = asked["workers"]
+    started_event, resource_request = run_state["started"], run_state["asked"]
+    if resource_request:
+        workers = resource_request["workers"]
         count = f"{workers['min']} to {workers['max']}" if isinstance(workers, dict) else str(workers)
-        gpus = f", {asked['gpus_per_worker']} GPU" if asked["gpus_per_worker"] else ""
-        rows["asked for"] = f"{count} workers, ep {asked['ep']}; {asked['cpus_per_worker']} CPU{gpus} each"
-    if started:
-        on = Counter(worker["host"] for worker in started["workers"])
-        where = ", ".join(f"{count} on {host}" for host, count in sorted(on.items()))
-        rows["workers"] = (
-            f"{len(started['workers'])}: {where}; {events.mesh(started)}"
-            f"; started {_times(found['worker_starts'])} in {_plural(found['attempts'], 'attempt')}"
+        gpus = f", {resource_request['gpus_per_worker']} GPU" if resource_request["gpus_per_worker"] else ""
+        rows["asked for"] = (
+            f"{count} workers, ep {resource_request['ep']}; {resource_request['cpus_per_worker']} CPU{gpus} each"
         )
-        rows["warning"] = events.straddling(started)
-    if cut := found["interruptions"]:
-        rows["interrupted"] = f"{_times(len(cut))}; last {_ago(cut[-1]['time'])}: {cut[-1]['what']}"
+    if started_event:
+        host_counts = Counter(worker["host"] for worker in started_event["workers"])
+        hosts = ", ".join(f"{count} on {host}" for host, count in sorted(host_counts.items()))
+        rows["workers"] = (
+            f"{len(started_event['workers'])}: {hosts}; {events.describe_mesh(started_event)}"
+            f"; started {_format_times(run_state['worker_starts'])} "
+            f"in {_format_count(run_state['attempts'], 'attempt')}"
+        )
+        rows["warning"] = events.describe_straddling_groups(started_event)
+    if interruptions := run_state["interruptions"]:
+        rows["interrupted"] = (
+            f"{_format_times(len(interruptions))}; last {_format_age(interruptions[-1]['time'])}: "
+            f"{interruptions[-1]['what']}"
+        )
     return rows
 
 
-def _served(served: dict[str, Any]) -> str:
-    message = f": {served['message']}" if served["message"] else ""
-    return f"{served['url']} ({served['application']}, {served['checkpoint']}): {served['status']}{message}"
+def _format_application(application: dict[str, Any]) -> str:
+    """Format an application that serves the run: its URL, name, checkpoint and status."""
+    message = f": {application['message']}" if application["message"] else ""
+    return (
+        f"{application['url']} ({application['application']}, {application['checkpoint']}): "
+        f"{application['status']}{message}"
+    )
 
 
-def _ago(when: float) -> str:
-    return f"{duration(max(0.0, time.time() - when))} ago"
+def _format_age(timestamp: float) -> str:
+    # The clock of the machine that wrote the time may be ahead of this machine's clock.
+    return f"{format_duration(max(0.0, time.time() - timestamp))} ago"
 
 
-def _times(count: int) -> str:
+def _format_times(count: int) -> str:
     return "once" if count == 1 else f"{count} times"
 
 
-def _plural(count: int, what: str) -> str:
-    return f"{count} {what}" if count == 1 else f"{count} {what}s"
+def _format_count(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
-def duration(seconds: float) -> str:
-    """Format a duration in its two largest units: 3 d 4 h."""
-    left = round(seconds)
+def format_duration(seconds: float) -> str:
+    """Format a duration in its two largest units, for example "3 d 4 h"."""
+    remainder = round(seconds)
     parts: list[str] = []
     for unit, size in (("d", 86400), ("h", 3600), ("min", 60), ("s", 1)):
-        value, left = divmod(left, size)
+        value, remainder = divmod(remainder, size)
         if value or (unit == "s" and not parts):
             parts.append(f"{value} {unit}")
     return " ".join(parts[:2])
 
 
 def sparkline(values: list[float | None], width: int = 24) -> str:
-    """Return a line of block characters that plots the values; empty for fewer than 3, or if the terminal has no
-    UTF-8."""
-    known = [v for v in values if v is not None and math.isfinite(v)]
-    if len(known) < 3 or "utf" not in (out.encoding or "").lower():
+    """Return a line of block characters that plots the values; empty for fewer than 3 finite values, or if the terminal
+    has no UTF-8."""
+    finite_values = [v for v in values if v is not None and math.isfinite(v)]
+    # Two points are no curve, and a width of 1 would divide by zero below.
+    if len(finite_values) < 3 or "utf" not in (out.encoding or "").lower():
         return ""
-    width = min(width, len(known))
-    chosen = [known[round(i * (len(known) - 1) / (width - 1))] for i in range(width)]
-    low, high = min(chosen), max(chosen)
-    return "".join(BARS[round((v - low) / (high - low) * (len(BARS) - 1)) if high > low else 0] for v in chosen)
+    width = min(width, len(finite_values))
+    points = [finite_values[round(i * (len(finite_values) - 1) / (width - 1))] for i in range(width)]
+    low, high = min(points), max(points)
+    return "".join(BARS[round((v - low) / (high - low) * (len(BARS) - 1)) if high > low else 0] for v in points)
 
 
 REDRAW_SECONDS = 1.0
@@ -187,7 +212,7 @@ def status(
     run: RunArg = None,
     storage: StorageOption = STORAGE,
     watch: Annotated[
-        bool, typer.Option("--watch", "-w", help="Go on showing it until the run is over or Ctrl-C.")
+        bool, typer.Option("--watch", "-w", help="Update the view until the run is over, or Ctrl-C.")
     ] = False,
     json: JsonOption = False,
 ) -> None:
@@ -195,67 +220,75 @@ def status(
 
     For example `mhmoe status tiny-3` for the run whose id begins so, or `mhmoe status --watch` for the newest.
     """
-    from mhmoe_ray.cluster.runs import standing
+    from mhmoe_ray.cluster.runs import run_status
     from mhmoe_ray.runs.directory import find_run
 
-    found = find_run(run, storage, with_job=watch)
+    run_dir = find_run(run, storage, with_job=watch)
     if watch:
-        _watch(found, json)
+        _watch(run_dir, json)
     elif json:
-        print_json(standing(found))
+        print_json(run_status(run_dir))
     else:
-        out.print(view(standing(found)))
+        out.print(state_view(run_status(run_dir)))
 
 
 def _watch(run: "RunDir", json: bool) -> None:
-    """Show the state until the run is over: the whole view, redrawn, on a terminal; elsewhere, or as JSON, a line at
-    each new step or state."""
+    """Show the state until the run is over.
+
+    A terminal shows the whole view and redraws it. Elsewhere, and for JSON, each new step or state is a line.
+    """
     from rich.live import Live
 
-    from mhmoe_ray.cluster.dashboard import Patience
-    from mhmoe_ray.cluster.runs import standing
+    from mhmoe_ray.cluster.dashboard import RetryingCaller
+    from mhmoe_ray.cluster.runs import run_status
 
-    # Where nobody looks on, a script waits for the run, and may take its cluster along when this ends.
-    patience = Patience(say, for_ever=not out.is_terminal)
+    # Without a terminal a script waits for the run and may shut its cluster down when this command ends. A cluster that
+    # does not answer for a while must therefore not end the command.
+    retrying_caller = RetryingCaller(print_note, is_endless=not out.is_terminal)
 
-    def asked() -> dict[str, Any]:
-        while (now := patience.ask(lambda: standing(run), None)) is None:
+    def fetch_state() -> dict[str, Any]:
+        while (run_state := retrying_caller.call(lambda: run_status(run), None)) is None:
             time.sleep(REDRAW_SECONDS)
-        return now
+        return run_state
 
     try:
         if out.is_terminal and not json:
+            # The view changes only with a new state, so that a refresh of its own would redraw the same lines.
             with Live(console=out, auto_refresh=False, vertical_overflow="visible") as live:
                 while True:
-                    now = asked()
-                    live.update(view(now), refresh=True)
-                    if _is_over(now):
+                    run_state = fetch_state()
+                    live.update(state_view(run_state), refresh=True)
+                    if _run_has_ended(run_state):
                         return
                     time.sleep(REDRAW_SECONDS)
-        before: tuple[Any, ...] | None = None
+        previous_progress: tuple[Any, ...] | None = None
         while True:
-            now = asked()
-            at = (now["state"], now["last"] and now["last"]["step"])
-            if at != before:
-                _print_line(now, json)
-            if _is_over(now):
+            run_state = fetch_state()
+            progress = (run_state["state"], run_state["last"] and run_state["last"]["step"])
+            if progress != previous_progress:
+                _print_line(run_state, json)
+            if _run_has_ended(run_state):
                 return
-            before = at
+            previous_progress = progress
             time.sleep(REDRAW_SECONDS)
     except KeyboardInterrupt:
         return
 
 
-def _is_over(found: dict[str, Any]) -> bool:
+def _run_has_ended(run_state: dict[str, Any]) -> bool:
     from mhmoe_ray.runs import events
 
-    return events.is_over(found["state"])
+    return events.is_end_state(run_state["state"])
 
 
-def _print_line(found: dict[str, Any], json: bool) -> None:
+def _print_line(run_state: dict[str, Any], json: bool) -> None:
     if json:
-        print_json(found, indent=None)
+        print_json(run_state, indent=None)
         return
-    last = found["last"]
-    at = f"  step {last['step']}/{found['steps']}  loss {nats(last['loss'])}" if last else ""
-    out.print(f"{found['run']}: {found['state']}{at}", soft_wrap=True)
+    last_metrics = run_state["last"]
+    progress = (
+        f"  step {last_metrics['step']}/{run_state['steps']}  loss {format_nats(last_metrics['loss'])}"
+        if last_metrics
+        else ""
+    )
+    out.print(f"{run_state['run']}: {run_state['state']}{progress}", soft_wrap=True)

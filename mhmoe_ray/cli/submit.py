@@ -1,6 +1,6 @@
 """`mhmoe submit`: start a run and follow it.
 
-This file also holds what other commands need of attempts: how the last one ended, and starting the next one.
+Other commands use its functions that return the outcome of a run's last attempt and start its next attempt.
 """
 
 import time
@@ -11,8 +11,8 @@ import typer
 
 from mhmoe_ray.cli import jobs, plan
 from mhmoe_ray.cli.common import AddressOption, DetachOption, SetOption, SpecArg, note, print_json, read_spec
-from mhmoe_ray.cli.follow import follow
-from mhmoe_ray.cli.jobs import cluster_to_train, name_of
+from mhmoe_ray.cli.follow import follow_run
+from mhmoe_ray.cli.jobs import connect_to_train, run_argument
 
 if TYPE_CHECKING:
     from mhmoe_ray.cluster.connect import Connection
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from mhmoe_ray.spec import RunSpec
 
 
-def start(run: "RunDir", spec: "RunSpec", connection: "Connection") -> None:
+def submit_attempt(run: "RunDir", spec: "RunSpec", connection: "Connection") -> None:
     """Submit the next attempt of a run, and print its job."""
     from mhmoe_ray.cluster.runs import start_attempt
 
@@ -29,7 +29,7 @@ def start(run: "RunDir", spec: "RunSpec", connection: "Connection") -> None:
     note.print(f"run {run.id}  job {job}  dashboard {connection.address}", soft_wrap=True)
 
 
-def go_on(run: "RunDir", spec: "RunSpec", address: str | None) -> "Connection":
+def resume_run(run: "RunDir", spec: "RunSpec", address: str | None) -> "Connection":
     """Start the next attempt of a run, and return the connection to its cluster.
 
     Args:
@@ -37,49 +37,51 @@ def go_on(run: "RunDir", spec: "RunSpec", address: str | None) -> "Connection":
         spec: the run's spec, whose cluster section may have changed.
         address: address of the cluster, as commands take it.
     """
-    connection = cluster_to_train(spec, address)
+    connection = connect_to_train(spec, address)
     run.write_spec(spec)
+    # The file of the last stop would stop the new attempt too.
     run.stop_file.unlink(missing_ok=True)
-    start(run, spec, connection)
+    submit_attempt(run, spec, connection)
     return connection
 
 
-def ended(run: "RunDir", force: bool, *, patient: bool = False) -> "Outcome":
-    """Return how the run ended.
+def final_outcome(run: "RunDir", force: bool, *, is_patient: bool = False) -> "Outcome":
+    """Return the outcome of a run that is over.
 
     Args:
         run: the run.
-        force: if its cluster does not answer, treat it as gone even though the run wrote something a moment ago.
-        patient: in that case, wait until the run has been quiet for a while.
+        force: whether to treat a cluster that does not answer as gone, even if the run wrote something a moment ago.
+        is_patient: whether to wait, if the cluster does not answer, until the run has written nothing for a while.
 
     Raises:
         RunError: the run is running, or may still be running.
-        TokenError: its cluster requires a token that this machine does not have, so its state cannot be told.
+        TokenError: its cluster requires a token that this machine does not have, so its state is unknown.
     """
     from mhmoe_ray.cluster.connect import connect
-    from mhmoe_ray.cluster.runs import QUIET_SECONDS, Outcome, outcome_or_gone, quiet
+    from mhmoe_ray.cluster.runs import QUIET_SECONDS, Outcome, outcome_or_lost, seconds_since_write
     from mhmoe_ray.errors import ClusterError, RunError, TokenError
 
     while True:
         try:
-            over = outcome_or_gone(run, connect)
+            outcome = outcome_or_lost(run, connect)
+        # TokenError is a ClusterError, but comes from a cluster that answers and may still train the run.
         except TokenError:
             raise
         except ClusterError as e:
             if force:
-                return Outcome("failed", f"its cluster does not answer any more ({e.why})")
-            since = quiet(run)
-            if not patient:
-                why = f"its cluster does not answer ({e.why}), but it wrote something {since:.0f} s ago"
+                return Outcome("failed", f"its cluster does not answer any more ({e.reason})")
+            quiet_seconds = seconds_since_write(run)
+            if not is_patient:
+                reason = f"its cluster does not answer ({e.reason}), but it wrote something {quiet_seconds:.0f} s ago"
                 fix = "make sure that no job of it runs any more, then wait, or use --force"
-                raise RunError(f"run {run.id}", why, fix) from e
-            note.print(f"waiting: its cluster does not answer, but it wrote something {since:.0f} s ago")
-            time.sleep(max(0.0, QUIET_SECONDS - since))
+                raise RunError(f"run {run.id}", reason, fix) from e
+            note.print(f"waiting: its cluster does not answer, but it wrote something {quiet_seconds:.0f} s ago")
+            time.sleep(max(0.0, QUIET_SECONDS - quiet_seconds))
             continue
-        if over is None:
-            fix = f"see `mhmoe status {name_of(run)}`, or end it first: mhmoe stop {name_of(run)}"
+        if outcome is None:
+            fix = f"see `mhmoe status {run_argument(run)}`, or end it first: mhmoe stop {run_argument(run)}"
             raise RunError(f"run {run.id}", "it is still running", fix)
-        return over
+        return outcome
 
 
 def submit(
@@ -91,8 +93,7 @@ def submit(
         bool,
         typer.Option(
             "--continue",
-            help="Where a run of this spec is unfinished, go on with the newest such instead, on the cluster that a "
-            "new run would go to.",
+            help="Resume the newest run of this spec if it is unfinished, on the cluster that a new run would go to.",
         ),
     ] = False,
     dry_run: Annotated[
@@ -105,49 +106,50 @@ def submit(
     Without an address, a Ray cluster is started on this machine. Missing data is prepared first, as part of the job.
     For example `mhmoe submit jobs/quickstart.yaml --set train.steps=50`.
     """
-    from mhmoe_ray.cli.plan_estimate import estimated
-    from mhmoe_ray.cli.plan_placement import placement, said_of
-    from mhmoe_ray.cluster.connect import is_local
+    from mhmoe_ray.cli.plan_estimate import estimate_step
+    from mhmoe_ray.cli.plan_placement import forecast_placement, placement_remarks
+    from mhmoe_ray.cluster.connect import uses_local_cluster
     from mhmoe_ray.cluster.remote import job_request
     from mhmoe_ray.runs.directory import create_run, last_attempt
     from mhmoe_ray.train.job import TrainRequest
 
     if json and not (detach or dry_run):
-        raise typer.BadParameter("--json tells of a run that is not followed: give --detach too")
+        raise typer.BadParameter("--json prints a run that is not followed: give --detach too")
     resolved = read_spec(spec, set_)
     if dry_run:
-        place = resolved.storage / f"{resolved.name}-xxxxxx"
-        placed = placement(resolved, address)
-        request = TrainRequest(path=str(place), attempt=1)
-        asked = job_request(request, is_local(address), resolved.cluster.runtime_env)
-        print_json({**asked, "placement": placed.as_dict()})
-        for line in said_of(placed):
+        # A run's id ends in random digits, which only a real run gets.
+        run_path = resolved.storage / f"{resolved.name}-xxxxxx"
+        placement = forecast_placement(resolved, address)
+        request = TrainRequest(path=str(run_path), attempt=1)
+        submission = job_request(request, uses_local_cluster(address), resolved.cluster.runtime_env)
+        print_json({**submission, "placement": placement.as_dict()})
+        for line in placement_remarks(placement):
             note.print(line, soft_wrap=True)
         return
-    run = _unfinished(resolved) if continue_ else None
-    again = run is not None
+    run = _unfinished_run(resolved) if continue_ else None
+    is_resumed = run is not None
     if run:
-        note.print(f"going on with run {run.id}")
-        connection = go_on(run, resolved, address)
+        note.print(f"resuming run {run.id}")
+        connection = resume_run(run, resolved, address)
     else:
-        jobs.check_can_train(resolved)
+        jobs.check_training_data(resolved)
         if not json:
-            # Where ranks would be matters for the cost alone, and that of CPUs is not told.
-            layout = placement(resolved, address).layout if resolved.cluster.gpus_per_worker else None
-            plan.show(resolved, estimated(resolved, layout))
-        connection = jobs.cluster_to_train(resolved, address)
+            # Only the cost depends on the placement, and a run on CPUs has no estimated cost.
+            layout = forecast_placement(resolved, address).layout if resolved.cluster.gpus_per_worker else None
+            plan.print_summary(resolved, estimate_step(resolved, layout))
+        connection = jobs.connect_to_train(resolved, address)
         run = create_run(resolved)
-        start(run, resolved, connection)
+        submit_attempt(run, resolved, connection)
     if json:
         print_json({"run": run.id, "path": str(run.path), **asdict(last_attempt(run))})
     elif not detach:
-        # Who goes on with a run, whatever there is of it, is a launcher, and may take the cluster along when it ends. A
-        # local cluster that is gone does not come back.
-        follow(run, connection, from_now=again, for_ever=continue_ and not connection.local)
+        # `--continue` is for launchers, which may shut the cluster down when this command ends. It therefore retries
+        # forever, except for a local cluster, which does not come back.
+        follow_run(run, connection, from_now=is_resumed, for_ever=continue_ and not connection.local)
 
 
-def _unfinished(spec: "RunSpec") -> "RunDir | None":
-    """Return the newest run of this spec, if it is over without being finished; otherwise None.
+def _unfinished_run(spec: "RunSpec") -> "RunDir | None":
+    """Return the newest run of this spec if it ended unfinished; otherwise None.
 
     Raises:
         RunError: the run may still be running, or its spec differs from this one.
@@ -158,11 +160,13 @@ def _unfinished(spec: "RunSpec") -> "RunDir | None":
     runs = [run for run in list_runs(spec.storage) if run.name == spec.name and not run.is_imported]
     if not runs:
         return None
-    newest = runs[-1]
-    over = ended(newest, force=False, patient=True)
-    if over.state == "finished":
+    newest_run = runs[-1]
+    outcome = final_outcome(newest_run, force=False, is_patient=True)
+    if outcome.state == "finished":
         return None
-    if other := spec.changed_from(newest.spec()):
-        why = f"it is unfinished, and its spec differs in {', '.join(other)}"
-        raise RunError(f"run {newest.id}", why, "submit without --continue to start anew, or give the spec that it has")
-    return newest
+    if changed_keys := spec.changed_keys(newest_run.spec()):
+        reason = f"it is unfinished, and its spec differs in {', '.join(changed_keys)}"
+        raise RunError(
+            f"run {newest_run.id}", reason, "submit without --continue to start a new run, or give its own spec"
+        )
+    return newest_run

@@ -5,10 +5,10 @@ from typing import Any
 
 from typer.core import TyperGroup
 
-NEAR = 0.7
-"""Smallest similarity at which a spelling counts as meant (difflib's ratio)."""
+MIN_SIMILARITY = 0.7
+"""Smallest similarity (difflib's ratio) at which a command is suggested for a misspelt one."""
 
-_NAMES: dict[str, str] = {
+_SYNONYMS: dict[str, str] = {
     "submit": "train fit run launch start pretrain finetune sbatch qsub accelerate torchrun",
     "status": "info show describe get state watch top progress",
     "list": "ls ps runs jobs history",
@@ -39,26 +39,31 @@ _NAMES: dict[str, str] = {
     "cluster use": "use connect login attach",
     "cluster render": "render kuberay slurm k8s kubernetes",
 }  # fmt: skip
-_COMMAND_OF = {name: command for command, names in _NAMES.items() for name in names.split()}
+_COMMAND_BY_SYNONYM = {name: command for command, names in _SYNONYMS.items() for name in names.split()}
 
 
-class Verbs(TyperGroup):
+class SuggestingGroup(TyperGroup):
     """A group of commands that answers an unknown command with the intended one, or with a list of all commands."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """Return the command that the arguments name; end with a usage error and a hint if there is no such command."""
         name = args[0]
+        # An unknown option has an error of click's own.
         if not name.startswith("-") and self.get_command(ctx, name) is None:
             ctx.fail(f"there is no command {name!r}{self._hint(ctx, name.lower())}")
         return super().resolve_command(ctx, args)
 
     def _hint(self, ctx: Any, name: str) -> str:
-        command = _COMMAND_OF.get(name)
+        """Return the end of the error about an unknown command: the intended command, or all commands of the group."""
+        command = _COMMAND_BY_SYNONYM.get(name)
         path: list[str] = []
-        outer = ctx  # of a group within, such as `data`
-        while outer.parent is not None:
-            path, outer = [outer.info_name, *path], outer.parent
+        # The context may be one of a group within `mhmoe`, such as `data`. The outermost context is `mhmoe` itself.
+        context = ctx
+        while context.parent is not None:
+            path, context = [context.info_name, *path], context.parent
+        # Within `mhmoe data`, a synonym of a command of another group would mislead.
         if command and path == command.split()[: len(path)]:
             return f"; did you mean `mhmoe {command}`?"
-        if near := difflib.get_close_matches(name, self.list_commands(ctx), n=1, cutoff=NEAR):
-            return f"; did you mean `{' '.join(['mhmoe', *path, near[0]])}`?"
+        if similar_names := difflib.get_close_matches(name, self.list_commands(ctx), n=1, cutoff=MIN_SIMILARITY):
+            return f"; did you mean `{' '.join(['mhmoe', *path, similar_names[0]])}`?"
         return f"; there are {', '.join(self.list_commands(ctx))}"

@@ -1,7 +1,7 @@
-"""Choice of the cluster that a command talks to and of its token, and clusters that the user has given names to.
+"""Connections to clusters: choose the cluster and the token of a command; store clusters that the user has named.
 
-The names are stored in `clusters.json` in the state folder (tokens.py). Of a token, only the path of its file is
-stored.
+The names are stored in `clusters.json` in the state folder (tokens.py), with the path of a token file but without the
+token itself.
 """
 
 import json
@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 from mhmoe_ray.cluster import dashboard, tokens
 from mhmoe_ray.cluster.local import find_local, recorded_address, start_local
 from mhmoe_ray.cluster.spawn import LocalCluster
-from mhmoe_ray.cluster.tokens import Token, home, locked
+from mhmoe_ray.cluster.tokens import Token, state_folder, state_lock
 from mhmoe_ray.errors import ClusterError
 from mhmoe_ray.storage import write_json
 
@@ -26,7 +26,9 @@ NAME = r"[a-z][a-z0-9-]{0,40}"
 
 
 @dataclass(frozen=True)
-class Context:
+class NamedCluster:
+    """A remote cluster that the user has given a name."""
+
     name: str
     address: str
     """URL of the dashboard."""
@@ -35,12 +37,15 @@ class Context:
 
 
 @dataclass(frozen=True)
-class Contexts:
+class NamedClusters:
+    """The clusters that the user has named, and the one that commands use by default."""
+
     current: str
-    known: dict[str, Context]
+    """Name of the default cluster; `LOCAL` for the local one."""
+    by_name: dict[str, NamedCluster]
 
 
-def read_contexts() -> Contexts:
+def read_named_clusters() -> NamedClusters:
     """Read the named clusters and the name of the current one.
 
     Without a file there are no named clusters, and the local cluster is the current one.
@@ -48,18 +53,19 @@ def read_contexts() -> Contexts:
     Raises:
         ClusterError: the file is damaged.
     """
-    path = home() / FILE
+    path = state_folder() / FILE
     if not path.exists():
-        return Contexts(LOCAL, {})
+        return NamedClusters(LOCAL, {})
     try:
-        found = json.loads(path.read_text())
-        return Contexts(found["current"], {name: Context(**given) for name, given in found["known"].items()})
+        stored = json.loads(path.read_text())
+        by_name = {name: NamedCluster(**fields) for name, fields in stored["known"].items()}
+        return NamedClusters(stored["current"], by_name)
     except (ValueError, TypeError, KeyError) as e:
         raise ClusterError(f"file {path}", "it is damaged", "remove it, then `mhmoe cluster use` again") from e
 
 
-def use(name: str, address: str | None = None, token_file: Path | None = None) -> Context | None:
-    """Make this the current cluster, which commands talk to from now on, and return it; None if it is the local one.
+def use(name: str, address: str | None = None, token_file: Path | None = None) -> NamedCluster | None:
+    """Make a cluster the current one, which commands use by default, and return it; None for the local cluster.
 
     Args:
         name: the name of a known cluster or, together with an address, the name that the cluster gets.
@@ -69,25 +75,27 @@ def use(name: str, address: str | None = None, token_file: Path | None = None) -
     Raises:
         ClusterError: no cluster of this name is known, the name is not allowed, or the arguments do not fit together.
     """
-    with locked():
-        before = read_contexts()
+    with state_lock():
+        clusters = read_named_clusters()
         if name == LOCAL:
             if address or token_file:
-                raise ClusterError(f"cluster {name}", "that is the one on this machine", "choose another name")
-            _write(Contexts(LOCAL, before.known))
+                reason = "that is the name of the cluster on this machine"
+                raise ClusterError(f"cluster {name}", reason, "choose another name")
+            _write(NamedClusters(LOCAL, clusters.by_name))
             return None
         if address is None:
-            if name not in before.known or token_file:
-                why = "nothing is known of it" if name not in before.known else "a token alone changes nothing"
-                raise ClusterError(f"cluster {name}", why, "give its dashboard: --address http://head:8265")
-            context = before.known[name]
+            if name not in clusters.by_name or token_file:
+                is_unknown = name not in clusters.by_name
+                reason = "there is no cluster of this name" if is_unknown else "a token file alone names no cluster"
+                raise ClusterError(f"cluster {name}", reason, "give its dashboard: --address http://head:8265")
+            cluster = clusters.by_name[name]
         else:
             if not re.fullmatch(NAME, name):
                 fix = "use lower-case letters, digits and dashes, a letter first"
-                raise ClusterError(f"cluster {name!r}", "that is no name for one", fix)
-            context = Context(name, address, str(token_file.absolute()) if token_file else None)
-        _write(Contexts(name, before.known | {name: context}))
-        return context
+                raise ClusterError(f"cluster {name!r}", "the name is not allowed", fix)
+            cluster = NamedCluster(name, address, str(token_file.absolute()) if token_file else None)
+        _write(NamedClusters(name, clusters.by_name | {name: cluster}))
+        return cluster
 
 
 def forget(name: str) -> None:
@@ -96,22 +104,25 @@ def forget(name: str) -> None:
     Raises:
         ClusterError: no cluster of this name is known.
     """
-    with locked():
-        before = read_contexts()
-        if name not in before.known:
-            raise ClusterError(f"cluster {name}", "nothing is known of it", "see `mhmoe cluster list`")
-        known = {n: c for n, c in before.known.items() if n != name}
-        _write(Contexts(LOCAL if before.current == name else before.current, known))
+    with state_lock():
+        clusters = read_named_clusters()
+        if name not in clusters.by_name:
+            raise ClusterError(f"cluster {name}", "there is no cluster of this name", "see `mhmoe cluster list`")
+        remaining = {n: c for n, c in clusters.by_name.items() if n != name}
+        _write(NamedClusters(LOCAL if clusters.current == name else clusters.current, remaining))
 
 
-def _write(contexts: Contexts) -> None:
-    path = home() / FILE
-    write_json(path, {"current": contexts.current, "known": {n: asdict(c) for n, c in contexts.known.items()}})
+def _write(clusters: NamedClusters) -> None:
+    path = state_folder() / FILE
+    write_json(path, {"current": clusters.current, "known": {n: asdict(c) for n, c in clusters.by_name.items()}})
+    # Names of hosts and paths of tokens concern no other user of this machine.
     path.chmod(0o600)
 
 
 @dataclass(frozen=True)
 class Connection:
+    """A cluster that a command talks to: its dashboard, and the token that it accepts."""
+
     address: str
     """URL of the dashboard, without a slash at its end."""
     local: bool
@@ -122,7 +133,7 @@ class Connection:
     A loopback address alone does not show that, because it may be the end of a tunnel.
     """
     token: Token | None
-    ours: LocalCluster | None = None
+    local_cluster: LocalCluster | None = None
     """Record of a local cluster; None for other clusters, and in a process that runs within the local cluster
     itself."""
 
@@ -134,65 +145,66 @@ class Connection:
 def connect(address: str | None = None) -> Connection:
     """Connect to the cluster of this address or name.
 
-    Without one, it is the cluster of RAY_API_SERVER_ADDRESS or RAY_ADDRESS, else the one that `mhmoe cluster use`
-    chose, else the local cluster.
+    Without an address, connect to the cluster of RAY_API_SERVER_ADDRESS or RAY_ADDRESS, else to the one that
+    `mhmoe cluster use` chose, else to the local cluster.
 
     Raises:
         ClusterError: the address is malformed, nothing answers there, it is not a Ray dashboard, or no address is given
             and no local cluster runs.
-        TokenError: the cluster wants another token.
+        TokenError: the cluster asks for another token.
     """
-    connection = connect_if_there(address)
+    connection = connect_if_running(address)
     if connection is None:
         raise ClusterError("local cluster", "none runs", "start it: mhmoe cluster up; or give --address")
     return connection
 
 
-def connect_if_there(address: str | None = None) -> Connection | None:
+def connect_if_running(address: str | None = None) -> Connection | None:
     """Connect as `connect` does, but return None if no address is given and no local cluster runs."""
-    named, address = _named(address), _chosen(address)
-    # The local cluster is looked for where it is meant and nowhere else: it may be another machine's, or not answer.
-    ours = find_local() if address is None or _is_ours(address) else None
-    if ours:
-        return _to_ours(ours)
+    named_cluster, address = _find_named_cluster(address), _resolve_address(address)
+    # Look for the local cluster only if it is meant: on a shared home its record may be another machine's, and a
+    # local cluster that does not answer must not disturb commands for a remote one.
+    local_cluster = find_local() if address is None or _is_local_cluster(address) else None
+    if local_cluster:
+        return _local_connection(local_cluster)
     if address is None:
         return None
     address = normalised(address)
-    token = _token(address, named)
+    token = _token(address, named_cluster)
     dashboard.ray_version(address, token)
-    return Connection(address, False, dashboard.is_loopback(address) and _is_here(address, token), token)
+    return Connection(address, False, dashboard.is_loopback(address) and _is_this_machine(address, token), token)
 
 
-def each_once() -> Callable[[str], Connection]:
+def cached_connect() -> Callable[[str], Connection]:
     """Return a variant of `connect` that connects to each address once and repeats its result or its ClusterError."""
-    known: dict[str, Connection | ClusterError] = {}
+    results: dict[str, Connection | ClusterError] = {}
 
-    def connected(address: str) -> Connection:
-        if address not in known:
+    def connect_once(address: str) -> Connection:
+        if address not in results:
             try:
-                known[address] = connect(address)
+                results[address] = connect(address)
             except ClusterError as e:
-                known[address] = e
-        found = known[address]
-        if isinstance(found, ClusterError):
-            raise found
-        return found
+                results[address] = e
+        result = results[address]
+        if isinstance(result, ClusterError):
+            raise result
+        return result
 
-    return connected
+    return connect_once
 
 
 def start(cpus: int) -> Connection:
     """Connect to the local cluster, and start it with `cpus` logical CPUs if it does not run yet."""
-    return _to_ours(start_local(cpus))
+    return _local_connection(start_local(cpus))
 
 
-def is_local(address: str | None) -> bool:
-    """Return whether a command that is given this address would use the local cluster."""
-    address = _chosen(address)
-    return address is None or _is_ours(address)
+def uses_local_cluster(address: str | None) -> bool:
+    """Return whether a command with this `--address` uses the local cluster."""
+    address = _resolve_address(address)
+    return address is None or _is_local_cluster(address)
 
 
-def _is_ours(address: str) -> bool:
+def _is_local_cluster(address: str) -> bool:
     return normalised(address) == recorded_address()
 
 
@@ -200,7 +212,7 @@ def normalised(address: str) -> str:
     """Return the URL of a dashboard in the form in which URLs are compared and stored.
 
     Raises:
-        ClusterError: it is not such a URL.
+        ClusterError: the address is not the URL of a dashboard.
     """
     fix = "give the dashboard's URL, like http://host:8265"
     url = address.rstrip("/") if "://" in address else f"http://{address.rstrip('/')}"
@@ -217,53 +229,48 @@ def normalised(address: str) -> str:
     return url
 
 
-def _chosen(address: str | None) -> str | None:
-    """Return the address that an argument, the environment or the current cluster means; None for the local cluster.
-
-    RAY_ADDRESS counts only if it is a URL: it may also name Ray's own port, which is of no use here.
-    """
+def _resolve_address(address: str | None) -> str | None:
+    """Return the address that the argument, the environment or the current cluster gives; None for the local
+    cluster."""
     if address == LOCAL:
         return None
-    named = _named(address)
-    return named.address if named else _given(address)
+    named_cluster = _find_named_cluster(address)
+    return named_cluster.address if named_cluster else _explicit_address(address)
 
 
-def _given(address: str | None) -> str | None:
+def _explicit_address(address: str | None) -> str | None:
+    """Return the address or name in the argument or else in the environment; None if there is neither."""
+    # RAY_ADDRESS may also name the port of Ray's GCS, which does not speak HTTP, so only a URL counts.
     ray_address = os.environ.get("RAY_ADDRESS", "")
     fallback = ray_address if ray_address.startswith(("http://", "https://")) else None
     return address or os.environ.get("RAY_API_SERVER_ADDRESS") or fallback
 
 
-def _named(address: str | None) -> Context | None:
-    """Return the named cluster that the argument, the environment or the current choice means; None if none is
-    meant."""
-    contexts = read_contexts()
-    return contexts.known.get(_given(address) or contexts.current)
+def _find_named_cluster(address: str | None) -> NamedCluster | None:
+    """Return the named cluster that the argument, the environment or the current choice names, or None."""
+    clusters = read_named_clusters()
+    return clusters.by_name.get(_explicit_address(address) or clusters.current)
 
 
-def _token(address: str, named: Context | None) -> Token | None:
-    """Return the token for the cluster at this address: from the file that was named for it, else as Ray would.
-
-    Several named clusters may have one address, that of a tunnel: if none of them is meant by its name, the current one
-    comes first.
-    """
-    contexts = read_contexts()
-    at_it = {name: c for name, c in contexts.known.items() if normalised(c.address) == address}
-    meant = named or at_it.get(contexts.current)
-    files = [c.token_file for c in ([meant] if meant else at_it.values()) if c.token_file]
-    return tokens.token_in(Path(files[0])) if files else tokens.user_token()
+def _token(address: str, named_cluster: NamedCluster | None) -> Token | None:
+    """Return the token for the cluster at this address: from its token file, else the one that Ray itself would use."""
+    clusters = read_named_clusters()
+    same_address = {name: c for name, c in clusters.by_name.items() if normalised(c.address) == address}
+    # Several named clusters may share one address, that of a tunnel: the current one takes precedence.
+    intended_cluster = named_cluster or same_address.get(clusters.current)
+    files = [c.token_file for c in ([intended_cluster] if intended_cluster else same_address.values()) if c.token_file]
+    return tokens.token_from_file(Path(files[0])) if files else tokens.user_token()
 
 
-def _to_ours(cluster: LocalCluster) -> Connection:
+def _local_connection(cluster: LocalCluster) -> Connection:
     return Connection(cluster.address, True, True, tokens.own_token(), cluster)
 
 
-def _is_here(address: str, token: Token | None) -> bool:
-    """Return whether the cluster is a single node, and that node is this machine.
-
-    It is if the node's session folder, whose name is used only once, exists here. A node without CPUs does not count,
-    because it is the head of a cluster whose other nodes are yet to join.
-    """
+def _is_this_machine(address: str, token: Token | None) -> bool:
+    """Return whether the cluster has a single node, which is this machine."""
     alive, _ = dashboard.nodes(address, token)
-    here = os.path.isdir(alive[0].get("sessionDir", "")) if alive else False  # noqa: PTH112 - Path raises if forbidden
-    return len(alive) == 1 and here and bool(alive[0]["resourcesTotal"].get("CPU"))
+    # The name of a session folder is unique, so a node whose folder exists here runs here.
+    # `Path.is_dir` raises without permission to look.
+    has_session_folder = os.path.isdir(alive[0].get("sessionDir", "")) if alive else False  # noqa: PTH112
+    # A node without CPUs is the head of a cluster whose other nodes have yet to join.
+    return len(alive) == 1 and has_session_folder and bool(alive[0]["resourcesTotal"].get("CPU"))

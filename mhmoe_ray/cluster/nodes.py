@@ -11,11 +11,12 @@ from mhmoe_ray.cluster.connect import Connection
 from mhmoe_ray.errors import JobError
 from mhmoe_ray.planner.placement import Node
 
-# "2.0/8.0 CPU (1.0 used of 2.0 reserved in placement groups)": what a placement group reserves is taken, used or not,
-# and only the used part of it is in the first number.
+# A line is like "2.0/8.0 CPU (1.0 used of 2.0 reserved in placement groups)". All that a placement group reserves is
+# taken, but the first number counts only the part of it that is used.
 _USAGE = re.compile(r"([\d.]+)/([\d.]+) (CPU|GPU)(?: \(([\d.]+) used of ([\d.]+) reserved in placement groups\))?$")
 
-MOST_NODES = 10_000  # more Ray's state API does not list
+MAX_NODES = 10_000
+"""Largest number of nodes that Ray's state API lists."""
 
 
 def free_nodes(connection: Connection, domain_label: str | None) -> list[Node]:
@@ -33,18 +34,18 @@ def free_nodes(connection: Connection, domain_label: str | None) -> list[Node]:
     alive, usage = dashboard.nodes(connection.address, connection.token)
     domains = _labels(connection, domain_label) if domain_label else {}
     hosts = Counter(node["nodeManagerHostname"] for node in alive)
-    found = []
+    nodes = []
     for node in alive:
         host, total = node["nodeManagerHostname"], node["resourcesTotal"]
-        taken = _taken(usage.get(node["nodeId"], ""))
+        taken_resources = _taken_resources(usage.get(node["nodeId"], ""))
         name = host if hosts[host] == 1 else f"{host} {node['nodeId'][:6]}"
-        cpus, gpus = (max(0.0, total.get(kind, 0.0) - taken.get(kind, 0.0)) for kind in ("CPU", "GPU"))
-        found.append(Node(name, cpus, gpus, domains.get(node["nodeId"], "")))
-    return found
+        cpus, gpus = (max(0.0, total.get(kind, 0.0) - taken_resources.get(kind, 0.0)) for kind in ("CPU", "GPU"))
+        nodes.append(Node(name, cpus, gpus, domains.get(node["nodeId"], "")))
+    return nodes
 
 
-def whole_nodes(connection: Connection) -> list[Node]:
-    """Return the nodes that are alive with all of their CPUs and GPUs, whether used or free.
+def total_nodes(connection: Connection) -> list[Node]:
+    """Return the nodes that are alive with their total CPUs and GPUs, used ones included.
 
     Raises:
         ClusterError, TokenError: in the same cases as `dashboard.get`.
@@ -77,39 +78,35 @@ def head_python(connection: Connection, runtime_env: Mapping[str, Any]) -> str:
     """
     if _OWN_PYTHON & runtime_env.keys():
         return "python"
+    # The command line of a raylet names the interpreter that its workers run in.
     nodes = dashboard.get(connection.address, "/nodes?view=summary", connection.token)["data"]["summary"]
-    commands = [" ".join(node.get("cmdline", [])) for node in nodes]  # of each node's raylet
+    commands = [" ".join(node.get("cmdline", [])) for node in nodes]
     heads = [command for command in commands if "node:__internal_head__" in command]
     match = _PYTHON.search(heads[0]) if heads else None
     return match[1] if match else "python"
 
 
 def _labels(connection: Connection, label: str) -> dict[str, str]:
-    """Return the value of a label by node id, for the nodes that have it.
-
-    The summary of nodes is not used, because Ray renames keys in it: rack_id becomes rackId.
-    """
-    nodes = dashboard.get(connection.address, f"/api/v0/nodes?limit={MOST_NODES}", connection.token)
+    """Return the value of a label by node id, for the nodes that have it."""
+    # The summary of nodes has labels too, but Ray renames their keys there: rack_id becomes rackId.
+    nodes = dashboard.get(connection.address, f"/api/v0/nodes?limit={MAX_NODES}", connection.token)
     labels = {node["node_id"]: node["labels"] or {} for node in nodes["data"]["result"]["result"]}
-    return {node: found[label] for node, found in labels.items() if label in found}
+    return {node: node_labels[label] for node, node_labels in labels.items() if label in node_labels}
 
 
-def _taken(usage: str) -> dict[str, float]:
-    """Return the CPUs and GPUs that are taken, from the usage lines of a node.
-
-    Ray gives no lines for a node that it has just heard of.
-    """
-    taken: dict[str, float] = {}
+def _taken_resources(usage: str) -> dict[str, float]:
+    """Return the CPUs and GPUs that are taken, from Ray's usage lines of a node; a new node has no such lines."""
+    amounts: dict[str, float] = {}
     for line in usage.splitlines():
         if match := _USAGE.match(line):
-            used, _, kind, used_reserved, reserved = match.groups()
-            taken[kind] = float(used) - float(used_reserved or 0) + float(reserved or 0)
-    return taken
+            used_amount, _, kind, used_reserved, reserved = match.groups()
+            amounts[kind] = float(used_amount) - float(used_reserved or 0) + float(reserved or 0)
+    return amounts
 
 
-MARKS = (":job_id:", ":actor_name:", ":task_name:")
+MARK_PREFIXES = (":job_id:", ":actor_name:", ":task_name:")
 """Prefixes of the lines with which Ray marks in a log which job, actor or task wrote the lines that follow."""
-EVERYTHING = 1_000_000_000
+ALL_LINES = 1_000_000_000
 """Number of lines to request for a whole log: more than any log has."""
 
 
@@ -121,36 +118,36 @@ def process_log(connection: Connection, node: str, pid: int, kind: str, *, follo
         node: the id of the node that the process runs or ran on.
         pid: the process id.
         kind: "err" or "out".
-        follow: whether to go on with new lines, without end.
+        follow: whether to continue with new lines, without an end.
 
     Raises:
         JobError: the node is gone, or has no such file.
     """
-    asked = {
+    query = {
         "node_id": node,
         "pid": pid,
         "suffix": kind,
-        "lines": EVERYTHING,
+        "lines": ALL_LINES,
         "timeout": 10,
         "filter_ansi_code": "true",
     }
-    path = f"/api/v0/logs/{'stream' if follow else 'file'}?{urlencode(asked)}"
+    path = f"/api/v0/logs/{'stream' if follow else 'file'}?{urlencode(query)}"
     with dashboard.streamed(connection.address, path, connection.token) as (status, chunks):
         if status != 200:
-            what, fix = (
+            subject, fix = (
                 f"log of process {pid}",
                 "see `mhmoe status`, which keeps the last lines of a worker that failed",
             )
-            raise JobError(what, "its node is gone, or keeps it no longer", fix)
+            raise JobError(subject, "its node is gone, or has deleted the log", fix)
         for line in _lines(chunks):
-            if not line.startswith(MARKS):
+            if not line.startswith(MARK_PREFIXES):
                 yield line
 
 
 def _lines(chunks: Iterator[bytes]) -> Iterator[str]:
-    rest = b""
+    partial_line = b""
     for chunk in chunks:
-        *lines, rest = (rest + chunk).split(b"\n")
+        *lines, partial_line = (partial_line + chunk).split(b"\n")
         yield from (line.decode(errors="replace").rstrip("\r") for line in lines)
-    if rest:
-        yield rest.decode(errors="replace")
+    if partial_line:
+        yield partial_line.decode(errors="replace")

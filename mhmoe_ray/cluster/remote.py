@@ -21,18 +21,23 @@ def job_request(
 
     Args:
         request: the remote job, of any kind.
-        local: whether this package started the cluster, as in `jobs.request`.
+        local: whether this package started the cluster, as in `jobs.job_request`.
         runtime_env: Ray's runtime environment, as in the spec.
-        python: the interpreter on the head node of another cluster, as in `jobs.request`.
+        python: the interpreter on the head node of another cluster, as in `jobs.job_request`.
     """
-    job_name = re.sub("[^A-Za-z0-9-]", "-", request.job_name)  # it stands in URLs
+    # The name is part of the URLs of Ray's jobs API.
+    job_name = re.sub("[^A-Za-z0-9-]", "-", request.job_name)
     environment = {**runtime_env, "env_vars": {**runtime_env.get("env_vars", {}), **request.environment}}
     args = ["-m", request.module, job_name]
-    return jobs.request(args, job_name, local=local, python=python, runtime_env=environment, metadata=request.metadata)
+    return jobs.job_request(
+        args, job_name, local=local, python=python, runtime_env=environment, metadata=request.metadata
+    )
 
 
 @dataclass(frozen=True)
 class SubmittedJob(Generic[R]):
+    """A remote job that runs on a cluster, or has run there."""
+
     connection: Connection
     request: RemoteJob[R]
     name: str
@@ -49,26 +54,26 @@ class SubmittedJob(Generic[R]):
     def is_running(self) -> bool:
         return jobs.is_alive(self.connection, self.name)
 
-    def result(self, what: str) -> R:
+    def result(self, subject: str) -> R:
         """Return the result of a job that has ended.
 
         Args:
-            what: the name of the result, for an error.
+            subject: the name of the result, for the error.
 
         Raises:
-            MhmoeError: the job made no result or failed: the last error that the job wrote; without one, a JobError
-                with Ray's message on it.
+            MhmoeError: the job failed or made no result. It is the last error that the job logged; without one, it is
+                a JobError with Ray's message.
         """
         log = jobs.logs(self.connection, self.name)
-        made = self.request.result(lambda: log)
-        if made is not None and jobs.status(self.connection, self.name) == "SUCCEEDED":
-            return made
-        raise self._error(what, log)
+        result = self.request.result(lambda: log)
+        if result is not None and jobs.status(self.connection, self.name) == "SUCCEEDED":
+            return result
+        raise self._error(subject, log)
 
-    def _error(self, what: str, log: str) -> MhmoeError:
+    def _error(self, subject: str, log: str) -> MhmoeError:
         if error := logged(log):
             return error
-        return JobError(what, jobs.message(self.connection, self.name), "see the job in the dashboard")
+        return JobError(subject, jobs.message(self.connection, self.name), "see the job in the dashboard")
 
 
 def submit(connection: Connection, runtime_env: Mapping[str, Any], request: RemoteJob[R]) -> SubmittedJob[R]:
@@ -83,6 +88,6 @@ def submit(connection: Connection, runtime_env: Mapping[str, Any], request: Remo
         JobError, SpecError, ClusterError: in the same cases as `jobs.submit`.
     """
     python = "python" if connection.local else head_python(connection, runtime_env)
-    asked = job_request(request, connection.local, runtime_env, python)
-    jobs.submit(connection, asked)
-    return SubmittedJob(connection, request, asked["submission_id"])
+    submission = job_request(request, connection.local, runtime_env, python)
+    jobs.submit(connection, submission)
+    return SubmittedJob(connection, request, submission["submission_id"])

@@ -1,7 +1,7 @@
-"""Client of the Serve configuration, which is one for all applications, over the dashboard's REST API.
+"""Client of the configuration of Ray Serve, which all applications share, over the dashboard's REST API.
 
-A change replaces the whole configuration, so it must read the current one first, and nobody else may change it in
-between. For commands that share a state folder a lock ensures that; Serve itself has no lock.
+A change replaces the whole configuration, so it has to read the current one first, and nobody else may change it in
+between. A lock ensures that among commands that share a state folder; Serve itself has no lock.
 """
 
 import functools
@@ -14,30 +14,31 @@ from typing import Any
 
 from mhmoe_ray.cluster import dashboard
 from mhmoe_ray.cluster.connect import Connection
-from mhmoe_ray.cluster.dashboard import Patience
-from mhmoe_ray.cluster.tokens import locked
+from mhmoe_ray.cluster.dashboard import RetryingCaller
+from mhmoe_ray.cluster.tokens import state_lock
 from mhmoe_ray.errors import ServeError
 from mhmoe_ray.ray_compat import SDK_LOGGERS
 
 END_SECONDS = 150.0
-"""Timeout in seconds for Serve to end: several times the half minute that one request to end it waits."""
+"""Timeout in seconds for the shutdown of Serve: several times the half minute that one request for it waits."""
 
 
 @functools.cache
 def client(connection: Connection) -> Any:
-    """Return Ray's own Serve client, which takes longer to import than everything else that `mhmoe status` does."""
+    """Return Ray's own Serve client."""
+    # The import takes longer than everything else that `mhmoe status` does, so it is delayed until it is needed.
     from mhmoe_ray.ray_compat import ServeSubmissionClient
 
-    logging.getLogger(SDK_LOGGERS[0]).setLevel(logging.WARNING)  # it tells of every upload
+    logging.getLogger(SDK_LOGGERS[0]).setLevel(logging.WARNING)  # The client logs every upload.
     return ServeSubmissionClient(connection.address, headers=connection.headers)
 
 
-def get(connection: Connection, seconds: float = 60) -> dict[str, Any]:
-    """Return Serve's details of itself: `applications` by name, `http_options` and more.
+def serve_details(connection: Connection, seconds: float = 60) -> dict[str, Any]:
+    """Return the state of Serve as its REST API reports it: `applications` by name, `http_options` and more.
 
     Args:
         connection: the cluster.
-        seconds: the timeout of the answer; for the first one the dashboard joins the Ray cluster.
+        seconds: the timeout of the answer. The first answer takes longest, since the dashboard then joins the cluster.
 
     Raises:
         ClusterError, TokenError: in the same cases as `dashboard.get`.
@@ -47,42 +48,45 @@ def get(connection: Connection, seconds: float = 60) -> dict[str, Any]:
     return details
 
 
-def configs(details: dict[str, Any]) -> list[dict[str, Any]]:
+def app_configs(details: dict[str, Any]) -> list[dict[str, Any]]:
     """Return the configurations in force, from Serve's details.
 
-    Applications of `serve.run` have no configuration and stay, whatever configuration is put.
+    Applications that a program deployed by `serve.run` have none; a new configuration does not touch them.
     """
     return [a["deployed_app_config"] for a in details["applications"].values() if a["deployed_app_config"]]
 
 
-def changing(connection: Connection) -> AbstractContextManager[Path]:
+def config_lock(connection: Connection) -> AbstractContextManager[Path]:
     """Return the lock of a cluster's Serve configuration.
 
     Hold it from the request that reads the configuration until the changed one is put.
     """
     cluster = "" if connection.local else f"-{hashlib.sha256(connection.address.encode()).hexdigest()[:8]}"
-    return locked(f"serve{cluster}.lock")
+    return state_lock(f"serve{cluster}.lock")
 
 
-def replace(connection: Connection, name: str, config: dict[str, Any] | None, patience: Patience) -> None:
-    """Replace the configuration of an application, or remove it if `config` is None, so that Serve removes the
-    application.
+def replace_config(
+    connection: Connection, name: str, config: dict[str, Any] | None, retrying_caller: RetryingCaller
+) -> None:
+    """Replace the configuration of an application; with None for `config`, make Serve remove the application.
 
-    An application that is gone is left alone.
+    Do nothing if the application is gone.
 
     Raises:
-        ClusterError, TokenError: in the same cases as `Patience.ask`.
+        ClusterError, TokenError: in the same cases as `RetryingCaller.call`.
     """
-    with changing(connection):
-        while (details := patience.ask(functools.partial(get, connection), None)) is None:
+    with config_lock(connection):
+        while (details := retrying_caller.call(functools.partial(serve_details, connection), None)) is None:
             time.sleep(0.2)
-        others = [c for c in configs(details) if c["name"] != name]
-        if len(others) < len(configs(details)):
-            put(connection, details, [*others, *([config] if config else [])], details["http_options"])
+        other_configs = [c for c in app_configs(details) if c["name"] != name]
+        if len(other_configs) < len(app_configs(details)):
+            put_configs(connection, details, [*other_configs, *([config] if config else [])], details["http_options"])
 
 
-def put(connection: Connection, details: dict[str, Any], configs: list[dict[str, Any]], http: dict[str, Any]) -> None:
-    """Put the configurations of all applications that are to stay; Serve removes those that are missing.
+def put_configs(
+    connection: Connection, details: dict[str, Any], configs: list[dict[str, Any]], http: dict[str, Any]
+) -> None:
+    """Send Serve the configurations of all applications; Serve removes those that are missing in it.
 
     Args:
         connection: the cluster.
@@ -98,23 +102,23 @@ def put(connection: Connection, details: dict[str, Any], configs: list[dict[str,
     client(connection).deploy_applications(config)
 
 
-def end_idle(connection: Connection) -> dict[str, Any]:
-    """End Serve itself, which frees its port, unless it has applications.
+def shut_down_idle(connection: Connection) -> dict[str, Any]:
+    """Shut Serve down, which frees its port, unless it has applications.
 
-    Call it under the lock of `changing`: a Serve that was just started for a configuration has no applications yet.
+    Call it under `config_lock`: a Serve that was just started for a configuration has no applications yet.
 
     Returns:
         Serve's details afterwards.
 
     Raises:
-        ServeError: Serve does not end.
+        ServeError: Serve does not shut down.
         ClusterError, TokenError: in the same cases as `dashboard.get`.
     """
     deadline = time.monotonic() + END_SECONDS
-    while (details := get(connection)).get("http_options") and not details["applications"]:
+    while (details := serve_details(connection)).get("http_options") and not details["applications"]:
         if time.monotonic() > deadline:
-            raise ServeError("Ray Serve", f"it does not end within {END_SECONDS:.0f} s", "see the dashboard")
-        # That is said to be done, too, where Serve was too busy to hear of it, or had not ended in time.
+            raise ServeError("Ray Serve", f"it does not shut down within {END_SECONDS:.0f} s", "see the dashboard")
+        # Ray reports success even if Serve was too busy to receive the request or did not end in time.
         client(connection).delete_applications()
         time.sleep(0.2)
     return details

@@ -9,26 +9,34 @@ from urllib.parse import urlsplit
 
 from mhmoe_ray.cluster import dashboard
 from mhmoe_ray.cluster.connect import Connection
-from mhmoe_ray.cluster.dashboard import Patience
-from mhmoe_ray.cluster.jobs import NEVER, PACKAGES, check_size, explained, reason, with_packages
-from mhmoe_ray.cluster.serve_client import changing, client, configs, end_idle, get, put
+from mhmoe_ray.cluster.dashboard import RetryingCaller
+from mhmoe_ray.cluster.jobs import (
+    EXCLUDED_PATTERNS,
+    PACKAGES,
+    check_size,
+    failure_reason,
+    translated_errors,
+    with_packages,
+)
+from mhmoe_ray.cluster.serve_client import app_configs, client, config_lock, put_configs, serve_details, shut_down_idle
 from mhmoe_ray.errors import ServeError, SpecError
 from mhmoe_ray.serve.config import IMPORT_PATH
 
-SAY_SECONDS = 30.0
+REPORT_SECONDS = 30.0
 """Seconds between two lines about an application that does not answer yet."""
 
 
 @dataclass(frozen=True)
 class Application:
+    """State of a Serve application."""
+
     name: str
     url: str
     """URL at which the application answers."""
     reachable: bool
     """Whether this machine can reach the URL.
 
-    It cannot if the URL is a loopback address of another machine: here it would lead to whatever listens on this
-    machine.
+    It cannot if the URL is a loopback address of another machine: here the same address is a server of this machine.
     """
     status: str
     """One of NOT_STARTED, DEPLOYING, RUNNING, DEPLOY_FAILED, UNHEALTHY and DELETING."""
@@ -39,59 +47,61 @@ class Application:
 
 
 def deploy(connection: Connection, application: dict[str, Any], host: str, port: int) -> str:
-    """Add an application to those that Serve runs, or replace the one of its name; return its future URL.
-
-    It does not wait until the application answers at that URL.
+    """Add an application to those that Serve runs, or replace the one of its name, without waiting for it.
 
     Args:
         connection: the cluster.
         application: the configuration as in Serve's config file: name, route_prefix, import_path, args, runtime_env ...
-            Folders and files of this machine that runtime_env names are sent; to a cluster that this package did not
-            start, our packages are sent as well.
+            Folders and files of this machine that runtime_env names are uploaded. To a cluster that this package did
+            not start, our packages are uploaded too.
         host: the address that Serve's proxies listen on.
         port: the port that they listen on.
 
+    Returns:
+        The URL at which the application will answer.
+
     Raises:
-        ServeError: Serve does not accept the application, cannot listen there, or listens elsewhere already.
-        SpecError: the runtime environment is not one that Ray knows, or sends more than Ray takes.
+        ServeError: Serve does not accept the application, cannot listen there, or already listens elsewhere.
+        SpecError: Ray does not accept the runtime environment, or it sends more bytes than Ray takes.
     """
-    what = f"application {application['name']}"
-    with explained(connection, what, ServeError, f"correct it, or its address {host}:{port}"):
+    subject = f"application {application['name']}"
+    with translated_errors(connection, subject, ServeError, f"correct it, or its address {host}:{port}"):
         serve = client(connection)
-        with changing(connection):
-            _checked(connection, application, host, port)
+        with config_lock(connection):
+            _checked_details(connection, application, host, port)
         runtime_env = application.get("runtime_env", {})
-        sent = _sent(serve, runtime_env if connection.local else with_packages(runtime_env))
-        application = {**application, "runtime_env": sent}
-        with changing(connection):
-            # To send takes its time, in which others may have deployed or removed theirs.
-            details = _checked(connection, application, host, port)
-            others = [a for a in configs(details) if a["name"] != application["name"]]
+        uploaded_env = _upload_runtime_env(serve, runtime_env if connection.local else with_packages(runtime_env))
+        application = {**application, "runtime_env": uploaded_env}
+        with config_lock(connection):
+            # Others may have deployed or removed applications during the upload, which takes its time.
+            details = _checked_details(connection, application, host, port)
+            other_configs = [a for a in app_configs(details) if a["name"] != application["name"]]
             try:
-                put(connection, details, [*others, application], {"host": host, "port": port})
+                put_configs(connection, details, [*other_configs, application], {"host": host, "port": port})
             except RuntimeError:
-                end_idle(connection)
+                shut_down_idle(connection)
                 raise
     route: str = application.get("route_prefix", "/")
-    return _place(connection, host, port)[0] + route.rstrip("/")
+    return _public_url(connection, host, port)[0] + route.rstrip("/")
 
 
-def _checked(connection: Connection, application: dict[str, Any], host: str, port: int) -> dict[str, Any]:
+def _checked_details(connection: Connection, application: dict[str, Any], host: str, port: int) -> dict[str, Any]:
     """Return Serve's details, after a check that the application's address and route fit what Serve runs.
 
     Raises:
         ServeError: Serve listens elsewhere, or another application answers at that route.
     """
-    details = end_idle(connection)  # without applications it keeps its port, also one that it could not get
+    # Without applications Serve keeps its address, even one that it failed to listen on.
+    details = shut_down_idle(connection)
     _check_address(details, host, port)
     _check_route(details, application)
     return details
 
 
-def _sent(serve: Any, runtime_env: dict[str, Any]) -> dict[str, Any]:
-    """Upload what a runtime environment names on this machine, and return it in the form that Serve takes.
+def _upload_runtime_env(serve: Any, runtime_env: dict[str, Any]) -> dict[str, Any]:
+    """Upload the folders that a runtime environment names on this machine, and return it in the form that Serve takes.
 
-    Folders are replaced by URIs, which Serve insists on, and requirements files are read.
+    URIs replace the folders, as Serve demands, and the contents of requirements files replace their names.
 
     Raises:
         SpecError: Ray does not accept the runtime environment.
@@ -105,20 +115,19 @@ def _sent(serve: Any, runtime_env: dict[str, Any]) -> dict[str, Any]:
         serve._upload_py_modules_if_needed(runtime_env)
         return dict(RuntimeEnv(**runtime_env).to_dict())
     except (ValueError, TypeError) as e:
-        raise SpecError("cluster.runtime_env", reason(str(e)), "correct it in the spec") from e
+        raise SpecError("cluster.runtime_env", failure_reason(str(e)), "correct it in the spec") from e
 
 
 def without_packages(runtime_env: dict[str, Any]) -> dict[str, Any]:
-    """Return a deployed runtime environment as it was before our packages were added to it and uploaded.
-
-    Our packages are URIs by now, the last ones of those that were uploaded, and would take precedence over newer
-    packages.
-    """
+    """Return a deployed runtime environment without our packages, as it was before `deploy`."""
+    # Our packages are the last of the uploaded URIs; left there, they would take precedence over newer packages.
     modules = runtime_env.get("py_modules", [])
-    ours = [module for module in modules if module.startswith("gcs://")][-len(PACKAGES) :]
-    before = {"py_modules": [module for module in modules if module not in ours]}
-    before |= {"excludes": [pattern for pattern in runtime_env.get("excludes", []) if pattern not in NEVER]}
-    return {key: value for key, value in {**runtime_env, **before}.items() if value}
+    our_modules = [module for module in modules if module.startswith("gcs://")][-len(PACKAGES) :]
+    original_keys = {"py_modules": [module for module in modules if module not in our_modules]}
+    original_keys |= {
+        "excludes": [pattern for pattern in runtime_env.get("excludes", []) if pattern not in EXCLUDED_PATTERNS]
+    }
+    return {key: value for key, value in {**runtime_env, **original_keys}.items() if value}
 
 
 def wait_until_running(
@@ -126,8 +135,8 @@ def wait_until_running(
 ) -> Application:
     """Wait until an application answers, and return it.
 
-    By default there is no timeout, because starting a node and pulling its image take time, and Serve itself reports
-    when it gives up.
+    By default there is no timeout, because starting a node and pulling its image take time; Serve itself reports a
+    failure.
 
     Args:
         connection: the cluster.
@@ -136,33 +145,33 @@ def wait_until_running(
         say: a function that is called with a line of progress now and then.
 
     Raises:
-        ServeError: the application failed, is gone, or does not run in time; the reason is what Serve says about it.
-        ClusterError, TokenError: the cluster gave no answer for too long, or wants another token.
+        ServeError: the application failed, is gone, or does not run in time; the reason is Serve's message.
+        ClusterError, TokenError: the cluster gave no answer for too long, or asks for another token.
     """
-    what, patience = f"application {name}", Patience(say)
-    began = said = time.monotonic()
+    subject, retrying_caller = f"application {name}", RetryingCaller(say)
+    start_time = last_report = time.monotonic()
     while True:
-        application = patience.ask(lambda: _application(connection, name), None)
+        application = retrying_caller.call(lambda: _application(connection, name), None)
         if application and application.status == "RUNNING":
             return application
         if application and application.status == "DEPLOY_FAILED":
-            raise ServeError(what, application.message, "see its log in the dashboard")
-        now = time.monotonic()
-        if application and now - began > timeout:
-            why = f"not running after {timeout:.0f} s: {application.message or application.status}"
-            raise ServeError(what, why, "wait, or check that the cluster has the CPUs and GPUs for it")
-        if application and now - said > SAY_SECONDS:
+            raise ServeError(subject, application.message, "see its log in the dashboard")
+        current_time = time.monotonic()
+        if application and current_time - start_time > timeout:
+            reason = f"not running after {timeout:.0f} s: {application.message or application.status}"
+            raise ServeError(subject, reason, "wait, or check that the cluster has the CPUs and GPUs for it")
+        if application and current_time - last_report > REPORT_SECONDS:
             message = f": {application.message}" if application.message else ""
-            say(f"{what} is {application.status} for {now - began:.0f} s{message}")
-            said = now
+            say(f"{subject} is {application.status} for {current_time - start_time:.0f} s{message}")
+            last_report = current_time
         time.sleep(0.5)
 
 
 def _application(connection: Connection, name: str) -> Application:
-    found = next((a for a in applications(connection) if a.name == name), None)
-    if found is None:
+    application = next((a for a in applications(connection) if a.name == name), None)
+    if application is None:
         raise ServeError(f"application {name}", "it is gone from the cluster", "deploy it again")
-    return found
+    return application
 
 
 def applications(connection: Connection, seconds: float = 60) -> list[Application]:
@@ -170,29 +179,26 @@ def applications(connection: Connection, seconds: float = 60) -> list[Applicatio
 
     Args:
         connection: the cluster.
-        seconds: the timeout of the answer; for the first one the dashboard joins the Ray cluster.
+        seconds: the timeout of the answer. The first answer takes longest, since the dashboard then joins the cluster.
 
     Raises:
         ClusterError, TokenError: in the same cases as `dashboard.get`.
     """
-    details = get(connection, seconds)
+    details = serve_details(connection, seconds)
     http = details.get("http_options") or {}
-    base, reachable = _place(connection, str(http.get("host")), int(http.get("port") or 0))
-    found = []
+    base, reachable = _public_url(connection, str(http.get("host")), int(http.get("port") or 0))
+    result = []
     for name, app in sorted(details["applications"].items()):
         url = base + (_route(app) or "").rstrip("/")
         config = app["deployed_app_config"]
         checkpoint = config["args"]["checkpoint"] if config and _is_ours(config) else None
-        found.append(Application(name, url, reachable, app["status"], _message(app), checkpoint))
-    return found
+        result.append(Application(name, url, reachable, app["status"], _message(app), checkpoint))
+    return result
 
 
-def _place(connection: Connection, host: str, port: int) -> tuple[str, bool]:
-    """Return Serve's URL, and whether it leads there from this machine.
-
-    Serve's proxies listen on the head node too, where the dashboard is, unless the dashboard is reached through a
-    tunnel.
-    """
+def _public_url(connection: Connection, host: str, port: int) -> tuple[str, bool]:
+    """Return the URL of Serve, and whether this machine can reach it."""
+    # A proxy of Serve listens on the head node, whose address the dashboard's URL has unless it is a tunnel's.
     if host in ("0.0.0.0", "::") and not connection.is_local_machine:
         host = urlsplit(connection.address).hostname or host
     url = dashboard.url_at(host, port)
@@ -204,89 +210,84 @@ def _is_ours(config: dict[str, Any]) -> bool:
 
 
 def _check_address(details: dict[str, Any], host: str, port: int) -> None:
-    """Check that Serve does not listen on another host or port.
-
-    While it runs, Serve silently ignores a configuration with another one.
+    """Check that Serve does not listen on another host or port; a running Serve silently ignores a new address.
 
     Raises:
         ServeError: Serve listens elsewhere.
     """
     http = details.get("http_options")
     if http and (http["host"], http["port"]) != (host, port):
-        why = f"Serve listens on {http['host']}:{http['port']} already and has one address for all applications"
-        raise ServeError(f"address {host}:{port}", why, "use that one, or remove the other applications first")
+        reason = f"Serve already listens on {http['host']}:{http['port']}, its one address for all applications"
+        raise ServeError(f"address {host}:{port}", reason, "use that one, or remove the other applications first")
 
 
 def _check_route(details: dict[str, Any], application: dict[str, Any]) -> None:
     route = application.get("route_prefix", "/")
     for name, app in details["applications"].items():
         if _route(app) == route and name != application["name"]:
-            what, why = f"application {application['name']}", f"{name} answers at {route} already"
-            raise ServeError(what, why, f"take another route, or remove {name}")
+            subject, reason = f"application {application['name']}", f"{name} already answers at {route}"
+            raise ServeError(subject, reason, f"take another route, or remove {name}")
 
 
 def _route(app: dict[str, Any]) -> str | None:
-    """Return the route prefix of an application; None if it has none.
-
-    Serve itself reports none for an application that it is still building, so it is taken from the configuration then.
-    """
+    """Return the route prefix of an application; None if it has none."""
+    # Serve reports no route for an application that it is still building, but its configuration has it.
     route: str | None = app["route_prefix"] or (app["deployed_app_config"] or {}).get("route_prefix")
     return route
 
 
 def _message(app: dict[str, Any]) -> str:
-    """Return the message of an application in one line; empty if it is running or has none.
-
-    The first message of a deployment comes before the application's own, which only names the deployment.
-    """
+    """Return the message of an application in one line; empty if it is running or has none."""
+    # The application's own message only names the deployment that failed, so a deployment's message comes first.
     if app["status"] == "RUNNING":
         return ""
     texts = [*(d["message"] for d in app["deployments"].values()), app["message"]]
-    return next((reason(t) for t in texts if t), "")
+    return next((failure_reason(t) for t in texts if t), "")
 
 
-def declared(connection: Connection, name: str) -> tuple[dict[str, Any], str, int]:
+def deployed_config(connection: Connection, name: str) -> tuple[dict[str, Any], str, int]:
     """Return the configuration of one of our applications, and Serve's host and port.
 
-    It is the one that was given to `deploy`, except for folders, which were uploaded and are URIs now.
+    The configuration is the argument of `deploy`, with URIs in place of the uploaded folders.
 
     Raises:
         ServeError: there is no such application, or it is not one of ours.
         ClusterError, TokenError: in the same cases as `dashboard.get`.
     """
-    what, details = f"application {name}", get(connection)
-    found = next((config for config in configs(details) if config["name"] == name), None)
-    if found is None:
-        raise ServeError(what, "there is no such application", "see `mhmoe serve status`")
-    if not _is_ours(found):
-        raise ServeError(what, "it serves no checkpoint of a run", "update it by what deployed it")
+    subject, details = f"application {name}", serve_details(connection)
+    app_config = next((config for config in app_configs(details) if config["name"] == name), None)
+    if app_config is None:
+        raise ServeError(subject, "there is no such application", "see `mhmoe serve status`")
+    if not _is_ours(app_config):
+        raise ServeError(subject, "it serves no checkpoint of a run", "update it with the program that deployed it")
     if not connection.local:
-        found["runtime_env"] = without_packages(found.get("runtime_env", {}))
-    return found, details["http_options"]["host"], details["http_options"]["port"]
+        app_config["runtime_env"] = without_packages(app_config.get("runtime_env", {}))
+    return app_config, details["http_options"]["host"], details["http_options"]["port"]
 
 
-def stats(application: Application, key: str | None) -> dict[str, Any] | str:
-    """Return the statistics of one of our applications about its replicas, or a sentence why there are none.
+def application_stats(application: Application, key: str | None) -> dict[str, Any] | str:
+    """Return the statistics of one of our applications, or a sentence on why there are none.
 
-    No request is sent to an application that is out of reach, so that no key reaches a server that listens here
-    instead.
+    An unreachable application gets no request: its address may be that of another server here, which must not see the
+    key.
 
     Args:
         application: the application.
         key: its API key; None to send no key.
     """
-    import requests  # takes longer to import than all else here
+    # The import takes longer than all other imports of this module.
+    import requests
 
     url = application.url
     if not application.reachable:
-        return f"{url} is of the cluster's own machine; ask it there, or forward its port"
+        return f"{url} is an address of the cluster's own machine; ask there, or forward its port"
     dashboard.keep_off_proxies(url)
     try:
         answer = requests.get(f"{url}/stats", headers={"Authorization": f"Bearer {key}"} if key else {}, timeout=10)
         if answer.status_code == 401:
-            return "it has keys; give one in MHMOE_API_KEY"
+            return "it asks for an API key; give one in MHMOE_API_KEY"
         answer.raise_for_status()
-        told: dict[str, Any] = answer.json()
-        return told
+        replica_stats: dict[str, Any] = answer.json()
+        return replica_stats
     except requests.RequestException as e:
         return f"{url}/stats: {e}"

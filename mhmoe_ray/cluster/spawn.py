@@ -1,6 +1,6 @@
-"""The `ray start` of a local cluster: its options, the environment that is withheld from it, and its processes.
+"""The `ray start` of a local cluster: its options, its environment and its processes.
 
-A process belongs to a cluster if an environment variable of it, which children inherit, names the cluster's folder.
+A process belongs to a cluster if the environment variable `MARK` names the cluster's folder; children inherit it.
 """
 
 import os
@@ -23,18 +23,16 @@ from mhmoe_ray.serve.config import ENVIRONMENT
 MARK = "MHMOE_CLUSTER"
 
 
-def is_ours(pid: int, folder: Path) -> bool:
-    """Return whether this process is the `ray start` that was given this folder.
-
-    A process id alone does not show that, because another process may have it by now.
-    """
+def is_ray_of(pid: int, folder: Path) -> bool:
+    """Return whether the process with this id is the `ray start` of the cluster in this folder."""
+    # The system may have given the id to another process by now. A zombie has no command line.
     try:
-        return str(folder) in " ".join(psutil.Process(pid).cmdline())  # a zombie has no command line
+        return str(folder) in " ".join(psutil.Process(pid).cmdline())
     except psutil.Error:
         return False
 
 
-def family(pid: int) -> list[psutil.Process]:
+def process_tree(pid: int) -> list[psutil.Process]:
     """Return a process and all of its descendants; an empty list if it is gone."""
     try:
         process = psutil.Process(pid)
@@ -43,54 +41,51 @@ def family(pid: int) -> list[psutil.Process]:
         return []
 
 
-def marked(folder: Path) -> list[psutil.Process]:
-    """Return the processes with this folder in their environment, except this one.
+def marked_processes_of(folder: Path) -> list[psutil.Process]:
+    """Return the processes whose `MARK` is this folder, except this process.
 
-    It finds jobs that have outlived their parents. Ray's workers and dashboard modules overwrite their environment with
-    a title, so only `family` finds them.
+    Among them are jobs whose parents have ended. Ray's workers and dashboard modules are missing: a title overwrites
+    their environment. `process_tree` finds those.
     """
-    found = []
+    marked_processes = []
     for process in psutil.process_iter():
         try:
             if process.pid != os.getpid() and process.environ().get(MARK) == str(folder):
-                found.append(process)
+                marked_processes.append(process)
         except (psutil.Error, OSError):
             continue
-    return found
+    return marked_processes
 
 
-def end(processes: Sequence[psutil.Process], *, patience: float, ask: bool = False) -> None:
-    """Wait until these processes end, for at most `patience` seconds, then kill the rest.
+def end_processes(processes: Sequence[psutil.Process], *, timeout: float, terminate: bool = False) -> None:
+    """Wait up to `timeout` seconds for the end of processes, then kill the remaining ones.
 
-    With `ask` they get SIGTERM first; otherwise they are left to end by themselves. psutil compares start times before
-    it sends a signal, so it never hits another process with the same id.
+    With `terminate` they get SIGTERM first; otherwise they end by themselves.
     """
-    for process in processes if ask else ():
+    # psutil compares start times before it sends a signal, so it never hits another process with the same id.
+    for process in processes if terminate else ():
         with suppress(psutil.Error):
             process.terminate()
-    alive = _alive_after(patience, processes)
+    alive = _wait_for_end(timeout, processes)
     for process in alive:
         with suppress(psutil.Error):
             process.kill()
-    _alive_after(10, alive)
+    _wait_for_end(10, alive)
 
 
-def _alive_after(seconds: float, processes: Sequence[psutil.Process]) -> list[psutil.Process]:
-    """Wait for processes to end, and return those that have not ended after that many seconds.
-
-    A zombie, whose parent does not reap it, counts as ended: in a container the parent may be the first process, which
-    never reaps.
-    """
+def _wait_for_end(seconds: float, processes: Sequence[psutil.Process]) -> list[psutil.Process]:
+    """Wait up to `seconds` for the end of processes, and return those that still run."""
+    # A zombie counts as ended: in a container its parent may be the first process, which never reaps.
     deadline = time.monotonic() + seconds
     while True:
         _, alive = psutil.wait_procs(processes, timeout=0)
-        alive = [process for process in alive if not _is_over(process)]
+        alive = [process for process in alive if not _is_gone_or_zombie(process)]
         if not alive or time.monotonic() > deadline:
             return alive
         time.sleep(0.05)
 
 
-def _is_over(process: psutil.Process) -> bool:
+def _is_gone_or_zombie(process: psutil.Process) -> bool:
     try:
         return bool(process.status() == psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
@@ -101,45 +96,44 @@ OBJECT_STORE_BYTES = 512 << 20
 PORTS = range(20000, 30000)
 """Range of ports for the servers of local clusters.
 
-It lies outside the ports of other clusters' workers (10002 to 19999) and those that the system assigns (from 32768).
+The range avoids the ports of other clusters' workers (10002 to 19999) and those that Linux assigns (from 32768).
 """
 
 PRIVATE = {
     "RAY_AUTH_MODE": "token",
-    # Makes Ray take 127.0.0.1 as the node's address and listen there only; --node-ip-address does not: Ray puts the
-    # address of the network card in the place of a loopback one.
+    # This variable makes Ray use 127.0.0.1 as the address of the node and listen there only. The option
+    # --node-ip-address cannot: Ray replaces a loopback address by that of the network card.
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
 }
 """Environment variables of a Ray cluster that only this machine can reach, and only with a token."""
 
-_OF_ONE_MACHINE = {
-    # Asks, from a process of its own in each run, whether nodes are to be taken away; there is only this one.
+_SINGLE_NODE_SETTINGS = {
+    # The watcher is one more process of each run, and looks for nodes that will be taken away; there is only one node.
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
-    # How often a run asks its workers whether they are done or have failed; over a network Ray's 2 s are as well.
+    # A run asks its workers this often whether they are done or have failed; Ray's 2 s spare a network.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
-    # A Python for each core before there is work: jobs have a runtime environment and would not use them.
+    # Ray would start one Python per core in advance, but our jobs have a runtime environment and cannot use them.
     "RAY_prestart_worker_first_driver": "0",
 }
-"""Environment variables that leave out or speed up work of Ray for a cluster that no other node joins.
+"""Environment variables that save work of Ray on a cluster of a single node; the user's own settings override them."""
 
-The user's own settings take precedence.
-"""
-
-# What ties a `ray start` to another cluster.
-_FOREIGN = (
+_FOREIGN_VARIABLES = (
     "RAY_ADDRESS",
     "RAY_API_SERVER_ADDRESS",
     "RAY_AUTH_TOKEN",
     "RAY_REDIS_ADDRESS",
     "RAY_JOB_CONFIG_JSON_ENV_VAR",
 )
+"""Environment variables that would tie a `ray start` to another cluster."""
 
-# API keys of whoever starts it: all that the cluster ever runs would have them in its environment.
-_SECRET = ("MHMOE_API_KEY", "MHMOE_API_KEYS")
+_SECRET_VARIABLES = ("MHMOE_API_KEY", "MHMOE_API_KEYS")
+"""API keys of the user, which every job of the cluster would otherwise inherit."""
 
 
 @dataclass(frozen=True)
 class LocalCluster:
+    """Record of a local cluster."""
+
     pid: int
     """Process id of `ray start --block`; the other processes are its descendants."""
     address: str
@@ -154,7 +148,8 @@ class LocalCluster:
 
     @property
     def ray_folder(self) -> Path:
-        return self.folder / "head"  # one level down, since Ray opens its temp-dir to everybody
+        # Ray opens its own folder to everybody, so it lies below one of mode 0700.
+        return self.folder / "head"
 
     @property
     def log(self) -> Path:
@@ -174,26 +169,27 @@ def spawn_ray(cpus: int) -> LocalCluster:
     command += [f"--temp-dir={cluster.ray_folder}", f"--num-cpus={cpus}", f"--object-store-memory={OBJECT_STORE_BYTES}"]
     command += [f"--port={gcs}", "--include-dashboard=true", "--dashboard-host=127.0.0.1", f"--dashboard-port={board}"]
     command += [f"--ray-client-server-port={client}", "--dashboard-agent-listen-port=0"]
-    # Of workers any that the system gives: two clusters would hand out the same ones of 10002 to 19999.
+    # 0 lets the system choose: by default two clusters would assign the same ports of 10002 to 19999.
     command += ["--min-worker-port=0", "--max-worker-port=0"]
     if not _shared_memory_holds(OBJECT_STORE_BYTES):
-        command += [f"--plasma-directory={folder}"]  # containers have 64 MB there; Ray would warn on every start
-    ours = {k: v for k, v in os.environ.items() if k not in (*_FOREIGN, *_SECRET)}
+        # Containers have 64 MB of shared memory by default, and Ray would warn on every start.
+        command += [f"--plasma-directory={folder}"]
+    inherited_environment = {k: v for k, v in os.environ.items() if k not in (*_FOREIGN_VARIABLES, *_SECRET_VARIABLES)}
     environment = {
-        **_OF_ONE_MACHINE,
-        **ours,
+        **_SINGLE_NODE_SETTINGS,
+        **inherited_environment,
         MARK: str(folder),
         **PRIVATE,
         "RAY_AUTH_TOKEN_PATH": str(tokens.token_file()),
-        # Away from Ray's fixed 44217 and 44227.
+        # Ray's defaults are the fixed ports 44217 and 44227.
         "AUTOSCALER_METRIC_PORT": str(metrics[0]),
         "DASHBOARD_METRIC_PORT": str(metrics[1]),
         **ENVIRONMENT,
         # Otherwise a cluster with a running job takes half a minute to stop.
         "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
     }
-    # Not Popen, whose object complains when the process outlives it. The shell is there to change the directory: jobs
-    # run in it and import from it, so it must not be that of whoever happened to start the cluster.
+    # A Popen object would warn when the process outlives it. The shell changes the directory: jobs run in the directory
+    # of `ray start` and import from it, so it must not be the one in which the user started the cluster.
     shell = ["/bin/sh", "-c", 'cd "$0" && exec "$@"', str(folder), *command]
     log = (os.POSIX_SPAWN_OPEN, 1, str(cluster.log), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     files = [(os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0), log, (os.POSIX_SPAWN_DUP2, 1, 2)]
@@ -202,10 +198,8 @@ def spawn_ray(cpus: int) -> LocalCluster:
 
 
 def _make_folder() -> Path:
-    """Create a folder with a short path.
-
-    The path of a Unix socket may have 103 characters, and Ray's part takes up to 84.
-    """
+    """Create a folder with a short path."""
+    # The path of a Unix socket may have 103 characters, and Ray's part of it takes up to 84.
     base = tempfile.gettempdir()
     return Path(tempfile.mkdtemp(prefix="mhmoe-", dir=base if len(base) <= 15 else "/tmp"))
 
@@ -214,7 +208,8 @@ def _shared_memory_holds(size: int) -> bool:
     try:
         shm = os.statvfs("/dev/shm")
     except OSError:
-        return True  # no Linux: Ray looks elsewhere by itself
+        # Without /dev/shm, on other systems than Linux, Ray chooses a folder itself.
+        return True
     return shm.f_bavail * shm.f_frsize >= size
 
 
@@ -234,4 +229,8 @@ def free_ports(count: int) -> list[int]:
         ports.append(port)
         if len(ports) == count:
             return ports
-    raise ClusterError("local cluster", f"no free ports between {PORTS.start} and {PORTS.stop}", "end what uses them")
+    raise ClusterError(
+        "local cluster",
+        f"no free ports between {PORTS.start} and {PORTS.stop}",
+        "end some of the servers that use them",
+    )

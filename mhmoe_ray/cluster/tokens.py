@@ -1,8 +1,8 @@
-"""The state folder of this user, and Ray's tokens: our own for clusters that we start, the user's for others.
+"""The state folder of this user, and Ray's authentication tokens: our own for local clusters, the user's for others.
 
-`ray start` runs without authentication if it finds no token file, so it is always given one. That file lies in the
-state folder: ~/.ray/auth_token belongs to the user and is read but never written. A token travels in files and HTTP
-headers, never on a command line.
+`ray start` runs without authentication if it finds no token file, so local clusters always get one, which lies in the
+state folder. ~/.ray/auth_token belongs to the user and is only read. A token travels in files and HTTP headers, never
+on a command line.
 """
 
 import fcntl
@@ -17,47 +17,47 @@ from pathlib import Path
 from mhmoe_ray.errors import ClusterError, TokenError
 
 
-def home() -> Path:
+def state_folder() -> Path:
     """Return the state folder: $MHMOE_HOME, else $XDG_STATE_HOME/mhmoe, else ~/.local/state/mhmoe.
 
     A missing folder is created with access for its owner only.
 
     Raises:
-        ClusterError: it cannot be created.
+        ClusterError: the folder cannot be created.
     """
-    given, xdg = os.environ.get("MHMOE_HOME"), os.environ.get("XDG_STATE_HOME")
+    configured_home, xdg = os.environ.get("MHMOE_HOME"), os.environ.get("XDG_STATE_HOME")
     base = Path(xdg) if xdg and Path(xdg).is_absolute() else Path.home() / ".local/state"
-    folder = Path(given).absolute() if given else base / "mhmoe"
+    folder = Path(configured_home).absolute() if configured_home else base / "mhmoe"
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as e:
-        raise _unusable(folder, e) from e
+        raise _unusable_folder_error(folder, e) from e
     return folder
 
 
-def _unusable(folder: Path, e: OSError) -> ClusterError:
+def _unusable_folder_error(folder: Path, e: OSError) -> ClusterError:
     return ClusterError(f"folder {folder}", e.strerror or str(e), "set MHMOE_HOME to one that you can write and lock")
 
 
 @contextmanager
-def locked(name: str = "lock") -> Iterator[Path]:
-    """Hold the lock of this name against other commands, and yield the state folder.
+def state_lock(name: str = "lock") -> Iterator[Path]:
+    """Hold a lock of the state folder against other commands, and yield the folder.
 
-    The default lock is held to start, stop or look for the local cluster.
+    Commands hold the default lock while they start, stop or look for the local cluster.
 
     Raises:
         ClusterError: the folder cannot be written, or its file system has no locks.
     """
-    folder = home()
+    folder = state_folder()
     try:
         fd = os.open(folder / name, os.O_RDWR | os.O_CREAT, 0o600)
     except OSError as e:
-        raise _unusable(folder, e) from e
+        raise _unusable_folder_error(folder, e) from e
     try:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX)
         except OSError as e:
-            raise _unusable(folder, e) from e
+            raise _unusable_folder_error(folder, e) from e
         yield folder
     finally:
         os.close(fd)
@@ -65,6 +65,8 @@ def locked(name: str = "lock") -> Iterator[Path]:
 
 @dataclass(frozen=True)
 class Token:
+    """An authentication token of a Ray cluster."""
+
     value: str = field(repr=False)
     source: str
     """File or environment variable that the token was read from, for messages."""
@@ -75,7 +77,7 @@ class Token:
 
 
 def token_file() -> Path:
-    return home() / "ray_token"
+    return state_folder() / "ray_token"
 
 
 def make_token() -> Path:
@@ -85,7 +87,7 @@ def make_token() -> Path:
     """
     path = token_file()
     if not path.exists():
-        fd, partial = tempfile.mkstemp(dir=path.parent)  # readable by its owner only
+        fd, partial = tempfile.mkstemp(dir=path.parent)  # mkstemp makes it readable by its owner only.
         with os.fdopen(fd, "w") as f:
             f.write(secrets.token_hex(32))
             f.flush()
@@ -98,15 +100,13 @@ def own_token() -> Token:
     """Return the token of clusters that this package starts.
 
     Raises:
-        TokenError: its file is gone or empty.
+        TokenError: the token's file is gone or empty.
     """
-    return _read(token_file(), str(token_file()), "run `mhmoe cluster down`, then `mhmoe cluster up`")
+    return _read_token(token_file(), str(token_file()), "run `mhmoe cluster down`, then `mhmoe cluster up`")
 
 
 def user_token() -> Token | None:
-    """Return the token that Ray itself would send to a cluster that this package did not start.
-
-    It is None if the user has no token or has switched tokens off.
+    """Return the token that Ray itself would send to a cluster; None if the user has none or has disabled tokens.
 
     Raises:
         TokenError: the file of RAY_AUTH_TOKEN_PATH, or ~/.ray/auth_token, holds no token.
@@ -116,33 +116,33 @@ def user_token() -> Token | None:
     if value := os.environ.get("RAY_AUTH_TOKEN", "").strip():
         return Token(value, "RAY_AUTH_TOKEN")
     if path := os.environ.get("RAY_AUTH_TOKEN_PATH"):
-        return _read(Path(path), f"RAY_AUTH_TOKEN_PATH ({path})", "name a file that holds the cluster's token")
+        return _read_token(Path(path), f"RAY_AUTH_TOKEN_PATH ({path})", "name a file that holds the cluster's token")
     default = Path.home() / ".ray/auth_token"
-    return _read(default, str(default), "write the cluster's token into it") if default.exists() else None
+    return _read_token(default, str(default), "write the cluster's token into it") if default.exists() else None
 
 
-def token_in(path: Path) -> Token:
+def token_from_file(path: Path) -> Token:
     """Return the token in a file that the user has named for a cluster.
 
     Raises:
         TokenError: the file holds no token.
     """
-    return _read(path, str(path), "write the cluster's token into it, or name another file: mhmoe cluster use")
+    return _read_token(path, str(path), "write the cluster's token into it, or name another file: mhmoe cluster use")
 
 
-def refused(address: str, token: Token | None) -> TokenError:
+def refused_token_error(address: str, token: Token | None) -> TokenError:
     """Return the error for a cluster that answers 401 or 403."""
     if token is not None:
-        why = f"it refused the token of {token.source}"
+        reason = f"it refused the token of {token.source}"
     elif os.environ.get("RAY_AUTH_MODE", "").lower() == "disabled":
-        why = "it wants a token and RAY_AUTH_MODE=disabled keeps us from sending one"
+        reason = "it asks for a token, and RAY_AUTH_MODE=disabled keeps us from sending one"
     else:
-        why = "it wants a token and there is none in RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token"
+        reason = "it asks for a token, and there is none in RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token"
     fix = "put the cluster's token into a file and set RAY_AUTH_TOKEN_PATH to it"
-    return TokenError(f"cluster {address}", why, fix)
+    return TokenError(f"cluster {address}", reason, fix)
 
 
-def _read(path: Path, source: str, fix: str) -> Token:
+def _read_token(path: Path, source: str, fix: str) -> Token:
     try:
         value = path.read_text(encoding="utf-8").partition("\n")[0].strip()
     except (OSError, UnicodeDecodeError) as e:

@@ -1,4 +1,4 @@
-"""Cleaning of a corpus: it removes repeated text, and English that was left in translations."""
+"""Cleaning of a corpus: it removes repeated text, and English text that was left in translations."""
 
 import re
 import unicodedata
@@ -6,69 +6,71 @@ from hashlib import blake2b
 
 from mhmoe_ray.corpus.readers import Document
 
-SHORTEST = 300
-"""Bytes of text below which a document is dropped, since it teaches little."""
-SHORT_PARAGRAPH = 20
-"""Characters below which a paragraph may be repeated, as headings such as "Example" are."""
+MIN_DOCUMENT_BYTES = 300
+"""Bytes of text below which a document is dropped, because so short a document teaches little."""
+MIN_PARAGRAPH_CHARS = 20
+"""Characters below which a paragraph may be repeated; headings such as "Example" are."""
 
-# Frequent in any English sentence and rare in other languages, in which single ones of them are words too.
-_ENGLISH_WORDS = "the and this that with you your are from when which will have not can if for of to in is"
-_ENGLISH = frozenset(_ENGLISH_WORDS.split())
-_ENGLISH_SHARE, _FEWEST_WORDS = 0.3, 5
+# These words are frequent in any English sentence and rare in other languages. Some of them are words of another
+# language too ("in" and "will" are German), so one such word proves nothing and a share of them is needed.
+_ENGLISH_WORD_LIST = "the and this that with you your are from when which will have not can if for of to in is"
+_ENGLISH_WORDS = frozenset(_ENGLISH_WORD_LIST.split())
+_MIN_ENGLISH_SHARE, _MIN_WORDS = 0.3, 5
 _INVISIBLE = re.compile("[\x00-\x08\x0b-\x1f\x7f\u00ad\u200b\ufeff\ud800-\udfff]")
 
 
 class Cleaner:
-    """Cleaner that removes text it has seen before; feed it English before the translations of it.
+    """Cleaner that removes the text it has seen in earlier documents.
 
-    As in CCNet (Wenzek et al., arXiv 1911.00359, section 3.1), paragraphs seen before in the same domain or language
-    are dropped. A document that loses more than half of its text this way is a variant of another one and is dropped as
-    a whole.
+    It recognises English text in a translation by the English original, so it must get the original first. Paragraphs
+    that the same domain or language has already are dropped, as in CCNet (Wenzek et al., arXiv 1911.00359, section
+    3.1). A document that loses more than half of its text is dropped as a whole.
     """
 
     def __init__(self) -> None:
-        self._seen: dict[str, set[bytes]] = {}
-        self._english = set[bytes]()
+        self._digests_by_domain: dict[str, set[bytes]] = {}
+        self._english_digests = set[bytes]()
 
-    def clean(self, document: Document, domain: str, translated: bool) -> str | None:
-        """Return the document's cleaned text, with a line break after each paragraph; None if too little of it is left.
+    def clean(self, document: Document, domain: str, is_translation: bool) -> str | None:
+        """Return the text that is left of a document, a paragraph a line; None if too little is left.
 
         Args:
             document: the document to clean.
             domain: the domain within which no paragraph may occur twice.
-            translated: whether the document is not English, so that English in it was left untranslated.
+            is_translation: the document is not English, so English text in it is removed.
         """
-        seen, new = self._seen.setdefault(domain, set()), set[bytes]()
-        before, kept = 0, list[str]()
-        for i, paragraph in enumerate(map(normalise, document.paragraphs)):
-            key, is_title = _digest(paragraph), i == 0 and len(document.paragraphs) > 1
-            before += len(paragraph)
-            if translated and (self._known_in_english(paragraph) or is_english(paragraph)):
+        domain_digests, document_digests = self._digests_by_domain.setdefault(domain, set()), set[bytes]()
+        original_length, clean_paragraphs = 0, list[str]()
+        for i, paragraph in enumerate(map(normalise_text, document.paragraphs)):
+            digest, is_title = _paragraph_digest(paragraph), i == 0 and len(document.paragraphs) > 1
+            original_length += len(paragraph)
+            if is_translation and (self._is_untranslated(paragraph) or is_english(paragraph)):
                 continue
-            if len(paragraph) >= SHORT_PARAGRAPH:
-                if key in new or (key in seen and not is_title):  # links to it may have named a title before
+            if len(paragraph) >= MIN_PARAGRAPH_CHARS:
+                # A title may repeat an earlier paragraph, because links to the document may have named it.
+                if digest in document_digests or (digest in domain_digests and not is_title):
                     continue
-                new.add(key)
-            if not translated:
-                self._english.update(map(_digest, paragraph.splitlines()))
-            kept.append(paragraph)
-        text = "\n".join(kept)
-        if len(text.encode()) < SHORTEST or 2 * len(text) < before:
+                document_digests.add(digest)
+            if not is_translation:
+                self._english_digests.update(map(_paragraph_digest, paragraph.splitlines()))
+            clean_paragraphs.append(paragraph)
+        text = "\n".join(clean_paragraphs)
+        # A document that repeats more than half of its text is a variant of another one.
+        if len(text.encode()) < MIN_DOCUMENT_BYTES or 2 * len(text) < original_length:
             return None
-        seen |= new
+        # A dropped document must not remove its paragraphs from later ones, so its digests are added only here.
+        domain_digests |= document_digests
         return text
 
-    def _known_in_english(self, paragraph: str) -> bool:
-        """Return whether most lines of a paragraph were seen in English.
-
-        Most lines are enough: in a code listing, a translator may have changed only some comments.
-        """
+    def _is_untranslated(self, paragraph: str) -> bool:
+        """Return whether most lines of a paragraph occur in English documents."""
+        # Not all lines: in a code listing, a translator may have changed only some comments.
         lines = paragraph.splitlines()
-        return 2 * sum(_digest(line) in self._english for line in lines) > len(lines)
+        return 2 * sum(_paragraph_digest(line) in self._english_digests for line in lines) > len(lines)
 
 
-def normalise(text: str) -> str:
-    """Normalise a text: compose characters (NFC), and remove invisible characters and lone surrogates.
+def normalise_text(text: str) -> str:
+    """Return a text with composed characters (NFC) and without invisible characters and lone surrogates.
 
     Non-breaking spaces become spaces.
     """
@@ -78,9 +80,10 @@ def normalise(text: str) -> str:
 def is_english(paragraph: str) -> bool:
     """Return whether a paragraph among paragraphs of another language reads as English."""
     words = re.findall(r"[^\W\d_]+", paragraph.lower())
-    return len(words) >= _FEWEST_WORDS and sum(word in _ENGLISH for word in words) >= _ENGLISH_SHARE * len(words)
+    return len(words) >= _MIN_WORDS and sum(word in _ENGLISH_WORDS for word in words) >= _MIN_ENGLISH_SHARE * len(words)
 
 
-def _digest(paragraph: str) -> bytes:
-    """Return a hash that is equal for paragraphs that differ only in case and white space."""
+def _paragraph_digest(paragraph: str) -> bytes:
+    """Return a hash of a paragraph that ignores case and white space."""
+    # Eight bytes keep the sets small. Among ten million paragraphs a collision has a chance of about 1 in 370,000.
     return blake2b(" ".join(paragraph.casefold().split()).encode(), digest_size=8).digest()

@@ -1,6 +1,7 @@
-"""Fetching of packages by name into a cache, with the machine's own clients, and reading of files in them in one pass.
+"""Downloads of packages by name into a cache, and readers of the files in them.
 
-Nothing is installed or unpacked to disk, and no script of a package runs.
+The machine's own clients (apt-get, pip) download. Nothing is installed or unpacked to disk, and no script of a package
+runs. A package is read in one pass.
 """
 
 import gzip
@@ -22,95 +23,120 @@ from mhmoe_ray.errors import DataError
 
 
 @dataclass(frozen=True)
-class Fetched:
-    """A package in the cache; `bytes` is the size of what was downloaded for it now, 0 if it was in the cache."""
+class FetchedPackage:
+    """A package in the cache.
+
+    Attributes:
+        path: the package's file.
+        version: the package's version.
+        downloaded_bytes: size of the download; 0 if the package was in the cache.
+    """
 
     path: Path
     version: str
-    bytes: int
+    downloaded_bytes: int
 
 
-def client(origin: Origin) -> list[str] | None:
-    """Return the command that downloads a package of an origin into the working directory; None if there is no
-    client."""
+def download_command(origin: Origin) -> list[str] | None:
+    """Return the command that downloads a package into the working directory, without the package's name.
+
+    The result is None if the machine has no client for the origin.
+    """
     if origin == "PyPI":
         pip = [sys.executable, "-m", "pip"] if importlib.util.find_spec("pip") else [shutil.which("pip") or ""]
-        # Wheels only: the set-up of a source archive is code that would run here.
+        # Only wheels are allowed, because pip would run the set-up code of a source archive.
         options = ["--no-deps", "--only-binary=:all:", "--no-cache-dir", "--disable-pip-version-check", "--quiet"]
         return [*pip, "download", *options] if pip != [""] else None
     apt = shutil.which("apt-get")
-    # Without these two, root's apt-get keeps an index of its lists outside our cache.
+    # Without these two options, root's apt-get keeps an index of its lists outside our cache.
     return [apt, "download", "-qq", "-o", "Dir::Cache::pkgcache=", "-o", "Dir::Cache::srcpkgcache="] if apt else None
 
 
-def fetch(package: Package, cache: Path) -> Fetched:
-    """Return the package's file from the cache, or download the newest version that the client knows.
+def fetch_package(package: Package, cache: Path) -> FetchedPackage:
+    """Return a package from the cache, or download the newest version that the client knows.
 
     Raises:
         DataError: the package cannot be downloaded.
     """
     folder = cache / package.origin
-    there = _find(package, folder)
-    if there:
-        return Fetched(there, _version(there), 0)
-    command = client(package.origin)
-    what = f"package {package.name} of {package.origin}"
+    cached_path = _cached_file(package, folder)
+    if cached_path:
+        return FetchedPackage(cached_path, _file_version(cached_path), 0)
+    command = download_command(package.origin)
+    package_title = f"package {package.name} of {package.origin}"
     if command is None:
-        name = "pip" if package.origin == "PyPI" else "apt-get"
+        client_name = "pip" if package.origin == "PyPI" else "apt-get"
         raise DataError(
-            f"packages of {package.origin}", f"there is no {name} here", f"those that are not in {folder} are left out"
+            f"packages of {package.origin}",
+            f"there is no {client_name} here",
+            f"those that are not in {folder} are left out",
         )
-    # A folder of its own, so that only a whole file gets into the cache.
-    unfinished = folder / f"{package.name}.part"
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    done = subprocess.run([*command, package.name], cwd=unfinished, capture_output=True, text=True, check=False)
-    file = next(unfinished.iterdir(), None)
-    if done.returncode or file is None:
-        shutil.rmtree(unfinished)
-        told = re.findall(r"(?m)^(?:E|ERROR): (.*)", done.stderr) or done.stderr.splitlines() or ["no reason given"]
+    # The client writes into a staging folder, so that only a complete file gets into the cache.
+    staging_folder = folder / f"{package.name}.part"
+    shutil.rmtree(staging_folder, ignore_errors=True)
+    staging_folder.mkdir(parents=True)
+    process = subprocess.run([*command, package.name], cwd=staging_folder, capture_output=True, text=True, check=False)
+    file = next(staging_folder.iterdir(), None)
+    if process.returncode or file is None:
+        shutil.rmtree(staging_folder)
+        error_lines = (
+            re.findall(r"(?m)^(?:E|ERROR): (.*)", process.stderr) or process.stderr.splitlines() or ["no reason given"]
+        )
+        # With old lists, apt-get asks for versions that the mirror no longer has.
         fix = "look at the network" if package.origin == "PyPI" else "look at the network, or run apt-get update"
-        raise DataError(what, told[0].rstrip(". "), fix)
+        raise DataError(package_title, error_lines[0].rstrip(". "), fix)
     path = file.rename(folder / file.name)
-    unfinished.rmdir()
-    return Fetched(path, _version(path), path.stat().st_size)
+    staging_folder.rmdir()
+    return FetchedPackage(path, _file_version(path), path.stat().st_size)
 
 
-def _find(package: Package, folder: Path) -> Path | None:
+def _cached_file(package: Package, folder: Path) -> Path | None:
+    """Return the path of the package's file in a folder; None if the folder has none."""
     name, _, version = package.name.partition("==")
     if package.origin == "Debian":
         return next(iter(sorted(folder.glob(f"{name}_*.deb"))), None)
+    # A wheel's name begins with the project's name in lower case.
     return next(iter(sorted(folder.glob(f"{name.lower()}-{version}-*.whl"))), None)
 
 
-def _version(path: Path) -> str:
-    """Return the version in the name of a package's file: name_1%3a2.0-1_all.deb, name-2.0-py3-none-any.whl."""
+def _file_version(path: Path) -> str:
+    """Return the version in the name of a package's file.
+
+    Names have the forms name_1%3a2.0-1_all.deb and name-2.0-py3-none-any.whl.
+    """
+    # apt-get writes the colon of a Debian version as %3a.
     return unquote(path.name.split("_")[1] if path.suffix == ".deb" else path.name.split("-")[1])
 
 
-LARGEST = 100_000_000
+MAX_MEMBER_BYTES = 100_000_000
 """Largest size in bytes of a file in a package; a larger file holds no text for the corpus."""
 
 
-def read_members(package: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str, bytes]]:
-    """Yield path and content of the plain files whose path is wanted, in the package's order, with gzip decompressed.
+def read_members(package: Path, is_wanted: Callable[[str], bool]) -> Iterator[tuple[str, bytes]]:
+    """Yield the path and the content of the wanted plain files of a package, in the package's order.
+
+    Content that is compressed with gzip is decompressed.
 
     Args:
         package: the path of a .deb or a wheel.
-        wanted: a function that returns whether the file with a path is wanted.
+        is_wanted: a function that returns whether the file with a path is wanted.
 
     Raises:
         DataError: the package is damaged, or there is no dpkg-deb to read a .deb with.
     """
-    members = _debian if package.suffix == ".deb" else _wheel
+    read_archive = _read_deb if package.suffix == ".deb" else _read_wheel
     try:
-        for name, content in members(package, wanted):
+        for name, content in read_archive(package, is_wanted):
+            # Debian compresses manuals (.gz) and dictionaries (.dz) with gzip; the first bytes tell.
             yield name, gzip.decompress(content) if content.startswith(b"\x1f\x8b") else content
     except (tarfile.TarError, zipfile.BadZipFile, gzip.BadGzipFile, zlib.error, EOFError, OSError) as e:
-        raise DataError(f"package {package}", f"it cannot be read ({e})", "delete it to have it fetched anew") from e
+        raise DataError(
+            f"package {package}", f"it cannot be read ({e})", "delete it, so that it is downloaded again"
+        ) from e
 
 
-def _debian(package: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str, bytes]]:
+def _read_deb(package: Path, is_wanted: Callable[[str], bool]) -> Iterator[tuple[str, bytes]]:
+    """Yield the path and the content of the wanted plain files of a .deb."""
     if not shutil.which("dpkg-deb"):
         raise DataError(f"package {package}", "there is no dpkg-deb to read it with", "install dpkg")
     command = ["dpkg-deb", "--fsys-tarfile", str(package.absolute())]
@@ -120,19 +146,22 @@ def _debian(package: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str,
             with tarfile.open(fileobj=process.stdout, mode="r|") as tar:
                 for member in tar:
                     name = member.name.removeprefix("./")
-                    if member.isreg() and member.size <= LARGEST and wanted(name):
+                    if member.isreg() and member.size <= MAX_MEMBER_BYTES and is_wanted(name):
                         file = tar.extractfile(member)
                         assert file
                         yield name, file.read()
+            # tarfile stops at the end of the archive. The rest must be read too, or dpkg-deb fails to write it.
             process.stdout.read()
         finally:
-            process.stdout.close()  # ends dpkg-deb where the reader stops early
+            # Closing the pipe ends dpkg-deb if the caller stops early.
+            process.stdout.close()
     if process.returncode:
         raise tarfile.ReadError(f"dpkg-deb ended with {process.returncode}")
 
 
-def _wheel(package: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str, bytes]]:
+def _read_wheel(package: Path, is_wanted: Callable[[str], bool]) -> Iterator[tuple[str, bytes]]:
+    """Yield the path and the content of the wanted files of a wheel."""
     with zipfile.ZipFile(package) as wheel:
         for member in wheel.infolist():
-            if not member.is_dir() and member.file_size <= LARGEST and wanted(member.filename):
+            if not member.is_dir() and member.file_size <= MAX_MEMBER_BYTES and is_wanted(member.filename):
                 yield member.filename, wheel.read(member)

@@ -1,4 +1,4 @@
-"""The large sample: over 100 MB in nearly 40 languages, from packages of Debian and PyPI fetched by name.
+"""The large sample: over 100 MB of text in nearly 40 languages, from packages of Debian and PyPI.
 
     DIR/redpajama/<domain>        English, in folders with RedPajama's names
     DIR/multilingual/<language>   translations of manuals
@@ -9,132 +9,149 @@ It is not RedPajama; each record's `meta` says what it is, where it comes from a
 
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from mhmoe_ray.corpus.clean import Cleaner
-from mhmoe_ray.corpus.fetch import Fetched, fetch, read_members
-from mhmoe_ray.corpus.packages import PACKAGES, Package, language_of
+from mhmoe_ray.corpus.fetch import FetchedPackage, fetch_package, read_members
+from mhmoe_ray.corpus.packages import PACKAGES, Package, file_language
 from mhmoe_ray.corpus.readers import Document
-from mhmoe_ray.corpus.small import Shards, english_parts, remove_sample
+from mhmoe_ray.corpus.small import ShardWriter, english_records, remove_sample
 from mhmoe_ray.errors import DataError
 
 GOAL_BYTES, GOAL_LANGUAGES = 100_000_000, 15
-LANGUAGE_BYTES = 1_000_000
+GOAL_LANGUAGE_BYTES = 1_000_000
 """Bytes of text from which a language counts toward the goal."""
-FEWEST_BYTES = 50_000
-"""Bytes of text below which a language is left out: a few pages of a translation that was begun."""
-MULTILINGUAL = "multilingual/"
+MIN_LANGUAGE_BYTES = 50_000
+"""Bytes of text below which a language is left out, since a few pages of a translation teach little."""
+MULTILINGUAL_PREFIX = "multilingual/"
 
 
 @dataclass
-class Written:
-    """Summary of a large sample that was written.
+class SampleSummary:
+    """Summary of a large sample on disk.
 
     Attributes:
         documents: number of documents by folder below DIR.
         bytes: bytes of text by folder below DIR.
-        downloaded: bytes downloaded for this sample now.
-        missing: reasons why packages are not in it, a line each.
+        downloaded: bytes downloaded for the sample; packages in the cache do not count.
+        missing_packages: a line for each missing package, with the reason.
     """
 
     documents: dict[str, int] = field(default_factory=dict)
     bytes: dict[str, int] = field(default_factory=dict)
     downloaded: int = 0
-    missing: list[str] = field(default_factory=list)
+    missing_packages: list[str] = field(default_factory=list)
 
-    def shortfall(self) -> str | None:
-        """Return how far the sample is below the goal, as a clause; None if it reaches the goal."""
-        total = sum(self.bytes.values())
-        translated = sum(
-            size >= LANGUAGE_BYTES for name, size in self.bytes.items() if name.startswith("multilingual/")
+    def as_json(self) -> dict[str, Any]:
+        """Return the summary as `mhmoe data sample --large --json` prints it."""
+        fields = asdict(self)
+        return {**fields, "missing": fields.pop("missing_packages")}
+
+    def describe_shortfall(self) -> str | None:
+        """Return a clause about the goal that the sample misses; None if it reaches the goal."""
+        total_bytes = sum(self.bytes.values())
+        translation_count = sum(
+            size >= GOAL_LANGUAGE_BYTES for name, size in self.bytes.items() if name.startswith("multilingual/")
         )
-        languages = translated + any(name.startswith("redpajama/") for name in self.bytes)
-        if total >= GOAL_BYTES and languages >= GOAL_LANGUAGES:
+        # All English text is one language.
+        language_count = translation_count + any(name.startswith("redpajama/") for name in self.bytes)
+        if total_bytes >= GOAL_BYTES and language_count >= GOAL_LANGUAGES:
             return None
         return (
-            f"it has {total / 1e6:.0f} MB and {languages} languages of 1 MB or more, "
+            f"it has {total_bytes / 1e6:.0f} MB and {language_count} languages of 1 MB or more, "
             f"not {GOAL_BYTES / 1e6:.0f} MB and {GOAL_LANGUAGES}"
         )
 
 
-def write_large(
-    folder: Path, cache: Path, say: Callable[[str], None], packages: Iterable[Package] = PACKAGES
-) -> Written:
-    """Write the sample below `folder`, in place of one written there before.
+def write_large_sample(
+    folder: Path, cache: Path, print_line: Callable[[str], None], packages: Iterable[Package] = PACKAGES
+) -> SampleSummary:
+    """Write the large sample below `folder` and return its summary; an earlier sample there is replaced.
 
     Args:
         folder: the folder of the sample.
-        cache: the folder that keeps downloads; a package in it is not fetched again.
-        say: a function that takes a line for each package, and a warning for each that cannot be had.
+        cache: the folder of the downloads; a package in it is not downloaded again.
+        print_line: a function that prints a line for each package, and a warning for each missing package.
         packages: the packages to read.
 
     Raises:
         DataError: packages of the `sample` extra are not installed, or a folder cannot be written.
     """
-    parts, written, sample = english_parts(), Written(), _Sample(folder)
+    english_text, summary, writer = english_records(), SampleSummary(), _SampleWriter(folder)
     try:
         remove_sample(folder)
-        for domain, records in parts.items():
+        # English comes first, because the cleaner finds untranslated text in manuals by the English original.
+        for domain, records in english_text.items():
             for record in records:
-                sample.add(domain, Document("", [record["text"]]), record["meta"])
+                writer.add_document(domain, Document("", [record["text"]]), record["meta"])
         for package in packages:
             try:
-                fetched = fetch(package, cache)
-                documents, size = sample.add_package(package, fetched)
+                fetched = fetch_package(package, cache)
+                documents, size = writer.add_package(package, fetched)
             except DataError as e:
-                if str(e) not in written.missing:
-                    written.missing.append(str(e))
-                    say(f"warning: {e}")
+                # A missing client gives the same error for all packages of its origin; one warning is enough.
+                if str(e) not in summary.missing_packages:
+                    summary.missing_packages.append(str(e))
+                    print_line(f"warning: {e}")
                 continue
-            written.downloaded += fetched.bytes
-            say(f"{package.name.partition('==')[0]} {fetched.version}: {documents:,} documents, {size / 1e6:.1f} MB")
-        for name, shards in sorted(sample.shards.items()):
-            if name.startswith(MULTILINGUAL) and shards.bytes < FEWEST_BYTES:
-                shards.abandon()
+            summary.downloaded += fetched.downloaded_bytes
+            print_line(
+                f"{package.name.partition('==')[0]} {fetched.version}: {documents:,} documents, {size / 1e6:.1f} MB"
+            )
+        for name, shard_writer in sorted(writer.shard_writers.items()):
+            if name.startswith(MULTILINGUAL_PREFIX) and shard_writer.text_bytes < MIN_LANGUAGE_BYTES:
+                shard_writer.discard()
                 continue
-            shards.close()
-            written.documents[name], written.bytes[name] = shards.documents, shards.bytes
+            shard_writer.close()
+            summary.documents[name], summary.bytes[name] = shard_writer.document_count, shard_writer.text_bytes
     except OSError as e:
         raise DataError(f"data sample {folder}", e.strerror or str(e), "name folders you can write") from e
-    return written
+    return summary
 
 
-class _Sample:
-    """The shards of every domain, open at once, and the cleaner that keeps repeats out of them."""
+class _SampleWriter:
+    """Writer of a sample, with the open shards of all domains and the cleaner that removes repeated text."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.shards = folder, dict[str, Shards]()
+        self.folder, self.shard_writers = folder, dict[str, ShardWriter]()
         self._cleaner = Cleaner()
 
-    def add(self, domain: str, document: Document, meta: dict[str, Any]) -> int:
-        """Clean a document and write what is left; return the bytes of text that were written."""
-        text = self._cleaner.clean(document, domain, translated=meta["language"] != "en")
+    def add_document(self, domain: str, document: Document, meta: dict[str, Any]) -> int:
+        """Clean a document, write the remaining text and return the number of its bytes."""
+        text = self._cleaner.clean(document, domain, is_translation=meta["language"] != "en")
         if text is None:
             return 0
-        shards = self.shards.setdefault(domain, Shards(self.folder / domain))
-        shards.add({"text": text, "meta": meta})
+        shard_writer = self.shard_writers.setdefault(domain, ShardWriter(self.folder / domain))
+        shard_writer.add({"text": text, "meta": meta})
         return len(text.encode())
 
-    def add_package(self, package: Package, fetched: Fetched) -> tuple[int, int]:
-        """Write the documents of a package; return their number and their bytes of text.
+    def add_package(self, package: Package, fetched: FetchedPackage) -> tuple[int, int]:
+        """Write the documents of a package and return their number and their bytes of text.
 
         Raises:
-            DataError: the package is damaged, and nothing of it was written; or there is no text where the table says.
+            DataError: the package is damaged, and none of its text was written. Or the package has no text in the files
+                that the table of packages names.
         """
         name = package.name.partition("==")[0]
-        rights = re.compile(rf"usr/share/doc/{re.escape(name)}/copyright|[^/]+\.dist-info/(licenses/)?LICEN[CS]E.*")
-        found, licenses = list[tuple[str, str, Document]](), list[bytes]()
-        for path, content in read_members(fetched.path, lambda p: bool(language_of(p, package) or rights.fullmatch(p))):
-            if rights.fullmatch(path):
-                licenses.append(content)
-            elif language := language_of(path, package):
-                found += [(language, path, document) for document in package.reader(content)]
-        found.sort(key=lambda item: item[0] != "en")  # stable: English first, which finds what was left untranslated
-        sizes = list[int]()
-        for language, path, document in found:
-            domain = f"redpajama/{package.domain}" if language == "en" else MULTILINGUAL + language
+        license_file = re.compile(
+            rf"usr/share/doc/{re.escape(name)}/copyright|[^/]+\.dist-info/(licenses/)?LICEN[CS]E.*"
+        )
+        # The whole package is read before any of its text is written: damage may show only at its end.
+        documents, license_texts = list[tuple[str, str, Document]](), list[bytes]()
+        for path, content in read_members(
+            fetched.path, lambda p: bool(file_language(p, package) or license_file.fullmatch(p))
+        ):
+            if license_file.fullmatch(path):
+                license_texts.append(content)
+            elif language := file_language(path, package):
+                documents += [(language, path, document) for document in package.reader(content)]
+        # The cleaner needs the English originals first. The sort is stable, so the order is otherwise the package's.
+        documents.sort(key=lambda item: item[0] != "en")
+        text_sizes = list[int]()
+        for language, path, document in documents:
+            domain = f"redpajama/{package.domain}" if language == "en" else MULTILINGUAL_PREFIX + language
             meta = {
                 "source": f"{name} {fetched.version} ({package.origin})",
                 "license": package.license,
@@ -142,11 +159,11 @@ class _Sample:
                 "title": document.title,
                 "url": f"{name}:{path}",
             }
-            sizes.append(self.add(domain, document, meta))
-        if not any(sizes):
+            text_sizes.append(self.add_document(domain, document, meta))
+        if not any(text_sizes):
             raise DataError(
                 f"package {name} {fetched.version}", "there is no text where older ones have it", "go on without it"
             )
         (self.folder / "licenses").mkdir(parents=True, exist_ok=True)
-        (self.folder / "licenses" / f"{name}.txt").write_bytes(b"\n".join(licenses))
-        return sum(map(bool, sizes)), sum(sizes)
+        (self.folder / "licenses" / f"{name}.txt").write_bytes(b"\n".join(license_texts))
+        return sum(map(bool, text_sizes)), sum(text_sizes)

@@ -1,7 +1,10 @@
-"""Readers of packages' files: each takes a file's bytes and yields the documents in it.
+"""Readers of packages' files, which take a file's bytes and yield the documents in it.
 
-HTML manuals, Mallard (GNOME's help in XML), dictionaries of the DICT protocol's server, and source files, filtered as
-RedPajama filters GitHub's.
+There are readers of HTML manuals, of Mallard (GNOME's help in XML), of dictionaries of the DICT protocol's server, and
+of source files, which are filtered as RedPajama filters GitHub's files.
+
+Functions that need lxml import it themselves. The small sample is made without lxml, which is in the extra
+`large-sample`.
 """
 
 import re
@@ -16,7 +19,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Document:
-    """`paragraphs` are cleaned one by one, so what must stay whole (a source file) is a single one."""
+    """A document of a corpus.
+
+    Attributes:
+        title: the document's title; it may be empty.
+        paragraphs: the parts that are cleaned one by one. Text that must stay together, such as a source file, is a
+            single paragraph.
+    """
 
     title: str
     paragraphs: list[str]
@@ -26,13 +35,23 @@ Reader = Callable[[bytes], Iterator[Document]]
 
 
 class Block(NamedTuple):
+    """A paragraph, heading, item or code listing of a page, with the name of its element."""
+
     tag: str
     text: str
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What elements mean, by local name. All that is not named here runs on within its paragraph."""
+    """Roles of a markup language's elements, by local name. Text of any other element belongs to its paragraph.
+
+    Attributes:
+        blocks: elements that begin and end a paragraph.
+        preformatted: elements whose line breaks and indentation are kept.
+        skipped: elements without text for the corpus.
+        breaks: elements that end a line.
+        cells: elements that are separated by a space.
+    """
 
     blocks: Collection[str]
     preformatted: Collection[str]
@@ -41,45 +60,46 @@ class Vocabulary:
     cells: Collection[str] = ()
 
 
-def read_blocks(root: "etree._Element", words: Vocabulary) -> Iterator[Block]:
-    """The text below `root` in reading order, a block for each paragraph, heading, item or code listing."""
-    open_blocks, text, verbatim = [_name(root)], list[str](), 0
-    # A walk by events, because hand-made pages nest deeper than Python recurses.
-    # Imported only here: the small sample is made without lxml, which is in the extra `large-sample`.
+def read_blocks(root: "etree._Element", vocabulary: Vocabulary) -> Iterator[Block]:
+    """Yield the text below `root` in reading order, as a block for each paragraph, heading, item or code listing."""
     from lxml import etree
 
+    open_blocks, pieces, preformatted_depth = [_local_name(root)], list[str](), 0
+    # Some pages nest elements deeper than Python can recurse, so the walk is a loop over events.
     walk = etree.iterwalk(root, events=("start", "end", "comment", "pi"))
     for event, element in walk:
-        tag = _name(element)
-        starts_or_ends = (tag in words.blocks or tag in words.preformatted) and event in ("start", "end")
-        if starts_or_ends or tag in words.breaks:
-            if verbatim and tag in words.breaks:
-                text.append("\n" if event == "end" else "")
+        tag = _local_name(element)
+        is_block_edge = (tag in vocabulary.blocks or tag in vocabulary.preformatted) and event in ("start", "end")
+        if is_block_edge or tag in vocabulary.breaks:
+            if preformatted_depth and tag in vocabulary.breaks:
+                pieces.append("\n" if event == "end" else "")
             else:
-                yield from _paragraph(open_blocks[-1], text, verbatim > 0)
+                yield from _finish_block(open_blocks[-1], pieces, preformatted_depth > 0)
         if event == "start":
-            if tag in words.skipped:
+            if tag in vocabulary.skipped:
                 walk.skip_subtree()
                 continue
-            if starts_or_ends:
+            if is_block_edge:
                 open_blocks.append(tag)
-                verbatim += tag in words.preformatted
-            if tag in words.cells:
-                text.append(" ")
-            text.append(element.text or "")
+                preformatted_depth += tag in vocabulary.preformatted
+            if tag in vocabulary.cells:
+                pieces.append(" ")
+            pieces.append(element.text or "")
             continue
-        if event == "end" and starts_or_ends and tag not in words.skipped:
+        # A skipped element opened no block and still has an end event.
+        if event == "end" and is_block_edge and tag not in vocabulary.skipped:
             open_blocks.pop()
-            verbatim -= tag in words.preformatted
+            preformatted_depth -= tag in vocabulary.preformatted
         if element is not root:
-            text.append(element.tail or "")
-    yield from _paragraph(open_blocks[-1], text, False)
+            pieces.append(element.tail or "")
+    yield from _finish_block(open_blocks[-1], pieces, False)
 
 
-def _paragraph(tag: str, pieces: list[str], verbatim: bool) -> Iterator[Block]:
+def _finish_block(tag: str, pieces: list[str], is_preformatted: bool) -> Iterator[Block]:
+    """Yield a block with the text of `pieces`, unless it is empty, and clear `pieces`."""
     text = "".join(pieces)
     pieces.clear()
-    if verbatim:
+    if is_preformatted:
         lines = [line.rstrip() for line in textwrap.dedent(text.expandtabs(4)).splitlines()]
         text = re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip("\n")
     else:
@@ -88,13 +108,15 @@ def _paragraph(tag: str, pieces: list[str], verbatim: bool) -> Iterator[Block]:
         yield Block(tag, text)
 
 
-def _name(element: "etree._Element") -> str:
+def _local_name(element: "etree._Element") -> str:
+    """Return an element's name without its namespace."""
+    # The tag of a comment or of a processing instruction is a function.
     return element.tag.rpartition("}")[2] if isinstance(element.tag, str) else ""
 
 
-HEADINGS = frozenset({"h1", "h2", "h3", "h4", "h5", "h6"})
+HEADING_TAGS = frozenset({"h1", "h2", "h3", "h4", "h5", "h6"})
 HTML = Vocabulary(
-    blocks=HEADINGS
+    blocks=HEADING_TAGS
     | {"address", "article", "aside", "blockquote", "body", "caption", "center", "dd", "details", "div", "dl", "dt"}
     | {
         "figcaption",
@@ -130,44 +152,50 @@ HTML = Vocabulary(
     breaks={"br"},
     cells={"td", "th"},
 )
-_NUMBER = re.compile(r"^[A-Z]?[\d.]+\s+")
+# Manuals number their headings: "2.1. Ports", "B.2 What is it?".
+_SECTION_NUMBER = re.compile(r"^[A-Z]?[\d.]+\s+")
 
 
-def pages(content: str, without: str = "") -> Reader:
-    """A page is a document.
+def page_reader(content_xpath: str, excluded_xpath: str = "") -> Reader:
+    """Return a reader of HTML pages that makes a document of each page.
 
     Args:
-        content: XPath of the element that holds the text; pages without it (indexes, frames) are passed over.
-        without: XPath of what is no text within it, such as links to the next page.
+        content_xpath: XPath of the element that holds the text; pages without it (indexes, frames) are skipped.
+        excluded_xpath: XPath of elements within it that hold no text, such as links to the next page.
     """
 
-    def read(page: bytes) -> Iterator[Document]:
-        title, blocks = _page(page, content, without)
+    def read_page(page: bytes) -> Iterator[Document]:
+        title, blocks = _parse_page(page, content_xpath, excluded_xpath)
         if blocks:
             yield Document(title, [b.text for b in blocks])
 
-    return read
+    return read_page
 
 
-def questions(content: str, without: str = "") -> Reader:
-    """A heading that asks and what follows it until the next heading are a document, in the form "Q: ... A: ..."."""
+def question_reader(content_xpath: str, excluded_xpath: str = "") -> Reader:
+    """Return a reader of HTML pages that makes a document of each question, in the form "Q: ... A: ...".
 
-    def read(page: bytes) -> Iterator[Document]:
-        title, blocks = _page(page, content, without)
+    A question is a heading with a question mark. The text until the next heading is its answer. `page_reader` describes
+    the arguments.
+    """
+
+    def read_page(page: bytes) -> Iterator[Document]:
+        title, blocks = _parse_page(page, content_xpath, excluded_xpath)
         question, answer = title, list[str]()
+        # An empty heading at the end finishes the last question.
         for block in [*blocks, Block("h1", "")]:
-            if block.tag not in HEADINGS:
+            if block.tag not in HEADING_TAGS:
                 answer.append(block.text)
                 continue
             if question.endswith("?") and answer:
                 yield Document(question, [f"Q: {question}", f"A: {answer[0]}", *answer[1:]])
-            question, answer = _NUMBER.sub("", block.text), []
+            question, answer = _SECTION_NUMBER.sub("", block.text), []
 
-    return read
+    return read_page
 
 
-def _page(page: bytes, content: str, without: str) -> tuple[str, list[Block]]:
-    # Imported only here: the small sample is made without lxml, which is in the extra `large-sample`.
+def _parse_page(page: bytes, content_xpath: str, excluded_xpath: str) -> tuple[str, list[Block]]:
+    """Return the title of an HTML page and the blocks of its content; no blocks if the page has no such element."""
     import lxml.html
     from lxml import etree
 
@@ -175,18 +203,20 @@ def _page(page: bytes, content: str, without: str) -> tuple[str, list[Block]]:
         page.decode("utf-8")
         encoding = "utf-8"
     except UnicodeDecodeError:
-        encoding = None  # the page's own declaration
+        # The parser then looks for the encoding that the page declares.
+        encoding = None
     try:
         tree = lxml.html.document_fromstring(page, parser=lxml.html.HTMLParser(encoding=encoding, remove_comments=True))
-    except etree.ParserError:  # nothing in it
+    except etree.ParserError:
+        # The page is empty.
         return "", []
-    found = tree.xpath(content)
-    if not found:
+    content_elements = tree.xpath(content_xpath)
+    if not content_elements:
         return "", []
-    for element in found[0].xpath(without) if without else ():
+    for element in content_elements[0].xpath(excluded_xpath) if excluded_xpath else ():
         element.drop_tree()
-    title = _NUMBER.sub("", " ".join((tree.findtext(".//title") or "").split()))
-    return title, list(read_blocks(found[0], HTML))
+    title = _SECTION_NUMBER.sub("", " ".join((tree.findtext(".//title") or "").split()))
+    return title, list(read_blocks(content_elements[0], HTML))
 
 
 MALLARD = Vocabulary(
@@ -199,10 +229,10 @@ MALLARD = Vocabulary(
 
 
 def read_mallard(page: bytes) -> Iterator[Document]:
-    # Entities stay unread: a page needs none, and they can name files.
-    # Imported only here: the small sample is made without lxml, which is in the extra `large-sample`.
+    """Yield the document of a Mallard page."""
     from lxml import etree
 
+    # Entities stay unresolved: a page needs none, and an entity can name a file of this machine.
     root = etree.fromstring(page, etree.XMLParser(resolve_entities=False, no_network=True, remove_comments=True))
     blocks = list(read_blocks(root, MALLARD))
     titles = [b.text for b in blocks if b.tag == "title"]
@@ -213,38 +243,44 @@ _DATE = re.compile(r"\(\d{4}-\d\d-\d\d\)")
 
 
 def read_dictionary(content: bytes) -> Iterator[Document]:
-    """An entry is a document."""
+    """Yield a document for each entry of a dictionary."""
     for entry in re.split(r"\n(?=\S)", content.decode("utf-8", errors="replace")):
-        head, _, body = entry.partition("\n")
-        if head.startswith("00-database"):  # about the dictionary itself
+        headword, _, body = entry.partition("\n")
+        # Entries with such names describe the dictionary itself.
+        if headword.startswith("00-database"):
             continue
         # Braces mark references to other entries; a date says when an editor last touched the entry.
         body = _DATE.sub("", body.replace("{", "").replace("}", ""))
         paragraphs = [" ".join(p.split()) for p in re.split(r"\n\s*\n", body)]
-        yield Document(head, [head, *filter(None, paragraphs)])
+        yield Document(headword, [headword, *filter(None, paragraphs)])
 
 
-_ABOUT_RIGHTS = re.compile(r"copyright|licen[cs]e|SPDX", re.IGNORECASE)
+_LICENSE_WORDS = re.compile(r"copyright|licen[cs]e|SPDX", re.IGNORECASE)
 _COMMENT_LINES = re.compile(r"\A(?:[ \t]*(?://|#).*\n)+\s*")
 _COMMENT_BLOCK = re.compile(r"\A\s*/\*.*?\*/\s*", re.DOTALL)
 
 
 def read_code(content: bytes) -> Iterator[Document]:
-    """The file as one paragraph, without the notice of its rights at the top, if it is worth reading."""
+    """Yield a source file as one paragraph, without the licence notice at its top, if it is worth reading."""
     try:
         text = content.decode("utf-8")
     except UnicodeDecodeError:
         return
-    for first in (_COMMENT_BLOCK, _COMMENT_LINES):
-        found = first.match(text)
-        if found and _ABOUT_RIGHTS.search(found[0]):
-            text = text[found.end() :]
-    if worth_reading(text):
+    for notice_pattern in (_COMMENT_BLOCK, _COMMENT_LINES):
+        match = notice_pattern.match(text)
+        if match and _LICENSE_WORDS.search(match[0]):
+            text = text[match.end() :]
+    if is_worth_reading(text):
         yield Document("", [text.strip("\n")])
 
 
-def worth_reading(text: str) -> bool:
-    """No line over 1,000 characters, at most 100 on average, a quarter of them letters or digits."""
+def is_worth_reading(text: str) -> bool:
+    """Return whether a source file is long enough and looks as if a person wrote it.
+
+    Such a file has lines of at most 1,000 characters, and of at most 100 on average. At least a quarter of its
+    characters are letters or digits.
+    """
+    # The limits on lines and on letters and digits are those that RedPajama filters GitHub's files with.
     lengths = [len(line) for line in text.splitlines()] or [0]
     return (
         len(text) >= 200

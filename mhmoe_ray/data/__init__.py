@@ -1,7 +1,7 @@
 """The data pipeline: it turns raw text into the micro-batches of a training step.
 
 sources/     reads raw text of any format, one document at a time
-inspect/     surveys raw text and reports what is wrong with it
+inspect/     surveys raw text and reports its problems
 tokenizer/   turns text into token ids
 prepare/     the job that runs once: sources -> tokenizer -> packed samples
 shards/      the prepared data: a folder of packed samples and its manifest

@@ -1,7 +1,7 @@
 """Names of domains and languages.
 
-A domain is named <source>/<subfolder>, for example redpajama/book. A language is written in folder names and records in
-many ways; here each has one code (ISO 639-1 where there is one).
+The name of a domain is <source>/<subfolder>, for example redpajama/book. Folder names and records write a language in
+many ways; here each language has one code (ISO 639-1 where there is one).
 """
 
 import re
@@ -16,8 +16,8 @@ def subfolder_of(domain: str) -> str:
     return domain.partition("/")[2]
 
 
-# ISO 639-1, ISO 639-3, English name.
-_TABLE = """
+# Each entry is an ISO 639-1 code, an ISO 639-3 code and an English name.
+_LANGUAGE_TABLE = """
 aa aar afar|ab abk abkhazian|ae ave avestan|af afr afrikaans|ak aka akan|am amh amharic|an arg aragonese|ar ara arabic
 as asm assamese|av ava avaric|ay aym aymara|az aze azerbaijani|ba bak bashkir|be bel belarusian|bg bul bulgarian
 bi bis bislama|bm bam bambara|bn ben bengali|bo bod tibetan|br bre breton|bs bos bosnian|ca cat catalan|ce che chechen
@@ -43,33 +43,36 @@ ts tso tsonga|tt tat tatar|tw twi twi|ty tah tahitian|ug uig uyghur|uk ukr ukrai
 ve ven venda|vi vie vietnamese|vo vol volapük|wa wln walloon|wo wol wolof|xh xho xhosa|yi yid yiddish|yo yor yoruba
 za zha zhuang|zh zho chinese|zu zul zulu
 """
-CODES = {name: row.split()[0] for line in _TABLE.split("\n") for row in line.split("|") for name in row.split()}
-CODES |= {"nb": "no", "nn": "no", "nob": "no", "nno": "no", "cmn": "zh", "arb": "ar", "swh": "sw", "zsm": "ms"}
-CODES |= {"farsi": "fa", "flemish": "nl", "mandarin": "zh", "oriya": "or", "valencian": "ca"}
+LANGUAGE_CODES = {
+    name: row.split()[0] for line in _LANGUAGE_TABLE.split("\n") for row in line.split("|") for name in row.split()
+}
+LANGUAGE_CODES |= {"nb": "no", "nn": "no", "nob": "no", "nno": "no", "cmn": "zh", "arb": "ar", "swh": "sw", "zsm": "ms"}
+LANGUAGE_CODES |= {"farsi": "fa", "flemish": "nl", "mandarin": "zh", "oriya": "or", "valencian": "ca"}
 """Language code by code or name. Written forms and standard varieties of a language map to that language's code."""
 
-UNNAMED = ""
-"""Language of documents for which neither the record nor the folder names one."""
-OTHER = "other"
+NO_LANGUAGE = ""
+"""Language of documents whose record and folder name no language."""
+OTHER_LANGUAGE = "other"
 
-_TAG = re.compile(r"([a-z]{2,16})([-_][a-z0-9]{1,8})*", re.ASCII)
-
-
-@lru_cache(maxsize=4096)
-def of_folder(name: str) -> str:
-    """Return the code of the language that a subfolder's name stands for (`de`, `pt_BR`, `german`), else UNNAMED."""
-    tag = _TAG.fullmatch(name.lower())
-    return CODES.get(tag[1], UNNAMED) if tag else UNNAMED
+# Corpora write tags as BCP 47 does (`pt-BR`) and as locales do (`pt_BR`); the parts after the first are not used.
+_LANGUAGE_TAG = re.compile(r"([a-z]{2,16})([-_][a-z0-9]{1,8})*", re.ASCII)
 
 
 @lru_cache(maxsize=4096)
-def of_record(name: str | None) -> str:
+def language_of_folder(name: str) -> str:
+    """Return the language code that a subfolder's name stands for (`de`, `pt_BR`, `german`), or NO_LANGUAGE."""
+    tag = _LANGUAGE_TAG.fullmatch(name.lower())
+    return LANGUAGE_CODES.get(tag[1], NO_LANGUAGE) if tag else NO_LANGUAGE
+
+
+@lru_cache(maxsize=4096)
+def language_of_record(name: str | None) -> str:
     """Return the code of the language that a record names.
 
     A name that is not in the table is returned in lower case, without region or script (`xyz-AB` gives `xyz`). Return
-    UNNAMED if `name` is None or empty, and OTHER if it does not look like a language tag.
+    NO_LANGUAGE if `name` is None or empty, and OTHER_LANGUAGE if it does not look like a language tag.
     """
     if not name:
-        return UNNAMED
-    tag = _TAG.fullmatch(name.strip().lower())
-    return CODES.get(tag[1], tag[1]) if tag else OTHER
+        return NO_LANGUAGE
+    tag = _LANGUAGE_TAG.fullmatch(name.strip().lower())
+    return LANGUAGE_CODES.get(tag[1], tag[1]) if tag else OTHER_LANGUAGE

@@ -1,9 +1,9 @@
-"""Stream of training samples as a Ray Dataset in the order of order/order.py, and the fixed validation samples.
+"""The training samples as a Ray Dataset in the order of order/order.py, and the fixed validation samples.
 
-Rank r of a world of w reads, as its j-th micro-batch, micro-batch j * w + r of the training. Ray's
-`streaming_split(equal=True)` deals blocks to ranks in turn if the order is preserved and all blocks have the same size.
-A block therefore holds the next n micro-batches of one rank. It holds many of them where it can, because each block
-costs Ray some milliseconds, whatever its size:
+The j-th micro-batch of rank r, in a world of w ranks, is micro-batch j * w + r of the training. Ray's
+`streaming_split(equal=True)` hands blocks to the ranks in turn, if the order is preserved and all blocks have the same
+size. A block therefore holds the next n micro-batches of one rank. Each block costs Ray some milliseconds at any size,
+so a block holds many micro-batches if the training is long enough:
 
     w = 2, n = 3     | 0 2 4 | 1 3 5 | 6 8 10 | 7 9 11 | ...
 
@@ -23,60 +23,68 @@ from mhmoe_ray.data.shards.manifest import DataManifest, require_data_manifest
 from mhmoe_ray.spec import RunSpec
 
 BLOCK_BYTES = 1 << 20
-MOST_IN_A_BLOCK = 32
+MAX_MICRO_BATCHES = 32
 """Largest number of micro-batches in a block; more would not be faster, and the first step waits for a block of each
 rank."""
 BLOCKS_PER_TASK = 16
-MAX_TASKS = 2_000  # Ray makes them all at the start; a longer run has longer ones, which yield as they go
+# Ray creates all tasks at the start. A long run has longer tasks instead of more; they yield their blocks one by one.
+MAX_TASKS = 2_000
 
 
-class Deal(NamedTuple):
-    """Mapping from the rows of a stream, in the order of its blocks, to samples of the training."""
+class StreamLayout(NamedTuple):
+    """Layout of a stream in blocks: it maps the rows of the stream to samples of the training."""
 
-    world: int
-    micro_batch: int
+    world_size: int
+    micro_batch_size: int
     """Samples per micro-batch, b."""
-    in_block: int
+    micro_batches: int
     """Micro-batches per block, n."""
 
     @property
     def block_rows(self) -> int:
-        return self.in_block * self.micro_batch
+        return self.micro_batches * self.micro_batch_size
 
-    def position(self, row: np.ndarray) -> np.ndarray:
+    def positions(self, rows: np.ndarray) -> np.ndarray:
         """Return the position of each row's sample; rows and positions both count from the start of the stream."""
-        turn, within = np.divmod(row, self.block_rows)
-        number, sample = np.divmod(within, self.micro_batch)
-        round_, rank = np.divmod(turn, self.world)
-        return ((round_ * self.in_block + number) * self.world + rank) * self.micro_batch + sample
+        block, row_in_block = np.divmod(rows, self.block_rows)
+        batch_in_block, sample = np.divmod(row_in_block, self.micro_batch_size)
+        block_round, rank = np.divmod(block, self.world_size)
+        return (
+            (block_round * self.micro_batches + batch_in_block) * self.world_size + rank
+        ) * self.micro_batch_size + sample
 
 
-def training_stream(spec: RunSpec, start: int, world: int) -> ray.data.Dataset:
-    """Return a dataset of samples `start` .. steps * M * b - 1 for `world` ranks.
+def training_stream(spec: RunSpec, start: int, world_size: int) -> ray.data.Dataset:
+    """Return a dataset of samples `start` .. steps * M * b - 1 for `world_size` ranks.
 
-    The last block of each rank may go on past that end; no rank reads those rows. Columns: `position` int64, `tokens`
-    (T + 1) unsigned integers. The caller must read it with `preserve_order`.
+    The last block of each rank may extend past that end; no rank reads those rows. The columns are `position` (int64)
+    and `tokens` (T + 1 unsigned integers). The caller must read the dataset with `preserve_order`.
     """
     rows = spec.train.steps * spec.samples_per_step - start
     b = spec.train.micro_batch_size
-    # Four bytes a token at most.
-    in_block = max(1, min(MOST_IN_A_BLOCK, BLOCK_BYTES // (4 * b * (spec.data.seq_len + 1)), rows // (b * world)))
-    deal = Deal(world, b, in_block)
-    rounds = -(-rows // (deal.block_rows * world))
-    per_task = BLOCKS_PER_TASK * deal.block_rows
-    whole = rounds * world * deal.block_rows
-    positions = ray.data.range(whole, override_num_blocks=min(MAX_TASKS, -(-whole // per_task)))
-    read = partial(_read_rows, spec=spec, deal=deal, start=start, end=start + rows)
-    blocks = positions.map_batches(read, batch_size=per_task)
-    stream = blocks.repartition(target_num_rows_per_block=deal.block_rows, strict=True)
-    stream.context.enable_progress_bars = False  # they would fill the job's log
+    # A token takes at most four bytes. A short training has small blocks, so that each rank gets at least one.
+    micro_batches = max(
+        1, min(MAX_MICRO_BATCHES, BLOCK_BYTES // (4 * b * (spec.data.seq_len + 1)), rows // (b * world_size))
+    )
+    layout = StreamLayout(world_size, b, micro_batches)
+    rounds = -(-rows // (layout.block_rows * world_size))
+    rows_per_task = BLOCKS_PER_TASK * layout.block_rows
+    row_count = rounds * world_size * layout.block_rows
+    row_ids = ray.data.range(row_count, override_num_blocks=min(MAX_TASKS, -(-row_count // rows_per_task)))
+    read_rows = partial(_read_rows, spec=spec, layout=layout, start=start, end=start + rows)
+    blocks = row_ids.map_batches(read_rows, batch_size=rows_per_task)
+    stream = blocks.repartition(target_num_rows_per_block=layout.block_rows, strict=True)
+    # Progress bars would fill the job's log.
+    stream.context.enable_progress_bars = False
     return stream
 
 
-def _read_rows(batch: dict[str, np.ndarray], *, spec: RunSpec, deal: Deal, start: int, end: int) -> dict[str, Any]:
-    position = start + deal.position(batch["id"])
-    # Past the end no rank reads; any sample will do.
-    return {"position": position, "tokens": TrainingSamples.open(spec).read(np.minimum(position, end - 1))}
+def _read_rows(
+    batch: dict[str, np.ndarray], *, spec: RunSpec, layout: StreamLayout, start: int, end: int
+) -> dict[str, Any]:
+    positions = start + layout.positions(batch["id"])
+    # No rank reads the rows past the end, so any existing sample can fill them.
+    return {"position": positions, "tokens": TrainingSamples.open_cached(spec).read(np.minimum(positions, end - 1))}
 
 
 class TrainingSamples:
@@ -88,38 +96,38 @@ class TrainingSamples:
         self._names, self._order = training_order(spec, manifest)
         self.token_bytes = manifest.token_bytes
         """Bytes per token, 2 or 4, as in `DataManifest`."""
-        self._readers = [ShardReader(folder, manifest.domains[n].shards, self.token_bytes) for n in self._names]
+        self._shard_readers = [ShardReader(folder, manifest.domains[n].shards, self.token_bytes) for n in self._names]
 
     @staticmethod
-    def open(spec: RunSpec) -> "TrainingSamples":
-        """Return the samples of a spec; they stay open within a process, since tasks come back for the next
-        positions."""
-        return _open(spec.model_dump_json())
+    def open_cached(spec: RunSpec) -> "TrainingSamples":
+        """Return the samples of a spec from a cache of this process, since its tasks read the next positions later."""
+        return _open_samples(spec.model_dump_json())
 
-    def place(self, position: int) -> tuple[str, int]:
-        """Return the domain of the sample at `position`, and the sample's number within that domain."""
-        domain, sample = self._order(np.array([position]))
-        return self._names[domain[0]], int(sample[0])
+    def locate_sample(self, position: int) -> tuple[str, int]:
+        """Return the domain of the sample at `position` and the sample's number within that domain."""
+        domains, samples = self._order(np.array([position]))
+        return self._names[domains[0]], int(samples[0])
 
-    def read(self, position: np.ndarray) -> np.ndarray:
+    def read(self, positions: np.ndarray) -> np.ndarray:
         """Return the samples at these positions as (positions, T + 1) token ids.
 
-        They are unsigned integers as stored, with padding marked; `split_padding` converts them for a model.
+        The ids are unsigned integers as stored, with padding marked; `split_padding` converts them for a model.
         """
-        domain, sample = self._order(position)
+        domains, samples = self._order(positions)
         rows: np.ndarray | None = None
-        for d in np.unique(domain):
-            wanted = domain == d
-            tokens = self._readers[d].read(sample[wanted])
+        for d in np.unique(domains):
+            is_in_domain = domains == d
+            tokens = self._shard_readers[d].read(samples[is_in_domain])
             if rows is None:
-                rows = np.empty((len(position), tokens.shape[1]), token_dtype(self.token_bytes))
-            rows[wanted] = tokens
+                rows = np.empty((len(positions), tokens.shape[1]), token_dtype(self.token_bytes))
+            rows[is_in_domain] = tokens
         assert rows is not None
         return rows
 
 
+# The key is JSON, since a spec is not hashable.
 @lru_cache(maxsize=2)
-def _open(spec_json: str) -> TrainingSamples:
+def _open_samples(spec_json: str) -> TrainingSamples:
     return TrainingSamples(RunSpec.model_validate_json(spec_json))
 
 

@@ -1,12 +1,13 @@
-"""Parallelism over ranks: the mesh, expert-parallel dispatch, and how ranks hold the parameters that all of them need.
+"""Parallelism over ranks: the mesh, expert-parallel dispatch, and strategies for the parameters that all ranks need.
 
     mesh.py         dp x ep: this rank's process groups
-    dispatch/       send rows to the ranks that hold their experts, and outputs back
-    strategies/     parameters whole or sharded: ddp, fsdp, zero
+    dispatch/       the all-to-all of rows to the ranks of their experts, and of outputs back
+    strategies/     full or sharded parameters: ddp, fsdp, zero
     optimizer.py    AdamW and its learning-rate schedule
-    build.py        build the dispatch and the strategy that the spec names
+    build.py        build the dispatch and the strategy of a spec
 
-How each tensor is held and its gradient is reduced, for world = dp x ep (`cluster.strategy`):
+The tables list the storage of each tensor and the reduction of its gradient, for a world size of dp x ep
+(`cluster.strategy`):
 
     | tensor         | strategy      | held as                       | in a checkpoint                     |
     | -------------- | ------------- | ----------------------------- | ----------------------------------- |
@@ -18,14 +19,14 @@ How each tensor is held and its gradient is reduced, for world = dp x ep (`clust
     |                |               | gradients) sharded            |                                     |
     |                | zero3         | a shard, of everything        | the same                            |
 
-If several ranks hold the same tensor or shard, the rank with the least to write so far writes it
-(`checkpoint.save.Shares`). A checkpoint holds no random state: all draws are made from the seed and the number of the
-micro-batch.
+If several ranks hold the same tensor or shard, the rank with the fewest bytes to write so far writes it
+(`checkpoint.save.WriterAssignment`). A checkpoint has no random state, because all draws depend only on the seed and
+the number of the micro-batch.
 
     | gradient       | is                         | reduced by                                                        |
     | -------------- | -------------------------- | ----------------------------------------------------------------- |
-    | of experts     | sum over dp, over dp * ep  | an all-reduce of ours, FSDP with a sum, or ZeRO's expert groups   |
+    | of experts     | sum over dp, over dp * ep  | our own all-reduce, FSDP with a sum, or ZeRO's expert groups      |
     | of the others  | mean over dp x ep          | DDP, FSDP or ZeRO                                                 |
 
-A checkpoint written by any of them is read by any other, at any number of ranks.
+Each strategy can read the checkpoints of every other one, at any number of ranks.
 """

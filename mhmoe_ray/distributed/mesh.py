@@ -1,13 +1,13 @@
-"""The mesh of ranks, as this process sees it; its dimensions are accessed by name, today dp and ep.
+"""The mesh of ranks from the view of this process, with the dimensions dp and ep.
 
-torch numbers the ranks of a process group in ascending order, whatever order a mesh has them in. Only in a mesh whose
-rows and columns both ascend is a rank's coordinate in the mesh also its rank in the process group. Groups formed by
-node have rows that ascend, but not columns:
+torch numbers the ranks of a process group in ascending order, regardless of their order in a mesh. A rank's coordinate
+in the mesh is therefore its rank in the process group only if the rows and columns of the mesh ascend. Groups that are
+formed by node have ascending rows, but not ascending columns:
 
-    groups      [0, 3]        devices   [0, 2]      ranks that hold the same experts: the same columns, each sorted,
-                [1, 2]                  [1, 3]      which leaves the rows ascending
+    groups      [0, 3]        devices   [0, 2]      the same columns, which are the ranks that hold the same experts,
+                [1, 2]                  [1, 3]      but sorted; the rows still ascend
 
-So rows of tokens are exchanged in process groups made from `groups`, and tensors are sharded over `devices`.
+So rows of tokens are exchanged in process groups formed from `groups`, and tensors are sharded over `devices`.
 """
 
 import math
@@ -21,51 +21,48 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from mhmoe_ray.errors import ClusterError
-from mhmoe_ray.planner.placement import by_node, expert_groups
+from mhmoe_ray.planner.placement import expert_groups, ranks_by_node
 from mhmoe_ray.spec import ClusterSpec
 from mhmoe_ray.spec.cluster import MeshSizes
 
 
 @dataclass(frozen=True)
 class Mesh:
-    """Mesh of all ranks and the place of this rank in it.
-
-    Without a process group (one worker) `devices` is None.
-    """
+    """Mesh of all ranks and the coordinates of this rank in it."""
 
     sizes: MeshSizes
     rank: int
     coordinates: dict[str, int]
     """Coordinate of this rank along each dimension."""
     devices: DeviceMesh | None
-    """Device mesh with the same dimensions. Ranks along "dp" hold the same experts; its rows along "ep" need not be the
-    expert-parallel groups."""
-    everyone: DeviceMesh | None
+    """Device mesh with the same dimensions; None without a process group, that is with one worker. Ranks along "dp"
+    hold the same experts. Ranks along "ep" need not be an expert-parallel group."""
+    world_mesh: DeviceMesh | None
     """Device mesh of all ranks in one dimension; None without a process group."""
     process_groups: dict[str, dist.ProcessGroup]
-    """Process group of this rank along each dimension; along "ep" it is the expert-parallel group. Empty without a
-    process group."""
+    """Process group of this rank along each dimension. Along "ep" it is the expert-parallel group. The dictionary is
+    empty without a process group."""
     groups: list[list[int]]
     """Ranks of each expert-parallel group."""
     nodes: Sequence[str]
     """Name of each rank's node."""
-    straddling: int
-    """Number of expert-parallel groups that lie on more than one node."""
-    apart: int
-    """Number of expert-parallel groups that lie in more than one domain."""
+    straddling_count: int
+    """Number of expert-parallel groups on more than one node."""
+    cross_domain_count: int
+    """Number of expert-parallel groups in more than one domain."""
 
     @property
-    def uneven(self) -> int:
-        """Number of expert-parallel groups that do not have equally many ranks on each of their nodes, one node after
-        the other."""
-        return sum(by_node(group, self.nodes) is None for group in self.groups)
+    def uneven_count(self) -> int:
+        """The number of expert-parallel groups that have different numbers of ranks on their nodes, or whose ranks are
+        not in the order of nodes."""
+        return sum(ranks_by_node(group, self.nodes) is None for group in self.groups)
 
     @property
-    def world(self) -> int:
+    def world_size(self) -> int:
         return math.prod(self.sizes.values())
 
     def size(self, dimension: str) -> int:
-        """Return the size of the mesh, that is the number of ranks, along a dimension."""
+        """Return the number of ranks along a dimension of the mesh."""
         return self.sizes[dimension]
 
     def group(self, dimension: str) -> dist.ProcessGroup:
@@ -73,23 +70,23 @@ class Mesh:
         return self.process_groups[dimension]
 
     def ranks(self, dimension: str) -> list[int]:
-        """Return the ranks of `devices` along a dimension, through this rank."""
+        """Return the ranks of `devices` along a dimension, which include this rank."""
         assert self.devices is not None
         ranks: list[int] = self.devices[dimension].mesh.tolist()
         return ranks
 
-    def held(self, experts: int) -> range:
+    def expert_ids(self, experts: int) -> range:
         """Return the global ids of the experts of each layer that this rank holds.
 
         Args:
             experts: number of experts of a layer.
         """
-        each = experts // self.size("ep")
-        return range(self.coordinates["ep"] * each, (self.coordinates["ep"] + 1) * each)
+        experts_per_rank = experts // self.size("ep")
+        return range(self.coordinates["ep"] * experts_per_rank, (self.coordinates["ep"] + 1) * experts_per_rank)
 
     def expert_dtensor(self, local: torch.Tensor) -> torch.Tensor:
-        """Return this rank's experts [E/ep, ...] as a view of the global [E, ...]; without a process group, the tensor
-        itself."""
+        """Return this rank's experts [E/ep, ...] as a DTensor of the global shape [E, ...], without a copy; return the
+        tensor itself without a process group."""
         if self.devices is None:
             return local
         placements = [Shard(0) if name == "ep" else Replicate() for name in self.sizes]
@@ -97,7 +94,7 @@ class Mesh:
 
 
 def build_mesh(spec: ClusterSpec, nodes: Sequence[str], device_type: str, domains: Sequence[str] | None = None) -> Mesh:
-    """Build the mesh of the default process group, or of a single process if there is none.
+    """Return the mesh of the default process group, or of a single process if there is none.
 
     Args:
         spec: cluster section of the spec; its `workers` must allow the size of the group.
@@ -106,36 +103,38 @@ def build_mesh(spec: ClusterSpec, nodes: Sequence[str], device_type: str, domain
         domains: name of the domain of each rank's node; by default all nodes are in one domain.
 
     Raises:
-        ClusterError: a group lies farther apart than `spec.straddling` allows, or the worker group has a size that
+        ClusterError: a group is on several nodes and `spec.straddling` is refuse, or the worker group has a size that
             `spec` does not allow.
     """
     groups = expert_groups(nodes, spec.ep, domains)
-    if spec.straddling == "refuse" and groups.why_refused:
-        fix = "free whole nodes, lower cluster.ep, or set cluster.straddling to warn"
-        raise ClusterError("placement", groups.why_refused, fix)
+    if spec.straddling == "refuse" and groups.refusal_reason:
+        remedy = "free whole nodes, lower cluster.ep, or set cluster.straddling to warn"
+        raise ClusterError("placement", groups.refusal_reason, remedy)
+    # A single worker has no process group.
     if not dist.is_initialized():
         return Mesh(
             sizes=dict.fromkeys(spec.mesh_sizes(), 1),
             rank=0,
             coordinates=dict.fromkeys(spec.mesh_sizes(), 0),
             devices=None,
-            everyone=None,
+            world_mesh=None,
             process_groups={},
             groups=groups.ranks,
             nodes=nodes,
-            straddling=0,
-            apart=0,
+            straddling_count=0,
+            cross_domain_count=0,
         )
-    world, rank = dist.get_world_size(), dist.get_rank()
-    if world % spec.ep or not spec.workers.min <= world <= spec.workers.max:
-        raise ClusterError("worker group", f"it has {world} workers, not {spec.workers}", "resume the run")
-    sizes = spec.mesh_sizes(world)
+    world_size, rank = dist.get_world_size(), dist.get_rank()
+    if world_size % spec.ep or not spec.workers.min <= world_size <= spec.workers.max:
+        raise ClusterError("worker group", f"it has {world_size} workers, not {spec.workers}", "resume the run")
+    sizes = spec.mesh_sizes(world_size)
     ranks = torch.tensor(groups.ranks)
     columns = ranks.sort(dim=0).values
     devices = DeviceMesh(device_type, columns.reshape(*sizes.values()), mesh_dim_names=tuple(sizes))
     process_groups = {name: devices.get_group(name) for name in sizes}
+    # Sorted columns form other rows than the expert-parallel groups, which then need process groups of their own.
     if not torch.equal(columns, ranks):
-        expert_group = group_of(groups.ranks)
+        expert_group = create_process_group(groups.ranks)
         assert expert_group is not None
         process_groups["ep"] = expert_group
     return Mesh(
@@ -143,21 +142,22 @@ def build_mesh(spec: ClusterSpec, nodes: Sequence[str], device_type: str, domain
         rank=rank,
         coordinates={name: devices.get_local_rank(name) for name in sizes},
         devices=devices,
-        everyone=DeviceMesh(device_type, torch.arange(world), mesh_dim_names=("world",)),
+        world_mesh=DeviceMesh(device_type, torch.arange(world_size), mesh_dim_names=("world",)),
         process_groups=process_groups,
         groups=groups.ranks,
         nodes=nodes,
-        straddling=len(groups.straddling),
-        apart=len(groups.apart),
+        straddling_count=len(groups.straddling_indices),
+        cross_domain_count=len(groups.cross_domain_indices),
     )
 
 
-def group_of(groups: list[list[int]]) -> dist.ProcessGroup | None:
-    """Create a process group for each list of ranks and return the one that this rank is in; None if it is in none.
+def create_process_group(groups: list[list[int]]) -> dist.ProcessGroup | None:
+    """Create a process group for each list of ranks, and return the group of this rank, or None if it has none.
 
-    All ranks must create the same groups in the same order.
+    This is a collective operation: all ranks must create the same groups in the same order.
     """
     return _new_groups(groups)[0]
 
 
+# torch's function has no annotations.
 _new_groups: Callable[[list[list[int]]], tuple[dist.ProcessGroup | None, Any]] = dist.new_subgroups_by_enumeration

@@ -1,15 +1,18 @@
-"""AdamW and its learning-rate schedule."""
+"""AdamW and its learning-rate schedule.
+
+The learning-rate schedule is a linear warm-up from 0 and a linear decay to a minimum at the last step.
+"""
 
 import torch
 from torch import nn
 
 from mhmoe_ray.model.decoder import Decoder
-from mhmoe_ray.model.feedforward import Experts, matrices
+from mhmoe_ray.model.feedforward import Experts, matrix_names
 from mhmoe_ray.spec import TrainSpec
 
 
 def expert_parameters(model: Decoder) -> dict[str, nn.Parameter]:
-    """Return, by name, the parameters that expert parallelism spreads over ranks."""
+    """Return the parameters of experts, which expert parallelism distributes over ranks, by name."""
     return {
         f"{module_name}.{name}": parameter
         for module_name, module in model.named_modules()
@@ -19,24 +22,24 @@ def expert_parameters(model: Decoder) -> dict[str, nn.Parameter]:
 
 
 def build_optimizer(model: Decoder, spec: TrainSpec) -> torch.optim.AdamW:
-    """Build AdamW with weight decay for matrices, those of experts included, and without it for norms and biases.
-
-    Experts have parameter groups of their own, because they are spread over ranks in another way: as whole tensors
-    where others are sharded, or as shards over fewer ranks.
-    """
-    experts, decays = set(expert_parameters(model)), matrices(model)
-    kinds: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    """Return AdamW with weight decay for matrices, including those of experts, and without it for norms and biases."""
+    # Experts have parameter groups of their own because their sharding differs: they may be full tensors where the
+    # others are sharded, or shards over fewer ranks.
+    expert_names, decayed_names = set(expert_parameters(model)), matrix_names(model)
+    parameters_by_kind: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
-        kinds.setdefault((name in experts, name in decays), []).append(parameter)
-    groups = [{"params": p, "weight_decay": spec.weight_decay * decay} for (_, decay), p in kinds.items()]
+        parameters_by_kind.setdefault((name in expert_names, name in decayed_names), []).append(parameter)
+    groups = [
+        {"params": p, "weight_decay": spec.weight_decay * has_decay} for (_, has_decay), p in parameters_by_kind.items()
+    ]
     return torch.optim.AdamW(groups, lr=spec.lr, betas=spec.betas, eps=spec.eps, fused=True)
 
 
 def learning_rate(spec: TrainSpec, step: int) -> float:
-    """Return the learning rate of the update that ends step `step` (from 1): linear warm-up, then linear decay to
-    min_lr at the last step."""
+    """Return the learning rate of the update of step `step` (from 1), by the learning-rate schedule."""
     if step <= spec.warmup_steps:
         return spec.lr * step / spec.warmup_steps
+    # Without steps after the warm-up there is no decay, and nothing to divide by.
     progress = (step - spec.warmup_steps) / max(1, spec.steps - spec.warmup_steps)
     return spec.lr + (spec.min_lr - spec.lr) * min(1.0, progress)
 

@@ -1,4 +1,4 @@
-"""Compute what an evaluation request asks for and store it as a file in the run directory."""
+"""Computation of an evaluation, which is stored as a file in the run directory."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -9,31 +9,34 @@ import torch
 
 from mhmoe_ray.checkpoint.load import load_model
 from mhmoe_ray.checkpoint.tokenizer import load_run_tokenizer
-from mhmoe_ray.data.domains import of_folder, subfolder_of
-from mhmoe_ray.data.shards.manifest import require_data_of
+from mhmoe_ray.data.domains import language_of_folder, subfolder_of
+from mhmoe_ray.data.shards.manifest import require_matching_data
 from mhmoe_ray.data.tokenizer import DocumentEncoder, boundaries, token_widths
-from mhmoe_ray.evaluate.harness import expanded, run_tasks
-from mhmoe_ray.evaluate.measure import DomainSamples, held_out, measure, of_text
-from mhmoe_ray.evaluate.request import EvalRequest, Evaluation, store
+from mhmoe_ray.evaluate.harness import expand_tasks, run_tasks
+from mhmoe_ray.evaluate.measure import DomainSamples, held_out_samples, measure_samples, text_samples
+from mhmoe_ray.evaluate.request import EvalRequest, Evaluation, save_evaluation
 from mhmoe_ray.evaluate.score import Score
 from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.storage import location
 
-EVERY_SECONDS = 5.0
+# A line for every batch would flood the log of the job.
+PROGRESS_SECONDS = 5.0
 
 
-def answer(request: EvalRequest, say: Callable[[str], None]) -> None:
-    """Compute the evaluation in this process, on its GPU if the request asks for one, and store it in the run
-    directory.
+def run_evaluation(request: EvalRequest, print_line: Callable[[str], None]) -> None:
+    """Compute an evaluation in this process and store it in the run directory.
+
+    The model runs on the process's GPU if the request asks for one.
 
     Args:
-        request: what to evaluate.
-        say: called with each line about progress.
+        request: the evaluation to compute.
+        print_line: a function that prints a line about progress.
 
     Raises:
         MhmoeError: the checkpoint, text or data cannot be read, or the data is not what the run was trained on.
     """
-    began = time.monotonic()
+    start_time = time.monotonic()
+    # The job has reserved this many CPUs for the process.
     torch.set_num_threads(request.cpus)
     run = RunDir(location(request.run))
     checkpoint = run.checkpoints / request.checkpoint
@@ -43,67 +46,71 @@ def answer(request: EvalRequest, say: Callable[[str], None]) -> None:
     tokenizer = load_run_tokenizer(checkpoint, manifest)
     samples: Iterator[DomainSamples] = iter(())
     if request.text:
-        samples = of_text(request.text, DocumentEncoder(tokenizer), manifest.seq_len, request.samples)
+        samples = text_samples(request.text, DocumentEncoder(tokenizer), manifest.seq_len, request.samples)
     elif request.prepared:
-        require_data_of(manifest.data_sha256, Path(request.prepared), "or give --text")
-        samples = held_out(Path(request.prepared))
-    domains, routing = measure(
+        # Documents held out in other data may be ones that the run was trained on.
+        require_matching_data(manifest.data_sha256, Path(request.prepared), "or give --text")
+        samples = held_out_samples(Path(request.prepared))
+    domains, routing = measure_samples(
         model,
         samples,
-        _padded(token_widths(tokenizer), manifest.model.vocab_size),
-        batch=request.batch,
+        _pad_widths(token_widths(tokenizer), manifest.model.vocab_size),
+        batch_size=request.batch,
         start_token=boundaries(tokenizer).start,
-        half=request.half,
-        on_progress=_progress(say),
+        use_bfloat16=request.half,
+        on_progress=_progress_callback(print_line),
     )
     tasks = {}
     if request.tasks:
-        say(f"tasks {', '.join(expanded(request.tasks))}")
+        print_line(f"tasks {', '.join(expand_tasks(request.tasks))}")
         tasks = run_tasks(
             model,
             tokenizer,
             manifest.seq_len,
-            expanded(request.tasks),
+            expand_tasks(request.tasks),
             request.task_folders,
-            batch=request.batch,
-            half=request.half,
-            limit=request.limit,
+            batch_size=request.batch,
+            use_bfloat16=request.half,
+            question_limit=request.limit,
         )
     evaluation = Evaluation(
         request=request,
         step=manifest.step,
         tokens=manifest.tokens,
-        seconds=time.monotonic() - began,
+        seconds=time.monotonic() - start_time,
         domains=domains,
-        languages=_by_language(domains),
+        languages=_language_scores(domains),
         routing=routing,
         tasks=tasks,
     )
-    store(run, evaluation)
+    save_evaluation(run, evaluation)
 
 
-def _padded(widths: np.ndarray, vocab_size: int) -> np.ndarray:
+def _pad_widths(widths: np.ndarray, vocab_size: int) -> np.ndarray:
     """Pad the widths with zeros to the model's vocabulary, which may have more rows than the tokenizer has tokens."""
     return np.pad(widths, (0, max(0, vocab_size - len(widths))))
 
 
-def _by_language(domains: dict[str, Score]) -> dict[str, Score]:
-    found: dict[str, Score] = {}
+def _language_scores(domains: dict[str, Score]) -> dict[str, Score]:
+    """Return the sums of the scores by language, over the domains whose folder is named after a language."""
+    scores: dict[str, Score] = {}
     for domain, score in domains.items():
-        if language := of_folder(subfolder_of(domain)):
-            found[language] = found.get(language, Score()) + score
-    return found
+        if language := language_of_folder(subfolder_of(domain)):
+            scores[language] = scores.get(language, Score()) + score
+    return scores
 
 
-def _progress(say: Callable[[str], None]) -> Callable[[str, int, int], None]:
-    """Return a callback (domain, samples done, samples in all) that calls `say` with a line at most every
-    EVERY_SECONDS, and always at the end of a domain."""
-    last_line = 0.0
+def _progress_callback(print_line: Callable[[str], None]) -> Callable[[str, int, int], None]:
+    """Return a callback that prints progress, called with the domain, its finished samples and all its samples.
 
-    def progress(domain: str, done: int, of: int) -> None:
-        nonlocal last_line
-        if done == of or time.monotonic() - last_line > EVERY_SECONDS:
-            last_line = time.monotonic()
-            say(f"{domain} {done:,} of {of:,} samples")
+    It prints a line at most every `PROGRESS_SECONDS`, and always at the end of a domain.
+    """
+    last_line_time = 0.0
 
-    return progress
+    def report_progress(domain: str, finished_count: int, sample_count: int) -> None:
+        nonlocal last_line_time
+        if finished_count == sample_count or time.monotonic() - last_line_time > PROGRESS_SECONDS:
+            last_line_time = time.monotonic()
+            print_line(f"{domain} {finished_count:,} of {sample_count:,} samples")
+
+    return report_progress

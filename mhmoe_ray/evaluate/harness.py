@@ -1,8 +1,4 @@
-"""A checkpoint as a model of EleutherAI's lm-eval, through its Python interface (extra `eval`).
-
-`PAPER_TASKS` holds lm-eval's names of the English tasks of the first paper's table 2 and of the languages of its table
-3.
-"""
+"""Evaluation of a model on tasks of EleutherAI's lm-eval, through its Python interface (extra `eval`)."""
 
 import math
 import os
@@ -17,7 +13,8 @@ from mhmoe_ray.data.tokenizer import boundaries
 from mhmoe_ray.errors import SpecError
 from mhmoe_ray.model.decoder import Decoder, token_losses
 
-XNLI = ("bg", "de", "el", "en", "es", "fr", "hi", "ru", "sw", "th", "tr", "ur", "vi", "zh")
+# The first paper's table 3 has the languages, its table 2 the English tasks; the names are lm-eval's.
+XNLI_LANGUAGES = ("bg", "de", "el", "en", "es", "fr", "hi", "ru", "sw", "th", "tr", "ur", "vi", "zh")
 PAPER_TASKS = {
     "english": [
         "arc_challenge",
@@ -31,12 +28,12 @@ PAPER_TASKS = {
         "truthfulqa_mc1",
         "truthfulqa_mc2",
     ],
-    "xnli": [f"xnli_{code}" for code in XNLI],
+    "xnli": [f"xnli_{code}" for code in XNLI_LANGUAGES],
 }
 
 
-def expanded(tasks: Sequence[str]) -> list[str]:
-    """Return the names of lm-eval's tasks, with `english` and `xnli` replaced by the papers' lists."""
+def expand_tasks(tasks: Sequence[str]) -> list[str]:
+    """Return the names of lm-eval's tasks, with `english` and `xnli` replaced by the first paper's tasks."""
     return [name for task in tasks for name in PAPER_TASKS.get(task, [task])]
 
 
@@ -45,11 +42,11 @@ def run_tasks(
     tokenizer: Tokenizer,
     seq_len: int,
     tasks: Sequence[str],
-    folders: Sequence[str],
+    task_folders: Sequence[str],
     *,
-    batch: int,
-    half: bool,
-    limit: int | None,
+    batch_size: int,
+    use_bfloat16: bool,
+    question_limit: int | None,
 ) -> dict[str, dict[str, Any]]:
     """Run tasks of lm-eval and return its results by task, with standard errors where it computes them.
 
@@ -58,10 +55,10 @@ def run_tasks(
         tokenizer: the model's tokenizer, which has tokens for the start and end of a document.
         seq_len: number of tokens that the model sees at once.
         tasks: names of lm-eval's tasks.
-        folders: folders that hold tasks beside lm-eval's own.
-        batch: number of sequences per forward pass.
-        half: compute matrix products in bfloat16.
-        limit: largest number of questions of each task; None asks all.
+        task_folders: folders with tasks that lm-eval does not have itself.
+        batch_size: number of sequences per forward pass.
+        use_bfloat16: compute matrix products in bfloat16.
+        question_limit: largest number of questions of each task; None asks all.
 
     Raises:
         SpecError: lm-eval is not installed, or has no task of that name, or a task needs generated text.
@@ -72,38 +69,44 @@ def run_tasks(
     except ImportError as e:
         fix = "install mhmoe-ray[eval] there, or leave out --tasks"
         raise SpecError("tasks", "lm-eval is not installed where it would run", fix) from e
-    known = TaskManager(include_path=[str(Path(f)) for f in folders] or None)
-    if unknown := [task for task in tasks if task not in known.all_tasks]:
-        raise SpecError(f"task {unknown[0]}", "lm-eval knows none of this name", "see `lm-eval ls tasks`")
-    os.environ["DISABLE_MULTIPROC"] = "1"  # standard errors that it draws samples for would start a process a core
-    found = simple_evaluate(
-        model=_wrapped(model, tokenizer, seq_len, batch, half),
+    task_manager = TaskManager(include_path=[str(Path(f)) for f in task_folders] or None)
+    if unknown_tasks := [task for task in tasks if task not in task_manager.all_tasks]:
+        raise SpecError(f"task {unknown_tasks[0]}", "lm-eval has no task of this name", "see `lm-eval ls tasks`")
+    # For a bootstrapped standard error lm-eval would start a process for every core of the machine, whatever the number
+    # of CPUs that are reserved here.
+    os.environ["DISABLE_MULTIPROC"] = "1"
+    evaluation = simple_evaluate(
+        model=_lm_eval_model(model, tokenizer, seq_len, batch_size, use_bfloat16),
         tasks=list(tasks),
-        task_manager=known,
-        limit=limit,
+        task_manager=task_manager,
+        limit=question_limit,
         bootstrap_iters=100,
         verbosity="ERROR",
     )
-    asked = {task: counted["effective"] for task, counted in found["n-samples"].items()}
-    return {task: _plain(result, asked.get(task)) for task, result in found["results"].items()}
+    question_counts = {task: sample_counts["effective"] for task, sample_counts in evaluation["n-samples"].items()}
+    return {task: _finite_metrics(result, question_counts.get(task)) for task, result in evaluation["results"].items()}
 
 
-def _plain(result: dict[str, Any], questions: int | None) -> dict[str, Any]:
-    """Reduce lm-eval's result of one task to finite numbers, with `acc,none` shortened to `acc`.
+def _finite_metrics(result: dict[str, Any], question_count: int | None) -> dict[str, Any]:
+    """Return the finite numbers in lm-eval's result of one task, with `acc,none` shortened to `acc`.
 
-    The number of questions is added from `questions`, because releases of lm-eval differ in what they call it; for a
-    group of tasks lm-eval does not count it.
+    Args:
+        result: lm-eval's result of the task.
+        question_count: the number of questions, which is added as `questions`; None for a group of tasks, whose
+            questions lm-eval does not count.
     """
+    # Releases of lm-eval differ in the name of the number of questions, so both names are dropped.
     numbers = {name: v for name, v in result.items() if isinstance(v, int | float) and math.isfinite(v)}
-    found = {name.removesuffix(",none"): v for name, v in numbers.items() if name not in ("sample_len", "samples")}
-    return found if questions is None else {"questions": questions, **found}
+    metrics = {name.removesuffix(",none"): v for name, v in numbers.items() if name not in ("sample_len", "samples")}
+    return metrics if question_count is None else {"questions": question_count, **metrics}
 
 
-def _wrapped(model: Decoder, tokenizer: Tokenizer, seq_len: int, batch: int, half: bool) -> Any:
+def _lm_eval_model(model: Decoder, tokenizer: Tokenizer, seq_len: int, batch_size: int, use_bfloat16: bool) -> Any:
+    """Return the model behind lm-eval's interface; `run_tasks` describes the arguments."""
     from lm_eval.api.model import TemplateLM
 
-    class Checkpoint(TemplateLM):
-        """Model interface for tasks that compare continuations; tasks that generate text go through the server."""
+    class CheckpointModel(TemplateLM):
+        """Model for tasks that compare continuations; tasks that generate text need a served checkpoint."""
 
         tokenizer_name = "mhmoe"
 
@@ -115,61 +118,79 @@ def _wrapped(model: Decoder, tokenizer: Tokenizer, seq_len: int, batch: int, hal
             return list(tokenizer.encode(string, add_special_tokens=False).ids)
 
         def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, **_: Any) -> Any:
-            # As in training and in serving, a text begins with the token that says so.
-            start = self.eot_token_id
-            begun = [([start] if context[:1] != [start] else []) + list(context) for _, context, _ in requests]
-            return scored([(context, answer) for context, (_, _, answer) in zip(begun, requests, strict=True)])
+            # As in training and in serving, a text begins with its start token. lm-eval puts the token only before
+            # an empty context.
+            start_token = self.eot_token_id
+            contexts = [
+                ([start_token] if context[:1] != [start_token] else []) + list(context) for _, context, _ in requests
+            ]
+            return score_pairs([(context, answer) for context, (_, _, answer) in zip(contexts, requests, strict=True)])
 
         def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
-            found = []
+            # Each window begins with the last token of the window before it, so every token is scored exactly once.
+            log_probabilities = []
             for request in requests:
                 ids = [self.eot_token_id, *self.tok_encode(request.args[0])]
                 windows = [(ids[i : i + 1], ids[i + 1 : i + 1 + seq_len]) for i in range(0, len(ids) - 1, seq_len)]
-                found.append(sum(value for value, _ in scored(windows)))
-            return found
+                log_probabilities.append(sum(log_probability for log_probability, _ in score_pairs(windows)))
+            return log_probabilities
 
         def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
-            why = "it lets a model write, which `mhmoe eval` does not do"
-            raise SpecError("task", why, "serve the checkpoint and use lm-eval's `local-completions`")
+            reason = "it needs generated text, which `mhmoe eval` does not support"
+            raise SpecError("task", reason, "serve the checkpoint and use lm-eval's `local-completions`")
 
-    def scored(pairs: Sequence[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
-        """Return the score of each pair, in the given order, computed longest first so that a batch has similar
-        lengths."""
+    def score_pairs(pairs: Sequence[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
+        """Return the log-probability of each continuation and whether it is the greedy one, in the order of the pairs.
+
+        A pair is a context and its continuation.
+        """
+        # Sorting by length puts sequences of similar lengths into a batch, which needs little padding. The longest come
+        # first, so a batch that is too large for the memory fails at once.
         order = sorted(range(len(pairs)), key=lambda i: -len(pairs[i][0]) - len(pairs[i][1]))
-        found: dict[int, tuple[float, bool]] = {}
-        for first in range(0, len(order), batch):
-            some = order[first : first + batch]
-            scores = _scores(model, [pairs[i] for i in some], seq_len, half)
-            found |= dict(zip(some, scores, strict=True))
-        return [found[i] for i in range(len(pairs))]
+        pair_scores: dict[int, tuple[float, bool]] = {}
+        for start in range(0, len(order), batch_size):
+            batch_indices = order[start : start + batch_size]
+            scores = _score_batch(model, [pairs[i] for i in batch_indices], seq_len, use_bfloat16)
+            pair_scores |= dict(zip(batch_indices, scores, strict=True))
+        return [pair_scores[i] for i in range(len(pairs))]
 
-    return Checkpoint()
+    return CheckpointModel()
 
 
 @torch.inference_mode()
-def _scores(
-    model: Decoder, pairs: Sequence[tuple[list[int], list[int]]], seq_len: int, half: bool
+def _score_batch(
+    model: Decoder, pairs: Sequence[tuple[list[int], list[int]]], seq_len: int, use_bfloat16: bool
 ) -> list[tuple[float, bool]]:
-    """Return for each (context, continuation) the continuation's log-probability in nats, and whether it is the greedy
-    one.
+    """Return the log-probability of each continuation, in nats, and whether it is the greedy one.
 
-    Only the last seq_len + 1 tokens of a pair are used: the beginning of a longer one is cut off.
+    Only the last seq_len + 1 tokens of a pair are used: the beginning of a longer pair is cut off.
+
+    Args:
+        model: the model, in evaluation mode.
+        pairs: contexts with their continuations, which form one batch.
+        seq_len: number of tokens that the model sees at once.
+        use_bfloat16: compute matrix products in bfloat16.
     """
     device = model.embedding.weight.device
-    whole = [(context + answer)[-(seq_len + 1) :] for context, answer in pairs]
-    longest = max(map(len, whole))
-    token_BT = torch.zeros(len(pairs), longest, dtype=torch.int64)
-    for row, ids in enumerate(whole):  # filled up at the end, where nothing that counts can see it
+    sequences = [(context + answer)[-(seq_len + 1) :] for context, answer in pairs]
+    max_length = max(map(len, sequences))
+    token_BT = torch.zeros(len(pairs), max_length, dtype=torch.int64)
+    # Padding stands at the end, where causal attention hides it from every token of the text.
+    for row, ids in enumerate(sequences):
         token_BT[row, : len(ids)] = torch.tensor(ids)
     token_BT = token_BT.to(device)
+    # Padding repeats the start token, which would begin new documents; a sequence is a single document here.
     document_BT = torch.zeros_like(token_BT[:, :-1]) if model.spec.document_masks else None
-    with torch.autocast(device.type, torch.bfloat16, enabled=half):
+    with torch.autocast(device.type, torch.bfloat16, enabled=use_bfloat16):
         logits_BTV = model(token_BT[:, :-1], document_BT=document_BT).logits_BTV
     loss_BT = token_losses(logits_BTV, token_BT[:, 1:])
     greedy_BT = logits_BTV.argmax(-1) == token_BT[:, 1:]
-    found = []
-    for row, (ids, (_, answer)) in enumerate(zip(whole, pairs, strict=True)):
-        count = min(len(answer), len(ids) - 1)
-        part = slice(len(ids) - 1 - count, len(ids) - 1)
-        found.append((-float(loss_BT[row, part].sum(dtype=torch.float64)), bool(greedy_BT[row, part].all())))
-    return found
+    scores = []
+    for row, (ids, (_, answer)) in enumerate(zip(sequences, pairs, strict=True)):
+        # The first token of a sequence has no prediction, and a long continuation may have been cut.
+        answer_length = min(len(answer), len(ids) - 1)
+        answer_slice = slice(len(ids) - 1 - answer_length, len(ids) - 1)
+        scores.append(
+            (-float(loss_BT[row, answer_slice].sum(dtype=torch.float64)), bool(greedy_BT[row, answer_slice].all()))
+        )
+    return scores

@@ -4,19 +4,21 @@ from collections.abc import Callable
 from typing import ClassVar
 
 from mhmoe_ray.errors import ClusterError, MhmoeError, logging_errors
-from mhmoe_ray.evaluate.request import EvalRequest, Evaluation, stored
+from mhmoe_ray.evaluate.request import EvalRequest, Evaluation, load_evaluation
 from mhmoe_ray.remote import RemoteJob
 from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.storage import location
 
 
 class EvalJob(RemoteJob[Evaluation]):
+    """The job that computes an evaluation; its result is the file in the run directory."""
+
     module: ClassVar[str] = "mhmoe_ray.evaluate.job"
     kind: ClassVar[str] = "eval"
 
     request: EvalRequest
     can_grow: bool
-    """Whether nodes may join the cluster that the job runs on."""
+    """Nodes may join the cluster that the job runs on."""
 
     @property
     def run(self) -> RunDir:
@@ -27,27 +29,29 @@ class EvalJob(RemoteJob[Evaluation]):
         return self.unique_name(self.run.id)
 
     def result(self, log: Callable[[], str]) -> Evaluation | None:
-        return stored(self.run, self.request)
+        return load_evaluation(self.run, self.request)
 
 
 def main() -> None:
+    """Compute the evaluation of the current job as a Ray task and log its errors."""
     import ray
 
     job = EvalJob.received()
     request = job.request
     ray.init()
     with logging_errors():
-        _check_room(request, job.can_grow)
-        task = ray.remote(num_cpus=request.cpus, num_gpus=request.gpus)(_answer)
+        _check_resources(request, job.can_grow)
+        task = ray.remote(num_cpus=request.cpus, num_gpus=request.gpus)(_run_evaluation)
         try:
             ray.get(task.remote(request))
         except ray.exceptions.RayTaskError as e:
+            # Ray wraps the task's error, and only the error itself can be logged as the user's.
             if isinstance(e.cause, MhmoeError):
                 raise e.cause from e
             raise
 
 
-def _check_room(request: EvalRequest, can_grow: bool) -> None:
+def _check_resources(request: EvalRequest, can_grow: bool) -> None:
     """Print what the evaluation waits for, if the cluster has no free resources for it.
 
     Raises:
@@ -55,29 +59,32 @@ def _check_room(request: EvalRequest, can_grow: bool) -> None:
     """
     import ray
 
-    largest = max((node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]), default=0)
+    # A task runs on one node, so the largest node counts and not the sum over all.
+    largest_node_cpus = max((node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]), default=0)
     if request.gpus > ray.cluster_resources().get("GPU", 0):
         if not can_grow:
-            raise ClusterError("evaluation", "it is to compute on a GPU, and the cluster has none", "give --gpus 0")
-        _say("waiting for a GPU, of which the cluster has none at the moment")
-    elif request.cpus > largest:
+            raise ClusterError("evaluation", "it needs a GPU and the cluster has none", "give --gpus 0")
+        _print_progress("waiting for a GPU; the cluster has none at the moment")
+    elif request.cpus > largest_node_cpus:
         if not can_grow:
-            why = f"it is to compute on {request.cpus} CPUs, as the run's workers, and the largest node has {largest:g}"
-            raise ClusterError("evaluation", why, "start a larger cluster, or name one with --address")
-        _say(f"waiting for a node of {request.cpus} CPUs")
-    elif request.cpus > (free := ray.available_resources().get("CPU", 0)):
-        _say(f"waiting for CPUs: {request.cpus} are needed and {free:g} are free")
+            reason = (
+                f"it needs {request.cpus} CPUs, as the run's workers do, and the largest node has {largest_node_cpus:g}"
+            )
+            raise ClusterError("evaluation", reason, "start a larger cluster, or name one with --address")
+        _print_progress(f"waiting for a node of {request.cpus} CPUs")
+    elif request.cpus > (free_cpus := ray.available_resources().get("CPU", 0)):
+        _print_progress(f"waiting for CPUs: {request.cpus} are needed and {free_cpus:g} are free")
 
 
-def _say(line: str) -> None:
+def _print_progress(line: str) -> None:
     print(f"{EvalJob.kind}: {line}", flush=True)
 
 
-def _answer(request: EvalRequest) -> None:
-    # Imported only by the task: torch takes seconds, in which the job would not even have asked for it.
-    from mhmoe_ray.evaluate.answer import answer
+def _run_evaluation(request: EvalRequest) -> None:
+    # Importing torch takes seconds. Only the task imports it, so that the job can ask for the task's CPUs at once.
+    from mhmoe_ray.evaluate.answer import run_evaluation
 
-    answer(request, _say)
+    run_evaluation(request, _print_progress)
 
 
 if __name__ == "__main__":

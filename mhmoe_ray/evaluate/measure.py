@@ -11,91 +11,96 @@ from torch import Tensor, nn
 
 from mhmoe_ray.data.shards.files import Samples
 from mhmoe_ray.data.shards.manifest import require_data_manifest
-from mhmoe_ray.data.sources import Document, Reading, find_files
+from mhmoe_ray.data.sources import Document, FileReader, find_files
 from mhmoe_ray.data.stream import validation_samples
-from mhmoe_ray.data.tokenizer import UNKNOWN, DocumentEncoder
+from mhmoe_ray.data.tokenizer import UNKNOWN_WIDTH, DocumentEncoder
 from mhmoe_ray.errors import DataError
 from mhmoe_ray.evaluate.request import RoutingCounts
 from mhmoe_ray.evaluate.score import Score
-from mhmoe_ray.model.attention import document_of
+from mhmoe_ray.model.attention import document_indices
 from mhmoe_ray.model.decoder import Decoder, token_losses
 from mhmoe_ray.model.router import Routing
 from mhmoe_ray.spec import DataSpec
 
 
 class DomainSamples(NamedTuple):
+    """Samples of one domain, of the model's sequence length T."""
+
     domain: str
     tokens: Samples
     """Token ids, (samples, T + 1)."""
-    counts: np.ndarray
+    target_mask: np.ndarray
     """Mask of the targets that count, (samples, T) bool."""
 
 
-def held_out(folder: Path) -> Iterator[DomainSamples]:
-    """Yield, by domain, the held-out samples on which training validates.
+def held_out_samples(folder: Path) -> Iterator[DomainSamples]:
+    """Yield the held-out samples of each domain, which are the samples that training validates on.
 
     Raises:
         DataError: the folder is not prepared.
     """
     manifest = require_data_manifest(folder)
-    tokens, counts = validation_samples(folder, manifest)
+    tokens, target_mask = validation_samples(folder, manifest)
+    # Validation samples are stored domain after domain, in the manifest's order.
     start = 0
     for name, domain in manifest.domains.items():
         end = start + domain.validation_samples
         if end > start:
-            yield DomainSamples(name, tokens[start:end], counts[start:end])
+            yield DomainSamples(name, tokens[start:end], target_mask[start:end])
         start = end
 
 
-def of_text(data: DataSpec, encoder: DocumentEncoder, seq_len: int, most: int) -> Iterator[DomainSamples]:
-    """Yield, by domain, raw text as samples: documents are concatenated and cut wherever a sample is full.
+def text_samples(data: DataSpec, encoder: DocumentEncoder, seq_len: int, max_samples: int) -> Iterator[DomainSamples]:
+    """Yield the samples of each domain of raw text, whose documents are concatenated and cut into samples.
 
     Args:
-        data: names the text.
+        data: the data section of a spec, which names the text.
         encoder: encoder of the run's tokenizer.
         seq_len: T, the number of input tokens per sample.
-        most: largest number of samples per domain, taken from its beginning.
+        max_samples: largest number of samples per domain, taken from its beginning.
 
     Raises:
-        DataError: there is no text, or none of a domain's text can be read.
+        DataError: there is no text, or no text of a domain can be read.
     """
-    by_domain: dict[str, list[int]] = {}
-    wanted = most * seq_len + 1
+    ids_by_domain: dict[str, list[int]] = {}
+    # Samples overlap by one token, so n samples of T targets take n * T + 1 tokens.
+    max_tokens = max_samples * seq_len + 1
     for file in find_files(data):
-        found = by_domain.setdefault(file.domain, [])
-        if len(found) >= wanted:
-            continue  # before another file is opened
-        for item in Reading(file, data):
+        domain_ids = ids_by_domain.setdefault(file.domain, [])
+        if len(domain_ids) >= max_tokens:
+            # Opening a file can mean a download, so a domain that is full opens no more of its files.
+            continue
+        for item in FileReader(file, data):
             if isinstance(item, Document):
-                found += encoder.encode([item.text])[0]
-            if len(found) >= wanted:
+                domain_ids += encoder.encode([item.text])[0]
+            if len(domain_ids) >= max_tokens:
                 break
-    for domain, ids in by_domain.items():
+    for domain, ids in ids_by_domain.items():
         if len(ids) < 2:
-            raise DataError(f"text {domain}", "nothing of it can be read", "see `mhmoe data inspect`")
-        yield _cut(domain, ids[:wanted], seq_len)
+            raise DataError(f"text {domain}", "no text in it can be read", "see `mhmoe data inspect`")
+        yield _cut_samples(domain, ids[:max_tokens], seq_len)
 
 
-def _cut(domain: str, ids: list[int], seq_len: int) -> DomainSamples:
-    """Cut one domain's tokens into samples, the last one padded with token 0 and masked.
+def _cut_samples(domain: str, ids: list[int], seq_len: int) -> DomainSamples:
+    """Cut one domain's tokens into samples; the last sample is padded with token 0, which is masked.
 
     Neighbouring samples share a token: the last target of one is the first input of the next.
     """
-    samples = -(-(len(ids) - 1) // seq_len)
-    tokens = np.zeros((samples, seq_len + 1), np.int64)
-    counts = np.zeros((samples, seq_len), bool)
-    for i in range(samples):
-        part = ids[i * seq_len : (i + 1) * seq_len + 1]
-        tokens[i, : len(part)] = part
-        counts[i, : len(part) - 1] = True
-    return DomainSamples(domain, tokens, counts)
+    sample_count = -(-(len(ids) - 1) // seq_len)
+    tokens = np.zeros((sample_count, seq_len + 1), np.int64)
+    target_mask = np.zeros((sample_count, seq_len), bool)
+    for i in range(sample_count):
+        sample_ids = ids[i * seq_len : (i + 1) * seq_len + 1]
+        tokens[i, : len(sample_ids)] = sample_ids
+        target_mask[i, : len(sample_ids) - 1] = True
+    return DomainSamples(domain, tokens, target_mask)
 
 
-class Collector:
-    """Count the routes of a decoder's forward passes, by domain."""
+class RouteCounter:
+    """Counter of the routes of a decoder's forward passes, by domain."""
 
     def __init__(self, model: Decoder) -> None:
-        """Count nothing yet.
+        """Create a counter that has no counts yet.
 
         Args:
             model: a model with experts.
@@ -103,45 +108,53 @@ class Collector:
         moe = model.spec.moe
         assert moe is not None
         self._moe, self._layers = moe, model.moe_layers()
-        self._kept: dict[str, _Counts] = {}
-        self._real_N: Tensor | None = None
-        self._current: _Counts | None = None
+        self._counts_by_domain: dict[str, _DomainCounts] = {}
+        self._mask_N: Tensor | None = None
+        self._current_counts: _DomainCounts | None = None
 
     @contextmanager
-    def counting(self, domain: str, real_BT: Tensor) -> Iterator[None]:
+    def counting_routes(self, domain: str, mask_BT: Tensor) -> Iterator[None]:
         """Count the routes of the forward pass that runs within the context.
 
         Args:
-            domain: the domain that its tokens belong to.
-            real_BT: mask of the tokens that count.
+            domain: the domain that the tokens of the forward pass belong to.
+            mask_BT: mask of the tokens that count.
         """
         shape = len(self._layers), self._moe.experts, self._moe.heads, self._moe.top_k
-        self._current = self._kept.setdefault(domain, _Counts.empty(*shape))
-        self._real_N = real_BT.flatten()
-        self._current.tokens += int(self._real_N.sum())
-        handles = [layer.router.register_forward_hook(self._hook(number)) for number, layer in enumerate(self._layers)]
+        self._current_counts = self._counts_by_domain.setdefault(domain, _DomainCounts.empty(*shape))
+        self._mask_N = mask_BT.flatten()
+        self._current_counts.tokens += int(self._mask_N.sum())
+        handles = [
+            layer.router.register_forward_hook(self._layer_hook(layer_index))
+            for layer_index, layer in enumerate(self._layers)
+        ]
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
 
-    def _hook(self, layer: int) -> Any:
-        def count(_: nn.Module, __: Any, routing: Routing) -> None:
-            assert self._current is not None
-            assert self._real_N is not None
-            h = self._moe.heads
-            expert_NHK = routing.expert_NK.view(-1, h, self._moe.top_k)[self._real_N]
-            gate_NHK = routing.gate_NK.view_as(routing.expert_NK).view(-1, h, self._moe.top_k)[self._real_N]
-            self._current.add(layer, expert_NHK, gate_NHK)
+    def _layer_hook(self, layer_index: int) -> Any:
+        """Return a forward hook for the router of a layer."""
 
-        return count
+        def count_routes(_: nn.Module, __: Any, routing: Routing) -> None:
+            assert self._current_counts is not None
+            assert self._mask_N is not None
+            heads = self._moe.heads
+            expert_NHK = routing.expert_NK.view(-1, heads, self._moe.top_k)[self._mask_N]
+            gate_NHK = routing.gate_NK.view_as(routing.expert_NK).view(-1, heads, self._moe.top_k)[self._mask_N]
+            self._current_counts.add_routes(layer_index, expert_NHK, gate_NHK)
 
-    def result(self) -> dict[str, RoutingCounts]:
-        return {domain: counts.plain() for domain, counts in self._kept.items()}
+        return count_routes
+
+    def routing_counts(self) -> dict[str, RoutingCounts]:
+        """Return the counts by domain."""
+        return {domain: counts.to_routing_counts() for domain, counts in self._counts_by_domain.items()}
 
 
-class _Counts:
+class _DomainCounts:
+    """Counts of the routes of one domain, as tensors on the CPU; `RoutingCounts` describes the fields."""
+
     def __init__(self, counts_LE: Tensor, distinct_LR: Tensor, agreement_LHH: Tensor) -> None:
         self.tokens = 0
         self.counts_LE, self.tokens_LE = counts_LE, counts_LE.clone()
@@ -149,25 +162,31 @@ class _Counts:
         self.first_weight_L = torch.zeros(len(counts_LE), dtype=torch.float64)
 
     @classmethod
-    def empty(cls, layers: int, experts: int, heads: int, top_k: int) -> "_Counts":
+    def empty(cls, layers: int, experts: int, heads: int, top_k: int) -> "_DomainCounts":
+        """Return counts that are all zero."""
+
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(layers, *shape, dtype=torch.int64)
 
         return cls(zeros(experts), zeros(heads * top_k + 1), zeros(heads, heads))
 
-    def add(self, layer: int, expert_NHK: Tensor, gate_NHK: Tensor) -> None:
+    def add_routes(self, layer_index: int, expert_NHK: Tensor, gate_NHK: Tensor) -> None:
+        """Count the routes of N tokens in one layer; each of their H sub-tokens has K choices."""
         experts = self.counts_LE.shape[1]
-        self.counts_LE[layer] += expert_NHK.flatten().bincount(minlength=experts).cpu()
-        of_token_NR = expert_NHK.flatten(1).sort(1).values
-        is_new_NR = torch.ones_like(of_token_NR, dtype=torch.bool)
-        is_new_NR[:, 1:] = of_token_NR[:, 1:] != of_token_NR[:, :-1]
-        self.tokens_LE[layer] += of_token_NR[is_new_NR].bincount(minlength=experts).cpu()
-        self.distinct_LR[layer] += is_new_NR.sum(1).bincount(minlength=self.distinct_LR.shape[1]).cpu()
-        first_NH = expert_NHK[:, :, 0]
-        self.agreement_LHH[layer] += (first_NH[:, :, None] == first_NH[:, None, :]).sum(0).cpu()
-        self.first_weight_L[layer] += gate_NHK[:, :, 0].sum(dtype=torch.float64).cpu()
+        self.counts_LE[layer_index] += expert_NHK.flatten().bincount(minlength=experts).cpu()
+        sorted_expert_NR = expert_NHK.flatten(1).sort(1).values
+        # An expert counts once per token. Sorting puts equal experts side by side, so the first of them is easy to see.
+        is_first_NR = torch.ones_like(sorted_expert_NR, dtype=torch.bool)
+        is_first_NR[:, 1:] = sorted_expert_NR[:, 1:] != sorted_expert_NR[:, :-1]
+        self.tokens_LE[layer_index] += sorted_expert_NR[is_first_NR].bincount(minlength=experts).cpu()
+        self.distinct_LR[layer_index] += is_first_NR.sum(1).bincount(minlength=self.distinct_LR.shape[1]).cpu()
+        first_choice_NH = expert_NHK[:, :, 0]
+        self.agreement_LHH[layer_index] += (first_choice_NH[:, :, None] == first_choice_NH[:, None, :]).sum(0).cpu()
+        # Sums over many tokens lose digits in float32.
+        self.first_weight_L[layer_index] += gate_NHK[:, :, 0].sum(dtype=torch.float64).cpu()
 
-    def plain(self) -> RoutingCounts:
+    def to_routing_counts(self) -> RoutingCounts:
+        """Return the counts as lists, which can be stored."""
         return RoutingCounts(
             tokens=self.tokens,
             counts=self.counts_LE.tolist(),
@@ -179,53 +198,56 @@ class _Counts:
 
 
 @torch.inference_mode()
-def measure(
+def measure_samples(
     model: Decoder,
     samples: Iterable[DomainSamples],
     widths: np.ndarray,
     *,
-    batch: int,
+    batch_size: int,
     start_token: int,
-    half: bool,
+    use_bfloat16: bool,
     on_progress: Callable[[str, int, int], None],
 ) -> tuple[dict[str, Score], dict[str, RoutingCounts]]:
-    """Run the model over the samples and return, by domain, the scores and the counts of routes.
+    """Run the model over samples and return its scores and its counts of routes, both by domain.
 
-    A dense model has no counts of routes: its second dictionary is empty.
+    A dense model has no routes: its second dictionary is empty.
 
     Args:
         model: the model, in evaluation mode; routing is dropless, as in serving.
         samples: the samples to evaluate.
         widths: bytes of each of the model's tokens (`data.tokenizer.token_widths`).
-        batch: number of samples per forward pass.
+        batch_size: number of samples per forward pass.
         start_token: token that begins a document; it is used if the model has `document_masks`.
-        half: compute matrix products in bfloat16, as training with that precision does when it validates.
-        on_progress: called with the domain, its samples done so far, and its samples in all.
+        use_bfloat16: compute matrix products in bfloat16, as the validation of a run with that precision does.
+        on_progress: a function that takes the domain, the number of its finished samples and that of all its samples.
     """
     device = model.embedding.weight.device
-    collector = Collector(model) if model.spec.moe else None
+    route_counter = RouteCounter(model) if model.spec.moe else None
     scores: dict[str, Score] = {}
-    for domain, tokens, counts in samples:
+    for domain, tokens, target_mask in samples:
         score = scores.setdefault(domain, Score())
-        for first in range(0, len(tokens), batch):
-            ids, real = tokens[first : first + batch], counts[first : first + batch]
-            token_BT, real_BT = torch.from_numpy(ids).to(device), torch.from_numpy(real).to(device)
-            counting = collector.counting(domain, real_BT) if collector else nullcontext()
-            with counting, torch.autocast(device.type, torch.bfloat16, enabled=half):
-                logits_BTV = model(token_BT[:, :-1], document_BT=_documents(model, token_BT, start_token)).logits_BTV
-            width_P = widths[ids[:, 1:]][real]
-            loss_BT = token_losses(logits_BTV, token_BT[:, 1:]) * real_BT
+        for start in range(0, len(tokens), batch_size):
+            ids, mask = tokens[start : start + batch_size], target_mask[start : start + batch_size]
+            token_BT, mask_BT = torch.from_numpy(ids).to(device), torch.from_numpy(mask).to(device)
+            counting_context = route_counter.counting_routes(domain, mask_BT) if route_counter else nullcontext()
+            with counting_context, torch.autocast(device.type, torch.bfloat16, enabled=use_bfloat16):
+                logits_BTV = model(
+                    token_BT[:, :-1], document_BT=_document_indices(model, token_BT, start_token)
+                ).logits_BTV
+            # P: the predicted tokens that count.
+            width_P = widths[ids[:, 1:]][mask]
+            loss_BT = token_losses(logits_BTV, token_BT[:, 1:]) * mask_BT
             score += Score(
                 nats=float(loss_BT.sum(dtype=torch.float64)),
-                tokens=int(real.sum()),
-                text_bytes=int(width_P[width_P != UNKNOWN].sum()),
-                unknown=int((width_P == UNKNOWN).sum()),
+                tokens=int(mask.sum()),
+                text_bytes=int(width_P[width_P != UNKNOWN_WIDTH].sum()),
+                unknown=int((width_P == UNKNOWN_WIDTH).sum()),
             )
-            on_progress(domain, min(first + batch, len(tokens)), len(tokens))
+            on_progress(domain, min(start + batch_size, len(tokens)), len(tokens))
         scores[domain] = score
-    return scores, collector.result() if collector else {}
+    return scores, route_counter.routing_counts() if route_counter else {}
 
 
-def _documents(model: Decoder, token_BT: Tensor, start_token: int) -> Tensor | None:
+def _document_indices(model: Decoder, token_BT: Tensor, start_token: int) -> Tensor | None:
     """Return the number of the document that each input token belongs to; None for a model without document masks."""
-    return document_of(token_BT[:, :-1], start_token) if model.spec.document_masks else None
+    return document_indices(token_BT[:, :-1], start_token) if model.spec.document_masks else None

@@ -1,4 +1,4 @@
-"""The request of `mhmoe eval` and the evaluation that answers it, with counts of routes; kept in the run directory."""
+"""The request of `mhmoe eval` and the evaluation that answers it, which is stored in the run directory."""
 
 import hashlib
 import json
@@ -20,18 +20,20 @@ class RoutingCounts(BaseModel):
 
     tokens: int
     counts: list[list[int]]
-    """L x E: routes."""
+    """L x E: number of routes to the expert."""
     tokens_of: list[list[int]]
-    """L x E: tokens of which at least one sub-token goes to the expert."""
+    """L x E: number of tokens of which at least one sub-token goes to the expert."""
     distinct: list[list[int]]
-    """L x (h*k + 1): number of tokens by how many different experts their sub-tokens go to together."""
+    """L x (h*k + 1): number of tokens by the number of different experts that their sub-tokens go to together."""
     agreement: list[list[list[int]]]
-    """L x h x h: tokens whose sub-tokens i and j have the same first choice."""
+    """L x h x h: number of tokens whose sub-tokens i and j have the same first choice."""
     first_weight: list[float]
     """L: sum of the first choices' weights over all sub-tokens."""
 
 
 class EvalRequest(BaseModel):
+    """The text and the tasks on which a checkpoint is evaluated, and the resources for it."""
+
     run: str
     """Path of the run directory."""
     checkpoint: str
@@ -45,7 +47,7 @@ class EvalRequest(BaseModel):
     tasks: list[str]
     """Names of lm-eval's tasks, or `english` or `xnli`."""
     task_folders: list[str]
-    """Folders with tasks of the user's own."""
+    """Folders with the user's own tasks."""
     limit: int | None
     """Largest number of questions of each task; None asks all."""
     batch: int
@@ -56,15 +58,18 @@ class EvalRequest(BaseModel):
 
     @property
     def key(self) -> str:
-        """Name, without suffix, of the file that holds the evaluation: the checkpoint and a hash of the request.
+        """Name of the evaluation's file without its suffix: the checkpoint and a hash of the request.
 
-        Equal questions have equal keys, whatever the run directory, the batch size and the resources that compute them.
+        The hash leaves out the run directory, the batch size and the resources, so requests for the same figures have
+        the same key.
         """
-        asked = self.model_dump(mode="json", exclude={"run", "batch", "cpus", "gpus"})
-        return f"{self.checkpoint}-{hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:8]}"
+        question_fields = self.model_dump(mode="json", exclude={"run", "batch", "cpus", "gpus"})
+        return (
+            f"{self.checkpoint}-{hashlib.sha256(json.dumps(question_fields, sort_keys=True).encode()).hexdigest()[:8]}"
+        )
 
     @property
-    def said(self) -> str:
+    def description(self) -> str:
         """Description of what is evaluated, for the user; empty if nothing is."""
         parts = ["held-out text"] if self.prepared else []
         if self.text:
@@ -75,6 +80,8 @@ class EvalRequest(BaseModel):
 
 
 class Evaluation(BaseModel):
+    """The result of an evaluation: scores, counts of routes and results of tasks."""
+
     request: EvalRequest
     step: int
     tokens: int
@@ -89,24 +96,27 @@ class Evaluation(BaseModel):
     """lm-eval's results by task: metrics and their standard errors."""
 
     @property
-    def total(self) -> Score:
+    def total_score(self) -> Score:
+        """Score over all domains."""
         return sum(self.domains.values(), Score())
 
 
-def store(run: RunDir, evaluation: Evaluation) -> Location:
+def save_evaluation(run: RunDir, evaluation: Evaluation) -> Location:
+    """Store an evaluation in the run directory and return its path."""
     path = run.evaluations / f"{evaluation.request.key}.json"
     write_json(path, evaluation.model_dump(mode="json"))
     return path
 
 
-def stored(run: RunDir, request: EvalRequest) -> Evaluation | None:
+def load_evaluation(run: RunDir, request: EvalRequest) -> Evaluation | None:
+    """Return the evaluation that answers a request; None if the run directory has none."""
     path = run.evaluations / f"{request.key}.json"
     return Evaluation.model_validate_json(path.read_text()) if path.exists() else None
 
 
-def all_stored(run: RunDir) -> list[Evaluation]:
+def load_evaluations(run: RunDir) -> list[Evaluation]:
     """Return all evaluations of a run, sorted by training step and then by file name."""
     if not run.evaluations.exists():
         return []
-    found = [Evaluation.model_validate_json(p.read_text()) for p in run.evaluations.glob("*.json")]
-    return sorted(found, key=lambda e: (e.step, e.request.key))
+    evaluations = [Evaluation.model_validate_json(p.read_text()) for p in run.evaluations.glob("*.json")]
+    return sorted(evaluations, key=lambda e: (e.step, e.request.key))

@@ -1,4 +1,4 @@
-"""How well a text was predicted: loss, perplexity, bits per byte."""
+"""The score of a text that a model predicted: loss, perplexity, bits per byte."""
 
 import math
 from typing import Self
@@ -9,21 +9,23 @@ from mhmoe_ray.runs import metrics
 
 
 class Score(BaseModel):
+    """Sums over the predicted tokens of a text. Scores of several texts add up with `+`."""
+
     nats: float = 0.0
     """Sum of the tokens' losses, in nats."""
     tokens: int = 0
     """Number of predicted tokens."""
     text_bytes: int = 0
-    """Number of UTF-8 bytes of the predicted tokens, without unknown ones."""
+    """Number of UTF-8 bytes of the predicted tokens, except unknown tokens."""
     unknown: int = 0
     """Number of predicted tokens that are the unknown token, which stands for any text."""
 
-    def __add__(self, other: Self) -> "Score":
+    def __add__(self, addend: Self) -> "Score":
         return Score(
-            nats=self.nats + other.nats,
-            tokens=self.tokens + other.tokens,
-            text_bytes=self.text_bytes + other.text_bytes,
-            unknown=self.unknown + other.unknown,
+            nats=self.nats + addend.nats,
+            tokens=self.tokens + addend.tokens,
+            text_bytes=self.text_bytes + addend.text_bytes,
+            unknown=self.unknown + addend.unknown,
         )
 
     @property
@@ -39,13 +41,14 @@ class Score(BaseModel):
     def bits_per_byte(self) -> float | None:
         """Bits per byte of text, which are comparable between tokenizers; losses per token are not.
 
-        None if the number of bytes is not known, because some tokens are unknown ones, or if it is 0.
+        The value is None if the text has no bytes, or if an unknown token hides how many bytes it has.
         """
         if self.unknown or not self.text_bytes:
             return None
         return self.nats / math.log(2) / self.text_bytes
 
     def figures(self) -> dict[str, float | None]:
+        """Return the figures that reports and JSON outputs show."""
         return {
             "loss": self.loss,
             "perplexity": self.perplexity,

@@ -7,7 +7,8 @@ Shape suffixes: those of mhmoe_kernels (N D K E R F and others), and
     V  vocabulary size            M  width of the model (d), before it is split into sub-tokens
     L  mixture-of-experts layers  Q  width of X-MoE's routing projection
 
-The papers, their tables and their code disagree. Each reading below is an option of `spec/model.py`; * is the default.
+The papers, their tables and their code disagree. Each reading below is an option of `spec/model.py`; * marks the
+default.
 P1 is the first paper (arXiv 2404.15045), P2 the follow-up (arXiv 2411.16205), X-MoE is arXiv 2204.09179.
 
     | topic, option                   | readings                                     | why that default            |
@@ -24,20 +25,20 @@ P1 is the first paper (arXiv 2404.15045), P2 the follow-up (arXiv 2411.16205), X
     |   capacity_factor               | 1.0 the code of both                         | later rows                  |
     | second expert                   | always* P2; random P1's runs                 | random is for top-2 alone   |
     |   second_expert                 |                                              |                             |
-    | choices in load-balancing loss  | first* the code of both; all P1's equation   | the authors ran it          |
+    | choices in load balancing loss  | first* the code of both; all P1's equation   | the authors ran it          |
     |   balance_choices               |                                              |                             |
     | dropout, attention_dropout      | 0* P2's script; 0.1 P1's scripts (its table  | P2's                        |
     |                                 | says both)                                   |                             |
     | hidden width of an expert       | 4 beta d P1's appendix; 4 beta h d P2 and    | none: it must be given      |
     |   d_expert                      | P1's parameter counts                        |                             |
 
-Three choices are not options. Projections have biases, as in the code of both papers, even where P2's model has none
-elsewhere. P1's code drops second choices at random in evaluation too; this model never does. X-MoE's sigmoid gate, and
-torchscale's division of gates after drops, are left out.
+Three choices are not options. Projections have biases, as in the code of both papers, even though the rest of P2's
+model has none. P1's code drops second choices at random in evaluation too; this model never does. X-MoE's sigmoid gate,
+and torchscale's division of gates after drops, are not implemented.
 
-Other designs are built from these parts and need no backbone of their own. DeepSeekMoE: many narrow experts and
-`d_shared`. Mixtral: `kv_heads`, `tied_embeddings: false`, `every: 1`, `normalize_gates: true`. Both are presets
-(planner/). SMEAR (soft merging of experts, arXiv 2306.03745) is not offered: its router averages over the whole
-sequence, so that in a decoder later tokens would influence earlier ones, and it merges weights into one expert, whereas
-everything here sends rows to experts.
+Other designs are built from these parts and need no backbone of their own. DeepSeekMoE has many narrow experts and
+`d_shared`. Mixtral has `kv_heads`, `tied_embeddings: false`, `every: 1` and `normalize_gates: true`. Both are presets
+(planner/). SMEAR (soft merging of experts, arXiv 2306.03745) is not offered, for two reasons. Its router averages over
+the whole sequence, so that in a decoder later tokens would influence earlier ones. It merges weights into one expert,
+whereas everything here sends rows to experts.
 """

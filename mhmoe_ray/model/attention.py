@@ -8,16 +8,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mhmoe_ray.model.architectures import modules_of
-from mhmoe_ray.model.noise import default_draws_from
+from mhmoe_ray.model.noise import default_generator_from
 from mhmoe_ray.spec import ModelSpec
 
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""Attention in generation: (q_BHTC, k_BHTC, v_BHTC) of the newest tokens -> y_BHTC. It stores their keys and values,
-and attends to these tokens and all earlier ones."""
+CachedAttention = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Function (q_BHTC, k_BHTC, v_BHTC) -> y_BHTC for generation. It stores the keys and values of the newest tokens in the
+KV cache and attends to these and all earlier tokens."""
 
 
-class Rotary(NamedTuple):
-    """Cosines and sines of T positions, float32; the tables of queries and keys differ under xPos only."""
+class RotaryTables(NamedTuple):
+    """Cosines and sines of T positions, float32. The tables of queries and keys differ only under xPos."""
 
     q_cos_TC: Tensor
     q_sin_TC: Tensor
@@ -25,46 +25,46 @@ class Rotary(NamedTuple):
     k_sin_TC: Tensor
 
 
-def rotary(spec: ModelSpec, position_T: Tensor) -> Rotary:
+def rotary_tables(spec: ModelSpec, position_T: Tensor) -> RotaryTables:
     """Return RoPE's tables (arXiv 2104.09864, half-split pairing), scaled by the architecture's `query_scale`."""
+    # In float64, because the angles of late positions would lose digits in float32.
     width, position = spec.head_width, position_T.double()
-    even = torch.arange(0, width, 2, device=position.device, dtype=torch.float64)
-    angle = torch.outer(position, spec.rope_theta ** (-even / width)).repeat(1, 2)
+    even_indices = torch.arange(0, width, 2, device=position.device, dtype=torch.float64)
+    angle = torch.outer(position, spec.rope_theta ** (-even_indices / width)).repeat(1, 2)
     cos, sin = angle.cos(), angle.sin()
     scale = modules_of(spec).query_scale(width, position)
     if scale is None:
-        return Rotary(cos.float(), sin.float(), cos.float(), sin.float())
-    return Rotary((cos * scale).float(), (sin * scale).float(), (cos / scale).float(), (sin / scale).float())
+        return RotaryTables(cos.float(), sin.float(), cos.float(), sin.float())
+    return RotaryTables((cos * scale).float(), (sin * scale).float(), (cos / scale).float(), (sin / scale).float())
 
 
-def document_of(token_BT: Tensor, start_token: int) -> Tensor:
-    """Return the index of each token's document, counted within its sequence; each start token begins a document."""
+def document_indices(token_BT: Tensor, start_token: int) -> Tensor:
+    """Return the index of each token's document within its sequence. Each start token begins a document."""
     return token_BT.eq(start_token).cumsum(1)
 
 
 def document_mask(document_BT: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the mask (B, 1, T, T) that is added to attention scores: 0 where a token may attend to an earlier one or
-    itself, -inf elsewhere.
+    """Return the mask (B, 1, T, T) that is added to attention scores: 0 where a token may attend, which is to itself
+    and to earlier tokens of its document, and -inf elsewhere.
 
-    Positions do not restart in each document: RoPE and xPos depend only on the distance between two tokens, which is
-    the same wherever their document begins.
+    Positions need not restart in each document, because RoPE and xPos depend only on the distance between two tokens.
 
     Args:
         document_BT: index of each token's document, int.
-        dtype: dtype of the queries. Every layer would convert a boolean mask into one like this, and would keep its own
-            copy for the backward.
+        dtype: dtype of the queries.
     """
+    # Every layer would convert a boolean mask into one like this, and keep its own copy for the backward.
     visible_BTT = (document_BT[:, :, None] == document_BT[:, None, :]).tril()
     return torch.zeros_like(visible_BTT, dtype=dtype).masked_fill_(~visible_BTT, float("-inf"))[:, None]
 
 
 def _rotate(x_BHTC: Tensor, cos_TC: Tensor, sin_TC: Tensor) -> Tensor:
-    first, second = x_BHTC.chunk(2, dim=-1)
-    return (x_BHTC * cos_TC + torch.cat((-second, first), dim=-1) * sin_TC).to(x_BHTC.dtype)
+    first_half, second_half = x_BHTC.chunk(2, dim=-1)
+    return (x_BHTC * cos_TC + torch.cat((-second_half, first_half), dim=-1) * sin_TC).to(x_BHTC.dtype)
 
 
 class Attention(nn.Module):
-    """Attention of H heads, several of which may share keys and values (grouped queries)."""
+    """Causal self-attention with H heads. Several heads may share keys and values (grouped queries)."""
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
@@ -73,41 +73,48 @@ class Attention(nn.Module):
         self.heads, self.kv_heads, self.width = spec.attention_heads, spec.n_kv_heads, spec.head_width
         self.dropout = spec.attention_dropout
         self.qkv = nn.Linear(spec.d_model, (self.heads + 2 * self.kv_heads) * self.width, bias=bias)
-        """Projection whose output rows are all queries, then all keys, then all values."""
+        """Projection to all queries, then all keys, then all values."""
         self.inner_norm = modules.inner_norm(spec)
         self.out = nn.Linear(spec.d_model, spec.d_model, bias=bias)
 
     def forward(
         self,
         x_BTM: Tensor,
-        at: Rotary,
-        attend: Attend | None = None,
+        tables: RotaryTables,
+        cached_attention: CachedAttention | None = None,
         generator: torch.Generator | None = None,
         mask_B1TT: Tensor | None = None,
     ) -> Tensor:
-        """Attend to this and all earlier tokens, or to those that a mask allows.
+        """Return the attention output of tokens, each of which attends to itself and to earlier tokens, or to those
+        that a mask allows.
 
         Args:
             x_BTM: the T tokens.
-            at: `rotary` tables of their positions.
-            attend: attention over a KV cache, for generation after earlier tokens.
-            generator: source of dropout on the attention weights; None in evaluation.
-            mask_B1TT: `document_mask`; not used together with `attend`.
+            tables: `rotary_tables` of their positions.
+            cached_attention: attention over a KV cache, for generation after earlier tokens.
+            generator: generator of dropout on the attention weights; None in evaluation.
+            mask_B1TT: `document_mask`; None if `cached_attention` is given.
         """
         B, T, M = x_BTM.shape
         heads_BHTC = self.qkv(x_BTM).view(B, T, -1, self.width).transpose(1, 2)
         q, k, v = heads_BHTC.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
-        q, k = _rotate(q, at.q_cos_TC, at.q_sin_TC), _rotate(k, at.k_cos_TC, at.k_sin_TC)
-        y = attend(q, k, v) if attend is not None else self._attend(q, k, v, generator, mask_B1TT)
-        result: Tensor = self.out(self.inner_norm(y.transpose(1, 2).reshape(B, T, M)))
-        return result
+        q, k = _rotate(q, tables.q_cos_TC, tables.q_sin_TC), _rotate(k, tables.k_cos_TC, tables.k_sin_TC)
+        y = cached_attention(q, k, v) if cached_attention is not None else self._attend(q, k, v, generator, mask_B1TT)
+        output: Tensor = self.out(self.inner_norm(y.transpose(1, 2).reshape(B, T, M)))
+        return output
 
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, generator: torch.Generator | None, mask_B1TT: Tensor | None
     ) -> Tensor:
-        grouped = self.kv_heads != self.heads
-        rate = self.dropout if generator is not None else 0.0
-        with default_draws_from(generator if rate else None):
+        has_grouped_queries = self.kv_heads != self.heads
+        dropout_rate = self.dropout if generator is not None else 0.0
+        with default_generator_from(generator if dropout_rate else None):
             return F.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask_B1TT, dropout_p=rate, is_causal=mask_B1TT is None, enable_gqa=grouped
+                q,
+                k,
+                v,
+                attn_mask=mask_B1TT,
+                dropout_p=dropout_rate,
+                is_causal=mask_B1TT is None,
+                enable_gqa=has_grouped_queries,
             )

@@ -1,19 +1,19 @@
-"""Feed-forward modules: the dense layer and the stack of experts, which compute the same function."""
+"""Feed-forward modules: the dense layer and the stack of experts. Both compute the same function."""
 
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
-from mhmoe_kernels import ExpertWeights, choose, run_experts
+from mhmoe_kernels import ExpertWeights, choose_kernel, run_experts
 from mhmoe_ray.model.architectures import modules_of
-from mhmoe_ray.model.held import local
+from mhmoe_ray.model.held import local_shard
 from mhmoe_ray.model.router import Routing
 from mhmoe_ray.spec import ModelSpec
 
 Dispatch = Callable[[Tensor, Routing, "Experts"], Tensor]
-"""Function that sends routed rows to their experts and returns the combined outputs: (x_ND, routing, experts) ->
-y_ND."""
+"""Function (x_ND, routing, experts) -> y_ND that sends routed rows to their experts and returns the combined
+outputs."""
 
 
 class FeedForward(nn.Module):
@@ -27,12 +27,11 @@ class FeedForward(nn.Module):
             self.register_parameter(name, nn.Parameter(torch.empty(shape)))
 
     def forward(self, x_BTM: Tensor) -> Tensor:
-        return self.function(*_for_autocast(x_BTM, tuple(self.parameters())))
+        return self.function(*_cast_for_autocast(x_BTM, tuple(self.parameters())))
 
 
-def matrices(model: nn.Module) -> set[str]:
-    """Return the names of the parameters that are matrices, counting an expert's parameter without its stack
-    dimension."""
+def matrix_names(model: nn.Module) -> set[str]:
+    """Return the names of all parameters that are matrices or stacks of experts' matrices."""
     return {
         name
         for path, module in model.named_modules()
@@ -42,56 +41,53 @@ def matrices(model: nn.Module) -> set[str]:
 
 
 class Experts(nn.Module):
-    """The experts `held` out of a layer's E: all of them, unless expert parallelism spreads them over ranks.
+    """The experts of a layer that this process holds: all E of them, or a part of them with expert parallelism.
 
-    Each expert is a FeedForward of width d/h and hidden width f. Its parameters are stacked along a first dimension E,
-    in the order of its function's arguments.
+    Each expert is a FeedForward of width d/h and hidden width f. The parameters of all experts are stacked along a
+    first dimension E. They are in the order of the function's arguments.
     """
 
-    def __init__(self, spec: ModelSpec, held: range) -> None:
+    def __init__(self, spec: ModelSpec, expert_ids: range) -> None:
         super().__init__()
         moe = spec.moe
         assert moe is not None
-        self.held, self.recompute = held, spec.recomputes
+        self.expert_ids, self.recompute = expert_ids, spec.recomputed_share
         self.kernel: str = moe.kernel
         modules = modules_of(spec)
         self.function = modules.function(spec)
         for name, shape in modules.expert_shapes(spec.d_model // moe.heads, moe.d_expert).items():
-            first, _, letters = name.rpartition("_")
-            self.register_parameter(f"{first}_E{letters}", nn.Parameter(torch.empty(len(held), *shape)))
+            base_name, _, dimensions = name.rpartition("_")
+            self.register_parameter(f"{base_name}_E{dimensions}", nn.Parameter(torch.empty(len(expert_ids), *shape)))
 
     def forward(self, x_ND: Tensor, routing: Routing, dispatch: Dispatch) -> Tensor:
-        """Run rows through all experts of the layer, on whichever rank they are.
-
-        This is a forward pass of the module, so that training can gather its sharded parameters for the duration of the
-        call.
-        """
+        """Run rows through all experts of the layer, also those of other ranks."""
+        # It is a forward pass of this module because FSDP gathers sharded parameters for the time of a forward.
         return dispatch(x_ND, routing, self)
 
-    def compute(self, x_ND: Tensor, expert_NK: Tensor, gate_NK: Tensor, places: int | None = None) -> Tensor:
-        """Run rows through the experts held here, which are numbered from 0.
+    def compute(self, x_ND: Tensor, expert_NK: Tensor, gate_NK: Tensor, capacity: int | None = None) -> Tensor:
+        """Run rows through the experts of this process, which are numbered from 0 here.
 
         Args:
             x_ND, expert_NK, gate_NK: rows and routes as in `mhmoe_kernels.run_experts`.
-            places: expert capacity, the most rows that one expert takes; None if nothing is dropped, as in serving.
+            capacity: expert capacity in rows; None if no route is dropped.
         """
         x_ND, weights = self.cast(x_ND)
-        return run_experts(self.backend(x_ND, weights, places), x_ND, expert_NK, gate_NK, weights, places)
+        return run_experts(self.select_kernel(x_ND, weights, capacity), x_ND, expert_NK, gate_NK, weights, capacity)
 
-    def backend(self, x_ND: Tensor, weights: ExpertWeights, places: int | None = None) -> str:
-        """Return the name of the kernel for rows like `x_ND`, after the cast to the compute dtype."""
-        return choose(self.kernel, x_ND, weights, places)
+    def select_kernel(self, x_ND: Tensor, weights: ExpertWeights, capacity: int | None = None) -> str:
+        """Return the name of the kernel for rows with the dtype and device of `x_ND`, which `cast` returned."""
+        return choose_kernel(self.kernel, x_ND, weights, capacity)
 
     def cast(self, x_ND: Tensor) -> tuple[Tensor, ExpertWeights]:
-        """Return rows and the weights of the experts held here, in autocast's dtype where autocast is on."""
-        # Where training slices experts over ranks, these are DTensors of what this rank holds.
-        x_ND, *stacked = _for_autocast(x_ND, tuple(local(p) for p in self.parameters()))
+        """Return rows and the weights of this process's experts, in autocast's dtype if autocast is on."""
+        # Parameters are DTensors if training shards experts over ranks.
+        x_ND, *stacked = _cast_for_autocast(x_ND, tuple(local_shard(p) for p in self.parameters()))
         return x_ND, ExpertWeights(self.function, tuple(stacked), self.recompute)
 
 
-def _for_autocast(x: Tensor, weights: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Cast rows and weights to autocast's dtype, if it is on. Autocast acts on single operations, but here a whole
-    expert is one operation."""
+def _cast_for_autocast(x: Tensor, weights: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Return rows and weights in autocast's dtype if autocast is on, and unchanged otherwise."""
+    # Autocast casts the operands of torch's own operations, but here a whole expert is one operation.
     if not torch.is_autocast_enabled(x.device.type):
         return x, *weights
     dtype = torch.get_autocast_dtype(x.device.type)

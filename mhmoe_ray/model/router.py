@@ -1,9 +1,11 @@
-"""The router: logits over E experts for each row, top-k routing, expert capacity, and load balancing, in float32 or
-wider.
+"""The router: logits over E experts per row, top-k routing, expert capacity, load balancing loss and router z-loss.
 
-Logits are W x (P1, equation 5; P2, section 2.1), X-MoE's as published, or X-MoE's as torchscale computes them and P1
-ran them. Two losses and a selection bias keep the load of experts equal. Each belongs to one layer; a model sums the
-losses over its layers.
+Logits are W x (P1, equation 5; P2, section 2.1), X-MoE's as published, or X-MoE's as torchscale computes them, which P1
+used. With an expert capacity, an expert takes a limited number of rows, and the routes beyond it are dropped. The load
+balancing loss and a selection bias make the load of experts equal; the router z-loss keeps logits small. Each of them
+belongs to one layer, and a model sums the losses over its layers.
+
+Everything here is computed in float32 or wider.
 """
 
 from abc import ABC, abstractmethod
@@ -13,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mhmoe_kernels import wide
+from mhmoe_kernels import widen
 from mhmoe_ray.spec import MoESpec
 from mhmoe_ray.spec.model import RouterName
 
@@ -31,10 +33,10 @@ class BaseScores(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, x_ND: Tensor) -> Tensor:
-        """Return the logits NE of rows in float32 or wider."""
+        """Return the logits NE of rows, in float32 or wider."""
 
-    def balanced(self, x_ND: Tensor, probability_NE: Tensor) -> Tensor:
-        """Return the probabilities NE for the load-balancing loss: by default those of the routing itself."""
+    def balance_probabilities(self, x_ND: Tensor, probability_NE: Tensor) -> Tensor:
+        """Return the probabilities NE for the load balancing loss; by default those of the routing itself."""
         return probability_NE
 
 
@@ -44,11 +46,13 @@ class LinearScores(BaseScores):
         self.weight_ED = nn.Parameter(torch.empty(moe.experts, width))
 
     def forward(self, x_ND: Tensor) -> Tensor:
-        return x_ND @ wide(self.weight_ED).T
+        return x_ND @ widen(self.weight_ED).T
 
 
+# X-MoE's initial temperature (arXiv 2204.09179).
 INITIAL_TEMPERATURE = 0.3
-LOWEST_TEMPERATURE = 0.01
+# Tutel's bound. At a temperature of 0 scores would be infinite, and below 0 their order would be reversed.
+MIN_TEMPERATURE = 0.01
 
 
 class XMoEScores(BaseScores):
@@ -56,22 +60,24 @@ class XMoEScores(BaseScores):
         super().__init__(width, moe)
         self.reduce_QD = nn.Parameter(torch.empty(moe.routing_width, width))
         self.expert_EQ = nn.Parameter(torch.empty(moe.experts, moe.routing_width))
-        self.log_temperature = nn.Parameter(torch.empty(1))  # FSDP2 and DeepSpeed take no scalars
+        # The temperature itself could reach 0 within 500 steps of Adam at a learning rate of 6e-4. The parameter is a
+        # vector of one element, because neither FSDP2 nor DeepSpeed accepts scalars.
+        self.log_temperature = nn.Parameter(torch.empty(1))
 
     def forward(self, x_ND: Tensor) -> Tensor:
         return self.cosine(x_ND) / self.temperature
 
-    def balanced(self, x_ND: Tensor, probability_NE: Tensor) -> Tensor:
-        """Return probabilities at the initial temperature, as X-MoE's loss does: training could otherwise raise the
-        learned temperature just to lower the loss."""
+    def balance_probabilities(self, x_ND: Tensor, probability_NE: Tensor) -> Tensor:
+        """Return the probabilities at the initial temperature, which X-MoE's load balancing loss uses."""
+        # At the learned temperature, training could lower the loss just by raising the temperature.
         return (self.cosine(x_ND) / INITIAL_TEMPERATURE).softmax(-1)
 
     @property
     def temperature(self) -> Tensor:
-        return LOWEST_TEMPERATURE + wide(self.log_temperature).exp()
+        return MIN_TEMPERATURE + widen(self.log_temperature).exp()
 
     def cosine(self, x_ND: Tensor) -> Tensor:
-        return F.normalize(x_ND @ wide(self.reduce_QD).T, dim=-1) @ F.normalize(wide(self.expert_EQ), dim=-1).T
+        return F.normalize(x_ND @ widen(self.reduce_QD).T, dim=-1) @ F.normalize(widen(self.expert_EQ), dim=-1).T
 
 
 class TorchscaleScores(BaseScores):
@@ -81,38 +87,36 @@ class TorchscaleScores(BaseScores):
         self.expert_EQ = nn.Parameter(torch.empty(moe.experts, moe.routing_width))
 
     def forward(self, x_ND: Tensor) -> Tensor:
-        return x_ND @ wide(self.reduce_QD).T @ F.normalize(wide(self.expert_EQ), dim=-1, eps=1e-4).T
+        return x_ND @ widen(self.reduce_QD).T @ F.normalize(widen(self.expert_EQ), dim=-1, eps=1e-4).T
 
 
-SCORES: dict[RouterName, type[BaseScores]] = {
+SCORES_BY_ROUTER: dict[RouterName, type[BaseScores]] = {
     "linear": LinearScores,
     "xmoe": XMoEScores,
     "xmoe_torchscale": TorchscaleScores,
 }
 
 
-def scores(width: int, moe: MoESpec) -> BaseScores:
-    """Return the module that computes the logits of `moe.router` for rows of a width; its parameters are
-    uninitialized."""
-    return SCORES[moe.router](width, moe)
+def build_scores(width: int, moe: MoESpec) -> BaseScores:
+    """Return the module, with uninitialized parameters, that computes the logits of `moe.router` for rows of a
+    width."""
+    return SCORES_BY_ROUTER[moe.router](width, moe)
 
 
 def route_counts(expert_NK: Tensor, experts: int, kept_NK: Tensor | None = None) -> Tensor:
-    """Return the number of routes per expert, int64: of all routes, or of those that `kept_NK` selects.
-
-    This does not use bincount, which makes the host wait for a GPU.
-    """
+    """Return the number of routes per expert, int64, of all routes or of those that `kept_NK` selects."""
+    # bincount would make the host wait for a GPU.
     weight_NK = torch.ones_like(expert_NK) if kept_NK is None else kept_NK.long()
     zero_E = torch.zeros(experts, dtype=torch.int64, device=expert_NK.device)
     return zero_E.scatter_add_(0, expert_NK.flatten(), weight_NK.flatten())
 
 
 def balance_loss(probability_NE: Tensor, expert_NK: Tensor) -> Tensor:
-    """Return the load-balancing loss E * sum_e mean_n(p_ne) * (share of the choices that are e), before any drop
+    """Return the load balancing loss E * sum_e mean_n(p_ne) * (share of the choices that are e), before any drop
     (Switch Transformers, arXiv 2101.03961, equation 4).
 
-    With only the first column of `expert_NK` this is the form in both papers' code; with all columns it is MegaBlocks'.
-    It is exactly 1 when either factor is uniform, at most E, and its gradient flows only through the probabilities.
+    With only the first column of `expert_NK` it has the form of both papers' code; with all columns, MegaBlocks'. It is
+    exactly 1 if either factor is uniform, and at most E. Its gradient flows only through the probabilities.
     """
     experts = probability_NE.shape[1]
     share_E = route_counts(expert_NK, experts).to(probability_NE.dtype) / expert_NK.numel()
@@ -120,59 +124,60 @@ def balance_loss(probability_NE: Tensor, expert_NK: Tensor) -> Tensor:
 
 
 def z_loss(logits_NE: Tensor) -> Tensor:
-    """Return the router z-loss: the mean over rows of the squared log-sum-exp of the logits (ST-MoE, arXiv 2202.08906);
-    its minimum is 0."""
+    """Return the router z-loss: the mean over rows of the squared log-sum-exp of the logits (ST-MoE, arXiv
+    2202.08906)."""
     return logits_NE.logsumexp(-1).square().mean()
 
 
-def moved_bias(bias_E: Tensor, count_E: Tensor, rate: float) -> Tensor:
-    """Return the selection bias for the next step (auxiliary-loss-free balancing, arXiv 2408.15664): raised by `rate`
-    for experts with fewer routes than the mean, lowered by it for those with more."""
+def updated_bias(bias_E: Tensor, count_E: Tensor, rate: float) -> Tensor:
+    """Return the selection bias for the next step: raised by `rate` for experts with fewer routes than the mean, and
+    lowered by `rate` for experts with more (auxiliary-loss-free balancing, arXiv 2408.15664)."""
     load_E = count_E.to(bias_E.dtype)
     return bias_E + rate * (load_E.mean() - load_E).sign()
 
 
-def fits(expert_NK: Tensor, wanted_NK: Tensor, experts: int, limit: int) -> Tensor:
-    """Return the mask NK of the wanted routes that fit into the capacity of `limit` rows per expert.
+def capacity_mask(expert_NK: Tensor, candidate_NK: Tensor, experts: int, capacity: int) -> Tensor:
+    """Return the mask NK of the candidate routes that fit into an expert capacity of `capacity` rows.
 
-    Slots are assigned in the order of rows, to all first choices before all second ones, and so on. A later row's first
-    choice can therefore displace an earlier row's second choice: static routing is not causal.
+    Slots are assigned to all first choices before all second choices, and so on, each in the order of rows. A later
+    row's first choice can therefore displace an earlier row's second choice: static routing is not causal.
     """
-    order_KN = torch.where(wanted_NK, expert_NK, experts).T.flatten()  # unwanted routes queue for no expert
-    sorted_R, route_R = order_KN.sort(stable=True)
+    # Routes that are no candidates queue for an expert that does not exist. A stable sort keeps the order of a queue.
+    queue_KN = torch.where(candidate_NK, expert_NK, experts).T.flatten()
+    sorted_R, route_R = queue_KN.sort(stable=True)
     start_E = torch.searchsorted(sorted_R, torch.arange(experts + 1, device=sorted_R.device))
-    place_R = torch.empty_like(route_R)
-    place_R[route_R] = torch.arange(len(route_R), device=route_R.device) - start_E[sorted_R]
-    return wanted_NK & (limit > place_R.view(expert_NK.T.shape).T)
+    position_R = torch.empty_like(route_R)
+    position_R[route_R] = torch.arange(len(route_R), device=route_R.device) - start_E[sorted_R]
+    return candidate_NK & (capacity > position_R.view(expert_NK.T.shape).T)
 
 
 class Routing(NamedTuple):
     """Routing of N rows to their experts."""
 
     expert_NK: Tensor
-    """Chosen experts of each row, int64, first choice first; the experts of a row are all different."""
+    """Chosen experts of each row, int64, in the order of preference. The experts of a row are all different."""
     gate_NK: Tensor
     """Gates (weights) of the chosen experts, float32; 0 for a route that is dropped."""
     balance_loss: Tensor
-    """Load-balancing loss of the layer, scalar; 1 when routing is uniform."""
+    """Load balancing loss of the layer, scalar; 1 if routing is uniform."""
     z_loss: Tensor
     """Router z-loss of the layer, scalar."""
     count_E: Tensor
     """Number of kept routes per expert, int64."""
-    dropped: Tensor
-    """Number of routes dropped for lack of capacity, int64 scalar; second choices that `second_expert: random` leaves
-    out do not count."""
-    places: int | None
+    dropped_routes: Tensor
+    """Number of routes that exceed the expert capacity and are dropped, int64 scalar. Second choices that
+    `second_expert: random` leaves out do not count."""
+    capacity: int | None
     """Expert capacity in rows if routing is static; None if it is dropless."""
 
 
 class Router(nn.Module):
-    """Router: softmax of the logits, then the top k experts."""
+    """Router of one layer: softmax of the logits, then the top k experts."""
 
     def __init__(self, width: int, moe: MoESpec) -> None:
         super().__init__()
         self.moe = moe
-        self.scores = scores(width, moe)
+        self.scores = build_scores(width, moe)
         if moe.bias_rate:
             self.bias_E: Tensor
             self.register_buffer("bias_E", torch.zeros(moe.experts))
@@ -182,33 +187,37 @@ class Router(nn.Module):
 
         Args:
             x_ND: the rows.
-            generator: source of jitter and of P1's random second expert; neither applies without one.
+            generator: generator of jitter and of P1's random second expert; neither applies without one.
         """
+        # Autocast would compute logits in bfloat16.
         with torch.autocast(x_ND.device.type, enabled=False):
-            return self._route(wide(x_ND), generator)
+            return self._route(widen(x_ND), generator)
 
     def _route(self, x_ND: Tensor, generator: torch.Generator | None) -> Routing:
         moe, rows = self.moe, len(x_ND)
         if moe.jitter and generator is not None:
             x_ND = x_ND * torch.empty_like(x_ND).uniform_(1 - moe.jitter, 1 + moe.jitter, generator=generator)
         logits_NE = self.scores(x_ND)
-        expert_NK, gate_NK, probability_NE = self.choose(logits_NE)
-        places = moe.places(rows) if self.training else None
-        wanted_NK = self._wanted(expert_NK, gate_NK, generator)
-        kept_NK = wanted_NK if places is None else fits(expert_NK, wanted_NK, moe.experts, places)
+        expert_NK, gate_NK, probability_NE = self.choose_experts(logits_NE)
+        capacity = moe.expert_capacity(rows) if self.training else None
+        candidate_NK = self._candidate_routes(expert_NK, gate_NK, generator)
+        kept_NK = candidate_NK if capacity is None else capacity_mask(expert_NK, candidate_NK, moe.experts, capacity)
         count_E = route_counts(expert_NK, moe.experts, kept_NK)
-        counted = expert_NK[:, :1] if moe.balance_choices == "first" else expert_NK
+        balanced_NK = expert_NK[:, :1] if moe.balance_choices == "first" else expert_NK
         return Routing(
             expert_NK,
             gate_NK * kept_NK,
-            balance_loss(self.scores.balanced(x_ND, probability_NE), counted) if rows else logits_NE.sum(),
+            # The load balancing loss and the router z-loss of no rows would be NaN. The sum is 0 and has a gradient.
+            balance_loss(self.scores.balance_probabilities(x_ND, probability_NE), balanced_NK)
+            if rows
+            else logits_NE.sum(),
             z_loss(logits_NE) if rows else logits_NE.sum(),
             count_E,
-            wanted_NK.sum() - count_E.sum(),
-            places,
+            candidate_NK.sum() - count_E.sum(),
+            capacity,
         )
 
-    def choose(self, logits_NE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def choose_experts(self, logits_NE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Choose the top k experts of each row.
 
         Args:
@@ -219,22 +228,22 @@ class Router(nn.Module):
         """
         moe = self.moe
         probability_NE = logits_NE.softmax(-1)
-        # The bias takes part in the choice only; weights are the router's own.
-        preferred_NE = probability_NE + self.bias_E if moe.bias_rate else probability_NE
-        expert_NK = preferred_NE.topk(moe.top_k, dim=-1).indices
+        # The bias affects only the choice; gates come from the probabilities themselves.
+        preference_NE = probability_NE + self.bias_E if moe.bias_rate else probability_NE
+        expert_NK = preference_NE.topk(moe.top_k, dim=-1).indices
         if moe.normalize_gates:
-            # Equal to dividing the chosen probabilities by their sum, which is 0 where a bias chose experts whose
+            # This equals dividing the chosen probabilities by their sum. That sum is 0 if a bias chose experts whose
             # probabilities have all underflowed.
             gate_NK = logits_NE.gather(-1, expert_NK).softmax(-1)
         else:
             gate_NK = probability_NE.gather(-1, expert_NK)
         return expert_NK, gate_NK, probability_NE
 
-    def _wanted(self, expert_NK: Tensor, gate_NK: Tensor, generator: torch.Generator | None) -> Tensor:
-        """Return the mask NK of the routes that are candidates for a slot: all, or without the second choices that
-        `second_expert: random` leaves out."""
-        wanted_NK = torch.ones_like(expert_NK, dtype=torch.bool)
+    def _candidate_routes(self, expert_NK: Tensor, gate_NK: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Return the mask NK of the candidates for a slot: all routes but the second choices that `second_expert:
+        random` leaves out."""
+        candidate_NK = torch.ones_like(expert_NK, dtype=torch.bool)
         if self.moe.second_expert == "random" and generator is not None:
             u_N = torch.rand(len(gate_NK), device=gate_NK.device, dtype=gate_NK.dtype, generator=generator)
-            wanted_NK[:, 1] = 2 * gate_NK[:, 1] > u_N
-        return wanted_NK
+            candidate_NK[:, 1] = 2 * gate_NK[:, 1] > u_N
+        return candidate_NK

@@ -1,6 +1,6 @@
-"""Resolve what a user wrote into a complete spec, and compute its numbers. No model is built, torch is not imported.
+"""Resolve a spec file into a complete spec, and compute its numbers without building a model or importing torch.
 
-resolve.py      a spec file with its preset, size and match resolved; presets by name
+resolve.py      spec files with preset, size and match; presets by name
 presets.py      presets in families of three sizes        papers.py       the papers' models
 match.py        expert width and count that match a reference, and the comparison with it
 sizes.py        parameters, multiply-adds, bytes per number

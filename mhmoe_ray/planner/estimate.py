@@ -1,144 +1,151 @@
-"""Time of a training step, computed from the spec: an estimate, not checked on GPUs.
+"""The time of a training step, estimated from the spec. It has not been compared with measurements on GPUs.
 
-Matrix products take the longer of two times: their FLOPs at the share of the peak that `cluster.accelerator` states,
-and their bytes at its share of memory bandwidth. A backward costs two forwards. The bytes of everything but the experts
-are those of its weights alone, read once in each pass. The time of an exchange is the sum of two: bytes over bandwidth
-on the class of links that its most loaded rank waits for longest, and the latency of its messages, one after another.
+Matrix products take the longer of two times: that of their FLOPs at the share of the peak in `cluster.accelerator`, and
+that of their bytes at its share of the memory bandwidth. A backward costs two forwards. Of all parts but the experts,
+only the weights count as bytes, once in each pass. The time of an exchange has two terms. One is bytes over bandwidth,
+for the most loaded rank on the slowest class of links. The other is the latency of its messages, one after another.
 
-The estimate leaves out norms, routing and permutation of rows, what experts recompute by `moe.recompute`, the data
-stream, checkpoints, stragglers, congestion, and routing that is not uniform.
+The estimate leaves out norms, routing and permutation of rows, recomputation by `moe.recompute`, the data stream,
+checkpoints, stragglers, congestion, and routing that is not uniform.
 """
 
 from typing import NamedTuple
 
 from mhmoe_ray.planner.expert_step import expert_step, planned_model
-from mhmoe_ray.planner.memory import memory
+from mhmoe_ray.planner.memory import compute_memory
 from mhmoe_ray.planner.placement import Layout
 from mhmoe_ray.planner.sizes import (
     EXPERTS,
     PROJECTIONS,
     ROUTER,
     SHARED,
-    compute_bytes,
+    bytes_per_value,
+    compute_sizes,
     flops_per_token,
-    parts,
-    sizes,
+    model_parts,
 )
-from mhmoe_ray.planner.traffic import Exchange, Links, dispatches, reductions
+from mhmoe_ray.planner.traffic import Exchange, LinkLoads, dispatch_exchanges, reduction_exchanges
 from mhmoe_ray.spec import RunSpec
 
 COMPUTE, MEMORY, LATENCY = "compute", "memory bandwidth", "latency"
-LINKS = {"node": "links within nodes", "domain": "links between nodes", "between": "links between domains"}
-"""Names of the resources that may bound a part of the step; LINKS has those of the link classes, by their key in
-`cluster.network`."""
+LINK_NAMES = {"node": "links within nodes", "domain": "links between nodes", "between": "links between domains"}
+"""Names of the resources that may bound a part of the step: COMPUTE, MEMORY, LATENCY, and the link classes by their key
+in `cluster.network`."""
 
 
-class Time(NamedTuple):
+class StepTime(NamedTuple):
     name: str
     seconds: float
     """Seconds per training step."""
     bound: str
-    """Name of the resource that takes most of that time."""
+    """Name of the resource that takes most of the time."""
 
 
 class Estimate(NamedTuple):
-    computing: list[Time]
-    exchanging: list[Time]
-    flops: float
-    """Seconds that the FLOPs of a step on one rank take at the accelerator's peak; recomputation does not count."""
+    compute_times: list[StepTime]
+    exchange_times: list[StepTime]
+    peak_seconds: float
+    """Seconds that the FLOPs of a step on one rank take at the accelerator's peak, without recomputation."""
     tokens: int
     """Number of tokens per step."""
     layout: Layout
     """Placement of the ranks on nodes."""
 
     @property
-    def in_turn(self) -> float:
-        """Seconds per step if nothing overlaps."""
-        return sum(time.seconds for time in [*self.computing, *self.exchanging])
+    def sequential_seconds(self) -> float:
+        """The seconds per step if nothing overlaps."""
+        return sum(time.seconds for time in [*self.compute_times, *self.exchange_times])
 
     @property
-    def overlapped(self) -> float:
-        """Seconds per step if all exchanges overlap with computation: the longer of the two. No step is faster."""
-        return max(sum(time.seconds for time in part) for part in (self.computing, self.exchanging))
+    def overlapped_seconds(self) -> float:
+        """The seconds per step if all exchanges overlap with computation, a lower bound."""
+        return max(sum(time.seconds for time in part) for part in (self.compute_times, self.exchange_times))
 
     @property
-    def longest(self) -> Time:
-        return max([*self.computing, *self.exchanging], key=lambda time: time.seconds)
+    def longest_part(self) -> StepTime:
+        return max([*self.compute_times, *self.exchange_times], key=lambda time: time.seconds)
 
 
-def estimate(spec: RunSpec, layout: Layout) -> Estimate:
-    """Estimate the time per training step of a run with the given placement of ranks."""
+def estimate_step_time(spec: RunSpec, layout: Layout) -> Estimate:
+    """Return an estimate of the time per training step of a run, for a placement of its ranks."""
     rank_tokens = spec.tokens_per_step / len(layout.nodes)
-    training = flops_per_token(spec.model, spec.data.seq_len).training
+    training_flops = flops_per_token(spec.model, spec.data.seq_len).training
     return Estimate(
-        _computing(spec, rank_tokens),
-        _exchanging(spec, layout),
-        training * rank_tokens / spec.cluster.accelerator.peak(spec.train.precision),
+        _compute_times(spec, rank_tokens),
+        _exchange_times(spec, layout),
+        training_flops * rank_tokens / spec.cluster.accelerator.peak_flops(spec.train.precision),
         spec.tokens_per_step,
         layout,
     )
 
 
-def _computing(spec: RunSpec, tokens: float) -> list[Time]:
+def _compute_times(spec: RunSpec, tokens: float) -> list[StepTime]:
     model, moe, accelerator = spec.model, spec.model.moe, spec.cluster.accelerator
     micro_batches = tokens / spec.tokens_per_micro_batch
-    speed = accelerator.peak(spec.train.precision) * accelerator.flops_share
-    moved = accelerator.memory_bandwidth * accelerator.memory_share
+    flops_rate = accelerator.peak_flops(spec.train.precision) * accelerator.flops_share
+    bandwidth = accelerator.memory_bandwidth * accelerator.memory_share
 
-    def products(name: str, flops: float, size: float) -> Time:
-        return max(Time(name, flops / speed, COMPUTE), Time(name, size / moved, MEMORY), key=lambda time: time.seconds)
+    def product_time(name: str, flops: float, size: float) -> StepTime:
+        return max(
+            StepTime(name, flops / flops_rate, COMPUTE),
+            StepTime(name, size / bandwidth, MEMORY),
+            key=lambda time: time.seconds,
+        )
 
     step = expert_step(spec)
-    others = [(part, _passes(spec, part.name)) for part in parts(model) if part.macs and part.name != EXPERTS]
-    scores = flops_per_token(model, spec.data.seq_len).forward - 2 * sizes(model).macs_per_token
-    flops = _passes(spec, "attention") * scores + sum(passes * 2 * p.layers * p.macs for p, passes in others)
+    other_parts = [
+        (part, _cost_factor(spec, part.name)) for part in model_parts(model) if part.macs and part.name != EXPERTS
+    ]
+    score_flops = flops_per_token(model, spec.data.seq_len).forward - 2 * compute_sizes(model).macs_per_token
+    flops = _cost_factor(spec, "attention") * score_flops + sum(cost * 2 * p.layers * p.macs for p, cost in other_parts)
     # A tied output has no parameters of its own: its product reads the embedding.
-    weights = sum(passes * p.layers * (p.parameters or p.macs) for p, passes in others)
-    read = micro_batches * compute_bytes(spec) * weights
-    times = [products("all but experts", tokens * flops, read)]
+    weights = sum(cost * p.layers * (p.parameters or p.macs) for p, cost in other_parts)
+    bytes_read = micro_batches * bytes_per_value(spec) * weights
+    times = [product_time("all but experts", tokens * flops, bytes_read)]
     if step and moe:
-        runs = _passes(spec, EXPERTS) * micro_batches * model.moe_layers
-        times.append(products("experts", runs * step.flops, runs * step.bytes))
-    held = memory(spec)
-    update = 2 * (held.weights + held.moments) + held.gradients  # read, and but for gradients written
-    return [*times, Time("update of weights", update / moved, MEMORY)]
+        expert_passes = _cost_factor(spec, EXPERTS) * micro_batches * model.moe_layers
+        times.append(product_time("experts", expert_passes * step.flops, expert_passes * step.bytes))
+    state = compute_memory(spec)
+    # The update reads all three, and writes weights and moments.
+    update_bytes = 2 * (state.weights + state.moments) + state.gradients
+    return [*times, StepTime("update of weights", update_bytes / bandwidth, MEMORY)]
 
 
-def _passes(spec: RunSpec, part: str) -> float:
-    """Return the cost of a part's forward and backward, in units of its forward.
-
-    It is 3, or 4 for all parts in blocks with `train.recompute`. Where experts are spread over ranks, a block's part
-    after its second norm is not recomputed as a whole: only the hidden rows of experts are, by a kernel that follows
-    `moe.recompute` ("as told"), which repeats all but the last of an expert's matrix products.
-    """
+def _cost_factor(spec: RunSpec, part: str) -> float:
+    """Return the cost of a part's forward and backward, in units of its forward."""
+    # A backward costs two forwards, and recomputation one more. The output layer is in no block, so it is not
+    # recomputed.
     if not spec.train.recompute or part == "output":
         return 3
     if spec.cluster.ep == 1 or part not in (PROJECTIONS, ROUTER, EXPERTS, SHARED):
         return 4
+    # If experts are distributed over ranks, a block is not recomputed after its second norm. A kernel that follows
+    # `moe.recompute` ("as told") recomputes the hidden rows of experts: all but the last of an expert's products.
     moe = planned_model(spec).moe
-    if part != EXPERTS or moe is None or moe.kernel_limits.keeps != "as told":
+    if part != EXPERTS or moe is None or moe.kernel_limits.kept_rows != "as told":
         return 3
     products = spec.model.architecture.expert_matrices
     return 3 + (products - 1) / products
 
 
-def _exchanging(spec: RunSpec, layout: Layout) -> list[Time]:
-    dispatch = [seconds(e, spec, layout) for e in dispatches(spec, layout)]
-    times = [seconds(e, spec, layout) for e in reductions(spec, layout)]
-    if dispatch:
-        longest = max(dispatch, key=lambda time: time.seconds)
-        times.insert(0, Time("rows to experts and back", sum(t.seconds for t in dispatch), longest.bound))
+def _exchange_times(spec: RunSpec, layout: Layout) -> list[StepTime]:
+    dispatch_times = [exchange_time(exchange, spec, layout) for exchange in dispatch_exchanges(spec, layout)]
+    times = [exchange_time(exchange, spec, layout) for exchange in reduction_exchanges(spec, layout)]
+    if dispatch_times:
+        longest = max(dispatch_times, key=lambda time: time.seconds)
+        times.insert(0, StepTime("rows to experts and back", sum(t.seconds for t in dispatch_times), longest.bound))
     return times
 
 
-def seconds(exchange: Exchange, spec: RunSpec, layout: Layout) -> Time:
-    """Return the seconds per step of an exchange, over all its calls, and what bounds it."""
-    network, bytes_took, latency = spec.cluster.network, {}, 0.0
-    for name, sends in zip(Links._fields, exchange.links, strict=True):
+def exchange_time(exchange: Exchange, spec: RunSpec, layout: Layout) -> StepTime:
+    """Return the seconds per step of all calls of an exchange, and the resource that takes most of them."""
+    network, transfer_seconds, latency = spec.cluster.network, {}, 0.0
+    for name, load in zip(LinkLoads._fields, exchange.links, strict=True):
         link = getattr(network, name)
-        sharing = max(map(len, layout.on_nodes)) if link.per == "node" else 1
-        bytes_took[LINKS[name]] = sends.most * sharing / (link.bandwidth * network.share)
-        latency += sends.messages * link.latency
-    slowest = max(bytes_took, key=lambda name: bytes_took[name])
-    bound = slowest if bytes_took[slowest] > latency else LATENCY
-    return Time(exchange.name, exchange.times * (bytes_took[slowest] + latency), bound)
+        # All ranks of a node send over a shared link at the same time.
+        ranks_per_link = max(map(len, layout.node_groups)) if link.per == "node" else 1
+        transfer_seconds[LINK_NAMES[name]] = load.maximum * ranks_per_link / (link.bandwidth * network.share)
+        latency += load.messages * link.latency
+    slowest = max(transfer_seconds, key=lambda name: transfer_seconds[name])
+    bottleneck = slowest if transfer_seconds[slowest] > latency else LATENCY
+    return StepTime(exchange.name, exchange.times * (transfer_seconds[slowest] + latency), bottleneck)

@@ -1,43 +1,38 @@
-"""The expert step on paper: the kernel that `auto` selects, arithmetic and bytes moved, and the share of routes
-dropped.
-
-A run chooses its kernel by `mhmoe_kernels.choose`; here the choice is predicted, because nothing runs yet.
-"""
+"""Predictions of the expert step: the kernel that `auto` selects, FLOPs and bytes, and the share of dropped routes."""
 
 import math
 from typing import NamedTuple
 
 from mhmoe_kernels.abilities import KERNELS, KernelName
-from mhmoe_ray.planner.sizes import compute_bytes
+from mhmoe_ray.planner.sizes import bytes_per_value
 from mhmoe_ray.spec import ModelSpec, MoESpec, RunSpec
 
 
 def assumed_kernel(spec: RunSpec) -> KernelName | None:
-    """Return the kernel that experts are expected to run on; None for a dense model.
-
-    For `auto` this is `triton` on GPUs where it applies (bfloat16, narrow enough rows), and otherwise `grouped`. CPUs
-    are assumed to have no AMX: with AMX, `auto` is `cpp`, which keeps less memory.
-    """
+    """Return the kernel that experts will probably run on; None for a dense model."""
+    # `mhmoe_kernels.choose_kernel` would need the run's hardware. The prediction of `auto` is triton on GPUs, for
+    # bfloat16 and rows that are narrow enough, and otherwise grouped. It assumes CPUs without AMX; with AMX, `auto` is
+    # cpp, which needs less memory.
     moe = spec.model.moe
     if moe is None or moe.kernel != "auto":
         return moe.kernel if moe else None
-    narrow = spec.model.d_model // moe.heads <= (KERNELS["triton"].auto_widest_row or 0)
-    fused = spec.cluster.gpus_per_worker and spec.train.precision == "bfloat16" and narrow
-    return "triton" if fused else "grouped"
+    is_narrow = spec.model.d_model // moe.heads <= (KERNELS["triton"].auto_max_row_width or 0)
+    uses_triton = spec.cluster.gpus_per_worker and spec.train.precision == "bfloat16" and is_narrow
+    return "triton" if uses_triton else "grouped"
 
 
-def may_be_compiled(spec: RunSpec) -> bool:
-    """Whether `auto` would select `cpp` on CPUs with AMX."""
+def may_use_cpp(spec: RunSpec) -> bool:
+    """Return whether `auto` would select `cpp` on CPUs with AMX."""
     model, moe, limits = spec.model, spec.model.moe, KERNELS["cpp"]
     if moe is None or moe.kernel != "auto" or spec.cluster.gpus_per_worker:
         return False
-    fits = not (model.d_model // moe.heads % limits.sizes or moe.d_expert % limits.sizes)
-    computes = limits.function == model.architecture.expert_function
-    return fits and computes and spec.train.precision == limits.precision
+    has_valid_sizes = not (model.d_model // moe.heads % limits.size_multiple or moe.d_expert % limits.size_multiple)
+    has_valid_function = limits.function == model.architecture.expert_function
+    return has_valid_sizes and has_valid_function and spec.train.precision == limits.precision
 
 
 def planned_model(spec: RunSpec) -> ModelSpec:
-    """Return the model as training computes it, with the kernel of `assumed_kernel`."""
+    """Return the model of a run with the kernel of `assumed_kernel`, and with the `moe.recompute` that applies."""
     model, kernel = spec.computed_model, assumed_kernel(spec)
     if model.moe is None:
         return model
@@ -45,8 +40,8 @@ def planned_model(spec: RunSpec) -> ModelSpec:
 
 
 class ExpertStep(NamedTuple):
-    """Forward of one micro-batch through the experts of one layer; with expert parallelism, the part of one rank under
-    uniform routing."""
+    """Counts for the forward of one micro-batch through the experts of one layer. With expert parallelism they are
+    those of one rank under uniform routing."""
 
     rows: int
     """Number of routed rows R = N * h * k, each of width d/h."""
@@ -54,17 +49,17 @@ class ExpertStep(NamedTuple):
     """FLOPs of the matrix products; a multiply-add counts as two."""
     bytes: int
     """Bytes of the operands and results of the matrix products, each counted once: rows in, hidden rows out and in,
-    rows out, and the weights of all experts held on the rank. Computation between the products is assumed to be fused
-    with them."""
+    rows out, and the weights of the rank's experts. The count assumes that the products are fused with the computation
+    between them."""
 
     @property
     def intensity(self) -> float:
-        """FLOPs per byte; if this is below the machine's own ratio, the step is bound by memory bandwidth."""
+        """The FLOPs per byte. Below the machine's own ratio, the step is bound by memory bandwidth."""
         return self.flops / self.bytes
 
 
 def expert_step(spec: RunSpec) -> ExpertStep | None:
-    """Return the expert step of a run; None for a dense model."""
+    """Return the counts of a run's expert step; None for a dense model."""
     model, moe = spec.model, spec.model.moe
     if moe is None:
         return None
@@ -74,30 +69,32 @@ def expert_step(spec: RunSpec) -> ExpertStep | None:
         rows * (width + moe.d_expert) + moe.experts // spec.cluster.ep * width * moe.d_expert
     )
     flops = 2 * rows * model.architecture.expert_macs(width, moe.d_expert)
-    return ExpertStep(rows, flops, values * compute_bytes(spec))
+    return ExpertStep(rows, flops, values * bytes_per_value(spec))
 
 
-def dropped_by_chance(moe: MoESpec, rows: int) -> float:
-    """Return the share of routes that exceed expert capacity, if each row chooses its k experts uniformly at random and
-    keeps all of them.
+def expected_drop_share(moe: MoESpec, rows: int) -> float:
+    """Return the share of routes beyond the expert capacity if each row chooses its k experts uniformly at random.
 
-    The load of an expert is then binomial, with N draws at k / E. A router that favours some experts drops more; one
-    whose loads are more even than chance drops fewer. With `second_expert: random` this is an upper bound on what
-    chance drops: second choices that are left out need no slot and leave it to others. The share is 0 if routing is
+    A router that prefers some experts drops more, and one with more even loads drops fewer. With `second_expert:
+    random` the share is an upper bound, because second choices that are left out need no slot. It is 0 if routing is
     dropless.
     """
-    places, p = moe.places(rows), moe.top_k / moe.experts
-    if places is None or places >= rows:
+    # The load of an expert is binomial, with N draws of probability k / E.
+    capacity, p = moe.expert_capacity(rows), moe.top_k / moe.experts
+    if capacity is None or capacity >= rows:
         return 0.0
     if p == 1:
-        return 1 - places / rows
-    mean, spread = rows * p, math.sqrt(rows * p * (1 - p))
-    # Farther out, or 30 rows farther where the distribution is narrow and has a long tail, no load is ever seen.
-    likely = range(max(places + 1, math.floor(mean - 12 * spread)), min(rows, math.ceil(mean + 12 * spread) + 30) + 1)
-    return sum((load - places) * _chance(load, rows, p) for load in likely) / mean
+        return 1 - capacity / rows
+    mean, deviation = rows * p, math.sqrt(rows * p * (1 - p))
+    # Loads beyond 12 standard deviations are too improbable to matter. A narrow distribution has a long tail, for which
+    # 30 rows are added.
+    likely_loads = range(
+        max(capacity + 1, math.floor(mean - 12 * deviation)), min(rows, math.ceil(mean + 12 * deviation) + 30) + 1
+    )
+    return sum((load - capacity) * _binomial_probability(load, rows, p) for load in likely_loads) / mean
 
 
-def _chance(load: int, rows: int, p: float) -> float:
+def _binomial_probability(load: int, rows: int, p: float) -> float:
     """Return the binomial probability that an expert gets `load` of `rows` rows, each with probability p."""
-    ways = math.lgamma(rows + 1) - math.lgamma(load + 1) - math.lgamma(rows - load + 1)
-    return math.exp(ways + load * math.log(p) + (rows - load) * math.log1p(-p))
+    log_ways = math.lgamma(rows + 1) - math.lgamma(load + 1) - math.lgamma(rows - load + 1)
+    return math.exp(log_ways + load * math.log(p) + (rows - load) * math.log1p(-p))

@@ -1,5 +1,5 @@
-"""Expert width and number of experts that match a reference in compute, in parameters or in both; and the comparison
-with it."""
+"""Expert width and number of experts that match a reference in compute, parameters or both, and the comparison with the
+reference."""
 
 import math
 from bisect import bisect_left
@@ -9,47 +9,47 @@ from typing import Literal, NamedTuple
 from pydantic import PositiveInt
 
 from mhmoe_ray.errors import SpecError
-from mhmoe_ray.planner.sizes import sizes
+from mhmoe_ray.planner.sizes import compute_sizes
 from mhmoe_ray.spec import ModelSpec, RunSpec
 from mhmoe_ray.spec.base import Section
 
 
 class MatchSpec(Section):
     to: str
-    """Name of the preset whose expert layers are the reference, placed on this model's own trunk (everything but
-    `moe`)."""
+    """Name of the preset whose expert layers are the reference, on this model's own trunk (everything but `moe`)."""
     by: Literal["flops", "params", "both"]
-    """Quantity to match. flops: the expert width that gives equal multiply-adds per token, without those of the
-    routers, as in both papers. params: the expert width that gives equal parameters. both: the width by multiply-adds,
-    then the number of experts by parameters."""
+    """Quantity to match. flops: the expert width is solved for equal multiply-adds per token, without those of the
+    routers, as in both papers. params: the expert width is solved for equal parameters. both: the width is solved for
+    multiply-adds, then the number of experts for parameters."""
+    # Rows of 8 values suit grouped matrix products, and 8 experts divide over 2, 4 or 8 ranks.
     multiple: PositiveInt = 8
-    """Expert width and number of experts are rounded to multiples of this: rows of 8 values suit grouped matrix
-    products, and 8 experts divide over 2, 4 or 8 ranks. Where rounding would miss by more than 4 per cent, the step is
-    a half, a quarter or an eighth of it. The number of experts is always a multiple of cluster.ep too. `plan` shows the
-    mismatch that remains."""
+    """Expert width and number of experts are rounded to multiples of this number. If that would change them by more
+    than 4 per cent, they are rounded to multiples of a half, a quarter or an eighth of it. The number of experts is
+    always a multiple of cluster.ep too. `plan` shows the mismatch that remains."""
 
 
-SOLVED = {"flops": {"d_expert"}, "params": {"d_expert"}, "both": {"d_expert", "experts"}}
-"""Keys of the `moe` section that are solved instead of given, by `MatchSpec.by`."""
+SOLVED_KEYS = {"flops": {"d_expert"}, "params": {"d_expert"}, "both": {"d_expert", "experts"}}
+"""Keys of the `moe` section that a match solves, by `MatchSpec.by`."""
 
 TOLERANCE = 0.04
-"""Largest relative error of rounding; beyond it, rounding takes a smaller step."""
-MOST = 1 << 20
+"""Largest relative error of rounding. Beyond it, values are rounded to a smaller multiple."""
+SEARCH_LIMIT = 1 << 20
 """Upper bound of the search, above any expert width or number of experts."""
 
 
-def solve(
-    model: ModelSpec, reference: ModelSpec, match: MatchSpec, given: Collection[str] = (), ep: int = 1
+def solve_match(
+    model: ModelSpec, reference: ModelSpec, match: MatchSpec, fixed_keys: Collection[str] = (), ep: int = 1
 ) -> tuple[int, int]:
     """Return the expert width f and the number of experts E of `model` that match a reference (P2, equations 8 and 9,
-    here for any layers and options).
+    generalized to any layers and options).
 
     Args:
-        model: the model to solve for; its values of the keys to be solved are ignored.
+        model: the model to solve for; its values of the solved keys are ignored.
         reference: the model to match.
-        match: what to match, and how to round.
-        given: keys of SOLVED that keep their value in `model`; with `by: both`, the other key is still solved.
-        ep: the number of experts must be a multiple of this.
+        match: quantities to match, and the multiple for rounding.
+        fixed_keys: keys of SOLVED_KEYS that keep their value in `model`; with `by: both`, the other key is still
+            solved.
+        ep: size of the expert-parallel groups, which must divide the number of experts.
 
     Raises:
         SpecError: no width, or no number of experts, matches the reference.
@@ -57,23 +57,26 @@ def solve(
     moe = model.moe
     assert moe is not None
     width, experts = moe.d_expert, moe.experts
-    if "d_expert" not in given:
-        count = _parameters if match.by == "params" else _compute
+    if "d_expert" not in fixed_keys:
+        count = _parameter_count if match.by == "params" else _compute_macs
         width = _solve_key("d_expert", model, count, count(reference), match, 1)
-    model = _with(model, d_expert=width)
-    if match.by == "both" and "experts" not in given:
-        experts = _solve_key("experts", model, _parameters, _parameters(reference), match, ep)
+    # The number of experts does not change the multiply-adds but for the routers', so it is solved after the width.
+    model = _replace_moe(model, d_expert=width)
+    if match.by == "both" and "experts" not in fixed_keys:
+        experts = _solve_key("experts", model, _parameter_count, _parameter_count(reference), match, ep)
         if experts < moe.top_k:
-            why = f"equal parameters leave {experts} experts of width {width}, but rows go to {moe.top_k} each"
-            raise SpecError(_what(match), why, "lower model.moe.top_k, or match a larger reference")
+            reason = (
+                f"equal parameters allow {experts} experts of width {width}, but each row needs {moe.top_k} of them"
+            )
+            raise SpecError(_match_label(match), reason, "lower model.moe.top_k, or match a larger reference")
     return width, experts
 
 
 def matched_heads(plain: ModelSpec, heads: int, top_k: int | None = None) -> ModelSpec:
-    """Return the multi-head counterpart of a plain mixture-of-experts model, with matched multiply-adds and parameters.
+    """Return the multi-head counterpart of a plain mixture-of-experts model, matched in multiply-adds and parameters.
 
     Args:
-        plain: a model whose experts see whole tokens.
+        plain: a model whose experts compute on whole tokens.
         heads: h, the number of sub-tokens per token.
         top_k: number of experts per sub-token; by default h, as in P2's models.
 
@@ -82,29 +85,29 @@ def matched_heads(plain: ModelSpec, heads: int, top_k: int | None = None) -> Mod
     """
     assert plain.moe is not None
     if heads < 1 or plain.d_model % heads:
-        raise SpecError(f"heads {heads}", f"{plain.d_model} does not split into so many parts", "choose others")
-    moe = plain.moe.model_copy(update={"heads": heads, "top_k": top_k or heads, "experts": MOST, "d_expert": 8})
-    d_expert, experts = solve(plain.with_moe(moe), plain, MatchSpec(to="smoe", by="both"))
+        raise SpecError(f"heads {heads}", f"{plain.d_model} does not split into so many parts", "choose another number")
+    moe = plain.moe.model_copy(update={"heads": heads, "top_k": top_k or heads, "experts": SEARCH_LIMIT, "d_expert": 8})
+    d_expert, experts = solve_match(plain.with_moe(moe), plain, MatchSpec(to="smoe", by="both"))
     return plain.with_moe(moe.model_copy(update={"d_expert": d_expert, "experts": experts}))
 
 
-def without_ep(spec: RunSpec) -> int | None:
-    """Return the number of experts that would match the reference's parameters if cluster.ep did not have to divide it.
+def experts_without_ep(spec: RunSpec) -> int | None:
+    """Return the number of experts that would match the reference's parameters if cluster.ep need not divide it.
 
-    It is returned only if the spec has the nearest number that cluster.ep divides, and that misses the match by more
-    than `TOLERANCE`; otherwise the result is None.
+    The result is None unless the spec has the nearest number that cluster.ep divides, and that number differs from the
+    match by more than `TOLERANCE`.
     """
     model, reference, ep = spec.model, spec.reference_model, spec.cluster.ep
     if ep == 1 or model.moe is None or reference is None or reference.moe is None:
         return None
-    target = _parameters(reference)
+    target = _parameter_count(reference)
 
-    def counted(experts: int) -> int:
-        return _parameters(_with(model, experts=experts))
+    def parameter_count(experts: int) -> int:
+        return _parameter_count(_replace_moe(model, experts=experts))
 
-    exact = _nearest(counted, target, 1)
-    nearest = max(ep, _nearest(counted, target, ep)) == model.moe.experts
-    return exact if exact and nearest and abs(model.moe.experts / exact - 1) > TOLERANCE else None
+    exact = _nearest_value(parameter_count, target, 1)
+    is_closest_multiple = max(ep, _nearest_value(parameter_count, target, ep)) == model.moe.experts
+    return exact if exact and is_closest_multiple and abs(model.moe.experts / exact - 1) > TOLERANCE else None
 
 
 def _solve_key(
@@ -112,75 +115,81 @@ def _solve_key(
 ) -> int:
     """Return the value of a `moe` key whose count is nearest to the target.
 
-    It is a multiple of the divisor and of `match.multiple`, or of a half, a quarter or an eighth of that.
+    The value is a multiple of the divisor, and of `match.multiple` or a half, a quarter or an eighth of it.
 
     Raises:
         SpecError: everything but the experts already reaches the target.
     """
 
-    def counted(value: int) -> int:
-        return count(_with(model, **{key: value}))
+    def count_at(value: int) -> int:
+        return count(_replace_moe(model, **{key: value}))
 
-    if counted(0) >= target:
-        why = f"all but the experts (projections, shared expert) has as much as {match.to} already"
-        fix = "match a larger reference, or lower model.moe.d_shared or projection_layers"
-        raise SpecError(_what(match), why, fix)
-    exact = max(1, _nearest(counted, target, 1))
+    if count_at(0) >= target:
+        reason = f"the parts besides the experts (projections, shared expert) have as much as {match.to} already"
+        remedy = "match a larger reference, or lower model.moe.d_shared or projection_layers"
+        raise SpecError(_match_label(match), reason, remedy)
+    exact = max(1, _nearest_value(count_at, target, 1))
     parts = [match.multiple // part for part in (1, 2, 4, 8) if match.multiple % part == 0]
     steps = sorted({math.lcm(part, divisor) for part in parts}, reverse=True)
-    rounded = [_nearest(counted, target, step) for step in steps]
-    return next((value for value in rounded if abs(value / exact - 1) <= TOLERANCE), max(rounded[-1], steps[-1]))
+    candidates = [_nearest_value(count_at, target, step) for step in steps]
+    return next((value for value in candidates if abs(value / exact - 1) <= TOLERANCE), max(candidates[-1], steps[-1]))
 
 
-def _nearest(counted: Callable[[int], int], target: int, step: int) -> int:
-    """Return the multiple of `step` whose count is nearest to the target, by bisection: counts grow with the value,
-    though not always linearly."""
-    above = bisect_left(range(MOST), target, key=lambda n: counted(n * step))
-    return step * min(max(0, above - 1), above, key=lambda n: abs(counted(n * step) - target))
+def _nearest_value(count_at: Callable[[int], int], target: int, step: int) -> int:
+    """Return the multiple of `step` whose count is nearest to the target."""
+    # By bisection, because counts grow with the value, but not always linearly.
+    upper_index = bisect_left(range(SEARCH_LIMIT), target, key=lambda n: count_at(n * step))
+    return step * min(max(0, upper_index - 1), upper_index, key=lambda n: abs(count_at(n * step) - target))
 
 
-def _what(match: MatchSpec) -> str:
+def _match_label(match: MatchSpec) -> str:
     return f"match to {match.to} by {match.by}"
 
 
-def _with(model: ModelSpec, **moe: int) -> ModelSpec:
+def _replace_moe(model: ModelSpec, **moe: int) -> ModelSpec:
     assert model.moe is not None
     return model.model_copy(update={"moe": model.moe.model_copy(update=moe)})
 
 
-def _compute(model: ModelSpec) -> int:
-    found = sizes(model)
-    return found.macs_per_token - found.router_macs_per_token
+def _compute_macs(model: ModelSpec) -> int:
+    counts = compute_sizes(model)
+    return counts.macs_per_token - counts.router_macs_per_token
 
 
-def _parameters(model: ModelSpec) -> int:
-    return sizes(model).parameters
+def _parameter_count(model: ModelSpec) -> int:
+    return compute_sizes(model).parameters
 
 
 class Comparison(NamedTuple):
-    own: int
+    """A count of a model and of its reference."""
+
+    model_value: int
     reference: int
 
     @property
     def ratio(self) -> float:
-        return self.own / self.reference
+        return self.model_value / self.reference
+
+    def as_json(self) -> dict[str, float]:
+        """Return the comparison as `mhmoe plan --json` prints it."""
+        return {"own": self.model_value, "reference": self.reference, "ratio": self.ratio}
 
 
-def parity(model: ModelSpec, reference: ModelSpec) -> dict[str, Comparison]:
-    """Return the comparisons of a model with its reference by name, without those where the reference has 0.
+def compare_models(model: ModelSpec, reference: ModelSpec) -> dict[str, Comparison]:
+    """Return the comparisons of a model with its reference by name, without those for which the reference has 0.
 
-    Multiply-adds of expert layers do not include the routers, as in both papers. Equal parameters do not imply equal
-    compute, and neither implies equal traffic of hidden activations.
+    Equal parameters do not imply equal compute, and neither implies equal traffic of hidden activations.
     """
-    ours, theirs = sizes(model), sizes(reference)
-    found = {
-        "parameters": Comparison(ours.parameters, theirs.parameters),
-        "active parameters": Comparison(ours.active_parameters, theirs.active_parameters),
-        "multiply-adds per token": Comparison(ours.macs_per_token, theirs.macs_per_token),
+    # Both papers compare the multiply-adds of expert layers without the routers.
+    model_counts, reference_counts = compute_sizes(model), compute_sizes(reference)
+    comparisons = {
+        "parameters": Comparison(model_counts.parameters, reference_counts.parameters),
+        "active parameters": Comparison(model_counts.active_parameters, reference_counts.active_parameters),
+        "multiply-adds per token": Comparison(model_counts.macs_per_token, reference_counts.macs_per_token),
         "multiply-adds of expert layers": Comparison(
-            ours.moe_macs_per_token - ours.router_macs_per_token,
-            theirs.moe_macs_per_token - theirs.router_macs_per_token,
+            model_counts.moe_macs_per_token - model_counts.router_macs_per_token,
+            reference_counts.moe_macs_per_token - reference_counts.router_macs_per_token,
         ),
-        "hidden activations per token": Comparison(ours.hidden_per_token, theirs.hidden_per_token),
+        "hidden activations per token": Comparison(model_counts.hidden_per_token, reference_counts.hidden_per_token),
     }
-    return {name: comparison for name, comparison in found.items() if comparison.reference}
+    return {name: comparison for name, comparison in comparisons.items() if comparison.reference}

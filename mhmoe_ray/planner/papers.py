@@ -1,8 +1,8 @@
 """The papers' models by name, with the settings of their runs.
 
-P1 is arXiv 2404.15045, P2 arXiv 2411.16205; `rebuttal` are runs from P1's public review. Where paper and code of P1
-disagree, the settings are those of the code and its logs: static capacity, the random second expert, normalized gates,
-torchscale's router, dropout. `about` says what a source leaves open.
+P1 is arXiv 2404.15045, P2 arXiv 2411.16205; `rebuttal` models are those of P1's public review. Where P1's paper and
+code disagree, the settings are those of the code and its logs: static capacity, the random second expert, normalized
+gates, torchscale's router, dropout. The description of a preset states what its source leaves open.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -10,13 +10,13 @@ from functools import cache
 from typing import Any
 
 from mhmoe_ray.errors import SpecError
-from mhmoe_ray.planner.presets import Preset, Tree, fixed, rhythm
+from mhmoe_ray.planner.presets import Preset, Tree, checkpoint_intervals, constant_moe
 from mhmoe_ray.planner.sizes import dense_width
 
 P1_EXPERTS = (8, 16, 32, 64, 128, 256)
 P1_HEADS = (2, 4, 6, 8, 12)
-P1_FITTED = {8: 11_466, 16: 11_574, 32: 12_085, 64: 12_092, 128: 12_193, 256: 12_162}
-"""Expert width for h 4 by number of experts, fitted to the parameters in P1's table 11, which gives no widths."""
+P1_FITTED_WIDTHS = {8: 11_466, 16: 11_574, 32: 12_085, 64: 12_092, 128: 12_193, 256: 12_162}
+"""Expert width for h 4 by number of experts. P1's table 11 has parameters but no widths; these fit its parameters."""
 
 _P1_TRUNK = {
     "backbone": "subln",
@@ -40,9 +40,10 @@ _P1_TRAIN = {
     "betas": (0.9, 0.98),
     "eps": 1e-6,
     "clip_norm": 2.0,
-    **rhythm(300_000),
+    **checkpoint_intervals(300_000),
 }
-_TWO_AT_A_TIME = {"micro_batches": 128, "micro_batch_size": 2}  # dense and X-MoE; capacity is per micro-batch
+# The micro-batch of P1's dense and X-MoE models. It matters because expert capacity is per micro-batch.
+_TWO_SEQUENCES = {"micro_batches": 128, "micro_batch_size": 2}
 _P2_TRUNK = {
     "backbone": "llama",
     "vocab_size": 32_000,
@@ -57,7 +58,7 @@ _P2_TRAIN = {
     "min_lr": 3e-5,
     "weight_decay": 0.1,
     "betas": (0.9, 0.95),
-    **rhythm(100_000),
+    **checkpoint_intervals(100_000),
 }
 _MIXTRAL_TRUNK = {
     "backbone": "llama",
@@ -73,57 +74,60 @@ SEQ_LEN = 2048
 
 
 @cache
-def models() -> Mapping[str, Preset]:
+def paper_presets() -> Mapping[str, Preset]:
     """Return all models of the papers, by name."""
     return dict([*_first_paper(), *_rebuttal(), *_follow_up(), *_mixtral()])
 
 
 def _first_paper() -> Iterator[tuple[str, Preset]]:
-    train = {**_P1_TRAIN, **_TWO_AT_A_TIME}
+    train = {**_P1_TRAIN, **_TWO_SEQUENCES}
     yield "p1-dense", Preset("P1, the dense model", _P1_TRUNK, None, None, train, SEQ_LEN)
     for experts in P1_EXPERTS:
         for top_k in (2, 3, 4):
-            end = "" if top_k == 2 else f"-k{top_k}"
-            xmoe = f"p1-xmoe-{experts}{end}"
-            run = "P1" if top_k == 2 else "after P1, not published at this depth"
-            about = f"{run}: X-MoE with {experts} experts, top {top_k}"
-            yield xmoe, Preset(about, _P1_TRUNK, _p1_moe(1, experts, top_k), "p1-dense", train, SEQ_LEN)
+            suffix = "" if top_k == 2 else f"-k{top_k}"
+            xmoe = f"p1-xmoe-{experts}{suffix}"
+            origin = "P1" if top_k == 2 else "after P1, not published at this depth"
+            description = f"{origin}: X-MoE with {experts} experts, top {top_k}"
+            yield xmoe, Preset(description, _P1_TRUNK, _p1_moe(1, experts, top_k), "p1-dense", train, SEQ_LEN)
             for heads in P1_HEADS:
-                by = "fitted to table 11" if heads == 4 else "by equal parameters"
-                about = f"{run}: MH-MoE with {experts} experts, h {heads}, top {top_k}; widths {by}"
+                width_source = "fitted to table 11" if heads == 4 else "by equal parameters"
+                description = f"{origin}: MH-MoE with {experts} experts, h {heads}, top {top_k}; widths {width_source}"
                 moe = _p1_moe(heads, experts, top_k)
-                yield f"p1-mhmoe-{experts}-h{heads}{end}", Preset(about, _P1_TRUNK, moe, xmoe, _P1_TRAIN, SEQ_LEN)
+                yield (
+                    f"p1-mhmoe-{experts}-h{heads}{suffix}",
+                    Preset(description, _P1_TRUNK, moe, xmoe, _P1_TRAIN, SEQ_LEN),
+                )
 
 
 def _p1_moe(heads: int, experts: int, top_k: int) -> Callable[[Mapping[str, Any]], Tree]:
-    """Return a function from a trunk to P1's `moe` section; on another trunk than P1's, expert widths give equal
-    parameters there."""
+    """Return a function from a trunk to P1's `moe` section. On another trunk than P1's, the expert widths are those of
+    equal parameters."""
 
-    def on(trunk: Mapping[str, Any]) -> Tree:
+    def build_section(trunk: Mapping[str, Any]) -> Tree:
         d_model, hidden = trunk.get("d_model"), dense_width(trunk)
         width = hidden
         if not isinstance(d_model, int):
-            fix = "give it a number"
-            raise SpecError("model.d_model", f"widths of experts follow from it, and it is {d_model!r}", fix)
+            remedy = "give it a number"
+            raise SpecError("model.d_model", f"widths of experts follow from it, and it is {d_model!r}", remedy)
         if heads == 4 and (d_model, hidden) == (_P1_TRUNK["d_model"], _P1_TRUNK["d_ff"]):
-            width = P1_FITTED[experts]
+            width = P1_FITTED_WIDTHS[experts]
         elif heads > 1:
             width = equal_parameter_width(heads, experts, d_model, hidden)
         return {"heads": heads, "experts": experts, "d_expert": width, **_p1_routing(top_k)}
 
-    return on
+    return build_section
 
 
 def _p1_routing(top_k: int) -> Tree:
-    """Return P1's routing keys. torchscale's gate supports only a first and a second choice; runs with more had
-    dropless routing (the review)."""
+    """Return the routing keys of P1's `moe` section."""
+    # torchscale's gate has only a first and a second choice. According to the review, runs with more were dropless.
     static = {"capacity_factor": 1.0, "second_expert": "random"} if top_k == 2 else {}
-    # Of a single choice the divided weight would be 1, whatever the router says.
+    # With a single choice, a normalized gate would always be 1.
     return {"router": "xmoe_torchscale", "top_k": top_k, "normalize_gates": top_k > 1, **static}
 
 
 def equal_parameter_width(heads: int, experts: int, d: int, hidden: int) -> int:
-    """Return the largest expert width with which P1's MH-MoE layer has no more parameters than its X-MoE layer (P1,
+    """Return the largest expert width at which P1's MH-MoE layer has no more parameters than its X-MoE layer (P1,
     appendix D, with the biases and norms of its code).
 
     Args:
@@ -138,21 +142,23 @@ def equal_parameter_width(heads: int, experts: int, d: int, hidden: int) -> int:
 
 
 def _rebuttal() -> Iterator[tuple[str, Preset]]:
-    six = {**_P1_TRUNK, "layers": 6}
-    train = {**_P1_TRAIN, "steps": 25_000, **rhythm(25_000)}
+    six_layers = {**_P1_TRUNK, "layers": 6}
+    train = {**_P1_TRAIN, "steps": 25_000, **checkpoint_intervals(25_000)}
     for top_k in (3, 4):
-        open_ = "their number (here 8) is not stated"
+        open_question = "their number (here 8) is not stated"
         xmoe = f"rebuttal-xmoe-k{top_k}"
-        about = f"review of P1, 6 layers, X-MoE, top {top_k} experts; {open_}"
-        yield xmoe, Preset(about, six, _p1_moe(1, 8, top_k), None, train, SEQ_LEN)
-        about = f"review of P1, 6 layers, MH-MoE h 2, top {top_k} experts; {open_}"
-        yield f"rebuttal-mhmoe-k{top_k}", Preset(about, six, _p1_moe(2, 8, top_k), xmoe, train, SEQ_LEN)
-    three = {**_P1_TRUNK, "layers": 3}
-    train = {**_P1_TRAIN, "steps": 20_000, **rhythm(20_000)}
+        description = f"review of P1, 6 layers, X-MoE, top {top_k} experts; {open_question}"
+        yield xmoe, Preset(description, six_layers, _p1_moe(1, 8, top_k), None, train, SEQ_LEN)
+        description = f"review of P1, 6 layers, MH-MoE h 2, top {top_k} experts; {open_question}"
+        yield f"rebuttal-mhmoe-k{top_k}", Preset(description, six_layers, _p1_moe(2, 8, top_k), xmoe, train, SEQ_LEN)
+    three_layers = {**_P1_TRUNK, "layers": 3}
+    train = {**_P1_TRAIN, "steps": 20_000, **checkpoint_intervals(20_000)}
     for experts, top_k, reference in [(128, 1, None), (256, 2, "rebuttal-smoe-128-k1")]:
-        about = f"review of P1, 3 layers, {experts} experts, top {top_k}; widths and router are not stated, here P1's"
+        description = (
+            f"review of P1, 3 layers, {experts} experts, top {top_k}; widths and router are not stated, here P1's"
+        )
         moe = _p1_moe(1, experts, top_k)
-        yield f"rebuttal-smoe-{experts}-k{top_k}", Preset(about, three, moe, reference, train, SEQ_LEN)
+        yield f"rebuttal-smoe-{experts}-k{top_k}", Preset(description, three_layers, moe, reference, train, SEQ_LEN)
 
 
 def _follow_up() -> Iterator[tuple[str, Preset]]:
@@ -163,32 +169,35 @@ def _follow_up() -> Iterator[tuple[str, Preset]]:
         ("mhmoe-h2", "MH-MoE h 2", {"heads": 2, "top_k": 2, "experts": 40}, 3),
         ("mhmoe-h3", "MH-MoE h 3", {"heads": 3, "top_k": 3, "experts": 96}, 2),
     ]
-    for end, shared in [("", False), ("-shared", True)]:
+    for suffix, has_shared in [("", False), ("-shared", True)]:
         for name, title, shape, eighths in rows:
-            about = f"P2, {title}" + (" with a shared expert" if shared else "")
-            reference = "p2-dense" if name == "smoe" else f"p2-smoe{end}"
-            layers = _p2_moe(shape, eighths, shared)
-            yield f"p2-{name}{end}", Preset(about, _P2_TRUNK, layers, reference, _P2_TRAIN, SEQ_LEN)
+            description = f"P2, {title}" + (" with a shared expert" if has_shared else "")
+            reference = "p2-dense" if name == "smoe" else f"p2-smoe{suffix}"
+            layers = _p2_moe(shape, eighths, has_shared)
+            yield f"p2-{name}{suffix}", Preset(description, _P2_TRUNK, layers, reference, _P2_TRAIN, SEQ_LEN)
 
 
-def _p2_moe(shape: Tree, eighths: int, shared: bool) -> Callable[[Mapping[str, Any]], Tree]:
-    """Return a function from a trunk to P2's `moe` section, with experts `eighths` / 8 as wide as a dense layer."""
+def _p2_moe(shape: Tree, eighths: int, has_shared: bool) -> Callable[[Mapping[str, Any]], Tree]:
+    """Return a function from a trunk to P2's `moe` section with experts `eighths` / 8 as wide as a dense layer."""
 
-    def on(trunk: Mapping[str, Any]) -> Tree:
+    def build_section(trunk: Mapping[str, Any]) -> Tree:
         width = dense_width(trunk)
-        return {**shape, "d_expert": width * eighths // 8, "d_shared": width if shared else 0}
+        return {**shape, "d_expert": width * eighths // 8, "d_shared": width if has_shared else 0}
 
-    return on
+    return build_section
 
 
 def _mixtral() -> Iterator[tuple[str, Preset]]:
-    """Yield Mixtral 8x7B, plain and with heads. The review put MH-MoE into Mixtral to time serving; it states neither
-    expert width nor number, so both are Mixtral's."""
+    """Yield Mixtral 8x7B as it is, and with several heads."""
+    # The review measured serving of MH-MoE in Mixtral. It states neither the width nor the number of experts, so both
+    # are Mixtral's.
     shape: dict[str, Any] = {"experts": 8, "top_k": 2, "d_expert": 14_336, "every": 1, "normalize_gates": True}
-    # Its coefficient of 0.02 is for a loss that is k at uniform routing and a mean over layers; ours is 1, and a sum.
+    # Mixtral's coefficient is 0.02. Its loss is k for uniform routing and a mean over layers; ours is 1 and a sum.
     loss: dict[str, Any] = {"balance_weight": 0.02 * 2 / 32, "balance_choices": "all"}
     for heads in (1, 2, 4):
-        about = "Mixtral 8x7B" if heads == 1 else f"Mixtral 8x7B with h {heads}; widths are not stated, here the same"
+        description = (
+            "Mixtral 8x7B" if heads == 1 else f"Mixtral 8x7B with h {heads}; widths are not stated, here the same"
+        )
         name, reference = ("mixtral-8x7b", None) if heads == 1 else (f"mixtral-8x7b-h{heads}", "mixtral-8x7b")
-        moe = fixed(heads=heads, **shape, **loss)
-        yield name, Preset(f"{about}; its training is not published", _MIXTRAL_TRUNK, moe, reference, {}, SEQ_LEN)
+        moe = constant_moe(heads=heads, **shape, **loss)
+        yield name, Preset(f"{description}; its training is not published", _MIXTRAL_TRUNK, moe, reference, {}, SEQ_LEN)

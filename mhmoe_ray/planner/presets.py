@@ -1,6 +1,6 @@
-"""Presets: complete models with their training recipe, by name, in families of three sizes.
+"""Presets: complete models with their training recipe, in families of three sizes.
 
-The families use the trunk of the follow-up paper (P2); `base` is that paper's own size.
+All families have the trunk of the follow-up paper (P2), whose size is `base`.
 """
 
 from collections.abc import Callable, Mapping
@@ -8,14 +8,14 @@ from typing import Any, Literal, NamedTuple
 
 from mhmoe_ray.planner.match import MatchSpec
 from mhmoe_ray.planner.sizes import dense_width
-from mhmoe_ray.spec.model import usual_width
+from mhmoe_ray.spec.model import default_d_ff
 
 Tree = dict[str, Any]
 """A section of a spec file, as nested dictionaries."""
 
 
 class Preset(NamedTuple):
-    about: str
+    description: str
     """One-line description of the model and its source."""
     trunk: Mapping[str, Any]
     """The `model` section without `moe`."""
@@ -27,26 +27,26 @@ class Preset(NamedTuple):
     """Keys of the `train` section that the preset sets."""
     seq_len: int
     match: MatchSpec | None = None
-    """If given, it determines `d_expert` and `experts`."""
+    """Match that solves `d_expert` and `experts`; None if `moe` has both."""
 
 
-def fixed(**moe: Any) -> Callable[[Mapping[str, Any]], Tree]:
-    """Return a function that gives the same `moe` section for any trunk."""
+def constant_moe(**moe: Any) -> Callable[[Mapping[str, Any]], Tree]:
+    """Return a function that returns the same `moe` section for any trunk."""
     return lambda _: dict(moe)
 
 
-def rhythm(steps: int) -> Tree:
-    """Return the validation and checkpoint intervals of a run of `steps` steps: about sixty of each, at least 100 steps
-    apart."""
-    every = max(100, steps // 60)
-    return {"validate_every": every, "checkpoint_every": every}
+def checkpoint_intervals(steps: int) -> Tree:
+    """Return the keys for the intervals of validation and checkpoints in a run of `steps` steps."""
+    # About sixty of each in a run, but at most one in 100 steps.
+    interval = max(100, steps // 60)
+    return {"validate_every": interval, "checkpoint_every": interval}
 
 
 SizeName = Literal["tiny", "small", "base"]
 
 
 class Size(NamedTuple):
-    """Size of a family's models; attention heads, feed-forward width, experts and learning rate follow from it."""
+    """Size of a family's models, which determines attention heads, feed-forward width, experts and learning rate."""
 
     d_model: int
     layers: int
@@ -65,12 +65,13 @@ class Size(NamedTuple):
             "d_model": self.d_model,
             "layers": self.layers,
             "attention_heads": max(4, self.d_model // 64),
-            "d_ff": usual_width(self.d_model),
+            "d_ff": default_d_ff(self.d_model),
         }
 
     @property
     def train(self) -> Tree:
-        """The `train` section; the learning rate falls with the width of the model, from P2's 6e-4 at 768."""
+        """The `train` section of a family's models."""
+        # The learning rate is inversely proportional to the width of the model. P2's is 6e-4 at 768.
         lr = round(6e-4 * 768 / self.d_model, 6)
         return {
             "steps": self.steps,
@@ -80,13 +81,14 @@ class Size(NamedTuple):
             "lr": lr,
             "min_lr": round(lr / 20, 8),
             "warmup_steps": min(375, self.steps // 10),
-            **rhythm(self.steps),
+            **checkpoint_intervals(self.steps),
         }
 
 
 SIZES: dict[SizeName, Size] = {
-    "tiny": Size(128, 4, 2048, 128, steps=500, micro_batches=2, micro_batch_size=8),  # minutes on two CPU cores
-    "small": Size(256, 8, 8192, 256, steps=1000, micro_batches=4, micro_batch_size=8),  # hours there
+    # On two CPU cores a run of tiny takes minutes, and one of small takes hours.
+    "tiny": Size(128, 4, 2048, 128, steps=500, micro_batches=2, micro_batch_size=8),
+    "small": Size(256, 8, 8192, 256, steps=1000, micro_batches=4, micro_batch_size=8),
     "base": Size(768, 12, 32_000, 2048, steps=100_000, micro_batches=256, micro_batch_size=1, precision="bfloat16"),
 }
 
@@ -108,22 +110,30 @@ def _mhmoe(_: Mapping[str, Any]) -> Tree:
 
 
 def _deepseek(trunk: Mapping[str, Any]) -> Tree:
-    """Return the `moe` section of DeepSeekMoE (arXiv 2401.06066): four times the experts at a quarter of the width, one
-    shared expert, and a load-balancing loss over all choices."""
+    """Return the `moe` section of DeepSeekMoE (arXiv 2401.06066)."""
+    # Four times the experts at a quarter of the width, a shared expert, and a load balancing loss over all choices.
     quarter = dense_width(trunk) // 4
     shape = {"heads": 1, "experts": 32, "top_k": 3, "d_expert": quarter, "d_shared": quarter}
     return {**shape, "balance_choices": "all"}
 
 
 class Family(NamedTuple):
-    about: str
+    description: str
     moe: Callable[[Mapping[str, Any]], Tree] | None
     reference: str | None
     match: MatchSpec | None = None
 
-    def at(self, size: SizeName) -> Preset:
-        dial = SIZES[size]
-        return Preset(self.about, dial.trunk, self.moe, self.reference, dial.train, dial.seq_len, self.match)
+    def preset_at(self, size: SizeName) -> Preset:
+        size_settings = SIZES[size]
+        return Preset(
+            self.description,
+            size_settings.trunk,
+            self.moe,
+            self.reference,
+            size_settings.train,
+            size_settings.seq_len,
+            self.match,
+        )
 
 
 FAMILIES: dict[str, Family] = {

@@ -1,11 +1,11 @@
-"""Resolve a spec file as users write it into a complete spec, and find presets by name.
+"""Resolve a spec file with shorthands into a complete spec, and find presets by name.
 
-Beside the sections of a spec, the file may hold shorthands:
+In addition to the sections of a spec, the file may have shorthands:
 
-preset: mhmoe                  a model with its recipe, by name; the file's sections override it key by key
-size: tiny                     the size, for a preset of a family
-match: {to: smoe, by: both}    expert width and number of experts are solved, not given
-reference: smoe                the model that `plan` compares with, if not that of the preset or match
+preset: mhmoe                  name of a model with its recipe; the file's sections override it key by key
+size: tiny                     size of the model, for a preset of a family
+match: {to: smoe, by: both}    solve for the expert width and the number of experts
+reference: smoe                model that `plan` compares with, instead of that of the preset or match
 """
 
 import difflib
@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from mhmoe_ray.errors import SpecError
-from mhmoe_ray.planner.match import MOST, SOLVED, MatchSpec, solve
-from mhmoe_ray.planner.papers import models
+from mhmoe_ray.planner.match import SEARCH_LIMIT, SOLVED_KEYS, MatchSpec, solve_match
+from mhmoe_ray.planner.papers import paper_presets
 from mhmoe_ray.planner.presets import FAMILIES, SIZES, Preset, SizeName, Tree
 from mhmoe_ray.planner.sizes import dense_width
-from mhmoe_ray.spec import ModelSpec, ReferenceSpec, RunSpec, checked, read_tree
+from mhmoe_ray.spec import ModelSpec, ReferenceSpec, RunSpec, read_tree, validate_section
 from mhmoe_ray.spec.base import Section
-from mhmoe_ray.spec.hints import NEAR
+from mhmoe_ray.spec.hints import MIN_SIMILARITY
 
 DEFAULT_SIZE: SizeName = "tiny"
 
@@ -30,39 +30,40 @@ def find_preset(name: str, size: SizeName | None = None) -> Preset:
 
     Args:
         name: name of a family, or of one of the papers' models.
-        size: size of a family's model; tiny if not given.
+        size: size of a family's model; by default tiny.
 
     Raises:
         SpecError: there is no such preset, or a size is given for a model with a size of its own.
     """
     if name in FAMILIES:
-        return FAMILIES[name].at(size or DEFAULT_SIZE)
-    if name not in models():
-        near = difflib.get_close_matches(name, [*FAMILIES, *models()], n=1, cutoff=NEAR)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise SpecError(f"preset {name}", "there is none of this name", f"{hint}`mhmoe presets` lists them all")
+        return FAMILIES[name].preset_at(size or DEFAULT_SIZE)
+    if name not in paper_presets():
+        similar_names = difflib.get_close_matches(name, [*FAMILIES, *paper_presets()], n=1, cutoff=MIN_SIMILARITY)
+        suggestion = f"did you mean {similar_names[0]!r}? " if similar_names else ""
+        raise SpecError(f"preset {name}", "there is no such preset", f"{suggestion}`mhmoe presets` lists them all")
     if size is not None:
-        why = "it is a published model of its own size, so `size` would be ignored"
-        raise SpecError(f"preset {name}", why, f"leave out size, or take a family: {', '.join(FAMILIES)}")
-    return models()[name]
+        reason = "it is a published model of its own size, so `size` would be ignored"
+        raise SpecError(f"preset {name}", reason, f"leave out size, or take a family: {', '.join(FAMILIES)}")
+    return paper_presets()[name]
 
 
-def every_preset() -> list[tuple[str, SizeName | None, Preset]]:
-    """Return all presets as (name, size, preset); the size of a paper's model is None."""
-    families = [(name, size, family.at(size)) for size in SIZES for name, family in FAMILIES.items()]
-    return [*families, *((name, None, preset) for name, preset in models().items())]
+def all_presets() -> list[tuple[str, SizeName | None, Preset]]:
+    """Return all presets as (name, size, preset). The size of a paper's model is None."""
+    families = [(name, size, family.preset_at(size)) for size in SIZES for name, family in FAMILIES.items()]
+    return [*families, *((name, None, preset) for name, preset in paper_presets().items())]
 
 
-def origin(name: str, size: SizeName | None) -> str:
-    """Return the text by which a spec records the preset that it came from."""
+def preset_origin(name: str, size: SizeName | None) -> str:
+    """Return the value of a spec's `origin` for a preset: its name, with the size if it is of a family."""
     return f"{name} {size or DEFAULT_SIZE}" if name in FAMILIES else name
 
 
-def about(origin: str) -> str:
-    """Return the description of the preset that a spec records as its origin."""
+def preset_description(origin: str) -> str:
+    """Return the description of the preset that a spec's `origin` names."""
     name, _, size = origin.partition(" ")
-    found = (preset.about for n, s, preset in every_preset() if n == name and (not size or s == size))
-    return next(found, "a preset of another version")
+    descriptions = (preset.description for n, s, preset in all_presets() if n == name and (not size or s == size))
+    # Another version of this package may have had other presets.
+    return next(descriptions, "a preset of another version")
 
 
 class Shorthands(Section):
@@ -72,151 +73,159 @@ class Shorthands(Section):
 
 
 def resolve_spec(path: Path, overrides: Sequence[str] = ()) -> RunSpec:
-    """Return the complete spec of a file; a complete spec resolves to itself.
+    """Return the complete spec of a file. A spec without shorthands stays the same.
 
     Args:
         path: path of a YAML file.
         overrides: `key.path=value` strings, which may set shorthands too.
 
     Raises:
-        SpecError: as in `load_resolved_spec`; or the preset does not exist, or a match has no solution.
+        SpecError: as in `load_resolved_spec`; also if the preset does not exist, or a match has no solution.
     """
-    what = f"spec {path}"
+    label = f"spec {path}"
     tree = read_tree(path, overrides)
     if "sizes" in tree and "model" not in tree:
-        raise SpecError(what, "it is a sweep, not the spec of one run", "give it to `mhmoe sweep`")
-    tree = _worked_out(tree, what)
-    return checked(RunSpec, tree, what, also=list(Shorthands.model_fields))
+        raise SpecError(label, "it is a sweep, not the spec of one run", "give it to `mhmoe sweep`")
+    tree = _resolve_shorthands(tree, label)
+    return validate_section(RunSpec, tree, label, extra_keys=list(Shorthands.model_fields))
 
 
-def models_of(preset: Preset) -> tuple[ModelSpec, ModelSpec | None]:
-    """Return a preset's model, and its reference on the same trunk (None if it has none)."""
-    trunk, what = dict(preset.trunk), "preset"
-    model = _model(trunk, _experts_on(preset, trunk, what), what)
-    return model, _reference_model(preset.reference, trunk, {}, what) if preset.reference else None
+def preset_models(preset: Preset) -> tuple[ModelSpec, ModelSpec | None]:
+    """Return a preset's model, and its reference on the same trunk or None."""
+    trunk, label = dict(preset.trunk), "preset"
+    model = _build_model(trunk, _preset_moe(preset, trunk, label), label)
+    return model, _reference_model(preset.reference, trunk, {}, label) if preset.reference else None
 
 
-def _worked_out(tree: Tree, what: str) -> Tree:
-    given = {key: tree.pop(key) for key in Shorthands.model_fields if key in tree}
-    short = checked(Shorthands, given, what)
+def _resolve_shorthands(tree: Tree, label: str) -> Tree:
+    shorthand_values = {key: tree.pop(key) for key in Shorthands.model_fields if key in tree}
+    shorthands = validate_section(Shorthands, shorthand_values, label)
     own_model = tree.get("model", {})
-    _refuse_what_is_no_section(own_model, "model", what)
+    _refuse_value(own_model, "model", label)
     own_moe = own_model.get("moe", {})
     if own_moe is not None:
-        _refuse_what_is_no_section(own_moe, "model.moe", what, ", or null for a dense model")
-    _refuse_what_would_be_ignored(short, tree, own_moe or {}, what)
+        _refuse_value(own_moe, "model.moe", label, ", or null for a dense model")
+    _refuse_unused_keys(shorthands, tree, own_moe or {}, label)
     preset = None
-    if short.preset:
-        preset = find_preset(short.preset, short.size)
-        fragment = {"model": dict(preset.trunk), "train": dict(preset.train), "data": {"seq_len": preset.seq_len}}
-        tree = _merged(fragment, tree)
-        tree["origin"] = origin(short.preset, short.size)
+    if shorthands.preset:
+        preset = find_preset(shorthands.preset, shorthands.size)
+        preset_tree = {"model": dict(preset.trunk), "train": dict(preset.train), "data": {"seq_len": preset.seq_len}}
+        tree = _merge(preset_tree, tree)
+        tree["origin"] = preset_origin(shorthands.preset, shorthands.size)
+    # Without a model, the check of the complete spec reports the missing section.
     if "model" not in tree:
-        return tree  # the check of the whole says so
+        return tree
     trunk = {key: value for key, value in tree["model"].items() if key != "moe"}
-    moe = _moe(own_moe, preset, short.match, trunk, _ep(tree), what)
+    moe = _moe_section(own_moe, preset, shorthands.match, trunk, _ep_size(tree), label)
     tree["model"] = {**(trunk if "d_ff" in own_model else _without_unused_width(trunk, moe)), "moe": moe}
-    checked(ModelSpec, tree["model"], what, below="model.")
+    # Checked before the reference, whose error messages would hide a mistake in the model itself.
+    validate_section(ModelSpec, tree["model"], label, prefix="model.")
     reference = preset.reference if preset and "reference" not in tree else tree.get("reference")
-    if short.match:
-        reference = short.match.to
+    if shorthands.match:
+        reference = shorthands.match.to
     if reference is not None:
-        tree["reference"] = _reference(reference, trunk, moe or {}, what)
+        tree["reference"] = _reference_section(reference, trunk, moe or {}, label)
     return tree
 
 
-def _moe(
-    own: Tree | None, preset: Preset | None, match: MatchSpec | None, trunk: Tree, ep: int, what: str
+def _moe_section(
+    own_keys: Tree | None, preset: Preset | None, match: MatchSpec | None, trunk: Tree, ep: int, label: str
 ) -> Tree | None:
-    """Return the `moe` section: the preset's, overridden by the user's own keys, with the keys that a match solves;
-    None if the model is dense."""
+    """Return the `moe` section of a spec, or None if the model is dense.
+
+    It is the preset's section, overridden by the user's own keys, with the keys that a match solves.
+    """
     base = preset.moe(trunk) if preset and preset.moe else {}
-    moe = {**base, **own} if own is not None else {}
+    moe = {**base, **own_keys} if own_keys is not None else {}
     if match is None and preset and moe:
         match = preset.match
     if match is None:
         return moe or None
     if not moe:
-        raise SpecError(what, "'match' is for experts, and this model has none", "remove match, or add model.moe")
-    return _solved(moe, own or {}, match, trunk, ep, what)
+        raise SpecError(label, "'match' is for experts, but this model has none", "remove match, or add model.moe")
+    return _solve_section(moe, own_keys or {}, match, trunk, ep, label)
 
 
-def _ep(tree: Tree) -> int:
-    """Return `cluster.ep` of a spec file; 1 if it is absent or malformed, which the check of the whole spec reports."""
+def _ep_size(tree: Tree) -> int:
+    """Return `cluster.ep` of a spec file; 1 if it is absent or malformed."""
+    # The check of the complete spec reports a malformed value.
     cluster = tree.get("cluster")
     ep = cluster.get("ep", 1) if isinstance(cluster, dict) else 1
     return ep if isinstance(ep, int) and ep > 0 else 1
 
 
-def _solved(moe: Tree, own: Tree, match: MatchSpec, trunk: Tree, ep: int, what: str) -> Tree:
-    """Return the `moe` section with the keys that `match` solves, except those that the user gave."""
-    unknown = dict.fromkeys(SOLVED[match.by] - own.keys(), MOST)
-    model = _model(trunk, {**moe, **unknown}, what)
-    d_expert, experts = solve(model, _reference_model(match.to, trunk, moe, what), match, own.keys(), ep)
+def _solve_section(moe: Tree, own_keys: Tree, match: MatchSpec, trunk: Tree, ep: int, label: str) -> Tree:
+    """Return the `moe` section with the keys that `match` solves, except the user's own keys."""
+    # The placeholders are large, so that the check of the model accepts any `top_k`.
+    placeholders = dict.fromkeys(SOLVED_KEYS[match.by] - own_keys.keys(), SEARCH_LIMIT)
+    model = _build_model(trunk, {**moe, **placeholders}, label)
+    d_expert, experts = solve_match(model, _reference_model(match.to, trunk, moe, label), match, own_keys.keys(), ep)
     return {**moe, "d_expert": d_expert, "experts": experts}
 
 
-def _reference(value: Any, trunk: Tree, moe: Tree, what: str) -> ReferenceSpec:
-    """Return the reference, from the name of a preset or from a section that the user wrote."""
+def _reference_section(value: Any, trunk: Tree, moe: Tree, label: str) -> ReferenceSpec:
+    """Return the reference for the value of a file: the name of a preset, or a section."""
     if isinstance(value, str):
-        return ReferenceSpec(name=value, moe=_reference_model(value, trunk, moe, what).moe)
-    _refuse_what_is_no_section(value, "reference", what)
-    reference = checked(ReferenceSpec, value, what, below="reference.")
-    _model(trunk, None if reference.moe is None else reference.moe.model_dump(), f"{what}, reference {reference.name}")
+        return ReferenceSpec(name=value, moe=_reference_model(value, trunk, moe, label).moe)
+    _refuse_value(value, "reference", label)
+    reference = validate_section(ReferenceSpec, value, label, prefix="reference.")
+    _build_model(
+        trunk, None if reference.moe is None else reference.moe.model_dump(), f"{label}, reference {reference.name}"
+    )
     return reference
 
 
-def _reference_model(name: str, trunk: Tree, moe: Tree, what: str) -> ModelSpec:
-    """Return a preset's experts on this trunk, in the same layers as the model that it is compared with."""
-    found = _experts_on(find_preset(name), trunk, what)
-    if found is not None and "every" in moe:
-        found["every"] = moe["every"]
-    return _model(trunk, found, f"{what}, reference {name}")
+def _reference_model(name: str, trunk: Tree, moe: Tree, label: str) -> ModelSpec:
+    """Return the model with a preset's experts on this trunk, in the same layers as those of the section `moe`."""
+    moe_section = _preset_moe(find_preset(name), trunk, label)
+    if moe_section is not None and "every" in moe:
+        moe_section["every"] = moe["every"]
+    return _build_model(trunk, moe_section, f"{label}, reference {name}")
 
 
-def _experts_on(preset: Preset, trunk: Tree, what: str) -> Tree | None:
+def _preset_moe(preset: Preset, trunk: Tree, label: str) -> Tree | None:
     if preset.moe is None:
         return None
     moe = preset.moe(trunk)
-    return _solved(moe, {}, preset.match, trunk, 1, what) if preset.match else moe
+    return _solve_section(moe, {}, preset.match, trunk, 1, label) if preset.match else moe
 
 
-def _model(trunk: Tree, moe: Tree | None, what: str) -> ModelSpec:
-    """Return the checked model of a trunk and a `moe` section. If some layers are dense and the trunk gives no width
-    for them, they get the usual one."""
-    fitting = _without_unused_width(trunk, moe)
-    if trunk.get("d_ff") is None and fitting is trunk and "d_model" in trunk:
-        fitting = {**trunk, "d_ff": dense_width(trunk)}
-    return checked(ModelSpec, {**fitting, "moe": moe}, what, below="model.")
+def _build_model(trunk: Tree, moe: Tree | None, label: str) -> ModelSpec:
+    """Return the checked model of a trunk and a `moe` section. Dense layers get the default width if the trunk has
+    none."""
+    used_trunk = _without_unused_width(trunk, moe)
+    if trunk.get("d_ff") is None and used_trunk is trunk and "d_model" in trunk:
+        used_trunk = {**trunk, "d_ff": dense_width(trunk)}
+    return validate_section(ModelSpec, {**used_trunk, "moe": moe}, label, prefix="model.")
 
 
 def _without_unused_width(trunk: Tree, moe: Tree | None) -> Tree:
-    """Return the trunk without its width for dense layers if no layer is dense: that the preset has one is not the
-    user's mistake."""
+    """Return the trunk without its width for dense layers if no layer is dense."""
+    # The width may come from a preset, so it is not a mistake of the user.
     return {**trunk, "d_ff": None} if moe is not None and moe.get("every") == 1 else trunk
 
 
-def _refuse_what_would_be_ignored(short: Shorthands, tree: Tree, own_moe: Tree, what: str) -> None:
-    if short.size and not short.preset:
-        raise SpecError(what, "'size' is given without a preset, so it would be ignored", "add preset, or remove size")
-    if short.match is None:
+def _refuse_unused_keys(shorthands: Shorthands, tree: Tree, own_moe: Tree, label: str) -> None:
+    if shorthands.size and not shorthands.preset:
+        raise SpecError(label, "'size' is given without preset, so it would be ignored", "add preset, or remove size")
+    if shorthands.match is None:
         return
     if tree.get("reference") is not None:
-        why = f"a reference is given, but a matched model is compared with what it matches ({short.match.to})"
-        raise SpecError(what, why, "remove reference or match")
-    both = sorted(SOLVED[short.match.by] & own_moe.keys())
-    if both:
-        keys = " and ".join(f"model.moe.{key}" for key in both)
-        raise SpecError(what, f"{keys} would be ignored, because match solves it", "remove it, or remove match")
+        reason = f"a reference is given, but a matched model is compared with its match ({shorthands.match.to})"
+        raise SpecError(label, reason, "remove reference or match")
+    conflicting_keys = sorted(SOLVED_KEYS[shorthands.match.by] & own_moe.keys())
+    if conflicting_keys:
+        keys = " and ".join(f"model.moe.{key}" for key in conflicting_keys)
+        raise SpecError(label, f"{keys} would be ignored, because match solves it", "remove it, or remove match")
 
 
-def _refuse_what_is_no_section(value: Any, name: str, what: str, instead: str = "") -> None:
+def _refuse_value(value: Any, name: str, label: str, alternative: str = "") -> None:
     if not isinstance(value, dict):
-        raise SpecError(what, f"{name!r} is a value, not a section", f"write its keys below it{instead}")
+        raise SpecError(label, f"{name!r} is a value, not a section", f"write its keys below it{alternative}")
 
 
-def _merged(base: Any, over: Any) -> Any:
-    """Return `over` merged into `base`, key by key; `over` takes precedence."""
-    if not isinstance(base, Mapping) or not isinstance(over, Mapping):
-        return over
-    return {**base, **{key: _merged(base.get(key), value) for key, value in over.items()}}
+def _merge(base: Any, override: Any) -> Any:
+    """Return `base` with the values of `override`, merged key by key at all levels."""
+    if not isinstance(base, Mapping) or not isinstance(override, Mapping):
+        return override
+    return {**base, **{key: _merge(base.get(key), value) for key, value in override.items()}}

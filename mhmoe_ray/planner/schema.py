@@ -1,27 +1,28 @@
-"""JSON schemas of the files that users write, for editors and for tools that generate such files."""
+"""JSON schemas of the files that users write, for editors and for tools that write such files."""
 
 from typing import Any
 
 from mhmoe_ray.planner.resolve import Shorthands
 from mhmoe_ray.spec import RunSpec, SweepSpec
 
-_FROM_PRESET = ("ModelSpec", "MoESpec", "TrainSpec", "DataSpec")
-"""Sections that a preset fills, so that a file need not have all keys that they require."""
+_PRESET_SECTIONS = ("ModelSpec", "MoESpec", "TrainSpec", "DataSpec")
+"""Classes of the sections that a preset fills, so that a file need not have all keys that they require."""
 
 
 def spec_schema() -> dict[str, Any]:
     """Return the schema of a run's spec, including shorthands such as `preset`."""
     schema, shorthands = RunSpec.model_json_schema(), Shorthands.model_json_schema()
     definitions = schema["$defs"] | shorthands.get("$defs", {})
-    for name in _FROM_PRESET:
+    for name in _PRESET_SECTIONS:
         definitions[name].pop("required", None)
     definitions["DataSpec"]["required"] = ["sources", "prepared"]
-    # A number of workers stands for the same smallest and largest one.
+    # A single number of workers is a range with equal ends.
     workers = definitions["WorkerRange"]
     definitions["WorkerRange"] = {"anyOf": [{"type": "integer", "minimum": 1}, workers], "title": "WorkerRange"}
     properties = schema["properties"] | shorthands["properties"]
     properties["storage"] = {"type": "string", "default": "runs", "description": properties["storage"]["description"]}
-    properties["reference"]["anyOf"].insert(0, {"type": "string"})  # the name of a preset
+    # A reference may be the name of a preset.
+    properties["reference"]["anyOf"].insert(0, {"type": "string"})
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         **schema,
@@ -34,6 +35,6 @@ def spec_schema() -> dict[str, Any]:
 
 
 def sweep_schema() -> dict[str, Any]:
-    """Return the schema of a sweep's file."""
+    """Return the schema of a sweep file."""
     schema = SweepSpec.model_json_schema()
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "A sweep of mhmoe-ray"}

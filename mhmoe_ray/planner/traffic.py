@@ -1,255 +1,290 @@
-"""Bytes that ranks exchange in one training step, and the links that they cross.
+"""The bytes that ranks exchange in one training step, by the class of the links that they cross.
 
-Link classes are within a node, between nodes of a domain, and between domains.
+Link classes are links within a node, between nodes of a domain, and between domains.
 """
 
 import math
 from collections.abc import Callable, Iterable
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from mhmoe_ray.architectures import FLOAT32
-from mhmoe_ray.planner.placement import Kind, Layout, Spread, on_one_node
-from mhmoe_ray.planner.sizes import INT32, INT64, compute_bytes, sizes
+from mhmoe_ray.planner.placement import Layout, NodeKind, Spread, single_node_layout
+from mhmoe_ray.planner.sizes import INT32, INT64, bytes_per_value, compute_sizes
 from mhmoe_ray.spec import RunSpec
 
 
-class Sends(NamedTuple):
-    """Amount that ranks send over links of one class in one exchange, in bytes or as a fraction of what is
-    exchanged."""
+class LinkLoad(NamedTuple):
+    """Amount that ranks send over links of one class in one exchange, in bytes or as a fraction of the payload."""
 
     mean: float = 0.0
     """Mean over ranks."""
-    most: float = 0.0
-    """Amount of the rank that sends most, which determines the time of the exchange."""
+    maximum: float = 0.0
+    """Amount of the rank that sends the most, which determines the time of the exchange."""
     messages: int = 0
     """Number of messages that one rank sends one after another."""
 
-
-class Links(NamedTuple):
-    """Amounts by link class; the field names are the keys of `cluster.network`."""
-
-    node: Sends = Sends()
-    domain: Sends = Sends()
-    between: Sends = Sends()
-
-    def of(self, size: float, rounds: int = 1) -> "Links":
-        """Return these fractions as bytes of a payload of `size` bytes, sent in `rounds` rounds of messages."""
-        return Links(*(Sends(size * s.mean, size * s.most, rounds * s.messages) for s in self))
+    def as_json(self) -> dict[str, float]:
+        """Return the load as `mhmoe plan --json` prints it."""
+        return {"mean": self.mean, "most": self.maximum, "messages": self.messages}
 
 
-Pattern = Callable[[Spread, Kind], Links]
-"""Function that returns what a rank on a node of a kind sends in an exchange within a group of a given spread."""
+class LinkLoads(NamedTuple):
+    """Amounts by link class. The field names are the keys of `cluster.network`."""
+
+    node: LinkLoad = LinkLoad()
+    domain: LinkLoad = LinkLoad()
+    between: LinkLoad = LinkLoad()
+
+    def scaled(self, size: float, rounds: int = 1) -> "LinkLoads":
+        """Return these fractions of a payload of `size` bytes as bytes, sent in `rounds` rounds of messages."""
+        return LinkLoads(*(LinkLoad(size * load.mean, size * load.maximum, rounds * load.messages) for load in self))
 
 
-def crossed(groups: Iterable[Spread], pattern: Pattern) -> Links:
-    """Return what ranks send over each class of links in an exchange that all these groups do at once."""
-    every = [(kind.ranks * nodes, pattern(group, kind)) for group in groups for kind, nodes in group.items()]
-    ranks = sum(count for count, _ in every)
-
-    def over(i: int) -> Sends:
-        mean = sum(count * links[i].mean for count, links in every) / ranks
-        return Sends(mean, max(links[i].most for _, links in every), max(links[i].messages for _, links in every))
-
-    return Links(*(over(i) for i in range(3)))
+Pattern = Callable[[Spread, NodeKind], LinkLoads]
+"""Function (spread of a group, kind of a node) -> loads that a rank on such a node sends in an exchange."""
 
 
-def flat(group: Spread, kind: Kind) -> Links:
-    """Return what a rank on a node of this kind sends in an all-to-all among all ranks of the group, as fractions of
-    its rows."""
-    ranks = sum(k.ranks * nodes for k, nodes in group.items())
-    in_domain = sum(k.ranks * nodes for k, nodes in group.items() if k.domain == kind.domain)
-    there = (kind.ranks - 1, in_domain - kind.ranks, ranks - in_domain)
-    return Links(*(Sends(count / ranks, count / ranks, count) for count in there))
+def group_loads(groups: Iterable[Spread], pattern: Pattern) -> LinkLoads:
+    """Return the loads of an exchange by a pattern within each of these groups at the same time."""
+    kind_loads = [(kind.ranks * nodes, pattern(group, kind)) for group in groups for kind, nodes in group.items()]
+    ranks = sum(count for count, _ in kind_loads)
+
+    def class_load(i: int) -> LinkLoad:
+        mean = sum(count * links[i].mean for count, links in kind_loads) / ranks
+        return LinkLoad(
+            mean, max(links[i].maximum for _, links in kind_loads), max(links[i].messages for _, links in kind_loads)
+        )
+
+    return LinkLoads(*(class_load(i) for i in range(3)))
 
 
-def to_nodes(reached: Callable[[int, int], float]) -> Pattern:
-    """Return the pattern of sending rows to one rank of each other node of the group, as fractions of a rank's rows.
+def all_to_all_pattern(group: Spread, kind: NodeKind) -> LinkLoads:
+    """Return the loads of an all-to-all among all ranks of a group, as fractions of the sender's rows."""
+    ranks = sum(other_kind.ranks * nodes for other_kind, nodes in group.items())
+    in_domain = sum(other_kind.ranks * nodes for other_kind, nodes in group.items() if other_kind.domain == kind.domain)
+    message_counts = (kind.ranks - 1, in_domain - kind.ranks, ranks - in_domain)
+    return LinkLoads(*(LinkLoad(count / ranks, count / ranks, count) for count in message_counts))
+
+
+def to_nodes_pattern(node_share: Callable[[int, int], float]) -> Pattern:
+    """Return the pattern in which a rank sends rows to one rank of each other node, as fractions of the sender's rows.
 
     Args:
-        reached: function that returns the fraction of the rows that go to a node, from the number of the group's ranks
-            on it and the number of all its ranks.
+        node_share: function that returns the fraction of the rows that are sent to a node, from the number of the
+            group's ranks on the node and the number of all its ranks.
     """
 
-    def pattern(group: Spread, kind: Kind) -> Links:
+    def pattern(group: Spread, kind: NodeKind) -> LinkLoads:
         ranks = sum(k.ranks * nodes for k, nodes in group.items())
-        others = group - Spread([kind])
-        part, messages = [0.0, 0.0], [0, 0]
-        for other, nodes in others.items():
-            apart = other.domain != kind.domain
-            part[apart] += nodes * reached(other.ranks, ranks)
-            messages[apart] += nodes
-        return Links(Sends(), *(Sends(p, p, m) for p, m in zip(part, messages, strict=True)))
+        other_kinds = group - Spread([kind])
+        shares, messages = [0.0, 0.0], [0, 0]
+        for other_kind, nodes in other_kinds.items():
+            is_other_domain = other_kind.domain != kind.domain
+            shares[is_other_domain] += nodes * node_share(other_kind.ranks, ranks)
+            messages[is_other_domain] += nodes
+        return LinkLoads(LinkLoad(), *(LinkLoad(p, p, m) for p, m in zip(shares, messages, strict=True)))
 
     return pattern
 
 
-def within_nodes(_: Spread, kind: Kind) -> Links:
-    """Return what a rank on a node of this kind sends in an all-to-all among the ranks of each node, as fractions of
-    its rows."""
-    away = (kind.ranks - 1) / kind.ranks
-    return Links(Sends(away, away, kind.ranks - 1))
+def within_nodes_pattern(_: Spread, kind: NodeKind) -> LinkLoads:
+    """Return the loads of an all-to-all among the ranks of each node, as fractions of the sender's rows."""
+    remote_share = (kind.ranks - 1) / kind.ranks
+    return LinkLoads(LinkLoad(remote_share, remote_share, kind.ranks - 1))
 
 
-def ring(group: Spread, kind: Kind) -> Links:
-    """Return what a rank on a node of this kind sends in a ring through all ranks of the group, as fractions of what it
-    sends in all, with the messages of one round."""
-    ranks = sum(k.ranks * nodes for k, nodes in group.items())
-    nodes, domains = group.total(), len({k.domain for k in group})
-    out = 1 / kind.ranks if nodes > 1 else 0.0
-    apart = domains / nodes if domains > 1 else 0.0  # of the ways out of nodes, those into another domain
-    return Links(
-        Sends(1 - out, 1 - out, ranks - nodes),
-        Sends(out * (1 - apart), out if nodes > domains else 0.0, nodes - domains),
-        Sends(out * apart, out if domains > 1 else 0.0, domains - 1),
+def ring_pattern(group: Spread, kind: NodeKind) -> LinkLoads:
+    """Return the loads of a ring through all ranks of a group, as fractions of all that the sender sends, with the
+    messages of one round."""
+    # The ring goes through all ranks of a node, then through all nodes of a domain, so each node has one exit.
+    ranks = sum(other_kind.ranks * nodes for other_kind, nodes in group.items())
+    nodes, domains = group.total(), len({other_kind.domain for other_kind in group})
+    node_exit_share = 1 / kind.ranks if nodes > 1 else 0.0
+    # Of the exits of all nodes, one per domain leads to another domain.
+    domain_exit_share = domains / nodes if domains > 1 else 0.0
+    return LinkLoads(
+        LinkLoad(1 - node_exit_share, 1 - node_exit_share, ranks - nodes),
+        LinkLoad(
+            node_exit_share * (1 - domain_exit_share), node_exit_share if nodes > domains else 0.0, nodes - domains
+        ),
+        LinkLoad(node_exit_share * domain_exit_share, node_exit_share if domains > 1 else 0.0, domains - 1),
     )
 
 
 @cache
-def reached(experts: int, held: int, top_k: int) -> float:
-    """Return the probability that at least one of k different experts, drawn uniformly from E, is among `held` experts.
+def hit_probability(experts: int, local_experts: int, top_k: int) -> float:
+    """Return the probability that a row with k different experts, drawn uniformly from E, has at least one of the
+    `local_experts` experts of a node.
 
-    This is 1 minus the hypergeometric probability of none. Summed over nodes, it is the expected number of nodes that a
-    row must go to.
+    Summed over nodes, it is the expected number of nodes that a row is sent to.
     """
-    return 1 - math.comb(experts - held, top_k) / math.comb(experts, top_k)
+    # 1 minus the hypergeometric probability of none.
+    return 1 - math.comb(experts - local_experts, top_k) / math.comb(experts, top_k)
 
 
 class Exchange(NamedTuple):
-    """Collective operation as seen by one rank, on average where ranks differ."""
+    """Collective operation from the view of one rank, on average if ranks differ."""
 
     name: str
     ranks: int
     """Number of ranks in the collective's group."""
     payload: int
-    """Bytes of the tensor that the rank contributes to one call. For an all-to-all these are the bytes that leave the
-    rank under uniform routing, without the rows that stay on it."""
-    sent: int
-    """Bytes that leave the rank in one call: all bytes of an all-to-all; for other collectives, those of a ring."""
+    """Bytes of the tensor that the rank contributes to one call. For an all-to-all these are the bytes that it sends to
+    other ranks under uniform routing."""
+    sent_bytes: int
+    """Bytes that the rank sends in one call. Collectives other than an all-to-all count as rings."""
     times: int
     """Number of calls per step."""
-    links: Links
+    links: LinkLoads
     """Amounts that one call sends over each class of links."""
 
     @property
     def sent_per_step(self) -> int:
-        return self.sent * self.times
+        return self.sent_bytes * self.times
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the exchange as `mhmoe plan --json` prints it."""
+        fields = self._asdict()
+        links = {name: load.as_json() for name, load in self.links._asdict().items()}
+        return {"sent": fields.pop("sent_bytes"), **fields, "sent_per_step": self.sent_per_step, "links": links}
 
 
-def exchanges(spec: RunSpec, layout: Layout | None = None) -> list[Exchange]:
-    """Return all exchanges of a step: rows to experts and back in each layer and micro-batch; gradients; weights, if
-    ranks hold shards. On a single rank there are none.
+def all_exchanges(spec: RunSpec, layout: Layout | None = None) -> list[Exchange]:
+    """Return all exchanges of a step: those of rows, of gradients, and of weights if ranks hold shards.
 
     Args:
         spec: spec of the run.
         layout: placement of its ranks; by default all are on one node.
     """
-    return [*dispatches(spec, layout), *reductions(spec, layout)]
+    return [*dispatch_exchanges(spec, layout), *reduction_exchanges(spec, layout)]
 
 
-def dispatches(spec: RunSpec, layout: Layout | None = None) -> list[Exchange]:
+def dispatch_exchanges(spec: RunSpec, layout: Layout | None = None) -> list[Exchange]:
     """Return the exchanges of expert parallelism, in the order of a layer's forward and backward.
 
-    Hierarchical dispatch sends a row once to each other node on which it has an expert, to one rank there, with its k
-    choices and gates; from that rank each of the row's routes goes to the rank of its expert. One row comes back, the
-    sum over that node's experts. Gradients take the same ways, with those of gates. Groups with different numbers of
-    ranks on their nodes stay flat, and their traffic counts as traffic by node. Under dropout each route is a row of
-    its own.
+    Hierarchical dispatch sends a row once to each other node with an expert for it, together with its k choices and
+    gates. There each of the row's routes is sent to the rank of its expert. One row is sent back, the sum over the
+    node's experts. Gradients take the same paths, with those of gates. A group with different numbers of ranks on its
+    nodes has a flat dispatch, whose traffic counts as traffic by node.
     """
     cluster, model, moe = spec.cluster, spec.model, spec.model.moe
     if moe is None or cluster.ep == 1:
         return []
-    layout = layout or on_one_node(cluster.world, cluster.ep)
+    layout = layout or single_node_layout(cluster.max_world_size, cluster.ep)
     groups = [layout.spread(ranks) for ranks in layout.groups.ranks]
     times = model.moe_layers * _micro_batches(spec)
     tokens = spec.tokens_per_micro_batch
-    routed = tokens * moe.top_k * model.d_model * compute_bytes(spec)  # k routes of h rows of width d/h
-    counts = INT64 * moe.experts
-    ways = ("rows to experts", "outputs back", "gradients of outputs to experts", "gradients of rows back")
+    # A token has h rows of width d/h, and each row has k routes.
+    route_bytes = tokens * moe.top_k * model.d_model * bytes_per_value(spec)
+    count_bytes = INT64 * moe.experts
+    stages = ("rows to experts", "outputs back", "gradients of outputs to experts", "gradients of rows back")
 
-    def exchange(name: str, pattern: Pattern) -> Exchange:
-        links = crossed(groups, pattern)
-        sent = round(sum(s.mean for s in links))
-        return Exchange(name, cluster.ep, sent, sent, times, links)
+    def build_exchange(name: str, pattern: Pattern) -> Exchange:
+        links = group_loads(groups, pattern)
+        sent_bytes = round(sum(s.mean for s in links))
+        return Exchange(name, cluster.ep, sent_bytes, sent_bytes, times, links)
 
-    def straight(size: int) -> Pattern:
-        return lambda group, kind: flat(group, kind).of(size)
+    def sized_pattern(size: int) -> Pattern:
+        return lambda group, kind: all_to_all_pattern(group, kind).scaled(size)
 
     if cluster.dispatch == "flat" or not any(map(has_rails, groups)):
-        return [exchange("counts per expert", straight(counts)), *(exchange(way, straight(routed)) for way in ways)]
+        return [
+            build_exchange("counts per expert", sized_pattern(count_bytes)),
+            *(build_exchange(stage, sized_pattern(route_bytes)) for stage in stages),
+        ]
 
-    choices = 1 if model.dropout else moe.top_k
+    # Under dropout each route is a row of its own.
+    routes_per_row = 1 if model.dropout else moe.top_k
 
-    def by_node(size: int, straight_size: int, top_k: int) -> Pattern:
-        def part(ranks: int, of_all: int) -> float:
-            return reached(moe.experts, moe.experts * ranks // of_all, top_k)
+    def rail_pattern(size: int, flat_size: int, top_k: int) -> Pattern:
+        def node_share(ranks: int, all_ranks: int) -> float:
+            return hit_probability(moe.experts, moe.experts * ranks // all_ranks, top_k)
 
-        along = to_nodes(part)
+        to_other_nodes = to_nodes_pattern(node_share)
         return lambda group, kind: (
-            along(group, kind).of(size) if has_rails(group) else straight(straight_size)(group, kind)
+            to_other_nodes(group, kind).scaled(size) if has_rails(group) else sized_pattern(flat_size)(group, kind)
         )
 
-    def on_nodes(pattern: Pattern) -> Pattern:
-        return lambda group, kind: pattern(group, kind) if has_rails(group) else Links()
+    def rails_only(pattern: Pattern) -> Pattern:
+        return lambda group, kind: pattern(group, kind) if has_rails(group) else LinkLoads()
 
-    row, route = routed // choices, tokens * moe.heads * moe.top_k
-    beside = {ways[0]: route * (INT32 + FLOAT32), ways[3]: route * FLOAT32}
-    found = [
-        exchange("counts, by node", by_node(2 * INT64, counts, moe.experts)),  # of rows and of their routes
-        exchange("counts, within nodes", on_nodes(lambda group, kind: Links(flat(group, kind).of(counts).node))),
+    row_bytes, route_count = route_bytes // routes_per_row, tokens * moe.heads * moe.top_k
+    extra_bytes = {stages[0]: route_count * (INT32 + FLOAT32), stages[3]: route_count * FLOAT32}
+    result = [
+        # Two counts for each node: of rows, and of their routes.
+        build_exchange("counts, by node", rail_pattern(2 * INT64, count_bytes, moe.experts)),
+        build_exchange(
+            "counts, within nodes",
+            rails_only(lambda group, kind: LinkLoads(all_to_all_pattern(group, kind).scaled(count_bytes).node)),
+        ),
     ]
-    for way in ways:
-        found.append(exchange(f"{way}, by node", by_node(row + beside.get(way, 0), routed, choices)))
-        found.append(exchange(f"{way}, within nodes", on_nodes(lambda *at: within_nodes(*at).of(routed))))
-    return found
+    for stage in stages:
+        result.append(
+            build_exchange(
+                f"{stage}, by node", rail_pattern(row_bytes + extra_bytes.get(stage, 0), route_bytes, routes_per_row)
+            )
+        )
+        result.append(
+            build_exchange(
+                f"{stage}, within nodes",
+                rails_only(lambda *arguments: within_nodes_pattern(*arguments).scaled(route_bytes)),
+            )
+        )
+    return result
 
 
 def has_rails(group: Spread) -> bool:
-    """Whether a group spans several nodes with the same number of ranks on each; hierarchical dispatch handles other
-    groups flat."""
+    """Return whether a group spans several nodes with the same number of ranks on each, as hierarchical dispatch needs
+    it."""
     return group.total() > 1 and len({kind.ranks for kind in group}) == 1
 
 
-def reductions(spec: RunSpec, layout: Layout | None = None) -> list[Exchange]:
+def reduction_exchanges(spec: RunSpec, layout: Layout | None = None) -> list[Exchange]:
     """Return the exchanges of data parallelism: gradients, and weights if ranks hold shards."""
-    cluster, found = spec.cluster, sizes(spec.model)
-    layout = layout or on_one_node(cluster.world, cluster.ep)
-    shared = FLOAT32 * (found.parameters - found.expert_parameters)
-    result = _made_whole(spec, cluster.strategy, "all but experts", shared, layout, layout.everyone)
+    cluster, counts = spec.cluster, compute_sizes(spec.model)
+    layout = layout or single_node_layout(cluster.max_world_size, cluster.ep)
+    shared = FLOAT32 * (counts.parameters - counts.expert_parameters)
+    result = _collective_exchanges(spec, cluster.strategy, "all but experts", shared, layout, layout.world_group)
     if spec.model.moe is not None:
-        experts = FLOAT32 * found.expert_parameters // cluster.ep
-        result += _made_whole(
-            spec, cluster.strategy if cluster.slices_experts else "ddp", "experts", experts, layout, layout.replicas
+        experts = FLOAT32 * counts.expert_parameters // cluster.ep
+        result += _collective_exchanges(
+            spec,
+            cluster.strategy if cluster.shards_experts else "ddp",
+            "experts",
+            experts,
+            layout,
+            layout.data_parallel_groups,
         )
     return [exchange for exchange in result if exchange.ranks > 1]
 
 
-def _made_whole(
-    spec: RunSpec, strategy: str, what: str, size: int, layout: Layout, groups: list[list[int]]
+def _collective_exchanges(
+    spec: RunSpec, strategy: str, label: str, size: int, layout: Layout, groups: list[list[int]]
 ) -> list[Exchange]:
     """Return the exchanges that reduce gradients, and gather weights if ranks hold shards, for `size` bytes of weights
     in each of these groups.
 
-    Weights are gathered for each forward and each backward; ZeRO 1 and 2 gather them only once, after the update. ZeRO
-    2 and 3 reduce gradients in each backward, because they keep no whole ones; the others reduce them in the last
-    backward. Blocks and buckets count as if they were sent in one piece. ZeRO 3 may still hold up to two gathered
-    blocks from the forward when the backward begins; the count does not subtract them.
+    Blocks and buckets count as if they were sent in one piece. ZeRO 3 may still have up to two gathered blocks from the
+    forward when the backward begins, which the count does not subtract.
     """
     ranks, micro_batches = len(groups[0]), _micro_batches(spec)
-    gradients, weights = f"gradients of {what}", f"weights of {what}"
-    links = crossed(map(layout.spread, groups), ring)
-    away = size * (ranks - 1) // ranks
+    gradients, weights = f"gradients of {label}", f"weights of {label}"
+    links = group_loads(map(layout.spread, groups), ring_pattern)
+    remote_bytes = size * (ranks - 1) // ranks
     if strategy == "ddp":
-        sent = 2 * size * (ranks - 1) // ranks
-        return [Exchange(gradients, ranks, size, sent, 1, links.of(sent, rounds=2))]
+        sent_bytes = 2 * size * (ranks - 1) // ranks
+        return [Exchange(gradients, ranks, size, sent_bytes, 1, links.scaled(sent_bytes, rounds=2))]
+    # Weights are gathered for each forward and each backward. ZeRO 1 and 2 gather them only once, after the update.
     gathers = 2 * micro_batches if strategy in ("fsdp", "zero3") else 1
+    # ZeRO 2 and 3 have only shards of gradients, so each backward reduces them. Otherwise the last backward does.
     reductions = micro_batches if strategy in ("zero2", "zero3") else 1
     return [
-        Exchange(weights, ranks, size // ranks, away, gathers, links.of(away)),
-        Exchange(gradients, ranks, size, away, reductions, links.of(away)),
+        Exchange(weights, ranks, size // ranks, remote_bytes, gathers, links.scaled(remote_bytes)),
+        Exchange(gradients, ranks, size, remote_bytes, reductions, links.scaled(remote_bytes)),
     ]
 
 
 def _micro_batches(spec: RunSpec) -> int:
     """Return the number of micro-batches per rank and step."""
-    return spec.train.micro_batches // spec.cluster.world
+    return spec.train.micro_batches // spec.cluster.max_world_size

@@ -1,4 +1,4 @@
-"""All files of a site, by path, and whether a run's workers fit on its nodes."""
+"""All files of a site, by path, and the check that a run's workers fit on its nodes."""
 
 import json
 from collections.abc import Iterator
@@ -7,45 +7,55 @@ from typing import Any
 import yaml
 
 from mhmoe_ray.errors import SpecError
-from mhmoe_ray.planner.placement import Node, packed
+from mhmoe_ray.planner.placement import Node, pack_workers
 from mhmoe_ray.render import kuberay, ray_up, slurm
 from mhmoe_ray.render.kuberay import containerfile
-from mhmoe_ray.render.monitoring import DASHBOARDS, RAY_FOLDER, dashboard, pod_monitor, prometheus, provisioning
+from mhmoe_ray.render.monitoring import (
+    DASHBOARDS,
+    RAY_FOLDER,
+    dashboard_json,
+    pod_monitor,
+    prometheus_config,
+    provisioning_files,
+)
 from mhmoe_ray.spec import RunSpec, dump_spec
 from mhmoe_ray.spec.cluster import STREAM_CPUS
 from mhmoe_ray.spec.site import SiteSpec
 
 
-def nodes_for(site: SiteSpec, run: RunSpec) -> int:
-    """Return the largest number of worker nodes that the run uses.
+def count_worker_nodes(site: SiteSpec, run: RunSpec) -> int:
+    """Return the number of worker nodes that the run uses with its largest number of workers.
 
     Raises:
         SpecError: one of its workers is larger than a node, or the nodes are too few; or no node has CPUs left for the
             data stream.
     """
-    each, cluster = site.workers, run.cluster
-    wanted, cpus, gpus = cluster.workers.max, cluster.cpus_per_worker, cluster.gpus_per_worker
-    nodes = [Node(f"worker {i}", each.cpus, each.gpus) for i in range(each.max)]
-    places = packed(nodes, cpus, gpus, wanted)
-    if len(places) < wanted:
-        why = (
-            f"{wanted} workers of {cpus} CPU and {gpus} GPU each do not fit on {each.max} nodes of {each.cpus} CPUs "
-            f"and {each.gpus} GPUs, which hold {len(places)}"
+    group, cluster = site.workers, run.cluster
+    worker_count, cpus, gpus = cluster.workers.max, cluster.cpus_per_worker, cluster.gpus_per_worker
+    nodes = [Node(f"worker {i}", group.cpus, group.gpus) for i in range(group.max)]
+    # The planner packs the workers of a run in the same way when the run starts.
+    worker_nodes = pack_workers(nodes, cpus, gpus, worker_count)
+    if len(worker_nodes) < worker_count:
+        reason = (
+            f"{worker_count} workers of {cpus} CPU and {gpus} GPU each do not fit on {group.max} nodes of "
+            f"{group.cpus} CPUs and {group.gpus} GPUs, which hold {len(worker_nodes)}"
         )
-        raise SpecError(f"run {run.name}", why, "raise workers.max of the site, or lower cluster.workers of the run")
-    used = len(set(places))
-    spare = used * each.cpus - wanted * cpus + site.data.max * site.data.cpus
-    if spare < STREAM_CPUS:
-        why = f"its workers leave {spare} CPUs for the data stream, which needs {STREAM_CPUS}"
-        raise SpecError(f"run {run.name}", why, "raise data.max of the site")
-    return used
+        raise SpecError(f"run {run.name}", reason, "raise workers.max of the site, or lower cluster.workers of the run")
+    node_count = len(set(worker_nodes))
+    spare_cpus = node_count * group.cpus - worker_count * cpus + site.data.max * site.data.cpus
+    if spare_cpus < STREAM_CPUS:
+        reason = f"its workers leave {spare_cpus} CPUs for the data stream, which needs {STREAM_CPUS}"
+        raise SpecError(f"run {run.name}", reason, "raise data.max of the site")
+    return node_count
 
 
-MARK = "# Rendered by `mhmoe cluster render`: change the site's file, not this one.\n"
+HEADER = "# Rendered by `mhmoe cluster render`: change the site's file, not this one.\n"
 
 
-def files(site: SiteSpec, run: RunSpec | None = None, application: dict[str, Any] | None = None) -> dict[str, str]:
-    """Return the contents of all files of a site, by path.
+def render_files(
+    site: SiteSpec, run: RunSpec | None = None, application: dict[str, Any] | None = None
+) -> dict[str, str]:
+    """Return the contents of all files of a site, by path; no file is written.
 
     Args:
         site: the description of the cluster.
@@ -57,64 +67,66 @@ def files(site: SiteSpec, run: RunSpec | None = None, application: dict[str, Any
         SpecError: the run does not fit on the site, the run or the checkpoint is not on the site's storage, or a name
             is longer than KubeRay takes.
     """
-    return dict(_files(site, run, application))
+    return dict(_iter_files(site, run, application))
 
 
-def _files(site: SiteSpec, run: RunSpec | None, application: dict[str, Any] | None) -> Iterator[tuple[str, str]]:
-    yield "kuberay/raycluster.yaml", _yaml(kuberay.ray_cluster(site))
+def _iter_files(site: SiteSpec, run: RunSpec | None, application: dict[str, Any] | None) -> Iterator[tuple[str, str]]:
+    yield "kuberay/raycluster.yaml", _yaml_text(kuberay.ray_cluster(site))
+    # A run that does not fit is refused before any of its files is rendered.
     if run:
-        nodes_for(site, run)
+        count_worker_nodes(site, run)
         _check_storage(site, run)
         spec_path = f"jobs/{run.name}.yaml"
         yield spec_path, dump_spec(run)
         job = kuberay.ray_job(site, f"{site.storage.mount}/{spec_path}", run.name)
-        yield f"kuberay/rayjob-{run.name}.yaml", _yaml(job)
+        yield f"kuberay/rayjob-{run.name}.yaml", _yaml_text(job)
     if application:
         checkpoint = application["args"]["checkpoint"]
-        _check_place(site, checkpoint, f"checkpoint {checkpoint}", "copy its run there, and name it by its path")
-        yield f"kuberay/rayservice-{application['name']}.yaml", _yaml(kuberay.ray_service(site, application))
-    yield "kuberay/podmonitor.yaml", _yaml(pod_monitor(site))
+        _check_path(site, checkpoint, f"checkpoint {checkpoint}", "copy its run there, and name it by its path")
+        yield f"kuberay/rayservice-{application['name']}.yaml", _yaml_text(kuberay.ray_service(site, application))
+    yield "kuberay/podmonitor.yaml", _yaml_text(pod_monitor(site))
     if site.aws:
-        yield "ray-up/aws.yaml", _yaml(ray_up.aws(site, site.aws))
+        yield "ray-up/aws.yaml", _yaml_text(ray_up.aws_config(site, site.aws))
     if site.gcp:
-        yield "ray-up/gcp.yaml", _yaml(ray_up.gcp(site, site.gcp))
+        yield "ray-up/gcp.yaml", _yaml_text(ray_up.gcp_config(site, site.gcp))
     if site.on_premise:
-        yield "ray-up/on-premise.yaml", _yaml(ray_up.on_premise(site, site.on_premise))
+        yield "ray-up/on-premise.yaml", _yaml_text(ray_up.on_premise_config(site, site.on_premise))
     if site.slurm:
-        yield "slurm.sh", slurm.script(site, site.slurm)
+        yield "slurm.sh", slurm.batch_script(site, site.slurm)
     yield "Containerfile", containerfile()
-    yield "prometheus/prometheus.yml", _yaml(prometheus(RAY_FOLDER))
-    for of in DASHBOARDS:
-        yield f"grafana/dashboards/{of.name}.json", json.dumps(dashboard(of), indent=1) + "\n"
-    for path, content in provisioning().items():
-        yield f"grafana/provisioning/{path}", _yaml(content)
+    yield "prometheus/prometheus.yml", _yaml_text(prometheus_config(RAY_FOLDER))
+    for board in DASHBOARDS:
+        yield f"grafana/dashboards/{board.name}.json", json.dumps(dashboard_json(board), indent=1) + "\n"
+    for path, content in provisioning_files().items():
+        yield f"grafana/provisioning/{path}", _yaml_text(content)
 
 
 def _check_storage(site: SiteSpec, run: RunSpec) -> None:
-    """Check that a run's directory and data are on the site's storage, where all nodes read and write them.
+    """Raise if a run's directory or data is not on the site's storage, where all nodes read and write them.
 
     Raises:
-        SpecError: one of them is not, or the spec does not declare a shared filesystem.
+        SpecError: one of them is elsewhere, or the spec does not declare a shared filesystem.
     """
     mount = site.storage.mount
-    for key, place in (("storage", run.storage), ("data.prepared", run.data.prepared)):
-        _check_place(site, str(place), f"run {run.name}, {key}", f"put it there: --set {key}={mount}/...")
+    for key, path in (("storage", run.storage), ("data.prepared", run.data.prepared)):
+        _check_path(site, str(path), f"run {run.name}, {key}", f"put it there: --set {key}={mount}/...")
     if not run.cluster.shared_filesystem:
-        why = f"nodes are to share {mount}, and the spec does not say so, without which `mhmoe submit` refuses it there"
-        raise SpecError(f"run {run.name}", why, "--set cluster.shared_filesystem=true")
+        reason = f"the nodes share {mount}, but the spec does not say so, and `mhmoe submit` would refuse it there"
+        raise SpecError(f"run {run.name}", reason, "--set cluster.shared_filesystem=true")
 
 
-def _check_place(site: SiteSpec, place: str, what: str, fix: str) -> None:
-    if "://" not in place and not place.startswith(f"{site.storage.mount}/"):
-        raise SpecError(what, f"{place} is not below {site.storage.mount}, which nodes of the site share", fix)
+def _check_path(site: SiteSpec, path: str, subject: str, fix: str) -> None:
+    # All nodes reach an object store, wherever the site mounts its own storage.
+    if "://" not in path and not path.startswith(f"{site.storage.mount}/"):
+        raise SpecError(subject, f"{path} is not below {site.storage.mount}, which nodes of the site share", fix)
 
 
-class _Plain(yaml.SafeDumper):
-    """YAML dumper without anchors, which writes a value that occurs twice in full both times."""
+class _PlainDumper(yaml.SafeDumper):
+    """YAML dumper without anchors: a value that occurs twice is written in full both times."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
 
 
-def _yaml(content: dict[str, Any]) -> str:
-    return MARK + yaml.dump(content, Dumper=_Plain, sort_keys=False, width=120)
+def _yaml_text(content: dict[str, Any]) -> str:
+    return HEADER + yaml.dump(content, Dumper=_PlainDumper, sort_keys=False, width=120)

@@ -1,4 +1,5 @@
-"""Manifests for KubeRay's operator: a RayCluster, a RayJob that trains, a RayService that serves; and their image."""
+"""Manifests for KubeRay's operator (a RayCluster, a RayJob that trains, a RayService that serves), and the image of all
+nodes."""
 
 import re
 from importlib.metadata import version
@@ -11,26 +12,26 @@ from mhmoe_ray.serve.config import ENVIRONMENT
 from mhmoe_ray.spec.site import GroupSpec, NodeSpec, SiteSpec
 
 UID = 1000
-"""Id of the user and of the user's group."""
+"""Id of the user that all nodes run as, and of its group."""
 CONTAINERFILE = """\
-# All nodes of a cluster, with or without GPUs: PyPI's torch for Linux brings CUDA along.
+# The image of all nodes, with or without GPUs: PyPI's torch for Linux includes CUDA.
 #   podman build -f cluster/Containerfile -t IMAGE .       in the project's root
 FROM python:3.11-slim
-# wget: the operator's health probes ask with it. procps: Ray's launcher ends old processes with it. A C compiler:
-# Triton builds with it what starts its kernels, where they first run; g++ builds our kernels of backend `cpp`.
+# The operator's health probes need wget, and Ray's launcher needs procps to end old processes. Triton needs a C
+# compiler for launchers of its kernels when they first run, and our kernels of backend `cpp` need g++.
 RUN apt-get update \\
  && apt-get install -y --no-install-recommends wget procps rsync openssh-client gcc g++ libc6-dev \\
  && rm -rf /var/lib/apt/lists/*
 COPY pyproject.toml README.md /src/
 COPY mhmoe_ray /src/mhmoe_ray
 COPY kernels /src/kernels
-# The extras that jobs may need. boto3, and Google's two: the head of `ray up` starts machines with them.
+# The extras that jobs may need. The head of `ray up` starts machines with boto3 and Google's two packages.
 RUN pip install --no-cache-dir '/src[deepspeed,eval,mlflow]' 'ray[default,train,data,serve]=={ray}' \\
     boto3 google-api-python-client google-auth-httplib2 \\
  && rm -rf /src
-# Run directories are open to their owner alone: every node must be the same user.
+# Run directories are open to their owner alone, so every node must run as the same user.
 RUN useradd --create-home --uid {uid} ray
-# Of Ray Serve: errors of its proxies as OpenAI's clients know them, and fewer threads between a token and its client.
+# Ray Serve: its proxies answer errors as OpenAI's clients know them, and fewer threads hand a token on.
 ENV {environment}
 USER ray
 WORKDIR /home/ray
@@ -42,19 +43,19 @@ def containerfile() -> str:
     return CONTAINERFILE.format(ray=version("ray"), uid=UID, environment=environment)
 
 
-API = "ray.io/v1"
-LONGEST = {"RayCluster": 53, "RayJob": 47, "RayService": 47}
-"""Largest number of characters of an object's name, from which the operator makes longer ones."""
+API_VERSION = "ray.io/v1"
+MAX_NAME_LENGTHS = {"RayCluster": 53, "RayJob": 47, "RayService": 47}
+"""Largest number of characters of an object's name, to which the operator adds others."""
 IDLE_SECONDS = 300
 STEP_PERCENT, STEP_SECONDS, SURGE_PERCENT = 25, 30, 100
-"""Per cent of requests that an upgrade moves in a step, seconds between steps, and per cent of extra replicas."""
+"""Per cent of requests that an upgrade moves in one step, seconds between steps, and per cent of extra replicas."""
 PORTS = {"metrics": 8080, "serve": 8000}
 """Ports of all nodes."""
 HEAD_PORTS = {"gcs": 6379, "dashboard": 8265, "client": 10001, **PORTS}
 
 
 def ray_cluster(site: SiteSpec) -> dict[str, Any]:
-    return _object("RayCluster", site, site.name, _cluster(site))
+    return _manifest("RayCluster", site, site.name, _cluster_spec(site))
 
 
 def ray_job(site: SiteSpec, spec_path: str, name: str) -> dict[str, Any]:
@@ -65,19 +66,19 @@ def ray_job(site: SiteSpec, spec_path: str, name: str) -> dict[str, Any]:
         spec_path: the path of the run's spec, on the storage that all nodes mount.
         name: the name of the run.
     """
-    return _object(
+    return _manifest(
         "RayJob",
         site,
         f"{site.name}-{name}",
         {
-            # A job that starts again, on a new cluster perhaps, goes on with the run that its directory holds.
+            # A job that starts again, perhaps on a new cluster, goes on with the run in its run directory.
             "entrypoint": f"mhmoe submit {spec_path} --continue --address http://127.0.0.1:{HEAD_PORTS['dashboard']}",
             "submissionMode": "K8sJobMode",
             "backoffLimit": 3,
             "shutdownAfterJobFinishes": True,
             "ttlSecondsAfterFinished": 600,
             "metadata": {"mhmoe_spec": spec_path},
-            "rayClusterSpec": _cluster(site),
+            "rayClusterSpec": _cluster_spec(site),
         },
     )
 
@@ -91,7 +92,7 @@ def ray_service(site: SiteSpec, application: dict[str, Any]) -> dict[str, Any]:
         site: the description of the cluster.
         application: the application, as `serve.config.application_config` makes it.
     """
-    return _object(
+    return _manifest(
         "RayService",
         site,
         f"{site.name}-{application['name']}",
@@ -106,37 +107,37 @@ def ray_service(site: SiteSpec, application: dict[str, Any]) -> dict[str, Any]:
                     "maxSurgePercent": SURGE_PERCENT,
                 },
             },
-            "rayClusterConfig": _cluster(site),
+            "rayClusterConfig": _cluster_spec(site),
         },
     )
 
 
-def _object(kind: str, site: SiteSpec, name: str, spec: dict[str, Any]) -> dict[str, Any]:
-    if len(name) > LONGEST[kind]:
-        why = f"its name has {len(name)} characters, and KubeRay takes {LONGEST[kind]}"
-        raise SpecError(f"{kind} {name}", why, "give the site, or the run, a shorter name")
+def _manifest(kind: str, site: SiteSpec, name: str, spec: dict[str, Any]) -> dict[str, Any]:
+    if len(name) > MAX_NAME_LENGTHS[kind]:
+        reason = f"its name has {len(name)} characters, and KubeRay takes {MAX_NAME_LENGTHS[kind]}"
+        raise SpecError(f"{kind} {name}", reason, "give the site, or the run, a shorter name")
     if not re.fullmatch(r"[a-z0-9]([a-z0-9.-]*[a-z0-9])?", name):
-        why = (
-            "Kubernetes takes names of small letters, digits, dots and dashes that begin and end with one of the former"
+        reason = (
+            "Kubernetes takes names of small letters, digits, dots and dashes that begin and end with a letter or digit"
         )
-        raise SpecError(f"{kind} {name}", why, "give the site, or the run, another name")
+        raise SpecError(f"{kind} {name}", reason, "give the site, or the run, another name")
     metadata = {"name": name, "namespace": site.namespace, "labels": {"app.kubernetes.io/part-of": "mhmoe-ray"}}
-    return {"apiVersion": API, "kind": kind, "metadata": metadata, "spec": spec}
+    return {"apiVersion": API_VERSION, "kind": kind, "metadata": metadata, "spec": spec}
 
 
-def _cluster(site: SiteSpec) -> dict[str, Any]:
+def _cluster_spec(site: SiteSpec) -> dict[str, Any]:
     spec: dict[str, Any] = {
         "rayVersion": version("ray"),
-        # The operator makes a token and hands it to all pods; without this the dashboard takes jobs from everybody.
+        # The operator makes a token and gives it to all pods. Without a token the dashboard takes jobs from everybody.
         "authOptions": {"mode": "token"},
         "enableInTreeAutoscaling": True,
         "autoscalerOptions": {"version": "v2", "idleTimeoutSeconds": IDLE_SECONDS},
         "headGroupSpec": {
             # The head computes nothing, so that no worker can take its memory.
             "rayStartParams": {"dashboard-host": "0.0.0.0", "num-cpus": "0"},
-            "template": _pod(site, "ray-head", site.head, HEAD_PORTS),
+            "template": _pod_template(site, "ray-head", site.head, HEAD_PORTS),
         },
-        "workerGroupSpecs": [_group(site, "data", site.data), _group(site, "workers", site.workers)],
+        "workerGroupSpecs": [_group_spec(site, "data", site.data), _group_spec(site, "workers", site.workers)],
     }
     if site.redis:
         options: dict[str, Any] = {"redisAddress": site.redis}
@@ -147,7 +148,7 @@ def _cluster(site: SiteSpec) -> dict[str, Any]:
     return spec
 
 
-def _group(site: SiteSpec, name: str, group: GroupSpec) -> dict[str, Any]:
+def _group_spec(site: SiteSpec, name: str, group: GroupSpec) -> dict[str, Any]:
     return {
         "groupName": name,
         "replicas": group.min,
@@ -155,11 +156,11 @@ def _group(site: SiteSpec, name: str, group: GroupSpec) -> dict[str, Any]:
         "maxReplicas": group.max,
         "rayStartParams": {"num-cpus": str(group.cpus)},
         **({"labels": dict(group.labels)} if group.labels else {}),
-        "template": _pod(site, "ray-worker", group, PORTS),
+        "template": _pod_template(site, "ray-worker", group, PORTS),
     }
 
 
-def _pod(site: SiteSpec, name: str, node: NodeSpec, ports: dict[str, int]) -> dict[str, Any]:
+def _pod_template(site: SiteSpec, name: str, node: NodeSpec, ports: dict[str, int]) -> dict[str, Any]:
     resources: dict[str, str] = {"cpu": str(node.cpus), "memory": f"{node.memory_gib}Gi"}
     if node.gpus:
         resources["nvidia.com/gpu"] = str(node.gpus)
@@ -176,12 +177,12 @@ def _pod(site: SiteSpec, name: str, node: NodeSpec, ports: dict[str, int]) -> di
     }
     return {
         "spec": {
-            # A new volume is root's. OnRootMismatch: its files are given to the group once, not at each pod's start.
+            # A new volume belongs to root. OnRootMismatch gives its files to the group once, not at each pod's start.
             "securityContext": {"fsGroup": UID, "fsGroupChangePolicy": "OnRootMismatch"},
             "containers": [container],
             "volumes": [
                 {"name": "storage", "persistentVolumeClaim": {"claimName": site.storage.claim}},
-                # Ray keeps objects there, and a container's own has 64 MB.
+                # Ray keeps objects in shared memory, of which a container has 64 MB by default.
                 {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": f"{max(1, node.memory_gib // 3)}Gi"}},
             ],
             **({"tolerations": [_GPU_TOLERATION]} if node.gpus else {}),

@@ -1,4 +1,4 @@
-"""Monitoring: how Prometheus discovers the nodes, and the content and JSON of Grafana's dashboards."""
+"""Monitoring: discovery of the nodes by Prometheus, and the content and JSON of Grafana's dashboards."""
 
 from typing import Any, NamedTuple
 
@@ -6,21 +6,21 @@ from mhmoe_ray.runs import metrics
 from mhmoe_ray.runs.metrics import METRICS, PREFIX, PanelKind, Unit
 from mhmoe_ray.spec.site import SiteSpec
 
-DISCOVERY = "prom_metrics_service_discovery.json"
+DISCOVERY_FILE = "prom_metrics_service_discovery.json"
 """Name of the file in which Ray's head node keeps the addresses of all nodes, in its folder for temporary files."""
 RAY_FOLDER = "/tmp/ray"
 """Default path of Ray's folder for temporary files."""
 
 
-def prometheus(ray_folder: str) -> dict[str, Any]:
+def prometheus_config(ray_folder: str) -> dict[str, Any]:
     """Return the configuration of a Prometheus server on the machine of the head node.
 
     Args:
-        ray_folder: the folder that the head node was started with as --temp-dir.
+        ray_folder: the folder for temporary files with which the head node was started, as --temp-dir.
     """
     return {
         "global": {"scrape_interval": "10s"},
-        "scrape_configs": [{"job_name": "ray", "file_sd_configs": [{"files": [f"{ray_folder}/{DISCOVERY}"]}]}],
+        "scrape_configs": [{"job_name": "ray", "file_sd_configs": [{"files": [f"{ray_folder}/{DISCOVERY_FILE}"]}]}],
     }
 
 
@@ -41,7 +41,8 @@ def pod_monitor(site: SiteSpec) -> dict[str, Any]:
     }
 
 
-WINDOW = "$__rate_interval"
+# Grafana makes this window long enough for several scrapes, which a rate needs.
+RATE_WINDOW = "$__rate_interval"
 
 
 class Panel(NamedTuple):
@@ -58,44 +59,50 @@ class Dashboard(NamedTuple):
     name: str
     title: str
     label: str
-    """Name of the variable that chooses among runs or models, and of the label that it stands for."""
-    chosen_from: str
+    """Name of the label by which a variable of the same name chooses among runs or models."""
+    source_metric: str
     """Name of a metric that has the label."""
     panels: list[Panel]
 
 
-def _train(name: str) -> str:
+def _run_series(name: str) -> str:
+    # Grafana writes a choice of several runs as a regular expression, hence =~.
     return f'ray_{PREFIX}{name}{{run=~"$run"}}'
 
 
 def _run_panels(dashboard: str) -> list[Panel]:
-    """Return the panels that the registry of metrics asks for; metrics with the same title share one."""
-    series = {name: _train(name) for name in METRICS}
+    """Return the panels of a dashboard that the registry of metrics declares; metrics with the same title share one."""
+    series = {name: _run_series(name) for name in METRICS}
     panels: dict[str, Panel] = {}
     for metric in METRICS.values():
-        asked = metric.panel
-        if asked is None or asked.dashboard != dashboard:
+        panel_spec = metric.panel
+        if panel_spec is None or panel_spec.dashboard != dashboard:
             continue
-        query = {asked.legend: asked.query.format(series[metric.name], **series)}
-        if (first := panels.get(asked.title)) is not None:
-            shared = first._replace(queries=first.queries | query, help=f"{first.help} {metric.help}")
-            panels[asked.title] = shared
+        query = {panel_spec.legend: panel_spec.query.format(series[metric.name], **series)}
+        if (shared_panel := panels.get(panel_spec.title)) is not None:
+            merged_panel = shared_panel._replace(
+                queries=shared_panel.queries | query, help=f"{shared_panel.help} {metric.help}"
+            )
+            panels[panel_spec.title] = merged_panel
         else:
-            unit = asked.unit or metric.unit
-            panels[asked.title] = Panel(asked.title, query, unit, asked.kind, metric.help, metric.needs_gpu)
+            unit = panel_spec.unit or metric.unit
+            panels[panel_spec.title] = Panel(
+                panel_spec.title, query, unit, panel_spec.kind, metric.help, metric.needs_gpu
+            )
     return list(panels.values())
 
 
-def _serve(name: str) -> str:
+def _model_series(name: str) -> str:
     return f'ray_mhmoe_{name}{{model=~"$model"}}'
 
 
-def _rate(name: str, by: str = "model") -> str:
-    return f"sum by ({by}) (rate({_serve(name)}[{WINDOW}]))"
+def _rate_query(name: str, label_names: str = "model") -> str:
+    return f"sum by ({label_names}) (rate({_model_series(name)}[{RATE_WINDOW}]))"
 
 
-def _quantiles(name: str) -> dict[str, str]:
-    buckets = _rate(f"{name}_seconds_bucket_total", "model, le")  # counters of Ray's, which end so
+def _quantile_queries(name: str) -> dict[str, str]:
+    # Ray exports the buckets of a histogram as counters, whose names it ends with _total.
+    buckets = _rate_query(f"{name}_seconds_bucket_total", "model, le")
     return {f"{{{{model}}}} {share:.0%}": f"histogram_quantile({share}, {buckets})" for share in (0.5, 0.95)}
 
 
@@ -107,57 +114,60 @@ SERVING = Dashboard(
     "model",
     "ray_mhmoe_running",
     [
-        Panel("Requests a second", {"{{model}}": _rate("requests_total")}, "reqps"),
-        Panel("Tokens a second", {"{{model}} answers": _rate("answer_tokens_total"),
-                                  "{{model}} prompts": _rate("prompt_tokens_total")}),
-        Panel("Time to the first token", _quantiles("first_token"), "s"),
-        Panel("Time of each further token", _quantiles("each_token"), "s"),
-        Panel("Time in the queue", _quantiles("queue"), "s"),
-        Panel("Requests now", {"{{model}} computed": f"sum by (model) ({_serve('running')})",
-                               "{{model}} waiting": f"sum by (model) ({_serve('waiting')})"}),
-        Panel("Cache in use", {"{{model}} {{replica}}": _serve("cache_used")}, "percentunit"),
-        Panel("Tokens in a step", {"{{model}}": f"{_rate('step_tokens_total')} / {_rate('steps_total')}"}),
+        Panel("Requests a second", {"{{model}}": _rate_query("requests_total")}, "reqps"),
+        Panel("Tokens a second", {"{{model}} answers": _rate_query("answer_tokens_total"),
+                                  "{{model}} prompts": _rate_query("prompt_tokens_total")}),
+        Panel("Time to the first token", _quantile_queries("first_token"), "s"),
+        Panel("Time of each further token", _quantile_queries("each_token"), "s"),
+        Panel("Time in the queue", _quantile_queries("queue"), "s"),
+        Panel("Requests now", {"{{model}} computed": f"sum by (model) ({_model_series('running')})",
+                               "{{model}} waiting": f"sum by (model) ({_model_series('waiting')})"}),
+        Panel("Cache in use", {"{{model}} {{replica}}": _model_series("cache_used")}, "percentunit"),
+        Panel("Tokens in a step", {"{{model}}": f"{_rate_query('step_tokens_total')} / {_rate_query('steps_total')}"}),
         Panel("Prompt tokens that were in the cache", {
-            "{{model}}": f"{_rate('reused_tokens_total')} / {_rate('prompt_tokens_total')}"}, "percentunit"),
+            "{{model}}": f"{_rate_query('reused_tokens_total')} / {_rate_query('prompt_tokens_total')}"},
+            "percentunit"),
         Panel("Routes of each expert, a second", {
-            "layer {{layer}}, {{expert}}": _rate("expert_routes_total", "model, layer, expert")}, kind="bargauge"),
+            "layer {{layer}}, {{expert}}": _rate_query("expert_routes_total", "model, layer, expert")},
+            kind="bargauge"),
     ],
 )  # fmt: skip
 
 DASHBOARDS = (TRAINING, ROUTING, SERVING)
 
 
-SCHEMA = 39
+SCHEMA_VERSION = 39
 """Version of the dashboard format of Grafana 10 and later."""
-WIDTH, HEIGHT = 12, 8
+PANEL_WIDTH, PANEL_HEIGHT = 12, 8
 """Size of a panel; a row is 24 wide."""
-SOURCE = {"type": "prometheus", "uid": "${datasource}"}
+DATASOURCE = {"type": "prometheus", "uid": "${datasource}"}
 
 
-def dashboard(of: Dashboard) -> dict[str, Any]:
+def dashboard_json(dashboard: Dashboard) -> dict[str, Any]:
     return {
-        "uid": f"mhmoe-{of.name}",
-        "title": of.title,
+        "uid": f"mhmoe-{dashboard.name}",
+        "title": dashboard.title,
         "tags": ["mhmoe"],
-        "schemaVersion": SCHEMA,
+        "schemaVersion": SCHEMA_VERSION,
         "editable": True,
         "refresh": "10s",
         "time": {"from": "now-1h", "to": "now"},
-        "templating": {"list": [_source(), _variable(of)]},
-        "panels": [_panel(panel, number) for number, panel in enumerate(of.panels)],
+        "templating": {"list": [_datasource_variable(), _label_variable(dashboard)]},
+        "panels": [_panel_json(panel, number) for number, panel in enumerate(dashboard.panels)],
     }
 
 
-def _source() -> dict[str, Any]:
+def _datasource_variable() -> dict[str, Any]:
     return {"name": "datasource", "label": "Prometheus", "type": "datasource", "query": "prometheus"}
 
 
-def _variable(of: Dashboard) -> dict[str, Any]:
+def _label_variable(dashboard: Dashboard) -> dict[str, Any]:
     return {
-        "name": of.label,
+        "name": dashboard.label,
         "type": "query",
-        "datasource": SOURCE,
-        "query": f"label_values({of.chosen_from}, {of.label})",
+        "datasource": DATASOURCE,
+        "query": f"label_values({dashboard.source_metric}, {dashboard.label})",
+        # The values are read again whenever the time range changes.
         "refresh": 2,
         "includeAll": True,
         "multi": True,
@@ -165,25 +175,38 @@ def _variable(of: Dashboard) -> dict[str, Any]:
     }
 
 
-def _panel(panel: Panel, number: int) -> dict[str, Any]:
-    bars = panel.kind == "bargauge"
+def _panel_json(panel: Panel, number: int) -> dict[str, Any]:
+    # A bar gauge compares the newest values, from 0 on; other panels show values over time.
+    is_bar_gauge = panel.kind == "bargauge"
     return {
         "id": number + 1,
         "title": panel.title,
         "description": panel.help,
         "type": panel.kind,
-        "datasource": SOURCE,
-        "gridPos": {"x": number % 2 * WIDTH, "y": number // 2 * HEIGHT, "w": WIDTH, "h": HEIGHT},
-        "fieldConfig": {"defaults": {"unit": panel.unit, **({"min": 0} if bars else {})}, "overrides": []},
-        "options": {"orientation": "horizontal", "displayMode": "gradient"} if bars else {},
+        "datasource": DATASOURCE,
+        "gridPos": {
+            "x": number % 2 * PANEL_WIDTH,
+            "y": number // 2 * PANEL_HEIGHT,
+            "w": PANEL_WIDTH,
+            "h": PANEL_HEIGHT,
+        },
+        "fieldConfig": {"defaults": {"unit": panel.unit, **({"min": 0} if is_bar_gauge else {})}, "overrides": []},
+        "options": {"orientation": "horizontal", "displayMode": "gradient"} if is_bar_gauge else {},
         "targets": [
-            {"refId": chr(ord("A") + i), "datasource": SOURCE, "expr": query, "legendFormat": legend, "instant": bars}
+            {
+                # Grafana names the queries of a panel A, B, C and so on.
+                "refId": chr(ord("A") + i),
+                "datasource": DATASOURCE,
+                "expr": query,
+                "legendFormat": legend,
+                "instant": is_bar_gauge,
+            }
             for i, (legend, query) in enumerate(panel.queries.items())
         ],
     }
 
 
-def provisioning() -> dict[str, Any]:
+def provisioning_files() -> dict[str, Any]:
     """Return the files that Grafana reads when it starts, by path below its folder `provisioning`."""
     source = {"name": "Prometheus", "type": "prometheus", "url": "http://localhost:9090", "isDefault": True}
     folder = {"name": "mhmoe", "type": "file", "options": {"path": "/var/lib/grafana/dashboards"}}

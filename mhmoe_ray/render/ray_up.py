@@ -5,24 +5,25 @@ from typing import Any
 from mhmoe_ray.render.monitoring import RAY_FOLDER
 from mhmoe_ray.spec.site import CloudSpec, GroupSpec, NodeSpec, OnPremiseSpec, SiteSpec
 
-TOKEN = "/home/ray/.ray/auth_token"
+TOKEN_PATH = "/home/ray/.ray/auth_token"
 """Path of the token in the container of each node."""
 IDLE_MINUTES = 10
 GCS_PORT = 6379
-# Ray's own default for `ray start` is an open cluster. The dashboard is reached through `ray dashboard`, a tunnel.
-_EXPORTS = f"export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH={TOKEN}; ulimit -n 65536"
-_HEAD = (
-    f"{_EXPORTS}; ray start --head --port={GCS_PORT} --dashboard-host=127.0.0.1 --num-cpus=0 --disable-usage-stats "
-    "--autoscaling-config=~/ray_bootstrap_config.yaml"  # without it the head starts no worker
+# `ray start` makes an open cluster by default. The dashboard listens on loopback: `ray dashboard` makes a tunnel to it.
+_SETUP = f"export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH={TOKEN_PATH}; ulimit -n 65536"
+# Without the autoscaling configuration the head would start no worker.
+_START_HEAD = (
+    f"{_SETUP}; ray start --head --port={GCS_PORT} --dashboard-host=127.0.0.1 --num-cpus=0 --disable-usage-stats "
+    "--autoscaling-config=~/ray_bootstrap_config.yaml"
 )
-_JOIN = f"{_EXPORTS}; ray start --address=$RAY_HEAD_IP:{GCS_PORT}"
+_START_WORKER = f"{_SETUP}; ray start --address=$RAY_HEAD_IP:{GCS_PORT}"
 GCP_IMAGES = "projects/deeplearning-platform-release/global/images/family"
-GCP_CPU, GCP_GPU = "common-cpu", "common-cu129-ubuntu-2404-nvidia-580"
-"""Image families of GCP: the second has NVIDIA's driver, of a version that the CUDA of PyPI's torch takes."""
+GCP_CPU_FAMILY, GCP_GPU_FAMILY = "common-cpu", "common-cu129-ubuntu-2404-nvidia-580"
+"""Image families of GCP. The second has NVIDIA's driver, in a version that the CUDA of PyPI's torch accepts."""
 
 
-def aws(site: SiteSpec, cloud: CloudSpec) -> dict[str, Any]:
-    def machine(kind: str, spot: bool) -> dict[str, Any]:
+def aws_config(site: SiteSpec, cloud: CloudSpec) -> dict[str, Any]:
+    def node_config(kind: str, spot: bool) -> dict[str, Any]:
         market = {"InstanceMarketOptions": {"MarketType": "spot"}} if spot else {}
         disk = {"DeviceName": "/dev/sda1", "Ebs": {"VolumeSize": 200, "VolumeType": "gp3"}}
         image = {"ImageId": cloud.image} if cloud.image else {}
@@ -31,35 +32,38 @@ def aws(site: SiteSpec, cloud: CloudSpec) -> dict[str, Any]:
     provider = {"type": "aws", "region": cloud.region, "cache_stopped_nodes": False}
     if cloud.zone:
         provider["availability_zone"] = cloud.zone
-    types = _types(site, machine(cloud.head, False), machine(cloud.data, False), machine(cloud.workers, cloud.spot))
-    return _cloud(site, provider, "ubuntu", types)
+    types = _node_types(
+        site, node_config(cloud.head, False), node_config(cloud.data, False), node_config(cloud.workers, cloud.spot)
+    )
+    return _cloud_config(site, provider, "ubuntu", types)
 
 
-def gcp(site: SiteSpec, cloud: CloudSpec) -> dict[str, Any]:
-    def machine(kind: str, spot: bool, gpus: int = 0) -> dict[str, Any]:
-        image = cloud.image or f"{GCP_IMAGES}/{GCP_GPU if gpus else GCP_CPU}"
+def gcp_config(site: SiteSpec, cloud: CloudSpec) -> dict[str, Any]:
+    def node_config(kind: str, spot: bool, gpus: int = 0) -> dict[str, Any]:
+        image = cloud.image or f"{GCP_IMAGES}/{GCP_GPU_FAMILY if gpus else GCP_CPU_FAMILY}"
         disk = {"boot": True, "autoDelete": True, "type": "PERSISTENT"}
         disk |= {"initializeParams": {"diskSizeGb": 200, "sourceImage": image}}
         scheduling: list[dict[str, Any]] = [{"preemptible": True}] if spot else []
         if gpus:
-            scheduling.append({"onHostMaintenance": "TERMINATE"})  # GPUs cannot move to another host
+            # A machine with GPUs cannot move to another host.
+            scheduling.append({"onHostMaintenance": "TERMINATE"})
         return {"machineType": kind, "disks": [disk], **({"scheduling": scheduling} if scheduling else {})}
 
     provider = {"type": "gcp", "region": cloud.region, "availability_zone": cloud.zone, "project_id": cloud.project}
-    workers = machine(cloud.workers, cloud.spot, site.workers.gpus)
-    types = _types(site, machine(cloud.head, False), machine(cloud.data, False), workers)
-    return _cloud(site, provider, "ubuntu", types)
+    workers = node_config(cloud.workers, cloud.spot, site.workers.gpus)
+    types = _node_types(site, node_config(cloud.head, False), node_config(cloud.data, False), workers)
+    return _cloud_config(site, provider, "ubuntu", types)
 
 
-def on_premise(site: SiteSpec, hosts: OnPremiseSpec) -> dict[str, Any]:
-    """Return the cluster file for on-premise machines, all of which are alike: there are no separate data nodes."""
+def on_premise_config(site: SiteSpec, hosts: OnPremiseSpec) -> dict[str, Any]:
+    """Return the cluster file for on-premise machines. All of them are alike, so there are no separate data nodes."""
     provider = {"type": "local", "head_ip": hosts.head, "worker_ips": list(hosts.workers)}
-    return {**_common(site, provider, hosts.user), "max_workers": len(hosts.workers)}
+    return {**_common_config(site, provider, hosts.user), "max_workers": len(hosts.workers)}
 
 
-def _cloud(site: SiteSpec, provider: dict[str, Any], user: str, types: dict[str, Any]) -> dict[str, Any]:
+def _cloud_config(site: SiteSpec, provider: dict[str, Any], user: str, types: dict[str, Any]) -> dict[str, Any]:
     return {
-        **_common(site, provider, user),
+        **_common_config(site, provider, user),
         "max_workers": site.data.max + site.workers.max,
         "idle_timeout_minutes": IDLE_MINUTES,
         "available_node_types": types,
@@ -67,9 +71,9 @@ def _cloud(site: SiteSpec, provider: dict[str, Any], user: str, types: dict[str,
     }
 
 
-def _common(site: SiteSpec, provider: dict[str, Any], user: str) -> dict[str, Any]:
+def _common_config(site: SiteSpec, provider: dict[str, Any], user: str) -> dict[str, Any]:
     mount = site.storage.mount
-    # Docker would make it for root alone, and Ray in the container is another user.
+    # Docker would make the folder for root alone, but Ray runs as another user in the container.
     commands = [f"mkdir -p -m 1777 {RAY_FOLDER}"]
     if site.storage.nfs:
         commands += [
@@ -92,25 +96,25 @@ def _common(site: SiteSpec, provider: dict[str, Any], user: str) -> dict[str, An
                 "--ulimit nofile=65536:65536",
             ],
         },
-        "file_mounts": {TOKEN: site.token_file},
+        "file_mounts": {TOKEN_PATH: site.token_file},
         "initialization_commands": commands,
-        "head_start_ray_commands": ["ray stop", _HEAD],
-        "worker_start_ray_commands": ["ray stop", _JOIN],
+        "head_start_ray_commands": ["ray stop", _START_HEAD],
+        "worker_start_ray_commands": ["ray stop", _START_WORKER],
     }
 
 
-def _types(site: SiteSpec, head: Any, data: Any, workers: Any) -> dict[str, Any]:
+def _node_types(site: SiteSpec, head: Any, data: Any, workers: Any) -> dict[str, Any]:
     return {
         "head": {"node_config": head, "resources": {"CPU": 0}, "min_workers": 0, "max_workers": 0},
-        "data": _type(site.data, data),
-        "workers": _type(site.workers, workers),
+        "data": _node_type(site.data, data),
+        "workers": _node_type(site.workers, workers),
     }
 
 
-def _type(group: GroupSpec, machine: dict[str, Any]) -> dict[str, Any]:
+def _node_type(group: GroupSpec, node_config: dict[str, Any]) -> dict[str, Any]:
     labels = {"labels": dict(group.labels)} if group.labels else {}
     return {
-        "node_config": machine,
+        "node_config": node_config,
         "resources": _resources(group),
         "min_workers": group.min,
         "max_workers": group.max,

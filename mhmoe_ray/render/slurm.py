@@ -1,8 +1,9 @@
-"""Batch script for SLURM, which runs a Ray cluster on the nodes of a job for as long as a run takes."""
+"""Batch script for SLURM that runs a Ray cluster on the nodes of a job for as long as a run takes."""
 
 from mhmoe_ray.spec.site import SiteSpec, SlurmSpec
 
-SCRIPT = """\
+# SLURM sends USR1 180 s before the time of a job is over, which leaves time for a last checkpoint.
+TEMPLATE = """\
 #!/bin/bash
 #SBATCH --job-name={name}
 #SBATCH --partition={partition}
@@ -14,19 +15,19 @@ SCRIPT = """\
 #SBATCH --exclusive
 #SBATCH --requeue
 #SBATCH --signal=B:USR1@180
-# sbatch slurm.sh SPEC: a Ray cluster on these nodes, and a run on it. A job that is started again goes on with its run.
+# sbatch slurm.sh SPEC starts a Ray cluster on these nodes and trains on it. A job that starts again continues its run.
 set -euo pipefail
 spec=${{1:?usage: sbatch slurm.sh SPEC}}
 export RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=0
-export SRUN_CPUS_PER_TASK={cpus}  # which srun has not taken from sbatch since 22.05
+export SRUN_CPUS_PER_TASK={cpus}  # since 22.05 srun does not take it from sbatch
 export MHMOE_HOME=${{MHMOE_HOME:-$HOME/.local/state/mhmoe}}
 
-# A token for this cluster alone: without one, everybody on these nodes' network could give it jobs.
+# A token of this cluster: without one, everybody on the nodes' network could give it jobs.
 umask 077
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$HOME/.mhmoe-token-$SLURM_JOB_ID
 head -c 32 /dev/urandom | od -An -tx1 | tr -d ' \\n' > "$RAY_AUTH_TOKEN_PATH"
 
-# Away from clusters of others on the same nodes.
+# Other jobs may run clusters on the same nodes, so the ports depend on the job.
 port=$(({port} + SLURM_JOB_ID % 1000))
 board=$(({board} + SLURM_JOB_ID % 1000))
 mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
@@ -36,7 +37,7 @@ folder=$(mktemp -d -p /tmp ray-XXXXXX)
 
 finish() {{
   rm -f "$RAY_AUTH_TOKEN_PATH"
-  # Steps of this job, and no other Ray of these nodes.
+  # This ends steps of this job alone, and no other Ray on these nodes.
   scancel --signal=TERM "$SLURM_JOB_ID" 2> /dev/null || true
   wait "${{head:-}}" 2> /dev/null || true
   srun --overlap rm -rf "$folder" 2> /dev/null || true
@@ -53,14 +54,14 @@ done
 
 export RAY_API_SERVER_ADDRESS=http://127.0.0.1:$board
 field() {{ python -c "import json, sys; print(json.load(sys.stdin)['$1'])"; }}
-for i in {{1..100}}; do  # until all nodes are there
+for i in {{1..100}}; do  # until all nodes have joined
   nodes=$(mhmoe cluster status --json 2> /dev/null | field nodes 2> /dev/null) || nodes=0
   [ "$nodes" -ge "${{#hosts[@]}}" ] && break
-  kill -0 "$head" && [ "$i" -lt 100 ] || {{ echo "error: not all of ${{hosts[*]}} came to the cluster" >&2; exit 1; }}
+  kill -0 "$head" && [ "$i" -lt 100 ] || {{ echo "error: not all of ${{hosts[*]}} joined the cluster" >&2; exit 1; }}
   sleep 3
 done
 run=$(mhmoe submit "$spec" --continue --detach --json | field path)
-# Before the time is over: a checkpoint, then the end of the job, which is put into the queue again.
+# Before the time is over, the run saves a checkpoint and ends, and the job is put into the queue again.
 trap 'mhmoe stop "$run" && scontrol requeue "$SLURM_JOB_ID"' USR1
 mhmoe status "$run" --watch &
 wait $!
@@ -69,9 +70,9 @@ mhmoe status "$run"
 """
 
 
-def script(site: SiteSpec, slurm: SlurmSpec) -> str:
+def batch_script(site: SiteSpec, slurm: SlurmSpec) -> str:
     workers = site.workers
-    return SCRIPT.format(
+    return TEMPLATE.format(
         name=site.name,
         partition=slurm.partition,
         account=f"#SBATCH --account={slurm.account}\n" if slurm.account else "",

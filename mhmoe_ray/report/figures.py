@@ -11,8 +11,8 @@ import numpy as np
 
 from mhmoe_ray.errors import RunError
 from mhmoe_ray.evaluate import activation
-from mhmoe_ray.evaluate.request import Evaluation, all_stored
-from mhmoe_ray.planner.sizes import Sizes, flops_per_token, sizes
+from mhmoe_ray.evaluate.request import Evaluation, load_evaluations
+from mhmoe_ray.planner.sizes import Sizes, compute_sizes, flops_per_token
 from mhmoe_ray.runs import events, history, metrics
 from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.spec import RunSpec
@@ -20,6 +20,8 @@ from mhmoe_ray.spec import RunSpec
 
 @dataclass(frozen=True)
 class RunFigures:
+    """The numbers of one run."""
+
     run: RunDir
     spec: RunSpec
     lines: list[dict[str, Any]]
@@ -33,40 +35,39 @@ class RunFigures:
             RunError: the run was imported, not trained.
         """
         if run.is_imported:
-            why = "it was imported, not trained here, so it has no numbers"
-            raise RunError(f"run {run.id}", why, "leave it out")
+            reason = "it was imported, not trained here, so it has no numbers"
+            raise RunError(f"run {run.id}", reason, "leave it out")
         return cls(run, run.spec(), history.read(run))
 
     @cached_property
     def sizes(self) -> Sizes:
-        return sizes(self.spec.model)
+        return compute_sizes(self.spec.model)
 
     @cached_property
     def evaluations(self) -> list[Evaluation]:
-        """Evaluations on the prepared held-out text, the newest last, without those on users' own texts, which
-        differ."""
-        return [e for e in all_stored(self.run) if e.request.prepared]
+        """Evaluations on the prepared held-out text, the newest last; those on texts of users are left out."""
+        return [e for e in load_evaluations(self.run) if e.request.prepared]
 
     @cached_property
-    def happened(self) -> list[dict[str, Any]]:
+    def run_events(self) -> list[dict[str, Any]]:
         """Events of the run."""
-        return events.events(self.run)
+        return events.read(self.run)
 
     @property
     def held_out(self) -> str:
-        """Text that identifies the data of the run's validation losses.
+        """Key of the data of the run's validation losses: equal keys mean comparable losses.
 
-        It names the folder of the prepared data and, if preparation recorded them, the number of held-out tokens and
-        their unigram entropy.
+        It consists of the folder of the prepared data and, if preparation recorded them, the number of held-out tokens
+        and their unigram entropy.
         """
-        told = events.newest(self.happened, "prepared") or {}
-        return f"{self.spec.data.prepared} {told.get('validation_tokens')} {told.get('unigram_entropy')}"
+        prepared = events.newest_event(self.run_events, "prepared") or {}
+        return f"{self.spec.data.prepared} {prepared.get('validation_tokens')} {prepared.get('unigram_entropy')}"
 
     @property
     def validations(self) -> dict[int, float]:
         """Finite validation losses in nats per token, by step."""
-        found = {line[metrics.STEP]: line.get(metrics.VAL_LOSS) for line in self.lines}
-        return {step: loss for step, loss in found.items() if loss is not None and math.isfinite(loss)}
+        loss_by_step = {line[metrics.STEP]: line.get(metrics.VAL_LOSS) for line in self.lines}
+        return {step: loss for step, loss in loss_by_step.items() if loss is not None and math.isfinite(loss)}
 
     @property
     def steps(self) -> int:
@@ -78,116 +79,116 @@ class RunFigures:
         return self.steps >= self.spec.train.steps
 
     @property
-    def has_given_up(self) -> bool:
-        """Whether the run is over without having reached its last step."""
-        return not self.is_finished and events.is_over(events.state(self.happened))
+    def has_ended_early(self) -> bool:
+        """True if the run ended before its last step."""
+        return not self.is_finished and events.is_end_state(events.state(self.run_events))
 
     @property
     def is_diverged(self) -> bool:
-        """Whether the last validation loss of the run was not finite."""
+        """True if the last validation loss of the run is not finite."""
         validated = [line for line in self.lines if metrics.VAL_LOSS in line]
         return bool(validated) and validated[-1][metrics.STEP] not in self.validations
 
     @property
     def tokens_per_s(self) -> float | None:
-        """Median throughput in tokens per second over the steps; None without steps.
-
-        The slow first steps after a start do not move the median.
-        """
+        """Median throughput in tokens per second over the steps; None without steps."""
+        # The slow first steps after a start move a mean, but not the median.
         speeds = [line[metrics.TOKENS_PER_S] for line in self.lines]
         return statistics.median(speeds) if speeds else None
 
-    def late(self, name: str) -> float | None:
+    def recent_mean(self, name: str) -> float | None:
         """Return the mean of a metric over the last tenth of the steps; None if none of them has it."""
         values = [line[name] for line in self.lines[-max(1, len(self.lines) // 10) :] if line.get(name) is not None]
         return statistics.fmean(values) if values else None
 
     @property
     def seconds(self) -> float:
-        """Seconds of training: the sum, over worker groups, of the time from their first to their last line of metrics.
+        """Seconds of training, without the time for which the run was stopped.
 
-        The time for which the run was stopped does not count.
+        It is the sum over worker groups of the time between their first and their last line of metrics.
         """
-        of_group: dict[int, list[float]] = {}
+        times_of_group: dict[int, list[float]] = {}
         for line in self.lines:
-            of_group.setdefault(line[metrics.GROUP], []).append(line[metrics.TIME])
-        return sum(times[-1] - times[0] for times in of_group.values())
+            times_of_group.setdefault(line[metrics.GROUP], []).append(line[metrics.TIME])
+        return sum(times[-1] - times[0] for times in times_of_group.values())
 
     def flops(self, tokens: float) -> float:
-        """Return the FLOPs of training on this number of tokens.
-
-        They are those of all matrix products, forward and backward, as `mhmoe plan` counts them.
-        """
+        """Return the FLOPs of all matrix products of training on `tokens` tokens, as `mhmoe plan` counts them."""
         return tokens * flops_per_token(self.spec.model, self.spec.data.seq_len).training
 
 
 class Routes(NamedTuple):
+    """Summary of the routes of a run: the experts that its sub-tokens go to."""
+
     load: np.ndarray
     """Share of each expert in its layer's routes, times E, shape (L, E)."""
     source: str
-    """Description of the text on which routes were counted, with the step."""
+    """Description of the text on which the routes were counted, with the step."""
     activated: list[float] | None
     """Share of activated experts for each of activation.THRESHOLDS; None without an evaluation of routing."""
     activated_relative: list[float]
-    """Share of activated experts for each of activation.RELATIVE."""
+    """Share of activated experts for each of activation.RELATIVE_THRESHOLDS."""
     distinct: float | None
     """Mean number of different experts per token, divided by its number of routes: 1 means that all are different."""
     agreement: float | None
     """Mean agreement of different heads, over layers."""
 
 
-def routes(figures: RunFigures) -> Routes | None:
-    """Return the routes of a run: of the newest evaluation that counted them, else of the newest training counts.
+def read_routes(figures: RunFigures) -> Routes | None:
+    """Return the routes of a run, from the newest evaluation that counted them, else from the newest training counts.
 
-    None for a dense model, and for a run that has neither.
+    None for a dense model and for a run without counts.
     """
     evaluated = [e for e in figures.evaluations if e.routing]
     if evaluated:
-        whole = activation.joined(evaluated[-1].routing.values())
-        agreement = activation.mean_agreement(whole)
-        per_token = len(whole.distinct[0]) - 1
+        total_counts = activation.sum_counts(evaluated[-1].routing.values())
+        agreement = activation.mean_head_agreement(total_counts)
+        per_token = len(total_counts.distinct[0]) - 1
         return Routes(
-            activation.load(whole.counts),
-            f"{evaluated[-1].request.said}, step {evaluated[-1].step:,}",
-            activation.activated(whole),
-            activation.activated_relative(whole.counts),
-            float(activation.distinct_experts(whole).mean()) / per_token,
+            activation.expert_loads(total_counts.counts),
+            f"{evaluated[-1].request.description}, step {evaluated[-1].step:,}",
+            activation.activated_shares(total_counts),
+            activation.relative_activated_shares(total_counts.counts),
+            float(activation.mean_distinct_experts(total_counts).mean()) / per_token,
             None if agreement is None else float(agreement.mean()),
         )
     run = figures.run
-    counted = sorted(path.name for path in run.routing.glob("*.json")) if run.routing.exists() else []
-    if not counted:
+    count_files = sorted(path.name for path in run.routing.glob("*.json")) if run.routing.exists() else []
+    if not count_files:
         return None
-    found = json.loads((run.routing / counted[-1]).read_text())
-    counts = found["routes_per_layer_and_expert"]
+    record = json.loads((run.routing / count_files[-1]).read_text())
+    counts = record["routes_per_layer_and_expert"]
     if not counts:
         return None
-    source = f"training text up to step {found['step']:,}"
-    return Routes(activation.load(counts), source, None, activation.activated_relative(counts), None, None)
+    source = f"training text up to step {record['step']:,}"
+    return Routes(
+        activation.expert_loads(counts), source, None, activation.relative_activated_shares(counts), None, None
+    )
 
 
-def compared_use(baseline: str, other: str, of_baseline: Routes, of_other: Routes) -> str | None:
-    """Return a sentence on which of two variants has the larger share of its experts in use, threshold by threshold.
+def compare_expert_use(baseline: str, variant: str, baseline_routes: Routes, variant_routes: Routes) -> str | None:
+    """Return a sentence that compares the shares of experts in use of two variants at each threshold.
 
     Args:
         baseline: the name of the baseline.
-        other: the name of the other variant.
-        of_baseline: the routes of the baseline.
-        of_other: the routes of the other variant.
+        variant: the name of the variant.
+        baseline_routes: the routes of the baseline.
+        variant_routes: the routes of the variant.
 
     Returns:
         The sentence; None if one of the variants was not evaluated.
     """
-    if of_baseline.activated is None or of_other.activated is None:
+    if baseline_routes.activated is None or variant_routes.activated is None:
         return None
-    pairs = zip(activation.THRESHOLDS, of_other.activated, of_baseline.activated, strict=True)
-    above: list[str] = []
-    below: list[str] = []
-    for threshold, ours, theirs in pairs:
-        if ours != theirs:
-            (above if ours > theirs else below).append(f"{threshold:g} ({ours:.1%} to {theirs:.1%})")
-    if not above and not below:
-        return f"{other} has as many of its experts in use as {baseline} at every threshold"
-    said = [f"more at {', '.join(above)}"] if above else []
-    said += [f"fewer at {', '.join(below)}"] if below else []
-    return f"{other} has, beside {baseline}, {' and '.join(said)} of its experts in use, and else as many"
+    pairs = zip(activation.THRESHOLDS, variant_routes.activated, baseline_routes.activated, strict=True)
+    higher_shares: list[str] = []
+    lower_shares: list[str] = []
+    for threshold, variant_share, baseline_share in pairs:
+        if variant_share != baseline_share:
+            shares = f"{threshold:g} ({variant_share:.1%} to {baseline_share:.1%})"
+            (higher_shares if variant_share > baseline_share else lower_shares).append(shares)
+    if not higher_shares and not lower_shares:
+        return f"{variant} has the same share of its experts in use as {baseline} at every threshold"
+    phrases = [f"more at {', '.join(higher_shares)}"] if higher_shares else []
+    phrases += [f"fewer at {', '.join(lower_shares)}"] if lower_shares else []
+    return f"compared with {baseline}, {variant} has {' and '.join(phrases)} of its experts in use; the rest is equal"

@@ -14,19 +14,20 @@ from jinja2 import Environment, PackageLoader, select_autoescape
 from mhmoe_ray import pictures
 from mhmoe_ray.errors import RunError
 from mhmoe_ray.report import plots
-from mhmoe_ray.report.figures import Routes, RunFigures, compared_use, routes
-from mhmoe_ray.report.variants import Variant, Verdict, matched_step, row, variants, verdict
+from mhmoe_ray.report.figures import Routes, RunFigures, compare_expert_use, read_routes
+from mhmoe_ray.report.variants import Variant, Verdict, compare_variants, group_variants, matched_step, variant_row
 from mhmoe_ray.runs import events, metrics
 from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.runs.metrics import METRICS
-from mhmoe_ray.spec import RunSpec, leaves
+from mhmoe_ray.spec import RunSpec, dotted_items
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-PAGE = "report.html"
-MOST_LOAD = 2.0
+PAGE_FILE = "report.html"
+MAX_LOAD = 2.0
+"""Upper end of the colour scale of loads: a single overloaded expert must not hide the differences of the others."""
 
 
 def write_report(runs: Sequence[RunDir], folder: Path, baseline: str | None = None) -> list[Verdict]:
@@ -44,62 +45,76 @@ def write_report(runs: Sequence[RunDir], folder: Path, baseline: str | None = No
         RunError: no run has numbers yet, a run was imported, or there is no such baseline.
         DataError: matplotlib or scipy is not installed, or the folder cannot be written.
     """
-    read = [one for run in runs if (one := RunFigures.read(run)).lines]
-    if not read:
+    trained = [run_figures for run_figures in map(RunFigures.read, runs) if run_figures.lines]
+    if not trained:
         raise RunError("report", "none of the runs has numbers yet", "wait for their first steps")
-    diverged = [one for one in read if one.is_diverged]
-    compared = [one for one in read if not one.is_diverged] or read
-    ended = any(one.is_finished for one in compared)
-    found = variants([one for one in compared if not (ended and one.has_given_up)])
-    first = found[0] if baseline is None else next((v for v in found if v.name == baseline), None)
-    if first is None:
-        why = "there is no such variant among the runs"
-        if baseline in [v.name for v in variants(compared)]:
-            why = "its runs did not get to the end as others did"
-        elif baseline in [v.name for v in variants(read)]:
-            why = "the last validation of its runs is not finite"
-        raise RunError(f"baseline {baseline}", why, f"choose from {', '.join(v.name for v in found)}")
-    step = matched_step(found)
-    repeated = [one for variant in found for one in variant.repeated]
-    counted_runs = [one for variant in found for one in variant.runs]
-    # What was stopped by what it learnt would move a mean, and one that began just now the step.
-    unfinished = [one for one in compared if one not in counted_runs and one not in repeated]
-    verdicts = [v for other in found if step and other is not first and (v := verdict(first, other, step))]
-    counted = {v.name: r for v in found if (r := routes(v.counted)) is not None}
-    with _writing(folder):
+    diverged = [run for run in trained if run.is_diverged]
+    compared = [run for run in trained if not run.is_diverged] or trained
+    # Runs that were stopped early would move a mean, and runs that have just started would move the compared step.
+    has_finished_run = any(run.is_finished for run in compared)
+    all_variants = group_variants([run for run in compared if not (has_finished_run and run.has_ended_early)])
+    baseline_variant = _find_baseline(all_variants, baseline, compared, trained)
+    step = matched_step(all_variants)
+    repeated = [run for variant in all_variants for run in variant.repeated]
+    counted_runs = [run for variant in all_variants for run in variant.runs]
+    unfinished = [run for run in compared if run not in counted_runs and run not in repeated]
+    other_variants = [variant for variant in all_variants if step and variant is not baseline_variant]
+    verdicts = [v for variant in other_variants if (v := compare_variants(baseline_variant, variant, step or 0))]
+    routes_by_name = {v.name: routes for v in all_variants if (routes := read_routes(v.routes_run)) is not None}
+    with _translated_write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     with pictures.style():
-        figures = {name: _written(figure, folder / f"{name}.png") for name, figure in _figures(found, first, counted)}
+        drawn_figures = _figures(all_variants, baseline_variant, routes_by_name)
+        figures = {name: _write_figure(figure, folder / f"{name}.png") for name, figure in drawn_figures}
     page = (
         _environment()
         .get_template("page.html")
         .render(
-            title=", ".join(v.name for v in found),
-            made=time.strftime("%Y-%m-%d %H:%M"),
-            rows=[_row(v, first, step, counted.get(v.name)) for v in found],
-            baseline=first.name,
+            title=", ".join(v.name for v in all_variants),
+            creation_time=time.strftime("%Y-%m-%d %H:%M"),
+            rows=[_variant_row(v, baseline_variant, step, routes_by_name.get(v.name)) for v in all_variants],
+            baseline=baseline_variant.name,
             step=step,
             verdicts=verdicts,
             figures=figures,
-            use=_use(first.name, counted),
-            differences=_differences(found),
-            runs=[_run(run) for run in read],
-            left_out=[run.id for run in runs if run.id not in {one.run.id for one in read}],
-            diverged=[one.run.id for one in diverged],
-            unfinished=[f"{one.run.id} ({events.state(one.happened)})" for one in unfinished],
-            repeated=[f"{one.run.id} (seed {one.spec.seed})" for one in repeated],
+            expert_use=_expert_use_sentences(baseline_variant.name, routes_by_name),
+            different_keys=_different_keys(all_variants),
+            runs=[_run_row(r) for r in trained],
+            untrained=[run.id for run in runs if run.id not in {r.run.id for r in trained}],
+            diverged=[r.run.id for r in diverged],
+            unfinished=[f"{r.run.id} ({events.state(r.run_events)})" for r in unfinished],
+            repeated=[f"{r.run.id} (seed {r.spec.seed})" for r in repeated],
             all_diverged=diverged == compared,
-            unequal=_unequal(found),
-            seeds=[f"{v.name} seed {v.first.spec.seed}" for v in found if len(v.runs) > 1],
-            of_training=[name for name, r in counted.items() if r.activated is None],
+            unequal_conditions=_unequal_conditions(all_variants),
+            seeds=[f"{v.name} seed {v.first_run.spec.seed}" for v in all_variants if len(v.runs) > 1],
+            training_routes=[name for name, r in routes_by_name.items() if r.activated is None],
         )
     )
-    with _writing(folder):
-        (folder / PAGE).write_text(page)
+    with _translated_write_errors(folder):
+        (folder / PAGE_FILE).write_text(page)
     return verdicts
 
 
-def _writing(folder: Path) -> AbstractContextManager[None]:
+def _find_baseline(
+    all_variants: Sequence[Variant], name: str | None, compared: Sequence[RunFigures], trained: Sequence[RunFigures]
+) -> Variant:
+    """Return the variant of this name, by default the first one.
+
+    Raises:
+        RunError: no compared variant has this name; the reason says whether its runs were left out.
+    """
+    baseline = all_variants[0] if name is None else next((v for v in all_variants if v.name == name), None)
+    if baseline is not None:
+        return baseline
+    reason = "there is no such variant among the runs"
+    if name in [v.name for v in group_variants(compared)]:
+        reason = "its runs ended early, unlike others"
+    elif name in [v.name for v in group_variants(trained)]:
+        reason = "the last validation of its runs is not finite"
+    raise RunError(f"baseline {name}", reason, f"choose from {', '.join(v.name for v in all_variants)}")
+
+
+def _translated_write_errors(folder: Path) -> AbstractContextManager[None]:
     return pictures.writing(f"report {folder}", "name a folder you can write")
 
 
@@ -109,56 +124,64 @@ def _environment() -> Environment:
     return environment
 
 
-def _figures(found: Sequence[Variant], baseline: Variant, named: dict[str, Routes]) -> "Iterator[tuple[str, Figure]]":
+def _figures(
+    all_variants: Sequence[Variant], baseline: Variant, routes_by_name: dict[str, Routes]
+) -> "Iterator[tuple[str, Figure]]":
     """Yield the figures of the page, each with the name of its file."""
-    if plots.has_curve(found):
-        if len(found) > 1:
-            yield "loss_beside_baseline", plots.differences(found, baseline)
-        for over in plots.AXES:
-            yield f"loss_by_{over}", plots.validation(found, over)
+    if plots.has_curve(all_variants):
+        if len(all_variants) > 1:
+            yield "loss_beside_baseline", plots.draw_differences(all_variants, baseline)
+        for axis_name in plots.AXES:
+            yield f"loss_by_{axis_name}", plots.draw_validation(all_variants, axis_name)
     for metric in METRICS.values():
-        if metric.plot and (figure := plots.curve(found, metric.name, metric.plot.title, metric.plot.axis)):
+        if metric.plot and (figure := plots.draw_curve(all_variants, metric.name, metric.plot.title, metric.plot.axis)):
             yield metric.name, figure
-    if len(found) > 1:
-        yield "throughput", plots.throughput(found)
-    colours = {v.name: number for number, v in enumerate(found)}
-    most = min(MOST_LOAD, max((float(r.load.max()) for r in named.values()), default=1.0))
-    if named:
+    if len(all_variants) > 1:
+        yield "throughput", plots.draw_throughput(all_variants)
+    colours = {v.name: number for number, v in enumerate(all_variants)}
+    max_load = min(MAX_LOAD, max((float(r.load.max()) for r in routes_by_name.values()), default=1.0))
+    if routes_by_name:
         for relative in (False, True):
-            if figure := plots.activation_curve(named, colours, relative):
+            if figure := plots.draw_activation(routes_by_name, colours, relative):
                 yield f"activation{'_relative' if relative else ''}", figure
-    for name, counted in named.items():
-        yield f"load_{re.sub('[^a-z0-9]+', '_', name)}", plots.heat_map(name, counted, most)
+    for name, routes in routes_by_name.items():
+        yield f"load_{re.sub('[^a-z0-9]+', '_', name)}", plots.draw_heat_map(name, routes, max_load)
 
 
-def _use(baseline: str, named: dict[str, Routes]) -> list[str]:
+def _expert_use_sentences(baseline: str, routes_by_name: dict[str, Routes]) -> list[str]:
     """Return sentences that compare the experts in use of each variant with those of the baseline."""
-    if baseline not in named:
+    if baseline not in routes_by_name:
         return []
-    said = (compared_use(baseline, name, named[baseline], r) for name, r in named.items() if name != baseline)
-    return [sentence for sentence in said if sentence]
+    sentences = (
+        compare_expert_use(baseline, name, routes_by_name[baseline], routes)
+        for name, routes in routes_by_name.items()
+        if name != baseline
+    )
+    return [sentence for sentence in sentences if sentence]
 
 
-def _written(figure: "Figure", png: Path) -> str:
+def _write_figure(figure: "Figure", png: Path) -> str:
     """Write a figure as PNG, and return it as SVG for the page."""
     pictures.save(figure, png)
     svg = io.StringIO()
     figure.savefig(svg, format="svg", metadata={"Date": None})
-    # Without a fixed size, so that it takes that of its place.
+    # Without a fixed size the figure takes the size of the page's column.
     return re.sub(r'(<svg[^>]*?) width="[^"]*" height="[^"]*"', r"\1", svg.getvalue()[svg.getvalue().index("<svg") :])
 
 
-def _row(variant: Variant, baseline: Variant, step: int | None, counted: Routes | None) -> dict[str, Any]:
-    moe, several = variant.first.spec.model.moe, len(variant.runs) > 1
+def _variant_row(variant: Variant, baseline: Variant, step: int | None, routes: Routes | None) -> dict[str, Any]:
+    moe, has_several_runs = variant.first_run.spec.model.moe, len(variant.runs) > 1
     return {
         "name": variant.name,
         "runs": len(variant.runs),
         "shape": f"h {moe.heads}, E {moe.experts}, k {moe.top_k}, f {moe.d_expert}" if moe else "dense",
-        **row(variant, variant.first.sizes, baseline.first.sizes, step),
+        **variant_row(variant, variant.first_run.sizes, baseline.first_run.sizes, step),
         "bits_per_byte": _bits_per_byte(variant),
-        "routes_of": counted.source + (f", seed {variant.counted.spec.seed}" if several else "") if counted else "",
-        "distinct": counted.distinct if counted else None,
-        "agreement": counted.agreement if counted else None,
+        "routes_of": routes.source + (f", seed {variant.routes_run.spec.seed}" if has_several_runs else "")
+        if routes
+        else "",
+        "distinct": routes.distinct if routes else None,
+        "agreement": routes.agreement if routes else None,
     }
 
 
@@ -168,48 +191,47 @@ def _bits_per_byte(variant: Variant) -> tuple[float, int] | None:
     None unless all runs have such an evaluation of the same step.
     """
     newest = [next((e for e in reversed(run.evaluations) if e.domains), None) for run in variant.runs]
-    found = [evaluation for evaluation in newest if evaluation is not None]
-    steps = {evaluation.step for evaluation in found}
-    if len(found) < len(newest) or len(steps) != 1:
+    evaluations = [evaluation for evaluation in newest if evaluation is not None]
+    steps = {evaluation.step for evaluation in evaluations}
+    if len(evaluations) < len(newest) or len(steps) != 1:
         return None
-    bits = [b for evaluation in found if (b := evaluation.total.bits_per_byte) is not None]
-    return (statistics.fmean(bits), steps.pop()) if len(bits) == len(found) else None
+    bits = [b for evaluation in evaluations if (b := evaluation.total_score.bits_per_byte) is not None]
+    return (statistics.fmean(bits), steps.pop()) if len(bits) == len(evaluations) else None
 
 
-def _differences(found: Sequence[Variant]) -> dict[str, list[str]]:
+def _different_keys(all_variants: Sequence[Variant]) -> dict[str, list[str]]:
     """Return the keys of the model, the data and the training in which the variants differ, with all their values."""
-    flat = [dict(_leaves(v.first.spec)) for v in found]
-    keys = dict.fromkeys(key for one in flat for key in one)
-    return {
-        key: [str(one.get(key, "")) for one in flat] for key in keys if len({str(one.get(key, "")) for one in flat}) > 1
-    }
+    flat = [dict(_leaves(v.first_run.spec)) for v in all_variants]
+    keys = dict.fromkeys(key for leaves in flat for key in leaves)
+    values_by_key = {key: [str(leaves.get(key, "")) for leaves in flat] for key in keys}
+    return {key: values for key, values in values_by_key.items() if len(set(values)) > 1}
 
 
-def _unequal(found: Sequence[Variant]) -> list[str]:
-    """Return, in words, the differences between variants that make losses at the same step hard to compare."""
-    specs = [v.first.spec for v in found]
-    what: dict[str, set[Any]] = {
+def _unequal_conditions(all_variants: Sequence[Variant]) -> list[str]:
+    """Return the names of conditions in which variants differ, so that losses of the same step are hard to compare."""
+    specs = [v.first_run.spec for v in all_variants]
+    values_by_subject: dict[str, set[Any]] = {
         "tokens in a step": {spec.tokens_per_step for spec in specs},
-        "held-out text or tokenizer": {(v.first.held_out, v.first.spec.model.vocab_size) for v in found},
-        "the number of steps, over which the learning rate comes down": {spec.train.steps for spec in specs},
+        "held-out text or tokenizer": {(v.first_run.held_out, v.first_run.spec.model.vocab_size) for v in all_variants},
+        "the number of steps, over which the learning rate decays": {spec.train.steps for spec in specs},
         "length of a sample": {spec.data.seq_len for spec in specs},
     }
-    return [name for name, values in what.items() if len(values) > 1]
+    return [name for name, values in values_by_subject.items() if len(values) > 1]
 
 
 def _leaves(spec: RunSpec) -> Iterator[tuple[str, Any]]:
-    return leaves(spec.model_dump(mode="json", include={"model", "data", "train"}))
+    return dotted_items(spec.model_dump(mode="json", include={"model", "data", "train"}))
 
 
-def _run(run: RunFigures) -> dict[str, Any]:
-    started = events.newest(run.happened, "started")
+def _run_row(run: RunFigures) -> dict[str, Any]:
+    start_event = events.newest_event(run.run_events, "started")
     return {
         "id": run.run.id,
         "seed": run.spec.seed,
-        "state": events.state(run.happened),
+        "state": events.state(run.run_events),
         "steps": run.steps,
         "tokens": run.lines[-1][metrics.TOKENS],
         "flops": run.flops(run.lines[-1][metrics.TOKENS]),
-        "workers": events.workers(started) if started else "",
+        "workers": events.describe_workers(start_event) if start_event else "",
         "minutes": run.seconds / 60,
     }

@@ -1,4 +1,4 @@
-"""Figures of a report. Each is as wide as a phone, so that a page can set them beside or below each other."""
+"""Figures of a report. Each is as wide as a phone, so that a page can place them side by side or below each other."""
 
 import textwrap
 from collections.abc import Callable, Sequence
@@ -19,14 +19,14 @@ if TYPE_CHECKING:
 
 DASHES: tuple[Any, ...] = ("-", (0, (4, 1.5)), (0, (1, 1)))
 WIDTH, HEIGHT = 4.2, 3.0
-POINTS = 300
-"""Largest number of points of a curve, which is more than a page shows."""
+MAX_POINTS = 300
+"""Largest number of points of a curve; a page cannot show more."""
 LEGEND_INCHES, LEGEND_CHARACTERS = 0.18, 24
-"""Height of a legend row, and the length up to which two names stand beside each other in it."""
-LONGEST_NAME = 20
+"""Height of a legend row in inches, and the name length up to which a row has two names."""
+MAX_NAME_LENGTH = 20
 """Largest number of characters of a name beside a bar; a longer name is broken into several lines."""
 
-X = Callable[[RunFigures, dict[str, Any]], float]
+AxisValue = Callable[[RunFigures, dict[str, Any]], float]
 
 
 def _steps(_: RunFigures, line: dict[str, Any]) -> float:
@@ -41,14 +41,14 @@ def _flops(run: RunFigures, line: dict[str, Any]) -> float:
     return run.flops(line[metrics.TOKENS])
 
 
-AXES: dict[str, tuple[str, X]] = {
+AXES: dict[str, tuple[str, AxisValue]] = {
     "steps": ("steps", _steps),
     "tokens": ("tokens", _tokens),
     "flops": ("training FLOPs", _flops),
 }
 
 
-def _new(names: Sequence[str] = (), height: float = HEIGHT) -> "tuple[Figure, Axes]":
+def _figure_with_legend_room(names: Sequence[str] = (), height: float = HEIGHT) -> "tuple[Figure, Axes]":
     """Return a figure with room below its axes for the legend of these names."""
     rows = -(-len(names) // _legend_columns(names)) if len(names) > 1 else 0
     figure = new_figure(WIDTH, height + rows * LEGEND_INCHES)
@@ -60,48 +60,46 @@ def _legend_columns(names: Sequence[str]) -> int:
 
 
 def _add_legend(figure: "Figure", axis: "Axes") -> None:
-    """Set the legend below the axes, where it hides no curve.
-
-    A single name gets no legend, because it is in the title of the page.
-    """
+    """Place the legend below the axes, where it hides no curve."""
+    # A single name needs no legend: it is in the title of the page.
     handles, names = axis.get_legend_handles_labels()
     if len(names) > 1:
         figure.legend(handles, names, loc="outside lower center", ncols=_legend_columns(names))
 
 
-def _whole_steps(axis: "Axes") -> None:
+def _use_integer_steps(axis: "Axes") -> None:
     from matplotlib.ticker import MaxNLocator
 
     axis.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
 
 
-def style_of(number: int) -> dict[str, Any]:
+def line_style(number: int) -> dict[str, Any]:
     return {"color": COLOURS[number % len(COLOURS)], "linestyle": DASHES[number // len(COLOURS) % len(DASHES)]}
 
 
-def validation(variants: Sequence[Variant], over: str) -> "Figure":
+def draw_validation(variants: Sequence[Variant], axis_name: str) -> "Figure":
     """Draw the validation loss of each variant: the mean over seeds, with a band from the lowest to the highest."""
-    title, x_of = AXES[over]
-    figure, axis = _new([variant.name for variant in variants])
+    title, x_of = AXES[axis_name]
+    figure, axis = _figure_with_legend_room([variant.name for variant in variants])
     for number, variant in enumerate(variants):
-        run = variant.first
+        run = variant.first_run
         steps = sorted(set.intersection(*(set(r.validations) for r in variant.runs)))
         lines = {line[metrics.STEP]: line for line in run.lines}
         if not steps:
             continue
         x = [x_of(run, lines[step]) for step in steps]
         losses = np.array([[r.validations[step] for step in steps] for r in variant.runs])
-        style = style_of(number)
+        style = line_style(number)
         axis.plot(x, losses.mean(0), label=variant.name, marker=".", markersize=4, **style)
         if len(losses) > 1:
             axis.fill_between(x, losses.min(0), losses.max(0), color=style["color"], alpha=0.15, linewidth=0)
-    _ends_count(axis, variants)
+    _scale_to_later_losses(axis, variants)
     axis.set(xlabel=title, ylabel="nats per token", title=f"validation loss against {title}")
     if metrics.perplexity(axis.get_ylim()[1]) is not None:
         second = axis.secondary_yaxis("right", functions=(np.exp, lambda y: np.log(np.maximum(y, 1e-9))))
         second.set_ylabel("perplexity")
-    if over == "steps":
-        _whole_steps(axis)
+    if axis_name == "steps":
+        _use_integer_steps(axis)
     _add_legend(figure, axis)
     return figure
 
@@ -111,13 +109,13 @@ def has_curve(variants: Sequence[Variant]) -> bool:
     return any(len(run.validations) > 1 for variant in variants for run in variant.runs)
 
 
-def differences(variants: Sequence[Variant], baseline: Variant) -> "Figure":
+def draw_differences(variants: Sequence[Variant], baseline: Variant) -> "Figure":
     """Draw the validation loss of each variant minus the baseline's, as a mean and a band from lowest to highest.
 
     Losses are paired as for a verdict.
     """
-    figure, axis = _new([variant.name for variant in variants])
-    axis.axhline(0, label=baseline.name, linewidth=1, **style_of(variants.index(baseline)))
+    figure, axis = _figure_with_legend_room([variant.name for variant in variants])
+    axis.axhline(0, label=baseline.name, linewidth=1, **line_style(variants.index(baseline)))
     for number, variant in enumerate(variants):
         if variant is baseline:
             continue
@@ -125,84 +123,83 @@ def differences(variants: Sequence[Variant], baseline: Variant) -> "Figure":
         if not steps:
             continue
         losses = (losses_at(step, baseline, variant) for step in steps)
-        found = np.array([both.differences for both in losses if both is not None])
-        style = style_of(number)
-        axis.plot(steps, found.mean(1), label=variant.name, marker=".", markersize=4, **style)
-        if found.shape[1] > 1:
-            axis.fill_between(steps, found.min(1), found.max(1), color=style["color"], alpha=0.12, linewidth=0)
+        differences_SR = np.array([pair.differences for pair in losses if pair is not None])
+        low_S, high_S = differences_SR.min(1), differences_SR.max(1)
+        style = line_style(number)
+        axis.plot(steps, differences_SR.mean(1), label=variant.name, marker=".", markersize=4, **style)
+        if differences_SR.shape[1] > 1:
+            axis.fill_between(steps, low_S, high_S, color=style["color"], alpha=0.12, linewidth=0)
     axis.set(xlabel="steps", ylabel="nats per token", title=f"validation loss less that of {baseline.name}")
-    _whole_steps(axis)
+    _use_integer_steps(axis)
     _add_legend(figure, axis)
     return figure
 
 
-def _ends_count(axis: "Axes", variants: Sequence[Variant]) -> None:
-    """Scale the axis to the last three quarters of each curve, so that its later half can be told apart.
-
-    The first values are much higher.
-    """
-    late, all_ = [], []
+def _scale_to_later_losses(axis: "Axes", variants: Sequence[Variant]) -> None:
+    """Scale the axis to the last three quarters of each curve."""
+    # The first losses are much higher, and would squeeze the differences that matter.
+    later_losses, all_losses = [], []
     for variant in variants:
         for run in variant.runs:
             losses = [loss for _, loss in sorted(run.validations.items())]
-            late += losses[len(losses) // 4 :]
-            all_ += losses
-    if late and max(all_) > min(late):
-        room = 0.08 * (max(late) - min(late)) or 0.05
-        axis.set_ylim(min(late) - room, max(late) + room)
+            later_losses += losses[len(losses) // 4 :]
+            all_losses += losses
+    if later_losses and max(all_losses) > min(later_losses):
+        room = 0.08 * (max(later_losses) - min(later_losses)) or 0.05
+        axis.set_ylim(min(later_losses) - room, max(later_losses) + room)
 
 
-def curve(variants: Sequence[Variant], metric: str, title: str, label: str) -> "Figure | None":
+def draw_curve(variants: Sequence[Variant], metric: str, title: str, label: str) -> "Figure | None":
     """Draw a metric of the first run of each variant over steps, smoothed over a fiftieth of them.
 
-    None if no run has the metric, or it is 0 throughout.
+    Return None if no run has the metric or it is always 0.
     """
-    figure, axis = _new([variant.name for variant in variants])
-    drawn = False
+    figure, axis = _figure_with_legend_room([variant.name for variant in variants])
+    is_drawn = False
     for number, variant in enumerate(variants):
-        points = [(ln[metrics.STEP], ln[metric]) for ln in variant.first.lines if ln.get(metric) is not None]
+        points = [(ln[metrics.STEP], ln[metric]) for ln in variant.first_run.lines if ln.get(metric) is not None]
         if not any(value for _, value in points):
             continue
-        drawn = True
+        is_drawn = True
         step, value = np.array(points, float).T
         window = max(1, len(value) // 50)
         smooth = np.convolve(value, np.ones(window) / window, "valid")
         step = step[window - 1 :]
-        some = np.unique(np.linspace(0, len(smooth) - 1, min(POINTS, len(smooth))).astype(int))
-        axis.plot(step[some], smooth[some], label=variant.name, linewidth=1.2, **style_of(number))
+        indices = np.unique(np.linspace(0, len(smooth) - 1, min(MAX_POINTS, len(smooth))).astype(int))
+        axis.plot(step[indices], smooth[indices], label=variant.name, linewidth=1.2, **line_style(number))
     axis.set(xlabel="steps", ylabel=label, title=title)
-    if not drawn:
+    if not is_drawn:
         return None
-    _whole_steps(axis)
+    _use_integer_steps(axis)
     _add_legend(figure, axis)
     return figure
 
 
-def throughput(variants: Sequence[Variant]) -> "Figure":
+def draw_throughput(variants: Sequence[Variant]) -> "Figure":
     """Draw the tokens per second of each variant as a bar, with a mark for each of its runs."""
-    figure, axis = _new(height=max(HEIGHT, 0.9 + 0.36 * len(variants)))
+    figure, axis = _figure_with_legend_room(height=max(HEIGHT, 0.9 + 0.36 * len(variants)))
     for number, variant in enumerate(variants):
         if variant.tokens_per_s is not None:
             speeds = [run.tokens_per_s for run in variant.runs if run.tokens_per_s is not None]
-            axis.barh(number, variant.tokens_per_s, color=style_of(number)["color"], alpha=0.8)
+            axis.barh(number, variant.tokens_per_s, color=line_style(number)["color"], alpha=0.8)
             axis.plot(speeds, [number] * len(speeds), "k|", markersize=8)
-    axis.set_yticks(range(len(variants)), [textwrap.fill(v.name, LONGEST_NAME) for v in variants])
+    axis.set_yticks(range(len(variants)), [textwrap.fill(v.name, MAX_NAME_LENGTH) for v in variants])
     axis.invert_yaxis()
     axis.set(xlabel="tokens/s, median over steps", title="throughput in training")
     return figure
 
 
-def heat_map(name: str, routes: Routes, most: float) -> "Figure":
+def draw_heat_map(name: str, routes: Routes, max_load: float) -> "Figure":
     """Draw the loads of a model's experts, with layers downwards.
 
     Args:
         name: the name of the variant.
         routes: the routes of the variant.
-        most: the load at the end of the colour scale, which all maps of a page share.
+        max_load: the load at the end of the colour scale, which all maps of a page share.
     """
     layers, experts = routes.load.shape
-    figure, axis = _new(height=1.15 + ROW_INCHES * layers)
-    image = axis.imshow(routes.load, aspect="auto", cmap="viridis", vmin=0, vmax=most, interpolation="nearest")
+    figure, axis = _figure_with_legend_room(height=1.15 + ROW_INCHES * layers)
+    image = axis.imshow(routes.load, aspect="auto", cmap="viridis", vmin=0, vmax=max_load, interpolation="nearest")
     axis.set(xlabel="expert", ylabel="layer", title=f"{name}: load of experts")
     axis.set_yticks(range(layers))
     axis.set_xticks(sorted({0, *range(0, experts, max(1, experts // 8))}))
@@ -210,32 +207,32 @@ def heat_map(name: str, routes: Routes, most: float) -> "Figure":
     return figure
 
 
-def activation_curve(named: dict[str, Routes], colours: dict[str, int], relative: bool) -> "Figure | None":
+def draw_activation(routes_by_name: dict[str, Routes], colours: dict[str, int], relative: bool) -> "Figure | None":
     """Draw the share of experts in use as a function of the threshold.
 
     Args:
-        named: the routes of each variant, by name.
+        routes_by_name: the routes of each variant, by name.
         colours: the number of each variant's style, by name.
         relative: whether the threshold is a multiple of a uniform load; otherwise it is a share of tokens.
 
     Returns:
         The figure; None if no run was evaluated for it.
     """
-    figure, axis = _new(list(named))
-    drawn = False
-    for name, routes in named.items():
+    figure, axis = _figure_with_legend_room(list(routes_by_name))
+    is_drawn = False
+    for name, routes in routes_by_name.items():
         shares = routes.activated_relative if relative else routes.activated
         if shares is None:
             continue
-        drawn = True
-        thresholds = activation.RELATIVE if relative else activation.THRESHOLDS
-        axis.plot(thresholds, [100 * s for s in shares], marker=".", label=name, **style_of(colours[name]))
+        is_drawn = True
+        thresholds = activation.RELATIVE_THRESHOLDS if relative else activation.THRESHOLDS
+        axis.plot(thresholds, [100 * s for s in shares], marker=".", label=name, **line_style(colours[name]))
     if not relative:
         axis.set_xscale("log")
-    what = "of a uniform load" if relative else "of the tokens, more than which select it"
-    axis.set(xlabel=f"threshold: share {what}", ylabel="per cent of experts", ylim=(-3, 103))
+    share_of = "of a uniform load" if relative else "of the tokens above which it is in use"
+    axis.set(xlabel=f"threshold: share {share_of}", ylabel="per cent of experts", ylim=(-3, 103))
     axis.set_title("experts in use, beside a uniform load" if relative else "experts in use")
-    if not drawn:
+    if not is_drawn:
         return None
     _add_legend(figure, axis)
     return figure

@@ -9,14 +9,14 @@ from itertools import takewhile
 from typing import Any, NamedTuple
 
 from mhmoe_ray.errors import DataError
-from mhmoe_ray.planner.sizes import Sizes, sizes
+from mhmoe_ray.planner.sizes import Sizes, compute_sizes
 from mhmoe_ray.report.figures import RunFigures
 from mhmoe_ray.runs import events, metrics
 from mhmoe_ray.runs.sweeps import SweepDir
-from mhmoe_ray.spec import ELSEWHERE, RunSpec, SweepRun
-from mhmoe_ray.spec.sweep import unseeded
+from mhmoe_ray.spec import NON_TRAINING_SECTIONS, RunSpec, SweepRun
+from mhmoe_ray.spec.sweep import unseeded_name
 
-_FREE = ELSEWHERE | {"name", "storage", "seed", "origin", "reference"}
+_UNTRAINED_KEYS = NON_TRAINING_SECTIONS | {"name", "storage", "seed", "origin", "reference"}
 """Sections and keys of a spec that do not change what is trained."""
 
 
@@ -24,28 +24,29 @@ class Losses(NamedTuple):
     """Validation losses of two variants that are compared."""
 
     baseline: list[float]
-    other: list[float]
+    variant: list[float]
     paired: bool
     """Whether the losses are paired by seed.
 
-    They are if the variants have two or more seeds in common, or if one of them has no other seeds; then only the
-    common seeds count.
+    Losses are paired over the common seeds if there are two or more of them, or if one variant has no other seeds.
     """
 
     @property
     def differences(self) -> list[float]:
-        """Losses of the other variant minus the baseline's: seed by seed if paired, else minus the baseline's mean."""
+        """Losses of the variant minus those of the baseline: seed by seed if paired, else minus the baseline's mean."""
         if self.paired:
-            return [b - a for a, b in zip(self.baseline, self.other, strict=True)]
-        return [b - statistics.fmean(self.baseline) for b in self.other]
+            return [b - a for a, b in zip(self.baseline, self.variant, strict=True)]
+        return [b - statistics.fmean(self.baseline) for b in self.variant]
 
 
 @dataclass(frozen=True)
 class Variant:
+    """Runs of the same training that differ only in their seed."""
+
     name: str
     runs: list[RunFigures]
     repeated: tuple[RunFigures, ...] = ()
-    """Older runs with the seeds of `runs`, which do not count."""
+    """Older runs with the same seeds, which do not count."""
 
     def losses(self, step: int) -> dict[int, float]:
         """Return the validation losses at a step, by seed."""
@@ -56,57 +57,57 @@ class Variant:
 
     def deviation(self, step: int) -> float | None:
         """Return the sample standard deviation of the losses over the seeds; None with fewer than two seeds."""
-        found = list(self.losses(step).values())
-        return statistics.stdev(found) if len(found) > 1 else None
+        losses = list(self.losses(step).values())
+        return statistics.stdev(losses) if len(losses) > 1 else None
 
     def perplexity(self, step: int) -> float | None:
         """Return the perplexity of the mean loss."""
         return metrics.perplexity(self.mean_loss(step))
 
-    def late(self, metric: str) -> float | None:
+    def recent_mean(self, metric: str) -> float | None:
         """Return the mean of `RunFigures.late` over the runs that have the metric."""
-        return _mean(run.late(metric) for run in self.runs)
+        return _mean(run.recent_mean(metric) for run in self.runs)
 
     @property
     def tokens_per_s(self) -> float | None:
         return _mean(run.tokens_per_s for run in self.runs)
 
     @property
-    def first(self) -> RunFigures:
+    def first_run(self) -> RunFigures:
         return self.runs[0]
 
     @property
-    def counted(self) -> RunFigures:
+    def routes_run(self) -> RunFigures:
         """First run whose routes were counted on held-out text, else the first run."""
-        return next((run for run in self.runs if any(e.routing for e in run.evaluations)), self.first)
+        return next((run for run in self.runs if any(e.routing for e in run.evaluations)), self.first_run)
 
 
-def row(variant: Variant, of: Sizes, beside: Sizes, step: int | None) -> dict[str, Any]:
+def variant_row(variant: Variant, variant_sizes: Sizes, baseline_sizes: Sizes, step: int | None) -> dict[str, Any]:
     """Return the columns that all tables of variants share.
 
     Args:
         variant: the variant, which may have no runs yet.
-        of: the sizes of its model.
-        beside: the sizes of the model that ratios are relative to.
+        variant_sizes: the sizes of its model.
+        baseline_sizes: the sizes of the model that ratios are relative to.
         step: the step at which losses are compared; None if there is none yet.
     """
     return {
-        "parameters": of.parameters,
-        "parameters_ratio": of.parameters / beside.parameters,
-        "macs_per_token": of.macs_per_token,
-        "macs_ratio": of.macs_per_token / beside.macs_per_token,
+        "parameters": variant_sizes.parameters,
+        "parameters_ratio": variant_sizes.parameters / baseline_sizes.parameters,
+        "macs_per_token": variant_sizes.macs_per_token,
+        "macs_ratio": variant_sizes.macs_per_token / baseline_sizes.macs_per_token,
         "loss": variant.mean_loss(step) if step else None,
         "deviation": variant.deviation(step) if step else None,
         "perplexity": variant.perplexity(step) if step else None,
-        "balance": variant.late(metrics.BALANCE),
-        "dropped": variant.late(metrics.DROPPED),
+        "balance": variant.recent_mean(metrics.BALANCE),
+        "dropped": variant.recent_mean(metrics.DROPPED),
         "tokens_per_s": variant.tokens_per_s,
     }
 
 
-def losses_at(step: int, baseline: Variant, other: Variant) -> Losses | None:
+def losses_at(step: int, baseline: Variant, variant: Variant) -> Losses | None:
     """Return the losses of two variants at a step; None if one of them has no loss there."""
-    a, b = baseline.losses(step), other.losses(step)
+    a, b = baseline.losses(step), variant.losses(step)
     if not a or not b:
         return None
     common = sorted(a.keys() & b.keys())
@@ -115,20 +116,20 @@ def losses_at(step: int, baseline: Variant, other: Variant) -> Losses | None:
     return Losses(list(a.values()), list(b.values()), paired=False)
 
 
-def variants(runs: Sequence[RunFigures]) -> list[Variant]:
+def group_variants(runs: Sequence[RunFigures]) -> list[Variant]:
     """Group runs into variants, in the order in which these first appear.
 
-    If a variant has finished runs, only those count; of several runs with one seed, only the newest counts. Runs of the
-    same training with different names are separate variants if they are distributed in different ways, for example by
-    another strategy, because then the ways are compared.
+    If a variant has finished runs, only those count. Of several runs with the same seed, only the newest counts. Runs
+    of the same training with different names are separate variants if they are distributed in different ways, for
+    example by another strategy, because the comparison is then about those ways.
     """
-    found: dict[str, list[RunFigures]] = {}
+    runs_by_training: dict[str, list[RunFigures]] = {}
     for run in runs:
-        found.setdefault(f"{_what_is_trained(run.spec)} {run.held_out}", []).append(run)
-    apart = [same for trained in found.values() for same in _where_trained(trained)]
-    names = _short([unseeded(same[0].spec.name) for same in apart])
-    counted = [[run for run in same if run.is_finished] or same for same in apart]
-    return [_of_one_run_a_seed(name, same) for name, same in zip(names, counted, strict=True)]
+        runs_by_training.setdefault(f"{_training_key(run.spec)} {run.held_out}", []).append(run)
+    groups = [group for same_training in runs_by_training.values() for group in _split_by_distribution(same_training)]
+    names = _shorten_names([unseeded_name(group[0].spec.name) for group in groups])
+    counted_groups = [[run for run in group if run.is_finished] or group for group in groups]
+    return [_variant_of_newest_runs(name, group) for name, group in zip(names, counted_groups, strict=True)]
 
 
 def matched_step(compared: Sequence[Variant]) -> int | None:
@@ -137,63 +138,63 @@ def matched_step(compared: Sequence[Variant]) -> int | None:
     return max(set.intersection(*validated), default=None) if validated else None
 
 
-def _of_one_run_a_seed(name: str, same: Sequence[RunFigures]) -> Variant:
-    """Return a variant with the newest run of each seed, in the order in which the seeds first appear.
-
-    Two runs with the same seed are not a sample of two.
-    """
-    found: dict[int, RunFigures] = {}
-    for run in same:
-        if run.run.created() >= found.setdefault(run.spec.seed, run).run.created():
-            found[run.spec.seed] = run
-    newest = list(found.values())
-    return Variant(name, newest, tuple(run for run in same if run not in newest))
+def _variant_of_newest_runs(name: str, runs: Sequence[RunFigures]) -> Variant:
+    """Return a variant with the newest run of each seed, in the order in which the seeds first appear."""
+    # Two runs with the same seed are no independent samples.
+    run_of_seed: dict[int, RunFigures] = {}
+    for run in runs:
+        if run.run.creation_time() >= run_of_seed.setdefault(run.spec.seed, run).run.creation_time():
+            run_of_seed[run.spec.seed] = run
+    newest = list(run_of_seed.values())
+    return Variant(name, newest, tuple(run for run in runs if run not in newest))
 
 
 def _mean(values: Iterable[float | None]) -> float | None:
-    found = [value for value in values if value is not None]
-    return statistics.fmean(found) if found else None
+    numbers = [value for value in values if value is not None]
+    return statistics.fmean(numbers) if numbers else None
 
 
-def _what_is_trained(spec: RunSpec) -> str:
-    return json.dumps(spec.model_dump(mode="json", exclude=_FREE), sort_keys=True)
+def _training_key(spec: RunSpec) -> str:
+    return json.dumps(spec.model_dump(mode="json", exclude=_UNTRAINED_KEYS), sort_keys=True)
 
 
-def _where_trained(same: Sequence[RunFigures]) -> Iterable[list[RunFigures]]:
-    """Split runs of the same training by name, if the names stand for different ways to distribute it."""
-    found: dict[str, list[RunFigures]] = {}
-    for run in same:
-        found.setdefault(unseeded(run.spec.name), []).append(run)
-    ways = [{(c.strategy, c.ep, c.dispatch) for c in (run.spec.cluster for run in named)} for named in found.values()]
-    return found.values() if any(way != ways[0] for way in ways) else [list(same)]
+def _split_by_distribution(runs: Sequence[RunFigures]) -> Iterable[list[RunFigures]]:
+    """Split runs of the same training by name if the names stand for different ways to distribute it."""
+    runs_by_name: dict[str, list[RunFigures]] = {}
+    for run in runs:
+        runs_by_name.setdefault(unseeded_name(run.spec.name), []).append(run)
+    ways = [
+        {(c.strategy, c.ep, c.dispatch) for c in (run.spec.cluster for run in group)} for group in runs_by_name.values()
+    ]
+    return runs_by_name.values() if any(way != ways[0] for way in ways) else [list(runs)]
 
 
-def _short(names: Sequence[str]) -> list[str]:
+def _shorten_names(names: Sequence[str]) -> list[str]:
     """Return the names without the words that all of them begin with; equal results get a number."""
     words = [name.split("-") for name in names]
-    common = len(list(takewhile(lambda same: len(set(same)) == 1, zip(*words, strict=False)))) if len(names) > 1 else 0
+    common = (
+        len(list(takewhile(lambda column: len(set(column)) == 1, zip(*words, strict=False)))) if len(names) > 1 else 0
+    )
     cut = ["-".join(parts[common:]) or name for parts, name in zip(words, names, strict=True)]
     return [name if cut.count(name) == 1 else f"{name} ({cut[:i].count(name) + 1})" for i, name in enumerate(cut)]
 
 
 CONFIDENCE = 0.95
+"""Probability that the interval of a verdict contains the true difference."""
 
 
 class Verdict(NamedTuple):
     """Result of comparing two variants: the difference of validation losses, in nats per token.
 
-    The difference is the other's loss minus the baseline's.
+    The difference is the variant's loss minus the baseline's.
     """
 
     baseline: str
-    other: str
+    variant: str
     step: int
     difference: float
     low: float | None
-    """Lower end of the interval that holds the true difference with probability CONFIDENCE; None with one seed.
-
-    The interval is by Student's t.
-    """
+    """Lower end of the confidence interval of the difference, by Student's t; None with one seed."""
     high: float | None
     seeds: int
     """Number of seeds of the variant with fewer."""
@@ -204,28 +205,33 @@ class Verdict(NamedTuple):
     def is_clear(self) -> bool:
         return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
 
+    def as_json(self) -> dict[str, Any]:
+        """Return the verdict as `mhmoe report --json` prints it."""
+        fields = self._asdict()
+        return {"baseline": fields.pop("baseline"), "other": fields.pop("variant"), **fields}
+
     @property
-    def said(self) -> str:
+    def text(self) -> str:
         """Sentence that states the result."""
         word = "lower" if self.difference < 0 else "higher"
         figures = f"{abs(self.difference):.4f} nats {word}"
         if (ratio := metrics.perplexity(self.difference)) is not None:
             figures += f", perplexity {100 * abs(ratio - 1):.1f}% {word}"
         if self.low is None:
-            return f"{self.other} to {self.baseline}: {figures}; one seed, so nobody knows how sure that is"
-        how = f"{self.seeds} seeds{', paired' if self.paired else ''}"
-        interval = f"{CONFIDENCE:.0%} interval {self.low:+.4f} to {self.high:+.4f}, {how}"
+            return f"{self.variant} to {self.baseline}: {figures}; with one seed its uncertainty is unknown"
+        method = f"{self.seeds} seeds{', paired' if self.paired else ''}"
+        interval = f"{CONFIDENCE:.0%} interval {self.low:+.4f} to {self.high:+.4f}, {method}"
         if self.is_clear:
-            return f"{self.other} to {self.baseline}: {figures} ({interval})"
-        return f"{self.other} to {self.baseline}: not told apart; {figures} ({interval})"
+            return f"{self.variant} to {self.baseline}: {figures} ({interval})"
+        return f"{self.variant} to {self.baseline}: no clear difference; {figures} ({interval})"
 
 
-def verdict(baseline: Variant, other: Variant, step: int) -> Verdict | None:
-    """Compare a variant with the baseline.
+def compare_variants(baseline: Variant, variant: Variant, step: int) -> Verdict | None:
+    """Compare the validation losses of a variant with those of the baseline.
 
     Args:
         baseline: the baseline.
-        other: the other variant.
+        variant: the variant.
         step: a step at which both were validated.
 
     Returns:
@@ -234,13 +240,13 @@ def verdict(baseline: Variant, other: Variant, step: int) -> Verdict | None:
     Raises:
         DataError: scipy is not installed.
     """
-    losses = losses_at(step, baseline, other)
+    losses = losses_at(step, baseline, variant)
     if losses is None:
         return None
-    seeds = min(len(losses.baseline), len(losses.other))
+    seeds = min(len(losses.baseline), len(losses.variant))
     low, high = _interval(losses) if seeds > 1 else (None, None)
     difference = statistics.fmean(losses.differences)
-    return Verdict(baseline.name, other.name, step, difference, low, high, seeds, losses.paired)
+    return Verdict(baseline.name, variant.name, step, difference, low, high, seeds, losses.paired)
 
 
 def _interval(losses: Losses) -> tuple[float, float]:
@@ -249,51 +255,54 @@ def _interval(losses: Losses) -> tuple[float, float]:
         from scipy import stats
     except ImportError as e:
         raise DataError("intervals", "scipy is missing", "pip install 'mhmoe-ray[report]'") from e
-    a, b = losses.baseline, losses.other
+    a, b = losses.baseline, losses.variant
     test = stats.ttest_rel(b, a) if losses.paired else stats.ttest_ind(b, a, equal_var=False)
     interval = test.confidence_interval(CONFIDENCE)
     return float(interval.low), float(interval.high)
 
 
-def table(place: SweepDir) -> list[dict[str, Any]]:
+def sweep_table(sweep_dir: SweepDir) -> list[dict[str, Any]]:
     """Return the table of a sweep as JSON: one object per variant, in the order of the sweep.
 
-    Losses are those of finished runs or, while no run is finished, of all runs, at the last step that all of them have
-    validated. Runs whose last validation loss is not finite do not count. Ratios are to the first variant.
+    Losses are those of finished runs, or of all runs while none is finished, at the last step at which all of them were
+    validated. Runs whose last validation loss is not finite do not count. Ratios are relative to the first variant.
     """
-    wanted = set(place.order(place.orders()[-1]).wanted)
-    figures = {name: RunFigures.read(run) for name, run in place.runs().items() if run.attempts_file.exists()}
+    wanted_names = set(sweep_dir.read_order(sweep_dir.order_names()[-1]).wanted)
+    figures = {name: RunFigures.read(run) for name, run in sweep_dir.runs().items() if run.attempts_file.exists()}
     compared = {name for name, run in figures.items() if not run.is_diverged}
     compared = {name for name in compared if figures[name].is_finished} or compared
-    found = []
-    for variant_name, same in _by_variant(e for e in place.entries() if e.name in figures or e.name in wanted).items():
-        states = Counter(_state(figures.get(entry.name)) for entry in same)
-        variant = Variant(variant_name, [figures[e.name] for e in same if e.name in compared])
-        started = next((figures[e.name].spec for e in same if e.name in figures), same[0].spec)
-        found.append((started, states, variant))
-    step = matched_step([variant for _, _, variant in found if variant.runs])
-    first = sizes(found[0][0].model)
+    rows = []
+    for variant_name, entries in _by_variant(
+        e for e in sweep_dir.entries() if e.name in figures or e.name in wanted_names
+    ).items():
+        states = Counter(_state(figures.get(entry.name)) for entry in entries)
+        variant = Variant(variant_name, [figures[e.name] for e in entries if e.name in compared])
+        # The spec of a started run, which the sweep file may have changed since.
+        actual_spec = next((figures[e.name].spec for e in entries if e.name in figures), entries[0].spec)
+        rows.append((actual_spec, states, variant))
+    step = matched_step([variant for _, _, variant in rows if variant.runs])
+    first_sizes = compute_sizes(rows[0][0].model)
     return [
         {
             "variant": variant.name,
             "states": dict(states),
             "step": step,
             "losses": variant.losses(step) if step else {},
-            **row(variant, sizes(spec.model), first, step),
+            **variant_row(variant, compute_sizes(spec.model), first_sizes, step),
         }
-        for spec, states, variant in found
+        for spec, states, variant in rows
     ]
 
 
 def _by_variant(entries: Iterable[SweepRun]) -> dict[str, list[SweepRun]]:
-    found: dict[str, list[SweepRun]] = {}
+    entries_by_variant: dict[str, list[SweepRun]] = {}
     for entry in entries:
-        found.setdefault(entry.variant, []).append(entry)
-    return found
+        entries_by_variant.setdefault(entry.variant, []).append(entry)
+    return entries_by_variant
 
 
 def _state(run: RunFigures | None) -> str:
     if run is None:
         return "queued"
-    said = events.state(events.events(run.run))
-    return f"{said}, diverged" if run.is_diverged else said
+    state = events.state(events.read(run.run))
+    return f"{state}, diverged" if run.is_diverged else state

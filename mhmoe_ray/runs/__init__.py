@@ -1,16 +1,16 @@
-"""The run directory: everything that a run is, readable without a cluster; a local folder or one on an object store.
+"""Run directory: all files of a run, readable without a cluster, in a local folder or on an object store.
 
 <storage>/<name>-<6 hex>/
   spec.yaml          the submitted spec, with absolute paths; its cluster section is that of the newest attempt
   run.json           id, and cluster, job and time of each attempt (a submit or a resume), or the time of an import
   events.jsonl       events: submitted, started, checkpoint, failed, finished ...
   metrics.jsonl      one line per step
-  logs/              what jobs and workers of the newest attempts wrote, bounded and without secrets (logs.py)
+  logs/              logs of jobs and workers of the newest attempts, bounded and without secrets (logs.py)
   routing/           route counts per layer and expert, one file per checkpointed step
   tensorboard/       event files
   evaluations/       results of `mhmoe eval` and `mhmoe routing`, one file for each question
   tokenizer.json
-  chat_template.jinja   how a conversation becomes a prompt; present if a user put it there or it was imported
+  chat_template.jinja   template that turns a conversation into a prompt; present if a user added it or it was imported
   checkpoints/step_00000200.<n>/   weights/ optim/ manifest.json, written by the n-th worker group
   stop               present while a user asks the run to stop
   ray/               Ray Train's own folder, which this package never reads
@@ -22,7 +22,7 @@ On an object store events.jsonl and metrics.jsonl are folders of segments (jsonl
 An imported run (checkpoint/huggingface/) was never trained: it has run.json, events.jsonl, tokenizer.json, perhaps
 chat_template.jinja, and one checkpoint, of step 0. It has no spec, because nobody wrote one.
 
-    directory.py   paths in it, how runs are created and found, and run.json
+    directory.py   paths in the run directory, functions that create and find runs, and run.json
     events.py      events.jsonl, and the state of a run, which follows from it
     metrics.py     the registry of metrics: one entry for each
     history.py     metrics.jsonl, and queries on it

@@ -1,4 +1,4 @@
-"""The run directory: the paths in it, how runs are created and found, and the attempts that run.json records."""
+"""Run directory: its paths, functions that create and find runs, and the attempts that run.json records."""
 
 import json
 import secrets
@@ -26,12 +26,12 @@ class RunDir:
 
     @classmethod
     def of_checkpoint(cls, checkpoint: Location) -> "RunDir":
-        """Return the run that a checkpoint lies in."""
+        """Return the run directory that contains a checkpoint."""
         return cls(checkpoint.parent.parent)
 
     @property
     def name(self) -> str:
-        """Name in the run's spec: the id without the suffix that `new_directory` adds."""
+        """Name in the run's spec: the id without the suffix that `create_empty_run` adds."""
         return self.id.rpartition("-")[0]
 
     @property
@@ -89,44 +89,48 @@ class RunDir:
 
     @property
     def is_imported(self) -> bool:
-        """Whether the run came from other weights and was never trained: it has no spec, no attempts and no metrics."""
+        """True if the run was imported and never trained here: it has no spec, no attempts and no metrics."""
         return "imported" in json.loads(self.attempts_file.read_text())
 
     def spec(self) -> RunSpec:
-        return self.relocated(load_resolved_spec(self.spec_file))
+        return self.relocated_spec(load_resolved_spec(self.spec_file))
 
-    def relocated(self, spec: RunSpec) -> RunSpec:
-        """Return the spec of a run whose folder may have been moved together with others, such as a whole checkout.
+    def relocated_spec(self, spec: RunSpec) -> RunSpec:
+        """Return a run's spec with current paths, if the run was moved together with other folders.
 
-        Paths below the folder that is gone become paths below the folder that holds the run now. The spec is returned
+        An example is a moved checkout. Paths below the old folder become paths below the new one. The spec is returned
         as it is if the run was not moved, if the old folder still exists, or if the run is on an object store.
         """
-        old, new = spec.storage, self.path.absolute().parent
-        if not (isinstance(old, Path) and isinstance(new, Path)) or old == new:
+        old_folder, new_folder = spec.storage, self.path.absolute().parent
+        if not (isinstance(old_folder, Path) and isinstance(new_folder, Path)) or old_folder == new_folder:
             return spec
-        storage = new
-        while old.name == new.name and old != old.parent:
-            old, new = old.parent, new.parent
-        if old.exists():
+        storage = new_folder
+        # Equal names at the end of both paths were moved as one: the search goes up to the topmost moved folder.
+        while old_folder.name == new_folder.name and old_folder != old_folder.parent:
+            old_folder, new_folder = old_folder.parent, new_folder.parent
+        if old_folder.exists():
             return spec
 
-        def moved(path: Path) -> Path:
-            return new / path.relative_to(old) if path.is_relative_to(old) else path
+        def new_path(path: Path) -> Path:
+            return new_folder / path.relative_to(old_folder) if path.is_relative_to(old_folder) else path
 
         data = spec.data
         sources = {
-            name: source if "://" in source.path else source.model_copy(update={"path": str(moved(Path(source.path)))})
+            name: source
+            if "://" in source.path
+            else source.model_copy(update={"path": str(new_path(Path(source.path)))})
             for name, source in data.sources.items()
         }
-        tokenizer = moved(data.tokenizer) if data.tokenizer else None
-        paths = {"sources": sources, "prepared": moved(data.prepared), "tokenizer": tokenizer}
-        return spec.model_copy(update={"storage": storage, "data": data.model_copy(update=paths)})
+        tokenizer = new_path(data.tokenizer) if data.tokenizer else None
+        path_fields = {"sources": sources, "prepared": new_path(data.prepared), "tokenizer": tokenizer}
+        return spec.model_copy(update={"storage": storage, "data": data.model_copy(update=path_fields)})
 
     def write_spec(self, spec: RunSpec) -> None:
-        """Write the spec in one step, because it is the run's only description."""
+        """Write spec.yaml."""
+        # Replaced in one step: a partly written spec would leave the run without a description.
         replace_file(self.spec_file, dump_spec(spec).encode())
 
-    def created(self) -> float:
+    def creation_time(self) -> float:
         """Return the time of the run's first attempt or of its import, in seconds since the epoch.
 
         Raises:
@@ -136,9 +140,9 @@ class RunDir:
             state = json.loads(self.attempts_file.read_text())
             return float(state["imported"] if "imported" in state else state["attempts"][0]["submitted"])
         except (ValueError, LookupError, TypeError, FileNotFoundError, PermissionError) as e:
-            told = e.strerror if isinstance(e, OSError) else "it is damaged, or not ours"
-            why = f"its {self.attempts_file.name} cannot be read ({told})"
-            raise RunError(f"run {self.id}", why, f"mend that file, or remove the folder {self.path}") from e
+            cause = e.strerror if isinstance(e, OSError) else "it is damaged, or written by another program"
+            reason = f"its {self.attempts_file.name} cannot be read ({cause})"
+            raise RunError(f"run {self.id}", reason, f"repair that file, or remove the folder {self.path}") from e
 
 
 def create_run(spec: RunSpec) -> RunDir:
@@ -147,7 +151,7 @@ def create_run(spec: RunSpec) -> RunDir:
     Raises:
         SpecError: the storage folder cannot be written.
     """
-    run = new_directory(spec.storage, spec.name)
+    run = create_empty_run(spec.storage, spec.name)
     try:
         run.routing.mkdir()
         run.write_spec(spec)
@@ -158,7 +162,7 @@ def create_run(spec: RunSpec) -> RunDir:
     return run
 
 
-def new_directory(storage: Location, name: str) -> RunDir:
+def create_empty_run(storage: Location, name: str) -> RunDir:
     """Create an empty run directory, readable by its owner only, with an id that no other run has.
 
     Raises:
@@ -166,6 +170,7 @@ def new_directory(storage: Location, name: str) -> RunDir:
     """
     try:
         storage.mkdir(parents=True, exist_ok=True)
+        # Another run may have the same six hexadecimal digits.
         while (run := RunDir(storage / f"{name}-{secrets.token_hex(3)}")).path.exists():
             pass
         run.path.mkdir(mode=0o700)
@@ -183,19 +188,20 @@ def list_runs(storage: Location | str) -> list[RunDir]:
     Raises:
         StorageError: the storage cannot be read.
     """
-    found: dict[RunDir, float] = {}
-    with _reading(storage):
+    creation_times: dict[RunDir, float] = {}
+    with _report_storage_errors(storage):
         for run in (RunDir(p.parent) for p in location(storage).absolute().glob("*/run.json")):
             try:
-                found[run] = run.created()
+                creation_times[run] = run.creation_time()
             except RunError as e:
-                if run.attempts_file.exists():  # else the run was removed meanwhile
+                # Without the file, the run was removed meanwhile.
+                if run.attempts_file.exists():
                     print(f"warning: {e}", file=sys.stderr)
-    return sorted(found, key=found.__getitem__)
+    return sorted(creation_times, key=creation_times.__getitem__)
 
 
 @contextmanager
-def _reading(storage: Location | str) -> Iterator[None]:
+def _report_storage_errors(storage: Location | str) -> Iterator[None]:
     try:
         yield
     except OSError as e:
@@ -207,19 +213,20 @@ def find_run(name: str | None, storage: Location | str, *, with_job: bool = Fals
     """Return the run with this id, unique prefix of an id, or path; without a name, the newest run.
 
     Args:
-        name: id, prefix or path, as a user gives it.
+        name: id, prefix or path, as the user writes it.
         storage: folder that holds run directories.
-        with_job: without a name, whether the newest run must have been trained here, not imported.
+        with_job: without a name, whether imported runs are left out.
 
     Raises:
         RunError: there is no such run, the prefix fits several, or the run.json of that id or path cannot be read.
         StorageError: the storage cannot be read.
     """
     if name is not None:
-        for place in (location(name), location(storage) / name):
-            with _reading(place):
-                if (run := RunDir(place.absolute())).attempts_file.is_file():
-                    run.created()
+        for candidate in (location(name), location(storage) / name):
+            with _report_storage_errors(candidate):
+                if (run := RunDir(candidate.absolute())).attempts_file.is_file():
+                    # Called for its check of run.json.
+                    run.creation_time()
                     return run
     runs = list_runs(storage)
     if name is None:
@@ -227,11 +234,13 @@ def find_run(name: str | None, storage: Location | str, *, with_job: bool = Fals
         if not runs:
             raise RunError(f"storage {storage}", "it holds no run yet", "start one: mhmoe submit jobs/quickstart.yaml")
         return runs[-1]
-    fitting = [r for r in runs if r.id == name] or [r for r in runs if r.id.startswith(name)]
-    if len(fitting) == 1:
-        return fitting[0]
-    why = f"it fits {', '.join(r.id for r in fitting)}" if fitting else f"there is no such run in {storage}"
-    raise RunError(f"run {name}", why, "see `mhmoe list`, or name another folder with --storage")
+    matching_runs = [r for r in runs if r.id == name] or [r for r in runs if r.id.startswith(name)]
+    if len(matching_runs) == 1:
+        return matching_runs[0]
+    reason = (
+        f"it fits {', '.join(r.id for r in matching_runs)}" if matching_runs else f"there is no such run in {storage}"
+    )
+    raise RunError(f"run {name}", reason, "see `mhmoe list`, or name another folder with --storage")
 
 
 @dataclass(frozen=True)
@@ -258,23 +267,23 @@ def last_attempt(run: RunDir) -> Attempt:
         RunError: the run was imported, so it has no attempt.
     """
     if run.is_imported:
-        why = "it was imported, not trained here, so it has no job"
-        raise RunError(f"run {run.id}", why, "serve it with `mhmoe serve deploy`, or name another run")
+        reason = "it was imported, not trained here, so it has no job"
+        raise RunError(f"run {run.id}", reason, "serve it with `mhmoe serve deploy`, or name another run")
     return read_attempts(run)[-1]
 
 
-def newest_number(run: RunDir) -> int:
+def newest_attempt_number(run: RunDir) -> int:
     """Return the number of the run's newest attempt, counted from 1; 0 without any."""
     return len(read_attempts(run))
 
 
-def require_newest(run: RunDir, attempt: int) -> None:
-    """Check that an attempt is the newest one of its run.
+def require_newest_attempt(run: RunDir, attempt: int) -> None:
+    """Raise if the run has a newer attempt than this one.
 
     Raises:
-        RunError: there is an attempt after this one.
+        RunError: there is a newer attempt.
     """
-    if newest_number(run) > attempt:
+    if newest_attempt_number(run) > attempt:
         raise RunError(f"run {run.id}", "it was resumed elsewhere", "leave it to the newer job")
 
 
@@ -285,5 +294,5 @@ def add_attempt(run: RunDir, attempt: Attempt) -> None:
 
 
 def mark_imported(run: RunDir) -> None:
-    """Write the run.json of an imported run, with the present time; from now on the directory counts as a run."""
+    """Write the run.json of an imported run, with the current time; this makes the directory count as a run."""
     write_json(run.attempts_file, {"id": run.id, "attempts": [], "imported": time.time()})

@@ -1,24 +1,21 @@
-"""Events of a run, in order.
-
-The state of a run is a function of its events.
-"""
+"""Events of a run: events.jsonl, the state of a run, which follows from its events, and sentences about events."""
 
 import time
 from typing import Any, Literal
 
 from mhmoe_ray.runs import jsonl
 from mhmoe_ray.runs.directory import RunDir
-from mhmoe_ray.spec.cluster import ClusterSpec, mesh_in_words
+from mhmoe_ray.spec.cluster import ClusterSpec, format_mesh
 
-Kind = Literal[
+EventKind = Literal[
     "submitted",  # attempt, job, address
     "began",  # attempt, host, pid (of its job)
     "preparing",  # folder
     "prepared",  # validation_tokens, and the fields of data.shards.manifest.Baselines
-    "waiting",  # missing (what the cluster lacks for the workers at the moment)
+    "waiting",  # missing (resources that the cluster lacks for the workers at the moment)
     "restoring",  # name (of the checkpoint that workers will start from; null without one), step, attempt
     "started",  # group, step, dp, ep, groups (ranks), straddling_groups and groups_apart (numbers of them),
-    # dispatch, flat_groups (which hierarchical dispatch must leave flat), asked (cluster.workers),
+    # dispatch, flat_groups (groups that hierarchical dispatch must leave flat), asked (cluster.workers),
     # workers: [{rank, pid, began (of that process), host, node}]
     "hung",  # rank, host, pid, step (its last), doing, seconds (without progress), silent (or waiting with others)
     "lost",  # rank, reason, host, lines (its last ones), ranks (number of those that failed with it)
@@ -47,104 +44,114 @@ _STATE_AFTER: dict[str, State] = {
 }
 
 
-def record(run: RunDir, kind: Kind, **fields: Any) -> None:
+def record(run: RunDir, kind: EventKind, **fields: Any) -> None:
     jsonl.append(run.events_file, {"time": time.time(), "event": kind, **fields})
 
 
-def events(run: RunDir) -> list[dict[str, Any]]:
+def read(run: RunDir) -> list[dict[str, Any]]:
     return list(jsonl.read(run.events_file))
 
 
-def newest(happened: list[dict[str, Any]], kind: Kind) -> dict[str, Any] | None:
+def newest_event(run_events: list[dict[str, Any]], kind: EventKind) -> dict[str, Any] | None:
     """Return the last event of this kind; None if there is none."""
-    return next((event for event in reversed(happened) if event["event"] == kind), None)
+    return next((event for event in reversed(run_events) if event["event"] == kind), None)
 
 
-def state(happened: list[dict[str, Any]]) -> State:
+def state(run_events: list[dict[str, Any]]) -> State:
     """Return the state of a run after these events."""
     current: State = "submitted"
-    begun = 0
-    for event in happened:
+    begun_attempt = 0
+    for event in run_events:
         kind = event["event"]
         if kind == "began":
-            begun = event.get("attempt", 0)
-        elif kind == "submitted" and event.get("attempt", begun + 1) <= begun:
-            continue  # on an object store lines are in the order of their writers' clocks, which differ
+            begun_attempt = event.get("attempt", 0)
+        elif kind == "submitted" and event.get("attempt", begun_attempt + 1) <= begun_attempt:
+            # On an object store, lines are in the order of their writers' clocks, which differ: this event is late.
+            continue
         elif kind == "restoring" and current == "waiting":
             current = "preparing"
         current = _STATE_AFTER.get(kind, current)
     return current
 
 
-def is_over(current: str) -> bool:
-    """Return whether a run in this state has ended.
-
-    A state that is not known has not.
-    """
+def is_end_state(current: str) -> bool:
+    """Return whether a run in this state has ended; False for an unknown state."""
     return current in ("finished", "stopped", "failed", "imported")
 
 
-def hung(event: dict[str, Any]) -> str:
+def describe_hang(event: dict[str, Any]) -> str:
     """Return a sentence about a rank that hung, from its "hung" event."""
-    how = "gave no sign of life" if event["silent"] else "made no progress"
-    where = f"rank {event['rank']} (process {event['pid']} on {event['host']})"
-    return f"{where} {how} for {event['seconds']:.0f} s, {event['doing']} after step {event['step']}; it was ended"
+    symptom = "sent no heartbeat" if event["silent"] else "made no progress"
+    process = f"rank {event['rank']} (process {event['pid']} on {event['host']})"
+    return (
+        f"{process} {symptom} for {event['seconds']:.0f} s, {event['doing']} after step {event['step']}; it was killed"
+    )
 
 
-def lost(event: dict[str, Any]) -> str:
+def describe_failure(event: dict[str, Any]) -> str:
     """Return a sentence about workers that failed, from their "lost" event."""
-    more = event["ranks"] - 1
-    others = f", and {more} other{'s' if more > 1 else ''} with it" if more else ""
-    return f"rank {event['rank']} on {event['host'] or 'a node that is not known'} failed{others}: {event['reason']}"
+    other_count = event["ranks"] - 1
+    others_text = f", and {other_count} other{'s' if other_count > 1 else ''} with it" if other_count else ""
+    return (
+        f"rank {event['rank']} on {event['host'] or 'a node that is not known'} failed{others_text}: {event['reason']}"
+    )
 
 
-def interruptions(happened: list[dict[str, Any]]) -> list[tuple[float, str]]:
-    """Return the time and the reason of each end of workers before their time, whether or not they were started again.
+def interruptions(run_events: list[dict[str, Any]]) -> list[tuple[float, str]]:
+    """Return the time and the reason of each interruption of the workers, whether or not they were restarted.
 
     Times are in seconds since the epoch, reasons are sentences. The failure of a rank that was killed because it hung
-    is not listed a second time.
+    is listed once.
     """
-    sentences = {"hung": hung, "preempted": preempted, "lost": lost}
-    told: list[tuple[float, str]] = []
+    sentences = {"hung": describe_hang, "preempted": describe_preemption, "lost": describe_failure}
+    sentences_by_time: list[tuple[float, str]] = []
     hung_rank = None
-    for event in happened:
+    for event in run_events:
         kind = event["event"]
-        if kind == "lost" and event["rank"] == hung_rank:  # since it was ended for that
+        if kind == "lost" and event["rank"] == hung_rank:
+            # The watchdog killed the rank, and its "hung" event is in the list.
             hung_rank = None
         elif kind in sentences:
-            told.append((event["time"], sentences[kind](event)))
+            sentences_by_time.append((event["time"], sentences[kind](event)))
             hung_rank = event["rank"] if kind == "hung" else hung_rank
         elif kind == "started":
             hung_rank = None
-    return told
+    return sentences_by_time
 
 
-def workers(started: dict[str, Any]) -> str:
-    """Return the number of workers of a "started" event, and the number that was asked for where that is a range."""
-    asked = started.get("asked")  # events of before have none
-    return str(len(started["workers"])) + (f" (of {asked['min']} to {asked['max']})" if isinstance(asked, dict) else "")
+def describe_workers(start_event: dict[str, Any]) -> str:
+    """Return the number of workers of a "started" event, with the requested range if there is one."""
+    # Events of older versions have no such field.
+    requested = start_event.get("asked")
+    return str(len(start_event["workers"])) + (
+        f" (of {requested['min']} to {requested['max']})" if isinstance(requested, dict) else ""
+    )
 
 
-def mesh(started: dict[str, Any]) -> str:
+def describe_mesh(start_event: dict[str, Any]) -> str:
     """Return the sizes of the mesh of a "started" event, in words."""
-    return mesh_in_words({name: started[name] for name in ClusterSpec().mesh_sizes() if name in started})
+    return format_mesh({name: start_event[name] for name in ClusterSpec().mesh_sizes() if name in start_event})
 
 
-def preempted(event: dict[str, Any]) -> str:
-    """Return a sentence about the nodes that are preempted, from a "preempted" event."""
-    left = f" within {event['deadline'] - event['time']:.0f} s" if event["deadline"] else ""
+def describe_preemption(event: dict[str, Any]) -> str:
+    """Return a sentence about preempted nodes, from a "preempted" event."""
+    deadline_text = f" within {event['deadline'] - event['time']:.0f} s" if event["deadline"] else ""
     nodes = ", ".join(node[:12] for node in event["nodes"])
-    return f"node {nodes} is taken away{left}; saved at step {event['step']}, starting elsewhere or smaller"
+    return (
+        f"node {nodes} is preempted{deadline_text}; saved at step {event['step']}, "
+        "restarting on other nodes or with fewer workers"
+    )
 
 
-def straddling(started: dict[str, Any]) -> str | None:
-    """Return a sentence about the expert-parallel groups that lie on several nodes, from a "started" event; None
-    without any."""
-    if not (groups := started["straddling_groups"]):
+def describe_straddling_groups(start_event: dict[str, Any]) -> str | None:
+    """Return a sentence about expert-parallel groups that lie on several nodes, from a "started" event; None without
+    any."""
+    if not (group_count := start_event["straddling_groups"]):
         return None
-    said = f"{groups} expert-parallel groups lie on more than one node"
-    if apart := started.get("groups_apart"):  # events of before have none
-        said += f", {apart} of them in more than one domain"
-    if flat := started.get("flat_groups"):
-        said += f"; {flat} with unequally many ranks on their nodes, so that dispatch stays flat there"
-    return said
+    sentence = f"{group_count} expert-parallel groups lie on more than one node"
+    # Events of older versions do not have the next two fields.
+    if groups_apart := start_event.get("groups_apart"):
+        sentence += f", {groups_apart} of them in more than one domain"
+    if flat_groups := start_event.get("flat_groups"):
+        sentence += f"; {flat_groups} with unequal numbers of ranks per node, where dispatch stays flat"
+    return sentence

@@ -1,6 +1,6 @@
 """History of a run's metrics: metrics.jsonl, one line per step, and queries on it.
 
-A history may have a million lines, so `course` reads only a few of them. Nothing here needs torch.
+A history may have a million lines, so `read_trend` reads only a few of them. Nothing here needs torch.
 """
 
 import math
@@ -10,108 +10,107 @@ from typing import Any, NamedTuple
 
 from mhmoe_ray.runs import jsonl
 from mhmoe_ray.runs.directory import RunDir
-from mhmoe_ray.runs.jsonl import Glimpse
+from mhmoe_ray.runs.jsonl import JsonlSnapshot
 from mhmoe_ray.runs.metrics import GROUP, METRICS, STEP, TIME, TOKENS, TOKENS_PER_S, VAL_LOSS
 
 
 def append(run: RunDir, line: dict[str, Any]) -> None:
-    """Append the line of a step.
-
-    A number that is not finite becomes null, because JSON cannot express it.
-    """
+    """Append the line of a step; numbers that are not finite become null, because JSON cannot express them."""
     assert line.keys() <= METRICS.keys(), f"not in the registry: {line.keys() - METRICS.keys()}"
     finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
-    jsonl.append(run.metrics_file, finite, at_once=False)
+    jsonl.append(run.metrics_file, finite, immediate=False)
 
 
 def flush(run: RunDir) -> None:
-    """Return when all lines of this process can be read, which is at once except on an object store."""
+    """Write the lines that this process still holds; there are some on an object store only."""
     jsonl.flush(run.metrics_file)
 
 
 def read(run: RunDir) -> list[dict[str, Any]]:
-    """Return one line per step, in order.
-
-    This is the effective history: after a restart, the steps that were repeated have their new lines only.
-    """
-    # On an object store segments are in the order of their writers' clocks, and a later start may be on another node.
-    return effective(sorted(jsonl.read(run.metrics_file), key=lambda line: line.get(GROUP, 0)))
+    """Return the effective history: one line per step, in order, and only the newest line of a repeated step."""
+    # On an object store, segments are in the order of their writers' clocks, and these differ between nodes.
+    return effective_lines(sorted(jsonl.read(run.metrics_file), key=lambda line: line.get(GROUP, 0)))
 
 
-def effective(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the lines without those that a later line replaces, which are the ones before it of the same or a later
-    step."""
-    found: list[dict[str, Any]] = []
+def effective_lines(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the lines without replaced ones: a line replaces all earlier lines of the same step or a later one."""
+    effective: list[dict[str, Any]] = []
     for line in lines:
-        while found and found[-1][STEP] >= line[STEP]:
-            found.pop()
-        found.append(line)
-    return found
+        while effective and effective[-1][STEP] >= line[STEP]:
+            effective.pop()
+        effective.append(line)
+    return effective
 
 
-def last(run: RunDir) -> dict[str, Any] | None:
+def last_line(run: RunDir) -> dict[str, Any] | None:
     """Return the newest line; None without any."""
-    return next(Glimpse(run.metrics_file).backwards(), None)
+    return next(JsonlSnapshot(run.metrics_file).lines_backwards(), None)
 
 
-class Course(NamedTuple):
-    recent: list[dict[str, Any]]
-    """Newest lines of the effective history, at most `RECENT`."""
-    validation: dict[str, Any] | None
+class Trend(NamedTuple):
+    recent_lines: list[dict[str, Any]]
+    """Newest lines of the effective history, at most `RECENT_LINES`."""
+    validation_line: dict[str, Any] | None
     """Newest line with a validation, None if there is none."""
     curve: list[dict[str, Any]]
-    """Lines from all over the effective history, in order; all of it where it is short."""
-    start: dict[str, Any] | None
+    """Lines spread over the effective history, in order; all lines of a short history."""
+    start_line: dict[str, Any] | None
     """First line of the newest worker group."""
 
     @property
-    def last(self) -> dict[str, Any] | None:
-        return self.recent[-1] if self.recent else None
+    def last_line(self) -> dict[str, Any] | None:
+        return self.recent_lines[-1] if self.recent_lines else None
 
     @property
     def rate(self) -> float | None:
-        """Tokens per second over the recent steps, by the time that these steps took; None where there are too few."""
-        pairs = [(b[TOKENS] - a[TOKENS], b[TOKENS_PER_S]) for a, b in pairwise(self.recent) if a[GROUP] == b[GROUP]]
+        """Tokens per second over the recent steps, without the time between them; None if there are too few steps."""
+        pairs = [
+            (b[TOKENS] - a[TOKENS], b[TOKENS_PER_S]) for a, b in pairwise(self.recent_lines) if a[GROUP] == b[GROUP]
+        ]
         seconds = sum(tokens / rate for tokens, rate in pairs if tokens)
         return float(sum(tokens for tokens, _ in pairs) / seconds) if seconds else None
 
     @property
     def mean_rate(self) -> float | None:
-        """Tokens per second since the newest worker group started, by the clock, validations and pauses included; None
-        if no time has passed since its first line."""
-        if self.last is None or self.start is None or self.last[TIME] <= self.start[TIME]:
+        """Tokens per second since the newest worker group started, with validations and pauses; None if no time has
+        passed since its first line."""
+        if self.last_line is None or self.start_line is None or self.last_line[TIME] <= self.start_line[TIME]:
             return None
-        return float((self.last[TOKENS] - self.start[TOKENS]) / (self.last[TIME] - self.start[TIME]))
+        return float(
+            (self.last_line[TOKENS] - self.start_line[TOKENS]) / (self.last_line[TIME] - self.start_line[TIME])
+        )
 
 
-RECENT = 20
-CURVE = 60
+# The speed is a mean over this number of steps.
+RECENT_LINES = 20
+# `mhmoe status` draws the loss curve from this number of lines.
+CURVE_LINES = 60
 
 
-def course(run: RunDir, validate_every: int) -> Course:
+def read_trend(run: RunDir, validate_every: int) -> Trend:
     """Return recent lines, the newest validation and a curve of a run's history.
 
     Args:
         run: the run.
         validate_every: number of steps between two of its validations.
     """
-    file = Glimpse(run.metrics_file)
-    newest = list(islice(file.backwards(), CURVE))[::-1]
-    if not newest:
-        return Course([], None, [], None)
-    recent, last_step, group = effective(newest), newest[-1][STEP], newest[-1][GROUP]
-    validation = None
-    for line in file.backwards():
-        # One that was repeated after a restart has a newer line; one that is yet to be repeated does not count.
+    file = JsonlSnapshot(run.metrics_file)
+    newest_lines = list(islice(file.lines_backwards(), CURVE_LINES))[::-1]
+    if not newest_lines:
+        return Trend([], None, [], None)
+    recent_lines, last_step, group = effective_lines(newest_lines), newest_lines[-1][STEP], newest_lines[-1][GROUP]
+    validation_line = None
+    for line in file.lines_backwards():
+        # After a restart, a step after `last_step` will be repeated, so its validation does not count.
         if VAL_LOSS in line and line[STEP] <= last_step:
-            validation = line
+            validation_line = line
             break
         if line[STEP] <= last_step - validate_every:
             break
-    short = len(newest) < CURVE
-    return Course(
-        recent[-RECENT:],
-        validation,
-        recent if short else effective([*file.spread(CURVE), newest[-1]]),
-        file.first(lambda line: line[GROUP] >= group),
+    is_short = len(newest_lines) < CURVE_LINES
+    return Trend(
+        recent_lines[-RECENT_LINES:],
+        validation_line,
+        recent_lines if is_short else effective_lines([*file.sample_lines(CURVE_LINES), newest_lines[-1]]),
+        file.first_match(lambda line: line[GROUP] >= group),
     )

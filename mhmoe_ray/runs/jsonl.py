@@ -1,8 +1,7 @@
-"""Append-only files of JSON lines that survive a writer killed in mid-line, and fast queries on long ones.
+"""Append-only files of JSON lines, which stay readable if a writer is killed in mid-line, and queries on long files.
 
-An object store cannot append: there such a file is a folder of segments in order of time. Each line is a segment of its
-own; or, where lines come fast and from one process, lines are gathered in a segment that is written again once a
-second.
+An object store cannot append: there such a file is a folder of segments, sorted by time. Each line is a segment of its
+own. If one process writes many lines, they are gathered in a segment that is written again once a second.
 """
 
 import atexit
@@ -21,130 +20,137 @@ from typing import Any
 from mhmoe_ray.errors import StorageError
 from mhmoe_ray.storage import Location, ObjectPath
 
+# A segment is written again with every added line, so it must not grow without limit.
 SEGMENT_BYTES = 1 << 18
-SHORT_BYTES = 1 << 12
-PUT_SECONDS = 1.0
+# Segments below this size are cached by readers.
+SHORT_SEGMENT_BYTES = 1 << 12
+WRITE_SECONDS = 1.0
 
 
-def append(path: Location, record: dict[str, Any], *, at_once: bool = True) -> None:
-    """Append one line in one write; after a torn last line, start a new line.
+def append(path: Location, record: dict[str, Any], *, immediate: bool = True) -> None:
+    """Append one line in one write.
 
     Args:
         path: path of the file.
-        record: content of the line, which JSON must be able to hold.
-        at_once: whether the line is written at once on an object store too. Otherwise it may be written only with a
-            line that is appended a second later, or by `flush`, and no other process may append at that time.
+        record: content of the line, which JSON must be able to express.
+        immediate: whether the line is written immediately on an object store too. Otherwise it may be written only with
+            a line that is appended a second later, or by `flush`, and no other process may append at that time.
 
     Raises:
         StorageError: the storage is full, read-only or out of reach.
     """
-    with _writing(path):
-        _append(path, record, at_once)
+    with _report_write_errors(path):
+        _append(path, record, immediate)
 
 
 @contextmanager
-def _writing(path: Location) -> Iterator[None]:
+def _report_write_errors(path: Location) -> Iterator[None]:
     try:
         yield
     except OSError as e:
-        fix = "make room or mend the storage, then `mhmoe resume`"
+        fix = "make room or repair the storage, then `mhmoe resume`"
         raise StorageError(f"file {path}", f"it cannot be written: {e.strerror or e}", fix) from e
 
 
-def _append(path: Location, record: dict[str, Any], at_once: bool) -> None:
+def _append(path: Location, record: dict[str, Any], immediate: bool) -> None:
     line = json.dumps(record, separators=(",", ":")).encode() + b"\n"
     if isinstance(path, ObjectPath):
-        if at_once:
+        if immediate:
             (path / _segment_name()).write_bytes(line)
         else:
-            _gathered(path).append(line)
+            _segment_buffer(path).append(line)
         return
     fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600)
     try:
         size = os.fstat(fd).st_size
+        # A writer that was killed may have left a torn last line, which must not swallow this one.
         if size and os.pread(fd, 1, size - 1) != b"\n":
             line = b"\n" + line
-        while line:  # only a disk that is full takes a part of one; to write the rest says so
+        # A full disk takes a part of a line. Writing the rest raises the error.
+        while line:
             line = line[os.write(fd, line) :]
     finally:
         os.close(fd)
 
 
 def flush(path: Location) -> None:
-    """Return when everything that this process appended can be read.
+    """Write all lines that this process appended, so that other processes can read them.
 
     Raises:
         StorageError: the storage is full, read-only or out of reach.
     """
     if isinstance(path, ObjectPath):
-        with _writing(path):
-            _gathered(path).put()
+        with _report_write_errors(path):
+            _segment_buffer(path).write()
 
 
 def _segment_name() -> str:
     return f"{time.time_ns():020d}-{secrets.token_hex(3)}.jsonl"
 
 
-class _Gathered:
-    """Lines of this process that are gathered to one segment on an object store."""
+class _SegmentBuffer:
+    """Buffer that gathers lines of this process to one segment on an object store."""
 
     def __init__(self, folder: ObjectPath) -> None:
-        self._folder, self._lines, self._waiting, self._put = folder, b"", False, 0.0
+        self._folder, self._lines, self._has_unwritten_lines, self._last_write_time = folder, b"", False, 0.0
         self._name = ""
-        atexit.register(self.put)
+        atexit.register(self.write)
 
     def append(self, line: bytes) -> None:
         if not self._lines:
             self._name = _segment_name()
         self._lines += line
-        self._waiting = True
-        if time.monotonic() - self._put >= PUT_SECONDS:
-            self.put()
+        self._has_unwritten_lines = True
+        if time.monotonic() - self._last_write_time >= WRITE_SECONDS:
+            self.write()
 
-    def put(self) -> None:
-        if not self._waiting:
+    def write(self) -> None:
+        if not self._has_unwritten_lines:
             return
         (self._folder / self._name).write_bytes(self._lines)
-        self._waiting, self._put = False, time.monotonic()
+        self._has_unwritten_lines, self._last_write_time = False, time.monotonic()
         if len(self._lines) > SEGMENT_BYTES:
             self._lines = b""
 
 
 @lru_cache(maxsize=16)
-def _gathered(path: ObjectPath) -> _Gathered:
-    return _Gathered(path)
+def _segment_buffer(path: ObjectPath) -> _SegmentBuffer:
+    return _SegmentBuffer(path)
 
 
 def parts_with_sizes(path: Location) -> list[tuple[Location, int]]:
-    """Return the files that together make up this one, in order, with their sizes in bytes."""
+    """Return the parts of a file, in order, with their sizes in bytes: its segments, or the file itself."""
     if isinstance(path, ObjectPath):
         return [*path.sizes()]
     return [(path, path.stat().st_size)] if path.exists() else []
 
 
 def read(path: Location) -> Iterator[dict[str, Any]]:
-    """Yield all whole lines, in order; none if there is no file.
+    """Yield all complete lines, in order; none if there is no file.
 
     A torn line, left by a writer that was killed, is skipped.
     """
     for part, size in parts_with_sizes(path):
         if isinstance(part, Path):
             with part.open("rb") as f:
-                yield from records(f)
+                yield from parse_lines(f)
         else:
-            yield from records((_short if size < SHORT_BYTES else _segment)(part, size).splitlines())
+            yield from parse_lines(
+                (_read_short_segment if size < SHORT_SEGMENT_BYTES else _read_segment)(part, size).splitlines()
+            )
 
 
-def _segment(part: ObjectPath, size: int) -> bytes:
+def _read_segment(part: ObjectPath, size: int) -> bytes:
     return part.read_bytes()
 
 
-# A segment only grows. Whoever follows a run for days would ask the store for each of its events at every look.
-_short = lru_cache(maxsize=1 << 16)(_segment)
+# A segment only grows, so its name and size identify its content. Without the cache, a
+# command that follows a run for days would request each event from the store at every poll.
+_read_short_segment = lru_cache(maxsize=1 << 16)(_read_segment)
 
 
-def records(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
-    """Yield the content of lines, without those that are torn."""
+def parse_lines(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
+    """Yield the content of the lines, and skip torn ones."""
     for line in lines:
         try:
             yield json.loads(line)
@@ -152,41 +158,43 @@ def records(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
             continue
 
 
-def modified(path: Location) -> float:
-    """Return the time at which the last line was written, in seconds since the epoch; 0 without any."""
+def modification_time(path: Location) -> float:
+    """Return the time when the last line was written, in seconds since the epoch; 0 without any line."""
     return max((part.stat().st_mtime for part, _ in parts_with_sizes(path)[-1:]), default=0.0)
 
 
 class Tail:
-    """Reader of the whole lines that were added to a file since the last call of `new`.
+    """Reader of the complete lines that were added to a file since the last call of `new_lines`.
 
     The first call yields all lines or, with `from_now`, those that were added since the reader was created.
     """
 
     def __init__(self, path: Location, *, from_now: bool = False) -> None:
-        self._path, self._read = path, dict[str, int]()
+        self._path, self._offsets = path, dict[str, int]()
         if from_now:
-            self._read = {part.name: size for part, size in parts_with_sizes(path)}
+            self._offsets = {part.name: size for part, size in parts_with_sizes(path)}
 
-    def new(self) -> Iterator[dict[str, Any]]:
+    def new_lines(self) -> Iterator[dict[str, Any]]:
         for part, size in parts_with_sizes(self._path):
-            seen = self._read.get(part.name, 0)
-            if seen == size:
+            offset = self._offsets.get(part.name, 0)
+            if offset == size:
                 continue
             with part.open("rb") as f:
-                f.seek(seen)
-                added = f.read()
-            whole = added[: added.rfind(b"\n") + 1]
-            self._read[part.name] = seen + len(whole)
-            yield from records(whole.splitlines())
+                f.seek(offset)
+                new_bytes = f.read()
+            # A line without an end is still being written; the next call reads it again.
+            complete_lines = new_bytes[: new_bytes.rfind(b"\n") + 1]
+            self._offsets[part.name] = offset + len(complete_lines)
+            yield from parse_lines(complete_lines.splitlines())
 
 
-BLOCK = 1 << 16
-PROBE = 1 << 12
+# Bytes of each read backwards, and of the first read at an offset.
+BLOCK_BYTES = 1 << 16
+PROBE_BYTES = 1 << 12
 
 
-class Glimpse:
-    """Access to any line of a file as it was when this was created; torn lines are skipped."""
+class JsonlSnapshot:
+    """Random access to the lines of a file as it was when the snapshot was created; torn lines are skipped."""
 
     def __init__(self, path: Location) -> None:
         self._parts, sizes = [], []
@@ -197,61 +205,62 @@ class Glimpse:
         self.size = self._ends[-1] if self._ends else 0
         """Size of the file in bytes."""
 
-    def backwards(self) -> Iterator[dict[str, Any]]:
+    def lines_backwards(self) -> Iterator[dict[str, Any]]:
         """Yield all lines, the last one first."""
-        end, rest = self.size, b""
+        end, partial_line = self.size, b""
         for index in reversed(range(len(self._parts))):
-            begin = self._begin(index)
-            while end > begin:
-                block = self._read(index, max(begin, end - BLOCK), end)
+            part_start = self._part_start(index)
+            while end > part_start:
+                block = self._read_range(index, max(part_start, end - BLOCK_BYTES), end)
                 end -= len(block)
-                rest, *lines = (block + rest).split(b"\n")
-                yield from records(reversed(lines))
-            yield from records([rest])
-            rest = b""
+                partial_line, *lines = (block + partial_line).split(b"\n")
+                yield from parse_lines(reversed(lines))
+            yield from parse_lines([partial_line])
+            partial_line = b""
 
-    def at(self, offset: int) -> dict[str, Any] | None:
-        """Return the first whole line that begins at or after byte `offset`; None past the last one."""
+    def line_at(self, offset: int) -> dict[str, Any] | None:
+        """Return the first complete line that begins at or after byte `offset`; None after the last one."""
         index = bisect_right(self._ends, offset)
         while index < len(self._parts):
-            begin, end, length = max(offset, self._begin(index)), self._ends[index], PROBE
-            inside = begin > self._begin(index)
+            start, end, length = max(offset, self._part_start(index)), self._ends[index], PROBE_BYTES
+            # Inside a part, the read begins one byte earlier: a line begins at `start` only if a line ends before it.
+            starts_inside = start > self._part_start(index)
             while True:
-                found = self._read(index, begin - inside, min(end, begin + length))
-                lines = found.split(b"\n")[inside:-1]
-                if line := next(records(lines), None):
+                block = self._read_range(index, start - starts_inside, min(end, start + length))
+                lines = block.split(b"\n")[starts_inside:-1]
+                if line := next(parse_lines(lines), None):
                     return line
-                if begin + length >= end:
+                if start + length >= end:
                     break
                 length *= 2
             index += 1
         return None
 
-    def spread(self, count: int) -> list[dict[str, Any]]:
-        """Return about `count` lines in order, evenly spaced; of a file with fewer lines, some appear twice."""
-        found = (self.at(self.size * i // count) for i in range(count))
-        return [line for line in found if line]
+    def sample_lines(self, count: int) -> list[dict[str, Any]]:
+        """Return about `count` lines in order, evenly spaced; if a file has fewer lines, some appear twice."""
+        lines = (self.line_at(self.size * i // count) for i in range(count))
+        return [line for line in lines if line]
 
-    def first(self, holds: Callable[[dict[str, Any]], bool]) -> dict[str, Any] | None:
-        """Return the first line for which `holds` is true, found by bisection; None if there is none.
+    def first_match(self, predicate: Callable[[dict[str, Any]], bool]) -> dict[str, Any] | None:
+        """Return the first line for which `predicate` is true, with a bisection; None if there is none.
 
         Args:
-            holds: predicate that is true for all lines after the first one for which it is true.
+            predicate: function of a line that is true for all lines after the first one for which it is true.
         """
-        below, above = 0, self.size
-        while below < above:
-            middle = (below + above) // 2
-            line = self.at(middle)
-            if line is None or holds(line):
-                above = middle
+        low, high = 0, self.size
+        while low < high:
+            middle = (low + high) // 2
+            line = self.line_at(middle)
+            if line is None or predicate(line):
+                high = middle
             else:
-                below = middle + 1
-        return self.at(below)
+                low = middle + 1
+        return self.line_at(low)
 
-    def _begin(self, index: int) -> int:
+    def _part_start(self, index: int) -> int:
         return self._ends[index - 1] if index else 0
 
-    def _read(self, index: int, start: int, stop: int) -> bytes:
+    def _read_range(self, index: int, start: int, stop: int) -> bytes:
         with self._parts[index].open("rb") as f:
-            f.seek(start - self._begin(index))
+            f.seek(start - self._part_start(index))
             return bytes(f.read(stop - start))

@@ -1,7 +1,7 @@
-"""Logs of a run in its directory, so that they outlive the cluster: `logs/<attempt>/<number>.log`.
+"""Logs of a run in its run directory, so that they outlive the cluster: `logs/<attempt>/<number>.log`.
 
-What the run's job and its workers write goes to one file of its own, which the job copies in segments of 1 MiB. Of a
-long log the first segment and the newest ones are kept; of a run, the newest attempts. Secrets are replaced before
+The output of the run's job and of its workers goes to one file, which the job copies in segments of 1 MiB. The first
+segment and the newest segments of a log are kept, and the logs of the newest attempts. Secrets are replaced before
 anything is written (`Redactor`).
 """
 
@@ -18,13 +18,14 @@ from threading import Event, Thread
 from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.storage import Location, ObjectPath, remove_tree
 
+# With `NEWEST_SEGMENTS` and `NEWEST_ATTEMPTS` this limits the logs of a run to 32 MiB.
 SEGMENT_BYTES = 1 << 20
 NEWEST_SEGMENTS = 7
-"""Number of newest segments of an attempt that are kept beside its first one."""
+"""Number of newest segments of an attempt that are kept in addition to its first one."""
 NEWEST_ATTEMPTS = 4
-LONGEST_LINE = 64 << 10
-"""Number of bytes of a line without an end after which it is written in pieces."""
-SECONDS, OBJECT_SECONDS = 2.0, 15.0
+MAX_LINE_BYTES = 64 << 10
+"""Number of bytes after which a line without an end is written in pieces."""
+COPY_SECONDS, OBJECT_COPY_SECONDS = 2.0, 15.0
 """Seconds between two copies, locally and on an object store, where each copy writes the whole segment again."""
 
 _SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSW|API_?KEY|ACCESS_?KEY|PRIVATE_?KEY|CREDENTIAL", re.IGNORECASE)
@@ -34,24 +35,28 @@ _SECRET_TEXT = re.compile(
     r"|\bAKIA[0-9A-Z]{16}\b"  # an AWS access key
     r"|(?<=[Bb]earer )[\w.~+/=-]{8,}"
 )
-SHORTEST_SECRET = 8
-"""Smallest number of characters of an environment variable's value that is taken for a secret because of its name."""
+MIN_SECRET_CHARACTERS = 8
+"""Smallest number of characters of an environment variable's value that counts as a secret because of its name."""
 
 
 class Redactor:
-    """Replaces secrets by `***`: values of environment variables with the name of a secret, the content of files that
-    such variables name, and tokens of known forms."""
+    """Function that replaces secrets by `***`.
+
+    Secrets are the values of environment variables with the name of a secret, the contents of files that such variables
+    name, and tokens of known forms.
+    """
 
     def __init__(self, environment: Mapping[str, str]) -> None:
-        values = [v for name, v in environment.items() if _SECRET_NAME.search(name) and len(v) >= SHORTEST_SECRET]
+        values = [v for name, v in environment.items() if _SECRET_NAME.search(name) and len(v) >= MIN_SECRET_CHARACTERS]
         # Paths and addresses are no secrets, though a variable such as RAY_AUTH_TOKEN_PATH may be named like one.
-        hidden = [v for v in values if not v.startswith(("/", "http://", "https://"))]
+        secret_values = [v for v in values if not v.startswith(("/", "http://", "https://"))]
         for path in (v for v in values if v.startswith("/")):
             with suppress(OSError, UnicodeDecodeError):
                 text = Path(path).read_text().strip()
-                hidden += [text] if SHORTEST_SECRET <= len(text) < LONGEST_LINE else []
-        longest_first = sorted(set(hidden), key=len, reverse=True)
-        self._values = re.compile("|".join(map(re.escape, longest_first))) if hidden else None
+                secret_values += [text] if MIN_SECRET_CHARACTERS <= len(text) < MAX_LINE_BYTES else []
+        # Of two secrets that begin alike, the longer one must match first, or its end would stay.
+        longest_first = sorted(set(secret_values), key=len, reverse=True)
+        self._values = re.compile("|".join(map(re.escape, longest_first))) if secret_values else None
 
     def __call__(self, text: str) -> str:
         if self._values:
@@ -59,8 +64,8 @@ class Redactor:
         return _SECRET_TEXT.sub("***", text)
 
 
-class LogKeeper:
-    """Copies a growing file into the run directory, with secrets replaced."""
+class LogArchiver:
+    """Archiver that copies a growing file into the run directory, with secrets replaced."""
 
     def __init__(self, run: RunDir, attempt: int, source: Path, redact: Redactor) -> None:
         """Create the folder of the attempt's log, and remove logs of old attempts.
@@ -72,38 +77,40 @@ class LogKeeper:
             redact: function that replaces secrets in a text.
         """
         self._folder, self._source, self._redact = run.logs / f"{attempt:04d}", source, redact
-        self._read, self._rest, self._number, self._segment = 0, b"", 1, b""
-        _drop_old_attempts(run)
+        self._offset, self._partial_line, self._segment_number, self._segment = 0, b"", 1, b""
+        _remove_old_logs(run)
         self._folder.mkdir(parents=True, exist_ok=True)
 
-    def copy(self, *, whole: bool = False) -> None:
+    def copy(self, *, include_partial_line: bool = False) -> None:
         """Copy the lines that were added since the last call.
 
         Args:
-            whole: whether to copy an unfinished last line too.
+            include_partial_line: whether to copy an unfinished last line too.
         """
         with self._source.open("rb") as file:
-            file.seek(self._read)
+            file.seek(self._offset)
             while chunk := file.read(SEGMENT_BYTES // 2):
-                self._read += len(chunk)
-                self._rest += chunk
-                cut = self._rest.rfind(b"\n") + 1 or (len(self._rest) if len(self._rest) > LONGEST_LINE else 0)
-                self._write(self._rest[:cut])
-                self._rest = self._rest[cut:]
-        if whole:
-            self._write(self._rest)
-            self._rest = b""
+                self._offset += len(chunk)
+                self._partial_line += chunk
+                cut = self._partial_line.rfind(b"\n") + 1 or (
+                    len(self._partial_line) if len(self._partial_line) > MAX_LINE_BYTES else 0
+                )
+                self._write(self._partial_line[:cut])
+                self._partial_line = self._partial_line[cut:]
+        if include_partial_line:
+            self._write(self._partial_line)
+            self._partial_line = b""
 
     def _write(self, lines: bytes) -> None:
         if not lines:
             return
         data = self._redact(lines.decode(errors="replace")).encode()
         if self._segment and len(self._segment) + len(data) > SEGMENT_BYTES:
-            self._number, self._segment = self._number + 1, b""
-            if (old := self._number - NEWEST_SEGMENTS) > 1:
-                self._file(old).unlink(missing_ok=True)
+            self._segment_number, self._segment = self._segment_number + 1, b""
+            if (old_number := self._segment_number - NEWEST_SEGMENTS) > 1:
+                self._file(old_number).unlink(missing_ok=True)
         self._segment += data
-        path = self._file(self._number)
+        path = self._file(self._segment_number)
         if isinstance(path, ObjectPath):
             path.write_bytes(self._segment)
         else:
@@ -114,49 +121,51 @@ class LogKeeper:
         return self._folder / f"{number:06d}.log"
 
 
-def _sorted(folder: Location) -> list[Location]:
+def _sorted_files(folder: Location) -> list[Location]:
     return sorted(folder.iterdir(), key=lambda path: path.name)
 
 
-def _drop_old_attempts(run: RunDir) -> None:
+def _remove_old_logs(run: RunDir) -> None:
     if run.logs.exists():
-        for folder in _sorted(run.logs)[: -NEWEST_ATTEMPTS + 1]:  # with the one that begins
+        # The attempt that begins is one of the newest, and its folder does not exist yet.
+        for folder in _sorted_files(run.logs)[: -NEWEST_ATTEMPTS + 1]:
             remove_tree(folder)
 
 
-def keep_log(run: RunDir, attempt: int) -> None:
-    """Copy what this process writes to its standard output, from now to its end, if standard output is a file."""
-    source = _file_of(sys.stdout.fileno())
+def archive_log(run: RunDir, attempt: int) -> None:
+    """Start a thread that copies the standard output of this process until it ends, if standard output is a file."""
+    source = _open_file_path(sys.stdout.fileno())
     if source is None:
         return
-    over = Event()
-    seconds = OBJECT_SECONDS if isinstance(run.path, ObjectPath) else SECONDS
+    process_ended = Event()
+    seconds = OBJECT_COPY_SECONDS if isinstance(run.path, ObjectPath) else COPY_SECONDS
     try:
-        keeper = LogKeeper(run, attempt, source, Redactor(os.environ))
+        archiver = LogArchiver(run, attempt, source, Redactor(os.environ))
     except OSError as e:
         _warn(run, e)
         return
 
-    def copy_on() -> None:
-        warned, last = False, False
-        while not last:
-            last = over.wait(seconds)
+    def copy_repeatedly() -> None:
+        has_warned, is_last_copy = False, False
+        while not is_last_copy:
+            is_last_copy = process_ended.wait(seconds)
             try:
-                keeper.copy(whole=last)
-            except OSError as e:  # the storage may come back; the cluster has the log meanwhile
-                if not warned:
+                archiver.copy(include_partial_line=is_last_copy)
+            except OSError as e:
+                # The storage may come back, and the cluster has the log meanwhile.
+                if not has_warned:
                     _warn(run, e)
-                warned = True
+                has_warned = True
 
-    thread = Thread(target=copy_on, name="log", daemon=True)
+    thread = Thread(target=copy_repeatedly, name="log", daemon=True)
     thread.start()
 
     def finish() -> None:
         sys.stdout.flush()
-        over.set()
+        process_ended.set()
         thread.join()
 
-    # Python calls this after it has written the traceback of an error that ends the process.
+    # Python calls `finish` after the traceback of an error that ends the process, so the copy includes it.
     atexit.register(finish)
 
 
@@ -164,7 +173,7 @@ def _warn(run: RunDir, error: OSError) -> None:
     print(f"warning: the log of this attempt cannot be kept in {run.path}: {error}", flush=True)
 
 
-def _file_of(descriptor: int) -> Path | None:
+def _open_file_path(descriptor: int) -> Path | None:
     """Return the path of an open regular file; None for a terminal or a pipe."""
     try:
         if sys.platform == "darwin":
@@ -176,18 +185,18 @@ def _file_of(descriptor: int) -> Path | None:
     return Path(name) if Path(name).is_file() else None
 
 
-def kept_lines(run: RunDir, attempt: int) -> Iterator[str] | None:
+def archived_lines(run: RunDir, attempt: int) -> Iterator[str] | None:
     """Return the lines of an attempt's log in the run directory; None if there are none."""
     folder = run.logs / f"{attempt:04d}"
-    segments = _sorted(folder) if folder.exists() else []
-    return _lines(segments) if segments else None
+    segments = _sorted_files(folder) if folder.exists() else []
+    return _read_lines(segments) if segments else None
 
 
-def _lines(segments: list[Location]) -> Iterator[str]:
-    expected = 1
+def _read_lines(segments: list[Location]) -> Iterator[str]:
+    expected_number = 1
     for segment in segments:
         number = int(segment.name.removesuffix(".log"))
-        if number > expected:
-            yield f"[{(number - expected) * SEGMENT_BYTES >> 20} MiB of this log were not kept]"
-        expected = number + 1
+        if number > expected_number:
+            yield f"[{(number - expected_number) * SEGMENT_BYTES >> 20} MiB of this log were not kept]"
+        expected_number = number + 1
         yield from segment.read_bytes().decode(errors="replace").splitlines()

@@ -1,4 +1,4 @@
-"""Registry of a run's metrics: one entry for each, which everything that shows or keeps a metric reads.
+"""Registry of a run's metrics, with one entry for each metric; all outputs below are made from these entries.
 
     metrics.jsonl        a line per step, written by runs/history.py; it takes registered names only
     Prometheus           gauges `ray_mhmoe_train_NAME` (train/telemetry/ray_metrics.py), with the label `run`
@@ -83,7 +83,7 @@ STEP = _metric(
     "Steps done.",
     panel=Panel("training", "Progress", query="{0} / {steps}", kind="stat", unit="percentunit"),
 )
-STEPS = _metric("steps", "Steps that the run is to have.")
+STEPS = _metric("steps", "Number of steps of the complete run.")
 LOSS = _metric(
     "loss",
     "Mean loss of the newest step, in nats per token.",
@@ -156,7 +156,7 @@ LEAST_EXPERT = _metric(
 )
 DROPPED = _metric(
     "dropped",
-    "Share of routes that got no place.",
+    "Share of routes dropped because their expert was full.",
     unit="percentunit",
     tag="routing/dropped",
     panel=Panel("routing", "Dropped routes"),
@@ -191,39 +191,42 @@ ROWS_SENT = _metric(
 )
 ROWS_BETWEEN_NODES = _metric(
     "rows_between_nodes",
-    "Bytes of them that left their node.",
+    "Bytes of these rows that left their node.",
     unit="bytes",
     tag="exchange/rows_between_nodes",
     panel=Panel("routing", "Rows between ranks, a step", "{{run}} between nodes"),
 )
-ROWS_LEAST = _metric("rows_least", "Least bytes of rows that flat dispatch could send for these routes.", scope="file")
+ROWS_LEAST = _metric(
+    "rows_least", "Smallest number of bytes that flat dispatch could send for these routes.", scope="file"
+)
 COUNTS_SENT = _metric("counts_sent", "Bytes of row counts that left their rank, over all ranks.", scope="file")
-GROUP = _metric("group", "Start of the worker group that wrote the line, from 1.", scope="file")
-TIME = _metric("time", "When the step ended, in seconds since the epoch.", scope="file")
+GROUP = _metric("group", "Number of the worker group that wrote the line, from 1.", scope="file")
+TIME = _metric("time", "End of the step, in seconds since the epoch.", scope="file")
 STREAM = _metric("stream", "Digest of the step's samples, in order.", scope="file")
 SKIPPED = _metric("skipped", "True where the step updated nothing because its gradient was not finite.", scope="file")
 VAL_TOKENS = _metric("val_tokens", "Held-out tokens of the validation.", scope="file")
 
 
-def tagged(line: dict[str, Any]) -> dict[str, float]:
+def tagged_values(line: dict[str, Any]) -> dict[str, float]:
     """Return the tags of a step's line with their values, without those that are absent or not finite."""
     values = {metric.tag: line.get(name) for name, metric in METRICS.items() if metric.tag}
     return {tag: value for tag, value in values.items() if value is not None and math.isfinite(value)}
 
 
-_MOST_NATS = 709.0  # of which a float holds the exponential
+# exp(709) is just below the largest float64.
+_MAX_NATS = 709.0
 
 
 def perplexity(loss: float | None) -> float | None:
     """Return the perplexity of a loss in nats per token.
 
     Returns:
-        The perplexity; None where there is no loss, it is not finite, or the perplexity is beyond what a float holds.
+        The perplexity; None without a loss, if the loss is not finite, or if the perplexity is larger than any float.
     """
-    return math.exp(loss) if loss is not None and loss < _MOST_NATS else None
+    return math.exp(loss) if loss is not None and loss < _MAX_NATS else None
 
 
-def load(count_LE: np.ndarray) -> np.ndarray:
+def expert_loads(count_LE: np.ndarray) -> np.ndarray:
     """Return the share of its layer's routes that each expert got, times E: 1 is uniform; 0 in a layer without routes.
 
     Args:
@@ -232,7 +235,7 @@ def load(count_LE: np.ndarray) -> np.ndarray:
     Returns:
         Loads, (L, E), float64.
     """
-    return np.asarray(_share(count_LE) * count_LE.shape[1])
+    return np.asarray(_route_shares(count_LE) * count_LE.shape[1])
 
 
 def load_entropy(count_LE: np.ndarray) -> np.ndarray:
@@ -246,10 +249,12 @@ def load_entropy(count_LE: np.ndarray) -> np.ndarray:
     Returns:
         Relative entropies, (L,), float64.
     """
-    share_LE = _share(count_LE)
+    share_LE = _route_shares(count_LE)
+    # An expert without routes adds 0 to the entropy, but its logarithm is not finite.
     log_LE = np.log(share_LE, where=share_LE > 0, out=np.zeros_like(share_LE))
     return np.asarray(-(share_LE * log_LE).sum(1) / math.log(count_LE.shape[1]))
 
 
-def _share(count_LE: np.ndarray) -> np.ndarray:
+def _route_shares(count_LE: np.ndarray) -> np.ndarray:
+    # Without `clip` a layer without routes would have NaN for shares of 0.
     return np.asarray(count_LE / count_LE.sum(1, keepdims=True).clip(min=1))

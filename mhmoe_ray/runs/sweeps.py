@@ -1,12 +1,12 @@
-"""The directory of a sweep: the orders of commands, and the run directories that became of them.
+"""Directory of a sweep: the orders that commands write, and the run directories of the sweep's entries.
 
 <storage>/sweeps/<name>/
-  orders/000001-3f2a1c.json   written by a command: which runs, how many at a time, and the job that starts them
-  runs.json                   written by the job whose order is the last: the run directory of each entry
+  orders/000001-3f2a1c.json   written by a command: the runs, how many at a time, and the job that starts them
+  runs.json                   written by the job of the last order: the run directory of each entry
   stop                        present while a user asks that no more runs start
 
-Commands may run at the same moment and on several machines. So each writes an order of its own, once; the names of the
-orders alone say which one counts.
+Commands may run at the same moment and on several machines. So each command writes its own order once, and the names of
+the orders alone determine which order counts.
 """
 
 import json
@@ -32,8 +32,8 @@ class Order(BaseModel):
     wanted: list[str]
     """Names of the entries that are to run."""
     retry: dict[str, int]
-    """Number of the last attempt of each run that had failed or been stopped at the time of the order, by entry: these
-    runs start again once."""
+    """Number of the last attempt of each run that had failed or was stopped at the time of the order, by entry; these
+    runs are retried once."""
     job: str
     address: str
     """Address of the cluster's dashboard, as commands reach it."""
@@ -67,70 +67,64 @@ class SweepDir:
 
     @property
     def exists(self) -> bool:
-        return bool(self.orders())
+        return bool(self.order_names())
 
-    def orders(self) -> list[str]:
-        """Return the names of all orders, in order.
+    def order_names(self) -> list[str]:
+        """Return the names of all orders, oldest first.
 
-        The last one counts, and the jobs of the others make way for its job.
+        The last order counts, and the jobs of earlier orders give way to its job.
         """
         return sorted(path.name.removesuffix(".json") for path in self.orders_folder.glob("*.json"))
 
-    def new_order(self) -> str:
-        """Return a name for an order that comes after all existing ones.
+    def new_order_name(self) -> str:
+        """Return a name for an order that comes after all existing ones."""
+        # Two commands may take the same number at the same moment. The suffix makes their names different, and every
+        # process sorts them alike.
+        last_number = max((int(name.partition("-")[0]) for name in self.order_names()), default=0)
+        return f"{last_number + 1:06d}-{secrets.token_hex(3)}"
 
-        Two orders of the same moment have the same number but different names, and every process sees the same one as
-        the last.
-        """
-        last = max((int(name.partition("-")[0]) for name in self.orders()), default=0)
-        return f"{last + 1:06d}-{secrets.token_hex(3)}"
-
-    def order(self, name: str) -> Order:
+    def read_order(self, name: str) -> Order:
         """Return the order of this name.
 
         Raises:
             FileNotFoundError: the order is not written yet.
-            RunError: the order is damaged, or was written by another version.
+            RunError: the order is damaged, or another version wrote it.
         """
         text = (self.orders_folder / f"{name}.json").read_text()
         try:
             return Order.model_validate_json(text)
         except ValidationError as e:
-            what = f"sweep {self.name}, order {name}"
-            fix = "give the sweep's command again, or go on with the version that wrote it"
-            raise RunError(what, "it is damaged, or of another version", fix) from e
+            subject = f"sweep {self.name}, order {name}"
+            fix = "repeat the sweep's command, or use the version that wrote the order"
+            raise RunError(subject, "it is damaged, or written by another version", fix) from e
 
     def write_order(self, name: str, order: Order) -> None:
         write_json(self.orders_folder / f"{name}.json", order.model_dump(mode="json"))
 
-    def orders_before(self, name: str | None = None) -> Iterator[Order]:
-        """Yield the orders before this one, or all orders without a name.
-
-        Orders that another version of this package wrote are left out.
-        """
-        names = self.orders()
-        for earlier in names[: names.index(name) if name else None]:
+    def earlier_orders(self, name: str | None = None) -> Iterator[Order]:
+        """Yield the orders before this one, or all orders without a name; those of other versions are left out."""
+        names = self.order_names()
+        for earlier_name in names[: names.index(name) if name else None]:
             with suppress(RunError):
-                yield self.order(earlier)
+                yield self.read_order(earlier_name)
 
     def entries(self) -> list[SweepRun]:
-        """Return the entries of the last order, and those of earlier orders that were started and are not in the last
-        one."""
-        started, last = self.runs(), self.orders()[-1]
-        found = {entry.name: entry for entry in self.order(last).entries}
-        for order in reversed([*self.orders_before(last)]):
+        """Return the entries of the last order, and started entries of earlier orders that the last one lacks."""
+        started_runs, last_order = self.runs(), self.order_names()[-1]
+        entries_by_name = {entry.name: entry for entry in self.read_order(last_order).entries}
+        # Newest first: the newest definition of an entry counts.
+        for order in reversed([*self.earlier_orders(last_order)]):
             for entry in order.entries:
-                if entry.name in started:
-                    found.setdefault(entry.name, entry)
-        return list(found.values())
+                if entry.name in started_runs:
+                    entries_by_name.setdefault(entry.name, entry)
+        return list(entries_by_name.values())
 
     def runs(self) -> dict[str, RunDir]:
-        """Return the runs of the entries that were started, by the names of the entries, without runs that were removed
-        since."""
+        """Return the runs of started entries, by the names of the entries; runs that were removed are left out."""
         if not self.runs_file.exists():
             return {}
-        found: dict[str, str] = json.loads(self.runs_file.read_text())
-        runs = {entry: RunDir(self.path.parent.parent / run) for entry, run in found.items()}
+        run_ids: dict[str, str] = json.loads(self.runs_file.read_text())
+        runs = {entry: RunDir(self.path.parent.parent / run) for entry, run in run_ids.items()}
         return {entry: run for entry, run in runs.items() if run.spec_file.exists()}
 
     def write_runs(self, runs: Mapping[str, RunDir]) -> None:

@@ -3,11 +3,11 @@
 config.py          the configuration that the command line sends to Serve; imports neither torch nor ray
 app.py             the application that Serve builds from it: one deployment, one engine per replica
 api/               routes, and the schemas of requests, responses and errors
-answer.py          from a prompt to pieces of the answer's text
-chat_template.py   from conversations to prompts
-detokenizer.py     from tokens to streamed text, of which no piece is ever retracted
+answer.py          text in, text out: turns a prompt into pieces of the answer's text
+chat_template.py   turns conversations into prompts
+detokenizer.py     turns tokens into streamed text, of which no piece is ever retracted
 engine/            token ids in, token ids out, for many requests at once
 vllm/              vLLM as an engine
-load.py            loads a checkpoint with its engine and tokenizer; engines by name
+load.py            loads a checkpoint with its engine and tokenizer; has the engines by name
 ray_metrics.py     an engine's statistics as Ray metrics
 """

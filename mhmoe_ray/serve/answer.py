@@ -9,28 +9,34 @@ from tokenizers import Tokenizer
 
 from mhmoe_ray.data.tokenizer import boundaries, token_count
 from mhmoe_ray.errors import ServeError
-from mhmoe_ray.planner.sizes import sizes
+from mhmoe_ray.planner.sizes import compute_sizes
 from mhmoe_ray.serve.chat_template import ChatTemplate
 from mhmoe_ray.serve.detokenizer import TextDecoder, TextStream, TokenBytes
-from mhmoe_ray.serve.engine import Engine, FinishReason, Request, Scored
+from mhmoe_ray.serve.engine import Engine, FinishReason, Request, ScoredToken
 from mhmoe_ray.spec import ModelSpec
 
 
-def edge_texts(tokenizer: Tokenizer) -> tuple[str, str]:
-    """Return the texts of the token that starts a document and of one that ends it."""
-    edges = boundaries(tokenizer)
-    begin, end = (tokenizer.id_to_token(token) for token in (edges.start, max(edges.ends)))
-    assert begin is not None
-    assert end is not None
-    return begin, end
+def boundary_texts(tokenizer: Tokenizer) -> tuple[str, str]:
+    """Return the text of the token that starts a document, and the text of a token that ends one."""
+    boundary_tokens = boundaries(tokenizer)
+    start_text, end_text = (
+        tokenizer.id_to_token(token) for token in (boundary_tokens.start, max(boundary_tokens.ends))
+    )
+    assert start_text is not None
+    assert end_text is not None
+    return start_text, end_text
 
 
 class ScoredText(NamedTuple):
-    """The score of a token, with the token as the bytes of its text."""
+    """The score of a token, with the token as the bytes of its text.
 
-    part: bytes
+    The log-probability is None for the first token of a prompt. Alternatives are the most likely tokens in its place,
+    likeliest first.
+    """
+
+    token_bytes: bytes
     """UTF-8 bytes of the token; they may begin or end in the middle of a character."""
-    characters: int
+    character_count: int
     """Number of characters that the token adds to the answer's text, if it consists of complete characters.
 
     A special token adds none, and a space at the start that the decoder drops does not count.
@@ -39,20 +45,21 @@ class ScoredText(NamedTuple):
     alternatives: list[tuple[bytes, float]]
 
 
-class Piece(NamedTuple):
+class AnswerPiece(NamedTuple):
+    """The next piece of an answer, with the progress so far."""
+
     text: str
     """The next part of the answer's text; empty while no more of it is certain."""
-    tokens: int
+    token_count: int
     """Number of tokens of the answer so far."""
     scores: tuple[ScoredText, ...] = ()
-    """Scores of the tokens that came since the last piece, if the request asks for them."""
+    """Scores of the tokens since the last piece, if the request asks for them."""
     finish_reason: FinishReason | None = None
-    """Set on the last piece only: "stop" at the end of a document or at a stop string, "length" at a limit on
-    tokens."""
+    """Reason why the answer ends; set on the last piece only."""
 
 
 class ModelDetails(BaseModel):
-    """Facts about the served model that its users want to know: name and sizes."""
+    """Facts about the served model for its users: name and sizes."""
 
     checkpoint: str
     """The run's id and the checkpoint's name."""
@@ -67,12 +74,18 @@ class ModelDetails(BaseModel):
     """Number of sub-tokens per token; 1 for a plain mixture of experts."""
 
     @classmethod
-    def of(cls, checkpoint: str, model: ModelSpec) -> Self:
-        count, moe = sizes(model), model.moe
+    def from_spec(cls, checkpoint: str, model: ModelSpec) -> Self:
+        """Return the details of a model.
+
+        Args:
+            checkpoint: the run's id and the checkpoint's name.
+            model: the model's spec.
+        """
+        model_sizes, moe = compute_sizes(model), model.moe
         return cls(
             checkpoint=checkpoint,
-            parameters=count.parameters,
-            active_parameters=count.active_parameters,
+            parameters=model_sizes.parameters,
+            active_parameters=model_sizes.active_parameters,
             layers=model.layers,
             experts=moe.experts if moe else 0,
             top_k=moe.top_k if moe else 0,
@@ -95,87 +108,98 @@ class Answerer:
             details: facts about the model.
         """
         self.engine, self.tokenizer, self.template, self.details = engine, tokenizer, template, details
-        self.start = boundaries(tokenizer).start
-        self.tokens = token_count(tokenizer)
-        """Number of token ids: every id is below it."""
-        self.edges = edge_texts(tokenizer)
+        self.start_token = boundaries(tokenizer).start
+        self.tokenizer_size = token_count(tokenizer)
+        """Number of token ids; every id is below it."""
+        self.boundary_texts = boundary_texts(tokenizer)
         self.decode = TextDecoder(tokenizer)
-        self._bytes = TokenBytes(tokenizer, self.decode)
+        self._token_bytes = TokenBytes(tokenizer, self.decode)
 
     def encode(self, prompt: str) -> list[int]:
         """Return the token ids of a prompt as the start of a document."""
-        return [self.start, *self._ids(prompt)]
+        return [self.start_token, *self._encode_text(prompt)]
 
     def encode_chat(self, template: ChatTemplate, messages: Sequence[dict[str, Any]]) -> list[int]:
         """Return the token ids of a conversation, up to where the assistant's next answer begins.
 
-        The token that starts a document is put in front, unless the template has done so itself.
+        They begin with the token that starts a document, whether the template writes it or not.
 
         Raises:
             ServeError: the template does not accept these messages.
         """
-        ids = self._ids(template.prompt(messages))
-        return ids if ids[:1] == [self.start] else [self.start, *ids]
+        ids = self._encode_text(template.render(messages))
+        return ids if ids[:1] == [self.start_token] else [self.start_token, *ids]
 
-    def _ids(self, text: str) -> list[int]:
-        """Encode the text as a batch of one: only for batches does the library let other threads run meanwhile."""
+    def _encode_text(self, text: str) -> list[int]:
+        """Return the token ids of a text, without the token that starts a document."""
+        # The library lets other threads run only while it encodes batches, so the text is a batch of one.
         [encoding] = self.tokenizer.encode_batch_fast([text], add_special_tokens=False)
         return list(encoding.ids)
 
-    def check_length(self, prompt_ids: Sequence[int], answer: bool) -> None:
-        """Check that the prompt fits in the model, together with the first token of an answer if one is wanted.
+    def check_length(self, prompt_ids: Sequence[int], has_answer: bool) -> None:
+        """Check that a prompt fits in the model's context.
+
+        Args:
+            prompt_ids: token ids of the prompt.
+            has_answer: whether an answer follows the prompt; its first token must fit too.
 
         Raises:
-            ServeError: it does not fit.
+            ServeError: the prompt does not fit.
         """
-        if len(prompt_ids) + answer > self.engine.seq_len:
-            why = f"it has {len(prompt_ids)} tokens, and prompt and answer together may have {self.engine.seq_len}"
-            raise ServeError("the prompt", why, "shorten it")
+        if len(prompt_ids) + has_answer > self.engine.seq_len:
+            reason = f"it has {len(prompt_ids)} tokens, and prompt and answer together may have {self.engine.seq_len}"
+            raise ServeError("the prompt", reason, "shorten it")
 
     async def answer(
-        self, request: Request, stops: Sequence[str] = (), echo: bool = False, own: int = 0
-    ) -> AsyncGenerator[Piece]:
-        """Yield one piece per update of the engine, the last one with the reason why the answer ends.
+        self, request: Request, stop_strings: Sequence[str] = (), echo: bool = False, added_tokens: int = 0
+    ) -> AsyncGenerator[AnswerPiece]:
+        """Yield one piece per update of the engine; the last piece has the reason why the answer ends.
 
-        Closing the generator early ends the engine's work on the request.
+        Closing the generator early aborts the request.
 
         Args:
             request: the request to the engine.
-            stops: stop strings; the answer ends before the first of them.
+            stop_strings: stop strings; the answer ends before the first of them.
             echo: whether the text begins with the prompt's text.
-            own: number of tokens at the prompt's start that were added here; their scores are not reported to the
-                client.
+            added_tokens: number of tokens at the prompt's start that the server added; their scores are left out.
 
         Raises:
             BusyError, EngineError: raised by `Engine.generate`.
         """
-        stream = TextStream(self.decode, stops, request.prompt_ids)
-        count, opening = 0, self.decode(request.prompt_ids) if echo else ""
+        stream = TextStream(self.decode, stop_strings, request.prompt_ids)
+        token_count, opening = 0, self.decode(request.prompt_ids) if echo else ""
         async with aclosing(self.engine.generate(request)) as updates:
             async for update in updates:
                 scores: list[ScoredText] = []
                 if request.logprobs is not None:
-                    scores += self._scored(update.prompt[own:], True)
-                    scores += self._scored(update.tokens, stream.at_start)
+                    scores += self._decode_scores(update.prompt_scores[added_tokens:], True)
+                    scores += self._decode_scores(update.tokens, stream.at_start)
                 text, opening = opening, ""
-                for scored in update.tokens:
-                    count += 1
-                    text += stream.push(scored.token)
-                if stream.stopped:
-                    yield Piece(text, count, tuple(scores), "stop")
+                for scored_token in update.tokens:
+                    token_count += 1
+                    text += stream.push(scored_token.token)
+                # The engine does not know stop strings, so the answer ends here and closing `updates` ends its work.
+                if stream.is_stopped:
+                    yield AnswerPiece(text, token_count, tuple(scores), "stop")
                     return
-                if update.finish:
+                if update.finish_reason:
                     text += stream.finish()
-                    reason: FinishReason = "stop" if stream.stopped else update.finish
-                    yield Piece(text, count, tuple(scores), reason)
+                    finish_reason: FinishReason = "stop" if stream.is_stopped else update.finish_reason
+                    yield AnswerPiece(text, token_count, tuple(scores), finish_reason)
                     return
-                yield Piece(text, count, tuple(scores))
+                yield AnswerPiece(text, token_count, tuple(scores))
 
-    def _scored(self, row: Sequence[Scored], at_start: bool) -> Iterator[ScoredText]:
-        """Yield the scores with texts. `at_start`: no token with a text comes before the first of them."""
-        for token, logprob, alternatives in row:
-            part, special = self._bytes[token], token in self.decode.special
-            text = self.decode([token]) if at_start or special else part.decode("utf-8", "replace")
-            at_start &= special
-            tops = [(self._bytes[other], logprob) for other, logprob in alternatives]
-            yield ScoredText(part, len(text), logprob, tops)
+    def _decode_scores(self, scored_tokens: Sequence[ScoredToken], at_start: bool) -> Iterator[ScoredText]:
+        """Yield the scores of tokens with their texts.
+
+        Args:
+            scored_tokens: consecutive tokens with their scores.
+            at_start: whether no token with a text comes before the first of them.
+        """
+        # A decoder may drop the space at the start of a text, so the first token with a text is decoded as a text.
+        for token, logprob, alternatives in scored_tokens:
+            token_bytes, is_special = self._token_bytes[token], token in self.decode.special_ids
+            text = self.decode([token]) if at_start or is_special else token_bytes.decode("utf-8", "replace")
+            at_start &= is_special
+            decoded_alternatives = [(self._token_bytes[other_token], logprob) for other_token, logprob in alternatives]
+            yield ScoredText(token_bytes, len(text), logprob, decoded_alternatives)

@@ -1,4 +1,4 @@
-"""The Ray Serve application: replicas with an engine each, and one deployment that counts the usage of API keys."""
+"""The Ray Serve application: replicas with an engine each, and a deployment that counts the rate limits of API keys."""
 
 from typing import Any
 
@@ -12,14 +12,14 @@ from mhmoe_ray.checkpoint.manifest import read_manifest
 from mhmoe_ray.checkpoint.tokenizer import load_run_tokenizer
 from mhmoe_ray.errors import MhmoeError
 from mhmoe_ray.runs.directory import RunDir
-from mhmoe_ray.serve.answer import edge_texts
-from mhmoe_ray.serve.api.access import Limits, Spent, any_limit
-from mhmoe_ray.serve.api.app import create_app, told
+from mhmoe_ray.serve.answer import boundary_texts
+from mhmoe_ray.serve.api.access import ExceededLimit, LocalRateLimiter, has_limits
+from mhmoe_ray.serve.api.app import create_app, replica_stats
 from mhmoe_ray.serve.chat_template import ChatTemplate
-from mhmoe_ray.serve.config import DEPLOYMENT, LIMITS
+from mhmoe_ray.serve.config import DEPLOYMENT, LIMITS_DEPLOYMENT
 from mhmoe_ray.serve.engine import EngineError
 from mhmoe_ray.serve.load import check_engine
-from mhmoe_ray.serve.ray_metrics import follow
+from mhmoe_ray.serve.ray_metrics import export_periodically
 from mhmoe_ray.spec import KeySpec, ServeSpec
 from mhmoe_ray.storage import location
 
@@ -33,89 +33,104 @@ class Args(BaseModel):
     model: str
     """The model's name for clients."""
     serve: ServeSpec
+    # Serve starts no replicas for a configuration that it already has, even if its replicas failed.
     again: str = ""
-    """A value that makes this configuration differ from an earlier one whose replicas failed: Serve starts no replicas
-    for a configuration that it already has."""
+    """Value that makes this configuration differ from an earlier one whose replicas failed."""
 
 
-# An update starts the new one beside the old one, for which there is room everywhere: requests do not wait for it.
-@serve.deployment(name=LIMITS, num_replicas=1, max_surge_percent=100, ray_actor_options={"num_cpus": 0})
-class SharedLimits:
-    """The limits of all API keys, in one process that all replicas share."""
+# It needs no CPU, so an update always has room for the new replica beside the old one, and requests need not wait.
+@serve.deployment(name=LIMITS_DEPLOYMENT, num_replicas=1, max_surge_percent=100, ray_actor_options={"num_cpus": 0})
+class SharedRateLimiter:
+    """Deployment that counts the rate limits of all API keys in one process, which all replicas share."""
 
     def __init__(self, keys: tuple[KeySpec, ...]) -> None:
-        self._limits = Limits(keys)
+        self._limiter = LocalRateLimiter(keys)
 
-    async def begin(self, client: str) -> Spent | None:
-        return await self._limits.begin(client)
+    async def begin_request(self, client: str) -> ExceededLimit | None:
+        """Count a request; see `RateLimiter.begin_request`."""
+        return await self._limiter.begin_request(client)
 
-    async def used(self, client: str, tokens: int) -> None:
-        self._limits.used(client, tokens)
+    async def record_tokens(self, client: str, tokens: int) -> None:
+        """Count tokens; see `RateLimiter.record_tokens`."""
+        self._limiter.record_tokens(client, tokens)
 
 
-class There:
-    """A `Counter` that forwards to `SharedLimits` from a replica."""
+class RemoteRateLimiter:
+    """A `RateLimiter` that asks the deployment `SharedRateLimiter` from a replica."""
 
-    def __init__(self, limits: DeploymentHandle) -> None:
-        self._limits = limits
+    def __init__(self, deployment: DeploymentHandle) -> None:
+        self._deployment = deployment
 
-    async def begin(self, client: str) -> Spent | None:
-        found: Spent | None = await self._limits.begin.remote(client)
-        return found
+    async def begin_request(self, client: str) -> ExceededLimit | None:
+        """Count a request in the deployment; see `RateLimiter.begin_request`."""
+        exceeded_limit: ExceededLimit | None = await self._deployment.begin_request.remote(client)
+        return exceeded_limit
 
-    def used(self, client: str, tokens: int) -> None:
-        self._limits.used.remote(client, tokens)
+    def record_tokens(self, client: str, tokens: int) -> None:
+        """Count tokens in the deployment, without waiting for it; see `RateLimiter.record_tokens`."""
+        self._deployment.record_tokens.remote(client, tokens)
 
 
 @serve.deployment(name=DEPLOYMENT)
 @serve.ingress()
 class Completions:
-    def __init__(self, args: Args, limits: DeploymentHandle | None) -> None:
+    """Deployment whose replicas have an engine each and answer HTTP requests."""
+
+    def __init__(self, args: Args, rate_limiter: DeploymentHandle | None) -> None:
+        """Load the checkpoint and start to export metrics.
+
+        Args:
+            args: the arguments of the application.
+            rate_limiter: handle of `SharedRateLimiter`; None if no API key has limits.
+        """
         # Imported only by replicas: Serve builds the application in a process that needs no model.
         from mhmoe_ray.serve.load import load_answerer
 
         self._args, self._answerer = args, load_answerer(location(args.checkpoint), args.serve)
-        self._limits = There(limits) if limits else None
-        follow(self._answerer.engine.stats, args.model)
+        self._rate_limiter = RemoteRateLimiter(rate_limiter) if rate_limiter else None
+        export_periodically(self._answerer.engine.stats, args.model)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Return the HTTP application of this replica. Serve calls it once the replica is constructed."""
         replica = serve.get_replica_context().replica_id.unique_id
-        return create_app(self._answerer, self._args.model, self._args.serve, replica, self._everyone, self._limits)
+        return create_app(
+            self._answerer, self._args.model, self._args.serve, replica, self._collect_stats, self._rate_limiter
+        )
 
-    async def _everyone(self) -> list[dict[str, Any]]:
+    async def _collect_stats(self) -> list[dict[str, Any]]:
+        """Return the entries of all replicas for `/stats`."""
         context = serve.get_replica_context()
         handle = serve.get_deployment_handle(context.deployment, context.app_name)
-        found: list[dict[str, Any]] = await handle.broadcast("told").results_async()
-        return found
+        stats_list: list[dict[str, Any]] = await handle.broadcast("replica_stats").results_async()
+        return stats_list
 
-    async def told(self) -> dict[str, Any]:
-        """Return this replica's entry of `/stats`."""
-        return told(self._answerer, serve.get_replica_context().replica_id.unique_id)
+    async def replica_stats(self) -> dict[str, Any]:
+        """Return this replica's entry for `/stats`."""
+        return replica_stats(self._answerer, serve.get_replica_context().replica_id.unique_id)
 
     def check_health(self) -> None:
-        """Raise if the engine is broken. Serve calls this and replaces a replica that raises."""
-        if why := self._answerer.engine.why_broken:
-            raise EngineError(why)
+        """Raise an error if the engine is broken. Serve calls this regularly and replaces a replica that raises one."""
+        if failure_reason := self._answerer.engine.failure_reason:
+            raise EngineError(failure_reason)
 
 
 def build(args: Args) -> serve.Application:
     """Build the application. Serve calls this on the cluster, with the `args` of its configuration.
 
     Raises:
-        RayServeException: the checkpoint cannot be served. This is checked here as well as in each replica, because
-            Serve shows this exception as one line and gives up; an exception of a replica becomes a traceback after
-            several tries.
+        RayServeException: the checkpoint cannot be served.
     """
+    # Replicas check the same, but only after several tries does Serve report their error, as a traceback. It shows this
+    # exception as one line and gives up at once.
     try:
         checkpoint = location(args.checkpoint)
         manifest = read_manifest(checkpoint, parts=("weights",))
         check_engine(manifest, args.serve)
         tokenizer = load_run_tokenizer(checkpoint, manifest)
-        ChatTemplate.of_run(RunDir.of_checkpoint(checkpoint), *edge_texts(tokenizer))
+        ChatTemplate.from_run(RunDir.of_checkpoint(checkpoint), *boundary_texts(tokenizer))
     except MhmoeError as e:
         raise RayServeException(str(e)) from e
-    limits = None
-    if any_limit(args.serve.keys):
-        limits = SharedLimits.bind(args.serve.keys)  # type: ignore[attr-defined]  # a Deployment by its decorator
-    return Completions.bind(args, limits)  # type: ignore[attr-defined]  # the same
+    rate_limiter = None
+    if has_limits(args.serve.keys):
+        rate_limiter = SharedRateLimiter.bind(args.serve.keys)  # type: ignore[attr-defined]  # a Deployment, decorated
+    return Completions.bind(args, rate_limiter)  # type: ignore[attr-defined]  # the same

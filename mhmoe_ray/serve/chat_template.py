@@ -1,4 +1,7 @@
-"""Conversations as prompts, by a Jinja template with the same functions and filters as in Hugging Face's tokenizers."""
+"""Chat templates: Jinja templates that render a conversation as a prompt.
+
+They have the same functions, filters and blocks as in Hugging Face's tokenizers.
+"""
 
 import json
 from collections.abc import Sequence
@@ -16,72 +19,81 @@ from mhmoe_ray.runs.directory import RunDir
 
 
 class ChatTemplate:
-    def __init__(self, text: str, begin: str, end: str) -> None:
+    """The compiled chat template of a model."""
+
+    def __init__(self, text: str, start_text: str, end_text: str) -> None:
         """Compile the template.
 
         Args:
             text: the template.
-            begin: text of the token that starts a document.
-            end: text of a token that ends a document.
+            start_text: text of the token that starts a document.
+            end_text: text of a token that ends a document.
 
         Raises:
             ServeError: the text is not a valid template.
         """
         self.text = text
         environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
+            trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, loopcontrols]
         )
-        environment.filters["tojson"] = _as_json
-        environment.globals |= {"raise_exception": _refuse, "strftime_now": _now}
-        # There are none of the last two, which templates may ask of.
-        self._given = {"bos_token": begin, "eos_token": end, "tools": None, "documents": None}
+        environment.filters["tojson"] = _to_json
+        environment.globals |= {"raise_exception": _raise_template_error, "strftime_now": _format_now}
+        # Templates may ask whether there are tools or documents; this server has neither.
+        self._variables = {"bos_token": start_text, "eos_token": end_text, "tools": None, "documents": None}
         try:
             self._template = environment.from_string(text)
-        except Exception as e:  # Jinja's own, and Python's of the code that it makes
+        # Jinja compiles a template to Python code, so both Jinja's errors and Python's are errors of the template.
+        except Exception as e:
             raise ServeError("the chat template", str(e), "correct chat_template.jinja in the run directory") from e
 
     @classmethod
-    def of_run(cls, run: RunDir, begin: str, end: str) -> "ChatTemplate | None":
+    def from_run(cls, run: RunDir, start_text: str, end_text: str) -> "ChatTemplate | None":
         """Return the chat template of a run; None if the run has none."""
         file = run.chat_template_file
-        return cls(file.read_text(), begin, end) if file.exists() else None
+        return cls(file.read_text(), start_text, end_text) if file.exists() else None
 
-    def prompt(self, messages: Sequence[dict[str, Any]]) -> str:
-        """Return the text of the conversation, up to where the assistant's answer begins.
+    def render(self, messages: Sequence[dict[str, Any]]) -> str:
+        """Return the conversation as a prompt, up to where the assistant's answer begins.
 
         Raises:
             ServeError: the template does not accept these messages.
         """
         try:
-            return self._template.render(messages=messages, add_generation_prompt=True, **self._given)
-        except Exception as e:  # whatever the template's own code raises
+            return self._template.render(messages=messages, add_generation_prompt=True, **self._variables)
+        # The template's code may raise anything, such as a TypeError.
+        except Exception as e:
             raise ServeError("the messages", str(e), "send what the model's chat template takes") from e
 
 
-class _Generation(Extension):
+class _GenerationBlock(Extension):
     """The block `{% generation %}`, which marks the assistant's text for training; here it renders the text inside."""
 
-    tags = {"generation"}  # noqa: RUF012 - so Jinja has it
+    tags = {"generation"}  # noqa: RUF012 - Jinja declares it so
 
     def parse(self, parser: Parser) -> Scope:
+        """Return the statements of the block; Jinja calls this."""
+        # The block has its own scope, so variables that are set inside do not leave it, as in transformers.
         line = next(parser.stream).lineno
         return Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
 
 
-def _refuse(message: str) -> NoReturn:
+def _raise_template_error(message: str) -> NoReturn:
+    """Raise an error with the template's message: `raise_exception` of templates."""
     raise TemplateError(message)
 
 
-def _now(form: str) -> str:
-    return datetime.now().strftime(form)
+def _format_now(time_format: str) -> str:
+    """Return the present local time in a format: `strftime_now` of templates."""
+    return datetime.now().strftime(time_format)
 
 
-def _as_json(
+def _to_json(
     value: Any,
     ensure_ascii: bool = False,
     indent: int | None = None,
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """Replacement of Jinja's own `tojson`, which escapes HTML characters and sorts keys."""
+    """Return a value as JSON: the filter `tojson` of templates."""
+    # Jinja's own `tojson` escapes HTML characters and sorts keys, which would change prompts.
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)

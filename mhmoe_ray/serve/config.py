@@ -1,4 +1,8 @@
-"""The application as an entry of Ray Serve's declarative configuration. Imports neither torch nor ray."""
+"""The application as an entry of Ray Serve's configuration: replicas, autoscaling, queues and resources.
+
+If the spec's `replicas` is a range, Serve's autoscaling adds and removes replicas by the number of requests; otherwise
+their number is constant. This module imports neither torch nor ray.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,23 +12,23 @@ from mhmoe_ray.storage import Location
 
 IMPORT_PATH = "mhmoe_ray.serve.app:build"
 DEPLOYMENT = "completions"
-LIMITS = "limits"
+LIMITS_DEPLOYMENT = "limits"
 """Name of the second deployment, which exists if API keys have limits."""
 ENVIRONMENT = {
-    # Refusals of Serve's own, and of replicas that die, in the shape that clients know.
+    # This middleware gives errors of Serve's proxies, and of replicas that die, the shape that clients know.
     "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "mhmoe_ray.serve.api.proxy:middlewares",
-    # Serve's replicas and proxies hand a token on from thread to thread, and log each request on its way, unless told
-    # otherwise. Engines compute in a thread of their own.
+    # By default Serve's replicas and proxies pass each token through several threads and flush a log line per request.
+    # Engines compute in their own thread, so the other threads only cost time.
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
     "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1000",
-    # A proxy that is not up after three times as many seconds is killed, and the deployment fails: five are too few for
-    # a machine at work.
+    # Serve kills a proxy that is not ready after three times as many seconds, and the deployment fails. The default of
+    # five is too short for a busy machine.
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "30",
 }
-"""Environment variables of every node that is to serve, set before Ray starts there."""
-SPARE = 32
-"""Number of requests other than completions that a replica handles at a time."""
+"""Environment variables of every node that serves; they must be set before Ray starts there."""
+SPARE_REQUESTS = 32
+"""Number of requests other than completions, such as health checks, that a replica handles at a time."""
 
 
 def application_config(
@@ -35,27 +39,28 @@ def application_config(
     route: str = "/",
     runtime_env: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Return an element of the `applications` list that is PUT to Serve's REST API.
+    """Return the application as an element of the `applications` list for a PUT to Serve's REST API.
 
     Args:
         name: the application's name; deploying another application under the same name replaces it.
         checkpoint: a checkpoint directory inside its run directory; a relative path counts from the caller's working
             directory, and every node must be able to read it.
-        spec: sizes and limits; its `host` and `port` belong to the cluster's Serve instance and are not used here.
+        spec: sizes, limits and autoscaling; its `host` and `port` belong to the cluster's Serve instance and are not
+            used here.
         model_name: the model's name for clients, which they may send as `model`.
         route: path prefix of the application's routes.
         runtime_env: Ray's runtime environment of the replicas.
     """
     deployment = {
         "name": DEPLOYMENT,
-        **_scaling(spec),
-        # Old replicas end what they have begun.
+        **_replica_options(spec),
         "max_surge_percent": 100 if spec.surge else 0,
+        # A replica that an update or autoscaling removes may finish its running requests.
         "graceful_shutdown_timeout_s": spec.request_timeout,
-        # More than the engine lets wait, so that it is the engine that refuses, client by client, and that health is
-        # told however many wait.
-        "max_ongoing_requests": spec.max_concurrency + spec.max_waiting + SPARE,
-        "max_queued_requests": spec.max_waiting * spec.replicas.max + SPARE,
+        # The limit is above the engine's. So the engine, which knows the clients, refuses requests, and health checks
+        # are answered however many requests wait.
+        "max_ongoing_requests": spec.max_concurrency + spec.max_waiting + SPARE_REQUESTS,
+        "max_queued_requests": spec.max_waiting * spec.replicas.max + SPARE_REQUESTS,
         "backpressure_config": {"status_code": 429, "retry_after_s": 1},
         "ray_actor_options": {"num_cpus": spec.cpus_per_replica, "num_gpus": spec.gpus_per_replica},
     }
@@ -73,13 +78,15 @@ def application_config(
     }
 
 
-def _scaling(spec: ServeSpec) -> dict[str, Any]:
-    if not spec.replicas.elastic:
+def _replica_options(spec: ServeSpec) -> dict[str, Any]:
+    """Return the number of replicas, or the autoscaling configuration if the spec has a range of numbers."""
+    if not spec.replicas.is_elastic:
         return {"num_replicas": spec.replicas.min}
-    scaling = {
+    autoscaling = {
         "min_replicas": spec.replicas.min,
         "max_replicas": spec.replicas.max,
-        # Requests under way in a replica and waiting for one.
+        # Autoscaling counts the requests that run in a replica or wait for one. More than an engine computes at a time
+        # only wait, so they call for another replica.
         "target_ongoing_requests": spec.max_concurrency,
     }
-    return {"autoscaling_config": scaling}
+    return {"autoscaling_config": autoscaling}

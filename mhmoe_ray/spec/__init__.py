@@ -1,28 +1,29 @@
-"""The spec: one YAML file, written by the user, that describes a run completely. No torch, no ray."""
+"""The spec: one YAML file, written by the user, that describes a run completely. Importing it loads neither torch nor
+Ray."""
 
 from mhmoe_ray.spec.cluster import ClusterSpec
 from mhmoe_ray.spec.data import DataSpec, Format, PhaseSpec, SourceMix, SourceSpec
 from mhmoe_ray.spec.filters import FilterSpec, SignalRule
 from mhmoe_ray.spec.load import (
-    checked,
+    apply_overrides,
+    dotted_items,
     dump_spec,
-    leaves,
     load_deploy_spec,
     load_resolved_spec,
     load_site,
     load_sweep,
-    overridden,
     parse_overrides,
     read_tree,
+    validate_section,
 )
 from mhmoe_ray.spec.model import ModelSpec, MoESpec
-from mhmoe_ray.spec.run import ELSEWHERE, ReferenceSpec, RunSpec
+from mhmoe_ray.spec.run import NON_TRAINING_SECTIONS, ReferenceSpec, RunSpec
 from mhmoe_ray.spec.serve import DeploySpec, KeySpec, ServeSpec
 from mhmoe_ray.spec.sweep import SweepRun, SweepSize, SweepSpec
 from mhmoe_ray.spec.train import TrainSpec
 
 __all__ = [
-    "ELSEWHERE",
+    "NON_TRAINING_SECTIONS",
     "ClusterSpec",
     "DataSpec",
     "DeploySpec",
@@ -42,14 +43,14 @@ __all__ = [
     "SweepSize",
     "SweepSpec",
     "TrainSpec",
-    "checked",
+    "apply_overrides",
+    "dotted_items",
     "dump_spec",
-    "leaves",
     "load_deploy_spec",
     "load_resolved_spec",
     "load_site",
     "load_sweep",
-    "overridden",
     "parse_overrides",
     "read_tree",
+    "validate_section",
 ]

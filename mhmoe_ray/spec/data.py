@@ -1,4 +1,4 @@
-"""The `data` section: where raw text is, its format, how it is mixed, and where the prepared shards go."""
+"""The `data` section: sources of raw text, their mixture, the tokenizer, and the folder of the prepared shards."""
 
 from pathlib import Path
 from typing import Annotated, Literal, Self
@@ -16,24 +16,25 @@ SUFFIXES: dict[Format, tuple[str, ...]] = {
     "parquet": (".parquet",),
     "text": (".txt", ".txt.gz", ".txt.zst"),
 }
-"""File name suffixes of the formats that are recognized by them; the other formats are recognized by their folders
-(`find.py`)."""
+"""File name suffixes by which formats are recognized. `find.py` recognizes the other formats by their folders."""
 
 
+# Weights and shares have a large upper bound because users may write token counts as well as fractions.
 Weight = Annotated[float, Field(ge=0, le=1e18)]
 Share = Annotated[float, Field(gt=0, le=1e18)]
-"""Weights and shares may be token counts as well as fractions: only their ratios matter."""
+"""Type of a share; like weights, shares may be fractions or token counts, because only their ratios matter."""
 Epochs = Annotated[float, Field(gt=0, le=1e6)]
 
 
 class SourceMix(Section):
-    """A source's weight and how its subfolders share it; in a schedule, a key that is left out stays unchanged."""
+    """The mixture weight of a source, and its division among the subfolders. In a schedule, a key that is left out
+    stays unchanged."""
 
     weight: Weight | None = None
     alpha: float | None = Field(default=None, ge=0, le=1)
-    """Temperature between subfolders; in a schedule it replaces `shares` of the source, if there are any."""
+    """Temperature between subfolders. In a schedule it replaces the `shares` of the source, if it has any."""
     shares: dict[str, Share] | None = Field(default=None, min_length=1)
-    """Fixed shares by subfolder; in a schedule they replace `alpha`."""
+    """Fixed shares by subfolder. In a schedule they replace `alpha`."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -41,56 +42,59 @@ class SourceMix(Section):
             raise ValueError("shares fix the mixture, so alpha would be ignored: give one of the two")
         return self
 
-    def changed(self, by: "SourceMix") -> "SourceMix":
-        """Return this mix with the keys of `by` in place of its own."""
-        within = self if by.alpha is None and by.shares is None else by
-        weight = self.weight if by.weight is None else by.weight
-        return SourceMix(weight=weight, alpha=within.alpha, shares=within.shares)
+    def with_changes(self, changes: "SourceMix") -> "SourceMix":
+        """Return this mix with the keys that `changes` sets in place of its own."""
+        # Alpha and shares exclude each other, so a change to either replaces both.
+        subfolder_mix = self if changes.alpha is None and changes.shares is None else changes
+        weight = self.weight if changes.weight is None else changes.weight
+        return SourceMix(weight=weight, alpha=subfolder_mix.alpha, shares=subfolder_mix.shares)
 
 
 class PhaseSpec(Section):
     from_step: PositiveInt
-    """Number of optimizer steps done before this phase begins."""
+    """Number of optimizer steps before this phase begins."""
     sources: dict[str, SourceMix] = Field(min_length=1)
-    """Changes to the mix, by source."""
+    """Changes to the mixture, by source."""
 
 
 SourceName = Annotated[str, Field(pattern=r"^[^/]+$")]
-"""Source name: the part of a domain's name before its first slash."""
+"""Type of a source name. It has no slash, because a domain's name is the source name, a slash and the subfolder."""
 
 
 class SourceSpec(Section):
-    """Raw text: a folder with one subfolder per domain (RedPajama) or per language, or the files themselves."""
+    """Source of raw text: a folder with one subfolder per domain (RedPajama) or per language, or the files
+    themselves."""
 
     path: str
-    """Path of a folder or a file, or a pattern with * and **. It is local, or on s3:// or gs://, where a query may name
-    the server as pyarrow understands it: s3://bucket/folder?region=eu-west-1&endpoint_override=storage.example:9000."""
+    """Path of a folder or a file, or a pattern with * and **. It is local or starts with s3:// or gs://. A query may
+    name the server in pyarrow's notation:
+    s3://bucket/folder?region=eu-west-1&endpoint_override=storage.example:9000."""
     format: Format | None = None
-    """Format of the files; by default recognized by their names. `jsonl` is the format of RedPajama-1T and of most
-    others."""
+    """Format of the files. By default it is recognized by the files' names. RedPajama-1T and most other data sets are
+    `jsonl`."""
     text_field: str | None = Field(default=None, min_length=1)
     """Key or column that holds the text; by default `raw_content` in redpajama-v2, `text` elsewhere."""
     delimiter: str | None = None
-    """Line that ends a document in format text, if it consists of exactly this ("" is a blank line); by default a file
-    is one document."""
+    """Line that ends a document in format text ("" is a blank line). By default a file is one document."""
     filters: FilterSpec | None = None
     """Filters for format redpajama-v2, which select the documents to keep."""
     weight: Weight = 1.0
-    """Weight of this source in the mixture, relative to the other sources; 0 if only the schedule brings it in."""
+    """Mixture weight of this source, relative to the other sources. 0: the source is used only from the step at which
+    the schedule raises its weight."""
     alpha: float = Field(default=1.0, ge=0, le=1)
     """Temperature between subfolders: q_i = p_i^alpha / sum_j p_j^alpha, with p_i the share of tokens."""
     shares: dict[str, Share] | None = Field(default=None, min_length=1)
-    """Fixed shares by subfolder, instead of `alpha`; subfolders that are not named are left out."""
+    """Fixed shares by subfolder, instead of `alpha`. Only the named subfolders are used."""
     max_epochs: Epochs | None = None
-    """Largest number of epochs of each subfolder over the whole training. Samples that a subfolder cannot provide come
-    from the source's other subfolders in proportion, and from the other sources once all of them have reached their
-    limits."""
+    """Largest number of epochs of each subfolder over the whole training. When a subfolder reaches its limit, the
+    source's other subfolders provide its samples in proportion. When all of them have reached their limits, the other
+    sources do."""
     max_epochs_of: dict[str, Epochs] = Field(default_factory=dict)
-    """Largest number of epochs of single subfolders, by name; takes precedence over `max_epochs`."""
+    """Largest number of epochs of single subfolders, by name. It takes precedence over `max_epochs`."""
 
     @field_validator("path")
     @classmethod
-    def _without_password(cls, path: str) -> str:
+    def _check_path(cls, path: str) -> str:
         refuse_password(path)
         return path
 
@@ -106,11 +110,11 @@ class SourceSpec(Section):
 
     @property
     def mix(self) -> SourceMix:
-        """Mix of this source at the start of training."""
+        """The mix of this source at the start of training."""
         return SourceMix(weight=self.weight, alpha=None if self.shares else self.alpha, shares=self.shares)
 
     def check_format(self, format: Format) -> None:
-        """Check that the keys of this source apply to a format.
+        """Raise an error if a key of this source does not apply to a format.
 
         Raises:
             ValueError: a key is set that the format does not use.
@@ -128,52 +132,52 @@ class DataSpec(Section):
     schedule: list[PhaseSpec] = Field(default_factory=list)
     """Changes of the mixture during training, by step."""
     prepared: Path
-    """Folder for the packed token shards, which `data prepare` writes once and training only reads. If it lies below a
-    source's path, it is not part of that source."""
+    """Folder for the packed token shards. `data prepare` writes them once, and training only reads them. If the folder
+    lies below a source's path, it is not part of that source."""
     seq_len: PositiveInt
-    """T: number of tokens that the model sees at once. A stored sample has T + 1 tokens, the last T of which are the
-    targets."""
+    """T: number of tokens in a sequence. A stored sample has T + 1 tokens, of which the last T are the targets."""
     packing: Literal["concat", "best_fit"] = "concat"
-    """How documents fill samples. concat: documents follow each other and are cut wherever a sample ends. best_fit:
-    documents that fit into a sample stay whole; samples are filled up with padding, whose targets do not count."""
+    """Sequence packing. concat: documents follow each other and are cut where a sample ends. best_fit: documents that
+    fit into a sample are not cut, and samples are filled up with padding, whose targets do not count in the loss."""
     tokenizer: Path | None = None
     """Path of a tokenizer.json, or of a vocabulary in tiktoken's format; by default a tokenizer is trained on the
     sources."""
     tokenizer_pattern: str | None = Field(default=None, min_length=1)
-    """Rule by which text is split before the ranks of a vocabulary in tiktoken's format apply, as a name (gpt2, cl100k,
-    o200k or qwen2) or as a regular expression."""
+    """Pattern that splits text before the merge ranks of a vocabulary in tiktoken's format are applied: a name (gpt2,
+    cl100k, o200k or qwen2) or a regular expression."""
     tokenizer_model: Literal["bpe", "unigram"] | None = None
-    """Kind of tokenizer to train, byte-level in either case; by default bpe. unigram takes several times as long to
+    """Kind of tokenizer to train; by default bpe. Both kinds are byte-level. unigram takes several times as long to
     train."""
     tokenizer_train_mb: PositiveFloat | None = None
-    """Amount of text that the tokenizer is trained on, in millions of characters, by default 20: a sample of all
-    domains in the proportions of the mixture."""
+    """Amount of text that the tokenizer is trained on, in millions of characters; by default 20. The text is a sample
+    of all domains in the proportions of the mixture."""
     validation_fraction: float = Field(default=0.01, gt=0, lt=0.5)
-    """Share of documents held out for validation, chosen by a hash of their text."""
+    """Share of documents that are held out for validation. They are chosen by a hash of their text."""
     validation_samples: PositiveInt = 512
-    """Largest number of held-out samples that are kept, spread evenly over all of them."""
+    """Largest number of validation samples. If there are more held-out samples, an evenly spaced selection of them is
+    kept."""
     max_document_mb: PositiveFloat = 32.0
-    """Largest size of a document in MB, as it is stored (its line, its text file, its value in a column); larger ones
-    are quarantined."""
+    """Largest size of a document in MB, as it is stored (its line, its text file, or its value in a column). Larger
+    documents are quarantined."""
     max_bad_lines: NonNegativeInt = 0
-    """Number of unreadable lines, rows or text files that are quarantined; one more stops the job."""
+    """Largest number of unreadable lines, rows or text files. They are quarantined; one more stops the job."""
     max_bad_share: float = Field(default=0.0, ge=0, lt=1)
-    """Share of all lines, rows and text files that may be unreadable, used instead of `max_bad_lines` if it allows
-    more."""
+    """Largest share of unreadable lines, rows and text files. It replaces `max_bad_lines` if it allows more."""
     max_bad_files: NonNegativeInt = 0
-    """Number of files that may be partly lost (truncated, damaged, vanished); one more stops the job. What was read of
-    them is used."""
+    """Largest number of files that are partly lost (truncated, damaged or vanished). Their readable part is used; one
+    more such file stops the job."""
 
     @field_validator("prepared", "tokenizer", mode="before")
     @classmethod
-    def _is_a_path(cls, given: object) -> object:
-        if "://" in str(given):
+    def _refuse_uri(cls, value: object) -> object:
+        if "://" in str(value):
             raise ValueError("it must be a path on a file system that the nodes share, not a URI")
-        return given
+        return value
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         steps = [phase.from_step for phase in self.schedule]
+        # Each phase changes the mixture of the phase before it, so their order matters.
         if steps != sorted(set(steps)):
             raise ValueError(f"schedule must be by from_step, each once, and has {', '.join(map(str, steps))}")
         unknown = sorted({name for phase in self.schedule for name in phase.sources} - self.sources.keys())
@@ -184,6 +188,7 @@ class DataSpec(Section):
                 raise ValueError(f"every source has weight 0 from step {step} on")
         if self.tokenizer is None and self.tokenizer_pattern is not None:
             raise ValueError("tokenizer_pattern is for a given vocabulary in tiktoken's format: give tokenizer as well")
+        # Both have None as the default, so that an explicit value that equals the default is refused too.
         for key in ("tokenizer_model", "tokenizer_train_mb"):
             if self.tokenizer is not None and getattr(self, key) is not None:
                 raise ValueError(f"a tokenizer is given and none is trained, so {key} would be ignored")
@@ -191,26 +196,32 @@ class DataSpec(Section):
 
     @property
     def train_mb(self) -> float:
-        """Millions of characters that a tokenizer is trained on."""
+        """The number of characters that a tokenizer is trained on, in millions."""
         return self.tokenizer_train_mb or 20.0
 
     @property
     def mixes(self) -> dict[int, dict[str, SourceMix]]:
-        """Complete mix of every source, by the step at which it begins; the first is step 0."""
-        now = {name: source.mix for name, source in self.sources.items()}
-        result = {0: now}
+        """The complete mix of every source, by the step at which it begins. The first step is 0."""
+        current_mixes = {name: source.mix for name, source in self.sources.items()}
+        result = {0: current_mixes}
         for phase in self.schedule:
-            now = now | {name: now[name].changed(mix) for name, mix in phase.sources.items()}
-            result[phase.from_step] = now
+            current_mixes = current_mixes | {
+                name: current_mixes[name].with_changes(mix) for name, mix in phase.sources.items()
+            }
+            result[phase.from_step] = current_mixes
         return result
 
-    def subfolders(self, source: str) -> list[str] | None:
-        """Return the sorted subfolders that any phase names in the shares of a source; None if some phase uses all
-        subfolders."""
+    def named_subfolders(self, source: str) -> list[str] | None:
+        """Return the sorted names of the subfolders that have a fixed share of a source in any phase; None if some
+        phase uses all subfolders."""
         shares = [mixes[source].shares for mixes in self.mixes.values()]
-        return sorted({sub for s in shares if s for sub in s}) if all(shares) else None
+        return (
+            sorted({subfolder for source_shares in shares if source_shares for subfolder in source_shares})
+            if all(shares)
+            else None
+        )
 
 
-def absolute(base: Path, path: str) -> str:
-    """Return a local path taken from `base`; a URI is returned unchanged."""
+def absolute_path(base: Path, path: str) -> str:
+    """Return a local path relative to `base` as an absolute path; return a URI unchanged."""
     return path if "://" in path else str(base / path)

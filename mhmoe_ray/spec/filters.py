@@ -1,4 +1,4 @@
-"""Filters for a RedPajama-V2 source: by language, bucket, quality signals and tables of duplicates."""
+"""Filters for a RedPajama-V2 source: languages, buckets, rules on quality signals, and duplicates."""
 
 import difflib
 import math
@@ -10,11 +10,12 @@ from typing import Annotated, Literal, NamedTuple, Self
 from pydantic import AfterValidator, Field, model_validator
 
 from mhmoe_ray.spec.base import Section
-from mhmoe_ray.spec.hints import NEAR
+from mhmoe_ray.spec.hints import MIN_SIMILARITY
 
 Bucket = Literal["head", "middle", "tail"]
 
-_NAMES = """
+# The names are spelled as they were published, including misspellings ("punctution").
+_SIGNAL_NAMES = """
 ccnet_bucket ccnet_language_score ccnet_length ccnet_nlines ccnet_original_length ccnet_original_nlines ccnet_perplexity
 rps_doc_books_importance rps_doc_openwebtext_importance rps_doc_wikipedia_importance
 rps_doc_books_importance_length_correction rps_doc_openwebtext_importance_length_correction
@@ -29,10 +30,10 @@ rps_doc_frac_chars_dupe_8grams rps_doc_frac_chars_dupe_9grams rps_doc_frac_chars
 rps_doc_frac_chars_top_2gram rps_doc_frac_chars_top_3gram rps_doc_frac_chars_top_4gram
 rps_doc_ldnoobw_words rps_doc_ut1_blacklist
 """
-SIGNALS = frozenset(_NAMES.split())
-"""Names of all quality signals as published, including misspellings."""
+SIGNALS = frozenset(_SIGNAL_NAMES.split())
+"""Names of all quality signals."""
 SIMILARITIES = (0.7, 0.8, 0.9, 1.0)
-"""Similarities for which there are MinHash signatures."""
+"""Similarities for which RedPajama-V2 has MinHash signatures."""
 
 _COMPARISONS: dict[str, Callable[[float, float], bool]] = {
     "<": operator.lt,
@@ -46,7 +47,8 @@ _RULE = re.compile(r"\s*(\w+)\s*(<=|>=|==|!=|<|>)\s*(\S+)\s*")
 
 
 class SignalRule(NamedTuple):
-    """Rule on a quality signal: a document is kept if it holds; a document whose signal has no value is not kept."""
+    """Rule on a quality signal. A document is kept if the rule holds; a document without a value for the signal is
+    not kept."""
 
     signal: str
     comparison: str
@@ -64,8 +66,11 @@ class SignalRule(NamedTuple):
             raise ValueError("write a rule as `signal op number`, for example rps_doc_word_count >= 50")
         signal, comparison, bound = match.groups()
         if signal not in SIGNALS:
-            near = difflib.get_close_matches(signal, sorted(SIGNALS), n=1, cutoff=NEAR)
-            raise ValueError(f"there is no signal {signal!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+            similar_signals = difflib.get_close_matches(signal, sorted(SIGNALS), n=1, cutoff=MIN_SIMILARITY)
+            raise ValueError(
+                f"there is no signal {signal!r}"
+                + (f"; did you mean {similar_signals[0]!r}?" if similar_signals else "")
+            )
         if not math.isfinite(number := float(bound)):
             raise ValueError(f"a bound is a finite number, and {bound} is none")
         return cls(signal, comparison, number)
@@ -74,34 +79,35 @@ class SignalRule(NamedTuple):
         return value is not None and _COMPARISONS[self.comparison](value, self.bound)
 
     def __str__(self) -> str:
-        short = f"{self.bound:g}"  # as prepared folders have it, unless six digits are too few
+        # Prepared folders record rules in this short form. Six digits may be too few for a bound.
+        short = f"{self.bound:g}"
         return f"{self.signal} {self.comparison} {short if float(short) == self.bound else self.bound}"
 
 
-def _checked(rule: str) -> str:
+def _normalize_rule(rule: str) -> str:
     return str(SignalRule.parse(rule))
 
 
 class FilterSpec(Section):
-    """Filters for documents. A document that does not pass is counted under the first rule it breaks; it is neither
-    read nor quarantined."""
+    """Filters for documents. A document that does not pass is counted under the first rule that it breaks. It is
+    neither used nor quarantined."""
 
     languages: list[str] | None = Field(default=None, min_length=1)
     """Languages to keep; by default all."""
     buckets: list[Bucket] = Field(default=["head", "middle"], min_length=1)
-    """Buckets to keep: CCNet's thirds by perplexity. The tail was published without signals and tables."""
+    """Buckets to keep: CCNet's thirds by perplexity. The tail has neither quality signals nor tables of duplicates."""
     gopher: bool = False
-    """Whether to apply Gopher's rules of quality and repetition, as far as there are signals for them
+    """If true, Gopher's rules of quality and repetition apply, as far as RedPajama-V2 has signals for them
     (`data/sources/redpajama_v2.py`)."""
-    signals: list[Annotated[str, AfterValidator(_checked)]] = Field(default=[])
+    signals: list[Annotated[str, AfterValidator(_normalize_rule)]] = Field(default=[])
     """Rules `signal op number` that a document must satisfy, such as `ccnet_perplexity < 500`. A signal per line
     (`rps_lines_...`) is averaged over the lines."""
     deduplicate: bool = False
-    """Whether to leave out documents of the duplicates table: exact copies of a document that is elsewhere in the whole
-    data set."""
+    """If true, documents in the table of duplicates are left out. They are exact copies of another document of the
+    whole data set."""
     near_duplicates: float | None = None
-    """Similarity of MinHash signatures. A document that shares a band of its signature of this similarity with an
-    earlier kept document of the same file is left out. Near copies in other files stay."""
+    """Similarity of near duplicates, by MinHash signatures. A document is left out if it shares a band of its signature
+    of this similarity with an earlier document of the same file that was kept. Near duplicates in other files stay."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -110,5 +116,5 @@ class FilterSpec(Section):
         if "tail" in self.buckets:
             for name in ("gopher", "signals", "deduplicate", "near_duplicates"):
                 if getattr(self, name):
-                    raise ValueError(f"the tail has nothing that {name} could go by: take tail out of buckets")
+                    raise ValueError(f"the tail has no data that {name} needs: take tail out of buckets")
         return self

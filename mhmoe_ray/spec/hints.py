@@ -1,17 +1,16 @@
-"""Hints for an unknown spec key: its name here if it is known from another project, a near spelling, or a list of all
-known keys.
-
-The names are those of Hugging Face's configurations and Trainer, Megatron-LM, axolotl, torchtitan, nanoGPT and litgpt,
-in lower case and with underscores.
-"""
+"""Hints for an unknown spec key: the key that means the same as a name from another project, the key with the most
+similar spelling, or a list of all known keys."""
 
 import difflib
 from collections.abc import Sequence
 
-NEAR = 0.7
-"""Smallest similarity (difflib's ratio) at which a spelling counts as meant: trian and train have 0.8."""
+MIN_SIMILARITY = 0.7
+"""Smallest similarity (difflib's ratio) of two spellings at which a hint names the known one: trian and train have
+0.8."""
 
-_NAMES: dict[str, str] = {
+# The names of Hugging Face's configurations and Trainer, Megatron-LM, axolotl, torchtitan, nanoGPT and litgpt, in lower
+# case and with underscores, by the key of a spec that means the same.
+_FOREIGN_NAMES: dict[str, str] = {
     # the model
     "model.d_model": "hidden_size hidden_dim n_embd n_embed dim embed_dim embedding_dim model_dim d",
     "model.layers": "num_hidden_layers num_layers n_layer n_layers depth",
@@ -76,42 +75,43 @@ _NAMES: dict[str, str] = {
     "serve.tensor_parallel": "tensor_parallel_size tp_size",
     "serve.replicas": "num_replicas",
 }  # fmt: skip
-_KEY_OF = {name: key for key, names in _NAMES.items() for name in names.split()}
+_KEY_BY_NAME = {name: key for key, names in _FOREIGN_NAMES.items() for name in names.split()}
 
-_ABSENT = {
+# Keys of other projects that have no counterpart in a spec, with the keys or commands to use instead.
+_UNSUPPORTED = {
     **dict.fromkeys(
         ("num_train_epochs", "epochs", "num_epochs", "n_epochs", "max_epochs"),
         "training is counted in train.steps, and data.sources.NAME.max_epochs bounds how often a text is read",
     ),
     **dict.fromkeys(
         ("scheduler", "lr_scheduler", "lr_scheduler_type", "lr_schedule", "lr_decay_style", "decay_style"),
-        "there is one schedule: train.warmup_steps up to train.lr, then down to train.min_lr",
+        "there is one learning-rate schedule: up to train.lr in train.warmup_steps, then down to train.min_lr",
     ),
     **dict.fromkeys(("optimizer", "optim", "optimizer_name"), "there is one optimizer, AdamW: train.betas, train.eps"),
     **dict.fromkeys(
         ("tensor_parallel_degree", "tensor_model_parallel_size", "pipeline_parallel_degree", "pp_size", "cp_size"),
-        "a training has data and expert parallelism: cluster.workers and cluster.ep",
+        "training has data and expert parallelism only: set cluster.workers and cluster.ep",
     ),
     **dict.fromkeys(
-        ("resume_from_checkpoint", "resume", "load_from", "init_from"), "go on with a run by `mhmoe resume RUN`"
+        ("resume_from_checkpoint", "resume", "load_from", "init_from"), "continue a run with `mhmoe resume RUN`"
     ),
 }
 
 
-def hint(key: str, section: str, known: Sequence[str]) -> str:
+def key_hint(key: str, section: str, known_keys: Sequence[str]) -> str:
     """Return a hint for an unknown key.
 
     Args:
         key: last part of the dotted key.
-        section: section that the key was found in, as a dotted name with a dot at its end; empty for the top level.
-        known: keys that the section has.
+        section: dotted name of the section with the key, with a dot at its end; empty for the top level.
+        known_keys: keys that the section has.
     """
-    plain = key.lower().replace("-", "_")
-    if plain in _KEY_OF:
-        ours = _KEY_OF[plain]
-        return f"did you mean {(ours.removeprefix(section) if ours.startswith(section) else ours)!r}?"
-    if plain in _ABSENT:
-        return _ABSENT[plain]
-    if near := difflib.get_close_matches(plain, known, n=1, cutoff=NEAR):
-        return f"did you mean {near[0]!r}?"
-    return f"known keys here: {', '.join(known)}"
+    normalized_key = key.lower().replace("-", "_")
+    if normalized_key in _KEY_BY_NAME:
+        our_key = _KEY_BY_NAME[normalized_key]
+        return f"did you mean {(our_key.removeprefix(section) if our_key.startswith(section) else our_key)!r}?"
+    if normalized_key in _UNSUPPORTED:
+        return _UNSUPPORTED[normalized_key]
+    if similar_keys := difflib.get_close_matches(normalized_key, known_keys, n=1, cutoff=MIN_SIMILARITY):
+        return f"did you mean {similar_keys[0]!r}?"
+    return f"known keys here: {', '.join(known_keys)}"

@@ -1,5 +1,5 @@
-"""Read a spec from YAML with `a.b=c` overrides. An error is reported in one line, which names the key and the nearest
-valid one."""
+"""Read and check a spec from YAML with `a.b=c` overrides. An error message is one line, which names the wrong key and
+the most similar known one."""
 
 import types
 import typing
@@ -10,7 +10,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from mhmoe_ray.errors import SpecError
-from mhmoe_ray.spec.hints import hint
+from mhmoe_ray.spec.hints import key_hint
 from mhmoe_ray.spec.run import RunSpec
 from mhmoe_ray.spec.serve import DeploySpec
 from mhmoe_ray.spec.site import SiteSpec
@@ -21,30 +21,30 @@ S = TypeVar("S", bound=BaseModel)
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML loader that refuses a duplicate key, of which yaml would silently take the last."""
+    """YAML loader that refuses duplicate keys; yaml's own loader silently takes the last value."""
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        # Before merges (`<<`) are put in, which may bring the same keys.
+        # The check is here because merges (`<<`), which yaml inserts later, may legitimately repeat a key.
         node = super().compose_mapping_node(anchor)
-        seen = set()
+        seen_keys = set()
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode):
-                if (key.tag, key.value) in seen:
-                    problem = f"the key {key.value!r} is there already"
+                if (key.tag, key.value) in seen_keys:
+                    problem = f"the key {key.value!r} is given twice"
                     raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
-                seen.add((key.tag, key.value))
+                seen_keys.add((key.tag, key.value))
         return node
 
 
 def load_resolved_spec(path: Location, overrides: Sequence[str] = ()) -> RunSpec:
     """Read and check a complete spec, such as that of a run directory.
 
-    Specs written by users may contain shorthands as well, which `planner.resolve` resolves.
+    The spec must not contain shorthands; `planner.resolve` reads specs that do.
 
     Raises:
         SpecError: the file is missing or is not YAML, or a key or value is wrong.
     """
-    return checked(RunSpec, read_tree(path, overrides), f"spec {path}")
+    return validate_section(RunSpec, read_tree(path, overrides), f"spec {path}")
 
 
 def read_tree(path: Location, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -52,7 +52,7 @@ def read_tree(path: Location, overrides: Sequence[str] = ()) -> dict[str, Any]:
 
     Args:
         path: path of a YAML file.
-        overrides: `key.path=value` strings; values are YAML, so `1e-3`, `null` and `[a, b]` have their YAML meaning.
+        overrides: `key.path=value` strings, whose values are YAML.
 
     Raises:
         SpecError: the file is missing, not YAML, or not a mapping; a key is given twice; or an override is malformed.
@@ -66,11 +66,11 @@ def read_tree(path: Location, overrides: Sequence[str] = ()) -> dict[str, Any]:
         tree = yaml.load(text, _Loader)
     except yaml.YAMLError as e:
         mark = getattr(e, "problem_mark", None)
-        where = f"line {mark.line + 1}: " if mark else ""
-        raise SpecError(f"spec {path}", f"{where}{getattr(e, 'problem', None) or e}", "correct the YAML") from e
+        position = f"line {mark.line + 1}: " if mark else ""
+        raise SpecError(f"spec {path}", f"{position}{getattr(e, 'problem', None) or e}", "correct the YAML") from e
     if not isinstance(tree, dict):
         raise SpecError(f"spec {path}", "it holds no mapping", "start from jobs/quickstart.yaml")
-    return overridden(tree, overrides)
+    return apply_overrides(tree, overrides)
 
 
 def load_site(path: Location) -> SiteSpec:
@@ -79,7 +79,7 @@ def load_site(path: Location) -> SiteSpec:
     Raises:
         SpecError: as in `load_resolved_spec`.
     """
-    return checked(SiteSpec, read_tree(path), f"site {path}")
+    return validate_section(SiteSpec, read_tree(path), f"site {path}")
 
 
 def load_sweep(path: Location, overrides: Sequence[str] = ()) -> SweepSpec:
@@ -88,7 +88,7 @@ def load_sweep(path: Location, overrides: Sequence[str] = ()) -> SweepSpec:
     Raises:
         SpecError: as in `load_resolved_spec`.
     """
-    return checked(SweepSpec, read_tree(path, overrides), f"sweep {path}")
+    return validate_section(SweepSpec, read_tree(path, overrides), f"sweep {path}")
 
 
 def load_deploy_spec(path: Location | None, overrides: Sequence[str] = ()) -> DeploySpec:
@@ -97,43 +97,45 @@ def load_deploy_spec(path: Location | None, overrides: Sequence[str] = ()) -> De
     Raises:
         SpecError: as in `load_resolved_spec`.
     """
-    whole = read_tree(path) if path else {}
-    tree = {name: whole[name] for name in DeploySpec.model_fields if name in whole}
-    overridden(tree, overrides)
-    return checked(DeploySpec, tree, f"spec {path}" if path else "the overrides")
+    file_tree = read_tree(path) if path else {}
+    tree = {name: file_tree[name] for name in DeploySpec.model_fields if name in file_tree}
+    apply_overrides(tree, overrides)
+    return validate_section(DeploySpec, tree, f"spec {path}" if path else "the overrides")
 
 
-def checked(section: type[S], tree: dict[str, Any], what: str, below: str = "", also: Sequence[str] = ()) -> S:
+def validate_section(
+    section: type[S], tree: dict[str, Any], label: str, prefix: str = "", extra_keys: Sequence[str] = ()
+) -> S:
     """Build a section from its values and check them.
 
     Args:
         section: class of the section.
-        tree: its values.
-        what: name of the spec in an error message.
-        below: dotted prefix of the section within the spec, such as "model.".
-        also: additional keys that may stand beside the section's own, for the hint on a misspelt key.
+        tree: values of the section.
+        label: name of the spec in an error message.
+        prefix: dotted prefix of the section within the spec, such as "model.".
+        extra_keys: keys besides the section's own that the hint on a misspelt key may name.
 
     Raises:
-        SpecError: a key or value is wrong or missing; one line says which.
+        SpecError: a key or value is wrong or missing. The message names the first one in one line.
     """
     try:
         return section.model_validate(tree)
     except ValidationError as e:
-        raise _explain(section, e, what, below, also) from e
+        raise _spec_error(section, e, label, prefix, extra_keys) from e
 
 
-def leaves(tree: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the dotted keys of a dumped spec, as `--set` takes them, with their values; keys without a value are left
-    out."""
+def dotted_items(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the dotted keys of a dumped spec and their values, in the form that `--set` takes, without keys whose value
+    is None."""
     for key, value in tree.items():
         if isinstance(value, Mapping):
-            yield from leaves(value, f"{before}{key}.")
+            yield from dotted_items(value, f"{prefix}{key}.")
         elif value is not None:
-            yield f"{before}{key}", value
+            yield f"{prefix}{key}", value
 
 
 def dump_spec(spec: RunSpec) -> str:
-    """Return the spec as YAML, which `load_resolved_spec` reads back to an equal spec."""
+    """Return the spec as YAML. `load_resolved_spec` reads it back to an equal spec."""
     return yaml.safe_dump(spec.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
@@ -155,62 +157,69 @@ def parse_overrides(overrides: Sequence[str]) -> list[tuple[list[str], Any]]:
     return parsed
 
 
-def overridden(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     """Apply `key.path=value` strings to a tree in place, and return it.
 
     Raises:
         SpecError: an override is malformed, or its path goes through a value.
     """
     for keys, value in parse_overrides(overrides):
-        _set(tree, keys, value)
+        _set_value(tree, keys, value)
     return tree
 
 
-def _set(tree: dict[str, Any], keys: list[str], value: Any) -> None:
+def _set_value(tree: dict[str, Any], keys: list[str], value: Any) -> None:
     node = tree
     for i, key in enumerate(keys[:-1]):
         child = node.setdefault(key, {})
+        # A section whose keys are all commented out is None in YAML.
         if child is None:
             child = node[key] = {}
         if not isinstance(child, dict):
-            why = f"{'.'.join(keys[: i + 1])} is a value, not a section"
-            raise SpecError(f"override {'.'.join(keys)}", why, "name a key of a section")
+            reason = f"{'.'.join(keys[: i + 1])} is a value, not a section"
+            raise SpecError(f"override {'.'.join(keys)}", reason, "name a key of a section")
         node = child
     node[keys[-1]] = value
 
 
-def _explain(section: type[BaseModel], error: ValidationError, what: str, below: str, also: Sequence[str]) -> SpecError:
-    """Return the first mistake as one line. Wrong keys come before wrong values, because they often cause them."""
+def _spec_error(
+    section: type[BaseModel], error: ValidationError, label: str, prefix: str, extra_keys: Sequence[str]
+) -> SpecError:
+    """Return an error that states the first problem in one line, and the number of further ones."""
+    # Wrong keys come first, because they often cause wrong or missing values.
     problems = sorted(error.errors(), key=lambda p: p["type"] != "extra_forbidden")
-    first = problems[0]
-    where = (below + ".".join(str(part) for part in first["loc"])).removesuffix(".") or "the spec"
-    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-    if first["type"] == "extra_forbidden":
-        known = _known_keys(section, first["loc"][:-1]) + (list(also) if len(first["loc"]) == 1 else [])
-        *place, key = map(str, first["loc"])
-        fix = hint(key, below + "".join(f"{part}." for part in place), known)
-        return SpecError(what, f"unknown key {where!r}", fix + more)
-    if first["type"] == "missing":
-        return SpecError(what, f"{where!r} is missing", f"add it{more}")
-    why = first["msg"].removeprefix("Value error, ")
-    given = first.get("input")
-    shown = f" (got {given!r})" if isinstance(given, str | int | float | bool | None) else ""
-    return SpecError(what, f"{where!r}: {why}{shown}", f"correct the value{more}")
+    problem = problems[0]
+    key_path = (prefix + ".".join(str(part) for part in problem["loc"])).removesuffix(".") or "the spec"
+    count_note = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    if problem["type"] == "extra_forbidden":
+        known_keys = _section_keys(section, problem["loc"][:-1]) + (
+            list(extra_keys) if len(problem["loc"]) == 1 else []
+        )
+        *section_path, key = map(str, problem["loc"])
+        fix = key_hint(key, prefix + "".join(f"{part}." for part in section_path), known_keys)
+        return SpecError(label, f"unknown key {key_path!r}", fix + count_note)
+    if problem["type"] == "missing":
+        return SpecError(label, f"{key_path!r} is missing", f"add it{count_note}")
+    reason = problem["msg"].removeprefix("Value error, ")
+    value = problem.get("input")
+    value_note = f" (got {value!r})" if isinstance(value, str | int | float | bool | None) else ""
+    return SpecError(label, f"{key_path!r}: {reason}{value_note}", f"correct the value{count_note}")
 
 
-def _known_keys(root: type[BaseModel], place: tuple[int | str, ...]) -> list[str]:
-    """Return the keys that the section at `place` below `root` has."""
+def _section_keys(root: type[BaseModel], section_path: tuple[int | str, ...]) -> list[str]:
+    """Return the keys of the section at `section_path` below `root`, or no keys if the path leads to no section."""
     current: Any = root
-    for part in place:
+    for part in section_path:
         if isinstance(current, type) and issubclass(current, BaseModel):
-            current = _inner(current.model_fields[str(part)].annotation)
+            current = _non_none_type(current.model_fields[str(part)].annotation)
         else:
-            current = _inner([a for a in typing.get_args(current) if a is not Ellipsis][-1])
+            # The last argument is the type of the values: of dict[str, X], list[X] or tuple[X, ...].
+            current = _non_none_type([a for a in typing.get_args(current) if a is not Ellipsis][-1])
     return list(current.model_fields) if isinstance(current, type) and issubclass(current, BaseModel) else []
 
 
-def _inner(annotation: Any) -> Any:
-    """Return `X` for an annotation `X | None`; any other annotation is returned unchanged."""
+def _non_none_type(annotation: Any) -> Any:
+    """Return `X` for an annotation `X | None`; return any other annotation unchanged."""
     if isinstance(annotation, types.UnionType):
         return next(a for a in typing.get_args(annotation) if a is not type(None))
     return annotation

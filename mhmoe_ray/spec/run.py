@@ -1,4 +1,4 @@
-"""The complete spec, which alone describes a run."""
+"""The complete spec of a run."""
 
 from pathlib import Path
 from typing import Annotated, Any, Self
@@ -7,44 +7,44 @@ from pydantic import Field, NonNegativeInt, PlainSerializer, PlainValidator, mod
 
 from mhmoe_ray.spec.base import Section
 from mhmoe_ray.spec.cluster import ClusterSpec, WorkerRange
-from mhmoe_ray.spec.data import DataSpec, absolute
+from mhmoe_ray.spec.data import DataSpec, absolute_path
 from mhmoe_ray.spec.model import ModelSpec, MoESpec
 from mhmoe_ray.spec.serve import ServeSpec
 from mhmoe_ray.spec.train import TrackingSpec, TrainSpec
 from mhmoe_ray.storage import Location, ObjectPath, location
 
 
-def _location(given: Any) -> Location:
-    if not isinstance(given, str | Path | ObjectPath):
+def _parse_location(value: Any) -> Location:
+    if not isinstance(value, str | Path | ObjectPath):
         raise ValueError("it must be a path, s3://bucket/folder or gs://bucket/folder")
-    return location(given)
+    return location(value)
 
 
-StoragePath = Annotated[Location, PlainValidator(_location), PlainSerializer(str)]
-ELSEWHERE = {"cluster", "serve", "tracking"}
+StoragePath = Annotated[Location, PlainValidator(_parse_location), PlainSerializer(str)]
+NON_TRAINING_SECTIONS = {"cluster", "serve", "tracking"}
 """Names of the sections that do not change what a run trains."""
 NAME_LENGTH = 41
 NAME = rf"^[a-z0-9][a-z0-9-]{{0,{NAME_LENGTH - 1}}}$"
 
 
 class ReferenceSpec(Section):
-    """Model that `plan` compares the model with: other expert layers on the same trunk."""
+    """Reference model that `plan` compares the run's model with: other expert layers on the same trunk."""
 
     name: str
     moe: MoESpec | None = None
-    """Expert layers of the reference; by default it is the dense model."""
+    """Expert layers of the reference. By default the reference is the dense model."""
 
 
 class RunSpec(Section):
     name: str = Field(pattern=NAME)
-    """Name of the run: lower-case letters, digits and dashes. Each submission gets a suffix of its own."""
+    """Name of the run, in lower-case letters, digits and dashes. Each submission adds a suffix of its own."""
     storage: StoragePath = Path("runs")
-    """Folder that holds run directories: a path, s3://bucket/folder or gs://bucket/folder."""
+    """Folder of the run directories: a path, s3://bucket/folder or gs://bucket/folder."""
     seed: NonNegativeInt = 0
     """Seed of the initial weights and of the order of the data."""
     origin: str | None = None
-    """Name of the preset that the spec came from, for display; the other keys hold all values, including those that
-    were overridden."""
+    """Name of the preset that the spec came from, for display only. The other keys hold all values, including those
+    that override the preset."""
     model: ModelSpec
     reference: ReferenceSpec | None = None
     data: DataSpec
@@ -76,12 +76,12 @@ class RunSpec(Section):
         if moe is not None and moe.recompute not in (None, 1) and self.train.recompute and self.cluster.ep > 1:
             raise ValueError(
                 f"model.moe.recompute is {moe.recompute:g}, but with train.recompute and cluster.ep {self.cluster.ep} "
-                "experts compute all of their hidden rows anew, so it would be ignored: leave it out"
+                "experts recompute all of their hidden rows, so it would be ignored: leave it out"
             )
-        longest = self.model.architecture.longest_sequence
-        if longest is not None and self.data.seq_len > longest:
+        longest_sequence = self.model.architecture.longest_sequence
+        if longest_sequence is not None and self.data.seq_len > longest_sequence:
             raise ValueError(
-                f"data.seq_len is {self.data.seq_len}, but beyond {longest} tokens {self.model.backbone}'s "
+                f"data.seq_len is {self.data.seq_len}, but beyond {longest_sequence} tokens {self.model.backbone}'s "
                 "positions grow past float32: lower it, or set model.backbone to llama"
             )
         for workers in (self.cluster.workers.min, self.cluster.workers.max):
@@ -111,58 +111,58 @@ class RunSpec(Section):
 
     @property
     def reference_model(self) -> ModelSpec | None:
-        """The reference's expert layers on this model's trunk; None without a reference."""
+        """The reference model, which has its own expert layers on this model's trunk; None without a reference."""
         return None if self.reference is None else self.model.with_moe(self.reference.moe)
 
-    def changed_from(self, before: Self) -> list[str]:
-        """Return the keys and sections in which this spec would train something else than an earlier one."""
-        then, now = (spec.model_dump(mode="json", exclude=ELSEWHERE) for spec in (before, self))
-        return [key for key in now if now[key] != then[key]]
+    def changed_keys(self, previous_spec: Self) -> list[str]:
+        """Return the names of the top-level keys in which this spec trains something else than an earlier one."""
+        previous_sections, current_sections = (
+            spec.model_dump(mode="json", exclude=NON_TRAINING_SECTIONS) for spec in (previous_spec, self)
+        )
+        return [key for key in current_sections if current_sections[key] != previous_sections[key]]
 
     @property
     def worker_counts(self) -> list[int]:
-        """Numbers of workers that the run may have, ascending; with each of them, all workers get the same number of
-        micro-batches."""
-        wanted = range(self.cluster.workers.min, self.cluster.workers.max + 1, self.cluster.ep)
-        return [n for n in wanted if self.train.micro_batches % n == 0]
+        """The numbers of workers that the run may have, ascending. With each of them, all workers have the same number
+        of micro-batches."""
+        candidate_counts = range(self.cluster.workers.min, self.cluster.workers.max + 1, self.cluster.ep)
+        return [n for n in candidate_counts if self.train.micro_batches % n == 0]
 
     def with_workers(self, count: int) -> Self:
-        """Return the same spec with a fixed number of workers, one of its `worker_counts`."""
+        """Return the same spec with a fixed number of workers, which must be one of its `worker_counts`."""
         cluster = self.cluster.model_copy(update={"workers": WorkerRange(min=count, max=count)})
         return self.model_copy(update={"cluster": cluster})
 
     @property
     def computed_model(self) -> ModelSpec:
-        """The model as training computes it.
-
-        With `train.recompute` and expert parallelism, blocks are recomputed without their spread experts, so the
-        experts recompute their own hidden layers (`moe.recompute` is 1), if the kernel supports it.
-        """
+        """The model as training computes it: with the value of `moe.recompute` that applies."""
+        # With `train.recompute` and expert parallelism, a block is recomputed without its experts, which are spread
+        # over ranks. The experts then recompute their own hidden rows, if the kernel can.
         moe = self.model.moe
-        if moe is None or not self.train.recompute or self.cluster.ep == 1 or moe.kernel_limits.keeps != "as told":
+        if moe is None or not self.train.recompute or self.cluster.ep == 1 or moe.kernel_limits.kept_rows != "as told":
             return self.model
         return self.model.model_copy(update={"moe": moe.model_copy(update={"recompute": 1.0})})
 
     @property
     def samples_per_step(self) -> int:
-        """Number of sequences per step: M x b."""
+        """The number of sequences per step: M x b."""
         return self.train.micro_batches * self.train.micro_batch_size
 
     @property
     def tokens_per_step(self) -> int:
-        """Number of predicted tokens per step: M x b x T; with best-fit packing this includes padding."""
+        """The number of predicted tokens per step: M x b x T. With best-fit packing this includes padding."""
         return self.samples_per_step * self.data.seq_len
 
     @property
     def tokens_per_micro_batch(self) -> int:
-        """Number of tokens of one worker's micro-batch: b x T."""
+        """The number of tokens in a micro-batch of one worker: b x T."""
         return self.train.micro_batch_size * self.data.seq_len
 
     def with_absolute_paths(self, base: Path) -> Self:
-        """Return the same spec with its relative paths taken from `base`, the directory in which the command was
-        called."""
+        """Return the same spec with absolute paths, of which relative ones start at `base`, the working directory of
+        the command."""
         data = self.data
-        sources = {n: s.model_copy(update={"path": absolute(base, s.path)}) for n, s in data.sources.items()}
+        sources = {n: s.model_copy(update={"path": absolute_path(base, s.path)}) for n, s in data.sources.items()}
         update = {
             "sources": sources,
             "prepared": base / data.prepared,

@@ -1,7 +1,5 @@
-"""The site file: a description of a cluster, from which `mhmoe cluster render` writes manifests.
-
-It contains no spec of a run.
-"""
+"""The site file: a description of a cluster, from which `mhmoe cluster render` writes manifests. It does not depend on
+the spec of a run."""
 
 from typing import Annotated, Self
 
@@ -10,8 +8,10 @@ from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 from mhmoe_ray.spec.base import Section
 
 Word = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/@+-]{0,200}$")]
-"""Text that can stand in a manifest or a script unquoted: no blanks, quotes or characters that a shell interprets."""
+"""Text that needs no quotes in a manifest or a script: it has no blanks, quotes or characters that a shell
+interprets."""
 Name = Annotated[str, Field(pattern=r"^[a-z]([a-z0-9-]{0,30}[a-z0-9])?$")]
+# The syntax of label values on Kubernetes, which has at most 63 characters.
 LabelValue = Annotated[str, Field(pattern=r"^[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?$")]
 TokenPath = Annotated[str, Field(pattern=r"^~?(/[A-Za-z0-9._-]+)+$")]
 Mount = Annotated[str, Field(pattern=r"^(/[A-Za-z0-9._-]+)+$")]
@@ -24,11 +24,11 @@ class NodeSpec(Section):
     memory_gib: PositiveInt
     gpus: NonNegativeInt = 0
     labels: dict[Word, Word] = Field(default_factory=dict)
-    """Labels of the Ray node, for example its rack; `cluster.domain_label` of a run's spec may name one."""
+    """Labels of the Ray node, for example its rack. `cluster.domain_label` of a run's spec may be the name of one."""
 
 
 class GroupSpec(NodeSpec):
-    """Group of equal nodes, of which an autoscaler starts as many as are needed."""
+    """Group of equal nodes. An autoscaler starts as many of them as are needed."""
 
     min: NonNegativeInt = 0
     max: PositiveInt
@@ -41,39 +41,40 @@ class GroupSpec(NodeSpec):
 
 
 class StorageSpec(Section):
-    """File system that all nodes mount at the same path; run directories and prepared data are stored on it."""
+    """File system that all nodes mount at the same path. It stores run directories and prepared data."""
 
     mount: Mount = "/mnt/mhmoe"
     claim: Name = "mhmoe-storage"
     """Name of the PersistentVolumeClaim on Kubernetes, which must be ReadWriteMany."""
     nfs: Word | None = None
-    """Address host:/export of an NFS server outside Kubernetes, which each node mounts when it starts; by default the
-    file system is expected to be mounted already."""
+    """NFS export in the form host:/export. Nodes of `aws`, `gcp` and `on_premise` mount it at `mount` when they start.
+    By default nodes mount nothing, and the file system must already be mounted."""
 
 
 class CloudSpec(Section):
     region: Word
     zone: Word | None = None
-    """Availability zone; by default the provider's choice. Required on GCP."""
+    """Availability zone. By default the provider chooses it; on GCP it is required."""
     project: Word | None = None
     """Project on GCP, where it is required."""
     head: Word
     data: Word
     workers: Word
-    """Machine type of the workers; `head` and `data` are those of the head node and of the data nodes."""
+    """Machine type of the worker nodes. `head` and `data` are the machine types of the head node and of the data
+    nodes."""
     image: Word | None = None
-    """Image of all machines: an AMI of the region, or on GCP an image or an image family, with Ubuntu and Docker. For
-    workers with GPUs it needs NVIDIA's driver, 580 or newer, and NVIDIA's container toolkit. On GCP there is a default;
-    on AWS the default is Ray's, whose driver is older."""
+    """Image of all machines, with Ubuntu and Docker: an AMI of the region on AWS, an image or an image family on GCP.
+    For workers with GPUs it needs NVIDIA's driver, 580 or newer, and NVIDIA's container toolkit. GCP has a default with
+    both. On AWS the default is Ray's, whose driver is older."""
     spot: bool = False
-    """Whether workers run on spot machines; runs continue elsewhere when one is taken away."""
+    """If true, workers run on spot machines. A run continues on other nodes after the preemption of one."""
 
 
 class OnPremiseSpec(Section):
     user: Word
     head: Word
     workers: Annotated[tuple[Word, ...], Field(min_length=1)]
-    """Worker hosts, which this machine reaches by ssh."""
+    """Host names of the worker nodes. The machine that starts the cluster logs in to them by ssh."""
 
 
 class SlurmSpec(Section):
@@ -92,20 +93,21 @@ class SiteSpec(Section):
     """Container image of all nodes; the project's container file builds one."""
     head: NodeSpec = NodeSpec(cpus=4, memory_gib=16)
     data: GroupSpec = GroupSpec(cpus=16, memory_gib=64, max=4)
-    """Nodes without GPUs for Ray Data: data preparation, and the data stream if workers use all CPUs of their nodes."""
+    """Nodes without GPUs for data preparation. The data stream of a run also uses them if workers use all CPUs of their
+    own nodes."""
     workers: GroupSpec
     storage: StorageSpec = StorageSpec()
     token_file: TokenPath = "~/.ray/auth_token"
-    """Path of the file with the cluster's token, on the machine that starts it. On Kubernetes the operator creates a
-    token instead."""
+    """Path of the file with the cluster's token, on the machine that starts the cluster. On Kubernetes the operator
+    creates a token instead."""
     redis: Word | None = None
-    """Address host:port of a Redis server, where the head node stores its state for a restart. Without one, a new head
-    does not know of running jobs. Run directories record them in either case."""
+    """Address host:port of a Redis server, where the head node stores its state for a restart. Without it, a restarted
+    head node does not know the jobs that are running. Run directories record them in either case."""
     redis_secret: Name | None = None
-    """Name of a Secret on Kubernetes with Redis' password under the key `password`."""
+    """Name of the Secret on Kubernetes that has Redis' password under the key `password`."""
     monitor_labels: dict[Word, LabelValue] = Field(default_factory=dict)
-    """Labels of the PodMonitor on Kubernetes, by which the Prometheus operator finds it; kube-prometheus-stack expects
-    `release`, the name of its own Helm release."""
+    """Labels of the PodMonitor on Kubernetes, by which the Prometheus operator finds it. kube-prometheus-stack looks
+    for the label `release` with the name of its own Helm release."""
     gateway: Word = "istio"
     """Class of the Gateway on Kubernetes that shifts requests from one served version to the next."""
     aws: CloudSpec | None = None
@@ -120,12 +122,12 @@ class SiteSpec(Section):
         if self.head.labels:
             raise ValueError("nothing runs on the head, so its labels would be ignored: set those of data or workers")
         if self.redis_secret and not self.redis:
-            raise ValueError("redis_secret is the password of redis, of which there is none")
+            raise ValueError("redis_secret has the password of redis, but redis is not set: set redis too")
         if self.gcp and not (self.gcp.zone and self.gcp.project):
             raise ValueError("gcp needs zone and project")
         if self.aws and self.workers.gpus and not self.aws.image:
             raise ValueError(
-                "aws needs image where workers have GPUs: an AMI of its region with NVIDIA's driver 580 or newer, for "
-                "Ray's default has an older one"
+                "aws needs image where workers have GPUs, because Ray's default has an older driver: set it to an AMI "
+                "of its region with NVIDIA's driver 580 or newer"
             )
         return self

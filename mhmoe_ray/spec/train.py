@@ -1,5 +1,5 @@
-"""The `train` section: the optimizer, its schedule, and the intervals of validation and checkpoints; also
-`tracking`."""
+"""The `train` section (optimizer, learning-rate schedule, intervals of validation and checkpoints) and the `tracking`
+section."""
 
 from typing import Annotated, Literal, Self
 
@@ -13,39 +13,38 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 class TrainSpec(Section):
     steps: PositiveInt
     micro_batches: PositiveInt
-    """M: number of micro-batches in one optimizer step, over all workers. The global batch does not depend on the
-    number of workers."""
+    """M: number of micro-batches in one optimizer step, over all workers together. The global batch therefore does not
+    depend on the number of workers."""
     micro_batch_size: PositiveInt
     """b: number of sequences in one micro-batch."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """Precision of training. bfloat16: autocast for matrix products; weights, router and loss stay float32. On a CPU
-    this pays off with AMX or AMD's AVX512_BF16; on Intel's CPUs without AMX, products take twice as long as in
-    float32."""
+    """Precision of training. bfloat16: autocast for matrix products; weights, router and loss stay float32. On a CPU it
+    is faster with AMX or AMD's AVX512_BF16. On Intel's CPUs without AMX, products take twice as long as in float32."""
     recompute: bool = False
-    """Activation recomputation: keep only the input of each block and recompute the rest in the backward, which saves
-    memory and takes about a third more time. With expert parallelism the inputs and outputs of experts are kept too,
-    because they would have to be exchanged again."""
+    """Activation recomputation: the forward keeps only the input of each block, and the backward recomputes the rest.
+    This saves memory and takes about a third more time. With expert parallelism the inputs and outputs of experts are
+    kept too, because they would have to be exchanged again."""
     compile: bool = False
-    """Whether to compile attention and dense feed-forward layers with torch.compile. Routing and experts, whose shapes
-    change with every micro-batch, have kernels of their own."""
+    """If true, torch.compile compiles attention and dense feed-forward layers. Routing and experts, whose shapes change
+    with every micro-batch, have kernels of their own."""
     lr: PositiveFloat = 6e-4
     min_lr: float = Field(default=3e-5, ge=0)
     warmup_steps: NonNegativeInt = 375
-    """Number of steps of linear warm-up from 0; afterwards the learning rate decays linearly to min_lr at the last
+    """Number of steps of linear warm-up from 0. After them the learning rate decays linearly to min_lr at the last
     step."""
     weight_decay: float = Field(default=0.1, ge=0)
-    """Weight decay of matrices; norms and biases do not decay."""
+    """Weight decay of matrices. Norms and biases have none."""
     betas: tuple[Beta, Beta] = (0.9, 0.95)
     eps: PositiveFloat = 1e-6
     clip_norm: float = Field(default=2.0, gt=0, allow_inf_nan=True)
-    """Upper bound of the global gradient norm, over all ranks and experts; .inf: no clipping."""
+    """Upper bound of the global gradient norm, over all ranks and experts. .inf: no clipping."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
-    """Reaction to a step whose gradient is not finite: stop the run, or skip the update and go on. More than ten
-    skipped steps in a row stop the run too."""
+    """Reaction to a step whose gradient is not finite. stop: stop the run. skip: skip the update and continue; more
+    than ten skipped steps in a row stop the run too."""
     validate_every: PositiveInt = 100
     checkpoint_every: PositiveInt = 100
     keep_checkpoints: PositiveInt | None = None
-    """Number of the newest checkpoints to keep, besides the one with the lowest validation loss; by default all."""
+    """Number of newest checkpoints to keep, in addition to the one with the lowest validation loss; by default all."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -56,8 +55,8 @@ class TrainSpec(Section):
 
 class TrackingSpec(Section):
     mlflow: str | None = Field(default=None, min_length=1)
-    """Tracking server of MLflow, http(s)://host:port, or any other tracking URI of MLflow (extra `mlflow`). A user name
-    or token for it comes from MLflow's own environment variables, never from here."""
+    """Address http(s)://host:port of an MLflow tracking server, or any other tracking URI of MLflow. It needs the extra
+    `mlflow`. Set the server's user name or token in MLflow's own environment variables, never here."""
     experiment: str = Field(default="mhmoe", min_length=1)
     """Name of the MLflow experiment that the run belongs to."""
 

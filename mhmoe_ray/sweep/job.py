@@ -1,8 +1,8 @@
 """The job of a sweep, which starts its runs.
 
-A run of a sweep is an ordinary run: `mhmoe status`, `logs`, `stop` and `resume` know it, and its fate does not affect
-the others. This job may be killed and started again at any time: running runs go on by themselves, and finished runs
-stay finished. The job ends when a newer one takes its place.
+A run of a sweep is an ordinary run: `mhmoe status`, `logs`, `stop` and `resume` work on it, and its failure does not
+affect the others. This job may be killed and started again at any time: the runs do not depend on it. The job ends when
+a newer one takes its place.
 """
 
 import time
@@ -16,6 +16,7 @@ from mhmoe_ray.runs.sweeps import Order, SweepDir
 from mhmoe_ray.storage import location
 
 ORDER_SECONDS = 60
+"""Timeout in seconds for the order, which the submitting command writes within a moment."""
 
 
 class SweepRequest(RemoteJob[None]):
@@ -29,12 +30,12 @@ class SweepRequest(RemoteJob[None]):
     order: str
 
     @property
-    def place(self) -> SweepDir:
+    def sweep_dir(self) -> SweepDir:
         return SweepDir(location(self.path))
 
     @property
     def job_name(self) -> str:
-        return f"{self.kind}-{self.place.name}-{self.order}"
+        return f"{self.kind}-{self.sweep_dir.name}-{self.order}"
 
 
 def main() -> None:
@@ -43,27 +44,28 @@ def main() -> None:
     from mhmoe_ray.sweep.scheduler import Sweep
 
     request = SweepRequest.received()
-    place, name = request.place, request.order
+    sweep_dir, name = request.sweep_dir, request.order
     with logging_errors():
         context = ray.init()
         try:
-            local = _written(place, name).local
-        except TimeoutError:  # the command was ended before it could write it
-            print("nobody asked for this")
+            local = _wait_for_order(sweep_dir, name).local
+        except TimeoutError:
+            # The command was killed before it wrote the order.
+            print("there is no order for this job")
             return
         connection = Connection(f"http://{context.dashboard_url}", local, local, tokens.user_token())
-        Sweep(place, name, connection).run()
+        Sweep(sweep_dir, name, connection).run()
 
 
-def _written(place: SweepDir, name: str) -> Order:
-    """Wait for the order, which its command writes after the cluster has accepted this job, and return it.
+def _wait_for_order(sweep_dir: SweepDir, name: str) -> Order:
+    """Wait for the order, which the command writes after the cluster has accepted this job, and return it.
 
     Raises:
         TimeoutError: there is no such order after `ORDER_SECONDS` attempts, one per second.
     """
     for _ in range(ORDER_SECONDS):
-        if name in place.orders():
-            return place.order(name)
+        if name in sweep_dir.order_names():
+            return sweep_dir.read_order(name)
         time.sleep(1)
     raise TimeoutError
 

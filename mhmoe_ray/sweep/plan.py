@@ -12,7 +12,7 @@ from mhmoe_ray.errors import SpecError
 from mhmoe_ray.planner.resolve import resolve_spec
 from mhmoe_ray.spec import RunSpec, SweepRun, SweepSize, SweepSpec
 from mhmoe_ray.spec.run import NAME_LENGTH
-from mhmoe_ray.spec.sweep import OWN_KEYS, seeded
+from mhmoe_ray.spec.sweep import RESERVED_KEYS, seeded_name
 
 
 def planned_runs(sweep: SweepSpec, folder: Path, size: str, overrides: Sequence[str] = ()) -> list[SweepRun]:
@@ -22,7 +22,7 @@ def planned_runs(sweep: SweepSpec, folder: Path, size: str, overrides: Sequence[
         sweep: the sweep, as in its file.
         folder: the folder of that file.
         size: the name of one of its sizes.
-        overrides: `key.path=value` strings that hold for every run.
+        overrides: `key.path=value` strings for every run.
 
     Raises:
         SpecError: there is no such size, two variants have the same name, or a run's spec is wrong.
@@ -30,13 +30,13 @@ def planned_runs(sweep: SweepSpec, folder: Path, size: str, overrides: Sequence[
     if size not in sweep.sizes:
         raise SpecError(f"sweep {sweep.name}", f"it has no size {size!r}", f"choose from {', '.join(sweep.sizes)}")
     for key in (override.partition("=")[0].strip() for override in overrides):
-        if key in OWN_KEYS:
-            raise SpecError(f"override {key}", f"{key} of each run is the sweep's to give", OWN_KEYS[key])
+        if key in RESERVED_KEYS:
+            raise SpecError(f"override {key}", f"{key} of each run is set by the sweep", RESERVED_KEYS[key])
     common = sweep.sizes[size]
     variants: dict[str, dict[str, Any]] = {}
     for name, keys in _variants(sweep, common):
         if name in variants:
-            raise SpecError(f"sweep {sweep.name}", f"two of its runs are called {name}", "give them names of their own")
+            raise SpecError(f"sweep {sweep.name}", f"two of its runs are called {name}", "give each a different name")
         variants[name] = keys
     return [
         SweepRun(variant=name, seed=seed, spec=_spec(sweep, folder / common.spec, name, seed, keys, overrides))
@@ -47,37 +47,39 @@ def planned_runs(sweep: SweepSpec, folder: Path, size: str, overrides: Sequence[
 
 def _variants(sweep: SweepSpec, size: SweepSize) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield the name of each variant, and the keys that make it from the common spec; the grid's keys come last."""
-    named = {name: keys for name, keys in sweep.runs.items() if size.only is None or name in size.only} or {"": {}}
-    for name, keys in named.items():
+    keys_by_name = {name: keys for name, keys in sweep.runs.items() if size.only is None or name in size.only} or {
+        "": {}
+    }
+    for name, keys in keys_by_name.items():
         for values in itertools.product(*sweep.grid.values()):
-            chosen = dict(zip(sweep.grid, values, strict=True))
-            said = [f"{key.rpartition('.')[2]}-{value}" for key, value in chosen.items()]
-            whole = _as_name("-".join(filter(None, [name, *said])))
-            yield _fitting(whole, sweep) if said else whole, {**size.set, **keys, **size.runs.get(name, {}), **chosen}
+            grid_keys = dict(zip(sweep.grid, values, strict=True))
+            grid_words = [f"{key.rpartition('.')[2]}-{value}" for key, value in grid_keys.items()]
+            full_name = _slug("-".join(filter(None, [name, *grid_words])))
+            variant_name = _shortened_name(full_name, sweep) if grid_words else full_name
+            yield variant_name, {**size.set, **keys, **size.runs.get(name, {}), **grid_keys}
 
 
-def _fitting(name: str, sweep: SweepSpec) -> str:
+def _shortened_name(name: str, sweep: SweepSpec) -> str:
     """Return a name made from the grid, cut to the length that runs allow, with a digest of the full name if cut."""
-    # The same for all seeds of up to four digits: with one more a name must stay what it was.
-    room = NAME_LENGTH - len(seeded(f"{sweep.name}-", max(1000, *sweep.seeds)))
+    # All seeds of up to four digits leave the same length, so that a larger seed does not rename a variant.
+    room = NAME_LENGTH - len(seeded_name(f"{sweep.name}-", max(1000, *sweep.seeds)))
     if len(name) <= room:
         return name
     digest = hashlib.sha256(name.encode()).hexdigest()[:6]
     return f"{name[: max(0, room - len(digest) - 1)].rstrip('-')}-{digest}".lstrip("-")
 
 
-def _as_name(text: str) -> str:
+def _slug(text: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
 
 
 def _spec(
     sweep: SweepSpec, path: Path, name: str, seed: int, keys: Mapping[str, Any], overrides: Sequence[str]
 ) -> RunSpec:
-    whole = seeded(f"{sweep.name}-{name}", seed)
-    own = [f"name={whole}", f"seed={seed}"]
+    run_name = seeded_name(f"{sweep.name}-{name}", seed)
+    name_and_seed = [f"name={run_name}", f"seed={seed}"]
+    key_overrides = [f"{key}={json.dumps(value, default=str)}" for key, value in keys.items()]
     try:
-        return resolve_spec(
-            path, [*(f"{key}={json.dumps(value, default=str)}" for key, value in keys.items()), *overrides, *own]
-        )
+        return resolve_spec(path, [*key_overrides, *overrides, *name_and_seed])
     except SpecError as e:
-        raise SpecError(f"sweep {sweep.name}, run {name}: {e.what}", e.why, e.fix) from e
+        raise SpecError(f"sweep {sweep.name}, run {name}: {e.subject}", e.reason, e.fix) from e

@@ -4,236 +4,244 @@ import time
 
 from mhmoe_ray.cluster import jobs
 from mhmoe_ray.cluster.connect import Connection, connect
-from mhmoe_ray.cluster.dashboard import Patience
+from mhmoe_ray.cluster.dashboard import RetryingCaller
 from mhmoe_ray.cluster.runs import (
     QUIET_SECONDS,
     Outcome,
     outcome,
-    outcome_or_gone,
-    quiet,
+    outcome_or_lost,
     recorded_outcome,
+    seconds_since_write,
     start_attempt,
 )
 from mhmoe_ray.data.prepare.pipeline import prepare
-from mhmoe_ray.data.shards.manifest import PreparedAs, prepared_as
+from mhmoe_ray.data.shards.manifest import PreparedKey, prepared_key
 from mhmoe_ray.errors import ClusterError, MhmoeError, SpecError, StorageError, TokenError
 from mhmoe_ray.runs import events
-from mhmoe_ray.runs.directory import RunDir, create_run, last_attempt, newest_number
+from mhmoe_ray.runs.directory import RunDir, create_run, last_attempt, newest_attempt_number
 from mhmoe_ray.runs.sweeps import Order, SweepDir
 from mhmoe_ray.spec import SweepRun
 
 POLL_SECONDS = 2.0
 STORAGE_SECONDS = 3600.0
-"""Seconds for which the storage may fail without interruption."""
-MOST_STARTS = 3
-"""Largest number of starts of a run by one job, if the run's job is killed before it records how the run ended."""
+"""Time for which the storage may fail without a success in between: a sweep that takes weeks survives an outage."""
+MAX_STARTS = 3
+"""Limit of starts of a run whose jobs are killed before they record how the run ended."""
 
 
 class Sweep:
-    def __init__(self, place: SweepDir, name: str, connection: Connection) -> None:
+    """The work of one job of a sweep: it starts the runs of an order as others end."""
+
+    def __init__(self, sweep_dir: SweepDir, name: str, connection: Connection) -> None:
         """Read an order.
 
         Args:
-            place: the sweep's directory.
+            sweep_dir: the sweep's directory.
             name: the name of the order that this job is for.
             connection: the cluster, as reached from within it.
         """
-        self._place, self._name, self._connection = place, name, connection
-        self._order = place.order(name)
+        self._sweep_dir, self._name, self._connection = sweep_dir, name, connection
+        self._order = sweep_dir.read_order(name)
         self._entries = self._order.wanted_entries
         self._runs: dict[str, RunDir] = {}
         self._starts: dict[str, int] = {}
-        self._over: set[str] = set()
-        self._why_not: dict[PreparedAs, MhmoeError | None] = {}
-        self._locked: list[TokenError] = []
-        """Errors of clusters that refuse the token, so that the end of a run is not known, and never will be here."""
-        self._patience = Patience(_say)
-        self._begun = False
-        self._fails_since: float | None = None
-        """Time since which the storage has failed without interruption, by the monotonic clock; None while it works."""
+        self._settled: set[str] = set()
+        self._preparation_errors: dict[PreparedKey, MhmoeError | None] = {}
+        self._token_errors: list[TokenError] = []
+        """Errors of clusters that refuse the token; this job cannot find out how their runs ended."""
+        self._retrying_caller = RetryingCaller(_print_line)
+        self._is_started = False
+        self._storage_failure_start: float | None = None
+        """Start of the current failures of the storage by the monotonic clock; None while it works."""
 
     def run(self) -> None:
-        """Run until every run is over, no more are to start, or another job takes over.
+        """Start runs until all have ended, the sweep is stopped, or a newer job takes over.
 
         Raises:
-            MhmoeError: the text of some runs could not be prepared, or the cluster that some ran on does not tell how
-                they ended; all other runs had their turn. Or the storage failed for too long.
+            MhmoeError: the text of some runs could not be prepared, or a cluster refuses to tell how some runs ended;
+                all other runs were started. Or the storage failed for too long.
         """
-        while self._goes_on():
+        while self._has_more_work():
             time.sleep(POLL_SECONDS)
-        for error in [*filter(None, self._why_not.values()), *self._locked]:
+        for error in [*filter(None, self._preparation_errors.values()), *self._token_errors]:
             raise error
 
-    def _goes_on(self) -> bool:
+    def _has_more_work(self) -> bool:
         """Poll all runs once, and return whether there is more to do.
 
-        A storage that fails is tried again for `STORAGE_SECONDS`: in the weeks that a sweep takes it may be out of
-        reach.
-
         Raises:
-            StorageError: the storage has failed for longer.
+            StorageError: the storage has failed for more than `STORAGE_SECONDS`.
         """
         try:
-            if not self._begun:
+            if not self._is_started:
                 self._wait_for_earlier_jobs()
-                self._runs = dict(self._place.runs())
-                self._begun = True
-            if not self._is_its_turn or all(entry.name in self._over for entry in self._entries):
+                self._runs = dict(self._sweep_dir.runs())
+                self._is_started = True
+            if not self._is_newest_order or all(entry.name in self._settled for entry in self._entries):
                 return False
-            self._look()
-            self._fails_since = None
+            self._check_runs()
+            self._storage_failure_start = None
         except (OSError, StorageError) as e:
-            if self._fails_since is None:
-                _say(f"the storage fails, and is asked again: {e}")
-                self._fails_since = time.monotonic()
-            elif time.monotonic() - self._fails_since > STORAGE_SECONDS:
-                raise StorageError(f"sweep {self._place.name}", str(e), "mend the storage, then give it again") from e
+            if self._storage_failure_start is None:
+                _print_line(f"the storage fails; trying again: {e}")
+                self._storage_failure_start = time.monotonic()
+            elif time.monotonic() - self._storage_failure_start > STORAGE_SECONDS:
+                raise StorageError(
+                    f"sweep {self._sweep_dir.name}", str(e), "repair the storage, then give the command again"
+                ) from e
         return True
 
-    def _look(self) -> None:
-        """Check all runs, and start those whose turn it is."""
+    def _check_runs(self) -> None:
+        """Check all runs, and start the next ones while fewer than `concurrent` are alive."""
         alive = {name for name in self._runs if self._is_alive(name)}
         for entry in self._entries:
             if len(alive) >= self._order.concurrent:
                 break
-            if entry.name in self._over | alive:
+            if entry.name in self._settled | alive:
                 continue
             if not self._is_prepared(entry):
-                self._over.add(entry.name)
-            elif not self._is_its_turn:  # asked last: preparing takes long
+                self._settled.add(entry.name)
+            # Preparation takes long, and a newer order may have come meanwhile.
+            elif not self._is_newest_order:
                 break
             elif self._start(entry):
                 alive.add(entry.name)
 
     @property
-    def _is_its_turn(self) -> bool:
-        return not self._place.stop_file.exists() and self._place.orders()[-1] == self._name
+    def _is_newest_order(self) -> bool:
+        return not self._sweep_dir.stop_file.exists() and self._sweep_dir.order_names()[-1] == self._name
 
     def _wait_for_earlier_jobs(self) -> None:
-        """Wait until the jobs of earlier orders have ended.
+        """Wait until the jobs of earlier orders have ended, except those whose cluster does not answer.
 
-        They end as soon as they see this order, but may be starting a run. A job whose cluster does not answer is not
-        waited for.
+        They end as soon as they see this order, but may be starting a run until then.
         """
         silent: set[str] = set()
-        for order in self._place.orders_before(self._name):
-            while self._is_its_turn and order.address not in silent:
+        for order in self._sweep_dir.earlier_orders(self._name):
+            while self._is_newest_order and order.address not in silent:
                 try:
-                    if not self._lives(order):
+                    if not self._is_job_alive(order):
                         break
                 except ClusterError as e:
-                    _say(f"an earlier job of this sweep may still start runs there: {e}")
+                    _print_line(f"an earlier job of this sweep may still start runs there: {e}")
                     silent.add(order.address)
                 time.sleep(POLL_SECONDS)
 
-    def _lives(self, order: Order) -> bool:
+    def _is_job_alive(self, order: Order) -> bool:
         if order.address != self._order.address:
             return jobs.is_alive(connect(order.address), order.job)
-        return self._patience.ask(lambda: jobs.is_alive(self._connection, order.job), True)
+        return self._retrying_caller.call(lambda: jobs.is_alive(self._connection, order.job), True)
 
     def _is_alive(self, name: str) -> bool:
-        """Return whether a job of the run goes on, and remember runs that are over for good.
+        """Return whether a run is alive, and add it to the settled ones if it has ended for good.
 
-        A run also counts as alive if its cluster does not answer.
+        A run counts as alive if its cluster does not answer.
         """
         run = self._runs[name]
-        if name in self._over or not run.spec_file.exists() or not newest_number(run):
+        if name in self._settled or not run.spec_file.exists() or not newest_attempt_number(run):
             return False
         try:
-            over = self._outcome(run)
+            run_outcome = self._outcome(run)
         except TokenError as e:
-            if quiet(run) < QUIET_SECONDS:
+            if seconds_since_write(run) < QUIET_SECONDS:
                 return True
-            self._over.add(name)
-            self._locked += [e] if name in self._order.wanted else []
+            self._settled.add(name)
+            self._token_errors += [e] if name in self._order.wanted else []
             return False
         except ClusterError as e:
-            _say(f"{name}: {e}")
+            _print_line(f"{name}: {e}")
             return True
-        if over is None:
+        if run_outcome is None:
             return True
         if name not in self._order.wanted:
-            self._over.add(name)
-        elif over.state == "finished" or not self._is_to_start_again(name, over):
-            self._over.add(name)
-            _say(f"{name}: {over.state} {over.reason}".rstrip())
+            self._settled.add(name)
+        elif run_outcome.state == "finished" or not self._should_restart(name, run_outcome):
+            self._settled.add(name)
+            _print_line(f"{name}: {run_outcome.state} {run_outcome.reason}".rstrip())
         return False
 
     def _outcome(self, run: RunDir) -> Outcome | None:
-        """Return how a run ended according to its own cluster, which may be another one or gone; None if it goes on."""
-        if over := recorded_outcome(events.events(run)):
-            return over
+        """Return how a run ended, by its own cluster, which may be another one or gone; None while it runs."""
+        if known_outcome := recorded_outcome(events.read(run)):
+            return known_outcome
         attempt = last_attempt(run)
-        # This one may be known by another address there, where it cannot be reached from within.
+        # The attempt may have this very cluster under another address, one that works only from outside.
         if attempt.address != self._order.address and jobs.status(self._connection, attempt.job) is None:
-            return outcome_or_gone(run, connect)
-        return self._patience.ask(lambda: outcome(run, self._connection), None)
+            return outcome_or_lost(run, connect)
+        return self._retrying_caller.call(lambda: outcome(run, self._connection), None)
 
-    def _is_to_start_again(self, name: str, over: Outcome) -> bool:
-        """Return whether a run that is over starts again.
+    def _should_restart(self, name: str, run_outcome: Outcome) -> bool:
+        """Return whether to start an ended run again.
 
-        It does if it ended before the order asked for it; or if its job failed without recording that, and this job has
-        started it fewer than `MOST_STARTS` times.
+        True if it ended before the order was written, or if its job died without recording the end and this job has
+        started it fewer than `MAX_STARTS` times.
         """
         run = self._runs[name]
-        if newest_number(run) <= self._order.retry.get(name, 0):
+        if newest_attempt_number(run) <= self._order.retry.get(name, 0):
             return True
-        said = recorded_outcome(events.events(run))
-        return over.state == "failed" and said is None and self._starts.get(name, 0) < MOST_STARTS
+        known_outcome = recorded_outcome(events.read(run))
+        return run_outcome.state == "failed" and known_outcome is None and self._starts.get(name, 0) < MAX_STARTS
 
     def _is_prepared(self, entry: SweepRun) -> bool:
-        """Prepare the text of a run, and return whether that worked.
+        """Prepare the text of a run, and return whether that succeeded.
 
-        It happens before any run with that text starts, because two runs would prepare it at the same time. A failure
-        is printed at once and remembered, but does not end this job, which goes on with other text.
+        A failure is printed and remembered; this job continues with runs of other text.
         """
-        text = prepared_as(entry.spec)
-        if text not in self._why_not:
+        # Prepare before any run of this text starts: two runs would prepare it at the same time.
+        text = prepared_key(entry.spec)
+        if text not in self._preparation_errors:
             try:
                 prepare(entry.spec)
-                self._why_not[text] = None
+                self._preparation_errors[text] = None
             except MhmoeError as e:
-                self._why_not[text] = e
-            except OSError as e:  # not tried again by this job: it may be a day's work
-                fix = "make room or mend the storage, then give the command again"
-                self._why_not[text] = StorageError(f"data {entry.spec.data.prepared}", e.strerror or str(e), fix)
-            if why := self._why_not[text]:
-                _say(f"{entry.name}: {why}")
-        return self._why_not[text] is None
+                self._preparation_errors[text] = e
+            except OSError as e:
+                # This job does not retry a preparation, which may take a day.
+                fix = "make room or repair the storage, then give the command again"
+                self._preparation_errors[text] = StorageError(
+                    f"data {entry.spec.data.prepared}", e.strerror or str(e), fix
+                )
+            if self._preparation_errors[text]:
+                _print_line(f"{entry.name}: {self._preparation_errors[text]}")
+        return self._preparation_errors[text] is None
 
     def _start(self, entry: SweepRun) -> bool:
         run = self._runs.get(entry.name)
-        if run is None or not run.spec_file.exists():  # it may have been removed meanwhile
-            run = _made(entry)
-            runs = {**self._place.runs(), entry.name: run}
-            self._place.write_runs(runs)  # before anything starts it: another look, or job, would make it anew
+        # The user may have removed the run directory meanwhile.
+        if run is None or not run.spec_file.exists():
+            run = _create_run(entry)
+            runs = {**self._sweep_dir.runs(), entry.name: run}
+            # Record the run before it starts: otherwise a later poll, or another job, would create it again.
+            self._sweep_dir.write_runs(runs)
             self._runs = runs
-        elif newest_number(run) and (other := entry.spec.changed_from(run.spec())):
-            _say(f"{entry.name}: it was started with another spec: {', '.join(other)}")
-            self._over.add(entry.name)
+        elif newest_attempt_number(run) and (changed_keys := entry.spec.changed_keys(run.spec())):
+            _print_line(f"{entry.name}: it was started with another spec: {', '.join(changed_keys)}")
+            self._settled.add(entry.name)
             return False
         else:
-            run.write_spec(entry.spec)  # where it computes may have changed
+            # The new spec may differ in its cluster, which `changed_keys` ignores.
+            run.write_spec(entry.spec)
         run.stop_file.unlink(missing_ok=True)
         starts = self._starts.get(entry.name, 0) + 1
         try:
-            job = start_attempt(run, entry.spec, self._connection, known_as=self._order.address)
-        except ClusterError as e:  # which may have taken it; the next look tells
-            _say(f"{entry.name}: {e}")
+            job = start_attempt(run, entry.spec, self._connection, public_address=self._order.address)
+        except ClusterError as e:
+            # The cluster may have accepted the job; the next poll shows that.
+            _print_line(f"{entry.name}: {e}")
             self._starts[entry.name] = starts
             return True
         except StorageError:
             raise
         except MhmoeError as e:
-            _say(f"{entry.name}: {e}")
-            self._over.add(entry.name)
+            _print_line(f"{entry.name}: {e}")
+            self._settled.add(entry.name)
             return False
         self._starts[entry.name] = starts
-        _say(f"{entry.name}: run {run.id}, job {job}")
+        _print_line(f"{entry.name}: run {run.id}, job {job}")
         return True
 
 
-def _made(entry: SweepRun) -> RunDir:
+def _create_run(entry: SweepRun) -> RunDir:
     """Create the run of an entry.
 
     Raises:
@@ -247,5 +255,5 @@ def _made(entry: SweepRun) -> RunDir:
         raise
 
 
-def _say(line: str) -> None:
+def _print_line(line: str) -> None:
     print(line, flush=True)

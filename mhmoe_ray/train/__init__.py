@@ -3,14 +3,14 @@
     job.py               entry point of the job: record that it began, train, record how it ended
     driver.py            prepare the data and start the workers
     stream_start.py      choose the checkpoint, and so the start of the stream, for each worker group
-    resilience.py        Ray Train policies of a run: which failures are retried, how many workers there are
-    preemption.py        leave a node that is about to be taken away
+    resilience.py        Ray Train policies of a run: the retry policy, and the number of workers
+    preemption.py        preemption of a node: the notice, and the error that ends the worker group
     worker.py            one rank: restore, train, validate, save
     malloc.py            malloc settings of a CPU worker
     step.py              one optimizer step of M micro-batches
-    watchdog.py          an actor beside the workers that finds the one that hangs and kills its process
-    worker_failures.py   record which worker failed, and why
-    telemetry/           metrics of a run and where they are sent
+    watchdog.py          heartbeats of the ranks, and the actor that kills the process of a rank that hangs
+    worker_failures.py   record of failed workers, with the reason
+    telemetry/           metrics of a run, and the systems that get them
 
 Every rank reads its own data, also within an expert-parallel group. Each rank scales its loss so that the mean of the
 ranks' gradients is the gradient of the step's loss. The parts of that loss are reduced over the M micro-batches like

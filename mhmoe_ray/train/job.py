@@ -1,4 +1,4 @@
-"""Process of a run's job: record that it has begun, train, and record in the run directory how it ended."""
+"""Entry point of a run's job: record its start, train, and record in the run directory how it ended."""
 
 import os
 import socket
@@ -7,16 +7,13 @@ from typing import ClassVar, Literal
 from mhmoe_ray.errors import MhmoeError, StorageError, logging_errors
 from mhmoe_ray.remote import RemoteJob
 from mhmoe_ray.runs import events
-from mhmoe_ray.runs.directory import RunDir, newest_number, require_newest
-from mhmoe_ray.runs.logs import keep_log
+from mhmoe_ray.runs.directory import RunDir, newest_attempt_number, require_newest_attempt
+from mhmoe_ray.runs.logs import archive_log
 from mhmoe_ray.storage import location
 
 
 class TrainRequest(RemoteJob[None]):
-    """Request for one attempt of a run.
-
-    Its results are in the run directory, where events say how it ended.
-    """
+    """Request for one attempt of a run; the run directory gets its results, and an event when it ends."""
 
     module: ClassVar[str] = "mhmoe_ray.train.job"
     kind: ClassVar[str] = "train"
@@ -42,26 +39,28 @@ def main() -> None:
     request = TrainRequest.received()
     run, attempt = request.run, request.attempt
     with logging_errors():
-        require_newest(run, attempt)  # it may have waited for long
-        keep_log(run, attempt)
+        # The job may have waited for a long time, while a newer attempt was submitted.
+        require_newest_attempt(run, attempt)
+        archive_log(run, attempt)
         events.record(run, "began", attempt=attempt, host=socket.gethostname(), pid=os.getpid())
-        _train(run, attempt)
+        _train_and_record(run, attempt)
 
 
-def _train(run: RunDir, attempt: int) -> None:
+def _train_and_record(run: RunDir, attempt: int) -> None:
     try:
-        # Imported only now: they take seconds, for which whoever submitted the run would see nothing.
+        # Imported after the "began" event: these imports take seconds, and the user waits for that event.
         import ray
 
-        from mhmoe_ray.train.driver import drive
+        from mhmoe_ray.train.driver import train_run
 
-        # Actors of Ray's own look for "the" cluster of a machine, which may have several.
+        # Some actors of Ray connect to the only cluster of their machine, but a machine may have several.
         ray.init(runtime_env={"env_vars": {"RAY_ADDRESS": os.environ["RAY_ADDRESS"]}})
-        drive(run, attempt)
+        train_run(run, attempt)
     except MhmoeError as e:
         _record_end(run, attempt, "failed", reason=str(e))
         raise
-    except SystemExit as e:  # Ray turns SIGTERM, with which it stops a job, into this
+    except SystemExit as e:
+        # Ray stops a job with SIGTERM, which its handler turns into this exception.
         if run.stop_file.exists():
             _record_end(run, attempt, "stopped", reason="its job was ended")
         else:
@@ -73,14 +72,16 @@ def _train(run: RunDir, attempt: int) -> None:
 
 
 def _record_end(run: RunDir, attempt: int, kind: Literal["failed", "stopped"], reason: str) -> None:
-    """Record how this attempt ended, unless a later attempt has taken over: then this end is not the end of the run.
+    """Record how this attempt ended, unless the run has a newer attempt.
 
     If the event cannot be written, the storage error and the reason are printed to the job's log instead.
     """
-    if newest_number(run) == attempt:
+    # After a newer attempt was submitted, the end of this one is not the end of the run.
+    if newest_attempt_number(run) == attempt:
         try:
             events.record(run, kind, reason=reason)
-        except StorageError as e:  # the job's log has both, and `status` takes the reason from there
+        except StorageError as e:
+            # `mhmoe status` takes the reason from the job's log then.
             e.log()
             if str(e) != reason:
                 print(reason)

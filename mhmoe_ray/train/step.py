@@ -1,4 +1,4 @@
-"""One optimizer step: M micro-batches over all ranks, one update.
+"""Optimizer step: gradients of M micro-batches over all ranks, then one update.
 
 This module uses neither Ray nor files.
 """
@@ -11,18 +11,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mhmoe_kernels import why_not
+from mhmoe_kernels import unavailable_reason
 from mhmoe_ray.distributed.build import build_dispatch, build_strategy
-from mhmoe_ray.distributed.dispatch.exchange import Sent, least_sent
+from mhmoe_ray.distributed.dispatch.exchange import SentBytes, flat_row_bytes
 from mhmoe_ray.distributed.mesh import Mesh
 from mhmoe_ray.distributed.optimizer import learning_rate
 from mhmoe_ray.errors import JobError, SpecError
-from mhmoe_ray.model.attention import document_of
-from mhmoe_ray.model.decoder import Decoder, Output, routing_loss, token_losses
+from mhmoe_ray.model.attention import document_indices
+from mhmoe_ray.model.decoder import Decoder, DecoderOutput, routing_loss, token_losses
 from mhmoe_ray.model.init import init_weights
 from mhmoe_ray.model.noise import Noise
-from mhmoe_ray.model.router import moved_bias
-from mhmoe_ray.planner.sizes import compute_bytes
+from mhmoe_ray.model.router import updated_bias
+from mhmoe_ray.planner.sizes import bytes_per_value
 from mhmoe_ray.spec import RunSpec
 
 
@@ -43,15 +43,15 @@ class RankSums(NamedTuple):
     balance: float
     """Balance loss, summed over micro-batches and layers."""
     dropped: int
-    """Number of routes dropped because their expert was full, over all layers."""
+    """Number of routes dropped because the expert capacity was used up, over all layers."""
     count_LE: Tensor
     """Number of kept routes per layer and expert, int64."""
-    sent: Sent = Sent()
+    sent_bytes: SentBytes = SentBytes()
     """Bytes that expert-parallel dispatch sent to other ranks."""
-    least_sent: int = 0
-    """Bytes that flat dispatch must send at least for this rank's tokens; summed over ranks, a lower bound of
-    `sent.rows`."""
-    waited: float = 0.0
+    least_bytes: int = 0
+    """Smallest number of bytes that flat dispatch can send for this rank's tokens; summed over ranks, a lower bound of
+    `sent_bytes.rows`."""
+    wait_seconds: float = 0.0
     """Seconds that this rank waited for rows of other ranks."""
 
 
@@ -60,11 +60,12 @@ class Update(NamedTuple):
     """Norm of the whole gradient before clipping."""
     lr: float
     applied: bool
-    """Whether the update was applied; False where the norm is not finite and the spec says to skip such a step."""
+    """Whether the update was applied; False if the norm is not finite and the spec says to skip such a step."""
 
 
-MOST_SKIPPED = 10
-"""Largest number of consecutive steps whose updates may be skipped: more are no accident."""
+# A few steps may have no finite gradient by accident. More in a row than this are a fault of the run.
+MAX_SKIPPED_STEPS = 10
+"""Largest number of consecutive steps whose updates may be skipped."""
 
 
 class Trainer:
@@ -84,21 +85,21 @@ class Trainer:
             spec: spec of the run.
             mesh: mesh of this rank; its world size must divide the spec's `micro_batches`.
             device: device of this rank.
-            start_token: the token that precedes every document; needed where the model has `document_masks`.
-            on_progress: called whenever something is done: a micro-batch, or a tensor of a checkpoint or of the initial
-                weights.
+            start_token: the token that precedes every document; needed if the model has `document_masks`.
+            on_progress: called after each micro-batch and after each tensor of a checkpoint or of the initial weights.
 
         Raises:
             SpecError: the kernel cannot run on this device, or a package that the strategy needs is not installed.
         """
-        assert spec.train.micro_batches % mesh.world == 0
+        assert spec.train.micro_batches % mesh.world_size == 0
         self.spec, self.mesh, self.device = spec, mesh, device
         self._start_token, self.on_progress = start_token, on_progress
         moe = spec.model.moe
-        if moe and (reason := why_not(moe.kernel, device)):
+        if moe and (reason := unavailable_reason(moe.kernel, device)):
             raise SpecError(f"model.moe.kernel {moe.kernel}", reason, "install what it needs, or set it to auto")
+        # Weights have no memory yet: the strategy allocates them, and a rank may hold only a part of them.
         with torch.device("meta"):
-            self.model = Decoder(spec.computed_model, mesh.held(moe.experts) if moe else None)
+            self.model = Decoder(spec.computed_model, mesh.expert_ids(moe.experts) if moe else None)
         self.model.recompute = spec.train.recompute
         self._dispatch = build_dispatch(spec.cluster, mesh)
         if self._dispatch:
@@ -106,7 +107,7 @@ class Trainer:
                 layer.dispatch = self._dispatch
         if spec.train.compile:
             self.model.compile_dense()
-        self.strategy = build_strategy(self.model, mesh, spec, self._fill)
+        self.strategy = build_strategy(self.model, mesh, spec, self._initialize_weights)
         self.step = 0
         self.tokens = 0
         """Number of targets that counted in the steps so far, over all ranks."""
@@ -117,85 +118,91 @@ class Trainer:
         self.skipped_in_a_row = 0
         """Number of consecutive steps up to now whose updates were not applied."""
 
-    def _fill(self, model: Decoder) -> None:
+    def _initialize_weights(self, model: Decoder) -> None:
         model.to_empty(device=self.device)
         init_weights(model, self.spec.seed, self.on_progress)
 
     def accumulate(self, batches: Iterable[MicroBatch]) -> RankSums:
         """Accumulate the gradients of this rank's micro-batches and reduce them over ranks, without clipping.
 
-        Every target that counts has the same weight in the step's loss, however full its micro-batch is. Padding is
-        routed like any token, so balance loss, capacity and route counts include it: they describe the rows that
-        experts work on.
+        Every target that counts has the same weight in the step's loss, whatever the padding of its micro-batch.
+        Padding is routed like any token. So the balance loss, the expert capacity and the route counts include it: they
+        describe the rows that experts compute.
 
         Args:
             batches: the M / world micro-batches of this rank, on the device.
         """
         spec, m = self.spec, self.spec.train.micro_batches
-        here = m // self.mesh.world
+        rank_batches = m // self.mesh.world_size
         moe = spec.model.moe
-        # On the device until the end, so that the host waits for none of its micro-batches.
+        # The sums stay on the device until the end, so that the host does not wait for each micro-batch.
         loss_balance_dropped = torch.zeros(3, dtype=torch.float64, device=self.device)
         count_LE = self.zero_counts().to(self.device)
         if self._dispatch:
-            self._dispatch.pop_sent()  # of validation
-            self._dispatch.pop_waited()
-        batches, targets = self._with_targets(batches)
+            # Discard the counts of a validation since the last step.
+            self._dispatch.pop_sent_bytes()
+            self._dispatch.pop_wait_seconds()
+        batches, targets = self._count_targets(batches)
         for i, (token_BT, counts_BT) in enumerate(batches, start=1):
-            with self.strategy.micro_batch(last=i == here):
-                micro_batch = self.step * m + self.mesh.rank + (i - 1) * self.mesh.world
+            with self.strategy.micro_batch_context(is_last=i == rank_batches):
+                micro_batch = self.step * m + self.mesh.rank + (i - 1) * self.mesh.world_size
                 logits_BTV, routing = self.forward(token_BT[:, :-1], Noise(spec.seed, micro_batch))
                 loss = (token_losses(logits_BTV, token_BT[:, 1:]) * counts_BT).sum()
-                del logits_BTV  # or they would lie there beside their gradients
-                # What it adds to the mean over all targets, times M, since the mean over micro-batches is to come.
+                # Without `del` the logits would stay in memory beside their gradients.
+                del logits_BTV
+                # The contribution to the mean over all targets, times M: the mean over micro-batches follows below.
                 objective = loss / (max(1, targets) / m)
                 loss_balance_dropped[0] += loss.detach()
                 if moe:
                     objective = objective + routing_loss(spec.model, routing)
                     balance_L = torch.stack([r.balance_loss.detach() for r in routing])
                     loss_balance_dropped[1] += balance_L.double().sum()
-                    loss_balance_dropped[2] += torch.stack([r.dropped for r in routing]).sum()
+                    loss_balance_dropped[2] += torch.stack([r.dropped_routes for r in routing]).sum()
                     count_LE += torch.stack([r.count_E for r in routing])
-                # Strategies divide by the world; the mean wanted is over the step's M.
-                self.strategy.backward(objective * (self.mesh.world / m))
+                # Strategies divide the sum over ranks by the world size, but the step's loss is a mean over M.
+                self.strategy.backward(objective * (self.mesh.world_size / m))
             self.on_progress()
-        self.strategy.finish()
-        summed, balance, dropped = loss_balance_dropped.tolist()
-        sums = RankSums(targets, summed, balance, int(dropped), count_LE.cpu())
+        self.strategy.finish_reduction()
+        loss_sum, balance_sum, dropped = loss_balance_dropped.tolist()
+        sums = RankSums(targets, loss_sum, balance_sum, int(dropped), count_LE.cpu())
         if moe and self._dispatch:
-            row_bytes = spec.model.d_model // moe.heads * compute_bytes(spec)
-            least = least_sent(sums.count_LE, self.mesh.held(moe.experts), row_bytes)
-            waited = self._dispatch.pop_waited()
-            sums = sums._replace(sent=self._dispatch.pop_sent(), least_sent=least, waited=waited)
+            row_bytes = spec.model.d_model // moe.heads * bytes_per_value(spec)
+            least_bytes = flat_row_bytes(sums.count_LE, self.mesh.expert_ids(moe.experts), row_bytes)
+            wait_seconds = self._dispatch.pop_wait_seconds()
+            sums = sums._replace(
+                sent_bytes=self._dispatch.pop_sent_bytes(), least_bytes=least_bytes, wait_seconds=wait_seconds
+            )
         return sums
 
-    def _with_targets(self, batches: Iterable[MicroBatch]) -> tuple[Iterable[MicroBatch], int]:
-        """Return the micro-batches, and the number of targets that count in those of all ranks.
-
-        Without padding (`concat` packing) the number is known beforehand. Otherwise it is summed over ranks, once every
-        rank has all its micro-batches.
-        """
+    def _count_targets(self, batches: Iterable[MicroBatch]) -> tuple[Iterable[MicroBatch], int]:
+        """Return the micro-batches, and the number of targets that count in the micro-batches of all ranks."""
+        # Without padding the number is known, and the micro-batches need not be read before the first forward pass.
         if self.spec.data.packing == "concat":
             return batches, self.spec.tokens_per_step
         batches = list(batches)
         count = torch.stack([counts_BT.sum() for _, counts_BT in batches]).sum()
-        if self.mesh.world > 1:
+        if self.mesh.world_size > 1:
             dist.all_reduce(count)
         return batches, int(count)
 
     def zero_counts(self) -> Tensor:
-        """Return a count_LE without any route: zeros, int64; E is 0 for a dense model."""
+        """Return zeros for the counts of routes per layer and expert, (L, E), int64; E is 0 for a dense model."""
         moe = self.spec.model.moe
         return torch.zeros(self.spec.model.moe_layers, moe.experts if moe else 0, dtype=torch.int64)
 
-    def _move_biases(self, own_count_LE: Tensor, rate: float) -> None:
-        """Move the selection biases by the routes of the whole step on all ranks, so that a bias is the same for any
-        number of ranks."""
-        count_LE = own_count_LE.to(self.device, copy=True)
-        if self.mesh.world > 1:
+    def _move_biases(self, rank_count_LE: Tensor, rate: float) -> None:
+        """Update the selection biases of all routers from the routes of this step.
+
+        Args:
+            rank_count_LE: routes of this rank per layer and expert.
+            rate: size of the change.
+        """
+        # Routes are summed over all ranks, so that a bias is the same for any number of ranks.
+        count_LE = rank_count_LE.to(self.device, copy=True)
+        if self.mesh.world_size > 1:
             dist.all_reduce(count_LE)
         for layer, count_E in zip(self.model.moe_layers(), count_LE, strict=True):
-            layer.router.bias_E.copy_(moved_bias(layer.router.bias_E, count_E, rate))
+            layer.router.bias_E.copy_(updated_bias(layer.router.bias_E, count_E, rate))
 
     def update(self, sums: RankSums) -> Update:
         """Clip the accumulated gradients and apply them, unless their norm is not finite.
@@ -205,58 +212,59 @@ class Trainer:
 
         Raises:
             JobError: the norm is not finite, on all ranks alike, and the spec does not skip such steps, or more than
-                `MOST_SKIPPED` steps in a row were skipped.
+                `MAX_SKIPPED_STEPS` consecutive steps were skipped.
         """
         lr = learning_rate(self.spec.train, self.step + 1)
         self.before_update()
-        norm = self.strategy.apply(lr)
+        norm = self.strategy.apply_update(lr)
         applied = math.isfinite(norm)
         moe = self.spec.model.moe
         if applied and moe and moe.bias_rate:
             self._move_biases(sums.count_LE, moe.bias_rate)
         self.skipped_in_a_row = 0 if applied else self.skipped_in_a_row + 1
-        if not applied and (self.spec.train.on_nonfinite == "stop" or self.skipped_in_a_row > MOST_SKIPPED):
-            why = f"the gradient of step {self.step + 1} is not finite (norm {norm})"
+        if not applied and (self.spec.train.on_nonfinite == "stop" or self.skipped_in_a_row > MAX_SKIPPED_STEPS):
+            reason = f"the gradient of step {self.step + 1} is not finite (norm {norm})"
             if self.skipped_in_a_row > 1:
-                why += f", as those of the {self.skipped_in_a_row - 1} steps before it were not"
-            raise JobError("training", why, "submit again with a lower train.lr or longer warm-up")
+                reason += f", as those of the {self.skipped_in_a_row - 1} steps before it were not"
+            raise JobError("training", reason, "submit again with a lower train.lr or longer warm-up")
         self.skipped += not applied
         self.step += 1
         self.tokens += sums.targets
         return Update(norm, lr, applied)
 
-    def forward(self, token_BT: Tensor, noise: Noise | None = None) -> Output:
+    def forward(self, token_BT: Tensor, noise: Noise | None = None) -> DecoderOutput:
         dtype = torch.bfloat16
         enabled = self.spec.train.precision == "bfloat16"
         document_BT = None
         if self.spec.model.document_masks:
             assert self._start_token is not None
-            # Padding, as token 0, may look like starts of documents: of some at the end, which no target asks about.
-            document_BT = document_of(token_BT, self._start_token)
+            # Padding is token 0, which may equal the start token. Such documents lie at the end of a sample, where no
+            # target counts.
+            document_BT = document_indices(token_BT, self._start_token)
         with torch.autocast(self.device.type, dtype, enabled=enabled):
             model = self.strategy.module if torch.is_grad_enabled() else self.model
-            output: Output = model(token_BT, noise=noise, document_BT=document_BT)
+            output: DecoderOutput = model(token_BT, noise=noise, document_BT=document_BT)
         return output
 
     @torch.no_grad()
     def validate(self, token_NT: Tensor, counts_NT: Tensor) -> tuple[float, int]:
         """Return the mean loss in nats over the held-out tokens, and their number; both are the same on every rank.
 
-        Where routing is static, routes to a full expert are dropped as in training, as the first paper's code does
-        (`-1` of its capacity in evaluation); `evaluate.measure` drops none.
+        With static routing, routes above the expert capacity are dropped as in training. The first paper's code does
+        the same (`-1` as its capacity in evaluation); `evaluate.measure` drops none.
 
         Args:
             token_NT: all held-out samples, (N, T + 1); every rank passes the same.
             counts_NT: mask of the targets that count, (N, T), bool.
         """
-        b, world = self.spec.train.micro_batch_size, self.mesh.world
-        rounds = -(-len(token_NT) // (b * world))
-        missing = rounds * b * world - len(token_NT)
-        # Rows of no weight, so that every rank takes part in every exchange of rows.
-        token_NT = torch.cat([token_NT, token_NT[:1].expand(missing, -1)])
-        counts_NT = torch.cat([counts_NT, counts_NT.new_zeros(missing, counts_NT.shape[1])])
+        b, world = self.spec.train.micro_batch_size, self.mesh.world_size
+        batch_count = -(-len(token_NT) // (b * world))
+        padding_rows = batch_count * b * world - len(token_NT)
+        # Samples without weight fill the last round, so that every rank takes part in every all-to-all.
+        token_NT = torch.cat([token_NT, token_NT[:1].expand(padding_rows, -1)])
+        counts_NT = torch.cat([counts_NT, counts_NT.new_zeros(padding_rows, counts_NT.shape[1])])
         total = torch.zeros(2, dtype=torch.float64, device=self.device)
-        for i in range(rounds):
+        for i in range(batch_count):
             start = (i * world + self.mesh.rank) * b
             token_BT, weight_BT = token_NT[start : start + b].to(self.device), counts_NT[start : start + b]
             weight_BT = weight_BT.to(self.device)

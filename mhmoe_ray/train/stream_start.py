@@ -1,7 +1,7 @@
-"""Start of the training stream: each worker group starts at the newest intact checkpoint.
+"""Start of the training stream: each worker group resumes at the newest intact checkpoint.
 
-All nodes of the cluster share the hashing of its files: a single node would read terabytes for an hour. An actor
-imports this file, so nothing here needs torch.
+All nodes of the cluster share the hashing of the checkpoint's files: a single node would read terabytes for an hour. An
+actor imports this file, so nothing here needs torch.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -12,54 +12,55 @@ import ray.data
 import ray.train
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from mhmoe_ray.checkpoint.manifest import newest_checkpoint, unfinished
+from mhmoe_ray.checkpoint.manifest import newest_checkpoint, uncommitted_checkpoints
 from mhmoe_ray.data.stream import training_stream
 from mhmoe_ray.runs import events
-from mhmoe_ray.runs.directory import RunDir, require_newest
+from mhmoe_ray.runs.directory import RunDir, require_newest_attempt
 from mhmoe_ray.spec import RunSpec
 from mhmoe_ray.storage import FileEntry, Location, describe_files, remove_tree
 
-ALONE = 4 << 30
-"""Bytes below which this process hashes alone, because other nodes must start a process first."""
+SINGLE_NODE_BYTES = 4 << 30
+"""Bytes below which this process hashes all files itself, because other nodes must start a process first."""
 
 
-def describe_together(files: Sequence[Location]) -> Iterable[FileEntry]:
+def describe_on_all_nodes(files: Sequence[Location]) -> Iterable[FileEntry]:
     """Return the size and hash of each file, in order, as they become known.
 
-    From `ALONE` bytes on, each live node of the cluster hashes a share of the files, which must be visible to all
+    From `SINGLE_NODE_BYTES` on, each live node of the cluster hashes a share of the files, which must be visible to all
     nodes.
     """
     nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
-    if len(nodes) == 1 or sum(file.stat().st_size for file in files) < ALONE:
+    if len(nodes) == 1 or sum(file.stat().st_size for file in files) < SINGLE_NODE_BYTES:
         return describe_files(files)
     shares = [files[i :: len(nodes)] for i in range(len(nodes))]
-    # A node that dies meanwhile has its share read elsewhere.
-    there = [NodeAffinitySchedulingStrategy(node, soft=True) for node in nodes]
-    found = [_describe.options(scheduling_strategy=at).remote(share) for at, share in zip(there, shares, strict=True)]
-    return (ray.get(next(found[i % len(nodes)])) for i in range(len(files)))
+    # With a soft strategy, another node hashes the share of a node that dies meanwhile.
+    strategies = [NodeAffinitySchedulingStrategy(node, soft=True) for node in nodes]
+    streams = [
+        _describe_share.options(scheduling_strategy=strategy).remote(share)
+        for strategy, share in zip(strategies, shares, strict=True)
+    ]
+    return (ray.get(next(streams[i % len(nodes)])) for i in range(len(files)))
 
 
-@ray.remote(num_cpus=0, num_returns="streaming")  # type: ignore[untyped-decorator]  # Ray's have no types for us
-def _describe(files: Sequence[Location]) -> Iterator[FileEntry]:
+@ray.remote(num_cpus=0, num_returns="streaming")  # type: ignore[untyped-decorator]  # Ray's decorator is untyped
+def _describe_share(files: Sequence[Location]) -> Iterator[FileEntry]:
     yield from describe_files(files)
 
 
-class StreamFromNewest(ray.train.DataConfig):
-    """Data config that deals the training stream, from the newest intact checkpoint on, to the workers of a group.
+class ResumingDataConfig(ray.train.DataConfig):
+    """Ray Train data config that resumes the training stream at the newest intact checkpoint for each worker group.
 
-    Ray Train calls `configure` once for each worker group, when the first rank asks for the stream, and only there says
-    how many workers there are. The chosen checkpoint is recorded as an event, so that the workers, which wait for the
-    stream, start where it does.
+    The checkpoint is recorded as an event: the workers wait for the stream and then restore the same checkpoint.
     """
 
     def __init__(self, run: RunDir, spec: RunSpec, attempt: int, watchdog: Any) -> None:
-        """Ask Ray Data to preserve the order of the stream.
+        """Prepare the data config, which preserves the order of the stream.
 
         Args:
             run: the run.
             spec: spec of the run.
             attempt: number of the attempt that this job executes.
-            watchdog: the watchdog actor, which is told that ranks that wait for the stream do not hang.
+            watchdog: handle of the watchdog actor, which gets a report for each hashed file.
         """
         super().__init__(execution_options=ray.data.ExecutionOptions(preserve_order=True))
         self._run, self._spec, self._attempt, self._watchdog = run, spec, attempt, watchdog
@@ -67,19 +68,22 @@ class StreamFromNewest(ray.train.DataConfig):
     def configure(self, datasets: Any, world_size: int, *args: Any, **kwargs: Any) -> Any:
         """Choose the checkpoint, record it, and return the stream from its position on for each worker.
 
-        Folders of checkpoints that earlier worker groups left unfinished are removed. `datasets` gives only the names.
+        Ray Train calls this once for each worker group, when the first rank asks for the stream. Uncommitted
+        checkpoints of earlier worker groups are removed. Of `datasets` only the names are used.
 
         Raises:
             RunError: the run has a newer job.
             CheckpointError: there are checkpoints, but none is intact.
         """
-        require_newest(self._run, self._attempt)
-        newest = newest_checkpoint(self._run, describe=self._describe)
+        require_newest_attempt(self._run, self._attempt)
+        newest = newest_checkpoint(self._run, describe=self._describe_and_report)
         for error in newest.skipped if newest else []:
             print(f"warning: {error}")
-            events.record(self._run, "skipped_checkpoint", name=error.what, reason=error.why)
-        require_newest(self._run, self._attempt)  # now, or it would remove what a newer job is writing
-        for folder in unfinished(self._run):  # of earlier groups: this one writes none before it has the stream
+            events.record(self._run, "skipped_checkpoint", name=error.subject, reason=error.reason)
+        # Checked again: hashing may take long, and the lines below would remove a checkpoint that a newer job writes.
+        require_newest_attempt(self._run, self._attempt)
+        # These are of earlier worker groups: this one writes none before it has the stream.
+        for folder in uncommitted_checkpoints(self._run):
             remove_tree(folder)
         name, step, position = None, 0, 0
         if newest:
@@ -88,7 +92,8 @@ class StreamFromNewest(ray.train.DataConfig):
         stream = training_stream(self._spec, position, world_size)
         return super().configure(dict.fromkeys(datasets, stream), world_size, *args, **kwargs)
 
-    def _describe(self, files: Sequence[Location]) -> Iterator[FileEntry]:
-        for entry in describe_together(files):
-            self._watchdog.stir.remote()
+    def _describe_and_report(self, files: Sequence[Location]) -> Iterator[FileEntry]:
+        for entry in describe_on_all_nodes(files):
+            # The ranks wait for the stream and cannot report progress meanwhile.
+            self._watchdog.report_shared_progress.remote()
             yield entry

@@ -1,9 +1,12 @@
-"""Watchdog: an actor beside the workers that gets each rank's heartbeat once a second, finds the rank that hangs, and
-kills its process, so that Ray Train restarts the workers from the newest checkpoint.
+"""Watchdog: an actor that receives a heartbeat from each rank once a second and kills the process of a rank that hangs.
 
-It runs outside all ranks: a rank that was stopped, or whose node swaps, cannot detect this itself, and the others wait
-for it in a collective operation without an error. Ray's own health check sees a process that is dead, not one that
-hangs.
+Ray Train then restarts the workers from the newest checkpoint. The watchdog runs outside all ranks: a rank that was
+stopped, or whose node swaps, cannot detect this itself, and the other ranks wait for it in a collective operation
+without an error. Ray's own health check finds a dead process, not a hanging one.
+
+A rank hangs if it sends no heartbeat for the timeout (`cluster.hang_seconds`), or if no rank makes progress for that
+long and it is behind the others. A straggler, which is a slow rank that still makes progress, is left alone: the other
+ranks wait for it in every step. With expert parallelism, the metric `exchange_wait` of each rank shows that time.
 """
 
 import asyncio
@@ -25,200 +28,223 @@ from mhmoe_ray.runs import events
 from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.storage import location
 
-BEAT_SECONDS = 1.0
-Doing = Literal["restoring", "training", "validating", "saving"]
+# Short against the timeout, which is 600 s by default (`cluster.hang_seconds`).
+HEARTBEAT_SECONDS = 1.0
+Phase = Literal["restoring", "training", "validating", "saving"]
 
 
 @dataclass(frozen=True)
-class Place:
-    """Process of a rank, for the record and for a person who must find it."""
+class WorkerInfo:
+    """Process of a rank: the "started" event records it, and the watchdog kills it by these fields."""
 
     rank: int
     pid: int
+    # The operating system may give the pid to another process later; the start time tells the two apart.
     began: float
-    """Start time of the process in seconds since the epoch, since the pid may be reused later."""
+    """Start time of the process in seconds since the epoch."""
     host: str
     node: str
 
     @classmethod
-    def here(cls, rank: int) -> "Place":
-        began = psutil.Process().create_time()
-        return cls(rank, os.getpid(), began, socket.gethostname(), ray.get_runtime_context().get_node_id())
+    def current(cls, rank: int) -> "WorkerInfo":
+        start_time = psutil.Process().create_time()
+        return cls(rank, os.getpid(), start_time, socket.gethostname(), ray.get_runtime_context().get_node_id())
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Progress of a rank, as its heartbeats report it."""
+    """Progress of a rank, which each of its heartbeats carries."""
 
-    place: Place
-    life: int = 0
-    """Counter that grows with everything that the rank gets done, in any thread."""
-    done: int = 0
-    """Counter that grows with the progress of training itself, equally on all ranks; writing does not count."""
+    worker_info: WorkerInfo
+    activity: int = 0
+    """Counter of all work that the rank finishes, in any thread."""
+    training_progress: int = 0
+    """Counter of finished training work, which grows equally on all ranks; writing a checkpoint does not count."""
     step: int = 0
-    doing: Doing = "restoring"
+    phase: Phase = "restoring"
 
 
 class Heartbeat(AbstractContextManager["Heartbeat"]):
-    """Heartbeat of a rank: sends its progress to the watchdog every `BEAT_SECONDS`, from its own thread, until the
-    context ends."""
+    """Heartbeat of a rank: a thread that sends the rank's progress to the watchdog every `HEARTBEAT_SECONDS`.
 
-    def __init__(self, watchdog: Any, place: Place) -> None:
-        """Prepare the heartbeat, which starts when the context is entered.
+    It starts when the context is entered and ends with the context.
+    """
+
+    def __init__(self, watchdog: Any, worker_info: WorkerInfo) -> None:
+        """Prepare the heartbeat.
 
         Args:
-            watchdog: the watchdog actor.
-            place: process of this rank.
+            watchdog: handle of the watchdog actor.
+            worker_info: process of this rank.
         """
-        self.place = place
-        self._watchdog, self._progress, self._over = watchdog, Progress(place), Event()
+        self.worker_info = worker_info
+        self._watchdog, self._progress, self._stop_event = watchdog, Progress(worker_info), Event()
+        # Training and the thread that writes a checkpoint both count progress.
         self._lock = Lock()
-        self._thread = Thread(target=self._tell, name="pulse", daemon=True)
+        self._thread = Thread(target=self._send_heartbeats, name="heartbeat", daemon=True)
 
-    def at(self, step: int, doing: Doing) -> None:
+    def report_phase(self, step: int, phase: Phase) -> None:
         """Report the step and the phase that this rank has reached; this counts as progress of training.
 
         Args:
-            step: number of the last step that is done.
-            doing: phase that begins now.
+            step: number of the last finished step.
+            phase: phase that begins now.
         """
-        self._move(step=step, doing=doing)
+        self._update(step=step, phase=phase)
 
-    def beat(self) -> None:
+    def report_progress(self) -> None:
         """Report progress of training itself."""
-        self._move()
+        self._update()
 
-    def stir(self) -> None:
-        """Report progress beside training, for example of writing a checkpoint."""
-        self._move(done=0)
+    def report_side_progress(self) -> None:
+        """Report progress of work beside training, for example of writing a checkpoint."""
+        self._update(training_progress=0)
 
-    def _move(self, done: int = 1, **news: Any) -> None:
+    def _update(self, training_progress: int = 1, **changes: Any) -> None:
         with self._lock:
-            now = self._progress
-            self._progress = replace(now, life=now.life + 1, done=now.done + done, **news)
+            progress = self._progress
+            self._progress = replace(
+                progress,
+                activity=progress.activity + 1,
+                training_progress=progress.training_progress + training_progress,
+                **changes,
+            )
 
     def __enter__(self) -> "Heartbeat":
         self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._over.set()
+        self._stop_event.set()
         self._thread.join()
 
-    def _tell(self) -> None:
+    def _send_heartbeats(self) -> None:
         while True:
-            self._watchdog.hear.remote(self._progress)
-            if self._over.wait(BEAT_SECONDS):
-                self._watchdog.forget.remote(self.place)
+            self._watchdog.receive.remote(self._progress)
+            if self._stop_event.wait(HEARTBEAT_SECONDS):
+                # Without this call the end of the rank would look like a rank without a heartbeat.
+                self._watchdog.forget.remote(self.worker_info)
                 return
 
 
 @dataclass
-class _Heard:
+class _RankRecord:
     progress: Progress
-    heard: float
-    moved: float
+    # Both times are of the watchdog's own monotonic clock: the clocks of nodes differ.
+    heartbeat_time: float
+    progress_time: float
 
 
 class Watchdog:
     """Class of the watchdog actor, which `start` creates."""
 
-    def __init__(self, run: str, patience: float) -> None:
+    def __init__(self, run: str, timeout: float) -> None:
         """Prepare a watchdog that knows no rank yet.
 
         Args:
             run: path of the run directory, for events.
-            patience: seconds without progress, or without a heartbeat, after which a rank counts as hung.
+            timeout: seconds without progress, or without a heartbeat, after which a rank counts as hung.
         """
-        self._run, self._patience = RunDir(location(run)), patience
-        self._ranks: dict[Place, _Heard] = {}
+        self._run, self._timeout = RunDir(location(run)), timeout
+        self._records: dict[WorkerInfo, _RankRecord] = {}
 
     @classmethod
-    def start(cls, run: RunDir, patience: float) -> Any:
-        """Start an actor on the node of this process, which watches until the job ends, and return its handle."""
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        actor = ray.remote(num_cpus=0)(cls).options(scheduling_strategy=here).remote(str(run.path), patience)
+    def start(cls, run: RunDir, timeout: float) -> Any:
+        """Start the watchdog actor, which watches until the job ends, and return its handle."""
+        # The job's own node, so that the loss of any other node does not take the watchdog with it.
+        strategy = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        actor = ray.remote(num_cpus=0)(cls).options(scheduling_strategy=strategy).remote(str(run.path), timeout)
         actor.watch.remote()
         return actor
 
-    async def hear(self, progress: Progress) -> None:
-        now = time.monotonic()
-        before = self._ranks.get(progress.place)
-        moved = now if before is None or progress.life > before.progress.life else before.moved
-        self._ranks[progress.place] = _Heard(progress, now, moved)
+    async def receive(self, progress: Progress) -> None:
+        current_time = time.monotonic()
+        previous_record = self._records.get(progress.worker_info)
+        progress_time = (
+            current_time
+            if previous_record is None or progress.activity > previous_record.progress.activity
+            else previous_record.progress_time
+        )
+        self._records[progress.worker_info] = _RankRecord(progress, current_time, progress_time)
 
-    async def stir(self) -> None:
-        """Count progress for all ranks: something that all of them wait for advances."""
-        now = time.monotonic()
-        for heard in self._ranks.values():
-            heard.moved = now
+    async def report_shared_progress(self) -> None:
+        """Count progress for all ranks, because work that all of them wait for makes progress."""
+        current_time = time.monotonic()
+        for record in self._records.values():
+            record.progress_time = current_time
 
-    async def forget(self, place: Place) -> None:
-        self._ranks.pop(place, None)
+    async def forget(self, worker_info: WorkerInfo) -> None:
+        self._records.pop(worker_info, None)
 
     async def watch(self) -> None:
-        """Look every `BEAT_SECONDS` for ranks that hang and end them, for ever."""
-        looked = time.monotonic()
+        """Kill the ranks that hang, in a check every `HEARTBEAT_SECONDS` without end."""
+        last_check_time = time.monotonic()
         while True:
-            await asyncio.sleep(BEAT_SECONDS)
-            now = time.monotonic()
-            if now - looked > BEAT_SECONDS + self._patience / 2:
-                # This process itself stood still, or its whole machine did: nobody could be heard.
-                for heard in self._ranks.values():
-                    heard.heard = heard.moved = now
-            looked = now
-            for culprit in self._culprits(now):
-                await self._end(culprit, now)
+            await asyncio.sleep(HEARTBEAT_SECONDS)
+            current_time = time.monotonic()
+            if current_time - last_check_time > HEARTBEAT_SECONDS + self._timeout / 2:
+                # This process stood still, or its whole machine did, so it could not receive any heartbeat.
+                for record in self._records.values():
+                    record.heartbeat_time = record.progress_time = current_time
+            last_check_time = current_time
+            for hung_rank in self._hung_ranks(current_time):
+                await self._kill_rank(hung_rank, current_time)
 
-    def _culprits(self, now: float) -> list[_Heard]:
+    def _hung_ranks(self, current_time: float) -> list[_RankRecord]:
         """Return the ranks that hang.
 
-        These are the ranks without a heartbeat for `patience` seconds. If there are none, and no rank has made progress
-        for so long, they are the ranks that are behind the others; in a collective operation that no rank leaves, these
+        These are the ranks without a heartbeat for the timeout. If there are none, and no rank has made progress for
+        that long, these are the ranks that are behind the others. In a collective operation that no rank leaves, these
         are all ranks.
         """
-        ranks = list(self._ranks.values())
-        silent = [r for r in ranks if now - r.heard > self._patience]
-        if silent or not ranks or any(now - r.moved <= self._patience for r in ranks):
-            return silent
-        behind = min((r.progress.step, r.progress.done) for r in ranks)
-        return [r for r in ranks if (r.progress.step, r.progress.done) == behind]
+        records = list(self._records.values())
+        silent_ranks = [r for r in records if current_time - r.heartbeat_time > self._timeout]
+        if silent_ranks or not records or any(current_time - r.progress_time <= self._timeout for r in records):
+            return silent_ranks
+        # `activity` must not decide: ranks write different numbers of pieces of a checkpoint.
+        least_progress = min((r.progress.step, r.progress.training_progress) for r in records)
+        return [r for r in records if (r.progress.step, r.progress.training_progress) == least_progress]
 
-    async def _end(self, hung: _Heard, now: float) -> None:
-        """Kill the process of a rank that hangs and record it, if the process still exists.
+    async def _kill_rank(self, record: _RankRecord, current_time: float) -> None:
+        """Kill the process of a rank that hangs, and record this as an event.
 
-        It may not exist: ranks of a worker group that Ray ended are silent too.
+        No event is recorded if the process no longer exists: ranks of a worker group that Ray ended send no heartbeat
+        either.
         """
-        progress, place = hung.progress, hung.progress.place
-        self._ranks.pop(place, None)
-        there = NodeAffinitySchedulingStrategy(place.node, soft=False)
+        progress, worker_info = record.progress, record.progress.worker_info
+        self._records.pop(worker_info, None)
+        strategy = NodeAffinitySchedulingStrategy(worker_info.node, soft=False)
         try:
-            killing: Awaitable[bool] = _kill.options(scheduling_strategy=there).remote(place.pid, place.began)
-            was_there = await killing
-        except ray.exceptions.RayError as e:  # its node is gone, which Ray sees by itself
-            print(f"watchdog: rank {place.rank} on {place.host} cannot be ended: {e}")
+            kill_task: Awaitable[bool] = _kill_process.options(scheduling_strategy=strategy).remote(
+                worker_info.pid, worker_info.began
+            )
+            was_alive = await kill_task
+        except ray.exceptions.RayError as e:
+            # The node is gone. Ray detects this itself and ends the worker group.
+            print(f"watchdog: rank {worker_info.rank} on {worker_info.host} cannot be killed: {e}")
             return
-        if was_there:
-            silent = now - hung.heard > self._patience
-            seconds = round(now - (hung.heard if silent else hung.moved), 1)
-            told = {"rank": place.rank, "host": place.host, "pid": place.pid, "step": progress.step}
+        if was_alive:
+            is_silent = current_time - record.heartbeat_time > self._timeout
+            seconds = round(current_time - (record.heartbeat_time if is_silent else record.progress_time), 1)
+            fields = {"rank": worker_info.rank, "host": worker_info.host, "pid": worker_info.pid, "step": progress.step}
             try:
-                events.record(self._run, "hung", **told, doing=progress.doing, seconds=seconds, silent=silent)
-            except StorageError as e:  # which is no reason to stop watching
-                print(f"watchdog: rank {place.rank} hung and was ended, but {e}")
+                events.record(self._run, "hung", **fields, doing=progress.phase, seconds=seconds, silent=is_silent)
+            except StorageError as e:
+                # The watchdog goes on: other ranks may hang later.
+                print(f"watchdog: rank {worker_info.rank} hung and was killed, but the event is missing: {e}")
 
 
-@ray.remote(num_cpus=0, max_retries=0)  # type: ignore[untyped-decorator]  # Ray's have no types for us
-def _kill(pid: int, began: float) -> bool:
-    """Kill a process of this node, and return whether it was there to be killed.
+@ray.remote(num_cpus=0, max_retries=0)  # type: ignore[untyped-decorator]  # Ray's decorator is untyped
+def _kill_process(pid: int, start_time: float) -> bool:
+    """Kill a process of this node, and return whether it was alive.
 
     Args:
         pid: id of the process.
-        began: start time of the process; a process with the same id and another start time is left alone.
+        start_time: start time of the process; a process with the same id and another start time is left alone.
     """
     try:
         process = psutil.Process(pid)
-        if process.create_time() != began or process.status() == psutil.STATUS_ZOMBIE:
+        if process.create_time() != start_time or process.status() == psutil.STATUS_ZOMBIE:
             return False
         process.kill()
     except psutil.NoSuchProcess:

@@ -1,6 +1,6 @@
-"""One rank of a training run: restore, then step, validate and save until done or asked to stop.
+"""Worker of a training run: one rank, which restores a checkpoint, then trains, validates and saves until the run ends.
 
-What a step read has a fingerprint (`sample_digest`, `combine_digests`), which is equal for equal samples in equal
+The samples of each step have a digest (`sample_digest`, `combine_digests`). It is equal for equal samples in equal
 order, at any number of workers.
 """
 
@@ -19,25 +19,26 @@ import torch
 import torch.distributed as dist
 
 from mhmoe_ray.checkpoint.load import restore
-from mhmoe_ray.checkpoint.manifest import Manifest, stored_manifest
+from mhmoe_ray.checkpoint.manifest import CheckpointManifest, stored_manifest
 from mhmoe_ray.checkpoint.save import Saver
 from mhmoe_ray.data.shards.files import split_padding
 from mhmoe_ray.data.shards.manifest import require_data_manifest
 from mhmoe_ray.data.stream import validation_samples
 from mhmoe_ray.data.tokenizer import boundaries, load_tokenizer
-from mhmoe_ray.distributed.dispatch.exchange import Sent
+from mhmoe_ray.distributed.dispatch.exchange import SentBytes
 from mhmoe_ray.distributed.mesh import build_mesh
 from mhmoe_ray.errors import DataError, JobError, StorageError
 from mhmoe_ray.runs import events, metrics
-from mhmoe_ray.runs.directory import RunDir, require_newest
+from mhmoe_ray.runs.directory import RunDir, require_newest_attempt
 from mhmoe_ray.spec import RunSpec
 from mhmoe_ray.storage import Location, location
-from mhmoe_ray.train.preemption import PreemptedError, announced
+from mhmoe_ray.train.preemption import PreemptedError, preemption_notice
 from mhmoe_ray.train.step import MicroBatch, RankSums, Trainer, Update
-from mhmoe_ray.train.telemetry import Telemetry, Totals, Waits, step_line
-from mhmoe_ray.train.watchdog import Place, Heartbeat
+from mhmoe_ray.train.telemetry import StepTotals, Telemetry, WaitShares, step_line
+from mhmoe_ray.train.watchdog import Heartbeat, WorkerInfo
 
-DIGEST_BYTES = 6  # exact in a float64, the type in which ranks exchange their numbers
+# A float64, the type in which ranks exchange their numbers, holds integers of 6 bytes exactly.
+DIGEST_BYTES = 6
 
 
 def sample_digest(tokens: np.ndarray) -> int:
@@ -52,8 +53,9 @@ def combine_digests(digests: Iterable[int]) -> str:
     return hashlib.blake2b(data, digest_size=8).hexdigest()
 
 
-LOG = logging.getLogger("mhmoe")
-LOOK_SECONDS = 1.0
+LOGGER = logging.getLogger("mhmoe")
+# All ranks wait for the check, which takes round trips to an object store.
+STOP_CHECK_SECONDS = 1.0
 
 
 def train_worker(config: dict[str, Any]) -> None:
@@ -68,53 +70,58 @@ def train_worker(config: dict[str, Any]) -> None:
     run = RunDir(location(config["run"]))
     rank = dist.get_rank() if dist.is_initialized() else 0
     _set_up_logging(rank)
-    with Heartbeat(config["watchdog"], Place.here(rank)) as pulse:
-        Worker(run, run.spec(), config["attempt"], pulse).train()
+    with Heartbeat(config["watchdog"], WorkerInfo.current(rank)) as heartbeat:
+        Worker(run, run.spec(), config["attempt"], heartbeat).train()
 
 
 def _set_up_logging(rank: int) -> None:
-    """Configure log lines with a time and its offset from UTC, which `mhmoe logs --since` needs on a machine
-    elsewhere."""
+    """Configure log lines that begin with a time and the rank."""
+    # The time has an offset from UTC: `mhmoe logs --since` may run on a machine in another time zone.
     handler = logging.StreamHandler()
-    form = f"%(asctime)s rank {rank} %(levelname)s %(message)s"
-    handler.setFormatter(logging.Formatter(form, datefmt="%Y-%m-%dT%H:%M:%S%z"))
-    LOG.handlers = [handler]
-    LOG.setLevel(logging.INFO)
-    LOG.propagate = False  # the root has a handler of Ray's
-    logging.getLogger("ray.train").setLevel(logging.WARNING)  # it repeats each report
+    line_format = f"%(asctime)s rank {rank} %(levelname)s %(message)s"
+    handler.setFormatter(logging.Formatter(line_format, datefmt="%Y-%m-%dT%H:%M:%S%z"))
+    LOGGER.handlers = [handler]
+    LOGGER.setLevel(logging.INFO)
+    # The root logger has a handler of Ray, which would print each line again.
+    LOGGER.propagate = False
+    # Ray Train logs each report at the level INFO.
+    logging.getLogger("ray.train").setLevel(logging.WARNING)
 
 
 class Worker:
-    def __init__(self, run: RunDir, spec: RunSpec, attempt: int, pulse: Heartbeat) -> None:
-        torch.set_num_threads(spec.cluster.cpus_per_worker)  # Ray leaves one thread to a worker, whatever its CPUs
-        self.run, self.spec, self.attempt, self.pulse = run, spec, attempt, pulse
+    def __init__(self, run: RunDir, spec: RunSpec, attempt: int, heartbeat: Heartbeat) -> None:
+        # Ray gives a worker one thread, whatever number of CPUs it has.
+        torch.set_num_threads(spec.cluster.cpus_per_worker)
+        self.run, self.spec, self.attempt, self.heartbeat = run, spec, attempt, heartbeat
         device = ray.train.torch.get_device()
-        rank = pulse.place.rank
-        places = _gather(pulse.place)
-        mesh = build_mesh(spec.cluster, [p.node for p in places], device.type, _domains(spec, places))
-        start = boundaries(load_tokenizer(run.tokenizer_file, spec.model.vocab_size)).start
-        self.trainer = Trainer(spec, mesh, device, start, on_progress=pulse.beat)
+        rank = heartbeat.worker_info.rank
+        worker_infos = _gather_objects(heartbeat.worker_info)
+        mesh = build_mesh(spec.cluster, [p.node for p in worker_infos], device.type, _node_domains(spec, worker_infos))
+        start_token = boundaries(load_tokenizer(run.tokenizer_file, spec.model.vocab_size)).start
+        self.trainer = Trainer(spec, mesh, device, start_token, on_progress=heartbeat.report_progress)
         self.data = require_data_manifest(spec.data.prepared)
         self.rank = rank
-        # Ray has the stream made when the first rank asks, and with it the choice of the checkpoint.
+        # The first rank that asks makes Ray create the stream, which also chooses the checkpoint to start from.
         self.shard = ray.train.get_dataset_shard("train")
-        self.group, restored = self._agree()
-        if restored:
-            restore(self.trainer, *restored)
-        self.saver = Saver(run, self.trainer, self.group, on_piece=pulse.stir)
-        self.start = self.trainer.step
-        self._looks = 0.0
+        self.group, start_checkpoint = self._agree_on_start()
+        if start_checkpoint:
+            restore(self.trainer, *start_checkpoint)
+        self.saver = Saver(run, self.trainer, self.group, on_piece=heartbeat.report_side_progress)
+        self.start_step = self.trainer.step
+        self._next_stop_check = 0.0
         """Monotonic time in seconds at which rank 0 next checks the run directory."""
-        self.telemetry = Telemetry(run, spec, rank, self.group, self.start)
+        self.telemetry = Telemetry(run, spec, rank, self.group, self.start_step)
         if rank == 0:
-            workers = [vars(p) for p in places]
-            where = {**mesh.sizes, "groups": mesh.groups}
-            where |= {"straddling_groups": mesh.straddling, "groups_apart": mesh.apart}
+            worker_fields = [vars(p) for p in worker_infos]
+            fields = {**mesh.sizes, "groups": mesh.groups}
+            fields |= {"straddling_groups": mesh.straddling_count, "groups_apart": mesh.cross_domain_count}
             hierarchical = spec.cluster.dispatch == "hierarchical"
-            where |= {"dispatch": spec.cluster.dispatch, "flat_groups": mesh.uneven if hierarchical else 0}
-            where |= {"workers": workers, "asked": spec.cluster.workers.model_dump()}
-            events.record(run, "started", group=self.group, step=self.start, **where)
-        LOG.info("%d workers, from step %d on, process %d", mesh.world, self.start, pulse.place.pid)
+            fields |= {"dispatch": spec.cluster.dispatch, "flat_groups": mesh.uneven_count if hierarchical else 0}
+            fields |= {"workers": worker_fields, "asked": spec.cluster.workers.model_dump()}
+            events.record(run, "started", group=self.group, step=self.start_step, **fields)
+        LOGGER.info(
+            "%d workers, from step %d on, process %d", mesh.world_size, self.start_step, heartbeat.worker_info.pid
+        )
 
     def train(self) -> None:
         try:
@@ -122,68 +129,74 @@ class Worker:
         except BaseException:
             try:
                 self.telemetry.close("FAILED")
-            except (OSError, StorageError) as e:  # what came before it says more
-                LOG.warning("some of what was measured is lost: %s", e)
+            except (OSError, StorageError) as e:
+                # The error that ends the training says more than this one.
+                LOGGER.warning("some metrics of this rank are lost: %s", e)
             raise
         self.telemetry.close("FINISHED" if self.trainer.step == self.spec.train.steps else "KILLED")
 
     def _train(self) -> None:
         spec, trainer = self.spec, self.trainer
-        held_out = self._held_out()
+        validation_samples_NT = self._validation_samples()
         stream = self._stream()
         counts_LE = trainer.zero_counts()
-        stop = False
-        while trainer.step < spec.train.steps and not stop:
-            began = time.monotonic()
-            self.pulse.at(trainer.step, "training")
-            batches = _Timed(stream, spec.train.micro_batches // trainer.mesh.world, self.data.token_bytes)
+        stop_requested = False
+        while trainer.step < spec.train.steps and not stop_requested:
+            step_start = time.monotonic()
+            self.heartbeat.report_phase(trainer.step, "training")
+            batches = _TimedBatches(stream, spec.train.micro_batches // trainer.mesh.world_size, self.data.token_bytes)
             sums = trainer.accumulate(batches)
             try:
                 update = trainer.update(sums)
             except JobError:
-                self.saver.wait()  # a checkpoint that is being written is worth having, the more so now
+                # The run ends here, so the checkpoint that is being written must be finished first.
+                self.saver.wait()
                 raise
-            line, step_counts_LE, waited, stop, leave = self._line(sums, batches, update, began)
+            line, step_counts_LE, waits, stop_requested, is_preempted = self._gather_metrics(
+                sums, batches, update, step_start
+            )
             counts_LE += step_counts_LE
-            last = trainer.step == spec.train.steps or stop
-            if last or trainer.step % spec.train.validate_every == 0:
-                self.pulse.at(trainer.step, "validating")
-                loss, tokens = trainer.validate(*held_out)
+            is_last_step = trainer.step == spec.train.steps or stop_requested
+            if is_last_step or trainer.step % spec.train.validate_every == 0:
+                self.heartbeat.report_phase(trainer.step, "validating")
+                loss, tokens = trainer.validate(*validation_samples_NT)
                 line |= {metrics.VAL_LOSS: loss, metrics.VAL_TOKENS: tokens}
-            self.telemetry.tell(line, step_counts_LE, waited)
-            if last or leave or trainer.step % spec.train.checkpoint_every == 0:
-                self.pulse.at(trainer.step, "saving")
+            self.telemetry.report(line, step_counts_LE, waits)
+            if is_last_step or is_preempted or trainer.step % spec.train.checkpoint_every == 0:
+                self.heartbeat.report_phase(trainer.step, "saving")
                 self.telemetry.flush()
                 self.saver.save(counts_LE, line.get(metrics.VAL_LOSS))
                 counts_LE.zero_()
-            if leave and not last:
+            if is_preempted and not is_last_step:
                 self.saver.wait()
-                self._leave()
+                self._end_preempted_group()
             if metrics.VAL_LOSS in line:
                 if self.rank == 0:
-                    loss, held = line[metrics.LOSS], line[metrics.VAL_LOSS]
-                    LOG.info("step %d: loss %.4f, validation loss %.4f", trainer.step, loss, held)
+                    loss, val_loss = line[metrics.LOSS], line[metrics.VAL_LOSS]
+                    LOGGER.info("step %d: loss %.4f, validation loss %.4f", trainer.step, loss, val_loss)
                 ray.train.report(line)
         self.saver.wait()
 
-    def _agree(self) -> tuple[int, tuple[Location, Manifest] | None]:
+    def _agree_on_start(self) -> tuple[int, tuple[Location, CheckpointManifest] | None]:
         """Return the number of this worker group, and the checkpoint to restore or None; all ranks get the same.
 
-        The checkpoint is the one at which the stream begins: `StreamFromNewest` chose it and recorded it as an event.
+        The training stream begins at this checkpoint: `ResumingDataConfig` chose it and recorded it as an event.
         """
-        found: tuple[int, tuple[Location, Manifest] | None] | None = None
+        choice: tuple[int, tuple[Location, CheckpointManifest] | None] | None = None
         if self.rank == 0:
-            happened = events.events(self.run)
-            group = 1 + sum(e["event"] == "started" for e in happened)
-            # An earlier attempt's may lie behind it, by a clock that was ahead (`jsonl`).
-            chosen = sorted((e for e in happened if e["event"] == "restoring"), key=lambda e: e.get("attempt", 0))
-            name = chosen[-1]["name"]
+            run_events = events.read(self.run)
+            group = 1 + sum(e["event"] == "started" for e in run_events)
+            # On an object store, an event of an earlier attempt may come last, if the clock of its writer was ahead.
+            restoring_events = sorted(
+                (e for e in run_events if e["event"] == "restoring"), key=lambda e: e.get("attempt", 0)
+            )
+            name = restoring_events[-1]["name"]
             checkpoint = self.run.checkpoints / name if name else None
-            found = group, (checkpoint, stored_manifest(checkpoint)) if checkpoint else None
-        agreed: tuple[int, tuple[Location, Manifest] | None] = _gather(found)[0]
-        return agreed
+            choice = group, (checkpoint, stored_manifest(checkpoint)) if checkpoint else None
+        agreed_choice: tuple[int, tuple[Location, CheckpointManifest] | None] = _gather_objects(choice)[0]
+        return agreed_choice
 
-    def _held_out(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def _validation_samples(self) -> tuple[torch.Tensor, torch.Tensor]:
         tokens, counts = validation_samples(self.spec.data.prepared, self.data)
         return torch.from_numpy(tokens), torch.from_numpy(counts)
 
@@ -191,87 +204,102 @@ class Worker:
         """Yield this rank's micro-batches as they are stored.
 
         Raises:
-            DataError: a micro-batch is not the one that the training order says.
+            DataError: a micro-batch is not the next one of the training order.
         """
-        spec, world = self.spec, self.trainer.mesh.world
+        spec, world = self.spec, self.trainer.mesh.world_size
         b = spec.train.micro_batch_size
-        first = self.start * spec.samples_per_step + self.rank * b
+        first_position = self.start_step * spec.samples_per_step + self.rank * b
         for i, batch in enumerate(self.shard.iter_batches(batch_size=b, prefetch_batches=4, batch_format="numpy")):
-            expected = first + i * world * b + np.arange(b)
-            if not np.array_equal(batch["position"], expected):
-                why = f"rank {self.rank} got positions from {batch['position'][0]} on, not from {expected[0]} on"
-                raise DataError("training stream", why, "this is a defect; the run can be resumed")
+            expected_positions = first_position + i * world * b + np.arange(b)
+            if not np.array_equal(batch["position"], expected_positions):
+                reason = (
+                    f"rank {self.rank} got positions from {batch['position'][0]} on, "
+                    f"not from {expected_positions[0]} on"
+                )
+                raise DataError("training stream", reason, "this is a defect; the run can be resumed")
             yield batch["tokens"]
 
-    def _line(
-        self, sums: RankSums, batches: "_Timed", update: Update, began: float
-    ) -> tuple[dict[str, Any], torch.Tensor, Waits, bool, bool]:
-        """Return the step's metrics over all ranks, its routes per layer and expert, the shares of time that this rank
-        waited, whether to stop, and whether a node of the worker group is preempted.
+    def _gather_metrics(
+        self, sums: RankSums, batches: "_TimedBatches", update: Update, step_start: float
+    ) -> tuple[dict[str, Any], torch.Tensor, WaitShares, bool, bool]:
+        """Gather the step's metrics of all ranks, in one collective operation.
+
+        Returns:
+            The line of the step's metrics; the routes per layer and expert over all ranks; the shares of time that this
+            rank waited; whether a stop is requested; and whether a node of the worker group is preempted.
 
         Raises:
             CheckpointError: a checkpoint could not be written; raised on all ranks at the same step.
             RunError: the run has a newer job; raised on rank 0.
         """
         spec, trainer = self.spec, self.trainer
-        stop = self.rank == 0 and self._is_to_stop()
-        seconds = time.monotonic() - began
-        waited = Waits(batches.waited / seconds, sums.waited / seconds)
-        sent = [sums.sent.rows, sums.least_sent, sums.sent.counts, sums.sent.between_nodes]
-        summed = [sums.loss, sums.balance, sums.dropped, *sent]
-        largest = [*waited, stop, announced() is not None, self.saver.failed]
-        own: list[list[float]] = [summed, largest, [*batches.digests], sums.count_LE.flatten().tolist()]
-        every = _gather_numbers(torch.tensor(list(chain(*own)), dtype=torch.float64))
-        totals, most, digests, routes = torch.split(every, [len(part) for part in own], dim=1)
-        loss, balance, dropped, rows, least, counts, between_nodes = totals.sum(0).tolist()
-        data_wait, exchange_wait, stops, leaves, failures = most.max(0).values.tolist()
-        if failures:
-            self.saver.wait()  # raises, on all ranks at the same step
+        stop_requested = self.rank == 0 and self._stop_requested()
+        seconds = time.monotonic() - step_start
+        waits = WaitShares(batches.wait_seconds / seconds, sums.wait_seconds / seconds)
+        sent_bytes = [sums.sent_bytes.rows, sums.least_bytes, sums.sent_bytes.counts, sums.sent_bytes.between_nodes]
+        values_to_sum = [sums.loss, sums.balance, sums.dropped, *sent_bytes]
+        values_to_maximize = [*waits, stop_requested, preemption_notice() is not None, self.saver.has_failed]
+        rank_values: list[list[float]] = [
+            values_to_sum,
+            values_to_maximize,
+            [*batches.digests],
+            sums.count_LE.flatten().tolist(),
+        ]
+        gathered_values = _gather_numbers(torch.tensor(list(chain(*rank_values)), dtype=torch.float64))
+        totals, maxima, digests, routes = torch.split(gathered_values, [len(part) for part in rank_values], dim=1)
+        loss, balance, dropped, sent_rows, least_rows, sent_counts, sent_between_nodes = totals.sum(0).tolist()
+        data_wait, exchange_wait, stop_flag, preemption_flag, failure_flag = maxima.max(0).values.tolist()
+        if failure_flag:
+            # Ranks learn of a failed checkpoint at different moments. All must raise at the same step, or the others
+            # would wait in their next collective operation.
+            self.saver.wait()
         count_LE = routes.sum(0).long().view_as(sums.count_LE)
-        digest = combine_digests(int(d) for d in digests.T.flatten())  # r's j-th micro-batch is number j * world + r
-        all_sent = Sent(int(rows), int(counts), int(between_nodes))
-        whole = Totals(sums.targets, loss, balance, dropped, count_LE, all_sent, int(least), digest)
-        longest, seconds = Waits(data_wait, exchange_wait), time.monotonic() - began
-        line = step_line(spec, trainer, self.group, whole, longest, update, seconds)
-        return line, count_LE, waited, bool(stops), bool(leaves)
+        # The j-th micro-batch of rank r is micro-batch j * world + r of the step.
+        digest = combine_digests(int(d) for d in digests.T.flatten())
+        total_sent = SentBytes(int(sent_rows), int(sent_counts), int(sent_between_nodes))
+        step_totals = StepTotals(sums.targets, loss, balance, dropped, count_LE, total_sent, int(least_rows), digest)
+        longest_waits, seconds = WaitShares(data_wait, exchange_wait), time.monotonic() - step_start
+        line = step_line(spec, trainer, self.group, step_totals, longest_waits, update, seconds)
+        return line, count_LE, waits, bool(stop_flag), bool(preemption_flag)
 
-    def _is_to_stop(self) -> bool:
-        """Return whether the run directory asks to stop, which is checked once per `LOOK_SECONDS`.
+    def _stop_requested(self) -> bool:
+        """Return whether the user asked the run to stop, as the run directory says.
 
-        On an object store a check takes round trips, for which all ranks wait. Between two checks, and if the directory
-        cannot be read, the answer is False.
+        It is checked once per `STOP_CHECK_SECONDS`. Between two checks, and if the run directory cannot be read, the
+        result is False.
 
         Raises:
             RunError: the run has a newer job.
         """
-        now = time.monotonic()
-        if now < self._looks:
+        current_time = time.monotonic()
+        if current_time < self._next_stop_check:
             return False
-        self._looks = now + LOOK_SECONDS
+        self._next_stop_check = current_time + STOP_CHECK_SECONDS
         try:
-            require_newest(self.run, self.attempt)
+            require_newest_attempt(self.run, self.attempt)
             return self.run.stop_file.exists()
-        except OSError as e:  # a look that fails is no reason for all ranks to start again
-            LOG.warning("the run directory cannot be read, and is looked at again: %s", e)
+        except OSError as e:
+            # An error here would restart all ranks, but the storage may be back at the next check.
+            LOGGER.warning("the run directory cannot be read, and is checked again: %s", e)
             return False
 
-    def _leave(self) -> None:
-        """End this worker group because a node is preempted, after a checkpoint, so that nothing is lost.
+    def _end_preempted_group(self) -> None:
+        """Record that a node of this worker group is preempted, and end the group; a checkpoint was saved before.
 
         Raises:
             PreemptedError: always, on every rank.
         """
-        told = next(info for info in _gather(announced()) if info)
+        notice = next(info for info in _gather_objects(preemption_notice()) if info)
         if self.rank == 0:
-            deadline = told.deadline_ms and told.deadline_ms / 1000
+            deadline = notice.deadline_ms and notice.deadline_ms / 1000
             events.record(
-                self.run, "preempted", step=self.trainer.step, nodes=told.preempted_node_ids, deadline=deadline
+                self.run, "preempted", step=self.trainer.step, nodes=notice.preempted_node_ids, deadline=deadline
             )
         raise PreemptedError
 
 
-def _domains(spec: RunSpec, places: list[Place]) -> list[str] | None:
-    """Return the domain of each rank's node, by its label; None if the spec names no label.
+def _node_domains(spec: RunSpec, worker_infos: list[WorkerInfo]) -> list[str] | None:
+    """Return the domain of each rank's node, which is the node's label; None if the spec names no label.
 
     All nodes without the label are one domain.
     """
@@ -279,46 +307,47 @@ def _domains(spec: RunSpec, places: list[Place]) -> list[str] | None:
     if label is None:
         return None
     labels = {node["NodeID"]: node["Labels"] for node in ray.nodes()}
-    return [labels[place.node].get(label, "") for place in places]
+    return [labels[info.node].get(label, "") for info in worker_infos]
 
 
-class _Timed:
-    """The next `count` micro-batches of a stream, with the seconds spent waiting for them and a digest of each."""
+class _TimedBatches:
+    """Iterator over the next `count` micro-batches of a stream, which measures the wait for them and their digests."""
 
     def __init__(self, stream: Iterator[np.ndarray], count: int, token_bytes: int) -> None:
-        self._stream, self._left, self._token_bytes = stream, count, token_bytes
-        self.waited = 0.0
+        self._stream, self._remaining, self._token_bytes = stream, count, token_bytes
+        self.wait_seconds = 0.0
         self.digests: list[int] = []
 
     def __iter__(self) -> Iterator[MicroBatch]:
-        while self._left:
-            asked = time.monotonic()
-            stored = next(self._stream)
-            self.waited += time.monotonic() - asked
-            self._left -= 1
-            self.digests.append(sample_digest(stored))
-            parts = split_padding(stored, self._token_bytes)
-            yield MicroBatch(*(_on_its_way(torch.from_numpy(part), ray.train.torch.get_device()) for part in parts))
+        while self._remaining:
+            request_time = time.monotonic()
+            stored_batch = next(self._stream)
+            self.wait_seconds += time.monotonic() - request_time
+            self._remaining -= 1
+            self.digests.append(sample_digest(stored_batch))
+            parts = split_padding(stored_batch, self._token_bytes)
+            yield MicroBatch(*(_start_transfer(torch.from_numpy(part), ray.train.torch.get_device()) for part in parts))
 
 
-def _on_its_way(part: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Return a tensor on the device, without waiting for the work that the device has yet to do."""
+def _start_transfer(part: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Return a tensor on the device, without waiting for the queued work of the device."""
+    # Only a copy from pinned memory is asynchronous.
     return part.to(device) if device.type == "cpu" else part.pin_memory().to(device, non_blocking=True)
 
 
-def _gather(value: Any) -> list[Any]:
+def _gather_objects(value: Any) -> list[Any]:
     if not dist.is_initialized():
         return [value]
-    every: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(every, value)
-    return every
+    objects: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(objects, value)
+    return objects
 
 
-def _gather_numbers(own: torch.Tensor) -> torch.Tensor:
-    """Gather a vector of numbers of all ranks: (world, len(own)), the same on every rank."""
+def _gather_numbers(numbers: torch.Tensor) -> torch.Tensor:
+    """Return the vectors of numbers of all ranks, (world, len(numbers)); they are the same on every rank."""
     if not dist.is_initialized():
-        return own[None]
+        return numbers[None]
     device = ray.train.torch.get_device()
-    every = [torch.empty_like(own, device=device) for _ in range(dist.get_world_size())]
-    dist.all_gather(every, own.to(device))
-    return torch.stack(every).cpu()
+    gathered_numbers = [torch.empty_like(numbers, device=device) for _ in range(dist.get_world_size())]
+    dist.all_gather(gathered_numbers, numbers.to(device))
+    return torch.stack(gathered_numbers).cpu()

@@ -1,4 +1,4 @@
-"""Record of workers that fail: which rank was the first cause, why, and what it wrote last.
+"""Record of failed workers: the rank that is the root cause, the reason, and the last lines of its log.
 
 Ray Train restarts the worker group without reporting this, and its logs are gone with the cluster.
 """
@@ -17,48 +17,51 @@ from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.storage import location
 from mhmoe_ray.train.preemption import PreemptedError
 
-LINES = 40
+LOG_LINES = 40
 """Number of last lines of a worker's log that are recorded."""
-LOG_SECONDS = 5
-SAME_SECONDS = 20.0
-"""Seconds within which a failure of the same ranks counts as one failure of the same worker group: while nodes are
-preempted, Ray Train reports the ranks at every poll."""
+LOG_TIMEOUT_SECONDS = 5
+DUPLICATE_SECONDS = 20.0
+"""Seconds within which failures of the same ranks count as one failure of the same worker group."""
 
 
-class RecordLost(ray.train.UserCallback):
-    """Callback that records failed workers as an event.
+class WorkerFailureCallback(ray.train.UserCallback):
+    """Callback of Ray Train that records failed workers as an event.
 
     Ray Train calls it in the process that monitors the workers.
     """
 
     def __init__(self, run: RunDir) -> None:
         self._run = str(run.path)
-        self._told: tuple[frozenset[int], float] = frozenset(), 0.0
+        self._last_failure: tuple[frozenset[int], float] = frozenset(), 0.0
 
     def after_exception(self, run_context: object, worker_exceptions: Mapping[int, Exception]) -> None:
-        if all(isinstance(cause, PreemptedError) for cause in worker_exceptions.values()):
-            return  # they have recorded it themselves
-        (before, when), now = self._told, time.monotonic()
-        self._told = frozenset(worker_exceptions), now
-        if before == frozenset(worker_exceptions) and now - when < SAME_SECONDS:
+        if all(isinstance(error, PreemptedError) for error in worker_exceptions.values()):
+            # The workers recorded the preemption themselves.
             return
-        run, found = RunDir(location(self._run)), causes(worker_exceptions)
-        rank = first_cause(found)
-        cause = found[rank]
-        told = {"rank": rank, "ranks": len(worker_exceptions), "reason": reason(cause)}
+        # While nodes are preempted, Ray Train reports the same failed ranks at every poll.
+        (previous_ranks, previous_time), current_time = self._last_failure, time.monotonic()
+        self._last_failure = frozenset(worker_exceptions), current_time
+        if previous_ranks == frozenset(worker_exceptions) and current_time - previous_time < DUPLICATE_SECONDS:
+            return
+        run, errors = RunDir(location(self._run)), original_errors(worker_exceptions)
+        rank = root_cause_rank(errors)
+        root_cause = errors[rank]
+        fields = {"rank": rank, "ranks": len(worker_exceptions), "reason": failure_reason(root_cause)}
         try:
-            place = _place(run, rank)
-            # An error of ours says all there is to say; what is logged with it is a traceback.
-            lines = [] if isinstance(cause, MhmoeError) else _last_lines(place)
-            events.record(run, "lost", **told, host=place.get("host"), lines=lines)
-        except (OSError, StorageError) as e:  # the group is started again all the same
-            print(f"warning: rank {rank} failed ({told['reason']}), but {e}")
+            worker = _recorded_worker(run, rank)
+            # The message of an error of this package is complete; the log has only its traceback.
+            lines = [] if isinstance(root_cause, MhmoeError) else _last_lines(worker)
+            events.record(run, "lost", **fields, host=worker.get("host"), lines=lines)
+        except (OSError, StorageError) as e:
+            # An error here must not keep Ray Train from restarting the worker group.
+            print(f"warning: rank {rank} failed ({fields['reason']}), but the event cannot be recorded: {e}")
 
 
-def causes(failures: Mapping[int, Exception]) -> dict[int, Exception]:
+def original_errors(failures: Mapping[int, Exception]) -> dict[int, Exception]:
     """Return the error that each rank failed with.
 
-    For an error in a remote task that the rank called, this is the original error, not Ray's error with its traceback.
+    An error in a remote task that the rank called is replaced by its cause: Ray's own error has a traceback as its
+    message.
     """
     return {
         rank: error.cause if isinstance(error, RayTaskError) and isinstance(error.cause, Exception) else error
@@ -66,70 +69,79 @@ def causes(failures: Mapping[int, Exception]) -> dict[int, Exception]:
     }
 
 
-def first_cause(causes: Mapping[int, Exception]) -> int:
-    """Return the rank whose failure caused the others, since others fail in their collective operations with it.
+def root_cause_rank(errors: Mapping[int, Exception]) -> int:
+    """Return the rank whose failure caused the failures of the others.
 
-    Preferred is a rank with an error of this package, then a rank whose process is gone, then a rank that failed
-    anywhere but in a collective operation. The lowest of equal ranks is returned.
+    A rank with an error of this package comes first, then a rank whose process is gone, then a rank that failed outside
+    of a collective operation. Of equal ranks the lowest is returned.
     """
 
-    def order(rank: int) -> tuple[bool, bool, bool, int]:
-        cause = causes[rank]
-        in_exchange = re.search(r"gloo|nccl|connection (closed|reset)|timed out waiting", str(cause), re.IGNORECASE)
-        return not isinstance(cause, MhmoeError), not hasattr(cause, "health_check_failure"), bool(in_exchange), rank
+    def priority(rank: int) -> tuple[bool, bool, bool, int]:
+        error = errors[rank]
+        # When one rank fails, the others fail in their collective operations with it.
+        is_collective_error = re.search(
+            r"gloo|nccl|connection (closed|reset)|timed out waiting", str(error), re.IGNORECASE
+        )
+        return (
+            not isinstance(error, MhmoeError),
+            not hasattr(error, "health_check_failure"),
+            bool(is_collective_error),
+            rank,
+        )
 
-    return min(causes, key=order)
+    return min(errors, key=priority)
 
 
-def reason(cause: Exception) -> str:
+def failure_reason(error: Exception) -> str:
     """Return the reason of a failure in one line, of at most 500 characters unless it is an error of this package."""
-    if hasattr(cause, "health_check_failure"):
-        cause = cause.health_check_failure
-        lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
-        # Ray's last line has a kind, a detail, and guesses.
+    if hasattr(error, "health_check_failure"):
+        error = error.health_check_failure
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        # The last line of Ray's message has a kind, a detail, and guesses about common causes.
         match = re.search(
             r"Worker exit type: (\w+) Worker exit detail: (.*?)( Some common causes.*)?$", (lines or [""])[-1]
         )
-        told = f"{match[1]}, {match[2]}" if match else (lines or [type(cause).__name__])[-1]
-        return f"its process is gone: {told}"[:500]
-    if isinstance(cause, MhmoeError):
-        return str(cause)
-    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
-    return f"{type(cause).__name__}: {lines[-1] if lines else ''}"[:500]
+        detail = f"{match[1]}, {match[2]}" if match else (lines or [type(error).__name__])[-1]
+        return f"its process is gone: {detail}"[:500]
+    if isinstance(error, MhmoeError):
+        return str(error)
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[-1] if lines else ''}"[:500]
 
 
-def _place(run: RunDir, rank: int) -> dict[str, Any]:
-    """Return the recorded process of a rank of the worker group that runs now.
+def _recorded_worker(run: RunDir, rank: int) -> dict[str, Any]:
+    """Return the recorded process of a rank of the current worker group.
 
-    It is empty for ranks that fail before their worker group has started, because no process is recorded yet.
+    The result is empty if the worker group has not started yet: its processes are not recorded then.
     """
-    kinds = ("began", "restoring", "started", "lost", "preempted")
-    newest = next((e for e in reversed(events.events(run)) if e["event"] in kinds), None)
-    workers = newest["workers"] if newest and newest["event"] == "started" else []
+    # Any of these events after "started" means that the recorded processes are of an earlier worker group.
+    event_kinds = ("began", "restoring", "started", "lost", "preempted")
+    newest_event = next((e for e in reversed(events.read(run)) if e["event"] in event_kinds), None)
+    workers = newest_event["workers"] if newest_event and newest_event["event"] == "started" else []
     return next((worker for worker in workers if worker["rank"] == rank), {})
 
 
-def _last_lines(place: Mapping[str, Any]) -> list[str]:
-    """Return the last lines that a process wrote, at most `LINES` of them; none where its node is gone.
+def _last_lines(worker: Mapping[str, Any]) -> list[str]:
+    """Return the last lines that a process wrote, at most `LOG_LINES` of them; none if its node is gone.
 
     The lines are from its stderr, or from its stdout if it wrote nothing to stderr.
     """
     from ray.util.state import get_log
     from ray.util.state.exception import RayStateApiException
 
-    for suffix in ("err", "out") if place else ():
+    for suffix in ("err", "out") if worker else ():
         try:
             parts = get_log(
-                node_id=place["node"],
-                pid=place["pid"],
+                node_id=worker["node"],
+                pid=worker["pid"],
                 suffix=suffix,
-                tail=LINES,
-                timeout=LOG_SECONDS,
+                tail=LOG_LINES,
+                timeout=LOG_TIMEOUT_SECONDS,
                 errors="replace",
             )
             lines = [line for line in "".join(parts).splitlines() if line.strip()]
         except (RayStateApiException, OSError) as e:
-            print(f"the log of process {place['pid']} on {place['host']} cannot be read: {e}")
+            print(f"the log of process {worker['pid']} on {worker['host']} cannot be read: {e}")
             continue
         if lines:
             return lines

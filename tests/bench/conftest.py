@@ -1,4 +1,4 @@
-"""Fixtures of the benchmark tests: measurements at sizes too small for their figures to mean anything."""
+"""Fixtures of the benchmark tests, which measure at sizes too small for their figures to mean anything."""
 
 import base64
 from collections.abc import Iterator
@@ -14,20 +14,20 @@ from tests.specs import tiny_spec
 
 
 @pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
+def _single_thread() -> Iterator[None]:
     """Run each test with one torch thread.
 
-    The layers here are so small that threads would mostly wait for each other, on a busy machine for seconds.
+    The layers are so small that threads would mostly wait for each other, on a busy machine for seconds.
     """
-    before = torch.get_num_threads()
+    previous_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
-    torch.set_num_threads(before)
+    torch.set_num_threads(previous_threads)
 
 
 @pytest.fixture(scope="session")
 def project(local_cluster, tmp_path_factory) -> Path:
-    """Prepare the data of a 20-step spec with a given tokenizer, and return the folder."""
+    """Prepare the data of a 20-step spec that names its tokenizer, and return the folder."""
     folder = tmp_path_factory.mktemp("bench")
     write_corpus(folder / "raw")
     write_spec(folder)

@@ -1,4 +1,4 @@
-"""Measuring for how long a checkpoint delays training."""
+"""Test of the measurement of checkpoints."""
 
 import itertools
 
@@ -11,21 +11,20 @@ from tests.specs import tiny_spec
 
 
 @pytest.mark.long
-def test_all_is_timed_by_a_clock_that_waits_for_the_device(tmp_path, monkeypatch):
-    """All durations come from the clock that waits for the device; otherwise work still running on a GPU would not
-    count.
+def test_all_durations_use_device_clock(tmp_path, monkeypatch):
+    """All durations come from the clock that waits for the device, so that work still running on a GPU counts.
 
     The test replaces it by a clock that ticks once at each read.
     """
-    asked, ticks = [], itertools.count()
+    devices, ticks = [], itertools.count()
 
-    def clock(device):
-        asked.append(device)
+    def fake_clock(device):
+        devices.append(device)
         return lambda: float(next(ticks))
 
-    monkeypatch.setattr(checkpoints, "clock", clock)
+    monkeypatch.setattr(checkpoints, "device_clock", fake_clock)
     device = torch.device("cpu")
-    found = checkpoints.measure(tiny_spec(), 2, tmp_path, Hardware(device, "here", 1))
-    assert asked == [device]
-    assert found.steps == found.beside == found.torch_save == [1.0, 1.0]
-    assert found.committed == [3.0, 3.0]  # the step beside it reads it twice
+    figures = checkpoints.measure(tiny_spec(), 2, tmp_path, Hardware(device, "here", 1))
+    assert devices == [device]
+    assert figures.steps == figures.steps_while_writing == figures.torch_save == [1.0, 1.0]
+    assert figures.committed == [3.0, 3.0]  # the step meanwhile reads the clock twice

@@ -10,11 +10,11 @@ CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_all_layers_run_both_ways_and_cost_the_same(dtype):
-    layers, absent = our_layers(SMALL, [2, 3], True, ["grouped"], CPU)  # whose products can be counted
+def test_layers_run_with_equal_cost(dtype):
+    layers, skipped = our_layers(SMALL, [2, 3], True, ["grouped"], CPU)  # its products can be counted
     assert [layer.name for layer in layers][:2] == ["dense", "SMoE"]
     assert [layer.name for layer in layers if has_masks(layer.moe)] == ["SMoE static", "MH-MoE h 2 static"]
-    assert not absent
+    assert not skipped
     products = {}
     for layer in layers:
         case = Case(layer, SMALL, dtype, CPU)
@@ -25,27 +25,27 @@ def test_all_layers_run_both_ways_and_cost_the_same(dtype):
         assert case.x_BTM.grad is None
         products[layer.name] = counter.get_total_flops()
     for name in ("SMoE", "MH-MoE h 2", "MH-MoE h 3", "fine-grained"):
-        # Rounding of widths, routers, and combining make the difference at such small sizes; not matched, MH-MoE is at
-        # 1.19 of SMoE.
+        # At such small sizes, rounded widths, routers and the combination of outputs make a difference. Without
+        # matching, MH-MoE has 1.19 times the FLOPs of SMoE.
         assert products[name] == pytest.approx(products["dense"], rel=0.25), name
         assert products[name] == pytest.approx(products["SMoE"], rel=0.08), name
 
 
-def test_each_kernel_that_can_run_computes_each_layer_and_the_others_say_why_not():
-    layers, absent = our_layers(SMALL, [2], False, ["reference", "grouped", "megablocks"], CPU)
-    of_kernel = {layer.name: layer.moe.kernel for layer in layers if layer.moe}
-    assert of_kernel["SMoE, reference"] == "reference"
-    assert of_kernel["MH-MoE h 2, grouped"] == "grouped"
-    assert len(of_kernel) == 2 * 4
-    [missing] = absent
-    assert missing.name == "kernel megablocks"
-    assert "needs CUDA" in missing.why
+def test_runnable_kernels_compute_each_layer_and_others_are_skipped():
+    layers, skipped = our_layers(SMALL, [2], False, ["reference", "grouped", "megablocks"], CPU)
+    kernel_by_layer = {layer.name: layer.moe.kernel for layer in layers if layer.moe}
+    assert kernel_by_layer["SMoE, reference"] == "reference"
+    assert kernel_by_layer["MH-MoE h 2, grouped"] == "grouped"
+    assert len(kernel_by_layer) == 2 * 4
+    [skipped_case] = skipped
+    assert skipped_case.name == "kernel megablocks"
+    assert "needs CUDA" in skipped_case.reason
     outputs = {layer.name: Case(layer, SMALL, "float32", CPU).run() for layer in layers}
     torch.testing.assert_close(outputs["SMoE, reference"], outputs["SMoE, grouped"])
 
 
 @pytest.mark.parametrize(
-    ("heads", "kernels", "why"),
+    ("heads", "kernels", "message"),
     [
         ([5], ["auto"], "does not split"),
         ([0], ["auto"], "does not split"),
@@ -54,13 +54,13 @@ def test_each_kernel_that_can_run_computes_each_layer_and_the_others_say_why_not
         ([2], ["megablocks"], "needs CUDA"),
     ],
 )
-def test_what_cannot_be_is_refused(heads, kernels, why):
-    with pytest.raises(SpecError, match=why):
+def test_impossible_layers_are_refused(heads, kernels, message):
+    with pytest.raises(SpecError, match=message):
         our_layers(SMALL, heads, False, kernels, CPU)
 
 
 @pytest.mark.cpu
 @pytest.mark.parametrize("device", ["cpu", "meta"])
-def test_a_precision_that_a_kernel_never_computes_is_named_before_the_machine(device):
+def test_unsupported_precision_is_reported_before_machine(device):
     with pytest.raises(SpecError, match="kernel cpp computes in bfloat16, not in float32"):
         our_layers(SMALL, [2], False, ["cpp"], torch.device(device), "float32")

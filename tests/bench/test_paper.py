@@ -2,18 +2,18 @@ import pytest
 
 from mhmoe_ray.bench.layers import Shape
 from mhmoe_ray.bench.measure import Figures
-from mhmoe_ray.bench.steps import beside
+from mhmoe_ray.bench.steps import compare_with_paper
 
-PLAIN = Shape().plain
+PLAIN = Shape().plain_moe
 
 
 def _figures(name, median, **moe):
     return Figures(name, PLAIN.model_copy(update=moe), None, median, [median], 0, 0)
 
 
-def test_ratios_are_of_time_to_each_sides_dropless_plain_layer():
+def test_ratios_use_dropless_plain_layer_of_each_side():
     dense = Figures("dense", None, None, 1.0, [1.0], 0, 0)
-    rows = beside(
+    rows = compare_with_paper(
         [
             dense,
             _figures("SMoE", 2.0),
@@ -24,8 +24,8 @@ def test_ratios_are_of_time_to_each_sides_dropless_plain_layer():
             _figures("transformers eager", 4.0),
         ]
     )
-    found = {row.layer: (row.paper, row.papers_ratio, row.our_ratio) for row in rows}
-    assert found == {
+    comparisons = {row.layer: (row.paper, row.papers_ratio, row.our_ratio) for row in rows}
+    assert comparisons == {
         "SMoE": ("SMoE dynamic", 1.0, 1.0),
         "MH-MoE h 2": ("MH-MoE dynamic", pytest.approx(1.0642, abs=1e-4), pytest.approx(1.1)),
         "MH-MoE h 2 static": ("MH-MoE static", pytest.approx(1.3186, abs=1e-4), pytest.approx(2.5)),

@@ -1,28 +1,28 @@
-"""Other packages' layers compute the same as ours from the same weights."""
+"""Tests that layers of other packages compute the same as ours from the same weights."""
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from mhmoe_kernels import ExpertWeights, Swiglu, run_experts
-from mhmoe_ray.bench.layers import Case, Shape, mixture
-from mhmoe_ray.bench.peers import PEERS, installed, peer_layers, why_not
+from mhmoe_ray.bench.layers import Case, Shape, build_mixture
+from mhmoe_ray.bench.peers import PEERS, installed_version, peer_layers, unavailable_reason
 
 pytestmark = pytest.mark.long
 
 SHAPE = Shape(tokens=40, d_model=32, experts=4, top_k=2, d_expert=48)
 CPU = torch.device("cpu")
-OF = {peer.name: peer for peer in PEERS}
+PEER_BY_NAME = {peer.name: peer for peer in PEERS}
 
 
-def _made(name, ours):
-    peer = OF[name]
-    if why := why_not(peer, installed(peer.package)):
-        pytest.skip(why)
-    return peer.like(ours)
+def _build_peer(name, our_layer):
+    peer = PEER_BY_NAME[name]
+    if reason := unavailable_reason(peer, installed_version(peer.package)):
+        pytest.skip(reason)
+    return peer.build(our_layer)
 
 
-def _through(layer, x, weights):
+def _output_and_gradients(layer, x, weights):
     """Return the output, and the gradients of sum(y^2) with respect to the input and the given weights."""
     x = x.clone().requires_grad_()
     y = layer(x)
@@ -33,51 +33,56 @@ def _through(layer, x, weights):
 
 @pytest.mark.parametrize("top_k", [2, 3])
 @pytest.mark.parametrize("name", ["transformers eager", "transformers grouped_mm", "DeepSpeed dropless"])
-def test_a_dropless_peer_gives_our_outputs_and_gradients(name, top_k):
-    ours = mixture(SHAPE, SHAPE._replace(top_k=top_k).plain.model_copy(update={"normalize_gates": True}))
-    peer = _made(name, ours)
+def test_dropless_peer_matches_our_layer(name, top_k):
+    our_layer = build_mixture(SHAPE, SHAPE._replace(top_k=top_k).plain_moe.model_copy(update={"normalize_gates": True}))
+    peer = _build_peer(name, our_layer)
     x = torch.randn(1, SHAPE.tokens, SHAPE.d_model, generator=torch.Generator().manual_seed(1))
-    [router] = ours.router.parameters()
-    of_peer = dict(peer.named_parameters())
-    its_router = of_peer.get("gate.weight", of_peer.get("deepspeed_moe.gate.wg.weight"))
-    expected = _through(ours, x, [router])
-    for found, wanted in zip(_through(peer, x, [its_router]), expected, strict=True):
-        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
+    [router] = our_layer.router.parameters()
+    peer_parameters = dict(peer.named_parameters())
+    peer_router = peer_parameters.get("gate.weight", peer_parameters.get("deepspeed_moe.gate.wg.weight"))
+    expected = _output_and_gradients(our_layer, x, [router])
+    for actual, expected_tensor in zip(_output_and_gradients(peer, x, [peer_router]), expected, strict=True):
+        torch.testing.assert_close(actual, expected_tensor, rtol=1e-4, atol=1e-6)
 
 
-def test_deepspeeds_capacity_drops_what_our_static_routing_drops():
-    """DeepSpeed drops the same routes as our static routing at two choices a token; at one or at more it drops others.
+def test_deepspeed_capacity_matches_our_static_routing():
+    """DeepSpeed drops the same routes as our static routing with two choices per token, but not with other numbers.
 
-    It divides a token's weights by the sum of those that were kept.
+    It divides a token's gates by the sum of those that were kept.
     """
-    ours = mixture(SHAPE, SHAPE.plain.model_copy(update={"capacity_factor": 1.0}))
-    peer = _made("DeepSpeed capacity", ours)
+    our_layer = build_mixture(SHAPE, SHAPE.plain_moe.model_copy(update={"capacity_factor": 1.0}))
+    peer = _build_peer("DeepSpeed capacity", our_layer)
     x = torch.randn(1, SHAPE.tokens, SHAPE.d_model, generator=torch.Generator().manual_seed(1))
-    routing = ours.router(x[0])
-    assert routing.dropped > 0
+    routing = our_layer.router(x[0])
+    assert routing.dropped_routes > 0
     gate = routing.gate_NK / routing.gate_NK.sum(-1, keepdim=True).clamp(min=1e-9)
-    weights = ExpertWeights(Swiglu(), tuple(ours.experts.parameters()))
+    weights = ExpertWeights(Swiglu(), tuple(our_layer.experts.parameters()))
     expected = run_experts("reference", x[0], routing.expert_NK, gate, weights)
     torch.testing.assert_close(peer(x)[0][0], expected, rtol=1e-4, atol=1e-6)
 
 
-def test_installed_peers_have_the_multiply_adds_of_the_dense_layer_and_the_others_are_named():
-    layers, absent = peer_layers(SHAPE)
-    assert {one.name for one in layers + absent} == set(OF)
-    dense = 3 * 2 * 3 * SHAPE.tokens * SHAPE.d_model * SHAPE.top_k * SHAPE.d_expert
+def test_peers_cost_as_much_as_dense_layer():
+    layers, skipped = peer_layers(SHAPE)
+    assert {case.name for case in layers + skipped} == set(PEER_BY_NAME)
+    dense_flops = 3 * 2 * 3 * SHAPE.tokens * SHAPE.d_model * SHAPE.top_k * SHAPE.d_expert
     for layer in layers:
-        if layer.name == "transformers grouped_mm":  # torch's counter does not know its product
+        if layer.name == "transformers grouped_mm":  # torch does not count its product
             continue
         case = Case(layer, SHAPE, "float32", CPU)
         with FlopCounterMode(display=False) as counter:
             case.run()
-        # A router, and without dropping every expert is as wide as the fullest.
-        most = 2.0 if layer.name == "DeepSpeed dropless" else 1.1
-        assert dense <= counter.get_total_flops() <= most * dense, layer.name
+        # Layers have a router. Without dropping, DeepSpeed pads all experts to the rows of the fullest.
+        max_ratio = 2.0 if layer.name == "DeepSpeed dropless" else 1.1
+        assert dense_flops <= counter.get_total_flops() <= max_ratio * dense_flops, layer.name
 
 
-def test_a_missing_or_old_package_is_one_line():
-    peer = OF["DeepSpeed capacity"]
-    assert why_not(peer, None) == "deepspeed is not installed: pip install 'deepspeed>=0.19.4'"
-    assert "deepspeed 0.19.3+cpu is older than 0.19.4" in str(why_not(peer, "0.19.3+cpu"))
-    assert why_not(peer, "0.19.4") is why_not(peer, "0.20.0.dev1") is why_not(peer, "1.0") is None
+def test_missing_or_old_package_is_one_line():
+    peer = PEER_BY_NAME["DeepSpeed capacity"]
+    assert unavailable_reason(peer, None) == "deepspeed is not installed: pip install 'deepspeed>=0.19.4'"
+    assert "deepspeed 0.19.3+cpu is older than 0.19.4" in str(unavailable_reason(peer, "0.19.3+cpu"))
+    assert (
+        unavailable_reason(peer, "0.19.4")
+        is unavailable_reason(peer, "0.20.0.dev1")
+        is unavailable_reason(peer, "1.0")
+        is None
+    )

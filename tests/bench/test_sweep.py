@@ -6,103 +6,110 @@ from hypothesis import strategies as st
 from mhmoe_ray.bench import measure, timing
 from mhmoe_ray.bench.layers import Shape
 from mhmoe_ray.bench.measure import Request
-from mhmoe_ray.bench.sweep import by_law, exponent, spread, sweep
+from mhmoe_ray.bench.sweep import extrapolate, fit_exponent, relative_spread, sweep
 from mhmoe_ray.errors import SpecError
 
 TINY = Shape(tokens=32, d_model=16, experts=4, top_k=2, d_expert=32)
-WHERE = timing.find("cpu")
+HARDWARE = timing.find_hardware("cpu")
 
 
 @given(st.floats(0, 1e9), st.floats(1e-9, 1e3))
-def test_the_law_is_found_from_exact_points(a, b):
+def test_exact_points_determine_the_law(a, b):
     def law(t):
         return a * t + b * t**2
 
-    known = [(t, law(t)) for t in (1024, 2048, 4096, 8192)]
-    assert by_law(known, 65536) == pytest.approx(law(65536), rel=1e-6)
-    assert by_law(known[:2], 65536) == pytest.approx(law(65536), rel=1e-6)
-    # Proportional to what is known.
-    assert by_law([(t, 3 * y) for t, y in known], 65536) == pytest.approx(3 * law(65536), rel=1e-6)
+    points = [(t, law(t)) for t in (1024, 2048, 4096, 8192)]
+    assert extrapolate(points, 65536) == pytest.approx(law(65536), rel=1e-6)
+    assert extrapolate(points[:2], 65536) == pytest.approx(law(65536), rel=1e-6)
+    # The result is proportional to the values.
+    assert extrapolate([(t, 3 * y) for t, y in points], 65536) == pytest.approx(3 * law(65536), rel=1e-6)
 
 
-def test_the_law_is_of_the_largest_points():
-    known = [(t, 5 * t + 2 * t**2) for t in (512, 1024, 2048)]
-    assert by_law([*known, (8, 1e9)], 4096) == pytest.approx(5 * 4096 + 2 * 4096**2)
+def test_law_is_fitted_to_largest_points():
+    points = [(t, 5 * t + 2 * t**2) for t in (512, 1024, 2048)]
+    assert extrapolate([*points, (8, 1e9)], 4096) == pytest.approx(5 * 4096 + 2 * 4096**2)
 
 
-def test_one_point_is_taken_to_be_all_square():
-    assert by_law([(10, 7.0)], 40) == pytest.approx(7 * 16)
+def test_single_point_is_taken_as_quadratic():
+    assert extrapolate([(10, 7.0)], 40) == pytest.approx(7 * 16)
 
 
 @pytest.mark.parametrize(("growth", "power"), [(1.5, 1), (6, 2)])
-def test_neither_part_of_the_law_is_negative(growth, power):
-    """Twice the tokens cost less than twice as much, or more than four times, so that a free fit would make a part
+def test_factors_of_law_are_not_negative(growth, power):
+    """Twice the tokens cost less than twice as much, or more than four times as much, so a free fit would make a factor
     negative."""
-    exactly = [(1024, 1.0), (2048, growth)]
+    points = [(1024, 1.0), (2048, growth)]
     low, high = sorted((1.0, growth / 2**power))
-    assert low * 64**power <= by_law(exactly, 65536) <= high * 64**power
+    assert low * 64**power <= extrapolate(points, 65536) <= high * 64**power
 
 
 @given(st.floats(0.1, 3), st.floats(1e-6, 1e3))
-def test_exponent_of_a_power(p, c):
+def test_fit_exponent_of_power(p, c):
     points = [(t, c * t**p) for t in (8, 16, 64, 1024)]
-    assert exponent(points) == pytest.approx(p, abs=1e-6)
+    assert fit_exponent(points) == pytest.approx(p, abs=1e-6)
 
 
-def test_spread_is_how_far_the_largest_is_above_the_smallest():
-    assert spread([(8, 2.0), (16, 2.5), (32, 1.0)]) == pytest.approx(1.5)
+def test_relative_spread_is_ratio_of_extremes():
+    assert relative_spread([(8, 2.0), (16, 2.5), (32, 1.0)]) == pytest.approx(1.5)
 
 
-def test_tokens_static_routing_is_drawn_on_and_the_rest_measured(monkeypatch):
+def test_only_static_routing_is_extrapolated_over_tokens(monkeypatch):
     monkeypatch.setattr(measure, "STATIC_ROWS", 256)
-    said = []
-    found = sweep(Request(TINY, [2], "float32", 1, static=True), "tokens", [512, 64, 128, 256], WHERE, said.append)
-    assert said[0] == "tokens 64: 7 layers, 1 rounds"
-    assert len(said) == len(found.points) == 4
-    assert list(found.points) == [64, 128, 256, 512]
-    assert not found.absent
-    beyond = {name: [at for at, f in along.items() if f.extrapolated] for name, along in found.series.items()}
-    assert beyond.pop("SMoE static") == [512]
-    assert beyond.pop("MH-MoE h 2 static") == [256, 512]
-    assert set(beyond) == {"dense", "SMoE", "X-MoE", "MH-MoE h 2", "fine-grained"}
-    assert not any(beyond.values())
-    assert set(found.growth) == set(found.series)
-    for along in found.series.values():
-        assert list(along) == [64, 128, 256, 512]
-        assert all(f.seconds if not f.extrapolated else not f.seconds for f in along.values())
-    # Bytes can be known: the law, from up to 256 rows, against what 512 take.
+    lines = []
+    result = sweep(Request(TINY, [2], "float32", 1, static=True), "tokens", [512, 64, 128, 256], HARDWARE, lines.append)
+    assert lines[0] == "tokens 64: 7 layers, 1 rounds"
+    assert len(lines) == len(result.points) == 4
+    assert list(result.points) == [64, 128, 256, 512]
+    assert not result.skipped
+    extrapolated_points = {
+        name: [point for point, f in layer_figures.items() if f.is_extrapolated]
+        for name, layer_figures in result.series.items()
+    }
+    assert extrapolated_points.pop("SMoE static") == [512]
+    assert extrapolated_points.pop("MH-MoE h 2 static") == [256, 512]
+    assert set(extrapolated_points) == {"dense", "SMoE", "X-MoE", "MH-MoE h 2", "fine-grained"}
+    assert not any(extrapolated_points.values())
+    assert set(result.growth) == set(result.series)
+    for series_figures in result.series.values():
+        assert list(series_figures) == [64, 128, 256, 512]
+        assert all(f.seconds if not f.is_extrapolated else not f.seconds for f in series_figures.values())
+    # Bytes are exact: the law from up to 256 rows must give those at 512 rows.
     monkeypatch.setattr(measure, "STATIC_ROWS", 1024)
-    measured = sweep(Request(TINY, [2], "float32", 1, static=True), "tokens", [512], WHERE, said.append)
+    measured_sweep = sweep(Request(TINY, [2], "float32", 1, static=True), "tokens", [512], HARDWARE, lines.append)
     for name in ("SMoE static", "MH-MoE h 2 static"):
-        assert found.series[name][512].peak == pytest.approx(measured.series[name][512].peak, rel=0.1)
+        assert result.series[name][512].peak_bytes == pytest.approx(
+            measured_sweep.series[name][512].peak_bytes, rel=0.1
+        )
 
 
-@pytest.mark.parametrize(("over", "points"), [("experts", [4, 8]), ("top-k", [1, 2]), ("heads", [1, 2, 4])])
-def test_each_axis_changes_what_it_says(over, points):
-    found = sweep(Request(TINY, [2], "float32", 1, static=True), over, points, WHERE, lambda line: None)
-    series = found.series
-    multi = "MH-MoE" if over == "heads" else "MH-MoE h 2"
-    assert list(series) == ["dense", "SMoE", "X-MoE", multi, "fine-grained", "SMoE static", f"{multi} static"]
-    of = {at: f.moe for at, f in series[multi if over == "heads" else "SMoE"].items()}
-    key = {"experts": "experts", "top-k": "top_k", "heads": "heads"}[over]
-    assert {at: getattr(moe, key) for at, moe in of.items()} == {at: at for at in points}
-    if over == "heads":  # one head is the plain layer
+@pytest.mark.parametrize(("axis", "points"), [("experts", [4, 8]), ("top-k", [1, 2]), ("heads", [1, 2, 4])])
+def test_each_axis_changes_its_own_size(axis, points):
+    result = sweep(Request(TINY, [2], "float32", 1, static=True), axis, points, HARDWARE, lambda line: None)
+    series = result.series
+    multi_head = "MH-MoE" if axis == "heads" else "MH-MoE h 2"
+    assert list(series) == ["dense", "SMoE", "X-MoE", multi_head, "fine-grained", "SMoE static", f"{multi_head} static"]
+    moe_by_point = {point: f.moe for point, f in series[multi_head if axis == "heads" else "SMoE"].items()}
+    key = {"experts": "experts", "top-k": "top_k", "heads": "heads"}[axis]
+    assert {value: getattr(moe, key) for value, moe in moe_by_point.items()} == {value: value for value in points}
+    if axis == "heads":  # one head is the plain layer
         assert series["MH-MoE"][1].moe == series["SMoE"][1].moe
-    assert set(found.growth) == set(series)
-    assert np.isfinite(list(found.growth.values())).all()
+    assert set(result.growth) == set(series)
+    assert np.isfinite(list(result.growth.values())).all()
 
 
-def test_growth_is_of_measured_points_alone(monkeypatch):
+def test_growth_uses_measured_points_only(monkeypatch):
     monkeypatch.setattr(measure, "STATIC_ROWS", 32)
-    found = sweep(Request(TINY, [2], "float32", 1, static=True), "tokens", [16, 32, 64, 128], WHERE, lambda line: None)
-    assert "SMoE static" in found.growth  # 16 and 32
-    assert "MH-MoE h 2 static" not in found.growth  # 16 alone
-    known = [(at, found.series["SMoE static"][at].median) for at in (16, 32)]
-    assert found.growth["SMoE static"] == pytest.approx(exponent(known))
+    result = sweep(
+        Request(TINY, [2], "float32", 1, static=True), "tokens", [16, 32, 64, 128], HARDWARE, lambda line: None
+    )
+    assert "SMoE static" in result.growth  # 16 and 32
+    assert "MH-MoE h 2 static" not in result.growth  # 16 alone
+    measured_values = [(point, result.series["SMoE static"][point].median) for point in (16, 32)]
+    assert result.growth["SMoE static"] == pytest.approx(fit_exponent(measured_values))
 
 
-def test_a_point_that_cannot_be_is_refused_before_any_is_measured():
-    said = []
+def test_impossible_point_is_refused_before_measuring():
+    lines = []
     with pytest.raises(SpecError, match="does not split"):
-        sweep(Request(TINY, [2], "float32", 1), "heads", [1, 3], WHERE, said.append)
-    assert not said
+        sweep(Request(TINY, [2], "float32", 1), "heads", [1, 3], HARDWARE, lines.append)
+    assert not lines

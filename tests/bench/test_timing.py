@@ -2,23 +2,23 @@ import itertools
 
 import pytest
 
-from mhmoe_ray.bench.timing import interleaved, turns
+from mhmoe_ray.bench.timing import time_interleaved, turns
 
 
-def test_every_case_runs_once_a_round_in_turning_order_and_the_first_round_is_not_counted():
+def test_rounds_alternate_order_and_warm_up_is_not_counted():
     order = []
     ticks = itertools.count(step=0.5)
     cases = {name: (lambda name=name: order.append(name)) for name in "abc"}
-    found = interleaved(cases, 4, clock=lambda: next(ticks))
+    timings = time_interleaved(cases, 4, clock=lambda: next(ticks))
     assert "".join(order) == "abc" + "cba" + "abc" + "cba" + "abc"
-    assert {name: timing.seconds for name, timing in found.items()} == {name: [0.5] * 4 for name in "abc"}
-    assert found["a"].median == pytest.approx(0.5)
+    assert {name: timing.seconds for name, timing in timings.items()} == {name: [0.5] * 4 for name in "abc"}
+    assert timings["a"].median == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize("warm_up", [False, True])
-def test_the_first_round_there_is_goes_forwards(warm_up):
-    found = list(turns("ab", 2, warm_up))
-    forwards, backwards = ["a", "b"], ["b", "a"]
-    rounds = (backwards, forwards) if warm_up else (forwards, backwards)
-    assert found[-4:] == [(number, case) for number, order in enumerate(rounds) for case in order]
-    assert found[:-4] == [(-1, "a"), (-1, "b")] * warm_up
+def test_first_round_is_in_given_order(warm_up):
+    result = list(turns("ab", 2, warm_up))
+    forward_order, reverse_order = ["a", "b"], ["b", "a"]
+    rounds = (reverse_order, forward_order) if warm_up else (forward_order, reverse_order)
+    assert result[-4:] == [(number, case) for number, order in enumerate(rounds) for case in order]
+    assert result[:-4] == [(-1, "a"), (-1, "b")] * warm_up

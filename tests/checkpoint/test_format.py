@@ -1,4 +1,4 @@
-"""Our checkpoint files beside torch's own reader and writer, and slices of any kind against whole tensors."""
+"""Tests of checkpoint files with torch's own reader and writer, and of any slices against full tensors."""
 
 import io
 import resource
@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, Hu
 
 from mhmoe_ray.checkpoint import format as slices_module
 from mhmoe_ray.checkpoint.format import Slice, read_into, stored_slices, write_slices
-from mhmoe_ray.checkpoint.load import index_of, load_tensors
+from mhmoe_ray.checkpoint.load import load_tensors, read_index
 from mhmoe_ray.checkpoint.save import save_slices
 from mhmoe_ray.errors import CheckpointError
 from mhmoe_ray.storage import describe_file
@@ -31,41 +31,43 @@ TENSORS = {
 }
 
 
-def like(tensors):
+def empty_copies(tensors):
     return {name: torch.full_like(t, -1) for name, t in tensors.items()}
 
 
-def assert_same(found, expected):
-    assert all(torch.equal(found[name], t) for name, t in expected.items())
+def assert_same(actual, expected):
+    assert all(torch.equal(actual[name], t) for name, t in expected.items())
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
 def test_torch_reads_our_files(tmp_path):
     save_tensors(tmp_path / "weights", TENSORS)
-    found = like({name: t for name, t in TENSORS.items() if t.ndim})  # of a scalar it takes a slice, and fails
-    dcp.load(found, storage_reader=HuggingFaceStorageReader(str(tmp_path / "weights")), no_dist=True)
-    assert_same(found, {name: TENSORS[name] for name in found})
+    loaded = empty_copies(
+        {name: t for name, t in TENSORS.items() if t.ndim}
+    )  # torch cannot read a scalar: it takes a slice of it
+    dcp.load(loaded, storage_reader=HuggingFaceStorageReader(str(tmp_path / "weights")), no_dist=True)
+    assert_same(loaded, {name: TENSORS[name] for name in loaded})
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
 def test_we_read_torchs_files(tmp_path):
     writer = HuggingFaceStorageWriter(str(tmp_path / "weights"), save_distributed=True)
     dcp.save({name: t.contiguous() for name, t in TENSORS.items()}, storage_writer=writer, no_dist=True)
-    found = like(TENSORS)
-    load_tensors(tmp_path / "weights", found)
-    assert_same(found, TENSORS)
-    assert {s.dtype for s in index_of(tmp_path / "weights")["half"]} == {torch.bfloat16}
+    loaded = empty_copies(TENSORS)
+    load_tensors(tmp_path / "weights", loaded)
+    assert_same(loaded, TENSORS)
+    assert {s.dtype for s in read_index(tmp_path / "weights")["half"]} == {torch.bfloat16}
 
 
-def test_a_number_without_a_dimension_is_one_of_one(tmp_path):
-    """Checkpoints may hold a temperature as a scalar, while the model has it as a parameter of one element."""
+def test_scalar_is_read_as_tensor_of_one_element(tmp_path):
+    """A checkpoint may have a temperature as a scalar, while the model has it as a parameter of one element."""
     save_tensors(tmp_path / "weights", TENSORS)
-    found = {"scalar": torch.zeros(1)}
-    load_tensors(tmp_path / "weights", found)
-    assert found["scalar"].tolist() == [3.5]
+    loaded = {"scalar": torch.zeros(1)}
+    load_tensors(tmp_path / "weights", loaded)
+    assert loaded["scalar"].tolist() == [3.5]
 
 
-def test_what_is_written_is_what_is_described(tmp_path):
+def test_write_slices_returns_the_files_entry(tmp_path):
     with (tmp_path / "x").open("wb") as file:
         entry = write_slices(file, {name: Slice(t, (0,) * t.ndim, tuple(t.shape)) for name, t in TENSORS.items()})
     assert entry == describe_file(tmp_path / "x")
@@ -77,34 +79,35 @@ def cuts(length, draw):
 
 
 @given(st.data(), st.lists(st.integers(1, 5), min_size=1, max_size=3), st.sampled_from([1, 40, 1 << 20]))
-def test_any_part_is_put_together_of_any_others(data, shape, piece):
-    """Cut a tensor into blocks along all dimensions, each in a file of its own, and fill any box of it from these
-    files."""
+def test_any_slice_is_read_from_any_blocks(data, shape, piece):
+    """Cut a tensor into blocks along all dimensions, write each to a file, and fill any box of it from these files."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(slices_module, "PIECE", piece)
-        whole = torch.arange(float(torch.Size(shape).numel())).view(shape)
+        patch.setattr(slices_module, "PIECE_BYTES", piece)
+        full_tensor = torch.arange(float(torch.Size(shape).numel())).view(shape)
         edges = [cuts(n, data.draw) for n in shape]
         boxes = [[]]
-        for own in edges:
-            boxes = [[*box, span] for box in boxes for span in pairwise(own)]
+        for dimension_edges in edges:
+            boxes = [[*box, span] for box in boxes for span in pairwise(dimension_edges)]
         files = []
         for box in boxes:
             file = io.BytesIO()
-            local = whole[tuple(slice(a, b) for a, b in box)]
+            local = full_tensor[tuple(slice(a, b) for a, b in box)]
             write_slices(file, {"t": Slice(local, tuple(a for a, _ in box), tuple(shape))})
             files.append(file)
-        want = [sorted(data.draw(st.tuples(st.integers(0, n), st.integers(0, n)))) for n in shape]
+        target_box = [sorted(data.draw(st.tuples(st.integers(0, n), st.integers(0, n)))) for n in shape]
         target = torch.full(
-            [b - a for a, b in want], -1.0, dtype=data.draw(st.sampled_from([torch.float32, torch.float64]))
+            [b - a for a, b in target_box], -1.0, dtype=data.draw(st.sampled_from([torch.float32, torch.float64]))
         )
         filled = 0
         for file in files:
-            filled += read_into(Slice(target, tuple(a for a, _ in want), tuple(shape)), stored_in(file), file)
+            filled += read_into(
+                Slice(target, tuple(a for a, _ in target_box), tuple(shape)), read_stored_slice(file), file
+            )
         assert filled == target.numel()
-        assert torch.equal(target.float(), whole[tuple(slice(a, b) for a, b in want)])
+        assert torch.equal(target.float(), full_tensor[tuple(slice(a, b) for a, b in target_box)])
 
 
-def stored_in(file):
+def read_stored_slice(file):
     class Opened(io.BytesIO):
         """Stand-in for a path whose file is in memory."""
 
@@ -117,7 +120,7 @@ def stored_in(file):
     return stored_slices(Opened())["t"]
 
 
-def test_a_tensor_of_which_a_part_is_missing_is_refused(tmp_path):
+def test_incomplete_tensor_is_rejected(tmp_path):
     save_slices(tmp_path / "weights", {"t": Slice(torch.zeros(2, 3), (0, 0), (4, 3))}, 0)
     save_slices(tmp_path / "weights", {"t": Slice(torch.zeros(1, 3), (3, 0), (4, 3))}, 1)
     with pytest.raises(CheckpointError, match="a part of t is not in it"):
@@ -128,35 +131,35 @@ def test_more_files_are_read_than_may_be_open(tmp_path):
     ranks = 200
     for rank in range(ranks):
         save_slices(tmp_path, {"t": Slice(torch.full((1, 2), float(rank)), (rank, 0), (ranks, 2))}, rank)
-    found = {"t": torch.empty(ranks, 2)}
+    loaded = {"t": torch.empty(ranks, 2)}
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    opened = sum(1 for _ in Path("/proc/self/fd").iterdir())
-    resource.setrlimit(resource.RLIMIT_NOFILE, (opened + ranks // 4, limits[1]))
+    open_count = sum(1 for _ in Path("/proc/self/fd").iterdir())
+    resource.setrlimit(resource.RLIMIT_NOFILE, (open_count + ranks // 4, limits[1]))
     try:
-        load_tensors(tmp_path, found)
+        load_tensors(tmp_path, loaded)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
-    assert torch.equal(found["t"][:, 1], torch.arange(float(ranks)))
+    assert torch.equal(loaded["t"][:, 1], torch.arange(float(ranks)))
 
 
-def test_a_checkpoint_that_is_removed_while_it_is_loaded_is_told(tmp_path):
+def test_checkpoint_removed_while_loading_is_reported(tmp_path):
     folder = tmp_path / "step" / "weights"
     save_tensors(folder, TENSORS)
-    index = index_of(folder)
+    index = read_index(folder)
     for file in folder.iterdir():
         file.unlink()
     with pytest.raises(CheckpointError, match="step: it was removed while it was read"):
-        load_tensors(folder, like(TENSORS), index=index)
+        load_tensors(folder, empty_copies(TENSORS), index=index)
 
 
 @pytest.mark.parametrize("content", [b"", b"no header", b"\xff" * 64, (2).to_bytes(8, "little") + b"{]"])
-def test_what_is_no_safetensors_file_is_said(tmp_path, content):
+def test_file_that_is_no_safetensors_file_is_reported(tmp_path, content):
     (tmp_path / "a.safetensors").write_bytes(content)
     with pytest.raises(CheckpointError, match=r"a\.safetensors cannot be read"):
         load_tensors(tmp_path, {"t": torch.empty(1)})
 
 
-def test_a_file_is_never_written_twice(tmp_path):
+def test_file_is_never_written_twice(tmp_path):
     save_tensors(tmp_path / "weights", TENSORS)
     with pytest.raises(FileExistsError):
         save_tensors(tmp_path / "weights", TENSORS)

@@ -1,11 +1,11 @@
-"""Retention of checkpoints: which of them are kept."""
+"""Tests of checkpoint retention: the newest checkpoints and the best one are kept."""
 
 import math
 
 import pytest
 
-from mhmoe_ray.checkpoint.manifest import MANIFEST, committed, last_step
-from mhmoe_ray.checkpoint.retention import Retention, drop
+from mhmoe_ray.checkpoint.manifest import MANIFEST, committed_checkpoints, last_step
+from mhmoe_ray.checkpoint.retention import RetentionPolicy, delete_checkpoint
 from mhmoe_ray.runs import history, metrics
 from mhmoe_ray.runs.directory import create_run
 from tests.specs import tiny_spec
@@ -13,8 +13,7 @@ from tests.specs import tiny_spec
 
 @pytest.fixture
 def run(tmp_path):
-    """Return a run with checkpoints of steps 10 to 50, a second one of step 30 by group 2, and an unfinished one of
-    step 60."""
+    """Return a run with checkpoints of steps 10 to 50, two of them of step 30, and an uncommitted one of step 60."""
     run = create_run(tiny_spec(tmp_path))
     for name in ("10.1", "20.1", "30.1", "30.2", "40.2", "50.2"):
         step, group = name.split(".")
@@ -25,65 +24,70 @@ def run(tmp_path):
     return run
 
 
-def surplus(run, keep):
-    return Retention(run, keep).surplus(50, None)
+def removable_checkpoints(run, newest_count):
+    return RetentionPolicy(run, newest_count).removable_checkpoints(50, None)
 
 
-def validated(run, *losses):
-    """Append validation losses to the run's history; each is given as (step, loss)."""
+def record_losses(run, *losses):
+    """Append validation losses to the run's history, each given as (step, loss)."""
     for step, loss in losses:
         history.append(run, {metrics.STEP: step, metrics.GROUP: 1, metrics.VAL_LOSS: loss})
 
 
-def names(paths):
+def short_names(paths):
     return [path.name.removeprefix("step_000000") for path in paths]
 
 
-def test_the_newest_stay_and_the_rest_goes_oldest_first(run):
-    assert names(surplus(run, 2)) == ["10.1", "20.1", "30.1", "30.2"]
-    assert surplus(run, 6) == surplus(run, 9) == []
+def test_newest_checkpoints_are_kept(run):
+    assert short_names(removable_checkpoints(run, 2)) == ["10.1", "20.1", "30.1", "30.2"]
+    assert removable_checkpoints(run, 6) == removable_checkpoints(run, 9) == []
 
 
-def test_the_best_stays_too(run):
-    validated(run, (10, 5.0), (20, 3.0), (25, 1.0), (40, 4.0))  # of step 25 there is no checkpoint
-    assert names(surplus(run, 1)) == ["10.1", "30.1", "30.2", "40.2"]
-    assert names(surplus(run, 2)) == ["10.1", "30.1", "30.2"]
+def test_best_checkpoint_is_kept(run):
+    record_losses(run, (10, 5.0), (20, 3.0), (25, 1.0), (40, 4.0))  # step 25 has no checkpoint
+    assert short_names(removable_checkpoints(run, 1)) == ["10.1", "30.1", "30.2", "40.2"]
+    assert short_names(removable_checkpoints(run, 2)) == ["10.1", "30.1", "30.2"]
 
 
-def test_a_loss_that_was_gone_back_behind_does_not_count(run):
-    """A restart repeats steps, and the run's history then holds the loss of the repeated step."""
-    validated(run, (10, 5.0), (20, 1.0), (20, 6.0))
-    assert names(surplus(run, 1)) == ["20.1", "30.1", "30.2", "40.2"]
+def test_replaced_loss_does_not_count(run):
+    """A restart repeats steps, and the history then has the loss of the repeated step only."""
+    record_losses(run, (10, 5.0), (20, 1.0), (20, 6.0))
+    assert short_names(removable_checkpoints(run, 1)) == ["20.1", "30.1", "30.2", "40.2"]
 
 
-def test_of_two_of_a_step_the_later_is_the_best(run):
-    """The history holds the loss of the later checkpoint; the earlier one was passed over as damaged."""
-    validated(run, (20, 3.0), (30, 9.0), (30, 1.0), (40, 2.0))
-    assert names(surplus(run, 1)) == ["10.1", "20.1", "30.1", "40.2"]
+def test_later_of_two_checkpoints_of_a_step_is_the_best(run):
+    """The history has the loss of the later checkpoint; the earlier one was skipped because it was damaged."""
+    record_losses(run, (20, 3.0), (30, 9.0), (30, 1.0), (40, 2.0))
+    assert short_names(removable_checkpoints(run, 1)) == ["10.1", "20.1", "30.1", "40.2"]
 
 
-def test_it_reads_the_history_once_and_is_told_what_comes_after(run):
-    retention = Retention(run, 1)
-    validated(run, (10, 2.0))
-    assert names(retention.surplus(10, None)) == ["20.1", "30.1", "30.2", "40.2"]
+def test_history_is_read_once(run):
+    retention = RetentionPolicy(run, 1)
+    record_losses(run, (10, 2.0))
+    assert short_names(retention.removable_checkpoints(10, None)) == ["20.1", "30.1", "30.2", "40.2"]
     run.metrics_file.unlink()
-    assert names(retention.surplus(20, 1.0)) == ["10.1", "30.1", "30.2", "40.2"]
-    assert names(retention.surplus(40, math.nan)) == ["10.1", "30.1", "30.2", "40.2"]
-    assert names(retention.surplus(20, 3.0)) == ["20.1", "30.1", "30.2", "40.2"]  # again, from step 10 on
+    assert short_names(retention.removable_checkpoints(20, 1.0)) == ["10.1", "30.1", "30.2", "40.2"]
+    assert short_names(retention.removable_checkpoints(40, math.nan)) == ["10.1", "30.1", "30.2", "40.2"]
+    assert short_names(retention.removable_checkpoints(20, 3.0)) == [
+        "20.1",
+        "30.1",
+        "30.2",
+        "40.2",
+    ]  # step 20 was repeated with a worse loss
 
 
-def test_what_a_later_group_wrote_is_newer_though_its_step_is_earlier(run):
-    """Group 3 continued from before a damaged checkpoint, which must not outlive the checkpoint that replaces it."""
+def test_later_group_is_newer_although_its_step_is_earlier(run):
+    """Group 3 continued from an earlier step than a damaged checkpoint, which its own checkpoint replaces."""
     folder = run.checkpoints / "step_00000045.3"
     folder.mkdir()
     (folder / MANIFEST).write_text("{}")
-    assert names(committed(run))[-2:] == ["50.2", "45.3"]
+    assert short_names(committed_checkpoints(run))[-2:] == ["50.2", "45.3"]
     assert last_step(run) == 45
-    assert names(surplus(run, 1)) == ["10.1", "20.1", "30.1", "30.2", "40.2", "50.2"]
+    assert short_names(removable_checkpoints(run, 1)) == ["10.1", "20.1", "30.1", "30.2", "40.2", "50.2"]
 
 
-def test_dropped_is_gone_and_others_are_not(run):
-    drop(surplus(run, 2)[0])
-    assert names(committed(run)) == ["20.1", "30.1", "30.2", "40.2", "50.2"]
+def test_delete_checkpoint_removes_one_checkpoint(run):
+    delete_checkpoint(removable_checkpoints(run, 2)[0])
+    assert short_names(committed_checkpoints(run)) == ["20.1", "30.1", "30.2", "40.2", "50.2"]
     assert not (run.checkpoints / "step_00000010.1").exists()
     assert (run.checkpoints / "step_00000060.2").exists()

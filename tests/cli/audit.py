@@ -1,4 +1,4 @@
-"""The samples that a run should have read, recomputed from the prepared shards and the order alone."""
+"""The samples that a run should have read, computed again from the prepared shards and the order alone."""
 
 import numpy as np
 
@@ -9,16 +9,16 @@ from mhmoe_ray.train.worker import combine_digests, sample_digest
 
 
 def expected_streams(run: RunDir) -> list[str]:
-    """Return the digest of each step's samples, from step 1."""
+    """Return the expected digest of each step's samples, from step 1 on."""
     spec = run.spec()
     samples = TrainingSamples(spec)
     m, b = spec.train.micro_batches, spec.train.micro_batch_size
-    every = samples.read(np.arange(spec.train.steps * m * b)).reshape(spec.train.steps, m, b, -1)
-    return [combine_digests(sample_digest(micro_batch) for micro_batch in step) for step in every]
+    batches = samples.read(np.arange(spec.train.steps * m * b)).reshape(spec.train.steps, m, b, -1)
+    return [combine_digests(sample_digest(micro_batch) for micro_batch in step) for step in batches]
 
 
-def assert_read_as_ordered(run: RunDir) -> None:
-    """Assert that the effective history has every step once, each with the samples that the order gives it."""
+def assert_samples_in_order(run: RunDir) -> None:
+    """Assert that the history of a run has each step once, with the samples that belong to this step."""
     lines = history.read(run)
     assert [line[metrics.STEP] for line in lines] == list(range(1, run.spec().train.steps + 1))
     assert [line[metrics.STREAM] for line in lines] == expected_streams(run)

@@ -10,7 +10,7 @@ from tests.specs import tiny_spec
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory) -> Path:
-    """Return a folder with raw text below raw/, and a spec of a tiny model on that text."""
+    """Return a project folder with raw text in raw/ and the spec of a tiny model on that text."""
     folder = tmp_path_factory.mktemp("project")
     write_corpus(folder / "raw")
     write_spec(folder)
@@ -18,6 +18,7 @@ def corpus(tmp_path_factory) -> Path:
 
 
 def write_spec(folder: Path, **sections) -> Path:
+    """Write the spec of a tiny model to spec.yaml, with these keys in its sections, and return its path."""
     defaults = {
         "cluster": {"workers": 2, "ep": 2},
         "data": {"validation_fraction": 0.2},

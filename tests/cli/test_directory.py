@@ -1,4 +1,4 @@
-"""Commands on run directories whose cluster is gone."""
+"""Commands that use a run directory whose cluster is gone."""
 
 import http.server
 import json
@@ -15,21 +15,21 @@ from pathlib import Path
 import pexpect
 import pytest
 
-from mhmoe_ray.cli.follow import _bar, _View
+from mhmoe_ray.cli.follow import _progress_bar, _RunView
 from mhmoe_ray.cluster import runs
 from mhmoe_ray.cluster.connect import connect
-from mhmoe_ray.cluster.runs import outcome, outcome_or_gone
+from mhmoe_ray.cluster.runs import outcome, outcome_or_lost
 from mhmoe_ray.errors import ClusterError
 from mhmoe_ray.runs import events, history, metrics
 from mhmoe_ray.runs.directory import Attempt, add_attempt, create_run
 from tests.cli.run import assert_one_line, command, mhmoe
 from tests.specs import tiny_spec
 
-HUNG = {"rank": 0, "pid": 3, "host": "x", "step": 7, "doing": "training", "seconds": 9.0, "silent": False}
+HUNG_EVENT = {"rank": 0, "pid": 3, "host": "x", "step": 7, "doing": "training", "seconds": 9.0, "silent": False}
 
 
 @pytest.fixture
-def nobody():
+def unused_address():
     """Yield an address where nothing listens."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -37,19 +37,19 @@ def nobody():
 
 
 @pytest.fixture
-def run(tmp_path, nobody):
-    made = create_run(tiny_spec(tmp_path))
-    add_attempt(made, Attempt("job-1", nobody, local=True))
-    events.record(made, "submitted", attempt=1, job="job-1", address=nobody)
+def run(tmp_path, unused_address):
+    run_dir = create_run(tiny_spec(tmp_path))
+    add_attempt(run_dir, Attempt("job-1", unused_address, local=True))
+    events.record(run_dir, "submitted", attempt=1, job="job-1", address=unused_address)
     events.record(
-        made, "started", group=1, step=0, dp=1, ep=1, groups=[[0]], straddling_groups=0, workers=[{"host": "x"}]
+        run_dir, "started", group=1, step=0, dp=1, ep=1, groups=[[0]], straddling_groups=0, workers=[{"host": "x"}]
     )
     line = {metrics.STEP: 7, metrics.GROUP: 1, metrics.LOSS: 2.5, metrics.TOKENS: 70, metrics.TOKENS_PER_S: 9.0}
-    history.append(made, {**line, metrics.DATA_WAIT: 0.0, metrics.TIME: 1000.0})
-    return made
+    history.append(run_dir, {**line, metrics.DATA_WAIT: 0.0, metrics.TIME: 1000.0})
+    return run_dir
 
 
-def test_a_run_whose_cluster_does_not_answer_is_not_called_running(tmp_path, run):
+def test_run_is_unknown_if_its_cluster_does_not_answer(tmp_path, run):
     status = mhmoe(tmp_path, "status", "--json").json()
     assert status["state"] == "unknown"
     assert "it said running last, but" in status["cluster"]
@@ -57,77 +57,77 @@ def test_a_run_whose_cluster_does_not_answer_is_not_called_running(tmp_path, run
     assert mhmoe(tmp_path, "status").out.startswith(f"{run.id}: unknown")
 
 
-def test_status_shows_what_ranks_exchanged_where_they_did(tmp_path, run):
+def test_status_shows_exchanges_between_ranks(tmp_path, run):
     assert "exchange" not in mhmoe(tmp_path, "status").out
-    sent = {metrics.ROWS_SENT: 3_000_000, metrics.ROWS_LEAST: 2_000_000, metrics.COUNTS_SENT: 320}
-    history.append(run, {**history.last(run), metrics.STEP: 8, **sent})
-    shown = mhmoe(tmp_path, "status", COLUMNS="200").out
-    assert "3 MB of rows between ranks in a step, 1.50 times the least; 320 B of counts" in shown
+    sent_bytes = {metrics.ROWS_SENT: 3_000_000, metrics.ROWS_LEAST: 2_000_000, metrics.COUNTS_SENT: 320}
+    history.append(run, {**history.last_line(run), metrics.STEP: 8, **sent_bytes})
+    output = mhmoe(tmp_path, "status", COLUMNS="200").out
+    assert "3 MB of rows between ranks in a step, 1.50 times the least; 320 B of counts" in output
     events.record(run, "started", group=1, step=0, workers=[], dp=1, ep=4, straddling_groups=1, dispatch="hierarchical")
-    history.append(run, {**history.last(run), metrics.STEP: 9, metrics.ROWS_BETWEEN_NODES: 1_000_000})
-    shown = mhmoe(tmp_path, "status", COLUMNS="200").out
+    history.append(run, {**history.last_line(run), metrics.STEP: 9, metrics.ROWS_BETWEEN_NODES: 1_000_000})
+    output = mhmoe(tmp_path, "status", COLUMNS="200").out
     assert (
-        "3 MB of rows between ranks in a step (1 MB between nodes), 1.50 times what flat dispatch would send" in shown
+        "3 MB of rows between ranks in a step (1 MB between nodes), 1.50 times what flat dispatch would send" in output
     )
 
 
-def test_a_balance_that_was_not_finite_is_said(tmp_path, run):
-    last = {**history.last(run), metrics.STEP: 8, metrics.BALANCE: float("nan"), metrics.LEAST_EXPERT: 0.5}
-    history.append(run, last)
-    shown = mhmoe(tmp_path, "status", COLUMNS="200").out
-    assert "not finite (1 is uniform); the least used expert has 0.50 of its share" in shown
-    with _bar() as bar:
-        view = _View(run, bar, from_now=False)
+def test_balance_that_is_not_finite_is_shown(tmp_path, run):
+    last_line = {**history.last_line(run), metrics.STEP: 8, metrics.BALANCE: float("nan"), metrics.LEAST_EXPERT: 0.5}
+    history.append(run, last_line)
+    output = mhmoe(tmp_path, "status", COLUMNS="200").out
+    assert "not finite (1 is uniform); the least used expert has 0.50 of its share" in output
+    with _progress_bar() as bar:
+        view = _RunView(run, bar, from_now=False)
         view.refresh()
     assert "balance not finite" in bar.tasks[0].fields["figures"]
 
 
-def test_who_follows_a_run_is_told_of_all_that_happens_to_it(run, capsys):
+def test_follower_prints_all_events_of_a_run(run, capsys):
     workers = [{"host": "x"}, {"host": "y"}]
-    events.record(run, "hung", **HUNG)
+    events.record(run, "hung", **HUNG_EVENT)
     events.record(run, "lost", rank=0, ranks=2, host="x", reason="killed", lines=[])
     events.record(run, "skipped_checkpoint", name="step_00000007.1", reason="it is torn")
     events.record(run, "started", group=2, step=5, dp=1, ep=2, groups=[[0, 1]], straddling_groups=1, workers=workers)
     events.record(run, "preempted", step=7, nodes=["n1"], deadline=None)
-    history.append(run, {**history.last(run), metrics.STEP: 8, metrics.SKIPPED: True, metrics.VAL_LOSS: 2.25})
-    with _bar() as bar:
-        _View(run, bar, from_now=False).refresh()
+    history.append(run, {**history.last_line(run), metrics.STEP: 8, metrics.SKIPPED: True, metrics.VAL_LOSS: 2.25})
+    with _progress_bar() as bar:
+        _RunView(run, bar, from_now=False).refresh()
     assert capsys.readouterr().err.splitlines() == [
         "training from step 0 on 1 workers, dp 1 x ep 1",
-        "warning: rank 0 (process 3 on x) made no progress for 9 s, training after step 7; it was ended",
+        "warning: rank 0 (process 3 on x) made no progress for 9 s, training after step 7; it was killed",
         "warning: rank 0 on x failed, and 1 other with it: killed",
-        "warning: step_00000007.1: it is torn; the one before is used",
+        "warning: step_00000007.1: it is torn; the previous one is used",
         "training from step 5 on 2 workers, dp 1 x ep 2, start 2 of the workers",
         "warning: 1 expert-parallel groups lie on more than one node",
-        "node n1 is taken away; saved at step 7, starting elsewhere or smaller",
+        "node n1 is preempted; saved at step 7, restarting on other nodes or with fewer workers",
         "step 8: validation loss 2.2500, loss 2.5000  9 tok/s",
         "warning: step 8 updated nothing: its gradient was not finite",
     ]
 
 
-def test_status_counts_steps_that_updated_nothing_and_routes_that_were_dropped(tmp_path, run):
+def test_status_counts_skipped_steps_and_dropped_routes(tmp_path, run):
     routing = {metrics.BALANCE: 1.0, metrics.LEAST_EXPERT: 0.5, metrics.DROPPED: 0.125}
-    history.append(run, {**history.last(run), metrics.SKIPPED_STEPS: 2, **routing})
-    shown = mhmoe(tmp_path, "status", COLUMNS="200").out
-    assert "2, whose gradient was not finite" in shown
-    assert "12.50% of routes" in shown
+    history.append(run, {**history.last_line(run), metrics.SKIPPED_STEPS: 2, **routing})
+    output = mhmoe(tmp_path, "status", COLUMNS="200").out
+    assert "2, whose gradient was not finite" in output
+    assert "12.50% of routes" in output
 
 
-def test_a_list_asks_each_cluster_once_and_waits_for_no_job_that_ended_long_ago(tmp_path, run, monkeypatch):
-    asked = Counter()
+def test_list_asks_each_cluster_once_and_does_not_wait_for_old_jobs(tmp_path, run, monkeypatch):
+    request_counts = Counter()
 
     class Dashboard(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
-            asked[self.path] += 1
+            request_counts[self.path] += 1
             job = {"status": "FAILED", "message": "killed", "end_time": 1_000_000}
-            told = (
+            response = (
                 {"ray_version": "2"}
                 if "version" in self.path
                 else {"data": {"summary": [], "nodeLogicalResources": {}}}
             )
             self.send_response(200)
             self.end_headers()
-            self.wfile.write(json.dumps(job if "jobs" in self.path else told).encode())
+            self.wfile.write(json.dumps(job if "jobs" in self.path else response).encode())
 
         def log_message(self, *args):
             pass
@@ -136,56 +136,59 @@ def test_a_list_asks_each_cluster_once_and_waits_for_no_job_that_ended_long_ago(
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
         address = f"http://127.0.0.1:{server.server_port}"
-        others = [create_run(tiny_spec(tmp_path)) for _ in range(3)]
-        for other in others:
-            add_attempt(other, Attempt("job-1", address, local=False))
+        other_runs = [create_run(tiny_spec(tmp_path)) for _ in range(3)]
+        for other_run in other_runs:
+            add_attempt(other_run, Attempt("job-1", address, local=False))
         try:
-            with monkeypatch.context() as patch:  # it does not wait until it is sure
+            # The job ended long ago, so that no wait for a later event of the run is needed.
+            with monkeypatch.context() as patch:
                 patch.setattr(runs.time, "sleep", lambda seconds: pytest.fail("it waits"))
-                assert outcome(others[0], connect(address)).reason == "its job ended (failed): killed"
-            asked.clear()
+                assert outcome(other_runs[0], connect(address)).reason == "its job ended (failed): killed"
+            request_counts.clear()
             states = [r["state"] for r in mhmoe(tmp_path, "list", "--json").json()]
         finally:
             server.shutdown()
             thread.join()
     assert states == ["unknown", *["failed"] * 3]
-    assert asked == {"/api/version": 1, "/nodes?view=summary": 1, "/api/jobs/job-1": 3}
+    assert request_counts == {"/api/version": 1, "/nodes?view=summary": 1, "/api/jobs/job-1": 3}
 
 
 def test_status_has_the_mean_speed_over_steps_of_unequal_tokens(tmp_path, run):
     assert mhmoe(tmp_path, "status", "--json").json()["tokens_per_s"] is None
-    for step, tokens, rate in ((8, 80, 10.0), (9, 140, 20.0)):  # in 1 and in 3 seconds
+    # The steps take 1 and 3 seconds, for 10 and 60 tokens.
+    for step, tokens, rate in ((8, 80, 10.0), (9, 140, 20.0)):
         steps = {metrics.STEP: step, metrics.TOKENS: tokens, metrics.TOKENS_PER_S: rate}
-        history.append(run, {**history.last(run), **steps})
+        history.append(run, {**history.last_line(run), **steps})
     assert mhmoe(tmp_path, "status", "--json").json()["tokens_per_s"] == 70 / 4
 
 
-def test_status_tells_what_interrupted_a_run_and_the_last_lines_of_the_worker_that_failed(tmp_path, run):
-    lost = {"host": "y", "lines": ["Fatal Python error: Segmentation fault", "  File [x]"]}
-    events.record(run, "hung", **HUNG)
-    events.record(run, "lost", rank=0, ranks=2, reason="killed", **lost)  # since the watchdog ended it
-    events.record(run, "lost", rank=1, ranks=2, reason="its process is gone: crashed", **lost)
-    told = mhmoe(tmp_path, "status", "--json").json()
-    assert [i["what"].split()[0:2] for i in told["interruptions"]] == [["rank", "0"], ["rank", "1"]]
-    shown = mhmoe(tmp_path, "status", COLUMNS="200").out
-    assert "2 times; last" in shown
-    assert "s ago: rank 1 on y failed, and 1 other with it: its process is gone: crashed" in shown
-    assert "Segmentation fault" not in shown
+def test_status_shows_interruptions_and_last_lines_of_the_failed_worker(tmp_path, run):
+    loss_fields = {"host": "y", "lines": ["Fatal Python error: Segmentation fault", "  File [x]"]}
+    events.record(run, "hung", **HUNG_EVENT)
+    # The watchdog killed this worker, so that both events are one interruption.
+    events.record(run, "lost", rank=0, ranks=2, reason="killed", **loss_fields)
+    events.record(run, "lost", rank=1, ranks=2, reason="its process is gone: crashed", **loss_fields)
+    status = mhmoe(tmp_path, "status", "--json").json()
+    assert [i["what"].split()[0:2] for i in status["interruptions"]] == [["rank", "0"], ["rank", "1"]]
+    output = mhmoe(tmp_path, "status", COLUMNS="200").out
+    assert "2 times; last" in output
+    assert "s ago: rank 1 on y failed, and 1 other with it: its process is gone: crashed" in output
+    assert "Segmentation fault" not in output
     events.record(run, "failed", reason="worker 1 failed")
     assert "Fatal Python error: Segmentation fault\n  File [x]" in mhmoe(tmp_path, "status").out
 
 
-def test_status_says_where_a_run_was_served_when_that_cluster_is_gone(tmp_path, run, nobody):
-    where = {"application": "mhmoe", "url": "http://127.0.0.1:8000", "address": nobody}
-    events.record(run, "served", **where, checkpoint="step_00000007.1")
-    shown = mhmoe(tmp_path, "status", COLUMNS="200").out
-    assert "http://127.0.0.1:8000 (mhmoe, step_00000007.1): unknown: nothing answers there" in shown
+def test_status_shows_applications_of_a_cluster_that_is_gone(tmp_path, run, unused_address):
+    application = {"application": "mhmoe", "url": "http://127.0.0.1:8000", "address": unused_address}
+    events.record(run, "served", **application, checkpoint="step_00000007.1")
+    output = mhmoe(tmp_path, "status", COLUMNS="200").out
+    assert "http://127.0.0.1:8000 (mhmoe, step_00000007.1): unknown: nothing answers there" in output
 
 
-def test_a_watch_without_a_terminal_gives_a_line_at_each_change_until_the_end(tmp_path, run):
+def test_watch_without_a_terminal_prints_a_line_at_each_change(tmp_path, run):
     watching = subprocess.Popen(command("status", "--watch"), cwd=tmp_path, stdout=subprocess.PIPE, text=True)
     assert watching.stdout.readline() == f"{run.id}: unknown  step 7/20  loss 2.5000\n"
-    history.append(run, {**history.last(run), metrics.STEP: 8})
+    history.append(run, {**history.last_line(run), metrics.STEP: 8})
     assert watching.stdout.readline() == f"{run.id}: unknown  step 8/20  loss 2.5000\n"
     events.record(run, "finished", step=8)
     assert watching.communicate(timeout=60)[0] == f"{run.id}: finished  step 8/20  loss 2.5000\n"
@@ -193,13 +196,13 @@ def test_a_watch_without_a_terminal_gives_a_line_at_each_change_until_the_end(tm
 
 
 @pytest.mark.long
-def test_a_watch_on_a_terminal_of_80_columns_is_drawn_until_the_end(tmp_path, run):
+def test_watch_on_a_terminal_of_80_columns_redraws_until_the_end(tmp_path, run):
     words = command("status", "--watch")
     environment = {**os.environ, "TERM": "xterm-256color", "PYTHONIOENCODING": "utf-8"}
     environment.pop("COLUMNS", None)
     watching = pexpect.spawn(words[0], words[1:], cwd=tmp_path, dimensions=(40, 80), env=environment, encoding="utf-8")
     watching.expect_exact("7 of 20 (35%)", timeout=60)
-    history.append(run, {**history.last(run), metrics.STEP: 8})
+    history.append(run, {**history.last_line(run), metrics.STEP: 8})
     watching.expect_exact("8 of 20 (40%)", timeout=60)
     events.record(run, "finished", step=8)
     watching.expect_exact(f"{run.id}: finished", timeout=60)
@@ -210,13 +213,13 @@ def test_a_watch_on_a_terminal_of_80_columns_is_drawn_until_the_end(tmp_path, ru
     assert watching.exitstatus == 0
 
 
-def test_resume_does_not_start_a_second_trainer_beside_one_that_may_live(tmp_path, run):
+def test_resume_refuses_a_run_that_may_still_train(tmp_path, run):
     assert_one_line(mhmoe(tmp_path, "resume"), 7, "its cluster does not answer", "wrote something", "--force")
-    assert len(events.events(run)) == 2
+    assert len(events.read(run)) == 2
 
 
 @pytest.mark.ray
-def test_resume_does_not_guess_when_its_token_is_refused(tmp_path, run, local_cluster):
+def test_resume_fails_if_its_token_is_refused(tmp_path, run, local_cluster):
     home = {"MHMOE_HOME": str(tmp_path / "home"), "HOME": str(tmp_path)}
     add_attempt(run, Attempt("job-2", local_cluster.address, local=False))
     for path in (run.events_file, run.metrics_file):
@@ -224,111 +227,113 @@ def test_resume_does_not_guess_when_its_token_is_refused(tmp_path, run, local_cl
     assert_one_line(mhmoe(tmp_path, "resume", **home), 6, local_cluster.address)
 
 
-def test_evaluating_refuses_options_that_would_do_nothing_and_runs_without_experts(tmp_path, run):
-    for words, about in [(("--samples", "5"), "--text"), (("--limit", "5"), "--tasks"), (("--set", "a=1"), "--text")]:
-        refused = mhmoe(tmp_path, "eval", run.id, *words)
-        assert refused.code == 2
-        assert f"{about}: name some" in " ".join(refused.err.split())
+def test_eval_refuses_useless_options_and_dense_runs(tmp_path, run):
+    for words, option in [(("--samples", "5"), "--text"), (("--limit", "5"), "--tasks"), (("--set", "a=1"), "--text")]:
+        result = mhmoe(tmp_path, "eval", run.id, *words)
+        assert result.code == 2
+        assert f"{option}: name some" in " ".join(result.err.split())
     assert_one_line(mhmoe(tmp_path, "eval", run.id), 8, "it has no checkpoint yet")
-    dense = create_run(tiny_spec(tmp_path, model={"moe": None}))
-    add_attempt(dense, Attempt("job-2", "http://127.0.0.1:1", local=True))
-    assert_one_line(mhmoe(tmp_path, "routing", dense.id), 7, "it is a dense model, without a router")
-    assert_one_line(mhmoe(tmp_path, "report", dense.id), 7, "none of the runs has numbers yet")
+    dense_run = create_run(tiny_spec(tmp_path, model={"moe": None}))
+    add_attempt(dense_run, Attempt("job-2", "http://127.0.0.1:1", local=True))
+    assert_one_line(mhmoe(tmp_path, "routing", dense_run.id), 7, "it is a dense model, without a router")
+    assert_one_line(mhmoe(tmp_path, "report", dense_run.id), 7, "none of the runs has numbers yet")
 
 
-def test_a_reason_with_brackets_is_shown_as_it_is(tmp_path, run):
-    """Ray, torch and gloo put paths and hints in brackets, which a terminal library may take for its markup."""
+def test_reason_with_brackets_is_shown_unchanged(tmp_path, run):
+    """Ray, torch and gloo put paths and hints in brackets, which rich may take for its markup."""
     reason = "worker 0: [/third_party/gloo/pair.cc:525] Connection closed by peer; [enforce fail at x] :warning:"
     events.record(run, "failed", reason=reason)
-    shown = mhmoe(tmp_path, "status", COLUMNS="300")
-    assert shown.code == 0, shown.err
-    assert reason in shown.out
+    result = mhmoe(tmp_path, "status", COLUMNS="300")
+    assert result.code == 0, result.err
+    assert reason in result.out
 
 
-def test_a_run_of_another_version_does_not_hide_the_others(tmp_path, run):
-    other = create_run(tiny_spec(tmp_path))
-    add_attempt(other, Attempt("job", "http://x", local=True))
-    other.spec_file.write_text("model: {from: the future}\n")
-    listed = {r["run"]: r["state"] for r in mhmoe(tmp_path, "list", "--json").json()}
-    assert listed == {run.id: "unknown", other.id: "unreadable spec"}
+def test_run_of_another_version_does_not_hide_other_runs(tmp_path, run):
+    other_run = create_run(tiny_spec(tmp_path))
+    add_attempt(other_run, Attempt("job", "http://x", local=True))
+    other_run.spec_file.write_text("model: {from: the future}\n")
+    states = {r["run"]: r["state"] for r in mhmoe(tmp_path, "list", "--json").json()}
+    assert states == {run.id: "unknown", other_run.id: "unreadable spec"}
     assert "unreadable spec" in mhmoe(tmp_path, "list").out
 
 
 @pytest.fixture
-def ended(tmp_path, run):
-    """Return another run, which has ended."""
-    made = create_run(tiny_spec(tmp_path).model_copy(update={"name": "other"}))
-    add_attempt(made, Attempt("job-2", "http://127.0.0.1:1", local=True))
-    events.record(made, "failed", reason="it did")
-    return made
+def ended_run(tmp_path, run):
+    """Return another run, which has failed."""
+    run_dir = create_run(tiny_spec(tmp_path).model_copy(update={"name": "other"}))
+    add_attempt(run_dir, Attempt("job-2", "http://127.0.0.1:1", local=True))
+    events.record(run_dir, "failed", reason="it did")
+    return run_dir
 
 
-def test_runs_are_listed_by_name_state_and_age(tmp_path, run, ended):
-    def listed(*words):
+def test_runs_are_listed_by_name_state_and_age(tmp_path, run, ended_run):
+    def listed_ids(*words):
         return [r["run"] for r in mhmoe(tmp_path, "list", "--json", *words).json()]
 
-    assert listed() == [run.id, ended.id]
-    assert listed("tin") == [run.id]
-    assert listed("--state", "failed") == [ended.id]
-    assert listed("--state", "failed", "--state", "unknown") == [run.id, ended.id]
-    assert listed("--since", "1h") == [run.id, ended.id]
-    assert listed("--since", "2100-01-01") == []
-    assert mhmoe(tmp_path, "list", "nothing").out == "no runs in runs that are so\n"
-    wrong = mhmoe(tmp_path, "list", "--since", "soon")
-    assert (wrong.code, "it is no time" in wrong.err) == (2, True)
+    assert listed_ids() == [run.id, ended_run.id]
+    assert listed_ids("tin") == [run.id]
+    assert listed_ids("--state", "failed") == [ended_run.id]
+    assert listed_ids("--state", "failed", "--state", "unknown") == [run.id, ended_run.id]
+    assert listed_ids("--since", "1h") == [run.id, ended_run.id]
+    assert listed_ids("--since", "2100-01-01") == []
+    assert mhmoe(tmp_path, "list", "nothing").out == "no runs in runs match the filters\n"
+    result = mhmoe(tmp_path, "list", "--since", "soon")
+    assert (result.code, "it is no time" in result.err) == (2, True)
 
 
-def test_a_run_whose_cluster_is_gone_is_removed_once_it_is_quiet_or_by_force(tmp_path, run, ended):
+def test_rm_of_a_run_without_its_cluster_needs_quiet_or_force(tmp_path, run, ended_run):
     assert_one_line(mhmoe(tmp_path, "rm", run.id, "--yes"), 7, "its cluster does not answer", "--force")
     os.utime(run.metrics_file, (time.time() - 10_000,) * 2)
     assert_one_line(mhmoe(tmp_path, "rm", run.id, "--yes"), 7, "its cluster does not answer", "--force")
     os.utime(run.events_file, (time.time() - 10_000,) * 2)
     assert mhmoe(tmp_path, "rm", run.id, "--yes").code == 0
-    events.record(ended, "submitted", attempt=2, job="job-3", address="http://127.0.0.1:1")
-    assert_one_line(mhmoe(tmp_path, "rm", ended.id, "--yes"), 7, "--force")
-    assert mhmoe(tmp_path, "rm", ended.id, "--yes", "--force").code == 0
+    events.record(ended_run, "submitted", attempt=2, job="job-3", address="http://127.0.0.1:1")
+    assert_one_line(mhmoe(tmp_path, "rm", ended_run.id, "--yes"), 7, "--force")
+    assert mhmoe(tmp_path, "rm", ended_run.id, "--yes", "--force").code == 0
     assert not list((tmp_path / "runs").iterdir())
 
 
-def test_a_sweep_takes_a_run_whose_cluster_is_gone_for_over_once_it_is_quiet(run, ended):
+def test_sweep_treats_a_quiet_run_without_its_cluster_as_failed(run, ended_run):
     """A sweep would otherwise wait forever for such a run, even for one that has recorded its own end."""
-    assert outcome_or_gone(ended, connect).reason == "it did"
+    assert outcome_or_lost(ended_run, connect).reason == "it did"
     with pytest.raises(ClusterError, match="nothing answers there"):
-        outcome_or_gone(run, connect)
+        outcome_or_lost(run, connect)
     for file in (run.metrics_file, run.events_file):
         os.utime(file, (time.time() - 10_000,) * 2)
-    assert outcome_or_gone(run, connect).state == "failed"
-    assert "does not answer any more" in outcome_or_gone(run, connect).reason
+    assert outcome_or_lost(run, connect).state == "failed"
+    assert "does not answer any more" in outcome_or_lost(run, connect).reason
 
 
-def test_runs_that_are_over_are_removed_when_somebody_says_so(tmp_path, run, ended):
-    assert_one_line(mhmoe(tmp_path, "rm", ended.id), 7, "--yes")
-    assert_one_line(mhmoe(tmp_path, "rm", ended.id, run.id, "--yes"), 7, run.id)
-    assert ended.path.exists()
-    words = command("rm", ended.id)
+def test_rm_of_ended_runs_needs_a_confirmation(tmp_path, run, ended_run):
+    assert_one_line(mhmoe(tmp_path, "rm", ended_run.id), 7, "--yes")
+    assert_one_line(mhmoe(tmp_path, "rm", ended_run.id, run.id, "--yes"), 7, run.id)
+    assert ended_run.path.exists()
+    words = command("rm", ended_run.id)
     for answer in ("n", "y"):
-        asking = pexpect.spawn(words[0], words[1:], cwd=tmp_path, encoding="utf-8")
-        asking.expect_exact(f"remove {ended.id}, with all checkpoints?", timeout=60)
-        assert ended.path.exists()
-        asking.sendline(answer)
-        asking.expect(pexpect.EOF, timeout=60)
-        asking.close()
-        assert asking.exitstatus == 0
-    assert not ended.path.exists()
+        terminal = pexpect.spawn(words[0], words[1:], cwd=tmp_path, encoding="utf-8")
+        terminal.expect_exact(f"remove {ended_run.id}, with all checkpoints?", timeout=60)
+        assert ended_run.path.exists()
+        terminal.sendline(answer)
+        terminal.expect(pexpect.EOF, timeout=60)
+        terminal.close()
+        assert terminal.exitstatus == 0
+    assert not ended_run.path.exists()
     assert run.path.exists()
 
 
-def test_a_shell_is_offered_runs_and_keys(tmp_path, run, ended):
-    def offered(line):
-        asked = {"_MHMOE_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(line.count(" "))}
+def test_shell_completes_runs_and_keys(tmp_path, run, ended_run):
+    def completions(line):
+        environment = {"_MHMOE_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(line.count(" "))}
         script = Path(sys.executable).parent / "mhmoe"
-        done = subprocess.run([script], cwd=tmp_path, env={**os.environ, **asked}, capture_output=True, text=True)
-        return done.stdout.split()
+        process = subprocess.run(
+            [script], cwd=tmp_path, env={**os.environ, **environment}, capture_output=True, text=True
+        )
+        return process.stdout.split()
 
-    assert offered("mhmoe status ") == [ended.id, run.id]
-    assert offered("mhmoe logs ti") == [run.id]
-    assert offered("mhmoe sta") == ["status"]
-    assert offered("mhmoe plan x.yaml --set train.l") == ["train.lr="]
-    assert offered("mhmoe plan x.yaml --set p") == ["preset="]
-    assert "match.by=" in offered("mhmoe plan x.yaml --set ma")
-    assert "model.moe.experts=" in offered("mhmoe submit x.yaml --set model.moe.e")
+    assert completions("mhmoe status ") == [ended_run.id, run.id]
+    assert completions("mhmoe logs ti") == [run.id]
+    assert completions("mhmoe sta") == ["status"]
+    assert completions("mhmoe plan x.yaml --set train.l") == ["train.lr="]
+    assert completions("mhmoe plan x.yaml --set p") == ["preset="]
+    assert "match.by=" in completions("mhmoe plan x.yaml --set ma")
+    assert "model.moe.experts=" in completions("mhmoe submit x.yaml --set model.moe.e")

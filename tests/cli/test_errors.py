@@ -1,4 +1,4 @@
-"""Users' mistakes: one clear line, an exit code by kind, no traceback."""
+"""Mistakes of users: each gives one clear line and the exit code of its kind, without a traceback."""
 
 import json
 import re
@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 
 from mhmoe_ray.cluster.local import RECORD
-from mhmoe_ray.data.prepare.chunks import CHUNK, Chunk, Limit, read_chunks
+from mhmoe_ray.data.prepare.chunks import CHUNK_CHARACTERS, Chunk, QuarantineLimit, read_chunks
 from mhmoe_ray.data.sources import find_files
 from mhmoe_ray.errors import (
     DOCTOR_EXIT_CODE,
@@ -27,35 +27,35 @@ from mhmoe_ray.errors import (
 from tests.cli.conftest import write_spec
 from tests.cli.run import Result, assert_one_line, mhmoe
 from tests.data.sources.read import data_spec
-from tests.data.texts import documents, write_documents
+from tests.data.texts import make_documents, write_documents
 
 
-def test_a_wrong_key(corpus):
+def test_wrong_key_is_one_line(corpus):
     result = mhmoe(corpus, "plan", "spec.yaml", "--set", "train.step=5")
     assert_one_line(result, 3, "unknown key 'train.step'", "did you mean 'steps'?")
 
 
-def test_a_missing_spec(tmp_path):
+def test_missing_spec_is_one_line(tmp_path):
     assert_one_line(mhmoe(tmp_path, "submit", "nowhere.yaml"), 3, "spec nowhere.yaml", "No such file")
 
 
-def test_a_missing_source(tmp_path):
+def test_missing_source_is_one_line(tmp_path):
     write_spec(tmp_path)
     assert_one_line(mhmoe(tmp_path, "submit", "spec.yaml"), 4, "source web", "there is no folder", "mhmoe data sample")
 
 
-def test_an_unknown_run(tmp_path):
+def test_unknown_run_is_one_line(tmp_path):
     for verb in ("status", "logs", "stop", "resume"):
         assert_one_line(mhmoe(tmp_path, verb, "tiny-123456"), 7, "run tiny-123456", "mhmoe list")
     assert_one_line(mhmoe(tmp_path, "serve", "deploy", "tiny-123456"), 7, "run tiny-123456")
 
 
-def test_a_key_of_an_address_that_is_none(tmp_path):
+def test_unknown_key_of_a_storage_address_is_one_line(tmp_path):
     result = mhmoe(tmp_path, "list", "--storage", "s3://bucket/runs?regoin=eu")
     assert_one_line(result, 7, "storage s3://bucket/runs?regoin=eu", "'regoin'", "check the address")
 
 
-def test_a_port_where_nothing_listens(corpus):
+def test_unused_port_is_one_line(corpus):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         address = f"http://127.0.0.1:{s.getsockname()[1]}"
@@ -63,7 +63,7 @@ def test_a_port_where_nothing_listens(corpus):
         assert_one_line(mhmoe(corpus, "serve", "status", "--address", address), 5, address)
 
 
-def test_another_cluster_is_asked_also_where_the_local_one_is_another_machines(corpus, tmp_path):
+def test_address_option_works_beside_the_local_cluster_of_another_machine(corpus, tmp_path):
     cluster = {"pid": 1, "address": "http://127.0.0.1:23456", "gcs_address": "", "cpus": 8, "host": "elsewhere"}
     (tmp_path / RECORD).write_text(json.dumps({**cluster, "folder": "/tmp/mhmoe-elsewhere"}))
     words = ("--address", "http://127.0.0.1:1")
@@ -73,122 +73,125 @@ def test_another_cluster_is_asked_also_where_the_local_one_is_another_machines(c
 
 
 @pytest.mark.ray
-def test_a_missing_token(corpus, local_cluster, tmp_path):
-    """The home of another user has no token of this cluster."""
+def test_missing_token_is_one_line(corpus, local_cluster, tmp_path):
+    """The home folder of another user has no token of this cluster."""
     home = {"MHMOE_HOME": str(tmp_path / "home"), "HOME": str(tmp_path)}
     result = mhmoe(corpus, "submit", "spec.yaml", "--address", local_cluster.address, **home)
     assert_one_line(result, 6, local_cluster.address, "RAY_AUTH_TOKEN")
 
 
-class Prepared(NamedTuple):
-    """A folder with a spec whose data is prepared, and the results of the refused and of the allowed command."""
+class PreparedFolder(NamedTuple):
+    """A folder whose data was prepared at the second try, with the results of both tries."""
 
     folder: Path
-    refused: Result
-    left: set[str]
-    """Names of the files that the refused command left in the one folder where it had worked."""
-    allowed: dict[str, Any]
+    refused_result: Result
+    leftover_names: set[str]
+    """Names of the files that the refused command left in its work folder."""
+    manifest: dict[str, Any]
 
 
-ODD = "odd [o]#1?"
-BESIDE = "odd.partial-of-another"
+ODD_NAME = "odd [o]#1?"
+OTHER_NAME = "odd.partial-of-another"
 
 
 @pytest.fixture(scope="module")
 def prepared(local_cluster, tmp_path_factory):
-    """Prepare text with a torn line and a cut file into a folder of an odd name, refused at first and then allowed."""
+    """Prepare text with a torn line and a cut file in a folder with an odd name: first refused, then allowed."""
     folder = tmp_path_factory.mktemp("prepared")
-    torn, cut, whole = (folder / "raw" / name for name in ("a/one.jsonl", "a/two.jsonl.zst", "b/three.jsonl.gz"))
-    for file, count in ((torn, 40), (cut, 25), (whole, 30)):
-        write_documents(file, documents(file.stem, count))
-    tear(torn)
-    cut.write_bytes(cut.read_bytes()[:-20])
-    (folder / BESIDE).mkdir()
-    write_spec(folder, data={"prepared": ODD, "max_bad_lines": 1})
-    refused = mhmoe(folder, "data", "prepare", "spec.yaml")
-    [work] = (path for path in folder.glob("odd*") if path.name != BESIDE)
-    left = {path.name for path in work.iterdir()}
-    allowed = mhmoe(folder, "data", "prepare", "spec.yaml", "--set", "data.max_bad_files=1", "--json").json()
-    return Prepared(folder, refused, left, allowed)
+    torn_file, cut_file, whole_file = (
+        folder / "raw" / name for name in ("a/one.jsonl", "a/two.jsonl.zst", "b/three.jsonl.gz")
+    )
+    for file, count in ((torn_file, 40), (cut_file, 25), (whole_file, 30)):
+        write_documents(file, make_documents(file.stem, count))
+    append_torn_line(torn_file)
+    cut_file.write_bytes(cut_file.read_bytes()[:-20])
+    (folder / OTHER_NAME).mkdir()
+    write_spec(folder, data={"prepared": ODD_NAME, "max_bad_lines": 1})
+    refused_result = mhmoe(folder, "data", "prepare", "spec.yaml")
+    [work_folder] = (path for path in folder.glob("odd*") if path.name != OTHER_NAME)
+    leftover_names = {path.name for path in work_folder.iterdir()}
+    manifest = mhmoe(folder, "data", "prepare", "spec.yaml", "--set", "data.max_bad_files=1", "--json").json()
+    return PreparedFolder(folder, refused_result, leftover_names, manifest)
 
 
-def tear(file):
+def append_torn_line(file):
     with file.open("a") as f:
         f.write('{"text": "torn\n')
 
 
 @pytest.mark.ray
-def test_a_cut_file_is_refused_and_with_a_corrupt_line_quarantined(prepared):
-    assert_one_line(prepared.refused, 4, "two.jsonl.zst line", "its zstd frame is cut off", "data.max_bad_files is 0")
-    assert prepared.left == {"parts", "progress.json"}, "nothing half-made is left"
+def test_cut_file_is_refused_and_then_quarantined_with_a_corrupt_line(prepared):
+    assert_one_line(
+        prepared.refused_result, 4, "two.jsonl.zst line", "its zstd frame is cut off", "data.max_bad_files is 0"
+    )
+    assert prepared.leftover_names == {"parts", "progress.json"}, "nothing half-made is left"
 
-    allowed = prepared.allowed
-    assert allowed["bad_lines"] == 2
-    assert allowed["domains"]["web/a"]["quarantined"] == {"it is not JSON": 1, "a part of the file is lost": 1}
-    assert not allowed["domains"]["web/b"]["quarantined"]
-    torn, cut = map(json.loads, (prepared.folder / ODD / "quarantine.jsonl").read_text().splitlines())
-    assert (torn["domain"], torn["line"]) == ("web/a", 41)
-    assert (cut["domain"], cut["detail"]) == ("web/a", "its zstd frame is cut off")
+    manifest = prepared.manifest
+    assert manifest["bad_lines"] == 2
+    assert manifest["domains"]["web/a"]["quarantined"] == {"it is not JSON": 1, "a part of the file is lost": 1}
+    assert not manifest["domains"]["web/b"]["quarantined"]
+    torn_entry, cut_entry = map(json.loads, (prepared.folder / ODD_NAME / "quarantine.jsonl").read_text().splitlines())
+    assert (torn_entry["domain"], torn_entry["line"]) == ("web/a", 41)
+    assert (cut_entry["domain"], cut_entry["detail"]) == ("web/a", "its zstd frame is cut off")
 
 
-def test_a_corrupt_line_is_refused(tmp_path):
-    """The reading of a job refuses the line and goes no further; the job reports it as it reports the cut file
-    above."""
-    write_documents(tmp_path / "one.jsonl", documents("one", 40))
-    tear(tmp_path / "one.jsonl")
+def test_corrupt_line_is_refused(tmp_path):
+    """The reader is called here without its job, which reports such a line as it reports a cut file."""
+    write_documents(tmp_path / "one.jsonl", make_documents("one", 40))
+    append_torn_line(tmp_path / "one.jsonl")
     spec = data_spec(tmp_path)
     [file] = find_files(spec)
-    rows, limit = pa.Table.from_pylist([{"number": 0, **file._asdict()}]), Limit(spec, [file])
-    [table] = read_chunks(rows, spec=spec, limit=limit, quarantine=tmp_path, characters=CHUNK)
-    chunk = Chunk.of_table(table)
-    assert chunk.stopped
-    told = str(limit.error(chunk.tally))
+    rows, limit = pa.Table.from_pylist([{"number": 0, **file._asdict()}]), QuarantineLimit(spec, [file])
+    [table] = read_chunks(rows, spec=spec, limit=limit, quarantine=tmp_path, characters=CHUNK_CHARACTERS)
+    chunk = Chunk.from_table(table)
+    assert chunk.is_aborted
+    message = str(limit.error(chunk.tally))
     for part in ("one.jsonl line 41", "it is not JSON", "data.max_bad_lines"):
-        assert part in told
+        assert part in message
 
 
 @pytest.mark.ray
 @pytest.mark.parametrize(
-    ("override", "why"),
+    ("override", "message"),
     [
-        ("data.validation_fraction=1e-12", "no document fell into the held-out share"),
+        ("data.validation_fraction=1e-12", "no document is in the held-out share"),
         pytest.param("data.seq_len=100000", "no domain fills a single sample", marks=pytest.mark.slow),
     ],
 )
-def test_too_little_text_to_hold_any_out_or_to_fill_a_sample(local_cluster, tmp_path, override, why):
-    write_documents(tmp_path / "raw" / "a" / "one.jsonl", documents("one", 40))
+def test_too_little_text_is_one_line(local_cluster, tmp_path, override, message):
+    write_documents(tmp_path / "raw" / "a" / "one.jsonl", make_documents("one", 40))
     write_spec(tmp_path)
     result = mhmoe(tmp_path, "data", "prepare", "spec.yaml", "--set", override)
-    assert_one_line(result, 4, why, override.split("=")[0])
+    assert_one_line(result, 4, message, override.split("=")[0])
 
 
 @pytest.mark.ray
-def test_a_prepared_folder_may_have_any_name_and_nothing_is_left_beside_it(prepared):
+def test_prepared_folder_may_have_any_name_and_leaves_no_files_beside_it(prepared):
     """The job's name contains the folder's name and is part of URLs."""
     folder = prepared.folder
-    assert prepared.allowed["domains"].keys() == {"web/a", "web/b"}
-    assert sorted(path.name for path in folder.glob("odd*")) == [ODD, BESIDE]
-    left = folder / f"{ODD}.partial-01234567"
-    left.mkdir()
+    assert prepared.manifest["domains"].keys() == {"web/a", "web/b"}
+    assert sorted(path.name for path in folder.glob("odd*")) == [ODD_NAME, OTHER_NAME]
+    leftover_folder = folder / f"{ODD_NAME}.partial-01234567"
+    leftover_folder.mkdir()
     assert mhmoe(folder, "data", "prepare", "spec.yaml", "--json").code == 0
-    assert sorted(path.name for path in folder.glob("odd*")) == [ODD, BESIDE]
+    assert sorted(path.name for path in folder.glob("odd*")) == [ODD_NAME, OTHER_NAME]
 
 
 @pytest.mark.ray
-def test_prepared_data_of_other_settings(prepared):
+def test_prepared_data_of_other_settings_is_one_line(prepared):
     result = mhmoe(prepared.folder, "data", "prepare", "spec.yaml", "--set", "data.seq_len=8")
     assert_one_line(result, 4, "seq_len = 16, and the spec says 8", "data.prepared")
 
 
 @pytest.mark.ray
-def test_a_damaged_prepared_shard(prepared):
-    shard = next((prepared.folder / ODD / "train").rglob("*.arrow"))
-    whole = shard.read_bytes()
-    damaged = bytearray(whole)
-    damaged[len(whole) // 2] ^= 1
-    shard.write_bytes(damaged)
+def test_damaged_prepared_shard_fails_the_run(prepared):
+    shard = next((prepared.folder / ODD_NAME / "train").rglob("*.arrow"))
+    shard_bytes = shard.read_bytes()
+    damaged_bytes = bytearray(shard_bytes)
+    damaged_bytes[len(shard_bytes) // 2] ^= 1
+    shard.write_bytes(damaged_bytes)
     result = mhmoe(prepared.folder, "submit", "spec.yaml")
-    shard.write_bytes(whole)
+    shard.write_bytes(shard_bytes)
     assert result.code == 9
     assert result.err.splitlines()[-1].startswith("error: run tiny-")
     assert "its content is not what was written" in result.err
@@ -196,21 +199,21 @@ def test_a_damaged_prepared_shard(prepared):
 
 
 @pytest.mark.parametrize("kind", [SpecError, DataError, TokenError, RunError, CheckpointError, ServeError])
-def test_an_error_in_a_jobs_log_is_of_its_own_kind(kind, capsys):
-    told = kind("task a: b", "it is not: there; or", "see `x`")
-    with pytest.raises(SystemExit) as ended, logging_errors():
-        raise told
-    assert ended.value.code == kind.exit_code
-    found = logged(f"error: of others\n{capsys.readouterr().out}more\n")
-    assert type(found) is kind
-    assert str(found) == str(told)
+def test_error_in_a_jobs_log_keeps_its_class(kind, capsys):
+    original_error = kind("task a: b", "it is not: there; or", "see `x`")
+    with pytest.raises(SystemExit) as exit_info, logging_errors():
+        raise original_error
+    assert exit_info.value.code == kind.exit_code
+    logged_error = logged(f"error: of others\n{capsys.readouterr().out}more\n")
+    assert type(logged_error) is kind
+    assert str(logged_error) == str(original_error)
     assert logged("error: of others\n") is None
 
 
 def test_readme_lists_every_exit_code():
-    def codes(of):
-        return {of.exit_code}.union(*(codes(below) for below in of.__subclasses__()))
+    def exit_codes(error_class):
+        return {error_class.exit_code}.union(*(exit_codes(subclass) for subclass in error_class.__subclasses__()))
 
     readme = (Path(__file__).parents[2] / "mhmoe_ray/cli/README.md").read_text()
-    listed = {int(code) for code in re.findall(r"^\| (\d+) +\| ", readme, re.M)}
-    assert listed == codes(MhmoeError) | {2, DOCTOR_EXIT_CODE}
+    listed_codes = {int(code) for code in re.findall(r"^\| (\d+) +\| ", readme, re.M)}
+    assert listed_codes == exit_codes(MhmoeError) | {2, DOCTOR_EXIT_CODE}

@@ -1,4 +1,4 @@
-"""`mhmoe eval` where the run directory already has the answer."""
+"""`mhmoe eval` of a checkpoint whose evaluation is already in the run directory."""
 
 import json
 import subprocess
@@ -8,16 +8,16 @@ from pathlib import Path
 import pytest
 
 from mhmoe_ray.bench.serve.model import plain_model, write_run
-from mhmoe_ray.cli.eval import _task_rows, evaluation_of, make_request
+from mhmoe_ray.cli.eval import _task_rows, load_or_evaluate, make_request
 from mhmoe_ray.errors import DataError
-from mhmoe_ray.evaluate.request import Evaluation, RoutingCounts, store
+from mhmoe_ray.evaluate.request import Evaluation, RoutingCounts, save_evaluation
 from mhmoe_ray.evaluate.score import Score
 from mhmoe_ray.runs.directory import Attempt, RunDir, add_attempt, create_run, mark_imported
 from tests.runs.test_runs import write_checkpoint
 from tests.specs import tiny_spec
 
 
-def test_a_stored_answer_is_shown_without_torch_and_ray(tmp_path):
+def test_stored_evaluation_is_shown_without_torch_and_ray(tmp_path):
     run = RunDir(tmp_path / "bench-000000")
     write_run(plain_model(64, 1, 2, 1, 32), 16, tmp_path / "bench-000000")
     mark_imported(run)
@@ -27,8 +27,8 @@ def test_a_stored_answer_is_shown_without_torch_and_ray(tmp_path):
         tokens=4, counts=[[4, 0]], tokens_of=[[4, 0]], distinct=[[0, 4]], agreement=[[[4]]], first_weight=[4.0]
     )
     score = Score(nats=8.0, tokens=4, text_bytes=9)
-    answer = {"domains": {"a": score}, "languages": {}, "routing": {"a": counts}, "tasks": {}}
-    store(run, Evaluation(request=request, step=1, tokens=0, seconds=1.0, **answer))
+    figures = {"domains": {"a": score}, "languages": {}, "routing": {"a": counts}, "tasks": {}}
+    save_evaluation(run, Evaluation(request=request, step=1, tokens=0, seconds=1.0, **figures))
     code = (
         "import sys\n"
         f"sys.argv = ['mhmoe', 'eval', {str(run.path)!r}, '--text', {str(tmp_path / 'one.txt')!r}, '--json']\n"
@@ -37,28 +37,28 @@ def test_a_stored_answer_is_shown_without_torch_and_ray(tmp_path):
         "except SystemExit: pass\n"
         "print({'torch', 'ray'} & set(sys.modules), file=sys.stderr)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert json.loads(done.stdout)["figures"]["total"]["all"]["loss"] == 2.0
-    assert done.stderr.splitlines()[-1] == "set()"
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert json.loads(process.stdout)["figures"]["total"]["all"]["loss"] == 2.0
+    assert process.stderr.splitlines()[-1] == "set()"
 
 
-def test_a_stored_answer_on_held_out_text_is_shown_where_that_text_is_no_more(tmp_path):
+def test_stored_evaluation_is_shown_after_its_held_out_text_is_gone(tmp_path):
     run = create_run(tiny_spec(tmp_path))
     add_attempt(run, Attempt(f"{run.id}-1", "http://127.0.0.1:1", local=True))
     write_checkpoint(run, 1)
     request = make_request(run, None, [], [], None, [], [], None, None)
     score = Score(nats=8.0, tokens=4, text_bytes=9)
-    answer = {"domains": {"a": score}, "languages": {}, "routing": {}, "tasks": {}}
-    made = Evaluation(request=request, step=1, tokens=0, seconds=1.0, **answer)
-    store(run, made)
+    figures = {"domains": {"a": score}, "languages": {}, "routing": {}, "tasks": {}}
+    evaluation = Evaluation(request=request, step=1, tokens=0, seconds=1.0, **figures)
+    save_evaluation(run, evaluation)
     assert request.prepared
     assert not Path(request.prepared).exists()
-    assert evaluation_of(run, request, again=False, address=None) == made
+    assert load_or_evaluate(run, request, recompute=False, address=None) == evaluation
     with pytest.raises(DataError, match="prepared"):
-        evaluation_of(run, request, again=True, address=None)
+        load_or_evaluate(run, request, recompute=True, address=None)
 
 
-def test_scores_of_tasks_stand_beside_their_standard_errors():
+def test_task_scores_have_their_standard_errors():
     result = {"questions": 1200, "acc": 0.5, "acc_stderr": 0.0144, "match,strict": 0.25, "match_stderr,strict": 0.0125}
     assert _task_rows({"choose": {**result, "word_perplexity": 12.0}, "group": {"acc": 0.75}}) == [
         ["choose", "1,200", "acc", "0.5000", "0.0144"],

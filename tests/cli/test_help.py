@@ -6,7 +6,7 @@ import pytest
 
 from tests.cli.run import mhmoe
 
-VERBS = [
+COMMANDS = [
     "plan",
     "presets",
     "submit",
@@ -30,7 +30,7 @@ VERBS = [
 ]
 
 
-def test_help_names_every_verb_and_imports_neither_torch_nor_ray(tmp_path):
+def test_help_names_every_command_and_imports_neither_torch_nor_ray(tmp_path):
     code = (
         "import sys; sys.argv = ['mhmoe', '--help']\n"
         "from mhmoe_ray.cli.app import main\n"
@@ -40,18 +40,19 @@ def test_help_names_every_verb_and_imports_neither_torch_nor_ray(tmp_path):
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.endswith("set()\n")
-    assert all(f"\n  {verb} " in out for verb in VERBS)
+    assert all(f"\n  {name} " in out for name in COMMANDS)
 
 
-@pytest.mark.parametrize("verb", VERBS)
-def test_every_verb_explains_itself(tmp_path, verb):
+@pytest.mark.parametrize("verb", COMMANDS)
+def test_every_command_has_a_help(tmp_path, verb):
     assert mhmoe(tmp_path, verb, "--help").out.startswith("Usage: ")
 
 
-def test_a_dry_run_prints_the_request_and_starts_nothing(corpus):
-    before = sorted(corpus.glob("runs/*"))  # of other tests, which share the folder
+def test_dry_run_prints_the_request_and_starts_no_job(corpus):
+    # Other tests share the folder and have started runs in it.
+    previous_runs = sorted(corpus.glob("runs/*"))
     request = mhmoe(corpus, "submit", "spec.yaml", "--dry-run").json()
     assert "-m mhmoe_ray.train.job" in request["entrypoint"]
-    assert sorted(corpus.glob("runs/*")) == before
-    remote = mhmoe(corpus, "submit", "spec.yaml", "--dry-run", "--address", "http://head:8265").json()
-    assert json.dumps(remote["runtime_env"]).count("mhmoe_") == 2
+    assert sorted(corpus.glob("runs/*")) == previous_runs
+    remote_request = mhmoe(corpus, "submit", "spec.yaml", "--dry-run", "--address", "http://head:8265").json()
+    assert json.dumps(remote_request["runtime_env"]).count("mhmoe_") == 2

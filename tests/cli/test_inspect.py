@@ -6,18 +6,18 @@ from pathlib import Path
 
 import pytest
 
-from mhmoe_ray.cli.data_inspect import raw_text
-from mhmoe_ray.cli.data_inspect_view import show_sample
+from mhmoe_ray.cli.data_inspect import raw_text_target
+from mhmoe_ray.cli.data_inspect_view import print_sample
 from mhmoe_ray.data.inspect.result import SurveyRequest
-from mhmoe_ray.data.inspect.samples import Part, Shown
+from mhmoe_ray.data.inspect.samples import DecodedSample, SamplePart
 from mhmoe_ray.data.prepare.validation import is_validation
 from mhmoe_ray.data.sources import find_files
 from tests.cli.conftest import write_spec
 from tests.cli.run import assert_one_line, mhmoe
-from tests.data.texts import documents, write_corpus, write_documents
+from tests.data.texts import make_documents, write_corpus, write_documents
 
-# Of few files: for each of them jobs start a process, or several.
-TEXTS = {"web/a": documents("one", 65), "web/b": documents("two", 30)}
+# A job starts one or more processes for each file, so that few files make a fast test.
+TEXTS = {"web/a": make_documents("one", 65), "web/b": make_documents("two", 30)}
 
 
 @pytest.fixture(scope="module")
@@ -32,29 +32,29 @@ def project(local_cluster, tmp_path_factory) -> Path:
 
 
 @pytest.mark.ray
-def test_prepared_data(project):
+def test_inspect_of_prepared_data_agrees_with_its_manifest(project):
     result = mhmoe(project, "data", "inspect", "spec.yaml", "--json", "--png", "picture.png")
-    found = result.json()
+    report = result.json()
     assert "inspect: read 2 of 2 files" in result.err
-    assert {name: row["documents"] for name, row in found["domains"].items()} == {"web/a": 65, "web/b": 30}
-    for name, row in found["domains"].items():
-        made = found["prepared"]["domains"][name]
-        assert row["held_out"] == made["validation_documents"] == row["documents"] - made["documents"]
+    assert {name: row["documents"] for name, row in report["domains"].items()} == {"web/a": 65, "web/b": 30}
+    for name, row in report["domains"].items():
+        prepared_row = report["prepared"]["domains"][name]
+        assert row["held_out"] == prepared_row["validation_documents"] == row["documents"] - prepared_row["documents"]
         assert sum(row["lengths_in_tokens"]["octaves"].values()) == row["documents"]
-    # Prepared ones are of training documents, with a start token each.
+    # The tokens of prepared data are those of training documents, with a start token each.
     from mhmoe_ray.data.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(project / "prepared/tokenizer.json", 300)
     lengths = [len(tokenizer.encode(text).ids) for text in TEXTS["web/b"]]
-    assert found["domains"]["web/b"]["tokens"] == sum(lengths)
-    assert found["prepared"]["domains"]["web/b"]["tokens"] == sum(
+    assert report["domains"]["web/b"]["tokens"] == sum(lengths)
+    assert report["prepared"]["domains"]["web/b"]["tokens"] == sum(
         n + 1 for n, text in zip(lengths, TEXTS["web/b"], strict=True) if not is_validation(text, 0.2)
     )
     assert (project / "picture.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.ray
-def test_raw_text_beside_raw_text(local_cluster, tmp_path):
+def test_inspect_of_two_raw_folders_shows_all_tables(local_cluster, tmp_path):
     write_documents(tmp_path / "raw/b/two.jsonl.gz", TEXTS["web/b"])
     write_documents(tmp_path / "more" / "de" / "x.jsonl", ["Ein Text.", "Noch ein Text.", "Ein Text."])
     result = mhmoe(tmp_path, "data", "inspect", "raw", str(tmp_path / "more"))
@@ -71,24 +71,24 @@ def test_raw_text_beside_raw_text(local_cluster, tmp_path):
 
 
 @pytest.mark.ray
-def test_packed_samples(project):
-    shown = mhmoe(project, "data", "inspect", "spec.yaml", "--samples", "3", "--at", "7", "--json").json()
-    assert [sample["position"] for sample in shown] == [7, 8, 9]
-    assert all(sum(part["tokens"] for part in sample["parts"]) == 17 for sample in shown)
+def test_inspect_shows_packed_samples(project):
+    samples = mhmoe(project, "data", "inspect", "spec.yaml", "--samples", "3", "--at", "7", "--json").json()
+    assert [sample["position"] for sample in samples] == [7, 8, 9]
+    assert all(sum(part["tokens"] for part in sample["parts"]) == 17 for sample in samples)
     text = mhmoe(project, "data", "inspect", "spec.yaml", "--samples", "1", "--at", "7").out
-    assert text.startswith(f"position 7 (step 0): {shown[0]['domain']}, its sample {shown[0]['sample']}")
-    for part in shown[0]["parts"]:
+    assert text.startswith(f"position 7 (step 0): {samples[0]['domain']}, its sample {samples[0]['sample']}")
+    for part in samples[0]["parts"]:
         assert f", {part['tokens']} tokens\n{part['text']}" in text
-    beyond = mhmoe(project, "data", "inspect", "spec.yaml", "--samples", "1", "--at", "240")
-    assert_one_line(beyond, 4, "the training has 240")
+    result = mhmoe(project, "data", "inspect", "spec.yaml", "--samples", "1", "--at", "240")
+    assert_one_line(result, 4, "the training has 240")
 
 
-def test_a_last_start_token_is_shown_as_the_end_of_the_document_before(capsys):
-    parts = [Part(False, 3, "so far"), Part(True, 4, "and on"), Part(True, 1, "")]
-    show_sample(Shown(position=5, step=1, domain="web/a", sample=2, parts=parts, padding=9))
+def test_last_start_token_is_shown_as_the_end_of_a_document(capsys):
+    parts = [SamplePart(False, 3, "so far"), SamplePart(True, 4, "and on"), SamplePart(True, 1, "")]
+    print_sample(DecodedSample(position=5, step=1, domain="web/a", sample=2, parts=parts, padding=9))
     assert capsys.readouterr().out.splitlines() == [
         "position 5 (step 1): web/a, its sample 2, 9 tokens of padding",
-        "--- it goes on from the sample before, 3 tokens",
+        "--- it goes on from the previous sample, 3 tokens",
         "so far",
         "--- a document begins, 4 tokens",
         "and on",
@@ -98,7 +98,7 @@ def test_a_last_start_token_is_shown_as_the_end_of_the_document_before(capsys):
 
 
 @pytest.mark.ray
-def test_lint(local_cluster, tmp_path):
+def test_lint_lists_warnings_and_errors(local_cluster, tmp_path):
     write_documents(tmp_path / "raw" / "b" / "two.jsonl", TEXTS["web/b"])
     (tmp_path / "raw" / "notes.md").write_text("about")
     result = mhmoe(tmp_path, "data", "lint", "raw")
@@ -114,44 +114,47 @@ def test_lint(local_cluster, tmp_path):
 
 
 @pytest.mark.ray
-@pytest.mark.slow  # tests/data/inspect has the rules
-def test_lint_of_a_spec_strictly(project):
-    often = ("--set", "train.steps=2000")
-    result = mhmoe(project, "data", "lint", "spec.yaml", *often, "--strict", "--json")
+@pytest.mark.slow  # tests/data/inspect tests the rules
+def test_strict_lint_of_a_spec_fails_on_a_warning(project):
+    overrides = ("--set", "train.steps=2000")
+    result = mhmoe(project, "data", "lint", "spec.yaml", *overrides, "--strict", "--json")
     problems = json.loads(result.out)
     assert {(problem["rule"], problem["severe"]) for problem in problems} == {("epochs", False)}
     assert_one_line(result, 4, "data of tiny: 1 warning")
 
 
-def test_a_thousand_paths_fit_into_an_environment_variable(tmp_path, monkeypatch):
+def test_thousand_paths_fit_into_an_environment_variable(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     paths = [f"c4/{hashlib.sha256(bytes([i % 256, i // 256])).hexdigest()}.jsonl" for i in range(1_100)]
-    meant = raw_text(paths, [])
-    request = SurveyRequest(data=meant.data, tokenizer=meant.tokenizer, rules=True)
+    survey_target = raw_text_target(paths, [])
+    request = SurveyRequest(data=survey_target.data, tokenizer=survey_target.tokenizer, rules=True)
     [(name, value)] = request.environment.items()
     assert len(f"{name}={value}") < 131_072 < len(request.model_dump_json())
     monkeypatch.setenv(name, value)
     assert SurveyRequest.received() == request
 
 
-def test_raw_text_may_lie_in_a_folder_of_any_name(tmp_path, monkeypatch):
+def test_raw_text_can_be_in_a_folder_of_any_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_documents(tmp_path / "prepared" / "x.jsonl", ["text"])
-    assert len(find_files(raw_text(["prepared"], []).data)) == len(find_files(raw_text(["."], []).data)) == 1
+    assert (
+        len(find_files(raw_text_target(["prepared"], []).data)) == len(find_files(raw_text_target(["."], []).data)) == 1
+    )
 
 
 def test_mistakes_are_one_line(tmp_path):
     write_corpus(tmp_path / "raw")
     write_spec(tmp_path)
-    drawn = mhmoe(tmp_path, "data", "inspect", "raw", "--png", "no/a.png")  # before any text is read
-    assert_one_line(drawn, 4, "picture no/a.png", "No such file")
+    # The path is checked before any text is read.
+    result = mhmoe(tmp_path, "data", "inspect", "raw", "--png", "no/a.png")
+    assert_one_line(result, 4, "picture no/a.png", "No such file")
     for verb in ("inspect", "lint"):
         assert_one_line(mhmoe(tmp_path, "data", verb, "nowhere"), 4, "source nowhere", "there is no folder")
-        assert_one_line(mhmoe(tmp_path, "data", verb, "spec.yaml", "raw"), 3, "spec.yaml", "stands beside other data")
-        wrong = mhmoe(tmp_path, "data", verb, "raw", "--set", "data.seqlen=3")
-        assert_one_line(wrong, 3, "text raw", "unknown key 'data.seqlen'")
-    refused = mhmoe(tmp_path, "data", "inspect", "raw", "--samples", "1")
-    assert refused.code == 2
-    assert "give a spec with prepared data" in " ".join(refused.err.split())
-    unprepared = mhmoe(tmp_path, "data", "inspect", "spec.yaml", "--samples", "1")
-    assert_one_line(unprepared, 4, "it is not there", "mhmoe data prepare SPEC")
+        assert_one_line(mhmoe(tmp_path, "data", verb, "spec.yaml", "raw"), 3, "spec.yaml", "together with other data")
+        override_result = mhmoe(tmp_path, "data", verb, "raw", "--set", "data.seqlen=3")
+        assert_one_line(override_result, 3, "text raw", "unknown key 'data.seqlen'")
+    samples_result = mhmoe(tmp_path, "data", "inspect", "raw", "--samples", "1")
+    assert samples_result.code == 2
+    assert "give a spec with prepared data" in " ".join(samples_result.err.split())
+    unprepared_result = mhmoe(tmp_path, "data", "inspect", "spec.yaml", "--samples", "1")
+    assert_one_line(unprepared_result, 4, "it is not there", "mhmoe data prepare SPEC")

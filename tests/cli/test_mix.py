@@ -1,4 +1,4 @@
-"""`mhmoe data mix` from a manifest alone, without Ray."""
+"""`mhmoe data mix`, which needs a manifest alone, without Ray."""
 
 import json
 from pathlib import Path
@@ -8,8 +8,8 @@ import pytest
 from mhmoe_ray.data.shards.manifest import DataManifest, recipe
 from mhmoe_ray.spec import RunSpec, load_resolved_spec
 from tests.cli.conftest import write_spec
-from tests.cli.run import assert_one_line, mhmoe, mhmoe_anew
-from tests.data.shards.manifests import T, manifest_of
+from tests.cli.run import assert_one_line, mhmoe, mhmoe_subprocess
+from tests.data.shards.manifests import T, make_manifest
 
 SAMPLES = {"web/en": 5000, "web/de": 400, "web/sw": 12, "books/a": 300, "books/b": 10}
 SOURCES = {
@@ -21,7 +21,7 @@ SCHEDULE = [{"from_step": 20, "sources": {"web": {"weight": 0}, "books": {"share
 
 @pytest.fixture
 def project(tmp_path) -> Path:
-    """Return the folder of a spec of 30 steps of 8 samples, whose data counts as prepared."""
+    """Return the folder of a spec of 30 steps with 8 samples each, whose data has the manifest of prepared data."""
     spec = load_resolved_spec(write_spec(tmp_path, data={"sources": SOURCES}))
     write_manifest(spec)
     return tmp_path
@@ -29,15 +29,15 @@ def project(tmp_path) -> Path:
 
 def write_manifest(spec: RunSpec) -> None:
     spec.data.prepared.mkdir()
-    (spec.data.prepared / "manifest.json").write_text(manifest_of(SAMPLES, recipe(spec)).model_dump_json())
+    (spec.data.prepared / "manifest.json").write_text(make_manifest(SAMPLES, recipe(spec)).model_dump_json())
 
 
-def test_one_phase(project):
-    found = mhmoe(project, "data", "mix", "spec.yaml", "--json").json()
-    [phase], whole = found["phases"], found["whole"]
-    assert sum(row["samples"] for row in whole["domains"].values()) == 30 * 8
-    assert whole["sources"]["web"]["samples"] == 180
-    assert whole["domains"]["web/sw"] | {"tokens_there": 0} == {
+def test_mix_of_one_phase_has_all_figures(project):
+    report = mhmoe(project, "data", "mix", "spec.yaml", "--json").json()
+    [phase], total = report["phases"], report["whole"]
+    assert sum(row["samples"] for row in total["domains"].values()) == 30 * 8
+    assert total["sources"]["web"]["samples"] == 180
+    assert total["domains"]["web/sw"] | {"tokens_there": 0} == {
         "share": 48 / 240,
         "samples": 48,
         "samples_there": 12,
@@ -54,27 +54,32 @@ def test_one_phase(project):
     assert "…" not in text
 
 
-def test_padding_is_no_token(project):
+def test_padding_does_not_count_as_tokens(project):
     path = project / "prepared/manifest.json"
     manifest = DataManifest.model_validate_json(path.read_text())
     manifest.domains["web/sw"].padding = 12 * 4  # 4 of the 16 of each sample
     path.write_text(manifest.model_dump_json())
-    found = mhmoe(project, "data", "mix", "spec.yaml", "--json").json()["whole"]
-    assert found["domains"]["web/sw"]["tokens"] == 48 * 12
-    assert found["domains"]["web/de"]["tokens"] == found["domains"]["web/de"]["samples"] * T
-    tokens = sum(row["tokens"] for row in found["sources"].values())
+    figures = mhmoe(project, "data", "mix", "spec.yaml", "--json").json()["whole"]
+    assert figures["domains"]["web/sw"]["tokens"] == 48 * 12
+    assert figures["domains"]["web/de"]["tokens"] == figures["domains"]["web/de"]["samples"] * T
+    tokens = sum(row["tokens"] for row in figures["sources"].values())
     assert tokens == 240 * T - 48 * 4
     assert f"240 samples, {tokens:,} tokens" in mhmoe(project, "data", "mix", "spec.yaml").out
 
 
-def test_phases(project):
+def test_mix_of_two_phases_adds_up(project):
     set_ = ("--set", f"data.schedule={json.dumps(SCHEDULE)}")
-    found = mhmoe(project, "data", "mix", "spec.yaml", *set_, "--json").json()
-    first, second = found["phases"]
-    assert (first["from_step"], first["steps"], second["from_step"], second["steps"]) == (0, 20, 20, 10)
-    assert second["domains"]["books/a"]["share"] == 1
-    for name, row in found["whole"]["domains"].items():
-        assert row["samples"] == sum(phase["domains"][name]["samples"] for phase in (first, second))
+    report = mhmoe(project, "data", "mix", "spec.yaml", *set_, "--json").json()
+    first_phase, second_phase = report["phases"]
+    assert (first_phase["from_step"], first_phase["steps"], second_phase["from_step"], second_phase["steps"]) == (
+        0,
+        20,
+        20,
+        10,
+    )
+    assert second_phase["domains"]["books/a"]["share"] == 1
+    for name, row in report["whole"]["domains"].items():
+        assert row["samples"] == sum(phase["domains"][name]["samples"] for phase in (first_phase, second_phase))
         assert row["epochs"] == row["samples"] / SAMPLES[name]
     lines = mhmoe(project, "data", "mix", "spec.yaml", *set_).out.splitlines()
     assert [line for line in lines if line.startswith(("from", "the whole"))] == [
@@ -84,18 +89,18 @@ def test_phases(project):
     ]
 
 
-def test_a_picture(project):
+def test_mix_writes_a_picture(project):
     set_ = ("--set", f"data.schedule={json.dumps(SCHEDULE)}", "--png", "mix.png")
     assert "drawn in mix.png" in mhmoe(project, "data", "mix", "spec.yaml", *set_).out
     assert (project / "mix.png").read_bytes().startswith(b"\x89PNG")
-    nowhere = mhmoe(project, "data", "mix", "spec.yaml", "--png", "nowhere/mix.png")
-    assert_one_line(nowhere, 4, "picture nowhere/mix.png", "No such file")
+    result = mhmoe(project, "data", "mix", "spec.yaml", "--png", "nowhere/mix.png")
+    assert_one_line(result, 4, "picture nowhere/mix.png", "No such file")
 
 
-def test_a_picture_without_matplotlib(project):
+def test_picture_without_matplotlib_is_one_line(project):
     (project / "matplotlib.py").write_text("raise ImportError")
     path = {"PYTHONPATH": f"{project}:{Path.cwd()}:{Path.cwd() / 'kernels'}"}
-    result = mhmoe_anew(project, "data", "mix", "spec.yaml", "--png", "mix.png", **path)
+    result = mhmoe_subprocess(project, "data", "mix", "spec.yaml", "--png", "mix.png", **path)
     assert_one_line(result, 4, "matplotlib is missing", "pip install 'mhmoe-ray[plots]'")
 
 
@@ -105,5 +110,5 @@ def test_mistakes_are_one_line(project):
 
     assert_one_line(mix("data.prepared=elsewhere"), 4, "it is not there", "mhmoe data prepare SPEC")
     assert_one_line(mix("data.seq_len=8"), 4, "the spec says 8")
-    few = mix("data.sources.books.max_epochs=0.1", "data.sources.web.max_epochs=0.001")
-    assert_one_line(few, 4, "max_epochs allows 36 samples, and 240 are wanted", "set train.steps to 4")
+    result = mix("data.sources.books.max_epochs=0.1", "data.sources.web.max_epochs=0.001")
+    assert_one_line(result, 4, "max_epochs allows 36 samples, and 240 are wanted", "set train.steps to 4")

@@ -1,4 +1,4 @@
-"""A real Prometheus beside a run and a server: every panel of every dashboard has data."""
+"""Dashboards with a real Prometheus, a run and a server: every panel has data."""
 
 import itertools
 import json
@@ -9,7 +9,7 @@ import httpx
 import pytest
 import yaml
 
-from mhmoe_ray.render.monitoring import DASHBOARDS, WINDOW, prometheus
+from mhmoe_ray.render.monitoring import DASHBOARDS, RATE_WINDOW, prometheus_config
 from tests.cli.conftest import write_spec
 from tests.cli.run import mhmoe
 from tests.watch import newest, step_of, wait_until
@@ -19,16 +19,17 @@ pytestmark = [pytest.mark.ray, pytest.mark.system]
 
 @pytest.fixture(scope="module")
 def trained_and_served(corpus, local_cluster):
-    """Start a run that goes on, and serve the checkpoint of another run; yield the run and the server's port."""
-    longer = {"seq_len": 256, "prepared": "longer"}  # than a piece of the cache
-    write_spec(corpus, data=longer)
-    done = mhmoe(corpus, "submit", "spec.yaml")
-    assert done.code == 0, done.err
-    served = newest(corpus)
+    """Start a long run, and serve the checkpoint of another run; yield the long run and the server's port."""
+    # A sequence must be longer than a block of the cache.
+    data = {"seq_len": 256, "prepared": "longer"}
+    write_spec(corpus, data=data)
+    result = mhmoe(corpus, "submit", "spec.yaml")
+    assert result.code == 0, result.err
+    served_run = newest(corpus)
     port = 18473
-    deployed = mhmoe(corpus, "serve", "deploy", served.id, "--set", f"serve.port={port}")
-    assert deployed.code == 0, deployed.err
-    write_spec(corpus, data=longer, train={"steps": 100_000, "validate_every": 10})
+    deploy_result = mhmoe(corpus, "serve", "deploy", served_run.id, "--set", f"serve.port={port}")
+    assert deploy_result.code == 0, deploy_result.err
+    write_spec(corpus, data=data, train={"steps": 100_000, "validate_every": 10})
     assert mhmoe(corpus, "submit", "spec.yaml", "--detach").code == 0
     run = newest(corpus)
     wait_until(lambda: step_of(run) >= 20, "step 20")
@@ -43,7 +44,7 @@ def url(tmp_path_factory, local_cluster):
         pytest.skip("needs prometheus, Debian's package of that name")
     folder = tmp_path_factory.mktemp("prometheus")
     config = folder / "prometheus.yml"
-    rendered = prometheus(str(local_cluster.ray_folder))
+    rendered = prometheus_config(str(local_cluster.ray_folder))
     config.write_text(yaml.safe_dump(rendered))
     subprocess.run(["promtool", "check", "config", config], check=True, capture_output=True)
     listen = "127.0.0.1:19473"
@@ -64,40 +65,42 @@ def _is_ready(url):
         return False
 
 
-def values(url, query):
-    """Return the current values of the query's series, each with its labels."""
+def query_values(url, query):
+    """Return the labels and the current value of each series of a query."""
     for variable in ("$run", "$model"):
         query = query.replace(variable, ".*")
-    answer = httpx.get(f"{url}/api/v1/query", params={"query": query.replace(WINDOW, "1m")}).json()
+    answer = httpx.get(f"{url}/api/v1/query", params={"query": query.replace(RATE_WINDOW, "1m")}).json()
     assert answer["status"] == "success", answer
     return [(s["metric"], float(s["value"][1])) for s in answer["data"]["result"] if s["value"][1] != "NaN"]
 
 
 def test_every_panel_has_data(trained_and_served, url):
     run, port = trained_and_served
-    panels = [(p.title, q) for of in DASHBOARDS for p in of.panels if not p.gpu for q in p.queries.values()]
-    asked = itertools.count()
+    panels = [
+        (p.title, q) for dashboard in DASHBOARDS for p in dashboard.panels if not p.gpu for q in p.queries.values()
+    ]
+    request_count = itertools.count()
 
-    def missing():
-        # Long enough to fill a piece of the cache, which the next such prompt finds there.
-        body = {"prompt": [1 + next(asked) % 3, *range(2, 200)], "max_tokens": 8}
+    def empty_panels():
+        # The prompt fills a block of the cache, so that the next such prompt is a cache hit.
+        body = {"prompt": [1 + next(request_count) % 3, *range(2, 200)], "max_tokens": 8}
         assert httpx.post(f"http://127.0.0.1:{port}/v1/completions", json=body, timeout=60).status_code == 200
-        return [title for title, query in panels if not values(url, query)]
+        return [title for title, query in panels if not query_values(url, query)]
 
     try:
-        wait_until(lambda: not missing(), "data in every panel", 120)
+        wait_until(lambda: not empty_panels(), "data in every panel", 120)
     except AssertionError:
-        pytest.fail(f"no data in: {missing()}")
-    [(labels, _)] = values(url, f'ray_mhmoe_train_loss{{run="{run.id}"}}')
+        pytest.fail(f"no data in: {empty_panels()}")
+    [(labels, _)] = query_values(url, f'ray_mhmoe_train_loss{{run="{run.id}"}}')
     assert labels["run"] == run.id
-    assert {labels["rank"] for labels, _ in values(url, "ray_mhmoe_train_data_wait")} == {"0", "1"}
+    assert {labels["rank"] for labels, _ in query_values(url, "ray_mhmoe_train_data_wait")} == {"0", "1"}
 
 
-def test_what_grafana_imports_asks_for_the_same():
-    from mhmoe_ray.render.monitoring import dashboard
+def test_grafana_dashboards_have_the_same_queries():
+    from mhmoe_ray.render.monitoring import dashboard_json
 
-    for of in DASHBOARDS:
-        found = json.loads(json.dumps(dashboard(of)))
-        asked = [t["expr"] for p in found["panels"] for t in p["targets"]]
-        assert asked == [q for p in of.panels for q in p.queries.values()]
-        assert [v["name"] for v in found["templating"]["list"]] == ["datasource", of.label]
+    for source in DASHBOARDS:
+        rendered = json.loads(json.dumps(dashboard_json(source)))
+        queries = [t["expr"] for p in rendered["panels"] for t in p["targets"]]
+        assert queries == [q for p in source.panels for q in p.queries.values()]
+        assert [v["name"] for v in rendered["templating"]["list"]] == ["datasource", source.label]

@@ -1,4 +1,4 @@
-"""`mhmoe cluster render` as users call it; tests/render checks what it writes."""
+"""`mhmoe cluster render` as users call it; tests/render checks the files that it writes."""
 
 from hashlib import sha256
 from pathlib import Path
@@ -13,9 +13,8 @@ SITE = str(Path(__file__).parents[2] / "cluster/site.yaml")
 
 
 @pytest.fixture
-def served(tmp_path):
-    """Write a run below the folder that its site's nodes share; return the path of its rendered service and the words
-    of the command that renders it."""
+def rendered_service(tmp_path):
+    """Write a run to the shared folder of a site; return the path of its rendered service and the command's words."""
     run = make_run(tmp_path, MIXTRAL)
     site = yaml.safe_load(Path(SITE).read_text())
     site["storage"]["mount"] = str(tmp_path)
@@ -25,8 +24,8 @@ def served(tmp_path):
     )
 
 
-def test_a_service_has_the_keys_of_the_environment_as_hashes(tmp_path, served):
-    file, words = served
+def test_service_has_hashes_of_the_keys_in_the_environment(tmp_path, rendered_service):
+    file, words = rendered_service
     assert mhmoe(tmp_path, *words, MHMOE_API_KEYS="ann:secret-word").err == ""
     assert "secret-word" not in file.read_text()
     config = yaml.safe_load(yaml.safe_load(file.read_text())["spec"]["serveConfigV2"])
@@ -34,21 +33,23 @@ def test_a_service_has_the_keys_of_the_environment_as_hashes(tmp_path, served):
     assert (key["name"], key["sha256"]) == ("ann", sha256(b"secret-word").hexdigest())
 
 
-def test_a_service_that_is_open_is_said(tmp_path, served):
-    file, words = served
+def test_service_without_keys_is_a_warning(tmp_path, rendered_service):
+    file, words = rendered_service
     result = mhmoe(tmp_path, *words)
     assert result.code == 0
-    assert result.err == "warning: whoever reaches the service may ask; serve.keys or MHMOE_API_KEYS limit it\n"
+    assert (
+        result.err == "warning: the service answers everybody who reaches it; MHMOE_API_KEYS or serve.keys limit it\n"
+    )
     assert file.exists()
 
 
-def test_mistakes_of_the_command_line(tmp_path):
+def test_mistakes_are_usage_errors(tmp_path):
     (tmp_path / "file").touch()
-    for words, why in [
+    for words, message in [
         (("--into", "file"), "--into file: Not a directory; name a folder that you can write to"),
         (("--set", "train.steps=5"), "name one with --run"),
     ]:
-        refused = mhmoe(tmp_path, "cluster", "render", SITE, *words)
-        assert refused.code == 2, refused
-        assert why in " ".join(refused.err.split())
+        result = mhmoe(tmp_path, "cluster", "render", SITE, *words)
+        assert result.code == 2, result
+        assert message in " ".join(result.err.split())
     assert_one_line(mhmoe(tmp_path, "cluster", "render", "no.yaml"), 3, "spec no.yaml")

@@ -1,4 +1,4 @@
-"""Runs as a user starts, watches, loses, stops and serves them, on a real cluster.
+"""Runs on a real cluster, as users start, watch, stop and serve them.
 
 A run that is stopped while it trains, and resumed, is in tests/test_quickstart.py.
 """
@@ -23,11 +23,11 @@ from mhmoe_ray.cli.eval import make_request
 from mhmoe_ray.cluster import dashboard, tokens
 from mhmoe_ray.cluster.connect import connect
 from mhmoe_ray.cluster.spawn import free_ports
-from mhmoe_ray.cluster.tokens import home
-from mhmoe_ray.evaluate.answer import answer
+from mhmoe_ray.cluster.tokens import state_folder
+from mhmoe_ray.evaluate.answer import run_evaluation
 from mhmoe_ray.runs import history, metrics
 from mhmoe_ray.runs.directory import RunDir, last_attempt
-from tests.cli.audit import assert_read_as_ordered
+from tests.cli.audit import assert_samples_in_order
 from tests.cli.conftest import write_spec
 from tests.cli.run import assert_one_line, command, mhmoe
 from tests.forked import FORKED
@@ -35,11 +35,11 @@ from tests.watch import LIMIT, ended_by_ctrl_c, newest
 
 pytestmark = pytest.mark.ray
 
-OLDER, NEWEST = "step_00000020.1", "step_00000030.1"
+OLDER_CHECKPOINT, NEWEST_CHECKPOINT = "step_00000020.1", "step_00000030.1"
 
 KEY = "the-key-of-ann-9f3b2c"
 KEYS = {"MHMOE_API_KEYS": f"ann:{KEY}", "MHMOE_API_KEY": KEY}
-"""Environment variables with the keys of a server and of its client, which commands have and must not reveal."""
+"""Environment variables with the API keys of a server and of its client, which commands must not reveal."""
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def finished(corpus, local_cluster):
     return newest(corpus), result
 
 
-def test_submit_shows_the_plan_then_progress_then_the_end(finished):
+def test_submit_shows_the_plan_the_progress_and_the_end(finished):
     run, result = finished
     assert "workers" in result.out
     for part in (
@@ -61,18 +61,18 @@ def test_submit_shows_the_plan_then_progress_then_the_end(finished):
     ):
         assert part in result.err
     assert result.out.endswith(f"run {run.id} finished at step 30\n")
-    assert_read_as_ordered(run)
+    assert_samples_in_order(run)
 
 
-def test_status_list_and_logs_tell_of_it(corpus, finished):
+def test_status_list_and_logs_show_a_finished_run(corpus, finished):
     run, _ = finished
     status = mhmoe(corpus, "status", "--json").json()
     assert (status["run"], status["state"], status["last"]["step"]) == (run.id, "finished", 30)
-    assert status["checkpoint"]["name"] == NEWEST
+    assert status["checkpoint"]["name"] == NEWEST_CHECKPOINT
     assert status["baselines"]["unigram_entropy"] > 0
-    shown = mhmoe(corpus, "status", run.id[:7]).out
+    output = mhmoe(corpus, "status", run.id[:7]).out
     for part in ("30 of 30", "perplexity", "unigram entropy", "bigram", "dp 1 x ep 2", "1.00 times the least"):
-        assert part in shown
+        assert part in output
     assert [r["run"] for r in mhmoe(corpus, "list", "--json").json()] == [run.id]
     assert run.id in mhmoe(corpus, "list").out
     assert "prepare: packing 3 domains" in mhmoe(corpus, "logs").out
@@ -83,58 +83,61 @@ def test_status_list_and_logs_tell_of_it(corpus, finished):
     assert job["metadata"] == {"mhmoe_run": run.id, "mhmoe_path": str(run.path)}
 
 
-def test_logs_are_chosen_by_rank_time_and_what_is_in_them(corpus, finished):
+def test_logs_are_filtered_by_rank_time_and_pattern(corpus, finished):
     run, _ = finished
-    of_rank = mhmoe(corpus, "logs", run.id, "--rank", "0")
-    assert of_rank.code == 0, of_rank.err
-    said = [line.split(" ", 1)[1] for line in of_rank.out.splitlines() if " INFO " in line]
-    assert re.fullmatch(r"rank 0 INFO 2 workers, from step 0 on, process \d+", said[0])
-    assert [line.split(":")[0] for line in said[1:]] == [f"rank 0 INFO step {step}" for step in (10, 20, 30)]
-    [last] = mhmoe(corpus, "logs", run.id, "--rank", "0", "--grep", "step 30: .*validation").out.splitlines()
-    assert last in mhmoe(corpus, "logs", run.id, "--rank", "0", "--since", "1h").out
+    rank_logs = mhmoe(corpus, "logs", run.id, "--rank", "0")
+    assert rank_logs.code == 0, rank_logs.err
+    messages = [line.split(" ", 1)[1] for line in rank_logs.out.splitlines() if " INFO " in line]
+    assert re.fullmatch(r"rank 0 INFO 2 workers, from step 0 on, process \d+", messages[0])
+    assert [line.split(":")[0] for line in messages[1:]] == [f"rank 0 INFO step {step}" for step in (10, 20, 30)]
+    [last_line] = mhmoe(corpus, "logs", run.id, "--rank", "0", "--grep", "step 30: .*validation").out.splitlines()
+    assert last_line in mhmoe(corpus, "logs", run.id, "--rank", "0", "--since", "1h").out
     assert mhmoe(corpus, "logs", run.id, "--rank", "0", "--since", "2100-01-01").out == ""
     assert "rank 0 INFO step 30: " in mhmoe(corpus, "logs", run.id, "--grep", "step 30").out
     assert "\x1b" not in mhmoe(corpus, "logs", run.id).out
-    wrong = mhmoe(corpus, "logs", run.id, "--grep", "(")
-    assert (wrong.code, "it is no regular expression" in wrong.err) == (2, True)
-    assert "step 30: " in mhmoe(corpus, "logs", run.id, "--rank", "0", "--follow").out  # it is over, so this ends
-    wrong = mhmoe(corpus, "logs", run.id, "--rank", "2")
-    assert (wrong.code, "it has ranks 0 to 1" in wrong.err) == (7, True)
+    bad_pattern_result = mhmoe(corpus, "logs", run.id, "--grep", "(")
+    assert (bad_pattern_result.code, "it is no regular expression" in bad_pattern_result.err) == (2, True)
+    # The run is over, so that following ends at once.
+    assert "step 30: " in mhmoe(corpus, "logs", run.id, "--rank", "0", "--follow").out
+    bad_pattern_result = mhmoe(corpus, "logs", run.id, "--rank", "2")
+    assert (bad_pattern_result.code, "it has ranks 0 to 1" in bad_pattern_result.err) == (7, True)
 
 
-def test_what_a_run_measured_is_in_tensorboards_files(finished):
+def test_metrics_are_in_the_files_of_tensorboard(finished):
     from tests.train.telemetry.test_tensorboard import read
 
     run, _ = finished
-    found, lines = read(run.tensorboard), history.read(run)
-    assert [step for step, _ in found["loss/training"]] == list(range(1, 31))
-    assert [value for _, value in found["loss/training"]] == pytest.approx([h[metrics.LOSS] for h in lines], rel=1e-6)
-    assert [step for step, _ in found["loss/validation"]] == [10, 20, 30]
+    scalars, lines = read(run.tensorboard), history.read(run)
+    assert [step for step, _ in scalars["loss/training"]] == list(range(1, 31))
+    assert [value for _, value in scalars["loss/training"]] == pytest.approx([h[metrics.LOSS] for h in lines], rel=1e-6)
+    assert [step for step, _ in scalars["loss/validation"]] == [10, 20, 30]
     assert all(0 < h[metrics.ENTROPY] <= 1 and 0 <= h[metrics.EXCHANGE_WAIT] < 1 for h in lines)
 
 
-def test_its_checkpoint_is_evaluated_and_its_routes_are_counted(corpus, finished):
+def test_checkpoint_is_evaluated_and_its_routes_are_counted(corpus, finished):
     run, _ = finished
-    # As the job of `mhmoe eval` does, which README's commands start.
-    process = FORKED.Process(target=answer, args=(make_request(run, None, [], [], None, [], [], None, None), print))
+    # The job of `mhmoe eval` calls this function; the test of README's commands starts such a job.
+    process = FORKED.Process(
+        target=run_evaluation, args=(make_request(run, None, [], [], None, [], [], None, None), print)
+    )
     process.start()
     process.join()
     assert process.exitcode == 0
     evaluated = mhmoe(corpus, "eval", run.id, "--json").json()
     total = evaluated["figures"]["total"]["all"]
-    last = history.last(run)
+    last_line = history.last_line(run)
     assert (total["loss"], total["tokens"]) == (
-        pytest.approx(last[metrics.VAL_LOSS], rel=1e-6),
-        last["val_tokens"],
+        pytest.approx(last_line[metrics.VAL_LOSS], rel=1e-6),
+        last_line["val_tokens"],
     )
     assert evaluated["figures"]["domains"].keys() == {"web/a", "web/b", "web/c"}
-    again = mhmoe(corpus, "eval", run.id)
-    assert "as evaluated before" in again.err
-    assert "bits/byte" in again.out
-    routed = mhmoe(corpus, "routing", run.id, "--text", "raw/a/one.jsonl", "--samples", "20", "--json").json()
-    assert routed["tokens"] == 20 * 16
-    assert [line["step"] for line in routed["training"]][-1] == 30
-    assert all(sum(layer["load"]) == pytest.approx(4) for layer in routed["layers"])
+    second_result = mhmoe(corpus, "eval", run.id)
+    assert "it was evaluated before" in second_result.err
+    assert "bits/byte" in second_result.out
+    routing_report = mhmoe(corpus, "routing", run.id, "--text", "raw/a/one.jsonl", "--samples", "20", "--json").json()
+    assert routing_report["tokens"] == 20 * 16
+    assert [line["step"] for line in routing_report["training"]][-1] == 30
+    assert all(sum(layer["load"]) == pytest.approx(4) for layer in routing_report["layers"])
     assert "heads agree" in mhmoe(corpus, "routing", run.id, "--text", "raw/a/one.jsonl", "--samples", "20").out
     assert len(list((run.path / "evaluations").iterdir())) == 2
     assert_one_line(mhmoe(corpus, "eval", run.id, "--text", "nowhere"), 4, "nowhere")
@@ -143,33 +146,33 @@ def test_its_checkpoint_is_evaluated_and_its_routes_are_counted(corpus, finished
     assert (corpus / "out" / "report.html").stat().st_size > 10_000
 
 
-@pytest.mark.slow  # tests/evaluate/test_harness.py asks for such a task, and tests/cli/test_errors.py has jobs' errors
-def test_a_task_that_lm_eval_does_not_know_is_one_line_of_the_job(corpus, finished):
-    unknown = mhmoe(corpus, "eval", finished[0].id, "--tasks", "no-such-task")
-    assert_one_line(unknown, 3, "task no-such-task", "lm-eval knows none of this name")
+@pytest.mark.slow  # tests/evaluate/test_harness.py has the unknown task, and tests/cli/test_errors.py the job's error
+def test_unknown_lm_eval_task_is_one_line_of_the_job(corpus, finished):
+    result = mhmoe(corpus, "eval", finished[0].id, "--tasks", "no-such-task")
+    assert_one_line(result, 3, "task no-such-task", "lm-eval has no task of this name")
 
 
-def test_a_run_that_is_over_is_neither_stopped_nor_resumed(corpus, finished):
+def test_finished_run_is_neither_stopped_nor_resumed(corpus, finished):
     run, _ = finished
     assert_one_line(mhmoe(corpus, "stop", run.id), 7, "it is finished already")
     assert_one_line(mhmoe(corpus, "resume", run.id), 7, "it is finished")
     assert_one_line(mhmoe(corpus, "resume", run.id, "--set", "train.lr=1"), 3, "change only cluster keys")
 
 
-def test_a_run_that_fails_says_why_in_one_line(corpus, local_cluster):
-    """The gradient is not finite, and the worker's own reason must reach the command line."""
+def test_failed_run_shows_its_reason_in_one_line(corpus, local_cluster):
+    """The worker's own reason, a gradient that is not finite, must reach the command line."""
     write_spec(corpus, train={"lr": 1e30, "min_lr": 0}, cluster={"workers": 1, "ep": 1, "max_failures": 0})
     result = mhmoe(corpus, "submit", "spec.yaml")
     assert result.code == 9
-    last = result.err.splitlines()[-1]
-    assert last.startswith("error: run tiny-")
-    assert "is not finite" in last
+    last_line = result.err.splitlines()[-1]
+    assert last_line.startswith("error: run tiny-")
+    assert "is not finite" in last_line
     assert "Traceback" not in result.err
     assert mhmoe(corpus, "status", "--json").json()["state"] == "failed"
     assert "is not finite" in mhmoe(corpus, "status").out.replace("\n", " ")
 
 
-def test_a_run_is_stopped_before_it_trains(corpus, local_cluster):
+def test_run_is_stopped_before_it_trains(corpus, local_cluster):
     write_spec(corpus, train={"steps": 1000})
     follower = subprocess.Popen(
         command("submit", "spec.yaml"),
@@ -188,73 +191,72 @@ def test_a_run_is_stopped_before_it_trains(corpus, local_cluster):
     run = newest(corpus)
     hint = f"detached; the run goes on. See: mhmoe status {run.id}; to end it: mhmoe stop {run.id}"
     assert (follower.returncode, err.splitlines()[-1]) == (0, hint)
-    stopped = mhmoe(corpus, "stop", run.id)
-    assert stopped.out == f"run {run.id} stopped\n", stopped
+    stop_result = mhmoe(corpus, "stop", run.id)
+    assert stop_result.out == f"run {run.id} stopped\n", stop_result
     assert mhmoe(corpus, "status", run.id, "--json").json()["state"] == "stopped"
     assert not history.read(run)
-    again = mhmoe(corpus, "submit", "spec.yaml", "--continue", "--detach")
-    assert again.code == 0, again.err
-    assert f"going on with run {run.id}" in again.err
+    continue_result = mhmoe(corpus, "submit", "spec.yaml", "--continue", "--detach")
+    assert continue_result.code == 0, continue_result.err
+    assert f"resuming run {run.id}" in continue_result.err
     assert newest(corpus).id == run.id
-    refused = mhmoe(corpus, "submit", "spec.yaml", "--continue", "--detach")
-    assert (refused.code, "it is still running" in refused.err) == (7, True)
+    refused_result = mhmoe(corpus, "submit", "spec.yaml", "--continue", "--detach")
+    assert (refused_result.code, "it is still running" in refused_result.err) == (7, True)
     assert mhmoe(corpus, "stop", run.id, "--now").code == 0
     write_spec(corpus, train={"steps": 999})
     assert_one_line(mhmoe(corpus, "submit", "spec.yaml", "--continue"), 7, "its spec differs in train")
 
 
 @pytest.fixture(scope="module")
-def served(corpus, finished):
-    """Serve the run's checkpoint to clients that have the key; yield the URL and the result of deploy.
+def served_run(corpus, finished):
+    """Serve the run's newest checkpoint to clients that have the key; yield the URL and the result of deploy.
 
-    An older checkpoint was served first. The newest took its place while requests waited, since there is no room for
-    both.
+    An older checkpoint is served first, and then updated while a client sends requests. The cluster has no room for the
+    replicas of both, so that requests wait meanwhile.
     """
     run, _ = finished
     port = free_ports(1)[0]
     keys = (f"serve.port={port}", "serve.cpus_per_replica=5", "serve.surge=false")
     sets = [word for key in keys for word in ("--set", key)]
-    result = mhmoe(corpus, "serve", "deploy", run.id, "--checkpoint", OLDER, *sets, **KEYS)
+    result = mhmoe(corpus, "serve", "deploy", run.id, "--checkpoint", OLDER_CHECKPOINT, *sets, **KEYS)
     try:
         assert result.code == 0, result.err
-        assert f"deploying {OLDER} of {run.id}" in result.err
+        assert f"deploying {OLDER_CHECKPOINT} of {run.id}" in result.err
         url = f"http://127.0.0.1:{port}"
-        with asking(url) as statuses:
+        with requests_in_background(url) as statuses:
             updated = mhmoe(corpus, "serve", "update")
-        assert (updated.code, updated.out) == (0, f"serving {NEWEST}\n"), updated.err
+        assert (updated.code, updated.out) == (0, f"serving {NEWEST_CHECKPOINT}\n"), updated.err
         assert set(statuses) == {200}
-        assert mhmoe(corpus, "serve", "update").out == f"{NEWEST} is the newest checkpoint, and is served\n"
+        assert mhmoe(corpus, "serve", "update").out == f"{NEWEST_CHECKPOINT} is the newest checkpoint, and is served\n"
         yield url, result
     finally:
-        down = mhmoe(corpus, "serve", "down")
-    assert down.code == 0
+        down_result = mhmoe(corpus, "serve", "down")
+    assert down_result.code == 0
     assert mhmoe(corpus, "serve", "status", "--json").json() == []
 
 
 @contextmanager
-def asking(url):
-    """Let a client send requests again and again during the block; the yielded list collects the status codes of its
-    answers."""
-    over, statuses = threading.Event(), []
+def requests_in_background(url):
+    """Send requests one after another during the block; the yielded list collects the status codes of the responses."""
+    stop_event, statuses = threading.Event(), []
 
-    def ask():
+    def send_requests():
         body, header = {"prompt": "the moon", "max_tokens": 4}, {"Authorization": f"Bearer {KEY}"}
-        while not over.is_set():
+        while not stop_event.is_set():
             statuses.append(httpx.post(f"{url}/v1/completions", json=body, headers=header, timeout=LIMIT).status_code)
 
     with ThreadPoolExecutor(1) as pool:
-        client = pool.submit(ask)
+        client = pool.submit(send_requests)
         try:
             yield statuses
         finally:
-            over.set()
+            stop_event.set()
     client.result()
 
 
-def test_its_checkpoint_is_served_by_one_process_as_it_lies(corpus, finished, served):
+def test_checkpoint_is_served_by_one_process(corpus, finished, served_run):
     run, _ = finished
-    url, deployed = served
-    assert f"serving {run.id} at {url}/v1/completions" in deployed.out
+    url, deploy_result = served_run
+    assert f"serving {run.id} at {url}/v1/completions" in deploy_result.out
     body = {"prompt": "the moon rises", "max_tokens": 8, "temperature": 0}
     with httpx.Client(base_url=url, headers={"Authorization": f"Bearer {KEY}"}) as client:
         plain = client.post("/v1/completions", json=body).json()
@@ -263,7 +265,7 @@ def test_its_checkpoint_is_served_by_one_process_as_it_lies(corpus, finished, se
             lines = [line.removeprefix("data: ") for line in stream.iter_lines() if line]
         assert lines.pop() == "[DONE]"
         streamed = "".join(choice["text"] for line in lines for choice in json.loads(line)["choices"])
-        assert streamed == plain["choices"][0]["text"] == greedy(run, "the moon rises", 8)
+        assert streamed == plain["choices"][0]["text"] == greedy_text(run, "the moon rises", 8)
         assert [m["id"] for m in client.get("/v1/models").json()["data"]] == [run.id]
         assert client.get("/health").status_code == 200
     [application] = mhmoe(corpus, "serve", "status", "--json").json()
@@ -272,11 +274,11 @@ def test_its_checkpoint_is_served_by_one_process_as_it_lies(corpus, finished, se
 
 
 @torch.no_grad()
-def greedy(run: RunDir, prompt: str, count: int) -> str:
+def greedy_text(run: RunDir, prompt: str, count: int) -> str:
     """Return the model's own greedy continuation, computed without cache or server."""
     from mhmoe_ray.data.tokenizer import END_OF_TEXT, load_tokenizer
 
-    model, manifest = load_model(run.checkpoints / NEWEST)
+    model, manifest = load_model(run.checkpoints / NEWEST_CHECKPOINT)
     tokenizer = load_tokenizer(run.tokenizer_file, manifest.model.vocab_size)
     ids = [tokenizer.token_to_id(END_OF_TEXT), *tokenizer.encode(prompt).ids]
     start = len(ids)
@@ -285,57 +287,62 @@ def greedy(run: RunDir, prompt: str, count: int) -> str:
     return tokenizer.decode(ids[start:])
 
 
-def test_no_secret_is_in_a_log_a_run_directory_or_a_command_line(corpus, local_cluster, finished, served):
-    """Neither the cluster's token nor a client's key shows anywhere after a session with both."""
-    run, submitted = finished
-    url, deployed = served
+def test_no_secret_is_in_a_log_a_run_directory_or_a_command_line(corpus, local_cluster, finished, served_run):
+    """A session has used both the cluster's token and a client's key before this test."""
+    run, submit_result = finished
+    url, deploy_result = served_run
     for key, status in ((KEY, 200), ("wrong", 401)):
         body, header = {"prompt": "the moon", "max_tokens": 4}, {"Authorization": f"Bearer {key}"}
         assert httpx.post(f"{url}/v1/completions", json=body, headers=header).status_code == status
     verbs = (f"status {run.id}", "list", f"logs {run.id}", "serve status", "cluster status", "doctor")
-    said = [submitted, deployed, *(mhmoe(corpus, *verb.split(), **KEYS) for verb in verbs)]
-    running = "\n".join(" ".join(p.info["cmdline"] or ()) for p in psutil.process_iter(["cmdline"]))  # as ps has it
-    assert "ServeReplica" in running
+    results = [submit_result, deploy_result, *(mhmoe(corpus, *verb.split(), **KEYS) for verb in verbs)]
+    # Every user of the machine can list these with ps.
+    command_lines = "\n".join(" ".join(p.info["cmdline"] or ()) for p in psutil.process_iter(["cmdline"]))
+    assert "ServeReplica" in command_lines
     secrets = {"the cluster's token": tokens.own_token().value, "a client's key": KEY}
-    folders = [local_cluster.folder, run.path, home()]
+    folders = [local_cluster.folder, run.path, state_folder()]
     files = [p for folder in folders for p in folder.rglob("*") if p.is_file() and p != tokens.token_file()]
     assert len(files) > 50
     assert any("dashboard" in p.name for p in files)
-    for what, secret in secrets.items():
-        found = [str(p) for p in files if secret.encode() in _read(p)]
-        assert found == [], f"{what} is in {found}"
-        assert secret not in running, f"{what} is in a command line"
-        assert not [s for s in said if secret in s.out + s.err], f"{what} was printed"
+    for secret_name, secret in secrets.items():
+        leaking_files = [str(p) for p in files if secret.encode() in _read(p)]
+        assert leaking_files == [], f"{secret_name} is in {leaking_files}"
+        assert secret not in command_lines, f"{secret_name} is in a command line"
+        assert not [s for s in results if secret in s.out + s.err], f"{secret_name} was printed"
 
 
 def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
-    except OSError:  # gone meanwhile
+    # The file may have been removed meanwhile.
+    except OSError:
         return b""
 
 
-def test_its_log_outlives_the_cluster(corpus, finished):
+def test_log_of_a_run_outlives_the_cluster(corpus, finished):
     run, _ = finished
-    told = mhmoe(corpus, "logs", run.id)
-    assert told.err == ""
+    cluster_logs = mhmoe(corpus, "logs", run.id)
+    assert cluster_logs.err == ""
     text = run.attempts_file.read_text()
     try:
         run.attempts_file.write_text(text.replace(last_attempt(run).address, "http://127.0.0.1:9"))
-        kept = mhmoe(corpus, "logs", run.id)
-        assert f"from {run.path}/logs" in kept.err
-        assert kept.out.splitlines() == told.out.splitlines()
-        of_one = mhmoe(corpus, "logs", run.id, "--rank", "1").out.splitlines()
-        assert of_one
-        assert {line for line in of_one if line} <= {line.partition(") ")[2] for line in told.out.splitlines()}
+        stored_logs = mhmoe(corpus, "logs", run.id)
+        assert f"from {run.path}/logs" in stored_logs.err
+        assert stored_logs.out.splitlines() == cluster_logs.out.splitlines()
+        rank_lines = mhmoe(corpus, "logs", run.id, "--rank", "1").out.splitlines()
+        assert rank_lines
+        assert {line for line in rank_lines if line} <= {
+            line.partition(") ")[2] for line in cluster_logs.out.splitlines()
+        }
     finally:
         run.attempts_file.write_text(text)
 
 
-def test_a_run_that_the_cluster_can_never_hold_is_refused_at_once(corpus):
-    before = sorted(corpus.glob("runs/*"))
-    began = time.monotonic()
+def test_run_too_large_for_the_cluster_is_refused_at_once(corpus):
+    previous_runs = sorted(corpus.glob("runs/*"))
+    start_time = time.monotonic()
     result = mhmoe(corpus, "submit", "spec.yaml", "--set", "cluster.gpus_per_worker=1")
-    assert time.monotonic() - began < 30  # 5 s where nothing else runs
+    # It takes 5 s on a machine where nothing else runs.
+    assert time.monotonic() - start_time < 30
     assert_one_line(result, 5, "it needs 2 workers with 1 CPU and 1 GPU each, and the cluster has no GPU")
-    assert sorted(corpus.glob("runs/*")) == before
+    assert sorted(corpus.glob("runs/*")) == previous_runs

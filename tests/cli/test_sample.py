@@ -1,21 +1,21 @@
-"""`mhmoe data sample` as a process, where nothing can be downloaded."""
+"""`mhmoe data sample` on a machine that cannot download anything."""
 
 from tests.cli.run import mhmoe
 
 
-def test_without_clients_the_large_sample_says_what_is_missing(tmp_path):
+def test_large_sample_without_clients_names_missing_packages(tmp_path):
     (tmp_path / "bin").mkdir()
     result = mhmoe(tmp_path, "data", "sample", "out", "--large", PATH=str(tmp_path / "bin"), PIP_NO_INDEX="1")
-    *told, last = result.err.splitlines()
+    *warnings, last_line = result.err.splitlines()
     assert result.code == 4
-    assert last.startswith("error: data sample out: it has ")
-    assert "not 100 MB and 15; see the warnings above" in last
+    assert last_line.startswith("error: data sample out: it has ")
+    assert "not 100 MB and 15; see the warnings above" in last_line
     assert "Traceback" not in result.err
-    assert len(told) == 2
-    assert told[0].startswith("warning: packages of Debian: there is no apt-get here; ")
-    assert told[1].startswith("warning: package")
-    assert "PyPI" in told[1]
-    # What is installed is there all the same.
+    assert len(warnings) == 2
+    assert warnings[0].startswith("warning: packages of Debian: there is no apt-get here; ")
+    assert warnings[1].startswith("warning: package")
+    assert "PyPI" in warnings[1]
+    # The texts of installed packages need no download.
     assert sorted(p.name for p in (tmp_path / "out" / "redpajama").iterdir()) == [
         "book",
         "c4",
@@ -26,7 +26,7 @@ def test_without_clients_the_large_sample_says_what_is_missing(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["bin", "out"]
 
 
-def test_a_folder_that_cannot_be_written(tmp_path):
+def test_unwritable_folder_is_one_line(tmp_path):
     (tmp_path / "out").write_text("a file")
     result = mhmoe(tmp_path, "data", "sample", "out")
     assert (result.code, result.out) == (4, "")

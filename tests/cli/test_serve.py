@@ -1,5 +1,4 @@
-"""`mhmoe serve deploy` of applications that do not start at once; tests/cli/test_runs.py sends requests to one that
-does."""
+"""`mhmoe serve deploy` of applications that do not start at once; tests/cli/test_runs.py has one that does."""
 
 import signal
 import subprocess
@@ -30,59 +29,64 @@ def run(tmp_path):
 
 
 @pytest.fixture
-def full(local_cluster, unused_port):
+def full_cluster(local_cluster, unused_port):
     """Deploy an application that takes all CPUs of the cluster, and yield the connection to that cluster."""
     connection = connect()
-    all_of_them = {"name": "Echo", "ray_actor_options": {"num_cpus": local_cluster.cpus}}
+    deployment = {"name": "Echo", "ray_actor_options": {"num_cpus": local_cluster.cpus}}
     app = {"name": "full", "route_prefix": "/full", "import_path": "echo_app:build", "args": {"word": "x"}}
     app |= {"runtime_env": {"env_vars": {"PYTHONPATH": str(Path(__file__).parents[1] / "cluster")}}}
-    serving.deploy(connection, {**app, "deployments": [all_of_them]}, "127.0.0.1", unused_port)
+    serving.deploy(connection, {**app, "deployments": [deployment]}, "127.0.0.1", unused_port)
     serving.wait_until_running(connection, "full")
     yield connection
     remove(connection, "full")
 
 
 @pytest.fixture
-def breakable(tmp_path):
+def breakable_run(tmp_path):
     """Return a run whose replicas cannot be constructed while a file exists, and that file.
 
     The file stands for a missing library or mount.
     """
-    site, broken = tmp_path / "site", tmp_path / "broken"
+    site, failure_file = tmp_path / "site", tmp_path / "broken"
     site.mkdir()
-    lines = ["import os, sys", f"if os.path.exists({str(broken)!r}):", "    sys.modules['mhmoe_ray.serve.load'] = None"]
+    lines = [
+        "import os, sys",
+        f"if os.path.exists({str(failure_file)!r}):",
+        "    sys.modules['mhmoe_ray.serve.load'] = None",
+    ]
     (site / "sitecustomize.py").write_text("\n".join(lines))
     run = make_run(tmp_path, MIXTRAL)
     spec = run.spec()
     cluster = spec.cluster.model_copy(update={"runtime_env": {"env_vars": {"PYTHONPATH": str(site)}}})
     run.write_spec(spec.model_copy(update={"cluster": cluster}))
-    return run, broken
+    return run, failure_file
 
 
 @pytest.mark.slow
-def test_what_failed_in_its_replicas_starts_anew_when_it_is_deployed_again(
-    tmp_path, local_cluster, breakable, unused_port
-):
-    """Serve itself does nothing when it gets a configuration that it already has."""
-    run, broken = breakable
+def test_failed_application_starts_anew_when_it_is_deployed_again(tmp_path, local_cluster, breakable_run, unused_port):
+    """Ray Serve ignores a configuration that it already has, so that `deploy` has to change it."""
+    run, failure_file = breakable_run
     words = ("serve", "deploy", run.id, "--name", "weak", "--set", f"serve.port={unused_port}")
-    broken.touch()
+    failure_file.touch()
     try:
-        failed = mhmoe(tmp_path, *words)
-        assert (failed.code, "application weak: ModuleNotFoundError: import of mhmoe_ray.serve.load" in failed.err) == (
+        failed_result = mhmoe(tmp_path, *words)
+        assert (
+            failed_result.code,
+            "application weak: ModuleNotFoundError: import of mhmoe_ray.serve.load" in failed_result.err,
+        ) == (
             10,
             True,
         )
-        broken.unlink()
-        served = mhmoe(tmp_path, *words)
-        assert (served.code, served.out.startswith(f"serving {run.id} at ")) == (0, True), served.err
-        [told] = mhmoe(tmp_path, "serve", "status", "--json").json()
-        assert (told["name"], told["status"]) == ("weak", "RUNNING")
+        failure_file.unlink()
+        result = mhmoe(tmp_path, *words)
+        assert (result.code, result.out.startswith(f"serving {run.id} at ")) == (0, True), result.err
+        [application] = mhmoe(tmp_path, "serve", "status", "--json").json()
+        assert (application["name"], application["status"]) == ("weak", "RUNNING")
     finally:
         assert mhmoe(tmp_path, "serve", "down", "weak").code == 0
 
 
-def test_who_stops_waiting_leaves_a_run_that_is_known_to_be_served(tmp_path, run, full, unused_port):
+def test_interrupted_deploy_leaves_a_record_of_the_application(tmp_path, run, full_cluster, unused_port):
     deploying = subprocess.Popen(
         command("serve", "deploy", run.id, "--name", "late", "--set", f"serve.port={unused_port}"),
         cwd=tmp_path,
@@ -98,9 +102,9 @@ def test_who_stops_waiting_leaves_a_run_that_is_known_to_be_served(tmp_path, run
         err = ended_by_ctrl_c(deploying)
         hint = "detached; Serve goes on. See: mhmoe serve status; to end it: mhmoe serve down late"
         assert (deploying.returncode, err.splitlines()[-1]) == (0, hint)
-        assert serving.declared(full, "late")[0]["runtime_env"] == RUNTIME_ENV
-        [served] = mhmoe(tmp_path, "status", run.id, "--json").json()["served"]
-        assert (served["status"], served["url"]) == ("DEPLOYING", event["url"])
+        assert serving.deployed_config(full_cluster, "late")[0]["runtime_env"] == RUNTIME_ENV
+        [application] = mhmoe(tmp_path, "status", run.id, "--json").json()["served"]
+        assert (application["status"], application["url"]) == ("DEPLOYING", event["url"])
         assert_one_line(mhmoe(tmp_path, "rm", run.id, "--yes"), 7, "it is served at", "mhmoe serve down")
     finally:
         deploying.kill()

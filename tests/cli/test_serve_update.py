@@ -1,5 +1,4 @@
-"""`mhmoe serve update` where Serve already has the newest checkpoint's configuration, against a dashboard of the test's
-own."""
+"""`mhmoe serve update` if Serve already has the configuration of the newest checkpoint, with a simulated dashboard."""
 
 import http.server
 import json
@@ -8,7 +7,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from mhmoe_ray.checkpoint.manifest import committed
+from mhmoe_ray.checkpoint.manifest import committed_checkpoints
 from mhmoe_ray.serve.config import application_config
 from mhmoe_ray.spec import ServeSpec
 from tests.checkpoint.huggingface.conftest import MIXTRAL, make_run
@@ -21,37 +20,37 @@ def run(tmp_path):
 
 
 @contextmanager
-def board(run, *statuses):
-    """Run a dashboard that reports these statuses, one at a time, and the last one again and again.
+def dashboard(run, *statuses):
+    """Run a dashboard that reports these statuses of an application, one per request, and the last one repeatedly.
 
-    Yield its address, and the list of checkpoints that have been deployed there.
+    Yield the dashboard's address, and the list of checkpoints that have been deployed there.
     """
-    [checkpoint] = committed(run)
+    [checkpoint] = committed_checkpoints(run)
     config = application_config("mhmoe", checkpoint, ServeSpec(), run.id)
     app = {"route_prefix": "/", "message": "no room", "deployments": {}, "deployed_app_config": config}
-    left, deployed = [*statuses], []
+    remaining_statuses, deployed = [*statuses], []
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
-            told = {"version": "4", "ray_version": "2", "ray_commit": "", "session_name": "elsewhere"}
+            response = {"version": "4", "ray_version": "2", "ray_commit": "", "session_name": "elsewhere"}
             if self.path.startswith("/nodes"):
-                told = {"data": {"summary": [], "nodeLogicalResources": {}}}
+                response = {"data": {"summary": [], "nodeLogicalResources": {}}}
             if self.path.startswith("/api/serve"):
-                status = left.pop(0) if len(left) > 1 else left[0]
+                status = remaining_statuses.pop(0) if len(remaining_statuses) > 1 else remaining_statuses[0]
                 http_options = {"host": "127.0.0.1", "port": 8000}
-                told = {"http_options": http_options, "applications": {"mhmoe": {**app, "status": status}}}
-            self.answer(told)
+                response = {"http_options": http_options, "applications": {"mhmoe": {**app, "status": status}}}
+            self.answer(response)
 
         def do_PUT(self):
             [application] = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["applications"]
             deployed.append(application["args"]["checkpoint"])
-            left[:] = ["RUNNING"]
+            remaining_statuses[:] = ["RUNNING"]
             self.answer({})
 
-        def answer(self, told):
+        def answer(self, response):
             self.send_response(200)
             self.end_headers()
-            self.wfile.write(json.dumps(told).encode())
+            self.wfile.write(json.dumps(response).encode())
 
         def log_message(self, *args):
             pass
@@ -66,31 +65,31 @@ def board(run, *statuses):
             thread.join()
 
 
-def update(folder, at, *words):
-    return mhmoe(folder, "serve", "update", "--address", at, *words, MHMOE_HOME=str(folder))
+def update(folder, address, *words):
+    return mhmoe(folder, "serve", "update", "--address", address, *words, MHMOE_HOME=str(folder))
 
 
-def test_what_runs_is_left_alone_and_is_the_newest_only_where_that_was_looked_for(tmp_path, run):
-    with board(run, "RUNNING") as (at, deployed):
-        assert update(tmp_path, at).out == "step_00000007.1 is the newest checkpoint, and is served\n"
-        assert update(tmp_path, at, "--checkpoint", "step_00000007.1").out == "step_00000007.1 is served\n"
+def test_update_leaves_a_running_application_alone(tmp_path, run):
+    with dashboard(run, "RUNNING") as (address, deployed):
+        assert update(tmp_path, address).out == "step_00000007.1 is the newest checkpoint, and is served\n"
+        assert update(tmp_path, address, "--checkpoint", "step_00000007.1").out == "step_00000007.1 is served\n"
     assert deployed == []
 
 
-def test_what_is_being_deployed_is_waited_for(tmp_path, run):
-    with board(run, "DEPLOYING", "DEPLOYING", "DEPLOYING", "RUNNING") as (at, deployed):
-        updated = update(tmp_path, at)
+def test_update_waits_for_a_deployment_in_progress(tmp_path, run):
+    with dashboard(run, "DEPLOYING", "DEPLOYING", "DEPLOYING", "RUNNING") as (address, deployed):
+        updated = update(tmp_path, address)
     assert updated.out == "step_00000007.1 is the newest checkpoint, and is served\n"
     assert updated.err == "step_00000007.1 is being deployed already\n"
-    with board(run, "DEPLOYING", "DEPLOYING", "DEPLOY_FAILED") as (at, again):
-        assert update(tmp_path, at).code == 10
-    assert deployed == again == []
+    with dashboard(run, "DEPLOYING", "DEPLOYING", "DEPLOY_FAILED") as (address, later_deployed):
+        assert update(tmp_path, address).code == 10
+    assert deployed == later_deployed == []
 
 
-def test_what_failed_is_deployed_again(tmp_path, run):
-    [checkpoint] = committed(run)
-    with board(run, "DEPLOY_FAILED") as (at, deployed):
-        updated = update(tmp_path, at)
+def test_update_deploys_a_failed_application_again(tmp_path, run):
+    [checkpoint] = committed_checkpoints(run)
+    with dashboard(run, "DEPLOY_FAILED") as (address, deployed):
+        updated = update(tmp_path, address)
     assert (updated.code, updated.out) == (0, "serving step_00000007.1\n"), updated.err
     assert updated.err == "deploying step_00000007.1 again\n"
     assert deployed == [str(checkpoint)]

@@ -28,15 +28,15 @@ def answering(paths):
 
     At a path with None it is too busy to answer.
     """
-    asked = []
+    requests = []
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
-            asked.append((self.path, "Authorization" in self.headers))
-            told = paths.get(self.path, {})
-            self.send_response(503 if told is None else 200)
+            requests.append((self.path, "Authorization" in self.headers))
+            answer = paths.get(self.path, {})
+            self.send_response(503 if answer is None else 200)
             self.end_headers()
-            self.wfile.write(json.dumps(told).encode())
+            self.wfile.write(json.dumps(answer).encode())
 
         def log_message(self, *args):
             pass
@@ -45,7 +45,7 @@ def answering(paths):
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
         try:
-            yield server.server_port, asked
+            yield server.server_port, requests
         finally:
             server.shutdown()
             thread.join()
@@ -58,13 +58,13 @@ def building(message):
     return {"http_options": {"host": HOST, "port": 8000}, "applications": {"a": {**app, "deployed_app_config": config}}}
 
 
-def told_of(connection, name):
-    return serve_client.get(connection)["applications"][name]
+def application_details(connection, name):
+    return serve_client.serve_details(connection)["applications"][name]
 
 
 def states(connection, name):
-    deployments = told_of(connection, name)["deployments"].values()
-    return sorted(replica["state"] for told in deployments for replica in told["replicas"])
+    deployments = application_details(connection, name)["deployments"].values()
+    return sorted(replica["state"] for deployment in deployments for replica in deployment["replicas"])
 
 
 def is_free(port):

@@ -14,7 +14,7 @@ from ray.util import placement_group, placement_group_table
 
 from mhmoe_ray.cluster.connect import Connection
 from mhmoe_ray.cluster.nodes import free_nodes
-from mhmoe_ray.planner.placement import Node, packed
+from mhmoe_ray.planner.placement import Node, pack_workers
 
 
 def free(connection: Connection, gpus: int) -> list[Node]:
@@ -23,13 +23,13 @@ def free(connection: Connection, gpus: int) -> list[Node]:
     Ray gathers what is free every few seconds.
     """
     deadline = time.monotonic() + 60
-    found: list[Node] = []
+    free: list[Node] = []
     while time.monotonic() < deadline:
-        found = free_nodes(connection, "rack_id")
-        if sum(node.gpus for node in found) == gpus:
-            return found
+        free = free_nodes(connection, "rack_id")
+        if sum(node.gpus for node in free) == gpus:
+            return free
         time.sleep(0.2)
-    raise SystemExit(f"the dashboard tells of {found}")
+    raise SystemExit(f"the dashboard tells of {free}")
 
 
 def main() -> None:
@@ -38,13 +38,15 @@ def main() -> None:
         cluster.add_node(num_cpus=cpus, num_gpus=gpus, labels={"rack_id": f"rack of {gpus}"})
     url = ray.init(address=cluster.address, logging_level="ERROR").dashboard_url
     connection = Connection(f"http://{url}", False, False, None)
-    for workers, before in ((8, 12), (3, 4)):
-        forecast = packed(free(connection, before), 1, 1, workers)
-        asked = placement_group([{"CPU": 1, "GPU": 1}] * workers, strategy="PACK")
-        ray.get(asked.ready(), timeout=60)
+    for workers, cpus_before in ((8, 12), (3, 4)):
+        forecast = pack_workers(free(connection, cpus_before), 1, 1, workers)
+        group = placement_group([{"CPU": 1, "GPU": 1}] * workers, strategy="PACK")
+        ray.get(group.ready(), timeout=60)
         labels = {node["NodeID"]: node["Labels"]["rack_id"] for node in ray.nodes() if "rack_id" in node["Labels"]}
-        at = placement_group_table(asked)["bundles_to_node_id"]
-        print(json.dumps([[node.domain for node in forecast], [labels[at[rank]] for rank in range(workers)]]))
+        node_of_bundle = placement_group_table(group)["bundles_to_node_id"]
+        print(
+            json.dumps([[node.domain for node in forecast], [labels[node_of_bundle[rank]] for rank in range(workers)]])
+        )
     ray.shutdown()
     cluster.shutdown()
 

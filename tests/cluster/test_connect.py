@@ -6,7 +6,7 @@ import threading
 import pytest
 import requests
 
-from mhmoe_ray.cluster.connect import connect, is_local, normalised, start
+from mhmoe_ray.cluster.connect import connect, normalised, start, uses_local_cluster
 from mhmoe_ray.cluster.local import RECORD
 from mhmoe_ray.cluster.tokens import own_token, token_file
 from mhmoe_ray.errors import ClusterError, TokenError
@@ -21,7 +21,7 @@ def as_stranger(local_cluster, tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def nobody(tmp_path, monkeypatch):
+def no_cluster(tmp_path, monkeypatch):
     """Set a home without a cluster."""
     monkeypatch.setenv("MHMOE_HOME", str(tmp_path))
 
@@ -41,8 +41,8 @@ def test_without_an_address_is_to_our_own(local_cluster, monkeypatch):
 @pytest.mark.parametrize("path", ["/api/version", "/api/jobs/", "/nodes?view=summary", "/api/serve/applications/"])
 def test_cluster_answers_nobody_without_the_token(local_cluster, path):
     assert requests.get(local_cluster.address + path, timeout=10).status_code == 401
-    wrong = {"Authorization": "Bearer wrong"}
-    assert requests.get(local_cluster.address + path, headers=wrong, timeout=10).status_code == 403
+    wrong_headers = {"Authorization": "Bearer wrong"}
+    assert requests.get(local_cluster.address + path, headers=wrong_headers, timeout=10).status_code == 403
 
 
 @pytest.mark.ray
@@ -77,14 +77,14 @@ def test_proxies_do_not_come_between(local_cluster, monkeypatch):
     assert connect().token == own_token()
 
 
-def test_no_local_cluster_is_one_line(nobody, monkeypatch):
+def test_no_local_cluster_is_one_line(no_cluster, monkeypatch):
     for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(ClusterError, match="none runs; start it: mhmoe cluster up; or give --address"):
         connect()
 
 
-def test_nobody_at_the_address_is_one_line(nobody):
+def test_nobody_at_the_address_is_one_line(no_cluster):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         closed = f"http://127.0.0.1:{s.getsockname()[1]}"
@@ -95,25 +95,25 @@ def test_nobody_at_the_address_is_one_line(nobody):
 
 
 @pytest.fixture
-def elsewhere(nobody, tmp_path):
+def foreign_address(no_cluster, tmp_path):
     """Return the address of a local cluster that runs on another machine, with which this home is shared."""
     cluster = {"pid": 1, "address": "http://127.0.0.1:23456", "gcs_address": "", "cpus": 8, "host": "elsewhere"}
     (tmp_path / RECORD).write_text(json.dumps(cluster | {"folder": "/tmp/mhmoe-elsewhere"}))
     return cluster["address"]
 
 
-def test_a_local_cluster_elsewhere_comes_between_nobody_and_another_cluster(elsewhere):
-    assert not is_local("http://head:8265")
-    for other in ("http://127.0.0.1:1", "http://no-such-host.invalid:8265"):
-        assert not is_local(other)
+def test_a_local_cluster_elsewhere_answers_for_its_own_address_alone(foreign_address):
+    assert not uses_local_cluster("http://head:8265")
+    for address in ("http://127.0.0.1:1", "http://no-such-host.invalid:8265"):
+        assert not uses_local_cluster(address)
         with pytest.raises(ClusterError, match=r"nothing answers there|is not known here"):
-            connect(other)
-    assert is_local(elsewhere)
+            connect(address)
+    assert uses_local_cluster(foreign_address)
     with pytest.raises(ClusterError, match="it was started on elsewhere, which shares this home"):
-        connect(elsewhere)
+        connect(foreign_address)
 
 
-def test_another_kind_of_server_is_one_line(nobody):
+def test_another_kind_of_server_is_one_line(no_cluster):
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Quiet) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()

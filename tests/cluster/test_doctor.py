@@ -17,47 +17,47 @@ from mhmoe_ray.storage import location
 from tests.cli.run import mhmoe
 from tests.watch import wait_until
 
-NOBODY = "http://127.0.0.1:1"
+NO_SERVER = "http://127.0.0.1:1"
 
 
 def levels(findings):
-    return {f.what: f.level for f in findings}
+    return {f.check: f.level for f in findings}
 
 
 def test_this_machine_can_do_what_tests_do():
-    found = {f.what: f for f in doctor.machine_findings()}
-    for what in ("python", "ray", "torch", "collectives", "kernel reference", "kernel grouped"):
-        assert found[what].level == "ok", found[what]
-    assert all(f.fix for f in found.values() if f.level != "ok")
-    kernels = {what.removeprefix("kernel ") for what in found if what.startswith("kernel ")}
+    findings = {f.check: f for f in doctor.machine_findings()}
+    for check in ("python", "ray", "torch", "collectives", "kernel reference", "kernel grouped"):
+        assert findings[check].level == "ok", findings[check]
+    assert all(f.fix for f in findings.values() if f.level != "ok")
+    kernels = {name.removeprefix("kernel ") for name in findings if name.startswith("kernel ")}
     assert kernels == set(get_args(MoESpec.model_fields["kernel"].annotation)) - {"auto"}
 
 
 def test_another_ray_is_an_error(monkeypatch):
-    monkeypatch.setattr(doctor, "RAY", "3.1")
-    [ray] = [f for f in doctor.machine_findings() if f.what == "ray"]
+    monkeypatch.setattr(doctor, "RAY_RELEASE", "3.1")
+    [ray] = [f for f in doctor.machine_findings() if f.check == "ray"]
     assert ray.level == "error"
-    assert "training needs 3.1" in ray.found
+    assert "training needs 3.1" in ray.message
 
 
 @pytest.mark.cpu
 def test_a_level_of_the_cpu_that_there_is_not_is_an_error(monkeypatch):
     monkeypatch.setenv("MHMOE_CPU_LEVEL", "sse9")
-    found = {f.what: f for f in doctor.machine_findings()}
-    assert (found["torch"].level, found["kernel cpp"].level) == ("error", "note")
-    assert "MHMOE_CPU_LEVEL is 'sse9', but levels are generic, avx2" in found["torch"].found
+    findings = {f.check: f for f in doctor.machine_findings()}
+    assert (findings["torch"].level, findings["kernel cpp"].level) == ("error", "note")
+    assert "MHMOE_CPU_LEVEL is 'sse9', but levels are generic, avx2" in findings["torch"].message
 
 
 def test_storage_is_written_read_and_left_as_it_was(tmp_path):
     assert levels(doctor.storage_findings(tmp_path / "new")) == {"storage": "ok"}
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "file").touch()
-    [found] = doctor.storage_findings(tmp_path / "file" / "below")
-    assert (found.level, "Not a directory" in found.found) == ("error", True)
-    [found] = doctor.storage_findings(
+    [finding] = doctor.storage_findings(tmp_path / "file" / "below")
+    assert (finding.level, "Not a directory" in finding.message) == ("error", True)
+    [finding] = doctor.storage_findings(
         location("s3://bucket/x?scheme=http&region=us-east-1&endpoint_override=127.0.0.1:9")
     )
-    assert found.level == "error"
+    assert finding.level == "error"
 
 
 def test_run_directories_that_others_can_read_are_told(tmp_path):
@@ -87,44 +87,48 @@ def test_a_folder_of_somebody_else_beside_ours_is_passed_over():
 def test_the_exit_code_tells_errors(tmp_path):
     home = {"MHMOE_HOME": str(tmp_path / "home")}
     assert mhmoe(tmp_path, "doctor", **home).code == 0
-    found = mhmoe(tmp_path, "doctor", "--address", NOBODY, "--json", **home)
-    assert found.code == 11
-    [error] = [finding for finding in json.loads(found.out) if finding["level"] == "error"]
+    json_result = mhmoe(tmp_path, "doctor", "--address", NO_SERVER, "--json", **home)
+    assert json_result.code == 11
+    [error] = [finding for finding in json.loads(json_result.out) if finding["level"] == "error"]
     assert (error["what"], "nothing answers there" in error["found"]) == ("cluster", True)
-    shown = mhmoe(tmp_path, "doctor", "--address", NOBODY, **home)
-    assert "error    cluster: cluster http://127.0.0.1:1: nothing answers there\n" in shown.out
-    assert "\n         check the address, and that the cluster runs\n" in shown.out
+    text_result = mhmoe(tmp_path, "doctor", "--address", NO_SERVER, **home)
+    assert "error    cluster: cluster http://127.0.0.1:1: nothing answers there\n" in text_result.out
+    assert "\n         check the address, and that the cluster runs\n" in text_result.out
 
 
 @pytest.mark.ray
 def test_a_cluster_of_ours_is_as_it_should_be(local_cluster):
-    found = list(doctor.reach_findings(None))
-    assert levels(found) == {"cluster": "ok", "token": "ok", "clock": "ok", "nodes": "ok"}
-    assert not [f for f in doctor.port_findings() if str(local_cluster.address.rpartition(":")[2]) in f.found]
+    findings = list(doctor.reach_findings(None))
+    assert levels(findings) == {"cluster": "ok", "token": "ok", "clock": "ok", "nodes": "ok"}
+    assert not [f for f in doctor.port_findings() if str(local_cluster.address.rpartition(":")[2]) in f.message]
 
 
 @pytest.mark.ray
 def test_an_open_dashboard_is_told_of(tmp_path):
     """The dashboard is one that Ray starts by itself: without a token, for everybody who can reach it."""
-    gcs, board, client, *others = map(str, free_ports(5))
+    gcs, board, client, *metric_ports = map(str, free_ports(5))
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats"]
     short = tempfile.TemporaryDirectory(dir="/tmp")  # names of sockets in it may have 103 characters
     command += [f"--temp-dir={short.name}", "--num-cpus=1", "--object-store-memory=80000000", f"--port={gcs}"]
     command += ["--dashboard-host=0.0.0.0", f"--dashboard-port={board}", f"--ray-client-server-port={client}"]
     command += ["--dashboard-agent-listen-port=0"]
-    kept = {k: v for k, v in os.environ.items() if not k.startswith("RAY_") and k != "HOME"}
-    environment = {**kept, "AUTOSCALER_METRIC_PORT": others[0], "DASHBOARD_METRIC_PORT": others[1]}
+    clean_environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_") and k != "HOME"}
+    environment = {
+        **clean_environment,
+        "AUTOSCALER_METRIC_PORT": metric_ports[0],
+        "DASHBOARD_METRIC_PORT": metric_ports[1],
+    }
     environment |= {"HOME": str(tmp_path), "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0"}
     log = (tmp_path / "log").open("w")
     ray = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
     try:
         address = f"http://127.0.0.1:{board}"
         wait_until(lambda: levels(doctor.reach_findings(address)).get("cluster") == "ok", "the dashboard")
-        [token] = [f for f in doctor.reach_findings(address) if f.what == "token"]
+        [token] = [f for f in doctor.reach_findings(address) if f.check == "token"]
         assert token.level == "warning"
-        assert "without a token" in token.found
-        found = [f for f in doctor.port_findings() if f.what == "open dashboard"]
-        assert [f.level for f in found if f":{board} " in f.found] == ["warning"]
+        assert "without asking for a token" in token.message
+        findings = [f for f in doctor.port_findings() if f.check == "open dashboard"]
+        assert [f.level for f in findings if f":{board} " in f.message] == ["warning"]
     finally:
         ray.terminate()
         ray.wait()

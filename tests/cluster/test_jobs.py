@@ -6,7 +6,7 @@ import time
 import pytest
 
 from mhmoe_ray.cluster import jobs
-from mhmoe_ray.cluster.jobs import NEVER
+from mhmoe_ray.cluster.jobs import EXCLUDED_PATTERNS
 from mhmoe_ray.cluster.runs import outcome, recorded_outcome, start_attempt
 from mhmoe_ray.errors import ClusterError, JobError, SpecError
 from mhmoe_ray.runs import events
@@ -15,7 +15,7 @@ from tests.specs import tiny_spec
 
 
 def _submit(connection, job, code, **options):
-    jobs.submit(connection, jobs.request(["-c", code], job, local=connection.local, **options))
+    jobs.submit(connection, jobs.job_request(["-c", code], job, local=connection.local, **options))
 
 
 def _wait(connection, job):
@@ -76,18 +76,18 @@ def test_wrong_runtime_env_is_a_mistake_of_the_spec(connection):
 
 @pytest.mark.ray
 def test_cluster_that_went_away(connection):
-    gone = dataclasses.replace(connection, address="http://127.0.0.1:1")
+    unreachable = dataclasses.replace(connection, address="http://127.0.0.1:1")
     with pytest.raises(ClusterError, match="nothing answers there"):
-        jobs.status(gone, "any")
+        jobs.status(unreachable, "any")
 
 
 @pytest.mark.ray
 def test_other_clusters_are_sent_our_packages(connection):
-    other = dataclasses.replace(connection, local=False)
+    remote_connection = dataclasses.replace(connection, local=False)
     code = "import mhmoe_ray.cluster.jobs, mhmoe_kernels; print(mhmoe_ray.__file__); print(mhmoe_kernels.__file__)"
-    _submit(other, "sent", code)
-    assert _wait(other, "sent") == "SUCCEEDED"
-    assert jobs.logs(other, "sent").count("/runtime_resources/py_modules_files/_ray_pkg_") == 2
+    _submit(remote_connection, "sent", code)
+    assert _wait(remote_connection, "sent") == "SUCCEEDED"
+    assert jobs.logs(remote_connection, "sent").count("/runtime_resources/py_modules_files/_ray_pkg_") == 2
 
 
 @pytest.mark.ray
@@ -100,10 +100,10 @@ def test_a_second_start_of_one_attempt_does_not_call_the_first_one_failed(connec
     add_attempt(run, Attempt(job, connection.address, True))  # a newer one, for which the job ends at once
     _wait(connection, job)
     run.attempts_file.unlink()
-    gone = dataclasses.replace(connection, address="http://127.0.0.1:1")
+    unreachable = dataclasses.replace(connection, address="http://127.0.0.1:1")
     with pytest.raises(ClusterError, match="nothing answers there"):
-        start_attempt(run, run.spec(), gone)
-    assert [e for e in events.events(run) if "could not be submitted" in e.get("reason", "")] == []
+        start_attempt(run, run.spec(), unreachable)
+    assert [e for e in events.read(run) if "could not be submitted" in e.get("reason", "")] == []
 
 
 @pytest.mark.ray
@@ -129,18 +129,18 @@ def test_a_run_whose_job_is_not_taken_has_failed(connection, tmp_path):
     run = create_run(tiny_spec(tmp_path, cluster={"runtime_env": {"pip": 3}}))
     with pytest.raises(SpecError, match="pip"):
         start_attempt(run, run.spec(), connection)
-    assert recorded_outcome(events.events(run)).state == "failed"
+    assert recorded_outcome(events.read(run)).state == "failed"
 
 
 def test_request_is_what_is_sent():
-    assert jobs.request(["-m", "x", "a b"], "j", local=True, metadata={"run": "r"}) == {
+    assert jobs.job_request(["-m", "x", "a b"], "j", local=True, metadata={"run": "r"}) == {
         "entrypoint": f"{sys.executable} -m x 'a b'",
         "submission_id": "j",
         "runtime_env": {},
         "metadata": {"run": "r"},
     }
-    given = {"pip": ["x"], "excludes": ["*.md"]}
-    env = jobs.request([], "j", local=False, runtime_env=given)["runtime_env"]
+    runtime_env = {"pip": ["x"], "excludes": ["*.md"]}
+    env = jobs.job_request([], "j", local=False, runtime_env=runtime_env)["runtime_env"]
     assert [m.rpartition("/")[2] for m in env.pop("py_modules")] == ["mhmoe_ray", "mhmoe_kernels"]
-    assert env == {"pip": ["x"], "excludes": ["*.md", *NEVER]}
-    assert given == {"pip": ["x"], "excludes": ["*.md"]}
+    assert env == {"pip": ["x"], "excludes": ["*.md", *EXCLUDED_PATTERNS]}
+    assert runtime_env == {"pip": ["x"], "excludes": ["*.md"]}

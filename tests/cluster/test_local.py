@@ -33,9 +33,9 @@ def _command_line(process) -> str:
 
 def _with_an_orphan(cluster: LocalCluster) -> set[psutil.Process]:
     """Return the cluster's processes once one of them has a parent outside the cluster, else an empty set."""
-    theirs = {*spawn.family(cluster.pid), *spawn.marked(cluster.folder)}
-    stubborn = [p for p in theirs if "SIG_IGN" in _command_line(p)]
-    return theirs if any(_unless_gone(p.parent) not in theirs for p in stubborn) else set()
+    cluster_processes = {*spawn.process_tree(cluster.pid), *spawn.marked_processes_of(cluster.folder)}
+    stubborn = [p for p in cluster_processes if "SIG_IGN" in _command_line(p)]
+    return cluster_processes if any(_unless_gone(p.parent) not in cluster_processes for p in stubborn) else set()
 
 
 def _listening(process) -> set[str]:
@@ -72,21 +72,21 @@ def test_is_closed_to_others(local_cluster):
     assert local_cluster.folder.stat().st_mode & 0o777 == 0o700
     assert local_cluster.log.stat().st_mode & 0o777 == 0o600
     assert token_file().stat().st_mode & 0o777 == 0o600
-    members = [p for p in spawn.family(local_cluster.pid) if _command_line(p)]
+    members = [p for p in spawn.process_tree(local_cluster.pid) if _command_line(p)]
     assert len(members) > 5
     assert all(own_token().value not in _command_line(p) for p in members)
     assert set.union(*(_listening(p) for p in members)) == {"127.0.0.1"}
     # Sockets that are files lie in a folder that nobody else can enter; those with an abstract name would not.
-    named = {path for p in members for path in _socket_files(p)}
-    assert any("raylet" in path for path in named)
-    assert [path for path in named if not any(_is_closed(folder) for folder in Path(path).parents)] == []
+    socket_paths = {path for p in members for path in _socket_files(p)}
+    assert any("raylet" in path for path in socket_paths)
+    assert [path for path in socket_paths if not any(_is_closed(folder) for folder in Path(path).parents)] == []
 
 
 @pytest.mark.ray
 def test_stopping_ends_all_of_one_cluster_and_nothing_of_another(local_cluster, tmp_path, monkeypatch):
     monkeypatch.setenv("MHMOE_HOME", str(tmp_path))
-    ours_first = [p for p in spawn.family(local_cluster.pid) if _unless_gone(p.name) in ("gcs_server", "raylet")]
-    assert len(ours_first) == 2
+    servers = [p for p in spawn.process_tree(local_cluster.pid) if _unless_gone(p.name) in ("gcs_server", "raylet")]
+    assert len(servers) == 2
 
     # Two commands at once start one cluster.
     code = "from mhmoe_ray.cluster.local import start_local; print(start_local(2).pid)"
@@ -98,16 +98,16 @@ def test_stopping_ends_all_of_one_cluster_and_nothing_of_another(local_cluster, 
     assert second.address != local_cluster.address
 
     connection = connect()
-    jobs.submit(connection, jobs.request(["-c", STUBBORN], "stubborn", local=True))
-    theirs = wait_until(lambda: _with_an_orphan(second), "the job's child, whose parent is gone")
+    jobs.submit(connection, jobs.job_request(["-c", STUBBORN], "stubborn", local=True))
+    orphan_processes = wait_until(lambda: _with_an_orphan(second), "the job's child, whose parent is gone")
 
     assert stop_local()
-    assert spawn._alive_after(0, list(theirs)) == []
+    assert spawn._wait_for_end(0, list(orphan_processes)) == []
     assert not second.folder.exists()
     assert not (tmp_path / RECORD).exists()
     assert find_local() is None
     assert not stop_local()
-    assert all(p.is_running() for p in ours_first)
+    assert all(p.is_running() for p in servers)
     monkeypatch.undo()
     assert find_local() == local_cluster
 
@@ -149,11 +149,11 @@ def test_damaged_record_counts_as_none(tmp_path, monkeypatch):
 
 def test_cluster_of_another_machine_is_left_alone(tmp_path, monkeypatch):
     monkeypatch.setenv("MHMOE_HOME", str(tmp_path))
-    theirs = _record(tmp_path, host="elsewhere")
+    foreign_record = _record(tmp_path, host="elsewhere")
     for call in (find_local, stop_local, lambda: start_local(1)):
         with pytest.raises(ClusterError, match="it was started on elsewhere, which shares this home"):
             call()
-    assert theirs.folder.exists()
+    assert foreign_record.folder.exists()
 
 
 def test_a_cluster_hears_of_no_api_key_of_whoever_starts_it(tmp_path, monkeypatch):
@@ -167,9 +167,9 @@ def test_a_cluster_hears_of_no_api_key_of_whoever_starts_it(tmp_path, monkeypatc
         monkeypatch.setenv(name, "of-this-test-alone")
     cluster = spawn_ray(1)
     os.waitpid(cluster.pid, 0)
-    told = cluster.log.read_text()
+    log_text = cluster.log.read_text()
     shutil.rmtree(cluster.folder)
-    assert [line for line in told.splitlines() if "of-this-test-alone" in line] == ["OF_ITS_OWN=of-this-test-alone"]
+    assert [line for line in log_text.splitlines() if "of-this-test-alone" in line] == ["OF_ITS_OWN=of-this-test-alone"]
 
 
 @pytest.mark.ray

@@ -10,8 +10,8 @@ import pytest
 from ray.autoscaler._private.util import parse_usage
 
 from mhmoe_ray.cluster import dashboard, nodes
-from mhmoe_ray.cluster.connect import Connection, connect, connect_if_there
-from mhmoe_ray.cluster.nodes import _taken, free_nodes
+from mhmoe_ray.cluster.connect import Connection, connect, connect_if_running
+from mhmoe_ray.cluster.nodes import _taken_resources, free_nodes
 from mhmoe_ray.planner.placement import Node
 from tests.cli.run import mhmoe
 from tests.conftest import OF_THE_USER
@@ -25,10 +25,10 @@ def test_the_local_cluster_is_one_node_of_this_machine(local_cluster):
 
 
 def test_what_is_free_is_what_is_not_taken_and_nodes_of_a_host_are_told_apart(monkeypatch):
-    def told(number, host, **resources):
+    def node_summary(number, host, **resources):
         return {"nodeId": f"{number}" * 10, "nodeManagerHostname": host, "resourcesTotal": resources}
 
-    alive = [told(1, "a", CPU=8.0, GPU=2.0), told(2, "b", CPU=4.0), told(3, "a", CPU=2.0)]
+    alive = [node_summary(1, "a", CPU=8.0, GPU=2.0), node_summary(2, "b", CPU=4.0), node_summary(3, "a", CPU=2.0)]
     usage = {"1" * 10: "3.0/8.0 CPU (1.0 used of 2.0 reserved in placement groups)\n1.0/2.0 GPU"}
     monkeypatch.setattr(dashboard, "nodes", lambda address, token: (alive, usage))
     monkeypatch.setattr(nodes, "_labels", lambda connection, label: {"2" * 10: "rack1"})
@@ -42,25 +42,25 @@ def test_what_is_free_is_what_is_not_taken_and_nodes_of_a_host_are_told_apart(mo
 @pytest.mark.ray
 def test_the_cluster_that_commands_speak_to_is_shown_with_the_number_of_its_nodes(local_cluster, tmp_path):
     for words in ((), ("--address", local_cluster.address)):
-        told = mhmoe(tmp_path, "cluster", "status", "--json", *words).json()
-        assert (told["dashboard"], told["nodes"], told["cpus"]) == (local_cluster.address, 1, 8)
+        status = mhmoe(tmp_path, "cluster", "status", "--json", *words).json()
+        assert (status["dashboard"], status["nodes"], status["cpus"]) == (local_cluster.address, 1, 8)
 
 
 def test_without_a_cluster_none_is_asked(tmp_path, monkeypatch):
     monkeypatch.setenv("MHMOE_HOME", str(tmp_path))
     for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
         monkeypatch.delenv(name, raising=False)
-    assert connect_if_there() is None
+    assert connect_if_running() is None
 
 
 def test_what_placement_groups_reserve_is_taken_used_or_not():
     """The usage texts come from the function that Ray itself formats them with."""
     group = "1f5b8b8ff1a2ff30a6bd1b5b7ff81000000"
     usage = {"CPU": (5.0, 8.0), "GPU": (1.5, 4.0), "memory": (0.0, 2.0**30), "node:10.0.0.1": (0.0, 1.0)}
-    assert _taken("\n".join(parse_usage(usage, verbose=True))) == {"CPU": 5, "GPU": 1.5}
+    assert _taken_resources("\n".join(parse_usage(usage, verbose=True))) == {"CPU": 5, "GPU": 1.5}
     usage |= {f"CPU_group_{group}": (1.0, 3.0), f"CPU_group_0_{group}": (1.0, 3.0), f"bundle_group_{group}": (0, 1e3)}
-    assert _taken("\n".join(parse_usage(usage, verbose=True))) == {"CPU": 5, "GPU": 1.5}
-    assert _taken("") == {}
+    assert _taken_resources("\n".join(parse_usage(usage, verbose=True))) == {"CPU": 5, "GPU": 1.5}
+    assert _taken_resources("") == {}
 
 
 @pytest.mark.slow
@@ -70,9 +70,9 @@ def test_ray_packs_workers_as_forecast():
     environment = {name: value for name, value in os.environ.items() if name not in OF_THE_USER}
     environment |= {"RAY_AUTH_MODE": "disabled"}
     command = [sys.executable, "-m", "tests.cluster.pack_workers"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    runs = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[[")]
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert process.returncode == 0, process.stderr
+    runs = [json.loads(line) for line in process.stdout.splitlines() if line.startswith("[[")]
     assert [len(actual) for _, actual in runs] == [8, 3]
     assert all(forecast == actual for forecast, actual in runs)
     assert runs[0][1] == ["rack of 6"] * 6 + ["rack of 4"] * 2

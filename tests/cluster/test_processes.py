@@ -22,7 +22,7 @@ def test_who_has_ended_is_not_waited_for_though_its_parent_does_not_ask():
         try:
             child = psutil.Process(int(parent.stdout.readline()))
             wait_until(lambda: child.status() == psutil.STATUS_ZOMBIE, "its end")
-            assert spawn._alive_after(LIMIT, [child]) == []
+            assert spawn._wait_for_end(LIMIT, [child]) == []
         finally:
             parent.kill()
 
@@ -32,8 +32,8 @@ def test_who_ends_neither_by_itself_nor_when_asked_is_killed():
     with subprocess.Popen([sys.executable, "-c", stubborn], stdout=subprocess.PIPE, text=True) as process:
         try:
             process.stdout.readline()
-            ended = psutil.Process(process.pid)
-            spawn.end([ended], patience=0.5, ask=True)
-            assert spawn._is_over(ended)
+            zombie = psutil.Process(process.pid)
+            spawn.end_processes([zombie], timeout=0.5, terminate=True)
+            assert spawn._is_gone_or_zombie(zombie)
         finally:
             process.kill()

@@ -37,31 +37,31 @@ def test_an_error_of_a_job_is_raised_where_its_result_is_taken(local_cluster):
     assert list(job.progress()) == []
     with pytest.raises(DataError, match="there are no numbers"):
         job.result("the sums")
-    lost = remote.submit(connection, {}, LostRequest(numbers={}))
-    list(lost.lines())
+    submitted_job = remote.submit(connection, {}, LostRequest(numbers={}))
+    list(submitted_job.lines())
     with pytest.raises(JobError, match="the sums"):
-        lost.result("the sums")
+        submitted_job.result("the sums")
 
 
 @pytest.mark.ray
 def test_a_job_of_another_cluster_runs_in_rays_own_python_which_need_not_be_on_the_path(local_cluster):
-    other = dataclasses.replace(connect(local_cluster.address), local=False)
-    python = head_python(other, {})
+    remote_connection = dataclasses.replace(connect(local_cluster.address), local=False)
+    python = head_python(remote_connection, {})
     assert Path(python).parent == Path(sys.executable).parent
-    assert head_python(other, {"pip": ["x"]}) == "python"  # of the environment that Ray makes
-    without = {"env_vars": {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(Path.cwd())}}
-    job = remote.submit(other, without, SumRequest(numbers={"a": [1, 2]}))
+    assert head_python(remote_connection, {"pip": ["x"]}) == "python"  # of the environment that Ray makes
+    runtime_env = {"env_vars": {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(Path.cwd())}}
+    job = remote.submit(remote_connection, runtime_env, SumRequest(numbers={"a": [1, 2]}))
     list(job.lines())
     assert job.result("the sums") == {"a": 3}
 
 
 def test_a_request_travels_in_the_environment_and_its_name_in_the_entrypoint(tmp_path, monkeypatch):
     request = TrainRequest(path=str(tmp_path / "tiny-3f2a1c"), attempt=2)
-    asked = remote.job_request(request, True, {"env_vars": {"A": "b"}})
-    assert asked["submission_id"] == "tiny-3f2a1c-2"
-    assert asked["entrypoint"].endswith(" -m mhmoe_ray.train.job tiny-3f2a1c-2")
-    assert asked["metadata"] == {"mhmoe_run": "tiny-3f2a1c", "mhmoe_path": str(tmp_path / "tiny-3f2a1c")}
-    variables = asked["runtime_env"]["env_vars"]
+    submission = remote.job_request(request, True, {"env_vars": {"A": "b"}})
+    assert submission["submission_id"] == "tiny-3f2a1c-2"
+    assert submission["entrypoint"].endswith(" -m mhmoe_ray.train.job tiny-3f2a1c-2")
+    assert submission["metadata"] == {"mhmoe_run": "tiny-3f2a1c", "mhmoe_path": str(tmp_path / "tiny-3f2a1c")}
+    variables = submission["runtime_env"]["env_vars"]
     assert variables.pop("A") == "b"
     for name, value in variables.items():
         monkeypatch.setenv(name, value)

@@ -11,71 +11,74 @@ from mhmoe_ray.cluster import serve_client, serve_removal, serving
 from mhmoe_ray.cluster.connect import Connection
 from mhmoe_ray.cluster.serve_removal import remove
 from mhmoe_ray.errors import ServeError
-from tests.cluster.applications import HOST, answering, ask, building, echo, is_free, states, told_of
+from tests.cluster.applications import HOST, answering, application_details, ask, building, echo, is_free, states
 from tests.watch import LIMIT, wait_until
 
 
 def test_a_removal_that_has_begun_is_waited_for_unless_it_is_deployed_anew(monkeypatch):
     """Serve reports no deployments of an application that it is deleting."""
-    monkeypatch.setattr(serve_removal, "SAY_SECONDS", 0)
-    told, said = building(""), []
-    told["applications"] |= {"b": told["applications"]["a"], "a": {**told["applications"]["a"], "status": "DELETING"}}
-    board = {"/api/serve/applications/": told}
+    monkeypatch.setattr(serve_removal, "REPORT_SECONDS", 0)
+    answer, lines = building(""), []
+    answer["applications"] |= {
+        "b": answer["applications"]["a"],
+        "a": {**answer["applications"]["a"], "status": "DELETING"},
+    }
+    board = {"/api/serve/applications/": answer}
     with answering(board) as (port, _):
 
         def say(line):
-            said.append(line)
-            board["/api/serve/applications/"] = None if len(said) == 1 else told
-            if len(said) == 3:
-                told["applications"].pop("a", None)
+            lines.append(line)
+            board["/api/serve/applications/"] = None if len(lines) == 1 else answer
+            if len(lines) == 3:
+                answer["applications"].pop("a", None)
 
-        at = Connection(f"http://{HOST}:{port}", False, True, None)
-        remove(at, "a", say)
-        assert [line.split(",")[0] for line in said] == [
-            "application a ends what it has begun",
+        connection = Connection(f"http://{HOST}:{port}", False, True, None)
+        remove(connection, "a", say)
+        assert [line.split(",")[0] for line in lines] == [
+            "application a finishes its requests",
             "still following",
-            "application a ends what it has begun",
+            "application a finishes its requests",
         ]
         with pytest.raises(ServeError, match="application a: there is no such application"):
-            remove(at, "a")
-        told["applications"]["a"] = {**told["applications"]["b"], "status": "DELETING"}
-        with pytest.raises(ServeError, match="application a: it is deployed anew meanwhile"):
-            remove(at, "a", lambda line: told["applications"]["a"].update(status="DEPLOYING"))
+            remove(connection, "a")
+        answer["applications"]["a"] = {**answer["applications"]["b"], "status": "DELETING"}
+        with pytest.raises(ServeError, match="application a: it was deployed again meanwhile"):
+            remove(connection, "a", lambda line: answer["applications"]["a"].update(status="DEPLOYING"))
 
 
 def test_an_application_of_a_program_is_left_to_it():
-    told = building("")
-    told["applications"]["a"] |= {"source": "imperative", "deployed_app_config": None}
-    said = "application a: it was deployed by a program of its own"
-    with answering({"/api/serve/applications/": told}) as (port, _), pytest.raises(ServeError, match=said):
+    answer = building("")
+    answer["applications"]["a"] |= {"source": "imperative", "deployed_app_config": None}
+    message = "application a: a program deployed it by serve.run"
+    with answering({"/api/serve/applications/": answer}) as (port, _), pytest.raises(ServeError, match=message):
         remove(Connection(f"http://{HOST}:{port}", False, True, None), "a")
 
 
 @pytest.mark.ray
 def test_what_answers_ends_its_requests_and_what_starts_is_not_waited_for(connection, port, tmp_path, monkeypatch):
     """Serve's own rules would keep a replica for which there is no room for its deployment's hour."""
-    monkeypatch.setattr(serve_removal, "GIVE_UP_SECONDS", 2 * LIMIT)
+    monkeypatch.setattr(serve_removal, "CANCEL_SECONDS", 2 * LIMIT)
     two = {"name": "Echo", "num_replicas": 2, "graceful_shutdown_timeout_s": 3600}
     two |= {"ray_actor_options": {"num_cpus": 5}}  # of 8
-    began, until, answers = tmp_path / "began", tmp_path / "until", []
-    url = f"http://{HOST}:{port}/a?began={began}&until={until}"
+    begin_file, end_file, answers = tmp_path / "began", tmp_path / "until", []
+    url = f"http://{HOST}:{port}/a?began={begin_file}&until={end_file}"
     serving.deploy(connection, {**echo("a", "x"), "deployments": [two]}, HOST, port)
     try:
         wait_until(lambda: states(connection, "a") == ["RUNNING", "STARTING"], "one replica of two")
         wait_until(lambda: ask(port, "a").text == "x", "an answer")
         asking = threading.Thread(target=lambda: answers.append(requests.get(url, timeout=LIMIT).text))
         asking.start()
-        wait_until(began.exists, "a request under way")
+        wait_until(begin_file.exists, "a request under way")
         removing = threading.Thread(target=remove, args=(connection, "a"), daemon=True)
         removing.start()
-        wait_until(lambda: told_of(connection, "a")["status"] == "DELETING", "its removal")
-        until.touch()
+        wait_until(lambda: application_details(connection, "a")["status"] == "DELETING", "its removal")
+        end_file.touch()
         asking.join(LIMIT)
         assert answers == ["x"]
         removing.join(LIMIT)
         assert not removing.is_alive()
     finally:
-        until.touch()
+        end_file.touch()
     assert serving.applications(connection) == []
     wait_until(lambda: is_free(port), "nobody listens there any more")
 
@@ -86,7 +89,7 @@ def test_two_removals_of_an_update_that_has_no_room_end_at_once_and_well(connect
 
     Serve's own rules would keep the replica that starts for its deployment's hour.
     """
-    monkeypatch.setattr(serve_removal, "GIVE_UP_SECONDS", 2 * LIMIT)
+    monkeypatch.setattr(serve_removal, "CANCEL_SECONDS", 2 * LIMIT)
     app = echo("a", "x")
 
     def deploy(cpus):
@@ -100,9 +103,11 @@ def test_two_removals_of_an_update_that_has_no_room_end_at_once_and_well(connect
     deploy(100)
     wait_until(lambda: states(connection, "a") == ["RUNNING", "STARTING"], "one of the update")
     with ThreadPoolExecutor(2) as pool:
-        for ended in as_completed([pool.submit(remove, connection, "a") for _ in range(2)], LIMIT):
-            failed = ended.exception()  # where the other is ready first
-            assert failed is None or (isinstance(failed, ServeError) and failed.why == "there is no such application")
+        for removal in as_completed([pool.submit(remove, connection, "a") for _ in range(2)], LIMIT):
+            failed = removal.exception()  # where the other is ready first
+            assert failed is None or (
+                isinstance(failed, ServeError) and failed.reason == "there is no such application"
+            )
     assert serving.applications(connection) == []
 
 
@@ -117,14 +122,14 @@ def test_what_is_still_built_is_not_waited_for_either(connection, port, tmp_path
     assert states(connection, "a") == []
 
     def get_before_it_starts(*args):
-        details = serve_client.get(*args)
+        details = serve_client.serve_details(*args)
         if not gate.exists():
             gate.touch()
             wait_until(lambda: states(connection, "a") == ["STARTING"], "a replica without room")
         return details
 
-    monkeypatch.setattr(serve_removal, "GIVE_UP_SECONDS", 2 * LIMIT)
-    monkeypatch.setattr(serve_removal, "get", get_before_it_starts)
+    monkeypatch.setattr(serve_removal, "CANCEL_SECONDS", 2 * LIMIT)
+    monkeypatch.setattr(serve_removal, "serve_details", get_before_it_starts)
     removing = threading.Thread(target=remove, args=(connection, "a"), daemon=True)
     removing.start()
     removing.join(LIMIT)

@@ -10,10 +10,10 @@ from mhmoe_ray.cluster.jobs import with_packages
 from mhmoe_ray.cluster.serve_removal import remove
 from mhmoe_ray.errors import ServeError, SpecError
 from tests.cli.run import assert_one_line, mhmoe
-from tests.cluster.applications import HOST, answering, ask, building, echo, is_free, told_of
+from tests.cluster.applications import HOST, answering, application_details, ask, building, echo, is_free
 from tests.watch import LIMIT, wait_until
 
-OWN = """
+SOURCE = """
 import os
 
 from ray import serve
@@ -31,12 +31,12 @@ def build(args):
 
 
 def test_what_was_sent_is_not_sent_again_beside_what_is_newer():
-    given = {"env_vars": {"A": "b"}, "excludes": ["*.md"], "py_modules": ["s3://bucket/own.zip", "/home/ann/own"]}
-    sent = with_packages(given)
-    uris = [module if "://" in module else f"gcs://_ray_pkg_{i}.zip" for i, module in enumerate(sent["py_modules"])]
-    before = serving.without_packages({**sent, "py_modules": uris})
-    assert before == {**given, "py_modules": uris[:2]}, "what the spec names stays"
-    assert with_packages(before) == {**sent, "py_modules": uris[:2] + sent["py_modules"][2:]}
+    runtime_env = {"env_vars": {"A": "b"}, "excludes": ["*.md"], "py_modules": ["s3://bucket/own.zip", "/home/ann/own"]}
+    sent_env = with_packages(runtime_env)
+    uris = [module if "://" in module else f"gcs://_ray_pkg_{i}.zip" for i, module in enumerate(sent_env["py_modules"])]
+    original_env = serving.without_packages({**sent_env, "py_modules": uris})
+    assert original_env == {**runtime_env, "py_modules": uris[:2]}, "what the spec names stays"
+    assert with_packages(original_env) == {**sent_env, "py_modules": uris[:2] + sent_env["py_modules"][2:]}
     assert serving.without_packages({}) == {}
 
 
@@ -49,30 +49,30 @@ def test_replicas_run_in_the_environment_of_the_spec(connection, port, tmp_path)
     requests to ours.
     """
     (tmp_path / "own").mkdir()
-    (tmp_path / "own/__init__.py").write_text(OWN)
+    (tmp_path / "own/__init__.py").write_text(SOURCE)
     app = {"name": "a", "route_prefix": "/a", "import_path": "own:build", "args": {"checkpoint": "/etc"}}
 
-    def answer(there, word, runtime_env, modules):
+    def answer(connection, word, runtime_env, modules):
         """Deploy in this environment, assert what the replicas answer, and return the environment as it was sent."""
-        assert serving.deploy(there, {**app, "runtime_env": runtime_env}, HOST, port) == f"http://{HOST}:{port}/a"
-        serving.wait_until_running(there, "a")
+        assert serving.deploy(connection, {**app, "runtime_env": runtime_env}, HOST, port) == f"http://{HOST}:{port}/a"
+        serving.wait_until_running(connection, "a")
         assert ask(port, "a").text == word
-        [deployed] = serve_client.configs(serve_client.get(there))
+        [deployed] = serve_client.app_configs(serve_client.serve_details(connection))
         assert len(deployed["runtime_env"]["py_modules"]) == modules
         return deployed["runtime_env"]
 
-    def given(word):
+    def environment_with(word):
         return {"py_modules": [str(tmp_path / "own")], "env_vars": {"WORD": word}}
 
     try:
-        answer(connection, "here", given("here"), 1)
-        other = dataclasses.replace(connection, local=False)
-        sent = answer(other, "there", given("there"), 3)
-        assert answer(other, "there", serving.without_packages(sent), 3) == sent
+        answer(connection, "here", environment_with("here"), 1)
+        remote_connection = dataclasses.replace(connection, local=False)
+        sent_env = answer(remote_connection, "there", environment_with("there"), 3)
+        assert answer(remote_connection, "there", serving.without_packages(sent_env), 3) == sent_env
         with pytest.raises(SpecError, match=r"cluster.runtime_env: .*pip"):
-            serving.deploy(other, {**app, "runtime_env": {"pip": 3}}, HOST, port)
-        [told] = mhmoe(tmp_path, "serve", "status", "--json", MHMOE_API_KEY="secret").json()
-        assert (told["name"], told["checkpoint"], told["stats"]) == ("a", None, None)
+            serving.deploy(remote_connection, {**app, "runtime_env": {"pip": 3}}, HOST, port)
+        [status] = mhmoe(tmp_path, "serve", "status", "--json", MHMOE_API_KEY="secret").json()
+        assert (status["name"], status["checkpoint"], status["stats"]) == ("a", None, None)
         assert_one_line(mhmoe(tmp_path, "serve", "update", "a"), 10, "it serves no checkpoint of a run")
     finally:
         remove(connection, "a")
@@ -87,7 +87,7 @@ def test_who_deploys_or_removes_at_once_does_not_undo_what_the_other_does(connec
             serving.wait_until_running(connection, name)
         assert [ask(port, name).text for name in "ab"] == ["a", "b"]
         list(pool.map(lambda name: remove(connection, name), "ab"))
-    assert not serve_client.get(connection).get("http_options")
+    assert not serve_client.serve_details(connection).get("http_options")
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,7 @@ def test_a_server_is_reached_where_it_listens(host, url):
 
 
 @pytest.mark.parametrize(
-    ("board", "host", "place"),
+    ("board", "host", "expected"),
     [
         ("http://head:8265", "0.0.0.0", ("http://head:8000", True)),
         ("https://[2001:db8::1]:8265", "::", ("http://[2001:db8::1]:8000", True)),
@@ -113,45 +113,45 @@ def test_a_server_is_reached_where_it_listens(host, url):
         ("http://127.0.0.1:8265", "0.0.0.0", ("http://127.0.0.1:8000", False)),  # through a tunnel
     ],
 )
-def test_another_machines_server_is_reached_where_its_dashboard_is_or_not_at_all(board, host, place):
-    assert serving._place(Connection(board, False, False, None), host, 8000) == place
-    assert serving._place(Connection("http://127.0.0.1:8265", False, True, None), host, 8000)[1]
+def test_another_machines_server_is_reached_where_its_dashboard_is_or_not_at_all(board, host, expected):
+    assert serving._public_url(Connection(board, False, False, None), host, 8000) == expected
+    assert serving._public_url(Connection("http://127.0.0.1:8265", False, True, None), host, 8000)[1]
 
 
 def test_an_application_is_waited_for_while_serve_is_at_it_and_a_line_says_so(monkeypatch):
     """A node that must start, and its image, may take half an hour, and a dashboard may answer late meanwhile."""
-    monkeypatch.setattr(serving, "SAY_SECONDS", 0)
-    told, said = building("waiting for the cluster to auto-scale"), []
-    board = {"/api/serve/applications/": told}
+    monkeypatch.setattr(serving, "REPORT_SECONDS", 0)
+    answer, lines = building("waiting for the cluster to auto-scale"), []
+    board = {"/api/serve/applications/": answer}
     with answering(board) as (port, _):
 
         def say(line):
-            said.append(line)
-            board["/api/serve/applications/"] = None if len(said) == 1 else told
-            told["applications"]["a"]["status"] = "RUNNING"
+            lines.append(line)
+            board["/api/serve/applications/"] = None if len(lines) == 1 else answer
+            answer["applications"]["a"]["status"] = "RUNNING"
 
-        at = Connection(f"http://{HOST}:{port}", False, True, None)
-        running = serving.wait_until_running(at, "a", say=say)
+        connection = Connection(f"http://{HOST}:{port}", False, True, None)
+        running = serving.wait_until_running(connection, "a", say=say)
     assert running.url == f"http://{HOST}:8000/a"
-    assert said[0].startswith("application a is DEPLOYING for ")
-    assert said[0].endswith(" s: waiting for the cluster to auto-scale")
-    assert [line.split(",")[0] for line in said[1:]] == ["still following"]
+    assert lines[0].startswith("application a is DEPLOYING for ")
+    assert lines[0].endswith(" s: waiting for the cluster to auto-scale")
+    assert [line.split(",")[0] for line in lines[1:]] == ["still following"]
 
 
 def test_what_serve_gives_up_is_waited_for_no_longer():
-    told = building("No module named 'x'")
-    told["applications"]["a"]["status"] = "DEPLOY_FAILED"
-    with answering({"/api/serve/applications/": told}) as (port, _):
-        at = Connection(f"http://{HOST}:{port}", False, True, None)
+    answer = building("No module named 'x'")
+    answer["applications"]["a"]["status"] = "DEPLOY_FAILED"
+    with answering({"/api/serve/applications/": answer}) as (port, _):
+        connection = Connection(f"http://{HOST}:{port}", False, True, None)
         with pytest.raises(ServeError, match="application a: No module named 'x'"):
-            serving.wait_until_running(at, "a")
-        del told["applications"]["a"]
+            serving.wait_until_running(connection, "a")
+        del answer["applications"]["a"]
         with pytest.raises(ServeError, match="it is gone from the cluster"):
-            serving.wait_until_running(at, "a")
+            serving.wait_until_running(connection, "a")
 
 
 def test_a_route_is_taken_while_its_application_is_built():
-    with pytest.raises(ServeError, match="application b: a answers at /a already"):
+    with pytest.raises(ServeError, match="application b: a already answers at /a"):
         serving._check_route(building(""), {"name": "b", "route_prefix": "/a"})
 
 
@@ -160,7 +160,7 @@ def test_a_key_does_not_go_to_what_listens_here_on_another_clusters_port(tmp_pat
     """The dashboard is reached through a tunnel, as by `kubectl port-forward`."""
     config = {"import_path": "mhmoe_ray.serve.app:build", "args": {"checkpoint": "/mnt/runs/a-1/checkpoints/s"}}
     app = {"route_prefix": "/", "status": "RUNNING", "message": "", "deployments": {}, "deployed_app_config": config}
-    with answering({}) as (port, asked):
+    with answering({}) as (port, requests):
         board = {
             "/api/version": {"ray_version": "2", "session_name": "elsewhere"},
             "/nodes?view=summary": {
@@ -171,24 +171,24 @@ def test_a_key_does_not_go_to_what_listens_here_on_another_clusters_port(tmp_pat
                 "applications": {"mhmoe": app},
             },
         }
-        with answering(board) as (there, _):
-            words = ("serve", "status", "--address", f"http://127.0.0.1:{there}")
-            [told] = mhmoe(tmp_path, *words, "--json", MHMOE_API_KEY="secret", MHMOE_HOME=str(tmp_path)).json()
-            shown = mhmoe(tmp_path, *words, MHMOE_API_KEY="secret", MHMOE_HOME=str(tmp_path))
-    assert asked == []
-    assert (told["url"], told["reachable"]) == (f"http://127.0.0.1:{port}", False)
-    assert f"{told['url']} is of the cluster's own machine; ask it there, or forward its port" in shown.out
+        with answering(board) as (dashboard_port, _):
+            words = ("serve", "status", "--address", f"http://127.0.0.1:{dashboard_port}")
+            [status] = mhmoe(tmp_path, *words, "--json", MHMOE_API_KEY="secret", MHMOE_HOME=str(tmp_path)).json()
+            result = mhmoe(tmp_path, *words, MHMOE_API_KEY="secret", MHMOE_HOME=str(tmp_path))
+    assert requests == []
+    assert (status["url"], status["reachable"]) == (f"http://127.0.0.1:{port}", False)
+    assert f"{status['url']} is of the cluster's own machine; ask it there, or forward its port" in result.out
 
 
 def test_a_key_goes_to_no_proxy_on_its_way_to_this_machine(monkeypatch):
     for name in ("no_proxy", "NO_PROXY"):
         monkeypatch.setenv(name, "")
-    with answering({}) as (proxy, caught), answering({"/stats": {"model": "tiny"}}) as (port, asked):
+    with answering({}) as (proxy, proxy_requests), answering({"/stats": {"model": "tiny"}}) as (port, requests):
         for name in ("http_proxy", "HTTP_PROXY"):
             monkeypatch.setenv(name, f"http://{HOST}:{proxy}")
         application = serving.Application("mhmoe", f"http://localhost:{port}", True, "RUNNING", "", "/mnt/c")
-        assert serving.stats(application, "secret") == {"model": "tiny"}
-    assert (caught, asked) == ([], [("/stats", True)])
+        assert serving.application_stats(application, "secret") == {"model": "tiny"}
+    assert (proxy_requests, requests) == ([], [("/stats", True)])
 
 
 @pytest.mark.ray
@@ -196,9 +196,9 @@ def test_port_that_is_taken(connection):
     with socket.socket() as s:
         s.bind((HOST, 0))
         s.listen()
-        taken = s.getsockname()[1]
+        used_port = s.getsockname()[1]
         with pytest.raises(ServeError, match=f"application a: .*Failed to bind .*; correct it, or its address {HOST}"):
-            serving.deploy(connection, echo("a", "x"), HOST, taken)
+            serving.deploy(connection, echo("a", "x"), HOST, used_port)
     assert serving.applications(connection) == []  # and Serve is not left with that port: the next test takes another
 
 
@@ -209,40 +209,42 @@ def test_two_applications(connection, port, monkeypatch):
 
     Each deployment must keep the applications of others, and those that were added while its folders were sent.
     """
-    other = dataclasses.replace(connection, local=False)  # this one is sent our packages
-    send = serving._sent
+    remote_connection = dataclasses.replace(connection, local=False)  # this one is sent our packages
+    send = serving._upload_runtime_env
 
     def send_while_another_deploys(*args):
-        monkeypatch.setattr(serving, "_sent", send)
-        serving.deploy(other, echo("b", "other"), HOST, port)
+        monkeypatch.setattr(serving, "_upload_runtime_env", send)
+        serving.deploy(remote_connection, echo("b", "other"), HOST, port)
         return send(*args)
 
-    monkeypatch.setattr(serving, "_sent", send_while_another_deploys)
+    monkeypatch.setattr(serving, "_upload_runtime_env", send_while_another_deploys)
     serving.deploy(connection, echo("a", "first"), HOST, port)
     for name in "ab":
         serving.wait_until_running(connection, name, LIMIT)
     assert [ask(port, name).text for name in "ab"] == ["first", "other"]
 
-    sent = told_of(connection, "b")["deployed_app_config"]["runtime_env"]
-    serving.deploy(other, {**echo("b", "other"), "runtime_env": serving.without_packages(sent)}, HOST, port)
-    assert told_of(connection, "b")["deployed_app_config"]["runtime_env"] == sent
+    sent_env = application_details(connection, "b")["deployed_app_config"]["runtime_env"]
+    serving.deploy(
+        remote_connection, {**echo("b", "other"), "runtime_env": serving.without_packages(sent_env)}, HOST, port
+    )
+    assert application_details(connection, "b")["deployed_app_config"]["runtime_env"] == sent_env
     with pytest.raises(ServeError, match="application a: it serves no checkpoint of a run"):
-        serving.declared(connection, "a")
+        serving.deployed_config(connection, "a")
 
     serving.deploy(connection, echo("a", "second"), HOST, port)
     serving.deploy(connection, echo("c", "bad"), HOST, port)
     serving.wait_until_running(connection, "a", LIMIT)
     assert [ask(port, name).text for name in "ab"] == ["second", "other"]
 
-    with pytest.raises(ServeError, match=f"Serve listens on {HOST}:{port} already"):
+    with pytest.raises(ServeError, match=f"Serve already listens on {HOST}:{port}"):
         serving.deploy(connection, echo("d", "x"), HOST, port + 1)
-    with pytest.raises(ServeError, match="application d: a answers at /a already"):
+    with pytest.raises(ServeError, match="application d: a already answers at /a"):
         serving.deploy(connection, {**echo("d", "x"), "route_prefix": "/a"}, HOST, port)
 
     with pytest.raises(ServeError, match="application c: ValueError: bad word; see its log"):
         serving.wait_until_running(connection, "c", LIMIT)
-    found = serving.applications(connection)
-    assert [(a.name, a.status, a.url) for a in found] == [
+    applications = serving.applications(connection)
+    assert [(a.name, a.status, a.url) for a in applications] == [
         ("a", "RUNNING", f"http://{HOST}:{port}/a"),
         ("b", "RUNNING", f"http://{HOST}:{port}/b"),
         ("c", "DEPLOY_FAILED", f"http://{HOST}:{port}/c"),

@@ -14,11 +14,11 @@ def _no_tokens(tmp_path, monkeypatch):
 
 def test_own_token_is_made_once_and_for_its_owner_only(tmp_path):
     path = make_token()
-    first = own_token()
+    token = own_token()
     assert make_token() == path
-    assert own_token() == first
+    assert own_token() == token
     assert path.stat().st_mode & 0o777 == 0o600
-    assert len(first.value) == 64
+    assert len(token.value) == 64
     assert [p.name for p in path.parent.iterdir()] == [path.name]
     assert not (tmp_path / ".ray").exists()
 

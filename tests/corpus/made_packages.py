@@ -1,4 +1,4 @@
-"""Packages that tests make: a .deb is an ar archive of three members, a wheel is a zip archive."""
+"""Writers of packages for tests: a .deb is an ar archive of three members, a wheel is a zip archive."""
 
 import io
 import re
@@ -7,37 +7,39 @@ import zipfile
 from pathlib import Path
 
 from mhmoe_ray.corpus.packages import Package
-from mhmoe_ray.corpus.readers import pages
+from mhmoe_ray.corpus.readers import page_reader
 from mhmoe_ray.corpus.small import Record
-from tests.data.sources.read import read
+from tests.data.sources.read import read_source
 
-PAGES = pages("//body")
+PAGES = page_reader("//body")
 
 
-def made(origin: str, name: str, files: str, reader=PAGES, domain: str = "c4") -> Package:
+def make_package(origin: str, name: str, files: str, reader=PAGES, domain: str = "c4") -> Package:
     return Package(origin, name, "MIT", re.compile(files), reader, domain)
 
 
-def tar(files: dict[str, bytes], kind: str = "xz", links: dict[str, str] | None = None) -> bytes:
-    packed = io.BytesIO()
-    with tarfile.open(fileobj=packed, mode=f"w:{kind}") as out:
+def pack_tar(files: dict[str, bytes], compression: str = "xz", links: dict[str, str] | None = None) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode=f"w:{compression}") as archive:
         for name, content in files.items():
             member = tarfile.TarInfo(f"./{name}")
             member.size = len(content)
-            out.addfile(member, io.BytesIO(content))
+            archive.addfile(member, io.BytesIO(content))
         for name, target in (links or {}).items():
             member = tarfile.TarInfo(f"./{name}")
             member.type, member.linkname = tarfile.SYMTYPE, target
-            out.addfile(member)
-    return packed.getvalue()
+            archive.addfile(member)
+    return buffer.getvalue()
 
 
-def write_deb(path: Path, files: dict[str, bytes], kind: str = "xz", links: dict[str, str] | None = None) -> Path:
+def write_deb(
+    path: Path, files: dict[str, bytes], compression: str = "xz", links: dict[str, str] | None = None
+) -> Path:
     control = b"Package: p\nVersion: 1\nArchitecture: all\nMaintainer: A <a@example.org>\nDescription: d\n"
     members = {
         "debian-binary": b"2.0\n",
-        "control.tar.gz": tar({"control": control, "postinst": b"#!/bin/sh\nexit 1\n"}, "gz"),
-        f"data.tar.{kind}": tar(files, kind, links),
+        "control.tar.gz": pack_tar({"control": control, "postinst": b"#!/bin/sh\nexit 1\n"}, "gz"),
+        f"data.tar.{compression}": pack_tar(files, compression, links),
     }
     archive = b"!<arch>\n"
     for name, content in members.items():
@@ -56,12 +58,12 @@ def write_wheel(path: Path, files: dict[str, bytes]) -> Path:
     return path
 
 
-def page(*paragraphs: str) -> bytes:
+def html_page(*paragraphs: str) -> bytes:
     return "".join(["<html><body>", *(f"<p>{p}</p>" for p in paragraphs), "</body></html>"]).encode()
 
 
-def records_of(folder: Path) -> list[Record]:
-    """Return the records that our own readers read below the folder, none of which may be quarantined."""
-    items, tally = read(folder)
+def read_records(folder: Path) -> list[Record]:
+    """Return the records below a folder, as the readers of training data read them; fail if one is quarantined."""
+    items, tally = read_source(folder)
     assert not tally.bad
     return items

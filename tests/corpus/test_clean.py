@@ -4,54 +4,65 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given
 
-from mhmoe_ray.corpus.clean import SHORT_PARAGRAPH, SHORTEST, Cleaner, is_english, normalise
+from mhmoe_ray.corpus.clean import MIN_DOCUMENT_BYTES, MIN_PARAGRAPH_CHARS, Cleaner, is_english, normalise_text
 from mhmoe_ray.corpus.readers import Document
 
-WORDS = [f"paragraph number {i} says something long enough to be compared with others" for i in range(12)]
+PARAGRAPHS = [f"paragraph number {i} says something long enough to be compared with others" for i in range(12)]
 
 
-def clean(cleaner: Cleaner, *paragraphs: str, domain: str = "c4", translated: bool = False) -> list[str] | None:
-    text = cleaner.clean(Document("", list(paragraphs)), domain, translated)
+def clean_lines(
+    cleaner: Cleaner, *paragraphs: str, domain: str = "c4", is_translation: bool = False
+) -> list[str] | None:
+    text = cleaner.clean(Document("", list(paragraphs)), domain, is_translation)
     return None if text is None else text.split("\n")
 
 
-def test_a_paragraph_is_kept_once_in_a_domain():
+def test_cleaner_keeps_a_paragraph_once_per_domain():
     cleaner = Cleaner()
-    assert clean(cleaner, *WORDS[:6]) == WORDS[:6]
-    assert clean(cleaner, "A title", WORDS[0].upper(), *WORDS[6:], "Example") == ["A title", *WORDS[6:], "Example"]
-    assert clean(cleaner, *WORDS[:6], domain="web") == WORDS[:6]
+    assert clean_lines(cleaner, *PARAGRAPHS[:6]) == PARAGRAPHS[:6]
+    assert clean_lines(cleaner, "A title", PARAGRAPHS[0].upper(), *PARAGRAPHS[6:], "Example") == [
+        "A title",
+        *PARAGRAPHS[6:],
+        "Example",
+    ]
+    assert clean_lines(cleaner, *PARAGRAPHS[:6], domain="web") == PARAGRAPHS[:6]
 
 
-def test_a_variant_of_a_document_goes_as_a_whole():
+def test_cleaner_drops_a_variant_of_a_document():
     cleaner = Cleaner()
-    assert clean(cleaner, *WORDS)
-    assert clean(cleaner, *WORDS) is None
-    assert clean(cleaner, *WORDS[:8], *("new " + w for w in WORDS[:5])) is None
-    assert clean(cleaner, *("new " + w for w in WORDS[:5]))
+    assert clean_lines(cleaner, *PARAGRAPHS)
+    assert clean_lines(cleaner, *PARAGRAPHS) is None
+    assert clean_lines(cleaner, *PARAGRAPHS[:8], *("new " + w for w in PARAGRAPHS[:5])) is None
+    assert clean_lines(cleaner, *("new " + w for w in PARAGRAPHS[:5]))
 
 
-def test_a_whole_file_is_kept_once():
+def test_cleaner_keeps_a_source_file_once():
     cleaner = Cleaner()
     code = "def f():\n    return 1\n" * 20
-    assert clean(cleaner, code) is not None
-    assert clean(cleaner, code) is None
+    assert clean_lines(cleaner, code) is not None
+    assert clean_lines(cleaner, code) is None
 
 
-def test_english_left_in_a_translation_is_dropped():
+def test_cleaner_drops_english_text_in_a_translation():
     cleaner = Cleaner()
-    assert clean(cleaner, *WORDS, "See also")
+    assert clean_lines(cleaner, *PARAGRAPHS, "See also")
     german = [f"Absatz {i} sagt etwas, das lang genug ist, um verglichen zu werden" for i in range(12)]
-    newer = "You can use the dialog to choose which of these files will be read from now on"
-    assert clean(cleaner, german[0], WORDS[1], newer, "See also", *german[1:], domain="de", translated=True) == german
+    new_english = "You can use the dialog to choose which of these files will be read from now on"
+    assert (
+        clean_lines(
+            cleaner, german[0], PARAGRAPHS[1], new_english, "See also", *german[1:], domain="de", is_translation=True
+        )
+        == german
+    )
 
 
-def test_a_listing_with_a_few_words_translated_is_english():
+def test_cleaner_takes_a_partly_translated_listing_as_english():
     cleaner = Cleaner()
     listing = "Sub Main\n  Print Adjacent  ' the length\n  Print Angle\nEnd Sub"
-    assert clean(cleaner, listing, *WORDS)
+    assert clean_lines(cleaner, listing, *PARAGRAPHS)
     german = [f"Absatz {i} sagt etwas, das lang genug ist, um verglichen zu werden" for i in range(12)]
-    translated = listing.replace("the length", "die Länge")
-    assert clean(cleaner, translated, *german, domain="de", translated=True) == german
+    translated_listing = listing.replace("the length", "die Länge")
+    assert clean_lines(cleaner, translated_listing, *german, domain="de", is_translation=True) == german
 
 
 @pytest.mark.parametrize(
@@ -65,19 +76,21 @@ def test_a_listing_with_a_few_words_translated_is_english():
         "Writer",
     ],
 )
-def test_other_languages_do_not_read_as_english(text):
+def test_is_english_is_false_for_other_languages(text):
     assert not is_english(text)
 
 
 @given(st.lists(st.text(st.characters(exclude_characters="\n"), min_size=1), min_size=1, max_size=8), st.booleans())
-def test_what_is_kept_was_there_in_this_order_and_comes_once(paragraphs, translated):
+def test_cleaner_keeps_order_and_drops_repetitions(paragraphs, is_translation):
     paragraphs = [p * 40 for p in paragraphs]
-    text = Cleaner().clean(Document("", paragraphs), "c4", translated)
+    text = Cleaner().clean(Document("", paragraphs), "c4", is_translation)
     if text is None:
         return
-    assert len(text.encode()) >= SHORTEST
+    assert len(text.encode()) >= MIN_DOCUMENT_BYTES
     assert unicodedata.is_normalized("NFC", text)
-    left = map(normalise, paragraphs)
-    assert all(line in left for line in text.split("\n"))  # takes from the iterator: a subsequence
-    long = [line.casefold() for line in text.split("\n") if len(line) >= SHORT_PARAGRAPH]
-    assert len(long) == len(set(long))
+    remaining_paragraphs = map(normalise_text, paragraphs)
+    assert all(
+        line in remaining_paragraphs for line in text.split("\n")
+    )  # `in` consumes the iterator, so the order counts
+    long_lines = [line.casefold() for line in text.split("\n") if len(line) >= MIN_PARAGRAPH_CHARS]
+    assert len(long_lines) == len(set(long_lines))

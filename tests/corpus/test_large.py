@@ -7,21 +7,21 @@ import pyarrow as pa
 import pytest
 
 from mhmoe_ray.corpus.clean import is_english
-from mhmoe_ray.corpus.large import Written, write_large
-from mhmoe_ray.corpus.packages import PACKAGES, language_of
+from mhmoe_ray.corpus.large import SampleSummary, write_large_sample
+from mhmoe_ray.corpus.packages import PACKAGES, file_language
 from mhmoe_ray.corpus.readers import read_code
-from mhmoe_ray.corpus.small import english_parts
-from tests.corpus.made_packages import made, page, records_of, write_deb, write_wheel
+from mhmoe_ray.corpus.small import english_records
+from tests.corpus.made_packages import html_page, make_package, read_records, write_deb, write_wheel
 
 pytestmark = pytest.mark.skipif(not shutil.which("dpkg-deb"), reason="there is no dpkg-deb")
 
 ENGLISH = [f"Sentence {i} of a manual, which says what one can do with the thing it came with." for i in range(6)]
 MENU = "Bookmarks, Toolbar, Sidebar, Panel, Window, Options, Dialog, Preferences, Zoom, Clipboard"
-"""English text that cannot be recognised as English by its words."""
+"""English text without the words by which English is recognised."""
 GERMAN = [f"Satz {i} eines Handbuchs, der sagt, was man mit dem Ding tun kann, zu dem es gehört." for i in range(700)]
-MANUAL = made("Debian", "p-doc", r"usr/share/p/(?P<language>[^/]+)/.*\.html")
-CODE = made("PyPI", "P==1.0", r"p/.*\.py", read_code, "github")
-ABSENT = made("Debian", "absent-doc", r".*")
+MANUAL = make_package("Debian", "p-doc", r"usr/share/p/(?P<language>[^/]+)/.*\.html")
+CODE = make_package("PyPI", "P==1.0", r"p/.*\.py", read_code, "github")
+ABSENT = make_package("Debian", "absent-doc", r".*")
 
 
 @pytest.fixture(scope="module")
@@ -29,10 +29,10 @@ def cache(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("cache")
     files = {
         "usr/share/doc/p-doc/copyright": b"License: MIT",
-        "usr/share/p/de/a.html": page(*GERMAN[:350], ENGLISH[0], MENU),
-        "usr/share/p/de/b.html": page(*GERMAN[350:]),
-        "usr/share/p/hr/a.html": page(*(f"Rečenica {i} u kojoj nešto piše o svemu." for i in range(20))),
-        "usr/share/p/en/a.html": page(*ENGLISH, MENU),
+        "usr/share/p/de/a.html": html_page(*GERMAN[:350], ENGLISH[0], MENU),
+        "usr/share/p/de/b.html": html_page(*GERMAN[350:]),
+        "usr/share/p/hr/a.html": html_page(*(f"Rečenica {i} u kojoj nešto piše o svemu." for i in range(20))),
+        "usr/share/p/en/a.html": html_page(*ENGLISH, MENU),
     }
     write_deb(folder / "Debian" / "p-doc_1%3a2_all.deb", files)
     code = "\n".join(f"x_{i} = {i}" for i in range(100)).encode()
@@ -42,24 +42,24 @@ def cache(tmp_path_factory) -> Path:
     return folder
 
 
-def write(folder: Path, cache: Path) -> tuple[Written, list[str]]:
+def write_test_sample(folder: Path, cache: Path) -> tuple[SampleSummary, list[str]]:
     lines = list[str]()
-    few = {name: itertools.islice(records, 5) for name, records in english_parts().items()}
+    english_subset = {name: itertools.islice(records, 5) for name, records in english_records().items()}
     with (
-        pytest.MonkeyPatch.context() as patch
-    ):  # no client that could reach a network, and little of the installed text
-        patch.setattr("mhmoe_ray.corpus.fetch.client", lambda origin: None)
-        patch.setattr("mhmoe_ray.corpus.large.english_parts", lambda: few)
-        return write_large(folder, cache, lines.append, (MANUAL, ABSENT, CODE)), lines
+        pytest.MonkeyPatch.context() as monkeypatch
+    ):  # no client may reach a network, and little of the installed text is enough
+        monkeypatch.setattr("mhmoe_ray.corpus.fetch.download_command", lambda origin: None)
+        monkeypatch.setattr("mhmoe_ray.corpus.large.english_records", lambda: english_subset)
+        return write_large_sample(folder, cache, lines.append, (MANUAL, ABSENT, CODE)), lines
 
 
 @pytest.fixture(scope="module")
-def sample(tmp_path_factory, cache) -> tuple[Path, Written, list[str]]:
+def sample(tmp_path_factory, cache) -> tuple[Path, SampleSummary, list[str]]:
     folder = tmp_path_factory.mktemp("sample")
-    return folder, *write(folder, cache)
+    return folder, *write_test_sample(folder, cache)
 
 
-def _records(folder: Path) -> list[tuple[str, dict]]:
+def read_sample(folder: Path) -> list[tuple[str, dict]]:
     return [
         (str(path.parent.relative_to(folder)), json.loads(line))
         for path in sorted(folder.rglob("*.jsonl.zst"))
@@ -67,65 +67,65 @@ def _records(folder: Path) -> list[tuple[str, dict]]:
     ]
 
 
-def test_every_record_names_its_source_licence_and_language(sample):
-    folder, written, _ = sample
-    records = _records(folder)
+def test_records_name_their_source_licence_and_language(sample):
+    folder, summary, _ = sample
+    records = read_sample(folder)
     for domain, record in records:
         meta = record["meta"]
         assert meta["source"]
         assert meta["license"]
         assert meta["url"]
         assert meta["language"] == (domain.removeprefix("multilingual/") if "multi" in domain else "en")
-    of_package = [r["meta"] for _, r in records if r["meta"]["source"] == "p-doc 1:2 (Debian)"]
-    assert {m["license"] for m in of_package} == {"MIT"}
-    assert {m["language"] for m in of_package} == {"en", "de"}
-    assert len(records) == sum(written.documents.values())
+    package_meta = [r["meta"] for _, r in records if r["meta"]["source"] == "p-doc 1:2 (Debian)"]
+    assert {m["license"] for m in package_meta} == {"MIT"}
+    assert {m["language"] for m in package_meta} == {"en", "de"}
+    assert len(records) == sum(summary.documents.values())
     assert (folder / "licenses" / "p-doc.txt").read_text() == "License: MIT"
     assert (folder / "licenses" / "P.txt").read_text() == "MIT text"
 
 
-def test_english_comes_first_whatever_the_package_s_order(sample):
+def test_sample_reads_english_before_translations(sample):
     folder, _, _ = sample
     assert not is_english(MENU)
-    german = [r["text"] for domain, r in _records(folder) if domain == "multilingual/de"]
-    assert german == ["\n".join(GERMAN[:350]), "\n".join(GERMAN[350:])]
+    german_texts = [r["text"] for domain, r in read_sample(folder) if domain == "multilingual/de"]
+    assert german_texts == ["\n".join(GERMAN[:350]), "\n".join(GERMAN[350:])]
 
 
-def test_a_language_of_a_few_pages_is_left_out(sample):
-    folder, written, _ = sample
+def test_sample_leaves_out_a_language_of_a_few_pages(sample):
+    folder, summary, _ = sample
     assert not (folder / "multilingual" / "hr").exists()
-    assert "multilingual/hr" not in written.documents
+    assert "multilingual/hr" not in summary.documents
 
 
-def test_our_readers_read_all_of_it(sample):
-    folder, written, _ = sample
-    assert len(records_of(folder / "redpajama")) + len(records_of(folder / "multilingual")) == sum(
-        written.documents.values()
+def test_sample_is_readable_as_training_data(sample):
+    folder, summary, _ = sample
+    assert len(read_records(folder / "redpajama")) + len(read_records(folder / "multilingual")) == sum(
+        summary.documents.values()
     )
 
 
-def test_what_is_missing_is_said_in_a_line(sample):
-    _, written, lines = sample
-    assert len(written.missing) == 1
-    assert [line for line in lines if line.startswith("warning: ")] == [f"warning: {written.missing[0]}"]
-    assert "packages of Debian: there is no apt-get here" in written.missing[0]
-    assert written.downloaded == 0
-    assert "not 100 MB and 15" in (written.shortfall() or "")
+def test_sample_prints_a_warning_for_a_missing_package(sample):
+    _, summary, lines = sample
+    assert len(summary.missing_packages) == 1
+    assert [line for line in lines if line.startswith("warning: ")] == [f"warning: {summary.missing_packages[0]}"]
+    assert "packages of Debian: there is no apt-get here" in summary.missing_packages[0]
+    assert summary.downloaded == 0
+    assert "not 100 MB and 15" in (summary.describe_shortfall() or "")
 
 
-def test_the_same_packages_give_the_same_bytes(sample, cache, tmp_path):
-    folder, written, _ = sample
-    assert write(tmp_path, cache)[0] == written
+def test_sample_is_the_same_for_the_same_packages(sample, cache, tmp_path):
+    folder, summary, _ = sample
+    assert write_test_sample(tmp_path, cache)[0] == summary
     files = sorted(p.relative_to(folder) for p in folder.rglob("*") if p.is_file())
     assert files == sorted(p.relative_to(tmp_path) for p in tmp_path.rglob("*") if p.is_file())
     for name in files:
         assert (folder / name).read_bytes() == (tmp_path / name).read_bytes()
 
 
-def test_a_goal_reached_is_no_shortfall():
+def test_describe_shortfall_is_none_at_the_goal():
     sizes = {"redpajama/c4": 90_000_000} | {f"multilingual/{i}": 1_000_000 for i in range(14)}
-    assert Written(bytes=sizes).shortfall() is None
-    assert Written(bytes=sizes | {"multilingual/1": 999_999}).shortfall()
+    assert SampleSummary(bytes=sizes).describe_shortfall() is None
+    assert SampleSummary(bytes=sizes | {"multilingual/1": 999_999}).describe_shortfall()
 
 
 @pytest.mark.parametrize(
@@ -140,13 +140,13 @@ def test_a_goal_reached_is_no_shortfall():
         ("ca@valencia", None),
     ],
 )
-def test_languages_by_their_folder(tag, language):
-    gnome = next(p for p in PACKAGES if p.name == "gnome-user-docs")
-    assert language_of(f"usr/share/help/{tag}/gnome-help/about.page", gnome) == language
-    assert language_of(f"usr/share/help/{tag}/gnome-help/about.png", gnome) is None
+def test_file_language_reads_the_language_of_the_folder(tag, language):
+    gnome_package = next(p for p in PACKAGES if p.name == "gnome-user-docs")
+    assert file_language(f"usr/share/help/{tag}/gnome-help/about.page", gnome_package) == language
+    assert file_language(f"usr/share/help/{tag}/gnome-help/about.png", gnome_package) is None
 
 
-def test_the_table_is_sound():
+def test_packages_have_unique_names_and_licences():
     assert len({p.name for p in PACKAGES}) == len(PACKAGES)
     for package in PACKAGES:
         assert package.license

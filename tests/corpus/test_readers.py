@@ -4,13 +4,13 @@ from hypothesis import given
 
 from mhmoe_ray.corpus.readers import (
     HTML,
-    pages,
-    questions,
+    is_worth_reading,
+    page_reader,
+    question_reader,
     read_blocks,
     read_code,
     read_dictionary,
     read_mallard,
-    worth_reading,
 )
 
 PAGE = """<!DOCTYPE html><html><head><title>2.1. Ports</title><style>p {}</style></head><body>
@@ -27,8 +27,8 @@ c()
 <div>Footer</div></body></html>"""
 
 
-def test_a_page_becomes_its_paragraphs():
-    (document,) = pages("//*[@id='text']", "//a[@class='link']")(PAGE.encode())
+def test_page_reader_yields_the_paragraphs_of_a_page():
+    (document,) = page_reader("//*[@id='text']", "//a[@class='link']")(PAGE.encode())
     assert document.title == "Ports"
     assert document.paragraphs == [
         "Binding to ports",
@@ -43,19 +43,19 @@ def test_a_page_becomes_its_paragraphs():
     ]
 
 
-def test_a_page_without_the_text_gives_nothing():
-    assert list(pages("//*[@id='else']")(PAGE.encode())) == []
-    assert list(pages("//body")(b"")) == []
+def test_page_reader_skips_a_page_without_content():
+    assert list(page_reader("//*[@id='else']")(PAGE.encode())) == []
+    assert list(page_reader("//body")(b"")) == []
 
 
-def test_a_page_declares_its_encoding():
+def test_page_reader_uses_the_declared_encoding():
     page = '<html><head><meta charset="iso-8859-1"></head><body>Stra\xdfe</body></html>'.encode("latin-1")
-    (document,) = pages("//body")(page)
+    (document,) = page_reader("//body")(page)
     assert document.paragraphs == ["Straße"]
 
 
 @given(st.recursive(st.text("ab "), lambda inner: st.lists(inner, max_size=4) | st.tuples(inner), max_leaves=40))
-def test_no_letter_is_lost_however_elements_nest(tree):
+def test_read_blocks_keeps_all_text_of_nested_elements(tree):
     def markup(node) -> str:
         if isinstance(node, str):
             return node
@@ -63,25 +63,25 @@ def test_no_letter_is_lost_however_elements_nest(tree):
         return f"<{name}>{''.join(map(markup, node))}tail</{name}>"
 
     root = lxml.html.fragment_fromstring(f"<div>{markup(tree)}</div>")
-    read = "".join(block.text for block in read_blocks(root, HTML))
-    assert read.replace(" ", "") == root.text_content().replace(" ", "")
+    block_text = "".join(block.text for block in read_blocks(root, HTML))
+    assert block_text.replace(" ", "") == root.text_content().replace(" ", "")
 
 
-def test_deep_nesting_is_read():
-    (document,) = pages("//body")(b"<html><body>" + b"<i>" * 200 + b"deep" + b"</i>" * 200 + b"</body></html>")
+def test_page_reader_reads_deeply_nested_elements():
+    (document,) = page_reader("//body")(b"<html><body>" + b"<i>" * 200 + b"deep" + b"</i>" * 200 + b"</body></html>")
     assert document.paragraphs == ["deep"]
 
 
-def test_headings_that_ask_become_questions_and_answers():
+def test_question_reader_makes_questions_of_headings():
     page = "<html><head><title>Why?</title></head><body><p>Because.</p><h2>B.2 What is it?</h2><p>This.</p><p>That.</p>"
     page += "<h2>About</h2><p>Nothing.</p><h3>Unanswered?</h3></body></html>"
-    assert [d.paragraphs for d in questions("//body")(page.encode())] == [
+    assert [d.paragraphs for d in question_reader("//body")(page.encode())] == [
         ["Q: Why?", "A: Because."],
         ["Q: What is it?", "A: This.", "That."],
     ]
 
 
-def test_mallard():
+def test_read_mallard_yields_the_page():
     page = """<page xmlns="http://projectmallard.org/1.0/"><info><desc>About</desc><credit><name>N</name></credit></info>
     <title>Tasten</title><p>Ein <em>Wort</em> <gui>Start</gui>,
        dann.</p><steps><item><p>Eins</p></item></steps><screen>$ ls
@@ -91,7 +91,7 @@ def test_mallard():
     assert document.paragraphs == ["Tasten", "Ein Wort Start, dann.", "Eins", "$ ls\n  -l"]
 
 
-def test_code_loses_the_notice_of_its_rights_only():
+def test_read_code_removes_only_the_licence_notice():
     body = "\n".join(f"int add_{i}(int a) {{ return a + {i}; }}" for i in range(20))
     for notice in (
         "/* Copyright A\n * Licence B */\n",
@@ -103,14 +103,14 @@ def test_code_loses_the_notice_of_its_rights_only():
     assert document.paragraphs[0].startswith("/* Adds. */")
 
 
-def test_code_that_is_no_text():
+def test_read_code_drops_binary_and_generated_files():
     assert list(read_code(b"\xff\xfe" * 200)) == []
-    assert worth_reading("a = 1\n" * 50)
+    assert is_worth_reading("a = 1\n" * 50)
     for text in ("a = 1\n", "x" * 1001 + "\na" * 50, ("x" * 101 + "\n") * 5, "+-*/()\n" * 50):
-        assert not worth_reading(text)
+        assert not is_worth_reading(text)
 
 
-def test_a_dictionary():
+def test_read_dictionary_yields_its_entries():
     text = "00-database-info\n   About it.\n\nword\n\n   <kind> A {unit} of\n   text.\n\n   (2001-02-03)\n\n"
     text += "zebra\n\n   Striped.\n"
     assert [d.paragraphs for d in read_dictionary(text.encode())] == [

@@ -1,4 +1,4 @@
-"""Read a training stream as Ray Train would split it over workers."""
+"""Reader of a training stream that is split over workers as Ray Train splits it."""
 
 import threading
 
@@ -9,25 +9,22 @@ from mhmoe_ray.spec import RunSpec
 from mhmoe_ray.train.worker import sample_digest
 
 
-def read_splits(spec: RunSpec, world: int, start: int) -> list[list[tuple[list[int], int]]]:
-    """Return the positions and the digest of each batch, by worker.
-
-    It needs a running Ray.
-    """
-    stream = training_stream(spec, start, world)
+def read_splits(spec: RunSpec, world_size: int, start_position: int) -> list[list[tuple[list[int], int]]]:
+    """Return the positions and the digest of each batch, by worker. Ray must be running."""
+    stream = training_stream(spec, start_position, world_size)
     stream.context.execution_options = ray.data.ExecutionOptions(preserve_order=True)
-    found: list[list[tuple[list[int], int]]] = [[] for _ in range(world)]
+    batches_by_rank: list[list[tuple[list[int], int]]] = [[] for _ in range(world_size)]
 
-    def read(rank, split):
+    def read_split(rank, split):
         for batch in split.iter_batches(batch_size=spec.train.micro_batch_size, batch_format="numpy"):
-            found[rank].append((batch["position"].tolist(), sample_digest(batch["tokens"])))
+            batches_by_rank[rank].append((batch["position"].tolist(), sample_digest(batch["tokens"])))
 
     threads = [
-        threading.Thread(target=read, args=(rank, split))
-        for rank, split in enumerate(stream.streaming_split(world, equal=True))
+        threading.Thread(target=read_split, args=(rank, split))
+        for rank, split in enumerate(stream.streaming_split(world_size, equal=True))
     ]
     for t in threads:
         t.start()
     for t in threads:
         t.join()
-    return found
+    return batches_by_rank

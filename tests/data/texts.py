@@ -1,4 +1,4 @@
-"""Raw text made by the tests, in RedPajama's layout."""
+"""Raw text for tests, in RedPajama's layout."""
 
 import json
 from pathlib import Path
@@ -8,14 +8,14 @@ import pyarrow as pa
 WORDS = ("the moon rises over a quiet sea and every small boat turns home before night falls on us all").split()
 
 
-def documents(name: str, count: int, words: int = 60) -> list[str]:
-    """Return different texts of different lengths that depend on the arguments only."""
+def make_documents(name: str, count: int, words: int = 60) -> list[str]:
+    """Return `count` different texts of different lengths, which depend on the arguments only."""
     seed = sum(map(ord, name))
 
-    def text(i: int) -> str:
+    def document_text(i: int) -> str:
         return " ".join(WORDS[(i * j * 7 + seed + j) % len(WORDS)] for j in range(words + i % 13))
 
-    return [f"{name} {i}: {text(i + 1)}" for i in range(count)]
+    return [f"{name} {i}: {document_text(i + 1)}" for i in range(count)]
 
 
 def write_lines(path: Path, lines: list[bytes]) -> None:
@@ -32,13 +32,13 @@ def write_documents(path: Path, texts: list[str]) -> None:
 def write_corpus(folder: Path) -> dict[str, list[str]]:
     """Write three domains in all supported file forms; return the texts by domain."""
     files = {
-        "a/one.jsonl": documents("a-one", 40),
-        "a/two.jsonl.zst": documents("a-two", 25),
-        "b/three.jsonl.gz": documents("b-three", 30),
-        "c/en_head_0000.json.gz.dedup.classifier.jsonl.zst": documents("c-four", 12),
+        "a/one.jsonl": make_documents("a-one", 40),
+        "a/two.jsonl.zst": make_documents("a-two", 25),
+        "b/three.jsonl.gz": make_documents("b-three", 30),
+        "c/en_head_0000.json.gz.dedup.classifier.jsonl.zst": make_documents("c-four", 12),
     }
-    texts: dict[str, list[str]] = {}
-    for name, made in files.items():
-        write_documents(folder / name, made)
-        texts.setdefault(f"web/{name[0]}", []).extend(made)
-    return texts
+    texts_by_domain: dict[str, list[str]] = {}
+    for name, domain_texts in files.items():
+        write_documents(folder / name, domain_texts)
+        texts_by_domain.setdefault(f"web/{name[0]}", []).extend(domain_texts)
+    return texts_by_domain

@@ -1,4 +1,4 @@
-"""Rows with their routes on several ranks, and the results they must have: all that one process computes from them."""
+"""Rows with their routes on several ranks, and the comparison of the results with those of one process."""
 
 from typing import NamedTuple
 
@@ -9,15 +9,15 @@ from mhmoe_ray.model.moe import dispatch_locally
 from mhmoe_ray.model.router import Routing
 from tests.specs import tiny_spec
 
-WIDTH, HELD = 16, 2
+WIDTH, EXPERTS_PER_RANK = 16, 2
 
 
 class Case(NamedTuple):
     rows: tuple[int, ...] = (11, 7, 9)
     """Number of rows of each rank."""
-    only: tuple[int, ...] = ()
-    """Experts that routes go to, all by default; for rank r they are moved on by r times HELD if `own`."""
-    own: bool = False
+    used_experts: tuple[int, ...] = ()
+    """Experts that routes go to; by default all. If `is_local`, rank r has these ids plus r * EXPERTS_PER_RANK."""
+    is_local: bool = False
     dropped: float = 0.0
     """Share of routes that are dropped."""
     top_k: int = 2
@@ -29,23 +29,26 @@ class Case(NamedTuple):
 
     @property
     def experts(self) -> int:
-        return HELD * len(self.rows)
+        return EXPERTS_PER_RANK * len(self.rows)
 
 
-def made(case, held, only_rank=None):
-    """Return rows with their routes, of all ranks or of one, and the experts `held`, all in float64 before rounding."""
+def build_problem(case, expert_ids, only_rank=None):
+    """Return the experts `expert_ids` and rows with their routes, of all ranks or of one.
+
+    All values are drawn in float64 and then rounded.
+    """
     g = torch.Generator().manual_seed(5)
     moe = {"heads": 1, "experts": case.experts, "top_k": 1, "d_expert": 24, "kernel": case.kernel}
     model = {**tiny_spec().model.model_dump(), "d_model": WIDTH, "moe": moe, **dict(case.model)}
-    experts = Experts(tiny_spec(model=model).model, held).double()
+    experts = Experts(tiny_spec(model=model).model, expert_ids).double()
     for p in experts.parameters():
-        whole = torch.randn(case.experts, *p.shape[1:], generator=g, dtype=torch.float64) / 4
-        p.data.copy_(whole[held.start : held.stop])
+        full_tensor = torch.randn(case.experts, *p.shape[1:], generator=g, dtype=torch.float64) / 4
+        p.data.copy_(full_tensor[expert_ids.start : expert_ids.stop])
     experts.recompute = case.recompute
     parts = []
     for rank, n in enumerate(case.rows):
-        only = torch.tensor(case.only or range(case.experts)) + (rank * HELD if case.own else 0)
-        expert_NK = only[torch.rand(n, len(only), generator=g).topk(case.top_k).indices]
+        used_E = torch.tensor(case.only or range(case.experts)) + (rank * EXPERTS_PER_RANK if case.own else 0)
+        expert_NK = used_E[torch.rand(n, len(used_E), generator=g).topk(case.top_k).indices]
         gate_NK = torch.rand(n, case.top_k, generator=g, dtype=torch.float64) + 0.1
         kept_NK = torch.rand(n, case.top_k, generator=g) >= case.dropped
         x_ND, dy_ND = torch.randn(2, n, WIDTH, generator=g, dtype=torch.float64)
@@ -55,28 +58,25 @@ def made(case, held, only_rank=None):
     return experts.to(case.dtype), x_ND.to(case.dtype), *routes, dy_ND
 
 
-def outputs_and_gradients(case, through, experts, x_ND, expert_NK, gate_NK, kept_NK, dy_ND):
+def outputs_and_gradients(case, dispatch, experts, x_ND, expert_NK, gate_NK, kept_NK, dy_ND):
     x_ND, gate_NK = (t.requires_grad_() for t in (x_ND, gate_NK.to(torch.promote_types(case.dtype, torch.float32))))
     count_E = torch.bincount(expert_NK[kept_NK], minlength=case.experts)
     routing = Routing(expert_NK, gate_NK * kept_NK, *[torch.zeros(())] * 2, count_E, torch.zeros(()), None)
     with torch.autocast("cpu", torch.bfloat16, enabled=case.autocast):
-        y_ND = through(x_ND, routing, experts)
+        y_ND = dispatch(x_ND, routing, experts)
     inputs = (x_ND, gate_NK, *experts.parameters())
     gradients = torch.autograd.grad(y_ND, inputs, dy_ND.to(y_ND.dtype), materialize_grads=True)
     assert [g.dtype for g in gradients] == [t.dtype for t in inputs]
     return [y_ND.detach(), *gradients], routing
 
 
-def assert_those_of_one_process(case, ranks):
-    """Assert that the ranks' outputs and gradients are those of one process.
-
-    Rows are split over ranks in order, and so are experts.
-    """
-    exact = case._replace(dtype=torch.float64, autocast=False)
-    expected, _ = outputs_and_gradients(exact, dispatch_locally, *made(exact, range(case.experts)))
+def assert_equal_to_one_process(case, ranks):
+    """Assert that the ranks' outputs and gradients together equal those of one process."""
+    exact_case = case._replace(dtype=torch.float64, autocast=False)
+    expected, _ = outputs_and_gradients(exact_case, dispatch_locally, *build_problem(exact_case, range(case.experts)))
     assert all(tensors[0].dtype == (torch.bfloat16 if case.autocast else case.dtype) for tensors in ranks)
     for i, oracle in enumerate(expected):
-        ours = torch.cat([tensors[i] for tensors in ranks])
-        assert ours.shape == oracle.shape
+        output = torch.cat([tensors[i] for tensors in ranks])
+        assert output.shape == oracle.shape
         rounding = 0.05 if case.autocast else {torch.float64: 1e-12, torch.float32: 1e-6}.get(case.dtype, 0.05)
-        assert (ours - oracle).norm() <= rounding * oracle.norm(), ("y", "dx", "dgate", *["weights"] * 9)[i]
+        assert (output - oracle).norm() <= rounding * oracle.norm(), ("y", "dx", "dgate", *["weights"] * 9)[i]

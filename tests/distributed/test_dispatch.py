@@ -1,4 +1,4 @@
-"""Rows that cross between processes to their experts, against all of them in one process."""
+"""Flat dispatch between processes, compared with all rows and experts in one process."""
 
 import gc
 from datetime import timedelta
@@ -9,9 +9,16 @@ import torch.distributed as dist
 
 import mhmoe_kernels
 from mhmoe_ray.distributed.dispatch import flat
-from mhmoe_ray.distributed.dispatch.exchange import least_sent
+from mhmoe_ray.distributed.dispatch.exchange import flat_row_bytes
 from mhmoe_ray.distributed.dispatch.flat import FlatDispatch
-from tests.distributed.routed import HELD, WIDTH, Case, assert_those_of_one_process, made, outputs_and_gradients
+from tests.distributed.routed import (
+    EXPERTS_PER_RANK,
+    WIDTH,
+    Case,
+    assert_equal_to_one_process,
+    build_problem,
+    outputs_and_gradients,
+)
 from tests.ranks import run_ranks
 
 RANKS = 3
@@ -24,10 +31,10 @@ CASES = {
     "many choices": Case(top_k=5),
     "no row at a rank": Case(rows=(11, 0, 9)),
     "no row anywhere": Case(rows=(0, 0, 0)),
-    "an expert without rows": Case(only=(0, 1, 2, 4, 5)),
-    "all rows to one rank": Case(only=(2, 3)),
-    "all rows of a gelu to one rank": Case(only=(2, 3), model=(("backbone", "subln"),)),
-    "every row at home": Case(only=(0, 1), own=True),
+    "an expert without rows": Case(used_experts=(0, 1, 2, 4, 5)),
+    "all rows to one rank": Case(used_experts=(2, 3)),
+    "all rows of a gelu to one rank": Case(used_experts=(2, 3), model=(("backbone", "subln"),)),
+    "every row at home": Case(used_experts=(0, 1), is_local=True),
     "some routes dropped": Case(dropped=0.4),
     "all in bfloat16": Case(dtype=torch.bfloat16),
     "autocast": Case(dtype=torch.float32, autocast=True),
@@ -35,119 +42,122 @@ CASES = {
 }
 
 
-def on_a_rank():
-    """Return for each case outputs and gradients, outputs without gradients, and what was sent; for the last also the
-    parts that are alive."""
+def results_of_rank():
+    """Return the outputs and gradients, the outputs without gradients, and the sent bytes of each case; for the last
+    case also the number of live passes."""
     rank, results = dist.get_rank(), {}
-    held = range(rank * HELD, (rank + 1) * HELD)
+    expert_ids = range(rank * EXPERTS_PER_RANK, (rank + 1) * EXPERTS_PER_RANK)
     for name, case in CASES.items():
-        through = FlatDispatch(dist.group.WORLD)
-        experts, *problem = made(case, held, rank)
-        tensors, routing = outputs_and_gradients(case, through, experts, *problem)
-        sent = through.pop_sent()
-        kept = []
-        hooks = torch.autograd.graph.saved_tensors_hooks(kept.append, lambda t: t)
+        dispatch = FlatDispatch(dist.group.WORLD)
+        experts, *problem = build_problem(case, expert_ids, rank)
+        tensors, routing = outputs_and_gradients(case, dispatch, experts, *problem)
+        sent_bytes = dispatch.pop_sent_bytes()
+        saved_tensors = []
+        hooks = torch.autograd.graph.saved_tensors_hooks(saved_tensors.append, lambda t: t)
         with torch.no_grad(), hooks, torch.autocast("cpu", torch.bfloat16, enabled=case.autocast):
-            alone = through(problem[0], routing, experts)
+            output = dispatch(problem[0], routing, experts)
         row_bytes = WIDTH * (2 if case.autocast else case.dtype.itemsize)
         results[name] = {
             "tensors": tensors,
-            "without gradients": (alone, alone.requires_grad, len(kept), through.pop_sent()),
-            "sent": sent,
-            "least": least_sent(routing.count_E[None], held, row_bytes),
+            "without gradients": (output, output.requires_grad, len(saved_tensors), dispatch.pop_sent_bytes()),
+            "sent": sent_bytes,
+            "least": flat_row_bytes(routing.count_E[None], expert_ids, row_bytes),
         }
-    y_ND = through(problem[0], routing, experts)
-    results["parts"] = [parts_alive(), torch.autograd.grad(y_ND.sum(), experts.fc2_EDF), parts_alive()]
+    y_ND = dispatch(problem[0], routing, experts)
+    results["parts"] = [count_live_passes(), torch.autograd.grad(y_ND.sum(), experts.fc2_EDF), count_live_passes()]
     return results
 
 
-def parts_alive():
-    return sum(isinstance(o, flat._Part) for o in gc.get_objects() if type(o).__module__ == flat.__name__)
+def count_live_passes():
+    return sum(isinstance(o, flat._ExpertPass) for o in gc.get_objects() if type(o).__module__ == flat.__name__)
 
 
 @pytest.fixture(scope="module")
 def ranks():
-    return run_ranks(RANKS, on_a_rank)
+    return run_ranks(RANKS, results_of_rank)
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_outputs_and_gradients_are_those_of_one_process(ranks, name):
-    assert_those_of_one_process(CASES[name], [rank[name]["tensors"] for rank in ranks])
+    assert_equal_to_one_process(CASES[name], [rank[name]["tensors"] for rank in ranks])
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_without_gradients_it_gives_the_same_and_keeps_nothing(ranks, name):
     for rank in ranks:
-        y_ND, differentiable, kept, sent = rank[name]["without gradients"]
+        y_ND, differentiable, saved_tensors, sent_bytes = rank[name]["without gradients"]
         assert torch.equal(y_ND, rank[name]["tensors"][0])
-        assert (differentiable, kept) == (False, 0)
-        assert sent.counts == rank[name]["sent"].counts
+        assert (differentiable, saved_tensors) == (False, 0)
+        assert sent_bytes.counts == rank[name]["sent"].counts
     forward = sum(rank[name]["without gradients"][3].rows for rank in ranks)
     assert sum(rank[name]["sent"].rows for rank in ranks) == 2 * forward
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_no_row_travels_that_need_not(ranks, name):
+def test_only_necessary_rows_are_sent(ranks, name):
     assert sum(rank[name]["sent"].rows for rank in ranks) == sum(rank[name]["least"] for rank in ranks)
-    assert all(rank[name]["sent"].counts == (RANKS - 1) * HELD * 8 for rank in ranks)
-    crossing = sum(CASES[name].rows) and not CASES[name].own
-    assert (sum(rank[name]["least"] for rank in ranks) > 0) == bool(crossing)
+    assert all(rank[name]["sent"].counts == (RANKS - 1) * EXPERTS_PER_RANK * 8 for rank in ranks)
+    has_remote_rows = sum(CASES[name].rows) and not CASES[name].is_local
+    assert (sum(rank[name]["least"] for rank in ranks) > 0) == bool(has_remote_rows)
 
 
-def test_the_backward_frees_what_it_used_while_the_loss_lives(ranks):
+def test_the_backward_frees_its_tensors_while_the_loss_lives(ranks):
     for rank in ranks:
-        before, gradient, after = rank["parts"]
-        assert (before, after) == (2, 0)
+        previous_count, gradient, final_count = rank["parts"]
+        assert (previous_count, final_count) == (2, 0)
         assert gradient[0].any()
 
 
-def test_what_must_be_sent_is_a_row_for_each_route_elsewhere_four_times():
+def test_each_remote_route_is_sent_as_a_row_four_times():
     count_LE = torch.tensor([[5, 3, 2, 1], [0, 7, 0, 4]])
-    assert least_sent(count_LE, range(1, 3), row_bytes=10) == 4 * (5 + 1 + 0 + 4) * 10
+    assert flat_row_bytes(count_LE, range(1, 3), row_bytes=10) == 4 * (5 + 1 + 0 + 4) * 10
 
 
-def a_peer_that_lags(path):
-    """Let rank 1 start each exchange only when rank 0 has done what should need nothing of it; return the order of a
-    rank's steps."""
+def steps_with_a_slow_peer(path):
+    """Return the order of a rank's steps when rank 1 starts each exchange only after the steps of rank 0 that must not
+    depend on it."""
     rank, case, steps = dist.get_rank(), Case(rows=(11, 7)), []
     store = dist.FileStore(str(path), 2)
     start, permute, run = dist.all_to_all_single, flat.permute, mhmoe_kernels.run_sorted_experts
-    before = iter(
+    awaited_steps = iter(
         ["permuted", "own rows, forward", "their rows, forward", "own rows, backward", "their rows, backward"]
     )
 
-    def done(step):
+    def record_step(step):
         steps.append(step)
         if rank == 0:
             store.set(step, "")
 
-    def started(*args, **kwargs):
-        step = next(before)
-        # What goes back needs the rows of the other rank first.
+    def start_when_ready(*args, **kwargs):
+        step = next(awaited_steps)
+        # An exchange of results needs the rows of the other rank first.
         if rank == 1 and "their" not in step:
             store.wait([step], timedelta(seconds=60))
         return start(*args, **kwargs)
 
-    def permuted(*args):
+    def permute_and_record(*args):
         result = permute(*args)
-        done("permuted")
+        record_step("permuted")
         return result
 
-    def ran(backend, x_RD, counts, weights):
+    def run_and_record(backend, x_RD, counts, weights):
         y_RD = run(backend, x_RD, counts, weights)
-        whose = "own" if len(steps) == 1 else "their"
-        done(f"{whose} rows, forward")
-        x_RD.register_hook(lambda _: done(f"{whose} rows, backward"))
+        owner = "own" if len(steps) == 1 else "their"
+        record_step(f"{owner} rows, forward")
+        x_RD.register_hook(lambda _: record_step(f"{owner} rows, backward"))
         return y_RD
 
-    dist.all_to_all_single, flat.permute, flat.run_sorted_experts = started, permuted, ran
-    experts, *problem = made(case, range(rank * 3, rank * 3 + 3), rank)
+    dist.all_to_all_single, flat.permute, flat.run_sorted_experts = start_when_ready, permute_and_record, run_and_record
+    experts, *problem = build_problem(case, range(rank * 3, rank * 3 + 3), rank)
     outputs_and_gradients(case, FlatDispatch(dist.group.WORLD), experts, *problem)
     return steps
 
 
 def test_a_rank_works_on_its_own_rows_while_the_others_rows_are_not_there(tmp_path):
-    """A rank that did not would wait forever, and the other rank's wait would end in an error."""
-    for steps in run_ranks(2, a_peer_that_lags, tmp_path / "store"):
-        own, their = "own rows, {}", "their rows, {}"
-        assert steps == ["permuted", *(text.format(way) for way in ("forward", "backward") for text in (own, their))]
+    """Otherwise the rank would wait forever, and the other rank's wait would end in an error."""
+    for steps in run_ranks(2, steps_with_a_slow_peer, tmp_path / "store"):
+        own_text, received_text = "own rows, {}", "their rows, {}"
+        assert steps == [
+            "permuted",
+            *(text.format(way) for way in ("forward", "backward") for text in (own_text, received_text)),
+        ]

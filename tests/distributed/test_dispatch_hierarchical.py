@@ -1,4 +1,4 @@
-"""Rows that cross between made-up nodes once each, against all experts in one process, and their cost in bytes."""
+"""Hierarchical dispatch between hypothetical nodes, compared with all experts in one process, and its bytes."""
 
 import pytest
 import torch
@@ -8,7 +8,14 @@ from mhmoe_ray.distributed.build import build_dispatch
 from mhmoe_ray.distributed.dispatch.flat import FlatDispatch
 from mhmoe_ray.distributed.dispatch.hierarchical import HierarchicalDispatch
 from mhmoe_ray.distributed.mesh import build_mesh
-from tests.distributed.routed import HELD, WIDTH, Case, assert_those_of_one_process, made, outputs_and_gradients
+from tests.distributed.routed import (
+    EXPERTS_PER_RANK,
+    WIDTH,
+    Case,
+    assert_equal_to_one_process,
+    build_problem,
+    outputs_and_gradients,
+)
 from tests.ranks import run_ranks
 from tests.specs import tiny_spec
 
@@ -25,9 +32,9 @@ CASES = {
     "no row at a rank": Case((11, 0, 9, 5)),
     "no row at a node": Case((0, 0, 9, 5)),
     "no row anywhere": Case((0, 0, 0, 0)),
-    "all rows to one node": Case(ROWS, only=(4, 5, 6, 7)),
-    "all rows to one rank": Case(ROWS, only=(2, 3)),
-    "every row at home": Case(ROWS, only=(0, 1), own=True),
+    "all rows to one node": Case(ROWS, used_experts=(4, 5, 6, 7)),
+    "all rows to one rank": Case(ROWS, used_experts=(2, 3)),
+    "every row at home": Case(ROWS, used_experts=(0, 1), is_local=True),
     "some routes dropped": Case(ROWS, top_k=4, dropped=0.4),
     "all routes dropped": Case(ROWS, dropped=1.0),
     "all in bfloat16": Case(ROWS, dtype=torch.bfloat16),
@@ -41,37 +48,37 @@ def dispatch_of(dispatch, nodes):
     return build_dispatch(spec, build_mesh(spec, nodes, "cpu"))
 
 
-def on_a_rank():
-    """Return for each layout and case outputs and gradients, outputs without gradients, what was sent, and the
-    routes."""
+def results_of_rank():
+    """Return the outputs and gradients, the outputs without gradients, the sent bytes and the routes of each layout and
+    case."""
     rank, results = dist.get_rank(), {}
     for layout, nodes in LAYOUTS.items():
-        hierarchical, plain = dispatch_of("hierarchical", nodes), dispatch_of("flat", nodes)
+        hierarchical, flat = dispatch_of("hierarchical", nodes), dispatch_of("flat", nodes)
         assert isinstance(hierarchical, HierarchicalDispatch)
         for name, case in CASES.items():
-            experts, *problem = made(case, range(rank * HELD, (rank + 1) * HELD), rank)
+            experts, *problem = build_problem(case, range(rank * EXPERTS_PER_RANK, (rank + 1) * EXPERTS_PER_RANK), rank)
             tensors, routing = outputs_and_gradients(case, hierarchical, experts, *problem)
-            sent = hierarchical.pop_sent()
-            kept = []
-            hooks = torch.autograd.graph.saved_tensors_hooks(kept.append, lambda t: t)
+            sent_bytes = hierarchical.pop_sent_bytes()
+            saved_tensors = []
+            hooks = torch.autograd.graph.saved_tensors_hooks(saved_tensors.append, lambda t: t)
             with torch.no_grad(), hooks, torch.autocast("cpu", torch.bfloat16, enabled=case.autocast):
-                alone = hierarchical(problem[0], routing, experts)
-            outputs_and_gradients(case, plain, experts, *problem)
+                output = hierarchical(problem[0], routing, experts)
+            outputs_and_gradients(case, flat, experts, *problem)
             results[layout, name] = {
                 "tensors": tensors,
-                "without gradients": (alone, alone.requires_grad, len(kept)),
-                "sent": sent,
-                "sent flat": plain.pop_sent(),
+                "without gradients": (output, output.requires_grad, len(saved_tensors)),
+                "sent": sent_bytes,
+                "sent flat": flat.pop_sent_bytes(),
                 "routes": routing.expert_NK.masked_fill(routing.gate_NK == 0, -1).tolist(),
             }
-            hierarchical.pop_sent()
+            hierarchical.pop_sent_bytes()
     results["no grid"] = [type(dispatch_of("hierarchical", nodes)) for nodes in ("aaaa", "aaab", "abba")]
     return results
 
 
 @pytest.fixture(scope="module")
 def ranks():
-    return run_ranks(RANKS, on_a_rank)
+    return run_ranks(RANKS, results_of_rank)
 
 
 every_case = pytest.mark.parametrize(("layout", "name"), [(layout, name) for layout in LAYOUTS for name in CASES])
@@ -79,15 +86,15 @@ every_case = pytest.mark.parametrize(("layout", "name"), [(layout, name) for lay
 
 @every_case
 def test_outputs_and_gradients_are_those_of_one_process(ranks, layout, name):
-    assert_those_of_one_process(CASES[name], [rank[layout, name]["tensors"] for rank in ranks])
+    assert_equal_to_one_process(CASES[name], [rank[layout, name]["tensors"] for rank in ranks])
 
 
 @every_case
 def test_without_gradients_it_gives_the_same_and_keeps_nothing(ranks, layout, name):
     for rank in ranks:
-        y_ND, differentiable, kept = rank[layout, name]["without gradients"]
+        y_ND, differentiable, saved_tensors = rank[layout, name]["without gradients"]
         assert torch.equal(y_ND, rank[layout, name]["tensors"][0])
-        assert (differentiable, kept) == (False, 0)
+        assert (differentiable, saved_tensors) == (False, 0)
 
 
 @every_case
@@ -95,22 +102,22 @@ def test_a_row_crosses_once_to_each_node_that_has_experts_for_it(ranks, layout, 
     case, nodes = CASES[name], LAYOUTS[layout]
     row_bytes = WIDTH * (2 if case.autocast else case.dtype.itemsize)
     # There and back, twice; gates there and back, and numbers of experts there.
-    beside = case.top_k * (2 * torch.promote_types(case.dtype, torch.float32).itemsize + 4)
-    local = RANKS // len(set(nodes))
-    crossing = between = far_routes = far_ranks = 0
-    for rank, found in enumerate(ranks):
-        for experts in found[layout, name]["routes"]:
-            owners = [e // HELD for e in experts if e >= 0]
-            crossing += len({nodes[owner] for owner in owners} - {nodes[rank]})
-            # A row comes in at the rank of the sender's place, and goes on to the owner if that is another.
-            between += sum(owner % local != rank % local for owner in owners)
+    extra_bytes = case.top_k * (2 * torch.promote_types(case.dtype, torch.float32).itemsize + 4)
+    ranks_per_node = RANKS // len(set(nodes))
+    node_crossings = rank_crossings = far_routes = far_ranks = 0
+    for rank, results in enumerate(ranks):
+        for experts in results[layout, name]["routes"]:
+            owners = [e // EXPERTS_PER_RANK for e in experts if e >= 0]
+            node_crossings += len({nodes[owner] for owner in owners} - {nodes[rank]})
+            # A row arrives at the rank of the sender's position, and is sent on if its owner is another rank.
+            rank_crossings += sum(owner % ranks_per_node != rank % ranks_per_node for owner in owners)
             far_routes += sum(nodes[owner] != nodes[rank] for owner in owners)
             far_ranks += sum(owner != rank for owner in owners)
-    sent, sent_flat = ([rank[layout, name][key] for rank in ranks] for key in ("sent", "sent flat"))
-    assert sum(s.between_nodes for s in sent) == crossing * (4 * row_bytes + beside)
-    assert sum(s.rows - s.between_nodes for s in sent) == between * 4 * row_bytes
-    assert sum(s.between_nodes for s in sent_flat) == far_routes * 4 * row_bytes
-    assert sum(s.rows for s in sent_flat) == far_ranks * 4 * row_bytes
+    sent_bytes, flat_bytes = ([rank[layout, name][key] for rank in ranks] for key in ("sent", "sent flat"))
+    assert sum(s.between_nodes for s in sent_bytes) == node_crossings * (4 * row_bytes + extra_bytes)
+    assert sum(s.rows - s.between_nodes for s in sent_bytes) == rank_crossings * 4 * row_bytes
+    assert sum(s.between_nodes for s in flat_bytes) == far_routes * 4 * row_bytes
+    assert sum(s.rows for s in flat_bytes) == far_ranks * 4 * row_bytes
 
 
 def test_a_group_within_a_node_or_unequally_spread_stays_flat(ranks):

@@ -27,11 +27,11 @@ def test_the_first_papers_logged_rate():
 
 
 @pytest.mark.parametrize("backbone", ["llama", "subln"])
-def test_matrices_decay_and_biases_and_norms_do_not_in_experts_as_elsewhere(backbone):
+def test_only_matrices_decay_including_those_of_experts(backbone):
     model = Decoder(tiny_spec(model={"backbone": backbone}).model)
-    decays = {
+    decay_of = {
         p: g["weight_decay"] for g in build_optimizer(model, spec(weight_decay=0.1)).param_groups for p in g["params"]
     }
-    found = {name for name, parameter in model.named_parameters() if decays[parameter] == 0.1}
-    assert found == {name for name, _ in model.named_parameters() if "bias" not in name and "norm" not in name}
-    assert {decays[parameter] for name, parameter in model.named_parameters() if name not in found} == {0}
+    decayed_names = {name for name, parameter in model.named_parameters() if decay_of[parameter] == 0.1}
+    assert decayed_names == {name for name, _ in model.named_parameters() if "bias" not in name and "norm" not in name}
+    assert {decay_of[parameter] for name, parameter in model.named_parameters() if name not in decayed_names} == {0}

@@ -68,8 +68,8 @@ def questions(side: Side, normal: Normaliser) -> Iterator[Question]:
     yield "version", lambda: side.text("--version")
     yield "presets", lambda: side.text("presets")
     yield "presets --json", lambda: side.json("presets", "--json")
-    for name, (file, *more) in PLANS.items():
-        words = ["plan", str(tree / file), *more]
+    for name, (file, *other_words) in PLANS.items():
+        words = ["plan", str(tree / file), *other_words]
         yield f"plan of {name}", lambda words=words: normal.text(side.text(*words))
         yield f"plan --json of {name}", lambda words=words: normal.value(side.json(*words, "--json"))
     for name in SWEEPS:
@@ -77,11 +77,11 @@ def questions(side: Side, normal: Normaliser) -> Iterator[Question]:
         yield f"sweep --dry-run of {name}", lambda words=words: normal.text(side.text(*words))
     yield "sweep --dry-run --json", lambda: normal.value(side.json("sweep", "sweep.yaml", "--dry-run", "--json"))
     yield "submit --dry-run", lambda: normal.value(side.json("submit", "spec.yaml", "--dry-run"))
-    far = ["submit", "spec.yaml", "--dry-run", "--address", "http://127.0.0.1:1"]
-    yield "submit --dry-run for another cluster", lambda: normal.value(side.json(*far))
-    yield "cluster render", lambda: _rendered(side, normal, "rendered")
+    unreachable_submit = ["submit", "spec.yaml", "--dry-run", "--address", "http://127.0.0.1:1"]
+    yield "submit --dry-run for another cluster", lambda: normal.value(side.json(*unreachable_submit))
+    yield "cluster render", lambda: _rendered_files(side, normal, "rendered")
     run = [word for key, value in ON_SITE.items() for word in ("--set", f"{key}={value}")]
-    yield "cluster render --run", lambda: _rendered(side, normal, "rendered-run", "--run", "spec.yaml", *run)
+    yield "cluster render --run", lambda: _rendered_files(side, normal, "rendered-run", "--run", "spec.yaml", *run)
     for name, words in MISTAKES.items():
         yield f"mistake: {name}", lambda words=words: mistake(side, normal, words)
 
@@ -102,11 +102,11 @@ def _helps(side: Side, command: list[str]) -> Iterator[tuple[list[str], str]]:
     """Yield the help of a command and of all commands below it, which its own help lists."""
     text = side.text(*command, "--help")
     yield command, text
-    _, _, listed = text.partition("\nCommands:\n")
-    for name in re.findall(r"^  (\w[\w-]*)(?:  |$)", listed, re.MULTILINE):
+    _, _, command_table = text.partition("\nCommands:\n")
+    for name in re.findall(r"^  (\w[\w-]*)(?:  |$)", command_table, re.MULTILINE):
         yield from _helps(side, [*command, name])
 
 
-def _rendered(side: Side, normal: Normaliser, into: str, *more: str) -> Any:
-    said = side.text("cluster", "render", str(side.tree / "cluster" / "site.yaml"), "--into", into, *more)
-    return {"said": normal.text(said), **normal.value(reading.contents(side.project / into))}
+def _rendered_files(side: Side, normal: Normaliser, target_folder: str, *options: str) -> Any:
+    output = side.text("cluster", "render", str(side.tree / "cluster" / "site.yaml"), "--into", target_folder, *options)
+    return {"said": normal.text(output), **normal.value(reading.contents(side.project / target_folder))}

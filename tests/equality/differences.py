@@ -2,44 +2,44 @@
 
 from typing import Any
 
-SHOWN = 200
+SHOWN_CHARACTERS = 200
 """Largest number of characters of a value that is shown."""
 
 
-def first_difference(base: Any, here: Any, path: str = "") -> str | None:
+def first_difference(base: Any, actual: Any, path: str = "") -> str | None:
     """Return where two JSON values first differ and how, in one line, or None where they are equal.
 
     Args:
         base: The value of the commit.
-        here: The value of the working tree.
+        actual: The value of the working tree.
         path: The keys and indices that lead to the values.
     """
-    if isinstance(base, dict) and isinstance(here, dict):
-        keys = list(dict.fromkeys([*base, *here]))
-        return _first_of(base, here, keys, path)
-    if isinstance(base, list) and isinstance(here, list):
-        by_place = [dict(enumerate(values)) for values in (base, here)]
-        return _first_of(*by_place, list(range(max(len(base), len(here)))), path)
-    if isinstance(base, str) and isinstance(here, str) and "\n" in base + here:
-        return first_difference(base.split("\n"), here.split("\n"), f"{path} line")
+    if isinstance(base, dict) and isinstance(actual, dict):
+        keys = list(dict.fromkeys([*base, *actual]))
+        return _first_difference_of_keys(base, actual, keys, path)
+    if isinstance(base, list) and isinstance(actual, list):
+        values_by_index = [dict(enumerate(values)) for values in (base, actual)]
+        return _first_difference_of_keys(*values_by_index, list(range(max(len(base), len(actual)))), path)
+    if isinstance(base, str) and isinstance(actual, str) and "\n" in base + actual:
+        return first_difference(base.split("\n"), actual.split("\n"), f"{path} line")
     # 1 == 1.0 == True in Python, and they are three different things in JSON; NaN is never equal to itself.
-    if repr(base) == repr(here):
+    if repr(base) == repr(actual):
         return None
-    return f"{path.strip() or 'it'} is {_shown(base)}, and here {_shown(here)}"
+    return f"{path.strip() or 'it'} is {_shortened(base)}, and here {_shortened(actual)}"
 
 
-def _first_of(base: dict[Any, Any], here: dict[Any, Any], keys: list[Any], path: str) -> str | None:
+def _first_difference_of_keys(base: dict[Any, Any], actual: dict[Any, Any], keys: list[Any], path: str) -> str | None:
     for key in keys:
-        below = f"{path} {key}"
-        if key not in here:
-            return f"{below.strip()} is {_shown(base[key])}, and here it is not there"
+        inner_path = f"{path} {key}"
+        if key not in actual:
+            return f"{inner_path.strip()} is {_shortened(base[key])}, and here it is not there"
         if key not in base:
-            return f"{below.strip()} is not there, and here {_shown(here[key])}"
-        if (difference := first_difference(base[key], here[key], below)) is not None:
+            return f"{inner_path.strip()} is not there, and here {_shortened(actual[key])}"
+        if (difference := first_difference(base[key], actual[key], inner_path)) is not None:
             return difference
     return None
 
 
-def _shown(value: Any) -> str:
+def _shortened(value: Any) -> str:
     text = repr(value)
-    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+    return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}..."

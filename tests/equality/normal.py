@@ -46,9 +46,9 @@ class Normaliser:
     def value(self, value: Any) -> Any:
         """Return a JSON value with its texts treated as by `text`, and without the values of `CHANGING_KEYS`."""
         if isinstance(value, dict):
-            return {self.text(key): self._of_key(key, each) for key, each in value.items()}
+            return {self.text(key): self._of_key(key, element) for key, element in value.items()}
         if isinstance(value, list):
-            return [self.value(each) for each in value]
+            return [self.value(element) for element in value]
         return self.text(value) if isinstance(value, str) else value
 
     def _of_key(self, key: str, value: Any) -> Any:

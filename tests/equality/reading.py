@@ -30,8 +30,8 @@ def tensors(path: Path) -> dict[str, Any]:
     offsets = json.loads(header.pop("__metadata__", {}).get("DCP_SHARDING_INFO", "{}"))
     described = {}
     for name, entry in sorted(header.items()):
-        first, last = entry["data_offsets"]
-        raw = data[start + first : start + last]
+        tensor_start, tensor_end = entry["data_offsets"]
+        raw = data[start + tensor_start : start + tensor_end]
         described[name] = {"dtype": entry["dtype"], "shape": entry["shape"], "begins": offsets.get(name)}
         if entry["dtype"] in FLOATS:
             values = np.frombuffer(raw, FLOATS[entry["dtype"]]).astype(np.float64)

@@ -72,8 +72,8 @@ class Side:
         (self.folder / "bin" / "mhmoe").write_text(LAUNCHER.format(module=module, function=function))
 
     def _made_environment(self, level: str) -> dict[str, str]:
-        of_others = ("RAY_", "MHMOE_", "PYTHON", "OMP_", "MKL_")
-        inherited = {name: value for name, value in os.environ.items() if not name.startswith(of_others)}
+        foreign_prefixes = ("RAY_", "MHMOE_", "PYTHON", "OMP_", "MKL_")
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith(foreign_prefixes)}
         packages = [path.parent for top in (self.tree, self.tree / "kernels") for path in top.glob("*/__init__.py")]
         aten, onednn, mkl = LEVELS[level]
         return {
@@ -99,7 +99,7 @@ class Side:
     def ask(self, *args: str, stdin: str = "") -> Answer:
         """Run `mhmoe` with these arguments in the project folder."""
         command = [sys.executable, str(self.folder / "bin" / "mhmoe"), *args]
-        done = subprocess.run(
+        process = subprocess.run(
             command,
             cwd=self.project,
             env=self._environment,
@@ -108,7 +108,7 @@ class Side:
             text=True,
             timeout=SECONDS,
         )
-        return Answer(done.returncode, done.stdout, done.stderr)
+        return Answer(process.returncode, process.stdout, process.stderr)
 
     def text(self, *args: str) -> str:
         """Return the standard output of a command that must succeed.
@@ -141,9 +141,9 @@ class Side:
             self.text("cluster", "status")
             yield
         finally:
-            down = self.ask("cluster", "down")
-            if down.code:
-                print(f"warning: the cluster of {self.folder} may still run: {down.err}", file=sys.stderr)
+            shutdown = self.ask("cluster", "down")
+            if shutdown.code:
+                print(f"warning: the cluster of {self.folder} may still run: {shutdown.err}", file=sys.stderr)
 
     def check_imports(self, *parts: str) -> list[str]:
         """Return the evidence that a process did not run this side's code, one line each.
@@ -152,11 +152,13 @@ class Side:
             parts: Texts for each of which there must be a process with that text in its command line.
         """
         lines = [json.loads(line) for line in self.imports.read_text().splitlines()]
-        wrong = [f"{line['command']} imported {line['package']} from {line['origin']}" for line in lines]
-        wrong = [text for text, line in zip(wrong, lines, strict=True) if not self._is_ours(line["origin"])]
+        foreign_imports = [f"{line['command']} imported {line['package']} from {line['origin']}" for line in lines]
+        foreign_imports = [
+            text for text, line in zip(foreign_imports, lines, strict=True) if not self._is_ours(line["origin"])
+        ]
         commands = [" ".join(line["command"]) for line in lines]
-        missing = [part for part in parts if not any(part in command for command in commands)]
-        return [*wrong, *(f"no process of {part!r} imported the project" for part in missing)]
+        missing_parts = [part for part in parts if not any(part in command for command in commands)]
+        return [*foreign_imports, *(f"no process of {part!r} imported the project" for part in missing_parts)]
 
     def _is_ours(self, origin: str | None) -> bool:
         return origin is not None and Path(origin).is_relative_to(self.tree)

@@ -64,7 +64,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "cluster": {"workers": 2, "ep": 2, "dispatch": "hierarchical"},
     },
     "heads-4": {
-        # Experts so wide that a part of their hidden rows is computed anew, and no dense layer.
+        # Experts so wide that a part of their hidden rows is computed again, and no dense layer.
         "model.moe": {"heads": 4, "experts": 8, "top_k": 2, "d_expert": 64, "every": 1, "kernel": "grouped"},
         "model.d_ff": None,
         "cluster": {"workers": 2, "strategy": "zero1"},

@@ -25,12 +25,12 @@ class Store:
         """
         packages = sorted(f"{d.name}=={d.version}" for d in distributions() if d.name != "mhmoe-ray")
         sources = [ROOT / "tests" / "equal.py", *sorted((ROOT / "tests" / "equality").rglob("*.py"))]
-        asked = [hashlib.sha256(source.read_bytes()).hexdigest() for source in sources]
+        source_hashes = [hashlib.sha256(source.read_bytes()).hexdigest() for source in sources]
         # Libraries choose among their kernels by the CPU's maker too.
         cpuinfo = Path("/proc/cpuinfo")
         lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else [platform.processor()]
         cpu = next((line for line in lines if line.startswith("model name")), lines[0])
-        key = json.dumps([commit, level, models, packages, sys.version, cpu, asked])
+        key = json.dumps([commit, level, models, packages, sys.version, cpu, source_hashes])
         self._file = FOLDER / f"{commit[:12]}-{hashlib.sha256(key.encode()).hexdigest()[:12]}.json"
 
     def read(self) -> dict[str, Any] | None:
@@ -41,8 +41,8 @@ class Store:
         stored: dict[str, Any] = json.loads(self._file.read_text())
         return stored
 
-    def write(self, seen: dict[str, Any]) -> None:
+    def write(self, observations: dict[str, Any]) -> None:
         FOLDER.mkdir(exist_ok=True)
         partial = self._file.with_suffix(".partial")
-        partial.write_text(json.dumps(seen))
+        partial.write_text(json.dumps(observations))
         partial.rename(self._file)

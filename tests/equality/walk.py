@@ -13,9 +13,9 @@ from tests.equality.commands import Question
 from tests.equality.normal import Normaliser
 from tests.equality.side import CommandError, Side
 
-Seen = dict[str, Any]
+Observations = dict[str, Any]
 """Observations of a side, each by the name of what was observed."""
-AT_A_TIME = 3
+CONCURRENT_QUESTIONS = 3
 SERVED = "heads-2"
 SERVED_BESIDE = "first-paper"
 EXPORTED = ("sparse", "heads-2", "first-paper")
@@ -23,7 +23,7 @@ EVALUATED = "heads-2"
 PROMPTS = ("a", "der mond", "1 2 3 ä")
 
 
-def walk(side: Side, models: list[str], port: int, say: Callable[[str], None]) -> Seen:
+def walk(side: Side, models: list[str], port: int, say: Callable[[str], None]) -> Observations:
     """Ask a side all questions, and return the observations.
 
     Args:
@@ -35,48 +35,48 @@ def walk(side: Side, models: list[str], port: int, say: Callable[[str], None]) -
     Raises:
         CommandError: A command fails that must not.
     """
-    normal, seen = Normaliser(side.folder), Seen()
+    normal, observations = Normaliser(side.folder), Observations()
     specs.write_project(side.project, models)
     say("commands that need no cluster")
-    seen |= _answers(commands.questions(side, normal))
+    observations |= _answers(commands.questions(side, normal))
     say("starting a cluster")
     with side.cluster():
         say("preparing text")
-        seen |= _answers(_preparations(side, normal))
+        observations |= _answers(_preparations(side, normal))
         say(f"training {len(models) * len(specs.PRECISIONS)} runs")
-        seen["sweep --json"] = normal.value(side.json("sweep", "sweep.yaml", "--json"))
+        observations["sweep --json"] = normal.value(side.json("sweep", "sweep.yaml", "--json"))
         runs = _runs(side, models)
         for name, run in runs.items():
-            seen |= _of_run(name, run, normal)
+            observations |= _run_observations(name, run, normal)
         say("evaluating, exporting, serving")
-        seen |= _answers(_afterwards(side, normal, runs, port))
+        observations |= _answers(_questions_about_runs(side, normal, runs, port))
         say("stopping")
-    return seen
+    return observations
 
 
-def _answers(questions: Iterable[Question]) -> Seen:
-    """Return the answer to each question; `AT_A_TIME` of them are asked at the same time."""
-    with ThreadPoolExecutor(AT_A_TIME) as pool:
-        asked = {name: pool.submit(find) for name, find in questions}
-        return {name: answer.result() for name, answer in asked.items()}
+def _answers(questions: Iterable[Question]) -> Observations:
+    """Return the answer to each question; `CONCURRENT_QUESTIONS` of them are asked at the same time."""
+    with ThreadPoolExecutor(CONCURRENT_QUESTIONS) as pool:
+        pending_answers = {name: pool.submit(find) for name, find in questions}
+        return {name: answer.result() for name, answer in pending_answers.items()}
 
 
 def _preparations(side: Side, normal: Normaliser) -> Iterator[Question]:
     for file, folder in (("spec.yaml", "prepared"), ("best-fit.yaml", specs.BEST_FIT["prepared"])):
 
         def prepared(file: str = file, folder: str = folder) -> Any:
-            said = side.json("data", "prepare", file, "--json")
+            report = side.json("data", "prepare", file, "--json")
             mixture = side.json("data", "mix", file, "--json")
             files = reading.contents(side.project / folder)
-            return normal.value({"said": said, "mixture": mixture, **files})
+            return normal.value({"said": report, "mixture": mixture, **files})
 
         yield f"shards of {folder}", prepared
     yield "data inspect --json", lambda: normal.value(side.json("data", "inspect", "text/web", "--json"))
     lint = ["data", "lint", "text/web", "--json"]
-    yield "data lint --json", lambda: _both(side, normal, lint)
+    yield "data lint --json", lambda: _exit_code_and_json(side, normal, lint)
 
 
-def _both(side: Side, normal: Normaliser, words: list[str]) -> Any:
+def _exit_code_and_json(side: Side, normal: Normaliser, words: list[str]) -> Any:
     """Return the exit code of a command, which may be any, and the JSON that it prints."""
     answer = side.ask(*words)
     return {"exit code": answer.code, "json": normal.value(json.loads(answer.out))}
@@ -92,34 +92,34 @@ def _runs(side: Side, models: list[str]) -> dict[str, Path]:
     for model in models:
         for precision in specs.PRECISIONS:
             [run] = (side.project / "runs").glob(f"{specs.run_name(model, precision)}-??????")
-            last = reading.json_lines(run / "events.jsonl")[-1]
-            if last["event"] != "finished":
-                raise CommandError(f"run {run.name} ended with {last}")
+            last_event = reading.json_lines(run / "events.jsonl")[-1]
+            if last_event["event"] != "finished":
+                raise CommandError(f"run {run.name} ended with {last_event}")
             runs[specs.variant(model, precision)] = run
     return runs
 
 
-def _of_run(name: str, run: Path, normal: Normaliser) -> Seen:
+def _run_observations(name: str, run: Path, normal: Normaliser) -> Observations:
     """Return the observations of a run's directory."""
-    seen = {f"metrics of {name}": normal.value(reading.json_lines(run / "metrics.jsonl"))}
+    observations = {f"metrics of {name}": normal.value(reading.json_lines(run / "metrics.jsonl"))}
     # The first moments of the first checkpoint are the first step's gradients, times 1 - beta1: of two trees whose
     # backward passes differ it is the first that shows.
     for part in ("weights", "optim"):
         folders = sorted((run / "checkpoints").iterdir())
-        seen[f"{part} of {name}"] = {folder.name: reading.contents(folder / part) for folder in folders}
+        observations[f"{part} of {name}"] = {folder.name: reading.contents(folder / part) for folder in folders}
     manifests = {path.parent.name: json.loads(path.read_text()) for path in (run / "checkpoints").glob("*/*.json")}
-    seen[f"manifests of {name}"] = normal.value(dict(sorted(manifests.items())))
-    seen[f"events of {name}"] = normal.value(reading.json_lines(run / "events.jsonl"))
-    seen[f"routes of {name}"] = reading.contents(run / "routing")
-    seen[f"spec of {name}"] = normal.text((run / "spec.yaml").read_text())
-    seen[f"names of files of {name}"] = sorted(path.name for path in run.iterdir())
-    return seen
+    observations[f"manifests of {name}"] = normal.value(dict(sorted(manifests.items())))
+    observations[f"events of {name}"] = normal.value(reading.json_lines(run / "events.jsonl"))
+    observations[f"routes of {name}"] = reading.contents(run / "routing")
+    observations[f"spec of {name}"] = normal.text((run / "spec.yaml").read_text())
+    observations[f"names of files of {name}"] = sorted(path.name for path in run.iterdir())
+    return observations
 
 
-def _afterwards(side: Side, normal: Normaliser, runs: dict[str, Path], port: int) -> Iterator[Question]:
+def _questions_about_runs(side: Side, normal: Normaliser, runs: dict[str, Path], port: int) -> Iterator[Question]:
     """Yield the questions about finished runs; serving, which takes longest, comes first."""
 
-    def asked(*words: str) -> Callable[[], Any]:
+    def question(*words: str) -> Callable[[], Any]:
         return lambda: normal.value(side.json(*words, "--json"))
 
     names = {name: run.name for name, run in runs.items()}
@@ -127,28 +127,28 @@ def _afterwards(side: Side, normal: Normaliser, runs: dict[str, Path], port: int
     if served:
         yield "answers over HTTP", lambda: _served(side, normal, served, port)
     if evaluated := names.get(specs.variant(EVALUATED, "bfloat16")):
-        yield "eval --json", asked("eval", evaluated, "--text", "text/web")
+        yield "eval --json", question("eval", evaluated, "--text", "text/web")
     if evaluated := names.get(specs.variant(EVALUATED, "float32")):
-        yield "routing --json", asked("routing", evaluated)
+        yield "routing --json", question("routing", evaluated)
     for model in EXPORTED:
         if run := names.get(specs.variant(model, "float32")):
             yield f"export of {model}", lambda model=model, run=run: _exported(side, normal, model, run)
     for name, run in names.items():
-        yield f"status --json of {name}", asked("status", run)
+        yield f"status --json of {name}", question("status", run)
     name, run = next(iter(names.items()))
     yield f"ckpt inspect of {name}", lambda: normal.text(side.text("ckpt", "inspect", run))
-    yield f"ckpt inspect --json of {name}", asked("ckpt", "inspect", run)
-    yield f"ckpt verify --json of {name}", asked("ckpt", "verify", run)
-    listed = ["list", "equal-", "--json"]
-    yield "list --json", lambda: _by_run(normal.value(side.json(*listed)))
-    for what, words in {
+    yield f"ckpt inspect --json of {name}", question("ckpt", "inspect", run)
+    yield f"ckpt verify --json of {name}", question("ckpt", "verify", run)
+    list_command = ["list", "equal-", "--json"]
+    yield "list --json", lambda: _by_run(normal.value(side.json(*list_command)))
+    for mistake, words in {
         "a finished run to resume": ["resume", run],
         "a finished run to stop": ["stop", run],
         "a changed run to resume": ["resume", run, "--set", "train.steps=20"],
         "data of another recipe": ["data", "prepare", "spec.yaml", "--set", "data.seq_len=16"],
         "a checkpoint that is not there": ["generate", run, "--prompt", "x", "--checkpoint", "step_00000077.1"],
     }.items():
-        yield f"mistake: {what}", lambda words=words: commands.mistake(side, normal, words)
+        yield f"mistake: {mistake}", lambda words=words: commands.mistake(side, normal, words)
 
 
 def _by_run(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -160,40 +160,44 @@ def _exported(side: Side, normal: Normaliser, model: str, run: str) -> Any:
     """Return the files of an export, the output of the commands, and what the model generates when it is imported
     again."""
     folder = f"export-{model}"
-    said = [side.text("ckpt", "export", run, "--to", folder)]
+    outputs = [side.text("ckpt", "export", run, "--to", folder)]
     imported = side.text("ckpt", "import", folder, "--name", f"back-{model}", "--seq-len", "32")
-    back = imported.split()[-1]
-    words = ["generate", back, "--prompt", PROMPTS[0], "--temperature", "0", "--max-tokens", "12", "--json"]
-    found = {"said": [*said, imported], "generated": side.json(*words), "status": side.json("status", back, "--json")}
-    return normal.value({**found, **reading.contents(side.project / folder)})
+    imported_run = imported.split()[-1]
+    words = ["generate", imported_run, "--prompt", PROMPTS[0], "--temperature", "0", "--max-tokens", "12", "--json"]
+    observations = {
+        "said": [*outputs, imported],
+        "generated": side.json(*words),
+        "status": side.json("status", imported_run, "--json"),
+    }
+    return normal.value({**observations, **reading.contents(side.project / folder)})
 
 
 def _served(side: Side, normal: Normaliser, runs: list[str], port: int) -> Any:
     """Return the answers of servers of these runs, the first one at / and the others at their own names."""
-    found: dict[str, Any] = {}
+    observations: dict[str, Any] = {}
     names = ("mhmoe", "beside")[: len(runs)]
     for run, name in zip(runs, names, strict=True):
-        said = side.text("serve", "deploy", run, "--name", name, "--set", f"serve.port={port}")
+        output = side.text("serve", "deploy", run, "--name", name, "--set", f"serve.port={port}")
         url = f"http://127.0.0.1:{port}" + ("" if name == "mhmoe" else f"/{name}")
-        answers: dict[str, Any] = {"said": said}
+        answers: dict[str, Any] = {"said": output}
         for path in ("/openapi.json", "/health", "/ready", "/v1/models", "/tokenizer_info"):
             answers[path] = _http(url + path)
         for prompt in PROMPTS:
             body = {"prompt": prompt, "max_tokens": 12, "temperature": 0, "logprobs": 5, "echo": True}
             answers[f"greedy {prompt}"] = _http(f"{url}/v1/completions", body)
-            drawn = {"prompt": prompt, "max_tokens": 12, "seed": 7, "top_p": 0.9, "n": 2}
-            answers[f"drawn {prompt}"] = _http(f"{url}/v1/completions", drawn)
-        talk = {"messages": [{"role": "user", "content": "a"}], "max_tokens": 6, "temperature": 0}
-        answers["chat"] = _http(f"{url}/v1/chat/completions", talk)
+            sampled_request = {"prompt": prompt, "max_tokens": 12, "seed": 7, "top_p": 0.9, "n": 2}
+            answers[f"drawn {prompt}"] = _http(f"{url}/v1/completions", sampled_request)
+        chat_request = {"messages": [{"role": "user", "content": "a"}], "max_tokens": 6, "temperature": 0}
+        answers["chat"] = _http(f"{url}/v1/chat/completions", chat_request)
         answers["tokens"] = _http(f"{url}/tokenize", {"prompt": PROMPTS[-1]})
         answers["an unknown field"] = _http(f"{url}/v1/completions", {"prompt": "a", "nonsense": 1})
         answers["a temperature out of range"] = _http(f"{url}/v1/completions", {"prompt": "a", "temperature": 3})
         answers["another model"] = _http(f"{url}/v1/completions", {"prompt": "a", "model": "nonsense"})
         answers["no such path"] = _http(f"{url}/v1/nonsense")
-        found[name] = answers
-    found["serve status --json"] = side.json("serve", "status", "--json")
-    found["serve down"] = [side.text("serve", "down", name) for name in reversed(names)]
-    return normal.value(found)
+        observations[name] = answers
+    observations["serve status --json"] = side.json("serve", "status", "--json")
+    observations["serve down"] = [side.text("serve", "down", name) for name in reversed(names)]
+    return normal.value(observations)
 
 
 def _http(url: str, body: Any = None) -> Any:

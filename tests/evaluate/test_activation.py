@@ -1,4 +1,4 @@
-"""Routing figures of cases whose answer is known."""
+"""Tests of the figures on the use of experts, against cases with known answers."""
 
 import numpy as np
 import pytest
@@ -9,9 +9,8 @@ from mhmoe_ray.evaluate import activation
 from mhmoe_ray.evaluate.request import RoutingCounts
 
 
-def counts_of(routes, heads=1):
-    """Return the counts of one layer with these numbers of routes to its experts, where each token has a single
-    expert."""
+def make_counts(routes, heads=1):
+    """Return the counts of one layer whose experts get `routes`; each token goes to a single expert."""
     tokens = sum(routes)
     return RoutingCounts(
         tokens=tokens,
@@ -23,31 +22,33 @@ def counts_of(routes, heads=1):
     )
 
 
-def test_uniform_routing_is_1_everywhere_and_collapse_0():
-    uniform, collapsed = counts_of([25] * 4), counts_of([100, 0, 0, 0])
-    assert activation.load(uniform.counts).tolist() == [[1, 1, 1, 1]]
-    assert activation.entropy(uniform) == pytest.approx([1])
-    assert activation.entropy(collapsed) == pytest.approx([0])
-    assert activation.activated(uniform) == [1 if t < 0.25 else 0 for t in activation.THRESHOLDS]
-    assert activation.activated(collapsed) == [0.25] * len(activation.THRESHOLDS)
-    assert activation.activated_relative(uniform.counts) == [1 if t < 1 else 0 for t in activation.RELATIVE]
+def test_figures_of_uniform_and_collapsed_routing():
+    uniform, collapsed = make_counts([25] * 4), make_counts([100, 0, 0, 0])
+    assert activation.expert_loads(uniform.counts).tolist() == [[1, 1, 1, 1]]
+    assert activation.load_entropy(uniform) == pytest.approx([1])
+    assert activation.load_entropy(collapsed) == pytest.approx([0])
+    assert activation.activated_shares(uniform) == [1 if t < 0.25 else 0 for t in activation.THRESHOLDS]
+    assert activation.activated_shares(collapsed) == [0.25] * len(activation.THRESHOLDS)
+    assert activation.relative_activated_shares(uniform.counts) == [
+        1 if t < 1 else 0 for t in activation.RELATIVE_THRESHOLDS
+    ]
     assert activation.specialisation(collapsed, uniform) == pytest.approx(0.75)
     assert activation.specialisation(uniform, uniform) == 0
 
 
-def test_heads():
-    assert activation.mean_agreement(counts_of([1, 1])) is None
-    assert activation.mean_agreement(counts_of([1, 1], heads=3)) == pytest.approx([1])
-    assert activation.first_weight(counts_of([3, 1], heads=2)) == pytest.approx([0.5])
+def test_figures_of_several_heads():
+    assert activation.mean_head_agreement(make_counts([1, 1])) is None
+    assert activation.mean_head_agreement(make_counts([1, 1], heads=3)) == pytest.approx([1])
+    assert activation.first_choice_weight(make_counts([3, 1], heads=2)) == pytest.approx([0.5])
 
 
 @given(st.lists(st.lists(st.integers(0, 50), min_size=4, max_size=4).filter(any), min_size=1, max_size=5))
-def test_texts_joined_count_as_one(parts):
-    whole = activation.joined([counts_of(routes) for routes in parts])
-    assert whole == counts_of(np.sum(parts, 0).tolist())
-    shares = activation.activated(whole)
+def test_sum_counts_equals_the_counts_of_all_texts(routes_by_text):
+    total_counts = activation.sum_counts([make_counts(routes) for routes in routes_by_text])
+    assert total_counts == make_counts(np.sum(routes_by_text, 0).tolist())
+    shares = activation.activated_shares(total_counts)
     assert shares == sorted(shares, reverse=True)
 
 
-def test_there_may_be_any_number_of_texts():
-    assert activation.joined([counts_of([1, 2])] * 2000) == counts_of([2000, 4000])
+def test_sum_counts_takes_any_number_of_texts():
+    assert activation.sum_counts([make_counts([1, 2])] * 2000) == make_counts([2000, 4000])

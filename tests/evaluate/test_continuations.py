@@ -1,4 +1,4 @@
-"""The task that jobs/paper/continuations.py makes of a run's held-out documents."""
+"""Test of the lm-eval task that jobs/paper/continuations.py makes of a run's held-out documents."""
 
 import json
 import random
@@ -13,7 +13,7 @@ from mhmoe_ray.evaluate.harness import run_tasks
 from mhmoe_ray.runs.directory import Attempt, add_attempt, create_run
 from tests.checkpoint.huggingface.conftest import TEXT
 from tests.data.texts import write_documents
-from tests.evaluate.test_measure import model_of
+from tests.evaluate.test_measure import make_model
 from tests.llama_tokenizer import llama_tokenizer
 from tests.specs import tiny_spec
 
@@ -21,34 +21,45 @@ FRACTION = 0.3
 WORDS = [f"w{i}" for i in range(500)]
 
 
-@pytest.mark.filterwarnings("ignore")  # lm-eval's
+@pytest.mark.filterwarnings("ignore")  # lm-eval warns
 @pytest.mark.slow
-def test_right_choices_go_on_with_their_passage_in_documents_that_are_held_out_and_lm_eval_asks_them(
-    tmp_path, monkeypatch
-):
-    chance = random.Random(1)
+def test_continuations_ask_about_held_out_documents(tmp_path, monkeypatch):
+    generator = random.Random(1)
     texts = [
-        " ".join(chance.choices(WORDS, k=length)) for length in [300] * 30 + [20] * 10 + [50] * 10
-    ]  # the last of half a passage and a piece
+        " ".join(generator.choices(WORDS, k=length)) for length in [300] * 30 + [20] * 10 + [50] * 10
+    ]  # the last ones have half a passage and a piece
     write_documents(tmp_path / "raw/a/one.jsonl", texts)
     write_documents(
         tmp_path / "raw/b/one.jsonl", [t for t in texts[:30] if is_validation(t, FRACTION)][:1] * 20
-    )  # too alike to ask of
+    )  # too much alike for a question
     run = create_run(tiny_spec(tmp_path, data={"validation_fraction": FRACTION}))
     add_attempt(run, Attempt("job-1", "http://127.0.0.1:9", local=True))
-    made = tmp_path / "task"
-    subprocess.run([sys.executable, "jobs/paper/continuations.py", str(run.path), str(made)], check=True)
+    task_folder = tmp_path / "task"
+    subprocess.run([sys.executable, "jobs/paper/continuations.py", str(run.path), str(task_folder)], check=True)
 
-    questions = [json.loads(line) for line in (made / "questions.jsonl").read_text().splitlines()]
-    kept = [text for text in texts[:30] if is_validation(text, FRACTION)]
-    assert 4 < len(questions) == len(kept) < 30
-    for asked in questions:
-        fitting = [i for i, choice in enumerate(asked["choices"]) if any(asked["passage"] + choice in t for t in kept)]
-        assert fitting == [asked["answer"]]
-    assert len({asked["answer"] for asked in questions}) > 1
+    questions = [json.loads(line) for line in (task_folder / "questions.jsonl").read_text().splitlines()]
+    held_out_texts = [text for text in texts[:30] if is_validation(text, FRACTION)]
+    assert 4 < len(questions) == len(held_out_texts) < 30
+    for question in questions:
+        matching_choices = [
+            i
+            for i, choice in enumerate(question["choices"])
+            if any(question["passage"] + choice in t for t in held_out_texts)
+        ]
+        assert matching_choices == [question["answer"]]
+    assert len({question["answer"] for question in questions}) > 1
 
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     tokenizer: Tokenizer = llama_tokenizer(TEXT, 300)
-    found = run_tasks(model_of(), tokenizer, 16, ["continuations"], [str(made)], batch=4, half=False, limit=None)
-    assert found["continuations"]["questions"] == len(questions)
+    results = run_tasks(
+        make_model(),
+        tokenizer,
+        16,
+        ["continuations"],
+        [str(task_folder)],
+        batch_size=4,
+        use_bfloat16=False,
+        question_limit=None,
+    )
+    assert results["continuations"]["questions"] == len(questions)

@@ -1,4 +1,4 @@
-"""lm-eval, unmodified, on a task of ours through its Python interface."""
+"""Tests of unmodified lm-eval on a task of ours, through its Python interface."""
 
 import json
 
@@ -8,11 +8,11 @@ from tokenizers import Tokenizer
 
 from mhmoe_ray.data.tokenizer.train import train_bpe
 from mhmoe_ray.errors import SpecError
-from mhmoe_ray.evaluate.harness import PAPER_TASKS, expanded, run_tasks
-from tests.data.texts import documents
-from tests.evaluate.test_measure import model_of
+from mhmoe_ray.evaluate.harness import PAPER_TASKS, expand_tasks, run_tasks
+from tests.data.texts import make_documents
+from tests.evaluate.test_measure import make_model
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # its own and its libraries'
+pytestmark = pytest.mark.filterwarnings("ignore")  # lm-eval and its libraries warn
 
 QUESTIONS = [
     {"question": "the moon", "choices": [" rises", " turns home", " every"], "answer": 0},
@@ -36,72 +36,74 @@ SEQ_LEN = 16
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
-    return train_bpe(documents("en", 60), 300)
+    return train_bpe(make_documents("en", 60), 300)
 
 
 @pytest.fixture
-def folder(tmp_path):
-    data = tmp_path / "questions.jsonl"
-    data.write_text("".join(json.dumps(question) + "\n" for question in QUESTIONS))
-    (tmp_path / "choose.yaml").write_text(TASK.format(data=data))
+def task_folder(tmp_path):
+    data_path = tmp_path / "questions.jsonl"
+    data_path.write_text("".join(json.dumps(question) + "\n" for question in QUESTIONS))
+    (tmp_path / "choose.yaml").write_text(TASK.format(data=data_path))
     return tmp_path
 
 
 @torch.inference_mode()
-def log_probability(model, tokenizer, before, answer):
-    """Return the log-probability of an answer, computed one token after another; the model sees at most SEQ_LEN
-    tokens."""
-    context = tokenizer.encode(before).ids
+def log_probability(model, tokenizer, question, answer):
+    """Return the log-probability of an answer, token by token; the model sees at most SEQ_LEN tokens."""
+    context = tokenizer.encode(question).ids
     ids, total = [0, *context], 0.0  # as in training, a text begins with its start token
-    for token in tokenizer.encode(before + answer).ids[len(context) :]:
-        seen = torch.tensor([ids[-SEQ_LEN:]])
-        total += float(model(seen).logits_BTV[0, -1].log_softmax(-1)[token])
+    for token in tokenizer.encode(question + answer).ids[len(context) :]:
+        input_ids = torch.tensor([ids[-SEQ_LEN:]])
+        total += float(model(input_ids).logits_BTV[0, -1].log_softmax(-1)[token])
         ids.append(token)
     return total
 
 
 @pytest.mark.long
-def test_its_choices_are_those_of_the_model(folder, tokenizer, monkeypatch):
+def test_run_tasks_chooses_as_the_model_does(task_folder, tokenizer, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setenv("HF_HOME", str(folder / "hf"))
-    model = model_of()
-    found = run_tasks(model, tokenizer, SEQ_LEN, ["choose"], [str(folder)], batch=2, half=False, limit=None)
-    right, right_by_length = 0, 0
-    for asked in QUESTIONS:
-        fits = [log_probability(model, tokenizer, asked["question"], choice) for choice in asked["choices"]]
-        by_length = [fit / len(choice) for fit, choice in zip(fits, asked["choices"], strict=True)]
-        right += max(range(len(fits)), key=fits.__getitem__) == asked["answer"]
-        right_by_length += max(range(len(fits)), key=by_length.__getitem__) == asked["answer"]
-    assert found["choose"]["acc"] == pytest.approx(right / 3)
-    assert found["choose"]["acc_norm"] == pytest.approx(right_by_length / 3)
-    for name, share in (("acc", right / 3), ("acc_norm", right_by_length / 3)):
-        assert found["choose"][f"{name}_stderr"] == pytest.approx((share * (1 - share) / 2) ** 0.5)
+    monkeypatch.setenv("HF_HOME", str(task_folder / "hf"))
+    model = make_model()
+    results = run_tasks(
+        model, tokenizer, SEQ_LEN, ["choose"], [str(task_folder)], batch_size=2, use_bfloat16=False, question_limit=None
+    )
+    correct_count, normalized_correct_count = 0, 0
+    for question in QUESTIONS:
+        scores = [log_probability(model, tokenizer, question["question"], choice) for choice in question["choices"]]
+        normalized_scores = [score / len(choice) for score, choice in zip(scores, question["choices"], strict=True)]
+        correct_count += max(range(len(scores)), key=scores.__getitem__) == question["answer"]
+        normalized_correct_count += max(range(len(scores)), key=normalized_scores.__getitem__) == question["answer"]
+    assert results["choose"]["acc"] == pytest.approx(correct_count / 3)
+    assert results["choose"]["acc_norm"] == pytest.approx(normalized_correct_count / 3)
+    for name, accuracy in (("acc", correct_count / 3), ("acc_norm", normalized_correct_count / 3)):
+        assert results["choose"][f"{name}_stderr"] == pytest.approx((accuracy * (1 - accuracy) / 2) ** 0.5)
 
 
-def test_a_text_begins_with_the_token_that_says_so_and_a_rolled_one_counts_each_token_once(tokenizer):
+def test_lm_eval_model_scores_each_token_once_after_a_start_token(tokenizer):
     from lm_eval.api.instance import Instance
 
-    from mhmoe_ray.evaluate.harness import _wrapped
+    from mhmoe_ray.evaluate.harness import _lm_eval_model
 
-    model = model_of()
-    wrapped = _wrapped(model, tokenizer, SEQ_LEN, 2, False)
+    model = make_model()
+    lm_eval_model = _lm_eval_model(model, tokenizer, SEQ_LEN, 2, False)
     texts = [(q["question"], choice) for q in QUESTIONS for choice in q["choices"]]
-    found = wrapped.loglikelihood([Instance("loglikelihood", {}, words, i) for i, words in enumerate(texts)])
+    results = lm_eval_model.loglikelihood([Instance("loglikelihood", {}, words, i) for i, words in enumerate(texts)])
     expected = []
-    for before, answer in texts:
-        context = tokenizer.encode(before).ids
-        ids = tokenizer.encode(before + answer).ids[len(context) :]
-        expected.append(log_probability_whole(model, [0, *context], ids, SEQ_LEN))
-    assert [score for score, _ in found] == pytest.approx(expected, rel=1e-4)
-    whole = [(before + answer,) for before, answer in texts]
-    found = wrapped.loglikelihood_rolling([Instance("loglikelihood", {}, text, i) for i, text in enumerate(whole)])
-    assert found == pytest.approx([rolled(model, tokenizer, *text) for text in whole], rel=1e-4)
+    for question, answer in texts:
+        context = tokenizer.encode(question).ids
+        ids = tokenizer.encode(question + answer).ids[len(context) :]
+        expected.append(full_log_probability(model, [0, *context], ids, SEQ_LEN))
+    assert [score for score, _ in results] == pytest.approx(expected, rel=1e-4)
+    full_texts = [(question + answer,) for question, answer in texts]
+    results = lm_eval_model.loglikelihood_rolling(
+        [Instance("loglikelihood", {}, text, i) for i, text in enumerate(full_texts)]
+    )
+    assert results == pytest.approx([rolling_log_probability(model, tokenizer, *text) for text in full_texts], rel=1e-4)
 
 
 @torch.inference_mode()
-def rolled(model, tokenizer, text):
-    """Return the log-probability of all tokens of a text, each after the tokens of its window and the one before the
-    window."""
+def rolling_log_probability(model, tokenizer, text):
+    """Return the log-probability of a text, each token after those of its window and the one before the window."""
     ids, total = [0, *tokenizer.encode(text).ids], 0.0
     for i in range(1, len(ids)):
         window = (i - 1) // SEQ_LEN * SEQ_LEN
@@ -109,24 +111,24 @@ def rolled(model, tokenizer, text):
     return total
 
 
-def test_log_probabilities_are_those_of_one_token_at_a_time(tokenizer):
-    from mhmoe_ray.evaluate.harness import _scores
+def test_score_batch_equals_scoring_one_continuation_at_a_time(tokenizer):
+    from mhmoe_ray.evaluate.harness import _score_batch
 
-    model = model_of()
+    model = make_model()
     texts = [(q["question"], choice) for q in QUESTIONS for choice in q["choices"]]
     pairs = []
-    for before, answer in texts:
-        context = tokenizer.encode(before).ids
-        pairs.append((context, tokenizer.encode(before + answer).ids[len(context) :]))
+    for question, answer in texts:
+        context = tokenizer.encode(question).ids
+        pairs.append((context, tokenizer.encode(question + answer).ids[len(context) :]))
     for seq_len in (64, 12):
-        found = [value for value, _ in _scores(model, pairs, seq_len, False)]
-        expected = [log_probability_whole(model, context, answer, seq_len) for context, answer in pairs]
-        assert found == pytest.approx(expected, rel=1e-4)
-    assert max(len(context) + len(answer) for context, answer in pairs) > 13  # one was cut at its beginning
+        results = [log_probability for log_probability, _ in _score_batch(model, pairs, seq_len, False)]
+        expected = [full_log_probability(model, context, answer, seq_len) for context, answer in pairs]
+        assert results == pytest.approx(expected, rel=1e-4)
+    assert max(len(context) + len(answer) for context, answer in pairs) > 13  # at least one pair was cut
 
 
 @torch.inference_mode()
-def log_probability_whole(model, context, answer, seq_len):
+def full_log_probability(model, context, answer, seq_len):
     ids = (context + answer)[-(seq_len + 1) :]
     logprob = model(torch.tensor([ids[:-1]])).logits_BTV[0].log_softmax(-1)
     answer = answer[-(len(ids) - 1) :]
@@ -135,11 +137,20 @@ def log_probability_whole(model, context, answer, seq_len):
 
 
 @pytest.mark.slow
-def test_the_papers_tasks_are_lm_evals(tokenizer):
+def test_expand_tasks_returns_tasks_of_lm_eval(tokenizer):
     from lm_eval.tasks import TaskManager
 
-    known = TaskManager().all_tasks
-    assert [task for tasks in PAPER_TASKS.values() for task in tasks if task not in known] == []
-    assert expanded(["xnli", "piqa"]) == [*PAPER_TASKS["xnli"], "piqa"]
-    with pytest.raises(SpecError, match="lm-eval knows none of this name"):
-        run_tasks(model_of(), tokenizer, SEQ_LEN, ["no_such_task"], [], batch=1, half=False, limit=None)
+    known_tasks = TaskManager().all_tasks
+    assert [task for tasks in PAPER_TASKS.values() for task in tasks if task not in known_tasks] == []
+    assert expand_tasks(["xnli", "piqa"]) == [*PAPER_TASKS["xnli"], "piqa"]
+    with pytest.raises(SpecError, match="lm-eval has no task of this name"):
+        run_tasks(
+            make_model(),
+            tokenizer,
+            SEQ_LEN,
+            ["no_such_task"],
+            [],
+            batch_size=1,
+            use_bfloat16=False,
+            question_limit=None,
+        )

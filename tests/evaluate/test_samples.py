@@ -1,24 +1,24 @@
-"""Samples made of raw text."""
+"""Tests of samples of raw text."""
 
-from mhmoe_ray.data.sources import Reading
+from mhmoe_ray.data.sources import FileReader
 from mhmoe_ray.data.tokenizer import DocumentEncoder
 from mhmoe_ray.evaluate import measure
-from mhmoe_ray.evaluate.measure import of_text
+from mhmoe_ray.evaluate.measure import text_samples
 from tests.data.sources.read import data_spec
 from tests.serve.conftest import build_tokenizer
 
 
-def test_no_file_of_a_domain_that_has_its_samples_is_opened(tmp_path, monkeypatch):
-    opened = []
+def test_text_samples_opens_no_more_files_than_needed(tmp_path, monkeypatch):
+    opened_names = []
 
-    def reading(file, data):
-        opened.append(file.path.rpartition("/")[2])
-        return Reading(file, data)
+    def read_file(file, data):
+        opened_names.append(file.path.rpartition("/")[2])
+        return FileReader(file, data)
 
-    monkeypatch.setattr(measure, "Reading", reading)
+    monkeypatch.setattr(measure, "FileReader", read_file)
     for name in ("a/1", "a/2", "a/3", "b/1"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / f"{name}.txt").write_text("the cat sat on the mat " * (1 if name == "a/1" else 50))
-    found = list(of_text(data_spec(tmp_path), DocumentEncoder(build_tokenizer()), 16, 4))
-    assert [domain.tokens.shape for domain in found] == [(4, 17)] * 2
-    assert opened == ["1.txt", "2.txt", "1.txt"]
+    domains = list(text_samples(data_spec(tmp_path), DocumentEncoder(build_tokenizer()), 16, 4))
+    assert [domain.tokens.shape for domain in domains] == [(4, 17)] * 2
+    assert opened_names == ["1.txt", "2.txt", "1.txt"]

@@ -17,7 +17,7 @@ from mhmoe_ray.storage import copy_file
 from mhmoe_ray.train.step import MicroBatch, Trainer
 from mhmoe_ray.train.worker import combine_digests, sample_digest
 from tests.cli.run import mhmoe
-from tests.data.texts import documents, write_documents
+from tests.data.texts import make_documents, write_documents
 from tests.faults import harness
 from tests.ranks import run_ranks
 
@@ -27,7 +27,7 @@ def project(tmp_path_factory, local_cluster) -> Path:
     """Return a folder with raw text; the first run in it prepares the data for all."""
     folder = tmp_path_factory.mktemp("faults")
     for name, count in (("a", 60), ("b", 40)):  # of few files, for each of which a process starts
-        write_documents(folder / "raw" / name / "one.jsonl", documents(name, count))
+        write_documents(folder / "raw" / name / "one.jsonl", make_documents(name, count))
     return folder
 
 
@@ -54,9 +54,11 @@ def train(run: RunDir, stored: np.ndarray, token_bytes: int) -> None:
     start = boundaries(load_tokenizer(run.tokenizer_file, spec.model.vocab_size)).start
     trainer = Trainer(spec, mesh, torch.device("cpu"), start)
     saver = Saver(run, trainer, group=1)
-    for every in stored:
-        own = (split_padding(micro_batch, token_bytes) for micro_batch in every[mesh.rank :: mesh.world])
-        sums = trainer.accumulate([MicroBatch(*map(torch.from_numpy, part)) for part in own])
+    for step_samples in stored:
+        rank_batches = (
+            split_padding(micro_batch, token_bytes) for micro_batch in step_samples[mesh.rank :: mesh.world_size]
+        )
+        sums = trainer.accumulate([MicroBatch(*map(torch.from_numpy, part)) for part in rank_batches])
         update = trainer.update(sums)
         loss_balance = torch.tensor([sums.loss, sums.balance], dtype=torch.float64)
         dist.all_reduce(loss_balance)
@@ -66,7 +68,7 @@ def train(run: RunDir, stored: np.ndarray, token_bytes: int) -> None:
             metrics.GRAD_NORM: update.norm,
             metrics.BALANCE: float(loss_balance[1]) / spec.train.micro_batches / spec.model.moe_layers,
             metrics.TOKENS: trainer.tokens,
-            metrics.STREAM: combine_digests(map(sample_digest, every)),
+            metrics.STREAM: combine_digests(map(sample_digest, step_samples)),
             metrics.LR: update.lr,
         }
         if mesh.rank == 0:

@@ -12,17 +12,17 @@ import time
 from pathlib import Path
 from typing import Any
 
-from mhmoe_ray.checkpoint.manifest import MANIFEST, committed, read_manifest, unfinished
+from mhmoe_ray.checkpoint.manifest import MANIFEST, committed_checkpoints, read_manifest, uncommitted_checkpoints
 from mhmoe_ray.runs import history, metrics
 from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.storage import Location
-from tests.cli.audit import assert_read_as_ordered
+from tests.cli.audit import assert_samples_in_order
 from tests.cli.conftest import write_spec
 from tests.cli.run import mhmoe
 from tests.specs import tiny_spec
-from tests.watch import newest, started, step_of, wait_until
+from tests.watch import newest, start_events, step_of, wait_until
 
-EXACT = (metrics.LOSS, metrics.GRAD_NORM, metrics.BALANCE, metrics.TOKENS, metrics.STREAM, metrics.LR)
+EXACT_METRICS = (metrics.LOSS, metrics.GRAD_NORM, metrics.BALANCE, metrics.TOKENS, metrics.STREAM, metrics.LR)
 
 
 def spec_in(folder: Path, **sections: dict[str, Any]) -> None:
@@ -47,27 +47,27 @@ def submit(folder: Path) -> RunDir:
 
 def workers(run: RunDir, start: int) -> list[dict[str, Any]]:
     """Return the workers of the start of this number, counted from 1, once it has done its first step."""
-    [event] = wait_until(lambda: started(run)[start - 1 : start], f"start {start} of the workers")
+    [event] = wait_until(lambda: start_events(run)[start - 1 : start], f"start {start} of the workers")
     group = event["group"]
-    wait_until(lambda: (line := history.last(run)) and line[metrics.GROUP] >= group, f"a step of start {start}")
+    wait_until(lambda: (line := history.last_line(run)) and line[metrics.GROUP] >= group, f"a step of start {start}")
     return event["workers"]
 
 
-def kill(pid: int, how: signal.Signals = signal.SIGKILL) -> bool:
+def kill(pid: int, signal_number: signal.Signals = signal.SIGKILL) -> bool:
     """Send a signal to a process, and return whether the process existed."""
     try:
-        os.kill(pid, how)
+        os.kill(pid, signal_number)
     except ProcessLookupError:
         return False
     return True
 
 
-def stopped_in_mid_checkpoint(run: RunDir, pid: int) -> Location | None:
+def stop_during_checkpoint(run: RunDir, pid: int) -> Location | None:
     """Stop a rank while a checkpoint has no manifest yet, and return that checkpoint.
 
     Where there is none just now, the rank goes on, and None is returned.
     """
-    for folder in unfinished(run):
+    for folder in uncommitted_checkpoints(run):
         kill(pid, signal.SIGSTOP)
         if not (folder / MANIFEST).exists():
             return folder
@@ -75,18 +75,18 @@ def stopped_in_mid_checkpoint(run: RunDir, pid: int) -> Location | None:
     return None
 
 
-def assert_as_if_nothing_had_happened(run: RunDir, reference: RunDir) -> None:
+def assert_equals_undisturbed_run(run: RunDir, reference: RunDir) -> None:
     """Assert that a run equals an undisturbed one in all bits.
 
     It has every step once, on the ordered samples, with the same losses, and at the end the same parameters and
     moments.
     """
-    assert_read_as_ordered(run)
+    assert_samples_in_order(run)
     for line, expected in zip(history.read(run), history.read(reference), strict=True):
-        assert {key: line[key] for key in EXACT} == {key: expected[key] for key in EXACT}
-    found, expected = (read_manifest(committed(r)[-1]) for r in (run, reference))
-    assert (found.step, found.tokens, found.position) == (expected.step, expected.tokens, expected.position)
-    assert found.files == expected.files  # sizes and hashes
+        assert {key: line[key] for key in EXACT_METRICS} == {key: expected[key] for key in EXACT_METRICS}
+    actual, expected = (read_manifest(committed_checkpoints(r)[-1]) for r in (run, reference))
+    assert (actual.step, actual.tokens, actual.position) == (expected.step, expected.tokens, expected.position)
+    assert actual.files == expected.files  # sizes and hashes
 
 
 def driver_of(run: RunDir) -> int:
@@ -113,11 +113,11 @@ def soak(folder: Path, run: RunDir, kills: int, seed: int) -> None:
     rng = random.Random(seed)
     start = 0
     for number in range(kills):
-        start = max(start + 1, len(started(run)))
-        own = workers(run, start)
+        start = max(start + 1, len(start_events(run)))
+        worker_pids = workers(run, start)
         time.sleep(rng.uniform(0, 3))
         target = rng.choices(["worker", "all", "driver"], [8, 1, 1])[0]
-        at = step_of(run)
+        step_before = step_of(run)
         if target == "driver":
             driver = driver_of(run)
             assert driver
@@ -125,10 +125,10 @@ def soak(folder: Path, run: RunDir, kills: int, seed: int) -> None:
             wait_until(lambda: outcome(folder, run) == "failed", "the job's end")
             assert mhmoe(folder, "resume", run.id, "--detach").code == 0
         else:
-            hit = own if target == "all" else [rng.choice(own)]
+            hit = worker_pids if target == "all" else [rng.choice(worker_pids)]
             killed = [kill(w["pid"]) for w in hit]
-            assert any(killed), "the run ended before it was hurt"
-        print(f"kill {number + 1} of {kills} (seed {seed}): {target} after step {at}", flush=True)
+            assert any(killed), "the run ended before the kill"
+        print(f"kill {number + 1} of {kills} (seed {seed}): {target} after step {step_before}", flush=True)
 
 
 def outcome(folder: Path, run: RunDir) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mhmoe_ray.checkpoint.manifest import committed, newest_checkpoint
+from mhmoe_ray.checkpoint.manifest import committed_checkpoints, newest_checkpoint
 from mhmoe_ray.runs.directory import RunDir
 from tests.cli.run import mhmoe
 from tests.faults import harness
@@ -21,14 +21,14 @@ def disk(tmp_path):
     """Yield a folder on a file system of 2 MB, and a function that remounts it with other options."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", folder], capture_output=True, text=True)
-    if made.returncode:
-        pytest.skip(f"no file system can be mounted: {made.stderr.strip()}")
+    process = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", folder], capture_output=True, text=True)
+    if process.returncode:
+        pytest.skip(f"no file system can be mounted: {process.stderr.strip()}")
 
-    def again(options: str) -> None:
+    def remount(options: str) -> None:
         subprocess.run(["mount", "-o", f"remount,{options}", folder], check=True)
 
-    yield folder, again
+    yield folder, remount
     subprocess.run(["umount", "-l", folder], check=True)
 
 
@@ -55,35 +55,35 @@ def start(project, disk) -> RunDir:
     return run
 
 
-def assert_told_and_whole(project, run, why):
+def assert_reason_and_whole_checkpoint(project, run, reason):
     """Assert that the status gives the reason without a traceback, and that the newest checkpoint is whole."""
     status = mhmoe(project, "status", str(run.path)).out
-    assert why in " ".join(status.split()), status
+    assert reason in " ".join(status.split()), status
     assert "Traceback" not in status
     checkpoint, manifest, skipped = newest_checkpoint(run)
-    assert (checkpoint, skipped) == (committed(run)[-1], [])
+    assert (checkpoint, skipped) == (committed_checkpoints(run)[-1], [])
     assert 0 < manifest.step < 120
 
 
-def test_a_full_disk_is_told_and_costs_nothing_that_was_saved(project, reference, disk):
-    folder, again = disk
+def test_a_full_disk_is_reported_and_costs_no_saved_step(project, reference, disk):
+    folder, remount = disk
     run = start(project, folder)
     wait_until(lambda: harness.outcome(project, run) == "failed", "the run's end")
-    assert_told_and_whole(project, run, "No space left on device")
-    again("size=100m")
+    assert_reason_and_whole_checkpoint(project, run, "No space left on device")
+    remount("size=100m")
     resumed = mhmoe(project, "resume", str(run.path))
     assert resumed.code == 0, resumed.err
-    harness.assert_as_if_nothing_had_happened(run, reference)
+    harness.assert_equals_undisturbed_run(run, reference)
 
 
-def test_a_disk_that_becomes_read_only_is_told_and_costs_nothing_that_was_saved(project, reference, disk):
-    folder, again = disk
-    again("size=100m")
+def test_a_disk_that_becomes_read_only_is_reported_and_costs_no_saved_step(project, reference, disk):
+    folder, remount = disk
+    remount("size=100m")
     run = start(project, folder)
     wait_until(lambda: of_kind(run, "checkpoint"), "a checkpoint")
     with read_only(folder):
         wait_until(lambda: harness.outcome(project, run) == "failed", "the run's end")
-        assert_told_and_whole(project, run, "Read-only file system")
+        assert_reason_and_whole_checkpoint(project, run, "Read-only file system")
     resumed = mhmoe(project, "resume", str(run.path))
     assert resumed.code == 0, resumed.err
-    harness.assert_as_if_nothing_had_happened(run, reference)
+    harness.assert_equals_undisturbed_run(run, reference)

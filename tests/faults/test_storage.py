@@ -9,7 +9,7 @@ from secrets import token_hex
 
 import pytest
 
-from mhmoe_ray.checkpoint.manifest import unfinished
+from mhmoe_ray.checkpoint.manifest import uncommitted_checkpoints
 from mhmoe_ray.runs.directory import list_runs
 from tests.cli.run import command, mhmoe
 from tests.faults import harness
@@ -29,7 +29,7 @@ def submitted(project, query, steps):
     return run, storage
 
 
-def test_a_run_on_s3_is_stopped_looked_at_and_resumed(project, reference, s3):
+def test_a_run_on_s3_is_stopped_inspected_and_resumed(project, reference, s3):
     query, _ = s3
     run, storage = submitted(project, query, 120)
     harness.workers(run, 1)
@@ -38,51 +38,53 @@ def test_a_run_on_s3_is_stopped_looked_at_and_resumed(project, reference, s3):
     assert 0 < step_of(run) < 120
     resumed = mhmoe(project, "resume", run.id, "--storage", storage)
     assert resumed.code == 0, resumed.err
-    harness.assert_as_if_nothing_had_happened(run, reference)
+    harness.assert_equals_undisturbed_run(run, reference)
     assert "120 of 120" in mhmoe(project, "status", "--storage", storage).out
     assert run.id in mhmoe(project, "list", "--storage", storage).out
     assert mhmoe(project, "ckpt", "verify", run.id, "--storage", storage).code == 0
 
 
-def test_a_run_on_s3_outlives_a_kill_in_mid_upload(project, reference, s3):
+def test_a_run_on_s3_survives_a_kill_during_an_upload(project, reference, s3):
     query, _ = s3
     run, _ = submitted(project, query, 120)
-    own = harness.workers(run, 1)
+    worker_pids = harness.workers(run, 1)
     wait_until(lambda: of_kind(run, "checkpoint"), "a checkpoint")
-    wait_until(lambda: harness.stopped_in_mid_checkpoint(run, own[0]["pid"]), "a checkpoint that is being uploaded")
-    assert harness.kill(own[0]["pid"])
+    wait_until(
+        lambda: harness.stop_during_checkpoint(run, worker_pids[0]["pid"]), "a checkpoint that is being uploaded"
+    )
+    assert harness.kill(worker_pids[0]["pid"])
     wait_for_the_end(run)
-    harness.assert_as_if_nothing_had_happened(run, reference)
-    assert unfinished(run) == []
+    harness.assert_equals_undisturbed_run(run, reference)
+    assert uncommitted_checkpoints(run) == []
 
 
-class Road:
-    """Proxy to a server on this machine that can be closed for a while, in which nothing answers."""
+class InterruptibleProxy:
+    """Proxy to a server on this machine. It can be closed for some seconds, during which nothing answers."""
 
-    def __init__(self, to: int) -> None:
-        self._to, self._open = to, True
-        self._ways: list[socket.socket] = []
+    def __init__(self, target_port: int) -> None:
+        self._target_port, self._open = target_port, True
+        self._connections: list[socket.socket] = []
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port: int = self._listener.getsockname()[1]
         threading.Thread(target=self._accept, daemon=True).start()
 
     def close_for(self, seconds: float) -> None:
         self._open = False
-        for way in self._ways:
+        for connection in self._connections:
             with suppress(OSError):
-                way.shutdown(socket.SHUT_RDWR)
+                connection.shutdown(socket.SHUT_RDWR)
         time.sleep(seconds)
         self._open = True
 
     def _accept(self) -> None:
         while True:
-            here, _ = self._listener.accept()
+            client_socket, _ = self._listener.accept()
             if not self._open:
-                here.close()
+                client_socket.close()
                 continue
-            there = socket.create_connection(("127.0.0.1", self._to))
-            self._ways += [here, there]
-            for source, target in ((here, there), (there, here)):
+            server_socket = socket.create_connection(("127.0.0.1", self._target_port))
+            self._connections += [client_socket, server_socket]
+            for source, target in ((client_socket, server_socket), (server_socket, client_socket)):
                 threading.Thread(target=self._carry, args=(source, target), daemon=True).start()
 
     @staticmethod
@@ -95,11 +97,11 @@ class Road:
                 end.shutdown(socket.SHUT_RDWR)
 
 
-def test_a_store_that_is_away_for_a_while_costs_no_step_and_no_follower(project, reference, s3):
+def test_an_unreachable_store_costs_no_step_and_ends_no_follower(project, reference, s3):
     """The store is away for longer than its clients retry by themselves."""
     query, _ = s3
-    road = Road(int(query.rpartition(":")[2]))
-    run, storage = submitted(project, f"{query.rpartition(':')[0]}:{road.port}", 120)
+    proxy = InterruptibleProxy(int(query.rpartition(":")[2]))
+    run, storage = submitted(project, f"{query.rpartition(':')[0]}:{proxy.port}", 120)
     following = subprocess.Popen(
         command("status", run.id, "--watch", "--storage", storage),
         cwd=project,
@@ -109,8 +111,8 @@ def test_a_store_that_is_away_for_a_while_costs_no_step_and_no_follower(project,
     )
     harness.workers(run, 1)
     wait_until(lambda: of_kind(run, "checkpoint"), "a checkpoint")
-    road.close_for(20)
+    proxy.close_for(20)
     wait_for_the_end(run)
-    harness.assert_as_if_nothing_had_happened(run, reference)
+    harness.assert_equals_undisturbed_run(run, reference)
     out, err = following.communicate(timeout=60)
     assert (following.returncode, "finished" in out.splitlines()[-1]) == (0, True), err

@@ -1,14 +1,14 @@
-"""Torch operators in place of MegaBlocks' compiled extension of this name, so that the rest runs without CUDA.
+"""Torch substitute for MegaBlocks' compiled extension of the same name, so that MegaBlocks runs without CUDA.
 
-Only the operators that the backend calls are here: `csrc/sort.h`, `histogram.h` and `cumsum.h` of megablocks 0.10.0,
-with their argument order, types and shapes.
+It has only the operators that the backend calls, with the argument order, types and shapes of `csrc/sort.h`,
+`histogram.h` and `cumsum.h` of megablocks 0.10.0.
 """
 
 import torch
 
 
 def sort(x, end_bit, x_out, iota_out):
-    """Sort a vector stably by its low `end_bit` bits; write the sorted values and the places that they came from."""
+    """Sort a vector stably by its low `end_bit` bits; write the sorted values and their original positions."""
     assert x.ndim == 1
     assert x_out.dtype == iota_out.dtype == x.dtype
     order = torch.argsort(x & ((1 << end_bit) - 1), stable=True)
@@ -17,7 +17,7 @@ def sort(x, end_bit, x_out, iota_out):
 
 
 def histogram(x, num_bins):
-    """Return how often each of 0..num_bins-1 occurs in a vector, in int32."""
+    """Return the number of occurrences of each of 0..num_bins-1 in a vector, as int32."""
     assert x.ndim == 1
     return torch.bincount(x, minlength=num_bins)[:num_bins].int()
 

@@ -7,22 +7,29 @@ from mhmoe_kernels import ExpertWeights, Swiglu, run_experts
 SWIGLU = Swiglu()
 
 
-def problem(seed, n, d, f, e, k, dtype=torch.float64, only=None, function=SWIGLU, device="cpu"):
+def make_problem(seed, n, d, f, e, k, dtype=torch.float64, n_used=None, function=SWIGLU, device="cpu"):
     """Return random rows, routes, gates and weights.
 
-    `only` keeps the routes to the first few experts, so that others stay empty.
+    Routes use the first `n_used` experts only, if it is given, so that the other experts get no rows.
     """
-    g = torch.Generator().manual_seed(seed)
-    expert_NK = torch.rand(n, only or e, generator=g).topk(k, dim=-1).indices.to(device)
+    generator = torch.Generator().manual_seed(seed)
+    expert_NK = torch.rand(n, n_used or e, generator=generator).topk(k, dim=-1).indices.to(device)
 
-    def make(*shape):
-        return torch.randn(*shape, generator=g, dtype=torch.float64).to(device, dtype).requires_grad_()
+    def make_tensor(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(device, dtype).requires_grad_()
 
     if isinstance(function, Swiglu):
-        stacked = (make(e, f, d), make(e, f, d), make(e, d, f))
+        stacked = (make_tensor(e, f, d), make_tensor(e, f, d), make_tensor(e, d, f))
     else:
-        stacked = (make(e, f, d), make(e, f), make(e, f), make(e, f), make(e, d, f), make(e, d))
-    return make(n, d), expert_NK, make(n, k), ExpertWeights(function, stacked)
+        stacked = (
+            make_tensor(e, f, d),
+            make_tensor(e, f),
+            make_tensor(e, f),
+            make_tensor(e, f),
+            make_tensor(e, d, f),
+            make_tensor(e, d),
+        )
+    return make_tensor(n, d), expert_NK, make_tensor(n, k), ExpertWeights(function, stacked)
 
 
 def outputs_and_gradients(backend, x, expert, gate, weights):
@@ -30,6 +37,6 @@ def outputs_and_gradients(backend, x, expert, gate, weights):
 
 
 def with_gradients(y, inputs):
-    """Return y, and the gradients of a sum that weights its elements differently."""
+    """Return y, and the gradients of a sum of its elements with different weights."""
     direction = torch.linspace(-1, 1, y.numel(), dtype=y.dtype, device=y.device).view_as(y)
     return y, *torch.autograd.grad((y * direction).sum(), inputs, materialize_grads=True)

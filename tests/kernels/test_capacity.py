@@ -1,4 +1,4 @@
-"""Static routing with GShard's masks: the same outputs as without masks for the routes that fit."""
+"""Tests of static routing with GShard's masks, which must give the outputs of the other kernels for kept routes."""
 
 import pytest
 import torch
@@ -9,44 +9,44 @@ from mhmoe_kernels import run_experts
 from mhmoe_ray.model.decoder import Decoder, token_losses
 from mhmoe_ray.model.init import init_weights
 from mhmoe_ray.model.noise import Noise
-from mhmoe_ray.model.router import fits
+from mhmoe_ray.model.router import capacity_mask
 from mhmoe_ray.spec import ModelSpec, MoESpec
-from tests.kernels.problems import problem
+from tests.kernels.problems import make_problem
 
 
-def outputs_and_gradients(backend, x, expert, gate, weights, places=None):
-    y = run_experts(backend, x, expert, gate, weights, places)
+def outputs_and_gradients(backend, x, expert, gate, weights, expert_capacity=None):
+    y = run_experts(backend, x, expert, gate, weights, expert_capacity)
     direction = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)
     return y, *torch.autograd.grad((y * direction).sum(), [x, *weights.stacked], materialize_grads=True)
 
 
 @settings(max_examples=40)
 @given(seed=st.integers(0, 2**20), n=st.integers(0, 30), e=st.integers(1, 6), data=st.data())
-def test_masks_give_what_routes_that_fit_give(seed, n, e, data):
+def test_masks_match_reference_for_kept_routes(seed, n, e, data):
     k = data.draw(st.integers(1, e), label="k")
-    x, expert, gate, weights = problem(seed, n, d=6, f=5, e=e, k=k)
+    x, expert, gate, weights = make_problem(seed, n, d=6, f=5, e=e, k=k)
     factor = data.draw(st.sampled_from([0.3, 1.0, 2.0]), label="factor")
-    places = MoESpec(experts=e, top_k=k, d_expert=5, capacity_factor=factor).places(n)
-    kept = fits(expert, torch.ones_like(expert, dtype=torch.bool), e, places)
-    gate = (gate.detach() * kept).requires_grad_()
-    ours = outputs_and_gradients("capacity", x, expert, gate, weights, places)
-    for a, b in zip(ours, outputs_and_gradients("reference", x, expert, gate, weights), strict=True):
+    expert_capacity = MoESpec(experts=e, top_k=k, d_expert=5, capacity_factor=factor).expert_capacity(n)
+    is_kept = capacity_mask(expert, torch.ones_like(expert, dtype=torch.bool), e, expert_capacity)
+    gate = (gate.detach() * is_kept).requires_grad_()
+    results = outputs_and_gradients("capacity", x, expert, gate, weights, expert_capacity)
+    for a, b in zip(results, outputs_and_gradients("reference", x, expert, gate, weights), strict=True):
         torch.testing.assert_close(a, b, atol=1e-10, rtol=1e-10)
 
 
-def test_what_does_not_fit_is_dropped_first_choices_last():
-    """The masks alone drop here, not a router: two rows whose first choice is expert 0 push out a second choice of
-    it."""
-    x, _, _, weights = problem(0, n=3, d=4, f=3, e=2, k=2)
+def test_second_choices_are_dropped_before_first_choices():
+    """The kernel drops here, without a router: two rows whose first choice is expert 0 take the slots of a second
+    choice."""
+    x, _, _, weights = make_problem(0, n=3, d=4, f=3, e=2, k=2)
     expert = torch.tensor([[1, 0], [0, 1], [0, 1]])
     gate = torch.tensor([[0.6, 0.4], [0.7, 0.3], [0.8, 0.2]], dtype=torch.float64)
-    found = run_experts("capacity", x, expert, gate, weights, 2)
+    output = run_experts("capacity", x, expert, gate, weights, 2)
     # Expert 0: rows 1 and 2. Expert 1: row 0 first, then row 1's second choice.
-    kept = torch.tensor([[1, 0], [1, 1], [1, 0]], dtype=torch.float64)
-    torch.testing.assert_close(found, run_experts("reference", x, expert, gate * kept, weights))
+    is_kept = torch.tensor([[1, 0], [1, 1], [1, 0]], dtype=torch.float64)
+    torch.testing.assert_close(output, run_experts("reference", x, expert, gate * is_kept, weights))
 
 
-def model_of(kernel, **fields):
+def build_model(kernel, **fields):
     moe = {"heads": 2, "experts": 4, "top_k": 2, "d_expert": 6, "every": 1, "capacity_factor": 0.5, **fields}
     shape = {"vocab_size": 20, "d_model": 16, "layers": 2, "attention_heads": 2}
     dropout = {"dropout": fields.pop("dropout", 0.0)}
@@ -57,22 +57,22 @@ def model_of(kernel, **fields):
 
 
 @pytest.mark.parametrize("fields", [{}, {"dropout": 0.2}, {"second_expert": "random", "normalize_gates": True}])
-def test_a_model_with_masks_trains_like_one_that_drops_the_same_routes(fields):
+def test_masked_model_trains_like_model_with_dropped_routes(fields):
     token = torch.randint(20, (2, 12), generator=torch.Generator().manual_seed(0))
-    found = []
+    results = []
     for kernel in ("capacity", "grouped"):
-        model = model_of(kernel, **fields)
+        model = build_model(kernel, **fields)
         output = model(token[:, :-1], noise=Noise(0, 0))
-        assert sum(int(r.dropped) for r in output.routing) > 0
+        assert sum(int(r.dropped_routes) for r in output.routing) > 0
         token_losses(output.logits_BTV, token[:, 1:]).mean().backward()
-        found.append([output.logits_BTV.detach(), *(p.grad for p in model.parameters())])
-    for a, b in zip(*found, strict=True):
+        results.append([output.logits_BTV.detach(), *(p.grad for p in model.parameters())])
+    for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
 
 
 @torch.no_grad()
-def test_serving_drops_nothing_whatever_the_kernel():
+def test_serving_drops_no_routes():
     token = torch.randint(20, (1, 12))
-    masks, loop = (model_of(kernel).eval()(token) for kernel in ("capacity", "grouped"))
-    torch.testing.assert_close(masks.logits_BTV, loop.logits_BTV)
-    assert all(int(r.dropped) == 0 for r in masks.routing)
+    masked_output, grouped_output = (build_model(kernel).eval()(token) for kernel in ("capacity", "grouped"))
+    torch.testing.assert_close(masked_output.logits_BTV, grouped_output.logits_BTV)
+    assert all(int(r.dropped_routes) == 0 for r in masked_output.routing)

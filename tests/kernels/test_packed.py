@@ -1,4 +1,4 @@
-"""Packed matrices and experts against plain ones, and the independence of a row's result from all other rows."""
+"""Tests of packed matrices and experts against plain ones, and of a row's independence of all other rows."""
 
 import pytest
 import torch
@@ -7,74 +7,79 @@ import torch.nn.functional as F
 from mhmoe_kernels import GeluSubln, Swiglu, packed, run_experts
 from mhmoe_kernels.cpu import CpuLevel, cpu_level, is_x86
 from mhmoe_kernels.packed import PackedMatrix, run_packed
-from tests.kernels.problems import problem
+from tests.kernels.problems import make_problem
 
 FUNCTIONS = [Swiglu(), GeluSubln()]
 LEVELS = {torch.float32: CpuLevel.AVX2, torch.bfloat16: CpuLevel.AVX512_BF16}
-"""Lowest CPU level at which each dtype is packed on an x86; elsewhere float32 is packed wherever oneDNN is there."""
-MULTIPLIED = [dtype for dtype in LEVELS if (cpu_level() >= LEVELS[dtype] if is_x86() else dtype == torch.float32)]
-DTYPES = MULTIPLIED if torch._C._has_mkldnn else []
+"""Lowest CPU level at which each dtype is packed on an x86; on other CPUs, float32 is packed if torch has oneDNN."""
+LEVEL_DTYPES = [dtype for dtype in LEVELS if (cpu_level() >= LEVELS[dtype] if is_x86() else dtype == torch.float32)]
+DTYPES = LEVEL_DTYPES if torch._C._has_mkldnn else []
 COUNTS = (1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 64, 100, 129, 300)
 
 pytestmark = [pytest.mark.cpu, pytest.mark.skipif(not DTYPES, reason="oneDNN packs nothing here")]
 
 
 def packed_experts(weights):
-    return [packed.packed(weights.function, one) for one in zip(*(w.unbind() for w in weights.stacked), strict=True)]
+    return [
+        packed.pack_layer(weights.function, expert_weights)
+        for expert_weights in zip(*(w.unbind() for w in weights.stacked), strict=True)
+    ]
 
 
-def test_what_the_machine_multiplies_is_packed():
-    assert [packed.why_not(dtype) for dtype in DTYPES] == [None] * len(DTYPES)
-    assert packed.why_not(torch.float64) == "oneDNN packs no torch.float64"
+def test_supported_dtypes_can_be_packed():
+    assert [packed.unavailable_reason(dtype) for dtype in DTYPES] == [None] * len(DTYPES)
+    assert packed.unavailable_reason(torch.float64) == "oneDNN cannot pack torch.float64"
 
 
 @pytest.mark.parametrize("dtype", LEVELS)
 @pytest.mark.parametrize("level", CpuLevel)
-def test_from_which_level_on_a_dtype_is_packed(monkeypatch, dtype, level):
+def test_dtype_is_packed_from_its_cpu_level(monkeypatch, dtype, level):
     monkeypatch.setattr(packed, "is_x86", lambda: True)
     monkeypatch.setattr(packed, "cpu_level", lambda: level)
-    assert (packed.why_not(dtype) is None) == (level >= LEVELS[dtype])
+    assert (packed.unavailable_reason(dtype) is None) == (level >= LEVELS[dtype])
 
 
 @pytest.mark.parametrize("n", [0, 1, 7, 40])
 @pytest.mark.parametrize("function", FUNCTIONS)
 @torch.no_grad()
-def test_packed_experts_agree_with_the_reference(function, n):
-    x, expert, gate, weights = problem(n, n, d=24, f=40, e=5, k=2, dtype=torch.float32, only=4, function=function)
+def test_packed_experts_match_reference(function, n):
+    x, expert, gate, weights = make_problem(
+        n, n, d=24, f=40, e=5, k=2, dtype=torch.float32, n_used=4, function=function
+    )
     weights = weights._replace(function=function)
-    found = run_packed(x, expert, gate, packed_experts(weights))
-    torch.testing.assert_close(found, run_experts("reference", x, expert, gate, weights), atol=1e-4, rtol=1e-4)
+    actual = run_packed(x, expert, gate, packed_experts(weights))
+    torch.testing.assert_close(actual, run_experts("reference", x, expert, gate, weights), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("width", "outputs"), [(384, 1024), (96, 200), (32, 16), (64, 300)])
 @torch.no_grad()
-def test_a_row_of_a_product_has_the_same_bits_among_any_number(width, outputs, dtype, threads):
+def test_product_row_is_bitwise_independent_of_row_count(width, outputs, dtype, threads):
     g = torch.Generator().manual_seed(width)
     weight, bias = torch.randn(outputs, width, generator=g).to(dtype), torch.randn(outputs, generator=g)
     x = torch.randn(max(COUNTS), width, generator=g)
-    before = torch.get_num_threads()
+    previous_threads = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         matrix = PackedMatrix(weight, bias)
-        whole = matrix(x)
+        all_outputs = matrix(x)
         for count in COUNTS:
             for start in (0, 37):
-                part = x[start : start + count]
-                assert torch.equal(matrix(part), whole[start : start + count]), (count, start)
+                rows = x[start : start + count]
+                assert torch.equal(matrix(rows), all_outputs[start : start + count]), (count, start)
     finally:
-        torch.set_num_threads(before)
+        torch.set_num_threads(previous_threads)
     expected = F.linear(x.to(dtype).double(), weight.double(), bias.to(dtype).double())
     tolerance = 1e-4 if dtype == torch.float32 else 0.02
-    torch.testing.assert_close(whole.double(), expected, atol=tolerance * width**0.5, rtol=tolerance)
+    torch.testing.assert_close(all_outputs.double(), expected, atol=tolerance * width**0.5, rtol=tolerance)
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)
 @torch.no_grad()
-def test_a_row_through_experts_has_the_same_bits_alone_and_among_others(function):
-    x, expert, gate, weights = problem(3, 60, d=96, f=200, e=6, k=2, dtype=torch.float32, function=function)
+def test_expert_output_is_bitwise_independent_of_other_rows(function):
+    x, expert, gate, weights = make_problem(3, 60, d=96, f=200, e=6, k=2, dtype=torch.float32, function=function)
     experts = packed_experts(weights._replace(function=function))
-    together = run_packed(x, expert, gate, experts)
+    all_outputs = run_packed(x, expert, gate, experts)
     for rows in ([0], [59], [3, 4, 5], [*range(10, 27)]):
-        assert torch.equal(run_packed(x[rows], expert[rows], gate[rows], experts), together[rows])
+        assert torch.equal(run_packed(x[rows], expert[rows], gate[rows], experts), all_outputs[rows])

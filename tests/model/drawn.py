@@ -1,4 +1,4 @@
-"""Hypothesis strategies for mixture-of-experts layers, over all that a spec may ask for."""
+"""Hypothesis strategies for mixture-of-experts layers, over all options of a spec."""
 
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ from mhmoe_ray.spec.model import ROUTERS
 WIDTH = 24
 
 
-class Drawn(NamedTuple):
+class LayerCase(NamedTuple):
     layer: MultiHeadMoE
     moe: MoESpec
     x_BTM: torch.Tensor
@@ -49,7 +49,9 @@ def specs(draw: st.DrawFn, **fixed: Any) -> ModelSpec:
 
 
 @st.composite
-def layers(draw: st.DrawFn, batch: tuple[int, int] = (1, 4), dtype: torch.dtype = torch.float64, **fixed: Any) -> Drawn:
+def layers(
+    draw: st.DrawFn, batch: tuple[int, int] = (1, 4), dtype: torch.dtype = torch.float64, **fixed: Any
+) -> LayerCase:
     """Draw a layer of random weights, and tokens for it; `batch` bounds the number of sequences."""
     spec = draw(specs(**fixed))
     model = Decoder(spec)
@@ -59,4 +61,4 @@ def layers(draw: st.DrawFn, batch: tuple[int, int] = (1, 4), dtype: torch.dtype 
     shape = draw(st.integers(*batch), label="B"), draw(st.integers(1, 5), label="T"), WIDTH
     x = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     assert spec.moe is not None
-    return Drawn(layer.to(dtype), spec.moe, x.to(dtype))
+    return LayerCase(layer.to(dtype), spec.moe, x.to(dtype))

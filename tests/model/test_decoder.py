@@ -27,19 +27,19 @@ def tokens(batch, length, seed=0):
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
 def test_changing_a_token_changes_no_logits_before_it(heads, kind):
-    more = {"sub_token_residual": True, "d_shared": 8, "router": "xmoe"} if kind else {}
-    model, x = build(heads, moe=more, **kind), tokens(3, 20)
-    before = model(x).logits_BTV
+    moe_fields = {"sub_token_residual": True, "d_shared": 8, "router": "xmoe"} if kind else {}
+    model, x = build(heads, moe=moe_fields, **kind), tokens(3, 20)
+    expected = model(x).logits_BTV
     for t in (0, 7, 19):
         changed = x.clone()
         changed[1, t] = (changed[1, t] + 1) % 50
-        after = model(changed).logits_BTV
+        logits = model(changed).logits_BTV
         # Not bit-equal: an expert's other rows shift a row's place in its matrix product.
-        same = ((after - before).abs() < 1e-12).all(-1)
-        assert same[1, :t].all(), "a later token reached back"
-        assert ((after - before).abs() > 1e-9)[1, t:].any(-1).all(), "without an effect the test could not fail"
-        assert same[0].all(), "another sequence of the batch is touched"
-        assert same[2].all(), "another sequence of the batch is touched"
+        is_equal = ((logits - expected).abs() < 1e-12).all(-1)
+        assert is_equal[1, :t].all(), "a later token reached back"
+        assert ((logits - expected).abs() > 1e-9)[1, t:].any(-1).all(), "without an effect the test could not fail"
+        assert is_equal[0].all(), "another sequence of the batch is touched"
+        assert is_equal[2].all(), "another sequence of the batch is touched"
 
 
 @pytest.mark.parametrize("heads", [1, 2])
@@ -47,21 +47,23 @@ def test_changing_a_token_changes_no_logits_before_it(heads, kind):
 @torch.no_grad()
 def test_cached_generation_gives_the_same_logits(heads, kind):
     model, x = build(heads, **kind), tokens(2, 17)
-    whole = model(x).logits_BTV
-    torch.testing.assert_close(in_parts(model, x, [5, 1, 1, 7, 3]), whole, atol=1e-6 if kind else 1e-12, rtol=1e-6)
+    expected = model(x).logits_BTV
+    torch.testing.assert_close(in_parts(model, x, [5, 1, 1, 7, 3]), expected, atol=1e-6 if kind else 1e-12, rtol=1e-6)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
 def test_only_distance_between_tokens_counts_for_attention(kind):
-    """Positions are rotary, xPos's too, so attention is the same where keys and queries are shifted alike."""
-    from mhmoe_ray.model.attention import Attention, rotary
+    """Positions are rotary, also with xPos, so attention stays the same if keys and queries are shifted equally."""
+    from mhmoe_ray.model.attention import Attention, rotary_tables
 
     spec = build(**kind).spec
     attention = Attention(spec).double()
     x = torch.randn(1, 9, 32, dtype=torch.float64)
-    near, far = (attention(x, rotary(spec, torch.arange(start, start + 9))) for start in (0, 1000))
-    torch.testing.assert_close(near, far, atol=1e-5, rtol=1e-5)
+    early_output, late_output = (
+        attention(x, rotary_tables(spec, torch.arange(start, start + 9))) for start in (0, 1000)
+    )
+    torch.testing.assert_close(early_output, late_output, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -74,13 +76,13 @@ def test_every_parameter_gets_a_gradient(kind, router):
 
 @torch.no_grad()
 def test_xpos_fades_with_distance():
-    from mhmoe_ray.model.attention import rotary
+    from mhmoe_ray.model.attention import rotary_tables
 
     spec = build(backbone="subln").spec
-    at = rotary(spec, torch.arange(1025))
+    tables = rotary_tables(spec, torch.arange(1025))
     # Without rotation, the product of a query of ones at the end with keys of ones.
-    scale_q = (at.q_cos_TC.square() + at.q_sin_TC.square()).sqrt()
-    scale_k = (at.k_cos_TC.square() + at.k_sin_TC.square()).sqrt()
+    scale_q = (tables.q_cos_TC.square() + tables.q_sin_TC.square()).sqrt()
+    scale_k = (tables.k_cos_TC.square() + tables.k_sin_TC.square()).sqrt()
     product = (scale_q[-1] * scale_k).sum(-1)
     assert (product[1:] > product[:-1]).all()
     assert product[-1] == pytest.approx(spec.head_width, rel=1e-4)
@@ -88,10 +90,10 @@ def test_xpos_fades_with_distance():
     assert product[0] == pytest.approx(2 * float((base**2).sum()), rel=1e-4)  # 1,024 tokens: two factors
 
 
-def test_xpos_stays_far_within_float32_as_far_as_a_spec_allows():
-    from mhmoe_ray.model.attention import rotary
+def test_xpos_stays_within_float32_up_to_the_longest_sequence():
+    from mhmoe_ray.model.attention import rotary_tables
 
-    longest = ARCHITECTURES["subln"].longest_sequence
-    at = rotary(build(backbone="subln").spec, torch.tensor([longest - 1, longest + 4000]))
-    assert all(part[0].abs().max() < torch.finfo(torch.float32).max / 1000 for part in at)
-    assert at.k_cos_TC[1].isinf().any()
+    longest_sequence = ARCHITECTURES["subln"].longest_sequence
+    tables = rotary_tables(build(backbone="subln").spec, torch.tensor([longest_sequence - 1, longest_sequence + 4000]))
+    assert all(part[0].abs().max() < torch.finfo(torch.float32).max / 1000 for part in tables)
+    assert tables.k_cos_TC[1].isinf().any()

@@ -1,4 +1,4 @@
-"""Documents packed into one sample, each of which is treated as if it were alone."""
+"""Documents that are packed into one sample, each of which must have the results that it has alone."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ def documents() -> torch.Tensor:
 @pytest.mark.parametrize("heads", [1, 2])
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
-def test_a_packed_document_has_the_logits_it_has_alone(heads, kind):
+def test_a_packed_document_has_the_same_logits_as_alone(heads, kind):
     model, x = build(heads, document_masks=True, **kind), tokens(3, 20)
     plain = build(heads, **kind)
     packed, unmasked = model(x, document_BT=documents()).logits_BTV, plain(x).logits_BTV
@@ -29,34 +29,34 @@ def test_a_packed_document_has_the_logits_it_has_alone(heads, kind):
         start = 0
         for length in lengths:
             part = slice(start, start + length)
-            alone = plain(x[row : row + 1, part]).logits_BTV[0]
-            # Cosines and sines are float32, and those of other positions.
-            torch.testing.assert_close(packed[row, part], alone, atol=1e-5, rtol=1e-5)
-            seen = (unmasked[row, part] - alone).abs().amax() > 1e-3
-            assert seen == (start > 0), "without masks earlier documents must show, or the test could not fail"
+            expected = plain(x[row : row + 1, part]).logits_BTV[0]
+            # Positions in a packed sample differ, and their cosines and sines are float32.
+            torch.testing.assert_close(packed[row, part], expected, atol=1e-5, rtol=1e-5)
+            is_affected = (unmasked[row, part] - expected).abs().amax() > 1e-3
+            assert is_affected == (start > 0), "without masks earlier documents must show, or the test could not fail"
             start += length
 
 
 @given(st.lists(st.lists(st.integers(0, 3), min_size=6, max_size=6), min_size=1, max_size=3))
-def test_a_token_sees_itself_and_what_is_before_it_in_its_document(ids):
+def test_a_token_attends_to_itself_and_earlier_tokens_of_its_document(ids):
     mask = document_mask(torch.tensor(ids), torch.float32)
     assert mask.shape == (len(ids), 1, 6, 6)
     for b, row in enumerate(ids):
-        for late in range(6):
-            for early in range(6):
-                sees = early <= late and row[early] == row[late]
-                assert mask[b, 0, late, early].item() == (0 if sees else float("-inf"))
+        for query in range(6):
+            for key in range(6):
+                is_visible = key <= query and row[key] == row[query]
+                assert mask[b, 0, query, key].item() == (0 if is_visible else float("-inf"))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
-def test_generation_is_that_of_one_document(kind):
+def test_generation_treats_the_tokens_as_one_document(kind):
     model, x = build(document_masks=True, **kind), tokens(2, 17)
-    whole = model(x, document_BT=torch.zeros_like(x)).logits_BTV
-    torch.testing.assert_close(in_parts(model, x, [5, 1, 11]), whole, atol=1e-6, rtol=1e-6)
+    expected = model(x, document_BT=torch.zeros_like(x)).logits_BTV
+    torch.testing.assert_close(in_parts(model, x, [5, 1, 11]), expected, atol=1e-6, rtol=1e-6)
 
 
-def test_document_ids_are_given_exactly_where_they_are_needed():
+def test_document_ids_are_required_exactly_for_masks_without_a_cache():
     x = tokens(1, 4)
     masked = build(document_masks=True)
     with pytest.raises(AssertionError):

@@ -1,10 +1,10 @@
-"""Dropout in training: its effect on average, the places where it applies, and the dependence of its draws."""
+"""Dropout in training: its mean, the tensors that it applies to, and the generators of its draws."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from mhmoe_ray.model.attention import Attention, rotary
+from mhmoe_ray.model.attention import Attention, rotary_tables
 from mhmoe_ray.model.decoder import Decoder, routing_loss
 from mhmoe_ray.model.init import init_weights
 from mhmoe_ray.model.noise import EMBEDDING, Noise, dropout
@@ -37,10 +37,12 @@ def test_entries_are_zero_or_scaled_so_that_the_mean_stays(rate, dtype):
     x = torch.linspace(1, 2, 40_000, dtype=dtype)
     y = dropout(x, rate, generator())
     assert y.dtype == dtype
-    kept = y != 0
-    torch.testing.assert_close(y[kept], x[kept] / (1 - rate))
-    assert kept.double().mean().item() == pytest.approx(1 - rate, abs=0.01)  # four standard deviations
-    assert torch.equal(kept, dropout(x.double(), rate, generator()) != 0), "the dtype must not decide what is dropped"
+    keep_mask = y != 0
+    torch.testing.assert_close(y[keep_mask], x[keep_mask] / (1 - rate))
+    assert keep_mask.double().mean().item() == pytest.approx(1 - rate, abs=0.01)  # four standard deviations
+    assert torch.equal(keep_mask, dropout(x.double(), rate, generator()) != 0), (
+        "the dtype must not decide what is dropped"
+    )
     assert dropout(x, rate, None) is x
 
 
@@ -51,13 +53,13 @@ def test_every_expert_of_a_sub_token_has_a_mask_of_its_own():
     [layer] = build(dropout=0.5).moe_layers()
     x_ND = torch.randn(1, 8, dtype=torch.float64, generator=generator()).expand(4000, 8)
     routing = layer.router(x_ND)
-    [first, second] = (
+    [first_output, second_output] = (
         layer.experts.compute(x_ND[:1], routing.expert_NK[:1, k : k + 1], routing.gate_NK[:1, k : k + 1])
         for k in (0, 1)
     )
-    found = layer._through_experts(x_ND, routing, generator())
-    sums = torch.stack([0 * first, 2 * first, 2 * second, 2 * (first + second)])
-    is_sum = (found[None] - sums).abs() < 1e-12
+    output = layer._run_experts(x_ND, routing, generator())
+    sums = torch.stack([0 * first_output, 2 * first_output, 2 * second_output, 2 * (first_output + second_output)])
+    is_sum = (output[None] - sums).abs() < 1e-12
     assert is_sum.any(0).all()
     shares = is_sum.double().mean(1)
     torch.testing.assert_close(shares, torch.full_like(shares, 0.25), atol=0.03, rtol=0)
@@ -66,7 +68,7 @@ def test_every_expert_of_a_sub_token_has_a_mask_of_its_own():
 @torch.no_grad()
 def test_a_shared_expert_is_dropped_like_any_other():
     [layer] = build(dropout=0.5).moe_layers()
-    layer.merge.weight.zero_()  # nothing of the routed experts, and the merge's bias starts at 0
+    layer.merge.weight.zero_()  # no output of the routed experts; the bias of the merge projection is 0 initially
     x = torch.randn(1, 4000, 16, dtype=torch.float64, generator=generator())
     y, shared = layer(x, generator())[0], layer.shared(x)
     dropped = y == 0
@@ -79,12 +81,12 @@ def test_attention_weights_are_dropped_and_their_mean_stays():
     spec = build(attention_dropout=0.3).spec
     attention = Attention(spec).double()
     x = torch.randn(1, 5, 16, dtype=torch.float64, generator=generator())
-    at = rotary(spec, torch.arange(5))
-    quiet = attention(x, at)
-    noisy = attention(x.expand(6000, -1, -1), at, None, generator())
-    torch.testing.assert_close(noisy.mean(0, keepdim=True), quiet, atol=0.02, rtol=0)
-    # The first token sees itself alone: each head's value, scaled, or nothing.
-    assert len(noisy[:, 0].round(decimals=9).unique(dim=0)) == 2**spec.attention_heads
+    tables = rotary_tables(spec, torch.arange(5))
+    expected = attention(x, tables)
+    outputs = attention(x.expand(6000, -1, -1), tables, None, generator())
+    torch.testing.assert_close(outputs.mean(0, keepdim=True), expected, atol=0.02, rtol=0)
+    # The first token attends only to itself: its output is each head's scaled value or 0.
+    assert len(outputs[:, 0].round(decimals=9).unique(dim=0)) == 2**spec.attention_heads
 
 
 @torch.no_grad()
@@ -101,21 +103,21 @@ def test_the_default_generator_is_neither_read_nor_moved():
 
 @torch.no_grad()
 @pytest.mark.parametrize("backbone", ["llama", "subln"])
-def test_masks_fall_on_the_embedding_and_on_what_is_added_to_the_residual(backbone):
+def test_masks_apply_to_the_embedding_and_to_the_output_of_each_layer(backbone):
     model, x, rate = build(moe=False, dropout=0.4, backbone=backbone), tokens(), 0.4
     noise = Noise(5, 7)
 
-    def mask(like, g):
-        return (torch.rand(like.shape, generator=g) >= rate) / (1 - rate)
+    def mask(tensor, generator_):
+        return (torch.rand(tensor.shape, generator=generator_) >= rate) / (1 - rate)
 
     h = model.embedding(x) * (4 if backbone == "subln" else 1)
     h = h * mask(h, noise.generator(EMBEDDING, CPU))
     for i, block in enumerate(model.blocks):
-        g = noise.generator(i, CPU)
-        y = block.attention(block.attention_norm(h), rotary(model.spec, torch.arange(9)))
-        h = h + y * mask(y, g)
+        generator_ = noise.generator(i, CPU)
+        y = block.attention(block.attention_norm(h), rotary_tables(model.spec, torch.arange(9)))
+        h = h + y * mask(y, generator_)
         y = block.ffn(block.ffn_norm(h))
-        h = h + y * mask(y, g)
+        h = h + y * mask(y, generator_)
     torch.testing.assert_close(model(x, noise=noise).logits_BTV, F.linear(model.norm(h), model.embedding.weight))
 
 
@@ -155,8 +157,8 @@ def test_gradients_under_fixed_masks_are_those_of_finite_differences(backbone):
         slope, step = float((p.grad * direction).sum()), 1e-6
         with torch.no_grad():
             p.add_(direction, alpha=step)
-            up = loss().item()
+            upper_loss = loss().item()
             p.add_(direction, alpha=-2 * step)
-            down = loss().item()
+            lower_loss = loss().item()
             p.add_(direction, alpha=step)
-        assert (up - down) / (2 * step) == pytest.approx(slope, rel=1e-4, abs=1e-7), name
+        assert (upper_loss - lower_loss) / (2 * step) == pytest.approx(slope, rel=1e-4, abs=1e-7), name

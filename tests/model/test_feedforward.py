@@ -23,6 +23,6 @@ def test_the_inner_norm_of_dense_layers_and_experts_has_the_models_epsilon():
 
     x, y = torch.randn(3, 16, dtype=torch.float64), torch.randn(3, 8, dtype=torch.float64)
     torch.testing.assert_close(dense(x), formula(x, *dense.parameters()))
-    one = torch.ones(3, 1, dtype=torch.float64)
+    gate_N1 = torch.ones(3, 1, dtype=torch.float64)
     second = [p[1] for p in experts.parameters()]
-    torch.testing.assert_close(experts.compute(y, torch.ones(3, 1, dtype=torch.int64), one), formula(y, *second))
+    torch.testing.assert_close(experts.compute(y, torch.ones(3, 1, dtype=torch.int64), gate_N1), formula(y, *second))

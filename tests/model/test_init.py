@@ -10,17 +10,17 @@ from mhmoe_ray.spec.model import ROUTERS
 from tests.specs import tiny_spec
 
 
-def weights(seed=0, held=None):
-    model = Decoder(tiny_spec().model, held)
+def weights(seed=0, expert_ids=None):
+    model = Decoder(tiny_spec().model, expert_ids)
     init_weights(model, seed)
     return dict(model.named_parameters())
 
 
 def test_a_rank_with_some_experts_gets_the_same_weights_as_a_process_with_all():
-    everything, half = weights(), weights(held=range(2, 4))
-    for name, tensor in half.items():
-        whole = everything[name]
-        assert torch.equal(tensor, whole[2:4] if ".experts." in name else whole), name
+    all_weights, rank_weights = weights(), weights(expert_ids=range(2, 4))
+    for name, tensor in rank_weights.items():
+        full_tensor = all_weights[name]
+        assert torch.equal(tensor, full_tensor[2:4] if ".experts." in name else full_tensor), name
 
 
 def test_another_seed_gives_other_weights_and_no_two_experts_are_equal():
@@ -43,10 +43,10 @@ def test_head_and_merge_projections_start_as_the_authors_do():
 @pytest.mark.parametrize("backbone", ["llama", "subln"])
 @pytest.mark.parametrize("router", list(ROUTERS))
 def test_every_weight_starts_within_its_bound(backbone, router):
-    """Weights start as in nn.Linear (+-fan_in^-0.5), except for the projections; on subln some are then sqrt(ln 2L)
-    times that.
+    """Weights start as in nn.Linear (+-fan_in^-0.5), except for the projections. subln multiplies some of them by
+    sqrt(ln 2L).
 
-    Embedding and output are normal and have no bound, so they are checked by their deviation. Norms change nothing.
+    Embedding and output are normal and have no bound, so their deviation is checked. Norms start as the identity.
     """
     moe = MoESpec(heads=2, experts=48, top_k=1, d_expert=100, router=router, projection_layers=2)
     sizes = {"vocab_size": 500, "d_model": 64, "layers": 4, "attention_heads": 4, "d_ff": 90, "moe": moe}

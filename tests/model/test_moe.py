@@ -20,8 +20,8 @@ def linear(projection, x):
 
 def expert(weights, x):
     if len(weights) == 3:
-        gate, up, down = weights
-        return down @ (F.silu(gate @ x) * (up @ x))
+        gate_weight, up_weight, down_weight = weights
+        return down_weight @ (F.silu(gate_weight @ x) * (up_weight @ x))
     fc1, bias1, scale, shift, fc2, bias2 = weights
     hidden = F.gelu(fc1 @ x + bias1)
     normed = (hidden - hidden.mean()) / (hidden.var(correction=0) + 1e-5).sqrt()
@@ -36,8 +36,8 @@ def probabilities(scores, kind, x):
     return torch.softmax(logits / projected.norm() / 0.3 if kind == "xmoe" else logits, 0)
 
 
-def by_the_equations(layer, moe, x_M):
-    """Compute one token by METHOD's equations 1 to 6, written with plain loops.
+def layer_output(layer, moe, x_M):
+    """Return the layer's output for one token by P1's equations 1 to 6, written with plain loops.
 
     X-MoE's initial temperature is 0.3.
     """
@@ -46,10 +46,10 @@ def by_the_equations(layer, moe, x_M):
     for j in range(moe.heads):
         sub = mixed[j * len(mixed) // moe.heads : (j + 1) * len(mixed) // moe.heads]
         p = probabilities(layer.router.scores, moe.router, sub)
-        chosen = sorted(range(len(p)), key=lambda e: -p[e].item())[: moe.top_k]
-        norm = sum(p[e] for e in chosen) if moe.normalize_gates else 1.0
-        outputs = (expert([w[e] for w in layer.experts.parameters()], sub) for e in chosen)
-        total = sum(p[e] / norm * y for e, y in zip(chosen, outputs, strict=True))
+        chosen_experts = sorted(range(len(p)), key=lambda e: -p[e].item())[: moe.top_k]
+        norm = sum(p[e] for e in chosen_experts) if moe.normalize_gates else 1.0
+        outputs = (expert([w[e] for w in layer.experts.parameters()], sub) for e in chosen_experts)
+        total = sum(p[e] / norm * y for e, y in zip(chosen_experts, outputs, strict=True))
         pieces.append(sub + total if moe.sub_token_residual else total)
     y = linear(layer.merge, torch.cat(pieces))
     return y + expert(list(layer.shared.parameters()), x_M) if layer.shared else y
@@ -61,19 +61,18 @@ def by_the_equations(layer, moe, x_M):
 def test_the_layer_is_the_equations(data):
     layer, moe, x = data.draw(layers(capacity_factor=None))
     y, _ = layer(x)
-    expected = torch.stack([by_the_equations(layer, moe, token) for token in x.flatten(0, 1)])
+    expected = torch.stack([layer_output(layer, moe, token) for token in x.flatten(0, 1)])
     torch.testing.assert_close(y.flatten(0, 1), expected)
 
 
 @settings(max_examples=100)
 @given(data=st.data())
 @torch.no_grad()
-def test_dropped_routes_contribute_nothing_and_the_others_what_they_did(data):
-    """The routing alone determines the output under static capacity: it sums the dropless weight times output of kept
-    routes."""
+def test_dropped_routes_contribute_nothing_and_kept_routes_stay_the_same(data):
+    """The output under static capacity is the sum of dropless weight times output over the kept routes."""
     factor = data.draw(st.sampled_from([0.2, 0.7, 1.0]))
-    drawn = layers(capacity_factor=factor, merge_projection=False, d_shared=0, sub_token_residual=False)
-    layer, moe, x = data.draw(drawn)
+    layer_strategy = layers(capacity_factor=factor, merge_projection=False, d_shared=0, sub_token_residual=False)
+    layer, moe, x = data.draw(layer_strategy)
     y, routing = layer(x)
     _, free = layer.eval()(x)
     x_ND = layer.head(x).reshape(len(routing.gate_NK), -1)
@@ -84,7 +83,7 @@ def test_dropped_routes_contribute_nothing_and_the_others_what_they_did(data):
                 e = int(free.expert_NK[n, k])
                 expected += free.gate_NK[n, k] * expert([w[e] for w in layer.experts.parameters()], row)
         torch.testing.assert_close(y.view_as(x_ND)[n], expected)
-    assert int(routing.dropped) >= len(x_ND) * moe.top_k - moe.experts * math.ceil(
+    assert int(routing.dropped_routes) >= len(x_ND) * moe.top_k - moe.experts * math.ceil(
         factor * moe.top_k * math.ceil(len(x_ND) / moe.experts)
     )
 

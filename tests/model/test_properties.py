@@ -30,8 +30,8 @@ def test_shapes_gates_and_counts(data, dtype):
     assert routing.gate_NK.dtype == GATES[dtype]
     assert all(torch.isfinite(t).all() for t in (y, routing.gate_NK, routing.balance_loss, routing.z_loss))
 
-    chosen = torch.zeros(rows, moe.experts, dtype=torch.bool).scatter_(1, routing.expert_NK, True)
-    assert (chosen.sum(1) == moe.top_k).all(), "an expert is chosen twice"
+    is_chosen = torch.zeros(rows, moe.experts, dtype=torch.bool).scatter_(1, routing.expert_NK, True)
+    assert (is_chosen.sum(1) == moe.top_k).all(), "an expert is chosen twice"
 
     sums = routing.gate_NK.sum(1)
     if moe.normalize_gates and moe.capacity_factor is None:
@@ -41,42 +41,41 @@ def test_shapes_gates_and_counts(data, dtype):
 
     kept_NK = routing.gate_NK > 0
     assert torch.equal(routing.count_E, torch.bincount(routing.expert_NK[kept_NK], minlength=moe.experts))
-    assert int(routing.dropped) == rows * moe.top_k - int(routing.count_E.sum())
+    assert int(routing.dropped_routes) == rows * moe.top_k - int(routing.count_E.sum())
     if moe.capacity_factor is None:
-        assert int(routing.dropped) == 0
+        assert int(routing.dropped_routes) == 0
     else:
-        limit = moe.places(rows)
-        assert (routing.count_E <= limit).all()
-        assert (routing.count_E[routing.expert_NK[~kept_NK]] == limit).all(), "dropped though there was room"
+        capacity = moe.expert_capacity(rows)
+        assert (routing.count_E <= capacity).all()
+        assert (routing.count_E[routing.expert_NK[~kept_NK]] == capacity).all(), "dropped though there was room"
 
 
 @common
 @given(data=st.data())
 @torch.no_grad()
 def test_sub_tokens_are_slices_of_their_token_token_by_token(data):
-    """Sub-token x_i^j is features j d/h to (j + 1) d/h of token i after the head projection, in row i h + j (P1,
+    """Sub-token x_i^j has features j d/h to (j + 1) d/h of token i after the head projection, in row i h + j (P1,
     3.1)."""
     layer, moe, x = data.draw(layers())
     mixed, width = layer.head(x).flatten(0, 1), WIDTH // moe.heads
-    seen = []
-    layer.dispatch = lambda x_ND, routing, experts: seen.append(x_ND) or x_ND
+    calls = []
+    layer.dispatch = lambda x_ND, routing, experts: calls.append(x_ND) or x_ND
     layer(x)
     for i, token in enumerate(mixed):
         for j in range(moe.heads):
-            assert torch.equal(seen[0][i * moe.heads + j], token[j * width : (j + 1) * width])
+            assert torch.equal(calls[0][i * moe.heads + j], token[j * width : (j + 1) * width])
 
 
 @common
 @given(data=st.data(), dtype=DTYPES, heads=st.sampled_from([1, 2, 3, 4, 6]), experts=st.integers(1, 6))
 @torch.no_grad()
 def test_experts_that_return_their_input_give_the_tokens_back(data, dtype, heads, experts):
-    """Tokens come through the split, the sort by expert and back, and the join to the bit, as each weight is exactly
-    1."""
-    drawn = layers(
+    """Tokens pass the split, the sort by expert and back, and the join bit by bit, because each weight is exactly 1."""
+    layer_strategy = layers(
         dtype=dtype, heads=heads, experts=experts, top_k=1, capacity_factor=None, router="linear", d_shared=0,
         head_projection=False, merge_projection=False, sub_token_residual=False,
     )  # fmt: skip
-    layer, _, x = data.draw(drawn)
+    layer, _, x = data.draw(layer_strategy)
     layer.router.scores.weight_ED.mul_(1e6)  # so that softmax gives 1 and 0, unless two experts score alike
     if experts > 1:
         best_N2 = layer.router.scores(x.reshape(-1, WIDTH // heads).to(GATES[dtype])).topk(2).values
@@ -93,17 +92,17 @@ def test_experts_that_return_their_input_give_the_tokens_back(data, dtype, heads
 @given(data=st.data(), top_k=st.integers(2, 4))
 @torch.no_grad()
 def test_several_identical_experts_whose_weights_add_up_to_one_are_one(data, top_k):
-    drawn = layers(
+    layer_strategy = layers(
         experts=5, top_k=top_k, capacity_factor=None, normalize_gates=True, d_shared=0, sub_token_residual=False,
         merge_projection=False,
     )  # fmt: skip
-    layer, _, x = data.draw(drawn)
+    layer, _, x = data.draw(layer_strategy)
     for stacked in layer.experts.parameters():
         stacked.copy_(stacked[:1].expand_as(stacked).clone())
     y, _ = layer(x)
     x_ND = layer.head(x).reshape(-1, WIDTH // layer.heads)
-    one = layer.experts.function(x_ND, *(p[0] for p in layer.experts.parameters()))
-    torch.testing.assert_close(y, one.view_as(x))
+    expected = layer.experts.function(x_ND, *(p[0] for p in layer.experts.parameters()))
+    torch.testing.assert_close(y, expected.view_as(x))
 
 
 @common
@@ -113,13 +112,13 @@ def test_renaming_experts_changes_nothing(data):
     layer, moe, x = data.draw(layers(bias_rate=0.1))
     scores = layer.router.scores
     layer.router.bias_E.copy_(torch.randn(moe.experts, generator=torch.Generator().manual_seed(0)) / 10)
-    before, routing = layer(x)
+    expected, routing = layer(x)
     order = torch.tensor(data.draw(st.permutations(range(moe.experts))))
     by_expert = scores.weight_ED if moe.router == "linear" else scores.expert_EQ
     for weight in [by_expert, layer.router.bias_E, *layer.experts.parameters()]:
         weight.copy_(weight[order].clone())
-    after, renamed = layer(x)
-    torch.testing.assert_close(after, before)
+    output, renamed = layer(x)
+    torch.testing.assert_close(output, expected)
     assert torch.equal(order[renamed.expert_NK], routing.expert_NK)
     assert torch.equal(renamed.count_E, routing.count_E[order])
     torch.testing.assert_close(renamed.balance_loss, routing.balance_loss)
@@ -127,20 +126,19 @@ def test_renaming_experts_changes_nothing(data):
 
 @common
 @given(data=st.data(), dtype=DTYPES)
-def test_a_token_reaches_its_own_output_alone(data, dtype):
-    """No derivative, not even a small one, leads from one token's output to another's input, of its sequence or of
-    another.
+def test_an_output_depends_on_its_own_token_only(data, dtype):
+    """The derivative of one token's output by another token's input is exactly 0, also between sequences.
 
-    With a static capacity, only the choice of the routes that are dropped depends on other tokens.
+    With a static capacity, only the choice of the dropped routes depends on other tokens.
     """
     layer, _, x = data.draw(layers(dtype=dtype))
     x.requires_grad_()
     y, _ = layer(x)
     b, t = (data.draw(st.integers(0, n - 1)) for n in x.shape[:2])
     [grad] = torch.autograd.grad(y[b, t].float().square().sum(), [x], materialize_grads=True)
-    elsewhere = torch.ones(x.shape[:2], dtype=torch.bool)
-    elsewhere[b, t] = False
-    assert not grad[elsewhere].any()
+    is_other_token = torch.ones(x.shape[:2], dtype=torch.bool)
+    is_other_token[b, t] = False
+    assert not grad[is_other_token].any()
 
 
 @common
@@ -148,31 +146,31 @@ def test_a_token_reaches_its_own_output_alone(data, dtype):
 @torch.no_grad()
 def test_without_drops_other_tokens_change_nothing(data):
     layer, _, x = data.draw(layers(capacity_factor=None))
-    before, _ = layer(x)
+    expected, _ = layer(x)
     b, t = (data.draw(st.integers(0, n - 1)) for n in x.shape[:2])
     changed = torch.randn(x.shape, dtype=x.dtype, generator=torch.Generator().manual_seed(9))
     changed[b, t] = x[b, t]
-    after, _ = layer(changed)
-    torch.testing.assert_close(after[b, t], before[b, t], atol=1e-12, rtol=1e-12)
-    torch.testing.assert_close(layer(x[b : b + 1, t : t + 1])[0][0, 0], before[b, t], atol=1e-12, rtol=1e-12)
+    output, _ = layer(changed)
+    torch.testing.assert_close(output[b, t], expected[b, t], atol=1e-12, rtol=1e-12)
+    torch.testing.assert_close(layer(x[b : b + 1, t : t + 1])[0][0, 0], expected[b, t], atol=1e-12, rtol=1e-12)
 
 
 @common
-@given(data=st.data(), used=st.integers(1, 5))
-def test_experts_without_rows_are_not_touched(data, used):
-    """Even NaN in the weights of such experts reaches nothing, and their gradient is zero."""
-    layer, _, x = data.draw(layers(experts=6, top_k=data.draw(st.integers(1, used)), bias_rate=0.1))
-    layer.router.bias_E[used:] = -10.0
+@given(data=st.data(), used_experts=st.integers(1, 5))
+def test_experts_without_rows_are_not_touched(data, used_experts):
+    """NaN in the weights of such experts has no effect, and their gradient is zero."""
+    layer, _, x = data.draw(layers(experts=6, top_k=data.draw(st.integers(1, used_experts)), bias_rate=0.1))
+    layer.router.bias_E[used_experts:] = -10.0
     with torch.no_grad():
         expected, _ = layer(x)
         for weight in layer.experts.parameters():
-            weight[used:] = torch.nan
+            weight[used_experts:] = torch.nan
     y, routing = layer(x)
-    assert not routing.count_E[used:].any()
+    assert not routing.count_E[used_experts:].any()
     torch.testing.assert_close(y, expected)
     y.sum().backward()
     for weight in layer.experts.parameters():
-        assert not weight.grad[used:].any()
+        assert not weight.grad[used_experts:].any()
         assert torch.isfinite(weight.grad).all()
 
 
@@ -206,8 +204,8 @@ def test_lower_precision_is_near_double(data, dtype):
 @given(data=st.data())
 @torch.no_grad()
 def test_a_decoder_without_drops_is_causal_and_keeps_sequences_apart(data):
-    one = data.draw(specs(capacity_factor=None))
-    spec = ModelSpec.model_validate(one.model_dump() | {"layers": 2})
+    layer_spec = data.draw(specs(capacity_factor=None))
+    spec = ModelSpec.model_validate(layer_spec.model_dump() | {"layers": 2})
     model = Decoder(spec)
     init_weights(model, data.draw(st.integers(0, 100)))
     model.double()
@@ -216,7 +214,7 @@ def test_a_decoder_without_drops_is_causal_and_keeps_sequences_apart(data):
     changed = x.clone()
     changed[0, t] = (x[0, t] + 1) % 9
     # Not bit-equal: an expert's other rows shift a row's place in its matrix product.
-    moved = (model(changed).logits_BTV - model(x).logits_BTV).abs().amax(-1)
-    assert (moved[0, :t] < 1e-12).all(), "a later token reached back"
-    assert (moved[1] < 1e-12).all(), "another sequence is touched"
-    assert moved[0, t] > 1e-9, "without an effect the test could not fail"
+    difference = (model(changed).logits_BTV - model(x).logits_BTV).abs().amax(-1)
+    assert (difference[0, :t] < 1e-12).all(), "a later token reached back"
+    assert (difference[1] < 1e-12).all(), "another sequence is touched"
+    assert difference[0, t] > 1e-9, "without an effect the test could not fail"

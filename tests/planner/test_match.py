@@ -4,8 +4,8 @@ from hypothesis import strategies as st
 
 from mhmoe_ray.architectures import ARCHITECTURES
 from mhmoe_ray.errors import SpecError
-from mhmoe_ray.planner.match import MatchSpec, matched_heads, parity, solve, without_ep
-from mhmoe_ray.planner.sizes import sizes
+from mhmoe_ray.planner.match import MatchSpec, compare_models, experts_without_ep, matched_heads, solve_match
+from mhmoe_ray.planner.sizes import compute_sizes
 from mhmoe_ray.spec import ModelSpec, MoESpec
 from mhmoe_ray.spec.model import ROUTERS
 from tests.specs import tiny_spec
@@ -20,32 +20,32 @@ def model(moe, d=768, d_ff=2048, **trunk):
 SMOE = model({"heads": 1, "experts": 8, "top_k": 1, "d_expert": 2048})
 
 
-def solved(moe, reference=SMOE, **match):
-    return solve(model(moe), reference, MatchSpec(to="reference", **match))
+def solve(moe, reference=SMOE, **match):
+    return solve_match(model(moe), reference, MatchSpec(to="reference", **match))
 
 
 def test_the_follow_up_papers_rows_are_found():
     """P2 compares SMoE 8 x 2048 top-1 with h 2, 40 x 768 top-2, and with h 3, 96 x 512 top-3."""
-    assert solved({"heads": 2, "top_k": 2}, by="both") == (768, 40)
-    assert solved({"heads": 3, "top_k": 3}, by="both") == (512, 96)
-    assert solved({"heads": 1, "top_k": 2}, by="both") == (1024, 16)
-    assert solved({"heads": 2, "top_k": 2, "experts": 40}, by="flops") == (768, 40)
+    assert solve({"heads": 2, "top_k": 2}, by="both") == (768, 40)
+    assert solve({"heads": 3, "top_k": 3}, by="both") == (512, 96)
+    assert solve({"heads": 1, "top_k": 2}, by="both") == (1024, 16)
+    assert solve({"heads": 2, "top_k": 2, "experts": 40}, by="flops") == (768, 40)
     # Exact parity, which P2 rounds: 41.3 and 93 experts.
-    assert solved({"heads": 2, "top_k": 2}, by="both", multiple=1) == (768, 41)
-    assert solved({"heads": 3, "top_k": 3}, by="both", multiple=1) == (512, 93)
+    assert solve({"heads": 2, "top_k": 2}, by="both", multiple=1) == (768, 41)
+    assert solve({"heads": 3, "top_k": 3}, by="both", multiple=1) == (512, 93)
 
 
 def test_the_first_papers_width_is_the_one_of_equal_parameters():
-    """P1's models have biases and SubLN; the width is within three of what P1's own rule gives, which leaves the router
-    out."""
+    """P1's models have biases and SubLN. The width differs by at most three from P1's own rule, which leaves out the
+    router."""
     from mhmoe_ray.planner.papers import equal_parameter_width
 
     trunk = {"backbone": "subln", "d_ff": 3072}
     for heads in (2, 4, 6, 8, 12):
         routing = {"router": "xmoe_torchscale", "top_k": 2, "experts": 32}
         xmoe = model({"heads": 1, "d_expert": 3072, **routing}, **trunk)
-        ours = model({"heads": heads, **routing}, **trunk)
-        width, experts = solve(ours, xmoe, MatchSpec(to="x", by="params", multiple=1))
+        mhmoe = model({"heads": heads, **routing}, **trunk)
+        width, experts = solve_match(mhmoe, xmoe, MatchSpec(to="x", by="params", multiple=1))
         assert experts == 32
         assert abs(width - equal_parameter_width(heads, 32, 768, 3072)) <= 3
 
@@ -61,104 +61,108 @@ def test_heads_that_a_width_does_not_split_into_are_refused(heads):
     heads=st.sampled_from([1, 2, 3, 4, 6, 12]), top_k=st.integers(1, 4), multiple=st.sampled_from([1, 2, 8]),
     router=st.sampled_from(list(ROUTERS)), backbone=st.sampled_from(list(ARCHITECTURES)),
     d_shared=st.sampled_from([0, 256]), d_ff=st.sampled_from([1024, 2048, 3072]),
-    by=st.sampled_from(["flops", "params", "both"]),
+    quantity=st.sampled_from(["flops", "params", "both"]),
 )  # fmt: skip
-def test_what_is_solved_is_the_nearest_there_is(heads, top_k, multiple, router, backbone, d_shared, d_ff, by):
+def test_the_solution_is_nearest_to_the_reference(heads, top_k, multiple, router, backbone, d_shared, d_ff, quantity):
     trunk = {"backbone": backbone, "d_ff": d_ff}
     reference = model({"heads": 1, "experts": 8, "top_k": 1, "d_expert": d_ff}, **trunk)
     moe = {"heads": heads, "top_k": top_k, "router": router, "d_shared": d_shared, "experts": 16}
-    ours = model(moe, **trunk)
+    model_to_solve = model(moe, **trunk)
     try:
-        width, experts = solve(ours, reference, MatchSpec(to="reference", by=by, multiple=multiple))
+        width, experts = solve_match(
+            model_to_solve, reference, MatchSpec(to="reference", by=quantity, multiple=multiple)
+        )
     except SpecError:
         assume(False)
 
-    def made(d_expert, experts):
+    def model_with(d_expert, experts):
         return model({**moe, "d_expert": d_expert, "experts": experts}, **trunk)
 
     def compute(d_expert, experts):
-        found = sizes(made(d_expert, experts))
-        return found.macs_per_token - found.router_macs_per_token
+        sizes = compute_sizes(model_with(d_expert, experts))
+        return sizes.macs_per_token - sizes.router_macs_per_token
 
     def parameters(d_expert, experts):
-        return sizes(made(d_expert, experts)).parameters
+        return compute_sizes(model_with(d_expert, experts)).parameters
 
-    goal = sizes(reference)
-    compute_goal = goal.macs_per_token - goal.router_macs_per_token
-    target, count = (goal.parameters, parameters) if by == "params" else (compute_goal, compute)
+    reference_sizes = compute_sizes(reference)
+    compute_goal = reference_sizes.macs_per_token - reference_sizes.router_macs_per_token
+    target, count = (reference_sizes.parameters, parameters) if quantity == "params" else (compute_goal, compute)
 
     def steps(value):
-        """Return the multiples to which a value may have been rounded, the largest first."""
+        """Return the steps to whose multiples a value may have been rounded, the largest first."""
         return [multiple // part for part in (1, 2, 4, 8) if multiple % part == 0 and value % (multiple // part) == 0]
 
-    def near(value, other, error, other_error):
-        return abs(error) <= abs(other_error) or abs(value / other - 1) > 0.04
+    def is_nearest(value, neighbour, error, neighbour_error):
+        return abs(error) <= abs(neighbour_error) or abs(value / neighbour - 1) > 0.04
 
     for step in steps(width)[:1]:
-        for other in (width - step, width + step):
-            if other > 0:
-                assert near(width, other, count(width, experts) - target, count(other, experts) - target)
+        for neighbour in (width - step, width + step):
+            if neighbour > 0:
+                assert is_nearest(width, neighbour, count(width, experts) - target, count(neighbour, experts) - target)
     assert steps(width)
-    if by != "both":
+    if quantity != "both":
         assert experts == 16
         return
     for step in steps(experts)[:1]:
-        for other in (experts - step, experts + step):
-            if other >= top_k:
-                error, other_error = (parameters(width, e) - goal.parameters for e in (experts, other))
-                assert near(experts, other, error, other_error)
+        for neighbour in (experts - step, experts + step):
+            if neighbour >= top_k:
+                error, neighbour_error = (
+                    parameters(width, e) - reference_sizes.parameters for e in (experts, neighbour)
+                )
+                assert is_nearest(experts, neighbour, error, neighbour_error)
     assert steps(experts)
 
 
-def test_rounding_takes_smaller_steps_where_it_would_miss_by_much():
+def test_rounding_takes_smaller_steps_if_the_error_is_large():
     shared = model({"heads": 1, "experts": 8, "top_k": 1, "d_expert": 2048, "d_shared": 2048})
-    width, experts = solved({"heads": 2, "top_k": 2}, shared, by="both")
-    ours = model({"heads": 2, "top_k": 2, "d_expert": width, "experts": experts})
+    width, experts = solve({"heads": 2, "top_k": 2}, shared, by="both")
+    matched = model({"heads": 2, "top_k": 2, "d_expert": width, "experts": experts})
     assert experts % 8
-    assert parity(ours, shared)["parameters"].ratio == pytest.approx(1.0, abs=0.04)
-    assert parity(ours, shared)["multiply-adds of expert layers"].ratio == pytest.approx(1.0, abs=0.01)
+    assert compare_models(matched, shared)["parameters"].ratio == pytest.approx(1.0, abs=0.04)
+    assert compare_models(matched, shared)["multiply-adds of expert layers"].ratio == pytest.approx(1.0, abs=0.01)
 
 
 @pytest.mark.parametrize(
     ("ep", "experts"), [(2, 40), (3, 42), (4, 40), (5, 40), (6, 42), (7, 42), (8, 40), (9, 45), (16, 48)]
 )
-def test_experts_divide_over_any_number_of_ranks_and_stay_near(ep, experts):
+def test_experts_divide_over_any_number_of_ranks_and_stay_near_the_match(ep, experts):
     """The exact match is 41.3 experts."""
     moe = {"heads": 2, "top_k": 2}
-    assert solve(model(moe), SMOE, MatchSpec(to="reference", by="both"), ep=ep) == (768, experts)
-    ours = model({**moe, "d_expert": 768, "experts": experts})
+    assert solve_match(model(moe), SMOE, MatchSpec(to="reference", by="both"), ep=ep) == (768, experts)
+    matched = model({**moe, "d_expert": 768, "experts": experts})
     spec = tiny_spec(
-        model=ours.model_dump(),
+        model=matched.model_dump(),
         reference={"name": "smoe", "moe": SMOE.moe.model_dump()},
         cluster={"ep": ep, "workers": ep},
         train={"micro_batches": ep},
     )
-    assert without_ep(spec) == (41 if experts > 42 else None)
-    assert without_ep(spec.model_copy(update={"cluster": tiny_spec().cluster})) is None
+    assert experts_without_ep(spec) == (41 if experts > 42 else None)
+    assert experts_without_ep(spec.model_copy(update={"cluster": tiny_spec().cluster})) is None
 
 
-def test_what_cannot_be_matched_is_said():
-    with pytest.raises(SpecError, match="has as much as reference already; match a larger reference, or lower"):
-        solved({"heads": 2, "top_k": 2, "d_shared": 4096}, by="flops")
-    one = model({"heads": 1, "experts": 1, "top_k": 1, "d_expert": 2048})
-    ours = model({"heads": 1, "top_k": 4, "d_expert": 2048})
-    with pytest.raises(SpecError, match="but rows go to 4 each"):
-        solve(ours, one, MatchSpec(to="one", by="both"), given={"d_expert"})
+def test_a_match_without_a_solution_is_an_error():
+    with pytest.raises(SpecError, match="have as much as reference already; match a larger reference, or lower"):
+        solve({"heads": 2, "top_k": 2, "d_shared": 4096}, by="flops")
+    single_expert = model({"heads": 1, "experts": 1, "top_k": 1, "d_expert": 2048})
+    unmatched = model({"heads": 1, "top_k": 4, "d_expert": 2048})
+    with pytest.raises(SpecError, match="but each row needs 4"):
+        solve_match(unmatched, single_expert, MatchSpec(to="one", by="both"), fixed_keys={"d_expert"})
 
 
-def test_parity_says_what_is_equal_and_what_is_not():
-    ours = model({"heads": 3, "top_k": 3, "d_expert": 512, "experts": 96})
-    found = parity(ours, SMOE)
-    assert found["multiply-adds of expert layers"].ratio == 1.0
-    assert found["hidden activations per token"].ratio == 9 * 512 / 2048
-    assert 1.0 < found["parameters"].ratio < 1.03
+def test_a_comparison_shows_equal_and_unequal_counts():
+    mhmoe_h3 = model({"heads": 3, "top_k": 3, "d_expert": 512, "experts": 96})
+    comparisons = compare_models(mhmoe_h3, SMOE)
+    assert comparisons["multiply-adds of expert layers"].ratio == 1.0
+    assert comparisons["hidden activations per token"].ratio == 9 * 512 / 2048
+    assert 1.0 < comparisons["parameters"].ratio < 1.03
     dense = SMOE.with_moe(None)
-    assert set(parity(SMOE, dense)) == {"parameters", "active parameters", "multiply-adds per token"}
+    assert set(compare_models(SMOE, dense)) == {"parameters", "active parameters", "multiply-adds per token"}
     # P1 at equal parameters: about 4.1 times the compute of its expert layers at top 2 (P2, section 2).
     p1 = {"backbone": "subln", "d_ff": 3072}
     routing = {"top_k": 2, "experts": 32, "router": "xmoe_torchscale"}
     xmoe = model({"heads": 1, "d_expert": 3072, **routing}, **p1)
     mhmoe = model({"heads": 4, "d_expert": 12_096, **routing}, **p1)
-    found = parity(mhmoe, xmoe)
-    assert found["multiply-adds of expert layers"].ratio == pytest.approx(130 / 32, rel=0.02)
-    assert found["parameters"].ratio == pytest.approx(1.0, abs=0.003)
+    comparisons = compare_models(mhmoe, xmoe)
+    assert comparisons["multiply-adds of expert layers"].ratio == pytest.approx(130 / 32, rel=0.02)
+    assert comparisons["parameters"].ratio == pytest.approx(1.0, abs=0.003)

@@ -1,4 +1,4 @@
-"""Planned memory against what autograd really keeps of a step, and what torch's optimizer really holds."""
+"""Planned memory compared with the bytes that autograd saves in a real step and that torch's optimizer holds."""
 
 import pytest
 import torch
@@ -13,18 +13,23 @@ from mhmoe_ray.distributed.mesh import build_mesh
 from mhmoe_ray.model.decoder import Decoder, routing_loss, token_losses
 from mhmoe_ray.model.init import init_weights
 from mhmoe_ray.model.noise import Noise
-from mhmoe_ray.planner.expert_step import assumed_kernel, may_be_compiled
-from mhmoe_ray.planner.memory import checkpoint_copy, memory, whole_gradients, whole_weights
-from mhmoe_ray.planner.sizes import blocks, sizes
+from mhmoe_ray.planner.expert_step import assumed_kernel, may_use_cpp
+from mhmoe_ray.planner.memory import (
+    checkpoint_copy_bytes,
+    compute_memory,
+    gathered_weight_bytes,
+    unsharded_gradient_bytes,
+)
+from mhmoe_ray.planner.sizes import block_sizes, compute_sizes
 from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.spec import RunSpec
 from mhmoe_ray.spec.model import ROUTERS
 from mhmoe_ray.train.step import Trainer
 from tests.checkpoint.test_load import new_run
-from tests.kernels.test_cpp import COMPILES
+from tests.kernels.test_cpp import MUST_COMPILE
 from tests.ranks import run_ranks
 from tests.specs import tiny_spec
-from tests.train.jobs import micro_batches, trainer_of
+from tests.train.jobs import build_trainer, micro_batches
 
 TRUNK = {"vocab_size": 500, "d_model": 96, "layers": 3, "attention_heads": 4, "d_ff": 200}
 KINDS = {
@@ -63,35 +68,35 @@ def spec_of(kind, experts, precision="float32") -> RunSpec:
     model = {**TRUNK, **KINDS[kind], "moe": EXPERTS[experts]}
     if experts == "plain":
         model["d_ff"] = None
-    seq_len = 192 if kind == "masks" else 64  # at which the mask is more than what the test lets pass
+    seq_len = 192 if kind == "masks" else 64  # long enough that a missing mask exceeds the test's tolerance
     return tiny_spec(model=model, data={"seq_len": seq_len}, train=train)
 
 
-class Kept:
-    """Hook that adds up the bytes of all storages that a graph holds, except the weights themselves."""
+class SavedTensors:
+    """Hook that adds up the bytes of all storages that a graph saves, except those of the weights."""
 
     def __init__(self, model: torch.nn.Module) -> None:
         self._weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-        self._kept: dict[int, torch.Tensor] = {}  # held, so that no two share an address
+        self._saved_tensors: dict[int, torch.Tensor] = {}  # referenced, so that no two share an address
 
     def __call__(self, t: torch.Tensor) -> torch.Tensor:
         address = t.untyped_storage().data_ptr()
         if address not in self._weights:
-            self._kept[address] = t
+            self._saved_tensors[address] = t
         return t
 
     @property
     def bytes(self) -> int:
-        return sum(t.untyped_storage().nbytes() for t in self._kept.values())
+        return sum(t.untyped_storage().nbytes() for t in self._saved_tensors.values())
 
 
-def kept_by_autograd(spec: RunSpec) -> int:
+def autograd_bytes(spec: RunSpec) -> int:
     model = Decoder(spec.model)
     init_weights(model, 0)
-    keep = Kept(model)
+    saved_tensors = SavedTensors(model)
     token_BT = torch.randint(spec.model.vocab_size, (spec.train.micro_batch_size, spec.data.seq_len + 1))
     bfloat16 = spec.train.precision == "bfloat16"
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(saved_tensors, lambda t: t):
         with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
             document_BT = (token_BT[:, :-1] < 20).cumsum(1) if spec.model.document_masks else None
             output = model(token_BT[:, :-1], noise=Noise(0, 0), document_BT=document_BT)
@@ -99,7 +104,7 @@ def kept_by_autograd(spec: RunSpec) -> int:
         if spec.model.moe:
             loss = loss + routing_loss(spec.model, output.routing)
     assert loss.requires_grad
-    return keep.bytes
+    return saved_tensors.bytes
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
@@ -107,28 +112,28 @@ def kept_by_autograd(spec: RunSpec) -> int:
 @pytest.mark.parametrize("kind", KINDS)
 def test_activations_are_those_that_a_micro_batch_keeps(kind, experts, precision):
     spec = spec_of(kind, experts, precision)
-    found = memory(spec)
-    assert found.activations + found.copies == pytest.approx(kept_by_autograd(spec), rel=0.01)
+    memory = compute_memory(spec)
+    assert memory.activations + memory.copies == pytest.approx(autograd_bytes(spec), rel=0.01)
 
 
-@pytest.mark.skipif(not COMPILES, reason="kernel cpp cannot be compiled here")
+@pytest.mark.skipif(not MUST_COMPILE, reason="kernel cpp cannot be compiled here")
 def test_activations_of_compiled_experts():
     spec = spec_of("llama", "multi-head", "bfloat16")
     assert spec.model.moe is not None
     compiled = spec.model.with_moe(spec.model.moe.model_copy(update={"kernel": "cpp"}))
-    found = memory(spec.model_copy(update={"model": compiled}))
-    kept = kept_by_autograd(spec.model_copy(update={"model": compiled}))
-    assert found.activations + found.copies == pytest.approx(kept, rel=0.01)
-    assert found.activations < memory(spec).activations
+    memory = compute_memory(spec.model_copy(update={"model": compiled}))
+    saved_bytes = autograd_bytes(spec.model_copy(update={"model": compiled}))
+    assert memory.activations + memory.copies == pytest.approx(saved_bytes, rel=0.01)
+    assert memory.activations < compute_memory(spec).activations
 
 
 @pytest.mark.parametrize("kind", ["llama", "subln"])
 def test_activations_of_experts_that_keep_all(kind):
-    """The experts are wide, so that `grouped` would keep less of them; `reference` keeps the places of routes too."""
+    """The experts are so wide that `grouped` would save less. `reference` also saves the positions of routes."""
     spec = spec_of(kind, "recomputed")
     plain = spec.model.with_moe(spec.model.moe.model_copy(update={"kernel": "reference"}))
     spec = spec.model_copy(update={"model": plain})
-    assert memory(spec).activations == pytest.approx(kept_by_autograd(spec), rel=0.03)
+    assert compute_memory(spec).activations == pytest.approx(autograd_bytes(spec), rel=0.03)
 
 
 @pytest.mark.parametrize(
@@ -140,21 +145,21 @@ def test_activations_of_experts_that_keep_all(kind):
         (0, "bfloat16", 512, "grouped"),
     ],
 )
-def test_auto_keeps_what_the_kernel_keeps_that_it_is_taken_for(gpus, precision, d_model, kernel):
-    def of(kernel):
+def test_auto_needs_the_memory_of_the_assumed_kernel(gpus, precision, d_model, kernel):
+    def spec_with(kernel):
         moe = {"heads": 2, "experts": 4, "top_k": 2, "d_expert": 400, "kernel": kernel}
         model = {**TRUNK, "attention_heads": 1, "d_model": d_model, "moe": moe}
         return tiny_spec(model=model, cluster={"gpus_per_worker": gpus}, train={"precision": precision})
 
-    assert assumed_kernel(of("auto")) == kernel
-    assert memory(of("auto")) == memory(of(kernel))
-    assert may_be_compiled(of("auto")) == (not gpus)
+    assert assumed_kernel(spec_with("auto")) == kernel
+    assert compute_memory(spec_with("auto")) == compute_memory(spec_with(kernel))
+    assert may_use_cpp(spec_with("auto")) == (not gpus)
 
 
 def test_auto_means_the_same_to_a_plan_and_to_a_run():
     assert assumed_kernel(spec_of("llama", "dense")) is None
     assert assumed_kernel(spec_of("llama", "static")) == "capacity"
-    assert not may_be_compiled(spec_of("llama", "multi-head", "bfloat16"))  # that names its kernel
+    assert not may_use_cpp(spec_of("llama", "multi-head", "bfloat16"))  # that names its kernel
 
 
 def test_activations_of_experts_that_keep_nothing():
@@ -163,7 +168,7 @@ def test_activations_of_experts_that_keep_nothing():
     fused = spec.model.with_moe(moe.model_copy(update={"kernel": "triton", "recompute": None}))
     hidden = moe.heads * moe.top_k * spec.model.moe_layers * moe.d_expert * 4  # GELU's input
     tokens = spec.train.micro_batch_size * spec.data.seq_len
-    saved = memory(spec).activations - memory(spec.model_copy(update={"model": fused})).activations
+    saved = compute_memory(spec).activations - compute_memory(spec.model_copy(update={"model": fused})).activations
     assert saved == pytest.approx(tokens * hidden, rel=0.01)
 
 
@@ -177,51 +182,51 @@ def test_weights_gradients_and_moments_are_those_of_a_trainer(experts):
     trainer.update(sums)
     states = trainer.strategy.optimizer.state.values()
     moments = sum(s[key].nbytes for s in states for key in ("exp_avg", "exp_avg_sq"))
-    found = memory(spec)
-    assert found.weights == sum(p.nbytes for p in parameters)
-    assert found.gradients == gradients
-    assert found.moments == moments
+    memory = compute_memory(spec)
+    assert memory.weights == sum(p.nbytes for p in parameters)
+    assert memory.gradients == gradients
+    assert memory.moments == moments
 
 
-def kept_by_a_rank(spec):
-    trainer = trainer_of(spec)
-    keep = Kept(trainer.model)
+def autograd_bytes_of_rank(spec):
+    trainer = build_trainer(spec)
+    saved_tensors = SavedTensors(trainer.model)
     token_BT = torch.randint(300, (spec.train.micro_batch_size, spec.data.seq_len + 1))
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(saved_tensors, lambda t: t):
         output = trainer.forward(token_BT[:, :-1], Noise(0, 0))
         loss = token_losses(output.logits_BTV, token_BT[:, 1:]).mean() + routing_loss(spec.model, output.routing)
     loss.backward()
-    return keep.bytes
+    return saved_tensors.bytes
 
 
-def test_activations_of_two_ranks_that_exchange_rows_are_those_they_keep():
+def test_activations_of_two_ranks_include_exchanged_rows():
     spec = tiny_spec(cluster={"workers": 2, "ep": 2}, data={"seq_len": 64}, train={"micro_batch_size": 4})
-    kept = run_ranks(2, kept_by_a_rank, spec)
+    saved_bytes = run_ranks(2, autograd_bytes_of_rank, spec)
     # Routing is not uniform, so of the two ranks one keeps more than the other.
-    assert memory(spec).activations == pytest.approx(sum(kept) / 2, rel=0.03)
+    assert compute_memory(spec).activations == pytest.approx(sum(saved_bytes) / 2, rel=0.03)
 
 
-def test_expert_parallelism_spreads_experts_and_nothing_else():
-    alone = memory(tiny_spec(cluster={"workers": 1}))
-    spread = memory(tiny_spec(cluster={"workers": 4, "ep": 4}))
-    experts = 4 * sizes(tiny_spec().model).expert_parameters
-    assert alone.weights - spread.weights == experts * 3 // 4
-    assert spread.moments == 2 * spread.weights
-    assert spread.activations == alone.activations
-    assert spread.logits == alone.logits
+def test_expert_parallelism_distributes_experts_only():
+    single_rank = compute_memory(tiny_spec(cluster={"workers": 1}))
+    rank_of_group = compute_memory(tiny_spec(cluster={"workers": 4, "ep": 4}))
+    experts = 4 * compute_sizes(tiny_spec().model).expert_parameters
+    assert single_rank.weights - rank_of_group.weights == experts * 3 // 4
+    assert rank_of_group.moments == 2 * rank_of_group.weights
+    assert rank_of_group.activations == single_rank.activations
+    assert rank_of_group.logits == single_rank.logits
 
 
-def held_by_a_rank(spec):
-    """Return the bytes that a rank holds of weights, of gradients after a step's last backward, and of moments."""
-    trainer = trainer_of(spec)
-    sums = trainer.accumulate(micro_batches(spec, 0)[trainer.mesh.rank :: trainer.mesh.world])
+def state_bytes_of_rank(spec):
+    """Return the bytes of a rank's weights, of its gradients after a step's last backward, and of its moments."""
+    trainer = build_trainer(spec)
+    sums = trainer.accumulate(micro_batches(spec, 0)[trainer.mesh.rank :: trainer.mesh.world_size])
     parameters = list(trainer.model.parameters())
     gradients = [local(p.grad) for p in parameters if p.grad is not None]
     weights = sum(local(p).nbytes for p in parameters)
-    held = sum(g.nbytes for g in gradients)
+    gradient_bytes = sum(g.nbytes for g in gradients)
     trainer.update(sums)
     states = trainer.strategy.optimizer.state.values()
-    return weights, held, sum(local(s[key]).nbytes for s in states for key in ("exp_avg", "exp_avg_sq"))
+    return weights, gradient_bytes, sum(local(s[key]).nbytes for s in states for key in ("exp_avg", "exp_avg_sq"))
 
 
 def local(tensor):
@@ -232,61 +237,61 @@ def local(tensor):
     ("workers", "ep", "strategy", "shard_experts"),
     [(2, 2, "fsdp", False), (2, 1, "fsdp", True), (2, 2, "zero2", False)],
 )
-def test_slices_are_those_that_ranks_hold(workers, ep, strategy, shard_experts):
+def test_shards_are_those_of_real_ranks(workers, ep, strategy, shard_experts):
     cluster = {"workers": workers, "ep": ep, "strategy": strategy, "shard_experts": shard_experts}
     spec = tiny_spec(cluster=cluster)
-    ranks = run_ranks(workers, held_by_a_rank, spec)
+    ranks = run_ranks(workers, state_bytes_of_rank, spec)
     weights, gradients, moments = (sum(part) / workers for part in zip(*ranks, strict=True))
-    found = memory(spec)
-    assert found.moments == pytest.approx(moments, rel=0.01)  # slices are padded to whole numbers of values
+    memory = compute_memory(spec)
+    assert memory.moments == pytest.approx(moments, rel=0.01)  # slices are padded to whole numbers of values
     if strategy == "fsdp":
-        assert found.weights == weights
-        assert found.gradients == gradients
+        assert memory.weights == weights
+        assert memory.gradients == gradients
 
 
-def kept_by_a_saver(spec, path):
+def buffer_bytes_of_saver(spec, path):
     """Return the bytes of a saver's buffers after two checkpoints."""
-    saver = Saver(RunDir(path), trainer_of(spec), group=1)
+    saver = Saver(RunDir(path), build_trainer(spec), group=1)
     for _ in range(2):
         saver.save(saver._trainer.zero_counts())
         saver.wait()
-        saver._group += 1  # as if by another start, for a folder of its own
+        saver._group += 1  # like another start, so that the next checkpoint has its own folder
     return sum(buffer.nbytes for buffer in saver._buffers.values())
 
 
 @pytest.mark.parametrize(("workers", "ep", "strategy"), [(1, 1, "ddp"), (2, 2, "ddp"), (2, 1, "fsdp"), (2, 2, "zero2")])
-def test_the_copy_of_a_checkpoint_is_what_savers_keep(tmp_path, workers, ep, strategy):
+def test_the_copy_of_a_checkpoint_has_the_bytes_of_the_savers_buffers(tmp_path, workers, ep, strategy):
     spec, run = new_run(tmp_path, {"workers": workers, "ep": ep, "strategy": strategy})
-    kept = run_ranks(workers, kept_by_a_saver, spec, run.path)
-    assert checkpoint_copy(spec) * workers == sum(kept)
-    assert max(kept) - min(kept) < 300 * 32 * 4  # the largest tensor
-    found, gpus = memory(spec), spec.cluster.model_copy(update={"gpus_per_worker": 1})
-    assert found.checkpoint_copy == checkpoint_copy(spec)
-    assert memory(spec.model_copy(update={"cluster": gpus})).total < found.total
+    buffer_bytes = run_ranks(workers, buffer_bytes_of_saver, spec, run.path)
+    assert checkpoint_copy_bytes(spec) * workers == sum(buffer_bytes)
+    assert max(buffer_bytes) - min(buffer_bytes) < 300 * 32 * 4  # the largest tensor
+    memory, gpus = compute_memory(spec), spec.cluster.model_copy(update={"gpus_per_worker": 1})
+    assert memory.checkpoint_copy == checkpoint_copy_bytes(spec)
+    assert compute_memory(spec.model_copy(update={"cluster": gpus})).total < memory.total
 
 
-def test_strategies_hold_ever_less():
-    of = {
-        s: memory(tiny_spec(cluster={"workers": 4, "ep": 1, "strategy": s})) for s in ("ddp", "zero1", "zero2", "zero3")
+def test_each_strategy_needs_less_memory_than_the_one_before():
+    memory_by_strategy = {
+        s: compute_memory(tiny_spec(cluster={"workers": 4, "ep": 1, "strategy": s}))
+        for s in ("ddp", "zero1", "zero2", "zero3")
     }
-    # Of weights in float32, ZeRO's slices of its own among them; gradients; and two moments, in whole models of which a
-    # slice is a quarter.
+    # Weights (with ZeRO's own shards), gradients and two moments, in quarters of a model: each rank's shard is one.
     quarters = {"ddp": (4, 4, 8), "zero1": (4 + 1, 4, 2), "zero2": (4 + 1, 1, 2), "zero3": (1 + 1, 1, 2)}
-    quarter = sizes(tiny_spec().model).parameters  # of 4 bytes each
+    quarter = compute_sizes(tiny_spec().model).parameters  # of 4 bytes each
     for strategy, expected in quarters.items():
-        found = of[strategy]
-        assert (found.weights, found.gradients, found.moments) == tuple(n * quarter for n in expected), strategy
-    sliced = memory(tiny_spec(cluster={"workers": 4, "ep": 1, "strategy": "fsdp", "shard_experts": True}))
-    assert 4 * sliced.weights == of["ddp"].weights
-    assert of["zero3"].moments == sliced.moments
-    alone = tiny_spec(cluster={"workers": 1, "strategy": "fsdp"})
-    assert memory(alone) == memory(tiny_spec(cluster={"workers": 1}))
+        memory = memory_by_strategy[strategy]
+        assert (memory.weights, memory.gradients, memory.moments) == tuple(n * quarter for n in expected), strategy
+    sharded = compute_memory(tiny_spec(cluster={"workers": 4, "ep": 1, "strategy": "fsdp", "shard_experts": True}))
+    assert 4 * sharded.weights == memory_by_strategy["ddp"].weights
+    assert memory_by_strategy["zero3"].moments == sharded.moments
+    single_rank = tiny_spec(cluster={"workers": 1, "strategy": "fsdp"})
+    assert compute_memory(single_rank) == compute_memory(tiny_spec(cluster={"workers": 1}))
 
 
-def peak(spec):
-    """Return the most bytes that a forward and backward pass has allocated beside gradients."""
-    trainer = trainer_of(spec)
-    batch = micro_batches(spec, 0)[trainer.mesh.rank :: trainer.mesh.world][:1]
+def peak_bytes_of_rank(spec):
+    """Return the peak of the bytes that a forward and backward pass allocates in addition to gradients."""
+    trainer = build_trainer(spec)
+    batch = micro_batches(spec, 0)[trainer.mesh.rank :: trainer.mesh.world_size][:1]
     trainer.accumulate(batch)  # so that gradients are there
     return peak_bytes(lambda: trainer.accumulate(batch), torch.device("cpu"))
 
@@ -294,78 +299,81 @@ def peak(spec):
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("workers", "strategy"), [(1, "ddp"), (2, "ddp"), (2, "fsdp")])
 def test_the_peak_of_a_large_vocabulary_is_at_its_loss(workers, strategy, precision):
-    """The peak has the logits and all that is made of them at once, and nothing of it twice."""
+    """The peak has the logits and all tensors computed from them at once, each of them once."""
     model = {**TRUNK, "vocab_size": 20_000, "d_model": 16, "d_ff": 32, "moe": None}
     train = {"micro_batch_size": 2, "micro_batches": 2, "precision": precision}
     cluster = {"workers": workers, "strategy": strategy}
     spec = tiny_spec(model=model, data={"seq_len": 256}, train=train, cluster=cluster)
-    found = memory(spec)
-    for most in run_ranks(workers, peak, spec):
-        # Of fsdp's weights that are put together some are there before the loss alone, or after it.
-        assert most == pytest.approx(found.activations + found.copies + found.logits, rel=0.03)
+    memory = compute_memory(spec)
+    for peak in run_ranks(workers, peak_bytes_of_rank, spec):
+        # Some of the weights that fsdp gathers exist only before the loss, or only after it.
+        assert peak == pytest.approx(memory.activations + memory.copies + memory.logits, rel=0.03)
 
 
-@pytest.mark.parametrize(("experts", "ep", "least"), [("dense", 1, 3), ("multi-head", 1, 3), ("multi-head", 2, 1.5)])
-def test_recomputing_keeps_inputs_of_blocks_and_one_block(experts, ep, least):
-    """Experts on several ranks also keep what is exchanged, which is not sent again."""
+@pytest.mark.parametrize(
+    ("experts", "ep", "min_ratio"), [("dense", 1, 3), ("multi-head", 1, 3), ("multi-head", 2, 1.5)]
+)
+def test_recomputation_keeps_inputs_of_blocks_and_one_block(experts, ep, min_ratio):
+    """Experts on several ranks also keep the exchanged rows, which are not sent again."""
 
-    def of(recompute):
+    def activations_and_peak(recompute):
         model = {**spec_of("llama", experts).model.model_dump(), "layers": 8, "vocab_size": 50}
         train = {"micro_batch_size": 8, "recompute": recompute}
         spec = tiny_spec(model=model, data={"seq_len": 256}, train=train, cluster={"workers": ep, "ep": ep})
-        return memory(spec).activations, sum(run_ranks(ep, peak, spec)) / ep
+        return compute_memory(spec).activations, sum(run_ranks(ep, peak_bytes_of_rank, spec)) / ep
 
-    whole, most = of(False)
-    less, then = of(True)
-    assert less < whole / least
-    # What a backward has beside what was kept is the same in both, or less.
-    assert most - then == pytest.approx(whole - less, rel=0.15)
+    activations, peak = activations_and_peak(False)
+    recomputed_activations, recomputed_peak = activations_and_peak(True)
+    assert recomputed_activations < activations / min_ratio
+    # The other bytes of a backward are the same in both cases, or fewer with recomputation.
+    assert peak - recomputed_peak == pytest.approx(activations - recomputed_activations, rel=0.15)
 
 
-def whole_on_a_rank(spec):
-    """Return the bytes of tensors that FSDP has whole: weights and gradients.
+def unsharded_bytes_of_rank(spec):
+    """Return the bytes of FSDP's unsharded weights while the last layer's experts compute, and of its unsharded
+    gradients after each micro-batch."""
+    trainer = build_trainer(spec)
 
-    The weights are those while the last layer's experts compute. The gradients are those after each micro-batch, of
-    which none are left after the last.
-    """
-    trainer = trainer_of(spec)
-
-    def units():
+    def fsdp_parameters():
         groups = [m._get_fsdp_state()._fsdp_param_group for m in trainer.model.modules() if isinstance(m, FSDPModule)]
         return [p for group in groups if group for p in group.fsdp_params]
 
     weights, gradients = [], []
 
-    def gathered(*_):
-        weights.append(sum(p._unsharded_param.nbytes for p in units() if p.sharded_state == ShardedState.UNSHARDED))
+    def record_weights(*_):
+        weights.append(
+            sum(p._unsharded_param.nbytes for p in fsdp_parameters() if p.sharded_state == ShardedState.UNSHARDED)
+        )
 
-    trainer.model.moe_layers()[-1].experts.register_forward_pre_hook(gathered)
+    trainer.model.moe_layers()[-1].experts.register_forward_pre_hook(record_weights)
     backward = trainer.strategy.backward
 
-    def backward_then_look(objective):
+    def backward_and_record(objective):
         backward(objective)
-        kept = [p.unsharded_accumulated_grad for p in units()]
-        kept += [p._unsharded_param.grad for p in units() if hasattr(p, "_unsharded_param")]
-        gradients.append(sum(g.nbytes for g in kept if g is not None))
+        gradient_tensors = [p.unsharded_accumulated_grad for p in fsdp_parameters()]
+        gradient_tensors += [p._unsharded_param.grad for p in fsdp_parameters() if hasattr(p, "_unsharded_param")]
+        gradients.append(sum(g.nbytes for g in gradient_tensors if g is not None))
 
-    trainer.strategy.backward = backward_then_look
-    trainer.accumulate(micro_batches(spec, 0)[trainer.mesh.rank :: trainer.mesh.world])
+    trainer.strategy.backward = backward_and_record
+    trainer.accumulate(micro_batches(spec, 0)[trainer.mesh.rank :: trainer.mesh.world_size])
     return weights[0], gradients
 
 
 @pytest.mark.parametrize("shard_experts", [False, True])
-def test_what_fsdp_puts_together_is_what_a_rank_has_whole(shard_experts):
-    """The blocks are all of one width but for their experts; a CPU gathers no block in advance."""
+def test_gathered_bytes_of_fsdp_are_those_of_a_real_rank(shard_experts):
+    """The blocks are equally large except for their experts. A CPU gathers no block in advance."""
     model = {**tiny_spec().model.model_dump(), "moe": {**EXPERTS["multi-head"], "every": 1}, "d_ff": None}
     spec = tiny_spec(model=model, cluster={"workers": 2, "strategy": "fsdp", "shard_experts": shard_experts})
-    found, experts = blocks(spec.model), sizes(spec.model).expert_parameters
-    block = 4 * (found.mixture + (experts // 2 if shard_experts else 0))
-    slices = memory(spec).gradients - (0 if shard_experts else 4 * experts)
-    for weights, gradients in run_ranks(2, whole_on_a_rank, spec):
-        assert whole_weights(spec) == weights + block
-        assert whole_gradients(spec) == gradients[0] - slices
+    parameters, experts = block_sizes(spec.model), compute_sizes(spec.model).expert_parameters
+    block = 4 * (parameters.mixture + (experts // 2 if shard_experts else 0))
+    shards = compute_memory(spec).gradients - (0 if shard_experts else 4 * experts)
+    for weights, gradients in run_ranks(2, unsharded_bytes_of_rank, spec):
+        assert gathered_weight_bytes(spec) == weights + block
+        assert unsharded_gradient_bytes(spec) == gradients[0] - shards
         assert gradients[-1] == 0
-    one = tiny_spec(model=model, cluster=spec.cluster.model_dump(), train={"micro_batches": 2})
-    assert whole_gradients(one) == 4 * found.outside + block
-    assert memory(one).whole == whole_weights(one) + whole_gradients(one)
-    assert memory(tiny_spec(cluster={"workers": 2})).whole == 0
+    single_micro_batch = tiny_spec(model=model, cluster=spec.cluster.model_dump(), train={"micro_batches": 2})
+    assert unsharded_gradient_bytes(single_micro_batch) == 4 * parameters.outside + block
+    assert compute_memory(single_micro_batch).gathered == gathered_weight_bytes(
+        single_micro_batch
+    ) + unsharded_gradient_bytes(single_micro_batch)
+    assert compute_memory(tiny_spec(cluster={"workers": 2})).gathered == 0

@@ -1,19 +1,19 @@
-"""The papers' models and the families: their sizes are the published ones, and each of them is a complete spec."""
+"""The papers' models, which must have their published sizes, and the families."""
 
 import pytest
 
 from mhmoe_ray.errors import SpecError
-from mhmoe_ray.planner.match import parity
+from mhmoe_ray.planner.match import compare_models
 from mhmoe_ray.planner.papers import P1_EXPERTS, P1_HEADS
-from mhmoe_ray.planner.resolve import every_preset, find_preset, models_of
-from mhmoe_ray.planner.sizes import sizes
+from mhmoe_ray.planner.resolve import all_presets, find_preset, preset_models
+from mhmoe_ray.planner.sizes import compute_sizes
 
-NAMES = [name for name, _, _ in every_preset()]
+NAMES = [name for name, _, _ in all_presets()]
 
 
 def parts_of(name, size=None):
-    found = sizes(models_of(find_preset(name, size))[0])
-    return found.parameters - found.expert_parameters, found.expert_parameters, found.parameters
+    sizes = compute_sizes(preset_models(find_preset(name, size))[0])
+    return sizes.parameters - sizes.expert_parameters, sizes.expert_parameters, sizes.parameters
 
 
 TABLE_11 = [  # experts, X-MoE, MH-MoE: other parameters, experts' and all, in millions
@@ -41,17 +41,17 @@ def test_the_first_papers_dense_model_and_logs_are_exact():
 @pytest.mark.parametrize("experts", P1_EXPERTS)
 @pytest.mark.parametrize("heads", [h for h in P1_HEADS if h != 4])
 def test_other_heads_of_the_first_paper_have_no_more_parameters_than_xmoe(experts, heads):
-    ours, xmoe = (parts_of(name)[2] for name in (f"p1-mhmoe-{experts}-h{heads}", f"p1-xmoe-{experts}"))
-    assert 0.999 < ours / xmoe <= 1.0
+    mhmoe, xmoe = (parts_of(name)[2] for name in (f"p1-mhmoe-{experts}-h{heads}", f"p1-xmoe-{experts}"))
+    assert 0.999 < mhmoe / xmoe <= 1.0
 
 
 def test_the_first_paper_is_as_it_was_run():
-    ours, reference = models_of(find_preset("p1-mhmoe-32-h4"))
-    assert (ours.moe.capacity_factor, ours.moe.second_expert, ours.moe.normalize_gates) == (1.0, "random", True)
-    assert (ours.dropout, ours.attention_dropout) == (0.1, 0.1)
-    four = models_of(find_preset("p1-mhmoe-32-h4-k4"))[0].moe
+    model, reference = preset_models(find_preset("p1-mhmoe-32-h4"))
+    assert (model.moe.capacity_factor, model.moe.second_expert, model.moe.normalize_gates) == (1.0, "random", True)
+    assert (model.dropout, model.attention_dropout) == (0.1, 0.1)
+    four = preset_models(find_preset("p1-mhmoe-32-h4-k4"))[0].moe
     assert (four.top_k, four.capacity_factor, four.second_expert) == (4, None, "always")
-    compute = parity(ours, reference)["multiply-adds of expert layers"].ratio
+    compute = compare_models(model, reference)["multiply-adds of expert layers"].ratio
     assert compute == pytest.approx(130 / 32, rel=0.02)  # P2: equal parameters, about 4.1 times the compute
 
 
@@ -59,50 +59,54 @@ def test_the_first_paper_is_as_it_was_run():
 def test_the_follow_up_papers_rows_cost_the_same_and_differ_in_parameters_as_published(shared):
     expected = {"fine-grained": 1.0, "mhmoe-h2": 0.969, "mhmoe-h3": 1.031}
     for name, ratio in expected.items():
-        model, reference = models_of(find_preset(f"p2-{name}{shared}"))
-        found = parity(model, reference)
-        assert found["multiply-adds of expert layers"].ratio == 1.0
-        layer, other = (sizes(m).parameters - sizes(m.with_moe(None)).parameters for m in (model, reference))
+        model, reference = preset_models(find_preset(f"p2-{name}{shared}"))
+        comparisons = compare_models(model, reference)
+        assert comparisons["multiply-adds of expert layers"].ratio == 1.0
+        model_layer, reference_layer = (
+            compute_sizes(m).parameters - compute_sizes(m.with_moe(None)).parameters for m in (model, reference)
+        )
         dense = 6 * 3 * 768 * 2048  # what the expert layers take the place of
         routers = [6 * m.moe.experts * 768 // m.moe.heads for m in (model, reference)]
         biases = 6 * 2 * 768 if model.moe.heads > 1 else 0  # and these the paper does not count
         shared_width = 6 * 3 * 768 * model.moe.d_shared
-        ours = layer + dense - routers[0] - biases - shared_width
-        assert ours / (other + dense - routers[1] - shared_width) == pytest.approx(ratio, abs=0.0005)
+        model_parameters = model_layer + dense - routers[0] - biases - shared_width
+        assert model_parameters / (reference_layer + dense - routers[1] - shared_width) == pytest.approx(
+            ratio, abs=0.0005
+        )
     moe = 6 * (4_718_592 + (4_718_592 if shared else 0))
-    smoe = sizes(models_of(find_preset(f"p2-smoe{shared}"))[0])
+    smoe = compute_sizes(preset_models(find_preset(f"p2-smoe{shared}"))[0])
     assert smoe.moe_macs_per_token - smoe.router_macs_per_token == moe
 
 
 def test_mixtral_has_its_published_size():
-    found = sizes(models_of(find_preset("mixtral-8x7b"))[0])
-    assert found.parameters == 46_702_792_704
-    assert round(found.active_parameters / 1e9, 1) == 12.9
+    sizes = compute_sizes(preset_models(find_preset("mixtral-8x7b"))[0])
+    assert sizes.parameters == 46_702_792_704
+    assert round(sizes.active_parameters / 1e9, 1) == 12.9
 
 
-def test_reviews_runs_are_there():
+def test_the_reviews_models_are_presets():
     assert {f"rebuttal-{kind}-k{k}" for kind in ("xmoe", "mhmoe") for k in (3, 4)} <= set(NAMES)
-    few, many = (models_of(find_preset(f"rebuttal-smoe-{e}"))[0] for e in ("128-k1", "256-k2"))
-    assert (few.layers, few.moe.experts, few.moe.top_k) == (3, 128, 1)
-    assert (many.moe.experts, many.moe.top_k) == (256, 2)
+    small_model, large_model = (preset_models(find_preset(f"rebuttal-smoe-{e}"))[0] for e in ("128-k1", "256-k2"))
+    assert (small_model.layers, small_model.moe.experts, small_model.moe.top_k) == (3, 128, 1)
+    assert (large_model.moe.experts, large_model.moe.top_k) == (256, 2)
 
 
 @pytest.mark.parametrize("size", ["tiny", "small", "base"])
 def test_families_of_a_size_cost_the_same(size):
-    _, smoe = models_of(find_preset("mhmoe", size))
+    _, smoe = preset_models(find_preset("mhmoe", size))
     for name in ("fine_grained", "xmoe", "mhmoe", "deepseek"):
-        found = parity(models_of(find_preset(name, size))[0], smoe)
-        assert found["multiply-adds of expert layers"].ratio == pytest.approx(1.0, abs=0.015), name
-        assert found["parameters"].ratio == pytest.approx(1.0, abs=0.03), name
-    dense = models_of(find_preset("dense", size))[0]
-    found = parity(dense, smoe)
-    assert found["multiply-adds per token"].ratio == pytest.approx(1.0, abs=0.01)
-    assert found["parameters"].ratio < 0.6
+        comparisons = compare_models(preset_models(find_preset(name, size))[0], smoe)
+        assert comparisons["multiply-adds of expert layers"].ratio == pytest.approx(1.0, abs=0.015), name
+        assert comparisons["parameters"].ratio == pytest.approx(1.0, abs=0.03), name
+    dense = preset_models(find_preset("dense", size))[0]
+    comparisons = compare_models(dense, smoe)
+    assert comparisons["multiply-adds per token"].ratio == pytest.approx(1.0, abs=0.01)
+    assert comparisons["parameters"].ratio < 0.6
 
 
 def test_the_base_families_are_the_follow_up_papers_models():
     for family, name in [("smoe", "p2-smoe"), ("fine_grained", "p2-fine-grained"), ("mhmoe", "p2-mhmoe-h2")]:
-        assert models_of(find_preset(family, "base"))[0] == models_of(find_preset(name))[0]
+        assert preset_models(find_preset(family, "base"))[0] == preset_models(find_preset(name))[0]
         assert find_preset(family, "base").train.items() <= find_preset(name).train.items()
 
 

@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from mhmoe_ray.errors import SpecError
-from mhmoe_ray.planner.resolve import every_preset, models_of, resolve_spec
+from mhmoe_ray.planner.resolve import all_presets, preset_models, resolve_spec
 from mhmoe_ray.spec import dump_spec
 
 BASE = {
@@ -16,21 +16,21 @@ MIXTRALS_TRAINING = ["train.steps=1", "train.micro_batches=1", "train.micro_batc
 
 
 @pytest.fixture
-def written(tmp_path):
-    def write(tree=BASE, overrides=(), **more):
+def write_spec(tmp_path):
+    def write(tree=BASE, overrides=(), **keys):
         path = tmp_path / "spec.yaml"
-        path.write_text(yaml.safe_dump({**tree, **more}))
+        path.write_text(yaml.safe_dump({**tree, **keys}))
         return resolve_spec(path, overrides)
 
     return write
 
 
-@pytest.mark.parametrize(("name", "size"), [(name, size) for name, size, _ in every_preset()])
-def test_every_preset_makes_a_whole_spec_that_reads_back(written, tmp_path, name, size):
+@pytest.mark.parametrize(("name", "size"), [(name, size) for name, size, _ in all_presets()])
+def test_every_preset_makes_a_complete_spec_that_reads_back(write_spec, tmp_path, name, size):
     overrides = [f"preset={name}", *([f"size={size}"] if size else [])]
-    spec = written(overrides=overrides + (MIXTRALS_TRAINING if "mixtral" in name else []))
-    preset = next(p for n, s, p in every_preset() if (n, s) == (name, size))
-    model, reference = models_of(preset)
+    spec = write_spec(overrides=overrides + (MIXTRALS_TRAINING if "mixtral" in name else []))
+    preset = next(p for n, s, p in all_presets() if (n, s) == (name, size))
+    model, reference = preset_models(preset)
     assert spec.model == model
     assert spec.reference_model == reference
     assert (spec.reference and spec.reference.name) == preset.reference
@@ -38,46 +38,46 @@ def test_every_preset_makes_a_whole_spec_that_reads_back(written, tmp_path, name
     assert resolve_spec(tmp_path / "whole.yaml") == spec
 
 
-def test_keys_of_the_sections_override_a_preset(written):
-    spec = written(overrides=["model.moe.router=xmoe", "train.steps=7", "model.vocab_size=300", "train.lr=1e-3"])
+def test_keys_of_the_sections_override_a_preset(write_spec):
+    spec = write_spec(overrides=["model.moe.router=xmoe", "train.steps=7", "model.vocab_size=300", "train.lr=1e-3"])
     assert (spec.model.moe.router, spec.train.steps, spec.model.vocab_size, spec.train.lr) == ("xmoe", 7, 300, 1e-3)
     assert spec.model.d_model == 128
     assert spec.reference_model.moe.router == "linear"
-    assert written(overrides=["model.moe=null"]).model.moe is None
+    assert write_spec(overrides=["model.moe=null"]).model.moe is None
 
 
-def test_one_dial_sets_width_depth_heads_and_rate(written):
-    tiny, small, base = (written(size=size) for size in ("tiny", "small", "base"))
+def test_the_size_sets_width_depth_heads_and_learning_rate(write_spec):
+    tiny, small, base = (write_spec(size=size) for size in ("tiny", "small", "base"))
     for key in ("d_model", "layers", "d_ff", "vocab_size"):
         assert getattr(tiny.model, key) < getattr(small.model, key) < getattr(base.model, key)
     assert tiny.model.attention_heads <= small.model.attention_heads < base.model.attention_heads
     assert tiny.train.lr > small.train.lr > base.train.lr == 6e-4
     assert (base.train.min_lr, base.train.warmup_steps, base.data.seq_len) == (3e-5, 375, 2048)
-    assert written() == tiny
+    assert write_spec() == tiny
 
 
-def test_a_matched_family_stays_matched_when_heads_or_choices_change(written):
-    spec = written(size="base", overrides=["model.moe.heads=3", "model.moe.top_k=3"])
+def test_a_matched_family_stays_matched_when_heads_or_choices_change(write_spec):
+    spec = write_spec(size="base", overrides=["model.moe.heads=3", "model.moe.top_k=3"])
     assert (spec.model.moe.d_expert, spec.model.moe.experts) == (512, 96)
-    own = written(size="base", overrides=["model.moe.experts=16"])
-    assert (own.model.moe.d_expert, own.model.moe.experts) == (768, 16)
-    wide = written(size="base", overrides=["model.moe.d_expert=1536"])
+    few_experts = write_spec(size="base", overrides=["model.moe.experts=16"])
+    assert (few_experts.model.moe.d_expert, few_experts.model.moe.experts) == (768, 16)
+    wide = write_spec(size="base", overrides=["model.moe.d_expert=1536"])
     assert (wide.model.moe.d_expert, wide.model.moe.experts) == (1536, 21)  # half as many, twice as wide
     spread = ["model.moe.d_expert=1536", "cluster.workers=2", "cluster.ep=2", "train.micro_batches=2"]
-    assert written(size="base", overrides=spread).model.moe.experts == 20
+    assert write_spec(size="base", overrides=spread).model.moe.experts == 20
     odd = ["cluster.workers=3", "cluster.ep=3", "train.micro_batches=3"]
-    assert written(size="base", overrides=odd).model.moe.experts == 42  # of 6: of 24 it would miss by far
-    both = written(size="base", overrides=["model.moe.d_expert=64", "model.moe.experts=4"])
-    assert (both.model.moe.d_expert, both.model.moe.experts) == (64, 4)
+    assert write_spec(size="base", overrides=odd).model.moe.experts == 42  # of 6: of 24 it would miss by far
+    fixed_keys = write_spec(size="base", overrides=["model.moe.d_expert=64", "model.moe.experts=4"])
+    assert (fixed_keys.model.moe.d_expert, fixed_keys.model.moe.experts) == (64, 4)
 
 
 @pytest.mark.parametrize("preset", ["mhmoe", "smoe", "p2-mhmoe-h2", "mixtral-8x7b", "deepseek"])
 @pytest.mark.parametrize("reference", ["", "smoe", "dense"])
-def test_experts_in_every_layer_are_compared_with_experts_in_every_layer(written, preset, reference):
-    more = MIXTRALS_TRAINING if "mixtral" in preset else []
+def test_experts_in_every_layer_are_compared_with_experts_in_every_layer(write_spec, preset, reference):
+    overrides = MIXTRALS_TRAINING if "mixtral" in preset else []
     if reference:
-        more = [*more, f"reference={reference}"]
-    spec = written(overrides=[f"preset={preset}", "model.moe.every=1", *more])
+        overrides = [*overrides, f"reference={reference}"]
+    spec = write_spec(overrides=[f"preset={preset}", "model.moe.every=1", *overrides])
     assert spec.model.moe_layers == spec.model.layers
     assert spec.model.d_ff is None
     compared = spec.reference_model
@@ -87,18 +87,18 @@ def test_experts_in_every_layer_are_compared_with_experts_in_every_layer(written
         assert compared.moe_layers == compared.layers
 
 
-def test_a_spec_says_which_preset_it_came_from(written):
-    assert written().origin == "mhmoe tiny"
-    assert written(size="small").origin == "mhmoe small"
-    assert written(overrides=["preset=p2-smoe", "model.d_model=768"]).origin == "p2-smoe"
+def test_a_spec_records_its_preset(write_spec):
+    assert write_spec().origin == "mhmoe tiny"
+    assert write_spec(size="small").origin == "mhmoe small"
+    assert write_spec(overrides=["preset=p2-smoe", "model.d_model=768"]).origin == "p2-smoe"
 
 
-def test_match_on_a_model_without_a_preset(written):
+def test_match_on_a_model_without_a_preset(write_spec):
     model = {"vocab_size": 300, "d_model": 96, "layers": 2, "attention_heads": 4, "d_ff": 256}
     tree = {k: v for k, v in BASE.items() if k != "preset"}
     tree["data"] = {**tree["data"], "seq_len": 16}
     train = {"steps": 1, "micro_batches": 1, "micro_batch_size": 1}
-    spec = written(
+    spec = write_spec(
         tree, model={**model, "moe": {"heads": 4, "top_k": 2}}, train=train, match={"to": "smoe", "by": "both"}
     )
     assert spec.reference.name == "smoe"
@@ -106,35 +106,35 @@ def test_match_on_a_model_without_a_preset(written):
     assert spec.model.moe.d_expert == round((256 - 2 / 3 * 96) / 2 / 8) * 8  # P2's rule, k0 = 1
 
 
-def test_a_match_or_a_reference_of_ones_own_takes_the_presets_place(written):
-    assert written(match={"to": "dense", "by": "flops"}).reference.name == "dense"
-    assert written(reference="fine_grained").reference.moe.experts == 16
-    assert written(reference=None).reference is None
-    mine = written(reference={"name": "mine", "moe": {"d_expert": 8}})
-    assert mine.reference_model.moe.d_expert == 8
+def test_a_match_or_a_reference_replaces_that_of_the_preset(write_spec):
+    assert write_spec(match={"to": "dense", "by": "flops"}).reference.name == "dense"
+    assert write_spec(reference="fine_grained").reference.moe.experts == 16
+    assert write_spec(reference=None).reference is None
+    named_reference = write_spec(reference={"name": "mine", "moe": {"d_expert": 8}})
+    assert named_reference.reference_model.moe.d_expert == 8
 
 
 @pytest.mark.parametrize(
-    ("overrides", "why"),
+    ("overrides", "reason"),
     [
-        (["preset=mhmeo"], "preset mhmeo: there is none of this name; did you mean 'mhmoe'?"),
-        (["preset=null", "size=tiny"], "'size' is given without a preset, so it would be ignored"),
+        (["preset=mhmeo"], "preset mhmeo: there is no such preset; did you mean 'mhmoe'?"),
+        (["preset=null", "size=tiny"], "'size' is given without preset, so it would be ignored"),
         (["size=huge"], "'size': Input should be 'tiny', 'small' or 'base'"),
         (["match.to=smoe", "match.by=both", "model.moe.experts=8"], "model.moe.experts would be ignored"),
         (["match.to=smoe", "match.by=params", "model.moe.d_expert=8"], "model.moe.d_expert would be ignored"),
         (["match.to=smoe"], "'match.by' is missing"),
-        (["match.to=smoe", "match.by=both", "reference=dense"], "a matched model is compared with what it matches"),
-        (["match.to=smoe", "match.by=both", "model.moe=null"], "'match' is for experts, and this model has none"),
+        (["match.to=smoe", "match.by=both", "reference=dense"], "a matched model is compared with its match"),
+        (["match.to=smoe", "match.by=both", "model.moe=null"], "'match' is for experts, but this model has none"),
         (
             ["reference={name: mine, moe: {heads: 7, d_expert: 3}}"],
             "reference mine: 'model': d_model 128 does not split",
         ),
         (["reference={nme: mine}"], "unknown key 'reference.nme'; did you mean 'name'?"),
         (["reference=3"], "'reference' is a value, not a section"),
-        (["reference=nothing"], "preset nothing: there is none of this name"),
+        (["reference=nothing"], "preset nothing: there is no such preset"),
         (["preset=null", "reference=smoe"], "'model' is missing"),
         (["model.dropout=1"], "'model.dropout': Input should be less than 1"),
-        (["model.moe.top_k=100000"], "but rows go to 100000 each"),
+        (["model.moe.top_k=100000"], "but each row needs 100000"),
         (["preset=smoe", "model.d_ff=wide"], "model.d_ff: experts of a family follow from it, and it is 'wide'"),
         (["preset=mixtral-8x7b", *MIXTRALS_TRAINING, "model.d_ff=8"], "so d_ff would be ignored"),
         (["preset=mixtral-8x7b", *MIXTRALS_TRAINING, "model.moe.every=2"], "d_ff is missing: 16 of the 32 layers"),
@@ -146,17 +146,17 @@ def test_a_match_or_a_reference_of_ones_own_takes_the_presets_place(written):
             for falsy in ("false", "0", "''", "[]")
         ),
         (["model.d_ff=wide"], "'model.d_ff': Input should be a valid integer"),
-        (["preset=dense", "match.to=smoe", "match.by=both"], "'match' is for experts, and this model has none"),
+        (["preset=dense", "match.to=smoe", "match.by=both"], "'match' is for experts, but this model has none"),
     ],
 )
-def test_mistakes_are_one_line(written, overrides, why):
+def test_mistakes_are_reported_in_one_line(write_spec, overrides, reason):
     with pytest.raises(SpecError) as error:
-        written(overrides=overrides)
-    assert why in str(error.value)
+        write_spec(overrides=overrides)
+    assert reason in str(error.value)
     assert "\n" not in str(error.value)
 
 
-def test_nothing_of_torch_is_needed():
+def test_torch_and_ray_are_not_imported():
     import subprocess
     import sys
 
@@ -164,7 +164,7 @@ def test_nothing_of_torch_is_needed():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
 
 
-def test_specs_that_name_no_preset_are_read_as_they_are():
+def test_specs_without_a_preset_stay_the_same():
     from mhmoe_ray.spec import load_resolved_spec
 
     assert resolve_spec(Path("jobs/quickstart.yaml")) == load_resolved_spec(Path("jobs/quickstart.yaml"))

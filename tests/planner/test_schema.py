@@ -1,4 +1,4 @@
-"""The schemas take every file of jobs/ and refuse what the loader refuses."""
+"""The schemas accept every file of jobs/ and refuse files that the loader refuses."""
 
 import json
 from pathlib import Path
@@ -21,9 +21,9 @@ def kind_of(tree) -> str:
 def test_a_file_of_jobs_fits_its_schema_and_names_it(file):
     tree = yaml.safe_load(file.read_text())
     jsonschema.validate(tree, SCHEMAS[kind_of(tree)])
-    first = file.read_text().splitlines()[0]
-    assert first.startswith("# yaml-language-server: $schema=")
-    assert json.loads((file.parent / first.partition("=")[2]).read_text()) == SCHEMAS[kind_of(tree)]
+    first_line = file.read_text().splitlines()[0]
+    assert first_line.startswith("# yaml-language-server: $schema=")
+    assert json.loads((file.parent / first_line.partition("=")[2]).read_text()) == SCHEMAS[kind_of(tree)]
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 import pytest
 
-from mhmoe_ray.planner.sizes import sizes
+from mhmoe_ray.planner.sizes import compute_sizes
 from mhmoe_ray.spec import ModelSpec, MoESpec
 
 
@@ -12,7 +12,7 @@ def p1(moe=None):
     """Return the sizes of the first paper's language model: 12 layers of width 768, and the 100,287 tokens of its
     logs."""
     shape = {"vocab_size": 100_287, "d_model": 768, "layers": 12, "attention_heads": 12, "d_ff": 3072}
-    return sizes(ModelSpec(backbone="subln", **shape, moe=moe))
+    return compute_sizes(ModelSpec(backbone="subln", **shape, moe=moe))
 
 
 def p1_moe(**fields):
@@ -36,10 +36,10 @@ def test_the_follow_up_papers_layers_cost_the_same(heads, top_k, d_expert, exper
     """P2's table has 4,718,592 multiply-adds per token and layer in each row, without the router's."""
     moe = MoESpec(heads=heads, experts=experts, top_k=top_k, d_expert=d_expert)
     router = 768 * experts  # h sub-tokens of width d/h
-    assert sizes(spec(moe)).moe_macs_per_token // 6 - router == 4_718_592
+    assert compute_sizes(spec(moe)).moe_macs_per_token // 6 - router == 4_718_592
 
 
 def test_active_parameters_count_each_expert_once():
     moe = MoESpec(heads=4, experts=6, top_k=3, d_expert=5)  # 12 routes, 6 experts
-    found = sizes(spec(moe, d=48, layers=2))
-    assert found.active_parameters == found.parameters
+    sizes = compute_sizes(spec(moe, d=48, layers=2))
+    assert sizes.active_parameters == sizes.parameters

@@ -1,4 +1,4 @@
-"""Planned work and traffic of the expert step against counts of the operations that really run."""
+"""Planned FLOPs and bytes of the expert step, compared with counts of the operations that really run."""
 
 import math
 
@@ -11,7 +11,7 @@ from mhmoe_kernels import grouped
 from mhmoe_ray.model.decoder import Decoder
 from mhmoe_ray.model.init import init_weights
 from mhmoe_ray.planner.expert_step import expert_step
-from mhmoe_ray.planner.sizes import flops_per_token, sizes
+from mhmoe_ray.planner.sizes import compute_sizes, flops_per_token
 from tests.specs import tiny_spec
 
 MODELS = [
@@ -24,12 +24,9 @@ MODELS = [
 
 
 @pytest.fixture(autouse=True)
-def as_many_rows_as_there_are(monkeypatch):
-    """Keep the numbers of rows as they are.
-
-    A CPU rounds them up by some per cent, which is no work of the method's.
-    """
-    monkeypatch.setattr(grouped, "STEPS", 1 << 20)
+def exact_row_counts(monkeypatch):
+    """Keep the kernel from rounding up the numbers of rows on a CPU, which the plan does not count."""
+    monkeypatch.setattr(grouped, "WINDOW_STEPS", 1 << 20)
 
 
 def spec_of(model):
@@ -40,9 +37,9 @@ def spec_of(model):
 
 
 def decoder(spec):
-    made = Decoder(spec.model)
-    init_weights(made, 0)
-    return made.requires_grad_(False)
+    model = Decoder(spec.model)
+    init_weights(model, 0)
+    return model.requires_grad_(False)
 
 
 class MatrixProducts(TorchDispatchMode):
@@ -69,9 +66,9 @@ def test_multiply_adds_are_those_that_torch_counts(model):
         decoder(spec)(token)
     counts = counter.get_flop_counts()["Global"]
     products = sum(counts.get(op, 0) for op in (torch.ops.aten.mm, torch.ops.aten.addmm))
-    expected = 2 * 32 * sizes(spec.model).macs_per_token
+    expected = 2 * 32 * compute_sizes(spec.model).macs_per_token
     if spec.model.moe and spec.model.moe.router == "xmoe":  # its balance loss computes the scores once more
-        expected += 2 * 32 * sizes(spec.model).router_macs_per_token
+        expected += 2 * 32 * compute_sizes(spec.model).router_macs_per_token
     assert products == expected
 
 
@@ -84,20 +81,20 @@ def test_bytes_of_the_expert_step_are_those_of_its_matrix_products(model):
     # Every expert gets rows: routes go round.
     expert_NK = (torch.arange(rows)[:, None] + torch.arange(spec.model.moe.top_k)) % spec.model.moe.experts
     x_ND = torch.randn(rows, spec.model.d_model // spec.model.moe.heads)
-    with MatrixProducts() as seen:
+    with MatrixProducts() as products:
         layer.experts.compute(x_ND, expert_NK, torch.ones(expert_NK.shape))
-    assert step.bytes == seen.bytes
+    assert step.bytes == products.bytes
     assert step.rows == 2 * 16 * spec.model.moe.heads * spec.model.moe.top_k
 
 
 def test_a_rank_of_a_group_gets_as_many_rows_and_fewer_weights():
-    alone, spread = expert_step(tiny_spec()), expert_step(tiny_spec(cluster={"workers": 4, "ep": 4}))
-    assert (alone.rows, alone.flops) == (spread.rows, spread.flops)
-    assert alone.bytes - spread.bytes == 3 * 3 * 16 * 24 * 4  # three experts of three matrices less
-    assert spread.intensity == pytest.approx(spread.flops / spread.bytes)
+    single_rank, rank_of_group = expert_step(tiny_spec()), expert_step(tiny_spec(cluster={"workers": 4, "ep": 4}))
+    assert (single_rank.rows, single_rank.flops) == (rank_of_group.rows, rank_of_group.flops)
+    assert single_rank.bytes - rank_of_group.bytes == 3 * 3 * 16 * 24 * 4  # three experts of three matrices less
+    assert rank_of_group.intensity == pytest.approx(rank_of_group.flops / rank_of_group.bytes)
     half = expert_step(tiny_spec(train={"precision": "bfloat16"}))
-    assert half.bytes * 2 == alone.bytes
-    assert math.isclose(half.intensity, 2 * alone.intensity)
+    assert half.bytes * 2 == single_rank.bytes
+    assert math.isclose(half.intensity, 2 * single_rank.intensity)
 
 
 def test_training_costs_three_forward_passes_and_attention_grows_with_length():
@@ -107,4 +104,4 @@ def test_training_costs_three_forward_passes_and_attention_grows_with_length():
     assert long.forward - short.forward == 2 * spec.layers * spec.d_model * 1000
     # By the definition: token t looks at t + 1 keys, twice (scores, values), over all heads.
     by_hand = sum(2 * 2 * spec.d_model * (t + 1) for t in range(16)) / 16 * spec.layers
-    assert short.forward == 2 * sizes(spec).macs_per_token + by_hand
+    assert short.forward == 2 * compute_sizes(spec).macs_per_token + by_hand

@@ -1,4 +1,4 @@
-"""Planned traffic against the collectives that a real step of several processes issues."""
+"""Planned traffic, compared with the collectives of a real step of several processes."""
 
 from collections import Counter
 
@@ -6,16 +6,16 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mhmoe_ray.planner.memory import whole_weights
-from mhmoe_ray.planner.placement import Node, laid_out
-from mhmoe_ray.planner.traffic import dispatches, exchanges
+from mhmoe_ray.planner.memory import gathered_weight_bytes
+from mhmoe_ray.planner.placement import Node, build_layout
+from mhmoe_ray.planner.traffic import all_exchanges, dispatch_exchanges
 from tests.ranks import run_ranks
 from tests.specs import tiny_spec
-from tests.train.jobs import batches, trainer_of
+from tests.train.jobs import build_trainer, rank_batches
 
 
 class Collectives(TorchDispatchMode):
-    """Mode that counts the calls and the bytes that this rank brings, by collective."""
+    """Mode that counts the calls of each collective and the bytes that this rank contributes."""
 
     def __init__(self):
         super().__init__()
@@ -32,11 +32,16 @@ class Collectives(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def seen_in_a_step(spec, nodes=None):
-    trainer = trainer_of(spec, nodes)
-    with Collectives() as seen:
-        sums = trainer.accumulate(batches(spec, 0, trainer))
-    return {"calls": dict(seen.calls), "bytes": dict(seen.bytes), "sent": sums.sent, "least": sums.least_sent}
+def collectives_of_step(spec, nodes=None):
+    trainer = build_trainer(spec, nodes)
+    with Collectives() as collectives:
+        sums = trainer.accumulate(rank_batches(spec, 0, trainer))
+    return {
+        "calls": dict(collectives.calls),
+        "bytes": dict(collectives.bytes),
+        "sent": sums.sent_bytes,
+        "least": sums.least_bytes,
+    }
 
 
 @pytest.mark.parametrize(
@@ -49,19 +54,23 @@ def seen_in_a_step(spec, nodes=None):
 )
 def test_exchanges_are_those_of_a_real_step(workers, ep, train):
     spec = tiny_spec(cluster={"workers": workers, "ep": ep}, train=train)
-    expected = exchanges(spec)
-    to_all = [e for e in expected if not e.name.startswith("gradients of all") and e.name != "gradients of experts"]
-    reduced = [e for e in expected if e not in to_all]
-    ranks = run_ranks(workers, seen_in_a_step, spec)
-    for found in ranks:
-        assert found["calls"].get("alltoall", 0) == sum(e.times for e in to_all)
-        assert found["bytes"]["allreduce"] == sum(e.payload for e in reduced)
-        assert found["bytes"].get("alltoall", 0) == sum(found["sent"])
-        assert found["sent"].counts == sum(e.times * e.payload for e in to_all if e.name == "counts per expert")
-    rows = sum(found["sent"].rows for found in ranks)
-    assert rows == sum(found["least"] for found in ranks)
+    expected = all_exchanges(spec)
+    all_to_alls = [
+        e for e in expected if not e.name.startswith("gradients of all") and e.name != "gradients of experts"
+    ]
+    all_reduces = [e for e in expected if e not in all_to_alls]
+    ranks = run_ranks(workers, collectives_of_step, spec)
+    for results in ranks:
+        assert results["calls"].get("alltoall", 0) == sum(e.times for e in all_to_alls)
+        assert results["bytes"]["allreduce"] == sum(e.payload for e in all_reduces)
+        assert results["bytes"].get("alltoall", 0) == sum(results["sent"])
+        assert results["sent"].counts == sum(e.times * e.payload for e in all_to_alls if e.name == "counts per expert")
+    rows = sum(results["sent"].rows for results in ranks)
+    assert rows == sum(results["least"] for results in ranks)
     # Routing is near uniform at the start.
-    assert rows == pytest.approx(workers * sum(e.times * e.payload for e in to_all if "counts" not in e.name), rel=0.1)
+    assert rows == pytest.approx(
+        workers * sum(e.times * e.payload for e in all_to_alls if "counts" not in e.name), rel=0.1
+    )
 
 
 @pytest.mark.parametrize("top_k", [1, 3])
@@ -73,109 +82,111 @@ def test_exchanges_of_hierarchical_dispatch_are_those_of_a_real_step(top_k):
         train={"micro_batch_size": 8},
     )
     nodes = [Node(name, 2, 2) for name in "aabb"]
-    expected = dispatches(spec, laid_out(nodes, 4))
-    ranks = [found["sent"] for found in run_ranks(4, seen_in_a_step, spec, [node.name for node in nodes])]
+    expected = dispatch_exchanges(spec, build_layout(nodes, 4))
+    ranks = [results["sent"] for results in run_ranks(4, collectives_of_step, spec, [node.name for node in nodes])]
 
-    def mean(of):
-        return 4 * sum(e.times * of(e) for e in expected)
+    def mean(amount_of):
+        return 4 * sum(e.times * amount_of(e) for e in expected)
 
-    assert sum(sent.counts for sent in ranks) == mean(lambda e: e.sent if "counts" in e.name else 0)
+    assert sum(sent_bytes.counts for sent_bytes in ranks) == mean(lambda e: e.sent if "counts" in e.name else 0)
     # Routing is near uniform at the start.
     rows = mean(lambda e: 0 if "counts" in e.name else e.sent)
-    away = mean(lambda e: 0 if "counts" in e.name else e.links.domain.mean)
-    assert sum(sent.rows for sent in ranks) == pytest.approx(rows, rel=0.1)
-    assert sum(sent.between_nodes for sent in ranks) == pytest.approx(away, rel=0.1)
+    remote_rows = mean(lambda e: 0 if "counts" in e.name else e.links.domain.mean)
+    assert sum(sent_bytes.rows for sent_bytes in ranks) == pytest.approx(rows, rel=0.1)
+    assert sum(sent_bytes.between_nodes for sent_bytes in ranks) == pytest.approx(remote_rows, rel=0.1)
 
 
-def test_what_leaves_a_rank_and_how_often():
-    assert exchanges(tiny_spec()) == []
+def test_payload_and_number_of_exchanges_follow_from_the_spec():
+    assert all_exchanges(tiny_spec()) == []
     spec = tiny_spec(cluster={"workers": 4, "ep": 2})
-    counts, *rows, shared, experts = exchanges(spec)
+    counts, *rows, shared, experts = all_exchanges(spec)
     tokens, k, d = 2 * 16, 2, 32
     assert len(rows) == 4
     for exchange in rows:  # one layer, one micro-batch on each of four workers
         assert (exchange.payload, exchange.ranks, exchange.times) == (tokens * k * d * 4 // 2, 2, 1)
-        assert exchange.sent == exchange.payload
-    assert (counts.payload, counts.sent) == (2 * 8, 2 * 8)
-    assert (shared.ranks, shared.sent) == (4, shared.payload * 3 // 2)
-    assert (experts.ranks, experts.sent) == (2, experts.payload)
-    more = exchanges(tiny_spec(cluster={"workers": 4, "ep": 2}, train={"micro_batches": 12}))
-    assert [e.times for e in more] == [3, 3, 3, 3, 3, 1, 1]
+        assert exchange.sent_bytes == exchange.payload
+    assert (counts.payload, counts.sent_bytes) == (2 * 8, 2 * 8)
+    assert (shared.ranks, shared.sent_bytes) == (4, shared.payload * 3 // 2)
+    assert (experts.ranks, experts.sent_bytes) == (2, experts.payload)
+    exchanges = all_exchanges(tiny_spec(cluster={"workers": 4, "ep": 2}, train={"micro_batches": 12}))
+    assert [e.times for e in exchanges] == [3, 3, 3, 3, 3, 1, 1]
     # h changes neither payload nor count: h * N rows of width d / h.
     moe = {"heads": 4, "experts": 4, "top_k": 2, "d_expert": 24}
     assert (
-        exchanges(tiny_spec(cluster={"workers": 4, "ep": 2}, model={**spec.model.model_dump(), "moe": moe}))[1]
+        all_exchanges(tiny_spec(cluster={"workers": 4, "ep": 2}, model={**spec.model.model_dump(), "moe": moe}))[1]
         == rows[0]
     )
 
 
 @pytest.mark.parametrize("shard_experts", [False, True])
-def test_slices_are_gathered_and_reduced_as_in_a_real_step(shard_experts):
+def test_shards_are_gathered_and_reduced_as_in_a_real_step(shard_experts):
     spec = tiny_spec(cluster={"workers": 2, "ep": 1, "strategy": "fsdp", "shard_experts": shard_experts})
-    expected = exchanges(spec)
+    expected = all_exchanges(spec)
     gathered = sum(e.payload * e.times for e in expected if e.name.startswith("weights"))
     scattered = sum(e.payload * e.times for e in expected if e.name.startswith("gradients of all"))
     experts = sum(e.payload * e.times for e in expected if e.name == "gradients of experts")
-    for found in run_ranks(2, seen_in_a_step, spec):
+    for results in run_ranks(2, collectives_of_step, spec):
         # A block's tensors go together, each padded to a whole number of rows.
-        assert found["bytes"]["allgather_base"] == pytest.approx(gathered, rel=0.01)
-        whole = found["bytes"].get("allreduce", 0), found["bytes"]["reduce_scatter_base"]
-        assert whole == ((0, scattered + experts) if shard_experts else (experts, scattered))
+        assert results["bytes"]["allgather_base"] == pytest.approx(gathered, rel=0.01)
+        reduced_bytes = results["bytes"].get("allreduce", 0), results["bytes"]["reduce_scatter_base"]
+        assert reduced_bytes == ((0, scattered + experts) if shard_experts else (experts, scattered))
 
 
-def seen_of_zero(spec):
-    """Return the bytes sent in a second step while it accumulates and while it updates, and the parameters that were
-    whole before the last norm.
+def collectives_of_zero(spec):
+    """Return the bytes that a second step sends while it accumulates and while it updates, and the bytes of the
+    parameters that are gathered before the last norm.
 
-    DeepSpeed learns in the first step in which order weights are used. The parameters are counted in bytes.
+    It is the second step because DeepSpeed learns the order of the weights in the first one.
     """
-    trainer = trainer_of(spec)
+    trainer = build_trainer(spec)
     parameters = list(trainer.model.parameters())
-    whole = []
-    trainer.model.norm.register_forward_pre_hook(lambda *_: whole.append(sum(p.nbytes for p in parameters)))
+    gathered_bytes = []
+    trainer.model.norm.register_forward_pre_hook(lambda *_: gathered_bytes.append(sum(p.nbytes for p in parameters)))
     for step in range(2):
-        with Collectives() as accumulating:
-            sums = trainer.accumulate(batches(spec, step, trainer))
-        with Collectives() as updating:
+        with Collectives() as accumulation:
+            sums = trainer.accumulate(rank_batches(spec, step, trainer))
+        with Collectives() as update:
             trainer.update(sums)
-    return dict(accumulating.bytes), dict(updating.bytes), whole[-1]
+    return dict(accumulation.bytes), dict(update.bytes), gathered_bytes[-1]
 
 
-def in_all(spec, name):
-    """Return the bytes that a rank brings in a step to the planned exchanges whose names start with `name`."""
-    return sum(e.payload * e.times for e in exchanges(spec) if e.name.startswith(name))
+def planned_bytes(spec, name):
+    """Return the bytes that a rank contributes in a step to the planned exchanges whose names start with `name`."""
+    return sum(e.payload * e.times for e in all_exchanges(spec) if e.name.startswith(name))
 
 
 @pytest.mark.parametrize("strategy", ["zero1", "zero2"])
-def test_zero_sends_slices_of_gradients_to_their_ranks_alone(strategy):
+def test_zero_sends_shards_of_gradients_to_their_ranks_only(strategy):
     pytest.importorskip("deepspeed")
     spec = tiny_spec(cluster={"workers": 2, "strategy": strategy})
-    for accumulating, updating, _ in run_ranks(2, seen_of_zero, spec):
-        assert "allreduce" not in accumulating
-        assert accumulating["reduce"] == pytest.approx(in_all(spec, "gradients"), rel=0.01)
-        assert updating["allgather_base"] == pytest.approx(in_all(spec, "weights"), rel=0.01)
+    for accumulated_bytes, updated_bytes, _ in run_ranks(2, collectives_of_zero, spec):
+        assert "allreduce" not in accumulated_bytes
+        assert accumulated_bytes["reduce"] == pytest.approx(planned_bytes(spec, "gradients"), rel=0.01)
+        assert updated_bytes["allgather_base"] == pytest.approx(planned_bytes(spec, "weights"), rel=0.01)
 
 
-def test_zero_3_gathers_weights_for_each_pass_and_has_two_blocks_whole():
+def test_zero_3_gathers_weights_for_each_pass_and_two_blocks_at_a_time():
     pytest.importorskip("deepspeed")
     moe = {"heads": 2, "experts": 4, "top_k": 2, "d_expert": 128}
     model = {"vocab_size": 300, "d_model": 192, "layers": 6, "attention_heads": 4, "d_ff": 512, "moe": moe}
     spec = tiny_spec(model=model, cluster={"workers": 2, "strategy": "zero3"})
-    held, micro_batches = whole_weights(spec), spec.train.micro_batches // 2
-    for accumulating, _, whole in run_ranks(2, seen_of_zero, spec):
-        assert whole == pytest.approx(held, rel=0.05)
-        assert accumulating["reduce_scatter_base"] == pytest.approx(in_all(spec, "gradients"), rel=0.01)
-        kept = micro_batches * held // 2  # from forward to backward, in slices
-        gathered = accumulating["allgather_base"]
-        assert gathered == pytest.approx(in_all(spec, "weights") - kept, rel=0.05)
-        assert gathered < in_all(spec, "weights")
+    expected, micro_batches = gathered_weight_bytes(spec), spec.train.micro_batches // 2
+    for accumulated_bytes, _, gathered_bytes in run_ranks(2, collectives_of_zero, spec):
+        assert gathered_bytes == pytest.approx(expected, rel=0.05)
+        assert accumulated_bytes["reduce_scatter_base"] == pytest.approx(planned_bytes(spec, "gradients"), rel=0.01)
+        kept_bytes = micro_batches * expected // 2  # from forward to backward, in slices
+        all_gathers = accumulated_bytes["allgather_base"]
+        assert all_gathers == pytest.approx(planned_bytes(spec, "weights") - kept_bytes, rel=0.05)
+        assert all_gathers < planned_bytes(spec, "weights")
 
 
-def test_strategies_send_what_they_save_in_memory_as_bytes():
-    def sent(strategy, **cluster):
+def test_strategies_with_less_memory_send_more_bytes():
+    def sent_bytes(strategy, **cluster):
         spec = tiny_spec(cluster={"workers": 4, "strategy": strategy, **cluster}, train={"micro_batches": 8})
-        return sum(e.sent_per_step for e in exchanges(spec))
+        return sum(e.sent_per_step for e in all_exchanges(spec))
 
-    assert sent("ddp") == sent("zero1")  # a reduction to slices and a gathering are what an all-reduce is
-    assert sent("zero1") < sent("zero2") < sent("zero3")
-    assert sent("fsdp", shard_experts=True) == 2.5 * sent("ddp")  # 2 micro-batches: 4 gatherings and a reduction for 2
+    assert sent_bytes("ddp") == sent_bytes("zero1")  # a reduction to slices and a gathering are what an all-reduce is
+    assert sent_bytes("zero1") < sent_bytes("zero2") < sent_bytes("zero3")
+    assert sent_bytes("fsdp", shard_experts=True) == 2.5 * sent_bytes(
+        "ddp"
+    )  # 2 micro-batches: 4 gatherings and a reduction for 2

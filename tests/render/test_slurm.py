@@ -1,4 +1,4 @@
-"""The batch script with a real Ray; stand-ins for some of SLURM's commands do on this machine what SLURM does."""
+"""Tests of the batch script with a real Ray, and with stand-ins for SLURM's commands on this machine."""
 
 import os
 import signal
@@ -9,10 +9,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from mhmoe_ray.render.slurm import script
+from mhmoe_ray.render.slurm import batch_script
 from mhmoe_ray.runs import events
 from mhmoe_ray.runs.directory import list_runs
-from mhmoe_ray.spec import checked
+from mhmoe_ray.spec import validate_section
 from mhmoe_ray.spec.site import SiteSpec
 from tests.cli.conftest import write_spec
 from tests.conftest import OF_THE_USER
@@ -22,7 +22,7 @@ from tests.watch import newest, step_of, wait_until
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 COMMANDS = {
-    # On the node that -w names, of which there is one; its process is of the job.
+    # There is one node, whatever -w names; the process belongs to the job.
     "srun": """
 while [ "${1#-}" != "$1" ]; do [ "$1" = -w ] && shift; shift; done
 echo $$ >> "$FAKE/job"
@@ -35,7 +35,7 @@ exec "$@"
 
 
 @pytest.fixture
-def job(tmp_path):
+def start_job(tmp_path):
     """Return a function that starts the batch script as SLURM starts it."""
     fake = tmp_path / "bin"
     fake.mkdir()
@@ -43,12 +43,12 @@ def job(tmp_path):
         (fake / name).write_text(f"#!/bin/bash\n{text}")
         (fake / name).chmod(0o755)
     site = {"image": "x", "workers": {"cpus": 8, "memory_gib": 8, "max": 1}, "slurm": {"partition": "p", "nodes": 1}}
-    loaded = checked(SiteSpec, site, "site")
-    (tmp_path / "slurm.sh").write_text(script(loaded, loaded.slurm))
+    loaded = validate_section(SiteSpec, site, "site")
+    (tmp_path / "slurm.sh").write_text(batch_script(loaded, loaded.slurm))
     path = f"{fake}:{Path(sys.executable).parent}:{os.environ['PATH']}"
-    kept = {k: v for k, v in os.environ.items() if k not in OF_THE_USER}
+    inherited = {k: v for k, v in os.environ.items() if k not in OF_THE_USER}
     slurm = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_JOB_NODELIST": "node0", "FAKE": str(tmp_path)}
-    environment = {**kept, **slurm, "PATH": path, "HOME": str(tmp_path), "MHMOE_HOME": str(tmp_path / "home")}
+    environment = {**inherited, **slurm, "PATH": path, "HOME": str(tmp_path), "MHMOE_HOME": str(tmp_path / "home")}
 
     def start():
         with (tmp_path / "log").open("a") as log:
@@ -59,37 +59,37 @@ def job(tmp_path):
     return start
 
 
-def test_a_run_is_trained_saved_before_the_time_is_over_and_gone_on_with(tmp_path, job):
+def test_run_is_saved_before_the_time_limit_and_continued(tmp_path, start_job):
     write_corpus(tmp_path / "raw")
     spec = write_spec(tmp_path, train={"steps": 400, "checkpoint_every": 100, "validate_every": 100})
-    # Not where commands look for runs by default.
+    # The storage is not the folder in which commands look for runs by default.
     spec.write_text(spec.read_text().replace(f"storage: {tmp_path}/runs\n", f"storage: {tmp_path}/elsewhere/runs\n"))
-    process = job()
+    process = start_job()
     run = wait_until(lambda: list_runs(tmp_path / "elsewhere/runs") and newest(tmp_path / "elsewhere"), "the run")
     wait_until(lambda: step_of(run) >= 20, "step 20")
     assert [p.stat().st_mode & 0o777 for p in tmp_path.glob(".mhmoe-token-*")] == [0o600]
-    ray = [word for pid in _pids(tmp_path) for word in psutil.Process(pid).cmdline() if "--temp-dir=" in word]
+    ray = [word for pid in _living_pids(tmp_path) for word in psutil.Process(pid).cmdline() if "--temp-dir=" in word]
     folder = Path(ray[0].partition("=")[2])
     assert folder.is_dir()
     process.send_signal(signal.SIGUSR1)
     process.wait(120)
-    stopped = step_of(run)
-    assert events.state(events.events(run)) == "stopped"
+    stop_step = step_of(run)
+    assert events.state(events.read(run)) == "stopped"
     assert f"requeue {os.getpid()}" in (tmp_path / "said").read_text()
     assert not list(tmp_path.glob(".mhmoe-token-*"))
     assert not folder.exists()
 
-    mine = _pids(tmp_path)
-    wait_until(lambda: not any(map(psutil.pid_exists, mine)), "the end of all of the job's processes")
+    job_pids = _living_pids(tmp_path)
+    wait_until(lambda: not any(map(psutil.pid_exists, job_pids)), "the end of all of the job's processes")
     (tmp_path / "job").unlink()
-    again = job()
-    assert again.wait(240) == 0, (tmp_path / "log").read_text()[-2000:]
+    second_job = start_job()
+    assert second_job.wait(240) == 0, (tmp_path / "log").read_text()[-2000:]
     assert [r.id for r in list_runs(tmp_path / "elsewhere/runs")] == [run.id]
-    starts = [e["step"] for e in events.events(run) if e["event"] == "started"]
-    assert starts == [0, stopped]
-    assert events.state(events.events(run)) == "finished"
+    starts = [e["step"] for e in events.read(run) if e["event"] == "started"]
+    assert starts == [0, stop_step]
+    assert events.state(events.read(run)) == "finished"
 
 
-def _pids(folder):
-    """Return the ids of the job's processes that live."""
+def _living_pids(folder):
+    """Return the ids of the job's processes that still run."""
     return [pid for word in (folder / "job").read_text().split() if psutil.pid_exists(pid := int(word))]

@@ -7,13 +7,13 @@ from html.parser import HTMLParser
 import pytest
 
 from mhmoe_ray.errors import DataError, RunError
-from mhmoe_ray.evaluate.request import EvalRequest, Evaluation, RoutingCounts, all_stored, store
+from mhmoe_ray.evaluate.request import EvalRequest, Evaluation, RoutingCounts, load_evaluations, save_evaluation
 from mhmoe_ray.evaluate.score import Score
 from mhmoe_ray.planner.sizes import flops_per_token
 from mhmoe_ray.report.figures import RunFigures
 from mhmoe_ray.report.page import write_report
-from mhmoe_ray.report.plots import differences
-from mhmoe_ray.report.variants import Variant, losses_at, matched_step, variants, verdict
+from mhmoe_ray.report.plots import draw_differences
+from mhmoe_ray.report.variants import Variant, compare_variants, group_variants, losses_at, matched_step
 from mhmoe_ray.runs import events, history, metrics
 from mhmoe_ray.runs.directory import Attempt, RunDir, add_attempt, create_run, mark_imported
 from mhmoe_ray.spec import DataSpec
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.long
 MOE = {"heads": 2, "experts": 4, "top_k": 2, "d_expert": 24}
 
 
-def made(
+def make_run(
     folder,
     name,
     seed,
@@ -35,7 +35,7 @@ def made(
     micro_batches=4,
     speed=100.0,
     balance=1.0,
-    over="finished",
+    end_event="finished",
 ) -> RunDir:
     """Write a run whose validation loss comes down to `final` at step 20, and return it."""
     spec = tiny_spec(folder, model={"moe": moe}, train={"micro_batches": micro_batches})
@@ -54,119 +54,123 @@ def made(
     if moe:
         counts = {"step": steps, "routes_per_layer_and_expert": [[10, 20, 30, 40]]}
         (run.routing / f"step_{steps:08d}.1.json").write_text(json.dumps(counts))
-    if over:
-        events.record(run, over, **({"reason": "its end"} if over == "failed" else {"step": steps}))
+    if end_event:
+        events.record(run, end_event, **({"reason": "its end"} if end_event == "failed" else {"step": steps}))
     return run
 
 
-def six(folder):
+def six_runs(folder):
     losses = {"dense": (3.0, 3.1, 3.2), "mhmoe-h2": (2.9, 2.98, 3.11)}
     return [
-        made(folder, name, seed, loss, moe=None if name == "dense" else MOE)
+        make_run(folder, name, seed, loss, moe=None if name == "dense" else MOE)
         for name, values in losses.items()
         for seed, loss in enumerate(values)
     ]
 
 
-def read(runs):
-    return variants([RunFigures.read(run) for run in runs])
+def read_variants(runs):
+    return group_variants([RunFigures.read(run) for run in runs])
 
 
 def test_runs_that_differ_in_their_seed_alone_are_one_variant(tmp_path):
-    found = read([*six(tmp_path), made(tmp_path, "other", 0, 2.0, moe={**MOE, "top_k": 1})])
-    assert [(v.name, len(v.runs)) for v in found] == [("dense", 3), ("mhmoe-h2", 3), ("other", 1)]
-    assert matched_step(found) == 20
-    assert found[0].mean_loss(20) == pytest.approx(3.1)
-    assert found[0].deviation(20) == pytest.approx(0.1)
-    assert found[2].deviation(20) is None
+    all_variants = read_variants([*six_runs(tmp_path), make_run(tmp_path, "other", 0, 2.0, moe={**MOE, "top_k": 1})])
+    assert [(v.name, len(v.runs)) for v in all_variants] == [("dense", 3), ("mhmoe-h2", 3), ("other", 1)]
+    assert matched_step(all_variants) == 20
+    assert all_variants[0].mean_loss(20) == pytest.approx(3.1)
+    assert all_variants[0].deviation(20) == pytest.approx(0.1)
+    assert all_variants[2].deviation(20) is None
 
 
-def test_runs_that_are_spread_in_different_ways_by_name_are_what_is_compared(tmp_path):
+def test_runs_distributed_in_different_ways_by_name_are_separate_variants(tmp_path):
     runs = [
-        made(tmp_path, name, seed, 3.0, speed=speed)
+        make_run(tmp_path, name, seed, 3.0, speed=speed)
         for name, speed in (("ddp", 100.0), ("fsdp", 50.0))
         for seed in (0, 1)
     ]
     for run in runs[2:]:
         spec = run.spec()
         run.write_spec(spec.model_copy(update={"cluster": spec.cluster.model_copy(update={"strategy": "fsdp"})}))
-    found = read(runs)
-    assert [(v.name, len(v.runs), v.tokens_per_s) for v in found] == [("ddp", 2, 110.5), ("fsdp", 2, 60.5)]
-    other = made(tmp_path, "ddp", 2, 3.0)
-    spec = other.spec()
-    other.write_spec(spec.model_copy(update={"cluster": spec.cluster.model_copy(update={"ep": 1})}))
-    assert [len(v.runs) for v in read([*runs[:2], other])] == [3]  # of one name: where each ran is no matter
+    both_variants = read_variants(runs)
+    assert [(v.name, len(v.runs), v.tokens_per_s) for v in both_variants] == [("ddp", 2, 110.5), ("fsdp", 2, 60.5)]
+    ep_run = make_run(tmp_path, "ddp", 2, 3.0)
+    spec = ep_run.spec()
+    ep_run.write_spec(spec.model_copy(update={"cluster": spec.cluster.model_copy(update={"ep": 1})}))
+    assert [len(v.runs) for v in read_variants([*runs[:2], ep_run])] == [
+        3
+    ]  # Runs of one name are one variant, wherever each ran.
 
 
 def test_an_unfinished_run_does_not_count_beside_a_finished_one(tmp_path):
-    [variant] = read([made(tmp_path, "a", 0, 3.0), made(tmp_path, "a", 1, 9.0, steps=10)])
+    [variant] = read_variants([make_run(tmp_path, "a", 0, 3.0), make_run(tmp_path, "a", 1, 9.0, steps=10)])
     assert variant.losses(20) == {0: 3.0}
-    [alone] = read([made(tmp_path, "b", 1, 9.0, steps=10)])
-    assert len(alone.runs) == 1
+    [unfinished_variant] = read_variants([make_run(tmp_path, "b", 1, 9.0, steps=10)])
+    assert len(unfinished_variant.runs) == 1
 
 
-def test_a_seed_that_did_not_get_to_the_end_is_named(tmp_path):
-    lost = made(tmp_path, "dense", 3, 3.0, steps=15)
-    events.record(lost, "failed", reason="training: the gradient is not finite")
-    write_report([*six(tmp_path), lost], tmp_path / "out")
+def test_a_seed_that_ended_early_is_named(tmp_path):
+    failed_run = make_run(tmp_path, "dense", 3, 3.0, steps=15)
+    events.record(failed_run, "failed", reason="training: the gradient is not finite")
+    write_report([*six_runs(tmp_path), failed_run], tmp_path / "out")
     page = " ".join((tmp_path / "out" / "report.html").read_text().split())
-    assert f"as others did:</strong> {lost.id} (failed)." in page
+    assert f"ended early, unlike others:</strong> {failed_run.id} (failed)." in page
 
 
-def test_what_just_began_or_gave_up_does_not_move_the_step_at_which_others_are_compared(tmp_path):
-    """Such runs do not blank the verdict either; a run that goes on is compared as far as it got."""
-    other = {**MOE, "top_k": 1}
-    began = made(tmp_path, "began", 0, 3.0, moe={**MOE, "top_k": 3}, steps=3, over=None)
-    failed = made(tmp_path, "failed", 0, 3.0, moe={**MOE, "top_k": 4}, steps=10, over="failed")
-    runs = [*six(tmp_path), made(tmp_path, "b", 0, 3.0, moe=other), began, failed]
+def test_started_and_failed_runs_do_not_change_the_compared_step(tmp_path):
+    """The verdict stays too; a run that still trains is compared at the steps that it has reached."""
+    top_1_moe = {**MOE, "top_k": 1}
+    started_run = make_run(tmp_path, "began", 0, 3.0, moe={**MOE, "top_k": 3}, steps=3, end_event=None)
+    failed_run = make_run(tmp_path, "failed", 0, 3.0, moe={**MOE, "top_k": 4}, steps=10, end_event="failed")
+    runs = [*six_runs(tmp_path), make_run(tmp_path, "b", 0, 3.0, moe=top_1_moe), started_run, failed_run]
     verdicts = write_report(runs, tmp_path / "out")
-    assert [(v.other, v.step) for v in verdicts] == [("mhmoe-h2", 20), ("b", 20)]
+    assert [(v.variant, v.step) for v in verdicts] == [("mhmoe-h2", 20), ("b", 20)]
     page = " ".join((tmp_path / "out" / "report.html").read_text().split())
-    assert f"as others did:</strong> {failed.id} (failed)." in page
+    assert f"ended early, unlike others:</strong> {failed_run.id} (failed)." in page
     assert '<td>began</td><td data-label="loss"></td>' in page
-    goes_on = made(tmp_path, "on", 0, 3.0, moe={**MOE, "top_k": 4}, steps=10, over=None)
-    verdicts = write_report([*six(tmp_path), goes_on], tmp_path / "out")
-    assert [(v.other, v.step) for v in verdicts] == [("mhmoe-h2", 10), ("on", 10)]
+    goes_on = make_run(tmp_path, "on", 0, 3.0, moe={**MOE, "top_k": 4}, steps=10, end_event=None)
+    verdicts = write_report([*six_runs(tmp_path), goes_on], tmp_path / "out")
+    assert [(v.variant, v.step) for v in verdicts] == [("mhmoe-h2", 10), ("on", 10)]
 
 
-def test_of_two_runs_of_a_seed_the_newer_counts_and_the_other_is_named(tmp_path):
-    runs = [made(tmp_path, "a", 0, 3.0), made(tmp_path, "a", 1, 3.1)]
-    again = made(tmp_path, "again", 0, 4.0)
-    for given in ([*runs, again], [again, *runs]):
-        [variant] = read(given)
+def test_the_newer_of_two_runs_with_a_seed_counts_and_the_older_is_named(tmp_path):
+    runs = [make_run(tmp_path, "a", 0, 3.0), make_run(tmp_path, "a", 1, 3.1)]
+    newer_run = make_run(tmp_path, "again", 0, 4.0)
+    for ordered_runs in ([*runs, newer_run], [newer_run, *runs]):
+        [variant] = read_variants(ordered_runs)
         assert variant.losses(20) == {0: 4.0, 1: 3.1}
         assert len(variant.runs) == 2
-    write_report([*runs, again], tmp_path / "out")
+    write_report([*runs, newer_run], tmp_path / "out")
     page = " ".join((tmp_path / "out" / "report.html").read_text().split())
-    assert f"a newer run is of the same seed:</strong> {runs[0].id} (seed 0)." in page
-    early = [made(tmp_path, "b", 0, 3.0, moe={**MOE, "top_k": 1}, steps=10, over=None) for _ in range(2)]
+    assert f"a newer run has the same seed:</strong> {runs[0].id} (seed 0)." in page
+    early = [make_run(tmp_path, "b", 0, 3.0, moe={**MOE, "top_k": 1}, steps=10, end_event=None) for _ in range(2)]
     write_report(early, tmp_path / "out")
     page = " ".join((tmp_path / "out" / "report.html").read_text().split())
-    assert f"a newer run is of the same seed:</strong> {early[0].id} (seed 0)." in page
-    assert "did not get to the end" not in page
+    assert f"a newer run has the same seed:</strong> {early[0].id} (seed 0)." in page
+    assert "ended early" not in page
 
 
-def test_runs_on_other_held_out_text_are_no_seeds_of_one_variant_and_said_to_be_unequal(tmp_path):
-    runs = [made(tmp_path, "a", seed, 3.0) for seed in (0, 1)]
+def test_runs_on_different_held_out_text_are_separate_variants_and_reported_as_unequal(tmp_path):
+    runs = [make_run(tmp_path, "a", seed, 3.0) for seed in (0, 1)]
     for run, tokens in zip(runs, (130_950, 130_853), strict=True):
         figures = {"unigram_entropy": 6.5, "bigram": 4.4, "bigram_tokens": 20_000}
         events.record(run, "prepared", validation_tokens=tokens, **figures)
-    assert [len(v.runs) for v in read(runs)] == [1, 1]
+    assert [len(v.runs) for v in read_variants(runs)] == [1, 1]
     write_report(runs, tmp_path / "out")
-    assert "They differ in held-out text or tokenizer</strong>" in (tmp_path / "out" / "report.html").read_text()
+    assert (
+        "The variants differ in held-out text or tokenizer</strong>" in (tmp_path / "out" / "report.html").read_text()
+    )
 
 
-def test_trainings_of_other_lengths_are_said_to_be_unequal(tmp_path):
-    runs = [made(tmp_path, "a", 0, 3.0), made(tmp_path, "b", 0, 3.0)]
+def test_trainings_of_different_lengths_are_reported_as_unequal(tmp_path):
+    runs = [make_run(tmp_path, "a", 0, 3.0), make_run(tmp_path, "b", 0, 3.0)]
     spec = runs[1].spec()
     shorter = spec.train.model_copy(update={"steps": spec.train.steps - 1})
     runs[1].write_spec(spec.model_copy(update={"train": shorter}))
     write_report(runs, tmp_path / "out")
-    assert "They differ in the number of steps" in (tmp_path / "out" / "report.html").read_text()
+    assert "The variants differ in the number of steps" in (tmp_path / "out" / "report.html").read_text()
 
 
-def test_minutes_are_those_in_which_workers_ran(tmp_path):
-    run = made(tmp_path, "a", 0, 3.0, steps=10)
+def test_minutes_count_only_the_time_with_workers(tmp_path):
+    run = make_run(tmp_path, "a", 0, 3.0, steps=10)
     for step in (9, 10, 11):  # three days later, from a checkpoint at 8
         line = {metrics.STEP: step, metrics.TIME: 300_000.0 + step, metrics.LOSS: 3.0, metrics.GROUP: 2}
         history.append(run, {**line, metrics.TOKENS: 128 * step, metrics.TOKENS_PER_S: 100.0})
@@ -175,99 +179,102 @@ def test_minutes_are_those_in_which_workers_ran(tmp_path):
 
 
 def test_training_flops_are_those_of_the_plan(tmp_path):
-    run = RunFigures.read(made(tmp_path, "a", 0, 3.0))
+    run = RunFigures.read(make_run(tmp_path, "a", 0, 3.0))
     assert run.flops(1000) == 1000 * flops_per_token(run.spec.model, 16).training
     assert run.tokens_per_s == 110.5
 
 
-def test_what_diverged_or_has_no_numbers_is_left_out_and_named(tmp_path):
-    runs = [*six(tmp_path), made(tmp_path, "nan", 0, math.nan), made(tmp_path, "waiting", 0, 3.0, steps=0)]
+def test_diverged_runs_and_runs_without_numbers_are_left_out_and_named(tmp_path):
+    runs = [*six_runs(tmp_path), make_run(tmp_path, "nan", 0, math.nan), make_run(tmp_path, "waiting", 0, 3.0, steps=0)]
     verdicts = write_report(runs, tmp_path / "out")
-    assert [(v.other, v.step) for v in verdicts] == [("mhmoe-h2", 20)]
+    assert [(v.variant, v.step) for v in verdicts] == [("mhmoe-h2", 20)]
     page = " ".join((tmp_path / "out" / "report.html").read_text().split())
     assert f"not finite:</strong> {runs[6].id}." in page
     assert f"no numbers yet: {runs[7].id}." in page
 
 
-def test_runs_that_all_diverged_are_compared_and_not_said_to_be_left_out(tmp_path):
-    runs = [made(tmp_path, "a", 0, math.nan), made(tmp_path, "b", 0, math.nan, moe={**MOE, "top_k": 1})]
+def test_runs_that_all_diverged_are_compared(tmp_path):
+    runs = [make_run(tmp_path, "a", 0, math.nan), make_run(tmp_path, "b", 0, math.nan, moe={**MOE, "top_k": 1})]
     write_report(runs, tmp_path / "out")
     page = (tmp_path / "out" / "report.html").read_text()
-    assert "The last validation of none of them is finite" in page
+    assert "All runs diverged: no last validation loss is finite." in page
     assert "Left out" not in page
 
 
-def test_a_baseline_that_diverged_is_said_to_have(tmp_path):
-    runs = [*six(tmp_path), made(tmp_path, "nan", 0, math.nan, moe={**MOE, "top_k": 1})]
+def test_a_diverged_baseline_is_an_error(tmp_path):
+    runs = [*six_runs(tmp_path), make_run(tmp_path, "nan", 0, math.nan, moe={**MOE, "top_k": 1})]
     with pytest.raises(RunError, match="baseline nan: the last validation of its runs is not finite; choose from d"):
         write_report(runs, tmp_path / "out", baseline="nan")
 
 
-def test_a_baseline_that_gave_up_is_said_to_have(tmp_path):
-    runs = [*six(tmp_path), made(tmp_path, "early", 0, 3.0, moe={**MOE, "top_k": 1}, steps=10, over="failed")]
-    with pytest.raises(RunError, match="baseline early: its runs did not get to the end as others did; choose from d"):
+def test_a_baseline_that_ended_early_is_an_error(tmp_path):
+    runs = [
+        *six_runs(tmp_path),
+        make_run(tmp_path, "early", 0, 3.0, moe={**MOE, "top_k": 1}, steps=10, end_event="failed"),
+    ]
+    with pytest.raises(RunError, match="baseline early: its runs ended early, unlike others; choose from d"):
         write_report(runs, tmp_path / "out", baseline="early")
 
 
-def test_unequal_trainings_are_said_to_be(tmp_path):
-    runs = [made(tmp_path, "a", 0, 3.0), made(tmp_path, "b", 0, 3.0, micro_batches=8)]
+def test_unequal_trainings_are_reported(tmp_path):
+    runs = [make_run(tmp_path, "a", 0, 3.0), make_run(tmp_path, "b", 0, 3.0, micro_batches=8)]
     write_report(runs, tmp_path / "out")
-    assert "<strong>They differ in tokens in a step</strong>" in (tmp_path / "out" / "report.html").read_text()
+    assert "<strong>The variants differ in tokens in a step</strong>" in (tmp_path / "out" / "report.html").read_text()
 
 
 def test_a_verdict_is_students_t_over_pairs_of_seeds(tmp_path):
-    dense, mhmoe = read(six(tmp_path))
-    found = verdict(dense, mhmoe, 20)
+    dense, mhmoe = read_variants(six_runs(tmp_path))
+    verdict = compare_variants(dense, mhmoe, 20)
     differences = [-0.1, -0.12, -0.09]
     mean = sum(differences) / 3
     deviation = math.sqrt(sum((d - mean) ** 2 for d in differences) / 2)
     half = 4.302653 * deviation / math.sqrt(3)  # t of 97.5 per cent, 2 degrees of freedom
-    assert found.difference == pytest.approx(mean)
-    assert (found.low, found.high) == pytest.approx((mean - half, mean + half), abs=1e-6)
-    assert found.is_clear
-    assert found.paired
-    assert found.said.startswith("mhmoe-h2 to dense: 0.1033 nats lower, perplexity 9.8% lower (95% interval -0.1413")
+    assert verdict.difference == pytest.approx(mean)
+    assert (verdict.low, verdict.high) == pytest.approx((mean - half, mean + half), abs=1e-6)
+    assert verdict.is_clear
+    assert verdict.paired
+    assert verdict.text.startswith("mhmoe-h2 to dense: 0.1033 nats lower, perplexity 9.8% lower (95% interval -0.1413")
 
 
-def test_losses_are_paired_over_two_common_seeds_or_all_that_one_has(tmp_path):
-    dense, mhmoe = read(six(tmp_path))
+def test_losses_are_paired_over_two_common_seeds_or_all_seeds_of_one_variant(tmp_path):
+    dense, mhmoe = read_variants(six_runs(tmp_path))
     two = losses_at(20, dense, Variant("two", mhmoe.runs[1:]))
     assert two.paired
     assert two.differences == pytest.approx([-0.12, -0.09])
     single = losses_at(20, dense, Variant("single", mhmoe.runs[:1]))
     assert single.paired
     assert single.differences == pytest.approx([2.9 - 3.0])
-    first, last = Variant("first", dense.runs[:2]), Variant("last", mhmoe.runs[1:])
-    one = losses_at(20, first, last)
-    assert not one.paired
-    assert one.differences == pytest.approx([2.98 - 3.05, 3.11 - 3.05])
-    [axis] = differences([first, last], first).axes
-    assert axis.lines[1].get_ydata()[-1] == pytest.approx(verdict(first, last, 20).difference)
+    first_variant, last_variant = Variant("first", dense.runs[:2]), Variant("last", mhmoe.runs[1:])
+    unpaired = losses_at(20, first_variant, last_variant)
+    assert not unpaired.paired
+    assert unpaired.differences == pytest.approx([2.98 - 3.05, 3.11 - 3.05])
+    [axis] = draw_differences([first_variant, last_variant], first_variant).axes
+    assert axis.lines[1].get_ydata()[-1] == pytest.approx(compare_variants(first_variant, last_variant, 20).difference)
 
 
 def test_speed_and_balance_on_the_page_are_means_over_the_runs(tmp_path):
     of_seed = [(1000.0, 1.0), (2000.0, 1.1), (6000.0, 1.5)]
-    runs = [made(tmp_path, "a", seed, 3.0, speed=speed, balance=b) for seed, (speed, b) in enumerate(of_seed)]
-    [variant] = read(runs)
+    runs = [make_run(tmp_path, "a", seed, 3.0, speed=speed, balance=b) for seed, (speed, b) in enumerate(of_seed)]
+    [variant] = read_variants(runs)
     assert variant.tokens_per_s == pytest.approx(3010.5)
-    assert variant.late(metrics.BALANCE) == pytest.approx(1.2 + (1 / 19 + 1 / 20) / 2)
-    assert variant.late(metrics.MFU) is None
+    assert variant.recent_mean(metrics.BALANCE) == pytest.approx(1.2 + (1 / 19 + 1 / 20) / 2)
+    assert variant.recent_mean(metrics.MFU) is None
     write_report(runs, tmp_path / "out")
     assert '<td data-label="tokens/s">3,010</td>' in (tmp_path / "out" / "report.html").read_text()
 
 
-def test_seeds_that_only_one_has_are_left_out_and_one_seed_tells_nothing(tmp_path):
-    dense, mhmoe = read(six(tmp_path))
-    two = verdict(dense, Variant("two", mhmoe.runs[1:]), 20)
+def test_unpaired_seeds_are_left_out_and_one_seed_gives_no_interval(tmp_path):
+    dense, mhmoe = read_variants(six_runs(tmp_path))
+    two = compare_variants(dense, Variant("two", mhmoe.runs[1:]), 20)
     assert (two.seeds, two.paired) == (2, True)
     assert two.difference == pytest.approx(-0.105)
-    one = verdict(dense, Variant("one", mhmoe.runs[:1]), 20)
-    assert (one.low, one.is_clear) == (None, False)
-    assert "nobody knows how sure" in one.said
-    assert verdict(dense, mhmoe, 19) is None
+    single_seed = compare_variants(dense, Variant("one", mhmoe.runs[:1]), 20)
+    assert (single_seed.low, single_seed.is_clear) == (None, False)
+    assert "its uncertainty is unknown" in single_seed.text
+    assert compare_variants(dense, mhmoe, 19) is None
 
 
-def store_evaluation(run, tokens_of, distinct, step=20, **asked):
+def store_evaluation(run, tokens_of, distinct, step=20, **request_fields):
     counts = RoutingCounts(
         tokens=100,
         counts=[[100] * 4],
@@ -276,43 +283,45 @@ def store_evaluation(run, tokens_of, distinct, step=20, **asked):
         agreement=[[[100, 10], [10, 100]]],
         first_weight=[80.0],
     )
-    none = {"prepared": None, "text": None, "samples": 0, "tasks": [], "task_folders": [], "limit": None}
-    how = {"batch": 8, "half": False, "cpus": 1, "gpus": 0}
-    named = {"run": str(run.path), "checkpoint": f"step_{step:08d}.1"}
-    request = EvalRequest(**named, **how, **(none | (asked or {"prepared": "/data"})))
+    default_fields = {"prepared": None, "text": None, "samples": 0, "tasks": [], "task_folders": [], "limit": None}
+    resource_fields = {"batch": 8, "half": False, "cpus": 1, "gpus": 0}
+    checkpoint_fields = {"run": str(run.path), "checkpoint": f"step_{step:08d}.1"}
+    request = EvalRequest(
+        **checkpoint_fields, **resource_fields, **(default_fields | (request_fields or {"prepared": "/data"}))
+    )
     score = Score(nats=300.0, tokens=100, text_bytes=400)
     answer = {"domains": {"a": score}, "languages": {}, "routing": {"a": counts}, "tasks": {}}
-    store(run, Evaluation(request=request, step=step, tokens=2560, seconds=1.0, **answer))
+    save_evaluation(run, Evaluation(request=request, step=step, tokens=2560, seconds=1.0, **answer))
 
 
-def test_loads_are_said_to_be_those_of_training_where_only_other_texts_were_counted(tmp_path):
-    runs = [made(tmp_path, "a", 0, 3.0), made(tmp_path, "b", 0, 3.0, moe={**MOE, "top_k": 1})]
+def test_loads_of_training_are_labelled_if_no_held_out_text_was_evaluated(tmp_path):
+    runs = [make_run(tmp_path, "a", 0, 3.0), make_run(tmp_path, "b", 0, 3.0, moe={**MOE, "top_k": 1})]
     store_evaluation(runs[0], [60] * 4, [0, 0, 0, 60, 40])
     text = DataSpec.model_validate({"sources": {"own": {"path": "own.txt"}}, "prepared": "none", "seq_len": 16})
     store_evaluation(runs[1], [60] * 4, [0, 60, 40], text=text)
     write_report(runs, tmp_path / "out")
-    assert '<p class="small">Loads of b are those of training.' in (tmp_path / "out" / "report.html").read_text()
+    assert '<p class="small">The loads of b were counted in training.' in (tmp_path / "out" / "report.html").read_text()
 
 
-def test_bits_per_byte_are_of_one_step_which_is_named_where_losses_are_of_another(tmp_path):
-    runs = [made(tmp_path, "a", seed, 3.0) for seed in (0, 1)]
+def test_bits_per_byte_name_their_step_if_losses_have_another(tmp_path):
+    runs = [make_run(tmp_path, "a", seed, 3.0) for seed in (0, 1)]
     page = tmp_path / "out" / "report.html"
     expected = 300 / math.log(2) / 400
-    for steps, shown in (((10, 20), ""), ((10, 10), f"{expected:.4f}, step 10"), ((20, 20), f"{expected:.4f}")):
+    for steps, expected_text in (((10, 20), ""), ((10, 10), f"{expected:.4f}, step 10"), ((20, 20), f"{expected:.4f}")):
         for run, step in zip(runs, steps, strict=True):
-            for old in run.evaluations.glob("*"):
-                old.unlink()
+            for old_evaluation in run.evaluations.glob("*"):
+                old_evaluation.unlink()
             store_evaluation(run, [60] * 4, [0, 0, 0, 60, 40], step=step)
         write_report(runs, tmp_path / "out")
-        assert f'<td data-label="bits/byte">{shown}</td>' in page.read_text()
+        assert f'<td data-label="bits/byte">{expected_text}</td>' in page.read_text()
 
 
-def test_of_evaluations_of_one_step_the_last_by_name_is_the_newest(tmp_path):
-    run = made(tmp_path, "a", 0, 3.0)
+def test_evaluations_of_a_step_are_sorted_by_key(tmp_path):
+    run = make_run(tmp_path, "a", 0, 3.0)
     for n in range(20):
         store_evaluation(run, [60] * 4, [0, 0, 0, 60, 40], prepared=f"/data/{n}")
-    found = [evaluation.request.key for evaluation in all_stored(run)]
-    assert found == sorted(found)
+    keys = [evaluation.request.key for evaluation in load_evaluations(run)]
+    assert keys == sorted(keys)
 
 
 class Links(HTMLParser):
@@ -321,58 +330,58 @@ class Links(HTMLParser):
         self.outside = []
 
     def handle_starttag(self, tag, attrs):
-        named = dict(attrs)
-        self.outside += [v for k, v in named.items() if k in ("src", "href", "xlink:href")]
+        attributes = dict(attrs)
+        self.outside += [v for k, v in attributes.items() if k in ("src", "href", "xlink:href")]
 
 
-def test_the_page_needs_nothing_else_and_the_pictures_lie_beside_it(tmp_path):
-    runs = [*six(tmp_path), made(tmp_path, "top-1", 0, 3.0, moe={**MOE, "top_k": 1})]
+def test_the_page_is_self_contained_and_has_its_pictures_beside_it(tmp_path):
+    runs = [*six_runs(tmp_path), make_run(tmp_path, "top-1", 0, 3.0, moe={**MOE, "top_k": 1})]
     store_evaluation(runs[3], tokens_of=[60] * 4, distinct=[0, 0, 0, 60, 40])
     store_evaluation(runs[6], tokens_of=[60, 60, 60, 0], distinct=[0, 100, 0])
     verdicts = write_report(runs, tmp_path / "out", baseline="mhmoe-h2")
-    assert [v.other for v in verdicts] == ["dense", "top-1"]
+    assert [v.variant for v in verdicts] == ["dense", "top-1"]
     page = (tmp_path / "out" / "report.html").read_text()
     links = Links()
     links.feed(page)
     assert [link for link in links.outside if not link.startswith(("#", "data:"))] == []
     assert "<script" not in page
-    use = "top-1 has, beside mhmoe-h2, fewer at 0.001 (75.0% to 100.0%), 0.002"
-    for part in (verdicts[0].said, "h 2, E 4, k 2, f 24", "model.moe.heads", "85.0%", "10.0%", use):
+    use = "compared with mhmoe-h2, top-1 has fewer at 0.001 (75.0% to 100.0%), 0.002"
+    for part in (verdicts[0].text, "h 2, E 4, k 2, f 24", "model.moe.heads", "85.0%", "10.0%", use):
         assert part in page, part
     pictures = {p.stem for p in (tmp_path / "out").glob("*.png")}
     assert {"loss_by_steps", "loss_by_flops", "loss_beside_baseline", "activation", "load_mhmoe_h2"} <= pictures
     assert page.count("<figure") == len(pictures)
     assert all(p.read_bytes().startswith(b"\x89PNG") for p in (tmp_path / "out").glob("*.png"))
-    assert "dropped" not in pictures  # nothing was
+    assert "dropped" not in pictures  # No sub-token was dropped.
 
 
-def test_a_loss_whose_perplexity_no_float_holds_is_reported(tmp_path):
-    runs = [made(tmp_path, "a", seed, 3.0 + seed / 10) for seed in (0, 1)]
-    runs += [made(tmp_path, "b", seed, 800.0 + seed, moe={**MOE, "top_k": 1}) for seed in (0, 1)]
-    [found] = write_report(runs, tmp_path / "out")
-    assert found.said.startswith("b to a: 797.4500 nats higher (")
+def test_a_loss_with_an_overflowing_perplexity_is_reported(tmp_path):
+    runs = [make_run(tmp_path, "a", seed, 3.0 + seed / 10) for seed in (0, 1)]
+    runs += [make_run(tmp_path, "b", seed, 800.0 + seed, moe={**MOE, "top_k": 1}) for seed in (0, 1)]
+    [verdict] = write_report(runs, tmp_path / "out")
+    assert verdict.text.startswith("b to a: 797.4500 nats higher (")
 
 
 def test_use_of_experts_is_compared_threshold_by_threshold():
-    from mhmoe_ray.report.figures import Routes, compared_use
+    from mhmoe_ray.report.figures import Routes, compare_expert_use
 
     def routes(*activated):
         return Routes(None, "", [*activated, *([0.0] * (9 - len(activated)))], [], None, None)
 
-    assert compared_use("smoe", "mhmoe", routes(1.0, 0.5), routes(1.0, 0.5)) == (
-        "mhmoe has as many of its experts in use as smoe at every threshold"
+    assert compare_expert_use("smoe", "mhmoe", routes(1.0, 0.5), routes(1.0, 0.5)) == (
+        "mhmoe has the same share of its experts in use as smoe at every threshold"
     )
-    assert compared_use("smoe", "mhmoe", routes(1.0, 0.5, 0.5), routes(1.0, 0.75, 0.25)) == (
-        "mhmoe has, beside smoe, more at 0.002 (75.0% to 50.0%) and fewer at 0.005 (25.0% to 50.0%) of its experts in "
-        "use, and else as many"
+    assert compare_expert_use("smoe", "mhmoe", routes(1.0, 0.5, 0.5), routes(1.0, 0.75, 0.25)) == (
+        "compared with smoe, mhmoe has more at 0.002 (75.0% to 50.0%) and fewer at 0.005 (25.0% to 50.0%) of its "
+        "experts in use; the rest is equal"
     )
-    assert compared_use("smoe", "mhmoe", Routes(None, "", None, [], None, None), routes(1.0)) is None
+    assert compare_expert_use("smoe", "mhmoe", Routes(None, "", None, [], None, None), routes(1.0)) is None
 
 
-def test_a_folder_that_cannot_be_made_is_told(tmp_path):
+def test_a_folder_that_cannot_be_created_is_an_error(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(DataError, match=r"report .*file/out: Not a directory; name a folder you can write"):
-        write_report(six(tmp_path), tmp_path / "file" / "out")
+        write_report(six_runs(tmp_path), tmp_path / "file" / "out")
 
 
 def test_mistakes(tmp_path):
@@ -382,9 +391,9 @@ def test_mistakes(tmp_path):
     with pytest.raises(RunError, match="run imported-000000: it was imported"):
         write_report([imported], tmp_path / "out")
     with pytest.raises(RunError, match="choose from dense, mhmoe-h2"):
-        write_report(six(tmp_path), tmp_path / "out", baseline="smoe")
+        write_report(six_runs(tmp_path), tmp_path / "out", baseline="smoe")
     with pytest.raises(RunError, match="none of the runs has numbers yet"):
-        write_report([made(tmp_path, "a", 0, 3.0, steps=0)], tmp_path / "out")
+        write_report([make_run(tmp_path, "a", 0, 3.0, steps=0)], tmp_path / "out")
 
 
 @pytest.mark.system
@@ -400,7 +409,9 @@ def test_the_page_fits_a_phone_and_a_laptop(tmp_path, browser, width):
     ]
     moes = [None, *({**MOE, "experts": 4 * n} for n in range(1, 6))]
     runs = [
-        made(tmp_path, name, s, 3.0 - 0.1 * s, moe=moe) for name, moe in zip(names, moes, strict=True) for s in (0, 1)
+        make_run(tmp_path, name, s, 3.0 - 0.1 * s, moe=moe)
+        for name, moe in zip(names, moes, strict=True)
+        for s in (0, 1)
     ]
     write_report(runs, tmp_path / "report")
     browser.execute_cdp_cmd(
@@ -418,6 +429,6 @@ def test_the_page_fits_a_phone_and_a_laptop(tmp_path, browser, width):
 
 
 def test_one_validation_is_a_number_and_no_curve(tmp_path):
-    write_report([made(tmp_path, "a", 0, 3.0, validated=20)], tmp_path / "report")
+    write_report([make_run(tmp_path, "a", 0, 3.0, validated=20)], tmp_path / "report")
     assert not list((tmp_path / "report").glob("loss_by_*.png"))
     assert "20.09" in (tmp_path / "report" / "report.html").read_text()

@@ -1,4 +1,4 @@
-"""Reads at single places of long files, against all of their lines."""
+"""Tests of reads at single offsets of long files, against all of their lines."""
 
 import json
 
@@ -7,16 +7,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mhmoe_ray.runs import jsonl
-from mhmoe_ray.runs.jsonl import Glimpse
+from mhmoe_ray.runs.jsonl import JsonlSnapshot
 from mhmoe_ray.storage import ObjectPath
 
 
 @pytest.fixture(autouse=True, scope="module")
 def small_reads():
-    """Reduce the block sizes, so that lines lie over the edges of what is read at a time."""
+    """Reduce the block sizes, so that lines cross the edges of blocks."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jsonl, "BLOCK", 64)
-        patch.setattr(jsonl, "PROBE", 16)
+        patch.setattr(jsonl, "BLOCK_BYTES", 64)
+        patch.setattr(jsonl, "PROBE_BYTES", 16)
         yield
 
 
@@ -35,42 +35,47 @@ def write(path, lengths, torn=""):
 
 
 @given(lengths=LENGTHS, torn=st.sampled_from(["", '{"i": 7', "{"]))
-def test_backwards_gives_every_whole_line(path, lengths, torn):
+def test_lines_backwards_yields_every_complete_line(path, lengths, torn):
     lines = write(path, lengths, torn)
-    assert list(Glimpse(path).backwards()) == lines[::-1]
+    assert list(JsonlSnapshot(path).lines_backwards()) == lines[::-1]
 
 
 @given(lengths=LENGTHS, share=st.floats(0, 1))
-def test_at_gives_the_first_line_that_begins_there_or_later(path, lengths, share):
+def test_line_at_returns_first_line_from_offset(path, lengths, share):
     lines = write(path, lengths)
     offset = int(path.stat().st_size * share)
-    begin, expected = 0, None
+    line_start, expected = 0, None
     for line in lines:
-        if begin >= offset:
+        if line_start >= offset:
             expected = line
             break
-        begin += len(json.dumps(line)) + 1
-    assert Glimpse(path).at(offset) == expected
+        line_start += len(json.dumps(line)) + 1
+    assert JsonlSnapshot(path).line_at(offset) == expected
 
 
-@given(lengths=LENGTHS, first=st.integers(0, 45))
-def test_first_finds_where_a_condition_begins_to_hold(path, lengths, first):
+@given(lengths=LENGTHS, first_index=st.integers(0, 45))
+def test_first_match_returns_first_matching_line(path, lengths, first_index):
     lines = write(path, lengths)
-    found = Glimpse(path).first(lambda line: line["i"] >= first)
-    assert found == (lines[first] if first < len(lines) else None)
+    result = JsonlSnapshot(path).first_match(lambda line: line["i"] >= first_index)
+    assert result == (lines[first_index] if first_index < len(lines) else None)
 
 
-def test_spread_gives_lines_from_all_over_in_order(path):
+def test_sample_lines_are_evenly_spaced(path):
     write(path, [5] * 1000)
-    found = [line["i"] for line in Glimpse(path).spread(10)]
-    assert found == sorted(found)
-    assert found == pytest.approx([100 * i for i in range(10)], abs=6)
+    indices = [line["i"] for line in JsonlSnapshot(path).sample_lines(10)]
+    assert indices == sorted(indices)
+    assert indices == pytest.approx([100 * i for i in range(10)], abs=6)
 
 
-def test_a_file_that_is_not_there_has_nothing(tmp_path):
-    empty = Glimpse(tmp_path / "none")
-    assert (empty.size, list(empty.backwards()), empty.at(0), empty.spread(3)) == (0, [], None, [])
-    assert empty.first(lambda line: True) is None
+def test_missing_file_is_empty(tmp_path):
+    snapshot = JsonlSnapshot(tmp_path / "none")
+    assert (snapshot.size, list(snapshot.lines_backwards()), snapshot.line_at(0), snapshot.sample_lines(3)) == (
+        0,
+        [],
+        None,
+        [],
+    )
+    assert snapshot.first_match(lambda line: True) is None
 
 
 def test_segments_of_an_object_store_are_one_file(tmp_path, s3, monkeypatch):
@@ -78,9 +83,9 @@ def test_segments_of_an_object_store_are_one_file(tmp_path, s3, monkeypatch):
     query, _ = s3
     path = ObjectPath(f"s3://bucket/{tmp_path.name}/lines.jsonl?{query}")
     for i in range(12):
-        jsonl.append(path, {"i": i}, at_once=i < 3)
+        jsonl.append(path, {"i": i}, immediate=i < 3)
         jsonl.flush(path)
-    file = Glimpse(path)
-    assert [line["i"] for line in file.backwards()] == list(range(12))[::-1]
-    assert [line["i"] for line in file.spread(4)] == pytest.approx([0, 3, 6, 9], abs=1)
-    assert file.first(lambda line: line["i"] >= 7) == {"i": 7}
+    snapshot = JsonlSnapshot(path)
+    assert [line["i"] for line in snapshot.lines_backwards()] == list(range(12))[::-1]
+    assert [line["i"] for line in snapshot.sample_lines(4)] == pytest.approx([0, 3, 6, 9], abs=1)
+    assert snapshot.first_match(lambda line: line["i"] >= 7) == {"i": 7}

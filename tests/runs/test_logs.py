@@ -1,4 +1,4 @@
-"""Logs in the run directory: complete while they are short, bounded when long, and without secrets."""
+"""Tests of logs in the run directory: short ones are complete, long ones are bounded, and none has secrets."""
 
 import os
 import subprocess
@@ -8,7 +8,7 @@ import pytest
 
 from mhmoe_ray.runs import logs
 from mhmoe_ray.runs.directory import create_run
-from mhmoe_ray.runs.logs import LogKeeper, Redactor, kept_lines
+from mhmoe_ray.runs.logs import LogArchiver, Redactor, archived_lines
 from mhmoe_ray.storage import ObjectPath
 from tests.specs import tiny_spec
 
@@ -22,44 +22,44 @@ def run(request, tmp_path):
     return create_run(spec)
 
 
-def test_what_was_written_is_kept_line_by_line(run, tmp_path):
+def test_log_is_copied_line_by_line(run, tmp_path):
     source = tmp_path / "job.log"
     source.write_text("one\ntw")
-    keeper = LogKeeper(run, 1, source, Redactor({}))
-    keeper.copy()
-    assert list(kept_lines(run, 1)) == ["one"]
+    archiver = LogArchiver(run, 1, source, Redactor({}))
+    archiver.copy()
+    assert list(archived_lines(run, 1)) == ["one"]
     with source.open("a") as file:
         file.write("o\nthree")
-    keeper.copy()
-    keeper.copy(whole=True)
-    assert list(kept_lines(run, 1)) == ["one", "two", "three"]
-    assert kept_lines(run, 2) is None
+    archiver.copy()
+    archiver.copy(include_partial_line=True)
+    assert list(archived_lines(run, 1)) == ["one", "two", "three"]
+    assert archived_lines(run, 2) is None
 
 
-def test_the_start_and_the_end_of_a_long_log_are_kept(run, tmp_path, monkeypatch):
+def test_first_and_newest_segments_of_a_long_log_are_kept(run, tmp_path, monkeypatch):
     monkeypatch.setattr(logs, "SEGMENT_BYTES", 1000)
     source = tmp_path / "job.log"
     lines = [f"line {i:06d}" for i in range(3000)]
     source.write_text("".join(f"{line}\n" for line in lines))
-    LogKeeper(run, 1, source, Redactor({})).copy()
-    kept = list(kept_lines(run, 1))
-    assert kept[0] == lines[0]
-    assert kept[-1] == lines[-1]
-    assert sum("were not kept" in line for line in kept) == 1
+    LogArchiver(run, 1, source, Redactor({})).copy()
+    log_lines = list(archived_lines(run, 1))
+    assert log_lines[0] == lines[0]
+    assert log_lines[-1] == lines[-1]
+    assert sum("were not kept" in line for line in log_lines) == 1
     sizes = [path.stat().st_size for path in (run.logs / "0001").iterdir()]
     assert len(sizes) == 1 + logs.NEWEST_SEGMENTS
     assert max(sizes) <= 1000
 
 
-def test_the_newest_attempts_are_kept(run, tmp_path):
+def test_newest_attempts_are_kept(run, tmp_path):
     source = tmp_path / "job.log"
     source.write_text("a line\n")
     for attempt in range(1, 8):
-        LogKeeper(run, attempt, source, Redactor({})).copy()
+        LogArchiver(run, attempt, source, Redactor({})).copy()
     assert [path.name for path in sorted(run.logs.iterdir())] == ["0004", "0005", "0006", "0007"]
 
 
-def test_secrets_are_not_kept(tmp_path):
+def test_secrets_are_redacted(tmp_path):
     (tmp_path / "token").write_text("token-of-the-cluster\n")
     redact = Redactor({
         "AWS_SECRET_ACCESS_KEY": "abc/def+ghi", "MY_API_KEY": "key-of-mine", "HF_TOKEN": "short",
@@ -76,16 +76,16 @@ def test_secrets_are_not_kept(tmp_path):
 
 
 @pytest.mark.parametrize("end", ["print('last', end='')", "raise RuntimeError('it broke')", "sys.exit(3)"])
-def test_a_process_keeps_its_log_to_its_end(tmp_path, end):
+def test_log_is_copied_until_the_process_ends(tmp_path, end):
     run = create_run(tiny_spec(tmp_path))
     code = (
-        "import sys; from mhmoe_ray.runs.directory import RunDir; from mhmoe_ray.runs.logs import keep_log\n"
+        "import sys; from mhmoe_ray.runs.directory import RunDir; from mhmoe_ray.runs.logs import archive_log\n"
         "from pathlib import Path\n"
-        f"print('first'); keep_log(RunDir(Path({str(run.path)!r})), 1); print('its token', 'secret-of-mine')\n{end}"
+        f"print('first'); archive_log(RunDir(Path({str(run.path)!r})), 1); print('its token', 'secret-of-mine')\n{end}"
     )
     with (tmp_path / "job.log").open("w") as file:
         environment = {**os.environ, "SOME_TOKEN": "secret-of-mine"}
         subprocess.run([sys.executable, "-c", code], stdout=file, stderr=file, env=environment, check=False)
     expected = (tmp_path / "job.log").read_text().replace("secret-of-mine", "***").splitlines()
     assert expected[:2] == ["first", "its token ***"]
-    assert list(kept_lines(run, 1)) == expected
+    assert list(archived_lines(run, 1)) == expected

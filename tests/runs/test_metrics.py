@@ -1,4 +1,4 @@
-"""One entry of the registry reaches everything that shows a metric."""
+"""Tests of the registry of metrics: all outputs are made from its entries."""
 
 import json
 import math
@@ -9,35 +9,39 @@ from mhmoe_ray.cli import status
 from mhmoe_ray.render import monitoring
 from mhmoe_ray.runs import history, metrics
 from mhmoe_ray.runs.directory import create_run
-from mhmoe_ray.runs.metrics import METRICS, Metric, Panel, tagged
+from mhmoe_ray.runs.metrics import METRICS, Metric, Panel, tagged_values
 from tests.specs import tiny_spec
 
 
-def test_names_tags_and_panels_are_there_once():
+def test_names_and_tags_are_unique():
     assert all(name == metric.name for name, metric in METRICS.items())
     tags = [metric.tag for metric in METRICS.values() if metric.tag]
     assert len(set(tags)) == len(tags)
     assert all(metric.help.endswith(".") for metric in METRICS.values())
 
 
-def test_all_that_prometheus_has_of_a_run_has_a_panel_or_a_part_in_one():
-    queries = "\n".join(q for of in monitoring.DASHBOARDS for panel in of.panels for q in panel.queries.values())
+def test_every_prometheus_metric_has_a_panel():
+    queries = "\n".join(
+        q for dashboard in monitoring.DASHBOARDS for panel in dashboard.panels for q in panel.queries.values()
+    )
     for metric in METRICS.values():
         assert (f"{metrics.PREFIX}{metric.name}{{" in queries) == (metric.scope != "file"), metric.name
 
 
-def test_an_entry_alone_adds_a_tag_a_panel_with_its_unit_and_a_row(monkeypatch):
-    toy = Metric("toy", "Bytes of toys.", "bytes", tag="toys/bytes", panel=Panel("routing", "Toys"), status="{:,} B")
-    monkeypatch.setitem(METRICS, "toy", toy)
-    assert tagged({"toy": 5, "loss": math.nan}) == {"toys/bytes": 5}
+def test_registered_metric_gets_tag_panel_and_status_row(monkeypatch):
+    toy_metric = Metric(
+        "toy", "Bytes of toys.", "bytes", tag="toys/bytes", panel=Panel("routing", "Toys"), status="{:,} B"
+    )
+    monkeypatch.setitem(METRICS, "toy", toy_metric)
+    assert tagged_values({"toy": 5, "loss": math.nan}) == {"toys/bytes": 5}
     panel = monitoring._run_panels("routing")[-1]
     assert (panel.title, panel.unit, panel.help) == ("Toys", "bytes", "Bytes of toys.")
-    assert json.dumps(monitoring.dashboard(monitoring.ROUTING._replace(panels=[panel])))
-    found = {"last": {"loss": 1.0, "toy": 5000, "step": 1}, "validation": None, "baselines": None, "curve": []}
-    assert status._quality(found)["toy"] == "5,000 B"
+    assert json.dumps(monitoring.dashboard_json(monitoring.ROUTING._replace(panels=[panel])))
+    standing = {"last": {"loss": 1.0, "toy": 5000, "step": 1}, "validation": None, "baselines": None, "curve": []}
+    assert status._quality_rows(standing)["toy"] == "5,000 B"
 
 
-def test_a_line_with_a_name_that_is_not_registered_is_our_mistake(tmp_path):
+def test_unregistered_name_is_rejected(tmp_path):
     run = create_run(tiny_spec(storage=tmp_path))
     with pytest.raises(AssertionError, match=r"not in the registry: \{'toy'\}"):
         history.append(run, {"step": 1, "toy": 1})

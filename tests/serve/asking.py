@@ -1,4 +1,4 @@
-"""Synchronous requests to engines and applications, for tests that are no coroutines."""
+"""Synchronous requests to engines and applications, for tests that are not coroutines."""
 
 import asyncio
 from collections.abc import Sequence
@@ -7,42 +7,48 @@ from typing import Any, NamedTuple
 import httpx
 from fastapi import FastAPI
 
-from mhmoe_ray.serve.answer import Answerer, Piece
-from mhmoe_ray.serve.engine import Engine, Request, Sampling, Scored
+from mhmoe_ray.serve.answer import Answerer, AnswerPiece
+from mhmoe_ray.serve.engine import Engine, Request, SamplingParams, ScoredToken
 
 
 class Answer(NamedTuple):
-    tokens: list[Scored]
-    prompt: list[Scored]
-    finish: str
+    """The joined updates of an answer."""
+
+    tokens: list[ScoredToken]
+    prompt_scores: list[ScoredToken]
+    finish_reason: str
 
 
-def together(engine: Engine, requests: Sequence[Request]) -> list[Answer]:
-    """Send all requests to the engine at once, and return their answers."""
+def answer_all(engine: Engine, requests: Sequence[Request]) -> list[Answer]:
+    """Send all requests to the engine at the same time, and return their answers."""
 
-    async def one(request: Request) -> Answer:
+    async def answer_one(request: Request) -> Answer:
         updates = [update async for update in engine.generate(request)]
         tokens = [scored for update in updates for scored in update.tokens]
-        assert [update.finish for update in updates[:-1]] == [None] * (len(updates) - 1)
-        return Answer(tokens, [scored for update in updates for scored in update.prompt], updates[-1].finish)
+        assert [update.finish_reason for update in updates[:-1]] == [None] * (len(updates) - 1)
+        return Answer(
+            tokens, [scored for update in updates for scored in update.prompt_scores], updates[-1].finish_reason
+        )
 
-    async def every() -> list[Answer]:
-        return await asyncio.gather(*map(one, requests))
+    async def gather_answers() -> list[Answer]:
+        return await asyncio.gather(*map(answer_one, requests))
 
-    return asyncio.run(every())
+    return asyncio.run(gather_answers())
 
 
-def tokens(engine: Engine, ids: Sequence[int], sampling: Sampling) -> list[int]:
+def answer_tokens(engine: Engine, token_ids: Sequence[int], params: SamplingParams) -> list[int]:
     """Return the tokens of the answer to a single request."""
-    [answer] = together(engine, [Request(tuple(ids), sampling)])
+    [answer] = answer_all(engine, [Request(tuple(token_ids), params)])
     return [scored.token for scored in answer.tokens]
 
 
-def pieces(answerer: Answerer, ids: Sequence[int], sampling: Sampling, stops: Sequence[str] = ()) -> list[Piece]:
-    async def every() -> list[Piece]:
-        return [piece async for piece in answerer.answer(Request(tuple(ids), sampling), stops)]
+def answer_pieces(
+    answerer: Answerer, token_ids: Sequence[int], params: SamplingParams, stop_strings: Sequence[str] = ()
+) -> list[AnswerPiece]:
+    async def collect_pieces() -> list[AnswerPiece]:
+        return [piece async for piece in answerer.answer(Request(tuple(token_ids), params), stop_strings)]
 
-    return asyncio.run(every())
+    return asyncio.run(collect_pieces())
 
 
 def call(app: FastAPI, method: str, path: str, **request: Any) -> httpx.Response:

@@ -1,6 +1,6 @@
 """A run directory with a tiny model, written as training writes it.
 
-One checkpoint is written by one process, and one by two processes with spread experts.
+One checkpoint is written by one process, and one by two expert-parallel processes.
 """
 
 import threading
@@ -19,7 +19,7 @@ from torch import distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
-from mhmoe_ray.checkpoint.manifest import Manifest, checkpoint_name, commit
+from mhmoe_ray.checkpoint.manifest import CheckpointManifest, checkpoint_name, commit
 from mhmoe_ray.cluster.spawn import free_ports
 from mhmoe_ray.data.tokenizer import END_OF_TEXT
 from mhmoe_ray.model.decoder import Decoder
@@ -31,7 +31,7 @@ from mhmoe_ray.storage import describe_file
 from tests.saved import save_tensors
 
 SEQ_LEN = 64
-# More rows than the tokenizer has tokens, as when a small corpus gives fewer merges than asked for.
+# The model has more rows than the tokenizer has tokens, as when a small corpus gives fewer merges than requested.
 SPEC = ModelSpec(
     vocab_size=320, d_model=32, layers=2, attention_heads=4, d_ff=64, moe=MoESpec(heads=2, experts=4, d_expert=16)
 )
@@ -52,25 +52,25 @@ def build_tokenizer() -> Tokenizer:
     return tokenizer
 
 
-def build_model(spec: ModelSpec = SPEC, held: range | None = None) -> Decoder:
-    model = Decoder(spec, held).requires_grad_(False).eval()
+def build_model(spec: ModelSpec = SPEC, local_experts: range | None = None) -> Decoder:
+    model = Decoder(spec, local_experts).requires_grad_(False).eval()
     init_weights(model, seed=7)
     for p in model.blocks.parameters():
-        # Fresh weights repeat the last token for ever; larger ones give answers in which a wrong token shows.
+        # Fresh weights repeat the last token without end; larger ones give answers in which a wrong token shows.
         if p.dim() > 1:
             p.mul_(3)
     return model
 
 
-def commit_checkpoint(checkpoint: Path, spec: ModelSpec, world: int) -> None:
+def commit_checkpoint(checkpoint: Path, spec: ModelSpec, world_size: int) -> None:
     files = {str(p.relative_to(checkpoint)): describe_file(p) for p in checkpoint.glob("*/*")}
-    manifest = Manifest(
+    manifest = CheckpointManifest(
         step=1,
         tokens=64,
         position=1,
         seed=7,
-        world=world,
-        ep=world,
+        world=world_size,
+        ep=world_size,
         model=spec,
         seq_len=SEQ_LEN,
         tokenizer_sha256=describe_file(checkpoint.parent.parent / "tokenizer.json").sha256,
@@ -80,25 +80,25 @@ def commit_checkpoint(checkpoint: Path, spec: ModelSpec, world: int) -> None:
     commit(checkpoint, manifest)
 
 
-def save(run: Path, step: int, model: Decoder) -> Path:
-    """Write a checkpoint by one process, and return its folder."""
+def save_checkpoint(run: Path, step: int, model: Decoder) -> Path:
+    """Write a checkpoint from one process, and return its folder."""
     checkpoint = run / "checkpoints" / checkpoint_name(step, 1)
     checkpoint.mkdir(parents=True)
-    save_tensors(checkpoint / "weights", model.tensors())
+    save_tensors(checkpoint / "weights", model.named_tensors())
     commit_checkpoint(checkpoint, model.spec, 1)
     return checkpoint
 
 
-def save_spread(run: Path, step: int, spec: ModelSpec) -> Path:
-    """Write a checkpoint by two ranks with half of the experts each, and return its folder."""
+def save_expert_parallel(run: Path, step: int, spec: ModelSpec) -> Path:
+    """Write a checkpoint from two ranks with half of the experts each, and return its folder."""
     checkpoint = run / "checkpoints" / checkpoint_name(step, 1)
     checkpoint.mkdir(parents=True)
-    mp.spawn(_save_spread, args=(free_port(), checkpoint / "weights", spec), nprocs=2)
+    mp.spawn(_save_rank, args=(free_port(), checkpoint / "weights", spec), nprocs=2)
     commit_checkpoint(checkpoint, spec, 2)
     return checkpoint
 
 
-def _save_spread(rank: int, port: int, weights: Path, spec: ModelSpec) -> None:
+def _save_rank(rank: int, port: int, weights: Path, spec: ModelSpec) -> None:
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     mesh = init_device_mesh("cpu", (2,))
     assert spec.moe is not None
@@ -124,13 +124,13 @@ def run_dir(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def checkpoint(run_dir) -> Path:
-    return save(run_dir, 1, build_model())
+    return save_checkpoint(run_dir, 1, build_model())
 
 
 @pytest.fixture(scope="session")
-def spread_checkpoint(run_dir) -> Path:
+def expert_parallel_checkpoint(run_dir) -> Path:
     """Return a checkpoint with the weights of `checkpoint`, written by two processes."""
-    return save_spread(run_dir, 2, SPEC)
+    return save_expert_parallel(run_dir, 2, SPEC)
 
 
 @pytest.fixture(scope="session")
@@ -146,13 +146,13 @@ def tokenizer(run_dir) -> Tokenizer:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _one_thread():
+def _single_thread():
     torch.set_num_threads(1)
 
 
 @contextmanager
-def running(app: FastAPI) -> Iterator[str]:
-    """Run a server with this application, and yield its address."""
+def serve_app(app: FastAPI) -> Iterator[str]:
+    """Serve an application, and yield the server's address."""
     port = free_port()
     server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="error"))
     thread = threading.Thread(target=server.run)

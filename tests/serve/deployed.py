@@ -1,7 +1,4 @@
-"""A local Ray with Serve on it, and the actions of Serve's REST API.
-
-The API itself would need a dashboard, which is slow to start.
-"""
+"""A local Ray with Serve, and functions in place of Serve's REST API, which would need Ray's dashboard: it is slow."""
 
 import secrets
 import shutil
@@ -31,19 +28,22 @@ with warnings.catch_warnings():
 
 
 @contextmanager
-def serving(cpus: int = 4) -> Iterator[int]:
-    """Start Ray under a token of its own and Serve on it, and yield Serve's port."""
-    # Sockets have short names only; pytest's own folders are too deep for Ray's.
-    temp = Path(tempfile.mkdtemp(prefix="mhmoe-"))
-    (temp / "token").write_text(secrets.token_hex(16))
+def start_ray_serve(cpus: int = 4) -> Iterator[int]:
+    """Start Ray with a new token and Serve on it, and yield Serve's port."""
+    # Names of sockets must be short, and pytest's own folders are too deep for Ray's.
+    temp_folder = Path(tempfile.mkdtemp(prefix="mhmoe-"))
+    (temp_folder / "token").write_text(secrets.token_hex(16))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_AUTH_MODE", "token")
-        patch.setenv("RAY_AUTH_TOKEN_PATH", str(temp / "token"))
-        for name, value in ENVIRONMENT.items():  # as in a local cluster of ours
+        patch.setenv("RAY_AUTH_TOKEN_PATH", str(temp_folder / "token"))
+        # A local cluster of this project has the same variables.
+        for name, value in ENVIRONMENT.items():
             patch.setenv(name, value)
         reset_auth_token_state()  # Ray reads both once, when it is imported
         try:
-            ray.init("local", num_cpus=cpus, include_dashboard=False, log_to_driver=False, _temp_dir=str(temp / "ray"))
+            ray.init(
+                "local", num_cpus=cpus, include_dashboard=False, log_to_driver=False, _temp_dir=str(temp_folder / "ray")
+            )
             port = free_port()
             serve.start(http_options={"host": "127.0.0.1", "port": port})
             yield port
@@ -51,7 +51,7 @@ def serving(cpus: int = 4) -> Iterator[int]:
         finally:
             ray.shutdown()
     reset_auth_token_state()
-    shutil.rmtree(temp)
+    shutil.rmtree(temp_folder)
 
 
 def deploy(applications: list[dict[str, Any]]) -> None:
@@ -59,18 +59,19 @@ def deploy(applications: list[dict[str, Any]]) -> None:
     _get_global_client().deploy_apps(ServeDeploySchema.model_validate({"applications": applications}))
 
 
-def details(name: str) -> dict[str, Any]:
+def application_details(name: str) -> dict[str, Any]:
     """Return the details of an application as a GET to Serve's REST API does."""
     return _get_global_client().get_serve_details()["applications"][name]
 
 
-def wait_until(name: str, *statuses: str) -> None:
-    while (found := details(name))["status"] not in statuses:
-        assert found["status"] == "DEPLOYING", found
+def wait_for_status(name: str, *statuses: str) -> None:
+    """Wait until the application has one of these statuses."""
+    while (application := application_details(name))["status"] not in statuses:
+        assert application["status"] == "DEPLOYING", application
         time.sleep(0.1)
 
 
-def running(name: str) -> list[str]:
-    """Return the ids of the application's replicas that answer."""
-    replicas = details(name)["deployments"][DEPLOYMENT]["replicas"]
+def running_replicas(name: str) -> list[str]:
+    """Return the ids of the application's running replicas."""
+    replicas = application_details(name)["deployments"][DEPLOYMENT]["replicas"]
     return [replica["replica_id"] for replica in replicas if replica["state"] == "RUNNING"]

@@ -1,75 +1,78 @@
-"""The block pool against a simple account of its blocks."""
+"""The block pool against a simple model of its reference counts and block hashes."""
 
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from mhmoe_ray.serve.engine.block_pool import BLOCK, BlockPool, blocks_for, names
+from mhmoe_ray.serve.engine.block_pool import BLOCK_SIZE, BlockPool, block_hashes, count_blocks
 
 SIZE = 6
 
 
-class Account(RuleBasedStateMachine):
+class BlockPoolMachine(RuleBasedStateMachine):
     def __init__(self):
         super().__init__()
         self.pool = BlockPool(SIZE)
-        self.held: list[list[int]] = []
+        self.sequences: list[list[int]] = []
         self.content: dict[int, bytes] = {}
-        """Hash of the tokens that were written last into each block."""
+        """Block hash of the tokens that were last written into each block."""
 
     @rule(letters=st.lists(st.integers(0, 1), min_size=1, max_size=4))
-    def begin(self, letters):
-        """Begin a sequence whose blocks are all of one letter each, so that many sequences begin alike."""
-        ids = [letter for letter in letters for _ in range(BLOCK)]
-        wanted, known = names(ids), self.pool.known(ids)
-        for name, block in zip(wanted, known, strict=False):
-            assert self.content[block] == name
-        self.pool.hold(known)
-        needed = blocks_for(len(ids)) - len(known)
-        if needed > self.pool.free:
-            self.pool.drop(known)
+    def start_sequence(self, letters):
+        """Start a sequence; each of its blocks repeats one letter, so many sequences start with the same blocks."""
+        token_ids = [letter for letter in letters for _ in range(BLOCK_SIZE)]
+        hashes, matching_blocks = block_hashes(token_ids), self.pool.match_prefix(token_ids)
+        for block_hash, block_id in zip(hashes, matching_blocks, strict=False):
+            assert self.content[block_id] == block_hash
+        self.pool.add_reference(matching_blocks)
+        new_count = count_blocks(len(token_ids)) - len(matching_blocks)
+        if new_count > self.pool.free_count:
+            self.pool.release(matching_blocks)
             return
-        taken = self.pool.take(needed)
-        others = {block for blocks in self.held for block in blocks}
-        assert not others & set(taken)
-        assert len(set(taken)) == needed
-        blocks = [*known, *taken]
-        for name, block in list(zip(wanted, blocks, strict=True))[len(known) :]:
-            self.content[block] = name
-            self.pool.remember(name, block)
-        self.held.append(blocks)
+        new_blocks = self.pool.allocate(new_count)
+        used_blocks = {block for blocks in self.sequences for block in blocks}
+        assert not used_blocks & set(new_blocks)
+        assert len(set(new_blocks)) == new_count
+        blocks = [*matching_blocks, *new_blocks]
+        for block_hash, block_id in list(zip(hashes, blocks, strict=True))[len(matching_blocks) :]:
+            self.content[block_id] = block_hash
+            self.pool.cache_block(block_hash, block_id)
+        self.sequences.append(blocks)
 
     @rule(data=st.data())
-    def end(self, data):
-        if self.held:
-            self.pool.drop(self.held.pop(data.draw(st.integers(0, len(self.held) - 1))))
+    def end_sequence(self, data):
+        if self.sequences:
+            self.pool.release(self.sequences.pop(data.draw(st.integers(0, len(self.sequences) - 1))))
 
     @invariant()
-    def none_is_lost(self):
-        assert self.pool.free == SIZE - len({block for blocks in self.held for block in blocks})
+    def free_count_is_exact(self):
+        assert self.pool.free_count == SIZE - len({block for blocks in self.sequences for block in blocks})
 
 
-Account.TestCase.settings = settings(max_examples=60, stateful_step_count=30)
-TestAccount = Account.TestCase
+BlockPoolMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=30)
+TestBlockPoolMachine = BlockPoolMachine.TestCase
 
 
-def test_a_start_is_found_again_until_its_block_is_needed():
-    pool, ids = BlockPool(3), [*range(2 * BLOCK)]
-    blocks = pool.take(2)
-    for name, block in zip(names(ids), blocks, strict=True):
-        pool.remember(name, block)
-    pool.drop(blocks)
-    assert pool.known(ids) == blocks
-    assert pool.known(ids[: BLOCK + 3]) == blocks[:1]
-    assert pool.known([7, *ids[1:]]) == []
-    [fresh] = pool.take(1)  # the one that never held anything goes first
-    assert fresh not in blocks
-    [last] = pool.take(1)  # then the end of a sequence
-    assert last == blocks[1]
-    assert pool.known(ids) == blocks[:1]
+def test_cached_prefix_matches_until_its_block_is_reallocated():
+    pool, token_ids = BlockPool(3), [*range(2 * BLOCK_SIZE)]
+    blocks = pool.allocate(2)
+    for block_hash, block_id in zip(block_hashes(token_ids), blocks, strict=True):
+        pool.cache_block(block_hash, block_id)
+    pool.release(blocks)
+    assert pool.match_prefix(token_ids) == blocks
+    assert pool.match_prefix(token_ids[: BLOCK_SIZE + 3]) == blocks[:1]
+    assert pool.match_prefix([7, *token_ids[1:]]) == []
+    [empty_block] = pool.allocate(1)  # the block without cached contents is evicted first
+    assert empty_block not in blocks
+    [tail_block] = pool.allocate(1)  # then the end of the sequence
+    assert tail_block == blocks[1]
+    assert pool.match_prefix(token_ids) == blocks[:1]
 
 
-def test_names_depend_on_all_that_came_before():
-    a, b = names([1] * BLOCK + [2] * BLOCK), names([3] * BLOCK + [2] * BLOCK)
-    assert a[1] != b[1]
-    assert names([1] * (BLOCK - 1)) == []
+def test_block_hash_depends_on_all_earlier_tokens():
+    first_hashes, second_hashes = (
+        block_hashes([1] * BLOCK_SIZE + [2] * BLOCK_SIZE),
+        block_hashes([3] * BLOCK_SIZE + [2] * BLOCK_SIZE),
+    )
+    assert first_hashes[1] != second_hashes[1]
+    assert block_hashes([1] * (BLOCK_SIZE - 1)) == []

@@ -11,8 +11,8 @@ from mhmoe_ray.serve.chat_template import ChatTemplate
 from mhmoe_ray.serve.load import load_answerer
 from mhmoe_ray.spec import ServeSpec
 from tests.serve.asking import call
-from tests.serve.conftest import SEQ_LEN, build_model, build_tokenizer, running
-from tests.serve.own import answerer_of
+from tests.serve.conftest import SEQ_LEN, build_model, build_tokenizer, serve_app
+from tests.serve.own import create_answerer
 
 TEMPLATE = """
 {%- for message in messages %}
@@ -27,30 +27,30 @@ HELLO = [{"role": "user", "content": "the fox"}]
 
 
 @pytest.fixture(scope="module")
-def chatty(tokenizer):
+def chat_answerer(tokenizer):
     template = ChatTemplate(TEMPLATE, "<|endoftext|>", "<|endoftext|>")
-    answerer = answerer_of(build_model(), tokenizer, SEQ_LEN, ServeSpec(), template)
+    answerer = create_answerer(build_model(), tokenizer, SEQ_LEN, ServeSpec(), template)
     yield answerer
     answerer.engine.close()
 
 
 @pytest.fixture(scope="module")
-def client(chatty):
-    with running(create_app(chatty, "tiny", ServeSpec(max_tokens=40))) as url:
+def client(chat_answerer):
+    with serve_app(create_app(chat_answerer, "tiny", ServeSpec(max_tokens=40))) as url:
         yield openai.OpenAI(base_url=f"{url}/v1", api_key="any", max_retries=0)
 
 
-def test_a_template_spells_a_conversation():
+def test_template_renders_a_conversation():
     template = ChatTemplate(TEMPLATE, "<s>", "</s>")
-    assert template.prompt([*HELLO, {"role": "assistant", "content": "ja"}]) == "u:the fox</s>\na:ja</s>\na:"
+    assert template.render([*HELLO, {"role": "assistant", "content": "ja"}]) == "u:the fox</s>\na:ja</s>\na:"
     with pytest.raises(ServeError, match="only user and assistant speak here, not system"):
-        template.prompt([{"role": "system", "content": ""}])
+        template.render([{"role": "system", "content": ""}])
     with pytest.raises(ServeError, match=r"the chat template: .*; correct chat_template\.jinja"):
         ChatTemplate("{% for %}", "", "")
     with pytest.raises(ServeError, match="the chat template: 'break' outside loop"):
         ChatTemplate("{% break %}", "", "")
     with pytest.raises(ServeError, match="access to attribute '__class__' of 'str' object is unsafe"):
-        ChatTemplate("{{ ''.__class__.__mro__ }}", "", "").prompt([])
+        ChatTemplate("{{ ''.__class__.__mro__ }}", "", "").render([])
 
 
 @pytest.mark.parametrize(
@@ -63,100 +63,104 @@ def test_a_template_spells_a_conversation():
         "{{ strftime_now('%Y') }} {{ tools is none }} {{ documents is none }} {{ bos_token }} {{ eos_token }}",
     ],
 )
-def test_templates_spell_as_in_transformers(text):
+def test_templates_render_as_in_transformers(text):
     from transformers import PreTrainedTokenizerFast
 
     messages = [{"role": "user", "content": "<a> & 'é'"}, {"role": "assistant", "content": "ja"}]
-    theirs = PreTrainedTokenizerFast(tokenizer_object=build_tokenizer(), bos_token="<s>", eos_token="</s>")
-    expected = theirs.apply_chat_template(messages, chat_template=text, add_generation_prompt=True, tokenize=False)
-    assert ChatTemplate(text, "<s>", "</s>").prompt(messages) == expected
+    reference_tokenizer = PreTrainedTokenizerFast(tokenizer_object=build_tokenizer(), bos_token="<s>", eos_token="</s>")
+    expected = reference_tokenizer.apply_chat_template(
+        messages, chat_template=text, add_generation_prompt=True, tokenize=False
+    )
+    assert ChatTemplate(text, "<s>", "</s>").render(messages) == expected
 
 
 @pytest.mark.parametrize("text", ["{{ messages[0].content + 1 }}", "{{ messages[0].content % 'b' }}", "{{ 1 / 0 }}"])
-def test_whatever_a_template_trips_over_is_one_line(text):
+def test_template_failure_is_one_line(text):
     with pytest.raises(ServeError, match=r"^the messages: .+; send what the model's chat template takes$"):
-        ChatTemplate(text, "", "").prompt(HELLO)
+        ChatTemplate(text, "", "").render(HELLO)
 
 
-def test_the_answer_is_that_to_the_spelled_prompt(client, chatty):
-    said = client.chat.completions.create(
+def test_chat_answer_equals_the_completion_of_the_rendered_prompt(client, chat_answerer):
+    chat = client.chat.completions.create(
         model="tiny", messages=HELLO, temperature=0, max_completion_tokens=8, logprobs=True, top_logprobs=2
     )
-    prompt = chatty.encode_chat(chatty.template, HELLO)
-    assert prompt[0] == chatty.start
-    plain = client.completions.create(model="tiny", prompt=prompt, temperature=0, max_tokens=8, logprobs=2)
-    [choice] = said.choices
-    assert (choice.message.role, choice.message.content) == ("assistant", plain.choices[0].text)
-    assert said.usage == plain.usage
-    assert [token.token for token in choice.logprobs.content] == plain.choices[0].logprobs.tokens
-    assert [token.logprob for token in choice.logprobs.content] == plain.choices[0].logprobs.token_logprobs
+    prompt = chat_answerer.encode_chat(chat_answerer.template, HELLO)
+    assert prompt[0] == chat_answerer.start_token
+    completion = client.completions.create(model="tiny", prompt=prompt, temperature=0, max_tokens=8, logprobs=2)
+    [choice] = chat.choices
+    assert (choice.message.role, choice.message.content) == ("assistant", completion.choices[0].text)
+    assert chat.usage == completion.usage
+    assert [token.token for token in choice.logprobs.content] == completion.choices[0].logprobs.tokens
+    assert [token.logprob for token in choice.logprobs.content] == completion.choices[0].logprobs.token_logprobs
     assert all(len(token.top_logprobs) == 2 for token in choice.logprobs.content)
 
 
-def test_a_stream_is_the_whole_answer_in_pieces(client):
-    asked = {"model": "tiny", "messages": HELLO, "temperature": 1.1, "seed": 2, "n": 2, "max_tokens": 10}
-    whole = client.chat.completions.create(**asked)
-    *chunks, last = client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True})
-    for choice in whole.choices:
-        own = [c.choices[0] for c in chunks if c.choices[0].index == choice.index]
-        assert [part.delta.role for part in own] == ["assistant", *[None] * (len(own) - 1)]
-        assert "".join(part.delta.content for part in own) == choice.message.content
-        assert own[-1].finish_reason == choice.finish_reason
-    assert last.usage == whole.usage
+def test_streamed_chunks_join_to_the_complete_answer(client):
+    request = {"model": "tiny", "messages": HELLO, "temperature": 1.1, "seed": 2, "n": 2, "max_tokens": 10}
+    completion = client.chat.completions.create(**request)
+    *chunks, usage_chunk = client.chat.completions.create(
+        **request, stream=True, stream_options={"include_usage": True}
+    )
+    for choice in completion.choices:
+        choice_chunks = [c.choices[0] for c in chunks if c.choices[0].index == choice.index]
+        assert [chunk.delta.role for chunk in choice_chunks] == ["assistant", *[None] * (len(choice_chunks) - 1)]
+        assert "".join(chunk.delta.content for chunk in choice_chunks) == choice.message.content
+        assert choice_chunks[-1].finish_reason == choice.finish_reason
+    assert usage_chunk.usage == completion.usage
 
 
-def test_content_may_be_parts_of_text_and_that_of_an_assistant_null(chatty):
-    """OpenAI's clients write contents in these ways."""
-    app = create_app(chatty, "tiny", ServeSpec(max_tokens=40))
+def test_content_may_be_text_parts_and_null_for_an_assistant(chat_answerer):
+    """Clients of OpenAI's API write contents in these ways."""
+    app = create_app(chat_answerer, "tiny", ServeSpec(max_tokens=40))
 
     def answer(messages):
         return call(app, "POST", "/v1/chat/completions", json={"messages": messages, "temperature": 0, "max_tokens": 4})
 
     in_parts = [{"role": "user", "content": [{"type": "text", "text": part} for part in ("the ", "fox")]}]
     assert answer(in_parts).json()["choices"] == answer(HELLO).json()["choices"]
-    silent = [*HELLO, {"role": "assistant", "content": None}]
-    said = answer([*HELLO, {"role": "assistant", "content": ""}])
-    assert answer(silent).json()["choices"] == said.json()["choices"]
-    assert answer(silent).json()["usage"] == said.json()["usage"]
+    null_content = [*HELLO, {"role": "assistant", "content": None}]
+    expected = answer([*HELLO, {"role": "assistant", "content": ""}])
+    assert answer(null_content).json()["choices"] == expected.json()["choices"]
+    assert answer(null_content).json()["usage"] == expected.json()["usage"]
 
 
 @pytest.mark.parametrize(
-    ("content", "says"),
+    ("content", "message"),
     [
         ([{"type": "image_url", "image_url": {"url": "x"}}], "a part of type 'image_url' is not supported; send text"),
         ([{"type": "text", "text": 1}], 'a part is {"type": "text", "text": TEXT}'),
         ([{"type": "text", "text": "a", "more": 1}], 'a part is {"type": "text", "text": TEXT}'),
         (["a"], 'a part is {"type": "text", "text": TEXT}'),
         ([{"type": "text", "text": "\ud800"}], "surrogates not allowed"),
-        (None, "content is required, but of an assistant"),
+        (None, "content is required, except in a message of the assistant"),
         (1, "Input should be a valid string"),
     ],
 )
-def test_content_that_is_no_text_is_refused_in_one_line(chatty, content, says):
+def test_other_content_is_refused_in_one_line(chat_answerer, content, message):
     body = json.dumps({"messages": [{"role": "user", "content": content}]})
-    app = create_app(chatty, "tiny", ServeSpec())
+    app = create_app(chat_answerer, "tiny", ServeSpec())
     headers = {"content-type": "application/json"}
     response = call(app, "POST", "/v1/chat/completions", content=body, headers=headers)
     error = response.json()["error"]
     assert (response.status_code, error["param"]) == (400, "messages")
-    assert says in error["message"]
+    assert message in error["message"]
     assert "\n" not in error["message"]
 
 
-def test_what_the_template_refuses_is_the_clients_mistake(client):
-    with pytest.raises(openai.BadRequestError, match="only user and assistant speak here") as wrong:
+def test_template_refusal_is_a_bad_request(client):
+    with pytest.raises(openai.BadRequestError, match="only user and assistant speak here") as error:
         client.chat.completions.create(model="tiny", messages=[{"role": "system", "content": "a"}])
-    assert wrong.value.param == "messages"
+    assert error.value.param == "messages"
 
 
-def test_a_model_without_a_template_says_so(answerer):
+def test_model_without_a_template_refuses_chat(answerer):
     app = create_app(answerer, "tiny", ServeSpec())
     response = call(app, "POST", "/v1/chat/completions", json={"messages": HELLO})
     assert (response.status_code, response.json()["error"]["code"]) == (400, "no_chat_template")
 
 
-@pytest.mark.parametrize("where", ["chat_template.jinja", "tokenizer_config.json"])
-def test_an_imported_model_brings_its_template_along(tmp_path, where):
+@pytest.mark.parametrize("template_file", ["chat_template.jinja", "tokenizer_config.json"])
+def test_imported_model_keeps_its_chat_template(tmp_path, template_file):
     from mhmoe_ray.checkpoint.huggingface.export import export
     from mhmoe_ray.checkpoint.huggingface.import_ import import_folder
     from mhmoe_ray.checkpoint.manifest import newest_checkpoint
@@ -164,11 +168,11 @@ def test_an_imported_model_brings_its_template_along(tmp_path, where):
 
     checkpoint, manifest, _ = newest_checkpoint(make_run(tmp_path, MIXTRAL), ("weights",))
     export(checkpoint, manifest, tmp_path / "out")
-    text = TEMPLATE if where.endswith("jinja") else json.dumps({"chat_template": TEMPLATE})
-    (tmp_path / "out" / where).write_text(text)
+    text = TEMPLATE if template_file.endswith("jinja") else json.dumps({"chat_template": TEMPLATE})
+    (tmp_path / "out" / template_file).write_text(text)
     run = import_folder(tmp_path / "out", "mine", tmp_path / "runs", None)
     answerer = load_answerer(newest_checkpoint(run, ("weights",))[0], ServeSpec())
     try:
-        assert answerer.template.prompt(HELLO).startswith("u:the fox")
+        assert answerer.template.render(HELLO).startswith("u:the fox")
     finally:
         answerer.engine.close()

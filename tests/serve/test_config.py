@@ -2,11 +2,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-from mhmoe_ray.serve.config import SPARE, application_config
+from mhmoe_ray.serve.config import SPARE_REQUESTS, application_config
 from mhmoe_ray.spec import ServeSpec
 
 
-def test_an_application_has_the_sizes_and_limits_of_the_spec():
+def test_application_config_has_sizes_and_limits_of_the_spec():
     spec = ServeSpec(replicas=2, cpus_per_replica=3, max_concurrency=5, max_waiting=7)
     config = application_config("app", Path("/runs/a/checkpoints/step_00000001.1"), spec, "a")
     checkpoint = "/runs/a/checkpoints/step_00000001.1"
@@ -14,23 +14,23 @@ def test_an_application_has_the_sizes_and_limits_of_the_spec():
     (deployment,) = config["deployments"]
     assert deployment["num_replicas"] == 2
     assert deployment["ray_actor_options"] == {"num_cpus": 3, "num_gpus": 0}
-    assert deployment["max_ongoing_requests"] == 5 + 7 + SPARE
-    assert deployment["max_queued_requests"] == 14 + SPARE
+    assert deployment["max_ongoing_requests"] == 5 + 7 + SPARE_REQUESTS
+    assert deployment["max_queued_requests"] == 14 + SPARE_REQUESTS
 
 
-def test_replicas_have_the_runtime_environment_that_is_named():
-    place = Path("/runs/a/checkpoints/step_00000001.1")
-    config = application_config("app", place, ServeSpec(), "a", runtime_env={"pip": ["x"]})
+def test_replicas_have_the_requested_runtime_env():
+    checkpoint = Path("/runs/a/checkpoints/step_00000001.1")
+    config = application_config("app", checkpoint, ServeSpec(), "a", runtime_env={"pip": ["x"]})
     assert config["runtime_env"] == {"pip": ["x"]}
-    assert application_config("app", place, ServeSpec(), "a")["runtime_env"] == {}
+    assert application_config("app", checkpoint, ServeSpec(), "a")["runtime_env"] == {}
 
 
-def test_a_relative_checkpoint_is_the_callers():
+def test_relative_checkpoint_counts_from_the_working_directory():
     config = application_config("app", Path("runs/a/checkpoints/c"), ServeSpec(), "a")
     assert config["args"]["checkpoint"] == str(Path.cwd() / "runs/a/checkpoints/c")
 
 
-def test_the_command_line_can_use_it_without_torch_and_ray():
+def test_config_imports_neither_torch_nor_ray():
     code = "import sys, mhmoe_ray.serve.config; print({'torch', 'ray', 'fastapi'} & set(sys.modules))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "set()"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "set()"

@@ -1,4 +1,4 @@
-"""Requests that schemathesis makes up from the API's description: everything that it allows, and what it forbids."""
+"""Requests that schemathesis generates from the API's description: allowed ones and forbidden ones."""
 
 import warnings
 
@@ -9,7 +9,7 @@ from mhmoe_ray.serve.api.app import create_app
 from mhmoe_ray.serve.chat_template import ChatTemplate
 from mhmoe_ray.spec import ServeSpec
 from tests.serve.conftest import SEQ_LEN, build_model, build_tokenizer
-from tests.serve.own import answerer_of
+from tests.serve.own import create_answerer
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -31,22 +31,22 @@ OPERATIONS = [
     ("GET", "/health"),
     ("GET", "/ready"),
 ]
-# Some of its fields limit each other or depend on the model: max_tokens, n and prompts, stream_options, token ids.
+# Some fields of these limit each other or depend on the model: max_tokens, n and prompts, stream_options, token ids.
 LIMITED = ["/v1/completions", "/v1/chat/completions"]
 
 
 @pytest.fixture(scope="module")
-def described():
+def api_schema():
     template = ChatTemplate("{% for m in messages %}{{ m.content }}{% endfor %}", "", "")
-    answerer = answerer_of(build_model(), build_tokenizer(), SEQ_LEN, ServeSpec(), template)
+    answerer = create_answerer(build_model(), build_tokenizer(), SEQ_LEN, ServeSpec(), template)
     app = create_app(answerer, "tiny", ServeSpec(max_tokens=40))
     yield schemathesis.openapi.from_asgi("/openapi.json", app)
     answerer.engine.close()
 
 
-def test_these_are_all(described):
-    found = {(method.upper(), path) for path in described for method in described[path]}
-    assert found == set(OPERATIONS)
+def test_operations_are_complete(api_schema):
+    operations = {(method.upper(), path) for path in api_schema for method in api_schema[path]}
+    assert operations == set(OPERATIONS)
 
 
 @pytest.mark.parametrize(
@@ -55,12 +55,11 @@ def test_these_are_all(described):
         (*operation, mode)
         for operation in OPERATIONS
         for mode in GenerationMode
-        if operation[0] == "POST"
-        or mode is GenerationMode.POSITIVE  # a GET takes nothing that could be of a wrong shape
+        if operation[0] == "POST" or mode is GenerationMode.POSITIVE  # a GET has no fields that could be wrong
     ],
 )
-def test_answers_are_as_described(described, method, path, mode):
-    operation = described[path][method]
+def test_responses_match_the_description(api_schema, method, path, mode):
+    operation = api_schema[path][method]
 
     @settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
     @given(case=operation.as_strategy(generation_mode=mode))

@@ -9,7 +9,7 @@ from tests.serve.conftest import TEXT, build_tokenizer
 
 TOKENIZER = build_tokenizer()
 UNIGRAM = train_unigram(TEXT * 2, 330)
-LLAMA = llama_tokenizer(TEXT[:2] * 4, 320)  # its vocabulary lacks Japanese and foxes, which become bytes
+LLAMA = llama_tokenizer(TEXT[:2] * 4, 320)  # its vocabulary lacks Japanese and emoji, which become bytes
 TOKENIZERS = {"bytes": TOKENIZER, "unigram": UNIGRAM, "fallback": LLAMA}
 DECODERS = {kind: TextDecoder(tokenizer) for kind, tokenizer in TOKENIZERS.items()}
 SIZES = {kind: tokenizer.get_vocab_size() for kind, tokenizer in TOKENIZERS.items()}
@@ -20,7 +20,7 @@ texts = st.text(st.sampled_from(sorted({c for t in TEXT for c in t} | {"€", "�
 
 @st.composite
 def answers(draw):
-    """Draw a decoder, and any tokens at all (bytes that are no UTF-8 among them) or the tokens of a real text."""
+    """Draw a decoder, and either arbitrary tokens, which may be invalid UTF-8, or the tokens of a real text."""
     kind = draw(kinds)
     tokenizer = TOKENIZERS[kind]
     any_ids = st.lists(st.integers(1, SIZES[kind] - 1), max_size=80)  # more than a stream keeps
@@ -30,51 +30,51 @@ def answers(draw):
 stop_lists = st.lists(st.text(st.sampled_from("abt eo日🦊\ufffd"), min_size=1, max_size=4), max_size=3)
 
 
-def push_all(ids, stops, decode=DECODERS["bytes"], prompt=()):
-    stream, pieces = TextStream(decode, stops, prompt), []
+def push_all(ids, stop_strings, decode=DECODERS["bytes"], prompt=()):
+    stream, pieces = TextStream(decode, stop_strings, prompt), []
     for token in ids:
         pieces.append(stream.push(token))
-        if stream.stopped:
+        if stream.is_stopped:
             break
-    return [*pieces, stream.finish()], stream.stopped
+    return [*pieces, stream.finish()], stream.is_stopped
 
 
-def oracle(ids, stops, decode):
-    """Return the answer computed from whole texts, and whether it holds a stop string.
+def oracle(ids, stop_strings, decode):
+    """Return the answer computed from complete texts, and whether it has a stop string.
 
-    It is the text of the fewest tokens that surely hold a stop string, cut before that string.
+    The answer is the text of the fewest tokens that certainly have a stop string, cut before that string.
     """
     for n in range(1, len(ids) + 1):
-        whole = decode(ids[:n])
-        sure = whole if n == len(ids) else whole.removesuffix("\ufffd")
-        starts = [sure.find(s) for s in stops if s in sure]
+        text = decode(ids[:n])
+        certain_text = text if n == len(ids) else text.removesuffix("\ufffd")
+        starts = [certain_text.find(s) for s in stop_strings if s in certain_text]
         if starts:
-            return sure[: min(starts)], True
+            return certain_text[: min(starts)], True
     return decode(ids), False
 
 
 @settings(max_examples=400, suppress_health_check=[HealthCheck.too_slow])
 @given(answers(), stop_lists)
-def test_pieces_join_to_the_plain_answer(answer, stops):
+def test_pieces_join_to_the_full_text(answer, stop_strings):
     decode, ids = answer
-    pieces, stopped = push_all(ids, stops, decode)
-    assert ("".join(pieces), stopped) == oracle(ids, stops, decode)
+    pieces, is_stopped = push_all(ids, stop_strings, decode)
+    assert ("".join(pieces), is_stopped) == oracle(ids, stop_strings, decode)
 
 
 @settings(max_examples=300)
 @given(answers())
-def test_what_is_sent_is_never_taken_back(answer):
-    """Text that has been sent is the beginning of the answer, however early the tokens end."""
+def test_sent_text_is_a_prefix_of_the_answer(answer):
+    """The text that has been sent is a prefix of the answer after each token."""
     decode, ids = answer
-    whole = decode(ids)
+    full_text = decode(ids)
     for n in range(len(ids) + 1):
         pieces, _ = push_all(ids[:n], [], decode)
-        assert whole.startswith("".join(pieces[:-1]))
+        assert full_text.startswith("".join(pieces[:-1]))
 
 
 @settings(max_examples=200)
 @given(texts)
-def test_whole_characters_are_decoded_as_the_library_does(text):
+def test_decoder_equals_the_library_for_complete_characters(text):
     for kind, tokenizer in TOKENIZERS.items():
         decode = DECODERS[kind]
         ids = tokenizer.encode(text).ids
@@ -83,8 +83,8 @@ def test_whole_characters_are_decoded_as_the_library_does(text):
 
 @settings(max_examples=200)
 @given(texts.map(lambda text: text.replace("\ufffd", "")), st.integers(0, 16))
-def test_an_answer_goes_on_where_the_prompt_ends(text, cut):
-    """Prompt and answer join to the text however it is cut into the two, in front of a space too."""
+def test_answer_continues_the_prompt(text, cut):
+    """Prompt and answer join to the text wherever it is cut, also in front of a space."""
     for kind, tokenizer in TOKENIZERS.items():
         decode = DECODERS[kind]
         ids = tokenizer.encode(text).ids
@@ -94,18 +94,20 @@ def test_an_answer_goes_on_where_the_prompt_ends(text, cut):
         assert decode(ids[:cut]) + "".join(pieces) == text
 
 
-def test_a_first_space_stays_where_there_was_a_prompt():
+def test_leading_space_is_kept_after_a_prompt():
     begin, *ids = LLAMA.token_to_id("<s>"), *LLAMA.encode("the fox jumps").ids
-    at = next(i for i, t in enumerate(ids) if i and LLAMA.id_to_token(t).startswith("▁"))
-    prompt, answer = ids[:at], ids[at:]
+    start = next(i for i, t in enumerate(ids) if i and LLAMA.id_to_token(t).startswith("▁"))
+    prompt, answer = ids[:start], ids[start:]
     assert "".join(push_all(answer, [], DECODERS["fallback"], [begin, *prompt])[0]) == " fox jumps"
     assert "".join(push_all(answer, [], DECODERS["fallback"], [begin])[0]) == "fox jumps"
 
 
 @pytest.mark.parametrize("tokenizer", TOKENIZERS.values(), ids=TOKENIZERS.keys())
-def test_a_character_of_several_tokens_comes_at_once(tokenizer):
-    """A character also comes at once after others of its kind, which byte fallback would spoil while the next is
-    cut."""
+def test_multi_token_character_arrives_at_once(tokenizer):
+    """A complete character is also sent at once if others follow it.
+
+    With byte fallback the library would replace it while the next character is incomplete.
+    """
     ids = tokenizer.encode("🧭🧭🧭").ids
     pieces, _ = push_all(ids, [], TextDecoder(tokenizer))
     assert [p for p in pieces if p] == ["🧭", "🧭", "🧭"]
@@ -124,8 +126,8 @@ def test_a_character_of_several_tokens_comes_at_once(tokenizer):
         ("xba", ["a", "ba"], "x"),
     ],
 )
-def test_stop_strings(text, stops, expected):
+def test_stop_strings_end_the_text(text, stops, expected):
     ids = TOKENIZER.encode(text).ids
-    pieces, stopped = push_all(ids, stops)
+    pieces, is_stopped = push_all(ids, stops)
     assert "".join(pieces) == expected
-    assert stopped == (expected != text)
+    assert is_stopped == (expected != text)

@@ -1,4 +1,4 @@
-"""The page at /, in a real browser."""
+"""The web page at /, in a real browser."""
 
 import base64
 import hashlib
@@ -9,30 +9,30 @@ import pytest
 from mhmoe_ray.serve.api.app import create_app
 from mhmoe_ray.spec import KeySpec, ServeSpec
 from tests.serve.asking import call
-from tests.serve.conftest import build_model, running
-from tests.serve.own import answerer_of
+from tests.serve.conftest import build_model, serve_app
+from tests.serve.own import create_answerer
 
 KEY = KeySpec(name="ann", sha256=hashlib.sha256(b"secret").hexdigest())
 
 
-def test_the_page_may_run_its_own_script_and_no_other(answerer):
+def test_page_policy_allows_only_its_own_script_and_style(answerer):
     response = call(create_app(answerer, "tiny", ServeSpec(keys=(KEY,))), "GET", "/")
     assert response.headers["content-type"].startswith("text/html")
     policy = response.headers["content-security-policy"]
     for tag in ("script", "style"):
-        [inside] = re.findall(f"<{tag}>(.*?)</{tag}>", response.text, re.DOTALL)
-        digest = base64.b64encode(hashlib.sha256(inside.encode()).digest()).decode()
+        [content] = re.findall(f"<{tag}>(.*?)</{tag}>", response.text, re.DOTALL)
+        digest = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
         assert f"{tag}-src 'sha256-{digest}'" in policy
     assert "default-src 'none'" in policy
 
 
 @pytest.mark.system
 @pytest.mark.parametrize("width", [390, 1200])
-def test_the_page_fits_and_its_examples_fill_the_prompt(browser, answerer, width):
+def test_page_fits_the_screen_and_examples_fill_the_prompt(browser, answerer, width):
     from selenium.webdriver.common.by import By
     from selenium.webdriver.support.ui import WebDriverWait
 
-    with running(create_app(answerer, "tiny-abc123", ServeSpec())) as url:
+    with serve_app(create_app(answerer, "tiny-abc123", ServeSpec())) as url:
         browser.execute_cdp_cmd(
             "Emulation.setDeviceMetricsOverride",
             {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": False},
@@ -47,53 +47,53 @@ def test_the_page_fits_and_its_examples_fill_the_prompt(browser, answerer, width
 
 
 @pytest.mark.system
-def test_a_prompt_is_answered_as_it_is_made_and_can_be_stopped(browser, tokenizer):
+def test_answer_is_streamed_and_can_be_stopped(browser, tokenizer):
     from selenium.webdriver.common.by import By
     from selenium.webdriver.support.ui import WebDriverWait
 
-    def at(name):
+    def element(name):
         return browser.find_element(By.ID, name)
 
-    def ask(tokens):
-        at("max_tokens").clear()
-        at("max_tokens").send_keys(str(tokens))
-        at("go").click()
+    def submit(tokens):
+        element("max_tokens").clear()
+        element("max_tokens").send_keys(str(tokens))
+        element("go").click()
 
-    def until(condition):
+    def wait_for(condition):
         return WebDriverWait(browser, 60, 0.02).until(lambda _: condition())
 
     spec = ServeSpec(max_tokens=4000, keys=(KEY,))
-    answerer = answerer_of(build_model(), tokenizer, 4096, spec)
+    answerer = create_answerer(build_model(), tokenizer, 4096, spec)
     try:
-        with running(create_app(answerer, "tiny-abc123", spec)) as url:
+        with serve_app(create_app(answerer, "tiny-abc123", spec)) as url:
             browser.get(url)
-            at("prompt").send_keys("the quick brown")
-            ask(20)
-            until(lambda: "no such API key" in at("status").text)
-            assert "wrong" in at("status").get_attribute("class")
+            element("prompt").send_keys("the quick brown")
+            submit(20)
+            wait_for(lambda: "no such API key" in element("status").text)
+            assert "wrong" in element("status").get_attribute("class")
 
-            at("key").send_keys("secret")
-            at("temperature").clear()
-            at("temperature").send_keys("0")  # a drawn token may be the end
-            ask(20)
-            until(lambda: at("status").text.startswith("20 tokens in "))
-            assert at("model").text == "tiny-abc123"
-            facts = [item.text for item in at("facts").find_elements(By.TAG_NAME, "li")]
+            element("key").send_keys("secret")
+            element("temperature").clear()
+            element("temperature").send_keys("0")  # a drawn token may be the end
+            submit(20)
+            wait_for(lambda: element("status").text.startswith("20 tokens in "))
+            assert element("model").text == "tiny-abc123"
+            facts = [item.text for item in element("facts").find_elements(By.TAG_NAME, "li")]
             assert "checkpoint tiny-abc123/step_00000040.1" in facts
             assert any("experts, top-" in fact for fact in facts)
-            assert at("answer").text.startswith("the quick brown")
-            assert len(at("answer").text) > len("the quick brown")
+            assert element("answer").text.startswith("the quick brown")
+            assert len(element("answer").text) > len("the quick brown")
 
-            ask(4000)
-            until(lambda: len(at("answer").text) > 100)
-            assert not at("go").is_enabled()  # it is shown while more comes
-            at("stop").click()
-            until(lambda: at("status").text == "stopped")
-            until(lambda: answerer.engine.stats().running == 0)
+            submit(4000)
+            wait_for(lambda: len(element("answer").text) > 100)
+            assert not element("go").is_enabled()  # the answer is shown while it is computed
+            element("stop").click()
+            wait_for(lambda: element("status").text == "stopped")
+            wait_for(lambda: answerer.engine.stats().running == 0)
 
-            at("max_tokens").clear()
-            ask(5000)
-            until(lambda: "this server allows at most 4000" in at("status").text)
+            element("max_tokens").clear()
+            submit(5000)
+            wait_for(lambda: "this server allows at most 4000" in element("status").text)
             console = [line["message"] for line in browser.get_log("browser")]
             assert all("401" in line or "400" in line for line in console), console
     finally:

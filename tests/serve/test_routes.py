@@ -1,4 +1,4 @@
-"""The routes without Ray: the errors that a client reads, and clients who leave, which costs nothing."""
+"""The routes without Ray: answers, errors, and clients that disconnect."""
 
 import asyncio
 import gc
@@ -13,14 +13,14 @@ from tokenizers import Tokenizer
 
 from mhmoe_ray.serve.answer import Answerer, ScoredText
 from mhmoe_ray.serve.api.app import create_app
-from mhmoe_ray.serve.api.completions import _tops
-from mhmoe_ray.serve.api.schema import MOST_CHOICES
+from mhmoe_ray.serve.api.completions import _top_logprobs
+from mhmoe_ray.serve.api.schema import MAX_CHOICES
 from mhmoe_ray.serve.chat_template import ChatTemplate
 from mhmoe_ray.spec import ServeSpec
 from tests.llama_tokenizer import llama_tokenizer
 from tests.serve.asking import call
 from tests.serve.conftest import SEQ_LEN, TEXT, build_model, build_tokenizer
-from tests.serve.own import answerer_of
+from tests.serve.own import create_answerer
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def app(answerer):
 
 
 @pytest.mark.parametrize(
-    ("wrong", "param", "code", "says"),
+    ("fields", "param", "code", "message"),
     [
         ({"best_of": 3}, "best_of", "unsupported_parameter", "'best_of' is not supported"),
         ({"suffix": "a", "temperature": -1}, "suffix", "unsupported_parameter", "not supported"),
@@ -38,7 +38,7 @@ def app(answerer):
         ({"logit_bias": {"300": 1}}, "logit_bias", None, "there is no token 300; there are 300"),
         ({"logit_bias": {"1": 101}}, "logit_bias", None, "less than or equal to 100"),
         ({"n": 0}, "n", None, "greater than or equal to 1"),
-        ({"prompt": ["a", "b"], "n": MOST_CHOICES}, "n", None, f"are more than {MOST_CHOICES} choices"),
+        ({"prompt": ["a", "b"], "n": MAX_CHOICES}, "n", None, f"are more than {MAX_CHOICES} choices"),
         ({"stream_options": {"include_usage": True}}, None, None, "stream_options are for stream: true"),
         ({"temperature": 2.5}, "temperature", None, "less than or equal to 2"),
         ({"temperature": "hot"}, "temperature", None, "valid number"),
@@ -58,17 +58,17 @@ def app(answerer):
         ({"prompt": "z" * SEQ_LEN}, "prompt", "context_length_exceeded", f"may have {SEQ_LEN}"),
     ],
 )
-def test_a_wrong_field_is_named(app, wrong, param, code, says):
-    body = json.dumps({"prompt": "the", **wrong})  # ASCII, so that a lone surrogate reaches the server as an escape
+def test_wrong_field_is_named_in_the_error(app, fields, param, code, message):
+    body = json.dumps({"prompt": "the", **fields})  # ASCII, so that a lone surrogate reaches the server as an escape
     response = call(app, "POST", "/v1/completions", content=body, headers={"content-type": "application/json"})
     error = response.json()["error"]
     assert response.status_code == 400
     assert (error["type"], error["param"], error["code"]) == ("invalid_request_error", param, code)
-    assert says in error["message"]
+    assert message in error["message"]
 
 
 @pytest.mark.parametrize(
-    ("method", "path", "request_", "status", "says"),
+    ("method", "path", "request_", "status", "message"),
     [
         ("POST", "/v1/completions", {"content": "{"}, 400, "not JSON"),
         ("POST", "/v1/completions", {"json": [1]}, 400, "the body"),
@@ -79,18 +79,18 @@ def test_a_wrong_field_is_named(app, wrong, param, code, says):
         ("GET", "/v1/completions", {}, 405, "Method Not Allowed"),
     ],
 )
-def test_wrong_requests_get_a_body_of_openais_shape(app, method, path, request_, status, says):
+def test_wrong_requests_get_an_openai_error_body(app, method, path, request_, status, message):
     if "content" in request_:
         request_ = {**request_, "headers": {"content-type": "application/json"}}
     response = call(app, method, path, **request_)
     assert response.status_code == status
     assert response.json()["error"].keys() == {"message", "type", "param", "code"}
-    assert says in response.json()["error"]["message"]
+    assert message in response.json()["error"]["message"]
 
 
 @pytest.mark.parametrize("headers", [{}, {"content-type": "application/x-www-form-urlencoded"}])
-def test_a_body_that_is_not_declared_to_be_json_is_told_so(app, headers):
-    """Bodies sent by curl with -d alone have no such declaration."""
+def test_body_without_json_content_type_is_explained(app, headers):
+    """curl with -d alone declares another content type."""
     response = call(app, "POST", "/v1/completions", content='{"prompt": "the"}', headers=headers)
     assert response.status_code == 400
     assert response.json()["error"]["message"].endswith("; send Content-Type: application/json")
@@ -108,26 +108,25 @@ LONG = "the quick brown fox " * 60_000
     ],
     ids=["text", "prompt", "messages"],
 )
-def test_the_server_does_other_things_while_a_long_prompt_is_encoded(answerer, path, body, status):
+def test_server_stays_responsive_while_a_long_prompt_is_encoded(answerer, path, body, status):
     template = ChatTemplate("{{ messages[0].content }}", "", "")
     spec = ServeSpec(max_body_bytes=10_000_000)
     app = create_app(Answerer(answerer.engine, answerer.tokenizer, template, answerer.details), "tiny", spec)
 
-    async def ask():
-        """Return the response, the seconds until it came, and the longest time in a row without a turn for other
-        work."""
+    async def measure():
+        """Return the response, its seconds, and the longest time for which the event loop did no other work."""
         clock, longest = time.perf_counter, 0.0
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test", timeout=60) as client:
             request = asyncio.create_task(client.post(path, json=body))
-            began = last = clock()
+            start_time = last_time = clock()
             while not request.done():
                 await asyncio.sleep(0.005)
-                longest, last = max(longest, clock() - last), clock()
-        return request.result(), last - began, longest
+                longest, last_time = max(longest, clock() - last_time), clock()
+        return request.result(), last_time - start_time, longest
 
-    response, whole, longest = asyncio.run(ask())
+    response, total_seconds, longest = asyncio.run(measure())
     assert response.status_code == status
-    assert longest < whole / 2
+    assert longest < total_seconds / 2
 
 
 def completion(app, **body):
@@ -136,108 +135,119 @@ def completion(app, **body):
     return response.json()
 
 
-def test_several_prompts_and_choices_come_in_order(app):
+def test_prompts_and_choices_are_answered_in_order(app):
     texts = ["the quick", "ein Jäger"]
-    alone = [completion(app, prompt=text)["choices"][0]["text"] for text in texts]
-    both = completion(app, prompt=texts, n=2)
-    assert [c["index"] for c in both["choices"]] == [0, 1, 2, 3]
-    assert [c["text"] for c in both["choices"]] == [alone[0], alone[0], alone[1], alone[1]]
-    assert both["usage"]["completion_tokens"] == 4 * 16
-    drawn = completion(app, temperature=1.5, seed=3, n=4)["choices"]
-    assert len({c["text"] for c in drawn}) == 4
-    assert drawn == completion(app, temperature=1.5, seed=3, n=4)["choices"]
+    single_texts = [completion(app, prompt=text)["choices"][0]["text"] for text in texts]
+    response = completion(app, prompt=texts, n=2)
+    assert [c["index"] for c in response["choices"]] == [0, 1, 2, 3]
+    assert [c["text"] for c in response["choices"]] == [
+        single_texts[0],
+        single_texts[0],
+        single_texts[1],
+        single_texts[1],
+    ]
+    assert response["usage"]["completion_tokens"] == 4 * 16
+    choices = completion(app, temperature=1.5, seed=3, n=4)["choices"]
+    assert len({c["text"] for c in choices}) == 4
+    assert choices == completion(app, temperature=1.5, seed=3, n=4)["choices"]
 
 
-def test_a_prompt_of_token_ids_is_taken_as_it_is(app, answerer):
+def test_prompt_of_token_ids_is_used_unchanged(app, answerer):
     ids = answerer.encode("the quick")
     assert completion(app, prompt=ids)["choices"] == completion(app)["choices"]
     assert completion(app, prompt=[ids, ids[1:]])["usage"]["prompt_tokens"] == 2 * len(ids) - 1
     assert completion(app, prompt=ids[1:], echo=True)["choices"][0]["text"].startswith("the quick")
 
 
-def test_logprobs_of_prompt_and_answer_have_the_texts_and_places_of_their_tokens(app, answerer):
+def test_logprobs_have_texts_and_offsets_of_their_tokens(app, answerer):
     text = "der älteste 日本 🦊"
-    found = completion(app, prompt=text, logprobs=2, echo=True, max_tokens=4)["choices"][0]
-    logprobs, tokens = found["logprobs"], found["logprobs"]["tokens"]
-    count = len(answerer.encode(text)) - 1  # the start of a document is no text
+    choice = completion(app, prompt=text, logprobs=2, echo=True, max_tokens=4)["choices"][0]
+    logprobs, tokens = choice["logprobs"], choice["logprobs"]["tokens"]
+    count = len(answerer.encode(text)) - 1  # the token that starts a document has no text
     assert len(tokens) == count + 4
     assert {len(values) for values in logprobs.values()} == {count + 4}
     assert all(lp < 0 for lp in logprobs["token_logprobs"])
     assert all(len(top) == 2 for top in logprobs["top_logprobs"])
-    for token, at in zip(tokens, logprobs["text_offset"], strict=True):
-        assert token.startswith("bytes:") or found["text"][at:].startswith(token)
-    scored = completion(app, prompt=text, logprobs=2, echo=True, max_tokens=0)["choices"][0]
-    assert scored["text"] == text
-    assert scored["logprobs"]["token_logprobs"] == logprobs["token_logprobs"][:count]
-    assert scored["finish_reason"] == "length"
+    for token, offset in zip(tokens, logprobs["text_offset"], strict=True):
+        assert token.startswith("bytes:") or choice["text"][offset:].startswith(token)
+    scored_choice = completion(app, prompt=text, logprobs=2, echo=True, max_tokens=0)["choices"][0]
+    assert scored_choice["text"] == text
+    assert scored_choice["logprobs"]["token_logprobs"] == logprobs["token_logprobs"][:count]
+    assert scored_choice["finish_reason"] == "length"
     assert completion(app, max_tokens=0)["choices"][0]["text"] == ""
-    by_ids = completion(app, prompt=answerer.encode(text), logprobs=0, echo=True, max_tokens=0)["choices"][0]
-    assert by_ids["logprobs"]["tokens"] == ["<|endoftext|>", *tokens[:count]]
-    assert by_ids["logprobs"]["token_logprobs"] == [None, *logprobs["token_logprobs"][:count]]
-    assert by_ids["logprobs"]["top_logprobs"][:2] == [None, {}]
-    assert by_ids["logprobs"]["text_offset"] == [0, *logprobs["text_offset"][:count]]
+    choice_of_ids = completion(app, prompt=answerer.encode(text), logprobs=0, echo=True, max_tokens=0)["choices"][0]
+    assert choice_of_ids["logprobs"]["tokens"] == ["<|endoftext|>", *tokens[:count]]
+    assert choice_of_ids["logprobs"]["token_logprobs"] == [None, *logprobs["token_logprobs"][:count]]
+    assert choice_of_ids["logprobs"]["top_logprobs"][:2] == [None, {}]
+    assert choice_of_ids["logprobs"]["text_offset"] == [0, *logprobs["text_offset"][:count]]
 
 
-def test_places_of_tokens_where_the_text_drops_its_first_space():
-    """LLaMA's and Mixtral's decoders drop that space; with a prompt in front of it, the answer keeps its own."""
+def test_text_offsets_allow_for_a_dropped_leading_space():
+    """LLaMA's and Mixtral's decoders drop the space at the start of a text; after a prompt, an answer keeps it."""
     tokenizer = llama_tokenizer(TEXT[:2] * 4, 300)
-    answerer = answerer_of(build_model(), tokenizer, SEQ_LEN, ServeSpec())
+    answerer = create_answerer(build_model(), tokenizer, SEQ_LEN, ServeSpec())
     app = create_app(answerer, "tiny", ServeSpec())
     the = tokenizer.token_to_id("▁the")
-    asked = {"logprobs": 0, "max_tokens": 2, "logit_bias": {str(the): 100}}
-    echoed, alone, after = (
-        completion(app, **asked, **more)["choices"][0]
-        for more in ({"prompt": "the brown fox", "echo": True}, {"prompt": ""}, {"prompt": "the"})
+    fields = {"logprobs": 0, "max_tokens": 2, "logit_bias": {str(the): 100}}
+    echoed_choice, unprompted_choice, prompted_choice = (
+        completion(app, **fields, **prompt_fields)["choices"][0]
+        for prompt_fields in ({"prompt": "the brown fox", "echo": True}, {"prompt": ""}, {"prompt": "the"})
     )
     answerer.engine.close()
-    assert (echoed["text"], alone["text"], after["text"]) == ("the brown fox the the", "the the", " the the")
-    assert alone["logprobs"]["text_offset"] == [0, 3]
-    assert after["logprobs"]["text_offset"] == [0, 4]
-    for token, at in zip(echoed["logprobs"]["tokens"][1:], echoed["logprobs"]["text_offset"][1:], strict=True):
-        assert echoed["text"][at:].startswith(token)
-    assert echoed["logprobs"]["text_offset"][0] == 0
+    assert (echoed_choice["text"], unprompted_choice["text"], prompted_choice["text"]) == (
+        "the brown fox the the",
+        "the the",
+        " the the",
+    )
+    assert unprompted_choice["logprobs"]["text_offset"] == [0, 3]
+    assert prompted_choice["logprobs"]["text_offset"] == [0, 4]
+    for token, offset in zip(
+        echoed_choice["logprobs"]["tokens"][1:], echoed_choice["logprobs"]["text_offset"][1:], strict=True
+    ):
+        assert echoed_choice["text"][offset:].startswith(token)
+    assert echoed_choice["logprobs"]["text_offset"][0] == 0
 
 
-def test_ids_may_have_gaps():
-    """The last token is like others: a request may have it, and an answer may have it."""
+def test_token_ids_may_have_gaps():
+    """The token with the largest id may be in a request and in an answer."""
     content = json.loads(build_tokenizer().to_str())
-    last = max(content["model"]["vocab"], key=content["model"]["vocab"].get)
-    content["model"]["vocab"][last] = 310
-    answerer = answerer_of(build_model(), Tokenizer.from_str(json.dumps(content)), SEQ_LEN, ServeSpec())
+    last_token = max(content["model"]["vocab"], key=content["model"]["vocab"].get)
+    content["model"]["vocab"][last_token] = 310
+    answerer = create_answerer(build_model(), Tokenizer.from_str(json.dumps(content)), SEQ_LEN, ServeSpec())
     app = create_app(answerer, "tiny", ServeSpec())
-    found = completion(app, prompt=[310], logit_bias={"310": 100}, max_tokens=1, echo=True)["choices"][0]
-    refused = call(app, "POST", "/v1/completions", json={"prompt": [311]})
+    choice = completion(app, prompt=[310], logit_bias={"310": 100}, max_tokens=1, echo=True)["choices"][0]
+    response = call(app, "POST", "/v1/completions", json={"prompt": [311]})
     answerer.engine.close()
-    assert found["text"] == 2 * answerer.decode([310]) != ""
-    assert "there is no token 311" in refused.text
+    assert choice["text"] == 2 * answerer.decode([310]) != ""
+    assert "there is no token 311" in response.text
 
 
-def test_a_token_that_spells_what_marks_bytes_is_a_text_like_others():
+def test_token_that_looks_like_a_bytes_marker_is_ordinary_text():
     tokenizer = build_tokenizer()
     tokenizer.add_tokens(["bytes:fo", "bytes:e6"])
-    answerer = answerer_of(build_model(), tokenizer, SEQ_LEN, ServeSpec())
+    answerer = create_answerer(build_model(), tokenizer, SEQ_LEN, ServeSpec())
     app = create_app(answerer, "tiny", ServeSpec())
-    asked = {"prompt": "a bytes:fo bytes:e6 z", "logprobs": 0, "echo": True, "max_tokens": 0}
-    logprobs = completion(app, **asked)["choices"][0]["logprobs"]
+    fields = {"prompt": "a bytes:fo bytes:e6 z", "logprobs": 0, "echo": True, "max_tokens": 0}
+    logprobs = completion(app, **fields)["choices"][0]["logprobs"]
     answerer.engine.close()
     assert logprobs["tokens"] == ["a", " ", "bytes:fo", " ", "bytes:e6", " ", "z"]
     assert logprobs["text_offset"] == [0, 1, 2, 10, 11, 19, 20]
 
 
-def test_tokens_and_text_go_both_ways(app, answerer):
-    found = call(app, "POST", "/tokenize", json={"prompt": "ein Jäger"}).json()
-    assert found == {"tokens": answerer.encode("ein Jäger"), "count": len(found["tokens"]), "max_model_len": SEQ_LEN}
-    bare = call(app, "POST", "/tokenize", json={"prompt": "ein Jäger", "add_special_tokens": False}).json()
-    assert bare["tokens"] == found["tokens"][1:]
-    assert call(app, "POST", "/detokenize", json={"tokens": bare["tokens"]}).json() == {"prompt": "ein Jäger"}
+def test_detokenize_inverts_tokenize(app, answerer):
+    result = call(app, "POST", "/tokenize", json={"prompt": "ein Jäger"}).json()
+    assert result == {"tokens": answerer.encode("ein Jäger"), "count": len(result["tokens"]), "max_model_len": SEQ_LEN}
+    bare_result = call(app, "POST", "/tokenize", json={"prompt": "ein Jäger", "add_special_tokens": False}).json()
+    assert bare_result["tokens"] == result["tokens"][1:]
+    assert call(app, "POST", "/detokenize", json={"tokens": bare_result["tokens"]}).json() == {"prompt": "ein Jäger"}
 
 
-def test_the_api_describes_itself(app):
+def test_api_description_lists_the_routes(app):
     paths = call(app, "GET", "/openapi.json").json()["paths"]
     assert {"/v1/completions", "/v1/models", "/tokenize", "/detokenize", "/health"} <= paths.keys()
 
 
-def test_null_is_absent(app):
+def test_null_fields_count_as_absent(app):
     body = {"prompt": ["the"], "temperature": 0}
     nulls = {"max_tokens": None, "stop": None, "logprobs": None, "n": None, "seed": None}
     plain, with_nulls = (call(app, "POST", "/v1/completions", json=b).json() for b in (body, {**body, **nulls}))
@@ -255,35 +265,35 @@ def broken_app(tokenizer):
             raise RuntimeError("a secret of the server")
 
     model.register_forward_hook(fail)
-    answerer = answerer_of(model, tokenizer, SEQ_LEN, ServeSpec(max_concurrency=2))
+    answerer = create_answerer(model, tokenizer, SEQ_LEN, ServeSpec(max_concurrency=2))
     yield create_app(answerer, "tiny", ServeSpec(max_tokens=40))
     answerer.engine.close()
 
 
-def test_a_failure_tells_the_client_nothing_of_its_inside(broken_app):
+def test_engine_failure_hides_internals(broken_app):
     response = call(broken_app, "POST", "/v1/completions", json={"prompt": "the", "temperature": 0})
     assert response.status_code == 503
     assert response.json()["error"]["type"] == "server_error"
     assert "secret" not in response.text
 
 
-def test_a_failure_in_mid_stream_is_an_event_and_no_done(broken_app, caplog):
+def test_failure_in_mid_stream_ends_with_an_error_event(broken_app, caplog):
     body = {"prompt": "the", "temperature": 0, "logprobs": 0, "stream": True}
     response = call(broken_app, "POST", "/v1/completions", json=body)
     events = [line.removeprefix("data: ") for line in response.text.splitlines() if line]
     assert json.loads(events[-1])["error"]["type"] == "server_error"
-    told = [token for event in events[:-1] for token in json.loads(event)["choices"][0]["logprobs"]["tokens"]]
-    assert len(told) == 2, "what came before is not lost"
+    tokens = [token for event in events[:-1] for token in json.loads(event)["choices"][0]["logprobs"]["tokens"]]
+    assert len(tokens) == 2, "the tokens before the failure are sent"
     assert "secret" not in response.text
     assert "a secret of the server" in caplog.text
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_client_that_leaves_stops_the_work(tokenizer, stream):
+def test_client_disconnect_ends_the_computation(tokenizer, stream):
     model, steps = build_model(), []
-    reached = asyncio.Event()
+    fifth_step = asyncio.Event()
 
-    answerer = answerer_of(model, tokenizer, 4096, ServeSpec(max_concurrency=2))
+    answerer = create_answerer(model, tokenizer, 4096, ServeSpec(max_concurrency=2))
 
     async def leave_early():
         loop = asyncio.get_running_loop()
@@ -291,16 +301,16 @@ def test_a_client_that_leaves_stops_the_work(tokenizer, stream):
         def count(*_):
             steps.append(1)
             if len(steps) == 5:
-                loop.call_soon_threadsafe(reached.set)
+                loop.call_soon_threadsafe(fifth_step.set)
 
         model.register_forward_hook(count)
         app = create_app(answerer, "tiny", ServeSpec(max_tokens=4000))
-        # Greedy, and so always far from the end of text when the client leaves.
+        # Greedy answers of this model are long, so the client always leaves before the end.
         body = {"prompt": "the quick", "max_tokens": 4000, "temperature": 0, "stream": stream}
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
             request = asyncio.create_task(client.post("/v1/completions", json=body))
-            await asyncio.wait_for(reached.wait(), timeout=60)
-            # Serve cancels the task of a request whose client has gone.
+            await asyncio.wait_for(fifth_step.wait(), timeout=60)
+            # Serve cancels the task of a request when its client disconnects.
             request.cancel()
             await asyncio.wait([request])
         assert request.cancelled()
@@ -316,10 +326,10 @@ def test_a_client_that_leaves_stops_the_work(tokenizer, stream):
         answerer.engine.close()
 
 
-@pytest.mark.parametrize("begun", [False, True])
-def test_a_client_that_leaves_while_a_chunk_is_sent_ends_the_answer_at_once(tokenizer, begun):
-    """A server without Serve reports by itself that a client left, and its `send` waits as long as nobody reads."""
-    answerer = answerer_of(build_model(), tokenizer, 4096, ServeSpec(max_concurrency=2))
+@pytest.mark.parametrize("body_started", [False, True])
+def test_client_disconnect_while_sending_ends_the_answer_at_once(tokenizer, body_started):
+    """A server without Serve reports that a client disconnected, and its `send` waits while nobody reads."""
+    answerer = create_answerer(build_model(), tokenizer, 4096, ServeSpec(max_concurrency=2))
     app = create_app(answerer, "tiny", ServeSpec(max_tokens=4000))
     body = json.dumps({"prompt": "the quick", "max_tokens": 4000, "temperature": 0, "stream": True}).encode()
     scope = {
@@ -332,7 +342,7 @@ def test_a_client_that_leaves_while_a_chunk_is_sent_ends_the_answer_at_once(toke
         "headers": [(b"content-type", b"application/json")],
     }
 
-    async def leave():
+    async def disconnect():
         errors, sending = [], asyncio.Event()
         asyncio.get_running_loop().set_exception_handler(lambda _, context: errors.append(context))
         received = [{"type": "http.request", "body": body}]
@@ -344,18 +354,18 @@ def test_a_client_that_leaves_while_a_chunk_is_sent_ends_the_answer_at_once(toke
             return {"type": "http.disconnect"}
 
         async def send(message):
-            if not begun or message["type"] == "http.response.body":
+            if not body_started or message["type"] == "http.response.body":
                 sending.set()
                 await asyncio.Event().wait()
 
         await app(scope, receive, send)
-        # Now, and not when the garbage collector comes, which closes generators in any order.
-        assert all(ticket.gone for ticket in answerer.engine._everyone())
+        # The answer is closed already, and not by the garbage collector, which closes generators in any order.
+        assert all(state.is_abandoned for state in answerer.engine._all_requests())
         gc.collect()
         await asyncio.sleep(0.1)
         assert errors == []
 
-    asyncio.run(leave())
+    asyncio.run(disconnect())
     answerer.engine.close()
 
 
@@ -367,24 +377,24 @@ def test_a_client_that_leaves_while_a_chunk_is_sent_ends_the_answer_at_once(toke
     echo=st.booleans(),
 )
 @pytest.mark.long
-def test_chunks_join_to_the_plain_answer(answerer, temperature, seed, stop, echo):
+def test_chunks_join_to_the_complete_answer(answerer, temperature, seed, stop, echo):
     app = create_app(answerer, "tiny", ServeSpec(max_tokens=40))
     body = {"prompt": "the", "temperature": temperature, "seed": seed, "stop": stop, "echo": echo}
     plain = call(app, "POST", "/v1/completions", json=body).json()
     options = {"stream": True, "stream_options": {"include_usage": True}}
     streamed = call(app, "POST", "/v1/completions", json={**body, **options})
-    *chunks, last, done = [line.removeprefix("data: ") for line in streamed.text.splitlines() if line]
+    *chunks, usage_chunk, end_marker = [line.removeprefix("data: ") for line in streamed.text.splitlines() if line]
     chunks = [json.loads(c) for c in chunks]
-    assert done == "[DONE]"
+    assert end_marker == "[DONE]"
     assert len({c["id"] for c in chunks}) == 1
     assert "".join(c["choices"][0]["text"] for c in chunks) == plain["choices"][0]["text"]
     assert chunks[-1]["choices"][0]["finish_reason"] == plain["choices"][0]["finish_reason"]
     assert [c["usage"] for c in chunks] == [None] * len(chunks)
-    assert (json.loads(last)["choices"], json.loads(last)["usage"]) == ([], plain["usage"])
+    assert (json.loads(usage_chunk)["choices"], json.loads(usage_chunk)["usage"]) == ([], plain["usage"])
     assert plain["choices"][0]["text"].startswith("the") or not echo
 
 
-def test_of_two_tokens_with_one_text_the_likelier_is_told():
-    """A special token and the tokens that spell it may have the same text."""
+def test_likelier_of_two_tokens_with_equal_text_is_reported():
+    """A special token may have the same text as an ordinary one."""
     score = ScoredText(b"a", 1, -0.1, [(b"a", -0.1), (b"b", -2.0), (b"a", -5.0)])
-    assert list(_tops(score).items()) == [("a", -0.1), ("b", -2.0)]
+    assert list(_top_logprobs(score).items()) == [("a", -0.1), ("b", -2.0)]

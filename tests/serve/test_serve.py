@@ -15,13 +15,13 @@ import pytest
 import ray
 
 from mhmoe_ray.serve.config import DEPLOYMENT, application_config
-from mhmoe_ray.serve.engine import Sampling
+from mhmoe_ray.serve.engine import SamplingParams
 from mhmoe_ray.spec import KeySpec, ServeSpec
 from mhmoe_ray.spec.cluster import WorkerRange
 
-from .asking import pieces
+from .asking import answer_pieces
 from .conftest import SEQ_LEN
-from .deployed import deploy, details, running, serving, wait_until
+from .deployed import application_details, deploy, running_replicas, start_ray_serve, wait_for_status
 
 pytestmark = pytest.mark.ray
 
@@ -29,7 +29,7 @@ LIMITED, TALKER, FREE = "secret", "of few words", "of all other tests"
 KEYS = (
     KeySpec(name="ann", sha256=sha256(LIMITED.encode()).hexdigest(), requests_per_minute=6),
     KeySpec(name="eve", sha256=sha256(TALKER.encode()).hexdigest(), tokens_per_minute=10),
-    # More than there ever are, so that all requests go by what counts them.
+    # The limit is never reached, but it makes all requests pass the rate limiter.
     KeySpec(name="bob", sha256=sha256(FREE.encode()).hexdigest(), requests_per_minute=1_000_000),
 )
 SPEC = ServeSpec(max_tokens=40, keys=KEYS)
@@ -42,9 +42,9 @@ def bearer(key):
 
 @pytest.fixture(scope="module")
 def port(checkpoint):
-    with serving() as port:
+    with start_ray_serve() as port:
         deploy([application_config("tiny", checkpoint, SPEC, "tiny-abc123")])
-        wait_until("tiny", "RUNNING")
+        wait_for_status("tiny", "RUNNING")
         yield port
 
 
@@ -61,44 +61,46 @@ def complete(client, **body):
 
 
 @contextmanager
-def asking(ask):
-    """Let four clients ask during the block, each again as soon as it has its answer; the yielded list collects the
-    answers."""
-    over, answers = threading.Event(), []
+def run_clients(ask):
+    """Run four clients during the block, and yield the list of their answers.
 
-    def again_and_again():
-        while not over.is_set():
+    Each client sends its next request as soon as it has an answer.
+    """
+    stop_event, answers = threading.Event(), []
+
+    def ask_repeatedly():
+        while not stop_event.is_set():
             answers.append(ask())
 
     with ThreadPoolExecutor(4) as pool:
-        clients = [pool.submit(again_and_again) for _ in range(4)]
+        clients = [pool.submit(ask_repeatedly) for _ in range(4)]
         try:
             yield answers
         finally:
-            over.set()
-    for one in clients:
-        one.result()
+            stop_event.set()
+    for client in clients:
+        client.result()
 
 
-def slowly(body):
+def slow_body(body):
     """Yield a request body in two parts, with a pause between them.
 
-    Such a request is under way for long and takes little from a replica that starts meanwhile.
+    Such a request runs for a long time, but leaves the CPU to a replica that starts.
     """
-    whole = json.dumps(body).encode()
-    yield whole[:1]
+    encoded_body = json.dumps(body).encode()
+    yield encoded_body[:1]
     time.sleep(0.3)
-    yield whole[1:]
+    yield encoded_body[1:]
 
 
-def test_the_answer_is_that_of_the_engine(client, answerer):
+def test_deployed_answer_equals_the_engines(client, answerer):
     ids = answerer.encode("the quick")
-    found = pieces(answerer, ids, Sampling(20, temperature=0))
+    expected_pieces = answer_pieces(answerer, ids, SamplingParams(20, temperature=0))
     answer = complete(client, max_tokens=20, model="tiny-abc123")
     assert answer["object"] == "text_completion"
     assert answer["model"] == "tiny-abc123"
     assert answer["choices"] == [
-        {"index": 0, "text": "".join(p.text for p in found), "logprobs": None, "finish_reason": "length"}
+        {"index": 0, "text": "".join(p.text for p in expected_pieces), "logprobs": None, "finish_reason": "length"}
     ]
     assert answer["usage"] == {
         "prompt_tokens": len(ids),
@@ -107,29 +109,29 @@ def test_the_answer_is_that_of_the_engine(client, answerer):
     }
 
 
-def test_a_streamed_answer_is_the_same(client):
+def test_streamed_answer_equals_the_complete_one(client):
     body = {"prompt": "the quick", "temperature": 1.2, "seed": 3, "max_tokens": 30, "echo": True, "stream": True}
     with client.stream("POST", "/v1/completions", json=body) as response:
         assert response.headers["content-type"].startswith("text/event-stream")
-        *chunks, done = [line.removeprefix("data: ") for line in response.iter_lines() if line]
+        *chunks, end_marker = [line.removeprefix("data: ") for line in response.iter_lines() if line]
     choices = [json.loads(c)["choices"][0] for c in chunks]
-    assert done == "[DONE]"
-    (plain,) = complete(client, **{**body, "stream": False})["choices"]
-    assert "".join(c["text"] for c in choices) == plain["text"]
-    assert plain["text"].startswith("the quick")
-    assert [c["finish_reason"] for c in choices] == [None] * (len(choices) - 1) + [plain["finish_reason"]]
+    assert end_marker == "[DONE]"
+    (choice,) = complete(client, **{**body, "stream": False})["choices"]
+    assert "".join(c["text"] for c in choices) == choice["text"]
+    assert choice["text"].startswith("the quick")
+    assert [c["finish_reason"] for c in choices] == [None] * (len(choices) - 1) + [choice["finish_reason"]]
 
 
-def test_requests_at_once_are_answered_as_alone(client):
+def test_concurrent_requests_get_the_same_answers(client):
     bodies = [{"temperature": 1.5, "seed": seed, "max_tokens": 20} for seed in range(4)]
-    alone = [complete(client, **b)["choices"] for b in bodies]
+    single_answers = [complete(client, **b)["choices"] for b in bodies]
     with ThreadPoolExecutor(8) as pool:
-        together = list(pool.map(lambda b: complete(client, **b)["choices"], bodies * 2))
-    assert together == alone * 2
+        concurrent_answers = list(pool.map(lambda b: complete(client, **b)["choices"], bodies * 2))
+    assert concurrent_answers == single_answers * 2
 
 
 @pytest.mark.parametrize(
-    ("body", "status", "param", "says"),
+    ("body", "status", "param", "message"),
     [
         ({"prompt": "the", "best_of": 2}, 400, "best_of", "is not supported"),
         ({"prompt": "z" * SEQ_LEN}, 400, "prompt", f"prompt and answer together may have {SEQ_LEN}"),
@@ -139,34 +141,33 @@ def test_requests_at_once_are_answered_as_alone(client):
         ({}, 400, "prompt", "required"),
     ],
 )
-def test_errors(client, body, status, param, says):
+def test_wrong_requests_are_refused(client, body, status, param, message):
     response = client.post("/v1/completions", json=body)
     assert response.status_code == status
     assert response.json()["error"]["param"] == param
-    assert says in response.json()["error"]["message"]
+    assert message in response.json()["error"]["message"]
 
 
-def test_models_and_health(client):
+def test_models_and_health_are_served(client):
     (model,) = client.get("/v1/models").json()["data"]
     assert (model["id"], model["max_model_len"]) == ("tiny-abc123", SEQ_LEN)
     assert client.get("/health").status_code == 200
     assert client.get("/v1/nothing").json()["error"]["type"] == "invalid_request_error"
 
 
-def test_an_update_refuses_no_request_and_ends_what_was_begun(client, checkpoint, spread_checkpoint):
-    """The update serves the same weights from other files, so that every answer is the same whichever replica gave
-    it."""
-    [before] = client.get("/stats").json()["replicas"]
+def test_update_completes_all_requests(client, checkpoint, expert_parallel_checkpoint):
+    """The update serves the same weights from other files, so old and new replicas give the same answers."""
+    [previous_stats] = client.get("/stats").json()["replicas"]
     body = {"prompt": "the quick", "temperature": 0, "max_tokens": 40}
     expected = complete(client, **body)["choices"]
 
     def ask():
-        return client.post("/v1/completions", content=slowly(body), headers={"Content-Type": "application/json"})
+        return client.post("/v1/completions", content=slow_body(body), headers={"Content-Type": "application/json"})
 
-    with asking(ask) as answers:
-        deploy([application_config("tiny", spread_checkpoint, SPEC, "tiny-abc123")])
+    with run_clients(ask) as answers:
+        deploy([application_config("tiny", expert_parallel_checkpoint, SPEC, "tiny-abc123")])
         deadline = time.monotonic() + 120
-        while (replicas := client.get("/stats").json()["replicas"])[0]["replica"] == before["replica"]:
+        while (replicas := client.get("/stats").json()["replicas"])[0]["replica"] == previous_stats["replica"]:
             assert time.monotonic() < deadline
             time.sleep(0.1)
     assert len(answers) > 10
@@ -175,103 +176,102 @@ def test_an_update_refuses_no_request_and_ends_what_was_begun(client, checkpoint
     assert len(replicas) == 1
 
 
-def test_each_replica_tells_what_it_did(client, checkpoint):
+def test_stats_list_each_replica(client, checkpoint):
     deploy([application_config("tiny", checkpoint, TWO, "tiny-abc123")])
-    wait_until("tiny", "RUNNING")
-    before = {told["replica"]: told["answer_tokens"] for told in client.get("/stats").json()["replicas"]}
-    assert len(before) == 2
+    wait_for_status("tiny", "RUNNING")
+    initial_tokens = {stats["replica"]: stats["answer_tokens"] for stats in client.get("/stats").json()["replicas"]}
+    assert len(initial_tokens) == 2
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda seed: complete(client, seed=seed, max_tokens=10), range(16)))
-    after = {told["replica"]: told["answer_tokens"] for told in client.get("/stats").json()["replicas"]}
-    assert sum(after.values()) - sum(before.values()) == 160
-    assert after.keys() == before.keys()
+    final_tokens = {stats["replica"]: stats["answer_tokens"] for stats in client.get("/stats").json()["replicas"]}
+    assert sum(final_tokens.values()) - sum(initial_tokens.values()) == 160
+    assert final_tokens.keys() == initial_tokens.keys()
 
 
-def test_rays_own_metrics_have_what_replicas_count(client):
-    """The metrics are on the port of the node that Prometheus asks.
+def test_ray_metrics_have_the_replicas_counts(client):
+    """The metrics are on the node's port for Prometheus.
 
-    A replica reports every two seconds, and Ray's agent now and then.
+    A replica reports every two seconds, and Ray's agent at intervals of its own.
     """
     complete(client, max_tokens=5)
     [node] = ray.nodes()
     deadline = time.monotonic() + 60
     while True:
         text = httpx.get(f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics").text
-        found = [line for line in text.splitlines() if line.startswith("ray_mhmoe_answer_tokens_total{")]
-        if found and sum(float(line.split()[-1]) for line in found) >= 5:
+        metric_lines = [line for line in text.splitlines() if line.startswith("ray_mhmoe_answer_tokens_total{")]
+        if metric_lines and sum(float(line.split()[-1]) for line in metric_lines) >= 5:
             break
         assert time.monotonic() < deadline, [line for line in text.splitlines() if "mhmoe" in line]
         time.sleep(0.5)
-    assert 'model="tiny-abc123"' in found[0]
-    assert 'application="tiny"' in found[0]
+    assert 'model="tiny-abc123"' in metric_lines[0]
+    assert 'application="tiny"' in metric_lines[0]
     assert "ray_mhmoe_first_token_seconds_bucket_total{" in text
     assert "ray_mhmoe_expert_routes_total{" in text
     assert "ray_mhmoe_running{" in text
 
 
-def test_a_replica_that_is_killed_loses_no_request_but_its_own(port, client, checkpoint):
+def test_killed_replica_loses_only_its_own_requests(port, client, checkpoint):
     """Two replicas give answers of 40 tokens, and one of them is killed.
 
-    Its requests are lost with a clear error. All others are answered, also those that come while another replica starts
-    in its place.
+    Its requests fail with a clear error. All others are answered, also those that come while a new replica starts.
     """
     deploy([application_config("tiny", checkpoint, TWO, "tiny-abc123")])
-    wait_until("tiny", "RUNNING")
+    wait_for_status("tiny", "RUNNING")
     body = {"prompt": "the quick", "temperature": 0, "max_tokens": 40}
     expected = complete(client, **body)["choices"]
     killed = threading.Event()
 
     def ask():
         if killed.is_set():
-            time.sleep(0.3)  # who starts in its place needs a core
+            time.sleep(0.3)  # the replica that starts in its place needs a core
         return client.post("/v1/completions", json=body)
 
-    with asking(ask) as answers:
+    with run_clients(ask) as answers:
         time.sleep(1)
-        [victim, _] = details("tiny")["deployments"][DEPLOYMENT]["replicas"]
+        [victim, _] = application_details("tiny")["deployments"][DEPLOYMENT]["replicas"]
         os.kill(victim["pid"], signal.SIGKILL)
         killed.set()
         deadline = time.monotonic() + 120
-        while victim["replica_id"] in (found := running("tiny")) or len(found) < 2:
+        while victim["replica_id"] in (replica_ids := running_replicas("tiny")) or len(replica_ids) < 2:
             assert time.monotonic() < deadline
             time.sleep(0.1)
         time.sleep(1)
-    lost = [a for a in answers if a.status_code != 200]
-    assert len(lost) <= 4  # one client has one request at a time
-    assert [(a.status_code, a.json()["error"]["code"]) for a in lost] == [(503, "lost")] * len(lost)
-    assert all(a.json()["choices"] == expected for a in answers if a not in lost)
+    lost_answers = [a for a in answers if a.status_code != 200]
+    assert len(lost_answers) <= 4  # one client has one request at a time
+    assert [(a.status_code, a.json()["error"]["code"]) for a in lost_answers] == [(503, "lost")] * len(lost_answers)
+    assert all(a.json()["choices"] == expected for a in answers if a not in lost_answers)
 
 
 @pytest.mark.slow
-def test_replicas_come_with_requests_and_go_without(client, checkpoint):
-    elastic = SPEC.model_copy(update={"replicas": WorkerRange(min=1, max=2), "max_concurrency": 1})
-    config = application_config("tiny", checkpoint, elastic, "tiny-abc123")
+def test_autoscaling_follows_the_number_of_requests(client, checkpoint):
+    elastic_spec = SPEC.model_copy(update={"replicas": WorkerRange(min=1, max=2), "max_concurrency": 1})
+    config = application_config("tiny", checkpoint, elastic_spec, "tiny-abc123")
     scaling = config["deployments"][0]["autoscaling_config"]
     assert scaling == {"min_replicas": 1, "max_replicas": 2, "target_ongoing_requests": 1}
-    # Ray waits for half a minute before it adds one, and for ten before it takes one away.
+    # By default Ray waits half a minute before it adds a replica, and ten minutes before it removes one.
     scaling |= {"upscale_delay_s": 1, "downscale_delay_s": 2, "look_back_period_s": 20}
     deploy([config])
-    wait_until("tiny", "RUNNING")
+    wait_for_status("tiny", "RUNNING")
 
-    def until(replicas):
+    def wait_for_replicas(replicas):
         deadline = time.monotonic() + 120
-        while len(running("tiny")) != replicas:
+        while len(running_replicas("tiny")) != replicas:
             assert time.monotonic() < deadline
             yield
 
-    assert len(running("tiny")) == 1
+    assert len(running_replicas("tiny")) == 1
     with ThreadPoolExecutor(6) as pool:
-        for _ in until(2):
+        for _ in wait_for_replicas(2):
             list(pool.map(lambda seed: complete(client, seed=seed, max_tokens=40), range(12)))
-    for _ in until(1):
+    for _ in wait_for_replicas(1):
         time.sleep(0.2)
     assert complete(client, max_tokens=5)["usage"]["completion_tokens"] == 5
 
 
-def test_limits_of_a_key_hold_for_all_replicas_together(port, checkpoint):
+def test_rate_limits_hold_over_all_replicas(port, checkpoint):
     deploy([application_config("tiny", checkpoint, TWO, "tiny-abc123")])
-    wait_until("tiny", "RUNNING")
-    assert len(running("tiny")) == 2
+    wait_for_status("tiny", "RUNNING")
+    assert len(running_replicas("tiny")) == 2
 
     def ask(key, max_tokens):
         body = {"prompt": "the", "max_tokens": max_tokens, "temperature": 0}
@@ -280,28 +280,28 @@ def test_limits_of_a_key_hold_for_all_replicas_together(port, checkpoint):
     with ThreadPoolExecutor(4) as pool:
         answers = list(pool.map(lambda _: ask(LIMITED, 1), range(12)))
     assert [response.status_code for response in answers].count(200) in (6, 7)  # a seventh after ten seconds
-    refused = next(response for response in answers if response.status_code == 429)
-    assert refused.json()["error"]["code"] == "rate_limit_exceeded"
-    assert int(refused.headers["retry-after"]) <= 11
+    refusal = next(response for response in answers if response.status_code == 429)
+    assert refusal.json()["error"]["code"] == "rate_limit_exceeded"
+    assert int(refusal.headers["retry-after"]) <= 11
     assert ask(TALKER, 40).status_code == 200
     deadline = time.monotonic() + 30
-    while (refused := ask(TALKER, 1)).status_code == 200:  # a replica does not wait until its tokens are counted
+    while (refusal := ask(TALKER, 1)).status_code == 200:  # replicas do not wait until their tokens are counted
         assert time.monotonic() < deadline
-    assert "all its tokens" in refused.json()["error"]["message"]
+    assert "all its tokens" in refusal.json()["error"]["message"]
 
 
-def test_a_checkpoint_that_cannot_be_served_fails_in_one_line_and_the_other_goes_on(client, checkpoint):
-    missing = checkpoint.with_name("step_00000099.1")
-    good = application_config("tiny", checkpoint, TWO, "tiny-abc123")
-    bad = application_config("missing", missing, SPEC, "missing")
-    deploy([good, {**bad, "route_prefix": "/missing"}])
-    wait_until("missing", "DEPLOY_FAILED")
-    reason = f"checkpoint {missing}: it has no readable manifest.json; use another checkpoint of the run"
-    assert details("missing")["message"].splitlines()[1:] == [reason]
+def test_unservable_checkpoint_fails_in_one_line(client, checkpoint):
+    missing_checkpoint = checkpoint.with_name("step_00000099.1")
+    good_config = application_config("tiny", checkpoint, TWO, "tiny-abc123")
+    bad_config = application_config("missing", missing_checkpoint, SPEC, "missing")
+    deploy([good_config, {**bad_config, "route_prefix": "/missing"}])
+    wait_for_status("missing", "DEPLOY_FAILED")
+    reason = f"checkpoint {missing_checkpoint}: it has no readable manifest.json; use another checkpoint of the run"
+    assert application_details("missing")["message"].splitlines()[1:] == [reason]
     if find_spec("vllm") is None:
-        absent = application_config("absent", checkpoint, SPEC.model_copy(update={"engine": "vllm"}), "absent")
-        deploy([good, {**absent, "route_prefix": "/absent"}])
-        wait_until("absent", "DEPLOY_FAILED")
-        [_, reason] = details("absent")["message"].splitlines()
+        vllm_config = application_config("absent", checkpoint, SPEC.model_copy(update={"engine": "vllm"}), "absent")
+        deploy([good_config, {**vllm_config, "route_prefix": "/absent"}])
+        wait_for_status("absent", "DEPLOY_FAILED")
+        [_, reason] = application_details("absent")["message"].splitlines()
         assert reason.startswith("engine vllm: vLLM is not installed; install vllm where replicas run")
     assert client.get("/health").status_code == 200

@@ -1,4 +1,4 @@
-"""Half an hour of clients of all kinds: they are patient, leave, write nonsense, or ask for more than they may."""
+"""Half an hour of mixed clients: they wait, stream, leave early, send nonsense, or exceed limits."""
 
 import asyncio
 import json
@@ -17,7 +17,7 @@ from mhmoe_ray.serve.config import DEPLOYMENT, application_config
 from mhmoe_ray.spec import KeySpec, ServeSpec
 
 from .conftest import SEQ_LEN
-from .deployed import deploy, details, serving, wait_until
+from .deployed import application_details, deploy, start_ray_serve, wait_for_status
 
 SECONDS = float(os.environ.get("SOAK_SECONDS", "1800"))
 SEED = int(os.environ.get("SOAK_SEED", "1"))
@@ -51,29 +51,37 @@ NONSENSE = (
 )
 
 
-def body(seed: int, **more) -> dict:
+def request_body(seed: int, **fields) -> dict:
     """Return one of 40 request bodies."""
-    which = seed % 40
-    return {"prompt": "the quick " * (which % 4), "max_tokens": 1 + which, "temperature": 1.0, "seed": which, **more}
+    variant = seed % 40
+    return {
+        "prompt": "the quick " * (variant % 4),
+        "max_tokens": 1 + variant,
+        "temperature": 1.0,
+        "seed": variant,
+        **fields,
+    }
 
 
 class Crowd:
+    """Clients of several kinds, and the counts of the statuses that they get."""
+
     def __init__(self, url: str) -> None:
-        self.url, self.seen = url, Counter[tuple[str, int]]()
+        self.url, self.status_counts = url, Counter[tuple[str, int]]()
         self.expected: dict[int, str] = {}
 
-    async def patient(self, session, draws) -> None:
-        """Ask again until there is an answer, which is the same each time."""
+    async def ask_until_answered(self, session, draws) -> None:
+        """Retry a request until it is answered; equal requests must get equal answers."""
         seed = draws.randrange(40)
         while await self.ask(session, "patient", seed, FREE) == 429:
             await asyncio.sleep(0.2)
 
-    async def limited(self, session, draws) -> None:
+    async def ask_with_limited_key(self, session, draws) -> None:
         await self.ask(session, "limited", draws.randrange(40), LIMITED)
 
     async def ask(self, session, kind, seed, headers) -> int:
-        async with session.post(self.url, json=body(seed), headers=headers) as answer:
-            self.seen[kind, answer.status] += 1
+        async with session.post(self.url, json=request_body(seed), headers=headers) as answer:
+            self.status_counts[kind, answer.status] += 1
             if answer.status == 200:
                 text = (await answer.json())["choices"][0]["text"]
                 assert self.expected.setdefault(seed, text) == text
@@ -82,11 +90,11 @@ class Crowd:
                 assert answer.headers["Retry-After"]
             return answer.status
 
-    async def streaming(self, session, draws) -> None:
-        """Read a whole streamed answer, now and then slowly."""
+    async def read_stream(self, session, draws) -> None:
+        """Read a complete streamed answer, sometimes slowly."""
         seed, slow = draws.randrange(40), draws.random() < 0.2
-        async with session.post(self.url, json=body(seed, stream=True), headers=FREE) as answer:
-            self.seen["streaming", answer.status] += 1
+        async with session.post(self.url, json=request_body(seed, stream=True), headers=FREE) as answer:
+            self.status_counts["streaming", answer.status] += 1
             if answer.status != 200:
                 return
             events = []
@@ -98,27 +106,27 @@ class Crowd:
             text = "".join(json.loads(event)["choices"][0]["text"] for event in events[:-1])
             assert self.expected.setdefault(seed, text) == text
 
-    async def leaving(self, session, draws) -> None:
-        """Leave before the answer, or in the middle of it."""
+    async def leave_early(self, session, draws) -> None:
+        """Disconnect before the answer or in the middle of it."""
         try:
             async with asyncio.timeout(draws.choice([0.001, 0.02, 0.1])):
-                sent = body(39, stream=draws.random() < 0.5)
-                async with session.post(self.url, json=sent, headers=FREE) as answer:
-                    self.seen["leaving", answer.status] += 1
+                fields = request_body(39, stream=draws.random() < 0.5)
+                async with session.post(self.url, json=fields, headers=FREE) as answer:
+                    self.status_counts["leaving", answer.status] += 1
                     await answer.content.readany()
         except TimeoutError:
-            self.seen["left", 0] += 1
+            self.status_counts["left", 0] += 1
 
-    async def nonsense(self, session, draws) -> None:
-        sent = draws.choice([*NONSENSE, draws.randbytes(draws.randrange(200))])
+    async def send_nonsense(self, session, draws) -> None:
+        content = draws.choice([*NONSENSE, draws.randbytes(draws.randrange(200))])
         headers = {**FREE, "Content-Type": draws.choice(["application/json", "application/json", "text/plain"])}
-        async with session.post(self.url, data=sent, headers=headers) as answer:
-            self.seen["nonsense", answer.status] += 1
+        async with session.post(self.url, data=content, headers=headers) as answer:
+            self.status_counts["nonsense", answer.status] += 1
             assert (await answer.json())["error"]["message"]
 
-    async def too_much(self, session, draws) -> None:
+    async def exceed_a_limit(self, session, draws) -> None:
         """Send a request that exceeds one of the limits, or has a wrong model or key."""
-        kind, sent, headers = draws.choice(
+        kind, fields, headers = draws.choice(
             [
                 ("body", {"prompt": "x" * 30_000}, FREE),
                 ("prompt", {"prompt": "z" * 2 * SEQ_LEN}, FREE),
@@ -128,23 +136,23 @@ class Crowd:
                 ("key", {"prompt": "a"}, {"Authorization": "Bearer guessed"}),
             ]
         )
-        async with session.post(self.url, json=sent, headers=headers) as answer:
-            self.seen[kind, answer.status] += 1
+        async with session.post(self.url, json=fields, headers=headers) as answer:
+            self.status_counts[kind, answer.status] += 1
             assert (await answer.json())["error"]["message"]
 
-    async def run(self, seconds: float, each_minute) -> None:
-        kinds = [self.patient] * 4 + [self.streaming] * 3 + [self.leaving] * 2
-        kinds += [self.nonsense, self.too_much, self.limited]
-        until = time.monotonic() + seconds
+    async def run(self, seconds: float, sample_memory) -> None:
+        kinds = [self.ask_until_answered] * 4 + [self.read_stream] * 3 + [self.leave_early] * 2
+        kinds += [self.send_nonsense, self.exceed_a_limit, self.ask_with_limited_key]
+        deadline = time.monotonic() + seconds
 
         async def client(number: int) -> None:
             draws = random.Random(f"{SEED} {number}")
-            while time.monotonic() < until:
+            while time.monotonic() < deadline:
                 await draws.choice(kinds)(session, draws)
 
         async def watch() -> None:
-            while time.monotonic() < until:
-                each_minute()
+            while time.monotonic() < deadline:
+                sample_memory()
                 await asyncio.sleep(min(60, seconds / 10))
 
         async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=120)) as session:
@@ -169,33 +177,33 @@ EXPECTED = {
 
 @pytest.mark.ray
 @pytest.mark.soak
-def test_nothing_is_lost_nothing_grows_and_no_error_is_another_than_expected(checkpoint):
+def test_mixed_clients_get_expected_statuses_and_memory_stays_constant(checkpoint):
     memory: list[int] = []
-    with serving() as port:
+    with start_ray_serve() as port:
         deploy([application_config("tiny", checkpoint, SPEC, "tiny-abc123")])
-        wait_until("tiny", "RUNNING")
-        [replica] = details("tiny")["deployments"][DEPLOYMENT]["replicas"]
+        wait_for_status("tiny", "RUNNING")
+        [replica] = application_details("tiny")["deployments"][DEPLOYMENT]["replicas"]
         process = psutil.Process(replica["pid"])
         crowd = Crowd(f"http://127.0.0.1:{port}/v1/completions")
 
-        def look() -> None:
+        def sample_memory() -> None:
             memory.append(process.memory_info().rss)
-            done = sum(crowd.seen.values())
-            print(f"{done} requests, {memory[-1] / 2**20:.1f} MiB", flush=True)
+            request_count = sum(crowd.status_counts.values())
+            print(f"{request_count} requests, {memory[-1] / 2**20:.1f} MiB", flush=True)
 
-        asyncio.run(crowd.run(SECONDS, look))
-        look()
+        asyncio.run(crowd.run(SECONDS, sample_memory))
+        sample_memory()
         assert process.is_running()
-        time.sleep(5)  # those who left may have left something to end
-        told = httpx.get(f"http://127.0.0.1:{port}/stats", headers=FREE, timeout=30).json()
-    [stats] = told["replicas"]
-    print(dict(sorted(crowd.seen.items())))
-    found: dict[str, set[int]] = {}
-    for kind, status in crowd.seen:
-        found.setdefault(kind, set()).add(status)
-    assert all(statuses <= EXPECTED[kind] for kind, statuses in found.items()), found
-    assert found.keys() == EXPECTED.keys(), "each kind of client was there"
-    assert {429, 200} == found["limited"]
+        time.sleep(5)  # the engine ends the requests of clients that left
+        response = httpx.get(f"http://127.0.0.1:{port}/stats", headers=FREE, timeout=30).json()
+    [stats] = response["replicas"]
+    print(dict(sorted(crowd.status_counts.items())))
+    statuses_by_kind: dict[str, set[int]] = {}
+    for kind, status in crowd.status_counts:
+        statuses_by_kind.setdefault(kind, set()).add(status)
+    assert all(statuses <= EXPECTED[kind] for kind, statuses in statuses_by_kind.items()), statuses_by_kind
+    assert statuses_by_kind.keys() == EXPECTED.keys(), "each kind of client has sent requests"
+    assert {429, 200} == statuses_by_kind["limited"]
     assert (stats["running"], stats["waiting"], stats["cache_used"]) == (0, 0, 0)
-    settled = memory[len(memory) // 5 :]
-    assert max(settled) <= 1.05 * min(settled), [f"{rss / 2**20:.1f}" for rss in memory]
+    settled_memory = memory[len(memory) // 5 :]
+    assert max(settled_memory) <= 1.05 * min(settled_memory), [f"{rss / 2**20:.1f}" for rss in memory]

@@ -1,13 +1,13 @@
-"""The pace of a stream's chunks, by the clock of the event loop, which here goes on as tokens come."""
+"""The interval between a stream's chunks; each token advances the event loop's clock."""
 
 import asyncio
 
 import pytest
 from pydantic import BaseModel
 
-from mhmoe_ray.serve.answer import Piece
+from mhmoe_ray.serve.answer import AnswerPiece
 from mhmoe_ray.serve.api.access import Client
-from mhmoe_ray.serve.api.stream import CHUNK_SECONDS, LONGEST_SECONDS, Answers, Pace
+from mhmoe_ray.serve.api.stream import CHUNK_SECONDS, MAX_DELAY_SECONDS, Answers, StreamPacer
 
 TOKEN_SECONDS = 0.01
 TOKENS = 101
@@ -15,79 +15,85 @@ TOKENS = 101
 
 class Chunk(BaseModel):
     text: str
-    at: float
+    time: float
 
 
-def chunks_of(pace: Pace, choices: int = 1, ended: int = 0) -> list[Chunk]:
-    """Return the chunks of the first choice of an answer with a token every 10 ms, with the times at which they came.
+def stream_chunks(pacer: StreamPacer, choices: int = 1, short_choices: int = 0) -> list[Chunk]:
+    """Return the chunks of the first choice of an answer with a token every 10 ms, with their times.
 
-    The last `ended` choices of the answer have only one token each.
+    The last `short_choices` choices of the answer have only one token each.
     """
 
     async def run() -> list[Chunk]:
-        loop, now = asyncio.get_running_loop(), [0.0]
-        loop.time = lambda: now[0]
+        loop, clock_time = asyncio.get_running_loop(), [0.0]
+        loop.time = lambda: clock_time[0]
 
-        async def answer(own):
-            tokens = 1 if own >= choices - ended else TOKENS
+        async def answer(choice):
+            tokens = 1 if choice >= choices - short_choices else TOKENS
             for number in range(1, tokens + 1):
-                if own == 0:
-                    now[0] += TOKEN_SECONDS
-                yield Piece("a" if own == 0 else "b", number, (), "length" if number == tokens else None)
-                for _ in range(5):  # so that whoever waits for it has it
+                if choice == 0:
+                    clock_time[0] += TOKEN_SECONDS
+                yield AnswerPiece("a" if choice == 0 else "b", number, (), "length" if number == tokens else None)
+                for _ in range(5):  # the stream takes the piece meanwhile
                     await asyncio.sleep(0)
 
-        answers = Answers([answer(own) for own in range(choices)], 1, Client(""), timeout=600.0, pace=pace)
-        events = await answers.events(lambda _, piece: Chunk(text=piece.text, at=now[0]), None)
-        told = [event.removeprefix("data: ").strip() async for event in events]
-        assert told[-1] == "[DONE]"
-        chunks = [Chunk.model_validate_json(event) for event in told[:-1]]
-        assert sum(len(chunk.text) for chunk in chunks) == TOKENS * (choices - ended) + ended, "none is lost"
+        answers = Answers([answer(choice) for choice in range(choices)], 1, Client(""), timeout=600.0, pacer=pacer)
+        events = await answers.events(lambda _, piece: Chunk(text=piece.text, time=clock_time[0]), None)
+        event_bodies = [event.removeprefix("data: ").strip() async for event in events]
+        assert event_bodies[-1] == "[DONE]"
+        chunks = [Chunk.model_validate_json(event) for event in event_bodies[:-1]]
+        assert sum(len(chunk.text) for chunk in chunks) == TOKENS * (choices - short_choices) + short_choices, (
+            "no token is lost"
+        )
         return [chunk for chunk in chunks if "a" in chunk.text]
 
     return asyncio.run(run())
 
 
-def between(chunks: list[Chunk]) -> float:
+def mean_interval(chunks: list[Chunk]) -> float:
     """Return the mean seconds between chunks.
 
-    The first chunk comes before others have begun, and the last one with the answer's end, so neither counts.
+    The first chunk comes before other streams start, and the last one with the answer's end, so neither counts.
     """
-    times = [chunk.at for chunk in chunks[1:-1]]
+    times = [chunk.time for chunk in chunks[1:-1]]
     return (times[-1] - times[0]) / (len(times) - 1)
 
 
-def with_others(pace: Pace, others: int) -> Pace:
-    """Register this number of further streams with the pace, and return it."""
-    for other in range(others):
-        pace.goes_on(other)
-    return pace
+def add_streams(pacer: StreamPacer, count: int) -> StreamPacer:
+    """Register `count` further streams with the pacer, and return it."""
+    for stream in range(count):
+        pacer.record_token(stream)
+    return pacer
 
 
-def test_without_an_interval_each_token_has_a_chunk():
-    assert [chunk.text for chunk in chunks_of(with_others(Pace(0.0), 100))] == ["a"] * TOKENS
+def test_zero_interval_sends_each_token_at_once():
+    assert [chunk.text for chunk in stream_chunks(add_streams(StreamPacer(0.0), 100))] == ["a"] * TOKENS
 
 
-def test_tokens_wait_for_each_other():
-    chunks = chunks_of(Pace(0.05))
-    assert chunks[0] == Chunk(text="a", at=TOKEN_SECONDS), "the first comes at once"
-    assert between(chunks) == pytest.approx(0.05, abs=TOKEN_SECONDS)
+def test_tokens_are_collected_during_the_interval():
+    chunks = stream_chunks(StreamPacer(0.05))
+    assert chunks[0] == Chunk(text="a", time=TOKEN_SECONDS), "the first token is sent at once"
+    assert mean_interval(chunks) == pytest.approx(0.05, abs=TOKEN_SECONDS)
 
 
-@pytest.mark.parametrize(("others", "seconds"), [(1, 0.05), (29, 30 * CHUNK_SECONDS), (999, LONGEST_SECONDS)])
-def test_of_many_streams_all_chunks_together_are_so_many_a_second(others, seconds):
-    assert between(chunks_of(with_others(Pace(0.05), others))) == pytest.approx(seconds, abs=TOKEN_SECONDS)
+@pytest.mark.parametrize(("stream_count", "seconds"), [(1, 0.05), (29, 30 * CHUNK_SECONDS), (999, MAX_DELAY_SECONDS)])
+def test_interval_grows_with_the_number_of_streams(stream_count, seconds):
+    assert mean_interval(stream_chunks(add_streams(StreamPacer(0.05), stream_count))) == pytest.approx(
+        seconds, abs=TOKEN_SECONDS
+    )
 
 
-def test_each_choice_is_a_stream_until_it_ends():
-    pace = Pace(1e-9)
-    assert between(chunks_of(pace, choices=30)) == pytest.approx(30 * CHUNK_SECONDS, abs=TOKEN_SECONDS)
-    assert pace.interval == 1e-9
-    assert between(chunks_of(pace, choices=30, ended=29)) == pytest.approx(TOKEN_SECONDS, abs=TOKEN_SECONDS / 2)
+def test_each_choice_counts_as_a_stream_until_it_ends():
+    pacer = StreamPacer(1e-9)
+    assert mean_interval(stream_chunks(pacer, choices=30)) == pytest.approx(30 * CHUNK_SECONDS, abs=TOKEN_SECONDS)
+    assert pacer.interval == 1e-9
+    assert mean_interval(stream_chunks(pacer, choices=30, short_choices=29)) == pytest.approx(
+        TOKEN_SECONDS, abs=TOKEN_SECONDS / 2
+    )
 
 
-def test_a_stream_counts_neither_while_it_waits_for_its_turn_nor_when_it_was_left():
-    pace = Pace(1e-9)
+def test_waiting_and_closed_streams_do_not_count():
+    pacer = StreamPacer(1e-9)
 
     async def run():
         turn = asyncio.Event()
@@ -95,18 +101,18 @@ def test_a_stream_counts_neither_while_it_waits_for_its_turn_nor_when_it_was_lef
         async def answer():
             await turn.wait()
             while True:
-                yield Piece("a", 1, ())
+                yield AnswerPiece("a", 1, ())
                 await asyncio.sleep(0)
 
-        answers = Answers([answer()], 1, Client(""), timeout=600.0, pace=pace)
-        begun = asyncio.create_task(answers.events(lambda _, piece: Chunk(text=piece.text, at=0.0), None))
+        answers = Answers([answer()], 1, Client(""), timeout=600.0, pacer=pacer)
+        events_task = asyncio.create_task(answers.events(lambda _, piece: Chunk(text=piece.text, time=0.0), None))
         await asyncio.sleep(0.01)
-        assert pace.interval == 1e-9
+        assert pacer.interval == 1e-9
         turn.set()
-        events = await begun
+        events = await events_task
         await anext(events)
-        assert pace.interval == CHUNK_SECONDS
+        assert pacer.interval == CHUNK_SECONDS
         await events.aclose()
 
     asyncio.run(run())
-    assert pace.interval == 1e-9
+    assert pacer.interval == 1e-9

@@ -13,12 +13,12 @@ from mhmoe_ray.spec import RunSpec
 from mhmoe_ray.train.step import MicroBatch, Trainer
 
 
-class Alone(NamedTuple):
+class SingleProcessResult(NamedTuple):
     losses: list[float]
     weights: dict[str, torch.Tensor]
 
 
-def trained_alone(spec: RunSpec, steps: int) -> Alone:
+def train_on_one_process(spec: RunSpec, steps: int) -> SingleProcessResult:
     """Train the first `steps` steps of a run on one process; return the losses and the weights."""
     cluster = spec.cluster.model_validate({"workers": 1, "ep": 1})
     spec = spec.model_copy(update={"cluster": cluster})
@@ -32,4 +32,4 @@ def trained_alone(spec: RunSpec, steps: int) -> Alone:
         sums = trainer.accumulate([MicroBatch(*map(torch.from_numpy, part)) for part in parts])
         trainer.update(sums)
         losses.append(sums.loss / sums.targets)
-    return Alone(losses, {name: t.detach() for name, t in trainer.strategy.weights().items()})
+    return SingleProcessResult(losses, {name: t.detach() for name, t in trainer.strategy.checkpoint_weights().items()})

@@ -14,27 +14,26 @@ from tests.several_nodes.nodes import SETTINGS, Nodes
 
 
 @contextmanager
-def several(home: Path, elsewhere: Path) -> Iterator[Nodes]:
-    """Start a cluster of a head and four nodes, which is not the local one of its users: commands are given its
-    address.
+def cluster_of_nodes(home: Path, user_home: Path) -> Iterator[Nodes]:
+    """Start a cluster of a head and four nodes; its users name it by its address, since it is not their local one.
 
     Args:
         home: The MHMOE_HOME in which the cluster is started.
-        elsewhere: The MHMOE_HOME of those who use it.
+        user_home: The MHMOE_HOME of its users.
     """
     with home_of_its_own(home) as patch:
         for name, value in SETTINGS.items():
             patch.setenv(name, value)
         head = start_local(1)
         token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(tokens.token_file())}
-        patch.setenv("MHMOE_HOME", str(elsewhere))
+        patch.setenv("MHMOE_HOME", str(user_home))
         environment = {**os.environ, **token, MARK: str(head.folder), "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
-    started = Nodes(head, environment)
+    cluster = Nodes(head, environment)
     try:
-        started.bring_back()
-        yield started
+        cluster.bring_back()
+        yield cluster
     finally:
-        started.stop()
+        cluster.stop()
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("MHMOE_HOME", str(home))
             stop_local()
@@ -43,8 +42,8 @@ def several(home: Path, elsewhere: Path) -> Iterator[Nodes]:
 @pytest.fixture(scope="session")
 def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
     """Yield the cluster that the tests of this folder share."""
-    with several(tmp_path_factory.mktemp("several"), tmp_path_factory.mktemp("elsewhere")) as started:
-        yield started
+    with cluster_of_nodes(tmp_path_factory.mktemp("several"), tmp_path_factory.mktemp("elsewhere")) as cluster:
+        yield cluster
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,7 @@
 """Act on a cluster as asked on stdin, one JSON line per request: `python -m tests.several_nodes.helper ADDRESS`.
 
-["start", place, CPUs, labels]  start a node
-["kill", place]                 kill its raylet by SIGKILL, of which all else on the node dies
+["start", index, CPUs, labels]  start a node
+["kill", index]                 kill its raylet by SIGKILL, which ends everything else on the node
 ["nodes"]                       return the labels of each living node, by Ray's id
 ["hold", {node: CPUs}]          take CPUs from others
 ["release"]                     give them back
@@ -31,17 +31,17 @@ from mhmoe_ray.train import stream_start
 
 @ray.remote
 class Holder:
-    def here(self) -> bool:
+    def is_alive(self) -> bool:
         return True
 
 
 class Helper:
     def __init__(self, address: str) -> None:
         self._address = address
-        self._started: dict[str, Node] = {}
+        self._node_of_index: dict[str, Node] = {}
         self._holders: list[Any] = []
 
-    def start(self, place: str, cpus: int, labels: dict[str, str]) -> None:
+    def start(self, index: str, cpus: int, labels: dict[str, str]) -> None:
         params = RayParams(
             gcs_address=self._address,
             node_ip_address="127.0.0.1",
@@ -56,10 +56,10 @@ class Helper:
             dashboard_agent_listen_port=0,
             include_log_monitor=False,
         )
-        self._started[place] = Node(params, head=False, shutdown_at_exit=True, spawn_reaper=True)
+        self._node_of_index[index] = Node(params, head=False, shutdown_at_exit=True, spawn_reaper=True)
 
-    def kill(self, place: str) -> None:
-        node = self._started.pop(place)
+    def kill(self, index: str) -> None:
+        node = self._node_of_index.pop(index)
         node.kill_raylet()
         node.kill_all_processes(check_alive=False, wait=True)
 
@@ -68,9 +68,9 @@ class Helper:
 
     def hold(self, cpus: dict[str, int]) -> None:
         for node, count in cpus.items():
-            there = NodeAffinitySchedulingStrategy(node, soft=False)
-            self._holders.append(Holder.options(num_cpus=count, scheduling_strategy=there).remote())
-        ray.get([holder.here.remote() for holder in self._holders])
+            on_node = NodeAffinitySchedulingStrategy(node, soft=False)
+            self._holders.append(Holder.options(num_cpus=count, scheduling_strategy=on_node).remote())
+        ray.get([holder.is_alive.remote() for holder in self._holders])
 
     def release(self) -> None:
         for holder in self._holders:
@@ -84,12 +84,14 @@ class Helper:
         return bool(accepted)
 
     def describe(self, files: list[str]) -> tuple[list[dict[str, Any]], int]:
-        stream_start.ALONE, tasks, options = 0, [], stream_start._describe.options
+        stream_start.SINGLE_NODE_BYTES, tasks, options = 0, [], stream_start._describe_share.options
         with mock.patch.object(
-            stream_start._describe, "options", lambda **given: tasks.append(given) or options(**given)
+            stream_start._describe_share,
+            "options",
+            lambda **task_options: tasks.append(task_options) or options(**task_options),
         ):
-            found = list(stream_start.describe_together([Path(file) for file in files]))
-        return [entry.model_dump() for entry in found], len(tasks)
+            entries = list(stream_start.describe_on_all_nodes([Path(file) for file in files]))
+        return [entry.model_dump() for entry in entries], len(tasks)
 
 
 def main() -> None:

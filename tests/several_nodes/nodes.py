@@ -45,7 +45,7 @@ class Nodes:
             environment: The environment that a client of the cluster needs.
         """
         self.head, self.address, self.environment = head, head.address, environment
-        self._there: set[int] = set()
+        self._living_indices: set[int] = set()
         command = [sys.executable, "-m", "tests.several_nodes.helper", head.gcs_address]
         with (head.folder / "helper.log").open("wb") as log:
             self._helper = subprocess.Popen(
@@ -66,40 +66,41 @@ class Nodes:
         """Return the values of a label of the living nodes, by Ray's ids."""
         return {node: labels[name] for node, labels in self.ask("nodes").items() if name in labels}
 
-    def id_of(self, place: int) -> str:
-        return next(node for node, there in self.labels("place").items() if there == str(place))
+    def id_of(self, index: int) -> str:
+        return next(node for node, label in self.labels("node_index").items() if label == str(index))
 
     @contextmanager
-    def only(self, slots: Sequence[int]) -> Iterator[None]:
+    def leave_slots(self, slots: Sequence[int]) -> Iterator[None]:
         """Leave room for so many workers on each node during the block, and hold the remaining CPUs."""
-        held = {self.id_of(place): 2 * (SLOTS - left) for place, left in enumerate(slots) if left < SLOTS}
-        self.ask("hold", held)
+        cpus_to_hold = {
+            self.id_of(index): 2 * (SLOTS - free_slots) for index, free_slots in enumerate(slots) if free_slots < SLOTS
+        }
+        self.ask("hold", cpus_to_hold)
         try:
             yield
         finally:
             self.ask("release")
 
-    def kill(self, place: int) -> None:
-        self._there.discard(place)
-        self.ask("kill", place)
+    def kill(self, index: int) -> None:
+        self._living_indices.discard(index)
+        self.ask("kill", index)
 
     def bring_back(self) -> None:
         """Start the nodes that were killed, or all of them at first, and wait until all are there."""
-        for place in set(range(len(RACKS))) - self._there:
-            self.ask("start", place, 2 * SLOTS, {"place": str(place), "rack": RACKS[place]})
-            self._there.add(place)
-        whole = [str(place) for place in range(len(RACKS))]
-        wait_until(lambda: sorted(self.labels("place").values()) == whole, "all nodes")
+        for index in set(range(len(RACKS))) - self._living_indices:
+            self.ask("start", index, 2 * SLOTS, {"node_index": str(index), "rack": RACKS[index]})
+            self._living_indices.add(index)
+        all_indices = [str(number) for number in range(len(RACKS))]
+        wait_until(lambda: sorted(self.labels("node_index").values()) == all_indices, "all nodes")
 
     @contextmanager
-    def replaced(self, place: int) -> Iterator[None]:
-        """Announce that a node will be taken away within a minute; at the end, kill it and start another in its
-        place."""
-        assert self.ask("drain", self.id_of(place), 60)
+    def drained_and_replaced(self, index: int) -> Iterator[None]:
+        """Announce that a node will be taken away within a minute; at the end, kill it and start another one."""
+        assert self.ask("drain", self.id_of(index), 60)
         try:
             yield
         finally:
-            self.kill(place)
+            self.kill(index)
             self.bring_back()
 
     def stop(self) -> None:

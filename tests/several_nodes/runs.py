@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from mhmoe_ray.planner.placement import Groups, expert_groups
+from mhmoe_ray.planner.placement import ExpertGroups, expert_groups
 from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.spec import dump_spec
 from tests.cli.run import Result, mhmoe
@@ -34,14 +34,14 @@ def submit(nodes: Nodes, project: Path, **sections: dict[str, Any]) -> RunDir:
     return newest(project)
 
 
-def layout(nodes: Nodes, event: dict[str, Any], label: str | None = None) -> tuple[list[str], Groups]:
-    """Return the places of the ranks, and the groups that these nodes should give."""
+def layout(nodes: Nodes, event: dict[str, Any], label: str | None = None) -> tuple[list[str], ExpertGroups]:
+    """Return the node indices of the ranks, and the groups that these nodes should give."""
     ids = [worker["node"] for worker in event["workers"]]
-    places, labels = nodes.labels("place"), nodes.labels(label) if label else None
-    return sorted(places[i] for i in ids), expert_groups(ids, 2, [labels[i] for i in ids] if labels else None)
+    indices, labels = nodes.labels("node_index"), nodes.labels(label) if label else None
+    return sorted(indices[i] for i in ids), expert_groups(ids, 2, [labels[i] for i in ids] if labels else None)
 
 
-def assert_as_planned(event: dict[str, Any], groups: Groups) -> None:
+def assert_as_planned(event: dict[str, Any], groups: ExpertGroups) -> None:
     assert event["groups"] == groups.ranks
-    assert event["straddling_groups"] == len(groups.straddling)
-    assert event["groups_apart"] == len(groups.apart)
+    assert event["straddling_groups"] == len(groups.straddling_indices)
+    assert event["groups_apart"] == len(groups.cross_domain_indices)

@@ -8,9 +8,9 @@ import pytest
 from mhmoe_ray.cluster import spawn
 from mhmoe_ray.runs.directory import RunDir
 from tests.cli.run import mhmoe
-from tests.several_nodes.conftest import several
+from tests.several_nodes.conftest import cluster_of_nodes
 from tests.several_nodes.runs import command, submit
-from tests.watch import started, step_of, wait_for_the_end, wait_until
+from tests.watch import start_events, step_of, wait_for_the_end, wait_until
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -18,65 +18,65 @@ SIZES = {"cluster": {"workers": 2, "max_failures": 0}}
 
 
 def test_list_and_status_are_right_at_every_moment(tmp_path, project):
-    def listed() -> dict[str, str]:
+    def state_by_run() -> dict[str, str]:
         return {row["run"]: row["state"] for row in command(nodes, project, "list", "--json").json()}
 
     def status(run: RunDir) -> dict:
         return command(nodes, project, "status", run.id, "--json").json()
 
-    with several(tmp_path / "home", tmp_path / "elsewhere") as nodes:
-        first = submit(nodes, project, **SIZES)
-        second = submit(nodes, project, **SIZES)
-        others = listed().keys() - {first.id, second.id}
+    with cluster_of_nodes(tmp_path / "home", tmp_path / "elsewhere") as nodes:
+        first_run = submit(nodes, project, **SIZES)
+        second_run = submit(nodes, project, **SIZES)
+        other_runs = state_by_run().keys() - {first_run.id, second_run.id}
 
         def states() -> tuple[str, str]:
-            found = listed()
-            assert found.keys() - {first.id, second.id} == others
-            return found[first.id], found[second.id]
+            current_states = state_by_run()
+            assert current_states.keys() - {first_run.id, second_run.id} == other_runs
+            return current_states[first_run.id], current_states[second_run.id]
 
-        for run in (first, second):
+        for run in (first_run, second_run):
             wait_until(lambda run=run: step_of(run) >= 12, "step 12")
-            told = status(run)
-            assert (told["state"], told["cluster"]) == ("running", "the job is alive")
-            assert [w["rank"] for w in told["started"]["workers"]] == [0, 1]
+            status_json = status(run)
+            assert (status_json["state"], status_json["cluster"]) == ("running", "the job is alive")
+            assert [w["rank"] for w in status_json["started"]["workers"]] == [0, 1]
         assert states() == ("running", "running")
 
-        assert command(nodes, project, "stop", first.id).code == 0
+        assert command(nodes, project, "stop", first_run.id).code == 0
         assert states() == ("stopped", "running")
-        assert status(first)["checkpoint"]["step"] == status(first)["last"]["step"]
+        assert status(first_run)["checkpoint"]["step"] == status(first_run)["last"]["step"]
 
-        killed = status(second)["started"]["workers"][1]
+        killed = status(second_run)["started"]["workers"][1]
         os.kill(killed["pid"], signal.SIGKILL)
-        wait_for_the_end(second, state="failed")
+        wait_for_the_end(second_run, state="failed")
         assert states() == ("stopped", "failed")
-        [cut] = status(second)["interruptions"]
+        [cut] = status(second_run)["interruptions"]
         assert cut["what"].startswith(f"rank 1 on {killed['host']} failed")
 
-        resumed = command(nodes, project, "resume", second.id, "--detach", "--address", nodes.address)
+        resumed = command(nodes, project, "resume", second_run.id, "--detach", "--address", nodes.address)
         assert resumed.code == 0, resumed.err
         assert states()[1] in ("submitted", "preparing", "running")
-        wait_until(lambda: len(started(second)) == 2, "start 2 of the workers")
-        wait_until(lambda: step_of(second) >= started(second)[1]["step"] + 3, "three steps more")
+        wait_until(lambda: len(start_events(second_run)) == 2, "start 2 of the workers")
+        wait_until(lambda: step_of(second_run) >= start_events(second_run)[1]["step"] + 3, "three steps more")
         assert states() == ("stopped", "running")
-        assert started(second)[1]["step"] % 10 == 0
+        assert start_events(second_run)[1]["step"] % 10 == 0
 
-        for process in spawn.family(nodes.head.pid):
+        for process in spawn.process_tree(nodes.head.pid):
             process.kill()
         wait_until(lambda: states() == ("stopped", "unknown"), "the head's death")
-        assert "nothing answers there" in status(second)["cluster"]
-        assert status(second)["last"]["step"] == step_of(second)
-        refused = command(nodes, project, "resume", second.id, "--address", nodes.address)
-        assert (refused.code, "its cluster does not answer" in refused.err) == (7, True), refused
+        assert "nothing answers there" in status(second_run)["cluster"]
+        assert status(second_run)["last"]["step"] == step_of(second_run)
+        result = command(nodes, project, "resume", second_run.id, "--address", nodes.address)
+        assert (result.code, "its cluster does not answer" in result.err) == (7, True), result
 
-    with several(tmp_path / "home", tmp_path / "elsewhere") as nodes:  # another head, with other ports
+    with cluster_of_nodes(tmp_path / "home", tmp_path / "elsewhere") as nodes:  # another head, with other ports
         assert states() == ("stopped", "unknown")
-        at = step_of(second)
-        again = command(nodes, project, "resume", second.id, "--detach", "--force", "--address", nodes.address)
-        assert again.code == 0, again.err
-        wait_until(lambda: len(started(second)) == 3, "start 3 of the workers")
-        assert 0 <= at - started(second)[2]["step"] <= 10
-        wait_until(lambda: step_of(second) > started(second)[2]["step"], "a step more")
+        step_before = step_of(second_run)
+        resumption = command(nodes, project, "resume", second_run.id, "--detach", "--force", "--address", nodes.address)
+        assert resumption.code == 0, resumption.err
+        wait_until(lambda: len(start_events(second_run)) == 3, "start 3 of the workers")
+        assert 0 <= step_before - start_events(second_run)[2]["step"] <= 10
+        wait_until(lambda: step_of(second_run) > start_events(second_run)[2]["step"], "a step more")
         assert states() == ("stopped", "running")
-        assert command(nodes, project, "stop", second.id, "--now").code == 0
+        assert command(nodes, project, "stop", second_run.id, "--now").code == 0
         assert states() == ("stopped", "stopped")
     assert mhmoe(project, "list", "--json", "--state", "running").json() == []

@@ -10,7 +10,7 @@ from mhmoe_ray.spec.load import read_tree
 QUICKSTART = Path("jobs/quickstart.yaml")
 
 
-def test_a_spec_written_out_reads_back_equal(tmp_path):
+def test_a_dumped_spec_reads_back_equal(tmp_path):
     spec = load_resolved_spec(QUICKSTART, ["train.lr=1e-3", "data.sources.multilingual.alpha=0.5", "cluster.ep=1"])
     (tmp_path / "spec.yaml").write_text(dump_spec(spec))
     assert load_resolved_spec(tmp_path / "spec.yaml") == spec
@@ -78,14 +78,14 @@ def test_a_spec_written_out_reads_back_equal(tmp_path):
         ("data.tokenizer_pattern=gpt2", "tokenizer_pattern is for a given vocabulary in tiktoken's format"),
         ("model.moe.experts=7", "model.moe.experts (7) must be a multiple of cluster.ep (2)"),
         ("model.moe.kernel=triton", "model.moe.kernel triton needs CUDA, but cluster.gpus_per_worker is 0"),
-        ("model.moe.kernel=capacity", "a limited number of places: give capacity_factor"),
+        ("model.moe.kernel=capacity", "needs a limited expert capacity: set capacity_factor"),
         ("model.moe.kernel=cpp", "kernel cpp computes in bfloat16, but train.precision is float32: set either"),
         ("model.moe.every=9", "so none of the 4 layers has experts"),
         ("model.attention_heads=7", "must be a multiple of twice attention_heads (7)"),
         ("model.kv_heads=3", "must be a multiple of kv_heads"),
         ("serve.tensor_parallel=2", "engine torch is one process, so tensor_parallel would be ignored"),
-        ("serve.expert_parallel=true", "expert_parallel shares experts out over tensor_parallel ranks"),
-        ("serve.gpus_per_replica=2", "gpus_per_replica is 2, and a replica uses 1"),
+        ("serve.expert_parallel=true", "expert_parallel divides experts among tensor_parallel ranks"),
+        ("serve.gpus_per_replica=2", "gpus_per_replica is 2, but a replica uses 1"),
         ("tracking.mlflow=http://ann:SECRET@host:5000", "mlflow holds a user name, which everybody"),
         ("name.x=3", "name is a value, not a section"),
         ("train", "it is not key=value"),
@@ -102,10 +102,10 @@ def test_a_wrong_key_or_value_is_one_line_that_names_it(override, expected):
 
 
 @pytest.mark.parametrize(
-    ("overrides", "why"),
+    ("overrides", "reason"),
     [
         (["moe.kernel=capacity", "moe.capacity_factor=1"], "capacity holds all experts, but cluster.ep is 2"),
-        (["moe.kernel=reference", "moe.recompute=0"], "kernel reference does not keep or recompute as told"),
+        (["moe.kernel=reference", "moe.recompute=0"], "kernel reference cannot recompute a share of routes"),
         (["moe.top_k=1", "moe.balance_choices=all"], "balance_choices: all would be ignored: there is only a first"),
         (["moe.kernel=cpp", "backbone=subln"], "kernel cpp computes experts of backbone llama only"),
         (
@@ -119,18 +119,18 @@ def test_a_wrong_key_or_value_is_one_line_that_names_it(override, expected):
         (["backbone=subln", "kv_heads=2"], "kv_heads: grouped queries are for the llama backbone"),
     ],
 )
-def test_what_a_model_has_no_use_for_is_refused(overrides, why):
-    with pytest.raises(SpecError, match=why):
+def test_an_unusable_model_key_is_refused(overrides, reason):
+    with pytest.raises(SpecError, match=reason):
         load_resolved_spec(QUICKSTART, [f"model.{override}" for override in overrides])
 
 
-def test_what_one_section_would_have_another_ignore_is_refused():
-    """A value that would be ignored is accepted where it asks for what happens anyway."""
-    anew = ["train.recompute=true", "model.moe.kernel=grouped"]
-    with pytest.raises(SpecError, match=r"is 0\.3, but with train\.recompute and cluster\.ep 2 experts compute all"):
-        load_resolved_spec(QUICKSTART, [*anew, "model.moe.recompute=0.3"])
-    load_resolved_spec(QUICKSTART, [*anew, "model.moe.recompute=1"])
-    load_resolved_spec(QUICKSTART, [*anew, "model.moe.recompute=0.3", "cluster.ep=1"])
+def test_a_value_that_another_section_overrides_is_refused():
+    """A value that would be ignored is accepted if it is the value that applies."""
+    recomputing = ["train.recompute=true", "model.moe.kernel=grouped"]
+    with pytest.raises(SpecError, match=r"is 0\.3, but with train\.recompute and cluster\.ep 2 experts recompute all"):
+        load_resolved_spec(QUICKSTART, [*recomputing, "model.moe.recompute=0.3"])
+    load_resolved_spec(QUICKSTART, [*recomputing, "model.moe.recompute=1"])
+    load_resolved_spec(QUICKSTART, [*recomputing, "model.moe.recompute=0.3", "cluster.ep=1"])
     sliced = ["cluster.strategy=fsdp", "cluster.shard_experts=true", "cluster.ep=1"]
     load_resolved_spec(QUICKSTART, sliced)
     with pytest.raises(SpecError, match="shard_experts is true, but a dense model has no experts to slice: set shard_"):
@@ -139,17 +139,14 @@ def test_what_one_section_would_have_another_ignore_is_refused():
 
 def test_a_kernel_for_cpus_is_refused_on_gpus():
     half = ["model.moe.kernel=cpp", "train.precision=bfloat16"]
-    assert load_resolved_spec(QUICKSTART, half).model.recomputes == 1
+    assert load_resolved_spec(QUICKSTART, half).model.recomputed_share == 1
     with pytest.raises(SpecError, match=r"kernel cpp is for CPUs, but cluster\.gpus_per_worker is 1"):
         load_resolved_spec(QUICKSTART, [*half, "cluster.gpus_per_worker=1"])
 
 
 @pytest.mark.parametrize(("key", "value"), [("tokenizer_model", "bpe"), ("tokenizer_train_mb", "20")])
-def test_what_a_given_tokenizer_has_no_use_for_is_refused(tmp_path, key, value):
-    """Their default values are refused too, where they are written out.
-
-    A spec that does not mention them can be read back.
-    """
+def test_keys_of_tokenizer_training_are_refused_with_a_given_tokenizer(tmp_path, key, value):
+    """Explicit values are refused even if they equal the default. A dumped spec without them reads back."""
     with pytest.raises(SpecError, match=f"so {key} would be ignored"):
         load_resolved_spec(QUICKSTART, ["data.tokenizer=t.json", f"data.{key}={value}"])
     spec = load_resolved_spec(QUICKSTART, ["data.tokenizer=t.json", "data.tokenizer_pattern=gpt2"])
@@ -166,25 +163,28 @@ def test_samples_longer_than_xpos_can_count_are_refused():
     assert "\n" not in str(raised.value)
 
 
-def test_a_schedule_changes_key_by_key():
+def test_a_schedule_changes_a_mix_key_by_key():
     schedule = [
         {"from_step": 10, "sources": {"redpajama": {"weight": 0.5}}},
         {"from_step": 20, "sources": {"redpajama": {"alpha": 0.3}, "multilingual": {"shares": {"german": 1}}}},
         {"from_step": 30, "sources": {"redpajama": {"shares": {"arxiv": 1, "book": 1}}}},
     ]
     data = load_resolved_spec(QUICKSTART, [f"data.schedule={json.dumps(schedule)}"]).data
-    mixes = {step: {name: mix.model_dump() for name, mix in now.items()} for step, now in data.mixes.items()}
+    mixes = {
+        step: {name: mix.model_dump() for name, mix in current_mixes.items()}
+        for step, current_mixes in data.mixes.items()
+    }
     fixed = {"book": 0.5, "github": 0.3, "c4": 0.1, "stackexchange": 0.1}
-    assert [now["redpajama"] for now in mixes.values()] == [
+    assert [current_mixes["redpajama"] for current_mixes in mixes.values()] == [
         {"weight": 0.8, "alpha": None, "shares": fixed},
         {"weight": 0.5, "alpha": None, "shares": fixed},
         {"weight": 0.5, "alpha": 0.3, "shares": None},
         {"weight": 0.5, "alpha": None, "shares": {"arxiv": 1, "book": 1}},
     ]
     assert mixes[10]["multilingual"] == {"weight": 0.2, "alpha": 0.7, "shares": None}
-    assert (data.subfolders("redpajama"), data.subfolders("multilingual")) == (None, None)
+    assert (data.named_subfolders("redpajama"), data.named_subfolders("multilingual")) == (None, None)
     fixed_only = load_resolved_spec(QUICKSTART, [f"data.schedule={json.dumps([schedule[0], schedule[2]])}"]).data
-    assert fixed_only.subfolders("redpajama") == ["arxiv", "book", "c4", "github", "stackexchange"]
+    assert fixed_only.named_subfolders("redpajama") == ["arxiv", "book", "c4", "github", "stackexchange"]
 
 
 def test_a_missing_key_is_named(tmp_path):
@@ -206,17 +206,17 @@ def test_a_file_that_is_no_spec_is_refused(tmp_path, content, expected):
         load_resolved_spec(path)
 
 
-def test_a_key_that_is_there_twice_is_refused_by_name_and_line(tmp_path):
+def test_a_duplicate_key_is_refused_with_name_and_line(tmp_path):
     lines = QUICKSTART.read_text().splitlines()
-    at = next(i for i, line in enumerate(lines) if line.startswith("  steps: "))
+    line_index = next(i for i, line in enumerate(lines) if line.startswith("  steps: "))
     path = tmp_path / "spec.yaml"
-    path.write_text("\n".join([*lines[: at + 1], "  'steps': 7", *lines[at + 1 :]]))
+    path.write_text("\n".join([*lines[: line_index + 1], "  'steps': 7", *lines[line_index + 1 :]]))
     with pytest.raises(SpecError) as raised:
         load_resolved_spec(path)
-    assert str(raised.value) == f"spec {path}: line {at + 2}: the key 'steps' is there already; correct the YAML"
+    assert str(raised.value) == f"spec {path}: line {line_index + 2}: the key 'steps' is given twice; correct the YAML"
 
 
-def test_what_is_merged_into_a_section_is_no_key_that_is_there_twice(tmp_path):
+def test_a_merged_key_is_no_duplicate_key(tmp_path):
     path = tmp_path / "spec.yaml"
     path.write_text("a: &a {x: 1, y: 2}\nb: &b {<<: *a, x: 3}\nc: {<<: *b, z: 4}\n")
     tree = read_tree(path)
@@ -230,7 +230,7 @@ def test_relative_paths_are_taken_from_the_given_folder():
     assert spec.data.sources["redpajama"].path == "/base/data/sample/redpajama"
 
 
-def test_some_limits_may_be_none():
+def test_some_limits_may_be_infinite():
     limits = ("train.clip_norm", "cluster.hang_seconds")
     spec = load_resolved_spec(QUICKSTART, [f"{key}=.inf" for key in limits])
     assert spec.train.clip_norm == spec.cluster.hang_seconds == float("inf")

@@ -28,17 +28,17 @@ def test_a_path_may_be_a_uri_and_stays_one(tmp_path):
         ({"filters": {"signals": ["rps_doc_wordcount > 3"]}}, "did you mean 'rps_doc_word_count'"),
         ({"filters": {"signals": ["ccnet_perplexity"]}}, "write a rule as `signal op number`"),
         ({"filters": {"signals": ["ccnet_perplexity < many"]}}, "could not convert"),
-        ({"filters": {"buckets": ["head", "tail"], "gopher": True}}, "the tail has nothing that gopher could go by"),
+        ({"filters": {"buckets": ["head", "tail"], "gopher": True}}, "the tail has no data that gopher needs"),
         ({"filters": {"near_duplicates": 0.75}}, "can be 0.7, 0.8, 0.9, 1.0"),
     ],
 )
-def test_what_would_have_no_effect_or_is_misspelt_is_refused(keys, message):
+def test_an_ignored_or_misspelt_key_is_refused(keys, message):
     with pytest.raises(ValidationError, match=message):
         SourceSpec.model_validate({"path": "x", **keys})
 
 
 @pytest.mark.parametrize(
-    ("text", "holds", "fails"),
+    ("text", "kept_value", "refused_value"),
     [
         ("ccnet_perplexity<500", 499.0, 500.0),
         ("ccnet_perplexity  <= 5e2 ", 500.0, 500.1),
@@ -48,10 +48,10 @@ def test_what_would_have_no_effect_or_is_misspelt_is_refused(keys, message):
         ("ccnet_bucket != 2", 1.0, 2.0),
     ],
 )
-def test_rules_compare_and_never_hold_without_a_value(text, holds, fails):
+def test_rules_compare_and_never_hold_without_a_value(text, kept_value, refused_value):
     rule = SignalRule.parse(text)
-    assert rule.holds(holds)
-    assert not rule.holds(fails)
+    assert rule.holds(kept_value)
+    assert not rule.holds(refused_value)
     assert not rule.holds(None)
     assert SignalRule.parse(str(rule)) == rule
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from mhmoe_ray.errors import SpecError
-from mhmoe_ray.planner.sizes import sizes
+from mhmoe_ray.planner.sizes import compute_sizes
 from mhmoe_ray.spec import SweepSpec, load_sweep
 from mhmoe_ray.sweep.plan import planned_runs
 
@@ -20,7 +20,7 @@ def planned(name, size):
 
 @pytest.mark.parametrize("size", ["small", "paper"])
 @pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
-def test_the_papers_sweeps_stand_at_both_sizes(path, size):
+def test_the_sweeps_of_the_papers_can_be_planned_at_both_sizes(path, size):
     sweep = load_sweep(path)
     runs = planned_runs(sweep, path.parent, size)
     assert sweep.name == path.stem
@@ -32,16 +32,16 @@ def test_the_papers_sweeps_stand_at_both_sizes(path, size):
 def test_the_small_size_is_a_quarter_of_the_papers_in_width():
     small, paper = planned("follow-up", "small"), planned("follow-up", "paper")
     for name, spec in paper.items():
-        its = small[name].model
-        assert 4 * its.d_model == spec.model.d_model
-        assert (its.moe and 4 * its.moe.d_expert) == (spec.model.moe and spec.model.moe.d_expert)
-        assert (its.moe and its.moe.experts) == (spec.model.moe and spec.model.moe.experts)
+        small_model = small[name].model
+        assert 4 * small_model.d_model == spec.model.d_model
+        assert (small_model.moe and 4 * small_model.moe.d_expert) == (spec.model.moe and spec.model.moe.d_expert)
+        assert (small_model.moe and small_model.moe.experts) == (spec.model.moe and spec.model.moe.experts)
 
 
 def test_the_first_papers_small_models_are_equal_in_parameters():
     small = planned("heads", "small")
-    base = sizes(small["xmoe"].model).parameters
-    ratios = {name: sizes(spec.model).parameters / base for name, spec in small.items()}
+    base = compute_sizes(small["xmoe"].model).parameters
+    ratios = {name: compute_sizes(spec.model).parameters / base for name, spec in small.items()}
     assert all(0.998 < ratio <= 1 for ratio in ratios.values()), ratios
     assert small["h4"].model.moe.router == "xmoe_torchscale"
 
@@ -60,42 +60,55 @@ def test_runs_times_grid_times_seeds_seed_by_seed(tmp_path):
     runs = planned_runs(sweep, tmp_path, "only", ["train.warmup_steps=1"])
     assert [run.name for run in runs[:4]] == [f"{v}-z-weight-{z}-s3" for v in "ab" for z in ("0-0", "0-1")]
     assert {run.seed for run in runs[4:]} == {4}
-    first, last = runs[0].spec, runs[-1].spec
-    assert (first.name, first.seed, first.train.steps, first.train.lr) == ("both-a-z-weight-0-0-s3", 3, 7, 0.5)
-    assert (last.seed, last.train.lr, last.model.moe.z_weight, last.train.warmup_steps) == (4, 0.25, 0.1, 1)
+    first_spec, last_spec = runs[0].spec, runs[-1].spec
+    assert (first_spec.name, first_spec.seed, first_spec.train.steps, first_spec.train.lr) == (
+        "both-a-z-weight-0-0-s3",
+        3,
+        7,
+        0.5,
+    )
+    assert (last_spec.seed, last_spec.train.lr, last_spec.model.moe.z_weight, last_spec.train.warmup_steps) == (
+        4,
+        0.25,
+        0.1,
+        1,
+    )
 
 
 @pytest.mark.parametrize(
-    ("change", "why"),
+    ("change", "reason"),
     [
         ({"runs": {}, "grid": {}}, "there is nothing to vary"),
         ({"grid": {"train.lr": []}}, "grid has no value for train.lr"),
-        ({"seeds": [1, 1]}, "a seed is there twice"),
+        ({"seeds": [1, 1]}, "a seed is given twice"),
         ({"sizes": {"s": {"spec": "x", "only": ["c"]}}}, "names the run 'c'"),
-        ({"grid": {"seed": [1, 2]}}, "seed of each run is the sweep's to give: use seeds"),
-        ({"runs": {"a": {"name": "b"}}}, "name of each run is the sweep's to give"),
+        ({"grid": {"seed": [1, 2]}}, "seed of each run is set by the sweep: use seeds"),
+        ({"runs": {"a": {"name": "b"}}}, "name of each run is set by the sweep"),
         ({"sizes": {"s": {"spec": "x", "set": {"seed": 1}}}}, "seed of each run"),
-        ({"sizes": {"s": {"spec": "x", "runs": {"a": {"storage": "b"}}}}}, "storage is where the whole sweep lies"),
+        (
+            {"sizes": {"s": {"spec": "x", "runs": {"a": {"storage": "b"}}}}},
+            "storage must be the same for all runs of a sweep",
+        ),
     ],
 )
-def test_mistakes_in_a_sweep(change, why):
+def test_mistakes_in_a_sweep(change, reason):
     good = {"name": "n", "sizes": {"s": {"spec": "x"}}, "runs": {"a": {}}}
-    with pytest.raises(ValueError, match=why):
+    with pytest.raises(ValueError, match=reason):
         SweepSpec.model_validate({**good, **change})
 
 
-def test_seeds_are_the_sweeps_also_on_the_command_line():
-    with pytest.raises(SpecError, match="override seed: seed of each run is the sweep's to give; use seeds"):
+def test_a_seed_on_the_command_line_is_refused():
+    with pytest.raises(SpecError, match="override seed: seed of each run is set by the sweep; use seeds"):
         planned_runs(load_sweep(PAPER / "heads.yaml"), PAPER, "small", ["seed=3"])
 
 
 def test_a_mistake_in_a_run_names_the_run():
     sweep = load_sweep(PAPER / "heads.yaml", ["runs.h5.preset=p1-mhmoe-8-h5"])
-    with pytest.raises(SpecError, match="sweep heads, run h5: preset p1-mhmoe-8-h5: there is none of this name"):
+    with pytest.raises(SpecError, match="sweep heads, run h5: preset p1-mhmoe-8-h5: there is no such preset"):
         planned_runs(sweep, PAPER, "small")
 
 
-def test_names_that_a_grid_makes_are_cut_where_runs_could_not_be_called_so():
+def test_too_long_names_of_a_grid_are_shortened():
     grid = {"train.precision": ["float32", "bfloat16"], "model.moe.d_expert": [24, 48], "model.moe.experts": [16, 32]}
     sweep = SweepSpec.model_validate(
         {"name": "a-long-name-of-sweeps", "sizes": {"small": {"spec": "small.yaml"}}, "grid": grid, "seeds": [0, 1000]}

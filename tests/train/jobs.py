@@ -1,4 +1,4 @@
-"""Functions that the ranks of the training tests run; each returns plain tensors and numbers."""
+"""Functions that the ranks of the training tests run; they return plain tensors and numbers."""
 
 from pathlib import Path
 from typing import Any
@@ -15,24 +15,24 @@ from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.spec import RunSpec
 from mhmoe_ray.train.step import MicroBatch, Trainer
 
-START = 0  # the token that begins a document; as with tokenizers of ours, padding looks the same to a model
+START_TOKEN = 0  # the token that begins a document; as with our tokenizers, padding is the same token
 
 
-def trainer_of(spec: RunSpec, nodes: list[str] | None = None) -> Trainer:
+def build_trainer(spec: RunSpec, nodes: list[str] | None = None) -> Trainer:
     mesh = build_mesh(spec.cluster, nodes or ["node"] * spec.cluster.workers.max, "cpu")
-    return Trainer(spec, mesh, torch.device("cpu"), START)
+    return Trainer(spec, mesh, torch.device("cpu"), START_TOKEN)
 
 
-def batches(spec: RunSpec, step: int, trainer: Trainer) -> list[MicroBatch]:
+def rank_batches(spec: RunSpec, step: int, trainer: Trainer) -> list[MicroBatch]:
     """Return this rank's micro-batches of a step."""
-    return micro_batches(spec, step)[trainer.mesh.rank :: trainer.mesh.world]
+    return micro_batches(spec, step)[trainer.mesh.rank :: trainer.mesh.world_size]
 
 
 def micro_batches(spec: RunSpec, step: int) -> list[MicroBatch]:
     """Return all micro-batches of a step.
 
-    Tokens depend on the step alone, and each follows from the one before. Best-fit packing gives documents of all
-    lengths and padding of all lengths: the first micro-batch has nothing else, and the second has a single target.
+    Tokens depend on the step only, and each token determines the next one. Best-fit packing has documents and padding
+    of all lengths: the first micro-batch has only padding, and the second has a single target.
     """
     m, b, t = spec.train.micro_batches, spec.train.micro_batch_size, spec.data.seq_len
     g = torch.Generator().manual_seed(1000 + step)
@@ -48,118 +48,115 @@ def micro_batches(spec: RunSpec, step: int) -> list[MicroBatch]:
         targets_MB[:2] = 0
         targets_MB[1, 0] = 1
         counts_MBT = torch.arange(t) < targets_MB[..., None]
-        token_MBT = token_MBT.where(~starts_MBT, START)
+        token_MBT = token_MBT.where(~starts_MBT, START_TOKEN)
         token_MBT[..., 1:] *= counts_MBT
     return [MicroBatch(token, counts) for token, counts in zip(token_MBT, counts_MBT, strict=True)]
 
 
-def whole(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return each tensor complete with the parts that other ranks hold, experts by global id. Collective."""
+def full_tensors(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return each tensor with the parts of all ranks, experts by global id. This is a collective operation."""
     return {name: (t.full_tensor() if isinstance(t, DTensor) else t).clone() for name, t in tensors.items()}
 
 
-def gradients(trainer: Trainer) -> dict[str, torch.Tensor]:
-    """Return the whole gradients of a step, between `accumulate` and `update`. Collective."""
-    named = dict(trainer.model.named_parameters())
-    if trainer.strategy.gathers:
+def full_gradients(trainer: Trainer) -> dict[str, torch.Tensor]:
+    """Return the full gradients of a step, between `accumulate` and `update`. This is a collective operation."""
+    parameters = dict(trainer.model.named_parameters())
+    if trainer.strategy.gathers_state:
         from deepspeed.utils import safe_get_full_grad
 
-        found = {name: safe_get_full_grad(p) for name, p in named.items()}
+        rank_gradients = {name: safe_get_full_grad(p) for name, p in parameters.items()}
     else:
-        found = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in named.items()}
-    return whole(trainer.strategy._as_global(found))
+        rank_gradients = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in parameters.items()}
+    return full_tensors(trainer.strategy._to_global(rank_gradients))
 
 
-def held_out(spec: RunSpec) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return validation samples that do not divide evenly over ranks, some of whose targets do not count."""
+def validation_samples(spec: RunSpec) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return validation samples that do not divide evenly over ranks; some of their targets do not count."""
     g = torch.Generator().manual_seed(0)
     token_NT = torch.randint(300, (7, spec.data.seq_len + 1), generator=g)
     return token_NT, torch.rand(token_NT[:, 1:].shape, generator=g) < 0.8
 
 
-def gradients_then_losses(spec: RunSpec, steps: int, nodes: list[str] | None = None) -> dict[str, Any]:
-    """Return the unclipped gradients of the first step, the loss of each step, and the state after the last one.
+def train_and_collect(spec: RunSpec, steps: int, nodes: list[str] | None = None) -> dict[str, Any]:
+    """Train some steps, and return the first unclipped gradients, the losses and norms, and the state at the end.
 
     The state is weights, moments, tokens and validation.
     """
-    trainer = trainer_of(spec, nodes)
-    losses, norms, first = [], [], {}
+    trainer = build_trainer(spec, nodes)
+    losses, norms, first_gradients = [], [], {}
     for step in range(steps):
-        sums = trainer.accumulate(batches(spec, step, trainer))
+        sums = trainer.accumulate(rank_batches(spec, step, trainer))
         if step == 0:
-            first = gradients(trainer)
+            first_gradients = full_gradients(trainer)
         norms.append(trainer.update(sums).norm)
         total = torch.tensor(sums.loss, dtype=torch.float64)
-        if trainer.mesh.world > 1:
+        if trainer.mesh.world_size > 1:
             dist.all_reduce(total)
         losses.append(float(total) / sums.targets)
     return {
-        "gradients": first,
+        "gradients": first_gradients,
         "losses": losses,
         "norms": norms,
-        "weights": whole(trainer.strategy.weights()),
-        "moments": whole(trainer.strategy.moments()),
+        "weights": full_tensors(trainer.strategy.checkpoint_weights()),
+        "moments": full_tensors(trainer.strategy.checkpoint_moments()),
         "tokens": trainer.tokens,
-        "validation": trainer.validate(*held_out(spec)),
+        "validation": trainer.validate(*validation_samples(spec)),
     }
 
 
 def train_and_save(spec: RunSpec, run: Path, steps: int, nodes: list[str] | None = None) -> None:
-    trainer = trainer_of(spec, nodes)
+    trainer = build_trainer(spec, nodes)
     train(spec, trainer, steps)
-    save(RunDir(run), trainer)
+    save_checkpoint(RunDir(run), trainer)
 
 
 def train(spec: RunSpec, trainer: Trainer, steps: int) -> None:
     for step in range(trainer.step, trainer.step + steps):
-        sums = trainer.accumulate(batches(spec, step, trainer))
+        sums = trainer.accumulate(rank_batches(spec, step, trainer))
         trainer.update(sums)
 
 
-def save(run: RunDir, trainer: Trainer) -> None:
+def save_checkpoint(run: RunDir, trainer: Trainer) -> None:
     saver = Saver(run, trainer, group=1)
     saver.save(trainer.zero_counts())
     saver.wait()
 
 
 def load_and_describe(spec: RunSpec, checkpoint: Path, steps: int = 0) -> dict[str, Any]:
-    """Return weights and moments as this world loads them, and the losses of the steps that follow."""
-    trainer = trainer_of(spec)
+    """Load a checkpoint in this world, and return weights, moments and the losses of some further steps."""
+    trainer = build_trainer(spec)
     restore(trainer, checkpoint, read_manifest(checkpoint))
     result: dict[str, Any] = {"step": trainer.step, "tokens": trainer.tokens}
-    result["weights"] = whole(trainer.strategy.weights())
-    result["moments"] = whole(trainer.strategy.moments())
-    result["losses"] = [_step(spec, step, trainer) for step in range(trainer.step, trainer.step + steps)]
+    result["weights"] = full_tensors(trainer.strategy.checkpoint_weights())
+    result["moments"] = full_tensors(trainer.strategy.checkpoint_moments())
+    result["losses"] = [_train_step(spec, step, trainer) for step in range(trainer.step, trainer.step + steps)]
     return result
 
 
-def _step(spec: RunSpec, step: int, trainer: Trainer) -> float:
+def _train_step(spec: RunSpec, step: int, trainer: Trainer) -> float:
     """Train one step, and return its mean loss over all ranks."""
-    sums = trainer.accumulate(batches(spec, step, trainer))
+    sums = trainer.accumulate(rank_batches(spec, step, trainer))
     trainer.update(sums)
     total = torch.tensor(sums.loss, dtype=torch.float64)
-    if trainer.mesh.world > 1:
+    if trainer.mesh.world_size > 1:
         dist.all_reduce(total)
     return float(total) / sums.targets
 
 
 def validation_loss(spec: RunSpec, token_NT: torch.Tensor, counts_NT: torch.Tensor) -> tuple[float, int]:
-    return trainer_of(spec).validate(token_NT, counts_NT)
+    return build_trainer(spec).validate(token_NT, counts_NT)
 
 
-def nothing_to_do(spec: RunSpec) -> dict[str, Any]:
-    """Train a step in which a rank has no rows, forward and backward.
-
-    Both ranks send all their rows to the experts of rank 1, so rank 0's experts get nothing.
-    """
-    trainer = trainer_of(spec)
+def train_without_rows(spec: RunSpec) -> dict[str, Any]:
+    """Train a step in which rank 0 has no rows, forward and backward: all rows go to the experts of rank 1."""
+    trainer = build_trainer(spec)
     with torch.no_grad():
         for layer in trainer.model.moe_layers():
             layer.router.scores.weight_ED.zero_()
-            # Equal scores: topk takes whatever comes first, so push experts 2 and 3 up through the head's bias.
+            # With equal scores topk would choose by order, so the head's bias raises the scores of experts 2 and 3.
             layer.head.bias.fill_(1.0)
             layer.head.weight.zero_()
             layer.router.scores.weight_ED[2:] = 1.0
-    sums = trainer.accumulate(batches(spec, 0, trainer))
+    sums = trainer.accumulate(rank_batches(spec, 0, trainer))
     trainer.update(sums)
     return {"counts": sums.count_LE, "weights": [p.detach().clone() for p in trainer.model.parameters()]}

@@ -1,4 +1,4 @@
-"""The settings that a CPU worker gives to its C library, judged by what the library then does."""
+"""Tests of the malloc settings of a CPU worker, by the number of page faults."""
 
 import os
 import subprocess
@@ -6,7 +6,7 @@ import sys
 
 from mhmoe_ray.train import malloc
 
-AGAIN_AND_AGAIN = """
+ALLOCATION_SCRIPT = """
 import resource, threading
 
 def passes():
@@ -27,27 +27,30 @@ thread.join()
 """
 
 
-def _faults(environment: dict[str, str]) -> int:
-    """Return the pages fetched from the system by a thread that asks for the same 64 MB once more, five times."""
-    done = subprocess.run([sys.executable, "-c", AGAIN_AND_AGAIN], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return int(done.stdout)
+def _count_page_faults(environment: dict[str, str]) -> int:
+    """Return the number of page faults of a thread that allocates the same 64 MB again five times."""
+    process = subprocess.run([sys.executable, "-c", ALLOCATION_SCRIPT], env=environment, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    return int(process.stdout)
 
 
-def test_memory_that_a_thread_gave_back_is_there_when_it_asks_again():
-    mine = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "GLIBC_"))}
-    mine |= {"PYTHONMALLOC": "malloc"}
-    plain, told = _faults(mine), _faults(mine | malloc.settings(mine))
-    assert plain > 4 * 4096  # at least once in these five times
-    assert told < 500
+def test_malloc_settings_keep_freed_memory():
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "GLIBC_"))}
+    environment |= {"PYTHONMALLOC": "malloc"}
+    default_faults, tuned_faults = (
+        _count_page_faults(environment),
+        _count_page_faults(environment | malloc.malloc_settings(environment)),
+    )
+    assert default_faults > 4 * 4096  # all pages at least once in the five rounds
+    assert tuned_faults < 500
 
 
-def test_what_the_environment_sets_stays():
-    settings = malloc.settings({"MALLOC_ARENA_MAX": "4"})
+def test_variables_of_the_environment_are_left_out():
+    settings = malloc.malloc_settings({"MALLOC_ARENA_MAX": "4"})
     assert "MALLOC_ARENA_MAX" not in settings
     assert settings["MALLOC_MMAP_MAX_"] == "0"
 
 
-def test_nothing_is_set_where_it_means_nothing(monkeypatch):
+def test_other_systems_have_no_settings(monkeypatch):
     monkeypatch.setattr(sys, "platform", "darwin")
-    assert malloc.settings({}) == {}
+    assert malloc.malloc_settings({}) == {}

@@ -1,4 +1,4 @@
-"""Steps of packed documents with padding: the loss of the whole step, on any number of ranks."""
+"""Tests of steps with packed documents and padding, on any number of ranks."""
 
 from itertools import pairwise
 from pathlib import Path
@@ -20,82 +20,82 @@ STEPS = 6
 MODELS = {"llama": {}, "subln": {"backbone": "subln"}}
 
 
-def spec_of(workers=1, ep=1, masks=True, folder=Path("/nowhere"), **model) -> RunSpec:
+def padded_spec(workers=1, ep=1, masks=True, folder=Path("/nowhere"), **model) -> RunSpec:
     model = {"document_masks": masks, **model}
     return tiny_spec(folder, model=model, data={"packing": "best_fit"}, cluster={"workers": workers, "ep": ep})
 
 
-def plainly(spec: RunSpec) -> tuple[dict[str, torch.Tensor], float, int]:
-    """Return gradients and loss of the first step, and the number of targets that it counts.
+def train_single_documents(spec: RunSpec) -> tuple[dict[str, torch.Tensor], float, int]:
+    """Return gradients and loss of the first step, and the number of its targets that count.
 
-    Each document goes by itself through a model without masks, which has no padding to count. The routing losses are
-    those of the micro-batches, padding included.
+    Each document is a sample of its own for a model without masks, so there is no padding. The routing losses are those
+    of the micro-batches, padding included.
     """
-    plain, packed = Decoder(spec.model.model_copy(update={"document_masks": False})), Decoder(spec.model)
-    for model in (plain, packed):
+    plain_model, packed_model = Decoder(spec.model.model_copy(update={"document_masks": False})), Decoder(spec.model)
+    for model in (plain_model, packed_model):
         init_weights(model, spec.seed)
     losses, routing = [], []
     for token_BT, counts_BT in jobs.micro_batches(spec, 0):
-        document_BT = token_BT[:, :-1].eq(jobs.START).cumsum(1)
-        routing.append(routing_loss(spec.model, packed(token_BT[:, :-1], document_BT=document_BT).routing))
+        document_BT = token_BT[:, :-1].eq(jobs.START_TOKEN).cumsum(1)
+        routing.append(routing_loss(spec.model, packed_model(token_BT[:, :-1], document_BT=document_BT).routing))
         for token_T, count, document_T in zip(token_BT, counts_BT.sum(1).tolist(), document_BT, strict=True):
             for length in document_T[:count].unique(return_counts=True)[1].tolist():
-                alone, token_T = token_T[: length + 1], token_T[length:]
-                losses.append(token_losses(plain(alone[None, :-1]).logits_BTV, alone[None, 1:]).flatten())
+                sample_T, token_T = token_T[: length + 1], token_T[length:]
+                losses.append(token_losses(plain_model(sample_T[None, :-1]).logits_BTV, sample_T[None, 1:]).flatten())
     loss = torch.cat(losses)
     (loss.mean() + torch.stack(routing).mean()).backward()
-    both = zip(plain.named_parameters(), packed.named_parameters(), strict=True)
-    gradients = {name: sum(t.grad for t in (p, q) if t.grad is not None) for (name, p), (_, q) in both}
+    parameter_pairs = zip(plain_model.named_parameters(), packed_model.named_parameters(), strict=True)
+    gradients = {name: sum(t.grad for t in (p, q) if t.grad is not None) for (name, p), (_, q) in parameter_pairs}
     return gradients, loss.mean().item(), len(loss)
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_one_process_steps_as_if_documents_were_alone_and_nothing_padded(model):
-    spec = spec_of(**MODELS[model])
-    gradients, loss, targets = plainly(spec)
-    [found] = run_ranks(1, jobs.gradients_then_losses, spec, 1)
-    assert found["tokens"] == targets < 0.6 * spec.tokens_per_step
-    assert found["losses"] == pytest.approx([loss], rel=1e-5)
+def test_packed_step_equals_step_of_single_documents(model):
+    spec = padded_spec(**MODELS[model])
+    gradients, loss, targets = train_single_documents(spec)
+    [result] = run_ranks(1, jobs.train_and_collect, spec, 1)
+    assert result["tokens"] == targets < 0.6 * spec.tokens_per_step
+    assert result["losses"] == pytest.approx([loss], rel=1e-5)
     for name, expected in gradients.items():
-        assert (found["gradients"][name] - expected).norm() <= 1e-5 * expected.norm(), name
+        assert (result["gradients"][name] - expected).norm() <= 1e-5 * expected.norm(), name
 
 
 @pytest.fixture(scope="module")
-def alone():
-    return run_ranks(1, jobs.gradients_then_losses, spec_of(), STEPS)[0]
+def reference():
+    return run_ranks(1, jobs.train_and_collect, padded_spec(), STEPS)[0]
 
 
 @pytest.mark.parametrize(("workers", "ep"), [(2, 1), (2, 2), (4, 2)])
-def test_padding_however_spread_over_ranks_changes_nothing(alone, workers, ep):
-    """One of the four ranks has nothing but padding, and one has a single target."""
-    for found in run_ranks(workers, jobs.gradients_then_losses, spec_of(workers, ep), STEPS):
-        for name, expected in alone["gradients"].items():
-            assert (found["gradients"][name] - expected).norm() <= 1e-5 * expected.norm(), name
-        assert found["losses"] == pytest.approx(alone["losses"], rel=1e-4)
-        assert found["norms"] == pytest.approx(alone["norms"], rel=1e-3)
-        assert found["tokens"] == alone["tokens"]
+def test_distribution_of_padding_over_ranks_changes_nothing(reference, workers, ep):
+    """One of the four ranks has only padding, and one has a single target."""
+    for result in run_ranks(workers, jobs.train_and_collect, padded_spec(workers, ep), STEPS):
+        for name, expected in reference["gradients"].items():
+            assert (result["gradients"][name] - expected).norm() <= 1e-5 * expected.norm(), name
+        assert result["losses"] == pytest.approx(reference["losses"], rel=1e-4)
+        assert result["norms"] == pytest.approx(reference["norms"], rel=1e-3)
+        assert result["tokens"] == reference["tokens"]
 
 
-def test_a_resumed_run_goes_on_counting_tokens_without_padding(tmp_path):
-    spec = spec_of(masks=False, folder=tmp_path)
+def test_resumed_run_counts_tokens_without_padding(tmp_path):
+    spec = padded_spec(masks=False, folder=tmp_path)
     run = create_run(spec)
     for file in (run.tokenizer_file, spec.data.prepared / "manifest.json"):
         file.parent.mkdir(exist_ok=True)
         file.write_text("{}")
     jobs.train_and_save(spec, run.path, 2)
     [checkpoint] = run.checkpoints.iterdir()
-    trainer = jobs.trainer_of(spec)
+    trainer = jobs.build_trainer(spec)
     restore(trainer, checkpoint, read_manifest(checkpoint))
-    for done in (2, 3):
-        counts = [counts_BT.sum() for step in range(done) for _, counts_BT in jobs.micro_batches(spec, step)]
-        assert trainer.tokens == sum(counts) < done * spec.tokens_per_step
-        sums = trainer.accumulate(jobs.batches(spec, done, trainer))
+    for step_count in (2, 3):
+        counts = [counts_BT.sum() for step in range(step_count) for _, counts_BT in jobs.micro_batches(spec, step)]
+        assert trainer.tokens == sum(counts) < step_count * spec.tokens_per_step
+        sums = trainer.accumulate(jobs.rank_batches(spec, step_count, trainer))
         trainer.update(sums)
 
 
-def test_a_step_of_padding_alone_is_no_number_divided_by_zero():
-    spec = spec_of()
-    trainer = jobs.trainer_of(spec)
+def test_step_of_padding_only_is_finite():
+    spec = padded_spec()
+    trainer = jobs.build_trainer(spec)
     padding = [batch._replace(counts_BT=torch.zeros_like(batch.counts_BT)) for batch in jobs.micro_batches(spec, 0)]
     sums = trainer.accumulate(padding)
     norm = trainer.update(sums).norm
@@ -104,17 +104,17 @@ def test_a_step_of_padding_alone_is_no_number_divided_by_zero():
 
 
 def test_validation_masks_documents_as_training_does():
-    """Packed documents have the same validation loss as each of them in a sample of its own."""
-    spec = spec_of()
+    """Packed documents have the same validation loss as documents in samples of their own."""
+    spec = padded_spec()
     samples = [torch.cat(part) for part in zip(*jobs.micro_batches(spec, 0), strict=True)]
-    packed = jobs.trainer_of(spec).validate(*samples)
+    packed_result = jobs.build_trainer(spec).validate(*samples)
     tokens, counts = [], []
     for token_T, counts_T in zip(*samples, strict=True):
-        starts = [*token_T[:-1].eq(jobs.START).nonzero().flatten().tolist(), spec.data.seq_len]
+        starts = [*token_T[:-1].eq(jobs.START_TOKEN).nonzero().flatten().tolist(), spec.data.seq_len]
         for start, end in pairwise(starts):
             shift = torch.arange(spec.data.seq_len + 1)
             tokens.append(torch.where(shift <= end - start, token_T.roll(-start), 0))
             counts.append((shift[:-1] < end - start) & counts_T.roll(-start))
-    loss, number = jobs.trainer_of(spec_of(masks=False)).validate(torch.stack(tokens), torch.stack(counts))
-    assert packed == (pytest.approx(loss, rel=1e-5), number)
-    assert number == int(samples[1].sum())
+    loss, target_count = jobs.build_trainer(padded_spec(masks=False)).validate(torch.stack(tokens), torch.stack(counts))
+    assert packed_result == (pytest.approx(loss, rel=1e-5), target_count)
+    assert target_count == int(samples[1].sum())

@@ -1,4 +1,4 @@
-"""The parts of Ray 2.60 that train/resilience.py relies on; tests/several_nodes runs it on real clusters."""
+"""Tests of the parts of Ray 2.60 that train/resilience.py relies on; tests/several_nodes runs it on real clusters."""
 
 import inspect
 import pickle
@@ -22,19 +22,19 @@ from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.storage import location
 from mhmoe_ray.train import resilience
 from mhmoe_ray.train.preemption import PreemptedError
-from mhmoe_ray.train.resilience import AllowedSizes, MistakesAreFinal, RunTrainer, error_of_ours
+from mhmoe_ray.train.resilience import DivisorScalingPolicy, NonRetryableFailurePolicy, RunTrainer, package_error
 from tests.specs import tiny_spec
 
 
-def test_ray_still_has_what_the_policy_overrides():
-    overridden = {name for name in vars(AllowedSizes) if callable(getattr(AllowedSizes, name))}
-    assert overridden <= set(vars(ElasticScalingPolicy))
+def test_policy_overrides_existing_methods():
+    overridden_names = {name for name in vars(DivisorScalingPolicy) if callable(getattr(DivisorScalingPolicy, name))}
+    assert overridden_names <= set(vars(ElasticScalingPolicy))
     policy = ElasticScalingPolicy(ScalingConfig(num_workers=(2, 4), resources_per_worker={"CPU": 2.0}))
     assert policy._count_possible_workers({"a": {"CPU": 5.0}, "b": {"CPU": 2.0}}) == 3
     assert policy.scaling_config._resources_per_worker_not_none["CPU"] == 2.0
 
 
-def test_ray_still_makes_its_controller_where_the_trainer_steps_in():
+def test_ray_creates_policies_and_controller_in_fit():
     assert "_initialize_and_run_controller" in vars(RunTrainer)
     assert "scaling_policy=create_scaling_policy" in inspect.getsource(TorchTrainer.fit)
     assert "failure_policy=create_failure_policy" in inspect.getsource(TorchTrainer.fit)
@@ -42,30 +42,33 @@ def test_ray_still_makes_its_controller_where_the_trainer_steps_in():
     assert "scaling_policy" in inspect.signature(TrainController.__init__).parameters
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.data.context")  # of its own defaults
-def test_no_process_on_the_head_looks_after_a_runs_controller(tmp_path):
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.data.context")  # Ray warns about its own defaults
+def test_placement_group_cleaner_is_left_out(tmp_path):
     trainer = RunTrainer(RunDir(tmp_path), tiny_spec(tmp_path), scaling_config=ScalingConfig(num_workers=2))
-    ours, rays = (
-        {type(c) for c in made()}
-        for made in (trainer._create_default_callbacks, super(RunTrainer, trainer)._create_default_callbacks)
+    our_callbacks, ray_callbacks = (
+        {type(c) for c in create_callbacks()}
+        for create_callbacks in (
+            trainer._create_default_callbacks,
+            super(RunTrainer, trainer)._create_default_callbacks,
+        )
     )
-    assert rays - ours == {PlacementGroupCleanerCallback}
+    assert ray_callbacks - our_callbacks == {PlacementGroupCleanerCallback}
 
 
-def test_the_policy_travels_to_the_controller(tmp_path):
+def test_scaling_policy_can_be_pickled(tmp_path):
     spec = tiny_spec(cluster={"workers": {"min": 1, "max": 4}})
-    policy = AllowedSizes(ScalingConfig(num_workers=(1, 4)), RunDir(tmp_path), spec)
-    assert pickle.loads(pickle.dumps(policy))._sizes == [1, 2, 4]
+    policy = DivisorScalingPolicy(ScalingConfig(num_workers=(1, 4)), RunDir(tmp_path), spec)
+    assert pickle.loads(pickle.dumps(policy))._worker_counts == [1, 2, 4]
 
 
 @pytest.mark.parametrize(
     ("raised", "decision"),
     [(PreemptedError(), FailureDecision.RETRY), (RuntimeError("anything else"), FailureDecision.RAISE)],
 )
-def test_ray_forgives_a_rank_that_leaves_a_node_but_nothing_else(raised, decision):
+def test_ray_retries_preempted_ranks_only(raised, decision):
     policy = create_failure_policy(FailureConfig(max_failures=0, max_preemption_failures=-1))
-    failed = WorkerGroupError("", {0: RuntimeError("of another rank"), 1: pickle.loads(pickle.dumps(raised))})
-    assert policy.make_decision(failed) is decision
+    failure = WorkerGroupError("", {0: RuntimeError("of another rank"), 1: pickle.loads(pickle.dumps(raised))})
+    assert policy.make_decision(failure) is decision
 
 
 @pytest.mark.parametrize(
@@ -73,64 +76,65 @@ def test_ray_forgives_a_rank_that_leaves_a_node_but_nothing_else(raised, decisio
     [
         (JobError("training", "it is not finite", "lower it"), FailureDecision.RAISE),
         (CheckpointError("checkpoint", "no space left", "make room"), FailureDecision.RETRY),
-        (StorageError("file", "it cannot be written", "mend the storage"), FailureDecision.RETRY),
+        (StorageError("file", "it cannot be written", "repair the storage"), FailureDecision.RETRY),
         (RuntimeError("connection closed by peer"), FailureDecision.RETRY),
     ],
 )
-def test_what_a_new_start_would_only_meet_again_is_not_tried_again(tmp_path, raised, decision):
-    policy = MistakesAreFinal(FailureConfig(max_failures=3), RunDir(tmp_path), tiny_spec())
-    failed = WorkerGroupError("", {0: RuntimeError("of another rank"), 1: raised})
-    assert policy.make_decision(pickle.loads(pickle.dumps(failed))) is decision
-    assert (error_of_ours(failed) is not None) == isinstance(raised, MhmoeError)
+def test_errors_of_this_package_are_not_retried(tmp_path, raised, decision):
+    policy = NonRetryableFailurePolicy(FailureConfig(max_failures=3), RunDir(tmp_path), tiny_spec())
+    failure = WorkerGroupError("", {0: RuntimeError("of another rank"), 1: raised})
+    assert policy.make_decision(pickle.loads(pickle.dumps(failure))) is decision
+    assert (package_error(failure) is not None) == isinstance(raised, MhmoeError)
 
 
-def test_workers_start_again_when_the_run_directory_can_be_read(tmp_path, monkeypatch, capsys):
-    """Each new start reads the directory at once, so a storage that is away for a minute would use up all retries."""
+def test_retry_waits_until_run_directory_can_be_read(tmp_path, monkeypatch, capsys):
+    """Each new worker group reads the run directory, so an outage of a minute would use up all retries."""
     run = RunDir(tmp_path)
-    run.spec_file.mkdir()  # which nobody can read
-    monkeypatch.setattr(resilience, "LOOK_SECONDS", 0.01)
+    run.spec_file.mkdir()  # so that it cannot be read
+    monkeypatch.setattr(resilience, "STORAGE_CHECK_SECONDS", 0.01)
     looks = iter([lambda _: None, lambda _: run.spec_file.rmdir()])
     monkeypatch.setattr(resilience.time, "sleep", lambda seconds: next(looks)(seconds))
-    failed = WorkerGroupError("", {0: StorageError("file", "it cannot be written", "mend the storage")})
+    failure = WorkerGroupError("", {0: StorageError("file", "it cannot be written", "repair the storage")})
     assert (
-        MistakesAreFinal(FailureConfig(max_failures=3), run, tiny_spec()).make_decision(failed) is FailureDecision.RETRY
+        NonRetryableFailurePolicy(FailureConfig(max_failures=3), run, tiny_spec()).make_decision(failure)
+        is FailureDecision.RETRY
     )
     assert capsys.readouterr().out.count("the workers start again when the run directory can be read") == 2
 
 
-def test_a_storage_that_fails_ends_no_elastic_run(tmp_path, monkeypatch):
-    policy = AllowedSizes(
+def test_storage_failure_does_not_end_elastic_run(tmp_path, monkeypatch):
+    policy = DivisorScalingPolicy(
         ScalingConfig(num_workers=(1, 4)), RunDir(tmp_path), tiny_spec(cluster={"workers": {"min": 1, "max": 4}})
     )
     monkeypatch.setattr(policy, "_maybe_send_resource_request", lambda: None)  # there is no cluster
-    nobody = "s3://bucket/run?scheme=http&region=us-east-1&endpoint_override=127.0.0.1:9"
-    policy._run = RunDir(location(nobody))
+    unreachable = "s3://bucket/run?scheme=http&region=us-east-1&endpoint_override=127.0.0.1:9"
+    policy._run = RunDir(location(unreachable))
     group = WorkerGroupState(0.0, None, [None], None)
     assert isinstance(policy.make_decision_for_running_worker_group(group, None), NoopDecision)
 
 
-def test_workers_that_find_no_room_are_tried_again_and_said_to_wait(tmp_path, monkeypatch):
+def test_workers_without_resources_are_retried_and_recorded_as_waiting(tmp_path, monkeypatch):
     run = RunDir(tmp_path)
-    monkeypatch.setattr(resilience, "missing_now", lambda spec: "it needs a GPU")  # there is no cluster to ask
+    monkeypatch.setattr(resilience, "missing_resources", lambda spec: "it needs a GPU")  # there is no cluster to ask
     events.record(run, "prepared")
-    policy = MistakesAreFinal(FailureConfig(max_failures=0), run, tiny_spec())
+    policy = NonRetryableFailurePolicy(FailureConfig(max_failures=0), run, tiny_spec())
     for _ in range(3):
         assert policy.make_decision(ControllerError(WorkerGroupStartupTimeoutError(2))) is FailureDecision.RETRY
-    assert [(e["event"], e.get("missing")) for e in events.events(run)] == [
+    assert [(e["event"], e.get("missing")) for e in events.read(run)] == [
         ("prepared", None),
         ("waiting", "it needs a GPU"),
     ]
     events.record(run, "started")
-    assert events.state(events.events(run)) == "running"
+    assert events.state(events.read(run)) == "running"
     policy.make_decision(ControllerError(WorkerGroupStartupTimeoutError(2)))
-    assert events.state(events.events(run)) == "waiting"
+    assert events.state(events.read(run)) == "waiting"
 
 
-def test_ray_tells_of_failures_as_they_were_raised():
+def test_ray_reports_the_exception_that_was_raised():
     failure = UserExceptionWithTraceback(JobError("training", "it is not finite", "lower it"), "traceback")
     status = WorkerGroupPollStatus({0: WorkerStatus(running=False, error=failure)})
-    assert error_of_ours(status.get_worker_group_error()) is failure._base_exc
+    assert package_error(status.get_worker_group_error()) is failure._base_exc
 
 
-def test_a_worker_is_told_of_a_preemption_where_it_looks():
+def test_preemption_context_has_preemption_info():
     assert PreemptionContext().preemption_info is None

@@ -1,4 +1,4 @@
-"""The memory that a rank uses while a run starts, and the weights that it begins with."""
+"""Tests of the peak memory of a rank at the start of a run, and of its initial weights."""
 
 import pytest
 import torch
@@ -14,45 +14,46 @@ MODEL = {**tiny_spec().model.model_dump(), "vocab_size": 300, "d_model": 128, "l
 MOE = {"heads": 2, "experts": 8, "top_k": 2, "d_expert": 128}
 
 
-def spread(strategy, **cluster):
+def parallel_spec(strategy, **cluster):
     cluster = {"workers": 4, "ep": 2, "strategy": strategy, "shard_experts": strategy == "fsdp", **cluster}
     return tiny_spec(model={**MODEL, "moe": MOE}, cluster=cluster)
 
 
-def begun(spec):
+def measure_start(spec):
     """Return the peak of allocated bytes while a trainer is built, the bytes that remain, and the weights."""
     trainers = []
-    peak = peak_bytes(lambda: trainers.append(jobs.trainer_of(spec)), torch.device("cpu"))
-    held = sum(
-        (t.to_local() if hasattr(t, "to_local") else t).nbytes for t in trainers[0].strategy.model.tensors().values()
+    peak = peak_bytes(lambda: trainers.append(jobs.build_trainer(spec)), torch.device("cpu"))
+    held_bytes = sum(
+        (t.to_local() if hasattr(t, "to_local") else t).nbytes
+        for t in trainers[0].strategy.model.named_tensors().values()
     )
-    return peak, held, jobs.whole(trainers[0].strategy.weights())
+    return peak, held_bytes, jobs.full_tensors(trainers[0].strategy.checkpoint_weights())
 
 
-def test_zero_compiles_nothing(tmp_path, monkeypatch):
-    """A compilation leaves a lock when its process is killed, and later processes would wait for that lock forever."""
+def test_zero_compiles_no_extension(tmp_path, monkeypatch):
+    """A compilation leaves a lock if its process is killed, and later processes would wait for that lock forever."""
     pytest.importorskip("deepspeed")
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
-    run_ranks(2, begun, spread("zero1", workers=2))
+    run_ranks(2, measure_start, parallel_spec("zero1", workers=2))
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("strategy", ["fsdp", "ddp"])
-def test_a_rank_begins_with_what_it_holds_and_one_tensor_more(strategy):
-    spec = spread(strategy)
+def test_peak_memory_at_start_is_held_bytes_and_one_tensor(strategy):
+    spec = parallel_spec(strategy)
     model = Decoder(spec.model)
     init_weights(model, spec.seed)
-    whole = {name: t.detach() for name, t in model.named_parameters()}
-    dense = [t.nbytes for name, t in whole.items() if ".experts." not in name]
-    experts = sum(t.nbytes for name, t in whole.items() if ".experts." in name)
-    for peak, held, weights in run_ranks(4, begun, spec):
-        assert all(torch.equal(weights[name], t) for name, t in whole.items())
+    full_tensors = {name: t.detach() for name, t in model.named_parameters()}
+    dense_bytes = [t.nbytes for name, t in full_tensors.items() if ".experts." not in name]
+    expert_bytes = sum(t.nbytes for name, t in full_tensors.items() if ".experts." in name)
+    for peak, held_bytes, weights in run_ranks(4, measure_start, spec):
+        assert all(torch.equal(weights[name], t) for name, t in full_tensors.items())
         if strategy == "fsdp":
-            assert held == pytest.approx(sum(t.nbytes for t in whole.values()) / 4, rel=0.02)
-            assert peak < held + 2 * max(dense)
+            assert held_bytes == pytest.approx(sum(t.nbytes for t in full_tensors.values()) / 4, rel=0.02)
+            assert peak < held_bytes + 2 * max(dense_bytes)
         else:
-            assert held == sum(dense) + experts / spec.cluster.ep
-            # DDP flattens all that it averages, once to send it and once for gradients; gloo may let go of the first
-            # too late for the second. That is less than the model held twice, with one of the two.
-            assert peak < held + 2 * sum(dense) + max(dense) < 2 * held + sum(dense)
-        assert peak >= held
+            assert held_bytes == sum(dense_bytes) + expert_bytes / spec.cluster.ep
+            # DDP flattens the tensors that it averages, once to send them and once for gradients. gloo may free the
+            # first copy too late. The bound is less than two copies of the model and one of these.
+            assert peak < held_bytes + 2 * sum(dense_bytes) + max(dense_bytes) < 2 * held_bytes + sum(dense_bytes)
+        assert peak >= held_bytes

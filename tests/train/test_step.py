@@ -1,4 +1,4 @@
-"""A single optimizer step, applied or skipped."""
+"""Tests of a single optimizer step, applied or skipped."""
 
 import math
 
@@ -11,64 +11,68 @@ from mhmoe_ray.errors import JobError
 from tests.checkpoint.test_load import new_run
 from tests.ranks import run_ranks
 from tests.specs import TINY, tiny_spec
-from tests.train.jobs import batches, save, train, trainer_of, whole
+from tests.train.jobs import build_trainer, full_tensors, rank_batches, save_checkpoint, train
 
 
-def test_a_gradient_that_is_not_finite_changes_nothing():
+def test_non_finite_gradient_changes_nothing():
     spec = tiny_spec()
-    trainer = trainer_of(spec)
-    sums = trainer.accumulate(batches(spec, 0, trainer))
-    before = {name: weight.clone() for name, weight in trainer.strategy.weights().items()}
+    trainer = build_trainer(spec)
+    sums = trainer.accumulate(rank_batches(spec, 0, trainer))
+    previous_weights = {name: weight.clone() for name, weight in trainer.strategy.checkpoint_weights().items()}
     next(trainer.model.parameters()).grad.view(-1)[0] = torch.inf
     with pytest.raises(JobError, match="gradient of step 1 is not finite"):
         trainer.update(sums)
     assert trainer.step == 0
-    assert all(torch.equal(weight, before[name]) for name, weight in trainer.strategy.weights().items())
+    assert all(
+        torch.equal(weight, previous_weights[name]) for name, weight in trainer.strategy.checkpoint_weights().items()
+    )
 
 
-def skipping(spec):
-    """Take six steps, the third of which has an infinite gradient on the last rank; return which of them were applied.
+def train_with_skipped_step(spec):
+    """Train six steps, the third with an infinite gradient; return applied flags, skipped steps and finite norms.
 
-    It also returns the number of skipped steps, and which norms are finite. Nothing may change in a skipped step, nor
-    may the biases of routers, which move without gradients.
+    A skipped step must change nothing, not even the biases of routers, which move without gradients.
     """
-    trainer = trainer_of(spec)
-    updates, held = [], {}
+    trainer = build_trainer(spec)
+    updates, previous_weights = [], {}
     for step in range(6):
-        sums = trainer.accumulate(batches(spec, step, trainer))
+        sums = trainer.accumulate(rank_batches(spec, step, trainer))
         if step == 2:
-            spoil(trainer)
-            held = whole(trainer.strategy.weights())
-            assert any("bias_E" in name and t.any() for name, t in held.items())
+            make_gradient_infinite(trainer)
+            previous_weights = full_tensors(trainer.strategy.checkpoint_weights())
+            assert any("bias_E" in name and t.any() for name, t in previous_weights.items())
         updates.append(trainer.update(sums))
         if step == 2:
-            assert all(torch.equal(t, held[name]) for name, t in whole(trainer.strategy.weights()).items())
+            assert all(
+                torch.equal(t, previous_weights[name])
+                for name, t in full_tensors(trainer.strategy.checkpoint_weights()).items()
+            )
     return [u.applied for u in updates], trainer.skipped, [math.isfinite(u.norm) for u in updates]
 
 
-def losses_begun(spec, as_on_cuda):
-    """Return the loss of a step that begins where autocast is on for CUDA, or is not; CUDA's flag is not the CPU's."""
-    torch.set_autocast_enabled("cuda", as_on_cuda)
-    trainer = trainer_of(spec)
-    return trainer.accumulate(batches(spec, 0, trainer)).loss
+def loss_with_autocast_flag(spec, cuda_autocast):
+    """Return the loss of a step with autocast for CUDA on or off, which must not change autocast for the CPU."""
+    torch.set_autocast_enabled("cuda", cuda_autocast)
+    trainer = build_trainer(spec)
+    return trainer.accumulate(rank_batches(spec, 0, trainer)).loss
 
 
 @pytest.mark.parametrize("strategy", ["zero2", "zero3"])
-def test_deepspeed_does_not_switch_autocast_off(strategy):
+def test_deepspeed_keeps_autocast_on(strategy):
     pytest.importorskip("deepspeed")
-    whole, half = (
+    float32_spec, bfloat16_spec = (
         tiny_spec(cluster={"workers": 2, "ep": 1, "strategy": strategy}, train={"precision": precision})
         for precision in ("float32", "bfloat16")
     )
-    plain, as_on_cuda = (run_ranks(2, losses_begun, half, flag) for flag in (False, True))
-    assert as_on_cuda == plain != run_ranks(2, losses_begun, whole, False)
+    plain_losses, cuda_losses = (run_ranks(2, loss_with_autocast_flag, bfloat16_spec, flag) for flag in (False, True))
+    assert cuda_losses == plain_losses != run_ranks(2, loss_with_autocast_flag, float32_spec, False)
 
 
-def spoil(trainer):
-    """Put an infinite value into the gradient that the optimizer will read."""
+def make_gradient_infinite(trainer):
+    """Put an infinite value into a gradient that the optimizer reads."""
     if trainer.spec.cluster.strategy == "zero2":
-        [first, *_] = trainer.strategy.engine.optimizer.averaged_gradients[0]
-        first.view(-1)[0] = torch.inf
+        [first_gradient, *_] = trainer.strategy.engine.optimizer.averaged_gradients[0]
+        first_gradient.view(-1)[0] = torch.inf
         return
     gradient = next(p.grad for p in trainer.model.parameters() if p.grad is not None)
     local = gradient.to_local() if hasattr(gradient, "to_local") else gradient
@@ -76,49 +80,52 @@ def spoil(trainer):
 
 
 @pytest.mark.parametrize(("workers", "strategy"), [(1, "ddp"), (2, "ddp"), (2, "fsdp"), (2, "zero2")])
-def test_a_step_whose_gradient_is_not_finite_is_skipped_where_the_spec_says_so(workers, strategy):
+def test_step_with_non_finite_gradient_is_skipped(workers, strategy):
     model = {"moe": {**TINY["model"]["moe"], "bias_rate": 0.01}}
     cluster = {"workers": workers, "ep": 1, "strategy": strategy}
     spec = tiny_spec(cluster=cluster, model=model, train={"on_nonfinite": "skip"})
-    for applied, skipped, finite in run_ranks(workers, skipping, spec):
+    for applied, skipped, finite in run_ranks(workers, train_with_skipped_step, spec):
         assert applied == finite == [True, True, False, True, True, True]
         assert skipped == 1
 
 
-def test_a_checkpoint_after_a_skipped_step_goes_on_with_the_same_bits(tmp_path):
-    """AdamW counts updates, of which there were fewer than steps."""
+def test_checkpoint_after_skipped_step_continues_bit_identically(tmp_path):
+    """AdamW counts updates, and there were fewer updates than steps."""
     spec, run = new_run(tmp_path, {"workers": 1}, train={"on_nonfinite": "skip"})
-    trainer = trainer_of(spec)
+    trainer = build_trainer(spec)
     train(spec, trainer, 1)
-    sums = trainer.accumulate(batches(spec, 1, trainer))
-    spoil(trainer)
+    sums = trainer.accumulate(rank_batches(spec, 1, trainer))
+    make_gradient_infinite(trainer)
     assert not trainer.update(sums).applied
     train(spec, trainer, 1)
-    save(run, trainer)
+    save_checkpoint(run, trainer)
     checkpoint, manifest, _ = newest_checkpoint(run)
-    resumed = trainer_of(spec)
+    resumed = build_trainer(spec)
     restore(resumed, checkpoint, manifest)
     assert (resumed.step, resumed.skipped) == (3, 1)
     for _ in range(2):
-        for each in (trainer, resumed):
-            train(spec, each, 1)
-        found, expected = (each.strategy.weights() | each.strategy.moments() for each in (resumed, trainer))
-        assert all(torch.equal(found[name], t) for name, t in expected.items())
+        for current_trainer in (trainer, resumed):
+            train(spec, current_trainer, 1)
+        actual, expected = (
+            source_trainer.strategy.checkpoint_weights() | source_trainer.strategy.checkpoint_moments()
+            for source_trainer in (resumed, trainer)
+        )
+        assert all(torch.equal(actual[name], t) for name, t in expected.items())
 
 
-def test_more_than_ten_skipped_in_a_row_stop_the_run_though_it_was_restored_meanwhile(tmp_path):
+def test_more_than_ten_consecutive_skipped_steps_stop_the_run(tmp_path):
     spec, run = new_run(tmp_path, {"workers": 1}, train={"on_nonfinite": "skip"})
-    trainer = trainer_of(spec)
+    trainer = build_trainer(spec)
     for step in range(10):
         if step == 7:
-            save(run, trainer)
+            save_checkpoint(run, trainer)
             checkpoint, manifest, _ = newest_checkpoint(run)
-            trainer = trainer_of(spec)
+            trainer = build_trainer(spec)
             restore(trainer, checkpoint, manifest)
-        sums = trainer.accumulate(batches(spec, 0, trainer))
-        spoil(trainer)
+        sums = trainer.accumulate(rank_batches(spec, 0, trainer))
+        make_gradient_infinite(trainer)
         trainer.update(sums)
-    sums = trainer.accumulate(batches(spec, 0, trainer))
-    spoil(trainer)
+    sums = trainer.accumulate(rank_batches(spec, 0, trainer))
+    make_gradient_infinite(trainer)
     with pytest.raises(JobError, match=r"gradient of step 11 is not finite .*, as those of the 10 steps before it"):
         trainer.update(sums)

@@ -1,4 +1,4 @@
-"""The ranks that the watchdog takes for hung; tests/faults runs it on real clusters."""
+"""Tests of the ranks that the watchdog counts as hung; tests/faults runs it on real clusters."""
 
 import asyncio
 import sys
@@ -9,119 +9,133 @@ import pytest
 from mhmoe_ray.runs import events
 from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.train import watchdog
-from mhmoe_ray.train.watchdog import Place, Progress, Heartbeat, Watchdog
+from mhmoe_ray.train.watchdog import Heartbeat, Progress, Watchdog, WorkerInfo
 
-PATIENCE = 10.0
-PLACES = [Place(rank, 100 + rank, 0.0, "host", "node") for rank in range(3)]
+TIMEOUT = 10.0
+WORKERS = [WorkerInfo(rank, 100 + rank, 0.0, "host", "node") for rank in range(3)]
 
 
 @pytest.fixture
 def clock(monkeypatch):
     class Clock:
-        now = 1000.0
+        seconds = 1000.0
 
-    monkeypatch.setattr(watchdog.time, "monotonic", lambda: Clock.now)
+    monkeypatch.setattr(watchdog.time, "monotonic", lambda: Clock.seconds)
     return Clock
 
 
 @pytest.fixture
-def dog(tmp_path, clock):
-    return Watchdog(str(tmp_path), PATIENCE)
+def actor(tmp_path, clock):
+    return Watchdog(str(tmp_path), TIMEOUT)
 
 
-def hear(dog, *beats, step=7):
+def send_heartbeats(actor, *counts, step=7):
     """Let each rank report its own count to the watchdog; a rank whose count is None reports nothing."""
-    for place, count in zip(PLACES, beats, strict=True):
+    for worker_info, count in zip(WORKERS, counts, strict=True):
         if count is not None:
-            asyncio.run(dog.hear(Progress(place, life=count, done=count, step=step, doing="training")))
+            asyncio.run(
+                actor.receive(
+                    Progress(worker_info, activity=count, training_progress=count, step=step, phase="training")
+                )
+            )
 
 
-def culprits(dog, clock):
-    return [found.progress.place.rank for found in dog._culprits(clock.now)]
+def hung_ranks(actor, clock):
+    return [record.progress.worker_info.rank for record in actor._hung_ranks(clock.seconds)]
 
 
-def test_nobody_while_anyone_gets_on(dog, clock):
-    hear(dog, 1, 1, 1)
+def test_no_rank_hangs_while_one_makes_progress(actor, clock):
+    send_heartbeats(actor, 1, 1, 1)
     for i in range(5):
-        clock.now += 8
-        hear(dog, 1, 2 + i, 1)  # two wait for a long time, for one that works
-        assert culprits(dog, clock) == []
+        clock.seconds += 8
+        send_heartbeats(actor, 1, 2 + i, 1)  # ranks 0 and 2 wait for rank 1, which works
+        assert hung_ranks(actor, clock) == []
 
 
-def test_those_that_say_nothing(dog, clock):
-    hear(dog, 5, 5, 5)
+def test_ranks_without_heartbeat_hang(actor, clock):
+    send_heartbeats(actor, 5, 5, 5)
     for i in range(11):
-        assert culprits(dog, clock) == []
-        clock.now += 1
-        hear(dog, 6 + i, None, 5)
-    assert culprits(dog, clock) == [1]
+        assert hung_ranks(actor, clock) == []
+        clock.seconds += 1
+        send_heartbeats(actor, 6 + i, None, 5)
+    assert hung_ranks(actor, clock) == [1]
 
 
-def test_else_those_that_are_behind(dog, clock):
-    """All ranks answer and none makes progress: the last one has not come to where the others wait."""
-    hear(dog, 9, 9, 8)
+def test_ranks_that_are_behind_hang(actor, clock):
+    """All ranks send heartbeats and none makes progress: rank 2 has not reached the operation where the others wait."""
+    send_heartbeats(actor, 9, 9, 8)
     for _ in range(11):
-        assert culprits(dog, clock) == []
-        clock.now += 1
-        hear(dog, 9, 9, 8)
-    assert culprits(dog, clock) == [2]
+        assert hung_ranks(actor, clock) == []
+        clock.seconds += 1
+        send_heartbeats(actor, 9, 9, 8)
+    assert hung_ranks(actor, clock) == [2]
 
 
-def test_or_all_where_none_is(dog, clock):
-    hear(dog, 9, 9, 9)
-    clock.now += 11
-    hear(dog, 9, 9, 9)
-    assert culprits(dog, clock) == [0, 1, 2]
+def test_all_ranks_hang_if_none_is_behind(actor, clock):
+    send_heartbeats(actor, 9, 9, 9)
+    clock.seconds += 11
+    send_heartbeats(actor, 9, 9, 9)
+    assert hung_ranks(actor, clock) == [0, 1, 2]
 
 
-def test_nobody_while_what_all_wait_for_gets_on(dog, clock):
-    """The files of a checkpoint are read in this way, before any rank is told where to begin."""
+def test_no_rank_hangs_while_shared_work_makes_progress(actor, clock):
+    """The files of a checkpoint are hashed before the ranks start, and all ranks wait for that."""
     for _ in range(5):
-        hear(dog, 3, 3, 3)
-        clock.now += 8
-        asyncio.run(dog.stir())
-        assert culprits(dog, clock) == []
-    clock.now += 11
-    hear(dog, 3, 3, 3)
-    assert culprits(dog, clock) == [0, 1, 2]
+        send_heartbeats(actor, 3, 3, 3)
+        clock.seconds += 8
+        asyncio.run(actor.report_shared_progress())
+        assert hung_ranks(actor, clock) == []
+    clock.seconds += 11
+    send_heartbeats(actor, 3, 3, 3)
+    assert hung_ranks(actor, clock) == [0, 1, 2]
 
 
-def test_not_those_that_had_less_to_write_beside_it(dog, clock):
-    for place, pieces, done in zip(PLACES, (40, 3, 11), (9, 9, 8), strict=True):
-        asyncio.run(dog.hear(Progress(place, life=done + pieces, done=done, step=7, doing="training")))
-    clock.now += 11
-    for place in PLACES:
-        asyncio.run(dog.hear(dog._ranks[place].progress))
-    assert culprits(dog, clock) == [2]
+def test_side_progress_does_not_make_a_rank_behind(actor, clock):
+    for worker_info, pieces, training_progress in zip(WORKERS, (40, 3, 11), (9, 9, 8), strict=True):
+        asyncio.run(
+            actor.receive(
+                Progress(
+                    worker_info,
+                    activity=training_progress + pieces,
+                    training_progress=training_progress,
+                    step=7,
+                    phase="training",
+                )
+            )
+        )
+    clock.seconds += 11
+    for worker_info in WORKERS:
+        asyncio.run(actor.receive(actor._records[worker_info].progress))
+    assert hung_ranks(actor, clock) == [2]
 
 
-def test_threads_of_a_rank_lose_nothing_of_what_each_other_did():
-    pulse, times = Heartbeat(None, PLACES[0]), 50_000
-    switch = sys.getswitchinterval()
+def test_progress_reports_of_all_threads_are_counted():
+    heartbeat, count = Heartbeat(None, WORKERS[0]), 50_000
+    switch_interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
     try:
-        saver = Thread(target=lambda: [pulse.stir() for _ in range(times)])
+        saver = Thread(target=lambda: [heartbeat.report_side_progress() for _ in range(count)])
         saver.start()
-        for _ in range(times):
-            pulse.beat()
+        for _ in range(count):
+            heartbeat.report_progress()
         saver.join()
     finally:
-        sys.setswitchinterval(switch)
-    assert pulse._progress == Progress(PLACES[0], life=2 * times, done=times)
+        sys.setswitchinterval(switch_interval)
+    assert heartbeat._progress == Progress(WORKERS[0], activity=2 * count, training_progress=count)
 
 
-def test_one_that_ended_is_not_missed(dog, clock):
-    hear(dog, 1, 1, 1)
-    for place in PLACES:
-        asyncio.run(dog.forget(place))
-    clock.now += 100
-    assert culprits(dog, clock) == []
+def test_forgotten_ranks_do_not_hang(actor, clock):
+    send_heartbeats(actor, 1, 1, 1)
+    for worker_info in WORKERS:
+        asyncio.run(actor.forget(worker_info))
+    clock.seconds += 100
+    assert hung_ranks(actor, clock) == []
 
 
-def test_a_sentence_says_who_and_where(tmp_path):
-    told = {"rank": 3, "host": "n1", "pid": 4711, "step": 41, "doing": "training", "seconds": 600.2}
-    events.record(RunDir(tmp_path), "hung", **told, silent=True)
-    [event] = events.events(RunDir(tmp_path))
-    assert events.hung(event) == (
-        "rank 3 (process 4711 on n1) gave no sign of life for 600 s, training after step 41; it was ended"
+def test_hang_description_names_rank_and_process(tmp_path):
+    fields = {"rank": 3, "host": "n1", "pid": 4711, "step": 41, "doing": "training", "seconds": 600.2}
+    events.record(RunDir(tmp_path), "hung", **fields, silent=True)
+    [event] = events.read(RunDir(tmp_path))
+    assert events.describe_hang(event) == (
+        "rank 3 (process 4711 on n1) sent no heartbeat for 600 s, training after step 41; it was killed"
     )

@@ -1,10 +1,11 @@
-"""SwiGLU experts in bfloat16 as one fused kernel for CPUs, in C++: the hidden layer stays in the cache, both ways.
+"""SwiGLU experts in bfloat16 as one fused C++ kernel for CPUs.
 
-The kernel is compiled where it first runs, in two seconds, if there is a compiler. The base install does not need one.
+The hidden layer stays in the cache, forward and backward. The kernel is compiled at its first use, in two seconds, if
+the machine has a compiler. The base install needs none.
 
     build.py      compilation of this folder's kernels for the CPU
     autograd.py   the kernels as a torch autograd function
-    swiglu.cpp    the walk over experts and their rows, forward and backward
+    swiglu.cpp    the loop over experts and their rows, forward and backward
     transpose.h   layouts of its matrices
 """
 
@@ -14,12 +15,12 @@ from torch import Tensor
 from mhmoe_kernels.abilities import KERNELS
 from mhmoe_kernels.cpp.build import BuildError, library
 from mhmoe_kernels.cpu import CpuLevel, cpu_level
-from mhmoe_kernels.grouped import sort_first
+from mhmoe_kernels.grouped import sort_and_run
 from mhmoe_kernels.weights import ExpertWeights
 
 
-def why_not(device: torch.device) -> str | None:
-    """Return in one line why `run` cannot run on `device`; None if it can."""
+def unavailable_reason(device: torch.device) -> str | None:
+    """Return the reason why `run` cannot run on `device`, in one line; None if it can."""
     if device.type != "cpu":
         return f"kernel cpp is for CPUs, and this is {device.type}"
     try:
@@ -29,16 +30,18 @@ def why_not(device: torch.device) -> str | None:
     return None
 
 
-def is_ahead(x_ND: Tensor, weights: ExpertWeights) -> bool:
-    """Whether this kernel is faster than `grouped` for these rows and experts (measured: kernels/README.md): on CPUs
-    with AMX, if it supports them."""
-    amx = x_ND.device.type == "cpu" and cpu_level() >= CpuLevel.AMX
-    return amx and _refusal(x_ND, weights) is None and why_not(x_ND.device) is None
+def is_faster(x_ND: Tensor, weights: ExpertWeights) -> bool:
+    """Return whether this kernel computes these rows and experts, and does so faster than `grouped`.
+
+    It is the faster one on CPUs with AMX; kernels/README.md has the measurements.
+    """
+    has_amx = x_ND.device.type == "cpu" and cpu_level() >= CpuLevel.AMX
+    return has_amx and _unsupported_error(x_ND, weights) is None and unavailable_reason(x_ND.device) is None
 
 
 def run(x_ND: Tensor, expert_NK: Tensor, gate_NK: Tensor, weights: ExpertWeights) -> Tensor:
-    """Run routed rows through experts: see `mhmoe_kernels.run_experts`, and `run_sorted` for what is raised."""
-    return sort_first(run_sorted, x_ND, expert_NK, gate_NK, weights)
+    """Run routed rows through experts, as `mhmoe_kernels.run_experts` does; `run_sorted` lists the errors."""
+    return sort_and_run(run_sorted, x_ND, expert_NK, gate_NK, weights)
 
 
 def run_sorted(x_RD: Tensor, counts: list[int], weights: ExpertWeights) -> Tensor:
@@ -52,12 +55,12 @@ def run_sorted(x_RD: Tensor, counts: list[int], weights: ExpertWeights) -> Tenso
     Raises:
         ValueError: the kernel does not compute these experts or sizes.
         TypeError: rows or weights are not bfloat16.
-        RuntimeError: `why_not` gives a reason.
+        RuntimeError: `unavailable_reason` gives a reason.
     """
-    # What it computes nowhere comes first: another machine would not help.
-    if error := _refusal(x_RD, weights):
+    # An unsupported problem is reported before an unsupported machine: another machine would not help.
+    if error := _unsupported_error(x_RD, weights):
         raise error
-    if reason := why_not(x_RD.device):
+    if reason := unavailable_reason(x_RD.device):
         raise RuntimeError(reason)
     from mhmoe_kernels.cpp.autograd import swiglu_sorted
 
@@ -65,13 +68,14 @@ def run_sorted(x_RD: Tensor, counts: list[int], weights: ExpertWeights) -> Tenso
     return swiglu_sorted(x_RD, counts, gate_EFD, up_EFD, down_EDF)
 
 
-def _refusal(x_ND: Tensor, weights: ExpertWeights) -> Exception | None:
+def _unsupported_error(x_ND: Tensor, weights: ExpertWeights) -> Exception | None:
+    # `is_faster` only asks for the error, so it is returned, not raised.
     limits = KERNELS["cpp"]
     if weights.function.name != limits.function:
         return ValueError("kernel cpp computes SwiGLU experts only")
     if {str(t.dtype) for t in (x_ND, *weights.stacked)} != {f"torch.{limits.precision}"}:
         return TypeError("kernel cpp computes in bfloat16 only")
     _, F, D = weights.stacked[0].shape
-    if D % limits.sizes or F % limits.sizes:
+    if D % limits.size_multiple or F % limits.size_multiple:
         return ValueError(f"kernel cpp takes even sizes only: rows are {D} wide, experts {F}")
     return None

@@ -12,7 +12,7 @@ from mhmoe_kernels.cpp.build import library
 
 
 def swiglu_sorted(x_RD: Tensor, counts: list[int], gate_EFD: Tensor, up_EFD: Tensor, down_EDF: Tensor) -> Tensor:
-    """Return down(silu(gate(x)) * up(x)) of each row's expert; all tensors are bfloat16, D and F are even.
+    """Return down(silu(gate(x)) * up(x)) with the expert of each row; all tensors are bfloat16, D and F are even.
 
     Args:
         x_RD: rows; the first counts[0] belong to expert 0, and so on.
@@ -29,8 +29,9 @@ class _SwiGLU(torch.autograd.Function):
         x_RD, *weights = (t.contiguous() for t in (x_RD, *stacked))
         y_RD = torch.empty_like(x_RD)
         sizes = _sizes(weights[0])
-        work = _work(library().forward_bytes, *sizes[1:])
-        library().forward(*_pointers(x_RD, *weights, y_RD, work, count_E), *sizes)
+        scratch = _scratch_memory(library().forward_bytes, *sizes[1:])
+        library().forward(*_pointers(x_RD, *weights, y_RD, scratch, count_E), *sizes)
+        # The backward computes the hidden layer again, so only inputs are kept.
         ctx.save_for_backward(x_RD, *weights)
         ctx.count_E = count_E
         return y_RD
@@ -41,8 +42,8 @@ class _SwiGLU(torch.autograd.Function):
         x_RD, *weights = ctx.saved_tensors
         dx_RD, *gradients = (torch.empty_like(t) for t in (x_RD, *weights))
         sizes = _sizes(weights[0])
-        work = _work(library().backward_bytes, *_pointers(ctx.count_E), *sizes)
-        tensors = (x_RD, *weights, dy_RD.contiguous(), dx_RD, *gradients, work, ctx.count_E)
+        scratch = _scratch_memory(library().backward_bytes, *_pointers(ctx.count_E), *sizes)
+        tensors = (x_RD, *weights, dy_RD.contiguous(), dx_RD, *gradients, scratch, ctx.count_E)
         library().backward(*_pointers(*tensors), *sizes)
         return dx_RD, None, *gradients
 
@@ -51,7 +52,7 @@ _swiglu: Callable[[Tensor, list[int], Tensor, Tensor, Tensor], Tensor] = _SwiGLU
 
 
 def _sizes(gate_EFD: Tensor) -> tuple[Any, ...]:
-    """Return E, D, F and the number of threads, in the types that the kernels take."""
+    """Return E, D, F and the number of threads, in the C types of the kernels' arguments."""
     E, F, D = gate_EFD.shape
     return *(ctypes.c_int64(n) for n in (E, D, F)), ctypes.c_int(torch.get_num_threads())
 
@@ -60,12 +61,13 @@ def _pointers(*tensors: Tensor) -> list[ctypes.c_void_p]:
     return [ctypes.c_void_p(t.data_ptr()) for t in tensors]
 
 
-def _work(size: Any, *arguments: Any) -> Tensor:
+def _scratch_memory(size_function: Any, *arguments: Any) -> Tensor:
     """Return scratch memory from torch's allocator, so that it is counted with torch's other memory.
 
     Args:
-        size: compiled function that returns the number of bytes.
+        size_function: compiled function that returns the number of bytes.
         arguments: arguments of that function.
     """
-    size.restype = ctypes.c_int64
-    return torch.empty(size(*arguments), dtype=torch.uint8)
+    # ctypes truncates results to 32 bits unless it is told their type.
+    size_function.restype = ctypes.c_int64
+    return torch.empty(size_function(*arguments), dtype=torch.uint8)

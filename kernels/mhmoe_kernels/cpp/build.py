@@ -1,4 +1,4 @@
-"""Compilation of this folder's kernels for the CPU of this machine, once: the result is kept in the user's cache."""
+"""Compilation of this folder's kernels for the CPU of this machine; the user's cache folder keeps the library."""
 
 import ctypes
 import hashlib
@@ -21,97 +21,108 @@ FLAGS = ("-O3", "-march=native", "-std=c++20", "-fPIC", "-fopenmp", "-Wall", "-W
 
 
 class BuildError(Exception):
-    """Error that says in one line why the kernels cannot be built or loaded."""
+    """Error with the reason, in one line, why the kernels cannot be built or loaded."""
 
 
 def library() -> ctypes.CDLL:
-    """Return the compiled kernels, which the first call builds.
+    """Return the compiled kernels; the first call builds them.
 
     Raises:
-        BuildError: this machine lacks something, or its compiler fails.
+        BuildError: this machine cannot build or load the kernels.
     """
-    found = _once()
-    if isinstance(found, BuildError):
-        raise found
-    return found
+    result = _library_or_error()
+    if isinstance(result, BuildError):
+        raise result
+    return result
 
 
 @cache
-def _once() -> ctypes.CDLL | BuildError:
-    """Return the library, or the error if it cannot be built; an error is cached too, because no layer should try
-    again."""
+def _library_or_error() -> ctypes.CDLL | BuildError:
+    """Return the library, or the error if it cannot be built or loaded."""
+    # The error is returned, not raised, so that it is cached too: otherwise each layer would try the build again.
     try:
-        path = _built()
+        path = _ensure_built()
         try:
             return ctypes.CDLL(str(path))
-        except OSError as error:  # a folder without leave to execute, another machine's C library
-            raise BuildError(f"what was compiled cannot be loaded: {error}") from error
+        # The folder may forbid execution, or the library may need another machine's C library.
+        except OSError as error:
+            raise BuildError(f"the compiled library cannot be loaded: {error}") from error
     except BuildError as error:
         return error
 
 
-def _built() -> Path:
+def _ensure_built() -> Path:
     if sys.platform != "linux":
-        raise BuildError("it is built on Linux only")
+        raise BuildError("the kernel is built on Linux only")
     try:
         level = cpu_level()
     except ValueError as error:
         raise BuildError(str(error)) from error
     if level < CpuLevel.AVX512_BF16:
-        raise BuildError("this CPU multiplies no bfloat16 (AVX512_BF16, or AMX)")
+        raise BuildError("this CPU cannot multiply bfloat16 (AVX512_BF16 or AMX)")
     compiler = os.environ.get("CXX") or shutil.which("g++")
     if compiler is None:
         raise BuildError("there is no g++: install one, or name a compiler in CXX")
-    path = _cache() / f"kernels-{_fingerprint(compiler)}.so"
+    path = _cache_folder() / f"kernels-{_fingerprint(compiler)}.so"
     if not path.exists():
-        _build(compiler, path)
+        _compile(compiler, path)
     return path
 
 
-def _cache() -> Path:
+def _cache_folder() -> Path:
     try:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mhmoe"
     except RuntimeError as error:
-        raise BuildError(f"no place to keep what is compiled: {error}") from error
+        raise BuildError(f"there is no folder for the compiled library: {error}") from error
 
 
 def _fingerprint(compiler: str) -> str:
-    """Return a hash of everything that the result depends on, because machines of different kinds may share a home
-    directory."""
-    here = Path(__file__).parent
+    """Return a hash of everything that the compiled library depends on."""
+    # Machines with different CPUs, compilers or versions of torch may share a home directory.
+    source_folder = Path(__file__).parent
     cpu = re.search(r"^flags\s*:.*$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    parts = [*((here / name).read_bytes() for name in SOURCES), *(text.encode() for text in FLAGS)]
-    parts += [version("torch").encode(), str(_openmp()).encode(), _run([compiler, "--version"]).encode()]
-    parts += [cpu.group().encode() if cpu else b""]
-    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:24]
+    inputs = [*((source_folder / name).read_bytes() for name in SOURCES), *(text.encode() for text in FLAGS)]
+    inputs += [version("torch").encode(), str(_openmp_path()).encode(), _run_command([compiler, "--version"]).encode()]
+    inputs += [cpu.group().encode() if cpu else b""]
+    return hashlib.sha256(b"\0".join(inputs)).hexdigest()[:24]
 
 
-def _build(compiler: str, path: Path) -> None:
-    """Compile beside `path` and move the result there, so that processes that build at the same time do not
-    interfere."""
-    here, torch_folder = Path(__file__).parent, Path(torch.__file__).parent
+def _compile(compiler: str, path: Path) -> None:
+    """Compile the kernels into a library at `path`."""
+    # The library is built in a folder of its own beside `path` and then moved, so that processes that build at the same
+    # time do not interfere.
+    source_folder, torch_folder = Path(__file__).parent, Path(torch.__file__).parent
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(dir=path.parent))
     except OSError as error:
-        raise BuildError(f"no place to keep what is compiled: {error}") from error
+        raise BuildError(f"there is no folder for the compiled library: {error}") from error
     try:
-        compiled, linked = folder / "kernels.o", folder / path.name
-        _run(
-            [compiler, *FLAGS, f"-isystem{torch_folder / 'include'}", "-c", str(here / SOURCES[0]), "-o", str(compiled)]
+        object_file, linked_file = folder / "kernels.o", folder / path.name
+        _run_command(
+            [
+                compiler,
+                *FLAGS,
+                f"-isystem{torch_folder / 'include'}",
+                "-c",
+                str(source_folder / SOURCES[0]),
+                "-o",
+                str(object_file),
+            ]
         )
-        # Torch's own OpenMP, whose threads are there already; -fopenmp here would bring a second set of them.
-        libraries = [f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-lc10", str(_openmp())]
-        _run([compiler, "-shared", str(compiled), "-o", str(linked), *libraries])
-        linked.replace(path)
+        # The library must share torch's OpenMP and its threads; -fopenmp would link another one with threads of its
+        # own.
+        libraries = [f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-lc10", str(_openmp_path())]
+        _run_command([compiler, "-shared", str(object_file), "-o", str(linked_file), *libraries])
+        linked_file.replace(path)
     except OSError as error:
-        raise BuildError(f"what was compiled cannot be kept: {error}") from error
+        raise BuildError(f"the compiled library cannot be stored: {error}") from error
     finally:
         shutil.rmtree(folder)
 
 
-def _openmp() -> Path:
-    """Return the path of the OpenMP library that this process has loaded by importing torch.
+def _openmp_path() -> Path:
+    """Return the path of the OpenMP library that the import of torch has loaded into this process.
 
     Raises:
         BuildError: torch does not use GNU's OpenMP.
@@ -120,15 +131,17 @@ def _openmp() -> Path:
         path = Path(line.split(maxsplit=5)[-1])
         if path.name.startswith("libgomp"):
             return path
-    raise BuildError("this build of torch does not run its threads by GNU's OpenMP")
+    raise BuildError("this build of torch does not use GNU's OpenMP for its threads")
 
 
-def _run(command: list[str]) -> str:
+def _run_command(command: list[str]) -> str:
     try:
-        done = subprocess.run(command, capture_output=True, text=True)
+        process = subprocess.run(command, capture_output=True, text=True)
     except OSError as error:
-        raise BuildError(f"{command[0]} does not run: {error.strerror}") from error
-    if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines() or ["?"]
+        raise BuildError(f"{command[0]} cannot be run: {error.strerror}") from error
+    if process.returncode:
+        lines = (
+            [line for line in process.stderr.splitlines() if "error" in line] or process.stderr.splitlines() or ["?"]
+        )
         raise BuildError(f"{command[0]} fails: {lines[0]}")
-    return done.stdout
+    return process.stdout

@@ -1,18 +1,18 @@
-// SwiGLU experts over sorted rows, y = down (silu(gate x) * up x): an expert's hidden layer never leaves the cache, and
-// nothing but x is kept for the backward, which computes it anew.
+// SwiGLU experts over sorted rows, y = down (silu(gate x) * up x). An expert's hidden layer stays in the cache. Only x is
+// kept for the backward, which computes the hidden layer again.
 //
-// All products are oneDNN's, one block at a time, by ATen's brgemm: C (float32) = A (bfloat16, row-major) B (bfloat16,
-// paired as in transpose.h). Everything between is written so that what one product leaves is what the next one reads;
-// hence hidden layers stand on their side, hidden units down and rows across:
+// oneDNN computes all products, one block at a time, through ATen's brgemm: C (float32) = A (bfloat16, row-major) B
+// (bfloat16, paired as in transpose.h). The code between the products writes each operand in the layout that the next
+// product reads. Hidden layers are therefore transposed, with hidden units down and rows across:
 //
 //   forward, for each block of rows                 backward, for each block of hidden units, over all rows
-//     gate' [f][n] = gate [f][D]  x' [D][n]           gate', up' anew; dhidden' [f][n] = down' [f][D]  dy' [D][n]
+//     gate' [f][n] = gate [f][D]  x' [D][n]           gate', up' again; dhidden' [f][n] = down' [f][D]  dy' [D][n]
 //     up'   [f][n] = up   [f][D]  x' [D][n]           dgate [f][D] += dgate' [f][n]  x  [n][D]    and dup
 //     y'    [D][n] += down [D][f]  hidden' [f][n]     ddown' [f][D] += hidden' [f][n]  dy [n][D]
 //                                                     dx' [D][n] += gate' and up' [D][2f]  dgate' and dup' [2f][n]
 //
-// (x' is x turned.) Sums are float32; an expert's dx is summed by each thread over its own hidden units, then over
-// threads, so that results depend on the number of threads, in their last bit, and on nothing else.
+// (x' is x transposed.) Sums are float32. Each thread sums an expert's dx over its own hidden units, and these sums are
+// then added over threads. The last bit of the results therefore depends on the number of threads, and on nothing else.
 
 #include <ATen/native/CPUBlas.h>
 
@@ -26,21 +26,23 @@ namespace {
 
 using Bf16 = at::BFloat16;
 
-constexpr i64 ROUNDED = 32;        // numbers of rows are rounded up to these, so that few kernels are compiled
-constexpr i64 FORWARD_ROWS = 256;  // of a block; the more blocks, the more threads have work
+// Numbers of rows are rounded up to a multiple of this, because oneDNN compiles a kernel for each number.
+constexpr i64 ROUNDED = 32;
+// Rows of a block in the forward. More blocks give more threads work.
+constexpr i64 FORWARD_ROWS = 256;
 
 i64 up_to(i64 n, i64 multiple) { return (n + multiple - 1) / multiple * multiple; }
 
-// In the backward, rows and hidden units of a block: the fastest of 35 pairs at D 128, 256 and 512, on cores with 2 MB
-// of cache. Each thread gets some of the units.
+// Rows and hidden units of a block in the backward: the fastest of 35 pairs at D 128, 256 and 512, on cores with 2 MB of
+// cache. The units are shared out among the threads.
 i64 rows_of_block(i64 D) { return D < 384 ? 256 : 512; }
 i64 units_of_block(i64 D, i64 F, int threads) {
   i64 best = D < 384 ? 192 : 256;
   return std::max<i64>(2, std::min(best, up_to((F + threads - 1) / threads, 2)));
 }
 
-// From one row to the next of what lies here: of a power of two, all rows would meet in a few lines of a cache, which
-// made products of D 256 take 1.7 times as long.
+// Distance from one row to the next in scratch memory. With a power of two, all rows would map to a few sets of the
+// cache, which made products with D 256 take 1.7 times as long.
 i64 pitch(i64 n) { return n + 32; }
 
 // c [m][n] (+)= a [m][k] b [k][n]
@@ -49,11 +51,11 @@ void multiply(i64 m, i64 n, i64 k, const half* a, i64 pitch_a, const half* b, fl
                               reinterpret_cast<const Bf16*>(b), c);
 }
 
-// Of values in all blocks of an expert's rows.
+// Number of values of a block of an expert's rows, with the pitch of both layouts.
 i64 block_values(i64 most, i64 D) { return pitch(std::min(rows_of_block(D), most)) * pitch(D); }
 i64 n_blocks(i64 rows, i64 D) { return (rows + rows_of_block(D) - 1) / rows_of_block(D); }
 
-// Hands out parts of a piece of memory; of none, it only counts.
+// Allocator that hands out parts of the scratch memory. Without memory it only counts bytes.
 struct Room {
   char* start;
   i64 used = 0;
@@ -65,7 +67,7 @@ struct Room {
   }
 };
 
-// Each of a thread, in the forward; [..] as in the table above.
+// Scratch memory of a thread in the forward; the table above has the shapes.
 struct ForwardRoom {
   half *xt, *hidden;
   float *gate, *up, *yt;
@@ -76,12 +78,12 @@ struct ForwardRoom {
   }
 };
 
-// Each of a thread, in the backward.
+// Scratch memory of a thread in the backward.
 struct BackwardRoom {
   half *gate_up, *down_t, *gate_up_t;          // weights of a block of hidden units
-  float *gate_up_out, *dhidden;                // a block of rows in it, as products left it,
-  half *hidden, *dgate_up, *dgate_up_paired;   // and as they go on
-  float *dgate_up_sum, *ddown_sum, *dxt;       // gradients; the latter of all rows of an expert
+  float *gate_up_out, *dhidden;                // outputs of products for a block of rows
+  half *hidden, *dgate_up, *dgate_up_paired;   // operands of the next products
+  float *dgate_up_sum, *ddown_sum, *dxt;       // gradients; dxt is that of all rows of an expert
   BackwardRoom(Room& room, i64 most, i64 D, i64 units) {
     const i64 weights = units * pitch(D), rows = units * pitch(std::min(rows_of_block(D), most));
     gate_up = room.take<half>(2 * weights), down_t = room.take<half>(weights);
@@ -93,7 +95,7 @@ struct BackwardRoom {
   }
 };
 
-// Of an expert: its rows and their gradients, both ways, paired.
+// Scratch memory of an expert's rows and their gradients, as they are and transposed, all paired.
 struct RowsRoom {
   half *xt, *x, *dyt, *dy;
   RowsRoom(Room& room, i64 most, i64 D) {
@@ -105,10 +107,10 @@ struct RowsRoom {
 
 i64 most_rows(const i64* counts, i64 E) { return E ? up_to(*std::max_element(counts, counts + E), ROUNDED) : 0; }
 
-// 1 / (1 + e^-x), to 3e-6. What is not a number stays so.
+// 1 / (1 + e^-x), to 3e-6. NaN stays NaN.
 __m512 sigmoid(__m512 x) {
   __m512 t = _mm512_min_ps(_mm512_set1_ps(126.f), x * -1.44269504f);  // e^-x = 2^t
-  __m512 r = _mm512_reduce_ps(t, _MM_FROUND_TO_NEAREST_INT);           // t less its nearest integer
+  __m512 r = _mm512_reduce_ps(t, _MM_FROUND_TO_NEAREST_INT);           // t minus its nearest integer
   __m512 p = r * 1.33335581e-3f + 9.61812911e-3f;                      // Taylor of 2^r: |r| is at most 1/2
   p = p * r + 5.55041087e-2f;
   p = p * r + 2.40226507e-1f;
@@ -118,7 +120,7 @@ __m512 sigmoid(__m512 x) {
   return about * (2.f - d * about);
 }
 
-// hidden, paired, of gate and up [f][n]
+// Write hidden, paired, from gate and up [f][n].
 void activate(i64 f, i64 n, const ForwardRoom& my) {
   auto hidden = [&](i64 at) {
     __m512 gate = _mm512_loadu_ps(my.gate + at);
@@ -132,9 +134,9 @@ void activate(i64 f, i64 n, const ForwardRoom& my) {
     }
 }
 
-// hidden, dgate and dup [f][n], the latter two also paired, of gate, up and dhidden [f][n]
+// Write hidden, dgate and dup [f][n], the last two also paired, from gate, up and dhidden [f][n].
 void activate_backward(i64 f, i64 n, const BackwardRoom& my) {
-  const i64 ups = f * pitch(n);  // lie behind gates
+  const i64 ups = f * pitch(n);  // values of up follow those of gate
   for (i64 i = 0; i < f; i += 2)
     for (i64 r = 0; r < n; r += 16) {
       const i64 at = i * pitch(n) + r;
@@ -158,7 +160,7 @@ void activate_backward(i64 f, i64 n, const BackwardRoom& my) {
 
 extern "C" {
 
-// Bytes that forward, or backward, works in.
+// Return the bytes of scratch memory of forward, or of backward.
 i64 forward_bytes(i64 D, i64 F, int threads) {
   Room room{nullptr};
   ForwardRoom(room, D, units_of_block(D, F, threads));
@@ -172,7 +174,8 @@ i64 backward_bytes(const i64* counts, i64 E, i64 D, i64 F, int threads) {
   return shared.used + threads * own.used;
 }
 
-// x, y [R][D] of sorted rows, counts [E] of them; gate, up [E][F][D]; down [E][D][F]. D and F are even.
+// Compute y from x. x and y are sorted rows [R][D] with counts [E] of them; gate and up are [E][F][D], and down is
+// [E][D][F]. D and F are even.
 void forward(const half* x, const half* gate, const half* up, const half* down, half* y, char* work, const i64* counts,
              i64 E, i64 D, i64 F, int threads) {
   struct Block {
@@ -206,7 +209,7 @@ void forward(const half* x, const half* gate, const half* up, const half* down, 
   }
 }
 
-// Gradients of x and weights, for dy of y. Those of weights without rows are zero.
+// Compute the gradients of x and of the weights from dy. Gradients of experts without rows are zero.
 void backward(const half* x, const half* gate, const half* up, const half* down, const half* dy, half* dx, half* dgate,
               half* dup, half* ddown, char* work, const i64* counts, i64 E, i64 D, i64 F, int threads) {
   const i64 most = most_rows(counts, E), step = units_of_block(D, F, threads), n_steps = (F + step - 1) / step;
@@ -261,7 +264,8 @@ void backward(const half* x, const half* gate, const half* up, const half* down,
 #pragma omp for schedule(static)
       for (i64 b = 0; b < blocks; b++) {
         i64 rows = std::min(most_of_block, R - b * most_of_block), n = up_to(rows, ROUNDED), at = b * apart;
-        float* sum = of[0].dxt + at;  // the first of the hidden units are thread 0's
+        // A static schedule gives thread 0 the first hidden units, so its sum always has values.
+        float* sum = of[0].dxt + at;
         for (int t = 1; t < threads; t++)
           if (has_dx[t])
             for (i64 i = 0; i < D * pitch(n); i++) sum[i] += of[t].dxt[at + i];

@@ -1,8 +1,8 @@
-// Matrices turned, and laid out as a CPU's matrix unit reads them.
+// Transposition of matrices, and the layouts that a CPU's matrix unit reads.
 //
-// A product's second operand, K x N, is read in pairs of rows: [K/2][N][2], "paired" here. So what moves is words of 32
-// bits, which hold two bfloat16 or one float32, 16 x 16 of them at a time in registers. Matrices are row-major; a pitch
-// is the distance from one row to the next, in elements.
+// A matrix unit reads the second operand of a product, K x N, in pairs of rows: [K/2][N][2], "paired" here. This code
+// therefore moves words of 32 bits, which hold two bfloat16 or one float32, 16 x 16 of them at a time in registers.
+// Matrices are row-major; a pitch is the distance from one row to the next, in elements.
 #pragma once
 
 #include <algorithm>
@@ -36,7 +36,7 @@ inline void store(word* to, Words v, i64 n) {
   else if (n > 0) std::memcpy(to, &v, n * 4);
 }
 
-// Two rows of 16 values as bfloat16, rounded to nearest, ties to even.
+// Two rows of 16 values, rounded to bfloat16 (to nearest, ties to even).
 struct Rounded {
   __m512i both;
   Rounded(__m512 a, __m512 b) : both((__m512i)_mm512_cvtne2ps_pbh(b, a)) {}
@@ -55,7 +55,7 @@ struct Rounded {
 
 inline Halves narrow(Words v) { return (Halves)_mm512_cvtneps_pbh((__m512)v); }
 
-// Rows that lie S apart exchange the words of the other's half.
+// Exchange words between two rows that are S rows apart: one step of the transposition of a block.
 template <int S>
 inline void exchange(Words& a, Words& b) {
   Words low, high;
@@ -78,8 +78,8 @@ inline void turn_block(Words* row) {
   exchange_all<8>(row), exchange_all<4>(row), exchange_all<2>(row), exchange_all<1>(row);
 }
 
-// take(row, column) gives 16 words of a matrix of rows x columns; put(column, row, words) gets 16 of the turned one.
-// Both are asked beyond the edges too, up to a multiple of 16.
+// Transpose a matrix of rows x columns. take(row, column) returns 16 words of it, and put(column, row, words) stores 16
+// words of the result. Both are also called beyond the edges, up to a multiple of 16.
 template <class Take, class Put>
 inline void turn_words(i64 rows, i64 columns, Take take, Put put) {
   for (i64 i = 0; i < rows; i += 16)
@@ -91,7 +91,7 @@ inline void turn_words(i64 rows, i64 columns, Take take, Put put) {
     }
 }
 
-// x [rows][columns] -> paired [columns/2][room][2]: the turned matrix. Rows from `rows` to `room` are zero.
+// x [rows][columns] -> paired [columns/2][room][2], transposed. Rows from `rows` to `room` are zero.
 inline void turn_paired(const half* x, i64 rows, i64 room, i64 columns, half* to_paired, i64 to_pitch) {
   auto from = reinterpret_cast<const word*>(x);
   auto to = reinterpret_cast<word*>(to_paired);
@@ -103,7 +103,7 @@ inline void turn_paired(const half* x, i64 rows, i64 room, i64 columns, half* to
       });
 }
 
-// x [rows][columns] -> paired [room/2][columns][2], as it is. Rows from `rows` to `room` are zero.
+// x [rows][columns] -> paired [room/2][columns][2], not transposed. Rows from `rows` to `room` are zero.
 inline void pair_rows(const half* x, i64 rows, i64 room, i64 columns, half* to_paired, i64 to_pitch) {
   auto to = reinterpret_cast<word*>(to_paired);
   for (i64 i = 0; i < room; i += 2, to += to_pitch)
@@ -115,7 +115,7 @@ inline void pair_rows(const half* x, i64 rows, i64 room, i64 columns, half* to_p
     }
 }
 
-// x [rows][columns] -> [columns][rows]; rows are even.
+// x [rows][columns] -> [columns][rows]. The number of rows is even.
 inline void turn(const half* x, i64 rows, i64 columns, i64 pitch, half* to, i64 to_pitch) {
   i64 pairs = rows / 2;
   turn_words(
@@ -130,13 +130,14 @@ inline void turn(const half* x, i64 rows, i64 columns, i64 pitch, half* to, i64 
       });
 }
 
-// x [rows][columns of a pitch] -> its rounded values [columns][rows].
+// x [rows][columns], with a pitch -> [columns][rows], rounded.
 inline void turn_rounded(const float* x, i64 rows, i64 columns, i64 pitch, half* to, i64 to_pitch) {
   auto take = [=](i64 i, i64 j) {
     return i < rows ? load(reinterpret_cast<const word*>(x + i * pitch + j), columns - j) : Words{};
   };
   for (i64 j = 0; j < columns; j += 16)
-    for (i64 i = 0; i < rows; i += 32) {  // what is written goes to memory: by whole lines of 64 bytes
+    // The result goes to memory, so it is written in whole lines of 64 bytes.
+    for (i64 i = 0; i < rows; i += 32) {
       Words a[16], b[16];
       for (int k = 0; k < 16; k++) a[k] = take(i + k, j), b[k] = take(i + 16 + k, j);
       turn_block(a), turn_block(b);
@@ -147,7 +148,7 @@ inline void turn_rounded(const float* x, i64 rows, i64 columns, i64 pitch, half*
     }
 }
 
-// x [rows][columns of a pitch] -> its rounded values [rows][columns], dense.
+// x [rows][columns], with a pitch -> [rows][columns], rounded and without a pitch.
 inline void round_all(const float* x, i64 rows, i64 columns, i64 pitch, half* to) {
   for (i64 i = 0; i < rows; i++, x += pitch, to += columns)
     for (i64 j = 0; j < columns; j += 16) {

@@ -1,7 +1,9 @@
-"""Block sizes for sm_90 (H100), by kind of expert, kernel, width and dtype. UNMEASURED: predicted, and only compiled.
+"""Block sizes for sm_90 (H100), by kind of expert, kernel, width and dtype.
 
-One multiprocessor has 256 KiB of registers, at most 255 a thread, and 227 KiB of shared memory for a program. A program
-holds these bytes, with R rows and F hidden units a block, s stages, b bytes an element, and M matrices (SwiGLU 3,
+NOT MEASURED: the sizes are predicted, and the kernels have only been compiled with them.
+
+A multiprocessor has 256 KiB of registers, at most 255 per thread, and 227 KiB of shared memory for a program. A program
+holds these bytes, with R rows and F hidden units per block, s stages, b bytes per element, and M matrices (SwiGLU 3,
 GELU 2):
 
                       registers, float32               shared memory
@@ -9,10 +11,10 @@ GELU 2):
     backward_rows     4 R D + 4 M R F                  2 b R D + s M b F D
     backward_weights  4 M F D + 4 M R F                s 2 b R D + M b F D
 
-Each kernel reads its weights, or its rows, again for every block, from the L2 cache. FLOP per byte of these reads, in
-bfloat16: R for `forward`, 5/3 R (SwiGLU) or 5/4 R (GELU) for `backward_rows`, M F for `backward_weights`. An H100 needs
-some 145 (798 TFLOP/s over about 5.5 TB/s), so R should be 128 and F 64. kernels/README.md has the roofline and the
-compiler's report on each entry.
+Each kernel reads its weights, or its rows, again for every block, from the L2 cache. In bfloat16, the FLOP per byte of
+these reads are R for `forward`, 5/3 R (SwiGLU) or 5/4 R (GELU) for `backward_rows`, and M F for `backward_weights`. An
+H100 needs about 145 (798 TFLOP/s over about 5.5 TB/s), so R should be 128 and F 64. kernels/README.md has the roofline
+and the compiler's report on each entry.
 """
 
 from typing import Literal, NamedTuple
@@ -29,7 +31,8 @@ class Blocks(NamedTuple):
     stages: int
 
 
-# For each width, the blocks of rows up to that width.
+# Keys of the inner tables are widths: an entry is for rows up to that width. Wider rows leave less memory for each row,
+# so their blocks are smaller.
 _BFLOAT16: dict[tuple[str, Kernel], dict[int, Blocks]] = {
     ("swiglu", "forward"): {
         128: Blocks(128, 64, 8, 3),
@@ -70,20 +73,22 @@ _BFLOAT16: dict[tuple[str, Kernel], dict[int, Blocks]] = {
         1024: Blocks(16, 16, 8, 1),
     },
 }
-# Exact float32 products have no matrix unit: multiply-adds of single threads, whose operands fill the registers.
+# Matrix units do not compute exact float32 products. Single threads multiply and add, and their operands fill the
+# registers, so the blocks are the smallest ones.
 _FLOAT32 = {1024: Blocks(16, 16, 8, 1)}
 
 
 def blocks_for(kind: str, kernel: Kernel, width: int, dtype: torch.dtype) -> Blocks:
-    """Return the block sizes of the narrowest entry that holds rows of `width`.
+    """Return the block sizes of the narrowest entry for rows of `width`.
 
     Raises:
-        ValueError: rows are so wide that none of a program's tiles fits.
+        ValueError: the rows are too wide: no tile of them fits on the chip.
     """
     table = _FLOAT32 if dtype == torch.float32 else _BFLOAT16[kind, kernel]
     for widest, blocks in table.items():
         if width <= widest:
             return blocks
     raise ValueError(
-        f"rows of {width} do not fit on a chip beside a fused expert's weights, {widest} do: use `grouped`"
+        f"rows of width {width} do not fit on a chip beside a fused expert's weights; the limit is {widest}: "
+        "use the kernel 'grouped'"
     )

@@ -1,28 +1,29 @@
 """Tiles of rows of width D, held as chunks whose widths are powers of two.
 
-Triton's tiles have power-of-two sides. 192 = 768/4 and 384 = 768/2 are not powers of two; rounded up, a third of the
-matrix units' work would be on padding. A row is held as a tuple of chunks instead: 192 = 128 + 64, 384 = 256 + 128.
+The sides of Triton's tiles are powers of two. 192 = 768/4 and 384 = 768/2 are none; rounded up, a third of the matrix
+units' work would be padding. A row is therefore held as a tuple of chunks: 192 = 128 + 64, 384 = 256 + 128.
 
-A product over D is a sum over chunks; a product into D is one product for each chunk. Sums are float32; float32
-operands are multiplied as float32 ("ieee"), not as tf32, which would lose 13 of 23 bits.
+A product over D is a sum over chunks. A product into D is one product for each chunk. Sums are float32.
 """
 
 import triton
 import triton.language as tl
 
-_WIDEST, _NARROWEST = 256, 16  # wgmma's largest N; the smallest K of a bfloat16 product
+# The largest N of wgmma, and the smallest K of a bfloat16 product.
+_MAX_WIDTH, _MIN_WIDTH = 256, 16
 
-# Triton's interpreter multiplies the bits of bfloat16 as if they were integers (3.9, `create_dot`). The same numbers as
-# float32 give what a matrix unit gives: bfloat16's products are exact in float32, and sums are float32 in both.
+# Triton's interpreter multiplies the bits of bfloat16 as if they were integers (3.9, `create_dot`), so `_dot` widens
+# them to float32 there. The result is that of a matrix unit: products of bfloat16 are exact in float32, and sums are
+# float32 in both.
 _INTERPRETED: tl.constexpr = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 def chunk_widths(width: int) -> tuple[int, ...]:
-    """Return powers of two from 256 down that add up to `width`, rounded up to a multiple of 16."""
-    left, chunks = -(-width // _NARROWEST) * _NARROWEST, []
-    while left:
-        chunks.append(min(_WIDEST, 1 << left.bit_length() - 1))
-        left -= chunks[-1]
+    """Return powers of two, at most 256 and in falling order, whose sum is `width` rounded up to a multiple of 16."""
+    remaining_width, chunks = -(-width // _MIN_WIDTH) * _MIN_WIDTH, []
+    while remaining_width:
+        chunks.append(min(_MAX_WIDTH, 1 << remaining_width.bit_length() - 1))
+        remaining_width -= chunks[-1]
     return tuple(chunks)
 
 
@@ -32,24 +33,24 @@ def _width(chunks: tuple[int, ...], c: int) -> int:
 
 
 @triton.constexpr_function
-def _before(chunks: tuple[int, ...], c: int) -> int:
+def _column_offset(chunks: tuple[int, ...], c: int) -> int:
     return sum(chunks[:c])
 
 
 @triton.jit
-def columns(CHUNKS: tl.constexpr, c: tl.constexpr) -> tl.tensor:
-    """Return the indices of the columns, out of D, that chunk c holds."""
-    return _before(CHUNKS, c) + tl.arange(0, _width(CHUNKS, c))
+def chunk_columns(CHUNKS: tl.constexpr, c: tl.constexpr) -> tl.tensor:
+    """Return the indices in D of the columns of chunk c."""
+    return _column_offset(CHUNKS, c) + tl.arange(0, _width(CHUNKS, c))
 
 
 @triton.jit
 def load_rows(
     x_ND: tl.tensor, row_B: tl.tensor, inside_B: tl.tensor, D: tl.constexpr, CHUNKS: tl.constexpr
 ) -> tl.tuple:
-    """Load chunks [B, width] of the rows `row_B` of a matrix [*, D]; rows that are not inside are zeros."""
+    """Load the rows `row_B` of a matrix [*, D] as chunks [B, width]; rows outside `inside_B` are zeros."""
     chunks = ()
     for c in tl.static_range(len(CHUNKS)):
-        col = columns(CHUNKS, c)
+        col = chunk_columns(CHUNKS, c)
         mask = inside_B[:, None] & (col < D)[None, :]
         chunks = chunks + (tl.load(x_ND + row_B[:, None] * D + col[None, :], mask=mask, other=0.0),)
     return chunks
@@ -59,12 +60,13 @@ def load_rows(
 def load_columns(
     w: tl.tensor, f_B: tl.tensor, F: tl.tensor, TRANSPOSED: tl.constexpr, D: tl.constexpr, CHUNKS: tl.constexpr
 ) -> tl.tuple:
-    """Load chunks [width, B] of the columns `f_B` of a matrix [D, F], or of the rows of one [F, D] if TRANSPOSED."""
+    """Load the columns `f_B` of a matrix [D, F], or the rows `f_B` of a matrix [F, D] if TRANSPOSED, as chunks
+    [width, B]."""
     chunks = ()
     for c in tl.static_range(len(CHUNKS)):
-        col = columns(CHUNKS, c)[:, None]
-        place = f_B[None, :] * D + col if TRANSPOSED else col * F + f_B[None, :]
-        chunks = chunks + (tl.load(w + place, mask=(col < D) & (f_B < F)[None, :], other=0.0),)
+        col = chunk_columns(CHUNKS, c)[:, None]
+        offset = f_B[None, :] * D + col if TRANSPOSED else col * F + f_B[None, :]
+        chunks = chunks + (tl.load(w + offset, mask=(col < D) & (f_B < F)[None, :], other=0.0),)
     return chunks
 
 
@@ -73,7 +75,7 @@ def store_rows(
     x_ND: tl.tensor, row_B: tl.tensor, inside_B: tl.tensor, chunks: tl.tuple, D: tl.constexpr, CHUNKS: tl.constexpr
 ) -> None:
     for c in tl.static_range(len(CHUNKS)):
-        col = columns(CHUNKS, c)
+        col = chunk_columns(CHUNKS, c)
         mask = inside_B[:, None] & (col < D)[None, :]
         tl.store(x_ND + row_B[:, None] * D + col[None, :], chunks[c].to(x_ND.dtype.element_ty), mask=mask)
 
@@ -83,13 +85,13 @@ def store_columns(
     w: tl.tensor, f_B: tl.tensor, F: tl.tensor, chunks: tl.tuple, TRANSPOSED: tl.constexpr,
     D: tl.constexpr, CHUNKS: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Store chunks [width, B] into the columns `f_B` of a matrix [D, F], or into the rows of one [F, D] if
+    """Store chunks [width, B] in the columns `f_B` of a matrix [D, F], or in the rows `f_B` of a matrix [F, D] if
     TRANSPOSED."""
     for c in tl.static_range(len(CHUNKS)):
-        col = columns(CHUNKS, c)[:, None]
+        col = chunk_columns(CHUNKS, c)[:, None]
         mask = (col < D) & (f_B < F)[None, :]
-        place = f_B[None, :] * D + col if TRANSPOSED else col * F + f_B[None, :]
-        tl.store(w + place, chunks[c].to(w.dtype.element_ty), mask=mask)
+        offset = f_B[None, :] * D + col if TRANSPOSED else col * F + f_B[None, :]
+        tl.store(w + offset, chunks[c].to(w.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -120,12 +122,13 @@ def scale_rows(chunks: tl.tuple, scale_B1: tl.tensor) -> tl.tuple:
 def _dot(a: tl.tensor, b: tl.tensor, sums: tl.tensor) -> tl.tensor:
     if _INTERPRETED:
         a, b = a.to(tl.float32), b.to(tl.float32)
+    # By default Triton would multiply float32 as tf32, which loses 13 of 23 bits.
     return tl.dot(a, b, sums, input_precision="ieee")
 
 
 @triton.jit
-def over_width(rows: tl.tuple, w: tl.tuple, TRANSPOSED: tl.constexpr) -> tl.tensor:
-    """Return rows [B, D] @ w [D, F] (w given as chunks of [F, D] if TRANSPOSED), as [B, F]."""
+def matmul(rows: tl.tuple, w: tl.tuple, TRANSPOSED: tl.constexpr) -> tl.tensor:
+    """Return rows [B, D] @ w [D, F], as [B, F]; if TRANSPOSED, w is given as chunks of [F, D]."""
     F: tl.constexpr = w[0].shape[0 if TRANSPOSED else 1]
     out = tl.zeros([rows[0].shape[0], F], tl.float32)
     for c in tl.static_range(len(rows)):
@@ -134,9 +137,9 @@ def over_width(rows: tl.tuple, w: tl.tuple, TRANSPOSED: tl.constexpr) -> tl.tens
 
 
 @triton.jit
-def add_into_width(sums: tl.tuple, h: tl.tensor, w: tl.tuple, TRANSPOSED: tl.constexpr) -> tl.tuple:
-    """Return sums [B, D] + h [B, F] @ w [F, D] (w given as chunks of [D, F] if TRANSPOSED); h is rounded to w's
-    dtype."""
+def add_matmul(sums: tl.tuple, h: tl.tensor, w: tl.tuple, TRANSPOSED: tl.constexpr) -> tl.tuple:
+    """Return sums [B, D] + h [B, F] @ w [F, D], with h rounded to w's dtype; if TRANSPOSED, w is given as chunks of
+    [D, F]."""
     chunks = ()
     for c in tl.static_range(len(sums)):
         chunks = chunks + (_dot(h.to(w[c].dtype), w[c].T if TRANSPOSED else w[c], sums[c]),)
@@ -145,7 +148,7 @@ def add_into_width(sums: tl.tuple, h: tl.tensor, w: tl.tuple, TRANSPOSED: tl.con
 
 @triton.jit
 def add_outer(sums: tl.tuple, rows: tl.tuple, h: tl.tensor) -> tl.tuple:
-    """Return sums [D, F] + rows [B, D] transposed @ h [B, F]; h is rounded to the rows' dtype."""
+    """Return sums [D, F] + rows [B, D] transposed @ h [B, F], with h rounded to the rows' dtype."""
     chunks = ()
     for c in tl.static_range(len(sums)):
         chunks = chunks + (_dot(rows[c].T, h.to(rows[c].dtype), sums[c]),)

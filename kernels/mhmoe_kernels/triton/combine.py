@@ -1,13 +1,13 @@
-"""Un-permute: gather a row's k routes, weight them, add them in float32. It is also the backward of the gather of rows.
+"""Weighted sum of the k routes of each row, in float32; without weights it is the backward of the gather of rows.
 
-The other direction has no kernel of its own: the experts' kernels read x[row] themselves.
+The gather of rows has no kernel of its own: the experts' kernels read x[row] themselves.
 """
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-_ROWS = 16
+_BLOCK_ROWS = 16
 
 
 @triton.jit
@@ -15,6 +15,7 @@ def _combine(
     out_RD, slot_NK, gate_NK, y_ND, N, K: tl.constexpr, D: tl.constexpr,
     WEIGHTED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
+    # The offset of an element, row * D, may exceed 32 bits.
     row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     col = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = row < N
@@ -33,10 +34,11 @@ def combine(out_RD: Tensor, slot_NK: Tensor, gate_NK: Tensor | None) -> Tensor:
     """Return y_n = sum_k gate_nk * out[slot_nk], in the dtype of `out_RD`; a plain sum if `gate_NK` is None."""
     (N, K), D = slot_NK.shape, out_RD.shape[1]
     y_ND = out_RD.new_empty(N, D)
-    # Padding costs nothing here: masked lanes move no bytes, and bytes are all that counts.
+    # Padding to a power of two is free: the kernel is limited by memory, and masked lanes move no bytes.
     block = min(256, triton.next_power_of_2(D))
+    # The kernel needs some pointer for the gates, but does not read it unless WEIGHTED.
     gates = out_RD if gate_NK is None else gate_NK
-    _combine[(triton.cdiv(N, _ROWS), triton.cdiv(D, block))](
-        out_RD, slot_NK, gates, y_ND, N, K, D, gate_NK is not None, _ROWS, block, enable_fp_fusion=True
+    _combine[(triton.cdiv(N, _BLOCK_ROWS), triton.cdiv(D, block))](
+        out_RD, slot_NK, gates, y_ND, N, K, D, gate_NK is not None, _BLOCK_ROWS, block, enable_fp_fusion=True
     )
     return y_ND

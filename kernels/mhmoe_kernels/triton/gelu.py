@@ -1,30 +1,30 @@
 """GELU experts with biases and SubLN's inner LayerNorm over f, fc2(norm(gelu(fc1(x)))), on sorted rows.
 
-fc2 follows a norm over all of f, yet one walk over f is enough, because everything after the norm is linear. With
-g = gelu(fc1(x)), its mean and deviation over f, and z = (g - mean) / deviation,
+fc2 follows a norm over all of f. One loop over f is enough nevertheless, because everything after the norm is linear.
+With g = gelu(fc1(x)), its mean and deviation over f, and z = (g - mean) / deviation,
 
     y = W2 (w z + b) + b2 = (W2 (w g) - mean * (W2 w)) / deviation + (W2 b + b2)
 
-so the walk adds up W2 (w g) beside the statistics; s = W2 w and c = W2 b + b2 are known for each expert beforehand.
-Mean and squared deviations are merged tile by tile (Chan et al. 1983), not as E[g^2] - E[g]^2, which cancels.
+so the loop sums W2 (w g) and the statistics; s = W2 w and c = W2 b + b2 are computed once for each expert. Mean and
+squared deviations are merged tile by tile (Chan et al. 1983), because E[g^2] - E[g]^2 would cancel.
 
-Backward, with t = W2^T dy and per row A = <w, t> / F = <s, dy> / F and C = <w z, t> / F:
+In the backward, with t = W2^T dy, A = <w, t> / F = <s, dy> / F and C = <w z, t> / F for each row,
 
     dx = W1^T (gelu' dg),    dg = (w t - A - z C) / deviation
 
-A is known beforehand. C takes a first walk, which also gives the gradient of the gate: <y, dy> = F C + <c, dy>.
+A needs no loop over f. C needs a first loop, which also gives the gradient of the gate: <y, dy> = F C + <c, dy>.
 """
 
 import triton
 import triton.language as tl
 
 from mhmoe_kernels.triton.chunks import (
-    add_into_width,
+    add_matmul,
     add_outer,
-    columns,
+    chunk_columns,
     load_columns,
     load_rows,
-    over_width,
+    matmul,
     scale_rows,
     store_columns,
     store_rows,
@@ -47,17 +47,17 @@ def _gelu_slope(u):
 
 
 @triton.jit
-def _vector(v_F, f, F):
-    """Load part of a bias or norm weight, as a float32 row."""
+def _load_vector(v_F, f, F):
+    """Load part of a bias or of a norm's weight, as a float32 row."""
     return tl.load(v_F + f, mask=f < F, other=0.0).to(tl.float32)[None, :]
 
 
 @triton.jit
-def _dot_with(rows, v_D, D: tl.constexpr, CHUNKS: tl.constexpr):
-    """Return <row, v> for each row."""
-    total = tl.sum(rows[0].to(tl.float32) * _vector(v_D, columns(CHUNKS, 0), D), 1)
+def _dot_rows(rows, v_D, D: tl.constexpr, CHUNKS: tl.constexpr):
+    """Return the dot product of each row with v_D."""
+    total = tl.sum(rows[0].to(tl.float32) * _load_vector(v_D, chunk_columns(CHUNKS, 0), D), 1)
     for c in tl.static_range(1, len(CHUNKS)):
-        total += tl.sum(rows[c].to(tl.float32) * _vector(v_D, columns(CHUNKS, c), D), 1)
+        total += tl.sum(rows[c].to(tl.float32) * _load_vector(v_D, chunk_columns(CHUNKS, c), D), 1)
     return total
 
 
@@ -76,23 +76,26 @@ def gelu_forward(
     x = load_rows(x_ND, tl.load(row_R + slot, mask=inside, other=0), inside, D, CHUNKS)
     matrix = expert * F * D
     out = zeros_rows(BLOCK_R, CHUNKS)
-    mean, squares = tl.zeros([BLOCK_R], tl.float32), tl.zeros([BLOCK_R], tl.float32)
+    mean, squared_deviations = tl.zeros([BLOCK_R], tl.float32), tl.zeros([BLOCK_R], tl.float32)
     for f0 in range(0, F, BLOCK_F):
         f = f0 + tl.arange(0, BLOCK_F)
-        u = over_width(x, load_rows(fc1_EFD + matrix, f, f < F, D, CHUNKS), True)
-        g = _gelu(u + _vector(fc1_bias_EF + expert * F, f, F))
-        weighted = g * _vector(norm_weight_EF + expert * F, f, F)
-        out = add_into_width(out, weighted, load_columns(fc2_EDF + matrix, f, F, False, D, CHUNKS), True)
-        seen, new = f0 * 1.0, tl.minimum(F - f0, BLOCK_F) * 1.0
-        tile_mean = tl.sum(g, 1) / new  # g is 0 past F
-        off = tl.where((f < F)[None, :], g - tile_mean[:, None], 0.0)
+        u = matmul(x, load_rows(fc1_EFD + matrix, f, f < F, D, CHUNKS), True)
+        g = _gelu(u + _load_vector(fc1_bias_EF + expert * F, f, F))
+        weighted = g * _load_vector(norm_weight_EF + expert * F, f, F)
+        out = add_matmul(out, weighted, load_columns(fc2_EDF + matrix, f, F, False, D, CHUNKS), True)
+        # g is 0 past F, so its sum needs no mask; its deviations from the mean do.
+        merged_count, tile_count = f0 * 1.0, tl.minimum(F - f0, BLOCK_F) * 1.0
+        tile_mean = tl.sum(g, 1) / tile_count
+        deviation = tl.where((f < F)[None, :], g - tile_mean[:, None], 0.0)
         shift = tile_mean - mean
-        squares += tl.sum(off * off, 1) + shift * shift * (seen * new / (seen + new))
-        mean += shift * (new / (seen + new))
-    rstd = tl.rsqrt(squares / F + eps)
+        squared_deviations += tl.sum(deviation * deviation, 1) + shift * shift * (
+            merged_count * tile_count / (merged_count + tile_count)
+        )
+        mean += shift * (tile_count / (merged_count + tile_count))
+    rstd = tl.rsqrt(squared_deviations / F + eps)
     for c in tl.static_range(len(CHUNKS)):
-        col = columns(CHUNKS, c)
-        s, bias = _vector(s_ED + expert * D, col, D), _vector(c_ED + expert * D, col, D)
+        col = chunk_columns(CHUNKS, c)
+        s, bias = _load_vector(s_ED + expert * D, col, D), _load_vector(c_ED + expert * D, col, D)
         y = (out[c] - mean[:, None] * s) * rstd[:, None] + bias
         mask = inside[:, None] & (col < D)[None, :]
         tl.store(out_RD + slot[:, None] * D + col[None, :], y.to(out_RD.dtype.element_ty), mask=mask)
@@ -117,16 +120,17 @@ def gelu_backward_rows(
     dy = load_rows(dy_ND, row, inside, D, CHUNKS)
     mean = tl.load(mean_R + slot, mask=inside, other=0.0)[:, None]
     rstd = tl.load(rstd_R + slot, mask=inside, other=0.0)[:, None]
-    a = _dot_with(dy, s_ED + expert * D, D, CHUNKS) / F
+    a = _dot_rows(dy, s_ED + expert * D, D, CHUNKS) / F
     c = tl.zeros([BLOCK_R], tl.float32)
     vector, matrix = expert * F, expert * F * D
     for f0 in range(0, F, BLOCK_F):
         f = f0 + tl.arange(0, BLOCK_F)
         fc1 = load_rows(fc1_EFD + matrix, f, f < F, D, CHUNKS)
-        z = (_gelu(over_width(x, fc1, True) + _vector(fc1_bias_EF + vector, f, F)) - mean) * rstd
-        t = over_width(dy, load_columns(fc2_EDF + matrix, f, F, False, D, CHUNKS), False)
-        c += tl.sum(t * _vector(norm_weight_EF + vector, f, F) * z, 1)
-    tl.store(dscale_R + slot, c + _dot_with(dy, c_ED + expert * D, D, CHUNKS), mask=inside)
+        z = (_gelu(matmul(x, fc1, True) + _load_vector(fc1_bias_EF + vector, f, F)) - mean) * rstd
+        t = matmul(dy, load_columns(fc2_EDF + matrix, f, F, False, D, CHUNKS), False)
+        c += tl.sum(t * _load_vector(norm_weight_EF + vector, f, F) * z, 1)
+    tl.store(dscale_R + slot, c + _dot_rows(dy, c_ED + expert * D, D, CHUNKS), mask=inside)
+    # The weights' kernel, which sees only part of f, needs a and c of whole rows.
     c /= F
     tl.store(a_R + slot, a, mask=inside)
     tl.store(c_R + slot, c, mask=inside)
@@ -134,10 +138,10 @@ def gelu_backward_rows(
     for f0 in range(0, F, BLOCK_F):
         f = f0 + tl.arange(0, BLOCK_F)
         fc1 = load_rows(fc1_EFD + matrix, f, f < F, D, CHUNKS)
-        u = over_width(x, fc1, True) + _vector(fc1_bias_EF + vector, f, F)
-        t = over_width(dy, load_columns(fc2_EDF + matrix, f, F, False, D, CHUNKS), False)
-        dg = t * _vector(norm_weight_EF + vector, f, F) - a[:, None] - (_gelu(u) - mean) * rstd * c[:, None]
-        dx = add_into_width(dx, _gelu_slope(u) * dg, fc1, False)
+        u = matmul(x, fc1, True) + _load_vector(fc1_bias_EF + vector, f, F)
+        t = matmul(dy, load_columns(fc2_EDF + matrix, f, F, False, D, CHUNKS), False)
+        dg = t * _load_vector(norm_weight_EF + vector, f, F) - a[:, None] - (_gelu(u) - mean) * rstd * c[:, None]
+        dx = add_matmul(dx, _gelu_slope(u) * dg, fc1, False)
     scale = tl.load(scale_R + slot, mask=inside, other=0.0).to(tl.float32)[:, None] * rstd
     store_rows(dx_RD, slot, inside, scale_rows(dx, scale), D, CHUNKS)
 
@@ -145,22 +149,24 @@ def gelu_backward_rows(
 @triton.jit
 def gelu_backward_weights(
     x_ND, dy_ND, fc1_EFD, fc1_bias_EF, norm_weight_EF, norm_bias_EF, fc2_EDF, mean_R, rstd_R, a_R, c_R, row_R, scale_R,
-    first_E1, dfc1_EFD, dfc1_bias_EF, dnorm_weight_EF, dnorm_bias_EF, dfc2_EDF, F,
+    offset_E1, dfc1_EFD, dfc1_bias_EF, dnorm_weight_EF, dnorm_bias_EF, dfc2_EDF, F,
     D: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
     f = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
+    # The offset of an expert's matrix may exceed 32 bits.
     expert = tl.program_id(1).to(tl.int64)
     vector, matrix = expert * F, expert * F * D
-    # Loaded as [D, F]: turned inside the loop, they would stay in registers and go through shared memory every time.
+    # The weights are loaded as [D, F]. Transposed inside the loop, they would stay in registers and pass through shared
+    # memory every time.
     fc1 = load_columns(fc1_EFD + matrix, f, F, True, D, CHUNKS)
     fc2 = load_columns(fc2_EDF + matrix, f, F, False, D, CHUNKS)
-    fc1_bias = _vector(fc1_bias_EF + vector, f, F)
-    norm_weight, norm_bias = _vector(norm_weight_EF + vector, f, F), _vector(norm_bias_EF + vector, f, F)
+    fc1_bias = _load_vector(fc1_bias_EF + vector, f, F)
+    norm_weight, norm_bias = _load_vector(norm_weight_EF + vector, f, F), _load_vector(norm_bias_EF + vector, f, F)
     dfc1, dfc2 = zeros_columns(BLOCK_F, CHUNKS), zeros_columns(BLOCK_F, CHUNKS)
     dfc1_bias, dnorm_weight = tl.zeros([BLOCK_F], tl.float32), tl.zeros([BLOCK_F], tl.float32)
     dnorm_bias = tl.zeros([BLOCK_F], tl.float32)
-    end = tl.load(first_E1 + expert + 1)
-    for start in range(tl.load(first_E1 + expert), end, BLOCK_R):
+    end = tl.load(offset_E1 + expert + 1)
+    for start in range(tl.load(offset_E1 + expert), end, BLOCK_R):
         slot = start + tl.arange(0, BLOCK_R)
         inside = slot < end
         row = tl.load(row_R + slot, mask=inside, other=0)
@@ -170,10 +176,11 @@ def gelu_backward_weights(
         rstd = tl.load(rstd_R + slot, mask=inside, other=0.0)[:, None]
         a = tl.load(a_R + slot, mask=inside, other=0.0)[:, None]
         c = tl.load(c_R + slot, mask=inside, other=0.0)[:, None]
-        scale = tl.load(scale_R + slot, mask=inside, other=0.0).to(tl.float32)[:, None]  # 0 silences rows not inside
-        u = over_width(x, fc1, False) + fc1_bias
+        # A scale of 0 removes rows that are not inside from all sums.
+        scale = tl.load(scale_R + slot, mask=inside, other=0.0).to(tl.float32)[:, None]
+        u = matmul(x, fc1, False) + fc1_bias
         z = (_gelu(u) - mean) * rstd
-        t = over_width(dy, fc2, False)
+        t = matmul(dy, fc2, False)
         du = _gelu_slope(u) * (t * norm_weight - a - z * c) * (rstd * scale)
         t *= scale
         dfc1_bias += tl.sum(du, 0)
@@ -190,14 +197,14 @@ def gelu_backward_weights(
 
 @triton.jit
 def weighted_row_sums(
-    dy_ND, row_R, scale_R, first_E1, sum_ED, D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr
+    dy_ND, row_R, scale_R, offset_E1, sum_ED, D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr
 ):  # fmt: skip
-    """Store for each expert the sum of scale * dy over its routes, which is the gradient of fc2's bias."""
+    """Store the sum of scale * dy over the routes of each expert, which is the gradient of fc2's bias."""
     col = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     expert = tl.program_id(1)
     total = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
-    end = tl.load(first_E1 + expert + 1)
-    for start in range(tl.load(first_E1 + expert), end, BLOCK_R):
+    end = tl.load(offset_E1 + expert + 1)
+    for start in range(tl.load(offset_E1 + expert), end, BLOCK_R):
         slot = start + tl.arange(0, BLOCK_R)
         row = tl.load(row_R + slot, mask=slot < end, other=0)
         scale = tl.load(scale_R + slot, mask=slot < end, other=0.0).to(tl.float32)

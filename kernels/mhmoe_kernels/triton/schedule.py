@@ -1,4 +1,4 @@
-"""Assignment of rows to programs, computed on the device of the routes, so that the host never waits for a GPU."""
+"""Assignment of rows to programs, computed on the device of the routes so that the host never waits for a GPU."""
 
 from typing import NamedTuple
 
@@ -12,15 +12,15 @@ class Routes(NamedTuple):
     """Routes sorted by expert."""
 
     row_R: Tensor
-    """Row that each sorted route came from."""
+    """Row of each sorted route."""
     slot_NK: Tensor
-    """Place of each route of a row in the sorted order."""
-    first_E1: Tensor
-    """First sorted route of each expert; the last entry is R."""
+    """Position of each route of a row in the sorted order."""
+    offset_E1: Tensor
+    """Position of the first sorted route of each expert; the last entry is R."""
 
 
 class RowTiles(NamedTuple):
-    """Range of sorted routes of one expert, start..end, for each of T programs; empty if start >= end."""
+    """Range start..end of sorted routes of one expert for each of T programs; it is empty if start >= end."""
 
     expert_T: Tensor
     start_T: Tensor
@@ -33,13 +33,13 @@ def sort_routes(expert_NK: Tensor, n_experts: int) -> Routes:
 
 
 def row_tiles(routes: Routes, block: int) -> RowTiles:
-    """Return tiles of up to `block` rows of one expert, for as many programs as the worst split of R routes over
-    experts needs."""
-    n_experts, n_routes = len(routes.first_E1) - 1, len(routes.row_R)
-    tiles_E = (routes.first_E1.diff() + block - 1) // block
-    past_E = tiles_E.cumsum(0)
-    # sum ceil(count / block) <= (R + E (block - 1)) / block, and no tile is empty.
-    tile_T = torch.arange(min(n_routes, (n_routes + n_experts * (block - 1)) // block), device=past_E.device)
-    expert_T = torch.searchsorted(past_E, tile_T, right=True).clamp(max=n_experts - 1)
-    start_T = routes.first_E1[expert_T] + (tile_T - (past_E - tiles_E)[expert_T]) * block
-    return RowTiles(expert_T, start_T, torch.minimum(start_T + block, routes.first_E1[expert_T + 1]))
+    """Return tiles of up to `block` rows of one expert, for as many programs as any split of R routes needs."""
+    n_experts, n_routes = len(routes.offset_E1) - 1, len(routes.row_R)
+    tiles_E = (routes.offset_E1.diff() + block - 1) // block
+    end_E = tiles_E.cumsum(0)
+    # The host does not know the counts, so it launches the largest possible number of programs:
+    # sum ceil(count / block) <= (R + E (block - 1)) / block, and <= R, because no tile is empty.
+    tile_T = torch.arange(min(n_routes, (n_routes + n_experts * (block - 1)) // block), device=end_E.device)
+    expert_T = torch.searchsorted(end_E, tile_T, right=True).clamp(max=n_experts - 1)
+    start_T = routes.offset_E1[expert_T] + (tile_T - (end_E - tiles_E)[expert_T]) * block
+    return RowTiles(expert_T, start_T, torch.minimum(start_T + block, routes.offset_E1[expert_T + 1]))

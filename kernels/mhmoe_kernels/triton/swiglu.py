@@ -1,19 +1,19 @@
 """SwiGLU experts, down(silu(gate(x)) * up(x)), on sorted rows: forward, and gradients that recompute the hidden layer.
 
-A program of `swiglu_forward` or `swiglu_backward_rows` holds BLOCK_R rows of one expert and walks over f; a program of
-`swiglu_backward_weights` holds BLOCK_F hidden units of one expert and walks over its rows. Nothing of size R x F is
-stored.
+A program of `swiglu_forward` or `swiglu_backward_rows` holds BLOCK_R rows of one expert and loops over f. A program of
+`swiglu_backward_weights` holds BLOCK_F hidden units of one expert and loops over the expert's rows. No kernel stores
+values of size R x F.
 """
 
 import triton
 import triton.language as tl
 
 from mhmoe_kernels.triton.chunks import (
-    add_into_width,
+    add_matmul,
     add_outer,
     load_columns,
     load_rows,
-    over_width,
+    matmul,
     scale_rows,
     store_columns,
     store_rows,
@@ -38,15 +38,15 @@ def swiglu_forward(
     out = zeros_rows(BLOCK_R, CHUNKS)
     for f0 in range(0, F, BLOCK_F):
         f = f0 + tl.arange(0, BLOCK_F)
-        a = over_width(x, load_rows(gate_EFD + matrix, f, f < F, D, CHUNKS), True)
-        u = over_width(x, load_rows(up_EFD + matrix, f, f < F, D, CHUNKS), True)
-        out = add_into_width(out, a * tl.sigmoid(a) * u, load_columns(down_EDF + matrix, f, F, False, D, CHUNKS), True)
+        a = matmul(x, load_rows(gate_EFD + matrix, f, f < F, D, CHUNKS), True)
+        u = matmul(x, load_rows(up_EFD + matrix, f, f < F, D, CHUNKS), True)
+        out = add_matmul(out, a * tl.sigmoid(a) * u, load_columns(down_EDF + matrix, f, F, False, D, CHUNKS), True)
     store_rows(out_RD, slot, inside, out, D, CHUNKS)
 
 
 @triton.jit
-def _gradients(a, u, dh):
-    """Return h, and the gradients of the outputs of gate and up, from those outputs and the gradient of h."""
+def _swiglu_gradients(a, u, dh):
+    """Return h and the gradients of a and u, from the gate's output a, the output u of up, and the gradient of h."""
     s = tl.sigmoid(a)
     silu = a * s
     return silu * u, dh * u * (s + silu * (1 - s)), dh * silu
@@ -71,13 +71,13 @@ def swiglu_backward_rows(
     dscale = tl.zeros([BLOCK_R], tl.float32)
     for f0 in range(0, F, BLOCK_F):
         f = f0 + tl.arange(0, BLOCK_F)
-        gate = load_rows(gate_EFD + matrix, f, f < F, D, CHUNKS)
-        up = load_rows(up_EFD + matrix, f, f < F, D, CHUNKS)
-        dh = over_width(dy, load_columns(down_EDF + matrix, f, F, False, D, CHUNKS), False)
-        h, da, du = _gradients(over_width(x, gate, True), over_width(x, up, True), dh)
-        # <dy, down(h)> = <h, dh>: the routing weight's gradient without the expert's output.
+        gate_chunks = load_rows(gate_EFD + matrix, f, f < F, D, CHUNKS)
+        up_chunks = load_rows(up_EFD + matrix, f, f < F, D, CHUNKS)
+        dh = matmul(dy, load_columns(down_EDF + matrix, f, F, False, D, CHUNKS), False)
+        h, da, du = _swiglu_gradients(matmul(x, gate_chunks, True), matmul(x, up_chunks, True), dh)
+        # <dy, down(h)> = <h, dh>: the gradient of the gate does not need the expert's output.
         dscale += tl.sum(h * dh, 1)
-        dx = add_into_width(add_into_width(dx, da, gate, False), du, up, False)
+        dx = add_matmul(add_matmul(dx, da, gate_chunks, False), du, up_chunks, False)
     scale = tl.load(scale_R + slot, mask=inside, other=0.0).to(tl.float32)[:, None]
     store_rows(dx_RD, slot, inside, scale_rows(dx, scale), D, CHUNKS)
     tl.store(dscale_R + slot, dscale, mask=inside)
@@ -85,28 +85,33 @@ def swiglu_backward_rows(
 
 @triton.jit
 def swiglu_backward_weights(
-    x_ND, dy_ND, gate_EFD, up_EFD, down_EDF, row_R, scale_R, first_E1, dgate_EFD, dup_EFD, ddown_EDF, F,
+    x_ND, dy_ND, gate_EFD, up_EFD, down_EDF, row_R, scale_R, offset_E1, dgate_EFD, dup_EFD, ddown_EDF, F,
     D: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
     f = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
     expert = tl.program_id(1)
+    # The offset of a matrix may exceed 32 bits.
     matrix = expert.to(tl.int64) * F * D
-    # Loaded as [D, F]: turned inside the loop, they would stay in registers and go through shared memory every time.
-    gate = load_columns(gate_EFD + matrix, f, F, True, D, CHUNKS)
-    up = load_columns(up_EFD + matrix, f, F, True, D, CHUNKS)
-    down = load_columns(down_EDF + matrix, f, F, False, D, CHUNKS)
-    # All three as [D, F], so that the matrix unit's M is the wide side.
+    # The weights are loaded as [D, F]. Transposed inside the loop, they would stay in registers and pass through shared
+    # memory every time.
+    gate_chunks = load_columns(gate_EFD + matrix, f, F, True, D, CHUNKS)
+    up_chunks = load_columns(up_EFD + matrix, f, F, True, D, CHUNKS)
+    down_chunks = load_columns(down_EDF + matrix, f, F, False, D, CHUNKS)
+    # All three gradients are [D, F], so that M of the matrix unit is the wide side.
     dgate, dup = zeros_columns(BLOCK_F, CHUNKS), zeros_columns(BLOCK_F, CHUNKS)
     ddown = zeros_columns(BLOCK_F, CHUNKS)
-    end = tl.load(first_E1 + expert + 1)
-    for start in range(tl.load(first_E1 + expert), end, BLOCK_R):
+    end = tl.load(offset_E1 + expert + 1)
+    for start in range(tl.load(offset_E1 + expert), end, BLOCK_R):
         slot = start + tl.arange(0, BLOCK_R)
         inside = slot < end
         row = tl.load(row_R + slot, mask=inside, other=0)
         x = load_rows(x_ND, row, inside, D, CHUNKS)
         dy = load_rows(dy_ND, row, inside, D, CHUNKS)
+        # A scale of 0 removes rows that are not inside from all sums.
         scale = tl.load(scale_R + slot, mask=inside, other=0.0).to(tl.float32)[:, None]
-        h, da, du = _gradients(over_width(x, gate, False), over_width(x, up, False), over_width(dy, down, False))
+        h, da, du = _swiglu_gradients(
+            matmul(x, gate_chunks, False), matmul(x, up_chunks, False), matmul(dy, down_chunks, False)
+        )
         dgate = add_outer(dgate, x, da * scale)
         dup = add_outer(dup, x, du * scale)
         ddown = add_outer(ddown, dy, h * scale)

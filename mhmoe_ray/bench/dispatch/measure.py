@@ -1,4 +1,4 @@
-"""Starts four processes, two in each network namespace if there is a slow link, and collects their measurements."""
+"""Measurement by four processes, two in each network namespace if there is a slow link."""
 
 import json
 import os
@@ -16,23 +16,23 @@ from mhmoe_ray.bench.dispatch.cases import (
     DISPATCHES,
     INTERFACE,
     NODES,
-    Expected,
+    ExpectedBytes,
     Namespace,
-    expected,
-    layers,
+    expected_bytes,
+    layer_models,
     slow_link,
 )
-from mhmoe_ray.bench.timing import failure
+from mhmoe_ray.bench.timing import process_failure
 from mhmoe_ray.spec import MoESpec
 
 
-class Passes(NamedTuple):
+class PassFigures(NamedTuple):
     """Measurements of the forward and backward passes of one layer with one dispatch."""
 
     seconds: list[float]
     """Seconds of a pass, one value per round."""
-    counted: int
-    """Bytes of rows between nodes, as the dispatch counts them."""
+    counted_bytes: int
+    """Bytes of rows between nodes, as counted by the dispatch."""
     over_link: list[int]
     """Bytes that crossed the link, with all headers, one value per round; empty without a link."""
 
@@ -40,10 +40,13 @@ class Passes(NamedTuple):
     def median(self) -> float:
         return median(self.seconds)
 
+    def as_json(self) -> dict[str, Any]:
+        return {"seconds": self.seconds, "counted": self.counted_bytes, "over_link": self.over_link}
+
     @property
     def bytes(self) -> float:
         """Median of the bytes that crossed the link; without a link, the bytes that the dispatch counted."""
-        return median(self.over_link) if self.over_link else self.counted
+        return median(self.over_link) if self.over_link else self.counted_bytes
 
 
 class Figures(NamedTuple):
@@ -53,12 +56,12 @@ class Figures(NamedTuple):
     moe: MoESpec
     width: int
     """Width D of a row."""
-    flat: Passes
-    hierarchical: Passes
-    expected: Expected
+    flat: PassFigures
+    hierarchical: PassFigures
+    expected: ExpectedBytes
 
     def as_json(self) -> dict[str, Any]:
-        passes = {name: getattr(self, name)._asdict() for name in DISPATCHES}
+        passes = {name: getattr(self, name).as_json() for name in DISPATCHES}
         return {"layer": self.name, "moe": self.moe.model_dump(mode="json"), "width": self.width, **passes} | {
             "expected": self.expected._asdict()
         }
@@ -70,59 +73,64 @@ def measure(tokens: int, rounds: int, rate: str | None) -> list[Figures]:
     Args:
         tokens: the number of tokens of each rank.
         rounds: the number of interleaved rounds.
-        rate: the bandwidth of a slow link between the nodes; None runs everything in one network.
+        rate: the bandwidth of a slow link between the nodes; None for no link.
 
     Raises:
-        SpecError, JobError: in the same cases as `slow_link`.
-        JobError: a process failed.
+        SpecError: in the same cases as `slow_link`.
+        JobError: in the same cases as `slow_link`, or a process failed.
     """
-    with slow_link(rate) if rate else nullcontext(()) as ends:
-        found = _run(ends, {"tokens": tokens, "rounds": rounds, "link": bool(ends)})
+    with slow_link(rate) if rate else nullcontext(()) as namespaces:
+        results = _run_ranks(namespaces, {"tokens": tokens, "rounds": rounds, "link": bool(namespaces)})
     figures = []
-    for name, model in layers().items():
+    for name, model in layer_models().items():
         assert model.moe is not None
-        flat, hierarchical = (Passes(**found[name][dispatch]) for dispatch in DISPATCHES)
+        flat, hierarchical = (PassFigures(**results[name][dispatch]) for dispatch in DISPATCHES)
         width = model.d_model // model.moe.heads
-        figures.append(Figures(name, model.moe, width, flat, hierarchical, expected(model, tokens)))
+        figures.append(Figures(name, model.moe, width, flat, hierarchical, expected_bytes(model, tokens)))
     return figures
 
 
-def _run(ends: Sequence[Namespace], request: dict[str, Any]) -> dict[str, Any]:
+def _run_ranks(namespaces: Sequence[Namespace], request: dict[str, Any]) -> dict[str, Any]:
     """Run the processes of all ranks, and return the measurements that rank 0 prints."""
-    names = sorted(set(NODES))
+    node_names = sorted(set(NODES))
     with tempfile.TemporaryDirectory(prefix="mhmoe-bench-") as folder:
         arguments = [sys.executable, "-m", "mhmoe_ray.bench.dispatch.rank", json.dumps({**request, "folder": folder})]
         ranks: list[subprocess.Popen[bytes]] = []
         try:
             for rank, node in enumerate(NODES):
-                env = {"RANK": str(rank), "GLOO_SOCKET_IFNAME": INTERFACE if ends else "lo", "OMP_NUM_THREADS": "1"}
-                command = (ends[names.index(node)].command if ends else []) + arguments
+                env = {
+                    "RANK": str(rank),
+                    "GLOO_SOCKET_IFNAME": INTERFACE if namespaces else "lo",
+                    "OMP_NUM_THREADS": "1",
+                }
+                command = (namespaces[node_names.index(node)].command if namespaces else []) + arguments
                 with Path(folder, f"{rank}.out").open("wb") as out, Path(folder, f"{rank}.err").open("wb") as err:
-                    # Of a session of its own, so that Ctrl-C comes here alone.
-                    started = subprocess.Popen(
+                    # A session of its own keeps Ctrl-C from the ranks: this process ends them.
+                    rank_process = subprocess.Popen(
                         command, env=os.environ | env, stdout=out, stderr=err, start_new_session=True
                     )
-                ranks.append(started)
-            failed = first_failed(ranks)
+                ranks.append(rank_process)
+            failed_rank = wait_for_ranks(ranks)
         finally:
             for process in ranks:
                 process.kill()
                 process.wait()
-        if failed is not None:
-            raise failure(f"rank {failed}", Path(folder, f"{failed}.err").read_text(), ranks[failed].returncode)
+        if failed_rank is not None:
+            raise process_failure(
+                f"rank {failed_rank}", Path(folder, f"{failed_rank}.err").read_text(), ranks[failed_rank].returncode
+            )
+        # Libraries may print before the result, which is the last line.
         result: dict[str, Any] = json.loads(Path(folder, "0.out").read_text().splitlines()[-1])
         return result
 
 
-def first_failed(ranks: Sequence["subprocess.Popen[bytes]"]) -> int | None:
-    """Wait until all processes have ended or the first one fails; return the rank that failed, or None.
-
-    After a failure it does not wait for the others, because they would wait for the failed one.
-    """
+def wait_for_ranks(ranks: Sequence["subprocess.Popen[bytes]"]) -> int | None:
+    """Wait until all processes have ended, or until the first one fails; return the rank that failed, or None."""
+    # After a failure the other ranks would wait for the failed one forever.
     while True:
         codes = [process.poll() for process in ranks]
-        if failed := [rank for rank, code in enumerate(codes) if code]:
-            return failed[0]
+        if failed_ranks := [rank for rank, code in enumerate(codes) if code]:
+            return failed_ranks[0]
         if None not in codes:
             return None
         time.sleep(0.1)

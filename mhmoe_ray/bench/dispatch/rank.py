@@ -1,4 +1,4 @@
-"""One of the four processes: it runs all layers with both dispatches in interleaved rounds."""
+"""Work of one of the four processes: it runs all layers with both dispatches in interleaved rounds."""
 
 import json
 import os
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from mhmoe_ray.bench.dispatch.cases import DISPATCHES, NODES, Routes, crossed, layers, spread
+from mhmoe_ray.bench.dispatch.cases import DISPATCHES, NODES, Routes, cluster_spec, layer_models, link_bytes
 from mhmoe_ray.bench.timing import turns
 from mhmoe_ray.distributed.build import build_dispatch
 from mhmoe_ray.distributed.mesh import Mesh, build_mesh
@@ -20,21 +20,21 @@ from mhmoe_ray.spec import ModelSpec
 
 
 class Case:
-    """Experts of a layer and routed rows on this rank, on which passes through any dispatch can run repeatedly."""
+    """Experts of a layer and routed rows on this rank, for repeated passes through any dispatch."""
 
     def __init__(self, model: ModelSpec, tokens: int, mesh: Mesh) -> None:
         assert model.moe is not None
-        routes, none = Routes.draw(model, tokens, mesh.rank), torch.zeros(())
-        self.experts = Experts(model, mesh.held(model.moe.experts)).to(torch.bfloat16)
+        routes, zero = Routes.draw(model, tokens, mesh.rank), torch.zeros(())
+        self.experts = Experts(model, mesh.expert_ids(model.moe.experts)).to(torch.bfloat16)
         for p in self.experts.parameters():
             torch.nn.init.normal_(p, std=0.02)
         self.gate_NK = routes.gate_NK.requires_grad_()
-        self.routing = Routing(routes.expert_NK, self.gate_NK, none, none, none, none, None)
+        self.routing = Routing(routes.expert_NK, self.gate_NK, zero, zero, zero, zero, None)
         width = model.d_model // model.moe.heads
         self.x_ND = torch.randn(len(routes.expert_NK), width, dtype=torch.bfloat16).requires_grad_()
 
     def run(self, dispatch: Dispatch) -> None:
-        """Run forward and backward to the gradients of rows, gates and weights, which are then dropped."""
+        """Run a forward and backward pass, with gradients of rows, gates and weights, and drop the gradients."""
         y_ND = dispatch(self.x_ND, self.routing, self.experts)
         torch.autograd.backward(y_ND, torch.ones_like(y_ND))
         for leaf in (self.x_ND, self.gate_NK, *self.experts.parameters()):
@@ -45,31 +45,33 @@ def measure(tokens: int, rounds: int, link: bool) -> dict[str, Any]:
     """Measure each layer with each dispatch.
 
     Returns:
-        For each layer and dispatch: seconds of each round until the last rank is done, the bytes between nodes in a
-            pass as counted by all ranks together, and the bytes that crossed the link in each round, if there is one.
+        For each layer and dispatch: the seconds of each round until the last rank has finished, the bytes between nodes
+            of a pass as counted by all ranks together, and the bytes that crossed the link in each round, if there is
+            one.
     """
-    mesh = build_mesh(spread("flat"), NODES, "cpu")
-    dispatches = {name: build_dispatch(spread(name), mesh) for name in DISPATCHES}
-    found: dict[str, Any] = {}
-    for layer, model in layers().items():
+    mesh = build_mesh(cluster_spec("flat"), NODES, "cpu")
+    dispatches = {name: build_dispatch(cluster_spec(name), mesh) for name in DISPATCHES}
+    results: dict[str, Any] = {}
+    for layer, model in layer_models().items():
         case = Case(model, tokens, mesh)
-        counted: dict[str, int] = {}
+        sent_bytes: dict[str, int] = {}
         seconds: dict[str, list[float]] = {name: [] for name in DISPATCHES}
         over_link: dict[str, list[int]] = {name: [] for name in DISPATCHES}
         for turn, name in turns(DISPATCHES, rounds, warm_up=True):
             dispatch = dispatches[name]
             assert dispatch is not None
-            before = crossed() if link else 0
-            began = _together()  # none begins before all have read
+            previous_link_bytes = link_bytes() if link else 0
+            # The barrier keeps all ranks from sending before each has read the counter of the link.
+            start_time = _synchronized_time()
             case.run(dispatch)
-            ended = _together()
-            counted[name] = dispatch.pop_sent().between_nodes
+            end_time = _synchronized_time()
+            sent_bytes[name] = dispatch.pop_sent_bytes().between_nodes
             if turn >= 0:
-                seconds[name].append(ended - began)
-                over_link[name] += [crossed() - before] if link else []
-        total = torch.tensor([counted[name] for name in DISPATCHES])
+                seconds[name].append(end_time - start_time)
+                over_link[name] += [link_bytes() - previous_link_bytes] if link else []
+        total = torch.tensor([sent_bytes[name] for name in DISPATCHES])
         dist.all_reduce(total)
-        found[layer] = {
+        results[layer] = {
             name: {
                 "seconds": seconds[name],
                 "counted": counted_bytes,
@@ -77,19 +79,21 @@ def measure(tokens: int, rounds: int, link: bool) -> dict[str, Any]:
             }
             for name, counted_bytes in zip(DISPATCHES, total.tolist(), strict=True)
         }
-    return found
+    return results
 
 
-def _together() -> float:
-    """Wait for all ranks, and return the clock's time in seconds."""
+def _synchronized_time() -> float:
+    """Wait for all ranks, and return the time in seconds."""
     dist.barrier()
     return time.perf_counter()
 
 
 def main() -> None:
     request = json.loads(sys.argv[1])
+    # Four ranks share the CPU, so each gets one thread.
     torch.set_num_threads(1)
     rank, folder = int(os.environ["RANK"]), Path(request["folder"])
+    # The store is a file, so it sends no bytes over the link.
     dist.init_process_group("gloo", f"file://{folder / 'store'}", world_size=len(NODES), rank=rank)
     figures = measure(request["tokens"], request["rounds"], request["link"])
     if rank == 0:

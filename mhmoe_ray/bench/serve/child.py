@@ -1,4 +1,4 @@
-"""A process for each contestant, which waits while others are measured, so that only one is under load at a time."""
+"""Process of a contestant, which waits while others are measured, so that only one is under load at a time."""
 
 import json
 import os
@@ -13,27 +13,33 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
 
-from mhmoe_ray.bench.serve.engines import ENGINES, Place, Prompt
+from mhmoe_ray.bench.serve.engines import ENGINES, Prompt, ServedModel
 from mhmoe_ray.bench.serve.servers import SERVERS
-from mhmoe_ray.bench.timing import failure
+from mhmoe_ray.bench.timing import process_failure
 from mhmoe_ray.errors import JobError
 
-MOST_SECONDS = 1800.0
-"""Timeout in seconds for an answer, and for the start of a contestant."""
-END_SECONDS = 60.0
-"""Timeout in seconds for a contestant that did not answer to end the processes that it started."""
+ANSWER_TIMEOUT = 1800.0
+"""Timeout in seconds for the answers to a round of prompts, and for the start of a contestant."""
+EXIT_TIMEOUT = 60.0
+"""Timeout in seconds after which a contestant that did not answer is killed; it first ends its own processes."""
 
 
 class Child:
-    """Process of an engine or a server, which starts and ends with the `with` block."""
+    """Process of an engine or a server; it lives as long as the `with` block."""
 
-    def __init__(self, name: str, place: Place) -> None:
-        self._name, self._place = name, place
+    def __init__(self, name: str, served_model: ServedModel) -> None:
+        self._name, self._served_model = name, served_model
 
     def __enter__(self) -> Self:
-        place = {key: str(value) if isinstance(value, Path) else value for key, value in self._place._asdict().items()}
-        settings = {"OMP_NUM_THREADS": str(self._place.threads), "VLLM_LOGGING_LEVEL": "ERROR", "HF_HUB_OFFLINE": "1"}
-        command = [sys.executable, "-m", __name__, json.dumps({"name": self._name, "place": place})]
+        model_fields = {
+            key: str(value) if isinstance(value, Path) else value for key, value in self._served_model._asdict().items()
+        }
+        settings = {
+            "OMP_NUM_THREADS": str(self._served_model.threads),
+            "VLLM_LOGGING_LEVEL": "ERROR",
+            "HF_HUB_OFFLINE": "1",
+        }
+        command = [sys.executable, "-m", __name__, json.dumps({"name": self._name, "place": model_fields})]
         self._errors = tempfile.TemporaryFile("w+")
         self._process = subprocess.Popen(
             command,
@@ -44,80 +50,86 @@ class Child:
             env=os.environ | settings,
         )
         try:
-            self.told = self._answer()
+            self.ready_message = self._read_message()
+        # Python does not call `__exit__` if `__enter__` raises.
         except BaseException:
-            self._end()
+            self._close()
             raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._end()
+        self._close()
 
-    def ask(self, asked: Sequence[Prompt], clients: int) -> float:
-        """Let an engine answer these prompts, `clients` at a time, and return the seconds it takes."""
+    def time_answers(self, prompts: Sequence[Prompt], clients: int) -> float:
+        """Let an engine answer these prompts, `clients` at a time, and return the seconds that it took."""
         assert self._process.stdin is not None
-        print(json.dumps([asked, clients]), file=self._process.stdin, flush=True)
-        return float(self._answer()["seconds"])
+        print(json.dumps([prompts, clients]), file=self._process.stdin, flush=True)
+        return float(self._read_message()["seconds"])
 
-    def _end(self) -> None:
+    def _close(self) -> None:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
+        # The child ends when its stdin is closed.
         self._process.stdin.close()
         self._process.wait()
         self._process.stdout.close()
         self._errors.close()
 
     def _interrupt(self) -> None:
+        # SIGINT lets the child end the processes that it has started; SIGKILL would leave them running.
         self._process.send_signal(signal.SIGINT)
         try:
-            self._process.wait(END_SECONDS)
+            self._process.wait(EXIT_TIMEOUT)
         except subprocess.TimeoutExpired:
             self._process.kill()
 
-    def _answer(self) -> dict[str, Any]:
+    def _read_message(self) -> dict[str, Any]:
         assert self._process.stdout is not None
-        if not select.select([self._process.stdout], [], [], MOST_SECONDS)[0]:
+        if not select.select([self._process.stdout], [], [], ANSWER_TIMEOUT)[0]:
             self._interrupt()
-            why = f"it has not answered in {MOST_SECONDS:,.0f} s"
-            raise JobError(f"bench serve, {self._name}", why, "ask for less of it, or leave it out")
+            reason = f"it has not answered in {ANSWER_TIMEOUT:,.0f} s"
+            raise JobError(f"bench serve, {self._name}", reason, "make the requests smaller, or leave it out")
         line = self._process.stdout.readline()
+        # The end of the file means that the child has ended.
         if not line:
             code = self._process.wait()
             self._errors.seek(0)
-            raise failure(f"bench serve, {self._name}", self._errors.read(), code)
-        found: dict[str, Any] = json.loads(line)
-        return found
+            raise process_failure(f"bench serve, {self._name}", self._errors.read(), code)
+        message: dict[str, Any] = json.loads(line)
+        return message
 
 
 def main() -> None:
-    asked = json.loads(sys.argv[1])
-    paths = {key: Path(asked["place"][key]) for key in ("checkpoint", "folder")}
-    name, place = asked["name"], Place(**(asked["place"] | paths))
-    # What others print goes where errors go.
-    own = os.fdopen(os.dup(1), "w")
+    request = json.loads(sys.argv[1])
+    paths = {key: Path(request["place"][key]) for key in ("checkpoint", "folder")}
+    name, served_model = request["name"], ServedModel(**(request["place"] | paths))
+    # Libraries print to stdout, which is the pipe for messages, so their output is redirected to stderr.
+    output = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     if name in SERVERS:
-        with SERVERS[name](place) as url:
-            _tell(own, {"url": url})
+        with SERVERS[name](served_model) as url:
+            _send_message(output, {"url": url})
             sys.stdin.read()
         return
-    answer = ENGINES[name](place)
+    answer = ENGINES[name](served_model)
     try:
-        _tell(own, {})
+        _send_message(output, {})
         for line in sys.stdin:
             requests, clients = json.loads(line)
-            began = time.perf_counter()
+            start_time = time.perf_counter()
             answer(requests, clients)
-            _tell(own, {"seconds": time.perf_counter() - began})
-    except BrokenPipeError:  # whoever asked is gone
+            _send_message(output, {"seconds": time.perf_counter() - start_time})
+    # The parent process has ended.
+    except BrokenPipeError:
         pass
-    os._exit(0)  # threads of engines are left as they are, which a plain end would wait for
+    # A normal exit would wait for the threads of the engine.
+    os._exit(0)
 
 
-def _tell(own: IO[str], what: dict[str, Any]) -> None:
-    print(json.dumps(what), file=own, flush=True)
+def _send_message(output: IO[str], message: dict[str, Any]) -> None:
+    print(json.dumps(message), file=output, flush=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Interleaved rounds of all contestants, each round on prompts that are the same for all and new in that round."""
+"""Interleaved rounds of all contestants; in a round all get the same prompts, and each round has new ones."""
 
 import random
 import statistics
@@ -7,9 +7,9 @@ from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 from mhmoe_ray.bench.serve.child import Child
-from mhmoe_ray.bench.serve.engines import Place, Prompt
+from mhmoe_ray.bench.serve.engines import Prompt, ServedModel
 from mhmoe_ray.bench.serve.load import Load, closed_loop, open_loop
-from mhmoe_ray.bench.serve.model import VOCAB
+from mhmoe_ray.bench.serve.model import VOCAB_SIZE
 from mhmoe_ray.bench.timing import turns
 
 PACKAGES = {
@@ -20,9 +20,9 @@ PACKAGES = {
     "vllm, Ray Serve": "vllm",
     "vLLM's server": "vllm",
 }
-"""Package that a contestant needs beside ours; contestants that are not listed need none."""
+"""Package that a contestant needs in addition to ours; contestants that are not listed need none."""
 
-Tell = Callable[[str], None]
+Report = Callable[[str], None]
 
 
 class Shape(NamedTuple):
@@ -31,27 +31,34 @@ class Shape(NamedTuple):
     prompt: int
     tokens: int
     """Number of tokens of an answer, on average."""
-    equal: bool = True
-    """Whether all prompts and answers have these lengths; otherwise lengths vary from 1/4 to 7/4 of them."""
+    is_equal: bool = True
+    """True if all prompts and answers have these lengths; otherwise lengths vary from 1/4 to 7/4 of them."""
 
     @property
-    def longest(self) -> int:
+    def max_tokens(self) -> int:
         """Largest number of tokens of a prompt and its answer together."""
-        return self.prompt + self.tokens if self.equal else self._most(self.prompt) + self._most(self.tokens)
+        return (
+            self.prompt + self.tokens
+            if self.is_equal
+            else self._max_length(self.prompt) + self._max_length(self.tokens)
+        )
 
     @staticmethod
-    def _most(mean: int) -> int:
+    def _max_length(mean: int) -> int:
         return max(1, mean * 7 // 4)
 
     def requests(self, count: int, seed: str) -> list[Prompt]:
-        """Return random requests, which differ from those of every other seed."""
-        draws = random.Random(seed)
+        """Return random requests; each seed gives other ones."""
+        generator = random.Random(seed)
 
+        # The average of lengths from 1/4 to 7/4 of the mean is the mean.
         def length(mean: int) -> int:
-            return mean if self.equal else draws.randint(max(1, mean // 4), self._most(mean))
+            return mean if self.is_equal else generator.randint(max(1, mean // 4), self._max_length(mean))
 
+        # Token 0 is the end of the text.
         return [
-            ([draws.randrange(1, VOCAB) for _ in range(length(self.prompt))], length(self.tokens)) for _ in range(count)
+            ([generator.randrange(1, VOCAB_SIZE) for _ in range(length(self.prompt))], length(self.tokens))
+            for _ in range(count)
         ]
 
 
@@ -62,108 +69,129 @@ class Rates(NamedTuple):
     clients: int
     rates: list[float]
     """Tokens per second, one value per round."""
-    first: list[float]
+    first_token_seconds: list[float]
     """Median seconds until the first token, one value per round; empty if answers are not streamed."""
 
     @property
     def rate(self) -> float:
         return statistics.median(self.rates)
 
-    def to(self, reference: "Rates") -> float:
-        """Return the median over rounds of the ratio of its rate to another's."""
+    def ratio_to(self, reference: "Rates") -> float:
+        """Return the median over rounds of the ratio of this rate to the rate of `reference`."""
         return statistics.median(a / b for a, b in zip(self.rates, reference.rates, strict=True))
 
     def as_json(self) -> dict[str, Any]:
-        return {**self._asdict(), "rate": self.rate}
+        fields = self._asdict()
+        return {"first": fields.pop("first_token_seconds"), **fields, "rate": self.rate}
 
 
-def engines(
-    places: Mapping[str, tuple[str, Place]], shape: Shape, clients: Sequence[int], rounds: int, tell: Tell
+def measure_engines(
+    served_models: Mapping[str, tuple[str, ServedModel]],
+    shape: Shape,
+    clients: Sequence[int],
+    rounds: int,
+    report: Report,
 ) -> list[Rates]:
     """Measure engines with each number of requests at a time, on four times as many requests.
 
     Args:
-        places: by a unique name, the engine of each contestant and the model that it serves.
+        served_models: the engine of each contestant and the model that it serves, by a unique name.
         shape: the lengths of requests; if answers have one token, the tokens of prompts are counted.
         clients: the numbers of requests at a time.
-        rounds: the number of rounds of all contestants, every other one in reverse order; a warm-up round before them
-            is not counted.
-        tell: a function that is called with a line after each measurement.
+        rounds: the number of rounds of all contestants; every other round is in reverse order. A warm-up round before
+            them is not counted.
+        report: a function that is called with a line after each measurement.
 
     Raises:
         JobError: one of the contestants failed.
     """
-    rates: dict[tuple[str, int], list[float]] = {(name, n): [] for n in clients for name in places}
+    rates: dict[tuple[str, int], list[float]] = {(name, n): [] for n in clients for name in served_models}
     with ExitStack() as stack:
-        children = {name: stack.enter_context(Child(engine, place)) for name, (engine, place) in places.items()}
+        children = {
+            name: stack.enter_context(Child(engine, served_model))
+            for name, (engine, served_model) in served_models.items()
+        }
         for turn, (name, n) in turns(rates, rounds, warm_up=True):
-            asked = shape.requests(4 * n, f"{turn} {n}")
-            counted = sum(tokens if shape.tokens > 1 else len(ids) for ids, tokens in asked)
-            seconds = children[name].ask(asked, n)
+            prompts = shape.requests(4 * n, f"{turn} {n}")
+            token_count = sum(tokens if shape.tokens > 1 else len(ids) for ids, tokens in prompts)
+            seconds = children[name].time_answers(prompts, n)
             if turn >= 0:
-                rates[name, n].append(counted / seconds)
-                tell(f"round {turn + 1}, {n} at a time: {name} {rates[name, n][-1]:,.0f} tokens/s")
-    return [Rates(name, n, found, []) for (name, n), found in rates.items()]
+                rates[name, n].append(token_count / seconds)
+                report(f"round {turn + 1}, {n} at a time: {name} {rates[name, n][-1]:,.0f} tokens/s")
+    return [Rates(name, n, model_rates, []) for (name, n), model_rates in rates.items()]
 
 
-def servers(
-    names: Sequence[str], place: Place, shape: Shape, clients: Sequence[int], stream: bool, rounds: int, tell: Tell
+def measure_servers(
+    names: Sequence[str],
+    served_model: ServedModel,
+    shape: Shape,
+    clients: Sequence[int],
+    stream: bool,
+    rounds: int,
+    report: Report,
 ) -> list[Rates]:
-    """Measure servers with each number of clients, each of which sends its next request when it has its answer.
+    """Measure servers with each number of clients; a client sends its next request when it has its answer.
 
     Args:
         names: keys of `SERVERS`.
-        place: the model that is served.
+        served_model: the model that is served.
         shape: the lengths of requests.
         clients: the numbers of clients.
         stream: whether answers are streamed token by token.
-        rounds: the number of rounds, as in `engines`.
-        tell: a function that is called with a line after each measurement, as in `engines`.
+        rounds: the number of rounds, as in `measure_engines`.
+        report: a function that is called with a line after each measurement.
     """
 
-    def once(url: str, n: int, turn: int) -> Load:
+    def run_round(url: str, n: int, turn: int) -> Load:
+        # With few clients each sends more requests, so that a round has at least eight.
         return closed_loop(url, shape.requests(n * max(3, 8 // n), f"{turn} {n} {stream}"), n, stream)
 
-    return list(_served(names, place, clients, once, rounds, tell))
+    return list(_measure_loads(names, served_model, clients, run_round, rounds, report))
 
 
-def by_chance(
-    names: Sequence[str], place: Place, shape: Shape, rate: float, seconds: float, rounds: int, tell: Tell
+def measure_random_arrivals(
+    names: Sequence[str],
+    served_model: ServedModel,
+    shape: Shape,
+    rate: float,
+    seconds: float,
+    rounds: int,
+    report: Report,
 ) -> list[Rates]:
-    """Measure servers under requests that arrive at random and are streamed; `clients` of the figures is then 0.
+    """Measure servers under streamed requests that arrive at random; `clients` of the figures is then 0.
 
     Args:
         names: keys of `SERVERS`.
-        place: the model that is served.
+        served_model: the model that is served.
         shape: the lengths of requests.
         rate: the average number of requests per second.
         seconds: the average time over which all requests arrive.
-        rounds: the number of rounds, as in `engines`.
-        tell: a function that is called with a line after each measurement, as in `engines`.
+        rounds: the number of rounds, as in `measure_engines`.
+        report: a function that is called with a line after each measurement.
     """
 
-    def once(url: str, n: int, turn: int) -> Load:
+    def run_round(url: str, n: int, turn: int) -> Load:
         return open_loop(url, shape.requests(max(1, round(rate * seconds)), f"{turn} {rate}"), rate, turn)
 
-    return list(_served(names, place, [0], once, rounds, tell))
+    return list(_measure_loads(names, served_model, [0], run_round, rounds, report))
 
 
-def _served(
+def _measure_loads(
     names: Sequence[str],
-    place: Place,
+    served_model: ServedModel,
     clients: Sequence[int],
-    once: Callable[[str, int, int], Load],
+    run_round: Callable[[str, int, int], Load],
     rounds: int,
-    tell: Tell,
+    report: Report,
 ) -> Iterator[Rates]:
-    found: dict[tuple[str, int], list[Load]] = {(name, n): [] for n in clients for name in names}
+    loads_by_case: dict[tuple[str, int], list[Load]] = {(name, n): [] for n in clients for name in names}
     with ExitStack() as stack:
-        children = {name: stack.enter_context(Child(name, place)) for name in names}
-        for turn, (name, n) in turns(found, rounds, warm_up=True):
-            load = once(children[name].told["url"], n, turn)
+        children = {name: stack.enter_context(Child(name, served_model)) for name in names}
+        for turn, (name, n) in turns(loads_by_case, rounds, warm_up=True):
+            load = run_round(children[name].ready_message["url"], n, turn)
             if turn >= 0:
-                found[name, n].append(load)
-                tell(f"round {turn + 1}, {n or 'random'} clients: {name} {load.rate:,.0f} tokens/s")
-    for (name, n), loads in found.items():
-        first = [load.first for load in loads if load.first is not None]
-        yield Rates(name, n, [load.rate for load in loads], first)
+                loads_by_case[name, n].append(load)
+                report(f"round {turn + 1}, {n or 'random'} clients: {name} {load.rate:,.0f} tokens/s")
+    for (name, n), loads in loads_by_case.items():
+        first_token_seconds = [load.first_token_seconds for load in loads if load.first_token_seconds is not None]
+        yield Rates(name, n, [load.rate for load in loads], first_token_seconds)

@@ -1,4 +1,4 @@
-"""Engines in this process. Each is created once, and then answers a number of requests at a time."""
+"""Engines in this process. An engine is created once, and then answers a number of requests at a time."""
 
 import asyncio
 import itertools
@@ -11,97 +11,106 @@ import torch
 
 from mhmoe_ray.checkpoint.load import load_model
 from mhmoe_ray.checkpoint.manifest import read_manifest
-from mhmoe_ray.serve.engine import Engine, Request, Sampling
+from mhmoe_ray.serve.engine import Engine, Request, SamplingParams
 from mhmoe_ray.serve.engine.torch_engine import own_engine
 from mhmoe_ray.spec import ServeSpec
 
-NAME = "bench"
-"""Name under which a model is served."""
+MODEL_NAME = "bench"
+"""Name of the model in the API."""
 
 
-class Place(NamedTuple):
-    """Model that is served, with its precision and limits."""
+class ServedModel(NamedTuple):
+    """Model to serve, with its precision and limits."""
 
     checkpoint: Path
     folder: Path
-    """Folder of the same weights in the format of other packages."""
+    """Folder with the same weights in the format of other packages."""
     precision: str
     threads: int
-    most: int
+    max_requests: int
     """Largest number of requests at a time."""
 
-    def spec(self, engine: str) -> ServeSpec:
-        sizes = {"max_concurrency": self.most, "max_waiting": 1024, "cpus_per_replica": self.threads}
+    def serve_spec(self, engine: str) -> ServeSpec:
+        sizes = {"max_concurrency": self.max_requests, "max_waiting": 1024, "cpus_per_replica": self.threads}
         return ServeSpec.model_validate({"engine": engine, "precision": self.precision, "max_tokens": 4096, **sizes})
 
 
 Prompt = tuple[list[int], int]
 """Token ids of a prompt, and the number of tokens of its answer."""
 Answer = Callable[[Sequence[Prompt], int], None]
-"""Function that answers all of these prompts with greedy sampling, a number of them at a time."""
+"""Function (prompts, clients) that answers all prompts with greedy sampling, `clients` of them at a time."""
 
-NEVER = frozenset[int]()
-"""Tokens that end an answer, of which there are none, so that each answer has as many tokens as requested."""
+NO_STOP_TOKENS = frozenset[int]()
+"""Empty set of tokens that end an answer, so that each answer has as many tokens as requested."""
 
 
-def torch_engine(place: Place) -> Answer:
+def torch_engine(served_model: ServedModel) -> Answer:
     """Return our own engine."""
-    torch.set_num_threads(1)  # as `load_answerer`
-    model, manifest = load_model(place.checkpoint)
-    known = manifest.model.vocab_size
-    return _asking(own_engine(model, NEVER, known, manifest.seq_len, place.spec("torch")))
+    # `load_answerer` does the same for a replica.
+    torch.set_num_threads(1)
+    model, manifest = load_model(served_model.checkpoint)
+    vocab_size = manifest.model.vocab_size
+    return _answer_with(
+        own_engine(model, NO_STOP_TOKENS, vocab_size, manifest.seq_len, served_model.serve_spec("torch"))
+    )
 
 
-def vllm_engine(place: Place) -> Answer:
+def vllm_engine(served_model: ServedModel) -> Answer:
     """Return vLLM with our model."""
     from mhmoe_ray.serve.vllm.engine import VllmEngine
 
-    manifest = read_manifest(place.checkpoint)
-    known = manifest.model.vocab_size
-    return _asking(VllmEngine(place.checkpoint, manifest, NEVER, known, place.spec("vllm")))
+    manifest = read_manifest(served_model.checkpoint)
+    vocab_size = manifest.model.vocab_size
+    return _answer_with(
+        VllmEngine(served_model.checkpoint, manifest, NO_STOP_TOKENS, vocab_size, served_model.serve_spec("vllm"))
+    )
 
 
-def vllm_offline(place: Place) -> Answer:
+def vllm_offline(served_model: ServedModel) -> Answer:
     """Return vLLM with its own Mixtral, in this process."""
+    # Otherwise vLLM would run its engine in another process.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     from vllm import LLM, SamplingParams
 
     engine = LLM(
-        str(place.folder),
-        dtype=place.precision,
-        max_num_seqs=place.most,
+        str(served_model.folder),
+        dtype=served_model.precision,
+        max_num_seqs=served_model.max_requests,
         enforce_eager=True,
         kv_cache_memory_bytes=1 << 30,
         enable_prefix_caching=False,
     ).llm_engine
-    numbers = itertools.count()
+    request_numbers = itertools.count()
 
-    def answer(asked: Sequence[Prompt], clients: int) -> None:
-        left = list(reversed(asked))
-        while left or engine.has_unfinished_requests():
-            while left and engine.get_num_unfinished_requests() < clients:
-                ids, tokens = left.pop()
+    def answer(prompts: Sequence[Prompt], clients: int) -> None:
+        waiting = list(reversed(prompts))
+        while waiting or engine.has_unfinished_requests():
+            while waiting and engine.get_num_unfinished_requests() < clients:
+                ids, tokens = waiting.pop()
                 params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
-                engine.add_request(str(next(numbers)), {"prompt_token_ids": ids}, params)
+                engine.add_request(str(next(request_numbers)), {"prompt_token_ids": ids}, params)
             engine.step()
 
     return answer
 
 
-def transformers_generate(place: Place) -> Answer:
-    """Return transformers' `generate`, which runs batch after batch; each batch ends with its longest answer."""
+def transformers_generate(served_model: ServedModel) -> Answer:
+    """Return transformers' `generate`, which runs one batch after another; a batch ends with its longest answer."""
     from transformers import AutoModelForCausalLM
 
-    torch.set_num_threads(place.threads)
-    model = AutoModelForCausalLM.from_pretrained(place.folder, dtype=getattr(torch, place.precision)).eval()
+    torch.set_num_threads(served_model.threads)
+    model = AutoModelForCausalLM.from_pretrained(
+        served_model.folder, dtype=getattr(torch, served_model.precision)
+    ).eval()
 
     @torch.inference_mode()
-    def answer(asked: Sequence[Prompt], clients: int) -> None:
-        for at in range(0, len(asked), clients):
-            batch = asked[at : at + clients]
-            longest, tokens = max(len(ids) for ids, _ in batch), max(tokens for _, tokens in batch)
-            ids_BT = torch.tensor([[0] * (longest - len(ids)) + ids for ids, _ in batch])
-            mask_BT = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids, _ in batch])
+    def answer(prompts: Sequence[Prompt], clients: int) -> None:
+        for start in range(0, len(prompts), clients):
+            batch = prompts[start : start + clients]
+            max_length, tokens = max(len(ids) for ids, _ in batch), max(tokens for _, tokens in batch)
+            # Padding is on the left, because `generate` continues a prompt at its right end.
+            ids_BT = torch.tensor([[0] * (max_length - len(ids)) + ids for ids, _ in batch])
+            mask_BT = torch.tensor([[0] * (max_length - len(ids)) + [1] * len(ids) for ids, _ in batch])
             model.generate(
                 ids_BT,
                 attention_mask=mask_BT,
@@ -114,21 +123,22 @@ def transformers_generate(place: Place) -> Answer:
     return answer
 
 
-def _asking(engine: Engine) -> Answer:
-    async def every(asked: Sequence[Prompt], clients: int) -> None:
-        waiting = iter(asked)
+def _answer_with(engine: Engine) -> Answer:
+    async def answer_all(prompts: Sequence[Prompt], clients: int) -> None:
+        waiting = iter(prompts)
 
+        # The clients share one iterator, so each takes the next prompt that is left.
         async def client() -> None:
             for ids, tokens in waiting:
-                async for _ in engine.generate(Request(tuple(ids), Sampling(tokens, temperature=0))):
+                async for _ in engine.generate(Request(tuple(ids), SamplingParams(tokens, temperature=0))):
                     pass
 
         await asyncio.gather(*(client() for _ in range(clients)))
 
-    return lambda asked, clients: asyncio.run(every(asked, clients))
+    return lambda prompts, clients: asyncio.run(answer_all(prompts, clients))
 
 
-ENGINES: dict[str, Callable[[Place], Answer]] = {
+ENGINES: dict[str, Callable[[ServedModel], Answer]] = {
     "torch": torch_engine,
     "vllm": vllm_engine,
     "vLLM offline": vllm_offline,

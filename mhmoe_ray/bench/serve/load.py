@@ -1,4 +1,4 @@
-"""Clients of a server with OpenAI's API."""
+"""Clients of a server that has OpenAI's API."""
 
 import asyncio
 import json
@@ -10,51 +10,54 @@ from typing import Any, NamedTuple
 
 import aiohttp
 
-from mhmoe_ray.bench.serve.engines import NAME, Prompt
+from mhmoe_ray.bench.serve.engines import MODEL_NAME, Prompt
 
 
-class Asked(NamedTuple):
-    """Outcome of one request; times are in seconds from when it was sent."""
+class RequestOutcome(NamedTuple):
+    """Outcome of one request; times are in seconds after it was sent."""
 
-    first: float | None
+    first_token_seconds: float | None
     """Seconds until the first token; None if the answer is not streamed."""
-    whole: float
+    total_seconds: float
     tokens: int
 
 
 class Load(NamedTuple):
     seconds: float
     """Seconds from the first request to the last answer."""
-    asked: list[Asked]
+    outcomes: list[RequestOutcome]
 
     @property
     def rate(self) -> float:
         """Tokens of answers per second."""
-        return sum(a.tokens for a in self.asked) / self.seconds
+        return sum(a.tokens for a in self.outcomes) / self.seconds
 
     @property
-    def first(self) -> float | None:
+    def first_token_seconds(self) -> float | None:
         """Median seconds until the first token; None if no answer is streamed."""
-        found = [a.first for a in self.asked if a.first is not None]
-        return median(found) if found else None
+        seconds = [a.first_token_seconds for a in self.outcomes if a.first_token_seconds is not None]
+        return median(seconds) if seconds else None
 
 
 def closed_loop(url: str, requests: Sequence[Prompt], clients: int, stream: bool) -> Load:
     """Send requests from a number of clients, each of which waits for its answer before its next request."""
 
-    async def run(session: aiohttp.ClientSession) -> list[Asked]:
+    async def run(session: aiohttp.ClientSession) -> list[RequestOutcome]:
         waiting = iter(requests)
 
-        async def client() -> list[Asked]:
-            return [await ask(session, url, ids, tokens, stream) for ids, tokens in waiting]
+        # The clients share one iterator, so each takes the next request that is left.
+        async def client() -> list[RequestOutcome]:
+            return [await send_request(session, url, ids, tokens, stream) for ids, tokens in waiting]
 
-        return [one for asked in await asyncio.gather(*(client() for _ in range(clients))) for one in asked]
+        return [
+            outcome for outcomes in await asyncio.gather(*(client() for _ in range(clients))) for outcome in outcomes
+        ]
 
-    return _timed(run, clients)
+    return _measure_load(run, clients)
 
 
 def open_loop(url: str, requests: Sequence[Prompt], rate: float, seed: int) -> Load:
-    """Send requests at random times (a Poisson process), whether others are answered or not.
+    """Send requests at random times (a Poisson process), without waiting for answers to earlier requests.
 
     Args:
         url: the URL of the server.
@@ -62,52 +65,57 @@ def open_loop(url: str, requests: Sequence[Prompt], rate: float, seed: int) -> L
         rate: the average number of requests per second.
         seed: the seed of the random times.
     """
-    draws = random.Random(seed)
+    generator = random.Random(seed)
 
-    async def run(session: aiohttp.ClientSession) -> list[Asked]:
+    async def run(session: aiohttp.ClientSession) -> list[RequestOutcome]:
         tasks = []
         for ids, tokens in requests:
-            tasks.append(asyncio.create_task(ask(session, url, ids, tokens, stream=True)))
-            await asyncio.sleep(draws.expovariate(rate))
+            tasks.append(asyncio.create_task(send_request(session, url, ids, tokens, stream=True)))
+            await asyncio.sleep(generator.expovariate(rate))
         return list(await asyncio.gather(*tasks))
 
-    return _timed(run, 0)
+    # For aiohttp, 0 connections means no limit.
+    return _measure_load(run, 0)
 
 
-async def ask(session: aiohttp.ClientSession, url: str, ids: Sequence[int], tokens: int, stream: bool) -> Asked:
+async def send_request(
+    session: aiohttp.ClientSession, url: str, ids: Sequence[int], tokens: int, stream: bool
+) -> RequestOutcome:
     """Request one greedy completion.
 
     Raises:
-        aiohttp.ClientError: the request was refused, broke off or failed on the way.
+        aiohttp.ClientError: the request was refused, was interrupted, or failed after the answer had started.
     """
-    body: dict[str, Any] = {"model": NAME, "prompt": list(ids), "max_tokens": tokens, "temperature": 0}
+    body: dict[str, Any] = {"model": MODEL_NAME, "prompt": list(ids), "max_tokens": tokens, "temperature": 0}
     if stream:
         body |= {"stream": True, "stream_options": {"include_usage": True}}
-    began, first, used = time.perf_counter(), None, 0
+    start_time, first_token_seconds, token_count = time.perf_counter(), None, 0
     async with session.post(f"{url}/v1/completions", json=body) as answer:
         answer.raise_for_status()
         if not stream:
-            used = (await answer.json())["usage"]["completion_tokens"]
+            token_count = (await answer.json())["usage"]["completion_tokens"]
         else:
             async for line in answer.content:
+                # An error after the start of the answer is an event, because the status was sent before.
                 if line.startswith(b'data: {"error"'):
                     raise aiohttp.ClientError(line.decode().strip())
                 if not line.startswith(b"data: {"):
                     continue
-                if first is None:
-                    first = time.perf_counter() - began
+                if first_token_seconds is None:
+                    first_token_seconds = time.perf_counter() - start_time
                 if b'"usage":{' in line.replace(b" ", b""):
-                    used = json.loads(line.removeprefix(b"data: "))["usage"]["completion_tokens"]
-    return Asked(first, time.perf_counter() - began, used)
+                    token_count = json.loads(line.removeprefix(b"data: "))["usage"]["completion_tokens"]
+    return RequestOutcome(first_token_seconds, time.perf_counter() - start_time, token_count)
 
 
-def _timed(run: Any, connections: int) -> Load:
-    async def whole() -> Load:
+def _measure_load(run: Any, connections: int) -> Load:
+    async def run_session() -> Load:
         connector = aiohttp.TCPConnector(limit=connections)
+        # An answer may take longer than aiohttp's default of five minutes.
         timeout = aiohttp.ClientTimeout(total=None)
         async with aiohttp.ClientSession(connector=connector, timeout=timeout) as session:
-            began = time.perf_counter()
-            asked = await run(session)
-            return Load(time.perf_counter() - began, asked)
+            start_time = time.perf_counter()
+            outcomes = await run(session)
+            return Load(time.perf_counter() - start_time, outcomes)
 
-    return asyncio.run(whole())
+    return asyncio.run(run_session())

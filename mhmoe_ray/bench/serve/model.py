@@ -1,4 +1,4 @@
-"""Models with random weights to serve: speed does not depend on the text that they produce."""
+"""Models with random weights to serve; the speed does not depend on the text that they produce."""
 
 import itertools
 import string
@@ -6,8 +6,8 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from mhmoe_ray.checkpoint.format import slice_of
-from mhmoe_ray.checkpoint.manifest import Manifest, checkpoint_name, commit
+from mhmoe_ray.checkpoint.format import local_slice
+from mhmoe_ray.checkpoint.manifest import CheckpointManifest, checkpoint_name, commit
 from mhmoe_ray.checkpoint.save import save_slices
 from mhmoe_ray.data.tokenizer import END_OF_TEXT
 from mhmoe_ray.model.decoder import Decoder
@@ -16,13 +16,13 @@ from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.spec import ModelSpec, MoESpec
 from mhmoe_ray.storage import describe_file
 
-VOCAB = 8192
+VOCAB_SIZE = 8192
 
 
 def plain_model(d_model: int, layers: int, experts: int, top_k: int, d_expert: int) -> ModelSpec:
-    """Return the spec of a Mixtral, which other packages implement too."""
+    """Return the spec of a Mixtral model, which other packages implement too."""
     return ModelSpec(
-        vocab_size=VOCAB,
+        vocab_size=VOCAB_SIZE,
         d_model=d_model,
         layers=layers,
         attention_heads=max(1, d_model // 64),
@@ -38,10 +38,12 @@ def write_run(model: ModelSpec, seq_len: int, run: Path) -> Path:
     checkpoint = run / "checkpoints" / checkpoint_name(1, 1)
     (checkpoint / "weights").mkdir(parents=True)
     tokenizer = RunDir(run).tokenizer_file
-    _tokenizer(model.vocab_size).save(str(tokenizer))
-    entry = save_slices(checkpoint / "weights", {name: slice_of(t) for name, t in decoder.tensors().items()}, 0)
+    _build_tokenizer(model.vocab_size).save(str(tokenizer))
+    entry = save_slices(
+        checkpoint / "weights", {name: local_slice(t) for name, t in decoder.named_tensors().items()}, 0
+    )
     [file] = (checkpoint / "weights").iterdir()
-    manifest = Manifest(
+    manifest = CheckpointManifest(
         step=1,
         tokens=0,
         position=0,
@@ -58,11 +60,12 @@ def write_run(model: ModelSpec, seq_len: int, run: Path) -> Path:
     return checkpoint
 
 
-def _tokenizer(entries: int) -> Tokenizer:
+def _build_tokenizer(entries: int) -> Tokenizer:
     """Return a tokenizer with this number of entries: end of text, bytes, then pairs and triples of letters."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     pairs = ((a, b) for a, b in itertools.product(string.ascii_lowercase, repeat=2))
     triples = ((a + b, c) for a, b, c in itertools.product(string.ascii_lowercase, repeat=3))
+    # A byte-level vocabulary has the end of text and the bytes; each merge adds one entry.
     merges = list(itertools.islice(itertools.chain(pairs, triples), entries - len(alphabet) - 1))
     vocab = {text: i for i, text in enumerate([END_OF_TEXT, *alphabet, *("".join(merge) for merge in merges)])}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))

@@ -1,4 +1,4 @@
-"""Servers, whose processes end with the `with` block that starts them."""
+"""Servers as context managers, whose processes end with the `with` block."""
 
 import os
 import subprocess
@@ -13,28 +13,29 @@ from pathlib import Path
 
 import uvicorn
 
-from mhmoe_ray.bench.serve.engines import NAME, Place
+from mhmoe_ray.bench.serve.engines import MODEL_NAME, ServedModel
 from mhmoe_ray.cluster.local import start_local, stop_local
 from mhmoe_ray.cluster.spawn import free_ports
 from mhmoe_ray.errors import ServeError
 from mhmoe_ray.serve.api.app import create_app
 from mhmoe_ray.serve.load import load_answerer
 
-START_SECONDS = 300
+START_TIMEOUT = 300
 
-Server = Callable[[Place], AbstractContextManager[str]]
+Server = Callable[[ServedModel], AbstractContextManager[str]]
 """Function that starts a server for the length of a `with` block and yields its URL."""
 
 
 @contextmanager
-def alone(engine: str, place: Place) -> Iterator[str]:
-    """Run our application without Ray, and yield its URL."""
-    spec = place.spec(engine)
-    answerer = load_answerer(place.checkpoint, spec)
+def standalone_server(engine: str, served_model: ServedModel) -> Iterator[str]:
+    """Run our application in a thread, without Ray, and yield its URL."""
+    spec = served_model.serve_spec(engine)
+    answerer = load_answerer(served_model.checkpoint, spec)
     [port] = free_ports(1)
-    server = uvicorn.Server(uvicorn.Config(create_app(answerer, NAME, spec), port=port, log_level="error"))
+    server = uvicorn.Server(uvicorn.Config(create_app(answerer, MODEL_NAME, spec), port=port, log_level="error"))
     thread = threading.Thread(target=server.run)
     thread.start()
+    # The thread ends without a start if, for example, the port is taken.
     while not server.started and thread.is_alive():
         time.sleep(0.01)
     try:
@@ -48,61 +49,75 @@ def alone(engine: str, place: Place) -> Iterator[str]:
 
 
 @contextmanager
-def through_ray(engine: str, place: Place) -> Iterator[str]:
+def ray_serve_server(engine: str, served_model: ServedModel) -> Iterator[str]:
     """Run our application on a local cluster of its own, as `mhmoe serve deploy` does, and yield its URL."""
     from mhmoe_ray.cluster import serving
     from mhmoe_ray.cluster.connect import connect
     from mhmoe_ray.serve.config import application_config
 
-    spec = place.spec(engine).model_copy(update={"port": free_ports(1)[0]})
+    spec = served_model.serve_spec(engine).model_copy(update={"port": free_ports(1)[0]})
     with tempfile.TemporaryDirectory(prefix="mhmoe-bench-") as home:
+        # A home of its own keeps this cluster apart from the user's.
         os.environ["MHMOE_HOME"] = home
         start_local(spec.cpus_per_replica + 1)
         try:
             connection = connect(None)
-            serving.deploy(connection, application_config(NAME, place.checkpoint, spec, NAME), spec.host, spec.port)
-            serving.wait_until_running(connection, NAME, START_SECONDS)
+            serving.deploy(
+                connection,
+                application_config(MODEL_NAME, served_model.checkpoint, spec, MODEL_NAME),
+                spec.host,
+                spec.port,
+            )
+            serving.wait_until_running(connection, MODEL_NAME, START_TIMEOUT)
             yield f"http://{spec.host}:{spec.port}"
         finally:
             stop_local()
 
 
 @contextmanager
-def vllm_server(place: Place) -> Iterator[str]:
+def vllm_server(served_model: ServedModel) -> Iterator[str]:
     """Run vLLM's own server with its own Mixtral, and yield its URL."""
     [port] = free_ports(1)
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(place.folder)]
-    command += ["--served-model-name", NAME, "--port", str(port), "--host", "127.0.0.1", "--enforce-eager"]
-    command += ["--dtype", place.precision, "--max-num-seqs", str(place.most), "--kv-cache-memory-bytes", str(1 << 30)]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(served_model.folder)]
+    command += ["--served-model-name", MODEL_NAME, "--port", str(port), "--host", "127.0.0.1", "--enforce-eager"]
+    command += [
+        "--dtype",
+        served_model.precision,
+        "--max-num-seqs",
+        str(served_model.max_requests),
+        "--kv-cache-memory-bytes",
+        str(1 << 30),
+    ]
     with tempfile.NamedTemporaryFile(prefix="mhmoe-bench-vllm-") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log)
         try:
-            _wait_for(f"http://127.0.0.1:{port}/health", process, Path(log.name))
+            _wait_until_healthy(f"http://127.0.0.1:{port}/health", process, Path(log.name))
             yield f"http://127.0.0.1:{port}"
         finally:
             process.terminate()
             process.wait()
 
 
-def _wait_for(url: str, process: "subprocess.Popen[bytes]", log: Path) -> None:
+def _wait_until_healthy(url: str, process: "subprocess.Popen[bytes]", log: Path) -> None:
     import requests
 
-    deadline = time.monotonic() + START_SECONDS
+    deadline = time.monotonic() + START_TIMEOUT
     while True:
         try:
             requests.get(url, timeout=5).raise_for_status()
             return
+        # The server refuses connections until it has started.
         except requests.RequestException:
             if process.poll() is not None or time.monotonic() > deadline:
-                last = log.read_text().strip().splitlines()[-1:]
-                raise ServeError("vLLM's server", f"it did not start: {last}", "see its documentation") from None
+                last_lines = log.read_text().strip().splitlines()[-1:]
+                raise ServeError("vLLM's server", f"it did not start: {last_lines}", "see its documentation") from None
             time.sleep(0.5)
 
 
 SERVERS: dict[str, Server] = {
-    "torch, alone": partial(alone, "torch"),
-    "torch, Ray Serve": partial(through_ray, "torch"),
-    "vllm, alone": partial(alone, "vllm"),
-    "vllm, Ray Serve": partial(through_ray, "vllm"),
+    "torch, alone": partial(standalone_server, "torch"),
+    "torch, Ray Serve": partial(ray_serve_server, "torch"),
+    "vllm, alone": partial(standalone_server, "vllm"),
+    "vllm, Ray Serve": partial(ray_serve_server, "vllm"),
     "vLLM's server": vllm_server,
 }

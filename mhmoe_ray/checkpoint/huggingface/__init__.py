@@ -3,7 +3,7 @@
 names.py      the table of tensor names, for both directions
 config.py     config.json and the `model` section, also of a Mixtral that this package did not write
 files.py      safetensors files, read and written one layer at a time
-tokenizer.py  tokenizer.json and its configuration as other tools use them
+tokenizer.py  tokenizer.json and tokenizer_config.json for other tools
 export.py     `mhmoe ckpt export`: write a checkpoint to such a folder
-import_.py    `mhmoe ckpt import`: make a run directory, which was never trained, from such a folder
+import_.py    `mhmoe ckpt import`: create a run directory with one checkpoint from such a folder
 """

@@ -1,9 +1,9 @@
-"""config.json: that of a Mixtral where the model is one, and always with our own complete `model` section.
+"""Content of config.json: the fields of a Mixtral if the model is one, and always the complete `model` section.
 
     {"model_type": "mixtral" or "mhmoe", ..., "mhmoe": {"model": {...}, "seq_len": 2048, "tokenizer_sha256": "..."}}
 
-Tools that know Mixtral read its fields and ignore ours. A folder that this package did not write has no `mhmoe`, and
-its Mixtral fields become a `model` section. Where both are present they must agree.
+Tools for Mixtral models read its fields and ignore `mhmoe`. A folder that this package did not write has no `mhmoe`,
+and its Mixtral fields become a `model` section. If both are present they must agree.
 """
 
 import json
@@ -44,15 +44,16 @@ class MixtralConfig(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _theta(cls, fields: dict[str, Any]) -> dict[str, Any]:
-        """Take `rope_theta` from `rope_parameters`, where transformers 5 keeps it."""
+    def _take_rope_theta(cls, fields: dict[str, Any]) -> dict[str, Any]:
+        """Set `rope_theta` from `rope_parameters`."""
+        # transformers 5 writes it there, older versions write a field of its own.
         rope = fields.get("rope_parameters")
         if isinstance(rope, dict) and "rope_theta" in rope:
             return {**fields, "rope_theta": rope["rope_theta"]}
         return fields
 
     @model_validator(mode="after")
-    def _check(self) -> Self:
+    def _check_support(self) -> Self:
         rope = self.rope_scaling or self.rope_parameters or {}
         kind = rope.get("rope_type", rope.get("type", "default"))
         if self.quantization_config:
@@ -62,15 +63,16 @@ class MixtralConfig(BaseModel):
         if kind != "default" or rope.get("partial_rotary_factor", 1) != 1:
             raise ValueError(f"its positions are scaled ({kind}); only plain rotary positions are computed")
         if self.attention_bias:
-            raise ValueError("attention_bias is true; attention without biases is computed only")
+            raise ValueError("attention_bias is true; only attention without biases is computed")
         if self.hidden_act != "silu":
             raise ValueError(f"hidden_act is {self.hidden_act}; only silu is computed")
         return self
 
     @classmethod
-    def of(cls, model: ModelSpec, seq_len: int) -> Self:
+    def from_model(cls, model: ModelSpec, seq_len: int) -> Self:
         assert model.moe is not None
-        # transformers' loss adds up to k where ours is 1, and is a mean over layers, not a sum.
+        # For a uniform load, the balance loss of transformers is top_k and ours is 1. Theirs is a mean over layers,
+        # ours a sum.
         coefficient = model.moe.balance_weight * model.layers / model.moe.top_k
         return cls(
             vocab_size=model.vocab_size,
@@ -91,14 +93,12 @@ class MixtralConfig(BaseModel):
         )
 
     @property
-    def positions(self) -> int:
-        """Number of tokens that the model sees at once.
-
-        It is at most the sliding window: up to that length, attention with a window is attention without one.
-        """
+    def context_length(self) -> int:
+        """Number of tokens that the model sees at once."""
+        # Up to the length of the sliding window, attention with the window equals attention without it.
         return min(self.max_position_embeddings, self.sliding_window or self.max_position_embeddings)
 
-    def model(self) -> ModelSpec:
+    def to_model_spec(self) -> ModelSpec:
         coefficient = self.router_aux_loss_coef
         moe = MoESpec(
             heads=1,
@@ -125,18 +125,22 @@ class MixtralConfig(BaseModel):
 
 
 def is_mixtral(model: ModelSpec) -> bool:
-    """Return whether a model computes exactly what Mixtral does for one text; masks between documents matter in
-    training only."""
+    """Return whether a model computes exactly the function of a Mixtral for one text."""
+    # Document masks are not compared: they only matter in training, where a sample has several documents.
     moe = model.moe
     if moe is None or not model.architecture.is_mixtral or model.moe_layers != model.layers:
         return False
-    plain = moe.heads == 1 and not (moe.has_head or moe.has_merge or moe.sub_token_residual or moe.d_shared)
-    routed = moe.router == "linear" and moe.normalize_gates and not moe.bias_rate and moe.capacity_factor is None
-    return plain and routed
+    has_plain_layers = moe.heads == 1 and not (
+        moe.has_head_projection or moe.has_merge_projection or moe.sub_token_residual or moe.d_shared
+    )
+    has_mixtral_routing = (
+        moe.router == "linear" and moe.normalize_gates and not moe.bias_rate and moe.capacity_factor is None
+    )
+    return has_plain_layers and has_mixtral_routing
 
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
-OURS = "mhmoe"
+SECTION = "mhmoe"
 
 
 class MhmoeConfig(BaseModel):
@@ -145,12 +149,12 @@ class MhmoeConfig(BaseModel):
     model: ModelSpec
     seq_len: PositiveInt
     tokenizer_sha256: str | None = None
-    """Result of `tokenizer_identity` for the tokenizer.json in the folder, or in older folders the file's hash; absent
+    """Result of `tokenizer_identity` for the tokenizer.json in the folder, or the file's hash in older folders; absent
     in folders that this package did not write."""
 
 
-def to_config(
-    model: ModelSpec, seq_len: int, dtype: torch.dtype, edges: tuple[int, list[int]], tokenizer_sha256: str
+def build_config(
+    model: ModelSpec, seq_len: int, dtype: torch.dtype, edge_tokens: tuple[int, list[int]], tokenizer_sha256: str
 ) -> dict[str, Any]:
     """Return the content of config.json.
 
@@ -158,97 +162,106 @@ def to_config(
         model: `model` section of the spec.
         seq_len: number of tokens that the model sees at once.
         dtype: dtype of the weights.
-        edges: token id that starts a text, and token ids that end one.
+        edge_tokens: token id that starts a text, and token ids that end one.
         tokenizer_sha256: identity of the tokenizer.
     """
     section = MhmoeConfig(model=model, seq_len=seq_len, tokenizer_sha256=tokenizer_sha256)
-    ours = {OURS: section.model_dump(mode="json")}
-    common = {"torch_dtype": str(dtype).removeprefix("torch."), "bos_token_id": edges[0], "eos_token_id": edges[1]}
+    our_fields = {SECTION: section.model_dump(mode="json")}
+    common_fields = {
+        "torch_dtype": str(dtype).removeprefix("torch."),
+        "bos_token_id": edge_tokens[0],
+        "eos_token_id": edge_tokens[1],
+    }
     if not is_mixtral(model):
-        return {"model_type": "mhmoe", **common, **ours}
-    fields = MixtralConfig.of(model, seq_len).model_dump(exclude_unset=True)
-    return {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral", **fields, **common, **ours}
+        return {"model_type": "mhmoe", **common_fields, **our_fields}
+    fields = MixtralConfig.from_model(model, seq_len).model_dump(exclude_unset=True)
+    return {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral", **fields, **common_fields, **our_fields}
 
 
 def read_config(folder: Path, seq_len: int | None) -> tuple[str, MhmoeConfig]:
-    """Return the model type of a folder, and its model with the number of tokens that it is to see at once.
+    """Return the model type of a folder, and its `mhmoe` section with the requested context length.
 
     Args:
         folder: folder with a config.json.
-        seq_len: requested number of tokens; by default as many as the model was made for.
+        seq_len: requested context length in tokens; by default that of the model.
 
     Raises:
         CheckpointError: config.json cannot be read, it describes a model that this package does not compute, or
-            `seq_len` is more than the model was made for.
+            `seq_len` is larger than the model's context length.
     """
-    what = f"folder {folder}"
+    subject = f"folder {folder}"
     try:
         fields = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        kind = fields.get("model_type")
+        model_type = fields.get("model_type")
     except OSError as e:
-        why = f"its {CONFIG} cannot be read ({e.strerror})"
-        raise CheckpointError(what, why, "name the folder of a model, as `mhmoe ckpt export` writes it") from e
+        reason = f"its {CONFIG} cannot be read ({e.strerror})"
+        raise CheckpointError(subject, reason, "name the folder of a model, as `mhmoe ckpt export` writes it") from e
     except (ValueError, AttributeError) as e:
-        raise CheckpointError(what, f"its {CONFIG} is damaged", "get the folder again") from e
-    if kind != "mixtral" and (kind != "mhmoe" or OURS not in fields):
-        why = f"its model_type is {kind}"
-        raise CheckpointError(what, why, "import a Mixtral, or what `mhmoe ckpt export` wrote")
+        raise CheckpointError(subject, f"its {CONFIG} is damaged", "get the folder again") from e
+    if model_type != "mixtral" and (model_type != "mhmoe" or SECTION not in fields):
+        reason = f"its model_type is {model_type}"
+        raise CheckpointError(subject, reason, "import a Mixtral, or a folder that `mhmoe ckpt export` wrote")
     try:
-        config = MhmoeConfig.model_validate(fields[OURS]) if OURS in fields else None
-        if kind == "mixtral":
+        config = MhmoeConfig.model_validate(fields[SECTION]) if SECTION in fields else None
+        if model_type == "mixtral":
             mixtral = MixtralConfig.model_validate(fields)
-            config = _agreed(what, mixtral, config) if config else _as_ours(mixtral)
+            config = _require_agreement(subject, mixtral, config) if config else _to_mhmoe_config(mixtral)
     except ValidationError as e:
-        first = e.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        why = f"{CONFIG}: {where + ': ' if where else ''}{first['msg'].removeprefix('Value error, ')}"
-        raise CheckpointError(what, why, "such a model cannot be imported") from e
+        first_error = e.errors()[0]
+        location = ".".join(map(str, first_error["loc"]))
+        reason = f"{CONFIG}: {location + ': ' if location else ''}{first_error['msg'].removeprefix('Value error, ')}"
+        raise CheckpointError(subject, reason, "such a model cannot be imported") from e
     assert config is not None
     if seq_len is not None and seq_len > config.seq_len:
-        why = f"it is made for {config.seq_len} tokens at once"
-        raise CheckpointError(what, why, f"choose a --seq-len up to that, not {seq_len}")
-    return kind, config if seq_len is None else config.model_copy(update={"seq_len": seq_len})
+        reason = f"it is made for {config.seq_len} tokens at once"
+        raise CheckpointError(subject, reason, f"choose a --seq-len up to that, not {seq_len}")
+    return model_type, config if seq_len is None else config.model_copy(update={"seq_len": seq_len})
 
 
-def named_ends(folder: Path, known: int) -> set[int]:
-    """Return the token ids that end a text, as config.json and generation_config.json say.
-
-    Where both say it, both count.
+def read_end_tokens(folder: Path, token_count: int) -> set[int]:
+    """Return the token ids that end a text: all that config.json and generation_config.json name.
 
     Args:
         folder: folder whose config.json was read.
-        known: number of tokens; all token ids are below it.
+        token_count: number of tokens; all token ids are below it.
 
     Raises:
         CheckpointError: a file cannot be read, or names an id that is no token.
     """
-    what, ends = f"folder {folder}", set[int]()
+    subject, end_tokens = f"folder {folder}", set[int]()
     for file in (folder / CONFIG, folder / GENERATION):
         try:
-            named = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
+            token_ids = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
         except FileNotFoundError:
             continue
         except (OSError, ValueError, AttributeError) as e:
-            raise CheckpointError(what, f"its {file.name} cannot be read ({e})", "get the folder again") from e
-        for token in named if isinstance(named, list) else [] if named is None else [named]:
-            if type(token) is not int or not 0 <= token < known:
-                why = f"the eos_token_id in its {file.name} is {named}, and its tokenizer has tokens 0 to {known - 1}"
-                raise CheckpointError(what, why, "correct that file")
-            ends.add(token)
-    return ends
+            raise CheckpointError(subject, f"its {file.name} cannot be read ({e})", "get the folder again") from e
+        for token in token_ids if isinstance(token_ids, list) else [] if token_ids is None else [token_ids]:
+            # In JSON `true` is no token id, but in Python it is an instance of int.
+            if type(token) is not int or not 0 <= token < token_count:
+                reason = (
+                    f"the eos_token_id in its {file.name} is {token_ids}, "
+                    f"and its tokenizer has tokens 0 to {token_count - 1}"
+                )
+                raise CheckpointError(subject, reason, "correct that file")
+            end_tokens.add(token)
+    return end_tokens
 
 
-def _as_ours(mixtral: MixtralConfig) -> MhmoeConfig:
-    return MhmoeConfig(model=mixtral.model(), seq_len=mixtral.positions)
+def _to_mhmoe_config(mixtral: MixtralConfig) -> MhmoeConfig:
+    return MhmoeConfig(model=mixtral.to_model_spec(), seq_len=mixtral.context_length)
 
 
-def _agreed(what: str, mixtral: MixtralConfig, ours: MhmoeConfig) -> MhmoeConfig:
-    """Return our section, which also knows how the model was trained, if the other fields describe the same model.
+def _require_agreement(subject: str, mixtral: MixtralConfig, our_config: MhmoeConfig) -> MhmoeConfig:
+    """Return the `mhmoe` section of config.json if the other fields describe the same model.
 
     Raises:
-        CheckpointError: the other fields describe another model, because somebody changed them.
+        CheckpointError: the other fields describe another model.
     """
-    if not is_mixtral(ours.model) or _as_ours(MixtralConfig.of(ours.model, ours.seq_len)) != _as_ours(mixtral):
-        why = f"the section {OURS} of its {CONFIG} is not the model that the other fields are"
-        raise CheckpointError(what, why, "remove that section if the others are right")
-    return ours
+    # The `mhmoe` section is preferred because it also has the settings of the training.
+    if not is_mixtral(our_config.model) or _to_mhmoe_config(
+        MixtralConfig.from_model(our_config.model, our_config.seq_len)
+    ) != _to_mhmoe_config(mixtral):
+        reason = f"the section {SECTION} of its {CONFIG} is not the model that the other fields describe"
+        raise CheckpointError(subject, reason, "remove that section if the other fields are right")
+    return our_config

@@ -20,11 +20,8 @@ PICKLES = ("*.bin", "*.pt", "*.pth")
 FLOATS = {name: dtype for name, dtype in DTYPES.items() if dtype.is_floating_point}
 
 
-class Stored:
-    """Tensors of a folder, by name.
-
-    Only headers are read before `read`.
-    """
+class StoredTensors:
+    """Tensors of a folder, by name; only headers are in memory until `read` is called."""
 
     def __init__(self, folder: Path, files: dict[str, Any]) -> None:
         """Find the file of each tensor.
@@ -38,11 +35,11 @@ class Stored:
         """
         self._folder, self._files = folder, files
         self._file_of: dict[str, str] = {}
-        for file, opened in files.items():
-            for name in opened.keys():  # noqa: SIM118  # it is no dict
+        for file, open_file in files.items():
+            for name in open_file.keys():  # noqa: SIM118  # safetensors' handle is no dict
                 if name in self._file_of:
-                    why = f"{name} is both in {self._file_of[name]} and in {file}"
-                    raise CheckpointError(f"folder {folder}", why, "remove the file that does not belong to it")
+                    reason = f"{name} is both in {self._file_of[name]} and in {file}"
+                    raise CheckpointError(f"folder {folder}", reason, "remove the file that does not belong to it")
                 self._file_of[name] = file
 
     @property
@@ -50,8 +47,8 @@ class Stored:
         return set(self._file_of)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Return the shape of a tensor; (1,) for a number without a dimension, which is read as a tensor of one
-        number."""
+        """Return the shape of a tensor; (1,) for a scalar."""
+        # The model has a scalar as a tensor of one element.
         return tuple(self._slice(name).get_shape()) or (1,)
 
     def dtype(self, name: str) -> torch.dtype:
@@ -60,11 +57,11 @@ class Stored:
         Raises:
             CheckpointError: the tensor's numbers are not floats of 16 to 64 bits.
         """
-        found = self._slice(name).get_dtype()
-        if found not in FLOATS:
-            why = f"{name} is stored as {found}, and only {', '.join(FLOATS)} are understood"
-            raise CheckpointError(f"folder {self._folder}", why, "use weights that are not quantised")
-        return FLOATS[found]
+        dtype_name = self._slice(name).get_dtype()
+        if dtype_name not in FLOATS:
+            reason = f"{name} is stored as {dtype_name}, and only {', '.join(FLOATS)} are understood"
+            raise CheckpointError(f"folder {self._folder}", reason, "use weights that are not quantised")
+        return FLOATS[dtype_name]
 
     def read(self, name: str) -> Tensor:
         tensor: Tensor = self._files[self._file_of[name]].get_tensor(name)
@@ -75,52 +72,56 @@ class Stored:
 
 
 @contextmanager
-def open_stored(folder: Path) -> Iterator[Stored]:
+def open_tensors(folder: Path) -> Iterator[StoredTensors]:
     """Open the weights of a folder: one file, or those that its index names.
 
     Raises:
         CheckpointError: there are no weights, a file of the index is missing, or a file is damaged.
     """
-    what, fix = f"folder {folder}", "get the folder again"
+    subject, fix = f"folder {folder}", "get the folder again"
     with ExitStack() as stack:
         files = {}
         for name in _file_names(folder):
             try:
                 files[name] = stack.enter_context(safe_open(str(folder / name), framework="pt"))
             except OSError as e:
-                raise CheckpointError(what, f"{name} cannot be read: {e.strerror or 'it is not there'}", fix) from e
+                raise CheckpointError(subject, f"{name} cannot be read: {e.strerror or 'it is not there'}", fix) from e
             except SafetensorError as e:
-                raise CheckpointError(what, f"{name} is damaged or no safetensors file ({e})", fix) from e
-        yield Stored(folder, files)
+                raise CheckpointError(subject, f"{name} is damaged or no safetensors file ({e})", fix) from e
+        yield StoredTensors(folder, files)
 
 
 def _file_names(folder: Path) -> list[str]:
-    what = f"folder {folder}"
+    subject = f"folder {folder}"
     if (folder / SINGLE).is_file():
         return [SINGLE]
     if (folder / INDEX).is_file():
         try:
             names = sorted({str(name) for name in json.loads((folder / INDEX).read_text())["weight_map"].values()})
         except OSError as e:
-            raise CheckpointError(what, f"its {INDEX} cannot be read ({e.strerror})", "make it readable") from e
+            raise CheckpointError(subject, f"its {INDEX} cannot be read ({e.strerror})", "make it readable") from e
         except (ValueError, KeyError, AttributeError, TypeError) as e:
-            raise CheckpointError(what, f"its {INDEX} is damaged", "get the folder again") from e
+            raise CheckpointError(subject, f"its {INDEX} is damaged", "get the folder again") from e
         if any(Path(name).name != name for name in names):
-            raise CheckpointError(what, f"its {INDEX} names files outside of it", "get the folder again")
+            raise CheckpointError(subject, f"its {INDEX} names files outside of it", "get the folder again")
         return names
-    pickle = next((p.name for pattern in PICKLES for p in sorted(folder.glob(pattern))), None)
-    if pickle:
-        why = f"its weights ({pickle}) are pickles, which run code when they are read; only safetensors are"
-        raise CheckpointError(what, why, "get its safetensors files, or save it anew with save_pretrained")
-    raise CheckpointError(what, f"it has neither {SINGLE} nor {INDEX}", "name a folder with a model in safetensors")
+    pickle_name = next((p.name for pattern in PICKLES for p in sorted(folder.glob(pattern))), None)
+    if pickle_name:
+        reason = (
+            f"its weights ({pickle_name}) are pickles, which run code when they are read; only safetensors are read"
+        )
+        raise CheckpointError(
+            subject, reason, "get its safetensors files, or save the model again with save_pretrained"
+        )
+    raise CheckpointError(subject, f"it has neither {SINGLE} nor {INDEX}", "name a folder with a model in safetensors")
 
 
 def write_files(folder: Path, groups: Iterable[dict[str, Tensor]], count: int) -> dict[str, str]:
-    """Write each group to a file of its own, one after the other, so that no two groups are in memory.
+    """Write each group of tensors to a file of its own, with one group in memory at a time.
 
     Args:
         folder: existing folder.
-        groups: tensors by name, made one group at a time.
+        groups: tensors by name, produced one group at a time.
         count: number of groups.
 
     Returns:
@@ -130,14 +131,17 @@ def write_files(folder: Path, groups: Iterable[dict[str, Tensor]], count: int) -
         OSError: a file cannot be written.
     """
     weight_map: dict[str, str] = {}
-    mode = folder.stat().st_mode & 0o666  # the library makes files that their owner alone can read
+    # safetensors creates files that only their owner can read. They get the permissions of the folder.
+    mode = folder.stat().st_mode & 0o666
     for number, tensors in enumerate(groups, 1):
         file = f"model-{number:05d}-of-{count:05d}.safetensors"
         try:
             save_file(tensors, folder / file, metadata={"format": "pt"})
-        except SafetensorError as e:  # its own name for a full disk
+        except SafetensorError as e:
+            # safetensors raises this error for a full disk too.
             raise OSError(str(e)) from e
         (folder / file).chmod(mode)
         weight_map |= dict.fromkeys(tensors, file)
-        del tensors  # before the next group is made
+        # Without `del` this group would stay in memory while the next one is produced.
+        del tensors
     return weight_map

@@ -1,4 +1,4 @@
-"""Import a folder in Hugging Face's layout to a run directory that can be served and exported."""
+"""Import of a folder in Hugging Face's layout to a run directory that can be served and exported."""
 
 import json
 import re
@@ -11,54 +11,54 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import Tensor
 
-from mhmoe_ray.checkpoint.huggingface.config import MhmoeConfig, named_ends, read_config
-from mhmoe_ray.checkpoint.huggingface.files import Stored, open_stored, write_files
-from mhmoe_ray.checkpoint.huggingface.names import Entry, entries
+from mhmoe_ray.checkpoint.huggingface.config import MhmoeConfig, read_config, read_end_tokens
+from mhmoe_ray.checkpoint.huggingface.files import StoredTensors, open_tensors, write_files
+from mhmoe_ray.checkpoint.huggingface.names import TensorEntry, tensor_entries
 from mhmoe_ray.checkpoint.huggingface.tokenizer import tokenizer_identity
-from mhmoe_ray.checkpoint.manifest import Manifest, checkpoint_name, commit
+from mhmoe_ray.checkpoint.manifest import CheckpointManifest, checkpoint_name, commit
 from mhmoe_ray.data.tokenizer import boundaries, load_tokenizer, token_count
 from mhmoe_ray.errors import CheckpointError, SpecError
 from mhmoe_ray.runs import events
-from mhmoe_ray.runs.directory import CHAT_TEMPLATE, RunDir, mark_imported, new_directory
+from mhmoe_ray.runs.directory import CHAT_TEMPLATE, RunDir, create_empty_run, mark_imported
 from mhmoe_ray.spec.run import NAME, NAME_LENGTH
 from mhmoe_ray.storage import describe_file, location, replace_file
 
 
 def import_folder(source: Path, name: str | None, storage: str | Path, seq_len: int | None) -> RunDir:
-    """Make a run of a model that was trained elsewhere; one layer at a time is in memory, in the dtype it is stored in.
+    """Create a run directory for a model that was trained elsewhere; one layer at a time is in memory.
 
     Args:
         source: folder with config.json, tokenizer.json and safetensors.
         name: name of the run, before its suffix; by default that of the folder.
         storage: local folder for the run directory.
-        seq_len: number of tokens that prompt and answer may have together; by default as many as the model was made
-            for.
+        seq_len: number of tokens that prompt and answer may have together; by default the model's context length.
 
     Raises:
-        CheckpointError: the folder lacks something, is damaged, or holds a model that this package does not compute.
+        CheckpointError: the folder lacks a file, is damaged, or holds a model that this package does not compute.
         DataError: its tokenizer does not fit the model.
         SpecError: the name is not valid, or `storage` is not a local folder that can be written.
     """
-    name, root = _name(source, name), location(storage)
+    name, root = _run_name(source, name), location(storage)
     if not isinstance(root, Path):
         raise SpecError(f"storage {storage}", "an import is written to a local folder", "name one with --storage")
-    kind, config = read_config(source, seq_len)
+    model_type, config = read_config(source, seq_len)
     tokenizer = source / "tokenizer.json"
     if not tokenizer.is_file():
-        why = "it has no tokenizer.json, which serving needs"
-        raise CheckpointError(f"folder {source}", why, "add the one the model was trained with")
-    with _reading(source):
-        content, found = tokenizer.read_bytes(), describe_file(tokenizer).sha256
-    loaded = load_tokenizer(tokenizer, config.model.vocab_size)
-    if config.tokenizer_sha256 not in (None, found, tokenizer_identity(content)):
-        why = "its tokenizer.json is not the one the model was trained with"
-        raise CheckpointError(f"folder {source}", why, "restore that file")
-    ends = named_ends(source, token_count(loaded)) - boundaries(loaded).ends
-    template = _chat_template(source)
-    with open_stored(source) as stored:
-        groups = entries(config.model)
+        reason = "it has no tokenizer.json, which serving needs"
+        raise CheckpointError(f"folder {source}", reason, "add the one the model was trained with")
+    with _report_read_errors(source):
+        content, tokenizer_sha256 = tokenizer.read_bytes(), describe_file(tokenizer).sha256
+    loaded_tokenizer = load_tokenizer(tokenizer, config.model.vocab_size)
+    if config.tokenizer_sha256 not in (None, tokenizer_sha256, tokenizer_identity(content)):
+        reason = "its tokenizer.json is not the one the model was trained with"
+        raise CheckpointError(f"folder {source}", reason, "restore that file")
+    end_tokens = read_end_tokens(source, token_count(loaded_tokenizer)) - boundaries(loaded_tokenizer).ends
+    template = _read_chat_template(source)
+    with open_tensors(source) as stored:
+        groups = tensor_entries(config.model)
+        # Everything is checked before a run directory is created.
         _check_tensors(source, stored, groups)
-        run = new_directory(root.absolute(), name)
+        run = create_empty_run(root.absolute(), name)
         folder = root.absolute() / run.id
         try:
             replace_file(run.tokenizer_file, content)
@@ -66,23 +66,25 @@ def import_folder(source: Path, name: str | None, storage: str | Path, seq_len: 
                 (folder / CHAT_TEMPLATE).write_text(template)
             checkpoint = folder / "checkpoints" / checkpoint_name(0, 0)
             (checkpoint / "weights").mkdir(parents=True)
-            write_files(checkpoint / "weights", _joined(source, stored, groups), len(groups))
-            commit(checkpoint, _manifest(run, checkpoint, config, sorted(ends)))
-            origin = {"source": str(source.absolute()), "model_type": kind}
-            events.record(run, "imported", **origin, step=0, name=checkpoint.name)
+            write_files(checkpoint / "weights", _joined_groups(source, stored, groups), len(groups))
+            commit(checkpoint, _manifest(run, checkpoint, config, sorted(end_tokens)))
+            origin_fields = {"source": str(source.absolute()), "model_type": model_type}
+            events.record(run, "imported", **origin_fields, step=0, name=checkpoint.name)
+            # Last: from now on the directory counts as a run.
             mark_imported(run)
         except BaseException as e:
+            # Also after Ctrl-C.
             shutil.rmtree(folder, ignore_errors=True)
             if isinstance(e, OSError):
-                why, fix = e.strerror or str(e), "make room there, or name another folder with --storage"
-                raise SpecError(f"storage {storage}", why, fix) from e
+                reason, fix = e.strerror or str(e), "make room there, or name another folder with --storage"
+                raise SpecError(f"storage {storage}", reason, fix) from e
             raise
     return run
 
 
 @contextmanager
-def _reading(source: Path) -> Iterator[None]:
-    """Report an error in the context as one of reading the source folder, not of writing the storage.
+def _report_read_errors(source: Path) -> Iterator[None]:
+    """Turn an error in the context into one about reading the source folder, not about writing the storage.
 
     Raises:
         CheckpointError: an OSError or a SafetensorError was raised in the context.
@@ -90,65 +92,66 @@ def _reading(source: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as e:
-        why = f"it cannot be read: {getattr(e, 'strerror', None) or e}"
-        raise CheckpointError(f"folder {source}", why, "mend the disk that it is on, or get the folder again") from e
+        reason = f"it cannot be read: {getattr(e, 'strerror', None) or e}"
+        raise CheckpointError(f"folder {source}", reason, "repair its disk, or get the folder again") from e
 
 
-def _chat_template(source: Path) -> str | None:
-    """Return the chat template: a file of its own, or in older folders an entry of tokenizer_config.json; None without
-    any.
+def _read_chat_template(source: Path) -> str | None:
+    """Return the chat template of a folder; None without any.
 
     Raises:
-        CheckpointError: it cannot be read, or there are several and none is the default.
+        CheckpointError: the template cannot be read, or there are several and none is the default.
     """
+    # Older folders have it as an entry of tokenizer_config.json.
     file, settings = source / CHAT_TEMPLATE, source / "tokenizer_config.json"
-    read = file if file.exists() else settings
+    template_file = file if file.exists() else settings
     try:
-        if read == file:
+        if template_file == file:
             return file.read_text()
-        found = json.loads(settings.read_text()) if settings.exists() else {}
-        if not isinstance(found, dict):
+        tokenizer_config = json.loads(settings.read_text()) if settings.exists() else {}
+        if not isinstance(tokenizer_config, dict):
             raise ValueError("it is no object")
     except (OSError, ValueError) as e:
-        raise CheckpointError(f"folder {source}", f"{read.name} cannot be read ({e})", "get the folder again") from e
-    template = found.get("chat_template")
+        raise CheckpointError(
+            f"folder {source}", f"{template_file.name} cannot be read ({e})", "get the folder again"
+        ) from e
+    template = tokenizer_config.get("chat_template")
     if isinstance(template, list):
-        template = _default_of(template)
+        template = _default_template(template)
     if template is None or isinstance(template, str):
         return template
-    why = f"the chat_template in its {settings.name} is no text, nor a list with one that is named default"
-    raise CheckpointError(f"folder {source}", why, f"put the one to use into {CHAT_TEMPLATE} beside it")
+    reason = f"the chat_template in its {settings.name} is no text, nor a list with one that is named default"
+    raise CheckpointError(f"folder {source}", reason, f"put the one to use into {CHAT_TEMPLATE} beside it")
 
 
-def _default_of(templates: list[Any]) -> Any:
-    """Return the template with the name "default" of a list of {"name": ..., "template": ...}.
+def _default_template(templates: list[Any]) -> Any:
+    """Return the template named "default" in a list of {"name": ..., "template": ...}; without one, the list."""
+    templates_by_name = {
+        t["name"]: t.get("template") for t in templates if isinstance(t, dict) and isinstance(t.get("name"), str)
+    }
+    return templates_by_name.get("default") or templates
 
-    Without one, return the list itself, which is no template.
-    """
-    named = {t["name"]: t.get("template") for t in templates if isinstance(t, dict) and isinstance(t.get("name"), str)}
-    return named.get("default") or templates
 
-
-def _name(source: Path, name: str | None) -> str:
+def _run_name(source: Path, name: str | None) -> str:
     if name is None:
         name = re.sub("[^a-z0-9]+", "-", source.absolute().name.lower()).strip("-")[:NAME_LENGTH].strip("-")
         return name or "imported"
     if not re.fullmatch(NAME, name):
-        why = f"it is not made of lower-case letters, digits and dashes, {NAME_LENGTH} at most"
-        raise SpecError(f"name {name}", why, "choose another --name")
+        reason = f"it is not made of lower-case letters, digits and dashes, {NAME_LENGTH} at most"
+        raise SpecError(f"name {name}", reason, "choose another --name")
     return name
 
 
-def _check_tensors(source: Path, stored: Stored, groups: list[list[Entry]]) -> None:
-    """Check that every tensor of the model is in the folder, as floats and in its shape, and no other tensor.
+def _check_tensors(source: Path, stored: StoredTensors, groups: list[list[TensorEntry]]) -> None:
+    """Check that the folder holds exactly the tensors of the model, as floats and in their shapes.
 
     Raises:
         CheckpointError: a tensor is missing, does not belong to the model, has another shape or is not of floats, or
             tensors that are joined differ in dtype.
     """
-    every = [entry for group in groups for entry in group]
-    shapes = {name: shape for entry in every for name, shape in entry.shapes.items()}
-    wrong = [
+    all_entries = [entry for group in groups for entry in group]
+    shapes = {name: shape for entry in all_entries for name, shape in entry.shapes.items()}
+    problems = [
         *(f"{name} is missing" for name in sorted(shapes.keys() - stored.names)),
         *(f"{name} does not belong to such a model" for name in sorted(stored.names - shapes.keys())),
         *(
@@ -157,27 +160,33 @@ def _check_tensors(source: Path, stored: Stored, groups: list[list[Entry]]) -> N
             if stored.shape(name) != shapes[name]
         ),
     ]
-    wrong = wrong or [
-        f"{entry.theirs[0]} and its like differ in dtype"
-        for entry in every
-        if len({stored.dtype(name) for name in entry.theirs}) > 1
+    problems = problems or [
+        f"{entry.exported_names[0]} and its like differ in dtype"
+        for entry in all_entries
+        if len({stored.dtype(name) for name in entry.exported_names}) > 1
     ]
-    if wrong:
-        more = f" (and {len(wrong) - 1} more such tensors)" if len(wrong) > 1 else ""
-        raise CheckpointError(f"folder {source}", wrong[0] + more, "its weights must be those its config.json tells of")
+    if problems:
+        remainder_text = f" (and {len(problems) - 1} more such tensors)" if len(problems) > 1 else ""
+        raise CheckpointError(
+            f"folder {source}", problems[0] + remainder_text, "use the weights that belong to its config.json"
+        )
 
 
-def _joined(source: Path, stored: Stored, groups: list[list[Entry]]) -> Iterator[dict[str, Tensor]]:
+def _joined_groups(source: Path, stored: StoredTensors, groups: list[list[TensorEntry]]) -> Iterator[dict[str, Tensor]]:
     for group in groups:
-        with _reading(source):
-            tensors = {entry.ours: entry.join([stored.read(name) for name in entry.theirs]) for entry in group}
+        with _report_read_errors(source):
+            tensors = {
+                entry.checkpoint_name: entry.join([stored.read(name) for name in entry.exported_names])
+                for entry in group
+            }
         yield tensors
-        del tensors  # before the next group is read
+        # Without `del` this group would stay in memory while the next one is read.
+        del tensors
 
 
-def _manifest(run: RunDir, checkpoint: Path, config: MhmoeConfig, ends: list[int]) -> Manifest:
+def _manifest(run: RunDir, checkpoint: Path, config: MhmoeConfig, end_tokens: list[int]) -> CheckpointManifest:
     files = {str(p.relative_to(checkpoint)): describe_file(p) for p in sorted(checkpoint.glob("weights/*"))}
-    return Manifest(
+    return CheckpointManifest(
         step=0,
         tokens=0,
         position=0,
@@ -186,7 +195,7 @@ def _manifest(run: RunDir, checkpoint: Path, config: MhmoeConfig, ends: list[int
         ep=1,
         model=config.model,
         seq_len=config.seq_len,
-        ends=ends,
+        ends=end_tokens,
         tokenizer_sha256=describe_file(run.tokenizer_file).sha256,
         data_sha256=None,
         files=files,

@@ -1,10 +1,10 @@
-"""Names of a checkpoint's tensors in an exported folder, read in both directions.
+"""Names of a checkpoint's tensors in an exported folder, for export and for import.
 
 The table here has the names that all architectures share; an architecture adds those of its feed-forward layers.
 
-Where Hugging Face's Mixtral checkpoints have the tensor, the name is theirs. Where they lack it, the name has the same
-form, and is the field's own where there is one (torchscale's for the subln backbone and X-MoE's router, DeepSeek's for
-the selection bias). Shapes are those of the model, except for two splits that a placeholder on the right asks for:
+A tensor that Hugging Face's Mixtral checkpoints have keeps its name there. The names of other tensors have the same
+form, and are established ones if possible: torchscale's for the subln backbone and X-MoE's router, DeepSeek's for the
+selection bias. Shapes are those of the model, except for two splits that a placeholder on the right stands for:
 
     {qkv}   rows of queries, keys and values, which the model keeps in one matrix (and one bias)
     {e}     one expert each by its global id, which the model keeps stacked along a first dimension
@@ -25,7 +25,7 @@ from mhmoe_ray.model.decoder import Decoder
 from mhmoe_ray.spec import ModelSpec
 
 # fmt: off
-TABLE: tuple[tuple[str, str], ...] = (
+NAME_TABLE: tuple[tuple[str, str], ...] = (
     # in a run's checkpoint                       in an exported folder
     ("embedding.weight",                          "model.embed_tokens.weight"),
     ("norm.{p}",                                  "model.norm.{p}"),
@@ -50,74 +50,84 @@ TABLE: tuple[tuple[str, str], ...] = (
 )
 # fmt: on
 
-_FIELDS = {"{i}": r"(?P<i>\d+)", "{n}": r"(?P<n>\d+)", "{p}": "(?P<p>weight|bias)"}
+_FIELD_PATTERNS = {"{i}": r"(?P<i>\d+)", "{n}": r"(?P<n>\d+)", "{p}": "(?P<p>weight|bias)"}
 
 
-class Entry(NamedTuple):
-    """One tensor of the model and the exported tensors that it consists of, in order."""
+class TensorEntry(NamedTuple):
+    """Entry for one tensor of the model, with the exported tensors that it consists of, in order."""
 
-    ours: str
+    checkpoint_name: str
     shape: tuple[int, ...]
-    theirs: tuple[str, ...]
-    rows: tuple[int, ...]
-    """Number of rows of each exported tensor; empty where tensors are not split by rows."""
-    stacked: bool
-    """Whether exported tensors lack the first dimension, because each of them is one index of it."""
+    exported_names: tuple[str, ...]
+    row_counts: tuple[int, ...]
+    """Number of rows of each exported tensor; empty if the tensor is not split by rows."""
+    is_stacked: bool
+    """Whether the exported tensors lack the first dimension, because each of them is one index of it."""
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of the exported tensors, by name."""
-        if self.stacked:
-            return dict.fromkeys(self.theirs, self.shape[1:])
-        if not self.rows:
-            return {self.theirs[0]: self.shape}
-        return {name: (rows, *self.shape[1:]) for name, rows in zip(self.theirs, self.rows, strict=True)}
+        if self.is_stacked:
+            return dict.fromkeys(self.exported_names, self.shape[1:])
+        if not self.row_counts:
+            return {self.exported_names[0]: self.shape}
+        return {name: (rows, *self.shape[1:]) for name, rows in zip(self.exported_names, self.row_counts, strict=True)}
 
     def split(self, tensor: Tensor) -> dict[str, Tensor]:
         """Return the exported tensors by name, as views of the model's tensor."""
         parts: tuple[Tensor, ...] = (tensor,)
-        if self.stacked:
+        if self.is_stacked:
             parts = tensor.unbind()
-        elif self.rows:
-            parts = torch.split(tensor, list(self.rows))
-        return dict(zip(self.theirs, parts, strict=True))
+        elif self.row_counts:
+            parts = torch.split(tensor, list(self.row_counts))
+        return dict(zip(self.exported_names, parts, strict=True))
 
     def join(self, parts: list[Tensor]) -> Tensor:
-        """Return the model's tensor, made from the exported ones in the order of `theirs`."""
-        if self.stacked:
+        """Return the model's tensor, made from the exported ones in the order of `exported_names`."""
+        if self.is_stacked:
             return torch.stack(parts)
-        return torch.cat(parts) if self.rows else parts[0]
+        return torch.cat(parts) if self.row_counts else parts[0]
 
 
-def entries(spec: ModelSpec) -> list[list[Entry]]:
-    """Return all tensors of a model, in groups: those outside the layers, then those of each layer."""
+def tensor_entries(spec: ModelSpec) -> list[list[TensorEntry]]:
+    """Return the entries of all tensors of a model, in groups: those outside the layers, then those of each layer."""
+    # Only names and shapes are needed.
     with torch.device("meta"):
         model = Decoder(spec)
-    groups: list[list[Entry]] = [[] for _ in range(1 + spec.layers)]
-    for name, tensor in model.tensors().items():
-        _, block, rest = name.partition("blocks.")
-        groups[1 + int(rest.split(".")[0]) if block else 0].append(_entry(spec, name, tuple(tensor.shape)))
+    groups: list[list[TensorEntry]] = [[] for _ in range(1 + spec.layers)]
+    for name, tensor in model.named_tensors().items():
+        _, block, suffix = name.partition("blocks.")
+        groups[1 + int(suffix.split(".")[0]) if block else 0].append(_create_entry(spec, name, tuple(tensor.shape)))
     return groups
 
 
-def _entry(spec: ModelSpec, name: str, shape: tuple[int, ...]) -> Entry:
-    [(found, pattern)] = [
-        (match, theirs) for ours, theirs in _patterns(spec.backbone) if (match := ours.fullmatch(name))
+def _create_entry(spec: ModelSpec, name: str, shape: tuple[int, ...]) -> TensorEntry:
+    [(name_match, pattern)] = [
+        (match, exported_name)
+        for pattern_regex, exported_name in _patterns(spec.backbone)
+        if (match := pattern_regex.fullmatch(name))
     ]
-    fields = found.groupdict()
+    fields = name_match.groupdict()
     if "{qkv}" in pattern:
-        rows = tuple(heads * spec.head_width for heads in (spec.attention_heads, spec.n_kv_heads, spec.n_kv_heads))
-        return Entry(name, shape, tuple(pattern.format(qkv=part, **fields) for part in "qkv"), rows, False)
+        row_counts = tuple(
+            heads * spec.head_width for heads in (spec.attention_heads, spec.n_kv_heads, spec.n_kv_heads)
+        )
+        return TensorEntry(name, shape, tuple(pattern.format(qkv=part, **fields) for part in "qkv"), row_counts, False)
     if "{e}" in pattern:
-        return Entry(name, shape, tuple(pattern.format(e=e, **fields) for e in range(shape[0])), (), True)
-    return Entry(name, shape, (pattern.format(**fields),), (), False)
+        return TensorEntry(name, shape, tuple(pattern.format(e=e, **fields) for e in range(shape[0])), (), True)
+    return TensorEntry(name, shape, (pattern.format(**fields),), (), False)
 
 
-def _compiled(ours: str) -> re.Pattern[str]:
-    return re.compile("".join(_FIELDS.get(part, re.escape(part)) for part in re.split(r"(\{\w\})", ours)))
+def _compile_pattern(checkpoint_name: str) -> re.Pattern[str]:
+    return re.compile(
+        "".join(_FIELD_PATTERNS.get(part, re.escape(part)) for part in re.split(r"(\{\w\})", checkpoint_name))
+    )
 
 
 @cache
 def _patterns(backbone: ArchitectureName) -> list[tuple[re.Pattern[str], str]]:
-    """Return the patterns and exported names that all architectures share, then those of this architecture."""
-    return [(_compiled(ours), theirs) for ours, theirs in (*TABLE, *ARCHITECTURES[backbone].tensor_names)]
+    """Return the pairs of a pattern and an exported name: those of all architectures, then those of this one."""
+    return [
+        (_compile_pattern(checkpoint_name), exported_name)
+        for checkpoint_name, exported_name in (*NAME_TABLE, *ARCHITECTURES[backbone].tensor_names)
+    ]

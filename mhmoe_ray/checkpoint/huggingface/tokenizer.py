@@ -1,7 +1,8 @@
-"""Tokenizer of an exported folder: a plain string gives the token ids that training and `mhmoe generate` use.
+"""Tokenizer of an exported folder: other tools encode a text to the token ids that training and `mhmoe generate` use.
 
-This package puts the start token before a text itself (`Boundaries.start`). Other tools leave that to tokenizer.json,
-whose post-processor adds it in an exported folder, and take the names of special tokens from tokenizer_config.json.
+This package itself adds the start token before a text (`Boundaries.start`). Other tools leave this to the
+post-processor of tokenizer.json, which an export adds. They take the names of special tokens from
+tokenizer_config.json.
 """
 
 import hashlib
@@ -15,50 +16,49 @@ from mhmoe_ray.data.tokenizer import boundaries
 from mhmoe_ray.data.tokenizer.vocabulary import unknown_token
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
-_TEXT = "A text of some words."
+_SAMPLE_TEXT = "A text of some words."
 
 
-def adding_start(content: bytes) -> bytes:
-    """Return a tokenizer.json whose encoding of a text begins with the start token; unchanged if it does so already.
+def add_start_token(content: bytes) -> bytes:
+    """Return a tokenizer.json whose encoding of a text begins with the start token; unchanged if it already does.
 
     Args:
-        content: content of a tokenizer.json that `load_tokenizer` takes.
+        content: content of a tokenizer.json that `load_tokenizer` accepts.
     """
     tokenizer = Tokenizer.from_buffer(content)
     start = boundaries(tokenizer).start
-    if tokenizer.encode(_TEXT).ids == [start, *tokenizer.encode(_TEXT, add_special_tokens=False).ids]:
+    if tokenizer.encode(_SAMPLE_TEXT).ids == [start, *tokenizer.encode(_SAMPLE_TEXT, add_special_tokens=False).ids]:
         return content
     token = tokenizer.id_to_token(start)
     template = TemplateProcessing(
         single=f"{token}:0 $A:0", pair=f"{token}:0 $A:0 {token}:1 $B:1", special_tokens=[(token, start)]
     )
-    # A byte-level processor only corrects offsets; any other one would add tokens beside ours.
-    kept = [ByteLevel(**options)] if (options := _byte_level(content)) is not None else []
-    tokenizer.post_processor = Sequence([*kept, template])
+    # A byte-level processor only corrects offsets. Any other processor would add further tokens and is left out.
+    byte_level_processors = [ByteLevel(**options)] if (options := _byte_level_options(content)) is not None else []
+    tokenizer.post_processor = Sequence([*byte_level_processors, template])
     return tokenizer.to_str(pretty=True).encode()
 
 
-def _byte_level(content: bytes) -> dict[str, bool] | None:
+def _byte_level_options(content: bytes) -> dict[str, bool] | None:
     """Return the options of the byte-level post-processor; None if there is none."""
-    outer = json.loads(content)["post_processor"] or {}
-    for processor in (outer, *outer.get("processors", [])):
+    post_processor = json.loads(content)["post_processor"] or {}
+    for processor in (post_processor, *post_processor.get("processors", [])):
         if processor.get("type") == "ByteLevel":
             return {name: processor[name] for name in ("add_prefix_space", "trim_offsets", "use_regex")}
     return None
 
 
 def tokenizer_identity(content: bytes) -> str:
-    """Return a hash of what a tokenizer.json makes of a text between special tokens.
-
-    The hash is equal for files that differ in form, or in the special tokens that they add, as other tools write them.
+    """Return a hash of those parts of a tokenizer.json that determine how the text between special tokens is encoded.
 
     Args:
         content: content of a tokenizer.json.
     """
+    # Other tools write the same tokenizer in another form, or with other special tokens that it adds.
     parts = json.loads(Tokenizer.from_buffer(content).to_str())
-    added = [(token["id"], token["content"]) for token in parts["added_tokens"]]
-    meaning = [parts["model"], parts["normalizer"], parts["pre_tokenizer"], added]
-    return hashlib.sha256(json.dumps(meaning, sort_keys=True).encode()).hexdigest()
+    added_tokens = [(token["id"], token["content"]) for token in parts["added_tokens"]]
+    identity_parts = [parts["model"], parts["normalizer"], parts["pre_tokenizer"], added_tokens]
+    return hashlib.sha256(json.dumps(identity_parts, sort_keys=True).encode()).hexdigest()
 
 
 def tokenizer_config(content: bytes, seq_len: int) -> dict[str, Any]:
@@ -69,14 +69,14 @@ def tokenizer_config(content: bytes, seq_len: int) -> dict[str, Any]:
         seq_len: number of tokens that the model sees at once.
     """
     tokenizer = Tokenizer.from_buffer(content)
-    edges = boundaries(tokenizer)
-    # Where another token than the first ends a text, it is the last one: of <s> and </s> the latter.
-    end = tokenizer.id_to_token(max(edges.ends - {edges.start}, default=edges.start))
+    edge_tokens = boundaries(tokenizer)
+    # If another token than the start token ends a text, take it: </s> and not <s>.
+    end = tokenizer.id_to_token(max(edge_tokens.ends - {edge_tokens.start}, default=edge_tokens.start))
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": tokenizer.id_to_token(edges.start),
+        "bos_token": tokenizer.id_to_token(edge_tokens.start),
         "eos_token": end,
-        # There is no token for padding alone: what is padded is masked, so that any token will do.
+        # There is no token for padding only. Padding is masked, so any token can be used.
         "pad_token": end,
         "model_max_length": seq_len,
         "clean_up_tokenization_spaces": False,

@@ -1,8 +1,8 @@
 """Duplicate detection: texts that occur more than once, compared exactly except for white space.
 
-A document is represented by an entry of 20 bytes: 64 bits of a hash of its text, its place, and its size. Entries are
-partitioned by their hash, so that all copies of a text are in the same partition and each partition can be counted by
-itself. Among a hundred million texts, two different ones have the same hash with a probability of 3 in 10,000.
+An entry of 20 bytes represents a document: 64 bits of a hash of its text, its location, and its size. Entries are
+partitioned by their hash, so all copies of a text are in the same partition and partitions can be counted separately.
+Among a hundred million texts, two different ones have the same hash with a probability of 3 in 10,000.
 """
 
 import hashlib
@@ -13,20 +13,21 @@ from itertools import combinations
 
 import numpy as np
 
-from mhmoe_ray.data.inspect.figures import EXAMPLES, Place
+from mhmoe_ray.data.inspect.figures import EXAMPLES, TextLocation
 
-ENTRY = np.dtype([("hash", "<u8"), ("file", "<u4"), ("line", "<u4"), ("bytes", "<u4")])
+# Tasks pass entries to each other as bytes, so their layout is fixed.
+ENTRY_DTYPE = np.dtype([("hash", "<u8"), ("file", "<u4"), ("line", "<u4"), ("bytes", "<u4")])
 
 
-def hash_of(words: Iterable[str]) -> int:
-    """Return a 64-bit hash of a text, computed from its words only, so that white space does not matter."""
+def text_hash(words: Iterable[str]) -> int:
+    """Return a 64-bit hash of the words of a text, which ignores white space."""
     return int.from_bytes(hashlib.blake2b(" ".join(words).encode(), digest_size=8).digest(), "little")
 
 
-def deal(entries: np.ndarray, partitions: int) -> list[tuple[int, np.ndarray]]:
-    """Partition entries by hash; return pairs of a partition's number and its entries, without empty partitions."""
-    number = entries["hash"] % np.uint64(partitions)
-    return [(int(p), entries[number == p]) for p in np.unique(number)]
+def partition_entries(entries: np.ndarray, partitions: int) -> list[tuple[int, np.ndarray]]:
+    """Partition entries by hash; return the number and the entries of each partition that is not empty."""
+    partition_of_entry = entries["hash"] % np.uint64(partitions)
+    return [(int(p), entries[partition_of_entry == p]) for p in np.unique(partition_of_entry)]
 
 
 @dataclass
@@ -37,14 +38,14 @@ class DomainCopies:
     """Number of surplus documents: without them, each text would occur once in the domain."""
     extra_bytes: int = 0
     """Bytes of the surplus documents, if the longest copy of each text is kept (copies may differ in white space)."""
-    elsewhere: int = 0
-    """Number of different texts of this domain that another domain has too."""
+    shared_texts: int = 0
+    """Number of different texts of this domain that also occur in another domain."""
 
-    def __iadd__(self, other: "DomainCopies") -> "DomainCopies":
-        self.distinct += other.distinct
-        self.extra += other.extra
-        self.extra_bytes += other.extra_bytes
-        self.elsewhere += other.elsewhere
+    def __iadd__(self, addend: "DomainCopies") -> "DomainCopies":
+        self.distinct += addend.distinct
+        self.extra += addend.extra
+        self.extra_bytes += addend.extra_bytes
+        self.shared_texts += addend.shared_texts
         return self
 
 
@@ -59,18 +60,18 @@ class Copies:
     domains: dict[str, DomainCopies] = field(default_factory=dict)
     pairs: Counter[str] = field(default_factory=Counter)
     """Number of different texts that two domains share, by "one domain, other domain"."""
-    most: list[tuple[int, Place, Place]] = field(default_factory=list)
-    """The texts with most copies: the number of copies, the place of the first one and the place of the second."""
+    most_copied: list[tuple[int, TextLocation, TextLocation]] = field(default_factory=list)
+    """Texts with the most copies: the number of copies, and the locations of the first and the second copy."""
 
-    def __iadd__(self, other: "Copies") -> "Copies":
-        self.distinct += other.distinct
-        self.extra += other.extra
-        self.extra_bytes += other.extra_bytes
-        for name, copies in other.domains.items():
+    def __iadd__(self, addend: "Copies") -> "Copies":
+        self.distinct += addend.distinct
+        self.extra += addend.extra
+        self.extra_bytes += addend.extra_bytes
+        for name, copies in addend.domains.items():
             self.domains.setdefault(name, DomainCopies())
             self.domains[name] += copies
-        self.pairs += other.pairs
-        self.most = sorted([*self.most, *other.most], key=lambda m: (-m[0], *m[1:]))[:EXAMPLES]
+        self.pairs += addend.pairs
+        self.most_copied = sorted([*self.most_copied, *addend.most_copied], key=lambda m: (-m[0], *m[1:]))[:EXAMPLES]
         return self
 
 
@@ -78,41 +79,51 @@ def count_copies(entries: np.ndarray, domains: Sequence[str], paths: Sequence[st
     """Count the duplicates in one partition.
 
     Args:
-        entries: array (documents,) of dtype `ENTRY`, in any order.
+        entries: array (documents,) of dtype `ENTRY_DTYPE`, in any order.
         domains: the domain of each file, by file number.
         paths: the path of each file, by file number.
     """
     names, domain_of_file = np.unique(np.array(domains), return_inverse=True)
+    # Sorting puts copies side by side, and makes the result independent of the order of the entries.
     entries = entries[np.lexsort((entries["line"], entries["file"], entries["hash"]))]
-    domain = domain_of_file[entries["file"]]
+    entry_domain = domain_of_file[entries["file"]]
     result = Copies()
-    new_text = np.diff(entries["hash"], prepend=entries["hash"][:1] + np.uint64(1)) != 0
-    size = entries["bytes"].astype(np.int64)
-    result.distinct, result.extra = int(new_text.sum()), int((~new_text).sum())
-    begin = np.flatnonzero(new_text)
-    result.extra_bytes = int(size.sum() - np.maximum.reduceat(size, begin).sum()) if len(size) else 0
+    # The prepended value differs from the first hash, so that the first entry begins a text, too.
+    is_new_text = np.diff(entries["hash"], prepend=entries["hash"][:1] + np.uint64(1)) != 0
+    sizes = entries["bytes"].astype(np.int64)
+    result.distinct, result.extra = int(is_new_text.sum()), int((~is_new_text).sum())
+    text_starts = np.flatnonzero(is_new_text)
+    result.extra_bytes = int(sizes.sum() - np.maximum.reduceat(sizes, text_starts).sum()) if len(sizes) else 0
 
-    text = np.cumsum(new_text) - 1
-    pair = text * len(names) + domain
-    longest_first = np.lexsort((-size, pair))
-    first = longest_first[np.unique(pair[longest_first], return_index=True)[1]]
-    again = np.ones(len(entries), bool)
-    again[first] = False
-    domains_of_text = np.bincount(text[first], minlength=result.distinct)
-    shared = domains_of_text[text[first]] > 1
-    for d in np.unique(domain):
-        extra = again & (domain == d)
-        mine = domain[first] == d
+    text_of_entry = np.cumsum(is_new_text) - 1
+    text_domain_key = text_of_entry * len(names) + entry_domain
+    # In each domain the longest copy of a text counts as the one that is kept.
+    longest_first = np.lexsort((-sizes, text_domain_key))
+    longest_copies = longest_first[np.unique(text_domain_key[longest_first], return_index=True)[1]]
+    is_surplus = np.ones(len(entries), bool)
+    is_surplus[longest_copies] = False
+    domains_of_text = np.bincount(text_of_entry[longest_copies], minlength=result.distinct)
+    is_shared = domains_of_text[text_of_entry[longest_copies]] > 1
+    for d in np.unique(entry_domain):
+        is_extra = is_surplus & (entry_domain == d)
+        is_in_domain = entry_domain[longest_copies] == d
         result.domains[str(names[d])] = DomainCopies(
-            int(mine.sum()), int(extra.sum()), int(size[extra].sum()), int((mine & shared).sum())
+            int(is_in_domain.sum()),
+            int(is_extra.sum()),
+            int(sizes[is_extra].sum()),
+            int((is_in_domain & is_shared).sum()),
         )
-    for group in np.split(domain[first][shared], np.flatnonzero(np.diff(text[first][shared])) + 1):
+    for group in np.split(
+        entry_domain[longest_copies][is_shared], np.flatnonzero(np.diff(text_of_entry[longest_copies][is_shared])) + 1
+    ):
         result.pairs.update(f"{names[a]}, {names[b]}" for a, b in combinations(sorted(group), 2))
 
-    count = np.diff(begin, append=len(entries))
-    by_path = np.argsort(np.argsort(np.array(paths), kind="stable"))[entries["file"][begin]]
-    for t in np.lexsort((entries["line"][begin], by_path, -count))[:EXAMPLES]:
-        if count[t] > 1:
-            one, other = (Place(paths[e["file"]], int(e["line"])) for e in entries[begin[t] : begin[t] + 2])
-            result.most.append((int(count[t]), one, other))
+    copy_counts = np.diff(text_starts, append=len(entries))
+    path_rank = np.argsort(np.argsort(np.array(paths), kind="stable"))[entries["file"][text_starts]]
+    for t in np.lexsort((entries["line"][text_starts], path_rank, -copy_counts))[:EXAMPLES]:
+        if copy_counts[t] > 1:
+            first_location, second_location = (
+                TextLocation(paths[e["file"]], int(e["line"])) for e in entries[text_starts[t] : text_starts[t] + 2]
+            )
+            result.most_copied.append((int(copy_counts[t]), first_location, second_location))
     return result

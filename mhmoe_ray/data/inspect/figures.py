@@ -1,9 +1,10 @@
-"""Figures of documents; they add up in any order and grouping, so the result does not depend on how work is split.
+"""Figures of documents: counts and histograms of lengths.
 
-Lengths are counted in histograms with 16 bins an octave.
+They add up in any order and grouping, so the result is the same for any division of the work into tasks.
 
-Each length up to 32 has a bin of its own; above that, the width of a bin is at most a sixteenth of its length. So
-counts by octave are exact, and a quantile is at most a sixteenth below the true one.
+The histograms of lengths have 16 bins for each octave. Each length up to 32 has a separate bin; above that, the width
+of a bin is at most a sixteenth of its length. So counts by octave are exact, and a quantile is at most a sixteenth
+below the true one.
 """
 
 import re
@@ -14,12 +15,13 @@ from typing import NamedTuple
 
 from mhmoe_ray.data.sources import Tally
 
-STEPS = 4  # halvings of an octave
+# An octave is halved four times, into 16 bins.
+OCTAVE_HALVINGS = 4
 
 
-def bin_of(length: int) -> int:
+def histogram_bin(length: int) -> int:
     """Return the histogram bin of a length: the smallest length that falls into the same bin."""
-    shift = max(0, length.bit_length() - 1 - STEPS)
+    shift = max(0, length.bit_length() - 1 - OCTAVE_HALVINGS)
     return length >> shift << shift
 
 
@@ -28,36 +30,36 @@ def quantile(bins: Mapping[int, int], share: float) -> int:
 
     Return 0 if there are no entries.
     """
-    wanted, seen = share * sum(bins.values()), 0
-    for lowest in sorted(bins):
-        seen += bins[lowest]
-        if seen >= wanted:
-            return lowest
+    target_count, cumulative_count = share * sum(bins.values()), 0
+    for bin_start in sorted(bins):
+        cumulative_count += bins[bin_start]
+        if cumulative_count >= target_count:
+            return bin_start
     return 0
 
 
-def octaves(bins: Mapping[int, int]) -> dict[int, int]:
-    """Return counts by octave, the largest power of two that is at most the length; length 0 has a count of its own.
+def octave_counts(bins: Mapping[int, int]) -> dict[int, int]:
+    """Return counts by octave, the largest power of two that is at most the length; length 0 has a separate count.
 
-    Octaves are in ascending order and without gaps: an empty one in between has count 0.
+    Octaves are in ascending order and without gaps: an empty one between others has count 0.
     """
-    found: Counter[int] = Counter()
-    for lowest, count in bins.items():
-        found[1 << lowest.bit_length() - 1 if lowest else 0] += count
-    if not found:
+    counts: Counter[int] = Counter()
+    for bin_start, count in bins.items():
+        counts[1 << bin_start.bit_length() - 1 if bin_start else 0] += count
+    if not counts:
         return {}
-    result, octave = {0: found[0]} if found[0] else {}, min((o for o in found if o), default=1)
-    while octave <= max(found):
-        result[octave] = found[octave]
+    result, octave = {0: counts[0]} if counts[0] else {}, min((o for o in counts if o), default=1)
+    while octave <= max(counts):
+        result[octave] = counts[octave]
         octave *= 2
     return result
 
 
 EXAMPLES = 3
 """Number of examples kept for each finding."""
-UNSPACED = 0.3
-"""Share of a text's characters in scripts without spaces between words, from which on counting words is meaningless."""
-_UNSPACED = re.compile(
+MAX_UNSPACED_SHARE = 0.3
+"""Share of characters in scripts without spaces between words from which a count of words is meaningless."""
+_UNSPACED_SCRIPTS = re.compile(
     "["
     "\u0e00-\u0fff"  # Thai, Lao, Tibetan
     "\u1000-\u109f"  # Myanmar
@@ -68,7 +70,7 @@ _UNSPACED = re.compile(
 )
 
 
-class Place(NamedTuple):
+class TextLocation(NamedTuple):
     path: str
     line: int
 
@@ -81,11 +83,12 @@ class Finding:
     """Documents of one domain that break one rule: their number and some examples."""
 
     count: int = 0
-    examples: list[tuple[Place, str]] = field(default_factory=list)
-    """The first examples in the order of places, each with what was seen there."""
+    examples: list[tuple[TextLocation, str]] = field(default_factory=list)
+    """First examples in the order of locations, each with the evidence."""
 
-    def add(self, count: int, examples: list[tuple[Place, str]]) -> None:
+    def add_examples(self, count: int, examples: list[tuple[TextLocation, str]]) -> None:
         self.count += count
+        # Sorting makes the examples independent of the order in which findings are added up.
         self.examples = sorted([*self.examples, *examples])[:EXAMPLES]
 
 
@@ -112,9 +115,11 @@ class Figures:
     token_lengths: Counter[int] = field(default_factory=Counter)
     longest: int = 0
     """Length of the longest document in characters."""
-    longest_at: Place | None = None
+    longest_at: TextLocation | None = None
 
-    def count(self, text: str, size: int, words: int, tokens: int | None, held_out: bool, place: Place) -> None:
+    def add_document(
+        self, text: str, size: int, words: int, tokens: int | None, held_out: bool, location: TextLocation
+    ) -> None:
         """Add one document to the figures.
 
         Args:
@@ -123,34 +128,35 @@ class Figures:
             words: number of words in the text.
             tokens: number of tokens of the text; None without a tokenizer.
             held_out: whether the document is held out for validation.
-            place: the place where the document begins.
+            location: the location of the document's beginning.
         """
         characters = len(text)
         self.documents += 1
         self.bytes += size
         self.characters += characters
         self.words += words
-        self.unspaced += 0 if text.isascii() else sum(map(len, _UNSPACED.findall(text)))
+        # An ASCII text has no such characters, and this check is much faster than the search.
+        self.unspaced += 0 if text.isascii() else sum(map(len, _UNSPACED_SCRIPTS.findall(text)))
         self.held_out += held_out
-        self.lengths[bin_of(characters)] += 1
+        self.lengths[histogram_bin(characters)] += 1
         if tokens is not None:
             self.tokens += tokens
-            self.token_lengths[bin_of(tokens)] += 1
-        self._lengthen(characters, place)
+            self.token_lengths[histogram_bin(tokens)] += 1
+        self._update_longest(characters, location)
 
-    def __iadd__(self, other: "Figures") -> "Figures":
+    def __iadd__(self, addend: "Figures") -> "Figures":
         for name in ("documents", "bytes", "characters", "words", "unspaced", "held_out", "tokens", "unknown"):
-            setattr(self, name, getattr(self, name) + getattr(other, name))
-        self.lengths += other.lengths
-        self.token_lengths += other.token_lengths
-        if other.longest_at:
-            self._lengthen(other.longest, other.longest_at)
+            setattr(self, name, getattr(self, name) + getattr(addend, name))
+        self.lengths += addend.lengths
+        self.token_lengths += addend.token_lengths
+        if addend.longest_at:
+            self._update_longest(addend.longest, addend.longest_at)
         return self
 
-    def _lengthen(self, characters: int, place: Place) -> None:
-        """Update the longest document; of several with the same length, the first in the order of places is kept."""
-        if self.longest_at is None or (-characters, place) < (-self.longest, self.longest_at):
-            self.longest, self.longest_at = characters, place
+    def _update_longest(self, characters: int, location: TextLocation) -> None:
+        """Update the longest document; of several with the same length, keep the first in the order of locations."""
+        if self.longest_at is None or (-characters, location) < (-self.longest, self.longest_at):
+            self.longest, self.longest_at = characters, location
 
     @property
     def bytes_per_token(self) -> float | None:
@@ -162,9 +168,9 @@ class Figures:
 
     @property
     def tokens_per_word(self) -> float | None:
-        """Fertility as it is usually defined; None without tokens, or where words are not separated by spaces."""
-        spaced = self.unspaced < UNSPACED * self.characters
-        return self.tokens / self.words if self.tokens and spaced else None
+        """Fertility in its usual definition; None without tokens, or if spaces do not separate the words."""
+        is_spaced = self.unspaced < MAX_UNSPACED_SHARE * self.characters
+        return self.tokens / self.words if self.tokens and is_spaced else None
 
 
 @dataclass
@@ -173,17 +179,17 @@ class DomainSurvey:
     stored_bytes: int = 0
     """Bytes of the files as stored, by the sizes in the file listing."""
     damaged: int = 0
-    """Number of files of which a part is lost."""
+    """Number of files that have lost a part."""
     quarantined: Counter[str] = field(default_factory=Counter)
     """Number of quarantined items, by reason."""
     dropped: Counter[str] = field(default_factory=Counter)
     """Number of documents that the source's filters dropped, by rule."""
     languages: dict[str, Figures] = field(default_factory=dict)
-    """Figures by language: the one that a document's record names, else that of the subfolder."""
+    """Figures by language: the language that a document's record names, else that of the subfolder."""
     findings: dict[str, Finding] = field(default_factory=dict)
     """Findings by rule of textrules.py, or by reason of quarantine."""
 
-    def read(self, size: int, tally: Tally) -> None:
+    def add_file(self, size: int, tally: Tally) -> None:
         """Add one file that was read to its end: its size in bytes and the tally of reading it."""
         self.files += 1
         self.stored_bytes += size
@@ -191,26 +197,26 @@ class DomainSurvey:
         self.quarantined.update({str(reason): n for reason, n in tally.bad.items()})
         self.dropped.update(tally.dropped)
 
-    def __iadd__(self, other: "DomainSurvey") -> "DomainSurvey":
-        self.files += other.files
-        self.stored_bytes += other.stored_bytes
-        self.damaged += other.damaged
-        self.quarantined += other.quarantined
-        self.dropped += other.dropped
-        for language, figures in other.languages.items():
+    def __iadd__(self, addend: "DomainSurvey") -> "DomainSurvey":
+        self.files += addend.files
+        self.stored_bytes += addend.stored_bytes
+        self.damaged += addend.damaged
+        self.quarantined += addend.quarantined
+        self.dropped += addend.dropped
+        for language, figures in addend.languages.items():
             self.languages.setdefault(language, Figures())
             self.languages[language] += figures
-        for rule, finding in other.findings.items():
-            self.findings.setdefault(rule, Finding()).add(finding.count, finding.examples)
+        for rule, finding in addend.findings.items():
+            self.findings.setdefault(rule, Finding()).add_examples(finding.count, finding.examples)
         return self
 
     @property
-    def whole(self) -> Figures:
+    def all_figures(self) -> Figures:
         """Figures of all documents of the domain, in all languages."""
-        return total(self.languages.values())
+        return sum_figures(self.languages.values())
 
 
-def total(parts: Iterable[Figures]) -> Figures:
+def sum_figures(parts: Iterable[Figures]) -> Figures:
     result = Figures()
     for part in parts:
         result += part

@@ -1,16 +1,16 @@
-"""Lint rules: problems in the data of a spec, found from a survey of it; one function a rule, registered in RULES."""
+"""Lint rules, which find problems in the data of a spec from a survey; RULES registers one function for each."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from mhmoe_ray.data.domains import source_of, subfolder_of
 from mhmoe_ray.data.inspect import textrules
 from mhmoe_ray.data.inspect.figures import EXAMPLES, DomainSurvey, Finding
 from mhmoe_ray.data.inspect.result import Survey
-from mhmoe_ray.data.order.mixture import mixture
-from mhmoe_ray.data.prepare.chunks import Limit
+from mhmoe_ray.data.order.mixture import compute_mixture
+from mhmoe_ray.data.prepare.chunks import QuarantineLimit
 from mhmoe_ray.data.shards.manifest import DataManifest
 from mhmoe_ray.data.sources import Reason, Tally, find_files
 from mhmoe_ray.data.sources.find import list_files, subfolder_at
@@ -18,190 +18,236 @@ from mhmoe_ray.data.sources.storage import Storage
 from mhmoe_ray.errors import DataError
 from mhmoe_ray.spec import DataSpec, RunSpec
 
-COPIES = 0.01
+MAX_COPY_SHARE = 0.01
 """Largest share of a domain's documents that may be copies without a warning."""
-BYTES_PER_TOKEN = 1.5
+MIN_BYTES_PER_TOKEN = 1.5
 """Bytes of text per token below which a tokenizer spells a language out nearly byte by byte."""
-UNKNOWN = 0.001
+MAX_UNKNOWN_SHARE = 0.001
 """Largest share of tokens that may be the unknown token without a warning."""
-TOKENS = 1000
-"""Smallest number of tokens from which a tokenizer is judged."""
-EPOCHS = 4
+MIN_TOKENS = 1000
+"""Smallest number of tokens on which a tokenizer is judged."""
+MAX_EPOCHS = 4
 """Number of epochs up to which repeated text is nearly as good as new text (Muennighoff et al. 2023, arXiv
 2305.16264)."""
 
 
 @dataclass
 class Problem:
+    """Result of a lint rule: a problem of one domain or source."""
+
     rule: str
     severe: bool
-    """Whether this is an error; else it is a warning."""
-    where: str
+    """True for an error, False for a warning."""
+    subject: str
     """Domain or source that has the problem."""
-    says: str
+    message: str
     fix: str
     count: int
-    """Number of documents, files or other things that the message counts."""
+    """Number of documents, files or other items that have the problem."""
     examples: list[tuple[str, str]]
-    """Some examples: the place, and what was seen there."""
+    """Some examples: the location, and the evidence."""
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the problem as `mhmoe data lint --json` prints it."""
+        return {
+            "rule": self.rule,
+            "severe": self.severe,
+            "where": self.subject,
+            "says": self.message,
+            "fix": self.fix,
+            "count": self.count,
+            "examples": self.examples,
+        }
 
 
-class Data(NamedTuple):
+class LintInput(NamedTuple):
     survey: Survey
-    data: DataSpec
+    data_spec: DataSpec
     spec: RunSpec | None
-    """The run's spec; None for raw text that no spec trains on."""
+    """Spec of the run; None for raw text without a spec."""
     manifest: DataManifest | None
     """Manifest of the spec's prepared folder; None if there is none."""
 
 
-def lint(data: Data) -> list[Problem]:
-    """Return all problems: errors first, then by rule in the order of RULES."""
-    found = [problem for rule in RULES for problem in rule(data)]
-    return sorted(found, key=lambda problem: not problem.severe)
+def lint(inputs: LintInput) -> list[Problem]:
+    """Return all problems: errors before warnings, each by rule in the order of RULES."""
+    # Sorting is stable, so the order of RULES stays among errors and among warnings.
+    problems = [problem for rule in RULES for problem in rule(inputs)]
+    return sorted(problems, key=lambda problem: not problem.severe)
 
 
-def _unreadable(data: Data) -> Iterator[Problem]:
+def _find_unreadable_items(inputs: LintInput) -> Iterator[Problem]:
     tally = Tally()
-    for domain in data.survey.domains.values():
-        bad = Counter({Reason(reason): n for reason, n in domain.quarantined.items()})
-        documents = domain.whole.documents
-        tally += Tally(damaged=domain.damaged, documents=documents, bad=bad, dropped=domain.dropped)
-    stops = Limit(data.data, []).exceeded(tally)
-    fix = "mend or remove it" + (", or raise data.max_bad_lines, max_bad_share or max_bad_files" if stops else "")
-    for name, domain in data.survey.domains.items():
+    for domain in inputs.survey.domains.values():
+        bad_counts = Counter({Reason(reason): n for reason, n in domain.quarantined.items()})
+        documents = domain.all_figures.documents
+        tally += Tally(damaged=domain.damaged, documents=documents, bad=bad_counts, dropped=domain.dropped)
+    # A preparation would be aborted at this limit, so bad lines above it are an error.
+    is_limit_exceeded = QuarantineLimit(inputs.data_spec, []).is_exceeded(tally)
+    fix = "repair or remove it" + (
+        ", or raise data.max_bad_lines, max_bad_share or max_bad_files" if is_limit_exceeded else ""
+    )
+    for name, domain in inputs.survey.domains.items():
         for reason, count in sorted(domain.quarantined.items()):
-            yield Problem("unreadable", stops, name, reason, fix, count, _seen(domain.findings[reason]))
+            yield Problem(
+                "unreadable", is_limit_exceeded, name, reason, fix, count, _format_examples(domain.findings[reason])
+            )
 
 
-def _texts(data: Data) -> Iterator[Problem]:
+def _find_damaged_texts(inputs: LintInput) -> Iterator[Problem]:
     for name, rule in textrules.RULES.items():
-        for domain, survey in data.survey.domains.items():
-            if found := survey.findings.get(name):
-                yield Problem(name, False, domain, rule.says, rule.fix, found.count, _seen(found))
+        for domain, survey in inputs.survey.domains.items():
+            if finding := survey.findings.get(name):
+                yield Problem(name, False, domain, rule.message, rule.fix, finding.count, _format_examples(finding))
 
 
-def _seen(finding: Finding) -> list[tuple[str, str]]:
-    return [(str(place), saw) for place, saw in finding.examples]
+def _format_examples(finding: Finding) -> list[tuple[str, str]]:
+    return [(str(location), evidence) for location, evidence in finding.examples]
 
 
-def _unread_files(data: Data) -> Iterator[Problem]:
-    files = find_files(data.data)
-    read = {file.path for file in files}
+def _find_unread_files(inputs: LintInput) -> Iterator[Problem]:
+    files = find_files(inputs.data_spec)
+    read_paths = {file.path for file in files}
     formats = {source_of(file.domain): file.format for file in files}
-    for name, source in data.data.sources.items():
-        if formats[name] in ("redpajama-v2", "huggingface"):  # these have other files beside them
+    for name, source in inputs.data_spec.sources.items():
+        # These formats have other files beside the documents.
+        if formats[name] in ("redpajama-v2", "huggingface"):
             continue
-        root, listed = list_files(Storage(source.path), data.data.prepared)
-        chosen = data.data.subfolders(name)
-        left = [path for path, _ in listed if path not in read]
-        if chosen is not None:
-            left = [path for path in left if subfolder_at(root, path) in chosen]
-        if left:
-            says = f"files that are not of format {formats[name]} are not read"
+        root, listed_files = list_files(Storage(source.path), inputs.data_spec.prepared)
+        subfolders = inputs.data_spec.named_subfolders(name)
+        unread_paths = [path for path, _ in listed_files if path not in read_paths]
+        if subfolders is not None:
+            unread_paths = [path for path in unread_paths if subfolder_at(root, path) in subfolders]
+        if unread_paths:
+            message = f"files that are not of format {formats[name]} are not read"
             fix = "move them elsewhere, or name the files by a pattern and their format"
-            yield Problem("unread-files", False, name, says, fix, len(left), [(path, "") for path in left[:EXAMPLES]])
+            yield Problem(
+                "unread-files",
+                False,
+                name,
+                message,
+                fix,
+                len(unread_paths),
+                [(path, "") for path in unread_paths[:EXAMPLES]],
+            )
 
 
-def _copies(data: Data) -> Iterator[Problem]:
-    survey = data.survey
+def _find_copies(inputs: LintInput) -> Iterator[Problem]:
+    survey = inputs.survey
     for name, copies in survey.copies.domains.items():
         share = copies.extra / (copies.distinct + copies.extra)
-        if share > COPIES:
-            says, fix = f"over {COPIES:.0%} of its documents are copies of others in it", "leave one of each"
-            yield Problem("copies", False, name, says, fix, copies.extra, [(name, f"{share:.1%} of its documents")])
-        if copies.elsewhere > COPIES * copies.distinct:
-            pairs = [sorted([name, other]) for other in survey.copies.domains]
-            shared = Counter({" and ".join(pair): survey.copies.pairs[", ".join(pair)] for pair in pairs})
-            mine = [(pair, f"{n:,} texts in both") for pair, n in shared.most_common(EXAMPLES) if n]
-            says = f"over {COPIES:.0%} of its texts are in other domains too"
-            fix = "keep each in one, or mean it: they are read more often than the mixture says"
-            yield Problem("shared-texts", False, name, says, fix, copies.elsewhere, mine)
+        if share > MAX_COPY_SHARE:
+            message, fix = f"over {MAX_COPY_SHARE:.0%} of its documents are copies of others in it", "keep one of each"
+            yield Problem("copies", False, name, message, fix, copies.extra, [(name, f"{share:.1%} of its documents")])
+        if copies.shared_texts > MAX_COPY_SHARE * copies.distinct:
+            # The survey counts a pair under the names of its domains in ascending order.
+            pairs = [sorted([name, other_name]) for other_name in survey.copies.domains]
+            shared_counts = Counter({" and ".join(pair): survey.copies.pairs[", ".join(pair)] for pair in pairs})
+            examples = [(pair, f"{n:,} texts in both") for pair, n in shared_counts.most_common(EXAMPLES) if n]
+            message = f"over {MAX_COPY_SHARE:.0%} of its texts are in other domains too"
+            fix = "keep each text in one domain, unless it should be read more often than the mixture says"
+            yield Problem("shared-texts", False, name, message, fix, copies.shared_texts, examples)
 
 
-def _too_small(data: Data) -> Iterator[Problem]:
-    if data.spec is None:
+def _find_small_domains(inputs: LintInput) -> Iterator[Problem]:
+    if inputs.spec is None:
         return
-    T = data.data.seq_len
-    says, fix = f"it does not fill one sample of {T:,} + 1 tokens", "add text, shorten data.seq_len or drop it"
-    if data.data.packing == "best_fit":
-        says, fix = "it has no document to train on", "add text, lower data.validation_fraction or drop it"
-    for name, domain in data.survey.domains.items():
-        if not _fills_a_sample(name, domain, data):
-            where = [(name, _size(domain, data))]
-            yield Problem("too-small", _is_named(name, data.spec), name, says, fix, domain.whole.documents, where)
-        if not domain.whole.held_out:
-            says = "none of its documents is held out, so that validation says nothing of it"
+    T = inputs.data_spec.seq_len
+    message, fix = f"it does not fill one sample of {T:,} + 1 tokens", "add text, shorten data.seq_len or drop it"
+    if inputs.data_spec.packing == "best_fit":
+        message, fix = "it has no document to train on", "add text, lower data.validation_fraction or drop it"
+    for name, domain in inputs.survey.domains.items():
+        if not _fills_sample(name, domain, inputs):
+            examples = [(name, _format_size(domain, inputs))]
+            # Without a fixed share, training leaves the domain out, so this is only a warning.
+            yield Problem(
+                "too-small",
+                _has_fixed_share(name, inputs.spec),
+                name,
+                message,
+                fix,
+                domain.all_figures.documents,
+                examples,
+            )
+        if not domain.all_figures.held_out:
+            message = "none of its documents is held out, so validation does not cover it"
             fix = "raise data.validation_fraction or add documents"
-            where = [(name, _size(domain, data))]
-            yield Problem("no-validation", False, name, says, fix, domain.whole.documents, where)
+            examples = [(name, _format_size(domain, inputs))]
+            yield Problem("no-validation", False, name, message, fix, domain.all_figures.documents, examples)
 
 
-def _fills_a_sample(name: str, domain: DomainSurvey, data: Data) -> bool:
+def _fills_sample(name: str, domain: DomainSurvey, inputs: LintInput) -> bool:
     """Return whether a domain has at least one training sample.
 
-    If the manifest has the domain, its number of samples decides. Otherwise the number of tokens does, or, without a
-    tokenizer, the number of bytes, which is at least as high. With best-fit packing one training document is enough,
-    since padding fills the rest of its sample.
+    If the manifest has the domain, its number of samples decides. Otherwise the number of tokens decides, or, without a
+    tokenizer, the number of bytes.
     """
-    if data.manifest is not None and name in data.manifest.domains:
-        return data.manifest.domains[name].samples > 0
-    whole = domain.whole
-    if data.data.packing == "best_fit":
-        return whole.documents > whole.held_out
-    return (whole.tokens if data.survey.tokenized else whole.bytes) + whole.documents > data.data.seq_len
+    if inputs.manifest is not None and name in inputs.manifest.domains:
+        return inputs.manifest.domains[name].samples > 0
+    figures = domain.all_figures
+    # With best fit one training document is enough, since padding fills the rest of its sample.
+    if inputs.data_spec.packing == "best_fit":
+        return figures.documents > figures.held_out
+    # A token has at least one byte, so a text has at least as many bytes as tokens. Each document adds a start token.
+    return (figures.tokens if inputs.survey.tokenized else figures.bytes) + figures.documents > inputs.data_spec.seq_len
 
 
-def _is_named(name: str, spec: RunSpec) -> bool:
-    """Return whether the shares of some phase name the domain; if so, training is impossible while it has no sample."""
+def _has_fixed_share(name: str, spec: RunSpec) -> bool:
+    """Return whether the shares of a phase name the domain; then training is impossible without a sample of it."""
     phases = [mixes[source_of(name)] for step, mixes in spec.data.mixes.items() if step < spec.train.steps]
     return any(subfolder_of(name) in (phase.shares or ()) for phase in phases if phase.weight)
 
 
-def _size(domain: DomainSurvey, data: Data) -> str:
-    whole = domain.whole
-    tokens = f", {whole.tokens:,} tokens" if data.survey.tokenized else ""
-    return f"{whole.documents:,} documents, {whole.bytes:,} bytes{tokens}"
+def _format_size(domain: DomainSurvey, inputs: LintInput) -> str:
+    figures = domain.all_figures
+    tokens = f", {figures.tokens:,} tokens" if inputs.survey.tokenized else ""
+    return f"{figures.documents:,} documents, {figures.bytes:,} bytes{tokens}"
 
 
-def _epochs(data: Data) -> Iterator[Problem]:
-    if data.spec is None or data.manifest is None:
+def _find_repeated_domains(inputs: LintInput) -> Iterator[Problem]:
+    if inputs.spec is None or inputs.manifest is None:
         return
     try:
-        mixed = mixture(data.spec, data.manifest)
+        mixture = compute_mixture(inputs.spec, inputs.manifest)
     except DataError as e:
-        yield Problem("mixture", True, e.what, e.why, e.fix, 1, [])
+        yield Problem("mixture", True, e.subject, e.reason, e.fix, 1, [])
         return
-    for domain, samples in zip(mixed.domains, mixed.read(0, data.spec.train.steps), strict=True):
+    for domain, samples in zip(mixture.domains, mixture.samples_read(0, inputs.spec.train.steps), strict=True):
         epochs = samples / domain.samples
-        if epochs > EPOCHS:
-            says, fix = f"training reads it more than {EPOCHS} times", "set max_epochs, lower its share, or add text"
-            seen = [(domain.name, f"{epochs:.1f} epochs of {domain.samples:,} samples")]
-            yield Problem("epochs", False, domain.name, says, fix, 1, seen)
+        if epochs > MAX_EPOCHS:
+            message, fix = (
+                f"training reads it more than {MAX_EPOCHS} times",
+                "set max_epochs, lower its share, or add text",
+            )
+            examples = [(domain.name, f"{epochs:.1f} epochs of {domain.samples:,} samples")]
+            yield Problem("epochs", False, domain.name, message, fix, 1, examples)
 
 
-def _fertility(data: Data) -> Iterator[Problem]:
-    fix = "take a tokenizer that knows this language, or train one with more of its text"
-    for name, domain in data.survey.domains.items():
+def _find_poor_tokenization(inputs: LintInput) -> Iterator[Problem]:
+    fix = "use a tokenizer that knows this language, or train one with more of its text"
+    for name, domain in inputs.survey.domains.items():
         for language, figures in sorted(domain.languages.items()):
-            per_token, where = figures.bytes_per_token, f"{name} {language}".strip()
-            if per_token is None or figures.tokens < TOKENS:
+            bytes_per_token, location = figures.bytes_per_token, f"{name} {language}".strip()
+            if bytes_per_token is None or figures.tokens < MIN_TOKENS:
                 continue
-            if per_token < BYTES_PER_TOKEN:
-                says, seen = f"under {BYTES_PER_TOKEN} bytes of text per token", f"{per_token:.2f} bytes per token"
-                yield Problem("fertility", False, name, says, fix, figures.documents, [(where, seen)])
-            if figures.unknown > UNKNOWN * figures.tokens:
-                says = f"over {UNKNOWN:.1%} of its tokens are the tokenizer's unknown token"
-                seen = f"{figures.unknown / figures.tokens:.1%} of its tokens"
-                yield Problem("unknown-tokens", False, name, says, fix, figures.documents, [(where, seen)])
+            if bytes_per_token < MIN_BYTES_PER_TOKEN:
+                message, evidence = (
+                    f"under {MIN_BYTES_PER_TOKEN} bytes of text per token",
+                    f"{bytes_per_token:.2f} bytes per token",
+                )
+                yield Problem("fertility", False, name, message, fix, figures.documents, [(location, evidence)])
+            if figures.unknown > MAX_UNKNOWN_SHARE * figures.tokens:
+                message = f"over {MAX_UNKNOWN_SHARE:.1%} of its tokens are the tokenizer's unknown token"
+                evidence = f"{figures.unknown / figures.tokens:.1%} of its tokens"
+                yield Problem("unknown-tokens", False, name, message, fix, figures.documents, [(location, evidence)])
 
 
-RULES: list[Callable[[Data], Iterator[Problem]]] = [
-    _unreadable,
-    _texts,
-    _unread_files,
-    _copies,
-    _too_small,
-    _epochs,
-    _fertility,
+RULES: list[Callable[[LintInput], Iterator[Problem]]] = [
+    _find_unreadable_items,
+    _find_damaged_texts,
+    _find_unread_files,
+    _find_copies,
+    _find_small_domains,
+    _find_repeated_domains,
+    _find_poor_tokenization,
 ]

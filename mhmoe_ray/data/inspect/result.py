@@ -1,5 +1,4 @@
-"""The request for a survey that `mhmoe data inspect` and `lint` send to their job, and the survey that they get
-back."""
+"""The request for a survey that `mhmoe data inspect` and `lint` send to their job, and the survey that it returns."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,11 +21,11 @@ class Survey:
 class SurveyRequest(RemoteJob[Survey]):
     module: ClassVar[str] = "mhmoe_ray.data.inspect.job"
     kind: ClassVar[str] = "inspect"
-    # Raw text that is only looked at has no folder to leave a result in: it comes back in the log.
+    # Raw text has no prepared folder for a result file, so the result comes back in the log.
     result_type: ClassVar[type] = Survey
 
     data: DataSpec
     tokenizer: Path | None
     """Tokenizer file with which tokens are counted; None to count no tokens."""
     rules: bool
-    """Whether texts are checked against the rules of textrules.py."""
+    """True to check texts against the rules of textrules.py."""

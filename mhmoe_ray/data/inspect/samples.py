@@ -1,4 +1,4 @@
-"""Packed training samples decoded to text: what the model sees, in the order in which it sees it."""
+"""Packed training samples decoded to text: the input of the model, in the order of the training."""
 
 from dataclasses import dataclass
 from itertools import pairwise
@@ -13,52 +13,54 @@ from mhmoe_ray.spec import RunSpec
 
 
 @dataclass
-class Part:
-    """A document, or the piece of it that lies in the sample."""
+class SamplePart:
+    """A document, or the piece of it in the sample."""
 
     begins: bool
-    """Whether the piece starts with the document's start token; else it continues from the sample before."""
+    """True if the piece starts with the document's start token; otherwise it continues the previous sample."""
     tokens: int
     text: str
 
 
 @dataclass
-class Shown:
+class DecodedSample:
     position: int
     """Position of the sample in the whole training, from 0."""
     step: int
     domain: str
     sample: int
     """Number of the sample within its domain, from 0."""
-    parts: list[Part]
+    parts: list[SamplePart]
     padding: int
     """Number of padding tokens at the end of the sample."""
 
 
-def decoded(spec: RunSpec, start: int, count: int) -> list[Shown]:
-    """Return samples start .. start + count - 1 of a training as text; the last token of each is a target only.
+def decode_samples(spec: RunSpec, start: int, count: int) -> list[DecodedSample]:
+    """Return samples start .. start + count - 1 of a training as text; the last token of each is only a target.
 
     Raises:
         DataError: the data are not prepared, or the training has no such positions.
     """
-    there = spec.train.steps * spec.samples_per_step
-    if not 0 <= start <= start + count <= there:
-        fix = f"ask for positions from 0 to {there - 1:,}"
-        raise DataError(f"samples {start:,} to {start + count - 1:,}", f"the training has {there:,}", fix)
+    position_count = spec.train.steps * spec.samples_per_step
+    if not 0 <= start <= start + count <= position_count:
+        fix = f"ask for positions from 0 to {position_count - 1:,}"
+        raise DataError(f"samples {start:,} to {start + count - 1:,}", f"the training has {position_count:,}", fix)
     samples = TrainingSamples(spec)
     tokenizer = load_tokenizer(spec.data.prepared / "tokenizer.json", spec.model.vocab_size)
-    begin, padding = boundaries(tokenizer).start, padding_token(samples.token_bytes)
-    shown, positions = [], range(start, start + count)
+    start_token, padding = boundaries(tokenizer).start, padding_token(samples.token_bytes)
+    decoded_samples, positions = [], range(start, start + count)
     for position, row in zip(positions, samples.read(np.array(positions, np.int64)), strict=True):
-        real = row[row != padding].tolist()
-        starts = [at for at, token in enumerate(real) if token == begin]
-        cuts = sorted({0, *starts, len(real)})
+        token_ids = row[row != padding].tolist()
+        starts = [index for index, token in enumerate(token_ids) if token == start_token]
+        # A sample may begin within a document, so its first piece begins at 0 also without a start token.
+        cuts = sorted({0, *starts, len(token_ids)})
         parts = []
         for a, b in pairwise(cuts):
-            begins = real[a] == begin
-            text = tokenizer.decode(real[a + begins : b], skip_special_tokens=False)
-            parts.append(Part(begins, b - a, text))
-        domain, sample = samples.place(position)
+            begins = token_ids[a] == start_token
+            # The field `begins` stands for the start token, so the text is without it.
+            text = tokenizer.decode(token_ids[a + begins : b], skip_special_tokens=False)
+            parts.append(SamplePart(begins, b - a, text))
+        domain, sample = samples.locate_sample(position)
         step = position // spec.samples_per_step
-        shown.append(Shown(position, step, domain, sample, parts, len(row) - len(real)))
-    return shown
+        decoded_samples.append(DecodedSample(position, step, domain, sample, parts, len(row) - len(token_ids)))
+    return decoded_samples

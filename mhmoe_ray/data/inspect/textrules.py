@@ -1,5 +1,4 @@
-"""Rules that find signs of damaged or misplaced text in one document; one small function a rule, registered in
-RULES."""
+"""Rules that find signs of damaged or misplaced text in one document; RULES registers one function for each."""
 
 import re
 from collections import Counter
@@ -10,82 +9,98 @@ from mhmoe_ray.data import domains
 from mhmoe_ray.data.domains import subfolder_of
 
 
-class Seen(NamedTuple):
-    """A document in the form in which rules check it."""
+class TextView(NamedTuple):
+    """View of a document's text with the values that the rules need."""
 
     text: str
     words: list[str]
     """The words of the text, `text.split()`."""
     language: str
-    """Language that the document's record names; `domains.UNNAMED` if it names none."""
+    """Language that the document's record names; `domains.NO_LANGUAGE` if it names none."""
     folder_language: str
-    """Language that the name of the subfolder stands for; `domains.UNNAMED` if it stands for none."""
+    """Language that the name of the subfolder stands for; `domains.NO_LANGUAGE` if it stands for none."""
     special: re.Pattern[str]
     """Pattern that matches any of the tokenizer's special tokens."""
 
 
 class TextRule(NamedTuple):
-    check: Callable[[Seen], str | None]
-    """Function that returns what breaks the rule, in a few characters; None if the document passes."""
-    says: str
+    check: Callable[[TextView], str | None]
+    """Function that returns evidence that the document breaks the rule, in a few characters; None if it passes."""
+    message: str
     fix: str
 
 
-MOST_OF = 0.8
-"""Share of a text's characters from which on they count as nearly all of it."""
-LONG_WORD = 1000
-FEW_LETTERS = 0.25
-SEVERAL = 3
+NEARLY_ALL = 0.8
+"""Share of a text's characters from which a part counts as nearly all of the text."""
+MAX_WORD_LENGTH = 1000
+MIN_LETTER_SHARE = 0.25
+MIN_MATCHES = 3
 """Number of encoding errors, or of tags, from which a text breaks a rule; fewer can be intended."""
-SHOWN = 40
-"""Number of characters shown of an example."""
+EXAMPLE_CHARACTERS = 40
+"""Number of characters of an example that are shown."""
 
 
-def _repeated_line(seen: Seen) -> str | None:
-    lines = seen.text.splitlines()
+def _repeated_line(view: TextView) -> str | None:
+    lines = view.text.splitlines()
     if len(lines) < 5 or len(set(lines)) > len(lines) // 2:
         return None
-    line, times = max(Counter(filter(None, map(str.strip, lines))).items(), key=lambda item: len(item[0]) * item[1])
-    return f"{times:,} times {_shown(line)}" if times > 1 and len(line) * times > MOST_OF * _inked(seen) else None
+    # The line with the most characters in all is taken, since short lines repeat in sound text, too.
+    line, line_count = max(
+        Counter(filter(None, map(str.strip, lines))).items(), key=lambda item: len(item[0]) * item[1]
+    )
+    return (
+        f"{line_count:,} times {_printable_start(line)}"
+        if line_count > 1 and len(line) * line_count > NEARLY_ALL * _visible_characters(view)
+        else None
+    )
 
 
-def _long_word(seen: Seen) -> str | None:
-    """Find a word that is too long, in ASCII only, since some scripts have no spaces."""
-    word = next((w for w in seen.words if len(w) > LONG_WORD and w.isascii()), None)
-    return f"{len(word):,} characters: {_shown(word)}" if word else None
+def _long_word(view: TextView) -> str | None:
+    """Return the length and the beginning of an ASCII word that is too long, or None."""
+    # Other words are not checked, since some scripts have no spaces.
+    word = next((w for w in view.words if len(w) > MAX_WORD_LENGTH and w.isascii()), None)
+    return f"{len(word):,} characters: {_printable_start(word)}" if word else None
 
 
-def _few_letters(seen: Seen) -> str | None:
-    letters = sum(map(str.isalpha, seen.text))
-    few = letters < FEW_LETTERS * _inked(seen)
-    return f"{letters:,} of {_inked(seen):,} characters: {_shown(seen.text)}" if few else None
+def _few_letters(view: TextView) -> str | None:
+    letter_count = sum(map(str.isalpha, view.text))
+    has_few_letters = letter_count < MIN_LETTER_SHARE * _visible_characters(view)
+    return (
+        f"{letter_count:,} of {_visible_characters(view):,} characters: {_printable_start(view.text)}"
+        if has_few_letters
+        else None
+    )
 
 
-def _replaced(seen: Seen) -> str | None:
-    return _around(seen.text, re.search("\ufffd", seen.text))
+def _replacement_character(view: TextView) -> str | None:
+    return _example_at(view.text, re.search("\ufffd", view.text))
 
 
-# A byte of UTF-8 that goes on, as Latin-1 and as Windows-1252 show it; without letters, which do follow one another.
-_ON = "".join(
+# Continuation bytes of UTF-8 as Latin-1 and as Windows-1252 show them. Letters are excluded, since real text has
+# letters after letters.
+_TAIL = "".join(
     character
     for byte in range(0x80, 0xC0)
     for character in {chr(byte), bytes([byte]).decode("cp1252", "ignore")}
     if not character.isalpha()
 )
-# First bytes of letters of Latin, Greek, Cyrillic, Hebrew and Arabic; and, of three bytes, of the rest.
-_MOJIBAKE = re.compile(f"[\xc2-\xc5\xce-\xd1\xd7-\xdb][{_ON}]|[\xe0-\xef][{_ON}][{_ON}]|\xf0[{_ON}][{_ON}][{_ON}]")
+# A letter of two bytes is one of Latin, Greek, Cyrillic, Hebrew or Arabic; other scripts have three or four bytes.
+_MOJIBAKE = re.compile(
+    f"[\xc2-\xc5\xce-\xd1\xd7-\xdb][{_TAIL}]|[\xe0-\xef][{_TAIL}][{_TAIL}]|\xf0[{_TAIL}][{_TAIL}][{_TAIL}]"
+)
 
 
-def _mojibake(seen: Seen) -> str | None:
-    found = [match for match, _ in zip(_MOJIBAKE.finditer(seen.text), range(SEVERAL), strict=False)]
-    return _around(seen.text, found[0]) if len(found) == SEVERAL else None
+def _mojibake(view: TextView) -> str | None:
+    matches = [match for match, _ in zip(_MOJIBAKE.finditer(view.text), range(MIN_MATCHES), strict=False)]
+    return _example_at(view.text, matches[0]) if len(matches) == MIN_MATCHES else None
 
 
-_CONTROL = re.compile("[\x00-\x08\x0b\x0e-\x1f\x7f-\x84\x86-\x9f]")  # without tab, line and page breaks
+# Tabs, line breaks and page breaks occur in sound text, so they are not among these.
+_CONTROL_CHARACTER = re.compile("[\x00-\x08\x0b\x0e-\x1f\x7f-\x84\x86-\x9f]")
 
 
-def _control(seen: Seen) -> str | None:
-    return _around(seen.text, _CONTROL.search(seen.text))
+def _control_character(view: TextView) -> str | None:
+    return _example_at(view.text, _CONTROL_CHARACTER.search(view.text))
 
 
 _HTML = re.compile(
@@ -93,80 +108,80 @@ _HTML = re.compile(
 )
 
 
-def _html(seen: Seen) -> str | None:
-    found = [match for match, _ in zip(_HTML.finditer(seen.text), range(SEVERAL), strict=False)]
-    return _around(seen.text, found[0]) if len(found) == SEVERAL else None
+def _html(view: TextView) -> str | None:
+    matches = [match for match, _ in zip(_HTML.finditer(view.text), range(MIN_MATCHES), strict=False)]
+    return _example_at(view.text, matches[0]) if len(matches) == MIN_MATCHES else None
 
 
-def _special_token(seen: Seen) -> str | None:
-    return _around(seen.text, seen.special.search(seen.text))
+def _special_token(view: TextView) -> str | None:
+    return _example_at(view.text, view.special.search(view.text))
 
 
-def _language(seen: Seen) -> str | None:
-    named = seen.language and seen.folder_language
-    return f"its record says {seen.language}" if named and seen.language != seen.folder_language else None
+def _language(view: TextView) -> str | None:
+    has_languages = view.language and view.folder_language
+    return f"its record says {view.language}" if has_languages and view.language != view.folder_language else None
 
 
 RULES: dict[str, TextRule] = {
-    "repeated-line": TextRule(
-        _repeated_line, "nearly all of it is one line again and again", "leave such documents out"
-    ),
+    "repeated-line": TextRule(_repeated_line, "nearly all of it is one repeated line", "leave such documents out"),
     "long-word": TextRule(
-        _long_word, f"a word of over {LONG_WORD:,} ASCII characters", "cut out base64 and binary rests"
+        _long_word, f"a word of over {MAX_WORD_LENGTH:,} ASCII characters", "remove Base64 and binary data"
     ),
     "few-letters": TextRule(
-        _few_letters, f"under {FEW_LETTERS:.0%} of its characters are letters", "see if it is text at all"
+        _few_letters, f"under {MIN_LETTER_SHARE:.0%} of its characters are letters", "check whether it is text"
     ),
     "replacement-character": TextRule(
-        _replaced, "it holds U+FFFD, which stands for lost characters", "decode the original with its encoding"
+        _replacement_character,
+        "it holds U+FFFD, which stands for lost characters",
+        "decode the original with its encoding",
     ),
     "mojibake": TextRule(
-        _mojibake, "UTF-8 that was read as Latin-1", "text.encode('cp1252').decode('utf-8') mends most of it"
+        _mojibake, "UTF-8 that was read as Latin-1", "text.encode('cp1252').decode('utf-8') repairs most of it"
     ),
-    "control-characters": TextRule(_control, "it holds control characters", "strip them"),
+    "control-characters": TextRule(_control_character, "it holds control characters", "strip them"),
     "html": TextRule(_html, "it holds tags or entities of HTML", "extract the text, unless it is code"),
     "special-token": TextRule(
         _special_token,
         "it spells out a special token, which is encoded as these letters",
-        "cut the text there if the token was meant, else leave it",
+        "cut the text there if the token was intended, else leave it",
     ),
     "language": TextRule(
-        _language, "its record names another language than its folder", "correct the one or the other"
+        _language, "its record names another language than its folder", "correct the record or the folder"
     ),
 }
 """The rules by name."""
 
 
-def any_of(tokens: Iterable[str]) -> re.Pattern[str]:
+def any_token_pattern(tokens: Iterable[str]) -> re.Pattern[str]:
     """Return a pattern that matches any of these tokens; without tokens it matches nothing."""
     return re.compile("|".join(map(re.escape, tokens)) or "(?!)")
 
 
-def broken_by(text: str, words: list[str], language: str, domain: str, special: re.Pattern[str]) -> dict[str, str]:
-    """Return, for each rule that a document breaks, what breaks it.
+def broken_rules(text: str, words: list[str], language: str, domain: str, special: re.Pattern[str]) -> dict[str, str]:
+    """Return the evidence of each rule that a document breaks, by the name of the rule.
 
     Args:
         text: the document's text.
         words: the words of the text, `text.split()`.
         language: the language that the document's record names.
         domain: the document's domain, source/subfolder.
-        special: the pattern `any_of` of the tokenizer's special tokens.
+        special: the pattern of the tokenizer's special tokens, from `any_token_pattern`.
     """
-    seen = Seen(text, words, language, domains.of_folder(subfolder_of(domain)), special)
-    return {name: saw for name, rule in RULES.items() if (saw := rule.check(seen)) is not None}
+    view = TextView(text, words, language, domains.language_of_folder(subfolder_of(domain)), special)
+    return {name: evidence for name, rule in RULES.items() if (evidence := rule.check(view)) is not None}
 
 
-def _inked(seen: Seen) -> int:
+def _visible_characters(view: TextView) -> int:
     """Return the number of characters that are not white space."""
-    return sum(map(len, seen.words))
+    return sum(map(len, view.words))
 
 
-def _around(text: str, match: re.Match[str] | None) -> str | None:
+def _example_at(text: str, match: re.Match[str] | None) -> str | None:
     if match is None:
         return None
-    return _shown(text[max(0, match.start() - SHOWN // 4) :])
+    return _printable_start(text[max(0, match.start() - EXAMPLE_CHARACTERS // 4) :])
 
 
-def _shown(text: str) -> str:
+def _printable_start(text: str) -> str:
     """Return the beginning of a text in printable form."""
-    return repr(text[:SHOWN])
+    return repr(text[:EXAMPLE_CHARACTERS])

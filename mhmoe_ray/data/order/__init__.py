@@ -1,1 +1,1 @@
-"""The sample at each position of a training: mixture.py computes the mixture weights of a spec, order.py the order."""
+"""The order of samples: mixture.py computes the mixture weights of a spec, order.py the sample at each position."""

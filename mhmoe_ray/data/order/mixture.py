@@ -1,17 +1,17 @@
-"""Mixture weights: how much a training reads of each domain, phase by phase, from the spec and the prepared counts.
+"""Mixture weights: the shares in which a training reads the domains, phase by phase, from the spec and the data.
 
     by size      W_s p_i: the source's weight, divided over its subfolders by their tokens, or by fixed shares
     tempered     W_s q_i, q_i = p_i^alpha / sum_j p_j^alpha (XLM's rule); fixed shares stay
-    weights      the same after `max_epochs`, as the whole numbers that the order deals by
+    weights      the mixture weights: the tempered shares after `max_epochs`, as whole numbers for the order
 
-Limits: a domain may be read limit = floor(max_epochs * samples) times in the whole training. The limit is divided over
-the phases in proportion to what they would read without limits. Within a phase, the samples that a domain cannot
-provide go to the other domains of its source in proportion; a source whose domains are all at their limits leaves the
-rest to the other sources.
+Limits: at most floor(max_epochs * samples) samples of a domain may be read in the whole training. The limit is divided
+over the phases in proportion to the samples that they would read without limits. Within a phase, the samples that a
+domain cannot provide go to the other domains of its source in proportion. If all domains of a source are at their
+limits, the rest goes to the other sources.
 
-Without `max_epochs` anywhere, a phase deals by shares out of 2^50, so that its order does not depend on its length: a
-longer training begins with the same order as a shorter one. With `max_epochs`, a phase deals exactly as many samples as
-it has positions, so that limits are exact to the sample, and the order depends on `train.steps`.
+Without any `max_epochs`, the weights of a phase are shares out of 2^50, so its order does not depend on its length: a
+longer training begins with the same order as a shorter one. With `max_epochs`, the weights of a phase add up to its
+number of positions, so that limits are exact to the sample, and the order depends on `train.steps`.
 """
 
 from collections.abc import Sequence
@@ -22,17 +22,17 @@ from itertools import accumulate, pairwise
 from math import fsum
 
 from mhmoe_ray.data.domains import source_of, subfolder_of
-from mhmoe_ray.data.order.order import MAX_WEIGHT, Order, OrderedDomain, Phase, seeded
+from mhmoe_ray.data.order.order import MAX_WEIGHT, Order, OrderedDomain, Phase, seeded_hash
 from mhmoe_ray.data.shards.manifest import DataManifest
 from mhmoe_ray.errors import DataError
 from mhmoe_ray.spec import RunSpec, SourceMix
 
 
 def apportion(total: int, weights: Sequence[float], limits: Sequence[int], offset: float) -> list[int]:
-    """Split `total` into whole numbers in proportion to `weights`, none above its limit.
+    """Split `total` into whole numbers in proportion to `weights`, each at most its limit.
 
     An entry whose part would exceed its limit gets its limit, and the others share the rest in proportion. The split is
-    exact: the numbers add up to the total, none is above its limit, and each number below its limit is the exact part
+    exact: the numbers add up to the total, each is at most its limit, and each number below its limit is the exact part
     of the rest, rounded down or up.
 
     Args:
@@ -42,45 +42,50 @@ def apportion(total: int, weights: Sequence[float], limits: Sequence[int], offse
         offset: number from 0 to below 1 that shifts which entries are rounded up. If it is drawn uniformly, the mean of
             each number is its exact part.
     """
+    # Floats are scaled to integers, which is exact: the denominators of floats are powers of two.
     ratios = [w.as_integer_ratio() for w in map(float, weights)]
-    scale = max(denominator for _, denominator in ratios)  # all are powers of two
-    exact = [numerator * (scale // denominator) for numerator, denominator in ratios]
-    counts, below = [0] * len(exact), [i for i, w in enumerate(exact) if w]
-    while below:
-        whole = sum(exact[i] for i in below)
-        full = {i for i in below if total * exact[i] >= limits[i] * whole}
-        if not full:
+    scale = max(denominator for _, denominator in ratios)
+    exact_weights = [numerator * (scale // denominator) for numerator, denominator in ratios]
+    counts, open_entries = [0] * len(exact_weights), [i for i, w in enumerate(exact_weights) if w]
+    # Each round sets the entries that reach their limits. The rest goes to fewer entries, so more may reach theirs.
+    while open_entries:
+        weight_sum = sum(exact_weights[i] for i in open_entries)
+        full_entries = {i for i in open_entries if total * exact_weights[i] >= limits[i] * weight_sum}
+        if not full_entries:
             break
-        for i in full:
+        for i in full_entries:
             counts[i] = limits[i]
-        total -= sum(limits[i] for i in full)
-        below = [i for i in below if i not in full]
-    assert total == 0 or (below and total > 0), "the limits allow the total"
-    if below:
-        edge, numerator, denominator = 0, *offset.as_integer_ratio()
-        reached = 0
-        for i in below:
-            edge += exact[i]
-            up_to = (total * edge * denominator + whole * numerator) // (whole * denominator)
-            counts[i] = up_to - reached
-            reached = up_to
+        total -= sum(limits[i] for i in full_entries)
+        open_entries = [i for i in open_entries if i not in full_entries]
+    assert total == 0 or (open_entries and total > 0), "the limits allow the total"
+    if open_entries:
+        # Rounding the cumulative sums instead of the parts makes the parts add up to the total.
+        cumulative_weight, numerator, denominator = 0, *offset.as_integer_ratio()
+        previous_count = 0
+        for i in open_entries:
+            cumulative_weight += exact_weights[i]
+            cumulative_count = (total * cumulative_weight * denominator + weight_sum * numerator) // (
+                weight_sum * denominator
+            )
+            counts[i] = cumulative_count - previous_count
+            previous_count = cumulative_count
     return counts
 
 
 @dataclass(frozen=True)
-class MixedPhase:
+class MixturePhase:
     from_step: int
     steps: int
     by_size: list[float]
     tempered: list[float]
     weights: list[int]
-    """Weight of each domain. `by_size` and `tempered` are shares by domain, too; each of them sums to 1."""
+    """Weight of each domain. `by_size` and `tempered` are shares by domain, too; each list sums to 1."""
 
     @cached_property
     def shares(self) -> list[float]:
         """Shares of the domains after limits, summing to 1."""
-        whole = sum(self.weights)
-        return [w / whole for w in self.weights]
+        weight_sum = sum(self.weights)
+        return [w / weight_sum for w in self.weights]
 
 
 @dataclass(frozen=True)
@@ -88,17 +93,19 @@ class Mixture:
     domains: list[OrderedDomain]
     limits: list[int | None]
     """Number of samples that may be read of each domain, counting repeats; None for a domain without a limit."""
-    phases: list[MixedPhase]
+    phases: list[MixturePhase]
     samples_per_step: int
     order: Order
 
-    def read(self, from_step: int, to_step: int) -> list[int]:
+    def samples_read(self, from_step: int, to_step: int) -> list[int]:
         """Return the number of samples of each domain that steps from_step .. to_step - 1 read."""
-        before, after = (self.order.counts(step * self.samples_per_step) for step in (from_step, to_step))
-        return [a - b for a, b in zip(after, before, strict=True)]
+        start_counts, end_counts = (
+            self.order.domain_counts(step * self.samples_per_step) for step in (from_step, to_step)
+        )
+        return [a - b for a, b in zip(end_counts, start_counts, strict=True)]
 
 
-def mixture(spec: RunSpec, manifest: DataManifest) -> Mixture:
+def compute_mixture(spec: RunSpec, manifest: DataManifest) -> Mixture:
     """Return the mixture of all domains that fill at least one sample, in the order of names.
 
     Domains that no phase reads have share 0.
@@ -109,26 +116,34 @@ def mixture(spec: RunSpec, manifest: DataManifest) -> Mixture:
     names = sorted(name for name, d in manifest.domains.items() if d.samples and source_of(name) in spec.data.sources)
     domains = [OrderedDomain(name, source_of(name), manifest.domains[name].samples) for name in names]
     tokens = [manifest.domains[name].tokens for name in names]
-    limits = _limits(spec, manifest, domains)
-    begins = [step for step in spec.data.mixes if step < spec.train.steps]
+    limits = _domain_limits(spec, manifest, domains)
+    # A phase that starts after the end of the training is not read.
+    phase_starts = [step for step in spec.data.mixes if step < spec.train.steps]
     by_size, tempered = [], []
-    for step in begins:
+    for step in phase_starts:
         mixes = spec.data.mixes[step]
-        by_size.append(phase_shares(mixes, domains, tokens, flat=False))
-        tempered.append(phase_shares(mixes, domains, tokens, flat=True))
-    steps = [to - at for at, to in pairwise([*begins, spec.train.steps])]
+        by_size.append(phase_shares(mixes, domains, tokens, apply_temperature=False))
+        tempered.append(phase_shares(mixes, domains, tokens, apply_temperature=True))
+    steps = [stop - start for start, stop in pairwise([*phase_starts, spec.train.steps])]
+    # Limits need weights that fit the number of positions; without limits, a fixed total keeps the order of a prefix.
     if any(limit is not None for limit in limits):
         positions = [n * spec.samples_per_step for n in steps]
-        split = _split_limits(limits, positions, tempered)
-        _check_limits(spec, begins, limits, tempered)
+        split_limits = _split_limits(limits, positions, tempered)
+        _check_limits(spec, phase_starts, limits, tempered)
     else:
         positions = [MAX_WEIGHT] * len(steps)
-        split = [[MAX_WEIGHT] * len(domains) for _ in steps]
+        split_limits = [[MAX_WEIGHT] * len(domains) for _ in steps]
     weights = [
-        _deal(total, shares, domains, most, [seeded(spec.seed, f"rounding {i} {level}") / 2**64 for level in (0, 1)])
-        for i, (total, shares, most) in enumerate(zip(positions, tempered, split, strict=True))
+        _split_by_source(
+            total,
+            shares,
+            domains,
+            phase_limits,
+            [seeded_hash(spec.seed, f"rounding {i} {level}") / 2**64 for level in (0, 1)],
+        )
+        for i, (total, shares, phase_limits) in enumerate(zip(positions, tempered, split_limits, strict=True))
     ]
-    phases = [MixedPhase(*row) for row in zip(begins, steps, by_size, tempered, weights, strict=True)]
+    phases = [MixturePhase(*row) for row in zip(phase_starts, steps, by_size, tempered, weights, strict=True)]
     order = Order(spec.seed, domains, [Phase(p.from_step * spec.samples_per_step, p.weights) for p in phases])
     return Mixture(domains, limits, phases, spec.samples_per_step, order)
 
@@ -137,29 +152,29 @@ def training_order(spec: RunSpec, manifest: DataManifest) -> tuple[list[str], Or
     """Return the names of the mixture's domains and the order; domain i of the order is the i-th name of the list.
 
     Raises:
-        DataError: the mixture is impossible, as for `mixture`.
+        DataError: the mixture is impossible, as for `compute_mixture`.
     """
-    mixed = mixture(spec, manifest)
-    return [d.name for d in mixed.domains], mixed.order
+    order_mixture = compute_mixture(spec, manifest)
+    return [d.name for d in order_mixture.domains], order_mixture.order
 
 
-def _limits(spec: RunSpec, manifest: DataManifest, domains: Sequence[OrderedDomain]) -> list[int | None]:
+def _domain_limits(spec: RunSpec, manifest: DataManifest, domains: Sequence[OrderedDomain]) -> list[int | None]:
     for name, source in spec.data.sources.items():
-        for sub in source.max_epochs_of:
-            if f"{name}/{sub}" not in manifest.domains:
-                why = f"there is no {name}/{sub} in the prepared data"
-                raise DataError(f"data.sources.{name}.max_epochs_of", why, "name a subfolder of that source")
+        for subfolder in source.max_epochs_of:
+            if f"{name}/{subfolder}" not in manifest.domains:
+                reason = f"there is no {name}/{subfolder} in the prepared data"
+                raise DataError(f"data.sources.{name}.max_epochs_of", reason, "name a subfolder of that source")
     limits: list[int | None] = []
     for domain in domains:
         source = spec.data.sources[domain.source]
         epochs = source.max_epochs_of.get(subfolder_of(domain.name), source.max_epochs)
-        # As written: 0.29 epochs of 100 samples are 29, which is not so in binary.
+        # Decimal arithmetic takes the number as it is written: 0.29 epochs of 100 samples are 29, in binary 28.
         limits.append(None if epochs is None else int(Decimal(str(epochs)) * domain.samples))
     return limits
 
 
 def phase_shares(
-    mixes: dict[str, SourceMix], domains: Sequence[OrderedDomain], tokens: Sequence[int], *, flat: bool
+    mixes: dict[str, SourceMix], domains: Sequence[OrderedDomain], tokens: Sequence[int], *, apply_temperature: bool
 ) -> list[float]:
     """Return the share of each domain before limits, summing to 1.
 
@@ -167,31 +182,31 @@ def phase_shares(
         mixes: the weight, shares and temperature of each source in the phase.
         domains: the domains, in the order of the result.
         tokens: number of tokens of each domain.
-        flat: whether to apply the temperature, the exponent alpha.
+        apply_temperature: whether to raise token counts to the exponent alpha.
 
     Raises:
         DataError: a domain with a fixed share, or every domain of a source, fills no sample.
     """
     result = [0.0] * len(domains)
-    whole = fsum(mix.weight or 0 for mix in mixes.values())
+    weight_sum = fsum(mix.weight or 0 for mix in mixes.values())
     for name, mix in mixes.items():
         if not mix.weight:
             continue
-        own = {subfolder_of(d.name): i for i, d in enumerate(domains) if d.source == name}
+        domain_of_subfolder = {subfolder_of(d.name): i for i, d in enumerate(domains) if d.source == name}
         if mix.shares:
-            empty = sorted(mix.shares.keys() - own.keys())
-            if empty:
+            empty_subfolders = sorted(mix.shares.keys() - domain_of_subfolder.keys())
+            if empty_subfolders:
                 fix = "take it out of data.sources or give it more text"
-                raise DataError(f"domain {name}/{empty[0]}", "it does not fill a single sample", fix)
+                raise DataError(f"domain {name}/{empty_subfolders[0]}", "it does not fill a single sample", fix)
             weights = mix.shares
         else:
-            alpha = mix.alpha if flat and mix.alpha is not None else 1.0
-            weights = {sub: _power(tokens[i], alpha) for sub, i in own.items()}
+            alpha = mix.alpha if apply_temperature and mix.alpha is not None else 1.0
+            weights = {subfolder: _power(tokens[i], alpha) for subfolder, i in domain_of_subfolder.items()}
         if not weights:
             raise DataError(f"source {name}", "none of its domains fills a sample", "give it more text")
-        norm = fsum(weights.values())
-        for sub, w in weights.items():
-            result[own[sub]] = mix.weight / whole * (w / norm)
+        share_sum = fsum(weights.values())
+        for subfolder, share in weights.items():
+            result[domain_of_subfolder[subfolder]] = mix.weight / weight_sum * (share / share_sum)
     return result
 
 
@@ -209,52 +224,61 @@ def _split_limits(
     """Split the limit of each domain over the phases; return the limits of the domains for each phase.
 
     A phase's part is in proportion to its positions times the domain's share in it, and the parts add up to the whole
-    limit. A domain without a limit, or that no phase reads, is limited by the phase's positions only.
+    limit. A domain without a limit, or one that no phase reads, is limited by the phase's positions only.
     """
     by_domain = []
     for limit, share in zip(limits, zip(*shares, strict=True), strict=True):
-        asked = list(accumulate((n * s for n, s in zip(positions, share, strict=True)), initial=0.0))
-        if limit is None or not asked[-1]:
+        cumulative_reads = list(accumulate((n * s for n, s in zip(positions, share, strict=True)), initial=0.0))
+        if limit is None or not cumulative_reads[-1]:
             by_domain.append(list(positions))
         else:
-            by_domain.append([to - at for at, to in pairwise(int(limit * (a / asked[-1])) for a in asked)])
+            by_domain.append(
+                [
+                    stop - start
+                    for start, stop in pairwise(int(limit * (a / cumulative_reads[-1])) for a in cumulative_reads)
+                ]
+            )
     return [list(phase) for phase in zip(*by_domain, strict=True)]
 
 
 def _check_limits(
-    spec: RunSpec, begins: Sequence[int], limits: Sequence[int | None], shares: Sequence[Sequence[float]]
+    spec: RunSpec, phase_starts: Sequence[int], limits: Sequence[int | None], shares: Sequence[Sequence[float]]
 ) -> None:
-    def short_of(steps: int) -> tuple[int, int, int] | None:
-        """Return the first phase with too few samples in a training of `steps` steps: its number, the samples that
-        there are, and the samples wanted; None if all phases have enough."""
-        bounds = [min(step, steps) for step in (*begins, steps)]
-        positions = [(to - at) * spec.samples_per_step for at, to in pairwise(bounds)]
-        for i, most in enumerate(_split_limits(limits, positions, shares)):
-            there = sum(m for m, share in zip(most, shares[i], strict=True) if share)
-            if there < positions[i]:
-                return i, there, positions[i]
+    def find_shortage(steps: int) -> tuple[int, int, int] | None:
+        """Return the first phase with too few samples in a training of `steps` steps; None if all phases have enough.
+
+        The result is the number of the phase, the samples that are available, and those that are required."""
+        phase_bounds = [min(step, steps) for step in (*phase_starts, steps)]
+        positions = [(stop - start) * spec.samples_per_step for start, stop in pairwise(phase_bounds)]
+        for i, phase_limits in enumerate(_split_limits(limits, positions, shares)):
+            available = sum(limit for limit, share in zip(phase_limits, shares[i], strict=True) if share)
+            if available < positions[i]:
+                return i, available, positions[i]
         return None
 
     steps = spec.train.steps
-    found = short_of(steps)
-    if found is None:
+    shortage = find_shortage(steps)
+    if shortage is None:
         return
-    phase, there, wanted = found
-    possible, too_many = 0, steps
-    while too_many - possible > 1:
-        middle = (possible + too_many) // 2
-        possible, too_many = (possible, middle) if short_of(middle) else (middle, too_many)
-    where = f" from step {begins[phase]} on" if len(begins) > 1 else ""
-    why = f"max_epochs allows {there:,} samples{where}, and {wanted:,} are wanted"
-    fix = f"set train.steps to {possible:,}, or raise max_epochs, or add text"
-    raise DataError("mixture", why, fix if possible else "raise max_epochs, or add text")
+    phase, available, required = shortage
+    # A binary search finds the longest training that the limits allow, for the advice in the message.
+    feasible_steps, infeasible_steps = 0, steps
+    while infeasible_steps - feasible_steps > 1:
+        middle = (feasible_steps + infeasible_steps) // 2
+        feasible_steps, infeasible_steps = (
+            (feasible_steps, middle) if find_shortage(middle) else (middle, infeasible_steps)
+        )
+    phase_text = f" from step {phase_starts[phase]} on" if len(phase_starts) > 1 else ""
+    reason = f"max_epochs allows {available:,} samples{phase_text}, and {required:,} are wanted"
+    fix = f"set train.steps to {feasible_steps:,}, or raise max_epochs, or add text"
+    raise DataError("mixture", reason, fix if feasible_steps else "raise max_epochs, or add text")
 
 
-def _deal(
+def _split_by_source(
     total: int,
     shares: Sequence[float],
     domains: Sequence[OrderedDomain],
-    most: Sequence[int],
+    limits: Sequence[int],
     offsets: Sequence[float],
 ) -> list[int]:
     """Split `total` into whole numbers by domain, first over the sources, then over the domains of each source.
@@ -263,23 +287,24 @@ def _deal(
         total: number to split.
         shares: share of each domain.
         domains: the domains.
-        most: limit of each domain.
+        limits: limit of each domain.
         offsets: rounding offset for the sources, and the one for the domains of a source.
     """
-    of_source: dict[str, list[int]] = {}
+    domains_by_source: dict[str, list[int]] = {}
     for i, domain in enumerate(domains):
         if shares[i]:
-            of_source.setdefault(domain.source, []).append(i)
-    groups = list(of_source.values())
-    by_source = apportion(
+            domains_by_source.setdefault(domain.source, []).append(i)
+    groups = list(domains_by_source.values())
+    # Sources come first, so that samples that a domain cannot provide stay within its source.
+    source_totals = apportion(
         total,
         [fsum(shares[i] for i in group) for group in groups],
-        [sum(most[i] for i in group) for group in groups],
+        [sum(limits[i] for i in group) for group in groups],
         offsets[0],
     )
     weights = [0] * len(domains)
-    for part, group in zip(by_source, groups, strict=True):
-        split = apportion(part, [shares[i] for i in group], [most[i] for i in group], offsets[1])
-        for i, count in zip(group, split, strict=True):
+    for source_total, group in zip(source_totals, groups, strict=True):
+        domain_counts = apportion(source_total, [shares[i] for i in group], [limits[i] for i in group], offsets[1])
+        for i, count in zip(group, domain_counts, strict=True):
             weights[i] = count
     return weights

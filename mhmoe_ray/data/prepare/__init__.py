@@ -2,11 +2,11 @@
 
 job.py          entry point of the job of `mhmoe data prepare`
 pipeline.py     the stages of the job, with Ray Data: chunks to parts, parts to shards
-chunks.py       reads the documents of raw files in chunks, and quarantines what cannot be read
+chunks.py       reads the documents of raw files in chunks, and quarantines unreadable lines
 tokenise.py     turns a chunk into a part: its tokens in one file
 parts.py        presents the tokens of a domain as one stream over its parts
 packing.py      plans shards, by concatenation or best fit, and writes each in a task
 validation.py   selects the held-out documents, and makes samples of them
 baselines.py    computes the unigram and bigram baselines of the validation loss
-work.py         the staging directories, the progress report, and publishing the result
+work.py         manages the staging directories, the progress report, and the publishing of the result
 """

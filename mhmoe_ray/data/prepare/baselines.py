@@ -1,4 +1,4 @@
-"""Baselines that need only counting: the unigram and bigram figures that a validation loss is compared with."""
+"""Baselines of the validation loss that need only counting: those of a unigram and a bigram model."""
 
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -9,25 +9,25 @@ from mhmoe_ray.data.shards.files import Samples
 from mhmoe_ray.data.shards.manifest import Baselines
 
 
-class Pairs(NamedTuple):
-    """Pairs of neighbouring tokens (left, right), each (n,) uint32."""
+class TokenPairs(NamedTuple):
+    """Pairs of neighbouring tokens: each target and the token before it, both (n,) uint32."""
 
-    left: np.ndarray
-    right: np.ndarray
-
-
-def pairs(samples: Samples, padding: int) -> Pairs:
-    """Return each target that counts, with the token before it, of samples (n, T + 1)."""
-    counts = samples[:, 1:] != padding
-    return Pairs(samples[:, :-1][counts].astype(np.uint32), samples[:, 1:][counts].astype(np.uint32))
+    context: np.ndarray
+    target: np.ndarray
 
 
-def joined(parts: Iterable[Pairs]) -> Pairs:
-    left, right = zip(*parts, strict=True)
-    return Pairs(np.concatenate(left), np.concatenate(right))
+def token_pairs(samples: Samples, padding: int) -> TokenPairs:
+    """Return the pairs of each target that counts and the token before it, of samples (n, T + 1)."""
+    is_counted = samples[:, 1:] != padding
+    return TokenPairs(samples[:, :-1][is_counted].astype(np.uint32), samples[:, 1:][is_counted].astype(np.uint32))
 
 
-def baselines(train: Pairs, validation: Pairs, vocab_size: int) -> Baselines:
+def join_pairs(parts: Iterable[TokenPairs]) -> TokenPairs:
+    contexts, targets = zip(*parts, strict=True)
+    return TokenPairs(np.concatenate(contexts), np.concatenate(targets))
+
+
+def compute_baselines(train: TokenPairs, validation: TokenPairs, vocab_size: int) -> Baselines:
     """Return the unigram entropy of the validation targets, and the loss of a bigram model of training tokens on them.
 
     Args:
@@ -35,47 +35,49 @@ def baselines(train: Pairs, validation: Pairs, vocab_size: int) -> Baselines:
         validation: the pairs of validation samples.
         vocab_size: V; every token id is below it.
     """
-    frequency = np.bincount(validation.right, minlength=vocab_size) / len(validation.right)
-    seen = frequency[frequency > 0]
+    token_shares = np.bincount(validation.target, minlength=vocab_size) / len(validation.target)
+    # A token that does not occur adds nothing to the entropy, but its logarithm is infinite.
+    frequencies = token_shares[token_shares > 0]
     return Baselines(
-        unigram_entropy=float(-(seen * np.log(seen)).sum()),
-        bigram=_bigram(train, validation, vocab_size),
-        bigram_tokens=len(train.left),
+        unigram_entropy=float(-(frequencies * np.log(frequencies)).sum()),
+        bigram=_bigram_loss(train, validation, vocab_size),
+        bigram_tokens=len(train.context),
     )
 
 
-def _bigram(train: Pairs, validation: Pairs, vocab_size: int) -> float:
+def _bigram_loss(train: TokenPairs, validation: TokenPairs, vocab_size: int) -> float:
     """Return the cross-entropy of the validation pairs under a bigram model with Witten-Bell smoothing, in nats per
     token.
 
     p(b|a) = (c(ab) + t(a) p(b)) / (c(a) + t(a)), where t(a) is the number of different successors of a and p(b) is the
     add-one unigram probability.
     """
-    both, count = _counted(_keys(train, vocab_size))
-    total = np.bincount(train.left, minlength=vocab_size)
-    successors = np.bincount(both // vocab_size, minlength=vocab_size)
-    unigram = (np.bincount(train.right, minlength=vocab_size) + 1) / (len(train.right) + vocab_size)
-    wanted = _keys(validation, vocab_size)
-    place = np.minimum(np.searchsorted(both, wanted), len(both) - 1)
-    joint = np.where(both[place] == wanted, count[place], 0)
-    # A token never seen on the left has no successors: back off to the unigram alone.
-    back_off = np.maximum(successors[validation.left], 1)
-    probability = (joint + back_off * unigram[validation.right]) / (total[validation.left] + back_off)
+    pair_keys, pair_counts = _count_keys(_pair_keys(train, vocab_size))
+    context_counts = np.bincount(train.context, minlength=vocab_size)
+    successors = np.bincount(pair_keys // vocab_size, minlength=vocab_size)
+    unigram = (np.bincount(train.target, minlength=vocab_size) + 1) / (len(train.target) + vocab_size)
+    validation_keys = _pair_keys(validation, vocab_size)
+    # A key above all others gets a clipped index, which the comparison below rejects.
+    indices = np.minimum(np.searchsorted(pair_keys, validation_keys), len(pair_keys) - 1)
+    joint_counts = np.where(pair_keys[indices] == validation_keys, pair_counts[indices], 0)
+    # A context that does not occur in training has no successors. The bound makes its probability the unigram's alone.
+    back_off = np.maximum(successors[validation.context], 1)
+    probability = (joint_counts + back_off * unigram[validation.target]) / (
+        context_counts[validation.context] + back_off
+    )
     return float(-np.log(probability).mean())
 
 
-def _keys(of: Pairs, vocab_size: int) -> np.ndarray:
-    keys = of.left.astype(np.int64)
+def _pair_keys(pairs: TokenPairs, vocab_size: int) -> np.ndarray:
+    keys = pairs.context.astype(np.int64)
     keys *= vocab_size
-    keys += of.right
+    keys += pairs.target
     return keys
 
 
-def _counted(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the different keys in ascending order and their counts; sorts `keys` in place.
-
-    It is np.unique with counts, which would take three times the memory.
-    """
+def _count_keys(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the different keys in ascending order and their counts; sort `keys` in place."""
+    # np.unique with counts would do the same in three times the memory.
     keys.sort()
-    first = np.flatnonzero(np.append(True, keys[1:] != keys[:-1]))
-    return keys[first], np.diff(first, append=len(keys))
+    starts = np.flatnonzero(np.append(True, keys[1:] != keys[:-1]))
+    return keys[starts], np.diff(starts, append=len(keys))

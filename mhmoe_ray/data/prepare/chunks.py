@@ -1,10 +1,11 @@
-"""Chunks of the documents of raw files: a chunk is what one task tokenises, and what a restart finds done or not.
+"""Chunks of the documents of raw files, the quarantine of unreadable lines, and the limit on quarantined lines.
 
-What cannot be read goes to the quarantine with its place and reason, and is counted by source; too much of it stops the
-job.
+A chunk is the unit of work of a tokenising task, and the unit that a restarted job can reuse. It ends with the item
+that fills it, a document or a line that cannot be read, so chunks depend on the file alone. The last chunk of a file
+may have no items.
 
-A chunk ends with the item that fills it, a document or a line that cannot be read, so chunks depend on the file alone.
-The last chunk of a file may hold no items.
+A line that cannot be read goes to the quarantine with its location and reason, and is counted by source. Too many of
+them abort the job.
 """
 
 import json
@@ -15,77 +16,81 @@ from typing import NamedTuple
 
 import pyarrow as pa
 
-from mhmoe_ray.data.sources import BadLine, Document, RawFile, Reading, Reason, Tally
+from mhmoe_ray.data.sources import BadLine, Document, FileReader, RawFile, Reason, Tally
 from mhmoe_ray.errors import DataError
 from mhmoe_ray.spec import DataSpec
 from mhmoe_ray.storage import replace_file
 
-FILE = "quarantine.jsonl"
+QUARANTINE_FILE = "quarantine.jsonl"
 
-EVIDENCE = 10_000
-"""Number of lines that must be read before the share of bad ones is taken as an estimate for the rest."""
+MIN_EVIDENCE_LINES = 10_000
+"""Number of lines that must be read before the share of bad lines serves as an estimate for the rest."""
 
 
-def entry(domain: str, bad: BadLine) -> str:
+def quarantine_entry(domain: str, bad: BadLine) -> str:
     """Return the line of the quarantine file for one item."""
     fields = {"domain": domain, "path": bad.path, "line": bad.line, "reason": bad.reason, "detail": bad.detail}
     return json.dumps(fields) + "\n"
 
 
-class Limit:
-    """Limit on how much may go into quarantine before a job stops.
+class QuarantineLimit:
+    """Limit on the quarantined lines and damaged files of a job; above it the job is aborted.
 
     Args:
         spec: the data section with the `max_bad_...` keys.
-        files: all raw files; none if all of them have been read already.
+        files: all raw files; none if all of them were already read.
     """
 
     def __init__(self, spec: DataSpec, files: Iterable[RawFile]) -> None:
-        self._lines, self._share, self._files = spec.max_bad_lines, spec.max_bad_share, spec.max_bad_files
+        self._max_lines, self._max_share, self._max_files = spec.max_bad_lines, spec.max_bad_share, spec.max_bad_files
         self._text_bytes = sum(file.size * file.inflation for file in files)
 
-    def exceeded(self, tally: Tally) -> bool:
+    def is_exceeded(self, tally: Tally) -> bool:
         """Return whether a tally of all files has more bad items than the spec allows."""
-        return tally.damaged > self._files or tally.bad_lines > max(self._lines, int(self._share * tally.lines))
+        return tally.damaged > self._max_files or tally.bad_lines > max(
+            self._max_lines, int(self._max_share * tally.lines)
+        )
 
-    def hopeless(self, tally: Tally) -> bool:
-        """Return whether all files together will have more bad items than allowed, as far as a tally of a part of them
-        shows."""
-        if tally.damaged > self._files:
+    def will_be_exceeded(self, tally: Tally) -> bool:
+        """Return whether all files together will have more bad items than allowed, judging by a tally of some of
+        them."""
+        if tally.damaged > self._max_files:
             return True
-        if not self._share:
-            return tally.bad_lines > self._lines
-        if tally.lines < EVIDENCE or not tally.text_bytes:
+        # Without a share the limit does not grow with the text, so no estimate is needed.
+        if not self._max_share:
+            return tally.bad_lines > self._max_lines
+        if tally.lines < MIN_EVIDENCE_LINES or not tally.text_bytes:
             return False
-        expected = tally.lines * max(1.0, self._text_bytes / tally.text_bytes)
-        return tally.bad_lines > max(self._lines, 2 * self._share * expected)
+        expected_lines = tally.lines * max(1.0, self._text_bytes / tally.text_bytes)
+        # The number of all lines is an estimate, so a job is aborted early only at twice the limit.
+        return tally.bad_lines > max(self._max_lines, 2 * self._max_share * expected_lines)
 
     def error(self, tally: Tally) -> DataError:
         """Return the error to raise when the limit is exceeded, with the first bad item as an example."""
-        if tally.damaged > self._files:
-            lost = tally.first[Reason.LOST]
+        if tally.damaged > self._max_files:
+            loss = tally.examples[Reason.PART_LOST]
             return DataError(
-                f"{lost.path} line {lost.line}",
-                f"{lost.why} ({tally.damaged:,} damaged files so far, data.max_bad_files is {self._files:,})",
-                "mend or remove the file, or raise data.max_bad_files",
+                f"{loss.path} line {loss.line}",
+                f"{loss.message} ({tally.damaged:,} damaged files so far, data.max_bad_files is {self._max_files:,})",
+                "repair or remove the file, or raise data.max_bad_files",
             )
-        first = next(bad for reason, bad in tally.first.items() if not reason.loses_lines)
-        allowed = f"data.max_bad_lines is {self._lines:,}"
-        if self._share:
-            allowed += f" and data.max_bad_share {self._share:g}"
+        bad_line = next(bad for reason, bad in tally.examples.items() if not reason.loses_lines)
+        limit_text = f"data.max_bad_lines is {self._max_lines:,}"
+        if self._max_share:
+            limit_text += f" and data.max_bad_share {self._max_share:g}"
         return DataError(
-            f"{first.path} line {first.line}",
-            f"{first.why} ({tally.bad_lines:,} of {tally.lines:,} unreadable so far, {allowed})",
-            "mend or remove the line, or raise data.max_bad_lines or data.max_bad_share",
+            f"{bad_line.path} line {bad_line.line}",
+            f"{bad_line.message} ({tally.bad_lines:,} of {tally.lines:,} unreadable so far, {limit_text})",
+            "repair or remove the line, or raise data.max_bad_lines or data.max_bad_share",
         )
 
 
-CHUNK = 4 << 20
-"""Characters of text per chunk: a fraction of a second for one core, or seconds where the tokenizers library
-encodes."""
+CHUNK_CHARACTERS = 4 << 20
+"""Characters of text per chunk: one core tokenises them in a fraction of a second, or with the tokenizers library in
+seconds."""
 
-BAD = 500
-"""Number of characters that a line that cannot be read counts for."""
+BAD_LINE_CHARACTERS = 500
+"""Number of characters that a line that cannot be read adds to the size of a chunk."""
 
 SCHEMA = pa.schema(
     [
@@ -93,7 +98,7 @@ SCHEMA = pa.schema(
         ("chunk", pa.int64()),
         ("texts", pa.list_(pa.large_string())),
         ("tally", pa.binary()),
-        ("stopped", pa.bool_()),
+        ("is_aborted", pa.bool_()),
     ]
 )
 
@@ -107,65 +112,68 @@ class Chunk(NamedTuple):
     """Number of the chunk within the file, from 0."""
     texts: list[str]
     tally: Tally
-    """Counts of what was read since the chunk before."""
-    stopped: bool
-    """Whether reading the file ended here, since more is bad than the spec allows."""
+    """Counts of the items that were read since the previous chunk."""
+    is_aborted: bool
+    """True if the reading of the file was aborted here, since it has more bad items than the spec allows."""
 
     def as_table(self) -> pa.Table:
+        # Arrow has no type for a tally, so it is pickled.
         row = self._asdict() | {"chunk": self.number, "tally": pickle.dumps(self.tally)}
         return pa.Table.from_pylist([row], SCHEMA)
 
     @classmethod
-    def of_table(cls, table: pa.Table) -> "Chunk":
+    def from_table(cls, table: pa.Table) -> "Chunk":
         """Return the chunk in a table of one row."""
-        file, number, texts, tally, stopped = (column[0].as_py() for column in table.select(SCHEMA.names).columns)
-        return cls(file, number, texts, pickle.loads(tally), stopped)
+        file, number, texts, tally, is_aborted = (column[0].as_py() for column in table.select(SCHEMA.names).columns)
+        return cls(file, number, texts, pickle.loads(tally), is_aborted)
 
 
 def read_chunks(
-    table: pa.Table, *, spec: DataSpec, limit: Limit, quarantine: Path, characters: int
+    table: pa.Table, *, spec: DataSpec, limit: QuarantineLimit, quarantine: Path, characters: int
 ) -> Iterator[pa.Table]:
     """Yield the chunks of raw files, one in each table.
 
     Args:
         table: a table with the columns `number` and the fields of `RawFile`, a row for each file.
         spec: the data section with which the files were found.
-        limit: the limit on bad items at which reading a file ends.
-        quarantine: the folder for what cannot be read; each chunk with bad items writes one file.
-        characters: characters of text that fill a chunk.
+        limit: the limit on bad items above which the reading of a file is aborted.
+        quarantine: the folder for lines that cannot be read; each chunk with bad items writes one file.
+        characters: number of characters that fill a chunk.
     """
     for row in table.to_pylist():
         file = RawFile(*(row[name] for name in RawFile._fields))
-        for chunk in _chunks(row["number"], file, spec, limit, quarantine, characters):
+        for chunk in _file_chunks(row["number"], file, spec, limit, quarantine, characters):
             yield chunk.as_table()
 
 
-def _chunks(
-    number: int, file: RawFile, spec: DataSpec, limit: Limit, quarantine: Path, characters: int
+def _file_chunks(
+    file_number: int, file: RawFile, spec: DataSpec, limit: QuarantineLimit, quarantine: Path, characters: int
 ) -> Iterator[Chunk]:
-    reading = Reading(file, spec)
-    before, texts, bad, size, count, stopped = Tally(), list[str](), list[str](), 0, 0, False
+    reader = FileReader(file, spec)
+    previous_tally, texts, bad_entries, size, chunk_number, is_aborted = Tally(), list[str](), list[str](), 0, 0, False
 
     def finish() -> Chunk:
-        nonlocal before, texts, bad, size, count
-        if bad:
-            replace_file(quarantine_file(quarantine, number, count), "".join(bad).encode())
-        chunk = Chunk(number, count, texts, reading.tally.since(before), stopped)
-        before, texts, bad, size, count = reading.tally.copy(), [], [], 0, count + 1
+        nonlocal previous_tally, texts, bad_entries, size, chunk_number
+        if bad_entries:
+            replace_file(quarantine_file(quarantine, file_number, chunk_number), "".join(bad_entries).encode())
+        chunk = Chunk(file_number, chunk_number, texts, reader.tally.counts_since(previous_tally), is_aborted)
+        previous_tally, texts, bad_entries, size, chunk_number = reader.tally.copy(), [], [], 0, chunk_number + 1
         return chunk
 
-    for item in reading:
+    for item in reader:
         if isinstance(item, Document):
             texts.append(item.text)
             size += len(item.text)
         else:
-            bad.append(entry(file.domain, item))
-            size += BAD  # not what it takes: that depends on the names of folders
-            stopped = limit.hopeless(reading.tally)
-            if stopped:
+            bad_entries.append(quarantine_entry(file.domain, item))
+            # The entry's own length would depend on the names of folders, and chunks must depend on the file alone.
+            size += BAD_LINE_CHARACTERS
+            is_aborted = limit.will_be_exceeded(reader.tally)
+            if is_aborted:
                 break
         if size >= characters:
             yield finish()
+    # The last chunk is yielded even without items: its tally counts the file and the bytes at its end.
     yield finish()
 
 

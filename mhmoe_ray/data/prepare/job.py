@@ -19,7 +19,7 @@ class PrepareRequest(RemoteJob[DataManifest]):
     """The whole spec as YAML, as `dump_spec` writes it."""
 
     @classmethod
-    def of(cls, spec: RunSpec) -> "PrepareRequest":
+    def from_spec(cls, spec: RunSpec) -> "PrepareRequest":
         return cls(spec_yaml=dump_spec(spec))
 
     @property
@@ -35,6 +35,7 @@ class PrepareRequest(RemoteJob[DataManifest]):
 
 
 def main() -> None:
+    # The command line imports this module for the request, without Ray.
     import ray
 
     from mhmoe_ray.data.prepare.pipeline import prepare

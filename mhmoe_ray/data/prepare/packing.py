@@ -1,7 +1,8 @@
-"""Packing the tokens of domains into shards: the plan of each shard, and the task that writes it.
+"""Sequence packing: the plans of shards, and the task that packs tokens into one shard.
 
-Packing by concatenation puts the documents of a domain one after another and cuts them wherever a sample ends. Packing
-by best fit keeps every document whole that fits into a sample (arXiv 2404.10830).
+With sequence packing, the documents of a domain fill samples of T + 1 tokens, and samples fill shards. There are two
+kinds: concatenation puts the documents one after another and cuts them wherever a sample ends; best fit keeps every
+document whole that fits into a sample (arXiv 2404.10830).
 """
 
 import pickle
@@ -10,21 +11,21 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mhmoe_ray.data.prepare.parts import Stream, Tokens
+from mhmoe_ray.data.prepare.parts import Tokens, TokenStream
 from mhmoe_ray.data.shards.files import SHARD_BYTES, Samples, padding_token, rows_per_shard, write_shard
 from mhmoe_ray.data.shards.manifest import Shard
 from mhmoe_ray.spec import DataSpec
 
 
 class Cut(NamedTuple):
-    """Stretch of tokens that one shard is made of."""
+    """Stretch of tokens that becomes one shard."""
 
-    stream: Stream
+    stream: TokenStream
     samples: int
-    """Number of samples that the stretch fills; tokens after them only show where documents end."""
+    """Number of samples that the stretch fills; the tokens after them only show where documents end."""
 
 
-def plan_concat(stream: Stream, seq_len: int, rows: int) -> list[Cut]:
+def plan_concat(stream: TokenStream, seq_len: int, rows: int) -> list[Cut]:
     """Plan the shards of a domain with concatenation.
 
     Args:
@@ -34,22 +35,23 @@ def plan_concat(stream: Stream, seq_len: int, rows: int) -> list[Cut]:
     """
     samples = max(0, len(stream) - 1) // seq_len
     cuts = []
-    for first in range(0, samples, rows):
-        count = min(rows, samples - first)
-        # One more, to see whether a document ends with the last sample; the last shard sees to the end.
-        stop = len(stream) if first + count == samples else (first + count) * seq_len + 2
-        cuts.append(Cut(stream.part(first * seq_len, stop), count))
+    for first_sample in range(0, samples, rows):
+        count = min(rows, samples - first_sample)
+        # One more token shows whether a document ends with the last sample; the last shard has all remaining tokens.
+        stop = len(stream) if first_sample + count == samples else (first_sample + count) * seq_len + 2
+        cuts.append(Cut(stream.substream(first_sample * seq_len, stop), count))
     return cuts
 
 
 def cut_concat(tokens: Tokens, samples: int, seq_len: int) -> Samples:
     """Return the first `samples` samples of some tokens, as a view of (samples, T + 1)."""
+    # Neighbouring samples share a token: the last target of one is the first input of the next.
     windows = np.lib.stride_tricks.sliding_window_view(tokens, seq_len + 1)
     return windows[: samples * seq_len : seq_len]
 
 
-def whole_documents(tokens: Tokens, samples: int, seq_len: int, start: int) -> int:
-    """Return how many documents lie whole within one of the samples of a shard.
+def count_whole_documents(tokens: Tokens, samples: int, seq_len: int, start: int) -> int:
+    """Return the number of documents that are whole within one sample of a shard.
 
     Args:
         tokens: the tokens of the planned cut.
@@ -57,35 +59,36 @@ def whole_documents(tokens: Tokens, samples: int, seq_len: int, start: int) -> i
         seq_len: T.
         start: the token that each document begins with.
     """
-    first = np.flatnonzero(tokens == start)
-    last = np.append(first[1:], len(tokens)) - 1
-    # A document that begins with the last token of a sample is the next one's.
-    sample = first // seq_len
-    return int(((sample < samples) & (last <= (sample + 1) * seq_len)).sum())
+    starts = np.flatnonzero(tokens == start)
+    ends = np.append(starts[1:], len(tokens)) - 1
+    # The last token of a sample is also the first of the next one; a document that begins there is in the next one.
+    sample_index = starts // seq_len
+    return int(((sample_index < samples) & (ends <= (sample_index + 1) * seq_len)).sum())
 
 
-class Packed(NamedTuple):
+class PackedSamples(NamedTuple):
     samples: Samples
     padding: int
     cut_documents: int
 
 
-def plan_best_fit(stream: Stream, tokens_per_shard: int) -> list[Stream]:
-    """Plan the shards of a domain with best fit: return the tokens of each shard.
+def plan_best_fit(stream: TokenStream, tokens_per_shard: int) -> list[TokenStream]:
+    """Return the tokens of each shard of a domain with best fit.
 
-    A shard gets whole parts, so that documents stay whole, until they have at least `tokens_per_shard` tokens.
+    A shard has whole parts, which together have at least `tokens_per_shard` tokens, except for the last shard.
     """
-    shards, start, stop = list[Stream](), 0, 0
+    # Whole parts keep documents whole, since a part ends with the end of a document.
+    shards, start, stop = list[TokenStream](), 0, 0
     for part in stream.parts:
         stop += part.tokens
         if stop - start >= tokens_per_shard:
-            shards.append(stream.part(start, stop))
+            shards.append(stream.substream(start, stop))
             start = stop
-    return shards + ([stream.part(start, stop)] if stop > start else [])
+    return shards + ([stream.substream(start, stop)] if stop > start else [])
 
 
-def pack_best_fit(tokens: Tokens, seq_len: int, start: int, padding: int) -> Packed:
-    """Pack documents into samples by best fit; padding fills up the samples.
+def pack_best_fit(tokens: Tokens, seq_len: int, start: int, padding: int) -> PackedSamples:
+    """Pack documents into samples by best fit, and fill up the samples with padding.
 
     Args:
         tokens: the tokens of the documents, each preceded by `start`.
@@ -93,63 +96,68 @@ def pack_best_fit(tokens: Tokens, seq_len: int, start: int, padding: int) -> Pac
         start: the token that each document begins with.
         padding: the token that marks targets that do not count.
     """
-    begins = np.flatnonzero(tokens == start)
-    targets = np.diff(begins, append=len(tokens))
-    pieces, bins = _place(targets, seq_len)
-    samples = np.full((bins, seq_len + 1), padding, tokens.dtype)
-    ended = np.append(tokens, tokens.dtype.type(start))  # each document's end, the last one's too
-    for document, offset, bin_, place, length in pieces:
-        at = begins[document] + offset
-        if place == 0:
-            samples[bin_, 0] = ended[at]
-        samples[bin_, 1 + place : 1 + place + length] = ended[at + 1 : at + 1 + length]
-    return Packed(samples, bins * seq_len - int(targets.sum()), int((targets > seq_len).sum()))
+    starts = np.flatnonzero(tokens == start)
+    targets = np.diff(starts, append=len(tokens))
+    pieces, bin_count = _assign_bins(targets, seq_len)
+    samples = np.full((bin_count, seq_len + 1), padding, tokens.dtype)
+    # The start token of the next document is the last target of a document; the last document gets one, too.
+    extended_tokens = np.append(tokens, tokens.dtype.type(start))
+    for document, offset, bin_index, bin_offset, length in pieces:
+        token_index = starts[document] + offset
+        if bin_offset == 0:
+            samples[bin_index, 0] = extended_tokens[token_index]
+        samples[bin_index, 1 + bin_offset : 1 + bin_offset + length] = extended_tokens[
+            token_index + 1 : token_index + 1 + length
+        ]
+    return PackedSamples(samples, bin_count * seq_len - int(targets.sum()), int((targets > seq_len).sum()))
 
 
 class _Piece(NamedTuple):
     document: int
     offset: int
     """Offset of the piece within the document's targets."""
-    bin: int
-    place: int
+    bin_index: int
+    bin_offset: int
     length: int
 
 
-def _place(targets: np.ndarray, seq_len: int) -> tuple[list[_Piece], int]:
+def _assign_bins(targets: np.ndarray, seq_len: int) -> tuple[list[_Piece], int]:
     """Assign the targets of each document to bins; return the pieces and the number of bins.
 
     A document with more than T targets is cut into pieces of T. Then each other document, longest first, goes into the
-    bin with the least room that is enough, or into a new one.
+    bin with the least sufficient room, or into a new one.
     """
-    pieces, bins = list[_Piece](), 0
-    free: dict[int, list[int]] = {}  # bins by the room they have
-    rooms = 0  # bit r: there is a bin with room r
+    pieces, bin_count = list[_Piece](), 0
+    bins_by_room: dict[int, list[int]] = {}
+    # Bit r is set if there is a bin with room r, so that the least sufficient room is found in constant time.
+    room_bits = 0
 
-    def put(document: int, offset: int, length: int, bin_: int, place: int) -> None:
-        nonlocal rooms
-        pieces.append(_Piece(document, offset, bin_, place, length))
-        room = seq_len - place - length
-        free.setdefault(room, []).append(bin_)
-        rooms |= 1 << room
+    def add_piece(document: int, offset: int, length: int, bin_index: int, bin_offset: int) -> None:
+        nonlocal room_bits
+        pieces.append(_Piece(document, offset, bin_index, bin_offset, length))
+        room = seq_len - bin_offset - length
+        bins_by_room.setdefault(room, []).append(bin_index)
+        room_bits |= 1 << room
 
     for document in np.flatnonzero(targets > seq_len):
         for offset in range(0, int(targets[document]), seq_len):
-            put(int(document), offset, min(seq_len, int(targets[document]) - offset), bins, 0)
-            bins += 1
-    short = np.flatnonzero(targets <= seq_len)
-    for document in short[np.argsort(-targets[short], kind="stable")]:
+            add_piece(int(document), offset, min(seq_len, int(targets[document]) - offset), bin_count, 0)
+            bin_count += 1
+    # The sort is stable, so that the packing is the same on every machine.
+    short_documents = np.flatnonzero(targets <= seq_len)
+    for document in short_documents[np.argsort(-targets[short_documents], kind="stable")]:
         length = int(targets[document])
-        enough = rooms >> length
-        if not enough:
-            put(int(document), 0, length, bins, 0)
-            bins += 1
+        fitting_bits = room_bits >> length
+        if not fitting_bits:
+            add_piece(int(document), 0, length, bin_count, 0)
+            bin_count += 1
             continue
-        room = length + (enough & -enough).bit_length() - 1
-        bin_ = free[room].pop()
-        if not free[room]:
-            rooms ^= 1 << room
-        put(int(document), 0, length, bin_, seq_len - room)
-    return pieces, bins
+        room = length + (fitting_bits & -fitting_bits).bit_length() - 1
+        bin_index = bins_by_room[room].pop()
+        if not bins_by_room[room]:
+            room_bits ^= 1 << room
+        add_piece(int(document), 0, length, bin_index, seq_len - room)
+    return pieces, bin_count
 
 
 class ShardPlan(NamedTuple):
@@ -157,12 +165,12 @@ class ShardPlan(NamedTuple):
 
     domain: str
     number: int
-    tokens: Stream
+    tokens: TokenStream
     samples: int | None
     """Number of samples that concatenation cuts; None with best fit, which determines it when packing."""
 
 
-class Made(NamedTuple):
+class ShardResult(NamedTuple):
     domain: str
     number: int
     shard: Shard
@@ -170,10 +178,10 @@ class Made(NamedTuple):
     whole_documents: int
 
 
-def plan_shards(domain: str, stream: Stream, spec: DataSpec, token_bytes: int) -> list[ShardPlan]:
+def plan_shards(domain: str, stream: TokenStream, spec: DataSpec, token_bytes: int) -> list[ShardPlan]:
     """Return the plans of a domain's shards.
 
-    What they hold depends on the domain's tokens alone, so they can be made in any order.
+    The content of a shard depends on the domain's tokens alone, so shards can be written in any order.
     """
     if spec.packing == "best_fit":
         streams = plan_best_fit(stream, SHARD_BYTES // token_bytes)
@@ -183,22 +191,22 @@ def plan_shards(domain: str, stream: Stream, spec: DataSpec, token_bytes: int) -
 
 
 def make_shard(row: dict[str, Any], *, folder: Path, seq_len: int, token_bytes: int, start: int) -> dict[str, Any]:
-    """Write one shard: a task of Ray Data that takes a pickled `ShardPlan` and returns a pickled `Made`.
+    """Write one shard: a task of Ray Data that takes a pickled `ShardPlan` and returns a pickled `ShardResult`.
 
     Args:
         row: a row whose `plan` is the pickled plan.
-        folder: the folder in which the prepared data are being made.
+        folder: the staging directory of the result.
         seq_len: T.
         token_bytes: bytes per token, 2 or 4.
         start: the token that each document begins with.
     """
-    asked: ShardPlan = pickle.loads(row["plan"])
-    tokens = asked.tokens.read()
-    if asked.samples is None:
-        samples, padding, cut = pack_best_fit(tokens, seq_len, start, padding_token(token_bytes))
-        whole = int((tokens == start).sum()) - cut
+    plan: ShardPlan = pickle.loads(row["plan"])
+    tokens = plan.tokens.read()
+    if plan.samples is None:
+        samples, padding, cut_documents = pack_best_fit(tokens, seq_len, start, padding_token(token_bytes))
+        whole_documents = int((tokens == start).sum()) - cut_documents
     else:
-        samples, padding = cut_concat(tokens, asked.samples, seq_len), 0
-        whole = whole_documents(tokens, asked.samples, seq_len, start)
-    shard = write_shard(folder, f"train/{asked.domain}/{asked.number:05d}.arrow", samples)
-    return {"made": pickle.dumps(Made(asked.domain, asked.number, shard, padding, whole))}
+        samples, padding = cut_concat(tokens, plan.samples, seq_len), 0
+        whole_documents = count_whole_documents(tokens, plan.samples, seq_len, start)
+    shard = write_shard(folder, f"train/{plan.domain}/{plan.number:05d}.arrow", samples)
+    return {"result": pickle.dumps(ShardResult(plan.domain, plan.number, shard, padding, whole_documents))}

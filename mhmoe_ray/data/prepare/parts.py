@@ -1,4 +1,4 @@
-"""The tokens of a domain as one stream over the parts made from its chunks."""
+"""The tokens of a domain as one stream over the parts of its chunks."""
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
@@ -14,9 +14,8 @@ from mhmoe_ray.errors import DataError
 Tokens = np.ndarray[tuple[int], np.dtype[np.unsignedinteger]]
 
 
-class PartRef(NamedTuple):
-    """Reference to a stretch of a part's tokens: either those of the training documents, or those of the held-out
-    ones."""
+class PartSlice(NamedTuple):
+    """Slice of a part's tokens: those of its training documents, or those of its held-out documents."""
 
     name: str
     start: int
@@ -27,8 +26,8 @@ class PartRef(NamedTuple):
         return self.stop - self.start
 
 
-class Stream:
-    """Tokens of several parts, one after another.
+class TokenStream:
+    """Stream of the tokens of several parts, one after another.
 
     Args:
         folder: the folder of the parts.
@@ -36,7 +35,7 @@ class Stream:
         token_bytes: bytes per token, 2 or 4.
     """
 
-    def __init__(self, folder: Path, parts: Sequence[PartRef], token_bytes: int) -> None:
+    def __init__(self, folder: Path, parts: Sequence[PartSlice], token_bytes: int) -> None:
         self._folder, self._dtype = folder, token_dtype(token_bytes)
         self.parts = parts
         self._ends = list(accumulate((part.tokens for part in parts), initial=0))
@@ -44,14 +43,14 @@ class Stream:
     def __len__(self) -> int:
         return self._ends[-1]
 
-    def part(self, start: int, stop: int) -> "Stream":
-        """Return the tokens start .. stop - 1 as a stream of their own."""
-        first, last = bisect_right(self._ends, start) - 1, bisect_left(self._ends, stop)
+    def substream(self, start: int, stop: int) -> "TokenStream":
+        """Return the tokens start .. stop - 1 as a separate stream."""
+        first_part, end_part = bisect_right(self._ends, start) - 1, bisect_left(self._ends, stop)
         parts = [
-            PartRef(part.name, part.start + max(start - at, 0), part.stop - max(at + part.tokens - stop, 0))
-            for part, at in zip(self.parts[first:last], self._ends[first:last], strict=True)
+            PartSlice(part.name, part.start + max(start - offset, 0), part.stop - max(offset + part.tokens - stop, 0))
+            for part, offset in zip(self.parts[first_part:end_part], self._ends[first_part:end_part], strict=True)
         ]
-        return Stream(self._folder, parts, self._dtype.itemsize)
+        return TokenStream(self._folder, parts, self._dtype.itemsize)
 
     def read(self) -> Tokens:
         """Read all tokens of the stream.
@@ -59,18 +58,21 @@ class Stream:
         Raises:
             DataError: a part has fewer tokens than expected.
         """
-        return np.concatenate([*self._each(), np.empty(0, self._dtype)])
+        # np.concatenate needs at least one array; the empty one also fixes the dtype.
+        return np.concatenate([*self._read_parts(), np.empty(0, self._dtype)])
 
-    def _each(self) -> Iterator[Tokens]:
+    def _read_parts(self) -> Iterator[Tokens]:
         for part in self.parts:
-            where = part_file(self._folder, part.name)
-            tokens = np.fromfile(where, self._dtype, part.tokens, offset=part.start * self._dtype.itemsize)
+            path = part_file(self._folder, part.name)
+            tokens = np.fromfile(path, self._dtype, part.tokens, offset=part.start * self._dtype.itemsize)
+            # np.fromfile returns fewer items from a file that is too short.
             if len(tokens) < part.tokens:
-                why = f"it has {len(tokens):,} tokens of {part.tokens:,} from {part.start:,} on"
-                raise DataError(f"part {where}", why, "remove that folder of parts and prepare again")
+                reason = f"it has {len(tokens):,} tokens of {part.tokens:,} from {part.start:,} on"
+                raise DataError(f"part {path}", reason, "remove that folder of parts and prepare again")
             yield tokens
 
 
 def part_file(folder: Path, name: str) -> Path:
-    """Return the file of a part's tokens; there are many, so they are spread over 256 folders."""
+    """Return the path of the file with a part's tokens."""
+    # There are many parts, so they are spread over 256 folders.
     return folder / name[:2] / f"{name}.tokens"

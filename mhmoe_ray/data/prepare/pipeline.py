@@ -3,9 +3,9 @@
     files -> chunks of documents -> parts (their tokens)      chunks.py, tokenise.py
     parts, domain by domain      -> shards (packed samples)   packing.py, validation.py
 
-Files are read, chunks tokenised and shards packed in parallel; each task holds a few chunks or one shard in memory. The
-result depends on the files and the settings only, never on how many tasks ran at once or whether a job was killed in
-between. It is published under its name in one rename, when it is complete.
+Tasks read files, tokenise chunks and pack shards in parallel; each has a few chunks or one shard in memory. The result
+depends on the files and the settings only, not on the number of tasks or on earlier jobs that were killed. It is
+published under its name in one rename, when it is complete.
 """
 
 import pickle
@@ -22,134 +22,149 @@ import ray
 import ray.data
 from tokenizers import Tokenizer
 
-from mhmoe_ray.data.prepare.baselines import baselines, joined, pairs
-from mhmoe_ray.data.prepare.chunks import CHUNK, FILE, Limit, quarantine_file, read_chunks
-from mhmoe_ray.data.prepare.packing import Made, make_shard, plan_shards
-from mhmoe_ray.data.prepare.parts import PartRef, Stream
-from mhmoe_ray.data.prepare.tokenise import Part, Tokenised, tokenise_chunk
-from mhmoe_ray.data.prepare.validation import Chosen, choose
-from mhmoe_ray.data.prepare.work import Report, Workplace, at_work, clear, publish
+from mhmoe_ray.data.prepare.baselines import compute_baselines, join_pairs, token_pairs
+from mhmoe_ray.data.prepare.chunks import (
+    CHUNK_CHARACTERS,
+    QUARANTINE_FILE,
+    QuarantineLimit,
+    quarantine_file,
+    read_chunks,
+)
+from mhmoe_ray.data.prepare.packing import ShardResult, make_shard, plan_shards
+from mhmoe_ray.data.prepare.parts import PartSlice, TokenStream
+from mhmoe_ray.data.prepare.tokenise import Part, TokenisedChunk, tokenise_chunk
+from mhmoe_ray.data.prepare.validation import ValidationSplit, write_validation_split
+from mhmoe_ray.data.prepare.work import ProgressReport, StagingDirectory, clean_up, publish, staging_directory
 from mhmoe_ray.data.shards.files import ShardReader, padding_token, token_bytes_for
 from mhmoe_ray.data.shards.manifest import (
     Baselines,
     DataManifest,
     Domain,
     Shard,
-    prepared_for,
     read_data_manifest,
     recipe,
     require_data_manifest,
+    require_prepared_data,
 )
-from mhmoe_ray.data.sources import Tally, blocks_of, find_files
+from mhmoe_ray.data.sources import Tally, file_blocks, find_files
 from mhmoe_ray.data.sources.find import fingerprints
-from mhmoe_ray.data.tokenizer import boundaries, load_tokenizer, store_given, train_tokenizer
+from mhmoe_ray.data.tokenizer import boundaries, load_tokenizer, store_given_tokenizer, train_tokenizer
 from mhmoe_ray.errors import DataError
 from mhmoe_ray.spec import RunSpec
 from mhmoe_ray.storage import describe_file, write_json
 
 CPUS_PER_READER = 8
-"""CPUs per reader: one core reads at least as fast as this many tokenise. Readers and tokenising tasks wait for each
-other, so readers take no CPU of Ray's."""
+"""CPUs per reader: one core reads at least as fast as this many cores tokenise. Readers and tokenising tasks wait for
+each other, so readers reserve no CPU in Ray."""
 
-MOST_CPUS_TO_COME = 64
-"""Largest number of CPUs that a cluster without any yet is expected to get; readers for them start at once and may run
-on its head."""
+MAX_EXPECTED_CPUS = 64
+"""Largest number of CPUs that are expected of a cluster that has none yet. The readers for them start at once, maybe on
+the head node."""
 
 BASELINE_TOKENS = 20_000_000
 
 
 def prepare(spec: RunSpec) -> DataManifest:
-    """Return the manifest of a spec's prepared folder, which is made if it is missing. Ray must be running.
+    """Return the manifest of a spec's prepared folder, and prepare the folder if it is missing. Ray must be running.
 
     Raises:
-        DataError: sources are missing, more is bad than allowed, or the folder was made with other settings.
+        DataError: sources are missing, too many lines are bad, or the folder was prepared with other settings.
     """
     folder = spec.data.prepared
     if read_data_manifest(folder) is None:
         try:
-            with at_work(spec) as place, _chunks_as_blocks():
-                _Preparation(spec, place).run()
-                publish(place.result, folder)
+            with staging_directory(spec) as staging, _chunk_sized_blocks():
+                _Preparation(spec, staging).run()
+                publish(staging.result_path, folder)
         except Exception:
             if read_data_manifest(folder) is None:
                 raise
-            # Another job was first and has taken the parts away.
-        require_data_manifest(folder)  # else something that is no job's lies there, and the parts are kept
-    clear(folder)  # also what a job left that was killed before it came here
-    return prepared_for(spec)
+            # Another job published its result first and removed our parts, which made this one fail.
+        # A folder without a manifest does not come from a job. Then this fails, and the parts are kept.
+        require_data_manifest(folder)
+    # This also removes the staging directory of a job that was killed between its publishing and its cleaning up.
+    clean_up(folder)
+    return require_prepared_data(spec)
 
 
 @contextmanager
-def _chunks_as_blocks() -> Iterator[None]:
-    """Set the block size of Ray Data to a chunk within this context, since one task tokenises a block.
-
-    Progress bars are switched off, too, since they would fill the job's log.
-    """
+def _chunk_sized_blocks() -> Iterator[None]:
+    """Set the block size of Ray Data to a chunk within this context, and switch off its progress bars."""
+    # A task tokenises one block. Progress bars would fill the job's log.
     context = ray.data.DataContext.get_current()
-    before = context.target_max_block_size, context.enable_progress_bars
-    context.target_max_block_size, context.enable_progress_bars = CHUNK, False
+    previous_settings = context.target_max_block_size, context.enable_progress_bars
+    context.target_max_block_size, context.enable_progress_bars = CHUNK_CHARACTERS, False
     try:
         yield
     finally:
-        context.target_max_block_size, context.enable_progress_bars = before
+        context.target_max_block_size, context.enable_progress_bars = previous_settings
 
 
 class _Preparation:
-    def __init__(self, spec: RunSpec, place: Workplace) -> None:
-        self._spec, self._data, self._place = spec, spec.data, place
-        self._tokenizer = place.result / "tokenizer.json"
+    def __init__(self, spec: RunSpec, staging: StagingDirectory) -> None:
+        self._spec, self._data_spec, self._staging = spec, spec.data, staging
+        self._tokenizer = staging.result_path / "tokenizer.json"
         self._token_bytes = token_bytes_for(spec.model.vocab_size)
-        self._files, self._fingerprints = find_files(spec.data), fingerprints(spec.data)
-        self._limit = Limit(spec.data, self._files)
-        self._report = Report(place.shared, sum(file.size for file in self._files))
+        self._files = find_files(spec.data)
+        self._fingerprints = fingerprints(spec.data, self._files)
+        self._limit = QuarantineLimit(spec.data, self._files)
+        self._report = ProgressReport(staging.shared_path, sum(file.size for file in self._files))
 
     def run(self) -> None:
-        """Run all stages; afterwards the staging directory has the whole result."""
-        self._say(f"tokenizer for {len(self._files)} files")
-        self._report.enter("tokenizer")
+        """Run all stages, which write the complete result into the staging directory."""
+        self._log(f"tokenizer for {len(self._files)} files")
+        self._report.enter_stage("tokenizer")
         start = self._make_tokenizer()
-        self._say(f"tokenising {len(self._files)} files")
-        self._report.enter("tokenising")
+        self._log(f"tokenising {len(self._files)} files")
+        self._report.enter_stage("tokenising")
         parts, tallies = self._tokenise()
         by_domain: dict[str, list[Part]] = defaultdict(list)
         for part in parts:
             by_domain[self._files[part.file].domain].append(part)
         self._check_not_empty(by_domain)
-        self._say(f"packing {len(by_domain)} domains and languages")
-        made = self._pack(by_domain, start)
-        self._report.enter("finishing")
-        held_out = {name: self._held_out(own) for name, own in sorted(by_domain.items())}
-        shards = {name: [m.shard for m in made[name]] for name in by_domain}
+        self._log(f"packing {len(by_domain)} domains and languages")
+        shard_results = self._write_shards(by_domain, start)
+        self._report.enter_stage("finishing")
+        held_out = {name: self._held_out_stream(domain_parts) for name, domain_parts in sorted(by_domain.items())}
+        shards = {name: [result.shard for result in shard_results[name]] for name in by_domain}
         finish = ray.remote(_finish).options(num_cpus=1)
-        chosen, figures = ray.get(finish.remote(self._place.result, held_out, shards, self._spec, self._token_bytes))
+        validation, baselines = ray.get(
+            finish.remote(self._staging.result_path, held_out, shards, self._spec, self._token_bytes)
+        )
         manifest = DataManifest(
             recipe=recipe(self._spec),
             fingerprints=self._fingerprints,
-            seq_len=self._data.seq_len,
+            seq_len=self._data_spec.seq_len,
             token_bytes=self._token_bytes,
             tokenizer_sha256=describe_file(self._tokenizer).sha256,
             domains={
-                name: _domain(by_domain[name], tallies[name], made[name], chosen.samples[name], self._data.seq_len)
+                name: _domain_entry(
+                    by_domain[name],
+                    tallies[name],
+                    shard_results[name],
+                    validation.sample_counts[name],
+                    self._data_spec.seq_len,
+                )
                 for name in sorted(by_domain)
             },
-            validation=chosen.shards,
-            validation_tokens=chosen.targets,
-            baselines=figures,
+            validation=validation.shards,
+            validation_tokens=validation.target_count,
+            baselines=baselines,
             bad_lines=sum(tally.bad.total() for tally in tallies.values()),
         )
-        write_json(self._place.result / "manifest.json", manifest.model_dump(mode="json"))
+        write_json(self._staging.result_path / "manifest.json", manifest.model_dump(mode="json"))
 
-    def _say(self, text: str) -> None:
+    def _log(self, text: str) -> None:
         print(f"prepare: {text}", flush=True)
 
     def _make_tokenizer(self) -> int:
-        """Write tokenizer.json and return the token that each document begins with."""
+        """Write tokenizer.json and return the start token of documents."""
         path, vocab_size = self._tokenizer, self._spec.model.vocab_size
-        if self._data.tokenizer is not None:
-            store_given(self._data, vocab_size, path)
+        if self._data_spec.tokenizer is not None:
+            store_given_tokenizer(self._data_spec, vocab_size, path)
         else:
             train = ray.remote(train_tokenizer).options(num_cpus=1)
-            tokenizer: Tokenizer = ray.get(train.remote(self._files, self._data, vocab_size))
+            tokenizer: Tokenizer = ray.get(train.remote(self._files, self._data_spec, vocab_size))
             tokenizer.save(str(path))
         return boundaries(load_tokenizer(path, vocab_size)).start
 
@@ -160,48 +175,51 @@ class _Preparation:
             All parts in the order of files and chunks, and the tallies by domain.
 
         Raises:
-            DataError: more is bad than the spec allows.
+            DataError: more items are bad than the spec allows.
         """
-        quarantine = self._place.quarantine
-        read = partial(read_chunks, spec=self._data, limit=self._limit, quarantine=quarantine, characters=CHUNK)
+        quarantine = self._staging.quarantine_path
+        read = partial(
+            read_chunks, spec=self._data_spec, limit=self._limit, quarantine=quarantine, characters=CHUNK_CHARACTERS
+        )
         tokenise = partial(
             tokenise_chunk,
             tokenizer=self._tokenizer,
             tokenizer_sha256=describe_file(self._tokenizer).sha256,
-            parts=self._place.parts,
-            validation_fraction=self._data.validation_fraction,
+            parts=self._staging.parts_path,
+            validation_fraction=self._data_spec.validation_fraction,
             token_bytes=self._token_bytes,
         )
-        # A cluster whose nodes start when they are needed may have none yet.
-        cpus = ray.cluster_resources().get("CPU", 0) or min(self._spec.cluster.cpus, MOST_CPUS_TO_COME)
+        # An autoscaling cluster may have no nodes yet.
+        cpus = ray.cluster_resources().get("CPU", 0) or min(self._spec.cluster.cpus, MAX_EXPECTED_CPUS)
         readers = ceil(cpus / CPUS_PER_READER)
-        files = ray.data.from_arrow(blocks_of(self._files))
+        files = ray.data.from_arrow(file_blocks(self._files))
         chunks = files.map_batches(read, batch_format="pyarrow", batch_size=1, num_cpus=0, concurrency=readers)
         parts, tally, report = [], Tally(), self._report
         tallies, quarantined = defaultdict[str, Tally](Tally), []
         for row in chunks.map_batches(tokenise, batch_format="pyarrow", batch_size=1).iter_rows():
-            chunk = Tokenised.of_row(row)
+            chunk = TokenisedChunk.from_row(row)
             part = chunk.part
             parts.append(part)
             tally += chunk.tally
             tallies[self._files[part.file].domain] += chunk.tally
             if chunk.tally.bad:
                 quarantined.append((part.file, part.chunk))
-            if chunk.stopped or self._limit.hopeless(tally):
+            if chunk.is_aborted or self._limit.will_be_exceeded(tally):
                 raise self._limit.error(tally)
             tokens = part.counts.tokens + part.counts.held_out_tokens
             report.done_bytes = tally.bytes_read
             report.documents, report.tokens = tally.documents, report.tokens + tokens
-            if chunk.found:
-                report.found_bytes += chunk.tally.bytes_read
-                report.found_tokens += tokens
+            if chunk.is_reused:
+                report.reused_bytes += chunk.tally.bytes_read
+                report.reused_tokens += tokens
             report.refresh()
-        if self._limit.exceeded(tally):
+        if self._limit.is_exceeded(tally):
             raise self._limit.error(tally)
-        before = f", {report.found_tokens:,} of them from before" if report.found_tokens else ""
-        self._say(f"{report.documents:,} documents have {report.tokens:,} tokens{before}")
+        reused_text = f", {report.reused_tokens:,} of them from an earlier job" if report.reused_tokens else ""
+        self._log(f"{report.documents:,} documents have {report.tokens:,} tokens{reused_text}")
+        # Tasks end in any order, and the result must not depend on it.
         parts.sort(key=lambda part: (part.file, part.chunk))
-        with (self._place.result / FILE).open("wb") as out:
+        with (self._staging.result_path / QUARANTINE_FILE).open("wb") as out:
             for file, number in sorted(quarantined):
                 out.write(quarantine_file(quarantine, file, number).read_bytes())
         return parts, tallies
@@ -209,60 +227,66 @@ class _Preparation:
     def _check_not_empty(self, by_domain: dict[str, list[Part]]) -> None:
         """Check that there are held-out documents with tokens, and tokens for a training sample.
 
-        The check is not in a task, since Ray would wrap its error in a traceback.
-
         Raises:
-            DataError: there is nothing to validate with, or nothing to train on.
+            DataError: there is no validation sample or no training sample.
         """
-        if not any(part.counts.held_out_documents for own in by_domain.values() for part in own):
+        # The check is not in a task, since Ray would wrap its error in a traceback.
+        if not any(part.counts.held_out_documents for parts in by_domain.values() for part in parts):
             fix = "raise data.validation_fraction or add documents"
-            raise DataError("validation", "no document fell into the held-out share", fix)
-        if all(sum(part.counts.held_out_tokens for part in own) < 2 for own in by_domain.values()):
+            raise DataError("validation", "no document is in the held-out share", fix)
+        if all(sum(part.counts.held_out_tokens for part in parts) < 2 for parts in by_domain.values()):
             raise DataError("validation", "the documents of the held-out share have no tokens", fix)
-        needed = 1 if self._data.packing == "best_fit" else self._data.seq_len + 1
-        if all(sum(part.counts.tokens for part in own) < needed for own in by_domain.values()):
+        min_tokens = 1 if self._data_spec.packing == "best_fit" else self._data_spec.seq_len + 1
+        if all(sum(part.counts.tokens for part in parts) < min_tokens for parts in by_domain.values()):
             raise DataError("training", "no domain fills a single sample", "shorten data.seq_len or add documents")
 
-    def _training(self, parts: list[Part]) -> Stream:
-        refs = [PartRef(part.name, 0, part.counts.tokens) for part in parts if part.counts.tokens]
-        return Stream(self._place.parts, refs, self._token_bytes)
+    def _training_stream(self, parts: list[Part]) -> TokenStream:
+        refs = [PartSlice(part.name, 0, part.counts.tokens) for part in parts if part.counts.tokens]
+        return TokenStream(self._staging.parts_path, refs, self._token_bytes)
 
-    def _held_out(self, parts: list[Part]) -> Stream:
-        counted = [(part.name, part.counts) for part in parts if part.counts.held_out_tokens]
-        refs = [PartRef(name, n.tokens, n.tokens + n.held_out_tokens) for name, n in counted]
-        return Stream(self._place.parts, refs, self._token_bytes)
+    def _held_out_stream(self, parts: list[Part]) -> TokenStream:
+        held_out_parts = [(part.name, part.counts) for part in parts if part.counts.held_out_tokens]
+        refs = [PartSlice(name, n.tokens, n.tokens + n.held_out_tokens) for name, n in held_out_parts]
+        return TokenStream(self._staging.parts_path, refs, self._token_bytes)
 
-    def _pack(self, by_domain: dict[str, list[Part]], start: int) -> dict[str, list[Made]]:
-        """Write the shards of all domains; return those of each domain in order."""
+    def _write_shards(self, by_domain: dict[str, list[Part]], start: int) -> dict[str, list[ShardResult]]:
+        """Write the shards of all domains; return the results of each domain in the order of its shards."""
         plans = [
-            p
+            plan
             for name, parts in by_domain.items()
-            for p in plan_shards(name, self._training(parts), self._data, self._token_bytes)
+            for plan in plan_shards(name, self._training_stream(parts), self._data_spec, self._token_bytes)
         ]
         self._report.shards, self._report.total_shards = 0, len(plans)
-        self._report.enter("packing")
+        self._report.enter_stage("packing")
         task = partial(
             make_shard,
-            folder=self._place.result,
-            seq_len=self._data.seq_len,
+            folder=self._staging.result_path,
+            seq_len=self._data_spec.seq_len,
             token_bytes=self._token_bytes,
             start=start,
         )
-        made: dict[str, list[Made]] = {name: [] for name in by_domain}
-        rows = [{"plan": pickle.dumps(p)} for p in plans]
+        shard_results: dict[str, list[ShardResult]] = {name: [] for name in by_domain}
+        rows = [{"plan": pickle.dumps(plan)} for plan in plans]
+        # With a block for each plan, Ray Data runs a task for each shard.
         for row in ray.data.from_items(rows, override_num_blocks=len(rows)).map(task).iter_rows():
-            shard: Made = pickle.loads(row["made"])
-            made[shard.domain].append(shard)
+            shard: ShardResult = pickle.loads(row["result"])
+            shard_results[shard.domain].append(shard)
             self._report.shards += 1
             self._report.refresh()
-        return {name: sorted(shards, key=lambda m: m.number) for name, shards in made.items()}
+        return {name: sorted(shards, key=lambda result: result.number) for name, shards in shard_results.items()}
 
 
-def _domain(parts: list[Part], tally: Tally, made: list[Made], validation_samples: int, seq_len: int) -> Domain:
+def _domain_entry(
+    parts: list[Part], tally: Tally, shard_results: list[ShardResult], validation_samples: int, seq_len: int
+) -> Domain:
     counts = [part.counts for part in parts]
     documents, tokens = sum(c.documents for c in counts), sum(c.tokens for c in counts)
-    samples, padding = sum(m.shard.rows for m in made), sum(m.padding for m in made)
-    # Best fit makes each token and each document's end a target; concatenation each token but the first.
+    samples, padding = (
+        sum(result.shard.rows for result in shard_results),
+        sum(result.padding for result in shard_results),
+    )
+    # With best fit, each token but the first of a document is a target, and so is the end of the document. With
+    # concatenation, each token but the first of the domain is a target.
     targets = samples * seq_len - padding
     return Domain(
         documents=documents,
@@ -276,29 +300,31 @@ def _domain(parts: list[Part], tally: Tally, made: list[Made], validation_sample
         validation_samples=validation_samples,
         unused_tokens=max(0, tokens - 1 - targets),
         padding=padding,
-        cut_documents=documents - sum(m.whole_documents for m in made),
-        shards=[m.shard for m in made],
+        cut_documents=documents - sum(result.whole_documents for result in shard_results),
+        shards=[result.shard for result in shard_results],
     )
 
 
-class _Finished(NamedTuple):
-    chosen: Chosen
-    figures: Baselines
+class _FinishResult(NamedTuple):
+    validation: ValidationSplit
+    baselines: Baselines
 
 
 def _finish(
-    work: Path, held_out: dict[str, Stream], shards: dict[str, list[Shard]], spec: RunSpec, token_bytes: int
-) -> _Finished:
+    folder: Path, held_out: dict[str, TokenStream], shards: dict[str, list[Shard]], spec: RunSpec, token_bytes: int
+) -> _FinishResult:
     """Write the validation samples and compute the baselines."""
-    chosen = choose(work, held_out, spec.data.validation_samples, spec.data.seq_len, token_bytes)
+    validation_split = write_validation_split(
+        folder, held_out, spec.data.validation_samples, spec.data.seq_len, token_bytes
+    )
     padding = padding_token(token_bytes)
-    readers = [ShardReader(work, shards[name], token_bytes) for name in sorted(shards) if shards[name]]
-    part = min(1.0, BASELINE_TOKENS / (sum(len(reader) for reader in readers) * spec.data.seq_len))
-    counted = (pairs(reader.read(np.arange(ceil(part * len(reader)))), padding) for reader in readers)
-    validation = ShardReader(work, chosen.shards, token_bytes)
-    figures = baselines(
-        joined(counted),
-        pairs(validation.read(np.arange(len(validation))), padding),
+    readers = [ShardReader(folder, shards[name], token_bytes) for name in sorted(shards) if shards[name]]
+    share = min(1.0, BASELINE_TOKENS / (sum(len(reader) for reader in readers) * spec.data.seq_len))
+    train_pairs = (token_pairs(reader.read(np.arange(ceil(share * len(reader)))), padding) for reader in readers)
+    validation = ShardReader(folder, validation_split.shards, token_bytes)
+    baselines = compute_baselines(
+        join_pairs(train_pairs),
+        token_pairs(validation.read(np.arange(len(validation))), padding),
         spec.model.vocab_size,
     )
-    return _Finished(chosen, figures)
+    return _FinishResult(validation_split, baselines)

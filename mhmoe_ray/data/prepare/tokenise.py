@@ -1,7 +1,7 @@
-"""Tokenising of a chunk of documents: its tokens become a part, a file named by a hash of what it was made from.
+"""Tokenising of a chunk of documents: its tokens become a part, a file whose name is a hash of its texts and settings.
 
-A part that exists is not made again, so a job that was killed resumes where it was, even if files were added, moved or
-changed meanwhile.
+A part that exists is reused. So a job that follows a killed one continues its work, even if files were added, moved or
+changed in between.
 """
 
 import hashlib
@@ -23,8 +23,8 @@ from mhmoe_ray.data.sources import Tally
 from mhmoe_ray.data.tokenizer import DocumentEncoder, document_encoder
 from mhmoe_ray.storage import replace_file
 
-BATCH = 1 << 18
-"""Largest number of characters encoded in one call (a single longer text is a call of its own); an encoding takes some
+BATCH_CHARACTERS = 1 << 18
+"""Largest number of characters that are encoded in one call (a longer text is encoded alone); an encoding takes about
 50 times the memory of its text."""
 
 
@@ -42,7 +42,7 @@ class PartCounts(BaseModel):
 
 
 class Part(NamedTuple):
-    """Record of a chunk's part, which the driver keeps until everything is packed."""
+    """Record of the part of a chunk, which the driver keeps until all shards are packed."""
 
     file: int
     chunk: int
@@ -51,20 +51,20 @@ class Part(NamedTuple):
     counts: PartCounts
 
 
-class Tokenised(NamedTuple):
+class TokenisedChunk(NamedTuple):
     """Result of tokenising a chunk into a part."""
 
     part: Part
     tally: Tally
-    stopped: bool
-    found: bool
-    """Whether the part existed already."""
+    is_aborted: bool
+    is_reused: bool
+    """True if the part already existed."""
 
     def as_row(self) -> dict[str, Any]:
         return {"tokenised": pickle.dumps(self)}
 
     @classmethod
-    def of_row(cls, row: dict[str, Any]) -> "Tokenised":
+    def from_row(cls, row: dict[str, Any]) -> "TokenisedChunk":
         tokenised = pickle.loads(row["tokenised"])
         assert isinstance(tokenised, cls)
         return tokenised
@@ -79,55 +79,59 @@ def tokenise_chunk(
     validation_fraction: float,
     token_bytes: int,
 ) -> dict[str, Any]:
-    """Tokenise a chunk: a task of Ray Data that takes a table of one `Chunk` and returns a batch of one `Tokenised`.
+    """Tokenise a chunk: a task of Ray Data that maps a table of one `Chunk` to a batch of one `TokenisedChunk`.
 
     Args:
-        table: a table that `read_chunks` made.
+        table: a table that `read_chunks` yielded.
         tokenizer: the path of a tokenizer.json, which never changes.
         tokenizer_sha256: SHA-256 of that file.
         parts: the folder of the parts.
         validation_fraction: share of the documents that is held out.
         token_bytes: bytes per token, 2 or 4.
     """
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # as many processes as CPUs do the same
-    chunk = Chunk.of_table(table)
-    name, counts, found = "", PartCounts(), False
+    # There is already one such process for each CPU.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    chunk = Chunk.from_table(table)
+    name, counts, is_reused = "", PartCounts(), False
     if chunk.texts:
-        name = _name(chunk.texts, tokenizer_sha256, validation_fraction, token_bytes)
-        there = _find(part_file(parts, name), token_bytes)
-        found, counts = there is not None, there or counts
-        if not found:
-            tokens, counts = _encode(chunk.texts, document_encoder(tokenizer), validation_fraction, token_bytes)
+        name = _part_name(chunk.texts, tokenizer_sha256, validation_fraction, token_bytes)
+        existing_counts = _find_counts(part_file(parts, name), token_bytes)
+        is_reused, counts = existing_counts is not None, existing_counts or counts
+        if not is_reused:
+            tokens, counts = _encode_texts(chunk.texts, document_encoder(tokenizer), validation_fraction, token_bytes)
             replace_file(part_file(parts, name), tokens.tobytes())
-            replace_file(_described(part_file(parts, name)), counts.model_dump_json().encode())
-    tokenised = Tokenised(Part(chunk.file, chunk.number, name, counts), chunk.tally, chunk.stopped, found)
+            # The counts are written after the tokens, so a part with counts has all of its tokens.
+            replace_file(_counts_file(part_file(parts, name)), counts.model_dump_json().encode())
+    tokenised = TokenisedChunk(Part(chunk.file, chunk.number, name, counts), chunk.tally, chunk.is_aborted, is_reused)
     return {key: [value] for key, value in tokenised.as_row().items()}
 
 
-def _name(texts: Iterable[str], tokenizer_sha256: str, validation_fraction: float, token_bytes: int) -> str:
+def _part_name(texts: Iterable[str], tokenizer_sha256: str, validation_fraction: float, token_bytes: int) -> str:
     digest = hashlib.sha256(f"{tokenizer_sha256} {validation_fraction} {token_bytes}".encode())
     for text in texts:
         data = text.encode()
+        # The length separates texts, so that other cuts of the same characters have another hash.
         digest.update(len(data).to_bytes(8))
         digest.update(data)
     return digest.hexdigest()[:40]
 
 
-def _described(part: Path) -> Path:
+def _counts_file(part: Path) -> Path:
     return part.with_suffix(".json")
 
 
-def _find(part: Path, token_bytes: int) -> PartCounts | None:
+def _find_counts(part: Path, token_bytes: int) -> PartCounts | None:
     """Return the counts of a part, or None if it does not exist or is incomplete."""
     try:
-        counts = PartCounts.model_validate_json(_described(part).read_bytes())
+        counts = PartCounts.model_validate_json(_counts_file(part).read_bytes())
         size = part.stat().st_size
     except FileNotFoundError:
         return None
+    # A part of another size is damaged and will be encoded again.
     return counts if size == (counts.tokens + counts.held_out_tokens) * token_bytes else None
 
 
-def _encode(
+def _encode_texts(
     texts: list[str], encoder: DocumentEncoder, validation_fraction: float, token_bytes: int
 ) -> tuple[Tokens, PartCounts]:
     counts, dtype = PartCounts(), token_dtype(token_bytes)
@@ -144,13 +148,14 @@ def _encode(
                 train.append(tokens)
                 counts.documents += 1
                 counts.tokens += len(tokens)
+    # Training documents come first, so that each kind is one slice of the part.
     return np.concatenate([*train, *held_out]), counts
 
 
 def _batches(texts: list[str]) -> Iterator[list[str]]:
     batch, size = list[str](), 0
     for text in texts:
-        if batch and size + len(text) > BATCH:
+        if batch and size + len(text) > BATCH_CHARACTERS:
             yield batch
             batch, size = [], 0
         batch.append(text)

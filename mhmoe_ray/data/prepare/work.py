@@ -1,13 +1,13 @@
-"""The staging directories of a preparation, its progress report, and publishing the result under its name.
+"""The staging directory of a preparation, its progress report, and the publishing of the result under its name.
 
     <prepared>.partial-<hash of the settings>/
-      parts/           tokens of chunks, named by content: a job reuses the parts that earlier jobs left
+      parts/           tokens of chunks, named by content: a job reuses the parts of earlier jobs
       progress.json
-      <a job's own>/   quarantine/; prepared/, the result; alive, the job's heartbeat file
+      <job>/           quarantine/; prepared/, the result; alive, a file whose modification time is the job's heartbeat
 
-Several jobs may work here at once: they share only the parts, each of which is written in one step, and two parts of
-one name are equal. The first job with a complete result publishes it and cleans up; the others find the published
-folder and use it.
+Several jobs may use a staging directory at once: they share only the parts, each of which is written in one step, and
+two parts of the same name are equal. The first job with a complete result publishes it and cleans up; the others use
+the published folder.
 """
 
 import errno
@@ -31,8 +31,8 @@ from mhmoe_ray.data.shards.manifest import recipe
 from mhmoe_ray.spec import RunSpec
 from mhmoe_ray.storage import replace_file
 
-FILE = "progress.json"
-EVERY_SECONDS = 1.0
+PROGRESS_FILE = "progress.json"
+WRITE_SECONDS = 1.0
 
 Stage = Literal["tokenizer", "tokenising", "packing", "finishing"]
 
@@ -45,90 +45,91 @@ class PreparationProgress(BaseModel):
     documents: int
     tokens: int
     found_tokens: int
-    """Number of those tokens that an earlier attempt left."""
+    """Number of those tokens in parts that an earlier job wrote."""
     bytes_per_s: float
-    """Stored bytes tokenised per second by this attempt."""
+    """Stored bytes that this job tokenises per second."""
     seconds_left: float | None
     """Estimated seconds until tokenising ends; None while there is no estimate."""
 
 
 @dataclass
-class Report:
-    """Progress report that keeps progress.json up to date."""
+class ProgressReport:
+    """Progress report that is written to progress.json."""
 
     folder: Path
     total_bytes: int
     stage: Stage = "tokenizer"
     done_bytes: int = 0
-    found_bytes: int = 0
+    reused_bytes: int = 0
     documents: int = 0
     tokens: int = 0
-    found_tokens: int = 0
+    reused_tokens: int = 0
     shards: int = 0
     total_shards: int = 0
-    _began: float = field(default_factory=time.monotonic)
-    _written: float = 0.0
+    _start_time: float = field(default_factory=time.monotonic)
+    _write_time: float = 0.0
 
-    def enter(self, stage: Stage) -> None:
-        self.stage, self._began = stage, time.monotonic()
+    def enter_stage(self, stage: Stage) -> None:
+        self.stage, self._start_time = stage, time.monotonic()
         self.write()
 
     def refresh(self) -> None:
-        if time.monotonic() - self._written >= EVERY_SECONDS:
+        if time.monotonic() - self._write_time >= WRITE_SECONDS:
             self.write()
 
     def write(self) -> None:
-        self._written = time.monotonic()
-        seconds = max(self._written - self._began, 1e-3)
-        made = self.done_bytes - self.found_bytes
-        packing = self.stage == "packing"
+        self._write_time = time.monotonic()
+        seconds = max(self._write_time - self._start_time, 1e-3)
+        # Reused parts take no time, so they do not count for the speed.
+        new_bytes = self.done_bytes - self.reused_bytes
+        is_packing = self.stage == "packing"
         progress = PreparationProgress(
             stage=self.stage,
-            done=self.shards if packing else self.done_bytes,
-            total=self.total_shards if packing else self.total_bytes,
+            done=self.shards if is_packing else self.done_bytes,
+            total=self.total_shards if is_packing else self.total_bytes,
             documents=self.documents,
             tokens=self.tokens,
-            found_tokens=self.found_tokens,
-            bytes_per_s=made / seconds if self.stage == "tokenising" else 0.0,
-            seconds_left=(self.total_bytes - self.done_bytes) * seconds / made
-            if made and self.stage == "tokenising"
+            found_tokens=self.reused_tokens,
+            bytes_per_s=new_bytes / seconds if self.stage == "tokenising" else 0.0,
+            seconds_left=(self.total_bytes - self.done_bytes) * seconds / new_bytes
+            if new_bytes and self.stage == "tokenising"
             else None,
         )
-        replace_file(self.folder / FILE, progress.model_dump_json().encode())
+        replace_file(self.folder / PROGRESS_FILE, progress.model_dump_json().encode())
 
 
 def read_progress(folder: Path) -> PreparationProgress | None:
-    """Return the progress of a preparation, or None where nothing is being prepared."""
+    """Return the progress of a preparation, or None if no preparation is running."""
     try:
-        return PreparationProgress.model_validate_json((folder / FILE).read_bytes())
+        return PreparationProgress.model_validate_json((folder / PROGRESS_FILE).read_bytes())
     except (OSError, ValidationError):
         return None
 
 
-ALIVE = "alive"
-ALIVE_SECONDS = 20.0
-"""Seconds between two heartbeats."""
-DEAD_SECONDS = 1200.0
-"""Seconds without a heartbeat after which a job counts as dead."""
+ALIVE_FILE = "alive"
+TOUCH_SECONDS = 20.0
+"""Seconds between two updates of the file's modification time."""
+STALE_SECONDS = 1200.0
+"""Age of the modification time, in seconds, from which a job counts as dead."""
 
 
-class Workplace(NamedTuple):
-    shared: Path
+class StagingDirectory(NamedTuple):
+    shared_path: Path
     """Staging directory that all jobs with these settings share."""
-    own: Path
+    job_path: Path
     """Staging directory of this job."""
 
     @property
-    def parts(self) -> Path:
-        return self.shared / "parts"
+    def parts_path(self) -> Path:
+        return self.shared_path / "parts"
 
     @property
-    def quarantine(self) -> Path:
-        return self.own / "quarantine"
+    def quarantine_path(self) -> Path:
+        return self.job_path / "quarantine"
 
     @property
-    def result(self) -> Path:
-        return self.own / "prepared"
+    def result_path(self) -> Path:
+        return self.job_path / "prepared"
 
 
 def shared_folder(spec: RunSpec) -> Path:
@@ -137,77 +138,82 @@ def shared_folder(spec: RunSpec) -> Path:
 
 
 @contextmanager
-def at_work(spec: RunSpec) -> Iterator[Workplace]:
-    """Create the staging directory of a new job, keep its heartbeat while the context lasts, and remove it at the end.
+def staging_directory(spec: RunSpec) -> Iterator[StagingDirectory]:
+    """Create the staging directory of a new job and remove it at the end of the context.
 
-    Meanwhile the job also removes the staging directories of dead jobs, with all that they had packed.
+    Within the context a thread updates the job's file `alive`, and removes the staging directories of dead jobs with
+    everything that they packed.
     """
-    place = Workplace(shared := shared_folder(spec), shared / secrets.token_hex(4))
-    place.result.mkdir(parents=True)
-    (place.own / ALIVE).touch()
-    ended = threading.Event()
-    threading.Thread(target=_stay_alive, args=[place, ended], daemon=True).start()
+    staging = StagingDirectory(shared_path := shared_folder(spec), shared_path / secrets.token_hex(4))
+    staging.result_path.mkdir(parents=True)
+    (staging.job_path / ALIVE_FILE).touch()
+    stop_event = threading.Event()
+    threading.Thread(target=_keep_alive, args=[staging, stop_event], daemon=True).start()
     try:
-        yield place
+        yield staging
     finally:
-        ended.set()
-        _take_away(place)
+        stop_event.set()
+        _remove_job_folder(staging)
 
 
-def _stay_alive(place: Workplace, ended: threading.Event) -> None:
-    signs: dict[Path, float] = {}
+def _keep_alive(staging: StagingDirectory, stop_event: threading.Event) -> None:
+    touch_times: dict[Path, float] = {}
     while True:
-        with suppress(OSError):  # a storage that is away for a while: the next time will do
-            signs = _look_around(place, signs)
-        if ended.wait(ALIVE_SECONDS):
+        # A storage may be out of reach for a while; then the next update suffices.
+        with suppress(OSError):
+            touch_times = _touch_and_clean_up(staging, touch_times)
+        if stop_event.wait(TOUCH_SECONDS):
             return
 
 
-def _look_around(place: Workplace, seen: dict[Path, float]) -> dict[Path, float]:
-    """Write a heartbeat, and remove the staging directories of dead jobs.
+def _touch_and_clean_up(staging: StagingDirectory, previous_times: dict[Path, float]) -> dict[Path, float]:
+    """Update the modification time of our file `alive`, and remove the staging directories of dead jobs.
 
-    A job is dead if its last heartbeat is older than `DEAD_SECONDS` and has not changed since our last check. No job is
-    treated as dead if our own last heartbeat is half of `DEAD_SECONDS` old or more: where a machine or a storage stood
-    still, all jobs did.
+    A job is dead if its modification time is older than `STALE_SECONDS` and has not changed since our previous check.
 
     Args:
-        place: the staging directories of this job.
-        seen: time of the last heartbeat of each job at the last check, in seconds.
+        staging: the staging directory of this job.
+        previous_times: the modification time of each job's file at the previous check, in seconds.
 
     Returns:
-        The times of the last heartbeats at this check.
+        The modification times at this check.
     """
-    mine = place.own / ALIVE
-    before = mine.stat().st_mtime
-    os.utime(mine)
-    now = mine.stat().st_mtime  # by the clock of the storage
-    signs = {alive: alive.stat().st_mtime for alive in place.shared.glob(f"*/{ALIVE}")}
-    for alive, sign in signs.items():
-        if now - sign > DEAD_SECONDS and seen.get(alive) == sign and now - before < DEAD_SECONDS / 2:
-            _take_away(Workplace(place.shared, alive.parent))
-    return signs
+    our_file = staging.job_path / ALIVE_FILE
+    previous_time = our_file.stat().st_mtime
+    os.utime(our_file)
+    # All times are by the clock of the storage, since the clocks of machines differ.
+    current_time = our_file.stat().st_mtime
+    touch_times = {alive_file: alive_file.stat().st_mtime for alive_file in staging.shared_path.glob(f"*/{ALIVE_FILE}")}
+    # If our own time was old, too, the machine or the storage stood still, and the other jobs may be alive.
+    for alive_file, touch_time in touch_times.items():
+        if (
+            current_time - touch_time > STALE_SECONDS
+            and previous_times.get(alive_file) == touch_time
+            and current_time - previous_time < STALE_SECONDS / 2
+        ):
+            _remove_job_folder(StagingDirectory(staging.shared_path, alive_file.parent))
+    return touch_times
 
 
-def _take_away(place: Workplace) -> None:
-    """Remove a job's staging directory, the largest folders first.
-
-    If this process is killed midway, the heartbeat file is still there, so that another job recognises the rest as
-    dead.
-    """
-    for folder in (place.result, place.quarantine, place.own):
+def _remove_job_folder(staging: StagingDirectory) -> None:
+    """Remove a job's staging directory, the largest folders first."""
+    # The folder with the file `alive` is last. If this process is killed midway, another job recognises a dead job.
+    for folder in (staging.result_path, staging.quarantine_path, staging.job_path):
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def publish(result: Path, folder: Path) -> None:
-    """Publish a complete result under its name, unless another job was first."""
+def publish(staging_result: Path, folder: Path) -> None:
+    """Publish a complete result under its name, unless another job has published one."""
     try:
-        result.rename(folder)
+        staging_result.rename(folder)
     except OSError as e:
+        # A folder of this name exists, so another job published its result.
         if e.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise
 
 
-def clear(folder: Path) -> None:
-    """Remove the staging directories beside a prepared folder, of jobs with any settings."""
-    for left in folder.parent.glob(f"{glob.escape(folder.name)}.partial-*"):
-        shutil.rmtree(left, ignore_errors=True)  # another job may do the same, or still be at it
+def clean_up(folder: Path) -> None:
+    """Remove the staging directories beside a prepared folder, also those of other settings."""
+    for staging_path in folder.parent.glob(f"{glob.escape(folder.name)}.partial-*"):
+        # Another job may remove the same folder, or still write to it.
+        shutil.rmtree(staging_path, ignore_errors=True)

@@ -1,5 +1,5 @@
 """The prepared data: a folder of packed samples.
 
-manifest.py   the manifest: the contents of the folder, and the settings that made it
+manifest.py   the data manifest: the contents of the folder, and the settings of its preparation
 files.py      Arrow files of samples: writing, reading and verifying them
 """

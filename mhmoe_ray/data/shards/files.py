@@ -1,8 +1,8 @@
 """Shard files of packed samples: writing, reading and verifying them.
 
 A sample is T + 1 tokens: the first T are a model's input, the last T its targets. Its end may be padding, whose targets
-do not count. A shard is an Arrow file of one batch and one column, a fixed-size binary without nulls. So it can be
-memory-mapped, and any sample can be read by its number without reading its neighbours; training reads in random order.
+do not count. A shard is an Arrow file of one batch and one column, a fixed-size binary without nulls. Training reads
+samples in random order: the file is memory-mapped, and a sample is read by its number without its neighbours.
 """
 
 import hashlib
@@ -38,18 +38,18 @@ def token_bytes_for(vocab_size: int) -> int:
 
 
 def padding_token(token_bytes: int) -> int:
-    """Return the token that marks targets that do not count."""
+    """Return the token that marks padding, the targets that do not count."""
     return int(np.iinfo(token_dtype(token_bytes)).max)
 
 
 def split_padding(tokens: np.ndarray, token_bytes: int) -> tuple[Samples, np.ndarray]:
-    """Convert stored samples (samples, T + 1) to the form that a model takes.
+    """Convert stored samples (samples, T + 1) to the input of a model.
 
     Returns:
         The samples as int64 with token 0 for padding, and a mask (samples, T) of the targets that count.
     """
-    real = tokens != padding_token(token_bytes)
-    return np.where(real, tokens, 0).astype(np.int64), real[:, 1:]
+    is_token = tokens != padding_token(token_bytes)
+    return np.where(is_token, tokens, 0).astype(np.int64), is_token[:, 1:]
 
 
 def rows_per_shard(seq_len: int, token_bytes: int) -> int:
@@ -64,21 +64,21 @@ def write_shard(folder: Path, file: str, samples: Samples) -> Shard:
         file: the path of the file below that folder.
         samples: the samples, at least one, in the dtype of the folder's tokens.
     """
-    width = samples.shape[1] * samples.itemsize
+    row_bytes = samples.shape[1] * samples.itemsize
     rows = pa.py_buffer(np.ascontiguousarray(samples))
-    column = pa.FixedSizeBinaryArray.from_buffers(pa.binary(width), len(samples), [None, rows])
+    column = pa.FixedSizeBinaryArray.from_buffers(pa.binary(row_bytes), len(samples), [None, rows])
     sink = pa.BufferOutputStream()
-    batch = pa.record_batch([column], schema=pa.schema([pa.field("tokens", pa.binary(width), nullable=False)]))
+    batch = pa.record_batch([column], schema=pa.schema([pa.field("tokens", pa.binary(row_bytes), nullable=False)]))
     with pa.ipc.new_file(sink, batch.schema) as writer:
         writer.write_batch(batch)
     content = memoryview(sink.getvalue())
+    # Another job never sees a part of the file, since it gets its name when it is complete.
     replace_file(folder / file, content)
     return Shard(file=file, rows=len(samples), sha256=hashlib.sha256(content).hexdigest())
 
 
 class ShardReader:
-    """Random access to the samples of a list of shards, in their order; files are memory-mapped when they are
-    needed."""
+    """Random access to the samples of a list of shards, in the order of the list."""
 
     def __init__(self, folder: Path, shards: Sequence[Shard], token_bytes: int) -> None:
         self._paths = [str(folder / s.file) for s in shards]
@@ -88,72 +88,74 @@ class ShardReader:
     def __len__(self) -> int:
         return int(self._starts[-1])
 
-    def read(self, index: np.ndarray) -> Samples:
+    def read(self, numbers: np.ndarray) -> Samples:
         """Return samples by their numbers, in the dtype of the folder's tokens.
 
         Args:
-            index: the numbers of the samples, at least one.
+            numbers: the numbers of the samples, at least one.
         """
-        shard_of = np.searchsorted(self._starts, index, side="right") - 1
-        row_of = index - self._starts[shard_of]
+        shard_of = np.searchsorted(self._starts, numbers, side="right") - 1
+        row_of = numbers - self._starts[shard_of]
         shards = np.unique(shard_of)
-        first = _mapped(self._paths[shards[0]], self._token_bytes)
-        rows = np.empty((len(index), first.shape[1]), first.dtype)
+        first_samples = _map_samples(self._paths[shards[0]], self._token_bytes)
+        rows = np.empty((len(numbers), first_samples.shape[1]), first_samples.dtype)
         for shard in shards:
-            wanted = np.flatnonzero(shard_of == shard)
-            rows[wanted] = _mapped(self._paths[shard], self._token_bytes)[row_of[wanted]]
+            sample_indices = np.flatnonzero(shard_of == shard)
+            rows[sample_indices] = _map_samples(self._paths[shard], self._token_bytes)[row_of[sample_indices]]
         return rows
 
 
 @lru_cache(maxsize=OPEN_SHARDS)
-def _mapped(path: str, token_bytes: int) -> Samples:
+def _map_samples(path: str, token_bytes: int) -> Samples:
     """Return all samples of a file, memory-mapped."""
     with pa.memory_map(path) as source:
         column = pa.ipc.open_file(source).get_batch(0).column(0)
     shape = len(column), column.type.byte_width // token_bytes
+    # Buffer 1 has the values and is part of the memory map, so nothing is copied.
     return np.ndarray(shape, token_dtype(token_bytes), column.buffers()[1])
 
 
 FILES_PER_TASK = 16
-LITTLE = 1 << 30
-"""Number of bytes up to which one process verifies shards faster than Ray starts others."""
+LOCAL_CHECK_BYTES = 1 << 30
+"""Number of bytes up to which one process verifies shards in less time than Ray needs to start others."""
 
 
 def verify_shards(folder: Path, manifest: DataManifest) -> None:
-    """Verify that every shard and the tokenizer exist and have the content that they were written with.
-
-    All of the data are read, so the whole cluster takes part if they are more than `LITTLE` bytes.
+    """Verify that every shard and the tokenizer exist and have the content that was written.
 
     Raises:
         DataError: a file is missing or damaged.
     """
+    # All of the data are read, so the whole cluster takes part if they are more than `LOCAL_CHECK_BYTES`.
     shards = [*(s for d in manifest.domains.values() for s in d.shards), *manifest.validation]
-    written = {"tokenizer.json": manifest.tokenizer_sha256} | {s.file: s.sha256 for s in shards}
-    rows = [{"file": file, "sha256": sha256} for file, sha256 in written.items()]
-    size = sum(s.rows for s in shards) * manifest.seq_len * manifest.token_bytes
-    for problem in (_check_here if size <= LITTLE else _check_everywhere)(rows, folder):
+    expected_hashes = {"tokenizer.json": manifest.tokenizer_sha256} | {s.file: s.sha256 for s in shards}
+    rows = [{"file": file, "sha256": sha256} for file, sha256 in expected_hashes.items()]
+    total_bytes = sum(s.rows for s in shards) * manifest.seq_len * manifest.token_bytes
+    for problem in (_check_locally if total_bytes <= LOCAL_CHECK_BYTES else _check_on_cluster)(rows, folder):
         raise DataError(
-            f"prepared file {folder / problem['file']}", problem["why"], f"remove {folder} and prepare again"
+            f"prepared file {folder / problem['file']}", problem["reason"], f"remove {folder} and prepare again"
         )
 
 
-def _check_here(rows: list[dict[str, Any]], folder: Path) -> Iterator[dict[str, Any]]:
+def _check_locally(rows: list[dict[str, Any]], folder: Path) -> Iterator[dict[str, Any]]:
+    # Hashing releases the GIL, so threads verify files in parallel.
     with ThreadPoolExecutor() as threads:
-        yield from (row for row in threads.map(partial(_check, folder=folder), rows) if row["why"])
+        yield from (row for row in threads.map(partial(_check_file, folder=folder), rows) if row["reason"])
 
 
-def _check_everywhere(rows: list[dict[str, Any]], folder: Path) -> Iterator[dict[str, Any]]:
+def _check_on_cluster(rows: list[dict[str, Any]], folder: Path) -> Iterator[dict[str, Any]]:
     files = ray.data.from_items(rows, override_num_blocks=-(-len(rows) // FILES_PER_TASK))
     files.context.enable_progress_bars = False
-    yield from files.map(partial(_check, folder=folder)).filter(lambda row: row["why"] != "").take(1)
+    # One problem is enough for the error, so the other files need not be read.
+    yield from files.map(partial(_check_file, folder=folder)).filter(lambda row: row["reason"] != "").take(1)
 
 
-def _check(row: dict[str, Any], *, folder: Path) -> dict[str, Any]:
-    return {"file": row["file"], "why": problem_with(folder / row["file"], row["sha256"]) or ""}
+def _check_file(row: dict[str, Any], *, folder: Path) -> dict[str, Any]:
+    return {"file": row["file"], "reason": file_problem(folder / row["file"], row["sha256"]) or ""}
 
 
-def problem_with(path: Path, sha256: str) -> str | None:
-    """Return the reason why a file is not the one that was written, or None if it is."""
+def file_problem(path: Path, sha256: str) -> str | None:
+    """Return the reason why a file does not have the content that was written, or None if it has."""
     if not path.is_file():
         return "it is missing"
     return None if describe_file(path).sha256 == sha256 else "its content is not what was written"

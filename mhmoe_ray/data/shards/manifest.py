@@ -1,4 +1,4 @@
-"""The manifest of a folder of prepared shards; it is written last, so its presence means that the folder is complete.
+"""The data manifest of a folder of prepared shards; it is written last, so a folder with a manifest is complete.
 
 <prepared>/
   train/<domain>/00000.arrow ...   packed samples, one column `tokens` (see files.py)
@@ -13,13 +13,15 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from mhmoe_ray.data.sources.find import fingerprints
+from mhmoe_ray.data.sources.find import find_files, fingerprints
 from mhmoe_ray.errors import DataError
 from mhmoe_ray.spec import RunSpec
 from mhmoe_ray.storage import describe_file
 
+# The number is part of the recipe, so folders of another format are refused.
 FORMAT = 3
-_READING = {"format", "text_field", "delimiter", "filters"}
+# These keys of a source determine the documents that it yields.
+_READING_KEYS = {"format", "text_field", "delimiter", "filters"}
 
 
 class Shard(BaseModel):
@@ -43,24 +45,24 @@ class Domain(BaseModel):
     tokens: int
     """Number of tokens of the training documents, including one start token for each."""
     validation_tokens: int
-    """Number of tokens of all held-out documents, including start tokens; the samples that were kept may have fewer."""
+    """Number of tokens of all held-out documents, including start tokens; the selected samples may have fewer."""
     samples: int
     validation_samples: int
-    """Number of held-out samples that were kept."""
+    """Number of held-out samples that were selected."""
     unused_tokens: int
-    """Number of tokens of the last, unfilled sample when documents are cut; always fewer than a sample has."""
+    """Number of tokens after the last full sample with packing by concatenation; always less than a sample has."""
     padding: int
     """Number of targets that do not count, in samples that were filled up because no document fits."""
     cut_documents: int
-    """Number of training documents that no sample holds whole."""
+    """Number of training documents that are not whole in one sample."""
     shards: list[Shard]
 
 
 class Baselines(BaseModel):
-    """Loss on the validation tokens without a neural network, in nats per token."""
+    """Baselines of the loss on the validation tokens, without a neural network, in nats per token."""
 
     unigram_entropy: float
-    """Entropy of the validation tokens' own frequencies: no context-free model can do better on them."""
+    """Entropy of the frequencies of the validation tokens: the lowest loss of any model without context."""
     bigram: float
     """Cross-entropy of a bigram model with Witten-Bell smoothing, counted on training tokens."""
     bigram_tokens: int
@@ -69,9 +71,9 @@ class Baselines(BaseModel):
 
 class DataManifest(BaseModel):
     recipe: dict[str, Any]
-    """The settings that made the folder, as `recipe` returns them."""
+    """Settings of the preparation, as `recipe` returns them."""
     fingerprints: dict[str, str] = {}
-    """Fingerprint of each local source (see `data/sources/find.py`), by which text is recognised that was moved."""
+    """Fingerprint of each local source (see `data/sources/find.py`), by which moved text is recognised."""
     seq_len: int
     token_bytes: int
     """Bytes per token, 2 or 4; tokens are little-endian unsigned integers."""
@@ -89,18 +91,19 @@ class DataManifest(BaseModel):
 def recipe(spec: RunSpec) -> dict[str, Any]:
     """Return the settings that determine a prepared folder.
 
-    The mixture is not among them, since it acts when reading; a tokenizer that was trained for one mixture stays when
-    the mixture changes.
-
     Raises:
         DataError: the given tokenizer cannot be read.
     """
+    # The mixture is not among the settings, since it only affects reading. A tokenizer that was trained for one mixture
+    # stays when the mixture changes.
     data = spec.data
     return {
         "format": FORMAT,
         "sources": {name: str(source.path) for name, source in data.sources.items()},
-        "subfolders": {name: named for name in data.sources if (named := data.subfolders(name))},
-        "reading": {name: source.model_dump(mode="json", include=_READING) for name, source in data.sources.items()},
+        "subfolders": {name: subfolders for name in data.sources if (subfolders := data.named_subfolders(name))},
+        "reading": {
+            name: source.model_dump(mode="json", include=_READING_KEYS) for name, source in data.sources.items()
+        },
         "max_document_mb": data.max_document_mb,
         "vocab_size": spec.model.vocab_size,
         "seq_len": data.seq_len,
@@ -115,9 +118,9 @@ def recipe(spec: RunSpec) -> dict[str, Any]:
 
 
 def _given_tokenizer(path: Path) -> str:
-    """Identify a given tokenizer by its content.
+    """Return an identification of a given tokenizer by its content.
 
-    Another file under the same name is another tokenizer, and the same file elsewhere is the same one.
+    Another file with the same name is another tokenizer; a copy of the file in another folder is the same tokenizer.
 
     Raises:
         DataError: the file cannot be read.
@@ -134,29 +137,29 @@ def read_data_manifest(folder: Path) -> DataManifest | None:
     Raises:
         DataError: the folder exists but has no readable manifest.
     """
-    what, other = f"prepared data {folder}", "set data.prepared to another folder, or remove this one"
+    subject, fix = f"prepared data {folder}", "set data.prepared to another folder, or remove this one"
     try:
         if not folder.exists():
             return None
         content = (folder / "manifest.json").read_bytes()
     except FileNotFoundError as e:
-        raise DataError(what, "it has no manifest.json", other) from e
+        raise DataError(subject, "it has no manifest.json", fix) from e
     except OSError as e:
-        why = f"its manifest.json cannot be read ({e.strerror or e})"
-        raise DataError(what, why, "see to its disk and permissions; the data may be sound") from e
+        reason = f"its manifest.json cannot be read ({e.strerror or e})"
+        raise DataError(subject, reason, "check its disk and permissions; the data may be intact") from e
     try:
         return DataManifest.model_validate(json.loads(content))
     except ValueError as e:
-        raise DataError(what, "its manifest.json is damaged, or another version's", other) from e
+        raise DataError(subject, "its manifest.json is damaged, or from another version", fix) from e
 
 
 def data_digest(folder: Path) -> str:
     """Return the hash by which checkpoints identify the data that they were trained on.
 
-    It is the hash of the manifest, without the paths of sources that have a fingerprint. Folders of earlier versions,
-    without fingerprints, are identified by the hash of the whole file.
+    It is the hash of the manifest without the paths of sources that have a fingerprint.
     """
     manifest = json.loads((folder / "manifest.json").read_bytes())
+    # Folders of earlier versions have no fingerprints; the hash of the whole file identifies them.
     if not manifest.get("fingerprints"):
         return describe_file(folder / "manifest.json").sha256
     sources = manifest["recipe"]["sources"]
@@ -164,47 +167,52 @@ def data_digest(folder: Path) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
-PreparedAs = tuple[Path, str]
-"""A prepared folder, and the recipe by which it is to be prepared."""
+PreparedKey = tuple[Path, str]
+"""A prepared folder, and the recipe of its preparation."""
 
 
 def _is_same_text(manifest: DataManifest, spec: RunSpec) -> bool:
-    """Return whether sources that lie elsewhere now have the content that they had when the folder was made."""
-    made, wanted = manifest.recipe["sources"], recipe(spec)["sources"]
-    moved = {name for name in wanted if made.get(name) != wanted[name]}
-    if made.keys() != wanted.keys() or not moved <= manifest.fingerprints.keys():
+    """Return whether sources with a new path have the same content as when the folder was prepared."""
+    manifest_sources, spec_sources = manifest.recipe["sources"], recipe(spec)["sources"]
+    moved_sources = {name for name in spec_sources if manifest_sources.get(name) != spec_sources[name]}
+    if manifest_sources.keys() != spec_sources.keys() or not moved_sources <= manifest.fingerprints.keys():
+        return False
+    if any("://" in spec.data.sources[name].path for name in moved_sources):
         return False
     try:
-        now = fingerprints(spec.data)
-    except DataError:  # the text is not there; what the caller says names both places
+        current_fingerprints = fingerprints(spec.data, find_files(spec.data, moved_sources))
+    # The text is missing; the caller's message names both paths.
+    except DataError:
         return False
-    return all(now.get(name) == manifest.fingerprints[name] for name in moved)
+    return all(current_fingerprints.get(name) == manifest.fingerprints[name] for name in moved_sources)
 
 
-def prepared_as(spec: RunSpec) -> PreparedAs:
-    """Return a key that is equal for specs that read the same prepared data; a tokenizer is identified by its path."""
-    given = spec.model_copy(update={"data": spec.data.model_copy(update={"tokenizer": None})})
-    return spec.data.prepared, json.dumps([recipe(given), str(spec.data.tokenizer)], sort_keys=True, default=str)
+def prepared_key(spec: RunSpec) -> PreparedKey:
+    """Return a key that is equal for specs that read the same prepared data; a tokenizer's path identifies it."""
+    spec_without_tokenizer = spec.model_copy(update={"data": spec.data.model_copy(update={"tokenizer": None})})
+    return spec.data.prepared, json.dumps(
+        [recipe(spec_without_tokenizer), str(spec.data.tokenizer)], sort_keys=True, default=str
+    )
 
 
-def require_data_of(trained_on: str | None, folder: Path, otherwise: str) -> None:
-    """Check that a prepared folder is the one that a checkpoint counts samples in.
+def require_matching_data(expected_digest: str | None, folder: Path, advice: str) -> None:
+    """Check that a prepared folder has the data that a checkpoint was trained on.
 
     Args:
-        trained_on: the data digest that the checkpoint has.
+        expected_digest: the data digest in the checkpoint.
         folder: the prepared folder.
-        otherwise: advice for the error message: what the user can do other than restore the folder.
+        advice: alternative to restoring the folder, for the error message.
 
     Raises:
         DataError: the folder has another digest.
     """
-    if data_digest(folder) != trained_on:
-        fix = f"restore the folder that the run began with, {otherwise}"
+    if data_digest(folder) != expected_digest:
+        fix = f"restore the folder that the run began with, {advice}"
         raise DataError(f"prepared data {folder}", "it is not what the checkpoint was trained on", fix)
 
 
 def require_data_manifest(folder: Path) -> DataManifest:
-    """Return the manifest of a prepared folder.
+    """Return the data manifest of a prepared folder.
 
     Raises:
         DataError: the folder is not prepared.
@@ -215,11 +223,11 @@ def require_data_manifest(folder: Path) -> DataManifest:
     return manifest
 
 
-def prepared_for(spec: RunSpec) -> DataManifest:
+def require_prepared_data(spec: RunSpec) -> DataManifest:
     """Return the manifest of a spec's prepared folder.
 
     Raises:
-        DataError: the folder is not prepared, or it was made with other settings than the spec's.
+        DataError: the folder is not prepared, or it was prepared with settings that differ from the spec.
     """
     manifest = require_data_manifest(spec.data.prepared)
     check_recipe(spec.data.prepared, manifest, spec)
@@ -227,13 +235,16 @@ def prepared_for(spec: RunSpec) -> DataManifest:
 
 
 def check_recipe(folder: Path, manifest: DataManifest, spec: RunSpec) -> None:
-    """Check that a folder was made with the settings of a spec, and from the same text, which may have been moved.
+    """Check that a folder was prepared with the settings of a spec, from the same text, which may have been moved.
 
     Raises:
-        DataError: it was not; the message names the first setting that differs.
+        DataError: a setting differs; the message names the first one.
     """
-    for key, wanted in recipe(spec).items():
-        made = manifest.recipe.get(key)
-        if made != wanted and not (key == "sources" and _is_same_text(manifest, spec)):
-            why = f"it was made with {key} = {made}, and the spec says {wanted}"
-            raise DataError(f"prepared data {folder}", why, "set data.prepared to another folder, or remove this one")
+    for key, spec_value in recipe(spec).items():
+        # The path of a source may differ if its text was only moved.
+        manifest_value = manifest.recipe.get(key)
+        if manifest_value != spec_value and not (key == "sources" and _is_same_text(manifest, spec)):
+            reason = f"it was made with {key} = {manifest_value}, and the spec says {spec_value}"
+            raise DataError(
+                f"prepared data {folder}", reason, "set data.prepared to another folder, or remove this one"
+            )

@@ -1,19 +1,19 @@
 """Sources: raw text of any supported format, read one document at a time.
 
     for file in find_files(spec.data):
-        reading = Reading(file, spec.data)
-        for item in reading:                # Document or BadLine
+        reader = FileReader(file, spec.data)
+        for item in reader:                 # Document or BadLine
             ...
-        reading.tally                       # documents, bytes, quarantined by reason, dropped by rule
+        reader.tally                        # documents, bytes, quarantined by reason, dropped by rule
 
-find.py lists the files of a source and detects their format; reading.py reads one file and yields what items.py
-defines. Bytes come through storage.py and compression.py. records.py reads JSON lines and plain text, columns.py reads
-Parquet and Arrow streams, and redpajama_v2.py reads documents with the quality signals by which they are filtered.
-Files of JSON lines and of text may be compressed with zstd or gzip, whatever their names say.
+find.py lists the files of a source and detects their format; reading.py reads one file and yields the items that
+items.py defines. Bytes come through storage.py and compression.py. records.py reads JSON lines and plain text,
+columns.py reads Parquet and Arrow streams, and redpajama_v2.py reads documents and filters them by quality signals.
+Files of JSON lines and of text may be compressed with zstd or gzip, under any name.
 """
 
-from mhmoe_ray.data.sources.find import blocks_of, find_files
+from mhmoe_ray.data.sources.find import file_blocks, find_files
 from mhmoe_ray.data.sources.items import BadLine, Document, RawFile, Reason, Tally
-from mhmoe_ray.data.sources.reading import Reading
+from mhmoe_ray.data.sources.reading import FileReader
 
-__all__ = ["BadLine", "Document", "RawFile", "Reading", "Reason", "Tally", "blocks_of", "find_files"]
+__all__ = ["BadLine", "Document", "FileReader", "RawFile", "Reason", "Tally", "file_blocks", "find_files"]

@@ -1,113 +1,125 @@
 """Discovery of the raw files of a spec: the files of each source, their format, and the domain of each file.
 
-A file's domain is the folder right below the source's path, in RedPajama-V2 its language; files that lie in the path
+The domain of a file is the folder directly below the source's path, in RedPajama-V2 its language. Files in the path
 itself belong to the domain `all`.
 """
 
 import hashlib
+import itertools
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from math import ceil
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 
-from mhmoe_ray.data.domains import subfolder_of
+from mhmoe_ray.data.domains import source_of, subfolder_of
 from mhmoe_ray.data.sources.items import RawFile
-from mhmoe_ray.data.sources.redpajama_v2 import NAME, Beside
-from mhmoe_ray.data.sources.storage import Listed, Storage, below, one_line
+from mhmoe_ray.data.sources.redpajama_v2 import DOCUMENTS_PATH, SidecarFiles
+from mhmoe_ray.data.sources.storage import ListedFile, Storage, relative_path, short_message
 from mhmoe_ray.errors import DataError
 from mhmoe_ray.spec import DataSpec, FilterSpec, Format, SourceSpec
 from mhmoe_ray.spec.data import SUFFIXES
 
-WHOLE = "all"
-"""Subfolder name in the domain of files that lie in no subfolder."""
+ROOT_SUBFOLDER = "all"
+"""Subfolder name in the domain of files that are in no subfolder."""
 
-FILES_ALONE = 1000
-"""Number of files in a spec up to which each file is a block of its own."""
+MAX_FILE_BLOCKS = 1000
+"""Largest number of files in a spec for which each file is a separate block."""
 BLOCK_BYTES = 4 << 20
 """Bytes of files from which a block of several files is full."""
 
-FIRST_BYTES = 4096
+FINGERPRINT_BYTES = 4096
 """Number of first bytes of a file that its fingerprint includes: files that differ only later nearly always have
 different sizes."""
 
-_PREPARED = ("manifest.json", "tokenizer.json", "quarantine.jsonl")
-"""Files of a prepared folder, which no other folder has together."""
-_PARTIAL = re.compile(r"\.partial-[0-9a-f]{8}/")
-_STATE, _SPLITS = "state.json", "dataset_dict.json"
+_PREPARED_FILES = ("manifest.json", "tokenizer.json", "quarantine.jsonl")
+"""Files of a prepared folder; no other folder has all of them."""
+_STAGING_DIRECTORY = re.compile(r"\.partial-[0-9a-f]{8}/")
+_STATE_FILE, _SPLITS_FILE = "state.json", "dataset_dict.json"
 
 
-def find_files(spec: DataSpec) -> list[RawFile]:
-    """Return all raw files of a spec, in an order that depends on names only.
+def find_files(spec: DataSpec, sources: Collection[str] | None = None) -> list[RawFile]:
+    """Return the raw files of a spec in an order that depends on names only.
+
+    Args:
+        spec: the spec.
+        sources: the names of the sources to read; None for all.
 
     Raises:
-        DataError: a source or a named subfolder is missing or holds no file of a known format.
+        DataError: a source or a named subfolder is missing or has no file of a known format.
     """
-    found = []
+    files = []
     for name, source in spec.sources.items():
-        found += _of_source(name, source, spec.subfolders(name), spec.prepared)
-    return found
+        if sources is None or name in sources:
+            files += _files_of_source(name, source, spec.named_subfolders(name), spec.prepared)
+    return files
 
 
-def problems(spec: DataSpec) -> list[DataError]:
+def source_errors(spec: DataSpec) -> list[DataError]:
     """Return the errors in a spec's local sources; object stores are not checked."""
-    found = []
+    errors = []
     for name, source in spec.sources.items():
         if "://" not in source.path:
             try:
-                _of_source(name, source, spec.subfolders(name), spec.prepared)
+                _files_of_source(name, source, spec.named_subfolders(name), spec.prepared)
             except DataError as e:
-                found.append(e)
-    return found
+                errors.append(e)
+    return errors
 
 
-def fingerprints(spec: DataSpec) -> dict[str, str]:
-    """Return fingerprints of the contents of local sources, independent of where they lie.
+def fingerprints(spec: DataSpec, files: Sequence[RawFile]) -> dict[str, str]:
+    """Return fingerprints of the contents of local sources, independent of their location.
 
     The fingerprint of a source, by its name, is a hash over the names, sizes and first bytes of its files. A source in
-    an object store has none: it is identified by its URI.
+    an object store has none: its URI identifies it.
+
+    Args:
+        spec: the spec.
+        files: the files of some or all sources, as `find_files` returns them.
 
     Raises:
-        DataError: sources are missing or cannot be used, as for `find_files`.
+        OSError: a file cannot be read.
     """
-    found = {}
-    for name, source in spec.sources.items():
-        if "://" in source.path:
+    digests: dict[str, Any] = {}
+    for name, source_files in itertools.groupby(files, lambda file: source_of(file.domain)):
+        path = spec.sources[name].path
+        if "://" in path:
             continue
-        root = Storage(source.path).files().root
-        digest = hashlib.sha256()
-        for file in _of_source(name, source, spec.subfolders(name), spec.prepared):
+        root, digests[name] = Storage(path).root(), hashlib.sha256()
+        for file in source_files:
             with Path(file.path).open("rb") as stream:
-                first = hashlib.sha256(stream.read(FIRST_BYTES)).hexdigest()
-            digest.update(f"{file.domain}\0{below(root, file.path)}\0{file.size}\0{first}\n".encode())
-        found[name] = digest.hexdigest()
-    return found
+                first_hash = hashlib.sha256(stream.read(FINGERPRINT_BYTES)).hexdigest()
+            # Paths are relative to the root, so that a source that was moved keeps its fingerprint.
+            entry = f"{file.domain}\0{relative_path(root, file.path)}\0{file.size}\0{first_hash}\n"
+            digests[name].update(entry.encode())
+    return {name: digest.hexdigest() for name, digest in digests.items()}
 
 
-def blocks_of(files: Sequence[RawFile]) -> list[pa.Table]:
-    """Return blocks of a dataset, each for one task to read.
+def file_blocks(files: Sequence[RawFile]) -> list[pa.Table]:
+    """Return blocks of a dataset, one for each task that reads.
 
-    A block is a table with a row for each file: its number and the fields of `RawFile`. A file has a block of its own,
-    unless there are many small ones; then a block has several neighbours, because otherwise the overhead of tasks would
-    dominate.
+    A block is a table with a row for each file: its number and the fields of `RawFile`. Each file has a separate block
+    unless there are many small files; then several neighbours share a block.
     """
-    most, blocks, rows, size = ceil(len(files) / FILES_ALONE), [], [], 0
+    # With a task for each of many small files, the overhead of tasks would dominate.
+    files_per_block, blocks, rows, size = ceil(len(files) / MAX_FILE_BLOCKS), [], [], 0
     for number, file in enumerate(files):
         rows.append({"number": number, **file._asdict()})
         size += file.size
-        if size >= BLOCK_BYTES or len(rows) == most or number == len(files) - 1:
+        if size >= BLOCK_BYTES or len(rows) == files_per_block or number == len(files) - 1:
             blocks.append(pa.Table.from_pylist(rows))
             rows, size = [], 0
     return blocks
 
 
-def list_files(storage: Storage, prepared: Path) -> tuple[str, list[Listed]]:
-    """List files as `Storage.files()` does, without prepared folders and the staging directories beside them.
+def list_files(storage: Storage, prepared: Path) -> tuple[str, list[ListedFile]]:
+    """List files as `Storage.list_files` does, without prepared folders and the staging directories beside them.
 
-    Both may lie below a source's path. Those of `prepared` are left out, and also those of other settings.
+    Both may be below a source's path. Those of `prepared` are left out, and also those of other settings.
 
     Returns:
         The root folder and the files.
@@ -116,17 +128,24 @@ def list_files(storage: Storage, prepared: Path) -> tuple[str, list[Listed]]:
         DataError: the pattern is invalid.
         OSError: the path cannot be listed, or nothing of this name exists.
     """
-    root, listed, paths = storage.files()
-    others = (path.rpartition("/")[0] for path in paths if path.endswith(f"/{_PREPARED[0]}"))
-    made = tuple(f"{folder}/" for folder in others if all(f"{folder}/{name}" in paths for name in _PREPARED))
+    root, files, paths = storage.list_files()
+    manifest_folders = (path.rpartition("/")[0] for path in paths if path.endswith(f"/{_PREPARED_FILES[0]}"))
+    excluded_prefixes = tuple(
+        f"{folder}/" for folder in manifest_folders if all(f"{folder}/{name}" in paths for name in _PREPARED_FILES)
+    )
     if "://" not in root:
-        inside = below(os.path.realpath(root), os.path.realpath(prepared))  # whichever links they are named by
-        made += tuple(f"{root.rstrip('/')}/{inside}{end}" for end in ("/", ".partial-"))
-    return root, [f for f in listed if not f.path.startswith(made) and not _PARTIAL.search(below(root, f.path))]
+        # Both paths are resolved, since they may contain different links to the same folder.
+        prepared_path = relative_path(os.path.realpath(root), os.path.realpath(prepared))
+        excluded_prefixes += tuple(f"{root.rstrip('/')}/{prepared_path}{end}" for end in ("/", ".partial-"))
+    return root, [
+        f
+        for f in files
+        if not f.path.startswith(excluded_prefixes) and not _STAGING_DIRECTORY.search(relative_path(root, f.path))
+    ]
 
 
-def _of_source(name: str, source: SourceSpec, subfolders: list[str] | None, prepared: Path) -> list[RawFile]:
-    """Return the files of one source, of its given or detected format.
+def _files_of_source(name: str, source: SourceSpec, subfolders: list[str] | None, prepared: Path) -> list[RawFile]:
+    """Return the files of one source that have its given or detected format.
 
     Args:
         name: the name of the source.
@@ -138,137 +157,156 @@ def _of_source(name: str, source: SourceSpec, subfolders: list[str] | None, prep
         DataError: the source or a subfolder is missing or has no file of the format, or the settings do not fit the
             format.
     """
-    what = f"source {name}"
+    subject = f"source {name}"
     storage = Storage(source.path)
     try:
-        root, listed = list_files(storage, prepared)
+        root, listed_files = list_files(storage, prepared)
     except FileNotFoundError as e:
         fix = "correct data.sources, or make sample text: mhmoe data sample data/sample"
-        raise DataError(what, one_line(e), fix) from e
+        raise DataError(subject, short_message(e), fix) from e
     except OSError as e:
-        raise DataError(what, f"{source.path} cannot be listed: {one_line(e)}", "correct data.sources") from e
-    if not listed:
-        raise DataError(what, f"there is no file below {source.path}", "correct data.sources")
-    format = source.format or _detect(what, source, listed)
+        raise DataError(subject, f"{source.path} cannot be listed: {short_message(e)}", "correct data.sources") from e
+    if not listed_files:
+        raise DataError(subject, f"there is no file below {source.path}", "correct data.sources")
+    format = source.format or _detect_format(subject, source, listed_files)
     try:
         source.check_format(format)
     except ValueError as e:
-        raise DataError(what, str(e), f"take the key out of data.sources.{name}") from e
+        raise DataError(subject, str(e), f"remove the key from data.sources.{name}") from e
     if format == "redpajama-v2":
-        found = _redpajama_v2(what, source.filters or FilterSpec(), listed)
+        selected_files = _redpajama_v2_files(subject, source.filters or FilterSpec(), listed_files)
     elif format == "huggingface":
-        found = _huggingface(what, storage, root, listed)
+        selected_files = _huggingface_files(subject, storage, root, listed_files)
     else:
-        found = _by_suffix(source, storage, root, format, listed)
-    files = [RawFile(f"{name}/{sub}", path, size, format) for sub, (path, size) in found]
+        selected_files = _files_by_suffix(source, storage, root, format, listed_files)
+    files = [RawFile(f"{name}/{subfolder}", path, size, format) for subfolder, (path, size) in selected_files]
     if not files:
         fix = "correct its path, format or filters, or name its files by a pattern with *"
-        raise DataError(what, f"nothing below {source.path} is a file of format {format}", fix)
-    expected = subfolders
+        raise DataError(subject, f"nothing below {source.path} is a file of format {format}", fix)
+    expected_subfolders = subfolders
     if subfolders is None and format in SUFFIXES:
-        expected = sorted({subfolder_at(root, path) for path, _ in listed} - {WHOLE})
-    filled = {file.domain for file in files}
-    for sub in expected or ():
-        if f"{name}/{sub}" not in filled:
+        expected_subfolders = sorted({subfolder_at(root, path) for path, _ in listed_files} - {ROOT_SUBFOLDER})
+    filled_domains = {file.domain for file in files}
+    # A subfolder without files of the format would otherwise be missing from the training without notice.
+    for subfolder in expected_subfolders or ():
+        if f"{name}/{subfolder}" not in filled_domains:
             fix = "remove the folder, or correct data.sources"
-            raise DataError(f"{what}/{sub}", f"{root} has no file of format {format} for it", fix)
-    wanted = [file for file in files if subfolders is None or subfolder_of(file.domain) in subfolders]
-    _check_names(what, wanted)
-    return wanted
+            raise DataError(f"{subject}/{subfolder}", f"{root} has no file of format {format} for it", fix)
+    requested_files = [file for file in files if subfolders is None or subfolder_of(file.domain) in subfolders]
+    _check_names(subject, requested_files)
+    return requested_files
 
 
-def _check_names(what: str, files: list[RawFile]) -> None:
-    """Check that the names of files are UTF-8: local names may be any bytes, but pyarrow and JSON accept only text.
+def _check_names(subject: str, files: list[RawFile]) -> None:
+    """Check that the names of files are UTF-8.
 
     Raises:
         DataError: a name is not UTF-8.
     """
+    # A local name may be any bytes, but pyarrow and JSON accept only text.
     for file in files:
-        named = file.path.encode(errors="backslashreplace").decode()
-        if named != file.path:
-            raise DataError(what, f"the name of {named} is not UTF-8", "rename it")
+        printable_path = file.path.encode(errors="backslashreplace").decode()
+        if printable_path != file.path:
+            raise DataError(subject, f"the name of {printable_path} is not UTF-8", "rename it")
 
 
-def _detect(what: str, source: SourceSpec, listed: list[Listed]) -> Format:
-    names = {path.rpartition("/")[2] for path, _ in listed}
-    if any(NAME.search(path) for path, _ in listed):
+def _detect_format(subject: str, source: SourceSpec, listed_files: list[ListedFile]) -> Format:
+    names = {path.rpartition("/")[2] for path, _ in listed_files}
+    if any(DOCUMENTS_PATH.search(path) for path, _ in listed_files):
         return "redpajama-v2"
-    if names & {_STATE, _SPLITS}:
+    if names & {_STATE_FILE, _SPLITS_FILE}:
         return "huggingface"
-    seen: list[Format] = [format for format, ends in SUFFIXES.items() if any(n.endswith(ends) for n in names)]
-    if len(seen) > 1 and "text" in seen:  # a README or a licence beside the data
-        seen.remove("text")
-    if len(seen) == 1:
-        return seen[0]
-    if seen:
-        why, fix = f"{source.path} holds files of formats {' and '.join(seen)}", "name one as its format"
+    formats: list[Format] = [format for format, ends in SUFFIXES.items() if any(n.endswith(ends) for n in names)]
+    # A text file beside other data is a README or a licence.
+    if len(formats) > 1 and "text" in formats:
+        formats.remove("text")
+    if len(formats) == 1:
+        return formats[0]
+    if formats:
+        reason, fix = f"{source.path} holds files of formats {' and '.join(formats)}", "name one as its format"
     else:
-        why = f"{source.path} holds no file ending in {', '.join(sum(SUFFIXES.values(), ()))}"
+        reason = f"{source.path} holds no file ending in {', '.join(sum(SUFFIXES.values(), ()))}"
         fix = "correct its path, or name its files by a pattern and their format"
-    raise DataError(what, why, fix)
+    raise DataError(subject, reason, fix)
 
 
 def subfolder_at(root: str, path: str) -> str:
-    """Return the subfolder of a file that was found below a root, or WHOLE if it lies in the root itself."""
-    first, slash, _ = below(root, path).partition("/")
-    return first if slash else WHOLE
+    """Return the subfolder of a file below a root, or ROOT_SUBFOLDER if the file is in the root itself."""
+    folder, slash, _ = relative_path(root, path).partition("/")
+    return folder if slash else ROOT_SUBFOLDER
 
 
-def _by_suffix(
-    source: SourceSpec, storage: Storage, root: str, format: Format, listed: list[Listed]
-) -> Iterator[tuple[str, Listed]]:
+def _files_by_suffix(
+    source: SourceSpec, storage: Storage, root: str, format: Format, listed_files: list[ListedFile]
+) -> Iterator[tuple[str, ListedFile]]:
     """Yield the subfolder and listing of each file with a suffix of the format.
 
-    If the format is given and the source's path is a pattern or a single file, files are taken whatever their suffix.
+    If the format is given and the source's path is a pattern or a single file, files with any suffix are taken.
     """
-    named = source.format is not None and (len(listed) == 1 or storage.is_pattern)
-    for file in listed:
-        if named or file.path.endswith(SUFFIXES[format]):
+    takes_all = source.format is not None and (len(listed_files) == 1 or storage.is_pattern)
+    for file in listed_files:
+        if takes_all or file.path.endswith(SUFFIXES[format]):
             yield subfolder_at(root, file.path), file
 
 
-def _huggingface(what: str, storage: Storage, root: str, listed: list[Listed]) -> Iterator[tuple[str, Listed]]:
-    """Yield the data files that each `state.json` names; of a dictionary of splits, those of the split `train`.
+def _huggingface_files(
+    subject: str, storage: Storage, root: str, listed_files: list[ListedFile]
+) -> Iterator[tuple[str, ListedFile]]:
+    """Yield the data files that each `state.json` names; in a dictionary of splits, those of the split `train`.
 
     Raises:
         DataError: there is no split `train`, or a `state.json` cannot be used.
     """
-    sizes = dict(listed)
-    split_of = {path.rpartition("/")[0] for path in sizes if path.endswith(f"/{_SPLITS}")}
-    datasets = sorted(path.rpartition("/")[0] for path in sizes if path.endswith(f"/{_STATE}"))
-    for folder in split_of:
+    sizes = dict(listed_files)
+    split_folders = {path.rpartition("/")[0] for path in sizes if path.endswith(f"/{_SPLITS_FILE}")}
+    datasets = sorted(path.rpartition("/")[0] for path in sizes if path.endswith(f"/{_STATE_FILE}"))
+    for folder in split_folders:
         if f"{folder}/train" not in datasets:
-            fix = "let its path name the folder of one split"
-            raise DataError(what, f"{folder} has no split named train", fix)
+            fix = "set its path to the folder of one split"
+            raise DataError(subject, f"{folder} has no split named train", fix)
     for folder in datasets:
-        above = folder.rpartition("/")[0]
-        if above in split_of and folder != f"{above}/train":
+        parent = folder.rpartition("/")[0]
+        if parent in split_folders and folder != f"{parent}/train":
             continue
-        whole = above if above in split_of else folder
-        for name in _data_files(what, storage, f"{folder}/{_STATE}"):
-            yield subfolder_at(root, f"{whole}/{name}"), Listed(f"{folder}/{name}", sizes.get(f"{folder}/{name}", 0))
+        # The domain is that of the dataset's folder, not `train`.
+        dataset_folder = parent if parent in split_folders else folder
+        # A data file that is missing gets size 0, and reading it will report the loss.
+        for name in _data_files(subject, storage, f"{folder}/{_STATE_FILE}"):
+            yield (
+                subfolder_at(root, f"{dataset_folder}/{name}"),
+                ListedFile(f"{folder}/{name}", sizes.get(f"{folder}/{name}", 0)),
+            )
 
 
-def _data_files(what: str, storage: Storage, path: str) -> list[str]:
+def _data_files(subject: str, storage: Storage, path: str) -> list[str]:
     try:
         with storage.open(path) as stream:
             state = json.loads(stream.read())
+        # An index selects or reorders rows without rewriting the data files, so these have other rows than the dataset.
         if state.get("_indices_data_files"):
-            raise DataError(what, f"{path} selects rows through an index", "save it after flatten_indices()")
+            raise DataError(subject, f"{path} selects rows through an index", "save it after flatten_indices()")
         return [str(file["filename"]) for file in state["_data_files"]]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
-        raise DataError(what, f"{path} cannot be read", "save the dataset again with save_to_disk") from e
+        raise DataError(subject, f"{path} cannot be read", "save the dataset again with save_to_disk") from e
 
 
-def _redpajama_v2(what: str, filters: FilterSpec, listed: list[Listed]) -> Iterator[tuple[str, Listed]]:
-    there = {path for path, _ in listed}
-    missing = []
-    for file in listed:
-        match = NAME.search(file.path)
+def _redpajama_v2_files(
+    subject: str, filters: FilterSpec, listed_files: list[ListedFile]
+) -> Iterator[tuple[str, ListedFile]]:
+    existing_paths = {path for path, _ in listed_files}
+    missing_paths = []
+    for file in listed_files:
+        match = DOCUMENTS_PATH.search(file.path)
         if match is None or match[3] not in filters.buckets or match[2] not in (filters.languages or [match[2]]):
             continue
-        missing += [path for path in Beside.of(file.path).needed(filters) if path not in there]
+        missing_paths += [
+            path
+            for path in SidecarFiles.from_documents(file.path).required_paths(filters)
+            if path not in existing_paths
+        ]
         yield match[2], file
-    if missing:
-        more = f" (and {len(missing) - 1:,} more)" if len(missing) > 1 else ""
-        raise DataError(what, f"{missing[0]} is not there{more}", "download it, or take out the filter that needs it")
+    if missing_paths:
+        more_text = f" (and {len(missing_paths) - 1:,} more)" if len(missing_paths) > 1 else ""
+        raise DataError(
+            subject, f"{missing_paths[0]} is not there{more_text}", "download it, or take out the filter that needs it"
+        )

@@ -1,4 +1,4 @@
-"""Items that reading raw files yields: documents, and lines that could not be read, with their place and reason."""
+"""Items of raw files: documents, and lines that could not be read, with their location and reason."""
 
 from collections import Counter
 from dataclasses import dataclass, field
@@ -7,8 +7,9 @@ from typing import NamedTuple
 
 from mhmoe_ray.spec import Format
 
-_PACKED = (".gz", ".zst", ".parquet")
-_PACKED_TIMES = 3
+_COMPRESSED_SUFFIXES = (".gz", ".zst", ".parquet")
+# A rough ratio suffices, since it only serves to estimate sizes.
+_COMPRESSION_RATIO = 3
 
 
 class RawFile(NamedTuple):
@@ -22,8 +23,8 @@ class RawFile(NamedTuple):
 
     @property
     def inflation(self) -> int:
-        """Bytes of text per stored byte, roughly, by the file's name."""
-        return _PACKED_TIMES if self.path.endswith(_PACKED) else 1
+        """Rough number of bytes of text per stored byte, by the file's name."""
+        return _COMPRESSION_RATIO if self.path.endswith(_COMPRESSED_SUFFIXES) else 1
 
 
 class Document(NamedTuple):
@@ -46,12 +47,12 @@ class Reason(StrEnum):
     SURROGATE = "its text holds half a character (a lone surrogate)"
     TOO_LONG = "it is longer than data.max_document_mb"
     NO_SIGNALS = "it cannot be judged by its signals"
-    LOST = "a part of the file is lost"
+    PART_LOST = "a part of the file is lost"
 
     @property
     def loses_lines(self) -> bool:
-        """Whether an item with this reason stands for an unknown number of documents."""
-        return self is Reason.LOST
+        """True for a reason whose items each stand for an unknown number of documents."""
+        return self is Reason.PART_LOST
 
 
 class BadLine(NamedTuple):
@@ -62,28 +63,28 @@ class BadLine(NamedTuple):
     detail: str = ""
 
     @property
-    def why(self) -> str:
+    def message(self) -> str:
         return f"{self.reason} ({self.detail})" if self.detail else str(self.reason)
 
 
 class DamageError(Exception):
-    """Error that ends reading a damaged file: everything before the damage was read."""
+    """Error that ends the reading of a damaged file, after everything before the damage was read."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
         self.reason = reason
-        self.rest = b""
-        """The beginning of the last line, which the damage cut off."""
+        self.cut_off_line = b""
+        """Beginning of the last line, which the damage cut off."""
 
 
 @dataclass
 class Tally:
-    """Counts of what has been read from raw files. Tallies add up with `+=`."""
+    """Counts of the items that were read from raw files. Tallies add up with `+=`."""
 
     files: int = 0
-    """Number of files that were read to their end, or to where they are damaged."""
+    """Number of files that were read to their end or to a damage."""
     damaged: int = 0
-    """Number of those files of which a part is lost."""
+    """Number of those files that have lost a part."""
     bytes_read: int = 0
     """Bytes read, as stored."""
     text_bytes: int = 0
@@ -93,48 +94,48 @@ class Tally:
     """Number of quarantined items, by reason."""
     dropped: Counter[str] = field(default_factory=Counter)
     """Number of documents that a source's filters dropped, by rule."""
-    first: dict[Reason, BadLine] = field(default_factory=dict)
+    examples: dict[Reason, BadLine] = field(default_factory=dict)
     """One item of each reason, to show as an example."""
 
     def count_bad(self, bad: BadLine) -> None:
         self.bad[bad.reason] += 1
-        self.first.setdefault(bad.reason, bad)
+        self.examples.setdefault(bad.reason, bad)
 
     @property
     def bad_lines(self) -> int:
-        """Number of lines that could not be read, without lost parts, whose lines cannot be counted."""
+        """Number of lines that could not be read, without the uncounted lines of lost parts."""
         return sum(n for reason, n in self.bad.items() if not reason.loses_lines)
 
     @property
     def lines(self) -> int:
         return self.documents + self.bad_lines + self.dropped.total()
 
-    def since(self, before: "Tally") -> "Tally":
-        """Return what was counted after `before`, an earlier state of this tally.
+    def counts_since(self, earlier_tally: "Tally") -> "Tally":
+        """Return the counts that were added to this tally after the state `earlier_tally`.
 
-        The result has all examples in `first`, since it is not known in which order such tallies will be added up.
+        The result has all examples, since such tallies may be added up in any order.
         """
         return Tally(
-            self.files - before.files,
-            self.damaged - before.damaged,
-            self.bytes_read - before.bytes_read,
-            self.text_bytes - before.text_bytes,
-            self.documents - before.documents,
-            self.bad - before.bad,
-            self.dropped - before.dropped,
-            dict(self.first),
+            self.files - earlier_tally.files,
+            self.damaged - earlier_tally.damaged,
+            self.bytes_read - earlier_tally.bytes_read,
+            self.text_bytes - earlier_tally.text_bytes,
+            self.documents - earlier_tally.documents,
+            self.bad - earlier_tally.bad,
+            self.dropped - earlier_tally.dropped,
+            dict(self.examples),
         )
 
     def copy(self) -> "Tally":
         return Tally().__iadd__(self)
 
-    def __iadd__(self, other: "Tally") -> "Tally":
-        self.files += other.files
-        self.damaged += other.damaged
-        self.bytes_read += other.bytes_read
-        self.text_bytes += other.text_bytes
-        self.documents += other.documents
-        self.bad += other.bad
-        self.dropped += other.dropped
-        self.first = other.first | self.first
+    def __iadd__(self, addend: "Tally") -> "Tally":
+        self.files += addend.files
+        self.damaged += addend.damaged
+        self.bytes_read += addend.bytes_read
+        self.text_bytes += addend.text_bytes
+        self.documents += addend.documents
+        self.bad += addend.bad
+        self.dropped += addend.dropped
+        self.examples = addend.examples | self.examples
         return self

@@ -21,13 +21,13 @@ from mhmoe_ray.data.sources.storage import Storage
 from mhmoe_ray.spec import DataSpec, Format, SourceSpec
 
 
-class Read(Protocol):
+class FormatReader(Protocol):
     def __call__(
         self, storage: Storage, file: RawFile, source: SourceSpec, limit: int, tally: Tally
     ) -> Iterator[Document | BadLine]:
         """Yield the documents of a file and the items that could not be read, in their order in the file.
 
-        No state of the file raises an error.
+        Damage of any kind is yielded as an item and raises no error.
 
         Args:
             storage: the storage that holds the file.
@@ -35,11 +35,11 @@ class Read(Protocol):
             source: the settings of the file's source, with the name of the text's key or column and other keys of this
                 format.
             limit: largest size of a document in bytes.
-            tally: the tally whose `bytes_read` and `dropped` are kept up to date.
+            tally: the tally whose `bytes_read` and `dropped` the reader updates.
         """
 
 
-READERS: dict[Format, Read] = {
+READERS: dict[Format, FormatReader] = {
     "jsonl": read_jsonl,
     "redpajama-v2": read_redpajama_v2,
     "parquet": read_parquet,
@@ -48,10 +48,10 @@ READERS: dict[Format, Read] = {
 }
 
 
-class Reading:
+class FileReader:
     """Iterable over the documents of a file and the items that could not be read, in their order in the file.
 
-    Items are read one at a time, and `tally` counts them. No state of the file raises an error.
+    Items are read one at a time, and `tally` counts them. Damage of any kind is an item and raises no error.
 
     Args:
         file: one of `find_files(spec)`.
@@ -62,7 +62,7 @@ class Reading:
         self.tally = Tally()
         """Counts of the items that have been yielded so far."""
         self._file = file
-        self._items = _items(file, spec, self.tally)
+        self._items = _read_items(file, spec, self.tally)
 
     def __iter__(self) -> Iterator[Document | BadLine]:
         tally, inflation = self.tally, self._file.inflation
@@ -73,13 +73,15 @@ class Reading:
             else:
                 tally.count_bad(item)
             yield item
+        # A caller that stops early never reaches this, so only files that were read to their end count as files.
         tally.files = 1
         tally.damaged = int(any(reason.loses_lines for reason in tally.bad))
+        # A reader may skip some bytes, but a finished file counts in full.
         tally.bytes_read = self._file.size
         tally.text_bytes = tally.bytes_read * inflation
 
 
-def _items(file: RawFile, spec: DataSpec, tally: Tally) -> Iterator[Document | BadLine]:
+def _read_items(file: RawFile, spec: DataSpec, tally: Tally) -> Iterator[Document | BadLine]:
     source = spec.sources[source_of(file.domain)]
     storage = Storage(source.path)
     limit = int(spec.max_document_mb * 1e6)

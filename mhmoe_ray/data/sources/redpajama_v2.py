@@ -1,8 +1,8 @@
 """Reader of RedPajama-V2: documents with quality signals and tables of duplicates, and the rules that filter them.
 
-`gopher: true` means the rules of Rae et al. 2021 (arXiv 2112.11446, appendix A.1.1) for which there is a signal. Their
-rules on duplicate lines and paragraphs are left out, since V2 does not count these. Stop words are V2's own for each
-language.
+`gopher: true` means the rules of Rae et al. 2021 (arXiv 2112.11446, appendix A.1.1) for which V2 has a signal. Their
+rules on duplicate lines and paragraphs are left out, since V2 does not count these. The stop words of each language are
+those that V2 counts.
 
     documents/<snapshot>/<shard>/<language>_<bucket>.json.gz               one object a line, the text is `raw_content`
     quality_signals/<snapshot>/<shard>/<language>_<bucket>.signals.json.gz     in the same order; `id` ends in /<row>
@@ -10,7 +10,7 @@ language.
     minhash/<snapshot>/<shard>/<language>_<bucket>.minhash.parquet             `id` ends in /<row>
 
 A row is the number of a line in the file of documents, from 0. Tables are joined by it, so that a line that is missing
-from one of them costs one document and not the alignment of all that follow.
+in one of them loses one document and leaves the following lines aligned.
 """
 
 import re
@@ -18,17 +18,17 @@ from collections.abc import Callable, Iterator, Mapping
 from itertools import chain
 from typing import Any, NamedTuple
 
-from mhmoe_ray.data.sources.columns import ERRORS, open_parquet
+from mhmoe_ray.data.sources.columns import PYARROW_ERRORS, open_parquet
 from mhmoe_ray.data.sources.items import BadLine, Document, RawFile, Reason, Tally
 from mhmoe_ray.data.sources.records import Record, document_of, read_records
-from mhmoe_ray.data.sources.storage import Storage, one_line
+from mhmoe_ray.data.sources.storage import Storage, short_message
 from mhmoe_ray.spec import FilterSpec, SignalRule, SourceSpec
 
 Signals = Mapping[str, list[list[Any]]]
-"""Quality signals by name: a list of spans [start, end, score or null], with one span for a document, or one a line for
-`rps_lines_...`."""
+"""Quality signals by name: a list of spans [start, end, score or null], with one span for the document, or one for each
+line in `rps_lines_...`."""
 
-GOPHER = (
+GOPHER_RULES = (
     "rps_doc_word_count >= 50",
     "rps_doc_word_count <= 100000",
     "rps_doc_mean_word_length >= 3",
@@ -47,53 +47,53 @@ GOPHER = (
     "rps_doc_frac_chars_dupe_9grams <= 0.11",
     "rps_doc_frac_chars_dupe_10grams <= 0.1",
 )
-STOP_WORDS = 2
+MIN_STOP_WORDS = 2
 """Smallest number of stop words in a document; V2 stores their share of its words."""
 
 
 class Rule(NamedTuple):
     name: str
     """Name under which dropped documents are counted."""
-    holds: Callable[[Signals], bool]
-    """Function that returns whether a document's signals satisfy the rule; it raises KeyError if the rule's signal is
-    missing, and TypeError or IndexError if it has another form."""
+    is_satisfied: Callable[[Signals], bool]
+    """Function that returns whether a document's signals satisfy the rule. It raises KeyError if the rule's signal is
+    missing, and TypeError or IndexError if the signal has another form."""
 
 
-def rules_of(filters: FilterSpec) -> list[Rule]:
-    """Return the rules of a source's filters by signal, in the order in which they are tried."""
-    made = []
+def filter_rules(filters: FilterSpec) -> list[Rule]:
+    """Return the rules of a source's filters by signal, in the order in which they are checked."""
+    rules = []
     if filters.gopher:
-        made = [_rule(text, "gopher: ") for text in GOPHER]
-        made.append(Rule(f"gopher: {STOP_WORDS} stop words", _has_stop_words))
-    return made + [_rule(text) for text in filters.signals]
+        rules = [_parse_rule(text, "gopher: ") for text in GOPHER_RULES]
+        rules.append(Rule(f"gopher: {MIN_STOP_WORDS} stop words", _has_stop_words))
+    return rules + [_parse_rule(text) for text in filters.signals]
 
 
-def _rule(text: str, prefix: str = "") -> Rule:
+def _parse_rule(text: str, prefix: str = "") -> Rule:
     parsed = SignalRule.parse(text)
-    return Rule(f"{prefix}{parsed}", lambda signals: parsed.holds(value(signals, parsed.signal)))
+    return Rule(f"{prefix}{parsed}", lambda signals: parsed.holds(signal_value(signals, parsed.signal)))
 
 
 def _has_stop_words(signals: Signals) -> bool:
-    share, words = value(signals, "rps_doc_stop_word_fraction"), value(signals, "rps_doc_word_count")
-    # Scores are rounded to eight digits.
-    return share is not None and words is not None and share * words > STOP_WORDS - 0.5
+    share, words = signal_value(signals, "rps_doc_stop_word_fraction"), signal_value(signals, "rps_doc_word_count")
+    # The share is rounded to eight digits, so the product is only close to a whole number.
+    return share is not None and words is not None and share * words > MIN_STOP_WORDS - 0.5
 
 
-def value(signals: Signals, name: str) -> float | None:
+def signal_value(signals: Signals, name: str) -> float | None:
     """Return a document's score, or the mean of the scores of its lines; None if there is no score."""
     scores = [score for _, _, score in signals[name] if score is not None]
     return sum(scores) / len(scores) if scores else None
 
 
 TEXT_FIELD = "raw_content"
-NAME = re.compile(r"documents/(\d{4}-\d{2}/\d{4}/([a-z]{2,3})_(head|middle|tail))\.json\.gz\Z")
-"""Pattern of paths of document files: group 1 is the path common to all four folders, 2 the language, 3 the bucket."""
+DOCUMENTS_PATH = re.compile(r"documents/(\d{4}-\d{2}/\d{4}/([a-z]{2,3})_(head|middle|tail))\.json\.gz\Z")
+"""Pattern of paths of document files: group 1 is the part common to all four folders, 2 the language, 3 the bucket."""
 
 DUPLICATE = "duplicate"
 NEAR_DUPLICATE = "near duplicate in its file"
 
 
-class Beside(NamedTuple):
+class SidecarFiles(NamedTuple):
     """Paths of the files that accompany a file of documents."""
 
     signals: str
@@ -101,38 +101,43 @@ class Beside(NamedTuple):
     minhash: str
 
     @classmethod
-    def of(cls, documents: str) -> "Beside":
-        match = NAME.search(documents)
+    def from_documents(cls, documents: str) -> "SidecarFiles":
+        match = DOCUMENTS_PATH.search(documents)
         assert match is not None, "find.py takes no other file for RedPajama-V2's"
-        root, place = documents[: match.start()], match[1]
+        root, stem = documents[: match.start()], match[1]
         return cls(
-            f"{root}quality_signals/{place}.signals.json.gz",
-            f"{root}duplicates/{place}.duplicates.parquet",
-            f"{root}minhash/{place}.minhash.parquet",
+            f"{root}quality_signals/{stem}.signals.json.gz",
+            f"{root}duplicates/{stem}.duplicates.parquet",
+            f"{root}minhash/{stem}.minhash.parquet",
         )
 
-    def needed(self, filters: FilterSpec) -> list[str]:
+    def required_paths(self, filters: FilterSpec) -> list[str]:
         """Return the paths of the files that these filters need."""
-        wanted = {
+        is_required = {
             self.signals: filters.gopher or filters.signals,
             self.duplicates: filters.deduplicate,
             self.minhash: filters.near_duplicates,
         }
-        return [path for path, is_wanted in wanted.items() if is_wanted]
+        return [path for path, required in is_required.items() if required]
 
 
 def read_redpajama_v2(
     storage: Storage, file: RawFile, source: SourceSpec, limit: int, tally: Tally
 ) -> Iterator[Document | BadLine]:
-    """Yield the documents that pass the source's filters; count the others in `tally.dropped`. See `reading.Read`."""
+    """Yield the documents that pass the source's filters and count the others in `tally.dropped`.
+
+    See `reading.FormatReader`.
+    """
     text_field, filters = source.text_field or TEXT_FIELD, source.filters or FilterSpec()
-    beside = Beside.of(file.path)
-    rules = rules_of(filters)
-    signals = _Signals(storage, beside.signals, limit) if rules else None
+    sidecars = SidecarFiles.from_documents(file.path)
+    rules = filter_rules(filters)
+    signals = _SignalReader(storage, sidecars.signals, limit) if rules else None
     line = 1
     try:
-        duplicates = _listed_rows(storage, beside.duplicates) if filters.deduplicate else frozenset()
-        near = _NearDuplicates(storage, beside.minhash, filters.near_duplicates) if filters.near_duplicates else None
+        duplicates = _duplicate_rows(storage, sidecars.duplicates) if filters.deduplicate else frozenset()
+        near_duplicates = (
+            _NearDuplicates(storage, sidecars.minhash, filters.near_duplicates) if filters.near_duplicates else None
+        )
         for record in read_records(storage, file, limit, tally):
             document = record if isinstance(record, BadLine) else document_of(record, text_field, file.path)
             line, row = document.line, document.line - 1
@@ -143,58 +148,60 @@ def read_redpajama_v2(
                 tally.dropped[DUPLICATE] += 1
                 continue
             if signals is not None:
-                broken = signals.broken_rule(row, rules)
-                if isinstance(broken, _Unknown):
-                    yield BadLine(file.path, document.line, Reason.NO_SIGNALS, broken.why)
+                broken_rule = signals.broken_rule(row, rules)
+                if isinstance(broken_rule, _NoSignals):
+                    yield BadLine(file.path, document.line, Reason.NO_SIGNALS, broken_rule.reason)
                     continue
-                if broken is not None:
-                    tally.dropped[broken.name] += 1
+                if broken_rule is not None:
+                    tally.dropped[broken_rule.name] += 1
                     continue
-            if near is not None and near.seen(row):
+            # This check is the last one, since it keeps the bands of a row that it lets pass.
+            if near_duplicates is not None and near_duplicates.is_duplicate(row):
                 tally.dropped[NEAR_DUPLICATE] += 1
                 continue
             yield document
     except _TableError as e:
-        yield BadLine(file.path, line, Reason.LOST, str(e))
+        yield BadLine(file.path, line, Reason.PART_LOST, str(e))
 
 
 class _TableError(Exception):
-    """Error: a table beside the documents cannot be read on, so that no more documents can be filtered."""
+    """Error for a damaged table beside the documents: without it no more documents can be filtered."""
 
 
-class _Unknown(NamedTuple):
-    why: str
+class _NoSignals(NamedTuple):
+    reason: str
 
 
-class _Signals:
-    """Signals of one row after another, joined by the row that a record names."""
+class _SignalReader:
+    """Reader of the signals of one row after another, joined by the row that a record names."""
 
     def __init__(self, storage: Storage, path: str, limit: int) -> None:
         self._path = path
-        # Nobody counts the bytes or bad lines of this file: each costs the document it belongs to.
+        # The bytes and bad lines of this file are not counted: each bad line loses the document that it belongs to.
         self._records = read_records(storage, RawFile("", path, 0, "jsonl"), limit, Tally())
         self._row = -1
         self._signals: Any = None
-        self._why = "no record"
+        self._missing_reason = "no record"
 
-    def broken_rule(self, row: int, rules: list[Rule]) -> Rule | _Unknown | None:
+    def broken_rule(self, row: int, rules: list[Rule]) -> Rule | _NoSignals | None:
         """Return the first rule that the document of a row breaks, or None if it breaks none.
 
-        Return `_Unknown` if the row has no usable signals. Rows must come in ascending order.
+        Return `_NoSignals` if the row has no usable signals. Rows must come in ascending order.
         """
-        while self._row < row and self._next():
+        while self._row < row and self._read_next():
             pass
         if self._row != row:
-            return _Unknown(f"{self._why} in {self._path}")
-        self._why = "no record"
+            return _NoSignals(f"{self._missing_reason} in {self._path}")
+        self._missing_reason = "no record"
+        # Signals may have any form, so a rule may fail in any of these ways.
         try:
-            return next((rule for rule in rules if not rule.holds(self._signals)), None)
+            return next((rule for rule in rules if not rule.is_satisfied(self._signals)), None)
         except KeyError as e:
-            return _Unknown(f"no {e.args[0]} in {self._path}")
+            return _NoSignals(f"no {e.args[0]} in {self._path}")
         except (TypeError, ValueError):
-            return _Unknown(f"quality_signals of another form in {self._path}")
+            return _NoSignals(f"quality_signals of another form in {self._path}")
 
-    def _next(self) -> bool:
+    def _read_next(self) -> bool:
         record = next(self._records, None)
         if isinstance(record, Record):
             fields = record.fields if isinstance(record.fields, dict) else {}
@@ -202,36 +209,35 @@ class _Signals:
             if row is not None and row > self._row:
                 self._row, self._signals = row, fields.get("quality_signals")
         elif isinstance(record, BadLine):
-            self._why = f"line {record.line}: {record.why}"
+            self._missing_reason = f"line {record.line}: {record.message}"
         return record is not None
 
 
 def row_of(identifier: object) -> int | None:
-    """Return the row at the end of an identifier, such as 17 for `2023-06/0000/en_head.json.gz/17`; None without
-    one."""
+    """Return the row at the end of an identifier, such as 17 for `2023-06/0000/en_head.json.gz/17`, or None."""
     row = identifier.rpartition("/")[2] if isinstance(identifier, str) else ""
     return int(row) if row.isascii() and row.isdigit() else None
 
 
-def _listed_rows(storage: Storage, path: str) -> frozenset[int]:
+def _duplicate_rows(storage: Storage, path: str) -> frozenset[int]:
     """Return the rows in a duplicates table.
 
-    The first of several copies is not listed, so all listed rows can be dropped.
+    The table does not list the first of several copies, so all listed rows can be dropped.
     """
-    return frozenset(row for row, _ in _table(storage, path, "doc_id", "doc_id"))
+    return frozenset(row for row, _ in _read_table(storage, path, "doc_id", "doc_id"))
 
 
 class _NearDuplicates:
     """Detector of rows that share a band of their MinHash signature with an earlier row that was kept."""
 
     def __init__(self, storage: Storage, path: str, similarity: float) -> None:
-        self._rows = _table(storage, path, "id", f"signature_sim{similarity}")
+        self._rows = _read_table(storage, path, "id", f"signature_sim{similarity}")
         self._row = -1
         self._bands: list[bytes] = []
-        self._seen: set[int] = set()
+        self._kept_bands: set[int] = set()
 
-    def seen(self, row: int) -> bool:
-        """Return whether a row is a near duplicate; if it is not, it counts as kept.
+    def is_duplicate(self, row: int) -> bool:
+        """Return whether a row is a near duplicate of an earlier row; if it is not, keep it for later comparisons.
 
         Rows must come in ascending order. A row without a signature (its text is too short for one) is no near
         duplicate.
@@ -241,15 +247,15 @@ class _NearDuplicates:
             self._bands = bands or []
         if self._row != row:
             return False
-        # 64 bits of each band suffice: a file has far fewer than 2**32 of them.
+        # A 64-bit hash of each band suffices: a file has far fewer than 2**32 bands, so collisions are unlikely.
         bands = {hash((i, band)) for i, band in enumerate(self._bands)}
-        if not self._seen.isdisjoint(bands):
+        if not self._kept_bands.isdisjoint(bands):
             return True
-        self._seen |= bands
+        self._kept_bands |= bands
         return False
 
 
-def _table(storage: Storage, path: str, id_column: str, column: str) -> Iterator[tuple[int, Any]]:
+def _read_table(storage: Storage, path: str, id_column: str, column: str) -> Iterator[tuple[int, Any]]:
     """Yield (row, value of a column) for each row of a table.
 
     Raises:
@@ -258,7 +264,7 @@ def _table(storage: Storage, path: str, id_column: str, column: str) -> Iterator
     try:
         with open_parquet(storage, path) as table:
             columns = list(dict.fromkeys([id_column, column]))
-            # A batch that went on into a damaged row group would be lost with it.
+            # Each row group is read separately; a batch over two groups would be lost if the second is damaged.
             groups = range(table.num_row_groups)
             for batch in chain.from_iterable(table.iter_batches(4096, [g], columns, use_threads=False) for g in groups):
                 for name in columns:
@@ -268,5 +274,5 @@ def _table(storage: Storage, path: str, id_column: str, column: str) -> Iterator
                     if row is None:
                         raise _TableError(f"{path}: {id_column} does not end in a row")
                     yield row, value.as_py()
-    except ERRORS as e:
-        raise _TableError(f"{path}: {one_line(e)}") from e
+    except PYARROW_ERRORS as e:
+        raise _TableError(f"{path}: {short_message(e)}") from e

@@ -1,6 +1,6 @@
 """Storage of raw files: a local path, or an s3:// or gs:// URI, all through pyarrow's file systems.
 
-Credentials and regions are found as the vendors' own tools find them (environment, ~/.aws, the machine's role).
+Credentials and regions come from the same places as for the vendors' tools (environment, ~/.aws, the machine's role).
 """
 
 import errno
@@ -18,12 +18,13 @@ from mhmoe_ray.data.sources.items import DamageError, RawFile, Tally
 from mhmoe_ray.errors import DataError
 from mhmoe_ray.storage import STORES, object_store, unknown_scheme
 
-CHUNK = 1 << 20  # a read
-OBJECT_CHUNK = 8 << 20  # the same on object stores, where each one is a request and takes its time
-_WILD = re.compile(r"[*?\[]")
+CHUNK_BYTES = 1 << 20
+# On an object store each read is a request with a latency, so reads are larger.
+OBJECT_CHUNK_BYTES = 8 << 20
+_WILDCARDS = re.compile(r"[*?\[]")
 
 
-class Listed(NamedTuple):
+class ListedFile(NamedTuple):
     path: str
     """Path of the file, in the form that `Storage.open` takes and messages show."""
     size: int
@@ -31,8 +32,8 @@ class Listed(NamedTuple):
 
 class Listing(NamedTuple):
     root: str
-    """Folder that all files are below: the one before the first wildcard, or the one of a single file."""
-    files: list[Listed]
+    """Folder that contains all files: the one before the first wildcard, or the one of a single file."""
+    files: list[ListedFile]
     """Files that the source's path selects, in the order of their paths."""
     paths: set[str]
     """Paths of all files that exist below the root, whether or not a pattern selects them."""
@@ -42,164 +43,184 @@ class Storage:
     """The files of one source.
 
     Args:
-        path: the path as a spec gives it; the query of a URI says how to reach its server.
+        path: the path as a spec gives it; the query of a URI has the options of its server.
 
     Raises:
         DataError: the scheme is not known, or the server cannot be reached.
     """
 
     def __init__(self, path: str) -> None:
-        scheme, separator, rest = path.partition("://")
+        scheme, separator, location = path.partition("://")
         if not separator or scheme == "file":
-            self._fs, self._prefix, self._pattern = fs.LocalFileSystem(), "", rest if separator else path
-            self._wild = _WILD
+            self._fs, self._prefix, self._pattern = fs.LocalFileSystem(), "", location if separator else path
+            self._wildcards = _WILDCARDS
             return
         if scheme not in STORES:
             raise DataError(f"path {path}", *unknown_scheme(scheme))
-        self._pattern, _, query = rest.partition("?")
-        self._wild = re.compile(r"[*\[]")  # a question mark begins the query
+        self._pattern, _, query = location.partition("?")
+        # In a URI a question mark begins the query.
+        self._wildcards = re.compile(r"[*\[]")
         self._prefix = f"{scheme}://"
         try:
-            host, slash, below = self._pattern.partition("/")
+            host, slash, key = self._pattern.partition("/")
             self._fs, bucket = object_store(scheme, host, query)
-            self._pattern = bucket + slash + below  # without a user's name, which a host may have
+            # The bucket is without a user's name, which the host may have.
+            self._pattern = bucket + slash + key
         except OSError as e:
             raise DataError(f"path {path}", str(e), "correct it, and the credentials in the environment") from e
 
     @property
     def is_pattern(self) -> bool:
-        """Whether the path has wildcards and is not the name of an existing file or folder."""
-        return bool(self._wild.search(self._pattern)) and not Path(self._pattern).exists()
+        """True if the path has wildcards and is not the name of an existing file or folder."""
+        # The name of a local file may contain the characters of a wildcard.
+        return bool(self._wildcards.search(self._pattern)) and not Path(self._pattern).exists()
 
-    def files(self) -> Listing:
-        """List all files. Hidden ones (with a leading dot or underscore) are left out of `files`.
+    def list_files(self) -> Listing:
+        """List all files; hidden ones (with a leading dot or underscore) are left out of `files`.
 
         Raises:
             DataError: the pattern is invalid.
             FileNotFoundError: nothing of this name exists.
             OSError: the path cannot be listed.
         """
-        parts = self._pattern.rstrip("/").split("/")
-        plain = len(parts)
-        if self.is_pattern:
-            plain = next(i for i, part in enumerate(parts) if self._wild.search(part))
-        root = "/".join(parts[:plain]) or "/"
-        info = self._ask(root)
+        root, pattern_parts = self._split_pattern()
+        info = self._file_info(root)
         if info.type == fs.FileType.NotFound:
             raise FileNotFoundError(f"there is no folder {self._prefix}{root}")
         if info.type == fs.FileType.File:
-            alone = Listed(self._prefix + root, info.size)
-            return Listing(self._prefix + root.rpartition("/")[0], [alone], {alone.path})
-        found = list(_local(root) if self._prefix == "" else self._objects(root))
-        paths = {self._prefix + file.path for file in found}
-        if plain < len(parts):
-            pattern = _translate(parts[plain:])
-            found = [file for file in found if pattern.fullmatch(below(root, file.path))]
-        wanted = (file for file in found if not re.search(r"(^|/)[._]", below(root, file.path)))
-        ordered = sorted(wanted, key=lambda file: file.path.split("/"))
-        files = [Listed(self._prefix + file.path, file.size) for file in ordered]
+            single_file = ListedFile(self._prefix + root, info.size)
+            return Listing(self._prefix + root.rpartition("/")[0], [single_file], {single_file.path})
+        all_files = list(_list_local(root) if self._prefix == "" else self._list_objects(root))
+        paths = {self._prefix + file.path for file in all_files}
+        if pattern_parts:
+            pattern = _pattern_regex(pattern_parts)
+            all_files = [file for file in all_files if pattern.fullmatch(relative_path(root, file.path))]
+        visible_files = (file for file in all_files if not re.search(r"(^|/)[._]", relative_path(root, file.path)))
+        sorted_files = sorted(visible_files, key=lambda file: file.path.split("/"))
+        files = [ListedFile(self._prefix + file.path, file.size) for file in sorted_files]
         return Listing(self._prefix + root, files, paths)
 
-    def _ask(self, path: str) -> fs.FileInfo:
+    def root(self) -> str:
+        """Return `Listing.root` without listing the files.
+
+        Raises:
+            OSError: the path cannot be read.
+        """
+        root, _ = self._split_pattern()
+        is_file = self._file_info(root).type == fs.FileType.File
+        return self._prefix + (root.rpartition("/")[0] if is_file else root)
+
+    def _split_pattern(self) -> tuple[str, list[str]]:
+        """Return the path before the first wildcard, and the components from there on."""
+        parts = self._pattern.rstrip("/").split("/")
+        root_depth = len(parts)
+        if self.is_pattern:
+            root_depth = next(i for i, part in enumerate(parts) if self._wildcards.search(part))
+        return "/".join(parts[:root_depth]) or "/", parts[root_depth:]
+
+    def _file_info(self, path: str) -> fs.FileInfo:
         try:
             return self._fs.get_file_info(path)
-        except (pa.ArrowException, ValueError) as e:  # an empty name between two slashes, a NUL
+        # pyarrow raises these for an empty name between two slashes and for a NUL.
+        except (pa.ArrowException, ValueError) as e:
             raise OSError(str(e)) from e
 
-    def _objects(self, root: str) -> Iterator[Listed]:
+    def _list_objects(self, root: str) -> Iterator[ListedFile]:
         for info in self._fs.get_file_info(fs.FileSelector(root, recursive=True)):
             if info.type == fs.FileType.File:
-                yield Listed(info.path, info.size)
+                yield ListedFile(info.path, info.size)
 
     def open(self, path: str) -> pa.NativeFile:
-        """Open a file to be read from its start, as it is stored.
+        """Open a file for reading from its start, without decompression.
 
         Raises:
             OSError: there is no such file, or it cannot be reached.
         """
         return self._fs.open_input_stream(path.removeprefix(self._prefix), compression=None)
 
-    def open_anywhere(self, path: str) -> pa.NativeFile:
-        """Open a file for random access. It is never mapped into memory: a mapped file that shrinks ends the process.
+    def open_seekable(self, path: str) -> pa.NativeFile:
+        """Open a file for random access.
 
         Raises:
             OSError: there is no such file, or it cannot be reached.
         """
+        # The file is not memory-mapped: a mapped file that shrinks would crash the process.
         return self._fs.open_input_file(path.removeprefix(self._prefix))
 
     def chunks(self, file: RawFile, tally: Tally) -> Iterator[bytes]:
         """Yield the bytes of a file as they are stored, and count them in `tally.bytes_read`.
 
         Raises:
-            DamageError: the file vanished, shrank, or cannot be read on.
+            DamageError: the file vanished or shrank, or a read failed.
         """
-        read = 0
+        read_bytes = 0
         try:
             with self.open(file.path) as stream:
-                while chunk := stream.read(OBJECT_CHUNK if self._prefix else CHUNK):
-                    read += len(chunk)
+                while chunk := stream.read(OBJECT_CHUNK_BYTES if self._prefix else CHUNK_BYTES):
+                    read_bytes += len(chunk)
                     tally.bytes_read += len(chunk)
                     yield chunk
         except FileNotFoundError as e:
-            raise DamageError("it is not there any more") from e
+            raise DamageError("it no longer exists") from e
         except OSError as e:
-            raise DamageError(one_line(e)) from e
-        if read < file.size:
-            raise DamageError(f"it ended after {read:,} bytes, and had {file.size:,} when it was listed")
+            raise DamageError(short_message(e)) from e
+        if read_bytes < file.size:
+            raise DamageError(f"it ended after {read_bytes:,} bytes, but had {file.size:,} when it was listed")
 
 
-def one_line(error: Exception) -> str:
+def short_message(error: Exception) -> str:
     """Return pyarrow's error message without its details and line breaks."""
     return " ".join(str(error).split(". Detail:")[0].split())
 
 
-def below(root: str, path: str) -> str:
-    """Return the path of a file relative to a folder that holds it."""
+def relative_path(root: str, path: str) -> str:
+    """Return the path of a file relative to a folder that contains it."""
     return path.removeprefix(root.rstrip("/") + "/")
 
 
-def _translate(parts: list[str]) -> re.Pattern[str]:
-    """Translate the components of a path pattern into one regular expression; ** stands for any number of folders.
+def _pattern_regex(parts: list[str]) -> re.Pattern[str]:
+    """Translate the components of a path pattern into one regular expression; `**` stands for any number of folders.
 
     Raises:
         DataError: a range in brackets is invalid.
     """
-    made = ""
+    regex = ""
     for i, part in enumerate(parts):
-        last = i == len(parts) - 1
+        is_last_part = i == len(parts) - 1
         if part == "**":
-            made += ".*" if last else "(?:.*/)?"
+            regex += ".*" if is_last_part else "(?:.*/)?"
             continue
         for token in re.findall(r"\[[^]]+\]|.", part):
             if token[0] == "[" and len(token) > 2:
-                made += "[^" + token[2:] if token[1] == "!" else token
+                regex += "[^" + token[2:] if token[1] == "!" else token
             else:
-                made += {"*": "[^/]*", "?": "[^/]"}.get(token, re.escape(token))
-        made += "" if last else "/"
+                regex += {"*": "[^/]*", "?": "[^/]"}.get(token, re.escape(token))
+        regex += "" if is_last_part else "/"
     try:
-        return re.compile(made)
+        return re.compile(regex)
     except re.error as e:
         raise DataError(f"pattern {'/'.join(parts)}", e.msg, "correct it") from e
 
 
-def _local(folder: str, above: frozenset[str] = frozenset()) -> Iterator[Listed]:
+def _list_local(folder: str, ancestors: frozenset[str] = frozenset()) -> Iterator[ListedFile]:
     """Yield all files below a local folder, following links, since users often link to data elsewhere.
 
-    A link that leads nowhere is yielded as a file of size 0 (a file that has vanished); a link to a folder in `above`
-    is not followed, since the walk would never end.
+    A broken link is yielded as a file of size 0, like a file that has vanished. A link to a folder in `ancestors` is
+    not followed, since the walk would never end.
     """
     real = os.path.realpath(folder)
-    if real in above:
+    if real in ancestors:
         return
     for path in Path(folder).iterdir():
         try:
             info = path.stat()
         except OSError as e:
+            # Any other error than that of a broken link would hide text, so it is raised.
             if e.errno not in (errno.ENOENT, errno.ELOOP):
                 raise
-            yield Listed(str(path), 0)
+            yield ListedFile(str(path), 0)
             continue
         if stat.S_ISDIR(info.st_mode):
-            yield from _local(str(path), above | {real})
+            yield from _list_local(str(path), ancestors | {real})
         elif stat.S_ISREG(info.st_mode):
-            yield Listed(str(path), info.st_size)
+            yield ListedFile(str(path), info.st_size)

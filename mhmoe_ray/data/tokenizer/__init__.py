@@ -1,35 +1,35 @@
 """Tokenizers: a given tokenizer.json or file in tiktoken's format, or one trained on the sources.
 
-A prepared folder and a run hold the tokenizer as tokenizer.json, whatever it was made from. Their manifests and those
-of checkpoints hold its SHA-256; where two of them meet, a file with another SHA-256 is refused.
+A prepared folder and a run store any tokenizer as tokenizer.json. Their manifests and those of checkpoints have its
+SHA-256; a file with another SHA-256 is refused.
 
-Documents. Each document is preceded by a start token, in training and in prompts alike. The token means "a new document
-begins" and, in a text being generated, "this document is over". No other special token is ever added.
+Documents. A start token precedes each document, in training and in prompts. The token means "a new document begins"
+and, in a text being generated, "this document is over". No other special token is ever added.
 
-    | a tokenizer with | start         | a text being generated ends at |
-    | ---------------- | ------------- | ------------------------------ |
-    | <|endoftext|>    | <|endoftext|> | <|endoftext|>                  |
-    | <s> and </s>     | <s>           | <s>, </s>                      |
+    | a tokenizer with | start token   | tokens that end a generated text |
+    | ---------------- | ------------- | -------------------------------- |
+    | <|endoftext|>    | <|endoftext|> | <|endoftext|>                    |
+    | <s> and </s>     | <s>           | <s>, </s>                        |
 
-Special tokens. A document is plain text from its first character to its last: if it holds the letters "<|endoftext|>",
-these letters are encoded, never the token. A prompt is different: it may name special tokens, so that it can hold
-several documents.
+Special tokens. A document is plain text from its first character to its last: if it contains the letters
+"<|endoftext|>", these letters are encoded, never the token. A prompt is different: it may name special tokens, so that
+it can contain several documents.
 
-    vocabulary.py   the table above, the number of tokens, and the number of bytes that each stands for
-    encoder.py      the encoder of documents: the library's, or tiktoken's where both give the same ids
+    vocabulary.py   the table above, the number of tokens, and the number of bytes of each
+    encoder.py      the encoder of documents: the library's, or tiktoken's if both give the same ids
     load.py         reads and checks a given tokenizer
     tiktoken.py     converts tiktoken's format to the tokenizers library, exactly
-    train.py        trains a byte-level BPE or Unigram model, and samples the text to train it on
+    train.py        trains a byte-level BPE or Unigram model, and samples its training text
 """
 
 from mhmoe_ray.data.tokenizer.encoder import DocumentEncoder, document_encoder
-from mhmoe_ray.data.tokenizer.load import load_tokenizer, read_given, store_given
+from mhmoe_ray.data.tokenizer.load import load_tokenizer, read_given_tokenizer, store_given_tokenizer
 from mhmoe_ray.data.tokenizer.train import train_tokenizer
 from mhmoe_ray.data.tokenizer.vocabulary import (
-    BEGIN,
-    END,
+    BEGIN_TOKEN,
     END_OF_TEXT,
-    UNKNOWN,
+    END_TOKEN,
+    UNKNOWN_WIDTH,
     Boundaries,
     boundaries,
     find_boundaries,
@@ -39,18 +39,18 @@ from mhmoe_ray.data.tokenizer.vocabulary import (
 )
 
 __all__ = [
-    "BEGIN",
-    "END",
+    "BEGIN_TOKEN",
     "END_OF_TEXT",
-    "UNKNOWN",
+    "END_TOKEN",
+    "UNKNOWN_WIDTH",
     "Boundaries",
     "DocumentEncoder",
     "boundaries",
     "document_encoder",
     "find_boundaries",
     "load_tokenizer",
-    "read_given",
-    "store_given",
+    "read_given_tokenizer",
+    "store_given_tokenizer",
     "token_count",
     "token_widths",
     "train_tokenizer",

@@ -1,17 +1,17 @@
 """Encoding of documents to token ids, in which text never becomes a special token.
 
-Byte-level BPE is encoded by tiktoken, which is several times as fast as the tokenizers library, but only where the two
-encode every text alike. They differ in what decides the next merge of two neighbours: in the library it is the rank of
-their pair, in tiktoken the rank of the token that they form. Both give the same ids if the merges are in the order of
-the tokens that they form, and each token
+tiktoken encodes byte-level BPE several times as fast as the tokenizers library. It is used only if the two encode every
+text alike. They choose the next merge of two neighbours differently: the library by the rank of the pair, tiktoken by
+the rank of the token that the pair forms. Both give the same ids if the merges are in the order of the tokens that they
+form, and each token
 
 - has a merge for every way to cut it in two, as in a vocabulary in tiktoken's format (see tiktoken.py); or
-- is the result of encoding its own bytes, and all tokens are made of earlier ones only, as training makes them. Then,
-  when the token's turn comes, a stretch of its bytes that no merge has crossed is always in the same two parts,
-  whatever is around it, and these two parts are a pair in the list of merges.
+- is the result of encoding its own bytes, and all tokens consist of earlier ones, as after training. Then, at the
+  token's turn, a stretch of its bytes that no merge has crossed is always in the same two parts in any context, and
+  these two parts are a pair in the list of merges.
 
-tiktoken looks up a whole piece before it merges anything. Where the library does not (`ignore_merges` is false), each
-token must be the result of encoding its own bytes.
+tiktoken looks up a whole piece before it merges anything. If the library does not do this (`ignore_merges` is false),
+each token must be the result of encoding its own bytes.
 """
 
 import json
@@ -26,123 +26,141 @@ from typing import TYPE_CHECKING, Any
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
 from mhmoe_ray.data.tokenizer.tiktoken import BYTE_OF_LETTER, PATTERNS
-from mhmoe_ray.data.tokenizer.vocabulary import BEGIN, END, END_OF_TEXT, boundaries
+from mhmoe_ray.data.tokenizer.vocabulary import BEGIN_TOKEN, END_OF_TEXT, END_TOKEN, boundaries
 
 if TYPE_CHECKING:
     import tiktoken
 
 
-NEWEST = "\U00011f04\U0001e4d0\U00031350\U0002ebf0\U000105c0\U00010d4a\u1c89\U00010940\U00011db0\U000323b0"
-"""Letters that Unicode 15, 15.1, 16 and 17 added."""
+NEWEST_LETTERS = "\U00011f04\U0001e4d0\U00031350\U0002ebf0\U000105c0\U00010d4a\u1c89\U00010940\U00011db0\U000323b0"
+"""Letters that Unicode 15, 15.1, 16 and 17 added: an engine with older tables does not know them as letters."""
 
-LONGEST_SPACE = 5_000
-"""Length of a run of white space, in characters, from which on tiktoken is not trusted with it: its expressions
-backtrack over white space by recursion and fail where it is endless."""
+MAX_SPACE_RUN = 5_000
+"""Length of a run of white space, in characters, from which on tiktoken does not encode it: its expressions backtrack
+over white space by recursion and fail on very long runs."""
 
 
 def fast_encoding(content: dict[str, Any]) -> "tiktoken.Encoding | None":
-    """Return a tiktoken encoding that encodes every text for which `can_encode` holds as the tokenizer does.
+    """Return a tiktoken encoding that gives the tokenizer's ids for every text that `can_encode` accepts.
 
-    Return None if that is not certain.
+    Return None if this is not certain.
 
     Args:
         content: the parsed content of a tokenizer.json.
     """
-    import tiktoken  # here, since serving does without it
+    # Serving does not need tiktoken, so it is imported only here.
+    import tiktoken
 
     if content["normalizer"] is not None or not all(token["special"] for token in content["added_tokens"]):
         return None
-    pattern = _pattern(content["pre_tokenizer"])
-    ranks = _ranks(content["model"]) if pattern and _newest_letters_agree(pattern) else None
+    pattern = _split_pattern(content["pre_tokenizer"])
+    ranks = _token_ranks(content["model"]) if pattern and _newest_letters_agree(pattern) else None
     if pattern is None or ranks is None:
         return None
     return tiktoken.Encoding("fast", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
 
 
 def can_encode(text: str) -> bool:
-    """Return whether no run of white space fills a whole window of `LONGEST_SPACE` characters.
+    """Return whether no run of white space fills a whole window of `MAX_SPACE_RUN` characters.
 
-    A run of twice that length always fills one.
+    A run of twice that length always fills a window.
     """
-    return not any(text[at : at + LONGEST_SPACE].isspace() for at in range(0, len(text) - LONGEST_SPACE, LONGEST_SPACE))
+    return not any(
+        text[start : start + MAX_SPACE_RUN].isspace() for start in range(0, len(text) - MAX_SPACE_RUN, MAX_SPACE_RUN)
+    )
 
 
-def _pattern(split: dict[str, Any] | None) -> str | None:
-    """Return the pattern by which a pre-tokenizer splits text, if both libraries read it alike.
+def _split_pattern(split: dict[str, Any] | None) -> str | None:
+    """Return the pattern by which a pre-tokenizer splits text, if both libraries interpret it alike.
 
-    Each library has a regular-expression engine of its own. Return None if the pattern is not in `PATTERNS`, or if the
+    Each library has its own regular-expression engine. Return None if the pattern is not in `PATTERNS`, or if the
     pre-tokenizer is not byte-level or does more than split by one pattern.
     """
-    kind = split and split["type"]
-    if split is None or kind not in ("ByteLevel", "Sequence"):
+    split_type = split and split["type"]
+    if split is None or split_type not in ("ByteLevel", "Sequence"):
         return None
-    parts: list[Any] = [None, split] if kind == "ByteLevel" else split["pretokenizers"]
+    parts: list[Any] = [None, split] if split_type == "ByteLevel" else split["pretokenizers"]
     if len(parts) != 2:
         return None
-    first, last = parts
-    if last["type"] != "ByteLevel" or last["add_prefix_space"] or last["use_regex"] is not (first is None):
+    splitter, byte_level = parts
+    if (
+        byte_level["type"] != "ByteLevel"
+        or byte_level["add_prefix_space"]
+        or byte_level["use_regex"] is not (splitter is None)
+    ):
         return None
-    if first is None:
+    # Without a separate splitter, ByteLevel splits by GPT-2's pattern.
+    if splitter is None:
         return PATTERNS["gpt2"]
-    isolated = {"type": "Split", "behavior": "Isolated", "invert": False}
-    if {**first, "pattern": None} != {**isolated, "pattern": None}:
+    isolated_split = {"type": "Split", "behavior": "Isolated", "invert": False}
+    if {**splitter, "pattern": None} != {**isolated_split, "pattern": None}:
         return None
-    pattern: str | None = first["pattern"].get("Regex")
+    pattern: str | None = splitter["pattern"].get("Regex")
     return pattern if pattern in PATTERNS.values() else None
 
 
 def _newest_letters_agree(pattern: str) -> bool:
-    """Return whether the two engines, each with tables of its own, agree on the characters added to Unicode last."""
+    """Return whether the two engines agree on the newest letters of Unicode, for which each has its own tables."""
     import tiktoken
 
     library = pre_tokenizers.Split(Regex(pattern), "isolated")
-    text = {c: f"a{c}" for c in NEWEST}
-    tokens = [*(bytes([byte]) for byte in range(256)), *dict.fromkeys(t.encode()[:2] for t in text.values())]
+    texts = {c: f"a{c}" for c in NEWEST_LETTERS}
+    tokens = [*(bytes([byte]) for byte in range(256)), *dict.fromkeys(t.encode()[:2] for t in texts.values())]
     ranks = {token: rank for rank, token in enumerate(tokens)}
-    fast = tiktoken.Encoding("newest", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
-    # In one piece, the a and the first byte of the character become one token.
-    return all((len(library.pre_tokenize_str(t)) == 1) == (fast.encode_ordinary(t)[0] > 255) for t in text.values())
+    fast_encoder = tiktoken.Encoding("newest", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+    # If the text stays in one piece, the letter a and the first byte of the character become one token.
+    return all(
+        (len(library.pre_tokenize_str(t)) == 1) == (fast_encoder.encode_ordinary(t)[0] > 255) for t in texts.values()
+    )
 
 
-def _ranks(model: dict[str, Any]) -> dict[bytes, int] | None:
-    """Return the tokens that text can become, with their ids.
+def _token_ranks(model: dict[str, Any]) -> dict[bytes, int] | None:
+    """Return the ids of the tokens that can occur in encoded text, by their bytes.
 
     Return None if the model is not plain byte-level BPE, or if it is not certain that both libraries encode alike.
     """
-    unusual = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")
-    if model["type"] != "BPE" or any(model[key] for key in unusual):
+    unusual_keys = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")
+    if model["type"] != "BPE" or any(model[key] for key in unusual_keys):
         return None
-    # A token with other letters comes of no text.
-    ranks = {_bytes(token): rank for token, rank in model["vocab"].items() if BYTE_OF_LETTER.keys() >= set(token)}
-    bytes_only = all(BYTE_OF_LETTER.keys() >= set(left + right) for left, right in model["merges"])
-    if not bytes_only or not all(bytes([byte]) in ranks for byte in range(256)):
+    # No text is encoded to a token with other letters, such as a special token.
+    ranks = {_token_bytes(token): rank for token, rank in model["vocab"].items() if BYTE_OF_LETTER.keys() >= set(token)}
+    has_only_bytes = all(
+        BYTE_OF_LETTER.keys() >= set(left_part + right_part) for left_part, right_part in model["merges"]
+    )
+    if not has_only_bytes or not all(bytes([byte]) in ranks for byte in range(256)):
         return None
-    cuts: dict[bytes, set[int]] = defaultdict(set)
-    order = []
-    for left, right in (map(_bytes, pair) for pair in model["merges"]):
-        cuts[left + right].add(len(left))
-        order.append(ranks[left + right])
-    if any(after < before for before, after in pairwise(order)):
+    cuts_of_token: dict[bytes, set[int]] = defaultdict(set)
+    merge_ranks = []
+    for left_part, right_part in (map(_token_bytes, pair) for pair in model["merges"]):
+        cuts_of_token[left_part + right_part].add(len(left_part))
+        merge_ranks.append(ranks[left_part + right_part])
+    if any(next_rank < merge_rank for merge_rank, next_rank in pairwise(merge_ranks)):
         return None
-    long = [token for token in ranks if len(token) > 1]
-    some = [t for t in long if cuts[t] != {i for i in range(1, len(t)) if t[:i] in ranks and t[i:] in ranks}]
-    by_itself = some if model["ignore_merges"] else long
-    if some and any(max(_rank_of_parts(t, cuts[t], ranks), default=-1) >= ranks[t] for t in long):
+    # Without a merge for every cut, a token must consist of earlier tokens only; see the module's docstring.
+    long_tokens = [token for token in ranks if len(token) > 1]
+    incomplete_tokens = [
+        t for t in long_tokens if cuts_of_token[t] != {i for i in range(1, len(t)) if t[:i] in ranks and t[i:] in ranks}
+    ]
+    checked_tokens = incomplete_tokens if model["ignore_merges"] else long_tokens
+    if incomplete_tokens and any(
+        max(_part_ranks(t, cuts_of_token[t], ranks), default=-1) >= ranks[t] for t in long_tokens
+    ):
         return None
     letters = {byte: letter for letter, byte in BYTE_OF_LETTER.items()}
-    plain = models.BPE(vocab=model["vocab"], merges=[tuple(pair) for pair in model["merges"]])
-    comes_out = all(len(plain.tokenize("".join(map(letters.__getitem__, token)))) == 1 for token in by_itself)
-    return ranks if comes_out else None
+    plain_model = models.BPE(vocab=model["vocab"], merges=[tuple(pair) for pair in model["merges"]])
+    is_stable = all(
+        len(plain_model.tokenize("".join(map(letters.__getitem__, token)))) == 1 for token in checked_tokens
+    )
+    return ranks if is_stable else None
 
 
-def _bytes(token: str) -> bytes:
+def _token_bytes(token: str) -> bytes:
     return bytes(BYTE_OF_LETTER[letter] for letter in token)
 
 
-def _rank_of_parts(token: bytes, cuts: set[int], ranks: dict[bytes, int]) -> list[int]:
-    """Return the ranks of those parts of a token, cut in two at `cuts`, that are themselves merged, not single
-    bytes."""
-    parts = (part for at in cuts for part in (token[:at], token[at:]) if len(part) > 1)
+def _part_ranks(token: bytes, cuts: set[int], ranks: dict[bytes, int]) -> list[int]:
+    """Return the ranks of the parts of a token that is cut in two at `cuts`, without parts of a single byte."""
+    parts = (part for cut in cuts for part in (token[:cut], token[cut:]) if len(part) > 1)
     return [ranks[part] for part in parts]
 
 
@@ -150,59 +168,63 @@ class DocumentEncoder:
     """Encoder of whole documents.
 
     Args:
-        tokenizer: a tokenizer with boundary tokens, which mark the edges of documents.
+        tokenizer: a tokenizer with boundary tokens, which mark the boundaries of documents.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        self._start = boundaries(tokenizer).start
-        content = _of_text_alone(tokenizer)
-        self._library = Tokenizer.from_str(json.dumps(content, ensure_ascii=False))
-        self._fast = fast_encoding(content)
+        self._start_token = boundaries(tokenizer).start
+        content = _without_special_tokens(tokenizer)
+        self._library_tokenizer = Tokenizer.from_str(json.dumps(content, ensure_ascii=False))
+        self._fast_encoding = fast_encoding(content)
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return the token ids of each document, with its start token first."""
-        fast = self._fast if all(map(can_encode, texts)) else None
-        if fast:
-            return [[self._start, *fast.encode_ordinary(text)] for text in texts]
-        encodings = self._library.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [[self._start, *encoding.ids] for encoding in encodings]
+        """Return the token ids of each document, beginning with its start token."""
+        tiktoken_encoding = self._fast_encoding if all(map(can_encode, texts)) else None
+        if tiktoken_encoding:
+            return [[self._start_token, *tiktoken_encoding.encode_ordinary(text)] for text in texts]
+        encodings = self._library_tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [[self._start_token, *encoding.ids] for encoding in encodings]
 
 
 @lru_cache(maxsize=1)
 def document_encoder(path: Path) -> DocumentEncoder:
     """Return the encoder of a tokenizer.json that `load_tokenizer` accepts.
 
-    It is cached within a process, since reading a large vocabulary takes seconds and raw files may be small.
+    The encoder is cached within a process, since reading a large vocabulary takes seconds and raw files may be small.
     """
     return DocumentEncoder(Tokenizer.from_file(str(path)))
 
 
-def _of_text_alone(tokenizer: Tokenizer) -> dict[str, Any]:
+def _without_special_tokens(tokenizer: Tokenizer) -> dict[str, Any]:
     """Return the content of a tokenizer.json that yields no special token for any text, and otherwise the same tokens.
 
-    The library's own `encode_special_tokens` only keeps it from looking for special tokens before the model sees the
-    text: a Unigram or word model that has "<s>" among its pieces, as they do, still finds it. Here special tokens
-    therefore get random names that no text can contain, and keep their ids.
+    Special tokens get random names that no text can contain, and keep their ids.
     """
+    # The library's `encode_special_tokens` does not suffice: it only stops the search for special tokens before the
+    # model. A Unigram or word model usually has "<s>" among its pieces and still finds it.
     content: dict[str, Any] = json.loads(tokenizer.to_str())
-    special = {token["content"] for token in content["added_tokens"] if token["special"]} | {END_OF_TEXT, BEGIN, END}
-    unknowable = secrets.token_hex(16)
+    special_tokens = {token["content"] for token in content["added_tokens"] if token["special"]} | {
+        END_OF_TEXT,
+        BEGIN_TOKEN,
+        END_TOKEN,
+    }
+    random_prefix = secrets.token_hex(16)
 
-    def renamed(token: str) -> str:
-        return f"{unknowable} {token}" if token in special else token
+    def masked_name(name: str) -> str:
+        return f"{random_prefix} {name}" if name in special_tokens else name
 
     for token in content["added_tokens"]:
-        token["content"] = renamed(token["content"])
+        token["content"] = masked_name(token["content"])
     model = content["model"]
     if isinstance(model["vocab"], dict):
-        model["vocab"] = {renamed(token): number for token, number in model["vocab"].items()}
+        model["vocab"] = {masked_name(token): token_id for token, token_id in model["vocab"].items()}
     else:
-        model["vocab"] = [[renamed(token), score] for token, score in model["vocab"]]
+        model["vocab"] = [[masked_name(token), score] for token, score in model["vocab"]]
     if model.get("unk_token") is not None:
-        model["unk_token"] = renamed(model["unk_token"])
+        model["unk_token"] = masked_name(model["unk_token"])
     if "merges" in model:
-        model["merges"] = [[a, b] for a, b in model["merges"] if special.isdisjoint((a, b, a + b))]
-    # It would put in special tokens, by their old names.
+        model["merges"] = [[a, b] for a, b in model["merges"] if special_tokens.isdisjoint((a, b, a + b))]
+    # The post-processor would add special tokens by their original names.
     content["post_processor"] = None
     content["truncation"] = content["padding"] = None
     return content

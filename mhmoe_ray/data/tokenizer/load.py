@@ -1,29 +1,35 @@
-"""Loading of tokenizers: those that a user gives, and those in runs and prepared folders."""
+"""Loading of tokenizers that a user gives, and of those in runs and prepared folders."""
 
 from pathlib import Path
 
 from tokenizers import Tokenizer
 
 from mhmoe_ray.data.tokenizer.tiktoken import BYTE_OF_LETTER, from_tiktoken, is_tiktoken
-from mhmoe_ray.data.tokenizer.vocabulary import BEGIN, END, END_OF_TEXT, find_boundaries, token_count, unknown_token
+from mhmoe_ray.data.tokenizer.vocabulary import (
+    BEGIN_TOKEN,
+    END_OF_TEXT,
+    END_TOKEN,
+    find_boundaries,
+    token_count,
+    unknown_token,
+)
 from mhmoe_ray.errors import DataError
 from mhmoe_ray.spec import DataSpec
 from mhmoe_ray.storage import Location
 
 
 def load_tokenizer(path: Location, vocab_size: int) -> Tokenizer:
-    """Load a tokenizer.json that fits a model of `vocab_size` rows.
-
-    Truncation and padding are switched off, whatever the file says.
+    """Load a tokenizer.json that fits a model of `vocab_size` rows, without truncation and padding.
 
     Raises:
         DataError: the file cannot be read, has more entries than the model, or has no boundary tokens for documents
             that stand for nothing else.
     """
+    # A file may ask for truncation or padding, which would change documents.
     tokenizer = read_tokenizer(path)
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    _check(tokenizer, path, vocab_size)
+    _check_tokenizer(tokenizer, path, vocab_size)
     return tokenizer
 
 
@@ -35,70 +41,72 @@ def read_tokenizer(path: Location) -> Tokenizer:
     """
     try:
         return Tokenizer.from_buffer(path.read_bytes())
-    except Exception as e:  # the library raises bare Exception
+    # The library raises bare Exception.
+    except Exception as e:
         fix = "use a tokenizer.json of the tokenizers library, or a file in tiktoken's format as data.tokenizer"
         raise DataError(f"tokenizer {path}", str(e).splitlines()[0], fix) from e
 
 
-def read_given(path: Path, pattern: str | None) -> Tokenizer:
+def read_given_tokenizer(path: Path, pattern: str | None) -> Tokenizer:
     """Read the tokenizer that `data.tokenizer` names, without checking it against a model.
 
-    It is a tokenizer.json, which does not use `data.tokenizer_pattern`, or a vocabulary in tiktoken's format.
+    The file is a tokenizer.json, which does not use `data.tokenizer_pattern`, or a vocabulary in tiktoken's format.
 
     Raises:
         DataError: the file cannot be read, or it is a vocabulary in tiktoken's format and the pattern is missing or
             wrong.
     """
-    what = f"tokenizer {path}"
+    subject = f"tokenizer {path}"
     try:
         content = path.read_bytes()
     except OSError as e:
-        raise DataError(what, e.strerror or str(e), "correct data.tokenizer") from e
+        raise DataError(subject, e.strerror or str(e), "correct data.tokenizer") from e
     if not is_tiktoken(content):
         return read_tokenizer(path)
     if pattern is None:
-        why = "a file in tiktoken's format does not say how text is split before its ranks apply"
-        raise DataError(what, why, "set data.tokenizer_pattern to gpt2, cl100k, o200k, qwen2 or an expression")
-    return from_tiktoken(content, pattern, what)
+        reason = "a file in tiktoken's format does not say how text is split before its ranks apply"
+        raise DataError(subject, reason, "set data.tokenizer_pattern to gpt2, cl100k, o200k, qwen2 or an expression")
+    return from_tiktoken(content, pattern, subject)
 
 
-def store_given(spec: DataSpec, vocab_size: int, to: Path) -> None:
+def store_given_tokenizer(spec: DataSpec, vocab_size: int, target: Path) -> None:
     """Write the tokenizer that a spec names as a tokenizer.json: a copy, or the conversion of tiktoken's format.
 
     Args:
         spec: a data section with a `tokenizer`.
         vocab_size: rows of the model's embedding.
-        to: the file to write.
+        target: the file to write.
 
     Raises:
-        DataError: the tokenizer is refused by `read_given` or for the reasons of `load_tokenizer`, or
+        DataError: `read_given_tokenizer` refuses the tokenizer, or `load_tokenizer` would refuse it, or
             `tokenizer_pattern` is set although the file is a tokenizer.json.
     """
     path, pattern = spec.tokenizer, spec.tokenizer_pattern
     assert path is not None
-    tokenizer = read_given(path, pattern)
-    _check(tokenizer, path, vocab_size)
+    tokenizer = read_given_tokenizer(path, pattern)
+    _check_tokenizer(tokenizer, path, vocab_size)
     if is_tiktoken(content := path.read_bytes()):
-        tokenizer.save(str(to))
+        tokenizer.save(str(target))
         return
     if pattern is not None:
-        why = "a tokenizer.json has a pattern of its own, so data.tokenizer_pattern would be ignored"
-        raise DataError(f"tokenizer {path}", why, "take that key out")
-    to.write_bytes(content)
+        reason = "a tokenizer.json has its own pattern, so data.tokenizer_pattern would be ignored"
+        raise DataError(f"tokenizer {path}", reason, "remove that key")
+    target.write_bytes(content)
 
 
-def _check(tokenizer: Tokenizer, path: Location, vocab_size: int) -> None:
+def _check_tokenizer(tokenizer: Tokenizer, path: Location, vocab_size: int) -> None:
     size = token_count(tokenizer)
     if size > vocab_size:
         fix = f"use one of at most model.vocab_size ({vocab_size}), or a model with more"
         raise DataError(f"tokenizer {path}", f"it has {size} entries", fix)
     edges = find_boundaries(tokenizer)
     if edges is None:
-        why = f"it has neither the token {END_OF_TEXT} nor the two tokens {BEGIN} and {END}"
-        raise DataError(f"tokenizer {path}", why, "add one or the other as special tokens")
+        reason = f"it has neither the token {END_OF_TEXT} nor the two tokens {BEGIN_TOKEN} and {END_TOKEN}"
+        raise DataError(f"tokenizer {path}", reason, "add one or the other as special tokens")
+    # A model with all 256 bytes never produces its unknown token.
     if unknown_token(tokenizer) in edges.ends | {edges.start} and not _knows_all_bytes(tokenizer):
-        why = "its token for what it does not know is the one at the edge of documents"
-        raise DataError(f"tokenizer {path}", why, "give it an unknown token of its own")
+        reason = "its unknown token is also a boundary token of documents"
+        raise DataError(f"tokenizer {path}", reason, "give it a separate unknown token")
 
 
 def _knows_all_bytes(tokenizer: Tokenizer) -> bool:

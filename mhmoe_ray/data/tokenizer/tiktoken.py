@@ -1,12 +1,11 @@
 """Conversion of vocabularies in tiktoken's format to byte-level BPE of the tokenizers library.
 
 A line is a token's bytes in base64, a space and its rank, which is its id. tiktoken first looks up a whole piece of
-text. If that is no token, it merges two neighbours again and again: those whose bytes together have the lowest rank,
-the leftmost of equals. The library merges pairs by the rank of the pair, so each way to cut a token in two becomes a
-pair, in the order of the tokens' ranks. Several pairs of one token thus have different ranks, not equal ones; but no
-text ever offers two of them at once: what happens within a stretch of bytes that no merge has crossed depends on these
-bytes alone, so the stretch is in the same two parts wherever it occurs. The two encode every text alike; tests compare
-them.
+text. If the piece is no token, it repeatedly merges the two neighbours whose bytes together have the lowest rank, the
+leftmost of equals. The library merges pairs by the rank of the pair, so each way to cut a token in two becomes a pair,
+in the order of the tokens' ranks. Several pairs of one token thus have different ranks instead of the same rank. No
+text ever offers two of them at once: merges within a stretch of bytes that no merge has crossed depend on these bytes
+alone, so the stretch is in the same two parts wherever it occurs. The two encode every text alike; tests compare them.
 """
 
 import base64
@@ -33,18 +32,19 @@ PATTERNS = {
     ),
     "qwen2": _CL100K.replace(r"\p{N}{1,3}", r"\p{N}"),
 }
-"""Patterns that split text into pieces before merging, by the names of vocabularies; Llama 3 splits as cl100k does."""
+"""Patterns that split text into pieces before merging, by the name of the vocabulary; Llama 3 uses that of cl100k."""
 
 
 def _byte_letters() -> dict[int, int]:
-    themselves = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = [byte for byte in range(256) if byte not in themselves]
-    return {byte: byte for byte in themselves} | {byte: 0x100 + i for i, byte in enumerate(others)}
+    # GPT-2 writes the printable characters of Latin-1 as themselves and all other bytes as letters from U+0100 on.
+    printable_bytes = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    other_bytes = [byte for byte in range(256) if byte not in printable_bytes]
+    return {byte: byte for byte in printable_bytes} | {byte: 0x100 + i for i, byte in enumerate(other_bytes)}
 
 
-LETTERS = _byte_letters()
-"""Code point of the printable character by which byte-level models write each byte (GPT-2's table)."""
-BYTE_OF_LETTER = {chr(letter): byte for byte, letter in LETTERS.items()}
+LETTER_OF_BYTE = _byte_letters()
+"""Code point of the printable character that byte-level models write for each byte (GPT-2's table)."""
+BYTE_OF_LETTER = {chr(letter): byte for byte, letter in LETTER_OF_BYTE.items()}
 
 _LINE = re.compile(rb"([A-Za-z0-9+/]+={0,2}) ([0-9]{1,9})")
 
@@ -54,7 +54,7 @@ def is_tiktoken(content: bytes) -> bool:
     return _LINE.fullmatch(content.lstrip().partition(b"\n")[0].rstrip()) is not None
 
 
-def from_tiktoken(content: bytes, pattern: str, what: str) -> Tokenizer:
+def from_tiktoken(content: bytes, pattern: str, subject: str) -> Tokenizer:
     """Return a tokenizer of the tokenizers library that encodes as tiktoken does.
 
     `<|endoftext|>` becomes a special token, with the next id after the ranks unless it is among them.
@@ -62,26 +62,28 @@ def from_tiktoken(content: bytes, pattern: str, what: str) -> Tokenizer:
     Args:
         content: the content of the file.
         pattern: a name of PATTERNS, or a regular expression in the syntax of Oniguruma, where `$` is also the end of a
-            line. Text that it does not match is kept as pieces of its own.
-        what: the name of the file in error messages.
+            line. Text that it does not match becomes separate pieces.
+        subject: the name of the file in error messages.
 
     Raises:
         DataError: the content is not in the format, or the expression is wrong.
     """
-    ranks = _ranks(content, what)
+    ranks = _parse_ranks(content, subject)
     try:
         split = Regex(PATTERNS.get(pattern, pattern))
-    except Exception as e:  # the library raises bare Exception
-        why = f"data.tokenizer_pattern is no regular expression: {str(e).splitlines()[0]}"
-        raise DataError(what, why, f"correct it, or name one of {', '.join(PATTERNS)}") from e
-    text = {token: token.decode("latin-1").translate(LETTERS) for token in ranks}
+    # The library raises bare Exception.
+    except Exception as e:
+        reason = f"data.tokenizer_pattern is no regular expression: {str(e).splitlines()[0]}"
+        raise DataError(subject, reason, f"correct it, or name one of {', '.join(PATTERNS)}") from e
+    token_texts = {token: token.decode("latin-1").translate(LETTER_OF_BYTE) for token in ranks}
     merges = [
-        (text[token[:at]], text[token[at:]])
+        (token_texts[token[:cut]], token_texts[token[cut:]])
         for token in ranks
-        for at in range(1, len(token))
-        if token[:at] in ranks and token[at:] in ranks
+        for cut in range(1, len(token))
+        if token[:cut] in ranks and token[cut:] in ranks
     ]
-    vocab = {text[token]: rank for token, rank in ranks.items()}
+    vocab = {token_texts[token]: rank for token, rank in ranks.items()}
+    # With `ignore_merges` the library, too, first looks up a whole piece.
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -94,14 +96,14 @@ def from_tiktoken(content: bytes, pattern: str, what: str) -> Tokenizer:
     return tokenizer
 
 
-def _ranks(content: bytes, what: str) -> dict[bytes, int]:
+def _parse_ranks(content: bytes, subject: str) -> dict[bytes, int]:
     """Return the ranks of tokens by their bytes, in the order of ranks.
 
     Raises:
         DataError: a line is not in the format, a token repeats, a byte has no token, or the ranks are not 0 to n - 1.
     """
     fix = "use a whole file as tiktoken reads it: lines of base64, a space and a rank"
-    found: dict[bytes, int] = {}
+    ranks: dict[bytes, int] = {}
     for number, line in enumerate(content.splitlines(), 1):
         if not line.strip():
             continue
@@ -111,15 +113,18 @@ def _ranks(content: bytes, what: str) -> dict[bytes, int]:
         except binascii.Error:
             token = b""
         if match is None or not token:
-            raise DataError(what, f"line {number} is not of tiktoken's format", fix)
-        if token in found:
-            raise DataError(what, f"line {number} has a token that was there before", fix)
-        found[token] = int(match[2])
-    missing = [byte for byte in range(256) if bytes([byte]) not in found]
-    if missing:
-        why = f"it has no token for {len(missing)} of the 256 bytes, the first is {missing[0]}"
-        raise DataError(what, why, fix)
-    ordered = dict(sorted(found.items(), key=lambda item: item[1]))
-    if list(ordered.values()) != list(range(len(ordered))):
-        raise DataError(what, f"its {len(ordered)} ranks are not 0 to {len(ordered) - 1}, each once", fix)
-    return ordered
+            raise DataError(subject, f"line {number} is not of tiktoken's format", fix)
+        if token in ranks:
+            raise DataError(subject, f"line {number} repeats an earlier token", fix)
+        ranks[token] = int(match[2])
+    missing_bytes = [byte for byte in range(256) if bytes([byte]) not in ranks]
+    if missing_bytes:
+        reason = f"it has no token for {len(missing_bytes)} of the 256 bytes, the first is {missing_bytes[0]}"
+        raise DataError(subject, reason, fix)
+    # The lines of a file may be in any order, but merges are made in the order of ranks.
+    ordered_ranks = dict(sorted(ranks.items(), key=lambda item: item[1]))
+    if list(ordered_ranks.values()) != list(range(len(ordered_ranks))):
+        raise DataError(
+            subject, f"its {len(ordered_ranks)} ranks are not 0 to {len(ordered_ranks) - 1}, each once", fix
+        )
+    return ordered_ranks

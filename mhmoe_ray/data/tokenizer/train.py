@@ -1,18 +1,19 @@
 """Training of a tokenizer on a sample of the sources, in the proportions that training reads.
 
-    budgets      characters to sample. Domains: by the mixture of the first phase that reads them, never more than they
-                 have. Files of a domain: by size. Sizes are those of the stored files; a compressed file counts as
-                 three times its size.
-    files        evenly spread over the domain: as many as give each a budget of MIN_FILE characters and together hold
-                 four times the budget; all files, where these are not enough
-    documents    those with the smallest hashes among the first REACH budgets of a file. The hash is another one than
-                 that which holds out documents; otherwise the tokenizer would know held-out documents best.
+    budgets      numbers of characters to sample. A domain's budget follows the mixture of the first phase that reads
+                 the domain, and is at most the domain's size. The budgets of its files are in proportion to their
+                 sizes. Sizes are those of the stored files; a compressed file counts as three times its size.
+    files        a selection spread evenly over the domain. Each file has a budget of at least MIN_FILE_CHARACTERS, and
+                 the files together have four times the domain's budget; if they have less, all files are read.
+    documents    those with the smallest hashes in the first part of a file, which is READ_FACTOR times as long as the
+                 file's budget. The hash is not the one that selects held-out documents; otherwise the tokenizer would
+                 know held-out documents best.
 
-So the sample depends on names, sizes and texts alone, a file up to REACH times its budget is sampled from beginning to
-end, and neither memory nor reading grows with the corpus.
+The sample depends on names, sizes and texts alone. A file of up to READ_FACTOR times its budget is sampled from
+beginning to end. Neither memory nor reading grows with the corpus.
 
-Both models spell text in bytes and have all 256 of them, so that any text is decoded exactly as it was. The result
-depends on the files and settings alone.
+Both models spell text in bytes and have all 256 of them, so that decoding restores any text exactly. The result depends
+on the files and settings alone.
 """
 
 import hashlib
@@ -26,38 +27,40 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from mhmoe_ray.data.domains import source_of
 from mhmoe_ray.data.order.mixture import apportion, phase_shares
 from mhmoe_ray.data.order.order import OrderedDomain
-from mhmoe_ray.data.sources import Document, RawFile, Reading
+from mhmoe_ray.data.sources import Document, FileReader, RawFile
 from mhmoe_ray.data.tokenizer.vocabulary import END_OF_TEXT
 from mhmoe_ray.spec import DataSpec
 
-MIN_FILE = 50_000
-REACH = 64
+MIN_FILE_CHARACTERS = 50_000
+READ_FACTOR = 64
 
 
 def sample_texts(files: list[RawFile], spec: DataSpec) -> Iterator[str]:
-    """Yield texts of about `spec.train_mb` million characters together, file after file."""
+    """Yield texts, file after file, that together have about `spec.train_mb` million characters."""
     for file, characters in file_budgets(files, spec):
-        yield from _sample(file, spec, characters)
+        yield from _sample_file(file, spec, characters)
 
 
 def file_budgets(files: list[RawFile], spec: DataSpec) -> list[tuple[RawFile, int]]:
-    """Return the files to read, and how many characters to sample of each."""
+    """Return the files to read and the number of characters to sample of each."""
     by_domain: dict[str, list[RawFile]] = defaultdict(list)
     for file in files:
         by_domain[file.domain].append(file)
-    budgets = domain_budgets({name: sum(map(_size, own)) for name, own in by_domain.items()}, spec)
+    budgets = domain_budgets(
+        {name: sum(map(_text_size, domain_files)) for name, domain_files in by_domain.items()}, spec
+    )
     result = []
-    for name, own in by_domain.items():
-        count, chosen = max(1, budgets[name] // MIN_FILE), own
-        while count < len(own):
-            chosen = [own[i * len(own) // count] for i in range(count)]
-            if sum(map(_size, chosen)) >= 4 * budgets[name]:
+    for name, domain_files in by_domain.items():
+        count, sampled_files = max(1, budgets[name] // MIN_FILE_CHARACTERS), domain_files
+        while count < len(domain_files):
+            sampled_files = [domain_files[i * len(domain_files) // count] for i in range(count)]
+            if sum(map(_text_size, sampled_files)) >= 4 * budgets[name]:
                 break
-            count, chosen = 2 * count, own
-        sizes = [_size(file) for file in chosen]
+            count, sampled_files = 2 * count, domain_files
+        sizes = [_text_size(file) for file in sampled_files]
         total = min(budgets[name], sum(sizes))
         parts = apportion(total, sizes, sizes, 0.5) if total else []
-        result += [(file, part) for file, part in zip(chosen, parts, strict=bool(parts)) if part]
+        result += [(file, part) for file, part in zip(sampled_files, parts, strict=bool(parts)) if part]
     return result
 
 
@@ -73,45 +76,47 @@ def domain_budgets(sizes: dict[str, int], spec: DataSpec) -> dict[str, int]:
     domains = [OrderedDomain(name, source_of(name), 0) for name in names]
     weights = [0.0] * len(names)
     for mixes in spec.mixes.values():
-        shares = phase_shares(mixes, domains, [max(1, sizes[name]) for name in names], flat=True)
-        weights = [before or now for before, now in zip(weights, shares, strict=True)]
+        shares = phase_shares(mixes, domains, [max(1, sizes[name]) for name in names], apply_temperature=True)
+        weights = [current_weight or share for current_weight, share in zip(weights, shares, strict=True)]
     limits = [sizes[name] if weight else 0 for name, weight in zip(names, weights, strict=True)]
     total = min(int(spec.train_mb * 1e6), sum(limits))
     return dict(zip(names, apportion(total, weights, limits, 0.5), strict=True))
 
 
-def _size(file: RawFile) -> int:
+def _text_size(file: RawFile) -> int:
     return file.size * file.inflation
 
 
-def _sample(file: RawFile, spec: DataSpec, characters: int) -> Iterator[str]:
-    kept: list[tuple[int, int, str]] = []  # a heap: the largest hash first
-    size = passed = 0
-    for item in Reading(file, spec):
+def _sample_file(file: RawFile, spec: DataSpec, characters: int) -> Iterator[str]:
+    # Hashes are negative in the heap, so that the document with the largest hash is removed first.
+    heap: list[tuple[int, int, str]] = []
+    heap_characters = read_characters = 0
+    for item in FileReader(file, spec):
         if not isinstance(item, Document):
-            continue  # counted where it matters, when the file is tokenised
+            continue  # unreadable items are counted later, when the file is tokenised
         digest = hashlib.blake2b(item.text.encode(), digest_size=8, person=b"tokenizer").digest()
-        heapq.heappush(kept, (-int.from_bytes(digest, "big"), item.line, item.text))
-        size += len(item.text)
-        while size - len(kept[0][2]) >= characters:
-            size -= len(heapq.heappop(kept)[2])
-        passed += len(item.text)
-        if passed >= REACH * characters:
+        heapq.heappush(heap, (-int.from_bytes(digest, "big"), item.line, item.text))
+        heap_characters += len(item.text)
+        while heap_characters - len(heap[0][2]) >= characters:
+            heap_characters -= len(heapq.heappop(heap)[2])
+        read_characters += len(item.text)
+        if read_characters >= READ_FACTOR * characters:
             break
-    for _, _, text in sorted(kept, reverse=True):
+    for _, _, text in sorted(heap, reverse=True):
         yield text[:characters]
         characters -= len(text)
 
 
-MAX_PIECE = 32
-"""Largest number of bytes in a Unigram piece; a letter has up to 4."""
-MAX_WORD = 1000
+MAX_PIECE_BYTES = 32
+"""Largest number of bytes in a Unigram piece; a letter has up to 4 bytes."""
+MAX_WORD_BYTES = 1000
 """Largest number of bytes that are processed together: text without a space or another break (a DNA sequence, Base64)
 is cut, since time grows with the square of a word's length."""
-_SPACE = "\u2581"  # SentencePiece's, which no letter of the byte-level alphabet is
+# SentencePiece writes a space as this character, which is not in the byte-level alphabet.
+_SPACE = "\u2581"
 _THREADS = 16
-"""Number of threads of SentencePiece, which any machine can run; it sums the counts of each thread, so another number
-would change the last digits."""
+"""Number of threads of SentencePiece, the same on every machine: it adds up the counts of the threads, so another
+number would change the last digits of the scores."""
 
 
 def train_tokenizer(files: Iterable[RawFile], spec: DataSpec, vocab_size: int) -> Tokenizer:
@@ -122,17 +127,17 @@ def train_tokenizer(files: Iterable[RawFile], spec: DataSpec, vocab_size: int) -
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """Train a byte-level byte-pair encoding; `<|endoftext|>` has id 0."""
-    tokenizer = _byte_level(models.BPE())
+    tokenizer = _byte_level_tokenizer(models.BPE())
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=[END_OF_TEXT],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    whole = tokenizer.pre_tokenizer
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([whole, pre_tokenizers.FixedLength(MAX_WORD)])
+    byte_level = tokenizer.pre_tokenizer
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([byte_level, pre_tokenizers.FixedLength(MAX_WORD_BYTES)])
     tokenizer.train_from_iterator(texts, trainer)
-    tokenizer.pre_tokenizer = whole
+    tokenizer.pre_tokenizer = byte_level
     return tokenizer
 
 
@@ -143,65 +148,68 @@ def train_unigram(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     run to run.
     """
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    split = pre_tokenizers.Sequence([byte_level, pre_tokenizers.FixedLength(MAX_WORD)])
+    split = pre_tokenizers.Sequence([byte_level, pre_tokenizers.FixedLength(MAX_WORD_BYTES)])
     words: Counter[str] = Counter()
     for text in texts:
         words.update(word for word, _ in split.pre_tokenize_str(text))
-    missing = sorted(set(pre_tokenizers.ByteLevel.alphabet()).difference(*words))
-    room = max(vocab_size - 1, 256) - len(missing)  # the special token is none of the model's
-    pieces = _unigram_pieces(words, room) if words else []
-    worst = min((score for _, score in pieces), default=0.0)
-    tokenizer = _byte_level(models.Unigram([*pieces, *((letter, worst - 1) for letter in missing)]))
+    missing_letters = sorted(set(pre_tokenizers.ByteLevel.alphabet()).difference(*words))
+    # One entry is the special token, which the model does not have.
+    piece_count = max(vocab_size - 1, 256) - len(missing_letters)
+    pieces = _unigram_pieces(words, piece_count) if words else []
+    lowest_score = min((score for _, score in pieces), default=0.0)
+    tokenizer = _byte_level_tokenizer(
+        models.Unigram([*pieces, *((letter, lowest_score - 1) for letter in missing_letters)])
+    )
     tokenizer.add_special_tokens([END_OF_TEXT])
     return tokenizer
 
 
-def _unigram_pieces(words: Counter[str], size: int) -> list[tuple[str, float]]:
-    """Return at most `size` pieces with their log probabilities; each letter of the words is among them."""
-    import sentencepiece  # here, since serving does without it
+def _unigram_pieces(words: Counter[str], piece_count: int) -> list[tuple[str, float]]:
+    """Return at most `piece_count` pieces with their log probabilities, including each letter of the words."""
+    # Serving does not need SentencePiece, so it is imported only here.
+    import sentencepiece
 
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=_lines(words),
+        sentence_iterator=_training_lines(words),
         input_format="tsv",
         model_writer=model,
         model_type="unigram",
-        vocab_size=size + 2,  # it insists on an unknown token, and SPACE is one of its letters
+        # SentencePiece always has an unknown token, and the space is one of its letters.
+        vocab_size=piece_count + 2,
         hard_vocab_limit=False,
         unk_id=0,
         bos_id=-1,
         eos_id=-1,
         pad_id=-1,
         character_coverage=1.0,
-        max_sentencepiece_length=MAX_PIECE,
+        max_sentencepiece_length=MAX_PIECE_BYTES,
         max_sentence_length=1 << 30,
         num_threads=_THREADS,
         minloglevel=2,
-        # The letters stand for bytes: what they are as characters must not matter.
+        # The letters stand for bytes, so rules for characters must not apply.
         normalization_rule_name="identity",
         add_dummy_prefix=False,
         remove_extra_whitespaces=False,
         split_by_unicode_script=False,
         split_by_number=False,
     )
-    made = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
-    pieces = [(made.id_to_piece(i), made.get_score(i)) for i in range(1, made.get_piece_size())]
+    processor = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+    pieces = [(processor.id_to_piece(i), processor.get_score(i)) for i in range(1, processor.get_piece_size())]
     return [(piece, score) for piece, score in pieces if piece != _SPACE]
 
 
-def _lines(words: Counter[str]) -> Iterator[str]:
-    """Yield lines of each word and its count for SentencePiece: once before a space, and the other times by itself.
-
-    SentencePiece splits the word off the space again. Only text that occurs before two different characters can become
-    a piece, so each word that occurs twice can.
-    """
+def _training_lines(words: Counter[str]) -> Iterator[str]:
+    """Yield lines of each word and its count for SentencePiece: once before a space, and the other times alone."""
+    # SentencePiece makes a piece only of text that occurs before two different characters. With the space, each word
+    # that occurs twice can become a piece; SentencePiece splits the word off the space again.
     for word, count in sorted(words.items()):
         yield f"{word}{_SPACE}\t1"
         if count > 1:
             yield f"{word}\t{count - 1}"
 
 
-def _byte_level(model: models.Model) -> Tokenizer:
+def _byte_level_tokenizer(model: models.Model) -> Tokenizer:
     tokenizer = Tokenizer(model)
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

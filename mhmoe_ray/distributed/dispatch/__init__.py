@@ -1,13 +1,13 @@
-"""Expert-parallel dispatch, `cluster.dispatch`: send rows to the ranks that hold their experts, and the outputs back.
+"""Expert-parallel dispatch (`cluster.dispatch`): send rows to the ranks of their experts, and the outputs back.
 
-    flat.py           each route's row goes straight to its expert's rank
+    flat.py           each route's row goes directly to its expert's rank
     hierarchical.py   each row goes once to each node that has experts for it, then to ranks of that node; sums return
-    exchange.py       the uneven all-to-all of both, the bytes that it sends, and how long a rank waits in it
+    exchange.py       the uneven all-to-all of both, with counts of its bytes and a timer of a rank's waits
 
-Both dispatches are uneven and dropless, and give the same outputs and gradients but for rounding. A rank that has no
-rows to send or receives none takes part in every exchange, forward and backward.
+Both dispatches are uneven and dropless. Their outputs and gradients are the same except for rounding. Every rank takes
+part in every exchange, forward and backward, even with no rows to send or to receive.
 
-Shape suffixes in addition to those of the kernels, where P has another meaning: P ranks of the group, J = P - 1 other
-ranks in rank order, X experts held by one rank, G nodes, S rows received, W = N + S. R rows are sorted by destination,
-with dropped routes last. L, in `count_LE`, is that of the model.
+Shape suffixes in addition to those of the kernels (P has another meaning there): P ranks of the group, J = P - 1 other
+ranks in rank order, X experts of one rank, G nodes, S received rows, W = N + S. R rows are sorted by destination, with
+dropped routes last. L, in `count_LE`, is that of the model.
 """

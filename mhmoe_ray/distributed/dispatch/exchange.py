@@ -1,5 +1,9 @@
-"""Uneven all-to-all between a rank and the others of its group, with the bytes it sends and the time it waits for
-rows."""
+"""The uneven all-to-all between the ranks of a group, which counts the bytes that a rank sends and the time that it
+waits.
+
+Before the all-to-all of rows, an all-to-all of counts tells each rank how many rows it will receive. Each all-to-all is
+asynchronous, so that a rank can compute on its own rows meanwhile.
+"""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -10,43 +14,41 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-_event: Callable[..., torch.cuda.Event] = torch.cuda.Event
+_cuda_event: Callable[..., torch.cuda.Event] = torch.cuda.Event
 
 
-class Waited:
-    """Timer of a rank's waits for rows of other ranks.
-
-    A GPU waits by itself while the host runs ahead. So on a GPU two events on its stream measure a wait, and the host
-    synchronizes with them only when it asks for the time.
-    """
+class WaitTimer:
+    """Timer of a rank's waits for rows of other ranks."""
 
     def __init__(self) -> None:
         self._seconds = 0.0
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
     @contextmanager
-    def measured(self, device: torch.device) -> Iterator[None]:
-        """Measure the time that the context takes on a device.
+    def measure(self, device: torch.device) -> Iterator[None]:
+        """Measure the time that a device waits inside the context.
 
         Args:
             device: device that waits in the context.
         """
+        # The host runs ahead while a GPU waits, so events on the GPU's stream must measure the time.
         if device.type == "cuda":
-            began, ended = (_event(enable_timing=True) for _ in range(2))
-            began.record()
+            start_event, end_event = (_cuda_event(enable_timing=True) for _ in range(2))
+            start_event.record()
             yield
-            ended.record()
-            self._events.append((began, ended))
+            end_event.record()
+            self._events.append((start_event, end_event))
         else:
-            start = time.perf_counter()
+            start_time = time.perf_counter()
             yield
-            self._seconds += time.perf_counter() - start
+            self._seconds += time.perf_counter() - start_time
 
-    def pop(self) -> float:
+    def pop_seconds(self) -> float:
         """Return the seconds measured since the last call, and start from 0 again."""
-        for began, ended in self._events:
-            ended.synchronize()
-            self._seconds += began.elapsed_time(ended) / 1000
+        # The host synchronizes with a GPU only here, not in every exchange.
+        for start_event, end_event in self._events:
+            end_event.synchronize()
+            self._seconds += start_event.elapsed_time(end_event) / 1000
         seconds, self._seconds, self._events = self._seconds, 0.0, []
         return seconds
 
@@ -54,113 +56,109 @@ class Waited:
 T = TypeVar("T")
 
 
-class Sent(NamedTuple):
-    """Bytes that left this rank."""
+class SentBytes(NamedTuple):
+    """Bytes that this rank sent to other ranks."""
 
     rows: int = 0
-    """Bytes of rows, outputs, and the gradients of both; gates and expert numbers are included where rows bring them
-    along."""
+    """Bytes of rows, outputs, and the gradients of both; also of gates and expert numbers that are sent with rows."""
     counts: int = 0
-    """Bytes of the numbers that say how many rows go where."""
+    """Bytes of the counts that ranks exchange before their rows."""
     between_nodes: int = 0
-    """Bytes of `rows` that left the node."""
+    """Bytes of `rows` that were sent to other nodes."""
 
-    def plus(self, other: "Sent") -> "Sent":
-        return Sent(*(a + b for a, b in zip(self, other, strict=True)))
+    def plus(self, other_bytes: "SentBytes") -> "SentBytes":
+        return SentBytes(*(a + b for a, b in zip(self, other_bytes, strict=True)))
 
 
-def least_sent(count_LE: Tensor, held: range, row_bytes: int) -> int:
-    """Return the bytes of rows that must leave ranks for this rank's tokens where each route is a row of its own.
-
-    This is so in flat dispatch: each kept route to an expert on another rank goes there and back, forward and backward,
-    even where two routes go to the same rank.
+def flat_row_bytes(count_LE: Tensor, expert_ids: range, row_bytes: int) -> int:
+    """Return the bytes of rows that flat dispatch sends between ranks for this rank's tokens.
 
     Args:
-        count_LE: kept routes of this rank's tokens, per layer and expert.
-        held: ids of the experts that this rank holds.
-        row_bytes: bytes of one row as it travels.
+        count_LE: number of kept routes of this rank's tokens, per layer and expert.
+        expert_ids: global ids of the experts that this rank holds.
+        row_bytes: bytes of one row in an exchange.
     """
-    elsewhere = count_LE.sum() - count_LE[:, held.start : held.stop].sum()
-    return 4 * int(elsewhere) * row_bytes
+    remote_routes = count_LE.sum() - count_LE[:, expert_ids.start : expert_ids.stop].sum()
+    # Each route to another rank is a row of its own, which is sent there and back, forward and backward.
+    return 4 * int(remote_routes) * row_bytes
 
 
-class Flight(NamedTuple):
-    """Exchange in progress."""
+class PendingExchange(NamedTuple):
+    """All-to-all that has started."""
 
     work: Any
     """Handle of the asynchronous all-to-all; None if there are no other ranks."""
     rows: Tensor
-    """Rows to send, held here until they have left, so that no other tensor takes their memory."""
-    into: Tensor
-    waited: Waited
+    """Rows that are being sent. The reference keeps torch from giving their memory to another tensor."""
+    output: Tensor
+    wait_timer: WaitTimer
 
     def wait(self) -> Tensor:
         if self.work:
-            with self.waited.measured(self.into.device):
+            with self.wait_timer.measure(self.output.device):
                 self.work.wait()
-        return self.into
+        return self.output
 
 
 class Exchange:
-    """Everything that this rank sends to the other ranks of a group."""
+    """All-to-all exchanges of this rank with the other ranks of a group."""
 
     def __init__(self, group: dist.ProcessGroup, nodes: Sequence[object] | None = None) -> None:
         """Prepare exchanges within a process group.
 
         Args:
             group: process group of this rank.
-            nodes: name of the node of each rank of the group, of any type; by default all ranks are on one node.
+            nodes: identifier of each rank's node, of any type; by default all ranks are on one node.
         """
         self._group, self.ranks, self.rank = group, dist.get_world_size(group), dist.get_rank(group)
         nodes = nodes or [None] * self.ranks
-        self._away = [node != nodes[self.rank] for node in self.others(nodes)]
-        self._sent = Sent()
-        self._waited = Waited()
+        self._remote_flags = [node_name != nodes[self.rank] for node_name in self.exclude_own(nodes)]
+        self._sent_bytes = SentBytes()
+        self._wait_timer = WaitTimer()
 
-    def others(self, of_ranks: Sequence[T]) -> list[T]:
-        """Return the elements of the other ranks, without this rank's own.
+    def exclude_own(self, values: Sequence[T]) -> list[T]:
+        """Return the values of the other ranks, without this rank's own.
 
         Args:
-            of_ranks: one element for each rank of the group.
+            values: one value for each rank of the group.
         """
-        return [*of_ranks[: self.rank], *of_ranks[self.rank + 1 :]]
+        return [*values[: self.rank], *values[self.rank + 1 :]]
 
-    def pop_sent(self) -> Sent:
-        """Return the bytes sent since the last call, and start from 0 again."""
-        sent, self._sent = self._sent, Sent()
-        return sent
+    def pop_sent_bytes(self) -> SentBytes:
+        """Return the bytes that this rank sent since the last call, and start from 0 again."""
+        sent_bytes, self._sent_bytes = self._sent_bytes, SentBytes()
+        return sent_bytes
 
-    def pop_waited(self) -> float:
-        """Return the seconds that this rank waited for data of other ranks since the last call, and start from 0
-        again."""
-        return self._waited.pop()
+    def pop_wait_seconds(self) -> float:
+        """Return the seconds that this rank waited for other ranks since the last call, and start from 0 again."""
+        return self._wait_timer.pop_seconds()
 
-    def counts(self, count_JX: Tensor) -> Flight:
-        """Start to send count_JX[j] to the j-th other rank; what that rank sends arrives at the same index of the
-        result."""
-        self._sent = self._sent.plus(Sent(counts=count_JX.nbytes))
-        each = [1] * len(self._away)
-        return self._send(count_JX, torch.empty_like(count_JX), each, each)
+    def start_counts(self, count_JX: Tensor) -> PendingExchange:
+        """Start an all-to-all in which the j-th other rank receives count_JX[j]. The result has the counts from the
+        j-th other rank at index j."""
+        self._sent_bytes = self._sent_bytes.plus(SentBytes(counts=count_JX.nbytes))
+        split_sizes = [1] * len(self._remote_flags)
+        return self._start_all_to_all(count_JX, torch.empty_like(count_JX), split_sizes, split_sizes)
 
-    def rows(self, rows: Tensor, into: Tensor, out_J: list[int], in_J: list[int]) -> Flight:
-        """Start to send the first out_J[0] of `rows` to the first other rank, and so on, while the others' rows arrive
-        in `into`.
+    def start_rows(self, rows: Tensor, output: Tensor, out_J: list[int], in_J: list[int]) -> PendingExchange:
+        """Start an all-to-all of rows, in which the j-th other rank receives the next out_J[j] of `rows`.
 
         Args:
             rows: rows to send, in the order of the other ranks.
-            into: tensor for the received rows, in the order of the other ranks.
+            output: tensor for the received rows, in the order of the other ranks.
             out_J: number of rows for each other rank.
             in_J: number of rows from each other rank.
         """
-        far = sum(count for count, away in zip(out_J, self._away, strict=True) if away)
-        far_bytes = far * rows.shape[1] * rows.itemsize
-        self._sent = self._sent.plus(Sent(rows=rows.nbytes, between_nodes=far_bytes))
-        return self._send(rows, into, out_J, in_J)
+        remote_count = sum(count for count, is_remote in zip(out_J, self._remote_flags, strict=True) if is_remote)
+        remote_bytes = remote_count * rows.shape[1] * rows.itemsize
+        self._sent_bytes = self._sent_bytes.plus(SentBytes(rows=rows.nbytes, between_nodes=remote_bytes))
+        return self._start_all_to_all(rows, output, out_J, in_J)
 
-    def _send(self, rows: Tensor, into: Tensor, out_J: list[int], in_J: list[int]) -> Flight:
+    def _start_all_to_all(self, rows: Tensor, output: Tensor, out_J: list[int], in_J: list[int]) -> PendingExchange:
         if self.ranks == 1:
-            return Flight(None, rows, into, self._waited)
-        at = self.rank
-        arriving, leaving = ([*others[:at], 0, *others[at:]] for others in (in_J, out_J))
-        work = dist.all_to_all_single(into, rows, arriving, leaving, group=self._group, async_op=True)
-        return Flight(work, rows, into, self._waited)
+            return PendingExchange(None, rows, output, self._wait_timer)
+        rank = self.rank
+        # This rank's own rows take no part: the all-to-all gets 0 for them.
+        output_splits, input_splits = ([*counts[:rank], 0, *counts[rank:]] for counts in (in_J, out_J))
+        work = dist.all_to_all_single(output, rows, output_splits, input_splits, group=self._group, async_op=True)
+        return PendingExchange(work, rows, output, self._wait_timer)

@@ -1,26 +1,20 @@
-"""Hierarchical dispatch, first between nodes, then within them: a row crosses the slow links once for each node that
-has experts for it.
+"""Hierarchical dispatch: a row crosses the slow links between nodes once for each node that has experts for it.
 
-The ranks of a group are G nodes of P ranks each, in order, so that a node holds a range of experts. A rank's rail is
-the set of ranks at its position on every node. Along the rail a row goes to each other node that has an expert for it,
-with its gates and the numbers of its experts. There the receiving rank dispatches it flat over its node, to that node's
-experts only, together with its own rows for the experts of that node. One sum of weighted outputs comes back for each
-row that was sent, and is added on the rank where the row came from.
+A group has G nodes of P ranks each. Its ranks are in the order of nodes, so that a node holds a range of experts. A
+rank's rail is the set of ranks at its position on every node. Along the rail, a row is sent once to each other node
+that has an expert for it, with its gates and the numbers of its experts. The receiving rank dispatches it flat within
+its node, to that node's experts only, together with the rank's own rows. One sum of weighted outputs is sent back for
+each received row, and the sender adds it to its own sum.
 
-    forward     counts | rows, gates along the rail | own rows and theirs, flat | sums back, added
-    backward             gradients of sums out      | the same                  | gradients of rows and gates back
+    forward     counts | rows, gates along the rail | own and received rows, flat | sums back, added
+    backward             gradients of sums out      | the same                    | gradients of rows and gates back
 
-So a row with two experts on another node crosses once each way instead of twice, but may go on to a neighbour there;
-and a sum in bfloat16 is rounded once more than in flat dispatch. The host waits for the device twice instead of once.
-Where routes are rows of their own, as under dropout (`model/moe.py`), there is nothing to save.
+A row with two experts on another node therefore crosses once each way instead of twice, but it may be sent on to a
+neighbour there. A sum in bfloat16 is rounded once more than in flat dispatch. The host waits for the device twice
+instead of once. Nothing is saved if routes are rows of their own, as under dropout (`model/moe.py`).
 
-A rank's own rows wait for the rail. Dispatching them while the others are in flight would take a second flat dispatch,
-with five more exchanges and twice as many parts of the experts' work, to hide at most 1/G of that work
-(kernels/README.md).
-
-Two stages along and across nodes are the hierarchical all-to-all of DeepSpeed-MoE (arXiv 2201.05596); that a row
-crosses once per node is as in DeepSeek-V3 (arXiv 2412.19437, section 3.2.2), here without a limit on the number of
-nodes.
+The two stages are those of the hierarchical all-to-all of DeepSpeed-MoE (arXiv 2201.05596). In DeepSeek-V3 (arXiv
+2412.19437, section 3.2.2) a row also crosses once per node, but the number of nodes is limited.
 """
 
 from collections.abc import Callable
@@ -32,70 +26,78 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mhmoe_kernels import combine, permute, plan_routes
-from mhmoe_ray.distributed.dispatch.exchange import Exchange, Sent
+from mhmoe_ray.distributed.dispatch.exchange import Exchange, SentBytes
 from mhmoe_ray.distributed.dispatch.flat import FlatDispatch
 from mhmoe_ray.model.feedforward import Experts
 from mhmoe_ray.model.router import Routing
 
 
-class End(NamedTuple):
-    """Numbers of rows at one end of an exchange, where the rows start or where they arrive."""
+class RowCounts(NamedTuple):
+    """Numbers of rows at the source or at the target of an exchange."""
 
     count_J: list[int]
-    """Number of rows that go to, or come from, each other rank."""
+    """Number of rows that are sent to, or received from, each other rank."""
     rows: int
-    """Number of all rows of a tensor. Those behind the travelling rows do not travel, and are 0 wherever they are
-    written."""
+    """Number of all rows of a tensor. The rows after the exchanged ones are not sent, and are 0 at the target."""
 
 
-def travel(exchange: Exchange, leaving: End, arriving: End, *tensors: Tensor) -> tuple[Tensor, ...]:
-    """Exchange rows of several tensors and return what the other ranks sent, one tensor for each; differentiable.
+def exchange_rows(
+    exchange: Exchange, source_counts: RowCounts, target_counts: RowCounts, *tensors: Tensor
+) -> tuple[Tensor, ...]:
+    """Exchange rows of several tensors and return the received rows, one tensor for each. Gradients are exchanged in
+    the opposite direction.
 
     Args:
         exchange: exchange with the other ranks.
-        leaving: numbers of rows of every tensor before the exchange.
-        arriving: numbers of rows of every tensor after the exchange.
-        tensors: two-dimensional tensors of any dtype and width. What all of them have of one row travels in one piece.
+        source_counts: numbers of rows of every tensor before the exchange.
+        target_counts: numbers of rows of every tensor after the exchange.
+        tensors: two-dimensional tensors of any dtype and width, with the same number of rows.
     """
-    return _travel(exchange, leaving, arriving, *tensors)
+    return _apply_exchange(exchange, source_counts, target_counts, *tensors)
 
 
-def _exchanged(exchange: Exchange, leaving: End, arriving: End, tensors: list[Tensor]) -> list[Tensor]:
-    going, coming = sum(leaving.count_J), sum(arriving.count_J)
-    rows = torch.cat([t[:going].contiguous().view(torch.uint8) for t in tensors], 1)
-    into = rows.new_empty(coming, rows.shape[1])
-    exchange.rows(rows, into, leaving.count_J, arriving.count_J).wait()
-    arrived = [t.new_empty(arriving.rows, t.shape[1]) for t in tensors]
-    for t, part in zip(arrived, torch.split(into, [t.shape[1] * t.itemsize for t in tensors], 1), strict=True):
-        t[:coming].view(torch.uint8).copy_(part)
-        t[coming:] = 0
-    return arrived
+def _exchange_tensors(
+    exchange: Exchange, source_counts: RowCounts, target_counts: RowCounts, tensors: list[Tensor]
+) -> list[Tensor]:
+    sent_rows, received_rows = sum(source_counts.count_J), sum(target_counts.count_J)
+    # The bytes of all tensors are sent as one tensor, so that there is one exchange instead of several.
+    rows = torch.cat([t[:sent_rows].contiguous().view(torch.uint8) for t in tensors], 1)
+    received = rows.new_empty(received_rows, rows.shape[1])
+    exchange.start_rows(rows, received, source_counts.count_J, target_counts.count_J).wait()
+    outputs = [t.new_empty(target_counts.rows, t.shape[1]) for t in tensors]
+    for t, part in zip(outputs, torch.split(received, [t.shape[1] * t.itemsize for t in tensors], 1), strict=True):
+        t[:received_rows].view(torch.uint8).copy_(part)
+        t[received_rows:] = 0
+    return outputs
 
 
-class _Travel(torch.autograd.Function):
+class _ExchangeRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, exchange: Exchange, leaving: End, arriving: End, *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.way_back = exchange, arriving, leaving
-        arrived = _exchanged(exchange, leaving, arriving, list(tensors))
-        ctx.mark_non_differentiable(*(t for t in arrived if not t.is_floating_point()))
-        return tuple(arrived)
+    def forward(
+        ctx: Any, exchange: Exchange, source_counts: RowCounts, target_counts: RowCounts, *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.reverse_arguments = exchange, target_counts, source_counts
+        outputs = _exchange_tensors(exchange, source_counts, target_counts, list(tensors))
+        ctx.mark_non_differentiable(*(t for t in outputs if not t.is_floating_point()))
+        return tuple(outputs)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        # Of all that could have one, also where it is not needed: another rank may need its own.
-        travelling = [gradient for gradient in gradients if gradient.is_floating_point()]
-        exchange, leaving, arriving = ctx.way_back
-        arrived = iter(_exchanged(exchange, leaving, arriving, travelling))
-        return None, None, None, *(next(arrived) if g.is_floating_point() else None for g in gradients)
+        # All gradients are sent, even if this rank does not need them: another rank may need its own, and an exchange
+        # must have the same tensors on all ranks.
+        float_gradients = [gradient for gradient in gradients if gradient.is_floating_point()]
+        exchange, source_counts, target_counts = ctx.reverse_arguments
+        returned_gradients = iter(_exchange_tensors(exchange, source_counts, target_counts, float_gradients))
+        return None, None, None, *(next(returned_gradients) if g.is_floating_point() else None for g in gradients)
 
 
-_travel: Callable[..., tuple[Tensor, ...]] = _Travel.apply
+_apply_exchange: Callable[..., tuple[Tensor, ...]] = _ExchangeRows.apply
 
 
 class HierarchicalDispatch:
-    """A `model.feedforward.Dispatch` over G x P ranks, of which the p-th on node g holds the (g * P + p)-th share of
-    the experts."""
+    """Hierarchical `model.feedforward.Dispatch` over G x P ranks. The p-th rank on node g holds the (g * P + p)-th
+    share of the experts."""
 
     def __init__(self, node: dist.ProcessGroup, rail: dist.ProcessGroup) -> None:
         """Prepare flat dispatch within the node and exchanges along the rail.
@@ -107,44 +109,51 @@ class HierarchicalDispatch:
         self._flat = FlatDispatch(node)
         self._rail = Exchange(rail, nodes=range(dist.get_world_size(rail)))
 
-    def pop_sent(self) -> Sent:
-        """Return the bytes sent since the last call, and start from 0 again."""
-        return self._rail.pop_sent().plus(self._flat.pop_sent())
+    def pop_sent_bytes(self) -> SentBytes:
+        """Return the bytes that this rank sent since the last call, and start from 0 again."""
+        return self._rail.pop_sent_bytes().plus(self._flat.pop_sent_bytes())
 
-    def pop_waited(self) -> float:
-        """Return the seconds that this rank waited for data of other ranks since the last call, and start from 0
-        again."""
-        return self._rail.pop_waited() + self._flat.pop_waited()
+    def pop_wait_seconds(self) -> float:
+        """Return the seconds that this rank waited for other ranks since the last call, and start from 0 again."""
+        return self._rail.pop_wait_seconds() + self._flat.pop_wait_seconds()
 
     def __call__(self, x_ND: Tensor, routing: Routing, experts: Experts) -> Tensor:
         x_ND, weights = experts.cast(x_ND)
         rail, expert_NK, gate_NK = self._rail, routing.expert_NK, routing.gate_NK
-        each = len(experts.held) * self._flat.ranks  # experts of a node
+        experts_per_node = len(experts.expert_ids) * self._flat.ranks
 
-        # A row goes to the nodes of its kept routes as it goes to experts elsewhere, with weight 1.
+        # The plan is that of a layer whose experts are the nodes: a row goes to each node of its kept routes, with
+        # weight 1.
         node_G = torch.arange(rail.ranks, device=x_ND.device)
-        node_NK = (expert_NK // each).masked_fill(gate_NK == 0, rail.ranks)
+        node_NK = (expert_NK // experts_per_node).masked_fill(gate_NK == 0, rail.ranks)
         routes_NG = (node_NK[..., None] == node_G).sum(1)
-        goes_NG = (routes_NG > 0) & (node_G != rail.rank)
-        plan = plan_routes(node_G.where(goes_NG, rail.ranks), rail.ranks)
-        count_G2 = torch.stack([plan.count_E, routes_NG.sum(0)], 1)  # rows that go there, and routes that end there
-        counts = rail.counts(torch.cat([count_G2[: rail.rank], count_G2[rail.rank + 1 :]]))
-        # Here the host waits for the device, and once more in the flat dispatch.
+        is_sent_NG = (routes_NG > 0) & (node_G != rail.rank)
+        plan = plan_routes(node_G.where(is_sent_NG, rail.ranks), rail.ranks)
+        # For each node: the number of rows that are sent there, and the number of their routes to its experts.
+        count_G2 = torch.stack([plan.count_E, routes_NG.sum(0)], 1)
+        counts = rail.start_counts(torch.cat([count_G2[: rail.rank], count_G2[rail.rank + 1 :]]))
+        # The host waits for the device here, and once more in the flat dispatch.
         numbers = torch.cat([count_G2, counts.wait()]).tolist()
-        of_nodes, in_J = numbers[: rail.ranks], numbers[rail.ranks :]
-        out_J = rail.others(of_nodes)
+        node_counts, in_J = numbers[: rail.ranks], numbers[rail.ranks :]
+        out_J = rail.exclude_own(node_counts)
         plan = plan.trimmed(sum(rows for rows, _ in out_J))
-        home = End([rows for rows, _ in out_J], len(plan.row_R))
-        there = End([rows for rows, _ in in_J], sum(rows for rows, _ in in_J))
+        local_counts = RowCounts([rows for rows, _ in out_J], len(plan.row_R))
+        remote_counts = RowCounts([rows for rows, _ in in_J], sum(rows for rows, _ in in_J))
 
         expert_RK = expert_NK.index_select(0, plan.row_R).int()
-        arrived = travel(rail, home, there, permute(x_ND, plan), permute(gate_NK, plan), expert_RK)
-        x_WD, gate_WK, expert_WK = (torch.cat(both) for both in zip((x_ND, gate_NK, expert_NK), arrived, strict=True))
-        expert_WK = expert_WK - rail.rank * each
-        here_WK = (expert_WK >= 0) & (expert_WK < each)
-        expert_WK, gate_WK = (t.where(here_WK, 0) for t in (expert_WK, gate_WK))
-        routes = of_nodes[rail.rank][1] + sum(routes for _, routes in in_J)
-        y_WD = self._flat.through(x_WD, expert_WK, gate_WK, experts.backend(x_ND, weights), weights, routes)
-        y_ND, y_SD = torch.split(y_WD, [len(x_ND), there.rows])
-        (sum_RD,) = travel(rail, there, home, y_SD)
-        return y_ND + combine(sum_RD, goes_NG.to(gate_NK), plan)
+        received = exchange_rows(
+            rail, local_counts, remote_counts, permute(x_ND, plan), permute(gate_NK, plan), expert_RK
+        )
+        x_WD, gate_WK, expert_WK = (
+            torch.cat(tensors) for tensors in zip((x_ND, gate_NK, expert_NK), received, strict=True)
+        )
+        expert_WK = expert_WK - rail.rank * experts_per_node
+        is_local_WK = (expert_WK >= 0) & (expert_WK < experts_per_node)
+        expert_WK, gate_WK = (t.where(is_local_WK, 0) for t in (expert_WK, gate_WK))
+        # The rank's own rows wait for the rail too. Dispatching them meanwhile would take a second flat dispatch, with
+        # five more exchanges, to hide at most 1/G of the experts' work (kernels/README.md).
+        routes = node_counts[rail.rank][1] + sum(routes for _, routes in in_J)
+        y_WD = self._flat.dispatch_rows(x_WD, expert_WK, gate_WK, experts.select_kernel(x_ND, weights), weights, routes)
+        y_ND, y_SD = torch.split(y_WD, [len(x_ND), remote_counts.rows])
+        (sum_RD,) = exchange_rows(rail, remote_counts, local_counts, y_SD)
+        return y_ND + combine(sum_RD, is_sent_NG.to(gate_NK), plan)

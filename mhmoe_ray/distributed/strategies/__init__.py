@@ -1,9 +1,10 @@
-"""How ranks hold the parameters that all of them have, and how gradients are reduced: `cluster.strategy`.
+"""Strategies (`cluster.strategy`) for the parameters that all ranks need, and for the reduction of gradients.
 
-    ddp.py    every rank has them all; DDP averages their gradients (ddp, and a single worker)
-    fsdp.py   each rank has a shard of every tensor, by FSDP2 (fsdp); on request also of experts
+    ddp.py    every rank has all of them, and DDP averages their gradients (ddp, and a single worker)
+    fsdp.py   each rank has a shard of every tensor, by FSDP2 (fsdp); optionally also of experts
     zero.py   DeepSpeed's ZeRO (zero1, zero2, zero3; extra `deepspeed`)
 
-Every strategy leaves experts spread by expert parallelism. A rank's experts get rows of all ranks of its group, so
-their gradients are summed over dp and divided by dp * ep, where all others are averaged over dp * ep.
+Under every strategy, experts stay distributed by expert parallelism. A rank's experts compute on rows of all ranks of
+its group. Their gradients are therefore summed over dp and divided by dp * ep, whereas all other gradients are averaged
+over dp * ep.
 """

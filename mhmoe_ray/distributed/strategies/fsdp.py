@@ -1,8 +1,6 @@
-"""FSDP2: each rank holds a shard of every tensor and gathers a block's whole tensors while the block computes.
+"""FSDP2: each rank holds a shard of every tensor, and gathers the full tensors of a block while the block computes.
 
-Experts stay as expert parallelism has them, or are sharded once more over the dp ranks that hold the same ones. By
-default FSDP2 averages their gradients over dp, which would make them ep times too large: instead they are summed, and
-divided by the number of all ranks.
+Experts stay distributed by expert parallelism, or are also sharded over the dp ranks that hold the same experts.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -13,54 +11,57 @@ from torch.distributed.tensor import DTensor, Shard
 
 from mhmoe_ray.distributed.mesh import Mesh
 from mhmoe_ray.distributed.optimizer import expert_parameters
-from mhmoe_ray.distributed.strategies.ddp import Fill, Strategy
+from mhmoe_ray.distributed.strategies.ddp import FillModel, Strategy
 from mhmoe_ray.model.decoder import Decoder
 from mhmoe_ray.model.feedforward import Experts
 from mhmoe_ray.spec import TrainSpec
 
 
-class Sharded(Strategy):
-    def __init__(self, model: Decoder, mesh: Mesh, spec: TrainSpec, fill: Fill, experts: bool) -> None:
+class FsdpStrategy(Strategy):
+    def __init__(self, model: Decoder, mesh: Mesh, spec: TrainSpec, fill: FillModel, shard_experts: bool) -> None:
         """Fill and shard the model, and build the optimizer, as `Strategy` does.
 
         Args:
             model: model on the meta device.
             mesh: mesh of this rank.
             spec: `train` section of the spec.
-            fill: function that gives the model its memory and weights; called once.
-            experts: whether to shard experts over dp too.
+            fill: function that allocates and fills the model's weights; it is called once.
+            shard_experts: whether to shard experts over dp too.
         """
-        self._experts = experts and mesh.size("dp") > 1
+        self._shards_experts = shard_experts and mesh.size("dp") > 1
         super().__init__(model, mesh, spec, fill)
 
-    def _wrapped(self, fill: Fill) -> nn.Module:
+    def _wrap_model(self, fill: FillModel) -> nn.Module:
         experts = [m for m in self.model.modules() if isinstance(m, Experts)]
-        if self._experts:
+        if self._shards_experts:
             for module in experts:
-                self._slice_experts(module)
-        apart = set() if self._experts else set(expert_parameters(self.model).values())
-        everyone = self.mesh.everyone
+                self._shard_experts(module)
+        ignored_parameters = set() if self._shards_experts else set(expert_parameters(self.model).values())
+        world_mesh = self.mesh.world_mesh
         for block in self.model.blocks:
-            fully_shard(block, mesh=everyone, ignored_params=apart)
-        # Also the root's own tensors after each forward, so that what is read between steps is slices always.
-        fully_shard(self.model, mesh=everyone, reshard_after_forward=True, ignored_params=apart)
-        fill(self.model)  # no rank ever has the whole
+            fully_shard(block, mesh=world_mesh, ignored_params=ignored_parameters)
+        # The root's own tensors are sharded again after each forward too, so that readers between steps always see
+        # shards.
+        fully_shard(self.model, mesh=world_mesh, reshard_after_forward=True, ignored_params=ignored_parameters)
+        # Filled only now, so that no rank ever has the full tensors.
+        fill(self.model)
         return self.model
 
-    def _slice_experts(self, module: Experts) -> None:
+    def _shard_experts(self, module: Experts) -> None:
         assert self.mesh.devices is not None
         for name, parameter in list(module.named_parameters()):
-            held = DTensor.from_local(parameter.data, self.mesh.devices["ep"], [Shard(0)], run_check=False)
-            module.register_parameter(name, nn.Parameter(held))
-        sliced = fully_shard(module, mesh=self.mesh.devices["dp"])
-        sliced.set_force_sum_reduction_for_comms(True)
-        sliced.set_gradient_divide_factor(self.mesh.world)
+            expert_shard = DTensor.from_local(parameter.data, self.mesh.devices["ep"], [Shard(0)], run_check=False)
+            module.register_parameter(name, nn.Parameter(expert_shard))
+        sharded_module = fully_shard(module, mesh=self.mesh.devices["dp"])
+        # By default FSDP2 averages gradients over dp, which would make those of experts ep times too large.
+        sharded_module.set_force_sum_reduction_for_comms(True)
+        sharded_module.set_gradient_divide_factor(self.mesh.world_size)
 
-    def micro_batch(self, last: bool) -> AbstractContextManager[None]:
+    def micro_batch_context(self, is_last: bool) -> AbstractContextManager[None]:
         assert isinstance(self.module, FSDPModule)
-        self.module.set_requires_gradient_sync(last)
+        self.module.set_requires_gradient_sync(is_last)
         return nullcontext()
 
-    def _as_global(self, local: dict[str, Tensor]) -> dict[str, Tensor]:
-        whole = super()._as_global({name: t for name, t in local.items() if not isinstance(t, DTensor)})
-        return {name: whole.get(name, t) for name, t in local.items()}
+    def _to_global(self, local: dict[str, Tensor]) -> dict[str, Tensor]:
+        global_tensors = super()._to_global({name: t for name, t in local.items() if not isinstance(t, DTensor)})
+        return {name: global_tensors.get(name, t) for name, t in local.items()}

@@ -1,4 +1,4 @@
-"""Modules and initialization of each architecture of `mhmoe_ray/architectures/`, in a module of the same name.
+"""Modules and initialization of the architectures in `mhmoe_ray/architectures/`, each in a file of the same name.
 
 base.py     the interface of an architecture's modules
 llama.py    RMSNorm, rotary positions and SwiGLU (P2)
@@ -14,6 +14,6 @@ __all__ = ["Modules", "modules_of"]
 
 
 def modules_of(spec: ModelSpec) -> Modules:
-    """Return the modules of the architecture that `spec.backbone` names."""
+    """Return the modules of the architecture `spec.backbone`."""
     modules: Modules = import_module(f"{__name__}.{spec.backbone}").MODULES
     return modules

@@ -1,6 +1,6 @@
 """The interface between the decoder and an architecture: norms, feed-forward function, positions, initial weights.
 
-Methods have a default where most architectures agree, so that an architecture defines only what is particular to it.
+A method has a default if most architectures agree on it, so that an architecture defines only the differences.
 """
 
 from abc import ABC, abstractmethod
@@ -14,14 +14,14 @@ from mhmoe_ray.spec import ModelSpec
 
 class Modules(ABC):
     attention_bias: ClassVar[bool] = False
-    """Whether the projections of attention have biases."""
+    """True if the projections of attention have biases."""
 
     @abstractmethod
     def norm(self, spec: ModelSpec) -> nn.Module:
         """Return a norm over the width of the model."""
 
     def inner_norm(self, spec: ModelSpec) -> nn.Module:
-        """Return the norm between attention's weighted values and its output projection; by default the identity."""
+        """Return the norm between attention and its output projection; by default the identity."""
         return nn.Identity()
 
     @abstractmethod
@@ -39,12 +39,11 @@ class Modules(ABC):
         """
 
     def embedding_scale(self, spec: ModelSpec) -> float:
-        """Return the factor that token embeddings are multiplied by; 1 by default."""
+        """Return the factor of token embeddings; by default 1."""
         return 1.0
 
     def query_scale(self, head_width: int, position_T: Tensor) -> Tensor | None:
-        """Return the factors that rotated queries are multiplied by and rotated keys are divided by; None for plain
-        RoPE.
+        """Return the factors by which rotated queries are multiplied and rotated keys divided; None for plain RoPE.
 
         Args:
             head_width: C, the width of an attention head.
@@ -56,14 +55,13 @@ class Modules(ABC):
         return None
 
     def rescale_initial(self, name: str, tensor: Tensor, layers: int) -> Tensor:
-        """Return an initial tensor as the architecture changes it after `model/init.py` has drawn it; by default
-        unchanged.
+        """Return an initial tensor after the architecture's own changes, of which there are none by default.
 
-        The tensor may be changed in place.
+        The method may change the tensor in place.
 
         Args:
             name: full name of the tensor in the decoder.
-            tensor: parameter of one module, or of one expert.
+            tensor: parameter of one module or of one expert, as `model/init.py` has drawn it.
             layers: number of blocks of the model.
         """
         return tensor

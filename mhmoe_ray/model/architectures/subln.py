@@ -10,8 +10,7 @@ from mhmoe_ray.model.architectures.base import Modules
 from mhmoe_ray.spec import ModelSpec
 
 XPOS_SCALE_BASE = 512
-"""Number of tokens over which xPos decays by one factor of its scale (arXiv 2212.10554, as torchscale implements
-it)."""
+"""Distance in tokens over which xPos decays by one factor of its scale (arXiv 2212.10554, with torchscale's value)."""
 
 
 class SublnModules(Modules):
@@ -40,21 +39,20 @@ class SublnModules(Modules):
         return float(spec.d_model**0.5)
 
     def query_scale(self, head_width: int, position_T: Tensor) -> Tensor | None:
-        """Return xPos's factors, with which the product of a query and a key shrinks with their distance."""
+        """Return xPos's factors, which make the product of a query and a key shrink with their distance."""
+        # 0.4 is gamma of the paper, as in torchscale.
         even = torch.arange(0, head_width, 2, device=position_T.device, dtype=torch.float64)
         base = (even + 0.4 * head_width) / (1.4 * head_width)
         return (base ** (position_T[:, None] / XPOS_SCALE_BASE)).repeat(1, 2)
 
     def rescale_initial(self, name: str, tensor: Tensor, layers: int) -> Tensor:
         """Multiply weights and biases of fc1, fc2, attention's value and output projections, and the merge projection
-        by sqrt(ln(2 L)) for L layers (SubLN, arXiv 2210.06423).
-
-        The merge projection is included because the paper's code selects it by its name; it does not select the head
-        projection.
-        """
+        by sqrt(ln(2 L)) for L layers (SubLN, arXiv 2210.06423)."""
         factor = math.sqrt(math.log(2 * layers))
         if ".qkv." in name:
+            # The values are the last third: this architecture has as many heads of values as of queries.
             tensor[-len(tensor) // 3 :] *= factor
+        # P1's code selects tensors by name, and its selection has the merge projection but not the head projection.
         elif any(part in name for part in (".fc1_", ".fc2_", ".attention.out.", ".merge.")):
             tensor *= factor
         return tensor

@@ -1,4 +1,4 @@
-"""Access control: API keys, limits per client and minute, and the largest size of a request."""
+"""Access control: API keys, a rate limit per client on requests and on tokens, and the largest size of a request."""
 
 import hashlib
 import hmac
@@ -14,156 +14,177 @@ from mhmoe_ray.serve.api.errors import RequestError, error_response
 from mhmoe_ray.spec import KeySpec
 
 
-class Bucket:
-    """Token bucket: an amount per minute, spent at once or spread out. At most one minute's amount is saved up."""
+class TokenBucket:
+    """A token bucket: it refills at a rate per minute, and holds at most the amount of one minute."""
 
     def __init__(self, per_minute: float, clock: Callable[[], float]) -> None:
-        self._rate, self._most, self._clock = per_minute / 60, per_minute, clock
-        self._left, self._seen = per_minute, clock()
+        self._rate, self._capacity, self._clock = per_minute / 60, per_minute, clock
+        self._available, self._refill_time = per_minute, clock()
 
-    def wait(self) -> float:
+    def wait_seconds(self) -> float:
         """Return the seconds until at least one unit is available; 0 if it is available now."""
-        now = self._clock()
-        self._left = min(self._most, self._left + (now - self._seen) * self._rate)
-        self._seen = now
-        return max(0.0, 1 - self._left) / self._rate
+        current_time = self._clock()
+        self._available = min(self._capacity, self._available + (current_time - self._refill_time) * self._rate)
+        self._refill_time = current_time
+        return max(0.0, 1 - self._available) / self._rate
 
     def spend(self, amount: float) -> None:
-        """Spend an amount, even if less is left: the bucket then stays empty until the excess is made up for."""
-        self._left -= amount
+        """Spend an amount, even if less is available; the bucket then stays empty until the rate makes up for it."""
+        # The tokens of an answer are known only at its end, when they cannot be refused any more.
+        self._available -= amount
 
 
-class Spent(NamedTuple):
-    """The limit that a client has used up for now."""
+class ExceededLimit(NamedTuple):
+    """A rate limit, on "requests" or "tokens", that a client has used up for now."""
 
-    what: str
-    seconds: float
-    """Seconds until something is available again."""
+    unit: str
+    retry_seconds: float
+    """Seconds until at least one unit is available again."""
 
 
-class Limits:
-    """A `Counter` in this process: the limits of all clients, by name."""
+class LocalRateLimiter:
+    """A `RateLimiter` that counts in this process."""
 
     def __init__(self, keys: Sequence[KeySpec], clock: Callable[[], float] = time.monotonic) -> None:
-        def bucket(per_minute: int | None) -> Bucket | None:
-            return Bucket(per_minute, clock) if per_minute else None
+        """Create full token buckets for all clients with limits.
+
+        Args:
+            keys: the API keys with their limits; keys with the same name share theirs.
+            clock: returns the present time in seconds.
+        """
+
+        def bucket(per_minute: int | None) -> TokenBucket | None:
+            return TokenBucket(per_minute, clock) if per_minute else None
 
         self._requests = {key.name: bucket(key.requests_per_minute) for key in keys}
         self._tokens = {key.name: bucket(key.tokens_per_minute) for key in keys}
 
-    async def begin(self, client: str) -> Spent | None:
-        """Count one more request of a client, unless a limit is used up; return that limit, or None."""
+    async def begin_request(self, client: str) -> ExceededLimit | None:
+        """Count a request; see `RateLimiter.begin_request`."""
         requests = self._requests.get(client)
-        for what, bucket in (("requests", requests), ("tokens", self._tokens.get(client))):
-            if bucket and (wait := bucket.wait()):
-                return Spent(what, wait)
+        for unit, bucket in (("requests", requests), ("tokens", self._tokens.get(client))):
+            if bucket and (seconds := bucket.wait_seconds()):
+                return ExceededLimit(unit, seconds)
         if requests:
             requests.spend(1)
         return None
 
-    def used(self, client: str, tokens: int) -> None:
-        """Count the tokens of a request's prompts and answers against the client's limit."""
+    def record_tokens(self, client: str, tokens: int) -> None:
+        """Count tokens; see `RateLimiter.record_tokens`."""
         if bucket := self._tokens.get(client):
             bucket.spend(tokens)
 
 
-class Counter(Protocol):
-    """The interface of limits, wherever they are counted."""
+class RateLimiter(Protocol):
+    """The interface of rate limiters: in this process (`LocalRateLimiter`), or in one that replicas share."""
 
-    async def begin(self, client: str) -> Spent | None: ...
+    async def begin_request(self, client: str) -> ExceededLimit | None:
+        """Count one more request of a client. If a limit is used up, do not count it and return that limit."""
+        ...
 
-    def used(self, client: str, tokens: int) -> None: ...
+    def record_tokens(self, client: str, tokens: int) -> None:
+        """Count the tokens of a request's prompts and answers against the client's limit."""
+        ...
 
 
-def any_limit(keys: Sequence[KeySpec]) -> bool:
+def has_limits(keys: Sequence[KeySpec]) -> bool:
+    """Return whether any of these keys has a rate limit."""
     return any(key.requests_per_minute or key.tokens_per_minute for key in keys)
 
 
-SCHEME = "bearer"
+AUTH_SCHEME = "bearer"
 """Authorization scheme, in lower case for comparison: clients may write it in any case."""
 
 
 @dataclass
 class Client:
-    name: str
-    limits: Counter | None = None
-    """Counter of the client's limits; None if the client has no limits."""
+    """A client of the server; its name is that of its API keys, or empty if the server has no keys."""
 
-    async def begin(self) -> None:
+    name: str
+    rate_limiter: RateLimiter | None = None
+    """Rate limiter of the client; None if the client has no limits."""
+
+    async def begin_request(self) -> None:
         """Count one more request.
 
         Raises:
-            RequestError: the client has used up its limit for this minute.
+            RequestError: the client has used up a rate limit.
         """
-        if self.limits and (spent := await self.limits.begin(self.name)):
-            seconds = max(1, round(spent.seconds + 0.5))
-            message = f"{self.name} has had all its {spent.what} of this minute; try again in {seconds} s"
+        if self.rate_limiter and (exceeded_limit := await self.rate_limiter.begin_request(self.name)):
+            # The seconds are rounded up, because a client that retries too early is refused again.
+            seconds = max(1, round(exceeded_limit.retry_seconds + 0.5))
+            message = f"{self.name} has used all its {exceeded_limit.unit} of this minute; try again in {seconds} s"
             raise RequestError(429, message, code="rate_limit_exceeded", retry_after=seconds)
 
-    def used(self, tokens: int) -> None:
+    def record_tokens(self, tokens: int) -> None:
         """Count the tokens of prompts and answers."""
-        if self.limits:
-            self.limits.used(self.name, tokens)
+        if self.rate_limiter:
+            self.rate_limiter.record_tokens(self.name, tokens)
 
 
-class Access:
-    def __init__(self, keys: Sequence[KeySpec], limits: Counter) -> None:
+class AccessControl:
+    """The clients of the server by their API keys."""
+
+    def __init__(self, keys: Sequence[KeySpec], rate_limiter: RateLimiter) -> None:
         """Set up access for these keys.
 
         Args:
-            keys: the known keys; without any, everyone has access.
-            limits: counter of the keys' limits.
+            keys: the accepted keys; without any, everyone has access.
+            rate_limiter: rate limiter of all clients.
         """
-        self._clients = {key.sha256: Client(key.name, limits if any_limit([key]) else None) for key in keys}
+        self._clients = {key.sha256: Client(key.name, rate_limiter if has_limits([key]) else None) for key in keys}
 
-    def client(self, http: Request) -> Client:
+    def authenticate(self, http_request: Request) -> Client:
         """Return the client that sent a request, by its API key.
 
         Raises:
-            RequestError: keys are configured, and the request has no key or an unknown one.
+            RequestError: the server has keys, and the request has none or an unknown one.
         """
         if not self._clients:
             return Client("")
-        given = http.headers.get("authorization", "")
-        found = None
-        scheme, _, key = given.partition(" ")
-        if scheme.lower() == SCHEME:
+        authorization = http_request.headers.get("authorization", "")
+        matching_client = None
+        scheme, _, key = authorization.partition(" ")
+        if scheme.lower() == AUTH_SCHEME:
             digest = hashlib.sha256(key.encode()).hexdigest()
-            for known, client in self._clients.items():  # all of them, so that time does not tell which
-                if hmac.compare_digest(known, digest):
-                    found = client
-        if found is None:
+            # All keys are compared, in constant time each, so that the time of a refusal does not reveal a key.
+            for known_digest, client in self._clients.items():
+                if hmac.compare_digest(known_digest, digest):
+                    matching_client = client
+        if matching_client is None:
             message = "no such API key; send one as `Authorization: Bearer KEY`"
             raise RequestError(401, message, code="invalid_api_key")
-        return found
+        return matching_client
 
 
-class SmallBodies:
-    """Middleware that refuses a body larger than `most` bytes before all of it is in memory."""
+class BodySizeLimit:
+    """Middleware that refuses a body of more than `max_bytes` bytes before all of it is in memory."""
 
-    def __init__(self, app: ASGIApp, most: int) -> None:
-        self._app, self._most = app, most
+    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+        self._app, self._max_bytes = app, max_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        declared = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
-        read, body = 0, list[Message]()
-        too_large = declared.isdigit() and int(declared) > self._most
-        while not too_large:
+        declared_size = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
+        size, messages = 0, list[Message]()
+        # A chunked body declares no size, and a declared size may be false, so the bytes are counted too.
+        is_too_large = declared_size.isdigit() and int(declared_size) > self._max_bytes
+        while not is_too_large:
             message = await receive()
-            body.append(message)
-            read += len(message.get("body", b""))
-            too_large = read > self._most
+            messages.append(message)
+            size += len(message.get("body", b""))
+            is_too_large = size > self._max_bytes
             if not message.get("more_body"):
                 break
-        if too_large:
-            refused = RequestError(413, f"the body may have {self._most:,} bytes", code="request_too_large")
-            await error_response(refused)(scope, receive, send)
+        if is_too_large:
+            error = RequestError(413, f"the body may have at most {self._max_bytes:,} bytes", code="request_too_large")
+            await error_response(error)(scope, receive, send)
             return
 
-        async def again() -> Message:
-            return body.pop(0) if body else await receive()
+        # The body has been received already, so the application gets the stored messages first.
+        async def replay() -> Message:
+            return messages.pop(0) if messages else await receive()
 
-        await self._app(scope, again, send)
+        await self._app(scope, replay, send)

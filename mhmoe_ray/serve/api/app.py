@@ -16,18 +16,18 @@ from prometheus_client import CONTENT_TYPE_LATEST
 
 from mhmoe_ray.serve.answer import Answerer
 from mhmoe_ray.serve.api import completions
-from mhmoe_ray.serve.api.access import Access, Counter, Limits, SmallBodies
+from mhmoe_ray.serve.api.access import AccessControl, BodySizeLimit, LocalRateLimiter, RateLimiter
 from mhmoe_ray.serve.api.errors import HANDLERS, RESPONSES
-from mhmoe_ray.serve.api.metrics import exposition
+from mhmoe_ray.serve.api.metrics import render_exposition
 from mhmoe_ray.serve.api.schema import (
-    AllStats,
-    Detokenized,
     DetokenizeRequest,
+    DetokenizeResponse,
     Model,
     ModelList,
+    StatsResponse,
     TokenizeRequest,
+    TokenizeResponse,
     TokenizerInfo,
-    Tokens,
 )
 from mhmoe_ray.serve.api.service import Service
 from mhmoe_ray.serve.engine import EngineError
@@ -35,9 +35,10 @@ from mhmoe_ray.spec import ServeSpec
 
 
 def page_router() -> APIRouter:
+    """Return the route of the web page."""
     routes = APIRouter()
     text = files(__package__).joinpath("page.html").read_text("utf-8")
-    headers = {"Content-Security-Policy": _policy(text), "X-Content-Type-Options": "nosniff"}
+    headers = {"Content-Security-Policy": _content_security_policy(text), "X-Content-Type-Options": "nosniff"}
 
     @routes.get("/", include_in_schema=False)
     async def page() -> HTMLResponse:
@@ -46,19 +47,21 @@ def page_router() -> APIRouter:
     return routes
 
 
-def _policy(page: str) -> str:
-    """Return the page's Content-Security-Policy: it allows its own script and style, by their hashes, and connections
-    to this server, and nothing else."""
+def _content_security_policy(page: str) -> str:
+    """Return the page's Content-Security-Policy.
 
-    def hashed(tag: str) -> str:
-        [inside] = re.findall(f"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
-        return base64.b64encode(hashlib.sha256(inside.encode()).digest()).decode()
+    It allows the page's own script and style, by their hashes, and connections to this server.
+    """
 
-    sources = f"script-src 'sha256-{hashed('script')}'; style-src 'sha256-{hashed('style')}'; connect-src 'self'"
+    def tag_hash(tag: str) -> str:
+        [content] = re.findall(f"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
+        return base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
+
+    sources = f"script-src 'sha256-{tag_hash('script')}'; style-src 'sha256-{tag_hash('style')}'; connect-src 'self'"
     return f"default-src 'none'; {sources}; form-action 'none'; frame-ancestors 'none'; base-uri 'none'"
 
 
-Everyone = Callable[[], Awaitable[list[dict[str, Any]]]]
+StatsCollector = Callable[[], Awaitable[list[dict[str, Any]]]]
 
 
 def create_app(
@@ -66,27 +69,29 @@ def create_app(
     model: str,
     spec: ServeSpec,
     replica: str = "",
-    everyone: Everyone | None = None,
-    limits: Counter | None = None,
+    collect_stats: StatsCollector | None = None,
+    rate_limiter: RateLimiter | None = None,
 ) -> FastAPI:
-    """Return the application that answers with an engine.
+    """Return the HTTP application that answers with an engine.
 
     Args:
         answerer: engine and tokenizer, shared by all requests.
         model: the model's name for clients.
         spec: limits and API keys.
-        replica: name of this process among other replicas that serve the same model.
-        everyone: returns the result of `told` for each replica; by default there is only this one.
-        limits: counter of the keys' limits over all replicas; by default they are counted in this process.
+        replica: name of this process among the replicas that serve the same model.
+        collect_stats: returns the result of `replica_stats` for each replica; by default there is only this one.
+        rate_limiter: rate limiter over all replicas; by default limits are counted in this process.
     """
-    service = Service(answerer, model, spec, Access(spec.keys, limits or Limits(spec.keys)))
+    service = Service(answerer, model, spec, AccessControl(spec.keys, rate_limiter or LocalRateLimiter(spec.keys)))
     app = FastAPI(title="mhmoe-ray", exception_handlers=HANDLERS)
-    app.add_middleware(SmallBodies, most=spec.max_body_bytes)
+    app.add_middleware(BodySizeLimit, max_bytes=spec.max_body_bytes)
     app.include_router(completions.completions_router(service), responses=RESPONSES)
     app.include_router(page_router())
     app.include_router(completions.chat_router(service), responses=RESPONSES)
     app.include_router(
-        _others(service, replica, everyone), dependencies=[Depends(service.access.client)], responses=RESPONSES
+        _info_router(service, replica, collect_stats),
+        dependencies=[Depends(service.access.authenticate)],
+        responses=RESPONSES,
     )
 
     @app.get("/health")
@@ -97,32 +102,33 @@ def create_app(
     @app.get("/ready", responses={503: RESPONSES[503]})
     async def ready() -> dict[str, str]:
         """The engine can answer."""
-        if why := answerer.engine.why_broken:
-            raise EngineError(why)
+        if failure_reason := answerer.engine.failure_reason:
+            raise EngineError(failure_reason)
         return {"status": "ok"}
 
-    app.openapi_schema = _described(app)
+    app.openapi_schema = _describe_api(app)
     return app
 
 
-def _described(app: FastAPI) -> dict[str, Any]:
-    """Return the API's description, without the 422 that FastAPI declares: this server answers such requests with
-    400."""
-    described = app.openapi()
-    for path in described["paths"].values():
+def _describe_api(app: FastAPI) -> dict[str, Any]:
+    """Return the API's description in the OpenAPI format."""
+    # FastAPI declares a 422 for invalid requests, which this server answers with a 400.
+    description = app.openapi()
+    for path in description["paths"].values():
         for operation in path.values():
             operation["responses"].pop("422", None)
-    for unused in ("HTTPValidationError", "ValidationError"):
-        described["components"]["schemas"].pop(unused, None)
-    return described
+    for schema_name in ("HTTPValidationError", "ValidationError"):
+        description["components"]["schemas"].pop(schema_name, None)
+    return description
 
 
-def told(answerer: Answerer, replica: str) -> dict[str, Any]:
-    """Return the statistics of a replica's engine, as JSON."""
+def replica_stats(answerer: Answerer, replica: str) -> dict[str, Any]:
+    """Return the statistics of a replica's engine as a JSON object."""
     return {"replica": replica, **answerer.engine.stats().as_json()}
 
 
-def _others(service: Service, replica: str, everyone: Everyone | None) -> APIRouter:
+def _info_router(service: Service, replica: str, collect_stats: StatsCollector | None) -> APIRouter:
+    """Return the routes for models, tokens and statistics."""
     routes, answerer = APIRouter(), service.answerer
 
     @routes.get("/v1/models")
@@ -133,37 +139,37 @@ def _others(service: Service, replica: str, everyone: Everyone | None) -> APIRou
     async def model(name: str) -> Model:
         service.check_model(name)
         length = answerer.engine.seq_len
-        return Model(id=service.model, created=service.started, max_model_len=length, details=answerer.details)
+        return Model(id=service.model, created=service.start_time, max_model_len=length, details=answerer.details)
 
     @routes.post("/tokenize")
-    async def tokenize(request: TokenizeRequest) -> Tokens:
+    async def tokenize(request: TokenizeRequest) -> TokenizeResponse:
         service.check_model(request.model)
-        ids = await service.encode(request.prompt)
-        ids = ids if request.add_special_tokens else ids[1:]
-        return Tokens(tokens=ids, count=len(ids), max_model_len=answerer.engine.seq_len)
+        token_ids = await service.encode(request.prompt)
+        token_ids = token_ids if request.add_special_tokens else token_ids[1:]
+        return TokenizeResponse(tokens=token_ids, count=len(token_ids), max_model_len=answerer.engine.seq_len)
 
     @routes.post("/detokenize")
-    async def detokenize(request: DetokenizeRequest) -> Detokenized:
+    async def detokenize(request: DetokenizeRequest) -> DetokenizeResponse:
         service.check_model(request.model)
-        return Detokenized(prompt=await service.decode(request.tokens))
+        return DetokenizeResponse(prompt=await service.decode(request.tokens))
 
     @routes.get("/tokenizer_info")
     async def tokenizer_info() -> TokenizerInfo:
         """Tokens that start and end a document, and the chat template, for clients that count tokens themselves."""
-        begin, end = answerer.edges
+        start_text, end_text = answerer.boundary_texts
         template = answerer.template.text if answerer.template else None
-        return TokenizerInfo(bos_token=begin, eos_token=end, chat_template=template)
+        return TokenizerInfo(bos_token=start_text, eos_token=end_text, chat_template=template)
 
     @routes.get("/metrics", response_class=Response)
     async def metrics() -> Response:
         """Statistics of this replica, in Prometheus' format."""
-        text = exposition(answerer.engine.stats(), {"model": service.model, "replica": replica})
+        text = render_exposition(answerer.engine.stats(), {"model": service.model, "replica": replica})
         return Response(text, media_type=CONTENT_TYPE_LATEST)
 
     @routes.get("/stats")
-    async def stats() -> AllStats:
+    async def stats() -> StatsResponse:
         """Statistics of all replicas."""
-        found = await everyone() if everyone else [told(answerer, replica)]
-        return AllStats(model=service.model, replicas=found)
+        stats_list = await collect_stats() if collect_stats else [replica_stats(answerer, replica)]
+        return StatsResponse(model=service.model, replicas=stats_list)
 
     return routes

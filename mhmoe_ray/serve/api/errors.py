@@ -1,4 +1,4 @@
-"""Error responses: bodies in OpenAI's shape, without any detail of the server's internals."""
+"""Error responses: bodies in OpenAI's shape, without details of the server's internals."""
 
 import logging
 from collections.abc import Callable, Coroutine
@@ -13,12 +13,12 @@ from mhmoe_ray.serve.api.schema import ErrorBody, ErrorDetail, ErrorType
 from mhmoe_ray.serve.engine import BusyError, EngineError
 
 logger = logging.getLogger("ray.serve")
-INTERNAL = ErrorBody(error=ErrorDetail(message="the server failed; its log says why", type="server_error"))
+INTERNAL_ERROR = ErrorBody(error=ErrorDetail(message="the server failed; its log says why", type="server_error"))
 RETRY_SECONDS = "1"
 
 
 class RequestError(Exception):
-    """A request that cannot be answered; the client gets `status`, and `detail` as the body."""
+    """Error of a request that cannot be answered; the client gets `status`, and `detail` as the body."""
 
     def __init__(
         self,
@@ -40,83 +40,94 @@ class RequestError(Exception):
         super().__init__(message)
         self.status = status
         self.detail = ErrorDetail(
-            message=message, type=_TYPES.get(status, "invalid_request_error"), param=param, code=code
+            message=message, type=_TYPE_BY_STATUS.get(status, "invalid_request_error"), param=param, code=code
         )
         self.headers = {} if retry_after is None else {"Retry-After": str(retry_after)}
+        # HTTP requires this header in each 401 response.
         if status == 401:
             self.headers["WWW-Authenticate"] = "Bearer"
 
 
-_TYPES: dict[int, ErrorType] = {401: "authentication_error", 429: "rate_limit_error", 503: "server_error"}
+_TYPE_BY_STATUS: dict[int, ErrorType] = {401: "authentication_error", 429: "rate_limit_error", 503: "server_error"}
 
 
-def body_of(error: Exception) -> ErrorBody:
-    """Return the body of an error in the middle of a stream, whose HTTP status has been sent already."""
+def error_body(error: Exception) -> ErrorBody:
+    """Return the body for an error in the middle of a stream, whose HTTP status has been sent already."""
     if isinstance(error, RequestError):
         return ErrorBody(error=error.detail)
     if isinstance(error, BusyError):
         return ErrorBody(error=_busy_detail(error))
     logger.error("An answer failed.", exc_info=error)
-    return INTERNAL
+    return INTERNAL_ERROR
 
 
-def _error(status: int, detail: ErrorDetail, headers: dict[str, str] | None = None) -> Response:
+def _json_response(status: int, detail: ErrorDetail, headers: dict[str, str] | None = None) -> Response:
+    """Return an error response with a body in OpenAI's shape."""
     return JSONResponse(ErrorBody(error=detail).model_dump(), status, headers)
 
 
 def error_response(error: RequestError) -> Response:
-    return _error(error.status, error.detail, error.headers)
+    """Return the response for a request that cannot be answered."""
+    return _json_response(error.status, error.detail, error.headers)
 
 
-async def _refused(_: Request, error: RequestError) -> Response:
+async def _handle_request_error(_: Request, error: RequestError) -> Response:
     return error_response(error)
 
 
 def _busy_detail(error: BusyError) -> ErrorDetail:
+    """Return the detail for a request that a busy engine refuses."""
     return ErrorDetail(message=f"the server is busy: {error}", type="rate_limit_error", code="busy")
 
 
-async def _busy(_: Request, error: BusyError) -> Response:
-    return _error(429, _busy_detail(error), {"Retry-After": RETRY_SECONDS})
+async def _handle_busy_error(_: Request, error: BusyError) -> Response:
+    """Return a 429 that tells the client when to retry."""
+    return _json_response(429, _busy_detail(error), {"Retry-After": RETRY_SECONDS})
 
 
-async def _broken(_: Request, error: EngineError) -> Response:
+async def _handle_engine_error(_: Request, error: EngineError) -> Response:
+    """Return a 503 without the reason, which is only logged."""
     logger.error("The engine cannot answer: %s", error)
-    return _error(503, ErrorDetail(message="the server cannot answer now; its log says why", type="server_error"))
+    return _json_response(
+        503, ErrorDetail(message="the server cannot answer now; its log says why", type="server_error")
+    )
 
 
-async def _invalid(_: Request, error: RequestValidationError) -> Response:
+async def _handle_validation_error(_: Request, error: RequestValidationError) -> Response:
     """Return a 400 that names the first wrong field; an unsupported field takes precedence over a wrong value."""
-    first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
-    # A location is ("body", field, place in a list).
-    param = str(first["loc"][1]) if len(first["loc"]) > 1 and first["type"] != "json_invalid" else None
-    if first["type"] == "extra_forbidden":
+    first_error = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
+    # Pydantic's location of an error is ("body", field, index in a list).
+    param = (
+        str(first_error["loc"][1]) if len(first_error["loc"]) > 1 and first_error["type"] != "json_invalid" else None
+    )
+    if first_error["type"] == "extra_forbidden":
         message = f"{param!r} is not supported"
-        return _error(400, ErrorDetail(message=message, param=param, code="unsupported_parameter"))
-    if first["type"] == "json_invalid":
-        return _error(400, ErrorDetail(message="the body is not JSON"))
-    if isinstance(error.body, bytes):  # FastAPI reads what is declared to be JSON, and nothing else
-        return _error(
+        return _json_response(400, ErrorDetail(message=message, param=param, code="unsupported_parameter"))
+    if first_error["type"] == "json_invalid":
+        return _json_response(400, ErrorDetail(message="the body is not JSON"))
+    # FastAPI parses only bodies that are declared to be JSON, and passes others on as bytes.
+    if isinstance(error.body, bytes):
+        return _json_response(
             400, ErrorDetail(message="the body is not declared to be JSON; send Content-Type: application/json")
         )
-    what = f"{param!r}" if param else "the body"
-    return _error(400, ErrorDetail(message=f"{what}: {first['msg']}", param=param))
+    subject = f"{param!r}" if param else "the body"
+    return _json_response(400, ErrorDetail(message=f"{subject}: {first_error['msg']}", param=param))
 
 
-async def _http(request: Request, error: HTTPException) -> Response:
-    """Return the error of an unknown path or method."""
+async def _handle_http_error(request: Request, error: HTTPException) -> Response:
+    """Return the response for an unknown path or method."""
     message = f"{request.method} {request.url.path}: {error.detail}"
-    return _error(error.status_code, ErrorDetail(message=message), dict(error.headers or {}))
+    return _json_response(error.status_code, ErrorDetail(message=message), dict(error.headers or {}))
 
 
-async def _failed(_: Request, error: Exception) -> Response:
-    """Return a 500 for any other exception; the framework logs the traceback, and the client sees none of it."""
-    return JSONResponse(INTERNAL.model_dump(), 500)
+async def _handle_exception(_: Request, error: Exception) -> Response:
+    """Return a 500 for any other exception; the framework logs its traceback, which the client does not see."""
+    return JSONResponse(INTERNAL_ERROR.model_dump(), 500)
 
 
 RESPONSES: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorBody, "description": what}
-    for status, what in {
+    status: {"model": ErrorBody, "description": description}
+    for status, description in {
         400: "The request is wrong; `param` names the field.",
         401: "There is no such API key.",
         404: "There is no such model.",
@@ -125,13 +136,14 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
         503: "The server cannot answer, or did not in time.",
     }.items()
 }
-"""Error responses of all routes that require a key, for the API's description."""
+"""Error responses of the routes that require a key, for the API's description."""
 
+# The first three are this server's errors, the next two the framework's.
 HANDLERS: dict[int | type[Exception], Callable[[Request, Any], Coroutine[Any, Any, Response]]] = {
-    RequestError: _refused,
-    BusyError: _busy,
-    EngineError: _broken,
-    RequestValidationError: _invalid,
-    HTTPException: _http,
-    Exception: _failed,
+    RequestError: _handle_request_error,
+    BusyError: _handle_busy_error,
+    EngineError: _handle_engine_error,
+    RequestValidationError: _handle_validation_error,
+    HTTPException: _handle_http_error,
+    Exception: _handle_exception,
 }

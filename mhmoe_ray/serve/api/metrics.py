@@ -7,8 +7,9 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.registry import Collector
 
 from mhmoe_ray.serve.engine import Stats
-from mhmoe_ray.serve.engine.request import BOUNDS, Histogram
+from mhmoe_ray.serve.engine.request import BUCKET_BOUNDS, Histogram
 
+# The keys of these three tables are fields of `Stats`.
 GAUGES = {
     "waiting": "Requests that wait.",
     "running": "Requests that are computed.",
@@ -17,20 +18,20 @@ GAUGES = {
 COUNTERS = {
     "requests": "Requests that ended.",
     "prompt_tokens": "Tokens of prompts.",
-    "reused_tokens": "Of them, those whose keys and values were in the cache.",
+    "reused_tokens": "Tokens of prompts whose keys and values were in the cache.",
     "answer_tokens": "Tokens of answers.",
     "steps": "Steps of the engine.",
-    "step_tokens": "Tokens that these computed: over the steps, the mean batch.",
+    "step_tokens": "Tokens that the steps computed; divided by the steps, the mean batch size.",
 }
 HISTOGRAMS = {
     "queue": "Seconds from a request's arrival to its first step.",
     "first_token": "Seconds from a request's arrival to its first token.",
     "each_token": "Seconds between two tokens of an answer.",
 }
-EXPERTS = "Routes of served tokens, by layer and expert."
+EXPERT_ROUTES = "Routes of served tokens, by layer and expert."
 
 
-def exposition(stats: Stats, labels: Mapping[str, str]) -> bytes:
+def render_exposition(stats: Stats, labels: Mapping[str, str]) -> bytes:
     """Return the statistics as the text of `/metrics`.
 
     Args:
@@ -43,10 +44,13 @@ def exposition(stats: Stats, labels: Mapping[str, str]) -> bytes:
 
 
 class _Collector(Collector):
+    """Collector of the metrics of one engine."""
+
     def __init__(self, stats: Stats, labels: Mapping[str, str]) -> None:
         self._stats, self._names, self._values = stats, list(labels), list(labels.values())
 
     def collect(self) -> Iterator[Metric]:
+        """Yield all metrics. The registry calls this."""
         for name, help_ in GAUGES.items():
             gauge = GaugeMetricFamily(f"mhmoe_{name}", help_, labels=self._names)
             gauge.add_metric(self._values, getattr(self._stats, name))
@@ -56,16 +60,17 @@ class _Collector(Collector):
             counter.add_metric(self._values, getattr(self._stats, name))
             yield counter
         for name, help_ in HISTOGRAMS.items():
-            found: Histogram = getattr(self._stats, name)
+            durations: Histogram = getattr(self._stats, name)
             histogram = HistogramMetricFamily(f"mhmoe_{name}_seconds", help_, labels=self._names)
-            bounds, below = [*map(str, BOUNDS), "+Inf"], 0
+            # A bucket of Prometheus counts all durations up to its bound, while `Histogram` counts those between two.
+            bounds, cumulative_count = [*map(str, BUCKET_BOUNDS), "+Inf"], 0
             buckets = []
-            for bound, count in zip(bounds, found.counts, strict=True):
-                below += count
-                buckets.append((bound, below))
-            histogram.add_metric(self._values, buckets, found.total)
+            for bound, count in zip(bounds, durations.counts, strict=True):
+                cumulative_count += count
+                buckets.append((bound, cumulative_count))
+            histogram.add_metric(self._values, buckets, durations.total)
             yield histogram
-        experts = CounterMetricFamily("mhmoe_expert_routes", EXPERTS, labels=[*self._names, "layer", "expert"])
+        experts = CounterMetricFamily("mhmoe_expert_routes", EXPERT_ROUTES, labels=[*self._names, "layer", "expert"])
         for layer, counts in enumerate(self._stats.count_LE):
             for expert, count in enumerate(counts):
                 experts.add_metric([*self._values, str(layer), str(expert)], count)

@@ -1,63 +1,73 @@
-"""Middleware of Serve's proxies: error responses that no replica wrote have OpenAI's shape too.
+"""Middleware of Serve's proxies: it gives error responses that no replica wrote OpenAI's shape.
 
 By default a proxy reports in plain text that too many requests wait, and it does not report a replica that dies: a
 request gets a bare 500, and a stream just ends. A proxy installs this middleware if
-`RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH` names `middlewares`, as it does in a local cluster started by this project.
+`RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH` names `middlewares`, as it does in a local cluster of this project.
 """
 
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from mhmoe_ray.serve.api.errors import RequestError, body_of, error_response
+from mhmoe_ray.serve.api.errors import RequestError, error_body, error_response
 
-LOST = RequestError(503, "the replica that worked on this request has ended; send it again", code="lost", retry_after=1)
+LOST_REPLICA = RequestError(
+    503, "the replica that worked on this request has ended; send it again", code="lost", retry_after=1
+)
 
 
 def middlewares() -> list[Middleware]:
     """Return the middlewares of a proxy. Each proxy calls this."""
-    return [Middleware(OpenAIErrors)]
+    return [Middleware(OpenAIErrorMiddleware)]
 
 
-class OpenAIErrors:
+class OpenAIErrorMiddleware:
+    """Middleware that replaces plain-text refusals, and adds an error to a response that a dead replica cut off."""
+
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"].startswith("/-/"):  # Serve's own
+        # Paths from /-/ on are Serve's own, such as its health check.
+        if scope["type"] != "http" or scope["path"].startswith("/-/"):
             await self._app(scope, receive, send)
             return
-        answer = _Answer(send)
-        await self._app(scope, receive, answer.send)
-        if answer.plain is not None:
-            await error_response(answer.plain)(scope, receive, send)
-        elif not answer.begun:
-            await error_response(LOST)(scope, receive, send)
-        elif not answer.whole and answer.is_stream:
-            event = f"data: {body_of(LOST).model_dump_json()}\n\n".encode()
+        progress = _ResponseProgress(send)
+        await self._app(scope, receive, progress.send)
+        if progress.replacement is not None:
+            await error_response(progress.replacement)(scope, receive, send)
+        elif not progress.headers_sent:
+            await error_response(LOST_REPLICA)(scope, receive, send)
+        # The status of a stream is sent, so the error can only be its last event.
+        elif not progress.is_complete and progress.is_stream:
+            event = f"data: {error_body(LOST_REPLICA).model_dump_json()}\n\n".encode()
             await send({"type": "http.response.body", "body": event, "more_body": False})
 
 
-class _Answer:
+class _ResponseProgress:
     """The progress of one response through the middleware."""
 
     def __init__(self, send: Send) -> None:
         self._send = send
-        self.begun = self.whole = self.is_stream = False
-        self.plain: RequestError | None = None
-        """Error that replaces a plain-text refusal of the proxy, which is held back; None if there is none."""
+        self.headers_sent = self.is_complete = self.is_stream = False
+        self.replacement: RequestError | None = None
+        """Error that replaces a plain-text refusal of the proxy; None without such a refusal."""
 
     async def send(self, message: Message) -> None:
+        """Pass a message on to the client, except those of a plain-text refusal."""
         if message["type"] == "http.response.start":
             headers = {name.decode().lower(): value.decode() for name, value in message["headers"]}
-            kind = headers.get("content-type", "")
-            self.begun, self.is_stream = True, kind.startswith("text/event-stream")
-            if message["status"] in (408, 429, 503) and not kind.startswith("application/json"):
-                retry = headers.get("retry-after", "")
-                self.plain = RequestError(message["status"], "", retry_after=int(retry) if retry.isdigit() else None)
+            content_type = headers.get("content-type", "")
+            self.headers_sent, self.is_stream = True, content_type.startswith("text/event-stream")
+            if message["status"] in (408, 429, 503) and not content_type.startswith("application/json"):
+                retry_after = headers.get("retry-after", "")
+                self.replacement = RequestError(
+                    message["status"], "", retry_after=int(retry_after) if retry_after.isdigit() else None
+                )
                 return
         elif message["type"] == "http.response.body":
-            self.whole = not message.get("more_body", False)
-            if self.plain is not None:
-                self.plain.detail.message += message.get("body", b"").decode(errors="replace").strip().strip('"')
+            self.is_complete = not message.get("more_body", False)
+            if self.replacement is not None:
+                # Serve writes its texts as JSON strings, with quotation marks.
+                self.replacement.detail.message += message.get("body", b"").decode(errors="replace").strip().strip('"')
                 return
         await self._send(message)

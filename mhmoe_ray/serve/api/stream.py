@@ -1,4 +1,4 @@
-"""The pieces of one request's answers: merged, counted, and as server-sent events."""
+"""Streams of answers: pieces of all choices are merged, counted, and sent as server-sent events at an interval."""
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
@@ -8,45 +8,47 @@ from fastapi.responses import StreamingResponse
 from pydantic import BaseModel
 from starlette.types import Receive, Scope, Send
 
-from mhmoe_ray.serve.answer import Piece
+from mhmoe_ray.serve.answer import AnswerPiece
 from mhmoe_ray.serve.api.access import Client
-from mhmoe_ray.serve.api.errors import RequestError, body_of
+from mhmoe_ray.serve.api.errors import RequestError, error_body
 from mhmoe_ray.serve.api.schema import Usage
 from mhmoe_ray.serve.engine import BusyError, EngineError
 
-Pieces = AsyncGenerator[tuple[int, Piece]]
-"""Pieces, each with the number of its choice."""
+Pieces = AsyncGenerator[tuple[int, AnswerPiece]]
+"""Pieces, each with the index of its choice."""
 
 _EVENT = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
-DESCRIBED = {
-    "description": "The answer; with `stream`, events with chunks of it as `data`, and a last one of [DONE].",
+RESPONSE_DESCRIPTION = {
+    "description": "The answer; with `stream`, events with chunks of it as `data`, and a last event [DONE].",
     "content": {"text/event-stream": {"schema": _EVENT}},
 }
 
+# On its way through Serve's proxy a chunk costs about a millisecond of a core, whatever its size. So at this rate all
+# chunks together take about a quarter of a core and leave the rest to engines.
 CHUNK_SECONDS = 0.004
-"""Seconds between two chunks of all streams of a replica together.
-
-On its way through Serve's proxy a chunk costs about a millisecond of a core, whatever it holds; so all chunks together
-take about a quarter of a core and leave the rest to engines.
-"""
-LONGEST_SECONDS = 0.25
-"""Longest time, in seconds, that a token waits for another one because of other streams."""
+"""Mean seconds between two chunks of a replica with many streams, over all of them."""
+MAX_DELAY_SECONDS = 0.25
+"""Longest time, in seconds, that a token waits for the next chunk because of other streams."""
 
 
-class Pace:
-    """How long the tokens of a stream are collected for one chunk: the more streams a replica has, the longer."""
+class StreamPacer:
+    """The stream interval: the time during which tokens are collected for one chunk. It grows with the streams."""
 
     def __init__(self, interval: float) -> None:
-        """`interval`: smallest number of seconds between two chunks of a stream; 0 sends a chunk with each token."""
+        """Create a pacer without streams.
+
+        Args:
+            interval: smallest number of seconds between two chunks of a stream; 0 sends a chunk with each token.
+        """
         self._interval = interval
         self._streams = set[object]()
 
-    def goes_on(self, stream: object) -> None:
-        """Record that a stream has a token, perhaps its first."""
+    def record_token(self, stream: object) -> None:
+        """Record that a stream has a new token. The first one registers the stream."""
         self._streams.add(stream)
 
-    def ends(self, stream: object) -> None:
-        """Record that a stream has no more tokens, or that nobody wants them; it may never have begun."""
+    def remove_stream(self, stream: object) -> None:
+        """Remove a stream that has ended; it may have been removed already, or have had no token."""
         self._streams.discard(stream)
 
     @property
@@ -54,7 +56,7 @@ class Pace:
         """Seconds between two chunks of a stream, with the present number of streams."""
         if not self._interval:
             return 0.0
-        return max(self._interval, min(len(self._streams) * CHUNK_SECONDS, LONGEST_SECONDS))
+        return max(self._interval, min(len(self._streams) * CHUNK_SECONDS, MAX_DELAY_SECONDS))
 
 
 class Answers:
@@ -62,126 +64,123 @@ class Answers:
 
     def __init__(
         self,
-        answers: Sequence[AsyncGenerator[Piece]],
+        answers: Sequence[AsyncGenerator[AnswerPiece]],
         prompt_tokens: int,
         client: Client,
         timeout: float,
-        pace: Pace,
+        pacer: StreamPacer,
     ) -> None:
         """Take over the answers, which start when they are iterated.
 
         Args:
             answers: one generator of pieces for each choice.
             prompt_tokens: number of tokens of all prompts of the request.
-            client: the client whose limit the tokens count against, however the answers end, unless the engine refuses
-                them.
+            client: the client; the tokens count against its rate limit, unless the engine refuses the request.
             timeout: seconds after which unfinished answers fail.
-            pace: pace of all streams of this replica.
+            pacer: pacer of all streams of this replica.
         """
         self._answers, self._prompt_tokens, self._client = answers, prompt_tokens, client
-        self._timeout, self._pace = timeout, pace
+        self._timeout, self._pacer = timeout, pacer
         self._tokens = [0] * len(answers)
 
     @property
     def usage(self) -> Usage:
-        answered = sum(self._tokens)
-        total = self._prompt_tokens + answered
-        return Usage(prompt_tokens=self._prompt_tokens, completion_tokens=answered, total_tokens=total)
+        """Numbers of tokens of the request so far."""
+        answer_tokens = sum(self._tokens)
+        total = self._prompt_tokens + answer_tokens
+        return Usage(prompt_tokens=self._prompt_tokens, completion_tokens=answer_tokens, total_tokens=total)
 
     async def pieces(self) -> Pieces:
-        refused = False
+        """Yield the pieces of all choices as they come, and count their tokens against the client's rate limit."""
+        is_refused = False
         try:
-            async with aclosing(merged(self._answers, self._timeout)) as pieces:
+            async with aclosing(merge_answers(self._answers, self._timeout)) as pieces:
                 async for number, piece in pieces:
-                    self._tokens[number] = piece.tokens
+                    self._tokens[number] = piece.token_count
                     yield number, piece
         except (BusyError, EngineError):
-            refused = not any(self._tokens)
+            is_refused = not any(self._tokens)
             raise
         finally:
-            if not refused:
-                self._client.used(self.usage.total_tokens)
+            # The tokens count however the answers end: a client that leaves early has used those up to then.
+            if not is_refused:
+                self._client.record_tokens(self.usage.total_tokens)
 
-    async def whole(self) -> list[Piece]:
-        """Return each choice as one piece."""
-        parts: list[list[Piece]] = [[] for _ in self._answers]
+    async def collect_pieces(self) -> list[AnswerPiece]:
+        """Return the complete answer of each choice as one piece."""
+        pieces_by_choice: list[list[AnswerPiece]] = [[] for _ in self._answers]
         async with aclosing(self.pieces()) as pieces:
             async for number, piece in pieces:
-                parts[number].append(piece)
-        return [_joined(pieces) for pieces in parts]
+                pieces_by_choice[number].append(piece)
+        return [_join_pieces(pieces) for pieces in pieces_by_choice]
 
     async def events(
-        self, chunk: Callable[[int, Piece], BaseModel], last: Callable[[], BaseModel] | None
+        self, build_chunk: Callable[[int, AnswerPiece], BaseModel], build_usage_chunk: Callable[[], BaseModel] | None
     ) -> AsyncGenerator[str]:
-        """Return the answers as server-sent events: chunks, then [DONE]; after a failure an error body in place of
-        [DONE].
+        """Return the answers as server-sent events: chunks, then [DONE] or, after a failure, an error body.
 
-        This returns when the first piece has come, so that a failure before it still gets an HTTP status of its own.
         The caller must close the events.
 
         Args:
-            chunk: returns the body for a piece of a choice.
-            last: returns a body to send after all pieces; None sends none.
+            build_chunk: returns the body for a piece of a choice.
+            build_usage_chunk: returns a body to send after all pieces; None sends none.
         """
-        events = self._events(chunk, last)
+        events = self._events(build_chunk, build_usage_chunk)
+        # The first event, an empty one, comes with the first piece: a failure before it still gets an HTTP status.
         await anext(events)
         return events
 
     async def _events(
-        self, chunk: Callable[[int, Piece], BaseModel], last: Callable[[], BaseModel] | None
+        self, build_chunk: Callable[[int, AnswerPiece], BaseModel], build_usage_chunk: Callable[[], BaseModel] | None
     ) -> AsyncGenerator[str]:
-        """Yield an empty event once the first piece has come, then the events.
-
-        Closing a generator that has not begun would not close the answers; the empty event makes it begin.
-        """
+        """Yield an empty event once the first piece has come, then the events."""
         clock = asyncio.get_running_loop().time
-        held: list[list[Piece]] = [[] for _ in self._answers]
-        due = [0.0] * len(held)
-        """Time of the event loop's clock from which each choice may have its next chunk."""
-        streams = [object() for _ in held]
+        pending_pieces: list[list[AnswerPiece]] = [[] for _ in self._answers]
+        due_times = [0.0] * len(pending_pieces)
+        """Time of each choice's next chunk, by the event loop's clock."""
+        streams = [object() for _ in pending_pieces]
 
-        def shown(number: int, piece: Piece) -> Iterator[str]:
-            held[number].append(piece)
-            (self._pace.ends if piece.finish_reason else self._pace.goes_on)(streams[number])
-            if clock() < due[number] and not piece.finish_reason:
+        def chunk_events(number: int, piece: AnswerPiece) -> Iterator[str]:
+            pending_pieces[number].append(piece)
+            (self._pacer.remove_stream if piece.finish_reason else self._pacer.record_token)(streams[number])
+            if clock() < due_times[number] and not piece.finish_reason:
                 return
-            whole = _joined(held[number])
-            if whole.text or whole.scores or whole.finish_reason:
-                held[number], due[number] = [], clock() + self._pace.interval
-                yield _event(chunk(number, whole))
+            joined_piece = _join_pieces(pending_pieces[number])
+            if joined_piece.text or joined_piece.scores or joined_piece.finish_reason:
+                pending_pieces[number], due_times[number] = [], clock() + self._pacer.interval
+                yield _format_event(build_chunk(number, joined_piece))
 
         error: Exception | None = None
         try:
             async with aclosing(self.pieces()) as pieces:
-                found: tuple[int, Piece] | None = await anext(pieces)
+                next_piece: tuple[int, AnswerPiece] | None = await anext(pieces)
+                # This yield starts the generator: closing one that has not started would not close the answers.
                 yield ""
-                while found:
-                    for event in shown(*found):
+                while next_piece:
+                    for event in chunk_events(*next_piece):
                         yield event
+                    # Any failure of an answer is reported as an event, since the HTTP status has been sent.
                     try:
-                        found = await anext(pieces, None)
+                        next_piece = await anext(pieces, None)
                     except Exception as e:
-                        found, error = None, e
+                        next_piece, error = None, e
         finally:
             for stream in streams:
-                self._pace.ends(stream)
+                self._pacer.remove_stream(stream)
         if error:
-            for number, kept in enumerate(held):
-                if kept and ((whole := _joined(kept)).text or whole.scores):
-                    yield _event(chunk(number, whole))
-            yield _event(body_of(error))
+            # Tokens that were computed before the failure are not lost.
+            for number, unsent_pieces in enumerate(pending_pieces):
+                if unsent_pieces and ((joined_piece := _join_pieces(unsent_pieces)).text or joined_piece.scores):
+                    yield _format_event(build_chunk(number, joined_piece))
+            yield _format_event(error_body(error))
             return
-        if last:
-            yield _event(last())
+        if build_usage_chunk:
+            yield _format_event(build_usage_chunk())
         yield "data: [DONE]\n\n"
 
 
 class EventResponse(StreamingResponse):
-    """A streaming response that closes its events, however sending them ends.
-
-    Starlette leaves that to the garbage collector, and an answer that nobody reads any more would be computed until
-    then.
-    """
+    """A streaming response that closes its events, whether sending them succeeds or not."""
 
     media_type = "text/event-stream"
 
@@ -192,40 +191,43 @@ class EventResponse(StreamingResponse):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await super().__call__(scope, receive, send)
+        # Starlette leaves closing to the garbage collector; an answer without a reader would be computed until then.
         finally:
             await self._events.aclose()
 
 
-def _event(body: BaseModel) -> str:
+def _format_event(body: BaseModel) -> str:
+    """Return a body as a server-sent event."""
     return f"data: {body.model_dump_json()}\n\n"
 
 
-def _joined(pieces: Sequence[Piece]) -> Piece:
-    return Piece(
+def _join_pieces(pieces: Sequence[AnswerPiece]) -> AnswerPiece:
+    """Return consecutive pieces of one choice as one piece."""
+    return AnswerPiece(
         "".join(piece.text for piece in pieces),
-        pieces[-1].tokens,
+        pieces[-1].token_count,
         tuple(score for piece in pieces for score in piece.scores),
         pieces[-1].finish_reason,
     )
 
 
-def late(timeout: float) -> RequestError:
+def timeout_error(timeout: float) -> RequestError:
     """Return the error of a request that took longer than `timeout` seconds."""
     message = f"there was no answer within {timeout:g} s; ask for less, or later"
     return RequestError(503, message, code="timeout")
 
 
-async def merged(answers: Sequence[AsyncGenerator[Piece]], timeout: float) -> Pieces:
-    """Yield the pieces of all answers as they come, each with the number of its answer.
+async def merge_answers(answers: Sequence[AsyncGenerator[AnswerPiece]], timeout: float) -> Pieces:
+    """Yield the pieces of all answers as they come, each with the index of its answer.
 
-    If one answer fails, or this generator is closed, all of them end.
+    If one answer fails, or the generator is closed, all answers end.
 
     Raises:
         RequestError: the answers took longer than `timeout` seconds.
     """
-    pieces = asyncio.Queue[tuple[int, Piece | Exception]]()
+    pieces = asyncio.Queue[tuple[int, AnswerPiece | Exception]]()
 
-    async def follow(number: int, answer: AsyncGenerator[Piece]) -> None:
+    async def forward_pieces(number: int, answer: AsyncGenerator[AnswerPiece]) -> None:
         try:
             async with aclosing(answer):
                 async for piece in answer:
@@ -233,18 +235,19 @@ async def merged(answers: Sequence[AsyncGenerator[Piece]], timeout: float) -> Pi
         except Exception as e:
             pieces.put_nowait((number, e))
 
-    alarm = asyncio.get_running_loop().call_later(timeout, pieces.put_nowait, (0, late(timeout)))
-    tasks = [asyncio.create_task(follow(number, answer)) for number, answer in enumerate(answers)]
+    # The timeout is an item of the queue like a failed answer, so it also ends a wait for the next piece.
+    timeout_handle = asyncio.get_running_loop().call_later(timeout, pieces.put_nowait, (0, timeout_error(timeout)))
+    tasks = [asyncio.create_task(forward_pieces(number, answer)) for number, answer in enumerate(answers)]
     try:
-        left = len(tasks)
-        while left:
+        open_count = len(tasks)
+        while open_count:
             number, piece = await pieces.get()
             if isinstance(piece, Exception):
                 raise piece
-            left -= piece.finish_reason is not None
+            open_count -= piece.finish_reason is not None
             yield number, piece
     finally:
-        alarm.cancel()
+        timeout_handle.cancel()
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)

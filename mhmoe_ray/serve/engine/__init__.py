@@ -1,13 +1,13 @@
 """Engines: token ids in, token ids out, for many requests at once.
 
-request.py        requests, updates and statistics; the interface of all engines
+request.py        requests, updates, sampling parameters and statistics; the interface of all engines
 threaded.py       base class of the engines: a thread that computes round after round
 torch_engine.py   this project's own engine: each round is one step of the model
 packed_model.py   its model with matrices packed for inference on a CPU
-scheduler.py      continuous batching: which tokens of which requests the next step computes
+scheduler.py      continuous batching: chooses the tokens that the next step computes
 block_pool.py     KV-cache blocks: reference counts, a free list, and prefix caching by block hash
 paged_cache.py    the KV cache itself, and the decoder's view of it in one step
-sampler.py        chooses the next token from logits
+sampler.py        samples the next token from logits
 """
 
 from mhmoe_ray.serve.engine.request import (
@@ -16,8 +16,8 @@ from mhmoe_ray.serve.engine.request import (
     EngineError,
     FinishReason,
     Request,
-    Sampling,
-    Scored,
+    SamplingParams,
+    ScoredToken,
     Stats,
     Update,
 )
@@ -28,8 +28,8 @@ __all__ = [
     "EngineError",
     "FinishReason",
     "Request",
-    "Sampling",
-    "Scored",
+    "SamplingParams",
+    "ScoredToken",
     "Stats",
     "Update",
 ]

@@ -1,8 +1,9 @@
 """KV-cache blocks: reference counts, a free list in LRU order, and prefix caching by block hash.
 
-A block has room for `BLOCK` tokens. A full block of a prompt is identified by the hash of all tokens up to its last, so
-that a request which starts with the same tokens reuses the block instead of computing it again. A freed block keeps its
-contents until it is reallocated; the block that has been free for longest is reallocated first.
+A block holds the keys and values of `BLOCK_SIZE` tokens. The block hash of a full block is the hash of all tokens up to
+its last, so a request that starts with the same tokens reuses the block instead of computing it again. The reference
+count of a block is the number of requests that use it. A block with reference count 0 is free, but keeps its contents
+until it is allocated again; the block that has been free for longest is allocated first.
 """
 
 import hashlib
@@ -10,88 +11,104 @@ from array import array
 from collections import OrderedDict
 from collections.abc import Sequence
 
-BLOCK = 16
+BLOCK_SIZE = 16
 
 
 class BlockPool:
-    def __init__(self, blocks: int) -> None:
+    """Reference counts and block hashes of all blocks of a KV cache; the keys and values are in `PagedCache`."""
+
+    def __init__(self, block_count: int) -> None:
         """Create a pool of free blocks.
 
         Args:
-            blocks: number of blocks; their ids count from 0.
+            block_count: number of blocks; their ids count from 0.
         """
-        self.size = blocks
-        self._holders = [0] * blocks
-        self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(blocks))
-        self._name: dict[int, bytes] = {}
-        self._known: dict[bytes, int] = {}
+        self.size = block_count
+        self._reference_counts = [0] * block_count
+        # The free list is an ordered dictionary, so a cached block leaves its middle in constant time on a cache hit.
+        self._free_blocks: OrderedDict[int, None] = OrderedDict.fromkeys(range(block_count))
+        self._hash_by_block: dict[int, bytes] = {}
+        self._block_by_hash: dict[bytes, int] = {}
 
     @property
-    def free(self) -> int:
-        return len(self._free)
+    def free_count(self) -> int:
+        """Number of blocks with reference count 0."""
+        return len(self._free_blocks)
 
-    def known(self, ids: Sequence[int]) -> list[int]:
-        """Return the ids of cached blocks that match the start of these tokens. Does not take references."""
-        found = []
-        for name in names(ids):
-            block = self._known.get(name)
-            if block is None:
+    def match_prefix(self, token_ids: Sequence[int]) -> list[int]:
+        """Return the ids of cached blocks that match the start of `token_ids`. Does not take references."""
+        matching_blocks = []
+        for block_hash in block_hashes(token_ids):
+            block_id = self._block_by_hash.get(block_hash)
+            if block_id is None:
                 break
-            found.append(block)
-        return found
+            matching_blocks.append(block_id)
+        return matching_blocks
 
-    def hold(self, blocks: Sequence[int]) -> None:
-        """Add one reference to each block; free ones are taken off the free list."""
-        for block in blocks:
-            self._free.pop(block, None)
-            self._holders[block] += 1
+    def add_reference(self, block_ids: Sequence[int]) -> None:
+        """Add one to the reference count of each block. Free blocks leave the free list."""
+        for block_id in block_ids:
+            self._free_blocks.pop(block_id, None)
+            self._reference_counts[block_id] += 1
 
-    def take(self, count: int) -> list[int]:
-        """Take `count` free blocks, each with one reference, evicting what they cached. So many must be free."""
-        taken = [self._free.popitem(last=False)[0] for _ in range(count)]
-        for block in taken:
-            self._holders[block] = 1
-            if name := self._name.pop(block, None):
-                del self._known[name]
-        return taken
+    def allocate(self, count: int) -> list[int]:
+        """Return `count` free blocks with reference count 1, and evict their cached contents.
 
-    def drop(self, blocks: Sequence[int]) -> None:
-        """Drop one reference per block and free those without any.
-
-        Later blocks of a sequence are evicted before earlier ones, because prefixes are shared most; a block without
-        cached contents is evicted first.
+        At least `count` blocks must be free.
         """
-        for block in reversed(blocks):
-            self._holders[block] -= 1
-            if not self._holders[block]:
-                self._free[block] = None
-                if block not in self._name:
-                    self._free.move_to_end(block, last=False)
+        block_ids = [self._free_blocks.popitem(last=False)[0] for _ in range(count)]
+        for block_id in block_ids:
+            self._reference_counts[block_id] = 1
+            if block_hash := self._hash_by_block.pop(block_id, None):
+                del self._block_by_hash[block_hash]
+        return block_ids
 
-    def remember(self, name: bytes, block: int) -> None:
-        """Register a full block under its hash, so that later prompts can match it.
+    def release(self, block_ids: Sequence[int]) -> None:
+        """Subtract one from the reference count of each block, and free blocks whose count is then 0.
 
-        Nothing happens if the hash or the block is registered already.
+        Args:
+            block_ids: blocks of one sequence, in its order.
         """
-        if name not in self._known and block not in self._name:
-            self._known[name] = block
-            self._name[block] = name
+        # The order is reversed, so the end of a sequence is evicted before its start: prefixes are shared most.
+        for block_id in reversed(block_ids):
+            self._reference_counts[block_id] -= 1
+            if not self._reference_counts[block_id]:
+                self._free_blocks[block_id] = None
+                # No prompt can match a block without a block hash, so it is allocated first.
+                if block_id not in self._hash_by_block:
+                    self._free_blocks.move_to_end(block_id, last=False)
+
+    def cache_block(self, block_hash: bytes, block_id: int) -> None:
+        """Register a full block under its block hash, so that later prompts can match it.
+
+        The call has no effect if the hash or the block is registered already.
+        """
+        # Two requests with the same prompt may compute the same block at the same time; the first one is kept.
+        if block_hash not in self._block_by_hash and block_id not in self._hash_by_block:
+            self._block_by_hash[block_hash] = block_id
+            self._hash_by_block[block_id] = block_hash
 
 
-def names(ids: Sequence[int]) -> list[bytes]:
-    """Return the hash of each full block of these tokens."""
-    found, before = [], b""
-    for start in range(0, len(ids) - BLOCK + 1, BLOCK):
-        before = name_after(before, ids[start : start + BLOCK])
-        found.append(before)
-    return found
+def block_hashes(token_ids: Sequence[int]) -> list[bytes]:
+    """Return the block hash of each full block of `token_ids`."""
+    hashes, parent_hash = [], b""
+    for start in range(0, len(token_ids) - BLOCK_SIZE + 1, BLOCK_SIZE):
+        parent_hash = next_block_hash(parent_hash, token_ids[start : start + BLOCK_SIZE])
+        hashes.append(parent_hash)
+    return hashes
 
 
-def name_after(before: bytes, ids: Sequence[int]) -> bytes:
-    """Return the hash of a full block, from the hash of the block before it (empty for the first one) and its own
-    tokens."""
-    return hashlib.blake2b(before + array("q", ids).tobytes(), digest_size=16).digest()
+def next_block_hash(parent_hash: bytes, token_ids: Sequence[int]) -> bytes:
+    """Return the block hash of a full block.
+
+    Args:
+        parent_hash: block hash of the block before it; empty for the first block.
+        token_ids: tokens of the block.
+    """
+    # A collision would give one request the keys and values of another: 128 bits make it practically impossible.
+    return hashlib.blake2b(parent_hash + array("q", token_ids).tobytes(), digest_size=16).digest()
 
 
-def blocks_for(tokens: int) -> int:
-    return -(-tokens // BLOCK)
+def count_blocks(token_count: int) -> int:
+    """Return the number of blocks that hold `token_count` tokens."""
+    return -(-token_count // BLOCK_SIZE)

@@ -1,18 +1,20 @@
-"""A model for inference on a CPU: all its matrices packed (`mhmoe_kernels.packed`), the plain ones released."""
+"""Packed models for inference on a CPU: all matrices are packed (`mhmoe_kernels.packed`), the plain ones released."""
 
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from mhmoe_kernels import wide
-from mhmoe_kernels.packed import PackedMatrix, packed, run_packed
+from mhmoe_kernels import widen
+from mhmoe_kernels.packed import PackedMatrix, pack_layer, run_packed
 from mhmoe_ray.model.decoder import Block, Decoder
 from mhmoe_ray.model.feedforward import Dispatch, Experts, FeedForward
 from mhmoe_ray.model.router import Router, Routing
 
 
 class PackedLinear(nn.Module):
+    """A linear layer with a packed matrix."""
+
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         self._matrix = PackedMatrix(linear.weight, linear.bias)
@@ -22,9 +24,11 @@ class PackedLinear(nn.Module):
 
 
 class PackedFeedForward(nn.Module):
+    """A feed-forward layer with packed matrices."""
+
     def __init__(self, layer: FeedForward) -> None:
         super().__init__()
-        self._function = packed(layer.function, tuple(layer.parameters()))
+        self._function = pack_layer(layer.function, tuple(layer.parameters()))
 
     def forward(self, x: Tensor) -> Tensor:
         return self._function(x)
@@ -35,38 +39,39 @@ class PackedExperts(nn.Module):
 
     def __init__(self, experts: Experts) -> None:
         super().__init__()
-        each = zip(*(p.unbind() for p in experts.parameters()), strict=True)
-        self._experts = [packed(experts.function, weights) for weights in each]
+        expert_weights = zip(*(p.unbind() for p in experts.parameters()), strict=True)
+        self._experts = [pack_layer(experts.function, weights) for weights in expert_weights]
 
     def forward(self, x_ND: Tensor, routing: Routing, _: Dispatch) -> Tensor:
         return run_packed(x_ND, routing.expert_NK, routing.gate_NK, self._experts)
 
 
-class ChoosingRouter(nn.Module):
-    """A router that chooses experts as the training model's does, and skips everything that only training needs."""
+class InferenceRouter(nn.Module):
+    """A router that routes as the training model's does, and skips everything that only training needs."""
 
     def __init__(self, router: Router) -> None:
         super().__init__()
         self._router = router
-        self._nothing = torch.zeros(0)
+        self._empty_tensor = torch.zeros(0)
 
     def forward(self, x_ND: Tensor, _: torch.Generator | None = None) -> Routing:
+        # The scores stay float32 even where the model computes in bfloat16, as in training.
         with torch.autocast(x_ND.device.type, enabled=False):
-            expert_NK, gate_NK, _probability = self._router.choose(self._router.scores(wide(x_ND)))
-        nothing = self._nothing
-        return Routing(expert_NK, gate_NK, nothing, nothing, nothing, nothing, None)
+            expert_NK, gate_NK, _probability = self._router.choose_experts(self._router.scores(widen(x_ND)))
+        empty_tensor = self._empty_tensor
+        return Routing(expert_NK, gate_NK, empty_tensor, empty_tensor, empty_tensor, empty_tensor, None)
 
 
-def pack(model: Decoder) -> None:
-    """Replace the modules of the model by packed ones, in place; it then has no weights to train or to save.
+def pack_model(model: Decoder) -> None:
+    """Replace the modules of the model by packed ones, in place; it can then be neither trained nor saved.
 
     Args:
-        model: the model with all experts, its matrices in the dtype in which they are to be multiplied.
+        model: the model with all experts; its matrices have the dtype of the products.
     """
     for block in cast("list[Block]", model.blocks):
         _pack_linears(block.attention)
         if (moe := block.moe) is not None:
-            moe.router = ChoosingRouter(moe.router)  # type: ignore[assignment]  # called as one
+            moe.router = InferenceRouter(moe.router)  # type: ignore[assignment]  # called as one
             moe.experts = PackedExperts(moe.experts)  # type: ignore[assignment]  # the same
             if moe.shared is not None:
                 moe.shared = PackedFeedForward(moe.shared)  # type: ignore[assignment]  # the same
@@ -74,6 +79,7 @@ def pack(model: Decoder) -> None:
         if block.ffn is not None:
             block.ffn = PackedFeedForward(block.ffn)  # type: ignore[assignment]  # the same
     output = model.output
+    # With tied embeddings the output layer has no matrix of its own. Meta allocates none for the layer that is packed.
     if output is None:
         vocab, width = model.embedding.weight.shape
         with torch.device("meta"):
@@ -83,6 +89,7 @@ def pack(model: Decoder) -> None:
 
 
 def _pack_linears(module: nn.Module) -> None:
+    """Replace all linear layers inside a module by packed ones."""
     for name, child in module.named_children():
         if isinstance(child, nn.Linear):
             setattr(module, name, PackedLinear(child))

@@ -1,4 +1,6 @@
-"""Requests, updates and statistics of an engine, and its interface: token ids in, token ids out.
+"""The interface of engines: requests with sampling parameters in, updates with token ids out, and statistics.
+
+The sampling parameters of a request say how its tokens are drawn; `sampler.py` draws them.
 
 `serve/detokenizer.py` turns token ids into text.
 """
@@ -7,7 +9,7 @@ from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol
 
-BOUNDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 60.0)
+BUCKET_BOUNDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 60.0)
 """Upper bounds of a histogram's buckets, in seconds; one more bucket at the end has no bound."""
 
 
@@ -15,19 +17,22 @@ BOUNDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0
 class Histogram:
     """Counts of durations by bucket, and their sum in seconds."""
 
-    counts: list[int] = field(default_factory=lambda: [0] * (len(BOUNDS) + 1))
+    counts: list[int] = field(default_factory=lambda: [0] * (len(BUCKET_BOUNDS) + 1))
     total: float = 0.0
 
     def add(self, seconds: float) -> None:
-        self.counts[next((i for i, bound in enumerate(BOUNDS) if seconds <= bound), len(BOUNDS))] += 1
+        """Count one duration."""
+        self.counts[next((i for i, bound in enumerate(BUCKET_BOUNDS) if seconds <= bound), len(BUCKET_BOUNDS))] += 1
         self.total += seconds
 
     @property
     def count(self) -> int:
+        """Number of durations."""
         return sum(self.counts)
 
     @property
     def mean(self) -> float | None:
+        """Mean duration in seconds; None without any."""
         return self.total / self.count if self.count else None
 
 
@@ -35,12 +40,13 @@ class Histogram:
 class Stats:
     """Statistics of an engine: counts since its start, and its present state."""
 
+    # Names of fields are keys of `/stats` and parts of the names of metrics.
     waiting: int = 0
     running: int = 0
     cache_used: float = 0.0
     """Share of the cache's blocks that requests hold."""
     requests: int = 0
-    """Number of requests that ended, in whatever way."""
+    """Number of requests that ended: finished, failed or closed by the client."""
     prompt_tokens: int = 0
     reused_tokens: int = 0
     """Number of prompt tokens whose keys and values were already in the cache."""
@@ -49,7 +55,7 @@ class Stats:
     """Tokens of answers per second, over the last ten seconds."""
     steps: int = 0
     step_tokens: int = 0
-    """Number of tokens over all steps: divided by `steps`, the mean batch size."""
+    """Number of tokens over all steps; divided by `steps`, it is the mean batch size."""
     queue: Histogram = field(default_factory=Histogram)
     """Seconds from a request's arrival to its first step."""
     first_token: Histogram = field(default_factory=Histogram)
@@ -60,8 +66,9 @@ class Stats:
     """Routes per layer and expert."""
 
     def as_json(self) -> dict[str, Any]:
-        plain = {name: value for name, value in vars(self).items() if not isinstance(value, Histogram)}
-        return plain | {
+        """Return the statistics as a JSON object, with the mean and the count of each histogram."""
+        plain_values = {name: value for name, value in vars(self).items() if not isinstance(value, Histogram)}
+        return plain_values | {
             f"{name}_seconds": {"mean": value.mean, "count": value.count}
             for name, value in vars(self).items()
             if isinstance(value, Histogram)
@@ -69,53 +76,56 @@ class Stats:
 
 
 FinishReason = Literal["stop", "length"]
-""""stop": the document ended, or a stop string came; "length": a limit on tokens was reached."""
+"""Reason why an answer ends: "stop" at the end of a document or at a stop string, "length" at a limit on tokens."""
 
 
 @dataclass(frozen=True)
-class Sampling:
-    """Sampling parameters.
+class SamplingParams:
+    """The sampling parameters of an answer.
 
-    They apply in this order: penalties and biases, the temperature, the cuts (top_k, top_p, min_p).
+    They apply in this order: penalties and biases, the temperature, the cuts (top_k, top_p, min_p). With 0 as
+    `max_tokens` there is no answer, and the engine only scores the prompt.
     """
 
     max_tokens: int
     temperature: float = 1.0
     """Temperature; 0 takes the most likely token."""
     top_k: int = 0
-    """Number of most likely tokens that are drawn from; 0 draws from all."""
+    """Number of most likely tokens to draw from; 0 draws from all."""
     top_p: float = 1.0
-    """Total probability of the smallest set of most likely tokens that are drawn from."""
+    """Total probability of the smallest set of most likely tokens to draw from."""
     min_p: float = 0.0
-    """Smallest probability of a token that is drawn from, as a share of the most likely token's."""
+    """Smallest probability of a token to draw from, as a share of the most likely token's."""
     presence_penalty: float = 0.0
-    """Subtracted from the logit of each token that the answer already has."""
+    """Amount subtracted from the logit of each token that the answer already has."""
     frequency_penalty: float = 0.0
-    """Subtracted from the logit of a token once for each time that the answer has it."""
+    """Amount subtracted from the logit of a token once for each time that the answer has it."""
     logit_bias: Mapping[int, float] = field(default_factory=dict)
-    """Added to the logits, by token."""
+    """Amounts added to the logits, by token."""
     seed: int | None = None
-    """Seed: answers with equal seeds are equal, whatever else the engine computes; None draws a seed."""
+    """Seed of the random draws; None chooses one. Answers with equal seeds are equal, whatever else is computed."""
 
 
 @dataclass(frozen=True)
 class Request:
+    """A request for one answer to one prompt."""
+
     prompt_ids: tuple[int, ...]
     """Token ids of the prompt, at least one."""
-    sampling: Sampling
+    sampling_params: SamplingParams
     logprobs: int | None = None
-    """Number of alternatives to report beside each token and its log-probability; None reports no scores."""
+    """Number of alternatives to report with each token and its log-probability; None reports no scores."""
     prompt_logprobs: bool = False
     """Whether to report scores of the prompt's tokens too."""
     client: str = ""
-    """Name of the client; waiting requests take turns by client."""
+    """Name of the client; waiting clients take turns."""
 
 
-class Scored(NamedTuple):
+class ScoredToken(NamedTuple):
     """A token with its score: its natural log-probability and the most likely tokens in its place, likeliest first.
 
-    Scores are the model's own, before temperature, penalties and biases. They are present only if the request asks for
-    them.
+    Scores are those of the model, before temperature, penalties and biases. They are present only if the request asks
+    for them.
     """
 
     token: int
@@ -127,10 +137,10 @@ class Scored(NamedTuple):
 class Update(NamedTuple):
     """The next part of an answer."""
 
-    tokens: tuple[Scored, ...] = ()
-    prompt: tuple[Scored, ...] = ()
-    """Scores of the whole prompt, reported once if the request asks for them."""
-    finish: FinishReason | None = None
+    tokens: tuple[ScoredToken, ...] = ()
+    prompt_scores: tuple[ScoredToken, ...] = ()
+    """Scores of all tokens of the prompt, reported once if the request asks for them."""
+    finish_reason: FinishReason | None = None
     """Reason why the answer ends; set on the last update only."""
 
 
@@ -143,7 +153,7 @@ class Engine(Protocol):
         ...
 
     def generate(self, request: Request) -> AsyncGenerator[Update, None]:
-        """Yield the answer in parts, each as soon as it is computed. Closing the generator early ends the work.
+        """Yield the answer in parts, each as soon as it is computed. Closing the generator early aborts the request.
 
         Raises:
             BusyError: too many requests wait already.
@@ -152,22 +162,22 @@ class Engine(Protocol):
         ...
 
     @property
-    def why_broken(self) -> str | None:
-        """The reason why the engine is broken; None while it works."""
+    def failure_reason(self) -> str | None:
+        """Reason why the engine is broken; None while it works."""
         ...
 
     def stats(self) -> Stats:
-        """Return what the engine has counted so far, and its present state."""
+        """Return the statistics of the engine up to now."""
         ...
 
     def close(self) -> None:
-        """Stop the engine and end its running answers with an error. Must be called before the process ends."""
+        """Stop the engine and fail its unfinished requests. Must be called before the process ends."""
         ...
 
 
 class BusyError(Exception):
-    """Too many requests wait; the client should come back later."""
+    """Error of a request that is refused because too many requests wait; the client should retry later."""
 
 
 class EngineError(Exception):
-    """The engine cannot answer this request, or any request."""
+    """Error of an engine that cannot answer this request, or any request."""

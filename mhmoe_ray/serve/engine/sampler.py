@@ -1,96 +1,109 @@
-"""Sampling: choose the next token from the model's logits."""
+"""The sampler: it draws the next token from the model's logits, and scores tokens."""
 
 import torch
 from torch import Tensor
 
-from mhmoe_ray.serve.engine.request import Sampling, Scored
+from mhmoe_ray.serve.engine.request import SamplingParams, ScoredToken
 
-FRONT = 1024
-"""Number of most likely tokens in which a nucleus (top-p or min-p) is searched first."""
+NUCLEUS_CANDIDATES = 1024
+"""Number of most likely tokens in which the sampler first looks for the nucleus of top-p or min-p."""
 
 
-class Chooser:
-    """The sampler of one answer: its random generator and the tokens it has chosen."""
+class Sampler:
+    """The sampler of one answer, with its random generator and the counts of tokens it has drawn."""
 
-    def __init__(self, sampling: Sampling) -> None:
-        self._sampling = sampling
-        self._random = torch.Generator()
-        if sampling.seed is None:
-            self._random.seed()
+    def __init__(self, params: SamplingParams) -> None:
+        self._params = params
+        self._generator = torch.Generator()
+        if params.seed is None:
+            self._generator.seed()
         else:
-            self._random.manual_seed(sampling.seed % 2**64)
-        penalties = sampling.presence_penalty or sampling.frequency_penalty
-        self._plain = sampling.temperature == 0 and not (penalties or sampling.logit_bias)
-        self._times: dict[int, int] = {}
+            # Seeds of requests may be negative or, for later choices, larger than the 64 bits that torch takes.
+            self._generator.manual_seed(params.seed % 2**64)
+        has_penalties = params.presence_penalty or params.frequency_penalty
+        self._is_greedy = params.temperature == 0 and not (has_penalties or params.logit_bias)
+        self._token_counts: dict[int, int] = {}
         """Number of times that each token occurs in the answer."""
 
-    def choose(self, logits_V: Tensor, best: int) -> int:
-        """Return the next token for these logits, which are in CPU memory; `best` is the token with the largest
-        logit."""
-        sampling = self._sampling
-        if self._plain:
-            return best
-        logits_V = self._moved(logits_V)
-        token = int(logits_V.argmax()) if sampling.temperature == 0 else self._drawn(logits_V.double())
-        if sampling.presence_penalty or sampling.frequency_penalty:
-            self._times[token] = self._times.get(token, 0) + 1
+    def sample(self, logits_V: Tensor, best_token: int) -> int:
+        """Return the next token of the answer.
+
+        Args:
+            logits_V: the logits, in CPU memory.
+            best_token: the token with the largest logit.
+        """
+        params = self._params
+        # The engine computes the largest logits of a step's rows together, so a greedy answer costs nothing here.
+        if self._is_greedy:
+            return best_token
+        logits_V = self._adjust_logits(logits_V)
+        token = int(logits_V.argmax()) if params.temperature == 0 else self._draw_token(logits_V.double())
+        if params.presence_penalty or params.frequency_penalty:
+            self._token_counts[token] = self._token_counts.get(token, 0) + 1
         return token
 
-    def _moved(self, logits_V: Tensor) -> Tensor:
-        """Return the logits after penalties and biases."""
-        sampling = self._sampling
-        if not self._times and not sampling.logit_bias:
+    def _adjust_logits(self, logits_V: Tensor) -> Tensor:
+        """Return the logits with penalties and biases applied."""
+        params = self._params
+        if not self._token_counts and not params.logit_bias:
             return logits_V
         logits_V = logits_V.clone()
-        for token, times in self._times.items():
-            logits_V[token] -= sampling.presence_penalty + times * sampling.frequency_penalty
-        for token, bias in sampling.logit_bias.items():
+        for token, count in self._token_counts.items():
+            logits_V[token] -= params.presence_penalty + count * params.frequency_penalty
+        for token, bias in params.logit_bias.items():
             logits_V[token] += bias
         return logits_V
 
-    def _drawn(self, logits_V: Tensor) -> int:
-        sampling = self._sampling
+    def _draw_token(self, logits_V: Tensor) -> int:
+        """Draw a token at the request's temperature from the tokens that the cuts leave."""
+        params = self._params
         # The largest logit becomes 0 first, so that no temperature, however small, makes inf - inf.
-        probability_V = ((logits_V - logits_V.max()) / sampling.temperature).softmax(-1)
-        among_K = _among(probability_V, sampling)
-        probability_K = probability_V if among_K is None else probability_V[among_K]
-        # One number per token: a draw is a place on the line of all probabilities.
-        line_K = probability_K.cumsum(-1)
-        place = torch.rand((), dtype=torch.float64, generator=self._random) * line_K[-1]
-        drawn = min(int(torch.searchsorted(line_K, place, right=True)), int(probability_K.nonzero()[-1]))
-        return drawn if among_K is None else int(among_K[drawn])
+        probability_V = ((logits_V - logits_V.max()) / params.temperature).softmax(-1)
+        candidate_K = _candidate_tokens(probability_V, params)
+        probability_K = probability_V if candidate_K is None else probability_V[candidate_K]
+        # This is inverse transform sampling, which needs one random number per draw, whatever the vocabulary's size.
+        cumulative_K = probability_K.cumsum(-1)
+        point = torch.rand((), dtype=torch.float64, generator=self._generator) * cumulative_K[-1]
+        # Rounding may put the point at the very end, behind the last token with a probability above 0.
+        index = min(int(torch.searchsorted(cumulative_K, point, right=True)), int(probability_K.nonzero()[-1]))
+        return index if candidate_K is None else int(candidate_K[index])
 
 
-def _among(probability_V: Tensor, sampling: Sampling) -> Tensor | None:
-    """Return the tokens that a draw chooses from, ascending; None if these are all tokens.
-
-    Sorting a large vocabulary takes longer than a step of a small model. So only the most likely tokens are sorted
-    first, with all tokens as likely as the last of them; the whole vocabulary is sorted only if these do not suffice.
-    """
-    if not (sampling.top_k or sampling.top_p < 1 or sampling.min_p):
+def _candidate_tokens(probability_V: Tensor, params: SamplingParams) -> Tensor | None:
+    """Return the tokens that top-k, top-p and min-p leave, in ascending order; None if they leave all tokens."""
+    if not (params.top_k or params.top_p < 1 or params.min_p):
         return None
-    most, few = float(probability_V.max()), sampling.top_k or FRONT
-    for front in (few, None) if 8 * few < len(probability_V) and most > 0 else (None,):  # not where they are no numbers
-        if front:
-            token_F = (probability_V >= probability_V.topk(front).values[-1]).nonzero()[:, 0]
+    top_probability, candidate_count = float(probability_V.max()), params.top_k or NUCLEUS_CANDIDATES
+    # Sorting a large vocabulary takes longer than a step of a small model. So the most likely tokens are sorted first,
+    # and the whole vocabulary only if they do not suffice. Probabilities that are NaN are not above 0: all are sorted.
+    for limit in (
+        (candidate_count, None) if 8 * candidate_count < len(probability_V) and top_probability > 0 else (None,)
+    ):
+        if limit:
+            # Tokens as likely as the last candidate belong to the candidates, so that ties are cut as in a full sort.
+            token_F = (probability_V >= probability_V.topk(limit).values[-1]).nonzero()[:, 0]
             sorted_F, order_F = probability_V[token_F].sort(descending=True, stable=True)
             token_F = token_F[order_F]
         else:
             sorted_F, token_F = probability_V.sort(descending=True, stable=True)
-        cut_F = sorted_F < sampling.min_p * most
-        if sampling.top_k:
-            cut_F[sampling.top_k :] = True
-        if sampling.top_p < 1:
-            left_F = sorted_F.masked_fill(cut_F, 0)
-            whole_V = left_F if sampling.top_k else probability_V.where(probability_V >= sampling.min_p * most, 0)
-            left_F /= whole_V.sum()
-            cut_F |= left_F.cumsum(-1) - left_F >= sampling.top_p
-        if sampling.top_k or cut_F.any():  # whatever is less likely is cut, too
+        cut_F = sorted_F < params.min_p * top_probability
+        if params.top_k:
+            cut_F[params.top_k :] = True
+        if params.top_p < 1:
+            remaining_F = sorted_F.masked_fill(cut_F, 0)
+            allowed_V = (
+                remaining_F if params.top_k else probability_V.where(probability_V >= params.min_p * top_probability, 0)
+            )
+            # Top-p is a share of the probability that top-k and min-p leave.
+            remaining_F /= allowed_V.sum()
+            cut_F |= remaining_F.cumsum(-1) - remaining_F >= params.top_p
+        # Once a candidate is cut, all less likely tokens are cut too, so the candidates suffice.
+        if params.top_k or cut_F.any():
             break
     return token_F[~cut_F].sort().values
 
 
-def scored(logits_RV: Tensor, tokens: list[int], alternatives: int) -> list[Scored]:
+def score_tokens(logits_RV: Tensor, tokens: list[int], alternatives: int) -> list[ScoredToken]:
     """Return the score of one token per row: its log-probability and the most likely tokens of the row.
 
     Args:
@@ -99,10 +112,12 @@ def scored(logits_RV: Tensor, tokens: list[int], alternatives: int) -> list[Scor
         alternatives: number of most likely tokens to return per row.
     """
     logprob_RV = logits_RV.float().log_softmax(-1)
-    chosen = logprob_RV.gather(1, torch.tensor(tokens)[:, None])[:, 0].tolist()
-    best, token = logprob_RV.topk(alternatives, dim=-1) if alternatives else (None, None)
-    tops = [
-        tuple(zip(token[i].tolist(), best[i].tolist(), strict=True)) if token is not None and best is not None else ()
+    token_logprobs = logprob_RV.gather(1, torch.tensor(tokens)[:, None])[:, 0].tolist()
+    top_logprob_RK, top_token_RK = logprob_RV.topk(alternatives, dim=-1) if alternatives else (None, None)
+    alternatives_R = [
+        tuple(zip(top_token_RK[i].tolist(), top_logprob_RK[i].tolist(), strict=True))
+        if top_token_RK is not None and top_logprob_RK is not None
+        else ()
         for i in range(len(tokens))
     ]
-    return [Scored(*found) for found in zip(tokens, chosen, tops, strict=True)]
+    return [ScoredToken(*fields) for fields in zip(tokens, token_logprobs, alternatives_R, strict=True)]

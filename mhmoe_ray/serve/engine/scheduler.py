@@ -1,193 +1,208 @@
-"""Continuous batching: which tokens of which requests the next step computes, and which waiting request is next.
+"""The scheduler: it chooses the tokens that the next step computes (continuous batching), and admits waiting requests.
 
-Each step takes one token of every running answer (decode) and, within its budget, the next pieces of prompts (prefill);
-so a long prompt delays answers by one budget at a time. A prompt is cut every `PIECE` tokens and never elsewhere: the
-tokens that a request's attention computes together are then the same whatever other requests there are. They do not
-depend on earlier requests either: a prompt reuses only whole pieces of earlier prompts, and nothing that was computed
-in another way.
+Each step computes one token of every running answer (decode) and, within its budget, the next chunks of prompts
+(prefill), so a long prompt delays answers by one budget at a time. A prompt is cut every `PREFILL_CHUNK` tokens and
+never elsewhere: the tokens that a request's attention computes together are then the same whatever other requests there
+are. They do not depend on earlier requests either, because a prompt reuses only whole chunks of earlier prompts.
 
 A request is admitted when the cache has room for its prompt and its longest possible answer, so no request is ever
-preempted. Waiting requests take turns by client.
+preempted. Waiting clients take turns.
 """
 
 from collections import OrderedDict, deque
 from collections.abc import Iterator
 from typing import Generic, NamedTuple, TypeVar
 
-from mhmoe_ray.serve.engine.block_pool import BLOCK, BlockPool, blocks_for, name_after
-from mhmoe_ray.serve.engine.request import Request, Scored
-from mhmoe_ray.serve.engine.threaded import Deliver, Ticket
+from mhmoe_ray.serve.engine.block_pool import BLOCK_SIZE, BlockPool, count_blocks, next_block_hash
+from mhmoe_ray.serve.engine.request import Request, ScoredToken
+from mhmoe_ray.serve.engine.threaded import Deliver, RequestState
 
 T = TypeVar("T")
 
 
-class Turns(Generic[T]):
+class FairQueue(Generic[T]):
+    """Round-robin queue over clients; first come, first served within a client."""
+
     def __init__(self) -> None:
         self._queues: OrderedDict[str, deque[T]] = OrderedDict()
-        """Queue of each client with waiting requests; the client at the front has the next turn."""
+        """Queue of each client with waiting items; the client at the front has the next turn."""
 
     def __len__(self) -> int:
         return sum(map(len, self._queues.values()))
 
     def __iter__(self) -> Iterator[T]:
-        return (one for queue in self._queues.values() for one in queue)
+        return (item for queue in self._queues.values() for item in queue)
 
-    def add(self, client: str, one: T) -> None:
-        self._queues.setdefault(client, deque()).append(one)
+    def add(self, client: str, item: T) -> None:
+        """Add an item behind the other items of its client."""
+        self._queues.setdefault(client, deque()).append(item)
 
-    def first(self) -> T | None:
-        """Return the item whose turn it is; None if the queue is empty."""
+    def peek(self) -> T | None:
+        """Return the next item without removing it; None if the queue is empty."""
         return next(iter(self._queues.values()))[0] if self._queues else None
 
     def pop(self) -> T:
-        """Remove and return the item whose turn it is; its client then goes behind all others.
+        """Remove and return the next item; its client then goes behind all others.
 
         The queue must not be empty.
         """
         client, queue = self._queues.popitem(last=False)
-        one = queue.popleft()
+        item = queue.popleft()
         if queue:
             self._queues[client] = queue
-        return one
+        return item
 
-    def remove(self, client: str, one: T) -> None:
+    def remove(self, client: str, item: T) -> None:
         """Remove an item, if it is in the queue."""
         queue = self._queues.get(client)
-        if queue is None or one not in queue:
+        if queue is None or item not in queue:
             return
-        queue.remove(one)
+        queue.remove(item)
         if not queue:
             del self._queues[client]
 
 
-PIECE = 4 * BLOCK
+# The number is a multiple of the block size, because requests share whole blocks and a prompt reuses whole chunks.
+PREFILL_CHUNK = 4 * BLOCK_SIZE
 """Number of prompt tokens that are computed together."""
 
 
-class Sequence(Ticket):
-    def __init__(self, request: Request, room: int, deliver: Deliver) -> None:
-        super().__init__(request, room, deliver)
-        self.ids = list(request.prompt_ids)
+class Sequence(RequestState):
+    """A request with its tokens so far and its blocks of the KV cache."""
+
+    def __init__(self, request: Request, max_new_tokens: int, deliver: Deliver) -> None:
+        super().__init__(request, max_new_tokens, deliver)
+        self.token_ids = list(request.prompt_ids)
         """Token ids of the prompt and of the answer so far."""
-        self.computed = 0
+        self.computed_tokens = 0
         """Number of tokens at the start whose keys and values are in the cache."""
-        self.blocks: list[int] = []
-        self.prompt: list[Scored] = []
+        self.block_ids: list[int] = []
+        self.prompt_scores: list[ScoredToken] = []
         """Scores of the prompt's tokens so far, if the request asks for them."""
-        self._named, self._name = 0, b""
+        self._hashed_blocks, self._last_hash = 0, b""
 
     @property
-    def answer(self) -> int:
+    def answer_tokens(self) -> int:
         """Number of tokens of the answer so far."""
-        return len(self.ids) - len(self.request.prompt_ids)
+        return len(self.token_ids) - len(self.request.prompt_ids)
 
-    def new_names(self) -> Iterator[tuple[bytes, int]]:
-        """Yield the hash and the id of each block that has become full since the last call, within the prompt's whole
-        pieces.
+    def new_block_hashes(self) -> Iterator[tuple[bytes, int]]:
+        """Yield the block hash and the id of each block that has become full since the last call.
 
-        The rest of the prompt and the answer are left out: they are computed in another way than as part of a longer
-        prompt, which would get other bits from them.
+        Only blocks of the prompt's whole prefill chunks count.
         """
-        whole = len(self.request.prompt_ids) // PIECE * PIECE
-        while (self._named + 1) * BLOCK <= min(self.computed, whole):
-            start = self._named * BLOCK
-            self._name = name_after(self._name, self.ids[start : start + BLOCK])
-            yield self._name, self.blocks[self._named]
-            self._named += 1
+        # The rest of the prompt and the answer are computed in smaller chunks than in a longer prompt, so they have
+        # other bits, and a prompt that reused them would get another answer than on a fresh engine.
+        cacheable_tokens = len(self.request.prompt_ids) // PREFILL_CHUNK * PREFILL_CHUNK
+        while (self._hashed_blocks + 1) * BLOCK_SIZE <= min(self.computed_tokens, cacheable_tokens):
+            start = self._hashed_blocks * BLOCK_SIZE
+            self._last_hash = next_block_hash(self._last_hash, self.token_ids[start : start + BLOCK_SIZE])
+            yield self._last_hash, self.block_ids[self._hashed_blocks]
+            self._hashed_blocks += 1
 
 
-class Part(NamedTuple):
-    """Tokens of a sequence that are computed together in one step."""
+class TokenChunk(NamedTuple):
+    """Tokens of a sequence that are computed together in one step: a prefill chunk, or one token of an answer."""
 
     sequence: Sequence
     start: int
-    tokens: int
+    length: int
 
     @property
-    def ends(self) -> bool:
-        """Whether a new token follows this part."""
-        return self.start + self.tokens == len(self.sequence.ids)
+    def is_last(self) -> bool:
+        """True if the sequence ends with this chunk, so that its logits give the next token."""
+        return self.start + self.length == len(self.sequence.token_ids)
 
 
 class Scheduler:
-    """Decides what each step computes. Not thread-safe: only one thread may use it at a time."""
+    """Scheduler of the sequences of one engine. It is not thread-safe: only one thread may use it at a time."""
 
-    def __init__(self, pool: BlockPool, most: int, budget: int) -> None:
+    def __init__(self, pool: BlockPool, max_running: int, prefill_budget: int) -> None:
         """Create a scheduler without requests.
 
         Args:
             pool: the blocks of the KV cache.
-            most: largest number of running requests.
-            budget: number of prompt tokens per step, in addition to one token per answer.
+            max_running: largest number of running requests.
+            prefill_budget: number of prompt tokens per step, in addition to one token per answer.
         """
-        assert budget >= PIECE
-        self.pool, self._most, self._budget = pool, most, budget
+        assert prefill_budget >= PREFILL_CHUNK
+        self.pool, self._max_running, self._prefill_budget = pool, max_running, prefill_budget
         self.running: list[Sequence] = []
-        self._waiting = Turns[Sequence]()
+        self._waiting_queue = FairQueue[Sequence]()
 
     @property
-    def waiting(self) -> int:
-        return len(self._waiting)
+    def waiting_count(self) -> int:
+        """Number of waiting requests."""
+        return len(self._waiting_queue)
 
-    def everyone(self) -> list[Sequence]:
-        return [*self.running, *self._waiting]
+    def all_sequences(self) -> list[Sequence]:
+        """Return the running and the waiting sequences."""
+        return [*self.running, *self._waiting_queue]
 
     def add(self, sequence: Sequence) -> None:
-        self._waiting.add(sequence.request.client, sequence)
+        """Add a sequence to the waiting ones."""
+        self._waiting_queue.add(sequence.request.client, sequence)
 
     def remove(self, sequence: Sequence) -> None:
-        """Remove a sequence that is done or unwanted; it may have been removed already."""
+        """Remove a finished or aborted sequence; it may have been removed already."""
         if sequence in self.running:
             self.running.remove(sequence)
-            self.pool.drop(sequence.blocks)
+            self.pool.release(sequence.block_ids)
         else:
-            self._waiting.remove(sequence.request.client, sequence)
+            self._waiting_queue.remove(sequence.request.client, sequence)
 
-    def next(self) -> list[Part]:
-        """Return the parts that the next step computes, admitting waiting requests; none if there are no requests."""
-        parts = [Part(s, s.computed, 1) for s in self.running if s.answer]
-        left = self._budget
-        for sequence in [s for s in self.running if not s.answer]:
-            left = self._begin(parts, sequence, left)
-        while left >= PIECE and len(self.running) < self._most and (newcomer := self._let_in()):
-            left = self._begin(parts, newcomer, left)
-        return parts
+    def schedule(self) -> list[TokenChunk]:
+        """Admit waiting requests and return the chunks that the next step computes; none if there are no requests."""
+        # Answers come first and do not count against the budget, so prompts never stall them.
+        chunks = [TokenChunk(s, s.computed_tokens, 1) for s in self.running if s.answer_tokens]
+        remaining_budget = self._prefill_budget
+        for sequence in [s for s in self.running if not s.answer_tokens]:
+            remaining_budget = self._add_prefill_chunks(chunks, sequence, remaining_budget)
+        while (
+            remaining_budget >= PREFILL_CHUNK
+            and len(self.running) < self._max_running
+            and (admitted_sequence := self._admit_next())
+        ):
+            remaining_budget = self._add_prefill_chunks(chunks, admitted_sequence, remaining_budget)
+        return chunks
 
-    def computed(self, part: Part) -> None:
-        """Record that the step with this part is done, and cache the blocks that have become full."""
-        part.sequence.computed = part.start + part.tokens
-        for name, block in part.sequence.new_names():
-            self.pool.remember(name, block)
+    def record_computed(self, chunk: TokenChunk) -> None:
+        """Record that the step with this chunk is done, and cache the blocks that have become full."""
+        chunk.sequence.computed_tokens = chunk.start + chunk.length
+        for block_hash, block_id in chunk.sequence.new_block_hashes():
+            self.pool.cache_block(block_hash, block_id)
 
-    def _begin(self, parts: list[Part], sequence: Sequence, left: int) -> int:
-        """Add pieces of the sequence's prompt to `parts`; return the rest of the budget."""
-        start = sequence.computed
-        while start < len(sequence.ids) and left >= PIECE:
-            tokens = min(PIECE, len(sequence.ids) - start)
-            parts.append(Part(sequence, start, tokens))
-            start, left = start + tokens, left - tokens
-        return left
+    def _add_prefill_chunks(self, chunks: list[TokenChunk], sequence: Sequence, remaining_budget: int) -> int:
+        """Add the next prefill chunks of the sequence to `chunks`, and return the rest of the budget."""
+        start = sequence.computed_tokens
+        while start < len(sequence.token_ids) and remaining_budget >= PREFILL_CHUNK:
+            length = min(PREFILL_CHUNK, len(sequence.token_ids) - start)
+            chunks.append(TokenChunk(sequence, start, length))
+            start, remaining_budget = start + length, remaining_budget - length
+        return remaining_budget
 
-    def _let_in(self) -> Sequence | None:
-        """Admit and return the waiting request whose turn it is, if the cache has room for it; otherwise return None.
-
-        No smaller request is admitted before it.
-        """
-        sequence = self._waiting.first()
+    def _admit_next(self) -> Sequence | None:
+        """Admit the next waiting request and return it; return None if the cache has no room for it or none waits."""
+        # No smaller request is admitted in its place: a large request would otherwise wait without end.
+        sequence = self._waiting_queue.peek()
         if sequence is None:
             return None
-        known: list[int] = []
+        matching_blocks: list[int] = []
+        # Scores of the prompt need the logits of all its tokens, which only computing them gives.
         if not sequence.request.prompt_logprobs:
-            # In whole pieces. The last token is computed in any case: what follows it is asked for.
-            known = self.pool.known(sequence.ids[:-1])
-            known = known[: len(known) * BLOCK // PIECE * PIECE // BLOCK]
-        needed = blocks_for(len(sequence.ids) + sequence.room) - len(known)
-        self.pool.hold(known)  # first, so that none of them is taken
-        if needed > self.pool.free:
-            self.pool.drop(known)
+            # The last token is computed in any case, because its logits give the first token of the answer.
+            matching_blocks = self.pool.match_prefix(sequence.token_ids[:-1])
+            matching_blocks = matching_blocks[
+                : len(matching_blocks) * BLOCK_SIZE // PREFILL_CHUNK * PREFILL_CHUNK // BLOCK_SIZE
+            ]
+        block_count = count_blocks(len(sequence.token_ids) + sequence.max_new_tokens) - len(matching_blocks)
+        # The references come first: matching blocks may be free, and the allocation could evict them.
+        self.pool.add_reference(matching_blocks)
+        if block_count > self.pool.free_count:
+            self.pool.release(matching_blocks)
             return None
-        self._waiting.pop()
-        sequence.blocks = [*known, *self.pool.take(needed)]
-        sequence.computed = len(known) * BLOCK
+        self._waiting_queue.pop()
+        sequence.block_ids = [*matching_blocks, *self.pool.allocate(block_count)]
+        sequence.computed_tokens = len(matching_blocks) * BLOCK_SIZE
         self.running.append(sequence)
         return sequence

@@ -1,5 +1,4 @@
-"""Base class of engines: a thread computes round after round and delivers updates to the coroutines that wait for
-them."""
+"""Base class of engines: a thread computes round after round and delivers updates to the requests' coroutines."""
 
 import asyncio
 import time
@@ -12,208 +11,220 @@ from typing import Generic, TypeVar
 
 from mhmoe_ray.serve.engine.request import BusyError, EngineError, Request, Stats, Update
 
-RECENT = 10.0
+# The rate of answer tokens is a mean over this time, as `Stats.answer_rate` says.
+RATE_WINDOW_SECONDS = 10.0
 
 Deliver = Callable[[Update | Exception], None]
-"""Function that passes an update, or an error, to the request's coroutine. The engine's thread calls it."""
-Updates = asyncio.Queue[Update | Exception]
+"""Function that passes an update or an error to the request's coroutine. The engine's thread calls it."""
+UpdateQueue = asyncio.Queue[Update | Exception]
 
 
-class Ticket:
-    """A request inside an engine."""
+class RequestState:
+    """The state of a request inside an engine."""
 
-    def __init__(self, request: Request, room: int, deliver: Deliver) -> None:
-        """Create the ticket of a request that arrives now.
+    def __init__(self, request: Request, max_new_tokens: int, deliver: Deliver) -> None:
+        """Create the state of a request that arrives now.
 
         Args:
             request: the request.
-            room: largest number of tokens of the answer.
+            max_new_tokens: largest number of tokens of the answer.
             deliver: called with each update of the answer, or with an error.
         """
-        self.request, self.room, self.deliver = request, room, deliver
-        self.gone = False
-        """Whether nobody wants the answer any more."""
-        self.begun = False
-        """Whether computation of the request has begun."""
-        self.arrived = time.monotonic()
-        self.spoke: float | None = None
+        self.request, self.max_new_tokens, self.deliver = request, max_new_tokens, deliver
+        self.is_abandoned = False
+        """Whether the generator of the answer is closed, so that nobody reads further updates."""
+        self.is_running = False
+        """Whether the engine has started to compute the request."""
+        # vLLM reports its times by the same clock.
+        self.arrival_time = time.monotonic()
+        self.last_token_time: float | None = None
         """Time of the answer's newest token, by `time.monotonic`; None before the first one."""
 
 
-T = TypeVar("T", bound=Ticket)
+T = TypeVar("T", bound=RequestState)
 
 
 class ThreadedEngine(ABC, Generic[T]):
-    """An `Engine` that computes in a thread of its own.
+    """Base class of an `Engine` that computes in its own thread.
 
-    Methods whose names begin with an underscore must be called with the lock `_wake` held. Exceptions are the thread's
-    own, `_run` and `_round`, and `_hand_over` as `_run` calls it: only that thread adds to the updates that it
-    delivers.
+    Methods whose names begin with an underscore must be called with the lock `_condition` held. The exceptions are the
+    thread's `_run` and `_run_round`, and `_deliver_updates` as `_run` calls it: only that thread adds pending updates.
     """
 
-    def __init__(self, seq_len: int, concurrency: int, queue: int) -> None:
+    def __init__(self, seq_len: int, max_concurrency: int, max_waiting: int) -> None:
         """Create the engine; a subclass starts its thread.
 
         Args:
             seq_len: largest number of tokens of prompt and answer together.
-            concurrency: number of requests that are computed at a time.
-            queue: number of requests that may wait.
+            max_concurrency: number of requests that are computed at a time.
+            max_waiting: number of requests that may wait.
         """
-        self._seq_len, self._concurrency, self._queue = seq_len, concurrency, queue
-        self._wake = Condition()
+        self._seq_len, self._max_concurrency, self._max_waiting = seq_len, max_concurrency, max_waiting
+        self._condition = Condition()
         self._stats = Stats()
-        self._recent = deque[float](maxlen=1_000_000)
+        # The limit bounds memory while nobody reads statistics, and is far above the tokens of ten seconds.
+        self._token_times = deque[float](maxlen=1_000_000)
         """Times of the newest tokens, by `time.monotonic`."""
-        self._outgoing: dict[asyncio.AbstractEventLoop, list[tuple[Updates, Update | Exception]]] = {}
-        """Updates of a round by event loop, delivered together because waking a loop costs more than a token."""
-        self._broken: Exception | None = None
-        self._closed = False
+        self._pending_updates: dict[asyncio.AbstractEventLoop, list[tuple[UpdateQueue, Update | Exception]]] = {}
+        """Updates of a round by event loop. They are delivered together: waking a loop costs more than a token."""
+        self._failure: Exception | None = None
+        self._is_closed = False
         self._thread = Thread(target=self._run, name="engine", daemon=True)
 
     @abstractmethod
-    def _enter(self, request: Request, room: int, deliver: Deliver) -> T:
-        """Return a new ticket, which waits from now on."""
+    def _add_request(self, request: Request, max_new_tokens: int, deliver: Deliver) -> T:
+        """Return the state of a new request, which waits from now on."""
 
     @abstractmethod
-    def _leave(self, ticket: T) -> None:
-        """Remove the ticket, whether it waits or runs."""
+    def _remove_request(self, state: T) -> None:
+        """Remove a waiting or running request."""
 
     @abstractmethod
-    def _everyone(self) -> list[T]:
-        """Return the tickets of all requests in the engine, running and waiting."""
+    def _all_requests(self) -> list[T]:
+        """Return the states of all requests in the engine, running and waiting."""
 
     @abstractmethod
-    def _waiting(self) -> int:
+    def _count_waiting(self) -> int:
         """Return the number of waiting requests."""
 
     @abstractmethod
-    def _round(self) -> bool:
-        """Compute once, or wait until there is something to do; return False once the engine is closed."""
+    def _run_round(self) -> bool:
+        """Compute one round, or wait until there is work. Return False once the engine is closed."""
 
     @abstractmethod
-    def _measure(self, stats: Stats) -> None:
-        """Fill in the statistics that a subclass measures."""
+    def _fill_stats(self, stats: Stats) -> None:
+        """Fill in the statistics that the subclass measures."""
 
     @property
     def seq_len(self) -> int:
+        """Largest number of tokens of prompt and answer together."""
         return self._seq_len
 
     async def generate(self, request: Request) -> AsyncGenerator[Update, None]:
         """Yield the updates of an answer; see `Engine.generate`."""
-        loop, updates = asyncio.get_running_loop(), Updates()
+        loop, updates = asyncio.get_running_loop(), UpdateQueue()
 
         def deliver(update: Update | Exception) -> None:
-            self._outgoing.setdefault(loop, []).append((updates, update))
+            self._pending_updates.setdefault(loop, []).append((updates, update))
 
-        room = min(request.sampling.max_tokens, self._seq_len - len(request.prompt_ids))
-        with self._wake:
-            if self._broken or self._closed:
-                raise EngineError(self.why_broken or "it was closed")
-            # All that are in it count: those of one request come together, and wait until the next round even where
-            # nothing is computed.
-            if len(self._everyone()) >= self._concurrency + self._queue:
-                raise BusyError(f"{self._waiting()} requests wait already")
-            ticket = self._enter(request, room, deliver)
-            self._wake.notify()
+        max_new_tokens = min(request.sampling_params.max_tokens, self._seq_len - len(request.prompt_ids))
+        with self._condition:
+            if self._failure or self._is_closed:
+                raise EngineError(self.failure_reason or "it was closed")
+            # Running and waiting requests count together. The choices of one HTTP request arrive at the same time and
+            # all wait until the next round, so on an idle engine a limit on waiting ones alone would refuse them.
+            if len(self._all_requests()) >= self._max_concurrency + self._max_waiting:
+                raise BusyError(f"{self._count_waiting()} requests wait already")
+            state = self._add_request(request, max_new_tokens, deliver)
+            self._condition.notify()
         try:
             while True:
                 update = await updates.get()
                 if isinstance(update, Exception):
                     raise update
                 yield update
-                if update.finish:
+                if update.finish_reason:
                     return
         finally:
-            with self._wake:
-                ticket.gone = True  # where it ended, it is gone already
+            # An engine has removed a finished request already, so the mark only affects unfinished ones.
+            with self._condition:
+                state.is_abandoned = True
 
     def stats(self) -> Stats:
-        """Return counts and the present state; see `Engine.stats`."""
-        with self._wake:
-            found = deepcopy(self._stats)
-            found.waiting = self._waiting()
-            found.running = len(self._everyone()) - found.waiting
-            since = time.monotonic() - RECENT
-            while self._recent and self._recent[0] < since:
-                self._recent.popleft()
-            found.answer_rate = len(self._recent) / RECENT
-            self._measure(found)
-            return found
+        """Return the statistics of the engine up to now; see `Engine.stats`."""
+        with self._condition:
+            stats = deepcopy(self._stats)
+            stats.waiting = self._count_waiting()
+            stats.running = len(self._all_requests()) - stats.waiting
+            window_start = time.monotonic() - RATE_WINDOW_SECONDS
+            while self._token_times and self._token_times[0] < window_start:
+                self._token_times.popleft()
+            stats.answer_rate = len(self._token_times) / RATE_WINDOW_SECONDS
+            self._fill_stats(stats)
+            return stats
 
     @property
-    def why_broken(self) -> str | None:
-        """The exception that broke the engine, as text; None while it works."""
-        return f"{type(self._broken).__name__}: {self._broken}" if self._broken else None
+    def failure_reason(self) -> str | None:
+        """Exception that broke the engine, as text; None while it works."""
+        return f"{type(self._failure).__name__}: {self._failure}" if self._failure else None
 
     def close(self) -> None:
         """Stop the engine and wait for its thread to end; see `Engine.close`."""
-        with self._wake:
-            self._closed = True
-            self._wake.notify()
+        with self._condition:
+            self._is_closed = True
+            self._condition.notify()
         self._thread.join()
 
     def _run(self) -> None:
-        """Run rounds until the engine is closed or fails, then fail all requests: the main function of the thread."""
+        """Run rounds until the engine is closed or fails, then fail all requests. The thread calls this."""
         error: Exception = EngineError("it was closed")
         try:
-            while self._round():
-                self._hand_over()
+            while self._run_round():
+                self._deliver_updates()
+        # Any exception of a round breaks the engine, and its requests must learn that nobody computes them any more.
         except Exception as e:
-            self._broken = error = e
-        with self._wake:
-            for ticket in self._everyone():
-                self._fail(ticket, EngineError(self.why_broken or str(error)))
-        self._hand_over()
+            self._failure = error = e
+        with self._condition:
+            for state in self._all_requests():
+                self._fail_request(state, EngineError(self.failure_reason or str(error)))
+        self._deliver_updates()
 
-    def _rest(self) -> None:
-        """Deliver pending updates, then wait until the engine is notified of something new."""
-        self._hand_over()
-        self._wake.wait()
+    def _wait_for_work(self) -> None:
+        """Deliver pending updates, then wait until a request arrives or the engine is closed."""
+        # A failed request may have left an update, and no round ends while the thread waits.
+        self._deliver_updates()
+        self._condition.wait()
 
-    def _hand_over(self) -> None:
-        outgoing, self._outgoing = self._outgoing, {}
-        for loop, batch in outgoing.items():
+    def _deliver_updates(self) -> None:
+        """Pass all pending updates to their event loops."""
+        pending_updates, self._pending_updates = self._pending_updates, {}
+        for loop, batch in pending_updates.items():
+            # A loop may be closed while one of its requests is still in the engine, as when `asyncio.run` ends early.
             if not loop.is_closed():
-                loop.call_soon_threadsafe(_put, batch)
+                loop.call_soon_threadsafe(_put_updates, batch)
 
-    def _end_those_gone(self) -> None:
-        for ticket in self._everyone():
-            if ticket.gone:
-                self._end(ticket)
+    def _end_abandoned_requests(self) -> None:
+        """End the requests whose generators are closed."""
+        for state in self._all_requests():
+            if state.is_abandoned:
+                self._end_request(state)
 
-    def _began(self, ticket: T, waited: float, reused: int) -> None:
-        """Record that computation of a request begins.
+    def _record_start(self, state: T, queue_seconds: float, reused_tokens: int) -> None:
+        """Record that the engine starts to compute a request.
 
         Args:
-            ticket: the request's ticket.
-            waited: seconds from its arrival until now.
-            reused: number of its prompt tokens that were in the cache.
+            state: the request.
+            queue_seconds: seconds from its arrival until now.
+            reused_tokens: number of its prompt tokens that were in the cache.
         """
-        ticket.begun = True
-        self._stats.queue.add(waited)
-        self._stats.prompt_tokens += len(ticket.request.prompt_ids)
-        self._stats.reused_tokens += reused
+        state.is_running = True
+        self._stats.queue.add(queue_seconds)
+        self._stats.prompt_tokens += len(state.request.prompt_ids)
+        self._stats.reused_tokens += reused_tokens
 
-    def _spoke(self, ticket: T) -> None:
+    def _record_token(self, state: T) -> None:
         """Record that the answer has one more token."""
-        now = time.monotonic()
-        if ticket.spoke is None:
-            self._stats.first_token.add(now - ticket.arrived)
+        current_time = time.monotonic()
+        if state.last_token_time is None:
+            self._stats.first_token.add(current_time - state.arrival_time)
         else:
-            self._stats.each_token.add(now - ticket.spoke)
-        ticket.spoke = now
+            self._stats.each_token.add(current_time - state.last_token_time)
+        state.last_token_time = current_time
         self._stats.answer_tokens += 1
-        self._recent.append(now)
+        self._token_times.append(current_time)
 
-    def _fail(self, ticket: T, error: EngineError) -> None:
-        ticket.deliver(error)
-        self._end(ticket)
+    def _fail_request(self, state: T, error: EngineError) -> None:
+        """Deliver an error to a request and end it."""
+        state.deliver(error)
+        self._end_request(state)
 
-    def _end(self, ticket: T) -> None:
-        self._leave(ticket)
+    def _end_request(self, state: T) -> None:
+        """Remove a request and count it."""
+        self._remove_request(state)
         self._stats.requests += 1
 
 
-def _put(batch: list[tuple[Updates, Update | Exception]]) -> None:
+def _put_updates(batch: list[tuple[UpdateQueue, Update | Exception]]) -> None:
+    """Put each update into its queue. The event loop of the queues calls this."""
     for updates, update in batch:
         updates.put_nowait(update)

@@ -1,4 +1,4 @@
-"""The engine for this project's own decoder: one process, a CPU or one GPU.
+"""The engine for this project's own decoder, in one process, on a CPU or one GPU.
 
 Each round is one step of the model for all running requests together. On a CPU an answer is the same to the last bit
 whatever else is in the batch (`paged_cache.py`).
@@ -11,31 +11,34 @@ from torch import Tensor
 
 from mhmoe_kernels import packed
 from mhmoe_ray.model.decoder import Decoder
-from mhmoe_ray.model.feedforward import matrices
-from mhmoe_ray.serve.engine.block_pool import BlockPool, blocks_for
-from mhmoe_ray.serve.engine.packed_model import pack
-from mhmoe_ray.serve.engine.paged_cache import PagedCache, PagedStep, Span
-from mhmoe_ray.serve.engine.request import EngineError, Request, Scored, Stats, Update
-from mhmoe_ray.serve.engine.sampler import Chooser, scored
-from mhmoe_ray.serve.engine.scheduler import Part, Scheduler, Sequence
+from mhmoe_ray.model.feedforward import matrix_names
+from mhmoe_ray.serve.engine.block_pool import BlockPool, count_blocks
+from mhmoe_ray.serve.engine.packed_model import pack_model
+from mhmoe_ray.serve.engine.paged_cache import PagedCache, PagedChunk, PagedStep
+from mhmoe_ray.serve.engine.request import EngineError, Request, ScoredToken, Stats, Update
+from mhmoe_ray.serve.engine.sampler import Sampler, score_tokens
+from mhmoe_ray.serve.engine.scheduler import Scheduler, Sequence, TokenChunk
 from mhmoe_ray.serve.engine.threaded import Deliver, ThreadedEngine
 from mhmoe_ray.spec import ServeSpec
 
-BUDGET = {"cpu": 256, "cuda": 2048}
+# Large steps use a device better, but running answers wait for them; a GPU needs more rows than a CPU to be busy.
+PREFILL_BUDGET = {"cpu": 256, "cuda": 2048}
 """Approximate number of prompt tokens in one step, by type of device."""
 
 
 class TorchEngine(ThreadedEngine[Sequence]):
+    """An engine with a scheduler, a paged KV cache, and a sampler for each request."""
+
     def __init__(
         self,
         model: Decoder,
         dtype: torch.dtype,
-        ends: frozenset[int],
-        known: int,
+        stop_token_ids: frozenset[int],
+        tokenizer_size: int,
         seq_len: int,
         *,
-        concurrency: int,
-        queue: int,
+        max_concurrency: int,
+        max_waiting: int,
         threads: int,
         cache_tokens: int | None = None,
     ) -> None:
@@ -44,200 +47,227 @@ class TorchEngine(ThreadedEngine[Sequence]):
         Args:
             model: the model with all experts, in evaluation mode, on its device.
             dtype: type of its matrices, and of keys and values.
-            ends: tokens that end an answer and are no part of it.
-            known: number of tokens that the tokenizer has; the model may have more rows, which have no text.
+            stop_token_ids: tokens that end an answer and are not part of it.
+            tokenizer_size: number of tokens of the tokenizer; the model may have more rows, which have no text.
             seq_len: largest number of tokens of prompt and answer together.
-            concurrency: number of requests that are computed at a time.
-            queue: number of requests that may wait.
+            max_concurrency: number of requests that are computed at a time.
+            max_waiting: number of requests that may wait.
             threads: number of threads that compute on a CPU. If other threads of the process have computed on several
                 threads before, these synchronise more slowly, because libgomp sees more threads than CPUs.
-            cache_tokens: number of tokens whose keys and values the cache has room for, at least one request of full
-                length; by default enough that none of `concurrency` requests waits for room.
+            cache_tokens: number of tokens whose keys and values fit in the cache; it is raised to that of one request
+                of full length. By default `max_concurrency` requests of full length fit.
         """
-        super().__init__(seq_len, concurrency, queue)
-        self._model, self._ends, self._known = model, ends, known
+        super().__init__(seq_len, max_concurrency, max_waiting)
+        self._model, self._stop_token_ids, self._tokenizer_size = model, stop_token_ids, tokenizer_size
         self._device = model.embedding.weight.device
-        blocks = blocks_for(cache_tokens) if cache_tokens else concurrency * blocks_for(seq_len)
-        # A single request of full length must fit, or it would wait for ever.
-        self._pool = BlockPool(max(blocks, blocks_for(seq_len)))
+        block_count = count_blocks(cache_tokens) if cache_tokens else max_concurrency * count_blocks(seq_len)
+        # A single request of full length must fit, or it would wait without end.
+        self._pool = BlockPool(max(block_count, count_blocks(seq_len)))
         self._bfloat16 = dtype == torch.bfloat16
         self._cache = PagedCache(model.spec, self._pool.size, dtype, self._device)
-        self._scheduler = Scheduler(self._pool, concurrency, BUDGET[self._device.type])
-        self._choosers: dict[Sequence, Chooser] = {}
+        self._scheduler = Scheduler(self._pool, max_concurrency, PREFILL_BUDGET[self._device.type])
+        self._samplers: dict[Sequence, Sampler] = {}
         moe = model.spec.moe
         self._count_LE = torch.zeros(model.spec.moe_layers, moe.experts if moe else 0, dtype=torch.long)
         self._threads = threads
         self._thread.start()
 
     def _run(self) -> None:
+        # The number belongs to the calling thread, so it is set in the one that computes.
         torch.set_num_threads(self._threads)
         super()._run()
 
-    def _enter(self, request: Request, room: int, deliver: Deliver) -> Sequence:
-        sequence = Sequence(request, room, deliver)
-        self._choosers[sequence] = Chooser(request.sampling)
+    def _add_request(self, request: Request, max_new_tokens: int, deliver: Deliver) -> Sequence:
+        sequence = Sequence(request, max_new_tokens, deliver)
+        self._samplers[sequence] = Sampler(request.sampling_params)
         self._scheduler.add(sequence)
         return sequence
 
-    def _leave(self, ticket: Sequence) -> None:
-        self._scheduler.remove(ticket)
-        del self._choosers[ticket]
+    def _remove_request(self, state: Sequence) -> None:
+        self._scheduler.remove(state)
+        del self._samplers[state]
 
-    def _everyone(self) -> list[Sequence]:
-        return self._scheduler.everyone()
+    def _all_requests(self) -> list[Sequence]:
+        return self._scheduler.all_sequences()
 
-    def _waiting(self) -> int:
-        return self._scheduler.waiting
+    def _count_waiting(self) -> int:
+        return self._scheduler.waiting_count
 
-    def _measure(self, stats: Stats) -> None:
-        stats.cache_used = 1 - self._pool.free / self._pool.size
+    def _fill_stats(self, stats: Stats) -> None:
+        stats.cache_used = 1 - self._pool.free_count / self._pool.size
         stats.count_LE = self._count_LE.tolist()
 
-    def _round(self) -> bool:
-        parts = self._next()
-        if parts:
-            self._step(parts)
-        return bool(parts)
+    def _run_round(self) -> bool:
+        chunks = self._next_chunks()
+        if chunks:
+            self._run_step(chunks)
+        return bool(chunks)
 
-    def _next(self) -> list[Part]:
-        """Wait until the scheduler has parts for a step and return them; return none once the engine is closed."""
-        with self._wake:
-            while not self._closed:
-                self._end_those_gone()
-                if parts := self._scheduler.next():
-                    for sequence in {part.sequence for part in parts if not part.sequence.begun}:
-                        self._began(sequence, time.monotonic() - sequence.arrived, sequence.computed)
-                    return parts
-                self._rest()
+    def _next_chunks(self) -> list[TokenChunk]:
+        """Wait until the scheduler has chunks for a step and return them; return none once the engine is closed."""
+        with self._condition:
+            while not self._is_closed:
+                self._end_abandoned_requests()
+                if chunks := self._scheduler.schedule():
+                    for sequence in {chunk.sequence for chunk in chunks if not chunk.sequence.is_running}:
+                        self._record_start(sequence, time.monotonic() - sequence.arrival_time, sequence.computed_tokens)
+                    return chunks
+                self._wait_for_work()
             return []
 
     @torch.inference_mode()
-    def _step(self, parts: list[Part]) -> None:
-        logits_RV = self._computed(parts)
-        best = logits_RV.argmax(-1).tolist()
-        at = 0
-        for part in parts:
-            sequence, rows = part.sequence, _wanted(part)
-            at += rows
-            if sequence not in self._choosers:  # an earlier part of it has failed
+    def _run_step(self, chunks: list[TokenChunk]) -> None:
+        """Compute one step and deliver its updates."""
+        logits_RV = self._compute_logits(chunks)
+        best_tokens = logits_RV.argmax(-1).tolist()
+        row_end = 0
+        for chunk in chunks:
+            sequence, row_count = chunk.sequence, _count_logits(chunk)
+            row_end += row_count
+            # An earlier chunk of the sequence has failed in this step, which ended the request.
+            if sequence not in self._samplers:
                 continue
             try:
-                update = self._said(part, logits_RV[at - rows : at], best[at - 1] if rows else 0)
-            except Exception as e:  # of this request alone
-                with self._wake:
-                    self._fail(sequence, EngineError(f"{type(e).__name__}: {e}"))
+                update = self._build_update(
+                    chunk, logits_RV[row_end - row_count : row_end], best_tokens[row_end - 1] if row_count else 0
+                )
+            # The request's own values fail here, such as a bias for an unknown token, so the others go on.
+            except Exception as e:
+                with self._condition:
+                    self._fail_request(sequence, EngineError(f"{type(e).__name__}: {e}"))
                 continue
-            with self._wake:
-                self._scheduler.computed(part)
+            with self._condition:
+                self._scheduler.record_computed(chunk)
                 if update and update.tokens:
-                    self._spoke(sequence)
-                    sequence.ids.append(update.tokens[0].token)
-                if update and update.finish:
-                    self._end(sequence)
+                    self._record_token(sequence)
+                    sequence.token_ids.append(update.tokens[0].token)
+                if update and update.finish_reason:
+                    self._end_request(sequence)
             if update:
                 sequence.deliver(update)
 
-    def _computed(self, parts: list[Part]) -> Tensor:
-        """Run the model on the parts and return the logits of all wanted rows, float32, in CPU memory."""
-        spans = [Span(p.sequence.blocks, p.start, p.tokens, _wanted(p)) for p in parts]
-        past = PagedStep(self._cache, spans)
-        token_1T = torch.zeros(1, past.room, dtype=torch.long)
-        new = [t for p in parts for t in p.sequence.ids[p.start : p.start + p.tokens]]
-        token_1T[0, : past.tokens] = torch.tensor(new)
+    def _compute_logits(self, chunks: list[TokenChunk]) -> Tensor:
+        """Run the model on the chunks and return the logits of all rows that need them, float32, in CPU memory."""
+        paged_chunks = [PagedChunk(p.sequence.block_ids, p.start, p.length, _count_logits(p)) for p in chunks]
+        step = PagedStep(self._cache, paged_chunks)
+        token_1T = torch.zeros(1, step.padded_count, dtype=torch.long)
+        token_ids = [t for p in chunks for t in p.sequence.token_ids[p.start : p.start + p.length]]
+        token_1T[0, : step.token_count] = torch.tensor(token_ids)
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self._bfloat16):
-            output = self._model(token_1T.to(self._device), past)
+            output = self._model(token_1T.to(self._device), step)
         for count_E, routing in zip(self._count_LE, output.routing, strict=True):
-            rows = len(routing.expert_NK) // past.room * past.tokens  # without those that fill up
-            count_E += torch.bincount(routing.expert_NK[:rows].flatten().cpu(), minlength=len(count_E))
+            # Each token has the same number of sub-tokens, and those of the padding are last: they are not counted.
+            row_count = len(routing.expert_NK) // step.padded_count * step.token_count
+            count_E += torch.bincount(routing.expert_NK[:row_count].flatten().cpu(), minlength=len(count_E))
         self._stats.steps += 1
-        self._stats.step_tokens += past.tokens
-        logits_RV: Tensor = output.logits_BTV[0, : past.wanted_rows, : self._known].float().cpu()
+        self._stats.step_tokens += step.token_count
+        logits_RV: Tensor = output.logits_BTV[0, : step.logit_count, : self._tokenizer_size].float().cpu()
         return logits_RV
 
-    def _said(self, part: Part, logits_RV: Tensor, best: int) -> Update | None:
-        """Return what the client gets from a part, if anything; `best` is the most likely token after the part."""
-        sequence, request = part.sequence, part.sequence.request
+    def _build_update(self, chunk: TokenChunk, logits_RV: Tensor, best_token: int) -> Update | None:
+        """Return the update that a chunk gives, or None.
+
+        Args:
+            chunk: the chunk.
+            logits_RV: its rows of logits.
+            best_token: the most likely token after the chunk.
+        """
+        sequence, request = chunk.sequence, chunk.sequence.request
         if request.prompt_logprobs:
-            sequence.prompt += _prompt_scores(part, logits_RV)
-        if not part.ends:
+            sequence.prompt_scores += _score_prompt(chunk, logits_RV)
+        if not chunk.is_last:
             return None
-        prompt = () if sequence.answer else tuple(sequence.prompt)
-        if not sequence.room:  # a prompt that is only scored
-            return Update(prompt=prompt, finish="length")
-        token = self._choosers[sequence].choose(logits_RV[-1], best)
-        if token in self._ends:
-            return Update(prompt=prompt, finish="stop")
-        said = [Scored(token)] if request.logprobs is None else scored(logits_RV[-1:], [token], request.logprobs)
-        return Update(tuple(said), prompt, "length" if sequence.answer + 1 == sequence.room else None)
+        prompt_scores = () if sequence.answer_tokens else tuple(sequence.prompt_scores)
+        # The request only scores its prompt.
+        if not sequence.max_new_tokens:
+            return Update(prompt_scores=prompt_scores, finish_reason="length")
+        token = self._samplers[sequence].sample(logits_RV[-1], best_token)
+        if token in self._stop_token_ids:
+            return Update(prompt_scores=prompt_scores, finish_reason="stop")
+        scored_tokens = (
+            [ScoredToken(token)]
+            if request.logprobs is None
+            else score_tokens(logits_RV[-1:], [token], request.logprobs)
+        )
+        return Update(
+            tuple(scored_tokens),
+            prompt_scores,
+            "length" if sequence.answer_tokens + 1 == sequence.max_new_tokens else None,
+        )
 
 
-def _wanted(part: Part) -> int:
-    """Return the number of rows of the part whose logits are wanted."""
-    if part.sequence.request.prompt_logprobs and not part.sequence.answer:
-        return part.tokens
-    return int(part.ends)
+def _count_logits(chunk: TokenChunk) -> int:
+    """Return the number of rows of the chunk whose logits are needed."""
+    if chunk.sequence.request.prompt_logprobs and not chunk.sequence.answer_tokens:
+        return chunk.length
+    return int(chunk.is_last)
 
 
-def _prompt_scores(part: Part, logits_RV: Tensor) -> list[Scored]:
-    """Return the scores of the prompt tokens that this part predicts, those one position after its own.
+def _score_prompt(chunk: TokenChunk, logits_RV: Tensor) -> list[ScoredToken]:
+    """Return the scores of the prompt tokens that this chunk predicts, which are one position after its own tokens.
 
-    The first token of the prompt has no score; it comes first in the result of the first part.
+    The first token of the prompt has no score; it comes first in the result of the first chunk.
     """
-    sequence, request = part.sequence, part.sequence.request
-    if sequence.answer:
+    sequence, request = chunk.sequence, chunk.sequence.request
+    if sequence.answer_tokens:
         return []
-    first = [Scored(sequence.ids[0])] if part.start == 0 else []
-    tokens = sequence.ids[part.start + 1 : part.start + 1 + part.tokens]
-    return first + scored(logits_RV[: len(tokens)], tokens, request.logprobs or 0)
+    scores = [ScoredToken(sequence.token_ids[0])] if chunk.start == 0 else []
+    token_ids = sequence.token_ids[chunk.start + 1 : chunk.start + 1 + chunk.length]
+    return scores + score_tokens(logits_RV[: len(token_ids)], token_ids, request.logprobs or 0)
 
 
-def own_engine(model: Decoder, ends: frozenset[int], known: int, seq_len: int, spec: ServeSpec) -> TorchEngine:
+def own_engine(
+    model: Decoder, stop_token_ids: frozenset[int], tokenizer_size: int, seq_len: int, spec: ServeSpec
+) -> TorchEngine:
     """Return a `TorchEngine` for a model in memory.
 
     Args:
         model: the model with all experts, in evaluation mode, float32; the engine owns it from now on.
-        ends: tokens that end an answer.
-        known: number of tokens that may be chosen, counted from id 0.
+        stop_token_ids: tokens that end an answer and are not part of it.
+        tokenizer_size: number of tokens that may be sampled, counted from id 0.
         seq_len: largest number of tokens of prompt and answer together.
-        spec: precision, and numbers of requests.
+        spec: precision, and limits on numbers of requests.
     """
     dtype = torch.bfloat16 if spec.precision == "bfloat16" else torch.float32
     if dtype == torch.bfloat16:
-        _halve(model)
+        _convert_to_bfloat16(model)
     if spec.gpus_per_replica:
-        model.to("cuda")  # after that: whole, it may not fit
+        # The conversion comes first, because the float32 model may not fit on the GPU.
+        model.to("cuda")
     if model.embedding.weight.device.type == "cpu":
-        suit_to_cpu(model, dtype)
+        make_batch_invariant(model, dtype)
     return TorchEngine(
         model,
         dtype,
-        ends,
-        known,
+        stop_token_ids,
+        tokenizer_size,
         seq_len,
-        concurrency=spec.max_concurrency,
-        queue=spec.max_waiting,
+        max_concurrency=spec.max_concurrency,
+        max_waiting=spec.max_waiting,
         threads=spec.cpus_per_replica,
         cache_tokens=spec.cache_tokens,
     )
 
 
-def suit_to_cpu(model: Decoder, dtype: torch.dtype) -> None:
-    """Replace a model's matrix products, in place, by products in which the result of a row depends on no other row.
+def make_batch_invariant(model: Decoder, dtype: torch.dtype) -> None:
+    """Replace a model's matrix products, in place, by products whose result for a row depends on that row alone.
 
     Args:
         model: the model with all experts, on a CPU.
         dtype: type of its matrices.
     """
-    if packed.why_not(dtype) is None:
-        pack(model)
+    # Packed matrices are faster, but need instructions that not every CPU has; padded products run on all.
+    if packed.unavailable_reason(dtype) is None:
+        pack_model(model)
     else:
         for layer in model.moe_layers():
             layer.experts.kernel = "padded"
 
 
-def _halve(model: Decoder) -> None:
+def _convert_to_bfloat16(model: Decoder) -> None:
     """Convert the weights of matrix products to bfloat16, in place; those of routers and norms stay float32."""
-    for name in matrices(model):
+    # Routers too have matrices, but two of their scores that bfloat16 cannot tell apart would change the route.
+    for name in matrix_names(model):
         if ".router." not in name:
             parameter = model.get_parameter(name)
             parameter.data = parameter.data.to(torch.bfloat16)

@@ -1,7 +1,7 @@
 """The decoder of `model/decoder.py`, llama backbone, with its multi-head mixture of experts, in vLLM's layers.
 
-Modules have the training model's names, so a checkpoint's names need a table only where vLLM merges parameters: the two
-projections of a gated layer, and the experts' matrices.
+Most modules have the training model's names. Tables translate the names of a gated layer's matrices and of the experts'
+matrices, which vLLM merges.
 """
 
 from collections.abc import Iterable
@@ -32,52 +32,58 @@ from mhmoe_ray.spec import ModelSpec
 
 
 class FeedForward(nn.Module):
-    """SwiGLU without biases, whose hidden rows are sharded over the tensor-parallel ranks."""
+    """SwiGLU without biases; its hidden rows are sharded over the tensor-parallel ranks."""
 
     def __init__(self, width: int, hidden: int, prefix: str) -> None:
         super().__init__()
         self.gate_up = MergedColumnParallelLinear(
             width, [hidden] * 2, bias=False, return_bias=False, prefix=f"{prefix}.gate_up"
         )
-        self.down = RowParallelLinear(hidden, width, bias=False, return_bias=False, prefix=f"{prefix}.down")
+        self.down_proj = RowParallelLinear(hidden, width, bias=False, return_bias=False, prefix=f"{prefix}.down_proj")
         self.act = SiluAndMul()
 
     def forward(self, x_TM: Tensor) -> Tensor:
-        y_TM: Tensor = self.down(self.act(self.gate_up(x_TM)))
+        y_TM: Tensor = self.down_proj(self.act(self.gate_up(x_TM)))
         return y_TM
 
 
 def _projection(width: int, layers: int, prefix: str) -> nn.Module:
-    """Return a projection d -> d that each rank holds completely: experts are sharded by hidden rows or by number, and
-    need complete rows as input."""
+    """Return a projection d -> d that each rank holds completely."""
+    # Experts are sharded by hidden rows or by number, so each rank needs complete rows as input.
     if layers == 1:
-        one: nn.Module = ReplicatedLinear(width, width, return_bias=False, prefix=prefix)
-        return one
-    parts: list[nn.Module] = []
+        projection: nn.Module = ReplicatedLinear(width, width, return_bias=False, prefix=prefix)
+        return projection
+    modules: list[nn.Module] = []
     for i in range(0, 2 * layers, 2):
-        parts += [ReplicatedLinear(width, width, return_bias=False, prefix=f"{prefix}.{i}"), nn.ReLU()]
-    return nn.Sequential(*parts[:-1])
+        modules += [ReplicatedLinear(width, width, return_bias=False, prefix=f"{prefix}.{i}"), nn.ReLU()]
+    return nn.Sequential(*modules[:-1])
 
 
 class MultiHeadMoE(nn.Module):
+    """The multi-head mixture of experts, with vLLM's fused experts and the training model's router."""
+
     def __init__(self, spec: ModelSpec, prefix: str) -> None:
         super().__init__()
         moe = spec.moe
         assert moe is not None
         self.heads, self.residual, width = moe.heads, moe.sub_token_residual, spec.d_model // moe.heads
-        self.head = _projection(spec.d_model, moe.projection_layers, f"{prefix}.head") if moe.has_head else None
-        # The training model's own, in its own precision: of two scores that bfloat16 cannot tell apart, one must still
-        # be the larger.
+        self.head = (
+            _projection(spec.d_model, moe.projection_layers, f"{prefix}.head") if moe.has_head_projection else None
+        )
+        # The training model's router in float32: two scores that bfloat16 cannot tell apart must still give the same
+        # route as in training.
         self.router = Router(width, moe).float()
         self.experts = FusedMoEFactory(
             num_experts=moe.experts,
             top_k=moe.top_k,
             hidden_size=width,
             intermediate_size=moe.d_expert,
-            custom_routing_function=self._choose,
+            custom_routing_function=self._route,
             prefix=f"{prefix}.experts",
         )
-        self.merge = _projection(spec.d_model, moe.projection_layers, f"{prefix}.merge") if moe.has_merge else None
+        self.merge = (
+            _projection(spec.d_model, moe.projection_layers, f"{prefix}.merge") if moe.has_merge_projection else None
+        )
         self.shared = FeedForward(spec.d_model, moe.d_shared, f"{prefix}.shared") if moe.d_shared else None
         self.count_E: Tensor
         self.register_buffer("count_E", torch.zeros(moe.experts, dtype=torch.long), persistent=False)
@@ -85,33 +91,36 @@ class MultiHeadMoE(nn.Module):
     def forward(self, x_TM: Tensor) -> Tensor:
         """Compute the layer's output for T tokens."""
         shared_TM = self.shared(x_TM) if self.shared else None
-        # vLLM's experts may write into their rows; those of a projection are nobody else's.
+        # vLLM's experts may write into their input rows. Those of a projection are not used elsewhere; `x_TM` may be.
         y_TM = self.head(x_TM) if self.head else x_TM.clone()
         x_ND = y_TM.reshape(-1, y_TM.shape[-1] // self.heads)
-        before_ND = x_ND.clone() if self.residual else None
+        input_ND = x_ND.clone() if self.residual else None
         y_ND: Tensor = self.experts(x_ND, self.router.scores(x_ND.float()))
-        if before_ND is not None:
-            y_ND = before_ND + y_ND
+        if input_ND is not None:
+            y_ND = input_ND + y_ND
         y_TM = y_ND.reshape(x_TM.shape)
         if self.merge:
             y_TM = self.merge(y_TM)
         return y_TM if shared_TM is None else y_TM + shared_TM
 
-    def _choose(self, gating_output: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
-        expert_NK, gate_NK = self.router.choose(gating_output)[:2]
-        chosen_R = expert_NK.flatten()
-        # With CUDA graphs, rows that fill a step up are counted too: the layer does not know which these are.
-        self.count_E.index_add_(0, chosen_R, torch.ones_like(chosen_R))
+    def _route(self, gating_output: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
+        """Return the gates and the experts of each row, and count the routes. vLLM calls this."""
+        expert_NK, gate_NK = self.router.choose_experts(gating_output)[:2]
+        expert_R = expert_NK.flatten()
+        # With CUDA graphs, padding rows are counted too, because the layer cannot tell them from others.
+        self.count_E.index_add_(0, expert_R, torch.ones_like(expert_R))
         return gate_NK, expert_NK
 
 
-PAIRS = {"gate_FD": ("gate_up.weight", 0), "up_FD": ("gate_up.weight", 1), "down_DF": ("down.weight", None)}
-"""Parameter that holds each matrix of a gated layer here, and its index in it; None if it is the whole parameter."""
+PAIRS = {"gate_FD": ("gate_up.weight", 0), "up_FD": ("gate_up.weight", 1), "down_DF": ("down_proj.weight", None)}
+"""Parameter for each matrix of a gated layer, and the matrix's index in it; None if it is the whole parameter."""
 EXPERTS = {"gate_EFD": ("w13_weight", "w1"), "up_EFD": ("w13_weight", "w3"), "down_EDF": ("w2_weight", "w2")}
-"""Parameter that holds each matrix of the experts, and its name for vLLM's loader, which loads it expert by expert."""
+"""Parameter for each matrix of the experts, and the matrix's name for vLLM's loader, which loads expert by expert."""
 
 
 class Attention(nn.Module):
+    """Grouped-query attention with rotary positions, over vLLM's paged KV cache."""
+
     def __init__(self, spec: ModelSpec, positions: int, cache: CacheConfig, prefix: str) -> None:
         super().__init__()
         width, kv_heads = spec.head_width, spec.n_kv_heads
@@ -127,6 +136,7 @@ class Attention(nn.Module):
         self.out = RowParallelLinear(spec.d_model, spec.d_model, bias=False, return_bias=False, prefix=f"{prefix}.out")
         rope = {"rope_type": "default", "rope_theta": spec.rope_theta}
         self.rotary = get_rope(width, max_position=positions, rope_parameters=rope, is_neox_style=True)
+        # With more ranks than key-value heads, each rank holds a copy of one of them.
         ranks = get_tensor_model_parallel_world_size()
         heads, kv_heads = spec.attention_heads // ranks, max(1, kv_heads // ranks)
         self.widths = [heads * width, kv_heads * width, kv_heads * width]
@@ -142,6 +152,8 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
+    """A decoder block: attention, then a feed-forward layer or a mixture of experts."""
+
     def __init__(self, spec: ModelSpec, layer: int, positions: int, cache: CacheConfig, prefix: str) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(spec.d_model, spec.norm_eps)
@@ -153,8 +165,10 @@ class Block(nn.Module):
             self.ffn = FeedForward(spec.d_model, spec.d_ff, f"{prefix}.ffn")
 
     def forward(self, position_T: Tensor, x_TM: Tensor, residual_TM: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return what the block's last layer adds, and the sum of everything before it: vLLM's next norm adds the
-        two."""
+        """Return the output of the block's last layer, and the residual stream before it.
+
+        vLLM's next norm adds the two.
+        """
         if residual_TM is None:
             residual_TM, x_TM = x_TM, self.attention_norm(x_TM)
         else:
@@ -166,6 +180,8 @@ class Block(nn.Module):
 
 @support_torch_compile
 class Trunk(nn.Module):
+    """The decoder without its output layer."""
+
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
         config = vllm_config.model_config.hf_config
@@ -193,14 +209,14 @@ class Trunk(nn.Module):
         residual_TM = None
         for block in self.blocks:
             x_TM, residual_TM = block(positions, x_TM, residual_TM)
-        last_TM: Tensor = self.norm(x_TM, residual_TM)[0]
-        return last_TM
+        output_TM: Tensor = self.norm(x_TM, residual_TM)[0]
+        return output_TM
 
 
 class MhmoeForCausalLM(nn.Module):
-    """The model that `plugin.register` names.
+    """The decoder with its output layer; `plugin.register` registers it with vLLM.
 
-    It has no pipeline parallelism: each pipeline holds the whole model, sharded over tensor- and expert-parallel ranks.
+    The model supports tensor and expert parallelism, but no pipeline parallelism.
     """
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
@@ -211,7 +227,8 @@ class MhmoeForCausalLM(nn.Module):
         self.output = ParallelLMHead(rows, config.hidden_size, prefix=f"{prefix}.output".strip("."))
         if config.tie_word_embeddings:
             self.output = self.output.tie_weights(self.model.embedding)
-        self.logits = LogitsProcessor(config.vocab_size)  # cut to those rows that the tokenizer has
+        # The logits are cut to the tokens of the tokenizer, since the other rows have no text.
+        self.logits = LogitsProcessor(config.vocab_size)
 
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
         x_TM: Tensor = self.model.embed_input_ids(input_ids)
@@ -232,43 +249,44 @@ class MhmoeForCausalLM(nn.Module):
         return logits_TV
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        """Load a checkpoint's tensors, of which each parameter takes its rank's shard.
+        """Load a checkpoint's tensors and return the names of the loaded parameters.
 
-        Returns:
-            Names of the parameters that were loaded.
+        Each parameter takes its rank's shard.
         """
-        # Parameters of vLLM's have loaders, which types do not know.
+        # vLLM's parameters have an attribute `weight_loader`, which torch's types do not declare.
         targets: dict[str, Any] = dict(self.named_parameters()) | dict(self.named_buffers())
-        loaded = set()
+        loaded_names = set()
         for name, tensor in weights:
-            owner, _, last = name.rpartition(".")
+            owner, _, leaf_name = name.rpartition(".")
             prefix = "" if owner == "output" else "model."
-            if last in EXPERTS:
-                target, part = EXPERTS[last]
+            if leaf_name in EXPERTS:
+                target, shard_id = EXPERTS[leaf_name]
                 target = f"{prefix}{owner}.routed_experts.{target}"
-                for expert, one in enumerate(tensor):
-                    targets[target].weight_loader(targets[target], one, target, part, expert)
-            elif last in PAIRS:
-                target, index = PAIRS[last]
+                for expert, matrix in enumerate(tensor):
+                    targets[target].weight_loader(targets[target], matrix, target, shard_id, expert)
+            elif leaf_name in PAIRS:
+                target, index = PAIRS[leaf_name]
                 target = f"{prefix}{owner}.{target}"
                 _load(targets[target], tensor, index)
             else:
                 target = prefix + name
                 _load(targets[target], tensor)
-            loaded.add(target)
-        return loaded
+            loaded_names.add(target)
+        return loaded_names
 
-    def counts(self) -> list[list[int]]:
-        """Return the routes per layer and expert since `count_anew`."""
+    def route_counts(self) -> list[list[int]]:
+        """Return the routes per layer and expert since `reset_counts`."""
         return [m.count_E.tolist() for m in self.modules() if isinstance(m, MultiHeadMoE)]
 
     @torch.inference_mode()
-    def count_anew(self) -> None:
+    def reset_counts(self) -> None:
+        """Set the counts of routes to zero."""
         for m in self.modules():
             if isinstance(m, MultiHeadMoE):
                 m.count_E.zero_()
 
 
 def _load(target: Tensor, tensor: Tensor, index: int | None = None) -> None:
+    """Load a tensor into a parameter, or into part `index` of a merged one."""
     loader = getattr(target, "weight_loader", default_weight_loader)
     loader(target, tensor) if index is None else loader(target, tensor, index)

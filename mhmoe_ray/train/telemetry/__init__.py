@@ -1,16 +1,17 @@
-"""Metrics of a run: `line.py` makes a step's line, and each of the other modules sends it to one place.
+"""Telemetry of a run: `line.py` builds the line of a step's metrics, and the other modules send it to one sink each.
 
-    line.py          all numbers of a step, under the names of runs/metrics.py
-    sinks.py         metrics.jsonl, and all places below, for one rank
+    line.py          all metrics of a step, under the names of runs/metrics.py
+    sinks.py         metrics.jsonl, and all sinks below, for one rank
     ray_metrics.py   Ray's metrics, which each node exports to Prometheus, under the names of runs/metrics.py
     tensorboard.py   event files in the run directory
-    mlflow.py        an MLflow server, where the spec names one
+    mlflow.py        an MLflow server, if the spec names one
 
-Rank 0 reports what concerns the whole run.
+Rank 0 reports the metrics of the whole run. Each rank reports its own waits (`data_wait`, `exchange_wait`), from which
+a straggler can be found (train/watchdog.py).
 """
 
-from mhmoe_ray.train.telemetry.line import Totals, Waits, step_line
-from mhmoe_ray.train.telemetry.mlflow import End
+from mhmoe_ray.train.telemetry.line import StepTotals, WaitShares, step_line
+from mhmoe_ray.train.telemetry.mlflow import EndStatus
 from mhmoe_ray.train.telemetry.sinks import Telemetry
 
-__all__ = ["End", "Telemetry", "Totals", "Waits", "step_line"]
+__all__ = ["EndStatus", "StepTotals", "Telemetry", "WaitShares", "step_line"]

@@ -1,19 +1,22 @@
-"""A step's line of metrics.jsonl."""
+"""Line of metrics.jsonl: all metrics of one step.
+
+The shares of waiting show a straggler: the other ranks wait for its rows in the exchange, or it waits for data itself.
+"""
 
 import time
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from mhmoe_ray.distributed.dispatch.exchange import Sent
+from mhmoe_ray.distributed.dispatch.exchange import SentBytes
 from mhmoe_ray.planner.sizes import model_flops_utilisation
 from mhmoe_ray.runs import metrics
-from mhmoe_ray.runs.metrics import load, load_entropy
+from mhmoe_ray.runs.metrics import expert_loads, load_entropy
 from mhmoe_ray.spec import RunSpec
 from mhmoe_ray.train.step import Trainer, Update
 
 
-class Totals(NamedTuple):
+class StepTotals(NamedTuple):
     """Totals of a step over all ranks; see `RankSums` for the fields."""
 
     targets: int
@@ -21,32 +24,32 @@ class Totals(NamedTuple):
     balance: float
     dropped: float
     count_LE: Tensor
-    sent: Sent
-    least_sent: int
+    sent_bytes: SentBytes
+    least_bytes: int
     digest: str
     """Digest of the step's samples, in order."""
 
 
-class Waits(NamedTuple):
+class WaitShares(NamedTuple):
     """Shares of a step's time that a rank spent waiting."""
 
     data: float
     """Share spent waiting for the data stream."""
     exchange: float
-    """Share spent waiting for rows of other ranks."""
+    """Share spent waiting for rows of other ranks; small on a straggler, large on the ranks that wait for it."""
 
 
 def step_line(
-    spec: RunSpec, trainer: Trainer, group: int, totals: Totals, waits: Waits, update: Update, seconds: float
+    spec: RunSpec, trainer: Trainer, group: int, totals: StepTotals, waits: WaitShares, update: Update, seconds: float
 ) -> dict[str, Any]:
-    """Return the metrics.jsonl line of a step.
+    """Return the line of a step for metrics.jsonl.
 
     Args:
         spec: spec of the run.
         trainer: the trainer, after the step.
         group: number of the worker group.
         totals: totals of the step over all ranks.
-        waits: longest waits of any rank, each of the two by itself.
+        waits: longest wait for data of any rank, and longest wait for rows of any rank.
         update: result of the optimizer's update.
         seconds: duration of the step.
     """
@@ -55,6 +58,7 @@ def step_line(
         metrics.STEP: trainer.step,
         metrics.GROUP: group,
         metrics.TIME: time.time(),
+        # A step of padding only has no targets.
         metrics.LOSS: totals.loss / max(1, totals.targets),
         metrics.GRAD_NORM: update.norm,
         metrics.LR: update.lr,
@@ -67,16 +71,21 @@ def step_line(
         count_LE = totals.count_LE
         line[metrics.DROPPED] = totals.dropped / (totals.dropped + float(count_LE.sum()))
         line[metrics.BALANCE] = totals.balance / spec.train.micro_batches / spec.model.moe_layers
-        line[metrics.LEAST_EXPERT] = float(load(count_LE.numpy()).min())
+        line[metrics.LEAST_EXPERT] = float(expert_loads(count_LE.numpy()).min())
         line[metrics.ENTROPY] = float(load_entropy(count_LE.numpy()).min())
     if not update.applied:
         line[metrics.SKIPPED] = True
     if trainer.skipped:
         line[metrics.SKIPPED_STEPS] = trainer.skipped
+    # Without expert parallelism no rows leave their rank.
     if trainer.mesh.size("ep") > 1:
-        sent = totals.sent
-        line |= {metrics.ROWS_SENT: sent.rows, metrics.ROWS_LEAST: totals.least_sent, metrics.COUNTS_SENT: sent.counts}
-        line |= {metrics.ROWS_BETWEEN_NODES: sent.between_nodes, metrics.EXCHANGE_WAIT: waits.exchange}
-    if mfu := model_flops_utilisation(spec, tokens_per_s, trainer.mesh.world):
+        sent_bytes = totals.sent_bytes
+        line |= {
+            metrics.ROWS_SENT: sent_bytes.rows,
+            metrics.ROWS_LEAST: totals.least_bytes,
+            metrics.COUNTS_SENT: sent_bytes.counts,
+        }
+        line |= {metrics.ROWS_BETWEEN_NODES: sent_bytes.between_nodes, metrics.EXCHANGE_WAIT: waits.exchange}
+    if mfu := model_flops_utilisation(spec, tokens_per_s, trainer.mesh.world_size):
         line[metrics.MFU] = mfu
     return line

@@ -1,8 +1,8 @@
-"""Metrics of a run in MLflow, where the spec names a server (`tracking.mlflow`).
+"""Metrics of a run in MLflow, if the spec names a server (`tracking.mlflow`).
 
 A thread of its own makes all requests, so training never waits for the server. Metrics that the server does not accept
-now are sent again later. If it never accepts them, the log has a warning, and metrics.jsonl has them in any case. A run
-that is continued is continued in MLflow too: the MLflow run is found by the run's id, in the tag `mhmoe_run`.
+are sent again later. If it never accepts them, the log has a warning, and metrics.jsonl has them in any case. A resumed
+run continues its MLflow run, which has the run's id in the tag `mhmoe_run`.
 """
 
 import logging
@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from mhmoe_ray.errors import JobError
 from mhmoe_ray.runs import metrics
 from mhmoe_ray.runs.directory import RunDir
-from mhmoe_ray.runs.metrics import tagged
-from mhmoe_ray.spec import RunSpec, leaves
+from mhmoe_ray.runs.metrics import tagged_values
+from mhmoe_ray.spec import RunSpec, dotted_items
 
 if TYPE_CHECKING:
     from mlflow.entities import Metric
@@ -25,13 +25,13 @@ if TYPE_CHECKING:
 LOG = logging.getLogger("mhmoe")
 SEND_SECONDS = 5.0
 CLOSE_SECONDS = 10.0
-"""Seconds that the end of training waits for metrics that are not sent yet."""
-MOST_METRICS = 1000
+"""Seconds for which the end of training waits for unsent metrics."""
+MAX_METRICS_PER_REQUEST = 1000
 """Largest number of metrics that MLflow accepts in one request."""
-LONGEST_VALUE = 6000
+MAX_VALUE_CHARACTERS = 6000
 """Largest number of characters of a parameter's value in MLflow."""
 TAG = "mhmoe_run"
-End = Literal["FINISHED", "KILLED", "FAILED"]
+EndStatus = Literal["FINISHED", "KILLED", "FAILED"]
 
 
 class MlflowRun:
@@ -48,99 +48,103 @@ class MlflowRun:
         assert spec.tracking.mlflow is not None
         self._run, self._spec, self._server = run, spec, spec.tracking.mlflow
         self._client = _client(self._server)
-        self._id: str | None = None
+        self._run_id: str | None = None
         self._queue: SimpleQueue[Metric] = SimpleQueue()
         self._unsent: list[Metric] = []
-        self._warned = False
-        self._over = Event()
-        self._end = "FINISHED"
+        self._has_warned = False
+        self._stop_event = Event()
+        self._end_status = "FINISHED"
         self._thread = Thread(target=self._send_all, name="mlflow", daemon=True)
         self._thread.start()
 
-    def tell(self, line: dict[str, Any]) -> None:
+    def report(self, line: dict[str, Any]) -> None:
         from mlflow.entities import Metric
 
-        when, step = int(line[metrics.TIME] * 1000), line[metrics.STEP]
-        for tag, value in tagged(line).items():
-            self._queue.put(Metric(tag, value, when, step))
+        # MLflow has timestamps in milliseconds.
+        time_ms, step = int(line[metrics.TIME] * 1000), line[metrics.STEP]
+        for tag, value in tagged_values(line).items():
+            self._queue.put(Metric(tag, value, time_ms, step))
 
-    def close(self, end: End) -> None:
+    def close(self, end_status: EndStatus) -> None:
         """Send the remaining metrics and the run's final status, for at most `CLOSE_SECONDS`.
 
-        If the server has not accepted some of the metrics by then, a warning in the log says how many.
+        A warning in the log has the number of metrics that the server has not accepted by then.
 
         Args:
-            end: how the training ended, as an MLflow status.
+            end_status: MLflow status for the end of the training.
         """
-        self._end = end
-        self._over.set()
+        self._end_status = end_status
+        self._stop_event.set()
         self._thread.join(CLOSE_SECONDS)
-        left = len(self._unsent) + self._queue.qsize()
-        if left:
-            LOG.warning("%d numbers never reached MLflow at %s; metrics.jsonl has them", left, self._server)
+        unsent_count = len(self._unsent) + self._queue.qsize()
+        if unsent_count:
+            LOG.warning(
+                "%d metrics were not accepted by MLflow at %s; metrics.jsonl has them", unsent_count, self._server
+            )
 
     def _send_all(self) -> None:
         from mlflow.exceptions import MlflowException
 
         while True:
-            last = self._over.wait(SEND_SECONDS)
+            is_last_round = self._stop_event.wait(SEND_SECONDS)
             try:
                 self._send()
-                if last:
-                    self._client.set_terminated(self._id, status=self._end)
+                if is_last_round:
+                    self._client.set_terminated(self._run_id, status=self._end_status)
                     return
             except MlflowException as e:
-                if not self._warned:
-                    self._warned = True
+                # The next attempt follows after seconds, so only the first failure is logged.
+                if not self._has_warned:
+                    self._has_warned = True
                     LOG.warning("MLflow at %s: %s; trying again", self._server, str(e).splitlines()[0])
-                if last:
+                if is_last_round:
                     return
 
     def _send(self) -> None:
-        if self._id is None:
-            self._id = self._find() or self._create()
-        self._unsent += _drained(self._queue)
+        if self._run_id is None:
+            self._run_id = self._find_run() or self._create_run()
+        self._unsent += _drain(self._queue)
         while self._unsent:
-            self._client.log_batch(self._id, metrics=self._unsent[:MOST_METRICS])
-            del self._unsent[:MOST_METRICS]
+            self._client.log_batch(self._run_id, metrics=self._unsent[:MAX_METRICS_PER_REQUEST])
+            # Deleted only after the request succeeded, so that a failed request is repeated.
+            del self._unsent[:MAX_METRICS_PER_REQUEST]
 
-    def _experiment(self) -> str:
+    def _experiment_id(self) -> str:
         name = self._spec.tracking.experiment
-        found = self._client.get_experiment_by_name(name)
-        return str(found.experiment_id if found else self._client.create_experiment(name))
+        experiment = self._client.get_experiment_by_name(name)
+        return str(experiment.experiment_id if experiment else self._client.create_experiment(name))
 
-    def _find(self) -> str | None:
-        """Find the MLflow run that an earlier worker group created, and set it to running again.
-
-        Returns:
-            The id of the MLflow run; None if there is none.
-        """
-        found = self._client.search_runs([self._experiment()], f"tags.{TAG} = '{self._run.id}'", max_results=1)
-        if not found:
+    def _find_run(self) -> str | None:
+        """Set the MLflow run that an earlier worker group created to running, and return its id; None without one."""
+        mlflow_runs = self._client.search_runs([self._experiment_id()], f"tags.{TAG} = '{self._run.id}'", max_results=1)
+        if not mlflow_runs:
             return None
-        run_id = str(found[0].info.run_id)
+        run_id = str(mlflow_runs[0].info.run_id)
         self._client.update_run(run_id, status="RUNNING")
-        if not found[0].data.params:
-            self._describe(run_id)
+        # An earlier worker group may have ended between both requests of `_create_run`.
+        if not mlflow_runs[0].data.params:
+            self._log_params(run_id)
         return run_id
 
-    def _create(self) -> str:
-        made = self._client.create_run(self._experiment(), run_name=self._run.id, tags={TAG: self._run.id})
-        run_id = str(made.info.run_id)
-        self._describe(run_id)
+    def _create_run(self) -> str:
+        mlflow_run = self._client.create_run(self._experiment_id(), run_name=self._run.id, tags={TAG: self._run.id})
+        run_id = str(mlflow_run.info.run_id)
+        self._log_params(run_id)
         return run_id
 
-    def _describe(self, run_id: str) -> None:
+    def _log_params(self, run_id: str) -> None:
         from mlflow.entities import Param
 
         tree = self._spec.model_dump(mode="json", include={"seed", "origin", "model", "train"})
-        params = [Param(key, str(value)[:LONGEST_VALUE]) for key, value in leaves(tree)]
+        params = [Param(name, str(value)[:MAX_VALUE_CHARACTERS]) for name, value in dotted_items(tree)]
         self._client.log_batch(run_id, params=params)
 
 
 def _client(server: str) -> Any:
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # nobody asked for reports to its makers
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")  # we try again ourselves
+    # Without this setting MLflow reports its usage to its makers.
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    # The thread itself retries.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     try:
         from mlflow import MlflowClient
     except ImportError as e:
@@ -155,7 +159,7 @@ def _client(server: str) -> Any:
         raise JobError(f"tracking.mlflow {server}", str(e).splitlines()[0], fix) from e
 
 
-def _drained(queue: "SimpleQueue[Metric]") -> "Iterator[Metric]":
+def _drain(queue: "SimpleQueue[Metric]") -> "Iterator[Metric]":
     while True:
         try:
             yield queue.get_nowait()

@@ -1,5 +1,4 @@
-"""Metrics of a run as Ray's metrics, which each node exports to Prometheus; they end with the workers that report
-them."""
+"""Ray metrics of a run, which each node exports to Prometheus; they end with the workers that report them."""
 
 from threading import Event, Lock, Thread
 from typing import Any
@@ -16,23 +15,21 @@ from mhmoe_ray.runs.metrics import (
     PREFIX,
     STEPS,
     Metric,
-    load,
+    expert_loads,
     load_entropy,
 )
-from mhmoe_ray.train.telemetry.line import Waits
+from mhmoe_ray.train.telemetry.line import WaitShares
 
-AGAIN_SECONDS = 5.0
+REPEAT_SECONDS = 5.0
 
 
 class Gauges:
-    """Gauges of one rank.
+    """Gauges of one rank, and a thread that reports all their values again every `REPEAT_SECONDS`."""
 
-    Ray forgets a value that is not reported again for a while, and a step or the time between two validations may be
-    longer. So a thread reports all values again every `AGAIN_SECONDS`.
-    """
+    # Ray forgets a value that is not reported for a while, and a step or the time to the next validation may be longer.
 
     def __init__(self, run: str) -> None:
-        """Start the thread that reports all values again.
+        """Start the thread that repeats the values.
 
         Args:
             run: id of the run, a label of all gauges.
@@ -40,7 +37,7 @@ class Gauges:
         self._run = run
         self._gauges: dict[str, Gauge] = {}
         self._values: dict[tuple[str, tuple[tuple[str, str], ...]], float] = {}
-        self._lock, self._over = Lock(), Event()
+        self._lock, self._stop_event = Lock(), Event()
         self._thread = Thread(target=self._repeat, name="metrics", daemon=True)
         self._thread.start()
 
@@ -54,11 +51,11 @@ class Gauges:
             self._gauges[name].set(value, tags={"run": self._run, **labels})
 
     def close(self) -> None:
-        self._over.set()
+        self._stop_event.set()
         self._thread.join()
 
     def _repeat(self) -> None:
-        while not self._over.wait(AGAIN_SECONDS):
+        while not self._stop_event.wait(REPEAT_SECONDS):
             with self._lock:
                 for (name, labels), value in self._values.items():
                     self._gauges[name].set(value, tags=dict(labels))
@@ -66,11 +63,11 @@ class Gauges:
 
 def add_rank(gauges: Gauges) -> None:
     """Add the gauges of metrics that every rank reports for itself."""
-    for metric in _of_scope("rank"):
+    for metric in _metrics_of_scope("rank"):
         gauges.add(metric)
 
 
-def tell_rank(gauges: Gauges, rank: int, waits: Waits) -> None:
+def report_rank(gauges: Gauges, rank: int, waits: WaitShares) -> None:
     for name, value in ((DATA_WAIT, waits.data), (EXCHANGE_WAIT, waits.exchange)):
         gauges.set(name, value, rank=str(rank))
 
@@ -80,14 +77,14 @@ def add_run(gauges: Gauges, steps: int) -> None:
 
     Args:
         gauges: gauges of rank 0.
-        steps: number of steps that the run is to have.
+        steps: number of steps of the complete run.
     """
-    for metric in _of_scope("run", "layer", "expert"):
+    for metric in _metrics_of_scope("run", "layer", "expert"):
         gauges.add(metric)
     gauges.set(STEPS, steps)
 
 
-def tell_run(gauges: Gauges, line: dict[str, Any], count_LE: Tensor) -> None:
+def report_run(gauges: Gauges, line: dict[str, Any], count_LE: Tensor) -> None:
     """Report a step's metrics of the whole run, of each layer and of each expert.
 
     Args:
@@ -95,18 +92,19 @@ def tell_run(gauges: Gauges, line: dict[str, Any], count_LE: Tensor) -> None:
         line: line of the step.
         count_LE: routes of the step per layer and expert; without layers for a dense model.
     """
-    for metric in _of_scope("run"):
+    for metric in _metrics_of_scope("run"):
         value = line.get(metric.name)
-        if (shown := metric.absent if value is None else value) is not None:
-            gauges.set(metric.name, shown)
-    if not len(count_LE):  # a dense model
+        if (gauge_value := metric.absent if value is None else value) is not None:
+            gauges.set(metric.name, gauge_value)
+    # A dense model has no experts to report.
+    if not len(count_LE):
         return
-    entropy_L, load_LE = load_entropy(count_LE.numpy()), load(count_LE.numpy())
+    entropy_L, load_LE = load_entropy(count_LE.numpy()), expert_loads(count_LE.numpy())
     for layer, (entropy, loads) in enumerate(zip(entropy_L.tolist(), load_LE.tolist(), strict=True)):
         gauges.set(LAYER_ENTROPY, entropy, layer=str(layer))
         for expert, value in enumerate(loads):
             gauges.set(EXPERT_LOAD, value, layer=str(layer), expert=str(expert))
 
 
-def _of_scope(*scopes: str) -> list[Metric]:
+def _metrics_of_scope(*scopes: str) -> list[Metric]:
     return [metric for metric in METRICS.values() if metric.scope in scopes]

@@ -1,6 +1,6 @@
 """Event files for TensorBoard below the run directory: `tensorboard --logdir RUN/tensorboard`.
 
-An event file on an object store cannot grow: there the events between two flushes are a file of their own.
+An event file on an object store cannot grow: there each flush writes a new file with the events since the last one.
 """
 
 import tempfile
@@ -14,63 +14,62 @@ from tensorboardX.proto.summary_pb2 import Summary
 
 from mhmoe_ray.runs import metrics
 from mhmoe_ray.runs.directory import RunDir
-from mhmoe_ray.runs.metrics import tagged
+from mhmoe_ray.runs.metrics import tagged_values
 from mhmoe_ray.storage import copy_file
 
 FLUSH_SECONDS = 10.0
-"""Seconds after which written events can be read without a flush, except on an object store."""
+"""Seconds after which written events are flushed, except on an object store."""
 
 
 class TensorBoard:
     def __init__(self, run: RunDir, group: int, start: int) -> None:
-        """Open an event file and declare events of later steps than `start` void.
+        """Open an event file, and mark earlier events of steps after `start` as void.
 
         Args:
             run: the run whose events are written.
-            group: number of the worker group, after which files are named.
-            start: step that the worker group continues from; events of later steps that were written before no longer
-                count.
+            group: number of the worker group, a part of the files' names.
+            start: step from which the worker group continues; it repeats later steps of earlier groups.
         """
-        self._to, self._group, self._files = run.tensorboard, group, 0
-        self._spool = None if isinstance(self._to, Path) else tempfile.TemporaryDirectory(prefix="mhmoe-")
+        self._folder, self._group, self._file_count = run.tensorboard, group, 0
+        self._spool = None if isinstance(self._folder, Path) else tempfile.TemporaryDirectory(prefix="mhmoe-")
         self._open()
-        # From this step on, what was written before is void.
+        # TensorBoard drops all earlier events from this step on.
         self._writer.write_event(Event(session_log=SessionLog(status=SessionLog.START), step=start + 1))
 
-    def tell(self, line: dict[str, Any]) -> None:
-        scalars = [Summary.Value(tag=tag, simple_value=value) for tag, value in tagged(line).items()]
-        step, when = line[metrics.STEP], line[metrics.TIME]
-        self._writer.write_event(Event(summary=Summary(value=scalars), step=step, wall_time=when))
+    def report(self, line: dict[str, Any]) -> None:
+        scalars = [Summary.Value(tag=tag, simple_value=value) for tag, value in tagged_values(line).items()]
+        step, wall_time = line[metrics.STEP], line[metrics.TIME]
+        self._writer.write_event(Event(summary=Summary(value=scalars), step=step, wall_time=wall_time))
         if time.monotonic() - self._flushed > FLUSH_SECONDS and not self._spool:
             self.flush()
 
     def flush(self) -> None:
-        """Return when all events that were written can be read."""
+        """Write all events, so that TensorBoard can read them."""
         if self._spool:
-            self._hand_over()
+            self._upload()
             self._open()
         self._writer.flush()
         self._flushed = time.monotonic()
 
     def close(self) -> None:
         if self._spool:
-            self._hand_over()
+            self._upload()
             self._spool.cleanup()
         else:
             self._writer.close()
 
     def _open(self) -> None:
-        folder = Path(self._spool.name) if self._spool else self._to
+        folder = Path(self._spool.name) if self._spool else self._folder
         assert isinstance(folder, Path)
         folder.mkdir(exist_ok=True)
-        self._files += 1
-        # Not tensorboardX's SummaryWriter, which hands events to itself through a pipe and flushes without those in it.
-        self._writer = EventsWriter(str(folder / "events"), f".{self._group:04d}.{self._files:06d}")
+        self._file_count += 1
+        # tensorboardX's SummaryWriter sends events to itself through a pipe, and a flush leaves out those in the pipe.
+        self._writer = EventsWriter(str(folder / "events"), f".{self._group:04d}.{self._file_count:06d}")
         self._flushed = time.monotonic()
 
-    def _hand_over(self) -> None:
+    def _upload(self) -> None:
         assert self._spool
         self._writer.close()
         for file in Path(self._spool.name).iterdir():
-            copy_file(file, self._to / file.name)
+            copy_file(file, self._folder / file.name)
             file.unlink()

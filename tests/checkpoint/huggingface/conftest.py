@@ -1,4 +1,4 @@
-"""Runs with checkpoints as training writes them, and folders as transformers writes them."""
+"""Runs with checkpoints like those of training, and folders that transformers wrote."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mhmoe_ray.checkpoint.huggingface.export import export
-from mhmoe_ray.checkpoint.manifest import Manifest, checkpoint_name, commit, newest_checkpoint
+from mhmoe_ray.checkpoint.manifest import CheckpointManifest, checkpoint_name, commit, newest_checkpoint
 from mhmoe_ray.model.decoder import Decoder
 from mhmoe_ray.model.init import init_weights
 from mhmoe_ray.runs import events
@@ -26,14 +26,14 @@ MIXTRAL = ModelSpec(
     kv_heads=2,
     tied_embeddings=False,
     rope_theta=1e6,
-    document_masks=True,  # which a single document does not show
+    document_masks=True,  # a single document has the same logits with and without
     moe=MoESpec(heads=1, experts=4, d_expert=24, every=1, normalize_gates=True, z_weight=0.1, jitter=0.01),
 )
-EVERYTHING = {"d_expert": 24, "d_shared": 16, "projection_layers": 3, "bias_rate": 0.1, "capacity_factor": 2.0}
+ALL_FEATURES = {"d_expert": 24, "d_shared": 16, "projection_layers": 3, "bias_rate": 0.1, "capacity_factor": 2.0}
 MODELS = {
-    "llama": ModelSpec(**DENSE, kv_heads=2, moe=MoESpec(**EVERYTHING, sub_token_residual=True)),
-    "xmoe": ModelSpec(**DENSE, backbone="subln", moe=MoESpec(**EVERYTHING, router="xmoe", router_dim=5)),
-    "torchscale": ModelSpec(**DENSE, backbone="subln", moe=MoESpec(**EVERYTHING, router="xmoe_torchscale", heads=4)),
+    "llama": ModelSpec(**DENSE, kv_heads=2, moe=MoESpec(**ALL_FEATURES, sub_token_residual=True)),
+    "xmoe": ModelSpec(**DENSE, backbone="subln", moe=MoESpec(**ALL_FEATURES, router="xmoe", router_dim=5)),
+    "torchscale": ModelSpec(**DENSE, backbone="subln", moe=MoESpec(**ALL_FEATURES, router="xmoe_torchscale", heads=4)),
     "dense": ModelSpec(**DENSE, tied_embeddings=False),
     "dense-subln": ModelSpec(**DENSE, backbone="subln"),
     "mixtral": MIXTRAL,
@@ -41,25 +41,24 @@ MODELS = {
 
 
 def random_model(spec: ModelSpec) -> Decoder:
-    """Return a model with random weights; its biases and norms also differ from each other, so that a wrong name
-    shows."""
+    """Return a model with random weights, biases and norms, so that a wrong name shows."""
     model = Decoder(spec).requires_grad_(False).eval()
     init_weights(model, seed=3)
     generator = torch.Generator().manual_seed(5)
-    for tensor in model.tensors().values():
+    for tensor in model.named_tensors().values():
         tensor.add_(torch.randn(tensor.shape, generator=generator), alpha=0.1)
     return model
 
 
 def make_run(folder: Path, spec: ModelSpec) -> RunDir:
-    """Write a run that has trained to step 7 below folder/runs, and return it."""
+    """Write a run with a checkpoint of step 7 below folder/runs, and return it."""
     run = create_run(tiny_spec(folder, model=spec.model_dump(), data={"seq_len": SEQ_LEN}))
     add_attempt(run, Attempt("job-1", "http://127.0.0.1:9", local=True))
     llama_tokenizer(TEXT, spec.vocab_size).save(str(run.tokenizer_file))
     checkpoint = run.checkpoints / checkpoint_name(7, 1)
     checkpoint.mkdir()
-    save_tensors(checkpoint / "weights", random_model(spec).tensors())
-    manifest = Manifest(
+    save_tensors(checkpoint / "weights", random_model(spec).named_tensors())
+    manifest = CheckpointManifest(
         step=7,
         tokens=448,
         position=7,
@@ -78,18 +77,18 @@ def make_run(folder: Path, spec: ModelSpec) -> RunDir:
     return run
 
 
-def exported(run: RunDir, to):
+def export_run(run: RunDir, target):
     checkpoint, manifest, _ = newest_checkpoint(run, ("weights",))
-    return export(checkpoint, manifest, to)
+    return export(checkpoint, manifest, target)
 
 
-def unreadable(*_, **__):
+def raise_read_error(*_, **__):
     raise OSError(5, "Input/output error")
 
 
 @pytest.fixture(scope="session")
 def mixtral(tmp_path_factory):
-    """Return a Mixtral of transformers with random float32 weights."""
+    """Return a Mixtral model of transformers with random float32 weights."""
     from transformers import MixtralConfig, MixtralForCausalLM
 
     torch.manual_seed(1)

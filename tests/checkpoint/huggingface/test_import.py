@@ -1,4 +1,4 @@
-"""Imports of Hugging Face folders: the settings that are taken over, and the folders that are refused."""
+"""Tests of imports of Hugging Face folders: settings that are imported, and folders that are rejected."""
 
 import json
 
@@ -9,12 +9,12 @@ from safetensors.torch import load_file, save_file
 from mhmoe_ray.checkpoint.huggingface.import_ import import_folder
 from mhmoe_ray.checkpoint.manifest import newest_checkpoint
 from mhmoe_ray.errors import CheckpointError, MhmoeError, SpecError
-from mhmoe_ray.serve.engine import Sampling
+from mhmoe_ray.serve.engine import SamplingParams
 from mhmoe_ray.serve.load import load_answerer
 from mhmoe_ray.spec import ServeSpec
-from tests.checkpoint.huggingface.conftest import MIXTRAL, MODELS, exported, make_run, unreadable
+from tests.checkpoint.huggingface.conftest import MIXTRAL, MODELS, export_run, make_run, raise_read_error
 from tests.llama_tokenizer import llama_tokenizer
-from tests.serve.asking import tokens
+from tests.serve.asking import answer_tokens
 
 
 def edit_config(**fields):
@@ -34,18 +34,18 @@ def edit_tensors(edit):
     return apply
 
 
-def as_pickle(folder):
+def rename_to_pickle(folder):
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
 
 
-def lacks_a_shard(folder):
+def remove_shard(folder):
     index = {"weight_map": {"lm_head.weight": "model-00001-of-00002.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     (folder / "model.safetensors").unlink()
 
 
-def chat_templates(given):
-    return lambda folder: (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": given}))
+def write_chat_templates(templates):
+    return lambda folder: (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": templates}))
 
 
 GATE = "model.layers.1.block_sparse_moe.gate.weight"
@@ -64,7 +64,7 @@ SCALED = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}
         (edit_config(hidden_act="gelu"), "hidden_act is gelu"),
         (edit_config(model_type="llama"), "model_type is llama"),
         (edit_config(quantization_config={"quant_method": "gptq"}), "quantization_config"),
-        (edit_config(num_experts_per_tok=1), "normalize_gates makes the only weight"),
+        (edit_config(num_experts_per_tok=1), "with top_k 1, normalize_gates makes every gate 1"),
         (edit_config(num_experts_per_tok=9), "top_k is 9"),
         (edit_config(hidden_size="wide"), "hidden_size: Input should be a valid integer"),
         (edit_config(num_local_experts=3), r"experts\.3\.w\d\.weight does not belong to such a model \(and \d+ more"),
@@ -89,8 +89,8 @@ SCALED = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}
             edit_tensors(lambda t: t.update({QUERIES: t[QUERIES].half()})),
             "and its like differ in dtype",
         ),
-        (as_pickle, r"pytorch_model\.bin\) are pickles"),
-        (lacks_a_shard, "model-00001-of-00002.safetensors cannot be read"),
+        (rename_to_pickle, r"pytorch_model\.bin\) are pickles"),
+        (remove_shard, "model-00001-of-00002.safetensors cannot be read"),
         (lambda f: (f / "model.safetensors").write_bytes(b"x" * 99), "is damaged or no safetensors file"),
         (lambda f: (f / "model.safetensors").unlink(), "neither model.safetensors nor"),
         (lambda f: (f / "tokenizer.json").unlink(), "no tokenizer.json"),
@@ -103,15 +103,15 @@ SCALED = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}
             r"tokenizer_config\.json cannot be read \('utf-8'",
         ),
         (
-            chat_templates([{"name": "tool_use", "template": "x"}]),
+            write_chat_templates([{"name": "tool_use", "template": "x"}]),
             r"no text, nor a list with one that is named default; put the one to use into chat_template\.jinja",
         ),
-        (chat_templates(["x", {"template": "y"}]), "the chat_template in its tokenizer_config"),
-        (chat_templates([{"name": "default", "template": 3}]), "the chat_template in its tokenizer_config"),
+        (write_chat_templates(["x", {"template": "y"}]), "the chat_template in its tokenizer_config"),
+        (write_chat_templates([{"name": "default", "template": 3}]), "the chat_template in its tokenizer_config"),
         (lambda f: (f / "chat_template.jinja").write_bytes(b"\xff"), r"chat_template\.jinja cannot be read \('utf-8'"),
     ],
 )
-def test_what_cannot_be_imported_is_said(tmp_path, mixtral_folder, spoil, reason):
+def test_invalid_folder_is_rejected(tmp_path, mixtral_folder, spoil, reason):
     spoil(mixtral_folder)
     with pytest.raises(MhmoeError, match=reason) as raised:
         import_folder(mixtral_folder, None, tmp_path / "runs", None)
@@ -120,61 +120,61 @@ def test_what_cannot_be_imported_is_said(tmp_path, mixtral_folder, spoil, reason
 
 
 @pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
-def test_a_text_ends_at_the_tokens_that_the_folder_names_and_a_round_trip_keeps_them(tmp_path, mixtral_folder, file):
+def test_end_tokens_of_a_folder_survive_a_round_trip(tmp_path, mixtral_folder, file):
     def answer(run):
         answerer = load_answerer(newest_checkpoint(run, ("weights",))[0], ServeSpec(max_concurrency=1))
-        return tokens(answerer.engine, answerer.encode("the quick brown"), Sampling(24, temperature=0))
+        return answer_tokens(answerer.engine, answerer.encode("the quick brown"), SamplingParams(24, temperature=0))
 
-    plain = import_folder(mixtral_folder, None, tmp_path / "runs", None)
-    assert newest_checkpoint(plain)[1].ends == []
-    whole = answer(plain)
-    end = whole[5]
+    plain_run = import_folder(mixtral_folder, None, tmp_path / "runs", None)
+    assert newest_checkpoint(plain_run)[1].ends == []
+    full_answer = answer(plain_run)
+    end_token = full_answer[5]
     (mixtral_folder / "generation_config.json").unlink()
     fields = json.loads((mixtral_folder / file).read_text()) if file == "config.json" else {}
-    (mixtral_folder / file).write_text(json.dumps({**fields, "eos_token_id": [2, end]}))
-    first = import_folder(mixtral_folder, None, tmp_path / "runs", None)
-    exported(first, tmp_path / "out")
-    assert json.loads((tmp_path / "out" / "config.json").read_text())["eos_token_id"] == [1, 2, end]
-    second = import_folder(tmp_path / "out", None, tmp_path / "runs", None)
-    for run in (first, second):
-        assert newest_checkpoint(run)[1].ends == [end]
-        assert answer(run) == whole[: whole.index(end)]
+    (mixtral_folder / file).write_text(json.dumps({**fields, "eos_token_id": [2, end_token]}))
+    first_run = import_folder(mixtral_folder, None, tmp_path / "runs", None)
+    export_run(first_run, tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["eos_token_id"] == [1, 2, end_token]
+    second_run = import_folder(tmp_path / "out", None, tmp_path / "runs", None)
+    for run in (first_run, second_run):
+        assert newest_checkpoint(run)[1].ends == [end_token]
+        assert answer(run) == full_answer[: full_answer.index(end_token)]
 
 
-def test_one_token_may_be_named_as_a_number(tmp_path, mixtral_folder):
+def test_end_token_may_be_a_number(tmp_path, mixtral_folder):
     edit_config(eos_token_id=7)(mixtral_folder)
     assert newest_checkpoint(import_folder(mixtral_folder, None, tmp_path / "runs", None))[1].ends == [7]
     edit_config(eos_token_id=None)(mixtral_folder)
     assert newest_checkpoint(import_folder(mixtral_folder, None, tmp_path / "runs", None))[1].ends == []
 
 
-def test_of_several_chat_templates_the_default_is_taken(tmp_path, mixtral_folder):
-    several = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "plain"}]
-    chat_templates(several)(mixtral_folder)
+def test_default_chat_template_is_taken(tmp_path, mixtral_folder):
+    templates = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "plain"}]
+    write_chat_templates(templates)(mixtral_folder)
     run = import_folder(mixtral_folder, None, tmp_path / "runs", None)
     assert run.chat_template_file.read_text() == "plain"
 
 
 @pytest.mark.parametrize("step", ["events.record", "mark_imported"])
-def test_an_import_that_fails_at_its_last_steps_leaves_nothing(tmp_path, mixtral_folder, monkeypatch, step):
-    def full(*_, **__):
+def test_failed_import_leaves_nothing(tmp_path, mixtral_folder, monkeypatch, step):
+    def raise_no_space(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(f"mhmoe_ray.checkpoint.huggingface.import_.{step}", full)
+    monkeypatch.setattr(f"mhmoe_ray.checkpoint.huggingface.import_.{step}", raise_no_space)
     with pytest.raises(SpecError, match="No space left on device; make room there"):
         import_folder(mixtral_folder, None, tmp_path / "runs", None)
     assert not list((tmp_path / "runs").iterdir())
 
 
-def test_a_folder_that_cannot_be_read_is_not_taken_for_storage_that_is_full(tmp_path, mixtral_folder, monkeypatch):
-    monkeypatch.setattr("mhmoe_ray.checkpoint.huggingface.files.Stored.read", unreadable)
-    told = f"^folder {mixtral_folder}: it cannot be read: Input/output error; mend the disk"
-    with pytest.raises(CheckpointError, match=told):
+def test_read_failure_is_not_reported_as_full_storage(tmp_path, mixtral_folder, monkeypatch):
+    monkeypatch.setattr("mhmoe_ray.checkpoint.huggingface.files.StoredTensors.read", raise_read_error)
+    message = f"^folder {mixtral_folder}: it cannot be read: Input/output error; repair its disk"
+    with pytest.raises(CheckpointError, match=message):
         import_folder(mixtral_folder, None, tmp_path / "runs", None)
     assert not list((tmp_path / "runs").iterdir())
 
 
-def test_a_sliding_window_is_no_limit_up_to_its_length(tmp_path, mixtral_folder):
+def test_sliding_window_limits_the_sequence_length(tmp_path, mixtral_folder):
     edit_config(sliding_window=16)(mixtral_folder)
     run = import_folder(mixtral_folder, None, tmp_path / "runs", None)
     assert newest_checkpoint(run)[1].seq_len == 16
@@ -182,17 +182,17 @@ def test_a_sliding_window_is_no_limit_up_to_its_length(tmp_path, mixtral_folder)
         import_folder(mixtral_folder, None, tmp_path / "runs", 17)
 
 
-def test_a_config_of_two_minds_is_refused(tmp_path):
-    exported(make_run(tmp_path, MIXTRAL), tmp_path / "out")
+def test_contradictory_config_is_rejected(tmp_path):
+    export_run(make_run(tmp_path, MIXTRAL), tmp_path / "out")
     edit_config(rms_norm_eps=1e-6)(tmp_path / "out")
     with pytest.raises(CheckpointError, match=r"section mhmoe of its config\.json is not the model that the other"):
         import_folder(tmp_path / "out", None, tmp_path / "runs", None)
 
 
-def test_an_export_with_another_tokenizer_is_refused(tmp_path):
-    exported(make_run(tmp_path, MODELS["dense"]), tmp_path / "out")
+def test_folder_with_another_tokenizer_is_rejected(tmp_path):
+    export_run(make_run(tmp_path, MODELS["dense"]), tmp_path / "out")
     tokenizer = tmp_path / "out" / "tokenizer.json"
-    tokenizer.write_text(tokenizer.read_text() + "\n")  # of the same meaning
+    tokenizer.write_text(tokenizer.read_text() + "\n")  # the same tokenizer in another form
     import_folder(tmp_path / "out", "same", tmp_path / "runs", None)
     llama_tokenizer(["quite other words are in this text"] * 4, 320).save(str(tokenizer))
     with pytest.raises(CheckpointError, match=r"its tokenizer\.json is not the one the model was trained with"):

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mhmoe_ray.architectures import ARCHITECTURES
-from mhmoe_ray.checkpoint.huggingface.names import TABLE, entries
+from mhmoe_ray.checkpoint.huggingface.names import NAME_TABLE, tensor_entries
 from mhmoe_ray.model.decoder import Decoder
 from mhmoe_ray.spec import ModelSpec, MoESpec
 from mhmoe_ray.spec.model import ROUTERS
@@ -13,7 +13,7 @@ from tests.checkpoint.huggingface.conftest import MODELS
 
 
 @st.composite
-def models(draw) -> ModelSpec:
+def model_specs(draw) -> ModelSpec:
     """Draw the spec of a small model of any architecture, with or without mixture-of-experts layers."""
     backbone = draw(st.sampled_from(list(ARCHITECTURES)))
     heads = draw(st.sampled_from([1, 2, 4]))
@@ -47,35 +47,39 @@ def models(draw) -> ModelSpec:
 
 
 @settings(max_examples=60)
-@given(models())
-def test_every_tensor_is_exported_once_and_comes_back(spec):
-    tensors = Decoder(spec).tensors()
+@given(model_specs())
+def test_every_tensor_is_exported_once_and_can_be_imported(spec):
+    tensors = Decoder(spec).named_tensors()
     for tensor in tensors.values():
         torch.nn.init.normal_(tensor)
-    every = [entry for group in entries(spec) for entry in group]
-    assert [e.ours for e in every] == sorted({e.ours for e in every}, key=[e.ours for e in every].index)
-    assert {e.ours: e.shape for e in every} == {name: tuple(t.shape) for name, t in tensors.items()}
-    names = [name for entry in every for name in entry.theirs]
+    all_entries = [entry for group in tensor_entries(spec) for entry in group]
+    assert [e.checkpoint_name for e in all_entries] == sorted(
+        {e.checkpoint_name for e in all_entries}, key=[e.checkpoint_name for e in all_entries].index
+    )
+    assert {e.checkpoint_name: e.shape for e in all_entries} == {name: tuple(t.shape) for name, t in tensors.items()}
+    names = [name for entry in all_entries for name in entry.exported_names]
     assert len(names) == len(set(names))
-    assert sum(part.numel() for e in every for part in e.split(tensors[e.ours]).values()) == sum(
+    assert sum(part.numel() for e in all_entries for part in e.split(tensors[e.checkpoint_name]).values()) == sum(
         t.numel() for t in tensors.values()
     )
-    for entry in every:
-        parts = entry.split(tensors[entry.ours])
+    for entry in all_entries:
+        parts = entry.split(tensors[entry.checkpoint_name])
         assert {name: tuple(part.shape) for name, part in parts.items()} == entry.shapes
-        assert torch.equal(entry.join(list(parts.values())), tensors[entry.ours])
+        assert torch.equal(entry.join(list(parts.values())), tensors[entry.checkpoint_name])
 
 
-def test_every_row_of_the_table_is_used_by_some_model():
+def test_every_row_of_the_table_is_used():
     specs = [*MODELS.values(), *(m.model_copy(update={"moe": MoESpec(d_expert=4)}) for m in MODELS.values() if m.d_ff)]
-    used = {name for spec in specs for group in entries(spec) for entry in group for name in (entry.ours,)}
-    for ours, _ in TABLE:
-        pattern = re.escape(ours).replace(r"\{i\}", r"\d").replace(r"\{n\}", r"\d").replace(r"\{p\}", r"\w+")
-        assert any(re.fullmatch(pattern, name) for name in used), ours
+    used_names = {
+        name for spec in specs for group in tensor_entries(spec) for entry in group for name in (entry.checkpoint_name,)
+    }
+    for checkpoint_name, _ in NAME_TABLE:
+        pattern = re.escape(checkpoint_name).replace(r"\{i\}", r"\d").replace(r"\{n\}", r"\d").replace(r"\{p\}", r"\w+")
+        assert any(re.fullmatch(pattern, name) for name in used_names), checkpoint_name
 
 
-def test_layers_are_apart():
-    groups = entries(MODELS["llama"])
+def test_each_group_holds_one_layer():
+    groups = tensor_entries(MODELS["llama"])
     assert len(groups) == 1 + MODELS["llama"].layers
     for layer, group in enumerate(groups[1:]):
-        assert all(name.startswith(f"model.layers.{layer}.") for entry in group for name in entry.theirs)
+        assert all(name.startswith(f"model.layers.{layer}.") for entry in group for name in entry.exported_names)

@@ -1,4 +1,4 @@
-"""A plain string gives the same tokens in transformers as in `mhmoe generate`."""
+"""Tests that transformers encodes a text to the same tokens as `mhmoe generate`."""
 
 import json
 
@@ -6,15 +6,15 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from mhmoe_ray.checkpoint.huggingface.tokenizer import adding_start, tokenizer_config
+from mhmoe_ray.checkpoint.huggingface.tokenizer import add_start_token, tokenizer_config
 from mhmoe_ray.checkpoint.manifest import newest_checkpoint
 from mhmoe_ray.data.tokenizer import boundaries
-from mhmoe_ray.serve.engine import Sampling
+from mhmoe_ray.serve.engine import SamplingParams
 from mhmoe_ray.serve.load import load_answerer
 from mhmoe_ray.spec import ServeSpec
-from tests.checkpoint.huggingface.conftest import MIXTRAL, TEXT, exported, make_run
+from tests.checkpoint.huggingface.conftest import MIXTRAL, TEXT, export_run, make_run
 from tests.llama_tokenizer import llama_tokenizer
-from tests.serve.asking import tokens
+from tests.serve.asking import answer_tokens
 
 TEXTS = ["the quick brown fox", "", " fox 日本 🦊\n"]
 
@@ -45,48 +45,50 @@ TOKENIZERS = {
 
 
 @pytest.mark.parametrize("kind", TOKENIZERS)
-def test_a_plain_string_begins_with_the_start_token(tmp_path, kind):
+def test_exported_tokenizer_adds_the_start_token(tmp_path, kind):
     from transformers import AutoTokenizer
 
     tokenizer = TOKENIZERS[kind]
     content = tokenizer.to_str(pretty=True).encode()
-    changed = adding_start(content)
-    assert adding_start(changed) == changed
-    assert (changed == content) == (kind == "bytes and the start")
-    (tmp_path / "tokenizer.json").write_bytes(changed)
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(tokenizer_config(changed, 64)))
-    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    changed_content = add_start_token(content)
+    assert add_start_token(changed_content) == changed_content
+    assert (changed_content == content) == (kind == "bytes and the start")
+    (tmp_path / "tokenizer.json").write_bytes(changed_content)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(tokenizer_config(changed_content, 64)))
+    hf_tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     start = boundaries(tokenizer).start
     for text in TEXTS:
         expected = [start, *tokenizer.encode(text, add_special_tokens=False).ids]
-        assert theirs(text).input_ids == expected
-        assert theirs.decode(expected, skip_special_tokens=True) == tokenizer.decode(expected)
-    assert theirs.bos_token_id == start
-    assert theirs.eos_token_id in boundaries(tokenizer).ends
-    assert theirs.pad_token_id is not None
-    assert theirs.model_max_length == 64
-    assert theirs(TEXTS, padding=True).attention_mask[1].count(1) == 1
+        assert hf_tokenizer(text).input_ids == expected
+        assert hf_tokenizer.decode(expected, skip_special_tokens=True) == tokenizer.decode(expected)
+    assert hf_tokenizer.bos_token_id == start
+    assert hf_tokenizer.eos_token_id in boundaries(tokenizer).ends
+    assert hf_tokenizer.pad_token_id is not None
+    assert hf_tokenizer.model_max_length == 64
+    assert hf_tokenizer(TEXTS, padding=True).attention_mask[1].count(1) == 1
 
 
-def test_transformers_answers_a_plain_string_as_we_do(tmp_path):
+def test_transformers_answers_like_the_engine(tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     run = make_run(tmp_path, MIXTRAL)
-    exported(run, tmp_path / "out")
+    export_run(run, tmp_path / "out")
     model, tokenizer = (
         AutoModelForCausalLM.from_pretrained(tmp_path / "out"),
         AutoTokenizer.from_pretrained(tmp_path / "out"),
     )
     answerer = load_answerer(newest_checkpoint(run, ("weights",))[0], ServeSpec(max_concurrency=1))
-    known = answerer.tokenizer.get_vocab_size()
+    vocab_size = answerer.tokenizer.get_vocab_size()
     for text in TEXTS:
-        given = tokenizer(text, return_tensors="pt")
+        inputs = tokenizer(text, return_tensors="pt")
         ids = answerer.encode(text)
-        assert given.input_ids[0].tolist() == ids
-        theirs = model.generate(**given, max_new_tokens=16, do_sample=False, suppress_tokens=list(range(known, 320)))
-        expected = theirs[0, len(ids) :].tolist()
-        ours = tokens(answerer.engine, ids, Sampling(16, temperature=0))
-        assert ours == [token for token in expected if token not in (1, 2)]
+        assert inputs.input_ids[0].tolist() == ids
+        generated_tokens = model.generate(
+            **inputs, max_new_tokens=16, do_sample=False, suppress_tokens=list(range(vocab_size, 320))
+        )
+        expected = generated_tokens[0, len(ids) :].tolist()
+        answer = answer_tokens(answerer.engine, ids, SamplingParams(16, temperature=0))
+        assert answer == [token for token in expected if token not in (1, 2)]
     assert torch.equal(
         tokenizer(["fox", "the fox"], padding=True, return_tensors="pt").attention_mask[:, 0], torch.ones(2)
     )

@@ -1,6 +1,6 @@
-"""Run mhmoe_ray.data.inspect.job with one task at a time, or with its entries in many partitions.
+"""Job that runs mhmoe_ray.data.inspect.job with one task at a time, or with its entries in many partitions.
 
-Run this as `python -m tests.data.inspect.survey_otherwise serially|in-partitions`.
+It runs as `python -m tests.data.inspect.survey_otherwise serially|in-partitions`.
 """
 
 import sys
@@ -13,7 +13,7 @@ from mhmoe_ray.data.inspect.result import SurveyRequest
 from mhmoe_ray.data.inspect.survey import survey
 
 
-def in_partitions() -> None:
+def survey_in_partitions() -> None:
     ray.init()
     request = SurveyRequest.received()
     request.answer(survey(request, partition_bytes=1000))
@@ -21,8 +21,8 @@ def in_partitions() -> None:
 
 if __name__ == "__main__":
     if sys.argv[1] == "in-partitions":
-        in_partitions()
+        survey_in_partitions()
     else:
-        limits = ray.data.ExecutionResources(cpu=1)
-        ray.data.DataContext.get_current().execution_options.resource_limits = limits
+        resource_limits = ray.data.ExecutionResources(cpu=1)
+        ray.data.DataContext.get_current().execution_options.resource_limits = resource_limits
         main()

@@ -1,22 +1,22 @@
-"""Surveys made without Ray, one file after another."""
+"""Surveys without Ray, one file after another."""
 
 from collections import Counter
 
 import numpy as np
 
-from mhmoe_ray.data.inspect.copies import ENTRY, count_copies
-from mhmoe_ray.data.inspect.figures import DomainSurvey, bin_of
+from mhmoe_ray.data.inspect.copies import ENTRY_DTYPE, count_copies
+from mhmoe_ray.data.inspect.figures import DomainSurvey, histogram_bin
 from mhmoe_ray.data.inspect.result import Survey
-from mhmoe_ray.data.inspect.survey import Whole, survey_file
+from mhmoe_ray.data.inspect.survey import FileSurvey, survey_file
 from mhmoe_ray.data.sources import find_files
 
 
 def survey_serially(spec, tokenizer=None, rules=True) -> Survey:
-    files, entries = find_files(spec), [np.empty(0, ENTRY)]
+    files, entries = find_files(spec), [np.empty(0, ENTRY_DTYPE)]
     result = Survey(tokenized=tokenizer is not None)
-    for number, file in enumerate(files):
-        for item in survey_file(number, file, spec, tokenizer, rules):
-            if isinstance(item, Whole):
+    for file_index, file in enumerate(files):
+        for item in survey_file(file_index, file, spec, tokenizer, rules):
+            if isinstance(item, FileSurvey):
                 result.domains.setdefault(file.domain, DomainSurvey())
                 result.domains[file.domain] += item.survey
             else:
@@ -26,5 +26,5 @@ def survey_serially(spec, tokenizer=None, rules=True) -> Survey:
     return result
 
 
-def histogram(lengths) -> Counter[int]:
-    return Counter(map(bin_of, lengths))
+def make_histogram(lengths) -> Counter[int]:
+    return Counter(map(histogram_bin, lengths))

@@ -1,6 +1,6 @@
 import pytest
 
-from mhmoe_ray.data.domains import CODES, OTHER, UNNAMED, of_folder, of_record
+from mhmoe_ray.data.domains import LANGUAGE_CODES, NO_LANGUAGE, OTHER_LANGUAGE, language_of_folder, language_of_record
 
 
 @pytest.mark.parametrize(
@@ -16,21 +16,21 @@ from mhmoe_ray.data.domains import CODES, OTHER, UNNAMED, of_folder, of_record
         ("EN", "en"),
     ],
 )
-def test_a_language_by_any_of_its_names(name, code):
-    assert of_folder(name) == of_record(name) == code
+def test_language_has_one_code_for_all_its_names(name, code):
+    assert language_of_folder(name) == language_of_record(name) == code
 
 
 @pytest.mark.parametrize("name", ["all", "book", "c4", "github", "web", "stackexchange", "2023-06", ""])
-def test_other_folders_name_none(name):
-    assert of_folder(name) == UNNAMED
+def test_language_of_folder_is_empty_for_other_folders(name):
+    assert language_of_folder(name) == NO_LANGUAGE
 
 
-def test_records():
-    assert of_record(None) == UNNAMED
-    assert of_record("ast") == "ast"  # Asturian is not in the table, and is one all the same
-    assert of_record("a programming language") == OTHER
+def test_language_of_record():
+    assert language_of_record(None) == NO_LANGUAGE
+    assert language_of_record("ast") == "ast"  # Asturian is a language that is not in the table
+    assert language_of_record("a programming language") == OTHER_LANGUAGE
 
 
-def test_the_table_has_iso_639_1():
-    assert len(set(CODES.values())) == 183 - 2  # Norwegian's two written forms are one language here
-    assert all(len(code) == 2 for code in CODES.values())
+def test_language_codes_are_those_of_iso_639_1():
+    assert len(set(LANGUAGE_CODES.values())) == 183 - 2  # Norwegian's two written forms are one language here
+    assert all(len(code) == 2 for code in LANGUAGE_CODES.values())

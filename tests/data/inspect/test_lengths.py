@@ -5,40 +5,40 @@ from math import ceil
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mhmoe_ray.data.inspect.figures import bin_of, octaves, quantile
-from tests.data.inspect.surveys import histogram
+from mhmoe_ray.data.inspect.figures import histogram_bin, octave_counts, quantile
+from tests.data.inspect.surveys import make_histogram
 
 LENGTHS = st.lists(st.one_of(st.integers(0, 100), st.integers(0, 1 << 40)), max_size=60)
 
 
 @given(LENGTHS, LENGTHS)
-def test_histograms_add_up(a, b):
-    assert histogram(a) + histogram(b) == histogram(a + b)
+def test_histograms_of_parts_add_up(a, b):
+    assert make_histogram(a) + make_histogram(b) == make_histogram(a + b)
 
 
 @given(st.integers(0, 1 << 50))
-def test_a_bin_is_narrow_and_begins_with_itself(length):
-    lowest = bin_of(length)
-    assert lowest <= length < lowest + max(1, lowest / 16)
-    assert bin_of(lowest) == lowest
+def test_histogram_bin_is_narrow(length):
+    bin_start = histogram_bin(length)
+    assert bin_start <= length < bin_start + max(1, bin_start / 16)
+    assert histogram_bin(bin_start) == bin_start
 
 
 @given(LENGTHS)
-def test_octaves_are_exact(lengths):
-    found = octaves(histogram(lengths))
+def test_octave_counts_are_exact(lengths):
+    counts = octave_counts(make_histogram(lengths))
     expected = Counter(0 if not n else 2 ** (n.bit_length() - 1) for n in lengths)
-    assert {o: n for o, n in found.items() if n} == expected
-    powers = [o for o in found if o]
+    assert {o: n for o, n in counts.items() if n} == expected
+    powers = [o for o in counts if o]
     assert powers == sorted(powers)
-    assert all(b == 2 * a for a, b in pairwise(powers)), "no gaps"
+    assert all(b == 2 * a for a, b in pairwise(powers)), "there is a gap"
 
 
 @given(LENGTHS.filter(bool), st.floats(0.01, 1))
-def test_quantiles_are_at_most_a_sixteenth_low(lengths, share):
-    true = sorted(lengths)[ceil(share * len(lengths)) - 1]
-    assert true * 15 / 16 <= quantile(histogram(lengths), share) <= true
+def test_quantile_is_at_most_a_sixteenth_too_low(lengths, share):
+    exact_quantile = sorted(lengths)[ceil(share * len(lengths)) - 1]
+    assert exact_quantile * 15 / 16 <= quantile(make_histogram(lengths), share) <= exact_quantile
 
 
-def test_nothing():
+def test_quantile_and_octave_counts_of_no_lengths():
     assert quantile({}, 0.5) == 0
-    assert octaves({}) == {}
+    assert octave_counts({}) == {}

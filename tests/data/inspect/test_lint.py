@@ -1,37 +1,37 @@
-"""Each lint rule on data that break it, and on data that do not."""
+"""Tests of each lint rule, on data that break it and on data that do not."""
 
 import json
 
 import pytest
 
-from mhmoe_ray.data.inspect.lint import Data, lint
+from mhmoe_ray.data.inspect.lint import LintInput, lint
 from mhmoe_ray.data.prepare.validation import is_validation
 from mhmoe_ray.spec import RunSpec
 from tests.data.inspect.surveys import survey_serially
-from tests.data.shards.manifests import manifest_of
-from tests.data.sources.v2_files import write_v2
-from tests.data.texts import documents, write_corpus, write_documents, write_lines
+from tests.data.shards.manifests import make_manifest
+from tests.data.sources.v2_files import write_v2_files
+from tests.data.texts import make_documents, write_corpus, write_documents, write_lines
 from tests.llama_tokenizer import llama_tokenizer
 from tests.specs import tiny_spec
 
 BIG_ENOUGH = {"validation_fraction": 0.4, "seq_len": 16}
 
 
-def problems(data, spec: RunSpec | None = None, manifest=None, tokenizer=None):
-    return lint(Data(survey_serially(data, tokenizer), data, spec, manifest))
+def lint_data(data, spec: RunSpec | None = None, manifest=None, tokenizer=None):
+    return lint(LintInput(survey_serially(data, tokenizer), data, spec, manifest))
 
 
-def of_spec(folder, manifest=None, tokenizer=None, train=None, **data):
+def lint_spec(folder, manifest=None, tokenizer=None, train=None, **data):
     spec = tiny_spec(folder, data={**BIG_ENOUGH, **data}, train=train or {})
-    return problems(spec.data, spec, manifest, tokenizer)
+    return lint_data(spec.data, spec, manifest, tokenizer)
 
 
-def rules(found):
-    return {problem.rule for problem in found}
+def rules_of(problems):
+    return {problem.rule for problem in problems}
 
 
-def only(found):
-    [problem] = found
+def only_problem(problems):
+    [problem] = problems
     return problem
 
 
@@ -42,172 +42,185 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_sound_text_has_no_problem(folder):
-    assert of_spec(folder) == []
-    assert of_spec(folder, manifest_of({"web/a": 60, "web/b": 60, "web/c": 60})) == []
+def test_lint_finds_no_problem_in_sound_text(folder):
+    assert lint_spec(folder) == []
+    assert lint_spec(folder, make_manifest({"web/a": 60, "web/b": 60, "web/c": 60})) == []
 
 
-def test_damaged_texts_by_domain_with_their_places(folder):
-    write_documents(folder / "raw/a/web.jsonl", ["lost \ufffd", "too \ufffd", *documents("x", 2), "a <|endoftext|> b"])
-    lost, special = of_spec(folder)
-    assert (special.rule, special.severe, special.where, special.count) == ("special-token", False, "web/a", 1)
-    assert special.examples == [(f"{folder}/raw/a/web.jsonl:5", "'a <|endoftext|> b'")]
-    assert (lost.rule, lost.severe, lost.count) == ("replacement-character", False, 2)
-    assert [place for place, _ in lost.examples] == [f"{folder}/raw/a/web.jsonl:{line}" for line in (1, 2)]
+def test_lint_names_damaged_texts_with_their_locations(folder):
+    write_documents(
+        folder / "raw/a/web.jsonl", ["lost \ufffd", "too \ufffd", *make_documents("x", 2), "a <|endoftext|> b"]
+    )
+    lost_characters, special_token = lint_spec(folder)
+    assert (special_token.rule, special_token.severe, special_token.subject, special_token.count) == (
+        "special-token",
+        False,
+        "web/a",
+        1,
+    )
+    assert special_token.examples == [(f"{folder}/raw/a/web.jsonl:5", "'a <|endoftext|> b'")]
+    assert (lost_characters.rule, lost_characters.severe, lost_characters.count) == ("replacement-character", False, 2)
+    assert [location for location, _ in lost_characters.examples] == [
+        f"{folder}/raw/a/web.jsonl:{line}" for line in (1, 2)
+    ]
 
 
-def test_unreadable_lines_are_errors_past_the_limit(folder):
+def test_lint_makes_unreadable_lines_errors_above_the_limit(folder):
     write_lines(folder / "raw/b/torn.jsonl", [b"{torn", b'{"text": ""}', json.dumps({"text": "fine"}).encode()])
-    torn, empty = of_spec(folder)
-    assert (torn.rule, torn.severe, torn.where) == ("unreadable", True, "web/b")
-    assert (torn.says, torn.count) == ("it is not JSON", 1)
-    assert (empty.says, empty.count) == ("its text is empty", 1)
-    places = [place for p in (torn, empty) for place, _ in p.examples]
-    assert places == [f"{folder}/raw/b/torn.jsonl:{line}" for line in (1, 2)]
-    assert "data.max_bad_lines" in torn.fix
-    allowed = of_spec(folder, max_bad_lines=2)
-    assert [p.severe for p in allowed] == [False, False]
+    torn_line, empty_text = lint_spec(folder)
+    assert (torn_line.rule, torn_line.severe, torn_line.subject) == ("unreadable", True, "web/b")
+    assert (torn_line.message, torn_line.count) == ("it is not JSON", 1)
+    assert (empty_text.message, empty_text.count) == ("its text is empty", 1)
+    locations = [location for p in (torn_line, empty_text) for location, _ in p.examples]
+    assert locations == [f"{folder}/raw/b/torn.jsonl:{line}" for line in (1, 2)]
+    assert "data.max_bad_lines" in torn_line.fix
+    allowed_problems = lint_spec(folder, max_bad_lines=2)
+    assert [p.severe for p in allowed_problems] == [False, False]
 
 
-def test_a_cut_off_file_is_unreadable(folder):
+def test_lint_reports_a_truncated_file(folder):
     shard = folder / "raw/a/two.jsonl.zst"
     shard.write_bytes(shard.read_bytes()[:-20])
-    problem = only(of_spec(folder))
-    assert (problem.rule, problem.severe, problem.says) == ("unreadable", True, "a part of the file is lost")
-    assert only(of_spec(folder, max_bad_files=1)).severe is False
+    problem = only_problem(lint_spec(folder))
+    assert (problem.rule, problem.severe, problem.message) == ("unreadable", True, "a part of the file is lost")
+    assert only_problem(lint_spec(folder, max_bad_files=1)).severe is False
 
 
-def test_files_that_no_format_takes(folder):
+def test_lint_reports_files_of_no_format(folder):
     (folder / "raw/README.md").write_text("about")
     (folder / "raw/b/old.csv").write_text("a,b")
     (folder / "raw/.hidden").write_text("")
-    problem = only(of_spec(folder))
-    assert (problem.rule, problem.where, problem.count) == ("unread-files", "web", 2)
-    assert {place for place, _ in problem.examples} == {f"{folder}/raw/README.md", f"{folder}/raw/b/old.csv"}
+    problem = only_problem(lint_spec(folder))
+    assert (problem.rule, problem.subject, problem.count) == ("unread-files", "web", 2)
+    assert {location for location, _ in problem.examples} == {f"{folder}/raw/README.md", f"{folder}/raw/b/old.csv"}
     shares = {"sources": {"web": {"path": "raw", "shares": {"a": 1}}}}
-    assert of_spec(folder, **shares) == [], "only what is in folders that are read"
-    write_documents(folder / "raw/top.jsonl", documents("top", 40))
+    assert lint_spec(folder, **shares) == [], "files of other folders are reported"
+    write_documents(folder / "raw/top.jsonl", make_documents("top", 40))
     shares = {"sources": {"web": {"path": "raw", "shares": {"all": 1}}}}
-    assert only(of_spec(folder, **shares)).examples == [(f"{folder}/raw/README.md", "")]
+    assert only_problem(lint_spec(folder, **shares)).examples == [(f"{folder}/raw/README.md", "")]
 
 
-def test_files_beside_redpajama_v2s_are_no_problem(tmp_path):
-    write_v2(tmp_path / "raw", "2023-06/0000/en_head", [{"text": text} for text in documents("x", 30)])
-    found = of_spec(tmp_path)
-    assert "unread-files" not in rules(found)
+def test_lint_accepts_the_tables_of_redpajama_v2(tmp_path):
+    write_v2_files(tmp_path / "raw", "2023-06/0000/en_head", [{"text": text} for text in make_documents("x", 30)])
+    problems = lint_spec(tmp_path)
+    assert "unread-files" not in rules_of(problems)
 
 
-def test_copies_within_and_across_domains(folder):
-    copied = documents("copied", 3)
-    write_documents(folder / "raw/a/again.jsonl", copied * 2)
-    write_documents(folder / "raw/c/again.jsonl", copied)
-    found = of_spec(folder)
-    copies = only(p for p in found if p.rule == "copies")
-    assert (copies.where, copies.count, copies.severe) == ("web/a", 3, False)
-    shared = {p.where: p for p in found if p.rule == "shared-texts"}
-    assert {where: p.count for where, p in shared.items()} == {"web/a": 3, "web/c": 3}
-    assert shared["web/c"].examples == [("web/a and web/c", "3 texts in both")]
+def test_lint_reports_copies_within_and_across_domains(folder):
+    copied_texts = make_documents("copied", 3)
+    write_documents(folder / "raw/a/again.jsonl", copied_texts * 2)
+    write_documents(folder / "raw/c/again.jsonl", copied_texts)
+    problems = lint_spec(folder)
+    copies_problem = only_problem(p for p in problems if p.rule == "copies")
+    assert (copies_problem.subject, copies_problem.count, copies_problem.severe) == ("web/a", 3, False)
+    shared_texts = {p.subject: p for p in problems if p.rule == "shared-texts"}
+    assert {domain: p.count for domain, p in shared_texts.items()} == {"web/a": 3, "web/c": 3}
+    assert shared_texts["web/c"].examples == [("web/a and web/c", "3 texts in both")]
 
 
-def test_shared_texts_of_a_domain_with_a_comma_in_its_name(folder):
+def test_lint_names_domains_with_a_comma(folder):
     for name in ("a", "x, y and z"):
-        write_documents(folder / f"raw/{name}/again.jsonl", documents("copied", 3))
-    shared = {p.where: p.examples for p in of_spec(folder) if p.rule == "shared-texts"}
+        write_documents(folder / f"raw/{name}/again.jsonl", make_documents("copied", 3))
+    shared_texts = {p.subject: p.examples for p in lint_spec(folder) if p.rule == "shared-texts"}
     examples = [("web/a and web/x, y and z", "3 texts in both")]
-    assert shared == {"web/a": examples, "web/x, y and z": examples}
+    assert shared_texts == {"web/a": examples, "web/x, y and z": examples}
 
 
-def test_domains_that_fill_no_sample(folder):
+def test_lint_reports_domains_that_fill_no_sample(folder):
     write_documents(folder / "raw/d/x.jsonl", ["tiny"])
-    small = {p.rule: p for p in of_spec(folder)}
-    assert small.keys() == {"too-small", "no-validation"}
-    assert (small["too-small"].where, small["too-small"].severe) == ("web/d", False)
-    named = {"sources": {"web": {"path": "raw", "shares": {"a": 1, "d": 1}}}}
-    assert only(p for p in of_spec(folder, **named) if p.rule == "too-small").severe is True
-    manifest = manifest_of({"web/a": 60, "web/b": 0, "web/c": 60, "web/d": 60})
-    assert only(p for p in of_spec(folder, manifest) if p.rule == "too-small").where == "web/b"
+    problems_by_rule = {p.rule: p for p in lint_spec(folder)}
+    assert problems_by_rule.keys() == {"too-small", "no-validation"}
+    assert (problems_by_rule["too-small"].subject, problems_by_rule["too-small"].severe) == ("web/d", False)
+    named_shares = {"sources": {"web": {"path": "raw", "shares": {"a": 1, "d": 1}}}}
+    assert only_problem(p for p in lint_spec(folder, **named_shares) if p.rule == "too-small").severe is True
+    manifest = make_manifest({"web/a": 60, "web/b": 0, "web/c": 60, "web/d": 60})
+    assert only_problem(p for p in lint_spec(folder, manifest) if p.rule == "too-small").subject == "web/b"
 
 
-def test_a_domain_that_only_a_later_phase_names_must_fill_a_sample(folder):
+def test_lint_reports_a_small_domain_of_a_later_phase(folder):
     write_documents(folder / "raw/d/x.jsonl", ["tiny"])
-    named = {"from_step": 10, "sources": {"web": {"shares": {"a": 1, "d": 1}}}}
-    too_late = {**named, "from_step": 20}
-    for schedule, severe in (([named], True), ([too_late], False)):
-        small = only(p for p in of_spec(folder, schedule=schedule) if p.rule == "too-small")
-        assert (small.where, small.severe) == ("web/d", severe)
-    unread = {"web": {"path": "raw", "weight": 0, "shares": {"d": 1}}, "more": {"path": "raw"}}
-    found = {p.where: p.severe for p in of_spec(folder, sources=unread) if p.rule == "too-small"}
-    assert found == {"web/d": False, "more/d": False}
+    early_phase = {"from_step": 10, "sources": {"web": {"shares": {"a": 1, "d": 1}}}}
+    late_phase = {**early_phase, "from_step": 20}
+    for schedule, is_severe in (([early_phase], True), ([late_phase], False)):
+        small_domain = only_problem(p for p in lint_spec(folder, schedule=schedule) if p.rule == "too-small")
+        assert (small_domain.subject, small_domain.severe) == ("web/d", is_severe)
+    unread_sources = {"web": {"path": "raw", "weight": 0, "shares": {"d": 1}}, "more": {"path": "raw"}}
+    severity_by_domain = {
+        p.subject: p.severe for p in lint_spec(folder, sources=unread_sources) if p.rule == "too-small"
+    }
+    assert severity_by_domain == {"web/d": False, "more/d": False}
 
 
-def test_best_fit_needs_a_document_and_no_length(folder):
+def test_lint_with_best_fit_needs_one_document(folder):
     write_documents(folder / "raw/d/x.jsonl", ["tiny"])
     assert not is_validation("tiny", BIG_ENOUGH["validation_fraction"])
-    assert rules(of_spec(folder, packing="best_fit")) == {"no-validation"}
-    held_out = next(text for text in documents("d", 40) if is_validation(text, 0.4))
-    write_documents(folder / "raw/d/x.jsonl", [held_out])
-    small = only(of_spec(folder, packing="best_fit"))
-    assert (small.rule, small.where) == ("too-small", "web/d")
-    assert small.says == "it has no document to train on"
+    assert rules_of(lint_spec(folder, packing="best_fit")) == {"no-validation"}
+    held_out_text = next(text for text in make_documents("d", 40) if is_validation(text, 0.4))
+    write_documents(folder / "raw/d/x.jsonl", [held_out_text])
+    small_domain = only_problem(lint_spec(folder, packing="best_fit"))
+    assert (small_domain.rule, small_domain.subject) == ("too-small", "web/d")
+    assert small_domain.message == "it has no document to train on"
 
 
-def test_what_preparing_leaves_below_a_source_is_no_unread_file(folder):
+def test_lint_ignores_prepared_folders(folder):
     for name in ("out/manifest.json", "out.partial-0a1b/progress.json"):
         (folder / "raw" / name).parent.mkdir()
         (folder / "raw" / name).touch()
-    assert of_spec(folder, prepared="raw/out") == []
+    assert lint_spec(folder, prepared="raw/out") == []
 
 
-def test_nothing_held_out(folder):
-    found = of_spec(folder, validation_fraction=1e-9)
-    assert {(p.rule, p.where) for p in found} == {("no-validation", f"web/{name}") for name in "abc"}
+def test_lint_reports_domains_without_held_out_documents(folder):
+    problems = lint_spec(folder, validation_fraction=1e-9)
+    assert {(p.rule, p.subject) for p in problems} == {("no-validation", f"web/{name}") for name in "abc"}
 
 
-def test_raw_text_has_no_size_to_fill(folder):
+def test_lint_of_raw_text_ignores_sizes(folder):
     data = tiny_spec(folder, data=BIG_ENOUGH | {"validation_fraction": 1e-9, "seq_len": 1 << 20}).data
-    assert problems(data) == []
+    assert lint_data(data) == []
 
 
-def test_domains_that_are_read_too_often(folder):
-    # 20 steps of 8 samples: 160, by size.
-    manifest = manifest_of({"web/a": 30, "web/b": 30, "web/c": 30})
-    assert of_spec(folder, manifest) == []
-    flat = {"sources": {"web": {"path": "raw", "alpha": 0.0}}}
-    manifest = manifest_of({"web/a": 300, "web/b": 10, "web/c": 300})
-    problem = only(of_spec(folder, manifest, **flat))
-    assert (problem.rule, problem.where, problem.severe) == ("epochs", "web/b", False)
+def test_lint_reports_domains_of_many_epochs(folder):
+    # 20 steps of 8 samples read 160 samples, in proportion to the sizes.
+    manifest = make_manifest({"web/a": 30, "web/b": 30, "web/c": 30})
+    assert lint_spec(folder, manifest) == []
+    flat_sources = {"sources": {"web": {"path": "raw", "alpha": 0.0}}}
+    manifest = make_manifest({"web/a": 300, "web/b": 10, "web/c": 300})
+    problem = only_problem(lint_spec(folder, manifest, **flat_sources))
+    assert (problem.rule, problem.subject, problem.severe) == ("epochs", "web/b", False)
     assert problem.examples[0][1].startswith("5.3 epochs of 10")
 
 
-def test_a_mixture_that_cannot_be(folder):
-    manifest = manifest_of({"web/a": 3, "web/b": 3, "web/c": 3})
-    problem = only(of_spec(folder, manifest, sources={"web": {"path": "raw", "max_epochs": 1}}))
+def test_lint_reports_an_impossible_mixture(folder):
+    manifest = make_manifest({"web/a": 3, "web/b": 3, "web/c": 3})
+    problem = only_problem(lint_spec(folder, manifest, sources={"web": {"path": "raw", "max_epochs": 1}}))
     assert (problem.rule, problem.severe) == ("mixture", True)
-    assert "max_epochs allows 9 samples" in problem.says
+    assert "max_epochs allows 9 samples" in problem.message
 
 
-def test_a_tokenizer_that_does_not_know_the_language(folder):
+def test_lint_reports_a_tokenizer_of_other_languages(folder):
     path = folder / "tokenizer.json"
-    llama_tokenizer(documents("a-one", 40), 600).save(str(path))
-    assert of_spec(folder, tokenizer=path) == []
+    llama_tokenizer(make_documents("a-one", 40), 600).save(str(path))
+    assert lint_spec(folder, tokenizer=path) == []
     write_documents(folder / "raw/ru/x.jsonl", [f"Привет, как дела? {i}" * 9 for i in range(40)])
-    problem = only(of_spec(folder, tokenizer=path))
-    assert (problem.rule, problem.where, problem.severe) == ("fertility", "web/ru", False)
+    problem = only_problem(lint_spec(folder, tokenizer=path))
+    assert (problem.rule, problem.subject, problem.severe) == ("fertility", "web/ru", False)
     assert problem.examples[0][0] == "web/ru ru"
 
 
-def test_a_tokenizer_with_unknown_tokens(folder):
+def test_lint_reports_unknown_tokens(folder):
     from tokenizers import Tokenizer, models, pre_tokenizers
 
-    words = Tokenizer(models.WordLevel({"<unk>": 0, "the": 1}, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    words.save(str(folder / "tokenizer.json"))
-    found = of_spec(folder, tokenizer=folder / "tokenizer.json")
-    assert {(p.rule, p.where) for p in found} == {("unknown-tokens", f"web/{name}") for name in "ab"}  # c is too short
+    word_tokenizer = Tokenizer(models.WordLevel({"<unk>": 0, "the": 1}, unk_token="<unk>"))
+    word_tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    word_tokenizer.save(str(folder / "tokenizer.json"))
+    problems = lint_spec(folder, tokenizer=folder / "tokenizer.json")
+    assert {(p.rule, p.subject) for p in problems} == {
+        ("unknown-tokens", f"web/{name}") for name in "ab"
+    }  # c is too short
 
 
-def test_errors_come_first(folder):
+def test_lint_sorts_errors_first(folder):
     write_documents(folder / "raw/a/web.jsonl", ["lost \ufffd"])
     write_lines(folder / "raw/c/torn.jsonl", [b"{torn"])
     (folder / "raw/x.md").write_text("about")
-    assert [p.severe for p in of_spec(folder)] == [True, False, False]
+    assert [p.severe for p in lint_spec(folder)] == [True, False, False]

@@ -6,18 +6,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mhmoe_ray.data.inspect.textrules import RULES, SHOWN, any_of, broken_by
-from tests.data.texts import documents
+from mhmoe_ray.data.inspect.textrules import EXAMPLE_CHARACTERS, RULES, any_token_pattern, broken_rules
+from tests.data.texts import make_documents
 
-PROSE = documents("web", 1)[0]
-NONE = re.compile("(?!)")
-
-
-def broken(text, language="", domain="web/all", special=NONE):
-    return broken_by(text, text.split(), language, domain, special)
+PROSE = make_documents("web", 1)[0]
+NO_MATCH = re.compile("(?!)")
 
 
-BAD = {
+def find_broken(text, language="", domain="web/all", special_pattern=NO_MATCH):
+    return broken_rules(text, text.split(), language, domain, special_pattern)
+
+
+BAD_TEXT_BY_RULE = {
     "repeated-line": "Please enable cookies.\n" * 40 + PROSE[:60],
     "long-word": f"{PROSE} {'iVBORw0KGgo' * 100}",
     "few-letters": "| 12.5 | 13.9 | 2,401 |\n| 77.0 | 1.25 | 9,999 |\nsum",
@@ -28,39 +28,39 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("rule", BAD)
-def test_a_text_that_breaks_a_rule_breaks_this_one_alone(rule):
-    assert list(broken(BAD[rule])) == [rule]
+@pytest.mark.parametrize("rule", BAD_TEXT_BY_RULE)
+def test_bad_text_breaks_one_rule_only(rule):
+    assert list(find_broken(BAD_TEXT_BY_RULE[rule])) == [rule]
 
 
-def test_every_rule_has_an_example():
-    assert {*BAD, "special-token", "language"} == RULES.keys()
+def test_every_rule_has_a_bad_text():
+    assert {*BAD_TEXT_BY_RULE, "special-token", "language"} == RULES.keys()
 
 
-def test_special_tokens():
-    special = any_of(["<|endoftext|>", "<s>"])
-    assert list(broken(PROSE + " <|endoftext|>", special=special)) == ["special-token"]
-    assert list(broken("<s>struck</s> " + PROSE, special=special)) == ["special-token"]
-    assert not broken("<|endoftext|>" + PROSE, special=any_of([]))
+def test_special_token_in_text_is_found():
+    special_pattern = any_token_pattern(["<|endoftext|>", "<s>"])
+    assert list(find_broken(PROSE + " <|endoftext|>", special_pattern=special_pattern)) == ["special-token"]
+    assert list(find_broken("<s>struck</s> " + PROSE, special_pattern=special_pattern)) == ["special-token"]
+    assert not find_broken("<|endoftext|>" + PROSE, special_pattern=any_token_pattern([]))
 
 
-def test_a_record_that_names_another_language_than_its_folder():
-    assert broken(PROSE, "fr", "web/de") == {"language": "its record says fr"}
-    assert not broken(PROSE, "de", "web/de")
-    assert not broken(PROSE, "", "web/de")
-    assert not broken(PROSE, "fr", "web/book")
+def test_language_other_than_that_of_the_folder_is_found():
+    assert find_broken(PROSE, "fr", "web/de") == {"language": "its record says fr"}
+    assert not find_broken(PROSE, "de", "web/de")
+    assert not find_broken(PROSE, "", "web/de")
+    assert not find_broken(PROSE, "fr", "web/book")
 
 
 @pytest.mark.parametrize("encoding", ["latin-1", "cp1252"])
 @pytest.mark.parametrize(
     "text", ["“Früher” – das war’s", "Привет, как дела?", "γειά σου Κόσμε", "漢字かな交じり文", "بسم الله", "שלום עולם"]
 )
-def test_mojibake_of_any_script(text, encoding):
-    wrong = "".join(bytes([b]).decode(encoding, "ignore") or chr(b) for b in text.encode())
-    assert "mojibake" in broken(PROSE + wrong)
+def test_mojibake_of_any_script_is_found(text, encoding):
+    mojibake = "".join(bytes([b]).decode(encoding, "ignore") or chr(b) for b in text.encode())
+    assert "mojibake" in find_broken(PROSE + mojibake)
 
 
-GOOD = [
+GOOD_TEXTS = [
     PROSE,
     "Ça, c’est l’été à Étretat : « déjà » – où ? Œuvre, naïve, Noël. SÃO PAULO, Nº 5, 1ª, España»",
     "»Spaß« und »Straß«, »Ø« og »Å«; weiß« daß« muß«",
@@ -75,13 +75,13 @@ GOOD = [
 ]
 
 
-@pytest.mark.parametrize("text", GOOD)
-def test_sound_texts_break_none(text):
-    assert broken(text) == {}
+@pytest.mark.parametrize("text", GOOD_TEXTS)
+def test_good_texts_break_no_rule(text):
+    assert find_broken(text) == {}
 
 
 @given(st.text(min_size=1, max_size=300).filter(lambda text: not text.isspace()))
-def test_any_text_can_be_judged_and_shown(text):
-    for saw in broken(text, special=any_of(["a"])).values():
-        assert saw.isprintable()
-        assert len(saw) < 12 * SHOWN + 40
+def test_examples_of_broken_rules_are_printable_and_short(text):
+    for example in find_broken(text, special_pattern=any_token_pattern(["a"])).values():
+        assert example.isprintable()
+        assert len(example) < 12 * EXAMPLE_CHARACTERS + 40

@@ -1,11 +1,11 @@
-"""Do one thing after another in a single job, whose start takes longer than most of them.
+"""Job that runs several tasks in turn, because starting a job takes longer than most of them.
 
-Run as `python -m tests.data.prepare.in_one_job HOW PATH ...` as a job. HOW is
+It runs as `python -m tests.data.prepare.in_one_job TASK PATH ...`. TASK is
 
-check        check by tasks whether a prepared folder is sound, and print one line
+check        verify a prepared folder by tasks, and print the report
 together     prepare a spec
-WORLD:START  read what a spec trains on from position START, split over WORLD workers, into a JSON file beside the spec:
-             Ray's lines would break the long lines that a job prints
+WORLD:START  read the training samples of a spec from position START, split over WORLD workers, into a JSON file beside
+             the spec; Ray's lines would break the long lines that a job prints
 serially     prepare a spec as prepare_serially does; all later preparations are then serial too
 """
 
@@ -17,25 +17,25 @@ import ray
 
 from mhmoe_ray.data.prepare.pipeline import prepare
 from mhmoe_ray.spec import load_resolved_spec
-from tests.data.prepare.prepare_serially import in_small_chunks, one_task_at_a_time
+from tests.data.prepare.prepare_serially import run_tasks_serially, use_small_chunks
 from tests.data.read_splits import read_splits
-from tests.data.shards.verify_by_tasks import problem_by_tasks
+from tests.data.shards.verify_by_tasks import verification_report_by_tasks
 
 
-def do(how: str, path: Path) -> None:
-    if how == "check":
-        print(problem_by_tasks(path), flush=True)
-    elif ":" in how:
-        found = read_splits(load_resolved_spec(path), *map(int, how.split(":")))
-        path.with_suffix(".json").write_text(json.dumps({how: found}))
+def run_task(task: str, path: Path) -> None:
+    if task == "check":
+        print(verification_report_by_tasks(path), flush=True)
+    elif ":" in task:
+        batches = read_splits(load_resolved_spec(path), *map(int, task.split(":")))
+        path.with_suffix(".json").write_text(json.dumps({task: batches}))
     else:
-        if how == "serially":
-            in_small_chunks()
-            one_task_at_a_time()
+        if task == "serially":
+            use_small_chunks()
+            run_tasks_serially()
         prepare(load_resolved_spec(path))
 
 
 if __name__ == "__main__":
     ray.init()
-    for how, path in zip(sys.argv[1::2], sys.argv[2::2], strict=True):
-        do(how, Path(path))
+    for task, path in zip(sys.argv[1::2], sys.argv[2::2], strict=True):
+        run_task(task, Path(path))

@@ -1,5 +1,4 @@
-"""Run mhmoe_ray.data.prepare.job in small chunks, one at a time, until SIGKILL ends it after a given number of
-parts."""
+"""Job that runs mhmoe_ray.data.prepare.job serially, until SIGKILL ends it after a number of parts."""
 
 import os
 import signal
@@ -11,26 +10,28 @@ from pathlib import Path
 
 from mhmoe_ray.data.prepare.job import PrepareRequest, main
 from mhmoe_ray.data.prepare.work import shared_folder
-from tests.data.prepare.prepare_serially import in_small_chunks, one_task_at_a_time
+from tests.data.prepare.prepare_serially import run_tasks_serially, use_small_chunks
 
 
-def kill_at(parts: int, pid: int, work: Path, ready: Event) -> None:
-    """Kill a process when `parts` parts exist below `work`.
+def kill_after_parts(part_count: int, pid: int, work_folder: Path, ready_event: Event) -> None:
+    """Kill a process when `part_count` parts exist below `work_folder`.
 
-    This runs in a process of its own: a thread of the job would wait for its turn while parts are made.
+    This runs in another process, because a thread of the job would get no time while the job writes parts.
     """
-    ready.set()
-    while len(list(work.glob("parts/*/*.json"))) < parts:
+    ready_event.set()
+    while len(list(work_folder.glob("parts/*/*.json"))) < part_count:
         time.sleep(0.001)
     os.kill(pid, signal.SIGKILL)
 
 
 if __name__ == "__main__":
-    in_small_chunks()
-    one_task_at_a_time()
+    use_small_chunks()
+    run_tasks_serially()
     work = shared_folder(PrepareRequest.received().spec)
-    spawn = get_context("spawn")
-    ready = spawn.Event()
-    spawn.Process(target=kill_at, args=(int(sys.argv[1]), os.getpid(), work, ready), daemon=True).start()
-    ready.wait()  # it imports for longer than parts take
+    spawn_context = get_context("spawn")
+    ready_event = spawn_context.Event()
+    spawn_context.Process(
+        target=kill_after_parts, args=(int(sys.argv[1]), os.getpid(), work, ready_event), daemon=True
+    ).start()
+    ready_event.wait()  # its imports take longer than the parts
     main()

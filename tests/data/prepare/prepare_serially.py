@@ -1,4 +1,4 @@
-"""Run mhmoe_ray.data.prepare.job with one task at a time, in chunks of a few documents."""
+"""Job that runs mhmoe_ray.data.prepare.job with one task at a time, in chunks of a few documents."""
 
 import ray.data
 
@@ -6,16 +6,16 @@ from mhmoe_ray.data.prepare import pipeline
 from mhmoe_ray.data.prepare.job import main
 
 
-def in_small_chunks() -> None:
-    pipeline.CHUNK = 1_000
+def use_small_chunks() -> None:
+    pipeline.CHUNK_CHARACTERS = 1_000
 
 
-def one_task_at_a_time() -> None:
-    limits = ray.data.ExecutionResources(cpu=1)
-    ray.data.DataContext.get_current().execution_options.resource_limits = limits
+def run_tasks_serially() -> None:
+    resource_limits = ray.data.ExecutionResources(cpu=1)
+    ray.data.DataContext.get_current().execution_options.resource_limits = resource_limits
 
 
 if __name__ == "__main__":
-    in_small_chunks()
-    one_task_at_a_time()
+    use_small_chunks()
+    run_tasks_serially()
     main()

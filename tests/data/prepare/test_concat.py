@@ -2,53 +2,57 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mhmoe_ray.data.prepare.packing import cut_concat, plan_concat, whole_documents
-from tests.data.prepare.parts import START, documents_of, stream_of
+from mhmoe_ray.data.prepare.packing import count_whole_documents, cut_concat, plan_concat
+from tests.data.prepare.parts import START, make_documents, write_stream
 
 LENGTHS = st.lists(st.lists(st.integers(0, 25), max_size=6), max_size=4)
 
 
 @given(parts=LENGTHS, seq_len=st.integers(1, 9), rows=st.integers(1, 5), token_bytes=st.sampled_from([2, 4]))
-def test_each_token_but_the_first_is_a_target_once(tmp_path_factory, parts, seq_len, rows, token_bytes):
-    documents = iter(documents_of([n for part in parts for n in part]))
+def test_concat_makes_every_token_but_the_first_a_target_once(tmp_path_factory, parts, seq_len, rows, token_bytes):
+    documents = iter(make_documents([n for part in parts for n in part]))
     tokens = [np.array(sum((next(documents) for _ in part), []), int) for part in parts]
-    stream = stream_of(tmp_path_factory.mktemp("parts"), tokens, token_bytes)
-    whole = np.concatenate([*tokens, np.empty(0, int)])
-    assert len(stream) == len(whole)
+    stream = write_stream(tmp_path_factory.mktemp("parts"), tokens, token_bytes)
+    all_tokens = np.concatenate([*tokens, np.empty(0, int)])
+    assert len(stream) == len(all_tokens)
     cuts = plan_concat(stream, seq_len, rows)
     assert all(c.samples == rows for c in cuts[:-1])
-    made = [cut_concat(c.stream.read(), c.samples, seq_len) for c in cuts]
-    samples = max(0, len(whole) - 1) // seq_len
-    assert sum(map(len, made)) == samples
-    if made:
-        found = np.concatenate(made)
-        assert found.dtype.itemsize == token_bytes
-        assert np.array_equal(found[:, 1:].ravel(), whole[1 : samples * seq_len + 1])
-        assert np.array_equal(found[:, 0], whole[: samples * seq_len : seq_len])
+    samples_by_cut = [cut_concat(c.stream.read(), c.samples, seq_len) for c in cuts]
+    sample_count = max(0, len(all_tokens) - 1) // seq_len
+    assert sum(map(len, samples_by_cut)) == sample_count
+    if samples_by_cut:
+        samples = np.concatenate(samples_by_cut)
+        assert samples.dtype.itemsize == token_bytes
+        assert np.array_equal(samples[:, 1:].ravel(), all_tokens[1 : sample_count * seq_len + 1])
+        assert np.array_equal(samples[:, 0], all_tokens[: sample_count * seq_len : seq_len])
 
 
 @given(parts=LENGTHS, seq_len=st.integers(1, 30), rows=st.integers(1, 3))
-def test_whole_documents_are_those_that_lie_within_a_sample(tmp_path_factory, parts, seq_len, rows):
-    documents = documents_of([n for part in parts for n in part])
-    position, whole = 0, 0
+def test_whole_documents_counts_documents_within_a_sample(tmp_path_factory, parts, seq_len, rows):
+    documents = make_documents([n for part in parts for n in part])
+    position, expected = 0, 0
     total = sum(map(len, documents))
-    samples = max(0, total - 1) // seq_len
+    sample_count = max(0, total - 1) // seq_len
     for document in documents:
         # The sample that has the document's first token as an input.
-        sample = position // seq_len
-        whole += sample < samples and position + len(document) - 1 <= (sample + 1) * seq_len
+        sample_index = position // seq_len
+        expected += sample_index < sample_count and position + len(document) - 1 <= (sample_index + 1) * seq_len
         position += len(document)
-    each = iter(documents)
-    tokens = [np.array(sum((next(each) for _ in part), []), int) for part in parts]
-    stream = stream_of(tmp_path_factory.mktemp("parts"), tokens)
-    found = sum(whole_documents(c.stream.read(), c.samples, seq_len, START) for c in plan_concat(stream, seq_len, rows))
-    assert found == whole
+    document_iterator = iter(documents)
+    tokens = [np.array(sum((next(document_iterator) for _ in part), []), int) for part in parts]
+    stream = write_stream(tmp_path_factory.mktemp("parts"), tokens)
+    actual = sum(
+        count_whole_documents(c.stream.read(), c.samples, seq_len, START) for c in plan_concat(stream, seq_len, rows)
+    )
+    assert actual == expected
 
 
 @given(data=st.data(), lengths=st.lists(st.integers(0, 9), max_size=5))
-def test_any_stretch_of_a_stream_is_read_across_its_parts(tmp_path_factory, data, lengths):
+def test_stream_reads_any_range_across_its_parts(tmp_path_factory, data, lengths):
     tokens = np.arange(sum(lengths)) + 10
-    stream = stream_of(tmp_path_factory.mktemp("parts"), np.split(tokens, np.cumsum(lengths)[:-1]) if lengths else [])
+    stream = write_stream(
+        tmp_path_factory.mktemp("parts"), np.split(tokens, np.cumsum(lengths)[:-1]) if lengths else []
+    )
     start = data.draw(st.integers(0, len(tokens)))
     stop = data.draw(st.integers(start, len(tokens)))
-    assert stream.part(start, stop).read().tolist() == tokens[start:stop].tolist()
+    assert stream.substream(start, stop).read().tolist() == tokens[start:stop].tolist()

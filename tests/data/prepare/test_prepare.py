@@ -1,4 +1,4 @@
-"""The data pipeline on a real cluster."""
+"""Tests of the data pipeline on a real cluster."""
 
 import base64
 import filecmp
@@ -25,7 +25,7 @@ from mhmoe_ray.data.tokenizer import END_OF_TEXT, load_tokenizer
 from mhmoe_ray.spec import PhaseSpec, RunSpec, SourceMix, dump_spec
 from mhmoe_ray.storage import describe_file
 from mhmoe_ray.train.worker import sample_digest
-from tests.data.shards.test_verify import make_folders, told
+from tests.data.shards.test_verify import expected_reports, make_folders
 from tests.data.texts import write_corpus, write_documents
 from tests.specs import tiny_spec
 
@@ -35,35 +35,34 @@ ALPHA = {"sources": {"web": {"path": "raw", "alpha": 0.5}}, "validation_fraction
 TRAIN = {"steps": 60, "micro_batches": 4, "micro_batch_size": 2}
 
 
-def on_cluster(cluster, *args, ends="SUCCEEDED", **env):
-    """Run a module of this Python as a job of the cluster, in our working directory; return the lines that it
-    prints."""
+def run_on_cluster(cluster, *args, expected_status="SUCCEEDED", **env):
+    """Run a module as a job of the cluster, in our working directory, and return the lines that it prints."""
     connection, job = connect(cluster.address), f"test-{secrets.token_hex(4)}"
     environment = {"env_vars": {"PYTHONPATH": str(Path.cwd()), **env}}
-    jobs.submit(connection, jobs.request(["-m", *map(str, args)], job, local=True, runtime_env=environment))
+    jobs.submit(connection, jobs.job_request(["-m", *map(str, args)], job, local=True, runtime_env=environment))
     lines = list(jobs.follow_logs(connection, job))
-    assert jobs.status(connection, job) == ends, "\n".join(lines)
+    assert jobs.status(connection, job) == expected_status, "\n".join(lines)
     return lines
 
 
-def in_folder(spec, folder, **data):
-    """Return the spec of the same preparation into another folder."""
+def spec_in_folder(spec, folder, **data):
+    """Return a copy of a spec that prepares into another folder."""
     return spec.model_copy(update={"data": spec.data.model_copy(update={"prepared": folder, **data})})
 
 
-def assert_same_files(one, other):
-    names = sorted(str(p.relative_to(one)) for p in one.rglob("*") if p.is_file())
-    assert names == sorted(str(p.relative_to(other)) for p in other.rglob("*") if p.is_file())
+def assert_same_files(first_folder, second_folder):
+    names = sorted(str(p.relative_to(first_folder)) for p in first_folder.rglob("*") if p.is_file())
+    assert names == sorted(str(p.relative_to(second_folder)) for p in second_folder.rglob("*") if p.is_file())
     assert len(names) == 7, names
-    assert filecmp.cmpfiles(one, other, names, shallow=False)[1:] == ([], [])
+    assert filecmp.cmpfiles(first_folder, second_folder, names, shallow=False)[1:] == ([], [])
 
 
-SPELT = [f"{i} <|endoftext|>, they wrote<|endoftext|>" for i in range(40)]
+END_OF_TEXT_DOCUMENTS = [f"{i} <|endoftext|>, they wrote<|endoftext|>" for i in range(40)]
 
 
-def spelt_spec(folder, **keys):
-    """Write documents that spell the end of text, and return a spec of them."""
-    write_documents(folder / "raw/a/one.jsonl", SPELT)
+def end_of_text_spec(folder, **keys):
+    """Write documents with the end-of-text token's text in them, and return a spec of them."""
+    write_documents(folder / "raw/a/one.jsonl", END_OF_TEXT_DOCUMENTS)
     lines = (base64.b64encode(bytes([byte])) + b" %d\n" % byte for byte in range(256))
     (folder / "ranks").write_bytes(b"".join(lines))
     return tiny_spec(folder, data={"validation_fraction": 0.2, "seq_len": 8, **keys})
@@ -71,186 +70,203 @@ def spelt_spec(folder, **keys):
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-    """Write raw text; return its spec and its texts by domain."""
+    """Write raw text and return its spec and its texts by domain."""
     folder = tmp_path_factory.mktemp("corpus")
     texts = write_corpus(folder / "raw")
     return tiny_spec(folder, data=ALPHA, train=TRAIN), texts
 
 
-class Killed(NamedTuple):
-    """The state that a killed job has left."""
+class KilledJob(NamedTuple):
+    """State of a preparation whose job was killed."""
 
     spec: RunSpec
-    made: bool
-    """Whether its prepared folder exists."""
+    is_published: bool
+    """The prepared folder exists."""
     stage: str
-    parts: int
+    part_count: int
 
 
 @pytest.fixture(scope="module")
-def killed(corpus, local_cluster, tmp_path_factory):
+def killed_job(corpus, local_cluster, tmp_path_factory):
     folder = tmp_path_factory.mktemp("killed")
-    spec = in_folder(corpus[0], folder / "again")
-    on_cluster(
-        local_cluster, "tests.data.prepare.prepare_and_die", 3, ends="FAILED", **PrepareRequest.of(spec).environment
+    spec = spec_in_folder(corpus[0], folder / "again")
+    run_on_cluster(
+        local_cluster,
+        "tests.data.prepare.prepare_and_die",
+        3,
+        expected_status="FAILED",
+        **PrepareRequest.from_spec(spec).environment,
     )
-    made = spec.data.prepared.exists()
+    is_published = spec.data.prepared.exists()
     [work] = folder.iterdir()
-    return Killed(spec, made, read_progress(work).stage, len(list(work.glob("parts/*/*.json"))))
+    return KilledJob(spec, is_published, read_progress(work).stage, len(list(work.glob("parts/*/*.json"))))
 
 
-class Made(NamedTuple):
-    """The results of the one job that does all tasks."""
+class Results(NamedTuple):
+    """Results of the job that runs all tasks."""
 
     spec: RunSpec
     texts: dict[str, list[str]]
-    again: RunSpec
+    serial_spec: RunSpec
     """The same preparation with one task at a time instead of eight, and many chunks of a file instead of one."""
-    fitted: RunSpec
-    fitted_again: RunSpec
-    spelt: dict[str, RunSpec]
-    trained: RunSpec
-    """A training on the data of `spec`."""
-    splits: list[Path]
-    """Files of what workers read of that training."""
-    checked: tuple[Path, ...]
+    best_fit_spec: RunSpec
+    serial_best_fit_spec: RunSpec
+    end_of_text_specs: dict[str, RunSpec]
+    training_spec: RunSpec
+    """Spec of a training on the data of `spec`."""
+    split_paths: list[Path]
+    """Files of the batches that the workers of that training read."""
+    checked_folders: tuple[Path, ...]
     lines: list[str]
 
 
-STEPS, MIDDLE = 1000, 8 * 437
-SPLITS = ["1:0", "2:0", "4:0", f"2:{MIDDLE}", f"4:{MIDDLE}"]
+STEPS, MIDDLE_POSITION = 1000, 8 * 437
+SPLITS = ["1:0", "2:0", "4:0", f"2:{MIDDLE_POSITION}", f"4:{MIDDLE_POSITION}"]
 """Pairs of the number of workers and the position at which they start."""
 
 
 @pytest.fixture(scope="module")
-def made(corpus, killed, local_cluster, tmp_path_factory):
-    """Do in a single job all tasks that need no job of their own."""
+def results(corpus, killed_job, local_cluster, tmp_path_factory):
+    """Run all tasks that need no job for themselves in a single job."""
     folder, (spec, texts) = tmp_path_factory.mktemp("made"), corpus
-    again = in_folder(spec, folder / "again")
-    fitted = in_folder(spec, folder / "fitted", packing="best_fit", seq_len=300)
-    fitted_again = in_folder(fitted, folder / "fitted-again")
-    spelt = {
-        "ranks": spelt_spec(folder / "ranks", tokenizer="ranks", tokenizer_pattern="cl100k"),
-        "unigram": spelt_spec(folder / "unigram", tokenizer_model="unigram"),
+    serial_spec = spec_in_folder(spec, folder / "again")
+    best_fit_spec = spec_in_folder(spec, folder / "fitted", packing="best_fit", seq_len=300)
+    serial_best_fit_spec = spec_in_folder(best_fit_spec, folder / "fitted-again")
+    end_of_text_specs = {
+        "ranks": end_of_text_spec(folder / "ranks", tokenizer="ranks", tokenizer_pattern="cl100k"),
+        "unigram": end_of_text_spec(folder / "unigram", tokenizer_model="unigram"),
     }
     schedule = [PhaseSpec(from_step=300, sources={"web": SourceMix(shares={"a": 3, "c": 1})})]
-    trained = in_folder(spec, spec.data.prepared, schedule=schedule)
-    trained = trained.model_copy(update={"train": spec.train.model_copy(update={"steps": STEPS})})
-    checked = make_folders(folder / "checked")
-    tasks = [("together", s) for s in (spec, fitted, *spelt.values())]
-    tasks += [(split, trained) for split in SPLITS]
-    tasks += [("serially", s) for s in (again, fitted_again, killed.spec)]
-    args = [arg for found in checked for arg in ("check", found)]
-    splits = []
-    for number, (how, task) in enumerate(tasks):
-        path = folder / f"{number}.yaml"
-        path.write_text(dump_spec(task))
-        args += [how, path]
-        if ":" in how:
-            splits.append(path.with_suffix(".json"))
-    lines = on_cluster(local_cluster, "tests.data.prepare.in_one_job", *args)
-    return Made(spec, texts, again, fitted, fitted_again, spelt, trained, splits, checked, lines)
+    training_spec = spec_in_folder(spec, spec.data.prepared, schedule=schedule)
+    training_spec = training_spec.model_copy(update={"train": spec.train.model_copy(update={"steps": STEPS})})
+    checked_folders = make_folders(folder / "checked")
+    tasks = [("together", s) for s in (spec, best_fit_spec, *end_of_text_specs.values())]
+    tasks += [(split, training_spec) for split in SPLITS]
+    tasks += [("serially", s) for s in (serial_spec, serial_best_fit_spec, killed_job.spec)]
+    args = [arg for folder_to_check in checked_folders for arg in ("check", folder_to_check)]
+    split_paths = []
+    for index, (task_name, spec_of_task) in enumerate(tasks):
+        path = folder / f"{index}.yaml"
+        path.write_text(dump_spec(spec_of_task))
+        args += [task_name, path]
+        if ":" in task_name:
+            split_paths.append(path.with_suffix(".json"))
+    lines = run_on_cluster(local_cluster, "tests.data.prepare.in_one_job", *args)
+    return Results(
+        spec,
+        texts,
+        serial_spec,
+        best_fit_spec,
+        serial_best_fit_spec,
+        end_of_text_specs,
+        training_spec,
+        split_paths,
+        checked_folders,
+        lines,
+    )
 
 
-def test_every_document_is_once_in_training_or_validation(made):
-    folder, manifest = made.spec.data.prepared, read_data_manifest(made.spec.data.prepared)
-    tokenizer = load_tokenizer(folder / "tokenizer.json", made.spec.model.vocab_size)
+def test_prepare_writes_every_document_once(results):
+    folder, manifest = results.spec.data.prepared, read_data_manifest(results.spec.data.prepared)
+    tokenizer = load_tokenizer(folder / "tokenizer.json", results.spec.model.vocab_size)
     end = tokenizer.token_to_id(END_OF_TEXT)
     held_out_tokens = 0
-    for domain, documents in made.texts.items():
+    for domain, documents in results.texts.items():
         expected = [[end, *tokenizer.encode(t).ids] for t in documents if not is_validation(t, 0.2)]
         entry = manifest.domains[domain]
         assert (entry.documents, entry.validation_documents) == (len(expected), len(documents) - len(expected))
         stream = np.concatenate(expected)
         assert entry.tokens == len(stream) == 1 + entry.samples * 16 + entry.unused_tokens
-        read = ShardReader(folder, entry.shards, manifest.token_bytes).read(np.arange(entry.samples))
-        assert np.array_equal(read[:, 1:].ravel(), stream[1 : 1 + entry.samples * 16])
+        samples = ShardReader(folder, entry.shards, manifest.token_bytes).read(np.arange(entry.samples))
+        assert np.array_equal(samples[:, 1:].ravel(), stream[1 : 1 + entry.samples * 16])
         assert entry.text_bytes == sum(len(t.encode()) for t in documents)
-        assert (entry.padding, entry.cut_documents) == (0, len(expected))  # none is of 16 tokens
-        held = [1 + len(tokenizer.encode(t).ids) for t in documents if is_validation(t, 0.2)]
-        assert entry.validation_tokens == sum(held)
-        held_out_tokens += sum(held) - bool(held)  # a domain's first token is nobody's target
-    tokens, counts = validation_samples(folder, manifest)
-    assert int(counts.sum()) == manifest.validation_tokens == held_out_tokens
+        assert (entry.padding, entry.cut_documents) == (0, len(expected))  # no document has 16 tokens
+        held_out_lengths = [1 + len(tokenizer.encode(t).ids) for t in documents if is_validation(t, 0.2)]
+        assert entry.validation_tokens == sum(held_out_lengths)
+        held_out_tokens += sum(held_out_lengths) - bool(held_out_lengths)  # a domain's first token is no target
+    tokens, target_mask = validation_samples(folder, manifest)
+    assert int(target_mask.sum()) == manifest.validation_tokens == held_out_tokens
     assert sum(d.validation_samples for d in manifest.domains.values()) == len(tokens)
     assert tokens.max() < padding_token(manifest.token_bytes)
     assert tokenizer.decode([int(t) for t in tokens[0]], skip_special_tokens=False).startswith(END_OF_TEXT)
 
 
-def test_baselines_are_sensible(made):
-    found = read_data_manifest(made.spec.data.prepared).baselines
-    assert 0 < found.bigram < found.unigram_entropy < np.log(300)
+def test_prepare_computes_plausible_baselines(results):
+    baselines = read_data_manifest(results.spec.data.prepared).baselines
+    assert 0 < baselines.bigram < baselines.unigram_entropy < np.log(300)
 
 
-def test_the_result_does_not_depend_on_parallelism(made):
-    assert_same_files(made.spec.data.prepared, made.again.data.prepared)
+def test_prepare_is_independent_of_parallelism(results):
+    assert_same_files(results.spec.data.prepared, results.serial_spec.data.prepared)
 
 
-def test_a_preparation_that_was_killed_goes_on_and_makes_the_same(killed, made):
-    assert not killed.made
-    assert killed.stage == "tokenising"
-    assert killed.parts >= 3
-    [tokens] = re.findall(r"([\d,]+) tokens, ([\d,]+) of them from before", "\n".join(made.lines))
-    every, before = (int(figure.replace(",", "")) for figure in tokens)
-    assert 0 < before < every
-    folder = killed.spec.data.prepared
-    assert_same_files(made.spec.data.prepared, folder)
+def test_prepare_resumes_after_a_killed_job(killed_job, results):
+    assert not killed_job.is_published
+    assert killed_job.stage == "tokenising"
+    assert killed_job.part_count >= 3
+    [tokens] = re.findall(r"([\d,]+) tokens, ([\d,]+) of them from an earlier job", "\n".join(results.lines))
+    all_tokens, reused_tokens = (int(figure.replace(",", "")) for figure in tokens)
+    assert 0 < reused_tokens < all_tokens
+    folder = killed_job.spec.data.prepared
+    assert_same_files(results.spec.data.prepared, folder)
     assert list(folder.parent.iterdir()) == [folder]
 
 
-def test_two_jobs_at_once_make_the_same_and_leave_nothing(made, local_cluster, tmp_path):
-    again = in_folder(made.spec, tmp_path / "again")
+def test_concurrent_jobs_prepare_the_same_files(results, local_cluster, tmp_path):
+    concurrent_spec = spec_in_folder(results.spec, tmp_path / "again")
     run = partial(
-        on_cluster, local_cluster, "tests.data.prepare.prepare_serially", **PrepareRequest.of(again).environment
+        run_on_cluster,
+        local_cluster,
+        "tests.data.prepare.prepare_serially",
+        **PrepareRequest.from_spec(concurrent_spec).environment,
     )
     with ThreadPoolExecutor(2) as pool:
         for job in [pool.submit(run) for _ in range(2)]:
             job.result()
-    assert_same_files(made.spec.data.prepared, again.data.prepared)
-    assert list(tmp_path.iterdir()) == [again.data.prepared]
+    assert_same_files(results.spec.data.prepared, concurrent_spec.data.prepared)
+    assert list(tmp_path.iterdir()) == [concurrent_spec.data.prepared]
 
 
-def test_best_fit_keeps_documents_whole_and_counts_every_token(made):
-    folder, manifest = made.fitted.data.prepared, read_data_manifest(made.fitted.data.prepared)
-    tokenizer = load_tokenizer(folder / "tokenizer.json", made.fitted.model.vocab_size)
+def test_prepare_with_best_fit_keeps_short_documents_whole(results):
+    folder, manifest = results.best_fit_spec.data.prepared, read_data_manifest(results.best_fit_spec.data.prepared)
+    tokenizer = load_tokenizer(folder / "tokenizer.json", results.best_fit_spec.model.vocab_size)
     start, padding = tokenizer.token_to_id(END_OF_TEXT), padding_token(manifest.token_bytes)
-    for domain, documents in made.texts.items():
+    for domain, documents in results.texts.items():
         entry = manifest.domains[domain]
         expected = [[start, *tokenizer.encode(t).ids, start] for t in documents if not is_validation(t, 0.2)]
         assert entry.cut_documents == sum(len(d) - 1 > 300 for d in expected) < len(expected)
-        read = ShardReader(folder, entry.shards, manifest.token_bytes).read(np.arange(entry.samples))
-        assert entry.tokens == entry.samples * 300 - entry.padding == int((read[:, 1:] != padding).sum())
-        rows = ["".join(map(chr, row)) for row in read]
+        samples = ShardReader(folder, entry.shards, manifest.token_bytes).read(np.arange(entry.samples))
+        assert entry.tokens == entry.samples * 300 - entry.padding == int((samples[:, 1:] != padding).sum())
+        rows = ["".join(map(chr, row)) for row in samples]
         for document in expected:
             if len(document) - 1 <= 300:
                 assert any("".join(map(chr, document)) in row for row in rows)
         assert entry.unused_tokens == 0
-    assert_same_files(folder, made.fitted_again.data.prepared)
+    assert_same_files(folder, results.serial_best_fit_spec.data.prepared)
 
 
-def test_a_thousand_steps_are_the_same_for_any_workers_and_where_their_number_changes(made):
-    """The splits have 1, 2 and 4 workers from the start, 2 that go on alone at a step in the middle, and 4 that go on
-    there from 2."""
-    found = {}
-    for path in made.splits:
-        found |= json.loads(path.read_text())
-    assert list(found) == SPLITS
+def test_training_stream_is_independent_of_the_number_of_workers(results):
+    """1, 2 or 4 workers start at the first step; 2 or 4 workers resume at a step in the middle."""
+    batches_by_split = {}
+    for path in results.split_paths:
+        batches_by_split |= json.loads(path.read_text())
+    assert list(batches_by_split) == SPLITS
     positions = np.arange(STEPS * 8).reshape(-1, 2)
-    tokens = TrainingSamples(made.trained).read(positions.ravel()).reshape(len(positions), 2, -1)
+    tokens = TrainingSamples(results.training_spec).read(positions.ravel()).reshape(len(positions), 2, -1)
     expected = [[row.tolist(), sample_digest(t)] for row, t in zip(positions, tokens, strict=True)]
-    for pair, workers in found.items():
-        world, start = map(int, pair.split(":"))
-        wanted = expected[start // 2 :]
-        assert len(workers) == world
+    for split, workers in batches_by_split.items():
+        world_size, start = map(int, split.split(":"))
+        expected_batches = expected[start // 2 :]
+        assert len(workers) == world_size
         for rank, batches in enumerate(workers):
-            assert batches[: len(wanted) // world] == wanted[rank::world]
-            # What a last block holds beyond the end belongs to nobody.
-            assert all(p[0] >= STEPS * 8 for p, _ in batches[len(wanted) // world :])
+            assert batches[: len(expected_batches) // world_size] == expected_batches[rank::world_size]
+            # Samples of the last block after the end of the training are unused.
+            assert all(p[0] >= STEPS * 8 for p, _ in batches[len(expected_batches) // world_size :])
 
 
 @pytest.mark.parametrize("kind", ["ranks", "unigram"])
-def test_documents_that_spell_the_end_of_text_have_one_start_each(made, kind):
-    spec = made.spelt[kind]
+def test_documents_with_end_of_text_in_them_have_one_start_token(results, kind):
+    spec = results.end_of_text_specs[kind]
     manifest = read_data_manifest(spec.data.prepared)
     tokenizer = load_tokenizer(spec.data.prepared / "tokenizer.json", spec.model.vocab_size)
     assert manifest.tokenizer_sha256 == describe_file(spec.data.prepared / "tokenizer.json").sha256
@@ -258,11 +274,15 @@ def test_documents_that_spell_the_end_of_text_have_one_start_each(made, kind):
     rows = ShardReader(spec.data.prepared, domain.shards, manifest.token_bytes).read(np.arange(domain.samples))
     stream = np.append(rows[:, :-1].ravel(), rows[-1, -1])
     parts = tokenizer.decode(stream.tolist(), skip_special_tokens=False).split(END_OF_TEXT)
-    read = np.split(stream, np.flatnonzero(stream == tokenizer.token_to_id(END_OF_TEXT)))[1:]
-    kept = [text for text in SPELT if not is_validation(text, 0.2)]
-    assert [tokenizer.decode(ids[1:].tolist()) for ids in read[:-1]] == kept[: len(read) - 1]
-    assert len(kept) - 1 <= len(read) <= len(kept) < len(parts)
+    token_documents = np.split(stream, np.flatnonzero(stream == tokenizer.token_to_id(END_OF_TEXT)))[1:]
+    training_texts = [text for text in END_OF_TEXT_DOCUMENTS if not is_validation(text, 0.2)]
+    assert [tokenizer.decode(ids[1:].tolist()) for ids in token_documents[:-1]] == training_texts[
+        : len(token_documents) - 1
+    ]
+    assert len(training_texts) - 1 <= len(token_documents) <= len(training_texts) < len(parts)
 
 
-def test_what_is_much_is_checked_by_tasks_of_the_cluster(made):
-    assert [line for line in made.lines if line.startswith(("sound", "prepared file"))] == told(made.checked)
+def test_verification_by_tasks_finds_the_same_problems(results):
+    assert [line for line in results.lines if line.startswith(("sound", "prepared file"))] == expected_reports(
+        results.checked_folders
+    )

@@ -1,79 +1,94 @@
-"""Leftovers of preparations beside a prepared folder, without Ray."""
+"""Tests of the cleanup after preparations, without Ray."""
 
 import os
 
 from mhmoe_ray.data.prepare import work
 from mhmoe_ray.data.prepare.pipeline import prepare
-from mhmoe_ray.data.prepare.work import ALIVE, Workplace, at_work, clear, read_progress, shared_folder
+from mhmoe_ray.data.prepare.work import (
+    ALIVE_FILE,
+    StagingDirectory,
+    clean_up,
+    read_progress,
+    shared_folder,
+    staging_directory,
+)
 from mhmoe_ray.data.shards.manifest import recipe
 from mhmoe_ray.storage import write_json
-from tests.data.shards.manifests import manifest_of
+from tests.data.shards.manifests import make_manifest
 from tests.specs import tiny_spec
 from tests.watch import wait_until
 
 
-def test_leftovers_of_another_folder_stay(tmp_path):
+def test_clean_up_keeps_files_of_other_folders(tmp_path):
     for name in ("prep[12].partial-a", "prep[12].partial-b", "prep1.partial-a", "prep[12]", "prep[12].other"):
         (tmp_path / name / "parts").mkdir(parents=True)
-    clear(tmp_path / "prep[12]")
+    clean_up(tmp_path / "prep[12]")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["prep1.partial-a", "prep[12]", "prep[12].other"]
 
 
-def test_what_a_job_left_that_was_killed_when_all_was_done_is_taken_away(tmp_path):
-    """The job was killed between the rename and the end, where a follower would be shown a running preparation
-    forever."""
+def test_prepare_cleans_up_after_a_job_killed_at_its_end(tmp_path):
+    """A job that was killed after it published its result looks like a running preparation until cleanup."""
     spec = tiny_spec(tmp_path)
-    made = manifest_of({"web/a": 4}, recipe(spec))
-    with at_work(spec) as place:
-        (place.shared / "progress.json").write_text(
+    manifest = make_manifest({"web/a": 4}, recipe(spec))
+    with staging_directory(spec) as staging:
+        (staging.shared_path / "progress.json").write_text(
             '{"stage": "finishing", "done": 1, "total": 1, "documents": 1, "tokens": 1, "found_tokens": 0, '
             '"bytes_per_s": 0.0, "seconds_left": null}'
         )
         assert read_progress(shared_folder(spec))
-        write_json(place.result / "manifest.json", made.model_dump(mode="json"))
-        place.result.rename(spec.data.prepared)
-        assert prepare(spec) == made
+        write_json(staging.result_path / "manifest.json", manifest.model_dump(mode="json"))
+        staging.result_path.rename(spec.data.prepared)
+        assert prepare(spec) == manifest
     assert read_progress(shared_folder(spec)) is None
     assert list(tmp_path.iterdir()) == [spec.data.prepared]
 
 
-def test_what_jobs_left_that_are_dead_is_taken_away_and_what_is_alive_stays(tmp_path, monkeypatch):
-    monkeypatch.setattr(work, "ALIVE_SECONDS", 0.05)
+def test_staging_directory_removes_stale_jobs_only(tmp_path, monkeypatch):
+    monkeypatch.setattr(work, "TOUCH_SECONDS", 0.05)
     spec = tiny_spec(tmp_path)
-    with at_work(spec) as one, at_work(spec) as other:
-        shared = one.shared
-        one.parts.mkdir()
-        dead = left_by_the_dead(shared)
-        wait_until(lambda: not dead.exists(), "its removal")
-        for _ in range(2):  # between two signs of life each job looks around once
-            for job in (one, other):
-                sign = job.own / ALIVE
-                seen = sign.stat().st_mtime_ns
-                wait_until(lambda sign=sign, seen=seen: sign.stat().st_mtime_ns > seen, "its next sign of life")
-        assert {path.name for path in shared.iterdir()} == {one.own.name, other.own.name, "parts"}
-    assert [path.name for path in shared.iterdir()] == ["parts"]
+    with staging_directory(spec) as first_staging, staging_directory(spec) as second_staging:
+        shared_path = first_staging.shared_path
+        first_staging.parts_path.mkdir()
+        stale_folder = make_stale_folder(shared_path)
+        wait_until(lambda: not stale_folder.exists(), "its removal")
+        for _ in range(2):  # each job cleans up once between two heartbeats
+            for job in (first_staging, second_staging):
+                heartbeat_file = job.job_path / ALIVE_FILE
+                previous_time = heartbeat_file.stat().st_mtime_ns
+                wait_until(
+                    lambda heartbeat_file=heartbeat_file, previous_time=previous_time: (
+                        heartbeat_file.stat().st_mtime_ns > previous_time
+                    ),
+                    "its next heartbeat",
+                )
+        assert {path.name for path in shared_path.iterdir()} == {
+            first_staging.job_path.name,
+            second_staging.job_path.name,
+            "parts",
+        }
+    assert [path.name for path in shared_path.iterdir()] == ["parts"]
 
 
-def test_who_was_silent_for_long_is_dead_unless_all_have_been(tmp_path):
-    """A machine or storage that stood still makes all others look dead to the first process that goes on."""
-    place = Workplace(tmp_path, tmp_path / "own")
-    place.own.mkdir()
-    (place.own / ALIVE).touch()
-    silent = left_by_the_dead(place.shared)
-    seen = work._look_around(place, {})
-    os.utime(silent / ALIVE, (1, 1))
-    seen = work._look_around(place, seen)
-    assert silent.exists(), "it gave a sign since"
-    os.utime(place.own / ALIVE, (0, 0))
-    seen = work._look_around(place, seen)
-    assert silent.exists(), "we were as silent"
-    work._look_around(place, seen)
-    assert not silent.exists()
+def test_stale_job_stays_while_our_heartbeat_is_as_old(tmp_path):
+    """A pause of the machine or the storage makes all other jobs look stale to the first job that runs again."""
+    staging = StagingDirectory(tmp_path, tmp_path / "own")
+    staging.job_path.mkdir()
+    (staging.job_path / ALIVE_FILE).touch()
+    stale_folder = make_stale_folder(staging.shared_path)
+    heartbeats = work._touch_and_clean_up(staging, {})
+    os.utime(stale_folder / ALIVE_FILE, (1, 1))
+    heartbeats = work._touch_and_clean_up(staging, heartbeats)
+    assert stale_folder.exists(), "it had a heartbeat since"
+    os.utime(staging.job_path / ALIVE_FILE, (0, 0))
+    heartbeats = work._touch_and_clean_up(staging, heartbeats)
+    assert stale_folder.exists(), "our heartbeat is as old"
+    work._touch_and_clean_up(staging, heartbeats)
+    assert not stale_folder.exists()
 
 
-def left_by_the_dead(shared):
-    dead = shared / "dead"
-    (dead / "prepared" / "train").mkdir(parents=True)
-    (dead / ALIVE).touch()
-    os.utime(dead / ALIVE, (0, 0))
-    return dead
+def make_stale_folder(shared_path):
+    stale_folder = shared_path / "dead"
+    (stale_folder / "prepared" / "train").mkdir(parents=True)
+    (stale_folder / ALIVE_FILE).touch()
+    os.utime(stale_folder / ALIVE_FILE, (0, 0))
+    return stale_folder

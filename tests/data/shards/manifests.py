@@ -1,12 +1,12 @@
-"""Manifests of prepared folders without shards, for tests that need counts alone."""
+"""Manifests of prepared folders without shards, for tests that only need counts."""
 
 from mhmoe_ray.data.shards.manifest import Baselines, DataManifest, Domain
 
 T = 16
 
 
-def manifest_of(samples: dict[str, int], recipe: dict[str, object] | None = None) -> DataManifest:
-    """Return a manifest of domains with these numbers of samples of T + 1 tokens."""
+def make_manifest(samples: dict[str, int], recipe: dict[str, object] | None = None) -> DataManifest:
+    """Return a manifest of domains with the given numbers of samples of T + 1 tokens."""
     domains = {
         name: Domain(
             documents=n,
@@ -25,7 +25,7 @@ def manifest_of(samples: dict[str, int], recipe: dict[str, object] | None = None
         )
         for name, n in samples.items()
     }
-    nothing = Baselines(unigram_entropy=0, bigram=0, bigram_tokens=0)
+    empty_baselines = Baselines(unigram_entropy=0, bigram=0, bigram_tokens=0)
     return DataManifest(
         recipe=recipe or {},
         seq_len=T,
@@ -34,6 +34,6 @@ def manifest_of(samples: dict[str, int], recipe: dict[str, object] | None = None
         domains=domains,
         validation=[],
         validation_tokens=0,
-        baselines=nothing,
+        baselines=empty_baselines,
         bad_lines=0,
     )

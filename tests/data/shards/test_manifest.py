@@ -1,22 +1,22 @@
-"""The recipe that a prepared folder was made with, and the data that it holds now."""
+"""Tests of the recipe and of the data digest of a prepared folder."""
 
 import json
 import shutil
 
 import pytest
 
-from mhmoe_ray.data.shards.manifest import check_recipe, data_digest, read_data_manifest, recipe, require_data_of
-from mhmoe_ray.data.sources.find import fingerprints
+from mhmoe_ray.data.shards.manifest import check_recipe, data_digest, read_data_manifest, recipe, require_matching_data
+from mhmoe_ray.data.sources.find import find_files, fingerprints
 from mhmoe_ray.errors import DataError
-from tests.data.shards.manifests import manifest_of
+from tests.data.shards.manifests import make_manifest
 from tests.data.texts import write_corpus
 from tests.specs import tiny_spec
 
 
-def test_a_given_tokenizer_is_known_by_its_content(tmp_path):
+def test_recipe_identifies_a_tokenizer_by_its_content(tmp_path):
     (tmp_path / "t.json").write_text("one")
     spec = tiny_spec(tmp_path, data={"tokenizer": "t.json"})
-    manifest = manifest_of({}, recipe(spec))
+    manifest = make_manifest({}, recipe(spec))
     check_recipe(tmp_path, manifest, spec)
 
     (tmp_path / "elsewhere.json").write_text("one")
@@ -39,61 +39,62 @@ def test_a_given_tokenizer_is_known_by_its_content(tmp_path):
         ({"tokenizer_train_mb": 3}, "made with tokenizer_train_mb = 20.0, and the spec says 3.0"),
     ],
 )
-def test_another_way_to_train_one_is_another_folder(tmp_path, keys, message):
-    manifest = manifest_of({}, recipe(tiny_spec(tmp_path)))
+def test_check_recipe_rejects_other_tokenizer_settings(tmp_path, keys, message):
+    manifest = make_manifest({}, recipe(tiny_spec(tmp_path)))
     check_recipe(tmp_path, manifest, tiny_spec(tmp_path, data={"tokenizer_model": "bpe", "tokenizer_train_mb": 20}))
     with pytest.raises(DataError, match=message):
         check_recipe(tmp_path, manifest, tiny_spec(tmp_path, data=keys))
 
 
-def test_a_manifest_that_cannot_be_read_now_costs_nobody_the_folder(tmp_path):
+def test_unreadable_manifest_is_reported_without_advice_to_remove_it(tmp_path):
     (tmp_path / "manifest.json").mkdir()
-    with pytest.raises(DataError, match=r"cannot be read \(Is a directory\)") as raised:
+    with pytest.raises(DataError, match=r"cannot be read \(Is a directory\)") as error:
         read_data_manifest(tmp_path)
-    assert "remove" not in str(raised.value)
+    assert "remove" not in str(error.value)
 
 
-def test_a_folder_without_a_whole_manifest_is_none_of_ours(tmp_path):
+def test_folder_without_a_valid_manifest_is_reported(tmp_path):
     assert read_data_manifest(tmp_path / "nowhere") is None
     with pytest.raises(DataError, match=r"it has no manifest\.json; set data\.prepared to another folder"):
         read_data_manifest(tmp_path)
     for content in ('{"recipe": {', "{}", "\xff"):
         (tmp_path / "manifest.json").write_text(content, encoding="latin-1")
-        with pytest.raises(DataError, match=r"is damaged, or another version's; set data\.prepared"):
+        with pytest.raises(DataError, match=r"is damaged, or from another version; set data\.prepared"):
             read_data_manifest(tmp_path)
 
 
-def test_a_checkpoint_counts_in_the_data_it_was_trained_on_and_no_other(tmp_path):
+def test_require_matching_data_rejects_other_data(tmp_path):
     (tmp_path / "manifest.json").write_text('{"recipe": 1}')
-    trained_on = data_digest(tmp_path)
-    require_data_of(trained_on, tmp_path, "or submit a new run")
+    digest = data_digest(tmp_path)
+    require_matching_data(digest, tmp_path, "or submit a new run")
     (tmp_path / "manifest.json").write_text('{"recipe": 2}')
     with pytest.raises(
         DataError, match=r"it is not what .* was trained on; restore the folder .*, or submit a new run"
     ):
-        require_data_of(trained_on, tmp_path, "or submit a new run")
+        require_matching_data(digest, tmp_path, "or submit a new run")
 
 
-def test_text_that_was_moved_is_the_same_and_other_text_is_not(tmp_path):
+def test_check_recipe_accepts_moved_text_and_rejects_other_text(tmp_path):
     write_corpus(tmp_path / "old/raw")
     spec = tiny_spec(tmp_path / "old")
-    manifest = manifest_of({}, recipe(spec)).model_copy(update={"fingerprints": fingerprints(spec.data)})
+    source_hashes = fingerprints(spec.data, find_files(spec.data))
+    manifest = make_manifest({}, recipe(spec)).model_copy(update={"fingerprints": source_hashes})
     shutil.copytree(tmp_path / "old", tmp_path / "new")
-    moved = tiny_spec(tmp_path / "new")
-    check_recipe(tmp_path, manifest, moved)
+    moved_spec = tiny_spec(tmp_path / "new")
+    check_recipe(tmp_path, manifest, moved_spec)
     with pytest.raises(DataError, match="it was made with sources = "):  # a folder of an earlier version
-        check_recipe(tmp_path, manifest.model_copy(update={"fingerprints": {}}), moved)
+        check_recipe(tmp_path, manifest.model_copy(update={"fingerprints": {}}), moved_spec)
 
     file = next((tmp_path / "new/raw").rglob("*.jsonl"))
     file.write_bytes(b"x" + file.read_bytes()[1:])
     with pytest.raises(DataError, match=r"it was made with sources = .*old/raw.*, and the spec says .*new/raw"):
-        check_recipe(tmp_path, manifest, moved)
+        check_recipe(tmp_path, manifest, moved_spec)
     check_recipe(tmp_path, manifest, spec)
-    shutil.rmtree(tmp_path / "old/raw")  # where it was made from, nothing needs the text any more
+    shutil.rmtree(tmp_path / "old/raw")  # the folder with the original spec needs no text any more
     check_recipe(tmp_path, manifest, spec)
 
 
-def test_checkpoints_know_data_by_what_it_holds_and_not_by_where_its_text_lay(tmp_path):
+def test_data_digest_depends_on_content_and_not_on_paths(tmp_path):
     def digest(path, fingerprint, seq_len=16):
         manifest = {"recipe": {"sources": {"web": path}, "seq_len": seq_len}, "fingerprints": {"web": fingerprint}}
         (tmp_path / "manifest.json").write_text(json.dumps(manifest))

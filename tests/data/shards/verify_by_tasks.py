@@ -1,4 +1,4 @@
-"""Report in one line whether a prepared folder is sound, also with the tasks that check large folders."""
+"""Reports on prepared folders, also by the tasks that verify large folders."""
 
 from pathlib import Path
 
@@ -7,8 +7,8 @@ from mhmoe_ray.data.shards.manifest import read_data_manifest
 from mhmoe_ray.errors import DataError
 
 
-def problem_of(folder: Path) -> str:
-    """Return the first problem of a prepared folder, or that it is sound."""
+def verification_report(folder: Path) -> str:
+    """Return the first problem of a prepared folder, or "sound" if it has none."""
     manifest = read_data_manifest(folder)
     assert manifest is not None
     try:
@@ -18,10 +18,10 @@ def problem_of(folder: Path) -> str:
     return "sound"
 
 
-def problem_by_tasks(folder: Path) -> str:
-    """Return the same as `problem_of`, found by tasks of a running Ray.
+def verification_report_by_tasks(folder: Path) -> str:
+    """Return the report of `verification_report` from tasks of a running Ray.
 
-    Later checks of this process use tasks too, since every folder then counts as large.
+    Later verifications in this process use tasks too, because every folder then counts as large.
     """
-    files.LITTLE = 0
-    return problem_of(folder)
+    files.LOCAL_CHECK_BYTES = 0
+    return verification_report(folder)

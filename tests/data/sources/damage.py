@@ -1,4 +1,4 @@
-"""Damage to bytes at drawn places, and the parts that are known to be untouched afterwards."""
+"""Random damage to bytes, and the check whether a part of them is untouched."""
 
 from typing import NamedTuple
 
@@ -6,44 +6,47 @@ from hypothesis import strategies as st
 
 
 class Edit(NamedTuple):
-    """A replacement of `removed` bytes by `added` at a place of the original."""
+    """A replacement of `removed_count` bytes by `inserted` at an offset of the original bytes."""
 
-    at: int
-    removed: int
-    added: bytes
+    offset: int
+    removed_count: int
+    inserted: bytes
 
 
-def edits(size: int) -> st.SearchStrategy[list[Edit]]:
-    """Return a strategy for changes, deletions, insertions and truncations that do not overlap, in ascending order."""
-    junk = st.one_of(
+def edit_lists(size: int) -> st.SearchStrategy[list[Edit]]:
+    """Return a strategy for lists of edits that do not overlap, in ascending order.
+
+    The edits are changes, deletions, insertions and truncations.
+    """
+    inserted_bytes = st.one_of(
         st.binary(max_size=12), st.sampled_from([b"\n", b'"', b"\0" * 64, b"\xff", b"\xef\xbb\xbf", b"\r\n", b"}{"])
     )
-    near_the_end = st.integers(0, min(64, size)).map(lambda back: size - back)
-    one = st.builds(
+    offsets_near_end = st.integers(0, min(64, size)).map(lambda distance: size - distance)
+    edit = st.builds(
         Edit,
-        at=st.one_of(st.integers(0, size), near_the_end),
-        removed=st.sampled_from([0, 1, 1, 2, 7, 50, size]),
-        added=junk,
+        offset=st.one_of(st.integers(0, size), offsets_near_end),
+        removed_count=st.sampled_from([0, 1, 1, 2, 7, 50, size]),
+        inserted=inserted_bytes,
     )
-    return st.lists(one, min_size=1, max_size=4).map(lambda drawn: _apart(sorted(drawn), size))
+    return st.lists(edit, min_size=1, max_size=4).map(lambda drawn_edits: _drop_overlaps(sorted(drawn_edits), size))
 
 
-def _apart(drawn: list[Edit], size: int) -> list[Edit]:
-    kept: list[Edit] = []
-    for edit in drawn:
-        removed = min(edit.removed, size - edit.at)
-        if kept and edit.at <= kept[-1].at + kept[-1].removed:
+def _drop_overlaps(sorted_edits: list[Edit], size: int) -> list[Edit]:
+    separate_edits: list[Edit] = []
+    for edit in sorted_edits:
+        removed_count = min(edit.removed_count, size - edit.offset)
+        if separate_edits and edit.offset <= separate_edits[-1].offset + separate_edits[-1].removed_count:
             continue
-        kept.append(edit._replace(removed=removed))
-    return kept
+        separate_edits.append(edit._replace(removed_count=removed_count))
+    return separate_edits
 
 
-def damaged(data: bytes, made: list[Edit]) -> bytes:
-    for edit in reversed(made):
-        data = data[: edit.at] + edit.added + data[edit.at + edit.removed :]
+def apply_edits(data: bytes, edits: list[Edit]) -> bytes:
+    for edit in reversed(edits):
+        data = data[: edit.offset] + edit.inserted + data[edit.offset + edit.removed_count :]
     return data
 
 
-def untouched(start: int, end: int, made: list[Edit]) -> bool:
-    """Return whether the bytes start .. end - 1 and the edges before and after them are as they were."""
-    return all(edit.at + edit.removed < start or edit.at > end for edit in made)
+def is_untouched(start: int, end: int, edits: list[Edit]) -> bool:
+    """Return whether no edit touches the bytes start .. end - 1 or the edges of this range."""
+    return all(edit.offset + edit.removed_count < start or edit.offset > end for edit in edits)

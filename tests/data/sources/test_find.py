@@ -3,19 +3,19 @@ from pathlib import Path
 
 import pytest
 
-from mhmoe_ray.data.sources import RawFile, Reason, blocks_of, find_files
+from mhmoe_ray.data.sources import RawFile, Reason, file_blocks, find_files
 from mhmoe_ray.errors import DataError, SpecError
-from mhmoe_ray.spec import DataSpec, checked
-from tests.data.sources.read import bad, data_spec, read, texts
+from mhmoe_ray.spec import DataSpec, validate_section
+from tests.data.sources.read import bad_lines, data_spec, document_texts, read_source
 from tests.data.texts import write_corpus, write_documents
 from tests.specs import tiny_spec
 
 
-def found(path, **source) -> list[tuple[str, str]]:
+def domains_and_names(path, **source) -> list[tuple[str, str]]:
     return [(f.domain, f.path.rpartition("/")[2]) for f in find_files(data_spec(path, **source))]
 
 
-def test_files_are_found_by_domain_in_the_order_of_their_names(tmp_path):
+def test_find_files_sorts_files_by_path(tmp_path):
     write_corpus(tmp_path / "raw")
     files = find_files(tiny_spec(tmp_path).data)
     assert [f.domain for f in files] == ["web/a", "web/a", "web/b", "web/c"]
@@ -23,14 +23,14 @@ def test_files_are_found_by_domain_in_the_order_of_their_names(tmp_path):
     assert all(f.size == Path(f.path).stat().st_size for f in files)
 
 
-def test_a_subfolder_is_a_domain_whatever_lies_deeper(tmp_path):
+def test_find_files_makes_a_domain_of_each_subfolder(tmp_path):
     for name in ("b/2023-06/x.jsonl", "a/z.jsonl", "a-b/y.jsonl", "top.jsonl", ".git/w.jsonl", "b/_tmp/v.jsonl"):
         write_documents(tmp_path / name, ["text"])
     (tmp_path / "a" / "README.txt").write_text("not data")
-    assert found(tmp_path) == [
+    assert domains_and_names(tmp_path) == [
         *(("web/a", "z.jsonl"), ("web/a-b", "y.jsonl"), ("web/b", "x.jsonl"), ("web/all", "top.jsonl")),
     ]
-    assert found(tmp_path, shares={"b": 1}) == [("web/b", "x.jsonl")]
+    assert domains_and_names(tmp_path, shares={"b": 1}) == [("web/b", "x.jsonl")]
 
 
 @pytest.mark.parametrize(
@@ -45,128 +45,130 @@ def test_a_subfolder_is_a_domain_whatever_lies_deeper(tmp_path):
         ("b/part-00.jsonl", ["all/part-00.jsonl"]),
     ],
 )
-def test_patterns_and_single_files(tmp_path, pattern, expected):
+def test_find_files_takes_patterns_and_single_files(tmp_path, pattern, expected):
     for name in ("a/part-00", "a/part-01", "a/part-10", "b/part-00", "b/deep/deep"):
         write_documents(tmp_path / f"{name}.jsonl", ["text"])
-    files = [f"{domain.removeprefix('web/')}/{name}" for domain, name in found(tmp_path / pattern)]
+    files = [f"{domain.removeprefix('web/')}/{name}" for domain, name in domains_and_names(tmp_path / pattern)]
     assert files == expected
 
 
-def test_a_pattern_that_is_none_is_said(tmp_path):
+def test_find_files_reports_a_wrong_pattern(tmp_path):
     write_documents(tmp_path / "a.jsonl", ["text"])
     with pytest.raises(DataError, match=r"pattern \[z-a\]\*: bad character range z-a; correct it"):
-        found(tmp_path / "[z-a]*")
+        domains_and_names(tmp_path / "[z-a]*")
 
 
-def test_a_source_has_no_slash_in_its_name():
-    """A slash ends the source in the name of a domain."""
+def test_source_name_with_a_slash_is_rejected():
+    """A slash separates the source from the folder in the name of a domain."""
     with pytest.raises(SpecError, match=r"sources\.wiki/en\..*should match pattern"):
-        checked(DataSpec, {"sources": {"wiki/en": {"path": "x"}}, "prepared": "p", "seq_len": 8}, "spec")
+        validate_section(DataSpec, {"sources": {"wiki/en": {"path": "x"}}, "prepared": "p", "seq_len": 8}, "spec")
 
 
-def test_a_pattern_and_a_format_take_files_of_any_name(tmp_path):
+def test_find_files_takes_any_suffix_with_a_pattern_and_a_format(tmp_path):
     write_documents(tmp_path / "a" / "shard-1", ["text"])
     with pytest.raises(DataError, match="holds no file ending in"):
-        found(tmp_path)
-    assert texts(read(tmp_path / "a" / "shard-*", format="jsonl")[0]) == ["text"]
-    assert texts(read(tmp_path / "a" / "shard-1", format="jsonl")[0]) == ["text"]
+        domains_and_names(tmp_path)
+    assert document_texts(read_source(tmp_path / "a" / "shard-*", format="jsonl")[0]) == ["text"]
+    assert document_texts(read_source(tmp_path / "a" / "shard-1", format="jsonl")[0]) == ["text"]
     write_documents(tmp_path / "a" / "shard-2", ["text"])
     for pattern in ("shard-*", "shard-?", "shard-[12]"):
-        assert texts(read(tmp_path / "a" / pattern, format="jsonl")[0]) == ["text", "text"]
+        assert document_texts(read_source(tmp_path / "a" / pattern, format="jsonl")[0]) == ["text", "text"]
 
 
-def test_a_folder_may_be_named_like_a_pattern(tmp_path):
+def test_find_files_accepts_a_folder_named_like_a_pattern(tmp_path):
     write_documents(tmp_path / "[en]" / "f.jsonl", ["text"])
-    assert found(tmp_path / "[en]") == [("web/all", "f.jsonl")]
+    assert domains_and_names(tmp_path / "[en]") == [("web/all", "f.jsonl")]
 
 
-def test_links_are_followed_and_a_circle_ends(tmp_path):
+def test_find_files_follows_links_once(tmp_path):
     write_documents(tmp_path / "elsewhere" / "f.jsonl", ["linked"])
     (tmp_path / "raw").mkdir()
     (tmp_path / "raw" / "a").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "elsewhere" / "up").symlink_to(tmp_path / "raw")
     (tmp_path / "elsewhere" / "self").symlink_to(".")
-    assert texts(read(tmp_path / "raw")[0]) == ["linked"]
+    assert document_texts(read_source(tmp_path / "raw")[0]) == ["linked"]
 
 
-def test_what_preparing_leaves_below_a_source_is_no_part_of_it(tmp_path):
+def test_find_files_ignores_the_prepared_folder(tmp_path):
     for name in ("a", "out-of-print"):
         write_documents(tmp_path / "raw" / name / "f.jsonl", ["text"])
     (tmp_path / "linked").symlink_to("raw")
     sources = {name: {"path": path} for name, path in {"whole": "raw", "link": "linked", "some": "raw/**"}.items()}
     spec = tiny_spec(tmp_path, data={"sources": sources, "prepared": "raw/out"}).data
-    before = find_files(spec)
+    expected_files = find_files(spec)
     for name in ("out/quarantine.jsonl", "out.partial-0a1b/parts/00.tokens", "out.partial-0a1b/c2/quarantine/0.jsonl"):
         write_documents(tmp_path / "raw" / name, ["text"])
-    assert find_files(spec) == before
-    assert {file.domain for file in before} == {f"{name}/{sub}" for name in sources for sub in ("a", "out-of-print")}
+    assert find_files(spec) == expected_files
+    assert {file.domain for file in expected_files} == {
+        f"{name}/{sub}" for name in sources for sub in ("a", "out-of-print")
+    }
 
 
-def test_nor_is_what_was_prepared_with_other_settings(tmp_path):
+def test_find_files_ignores_other_prepared_folders(tmp_path):
     write_documents(tmp_path / "raw" / "a" / "f.jsonl", ["text"])
     write_documents(tmp_path / "raw" / "b" / "manifest.json", ["text"])
     write_documents(tmp_path / "raw" / "b" / "g.jsonl", ["text"])
-    before = find_files(tiny_spec(tmp_path).data)
+    expected_files = find_files(tiny_spec(tmp_path).data)
     for name in ("manifest.json", "tokenizer.json", "quarantine.jsonl", "train/00000.arrow"):
         write_documents(tmp_path / "raw" / "prepared-2048" / name, ["text"])
     write_documents(tmp_path / "raw" / "prepared-512.partial-0a1b2c3d" / "d4" / "quarantine" / "0.jsonl", ["text"])
-    assert find_files(tiny_spec(tmp_path).data) == before
-    assert {file.domain for file in before} == {"web/a", "web/b"}
+    assert find_files(tiny_spec(tmp_path).data) == expected_files
+    assert {file.domain for file in expected_files} == {"web/a", "web/b"}
     for pattern in ("raw/**/*.jsonl", "raw/*/*.jsonl"):
-        assert {name for _, name in found(tmp_path / pattern)} == {"f.jsonl", "g.jsonl"}
+        assert {name for _, name in domains_and_names(tmp_path / pattern)} == {"f.jsonl", "g.jsonl"}
 
 
-def test_names_that_no_storage_has_are_said(tmp_path):
+def test_find_files_reports_impossible_paths(tmp_path):
     for path in ("s3:///data", "gs://", str(tmp_path / "a\0b")):
         spec = tiny_spec(tmp_path, data={"sources": {"web": {"path": path}}}).data
         with pytest.raises(DataError, match=r"^source web: .* cannot be listed: .*; correct data.sources"):
             find_files(spec)
 
 
-def test_files_that_are_small_and_many_share_blocks():
-    def files(*sizes):
+def test_file_blocks_put_many_small_files_together():
+    def make_files(*sizes):
         return [RawFile("web/a", f"/{i}", size, "jsonl") for i, size in enumerate(sizes)]
 
-    def rows(*sizes):
-        blocks = blocks_of(files(*sizes))
+    def row_counts(*sizes):
+        blocks = file_blocks(make_files(*sizes))
         assert [row["number"] for block in blocks for row in block.to_pylist()] == list(range(len(sizes)))
         return [block.num_rows for block in blocks]
 
-    assert rows(*[1 << 30] * 7) == [1] * 7
-    assert rows(*[100] * 1000) == [1] * 1000
-    assert rows(*[100] * 100_000) == [100] * 1000
-    assert rows(*[1 << 20] * 10_000) == [4] * 2500
-    assert rows(*[100] * 10_000, *[8 << 20] * 5)[-5:] == [2, 1, 1, 1, 1]
+    assert row_counts(*[1 << 30] * 7) == [1] * 7
+    assert row_counts(*[100] * 1000) == [1] * 1000
+    assert row_counts(*[100] * 100_000) == [100] * 1000
+    assert row_counts(*[1 << 20] * 10_000) == [4] * 2500
+    assert row_counts(*[100] * 10_000, *[8 << 20] * 5)[-5:] == [2, 1, 1, 1, 1]
 
 
-@pytest.mark.parametrize(("to", "detail"), [("nowhere", "not there any more"), ("g.jsonl", "Failed to open")])
-def test_a_link_to_nothing_or_to_itself_is_a_file_that_vanished(tmp_path, to, detail):
+@pytest.mark.parametrize(("target", "detail"), [("nowhere", "no longer exists"), ("g.jsonl", "Failed to open")])
+def test_broken_link_is_a_damaged_file(tmp_path, target, detail):
     write_documents(tmp_path / "a" / "f.jsonl", ["text"])
-    (tmp_path / "a" / "g.jsonl").symlink_to(to)
-    items, tally = read(tmp_path)
-    assert (texts(items), bad(items)) == (["text"], [(1, Reason.LOST)])
+    (tmp_path / "a" / "g.jsonl").symlink_to(target)
+    items, tally = read_source(tmp_path)
+    assert (document_texts(items), bad_lines(items)) == (["text"], [(1, Reason.PART_LOST)])
     assert detail in items[-1].detail
     assert tally.damaged == 1
 
 
-def test_a_name_that_is_not_text_is_said_where_its_file_is_wanted(tmp_path):
+def test_find_files_reports_a_name_that_is_not_utf8(tmp_path):
     write_documents(tmp_path / "a" / "f.jsonl", ["text"])
     (tmp_path / "b").mkdir()
     for name in (b"a/\xe9.txt", b"b/caf\xe9.jsonl"):
         (tmp_path / os.fsdecode(name)).touch()
-    assert found(tmp_path, shares={"a": 1}) == [("web/a", "f.jsonl")]
+    assert domains_and_names(tmp_path, shares={"a": 1}) == [("web/a", "f.jsonl")]
     with pytest.raises(DataError, match=r"source web: the name of .*/b/caf\\udce9\.jsonl is not UTF-8; rename it") as e:
-        found(tmp_path)
+        domains_and_names(tmp_path)
     assert str(e.value).isascii()
 
 
-def test_a_pipe_is_no_file(tmp_path):
+def test_find_files_ignores_a_pipe(tmp_path):
     write_documents(tmp_path / "a" / "f.jsonl", ["text"])
     os.mkfifo(tmp_path / "a" / "g.jsonl")
-    assert texts(read(tmp_path)[0]) == ["text"]
+    assert document_texts(read_source(tmp_path)[0]) == ["text"]
 
 
-def test_missing_folders_and_domains_are_named(tmp_path):
+def test_find_files_names_missing_folders_and_domains(tmp_path):
     with pytest.raises(DataError, match=r"source web: there is no folder .*/raw; .* mhmoe data sample"):
         find_files(tiny_spec(tmp_path).data)
     (tmp_path / "raw" / "x").mkdir(parents=True)
@@ -183,25 +185,25 @@ def test_missing_folders_and_domains_are_named(tmp_path):
         find_files(tiny_spec(tmp_path, data=shares).data)
 
 
-def test_what_cannot_be_told_by_its_name_must_be_named(tmp_path):
+def test_find_files_needs_a_format_for_mixed_files(tmp_path):
     write_documents(tmp_path / "a" / "f.jsonl", ["text"])
     (tmp_path / "a" / "g.parquet").touch()
     with pytest.raises(DataError, match="formats jsonl and parquet; name one"):
-        found(tmp_path)
-    assert found(tmp_path, format="jsonl") == [("web/a", "f.jsonl")]
+        domains_and_names(tmp_path)
+    assert domains_and_names(tmp_path, format="jsonl") == [("web/a", "f.jsonl")]
     with pytest.raises(DataError, match="is a file of format text"):
-        found(tmp_path, format="text")
+        domains_and_names(tmp_path, format="text")
     (tmp_path / "a" / "g.parquet").unlink()
-    with pytest.raises(DataError, match=r"filters go by .* take the key out of data\.sources\.web"):
-        found(tmp_path, filters={"gopher": True})
+    with pytest.raises(DataError, match=r"filters go by .* remove the key from data\.sources\.web"):
+        domains_and_names(tmp_path, filters={"gopher": True})
 
 
 @pytest.mark.parametrize("path", ["ftp://host/folder", "hdfs://host/folder"])
-def test_other_schemes_are_refused(path):
+def test_find_files_rejects_unknown_schemes(path):
     with pytest.raises(DataError, match="is not known; use a local path, s3:// or gs://"):
-        found(path)
+        domains_and_names(path)
 
 
-def test_a_local_path_may_be_a_uri(tmp_path):
+def test_find_files_accepts_a_file_uri(tmp_path):
     write_documents(tmp_path / "f.jsonl", ["text"])
-    assert texts(read(f"file://{tmp_path}")[0]) == ["text"]
+    assert document_texts(read_source(f"file://{tmp_path}")[0]) == ["text"]

@@ -4,19 +4,19 @@ import tracemalloc
 
 import pytest
 
-from mhmoe_ray.data.sources import Document, Reading, Reason, find_files
-from tests.data.sources.read import bad, data_spec, read, texts
-from tests.data.texts import documents, write_documents, write_lines
+from mhmoe_ray.data.sources import Document, FileReader, Reason, find_files
+from tests.data.sources.read import bad_lines, data_spec, document_texts, read_source
+from tests.data.texts import make_documents, write_documents, write_lines
 
 GOOD = json.dumps({"text": "fine"}).encode()
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.zst", ".jsonl.gz", ".json.gz", ".json.zst", ".ndjson"])
-def test_every_form_of_file_gives_its_texts(tmp_path, suffix):
-    expected = [*documents("x", 5), "línea\nsecond", "漢字 \u2028 inside", "NUL \0 is Unicode"]
+def test_reader_yields_texts_of_all_suffixes(tmp_path, suffix):
+    expected = [*make_documents("x", 5), "línea\nsecond", "漢字 \u2028 inside", "NUL \0 is Unicode"]
     write_documents(tmp_path / f"f{suffix}", expected)
-    items, tally = read(tmp_path)
-    assert texts(items) == expected
+    items, tally = read_source(tmp_path)
+    assert document_texts(items) == expected
     assert [i.line for i in items] == list(range(1, 9))
     assert (tally.files, tally.bytes_read) == (1, (tmp_path / f"f{suffix}").stat().st_size)
     assert tally.text_bytes == tally.bytes_read * (3 if suffix.endswith(("gz", "zst")) else 1)
@@ -37,10 +37,10 @@ DOMAINS = {
 }
 
 
-def test_the_seven_domains_of_redpajama_1t(tmp_path):
+def test_reader_reads_the_domains_of_redpajama_1t(tmp_path):
     for name, record in DOMAINS.items():
         write_lines(tmp_path / name, [json.dumps(record).encode()])
-    items, _ = read(tmp_path)
+    items, _ = read_source(tmp_path)
     assert [i.text for i in items] == [DOMAINS[name]["text"] for name in sorted(DOMAINS)]
     assert [i.language for i in items] == ["en", None, "en", None, None, "en", "de"]
 
@@ -67,13 +67,15 @@ def test_the_seven_domains_of_redpajama_1t(tmp_path):
         (b'{"text": "' + b"x" * 2000 + b'"}', Reason.TOO_LONG, ""),
     ],
 )
-def test_a_bad_line_is_told_with_its_number_and_the_rest_is_read(tmp_path, line, reason, detail):
+def test_reader_reports_a_bad_line_and_reads_the_others(tmp_path, line, reason, detail):
     path = tmp_path / "f.jsonl"
     write_lines(path, [GOOD, b"", line, GOOD])
-    (first, wrong, last), tally = read(path, max_document_mb=1e-3 if reason is Reason.TOO_LONG else 1)
-    assert (first.text, last) == ("fine", Document("fine", 4))
-    assert (wrong.path, wrong.line, wrong.reason) == (str(path), 3, reason)
-    assert detail in wrong.detail
+    (first_item, bad_line, last_item), tally = read_source(
+        path, max_document_mb=1e-3 if reason is Reason.TOO_LONG else 1
+    )
+    assert (first_item.text, last_item) == ("fine", Document("fine", 4))
+    assert (bad_line.path, bad_line.line, bad_line.reason) == (str(path), 3, reason)
+    assert detail in bad_line.detail
     assert (tally.lines, tally.bad_lines, tally.damaged) == (3, 1, 0)
 
 
@@ -88,28 +90,28 @@ def test_a_bad_line_is_told_with_its_number_and_the_rest_is_read(tmp_path, line,
         b'{"text": "fine", "n": ' + b"9" * 1000 + b"}\n" + GOOD,
     ],
 )
-def test_what_is_unusual_and_yet_readable_is_kept(tmp_path, content):
+def test_reader_accepts_unusual_lines(tmp_path, content):
     (tmp_path / "f.jsonl").write_bytes(content)
-    items, _ = read(tmp_path)
+    items, _ = read_source(tmp_path)
     assert [i.text for i in items] == ["fine", "fine"]
 
 
-def test_bytes_of_text_are_told_as_reading_goes_on(tmp_path):
+def test_tally_counts_bytes_while_reading(tmp_path):
     write_documents(tmp_path / "f.jsonl.gz", [secrets.token_hex(1_000) for _ in range(3_000)])
     [file] = find_files(spec := data_spec(tmp_path))
-    reading = Reading(file, spec)
-    told = {reading.tally.text_bytes for _ in reading}
-    assert len(told) > 2
-    assert max(told) == 3 * file.size
+    reading = FileReader(file, spec)
+    byte_counts = {reading.tally.text_bytes for _ in reading}
+    assert len(byte_counts) > 2
+    assert max(byte_counts) == 3 * file.size
 
 
-def test_a_byte_order_mark_counts_among_the_bytes_of_its_line(tmp_path):
+def test_reader_counts_the_byte_order_mark_in_byte_numbers(tmp_path):
     (tmp_path / "f.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "\xff"}')
-    [wrong] = read(tmp_path)[0]
-    assert (wrong.reason, wrong.detail) == (Reason.NOT_UTF8, "byte 14 of the line")
+    [bad_line] = read_source(tmp_path)[0]
+    assert (bad_line.reason, bad_line.detail) == (Reason.NOT_UTF8, "byte 14 of the line")
 
 
-def test_a_line_too_long_is_never_held_and_those_after_it_are_read(tmp_path):
+def test_reader_skips_a_long_line_without_holding_it(tmp_path):
     path = tmp_path / "f.jsonl"
     with path.open("wb") as f:
         f.write(GOOD + b'\n{"text": "')
@@ -118,22 +120,22 @@ def test_a_line_too_long_is_never_held_and_those_after_it_are_read(tmp_path):
         f.write(b'"}\n' + GOOD + b"\n")
     tracemalloc.start()
     try:
-        items, _ = read(path, max_document_mb=2)
+        items, _ = read_source(path, max_document_mb=2)
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert (texts(items), bad(items)) == (["fine", "fine"], [(2, Reason.TOO_LONG)])
+    assert (document_texts(items), bad_lines(items)) == (["fine", "fine"], [(2, Reason.TOO_LONG)])
     assert items[-1].line == 3
     assert peak < 8e6
-    items, _ = read(path, max_document_mb=50.1)
-    assert [len(t) for t in texts(items)] == [4, 50_000_000, 4]
+    items, _ = read_source(path, max_document_mb=50.1)
+    assert [len(t) for t in document_texts(items)] == [4, 50_000_000, 4]
 
 
-def test_the_key_of_the_text_can_be_named(tmp_path):
+def test_reader_uses_the_text_field_of_the_spec(tmp_path):
     write_lines(tmp_path / "f.jsonl", [b'{"content": "this", "text": "not this"}'])
-    assert texts(read(tmp_path, text_field="content")[0]) == ["this"]
+    assert document_texts(read_source(tmp_path, text_field="content")[0]) == ["this"]
 
 
-def test_an_empty_file_holds_nothing_and_nothing_bad(tmp_path):
+def test_reader_yields_nothing_for_an_empty_file(tmp_path):
     (tmp_path / "f.jsonl").touch()
-    assert read(tmp_path)[0] == []
+    assert read_source(tmp_path)[0] == []

@@ -1,4 +1,4 @@
-"""Files in the published form of RedPajama-V2, made from a few rows."""
+"""Writer of files in the published format of RedPajama-V2."""
 
 import gzip
 import hashlib
@@ -11,22 +11,22 @@ import pyarrow.parquet as pq
 
 from mhmoe_ray.spec.filters import SIGNALS
 
-FINE = {
+GOOD_SIGNALS = {
     **{"rps_doc_word_count": 120.0, "rps_doc_mean_word_length": 4.7, "rps_doc_stop_word_fraction": 0.3},
     **{"ccnet_perplexity": 300.0, "rps_doc_symbol_to_word_ratio": 0.0},
 }
-"""Signals of a document that breaks none of Gopher's rules; those not named are 0."""
+"""Signals of a document that meets all of Gopher's rules; other signals are 0."""
 
 
-def write_v2(root: Path, place: str, rows: list[dict[str, Any]]) -> None:
-    """Write the four files of a place such as `2023-06/0000/en_head`.
+def write_v2_files(root: Path, stem: str, rows: list[dict[str, Any]]) -> None:
+    """Write the four files of a stem such as `2023-06/0000/en_head`.
 
-    Each row has `text`, and may have `signals`, `duplicate` and `bands`. Signals replace those of FINE; a list has one
-    score for each line.
+    Each row has `text`, and may have `signals`, `duplicate` and `bands`. Signals replace those of `GOOD_SIGNALS`. A
+    list has one score for each line.
     """
-    snapshot, _, name = place.split("/")
+    snapshot, _, name = stem.split("/")
     language, bucket = name.split("_")
-    identifiers = [f"{place}.json.gz/{row}" for row in range(len(rows))]
+    identifiers = [f"{stem}.json.gz/{row}" for row in range(len(rows))]
     documents, signals = [], []
     for identifier, row in zip(identifiers, rows, strict=True):
         text = row["text"]
@@ -40,7 +40,7 @@ def write_v2(root: Path, place: str, rows: list[dict[str, Any]]) -> None:
                 **{"perplexity": 300.0, "bucket": bucket},
             }
         )
-        scores = dict.fromkeys(sorted(SIGNALS), 0.0) | FINE | row.get("signals", {})
+        scores = dict.fromkeys(sorted(SIGNALS), 0.0) | GOOD_SIGNALS | row.get("signals", {})
         spans = {
             name: [[i, i + 1, s] for i, s in enumerate(score)] if isinstance(score, list) else [[0, len(text), score]]
             for name, score in scores.items()
@@ -48,19 +48,23 @@ def write_v2(root: Path, place: str, rows: list[dict[str, Any]]) -> None:
         number = int.from_bytes(hashlib.sha1(identifier.encode()).digest()[:8], "big")
         meta = {"cc_segment": "crawl-data/x.wet.gz", "language": language, "snapshot_id": snapshot}
         signals.append({"id": identifier, "id_int": number, "metadata": meta, "quality_signals": spans})
-    _write_lines(root / "documents" / f"{place}.json.gz", documents)
+    _write_lines(root / "documents" / f"{stem}.json.gz", documents)
     if bucket == "tail":
         return
-    _write_lines(root / "quality_signals" / f"{place}.signals.json.gz", signals)
-    listed = [i for i, row in zip(identifiers, rows, strict=True) if row.get("duplicate")]
+    _write_lines(root / "quality_signals" / f"{stem}.signals.json.gz", signals)
+    duplicate_ids = [i for i, row in zip(identifiers, rows, strict=True) if row.get("duplicate")]
     _write_table(
-        root / "duplicates" / f"{place}.duplicates.parquet",
-        {"shard_id": [f"{place}.json.gz"] * len(listed), "doc_id": listed, "digest": ["sha1:"] * len(listed)},
+        root / "duplicates" / f"{stem}.duplicates.parquet",
+        {
+            "shard_id": [f"{stem}.json.gz"] * len(duplicate_ids),
+            "doc_id": duplicate_ids,
+            "digest": ["sha1:"] * len(duplicate_ids),
+        },
     )
     bands = pa.array([row.get("bands") for row in rows], pa.list_(pa.binary()))
-    columns = {"shard_id": [f"{place}.json.gz"] * len(rows), "id": identifiers, "id_int": list(range(len(rows)))}
+    columns = {"shard_id": [f"{stem}.json.gz"] * len(rows), "id": identifiers, "id_int": list(range(len(rows)))}
     columns |= {f"signature_sim{s}": bands for s in ("0.7", "0.8", "0.9", "1.0")}
-    _write_table(root / "minhash" / f"{place}.minhash.parquet", columns)
+    _write_table(root / "minhash" / f"{stem}.minhash.parquet", columns)
 
 
 def _write_lines(path: Path, records: list[dict[str, Any]]) -> None:

@@ -2,13 +2,13 @@ import pytest
 
 from mhmoe_ray.data.tokenizer import Boundaries, boundaries, find_boundaries
 
-from .words import words
+from .words import make_word_tokenizer
 
 
-def test_a_document_has_edges_of_either_kind():
-    assert boundaries(words("a", "<|endoftext|>")) == Boundaries(1, frozenset([1]))
-    assert boundaries(words("a", "<s>", "</s>")) == Boundaries(1, frozenset([1, 2]))
-    assert boundaries(words("<s>", "</s>", "<|endoftext|>")) == Boundaries(2, frozenset([2]))
-    assert find_boundaries(words("a", "<s>")) is None
+def test_boundaries_are_end_of_text_or_a_pair_of_tokens():
+    assert boundaries(make_word_tokenizer("a", "<|endoftext|>")) == Boundaries(1, frozenset([1]))
+    assert boundaries(make_word_tokenizer("a", "<s>", "</s>")) == Boundaries(1, frozenset([1, 2]))
+    assert boundaries(make_word_tokenizer("<s>", "</s>", "<|endoftext|>")) == Boundaries(2, frozenset([2]))
+    assert find_boundaries(make_word_tokenizer("a", "<s>")) is None
     with pytest.raises(ValueError, match="in the tokenizer"):
-        boundaries(words("a", "<s>"))
+        boundaries(make_word_tokenizer("a", "<s>"))

@@ -8,70 +8,72 @@ import pytest
 from hypothesis import given, settings
 
 from mhmoe_ray.data.tokenizer import DocumentEncoder
-from mhmoe_ray.data.tokenizer.train import MAX_WORD, train_bpe, train_unigram
+from mhmoe_ray.data.tokenizer.train import MAX_WORD_BYTES, train_bpe, train_unigram
 
-from .texts import SCRIPTS, texts
+from .texts import SCRIPTS, any_text
 
-TRAIN = {"bpe": train_bpe, "unigram": train_unigram}
-MADE = {name: train(SCRIPTS * 3, 340) for name, train in TRAIN.items()}
-ENCODERS = {name: DocumentEncoder(made) for name, made in MADE.items()}
+TRAIN_FUNCTIONS = {"bpe": train_bpe, "unigram": train_unigram}
+TOKENIZERS = {name: train(SCRIPTS * 3, 340) for name, train in TRAIN_FUNCTIONS.items()}
+ENCODERS = {name: DocumentEncoder(tokenizer) for name, tokenizer in TOKENIZERS.items()}
 
 
-@pytest.mark.parametrize("kind", TRAIN)
+@pytest.mark.parametrize("kind", TRAIN_FUNCTIONS)
 @settings(max_examples=400)
-@given(text=texts)
-def test_any_text_comes_back(kind, text):
+@given(text=any_text)
+def test_trained_tokenizer_decodes_any_text(kind, text):
     [ids] = ENCODERS[kind].encode([text])
-    assert MADE[kind].decode(ids) == text
-    assert MADE[kind].decode(ids[1:], skip_special_tokens=False) == text
+    assert TOKENIZERS[kind].decode(ids) == text
+    assert TOKENIZERS[kind].decode(ids[1:], skip_special_tokens=False) == text
 
 
-@pytest.mark.parametrize("kind", TRAIN)
-def test_a_vocabulary_is_as_large_as_asked_and_never_lacks_a_byte(kind):
-    assert MADE[kind].get_vocab_size() == 340
-    assert [TRAIN[kind](SCRIPTS * 3, size).get_vocab_size() for size in (300, 257, 5)] == [300, 257, 257]
-    empty = TRAIN[kind]([], 300)
-    [ids] = DocumentEncoder(empty).encode(["né <|endoftext|>"])
+@pytest.mark.parametrize("kind", TRAIN_FUNCTIONS)
+def test_training_makes_a_vocabulary_of_the_given_size_with_all_bytes(kind):
+    assert TOKENIZERS[kind].get_vocab_size() == 340
+    assert [TRAIN_FUNCTIONS[kind](SCRIPTS * 3, size).get_vocab_size() for size in (300, 257, 5)] == [300, 257, 257]
+    empty_tokenizer = TRAIN_FUNCTIONS[kind]([], 300)
+    [ids] = DocumentEncoder(empty_tokenizer).encode(["né <|endoftext|>"])
     assert len(ids) == 1 + len("né <|endoftext|>".encode())
-    assert empty.decode(ids) == "né <|endoftext|>"
+    assert empty_tokenizer.decode(ids) == "né <|endoftext|>"
 
 
-@pytest.mark.parametrize("kind", TRAIN)
-def test_frequent_words_become_one_token(kind):
-    made = TRAIN[kind](["the moon rises over the quiet sea"] * 50 + SCRIPTS, 400)
-    assert len(made.encode("the moon rises over the quiet sea").ids) <= 9
+@pytest.mark.parametrize("kind", TRAIN_FUNCTIONS)
+def test_training_makes_tokens_of_frequent_words(kind):
+    tokenizer = TRAIN_FUNCTIONS[kind](["the moon rises over the quiet sea"] * 50 + SCRIPTS, 400)
+    assert len(tokenizer.encode("the moon rises over the quiet sea").ids) <= 9
 
 
-@pytest.mark.parametrize("kind", TRAIN)
-def test_a_run_without_a_break_is_cut_and_spoils_neither_time_nor_vocabulary(kind):
-    """Training over the run's whole length would take time that grows as its square: minutes."""
+@pytest.mark.parametrize("kind", TRAIN_FUNCTIONS)
+def test_training_cuts_a_long_run_without_breaks(kind):
+    """Training on the uncut run would take minutes, because its time grows with the square of the length."""
     run = "ACGT" * 50_000
-    made = TRAIN[kind]([f"the moon {run}", "A" * 5000], 300)
-    assert max(map(len, made.get_vocab())) <= MAX_WORD
-    assert made.decode(made.encode(run).ids) == run
-    # Each is as one word to it, when it has been trained.
-    assert [word for word, _ in made.pre_tokenizer.pre_tokenize_str(run)] == [run]
+    tokenizer = TRAIN_FUNCTIONS[kind]([f"the moon {run}", "A" * 5000], 300)
+    assert max(map(len, tokenizer.get_vocab())) <= MAX_WORD_BYTES
+    assert tokenizer.decode(tokenizer.encode(run).ids) == run
+    # The trained tokenizer does not cut the run.
+    assert [word for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(run)] == [run]
 
 
-ONCE = """
+TRAINING_SCRIPT = """
 import hashlib, sys
 from mhmoe_ray.data.tokenizer.train import train_bpe, train_unigram
-from tests.data.tokenizer.test_train import corpus
+from tests.data.tokenizer.test_train import training_corpus
 train = {"bpe": train_bpe, "unigram": train_unigram}[sys.argv[1]]
-print(hashlib.sha256(train(corpus(), 700).to_str().encode()).hexdigest())
+print(hashlib.sha256(train(training_corpus(), 700).to_str().encode()).hexdigest())
 """
 
 
-def corpus():
-    """Return this package's own code, and texts in many scripts."""
+def training_corpus():
+    """Return source code of mhmoe_ray/data and texts in many scripts."""
     return [path.read_text() for path in sorted(Path("mhmoe_ray/data").rglob("*.py"))][:12] + SCRIPTS
 
 
-@pytest.mark.parametrize("kind", TRAIN)
-def test_the_result_is_the_same_in_any_process_on_any_number_of_threads(kind):
-    found = {hashlib.sha256(TRAIN[kind](corpus(), 700).to_str().encode()).hexdigest()}
+@pytest.mark.parametrize("kind", TRAIN_FUNCTIONS)
+def test_training_is_the_same_for_any_number_of_threads(kind):
+    digests = {hashlib.sha256(TRAIN_FUNCTIONS[kind](training_corpus(), 700).to_str().encode()).hexdigest()}
     for variables in ({"RAYON_NUM_THREADS": "1", "PYTHONHASHSEED": "1"}, {"RAYON_NUM_THREADS": "5"}):
         environment = {**os.environ, "PYTHONPATH": str(Path.cwd()), **variables}
-        done = subprocess.run([sys.executable, "-c", ONCE, kind], env=environment, stdout=subprocess.PIPE, check=True)
-        found.add(done.stdout.decode().strip())
-    assert len(found) == 1
+        process = subprocess.run(
+            [sys.executable, "-c", TRAINING_SCRIPT, kind], env=environment, stdout=subprocess.PIPE, check=True
+        )
+        digests.add(process.stdout.decode().strip())
+    assert len(digests) == 1

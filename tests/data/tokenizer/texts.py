@@ -1,4 +1,4 @@
-"""Texts of every kind that a tokenizer meets, drawn or written by hand."""
+"""Texts for tests of tokenizers: some in many scripts, and a strategy for any text."""
 
 import hypothesis.strategies as st
 
@@ -15,12 +15,12 @@ SCRIPTS = [
     "def f(x):\n\n\treturn {'a': x ** 2}  # <s>, </s>\r\n",
 ]
 
-_usual = st.sampled_from(sorted({c for text in SCRIPTS for c in text}) + list(" \n\t\r'a1\u00a0\u3000\u0085"))
-_special = st.sampled_from(
+_CHARACTERS = st.sampled_from(sorted({c for text in SCRIPTS for c in text}) + list(" \n\t\r'a1\u00a0\u3000\u0085"))
+_SPECIAL_TEXTS = st.sampled_from(
     ["<|endoftext|>", "<s>", "</s>", "<unk>", "<0x41>", "▁", "Ġ", "'S", "'\u017f", "'LL", "\ufffd"]
 )
-texts = st.one_of(
+any_text = st.one_of(
     st.text(st.characters(exclude_categories=["Cs"]), max_size=60),
-    st.lists(st.one_of(_usual, _special, st.sampled_from(SCRIPTS)), max_size=40).map("".join),
+    st.lists(st.one_of(_CHARACTERS, _SPECIAL_TEXTS, st.sampled_from(SCRIPTS)), max_size=40).map("".join),
 )
-"""Strategy for any Unicode but lone surrogates, which no document holds."""
+"""Strategy for any Unicode text without lone surrogates, which no document has."""

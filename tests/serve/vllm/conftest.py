@@ -1,4 +1,4 @@
-"""Tests of this folder run only where vLLM is installed (`make test-vllm`)."""
+"""Fixtures of the tests with vLLM, which run only where it is installed (`make test-vllm`)."""
 
 import importlib.util
 from collections.abc import Iterator
@@ -8,15 +8,15 @@ from pathlib import Path
 import pytest
 
 from mhmoe_ray.serve.answer import Answerer
-from mhmoe_ray.serve.engine import Engine, Request, Sampling
+from mhmoe_ray.serve.engine import Engine, Request, SamplingParams
 from mhmoe_ray.serve.load import load_answerer
 from mhmoe_ray.spec import ModelSpec, MoESpec, ServeSpec
-from tests.serve.asking import together
-from tests.serve.test_torch_engine import prompts
+from tests.serve.asking import answer_all
+from tests.serve.test_torch_engine import random_prompts
 
 collect_ignore_glob = [] if importlib.util.find_spec("vllm") else ["test_*.py"]
 
-# Rows of 32, which vLLM wants on a CPU; experts of a width that it must pad.
+# On a CPU vLLM needs rows of a multiple of 32; it must pad experts of this width.
 SPEC = ModelSpec(
     vocab_size=320,
     d_model=64,
@@ -30,7 +30,7 @@ SPEC = ModelSpec(
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if Path(__file__).parent in item.path.parents:
-            # Of vLLM and all that it imports; none of them is ours to mend.
+            # Warnings of vLLM and of the libraries that it imports are not errors of this project.
             item.add_marker(pytest.mark.filterwarnings("default"))
 
 
@@ -43,7 +43,7 @@ def _environment():
 
 
 @contextmanager
-def served(checkpoint: Path, **settings: object) -> Iterator[Answerer]:
+def serve_with_vllm(checkpoint: Path, **settings: object) -> Iterator[Answerer]:
     """Serve the checkpoint with vLLM, and yield the answerer."""
     answerer = load_answerer(checkpoint, ServeSpec(engine="vllm", **{"max_concurrency": 32, **settings}))
     try:
@@ -52,10 +52,10 @@ def served(checkpoint: Path, **settings: object) -> Iterator[Answerer]:
         answerer.engine.close()
 
 
-GREEDY = Sampling(max_tokens=20, temperature=0)
+GREEDY = SamplingParams(max_tokens=20, temperature=0)
 
 
-def greedy_of_32(engine: Engine) -> list[list[int]]:
-    """Return the greedy answers to 32 requests that are there at once."""
-    asked = [Request(ids, GREEDY) for ids in prompts(32)]
-    return [[scored.token for scored in answer.tokens] for answer in together(engine, asked)]
+def greedy_answers(engine: Engine) -> list[list[int]]:
+    """Return the greedy answers to 32 requests that are sent at the same time."""
+    requests = [Request(ids, GREEDY) for ids in random_prompts(32)]
+    return [[scored.token for scored in answer.tokens] for answer in answer_all(engine, requests)]

@@ -5,9 +5,9 @@ import pytest
 
 from mhmoe_ray.serve.config import application_config
 from mhmoe_ray.spec import ServeSpec
-from tests.serve.conftest import build_model, save
-from tests.serve.deployed import deploy, serving, wait_until
-from tests.serve.test_torch_engine import argmax_loop
+from tests.serve.conftest import build_model, save_checkpoint
+from tests.serve.deployed import deploy, start_ray_serve, wait_for_status
+from tests.serve.test_torch_engine import greedy_tokens
 
 from .conftest import SPEC
 
@@ -15,17 +15,17 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_a_replica_answers_with_the_models_own_tokens(run_dir, tokenizer, ranks):
+def test_replica_answers_with_the_models_tokens(run_dir, tokenizer, ranks):
     model = build_model(SPEC)
-    checkpoint = save(run_dir, 400 + ranks, model)
+    checkpoint = save_checkpoint(run_dir, 400 + ranks, model)
     spec = ServeSpec(engine="vllm", tensor_parallel=ranks, cpus_per_replica=ranks)
     ids = [0, *tokenizer.encode("the quick", add_special_tokens=False).ids]
-    with serving() as port:
+    with start_ray_serve() as port:
         deploy([application_config("tiny", checkpoint, spec, "tiny-abc123")])
-        wait_until("tiny", "RUNNING")
+        wait_for_status("tiny", "RUNNING")
         body = {"prompt": "the quick", "temperature": 0, "max_tokens": 20}
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
             [choice] = client.post("/v1/completions", json=body).json()["choices"]
-            assert choice["text"] == tokenizer.decode(argmax_loop(model, ids, 20, ends={0}))
-            [told] = client.get("/stats").json()["replicas"]
-            assert told["answer_tokens"] > 0
+            assert choice["text"] == tokenizer.decode(greedy_tokens(model, ids, 20, end_tokens={0}))
+            [stats] = client.get("/stats").json()["replicas"]
+            assert stats["answer_tokens"] > 0

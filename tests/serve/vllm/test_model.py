@@ -1,45 +1,45 @@
-"""Every kind of layer in vLLM against the training model: greedy tokens, and log-probabilities within 1e-3."""
+"""Each kind of layer in vLLM against the training model: greedy tokens, and log-probabilities within 1e-3."""
 
 import pytest
 import torch
 
-from mhmoe_ray.serve.engine import Request, Sampling
+from mhmoe_ray.serve.engine import Request, SamplingParams
 from mhmoe_ray.spec import ModelSpec
 from mhmoe_ray.spec.model import ROUTERS
-from tests.serve.asking import together
-from tests.serve.conftest import build_model, save
-from tests.serve.test_torch_engine import KNOWN, argmax_loop, prompts
-from tests.serve.vllm.conftest import SPEC, served
+from tests.serve.asking import answer_all
+from tests.serve.conftest import build_model, save_checkpoint
+from tests.serve.test_torch_engine import TOKENIZER_SIZE, greedy_tokens, random_prompts
+from tests.serve.vllm.conftest import SPEC, serve_with_vllm
 
 
-def changed(moe: dict, **trunk: object) -> ModelSpec:
+def changed_spec(moe: dict, **trunk: object) -> ModelSpec:
     return ModelSpec.model_validate(SPEC.model_dump() | trunk | {"moe": SPEC.moe.model_dump() | moe})
 
 
 KINDS = {
     "MH-MoE": SPEC,
-    "SMoE": changed({"heads": 1}),
-    "h = 4, k = 3, weights divided by their sum": changed(
+    "SMoE": changed_spec({"heads": 1}),
+    "h = 4, k = 3, weights divided by their sum": changed_spec(
         {"heads": 4, "top_k": 3, "experts": 8, "normalize_gates": True}, d_model=128, attention_heads=4
     ),
-    "top-1": changed({"top_k": 1}),
-    "grouped queries, own output layer": changed({}, kv_heads=1, tied_embeddings=False),
-    "a shared expert and a residual around sub-tokens": changed({"d_shared": 40, "sub_token_residual": True}),
-    "residual of SMoE": changed({"heads": 1, "sub_token_residual": True}),
-    "projections of three layers": changed({"projection_layers": 3}),
-    "no merge projection": changed({"merge_projection": False}),
-    "experts in every layer": changed({"every": 1}, d_ff=None),
-    "selection bias": changed({"bias_rate": 0.01}),
+    "top-1": changed_spec({"top_k": 1}),
+    "grouped queries, own output layer": changed_spec({}, kv_heads=1, tied_embeddings=False),
+    "a shared expert and a residual around sub-tokens": changed_spec({"d_shared": 40, "sub_token_residual": True}),
+    "residual of SMoE": changed_spec({"heads": 1, "sub_token_residual": True}),
+    "projections of three layers": changed_spec({"projection_layers": 3}),
+    "no merge projection": changed_spec({"merge_projection": False}),
+    "experts in every layer": changed_spec({"every": 1}, d_ff=None),
+    "selection bias": changed_spec({"bias_rate": 0.01}),
     "dense": ModelSpec.model_validate(SPEC.model_dump() | {"moe": None}),
     **{
-        router: changed({"router": router, "router_dim": 3 if router == "xmoe" else None})
+        router: changed_spec({"router": router, "router_dim": 3 if router == "xmoe" else None})
         for router in ROUTERS
         if router != "linear"
     },
 }
 
 
-def model_of(spec: ModelSpec):
+def build_biased_model(spec: ModelSpec):
     model = build_model(spec)
     for layer in model.moe_layers():
         if spec.moe.bias_rate:
@@ -48,51 +48,52 @@ def model_of(spec: ModelSpec):
 
 
 def largest_difference(model, answerer) -> float:
-    """Return the largest difference of log-probabilities of prompts and answers between the model and vLLM.
+    """Return the largest difference between log-probabilities of the model and of vLLM, over prompts and answers.
 
-    Greedy tokens are compared one by one where that difference is below 1e-3.
+    Greedy tokens are compared one by one if that difference is below 1e-3.
     """
-    asked = [
-        Request(ids, Sampling(20, temperature=0), logprobs=0, prompt_logprobs=True) for ids in prompts(8, longest=40)
+    requests = [
+        Request(ids, SamplingParams(20, temperature=0), logprobs=0, prompt_logprobs=True)
+        for ids in random_prompts(8, max_length=40)
     ]
     worst = 0.0
-    for request, answer in zip(asked, together(answerer.engine, asked), strict=True):
-        scores = [*answer.prompt, *answer.tokens]
-        whole = [scored.token for scored in scores]
+    for request, answer in zip(requests, answer_all(answerer.engine, requests), strict=True):
+        scores = [*answer.prompt_scores, *answer.tokens]
+        token_ids = [scored.token for scored in scores]
         with torch.inference_mode():
-            logprob_TV = model(torch.tensor([whole])).logits_BTV[0, :, :KNOWN].log_softmax(-1)
-        for at, scored in enumerate(scores[1:]):
-            worst = max(worst, abs(scored.logprob - float(logprob_TV[at, scored.token])))
+            logprob_TV = model(torch.tensor([token_ids])).logits_BTV[0, :, :TOKENIZER_SIZE].log_softmax(-1)
+        for i, scored in enumerate(scores[1:]):
+            worst = max(worst, abs(scored.logprob - float(logprob_TV[i, scored.token])))
         if worst < 1e-3:
-            assert whole[len(request.prompt_ids) :] == argmax_loop(model, request.prompt_ids, 20, ends={0})
+            assert token_ids[len(request.prompt_ids) :] == greedy_tokens(model, request.prompt_ids, 20, end_tokens={0})
     return worst
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_tokens_and_scores_are_those_of_the_training_model(run_dir, kind):
-    model = model_of(KINDS[kind])
-    with served(save(run_dir, 100 + list(KINDS).index(kind), model)) as answerer:
+def test_tokens_and_scores_equal_those_of_the_training_model(run_dir, kind):
+    model = build_biased_model(KINDS[kind])
+    with serve_with_vllm(save_checkpoint(run_dir, 100 + list(KINDS).index(kind), model)) as answerer:
         assert largest_difference(model, answerer) < 1e-4
 
 
-def test_weights_divided_by_their_sum_would_show(run_dir):
-    """The comparison above is sharp: it shows the same weights in a model that differs in one option."""
-    with served(save(run_dir, 201, build_model(SPEC))) as answerer:
-        assert largest_difference(build_model(changed({"normalize_gates": True})), answerer) > 0.05
+def test_wrong_gate_normalization_is_detected(run_dir):
+    """The comparison above is sharp: it detects a model with the same weights and one other option."""
+    with serve_with_vllm(save_checkpoint(run_dir, 201, build_model(SPEC))) as answerer:
+        assert largest_difference(build_model(changed_spec({"normalize_gates": True})), answerer) > 0.05
 
 
-def test_sub_tokens_in_another_order_would_show(run_dir):
-    """The wrong order has column i of a token in sub-token i % h instead of i // (d / h)."""
+def test_wrong_sub_token_order_is_detected(run_dir):
+    """The wrong order puts column i of a token into sub-token i % h instead of i // (d / h)."""
     model = build_model(SPEC)
     expected = build_model(SPEC)
     for layer in model.moe_layers():
         for projection in (layer.head.weight, layer.head.bias):
             projection.copy_(projection.unflatten(0, (-1, SPEC.moe.heads)).transpose(0, 1).flatten(0, 1).clone())
-    with served(save(run_dir, 202, model)) as answerer:
+    with serve_with_vllm(save_checkpoint(run_dir, 202, model)) as answerer:
         assert largest_difference(expected, answerer) > 0.05
 
 
-def test_on_two_tensor_parallel_ranks(run_dir):
-    model = model_of(KINDS["a shared expert and a residual around sub-tokens"])
-    with served(save(run_dir, 203, model), tensor_parallel=2, cpus_per_replica=2) as answerer:
+def test_two_tensor_parallel_ranks_equal_the_training_model(run_dir):
+    model = build_biased_model(KINDS["a shared expert and a residual around sub-tokens"])
+    with serve_with_vllm(save_checkpoint(run_dir, 203, model), tensor_parallel=2, cpus_per_replica=2) as answerer:
         assert largest_difference(model, answerer) < 1e-4

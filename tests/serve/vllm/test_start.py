@@ -1,60 +1,59 @@
-"""Engines that are started for a single test.
-
-A process has one vLLM at a time, as a replica has.
-"""
+"""Tests that start their own engines. A process has one vLLM at a time, like a replica."""
 
 import asyncio
 
 import pytest
 import torch
 
-from mhmoe_ray.serve.engine import BusyError, EngineError, Request, Sampling
+from mhmoe_ray.serve.engine import BusyError, EngineError, Request, SamplingParams
 from mhmoe_ray.serve.load import load_answerer
 from mhmoe_ray.spec import ServeSpec
-from tests.serve.asking import together, tokens
-from tests.serve.conftest import build_model, save, save_spread
-from tests.serve.test_torch_engine import KNOWN, argmax_loop, prompts
+from tests.serve.asking import answer_all, answer_tokens
+from tests.serve.conftest import build_model, save_checkpoint, save_expert_parallel
+from tests.serve.test_torch_engine import TOKENIZER_SIZE, greedy_tokens, random_prompts
 from tests.watch import wait_until
 
-from .conftest import SPEC, greedy_of_32, served
+from .conftest import SPEC, greedy_answers, serve_with_vllm
 
 
 @pytest.fixture(scope="module")
 def checkpoint(run_dir):
-    return save(run_dir, 320, build_model(SPEC))
+    return save_checkpoint(run_dir, 320, build_model(SPEC))
 
 
 @pytest.fixture(scope="module")
-def spread(run_dir):
-    return save_spread(run_dir, 321, SPEC)
+def expert_parallel_checkpoint(run_dir):
+    return save_expert_parallel(run_dir, 321, SPEC)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_a_checkpoint_of_two_expert_parallel_ranks_gives_the_same_tokens(spread, ranks):
-    with served(spread, tensor_parallel=ranks, cpus_per_replica=ranks) as answerer:
-        found = greedy_of_32(answerer.engine)
-    own = load_answerer(spread, ServeSpec())
-    assert found == greedy_of_32(own.engine)
-    own.engine.close()
+def test_expert_parallel_checkpoint_gives_the_same_tokens(expert_parallel_checkpoint, ranks):
+    with serve_with_vllm(expert_parallel_checkpoint, tensor_parallel=ranks, cpus_per_replica=ranks) as answerer:
+        answers = greedy_answers(answerer.engine)
+    own_answerer = load_answerer(expert_parallel_checkpoint, ServeSpec())
+    assert answers == greedy_answers(own_answerer.engine)
+    own_answerer.engine.close()
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
-def test_experts_of_two_gpus_give_the_same_tokens(spread):
-    with served(spread, tensor_parallel=2, gpus_per_replica=2, expert_parallel=True) as answerer:
-        found = greedy_of_32(answerer.engine)
-    assert found == [argmax_loop(build_model(SPEC), ids, 20, ends={0}) for ids in prompts(32)]
+def test_experts_on_two_gpus_give_the_same_tokens(expert_parallel_checkpoint):
+    with serve_with_vllm(
+        expert_parallel_checkpoint, tensor_parallel=2, gpus_per_replica=2, expert_parallel=True
+    ) as answerer:
+        answers = greedy_answers(answerer.engine)
+    assert answers == [greedy_tokens(build_model(SPEC), ids, 20, end_tokens={0}) for ids in random_prompts(32)]
 
 
-def test_a_request_too_many_is_refused_and_clients_take_turns(checkpoint):
-    ended = []
+def test_clients_take_turns_and_the_queue_is_limited(checkpoint):
+    finished_clients = []
 
-    async def ask(engine, client, most=4):
-        async for update in engine.generate(Request((1, 2), Sampling(most, temperature=0), client=client)):
-            if update.finish:
-                ended.append(client)
+    async def ask(engine, client, max_tokens=4):
+        async for update in engine.generate(Request((1, 2), SamplingParams(max_tokens, temperature=0), client=client)):
+            if update.finish_reason:
+                finished_clients.append(client)
 
-    async def crowd(engine):
+    async def send_requests(engine):
         tasks = [asyncio.create_task(ask(engine, "first", 40))]
         while not engine.stats().running:
             await asyncio.sleep(0.001)
@@ -65,33 +64,33 @@ def test_a_request_too_many_is_refused_and_clients_take_turns(checkpoint):
             await ask(engine, "more")
         await asyncio.gather(*tasks)
 
-    with served(checkpoint, max_concurrency=1, max_waiting=4) as answerer:
-        asyncio.run(crowd(answerer.engine))
-    assert ended == ["first", "many", "few", "many", "many"]
+    with serve_with_vllm(checkpoint, max_concurrency=1, max_waiting=4) as answerer:
+        asyncio.run(send_requests(answerer.engine))
+    assert finished_clients == ["first", "many", "few", "many", "many"]
 
 
-def test_an_engine_that_nobody_has_asked_has_counted_nothing(checkpoint):
-    with served(checkpoint) as answerer:
-        counted = wait_until(lambda: answerer.engine.stats().count_LE, "the experts' counts")
-    assert counted == [[0] * SPEC.moe.experts] * len(counted)
+def test_idle_engine_has_no_expert_counts(checkpoint):
+    with serve_with_vllm(checkpoint) as answerer:
+        count_LE = wait_until(lambda: answerer.engine.stats().count_LE, "the experts' counts")
+    assert count_LE == [[0] * SPEC.moe.experts] * len(count_LE)
 
 
-def test_an_engine_that_is_closed_says_so(checkpoint):
-    with served(checkpoint) as answerer:
+def test_closed_engine_refuses_requests(checkpoint):
+    with serve_with_vllm(checkpoint) as answerer:
         pass
     with pytest.raises(EngineError, match="closed"):
-        tokens(answerer.engine, (1,), Sampling(20, temperature=0))
+        answer_tokens(answerer.engine, (1,), SamplingParams(20, temperature=0))
 
 
-def test_in_bfloat16_scores_stay_near_those_of_the_training_model(checkpoint):
-    """Routing is in float32 in vLLM too, so that few rows go to other experts."""
-    ids = prompts(1)[0]
-    request = Request(ids, Sampling(0), logprobs=0, prompt_logprobs=True)
-    with served(checkpoint, precision="bfloat16") as answerer:
-        [answer] = together(answerer.engine, [request])
+def test_bfloat16_scores_are_close_to_the_training_model(checkpoint):
+    """Routing is in float32 in vLLM too, so few rows are routed to other experts."""
+    ids = random_prompts(1)[0]
+    request = Request(ids, SamplingParams(0), logprobs=0, prompt_logprobs=True)
+    with serve_with_vllm(checkpoint, precision="bfloat16") as answerer:
+        [answer] = answer_all(answerer.engine, [request])
     with torch.inference_mode():
-        logprob_TV = build_model(SPEC)(torch.tensor([ids])).logits_BTV[0, :, :KNOWN].log_softmax(-1)
-    found = torch.tensor([scored.logprob for scored in answer.prompt[1:]])
+        logprob_TV = build_model(SPEC)(torch.tensor([ids])).logits_BTV[0, :, :TOKENIZER_SIZE].log_softmax(-1)
+    scores = torch.tensor([scored.logprob for scored in answer.prompt_scores[1:]])
     expected = logprob_TV[:-1].gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
-    assert (found - expected).abs().mean() < 0.1
-    assert not torch.equal(found, expected)
+    assert (scores - expected).abs().mean() < 0.1
+    assert not torch.equal(scores, expected)

@@ -1,4 +1,4 @@
-"""Event files of a run, as TensorBoard itself reads them."""
+"""Tests of the event files of a run, read with TensorBoard itself."""
 
 import warnings
 
@@ -27,41 +27,41 @@ def read(folder):
     return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
-def test_what_a_restart_repeats_takes_the_place_of_what_it_was(tmp_path):
+def test_restart_replaces_repeated_steps(tmp_path):
     run = RunDir(tmp_path)
     board = TensorBoard(run, group=1, start=0)
     for step in range(1, 6):
-        board.tell(line(step, 8.0 / step))
-    board.tell({**line(6, 1.0), metrics.VAL_LOSS: 2.5, metrics.GRAD_NORM: None})
+        board.report(line(step, 8.0 / step))
+    board.report({**line(6, 1.0), metrics.VAL_LOSS: 2.5, metrics.GRAD_NORM: None})
     board.flush()
-    found = read(run.tensorboard)
-    assert found["loss/training"] == approx([(s, 8.0 / s) for s in range(1, 6)] + [(6, 1.0)])
-    assert found["loss/validation"] == [(6, 2.5)]
-    assert "optimizer/gradient_norm" not in found
+    scalars = read(run.tensorboard)
+    assert scalars["loss/training"] == approx([(s, 8.0 / s) for s in range(1, 6)] + [(6, 1.0)])
+    assert scalars["loss/validation"] == [(6, 2.5)]
+    assert "optimizer/gradient_norm" not in scalars
     board.close()
-    again = TensorBoard(run, group=2, start=4)
-    again.tell(line(5, 16.0))
-    again.close()
-    found = read(run.tensorboard)
-    assert found["loss/training"] == approx([(s, 8.0 / s) for s in range(1, 5)] + [(5, 16.0)])
-    assert found["loss/validation"] == []
+    second_board = TensorBoard(run, group=2, start=4)
+    second_board.report(line(5, 16.0))
+    second_board.close()
+    scalars = read(run.tensorboard)
+    assert scalars["loss/training"] == approx([(s, 8.0 / s) for s in range(1, 5)] + [(5, 16.0)])
+    assert scalars["loss/validation"] == []
 
 
-def test_on_an_object_store_each_stretch_is_a_file_that_does_not_grow(tmp_path, s3):
+def test_object_store_gets_one_file_per_flush(tmp_path, s3):
     query, _ = s3
     run = RunDir(ObjectPath(f"s3://bucket/{tmp_path.name}?{query}"))
     board = TensorBoard(run, group=1, start=0)
-    seen = []
+    file_sizes = []
     for step in range(1, 7):
-        board.tell(line(step, float(step)))
+        board.report(line(step, float(step)))
         if step % 2 == 0:
             board.flush()
-            seen.append({p.name: p.stat().st_size for p in run.tensorboard.iterdir()})
+            file_sizes.append({p.name: p.stat().st_size for p in run.tensorboard.iterdir()})
     board.close()
-    assert [len(files) for files in seen] == [1, 2, 3]
-    assert seen[0].items() <= seen[1].items() <= seen[2].items()
-    here = tmp_path / "here"
-    here.mkdir()
+    assert [len(files) for files in file_sizes] == [1, 2, 3]
+    assert file_sizes[0].items() <= file_sizes[1].items() <= file_sizes[2].items()
+    local_folder = tmp_path / "here"
+    local_folder.mkdir()
     for file in run.tensorboard.iterdir():
-        (here / file.name).write_bytes(file.read_bytes())
-    assert read(here)["loss/training"] == [(s, float(s)) for s in range(1, 7)]
+        (local_folder / file.name).write_bytes(file.read_bytes())
+    assert read(local_folder)["loss/training"] == [(s, float(s)) for s in range(1, 7)]

@@ -5,7 +5,7 @@ import zipfile
 import pytest
 
 from mhmoe_ray.cluster import jobs
-from mhmoe_ray.cluster.jobs import check_size, shipped
+from mhmoe_ray.cluster.jobs import check_size, sent_folders
 from mhmoe_ray.errors import SpecError
 
 
@@ -33,15 +33,15 @@ def test_never_what_git_caches_and_data_hold_and_exactly_what_ray_packs(project,
     from ray._private.runtime_env.packaging import create_package
 
     env = jobs.with_packages({"working_dir": str(project), "excludes": ["*.md", "/secret.key"]})
-    found = shipped(env)
-    assert [s.folder.name for s in found] == [project.name, "mhmoe_ray", "mhmoe_kernels"]
-    assert found[0].parts == {"pkg": 205, "code.py": 100, ".gitignore": 6}
+    folders = sent_folders(env)
+    assert [s.folder.name for s in folders] == [project.name, "mhmoe_ray", "mhmoe_kernels"]
+    assert folders[0].parts == {"pkg": 205, "code.py": 100, ".gitignore": 6}
     target = tmp_path_factory.mktemp("packed") / "out.zip"
     create_package(str(project), target, include_gitignore=True, excludes=env["excludes"])
     packed = [f for f in zipfile.ZipFile(target).infolist() if not f.is_dir()]
-    assert sum(f.file_size for f in packed) == found[0].size
-    assert all("__pycache__" not in part for s in found[1:] for part in s.parts)
-    assert 0 < sum(s.size for s in found[1:]) < 5e6
+    assert sum(f.file_size for f in packed) == folders[0].size
+    assert all("__pycache__" not in part for s in folders[1:] for part in s.parts)
+    assert 0 < sum(s.size for s in folders[1:]) < 5e6
 
 
 def test_too_much_is_refused_with_the_largest_things_by_name(project):

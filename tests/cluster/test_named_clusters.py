@@ -2,10 +2,10 @@ import stat
 
 import pytest
 
-from mhmoe_ray.cli.runs import _where
+from mhmoe_ray.cli.runs import _attempt_address
 from mhmoe_ray.cluster import connect, tokens
-from mhmoe_ray.cluster.connect import _chosen, _named, _token, is_local
-from mhmoe_ray.cluster.tokens import home
+from mhmoe_ray.cluster.connect import _find_named_cluster, _resolve_address, _token, uses_local_cluster
+from mhmoe_ray.cluster.tokens import state_folder
 from mhmoe_ray.errors import ClusterError, TokenError
 from mhmoe_ray.runs.directory import Attempt
 from tests.cli.run import assert_one_line, mhmoe
@@ -20,35 +20,35 @@ def own_home(tmp_path, monkeypatch):
 
 
 def test_commands_speak_to_the_cluster_that_was_chosen_unless_another_is_named(monkeypatch):
-    assert is_local(None)
+    assert uses_local_cluster(None)
     connect.use("lab", "http://head:8265")
     connect.use("other", "http://other:8265")
-    assert _chosen(None) == "http://other:8265"
-    assert _chosen("lab") == "http://head:8265"
-    assert _chosen("http://third:8265") == "http://third:8265"
+    assert _resolve_address(None) == "http://other:8265"
+    assert _resolve_address("lab") == "http://head:8265"
+    assert _resolve_address("http://third:8265") == "http://third:8265"
     monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://third:8265")
-    assert _chosen(None) == "http://third:8265"
+    assert _resolve_address(None) == "http://third:8265"
     monkeypatch.delenv("RAY_API_SERVER_ADDRESS")
     assert connect.use("lab").address == "http://head:8265"
-    assert _chosen(None) == "http://head:8265"
+    assert _resolve_address(None) == "http://head:8265"
     assert connect.use("local") is None
-    assert is_local(None)
-    assert _chosen("other") == "http://other:8265"
+    assert uses_local_cluster(None)
+    assert _resolve_address("other") == "http://other:8265"
 
 
 def test_a_run_goes_on_where_it_ran_whatever_was_chosen_since(monkeypatch):
     connect.use("lab", "http://head:8265")
     monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://third:8265")
-    assert is_local(_where(Attempt("job", "http://127.0.0.1:23456", local=True)))
-    assert _chosen(_where(Attempt("job", "http://other:8265", local=False))) == "http://other:8265"
+    assert uses_local_cluster(_attempt_address(Attempt("job", "http://127.0.0.1:23456", local=True)))
+    assert _resolve_address(_attempt_address(Attempt("job", "http://other:8265", local=False))) == "http://other:8265"
 
 
 def test_a_name_that_is_given_up_is_no_name_and_what_was_chosen_by_it_no_choice():
     connect.use("lab", "http://head:8265")
     connect.forget("lab")
-    assert connect.read_contexts() == connect.Contexts("local", {})
+    assert connect.read_named_clusters() == connect.NamedClusters("local", {})
     for call in (lambda: connect.forget("lab"), lambda: connect.use("lab")):
-        with pytest.raises(ClusterError, match="nothing is known of it"):
+        with pytest.raises(ClusterError, match="there is no cluster of this name"):
             call()
 
 
@@ -71,23 +71,23 @@ def test_of_clusters_behind_one_tunnels_address_the_one_that_is_meant_gets_its_o
         connect.use(name, tunnel, tmp_path / name)
     connect.use("bare", tunnel)
     connect.use("prod")
-    assert _token(tunnel, _named("lab")).value == "lab"
-    assert _token(tunnel, _named(None)).value == "prod"
-    assert _token(tunnel, _named(tunnel)).value == "prod"  # as of a run that was started there
-    assert _token(tunnel, _named("bare")) is tokens.user_token()
+    assert _token(tunnel, _find_named_cluster("lab")).value == "lab"
+    assert _token(tunnel, _find_named_cluster(None)).value == "prod"
+    assert _token(tunnel, _find_named_cluster(tunnel)).value == "prod"  # as of a run that was started there
+    assert _token(tunnel, _find_named_cluster("bare")) is tokens.user_token()
 
 
 def test_no_token_is_in_the_file_and_it_is_its_owners(tmp_path):
     (tmp_path / "token").write_text("secret")
     connect.use("lab", "http://head:8265", tmp_path / "token")
-    path = home() / connect.FILE
+    path = state_folder() / connect.FILE
     assert "secret" not in path.read_text()
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
 
 
 @pytest.mark.parametrize("name", ["", "Lab", "a b", "../x", "1x", "x" * 60])
 def test_names_are_plain_words(name):
-    with pytest.raises(ClusterError, match="that is no name"):
+    with pytest.raises(ClusterError, match="the name is not allowed"):
         connect.use(name, "http://head:8265")
 
 
@@ -95,21 +95,21 @@ def test_mistakes_are_told():
     with pytest.raises(ClusterError, match="choose another name"):
         connect.use("local", "http://head:8265")
     connect.use("lab", "http://head:8265")
-    (home() / connect.FILE).write_text("{")
+    (state_folder() / connect.FILE).write_text("{")
     with pytest.raises(ClusterError, match="it is damaged"):
-        connect.read_contexts()
+        connect.read_named_clusters()
 
 
 def test_commands_choose_list_and_forget_clusters(tmp_path):
     (tmp_path / "token").write_text("secret")
     use = ("cluster", "use", "lab", "--address", "http://head:8265/", "--token-file", str(tmp_path / "token"))
-    assert mhmoe(tmp_path, *use).out == "commands speak to lab, http://head:8265\n"
-    told = mhmoe(tmp_path, "cluster", "list", "--json")
+    assert mhmoe(tmp_path, *use).out == "commands now use lab, http://head:8265\n"
+    result = mhmoe(tmp_path, "cluster", "list", "--json")
     lab = {"name": "lab", "address": "http://head:8265", "token_file": str(tmp_path / "token")}
-    assert told.json() == {"current": "lab", "known": {"lab": lab}}
-    assert "secret" not in told.out
-    local, chosen = mhmoe(tmp_path, "cluster", "list").out.splitlines()[1:]
-    assert (local.split()[0], chosen.split()[:3]) == ("local", ["*", "lab", "http://head:8265"])
-    assert mhmoe(tmp_path, "cluster", "use", "local").out == "commands speak to local, the cluster on this machine\n"
+    assert result.json() == {"current": "lab", "known": {"lab": lab}}
+    assert "secret" not in result.out
+    local, current = mhmoe(tmp_path, "cluster", "list").out.splitlines()[1:]
+    assert (local.split()[0], current.split()[:3]) == ("local", ["*", "lab", "http://head:8265"])
+    assert mhmoe(tmp_path, "cluster", "use", "local").out == "commands now use local, the cluster on this machine\n"
     assert mhmoe(tmp_path, "cluster", "forget", "lab").out == "lab is forgotten\n"
-    assert_one_line(mhmoe(tmp_path, "cluster", "use", "lab"), 5, "nothing is known of it")
+    assert_one_line(mhmoe(tmp_path, "cluster", "use", "lab"), 5, "there is no cluster of this name")

@@ -5,30 +5,30 @@ from pathlib import Path
 
 import pytest
 
-from mhmoe_ray.cluster.tokens import home, locked
+from mhmoe_ray.cluster.tokens import state_folder, state_lock
 from mhmoe_ray.errors import ClusterError
 
 
 def test_is_for_its_owner_only(tmp_path, monkeypatch):
     monkeypatch.setenv("MHMOE_HOME", str(tmp_path / "a" / "b"))
-    assert home() == tmp_path / "a" / "b"
-    assert home().stat().st_mode & 0o777 == 0o700
+    assert state_folder() == tmp_path / "a" / "b"
+    assert state_folder().stat().st_mode & 0o777 == 0o700
 
 
 def test_follows_xdg_only_if_absolute(tmp_path, monkeypatch):
     monkeypatch.delenv("MHMOE_HOME", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
-    assert home() == tmp_path / "state/mhmoe"
+    assert state_folder() == tmp_path / "state/mhmoe"
     monkeypatch.setenv("XDG_STATE_HOME", "state")
-    assert home() == Path.home() / ".local/state/mhmoe"
+    assert state_folder() == Path.home() / ".local/state/mhmoe"
 
 
 def test_that_cannot_be_made_is_one_line(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("MHMOE_HOME", str(tmp_path / "file" / "home"))
     with pytest.raises(ClusterError, match="Not a directory; set MHMOE_HOME to one that you can write"):
-        home()
+        state_folder()
 
 
 def test_that_has_no_locks_is_one_line(tmp_path, monkeypatch):
@@ -39,6 +39,6 @@ def test_that_has_no_locks_is_one_line(tmp_path, monkeypatch):
 
     monkeypatch.setenv("MHMOE_HOME", str(tmp_path))
     monkeypatch.setattr(fcntl, "flock", no_locks)
-    said = "No locks available; set MHMOE_HOME to one that you can write and lock"
-    with pytest.raises(ClusterError, match=said), locked():
+    message = "No locks available; set MHMOE_HOME to one that you can write and lock"
+    with pytest.raises(ClusterError, match=message), state_lock():
         pytest.fail("it is not held")

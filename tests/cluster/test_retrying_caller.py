@@ -1,0 +1,59 @@
+import time
+
+import pytest
+import typer
+
+from mhmoe_ray.cli.common import detach_on_interrupt
+from mhmoe_ray.cluster import dashboard
+from mhmoe_ray.cluster.dashboard import RetryingCaller
+from mhmoe_ray.errors import ClusterError, StorageError, TokenError
+
+
+def _raise(error=ClusterError):
+    raise error("cluster x", "no answer in time", "check it")
+
+
+def test_a_late_answer_is_tolerated_and_announced_once_and_a_lost_cluster_is_an_error(monkeypatch):
+    messages = []
+    caller = RetryingCaller(messages.append)
+    assert [caller.call(_raise, "default") for _ in range(3)] == ["default"] * 3
+    assert messages == ["still following, but cluster x: no answer in time; check it"]
+    assert caller.call(lambda: "answer", "default") == "answer"
+    monkeypatch.setattr(dashboard, "SECONDS", 0.01)
+    assert caller.call(_raise, None) is None
+    assert len(messages) == 2
+    time.sleep(0.02)
+    with pytest.raises(ClusterError):
+        caller.call(_raise, None)
+
+
+def test_an_endless_caller_never_gives_up(monkeypatch):
+    monkeypatch.setattr(dashboard, "SECONDS", 0.0)
+    caller = RetryingCaller(print, is_endless=True)
+    assert [caller.call(_raise, "default") for _ in range(3)] == ["default"] * 3
+
+
+def test_a_late_answer_of_a_storage_is_tolerated_too(monkeypatch):
+    messages = []
+    caller = RetryingCaller(messages.append)
+
+    def read():
+        raise OSError(5, "Input/output error")
+
+    assert caller.call(read, "default") == "default"
+    assert messages == ["still following, but [Errno 5] Input/output error"]
+    monkeypatch.setattr(dashboard, "SECONDS", 0.0)
+    with pytest.raises(StorageError, match=r"storage: \[Errno 5\] Input/output error; repair it"):
+        caller.call(read, None)
+
+
+def test_a_refused_token_is_an_error_at_once():
+    with pytest.raises(TokenError):
+        RetryingCaller(print).call(lambda: _raise(TokenError), None)
+
+
+def test_a_user_who_detaches_is_told_what_goes_on(capsys):
+    with pytest.raises(typer.Exit) as exit_request, detach_on_interrupt("job x goes on"):
+        raise KeyboardInterrupt
+    assert exit_request.value.exit_code == 0
+    assert "detached; job x goes on" in capsys.readouterr().err
