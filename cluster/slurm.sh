@@ -22,7 +22,7 @@ umask 077
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$HOME/.mhmoe-token-$SLURM_JOB_ID
 head -c 32 /dev/urandom | od -An -tx1 | tr -d ' \n' > "$RAY_AUTH_TOKEN_PATH"
 
-# Other jobs may run clusters on the same nodes, so the ports depend on the job.
+# Other Ray clusters may run on the same nodes, so the ports depend on the job.
 port=$((6379 + SLURM_JOB_ID % 1000))
 board=$((8265 + SLURM_JOB_ID % 1000))
 mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")

@@ -21,13 +21,13 @@ PROMPT = "Fellow citizens of the Senate and of the House of Representatives:"
 
 
 def mhmoe(*args: str) -> None:
-    """Run a command as a user would see it, after printing it."""
+    """Print an `mhmoe` command as a user would type it, and run it; raise CalledProcessError if it fails."""
     print(f"\n$ mhmoe {shlex.join(args)}", flush=True)
     subprocess.run([sys.executable, "-m", "mhmoe_ray.cli.app", *args], check=True)
 
 
 def ask(*args: str) -> Any:
-    """Return the parsed output of a command that prints JSON."""
+    """Run an `mhmoe` command with --json, and return its output, parsed."""
     return json.loads(subprocess.check_output([sys.executable, "-m", "mhmoe_ray.cli.app", *args, "--json"]))
 
 
@@ -52,6 +52,7 @@ def complete(url: str, prompt: str) -> str:
 
 
 def main() -> None:
+    """Prepare sample text, train a model on it, serve the model and ask it; arguments are `key=value` overrides."""
     overrides = sys.argv[1:]
     sets = [word for override in overrides for word in ("--set", override)]
     starts_cluster = not os.environ.get("RAY_API_SERVER_ADDRESS") and ask("cluster", "status") is None

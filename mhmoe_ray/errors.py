@@ -87,7 +87,7 @@ _KINDS = (SpecError, DataError, ClusterError, TokenError, RunError, CheckpointEr
 
 @contextmanager
 def logging_errors() -> Iterator[None]:
-    """Context manager around the whole work of a job: log an `MhmoeError` as one line and exit with its exit code."""
+    """Context manager for all the work of a job: print an `MhmoeError` as one line, and exit with its exit code."""
     try:
         yield
     except MhmoeError as e:
@@ -96,7 +96,10 @@ def logging_errors() -> Iterator[None]:
 
 
 def logged(log: str) -> MhmoeError | None:
-    """Return the last error in a job's log, of the class with its exit code (RunError for 7); None without an error."""
+    """Return the last error that `MhmoeError.log` wrote to a job's log; None if there is none.
+
+    Its class is the one with the exit code in the log: RunError for 7, also if it was a StorageError.
+    """
     matches = re.findall(r"^error (\d+): (.*?): (.*); (.*)$", log, re.MULTILINE)
     if not matches:
         return None

@@ -10,7 +10,8 @@ from mhmoe_ray.errors import DataError
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Okabe and Ito's palette, which the colour-blind can tell apart, without its yellow, which paper swallows.
+# Okabe and Ito's palette, whose colours colour-blind readers can tell apart. Its yellow is left out because it is hard
+# to see on white paper.
 BLACK, BLUE, VERMILION, GREEN = "#000000", "#0072B2", "#D55E00", "#009E73"
 PURPLE, ORANGE, SKY, GREY = "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F"
 COLOURS = (BLACK, BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, GREY)
@@ -52,7 +53,7 @@ def style() -> Iterator[None]:
 
 
 def check(path: Path) -> None:
-    """Check that a picture can be drawn and saved, before the measurement that it shows begins.
+    """Check that a picture can be drawn and saved at `path`, so that a long measurement does not fail at its end.
 
     Raises:
         DataError: matplotlib is not installed, or the file could not be written.
@@ -72,7 +73,7 @@ def new_figure(width: float, height: float) -> "Figure":
 
 
 def save(figure: "Figure", path: Path) -> None:
-    """Write the figure as a PNG file.
+    """Write the figure as a PNG file, with DPI pixels per inch or, for a large figure, as many as MOST_PIXELS allows.
 
     Raises:
         DataError: the file cannot be written.
@@ -82,7 +83,7 @@ def save(figure: "Figure", path: Path) -> None:
 
 
 def short(number: int) -> str:
-    """Format a number in binary units: 1K for 1024, 3M for 3 * 2^20; in full if it is not a multiple of 1024."""
+    """Format a number in the largest binary unit that divides it: 1K for 1024, 3M for 3 * 2^20, 1,536 for 1536."""
     for unit in ("", "K", "M", "G"):
         if number < 1024 or number % 1024:
             return f"{number:,}{unit}"
@@ -92,7 +93,7 @@ def short(number: int) -> str:
 
 @contextmanager
 def writing(subject: str, fix: str) -> Iterator[None]:
-    """Turn an OSError of the storage into an error for the user.
+    """Context manager that turns an OSError of the storage into a `DataError` with this subject and fix.
 
     Raises:
         DataError: the storage refused an operation within the context.
@@ -104,4 +105,5 @@ def writing(subject: str, fix: str) -> Iterator[None]:
 
 
 def _writing(path: Path) -> AbstractContextManager[None]:
+    """Context manager that turns an OSError into a `DataError` about the picture at `path`."""
     return writing(f"picture {path}", "name a file you can write")

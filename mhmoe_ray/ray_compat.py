@@ -16,10 +16,10 @@ SDK_LOGGERS = ("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job
 client's."""
 
 PRIVATE_NAMES = {
-    # What Ray knows of the cluster's resources, node by node (`train/resilience.py`).
+    # The resources of the cluster, node by node (`train/resilience.py`).
     "available_resources_per_node": "ray._private.state",
     "state": "ray._private.state",
-    # Ray Train's controller: what it does about failures, sizes and placement groups (`train/resilience.py`).
+    # Ray Train's controller: its decisions about failures, worker counts and placement groups (`train/resilience.py`).
     "DefaultFailurePolicy": _TRAIN + "execution.failure_handling",
     "FailureDecision": _TRAIN + "execution.failure_handling",
     "ElasticScalingPolicy": _TRAIN + "execution.scaling_policy",
@@ -32,7 +32,7 @@ PRIVATE_NAMES = {
     "get_train_context": _TRAIN + "execution.context",
     # The accelerators of this machine, as `ray start` counts them (`cluster/nodes.py`).
     "get_accelerator_manager_for_resource": "ray._private.accelerators",
-    # What Ray sends with a job, and how large it may be (`cluster/jobs.py`).
+    # The files that Ray sends with a job, and the largest size of its package (`cluster/jobs.py`).
     "GCS_STORAGE_MAX_SIZE": _PACKAGING,
     "_get_excludes": _PACKAGING,
     "get_excludes_from_ignore_files": _PACKAGING,
@@ -43,7 +43,7 @@ PRIVATE_NAMES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Return Ray's object of this name.
+    """Import Ray's private object of this name, and return it; Python calls this for a name that the module lacks.
 
     Raises:
         AttributeError: the name is not in PRIVATE_NAMES.
@@ -55,6 +55,8 @@ def __getattr__(name: str) -> Any:
 
 
 def block_bundles(dataset: Any) -> Any:
-    """Iterate over the blocks of a Ray Dataset as they are made, as bundles of references, without fetching the
-    blocks."""
+    """Return an iterator over the blocks of a Ray Dataset, as bundles of references.
+
+    It computes the blocks one after the other, and does not fetch them.
+    """
     return dataset.iter_internal_ref_bundles()

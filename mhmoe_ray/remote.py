@@ -36,6 +36,8 @@ R = TypeVar("R")
 
 
 class RemoteJob(BaseModel, Generic[R]):
+    """Request for a job on a cluster. Each kind of job is a subclass, with fields for the request; R is its result."""
+
     module: ClassVar[str]
     """Name of the module that is run on the cluster."""
     kind: ClassVar[str]
@@ -45,7 +47,7 @@ class RemoteJob(BaseModel, Generic[R]):
 
     @property
     def job_name(self) -> str:
-        """Job name that no other job has."""
+        """Name of the job in Ray: by default a new one at each access, which no other job has."""
         return self.unique_name()
 
     def unique_name(self, *words: str) -> str:
@@ -69,25 +71,27 @@ class RemoteJob(BaseModel, Generic[R]):
 
     @classmethod
     def answer(cls, result: R) -> None:
-        """Write the result to the job's log, which exists on any cluster."""
+        """Write the result of the current process, which is the job, to its log; `result` reads it there."""
         text = TypeAdapter(cls.result_type).dump_json(result, ensure_ascii=True).decode()
         for i in range(0, len(text), _PIECE):
-            sys.stdout.write(f"{RESULT}{text[i : i + _PIECE]}\n")  # in one write: Ray's own lines go to the same file
+            # One write per line, as Ray writes lines to the same file.
+            sys.stdout.write(f"{RESULT}{text[i : i + _PIECE]}\n")
 
     def result(self, log: Callable[[], str]) -> R | None:
-        """Return the result of the job; None if it produced none.
+        """Return the result that the job wrote to its log with `answer`; None if it wrote none.
 
         Args:
-            log: returns everything that the job has written.
+            log: function that returns the whole log of the job.
         """
         pieces = [line.removeprefix(RESULT) for line in log().splitlines() if line.startswith(RESULT)]
         return TypeAdapter(self.result_type).validate_json("".join(pieces)) if pieces else None
 
 
 def packed(text: str) -> str:
-    """Compress a text into printable characters, about a third as many."""
+    """Compress a text, and return it in printable characters (Base64); `unpacked` restores it."""
     return base64.b64encode(zlib.compress(text.encode())).decode()
 
 
 def unpacked(text: str) -> str:
+    """Return the text that `packed` compressed."""
     return zlib.decompress(base64.b64decode(text)).decode()

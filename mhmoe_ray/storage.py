@@ -36,7 +36,7 @@ Store = Callable[[str, str, str], "tuple[fs.FileSystem, str]"]
 
 
 def _from_uri(scheme: str, bucket: str, query: str) -> "tuple[fs.FileSystem, str]":
-    """Open a store whose scheme pyarrow itself supports."""
+    """Open a bucket of a store whose scheme pyarrow itself supports. This is a `Store`."""
     import pyarrow as pa
     from pyarrow import fs
 
@@ -54,11 +54,13 @@ STORES: dict[str, Store] = {"s3": _from_uri, "gs": _from_uri}
 
 
 def unknown_scheme(scheme: str) -> tuple[str, str]:
-    """Return the reason why a scheme is refused, and what the user can do."""
+    """Return the reason and the fix of an error about a URI whose scheme is not in `STORES`."""
     return f"{scheme}:// is not known", f"use a local path, {' or '.join(f'{name}://' for name in STORES)}"
 
 
 class Status(NamedTuple):
+    """Size in bytes and modification time of an object, under the names of `os.stat_result`."""
+
     st_size: int
     st_mtime: float
 
@@ -184,7 +186,7 @@ class ObjectPath:
         self.write_bytes(b"")
 
     def mkdir(self, mode: int = 0o777, parents: bool = False, exist_ok: bool = False) -> None:
-        """Do nothing: a folder of an object store exists when it holds an object."""
+        """Do nothing, as an object store needs no folders: a folder exists when it holds an object."""
 
     def unlink(self, missing_ok: bool = False) -> None:
         system, path = self.filesystem
@@ -195,6 +197,7 @@ class ObjectPath:
                 raise
 
     def remove_tree(self) -> None:
+        """Delete all objects below this path."""
         system, path = self.filesystem
         system.delete_dir(path)
 
@@ -236,10 +239,12 @@ Location: TypeAlias = Path | ObjectPath
 
 
 def refuse_password(uri: str) -> None:
-    """Refuse a URI that holds a password. A user name alone may stand before the bucket's name: gs://anonymous@bucket.
+    """Raise if a URI holds a password, which would be visible in specs, logs and the metadata of jobs.
+
+    A user name alone is allowed before the bucket's name: gs://anonymous@bucket.
 
     Raises:
-        SpecError: a password stands beside the name; it would be visible in specs, logs and the metadata of jobs.
+        SpecError: the URI holds a password.
     """
     scheme, separator, host_and_path = uri.partition("://")
     user, at_sign, host = host_and_path.partition("/")[0].rpartition("@")
@@ -273,7 +278,7 @@ def object_store(scheme: str, bucket: str, query: str) -> "tuple[fs.FileSystem, 
 
 
 def replace_file(path: Location, data: bytes | memoryview) -> None:
-    """Write a file atomically, creating its folder if it is missing.
+    """Write `data` to a file atomically, replacing an existing file; create its folder if it is missing.
 
     Several processes may write it at the same time.
     """
@@ -293,12 +298,15 @@ def replace_file(path: Location, data: bytes | memoryview) -> None:
 
 
 def write_json(path: Location, value: dict[str, Any]) -> None:
+    """Write a file of JSON atomically, as `replace_file` does."""
     replace_file(path, json.dumps(value, indent=1).encode())
 
 
 @contextmanager
 def create_file(path: Location) -> Iterator[BinaryIO]:
-    """Open a new file for writing, creating its folder if needed; the data is on the disk when the context ends.
+    """Context manager that opens a new file for writing, and creates its folder if it is missing.
+
+    When the context ends, the data is on the disk or in the object store.
 
     Raises:
         FileExistsError: the file exists already.
@@ -323,16 +331,21 @@ def remove_tree(folder: Location) -> None:
         shutil.rmtree(folder)
 
 
-_BLOCK_BYTES = 16 << 20  # on an object store each is a request
-_READERS = 8  # files that are read at a time: storage that many nodes share is faster so
+# Bytes of each read. On an object store each read is a request.
+_BLOCK_BYTES = 16 << 20
+# Number of files that are read at the same time: storage that many nodes share is faster with parallel reads.
+_READERS = 8
 
 
 class FileEntry(BaseModel):
+    """Size in bytes and SHA-256 of a file, as manifests list it."""
+
     size: int
     sha256: str
 
 
 def describe_file(path: Location) -> FileEntry:
+    """Read a file and return its size and hash."""
     digest = hashlib.sha256()
     with path.open("rb") as f:
         while block := f.read(_BLOCK_BYTES):
@@ -341,9 +354,10 @@ def describe_file(path: Location) -> FileEntry:
 
 
 def describe_files(paths: Sequence[Location]) -> Iterable[FileEntry]:
-    """Yield the size and hash of each file, in the order of `paths`."""
+    """Yield the size and hash of each file, in the order of `paths`, reading several files at the same time."""
     with ThreadPoolExecutor(_READERS) as pool:
         yield from pool.map(describe_file, paths)
 
 
 Describe = Callable[[Sequence[Location]], Iterable[FileEntry]]
+"""Function that returns the size and hash of each file, in order, as `describe_files` does."""

@@ -1,4 +1,4 @@
-"""A fixture with a real browser, driven by Selenium."""
+"""Fixture with a real browser, driven by Selenium."""
 
 import shutil
 
@@ -7,6 +7,7 @@ import pytest
 
 @pytest.fixture(scope="module")
 def browser():
+    """Yield Selenium's driver of a headless Chromium; skip the test where Chromium or its driver is not installed."""
     from selenium import webdriver
 
     if not (shutil.which("chromium") and shutil.which("chromedriver")):
@@ -14,6 +15,7 @@ def browser():
     options = webdriver.ChromeOptions()
     for argument in ("--headless=new", "--no-sandbox", "--window-size=900,700"):
         options.add_argument(argument)
+    # Tests read the messages of the page's console.
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     driver = webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver")))
     yield driver

@@ -1,4 +1,7 @@
-"""The Ray cluster that all tests of a lane share, and the rule by which tests share a lane."""
+"""Options of pytest, and the Ray cluster that all tests of a lane share.
+
+A lane is a worker process of pytest-xdist, or the only process of plain pytest.
+"""
 
 import multiprocessing.process
 import os
@@ -26,54 +29,66 @@ from tests.s3 import s3
 
 __all__ = ["browser", "local_cluster", "s3"]
 
-OF_THE_USER = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
+USER_CLUSTER_VARIABLES = (
+    "RAY_ADDRESS",
+    "RAY_API_SERVER_ADDRESS",
+    "RAY_AUTH_MODE",
+    "RAY_AUTH_TOKEN",
+    "RAY_AUTH_TOKEN_PATH",
+)
+"""Environment variables by which a user names a cluster or its token; tests remove them."""
 
-QUIET = {
-    # Nothing scales here, and what asks whether anything should takes 2.5 per cent of a core at Ray's 5 s.
+QUIET_SETTINGS = {
+    # These clusters never scale, and at Ray's default of 5 s the autoscaler takes 2.5 per cent of a core.
     "AUTOSCALER_UPDATE_INTERVAL_S": "60",
 }
-"""Environment variables that reduce work of a cluster from which no test profits."""
+"""Environment variables that spare clusters work from which no test profits."""
 
-# The same examples each time, so that only a change can make a test fail; but for constants of our own modules, which
-# hypothesis draws too, of those that a lane has imported by then. `make explore` draws new ones. No deadline: a busy
-# machine is no failure.
+# The examples are the same each time, so that only a change can make a test fail. One part varies: hypothesis also
+# draws constants from those of our modules that the lane has imported by then. `make explore` draws new examples. There
+# is no deadline, since a test may be slow on a busy machine.
 hypothesis.settings.register_profile("house", deadline=None, derandomize=True)
 hypothesis.settings.register_profile("explore", deadline=None, print_blob=True)
 
 
 try:
     if (_LEVEL := requested_level()) is not None:
-        # Torch and its libraries read these when they first compute: here, which is not yet, in the lanes, in processes
-        # that tests start, and in Ray's, all of which have the environment of this one.
+        # Torch and its libraries read these variables when they first compute, which has not happened yet. The lanes,
+        # the processes that tests start and those of Ray inherit them.
         os.environ |= level_environment(_LEVEL)
 except ValueError as error:
     raise pytest.UsageError(str(error)) from error
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    text = "Only quick tests that compute in this process: none that starts Ray, another process or a compiler."
-    parser.addoption("--fast", action="store_true", help=text)
+    help_text = (
+        "Run only quick tests that compute in this process: none that starts Ray, another process or a compiler."
+    )
+    parser.addoption("--fast", action="store_true", help=help_text)
 
 
-def skip_who_starts_a_process(*_: object, **__: object) -> NoReturn:
+def skip_process_start(*_: object, **__: object) -> NoReturn:
+    """Skip the current test; a stand-in for the functions that start a process."""
     pytest.skip("starts another process")
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    """Set threads, ports, environment variables and warning filters of this lane, as the options say."""
     if "PYTEST_XDIST_WORKER" in os.environ:
-        # A core for each lane; what it starts may compute with more threads, which do not spin while they wait.
+        # Each lane computes on one core. Processes that it starts may use more threads; waiting passively, those do not
+        # take the core from other lanes.
         torch.set_num_threads(1)
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-        # A port is free when it is chosen, and taken seconds later: no other lane is to choose it meanwhile.
+        # A port is bound seconds after it was found free, so each lane chooses among ports that no other lane uses.
         lane, lanes = int(os.environ["PYTEST_XDIST_WORKER"][2:]), int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
         spawn.PORTS = spawn.PORTS[lane::lanes]
     if config.getoption("--hypothesis-profile") is None:
         hypothesis.settings.load_profile("house")
     if not torch.cuda.is_available():
-        # Read when Triton is first imported, which torch does in some tests.
+        # Triton reads this variable when it is first imported; in some tests torch imports it.
         os.environ["TRITON_INTERPRET"] = "1"
     if config.getoption("--fast"):
-        # A test that ends where it starts a process leaves the pipes that it has opened for it.
+        # A test that is skipped where it starts a process does not close the pipes that it opened for that process.
         config.addinivalue_line("filterwarnings", "ignore::ResourceWarning")
         config.addinivalue_line("filterwarnings", "ignore::pytest.PytestUnraisableExceptionWarning")
     # Ray's job client passes ssl=None to aiohttp when it follows logs.
@@ -81,30 +96,29 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Put the longest file first, so that no lane is left alone with it at the end.
+    """Sort the tests of the longest file, test_quickstart.py, to the front, so that no lane runs it alone at the end.
 
-    `--fast` leaves out the tests marked `ray` or `long`.
+    With `--fast`, remove the tests marked `ray` or `long`.
     """
     if config.getoption("--fast"):
-        left_out = ("ray", "long")
-        items[:] = [item for item in items if not any(map(item.get_closest_marker, left_out))]
+        excluded_markers = ("ray", "long")
+        items[:] = [item for item in items if not any(map(item.get_closest_marker, excluded_markers))]
     items.sort(key=lambda item: item.path.name != "test_quickstart.py")
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
+    """Let every start of a process skip the test that starts it, if `--fast` is given."""
     if session.config.getoption("--fast"):
-        # A test ends where it starts a process: no list of such tests is needed, which could become wrong. Plugins of
-        # pytest start some of their own before.
-        subprocess.Popen.__init__ = skip_who_starts_a_process
-        multiprocessing.process.BaseProcess.start = skip_who_starts_a_process
+        # This needs no list of such tests, which could become wrong. It comes after the collection, since plugins of
+        # pytest start processes before.
+        subprocess.Popen.__init__ = skip_process_start
+        multiprocessing.process.BaseProcess.start = skip_process_start
 
 
-class Lanes(LoadFileScheduling):
-    """Scheduler that keeps each test file, and each of these folders as a whole, in one lane.
+class LaneScheduling(LoadFileScheduling):
+    """Scheduler of pytest-xdist that runs all tests of a file, and all tests below one of `FOLDERS`, in one lane."""
 
-    The clusters of a folder's files would be too many at the same time.
-    """
-
+    # Each lane that runs tests of these folders has clusters of its own for them, too many for one machine.
     FOLDERS = ("tests/several_nodes/", "tests/faults/")
 
     def _split_scope(self, nodeid: str) -> str:
@@ -112,46 +126,47 @@ class Lanes(LoadFileScheduling):
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadFileScheduling:
-    return Lanes(config, log)
+    return LaneScheduling(config, log)
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
-    """End the clusters of lanes that were ended.
-
-    A lane has ten seconds after Ctrl-C, and Ray needs more.
-    """
+    """Stop the clusters that lanes have left running."""
+    # After Ctrl-C a lane has ten seconds, and stopping Ray takes longer.
     if getattr(config.option, "numprocesses", None):
         for record in config._tmp_path_factory.getbasetemp().rglob(RECORD):
-            with home_of_its_own(record.parent), suppress(ClusterError):  # a test writes one of another machine
+            with isolated_home(record.parent), suppress(ClusterError):  # a test records a cluster of another machine
                 stop_local()
 
 
 @contextmanager
-def home_of_its_own(home: Path) -> Iterator[pytest.MonkeyPatch]:
-    """Set MHMOE_HOME, and remove everything that the user's environment says about clusters."""
+def isolated_home(home: Path) -> Iterator[pytest.MonkeyPatch]:
+    """Set MHMOE_HOME to `home` and remove `USER_CLUSTER_VARIABLES` during the block.
+
+    Yield the patch of the environment, which takes further changes.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MHMOE_HOME", str(home))
-        for name, value in QUIET.items():
+        for name, value in QUIET_SETTINGS.items():
             patch.setenv(name, value)
-        for name in OF_THE_USER:
+        for name in USER_CLUSTER_VARIABLES:
             patch.delenv(name, raising=False)
-        # `python` in jobs, as sent to clusters that are not ours, is the one that runs the tests.
+        # Jobs for clusters that we did not start run `python`, which has to be the interpreter of the tests.
         patch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
         yield patch
 
 
 @pytest.fixture(scope="session")
 def lane_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Yield a home that MHMOE_HOME names for the rest of the session.
+    """Set MHMOE_HOME to a new folder for the rest of the session, and yield that folder.
 
-    A test that starts a cluster in it leaves the cluster to later tests; at the end it is stopped as users stop theirs.
+    A test that starts the local cluster leaves it running for later tests. At the end `mhmoe cluster down` stops it.
     """
     home = tmp_path_factory.mktemp("home")
-    with home_of_its_own(home):
+    with isolated_home(home):
         yield home
-        runs = (home / RECORD).exists()
+        is_running = (home / RECORD).exists()
         shutdown = subprocess.run(command("cluster", "down"), capture_output=True, text=True)
-        assert (shutdown.returncode, shutdown.stdout) == (0, "stopped\n" if runs else "no local cluster ran\n"), (
+        assert (shutdown.returncode, shutdown.stdout) == (0, "stopped\n" if is_running else "no local cluster ran\n"), (
             shutdown.stderr
         )
         assert not (home / RECORD).exists()
@@ -159,5 +174,5 @@ def lane_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def local_cluster(lane_home: Path) -> LocalCluster:
-    """Return the local cluster in that home, with 8 logical CPUs; it is the quickstart's where that ran before."""
+    """Return the running local cluster of the lane; start it with 8 logical CPUs if no test has started it before."""
     return start_local(8)

@@ -1,6 +1,7 @@
-"""Run the tests marked `cpu` once at each level that this machine has, each time in a new pytest: `make test-cpu`.
+"""Run the tests marked `cpu` once at each CPU level that this machine supports: `make test-cpu`.
 
-Further arguments go to every pytest. The exit code is 1 if one of them failed.
+Each level has a pytest process of its own. Further arguments go to each of them. The exit code is 1 if one of them
+failed.
 """
 
 import os
@@ -9,19 +10,20 @@ import sys
 
 from mhmoe_kernels.cpu import CpuLevel, level_environment, machine_level
 
-MARKED = "cpu and not slow and not system and not soak and not gpu"
+MARKER_EXPRESSION = "cpu and not slow and not system and not soak and not gpu"
 
 
 def main() -> None:
-    failed = []
+    """Run the tests at each level of this machine; exit with an error that names the levels where tests failed."""
+    failed_levels = []
     for level in (level for level in CpuLevel if level <= machine_level()):
         name = level.name.lower()
         print(f"--- tests marked cpu, at {name}", flush=True)
-        command = [sys.executable, "-m", "pytest", "-m", MARKED, *sys.argv[1:]]
+        command = [sys.executable, "-m", "pytest", "-m", MARKER_EXPRESSION, *sys.argv[1:]]
         if subprocess.run(command, env=os.environ | level_environment(level)).returncode:
-            failed.append(name)
-    if failed:
-        sys.exit(f"failed at {', '.join(failed)}")
+            failed_levels.append(name)
+    if failed_levels:
+        sys.exit(f"failed at {', '.join(failed_levels)}")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,14 @@
-"""Compare the definitions of this tree with those of a commit, wherever they lie: `python -m tests.definitions COMMIT`.
+"""Compare the definitions of this tree with those of a commit, whichever files they are in:
+`python -m tests.definitions COMMIT`.
 
-A change of structure moves definitions between files and rewrites imports; everything else is an edit. This script
-lists the edits: top-level statements of the packages that are in one of the two trees only, after
+A pure change of structure only moves definitions between files and rewrites imports. This script lists every other
+edit: the top-level statements of the packages that only one of the two trees has, after
 
 - import statements, module docstrings and `__all__` are left out,
-- `module.name`, where `module` is one of ours, is read as `name`,
-- names of our modules and paths of our files in strings are read alike.
+- `module.name`, where `module` is one of ours, is replaced by `name`,
+- names of our modules and paths of our files in strings are replaced by the same text.
 
-`--rename OLD=NEW` reads a name of the commit as another one, which shows that a change of names changes nothing else.
+`--rename OLD=NEW` replaces a name of the commit first, which shows that a renaming changes nothing else.
 The exit code is 1 if there is an edit.
 """
 
@@ -27,18 +28,25 @@ ROOT = Path(__file__).parent.parent
 FOLDERS = ("mhmoe_ray", "kernels/mhmoe_kernels", "jobs")
 OUR_PACKAGES = ("mhmoe_ray", "mhmoe_kernels")
 LOCATION_PATTERN = re.compile(r"\bmhmoe_(ray|kernels)(\.\w+)*|(\w+/)*\w+\.py\b|\b(\w+/)+")
-"""Pattern of dotted names of our modules, of paths of files and of paths of folders in strings."""
+"""Pattern of dotted names of our modules, and of paths of Python files and of folders, in strings."""
 
 
 class Definition(NamedTuple):
+    """A top-level statement of a tree."""
+
     shape: str
-    """The statement without the parts that may differ between places."""
+    """Dump of the syntax tree, without the parts that depend on the statement's file; equal for equal definitions."""
     location: str
-    """File, line and names of the statement, for people."""
+    """File, line and defined names, for the printed list."""
 
 
 def definitions(root: Path, names: Mapping[str, str]) -> Iterator[Definition]:
-    """Yield the top-level statements of all packages below a root, with names replaced."""
+    """Yield the top-level statements of all packages below `root`, except imports, module docstrings and `__all__`.
+
+    Args:
+        root: The root folder of a tree.
+        names: Names to replace, with their replacements.
+    """
     for folder in FOLDERS:
         for path in sorted((root / folder).rglob("*.py")):
             tree = ast.parse(path.read_text())
@@ -46,15 +54,20 @@ def definitions(root: Path, names: Mapping[str, str]) -> Iterator[Definition]:
             for number, node in enumerate(tree.body):
                 if is_left_out(node, is_first=number == 0):
                     continue
+                # A parameter or variable hides an imported module of the same name.
                 local = bound_names(node)
-                reader = Reader(modules - local, originals, names)
-                shape = ast.dump(reader.visit(node))
+                normalizer = StatementNormalizer(modules - local, originals, names)
+                shape = ast.dump(normalizer.visit(node))
                 yield Definition(shape, f"{path.relative_to(root)}:{node.lineno} {', '.join(defined_names(node))}")
 
 
 def imported_names(tree: ast.Module, root: Path) -> tuple[set[str], dict[str, str]]:
-    """Return the names by which a file knows our modules, and the original names of what it imports under another
-    name."""
+    """Return how a file names what it imports from our packages.
+
+    Returns:
+        The names of imported modules, and for each other definition that is imported under an alias its original name
+        by that alias.
+    """
     modules, originals = set(), {}
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(OUR_PACKAGES):
@@ -69,7 +82,7 @@ def imported_names(tree: ast.Module, root: Path) -> tuple[set[str], dict[str, st
 
 
 def is_left_out(node: ast.stmt, is_first: bool) -> bool:
-    """Return whether a top-level statement is no definition but an import, the module's docstring, or `__all__`."""
+    """Return whether a top-level statement is an import, the module's docstring, or `__all__`."""
     if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
         return all(isinstance(statement, ast.Import | ast.ImportFrom) for statement in node.body)
     if is_first and isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
@@ -78,7 +91,7 @@ def is_left_out(node: ast.stmt, is_first: bool) -> bool:
 
 
 def defined_names(node: ast.stmt) -> list[str]:
-    """Return the names that a top-level statement defines."""
+    """Return the names that a top-level statement defines; if it defines none, its kind, such as `If`."""
     if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
         return [node.name]
     targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
@@ -86,14 +99,23 @@ def defined_names(node: ast.stmt) -> list[str]:
 
 
 def bound_names(node: ast.stmt) -> set[str]:
-    """Return the parameters and variables of a statement; a module's name among them means a variable there."""
+    """Return the names of all parameters and variables that are bound inside a statement."""
     parameters = {child.arg for child in ast.walk(node) if isinstance(child, ast.arg)}
     stored = {child.id for child in ast.walk(node) if isinstance(child, ast.Name) and isinstance(child.ctx, ast.Store)}
     return parameters | stored
 
 
-class Reader(ast.NodeTransformer):
-    """Transformer that brings a statement into a form in which its place does not show."""
+class StatementNormalizer(ast.NodeTransformer):
+    """Transformer that removes from a statement everything that depends on the file that it is in.
+
+    It drops imports of our packages, replaces `module.name` by `name`, aliases by the original names, and locations in
+    strings by one text. It also applies the replacements of names.
+
+    Args:
+        modules: The names by which the file refers to our modules.
+        originals: The original names by alias.
+        names: Names to replace, with their replacements.
+    """
 
     def __init__(self, modules: set[str], originals: Mapping[str, str], names: Mapping[str, str]) -> None:
         self.modules, self.originals, self.names = modules, originals, names
@@ -116,22 +138,25 @@ class Reader(ast.NodeTransformer):
         return ast.Constant(" ".join(text.split()))
 
     def generic_visit(self, node: ast.AST) -> ast.AST:
+        """Replace names of definitions and parameters, drop imports of our packages, and visit the child nodes."""
         if isinstance(name := getattr(node, "name", None), str):
             node.name = self.names.get(name, name)  # type: ignore[attr-defined] # functions, classes, aliases, handlers
         if isinstance(node, ast.arg):
             node.arg = self.names.get(node.arg, node.arg)
         for field in ("body", "orelse", "finalbody"):
             if isinstance(statements := getattr(node, field, None), list):
-                kept_statements = [statement for statement in statements if not is_own_import(statement)]
+                kept_statements = [statement for statement in statements if not is_our_import(statement)]
                 setattr(node, field, kept_statements or ([ast.Pass()] if statements else []))
         return super().generic_visit(node)
 
 
-def is_own_import(node: ast.stmt) -> bool:
+def is_our_import(node: ast.stmt) -> bool:
+    """Return whether a statement imports from one of our packages."""
     return isinstance(node, ast.ImportFrom) and (node.module or "").startswith(OUR_PACKAGES)
 
 
 def main() -> int:
+    """Print the statements that only one tree has; return 1 if there are any, else 0."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("commit")
     parser.add_argument("--rename", action="append", default=[], metavar="OLD=NEW")

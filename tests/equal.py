@@ -2,12 +2,13 @@
 
     python -m tests.equal COMMIT
 
-Both trees do the same in the same environment, one after the other at the same paths, so that paths and digests of them
-are equal too: they prepare text, train nine models in two precisions, export, evaluate and serve some of them, and
-answer commands and mistakes. They are driven by their command line and seen in their files; nothing of them is
-imported here. One line for each compared thing says whether it is equal, or where it first differs.
+Both trees run the same commands in the same environment, one after the other at the same path, so that paths in files
+and the digests of such files are equal too. They prepare text, train nine models in two precisions, export, evaluate
+and serve some of them, and answer other commands and users' mistakes. This script drives them by their command line and
+reads their files; it imports nothing of them. For each observation it prints a line that says whether both are equal,
+or where they first differ.
 
-What was seen of a commit is stored, and read when it is compared with again in an equal environment.
+The observations of a commit are stored, and used when it is compared with again in an equal environment.
 """
 
 import argparse
@@ -32,51 +33,56 @@ from tests.equality.stored import Store
 from tests.equality.walk import Observations, walk
 
 EXPECTED_COMMANDS = ("bin/mhmoe", "mhmoe_ray.train.job", "default_worker.py")
-"""Parts of the command lines of commands, of jobs of runs, and of Ray's own workers: each side must have had some."""
-# Short, since paths of Unix sockets may not be long; and always the same, since prepared data, and checkpoints by its
-# digest, know where they lie.
+"""Texts in the command lines of commands, of runs' jobs and of Ray's workers; each side must have started all three."""
+
+# The path is short, since paths of Unix sockets must be. It is always the same, since prepared data record their path,
+# and checkpoints record the digest of that record.
 WORK = Path("/tmp" if len(tempfile.gettempdir()) > 15 else tempfile.gettempdir()) / f"equal-{os.getuid()}"
 
 Tree = Callable[[Path], AbstractContextManager[Path]]
-"""Puts a tree into a folder for a while."""
+"""Function that returns a context manager, which puts a tree into the given folder and may remove it at the end."""
 
 
 def main() -> int:
+    """Compare both trees; return 0 if all is equal, 1 if something differs, and 2 if the comparison failed."""
     parser = argparse.ArgumentParser(prog="tests.equal", description="Compare this working tree with a commit.")
-    parser.add_argument("commit", help="what to compare with")
+    parser.add_argument("commit", help="commit to compare with")
     parser.add_argument("--level", choices=LEVELS, default=best_level(), help="CPU level that both sides compute at")
-    parser.add_argument("--models", default=",".join(specs.MODELS), help="only these, by commas")
+    parser.add_argument(
+        "--models", default=",".join(specs.MODELS), help="names of the models to train, separated by commas"
+    )
     parser.add_argument(
         "--anew", action="store_true", help="observe the commit again even if its observations are stored"
     )
-    parser.add_argument("--keep", action="store_true", help="leave both sides' files for a look")
+    parser.add_argument("--keep", action="store_true", help="keep the files of both sides")
     options = parser.parse_args()
     models = options.models.split(",")
     if unknown := set(models) - specs.MODELS.keys():
         parser.error(f"unknown models {', '.join(unknown)}; there are {', '.join(specs.MODELS)}")
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # clusters are taken down on the way
+    # As an exception, SIGTERM lets the side stop its cluster.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     commit = trees.commit_of(options.commit)
     store = Store(commit, options.level, models)
-    look = partial(_observe, level=options.level, models=models, port=_free_port())
+    observe_side = partial(_observe, level=options.level, models=models, port=_free_port())
     try:
         with _locked_work_folder(options.keep):
             base = None if options.anew else store.read()
             if base is None:
-                base = look("base", partial(trees.worktree, commit))
+                base = observe_side("base", partial(trees.worktree, commit))
                 store.write(base)
-            our_observations = look("here", trees.working_copy)
+            our_observations = observe_side("here", trees.working_copy)
     except CommandError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    return _compared(base, our_observations)
+    return _print_comparison(base, our_observations)
 
 
 @contextmanager
 def _locked_work_folder(keep: bool) -> Iterator[None]:
-    """Make the folder of both sides, of which there is one; remove it in the end.
+    """Create the empty folder `WORK` for both sides and lock it during the block; at the end remove it unless `keep`.
 
     Raises:
-        CommandError: another comparison uses it.
+        CommandError: Another comparison uses the folder, or one that was killed has left its cluster running.
     """
     with WORK.with_suffix(".lock").open("w") as lock:
         try:
@@ -98,10 +104,19 @@ def _locked_work_folder(keep: bool) -> Iterator[None]:
 
 
 def _observe(name: str, tree: Tree, level: str, models: list[str], port: int) -> Observations:
-    """Return all that is seen of one tree. Its folder is called the same for both; in the end it gets the side's name.
+    """Run all commands in a tree, and return the observations.
+
+    Both sides work in a folder of the same name; at the end the folder is renamed to `name`.
+
+    Args:
+        name: The name of the side.
+        tree: The function that puts the tree into a folder.
+        level: The CPU level to compute at.
+        models: The names of the models to train.
+        port: The port to serve at.
 
     Raises:
-        CommandError: a command fails that must not, or a process ran other code than this tree's.
+        CommandError: A command failed that must succeed, or a process imported code outside this tree.
     """
     folder, start_time = WORK / "side", time.monotonic()
 
@@ -118,17 +133,17 @@ def _observe(name: str, tree: Tree, level: str, models: list[str], port: int) ->
     finally:
         folder.rename(WORK / name)
     say("done")
-    # As it is read again when it was stored.
-    read: Observations = json.loads(json.dumps(observations))
-    return read
+    # Observations that were stored have been through JSON too, so these compare with them.
+    stored_form: Observations = json.loads(json.dumps(observations))
+    return stored_form
 
 
-def _compared(base: Observations, our_observations: Observations) -> int:
-    """Print a line for each thing; return how the process is to end."""
+def _print_comparison(base: Observations, our_observations: Observations) -> int:
+    """Print a line for each observation: equal, or where it differs; return 1 if any differs, else 0."""
     names, different = list(dict.fromkeys([*base, *our_observations])), 0
     for name in names:
         if name not in base or name not in our_observations:
-            difference: str | None = f"it is there only {'here' if name in our_observations else 'in the commit'}"
+            difference: str | None = f"it exists only {'here' if name in our_observations else 'in the commit'}"
         else:
             difference = first_difference(base[name], our_observations[name])
         different += difference is not None

@@ -1,8 +1,8 @@
-"""The server that ranks and commands of tests are forked from.
+"""Fork server for processes that tests start: ranks of process groups, and commands.
 
-It has imported what they would import, which takes seconds for each of them. It has computed nothing, and so has no
-threads of torch that a fork would lose. It has not imported the modules that read the environment at their import: Ray,
-and the command line's consoles.
+The server has imported the large modules, which would take each process seconds. It has computed nothing, so it has no
+threads of torch that a fork would lose. It has not imported modules that read the environment when they are imported:
+Ray, and the consoles of the command line.
 """
 
 import multiprocessing
@@ -14,7 +14,10 @@ multiprocessing.set_forkserver_preload(
 FORKED = multiprocessing.get_context("forkserver")
 
 
-def take_over(environment: dict[str, str]) -> None:
-    """Take over the environment of the process that asked for this one; the server's own is as old as the server."""
+def replace_environment(environment: dict[str, str]) -> None:
+    """Replace this process's environment variables.
+
+    A forked process has the variables that the server was started with, and needs those that its parent has now.
+    """
     os.environ.clear()
     os.environ |= environment

@@ -47,9 +47,9 @@ EXCEPTIONS = {
     ("mhmoe_ray/spec/sweep.py", "only"): "a key of sweeps",
     ("mhmoe_ray/train/watchdog.py", "began"): "a key of the event `started`",
 }
-"""Names that are serialized, which do not change."""
+"""Vague names that stay because they are serialized, by file and name, with the place where they are stored."""
 
-# Subjects of commits are held from here on.
+# Commit subjects are checked after this commit.
 FIRST_COMMIT = "9cb4a74"
 SUBJECT = re.compile(r"[a-z][\w, /.-]*: [a-z`][^\n]*[^.\n]")
 
@@ -89,7 +89,7 @@ def docstring_starts(tree: ast.Module) -> Iterator[tuple[int, str]]:
 
 
 def is_fragment(first_line: str) -> bool:
-    """Return whether a docstring starts in the middle of a sentence."""
+    """Return whether the first word of a docstring is one of `FRAGMENT_STARTS`."""
     word = re.match(r"[A-Za-z']*", first_line)
     return word is not None and word[0].lower() in FRAGMENT_STARTS
 
@@ -102,7 +102,7 @@ def documented_parameters(docstring: str) -> Iterator[str]:
 
 
 def unknown_parameters(tree: ast.Module) -> Iterator[tuple[int, str]]:
-    """Yield the line and the name of each documented parameter that a function does not have."""
+    """Yield the line of each function whose docstring describes a parameter that it does not have, and that name."""
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             names = {argument.arg for argument in ast.walk(node.args) if isinstance(argument, ast.arg)}
@@ -112,7 +112,12 @@ def unknown_parameters(tree: ast.Module) -> Iterator[tuple[int, str]]:
 
 
 def problems_of_file(path: str, source: str) -> Iterator[str]:
-    """Yield one line for each docstring and each name of a file that breaks a rule."""
+    """Yield one line of text for each docstring and each name of a file that breaks a rule.
+
+    Args:
+        path: The path of the file below the project, which the lines name.
+        source: The text of the file.
+    """
     tree = ast.parse(source)
     for line, first_line in docstring_starts(tree):
         if is_fragment(first_line):
@@ -125,19 +130,22 @@ def problems_of_file(path: str, source: str) -> Iterator[str]:
 
 
 def git(*arguments: str) -> str:
-    """Return what a git command prints about this project, or nothing where there is no such history."""
+    """Return what a git command in this project prints; "" if it fails, as in a checkout without history."""
     return subprocess.run(["git", *arguments], cwd=PROJECT, capture_output=True, text=True).stdout
 
 
 def problems_of_subjects() -> Iterator[str]:
-    """Yield one line for each commit subject since `FIRST_COMMIT` that is not `area: imperative` of 72 characters."""
+    """Yield one line of text for each commit since `FIRST_COMMIT` whose subject breaks a rule.
+
+    A subject is `area: imperative`, has at most 72 characters and no full stop at the end.
+    """
     for subject in git("log", "--no-merges", "--format=%s", f"{FIRST_COMMIT}..HEAD").splitlines():
         if len(subject) > 72 or not SUBJECT.fullmatch(subject):
             yield f"commit subject is not `area: imperative` of at most 72 characters: {subject}"
 
 
 def main() -> None:
-    """Print every problem; exit with 1 if there is one."""
+    """Print every problem of the code and of commit subjects; exit with 1 if there is one, else with 0."""
     paths = sorted(
         path.relative_to(PROJECT).as_posix()
         for folder in ("mhmoe_ray", "kernels", "jobs", "tests")

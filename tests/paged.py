@@ -1,4 +1,4 @@
-"""The decoder as serving calls it, for tests of the model."""
+"""Logits of a decoder with a paged KV cache, as serving computes them, for tests of the model."""
 
 from collections.abc import Sequence
 
@@ -10,10 +10,10 @@ from mhmoe_ray.serve.engine.block_pool import count_blocks
 from mhmoe_ray.serve.engine.paged_cache import PagedCache, PagedChunk, PagedStep
 
 
-def in_parts(model: Decoder, token_BT: Tensor, sizes: Sequence[int]) -> Tensor:
-    """Return the logits of all tokens, where step i computes the next `sizes[i]` tokens of every sequence.
+def logits_in_parts(model: Decoder, token_BT: Tensor, sizes: Sequence[int]) -> Tensor:
+    """Compute sequences in several steps with a paged KV cache, and return the logits of all tokens.
 
-    The cache blocks of the sequences are interleaved.
+    Step i computes the next `sizes[i]` tokens of every sequence. The cache blocks of the sequences are interleaved.
     """
     B, T = token_BT.shape
     blocks_per_sequence, weight = count_blocks(T), model.blocks[0].attention.qkv.weight

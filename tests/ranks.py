@@ -1,4 +1,4 @@
-"""Run a function on several gloo processes and collect what each returns: distributed logic on any CPU."""
+"""Run a function in several processes that form a gloo group, to test distributed code on any CPU."""
 
 import os
 import tempfile
@@ -11,13 +11,14 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from mhmoe_ray.cluster.spawn import free_ports
-from tests.forked import FORKED, take_over
+from tests.forked import FORKED, replace_environment
 
 
 def run_ranks(world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
-    """Return the results of `function(*args)` on each of `world` ranks of a default process group.
+    """Run `function(*args)` on each of `world` ranks, and return the results in the order of ranks.
 
-    A world of one has no group. A failure of any rank ends all of them and is raised here.
+    The ranks are processes of torch's default process group; a single rank has no group. If a rank fails, all are ended
+    and its error is raised here. Function, arguments and results have to be picklable.
     """
     with tempfile.TemporaryDirectory() as folder:
         rank_arguments = (dict(os.environ), world, free_ports(1)[0], folder, function, args)
@@ -34,8 +35,9 @@ def _rank(
     function: Callable[..., Any],
     args: tuple[Any, ...],
 ) -> None:
+    """Run the function as one rank, and write its result to `folder`."""
     torch.set_num_threads(1)
-    take_over(environment)
+    replace_environment(environment)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": str(world)}
     if world > 1:
         dist.init_process_group("gloo")

@@ -1,4 +1,4 @@
-"""A fixture with a real server that speaks S3, on loopback."""
+"""Fixture with a real S3 server on loopback."""
 
 import socket
 import subprocess
@@ -18,7 +18,10 @@ CREDENTIALS = {"AWS_ACCESS_KEY_ID": "somebody", "AWS_SECRET_ACCESS_KEY": "secret
 
 @pytest.fixture(scope="session")
 def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, fs.FileSystem]]:
-    """Start a local S3 server; yield the URI query that leads to its bucket `bucket`, and the server's file system."""
+    """Start a local S3 server; yield a URI query and pyarrow's file system of the server.
+
+    `s3://bucket/PATH?QUERY` is a path in its bucket `bucket`. The environment has the server's credentials meanwhile.
+    """
     missing_packages = [name for name in ("moto", "flask", "flask_cors") if find_spec(name) is None]
     if missing_packages:
         pytest.skip(f"{', '.join(missing_packages)} not installed: see the dev extra")
@@ -30,7 +33,7 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, fs.FileS
             patch.setenv(name, value)
         server = subprocess.Popen(command, stdout=out, stderr=out)
         try:
-            _wait(server, port, log)
+            _wait_until_listening(server, port, log)
             query = f"region=us-east-1&scheme=http&endpoint_override=127.0.0.1:{port}"
             system, _ = fs.FileSystem.from_uri(f"s3://bucket?{query}&allow_bucket_creation=true")
             system.create_dir("bucket")
@@ -40,7 +43,8 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, fs.FileS
             server.wait(30)
 
 
-def _wait(server: subprocess.Popen[bytes], port: int, log: Path) -> None:
+def _wait_until_listening(server: subprocess.Popen[bytes], port: int, log: Path) -> None:
+    """Wait until the server listens on its port; raise an error with its log if it ends before."""
     while server.poll() is None:
         with socket.socket() as s:
             if s.connect_ex(("127.0.0.1", port)) == 0:

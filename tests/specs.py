@@ -22,7 +22,10 @@ TINY: dict[str, Any] = {
 
 
 def tiny_spec(folder: Path = Path("/nowhere"), **sections: dict[str, Any]) -> RunSpec:
-    """Return the spec TINY with some keys of its sections replaced, and with paths below `folder`."""
+    """Return the spec `TINY` with the given keys of its sections replaced, and with its relative paths below `folder`.
+
+    Sections that `TINY` does not have are added.
+    """
     tree = {k: {**v, **sections.get(k, {})} if isinstance(v, dict) else v for k, v in TINY.items()}
     tree |= {k: v for k, v in sections.items() if k not in TINY}
     return RunSpec.model_validate(tree).with_absolute_paths(folder)

@@ -1,4 +1,4 @@
-"""The counts of every architecture, compared with a built model."""
+"""Tests that the counts of every architecture are those of a built model."""
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ SIZES = {"vocab_size": 1000, "d_model": 48, "layers": 6, "attention_heads": 12}
 
 
 def model_specs(backbone, moe):
-    """Yield models with tied and with untied embeddings, also with grouped queries if the architecture has them."""
+    """Yield specs with tied and with untied embeddings, each also with grouped queries if the architecture has them."""
     d_ff = None if moe and moe.every == 1 else 100
     for kv_heads in (None, 4) if ARCHITECTURES[backbone].grouped_queries else (None,):
         for has_tied_embeddings in (True, False):
@@ -72,7 +72,7 @@ def test_an_expert_has_the_parameters_that_its_architecture_counts(backbone):
 
 @pytest.mark.parametrize("moe", MOES[:3])
 @pytest.mark.parametrize("backbone", ARCHITECTURES)
-def test_every_tensor_has_a_name_in_an_exported_folder(backbone, moe):
+def test_export_has_an_entry_for_every_tensor_of_the_model(backbone, moe):
     for spec in model_specs(backbone, moe):
         exported = {entry.checkpoint_name for group in tensor_entries(spec) for entry in group}
         assert exported == set(Decoder(spec).named_tensors())

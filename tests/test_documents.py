@@ -1,4 +1,4 @@
-"""The links of the documents lead to files and headings that exist, and claims name tests that exist."""
+"""Tests that links in Markdown documents lead to files and headings that exist, and that claims name existing tests."""
 
 import re
 import subprocess
@@ -12,7 +12,7 @@ DOCUMENTS = [name for name in TRACKED if name.endswith(".md")]
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)
-def test_links_lead_to_files_and_headings_that_there_are(name):
+def test_links_lead_to_files_and_headings_that_exist(name):
     document = ROOT / name
     for target in re.findall(r"\]\((?!https?:)([^)]+)\)", document.read_text()):
         path, _, heading = target.partition("#")
@@ -23,7 +23,7 @@ def test_links_lead_to_files_and_headings_that_there_are(name):
             assert heading in {re.sub(r"[^\w -]", "", t.lower()).replace(" ", "-") for t in titles}, target
 
 
-def test_claims_name_tests_that_there_are():
+def test_claims_name_tests_that_exist():
     claimed_paths = set(re.findall(r"\btests/[\w/]+(?:\.py)?", (ROOT / "tests/CLAIMS.md").read_text()))
     assert len(claimed_paths) > 20
     assert [name for name in claimed_paths if not (ROOT / name).exists()] == []

@@ -1,5 +1,4 @@
-"""The rules by which `make equal` takes two results as equal; the command takes minutes, and these tests take
-seconds."""
+"""Tests of the rules by which `make equal`, which takes minutes, compares two results."""
 
 import json
 from pathlib import Path
@@ -28,11 +27,11 @@ from tests.equality.side import Side
         ("one\ntwo", "one\n2", "line 1 is 'two', and here '2'"),
     ],
 )
-def test_the_first_difference_is_named(base, actual, difference):
+def test_first_difference_is_described(base, actual, difference):
     assert first_difference(base, actual) == difference
 
 
-def test_what_differs_from_call_to_call_is_left_out_and_nothing_else():
+def test_normaliser_leaves_out_only_what_differs_between_calls():
     answer = {
         "run": "tiny-0a1b2c",
         "time": 1.5,
@@ -53,7 +52,7 @@ def test_what_differs_from_call_to_call_is_left_out_and_nothing_else():
     }
 
 
-def test_a_single_bit_of_a_tensor_shows(tmp_path):
+def test_a_changed_bit_of_a_tensor_is_found(tmp_path):
     values = np.ones((2, 3), np.float32)
     save_file({"x": values, "y": values}, tmp_path / "base.safetensors")
     values = values.copy()
@@ -65,7 +64,7 @@ def test_a_single_bit_of_a_tensor_shows(tmp_path):
     assert str(first_difference(base, actual)).startswith("x norm is ")
 
 
-def test_a_process_that_ran_other_code_is_named(tmp_path):
+def test_a_process_that_imported_other_code_is_reported(tmp_path):
     tree = tmp_path / "tree"
     (tree / "own").mkdir(parents=True)
     (tree / "own" / "__init__.py").touch()

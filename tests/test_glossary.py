@@ -1,4 +1,4 @@
-"""A search for a term of the glossary in CONTRIBUTING.md finds the file that explains it first."""
+"""Tests that a search for a term of the glossary in CONTRIBUTING.md finds the file that explains the term first."""
 
 import re
 from pathlib import Path
@@ -20,8 +20,11 @@ def test_the_glossary_has_terms():
 
 
 @pytest.mark.parametrize(("term", "file"), TERMS)
-def test_a_search_finds_the_file_of_a_term_first(term, file):
-    """The first file is the one with the most matching lines, as `git grep -c -i` counts them; `-` may be a space."""
+def test_search_finds_the_file_of_a_term_first(term, file):
+    """The first file is the one with the most matching lines, as `git grep -c -i` counts them.
+
+    A space matches `-` too, and the other way round.
+    """
     pattern = re.compile(re.sub(r"[ -]", "[ -]", term), re.IGNORECASE)
     counts = {path: sum(map(bool, map(pattern.search, source.split("\n")))) for path, source in SOURCES.items()}
     assert max(counts, key=counts.__getitem__) == file, sorted(counts.items(), key=lambda item: -item[1])[:3]

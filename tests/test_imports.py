@@ -1,4 +1,7 @@
-"""Modules that processes do without: torch takes two seconds and hundreds of megabytes, DTensor half a second."""
+"""Tests that processes do not import large modules that they do not need.
+
+Torch takes two seconds and hundreds of megabytes, DTensor half a second.
+"""
 
 import subprocess
 import sys
@@ -14,41 +17,42 @@ JOBS_AND_ACTORS = (
     "mhmoe_ray.train.watchdog",
 )
 
-READING = (
+READING_MODULES = (
     "mhmoe_ray.report.page",
     "mhmoe_ray.report.variants",
     "mhmoe_ray.evaluate.activation",
     "mhmoe_ray.cli.routing",
 )
-SERVING = (
+SERVING_MODULES = (
     "mhmoe_ray.serve.engine.torch_engine",
     "mhmoe_ray.checkpoint.load",
     "mhmoe_ray.checkpoint.huggingface.export",
 )
 
 
-def assert_goes_without(unwanted: str, names: tuple[str, ...]) -> None:
+def assert_not_imported(unwanted_module: str, names: tuple[str, ...]) -> None:
+    """Assert that importing the modules `names` in a new process does not import `unwanted_module`."""
     code = (
         "import importlib, sys\n"
         "for name in sys.argv[2:]:\n"
         "    importlib.import_module(name)\n"
         "    assert sys.argv[1] not in sys.modules, name"
     )
-    subprocess.run([sys.executable, "-c", code, unwanted, *names], check=True)
+    subprocess.run([sys.executable, "-c", code, unwanted_module, *names], check=True)
 
 
-def test_jobs_and_actors_that_compute_nothing_have_no_torch():
-    assert_goes_without("torch", JOBS_AND_ACTORS)
+def test_jobs_and_actors_that_compute_nothing_do_not_import_torch():
+    assert_not_imported("torch", JOBS_AND_ACTORS)
 
 
-def test_what_reads_runs_and_draws_them_has_no_torch():
-    assert_goes_without("torch", READING)
+def test_modules_that_read_and_draw_runs_do_not_import_torch():
+    assert_not_imported("torch", READING_MODULES)
 
 
-def test_what_serves_or_exports_a_model_has_nothing_of_distributed_tensors():
-    assert_goes_without("torch.distributed.tensor", SERVING)
+def test_modules_that_serve_or_export_do_not_import_dtensor():
+    assert_not_imported("torch.distributed.tensor", SERVING_MODULES)
 
 
-def test_the_small_sample_needs_no_extra():
+def test_small_corpus_can_be_imported_without_lxml():
     code = "import sys; sys.modules['lxml'] = None; import mhmoe_ray.corpus.small"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,4 +1,4 @@
-"""A run that an earlier version began is resumed, and its result is served, as that version would have done."""
+"""Tests that a run of an earlier version can be resumed and served, with the results that that version had."""
 
 import json
 import re
@@ -17,31 +17,29 @@ pytestmark = pytest.mark.ray
 FIXTURE = Path(__file__).parent / "fixtures" / "old_run"
 RUN = "old-ea8ec3"
 FOLDER = "/tmp/old-run"
-"""Folder in which the run lay when it was made."""
+"""Folder that the run was made in; its spec has paths below it."""
 TOLERANCES = {"loss": 1e-4, "val_loss": 1e-4, "lr": 1e-9, "grad_norm": 1e-2}
-"""Tolerances for differences between CPUs, whose order of addition is their own.
-
-A gradient shows more of it than a loss.
-"""
+"""Tolerances of metrics; all others must be equal. CPUs add in different orders, which changes gradients most."""
 LOGPROB_TOLERANCE = 1e-3
 
 
 class Resumed(NamedTuple):
+    """The earlier version's run after its resumption."""
+
     project: Path
+    """Project folder with the run."""
     expected: dict[str, Any]
+    """Metrics and answers of the earlier version, from expected.json."""
 
 
 @pytest.fixture(scope="module")
 def resumed(tmp_path_factory, local_cluster):
-    """Return the run in a folder of its own, after `mhmoe resume`.
-
-    A run may be moved with its prepared data: the spec says where both lie, and nothing else does. The place of the
-    raw text stays as it was, since the data's manifest identifies the text by it, and checkpoints identify the manifest
-    by its digest.
-    """
+    """Copy the run and its prepared data to a new folder, resume it to its end, and return it."""
     project = tmp_path_factory.mktemp("old")
     shutil.copytree(FIXTURE / "prepared", project / "prepared")
     shutil.copytree(FIXTURE / RUN, project / "runs" / RUN)
+    # Only the spec says where a run and its prepared data lie. The path of the raw text must stay: the manifest of the
+    # data contains it, and checkpoints contain the manifest's digest.
     spec = project / "runs" / RUN / "spec.yaml"
     text = spec.read_text()
     for part in ("runs", "prepared"):
@@ -54,7 +52,7 @@ def resumed(tmp_path_factory, local_cluster):
     return Resumed(project, json.loads((FIXTURE / "expected.json").read_text()))
 
 
-def test_each_further_step_has_the_numbers_that_the_earlier_version_measured(resumed):
+def test_resumed_steps_have_the_metrics_of_the_earlier_version(resumed):
     lines = (resumed.project / "runs" / RUN / "metrics.jsonl").read_text().splitlines()
     steps = [json.loads(line) for line in lines][-len(resumed.expected["steps"]) :]
     for step, expected in zip(steps, resumed.expected["steps"], strict=True):
@@ -63,14 +61,14 @@ def test_each_further_step_has_the_numbers_that_the_earlier_version_measured(res
             assert step[key] == (value if tolerance is None else pytest.approx(value, abs=tolerance)), step["step"]
 
 
-def test_its_result_answers_as_the_earlier_versions_did(resumed):
+def test_served_completion_equals_that_of_the_earlier_version(resumed):
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
     deployed = mhmoe(resumed.project, "serve", "deploy", RUN, "--name", "old", "--set", f"serve.port={port}")
     assert deployed.code == 0, deployed.err
     try:
-        # Not always at that port: on a cluster that has served before, Serve stays where it is.
+        # The port may be another one: on a cluster that has served before, Serve keeps its port.
         url = re.search(r" at (http://\S+/v1/completions);", deployed.out)[1]
         answer = httpx.post(url, json=resumed.expected["asked"], timeout=60)
         assert answer.status_code == 200, answer.text

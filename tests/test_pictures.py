@@ -4,7 +4,7 @@ from mhmoe_ray import pictures
 from mhmoe_ray.errors import DataError
 
 
-def test_a_file_that_can_be_written_is_left_as_it_was(tmp_path):
+def test_check_changes_and_creates_no_file(tmp_path):
     existing_picture = tmp_path / "there.png"
     existing_picture.write_bytes(b"before")
     pictures.check(existing_picture)
@@ -13,16 +13,16 @@ def test_a_file_that_can_be_written_is_left_as_it_was(tmp_path):
     assert list(tmp_path.iterdir()) == [existing_picture]
 
 
-def test_what_cannot_be_written_is_one_line(tmp_path):
-    for act in (pictures.check, lambda path: pictures.save(pictures.new_figure(1, 1), path)):
+def test_a_path_that_cannot_be_written_is_one_line(tmp_path):
+    for write_picture in (pictures.check, lambda path: pictures.save(pictures.new_figure(1, 1), path)):
         with pytest.raises(DataError, match=r"picture .*a\.png: No such file or directory; name a file you can write"):
-            act(tmp_path / "no" / "a.png")
+            write_picture(tmp_path / "no" / "a.png")
 
 
 @pytest.mark.parametrize(
     ("number", "text"), [(1, "1"), (1000, "1,000"), (1024, "1K"), (1536, "1,536"), (65536, "64K"), (3 << 20, "3M")]
 )
-def test_numbers_are_short_and_whole(number, text):
+def test_short_abbreviates_multiples_of_1024(number, text):
     assert pictures.short(number) == text
 
 

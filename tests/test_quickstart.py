@@ -1,6 +1,6 @@
-"""The main job as README describes it, in a folder of its own.
+"""Tests of the quickstart and of the commands that the READMEs show, in a folder of their own.
 
-It starts the cluster of its lane and leaves it to later tests.
+The quickstart starts the local cluster of its lane and leaves it running for later tests.
 """
 
 import json
@@ -24,14 +24,21 @@ from mhmoe_ray.runs import history, metrics
 from mhmoe_ray.runs.directory import list_runs
 from tests.cli.audit import assert_samples_in_order
 from tests.cli.run import mhmoe
-from tests.watch import newest, start_events, step_of, wait_until
+from tests.watch import newest_run, start_events, step_of, wait_until
 
 pytestmark = pytest.mark.ray
 
 ROOT = Path(__file__).parent.parent
 
 
-def quickstart(folder: Path, *overrides: str, **env: str) -> str:
+def run_quickstart(folder: Path, *overrides: str, **env: str) -> str:
+    """Run jobs/quickstart.py in `folder`, assert that it succeeds, and return what it prints.
+
+    Args:
+        folder: The folder that has the project's jobs.
+        overrides: Keys of the spec to replace, as `key=value`.
+        env: Environment variables to add.
+    """
     process = subprocess.run(
         [sys.executable, "jobs/quickstart.py", *overrides],
         cwd=folder,
@@ -46,7 +53,7 @@ def quickstart(folder: Path, *overrides: str, **env: str) -> str:
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory, lane_home):
-    """Return a folder with the project's jobs."""
+    """Return a new folder with a copy of the project's jobs."""
     folder = tmp_path_factory.mktemp("quickstart")
     shutil.copytree(ROOT / "jobs", folder / "jobs")
     return folder
@@ -54,22 +61,23 @@ def project(tmp_path_factory, lane_home):
 
 @pytest.fixture(scope="module")
 def first_output(project):
-    """Return the result of the first quickstart, a seventh as long as the real one; its cluster and server are left
-    running."""
-    return quickstart(project, "train.steps=100", "train.validate_every=100", "train.checkpoint_every=50", KEEP="1")
+    """Return the output of a quickstart of 100 steps instead of 700; its cluster and server are left running."""
+    return run_quickstart(project, "train.steps=100", "train.validate_every=100", "train.checkpoint_every=50", KEEP="1")
 
 
 @pytest.fixture(scope="module")
 def readme(project, first_output):
-    """Run the commands of cli/README.md in its order; return the result of each, and as JSON what follows from two of
-    them."""
+    """Run the commands of cli/README.md in order, assert that each succeeds, and return their results by first word.
+
+    `stopped` is the JSON of `mhmoe status` after `mhmoe stop`, and `evaluated` that of a second `mhmoe eval`.
+    """
     block = re.search(r"```sh\n(.*?)```", (ROOT / "mhmoe_ray/cli/README.md").read_text(), re.S)[1]
     results = {}
     for line in block.splitlines():
         program, *words = shlex.split(line, comments=True)
         assert program == "mhmoe"
-        if words == ["stop"]:  # before it trains it would be ended without a checkpoint
-            wait_until(lambda: step_of(newest(project)), "a step")
+        if words == ["stop"]:  # a run that is stopped before it trains has no checkpoint to resume from
+            wait_until(lambda: step_of(newest_run(project)), "a step")
         results[words[0]] = result = mhmoe(project, *words, COLUMNS="120")
         assert result.code == 0, (line, result)
         if words == ["stop"]:
@@ -79,15 +87,15 @@ def readme(project, first_output):
     return results
 
 
-def losses(printed: str) -> tuple[float, float, float]:
-    """Return the losses of the last validation, of the unigram entropy and of the bigram model."""
+def printed_losses(printed: str) -> tuple[float, float, float]:
+    """Return the last validation loss, the unigram entropy and the bigram loss that a quickstart printed."""
     loss = re.search(r"validation +loss ([\d.]+), perplexity [\d.,]+, at step", printed)[1]
-    to_beat = re.search(r"([\d.]+) unigram entropy of that text, +([\d.]+) bigram", printed).groups()
-    return tuple(map(float, (loss, *to_beat)))
+    baselines = re.search(r"([\d.]+) unigram entropy of that text, +([\d.]+) bigram", printed).groups()
+    return tuple(map(float, (loss, *baselines)))
 
 
-def test_it_learns_and_prints_both_figures_to_beat(project, first_output):
-    loss, unigram, bigram = losses(first_output)
+def test_quickstart_learns_and_prints_both_baselines(project, first_output):
+    loss, unigram, bigram = printed_losses(first_output)
     assert 0 < loss < unigram - 0.5
     assert 0 < bigram < unigram
     run, *_ = list_runs(project / "runs")
@@ -96,7 +104,7 @@ def test_it_learns_and_prints_both_figures_to_beat(project, first_output):
     assert_samples_in_order(run)
 
 
-def test_every_expert_got_tokens_and_changed(project, first_output):
+def test_every_expert_got_tokens_and_was_trained(project, first_output):
     run, *_ = list_runs(project / "runs")
     spec = run.spec()
     routes = [json.loads(p.read_text())["routes_per_layer_and_expert"] for p in run.routing.iterdir()]
@@ -111,24 +119,24 @@ def test_every_expert_got_tokens_and_changed(project, first_output):
     for (name, trained_weight), initial_weight in zip(trained.named_parameters(), fresh.parameters(), strict=True):
         if ".experts." in name:
             new_EW, old_EW = trained_weight.flatten(1), initial_weight.flatten(1)
-            # Weight decay alone would shrink an expert, so only what turned counts.
+            # Weight decay alone would shrink an expert, so only the change perpendicular to the old weights counts.
             along_E1 = (new_EW * old_EW).sum(1, keepdim=True) / old_EW.square().sum(1, keepdim=True)
             turned_E = (new_EW - along_E1 * old_EW).norm(dim=1) / old_EW.norm(dim=1)
             assert (turned_E > 0.1).all(), name
 
 
-def test_the_curl_line_it_prints_is_answered(first_output):
+def test_printed_curl_command_is_answered(first_output):
     url, body = re.search(r"ask it +curl (http://\S+) .* -d '(.*)'", first_output).groups()
     answer = httpx.post(url, content=body, headers={"Content-Type": "application/json"}, timeout=60)
     assert 1 <= answer.json()["usage"]["completion_tokens"] <= 32
     assert answer.json()["choices"][0]["text"].strip()
 
 
-def test_readmes_commands_run_in_the_order_it_gives_them(readme):
+def test_commands_of_the_readme_succeed_in_their_order(readme):
     assert len(readme) > 8
 
 
-def test_the_run_that_readme_stops_goes_on_with_fewer_workers_where_it_stopped(project, readme):
+def test_stopped_run_resumes_at_its_step_with_fewer_workers(project, readme):
     _, run, *_ = list_runs(project / "runs")
     stopped_status, steps = readme["stopped"].json(), run.spec().train.steps
     stop_step = stopped_status["last"]["step"]
@@ -145,7 +153,7 @@ def test_the_run_that_readme_stops_goes_on_with_fewer_workers_where_it_stopped(p
     assert history.last_line(run)[metrics.TOKENS] == steps * run.spec().tokens_per_step
 
 
-def test_what_readme_evaluates_is_what_its_training_validated(project, readme):
+def test_eval_of_the_readme_equals_the_last_validation(project, readme):
     _, run, *_ = list_runs(project / "runs")
     evaluated, last_line = readme["evaluated"].json()["figures"], history.last_line(run)
     total = evaluated["total"]["all"]
@@ -155,19 +163,19 @@ def test_what_readme_evaluates_is_what_its_training_validated(project, readme):
     assert evaluated["domains"].keys() == {name for name in prepared if prepared[name].validation_samples}
     assert "bits/byte" in readme["eval"].out
     assert "it was evaluated before" in readme["evaluated"].err
-    assert len(list((run.path / "evaluations").iterdir())) == 1  # which has its routes, too
+    assert len(list((run.path / "evaluations").iterdir())) == 1  # `eval` also counts the routes that `routing` shows
 
 
 @pytest.mark.slow
-def test_a_whole_one_ends_below_the_bigram_model(project, readme):
-    loss, _, bigram = losses(quickstart(project))
+def test_full_quickstart_ends_below_the_bigram_loss(project, readme):
+    loss, _, bigram = printed_losses(run_quickstart(project))
     assert loss < bigram
 
 
 @pytest.mark.slow
-def test_a_second_quickstart_works_and_leaves_a_cluster_that_it_did_not_start(project, readme):
+def test_second_quickstart_leaves_a_cluster_that_it_did_not_start(project, readme):
     run_count = len(list_runs(project / "runs"))
-    printed = quickstart(project, "train.steps=10")
+    printed = run_quickstart(project, "train.steps=10")
     assert "finished" in printed
     assert len(list_runs(project / "runs")) == run_count + 1
     assert mhmoe(project, "cluster", "status", "--json").json() is not None

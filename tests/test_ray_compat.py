@@ -1,4 +1,4 @@
-"""Ray's private interfaces are used in a single file, and the installed Ray has them all."""
+"""Tests that only ray_compat.py uses private interfaces of Ray, and that the installed Ray has them all."""
 
 import re
 from pathlib import Path
@@ -16,7 +16,7 @@ def test_ray_has_the_name(name):
     assert getattr(ray_compat, name) is not None
 
 
-def test_a_name_outside_the_table_is_no_attribute():
+def test_a_name_outside_the_table_raises_attribute_error():
     with pytest.raises(AttributeError, match="no attribute nothing"):
         ray_compat.nothing  # noqa: B018 - the access is what is tested
 

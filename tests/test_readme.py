@@ -1,4 +1,4 @@
-"""README is short, and the output that it shows is what the commands print."""
+"""Tests that README is short, and that the output, files and versions that it shows are right."""
 
 import re
 import tomllib
@@ -16,17 +16,18 @@ README = (ROOT / "README.md").read_text()
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
-def block(language: str) -> str:
+def code_block(language: str) -> str:
+    """Return the first code block of README that is marked with this language."""
     return re.search(rf"^```{language}\n(.*?)^```", README, re.S | re.M)[1]
 
 
-def test_it_is_read_in_minutes():
+def test_readme_has_at_most_130_lines():
     assert len(README.splitlines()) <= 130
 
 
-def test_its_spec_gives_the_plan_that_is_shown(tmp_path):
-    (tmp_path / "spec.yaml").write_text(block("yaml"))
-    assert len(block("yaml").splitlines()) == 12
+def test_readme_shows_the_plan_of_its_spec(tmp_path):
+    (tmp_path / "spec.yaml").write_text(code_block("yaml"))
+    assert len(code_block("yaml").splitlines()) == 12
     plan = mhmoe(tmp_path, "plan", "spec.yaml")
     assert plan.code == 0, plan.err
     shown_plan = re.search(r"^```\n(beside .*?)^```", README, re.S | re.M)[1]
@@ -35,27 +36,27 @@ def test_its_spec_gives_the_plan_that_is_shown(tmp_path):
         assert line in printed, line
 
 
-def test_its_commands_are_targets_of_the_makefile():
+def test_commands_of_the_readme_are_targets_of_the_makefile():
     """The commands are `make test` and `make quickstart`; the tests of test_quickstart.py run what the latter runs."""
     makefile = (ROOT / "Makefile").read_text()
-    for line in block("sh").splitlines():
+    for line in code_block("sh").splitlines():
         program, target = line.split("#")[0].split()
         assert program == "make"
         assert re.search(rf"^{target}:", makefile, re.M)
 
 
-def test_its_ratios_are_those_of_its_table():
+def test_ratios_in_the_text_are_those_of_the_table():
     parameters, macs = re.search(r"ratios that remain: ([\d.]+) and ([\d.]+) below", README).groups()
     assert f"parameters                      300,734,208  307,747,584  {parameters}" in README
     assert re.search(rf"multiply-adds per token .* {macs}$", README, re.M)
 
 
 @pytest.mark.parametrize("name", re.findall(r"`(tests/[\w/.]+)`", README))
-def test_tests_that_it_names_are_there(name):
+def test_tests_that_the_readme_names_exist(name):
     assert (ROOT / name).exists()
 
 
-def test_constraints_name_every_dependency_in_a_version_that_the_project_takes():
+def test_constraints_pin_every_dependency_to_an_allowed_version():
     constraints = {}
     for line in (ROOT / "constraints.txt").read_text().splitlines():
         if not line.startswith("#"):
@@ -64,11 +65,11 @@ def test_constraints_name_every_dependency_in_a_version_that_the_project_takes()
     requirements = [*PROJECT["dependencies"], *sum(PROJECT["optional-dependencies"].values(), [])]
     for requirement in map(Requirement, requirements):
         name = requirement.name.lower().replace("_", "-")
-        if name not in ("mhmoe-ray", "vllm"):  # the latter is installed apart
+        if name not in ("mhmoe-ray", "vllm"):  # vLLM has an environment of its own
             assert requirement.specifier.contains(constraints[name], prereleases=True), name
 
 
-def test_the_citation_is_of_this_version():
+def test_citation_names_the_current_version_and_license():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert citation["version"] == PROJECT["version"] == version("mhmoe-ray")
     assert citation["license"] == PROJECT["license"]

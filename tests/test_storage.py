@@ -1,4 +1,4 @@
-"""Places on an object store beside folders of this machine: the same methods give the same answers."""
+"""Tests of storage locations: paths on an object store have the methods of local paths, with the same results."""
 
 import json
 
@@ -16,6 +16,7 @@ from tests.specs import tiny_spec
 
 @pytest.fixture(params=["here", "on S3"])
 def root(request, tmp_path):
+    """Return an empty folder: once a local one, and once one on S3."""
     if request.param == "here":
         return tmp_path
     query, _ = request.getfixturevalue("s3")
@@ -53,7 +54,7 @@ def test_files_are_written_found_and_removed(root):
             read_missing_file()
 
 
-def test_lines_come_back_in_order_and_a_tail_gives_each_once(root, monkeypatch):
+def test_jsonl_keeps_the_order_and_a_tail_yields_each_line_once(root, monkeypatch):
     monkeypatch.setattr(jsonl, "SEGMENT_BYTES", 40)
     path = root / "lines.jsonl"
     tail = jsonl.Tail(path)
@@ -75,7 +76,7 @@ def test_lines_come_back_in_order_and_a_tail_gives_each_once(root, monkeypatch):
     assert list(later_tail.new_lines()) == [{"i": 12}]
 
 
-def test_lines_of_an_object_store_are_asked_for_once(s3, tmp_path, monkeypatch):
+def test_segments_on_an_object_store_are_downloaded_once(s3, tmp_path, monkeypatch):
     path = ObjectPath(f"s3://bucket/{tmp_path.name}/lines.jsonl?{s3[0]}")
     requested_names, read_bytes = [], ObjectPath.read_bytes
     monkeypatch.setattr(ObjectPath, "read_bytes", lambda self: (requested_names.append(self.name), read_bytes(self))[1])
@@ -88,7 +89,7 @@ def test_lines_of_an_object_store_are_asked_for_once(s3, tmp_path, monkeypatch):
     assert len(requested_names) == len(set(requested_names)) == 4
 
 
-def test_a_place_is_its_uri(s3):
+def test_object_paths_are_written_and_compared_as_uris(s3):
     query, _ = s3
     root = location(f"s3://bucket/runs/?{query}")
     assert str(root / "a" / "b") == f"s3://bucket/runs/a/b?{query}"
@@ -102,23 +103,23 @@ def test_a_password_in_a_uri_is_refused_without_showing_it():
     with pytest.raises(SpecError, match=r"path s3://\.\.\.@bucket: it holds a password") as e:
         location("s3://KEY:SECRET@bucket/x")
     assert "SECRET" not in str(e.value)
-    for fine in ("gs://anonymous@bucket/x", "s3://bucket/a:b@c"):
-        assert str(location(fine)) == fine
+    for allowed_uri in ("gs://anonymous@bucket/x", "s3://bucket/a:b@c"):
+        assert str(location(allowed_uri)) == allowed_uri
 
 
-def test_a_scheme_that_is_not_known_is_said():
+def test_an_unknown_scheme_is_refused():
     with pytest.raises(SpecError, match="ftp:// is not known; use a local path, s3:// or gs://"):
         location("ftp://host/x")
 
 
-def test_a_torn_segment_is_no_line(s3):
+def test_a_torn_line_is_ignored(s3):
     query, _ = s3
     path = ObjectPath(f"s3://bucket/torn?{query}")
     (path / "1.jsonl").write_bytes(json.dumps({"a": 1}).encode() + b'\n{"a": 2')
     assert list(jsonl.read(path)) == [{"a": 1}]
 
 
-def test_an_entry_alone_adds_a_store_for_runs_and_for_raw_files(monkeypatch):
+def test_one_entry_adds_a_store_for_runs_and_raw_files(monkeypatch):
     from mhmoe_ray.data.sources.storage import Storage
     from mhmoe_ray.storage import STORES
 

@@ -1,4 +1,4 @@
-"""The walks and tables of CONTRIBUTING.md name files and functions that exist."""
+"""Tests that CONTRIBUTING.md names files, folders and functions that exist."""
 
 import ast
 import re
@@ -15,7 +15,7 @@ FOLDERS = (ROOT, ROOT / "mhmoe_ray", ROOT / "kernels/mhmoe_kernels")
 
 
 def definitions(tree: ast.Module) -> set[str]:
-    """Return the names defined at the top level of a module, and the methods of its classes."""
+    """Return the names that a module defines at its top level, and `Class.name` for the methods of its classes."""
     names = set()
     for node in tree.body:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
@@ -28,15 +28,15 @@ def definitions(tree: ast.Module) -> set[str]:
     return names
 
 
-def test_the_walks_name_functions():
+def test_walks_name_many_functions():
     assert len(NAMED_FUNCTIONS) > 40
 
 
 @pytest.mark.parametrize(("path", "name"), NAMED_FUNCTIONS)
-def test_a_function_of_the_tour_is_in_its_file(path, name):
+def test_functions_of_the_walks_are_in_the_named_files(path, name):
     assert name in definitions(ast.parse((ROOT / "mhmoe_ray" / path).read_text()))
 
 
 @pytest.mark.parametrize("path", [path for path in PATHS if "/" in path.rstrip("/")])
-def test_a_path_leads_somewhere(path):
+def test_paths_exist(path):
     assert any((folder / path).exists() for folder in FOLDERS)

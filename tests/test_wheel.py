@@ -1,4 +1,7 @@
-"""A wheel contains every file; all other tests run on an editable installation, which cannot show a missing one."""
+"""Tests that a wheel contains every file.
+
+All other tests run on an editable installation, which cannot show a missing one.
+"""
 
 import shutil
 import subprocess
@@ -15,7 +18,8 @@ NOT_PACKAGED = {"README.md"}
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
-    """Build a wheel from a copy, since setuptools leaves folders behind, and yield it as a zip archive."""
+    """Build a wheel of the project, and yield it as an open zip archive."""
+    # setuptools leaves folders behind where it builds, so it gets a copy.
     copy = tmp_path_factory.mktemp("source")
     for package in PACKAGES:
         shutil.copytree(ROOT / package, copy / package, ignore=shutil.ignore_patterns("__pycache__"))
@@ -29,7 +33,7 @@ def wheel(tmp_path_factory):
         yield opened
 
 
-def test_it_has_every_file_of_the_packages(wheel):
+def test_wheel_has_every_file_of_the_packages(wheel):
     files = {
         str(path.relative_to((ROOT / package).parent))
         for package in PACKAGES
@@ -40,7 +44,7 @@ def test_it_has_every_file_of_the_packages(wheel):
     assert wheel_files == files
 
 
-def test_it_brings_the_command_and_vllms_plugin(wheel):
+def test_wheel_declares_the_command_and_the_vllm_plugin(wheel):
     [name] = [name for name in wheel.namelist() if name.endswith("entry_points.txt")]
     entry_points = wheel.read(name).decode()
     assert "mhmoe = mhmoe_ray.cli.app:main" in entry_points

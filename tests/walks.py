@@ -5,8 +5,8 @@
     completion    a streamed completion of three tokens, from the HTTP request to the last event
     batch         from lines of raw JSON to the first micro-batch of a training
 
-The figures compare the structure of the code before and after modules move. So this script names no module but those
-that stay: it finds everything else by the name of its top-level definition, in whichever file that is.
+The figures compare the structure of the code before and after modules move. So this script imports by name only modules
+that stay. It finds everything else by the name of its top-level definition, whichever file has it.
 
     python tests/walks.py                        a table of all walks
     python tests/walks.py --list step            the files and functions of one walk
@@ -47,7 +47,7 @@ PACKAGE_FOLDERS = {"mhmoe_ray": Path(), "mhmoe_kernels": Path("kernels")}
 CLUSTER_VARIABLES = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "MHMOE_API_KEYS", "MHMOE_DEBUG", "MHMOE_STORAGE")
 """Environment variables that would lead a walk elsewhere."""
 SETTLING_SECONDS = 0.5
-"""Number of seconds without a new function after which the other threads of a walk count as being at rest."""
+"""Number of seconds without a call of a new function after which the other threads of a walk count as idle."""
 PROMPT = "the quick"
 NEW_TOKENS = 3
 
@@ -57,7 +57,7 @@ Block = Any
 
 
 class Function(NamedTuple):
-    """A function of ours, identified by its place and name."""
+    """A function of our packages, identified by its location and name."""
 
     file: str
     """Path of the file below the tree."""
@@ -71,7 +71,7 @@ class Tree:
     """A checkout whose packages this process imports."""
 
     def __init__(self, root: Path) -> None:
-        """Put the packages of a checkout before all others of their names.
+        """Let this process import our packages from a checkout, and index the definitions there.
 
         Args:
             root: The resolved folder of the checkout.
@@ -90,7 +90,8 @@ class Tree:
         self._definitions = self._parsed_definitions()
 
     def _parsed_definitions(self) -> dict[str, list[tuple[Path, list[str]]]]:
-        """Return the files that define each top-level name, with the parameters that functions have there."""
+        """Return the definitions of each top-level function and class by name: their file and parameters (none for a
+        class)."""
         definitions = defaultdict(list)
         for package in self.packages.values():
             for file in sorted(package.rglob("*.py")):
@@ -105,11 +106,12 @@ class Tree:
         return definitions
 
     def definition(self, name: str, parameters: list[str] | None = None) -> Any:
-        """Import what a top-level definition defines.
+        """Import and return the function or class of this name, whichever module defines it.
 
         Args:
-            name: The name of a function or class.
-            parameters: The names of all parameters of the function, which are needed where several have that name.
+            name: The name of a top-level function or class.
+            parameters: The names of all parameters of the function, to choose one of several with that name; None if
+                there is only one.
 
         Raises:
             LookupError: There is no such definition, or there are several.
@@ -129,7 +131,7 @@ class Recorder:
     """Recorder of the functions that are called in this process."""
 
     def __init__(self, tree: Tree) -> None:
-        """Watch every thread that is started from now on, and the present one while recording is on.
+        """Watch every thread that starts from now on, and the current thread while recording is on.
 
         Args:
             tree: The checkout whose functions count.
@@ -144,7 +146,7 @@ class Recorder:
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """Record what is called in this block, and until other threads are at rest after it."""
+        """Record the functions that are called during the block, and afterwards until other threads are idle."""
         self._is_recording = True
         sys.setprofile(self._profile)
         try:
@@ -155,14 +157,14 @@ class Recorder:
             self._is_recording = False
 
     def _wait_for_rest(self) -> None:
-        """Let other threads finish what they do, or the same walk would enter now more functions and now fewer."""
+        """Wait until other threads enter no new function; without this the figures of a walk would vary."""
         count = -1
         while count < len(self._codes):
             count = len(self._codes)
             time.sleep(SETTLING_SECONDS)
 
     def _profile(self, frame: FrameType, event: str, _argument: Any) -> None:
-        """Take notice of a call or return, as `sys.setprofile` has it."""
+        """Record a call, if it counts; this is the callback of `sys.setprofile`, which also passes returns."""
         if event not in ("call", "return"):
             return
         code, state = frame.f_code, self._thread_state
@@ -172,7 +174,7 @@ class Recorder:
             self._codes[id(code)] = code
 
     def functions(self) -> list[Function]:
-        """Return the functions of ours that have been called, in the order of files and lines."""
+        """Return the functions of our packages that have been recorded, sorted by file and line."""
         codes = [code for code in self._codes.values() if code.co_filename.startswith(self._prefixes)]
         owners = {file: self._owners(Path(file)) for file in {code.co_filename for code in codes}}
         functions = {owners[code.co_filename][code.co_qualname, code.co_firstlineno] for code in codes}
@@ -203,7 +205,7 @@ class Recorder:
 
 
 def small_run(folder: Path) -> dict[str, Any]:
-    """Return the spec of a small training on one worker, all of whose paths lie below a folder."""
+    """Return the spec of a small training on one worker, with all paths below `folder`."""
     return {
         "name": "walk",
         "storage": str(folder / "runs"),
@@ -227,7 +229,7 @@ def small_run(folder: Path) -> dict[str, Any]:
 
 
 def preset_run(folder: Path) -> dict[str, Any]:
-    """Return a spec as users write most of them: a preset by its name and size, which have to be worked out."""
+    """Return a spec as most users write it: it names a preset and a size, which have to be resolved."""
     return {
         "name": "walk",
         "preset": "mhmoe",
@@ -239,7 +241,7 @@ def preset_run(folder: Path) -> dict[str, Any]:
 
 
 def walk_submit(_tree: Tree, folder: Path, recorder: Recorder) -> None:
-    """Run `mhmoe submit SPEC --dry-run` in this process, where no cluster can be asked."""
+    """Run `mhmoe submit SPEC --dry-run` in this process, without a cluster."""
     from mhmoe_ray.cli.app import main
 
     file = folder / "spec.yaml"
@@ -253,7 +255,7 @@ def walk_submit(_tree: Tree, folder: Path, recorder: Recorder) -> None:
 
 
 def walk_step(tree: Tree, folder: Path, recorder: Recorder) -> None:
-    """Take one step of a trainer with the strategy that a run on one worker has."""
+    """Train one optimizer step as a run on one worker does."""
     import torch
 
     from mhmoe_ray.spec import RunSpec
@@ -278,7 +280,7 @@ def walk_step(tree: Tree, folder: Path, recorder: Recorder) -> None:
 
 
 def walk_completion(tree: Tree, folder: Path, recorder: Recorder) -> None:
-    """Ask the HTTP application with our own engine for a streamed completion, without a server."""
+    """Request a streamed completion from the HTTP application with our own engine, without a server."""
     import httpx
     import torch
 
@@ -311,7 +313,7 @@ def walk_completion(tree: Tree, folder: Path, recorder: Recorder) -> None:
 
 
 def walk_batch(tree: Tree, folder: Path, recorder: Recorder) -> None:
-    """Prepare raw lines of JSON as a job does, and read the first micro-batch of a training as a worker does.
+    """Prepare raw lines of JSON as a job does, and read the first micro-batch of the training as a worker does.
 
     The tasks of Ray and Ray Data run in this process, since nothing records what other processes call.
     """
@@ -321,7 +323,7 @@ def walk_batch(tree: Tree, folder: Path, recorder: Recorder) -> None:
 
     spec = RunSpec.model_validate(small_run(folder))
     write_raw_lines(folder / "raw" / "lines.jsonl")
-    # No tokenizer is trained, since a thread of its library would read the texts, which Python cannot watch.
+    # No tokenizer is trained here: a thread of its library would read the texts, and Python cannot watch that thread.
     small_tokenizer(spec.model.vocab_size).save(str(folder / "tokenizer.json"))
     prepare = tree.definition("prepare", ["spec"])
     training_stream, split_padding = tree.definition("training_stream"), tree.definition("split_padding")
@@ -344,7 +346,7 @@ WALKS: dict[str, Callable[[Tree, Path, Recorder], None]] = {
 
 
 def small_tokenizer(vocab_size: int) -> Any:
-    """Return a tokenizer of bytes and a few merges, with a token for the edges of documents."""
+    """Return a tokenizer of bytes and a few merges, with the token <|endoftext|>."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -361,7 +363,7 @@ def small_tokenizer(vocab_size: int) -> Any:
 
 
 def write_raw_lines(file: Path) -> None:
-    """Write documents of random words, the same every time."""
+    """Write 200 documents of random words as lines of JSON, the same every time."""
     words = "the quick brown fox jumps over the lazy dog and runs away from here".split()
     generator = random.Random(1)
     documents = [" ".join(generator.choices(words, k=generator.randint(5, 60))) for _ in range(200)]
@@ -370,8 +372,7 @@ def write_raw_lines(file: Path) -> None:
 
 
 class LocalDataset:
-    """Stand-in for a Ray Dataset that does in this process, when rows are asked for, what tasks on a cluster would
-    do."""
+    """Stand-in for a Ray Dataset that computes its rows lazily in this process instead of in tasks on a cluster."""
 
     def __init__(self, blocks: Iterable[Block]) -> None:
         self._blocks = blocks
@@ -420,7 +421,7 @@ class LocalDataset:
 
 
 class LocalTask:
-    """Stand-in for a task of Ray that calls its function in this process."""
+    """Stand-in for a remote function of Ray: `remote` calls the function in this process and returns its result."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self._function = function
@@ -434,7 +435,7 @@ class LocalTask:
 
 @contextmanager
 def ray_in_this_process() -> Iterator[None]:
-    """Let tasks of Ray and Ray Data run in this process, in the order in which they are asked for."""
+    """Run remote functions of Ray and datasets of Ray Data in this process during the block, in the order of calls."""
     import ray
     import ray.data
 
@@ -469,7 +470,12 @@ def ray_in_this_process() -> Iterator[None]:
 
 
 def walked_functions(root: Path, walk_name: str) -> list[Function]:
-    """Walk once, in a process that has done nothing else, and return the functions that count."""
+    """Run one walk in this process, which must have run no other, and return the functions that it entered.
+
+    Args:
+        root: The resolved folder of the checkout.
+        walk_name: A key of `WALKS`.
+    """
     output = io.StringIO()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name).resolve()
@@ -488,7 +494,7 @@ def walked_functions(root: Path, walk_name: str) -> list[Function]:
 
 
 def functions_by_file(functions: Iterable[Function]) -> dict[str, list[Function]]:
-    """Return the functions of each file."""
+    """Return the functions by their file."""
     files = defaultdict(list)
     for function in functions:
         files[function.file].append(function)
@@ -496,7 +502,7 @@ def functions_by_file(functions: Iterable[Function]) -> dict[str, list[Function]
 
 
 def main() -> None:
-    """Walk as the command line says, and print the figures."""
+    """Run the walks that the command line selects, and print the figures."""
     parser = argparse.ArgumentParser(description="Count the files and functions of ours that four walks enter.")
     parser.add_argument("--tree", type=Path, default=OWN_TREE, help="Checkout to measure; by default this script's.")
     parser.add_argument("--json", action="store_true", help="Print JSON, with the functions of each file.")

@@ -1,4 +1,4 @@
-"""Waiting for events of a run on a cluster, seen from outside in its directory."""
+"""Functions that wait for events of a run on a cluster, as its run directory shows them."""
 
 import signal
 import subprocess
@@ -13,11 +13,14 @@ from mhmoe_ray.runs.directory import RunDir, list_runs
 
 T = TypeVar("T")
 LIMIT = 400.0
-"""Seconds within which every awaited event must have come: a watchdog of the tests, not a measurement."""
+"""Default timeout in seconds of every wait: long, since it only ends tests that hang."""
 
 
 def wait_until(condition: Callable[[], T], description: str, seconds: float = LIMIT) -> T:
-    """Wait until the condition gives a true value, and return that value."""
+    """Call `condition` until it returns a true value, and return that value.
+
+    After `seconds` an AssertionError is raised that contains `description`.
+    """
     deadline = time.monotonic() + seconds
     while not (value := condition()):
         assert time.monotonic() < deadline, f"not within {seconds:.0f} s: {description}"
@@ -25,39 +28,42 @@ def wait_until(condition: Callable[[], T], description: str, seconds: float = LI
     return value
 
 
-def newest(project: Path) -> RunDir:
+def newest_run(project: Path) -> RunDir:
+    """Return the run in the storage `runs` of a project folder that was created last."""
     return list_runs(project / "runs")[-1]
 
 
-def of_kind(run: RunDir, kind: str) -> list[dict[str, Any]]:
+def events_of_kind(run: RunDir, kind: str) -> list[dict[str, Any]]:
+    """Return the events of one kind that the run has recorded."""
     return [e for e in events.read(run) if e["event"] == kind]
 
 
 def start_events(run: RunDir) -> list[dict[str, Any]]:
-    """Return the events of the starts of the run's workers."""
-    return of_kind(run, "started")
+    """Return the `started` events of a run: one for each time that its workers were started."""
+    return events_of_kind(run, "started")
 
 
 def step_of(run: RunDir) -> int:
+    """Return the last step in the run's history, or 0 if there is none."""
     last_line = history.last_line(run)
     return last_line[metrics.STEP] if last_line else 0
 
 
-def is_over(run: RunDir) -> bool:
+def run_has_ended(run: RunDir) -> bool:
+    """Return whether the run has recorded an end: it is finished, stopped or failed."""
     return events.is_end_state(events.state(events.read(run)))
 
 
-def wait_for_the_end(run: RunDir, seconds: float = LIMIT, state: str = "finished") -> None:
-    wait_until(lambda: is_over(run), "the end of the run", seconds)
+def wait_for_end(run: RunDir, seconds: float = LIMIT, state: str = "finished") -> None:
+    """Wait until the run has ended, and assert that it ended in `state`."""
+    wait_until(lambda: run_has_ended(run), "the end of the run", seconds)
     run_events = events.read(run)
     assert events.state(run_events) == state, run_events[-3:]
 
 
-def ended_by_ctrl_c(process: subprocess.Popen[str]) -> str:
-    """Press Ctrl-C until the process ends, and return what it has written to standard error.
-
-    Ctrl-C is pressed again as a person would: Python loses one that comes while it finalises an object.
-    """
+def end_by_ctrl_c(process: subprocess.Popen[str]) -> str:
+    """Send SIGINT, as Ctrl-C does, until the process ends; return what it wrote to standard error."""
+    # Like a person, repeat it: Python loses a SIGINT that comes while it finalises an object.
     for _ in range(6):
         process.send_signal(signal.SIGINT)
         with suppress(subprocess.TimeoutExpired):

@@ -35,7 +35,12 @@ QUESTIONS_PER_DOMAIN = 80
 
 
 def main(run: str, folder: Path) -> None:
-    """Write the questions of a run and the task that asks them to `folder`."""
+    """Write questions from the held-out documents of a run, and the lm-eval task that asks them, to `folder`.
+
+    Args:
+        run: id, prefix or path of the run.
+        folder: folder for the files, created if missing.
+    """
     data = find_run(run, Path("runs")).spec().data
     generator, questions = random.Random(0), []
     for domain, pairs in sorted(passages(data).items()):
@@ -56,7 +61,7 @@ def main(run: str, folder: Path) -> None:
 
 
 def passages(data: DataSpec) -> dict[str, list[tuple[str, str]]]:
-    """Return pairs of a passage and its continuation, by domain.
+    """Return pairs of a passage and the piece of text that continues it, by domain.
 
     Every held-out document that is long enough gives one pair from its middle.
     """

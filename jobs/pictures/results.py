@@ -11,9 +11,13 @@ VARIANTS = {"fine-grained": "fine-grained SMoE", "mhmoe-h2": "MH-MoE, h 2", "mhm
 
 
 def differences(section: str) -> dict[str, tuple[float, float, float]]:
-    """Return the difference of each variant to SMoE in nats per token and the ends of its 95% interval, by variant.
+    """Return the difference of each variant to SMoE in nats per token, with its 95% interval, by variant.
 
-    They are read from the table of differences in this section.
+    Args:
+        section: heading of the section of RESULTS.md whose table of differences is read.
+
+    Returns:
+        Difference, lower end and upper end, by the name of the variant.
     """
     text = re.search(rf"^## {re.escape(section)}\n(.*?)(?=^## )", RESULTS.read_text(), re.S | re.M)[1]
     row = re.compile(r"^\| ([\w-]+)(?:, normalised)? +\| ([+-][\d.]+) +\| ([+-][\d.]+) to ([+-][\d.]+) +\|", re.M)
@@ -21,6 +25,7 @@ def differences(section: str) -> dict[str, tuple[float, float, float]]:
 
 
 def main() -> None:
+    """Draw the differences of both tables as points with intervals, and save results.svg beside this file."""
     with pictures.style():
         figure = pictures.new_figure(6.4, 2.7)
         axis = figure.subplots()

@@ -24,7 +24,10 @@ CONTROL = re.compile(r"\x1b\[(\d*)([A-Za-z])|\x1b\[\?\d+[hl]|\r|\n")
 
 
 def screen_of(output: str) -> list[str]:
-    """Return the lines that a terminal shows in the end, because progress bars move back and overwrite themselves."""
+    """Return the lines that a terminal shows after it has received this output.
+
+    Control sequences that move the cursor or delete a line are applied; colours stay in the lines.
+    """
     lines, row, start = [""], 0, 0
     for match in CONTROL.finditer(output):
         lines[row] += output[start : match.start()]
@@ -44,7 +47,7 @@ def screen_of(output: str) -> list[str]:
 
 
 def session(arguments: str) -> list[str]:
-    """Run a command in a terminal of `WIDTH` columns and return the lines that it leaves on the screen."""
+    """Run `mhmoe` with these arguments in a terminal of `WIDTH` columns; return the lines on the screen at its end."""
     command = [sys.executable, "-m", "mhmoe_ray.cli.app", *arguments.split()]
     child = pexpect.spawn(command[0], command[1:], dimensions=(60, WIDTH), encoding="utf-8", timeout=900)
     child.expect(pexpect.EOF)
@@ -55,6 +58,7 @@ def session(arguments: str) -> list[str]:
 
 
 def main() -> None:
+    """Run the commands of the session, and save what the terminal showed as session.svg beside this file."""
     console = Console(record=True, width=WIDTH, file=io.StringIO())
     for number, arguments in enumerate(COMMANDS):
         lines = [line for line in session(arguments) if line.strip()]

@@ -20,6 +20,8 @@ def _always_available(device: torch.device) -> None:
 
 
 class Backend(NamedTuple):
+    """Kernel behind the common interface, with what it can do and where it can run."""
+
     run: Callable[..., Tensor]
     """Function (x_ND, expert_NK, gate_NK, weights) -> y_ND; `run_experts` describes the arguments."""
     unavailable_reason: Callable[[torch.device], str | None] = _always_available
@@ -58,11 +60,11 @@ def unavailable_reason(name: str, device: torch.device) -> str | None:
 def choose_kernel(name: str, x_ND: Tensor, weights: ExpertWeights, expert_capacity: int | None = None) -> str:
     """Return the key of `BACKENDS` that a kernel name selects; `auto` selects the one that should be fastest here.
 
-    If routing drops nothing (`expert_capacity` is None), a backend of static routing has no layout and is treated as
-    `auto`.
+    Static routing needs a capacity to lay out its slots. If there is none (`expert_capacity` is None, because routing
+    drops nothing), the name of a backend of static routing is treated as `auto`.
 
     Args:
-        name: kernel name as in `MoESpec.kernel`.
+        name: kernel name as in `MoESpec.kernel`: `auto` or a key of `BACKENDS`.
         x_ND: rows, in the dtype in which experts get them.
         weights: the experts.
         expert_capacity: expert capacity as in `run_experts`.
@@ -106,7 +108,7 @@ def run_experts(
 
 
 def run_sorted_experts(backend: str, x_RD: Tensor, counts: list[int], weights: ExpertWeights) -> Tensor:
-    """Run rows that are sorted by expert through their experts, one expert per row.
+    """Run rows that are sorted by expert through their experts, one expert per row, without gates.
 
     Args:
         backend: a key of `BACKENDS`.

@@ -36,19 +36,19 @@ CACHE_BYTES = 4 << 20
 WINDOW_STEPS = 32
 """Number of different window sizes from one power of two to the next.
 
-A CPU's libraries compile a kernel for each number of rows, so few sizes mean few compilations. With 32, a window has at
-most 4 % more rows than its piece.
+A CPU's libraries compile a kernel for each number of rows, so few sizes mean few compilations. With 32, a window has
+less than 1/32 (3.1 %) more rows than its piece.
 """
 
 
 class Piece(NamedTuple):
-    """Rows of one expert that pass through it at the same time."""
+    """Range of rows of one expert that pass through it at the same time, as part of a window that may be longer."""
 
     expert: int
     start: int
     rows: int
     window_rows: int
-    """Number of rows of the window, at least `rows`."""
+    """Number of rows of the window, at least `rows`; the window, too, begins at `start`."""
     is_first: bool
     """True for the first piece of the expert."""
     is_last: bool
@@ -62,16 +62,17 @@ class Piece(NamedTuple):
 
 
 def split_into_pieces(counts: list[int], recompute: float, *, round_windows: bool, row_bytes: int = 0) -> list[Piece]:
-    """Return the pieces of all experts in order.
+    """Split rows that are sorted by expert into pieces, and return the pieces in order.
 
-    A piece is a whole expert where hidden rows are kept, and at most `MAX_PIECE_ROWS` rows where they are recomputed.
+    A piece has all rows of an expert whose hidden rows are kept, or at most `MAX_PIECE_ROWS` of those whose hidden rows
+    are recomputed. The last pieces may be shorter, because no window reaches past the last row.
 
     Args:
         counts: number of rows per expert.
-        recompute: share of all rows, taken from the end, whose hidden rows are not kept.
+        recompute: share of all rows, at the end, whose hidden rows are not kept.
         round_windows: whether to round windows up to few different sizes, as a CPU needs.
-        row_bytes: bytes per hidden row. If this is not 0, each piece is limited to the rows that fit into
-            `CACHE_BYTES`; this limit lies between 128 and `MAX_PIECE_ROWS`.
+        row_bytes: bytes per hidden row. If this is not 0, all pieces are limited to the rows that fit into
+            `CACHE_BYTES`, rounded down to a power of two; this limit lies between 128 and `MAX_PIECE_ROWS`.
     """
     kept_rows = sum(counts) - round(recompute * sum(counts))
     if not row_bytes:
@@ -84,6 +85,15 @@ def split_into_pieces(counts: list[int], recompute: float, *, round_windows: boo
 def _iterate_pieces(
     counts: list[int], kept_rows: int, round_windows: bool, max_kept_rows: int, max_rows: int
 ) -> Iterator[Piece]:
+    """Yield pieces as `split_into_pieces` returns them.
+
+    Args:
+        counts: number of rows per expert.
+        kept_rows: number of rows at the start whose hidden rows are kept.
+        round_windows: whether to round windows up to few different sizes.
+        max_kept_rows: largest number of rows of a piece whose hidden rows are kept.
+        max_rows: largest number of rows of any other piece.
+    """
     total, start = sum(counts), 0
     for expert, count in enumerate(counts):
         expert_start, expert_end = start, start + count
@@ -113,7 +123,7 @@ def new_hidden_buffers(count: int, x_RD: Tensor, width: int, pieces: list[Piece]
 
 
 class GradientAccumulator:
-    """Accumulator of the weight gradients of each expert, to which the expert's pieces are added in order.
+    """Accumulator of the gradients of one matrix of each expert. All pieces must be added in order.
 
     With dtypes narrower than float32, each product is rounded once, and the products are added in float32.
     """
@@ -127,10 +137,11 @@ class GradientAccumulator:
         self.total_EOI = torch.empty_like(like_EOI)
         """Sums of products. An expert's sum is valid once its last piece is added."""
         # bfloat16 has 8 bits of precision: a sum of ones would stop growing at 256.
-        narrow = like_EOI.element_size() < 4
-        self._wide_OI = like_EOI.new_empty(like_EOI.shape[1:], dtype=torch.float32) if narrow else None
+        is_narrow = like_EOI.element_size() < 4
+        self._wide_OI = like_EOI.new_empty(like_EOI.shape[1:], dtype=torch.float32) if is_narrow else None
 
     def add(self, piece: Piece, a_OP: Tensor, b_PI: Tensor) -> None:
+        """Add the product `a_OP` @ `b_PI` to the sum of the piece's expert."""
         total_OI = self.total_EOI[piece.expert]
         if piece.is_first and (piece.is_last or self._wide_OI is None):
             torch.mm(a_OP, b_PI, out=total_OI)
@@ -281,8 +292,8 @@ class _GELU(torch.autograd.Function):
         dout_RD = dout_RD.contiguous()
         dx_RD = torch.empty_like(x_RD)
         fc1_sum, fc2_sum = GradientAccumulator(fc1_EFD), GradientAccumulator(fc2_EDF)
-        # Gradients of vectors are summed in float32. The norm's own backward would sum the norm's two in bfloat16, and
-        # lose a tenth of them over 4,000 rows.
+        # Gradients of vectors are summed in float32. The norm's own backward would sum its two in bfloat16, which makes
+        # them wrong by 7 to 30 % over 4,000 rows.
         vectors = [torch.zeros_like(widen(w)) for w in (fc1_bias_EF, norm_EF, norm_bias_EF, weights[-1])]
         dfc1_bias_EF, dnorm_EF, dnorm_bias_EF, dfc2_bias_ED = vectors
         [temporary_PF] = new_hidden_buffers(1, x_RD, width, [p for p in ctx.pieces if not p.keeps_hidden])

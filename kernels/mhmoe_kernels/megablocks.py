@@ -28,7 +28,7 @@ Matmul = Callable[[Tensor, Tensor], Tensor]
 def run_grouped_gemm(x_RD: Tensor, weights: ExpertWeights, matmul: Matmul) -> Tensor:
     """Run rows that are sorted by expert through their experts, with grouped GEMMs.
 
-    The result is that of `run_sorted`. `can_group` must accept the experts.
+    The result is that of `run_sorted`. The experts must be ones for which `can_group` returns True.
     """
     # This must run outside autocast, which makes the output of a norm float32: no grouped GEMM takes two dtypes.
     if isinstance(weights.function, Swiglu):
@@ -117,6 +117,7 @@ def unavailable_reason(device: torch.device) -> str | None:
 
 
 def _missing_dependency() -> str | None:
+    """Return in one line which package is missing or cannot be imported, and what to do; None if all are there."""
     for module, package in (("triton", "triton"), ("stk", "stanford-stk"), ("megablocks", "megablocks")):
         if find_spec(module) is None:
             return f"{package} is not installed: {'pip install triton' if package == 'triton' else _INSTALL_COMMAND}"

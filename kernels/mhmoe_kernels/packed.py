@@ -35,9 +35,10 @@ ROW_MULTIPLE = 16
 
 
 def run_padded(x_ND: Tensor, expert_NK: Tensor, gate_NK: Tensor, weights: ExpertWeights) -> Tensor:
-    """Run routed rows through padded experts, as `mhmoe_kernels.run_experts` does.
+    """Run routed rows through experts, as `mhmoe_kernels.run_experts` does, with padding rows for each expert.
 
-    There is no backward, and experts without rows are not touched.
+    The rows of each expert are padded to a multiple of `ROW_MULTIPLE`. There is no backward, and the weights of experts
+    without rows are not read.
     """
     assert not (torch.is_grad_enabled() and any(w.requires_grad for w in weights.stacked))
     plan = plan_routes(expert_NK, len(weights.stacked[0]))
@@ -79,6 +80,8 @@ def unavailable_reason(dtype: torch.dtype) -> str | None:
 
 
 class PackedMatrix:
+    """Matrix with an optional bias in oneDNN's packed layout, which multiplies rows on a CPU."""
+
     def __init__(self, weight_OI: Tensor, bias_O: Tensor | None = None) -> None:
         """Pack a matrix.
 
@@ -102,7 +105,7 @@ RowFunction = Callable[[Tensor], Tensor]
 
 
 def pack_layer(function: Function, weights: Sequence[Tensor]) -> RowFunction:
-    """Return a feed-forward layer, or one expert, with packed matrices.
+    """Pack the matrices of a feed-forward layer, or of one expert, and return its function of rows, without a backward.
 
     Args:
         function: function of the layer.
@@ -128,9 +131,9 @@ def _gelu_subln(fc1_matrix: PackedMatrix, norm: RowFunction, fc2_matrix: PackedM
 
 
 def run_packed(x_ND: Tensor, expert_NK: Tensor, gate_NK: Tensor, experts: Sequence[RowFunction]) -> Tensor:
-    """Run routed rows through packed experts, as `mhmoe_kernels.run_experts` does.
+    """Run routed rows through experts that `pack_layer` has packed, as `mhmoe_kernels.run_experts` does.
 
-    There is no backward, and experts without rows are not touched.
+    There is no backward, and the weights of experts without rows are not read.
     """
     plan = plan_routes(expert_NK, len(experts))
     parts = torch.split(x_ND.index_select(0, plan.row_R), plan.count_E.tolist())

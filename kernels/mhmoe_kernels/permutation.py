@@ -35,8 +35,8 @@ class RoutePlan(NamedTuple):
     def trimmed(self, routes: int) -> "RoutePlan":
         """Return the plan with a single slot for all sorted routes after the first `routes`.
 
-        The gates of these routes must be 0. `permute` fills that slot with an unused row, and the caller must write
-        zeros to it before `combine` and in gradients.
+        The gates of these routes must be 0. `permute` fills that slot with some row, and the caller must write zeros to
+        it before `combine` and in gradients.
         """
         return RoutePlan(self.row_R[: routes + 1], self.slot_NK.clamp(max=routes), self.count_E)
 
@@ -54,12 +54,15 @@ def plan_routes(expert_NK: Tensor, n_experts: int) -> RoutePlan:
 
 
 def permute(x_ND: Tensor, plan: RoutePlan) -> Tensor:
-    """Return x_RD, in which row n appears once per route, sorted by expert."""
+    """Return x_RD, the rows of all routes, sorted by expert: row n appears once for each of its routes."""
     return _permute(x_ND, plan)
 
 
 def combine(out_RD: Tensor, gate_NK: Tensor, plan: RoutePlan) -> Tensor:
-    """Return y_n = sum_k gate_nk * out[slot_nk], added in float32 or wider, in the dtype of `out_RD`."""
+    """Return y_ND in the order of rows before `permute`: y_n = sum_k gate_nk * out[slot_nk].
+
+    The sum is computed in float32 or wider, and returned in the dtype of `out_RD`.
+    """
     return _combine(out_RD, gate_NK, plan)
 
 

@@ -11,7 +11,7 @@ from mhmoe_kernels.abilities import ExpertFunction
 
 @dataclass(frozen=True)
 class Swiglu:
-    """SwiGLU, down(silu(gate(x)) * up(x)), without biases: P2's experts and LLaMA's dense layer."""
+    """SwiGLU, down(silu(gate(x)) * up(x)), without biases: experts of P2 (arXiv 2411.16205), LLaMA's dense layer."""
 
     name: ClassVar[ExpertFunction] = "swiglu"
 
@@ -21,7 +21,8 @@ class Swiglu:
 
 @dataclass(frozen=True)
 class GeluSubln:
-    """GELU with SubLN, fc2(norm(gelu(fc1(x)))), with biases and an inner LayerNorm: P1's experts and dense layer."""
+    """GELU with SubLN, fc2(norm(gelu(fc1(x)))), with biases and an inner LayerNorm: experts and dense layer of P1
+    (arXiv 2404.15045)."""
 
     name: ClassVar[ExpertFunction] = "gelu_subln"
     eps: float = 1e-5

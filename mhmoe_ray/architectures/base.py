@@ -16,6 +16,8 @@ FLOAT32 = 4
 
 
 class Architecture(ABC):
+    """Options of an architecture for the spec, and its counts for the planner."""
+
     expert_function: ClassVar[ExpertFunction]
     """Name in mhmoe_kernels of the function of a dense feed-forward layer and of an expert."""
     grouped_queries: ClassVar[bool]
@@ -23,7 +25,7 @@ class Architecture(ABC):
     longest_sequence: ClassVar[int | None] = None
     """Largest sequence length whose positions stay in the range of float32; None if any length does."""
     is_mixtral: ClassVar[bool] = False
-    """True if a plain mixture of experts of this architecture is a Mixtral for other tools."""
+    """True if other tools can load a plain mixture of experts of this architecture as a Mixtral."""
     runs_in_vllm: ClassVar[bool] = False
     """True if `serve/vllm` implements the layers of this architecture."""
 
@@ -44,12 +46,18 @@ class Architecture(ABC):
         return self.norm_vectors * d
 
     def expert_macs(self, width: int, hidden: int) -> int:
-        """Return the multiply-adds of a feed-forward layer or an expert for one row."""
+        """Return the multiply-adds of a feed-forward layer or an expert for one row.
+
+        Args:
+            width: D, the width of its rows.
+            hidden: F, the width of its hidden rows.
+        """
         return self.expert_matrices * width * hidden
 
     @abstractmethod
     def expert_parameters(self, width: int, hidden: int) -> int:
-        """Return the number of parameters of a feed-forward layer or an expert."""
+        """Return the number of parameters of a feed-forward layer or an expert with rows of width D and hidden rows of
+        width F."""
 
     @abstractmethod
     def norm_saved_bytes(self, d: int, size: int) -> int:
@@ -74,11 +82,16 @@ class Architecture(ABC):
 
     @abstractmethod
     def hidden_saved_bytes(self, hidden: int, size: int) -> int:
-        """Return the bytes that autograd saves for one hidden row of a feed-forward layer or an expert."""
+        """Return the bytes that autograd saves for one hidden row of a feed-forward layer or an expert.
+
+        Args:
+            hidden: F, the width of the hidden row.
+            size: bytes per value in matrix products.
+        """
 
     @abstractmethod
     def grouped_hidden_saved_bytes(self, hidden: int, size: int) -> int:
-        """Return the bytes that kernel `grouped` saves for one hidden row.
+        """Return the bytes that kernel `grouped` saves for one hidden row, with the arguments of `hidden_saved_bytes`.
 
         Its backward is written by hand and needs less than autograd's.
         """

@@ -7,6 +7,8 @@ from mhmoe_ray.architectures.base import FLOAT32, Architecture
 
 
 class Llama(Architecture):
+    """Options and counts of the llama architecture."""
+
     expert_function: ClassVar[ExpertFunction] = "swiglu"
     grouped_queries = True
     is_mixtral = True
@@ -33,7 +35,7 @@ class Llama(Architecture):
         return self.expert_macs(width, hidden)
 
     def norm_saved_bytes(self, d: int, size: int) -> int:
-        # RMSNorm saves its input and the normalised input in float32, the operand of the next product, and a statistic.
+        # RMSNorm saves its input and the normalized input in float32, the operand of the next product, and a statistic.
         return d * (2 * FLOAT32 + size) + FLOAT32
 
     def attention_saved_bytes(self, d: int, kv_width: int, heads: int, size: int) -> int:

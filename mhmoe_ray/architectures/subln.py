@@ -8,6 +8,8 @@ from mhmoe_ray.architectures.base import FLOAT32, Architecture
 
 
 class Subln(Architecture):
+    """Options and counts of the subln architecture."""
+
     expert_function: ClassVar[ExpertFunction] = "gelu_subln"
     grouped_queries = False
     # xPos scales keys by up to (7/2)^(1/512) per position, which overflows float32 some 3,500 positions beyond this

@@ -39,10 +39,12 @@ class Figures(NamedTuple):
 
     @property
     def pause_to_torch_save(self) -> float:
+        """Ratio of the median pause to the median time of `torch.save`."""
         return statistics.median(self.pauses) / statistics.median(self.torch_save)
 
     @property
     def extra_to_state(self) -> float | None:
+        """Ratio of `extra` to `state`; None if `extra` is."""
         return None if self.extra is None else self.extra / self.state
 
     def as_json(self) -> dict[str, Any]:
@@ -117,6 +119,7 @@ def _with_folders(spec: RunSpec, folder: Path) -> RunSpec:
 
 
 def _time_action(action: Callable[[], object], read_clock: Callable[[], float]) -> float:
+    """Call `action`, and return the seconds that it takes by the clock."""
     start_time = read_clock()
     action()
     return read_clock() - start_time
@@ -141,7 +144,7 @@ def _settled_peak(action: Callable[[], object], tolerance: int) -> int | None:
 
 
 def _peak_resident(action: Callable[[], object]) -> int | None:
-    """Return the peak of this process's resident bytes while an action runs; None if the system does not report it."""
+    """Call `action`, and return this process's peak of resident bytes meanwhile; None if the system reports none."""
     status = Path("/proc/self/status")
     if status.exists():
         # 5 resets the peak (VmHWM) to the current size.

@@ -20,15 +20,21 @@ EVENT_TIMEOUT = 60.0
 """Timeout in seconds for the first event of a job."""
 
 
-class Commands(NamedTuple):
+class CommandFigures(NamedTuple):
+    """Latency of three commands in seconds."""
+
     help: list[float]
     """Seconds of `mhmoe --help`, one value per round."""
     status: list[float]
+    """Seconds of `mhmoe status` on a long run, one value per round."""
     submit: list[float]
-    """Seconds from the call to the first event that the job itself records; empty without a spec to submit."""
+    """Seconds from the call of `mhmoe submit` to the first event that the job itself records, one value per round.
+
+    The list is empty without a spec to submit.
+    """
 
 
-def measure(spec: RunSpec, spec_file: Path | None, folder: Path, lines: int, rounds: int) -> Commands:
+def measure(spec: RunSpec, spec_file: Path | None, folder: Path, lines: int, rounds: int) -> CommandFigures:
     """Measure the latency of `mhmoe --help`, `mhmoe status` and `mhmoe submit`.
 
     Args:
@@ -37,6 +43,9 @@ def measure(spec: RunSpec, spec_file: Path | None, folder: Path, lines: int, rou
         folder: an empty folder in which the long run is created.
         lines: the number of lines in the metrics of the long run.
         rounds: the number of rounds of each command.
+
+    Raises:
+        JobError: a command or the submitted job fails.
     """
     long_run = _long_run(spec.model_copy(update={"storage": folder}), lines)
     cases: dict[str, Callable[[], object]] = {
@@ -45,10 +54,11 @@ def measure(spec: RunSpec, spec_file: Path | None, folder: Path, lines: int, rou
     }
     timings = time_interleaved(cases, rounds)
     submit_seconds = [_submit(spec_file) for _ in range(rounds)] if spec_file else []
-    return Commands(timings["help"].seconds, timings["status"].seconds, submit_seconds)
+    return CommandFigures(timings["help"].seconds, timings["status"].seconds, submit_seconds)
 
 
 def _run_command(*args: str) -> str:
+    """Run `mhmoe` with these arguments in a process, and return its stdout; raise JobError if it fails."""
     command = [sys.executable, "-m", "mhmoe_ray.cli.app", *args]
     process = subprocess.run(command, capture_output=True, text=True, check=False)
     if process.returncode:
@@ -85,7 +95,13 @@ def _long_run(spec: RunSpec, lines: int) -> RunDir:
 
 
 def _submit(spec_file: Path) -> float:
-    """Submit a spec, return the seconds until the job's first event, and stop the run; its run directory stays."""
+    """Submit a spec, and return the seconds until the job's first event.
+
+    The run is stopped; its run directory stays.
+
+    Raises:
+        JobError: a command fails, or the job fails or records no event in time.
+    """
     # Events carry wall-clock times of other processes, so this is not a monotonic clock.
     start_time = time.time()
     run = RunDir(location(json.loads(_run_command("submit", str(spec_file), "--detach", "--json"))["path"]))

@@ -30,7 +30,7 @@ from mhmoe_ray.spec import RunSpec
 
 
 def prepare_with_mhmoe(spec: RunSpec, folder: Path, processes: int) -> dict[str, Any]:
-    """Run all of `mhmoe data prepare`, including quarantine, held-out documents and baselines, and measure it.
+    """Prepare text as `mhmoe data prepare` does, with quarantine, held-out documents and baselines, and measure it.
 
     Args:
         spec: a spec that names its tokenizer; its sources are read.
@@ -54,7 +54,7 @@ def prepare_with_mhmoe(spec: RunSpec, folder: Path, processes: int) -> dict[str,
 
 
 def stream_with_mhmoe(spec: RunSpec, folder: Path, processes: int) -> dict[str, Any]:
-    """Read all micro-batches of a training by one rank, check their order, and measure all but the first.
+    """Stream all micro-batches of a training to one rank, check their order, and measure the time of all but the first.
 
     Args:
         spec: the spec of a training whose data are prepared.
@@ -107,6 +107,7 @@ def prepare_with_our_encoder(spec: RunSpec, folder: Path, processes: int) -> dic
 def _prepare_with_encoder(
     spec: RunSpec, folder: Path, processes: int, encode: Callable[[list[str]], list[list[int]]]
 ) -> dict[str, Any]:
+    """Prepare text as `prepare_with_datasets` does, with `encode` from texts to token ids, and measure it."""
     os.environ |= {"HF_HOME": str(folder), "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     # datasets reads these variables at its import.
     import datasets
@@ -186,7 +187,10 @@ def stream_with_mosaicml(spec: RunSpec, folder: Path, processes: int) -> dict[st
 
 
 class Contestant(NamedTuple):
+    """Measurement of one package at one task."""
+
     task: str
+    """Name of the task, `prepare` or `stream`."""
     package: str
     """Name of the package that must be installed."""
     run: Measurement
@@ -203,6 +207,8 @@ OUR_CONTESTANTS = ("prepare: mhmoe", "stream: mhmoe")
 
 
 class Figures(NamedTuple):
+    """Measurements of one contestant."""
+
     name: str
     rounds: list[dict[str, Any]]
     """Measurements of each round, including `seconds`."""
@@ -210,6 +216,7 @@ class Figures(NamedTuple):
     """Median over rounds of the ratio of the contestant's time to ours."""
 
     def median(self, key: str) -> float:
+        """Return the median over rounds of one of the measurements, such as `seconds`."""
         return float(statistics.median(measurement[key] for measurement in self.rounds))
 
 

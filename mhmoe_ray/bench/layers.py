@@ -39,6 +39,8 @@ class Shape(NamedTuple):
 
 
 class Layer(NamedTuple):
+    """Layer to measure, which is built on demand."""
+
     name: str
     moe: MoESpec | None
     """Sizes of the mixture of experts; None for the dense layer."""
@@ -74,12 +76,13 @@ class Case:
         self.x_BTM = x_BTM.to(device, DTYPES[dtype]).requires_grad_()
 
     def forward(self) -> Tensor:
+        """Return the output of the layer for the input of this case."""
         y = self.module(self.x_BTM)
         y_BTM: Tensor = y[0] if isinstance(y, tuple) else y  # routing, balance loss or counts come second
         return y_BTM
 
     def backward(self, y_BTM: Tensor) -> None:
-        """Compute the gradients of the input and of all weights, and drop them."""
+        """Compute the gradients of the input and of all weights from an output of `forward`, and drop them."""
         torch.autograd.backward(y_BTM, torch.ones_like(y_BTM))
         for leaf in (self.x_BTM, *self.module.parameters()):
             leaf.grad = None
@@ -99,7 +102,9 @@ def our_layers(
     device: torch.device,
     dtype: DTypeName = "bfloat16",
 ) -> tuple[list[Layer], list[SkippedCase]]:
-    """Return our layers to measure (the dense layer, the plain one, then the others), and the kernels that cannot run.
+    """Return our layers to measure, and the requested kernels that cannot run.
+
+    The dense layer comes first, then the plain one with the first kernel, then the others.
 
     Args:
         shape: the sizes of the plain layer.
@@ -138,6 +143,11 @@ def our_layers(
 def _split_kernels(
     kernels: Sequence[str], device: torch.device, dtype: DTypeName
 ) -> tuple[list[str], list[SkippedCase]]:
+    """Return the kernels that can run on the device with this data type, and the others with the reason.
+
+    Raises:
+        SpecError: a name is unknown or names static routing, or no kernel can run.
+    """
     runnable_kernels, skipped = [], []
     trainable_kernels = [name for name, backend in BACKENDS.items() if backend.has_backward]
     for kernel in kernels:
@@ -168,7 +178,7 @@ def _model_spec(shape: Shape, moe: MoESpec) -> ModelSpec:
 
 
 def build_mixture(shape: Shape, moe: MoESpec) -> MultiHeadMoE:
-    """Return the expert layer of a model with a single layer."""
+    """Return a multi-head mixture of experts with the plain layer's width, the sizes in `moe`, and initial weights."""
     model = Decoder(_model_spec(shape, moe))
     init_weights(model, 0)
     [layer] = model.moe_layers()
@@ -176,7 +186,7 @@ def build_mixture(shape: Shape, moe: MoESpec) -> MultiHeadMoE:
 
 
 def _build_dense(shape: Shape) -> nn.Module:
-    """Return a SwiGLU layer as wide as the k experts of a token together."""
+    """Return a dense SwiGLU layer whose hidden layer is as wide as those of a token's k experts together."""
     hidden_width = shape.top_k * shape.d_expert
     model = Decoder(ModelSpec(vocab_size=1, d_model=shape.d_model, layers=1, attention_heads=1, d_ff=hidden_width))
     init_weights(model, 0)

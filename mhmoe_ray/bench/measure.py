@@ -21,6 +21,8 @@ from mhmoe_ray.spec import MoESpec
 
 
 class Footprint(NamedTuple):
+    """Memory of a forward and backward pass."""
+
     peak_bytes: int
     """Largest number of bytes allocated at one time, without those allocated before the pass."""
     saved_bytes: int
@@ -28,12 +30,12 @@ class Footprint(NamedTuple):
 
 
 def footprint(layer: nn.Module, forward: Callable[[], Tensor], backward: Callable[[Tensor], None]) -> Footprint:
-    """Measure the memory of one pass, including memory that stays allocated after it.
+    """Run one forward and backward pass, and return its memory, including memory that stays allocated after it.
 
     Args:
         layer: the layer, whose weights do not count as saved.
         forward: a function that returns the output.
-        backward: a function that takes the output.
+        backward: a function that takes the output and computes the gradients.
     """
     saved_sizes: dict[int, int] = {}
     weights = {p.untyped_storage().data_ptr() for p in layer.parameters()}
@@ -55,7 +57,10 @@ def footprint(layer: nn.Module, forward: Callable[[], Tensor], backward: Callabl
 
 
 def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
-    """Return the largest number of bytes allocated on the device at one time while `run` runs, without earlier ones."""
+    """Call `run`, and return the largest number of bytes allocated on the device at one time meanwhile.
+
+    Bytes that were allocated before do not count.
+    """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         previous_bytes = torch.cuda.memory_allocated(device)
@@ -66,7 +71,7 @@ def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
 
 
 def _allocation_changes(run: Callable[[], object]) -> list[int]:
-    """Return the bytes of each allocation on the CPU, and of each release as a negative number, in order of time."""
+    """Call `run`, and return the bytes of each allocation on the CPU in order of time; releases are negative."""
     # The profiler reads this variable at its first use. Without it, it announces its stages on stderr.
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
@@ -94,6 +99,8 @@ Its masks have k N^2 values each: with k = 2 a pass takes 3 GB at 8,192 rows, an
 
 
 class Request(NamedTuple):
+    """Layers to measure, and how to measure them."""
+
     shape: Shape
     heads: Sequence[int]
     """Numbers of heads h of the multi-head layers."""
@@ -124,13 +131,15 @@ class Figures(NamedTuple):
 
 
 class Measurements(NamedTuple):
+    """Figures of all layers of a request that can run, and the other layers and kernels."""
+
     figures: list[Figures]
     """Figures of each layer: of the dense layer, of the plain one, then of the others."""
     skipped: list[SkippedCase]
 
 
 def measure(request: Request, hardware: Hardware, report: Callable[[str], None]) -> Measurements:
-    """Measure every layer that can run.
+    """Measure memory and time of every layer that can run; a layer that fails is skipped with the reason.
 
     Args:
         request: the layers to measure.
@@ -175,7 +184,13 @@ def measure(request: Request, hardware: Hardware, report: Callable[[str], None])
 
 
 def requested_layers(request: Request, device: torch.device) -> tuple[list[Layer], list[SkippedCase]]:
-    """Return the layers of a request, and those that are skipped, with the reason."""
+    """Return the layers of a request to measure, and the layers and kernels that are skipped, with the reason.
+
+    Layers of static routing with more than `STATIC_ROWS` rows are skipped.
+
+    Raises:
+        SpecError: in the same cases as `our_layers`.
+    """
     shape = request.shape
     layers, skipped = our_layers(shape, request.heads, request.static, request.kernels, device, request.dtype)
     if request.peers:
@@ -199,7 +214,8 @@ def row_count(moe: MoESpec | None, shape: Shape) -> int:
 def failure_reason(layer: Layer, error: Exception) -> str | None:
     """Return the reason why a layer cannot run, in one line, from the error that it raised; None if that is a bug.
 
-    For a layer of another package, every error is a reason. A kernel that was named refuses sizes with a ValueError.
+    For every layer, too little memory on the device is a reason. For a layer of another package, every error is one.
+    For a kernel that the request names, a ValueError is one, because kernels refuse sizes in this way.
     """
     is_kernel_named = layer.moe is not None and layer.moe.kernel != "auto"
     if (

@@ -20,12 +20,15 @@ from mhmoe_ray.spec import ModelSpec
 
 
 class Peer(NamedTuple):
+    """Layer of another package."""
+
     name: str
     package: str
     oldest_version: tuple[int, ...]
     build: Callable[[MultiHeadMoE], nn.Module]
     """Function that returns the package's layer with the weights of ours."""
     capacity_factor: float | None = None
+    """Capacity factor of its routing; None if it drops no rows."""
 
 
 def build_mixtral(implementation: str, our_layer: MultiHeadMoE) -> nn.Module:
@@ -101,7 +104,7 @@ PEERS = (
 
 
 def peer_layers(shape: Shape) -> tuple[list[Layer], list[SkippedCase]]:
-    """Return the layers of installed packages, and the skipped ones with the reason."""
+    """Return the layers of other packages that can be measured here, and the others with the reason."""
     layers, skipped = [], []
     for peer in PEERS:
         version = installed_version(peer.package)
@@ -136,6 +139,7 @@ def unavailable_reason(peer: Peer, version: str | None) -> str | None:
 
 
 def installed_version(package: str) -> str | None:
+    """Return the installed version of a package; None if the package is not installed."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

@@ -21,6 +21,8 @@ MARKS = "osD^vPX<>*pd"
 
 
 class Style(NamedTuple):
+    """Colour and marks of the line of a layer."""
+
     colour: str
     mark: str
     is_hollow: bool
@@ -38,7 +40,7 @@ def plot(sweep: Sweep, request: Request, hardware: Hardware, path: Path) -> None
 
 
 def draw_picture(sweep: Sweep, request: Request, hardware: Hardware) -> "Figure":
-    """Draw a sweep as three panels and a legend."""
+    """Return a figure of a sweep: panels of the time, its ratio to the dense layer and peak memory, and a legend."""
     figure = new_figure(13, 4.6)
     time, ratio, memory = figure.subplots(1, 3)
     dense = {point: figures[0].median for point, figures in sweep.points.items()}
@@ -69,26 +71,35 @@ def draw_picture(sweep: Sweep, request: Request, hardware: Hardware) -> "Figure"
 
 
 def layer_styles(series: dict[str, dict[int, Figures]]) -> dict[str, Style]:
-    """Return the style of each layer.
+    """Return the style of each layer of a sweep by the layer's name.
 
     The colour shows the kind of layer, so static routing and other kernels share it. The mark shows the order.
     """
-    heads: dict[str, str] = {}
+    colour_by_layer: dict[str, str] = {}
     styles = {}
     for i, (name, layer_figures) in enumerate(series.items()):
         base = name.partition(",")[0].removesuffix(" static")
         if base.startswith("MH-MoE"):
-            colour = heads.setdefault(base, HEAD_COLOURS[len(heads) % len(HEAD_COLOURS)])
+            colour = colour_by_layer.setdefault(base, HEAD_COLOURS[len(colour_by_layer) % len(HEAD_COLOURS)])
         else:
             colour = COLOURS[base if base in COLOURS else base.partition(" ")[0]]
-        hollow = name.endswith(" static") or next(iter(layer_figures.values())).package is not None
-        styles[name] = Style(colour, MARKS[i % len(MARKS)], hollow)
+        is_hollow = name.endswith(" static") or next(iter(layer_figures.values())).package is not None
+        styles[name] = Style(colour, MARKS[i % len(MARKS)], is_hollow)
     return styles
 
 
 def _draw_layer(
     axes: "Axes", layer_figures: dict[int, Figures], values: dict[int, float], style: Style, label: str = ""
 ) -> None:
+    """Draw the values of a layer at its points as a line, whose extrapolated part is dashed.
+
+    Args:
+        axes: the panel.
+        layer_figures: the figures of the layer by point.
+        values: the value of the panel by point.
+        style: the style of the layer.
+        label: the name in the legend; empty for no entry.
+    """
     measured_points = [point for point in layer_figures if not layer_figures[point].is_extrapolated]
     extrapolated_points = [point for point in layer_figures if layer_figures[point].is_extrapolated]
     line_options: dict[str, Any] = {
@@ -109,6 +120,7 @@ def _draw_layer(
 
 
 def _format_axes(axes: "Axes", sweep: Sweep, title: str) -> None:
+    """Give a panel its title, logarithmic axes and ticks."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     axes.set_title(title, loc="left")
@@ -128,7 +140,12 @@ def _format_axes(axes: "Axes", sweep: Sweep, title: str) -> None:
 
 
 def _draw_guide(axes: "Axes", dense: dict[int, float]) -> None:
-    """Draw a line of slope 1 below all others."""
+    """Draw a dotted line of slope 1 through half the dense layer's time at the first point.
+
+    Args:
+        axes: the panel of times.
+        dense: time of the dense layer by point.
+    """
     first_point, last_point = min(dense), max(dense)
     guide = {first_point: dense[first_point] / 2, last_point: dense[first_point] / 2 * last_point / first_point}
     axes.plot(list(guide), list(guide.values()), color=GREY, linewidth=1, linestyle=":")
@@ -138,6 +155,7 @@ def _draw_guide(axes: "Axes", dense: dict[int, float]) -> None:
 
 
 def _title(sweep: Sweep, request: Request, hardware: Hardware) -> str:
+    """Return the title of the figure: fixed sizes, data type, hardware, and remarks on static routing."""
     s = request.shape
     sizes = {"tokens": f"T {s.tokens:,}", "": f"d {s.d_model}", "experts": f"E {s.experts}", "top-k": f"k {s.top_k}"}
     fixed_sizes = ", ".join([text for axis, text in sizes.items() if axis != sweep.axis] + [f"f {s.d_expert:,}"])

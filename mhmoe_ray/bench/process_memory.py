@@ -11,6 +11,8 @@ POLL_SECONDS = 0.2
 
 
 class MemoryUsage(NamedTuple):
+    """Memory of one process."""
+
     resident: int
     """Resident bytes, including those shared with other processes."""
     private: int
@@ -18,7 +20,10 @@ class MemoryUsage(NamedTuple):
 
 
 class PeakMemory:
-    """Context that records the memory of the largest process while it is open: this process or a descendant."""
+    """Context manager that records the peak memory of any single process while it is open: this one or a descendant.
+
+    Afterwards `resident` and `private` have the largest bytes of each kind (see `MemoryUsage`).
+    """
 
     def __init__(self) -> None:
         self.resident = self.private = 0
@@ -60,12 +65,13 @@ def descendants(root: int) -> list[int]:
 
 
 def memory_usage(pid: int) -> MemoryUsage:
-    """Return the memory of a process; zeros if it has ended."""
+    """Return the present memory of a process; zeros if it has ended."""
     entry = Path("/proc") / str(pid)
     return MemoryUsage(*(1024 * int(_status_field(entry, name).split()[0]) for name in ("VmRSS:", "RssAnon:")))
 
 
 def _status_field(entry: Path, name: str) -> str:
+    """Return a field of a process's /proc/PID/status; "0" if the field is missing or the process has ended."""
     try:
         lines = (entry / "status").read_text().splitlines()
     # The process may have ended since its folder was listed.

@@ -26,7 +26,7 @@ It returns figures that JSON can represent.
 def run_in_process(
     measurement: Measurement, spec: RunSpec, number: int, title: str, **variables: str
 ) -> dict[str, Any]:
-    """Run a measurement in a process of its own, and return its figures.
+    """Run a measurement in a process of its own with an empty temporary folder, and return its figures.
 
     Args:
         measurement: a function at the top level of a module.
@@ -58,6 +58,7 @@ def run_in_process(
 
 
 def main() -> None:
+    """Run the measurement that the JSON on stdin names, and print its figures as JSON."""
     request = json.load(sys.stdin)
     measurement: Measurement = getattr(importlib.import_module(request["module"]), request["function"])
     spec = RunSpec.model_validate_json(request["spec"])

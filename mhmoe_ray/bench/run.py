@@ -1,8 +1,8 @@
 """Overhead of a run: a whole training with Ray Train and the stream, compared with the same steps in a bare loop.
 
 Run and loops train the same model on the same samples from the same start, so they end with the same loss, to the last
-bit. The loop is measured twice: with Python's default memory settings, and with those of a run's workers
-(train/driver.py).
+bit. The loop is measured twice: with the C library's default settings for memory, and with those of a run's workers
+(train/malloc.py).
 """
 
 import os
@@ -37,25 +37,29 @@ WARM_UP_STEPS = 10
 
 
 class Figures(NamedTuple):
+    """Measurements of a run and of the same steps in a bare loop."""
+
     run: list[dict[str, Any]]
     """Measurements of the run, one per round: `seconds` of the timed steps, `loss` of the last step, and `data_wait`,
     the share of time spent waiting for data."""
     loop: list[dict[str, Any]]
-    """Measurements of the loop with Python's default settings, one per round, without `data_wait`."""
+    """Measurements of the loop with the C library's default settings, one per round, without `data_wait`."""
     settled: list[dict[str, Any]]
     """Measurements of the loop with the workers' memory settings, one per round, without `data_wait`."""
 
     @property
     def throughput_ratio(self) -> float:
-        """Median over rounds of the ratio of the run's tokens per second to the loop's."""
+        """Median over rounds of the ratio of the run's tokens per second to those of `loop`."""
         return _throughput_ratio(self.run, self.loop)
 
     @property
     def settled_throughput_ratio(self) -> float:
+        """Median over rounds of the ratio of the run's tokens per second to those of `settled`."""
         return _throughput_ratio(self.run, self.settled)
 
 
 def _throughput_ratio(run: list[dict[str, Any]], loop: list[dict[str, Any]]) -> float:
+    # Both have the same tokens, so the ratio of their rates is the inverse ratio of their times.
     ratios: list[float] = [b["seconds"] / a["seconds"] for a, b in zip(run, loop, strict=True)]
     return statistics.median(ratios)
 
@@ -102,7 +106,12 @@ def measure(spec: RunSpec, threads: int, rounds: int, report: Callable[[str], No
 
 
 def measure_run(spec: RunSpec, folder: Path, _threads: int) -> dict[str, Any]:
-    """Run the job that `mhmoe submit` starts for a run, and measure it."""
+    """Train the spec as a run on a local Ray cluster, as the job of `mhmoe submit` does, and return its measurements.
+
+    Args:
+        spec: the spec of the run.
+        folder: an empty folder for the run directory.
+    """
     ray.init("local", num_cpus=spec.cluster.cpus, log_to_driver=False, include_dashboard=False)
     run = create_run(spec.model_copy(update={"storage": folder / "runs"}))
     train_run(run, 0)
@@ -117,7 +126,7 @@ def measure_run(spec: RunSpec, folder: Path, _threads: int) -> dict[str, Any]:
 
 
 def measure_loop(spec: RunSpec, _folder: Path, threads: int) -> dict[str, Any]:
-    """Run the same steps on the same samples, which are read before the steps are timed, and measure them."""
+    """Train the spec in a bare loop without Ray, on samples that are read before, and return its measurements."""
     torch.set_num_threads(threads)
     folder = spec.data.prepared
     token_bytes = require_data_manifest(folder).token_bytes

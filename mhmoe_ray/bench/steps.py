@@ -42,7 +42,7 @@ class StepFigures(NamedTuple):
     ratio_to_smoe: float
     """Ratio of the median time to that of the plain model."""
     paper_ratio: float
-    """Same ratio from the first paper's own throughput with dynamic routing, for an h that the paper does not state."""
+    """The same ratio from the first paper's own throughput with dynamic routing, for an h that the paper leaves out."""
 
     @property
     def tokens_per_second(self) -> float:
@@ -85,7 +85,7 @@ class Case:
 
 
 def measure(size: Size, heads: Sequence[int], rounds: int, hardware: Hardware) -> list[StepFigures]:
-    """Measure steps of all models in interleaved rounds; the figures of the plain model come first.
+    """Measure training steps of the plain model and of its matched models, in interleaved rounds; the plain one first.
 
     Raises:
         SpecError: in the same cases as `matched_models`.
@@ -145,11 +145,14 @@ def time_ratio(model: str, routing: str) -> float:
 
 
 class PaperComparison(NamedTuple):
+    """One of our layers beside a model of the first paper, both as ratios to the plain one."""
+
     layer: str
     """Name of our layer."""
     paper: str
     """Name of the paper's model."""
     tokens_a_second: float
+    """Tokens per second of the paper's model."""
     papers_ratio: float
     """Ratio of the time per token of the paper's model to that of the paper's dynamic SMoE."""
     our_ratio: float
@@ -157,7 +160,11 @@ class PaperComparison(NamedTuple):
 
 
 def compare_with_paper(figures: Sequence[Figures]) -> list[PaperComparison]:
-    """Return comparisons of our plain and multi-head layers, static and dropless, with the paper's models."""
+    """Return comparisons of our plain and multi-head layers, static and dropless, with the paper's models.
+
+    Args:
+        figures: figures of the dense layer, of the plain one, then of the others.
+    """
     [plain_median] = (f.median for f in figures[1:2])
     rows = []
     for f in figures:

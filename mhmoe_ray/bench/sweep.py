@@ -19,6 +19,8 @@ AxisName = Literal["tokens", "experts", "top-k", "heads"]
 
 
 class Axis(NamedTuple):
+    """Axis of a sweep: the size that varies from point to point."""
+
     label: str
     points: tuple[int, ...]
     """Default points of the axis."""
@@ -35,6 +37,8 @@ AXES: dict[AxisName, Axis] = {
 
 
 class Sweep(NamedTuple):
+    """Measurements of all layers at each point of an axis."""
+
     axis: AxisName
     points: dict[int, list[Figures]]
     """Figures at each point of the axis: of the dense layer, of the plain one, then of the others."""
@@ -101,7 +105,10 @@ def _request_at(request: Request, axis: AxisName, point: int) -> Request:
 
 
 def extrapolate_static(sweep_result: Sweep) -> Sweep:
-    """Return the sweep with figures of static routing added, extrapolated by its law, at points beyond its own."""
+    """Return a sweep along tokens with extrapolated figures of static routing at the points where it is not measured.
+
+    Static routing then no longer counts as skipped.
+    """
     points = {point: list(figures) for point, figures in sweep_result.points.items()}
     static_figures = {
         name: layer_figures

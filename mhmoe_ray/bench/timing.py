@@ -24,6 +24,8 @@ Case = TypeVar("Case")
 
 
 class Timing(NamedTuple):
+    """Times of one case."""
+
     seconds: list[float]
     """Seconds, one value per round."""
 
@@ -72,6 +74,8 @@ def turns(cases: Iterable[Case], rounds: int, warm_up: bool = False) -> Iterator
 
 
 class Hardware(NamedTuple):
+    """Device on which the measurements run."""
+
     device: torch.device
     name: str
     """Name of the processor or the graphics card."""
@@ -121,7 +125,7 @@ def device_clock(device: torch.device) -> Callable[[], float]:
 
 @contextmanager
 def checked_sizes(title: str) -> Iterator[None]:
-    """Turn a ValidationError of an impossible model inside the `with` block into an error about the given sizes.
+    """Turn a ValidationError for an impossible model inside the `with` block into an error about the user's sizes.
 
     Args:
         title: the command or option with the sizes.

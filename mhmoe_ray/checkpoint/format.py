@@ -35,9 +35,10 @@ _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class Slice(NamedTuple):
-    """Slice of a tensor that this process holds."""
+    """Slice of a tensor that this process holds in memory."""
 
     local: Tensor
+    """Values of the slice."""
     offset: tuple[int, ...]
     """Start of the slice in the full tensor."""
     shape: tuple[int, ...]
@@ -45,16 +46,16 @@ class Slice(NamedTuple):
 
 
 def local_slice(tensor: Tensor) -> Slice:
-    """Return a view of this rank's part of a DTensor, or of all of any other tensor."""
+    """Return the slice of a tensor that this rank holds, as a view: its shard of a DTensor, all of any other tensor."""
     return Slice(local_shard(tensor).detach(), shard_offset(tensor), tuple(tensor.shape))
 
 
 def write_slices(file: BinaryIO, slices: Mapping[str, Slice], on_piece: Callable[[], None] = lambda: None) -> FileEntry:
-    """Write a complete safetensors file of tensors in CPU memory, and return its size and hash.
+    """Write slices of tensors as a complete safetensors file, and return its size and hash.
 
     Args:
-        file: file that is open for writing.
-        slices: slices by the names of their tensors.
+        file: new file that is open for writing.
+        slices: slices in CPU memory, by the names of their tensors.
         on_piece: called after each written piece.
     """
     header: dict[str, Any] = {
@@ -103,12 +104,13 @@ class StoredSlice(NamedTuple):
     """Position of the slice's first byte in the file."""
     dtype: torch.dtype
     shape: tuple[int, ...]
-    """Shape of the slice; (1,) for a number without a dimension."""
+    """Shape of the slice; (1,) for a scalar."""
     offset: tuple[int, ...]
+    """Start of the slice in the full tensor."""
 
 
 def stored_slices(file: Location) -> dict[str, StoredSlice]:
-    """Return all slices of a file, by the names of their tensors.
+    """Return all slices that a safetensors file holds, by the names of their tensors; only its header is read.
 
     Raises:
         ValueError: the file is not a safetensors file, or holds a dtype that no model has.
@@ -140,7 +142,9 @@ class Readable(Protocol):
 
 
 def read_into(target: Slice, stored: StoredSlice, file: Readable) -> int:
-    """Copy the overlap of a stored slice and a target into the target, in its dtype; return the number of values.
+    """Copy the values that a stored slice and a target share into the target, and return their number.
+
+    The values are converted to the target's dtype.
 
     Args:
         target: slice to fill.
@@ -181,6 +185,7 @@ def read_into(target: Slice, stored: StoredSlice, file: Readable) -> int:
 
 
 def _read_fully(file: Readable, buffer: memoryview) -> None:
+    """Fill the buffer from the file; raise ValueError if the file ends first."""
     while buffer:
         count = file.readinto(buffer)
         if not count:

@@ -38,7 +38,7 @@ def load_tensors(
     on_slice: Callable[[], None] = lambda: None,
     index: SliceIndex | None = None,
 ) -> None:
-    """Fill tensors in place, each in its own dtype, from the stored slices in a folder.
+    """Fill tensors in place, each in its own dtype, with the values that a checkpoint has for their names.
 
     Args:
         folder: folder of a part of a checkpoint, `weights` or `optim`.
@@ -74,7 +74,7 @@ def load_tensors(
 
 
 def read_index(folder: Location) -> SliceIndex:
-    """Read the headers of all files in a folder, and return its slices.
+    """Read the headers of all safetensors files in a folder, and return their slices by the names of the tensors.
 
     Raises:
         CheckpointError: a file is not a safetensors file, or the checkpoint was removed while it was read.
@@ -123,9 +123,10 @@ class TrainerState(Protocol):
 
 
 def restore(trainer: TrainerState, checkpoint: Location, manifest: CheckpointManifest) -> None:
-    """Restore weights, moments, step, tokens and skipped steps from a checkpoint.
+    """Restore a trainer's weights, moments, step, tokens and skipped steps from a checkpoint.
 
-    This is a collective operation. The checkpoint may be written at any world size and by any strategy.
+    This is a collective operation. The checkpoint may be written at any world size and by any strategy. Its files are
+    not verified here.
     """
     strategy = trainer.strategy
     # AdamW counts updates, and skipped steps have none.
@@ -139,7 +140,7 @@ def restore(trainer: TrainerState, checkpoint: Location, manifest: CheckpointMan
 
 
 def load_model(checkpoint: Location) -> tuple[Decoder, CheckpointManifest]:
-    """Load the model of a checkpoint written at any expert-parallel size, with all experts, ready for inference.
+    """Verify the weights of a checkpoint and load its model with all experts, ready for inference on one device.
 
     Returns:
         The decoder in evaluation mode, float32, without gradients; and the manifest that it was built from.
@@ -153,7 +154,7 @@ def load_model(checkpoint: Location) -> tuple[Decoder, CheckpointManifest]:
 
 
 def load_verified_model(checkpoint: Location, manifest: CheckpointManifest) -> Decoder:
-    """Load the model of a checkpoint whose weights were verified by `read_manifest`; otherwise like `load_model`."""
+    """Load the model of a checkpoint like `load_model`, but without verifying its files; `read_manifest` did that."""
     model = Decoder(manifest.model).requires_grad_(False).eval()
     for layer in model.moe_layers():
         # The kernel of the training may need a device or a package that this machine lacks.

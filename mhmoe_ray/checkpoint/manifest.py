@@ -40,6 +40,8 @@ _FIX = "use another checkpoint of the run"
 
 
 class CheckpointManifest(BaseModel):
+    """Content of a checkpoint's manifest.json: its state of the training, its model, and its files."""
+
     step: int
     """Number of steps done."""
     skipped: int = 0
@@ -72,11 +74,12 @@ _NAME_PATTERN = re.compile(r"step_\d+\.\d+")
 
 
 def checkpoint_name(step: int, group: int) -> str:
+    """Return the name of the directory of a checkpoint that worker group `group` writes."""
     return f"step_{step:08d}.{group}"
 
 
 def commit(checkpoint: Location, manifest: CheckpointManifest) -> None:
-    """Commit a checkpoint by writing its manifest."""
+    """Commit a checkpoint, all files of which are written, by writing its manifest."""
     write_json(checkpoint / MANIFEST, manifest.model_dump(mode="json"))
 
 
@@ -97,11 +100,11 @@ def stored_manifest(checkpoint: Location) -> CheckpointManifest:
 def read_manifest(
     checkpoint: Location, parts: tuple[str, ...] = PARTS, describe: Describe | None = describe_files
 ) -> CheckpointManifest:
-    """Return the manifest of an intact checkpoint, after checking names, sizes and hashes of the files of these parts.
+    """Check names, sizes and hashes of a checkpoint's files, and return its manifest if they are right.
 
     Args:
         checkpoint: directory of the checkpoint.
-        parts: parts whose files are checked.
+        parts: parts whose files are checked, `weights` and `optim`.
         describe: function that reads all files and computes their hashes; with None only names and sizes are checked.
 
     Raises:
@@ -132,6 +135,7 @@ def is_committed(checkpoint: Location) -> bool:
 def _problems(
     checkpoint: Location, manifest: CheckpointManifest, parts: tuple[str, ...], describe: Describe | None
 ) -> Iterator[str]:
+    """Yield a clause for each file of these parts that differs from the manifest, first those found without reading."""
     present = {f"{part}/{p.name}" for part in parts for p in checkpoint.glob(f"{part}/*")}
     files = {name: entry for name, entry in manifest.files.items() if name.startswith(tuple(f"{p}/" for p in parts))}
     yield from (f"{name} is missing" for name in sorted(files.keys() - present))
@@ -149,7 +153,7 @@ def _problems(
 
 
 def uncommitted_checkpoints(run: RunDir) -> list[Location]:
-    """Return the folders of uncommitted checkpoints: they are being written, or a killed process left them."""
+    """Return the directories of uncommitted checkpoints: they are being written, or a killed process left them."""
     checkpoints = (p for p in run.checkpoints.glob("step_*") if _NAME_PATTERN.fullmatch(p.name))
     return sorted(p for p in checkpoints if not is_committed(p))
 
@@ -160,7 +164,7 @@ def committed_checkpoints(run: RunDir) -> list[Location]:
 
 
 def last_step(run: RunDir) -> int:
-    """Return the step of the newest committed checkpoint; 0 without any."""
+    """Return the step of a run's newest committed checkpoint; 0 if there is none."""
     return next((step_and_group(checkpoint)[0] for checkpoint in _committed_newest_first(run)), 0)
 
 
@@ -174,10 +178,12 @@ def _committed_newest_first(run: RunDir) -> Iterator[Location]:
 
 
 class NewestCheckpoint(NamedTuple):
+    """Newest intact checkpoint of a run, with its manifest."""
+
     checkpoint: Location
     manifest: CheckpointManifest
     skipped: list[CheckpointError]
-    """Errors of newer checkpoints, which are damaged."""
+    """Errors of newer checkpoints, which are damaged, newest first."""
 
 
 def newest_checkpoint(

@@ -9,10 +9,10 @@ from mhmoe_ray.storage import Location, remove_tree
 
 
 class RetentionPolicy:
-    """Retention policy that keeps the newest checkpoints and the best one.
+    """Retention policy of a run: it keeps the newest checkpoints and the best one.
 
-    The best checkpoint has the lowest validation loss among those of validated steps. A loss that is not finite does
-    not count.
+    The best checkpoint is the one with the lowest validation loss. Checkpoints of steps without a validation, or with a
+    loss that is not finite, cannot be the best one.
     """
 
     def __init__(self, run: RunDir, newest_count: int) -> None:
@@ -27,11 +27,11 @@ class RetentionPolicy:
         """Validation loss by step; None until the history is read."""
 
     def removable_checkpoints(self, step: int, loss: float | None) -> list[Location]:
-        """Return the checkpoints that may be deleted, oldest first.
+        """Return the committed checkpoints that the policy does not keep, oldest first.
 
         Args:
             step: step of the newest checkpoint.
-            loss: validation loss of that step, None if it was not validated.
+            loss: validation loss of that step; None if it was not validated.
         """
         # The history may be long, so it is read once. Later losses are arguments of this method.
         if self._losses is None:
@@ -49,7 +49,7 @@ class RetentionPolicy:
 
 
 def delete_checkpoint(checkpoint: Location) -> None:
-    """Delete a checkpoint."""
+    """Delete a committed checkpoint, its manifest first."""
     # Without its manifest the checkpoint no longer counts, even if the removal of the other files fails.
     (checkpoint / MANIFEST).unlink()
     remove_tree(checkpoint)

@@ -43,11 +43,15 @@ class WriterAssignment:
         self._assigned_elements = [0] * world
 
     def is_writer(self, tensor: Tensor) -> bool:
-        """Return whether this rank writes its part of a DTensor, or the whole of any other tensor."""
+        """Assign a writer to each slice of a tensor, and return whether this rank writes the slice that it holds.
+
+        A DTensor has a slice for each shard; any other tensor is a single slice that all ranks hold.
+        """
         writers = [self._assign_writer(holders, tensor.numel()) for holders in self._holders(tensor)]
         return self._rank in writers
 
     def _assign_writer(self, holders: list[int], size: int) -> int:
+        """Return the least loaded of the ranks `holders`, and add `size` elements to its load."""
         writer = min(holders, key=self._assigned_elements.__getitem__)
         self._assigned_elements[writer] += size
         return writer
@@ -70,11 +74,11 @@ class WriterAssignment:
 def save_slices(
     folder: Location, slices: Mapping[str, Slice], rank: int, on_piece: Callable[[], None] = lambda: None
 ) -> FileEntry:
-    """Write slices in CPU memory as one file; without slices the file has no data.
+    """Write the slices of a rank as its file in a folder of a checkpoint; without slices the file has no data.
 
     Args:
-        folder: folder of a part of a checkpoint.
-        slices: slices by the names of their tensors.
+        folder: folder of a part of a checkpoint, `weights` or `optim`.
+        slices: slices in CPU memory, by the names of their tensors.
         rank: rank that writes the file.
         on_piece: called after each piece that is written.
 
@@ -94,6 +98,8 @@ _FIX = "make room or repair the storage, then `mhmoe resume`; the previous check
 
 
 class _SliceCopy(NamedTuple):
+    """Copy of a slice in CPU memory that this rank makes and writes."""
+
     part: str
     name: str
     source: torch.Tensor | None
@@ -103,7 +109,7 @@ class _SliceCopy(NamedTuple):
 
 
 class Saver:
-    """Checkpoint writer of one rank.
+    """Checkpoint writer of one rank, which writes in a thread while training continues.
 
     All ranks call the same methods in the same order.
     """
@@ -142,7 +148,7 @@ class Saver:
 
         Args:
             count_LE: routes per layer and expert since the previous checkpoint, which rank 0 writes below `routing/`.
-            val_loss: validation loss of this step, None if it was not validated.
+            val_loss: validation loss of this step, for retention; None if it was not validated.
 
         Raises:
             CheckpointError: the previous checkpoint could not be written.
@@ -161,13 +167,14 @@ class Saver:
         self._pause_seconds = time.monotonic() - start_time
 
     def _wait_for_copy(self) -> None:
+        """Wait until the state is copied. The trainer calls this before it changes the state."""
         if self._thread and not self._copy_done.is_set():
             start_time = time.monotonic()
             self._copy_done.wait()
             self._pause_seconds += time.monotonic() - start_time
 
     def wait(self) -> None:
-        """Wait until no checkpoint is being written.
+        """Wait until the checkpoint that `save` started is written and committed, if there is one.
 
         Raises:
             CheckpointError: a checkpoint could not be written, by any rank.
@@ -184,7 +191,10 @@ class Saver:
         return self._error is not None
 
     def _prepare_copies(self) -> list[_SliceCopy]:
-        """Return the slices that this rank writes, with the buffers for their copies."""
+        """Return the slices that this rank writes, with the buffers for their copies.
+
+        Slices of gathered tensors are copied here already; `_copy_state` copies the others.
+        """
         copies, assignment, strategy = list[_SliceCopy](), WriterAssignment(), self._trainer.strategy
         for part, name, tensor in strategy.checkpoint_tensors():
             if not assignment.is_writer(tensor):

@@ -10,7 +10,7 @@ from mhmoe_ray.storage import Location, describe_file
 
 
 def run_tokenizer(checkpoint: Location, manifest: CheckpointManifest) -> Location:
-    """Return the path of tokenizer.json in the run directory of a checkpoint.
+    """Return the path of tokenizer.json in the run directory of a checkpoint, after checking its hash.
 
     Raises:
         CheckpointError: the file cannot be read, or is not the tokenizer that the model was trained with.
@@ -28,7 +28,7 @@ def run_tokenizer(checkpoint: Location, manifest: CheckpointManifest) -> Locatio
 
 
 def load_run_tokenizer(checkpoint: Location, manifest: CheckpointManifest) -> Tokenizer:
-    """Load the tokenizer from the run directory of a checkpoint.
+    """Load the tokenizer from the run directory of a checkpoint, after checking its hash.
 
     Raises:
         CheckpointError: the file cannot be read, or is not the tokenizer that the model was trained with.

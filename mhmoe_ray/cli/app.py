@@ -56,7 +56,7 @@ def _apply_global_options(
     ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
-    # `main` handles errors after the options are gone, so it reads a variable.
+    # `main` handles errors and does not know the options, so it reads an environment variable.
     if debug:
         os.environ["MHMOE_DEBUG"] = "1"
 
@@ -85,6 +85,7 @@ app.add_typer(cluster.app, name="cluster")
 
 
 def main() -> None:
+    """Run the command of the process's arguments; print an error of this project as one line and exit with its code."""
     try:
         app()
     except MhmoeError as e:

@@ -257,7 +257,7 @@ def commands(
     """Time `mhmoe --help`, `mhmoe status` of a run with a million lines of metrics, and the time from `mhmoe submit` to
     its job's first sign of life, each as a process of its own.
 
-    Submitted runs are ended at once and stay; start a cluster and prepare the data beforehand.
+    Submitted runs are ended at once, and their directories stay; start a cluster and prepare the data beforehand.
     """
     from mhmoe_ray.bench.commands import measure
     from mhmoe_ray.data.shards.manifest import require_prepared_data
@@ -289,7 +289,7 @@ app = typer.Typer(cls=SuggestingGroup, help="Measure alternatives side by side."
 
 @app.callback()
 def use_worker_memory(context: typer.Context) -> None:
-    """Measure alternatives side by side."""
+    """Restart this process with the memory settings of a run's workers if the command times layers or steps."""
     # Layers and steps should take the time that they take in a run, so they need the memory settings of a worker. The
     # allocator reads its settings when a process starts, so this process is replaced by one that has them.
     timed_commands = ("layer", "train", "checkpoint", "dispatch")

@@ -70,6 +70,7 @@ def layer(
 
 
 def _measure_shape(request: "Request", hardware: "Hardware", header: dict[str, Any], json: bool) -> None:
+    """Measure all layers at one shape and print a table; with `json`, also print JSON that begins with `header`."""
     from mhmoe_ray.bench.measure import as_json, measure
     from mhmoe_ray.bench.steps import compare_with_paper
 
@@ -79,10 +80,10 @@ def _measure_shape(request: "Request", hardware: "Hardware", header: dict[str, A
     ]
     if request.static:
         parts.append(tables.paper_table(figures))
-        header["paper"] = [b._asdict() for b in compare_with_paper(figures)]
+        header["paper"] = [comparison._asdict() for comparison in compare_with_paper(figures)]
     _print_parts([*parts, *tables.format_skipped(skipped)], json)
     if json:
-        print_json({**header, "layers": as_json(figures), "not_measured": [a.as_json() for a in skipped]})
+        print_json({**header, "layers": as_json(figures), "not_measured": [case.as_json() for case in skipped]})
 
 
 def _measure_sweep(
@@ -94,6 +95,17 @@ def _measure_sweep(
     png: Path | None,
     json: bool,
 ) -> None:
+    """Measure all layers at points along an axis, and print the results; also plot them if `png` is a path.
+
+    Args:
+        request: the layers, the shape and the number of rounds.
+        axis: the axis.
+        axis_points: the points; an empty list stands for the axis's own points.
+        hardware: the machine, for titles.
+        header: the machine and the settings, with which the JSON begins.
+        png: path of the plot; None for no plot.
+        json: whether to print JSON.
+    """
     from mhmoe_ray.bench.measure import as_json
     from mhmoe_ray.bench.sweep import AXES, sweep
 
@@ -114,7 +126,7 @@ def _measure_sweep(
         note.print(f"wrote {png}", soft_wrap=True)
     if json:
         points_json = [{"at": point, "layers": as_json(figures)} for point, figures in sweep_result.points.items()]
-        skipped_json = [a.as_json() for a in sweep_result.skipped]
+        skipped_json = [case.as_json() for case in sweep_result.skipped]
         print_json(
             {**header, "over": axis, "points": points_json, "growth": sweep_result.growth, "not_measured": skipped_json}
         )
@@ -133,6 +145,11 @@ def _print_parts(parts: "list[tables.Part]", json: bool) -> None:
 
 
 def _parse_points(axis: "AxisName | None", points: str | None, heads: list[int] | None) -> list[int]:
+    """Parse the option --points; return an empty list if it is not given.
+
+    Raises:
+        BadParameter: the points are not whole numbers of at least 1, or --points or --heads contradicts --over.
+    """
     if points is not None and axis is None:
         raise typer.BadParameter("--points: there is no axis for them; give --over, for example --over tokens")
     if heads and axis == "heads":

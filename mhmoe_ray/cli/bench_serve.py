@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 
 class ServePart(StrEnum):
+    """A group of contestants that `mhmoe bench serve` compares."""
+
     ENGINES = "engines"
     SERVERS = "servers"
     HEADS = "heads"
@@ -27,7 +29,7 @@ SEQ_LEN = 1024
 """Largest number of tokens of a prompt and its answer together."""
 PROMPT_TOKENS = 64
 PREFILL_TOKENS = 256
-"""Number of tokens of a prompt where only prompts are timed. Where only answers are timed, prompts are very short."""
+"""Number of tokens of a prompt where only prompts are timed, which is in `heads`."""
 
 
 def serve(
@@ -36,7 +38,7 @@ def serve(
     ],
     peers: Annotated[bool, typer.Option("--peers", help="Also measure vLLM and transformers, if installed.")] = False,
     clients: Annotated[
-        list[int] | None, typer.Option(min=1, help="Clients at a time; 1, 4, 16 and 64 by default.")
+        list[int] | None, typer.Option(min=1, help="Clients at a time; 1, 4, 16 and 64 by default, 16 for heads.")
     ] = None,
     rate: Annotated[
         float | None,
@@ -123,12 +125,22 @@ def serve(
 def _write_model(
     model: "ModelSpec", folder: Path, precision: str, threads: int, max_clients: int, mixtral: bool
 ) -> "ServedModel":
+    """Write a checkpoint with random weights, and return it as a model to serve.
+
+    Args:
+        model: the model.
+        folder: a new folder for the checkpoint.
+        precision: precision of the weights.
+        threads: CPUs of a contestant.
+        max_clients: largest number of clients at a time.
+        mixtral: whether to export the model for other packages too.
+    """
     from mhmoe_ray.bench.serve.engines import ServedModel
     from mhmoe_ray.bench.serve.model import write_run
     from mhmoe_ray.checkpoint.huggingface.export import export
     from mhmoe_ray.checkpoint.manifest import read_manifest
 
-    # Other packages read an exported copy, for which the plain model alone has a shape that they know.
+    # Other packages read an exported copy. They know the shape of the plain model alone.
     folder.mkdir()
     checkpoint = write_run(model, SEQ_LEN, folder / "bench-000000")
     if mixtral:
@@ -139,6 +151,7 @@ def _write_model(
 def _measure_engines(
     served_model: "ServedModel", shape: Any, clients: Sequence[int], peers: bool, rounds: int
 ) -> "dict[str, list[Rates]]":
+    """Return the rates of our engine and, with `peers`, of other installed engines, by the title of their table."""
     from mhmoe_ray.bench.serve.contest import measure_engines
     from mhmoe_ray.bench.serve.engines import ENGINES
 
@@ -153,6 +166,11 @@ def _measure_engines(
 def _measure_heads(
     served_models: "dict[str, ServedModel]", tokens: int, clients: Sequence[int], rounds: int
 ) -> "dict[str, list[Rates]]":
+    """Return the rates of models with different numbers of heads in vLLM, for answers and for prompts, by table title.
+
+    Raises:
+        SpecError: vLLM is not installed.
+    """
     from importlib.util import find_spec
 
     from mhmoe_ray.bench.serve.contest import Shape, measure_engines
@@ -178,6 +196,7 @@ def _measure_servers(
     seconds: float,
     rounds: int,
 ) -> "dict[str, list[Rates]]":
+    """Return the rates of servers by table title: under random arrivals if `rate` is given, else streamed and plain."""
     from mhmoe_ray.bench.serve.contest import measure_random_arrivals, measure_servers
     from mhmoe_ray.bench.serve.servers import SERVERS
 

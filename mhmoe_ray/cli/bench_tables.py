@@ -26,7 +26,7 @@ MIN_WIDTH = 140
 
 
 def print_parts(console: Console, parts: Iterable[Part]) -> None:
-    """Print the parts, separated by empty lines."""
+    """Print texts, and tables with their titles, separated by empty lines, at a width of at least `MIN_WIDTH`."""
     # A truncated number is worse than a line that wraps.
     console.width = max(console.width, MIN_WIDTH)
     for i, part in enumerate(parts):
@@ -41,11 +41,13 @@ def print_parts(console: Console, parts: Iterable[Part]) -> None:
 
 
 def shape_table(figures: Sequence["Figures"], top_k: int, d_expert: int) -> Table:
-    """Return a table of all layers at one shape.
+    """Return a table of the time and the memory of all layers at one shape.
 
-    `top_k` and `d_expert` are those of the plain layer; their product is the width of the dense layer.
+    Args:
+        figures: figures of the layers; the first two are the dense and the plain layer.
+        top_k: k of the plain layer.
+        d_expert: width of an expert of the plain layer; `top_k` times it is the width of the dense layer.
     """
-    # The first two layers are the ones to which the others are compared.
     dense_seconds, plain_seconds = (f.median for f in figures[:2])
     rows = []
     for f in figures:
@@ -73,7 +75,7 @@ def steps_table(figures: Sequence["steps_.StepFigures"]) -> Table:
 
 
 def rates_table(figures: "Sequence[Rates]") -> Table:
-    """Return a table of the rates for each number of clients, with ratios to the contestants in earlier rows."""
+    """Return a table of rates, with ratios to the contestants in earlier rows that have the same number of clients."""
     rows = []
     for f in figures:
         earlier_rates = [rates for rates in figures[: figures.index(f)] if rates.clients == f.clients]
@@ -86,7 +88,7 @@ def rates_table(figures: "Sequence[Rates]") -> Table:
 
 
 def checkpoints_table(figures: "checkpoints_.Figures") -> Table:
-    """Return a table of saving a checkpoint, compared with torch.save of the same state."""
+    """Return a table of the time and the memory to save a checkpoint, compared with torch.save of the same state."""
     save_seconds = median(figures.torch_save)
     durations = {
         "torch.save, training waits": figures.torch_save,
@@ -105,7 +107,8 @@ def checkpoints_table(figures: "checkpoints_.Figures") -> Table:
 
 
 def sweep_tables(sweep: "Sweep") -> Iterable[Part]:
-    """Yield tables of the time and the peak memory of each layer along the axis."""
+    """Yield a table of the time and one of the peak memory of each layer along the axis, and a remark if figures are
+    extrapolated."""
     from mhmoe_ray.bench.sweep import AXES
 
     # Work that grows follows a power of the points; other work should take the same time at all points.
@@ -128,8 +131,14 @@ def paper_table(figures: Sequence["Figures"]) -> Part:
     from mhmoe_ray.bench.steps import compare_with_paper
 
     rows = [
-        (b.layer, b.paper, f"{b.tokens_a_second:.2f}", f"{b.papers_ratio:.2f}", f"{b.our_ratio:.2f}")
-        for b in compare_with_paper(figures)
+        (
+            comparison.layer,
+            comparison.paper,
+            f"{comparison.tokens_a_second:.2f}",
+            f"{comparison.papers_ratio:.2f}",
+            f"{comparison.our_ratio:.2f}",
+        )
+        for comparison in compare_with_paper(figures)
     ]
     columns = ("layer", "the paper's model", "its tokens/s", "time to its SMoE dynamic", "ours: time to SMoE")
     title = (
@@ -140,8 +149,9 @@ def paper_table(figures: Sequence["Figures"]) -> Part:
 
 
 def format_skipped(skipped: Sequence["SkippedCase"]) -> Iterable[str]:
+    """Yield one text with a line for each skipped case and its reason; yield nothing if no case was skipped."""
     if skipped:
-        yield "\n".join(f"not measured: {a.name}: {a.reason}" for a in skipped)
+        yield "\n".join(f"not measured: {case.name}: {case.reason}" for case in skipped)
 
 
 def _mark_extrapolated(figures: "Figures | None", text: str | None) -> str:

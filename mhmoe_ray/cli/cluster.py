@@ -71,7 +71,7 @@ NameArg = Annotated[str, typer.Argument(metavar="NAME", help="Name of a cluster;
 def start_cluster(
     cpus: Annotated[int, typer.Option(min=1, help="Logical CPUs; may be more than there are cores.")] = LOCAL_CPUS,
 ) -> None:
-    """Start the local cluster, unless it runs. Only you can use it: it wants a token and listens on loopback."""
+    """Start the local cluster, unless it runs. Only you can use it: it requires a token and listens on loopback."""
     from mhmoe_ray.cluster.local import start_local
 
     cluster = start_local(cpus)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 
 STORAGE = "runs"
+"""Default storage folder of commands, below the current directory."""
 
 
 def complete_runs(incomplete: str) -> list[str]:
@@ -49,6 +50,7 @@ def complete_keys(incomplete: str) -> list[str]:
 
 
 def _section_keys(model: Any, prefix: str = "") -> Iterator[str]:
+    """Yield the dotted keys of a section and its subsections, each after `prefix` and with = at its end."""
     for name, field in model.model_fields.items():
         subsection = _section_model(field.annotation)
         # A range is a section of `min` and `max`, but a spec may also write it as one number.
@@ -110,17 +112,24 @@ DetachOption = Annotated[bool, typer.Option("--detach", help="Do not follow the 
 SPEC_SUFFIXES = (".yaml", ".yml")
 """Suffixes that mark an argument as a spec where it may also be something else."""
 BARS = "▁▂▃▄▅▆▇█"
+"""Block characters for plots of one line, lowest first."""
 
 
 def read_spec(path: Path, overrides: list[str]) -> "RunSpec":
-    """Read a spec and make its paths absolute, relative to the current directory."""
+    """Return the complete spec of a file with `key.path=value` overrides; relative paths become absolute.
+
+    Raises:
+        SpecError: the file or an override is wrong.
+    """
     from mhmoe_ray.planner.resolve import resolve_spec
 
     return resolve_spec(path, overrides).with_absolute_paths(Path.cwd())
 
 
 def pick_checkpoint(run: "RunDir", name: str | None, *, verify_hashes: bool) -> "tuple[Location, CheckpointManifest]":
-    """Return the path and the manifest of a run's checkpoint: the named one, else the newest complete one.
+    """Return the path and the manifest of a run's checkpoint: the named one, else the newest intact one.
+
+    Print a warning for each newer checkpoint that is damaged and therefore skipped.
 
     Args:
         run: the run.
@@ -129,13 +138,13 @@ def pick_checkpoint(run: "RunDir", name: str | None, *, verify_hashes: bool) -> 
             sizes of files are compared, and other damage shows when the checkpoint is loaded.
 
     Raises:
-        CheckpointError: there is no such checkpoint, or it is damaged.
+        CheckpointError: there is no such checkpoint, or it is damaged, or none of the run's checkpoints is intact.
     """
     from mhmoe_ray.checkpoint.manifest import newest_checkpoint, read_manifest
     from mhmoe_ray.errors import CheckpointError
     from mhmoe_ray.storage import describe_files
 
-    # Callers load weights only, so damage to other parts does not matter here.
+    # Commands use only the weights of a checkpoint, so damage to other parts, such as optimizer states, is ignored.
     parts, describe = ("weights",), describe_files if verify_hashes else None
     if name:
         return run.checkpoints / name, read_manifest(run.checkpoints / name, parts, describe)
@@ -152,7 +161,7 @@ def pick_checkpoint(run: "RunDir", name: str | None, *, verify_hashes: bool) -> 
 def detach_on_interrupt(hint: str) -> Iterator[None]:
     """Return a context in which Ctrl-C ends the command without an error and prints `hint`.
 
-    It is for commands that only follow something; the hint says how to see or end what goes on.
+    It is for commands that only follow a job or a deployment; the hint says how to see it or end it.
     """
     try:
         yield
@@ -219,20 +228,20 @@ def print_untruncated(table: Table) -> None:
 
 
 def format_figure(value: float | None, format_spec: str) -> str:
-    """Format a number of a run's history, which holds None for each number that was not finite."""
+    """Format a number of a run's history; return "not finite" for None, which replaces such a number there."""
     return "not finite" if value is None else format(value, format_spec)
 
 
 def format_nats(value: float | None) -> str:
-    """Format a loss in nats with four decimals."""
+    """Format a loss in nats with four decimals; return "not finite" for None."""
     return format_figure(value, ".4f")
 
 
 def format_bytes(count: int) -> str:
-    """Format a number of bytes with three digits and a unit: 1.21 GB."""
+    """Format a number of bytes with three significant digits and a decimal unit: 1.21 GB."""
     size = float(count)
     for unit in ("B", "kB", "MB", "GB"):
-        # In three digits 999.5 is 1e+03, so the next unit begins there.
+        # From 999.5 on, the format g with three digits would write 1e+03.
         if size < 999.5:
             return f"{size:.3g} {unit}"
         size /= 1000
@@ -240,13 +249,13 @@ def format_bytes(count: int) -> str:
 
 
 def format_digits(value: float) -> str:
-    """Format a number with three digits, or with all of its digits before the point if there are more."""
+    """Format a number with three significant digits, or as a whole number if it has more digits before the point."""
     # From 99.95 on, three digits leave no decimals; from 1000 on, the format g would write an exponent.
     return f"{value:,.0f}" if value >= 99.95 else f"{value:.3g}"
 
 
 def format_seconds(seconds: float) -> str:
-    """Format a duration with three digits and a unit: 48.1 ms."""
+    """Format a duration with three significant digits in us, ms or s: 48.1 ms."""
     for unit, factor in (("us", 1e6), ("ms", 1e3)):
         if seconds * factor < 999.5:
             return f"{format_digits(seconds * factor)} {unit}"

@@ -71,7 +71,7 @@ def prepare(
 
 
 def _run_job(spec: "RunSpec", connection: "Connection") -> "DataManifest":
-    """Submit the job, follow it to its end, and return the manifest of the prepared data.
+    """Submit the job that prepares a spec's data, show its progress until it ends, and return the data's manifest.
 
     Raises:
         MhmoeError: the job failed; this is the error that it logged.
@@ -97,6 +97,7 @@ def _run_job(spec: "RunSpec", connection: "Connection") -> "DataManifest":
 
 
 def _print_manifest(manifest: "DataManifest") -> None:
+    """Print the counts of each domain of prepared data, and the entropies of its held-out text."""
     columns = ["", "documents", "held out", "bad", "text", "tokens", "bytes/token", "samples", "cut", "padding"]
     rows = []
     for name, d in manifest.domains.items():
@@ -153,6 +154,11 @@ def sample(
 
 
 def _write_large(folder: Path, cache: Path, json: bool) -> None:
+    """Write the large sample, and print what it holds.
+
+    Raises:
+        DataError: lxml is not installed, or the sample is incomplete because packages are missing.
+    """
     from mhmoe_ray.errors import DataError
 
     # lxml is of an extra that the large sample alone needs.

@@ -36,7 +36,7 @@ SetOption = Annotated[
 
 @dataclass
 class InspectTarget:
-    """Data that a command reads, with its cluster and its spec."""
+    """The data that `mhmoe data inspect` or `lint` reads: raw text and, with a spec, its prepared folder."""
 
     name: str
     data: "DataSpec"
@@ -77,7 +77,16 @@ def resolve_target(arguments: list[str], overrides: list[str]) -> InspectTarget:
 
 
 def raw_text_target(paths: list[str], overrides: list[str]) -> InspectTarget:
-    """Return raw text as a target, in which each path is a source named after its last part without a pattern."""
+    """Return a target for raw text, in which each path is a source.
+
+    Args:
+        paths: folders, files, patterns or URLs. A source has the name of its path's last part without a pattern, with
+            dashes added if another source has that name.
+        overrides: overrides of keys of the sections data and cluster.
+
+    Raises:
+        SpecError: an override is wrong.
+    """
     from mhmoe_ray.spec import ClusterSpec, DataSpec, apply_overrides, validate_section
     from mhmoe_ray.spec.data import absolute_path
 
@@ -107,7 +116,7 @@ def raw_text_target(paths: list[str], overrides: list[str]) -> InspectTarget:
 
 
 def run_survey(target: InspectTarget, address: str | None, *, check_rules: bool) -> "Survey":
-    """Survey all of the data in a job on the cluster, and return the survey.
+    """Read all raw text of a target in a job on the cluster, and return the survey of its contents.
 
     Args:
         target: the data to read.
@@ -115,6 +124,7 @@ def run_survey(target: InspectTarget, address: str | None, *, check_rules: bool)
         check_rules: whether to check texts against the rules of `lint`.
 
     Raises:
+        DataError: text is missing.
         MhmoeError: the job failed; this is the error that it logged.
     """
     from mhmoe_ray.cluster import remote
@@ -131,6 +141,7 @@ def run_survey(target: InspectTarget, address: str | None, *, check_rules: bool)
 
 
 QUANTILES = {"p10": 0.1, "median": 0.5, "p90": 0.9, "p99": 0.99}
+"""Quantiles of lengths that are shown, by name."""
 
 
 def inspect(
@@ -246,7 +257,10 @@ def _figures_dict(figures: "Figures") -> dict[str, Any]:
 
 
 def prepared_dict(target: InspectTarget) -> dict[str, Any] | None:
-    """Return the manifest of the prepared folder without its files; return None if the data is not prepared."""
+    """Return the prepared folder's manifest as JSON data, without its recipe and its lists of files.
+
+    Return None if the data is not prepared.
+    """
     if target.manifest is None:
         return None
     totals = target.manifest.model_dump(exclude={"recipe", "domains", "validation"})
@@ -255,7 +269,12 @@ def prepared_dict(target: InspectTarget) -> dict[str, Any] | None:
 
 
 def _print_samples(target: InspectTarget, start: int, count: int, json: bool) -> None:
+    """Print the packed samples from position `start` on as text or JSON.
 
+    Raises:
+        BadParameter: the target is raw text, which has no packed samples.
+        DataError: the data is not prepared, or the training has no such positions.
+    """
     from mhmoe_ray.data.inspect.samples import decode_samples
 
     if target.spec is None:
@@ -304,7 +323,7 @@ def lint(
 
 
 def _format_summary(problems: "list[Problem]") -> str:
-    """Return the counts of errors and warnings as text, such as "2 errors and 3 warnings".
+    """Return the numbers of errors and warnings as text, such as "2 errors and 3 warnings", or "no problems".
 
     The same message in several domains counts once.
     """

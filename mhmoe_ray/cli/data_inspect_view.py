@@ -62,7 +62,7 @@ def print_sample(sample: "DecodedSample") -> None:
 
 
 def _rows_by_source(survey: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield each domain with its name indented, below an empty row with the name of its source."""
+    """Yield each source with an empty row, followed by each of its domains with an indented name and its row."""
     source = None
     for name, row in survey["domains"].items():
         if source_of(name) != source:
@@ -204,8 +204,8 @@ def _format_decimal(value: float | None) -> str:
     return "" if value is None else f"{value:.2f}"
 
 
-# Height of the scale of shades.
 BAR_INCHES = 0.2
+"""Height of the colour bar in inches."""
 
 
 def draw_survey(survey: dict[str, Any], path: Path) -> None:
@@ -223,6 +223,7 @@ def draw_survey(survey: dict[str, Any], path: Path) -> None:
 
 
 def _survey_figure(survey: dict[str, Any]) -> "Figure":
+    """Return the figure: lengths of documents by domain, beside tokens per word and character (else MB) by language."""
     rows = max(len(survey["domains"]), len(survey["languages"]))
     figure = new_figure(13, 2.4 + ROW_INCHES * rows)
     panels = 3 if survey["tokenized"] else 2
@@ -245,7 +246,7 @@ def _survey_figure(survey: dict[str, Any]) -> "Figure":
 
 
 def _plot_lengths(figure: Any, axis: Any, survey: dict[str, Any]) -> None:
-    """Plot a row of shades for each domain: the shares of its documents in the octaves of lengths."""
+    """Plot a heat map with a row for each domain: the shares of its documents by length, in powers of two."""
     key, unit = ("lengths_in_tokens", "tokens") if survey["tokenized"] else ("lengths_in_characters", "characters")
     by_domain = {
         name: {int(octave): n for octave, n in row[key]["octaves"].items()}
@@ -260,7 +261,7 @@ def _plot_lengths(figure: Any, axis: Any, survey: dict[str, Any]) -> None:
     ]
     image = axis.imshow(shares, aspect="auto", cmap="Blues", vmin=0, interpolation="none")
     axis.set_yticks(range(len(by_domain)), by_domain)
-    # At most eight labels fit below the picture.
+    # At most eight labels fit on the axis.
     step = -(-len(powers) // 8)
     axis.set_xticks([i - 0.5 for i in range(0, len(powers), step)], [short(1 << p) for p in powers[::step]])
     axis.set_title(f"length of documents in {unit}")

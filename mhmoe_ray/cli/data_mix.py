@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 
 STAGES = {"by_size": ("by size", "o"), "tempered": ("tempered", "s"), "share": ("after limits", "x")}
+"""Label and marker in the picture, by key of a share."""
 
 
 def draw_mixture(mixture: dict[str, Any], path: Path) -> None:
@@ -48,6 +49,7 @@ def draw_mixture(mixture: dict[str, Any], path: Path) -> None:
 
 
 def _mixture_figure(mixture: dict[str, Any]) -> "Figure":
+    """Return the figure: shares of domains for each phase, then bars of their epochs with the limits of epochs."""
     names, phases = list(mixture["whole"]["domains"]), mixture["phases"]
     rows = range(len(names))
     figure = new_figure(4 + 3.5 * (len(phases) + 1), 1.5 + ROW_INCHES * len(names))
@@ -126,7 +128,7 @@ def mixture_dict(spec: "RunSpec", manifest: "DataManifest") -> dict[str, Any]:
     ]
 
     def sum_rows(values: Mapping[str, Sequence[float]], keys: Sequence[str]) -> dict[str, dict[str, float]]:
-        """Return a row for each key: the sums of its values, and its epochs (samples read by samples that exist)."""
+        """Return a row for each key: the sums of its values, and its epochs, read samples over existing samples."""
         result: dict[str, dict[str, float]] = {key: dict.fromkeys(values, 0) for key in keys}
         for i, key in enumerate(keys):
             for name, value in values.items():
@@ -199,7 +201,7 @@ def _print_mixture(mixture: dict[str, Any]) -> None:
 
 
 def _rows_by_source(table: dict[str, Any]) -> Iterable[tuple[str, dict[str, Any]]]:
-    """Yield the row of each source, then those of its domains with indented names; rows also hold their keys."""
+    """Yield each source with its row, followed by its domains with indented names; each row has its name as `key`."""
     for source, total in table["sources"].items():
         yield source, {**total, "key": source}
         for name, row in table["domains"].items():

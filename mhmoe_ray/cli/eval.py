@@ -45,10 +45,20 @@ def make_request(
     limit: int | None,
     gpus: int | None,
 ) -> "EvalRequest":
-    """Return a request to evaluate a run on raw text, on its held-out samples, or in tasks.
+    """Return a request to evaluate a run's checkpoint on raw text and in tasks, or on held-out samples without either.
 
-    Held-out samples are evaluated if neither text nor tasks are named. The run's spec gives the batch size, the
-    precision and the resources.
+    The run's spec gives the batch size, the precision and the resources.
+
+    Args:
+        run: the run.
+        checkpoint: name of the checkpoint; None picks the newest.
+        text: folders, files or patterns of raw text; empty for none.
+        overrides: overrides of data keys, by which the text is read.
+        samples: largest number of samples of each domain of the text; None for the default.
+        tasks: names of lm-eval's tasks; empty for none.
+        task_folders: folders of the user's own tasks.
+        limit: largest number of questions of each task; None for all.
+        gpus: number of GPUs; None for as many as a worker of the training had.
 
     Raises:
         BadParameter: an option is given without the option that it belongs to.
@@ -85,7 +95,7 @@ def make_request(
 
 
 def load_or_evaluate(run: "RunDir", request: "EvalRequest", recompute: bool, address: str | None) -> "Evaluation":
-    """Return the evaluation that the run directory holds, or compute it on the cluster now.
+    """Return the evaluation of a request: the one that the run directory holds, else a new one by a job on the cluster.
 
     Args:
         run: the run.
@@ -94,8 +104,9 @@ def load_or_evaluate(run: "RunDir", request: "EvalRequest", recompute: bool, add
         address: address of the cluster; None for the default.
 
     Raises:
-        RunError: there is nothing to evaluate.
-        DataError, CheckpointError, SpecError, JobError: the job failed; this is the error that it logged.
+        RunError: the request names no text and no tasks, and the run has no held-out samples.
+        DataError: the prepared data is missing.
+        MhmoeError: the job failed; this is the error that it logged.
     """
     from mhmoe_ray.cluster import remote
     from mhmoe_ray.data.shards.manifest import require_data_manifest
@@ -123,7 +134,7 @@ def load_or_evaluate(run: "RunDir", request: "EvalRequest", recompute: bool, add
 
 
 def _local_paths(request: "EvalRequest") -> list[Path]:
-    """Return the paths on this machine that the request reads."""
+    """Return the file paths of the data and tasks that a request reads; URLs of object stores are left out."""
     paths = [request.prepared] if request.prepared else []
     paths += [source.path for source in request.text.sources.values()] if request.text else []
     # All nodes can reach an object store.
@@ -198,6 +209,7 @@ def eval_(
 
 
 def _task_rows(tasks: dict[str, dict[str, Any]]) -> list[list[str]]:
+    """Return the rows of the table of tasks, one for each measure of each task, with its standard error."""
     rows = []
     for task, result in tasks.items():
         questions = f"{result['questions']:,}" if "questions" in result else "-"
@@ -221,6 +233,8 @@ def _figures_dict(evaluation: "Evaluation") -> dict[str, dict[str, dict[str, flo
 
 
 def _print_scores(evaluation: "Evaluation") -> None:
+    """Print the loss, perplexity and bits per byte of each domain and in total, then of each language."""
+
     def row(name: str, score: "Score") -> list[str]:
         perplexity = "not finite" if score.perplexity is None else f"{score.perplexity:.2f}"
         bits = "-" if score.bits_per_byte is None else f"{score.bits_per_byte:.4f}"

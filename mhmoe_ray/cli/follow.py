@@ -43,6 +43,7 @@ class PreparationView:
         self._print_time, self._printed_stage = 0.0, ""
 
     def refresh(self) -> None:
+        """Show the progress that the work folder records now; remove the task if no preparation is running."""
         from mhmoe_ray.data.prepare.work import read_progress
 
         progress = read_progress(self._folder)
@@ -61,13 +62,14 @@ class PreparationView:
             note.print(f"prepare: {stage} {format_progress(progress)}".rstrip(), soft_wrap=True)
 
     def close(self) -> None:
+        """Remove the task from the progress bar, if there is one."""
         if self._task is not None:
             self._bar.remove_task(self._task)
             self._task = None
 
 
 def format_progress(progress: "PreparationProgress") -> str:
-    """Return the figures of a preparation's progress as one line; the line is empty if the stage has none."""
+    """Return the counts of a preparation's progress as one line; return an empty line for a stage without counts."""
     if progress.stage == "packing":
         return f"{progress.done:,} of {progress.total:,} shards"
     if progress.stage != "tokenising":
@@ -91,17 +93,17 @@ CLUSTER_POLL_SECONDS = 5.0
 
 
 def follow_run(run: "RunDir", connection: "Connection", *, from_now: bool = False, for_ever: bool = False) -> None:
-    """Show progress until the run is over: a bar on a terminal, elsewhere a line at each validation.
+    """Show a run's events and progress until it is over: a bar on a terminal, elsewhere a line at each validation.
 
     Args:
         run: the run.
         connection: connection to the cluster that the run's newest job is on.
         from_now: whether to leave out what the run directory holds already.
-        for_ever: whether to keep waiting for a cluster or a storage that does not answer.
+        for_ever: whether to wait without a timeout for a cluster or a storage that does not answer.
 
     Raises:
         JobError: the run failed; the error holds the reason.
-        ClusterError, StorageError: the cluster or the storage no longer answers.
+        ClusterError, StorageError: the cluster or the storage has not answered for a while.
     """
     from mhmoe_ray.checkpoint.manifest import last_step
     from mhmoe_ray.errors import JobError
@@ -131,14 +133,11 @@ def _print_last_lines(run: "RunDir") -> None:
 
 
 def _watch_run(run: "RunDir", connection: "Connection", view: "_RunView", for_ever: bool) -> "Outcome":
-    """Refresh the view until the run is over, and return its outcome.
-
-    A cluster or a storage that is slow to answer does not end the wait.
-    """
+    """Refresh the view until the run is over, and return its outcome; for arguments and errors see `follow_run`."""
     from mhmoe_ray.cluster.dashboard import RetryingCaller
     from mhmoe_ray.cluster.runs import outcome, recorded_outcome
 
-    # The run goes on while its cluster or storage does not answer, so a look that fails is repeated.
+    # The run goes on while its cluster or storage does not answer, so a failed request is repeated.
     query_time, retrying_caller = time.monotonic(), RetryingCaller(print_note, is_endless=for_ever)
     while True:
         retrying_caller.call(view.refresh, None)
@@ -160,6 +159,14 @@ def _progress_bar() -> Progress:
 
 
 class _RunView:
+    """View of a run that is followed: lines for its events and validations, and a bar for its steps and metrics.
+
+    Args:
+        run: the run.
+        progress: the progress bar.
+        from_now: whether to leave out what the run directory holds already.
+    """
+
     def __init__(self, run: "RunDir", progress: Progress, from_now: bool) -> None:
         from mhmoe_ray.data.prepare.work import shared_folder
         from mhmoe_ray.runs.jsonl import Tail
@@ -173,6 +180,7 @@ class _RunView:
         self._preparation = PreparationView(shared_folder(run.spec()), progress)
 
     def refresh(self) -> None:
+        """Show the events and metrics that the run directory got since the last call, and the data preparation."""
         from mhmoe_ray.runs import metrics
 
         for event in self._events.new_lines():
@@ -191,6 +199,7 @@ class _RunView:
                 note.print(f"warning: step {line[metrics.STEP]} updated nothing: its gradient was not finite")
 
     def _print_event(self, event: dict[str, Any]) -> None:
+        """Show an event's kind in the bar and, if the user should know more, print a line about it."""
         from mhmoe_ray.runs import events
 
         kind = event["event"]

@@ -54,7 +54,7 @@ def generate(
         raise ServeError("the prompt", "it is not UTF-8", "give it as UTF-8") from e
     run_dir = find_run(run, storage)
     path, manifest = pick_checkpoint(run_dir, checkpoint, verify_hashes=True)
-    # A missing GPU is an error that names the option, before the checkpoint is loaded.
+    # A missing GPU is an error before the checkpoint is loaded, which may take long.
     if gpus:
         _require_gpu()
     spec = ServeSpec(max_concurrency=1, cpus_per_replica=os.cpu_count() or 1, gpus_per_replica=gpus)
@@ -67,7 +67,7 @@ def generate(
     except EngineError as e:
         raise ServeError("the engine", str(e), "try another checkpoint, or --gpus 0") from e
     finally:
-        # An engine must be closed before the process ends, also after an error.
+        # An engine must be closed before the process ends, also after an error (see `Engine.close`).
         answerer.engine.close()
     if json:
         print_json(
@@ -95,6 +95,7 @@ def _require_gpu() -> None:
 
 
 async def _collect_pieces(answerer: "Answerer", request: "Request", echo: bool) -> "list[AnswerPiece]":
+    """Return all pieces of the answer to a request; with `echo`, also print each one as soon as it is generated."""
     pieces = []
     async for piece in answerer.answer(request):
         pieces.append(piece)

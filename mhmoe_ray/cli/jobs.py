@@ -25,17 +25,18 @@ LOCAL_CPUS = 8
 def connect_to_cluster(
     section: "ClusterSpec", required_paths: "Sequence[Location]", cpus: int, address: str | None
 ) -> "Connection":
-    """Return a connection to the cluster to run on; start a local cluster if no cluster is named.
+    """Return a connection to the cluster to run on; start a local cluster if none is named and none runs.
 
     Args:
         section: cluster section of the spec.
-        required_paths: locations that the cluster's nodes read and write.
+        required_paths: paths and URLs that the cluster's nodes must reach.
         cpus: number of logical CPUs that a local cluster must have.
         address: address of the cluster that the user asked for; None for the default.
 
     Raises:
         ClusterError: the cluster cannot be reached, or the local one has too few logical CPUs.
-        SpecError: a required path is on this machine, and the cluster's nodes cannot be expected to see it.
+        SpecError: a required path is a file path, the cluster is not on this machine, and the section does not set
+            shared_filesystem.
     """
     from mhmoe_ray.cluster.connect import connect_if_running, start
     from mhmoe_ray.errors import ClusterError, SpecError
@@ -62,7 +63,7 @@ def connect_to_train(spec: "RunSpec", address: str | None) -> "Connection":
 
     Raises:
         ClusterError: the cluster can never hold the run's workers, or `connect_to_cluster` cannot connect.
-        SpecError: the cluster's nodes cannot be expected to see the run's paths.
+        SpecError: the nodes cannot be expected to see the run's storage and data (see `connect_to_cluster`).
     """
     check_gpus_of_this_machine(spec, address)
     connection = connect_to_cluster(spec.cluster, [spec.storage, spec.data.prepared], spec.cluster.cpus, address)
@@ -71,7 +72,7 @@ def connect_to_train(spec: "RunSpec", address: str | None) -> "Connection":
 
 
 def check_gpus_of_this_machine(spec: "RunSpec", address: str | None) -> None:
-    """Raise if a run needs more GPUs than this machine has, before a local cluster is started for it.
+    """Raise if a run on GPUs needs a new local cluster and this machine has too few GPUs for it.
 
     Raises:
         ClusterError: a local cluster would be started, and it could never hold the run.
@@ -104,6 +105,7 @@ def check_capacity(spec: "RunSpec", connection: "Connection") -> None:
 
 
 def _check_capacity(spec: "RunSpec", nodes: "list[Node]", name: str) -> None:
+    """Raise a ClusterError about the cluster `name` if its nodes cannot hold the run's smallest number of workers."""
     from mhmoe_ray.errors import ClusterError
     from mhmoe_ray.planner.placement import capacity_shortfall
 
@@ -128,10 +130,11 @@ def run_argument(run: "RunDir") -> str:
 
 
 def check_training_data(spec: "RunSpec") -> None:
-    """Raise if a spec cannot be trained on its data, before a job is started that would fail.
+    """Raise if a spec cannot be trained on its data, prepared or raw, before a job is started that would fail.
 
     Raises:
-        DataError: text is missing, or the prepared data does not suffice for the spec or was made with other settings.
+        DataError: the data is not prepared and text is missing, or the prepared data does not suffice for the spec or
+            was made with other settings.
     """
     from mhmoe_ray.data.order.mixture import training_order
     from mhmoe_ray.data.shards.manifest import check_recipe, read_data_manifest

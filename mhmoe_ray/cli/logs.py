@@ -152,7 +152,18 @@ def logs(
 
 
 def _worker_log(run: "RunDir", connection: "Connection", rank: int, follow: bool) -> Iterator[str]:
-    """Return the log of a worker: the lines that it printed, mostly none, and then the lines that it logged."""
+    """Return the log of the worker of a rank: its stdout, which is mostly empty, and then its stderr with the log.
+
+    Args:
+        run: the run.
+        connection: connection to the cluster that the run is or was on.
+        rank: the rank.
+        follow: whether to go on with new lines until the run ends.
+
+    Raises:
+        RunError: no workers have started yet, or there is no such rank.
+        ClusterError, JobError: the cluster does not answer, or no longer has the log.
+    """
     from mhmoe_ray.cluster.nodes import process_log
     from mhmoe_ray.cluster.runs import recorded_outcome
     from mhmoe_ray.runs import events
@@ -195,7 +206,7 @@ def _worker_entry(run: "RunDir", rank: int) -> dict[str, Any]:
 
 
 def _lines_until_end(lines: Iterator[str], run: "RunDir", connection: "Connection") -> Iterator[str]:
-    """Yield the lines of a followed log until the run ends."""
+    """Yield the lines of a log that is followed without end, until the run has ended and no more lines arrive."""
     from mhmoe_ray.cluster.dashboard import RetryingCaller
     from mhmoe_ray.cluster.runs import outcome
 

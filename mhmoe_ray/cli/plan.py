@@ -82,9 +82,9 @@ def plan(
 
 
 def data_warnings(spec: "RunSpec") -> list[str]:
-    """Return the problems with the data that would end a run before its first step, a line each.
+    """Return the problems with a spec's data that would end a run before its first step, a line each.
 
-    They are missing text and tokenizers on this machine, and a prepared folder that was made with other settings.
+    They are missing text and tokenizers, or a prepared folder that was made with other settings.
     """
     from mhmoe_ray.data.shards.manifest import check_recipe, read_data_manifest
     from mhmoe_ray.data.sources.find import source_errors
@@ -101,7 +101,7 @@ def data_warnings(spec: "RunSpec") -> list[str]:
             errors += source_errors(data)
             if data.tokenizer:
                 read_given_tokenizer(data.tokenizer, data.tokenizer_pattern)
-    # A plan may be made before the data exists, so that its errors are only warnings.
+    # A plan may be made before the data exists, so its errors are only warnings.
     except DataError as e:
         errors.append(e)
     return [str(error) for error in errors]
@@ -155,7 +155,7 @@ def as_dict(spec: "RunSpec", placement: "Placement") -> dict[str, Any]:
 
 
 def print_summary(spec: "RunSpec", step_estimate: "Estimate | None") -> None:
-    """Print the facts about a run's model, training and workers, which `submit` prints too.
+    """Print the table of facts about a run's model, training and workers, with which `plan` and `submit` begin.
 
     Args:
         spec: spec of a run.
@@ -224,7 +224,8 @@ def _learning_rate(train: "TrainSpec") -> str:
 
 
 def _checkpoints(train: "TrainSpec") -> str:
-    # The last step has a checkpoint too, so that the division is rounded up.
+    """Return the line about the number of checkpoints, when they are written, and which stay."""
+    # The last step has a checkpoint too, so the division is rounded up.
     count, remainder = -(-train.steps // train.checkpoint_every), train.steps % train.checkpoint_every
     if count == 1:
         return "1, at the end"
@@ -235,6 +236,7 @@ def _checkpoints(train: "TrainSpec") -> str:
 
 
 def _static_routing(spec: "RunSpec") -> str | None:
+    """Return the line about expert capacity and the expected share of dropped routes; None if routing is dropless."""
     from mhmoe_ray.planner.expert_step import expected_drop_share
 
     moe = spec.model.moe
@@ -243,7 +245,7 @@ def _static_routing(spec: "RunSpec") -> str | None:
     rows = spec.tokens_per_micro_batch * moe.heads
     if (expert_capacity := moe.expert_capacity(rows)) is None:
         return None
-    # A random second choice is sometimes left out and then takes no capacity, so that fewer routes are dropped.
+    # A random second choice is sometimes left out and then takes no capacity, so fewer routes are dropped.
     qualifier = "at most " if moe.second_expert == "random" else ""
     return (
         f"expert capacity is {expert_capacity:,} for the {rows:,} rows of a micro-batch; even and random routing would "

@@ -67,19 +67,20 @@ def estimate_step(spec: RunSpec, layout: Layout | None) -> Estimate | None:
 
 
 def format_cost(spec: RunSpec, step: Estimate) -> str:
-    """Format the accelerator hours of the whole run as a line."""
+    """Return a line about the estimated accelerator hours of a whole run."""
     gpus = len(step.layout.nodes) * spec.cluster.gpus_per_worker
     best, worst = (
         gpus * step_seconds * spec.train.steps / 3600
         for step_seconds in (step.overlapped_seconds, step.sequential_seconds)
     )
     hours = f"{format_digits(best)} to {format_digits(worst)} hours of an {spec.cluster.accelerator.name}"
-    # The assumed node hides the cost of exchanges between nodes, so that the line has to say so.
+    # The assumed single node hides the cost of exchanges between nodes, so the line must mention it.
     assumption = ", taken to be on one node, as no cluster tells where" if ASSUMED_NODE in step.layout.nodes else ""
     return f"about {hours}, on {gpus:,} of them{assumption} (estimated, not checked)"
 
 
 def _figures(step: Estimate) -> dict[str, float]:
+    """Return times and rates of a step: with its parts in turn, and with exchanges behind computation."""
     return {
         "seconds_in_turn": step.sequential_seconds,
         "seconds_overlapped": step.overlapped_seconds,
@@ -102,7 +103,7 @@ def _traffic_per_rank(spec: RunSpec, layout: Layout) -> dict[str, dict[str, floa
 
 
 def _dispatch_figures(spec: RunSpec, layout: Layout, step: Estimate) -> dict[str, dict[str, Any]]:
-    """Return traffic and times of the same run with each kind of dispatch."""
+    """Return the traffic and times of the same run for each kind of dispatch, flat and hierarchical."""
     figures = {}
     for name in DISPATCHES:
         # The spec's own dispatch has its estimate already.

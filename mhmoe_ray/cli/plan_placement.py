@@ -79,7 +79,7 @@ def forecast_placement(spec: "RunSpec", address: str | None = None) -> Placement
         if connection:
             description = f"a forecast: as Ray would pack workers on {connection.address} now"
             return _place_workers(spec, description, free_nodes(connection, cluster.domain_label), has_stream=True)
-    # Nothing is about to start, so that a cluster that does not answer is only worth a warning.
+    # A forecast starts nothing, so a cluster that does not answer is only worth a warning.
     except ClusterError as e:
         note.print(f"warning: {e}", soft_wrap=True)
         reason = "the cluster did not answer"
@@ -94,7 +94,7 @@ def spec_for_layout(spec: "RunSpec", layout: Layout) -> "RunSpec":
 
 
 def _place_workers(spec: "RunSpec", description: str, nodes: list[Node], has_stream: bool = False) -> Placement:
-    """Return the placement of as many workers as would start on these nodes.
+    """Return the placement of as many workers as would start on these nodes, or the shortage if none would start.
 
     Args:
         spec: spec of the run.
@@ -129,12 +129,14 @@ def _place_workers(spec: "RunSpec", description: str, nodes: list[Node], has_str
 
 
 def _worker_count_remark(count: int, max_count: int) -> str | None:
+    """Return a remark if a run would start with fewer workers than its largest number; None otherwise."""
     if count == max_count:
         return None
     return f"it would start with {count:,} of at most {max_count:,} workers, as there is room for now, and grow later"
 
 
 def _dispatch_remark(spec: "RunSpec", layout: Layout) -> str | None:
+    """Return a remark if hierarchical dispatch would be flat in some groups of this layout; None otherwise."""
     from mhmoe_ray.planner.traffic import has_rails
 
     # Hierarchical dispatch needs a group with equally many ranks on each of its nodes, and is flat in other groups.
@@ -147,6 +149,7 @@ def _dispatch_remark(spec: "RunSpec", layout: Layout) -> str | None:
 
 
 def _stream_remark(free_cpus: float) -> str | None:
+    """Return a remark if workers leave too few free CPUs for the data stream; None otherwise."""
     from mhmoe_ray.spec.cluster import STREAM_CPUS
 
     if free_cpus < 1:
@@ -209,7 +212,7 @@ def placement_table(placement: Placement) -> Table:
 
 def _format_location(ranks: list[int], layout: Layout) -> tuple[str, str]:
     """Format ranks, and the nodes and domains that they are on."""
-    # More than three nodes would make the cell too long, so that a range stands for them.
+    # More than three nodes would make the cell too long, so a range stands for them.
     rank_counts = Counter(layout.nodes[rank] for rank in ranks)
     node_names, counts = list(rank_counts), set(rank_counts.values())
     domains = dict.fromkeys(layout.domains[rank] for rank in ranks)

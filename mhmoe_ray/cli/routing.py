@@ -56,11 +56,11 @@ def routing(
     run_dir = find_run(run, storage)
     dense_error = RunError(f"run {run_dir.id}", "it is a dense model, without a router", "name a run with experts")
     if not run_dir.is_imported and run_dir.spec().model.moe is None:
-        # The spec tells already; an evaluation of the checkpoint could take minutes on the cluster.
+        # The error comes before the checkpoint is evaluated, which could take minutes on the cluster.
         raise dense_error
     request = make_request(run_dir, checkpoint, text, set_, samples, [], [], None, gpus)
     evaluation = load_or_evaluate(run_dir, request, recompute, address)
-    # An imported run has no spec, so that only its evaluation tells that it is dense.
+    # An imported run has no spec, so only its evaluation shows that it is dense.
     if not evaluation.routing:
         raise dense_error
     figures = routing_figures(evaluation.routing)
@@ -77,7 +77,7 @@ def routing(
 
 
 def routing_figures(by_domain: "dict[str, Any]") -> dict[str, Any]:
-    """Return the figures of `mhmoe routing`, as JSON has them, from the counts of routes by domain."""
+    """Return the figures of routing that `mhmoe routing --json` prints, from the counts of routes of each domain."""
     from mhmoe_ray.evaluate import activation
 
     total_counts = activation.sum_counts(by_domain.values())
@@ -128,6 +128,7 @@ def _training_metrics(run: "RunDir") -> list[dict[str, Any]]:
 
 
 def _print_training(training: list[dict[str, Any]]) -> None:
+    """Print a table of the router's metrics in training, a row for each of these steps."""
     from mhmoe_ray.runs import metrics
 
     def format_cell(value: float | None, form: str) -> str:
@@ -147,6 +148,7 @@ def _print_training(training: list[dict[str, Any]]) -> None:
 
 
 def _print_figures(figures: dict[str, Any]) -> None:
+    """Print tables of the figures that `routing_figures` returns: by layer, by threshold, and by domain."""
     rows = []
     for layer_number, layer in enumerate(figures["layers"]):
         agreement = "" if layer["agreement"] is None else f"{layer['agreement']:.1%}"

@@ -145,7 +145,7 @@ def resume(
 
 
 def _attempt_address(attempt: "Attempt") -> str:
-    """Return the address of the cluster that the attempt ran on, as commands take it."""
+    """Return the cluster that the attempt ran on, as --address takes it: its URL, or the name of the local cluster."""
     from mhmoe_ray.cluster.connect import LOCAL
 
     # A local cluster that was restarted has another address, but the same name.
@@ -153,6 +153,7 @@ def _attempt_address(attempt: "Attempt") -> str:
 
 
 POLL_SECONDS = 0.5
+"""Seconds between two checks whether a run that is stopped has ended."""
 
 
 def stop(
@@ -197,7 +198,7 @@ def stop(
         )
         return
     run_dir.stop_file.touch()
-    # Connecting may have taken long, so that the state is read again.
+    # Connecting may have taken long, so the state is read again.
     if end_immediately or events.state(events.read(run_dir)) != "running":
         jobs.stop(connection, attempt.job)
     else:
@@ -258,10 +259,10 @@ def rm(
 
 
 def _check_removable(run: "RunDir", force: bool) -> None:
-    """Raise an error if a run must not be removed.
+    """Raise an error if a run must not be removed, because it may run or is served.
 
     Raises:
-        RunError: the run is running, may still be running, or is served.
+        RunError: the run is running, may still be running (unless `force`), or is served.
         TokenError: its cluster requires a token that this machine does not have, so its state is unknown.
     """
     from mhmoe_ray.cluster.runs import serving_applications

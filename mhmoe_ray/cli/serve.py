@@ -66,7 +66,7 @@ def deploy(
     storage: StorageOption = STORAGE,
     address: AddressOption = None,
 ) -> None:
-    """Serve a run's checkpoint, as it is, in place of the application that has this name now."""
+    """Serve a run's checkpoint without converting it, in place of the application that has this name now."""
     from mhmoe_ray.cli import jobs
     from mhmoe_ray.cli.serve_choice import API_KEYS_VARIABLE, option_overrides, resolve_target, with_environment_keys
     from mhmoe_ray.serve.config import application_config
@@ -94,8 +94,9 @@ def deploy(
 def update(name: NameArg = APPLICATION, checkpoint: CheckpointOption = None, address: AddressOption = None) -> None:
     """Serve a newer checkpoint of the same run.
 
-    New replicas start before old ones end, so that the cluster needs room for both, unless the application was deployed
-    with `--set serve.surge=false`. Old replicas finish the requests that they have begun.
+    New replicas start before old ones end, so the cluster needs room for both, unless the application was deployed
+    with `--set serve.surge=false`. Old replicas finish the requests that they have begun. If this checkpoint is served
+    already, nothing changes; if its deployment failed, it is tried again.
     """
     from mhmoe_ray.cluster import serving
     from mhmoe_ray.cluster.connect import connect
@@ -174,7 +175,7 @@ def _deploy(
         config: Serve's configuration of the application.
         host: address that Serve's proxy listens on.
         port: port that Serve's proxy listens on.
-        remark: end of the line that is printed about the deployment.
+        remark: end of the line that is printed while the application is deployed.
     """
     from mhmoe_ray.cluster import serving
     from mhmoe_ray.storage import location
@@ -226,6 +227,7 @@ def curl_command(url: str) -> str:
 
 
 def _route_prefix(name: str) -> str:
+    """Return the URL path of an application: / for the default name, else /NAME."""
     return "/" if name == APPLICATION else f"/{name}"
 
 

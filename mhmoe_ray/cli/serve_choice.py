@@ -15,7 +15,7 @@ from mhmoe_ray.storage import Location, location
 
 API_KEYS_VARIABLE = "MHMOE_API_KEYS"
 CLUSTER_KEYS = (["cluster", "shared_filesystem"], ["cluster", "runtime_env"])
-"""Keys of a spec that serving uses beside the serve section."""
+"""Keys of a spec outside the serve section that serving uses too."""
 
 
 def resolve_target(
@@ -24,14 +24,15 @@ def resolve_target(
     """Return the run, checkpoint and spec that the arguments of `mhmoe serve deploy` name.
 
     Args:
-        target: a spec file, a checkpoint directory, or the name of a run; None picks the newest run.
+        target: a spec file, which stands for its newest run; the folder of a checkpoint; or a run's id, the start of
+            one, or its path. None picks the newest run.
         checkpoint: name of a checkpoint of the run; None picks the newest.
         storage: folder that holds run directories.
-        overrides: overrides of keys that serving uses.
+        overrides: overrides of keys of the spec.
 
     Raises:
         SpecError: an override is not one that serving uses, or a spec is wrong.
-        RunError, CheckpointError: there is no such run or checkpoint.
+        RunError, CheckpointError: there is no such run or checkpoint, or the checkpoint is damaged.
     """
     for keys, _ in parse_overrides(overrides):
         # An override without any effect, such as train.lr, would mislead the user.
@@ -60,7 +61,12 @@ def resolve_target(
 
 
 def option_overrides(replicas: str | None, engine: str | None) -> list[str]:
-    """Return the overrides of the spec that the options --replicas and --engine stand for."""
+    """Return the overrides of the spec that the options --replicas and --engine stand for; None is no option.
+
+    Args:
+        replicas: a number, or a range like 1..4.
+        engine: name of the engine.
+    """
     overrides = []
     if replicas is not None:
         low, dots, high = replicas.partition("..")

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 def state_view(run_state: dict[str, Any]) -> RenderableType:
-    """Return what `mhmoe status` shows of a run's state on a terminal.
+    """Return the view of `mhmoe status`: a table of facts about a run and, if it failed, the last lines of its worker.
 
     Args:
         run_state: the state, as `cluster.runs.run_status` returns it.
@@ -65,6 +65,7 @@ def _fact_rows(run_state: dict[str, Any]) -> dict[str, str | None]:
 
 
 def _progress_rows(run_state: dict[str, Any]) -> dict[str, str | None]:
+    """Return the rows about the last step and the estimated time that is left."""
     last_metrics, steps = run_state["last"], run_state["steps"]
     if not last_metrics:
         return {}
@@ -77,6 +78,7 @@ def _progress_rows(run_state: dict[str, Any]) -> dict[str, str | None]:
 
 
 def _quality_rows(run_state: dict[str, Any]) -> dict[str, str | None]:
+    """Return the rows about loss, validation, balance of experts, and other metrics that are not zero."""
     from mhmoe_ray.runs.metrics import METRICS
 
     last_metrics, validation, baselines = run_state["last"], run_state["validation"], run_state["baselines"]
@@ -109,6 +111,7 @@ def _quality_rows(run_state: dict[str, Any]) -> dict[str, str | None]:
 
 
 def _speed_rows(run_state: dict[str, Any]) -> dict[str, str | None]:
+    """Return the rows about tokens per second and the bytes that ranks exchange."""
     last_metrics, rate, mean = run_state["last"], run_state["tokens_per_s"], run_state["mean_tokens_per_s"]
     rows: dict[str, str | None] = {}
     if last_metrics and rate:
@@ -131,6 +134,7 @@ def _speed_rows(run_state: dict[str, Any]) -> dict[str, str | None]:
 
 
 def _worker_rows(run_state: dict[str, Any]) -> dict[str, str | None]:
+    """Return the rows about requested and started workers, and their interruptions."""
     from mhmoe_ray.runs import events
 
     rows: dict[str, str | None] = {}
@@ -182,7 +186,7 @@ def _format_count(count: int, noun: str) -> str:
 
 
 def format_duration(seconds: float) -> str:
-    """Format a duration in its two largest units, for example "3 d 4 h"."""
+    """Format a duration in its two largest units that are not zero, for example "3 d 4 h"."""
     remainder = round(seconds)
     parts: list[str] = []
     for unit, size in (("d", 86400), ("h", 3600), ("min", 60), ("s", 1)):
@@ -193,8 +197,10 @@ def format_duration(seconds: float) -> str:
 
 
 def sparkline(values: list[float | None], width: int = 24) -> str:
-    """Return a line of block characters that plots the values; empty for fewer than 3 finite values, or if the terminal
-    has no UTF-8."""
+    """Return a line of at most `width` block characters that plots the finite values.
+
+    The line is empty if there are fewer than 3 finite values, or if the terminal has no UTF-8.
+    """
     finite_values = [v for v in values if v is not None and math.isfinite(v)]
     # Two points are no curve, and a width of 1 would divide by zero below.
     if len(finite_values) < 3 or "utf" not in (out.encoding or "").lower():
@@ -233,7 +239,7 @@ def status(
 
 
 def _watch(run: "RunDir", json: bool) -> None:
-    """Show the state until the run is over.
+    """Show the state of a run again and again until the run is over or the user presses Ctrl-C.
 
     A terminal shows the whole view and redraws it. Elsewhere, and for JSON, each new step or state is a line.
     """
@@ -253,7 +259,7 @@ def _watch(run: "RunDir", json: bool) -> None:
 
     try:
         if out.is_terminal and not json:
-            # The view changes only with a new state, so that a refresh of its own would redraw the same lines.
+            # The view changes only with a new state, so automatic refreshes would redraw the same lines.
             with Live(console=out, auto_refresh=False, vertical_overflow="visible") as live:
                 while True:
                     run_state = fetch_state()
@@ -282,6 +288,7 @@ def _run_has_ended(run_state: dict[str, Any]) -> bool:
 
 
 def _print_line(run_state: dict[str, Any], json: bool) -> None:
+    """Print the state and the last step as one line of text, or the whole state as one line of JSON."""
     if json:
         print_json(run_state, indent=None)
         return

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def submit_attempt(run: "RunDir", spec: "RunSpec", connection: "Connection") -> None:
-    """Submit the next attempt of a run, and print its job."""
+    """Submit the next attempt of a run as a job on the cluster, and print the run, the job and the dashboard."""
     from mhmoe_ray.cluster.runs import start_attempt
 
     job = start_attempt(run, spec, connection)
@@ -30,12 +30,15 @@ def submit_attempt(run: "RunDir", spec: "RunSpec", connection: "Connection") -> 
 
 
 def resume_run(run: "RunDir", spec: "RunSpec", address: str | None) -> "Connection":
-    """Start the next attempt of a run, and return the connection to its cluster.
+    """Start the next attempt of a run that has ended, and return the connection to its cluster.
 
     Args:
         run: a run that is over but not finished.
-        spec: the run's spec, whose cluster section may have changed.
-        address: address of the cluster, as commands take it.
+        spec: the run's spec, whose cluster section may have changed; it is written to the run directory.
+        address: address of the cluster; None for the default.
+
+    Raises:
+        ClusterError, SpecError: as in `connect_to_train`.
     """
     connection = connect_to_train(spec, address)
     run.write_spec(spec)
@@ -46,7 +49,9 @@ def resume_run(run: "RunDir", spec: "RunSpec", address: str | None) -> "Connecti
 
 
 def final_outcome(run: "RunDir", force: bool, *, is_patient: bool = False) -> "Outcome":
-    """Return the outcome of a run that is over.
+    """Return the outcome of a run that is over; raise if it is not over.
+
+    A run also counts as over, and failed, if its cluster does not answer and it has written nothing for a while.
 
     Args:
         run: the run.
@@ -149,7 +154,7 @@ def submit(
 
 
 def _unfinished_run(spec: "RunSpec") -> "RunDir | None":
-    """Return the newest run of this spec if it ended unfinished; otherwise None.
+    """Return the newest run of this spec if it has ended unfinished; return None if it is finished or there is none.
 
     Raises:
         RunError: the run may still be running, or its spec differs from this one.

@@ -37,10 +37,15 @@ MAX_RESTARTS = 3
 
 
 def print_plan(planned_runs: "list[SweepRun]", concurrent: int) -> None:
-    """Print every variant with its sizes, and their ratios to the first variant's."""
+    """Print a table of the variants of a sweep, with sizes and ratios to the first variant, and the number of runs.
+
+    Args:
+        planned_runs: the runs of the sweep.
+        concurrent: number of runs at a time.
+    """
     from mhmoe_ray.planner.sizes import compute_sizes
 
-    # Seeds do not change sizes, so that any run of a variant stands for all of them.
+    # Seeds do not change sizes, so any run of a variant stands for all of them.
     variants = {run.variant: run.spec for run in planned_runs}
     first_sizes = compute_sizes(next(iter(variants.values())).model)
     rows = []
@@ -60,7 +65,10 @@ def print_plan(planned_runs: "list[SweepRun]", concurrent: int) -> None:
 
 
 def follow_order(directory: "SweepDir", name: str, connection: "Connection") -> None:
-    """Show the progress of an order until the job that starts its runs has ended; restart the job if it was killed.
+    """Show the progress of an order until its runs are over or a stop is requested.
+
+    An order is a command's request to start runs of a sweep; a job on the cluster starts them. If the job was killed,
+    it is restarted at most `MAX_RESTARTS` times.
 
     Args:
         directory: the sweep's directory.
@@ -143,7 +151,7 @@ def _progress_bar() -> Progress:
 
 
 class _ProgressView:
-    """The progress of an order's runs: a progress bar on a terminal, lines elsewhere."""
+    """View of the progress of an order's runs: a progress bar on a terminal, lines elsewhere."""
 
     def __init__(self, directory: "SweepDir", order: "Order", bar: Progress) -> None:
         self._directory, self._order, self._bar = directory, order, bar
@@ -153,7 +161,7 @@ class _ProgressView:
         self._printed_states: dict[str, str] = {}
 
     def refresh(self) -> bool:
-        """Update the bar, and return whether all runs of the order are over."""
+        """Show the runs' states and steps as their directories have them now, and return whether all runs are over."""
         from mhmoe_ray.runs import history, metrics
         from mhmoe_ray.sweep.client import is_to_run, state_of
 
@@ -161,7 +169,7 @@ class _ProgressView:
         for entry in self._entries:
             if (run := runs.get(entry.name)) is None:
                 continue
-            # A finished run stays finished, so that its directory need not be read again.
+            # A finished run stays finished, so its directory need not be read again.
             if self._printed_states.get(entry.name) == "finished":
                 ended_count += 1
                 continue
@@ -192,7 +200,7 @@ class _ProgressView:
 
 
 def variant_rows(directory: "SweepDir") -> list[dict[str, Any]]:
-    """Return a row for each variant of a sweep, as `mhmoe sweep --json` prints it.
+    """Return a row of results for each variant of a sweep, as `mhmoe sweep --json` prints it.
 
     The rows have the order of the sweep; their ratios are relative to the first variant.
 
@@ -322,7 +330,7 @@ def _submit_order(
     concurrent: int,
     address: str | None,
 ) -> "tuple[str, Connection]":
-    """Check the data and the cluster for the selected runs, and submit the job that starts them.
+    """Check the data and the cluster for the selected runs, and submit an order with the job that starts them.
 
     Args:
         directory: the sweep's directory.
@@ -330,10 +338,15 @@ def _submit_order(
         selected_runs: the runs that are to start.
         size: name of the sweep's size.
         concurrent: number of runs at a time.
-        address: address of the cluster, as commands take it.
+        address: address of the cluster; None for the default.
 
     Returns:
         The name of the order, and the connection to the cluster.
+
+    Raises:
+        SpecError: runs need the same folder prepared in different ways, or a started run's spec has changed.
+        DataError: the data does not suffice or is missing.
+        ClusterError: the cluster cannot be reached, or can never hold a run.
     """
     from mhmoe_ray.data.shards.manifest import prepared_key
     from mhmoe_ray.errors import SpecError

@@ -46,9 +46,9 @@ class NamedClusters:
 
 
 def read_named_clusters() -> NamedClusters:
-    """Read the named clusters and the name of the current one.
+    """Read the clusters that the user has named, and the name of the current one, from the state folder.
 
-    Without a file there are no named clusters, and the local cluster is the current one.
+    Without the file there are no named clusters, and the local cluster is the current one.
 
     Raises:
         ClusterError: the file is damaged.
@@ -69,8 +69,8 @@ def use(name: str, address: str | None = None, token_file: Path | None = None) -
 
     Args:
         name: the name of a known cluster or, together with an address, the name that the cluster gets.
-        address: the URL of the cluster's dashboard.
-        token_file: the file that holds the cluster's token.
+        address: the URL of the cluster's dashboard; None for a cluster that is known already.
+        token_file: the file that holds the cluster's token; None to use the token that Ray itself would send.
 
     Raises:
         ClusterError: no cluster of this name is known, the name is not allowed, or the arguments do not fit together.
@@ -113,6 +113,7 @@ def forget(name: str) -> None:
 
 
 def _write(clusters: NamedClusters) -> None:
+    """Write the named clusters and the current one to the state folder, readable by the user only."""
     path = state_folder() / FILE
     write_json(path, {"current": clusters.current, "known": {n: asdict(c) for n, c in clusters.by_name.items()}})
     # Names of hosts and paths of tokens concern no other user of this machine.
@@ -139,14 +140,15 @@ class Connection:
 
     @property
     def headers(self) -> dict[str, str]:
+        """HTTP headers with the token; empty without a token."""
         return self.token.headers if self.token else {}
 
 
 def connect(address: str | None = None) -> Connection:
-    """Connect to the cluster of this address or name.
+    """Find the cluster of this address or name, check that it answers, and return the connection to it.
 
-    Without an address, connect to the cluster of RAY_API_SERVER_ADDRESS or RAY_ADDRESS, else to the one that
-    `mhmoe cluster use` chose, else to the local cluster.
+    Without an address, this is the cluster of RAY_API_SERVER_ADDRESS or RAY_ADDRESS, else the one that
+    `mhmoe cluster use` chose, else the local cluster.
 
     Raises:
         ClusterError: the address is malformed, nothing answers there, it is not a Ray dashboard, or no address is given
@@ -176,7 +178,7 @@ def connect_if_running(address: str | None = None) -> Connection | None:
 
 
 def cached_connect() -> Callable[[str], Connection]:
-    """Return a variant of `connect` that connects to each address once and repeats its result or its ClusterError."""
+    """Return a function like `connect` that tries each address once, and repeats its connection or its ClusterError."""
     results: dict[str, Connection | ClusterError] = {}
 
     def connect_once(address: str) -> Connection:
@@ -194,7 +196,11 @@ def cached_connect() -> Callable[[str], Connection]:
 
 
 def start(cpus: int) -> Connection:
-    """Connect to the local cluster, and start it with `cpus` logical CPUs if it does not run yet."""
+    """Connect to the local cluster; if it does not run, start it with `cpus` logical CPUs first.
+
+    Raises:
+        ClusterError: Ray does not start, or the local cluster does not answer.
+    """
     return _local_connection(start_local(cpus))
 
 
@@ -209,7 +215,7 @@ def _is_local_cluster(address: str) -> bool:
 
 
 def normalised(address: str) -> str:
-    """Return the URL of a dashboard in the form in which URLs are compared and stored.
+    """Return the URL of a dashboard in the form in which URLs are compared: with a scheme, without a slash at its end.
 
     Raises:
         ClusterError: the address is not the URL of a dashboard.
@@ -230,8 +236,14 @@ def normalised(address: str) -> str:
 
 
 def _resolve_address(address: str | None) -> str | None:
-    """Return the address that the argument, the environment or the current cluster gives; None for the local
-    cluster."""
+    """Return the dashboard's address that the argument, the environment or the current cluster gives.
+
+    Args:
+        address: an address or the name of a cluster, as commands take it; None if the user gave none.
+
+    Returns:
+        The address; None for the local cluster.
+    """
     if address == LOCAL:
         return None
     named_cluster = _find_named_cluster(address)
@@ -239,7 +251,7 @@ def _resolve_address(address: str | None) -> str | None:
 
 
 def _explicit_address(address: str | None) -> str | None:
-    """Return the address or name in the argument or else in the environment; None if there is neither."""
+    """Return the argument or, without one, the address or name in the environment; None if there is neither."""
     # RAY_ADDRESS may also name the port of Ray's GCS, which does not speak HTTP, so only a URL counts.
     ray_address = os.environ.get("RAY_ADDRESS", "")
     fallback = ray_address if ray_address.startswith(("http://", "https://")) else None
@@ -247,13 +259,22 @@ def _explicit_address(address: str | None) -> str | None:
 
 
 def _find_named_cluster(address: str | None) -> NamedCluster | None:
-    """Return the named cluster that the argument, the environment or the current choice names, or None."""
+    """Return the cluster that the argument, the environment or else `mhmoe cluster use` names.
+
+    Returns:
+        The cluster; None if that is no name of a known cluster.
+    """
     clusters = read_named_clusters()
     return clusters.by_name.get(_explicit_address(address) or clusters.current)
 
 
 def _token(address: str, named_cluster: NamedCluster | None) -> Token | None:
-    """Return the token for the cluster at this address: from its token file, else the one that Ray itself would use."""
+    """Return the token for the cluster at this address: from its token file, else the one that Ray itself would send.
+
+    Args:
+        address: the normalised URL of the dashboard.
+        named_cluster: the cluster, if the user gave its name.
+    """
     clusters = read_named_clusters()
     same_address = {name: c for name, c in clusters.by_name.items() if normalised(c.address) == address}
     # Several named clusters may share one address, that of a tunnel: the current one takes precedence.

@@ -17,10 +17,10 @@ SECONDS = 60.0
 
 
 class RetryingCaller:
-    """Caller of requests that are repeated anyway: it tolerates `SECONDS` without an answer, and says so once."""
+    """Caller for loops that repeat a request: it tolerates up to `SECONDS` without an answer, and says so once."""
 
     def __init__(self, say: Callable[[str], object], *, is_endless: bool = False) -> None:
-        """Start without an unanswered request.
+        """Create a caller that has made no request yet.
 
         Args:
             say: a function that is called with a line when the first of several requests in a row gets no answer.
@@ -59,7 +59,7 @@ class RetryingCaller:
 
 
 def get(address: str, path: str, token: Token | None, *, missing_ok: bool = False, seconds: float = 10) -> Any:
-    """Return the JSON at this path; None if the dashboard answers 404 and `missing_ok` allows it.
+    """Request a path of the dashboard, and return the JSON of its answer; None for a 404 that `missing_ok` allows.
 
     Args:
         address: the URL of the dashboard.
@@ -93,7 +93,9 @@ def get(address: str, path: str, token: Token | None, *, missing_ok: bool = Fals
 
 @contextmanager
 def streamed(address: str, path: str, token: Token | None) -> Iterator[tuple[int, Iterator[bytes]]]:
-    """Yield the status of an answer, and its content in chunks as they arrive.
+    """Context manager that requests a path, and yields the HTTP status of the answer and the chunks of its content.
+
+    The chunks are yielded as they arrive, without a timeout.
 
     Raises:
         ClusterError, TokenError: in the same cases as `get`.
@@ -175,6 +177,7 @@ def url_at(host: str, port: int) -> str:
 
 
 def is_loopback(address: str) -> bool:
+    """Return whether the host of a URL is a loopback address, so that only this machine reaches it."""
     host = urlsplit(address).hostname or ""
     return host in ("localhost", "::1") or host.startswith("127.")
 
@@ -190,7 +193,7 @@ def is_loopback_ip(ip: str) -> bool:
 
 
 def unreachable(address: str, error: Exception) -> ClusterError:
-    """Return the error for a request that got no answer."""
+    """Return the error for a request to this address that got no answer, from the exception of the HTTP client."""
     import requests
 
     fix = "check the address, and that the cluster runs"
@@ -214,7 +217,7 @@ def _not_ray(address: str, reason: str) -> ClusterError:
 
 
 def keep_off_proxies(address: str) -> None:
-    """Add the host of a loopback address to no_proxy.
+    """If the address is a loopback one, add its host to no_proxy in the environment of this process.
 
     The package requests, which Ray's clients use, sends even requests to 127.0.0.1 to a proxy that the environment
     names.

@@ -1,4 +1,4 @@
-"""Checks of `mhmoe doctor`: whether things work here, why not, and what to do.
+"""Checks of `mhmoe doctor`: they find what does not work here, with the reason and the remedy.
 
 The checks cover this machine (packages, accelerators, kernels, shared memory, limits), the cluster that commands talk
 to, Ray servers on this machine that other machines can reach, and the folder that holds run directories. One function
@@ -48,7 +48,7 @@ class Finding(NamedTuple):
     """Remedy, for a finding that is not ok."""
 
     def as_json(self) -> dict[str, str]:
-        """Return the finding as `mhmoe doctor --json` prints it."""
+        """Return the finding as an object for `mhmoe doctor --json`."""
         return {"level": self.level, "what": self.check, "found": self.message, "fix": self.fix}
 
 
@@ -78,6 +78,7 @@ def machine_findings() -> Iterator[Finding]:
 
 
 def _packages() -> Iterator[Finding]:
+    """Yield findings on Ray's version and on the packages of `EXTRAS`."""
     ray_release = version("ray")
     if ray_release.startswith(f"{RAY_RELEASE}."):
         yield Finding("ok", "ray", ray_release)
@@ -101,6 +102,7 @@ def _version(distribution: str) -> str | None:
 
 
 def _accelerators() -> Iterator[Finding]:
+    """Yield findings on torch with this machine's CPUs, on its GPUs, and on the library for collectives."""
     try:
         level = LEVEL_TITLES[cpu_level()] if is_x86() else platform.machine()
     except ValueError as error:
@@ -130,6 +132,7 @@ def _accelerators() -> Iterator[Finding]:
 
 
 def _kernels() -> Iterator[Finding]:
+    """Yield a finding for each kernel that can train: whether it works on the GPU or, without one, on the CPU."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for name in (name for name, backend in BACKENDS.items() if backend.has_backward):
         if reason := unavailable_reason(name, device):
@@ -141,6 +144,7 @@ def _kernels() -> Iterator[Finding]:
 
 
 def _limits() -> Iterator[Finding]:
+    """Yield findings on the size of shared memory and on the limit of open files."""
     memory = psutil.virtual_memory().total
     try:
         shared = os.statvfs("/dev/shm")
@@ -173,7 +177,7 @@ def port_findings() -> Iterator[Finding]:
     try:
         listening = [c for c in psutil.net_connections("inet") if c.status == psutil.CONN_LISTEN]
     except psutil.AccessDenied:  # for example on macOS
-        yield Finding("note", "open ports", "this user may not list them", "run `mhmoe doctor` as root to see")
+        yield Finding("note", "open ports", "this user may not list them", "run `mhmoe doctor` as root to see them")
         return
     open_servers: set[tuple[str, str, int]] = set()
     for connection in listening:
@@ -197,6 +201,7 @@ def port_findings() -> Iterator[Finding]:
 
 
 def _kind(pid: int) -> str | None:
+    """Return the kind of Ray server that a process is; None if it is not one or is gone."""
     try:
         command = " ".join(psutil.Process(pid).cmdline())
     except psutil.Error:
@@ -236,6 +241,7 @@ def reach_findings(address: str | None) -> Iterator[Finding]:
 
 
 def _ray_version(connection: Connection) -> Iterator[Finding]:
+    """Yield a finding on whether the cluster runs the same minor version of Ray as this machine."""
     cluster_release = dashboard.ray_version(connection.address, connection.token)["ray_version"]
     client_release = version("ray")
     if cluster_release.split(".")[:2] == client_release.split(".")[:2]:
@@ -247,6 +253,7 @@ def _ray_version(connection: Connection) -> Iterator[Finding]:
 
 
 def _token_requirement(connection: Connection) -> Iterator[Finding]:
+    """Yield a finding on whether the cluster asks for a token, and whether the token is sent encrypted."""
     token = connection.token
     if token is None or dashboard.is_open(connection.address):
         reason = f"{connection.address} runs jobs without asking for a token"
@@ -263,6 +270,7 @@ def _token_requirement(connection: Connection) -> Iterator[Finding]:
 
 
 def _clock(connection: Connection) -> Iterator[Finding]:
+    """Yield a finding on whether the clocks of this machine and of the head node agree."""
     date_header = dashboard.date(connection.address, connection.token)
     skew = abs(parsedate_to_datetime(date_header).timestamp() - time.time()) if date_header else 0.0
     if skew > SKEW_SECONDS:
@@ -277,7 +285,8 @@ PROBE_BYTES = 8 << 20
 
 
 def storage_findings(folder: Location) -> Iterator[Finding]:
-    """Yield findings on the folder that holds run directories: whether it can be written, how fast, and its modes."""
+    """Yield findings on the folder that holds run directories: whether it can be written, how fast it is, and which
+    run directories other users can read."""
     data = secrets.token_bytes(PROBE_BYTES)
     probe = folder / f".doctor-{secrets.token_hex(4)}"
     created = isinstance(folder, Path) and not folder.exists()
@@ -314,6 +323,7 @@ def storage_findings(folder: Location) -> Iterator[Finding]:
 
 
 def _is_loose_run(path: Path) -> bool:
+    """Return whether a path is a run directory that other users can use; False if this user cannot look into it."""
     try:
         return bool(path.stat().st_mode & (stat.S_IRWXO | stat.S_IRWXG)) and (path / "run.json").exists()
     except OSError:  # The file belongs to another user, or was removed meanwhile.

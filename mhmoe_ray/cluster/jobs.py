@@ -22,7 +22,7 @@ from mhmoe_ray.ray_compat import SDK_LOGGERS
 
 @contextmanager
 def translated_errors(connection: Connection, subject: str, error_type: type[MhmoeError], fix: str) -> Iterator[None]:
-    """Translate errors of Ray's clients in this context into ours.
+    """Context manager that translates errors of Ray's clients into errors of this package.
 
     Args:
         connection: the cluster that the requests go to.
@@ -48,8 +48,10 @@ def translated_errors(connection: Connection, subject: str, error_type: type[Mhm
 
 
 def failure_reason(text: str) -> str:
-    """Return the reason in Ray's message on a failure, as one line: the exception that ends a traceback, else the last
-    line."""
+    """Return the reason of a failure from Ray's message, as one line of at most 500 characters.
+
+    It is the exception that ends a traceback, else the last line.
+    """
     text = re.sub(r"\x1b\[[0-9;]*m|^Request failed with status code \d+: ", "", text)
     lines = [line.rstrip() for line in text.splitlines() if line.strip(" .")]
     for i in reversed(range(len(lines))):
@@ -89,7 +91,10 @@ class SentFolder(NamedTuple):
 
 
 def sent_folders(runtime_env: Mapping[str, Any]) -> list[SentFolder]:
-    """Return the folders of this machine that Ray would send, with the sizes of their parts without excluded files."""
+    """Return the folders of this machine that Ray would send for a runtime environment, with the sizes of their parts.
+
+    Files that are excluded do not count.
+    """
     excludes = list(runtime_env.get("excludes", []))
     modules = [runtime_env.get("working_dir"), *runtime_env.get("py_modules", [])]
     folders = [Path(p) for p in modules if isinstance(p, str) and "://" not in p and Path(p).is_dir()]
@@ -115,6 +120,7 @@ def check_size(runtime_env: Mapping[str, Any]) -> None:
 
 
 def _sizes(folder: Path, excludes: list[str]) -> dict[str, int]:
+    """Return the bytes that Ray would send of each file or folder directly in `folder`, the largest first."""
     from mhmoe_ray.ray_compat import _get_excludes
 
     count: Counter[str] = Counter()
@@ -123,22 +129,25 @@ def _sizes(folder: Path, excludes: list[str]) -> dict[str, int]:
     return dict(count.most_common())
 
 
-def _files(folder: Path, left_out: list[Any]) -> Iterator[Path]:
+def _files(folder: Path, predicates: list[Any]) -> Iterator[Path]:
+    """Yield the files below a folder, except those that one of the predicates or an ignore file excludes."""
     from mhmoe_ray.ray_compat import get_excludes_from_ignore_files
 
-    left_out = left_out + get_excludes_from_ignore_files(folder, include_gitignore=True, logger=_SilentLogger())
+    predicates = predicates + get_excludes_from_ignore_files(folder, include_gitignore=True, logger=_SilentLogger())
     for path in sorted(folder.iterdir()):
-        if any(leaves_out(path) for leaves_out in left_out):
+        if any(is_excluded(path) for is_excluded in predicates):
             continue
         if path.is_dir() and not path.is_symlink():
-            yield from _files(path, left_out)
+            yield from _files(path, predicates)
         elif path.is_file():
             yield path
 
 
 class _SilentLogger:
+    """Logger for Ray's functions on exclude patterns."""
+
     def info(self, *_: object) -> None:
-        """Drop Ray's message about each file of exclude patterns."""
+        """Drop the message: Ray writes one about each file with patterns."""
 
 
 def _format_megabytes(size: int) -> str:
@@ -172,7 +181,7 @@ def job_request(
     runtime_env: Mapping[str, Any] | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """Return the request that `submit` sends.
+    """Return the request to Ray Jobs that `submit` sends.
 
     Args:
         args: the arguments of the Python interpreter, for example ["-m", "mhmoe_ray.train.job", "tiny-3f2a1c-1"].
@@ -192,7 +201,10 @@ def job_request(
 
 
 def with_packages(runtime_env: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the runtime environment with the folders of our packages, for a cluster that has not installed them."""
+    """Return the runtime environment extended by our packages, for a cluster that has not installed them.
+
+    Files that no job needs (`EXCLUDED_PATTERNS`) are excluded too.
+    """
     folders = []
     for package in PACKAGES:
         module_spec = importlib.util.find_spec(package)
@@ -260,7 +272,7 @@ def info(connection: Connection, job: str) -> JobInfo | None:
 
 
 def logs(connection: Connection, job: str) -> str:
-    """Return everything that the job's entrypoint has written so far.
+    """Return the whole log of a job: everything that its entrypoint has written so far.
 
     Raises:
         JobError: the cluster knows no such job.
@@ -317,6 +329,7 @@ def stop(connection: Connection, job: str) -> None:
 
 @functools.cache
 def _client(connection: Connection) -> Any:
+    """Return Ray's own client of jobs for a cluster; it is cached."""
     from ray.job_submission import JobSubmissionClient
 
     for name in SDK_LOGGERS:  # Both set their own level and log every upload.

@@ -88,6 +88,13 @@ def stop_local() -> bool:
 
 
 def _find() -> LocalCluster | None:
+    """Return the local cluster if it runs and answers; if it died, remove its files and return None.
+
+    Call it under the lock of the state folder.
+
+    Raises:
+        ClusterError: in the same cases as `find_local`.
+    """
     cluster = _read()
     if cluster is None:
         return None
@@ -110,6 +117,11 @@ def _find() -> LocalCluster | None:
 
 
 def _runs_here(cluster: LocalCluster) -> bool:
+    """Return whether the `ray start` of the cluster is a living process of this machine.
+
+    Raises:
+        ClusterError: the cluster was started on another machine.
+    """
     if spawn.is_ray_of(cluster.pid, cluster.folder):
         return True
     if cluster.host != socket.gethostname():
@@ -119,6 +131,11 @@ def _runs_here(cluster: LocalCluster) -> bool:
 
 
 def _wait_until_ready(cluster: LocalCluster) -> None:
+    """Wait until a cluster that this process has started answers.
+
+    Raises:
+        ClusterError: its process ended, or it is not ready after `START_SECONDS`.
+    """
     deadline = time.monotonic() + START_SECONDS
     while True:
         if os.waitpid(cluster.pid, os.WNOHANG)[0]:
@@ -146,6 +163,7 @@ def _check_ready(cluster: LocalCluster) -> None:
 
 
 def _last_line(log: Path) -> str:
+    """Return the last line of a log that is not empty, without colours."""
     text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
     lines = re.sub(r"\x1b\[[0-9;]*m", "", text).split("\n")
     return next((line.strip() for line in reversed(lines) if line.strip()), "its log is empty")

@@ -20,7 +20,7 @@ MAX_NODES = 10_000
 
 
 def free_nodes(connection: Connection, domain_label: str | None) -> list[Node]:
-    """Return the nodes that are alive with their free CPUs and GPUs.
+    """Return the nodes of a cluster that are alive, with their free CPUs and GPUs.
 
     A node is named by its host; if several nodes share a host, the start of the node's id is added.
 
@@ -45,7 +45,7 @@ def free_nodes(connection: Connection, domain_label: str | None) -> list[Node]:
 
 
 def total_nodes(connection: Connection) -> list[Node]:
-    """Return the nodes that are alive with their total CPUs and GPUs, used ones included.
+    """Return the nodes of a cluster that are alive, with all of their CPUs and GPUs, free or used.
 
     Raises:
         ClusterError, TokenError: in the same cases as `dashboard.get`.
@@ -145,6 +145,7 @@ def process_log(connection: Connection, node: str, pid: int, kind: str, *, follo
 
 
 def _lines(chunks: Iterator[bytes]) -> Iterator[str]:
+    """Yield the lines of a text that arrives in chunks."""
     partial_line = b""
     for chunk in chunks:
         *lines, partial_line = (partial_line + chunk).split(b"\n")

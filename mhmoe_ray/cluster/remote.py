@@ -47,7 +47,7 @@ class SubmittedJob(Generic[R]):
         return jobs.follow_logs(self.connection, self.name)
 
     def progress(self) -> Iterator[str]:
-        """Yield the lines that the job writes for the user, until it ends."""
+        """Yield the lines of the log that are meant for the user, as they arrive, until the job ends."""
         return (line for line in self.lines() if line.startswith(f"{self.request.kind}: "))
 
     @property
@@ -77,7 +77,7 @@ class SubmittedJob(Generic[R]):
 
 
 def submit(connection: Connection, runtime_env: Mapping[str, Any], request: RemoteJob[R]) -> SubmittedJob[R]:
-    """Submit a remote job to the cluster.
+    """Submit a remote job to the cluster, without waiting for it.
 
     Args:
         connection: the cluster.

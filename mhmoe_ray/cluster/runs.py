@@ -42,7 +42,7 @@ class Outcome(NamedTuple):
 
 
 def outcome(run: RunDir, connection: Connection, doubt: float = _DOUBT_SECONDS) -> Outcome | None:
-    """Return how the run ended; None while it runs.
+    """Return how a run ended, by its run directory or else by its job; None while it runs.
 
     If the run directory says that the run goes on but its job is dead, the job was killed or its cluster is gone. This
     counts as a failure.
@@ -50,7 +50,7 @@ def outcome(run: RunDir, connection: Connection, doubt: float = _DOUBT_SECONDS) 
     Args:
         run: a run with at least one attempt.
         connection: the run's cluster, or the cluster that has its address now.
-        doubt: if the run wrote something within the last `doubt` seconds, a cluster that does not know the job is
+        doubt: time in seconds. If the run wrote something more recently, a cluster that does not know the job is
             another one.
 
     Raises:
@@ -86,6 +86,7 @@ def outcome(run: RunDir, connection: Connection, doubt: float = _DOUBT_SECONDS) 
 
 
 def _may_be_starting(run: RunDir, attempt: Attempt) -> bool:
+    """Return whether the cluster may not know the job yet, because code and packages are still being sent to it."""
     begin_event = events.newest_event(events.read(run), "began")
     is_begun = begin_event is not None and begin_event["attempt"] == newest_attempt_number(run)
     seconds = _LOCAL_SECONDS if attempt.local else _SENDING_SECONDS
@@ -93,8 +94,9 @@ def _may_be_starting(run: RunDir, attempt: Attempt) -> bool:
 
 
 def outcome_or_lost(run: RunDir, connect_to: Callable[[str], Connection]) -> Outcome | None:
-    """Return the result of `outcome`, but count a run as failed if its cluster does not answer and it wrote nothing for
-    `QUIET_SECONDS`.
+    """Return how a run ended, like `outcome`, also if its cluster is gone; None while it runs.
+
+    A run counts as failed if its cluster does not answer and it wrote nothing for `QUIET_SECONDS`.
 
     Args:
         run: a run with at least one attempt.
@@ -132,7 +134,7 @@ def recorded_outcome(run_events: list[dict[str, Any]]) -> Outcome | None:
 
 
 def start_attempt(run: RunDir, spec: RunSpec, connection: Connection, public_address: str | None = None) -> str:
-    """Submit the next attempt of a run and record it.
+    """Submit the job of a run's next attempt, and record the attempt in the run directory.
 
     Args:
         run: the run directory.
@@ -166,10 +168,11 @@ def start_attempt(run: RunDir, spec: RunSpec, connection: Connection, public_add
 
 
 RunEvents = list[dict[str, Any]]
+"""Events of a run, oldest first."""
 
 
 def run_status(run: RunDir) -> dict[str, Any]:
-    """Return everything that `mhmoe status` shows of a run, as JSON.
+    """Return everything that `mhmoe status` shows of a run, as a JSON object; this asks the run's cluster.
 
     The key `cluster` tells whether the cluster confirmed the state.
     """
@@ -226,9 +229,9 @@ def run_status(run: RunDir) -> dict[str, Any]:
 def state_of(
     run: RunDir, run_events: RunEvents, connect_to: Callable[[str], Connection] = connect
 ) -> tuple[str, str, str]:
-    """Return the state of a run, the reason of a failure, and a phrase on what its cluster said.
+    """Return the state of a run, the reason of a failure, and a phrase on whether its cluster confirmed the state.
 
-    The state is "unknown" if the cluster must be asked but does not answer.
+    The cluster is asked unless the events record an end. The state is "unknown" if the cluster does not answer.
     """
     attempts = read_attempts(run)
     known_outcome, cluster = recorded_outcome(run_events), "not asked: the run is over"
@@ -265,7 +268,7 @@ def _requested_resources(spec: RunSpec) -> dict[str, Any]:
 
 
 def serving_applications(run: RunDir, run_events: RunEvents, seconds: float = 10) -> list[dict[str, Any]]:
-    """Return the applications that serve checkpoints of a run, on all clusters that its events name.
+    """Return the applications that serve checkpoints of a run, as JSON objects, on all clusters that its events name.
 
     An application has the status "unknown" if its cluster does not answer.
 

@@ -25,7 +25,7 @@ END_SECONDS = 150.0
 
 @functools.cache
 def client(connection: Connection) -> Any:
-    """Return Ray's own Serve client."""
+    """Return Ray's own client of Serve for a cluster; it is cached."""
     # The import takes longer than everything else that `mhmoe status` does, so it is delayed until it is needed.
     from mhmoe_ray.ray_compat import ServeSubmissionClient
 
@@ -49,15 +49,15 @@ def serve_details(connection: Connection, seconds: float = 60) -> dict[str, Any]
 
 
 def app_configs(details: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the configurations in force, from Serve's details.
+    """Return the configuration of each application, from Serve's details.
 
-    Applications that a program deployed by `serve.run` have none; a new configuration does not touch them.
+    Applications that a program deployed by `serve.run` have none; replacing the configurations does not touch them.
     """
     return [a["deployed_app_config"] for a in details["applications"].values() if a["deployed_app_config"]]
 
 
 def config_lock(connection: Connection) -> AbstractContextManager[Path]:
-    """Return the lock of a cluster's Serve configuration.
+    """Return a context manager that holds the lock of a cluster's Serve configuration.
 
     Hold it from the request that reads the configuration until the changed one is put.
     """
@@ -68,9 +68,9 @@ def config_lock(connection: Connection) -> AbstractContextManager[Path]:
 def replace_config(
     connection: Connection, name: str, config: dict[str, Any] | None, retrying_caller: RetryingCaller
 ) -> None:
-    """Replace the configuration of an application; with None for `config`, make Serve remove the application.
+    """Replace the configuration of an application, or make Serve remove the application if `config` is None.
 
-    Do nothing if the application is gone.
+    This does nothing if the application is gone.
 
     Raises:
         ClusterError, TokenError: in the same cases as `RetryingCaller.call`.
@@ -86,7 +86,7 @@ def replace_config(
 def put_configs(
     connection: Connection, details: dict[str, Any], configs: list[dict[str, Any]], http: dict[str, Any]
 ) -> None:
-    """Send Serve the configurations of all applications; Serve removes those that are missing in it.
+    """Send Serve the configurations of all applications; Serve removes applications that are missing in them.
 
     Args:
         connection: the cluster.

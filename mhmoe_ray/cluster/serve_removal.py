@@ -62,6 +62,11 @@ def remove(connection: Connection, name: str, say: Callable[[str], object] = lam
 def _request_removal(
     connection: Connection, name: str, details: dict[str, Any], retrying_caller: RetryingCaller
 ) -> None:
+    """Make Serve remove an application, without waiting for it; do nothing if that was requested already.
+
+    Raises:
+        ServeError: there is no such application, or a program deployed it without a configuration.
+    """
     subject, application = f"application {name}", details["applications"].get(name)
     if application is None:
         raise ServeError(subject, "there is no such application", "see `mhmoe serve status`")
@@ -77,7 +82,7 @@ def _request_removal(
 
 
 def _cancel_starting_replicas(connection: Connection, name: str, retrying_caller: RetryingCaller) -> None:
-    """Make Serve cancel the starting replicas of an application, and wait until it has.
+    """Make Serve cancel the starting replicas of an application, and wait for that up to `CANCEL_SECONDS`.
 
     When Serve removes an application, it grants starting replicas the same time as running ones, which is ten minutes
     for ours. If another version of the deployment replaces them, it ends them at once. So this function deploys another
@@ -121,6 +126,7 @@ def _unplaceable_options() -> dict[str, Any]:
 
 
 def _deployments(details: dict[str, Any], name: str) -> dict[str, Any]:
+    """Return the deployments of an application by name, from Serve's details; empty if the application is gone."""
     deployments: dict[str, Any] = details["applications"].get(name, {}).get("deployments", {})
     return deployments
 

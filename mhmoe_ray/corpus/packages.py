@@ -31,9 +31,9 @@ class Package:
 
 
 def file_language(path: str, package: Package) -> str | None:
-    """Return the language of a file in the package, or None if the file is not wanted.
+    """Return the language code of a file in a package, or None if the file is not for the corpus.
 
-    A path that names no language is English.
+    A path that names no language is English. Most regional varieties of a language are left out.
     """
     match = package.files.fullmatch(path)
     if not match:

@@ -23,8 +23,7 @@ class Document:
 
     Attributes:
         title: the document's title; it may be empty.
-        paragraphs: the parts that are cleaned one by one. Text that must stay together, such as a source file, is a
-            single paragraph.
+        paragraphs: the parts of the text that `Cleaner` keeps or drops as a whole; a source file is one paragraph.
     """
 
     title: str
@@ -32,6 +31,7 @@ class Document:
 
 
 Reader = Callable[[bytes], Iterator[Document]]
+"""Function that takes the content of a file and yields the documents in it."""
 
 
 class Block(NamedTuple):
@@ -43,14 +43,14 @@ class Block(NamedTuple):
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Roles of a markup language's elements, by local name. Text of any other element belongs to its paragraph.
+    """Roles of a markup language's elements, by local name. Text in any other element is part of the text around it.
 
     Attributes:
-        blocks: elements that begin and end a paragraph.
+        blocks: elements whose beginning and end separate blocks of text, such as paragraphs and headings.
         preformatted: elements whose line breaks and indentation are kept.
-        skipped: elements without text for the corpus.
+        skipped: elements whose text is left out.
         breaks: elements that end a line.
-        cells: elements that are separated by a space.
+        cells: elements before whose text a space is inserted.
     """
 
     blocks: Collection[str]
@@ -61,7 +61,10 @@ class Vocabulary:
 
 
 def read_blocks(root: "etree._Element", vocabulary: Vocabulary) -> Iterator[Block]:
-    """Yield the text below `root` in reading order, as a block for each paragraph, heading, item or code listing."""
+    """Yield the text of an element and all elements in it as blocks, in reading order.
+
+    A block is a paragraph, a heading, an item or a code listing.
+    """
     from lxml import etree
 
     open_blocks, pieces, preformatted_depth = [_local_name(root)], list[str](), 0
@@ -96,7 +99,10 @@ def read_blocks(root: "etree._Element", vocabulary: Vocabulary) -> Iterator[Bloc
 
 
 def _finish_block(tag: str, pieces: list[str], is_preformatted: bool) -> Iterator[Block]:
-    """Yield a block with the text of `pieces`, unless it is empty, and clear `pieces`."""
+    """Join `pieces` to the text of a block and clear them; yield the block unless it is blank.
+
+    White space becomes single spaces; preformatted text keeps its line breaks and is dedented.
+    """
     text = "".join(pieces)
     pieces.clear()
     if is_preformatted:
@@ -229,7 +235,7 @@ MALLARD = Vocabulary(
 
 
 def read_mallard(page: bytes) -> Iterator[Document]:
-    """Yield the document of a Mallard page."""
+    """Yield the one document of a page in Mallard, GNOME's help in XML."""
     from lxml import etree
 
     # Entities stay unresolved: a page needs none, and an entity can name a file of this machine.
@@ -243,7 +249,10 @@ _DATE = re.compile(r"\(\d{4}-\d\d-\d\d\)")
 
 
 def read_dictionary(content: bytes) -> Iterator[Document]:
-    """Yield a document for each entry of a dictionary."""
+    """Yield a document for each entry of a file of the DICT server; entries about the dictionary itself are skipped.
+
+    An entry begins with a line that is not indented, its headword.
+    """
     for entry in re.split(r"\n(?=\S)", content.decode("utf-8", errors="replace")):
         headword, _, body = entry.partition("\n")
         # Entries with such names describe the dictionary itself.
@@ -261,7 +270,10 @@ _COMMENT_BLOCK = re.compile(r"\A\s*/\*.*?\*/\s*", re.DOTALL)
 
 
 def read_code(content: bytes) -> Iterator[Document]:
-    """Yield a source file as one paragraph, without the licence notice at its top, if it is worth reading."""
+    """Yield a source file as one document of one paragraph, without the licence notice at its top.
+
+    Yield nothing for a file that is not UTF-8 or that `is_worth_reading` rejects.
+    """
     try:
         text = content.decode("utf-8")
     except UnicodeDecodeError:
@@ -275,10 +287,10 @@ def read_code(content: bytes) -> Iterator[Document]:
 
 
 def is_worth_reading(text: str) -> bool:
-    """Return whether a source file is long enough and looks as if a person wrote it.
+    """Return whether the text of a source file is long enough and looks as if a person wrote it.
 
-    Such a file has lines of at most 1,000 characters, and of at most 100 on average. At least a quarter of its
-    characters are letters or digits.
+    Such a file has at least 200 characters, of which at least a quarter are letters or digits. Its lines have at most
+    1,000 characters, and at most 100 on average.
     """
     # The limits on lines and on letters and digits are those that RedPajama filters GitHub's files with.
     lengths = [len(line) for line in text.splitlines()] or [0]

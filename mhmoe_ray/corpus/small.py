@@ -33,7 +33,7 @@ SHARD_BYTES = 16_000_000
 
 
 class ShardWriter:
-    """Writer of a domain's records into shards.
+    """Writer of a domain's records into shards: JSON lines, compressed with zstd. The caller must call `close`.
 
     Attributes:
         folder: the folder of the domain.
@@ -47,7 +47,7 @@ class ShardWriter:
         self._shard_bytes = self._shard_index = 0
 
     def add(self, record: Record) -> None:
-        """Write a record; begin a new shard if the open one is full."""
+        """Write a record, into a new shard if the open one has no room for it."""
         line = json.dumps(record, ensure_ascii=False).encode() + b"\n"
         # A record that is larger than a shard gets a shard for itself.
         if self._shard_bytes and self._shard_bytes + len(line) > SHARD_BYTES:
@@ -62,7 +62,7 @@ class ShardWriter:
         self.text_bytes += len(record["text"].encode())
 
     def close(self) -> None:
-        """Finish the open shard and give it its final name."""
+        """Finish the open shard, if there is one, and give it its final name."""
         if self._file is None:
             return
         self._file.close()
@@ -84,7 +84,7 @@ class ShardWriter:
 
 
 def write_records(folder: Path, records: Iterable[Record]) -> int:
-    """Write all records of a domain and return their number."""
+    """Write all records of a domain as shards in `folder` and return their number."""
     writer = ShardWriter(folder)
     for record in records:
         writer.add(record)
@@ -106,6 +106,7 @@ def remove_sample(folder: Path) -> None:
 # Millions of characters of the standard library: more code would drown the rest of the sample.
 CODE_MB = 4.0
 CONVERSATIONS_PER_DOCUMENT = 6
+"""Number of exchanges, a remark and its answer, in a document."""
 PYTHON_META = {"source": f"CPython {platform.python_version()}", "license": "PSF-2.0", "language": "en"}
 
 
@@ -130,7 +131,7 @@ def write_sample(folder: Path) -> dict[str, int]:
 
 
 def english_records() -> dict[str, Iterable[Record]]:
-    """Return the records of the English text of the small sample, by folder.
+    """Return the records of the English text of the small sample, by folder ("redpajama/book").
 
     Raises:
         DataError: the packages of the `sample` extra are not installed.
@@ -194,7 +195,7 @@ def _language_reference() -> Iterator[Record]:
 
 
 def _conversations(folder: Path, template: str, language: str) -> Iterator[Record]:
-    """Yield the records of conversations; a document has several short conversations on one topic.
+    """Yield the records of a language's conversations; each record has several short exchanges on one topic.
 
     Args:
         folder: the folder of a language, with a file for each topic.

@@ -9,10 +9,12 @@ from functools import lru_cache
 
 
 def source_of(domain: str) -> str:
+    """Return the source in the name of a domain."""
     return domain.partition("/")[0]
 
 
 def subfolder_of(domain: str) -> str:
+    """Return the subfolder in the name of a domain, without the source."""
     return domain.partition("/")[2]
 
 
@@ -53,24 +55,28 @@ LANGUAGE_CODES |= {"farsi": "fa", "flemish": "nl", "mandarin": "zh", "oriya": "o
 NO_LANGUAGE = ""
 """Language of documents whose record and folder name no language."""
 OTHER_LANGUAGE = "other"
+"""Language of documents whose record names a language in a form that is not recognised."""
 
-# Corpora write tags as BCP 47 does (`pt-BR`) and as locales do (`pt_BR`); the parts after the first are not used.
+# Corpora write tags as BCP 47 does (`pt-BR`) and as locales do (`pt_BR`); only the first part is used.
 _LANGUAGE_TAG = re.compile(r"([a-z]{2,16})([-_][a-z0-9]{1,8})*", re.ASCII)
 
 
 @lru_cache(maxsize=4096)
 def language_of_folder(name: str) -> str:
-    """Return the language code that a subfolder's name stands for (`de`, `pt_BR`, `german`), or NO_LANGUAGE."""
+    """Return the code of the language that a subfolder is named after, such as `de` for `german`.
+
+    Region and script are ignored (`pt_BR` gives `pt`). Return NO_LANGUAGE if the name is no known language.
+    """
     tag = _LANGUAGE_TAG.fullmatch(name.lower())
     return LANGUAGE_CODES.get(tag[1], NO_LANGUAGE) if tag else NO_LANGUAGE
 
 
 @lru_cache(maxsize=4096)
 def language_of_record(name: str | None) -> str:
-    """Return the code of the language that a record names.
+    """Return the code of the language that a record names, without region and script.
 
-    A name that is not in the table is returned in lower case, without region or script (`xyz-AB` gives `xyz`). Return
-    NO_LANGUAGE if `name` is None or empty, and OTHER_LANGUAGE if it does not look like a language tag.
+    A name that is not in `LANGUAGE_CODES` is returned in lower case (`XYZ-AB` gives `xyz`). Return NO_LANGUAGE if
+    `name` is None or empty, and OTHER_LANGUAGE if it does not look like a language tag.
     """
     if not name:
         return NO_LANGUAGE

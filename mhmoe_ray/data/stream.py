@@ -42,10 +42,14 @@ class StreamLayout(NamedTuple):
 
     @property
     def block_rows(self) -> int:
+        """Number of rows, which are samples, in a block."""
         return self.micro_batches * self.micro_batch_size
 
     def positions(self, rows: np.ndarray) -> np.ndarray:
-        """Return the position of each row's sample; rows and positions both count from the start of the stream."""
+        """Return the position of each row's sample; rows and positions both count from the start of the stream.
+
+        Blocks go to the ranks in turn, and the j-th micro-batch of rank r is number j * world_size + r.
+        """
         block, row_in_block = np.divmod(rows, self.block_rows)
         batch_in_block, sample = np.divmod(row_in_block, self.micro_batch_size)
         block_round, rank = np.divmod(block, self.world_size)
@@ -55,10 +59,11 @@ class StreamLayout(NamedTuple):
 
 
 def training_stream(spec: RunSpec, start: int, world_size: int) -> ray.data.Dataset:
-    """Return a dataset of samples `start` .. steps * M * b - 1 for `world_size` ranks.
+    """Return a dataset that streams the training samples from position `start` to the end of the training.
 
-    The last block of each rank may extend past that end; no rank reads those rows. The columns are `position` (int64)
-    and `tokens` (T + 1 unsigned integers). The caller must read the dataset with `preserve_order`.
+    Its blocks are for `world_size` ranks in turn. The last block of each rank may extend past the end of the training;
+    no rank reads those rows. The columns are `position` (int64) and `tokens` (T + 1 unsigned integers). The caller must
+    read the dataset with `preserve_order`.
     """
     rows = spec.train.steps * spec.samples_per_step - start
     b = spec.train.micro_batch_size
@@ -100,11 +105,11 @@ class TrainingSamples:
 
     @staticmethod
     def open_cached(spec: RunSpec) -> "TrainingSamples":
-        """Return the samples of a spec from a cache of this process, since its tasks read the next positions later."""
+        """Return the samples of a spec; a process opens them once and caches them for its next tasks."""
         return _open_samples(spec.model_dump_json())
 
     def locate_sample(self, position: int) -> tuple[str, int]:
-        """Return the domain of the sample at `position` and the sample's number within that domain."""
+        """Return the domain of the sample at `position`, and the sample's number within that domain, from 0."""
         domains, samples = self._order(np.array([position]))
         return self._names[domains[0]], int(samples[0])
 
@@ -125,14 +130,14 @@ class TrainingSamples:
         return rows
 
 
-# The key is JSON, since a spec is not hashable.
+# The argument is JSON, since a cache needs hashable arguments and a spec is not hashable.
 @lru_cache(maxsize=2)
 def _open_samples(spec_json: str) -> TrainingSamples:
     return TrainingSamples(RunSpec.model_validate_json(spec_json))
 
 
 def validation_samples(folder: Path, manifest: DataManifest) -> tuple[Samples, np.ndarray]:
-    """Return all held-out samples, and a mask of the targets that count.
+    """Return the validation samples of a prepared folder, and a mask of the targets that count.
 
     Samples are (samples, T + 1) with padding replaced by token 0; the mask is (samples, T).
     """

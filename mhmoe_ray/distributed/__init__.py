@@ -25,7 +25,7 @@ the number of the micro-batch.
 
     | gradient       | is                         | reduced by                                                        |
     | -------------- | -------------------------- | ----------------------------------------------------------------- |
-    | of experts     | sum over dp, over dp * ep  | our own all-reduce, FSDP with a sum, or ZeRO's expert groups      |
+    | of experts     | sum over dp / (dp * ep)    | our own all-reduce, FSDP with a sum, or ZeRO's expert groups      |
     | of the others  | mean over dp x ep          | DDP, FSDP or ZeRO                                                 |
 
 Each strategy can read the checkpoints of every other one, at any number of ranks.

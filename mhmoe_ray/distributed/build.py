@@ -31,9 +31,16 @@ def build_dispatch(spec: ClusterSpec, mesh: Mesh) -> FlatDispatch | Hierarchical
 
 
 def build_strategy(model: Decoder, mesh: Mesh, spec: RunSpec, fill: FillModel) -> Strategy:
-    """Return the strategy for a model on the meta device, whose memory and weights `fill` allocates.
+    """Return the strategy of a run, which allocates and fills the model with `fill` and shards it.
 
-    This is a collective operation. With one worker all strategies are the same, because there is nothing to shard.
+    This is a collective operation. With one worker the result is always a plain `Strategy`, because there is nothing to
+    shard.
+
+    Args:
+        model: model on the meta device.
+        mesh: mesh of this rank.
+        spec: spec of the run.
+        fill: function that allocates and fills the model's weights.
 
     Raises:
         SpecError: a package that the strategy needs is not installed.

@@ -1,4 +1,4 @@
-"""The mesh of ranks from the view of this process, with the dimensions dp and ep.
+"""The mesh of ranks from the view of this process, with the dimensions dp (data parallel) and ep (expert parallel).
 
 torch numbers the ranks of a process group in ascending order, regardless of their order in a mesh. A rank's coordinate
 in the mesh is therefore its rank in the process group only if the rows and columns of the mesh ascend. Groups that are
@@ -70,7 +70,8 @@ class Mesh:
         return self.process_groups[dimension]
 
     def ranks(self, dimension: str) -> list[int]:
-        """Return the ranks of `devices` along a dimension, which include this rank."""
+        """Return the ranks along a dimension of `devices`, those of this rank's row or column. There must be a process
+        group."""
         assert self.devices is not None
         ranks: list[int] = self.devices[dimension].mesh.tolist()
         return ranks
@@ -85,8 +86,8 @@ class Mesh:
         return range(self.coordinates["ep"] * experts_per_rank, (self.coordinates["ep"] + 1) * experts_per_rank)
 
     def expert_dtensor(self, local: torch.Tensor) -> torch.Tensor:
-        """Return this rank's experts [E/ep, ...] as a DTensor of the global shape [E, ...], without a copy; return the
-        tensor itself without a process group."""
+        """Return this rank's experts [E/ep, ...] as a DTensor of the global shape [E, ...], without a copy. Without a
+        process group, return the tensor itself."""
         if self.devices is None:
             return local
         placements = [Shard(0) if name == "ep" else Replicate() for name in self.sizes]
@@ -95,6 +96,8 @@ class Mesh:
 
 def build_mesh(spec: ClusterSpec, nodes: Sequence[str], device_type: str, domains: Sequence[str] | None = None) -> Mesh:
     """Return the mesh of the default process group, or of a single process if there is none.
+
+    With a process group this is a collective operation, which creates the groups of each dimension.
 
     Args:
         spec: cluster section of the spec; its `workers` must allow the size of the group.

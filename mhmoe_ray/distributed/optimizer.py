@@ -12,7 +12,7 @@ from mhmoe_ray.spec import TrainSpec
 
 
 def expert_parameters(model: Decoder) -> dict[str, nn.Parameter]:
-    """Return the parameters of experts, which expert parallelism distributes over ranks, by name."""
+    """Return the parameters of the routed experts that this process holds, by their name in the model."""
     return {
         f"{module_name}.{name}": parameter
         for module_name, module in model.named_modules()
@@ -22,7 +22,8 @@ def expert_parameters(model: Decoder) -> dict[str, nn.Parameter]:
 
 
 def build_optimizer(model: Decoder, spec: TrainSpec) -> torch.optim.AdamW:
-    """Return AdamW with weight decay for matrices, including those of experts, and without it for norms and biases."""
+    """Return AdamW for all parameters, with weight decay of matrices, including those of experts, but not of norms and
+    biases."""
     # Experts have parameter groups of their own because their sharding differs: they may be full tensors where the
     # others are sharded, or shards over fewer ranks.
     expert_names, decayed_names = set(expert_parameters(model)), matrix_names(model)
@@ -45,5 +46,6 @@ def learning_rate(spec: TrainSpec, step: int) -> float:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Set the learning rate of all parameter groups."""
     for group in optimizer.param_groups:
         group["lr"] = lr

@@ -25,7 +25,7 @@ RouteCounts = Sequence[Sequence[int]]
 
 
 def sum_counts(counts: Iterable[RoutingCounts]) -> RoutingCounts:
-    """Return the counts of several texts, added up field by field."""
+    """Return the sum of the counts of several texts of one model, at least one."""
     all_counts = list(counts)
 
     def field_sum(name: str) -> Any:
@@ -35,19 +35,22 @@ def sum_counts(counts: Iterable[RoutingCounts]) -> RoutingCounts:
 
 
 def expert_loads(routes: RouteCounts) -> np.ndarray:
-    """Return each expert's share of its layer's routes, times E, shape (L, E); 1 is uniform."""
+    """Return the load of each expert, its share of its layer's routes times E, shape (L, E); 1 is a uniform load."""
     return metrics.expert_loads(np.array(routes))
 
 
 def load_entropy(counts: RoutingCounts) -> np.ndarray:
-    """Return the entropy of each layer's shares of routes, divided by its maximum, shape (L,); 1 is uniform."""
+    """Return the entropy of each layer's distribution of routes over experts, shape (L,).
+
+    It is divided by its maximum, so it is 1 if all experts get equal numbers of routes.
+    """
     return metrics.load_entropy(np.array(counts.counts))
 
 
 def activated_shares(counts: RoutingCounts) -> list[float]:
-    """Return the share of activated experts for each of `THRESHOLDS`.
+    """Return the share of activated experts among the experts of all layers, for each of `THRESHOLDS`.
 
-    An expert is activated if a larger share of tokens than the threshold selects it. Experts of all layers count.
+    An expert is activated if the share of tokens that select it is above the threshold.
     """
     # A text without tokens has zeros only; `max` avoids the division of 0 by 0.
     selection_rates = np.array(counts.tokens_of) / max(1, counts.tokens)
@@ -55,7 +58,7 @@ def activated_shares(counts: RoutingCounts) -> list[float]:
 
 
 def relative_activated_shares(routes: RouteCounts) -> list[float]:
-    """Return the share of experts whose load exceeds a multiple of a uniform load, for each of `RELATIVE_THRESHOLDS`.
+    """Return the share of experts with a load above each of `RELATIVE_THRESHOLDS`, in units of a uniform load.
 
     Experts of all layers count. These shares are comparable between models with different numbers of experts or routes;
     the shares of `activated_shares` are not.
@@ -64,7 +67,7 @@ def relative_activated_shares(routes: RouteCounts) -> list[float]:
 
 
 def mean_distinct_experts(counts: RoutingCounts) -> np.ndarray:
-    """Return the mean number of different experts that the sub-tokens of one token go to together, shape (L,)."""
+    """Return the mean number of different experts that all sub-tokens of a token go to, by layer, shape (L,)."""
     histogram = np.array(counts.distinct, float)
     return np.asarray(histogram @ np.arange(histogram.shape[1]) / histogram.sum(1).clip(min=1))
 
@@ -75,9 +78,9 @@ def head_agreement(counts: RoutingCounts) -> np.ndarray:
 
 
 def mean_head_agreement(counts: RoutingCounts) -> np.ndarray | None:
-    """Return the mean of `head_agreement` over all pairs of different heads, shape (L,).
+    """Return the mean of `head_agreement` over all pairs of different heads, by layer, shape (L,).
 
-    The result is None for a model with one head.
+    Return None for a model with one head.
     """
     agreement = head_agreement(counts)
     heads = agreement.shape[1]
@@ -88,12 +91,12 @@ def mean_head_agreement(counts: RoutingCounts) -> np.ndarray | None:
 
 
 def first_choice_weight(counts: RoutingCounts) -> np.ndarray:
-    """Return the mean weight of a sub-token's first choice, shape (L,)."""
+    """Return the mean gate weight of the first choices of all sub-tokens, by layer, shape (L,)."""
     return np.asarray(np.array(counts.first_weight) / max(1, counts.tokens * len(counts.agreement[0])))
 
 
 def specialisation(text_counts: RoutingCounts, total_counts: RoutingCounts) -> float:
-    """Return the distance between the routes of one text and the routes of all texts.
+    """Return how far the routes of one text are from the routes of all texts, from 0 to 1.
 
     The distance is half the sum of the absolute differences of the experts' shares, averaged over layers. 0 means equal
     routes, and 1 means that the two use disjoint experts.

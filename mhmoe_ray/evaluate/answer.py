@@ -24,12 +24,12 @@ PROGRESS_SECONDS = 5.0
 
 
 def run_evaluation(request: EvalRequest, print_line: Callable[[str], None]) -> None:
-    """Compute an evaluation in this process and store it in the run directory.
+    """Load a checkpoint, compute the evaluation that a request asks for, and store it in the run directory.
 
-    The model runs on the process's GPU if the request asks for one.
+    The model runs in this process, on its GPU if the request asks for one.
 
     Args:
-        request: the evaluation to compute.
+        request: the request.
         print_line: a function that prints a line about progress.
 
     Raises:
@@ -87,12 +87,12 @@ def run_evaluation(request: EvalRequest, print_line: Callable[[str], None]) -> N
 
 
 def _pad_widths(widths: np.ndarray, vocab_size: int) -> np.ndarray:
-    """Pad the widths with zeros to the model's vocabulary, which may have more rows than the tokenizer has tokens."""
+    """Pad the widths of tokens with zeros to the model's vocabulary, which may have more entries than the tokenizer."""
     return np.pad(widths, (0, max(0, vocab_size - len(widths))))
 
 
 def _language_scores(domains: dict[str, Score]) -> dict[str, Score]:
-    """Return the sums of the scores by language, over the domains whose folder is named after a language."""
+    """Add up the scores of the domains of each language; domains without a language in their name are left out."""
     scores: dict[str, Score] = {}
     for domain, score in domains.items():
         if language := language_of_folder(subfolder_of(domain)):
@@ -101,9 +101,9 @@ def _language_scores(domains: dict[str, Score]) -> dict[str, Score]:
 
 
 def _progress_callback(print_line: Callable[[str], None]) -> Callable[[str, int, int], None]:
-    """Return a callback that prints progress, called with the domain, its finished samples and all its samples.
+    """Return a callback that prints the progress of a domain, at most every `PROGRESS_SECONDS` and at the domain's end.
 
-    It prints a line at most every `PROGRESS_SECONDS`, and always at the end of a domain.
+    The callback takes the domain, the number of its finished samples and the number of all its samples.
     """
     last_line_time = 0.0
 

@@ -48,7 +48,9 @@ def run_tasks(
     use_bfloat16: bool,
     question_limit: int | None,
 ) -> dict[str, dict[str, Any]]:
-    """Run tasks of lm-eval and return its results by task, with standard errors where it computes them.
+    """Evaluate a model on tasks of lm-eval and return the metrics by task, with standard errors where there are any.
+
+    The number of questions of a task is in its metric `questions`.
 
     Args:
         model: the model, in evaluation mode.
@@ -57,11 +59,11 @@ def run_tasks(
         tasks: names of lm-eval's tasks.
         task_folders: folders with tasks that lm-eval does not have itself.
         batch_size: number of sequences per forward pass.
-        use_bfloat16: compute matrix products in bfloat16.
+        use_bfloat16: True to compute matrix products in bfloat16.
         question_limit: largest number of questions of each task; None asks all.
 
     Raises:
-        SpecError: lm-eval is not installed, or has no task of that name, or a task needs generated text.
+        SpecError: lm-eval is not installed or has no task of a name, or a task needs generated text.
     """
     try:
         from lm_eval import simple_evaluate
@@ -88,7 +90,7 @@ def run_tasks(
 
 
 def _finite_metrics(result: dict[str, Any], question_count: int | None) -> dict[str, Any]:
-    """Return the finite numbers in lm-eval's result of one task, with `acc,none` shortened to `acc`.
+    """Return the metrics in lm-eval's result of one task: its finite numbers, with `acc,none` shortened to `acc`.
 
     Args:
         result: lm-eval's result of the task.
@@ -102,7 +104,7 @@ def _finite_metrics(result: dict[str, Any], question_count: int | None) -> dict[
 
 
 def _lm_eval_model(model: Decoder, tokenizer: Tokenizer, seq_len: int, batch_size: int, use_bfloat16: bool) -> Any:
-    """Return the model behind lm-eval's interface; `run_tasks` describes the arguments."""
+    """Wrap the model in lm-eval's interface, an instance of `TemplateLM`; `run_tasks` describes the arguments."""
     from lm_eval.api.model import TemplateLM
 
     class CheckpointModel(TemplateLM):
@@ -140,9 +142,9 @@ def _lm_eval_model(model: Decoder, tokenizer: Tokenizer, seq_len: int, batch_siz
             raise SpecError("task", reason, "serve the checkpoint and use lm-eval's `local-completions`")
 
     def score_pairs(pairs: Sequence[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
-        """Return the log-probability of each continuation and whether it is the greedy one, in the order of the pairs.
+        """Return the log-probability of each pair's continuation and whether it is the greedy one, in the given order.
 
-        A pair is a context and its continuation.
+        A pair is a context and its continuation, both as token ids.
         """
         # Sorting by length puts sequences of similar lengths into a batch, which needs little padding. The longest come
         # first, so a batch that is too large for the memory fails at once.
@@ -161,7 +163,7 @@ def _lm_eval_model(model: Decoder, tokenizer: Tokenizer, seq_len: int, batch_siz
 def _score_batch(
     model: Decoder, pairs: Sequence[tuple[list[int], list[int]]], seq_len: int, use_bfloat16: bool
 ) -> list[tuple[float, bool]]:
-    """Return the log-probability of each continuation, in nats, and whether it is the greedy one.
+    """Return the log-probability of each pair's continuation, in nats, and whether it is the greedy one.
 
     Only the last seq_len + 1 tokens of a pair are used: the beginning of a longer pair is cut off.
 
@@ -169,7 +171,7 @@ def _score_batch(
         model: the model, in evaluation mode.
         pairs: contexts with their continuations, which form one batch.
         seq_len: number of tokens that the model sees at once.
-        use_bfloat16: compute matrix products in bfloat16.
+        use_bfloat16: True to compute matrix products in bfloat16.
     """
     device = model.embedding.weight.device
     sequences = [(context + answer)[-(seq_len + 1) :] for context, answer in pairs]

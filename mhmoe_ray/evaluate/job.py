@@ -11,17 +11,18 @@ from mhmoe_ray.storage import location
 
 
 class EvalJob(RemoteJob[Evaluation]):
-    """The job that computes an evaluation; its result is the file in the run directory."""
+    """Request for the job that computes an evaluation; its result is the evaluation's file in the run directory."""
 
     module: ClassVar[str] = "mhmoe_ray.evaluate.job"
     kind: ClassVar[str] = "eval"
 
     request: EvalRequest
     can_grow: bool
-    """Nodes may join the cluster that the job runs on."""
+    """True if nodes may join the cluster that the job runs on."""
 
     @property
     def run(self) -> RunDir:
+        """Directory of the run whose checkpoint is evaluated."""
         return RunDir(location(self.request.run))
 
     @property
@@ -33,7 +34,7 @@ class EvalJob(RemoteJob[Evaluation]):
 
 
 def main() -> None:
-    """Compute the evaluation of the current job as a Ray task and log its errors."""
+    """Compute the evaluation that the current job's request asks for, in a Ray task; log errors for the user."""
     import ray
 
     job = EvalJob.received()
@@ -52,7 +53,7 @@ def main() -> None:
 
 
 def _check_resources(request: EvalRequest, can_grow: bool) -> None:
-    """Print what the evaluation waits for, if the cluster has no free resources for it.
+    """Check that the cluster can run the evaluation; print what it waits for if the resources are not free now.
 
     Raises:
         ClusterError: the cluster is too small and cannot grow, so the evaluation would wait forever.

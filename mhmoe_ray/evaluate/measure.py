@@ -24,7 +24,7 @@ from mhmoe_ray.spec import DataSpec
 
 
 class DomainSamples(NamedTuple):
-    """Samples of one domain, of the model's sequence length T."""
+    """Samples of one domain, each of T + 1 tokens, where T is the model's sequence length."""
 
     domain: str
     tokens: Samples
@@ -34,7 +34,7 @@ class DomainSamples(NamedTuple):
 
 
 def held_out_samples(folder: Path) -> Iterator[DomainSamples]:
-    """Yield the held-out samples of each domain, which are the samples that training validates on.
+    """Yield the held-out samples of a prepared folder by domain, the same samples that training validates on.
 
     Raises:
         DataError: the folder is not prepared.
@@ -51,10 +51,10 @@ def held_out_samples(folder: Path) -> Iterator[DomainSamples]:
 
 
 def text_samples(data: DataSpec, encoder: DocumentEncoder, seq_len: int, max_samples: int) -> Iterator[DomainSamples]:
-    """Yield the samples of each domain of raw text, whose documents are concatenated and cut into samples.
+    """Read raw text; yield the samples of each domain, whose documents are tokenised, concatenated and cut.
 
     Args:
-        data: the data section of a spec, which names the text.
+        data: the data section that names the text.
         encoder: encoder of the run's tokenizer.
         seq_len: T, the number of input tokens per sample.
         max_samples: largest number of samples per domain, taken from its beginning.
@@ -97,14 +97,10 @@ def _cut_samples(domain: str, ids: list[int], seq_len: int) -> DomainSamples:
 
 
 class RouteCounter:
-    """Counter of the routes of a decoder's forward passes, by domain."""
+    """Counter of the routes that a model's routers choose in forward passes, by domain."""
 
     def __init__(self, model: Decoder) -> None:
-        """Create a counter that has no counts yet.
-
-        Args:
-            model: a model with experts.
-        """
+        """Create a counter of the routes of a mixture-of-experts model; all counts are zero."""
         moe = model.spec.moe
         assert moe is not None
         self._moe, self._layers = moe, model.moe_layers()
@@ -118,7 +114,7 @@ class RouteCounter:
 
         Args:
             domain: the domain that the tokens of the forward pass belong to.
-            mask_BT: mask of the tokens that count.
+            mask_BT: mask of the tokens whose routes count.
         """
         shape = len(self._layers), self._moe.experts, self._moe.heads, self._moe.top_k
         self._current_counts = self._counts_by_domain.setdefault(domain, _DomainCounts.empty(*shape))
@@ -135,7 +131,7 @@ class RouteCounter:
                 handle.remove()
 
     def _layer_hook(self, layer_index: int) -> Any:
-        """Return a forward hook for the router of a layer."""
+        """Return a forward hook that counts the routes of the router of a layer."""
 
         def count_routes(_: nn.Module, __: Any, routing: Routing) -> None:
             assert self._current_counts is not None
@@ -148,7 +144,7 @@ class RouteCounter:
         return count_routes
 
     def routing_counts(self) -> dict[str, RoutingCounts]:
-        """Return the counts by domain."""
+        """Return the counts of all forward passes so far, by domain."""
         return {domain: counts.to_routing_counts() for domain, counts in self._counts_by_domain.items()}
 
 
@@ -171,7 +167,7 @@ class _DomainCounts:
         return cls(zeros(experts), zeros(heads * top_k + 1), zeros(heads, heads))
 
     def add_routes(self, layer_index: int, expert_NHK: Tensor, gate_NHK: Tensor) -> None:
-        """Count the routes of N tokens in one layer; each of their H sub-tokens has K choices."""
+        """Add the routes of N tokens in one layer; each of their H sub-tokens has K choices with their gate weights."""
         experts = self.counts_LE.shape[1]
         self.counts_LE[layer_index] += expert_NHK.flatten().bincount(minlength=experts).cpu()
         sorted_expert_NR = expert_NHK.flatten(1).sort(1).values
@@ -218,7 +214,7 @@ def measure_samples(
         widths: bytes of each of the model's tokens (`data.tokenizer.token_widths`).
         batch_size: number of samples per forward pass.
         start_token: token that begins a document; it is used if the model has `document_masks`.
-        use_bfloat16: compute matrix products in bfloat16, as the validation of a run with that precision does.
+        use_bfloat16: True to compute matrix products in bfloat16, as the validation of a run with that precision does.
         on_progress: a function that takes the domain, the number of its finished samples and that of all its samples.
     """
     device = model.embedding.weight.device

@@ -19,6 +19,7 @@ class RoutingCounts(BaseModel):
     """
 
     tokens: int
+    """Number of tokens whose routes were counted."""
     counts: list[list[int]]
     """L x E: number of routes to the expert."""
     tokens_of: list[list[int]]
@@ -32,7 +33,7 @@ class RoutingCounts(BaseModel):
 
 
 class EvalRequest(BaseModel):
-    """The text and the tasks on which a checkpoint is evaluated, and the resources for it."""
+    """Request for an evaluation: a checkpoint, the text and the tasks to evaluate it on, and the resources for it."""
 
     run: str
     """Path of the run directory."""
@@ -51,8 +52,9 @@ class EvalRequest(BaseModel):
     limit: int | None
     """Largest number of questions of each task; None asks all."""
     batch: int
+    """Number of sequences per forward pass."""
     half: bool
-    """Compute matrix products in bfloat16."""
+    """True to compute matrix products in bfloat16."""
     cpus: int
     gpus: int
 
@@ -80,14 +82,17 @@ class EvalRequest(BaseModel):
 
 
 class Evaluation(BaseModel):
-    """The result of an evaluation: scores, counts of routes and results of tasks."""
+    """Result of an evaluation: scores, counts of routes and results of tasks."""
 
     request: EvalRequest
     step: int
+    """Training step of the checkpoint."""
     tokens: int
     """Number of tokens that the checkpoint was trained on."""
     seconds: float
+    """Duration of the evaluation."""
     domains: dict[str, Score]
+    """Scores by domain; empty if no text was evaluated."""
     languages: dict[str, Score]
     """Scores by language, over the domains whose folders are named after a language."""
     routing: dict[str, RoutingCounts]
@@ -97,7 +102,7 @@ class Evaluation(BaseModel):
 
     @property
     def total_score(self) -> Score:
-        """Score over all domains."""
+        """Sum of the scores of all domains."""
         return sum(self.domains.values(), Score())
 
 

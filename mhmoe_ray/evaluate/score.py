@@ -9,7 +9,7 @@ from mhmoe_ray.runs import metrics
 
 
 class Score(BaseModel):
-    """Sums over the predicted tokens of a text. Scores of several texts add up with `+`."""
+    """Score of a model's predictions of a text, as sums over its tokens. Scores of several texts add up with `+`."""
 
     nats: float = 0.0
     """Sum of the tokens' losses, in nats."""
@@ -35,13 +35,14 @@ class Score(BaseModel):
 
     @property
     def perplexity(self) -> float | None:
+        """Perplexity of the tokens, e to the power of `loss`; None if it is larger than any float."""
         return metrics.perplexity(self.loss)
 
     @property
     def bits_per_byte(self) -> float | None:
-        """Bits per byte of text, which are comparable between tokenizers; losses per token are not.
+        """Loss in bits per byte of text, which is comparable between tokenizers; the loss per token is not.
 
-        The value is None if the text has no bytes, or if an unknown token hides how many bytes it has.
+        It is None if the text has no bytes, or if it has unknown tokens, whose bytes are not known.
         """
         if self.unknown or not self.text_bytes:
             return None

@@ -26,7 +26,10 @@ class RotaryTables(NamedTuple):
 
 
 def rotary_tables(spec: ModelSpec, position_T: Tensor) -> RotaryTables:
-    """Return RoPE's tables (arXiv 2104.09864, half-split pairing), scaled by the architecture's `query_scale`."""
+    """Return RoPE's tables of positions (arXiv 2104.09864, half-split pairing).
+
+    If the architecture has a `query_scale`, the tables of queries are multiplied by it, and those of keys are divided.
+    """
     # In float64, because the angles of late positions would lose digits in float32.
     width, position = spec.head_width, position_T.double()
     even_indices = torch.arange(0, width, 2, device=position.device, dtype=torch.float64)
@@ -39,7 +42,8 @@ def rotary_tables(spec: ModelSpec, position_T: Tensor) -> RotaryTables:
 
 
 def document_indices(token_BT: Tensor, start_token: int) -> Tensor:
-    """Return the index of each token's document within its sequence. Each start token begins a document."""
+    """Return the index (B, T) of each token's document within its sequence. Each `start_token` begins a document; the
+    tokens before the first one have index 0."""
     return token_BT.eq(start_token).cumsum(1)
 
 
@@ -53,7 +57,8 @@ def document_mask(document_BT: Tensor, dtype: torch.dtype) -> Tensor:
         document_BT: index of each token's document, int.
         dtype: dtype of the queries.
     """
-    # Every layer would convert a boolean mask into one like this, and keep its own copy for the backward.
+    # The mask is not boolean, because every layer would convert it into one like this, and keep its own copy for the
+    # backward.
     visible_BTT = (document_BT[:, :, None] == document_BT[:, None, :]).tril()
     return torch.zeros_like(visible_BTT, dtype=dtype).masked_fill_(~visible_BTT, float("-inf"))[:, None]
 
@@ -106,6 +111,7 @@ class Attention(nn.Module):
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, generator: torch.Generator | None, mask_B1TT: Tensor | None
     ) -> Tensor:
+        """Return causal attention without a KV cache: over earlier tokens and the token itself, or by the mask."""
         has_grouped_queries = self.kv_heads != self.heads
         dropout_rate = self.dropout if generator is not None else 0.0
         with default_generator_from(generator if dropout_rate else None):

@@ -22,17 +22,19 @@ R = TypeVar("R")
 
 
 class KeyValueCache(Protocol):
-    """KV cache of all tokens before the newest ones, for generation."""
+    """KV cache for generation. It has the keys and values of all tokens before the newest ones, which are the tokens of
+    the current forward pass."""
 
     position_T: Tensor
     """Positions of the newest tokens, int64. A row may have the tokens of several sequences, one after another."""
 
     def attend(self, layer: int, q_BHTC: Tensor, k_BHTC: Tensor, v_BHTC: Tensor) -> Tensor:
-        """Return the attention output of the newest tokens in a layer, and store their keys and values."""
+        """Store the keys and values of the newest tokens in layer `layer`, and return the attention output of their
+        queries over these and all earlier tokens."""
         ...
 
     def requested_rows(self, x_BTM: Tensor) -> Tensor:
-        """Return the rows of `x_BTM` whose logits the caller requested."""
+        """Return the tokens of `x_BTM` for which logits were requested; the decoder computes no others."""
         ...
 
 
@@ -54,7 +56,7 @@ class Block(nn.Module):
 
     @property
     def has_distributed_experts(self) -> bool:
-        """True if the block has experts that are distributed over ranks."""
+        """True if the block has experts that are distributed over ranks (expert parallelism)."""
         return self.moe is not None and self.moe.dispatch is not dispatch_locally
 
     def forward(
@@ -72,7 +74,8 @@ class Block(nn.Module):
             x_BTM: the tokens.
             tables: rotary tables of their positions.
             cached_attention: attention over a KV cache, for generation after earlier tokens.
-            create_generator: function that returns a new generator with the same draws each time, or None for no draws.
+            create_generator: function that returns a new generator of dropout and routing, with the same draws at each
+                call; or that returns None in evaluation.
             mask_B1TT: attention mask.
             recompute: whether the backward recomputes the part before the feed-forward layer.
         """
@@ -136,8 +139,9 @@ class Decoder(nn.Module):
 
         Args:
             token_BT: token ids, int64.
-            cache: KV cache of the earlier tokens, to which the call adds the new ones.
-            noise: randomness of a training step; used only if the spec has any.
+            cache: KV cache of the earlier tokens, to which the call adds the new ones. It selects the tokens that get
+                logits; without a cache all tokens do.
+            noise: randomness of a training step, None in evaluation; used only if the spec has any.
             document_BT: index of each token's document, int; required if the spec has `document_masks` and there is no
                 cache.
         """
@@ -180,7 +184,7 @@ class Decoder(nn.Module):
         return DecoderOutput(logits, routings)
 
     def compile_dense(self) -> None:
-        """Let torch.compile compile attention and dense feed-forward layers at their first use."""
+        """Make torch.compile compile attention and dense feed-forward layers, in place, at their first use."""
         for module in self.modules():
             if isinstance(module, Attention | FeedForward):
                 module.compile()
@@ -189,13 +193,13 @@ class Decoder(nn.Module):
         return [m for m in self.modules() if isinstance(m, MultiHeadMoE)]
 
     def named_tensors(self) -> dict[str, Tensor]:
-        """Return all parameters and buffers by name, detached, which a checkpoint has in `weights`. The buffers are the
+        """Return all parameters and buffers by name, detached: the `weights` of a checkpoint. The buffers are the
         routers' selection biases."""
         return {name: t.detach() for name, t in (*self.named_parameters(), *self.named_buffers())}
 
 
 def _recompute_in_backward(function: Callable[[Tensor], R], x_BTM: Tensor) -> R:
-    """Return `function(x_BTM)`, of which only the input is kept; the backward calls the function again."""
+    """Return `function(x_BTM)`. Only its input is kept for the backward, which calls the function again."""
     # The state of torch's default generator need not be kept, because all draws come from other generators.
     result: R = checkpoint(function, x_BTM, use_reentrant=False, preserve_rng_state=False)
     return result
@@ -214,7 +218,13 @@ def token_losses(logits_BTV: Tensor, target_BT: Tensor) -> Tensor:
 
 
 def routing_loss(spec: ModelSpec, routing: list[Routing]) -> Tensor:
-    """Return the sum over layers of load balancing loss and router z-loss, weighted by the spec, for a micro-batch."""
+    """Return the load balancing loss and the router z-loss of a micro-batch, weighted by the spec and summed over
+    layers.
+
+    Args:
+        spec: spec of the model, which must have experts.
+        routing: routing of each mixture-of-experts layer.
+    """
     assert spec.moe is not None
     layers = [spec.moe.balance_weight * r.balance_loss + spec.moe.z_weight * r.z_loss for r in routing]
     return torch.stack(layers).sum()

@@ -31,7 +31,8 @@ class FeedForward(nn.Module):
 
 
 def matrix_names(model: nn.Module) -> set[str]:
-    """Return the names of all parameters that are matrices or stacks of experts' matrices."""
+    """Return the names of all parameters that are matrices, including the stacks of experts' matrices; biases and norms
+    are not."""
     return {
         name
         for path, module in model.named_modules()
@@ -43,8 +44,8 @@ def matrix_names(model: nn.Module) -> set[str]:
 class Experts(nn.Module):
     """The experts of a layer that this process holds: all E of them, or a part of them with expert parallelism.
 
-    Each expert is a FeedForward of width d/h and hidden width f. The parameters of all experts are stacked along a
-    first dimension E. They are in the order of the function's arguments.
+    Each expert computes the same as a FeedForward of width d/h and hidden width f. The parameters of all experts are
+    stacked along a first dimension E, and registered in the order of the function's arguments.
     """
 
     def __init__(self, spec: ModelSpec, expert_ids: range) -> None:
@@ -60,26 +61,34 @@ class Experts(nn.Module):
             self.register_parameter(f"{base_name}_E{dimensions}", nn.Parameter(torch.empty(len(expert_ids), *shape)))
 
     def forward(self, x_ND: Tensor, routing: Routing, dispatch: Dispatch) -> Tensor:
-        """Run rows through all experts of the layer, also those of other ranks."""
+        """Return the result of `dispatch`: each row's sum of expert outputs weighted by gates, also from experts of
+        other ranks."""
         # It is a forward pass of this module because FSDP gathers sharded parameters for the time of a forward.
         return dispatch(x_ND, routing, self)
 
     def compute(self, x_ND: Tensor, expert_NK: Tensor, gate_NK: Tensor, capacity: int | None = None) -> Tensor:
-        """Run rows through the experts of this process, which are numbered from 0 here.
+        """Run rows through the experts of this process, and return each row's sum of outputs weighted by gates.
 
         Args:
-            x_ND, expert_NK, gate_NK: rows and routes as in `mhmoe_kernels.run_experts`.
+            x_ND, expert_NK, gate_NK: rows and routes as in `mhmoe_kernels.run_experts`. Expert numbers start at 0 for
+                the first expert of this process.
             capacity: expert capacity in rows; None if no route is dropped.
         """
         x_ND, weights = self.cast(x_ND)
         return run_experts(self.select_kernel(x_ND, weights, capacity), x_ND, expert_NK, gate_NK, weights, capacity)
 
     def select_kernel(self, x_ND: Tensor, weights: ExpertWeights, capacity: int | None = None) -> str:
-        """Return the name of the kernel for rows with the dtype and device of `x_ND`, which `cast` returned."""
+        """Return the name of the kernel for these rows and weights, which `cast` returned.
+
+        Args:
+            x_ND: rows, in the dtype and on the device of the computation.
+            weights: weights of the experts.
+            capacity: expert capacity in rows; None if no route is dropped, for which kernel `capacity` is unsuitable.
+        """
         return choose_kernel(self.kernel, x_ND, weights, capacity)
 
     def cast(self, x_ND: Tensor) -> tuple[Tensor, ExpertWeights]:
-        """Return rows and the weights of this process's experts, in autocast's dtype if autocast is on."""
+        """Return rows and the weights of this process's experts, both in autocast's dtype if autocast is on."""
         # Parameters are DTensors if training shards experts over ranks.
         x_ND, *stacked = _cast_for_autocast(x_ND, tuple(local_shard(p) for p in self.parameters()))
         return x_ND, ExpertWeights(self.function, tuple(stacked), self.recompute)

@@ -18,7 +18,7 @@ from mhmoe_ray.model.noise import seeded_generator
 
 @torch.no_grad()
 def init_weights(model: Decoder, seed: int, on_tensor: Callable[[], None] = lambda: None) -> None:
-    """Initialize every parameter and buffer of `model`; of a DTensor, this rank's shard.
+    """Set every parameter and buffer of `model` to its initial values, in place. Of a DTensor, set this rank's shard.
 
     | tensor | initial values |
     | --- | --- |
@@ -35,7 +35,7 @@ def init_weights(model: Decoder, seed: int, on_tensor: Callable[[], None] = lamb
     Args:
         model: the model to initialize.
         seed: seed of the run.
-        on_tensor: function that is called after each parameter.
+        on_tensor: function that is called after each parameter, such as a heartbeat.
     """
     # Tensors are drawn one by one: at most one full tensor, or one expert of a stack, is in CPU memory at a time.
     rescale = partial(modules_of(model.spec).rescale_initial, layers=model.spec.layers)
@@ -75,6 +75,7 @@ def _initial_values(
 
 
 def _fill_initial_values(module: nn.Module, name: str, t: Tensor, generator: torch.Generator) -> None:
+    """Fill `t` with the initial values of the table in `init_weights`, by the full name of the tensor."""
     if "norm" in name:
         nn.init.constant_(t, 0.0 if "bias" in name else 1.0)
     elif "temperature" in name:
@@ -95,6 +96,7 @@ def _fill_initial_values(module: nn.Module, name: str, t: Tensor, generator: tor
 
 
 def _fill_projection(name: str, t: Tensor, generator: torch.Generator) -> None:
+    """Fill a weight or a bias of a head or merge projection."""
     is_head = ".head." in name
     if t.ndim == 2:
         nn.init.xavier_uniform_(t, gain=2**-0.5 if is_head else 1.0, generator=generator)
@@ -105,7 +107,7 @@ def _fill_projection(name: str, t: Tensor, generator: torch.Generator) -> None:
 
 
 def _fan_in(module: nn.Module, bias_name: str) -> int:
-    """Return the fan-in of the matrix that a bias belongs to."""
+    """Return the fan-in of the matrix that a bias belongs to. `module` has both."""
     if isinstance(module, nn.Linear):
         return module.in_features
     # In a feed-forward layer the names of a bias and its matrix both begin with fc1 or fc2.

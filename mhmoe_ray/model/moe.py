@@ -22,12 +22,13 @@ from mhmoe_ray.spec import ModelSpec
 
 
 def dispatch_locally(x_ND: Tensor, routing: Routing, experts: Experts) -> Tensor:
-    """Run sub-tokens through the experts of a layer, all of which this process holds."""
+    """Return each sub-token's sum of expert outputs weighted by gates. This process must hold all experts of the
+    layer."""
     return experts.compute(x_ND, routing.expert_NK, routing.gate_NK, routing.capacity)
 
 
 def _build_projection(width: int, layers: int) -> nn.Module:
-    """Return a projection d -> d of one or several linear layers, with ReLU between them."""
+    """Return a projection from `width` to `width` values: `layers` linear layers with ReLU between them."""
     # The layers have biases, as in the authors' code, even where the rest of the model has none.
     linear_layers = [nn.Linear(width, width) for _ in range(layers)]
     if layers == 1:
@@ -80,6 +81,8 @@ class MultiHeadMoE(nn.Module):
         return y_BTM, routing
 
     def _run_experts(self, x_ND: Tensor, routing: Routing, generator: torch.Generator | None) -> Tensor:
+        """Return each sub-token's sum of expert outputs weighted by gates; with a generator, dropout applies to each
+        output before its gate."""
         if not self.dropout or generator is None:
             y_ND: Tensor = self.experts(x_ND, routing, self.dispatch)
             return y_ND

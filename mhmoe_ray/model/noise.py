@@ -12,25 +12,26 @@ EMBEDDING = -1
 
 
 def seeded_generator(name: str, device: torch.device | str = "cpu") -> torch.Generator:
-    """Return a random generator that has the same draws for the same name in every process."""
+    """Return a new random generator, seeded by `name`: it has the same draws for the same name in every process."""
     # Python's own hash of a string differs between processes.
     digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
 class Noise:
-    """Randomness of one micro-batch's forward pass. Evaluation has none."""
+    """Randomness of one micro-batch's forward pass in training. Evaluation has none."""
 
     def __init__(self, seed: int, micro_batch: int) -> None:
         self._name = f"{seed}:{micro_batch}"
 
     def generator(self, layer: int, device: torch.device) -> torch.Generator:
+        """Return a new generator for a layer, or for `EMBEDDING`, with the same draws at each call."""
         return seeded_generator(f"{self._name}:{layer}", device)
 
 
 def dropout(x: Tensor, rate: float, generator: torch.Generator | None) -> Tensor:
-    """Return x with entries set to zero with probability `rate` and the rest divided by 1 - rate; without a generator
-    or a rate, return x itself."""
+    """Return x with each entry set to zero with probability `rate`, and the rest divided by 1 - rate. If the generator
+    is None or the rate is 0, return x itself."""
     if not rate or generator is None:
         return x
     # The mask is drawn in float32, so that it does not depend on the dtype of x.

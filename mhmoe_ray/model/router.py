@@ -21,6 +21,8 @@ from mhmoe_ray.spec.model import RouterName
 
 
 class BaseScores(nn.Module, ABC):
+    """Module that computes a router's logits; the base class of all kinds."""
+
     @abstractmethod
     def __init__(self, width: int, moe: MoESpec) -> None:
         """Create uninitialized parameters.
@@ -41,6 +43,8 @@ class BaseScores(nn.Module, ABC):
 
 
 class LinearScores(BaseScores):
+    """Logits W x of router `linear`."""
+
     def __init__(self, width: int, moe: MoESpec) -> None:
         super().__init__(width, moe)
         self.weight_ED = nn.Parameter(torch.empty(moe.experts, width))
@@ -56,19 +60,23 @@ MIN_TEMPERATURE = 0.01
 
 
 class XMoEScores(BaseScores):
+    """Logits of router `xmoe`, as published: the cosines of projected rows with expert embeddings, divided by a
+    learnable temperature."""
+
     def __init__(self, width: int, moe: MoESpec) -> None:
         super().__init__(width, moe)
         self.reduce_QD = nn.Parameter(torch.empty(moe.routing_width, width))
         self.expert_EQ = nn.Parameter(torch.empty(moe.experts, moe.routing_width))
-        # The temperature itself could reach 0 within 500 steps of Adam at a learning rate of 6e-4. The parameter is a
-        # vector of one element, because neither FSDP2 nor DeepSpeed accepts scalars.
+        # The logarithm is the parameter, because the temperature itself could reach 0 within 500 steps of Adam at a
+        # learning rate of 6e-4. It is a vector of one element, because neither FSDP2 nor DeepSpeed accepts scalars.
         self.log_temperature = nn.Parameter(torch.empty(1))
 
     def forward(self, x_ND: Tensor) -> Tensor:
         return self.cosine(x_ND) / self.temperature
 
     def balance_probabilities(self, x_ND: Tensor, probability_NE: Tensor) -> Tensor:
-        """Return the probabilities at the initial temperature, which X-MoE's load balancing loss uses."""
+        """Return the probabilities NE at the initial temperature instead of the learned one, as X-MoE's load balancing
+        loss uses them."""
         # At the learned temperature, training could lower the loss just by raising the temperature.
         return (self.cosine(x_ND) / INITIAL_TEMPERATURE).softmax(-1)
 
@@ -77,10 +85,14 @@ class XMoEScores(BaseScores):
         return MIN_TEMPERATURE + widen(self.log_temperature).exp()
 
     def cosine(self, x_ND: Tensor) -> Tensor:
+        """Return the cosines NE of projected rows with expert embeddings."""
         return F.normalize(x_ND @ widen(self.reduce_QD).T, dim=-1) @ F.normalize(widen(self.expert_EQ), dim=-1).T
 
 
 class TorchscaleScores(BaseScores):
+    """Logits of router `xmoe_torchscale`, which are X-MoE's as P1's code computes them: only the expert embeddings are
+    normalized, and there is no temperature."""
+
     def __init__(self, width: int, moe: MoESpec) -> None:
         super().__init__(width, moe)
         self.reduce_QD = nn.Parameter(torch.empty(moe.routing_width, width))
@@ -98,13 +110,14 @@ SCORES_BY_ROUTER: dict[RouterName, type[BaseScores]] = {
 
 
 def build_scores(width: int, moe: MoESpec) -> BaseScores:
-    """Return the module, with uninitialized parameters, that computes the logits of `moe.router` for rows of a
-    width."""
+    """Return the module that computes the logits of router `moe.router` for rows of width `width`. Its parameters are
+    uninitialized."""
     return SCORES_BY_ROUTER[moe.router](width, moe)
 
 
 def route_counts(expert_NK: Tensor, experts: int, kept_NK: Tensor | None = None) -> Tensor:
-    """Return the number of routes per expert, int64, of all routes or of those that `kept_NK` selects."""
+    """Return the number of routes to each of `experts` experts, int64. With the mask `kept_NK`, only the routes that it
+    selects count."""
     # bincount would make the host wait for a GPU.
     weight_NK = torch.ones_like(expert_NK) if kept_NK is None else kept_NK.long()
     zero_E = torch.zeros(experts, dtype=torch.int64, device=expert_NK.device)
@@ -137,7 +150,8 @@ def updated_bias(bias_E: Tensor, count_E: Tensor, rate: float) -> Tensor:
 
 
 def capacity_mask(expert_NK: Tensor, candidate_NK: Tensor, experts: int, capacity: int) -> Tensor:
-    """Return the mask NK of the candidate routes that fit into an expert capacity of `capacity` rows.
+    """Return the mask NK of the candidate routes that fit into an expert capacity of `capacity` rows. The other
+    candidates must be dropped.
 
     Slots are assigned to all first choices before all second choices, and so on, each in the order of rows. A later
     row's first choice can therefore displace an earlier row's second choice: static routing is not causal.
@@ -183,7 +197,7 @@ class Router(nn.Module):
             self.register_buffer("bias_E", torch.zeros(moe.experts))
 
     def forward(self, x_ND: Tensor, generator: torch.Generator | None = None) -> Routing:
-        """Return the routing of rows.
+        """Return the routing of rows. The expert capacity applies only in training mode (`Module.train`).
 
         Args:
             x_ND: the rows.
@@ -194,6 +208,7 @@ class Router(nn.Module):
             return self._route(widen(x_ND), generator)
 
     def _route(self, x_ND: Tensor, generator: torch.Generator | None) -> Routing:
+        """Return the routing of rows in float32 or wider. Autocast must be off."""
         moe, rows = self.moe, len(x_ND)
         if moe.jitter and generator is not None:
             x_ND = x_ND * torch.empty_like(x_ND).uniform_(1 - moe.jitter, 1 + moe.jitter, generator=generator)
@@ -240,8 +255,8 @@ class Router(nn.Module):
         return expert_NK, gate_NK, probability_NE
 
     def _candidate_routes(self, expert_NK: Tensor, gate_NK: Tensor, generator: torch.Generator | None) -> Tensor:
-        """Return the mask NK of the candidates for a slot: all routes but the second choices that `second_expert:
-        random` leaves out."""
+        """Return the mask NK of the routes that compete for the slots of experts: all but the second choices that
+        `second_expert: random` leaves out."""
         candidate_NK = torch.ones_like(expert_NK, dtype=torch.bool)
         if self.moe.second_expert == "random" and generator is not None:
             u_N = torch.rand(len(gate_NK), device=gate_NK.device, dtype=gate_NK.dtype, generator=generator)

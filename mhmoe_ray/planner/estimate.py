@@ -34,6 +34,8 @@ in `cluster.network`."""
 
 
 class StepTime(NamedTuple):
+    """Time of one part of a training step."""
+
     name: str
     seconds: float
     """Seconds per training step."""
@@ -42,6 +44,8 @@ class StepTime(NamedTuple):
 
 
 class Estimate(NamedTuple):
+    """Estimated time of a training step, by part."""
+
     compute_times: list[StepTime]
     exchange_times: list[StepTime]
     peak_seconds: float
@@ -80,6 +84,8 @@ def estimate_step_time(spec: RunSpec, layout: Layout) -> Estimate:
 
 
 def _compute_times(spec: RunSpec, tokens: float) -> list[StepTime]:
+    """Return the times per step of a rank's computation on its `tokens` tokens: all but experts, experts if there are
+    any, and the update of weights."""
     model, moe, accelerator = spec.model, spec.model.moe, spec.cluster.accelerator
     micro_batches = tokens / spec.tokens_per_micro_batch
     flops_rate = accelerator.peak_flops(spec.train.precision) * accelerator.flops_share
@@ -106,13 +112,13 @@ def _compute_times(spec: RunSpec, tokens: float) -> list[StepTime]:
         expert_passes = _cost_factor(spec, EXPERTS) * micro_batches * model.moe_layers
         times.append(product_time("experts", expert_passes * step.flops, expert_passes * step.bytes))
     state = compute_memory(spec)
-    # The update reads all three, and writes weights and moments.
+    # The update reads weights, moments and gradients, and writes weights and moments.
     update_bytes = 2 * (state.weights + state.moments) + state.gradients
     return [*times, StepTime("update of weights", update_bytes / bandwidth, MEMORY)]
 
 
 def _cost_factor(spec: RunSpec, part: str) -> float:
-    """Return the cost of a part's forward and backward, in units of its forward."""
+    """Return the cost of a part's forward, backward and recomputation, in units of its forward."""
     # A backward costs two forwards, and recomputation one more. The output layer is in no block, so it is not
     # recomputed.
     if not spec.train.recompute or part == "output":
@@ -129,6 +135,7 @@ def _cost_factor(spec: RunSpec, part: str) -> float:
 
 
 def _exchange_times(spec: RunSpec, layout: Layout) -> list[StepTime]:
+    """Return the times per step of all exchanges. Those of expert parallelism are summed into one part."""
     dispatch_times = [exchange_time(exchange, spec, layout) for exchange in dispatch_exchanges(spec, layout)]
     times = [exchange_time(exchange, spec, layout) for exchange in reduction_exchanges(spec, layout)]
     if dispatch_times:
@@ -138,7 +145,8 @@ def _exchange_times(spec: RunSpec, layout: Layout) -> list[StepTime]:
 
 
 def exchange_time(exchange: Exchange, spec: RunSpec, layout: Layout) -> StepTime:
-    """Return the seconds per step of all calls of an exchange, and the resource that takes most of them."""
+    """Return the time per step of all calls of an exchange. Its bound is the slowest class of links, or latency if that
+    takes longer."""
     network, transfer_seconds, latency = spec.cluster.network, {}, 0.0
     for name, load in zip(LinkLoads._fields, exchange.links, strict=True):
         link = getattr(network, name)

@@ -22,7 +22,8 @@ def assumed_kernel(spec: RunSpec) -> KernelName | None:
 
 
 def may_use_cpp(spec: RunSpec) -> bool:
-    """Return whether `auto` would select `cpp` on CPUs with AMX."""
+    """Return whether a run on CPUs with AMX would get kernel `cpp`: its kernel is `auto`, and its sizes, function and
+    precision allow `cpp`."""
     model, moe, limits = spec.model, spec.model.moe, KERNELS["cpp"]
     if moe is None or moe.kernel != "auto" or spec.cluster.gpus_per_worker:
         return False
@@ -32,7 +33,8 @@ def may_use_cpp(spec: RunSpec) -> bool:
 
 
 def planned_model(spec: RunSpec) -> ModelSpec:
-    """Return the model of a run with the kernel of `assumed_kernel`, and with the `moe.recompute` that applies."""
+    """Return the model of a run with the kernel of `assumed_kernel` instead of `auto`, and with the value of
+    `moe.recompute` that applies (`RunSpec.computed_model`)."""
     model, kernel = spec.computed_model, assumed_kernel(spec)
     if model.moe is None:
         return model
@@ -83,11 +85,12 @@ def expected_drop_share(moe: MoESpec, rows: int) -> float:
     capacity, p = moe.expert_capacity(rows), moe.top_k / moe.experts
     if capacity is None or capacity >= rows:
         return 0.0
+    # Each row chooses all experts, so nothing is random, and log(1 - p) would be infinite.
     if p == 1:
         return 1 - capacity / rows
     mean, deviation = rows * p, math.sqrt(rows * p * (1 - p))
-    # Loads beyond 12 standard deviations are too improbable to matter. A narrow distribution has a long tail, for which
-    # 30 rows are added.
+    # Loads beyond 12 standard deviations are too improbable to matter. At a small mean, the tail is longer than that of
+    # a normal distribution, so 30 rows are added.
     likely_loads = range(
         max(capacity + 1, math.floor(mean - 12 * deviation)), min(rows, math.ceil(mean + 12 * deviation) + 30) + 1
     )

@@ -15,6 +15,8 @@ from mhmoe_ray.spec.base import Section
 
 
 class MatchSpec(Section):
+    """Match of a model's experts with a reference: the quantity to match, and the rounding of the solution."""
+
     to: str
     """Name of the preset whose expert layers are the reference, on this model's own trunk (everything but `moe`)."""
     by: Literal["flops", "params", "both"]
@@ -41,7 +43,7 @@ def solve_match(
     model: ModelSpec, reference: ModelSpec, match: MatchSpec, fixed_keys: Collection[str] = (), ep: int = 1
 ) -> tuple[int, int]:
     """Return the expert width f and the number of experts E of `model` that match a reference (P2, equations 8 and 9,
-    generalized to any layers and options).
+    generalized to any layers and options). A number that is not solved is returned as `model` has it.
 
     Args:
         model: the model to solve for; its values of the solved keys are ignored.
@@ -58,9 +60,10 @@ def solve_match(
     assert moe is not None
     width, experts = moe.d_expert, moe.experts
     if "d_expert" not in fixed_keys:
-        count = _parameter_count if match.by == "params" else _compute_macs
+        count = _parameter_count if match.by == "params" else _macs_without_routers
         width = _solve_key("d_expert", model, count, count(reference), match, 1)
-    # The number of experts does not change the multiply-adds but for the routers', so it is solved after the width.
+    # The number of experts changes no multiply-adds but the routers', which do not count, so it is solved after the
+    # width.
     model = _replace_moe(model, d_expert=width)
     if match.by == "both" and "experts" not in fixed_keys:
         experts = _solve_key("experts", model, _parameter_count, _parameter_count(reference), match, ep)
@@ -85,17 +88,22 @@ def matched_heads(plain: ModelSpec, heads: int, top_k: int | None = None) -> Mod
     """
     assert plain.moe is not None
     if heads < 1 or plain.d_model % heads:
-        raise SpecError(f"heads {heads}", f"{plain.d_model} does not split into so many parts", "choose another number")
+        raise SpecError(
+            f"heads {heads}", f"a width of {plain.d_model} does not split into so many parts", "choose another number"
+        )
+    # `experts` and `d_expert` are placeholders that the match replaces. The checks of the model accept them with any
+    # `top_k`.
     moe = plain.moe.model_copy(update={"heads": heads, "top_k": top_k or heads, "experts": SEARCH_LIMIT, "d_expert": 8})
     d_expert, experts = solve_match(plain.with_moe(moe), plain, MatchSpec(to="smoe", by="both"))
     return plain.with_moe(moe.model_copy(update={"d_expert": d_expert, "experts": experts}))
 
 
 def experts_without_ep(spec: RunSpec) -> int | None:
-    """Return the number of experts that would match the reference's parameters if cluster.ep need not divide it.
+    """Return the number of experts that would match the reference's parameters if cluster.ep did not have to divide it.
 
-    The result is None unless the spec has the nearest number that cluster.ep divides, and that number differs from the
-    match by more than `TOLERANCE`.
+    The result is None unless cluster.ep is what prevents the match: the spec's number of experts is the multiple of
+    cluster.ep that matches best, and it differs from the returned number by more than `TOLERANCE`. It is also None
+    without a reference that has experts.
     """
     model, reference, ep = spec.model, spec.reference_model, spec.cluster.ep
     if ep == 1 or model.moe is None or reference is None or reference.moe is None:
@@ -113,9 +121,10 @@ def experts_without_ep(spec: RunSpec) -> int | None:
 def _solve_key(
     key: str, model: ModelSpec, count: Callable[[ModelSpec], int], target: int, match: MatchSpec, divisor: int
 ) -> int:
-    """Return the value of a `moe` key whose count is nearest to the target.
+    """Return the value of the `moe` key `key` at which `count` of the model is nearest to `target`, after rounding.
 
-    The value is a multiple of the divisor, and of `match.multiple` or a half, a quarter or an eighth of it.
+    The value is a multiple of `divisor`. It is also a multiple of `match.multiple`, or of a half, a quarter or an
+    eighth of it: the largest of them with which rounding stays within `TOLERANCE`, or else the smallest.
 
     Raises:
         SpecError: everything but the experts already reaches the target.
@@ -136,8 +145,9 @@ def _solve_key(
 
 
 def _nearest_value(count_at: Callable[[int], int], target: int, step: int) -> int:
-    """Return the multiple of `step` whose count is nearest to the target."""
-    # By bisection, because counts grow with the value, but not always linearly.
+    """Return the multiple of `step` at which `count_at` is nearest to the target. Counts must not fall as values
+    grow."""
+    # A bisection, because the counts do not always grow linearly.
     upper_index = bisect_left(range(SEARCH_LIMIT), target, key=lambda n: count_at(n * step))
     return step * min(max(0, upper_index - 1), upper_index, key=lambda n: abs(count_at(n * step) - target))
 
@@ -151,7 +161,8 @@ def _replace_moe(model: ModelSpec, **moe: int) -> ModelSpec:
     return model.model_copy(update={"moe": model.moe.model_copy(update=moe)})
 
 
-def _compute_macs(model: ModelSpec) -> int:
+def _macs_without_routers(model: ModelSpec) -> int:
+    """Return the multiply-adds per token without those of the routers."""
     counts = compute_sizes(model)
     return counts.macs_per_token - counts.router_macs_per_token
 
@@ -171,12 +182,14 @@ class Comparison(NamedTuple):
         return self.model_value / self.reference
 
     def as_json(self) -> dict[str, float]:
-        """Return the comparison as `mhmoe plan --json` prints it."""
+        """Return both counts and their ratio as `mhmoe plan --json` prints them."""
         return {"own": self.model_value, "reference": self.reference, "ratio": self.ratio}
 
 
 def compare_models(model: ModelSpec, reference: ModelSpec) -> dict[str, Comparison]:
-    """Return the comparisons of a model with its reference by name, without those for which the reference has 0.
+    """Return comparisons of a model with its reference by name: parameters, multiply-adds and hidden activations.
+
+    A comparison is left out if its count is 0 for the reference, such as that of expert layers of a dense one.
 
     Equal parameters do not imply equal compute, and neither implies equal traffic of hidden activations.
     """

@@ -51,13 +51,14 @@ class Memory(NamedTuple):
         return sum(self)
 
     def as_json(self) -> dict[str, int]:
-        """Return the memory as `mhmoe plan --json` prints it."""
+        """Return all fields and their total as `mhmoe plan --json` prints them; there the key `whole` means
+        `gathered`."""
         fields = self._asdict()
         return {"whole": fields.pop("gathered"), **fields, "total": self.total}
 
 
 def compute_memory(spec: RunSpec) -> Memory:
-    """Return the memory of one rank under uniform routing."""
+    """Return the bytes, by kind, that one rank needs for training under uniform routing."""
     model, counts = spec.model, compute_sizes(spec.model)
     weights, gradients, moments = _state_bytes(spec.cluster, counts)
     tokens = spec.tokens_per_micro_batch
@@ -86,7 +87,8 @@ def checkpoint_copy_bytes(spec: RunSpec) -> int:
 
 
 def gathered_weight_bytes(spec: RunSpec) -> int:
-    """Return the bytes of gathered weights; 0 with other strategies than fsdp and zero3, or on a single rank."""
+    """Return the bytes of the weights that a rank has gathered from shards at the same time, at most; 0 with other
+    strategies than fsdp and zero3, or on a single rank."""
     # fsdp gathers the parameters outside blocks for the whole pass, the current block, and the next block in advance.
     # For zero3, `distributed/strategies/zero.py` sets the same upper bound.
     gathers_weights = spec.cluster.strategy in ("fsdp", "zero3") and spec.cluster.max_world_size > 1
@@ -145,6 +147,10 @@ def _copy_bytes(spec: RunSpec, counts: Sizes) -> int:
 
 
 def _activation_bytes_per_token(spec: RunSpec, size: int) -> int:
+    """Return the bytes per token that all layers and the loss keep from forward to backward.
+
+    With `train.recompute` this includes the largest block that is recomputed.
+    """
     model = planned_model(spec)
     moe = model.moe
     norm = model.architecture.norm_saved_bytes(model.d_model, size)
@@ -171,7 +177,7 @@ def _activation_bytes_per_token(spec: RunSpec, size: int) -> int:
 
 
 def _dropout_bytes(model: ModelSpec, size: int) -> int:
-    """Return the bytes of dropout per token."""
+    """Return the bytes per token that dropout keeps for the backward in all layers."""
     # Masks have one byte per value. Outputs of experts are kept a second time, because gates apply after dropout.
     masks = model.d_model * (1 + model.layers + model.layers - model.moe_layers)
     if model.moe is None:
@@ -190,6 +196,7 @@ def _shared_attention_bytes(spec: RunSpec, size: int) -> int:
 
 
 def _attention_bytes(model: ModelSpec, size: int) -> int:
+    """Return the bytes per token that one attention layer saves for the backward."""
     kv_width = model.n_kv_heads * model.head_width
     return model.architecture.attention_saved_bytes(model.d_model, kv_width, model.attention_heads, size)
 
@@ -212,7 +219,8 @@ def _static_layout_bytes(model: ModelSpec, tokens: int, size: int) -> int:
 
 
 def _expert_hidden_bytes(model: ModelSpec, moe: MoESpec, size: int) -> int:
-    """Return the bytes that an expert saves per hidden row, on average over rows with and without recomputation."""
+    """Return the bytes that an expert saves for the hidden row of one route, on average over routes with and without
+    recomputation."""
     has_manual_backward = moe.kernel_limits.kept_rows == "as told"
     saved_bytes = (
         model.architecture.grouped_hidden_saved_bytes if has_manual_backward else model.architecture.hidden_saved_bytes
@@ -227,11 +235,13 @@ def _router_bytes(moe: MoESpec, width: int) -> int:
 
 
 def _moe_bytes(model: ModelSpec, moe: MoESpec, size: int) -> int:
+    """Return the bytes per token that one mixture-of-experts layer saves for the backward, without the static layout of
+    kernel `capacity` and without dropout."""
     d, routes = model.d_model, moe.heads * moe.top_k
-    rows = routes * d // moe.heads * size
+    row_bytes = routes * d // moe.heads * size
     total = 0
     if moe.kernel != "capacity":
-        total += rows + routes * _expert_hidden_bytes(model, moe, size) + rows + routes * FLOAT32
+        total += row_bytes + routes * _expert_hidden_bytes(model, moe, size) + row_bytes + routes * FLOAT32
     # The result of the norm is saved if it is the operand of a matrix product.
     is_norm_saved = moe.has_head_projection or bool(moe.d_shared)
     # The router's input, unless the norm's result counts it already, and the factors of jitter.

@@ -16,7 +16,8 @@ from mhmoe_ray.planner.sizes import dense_width
 P1_EXPERTS = (8, 16, 32, 64, 128, 256)
 P1_HEADS = (2, 4, 6, 8, 12)
 P1_FITTED_WIDTHS = {8: 11_466, 16: 11_574, 32: 12_085, 64: 12_092, 128: 12_193, 256: 12_162}
-"""Expert width for h 4 by number of experts. P1's table 11 has parameters but no widths; these fit its parameters."""
+"""Expert width for h 4, by number of experts. P1's table 11 has numbers of parameters but no widths; these widths fit
+its numbers."""
 
 _P1_TRUNK = {
     "backbone": "subln",
@@ -75,11 +76,13 @@ SEQ_LEN = 2048
 
 @cache
 def paper_presets() -> Mapping[str, Preset]:
-    """Return all models of the papers, by name."""
+    """Return the presets of all models of the papers, by name, such as `p1-mhmoe-8-h4`."""
     return dict([*_first_paper(), *_rebuttal(), *_follow_up(), *_mixtral()])
 
 
 def _first_paper() -> Iterator[tuple[str, Preset]]:
+    """Yield the presets of P1's models by name: the dense model, and X-MoE and MH-MoE for each number of experts, heads
+    and choices."""
     train = {**_P1_TRAIN, **_TWO_SEQUENCES}
     yield "p1-dense", Preset("P1, the dense model", _P1_TRUNK, None, None, train, SEQ_LEN)
     for experts in P1_EXPERTS:
@@ -100,8 +103,12 @@ def _first_paper() -> Iterator[tuple[str, Preset]]:
 
 
 def _p1_moe(heads: int, experts: int, top_k: int) -> Callable[[Mapping[str, Any]], Tree]:
-    """Return a function from a trunk to P1's `moe` section. On another trunk than P1's, the expert widths are those of
-    equal parameters."""
+    """Return a function from a trunk to P1's `moe` section.
+
+    With one head, an expert is as wide as a dense layer. With several, its width is that of equal parameters; h 4 on
+    P1's own trunk has `P1_FITTED_WIDTHS` instead. The function raises a SpecError if a width of the trunk is not a
+    number.
+    """
 
     def build_section(trunk: Mapping[str, Any]) -> Tree:
         d_model, hidden = trunk.get("d_model"), dense_width(trunk)
@@ -119,7 +126,8 @@ def _p1_moe(heads: int, experts: int, top_k: int) -> Callable[[Mapping[str, Any]
 
 
 def _p1_routing(top_k: int) -> Tree:
-    """Return the routing keys of P1's `moe` section."""
+    """Return the routing keys of P1's `moe` section: static routing with a random second expert for top 2, and dropless
+    routing for any other `top_k`."""
     # torchscale's gate has only a first and a second choice. According to the review, runs with more were dropless.
     static = {"capacity_factor": 1.0, "second_expert": "random"} if top_k == 2 else {}
     # With a single choice, a normalized gate would always be 1.
@@ -128,7 +136,7 @@ def _p1_routing(top_k: int) -> Tree:
 
 def equal_parameter_width(heads: int, experts: int, d: int, hidden: int) -> int:
     """Return the largest expert width at which P1's MH-MoE layer has no more parameters than its X-MoE layer (P1,
-    appendix D, with the biases and norms of its code).
+    appendix D, with the biases and norms of its code). Routers do not count.
 
     Args:
         heads: number of heads h of the MH-MoE layer.
@@ -142,6 +150,7 @@ def equal_parameter_width(heads: int, experts: int, d: int, hidden: int) -> int:
 
 
 def _rebuttal() -> Iterator[tuple[str, Preset]]:
+    """Yield the presets of the models in P1's public review, by name."""
     six_layers = {**_P1_TRUNK, "layers": 6}
     train = {**_P1_TRAIN, "steps": 25_000, **checkpoint_intervals(25_000)}
     for top_k in (3, 4):
@@ -162,23 +171,30 @@ def _rebuttal() -> Iterator[tuple[str, Preset]]:
 
 
 def _follow_up() -> Iterator[tuple[str, Preset]]:
+    """Yield the presets of P2's models by name, each with and without a shared expert."""
     yield "p2-dense", Preset("P2, the dense model", _P2_TRUNK, None, None, _P2_TRAIN, SEQ_LEN)
-    rows: list[tuple[str, str, dict[str, int], int]] = [
+    variants: list[tuple[str, str, dict[str, int], int]] = [
         ("smoe", "SMoE", {"heads": 1, "top_k": 1, "experts": 8}, 8),
         ("fine-grained", "fine-grained SMoE", {"heads": 1, "top_k": 2, "experts": 16}, 4),
         ("mhmoe-h2", "MH-MoE h 2", {"heads": 2, "top_k": 2, "experts": 40}, 3),
         ("mhmoe-h3", "MH-MoE h 3", {"heads": 3, "top_k": 3, "experts": 96}, 2),
     ]
     for suffix, has_shared in [("", False), ("-shared", True)]:
-        for name, title, shape, eighths in rows:
+        for name, title, shape, eighths in variants:
             description = f"P2, {title}" + (" with a shared expert" if has_shared else "")
             reference = "p2-dense" if name == "smoe" else f"p2-smoe{suffix}"
-            layers = _p2_moe(shape, eighths, has_shared)
-            yield f"p2-{name}{suffix}", Preset(description, _P2_TRUNK, layers, reference, _P2_TRAIN, SEQ_LEN)
+            moe = _p2_moe(shape, eighths, has_shared)
+            yield f"p2-{name}{suffix}", Preset(description, _P2_TRUNK, moe, reference, _P2_TRAIN, SEQ_LEN)
 
 
 def _p2_moe(shape: Tree, eighths: int, has_shared: bool) -> Callable[[Mapping[str, Any]], Tree]:
-    """Return a function from a trunk to P2's `moe` section with experts `eighths` / 8 as wide as a dense layer."""
+    """Return a function from a trunk to P2's `moe` section.
+
+    Args:
+        shape: keys `heads`, `top_k` and `experts` of the section.
+        eighths: width of an expert, in eighths of the width of a dense layer.
+        has_shared: whether there is a shared expert, as wide as a dense layer.
+    """
 
     def build_section(trunk: Mapping[str, Any]) -> Tree:
         width = dense_width(trunk)
@@ -188,7 +204,7 @@ def _p2_moe(shape: Tree, eighths: int, has_shared: bool) -> Callable[[Mapping[st
 
 
 def _mixtral() -> Iterator[tuple[str, Preset]]:
-    """Yield Mixtral 8x7B as it is, and with several heads."""
+    """Yield the presets of Mixtral 8x7B by name: as it is, and with 2 and 4 heads."""
     # The review measured serving of MH-MoE in Mixtral. It states neither the width nor the number of experts, so both
     # are Mixtral's.
     shape: dict[str, Any] = {"experts": 8, "top_k": 2, "d_expert": 14_336, "every": 1, "normalize_gates": True}

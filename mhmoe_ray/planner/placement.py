@@ -1,5 +1,7 @@
-"""The placement of ranks on nodes, as a prediction of Ray's, and the ranks of each expert-parallel group. The module
-imports neither torch nor Ray."""
+"""The division of ranks into expert-parallel groups, and a prediction of the nodes on which Ray places ranks.
+
+The module imports neither torch nor Ray.
+"""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -8,9 +10,11 @@ from typing import NamedTuple
 
 
 class ExpertGroups(NamedTuple):
+    """Division of all ranks into expert-parallel groups."""
+
     ranks: list[list[int]]
-    """The dp groups of ep ranks each, in ascending order. The rank at position j of each group holds the j-th share of
-    the experts."""
+    """Ranks of each of the dp groups: ep ranks, in ascending order. The rank at position j of each group holds the j-th
+    share of the experts."""
     straddling_indices: list[int]
     """Indices of the groups whose ranks are on more than one node."""
     cross_domain_indices: list[int]
@@ -18,7 +22,7 @@ class ExpertGroups(NamedTuple):
 
     @property
     def refusal_reason(self) -> str | None:
-        """The reason to refuse these groups if `cluster.straddling` is refuse; None if there is none."""
+        """The reason to refuse these groups if `cluster.straddling` is refuse; None if each group is on one node."""
         if not self.straddling_indices:
             return None
         fraction = f"{len(self.straddling_indices)} of {len(self.ranks)}"
@@ -36,11 +40,11 @@ def expert_groups(nodes: Sequence[str], ep: int, domains: Sequence[str] | None =
         ep: number of ranks per group.
         domains: name of the domain (a rack, an NVLink domain) of each rank's node; by default there is one domain.
     """
-    # Links within a node are the fastest, then those within a domain.
     assert len(nodes) % ep == 0
     domains = domains or [""] * len(nodes)
     groups: list[list[int]] = []
     remaining_ranks = list(range(len(nodes)))
+    # Links within a node are the fastest, then those within a domain.
     for locations in (list(zip(domains, nodes, strict=True)), list(domains), [""] * len(nodes)):
         full_groups, remaining_ranks = _fill_groups(remaining_ranks, locations, ep)
         # Sorted, because torch numbers the ranks of a process group in ascending order, whatever order it gets.
@@ -59,7 +63,14 @@ def ranks_by_node(group: Sequence[int], nodes: Sequence[str]) -> list[list[int]]
 
 
 def _fill_groups(ranks: Iterable[int], locations: Sequence[object], ep: int) -> tuple[list[list[int]], list[int]]:
-    """Return groups of `ep` ranks, each at one location, and the remaining ranks in the order of locations."""
+    """Return as many groups of `ep` ranks at one location as possible, and the remaining ranks in the order of their
+    locations.
+
+    Args:
+        ranks: ranks to group.
+        locations: location of each rank, such as its node.
+        ep: number of ranks per group.
+    """
     ranks_by_location: dict[object, list[int]] = {}
     for rank in ranks:
         ranks_by_location.setdefault(locations[rank], []).append(rank)
@@ -73,6 +84,7 @@ def _fill_groups(ranks: Iterable[int], locations: Sequence[object], ep: int) -> 
 
 
 def _spanning_groups(groups: list[list[int]], locations: Sequence[str]) -> list[int]:
+    """Return the indices of the groups whose ranks are at more than one location."""
     return [i for i, group in enumerate(groups) if len({locations[rank] for rank in group}) > 1]
 
 
@@ -101,13 +113,16 @@ def capacity_shortfall(nodes: "Sequence[Node]", cpus: int, gpus: int, workers: i
 
 
 class Node(NamedTuple):
+    """Node with the resources that are counted on it: those that are free now, or all that it has."""
+
     name: str
     cpus: float
-    """Number of free CPUs."""
+    """Number of CPUs."""
     gpus: float
-    """Number of free GPUs."""
+    """Number of GPUs."""
     domain: str = ""
-    """Name of the node's domain, which a faster network connects. All nodes without a name are in one domain."""
+    """Name of the node's domain: a set of nodes that a faster network connects. Nodes with no domain name form one
+    domain."""
 
     def worker_capacity(self, cpus: int, gpus: int) -> int:
         """Return the number of workers that the node can hold, each with `cpus` CPUs and `gpus` GPUs."""
@@ -115,7 +130,7 @@ class Node(NamedTuple):
 
 
 def pack_workers(nodes: Sequence[Node], cpus: int, gpus: int, workers: int) -> list[Node]:
-    """Return the node of each rank by Ray's packing. If the nodes cannot hold all workers, the list ends early.
+    """Return the node on which Ray would place each rank. If the nodes cannot hold all workers, the list is shorter.
 
     Ray's order among equal nodes is arbitrary; here it is the order of `nodes`.
 
@@ -143,13 +158,15 @@ def pack_workers(nodes: Sequence[Node], cpus: int, gpus: int, workers: int) -> l
 
 
 def hypothetical_nodes(nodes: int, cpus: int, gpus: int, nodes_per_domain: int | None = None) -> list[Node]:
-    """Return equal hypothetical nodes, in domains of `nodes_per_domain` nodes each, or all in one domain."""
+    """Return `nodes` equal nodes with `cpus` CPUs and `gpus` GPUs each, in domains of `nodes_per_domain` nodes, or all
+    in one domain if that is None."""
     domains = [f"domain{i // nodes_per_domain}" if nodes_per_domain else "" for i in range(nodes)]
     return [Node(f"node{i}", cpus, gpus, domain) for i, domain in enumerate(domains)]
 
 
 class NodeKind(NamedTuple):
-    """Kind of a node in a group. Nodes of one kind have the same traffic."""
+    """Kind of a node, from the view of a group of ranks. In an exchange of the group, nodes of one kind have the same
+    traffic."""
 
     domain: str
     ranks: int
@@ -161,6 +178,8 @@ Spread = Counter[NodeKind]
 
 
 class Layout(NamedTuple):
+    """Placement of all ranks on nodes, and their expert-parallel groups."""
+
     nodes: list[str]
     """Name of each rank's node."""
     domains: list[str]
@@ -168,12 +187,13 @@ class Layout(NamedTuple):
     groups: ExpertGroups
 
     def spread(self, ranks: Sequence[int]) -> Spread:
+        """Return the number of nodes of each kind that hold the ranks of a group."""
         ranks_per_node = Counter((self.domains[rank], self.nodes[rank]) for rank in ranks)
         return Counter(NodeKind(domain, count) for (domain, _), count in ranks_per_node.items())
 
     @property
     def world_group(self) -> list[list[int]]:
-        """The single group of all ranks."""
+        """A list of one group, which has all ranks."""
         return [list(range(len(self.nodes)))]
 
     @property
@@ -198,4 +218,5 @@ def build_layout(rank_nodes: Sequence[Node], ep: int) -> Layout:
 
 
 def single_node_layout(workers: int, ep: int) -> Layout:
+    """Return the layout of `workers` ranks on one node."""
     return build_layout([Node("node", workers, workers)] * workers, ep)

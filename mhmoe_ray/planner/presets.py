@@ -15,6 +15,8 @@ Tree = dict[str, Any]
 
 
 class Preset(NamedTuple):
+    """Complete model with its training recipe."""
+
     description: str
     """One-line description of the model and its source."""
     trunk: Mapping[str, Any]
@@ -31,12 +33,12 @@ class Preset(NamedTuple):
 
 
 def constant_moe(**moe: Any) -> Callable[[Mapping[str, Any]], Tree]:
-    """Return a function that returns the same `moe` section for any trunk."""
+    """Return a function that returns a `moe` section of these keys for any trunk."""
     return lambda _: dict(moe)
 
 
 def checkpoint_intervals(steps: int) -> Tree:
-    """Return the keys for the intervals of validation and checkpoints in a run of `steps` steps."""
+    """Return `validate_every` and `checkpoint_every` of the `train` section for a run of `steps` steps."""
     # About sixty of each in a run, but at most one in 100 steps.
     interval = max(100, steps // 60)
     return {"validate_every": interval, "checkpoint_every": interval}
@@ -46,7 +48,7 @@ SizeName = Literal["tiny", "small", "base"]
 
 
 class Size(NamedTuple):
-    """Size of a family's models, which determines attention heads, feed-forward width, experts and learning rate."""
+    """Size of a family's models. Attention heads, feed-forward width and learning rate follow from `d_model`."""
 
     d_model: int
     layers: int
@@ -59,6 +61,7 @@ class Size(NamedTuple):
 
     @property
     def trunk(self) -> Tree:
+        """The `model` section of a family's models, without `moe`."""
         return {
             "backbone": "llama",
             "vocab_size": self.vocab_size,
@@ -111,19 +114,23 @@ def _mhmoe(_: Mapping[str, Any]) -> Tree:
 
 def _deepseek(trunk: Mapping[str, Any]) -> Tree:
     """Return the `moe` section of DeepSeekMoE (arXiv 2401.06066)."""
-    # Four times the experts at a quarter of the width, a shared expert, and a load balancing loss over all choices.
+    # Four times the experts of `_smoe` at a quarter of their width. Three of them and the shared expert compute as much
+    # as one expert of `_smoe`.
     quarter = dense_width(trunk) // 4
     shape = {"heads": 1, "experts": 32, "top_k": 3, "d_expert": quarter, "d_shared": quarter}
     return {**shape, "balance_choices": "all"}
 
 
 class Family(NamedTuple):
+    """Models of one design in all sizes. The fields mean the same as those of `Preset`."""
+
     description: str
     moe: Callable[[Mapping[str, Any]], Tree] | None
     reference: str | None
     match: MatchSpec | None = None
 
     def preset_at(self, size: SizeName) -> Preset:
+        """Return the family's preset of this size."""
         size_settings = SIZES[size]
         return Preset(
             self.description,

@@ -30,7 +30,7 @@ def find_preset(name: str, size: SizeName | None = None) -> Preset:
 
     Args:
         name: name of a family, or of one of the papers' models.
-        size: size of a family's model; by default tiny.
+        size: size of a family's model, by default tiny; it must be None for a paper's model.
 
     Raises:
         SpecError: there is no such preset, or a size is given for a model with a size of its own.
@@ -54,12 +54,13 @@ def all_presets() -> list[tuple[str, SizeName | None, Preset]]:
 
 
 def preset_origin(name: str, size: SizeName | None) -> str:
-    """Return the value of a spec's `origin` for a preset: its name, with the size if it is of a family."""
+    """Return the value of a spec's `origin` for a preset: its name, followed by a blank and its size if the preset
+    belongs to a family."""
     return f"{name} {size or DEFAULT_SIZE}" if name in FAMILIES else name
 
 
 def preset_description(origin: str) -> str:
-    """Return the description of the preset that a spec's `origin` names."""
+    """Return the description of the preset that a spec's `origin` names; a general one if there is no such preset."""
     name, _, size = origin.partition(" ")
     descriptions = (preset.description for n, s, preset in all_presets() if n == name and (not size or s == size))
     # Another version of this package may have had other presets.
@@ -67,20 +68,26 @@ def preset_description(origin: str) -> str:
 
 
 class Shorthands(Section):
+    """Top-level keys of a spec file that a complete spec does not have."""
+
     preset: str | None = None
+    """Name of a preset. The keys of the file override its keys one by one."""
     size: SizeName | None = None
+    """Size of the model, for a preset of a family; by default tiny."""
     match: MatchSpec | None = None
+    """Match that solves the expert width and the number of experts."""
 
 
 def resolve_spec(path: Path, overrides: Sequence[str] = ()) -> RunSpec:
-    """Return the complete spec of a file. A spec without shorthands stays the same.
+    """Read a spec file, replace its shorthands, and return the checked, complete spec.
 
     Args:
         path: path of a YAML file.
         overrides: `key.path=value` strings, which may set shorthands too.
 
     Raises:
-        SpecError: as in `load_resolved_spec`; also if the preset does not exist, or a match has no solution.
+        SpecError: as in `load_resolved_spec`; also if the file is a sweep, the preset does not exist, a key would be
+            ignored, or a match has no solution.
     """
     label = f"spec {path}"
     tree = read_tree(path, overrides)
@@ -91,13 +98,15 @@ def resolve_spec(path: Path, overrides: Sequence[str] = ()) -> RunSpec:
 
 
 def preset_models(preset: Preset) -> tuple[ModelSpec, ModelSpec | None]:
-    """Return a preset's model, and its reference on the same trunk or None."""
+    """Return a preset's model, and its reference model on the same trunk; None for the latter if it has none."""
     trunk, label = dict(preset.trunk), "preset"
     model = _build_model(trunk, _preset_moe(preset, trunk, label), label)
     return model, _reference_model(preset.reference, trunk, {}, label) if preset.reference else None
 
 
 def _resolve_shorthands(tree: Tree, label: str) -> Tree:
+    """Return the tree of a spec file with its shorthands replaced by the keys that they stand for. `tree` itself may
+    change."""
     shorthand_values = {key: tree.pop(key) for key in Shorthands.model_fields if key in tree}
     shorthands = validate_section(Shorthands, shorthand_values, label)
     own_model = tree.get("model", {})
@@ -133,7 +142,8 @@ def _moe_section(
 ) -> Tree | None:
     """Return the `moe` section of a spec, or None if the model is dense.
 
-    It is the preset's section, overridden by the user's own keys, with the keys that a match solves.
+    It is the preset's section, overridden by the user's own keys, with the keys that a match solves. If `own_keys` is
+    None, the user asked for a dense model.
     """
     base = preset.moe(trunk) if preset and preset.moe else {}
     moe = {**base, **own_keys} if own_keys is not None else {}
@@ -155,7 +165,7 @@ def _ep_size(tree: Tree) -> int:
 
 
 def _solve_section(moe: Tree, own_keys: Tree, match: MatchSpec, trunk: Tree, ep: int, label: str) -> Tree:
-    """Return the `moe` section with the keys that `match` solves, except the user's own keys."""
+    """Return the `moe` section with the values that `match` solves. The user's own keys keep their values."""
     # The placeholders are large, so that the check of the model accepts any `top_k`.
     placeholders = dict.fromkeys(SOLVED_KEYS[match.by] - own_keys.keys(), SEARCH_LIMIT)
     model = _build_model(trunk, {**moe, **placeholders}, label)
@@ -164,7 +174,7 @@ def _solve_section(moe: Tree, own_keys: Tree, match: MatchSpec, trunk: Tree, ep:
 
 
 def _reference_section(value: Any, trunk: Tree, moe: Tree, label: str) -> ReferenceSpec:
-    """Return the reference for the value of a file: the name of a preset, or a section."""
+    """Return the section `reference` of a spec from its value in a file: the name of a preset, or a section."""
     if isinstance(value, str):
         return ReferenceSpec(name=value, moe=_reference_model(value, trunk, moe, label).moe)
     _refuse_value(value, "reference", label)
@@ -176,7 +186,8 @@ def _reference_section(value: Any, trunk: Tree, moe: Tree, label: str) -> Refere
 
 
 def _reference_model(name: str, trunk: Tree, moe: Tree, label: str) -> ModelSpec:
-    """Return the model with a preset's experts on this trunk, in the same layers as those of the section `moe`."""
+    """Return the model with the experts of preset `name` on this trunk. The section `moe` of the model to compare sets
+    which layers have experts, if it has `every`."""
     moe_section = _preset_moe(find_preset(name), trunk, label)
     if moe_section is not None and "every" in moe:
         moe_section["every"] = moe["every"]
@@ -184,6 +195,7 @@ def _reference_model(name: str, trunk: Tree, moe: Tree, label: str) -> ModelSpec
 
 
 def _preset_moe(preset: Preset, trunk: Tree, label: str) -> Tree | None:
+    """Return a preset's `moe` section on a trunk, with the keys that its match solves; None if it is dense."""
     if preset.moe is None:
         return None
     moe = preset.moe(trunk)
@@ -206,6 +218,8 @@ def _without_unused_width(trunk: Tree, moe: Tree | None) -> Tree:
 
 
 def _refuse_unused_keys(shorthands: Shorthands, tree: Tree, own_moe: Tree, label: str) -> None:
+    """Raise a SpecError if a key of the file would be ignored: `size` without `preset`, or a reference or a solved key
+    next to `match`."""
     if shorthands.size and not shorthands.preset:
         raise SpecError(label, "'size' is given without preset, so it would be ignored", "add preset, or remove size")
     if shorthands.match is None:
@@ -220,12 +234,14 @@ def _refuse_unused_keys(shorthands: Shorthands, tree: Tree, own_moe: Tree, label
 
 
 def _refuse_value(value: Any, name: str, label: str, alternative: str = "") -> None:
+    """Raise a SpecError if the value of key `name` is not a section. `alternative` ends the remedy in its message."""
     if not isinstance(value, dict):
         raise SpecError(label, f"{name!r} is a value, not a section", f"write its keys below it{alternative}")
 
 
 def _merge(base: Any, override: Any) -> Any:
-    """Return `base` with the values of `override`, merged key by key at all levels."""
+    """Return `base` with the values of `override`, merged key by key at all levels. If either is not a mapping, the
+    result is `override`."""
     if not isinstance(base, Mapping) or not isinstance(override, Mapping):
         return override
     return {**base, **{key: _merge(base.get(key), value) for key, value in override.items()}}

@@ -10,16 +10,21 @@ _PRESET_SECTIONS = ("ModelSpec", "MoESpec", "TrainSpec", "DataSpec")
 
 
 def spec_schema() -> dict[str, Any]:
-    """Return the schema of a run's spec, including shorthands such as `preset`."""
+    """Return the JSON schema of a run's spec file.
+
+    The file may have shorthands such as `preset`, and need not have the keys that a preset can fill.
+    """
     schema, shorthands = RunSpec.model_json_schema(), Shorthands.model_json_schema()
     definitions = schema["$defs"] | shorthands.get("$defs", {})
     for name in _PRESET_SECTIONS:
         definitions[name].pop("required", None)
+    # Of the section `data`, a preset has only the sequence length.
     definitions["DataSpec"]["required"] = ["sources", "prepared"]
     # A single number of workers is a range with equal ends.
     workers = definitions["WorkerRange"]
     definitions["WorkerRange"] = {"anyOf": [{"type": "integer", "minimum": 1}, workers], "title": "WorkerRange"}
     properties = schema["properties"] | shorthands["properties"]
+    # Its validator is a plain function, for which pydantic writes no type.
     properties["storage"] = {"type": "string", "default": "runs", "description": properties["storage"]["description"]}
     # A reference may be the name of a preset.
     properties["reference"]["anyOf"].insert(0, {"type": "string"})
@@ -35,6 +40,6 @@ def spec_schema() -> dict[str, Any]:
 
 
 def sweep_schema() -> dict[str, Any]:
-    """Return the schema of a sweep file."""
+    """Return the JSON schema of a sweep file."""
     schema = SweepSpec.model_json_schema()
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "A sweep of mhmoe-ray"}

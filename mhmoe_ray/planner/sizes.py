@@ -9,6 +9,7 @@ from mhmoe_ray.errors import SpecError
 from mhmoe_ray.spec import ModelSpec, MoESpec, RunSpec
 from mhmoe_ray.spec.model import default_d_ff
 
+# Bytes per value.
 INT32 = 4
 INT64 = 8
 
@@ -47,6 +48,8 @@ class Part(NamedTuple):
 
 
 class Sizes(NamedTuple):
+    """Counts of a whole model: parameters, and multiply-adds and hidden activations per token."""
+
     parameters: int
     """Number of all parameters; a tied embedding counts once."""
     expert_parameters: int
@@ -71,7 +74,7 @@ PROJECTIONS, ROUTER, EXPERTS, SHARED = "projections", "router", "experts", "shar
 
 
 def model_parts(spec: ModelSpec) -> list[Part]:
-    """Return the parts of a model, from the embedding to the output."""
+    """Return the parts of a model, from the embedding to the output, without parts that the model does not have."""
     d, moe, dense_layers = spec.d_model, spec.moe, spec.layers - spec.moe_layers
     embedding_parameters, norms = spec.vocab_size * d, _norm_parameters(spec)
     result = [
@@ -91,15 +94,16 @@ def model_parts(spec: ModelSpec) -> list[Part]:
 
 
 def _moe_parts(spec: ModelSpec, moe: MoESpec) -> list[Part]:
+    """Return the parts of the mixture-of-experts layers, without those that have no parameters."""
     d, width, layers = spec.d_model, spec.d_model // moe.heads, spec.moe_layers
     projections = (moe.has_head_projection + moe.has_merge_projection) * moe.projection_layers
     expert = spec.architecture.expert_parameters(width, moe.d_expert)
     expert_macs = spec.architecture.expert_macs(width, moe.d_expert)
-    # The routes of a token may share experts, so it uses at most E of them.
     routes, router = moe.heads * moe.top_k, moe.router_sizes(width)
     result = [
         Part(PROJECTIONS, layers, *_all_active(projections * (d * d + d)), projections * d * d),
         Part(ROUTER, layers, *_all_active(router.parameters), moe.heads * router.macs),
+        # The sub-tokens of a token may share experts, so it uses at most E of them.
         Part(EXPERTS, layers, moe.experts * expert, min(routes, moe.experts) * expert, routes * expert_macs),
     ]
     if moe.d_shared:
@@ -109,6 +113,7 @@ def _moe_parts(spec: ModelSpec, moe: MoESpec) -> list[Part]:
 
 
 def compute_sizes(spec: ModelSpec) -> Sizes:
+    """Return the counts of a model."""
     all_parts, moe = model_parts(spec), spec.moe
     moe_parts = [p for p in all_parts if p.name in (PROJECTIONS, ROUTER, EXPERTS, SHARED)]
     return Sizes(
@@ -134,6 +139,7 @@ class BlockSizes(NamedTuple):
 
 
 def block_sizes(spec: ModelSpec) -> BlockSizes:
+    """Return the numbers of parameters in a dense block, in a block with experts, and outside blocks."""
     parameters = {part.name: part.parameters for part in model_parts(spec)}
     outside_blocks = parameters[EMBEDDING] + parameters["output"] + _parameters_per_norm(spec)
     shared = parameters["attention"] + (parameters[NORMS] - _parameters_per_norm(spec)) // spec.layers
@@ -161,6 +167,7 @@ def flops_per_token(spec: ModelSpec, seq_len: int) -> Flops:
 
 
 def _all_active(parameters: int) -> tuple[int, int]:
+    """Return the fields `parameters` and `active` of a part whose parameters are all used for every token."""
     return parameters, parameters
 
 
@@ -185,8 +192,8 @@ def _attention_parameters(spec: ModelSpec) -> int:
 
 
 def model_flops_utilisation(spec: RunSpec, tokens_per_s: float, workers: int) -> float | None:
-    """Return the model FLOPs utilization (MFU; PaLM, arXiv 2204.02311, appendix B): the ratio of the FLOPs that the
-    model needs to the peak of its accelerators.
+    """Return the model FLOPs utilization (MFU; PaLM, arXiv 2204.02311, appendix B): the ratio of the FLOP/s that the
+    model needs at this speed to the peak of its accelerators.
 
     Recomputation does not count, and causal attention counts half.
 

@@ -25,7 +25,7 @@ class LinkLoad(NamedTuple):
     """Number of messages that one rank sends one after another."""
 
     def as_json(self) -> dict[str, float]:
-        """Return the load as `mhmoe plan --json` prints it."""
+        """Return the fields as `mhmoe plan --json` prints them; there the key `most` means `maximum`."""
         return {"mean": self.mean, "most": self.maximum, "messages": self.messages}
 
 
@@ -37,7 +37,8 @@ class LinkLoads(NamedTuple):
     between: LinkLoad = LinkLoad()
 
     def scaled(self, size: float, rounds: int = 1) -> "LinkLoads":
-        """Return these fractions of a payload of `size` bytes as bytes, sent in `rounds` rounds of messages."""
+        """Return loads in bytes from loads that are fractions of a payload of `size` bytes. The payload is sent in
+        `rounds` rounds, each with the same number of messages."""
         return LinkLoads(*(LinkLoad(size * load.mean, size * load.maximum, rounds * load.messages) for load in self))
 
 
@@ -46,7 +47,12 @@ Pattern = Callable[[Spread, NodeKind], LinkLoads]
 
 
 def group_loads(groups: Iterable[Spread], pattern: Pattern) -> LinkLoads:
-    """Return the loads of an exchange by a pattern within each of these groups at the same time."""
+    """Return the loads, over the ranks of all these groups, of an exchange that each group makes within itself.
+
+    Args:
+        groups: spread of each group over nodes.
+        pattern: pattern of the exchange within a group.
+    """
     kind_loads = [(kind.ranks * nodes, pattern(group, kind)) for group in groups for kind, nodes in group.items()]
     ranks = sum(count for count, _ in kind_loads)
 
@@ -60,7 +66,8 @@ def group_loads(groups: Iterable[Spread], pattern: Pattern) -> LinkLoads:
 
 
 def all_to_all_pattern(group: Spread, kind: NodeKind) -> LinkLoads:
-    """Return the loads of an all-to-all among all ranks of a group, as fractions of the sender's rows."""
+    """Return the loads of a rank in an all-to-all that sends equally many rows to each rank of its group, as fractions
+    of the sender's rows."""
     ranks = sum(other_kind.ranks * nodes for other_kind, nodes in group.items())
     in_domain = sum(other_kind.ranks * nodes for other_kind, nodes in group.items() if other_kind.domain == kind.domain)
     message_counts = (kind.ranks - 1, in_domain - kind.ranks, ranks - in_domain)
@@ -68,7 +75,8 @@ def all_to_all_pattern(group: Spread, kind: NodeKind) -> LinkLoads:
 
 
 def to_nodes_pattern(node_share: Callable[[int, int], float]) -> Pattern:
-    """Return the pattern in which a rank sends rows to one rank of each other node, as fractions of the sender's rows.
+    """Return the pattern in which a rank sends rows to one rank of each other node. Its loads are fractions of the
+    sender's rows.
 
     Args:
         node_share: function that returns the fraction of the rows that are sent to a node, from the number of the
@@ -89,14 +97,18 @@ def to_nodes_pattern(node_share: Callable[[int, int], float]) -> Pattern:
 
 
 def within_nodes_pattern(_: Spread, kind: NodeKind) -> LinkLoads:
-    """Return the loads of an all-to-all among the ranks of each node, as fractions of the sender's rows."""
+    """Return the loads of a rank in an all-to-all among the ranks of its node, as fractions of the sender's rows."""
     remote_share = (kind.ranks - 1) / kind.ranks
     return LinkLoads(LinkLoad(remote_share, remote_share, kind.ranks - 1))
 
 
 def ring_pattern(group: Spread, kind: NodeKind) -> LinkLoads:
-    """Return the loads of a ring through all ranks of a group, as fractions of all that the sender sends, with the
-    messages of one round."""
+    """Return the loads of a rank in a ring through all ranks of its group, as fractions of what it sends. They have the
+    messages of one round, in which a part of the data passes all ranks.
+
+    Ranks of a node have equal shares of what leaves the node. `mean` and `maximum` differ because only one node of a
+    domain sends to another domain.
+    """
     # The ring goes through all ranks of a node, then through all nodes of a domain, so each node has one exit.
     ranks = sum(other_kind.ranks * nodes for other_kind, nodes in group.items())
     nodes, domains = group.total(), len({other_kind.domain for other_kind in group})
@@ -124,7 +136,7 @@ def hit_probability(experts: int, local_experts: int, top_k: int) -> float:
 
 
 class Exchange(NamedTuple):
-    """Collective operation from the view of one rank, on average if ranks differ."""
+    """Collective operation that recurs in each step, from the view of one rank; on average if ranks differ."""
 
     name: str
     ranks: int
@@ -141,10 +153,12 @@ class Exchange(NamedTuple):
 
     @property
     def sent_per_step(self) -> int:
+        """The bytes that the rank sends in all calls of a step."""
         return self.sent_bytes * self.times
 
     def as_json(self) -> dict[str, Any]:
-        """Return the exchange as `mhmoe plan --json` prints it."""
+        """Return the fields and `sent_per_step` as `mhmoe plan --json` prints them; there the key `sent` means
+        `sent_bytes`."""
         fields = self._asdict()
         links = {name: load.as_json() for name, load in self.links._asdict().items()}
         return {"sent": fields.pop("sent_bytes"), **fields, "sent_per_step": self.sent_per_step, "links": links}
@@ -161,7 +175,8 @@ def all_exchanges(spec: RunSpec, layout: Layout | None = None) -> list[Exchange]
 
 
 def dispatch_exchanges(spec: RunSpec, layout: Layout | None = None) -> list[Exchange]:
-    """Return the exchanges of expert parallelism, in the order of a layer's forward and backward.
+    """Return the exchanges of expert parallelism, in the order of a layer's forward and backward; none if
+    `cluster.ep` is 1.
 
     Hierarchical dispatch sends a row once to each other node with an expert for it, together with its k choices and
     gates. There each of the row's routes is sent to the rank of its expert. One row is sent back, the sum over the
@@ -197,6 +212,7 @@ def dispatch_exchanges(spec: RunSpec, layout: Layout | None = None) -> list[Exch
     # Under dropout each route is a row of its own.
     routes_per_row = 1 if model.dropout else moe.top_k
 
+    # Groups without rails have a flat dispatch, of `flat_size` bytes.
     def rail_pattern(size: int, flat_size: int, top_k: int) -> Pattern:
         def node_share(ranks: int, all_ranks: int) -> float:
             return hit_probability(moe.experts, moe.experts * ranks // all_ranks, top_k)
@@ -212,7 +228,7 @@ def dispatch_exchanges(spec: RunSpec, layout: Layout | None = None) -> list[Exch
     row_bytes, route_count = route_bytes // routes_per_row, tokens * moe.heads * moe.top_k
     extra_bytes = {stages[0]: route_count * (INT32 + FLOAT32), stages[3]: route_count * FLOAT32}
     result = [
-        # Two counts for each node: of rows, and of their routes.
+        # Two counts for each node: of rows, and of their routes. Every node gets them, as if a row had all experts.
         build_exchange("counts, by node", rail_pattern(2 * INT64, count_bytes, moe.experts)),
         build_exchange(
             "counts, within nodes",
@@ -235,13 +251,14 @@ def dispatch_exchanges(spec: RunSpec, layout: Layout | None = None) -> list[Exch
 
 
 def has_rails(group: Spread) -> bool:
-    """Return whether a group spans several nodes with the same number of ranks on each, as hierarchical dispatch needs
-    it."""
+    """Return whether a group spans several nodes with the same number of ranks on each. Only then can its dispatch be
+    hierarchical, along rails of the ranks at the same position on each node."""
     return group.total() > 1 and len({kind.ranks for kind in group}) == 1
 
 
 def reduction_exchanges(spec: RunSpec, layout: Layout | None = None) -> list[Exchange]:
-    """Return the exchanges of data parallelism: gradients, and weights if ranks hold shards."""
+    """Return the exchanges of data parallelism: gradients, and weights if ranks hold shards. Collectives with a single
+    rank are left out."""
     cluster, counts = spec.cluster, compute_sizes(spec.model)
     layout = layout or single_node_layout(cluster.max_world_size, cluster.ep)
     shared = FLOAT32 * (counts.parameters - counts.expert_parameters)
@@ -262,8 +279,8 @@ def reduction_exchanges(spec: RunSpec, layout: Layout | None = None) -> list[Exc
 def _collective_exchanges(
     spec: RunSpec, strategy: str, label: str, size: int, layout: Layout, groups: list[list[int]]
 ) -> list[Exchange]:
-    """Return the exchanges that reduce gradients, and gather weights if ranks hold shards, for `size` bytes of weights
-    in each of these groups.
+    """Return the exchanges by which each of these groups reduces the gradients of its `size` bytes of weights, and
+    gathers the weights if ranks hold shards.
 
     Blocks and buckets count as if they were sent in one piece. ZeRO 3 may still have up to two gathered blocks from the
     forward when the backward begins, which the count does not subtract.

@@ -27,13 +27,13 @@ def count_worker_nodes(site: SiteSpec, run: RunSpec) -> int:
     """Return the number of worker nodes that the run uses with its largest number of workers.
 
     Raises:
-        SpecError: one of its workers is larger than a node, or the nodes are too few; or no node has CPUs left for the
-            data stream.
+        SpecError: one of its workers is larger than a node, the nodes are too few, or its workers and the data nodes
+            leave too few CPUs for the data stream.
     """
     group, cluster = site.workers, run.cluster
     worker_count, cpus, gpus = cluster.workers.max, cluster.cpus_per_worker, cluster.gpus_per_worker
     nodes = [Node(f"worker {i}", group.cpus, group.gpus) for i in range(group.max)]
-    # The planner packs the workers of a run in the same way when the run starts.
+    # Ray packs the workers of a run in the same way when the run starts.
     worker_nodes = pack_workers(nodes, cpus, gpus, worker_count)
     if len(worker_nodes) < worker_count:
         reason = (
@@ -50,6 +50,7 @@ def count_worker_nodes(site: SiteSpec, run: RunSpec) -> int:
 
 
 HEADER = "# Rendered by `mhmoe cluster render`: change the site's file, not this one.\n"
+"""First line of each rendered YAML file, except the spec of a run."""
 
 
 def render_files(
@@ -71,8 +72,8 @@ def render_files(
 
 
 def _iter_files(site: SiteSpec, run: RunSpec | None, application: dict[str, Any] | None) -> Iterator[tuple[str, str]]:
+    """Yield the path and the text of each file; for arguments and errors see `render_files`."""
     yield "kuberay/raycluster.yaml", _yaml_text(kuberay.ray_cluster(site))
-    # A run that does not fit is refused before any of its files is rendered.
     if run:
         count_worker_nodes(site, run)
         _check_storage(site, run)
@@ -102,10 +103,11 @@ def _iter_files(site: SiteSpec, run: RunSpec | None, application: dict[str, Any]
 
 
 def _check_storage(site: SiteSpec, run: RunSpec) -> None:
-    """Raise if a run's directory or data is not on the site's storage, where all nodes read and write them.
+    """Raise if not all nodes of the site can read and write a run's directory and its prepared data.
 
     Raises:
-        SpecError: one of them is elsewhere, or the spec does not declare a shared filesystem.
+        SpecError: one of them is neither on the site's storage nor in an object store, or the spec does not set
+            cluster.shared_filesystem.
     """
     mount = site.storage.mount
     for key, path in (("storage", run.storage), ("data.prepared", run.data.prepared)):
@@ -116,6 +118,7 @@ def _check_storage(site: SiteSpec, run: RunSpec) -> None:
 
 
 def _check_path(site: SiteSpec, path: str, subject: str, fix: str) -> None:
+    """Raise a SpecError if a path is neither on the site's storage nor in an object store."""
     # All nodes reach an object store, wherever the site mounts its own storage.
     if "://" not in path and not path.startswith(f"{site.storage.mount}/"):
         raise SpecError(subject, f"{path} is not below {site.storage.mount}, which nodes of the site share", fix)

@@ -39,6 +39,7 @@ WORKDIR /home/ray
 
 
 def containerfile() -> str:
+    """Return the text of the container file, which builds the image of all nodes with the installed version of Ray."""
     environment = " \\\n    ".join(f"{name}={value}" for name, value in ENVIRONMENT.items())
     return CONTAINERFILE.format(ray=version("ray"), uid=UID, environment=environment)
 
@@ -50,16 +51,17 @@ IDLE_SECONDS = 300
 STEP_PERCENT, STEP_SECONDS, SURGE_PERCENT = 25, 30, 100
 """Per cent of requests that an upgrade moves in one step, seconds between steps, and per cent of extra replicas."""
 PORTS = {"metrics": 8080, "serve": 8000}
-"""Ports of all nodes."""
+"""Ports that every node's pod has, by name."""
 HEAD_PORTS = {"gcs": 6379, "dashboard": 8265, "client": 10001, **PORTS}
 
 
 def ray_cluster(site: SiteSpec) -> dict[str, Any]:
+    """Return the manifest of a RayCluster: a cluster that stays until it is deleted."""
     return _manifest("RayCluster", site, site.name, _cluster_spec(site))
 
 
 def ray_job(site: SiteSpec, spec_path: str, name: str) -> dict[str, Any]:
-    """Return a RayJob: a cluster that trains one run and is removed with it.
+    """Return the manifest of a RayJob: a cluster that trains one run and is removed with it.
 
     Args:
         site: the description of the cluster.
@@ -84,7 +86,7 @@ def ray_job(site: SiteSpec, spec_path: str, name: str) -> dict[str, Any]:
 
 
 def ray_service(site: SiteSpec, application: dict[str, Any]) -> dict[str, Any]:
-    """Return a RayService: an application of Ray Serve on a cluster of its own.
+    """Return the manifest of a RayService: an application of Ray Serve on a cluster of its own.
 
     A changed application, for example one with a newer checkpoint, takes over while both versions answer.
 
@@ -113,6 +115,11 @@ def ray_service(site: SiteSpec, application: dict[str, Any]) -> dict[str, Any]:
 
 
 def _manifest(kind: str, site: SiteSpec, name: str, spec: dict[str, Any]) -> dict[str, Any]:
+    """Return the manifest of an object of this kind, with its name, namespace and label.
+
+    Raises:
+        SpecError: KubeRay or Kubernetes does not accept the name.
+    """
     if len(name) > MAX_NAME_LENGTHS[kind]:
         reason = f"its name has {len(name)} characters, and KubeRay takes {MAX_NAME_LENGTHS[kind]}"
         raise SpecError(f"{kind} {name}", reason, "give the site, or the run, a shorter name")
@@ -126,6 +133,7 @@ def _manifest(kind: str, site: SiteSpec, name: str, spec: dict[str, Any]) -> dic
 
 
 def _cluster_spec(site: SiteSpec) -> dict[str, Any]:
+    """Return the `spec` of a RayCluster, which a RayJob and a RayService contain too."""
     spec: dict[str, Any] = {
         "rayVersion": version("ray"),
         # The operator makes a token and gives it to all pods. Without a token the dashboard takes jobs from everybody.
@@ -149,6 +157,7 @@ def _cluster_spec(site: SiteSpec) -> dict[str, Any]:
 
 
 def _group_spec(site: SiteSpec, name: str, group: GroupSpec) -> dict[str, Any]:
+    """Return the specification of a group of equal worker pods, which the autoscaler grows and shrinks."""
     return {
         "groupName": name,
         "replicas": group.min,
@@ -161,6 +170,14 @@ def _group_spec(site: SiteSpec, name: str, group: GroupSpec) -> dict[str, Any]:
 
 
 def _pod_template(site: SiteSpec, name: str, node: NodeSpec, ports: dict[str, int]) -> dict[str, Any]:
+    """Return the template of a pod with one container, which gets a node's resources and mounts the site's storage.
+
+    Args:
+        site: the description of the cluster.
+        name: the name of the container.
+        node: the resources of the pod.
+        ports: the ports of the container, by name.
+    """
     resources: dict[str, str] = {"cpu": str(node.cpus), "memory": f"{node.memory_gib}Gi"}
     if node.gpus:
         resources["nvidia.com/gpu"] = str(node.gpus)
@@ -182,7 +199,8 @@ def _pod_template(site: SiteSpec, name: str, node: NodeSpec, ports: dict[str, in
             "containers": [container],
             "volumes": [
                 {"name": "storage", "persistentVolumeClaim": {"claimName": site.storage.claim}},
-                # Ray keeps objects in shared memory, of which a container has 64 MB by default.
+                # Ray keeps objects in shared memory, of which a container has 64 MB by default. A third of the node's
+                # memory is enough, because Ray's object store takes 30 %.
                 {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": f"{max(1, node.memory_gib // 3)}Gi"}},
             ],
             **({"tolerations": [_GPU_TOLERATION]} if node.gpus else {}),

@@ -25,7 +25,7 @@ def prometheus_config(ray_folder: str) -> dict[str, Any]:
 
 
 def pod_monitor(site: SiteSpec) -> dict[str, Any]:
-    """Return the PodMonitor for all pods of the cluster, which the Prometheus operator on Kubernetes reads."""
+    """Return a PodMonitor, by which Kubernetes' Prometheus operator finds all Ray pods of the site's namespace."""
     return {
         "apiVersion": "monitoring.coreos.com/v1",
         "kind": "PodMonitor",
@@ -41,14 +41,16 @@ def pod_monitor(site: SiteSpec) -> dict[str, Any]:
     }
 
 
-# Grafana makes this window long enough for several scrapes, which a rate needs.
+# Grafana replaces this variable by a window of at least four scrapes; a rate needs two or more.
 RATE_WINDOW = "$__rate_interval"
 
 
 class Panel(NamedTuple):
+    """A panel of a Grafana dashboard."""
+
     title: str
     queries: dict[str, str]
-    """Queries by legend, in which {{name}} stands for a label."""
+    """Queries in PromQL by legend; {{name}} in a legend stands for the value of a label."""
     unit: Unit = "short"
     kind: PanelKind = "timeseries"
     help: str = ""
@@ -56,22 +58,28 @@ class Panel(NamedTuple):
 
 
 class Dashboard(NamedTuple):
+    """A Grafana dashboard of runs or of served models, among which a variable chooses."""
+
     name: str
     title: str
     label: str
-    """Name of the label by which a variable of the same name chooses among runs or models."""
+    """Name of the variable and of the metrics' label that it filters: `run` or `model`."""
     source_metric: str
-    """Name of a metric that has the label."""
+    """Name of a metric with this label, whose values are the choices of the variable."""
     panels: list[Panel]
 
 
 def _run_series(name: str) -> str:
+    """Return the PromQL selector of a training metric of the chosen runs."""
     # Grafana writes a choice of several runs as a regular expression, hence =~.
     return f'ray_{PREFIX}{name}{{run=~"$run"}}'
 
 
 def _run_panels(dashboard: str) -> list[Panel]:
-    """Return the panels of a dashboard that the registry of metrics declares; metrics with the same title share one."""
+    """Return the panels that the registry of metrics declares for a dashboard, `training` or `routing`.
+
+    Metrics whose panels have the same title share one panel.
+    """
     series = {name: _run_series(name) for name in METRICS}
     panels: dict[str, Panel] = {}
     for metric in METRICS.values():
@@ -93,15 +101,18 @@ def _run_panels(dashboard: str) -> list[Panel]:
 
 
 def _model_series(name: str) -> str:
+    """Return the PromQL selector of a serving metric of the chosen models."""
     return f'ray_mhmoe_{name}{{model=~"$model"}}'
 
 
 def _rate_query(name: str, label_names: str = "model") -> str:
+    """Return the query of a counter's increase per second, summed for each value of the labels."""
     return f"sum by ({label_names}) (rate({_model_series(name)}[{RATE_WINDOW}]))"
 
 
 def _quantile_queries(name: str) -> dict[str, str]:
-    # Ray exports the buckets of a histogram as counters, whose names it ends with _total.
+    """Return the queries of the median and the 95 % quantile of a histogram of seconds, by legend."""
+    # serve/ray_metrics.py counts each bucket in a counter, and Ray ends the names of counters with _total.
     buckets = _rate_query(f"{name}_seconds_bucket_total", "model, le")
     return {f"{{{{model}}}} {share:.0%}": f"histogram_quantile({share}, {buckets})" for share in (0.5, 0.95)}
 
@@ -137,13 +148,15 @@ DASHBOARDS = (TRAINING, ROUTING, SERVING)
 
 
 SCHEMA_VERSION = 39
-"""Version of the dashboard format of Grafana 10 and later."""
+"""Version of Grafana's dashboard format. A newer Grafana migrates a dashboard when it loads it."""
 PANEL_WIDTH, PANEL_HEIGHT = 12, 8
-"""Size of a panel; a row is 24 wide."""
+"""Size of a panel in units of Grafana's grid, which is 24 units wide."""
 DATASOURCE = {"type": "prometheus", "uid": "${datasource}"}
+"""Reference to the Prometheus that the variable `datasource` of a dashboard chooses."""
 
 
 def dashboard_json(dashboard: Dashboard) -> dict[str, Any]:
+    """Return a dashboard in Grafana's JSON format."""
     return {
         "uid": f"mhmoe-{dashboard.name}",
         "title": dashboard.title,
@@ -162,6 +175,7 @@ def _datasource_variable() -> dict[str, Any]:
 
 
 def _label_variable(dashboard: Dashboard) -> dict[str, Any]:
+    """Return the dashboard's variable that chooses one, several or all runs or models."""
     return {
         "name": dashboard.label,
         "type": "query",
@@ -176,6 +190,7 @@ def _label_variable(dashboard: Dashboard) -> dict[str, Any]:
 
 
 def _panel_json(panel: Panel, number: int) -> dict[str, Any]:
+    """Return a panel in Grafana's JSON format; `number` counts from 0 and gives its place, two panels in a row."""
     # A bar gauge compares the newest values, from 0 on; other panels show values over time.
     is_bar_gauge = panel.kind == "bargauge"
     return {
@@ -207,7 +222,10 @@ def _panel_json(panel: Panel, number: int) -> dict[str, Any]:
 
 
 def provisioning_files() -> dict[str, Any]:
-    """Return the files that Grafana reads when it starts, by path below its folder `provisioning`."""
+    """Return the contents of the files that Grafana reads when it starts, by path below its folder `provisioning`.
+
+    They name Prometheus as a data source, and the folder of the dashboards.
+    """
     source = {"name": "Prometheus", "type": "prometheus", "url": "http://localhost:9090", "isDefault": True}
     folder = {"name": "mhmoe", "type": "file", "options": {"path": "/var/lib/grafana/dashboards"}}
     return {

@@ -9,9 +9,11 @@ TOKEN_PATH = "/home/ray/.ray/auth_token"
 """Path of the token in the container of each node."""
 IDLE_MINUTES = 10
 GCS_PORT = 6379
-# `ray start` makes an open cluster by default. The dashboard listens on loopback: `ray dashboard` makes a tunnel to it.
+# `ray start` makes an open cluster unless it finds a token or is told to require one. The limit of open files is that
+# of Ray's own cluster files.
 _SETUP = f"export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH={TOKEN_PATH}; ulimit -n 65536"
-# Without the autoscaling configuration the head would start no worker.
+# Without the autoscaling configuration the head would start no worker. The dashboard listens on loopback, because
+# `ray dashboard` reaches it through a tunnel.
 _START_HEAD = (
     f"{_SETUP}; ray start --head --port={GCS_PORT} --dashboard-host=127.0.0.1 --num-cpus=0 --disable-usage-stats "
     "--autoscaling-config=~/ray_bootstrap_config.yaml"
@@ -23,12 +25,15 @@ GCP_CPU_FAMILY, GCP_GPU_FAMILY = "common-cpu", "common-cu129-ubuntu-2404-nvidia-
 
 
 def aws_config(site: SiteSpec, cloud: CloudSpec) -> dict[str, Any]:
+    """Return the cluster file for AWS."""
+
     def node_config(kind: str, spot: bool) -> dict[str, Any]:
         market = {"InstanceMarketOptions": {"MarketType": "spot"}} if spot else {}
         disk = {"DeviceName": "/dev/sda1", "Ebs": {"VolumeSize": 200, "VolumeType": "gp3"}}
         image = {"ImageId": cloud.image} if cloud.image else {}
         return {"InstanceType": kind, **image, "BlockDeviceMappings": [disk], **market}
 
+    # By default Ray only stops idle machines and keeps them for reuse.
     provider = {"type": "aws", "region": cloud.region, "cache_stopped_nodes": False}
     if cloud.zone:
         provider["availability_zone"] = cloud.zone
@@ -39,13 +44,15 @@ def aws_config(site: SiteSpec, cloud: CloudSpec) -> dict[str, Any]:
 
 
 def gcp_config(site: SiteSpec, cloud: CloudSpec) -> dict[str, Any]:
+    """Return the cluster file for GCP."""
+
     def node_config(kind: str, spot: bool, gpus: int = 0) -> dict[str, Any]:
         image = cloud.image or f"{GCP_IMAGES}/{GCP_GPU_FAMILY if gpus else GCP_CPU_FAMILY}"
         disk = {"boot": True, "autoDelete": True, "type": "PERSISTENT"}
         disk |= {"initializeParams": {"diskSizeGb": 200, "sourceImage": image}}
         scheduling: list[dict[str, Any]] = [{"preemptible": True}] if spot else []
         if gpus:
-            # A machine with GPUs cannot move to another host.
+            # GCP cannot move a running machine with GPUs to another host.
             scheduling.append({"onHostMaintenance": "TERMINATE"})
         return {"machineType": kind, "disks": [disk], **({"scheduling": scheduling} if scheduling else {})}
 
@@ -56,7 +63,7 @@ def gcp_config(site: SiteSpec, cloud: CloudSpec) -> dict[str, Any]:
 
 
 def on_premise_config(site: SiteSpec, hosts: OnPremiseSpec) -> dict[str, Any]:
-    """Return the cluster file for on-premise machines. All of them are alike, so there are no separate data nodes."""
+    """Return the cluster file for on-premise machines, which has one kind of worker and no separate data nodes."""
     provider = {"type": "local", "head_ip": hosts.head, "worker_ips": list(hosts.workers)}
     return {**_common_config(site, provider, hosts.user), "max_workers": len(hosts.workers)}
 
@@ -72,8 +79,15 @@ def _cloud_config(site: SiteSpec, provider: dict[str, Any], user: str, types: di
 
 
 def _common_config(site: SiteSpec, provider: dict[str, Any], user: str) -> dict[str, Any]:
+    """Return the part of a cluster file that all providers share: the container, the storage and the start of Ray.
+
+    Args:
+        site: the description of the cluster.
+        provider: the section `provider` of the cluster file.
+        user: the user that Ray's launcher logs in as by ssh.
+    """
     mount = site.storage.mount
-    # Docker would make the folder for root alone, but Ray runs as another user in the container.
+    # Docker would create the folder as root, and Ray, which is another user in the container, could not write to it.
     commands = [f"mkdir -p -m 1777 {RAY_FOLDER}"]
     if site.storage.nfs:
         commands += [
@@ -112,6 +126,7 @@ def _node_types(site: SiteSpec, head: Any, data: Any, workers: Any) -> dict[str,
 
 
 def _node_type(group: GroupSpec, node_config: dict[str, Any]) -> dict[str, Any]:
+    """Return the node type of a group: the provider's configuration, the resources, and the autoscaler's limits."""
     labels = {"labels": dict(group.labels)} if group.labels else {}
     return {
         "node_config": node_config,

@@ -2,7 +2,8 @@
 
 from mhmoe_ray.spec.site import SiteSpec, SlurmSpec
 
-# SLURM sends USR1 180 s before the time of a job is over, which leaves time for a last checkpoint.
+# SLURM sends USR1 180 s before the time of a job is over, which leaves time for a last checkpoint. A drain
+# timeout of 0 lets Ray stop at once: by default `ray start --block` first drains its node for up to 30 s.
 TEMPLATE = """\
 #!/bin/bash
 #SBATCH --job-name={name}
@@ -27,7 +28,7 @@ umask 077
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$HOME/.mhmoe-token-$SLURM_JOB_ID
 head -c 32 /dev/urandom | od -An -tx1 | tr -d ' \\n' > "$RAY_AUTH_TOKEN_PATH"
 
-# Other jobs may run clusters on the same nodes, so the ports depend on the job.
+# Other Ray clusters may run on the same nodes, so the ports depend on the job.
 port=$(({port} + SLURM_JOB_ID % 1000))
 board=$(({board} + SLURM_JOB_ID % 1000))
 mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
@@ -71,6 +72,7 @@ mhmoe status "$run"
 
 
 def batch_script(site: SiteSpec, slurm: SlurmSpec) -> str:
+    """Return the text of the batch script, which takes the path of a run's spec as its argument."""
     workers = site.workers
     return TEMPLATE.format(
         name=site.name,

@@ -20,7 +20,7 @@ from mhmoe_ray.spec import RunSpec
 
 @dataclass(frozen=True)
 class RunFigures:
-    """The numbers of one run."""
+    """The numbers of one run, read from its run directory."""
 
     run: RunDir
     spec: RunSpec
@@ -41,6 +41,7 @@ class RunFigures:
 
     @cached_property
     def sizes(self) -> Sizes:
+        """Sizes of the run's model."""
         return compute_sizes(self.spec.model)
 
     @cached_property
@@ -55,7 +56,7 @@ class RunFigures:
 
     @property
     def held_out(self) -> str:
-        """Key of the data of the run's validation losses: equal keys mean comparable losses.
+        """Key of the run's held-out text: validation losses of two runs with equal keys can be compared.
 
         It consists of the folder of the prepared data and, if preparation recorded them, the number of held-out tokens
         and their unigram entropy.
@@ -76,6 +77,7 @@ class RunFigures:
 
     @property
     def is_finished(self) -> bool:
+        """True if all steps of the spec are done."""
         return self.steps >= self.spec.train.steps
 
     @property
@@ -131,13 +133,13 @@ class Routes(NamedTuple):
     distinct: float | None
     """Mean number of different experts per token, divided by its number of routes: 1 means that all are different."""
     agreement: float | None
-    """Mean agreement of different heads, over layers."""
+    """Mean over layers of how often different heads agree on an expert; None without an evaluation or with one head."""
 
 
 def read_routes(figures: RunFigures) -> Routes | None:
-    """Return the routes of a run, from the newest evaluation that counted them, else from the newest training counts.
+    """Return a summary of the routes of a run; None for a dense model and for a run without counts.
 
-    None for a dense model and for a run without counts.
+    The routes are those that the newest evaluation on held-out text counted, else the newest counts of the training.
     """
     evaluated = [e for e in figures.evaluations if e.routing]
     if evaluated:

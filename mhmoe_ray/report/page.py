@@ -31,7 +31,7 @@ MAX_LOAD = 2.0
 
 
 def write_report(runs: Sequence[RunDir], folder: Path, baseline: str | None = None) -> list[Verdict]:
-    """Write the page and its PNGs.
+    """Write a report that compares runs: the page, and its figures as PNGs.
 
     Args:
         runs: the runs, which must have been trained, not imported.
@@ -98,7 +98,7 @@ def write_report(runs: Sequence[RunDir], folder: Path, baseline: str | None = No
 def _find_baseline(
     all_variants: Sequence[Variant], name: str | None, compared: Sequence[RunFigures], trained: Sequence[RunFigures]
 ) -> Variant:
-    """Return the variant of this name, by default the first one.
+    """Return the variant of this name, or the first one if `name` is None.
 
     Raises:
         RunError: no compared variant has this name; the reason says whether its runs were left out.
@@ -115,10 +115,12 @@ def _find_baseline(
 
 
 def _translated_write_errors(folder: Path) -> AbstractContextManager[None]:
+    """Context manager that turns an OSError into a DataError about the report's folder."""
     return pictures.writing(f"report {folder}", "name a folder you can write")
 
 
 def _environment() -> Environment:
+    """Return the Jinja environment of the page, with the filter `number`, which formats a number and hides None."""
     environment = Environment(loader=PackageLoader("mhmoe_ray.report", "."), autoescape=select_autoescape())
     environment.filters["number"] = lambda value, form=",": "" if value is None else format(value, form)
     return environment
@@ -170,6 +172,7 @@ def _write_figure(figure: "Figure", png: Path) -> str:
 
 
 def _variant_row(variant: Variant, baseline: Variant, step: int | None, routes: Routes | None) -> dict[str, Any]:
+    """Return the row of a variant in the page's tables of results and of sizes."""
     moe, has_several_runs = variant.first_run.spec.model.moe, len(variant.runs) > 1
     return {
         "name": variant.name,
@@ -220,10 +223,12 @@ def _unequal_conditions(all_variants: Sequence[Variant]) -> list[str]:
 
 
 def _leaves(spec: RunSpec) -> Iterator[tuple[str, Any]]:
+    """Yield each dotted key of the model, the data and the training in a spec, with its value."""
     return dotted_items(spec.model_dump(mode="json", include={"model", "data", "train"}))
 
 
 def _run_row(run: RunFigures) -> dict[str, Any]:
+    """Return the row of a run in the page's table of runs."""
     start_event = events.newest_event(run.run_events, "started")
     return {
         "id": run.run.id,

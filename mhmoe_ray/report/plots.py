@@ -27,6 +27,7 @@ MAX_NAME_LENGTH = 20
 """Largest number of characters of a name beside a bar; a longer name is broken into several lines."""
 
 AxisValue = Callable[[RunFigures, dict[str, Any]], float]
+"""Function that returns the position of a line of metrics on an axis."""
 
 
 def _steps(_: RunFigures, line: dict[str, Any]) -> float:
@@ -49,7 +50,7 @@ AXES: dict[str, tuple[str, AxisValue]] = {
 
 
 def _figure_with_legend_room(names: Sequence[str] = (), height: float = HEIGHT) -> "tuple[Figure, Axes]":
-    """Return a figure with room below its axes for the legend of these names."""
+    """Return a new figure of this height in inches, and its axes; room for a legend of these names is added below."""
     rows = -(-len(names) // _legend_columns(names)) if len(names) > 1 else 0
     figure = new_figure(WIDTH, height + rows * LEGEND_INCHES)
     return figure, figure.subplots()
@@ -74,11 +75,17 @@ def _use_integer_steps(axis: "Axes") -> None:
 
 
 def line_style(number: int) -> dict[str, Any]:
+    """Return matplotlib's colour and dashes for the curve of the variant with this number."""
     return {"color": COLOURS[number % len(COLOURS)], "linestyle": DASHES[number // len(COLOURS) % len(DASHES)]}
 
 
 def draw_validation(variants: Sequence[Variant], axis_name: str) -> "Figure":
-    """Draw the validation loss of each variant: the mean over seeds, with a band from the lowest to the highest."""
+    """Draw the validation loss of each variant: the mean over seeds, with a band from the lowest to the highest.
+
+    Args:
+        variants: the variants.
+        axis_name: the key in AXES of the horizontal axis.
+    """
     title, x_of = AXES[axis_name]
     figure, axis = _figure_with_legend_room([variant.name for variant in variants])
     for number, variant in enumerate(variants):
@@ -136,7 +143,7 @@ def draw_differences(variants: Sequence[Variant], baseline: Variant) -> "Figure"
 
 
 def _scale_to_later_losses(axis: "Axes", variants: Sequence[Variant]) -> None:
-    """Scale the axis to the last three quarters of each curve."""
+    """Scale the vertical axis to the validation losses in the last three quarters of each run."""
     # The first losses are much higher, and would squeeze the differences that matter.
     later_losses, all_losses = [], []
     for variant in variants:
@@ -212,7 +219,7 @@ def draw_activation(routes_by_name: dict[str, Routes], colours: dict[str, int], 
 
     Args:
         routes_by_name: the routes of each variant, by name.
-        colours: the number of each variant's style, by name.
+        colours: the number of each variant's `line_style`, by name.
         relative: whether the threshold is a multiple of a uniform load; otherwise it is a share of tokens.
 
     Returns:

@@ -61,11 +61,11 @@ class Variant:
         return statistics.stdev(losses) if len(losses) > 1 else None
 
     def perplexity(self, step: int) -> float | None:
-        """Return the perplexity of the mean loss."""
+        """Return the perplexity of the mean loss at a step; None without a loss."""
         return metrics.perplexity(self.mean_loss(step))
 
     def recent_mean(self, metric: str) -> float | None:
-        """Return the mean of `RunFigures.late` over the runs that have the metric."""
+        """Return the mean of a metric over the last tenth of the steps and over the runs that have it; None if none."""
         return _mean(run.recent_mean(metric) for run in self.runs)
 
     @property
@@ -83,7 +83,7 @@ class Variant:
 
 
 def variant_row(variant: Variant, variant_sizes: Sizes, baseline_sizes: Sizes, step: int | None) -> dict[str, Any]:
-    """Return the columns that all tables of variants share.
+    """Return the row of a variant, with the columns that the tables of reports and of sweeps share.
 
     Args:
         variant: the variant, which may have no runs yet.
@@ -133,7 +133,7 @@ def group_variants(runs: Sequence[RunFigures]) -> list[Variant]:
 
 
 def matched_step(compared: Sequence[Variant]) -> int | None:
-    """Return the last step that all runs with a validation have validated; None if there is none."""
+    """Return the last step at which all runs were validated, apart from runs without any validation; None if none."""
     validated = [set(run.validations) for variant in compared for run in variant.runs if run.validations]
     return max(set.intersection(*validated), default=None) if validated else None
 
@@ -150,16 +150,21 @@ def _variant_of_newest_runs(name: str, runs: Sequence[RunFigures]) -> Variant:
 
 
 def _mean(values: Iterable[float | None]) -> float | None:
+    """Return the mean of the values that are not None; None if there are none."""
     numbers = [value for value in values if value is not None]
     return statistics.fmean(numbers) if numbers else None
 
 
 def _training_key(spec: RunSpec) -> str:
+    """Return a key that is equal for specs that train the same, apart from the seed."""
     return json.dumps(spec.model_dump(mode="json", exclude=_UNTRAINED_KEYS), sort_keys=True)
 
 
 def _split_by_distribution(runs: Sequence[RunFigures]) -> Iterable[list[RunFigures]]:
-    """Split runs of the same training by name if the names stand for different ways to distribute it."""
+    """Split runs of the same training by name if runs of different names are distributed in different ways.
+
+    Otherwise all runs are one group.
+    """
     runs_by_name: dict[str, list[RunFigures]] = {}
     for run in runs:
         runs_by_name.setdefault(unseeded_name(run.spec.name), []).append(run)
@@ -203,10 +208,11 @@ class Verdict(NamedTuple):
 
     @property
     def is_clear(self) -> bool:
+        """True if the confidence interval of the difference does not contain 0."""
         return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
 
     def as_json(self) -> dict[str, Any]:
-        """Return the verdict as `mhmoe report --json` prints it."""
+        """Return the verdict as an object for `mhmoe report --json`."""
         fields = self._asdict()
         return {"baseline": fields.pop("baseline"), "other": fields.pop("variant"), **fields}
 
@@ -295,6 +301,7 @@ def sweep_table(sweep_dir: SweepDir) -> list[dict[str, Any]]:
 
 
 def _by_variant(entries: Iterable[SweepRun]) -> dict[str, list[SweepRun]]:
+    """Group entries of a sweep by the name of their variant."""
     entries_by_variant: dict[str, list[SweepRun]] = {}
     for entry in entries:
         entries_by_variant.setdefault(entry.variant, []).append(entry)
@@ -302,6 +309,7 @@ def _by_variant(entries: Iterable[SweepRun]) -> dict[str, list[SweepRun]]:
 
 
 def _state(run: RunFigures | None) -> str:
+    """Return the state of a sweep's run for the table; "queued" if it was not started yet."""
     if run is None:
         return "queued"
     state = events.state(events.read(run.run))

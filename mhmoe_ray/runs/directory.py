@@ -18,6 +18,8 @@ CHAT_TEMPLATE = "chat_template.jinja"
 
 @dataclass(frozen=True)
 class RunDir:
+    """Directory of a run, with the paths of its files; it may not exist."""
+
     path: Location
 
     @property
@@ -93,13 +95,17 @@ class RunDir:
         return "imported" in json.loads(self.attempts_file.read_text())
 
     def spec(self) -> RunSpec:
+        """Read the run's spec, with current paths if the run was moved (`relocated_spec`)."""
         return self.relocated_spec(load_resolved_spec(self.spec_file))
 
     def relocated_spec(self, spec: RunSpec) -> RunSpec:
-        """Return a run's spec with current paths, if the run was moved together with other folders.
+        """Return `spec` with current paths, if the run was moved together with other folders, as in a moved checkout.
 
-        An example is a moved checkout. Paths below the old folder become paths below the new one. The spec is returned
-        as it is if the run was not moved, if the old folder still exists, or if the run is on an object store.
+        Paths below the old folder become paths below the new one. The spec is returned as it is if the run was not
+        moved, if the old folder still exists, or if the run is on an object store.
+
+        Args:
+            spec: spec of this run, with the paths of the time when it was written.
         """
         old_folder, new_folder = spec.storage, self.path.absolute().parent
         if not (isinstance(old_folder, Path) and isinstance(new_folder, Path)) or old_folder == new_folder:
@@ -126,7 +132,7 @@ class RunDir:
         return spec.model_copy(update={"storage": storage, "data": data.model_copy(update=path_fields)})
 
     def write_spec(self, spec: RunSpec) -> None:
-        """Write spec.yaml."""
+        """Write the spec to the run's spec.yaml, atomically."""
         # Replaced in one step: a partly written spec would leave the run without a description.
         replace_file(self.spec_file, dump_spec(spec).encode())
 
@@ -146,7 +152,9 @@ class RunDir:
 
 
 def create_run(spec: RunSpec) -> RunDir:
-    """Create a new run directory for training.
+    """Create a new run directory with a spec, for a run that has not begun.
+
+    Its name is the spec's name with a random suffix.
 
     Raises:
         SpecError: the storage folder cannot be written.
@@ -163,7 +171,9 @@ def create_run(spec: RunSpec) -> RunDir:
 
 
 def create_empty_run(storage: Location, name: str) -> RunDir:
-    """Create an empty run directory, readable by its owner only, with an id that no other run has.
+    """Create a run directory without a spec, readable by its owner only, with an id that no other run has.
+
+    The id is `name` with a random suffix.
 
     Raises:
         SpecError: the storage folder cannot be written.
@@ -213,9 +223,9 @@ def find_run(name: str | None, storage: Location | str, *, with_job: bool = Fals
     """Return the run with this id, unique prefix of an id, or path; without a name, the newest run.
 
     Args:
-        name: id, prefix or path, as the user writes it.
+        name: id, prefix or path, as the user writes it; None for the newest run.
         storage: folder that holds run directories.
-        with_job: without a name, whether imported runs are left out.
+        with_job: whether imported runs are left out when the newest run is looked for.
 
     Raises:
         RunError: there is no such run, the prefix fits several, or the run.json of that id or path cannot be read.
@@ -245,6 +255,8 @@ def find_run(name: str | None, storage: Location | str, *, with_job: bool = Fals
 
 @dataclass(frozen=True)
 class Attempt:
+    """Attempt of a run: a job that a submit or a resume started."""
+
     job: str
     """Submission id of the job in Ray."""
     address: str
@@ -252,9 +264,11 @@ class Attempt:
     local: bool
     """Whether this package started that cluster, on the machine of the command."""
     submitted: float = field(default_factory=time.time)
+    """Time of the command, in seconds since the epoch."""
 
 
 def read_attempts(run: RunDir) -> list[Attempt]:
+    """Return all attempts of a run, oldest first; none if the run was not submitted yet or was imported."""
     if not run.attempts_file.exists():
         return []
     return [Attempt(**a) for a in json.loads(run.attempts_file.read_text())["attempts"]]
@@ -278,7 +292,7 @@ def newest_attempt_number(run: RunDir) -> int:
 
 
 def require_newest_attempt(run: RunDir, attempt: int) -> None:
-    """Raise if the run has a newer attempt than this one.
+    """Raise if the run has a newer attempt than `attempt`: then the job of `attempt` must write no more.
 
     Raises:
         RunError: there is a newer attempt.

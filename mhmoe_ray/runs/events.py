@@ -45,10 +45,16 @@ _STATE_AFTER: dict[str, State] = {
 
 
 def record(run: RunDir, kind: EventKind, **fields: Any) -> None:
+    """Append an event with the current time to a run's events.
+
+    Raises:
+        StorageError: the storage is full, read-only or out of reach.
+    """
     jsonl.append(run.events_file, {"time": time.time(), "event": kind, **fields})
 
 
 def read(run: RunDir) -> list[dict[str, Any]]:
+    """Return all events of a run, oldest first."""
     return list(jsonl.read(run.events_file))
 
 
@@ -75,7 +81,7 @@ def state(run_events: list[dict[str, Any]]) -> State:
 
 
 def is_end_state(current: str) -> bool:
-    """Return whether a run in this state has ended; False for an unknown state."""
+    """Return whether a run in the state `current` has ended; False for an unknown state."""
     return current in ("finished", "stopped", "failed", "imported")
 
 
@@ -100,8 +106,8 @@ def describe_failure(event: dict[str, Any]) -> str:
 def interruptions(run_events: list[dict[str, Any]]) -> list[tuple[float, str]]:
     """Return the time and the reason of each interruption of the workers, whether or not they were restarted.
 
-    Times are in seconds since the epoch, reasons are sentences. The failure of a rank that was killed because it hung
-    is listed once.
+    An interruption is a rank that hung, a node that was preempted, or workers that failed. Times are in seconds since
+    the epoch, reasons are sentences. The failure of a rank that was killed because it hung is listed once.
     """
     sentences = {"hung": describe_hang, "preempted": describe_preemption, "lost": describe_failure}
     sentences_by_time: list[tuple[float, str]] = []
@@ -120,7 +126,7 @@ def interruptions(run_events: list[dict[str, Any]]) -> list[tuple[float, str]]:
 
 
 def describe_workers(start_event: dict[str, Any]) -> str:
-    """Return the number of workers of a "started" event, with the requested range if there is one."""
+    """Return the number of workers of a "started" event as a text, with the requested range if there is one."""
     # Events of older versions have no such field.
     requested = start_event.get("asked")
     return str(len(start_event["workers"])) + (
@@ -129,7 +135,7 @@ def describe_workers(start_event: dict[str, Any]) -> str:
 
 
 def describe_mesh(start_event: dict[str, Any]) -> str:
-    """Return the sizes of the mesh of a "started" event, in words."""
+    """Return the sizes of the mesh dimensions of a "started" event as a text, such as `dp 2 x ep 4`."""
     return format_mesh({name: start_event[name] for name in ClusterSpec().mesh_sizes() if name in start_event})
 
 
@@ -144,8 +150,11 @@ def describe_preemption(event: dict[str, Any]) -> str:
 
 
 def describe_straddling_groups(start_event: dict[str, Any]) -> str | None:
-    """Return a sentence about expert-parallel groups that lie on several nodes, from a "started" event; None without
-    any."""
+    """Return a sentence about the expert-parallel groups that lie on several nodes; None if there are none.
+
+    Args:
+        start_event: the "started" event of the worker group.
+    """
     if not (group_count := start_event["straddling_groups"]):
         return None
     sentence = f"{group_count} expert-parallel groups lie on more than one node"

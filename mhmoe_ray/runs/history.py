@@ -15,7 +15,10 @@ from mhmoe_ray.runs.metrics import GROUP, METRICS, STEP, TIME, TOKENS, TOKENS_PE
 
 
 def append(run: RunDir, line: dict[str, Any]) -> None:
-    """Append the line of a step; numbers that are not finite become null, because JSON cannot express them."""
+    """Append the line of a step to metrics.jsonl; numbers that are not finite become null, as JSON cannot express them.
+
+    On an object store it may be written a second later, or by `flush`.
+    """
     assert line.keys() <= METRICS.keys(), f"not in the registry: {line.keys() - METRICS.keys()}"
     finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
     jsonl.append(run.metrics_file, finite, immediate=False)
@@ -27,13 +30,16 @@ def flush(run: RunDir) -> None:
 
 
 def read(run: RunDir) -> list[dict[str, Any]]:
-    """Return the effective history: one line per step, in order, and only the newest line of a repeated step."""
+    """Return the effective history of a run: one line per step, in order; of a repeated step only the newest line."""
     # On an object store, segments are in the order of their writers' clocks, and these differ between nodes.
     return effective_lines(sorted(jsonl.read(run.metrics_file), key=lambda line: line.get(GROUP, 0)))
 
 
 def effective_lines(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the lines without replaced ones: a line replaces all earlier lines of the same step or a later one."""
+    """Return the lines that count, in order: a line replaces all lines before it that have the same or a later step.
+
+    Such lines are written when a worker group repeats the steps since its checkpoint.
+    """
     effective: list[dict[str, Any]] = []
     for line in lines:
         while effective and effective[-1][STEP] >= line[STEP]:
@@ -43,11 +49,13 @@ def effective_lines(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def last_line(run: RunDir) -> dict[str, Any] | None:
-    """Return the newest line; None without any."""
+    """Return the newest line of a run's metrics.jsonl; None if it has no lines."""
     return next(JsonlSnapshot(run.metrics_file).lines_backwards(), None)
 
 
 class Trend(NamedTuple):
+    """Excerpt of a run's history, as `read_trend` returns it."""
+
     recent_lines: list[dict[str, Any]]
     """Newest lines of the effective history, at most `RECENT_LINES`."""
     validation_line: dict[str, Any] | None
@@ -88,7 +96,7 @@ CURVE_LINES = 60
 
 
 def read_trend(run: RunDir, validate_every: int) -> Trend:
-    """Return recent lines, the newest validation and a curve of a run's history.
+    """Return recent lines, the newest validation and a curve of a run's history, without reading all of it.
 
     Args:
         run: the run.

@@ -28,13 +28,13 @@ WRITE_SECONDS = 1.0
 
 
 def append(path: Location, record: dict[str, Any], *, immediate: bool = True) -> None:
-    """Append one line in one write.
+    """Append a record as one line of JSON.
 
     Args:
-        path: path of the file.
+        path: path of the file, which is created if it is missing.
         record: content of the line, which JSON must be able to express.
         immediate: whether the line is written immediately on an object store too. Otherwise it may be written only with
-            a line that is appended a second later, or by `flush`, and no other process may append at that time.
+            a line that is appended a second later, or by `flush`, and no other process may append meanwhile.
 
     Raises:
         StorageError: the storage is full, read-only or out of reach.
@@ -53,6 +53,7 @@ def _report_write_errors(path: Location) -> Iterator[None]:
 
 
 def _append(path: Location, record: dict[str, Any], immediate: bool) -> None:
+    """Append a record like `append`, but raise the OSError of the storage."""
     line = json.dumps(record, separators=(",", ":")).encode() + b"\n"
     if isinstance(path, ObjectPath):
         if immediate:
@@ -74,7 +75,9 @@ def _append(path: Location, record: dict[str, Any], immediate: bool) -> None:
 
 
 def flush(path: Location) -> None:
-    """Write all lines that this process appended, so that other processes can read them.
+    """Write all lines that this process appended to a file and still holds, so that other processes can read them.
+
+    Only lines that were appended without `immediate` to a file on an object store are held.
 
     Raises:
         StorageError: the storage is full, read-only or out of reach.
@@ -89,7 +92,7 @@ def _segment_name() -> str:
 
 
 class _SegmentBuffer:
-    """Buffer that gathers lines of this process to one segment on an object store."""
+    """Buffer of lines that this process appends to a file on an object store; it gathers them in one segment."""
 
     def __init__(self, folder: ObjectPath) -> None:
         self._folder, self._lines, self._has_unwritten_lines, self._last_write_time = folder, b"", False, 0.0
@@ -97,6 +100,7 @@ class _SegmentBuffer:
         atexit.register(self.write)
 
     def append(self, line: bytes) -> None:
+        """Add a line, and write the segment if its last write was at least `WRITE_SECONDS` ago."""
         if not self._lines:
             self._name = _segment_name()
         self._lines += line
@@ -105,6 +109,7 @@ class _SegmentBuffer:
             self.write()
 
     def write(self) -> None:
+        """Write the segment if it has unwritten lines; one of more than `SEGMENT_BYTES` gets no more lines."""
         if not self._has_unwritten_lines:
             return
         (self._folder / self._name).write_bytes(self._lines)
@@ -119,14 +124,17 @@ def _segment_buffer(path: ObjectPath) -> _SegmentBuffer:
 
 
 def parts_with_sizes(path: Location) -> list[tuple[Location, int]]:
-    """Return the parts of a file, in order, with their sizes in bytes: its segments, or the file itself."""
+    """Return the parts of a file, in order, with their sizes in bytes: its segments on an object store, else itself.
+
+    The list is empty if there is no file.
+    """
     if isinstance(path, ObjectPath):
         return [*path.sizes()]
     return [(path, path.stat().st_size)] if path.exists() else []
 
 
 def read(path: Location) -> Iterator[dict[str, Any]]:
-    """Yield all complete lines, in order; none if there is no file.
+    """Yield the content of all complete lines of a file, in order; none if there is no file.
 
     A torn line, left by a writer that was killed, is skipped.
     """
@@ -150,7 +158,7 @@ _read_short_segment = lru_cache(maxsize=1 << 16)(_read_segment)
 
 
 def parse_lines(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
-    """Yield the content of the lines, and skip torn ones."""
+    """Yield the JSON content of each line; skip torn lines, which are not valid JSON."""
     for line in lines:
         try:
             yield json.loads(line)
@@ -175,6 +183,7 @@ class Tail:
             self._offsets = {part.name: size for part, size in parts_with_sizes(path)}
 
     def new_lines(self) -> Iterator[dict[str, Any]]:
+        """Yield the complete lines that were added since the last call."""
         for part, size in parts_with_sizes(self._path):
             offset = self._offsets.get(part.name, 0)
             if offset == size:
@@ -194,7 +203,7 @@ PROBE_BYTES = 1 << 12
 
 
 class JsonlSnapshot:
-    """Random access to the lines of a file as it was when the snapshot was created; torn lines are skipped."""
+    """Random access to the lines of a file, as it was when this object was created; torn lines are skipped."""
 
     def __init__(self, path: Location) -> None:
         self._parts, sizes = [], []
@@ -219,7 +228,7 @@ class JsonlSnapshot:
             partial_line = b""
 
     def line_at(self, offset: int) -> dict[str, Any] | None:
-        """Return the first complete line that begins at or after byte `offset`; None after the last one."""
+        """Return the first complete line that begins at or after byte `offset`; None if there is none."""
         index = bisect_right(self._ends, offset)
         while index < len(self._parts):
             start, end, length = max(offset, self._part_start(index)), self._ends[index], PROBE_BYTES
@@ -237,15 +246,15 @@ class JsonlSnapshot:
         return None
 
     def sample_lines(self, count: int) -> list[dict[str, Any]]:
-        """Return about `count` lines in order, evenly spaced; if a file has fewer lines, some appear twice."""
+        """Return at most `count` lines in order, evenly spaced by bytes; in a short file some appear twice."""
         lines = (self.line_at(self.size * i // count) for i in range(count))
         return [line for line in lines if line]
 
     def first_match(self, predicate: Callable[[dict[str, Any]], bool]) -> dict[str, Any] | None:
-        """Return the first line for which `predicate` is true, with a bisection; None if there is none.
+        """Return the first line for which `predicate` is true, found by bisection; None if there is none.
 
         Args:
-            predicate: function of a line that is true for all lines after the first one for which it is true.
+            predicate: function of a line. If it is true for one line, it must be true for all later lines.
         """
         low, high = 0, self.size
         while low < high:
@@ -261,6 +270,7 @@ class JsonlSnapshot:
         return self._ends[index - 1] if index else 0
 
     def _read_range(self, index: int, start: int, stop: int) -> bytes:
+        """Return the bytes of part `index` from `start` to `stop`, which are offsets in the whole file."""
         with self._parts[index].open("rb") as f:
             f.seek(start - self._part_start(index))
             return bytes(f.read(stop - start))

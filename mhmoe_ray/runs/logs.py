@@ -40,10 +40,10 @@ MIN_SECRET_CHARACTERS = 8
 
 
 class Redactor:
-    """Function that replaces secrets by `***`.
+    """Function of a text that replaces the secrets in it by `***`.
 
     Secrets are the values of environment variables with the name of a secret, the contents of files that such variables
-    name, and tokens of known forms.
+    name, passwords in URIs, and tokens of known forms.
     """
 
     def __init__(self, environment: Mapping[str, str]) -> None:
@@ -65,7 +65,7 @@ class Redactor:
 
 
 class LogArchiver:
-    """Archiver that copies a growing file into the run directory, with secrets replaced."""
+    """Archiver that copies a growing log file into the run directory, with secrets replaced."""
 
     def __init__(self, run: RunDir, attempt: int, source: Path, redact: Redactor) -> None:
         """Create the folder of the attempt's log, and remove logs of old attempts.
@@ -102,6 +102,7 @@ class LogArchiver:
             self._partial_line = b""
 
     def _write(self, lines: bytes) -> None:
+        """Append lines, with secrets replaced, to the current segment; begin a new segment if it becomes too large."""
         if not lines:
             return
         data = self._redact(lines.decode(errors="replace")).encode()
@@ -133,7 +134,10 @@ def _remove_old_logs(run: RunDir) -> None:
 
 
 def archive_log(run: RunDir, attempt: int) -> None:
-    """Start a thread that copies the standard output of this process until it ends, if standard output is a file."""
+    """Start a thread that copies the standard output of this process into the run directory until the process ends.
+
+    Nothing is copied if standard output is not a file. Errors of the storage are printed as a warning.
+    """
     source = _open_file_path(sys.stdout.fileno())
     if source is None:
         return
@@ -186,7 +190,10 @@ def _open_file_path(descriptor: int) -> Path | None:
 
 
 def archived_lines(run: RunDir, attempt: int) -> Iterator[str] | None:
-    """Return the lines of an attempt's log in the run directory; None if there are none."""
+    """Return the lines of an attempt's log in the run directory; None if there is no log.
+
+    A line in brackets stands for the segments that were not kept.
+    """
     folder = run.logs / f"{attempt:04d}"
     segments = _sorted_files(folder) if folder.exists() else []
     return _read_lines(segments) if segments else None

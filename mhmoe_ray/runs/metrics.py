@@ -41,12 +41,16 @@ class Panel(NamedTuple):
 
 
 class Plot(NamedTuple):
+    """Plot of a metric in a report: its title, and the label of its axis."""
+
     title: str
     axis: str
 
 
 @dataclass(frozen=True)
 class Metric:
+    """Entry of the registry: a metric, and how each output shows it."""
+
     name: str
     help: str
     """Description in one sentence, for Prometheus and for the panel."""
@@ -55,6 +59,7 @@ class Metric:
     """Scope of a value: the run, or each rank, layer or expert, which Prometheus has as labels; `file` is for
     metrics.jsonl alone."""
     tag: str | None = None
+    """Tag in TensorBoard and MLflow; None leaves the metric out there."""
     panel: Panel | None = None
     status: str | None = None
     """Format of the value in a row of `mhmoe status`, which leaves zeros out."""
@@ -74,6 +79,7 @@ METRICS: dict[str, Metric] = {}
 
 
 def _metric(name: str, help: str, **fields: Any) -> str:
+    """Add a metric to the registry, and return its name."""
     METRICS[name] = Metric(name, help, **fields)
     return name
 
@@ -208,7 +214,7 @@ VAL_TOKENS = _metric("val_tokens", "Held-out tokens of the validation.", scope="
 
 
 def tagged_values(line: dict[str, Any]) -> dict[str, float]:
-    """Return the tags of a step's line with their values, without those that are absent or not finite."""
+    """Return the values of a step's line by their tags in TensorBoard and MLflow, without absent or non-finite ones."""
     values = {metric.tag: line.get(name) for name, metric in METRICS.items() if metric.tag}
     return {tag: value for tag, value in values.items() if value is not None and math.isfinite(value)}
 
@@ -239,7 +245,7 @@ def expert_loads(count_LE: np.ndarray) -> np.ndarray:
 
 
 def load_entropy(count_LE: np.ndarray) -> np.ndarray:
-    """Return the entropy of the shares of routes that a layer's experts got, over the highest possible, log E.
+    """Return for each layer the entropy of its experts' shares of routes, divided by the highest possible one, log E.
 
     1 is uniform; 0 means that one expert got all routes, or that there are no routes at all.
 
@@ -256,5 +262,6 @@ def load_entropy(count_LE: np.ndarray) -> np.ndarray:
 
 
 def _route_shares(count_LE: np.ndarray) -> np.ndarray:
+    """Return the share of its layer's routes that each expert got, (L, E); 0 in a layer without routes."""
     # Without `clip` a layer without routes would have NaN for shares of 0.
     return np.asarray(count_LE / count_LE.sum(1, keepdims=True).clip(min=1))

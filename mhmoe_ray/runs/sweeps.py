@@ -24,7 +24,10 @@ from mhmoe_ray.storage import Location, write_json
 
 
 class Order(BaseModel):
+    """Order to start runs of a sweep, which a command writes and a job carries out."""
+
     size: str
+    """Name of the sweep's size."""
     concurrent: int
     """Number of runs at a time."""
     entries: list[SweepRun]
@@ -35,10 +38,13 @@ class Order(BaseModel):
     """Number of the last attempt of each run that had failed or was stopped at the time of the order, by entry; these
     runs are retried once."""
     job: str
+    """Submission id of the job that carries out the order."""
     address: str
     """Address of the cluster's dashboard, as commands reach it."""
     local: bool
+    """Whether this package started that cluster, on the machine of the command."""
     submitted: float
+    """Time of the order, in seconds since the epoch."""
 
     @property
     def wanted_entries(self) -> list[SweepRun]:
@@ -47,6 +53,8 @@ class Order(BaseModel):
 
 @dataclass(frozen=True)
 class SweepDir:
+    """Directory of a sweep, with its orders and the runs of its entries; it may not exist."""
+
     path: Location
 
     @property
@@ -67,6 +75,7 @@ class SweepDir:
 
     @property
     def exists(self) -> bool:
+        """True if the sweep has an order."""
         return bool(self.order_names())
 
     def order_names(self) -> list[str]:
@@ -102,7 +111,10 @@ class SweepDir:
         write_json(self.orders_folder / f"{name}.json", order.model_dump(mode="json"))
 
     def earlier_orders(self, name: str | None = None) -> Iterator[Order]:
-        """Yield the orders before this one, or all orders without a name; those of other versions are left out."""
+        """Yield the orders before the one called `name`, oldest first; without a name, all orders.
+
+        Orders that are damaged or that another version wrote are left out.
+        """
         names = self.order_names()
         for earlier_name in names[: names.index(name) if name else None]:
             with suppress(RunError):
@@ -132,4 +144,5 @@ class SweepDir:
 
 
 def sweep_dir(storage: Location, name: str) -> SweepDir:
+    """Return the directory of a sweep beside the runs in `storage`; nothing is created."""
     return SweepDir(storage / "sweeps" / name)

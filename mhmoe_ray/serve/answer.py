@@ -17,7 +17,10 @@ from mhmoe_ray.spec import ModelSpec
 
 
 def boundary_texts(tokenizer: Tokenizer) -> tuple[str, str]:
-    """Return the text of the token that starts a document, and the text of a token that ends one."""
+    """Return the text of the token that starts a document, and the text of a token that ends one.
+
+    If several tokens end a document, it is the one with the largest id.
+    """
     boundary_tokens = boundaries(tokenizer)
     start_text, end_text = (
         tokenizer.id_to_token(token) for token in (boundary_tokens.start, max(boundary_tokens.ends))
@@ -59,7 +62,7 @@ class AnswerPiece(NamedTuple):
 
 
 class ModelDetails(BaseModel):
-    """Facts about the served model for its users: name and sizes."""
+    """Name and sizes of the served model, as clients see them."""
 
     checkpoint: str
     """The run's id and the checkpoint's name."""
@@ -116,7 +119,7 @@ class Answerer:
         self._token_bytes = TokenBytes(tokenizer, self.decode)
 
     def encode(self, prompt: str) -> list[int]:
-        """Return the token ids of a prompt as the start of a document."""
+        """Return the token ids of a prompt, after the token that starts a document."""
         return [self.start_token, *self._encode_text(prompt)]
 
     def encode_chat(self, template: ChatTemplate, messages: Sequence[dict[str, Any]]) -> list[int]:
@@ -153,7 +156,7 @@ class Answerer:
     async def answer(
         self, request: Request, stop_strings: Sequence[str] = (), echo: bool = False, added_tokens: int = 0
     ) -> AsyncGenerator[AnswerPiece]:
-        """Yield one piece per update of the engine; the last piece has the reason why the answer ends.
+        """Answer a request: yield a piece of text for each update of the engine, the last one with the finish reason.
 
         Closing the generator early aborts the request.
 
@@ -161,7 +164,8 @@ class Answerer:
             request: the request to the engine.
             stop_strings: stop strings; the answer ends before the first of them.
             echo: whether the text begins with the prompt's text.
-            added_tokens: number of tokens at the prompt's start that the server added; their scores are left out.
+            added_tokens: number of tokens at the prompt's start that the client did not send; their scores are left
+                out.
 
         Raises:
             BusyError, EngineError: raised by `Engine.generate`.

@@ -98,7 +98,7 @@ class Completions:
         )
 
     async def _collect_stats(self) -> list[dict[str, Any]]:
-        """Return the entries of all replicas for `/stats`."""
+        """Ask all replicas for their entries in `/stats`, and return these."""
         context = serve.get_replica_context()
         handle = serve.get_deployment_handle(context.deployment, context.app_name)
         stats_list: list[dict[str, Any]] = await handle.broadcast("replica_stats").results_async()
@@ -120,8 +120,8 @@ def build(args: Args) -> serve.Application:
     Raises:
         RayServeException: the checkpoint cannot be served.
     """
-    # Replicas check the same, but only after several tries does Serve report their error, as a traceback. It shows this
-    # exception as one line and gives up at once.
+    # Replicas make the same checks, but Serve reports their errors only after several tries, as tracebacks. It shows
+    # this exception in one line and gives up at once.
     try:
         checkpoint = location(args.checkpoint)
         manifest = read_manifest(checkpoint, parts=("weights",))

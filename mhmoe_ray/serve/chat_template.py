@@ -71,19 +71,19 @@ class _GenerationBlock(Extension):
     tags = {"generation"}  # noqa: RUF012 - Jinja declares it so
 
     def parse(self, parser: Parser) -> Scope:
-        """Return the statements of the block; Jinja calls this."""
-        # The block has its own scope, so variables that are set inside do not leave it, as in transformers.
+        """Return the statements inside the block, in a scope of their own. Jinja calls this at the block's tag."""
+        # As in transformers, the block has its own scope, so variables that are set inside do not leave it.
         line = next(parser.stream).lineno
         return Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
 
 
 def _raise_template_error(message: str) -> NoReturn:
-    """Raise an error with the template's message: `raise_exception` of templates."""
+    """Raise a `TemplateError` with this message; templates call it as `raise_exception`."""
     raise TemplateError(message)
 
 
 def _format_now(time_format: str) -> str:
-    """Return the present local time in a format: `strftime_now` of templates."""
+    """Return the present local time in a format of `strftime`; templates call it as `strftime_now`."""
     return datetime.now().strftime(time_format)
 
 
@@ -94,6 +94,6 @@ def _to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """Return a value as JSON: the filter `tojson` of templates."""
+    """Return a value as JSON; templates use it as the filter `tojson`."""
     # Jinja's own `tojson` escapes HTML characters and sorts keys, which would change prompts.
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)

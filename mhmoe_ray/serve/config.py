@@ -15,15 +15,15 @@ DEPLOYMENT = "completions"
 LIMITS_DEPLOYMENT = "limits"
 """Name of the second deployment, which exists if API keys have limits."""
 ENVIRONMENT = {
-    # This middleware gives errors of Serve's proxies, and of replicas that die, the shape that clients know.
+    # This middleware gives errors of Serve's proxies, and of replicas that die, the shape of OpenAI's errors.
     "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "mhmoe_ray.serve.api.proxy:middlewares",
     # By default Serve's replicas and proxies pass each token through several threads and flush a log line per request.
     # Engines compute in their own thread, so the other threads only cost time.
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
     "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1000",
-    # Serve kills a proxy that is not ready after three times as many seconds, and the deployment fails. The default of
-    # five is too short for a busy machine.
+    # Serve kills a proxy that is not ready after three checks, each with this timeout, and the deployment fails. The
+    # default of five seconds is too short for a busy machine.
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "30",
 }
 """Environment variables of every node that serves; they must be set before Ray starts there."""
@@ -79,7 +79,7 @@ def application_config(
 
 
 def _replica_options(spec: ServeSpec) -> dict[str, Any]:
-    """Return the number of replicas, or the autoscaling configuration if the spec has a range of numbers."""
+    """Return the deployment's options for replicas: their number, or autoscaling if the spec has a range of numbers."""
     if not spec.replicas.is_elastic:
         return {"num_replicas": spec.replicas.min}
     autoscaling = {

@@ -13,11 +13,11 @@ CONTEXT_TOKENS = 8
 
 
 class TextDecoder:
-    """Decoder of token ids. Further tokens only append to the text, except for an incomplete last character.
+    """Decoder of token ids. Each further token only appends to the text, except for an incomplete last character.
 
     A tokenizer with byte fallback (LLaMA's, Mixtral's) has tokens <0x00> to <0xFF> for text that its vocabulary lacks.
     The library turns all consecutive tokens of that kind into replacement characters as long as one of their characters
-    is incomplete, even those that were complete before. So the decoder turns them into bytes first, as a byte-level
+    is incomplete, even those that were complete before. So this decoder turns them into bytes first, as a byte-level
     tokenizer does.
     """
 
@@ -86,7 +86,7 @@ class TextStream:
         return self._decode.special_ids.issuperset(self._token_ids)
 
     def push(self, token: int) -> str:
-        """Add a token and return the text that has become certain; it is often empty."""
+        """Add a token, and return the next part of the text that no later token can change; it is often empty."""
         self._token_ids.append(token)
         text = self._decode(self._token_ids)
         # The bytes of an incomplete character decode to one replacement character at the very end.
@@ -98,7 +98,7 @@ class TextStream:
         return piece
 
     def finish(self) -> str:
-        """Return the rest of the text, after the last token."""
+        """Return the text that was held back, after the last token; an empty text if a stop string was reached."""
         return (
             ""
             if self.is_stopped
@@ -106,12 +106,15 @@ class TextStream:
         )
 
     def _unreleased_text(self, text: str) -> str:
-        """Return the text that is held back, with the new part of the newest tokens' text appended."""
+        """Return the text that is held back, with the unprocessed part of the newest tokens' text appended.
+
+        That part counts as processed from now on.
+        """
         new_text, self._processed_length = text[self._processed_length :], max(self._processed_length, len(text))
         return self._pending_text + new_text
 
     def _release_text(self, text: str, is_final: bool) -> str:
-        """Return the part of the text that is certain, and hold back the rest.
+        """Return the part of the text that is certain, and hold back the rest; a stop string ends the stream.
 
         Args:
             text: the text that is not released yet.
@@ -137,7 +140,10 @@ def _partial_stop_length(text: str, stop_strings: Sequence[str]) -> int:
 
 
 def format_token(token_bytes: bytes) -> str:
-    """Return a token as text for clients: "bytes:" and its bytes in hexadecimal if it is not complete characters."""
+    """Return a token as text for clients.
+
+    A token that does not consist of complete characters becomes "bytes:" and its bytes in hexadecimal.
+    """
     try:
         return token_bytes.decode()
     except UnicodeDecodeError:
@@ -145,7 +151,7 @@ def format_token(token_bytes: bytes) -> str:
 
 
 class TokenBytes:
-    """The UTF-8 bytes of each token in the middle of a text; computed once per token."""
+    """Mapping of each token to the UTF-8 bytes that it has in the middle of a text; computed once per token."""
 
     def __init__(self, tokenizer: Tokenizer, decode: TextDecoder) -> None:
         self._tokenizer, self._decode = tokenizer, decode
@@ -165,7 +171,7 @@ class TokenBytes:
         return self._bytes_by_token[token]
 
     def _compute_bytes(self, token: int) -> bytes:
-        """Return the bytes of a token from the difference that it makes to a text, or from its name."""
+        """Return the bytes of a token: the text that it appends to another token, or else what its name stands for."""
         # The decoder leaves out special tokens, so they have no such difference.
         if token in self._special_texts:
             return self._special_texts[token].encode()

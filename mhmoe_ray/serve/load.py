@@ -1,7 +1,7 @@
-"""Load a checkpoint to answer prompts: engine, tokenizer and chat template.
+"""Loading of a checkpoint to answer prompts: engine, tokenizer and chat template.
 
-A new engine is added here, and its name in `spec/serve.py`. The library that an engine computes with is imported only
-when that engine is loaded, so a process that only checks does not need it.
+To add an engine, add it to this module and its name to `spec/serve.py`. The library that an engine computes with is
+imported only when that engine is loaded, so a process that only checks does not need it.
 """
 
 from importlib.util import find_spec
@@ -40,7 +40,7 @@ def _require_vllm() -> None:
 
 
 def load_engine(checkpoint: Location, manifest: CheckpointManifest, tokenizer: Tokenizer, spec: ServeSpec) -> Engine:
-    """Return the spec's engine with the model of a checkpoint.
+    """Start the engine that the spec names, with the model of a checkpoint, and return it.
 
     Args:
         checkpoint: the checkpoint directory inside its run directory.
@@ -66,7 +66,7 @@ def load_engine(checkpoint: Location, manifest: CheckpointManifest, tokenizer: T
 
 
 def load_answerer(checkpoint: Location, spec: ServeSpec, manifest: CheckpointManifest | None = None) -> Answerer:
-    """Return the spec's engine with the model, the tokenizer and the chat template of a checkpoint.
+    """Start the engine that the spec names, and return it with the tokenizer and the chat template of the checkpoint.
 
     Args:
         checkpoint: a checkpoint directory inside its run directory.
@@ -80,7 +80,7 @@ def load_answerer(checkpoint: Location, spec: ServeSpec, manifest: CheckpointMan
     # The import is here, because a process that only checks an engine needs no torch.
     import torch
 
-    # The number is that of this thread. Threads that compute here would slow those of the engine (see `TorchEngine`).
+    # This limits the present thread only. OpenMP threads that it starts would slow those of the engine (`TorchEngine`).
     torch.set_num_threads(1)
     manifest = manifest or read_manifest(checkpoint, parts=("weights",))
     tokenizer = load_run_tokenizer(checkpoint, manifest)

@@ -20,7 +20,7 @@ EXPORT_SECONDS = 2.0
 
 
 class RayMetrics:
-    """Exporter of the statistics of one replica."""
+    """Exporter of the statistics of one replica's engine as Ray metrics."""
 
     def __init__(self, model: str) -> None:
         """Create the metrics.
@@ -46,7 +46,7 @@ class RayMetrics:
         return kind(f"mhmoe_{name}", description=text, tag_keys=("model", *labels))
 
     def export(self, stats: Stats) -> None:
-        """Set the gauges, and add to each counter its increase since the last call."""
+        """Set the gauges to these statistics, and add to each counter its increase since the last call."""
         for name, gauge in self._gauges.items():
             gauge.set(getattr(stats, name), tags=self._labels)
         for name, counter in self._counters.items():
@@ -70,7 +70,7 @@ class RayMetrics:
             counter: the counter.
             value: the total.
             labels: labels of the series, apart from the model's name.
-            *key: key of the series in the exported values.
+            *key: key of the series in `_exported_values`, which has the totals that were exported last.
         """
         # Ray's counters take increases, while the engine's statistics are totals.
         increase = value - self._exported_values.get(key, 0)
@@ -83,7 +83,7 @@ def export_periodically(stats: Callable[[], Stats], model: str) -> None:
     """Export an engine's statistics every `EXPORT_SECONDS` seconds, in a thread that lives as long as the process.
 
     Args:
-        stats: returns the statistics.
+        stats: function that returns the engine's statistics.
         model: the model's name for clients.
     """
     metrics = RayMetrics(model)

@@ -15,6 +15,8 @@ from mhmoe_ray.spec.base import Section
 
 
 class AcceleratorSpec(Section):
+    """Accelerator of each worker, for `mhmoe plan` and for the metric `mfu`."""
+
     name: str = "H100 SXM"
     # The data sheet's figures without sparsity.
     bfloat16_flops: PositiveFloat = 989e12
@@ -69,6 +71,8 @@ class BetweenLinkSpec(LinkSpec):
 
 
 class NetworkSpec(Section):
+    """Links between ranks by class, for `mhmoe plan`."""
+
     node: NodeLinkSpec = NodeLinkSpec()
     """Links within a node."""
     domain: LinkSpec = LinkSpec()
@@ -126,6 +130,8 @@ def format_mesh(sizes: Mapping[str, int]) -> str:
 
 
 class ClusterSpec(Section):
+    """Workers with their resources, and the distribution of the model over them."""
+
     workers: WorkerRange = WorkerRange(min=1, max=1)
     """Number of workers, or {min: a, max: b} for an elastic run, which uses as many workers as the cluster has room
     for. An elastic run shrinks when it loses a node. It grows after a checkpoint when there is room again. The number
@@ -173,28 +179,29 @@ class ClusterSpec(Section):
                 raise ValueError(f"workers ({workers}) must be a multiple of ep ({self.ep})")
         if self.strategy == "zero3" and self.ep > 1:
             raise ValueError(
-                "DeepSpeed's ZeRO 3 knows no expert parallelism but its own layers': set ep to 1, or strategy to fsdp "
-                "with shard_experts, which slices weights too"
+                "DeepSpeed's ZeRO 3 supports expert parallelism only in its own layers: set ep to 1, or strategy to "
+                "fsdp with shard_experts, which shards weights too"
             )
         if self.shard_experts and self.strategy != "fsdp":
-            raise ValueError(f"strategy {self.strategy} leaves experts whole, so shard_experts would be ignored")
+            raise ValueError(f"shard_experts is for strategy fsdp, so it would be ignored with {self.strategy}")
         return self
 
     @property
     def cpus(self) -> int:
-        """The largest number of logical CPUs that a run uses, including those of its data stream."""
+        """The largest number of CPUs that a run takes from Ray: those of its workers and of its data stream."""
         return self.max_world_size * self.cpus_per_worker + STREAM_CPUS
 
     @property
     def max_world_size(self) -> int:
-        """Largest number of ranks of the run."""
+        """The largest number of ranks that the run may have."""
         return self.workers.max
 
     @property
     def shards_experts(self) -> bool:
-        """True if the strategy shards experts like all other parameters, over the ranks that hold the same experts."""
+        """True if the strategy treats experts like all other parameters, but over the ranks that hold the same experts.
+        Only fsdp without `shard_experts` does not: it shards all parameters but experts."""
         return self.strategy != "fsdp" or self.shard_experts
 
     def mesh_sizes(self, world_size: int | None = None) -> MeshSizes:
-        """Return the sizes of the mesh of `world` ranks, by default of the largest number of ranks."""
+        """Return the sizes dp and ep of the mesh of `world_size` ranks, by default of the largest number of ranks."""
         return {"dp": (world_size or self.max_world_size) // self.ep, "ep": self.ep}

@@ -16,7 +16,8 @@ SUFFIXES: dict[Format, tuple[str, ...]] = {
     "parquet": (".parquet",),
     "text": (".txt", ".txt.gz", ".txt.zst"),
 }
-"""File name suffixes by which formats are recognized. `find.py` recognizes the other formats by their folders."""
+"""File name suffixes by which formats are recognized. `data/sources/find.py` recognizes the other formats by their
+folders."""
 
 
 # Weights and shares have a large upper bound because users may write token counts as well as fractions.
@@ -43,14 +44,16 @@ class SourceMix(Section):
         return self
 
     def with_changes(self, changes: "SourceMix") -> "SourceMix":
-        """Return this mix with the keys that `changes` sets in place of its own."""
-        # Alpha and shares exclude each other, so a change to either replaces both.
+        """Return this mix with the keys that `changes` sets in place of its own. `alpha` or `shares` replaces both."""
+        # Alpha and shares exclude each other.
         subfolder_mix = self if changes.alpha is None and changes.shares is None else changes
         weight = self.weight if changes.weight is None else changes.weight
         return SourceMix(weight=weight, alpha=subfolder_mix.alpha, shares=subfolder_mix.shares)
 
 
 class PhaseSpec(Section):
+    """Change of the mixture at a step, which holds until another phase changes it again."""
+
     from_step: PositiveInt
     """Number of optimizer steps before this phase begins."""
     sources: dict[str, SourceMix] = Field(min_length=1)
@@ -114,7 +117,7 @@ class SourceSpec(Section):
         return SourceMix(weight=self.weight, alpha=None if self.shares else self.alpha, shares=self.shares)
 
     def check_format(self, format: Format) -> None:
-        """Raise an error if a key of this source does not apply to a format.
+        """Check that every key that this source sets applies to a format.
 
         Raises:
             ValueError: a key is set that the format does not use.
@@ -128,6 +131,8 @@ class SourceSpec(Section):
 
 
 class DataSpec(Section):
+    """Sources of text, their mixture, the tokenizer, and the packing into samples."""
+
     sources: dict[SourceName, SourceSpec] = Field(min_length=1)
     schedule: list[PhaseSpec] = Field(default_factory=list)
     """Changes of the mixture during training, by step."""
@@ -179,10 +184,14 @@ class DataSpec(Section):
         steps = [phase.from_step for phase in self.schedule]
         # Each phase changes the mixture of the phase before it, so their order matters.
         if steps != sorted(set(steps)):
-            raise ValueError(f"schedule must be by from_step, each once, and has {', '.join(map(str, steps))}")
+            raise ValueError(
+                f"schedule must be in the order of from_step, each step once, and has {', '.join(map(str, steps))}"
+            )
         unknown = sorted({name for phase in self.schedule for name in phase.sources} - self.sources.keys())
         if unknown:
-            raise ValueError(f"schedule names {unknown[0]!r}, which is no source: {', '.join(self.sources)} are")
+            raise ValueError(
+                f"schedule names {unknown[0]!r}, which is not a source; the sources are {', '.join(self.sources)}"
+            )
         for step, mixes in self.mixes.items():
             if not any(mix.weight for mix in mixes.values()):
                 raise ValueError(f"every source has weight 0 from step {step} on")
@@ -201,7 +210,7 @@ class DataSpec(Section):
 
     @property
     def mixes(self) -> dict[int, dict[str, SourceMix]]:
-        """The complete mix of every source, by the step at which it begins. The first step is 0."""
+        """The mix of each source in each phase of training, by the number of steps before the phase; the first is 0."""
         current_mixes = {name: source.mix for name, source in self.sources.items()}
         result = {0: current_mixes}
         for phase in self.schedule:
@@ -212,8 +221,8 @@ class DataSpec(Section):
         return result
 
     def named_subfolders(self, source: str) -> list[str] | None:
-        """Return the sorted names of the subfolders that have a fixed share of a source in any phase; None if some
-        phase uses all subfolders."""
+        """Return the sorted names of the subfolders of a source that have a fixed share in any phase. Return None if
+        the source has no fixed shares in some phase, which then uses all its subfolders."""
         shares = [mixes[source].shares for mixes in self.mixes.values()]
         return (
             sorted({subfolder for source_shares in shares if source_shares for subfolder in source_shares})

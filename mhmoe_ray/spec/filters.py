@@ -72,10 +72,11 @@ class SignalRule(NamedTuple):
                 + (f"; did you mean {similar_signals[0]!r}?" if similar_signals else "")
             )
         if not math.isfinite(number := float(bound)):
-            raise ValueError(f"a bound is a finite number, and {bound} is none")
+            raise ValueError(f"the bound must be a finite number, not {bound}")
         return cls(signal, comparison, number)
 
     def holds(self, value: float | None) -> bool:
+        """Return whether a document with this value of the signal is kept; False for None."""
         return value is not None and _COMPARISONS[self.comparison](value, self.bound)
 
     def __str__(self) -> str:
@@ -112,7 +113,7 @@ class FilterSpec(Section):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.near_duplicates not in (None, *SIMILARITIES):
-            raise ValueError(f"near_duplicates can be {', '.join(map(str, SIMILARITIES))}")
+            raise ValueError(f"near_duplicates must be one of {', '.join(map(str, SIMILARITIES))}")
         if "tail" in self.buckets:
             for name in ("gopher", "signals", "deduplicate", "near_duplicates"):
                 if getattr(self, name):

@@ -99,10 +99,10 @@ _UNSUPPORTED = {
 
 
 def key_hint(key: str, section: str, known_keys: Sequence[str]) -> str:
-    """Return a hint for an unknown key.
+    """Return a hint for an unknown key: the key to use instead, or the known keys.
 
     Args:
-        key: last part of the dotted key.
+        key: last part of the dotted key that is unknown.
         section: dotted name of the section with the key, with a dot at its end; empty for the top level.
         known_keys: keys that the section has.
     """

@@ -48,7 +48,7 @@ def load_resolved_spec(path: Location, overrides: Sequence[str] = ()) -> RunSpec
 
 
 def read_tree(path: Location, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """Return the mapping of a YAML file after overrides, unchecked.
+    """Read a YAML file and return its mapping with overrides applied. Keys and values are not checked.
 
     Args:
         path: path of a YAML file.
@@ -69,7 +69,7 @@ def read_tree(path: Location, overrides: Sequence[str] = ()) -> dict[str, Any]:
         position = f"line {mark.line + 1}: " if mark else ""
         raise SpecError(f"spec {path}", f"{position}{getattr(e, 'problem', None) or e}", "correct the YAML") from e
     if not isinstance(tree, dict):
-        raise SpecError(f"spec {path}", "it holds no mapping", "start from jobs/quickstart.yaml")
+        raise SpecError(f"spec {path}", "it is not a mapping", "start from jobs/quickstart.yaml")
     return apply_overrides(tree, overrides)
 
 
@@ -83,7 +83,7 @@ def load_site(path: Location) -> SiteSpec:
 
 
 def load_sweep(path: Location, overrides: Sequence[str] = ()) -> SweepSpec:
-    """Read and check a sweep's file, which describes its runs.
+    """Read and check a sweep file, which describes the runs of a sweep.
 
     Raises:
         SpecError: as in `load_resolved_spec`.
@@ -92,7 +92,8 @@ def load_sweep(path: Location, overrides: Sequence[str] = ()) -> SweepSpec:
 
 
 def load_deploy_spec(path: Location | None, overrides: Sequence[str] = ()) -> DeploySpec:
-    """Read and check the sections of a spec that serving uses; without a file, only defaults and overrides apply.
+    """Read and check the sections of a spec that serving uses, and ignore the rest of the file. Without a file, only
+    defaults and overrides apply.
 
     Raises:
         SpecError: as in `load_resolved_spec`.
@@ -125,8 +126,13 @@ def validate_section(
 
 
 def dotted_items(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the dotted keys of a dumped spec and their values, in the form that `--set` takes, without keys whose value
-    is None."""
+    """Yield the dotted keys of a dumped spec, such as `train.steps`, with their values. Keys whose value is None are
+    left out.
+
+    Args:
+        tree: dumped spec, or a section of it.
+        prefix: dotted name of the section with a dot at its end; empty for a whole spec.
+    """
     for key, value in tree.items():
         if isinstance(value, Mapping):
             yield from dotted_items(value, f"{prefix}{key}.")
@@ -169,6 +175,11 @@ def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str,
 
 
 def _set_value(tree: dict[str, Any], keys: list[str], value: Any) -> None:
+    """Set the value at a path of keys in a tree. Sections that are missing are created.
+
+    Raises:
+        SpecError: the path goes through a value that is not a section.
+    """
     node = tree
     for i, key in enumerate(keys[:-1]):
         child = node.setdefault(key, {})
@@ -185,7 +196,11 @@ def _set_value(tree: dict[str, Any], keys: list[str], value: Any) -> None:
 def _spec_error(
     section: type[BaseModel], error: ValidationError, label: str, prefix: str, extra_keys: Sequence[str]
 ) -> SpecError:
-    """Return an error that states the first problem in one line, and the number of further ones."""
+    """Return an error that states one problem of a failed validation in one line, with a hint on an unknown key and the
+    number of further problems. Unknown keys precede other problems.
+
+    The arguments are those of `validate_section`, and its error.
+    """
     # Wrong keys come first, because they often cause wrong or missing values.
     problems = sorted(error.errors(), key=lambda p: p["type"] != "extra_forbidden")
     problem = problems[0]
@@ -207,7 +222,7 @@ def _spec_error(
 
 
 def _section_keys(root: type[BaseModel], section_path: tuple[int | str, ...]) -> list[str]:
-    """Return the keys of the section at `section_path` below `root`, or no keys if the path leads to no section."""
+    """Return the known keys of the section at `section_path` below `root`; none if the path leads to a value."""
     current: Any = root
     for part in section_path:
         if isinstance(current, type) and issubclass(current, BaseModel):

@@ -22,6 +22,8 @@ RouterName = Literal["linear", "xmoe", "xmoe_torchscale"]
 
 
 class RouterSizes(NamedTuple):
+    """Counts of the router of one layer."""
+
     macs: int
     """Multiply-adds per row."""
     parameters: int
@@ -34,7 +36,7 @@ def _linear_sizes(E: int, D: int, Q: int) -> RouterSizes:
 
 
 def _xmoe_sizes(E: int, D: int, Q: int) -> RouterSizes:
-    """Return the sizes of X-MoE's router."""
+    """Return the counts of X-MoE's router for E experts, rows of D values, and a projection to Q values."""
     # It saves cosines, and a second set of probabilities at the temperature of the load balancing loss.
     return RouterSizes(macs=Q * (D + E), parameters=Q * (D + E) + 1, saved_values=2 * E + 4 * (Q + 1))
 
@@ -158,11 +160,12 @@ class MoESpec(Section):
         return KERNELS[self.kernel]
 
     def expert_capacity(self, rows: int) -> int | None:
-        """Return the expert capacity for N rows: factor * k * ceil(N / E), rounded up; None if routing is dropless."""
+        """Return the expert capacity for N rows: capacity_factor * k * ceil(N / E), rounded up; None if routing is
+        dropless."""
         # At factor 1 this equals P1's top-2 gate, 2 * ceil(N / E), and P2's code, k * ceil(N / E).
         if self.capacity_factor is None:
             return None
-        # A fraction of the decimal digits, because as a binary number 1.1 * 10 is above 11.
+        # The factor's decimal digits as a fraction, because as binary numbers 1.1 * 10 is above 11.
         exact_capacity = Fraction(str(self.capacity_factor)) * self.top_k * -(-rows // self.experts)
         return math.ceil(exact_capacity)
 
@@ -173,22 +176,25 @@ class MoESpec(Section):
 
     @property
     def routing_width(self) -> int:
-        """The width of X-MoE's projection."""
+        """The width Q of the projection in X-MoE's routers. Router `linear` has none and ignores it."""
         # P1's code has no other width than 16.
         return 16 if self.router == "xmoe_torchscale" else self.router_dim or max(2, self.experts // 2)
 
     def router_sizes(self, width: int) -> RouterSizes:
-        """Return the sizes of the router on rows of a width."""
+        """Return the counts of the router for rows of width `width`."""
         return ROUTERS[self.router](self.experts, width, self.routing_width)
 
 
 def default_d_ff(d_model: int) -> int:
-    """Return the default width of a dense feed-forward layer."""
-    # 8/3 d as in LLaMA, rounded up to a multiple of 128.
+    """Return the default hidden width of a dense feed-forward layer: 8/3 of `d_model`, rounded up to a multiple of
+    128."""
+    # 8/3 is LLaMA's factor.
     return math.ceil(d_model * 8 / 3 / 128) * 128
 
 
 class ModelSpec(Section):
+    """The model: a decoder, its sizes and its options."""
+
     backbone: ArchitectureName = "llama"
     """Architecture of the decoder. llama (P2): RMSNorm, rotary positions, SwiGLU, no biases. subln (P1): LayerNorm also
     inside attention and feed-forward, xPos, GELU, biases, embeddings scaled by sqrt(d)."""
@@ -270,9 +276,9 @@ class ModelSpec(Section):
         return ARCHITECTURES[self.backbone]
 
     def with_moe(self, moe: MoESpec | None) -> "ModelSpec":
-        """Return a checked model of the same trunk with other expert layers; with None, the dense model.
+        """Return a model with the same trunk and other expert layers; with None, the dense model.
 
-        Dense layers get the default width if the trunk has none.
+        Dense layers get the default width if the trunk has none. The checks of the spec apply to the new model.
         """
         d_ff = None if moe is not None and moe.every == 1 else self.d_ff or default_d_ff(self.d_model)
         return ModelSpec.model_validate({**self.model_dump(exclude={"moe", "d_ff"}), "d_ff": d_ff, "moe": moe})
@@ -283,7 +289,8 @@ class ModelSpec(Section):
 
     @property
     def recomputed_share(self) -> float:
-        """The share of the routes whose hidden rows are recomputed in the backward instead of kept."""
+        """The share of the routes whose hidden rows are recomputed in the backward instead of kept; 0 for a dense
+        model."""
         moe = self.moe
         if moe is None:
             return 0.0
@@ -296,6 +303,7 @@ class ModelSpec(Section):
 
     @property
     def moe_layers(self) -> int:
+        """The number of mixture-of-experts layers."""
         return sum(self.is_moe_layer(i) for i in range(self.layers))
 
     @property

@@ -36,6 +36,8 @@ class ReferenceSpec(Section):
 
 
 class RunSpec(Section):
+    """Everything that determines a run: model, data, training, cluster, serving and tracking."""
+
     name: str = Field(pattern=NAME)
     """Name of the run, in lower-case letters, digits and dashes. Each submission adds a suffix of its own."""
     storage: StoragePath = Path("runs")
@@ -62,7 +64,7 @@ class RunSpec(Section):
             )
         if self.cluster.shard_experts and moe is None:
             raise ValueError(
-                "cluster.shard_experts is true, but a dense model has no experts to slice: set shard_experts to false"
+                "cluster.shard_experts is true, but a dense model has no experts to shard: set shard_experts to false"
             )
         if moe is not None and moe.experts % self.cluster.ep:
             raise ValueError(f"model.moe.experts ({moe.experts}) must be a multiple of cluster.ep ({self.cluster.ep})")
@@ -106,7 +108,7 @@ class RunSpec(Section):
         if limits.precision not in (None, self.train.precision):
             raise ValueError(
                 f"model.moe.kernel {moe.kernel} computes in {limits.precision}, but train.precision is "
-                f"{self.train.precision}: set either"
+                f"{self.train.precision}: change one of them"
             )
 
     @property
@@ -115,7 +117,8 @@ class RunSpec(Section):
         return None if self.reference is None else self.model.with_moe(self.reference.moe)
 
     def changed_keys(self, previous_spec: Self) -> list[str]:
-        """Return the names of the top-level keys in which this spec trains something else than an earlier one."""
+        """Return the names of the top-level keys whose values differ from those of `previous_spec`, without sections
+        that do not change the training (`NON_TRAINING_SECTIONS`)."""
         previous_sections, current_sections = (
             spec.model_dump(mode="json", exclude=NON_TRAINING_SECTIONS) for spec in (previous_spec, self)
         )
@@ -159,8 +162,8 @@ class RunSpec(Section):
         return self.train.micro_batch_size * self.data.seq_len
 
     def with_absolute_paths(self, base: Path) -> Self:
-        """Return the same spec with absolute paths, of which relative ones start at `base`, the working directory of
-        the command."""
+        """Return the same spec with absolute paths. Relative paths start at `base`; addresses in an object store stay
+        the same."""
         data = self.data
         sources = {n: s.model_copy(update={"path": absolute_path(base, s.path)}) for n, s in data.sources.items()}
         update = {

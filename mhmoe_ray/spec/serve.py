@@ -21,6 +21,8 @@ class KeySpec(Section):
 
 
 class ServeSpec(Section):
+    """Replicas of a served checkpoint, their engine, and the limits of requests."""
+
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=1, le=65535)
     replicas: WorkerRange = WorkerRange(min=1, max=1)

@@ -52,6 +52,8 @@ class StorageSpec(Section):
 
 
 class CloudSpec(Section):
+    """Location and machine types of a cluster on AWS or GCP."""
+
     region: Word
     zone: Word | None = None
     """Availability zone. By default the provider chooses it; on GCP it is required."""
@@ -71,6 +73,8 @@ class CloudSpec(Section):
 
 
 class OnPremiseSpec(Section):
+    """Machines that exist already, by host name, and the user who logs in to them."""
+
     user: Word
     head: Word
     workers: Annotated[tuple[Word, ...], Field(min_length=1)]
@@ -78,6 +82,8 @@ class OnPremiseSpec(Section):
 
 
 class SlurmSpec(Section):
+    """Resources of a Slurm job in which the cluster runs."""
+
     partition: Word
     account: Word | None = None
     nodes: PositiveInt
@@ -87,6 +93,8 @@ class SlurmSpec(Section):
 
 
 class SiteSpec(Section):
+    """Description of a cluster: its nodes, its storage, and the platforms that it can run on."""
+
     name: Name = "mhmoe"
     namespace: Name = "default"
     image: Word

@@ -29,6 +29,8 @@ class SweepSize(Section):
 
 
 class SweepSpec(Section):
+    """Runs that differ in some keys of a spec, at several sizes and with several seeds."""
+
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]{0,20}$")
     """Name of the sweep, in lower-case letters, digits and dashes. The names of its runs begin with it."""
     sizes: dict[str, SweepSize] = Field(min_length=1)
@@ -68,17 +70,17 @@ class SweepSpec(Section):
 
 
 def seeded_name(name: str, seed: int) -> str:
-    """Return the name of a run with a suffix for its seed."""
+    """Return the name of a sweep's run with a suffix for its seed, such as `h4-s0`."""
     return f"{name}-s{seed}"
 
 
 def unseeded_name(name: str) -> str:
-    """Return a name from `seeded_name` without its suffix; return any other name unchanged."""
+    """Return a name from `seeded_name` without its suffix for the seed; return any other name unchanged."""
     return re.sub(r"-s\d+$", "", name)
 
 
 class SweepRun(Section):
-    """One run of a sweep."""
+    """One run of a sweep: a variant with one seed, and its complete spec."""
 
     variant: str
     """Name of the run without its seed, for example h4."""

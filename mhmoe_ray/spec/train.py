@@ -11,6 +11,8 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class TrainSpec(Section):
+    """Batches, precision, optimizer, learning-rate schedule, and intervals of validation and checkpoints."""
+
     steps: PositiveInt
     micro_batches: PositiveInt
     """M: number of micro-batches in one optimizer step, over all workers together. The global batch therefore does not
@@ -54,6 +56,8 @@ class TrainSpec(Section):
 
 
 class TrackingSpec(Section):
+    """Experiment tracking in addition to the metrics in the run directory."""
+
     mlflow: str | None = Field(default=None, min_length=1)
     """Address http(s)://host:port of an MLflow tracking server, or any other tracking URI of MLflow. It needs the extra
     `mlflow`. Set the server's user name or token in MLflow's own environment variables, never here."""

@@ -18,7 +18,11 @@ POLL_SECONDS = 0.5
 
 
 def check_unchanged_specs(sweep_dir: SweepDir, wanted_entries: Sequence[SweepRun]) -> None:
-    """Check that no run of the sweep was started with another spec than it has now.
+    """Check that no run of the sweep was started with another spec than the sweep file gives it now.
+
+    Args:
+        sweep_dir: the sweep's directory.
+        wanted_entries: the entries that are to run.
 
     Raises:
         SpecError: a wanted run, or another seed of its variant, was started with another spec.
@@ -51,7 +55,7 @@ def submit(
     size: str,
     concurrent: int,
 ) -> str:
-    """Submit a job that starts runs, and write an order for it.
+    """Order runs of a sweep: submit the job that starts them, and write the order for it.
 
     The job of an earlier order ends when it sees the new order. If that job still works, the new order includes its
     unfinished runs.
@@ -141,7 +145,10 @@ def state_of(run: RunDir) -> events.State:
 
 
 def is_to_run(name: str, run: RunDir, state: events.State, order: Order) -> bool:
-    """Return whether a run in this state still runs, or ended before the order was written and will start again."""
+    """Return whether the job of an order still has to run a run of the sweep, which is in this state.
+
+    This holds if the run has not ended, or if it failed or was stopped before the order was written.
+    """
     return not events.is_end_state(state) or (
         state != "finished" and newest_attempt_number(run) <= order.retry.get(name, 0)
     )
@@ -178,8 +185,14 @@ def is_alive(order: Order) -> bool:
 
 
 def logged_error(order: Order) -> MhmoeError | None:
-    """Return the error with which the job of an order ended; None if the job was killed or its cluster does not know
-    it."""
+    """Return the error that the job of an order logged at its end.
+
+    Returns:
+        The error; None if there is none, because the job was killed for example, or if its cluster does not know it.
+
+    Raises:
+        ClusterError: its cluster does not answer.
+    """
     connection = connect(order.address)
     if jobs.status(connection, order.job) is None:
         return None
@@ -191,7 +204,7 @@ def stop(sweep_dir: SweepDir) -> tuple[dict[str, events.State], list[MhmoeError]
 
     Returns:
         The states that the unfinished runs had, by name; and an error for each cluster that did not answer. Workers
-            there learn of the stop from their run directory.
+            on such a cluster learn of the stop from their run directory.
 
     Raises:
         RunError: there is no such sweep.
@@ -240,7 +253,7 @@ def _end_jobs(sweep_dir: SweepDir) -> dict[str, MhmoeError]:
 
 
 def _end_run(run: RunDir) -> None:
-    """End the job of a run at once, and record the end in the run directory if the job did not."""
+    """End the job of a run at once, wait for its end, and record it in the run directory if the job did not."""
     attempt = last_attempt(run)
     connection = connect(attempt.address)
     if jobs.is_alive(connection, attempt.job):

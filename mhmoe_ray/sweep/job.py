@@ -28,6 +28,7 @@ class SweepRequest(RemoteJob[None]):
     path: str
     """Path of the sweep's directory."""
     order: str
+    """Name of the order."""
 
     @property
     def sweep_dir(self) -> SweepDir:
@@ -39,6 +40,7 @@ class SweepRequest(RemoteJob[None]):
 
 
 def main() -> None:
+    """Run the job of a `SweepRequest`: wait for its order, and start the runs of the order."""
     import ray
 
     from mhmoe_ray.sweep.scheduler import Sweep

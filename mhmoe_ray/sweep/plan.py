@@ -16,7 +16,9 @@ from mhmoe_ray.spec.sweep import RESERVED_KEYS, seeded_name
 
 
 def planned_runs(sweep: SweepSpec, folder: Path, size: str, overrides: Sequence[str] = ()) -> list[SweepRun]:
-    """Return all runs of a sweep, seed by seed, so that a sweep that ends early has some runs of each variant.
+    """Return the runs of all variants and seeds of a sweep, with their complete specs.
+
+    All variants of a seed come before those of the next seed, so that a sweep that ends early has runs of each variant.
 
     Args:
         sweep: the sweep, as in its file.
@@ -60,7 +62,7 @@ def _variants(sweep: SweepSpec, size: SweepSize) -> Iterator[tuple[str, dict[str
 
 
 def _shortened_name(name: str, sweep: SweepSpec) -> str:
-    """Return a name made from the grid, cut to the length that runs allow, with a digest of the full name if cut."""
+    """Return the name of a variant, cut to the length that names of runs allow; a cut name ends with a digest."""
     # All seeds of up to four digits leave the same length, so that a larger seed does not rename a variant.
     room = NAME_LENGTH - len(seeded_name(f"{sweep.name}-", max(1000, *sweep.seeds)))
     if len(name) <= room:
@@ -76,6 +78,11 @@ def _slug(text: str) -> str:
 def _spec(
     sweep: SweepSpec, path: Path, name: str, seed: int, keys: Mapping[str, Any], overrides: Sequence[str]
 ) -> RunSpec:
+    """Return the spec of a run: the spec file at `path` with the variant's keys, the user's overrides, and the seed.
+
+    Raises:
+        SpecError: the spec is wrong; the error names the run.
+    """
     run_name = seeded_name(f"{sweep.name}-{name}", seed)
     name_and_seed = [f"name={run_name}", f"seed={seed}"]
     key_overrides = [f"{key}={json.dumps(value, default=str)}" for key, value in keys.items()]

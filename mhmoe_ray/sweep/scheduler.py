@@ -30,10 +30,10 @@ MAX_STARTS = 3
 
 
 class Sweep:
-    """The work of one job of a sweep: it starts the runs of an order as others end."""
+    """Scheduler in one job of a sweep: it starts the runs of an order, a limited number at a time."""
 
     def __init__(self, sweep_dir: SweepDir, name: str, connection: Connection) -> None:
-        """Read an order.
+        """Read the order that this job is for.
 
         Args:
             sweep_dir: the sweep's directory.
@@ -109,6 +109,7 @@ class Sweep:
 
     @property
     def _is_newest_order(self) -> bool:
+        """True if the sweep is not stopped and has no newer order, so that this job may start runs."""
         return not self._sweep_dir.stop_file.exists() and self._sweep_dir.order_names()[-1] == self._name
 
     def _wait_for_earlier_jobs(self) -> None:
@@ -128,14 +129,16 @@ class Sweep:
                 time.sleep(POLL_SECONDS)
 
     def _is_job_alive(self, order: Order) -> bool:
+        """Return whether the job of an order is alive; True also while this job's own cluster does not answer."""
         if order.address != self._order.address:
             return jobs.is_alive(connect(order.address), order.job)
         return self._retrying_caller.call(lambda: jobs.is_alive(self._connection, order.job), True)
 
     def _is_alive(self, name: str) -> bool:
-        """Return whether a run is alive, and add it to the settled ones if it has ended for good.
+        """Return whether a run is alive; if it has ended for good, count it as settled.
 
-        A run counts as alive if its cluster does not answer.
+        A run counts as alive if its cluster does not answer. If the cluster refuses the token, it counts as alive until
+        it has written nothing for `QUIET_SECONDS`.
         """
         run = self._runs[name]
         if name in self._settled or not run.spec_file.exists() or not newest_attempt_number(run):
@@ -161,7 +164,7 @@ class Sweep:
         return False
 
     def _outcome(self, run: RunDir) -> Outcome | None:
-        """Return how a run ended, by its own cluster, which may be another one or gone; None while it runs."""
+        """Return how a run ended; None while it runs. Its cluster may be another one than this job's, or gone."""
         if known_outcome := recorded_outcome(events.read(run)):
             return known_outcome
         attempt = last_attempt(run)
@@ -171,10 +174,10 @@ class Sweep:
         return self._retrying_caller.call(lambda: outcome(run, self._connection), None)
 
     def _should_restart(self, name: str, run_outcome: Outcome) -> bool:
-        """Return whether to start an ended run again.
+        """Return whether to start a run again that ended without finishing.
 
-        True if it ended before the order was written, or if its job died without recording the end and this job has
-        started it fewer than `MAX_STARTS` times.
+        It is started again if it ended before the order was written. It is also started again if its job died without
+        recording the end and this job has started it fewer than `MAX_STARTS` times.
         """
         run = self._runs[name]
         if newest_attempt_number(run) <= self._order.retry.get(name, 0):
@@ -206,6 +209,10 @@ class Sweep:
         return self._preparation_errors[text] is None
 
     def _start(self, entry: SweepRun) -> bool:
+        """Start the run of an entry, and return whether it may be alive now; its run directory is created if missing.
+
+        A run that the cluster refuses, or that was started with another spec, is settled.
+        """
         run = self._runs.get(entry.name)
         # The user may have removed the run directory meanwhile.
         if run is None or not run.spec_file.exists():
@@ -242,7 +249,7 @@ class Sweep:
 
 
 def _create_run(entry: SweepRun) -> RunDir:
-    """Create the run of an entry.
+    """Create the run directory of an entry.
 
     Raises:
         OSError: the storage fails, which may be temporary.

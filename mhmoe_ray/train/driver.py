@@ -25,7 +25,9 @@ from mhmoe_ray.train.worker_failures import WorkerFailureCallback, failure_reaso
 
 
 def train_run(run: RunDir, attempt: int) -> None:
-    """Train a run to its end, from its newest checkpoint if there is one.
+    """Prepare a run's data if it is missing, train it from its newest checkpoint on, and record how it ended.
+
+    The training ends with the last step of the spec or, at a user's request, earlier.
 
     Args:
         run: the run.
@@ -83,6 +85,11 @@ def train_run(run: RunDir, attempt: int) -> None:
 
 
 def _prepare_data(run: RunDir, spec: RunSpec) -> None:
+    """Prepare the data if its folder is missing, verify it, and copy its tokenizer into the run directory.
+
+    Raises:
+        DataError: the data is damaged, does not fit the spec, or has another tokenizer than the run began with.
+    """
     folder = spec.data.prepared
     if not folder.exists():
         events.record(run, "preparing", folder=str(folder))
@@ -113,9 +120,10 @@ def _worker_resources(spec: RunSpec) -> dict[str, float]:
 
 
 def _training_error(run: RunDir, error: Exception) -> MhmoeError:
-    """Return the root cause of an error of Ray Train.
+    """Return the error for the user, which names the root cause of an error that Ray Train raised.
 
-    An error of this package is returned as it is; any other error becomes a `JobError` with its reason in one line.
+    If the root cause is an error of this package, it is returned itself. Otherwise the result is a `JobError` with the
+    reason in one line.
     """
     if isinstance(error, ray.train.WorkerGroupError):
         errors = original_errors(error.worker_failures)

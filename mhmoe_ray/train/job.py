@@ -13,7 +13,7 @@ from mhmoe_ray.storage import location
 
 
 class TrainRequest(RemoteJob[None]):
-    """Request for one attempt of a run; the run directory gets its results, and an event when it ends."""
+    """Request to train one attempt of a run. Its result is in the run directory: checkpoints, metrics and events."""
 
     module: ClassVar[str] = "mhmoe_ray.train.job"
     kind: ClassVar[str] = "train"
@@ -36,6 +36,7 @@ class TrainRequest(RemoteJob[None]):
 
 
 def main() -> None:
+    """Run the job of a `TrainRequest`, unless the run has a newer attempt; exit with the error's code if it fails."""
     request = TrainRequest.received()
     run, attempt = request.run, request.attempt
     with logging_errors():
@@ -47,6 +48,7 @@ def main() -> None:
 
 
 def _train_and_record(run: RunDir, attempt: int) -> None:
+    """Train a run; if this fails or is ended from outside, record the reason as an event and raise the error again."""
     try:
         # Imported after the "began" event: these imports take seconds, and the user waits for that event.
         import ray

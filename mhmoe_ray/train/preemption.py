@@ -22,7 +22,7 @@ class PreemptedError(RayActorError):
 
 
 def preemption_notice() -> PreemptionInfo | None:
-    """Return the preemption notice that this rank has received, None without one.
+    """Return the preemption notice that this rank has received; None if it has not received any.
 
     Other ranks may receive it a step earlier or later.
     """

@@ -39,9 +39,9 @@ from mhmoe_ray.spec import RunSpec
 
 
 def missing_resources(spec: RunSpec) -> str:
-    """Return the resources that the cluster lacks for the smallest number of workers of a run, as one line.
+    """Return one line that says why the cluster has no room for the smallest number of workers of a run.
 
-    If the nodes are large enough, the line says that others use the resources.
+    The line names the resources that its nodes lack or, if the nodes are large enough, says that others use them.
     """
     cluster, node_resources = spec.cluster, [node["Resources"] for node in ray.nodes() if node["Alive"]]
     nodes = [Node("", resources.get("CPU", 0.0), resources.get("GPU", 0.0)) for resources in node_resources]
@@ -70,8 +70,8 @@ class NonRetryableFailurePolicy(DefaultFailurePolicy):
     """Retry policy for failures of a worker group: errors that would occur again are not retried.
 
     These are errors of this package that a worker raised, for example a gradient that is not finite. All other
-    failures are retried: workers that were killed, and errors of storage or of a checkpoint, because the storage may
-    come back.
+    failures are retried within the spec's limit: workers that were killed, and errors of storage or of a checkpoint,
+    because the storage may come back.
     """
 
     def __init__(self, failure_config: FailureConfig, run: RunDir, spec: RunSpec) -> None:
@@ -79,6 +79,10 @@ class NonRetryableFailurePolicy(DefaultFailurePolicy):
         self._run, self._spec = run, spec
 
     def make_decision(self, training_failed_error: Any) -> FailureDecision:
+        """Return whether to retry after this error or to raise it; before a retry, wait for the storage.
+
+        If the workers could not start in time, it is recorded that they wait for resources.
+        """
         if isinstance(getattr(training_failed_error, "controller_failure", None), WorkerGroupStartupTimeoutError):
             record_waiting(self._run, self._spec)
         error = package_error(training_failed_error)
@@ -122,10 +126,11 @@ class DivisorScalingPolicy(ElasticScalingPolicy):
         self._run, self._spec, self._last_step, self._worker_counts = run, spec, spec.train.steps, spec.worker_counts
         self._considered_step, self._is_waiting = -1, False
         self._held_workers: int | None = 0
-        """Number of workers whose resources are not among the free ones; None where a failed worker group may still
-        hold its own."""
+        """Number of workers whose resources this run itself holds, so that they are not among the free ones; None while
+        this is unknown, because a failed worker group may still hold its resources."""
 
     def make_decision_for_running_worker_group(self, worker_group_state: Any, worker_group_status: Any) -> Any:
+        """Return a decision to grow if there is a new checkpoint and room for more workers, else to do nothing."""
         # The request for resources expires unless it is repeated.
         self._maybe_send_resource_request()
         self._held_workers = None
@@ -150,6 +155,10 @@ class DivisorScalingPolicy(ElasticScalingPolicy):
         )
 
     def make_decision_for_non_running_worker_group(self) -> Any:
+        """Return a decision to start as many workers as possible or, if there are too few resources, to wait.
+
+        The beginning of a wait is recorded as an event.
+        """
         decision: ScalingDecision = super().make_decision_for_non_running_worker_group()
         if isinstance(decision, ResizeDecision):
             # If this start fails because others hold the resources, the next decision counts free resources only.
@@ -188,6 +197,8 @@ class DivisorScalingPolicy(ElasticScalingPolicy):
 
 
 class RunTrainer(TorchTrainer):
+    """Ray Train trainer with a run's retry policy and, if the run is elastic, its scaling policy."""
+
     def __init__(self, run: RunDir, spec: RunSpec, **options: Any) -> None:
         super().__init__(_train_worker, **options)
         self._run, self._spec = run, spec

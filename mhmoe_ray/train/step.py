@@ -27,6 +27,8 @@ from mhmoe_ray.spec import RunSpec
 
 
 class MicroBatch(NamedTuple):
+    """Micro-batch of b samples: their token ids, and the targets that count."""
+
     token_BT: Tensor
     """Token ids of each sample, int64, (b, T + 1): T inputs, and T targets that are shifted by one."""
     counts_BT: Tensor
@@ -56,9 +58,12 @@ class RankSums(NamedTuple):
 
 
 class Update(NamedTuple):
+    """Result of one optimizer update."""
+
     norm: float
     """Norm of the whole gradient before clipping."""
     lr: float
+    """Learning rate of the step."""
     applied: bool
     """Whether the update was applied; False if the norm is not finite and the spec says to skip such a step."""
 
@@ -123,7 +128,10 @@ class Trainer:
         init_weights(model, self.spec.seed, self.on_progress)
 
     def accumulate(self, batches: Iterable[MicroBatch]) -> RankSums:
-        """Accumulate the gradients of this rank's micro-batches and reduce them over ranks, without clipping.
+        """Accumulate the gradients of this rank's micro-batches, and reduce them over ranks.
+
+        The gradients are neither clipped nor applied yet; `update` does that. The result has this rank's sums of the
+        loss, the route counts and the bytes sent.
 
         Every target that counts has the same weight in the step's loss, whatever the padding of its micro-batch.
         Padding is routed like any token. So the balance loss, the expert capacity and the route counts include it: they
@@ -191,10 +199,10 @@ class Trainer:
         return torch.zeros(self.spec.model.moe_layers, moe.experts if moe else 0, dtype=torch.int64)
 
     def _move_biases(self, rank_count_LE: Tensor, rate: float) -> None:
-        """Update the selection biases of all routers from the routes of this step.
+        """Change the biases with which routers select experts, so that experts with few routes get more.
 
         Args:
-            rank_count_LE: routes of this rank per layer and expert.
+            rank_count_LE: routes of this rank per layer and expert, in this step.
             rate: size of the change.
         """
         # Routes are summed over all ranks, so that a bias is the same for any number of ranks.
@@ -205,7 +213,9 @@ class Trainer:
             layer.router.bias_E.copy_(updated_bias(layer.router.bias_E, count_E, rate))
 
     def update(self, sums: RankSums) -> Update:
-        """Clip the accumulated gradients and apply them, unless their norm is not finite.
+        """Clip the accumulated gradients, apply them unless their norm is not finite, and count the step.
+
+        A step whose update is skipped counts as done, too.
 
         Args:
             sums: result of `accumulate`.
@@ -233,6 +243,12 @@ class Trainer:
         return Update(norm, lr, applied)
 
     def forward(self, token_BT: Tensor, noise: Noise | None = None) -> DecoderOutput:
+        """Run the model in the run's precision, with the document masks that its spec asks for.
+
+        Args:
+            token_BT: input token ids, (B, T).
+            noise: random numbers of the micro-batch, for training; None for validation.
+        """
         dtype = torch.bfloat16
         enabled = self.spec.train.precision == "bfloat16"
         document_BT = None
@@ -251,7 +267,7 @@ class Trainer:
         """Return the mean loss in nats over the held-out tokens, and their number; both are the same on every rank.
 
         With static routing, routes above the expert capacity are dropped as in training. The first paper's code does
-        the same (`-1` as its capacity in evaluation); `evaluate.measure` drops none.
+        the same (`-1` as its capacity in evaluation). The package `evaluate` drops none.
 
         Args:
             token_NT: all held-out samples, (N, T + 1); every rank passes the same.

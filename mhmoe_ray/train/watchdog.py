@@ -35,7 +35,7 @@ Phase = Literal["restoring", "training", "validating", "saving"]
 
 @dataclass(frozen=True)
 class WorkerInfo:
-    """Process of a rank: the "started" event records it, and the watchdog kills it by these fields."""
+    """Process of a rank, with the fields by which the "started" event records it and the watchdog finds it."""
 
     rank: int
     pid: int
@@ -47,6 +47,7 @@ class WorkerInfo:
 
     @classmethod
     def current(cls, rank: int) -> "WorkerInfo":
+        """Return the fields of the current process, which is the process of `rank`."""
         start_time = psutil.Process().create_time()
         return cls(rank, os.getpid(), start_time, socket.gethostname(), ray.get_runtime_context().get_node_id())
 
@@ -93,7 +94,7 @@ class Heartbeat(AbstractContextManager["Heartbeat"]):
         self._update(step=step, phase=phase)
 
     def report_progress(self) -> None:
-        """Report progress of training itself."""
+        """Report progress of training itself, within a step and a phase."""
         self._update()
 
     def report_side_progress(self) -> None:
@@ -101,6 +102,7 @@ class Heartbeat(AbstractContextManager["Heartbeat"]):
         self._update(training_progress=0)
 
     def _update(self, training_progress: int = 1, **changes: Any) -> None:
+        """Count one activity and `training_progress`, and set the fields of `Progress` in `changes`."""
         with self._lock:
             progress = self._progress
             self._progress = replace(
@@ -158,6 +160,7 @@ class Watchdog:
         return actor
 
     async def receive(self, progress: Progress) -> None:
+        """Receive a heartbeat of a rank; the first one makes the watchdog watch this rank."""
         current_time = time.monotonic()
         previous_record = self._records.get(progress.worker_info)
         progress_time = (
@@ -174,10 +177,11 @@ class Watchdog:
             record.progress_time = current_time
 
     async def forget(self, worker_info: WorkerInfo) -> None:
+        """Stop watching a rank, because it ends."""
         self._records.pop(worker_info, None)
 
     async def watch(self) -> None:
-        """Kill the ranks that hang, in a check every `HEARTBEAT_SECONDS` without end."""
+        """Check every `HEARTBEAT_SECONDS` for ranks that hang, and kill their processes. This never returns."""
         last_check_time = time.monotonic()
         while True:
             await asyncio.sleep(HEARTBEAT_SECONDS)

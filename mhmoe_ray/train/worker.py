@@ -89,6 +89,8 @@ def _set_up_logging(rank: int) -> None:
 
 
 class Worker:
+    """Worker of one rank: it restores the checkpoint of the start when it is created, and `train` does the rest."""
+
     def __init__(self, run: RunDir, spec: RunSpec, attempt: int, heartbeat: Heartbeat) -> None:
         # Ray gives a worker one thread, whatever number of CPUs it has.
         torch.set_num_threads(spec.cluster.cpus_per_worker)
@@ -124,6 +126,7 @@ class Worker:
         )
 
     def train(self) -> None:
+        """Train until the last step or until the user stops the run, and close the telemetry also after an error."""
         try:
             self._train()
         except BaseException:
@@ -136,6 +139,11 @@ class Worker:
         self.telemetry.close("FINISHED" if self.trainer.step == self.spec.train.steps else "KILLED")
 
     def _train(self) -> None:
+        """Train step by step, and validate, report metrics and save checkpoints at the steps that the spec names.
+
+        Raises:
+            PreemptedError: a node of the worker group is preempted; a checkpoint has been saved.
+        """
         spec, trainer = self.spec, self.trainer
         validation_samples_NT = self._validation_samples()
         stream = self._stream()
@@ -263,10 +271,9 @@ class Worker:
         return line, count_LE, waits, bool(stop_flag), bool(preemption_flag)
 
     def _stop_requested(self) -> bool:
-        """Return whether the user asked the run to stop, as the run directory says.
+        """Return whether the user asked the run to stop; this is checked at most once per `STOP_CHECK_SECONDS`.
 
-        It is checked once per `STOP_CHECK_SECONDS`. Between two checks, and if the run directory cannot be read, the
-        result is False.
+        Between two checks, and if the run directory cannot be read, the result is False.
 
         Raises:
             RunError: the run has a newer job.
@@ -330,12 +337,13 @@ class _TimedBatches:
 
 
 def _start_transfer(part: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Return a tensor on the device, without waiting for the queued work of the device."""
+    """Return the tensor `part` on the device; the copy does not wait for work that is queued on the device."""
     # Only a copy from pinned memory is asynchronous.
     return part.to(device) if device.type == "cpu" else part.pin_memory().to(device, non_blocking=True)
 
 
 def _gather_objects(value: Any) -> list[Any]:
+    """Return the values that all ranks pass, in the order of ranks; every rank gets the same list."""
     if not dist.is_initialized():
         return [value]
     objects: list[Any] = [None] * dist.get_world_size()
@@ -344,7 +352,7 @@ def _gather_objects(value: Any) -> list[Any]:
 
 
 def _gather_numbers(numbers: torch.Tensor) -> torch.Tensor:
-    """Return the vectors of numbers of all ranks, (world, len(numbers)); they are the same on every rank."""
+    """Return the vectors that all ranks pass, (world, len(numbers)), on the CPU; every rank gets the same result."""
     if not dist.is_initialized():
         return numbers[None]
     device = ray.train.torch.get_device()

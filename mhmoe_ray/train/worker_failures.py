@@ -25,7 +25,7 @@ DUPLICATE_SECONDS = 20.0
 
 
 class WorkerFailureCallback(ray.train.UserCallback):
-    """Callback of Ray Train that records failed workers as an event.
+    """Callback of Ray Train that records failed workers as a "lost" event, except workers that were preempted.
 
     Ray Train calls it in the process that monitors the workers.
     """
@@ -35,6 +35,7 @@ class WorkerFailureCallback(ray.train.UserCallback):
         self._last_failure: tuple[frozenset[int], float] = frozenset(), 0.0
 
     def after_exception(self, run_context: object, worker_exceptions: Mapping[int, Exception]) -> None:
+        """Record the failure of these ranks, with the reason and the last log lines of the rank that caused it."""
         if all(isinstance(error, PreemptedError) for error in worker_exceptions.values()):
             # The workers recorded the preemption themselves.
             return
@@ -58,10 +59,10 @@ class WorkerFailureCallback(ray.train.UserCallback):
 
 
 def original_errors(failures: Mapping[int, Exception]) -> dict[int, Exception]:
-    """Return the error that each rank failed with.
+    """Return the error of each failed rank, without Ray's wrapper around errors of remote tasks.
 
-    An error in a remote task that the rank called is replaced by its cause: Ray's own error has a traceback as its
-    message.
+    If a rank failed because a remote task that it called failed, the result is the error that the task raised. Ray's
+    wrapper has a traceback as its message.
     """
     return {
         rank: error.cause if isinstance(error, RayTaskError) and isinstance(error.cause, Exception) else error

@@ -27,7 +27,7 @@ def _single_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def project(local_cluster, tmp_path_factory) -> Path:
-    """Prepare the data of a 20-step spec that names its tokenizer, and return the folder."""
+    """Write a corpus and a spec of 20 steps, prepare the data, and return the folder of all three."""
     folder = tmp_path_factory.mktemp("bench")
     write_corpus(folder / "raw")
     write_spec(folder)
@@ -36,6 +36,7 @@ def project(local_cluster, tmp_path_factory) -> Path:
 
 
 def write_spec(folder: Path) -> RunSpec:
+    """Write spec.yaml and the tokenizer file that it names, which has only the single bytes; return the spec."""
     (folder / "ranks").write_bytes(b"".join(base64.b64encode(bytes([i])) + b" %d\n" % i for i in range(256)))
     data = {"validation_fraction": 0.2, "tokenizer": "ranks", "tokenizer_pattern": "gpt2"}
     spec = tiny_spec(folder, data=data)

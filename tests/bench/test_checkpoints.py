@@ -12,9 +12,9 @@ from tests.specs import tiny_spec
 
 @pytest.mark.long
 def test_all_durations_use_device_clock(tmp_path, monkeypatch):
-    """All durations come from the clock that waits for the device, so that work still running on a GPU counts.
+    """All durations come from `device_clock`, which waits for the device, so that work still running on a GPU counts.
 
-    The test replaces it by a clock that ticks once at each read.
+    The test replaces that clock with one that ticks once at each read.
     """
     devices, ticks = [], itertools.count()
 

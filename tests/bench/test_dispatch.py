@@ -1,4 +1,4 @@
-"""Tests of the bytes between two simulated nodes against those that the routes demand, and of the slow link."""
+"""Tests of the bytes that two simulated nodes exchange, and of the slow link between them."""
 
 import os
 import shutil
@@ -29,7 +29,8 @@ def test_dispatch_sends_expected_bytes(tmp_path):
     assert list(layers) == ["SMoE", "fine-grained x 2", "fine-grained x 8", "MH-MoE h 2", "MH-MoE h 3"]
     for layer in layers.values():
         experts, expected = layer["moe"]["experts"], layer["expected"]
-        # The expected bytes include counts of rows: one for each expert and each of two ranks, or two for each node.
+        # The expected bytes include numbers of rows, of 8 bytes each. In flat dispatch, each of 4 ranks sends one for
+        # each expert of the 2 ranks on the other node; in hierarchical dispatch, each rank sends 2.
         assert layer["flat"]["counted"] == expected["flat"] - 4 * 2 * experts // 4 * 8
         assert layer["hierarchical"]["counted"] == expected["hierarchical"] - 4 * 2 * 8
         assert len(layer["flat"]["seconds"]) == len(layer["hierarchical"]["seconds"]) == 1
@@ -77,7 +78,7 @@ def test_link_requires_root_and_tools(monkeypatch):
 @pytest.mark.system
 @needs_root
 def test_slow_link_carries_expected_bytes(tmp_path):
-    """Headers and other TCP overhead add about 1 %, with packets as large as a virtual interface takes."""
+    """The link carries the expected bytes and up to 4 % more for TCP, and is not faster than its rate."""
     options = ("--tokens", "512", "--rounds", "3", "--slow-link", "400mbit", "--json")
     for layer in mhmoe_subprocess(tmp_path, "bench", "dispatch", *options).json()["layers"]:
         for dispatch in ("flat", "hierarchical"):

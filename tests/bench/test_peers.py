@@ -23,7 +23,7 @@ def _build_peer(name, our_layer):
 
 
 def _output_and_gradients(layer, x, weights):
-    """Return the output, and the gradients of sum(y^2) with respect to the input and the given weights."""
+    """Return the output y, and the gradients of sum(y^2) with respect to the input `x` and to `weights`."""
     x = x.clone().requires_grad_()
     y = layer(x)
     y = y[0] if isinstance(y, tuple) else y
@@ -46,10 +46,11 @@ def test_dropless_peer_matches_our_layer(name, top_k):
 
 
 def test_deepspeed_capacity_matches_our_static_routing():
-    """DeepSpeed drops the same routes as our static routing with two choices per token, but not with other numbers.
+    """DeepSpeed drops the same routes as our static routing with two choices per token, and gives the same outputs.
 
-    It divides a token's gates by the sum of those that were kept.
+    It divides a token's gates by the sum of those that were kept, so the test does this to our gates.
     """
+    # With other numbers of choices it drops other routes.
     our_layer = build_mixture(SHAPE, SHAPE.plain_moe.model_copy(update={"capacity_factor": 1.0}))
     peer = _build_peer("DeepSpeed capacity", our_layer)
     x = torch.randn(1, SHAPE.tokens, SHAPE.d_model, generator=torch.Generator().manual_seed(1))

@@ -1,4 +1,4 @@
-"""Tests of checkpoint files with torch's own reader and writer, and of any slices against full tensors."""
+"""Tests of checkpoint files, against torch's own reader and writer, and of slices, against full tensors."""
 
 import io
 import resource
@@ -32,6 +32,7 @@ TENSORS = {
 
 
 def empty_copies(tensors):
+    """Return tensors of the same shapes and dtypes, filled with -1."""
     return {name: torch.full_like(t, -1) for name, t in tensors.items()}
 
 
@@ -42,9 +43,8 @@ def assert_same(actual, expected):
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
 def test_torch_reads_our_files(tmp_path):
     save_tensors(tmp_path / "weights", TENSORS)
-    loaded = empty_copies(
-        {name: t for name, t in TENSORS.items() if t.ndim}
-    )  # torch cannot read a scalar: it takes a slice of it
+    # torch's reader slices each tensor, which fails for a scalar.
+    loaded = empty_copies({name: t for name, t in TENSORS.items() if t.ndim})
     dcp.load(loaded, storage_reader=HuggingFaceStorageReader(str(tmp_path / "weights")), no_dist=True)
     assert_same(loaded, {name: TENSORS[name] for name in loaded})
 
@@ -68,23 +68,26 @@ def test_scalar_is_read_as_tensor_of_one_element(tmp_path):
 
 
 def test_write_slices_returns_the_files_entry(tmp_path):
+    """The entry has the size and the hash that `describe_file` computes from the written file."""
     with (tmp_path / "x").open("wb") as file:
         entry = write_slices(file, {name: Slice(t, (0,) * t.ndim, tuple(t.shape)) for name, t in TENSORS.items()})
     assert entry == describe_file(tmp_path / "x")
 
 
-def cuts(length, draw):
+def draw_cuts(length, draw):
+    """Draw positions that cut a dimension into parts, 0 and `length` included, in order."""
     inner = draw(st.lists(st.integers(0, length), max_size=3))
     return sorted({0, length, *inner})
 
 
 @given(st.data(), st.lists(st.integers(1, 5), min_size=1, max_size=3), st.sampled_from([1, 40, 1 << 20]))
 def test_any_slice_is_read_from_any_blocks(data, shape, piece):
-    """Cut a tensor into blocks along all dimensions, write each to a file, and fill any box of it from these files."""
+    """Cut a tensor into blocks along all dimensions, write each block to a file, and fill any box of the tensor from
+    these files, in float32 or float64."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(slices_module, "PIECE_BYTES", piece)
         full_tensor = torch.arange(float(torch.Size(shape).numel())).view(shape)
-        edges = [cuts(n, data.draw) for n in shape]
+        edges = [draw_cuts(n, data.draw) for n in shape]
         boxes = [[]]
         for dimension_edges in edges:
             boxes = [[*box, span] for box in boxes for span in pairwise(dimension_edges)]
@@ -108,6 +111,8 @@ def test_any_slice_is_read_from_any_blocks(data, shape, piece):
 
 
 def read_stored_slice(file):
+    """Return the description of the slice of tensor "t" that an in-memory file has."""
+
     class Opened(io.BytesIO):
         """Stand-in for a path whose file is in memory."""
 
@@ -128,6 +133,7 @@ def test_incomplete_tensor_is_rejected(tmp_path):
 
 
 def test_more_files_are_read_than_may_be_open(tmp_path):
+    """A tensor in 200 files can be loaded by a process that may open 50 more files at a time."""
     ranks = 200
     for rank in range(ranks):
         save_slices(tmp_path, {"t": Slice(torch.full((1, 2), float(rank)), (rank, 0), (ranks, 2))}, rank)

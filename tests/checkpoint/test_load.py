@@ -18,7 +18,10 @@ STEPS = 3
 
 
 def new_run(folder, cluster, **sections):
-    """Create a run without data below the folder, and return its spec and the run."""
+    """Create a run below the folder, with files in place of a tokenizer and prepared data; return the spec and the run.
+
+    `cluster` and `sections` replace keys of the tiny spec.
+    """
     spec = tiny_spec(folder, cluster=cluster, **sections)
     run = create_run(spec)
     run.tokenizer_file.write_text("{}")
@@ -28,7 +31,10 @@ def new_run(folder, cluster, **sections):
 
 
 def train_and_save(folder, cluster, nodes=None, **sections):
-    """Train a run for `STEPS` steps, save a checkpoint, and return the spec and the run."""
+    """Create a run, train it for `STEPS` steps, save a checkpoint, and return the spec and the run.
+
+    `nodes` has the node of each rank, by default one node for all.
+    """
     spec, run = new_run(folder, cluster, **sections)
     run_ranks(cluster["workers"], jobs.train_and_save, spec, run.path, STEPS, nodes)
     return spec, run
@@ -36,7 +42,7 @@ def train_and_save(folder, cluster, nodes=None, **sections):
 
 @pytest.fixture(scope="module")
 def saved_checkpoint(tmp_path_factory):
-    """Return a checkpoint of two workers with ep 2, and the full state that two such workers load from it."""
+    """Return a checkpoint of two workers with ep 2, and what `load_and_describe` returns for it on two such workers."""
     spec, run = train_and_save(tmp_path_factory.mktemp("run"), {"workers": 2, "ep": 2})
     checkpoint, manifest, skipped = newest_checkpoint(run)
     assert skipped == []
@@ -57,7 +63,7 @@ def test_checkpoint_of_two_ranks_loads_at_any_world_size(saved_checkpoint, worke
 
 
 def test_saved_state_matches_training(saved_checkpoint):
-    """Compare with the same steps in one process, so that a wrong order of experts shows."""
+    """Loaded weights equal those after the same steps in one process, so that a wrong order of experts would show."""
     checkpoint, loaded_state = saved_checkpoint
     expected_weights = run_ranks(1, jobs.train_and_collect, tiny_spec(), STEPS)[0]["weights"]
     for name, tensor in loaded_state["weights"].items():
@@ -79,6 +85,7 @@ ALWAYS = {("fsdp-experts", "zero3"), ("zero1", "fsdp-experts"), ("zero3", "alone
 
 @pytest.fixture(scope="module")
 def uninterrupted_losses():
+    """Return the losses of the three steps after `STEPS`, of a run in one process that never stopped."""
     return run_ranks(1, jobs.train_and_collect, tiny_spec(), STEPS + 3)[0]["losses"][STEPS:]
 
 
@@ -121,7 +128,8 @@ EIGHT_EXPERTS = {
 
 @pytest.fixture(scope="module")
 def four_rank_checkpoint(tmp_path_factory):
-    """Return a checkpoint of eight experts on four workers, and the results of the same steps in one process."""
+    """Return a checkpoint of a model with eight experts, trained on four workers with ep 4, and the results of the same
+    steps in one process."""
     _, run = train_and_save(
         tmp_path_factory.mktemp("run"), {"workers": 4, "ep": 4}, train={"micro_batches": 8}, **EIGHT_EXPERTS
     )
@@ -131,7 +139,8 @@ def four_rank_checkpoint(tmp_path_factory):
 
 @pytest.mark.parametrize("ep", [1, 2, pytest.param(8, marks=pytest.mark.slow)])
 def test_experts_of_four_ranks_load_at_any_world_size(four_rank_checkpoint, ep):
-    """Compare with one process that never saved, so that a wrong order of experts shows."""
+    """Loaded weights and moments are compared with those of one process that never saved, so that a wrong order of
+    experts would show."""
     checkpoint, expected = four_rank_checkpoint
     spec = tiny_spec(cluster={"workers": ep, "ep": ep}, train={"micro_batches": 8}, **EIGHT_EXPERTS)
     for result in run_ranks(ep, jobs.load_and_describe, spec, checkpoint):
@@ -150,7 +159,7 @@ def test_experts_of_four_ranks_load_for_serving(four_rank_checkpoint):
 
 @pytest.mark.parametrize("strategy", ["fsdp", pytest.param("zero2", marks=pytest.mark.slow)])
 def test_experts_of_groups_by_node_load_in_one_process(tmp_path, strategy):
-    """Positions in the mesh differ from ranks on these nodes."""
+    """The mesh for these nodes has ranks in another order than their numbers."""
     cluster = {"workers": 4, "ep": 2, "strategy": strategy, "shard_experts": strategy == "fsdp"}
     _, run = train_and_save(tmp_path, cluster, ["a", "b", "b", "a"])
     result = jobs.load_and_describe(tiny_spec(), newest_checkpoint(run)[0])

@@ -25,6 +25,7 @@ def run(tmp_path):
 
 
 def removable_checkpoints(run, newest_count):
+    """Return the checkpoints that may be removed after step 50 if the newest `newest_count` are kept."""
     return RetentionPolicy(run, newest_count).removable_checkpoints(50, None)
 
 
@@ -35,6 +36,7 @@ def record_losses(run, *losses):
 
 
 def short_names(paths):
+    """Return names such as 10.1 for checkpoints of step 10 and worker group 1."""
     return [path.name.removeprefix("step_000000") for path in paths]
 
 
@@ -62,22 +64,19 @@ def test_later_of_two_checkpoints_of_a_step_is_the_best(run):
 
 
 def test_history_is_read_once(run):
+    """The policy remembers the losses in the history, and updates them with the loss of each later call."""
     retention = RetentionPolicy(run, 1)
     record_losses(run, (10, 2.0))
     assert short_names(retention.removable_checkpoints(10, None)) == ["20.1", "30.1", "30.2", "40.2"]
     run.metrics_file.unlink()
     assert short_names(retention.removable_checkpoints(20, 1.0)) == ["10.1", "30.1", "30.2", "40.2"]
     assert short_names(retention.removable_checkpoints(40, math.nan)) == ["10.1", "30.1", "30.2", "40.2"]
-    assert short_names(retention.removable_checkpoints(20, 3.0)) == [
-        "20.1",
-        "30.1",
-        "30.2",
-        "40.2",
-    ]  # step 20 was repeated with a worse loss
+    # Step 20 is repeated with a worse loss.
+    assert short_names(retention.removable_checkpoints(20, 3.0)) == ["20.1", "30.1", "30.2", "40.2"]
 
 
 def test_later_group_is_newer_although_its_step_is_earlier(run):
-    """Group 3 continued from an earlier step than a damaged checkpoint, which its own checkpoint replaces."""
+    """Worker group 3 continued from a step before 45, because the checkpoint of step 50 was damaged."""
     folder = run.checkpoints / "step_00000045.3"
     folder.mkdir()
     (folder / MANIFEST).write_text("{}")

@@ -24,7 +24,8 @@ def full_state(trainer):
 
 
 def save_while_training(spec, path):
-    """Save three checkpoints while training goes on, and return the state at the start of each."""
+    """Train two steps, then save a checkpoint before each of three further steps, and return the full state at the
+    start of each checkpoint."""
     run, trainer = RunDir(path), jobs.build_trainer(spec)
     jobs.train(spec, trainer, 2)
     saver = Saver(run, trainer, group=1)
@@ -52,6 +53,7 @@ def test_checkpoint_holds_the_state_of_its_step(tmp_path, workers, ep, strategy)
 
 
 def test_update_waits_for_the_copy_of_the_state(tmp_path, monkeypatch):
+    """The checkpoint has the weights before the update, though the copy of the state is slow."""
     spec, run = new_run(tmp_path, {"workers": 1})
     trainer = jobs.build_trainer(spec)
     jobs.train(spec, trainer, 1)
@@ -75,7 +77,7 @@ def test_update_waits_for_the_copy_of_the_state(tmp_path, monkeypatch):
 
 
 def save_with_failing_rank(spec, path):
-    """Save a second checkpoint whose files are too large for the limit of rank 1, and return the text of the error."""
+    """Save a checkpoint, then a second one whose file is larger than rank 1 may write; return the error's text."""
     run, trainer = RunDir(path), jobs.build_trainer(spec)
     jobs.train(spec, trainer, 1)
     saver = Saver(run, trainer, group=1)
@@ -106,7 +108,7 @@ def test_write_failure_of_one_rank_is_raised_on_all_ranks(tmp_path):
 
 
 def test_unreadable_history_removes_no_checkpoint(tmp_path, capfd):
-    """Older checkpoints are kept in this case, because the best one is not known."""
+    """The best checkpoint is unknown while the history cannot be read, so all are kept; later they are removed."""
     spec, run = new_run(tmp_path, {"workers": 1})
     spec = spec.model_copy(update={"train": spec.train.model_copy(update={"keep_checkpoints": 1})})
     trainer = jobs.build_trainer(spec)
@@ -127,13 +129,14 @@ def test_unreadable_history_removes_no_checkpoint(tmp_path, capfd):
 
 
 def save_after_one_step(spec, path):
+    """Train one step, and save a checkpoint."""
     trainer = jobs.build_trainer(spec)
     jobs.train(spec, trainer, 1)
     jobs.save_checkpoint(RunDir(path), trainer)
 
 
 def test_ranks_write_even_shares_of_replicated_tensors(tmp_path):
-    """The shares of two ranks differ by less than the largest tensor."""
+    """The bytes that any two ranks write differ by less than the largest tensor."""
     spec, run = new_run(tmp_path, {"workers": 4, "ep": 2})
     run_ranks(4, save_after_one_step, spec, run.path)
     files = newest_checkpoint(run)[1].files
@@ -144,6 +147,7 @@ def test_ranks_write_even_shares_of_replicated_tensors(tmp_path):
 
 
 def save_before_any_update(spec, path):
+    """Save a checkpoint of step 0, for which the optimizer has no moments yet."""
     trainer = jobs.build_trainer(spec)
     jobs.save_checkpoint(RunDir(path), trainer)
 

@@ -1,4 +1,4 @@
-"""The samples that a run should have read, computed again from the prepared shards and the order alone."""
+"""Check of the samples that a run has read: they are computed again from the prepared shards and the sample order."""
 
 import numpy as np
 
@@ -9,7 +9,7 @@ from mhmoe_ray.train.worker import combine_digests, sample_digest
 
 
 def expected_streams(run: RunDir) -> list[str]:
-    """Return the expected digest of each step's samples, from step 1 on."""
+    """Return the digest of the samples that each step should have read, from step 1 to the last step of the spec."""
     spec = run.spec()
     samples = TrainingSamples(spec)
     m, b = spec.train.micro_batches, spec.train.micro_batch_size
@@ -18,7 +18,7 @@ def expected_streams(run: RunDir) -> list[str]:
 
 
 def assert_samples_in_order(run: RunDir) -> None:
-    """Assert that the history of a run has each step once, with the samples that belong to this step."""
+    """Assert that the history of a finished run has each step once and in order, with the samples of that step."""
     lines = history.read(run)
     assert [line[metrics.STEP] for line in lines] == list(range(1, run.spec().train.steps + 1))
     assert [line[metrics.STREAM] for line in lines] == expected_streams(run)

@@ -10,7 +10,7 @@ from tests.specs import tiny_spec
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory) -> Path:
-    """Return a project folder with raw text in raw/ and the spec of a tiny model on that text."""
+    """Return a project folder with raw text in raw/ and the spec of a tiny model in spec.yaml; all tests share it."""
     folder = tmp_path_factory.mktemp("project")
     write_corpus(folder / "raw")
     write_spec(folder)
@@ -18,7 +18,12 @@ def corpus(tmp_path_factory) -> Path:
 
 
 def write_spec(folder: Path, **sections) -> Path:
-    """Write the spec of a tiny model to spec.yaml, with these keys in its sections, and return its path."""
+    """Write the spec of a tiny model to `folder`/spec.yaml, and return the path of that file.
+
+    Args:
+        folder: The project folder, which the spec's paths are below.
+        sections: Keys to replace, as a mapping for each section, for example `train={"steps": 5}`.
+    """
     defaults = {
         "cluster": {"workers": 2, "ep": 2},
         "data": {"validation_fraction": 0.2},
@@ -32,4 +37,5 @@ def write_spec(folder: Path, **sections) -> Path:
 
 @pytest.fixture
 def unused_port() -> int:
+    """Return a port of this machine that is free now."""
     return free_ports(1)[0]

@@ -1,4 +1,4 @@
-"""Functions that run the command line as a process."""
+"""Functions that run `mhmoe` commands as processes."""
 
 import json
 import os
@@ -9,29 +9,33 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
-from tests.forked import FORKED, take_over
+from tests.forked import FORKED, replace_environment
 
 
 class Result(NamedTuple):
-    """The exit code and the output of a command."""
+    """The exit code, the standard output and the standard error of a command that has ended."""
 
     code: int
     out: str
     err: str
 
     def json(self) -> Any:
-        """Return the parsed output of a command that succeeded."""
+        """Assert that the command succeeded, and return its standard output parsed as JSON."""
         assert self.code == 0, self.err
         return json.loads(self.out)
 
 
 def command(*args: str) -> list[str]:
-    """Return the command line of `mhmoe args` in an interpreter of its own."""
+    """Return the words of the command line that runs `mhmoe args` in a new interpreter."""
     return [sys.executable, "-m", "mhmoe_ray.cli.app", *args]
 
 
 def mhmoe(folder: Path, *args: str, **env: str) -> Result:
-    """Run `mhmoe args` in a folder, without a terminal and 100 columns wide."""
+    """Run `mhmoe args` in `folder` and wait for its end.
+
+    The command runs in a forked process that has imported the large modules already. It has no terminal; its output is
+    100 columns wide. `env` adds environment variables to those of this process.
+    """
     with TemporaryDirectory() as output_folder:
         out, err = Path(output_folder) / "out", Path(output_folder) / "err"
         process = FORKED.Process(target=_run, args=(folder, args, _environment(env), out, err))
@@ -45,27 +49,28 @@ def mhmoe(folder: Path, *args: str, **env: str) -> Result:
 
 
 def _run(folder: Path, args: tuple[str, ...], environment: dict[str, str], out: Path, err: Path) -> None:
-    take_over(environment)
+    """Run a command in this forked process, with its output in two files."""
+    replace_environment(environment)
     os.chdir(folder)
     for descriptor, path in ((1, out), (2, err)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
     sys.argv = ["mhmoe", *args]
-    # The import reads environment variables, and therefore comes after `take_over`.
+    # The import reads environment variables, and therefore comes after `replace_environment`.
     from mhmoe_ray.cli.app import main
 
     try:
         main()
-    # The traceback should look as in an interpreter; multiprocessing would print it in its own form.
+    # multiprocessing would print a traceback in a form of its own; this one looks as in an interpreter.
     except Exception:
         traceback.print_exc()
         sys.exit(1)
 
 
 def mhmoe_subprocess(folder: Path, *args: str, **env: str) -> Result:
-    """Run `mhmoe args` as `mhmoe` does, but in a new interpreter.
+    """Run `mhmoe args` like the function `mhmoe`, but in a new interpreter, which takes longer.
 
-    It is for settings that libraries read from the environment at import, and for commands that start processes with
-    multiprocessing.
+    Some commands need it: those with environment variables that libraries read when they are imported, and those that
+    start processes with multiprocessing.
     """
     process = subprocess.run(command(*args), cwd=folder, capture_output=True, text=True, env=_environment(env))
     return Result(process.returncode, process.stdout, process.stderr)
@@ -76,7 +81,9 @@ def _environment(env: dict[str, str]) -> dict[str, str]:
 
 
 def assert_one_line(result: Result, code: int, *parts: str) -> None:
-    """Assert that a command failed as users should see it: with an error in one line and without a traceback.
+    """Assert that a command failed with a one-line error message at the end, without a traceback.
+
+    Before that line, standard error may have lines of progress.
 
     Args:
         result: result of the command.

@@ -1,4 +1,4 @@
-"""Behaviour that all commands share, and combinations of options."""
+"""Tests of behaviour that all commands share."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Exports and imports of checkpoints on the command line, without a cluster."""
+"""Tests of `mhmoe ckpt` and of imported runs on the command line, without a cluster."""
 
 import json
 import shutil
@@ -75,7 +75,7 @@ def test_mistakes_are_one_line(project, tmp_path):
 
 
 def test_a_full_disk_is_one_line_and_leaves_nothing(project, tmp_path):
-    """The shell's limit on the size of files has the same effect as a full disk."""
+    """The shell's limit on the size of files stands in for a full disk."""
     folder, _, _ = project
     for words, code in (
         (("export", "--to", str(tmp_path / "x")), 8),

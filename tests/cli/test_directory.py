@@ -1,4 +1,4 @@
-"""Commands that use a run directory whose cluster is gone."""
+"""Tests of commands on a run directory whose cluster is gone."""
 
 import http.server
 import json
@@ -30,7 +30,7 @@ HUNG_EVENT = {"rank": 0, "pid": 3, "host": "x", "step": 7, "doing": "training", 
 
 @pytest.fixture
 def unused_address():
-    """Yield an address where nothing listens."""
+    """Yield the URL of a port of this machine where nothing listens."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         yield f"http://127.0.0.1:{s.getsockname()[1]}"
@@ -38,6 +38,7 @@ def unused_address():
 
 @pytest.fixture
 def run(tmp_path, unused_address):
+    """Return a run of 20 steps that has recorded step 7 and no end, and whose local cluster does not answer."""
     run_dir = create_run(tiny_spec(tmp_path))
     add_attempt(run_dir, Attempt("job-1", unused_address, local=True))
     events.record(run_dir, "submitted", attempt=1, job="job-1", address=unused_address)
@@ -140,7 +141,7 @@ def test_list_asks_each_cluster_once_and_does_not_wait_for_old_jobs(tmp_path, ru
         for other_run in other_runs:
             add_attempt(other_run, Attempt("job-1", address, local=False))
         try:
-            # The job ended long ago, so that no wait for a later event of the run is needed.
+            # The job ended long ago, so `outcome` need not wait for a late event of the run.
             with monkeypatch.context() as patch:
                 patch.setattr(runs.time, "sleep", lambda seconds: pytest.fail("it waits"))
                 assert outcome(other_runs[0], connect(address)).reason == "its job ended (failed): killed"
@@ -165,7 +166,7 @@ def test_status_has_the_mean_speed_over_steps_of_unequal_tokens(tmp_path, run):
 def test_status_shows_interruptions_and_last_lines_of_the_failed_worker(tmp_path, run):
     loss_fields = {"host": "y", "lines": ["Fatal Python error: Segmentation fault", "  File [x]"]}
     events.record(run, "hung", **HUNG_EVENT)
-    # The watchdog killed this worker, so that both events are one interruption.
+    # The watchdog killed this worker, so both events are one interruption.
     events.record(run, "lost", rank=0, ranks=2, reason="killed", **loss_fields)
     events.record(run, "lost", rank=1, ranks=2, reason="its process is gone: crashed", **loss_fields)
     status = mhmoe(tmp_path, "status", "--json").json()
@@ -240,7 +241,7 @@ def test_eval_refuses_useless_options_and_dense_runs(tmp_path, run):
 
 
 def test_reason_with_brackets_is_shown_unchanged(tmp_path, run):
-    """Ray, torch and gloo put paths and hints in brackets, which rich may take for its markup."""
+    """Errors of Ray, torch and gloo have text in brackets, which rich could take for its markup."""
     reason = "worker 0: [/third_party/gloo/pair.cc:525] Connection closed by peer; [enforce fail at x] :warning:"
     events.record(run, "failed", reason=reason)
     result = mhmoe(tmp_path, "status", COLUMNS="300")
@@ -259,7 +260,7 @@ def test_run_of_another_version_does_not_hide_other_runs(tmp_path, run):
 
 @pytest.fixture
 def ended_run(tmp_path, run):
-    """Return another run, which has failed."""
+    """Return a second run in the same storage, which has failed."""
     run_dir = create_run(tiny_spec(tmp_path).model_copy(update={"name": "other"}))
     add_attempt(run_dir, Attempt("job-2", "http://127.0.0.1:1", local=True))
     events.record(run_dir, "failed", reason="it did")
@@ -294,7 +295,7 @@ def test_rm_of_a_run_without_its_cluster_needs_quiet_or_force(tmp_path, run, end
 
 
 def test_sweep_treats_a_quiet_run_without_its_cluster_as_failed(run, ended_run):
-    """A sweep would otherwise wait forever for such a run, even for one that has recorded its own end."""
+    """Otherwise a sweep would wait forever for such a run."""
     assert outcome_or_lost(ended_run, connect).reason == "it did"
     with pytest.raises(ClusterError, match="nothing answers there"):
         outcome_or_lost(run, connect)

@@ -1,4 +1,4 @@
-"""Mistakes of users: each gives one clear line and the exit code of its kind, without a traceback."""
+"""Tests that mistakes of users give one clear line and the exit code of their kind, without a traceback."""
 
 import json
 import re
@@ -74,7 +74,7 @@ def test_address_option_works_beside_the_local_cluster_of_another_machine(corpus
 
 @pytest.mark.ray
 def test_missing_token_is_one_line(corpus, local_cluster, tmp_path):
-    """The home folder of another user has no token of this cluster."""
+    """The command runs with an empty home folder, which has no token for the cluster."""
     home = {"MHMOE_HOME": str(tmp_path / "home"), "HOME": str(tmp_path)}
     result = mhmoe(corpus, "submit", "spec.yaml", "--address", local_cluster.address, **home)
     assert_one_line(result, 6, local_cluster.address, "RAY_AUTH_TOKEN")
@@ -90,7 +90,7 @@ class PreparedFolder(NamedTuple):
     manifest: dict[str, Any]
 
 
-ODD_NAME = "odd [o]#1?"
+PREPARED_NAME = "odd [o]#1?"
 OTHER_NAME = "odd.partial-of-another"
 
 
@@ -106,7 +106,7 @@ def prepared(local_cluster, tmp_path_factory):
     append_torn_line(torn_file)
     cut_file.write_bytes(cut_file.read_bytes()[:-20])
     (folder / OTHER_NAME).mkdir()
-    write_spec(folder, data={"prepared": ODD_NAME, "max_bad_lines": 1})
+    write_spec(folder, data={"prepared": PREPARED_NAME, "max_bad_lines": 1})
     refused_result = mhmoe(folder, "data", "prepare", "spec.yaml")
     [work_folder] = (path for path in folder.glob("odd*") if path.name != OTHER_NAME)
     leftover_names = {path.name for path in work_folder.iterdir()}
@@ -124,19 +124,21 @@ def test_cut_file_is_refused_and_then_quarantined_with_a_corrupt_line(prepared):
     assert_one_line(
         prepared.refused_result, 4, "two.jsonl.zst line", "its zstd frame is cut off", "data.max_bad_files is 0"
     )
-    assert prepared.leftover_names == {"parts", "progress.json"}, "nothing half-made is left"
+    assert prepared.leftover_names == {"parts", "progress.json"}, "a half-written file is left"
 
     manifest = prepared.manifest
     assert manifest["bad_lines"] == 2
     assert manifest["domains"]["web/a"]["quarantined"] == {"it is not JSON": 1, "a part of the file is lost": 1}
     assert not manifest["domains"]["web/b"]["quarantined"]
-    torn_entry, cut_entry = map(json.loads, (prepared.folder / ODD_NAME / "quarantine.jsonl").read_text().splitlines())
+    torn_entry, cut_entry = map(
+        json.loads, (prepared.folder / PREPARED_NAME / "quarantine.jsonl").read_text().splitlines()
+    )
     assert (torn_entry["domain"], torn_entry["line"]) == ("web/a", 41)
     assert (cut_entry["domain"], cut_entry["detail"]) == ("web/a", "its zstd frame is cut off")
 
 
 def test_corrupt_line_is_refused(tmp_path):
-    """The reader is called here without its job, which reports such a line as it reports a cut file."""
+    """The reader runs here without its job, which reports such a line in the same way as a cut file."""
     write_documents(tmp_path / "one.jsonl", make_documents("one", 40))
     append_torn_line(tmp_path / "one.jsonl")
     spec = data_spec(tmp_path)
@@ -167,14 +169,14 @@ def test_too_little_text_is_one_line(local_cluster, tmp_path, override, message)
 
 @pytest.mark.ray
 def test_prepared_folder_may_have_any_name_and_leaves_no_files_beside_it(prepared):
-    """The job's name contains the folder's name and is part of URLs."""
+    """The job's name, which is part of URLs, contains the folder's name."""
     folder = prepared.folder
     assert prepared.manifest["domains"].keys() == {"web/a", "web/b"}
-    assert sorted(path.name for path in folder.glob("odd*")) == [ODD_NAME, OTHER_NAME]
-    leftover_folder = folder / f"{ODD_NAME}.partial-01234567"
+    assert sorted(path.name for path in folder.glob("odd*")) == [PREPARED_NAME, OTHER_NAME]
+    leftover_folder = folder / f"{PREPARED_NAME}.partial-01234567"
     leftover_folder.mkdir()
     assert mhmoe(folder, "data", "prepare", "spec.yaml", "--json").code == 0
-    assert sorted(path.name for path in folder.glob("odd*")) == [ODD_NAME, OTHER_NAME]
+    assert sorted(path.name for path in folder.glob("odd*")) == [PREPARED_NAME, OTHER_NAME]
 
 
 @pytest.mark.ray
@@ -185,7 +187,7 @@ def test_prepared_data_of_other_settings_is_one_line(prepared):
 
 @pytest.mark.ray
 def test_damaged_prepared_shard_fails_the_run(prepared):
-    shard = next((prepared.folder / ODD_NAME / "train").rglob("*.arrow"))
+    shard = next((prepared.folder / PREPARED_NAME / "train").rglob("*.arrow"))
     shard_bytes = shard.read_bytes()
     damaged_bytes = bytearray(shard_bytes)
     damaged_bytes[len(shard_bytes) // 2] ^= 1

@@ -1,4 +1,4 @@
-"""`mhmoe eval` of a checkpoint whose evaluation is already in the run directory."""
+"""Tests of `mhmoe eval` where the evaluation is already stored in the run directory."""
 
 import json
 import subprocess

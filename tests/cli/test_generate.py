@@ -1,4 +1,4 @@
-"""`mhmoe generate`: it generates text from a checkpoint in one process, without a cluster."""
+"""Tests of `mhmoe generate`, which generates text from a checkpoint in its own process, without a cluster."""
 
 import subprocess
 
@@ -19,6 +19,7 @@ from tests.serve.asking import answer_pieces
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory):
+    """Return a project folder and the trained run in it."""
     folder = tmp_path_factory.mktemp("project")
     return folder, make_run(folder, MIXTRAL)
 

@@ -1,4 +1,4 @@
-"""`mhmoe data inspect` and `lint` as processes, on a real cluster."""
+"""Tests of `mhmoe data inspect` and `mhmoe data lint`, most of them on a real cluster."""
 
 import hashlib
 import json
@@ -16,13 +16,13 @@ from tests.cli.conftest import write_spec
 from tests.cli.run import assert_one_line, mhmoe
 from tests.data.texts import make_documents, write_corpus, write_documents
 
-# A job starts one or more processes for each file, so that few files make a fast test.
+# A job starts one or more processes for each file, so few files make a fast test.
 TEXTS = {"web/a": make_documents("one", 65), "web/b": make_documents("two", 30)}
 
 
 @pytest.fixture(scope="module")
 def project(local_cluster, tmp_path_factory) -> Path:
-    """Prepare the data of a spec, and return the folder."""
+    """Return a project folder with two raw files and spec.yaml, whose data is prepared."""
     folder = tmp_path_factory.mktemp("project")
     write_documents(folder / "raw/a/one.jsonl.zst", TEXTS["web/a"])
     write_documents(folder / "raw/b/two.jsonl.gz", TEXTS["web/b"])
@@ -41,7 +41,7 @@ def test_inspect_of_prepared_data_agrees_with_its_manifest(project):
         prepared_row = report["prepared"]["domains"][name]
         assert row["held_out"] == prepared_row["validation_documents"] == row["documents"] - prepared_row["documents"]
         assert sum(row["lengths_in_tokens"]["octaves"].values()) == row["documents"]
-    # The tokens of prepared data are those of training documents, with a start token each.
+    # Prepared data counts the tokens of training documents only, with a start token each.
     from mhmoe_ray.data.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(project / "prepared/tokenizer.json", 300)

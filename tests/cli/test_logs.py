@@ -1,4 +1,4 @@
-"""`mhmoe logs --rank N --follow` with a simulated dashboard, which streams without end as Ray's dashboard does."""
+"""Test of `mhmoe logs --rank N --follow` with a simulated dashboard, whose log stream does not end with the run."""
 
 import http.server
 import json
@@ -17,7 +17,11 @@ WORKER = {"rank": 0, "pid": 5, "began": 1.0, "host": "here", "node": "a1"}
 
 @pytest.fixture
 def dashboard():
-    """Yield the address of a dashboard, its response about the job, and the event before a worker's second line."""
+    """Run a simulated dashboard that streams the log of a worker, and control it.
+
+    Yield its address, its response about the job, which a test may change, and an event that a test sets to let the
+    worker's second line come.
+    """
     job_info, second_line_event, end_event = (
         {"status": "RUNNING", "message": "", "end_time": None},
         threading.Event(),

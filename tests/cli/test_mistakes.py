@@ -1,4 +1,7 @@
-"""Mistakes of newcomers, most of them words of other projects: each gives one line, and a hint only if it helps."""
+"""Tests of the errors that newcomers get, most of them for words of other projects.
+
+Each mistake gives one line, with a hint only if there is a helpful one.
+"""
 
 import re
 from pathlib import Path
@@ -76,7 +79,10 @@ KEYS = [
 
 
 class CommandMistake(NamedTuple):
-    """A wrong command line, and its expected error."""
+    """A wrong command line, and its expected exit code and error.
+
+    `hint` is the command that the error suggests; None if it must suggest none.
+    """
 
     arguments: str
     code: int

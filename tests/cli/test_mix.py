@@ -1,4 +1,4 @@
-"""`mhmoe data mix`, which needs a manifest alone, without Ray."""
+"""Tests of `mhmoe data mix`, which needs only the manifest of prepared data, and no Ray."""
 
 import json
 from pathlib import Path
@@ -21,13 +21,14 @@ SCHEDULE = [{"from_step": 20, "sources": {"web": {"weight": 0}, "books": {"share
 
 @pytest.fixture
 def project(tmp_path) -> Path:
-    """Return the folder of a spec of 30 steps with 8 samples each, whose data has the manifest of prepared data."""
+    """Return a project folder with the manifest of prepared data and spec.yaml, of 30 steps with 8 samples each."""
     spec = load_resolved_spec(write_spec(tmp_path, data={"sources": SOURCES}))
     write_manifest(spec)
     return tmp_path
 
 
 def write_manifest(spec: RunSpec) -> None:
+    """Write a manifest with `SAMPLES` to the prepared folder of a spec, as if its data was prepared."""
     spec.data.prepared.mkdir()
     (spec.data.prepared / "manifest.json").write_text(make_manifest(SAMPLES, recipe(spec)).model_dump_json())
 
@@ -111,4 +112,4 @@ def test_mistakes_are_one_line(project):
     assert_one_line(mix("data.prepared=elsewhere"), 4, "it is not there", "mhmoe data prepare SPEC")
     assert_one_line(mix("data.seq_len=8"), 4, "the spec says 8")
     result = mix("data.sources.books.max_epochs=0.1", "data.sources.web.max_epochs=0.001")
-    assert_one_line(result, 4, "max_epochs allows 36 samples, and 240 are wanted", "set train.steps to 4")
+    assert_one_line(result, 4, "max_epochs allows 36 samples, and 240 are needed", "set train.steps to 4")

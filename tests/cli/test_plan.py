@@ -1,4 +1,4 @@
-"""`mhmoe plan` and `mhmoe presets`: the tables and their JSON."""
+"""Tests of the tables and the JSON of `mhmoe plan` and `mhmoe presets`."""
 
 import math
 from pathlib import Path
@@ -56,7 +56,7 @@ def test_plan_shows_the_peak_learning_rate(corpus, warmup, expected):
 
 
 def test_plan_shows_memory_with_the_fewest_workers_too(corpus):
-    """The shards of a rank are largest with the fewest workers."""
+    """A rank needs most memory with the fewest workers, since its shards are largest then."""
     range_ = ("--set", "cluster.workers={min: 2, max: 4}", "--set", "cluster.strategy=zero1")
     plan = mhmoe(corpus, "plan", "spec.yaml", *range_, "--json").json()
     max_workers_memory, min_workers_memory = plan["memory_per_rank"], plan["memory_per_rank_of_fewest"]
@@ -157,7 +157,7 @@ def test_plan_of_a_sweep_is_one_line(tmp_path):
 
 
 def test_wide_numbers_are_not_truncated(tmp_path):
-    """Rich would truncate cells here, because it takes a pipe for a terminal of 80 columns."""
+    """Rich takes a pipe for a terminal of 80 columns, and by default would truncate cells."""
     args = ("plan", str(JOBS / "paper" / "p1.yaml"), "--set", "preset=p1-mhmoe-256-h4")
     text, parameters = mhmoe(tmp_path, *args).out, mhmoe(tmp_path, *args, "--json").json()["sizes"]["parameters"]
     assert "…" not in text

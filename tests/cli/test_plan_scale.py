@@ -1,4 +1,4 @@
-"""`mhmoe plan` for a cluster on paper, and the forecast of a run's placement."""
+"""Tests of `mhmoe plan` for a hypothetical cluster, and of the forecast of a run's placement."""
 
 import math
 import re
@@ -21,7 +21,7 @@ TRILLION = str(Path(__file__).parents[2] / "jobs/scale/trillion.yaml")
 
 @pytest.fixture
 def clusterless_project(corpus, tmp_path, monkeypatch):
-    """Return the project folder, in an environment without a cluster."""
+    """Return the project folder, with an environment in which commands find no cluster."""
     monkeypatch.setenv("MHMOE_HOME", str(tmp_path))
     for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
         monkeypatch.delenv(name, raising=False)
@@ -29,7 +29,10 @@ def clusterless_project(corpus, tmp_path, monkeypatch):
 
 
 def plan_on_paper(*overrides):
-    """Return the JSON that `plan --nodes 128 --gpus 8 --json` prints with these overrides."""
+    """Return what `mhmoe plan --nodes 128 --gpus 8 --json` prints for the trillion-parameter spec with overrides.
+
+    It computes the same in this process, without the command.
+    """
     spec = resolve_spec(Path(TRILLION), overrides)
     placement = planned_placement(spec, 128, 8)
     return {
@@ -39,6 +42,7 @@ def plan_on_paper(*overrides):
 
 
 def plan_output(folder, *overrides, **env):
+    """Return the tables that `mhmoe plan --nodes 128 --gpus 8` prints for that spec with overrides."""
     words = [word for key in overrides for word in ("--set", key)]
     return mhmoe(folder, "plan", TRILLION, "--nodes", "128", "--gpus", "8", *words, **env).out
 
@@ -69,8 +73,10 @@ def test_plan_of_a_trillion_parameters_on_1024_gpus(clusterless_project):
 
 @pytest.mark.parametrize(("ep", "nodes"), [(64, 8), (256, 32)])
 def test_hierarchical_dispatch_sends_less_over_slow_links(ep, nodes):
-    """A row goes once to each other node with one of its 8 experts, or once to each of these experts if dispatch is
-    flat."""
+    """Hierarchical dispatch sends a row once to each other node that has one of its 8 experts.
+
+    Flat dispatch sends the row once to each of these experts.
+    """
     dispatches = plan_on_paper(f"cluster.ep={ep}")["estimate"]["dispatches"]
     flat, hierarchical = dispatches["flat"]["sent"], dispatches["hierarchical"]["sent"]
     miss_probability = math.prod((1024 - 1024 // nodes - i) / (1024 - i) for i in range(8))
@@ -153,7 +159,7 @@ def test_plan_assumes_one_node_without_a_cluster(clusterless_project):
 
 
 def place_on_nodes(monkeypatch, spec, *free_resources):
-    """Return the placement of a spec on cluster nodes, given the free CPUs and GPUs of each."""
+    """Return the forecast placement of a spec on a simulated cluster; each node is given as (free CPUs, free GPUs)."""
     nodes = [Node(f"node{i}", *cpus_gpus) for i, cpus_gpus in enumerate(free_resources)]
     connection = Connection("http://cluster:8265", local=False, is_local_machine=False, token=None)
     monkeypatch.setattr("mhmoe_ray.cluster.connect.connect_if_running", lambda _: connection)
@@ -219,7 +225,7 @@ def test_link_keeps_its_defaults_beside_a_given_key():
 
 
 def test_cost_mentions_the_assumed_node(clusterless_project):
-    """Exchanges are estimated as if all GPUs were on one node, and the user must know that."""
+    """Exchanges are estimated as if all GPUs were on one node if there is no cluster, and the user must know that."""
     gpus = ("--set", "cluster.gpus_per_worker=1")
     text = " ".join(mhmoe(clusterless_project, "plan", "spec.yaml", *gpus).out.split())
     assert "on 2 of them, taken to be on one node, as no cluster tells where (estimated, not checked)" in text

@@ -1,4 +1,4 @@
-"""Dashboards with a real Prometheus, a run and a server: every panel has data."""
+"""Test that every panel of the dashboards has data, with a real Prometheus, a run and a server."""
 
 import itertools
 import json
@@ -12,7 +12,7 @@ import yaml
 from mhmoe_ray.render.monitoring import DASHBOARDS, RATE_WINDOW, prometheus_config
 from tests.cli.conftest import write_spec
 from tests.cli.run import mhmoe
-from tests.watch import newest, step_of, wait_until
+from tests.watch import newest_run, step_of, wait_until
 
 pytestmark = [pytest.mark.ray, pytest.mark.system]
 
@@ -25,13 +25,13 @@ def trained_and_served(corpus, local_cluster):
     write_spec(corpus, data=data)
     result = mhmoe(corpus, "submit", "spec.yaml")
     assert result.code == 0, result.err
-    served_run = newest(corpus)
+    served_run = newest_run(corpus)
     port = 18473
     deploy_result = mhmoe(corpus, "serve", "deploy", served_run.id, "--set", f"serve.port={port}")
     assert deploy_result.code == 0, deploy_result.err
     write_spec(corpus, data=data, train={"steps": 100_000, "validate_every": 10})
     assert mhmoe(corpus, "submit", "spec.yaml", "--detach").code == 0
-    run = newest(corpus)
+    run = newest_run(corpus)
     wait_until(lambda: step_of(run) >= 20, "step 20")
     yield run, port
     mhmoe(corpus, "stop", run.id, "--now")
@@ -40,6 +40,7 @@ def trained_and_served(corpus, local_cluster):
 
 @pytest.fixture(scope="module")
 def url(tmp_path_factory, local_cluster):
+    """Run a Prometheus that scrapes the local cluster, and yield its URL; skip the tests where it is not installed."""
     if not shutil.which("prometheus"):
         pytest.skip("needs prometheus, Debian's package of that name")
     folder = tmp_path_factory.mktemp("prometheus")
@@ -66,7 +67,10 @@ def _is_ready(url):
 
 
 def query_values(url, query):
-    """Return the labels and the current value of each series of a query."""
+    """Return the labels and the current value of each series of a dashboard's query, for all runs and models.
+
+    Series without a number are left out.
+    """
     for variable in ("$run", "$model"):
         query = query.replace(variable, ".*")
     answer = httpx.get(f"{url}/api/v1/query", params={"query": query.replace(RATE_WINDOW, "1m")}).json()

@@ -1,4 +1,4 @@
-"""`mhmoe cluster render` as users call it; tests/render checks the files that it writes."""
+"""Tests of the command `mhmoe cluster render`; tests/render checks the files that it writes."""
 
 from hashlib import sha256
 from pathlib import Path
@@ -14,7 +14,10 @@ SITE = str(Path(__file__).parents[2] / "cluster/site.yaml")
 
 @pytest.fixture
 def rendered_service(tmp_path):
-    """Write a run to the shared folder of a site; return the path of its rendered service and the command's words."""
+    """Write a site and a run in the site's shared storage.
+
+    Return the path that the run's service will be rendered to, and the arguments of `mhmoe` that render it.
+    """
     run = make_run(tmp_path, MIXTRAL)
     site = yaml.safe_load(Path(SITE).read_text())
     site["storage"]["mount"] = str(tmp_path)

@@ -1,6 +1,6 @@
-"""Runs on a real cluster, as users start, watch, stop and serve them.
+"""Tests of runs on a real cluster, which users start, watch, stop and serve.
 
-A run that is stopped while it trains, and resumed, is in tests/test_quickstart.py.
+tests/test_quickstart.py has a run that is stopped while it trains, and resumed.
 """
 
 import json
@@ -31,7 +31,7 @@ from tests.cli.audit import assert_samples_in_order
 from tests.cli.conftest import write_spec
 from tests.cli.run import assert_one_line, command, mhmoe
 from tests.forked import FORKED
-from tests.watch import LIMIT, ended_by_ctrl_c, newest
+from tests.watch import LIMIT, end_by_ctrl_c, newest_run
 
 pytestmark = pytest.mark.ray
 
@@ -39,15 +39,15 @@ OLDER_CHECKPOINT, NEWEST_CHECKPOINT = "step_00000020.1", "step_00000030.1"
 
 KEY = "the-key-of-ann-9f3b2c"
 KEYS = {"MHMOE_API_KEYS": f"ann:{KEY}", "MHMOE_API_KEY": KEY}
-"""Environment variables with the API keys of a server and of its client, which commands must not reveal."""
+"""Environment variables with the API key of a server and of its client, which commands must not reveal."""
 
 
 @pytest.fixture(scope="module")
 def finished(corpus, local_cluster):
-    """Submit a run and follow it to its end; return the run and the result of submit."""
+    """Submit a run and follow it to its end; return the run and the result of `mhmoe submit`."""
     result = mhmoe(corpus, "submit", "spec.yaml", **KEYS)
     assert result.code == 0, result.err
-    return newest(corpus), result
+    return newest_run(corpus), result
 
 
 def test_submit_shows_the_plan_the_progress_and_the_end(finished):
@@ -146,7 +146,8 @@ def test_checkpoint_is_evaluated_and_its_routes_are_counted(corpus, finished):
     assert (corpus / "out" / "report.html").stat().st_size > 10_000
 
 
-@pytest.mark.slow  # tests/evaluate/test_harness.py has the unknown task, and tests/cli/test_errors.py the job's error
+# Faster tests cover the parts: tests/evaluate/test_harness.py the unknown task, tests/cli/test_errors.py a job's error.
+@pytest.mark.slow
 def test_unknown_lm_eval_task_is_one_line_of_the_job(corpus, finished):
     result = mhmoe(corpus, "eval", finished[0].id, "--tasks", "no-such-task")
     assert_one_line(result, 3, "task no-such-task", "lm-eval has no task of this name")
@@ -180,15 +181,15 @@ def test_run_is_stopped_before_it_trains(corpus, local_cluster):
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
-        # As from a terminal: a test run in the background hands down an ignored SIGINT.
+        # Tests that run in the background ignore SIGINT, and a child would inherit that.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
         assert any(line.startswith("its job runs on ") for line in follower.stderr)
-        err = ended_by_ctrl_c(follower)
+        err = end_by_ctrl_c(follower)
     finally:
         follower.kill()
-    run = newest(corpus)
+    run = newest_run(corpus)
     hint = f"detached; the run goes on. See: mhmoe status {run.id}; to end it: mhmoe stop {run.id}"
     assert (follower.returncode, err.splitlines()[-1]) == (0, hint)
     stop_result = mhmoe(corpus, "stop", run.id)
@@ -198,7 +199,7 @@ def test_run_is_stopped_before_it_trains(corpus, local_cluster):
     continue_result = mhmoe(corpus, "submit", "spec.yaml", "--continue", "--detach")
     assert continue_result.code == 0, continue_result.err
     assert f"resuming run {run.id}" in continue_result.err
-    assert newest(corpus).id == run.id
+    assert newest_run(corpus).id == run.id
     refused_result = mhmoe(corpus, "submit", "spec.yaml", "--continue", "--detach")
     assert (refused_result.code, "it is still running" in refused_result.err) == (7, True)
     assert mhmoe(corpus, "stop", run.id, "--now").code == 0
@@ -208,10 +209,10 @@ def test_run_is_stopped_before_it_trains(corpus, local_cluster):
 
 @pytest.fixture(scope="module")
 def served_run(corpus, finished):
-    """Serve the run's newest checkpoint to clients that have the key; yield the URL and the result of deploy.
+    """Serve a checkpoint to clients that have the key, and update it to the newest one.
 
-    An older checkpoint is served first, and then updated while a client sends requests. The cluster has no room for the
-    replicas of both, so that requests wait meanwhile.
+    During the update a client sends requests, which must all succeed. The cluster has no room for the replicas of both
+    checkpoints, so requests wait meanwhile. Yield the URL and the result of `mhmoe serve deploy`.
     """
     run, _ = finished
     port = free_ports(1)[0]
@@ -236,7 +237,7 @@ def served_run(corpus, finished):
 
 @contextmanager
 def requests_in_background(url):
-    """Send requests one after another during the block; the yielded list collects the status codes of the responses."""
+    """Send completion requests one after another during the block; yield a list that collects the status codes."""
     stop_event, statuses = threading.Event(), []
 
     def send_requests():
@@ -275,7 +276,7 @@ def test_checkpoint_is_served_by_one_process(corpus, finished, served_run):
 
 @torch.no_grad()
 def greedy_text(run: RunDir, prompt: str, count: int) -> str:
-    """Return the model's own greedy continuation, computed without cache or server."""
+    """Return the greedy continuation of `prompt` by `count` tokens, computed by the model without cache or server."""
     from mhmoe_ray.data.tokenizer import END_OF_TEXT, load_tokenizer
 
     model, manifest = load_model(run.checkpoints / NEWEST_CHECKPOINT)
@@ -288,7 +289,7 @@ def greedy_text(run: RunDir, prompt: str, count: int) -> str:
 
 
 def test_no_secret_is_in_a_log_a_run_directory_or_a_command_line(corpus, local_cluster, finished, served_run):
-    """A session has used both the cluster's token and a client's key before this test."""
+    """The secrets are the cluster's token and a client's key; the commands of this test and its fixtures use both."""
     run, submit_result = finished
     url, deploy_result = served_run
     for key, status in ((KEY, 200), ("wrong", 401)):
@@ -312,6 +313,7 @@ def test_no_secret_is_in_a_log_a_run_directory_or_a_command_line(corpus, local_c
 
 
 def _read(path: Path) -> bytes:
+    """Return the content of a file, or nothing if it cannot be read."""
     try:
         return path.read_bytes()
     # The file may have been removed meanwhile.

@@ -1,4 +1,4 @@
-"""`mhmoe data sample` on a machine that cannot download anything."""
+"""Tests of `mhmoe data sample` on a machine that can download nothing, or write nothing."""
 
 from tests.cli.run import mhmoe
 

@@ -1,4 +1,4 @@
-"""`mhmoe serve deploy` of applications that do not start at once; tests/cli/test_runs.py has one that does."""
+"""Tests of `mhmoe serve deploy` where the application does not start; tests/cli/test_runs.py has one that starts."""
 
 import signal
 import subprocess
@@ -11,7 +11,7 @@ from mhmoe_ray.cluster.connect import connect
 from mhmoe_ray.cluster.serve_removal import remove
 from tests.checkpoint.huggingface.conftest import MIXTRAL, make_run
 from tests.cli.run import assert_one_line, command, mhmoe
-from tests.watch import ended_by_ctrl_c, of_kind, wait_until
+from tests.watch import end_by_ctrl_c, events_of_kind, wait_until
 
 pytestmark = pytest.mark.ray
 
@@ -30,7 +30,7 @@ def run(tmp_path):
 
 @pytest.fixture
 def full_cluster(local_cluster, unused_port):
-    """Deploy an application that takes all CPUs of the cluster, and yield the connection to that cluster."""
+    """Deploy an application that takes all CPUs of the local cluster, and yield the connection to that cluster."""
     connection = connect()
     deployment = {"name": "Echo", "ray_actor_options": {"num_cpus": local_cluster.cpus}}
     app = {"name": "full", "route_prefix": "/full", "import_path": "echo_app:build", "args": {"word": "x"}}
@@ -43,7 +43,7 @@ def full_cluster(local_cluster, unused_port):
 
 @pytest.fixture
 def breakable_run(tmp_path):
-    """Return a run whose replicas cannot be constructed while a file exists, and that file.
+    """Return a run and the path of a file; while a test lets that file exist, no replica of the run can start.
 
     The file stands for a missing library or mount.
     """
@@ -64,7 +64,7 @@ def breakable_run(tmp_path):
 
 @pytest.mark.slow
 def test_failed_application_starts_anew_when_it_is_deployed_again(tmp_path, local_cluster, breakable_run, unused_port):
-    """Ray Serve ignores a configuration that it already has, so that `deploy` has to change it."""
+    """Ray Serve ignores a configuration that it already has, so `deploy` has to change it."""
     run, failure_file = breakable_run
     words = ("serve", "deploy", run.id, "--name", "weak", "--set", f"serve.port={unused_port}")
     failure_file.touch()
@@ -92,14 +92,14 @@ def test_interrupted_deploy_leaves_a_record_of_the_application(tmp_path, run, fu
         cwd=tmp_path,
         stderr=subprocess.PIPE,
         text=True,
-        # As from a terminal: a test run in the background hands down an ignored SIGINT.
+        # Tests that run in the background ignore SIGINT, and a child would inherit that.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
         assert deploying.stderr.readline().startswith("deploying ")
-        [event] = wait_until(lambda: of_kind(run, "served"), "the record")
+        [event] = wait_until(lambda: events_of_kind(run, "served"), "the record")
         assert (event["application"], event["url"]) == ("late", f"http://127.0.0.1:{unused_port}/late")
-        err = ended_by_ctrl_c(deploying)
+        err = end_by_ctrl_c(deploying)
         hint = "detached; Serve goes on. See: mhmoe serve status; to end it: mhmoe serve down late"
         assert (deploying.returncode, err.splitlines()[-1]) == (0, hint)
         assert serving.deployed_config(full_cluster, "late")[0]["runtime_env"] == RUNTIME_ENV

@@ -1,4 +1,4 @@
-"""The run, checkpoint, settings and keys that the arguments of `mhmoe serve deploy` stand for."""
+"""Tests of how `mhmoe serve deploy` reads its arguments: the run, the checkpoint, the settings and the API keys."""
 
 import pytest
 
@@ -11,6 +11,7 @@ from tests.checkpoint.huggingface.conftest import MIXTRAL, make_run
 
 @pytest.fixture
 def run(tmp_path):
+    """Return a finished run with one checkpoint, stored below `tmp_path`/runs."""
     return make_run(tmp_path, MIXTRAL)
 
 
@@ -47,13 +48,13 @@ def test_damaged_checkpoint_is_not_served(tmp_path, run):
         resolve_target(str(checkpoint), None, str(tmp_path / "runs"), [])
 
 
-def test_replicas_and_engine_are_overrides():
+def test_replica_and_engine_options_become_overrides():
     assert option_overrides(None, None) == []
     assert option_overrides("3", None) == ["serve.replicas=3"]
     assert option_overrides("1..4", "vllm") == ["serve.replicas={min: 1, max: 4}", "serve.engine=vllm"]
 
 
-def test_keys_of_the_environment_become_hashes(monkeypatch):
+def test_api_keys_of_the_environment_become_hashes(monkeypatch):
     monkeypatch.setenv("MHMOE_API_KEYS", "ann:secret,bob:other")
     keys = with_environment_keys(ServeSpec()).keys
     assert [key.name for key in keys] == ["ann", "bob"]

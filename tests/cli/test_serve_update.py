@@ -1,4 +1,7 @@
-"""`mhmoe serve update` if Serve already has the configuration of the newest checkpoint, with a simulated dashboard."""
+"""Tests of `mhmoe serve update` where Serve already has the configuration of the newest checkpoint.
+
+The dashboard of the cluster is simulated.
+"""
 
 import http.server
 import json
@@ -16,14 +19,16 @@ from tests.cli.run import mhmoe
 
 @pytest.fixture
 def run(tmp_path):
+    """Return a finished run with one checkpoint, stored below `tmp_path`/runs."""
     return make_run(tmp_path, MIXTRAL)
 
 
 @contextmanager
 def dashboard(run, *statuses):
-    """Run a dashboard that reports these statuses of an application, one per request, and the last one repeatedly.
+    """Run a simulated dashboard of a cluster that serves the run's checkpoint.
 
-    Yield the dashboard's address, and the list of checkpoints that have been deployed there.
+    Each request reports the next of `statuses` of the application, and the last one repeatedly; after a deployment it
+    is RUNNING. Yield the dashboard's address, and a list that collects the checkpoints that are deployed there.
     """
     [checkpoint] = committed_checkpoints(run)
     config = application_config("mhmoe", checkpoint, ServeSpec(), run.id)
@@ -66,6 +71,7 @@ def dashboard(run, *statuses):
 
 
 def update(folder, address, *words):
+    """Run `mhmoe serve update` with this cluster address, in a folder that is its MHMOE_HOME too."""
     return mhmoe(folder, "serve", "update", "--address", address, *words, MHMOE_HOME=str(folder))
 
 

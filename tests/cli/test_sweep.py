@@ -1,4 +1,4 @@
-"""Sweeps on a real cluster, as users start them, with processes that are killed."""
+"""Tests of `mhmoe sweep`, most of them on a real cluster, some with processes that are killed."""
 
 import json
 import os
@@ -39,7 +39,7 @@ def project(tmp_path) -> Path:
 
 @pytest.fixture
 def wide_cluster(tmp_path, monkeypatch):
-    """Start a local cluster with room for two runs at a time, and yield it."""
+    """Start a local cluster of 10 CPUs, which has room for two runs at a time, and yield it; stop it at the end."""
     monkeypatch.setenv("MHMOE_HOME", str(tmp_path / "home"))
     try:
         yield start_local(10)
@@ -48,7 +48,7 @@ def wide_cluster(tmp_path, monkeypatch):
 
 
 def write_sweep(folder, **keys):
-    """Write a sweep of three variants and two sizes to sweep.yaml, with these keys added or replaced."""
+    """Write a sweep of three variants and two sizes to `folder`/sweep.yaml; `keys` replaces or adds top-level keys."""
     sweep = {
         "name": "heads",
         "sizes": {"small": {"spec": "spec.yaml"}, "large": {"spec": "spec.yaml", "set": {"train.steps": 40}}},
@@ -60,7 +60,7 @@ def write_sweep(folder, **keys):
 
 
 def driver_processes(project):
-    """Return the processes of the jobs that start the runs."""
+    """Return the living processes of the jobs that start the runs of the project's sweeps."""
     sweeps = [SweepDir(folder) for folder in (project / "runs/sweeps").glob("*")]
     jobs = {sweep.read_order(name).job for sweep in sweeps for name in sweep.order_names()}
     processes = []
@@ -142,6 +142,7 @@ def test_sweep_runs_all_variants_and_repeating_it_adds_new_ones(project, local_c
 
 
 def assert_one_line_after_progress(result, code, *parts):
+    """Assert a command's exit code, that its last line of standard error has all `parts`, and no traceback."""
     assert result.code == code, result
     assert "Traceback" not in result.out + result.err
     assert all(part in result.err.splitlines()[-1] for part in parts), result.err
@@ -183,7 +184,10 @@ def test_sweep_survives_the_death_of_its_job_and_of_workers(project, wide_cluste
 
 
 def running_worker(directory, finished_starts):
-    """Return the process id of a worker that trains a run outside `finished_starts`; None if none does."""
+    """Return the process id of a worker that is in the midst of training a run; None if there is none.
+
+    Runs whose names are in `finished_starts` do not count.
+    """
     for name, run in directory.runs().items():
         if name not in finished_starts and events.state(events.read(run)) == "running" and 0 < step_of(run) < 18:
             return start_events(run)[-1]["workers"][0]["pid"]

@@ -6,9 +6,11 @@ from mhmoe_ray.cluster.spawn import free_ports
 
 @pytest.fixture
 def connection(local_cluster):
+    """Return a connection to the running local cluster."""
     return connect()
 
 
 @pytest.fixture(scope="module")
 def port():
+    """Return a free port, the same for all tests of a file."""
     return free_ports(1)[0]

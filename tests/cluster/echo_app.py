@@ -1,7 +1,7 @@
-"""A Serve application that answers with one word.
+"""A Serve application that answers every request with one word.
 
-Where a request names two files, it creates the one and waits for the other. Where its arguments name a file, its
-construction waits for that file.
+A request with the query `began=FILE&until=FILE` creates the first file and is answered when the second one exists. If
+the arguments of the application have `gate`, Serve can build it only when the file of that path exists.
 """
 
 import asyncio
@@ -13,6 +13,8 @@ from ray import serve
 
 @serve.deployment(ray_actor_options={"num_cpus": 0.1})
 class Echo:
+    """Deployment that answers with its word; it cannot be constructed with the word "bad"."""
+
     def __init__(self, word):
         if word == "bad":
             raise ValueError("bad\nword")
@@ -27,6 +29,7 @@ class Echo:
 
 
 def build(args):
+    """Return the application for the arguments of a configuration: `word`, and optionally the file `gate`."""
     while "gate" in args and not Path(args["gate"]).exists():
         time.sleep(0.1)
     return Echo.bind(args["word"])

@@ -14,7 +14,10 @@ from mhmoe_ray.errors import ClusterError, TokenError
 
 @pytest.fixture
 def as_stranger(local_cluster, tmp_path, monkeypatch):
-    """Return the address of the cluster, in the environment of a user who did not start it."""
+    """Return the address of the local cluster, with the home folders of a user who did not start it.
+
+    That user has no token of the cluster.
+    """
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("MHMOE_HOME", str(tmp_path))
     return local_cluster.address
@@ -22,13 +25,13 @@ def as_stranger(local_cluster, tmp_path, monkeypatch):
 
 @pytest.fixture
 def no_cluster(tmp_path, monkeypatch):
-    """Set a home without a cluster."""
+    """Set MHMOE_HOME to an empty folder, so that there is no local cluster."""
     monkeypatch.setenv("MHMOE_HOME", str(tmp_path))
 
 
 @pytest.mark.ray
-def test_without_an_address_is_to_our_own(local_cluster, monkeypatch):
-    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")  # Ray's own port: no use to us
+def test_connect_without_an_address_uses_the_local_cluster(local_cluster, monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")  # an address of Ray's own protocol, which we ignore
     connection = connect()
     assert connection.address == local_cluster.address
     assert connection.local
@@ -39,14 +42,14 @@ def test_without_an_address_is_to_our_own(local_cluster, monkeypatch):
 
 @pytest.mark.ray
 @pytest.mark.parametrize("path", ["/api/version", "/api/jobs/", "/nodes?view=summary", "/api/serve/applications/"])
-def test_cluster_answers_nobody_without_the_token(local_cluster, path):
+def test_cluster_refuses_requests_without_its_token(local_cluster, path):
     assert requests.get(local_cluster.address + path, timeout=10).status_code == 401
     wrong_headers = {"Authorization": "Bearer wrong"}
     assert requests.get(local_cluster.address + path, headers=wrong_headers, timeout=10).status_code == 403
 
 
 @pytest.mark.ray
-def test_stranger_is_told_where_a_token_is_looked_for(as_stranger, monkeypatch):
+def test_missing_or_wrong_token_is_explained(as_stranger, monkeypatch):
     with pytest.raises(TokenError, match="there is none in RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or"):
         connect(as_stranger)
     monkeypatch.setenv("RAY_AUTH_TOKEN", "wrong")
@@ -59,7 +62,7 @@ def test_stranger_is_told_where_a_token_is_looked_for(as_stranger, monkeypatch):
 
 @pytest.mark.ray
 @pytest.mark.parametrize("variable", ["RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"])
-def test_stranger_with_the_token_is_let_in(local_cluster, tmp_path, monkeypatch, variable):
+def test_user_with_the_token_can_connect(local_cluster, tmp_path, monkeypatch, variable):
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(token_file()))
     monkeypatch.setenv("MHMOE_HOME", str(tmp_path))
     monkeypatch.setenv(variable, local_cluster.address)
@@ -70,7 +73,7 @@ def test_stranger_with_the_token_is_let_in(local_cluster, tmp_path, monkeypatch,
 
 
 @pytest.mark.ray
-def test_proxies_do_not_come_between(local_cluster, monkeypatch):
+def test_connect_ignores_proxies_of_the_environment(local_cluster, monkeypatch):
     monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
     monkeypatch.setenv("NO_PROXY", "example.org")
@@ -84,25 +87,25 @@ def test_no_local_cluster_is_one_line(no_cluster, monkeypatch):
         connect()
 
 
-def test_nobody_at_the_address_is_one_line(no_cluster):
+def test_unreachable_address_is_one_line(no_cluster):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
-        closed = f"http://127.0.0.1:{s.getsockname()[1]}"
+        closed_address = f"http://127.0.0.1:{s.getsockname()[1]}"
     with pytest.raises(ClusterError, match="nothing answers there"):
-        connect(closed)
+        connect(closed_address)
     with pytest.raises(ClusterError, match="the name of its host is not known here"):
         connect("http://no-such-host.invalid:8265")
 
 
 @pytest.fixture
 def foreign_address(no_cluster, tmp_path):
-    """Return the address of a local cluster that runs on another machine, with which this home is shared."""
+    """Record a local cluster of another machine in MHMOE_HOME, as if both machines shared it; return its address."""
     cluster = {"pid": 1, "address": "http://127.0.0.1:23456", "gcs_address": "", "cpus": 8, "host": "elsewhere"}
     (tmp_path / RECORD).write_text(json.dumps(cluster | {"folder": "/tmp/mhmoe-elsewhere"}))
     return cluster["address"]
 
 
-def test_a_local_cluster_elsewhere_answers_for_its_own_address_alone(foreign_address):
+def test_record_of_another_machines_cluster_blocks_only_its_own_address(foreign_address):
     assert not uses_local_cluster("http://head:8265")
     for address in ("http://127.0.0.1:1", "http://no-such-host.invalid:8265"):
         assert not uses_local_cluster(address)
@@ -114,7 +117,7 @@ def test_a_local_cluster_elsewhere_answers_for_its_own_address_alone(foreign_add
 
 
 def test_another_kind_of_server_is_one_line(no_cluster):
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Quiet) as server:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _QuietHandler) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
         try:
@@ -127,7 +130,9 @@ def test_another_kind_of_server_is_one_line(no_cluster):
             thread.join()
 
 
-class _Quiet(http.server.SimpleHTTPRequestHandler):
+class _QuietHandler(http.server.SimpleHTTPRequestHandler):
+    """Handler that logs nothing."""
+
     def log_message(self, *args):
         pass
 
@@ -153,6 +158,6 @@ def test_address_with_a_password_is_refused_without_showing_it():
     assert "hunter2" not in str(e.value)
 
 
-def test_address_is_brought_to_one_form():
+def test_addresses_are_normalised():
     assert normalised("host:8265") == "http://host:8265"
     assert normalised("https://host/ray/") == "https://host/ray"

@@ -1,4 +1,4 @@
-"""Findings of `mhmoe doctor`, on this machine and on real clusters."""
+"""Tests of the findings of `mhmoe doctor`, on this machine and on real clusters."""
 
 import json
 import os
@@ -20,11 +20,12 @@ from tests.watch import wait_until
 NO_SERVER = "http://127.0.0.1:1"
 
 
-def levels(findings):
+def level_by_check(findings):
+    """Return the level of each finding, such as ok or error, by the name of its check."""
     return {f.check: f.level for f in findings}
 
 
-def test_this_machine_can_do_what_tests_do():
+def test_machine_findings_are_ok_here():
     findings = {f.check: f for f in doctor.machine_findings()}
     for check in ("python", "ray", "torch", "collectives", "kernel reference", "kernel grouped"):
         assert findings[check].level == "ok", findings[check]
@@ -33,7 +34,7 @@ def test_this_machine_can_do_what_tests_do():
     assert kernels == set(get_args(MoESpec.model_fields["kernel"].annotation)) - {"auto"}
 
 
-def test_another_ray_is_an_error(monkeypatch):
+def test_wrong_ray_version_is_an_error(monkeypatch):
     monkeypatch.setattr(doctor, "RAY_RELEASE", "3.1")
     [ray] = [f for f in doctor.machine_findings() if f.check == "ray"]
     assert ray.level == "error"
@@ -41,15 +42,15 @@ def test_another_ray_is_an_error(monkeypatch):
 
 
 @pytest.mark.cpu
-def test_a_level_of_the_cpu_that_there_is_not_is_an_error(monkeypatch):
+def test_unknown_cpu_level_is_an_error(monkeypatch):
     monkeypatch.setenv("MHMOE_CPU_LEVEL", "sse9")
     findings = {f.check: f for f in doctor.machine_findings()}
     assert (findings["torch"].level, findings["kernel cpp"].level) == ("error", "note")
     assert "MHMOE_CPU_LEVEL is 'sse9', but levels are generic, avx2" in findings["torch"].message
 
 
-def test_storage_is_written_read_and_left_as_it_was(tmp_path):
-    assert levels(doctor.storage_findings(tmp_path / "new")) == {"storage": "ok"}
+def test_storage_check_reports_failures_and_leaves_no_files(tmp_path):
+    assert level_by_check(doctor.storage_findings(tmp_path / "new")) == {"storage": "ok"}
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "file").touch()
     [finding] = doctor.storage_findings(tmp_path / "file" / "below")
@@ -60,31 +61,31 @@ def test_storage_is_written_read_and_left_as_it_was(tmp_path):
     assert finding.level == "error"
 
 
-def test_run_directories_that_others_can_read_are_told(tmp_path):
+def test_run_directories_that_others_can_read_are_a_warning(tmp_path):
     (tmp_path / "tiny-1").mkdir(mode=0o755)
     (tmp_path / "tiny-1" / "run.json").touch()
-    assert levels(doctor.storage_findings(tmp_path))["run directories"] == "warning"
+    assert level_by_check(doctor.storage_findings(tmp_path))["run directories"] == "warning"
     (tmp_path / "tiny-1").chmod(0o700)
-    assert "run directories" not in levels(doctor.storage_findings(tmp_path))
+    assert "run directories" not in level_by_check(doctor.storage_findings(tmp_path))
 
 
-def test_a_folder_of_somebody_else_beside_ours_is_passed_over():
+def test_unreadable_folders_in_the_storage_are_ignored():
     with tempfile.TemporaryDirectory() as shared:
         Path(shared).chmod(0o777)
         for name, mode in (("closed", 0o000), ("for-a-group", 0o070)):
             (Path(shared) / name).mkdir()
             (Path(shared) / name).chmod(mode)
         (Path(shared) / "dangling").symlink_to("nowhere")
-        me = os.geteuid()
-        if me == 0:
-            os.seteuid(65534)  # root is kept out of nothing
+        user_id = os.geteuid()
+        if user_id == 0:
+            os.seteuid(65534)  # root could read every folder
         try:
-            assert levels(doctor.storage_findings(Path(shared))) == {"storage": "ok"}
+            assert level_by_check(doctor.storage_findings(Path(shared))) == {"storage": "ok"}
         finally:
-            os.seteuid(me)
+            os.seteuid(user_id)
 
 
-def test_the_exit_code_tells_errors(tmp_path):
+def test_doctor_exits_with_11_if_there_is_an_error(tmp_path):
     home = {"MHMOE_HOME": str(tmp_path / "home")}
     assert mhmoe(tmp_path, "doctor", **home).code == 0
     json_result = mhmoe(tmp_path, "doctor", "--address", NO_SERVER, "--json", **home)
@@ -97,20 +98,24 @@ def test_the_exit_code_tells_errors(tmp_path):
 
 
 @pytest.mark.ray
-def test_a_cluster_of_ours_is_as_it_should_be(local_cluster):
+def test_local_cluster_has_no_problems(local_cluster):
     findings = list(doctor.reach_findings(None))
-    assert levels(findings) == {"cluster": "ok", "token": "ok", "clock": "ok", "nodes": "ok"}
+    assert level_by_check(findings) == {"cluster": "ok", "token": "ok", "clock": "ok", "nodes": "ok"}
     assert not [f for f in doctor.port_findings() if str(local_cluster.address.rpartition(":")[2]) in f.message]
 
 
 @pytest.mark.ray
-def test_an_open_dashboard_is_told_of(tmp_path):
-    """The dashboard is one that Ray starts by itself: without a token, for everybody who can reach it."""
-    gcs, board, client, *metric_ports = map(str, free_ports(5))
+def test_open_dashboard_is_a_warning(tmp_path):
+    """The dashboard is one of `ray start`, which by default everybody who reaches it can use without a token."""
+    gcs_port, dashboard_port, client_port, *metric_ports = map(str, free_ports(5))
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats"]
-    short = tempfile.TemporaryDirectory(dir="/tmp")  # names of sockets in it may have 103 characters
-    command += [f"--temp-dir={short.name}", "--num-cpus=1", "--object-store-memory=80000000", f"--port={gcs}"]
-    command += ["--dashboard-host=0.0.0.0", f"--dashboard-port={board}", f"--ray-client-server-port={client}"]
+    ray_folder = tempfile.TemporaryDirectory(dir="/tmp")  # paths of sockets below it may have at most 103 characters
+    command += [f"--temp-dir={ray_folder.name}", "--num-cpus=1", "--object-store-memory=80000000", f"--port={gcs_port}"]
+    command += [
+        "--dashboard-host=0.0.0.0",
+        f"--dashboard-port={dashboard_port}",
+        f"--ray-client-server-port={client_port}",
+    ]
     command += ["--dashboard-agent-listen-port=0"]
     clean_environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_") and k != "HOME"}
     environment = {
@@ -122,23 +127,23 @@ def test_an_open_dashboard_is_told_of(tmp_path):
     log = (tmp_path / "log").open("w")
     ray = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
     try:
-        address = f"http://127.0.0.1:{board}"
-        wait_until(lambda: levels(doctor.reach_findings(address)).get("cluster") == "ok", "the dashboard")
+        address = f"http://127.0.0.1:{dashboard_port}"
+        wait_until(lambda: level_by_check(doctor.reach_findings(address)).get("cluster") == "ok", "the dashboard")
         [token] = [f for f in doctor.reach_findings(address) if f.check == "token"]
         assert token.level == "warning"
         assert "without asking for a token" in token.message
         findings = [f for f in doctor.port_findings() if f.check == "open dashboard"]
-        assert [f.level for f in findings if f":{board} " in f.message] == ["warning"]
+        assert [f.level for f in findings if f":{dashboard_port} " in f.message] == ["warning"]
     finally:
         ray.terminate()
         ray.wait()
         log.close()
-        short.cleanup()
+        ray_folder.cleanup()
 
 
 @pytest.mark.parametrize(
     ("ip", "loopback"),
     [("127.0.0.1", True), ("::1", True), ("::ffff:127.0.0.1", True), ("::ffff:10.0.0.1", False), ("0.0.0.0", False)],
 )
-def test_an_address_of_this_machine_alone_is_known_in_every_spelling(ip, loopback):
+def test_loopback_addresses_are_recognised_in_every_spelling(ip, loopback):
     assert dashboard.is_loopback_ip(ip) == loopback

@@ -5,7 +5,7 @@ from pathlib import Path
 import mhmoe_ray.cluster
 
 
-def test_need_neither_ray_nor_torch():
+def test_cluster_modules_import_neither_ray_nor_torch_nor_requests():
     folder = Path(mhmoe_ray.cluster.__file__).parent
     modules = ", ".join(f"mhmoe_ray.cluster.{p.stem}" for p in folder.glob("[!_]*.py") if p.stem != "doctor")
     code = (

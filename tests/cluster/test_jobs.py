@@ -15,18 +15,20 @@ from tests.specs import tiny_spec
 
 
 def _submit(connection, job, code, **options):
+    """Submit a job that runs Python code."""
     jobs.submit(connection, jobs.job_request(["-c", code], job, local=connection.local, **options))
 
 
 def _wait(connection, job):
+    """Wait until a job has ended, and return its status."""
     while (status := jobs.status(connection, job)) in ("PENDING", "RUNNING"):
         time.sleep(0.2)
     return status
 
 
 @pytest.mark.ray
-def test_round_trip(connection, monkeypatch):
-    # Ray's client would follow this one whatever address it is given.
+def test_job_runs_and_its_log_can_be_followed(connection, monkeypatch):
+    # Ray's client would prefer this address to the one that it is given.
     monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:1")
     code = "import sys, time; print('one'); time.sleep(1); print(sys.executable); print('last', end='')"
     _submit(connection, "trip", code, metadata={"run": "r"})
@@ -41,7 +43,7 @@ def test_round_trip(connection, monkeypatch):
 
 
 @pytest.mark.ray
-def test_failure_shows_its_last_lines(connection):
+def test_failed_job_has_its_last_log_line_as_message(connection):
     _submit(connection, "fails", "print('before'); raise ValueError('two\\nlines')")
     assert _wait(connection, "fails") == "FAILED"
     assert jobs.message(connection, "fails") == "ValueError: two lines"
@@ -49,7 +51,7 @@ def test_failure_shows_its_last_lines(connection):
 
 
 @pytest.mark.ray
-def test_stop(connection):
+def test_stop_ends_a_job_and_can_be_repeated(connection):
     _submit(connection, "stops", "print('up'); import time; time.sleep(600)")
     lines = jobs.follow_logs(connection, "stops")
     while next(lines) != "up":
@@ -61,7 +63,7 @@ def test_stop(connection):
 
 
 @pytest.mark.ray
-def test_unknown_job(connection):
+def test_unknown_job_has_no_status_and_other_calls_fail(connection):
     assert jobs.status(connection, "none") is None
     for call in (jobs.logs, jobs.stop, lambda *args: list(jobs.follow_logs(*args))):
         with pytest.raises(JobError, match="job none: "):
@@ -69,20 +71,20 @@ def test_unknown_job(connection):
 
 
 @pytest.mark.ray
-def test_wrong_runtime_env_is_a_mistake_of_the_spec(connection):
+def test_invalid_runtime_env_is_a_spec_error(connection):
     with pytest.raises(SpecError, match=r"cluster.runtime_env: .*pip"):
         _submit(connection, "wrong", "pass", runtime_env={"pip": 3})
 
 
 @pytest.mark.ray
-def test_cluster_that_went_away(connection):
+def test_unreachable_cluster_is_an_error(connection):
     unreachable = dataclasses.replace(connection, address="http://127.0.0.1:1")
     with pytest.raises(ClusterError, match="nothing answers there"):
         jobs.status(unreachable, "any")
 
 
 @pytest.mark.ray
-def test_other_clusters_are_sent_our_packages(connection):
+def test_jobs_on_other_clusters_import_the_packages_that_were_sent(connection):
     remote_connection = dataclasses.replace(connection, local=False)
     code = "import mhmoe_ray.cluster.jobs, mhmoe_kernels; print(mhmoe_ray.__file__); print(mhmoe_kernels.__file__)"
     _submit(remote_connection, "sent", code)
@@ -91,13 +93,15 @@ def test_other_clusters_are_sent_our_packages(connection):
 
 
 @pytest.mark.ray
-def test_a_second_start_of_one_attempt_does_not_call_the_first_one_failed(connection, tmp_path):
+def test_second_start_of_an_attempt_does_not_record_a_failure(connection, tmp_path):
     run = create_run(tiny_spec(tmp_path).model_copy(update={"name": "twice"}))
     job = start_attempt(run, run.spec(), connection)
-    run.attempts_file.unlink()  # as another process saw it before
+    run.attempts_file.unlink()  # as if another process had read it before the first start
     with pytest.raises(JobError, match=f"job {job}: .*already exists"):
         start_attempt(run, run.spec(), connection)
-    add_attempt(run, Attempt(job, connection.address, True))  # a newer one, for which the job ends at once
+    add_attempt(
+        run, Attempt(job, connection.address, True)
+    )  # a newer attempt, so the job of the first one ends at once
     _wait(connection, job)
     run.attempts_file.unlink()
     unreachable = dataclasses.replace(connection, address="http://127.0.0.1:1")
@@ -107,32 +111,34 @@ def test_a_second_start_of_one_attempt_does_not_call_the_first_one_failed(connec
 
 
 @pytest.mark.ray
-def test_a_job_that_a_cluster_does_not_know_yet_has_not_failed_while_its_code_may_be_on_its_way(connection, tmp_path):
+def test_unknown_job_has_not_failed_while_it_may_still_be_submitted(connection, tmp_path):
     run = create_run(tiny_spec(tmp_path))
 
-    def submitted(local, seconds_ago):
+    def outcome_of_attempt(local, seconds_ago):
+        """Return the outcome of the run after an attempt with an unknown job was submitted some seconds ago."""
         add_attempt(run, Attempt("unknown", connection.address, local, time.time() - seconds_ago))
         return outcome(run, connection)
 
-    assert submitted(False, 30) is None
-    events.record(run, "began", attempt=1)  # so it was there
+    assert outcome_of_attempt(False, 30) is None
+    events.record(run, "began", attempt=1)  # so the job had reached the cluster
     with pytest.raises(ClusterError, match=r"it knows no job unknown, but the run wrote something \d+ s ago"):
-        outcome(run, connection)  # behind a tunnel's address there may be another cluster now
-    assert submitted(True, 12) is None  # which takes seconds from its record on
-    assert submitted(True, 30).state == "failed"  # nothing is sent, and nobody else's cluster has our address
+        outcome(run, connection)  # the address, of a tunnel for example, may lead to another cluster now
+    assert outcome_of_attempt(True, 12) is None  # a submission takes some seconds after it was recorded
+    # To the local cluster nothing large is sent, and no other cluster has its address.
+    assert outcome_of_attempt(True, 30).state == "failed"
     os.utime(run.events_file, (0, 0))
-    assert submitted(False, 1000).state == "failed"
+    assert outcome_of_attempt(False, 1000).state == "failed"
 
 
 @pytest.mark.ray
-def test_a_run_whose_job_is_not_taken_has_failed(connection, tmp_path):
+def test_run_whose_job_is_refused_has_failed(connection, tmp_path):
     run = create_run(tiny_spec(tmp_path, cluster={"runtime_env": {"pip": 3}}))
     with pytest.raises(SpecError, match="pip"):
         start_attempt(run, run.spec(), connection)
     assert recorded_outcome(events.read(run)).state == "failed"
 
 
-def test_request_is_what_is_sent():
+def test_job_request_has_command_environment_and_metadata():
     assert jobs.job_request(["-m", "x", "a b"], "j", local=True, metadata={"run": "r"}) == {
         "entrypoint": f"{sys.executable} -m x 'a b'",
         "submission_id": "j",

@@ -17,7 +17,7 @@ from mhmoe_ray.cluster.tokens import own_token, token_file
 from mhmoe_ray.errors import ClusterError
 from tests.watch import wait_until
 
-# Ends on no signal but SIGKILL, and leaves behind a process that has lost its parent.
+# This code ignores SIGTERM, and starts a process in another session that does so too and whose parent has ended.
 STUBBORN = """
 import os, signal, time
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -28,22 +28,25 @@ time.sleep(600)
 
 
 def _command_line(process) -> str:
-    return " ".join(_unless_gone(process.cmdline) or [])
+    """Return the command line of a process, or "" if the process is gone."""
+    return " ".join(_value_unless_gone(process.cmdline) or [])
 
 
-def _with_an_orphan(cluster: LocalCluster) -> set[psutil.Process]:
-    """Return the cluster's processes once one of them has a parent outside the cluster, else an empty set."""
+def _processes_with_an_orphan(cluster: LocalCluster) -> set[psutil.Process]:
+    """Return the cluster's processes if a stubborn one has a parent outside the cluster; else an empty set."""
     cluster_processes = {*spawn.process_tree(cluster.pid), *spawn.marked_processes_of(cluster.folder)}
     stubborn = [p for p in cluster_processes if "SIG_IGN" in _command_line(p)]
-    return cluster_processes if any(_unless_gone(p.parent) not in cluster_processes for p in stubborn) else set()
+    return cluster_processes if any(_value_unless_gone(p.parent) not in cluster_processes for p in stubborn) else set()
 
 
-def _listening(process) -> set[str]:
-    connections = _unless_gone(process.net_connections) or []
+def _listening_addresses(process) -> set[str]:
+    """Return the IP addresses at which a process listens."""
+    connections = _value_unless_gone(process.net_connections) or []
     return {c.laddr.ip.removeprefix("::ffff:") for c in connections if c.status == "LISTEN"}
 
 
-def _unless_gone(read):
+def _value_unless_gone(read):
+    """Return the result of a query of psutil, or None if it fails, as when the process is gone."""
     try:
         return read()
     except psutil.Error:
@@ -51,59 +54,65 @@ def _unless_gone(read):
 
 
 def _socket_files(process):
+    """Return the paths of the Unix sockets of a process."""
     try:
         return [c.laddr for c in process.net_connections(kind="unix") if c.laddr]
     except psutil.Error:
         return []
 
 
-def _is_closed(folder):
+def _is_private_folder(folder):
+    """Return whether only the owner of a folder can enter it."""
     return folder.is_dir() and folder.stat().st_mode & 0o077 == 0
 
 
 @pytest.mark.ray
-def test_is_found_again(local_cluster):
+def test_running_cluster_is_found_and_reused(local_cluster):
     assert find_local() == local_cluster
     assert start_local(4) == local_cluster  # it has 8 CPUs already
 
 
 @pytest.mark.ray
-def test_is_closed_to_others(local_cluster):
+def test_cluster_is_private_to_its_user(local_cluster):
     assert local_cluster.folder.stat().st_mode & 0o777 == 0o700
     assert local_cluster.log.stat().st_mode & 0o777 == 0o600
     assert token_file().stat().st_mode & 0o777 == 0o600
     members = [p for p in spawn.process_tree(local_cluster.pid) if _command_line(p)]
     assert len(members) > 5
     assert all(own_token().value not in _command_line(p) for p in members)
-    assert set.union(*(_listening(p) for p in members)) == {"127.0.0.1"}
-    # Sockets that are files lie in a folder that nobody else can enter; those with an abstract name would not.
+    assert set.union(*(_listening_addresses(p) for p in members)) == {"127.0.0.1"}
+    # Sockets are files below folders that nobody else can enter. Abstract sockets, which have no file, would fail here.
     socket_paths = {path for p in members for path in _socket_files(p)}
     assert any("raylet" in path for path in socket_paths)
-    assert [path for path in socket_paths if not any(_is_closed(folder) for folder in Path(path).parents)] == []
+    assert [path for path in socket_paths if not any(_is_private_folder(folder) for folder in Path(path).parents)] == []
 
 
 @pytest.mark.ray
-def test_stopping_ends_all_of_one_cluster_and_nothing_of_another(local_cluster, tmp_path, monkeypatch):
+def test_stop_ends_every_process_of_one_cluster_and_none_of_another(local_cluster, tmp_path, monkeypatch):
     monkeypatch.setenv("MHMOE_HOME", str(tmp_path))
-    servers = [p for p in spawn.process_tree(local_cluster.pid) if _unless_gone(p.name) in ("gcs_server", "raylet")]
+    servers = [
+        p for p in spawn.process_tree(local_cluster.pid) if _value_unless_gone(p.name) in ("gcs_server", "raylet")
+    ]
     assert len(servers) == 2
 
-    # Two commands at once start one cluster.
+    # Two commands at the same time start one cluster together.
     code = "from mhmoe_ray.cluster.local import start_local; print(start_local(2).pid)"
     commands = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(2)]
     pids = {command.communicate()[0] for command in commands}
-    second = find_local()
-    assert second is not None
-    assert pids == {f"{second.pid}\n"}
-    assert second.address != local_cluster.address
+    second_cluster = find_local()
+    assert second_cluster is not None
+    assert pids == {f"{second_cluster.pid}\n"}
+    assert second_cluster.address != local_cluster.address
 
     connection = connect()
     jobs.submit(connection, jobs.job_request(["-c", STUBBORN], "stubborn", local=True))
-    orphan_processes = wait_until(lambda: _with_an_orphan(second), "the job's child, whose parent is gone")
+    orphan_processes = wait_until(
+        lambda: _processes_with_an_orphan(second_cluster), "the job's child, whose parent is gone"
+    )
 
     assert stop_local()
     assert spawn._wait_for_end(0, list(orphan_processes)) == []
-    assert not second.folder.exists()
+    assert not second_cluster.folder.exists()
     assert not (tmp_path / RECORD).exists()
     assert find_local() is None
     assert not stop_local()
@@ -112,7 +121,8 @@ def test_stopping_ends_all_of_one_cluster_and_nothing_of_another(local_cluster, 
     assert find_local() == local_cluster
 
 
-def _record(home: Path, **changes) -> LocalCluster:
+def _write_record(home: Path, **changes) -> LocalCluster:
+    """Write the record of a local cluster that does not run to `home`, with some of its keys changed; return it."""
     folder = home / "mhmoe-test"
     folder.mkdir()
     record = {"pid": 2**22 - 1, "address": "http://127.0.0.1:1", "gcs_address": "127.0.0.1:2", "cpus": 1}
@@ -124,18 +134,18 @@ def _record(home: Path, **changes) -> LocalCluster:
 @pytest.mark.parametrize("pid", [2**22 - 1, os.getpid()], ids=["no such process", "somebody else's process"])
 def test_stale_record_is_cleaned_up(pid, tmp_path, monkeypatch):
     monkeypatch.setenv("MHMOE_HOME", str(tmp_path))
-    stale = _record(tmp_path, pid=pid)
+    stale_cluster = _write_record(tmp_path, pid=pid)
     sleep = [sys.executable, "-c", "import time; time.sleep(600)"]
-    leftover = subprocess.Popen(sleep, env=os.environ | {spawn.MARK: str(stale.folder)})
-    stranger = subprocess.Popen([*sleep, str(stale.folder)])
+    leftover = subprocess.Popen(sleep, env=os.environ | {spawn.MARK: str(stale_cluster.folder)})
+    other_process = subprocess.Popen([*sleep, str(stale_cluster.folder)])
     try:
         assert find_local() is None
-        assert not stale.folder.exists()
+        assert not stale_cluster.folder.exists()
         assert not (tmp_path / RECORD).exists()
         assert leftover.wait(5) == -9 or leftover.returncode == 0  # psutil may have reaped it
-        assert stranger.poll() is None
+        assert other_process.poll() is None
     finally:
-        for process in (leftover, stranger):
+        for process in (leftover, other_process):
             process.kill()
             process.wait()
 
@@ -149,15 +159,15 @@ def test_damaged_record_counts_as_none(tmp_path, monkeypatch):
 
 def test_cluster_of_another_machine_is_left_alone(tmp_path, monkeypatch):
     monkeypatch.setenv("MHMOE_HOME", str(tmp_path))
-    foreign_record = _record(tmp_path, host="elsewhere")
+    foreign_cluster = _write_record(tmp_path, host="elsewhere")
     for call in (find_local, stop_local, lambda: start_local(1)):
         with pytest.raises(ClusterError, match="it was started on elsewhere, which shares this home"):
             call()
-    assert foreign_record.folder.exists()
+    assert foreign_cluster.folder.exists()
 
 
-def test_a_cluster_hears_of_no_api_key_of_whoever_starts_it(tmp_path, monkeypatch):
-    """Everything that the cluster ever runs would otherwise have the key in its environment."""
+def test_api_keys_are_not_in_the_environment_of_the_cluster(tmp_path, monkeypatch):
+    """Otherwise every process that the cluster starts would have the key in its environment."""
     python = tmp_path / "python"
     python.write_text("#!/bin/sh\nenv\n")
     python.chmod(0o700)
@@ -173,7 +183,7 @@ def test_a_cluster_hears_of_no_api_key_of_whoever_starts_it(tmp_path, monkeypatc
 
 
 @pytest.mark.ray
-def test_failing_start_says_why_and_leaves_nothing(tmp_path, monkeypatch):
+def test_failed_start_reports_its_reason_and_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.setenv("MHMOE_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setenv("RAY_ROTATION_MAX_BYTES", "many")

@@ -13,13 +13,14 @@ from tests.cli.run import assert_one_line, mhmoe
 
 @pytest.fixture(autouse=True)
 def own_home(tmp_path, monkeypatch):
+    """Give each test empty home folders, and an environment that names no cluster."""
     monkeypatch.setenv("MHMOE_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("HOME", str(tmp_path))
     for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE"):
         monkeypatch.delenv(name, raising=False)
 
 
-def test_commands_speak_to_the_cluster_that_was_chosen_unless_another_is_named(monkeypatch):
+def test_chosen_cluster_is_used_unless_another_is_named(monkeypatch):
     assert uses_local_cluster(None)
     connect.use("lab", "http://head:8265")
     connect.use("other", "http://other:8265")
@@ -36,14 +37,14 @@ def test_commands_speak_to_the_cluster_that_was_chosen_unless_another_is_named(m
     assert _resolve_address("other") == "http://other:8265"
 
 
-def test_a_run_goes_on_where_it_ran_whatever_was_chosen_since(monkeypatch):
+def test_run_stays_on_its_cluster_after_another_is_chosen(monkeypatch):
     connect.use("lab", "http://head:8265")
     monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://third:8265")
     assert uses_local_cluster(_attempt_address(Attempt("job", "http://127.0.0.1:23456", local=True)))
     assert _resolve_address(_attempt_address(Attempt("job", "http://other:8265", local=False))) == "http://other:8265"
 
 
-def test_a_name_that_is_given_up_is_no_name_and_what_was_chosen_by_it_no_choice():
+def test_forgotten_cluster_is_unknown_and_no_longer_chosen():
     connect.use("lab", "http://head:8265")
     connect.forget("lab")
     assert connect.read_named_clusters() == connect.NamedClusters("local", {})
@@ -52,7 +53,7 @@ def test_a_name_that_is_given_up_is_no_name_and_what_was_chosen_by_it_no_choice(
             call()
 
 
-def test_a_named_clusters_token_goes_to_it_alone(tmp_path):
+def test_token_of_a_named_cluster_is_used_only_for_its_address(tmp_path):
     file = tmp_path / "token"
     file.write_text("secret\n")
     connect.use("lab", "http://head:8265", file)
@@ -64,7 +65,7 @@ def test_a_named_clusters_token_goes_to_it_alone(tmp_path):
         _token("http://head:8265", None)
 
 
-def test_of_clusters_behind_one_tunnels_address_the_one_that_is_meant_gets_its_own_token(tmp_path):
+def test_named_clusters_with_one_address_have_their_own_tokens(tmp_path):
     tunnel = "http://127.0.0.1:8265"
     for name in ("lab", "prod"):
         (tmp_path / name).write_text(name)
@@ -73,11 +74,11 @@ def test_of_clusters_behind_one_tunnels_address_the_one_that_is_meant_gets_its_o
     connect.use("prod")
     assert _token(tunnel, _find_named_cluster("lab")).value == "lab"
     assert _token(tunnel, _find_named_cluster(None)).value == "prod"
-    assert _token(tunnel, _find_named_cluster(tunnel)).value == "prod"  # as of a run that was started there
+    assert _token(tunnel, _find_named_cluster(tunnel)).value == "prod"  # a run records only the address
     assert _token(tunnel, _find_named_cluster("bare")) is tokens.user_token()
 
 
-def test_no_token_is_in_the_file_and_it_is_its_owners(tmp_path):
+def test_file_of_named_clusters_is_private_and_has_no_token(tmp_path):
     (tmp_path / "token").write_text("secret")
     connect.use("lab", "http://head:8265", tmp_path / "token")
     path = state_folder() / connect.FILE
@@ -86,12 +87,12 @@ def test_no_token_is_in_the_file_and_it_is_its_owners(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["", "Lab", "a b", "../x", "1x", "x" * 60])
-def test_names_are_plain_words(name):
+def test_invalid_cluster_names_are_refused(name):
     with pytest.raises(ClusterError, match="the name is not allowed"):
         connect.use(name, "http://head:8265")
 
 
-def test_mistakes_are_told():
+def test_reserved_name_and_damaged_file_are_errors():
     with pytest.raises(ClusterError, match="choose another name"):
         connect.use("local", "http://head:8265")
     connect.use("lab", "http://head:8265")

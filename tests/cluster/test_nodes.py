@@ -1,4 +1,4 @@
-"""The nodes that a dashboard reports, and whether Ray packs workers on them as forecast."""
+"""Tests of the nodes that a dashboard reports, and of Ray's placement of workers on them."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from mhmoe_ray.cluster.connect import Connection, connect, connect_if_running
 from mhmoe_ray.cluster.nodes import _taken_resources, free_nodes
 from mhmoe_ray.planner.placement import Node
 from tests.cli.run import mhmoe
-from tests.conftest import OF_THE_USER
+from tests.conftest import USER_CLUSTER_VARIABLES
 
 
 @pytest.mark.ray
@@ -24,7 +24,7 @@ def test_the_local_cluster_is_one_node_of_this_machine(local_cluster):
     assert 0 <= node.cpus <= 8
 
 
-def test_what_is_free_is_what_is_not_taken_and_nodes_of_a_host_are_told_apart(monkeypatch):
+def test_free_nodes_subtract_usage_and_name_nodes_of_one_host_apart(monkeypatch):
     def node_summary(number, host, **resources):
         return {"nodeId": f"{number}" * 10, "nodeManagerHostname": host, "resourcesTotal": resources}
 
@@ -40,21 +40,21 @@ def test_what_is_free_is_what_is_not_taken_and_nodes_of_a_host_are_told_apart(mo
 
 
 @pytest.mark.ray
-def test_the_cluster_that_commands_speak_to_is_shown_with_the_number_of_its_nodes(local_cluster, tmp_path):
+def test_cluster_status_shows_address_nodes_and_cpus(local_cluster, tmp_path):
     for words in ((), ("--address", local_cluster.address)):
         status = mhmoe(tmp_path, "cluster", "status", "--json", *words).json()
         assert (status["dashboard"], status["nodes"], status["cpus"]) == (local_cluster.address, 1, 8)
 
 
-def test_without_a_cluster_none_is_asked(tmp_path, monkeypatch):
+def test_connect_if_running_returns_none_without_a_cluster(tmp_path, monkeypatch):
     monkeypatch.setenv("MHMOE_HOME", str(tmp_path))
     for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
         monkeypatch.delenv(name, raising=False)
     assert connect_if_running() is None
 
 
-def test_what_placement_groups_reserve_is_taken_used_or_not():
-    """The usage texts come from the function that Ray itself formats them with."""
+def test_resources_reserved_by_placement_groups_count_as_taken():
+    """The function by which Ray itself formats usage writes the texts."""
     group = "1f5b8b8ff1a2ff30a6bd1b5b7ff81000000"
     usage = {"CPU": (5.0, 8.0), "GPU": (1.5, 4.0), "memory": (0.0, 2.0**30), "node:10.0.0.1": (0.0, 1.0)}
     assert _taken_resources("\n".join(parse_usage(usage, verbose=True))) == {"CPU": 5, "GPU": 1.5}
@@ -66,8 +66,8 @@ def test_what_placement_groups_reserve_is_taken_used_or_not():
 @pytest.mark.slow
 @pytest.mark.ray
 def test_ray_packs_workers_as_forecast():
-    """Workers are placed on free nodes first, then more of them on the room that is left there."""
-    environment = {name: value for name, value in os.environ.items() if name not in OF_THE_USER}
+    """A first run is placed on free nodes, and then a second one on the resources that remain."""
+    environment = {name: value for name, value in os.environ.items() if name not in USER_CLUSTER_VARIABLES}
     environment |= {"RAY_AUTH_MODE": "disabled"}
     command = [sys.executable, "-m", "tests.cluster.pack_workers"]
     process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)

@@ -1,4 +1,4 @@
-"""Ending processes, without Ray."""
+"""Tests of functions that end processes, without Ray."""
 
 import subprocess
 import sys
@@ -8,7 +8,7 @@ import psutil
 from mhmoe_ray.cluster import spawn
 from tests.watch import LIMIT, wait_until
 
-# Never asks how its child ended, as the first process of a container may not.
+# This code never reaps its child, like the first process of some containers.
 CARELESS = """
 import subprocess, time
 child = subprocess.Popen(["true"])
@@ -17,7 +17,7 @@ time.sleep(600)
 """
 
 
-def test_who_has_ended_is_not_waited_for_though_its_parent_does_not_ask():
+def test_wait_for_end_counts_a_zombie_as_ended():
     with subprocess.Popen([sys.executable, "-c", CARELESS], stdout=subprocess.PIPE, text=True) as parent:
         try:
             child = psutil.Process(int(parent.stdout.readline()))
@@ -27,13 +27,13 @@ def test_who_has_ended_is_not_waited_for_though_its_parent_does_not_ask():
             parent.kill()
 
 
-def test_who_ends_neither_by_itself_nor_when_asked_is_killed():
-    stubborn = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(flush=True); time.sleep(600)"
-    with subprocess.Popen([sys.executable, "-c", stubborn], stdout=subprocess.PIPE, text=True) as process:
+def test_process_that_ignores_sigterm_is_killed():
+    code = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(flush=True); time.sleep(600)"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
         try:
             process.stdout.readline()
-            zombie = psutil.Process(process.pid)
-            spawn.end_processes([zombie], timeout=0.5, terminate=True)
-            assert spawn._is_gone_or_zombie(zombie)
+            stubborn_process = psutil.Process(process.pid)
+            spawn.end_processes([stubborn_process], timeout=0.5, terminate=True)
+            assert spawn._is_gone_or_zombie(stubborn_process)
         finally:
             process.kill()

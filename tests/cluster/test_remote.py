@@ -1,4 +1,4 @@
-"""Requests travel to a cluster, their jobs are followed, and results come back."""
+"""Tests of remote jobs: requests are sent to a cluster, and their progress and results come back."""
 
 import dataclasses
 import sys
@@ -16,24 +16,28 @@ from tests.cluster.toy_job import SumRequest
 
 
 class LostRequest(SumRequest):
+    """Request whose module does not exist."""
+
     module: ClassVar[str] = "no_such_module"
 
 
-ENVIRONMENT = {"env_vars": {"PYTHONPATH": str(Path.cwd())}}
+RUNTIME_ENV = {"env_vars": {"PYTHONPATH": str(Path.cwd())}}
 
 
 @pytest.mark.ray
-def test_a_request_gets_its_lines_and_its_result(local_cluster):
-    lists = {f"é{i}": [i, *range(2_000)] for i in range(100)}  # more than Ray sends of a log at once
-    job = remote.submit(connect(local_cluster.address), ENVIRONMENT, SumRequest(numbers=lists))
+def test_job_returns_its_progress_lines_and_its_result(local_cluster):
+    lists = {
+        f"é{i}": [i, *range(2_000)] for i in range(100)
+    }  # a result longer than the pieces in which Ray sends a log
+    job = remote.submit(connect(local_cluster.address), RUNTIME_ENV, SumRequest(numbers=lists))
     assert list(job.progress()) == ["sum: of 100 lists"]
     assert job.result("the sums") == {name: sum(numbers) for name, numbers in lists.items()}
 
 
 @pytest.mark.ray
-def test_an_error_of_a_job_is_raised_where_its_result_is_taken(local_cluster):
+def test_error_of_a_job_is_raised_by_result(local_cluster):
     connection = connect(local_cluster.address)
-    job = remote.submit(connection, ENVIRONMENT, SumRequest(numbers={}))
+    job = remote.submit(connection, RUNTIME_ENV, SumRequest(numbers={}))
     assert list(job.progress()) == []
     with pytest.raises(DataError, match="there are no numbers"):
         job.result("the sums")
@@ -44,18 +48,18 @@ def test_an_error_of_a_job_is_raised_where_its_result_is_taken(local_cluster):
 
 
 @pytest.mark.ray
-def test_a_job_of_another_cluster_runs_in_rays_own_python_which_need_not_be_on_the_path(local_cluster):
+def test_job_on_another_cluster_runs_in_the_python_of_ray(local_cluster):
     remote_connection = dataclasses.replace(connect(local_cluster.address), local=False)
     python = head_python(remote_connection, {})
     assert Path(python).parent == Path(sys.executable).parent
-    assert head_python(remote_connection, {"pip": ["x"]}) == "python"  # of the environment that Ray makes
+    assert head_python(remote_connection, {"pip": ["x"]}) == "python"  # of the environment that Ray creates for the job
     runtime_env = {"env_vars": {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(Path.cwd())}}
     job = remote.submit(remote_connection, runtime_env, SumRequest(numbers={"a": [1, 2]}))
     list(job.lines())
     assert job.result("the sums") == {"a": 3}
 
 
-def test_a_request_travels_in_the_environment_and_its_name_in_the_entrypoint(tmp_path, monkeypatch):
+def test_request_is_sent_in_the_environment_and_named_in_the_entrypoint(tmp_path, monkeypatch):
     request = TrainRequest(path=str(tmp_path / "tiny-3f2a1c"), attempt=2)
     submission = remote.job_request(request, True, {"env_vars": {"A": "b"}})
     assert submission["submission_id"] == "tiny-3f2a1c-2"

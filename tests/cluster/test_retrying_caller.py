@@ -10,10 +10,11 @@ from mhmoe_ray.errors import ClusterError, StorageError, TokenError
 
 
 def _raise(error=ClusterError):
+    """Raise an error of this class, as a request that gets no answer does."""
     raise error("cluster x", "no answer in time", "check it")
 
 
-def test_a_late_answer_is_tolerated_and_announced_once_and_a_lost_cluster_is_an_error(monkeypatch):
+def test_missing_answers_are_announced_once_and_raised_after_the_timeout(monkeypatch):
     messages = []
     caller = RetryingCaller(messages.append)
     assert [caller.call(_raise, "default") for _ in range(3)] == ["default"] * 3
@@ -27,13 +28,13 @@ def test_a_late_answer_is_tolerated_and_announced_once_and_a_lost_cluster_is_an_
         caller.call(_raise, None)
 
 
-def test_an_endless_caller_never_gives_up(monkeypatch):
+def test_an_endless_caller_has_no_timeout(monkeypatch):
     monkeypatch.setattr(dashboard, "SECONDS", 0.0)
     caller = RetryingCaller(print, is_endless=True)
     assert [caller.call(_raise, "default") for _ in range(3)] == ["default"] * 3
 
 
-def test_a_late_answer_of_a_storage_is_tolerated_too(monkeypatch):
+def test_storage_errors_are_tolerated_until_the_timeout(monkeypatch):
     messages = []
     caller = RetryingCaller(messages.append)
 
@@ -47,12 +48,12 @@ def test_a_late_answer_of_a_storage_is_tolerated_too(monkeypatch):
         caller.call(read, None)
 
 
-def test_a_refused_token_is_an_error_at_once():
+def test_a_refused_token_is_raised_at_once():
     with pytest.raises(TokenError):
         RetryingCaller(print).call(lambda: _raise(TokenError), None)
 
 
-def test_a_user_who_detaches_is_told_what_goes_on(capsys):
+def test_ctrl_c_detaches_with_exit_code_0_and_a_hint(capsys):
     with pytest.raises(typer.Exit) as exit_request, detach_on_interrupt("job x goes on"):
         raise KeyboardInterrupt
     assert exit_request.value.exit_code == 0

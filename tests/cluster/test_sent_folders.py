@@ -1,4 +1,4 @@
-"""The files that would be sent to a cluster, against those that Ray packs."""
+"""Tests of the files that are sent to a cluster, compared with those that Ray packs."""
 
 import zipfile
 
@@ -11,6 +11,7 @@ from mhmoe_ray.errors import SpecError
 
 @pytest.fixture
 def project(tmp_path):
+    """Return a folder with code, and with caches, data and other files that are excluded in several ways."""
     for path, size in {
         "code.py": 100,
         "pkg/a.py": 200,
@@ -29,7 +30,7 @@ def project(tmp_path):
     return tmp_path
 
 
-def test_never_what_git_caches_and_data_hold_and_exactly_what_ray_packs(project, tmp_path_factory):
+def test_sent_folders_are_exactly_what_ray_packs(project, tmp_path_factory):
     from ray._private.runtime_env.packaging import create_package
 
     env = jobs.with_packages({"working_dir": str(project), "excludes": ["*.md", "/secret.key"]})
@@ -44,7 +45,7 @@ def test_never_what_git_caches_and_data_hold_and_exactly_what_ray_packs(project,
     assert 0 < sum(s.size for s in folders[1:]) < 5e6
 
 
-def test_too_much_is_refused_with_the_largest_things_by_name(project):
+def test_folder_that_is_too_large_is_refused_with_its_largest_parts(project):
     with (project / "weights.bin").open("wb") as f:
         f.truncate(700_000_000)
     with pytest.raises(

@@ -1,5 +1,7 @@
-"""Removal from Ray Serve: replicas end the requests that they have begun, and nobody waits for those that have not
-begun to answer."""
+"""Tests of the removal of applications from Ray Serve.
+
+Running replicas finish their requests, and replicas that are starting end at once.
+"""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -11,24 +13,33 @@ from mhmoe_ray.cluster import serve_client, serve_removal, serving
 from mhmoe_ray.cluster.connect import Connection
 from mhmoe_ray.cluster.serve_removal import remove
 from mhmoe_ray.errors import ServeError
-from tests.cluster.applications import HOST, answering, application_details, ask, building, echo, is_free, states
+from tests.cluster.applications import (
+    HOST,
+    application_details,
+    deploying_report,
+    echo_config,
+    is_port_free,
+    json_server,
+    replica_states,
+    request_application,
+)
 from tests.watch import LIMIT, wait_until
 
 
-def test_a_removal_that_has_begun_is_waited_for_unless_it_is_deployed_anew(monkeypatch):
-    """Serve reports no deployments of an application that it is deleting."""
+def test_remove_waits_for_a_deletion_in_progress_unless_it_is_deployed_again(monkeypatch):
+    """The server is simulated. Serve reports no deployments of an application that it is deleting."""
     monkeypatch.setattr(serve_removal, "REPORT_SECONDS", 0)
-    answer, lines = building(""), []
+    answer, lines = deploying_report(""), []
     answer["applications"] |= {
         "b": answer["applications"]["a"],
         "a": {**answer["applications"]["a"], "status": "DELETING"},
     }
-    board = {"/api/serve/applications/": answer}
-    with answering(board) as (port, _):
+    responses = {"/api/serve/applications/": answer}
+    with json_server(responses) as (port, _):
 
         def say(line):
             lines.append(line)
-            board["/api/serve/applications/"] = None if len(lines) == 1 else answer
+            responses["/api/serve/applications/"] = None if len(lines) == 1 else answer
             if len(lines) == 3:
                 answer["applications"].pop("a", None)
 
@@ -46,51 +57,51 @@ def test_a_removal_that_has_begun_is_waited_for_unless_it_is_deployed_anew(monke
             remove(connection, "a", lambda line: answer["applications"]["a"].update(status="DEPLOYING"))
 
 
-def test_an_application_of_a_program_is_left_to_it():
-    answer = building("")
+def test_application_deployed_by_a_program_is_not_removed():
+    answer = deploying_report("")
     answer["applications"]["a"] |= {"source": "imperative", "deployed_app_config": None}
     message = "application a: a program deployed it by serve.run"
-    with answering({"/api/serve/applications/": answer}) as (port, _), pytest.raises(ServeError, match=message):
+    with json_server({"/api/serve/applications/": answer}) as (port, _), pytest.raises(ServeError, match=message):
         remove(Connection(f"http://{HOST}:{port}", False, True, None), "a")
 
 
 @pytest.mark.ray
-def test_what_answers_ends_its_requests_and_what_starts_is_not_waited_for(connection, port, tmp_path, monkeypatch):
-    """Serve's own rules would keep a replica for which there is no room for its deployment's hour."""
+def test_remove_lets_requests_finish_and_cancels_starting_replicas(connection, port, tmp_path, monkeypatch):
+    """Serve alone would give the replica that waits for resources the deployment's grace period of an hour too."""
     monkeypatch.setattr(serve_removal, "CANCEL_SECONDS", 2 * LIMIT)
-    two = {"name": "Echo", "num_replicas": 2, "graceful_shutdown_timeout_s": 3600}
-    two |= {"ray_actor_options": {"num_cpus": 5}}  # of 8
+    two_replicas = {"name": "Echo", "num_replicas": 2, "graceful_shutdown_timeout_s": 3600}
+    two_replicas |= {"ray_actor_options": {"num_cpus": 5}}  # of 8
     begin_file, end_file, answers = tmp_path / "began", tmp_path / "until", []
     url = f"http://{HOST}:{port}/a?began={begin_file}&until={end_file}"
-    serving.deploy(connection, {**echo("a", "x"), "deployments": [two]}, HOST, port)
+    serving.deploy(connection, {**echo_config("a", "x"), "deployments": [two_replicas]}, HOST, port)
     try:
-        wait_until(lambda: states(connection, "a") == ["RUNNING", "STARTING"], "one replica of two")
-        wait_until(lambda: ask(port, "a").text == "x", "an answer")
-        asking = threading.Thread(target=lambda: answers.append(requests.get(url, timeout=LIMIT).text))
-        asking.start()
+        wait_until(lambda: replica_states(connection, "a") == ["RUNNING", "STARTING"], "one replica of two")
+        wait_until(lambda: request_application(port, "a").text == "x", "an answer")
+        request_thread = threading.Thread(target=lambda: answers.append(requests.get(url, timeout=LIMIT).text))
+        request_thread.start()
         wait_until(begin_file.exists, "a request under way")
-        removing = threading.Thread(target=remove, args=(connection, "a"), daemon=True)
-        removing.start()
+        removal_thread = threading.Thread(target=remove, args=(connection, "a"), daemon=True)
+        removal_thread.start()
         wait_until(lambda: application_details(connection, "a")["status"] == "DELETING", "its removal")
         end_file.touch()
-        asking.join(LIMIT)
+        request_thread.join(LIMIT)
         assert answers == ["x"]
-        removing.join(LIMIT)
-        assert not removing.is_alive()
+        removal_thread.join(LIMIT)
+        assert not removal_thread.is_alive()
     finally:
         end_file.touch()
     assert serving.applications(connection) == []
-    wait_until(lambda: is_free(port), "nobody listens there any more")
+    wait_until(lambda: is_port_free(port), "nobody listens there any more")
 
 
 @pytest.mark.ray
-def test_two_removals_of_an_update_that_has_no_room_end_at_once_and_well(connection, port, monkeypatch):
-    """All replicas of the previous version run.
+def test_concurrent_removals_during_an_update_without_room_succeed(connection, port, monkeypatch):
+    """The replica of the previous version runs, and there is no room for that of the update.
 
-    Serve's own rules would keep the replica that starts for its deployment's hour.
+    Serve alone would give the new replica the deployment's grace period of an hour.
     """
     monkeypatch.setattr(serve_removal, "CANCEL_SECONDS", 2 * LIMIT)
-    app = echo("a", "x")
+    app = echo_config("a", "x")
 
     def deploy(cpus):
         options = {"name": "Echo", "graceful_shutdown_timeout_s": 3600, "max_surge_percent": 100}
@@ -101,37 +112,35 @@ def test_two_removals_of_an_update_that_has_no_room_end_at_once_and_well(connect
     deploy(0.1)
     serving.wait_until_running(connection, "a")
     deploy(100)
-    wait_until(lambda: states(connection, "a") == ["RUNNING", "STARTING"], "one of the update")
+    wait_until(lambda: replica_states(connection, "a") == ["RUNNING", "STARTING"], "one of the update")
     with ThreadPoolExecutor(2) as pool:
         for removal in as_completed([pool.submit(remove, connection, "a") for _ in range(2)], LIMIT):
-            failed = removal.exception()  # where the other is ready first
-            assert failed is None or (
-                isinstance(failed, ServeError) and failed.reason == "there is no such application"
-            )
+            error = removal.exception()  # if the other one has finished before
+            assert error is None or (isinstance(error, ServeError) and error.reason == "there is no such application")
     assert serving.applications(connection) == []
 
 
 @pytest.mark.ray
-def test_what_is_still_built_is_not_waited_for_either(connection, port, tmp_path, monkeypatch):
-    """The replica starts at the worst moment: just after Serve has reported that there is none."""
+def test_remove_cancels_a_replica_that_starts_meanwhile(connection, port, tmp_path, monkeypatch):
+    """The replica starts at the worst moment: just after Serve has reported that there are no replicas."""
     gate = tmp_path / "gate"
-    nowhere = {"name": "Echo", "graceful_shutdown_timeout_s": 3600, "ray_actor_options": {"num_cpus": 100}}
-    app = echo("a", "x")
+    unplaceable = {"name": "Echo", "graceful_shutdown_timeout_s": 3600, "ray_actor_options": {"num_cpus": 100}}
+    app = echo_config("a", "x")
     app["args"]["gate"] = str(gate)
-    serving.deploy(connection, {**app, "deployments": [nowhere]}, HOST, port)
-    assert states(connection, "a") == []
+    serving.deploy(connection, {**app, "deployments": [unplaceable]}, HOST, port)
+    assert replica_states(connection, "a") == []
 
-    def get_before_it_starts(*args):
+    def details_before_the_replica_starts(*args):
         details = serve_client.serve_details(*args)
         if not gate.exists():
             gate.touch()
-            wait_until(lambda: states(connection, "a") == ["STARTING"], "a replica without room")
+            wait_until(lambda: replica_states(connection, "a") == ["STARTING"], "a replica without room")
         return details
 
     monkeypatch.setattr(serve_removal, "CANCEL_SECONDS", 2 * LIMIT)
-    monkeypatch.setattr(serve_removal, "serve_details", get_before_it_starts)
-    removing = threading.Thread(target=remove, args=(connection, "a"), daemon=True)
-    removing.start()
-    removing.join(LIMIT)
-    assert not removing.is_alive()
+    monkeypatch.setattr(serve_removal, "serve_details", details_before_the_replica_starts)
+    removal_thread = threading.Thread(target=remove, args=(connection, "a"), daemon=True)
+    removal_thread.start()
+    removal_thread.join(LIMIT)
+    assert not removal_thread.is_alive()
     assert serving.applications(connection) == []

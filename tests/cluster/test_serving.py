@@ -10,7 +10,15 @@ from mhmoe_ray.cluster.jobs import with_packages
 from mhmoe_ray.cluster.serve_removal import remove
 from mhmoe_ray.errors import ServeError, SpecError
 from tests.cli.run import assert_one_line, mhmoe
-from tests.cluster.applications import HOST, answering, application_details, ask, building, echo, is_free
+from tests.cluster.applications import (
+    HOST,
+    application_details,
+    deploying_report,
+    echo_config,
+    is_port_free,
+    json_server,
+    request_application,
+)
 from tests.watch import LIMIT, wait_until
 
 SOURCE = """
@@ -30,33 +38,35 @@ def build(args):
 """
 
 
-def test_what_was_sent_is_not_sent_again_beside_what_is_newer():
+def test_without_packages_removes_only_our_uploaded_packages():
     runtime_env = {"env_vars": {"A": "b"}, "excludes": ["*.md"], "py_modules": ["s3://bucket/own.zip", "/home/ann/own"]}
     sent_env = with_packages(runtime_env)
     uris = [module if "://" in module else f"gcs://_ray_pkg_{i}.zip" for i, module in enumerate(sent_env["py_modules"])]
     original_env = serving.without_packages({**sent_env, "py_modules": uris})
-    assert original_env == {**runtime_env, "py_modules": uris[:2]}, "what the spec names stays"
+    assert original_env == {**runtime_env, "py_modules": uris[:2]}, "a package that the spec names is missing"
     assert with_packages(original_env) == {**sent_env, "py_modules": uris[:2] + sent_env["py_modules"][2:]}
     assert serving.without_packages({}) == {}
 
 
 @pytest.mark.ray
 def test_replicas_run_in_the_environment_of_the_spec(connection, port, tmp_path):
-    """Replicas have that environment after an update too, and on a foreign cluster beside the packages that are sent
-    there.
+    """Replicas also do so after an update, and on a cluster that we did not start, which is sent our packages too.
 
-    These replicas are of a foreign application: it has no run, and is sent no key, with which its operator could send
-    requests to ours.
+    The application is not one of ours: it serves no run. So `mhmoe serve status` must not send it an API key, with
+    which its operator could send requests to our applications.
     """
     (tmp_path / "own").mkdir()
     (tmp_path / "own/__init__.py").write_text(SOURCE)
     app = {"name": "a", "route_prefix": "/a", "import_path": "own:build", "args": {"checkpoint": "/etc"}}
 
     def answer(connection, word, runtime_env, modules):
-        """Deploy in this environment, assert what the replicas answer, and return the environment as it was sent."""
+        """Deploy the application in an environment, and return that environment as Serve got it.
+
+        Assert that replicas answer with `word`, and that Serve got `modules` Python packages.
+        """
         assert serving.deploy(connection, {**app, "runtime_env": runtime_env}, HOST, port) == f"http://{HOST}:{port}/a"
         serving.wait_until_running(connection, "a")
-        assert ask(port, "a").text == word
+        assert request_application(port, "a").text == word
         [deployed] = serve_client.app_configs(serve_client.serve_details(connection))
         assert len(deployed["runtime_env"]["py_modules"]) == modules
         return deployed["runtime_env"]
@@ -79,13 +89,13 @@ def test_replicas_run_in_the_environment_of_the_spec(connection, port, tmp_path)
 
 
 @pytest.mark.ray
-def test_who_deploys_or_removes_at_once_does_not_undo_what_the_other_does(connection, port):
-    """Serve does not run before the first deployment, and ends after the last removal."""
+def test_concurrent_deployments_and_removals_do_not_undo_each_other(connection, port):
+    """Serve is not running before the first deployment, and ends after the last removal."""
     with ThreadPoolExecutor(2) as pool:
-        list(pool.map(lambda name: serving.deploy(connection, echo(name, name), HOST, port), "ab"))
+        list(pool.map(lambda name: serving.deploy(connection, echo_config(name, name), HOST, port), "ab"))
         for name in "ab":
             serving.wait_until_running(connection, name)
-        assert [ask(port, name).text for name in "ab"] == ["a", "b"]
+        assert [request_application(port, name).text for name in "ab"] == ["a", "b"]
         list(pool.map(lambda name: remove(connection, name), "ab"))
     assert not serve_client.serve_details(connection).get("http_options")
 
@@ -99,12 +109,12 @@ def test_who_deploys_or_removes_at_once_does_not_undo_what_the_other_does(connec
         ("node3", "http://node3:8000"),
     ],
 )
-def test_a_server_is_reached_where_it_listens(host, url):
+def test_url_at_gives_the_url_to_reach_a_listening_host(host, url):
     assert dashboard.url_at(host, 8000) == url
 
 
 @pytest.mark.parametrize(
-    ("board", "host", "expected"),
+    ("dashboard_url", "host", "expected"),
     [
         ("http://head:8265", "0.0.0.0", ("http://head:8000", True)),
         ("https://[2001:db8::1]:8265", "::", ("http://[2001:db8::1]:8000", True)),
@@ -113,21 +123,21 @@ def test_a_server_is_reached_where_it_listens(host, url):
         ("http://127.0.0.1:8265", "0.0.0.0", ("http://127.0.0.1:8000", False)),  # through a tunnel
     ],
 )
-def test_another_machines_server_is_reached_where_its_dashboard_is_or_not_at_all(board, host, expected):
-    assert serving._public_url(Connection(board, False, False, None), host, 8000) == expected
+def test_public_url_of_a_server_on_another_machine_and_its_reachability(dashboard_url, host, expected):
+    assert serving._public_url(Connection(dashboard_url, False, False, None), host, 8000) == expected
     assert serving._public_url(Connection("http://127.0.0.1:8265", False, True, None), host, 8000)[1]
 
 
-def test_an_application_is_waited_for_while_serve_is_at_it_and_a_line_says_so(monkeypatch):
-    """A node that must start, and its image, may take half an hour, and a dashboard may answer late meanwhile."""
+def test_wait_until_running_reports_progress_and_missing_answers(monkeypatch):
+    """Starting a node and pulling its image may take half an hour, in which the dashboard may fail to answer."""
     monkeypatch.setattr(serving, "REPORT_SECONDS", 0)
-    answer, lines = building("waiting for the cluster to auto-scale"), []
-    board = {"/api/serve/applications/": answer}
-    with answering(board) as (port, _):
+    answer, lines = deploying_report("waiting for the cluster to auto-scale"), []
+    responses = {"/api/serve/applications/": answer}
+    with json_server(responses) as (port, _):
 
         def say(line):
             lines.append(line)
-            board["/api/serve/applications/"] = None if len(lines) == 1 else answer
+            responses["/api/serve/applications/"] = None if len(lines) == 1 else answer
             answer["applications"]["a"]["status"] = "RUNNING"
 
         connection = Connection(f"http://{HOST}:{port}", False, True, None)
@@ -138,10 +148,10 @@ def test_an_application_is_waited_for_while_serve_is_at_it_and_a_line_says_so(mo
     assert [line.split(",")[0] for line in lines[1:]] == ["still following"]
 
 
-def test_what_serve_gives_up_is_waited_for_no_longer():
-    answer = building("No module named 'x'")
+def test_wait_until_running_raises_for_a_failed_or_removed_application():
+    answer = deploying_report("No module named 'x'")
     answer["applications"]["a"]["status"] = "DEPLOY_FAILED"
-    with answering({"/api/serve/applications/": answer}) as (port, _):
+    with json_server({"/api/serve/applications/": answer}) as (port, _):
         connection = Connection(f"http://{HOST}:{port}", False, True, None)
         with pytest.raises(ServeError, match="application a: No module named 'x'"):
             serving.wait_until_running(connection, "a")
@@ -150,18 +160,21 @@ def test_what_serve_gives_up_is_waited_for_no_longer():
             serving.wait_until_running(connection, "a")
 
 
-def test_a_route_is_taken_while_its_application_is_built():
+def test_route_of_a_deploying_application_is_taken():
     with pytest.raises(ServeError, match="application b: a already answers at /a"):
-        serving._check_route(building(""), {"name": "b", "route_prefix": "/a"})
+        serving._check_route(deploying_report(""), {"name": "b", "route_prefix": "/a"})
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])
-def test_a_key_does_not_go_to_what_listens_here_on_another_clusters_port(tmp_path, host):
-    """The dashboard is reached through a tunnel, as by `kubectl port-forward`."""
+def test_api_key_is_not_sent_to_a_local_server_on_another_clusters_port(tmp_path, host):
+    """The other cluster's dashboard is reached through a tunnel to this machine, as by `kubectl port-forward`.
+
+    Its Serve listens on a port of its own machine; a server here that has the same port must not get the key.
+    """
     config = {"import_path": "mhmoe_ray.serve.app:build", "args": {"checkpoint": "/mnt/runs/a-1/checkpoints/s"}}
     app = {"route_prefix": "/", "status": "RUNNING", "message": "", "deployments": {}, "deployed_app_config": config}
-    with answering({}) as (port, requests):
-        board = {
+    with json_server({}) as (port, requests):
+        responses = {
             "/api/version": {"ray_version": "2", "session_name": "elsewhere"},
             "/nodes?view=summary": {
                 "data": {"summary": [{"raylet": {"sessionDir": "/tmp/elsewhere"}}], "nodeLogicalResources": {}}
@@ -171,19 +184,19 @@ def test_a_key_does_not_go_to_what_listens_here_on_another_clusters_port(tmp_pat
                 "applications": {"mhmoe": app},
             },
         }
-        with answering(board) as (dashboard_port, _):
+        with json_server(responses) as (dashboard_port, _):
             words = ("serve", "status", "--address", f"http://127.0.0.1:{dashboard_port}")
             [status] = mhmoe(tmp_path, *words, "--json", MHMOE_API_KEY="secret", MHMOE_HOME=str(tmp_path)).json()
             result = mhmoe(tmp_path, *words, MHMOE_API_KEY="secret", MHMOE_HOME=str(tmp_path))
     assert requests == []
     assert (status["url"], status["reachable"]) == (f"http://127.0.0.1:{port}", False)
-    assert f"{status['url']} is of the cluster's own machine; ask it there, or forward its port" in result.out
+    assert f"{status['url']} is an address of the cluster's own machine; ask there, or forward its port" in result.out
 
 
-def test_a_key_goes_to_no_proxy_on_its_way_to_this_machine(monkeypatch):
+def test_api_key_is_not_sent_through_a_proxy(monkeypatch):
     for name in ("no_proxy", "NO_PROXY"):
         monkeypatch.setenv(name, "")
-    with answering({}) as (proxy, proxy_requests), answering({"/stats": {"model": "tiny"}}) as (port, requests):
+    with json_server({}) as (proxy, proxy_requests), json_server({"/stats": {"model": "tiny"}}) as (port, requests):
         for name in ("http_proxy", "HTTP_PROXY"):
             monkeypatch.setenv(name, f"http://{HOST}:{proxy}")
         application = serving.Application("mhmoe", f"http://localhost:{port}", True, "RUNNING", "", "/mnt/c")
@@ -192,54 +205,54 @@ def test_a_key_goes_to_no_proxy_on_its_way_to_this_machine(monkeypatch):
 
 
 @pytest.mark.ray
-def test_port_that_is_taken(connection):
+def test_deployment_on_a_used_port_fails_and_leaves_nothing(connection):
     with socket.socket() as s:
         s.bind((HOST, 0))
         s.listen()
         used_port = s.getsockname()[1]
         with pytest.raises(ServeError, match=f"application a: .*Failed to bind .*; correct it, or its address {HOST}"):
-            serving.deploy(connection, echo("a", "x"), HOST, used_port)
-    assert serving.applications(connection) == []  # and Serve is not left with that port: the next test takes another
+            serving.deploy(connection, echo_config("a", "x"), HOST, used_port)
+    assert serving.applications(connection) == []  # and Serve does not keep that port, as the next test uses another
 
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_two_applications(connection, port, monkeypatch):
+def test_deployments_keep_other_applications(connection, port, monkeypatch):
     """Serve has one configuration for all applications.
 
-    Each deployment must keep the applications of others, and those that were added while its folders were sent.
+    A deployment must keep all other applications, also one that was added while this deployment uploaded its folders.
     """
-    remote_connection = dataclasses.replace(connection, local=False)  # this one is sent our packages
-    send = serving._upload_runtime_env
+    remote_connection = dataclasses.replace(connection, local=False)  # our packages are sent to this one
+    upload = serving._upload_runtime_env
 
-    def send_while_another_deploys(*args):
-        monkeypatch.setattr(serving, "_upload_runtime_env", send)
-        serving.deploy(remote_connection, echo("b", "other"), HOST, port)
-        return send(*args)
+    def upload_while_another_deploys(*args):
+        monkeypatch.setattr(serving, "_upload_runtime_env", upload)
+        serving.deploy(remote_connection, echo_config("b", "other"), HOST, port)
+        return upload(*args)
 
-    monkeypatch.setattr(serving, "_upload_runtime_env", send_while_another_deploys)
-    serving.deploy(connection, echo("a", "first"), HOST, port)
+    monkeypatch.setattr(serving, "_upload_runtime_env", upload_while_another_deploys)
+    serving.deploy(connection, echo_config("a", "first"), HOST, port)
     for name in "ab":
         serving.wait_until_running(connection, name, LIMIT)
-    assert [ask(port, name).text for name in "ab"] == ["first", "other"]
+    assert [request_application(port, name).text for name in "ab"] == ["first", "other"]
 
     sent_env = application_details(connection, "b")["deployed_app_config"]["runtime_env"]
     serving.deploy(
-        remote_connection, {**echo("b", "other"), "runtime_env": serving.without_packages(sent_env)}, HOST, port
+        remote_connection, {**echo_config("b", "other"), "runtime_env": serving.without_packages(sent_env)}, HOST, port
     )
     assert application_details(connection, "b")["deployed_app_config"]["runtime_env"] == sent_env
     with pytest.raises(ServeError, match="application a: it serves no checkpoint of a run"):
         serving.deployed_config(connection, "a")
 
-    serving.deploy(connection, echo("a", "second"), HOST, port)
-    serving.deploy(connection, echo("c", "bad"), HOST, port)
+    serving.deploy(connection, echo_config("a", "second"), HOST, port)
+    serving.deploy(connection, echo_config("c", "bad"), HOST, port)
     serving.wait_until_running(connection, "a", LIMIT)
-    assert [ask(port, name).text for name in "ab"] == ["second", "other"]
+    assert [request_application(port, name).text for name in "ab"] == ["second", "other"]
 
     with pytest.raises(ServeError, match=f"Serve already listens on {HOST}:{port}"):
-        serving.deploy(connection, echo("d", "x"), HOST, port + 1)
+        serving.deploy(connection, echo_config("d", "x"), HOST, port + 1)
     with pytest.raises(ServeError, match="application d: a already answers at /a"):
-        serving.deploy(connection, {**echo("d", "x"), "route_prefix": "/a"}, HOST, port)
+        serving.deploy(connection, {**echo_config("d", "x"), "route_prefix": "/a"}, HOST, port)
 
     with pytest.raises(ServeError, match="application c: ValueError: bad word; see its log"):
         serving.wait_until_running(connection, "c", LIMIT)
@@ -251,7 +264,7 @@ def test_two_applications(connection, port, monkeypatch):
     ]
 
     options = {"ray_actor_options": {"num_cpus": 100}, "graceful_shutdown_timeout_s": 1}
-    serving.deploy(connection, {**echo("big", "x"), "deployments": [{"name": "Echo", **options}]}, HOST, port)
+    serving.deploy(connection, {**echo_config("big", "x"), "deployments": [{"name": "Echo", **options}]}, HOST, port)
     with pytest.raises(ServeError, match=r"not running after 2 s: .*; wait, or check that the cluster has the CPUs"):
         serving.wait_until_running(connection, "big", 2)
 
@@ -259,11 +272,14 @@ def test_two_applications(connection, port, monkeypatch):
         remove(connection, name)
     with pytest.raises(ServeError, match="it is gone from the cluster"):
         serving.wait_until_running(connection, "b", 2)
-    assert ask(port, "a").text == "second"
-    wait_until(lambda: ask(port, "b").status_code == 404, "its route goes, which its proxies hear a little later")
+    assert request_application(port, "a").text == "second"
+    wait_until(
+        lambda: request_application(port, "b").status_code == 404,
+        "its route goes, which its proxies hear a little later",
+    )
     with pytest.raises(ServeError, match="application b: there is no such application"):
         remove(connection, "b")
 
     remove(connection, "a")
     assert serving.applications(connection) == []
-    wait_until(lambda: is_free(port), "nobody listens there any more")
+    wait_until(lambda: is_port_free(port), "nobody listens there any more")

@@ -9,13 +9,13 @@ from mhmoe_ray.cluster.tokens import state_folder, state_lock
 from mhmoe_ray.errors import ClusterError
 
 
-def test_is_for_its_owner_only(tmp_path, monkeypatch):
+def test_state_folder_is_private(tmp_path, monkeypatch):
     monkeypatch.setenv("MHMOE_HOME", str(tmp_path / "a" / "b"))
     assert state_folder() == tmp_path / "a" / "b"
     assert state_folder().stat().st_mode & 0o777 == 0o700
 
 
-def test_follows_xdg_only_if_absolute(tmp_path, monkeypatch):
+def test_state_folder_follows_xdg_only_if_absolute(tmp_path, monkeypatch):
     monkeypatch.delenv("MHMOE_HOME", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
@@ -24,15 +24,15 @@ def test_follows_xdg_only_if_absolute(tmp_path, monkeypatch):
     assert state_folder() == Path.home() / ".local/state/mhmoe"
 
 
-def test_that_cannot_be_made_is_one_line(tmp_path, monkeypatch):
+def test_state_folder_that_cannot_be_created_is_one_line(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("MHMOE_HOME", str(tmp_path / "file" / "home"))
     with pytest.raises(ClusterError, match="Not a directory; set MHMOE_HOME to one that you can write"):
         state_folder()
 
 
-def test_that_has_no_locks_is_one_line(tmp_path, monkeypatch):
-    """The file systems of some clusters have no locks."""
+def test_file_system_without_locks_is_one_line(tmp_path, monkeypatch):
+    """Some shared file systems do not support locks."""
 
     def no_locks(*args):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))

@@ -6,13 +6,14 @@ from mhmoe_ray.errors import TokenError
 
 @pytest.fixture(autouse=True)
 def _no_tokens(tmp_path, monkeypatch):
+    """Give each test empty home folders, and an environment that names no token."""
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("MHMOE_HOME", str(tmp_path / "home"))
     for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
         monkeypatch.delenv(name, raising=False)
 
 
-def test_own_token_is_made_once_and_for_its_owner_only(tmp_path):
+def test_own_token_is_made_once_and_is_private(tmp_path):
     path = make_token()
     token = own_token()
     assert make_token() == path
@@ -23,7 +24,7 @@ def test_own_token_is_made_once_and_for_its_owner_only(tmp_path):
     assert not (tmp_path / ".ray").exists()
 
 
-def test_value_is_not_shown():
+def test_repr_of_a_token_hides_its_value():
     make_token()
     assert own_token().value not in repr(own_token())
 

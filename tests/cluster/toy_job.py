@@ -1,4 +1,4 @@
-"""A kind of remote job in one file: the request, the work, the result."""
+"""A remote job for tests: it sums lists of numbers."""
 
 from typing import ClassVar
 
@@ -7,6 +7,8 @@ from mhmoe_ray.remote import RemoteJob
 
 
 class SumRequest(RemoteJob[dict[str, int]]):
+    """Request for the sum of each list of `numbers`, by the list's name."""
+
     module: ClassVar[str] = "tests.cluster.toy_job"
     kind: ClassVar[str] = "sum"
     result_type: ClassVar[type] = dict[str, int]
@@ -15,6 +17,7 @@ class SumRequest(RemoteJob[dict[str, int]]):
 
 
 def main() -> None:
+    """Answer the request of this process; without numbers, log a DataError."""
     request = SumRequest.received()
     with logging_errors():
         if not request.numbers:

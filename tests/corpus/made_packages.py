@@ -15,10 +15,12 @@ PAGES = page_reader("//body")
 
 
 def make_package(origin: str, name: str, files: str, reader=PAGES, domain: str = "c4") -> Package:
+    """Return the description of a package; `files` is a regular expression for the paths of its files that are read."""
     return Package(origin, name, "MIT", re.compile(files), reader, domain)
 
 
 def pack_tar(files: dict[str, bytes], compression: str = "xz", links: dict[str, str] | None = None) -> bytes:
+    """Return a compressed tar archive of files, and of symbolic links with their targets."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode=f"w:{compression}") as archive:
         for name, content in files.items():
@@ -35,6 +37,7 @@ def pack_tar(files: dict[str, bytes], compression: str = "xz", links: dict[str, 
 def write_deb(
     path: Path, files: dict[str, bytes], compression: str = "xz", links: dict[str, str] | None = None
 ) -> Path:
+    """Write a Debian package with these files and symbolic links, and return its path."""
     control = b"Package: p\nVersion: 1\nArchitecture: all\nMaintainer: A <a@example.org>\nDescription: d\n"
     members = {
         "debian-binary": b"2.0\n",
@@ -63,7 +66,7 @@ def html_page(*paragraphs: str) -> bytes:
 
 
 def read_records(folder: Path) -> list[Record]:
-    """Return the records below a folder, as the readers of training data read them; fail if one is quarantined."""
+    """Return the documents below a folder as training would read them; assert that none is quarantined."""
     items, tally = read_source(folder)
     assert not tally.bad
     return items

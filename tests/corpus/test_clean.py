@@ -13,6 +13,7 @@ PARAGRAPHS = [f"paragraph number {i} says something long enough to be compared w
 def clean_lines(
     cleaner: Cleaner, *paragraphs: str, domain: str = "c4", is_translation: bool = False
 ) -> list[str] | None:
+    """Return the lines of a cleaned document, or None if the cleaner drops it."""
     text = cleaner.clean(Document("", list(paragraphs)), domain, is_translation)
     return None if text is None else text.split("\n")
 
@@ -88,9 +89,8 @@ def test_cleaner_keeps_order_and_drops_repetitions(paragraphs, is_translation):
         return
     assert len(text.encode()) >= MIN_DOCUMENT_BYTES
     assert unicodedata.is_normalized("NFC", text)
+    # `in` consumes the iterator, so the order counts.
     remaining_paragraphs = map(normalise_text, paragraphs)
-    assert all(
-        line in remaining_paragraphs for line in text.split("\n")
-    )  # `in` consumes the iterator, so the order counts
+    assert all(line in remaining_paragraphs for line in text.split("\n"))
     long_lines = [line.casefold() for line in text.split("\n") if len(line) >= MIN_PARAGRAPH_CHARS]
     assert len(long_lines) == len(set(long_lines))

@@ -69,8 +69,8 @@ def test_fetch_package_returns_a_cached_wheel_without_a_client(tmp_path, monkeyp
     path = write_wheel(tmp_path / "PyPI" / "p-1.0-py3-none-any.whl", {})
     write_wheel(tmp_path / "PyPI" / "p-1.0.1-py3-none-any.whl", {})
     monkeypatch.setenv("PATH", "")
-    fetched = fetch_package(WHEEL, tmp_path)
-    assert (fetched.path, fetched.version) == (path, "1.0")
+    fetched_package = fetch_package(WHEEL, tmp_path)
+    assert (fetched_package.path, fetched_package.version) == (path, "1.0")
 
 
 @pytest.mark.skipif(not shutil.which("pip"), reason="there is no pip")

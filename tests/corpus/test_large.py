@@ -26,6 +26,7 @@ ABSENT = make_package("Debian", "absent-doc", r".*")
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory) -> Path:
+    """Write a package cache with a Debian package of manuals in English, German and Croatian, and a wheel of code."""
     folder = tmp_path_factory.mktemp("cache")
     files = {
         "usr/share/doc/p-doc/copyright": b"License: MIT",
@@ -43,11 +44,11 @@ def cache(tmp_path_factory) -> Path:
 
 
 def write_test_sample(folder: Path, cache: Path) -> tuple[SampleSummary, list[str]]:
+    """Write a large sample from the packages in `cache`; return its summary and the lines that it prints."""
     lines = list[str]()
     english_subset = {name: itertools.islice(records, 5) for name, records in english_records().items()}
-    with (
-        pytest.MonkeyPatch.context() as monkeypatch
-    ):  # no client may reach a network, and little of the installed text is enough
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        # No client may reach a network, and little of the installed text is enough.
         monkeypatch.setattr("mhmoe_ray.corpus.fetch.download_command", lambda origin: None)
         monkeypatch.setattr("mhmoe_ray.corpus.large.english_records", lambda: english_subset)
         return write_large_sample(folder, cache, lines.append, (MANUAL, ABSENT, CODE)), lines
@@ -55,11 +56,13 @@ def write_test_sample(folder: Path, cache: Path) -> tuple[SampleSummary, list[st
 
 @pytest.fixture(scope="module")
 def sample(tmp_path_factory, cache) -> tuple[Path, SampleSummary, list[str]]:
+    """Write a large sample; return its folder, its summary, and the lines that it prints."""
     folder = tmp_path_factory.mktemp("sample")
     return folder, *write_test_sample(folder, cache)
 
 
 def read_sample(folder: Path) -> list[tuple[str, dict]]:
+    """Return the domain and the JSON record of each line below `folder`."""
     return [
         (str(path.parent.relative_to(folder)), json.loads(line))
         for path in sorted(folder.rglob("*.jsonl.zst"))

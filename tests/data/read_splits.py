@@ -10,7 +10,11 @@ from mhmoe_ray.train.worker import sample_digest
 
 
 def read_splits(spec: RunSpec, world_size: int, start_position: int) -> list[list[tuple[list[int], int]]]:
-    """Return the positions and the digest of each batch, by worker. Ray must be running."""
+    """Read a training stream with one thread for each worker, and return the micro-batches of each worker.
+
+    A micro-batch is a pair: the positions of its samples in the training, and the digest of its tokens. Ray must be
+    running.
+    """
     stream = training_stream(spec, start_position, world_size)
     stream.context.execution_options = ray.data.ExecutionOptions(preserve_order=True)
     batches_by_rank: list[list[tuple[list[int], int]]] = [[] for _ in range(world_size)]

@@ -9,7 +9,7 @@ WORDS = ("the moon rises over a quiet sea and every small boat turns home before
 
 
 def make_documents(name: str, count: int, words: int = 60) -> list[str]:
-    """Return `count` different texts of different lengths, which depend on the arguments only."""
+    """Return `count` distinct texts that begin with `name` and have about `words` words, the same at each call."""
     seed = sum(map(ord, name))
 
     def document_text(i: int) -> str:
@@ -19,6 +19,7 @@ def make_documents(name: str, count: int, words: int = 60) -> list[str]:
 
 
 def write_lines(path: Path, lines: list[bytes]) -> None:
+    """Write lines to a file and create its folder; the file is compressed if its suffix is .gz or .zst."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with pa.output_stream(str(path)) as out:
         for line in lines:
@@ -26,11 +27,12 @@ def write_lines(path: Path, lines: list[bytes]) -> None:
 
 
 def write_documents(path: Path, texts: list[str]) -> None:
+    """Write each text as a line of JSON, like RedPajama-1T; the file is compressed if its suffix is .gz or .zst."""
     write_lines(path, [json.dumps({"text": t, "meta": {"source": "test"}}, ensure_ascii=False).encode() for t in texts])
 
 
 def write_corpus(folder: Path) -> dict[str, list[str]]:
-    """Write three domains in all supported file forms; return the texts by domain."""
+    """Write JSON lines of the domains web/a, web/b and web/c, some of them compressed; return the texts by domain."""
     files = {
         "a/one.jsonl": make_documents("a-one", 40),
         "a/two.jsonl.zst": make_documents("a-two", 25),

@@ -1,4 +1,4 @@
-"""Rows with their routes on several ranks, and the comparison of the results with those of one process."""
+"""Random rows and routes on several ranks, and the comparison of their results with those of one process."""
 
 from typing import NamedTuple
 
@@ -13,10 +13,12 @@ WIDTH, EXPERTS_PER_RANK = 16, 2
 
 
 class Case(NamedTuple):
+    """Settings of the rows, routes and experts of a dispatch test; each rank has `EXPERTS_PER_RANK` experts."""
+
     rows: tuple[int, ...] = (11, 7, 9)
     """Number of rows of each rank."""
     used_experts: tuple[int, ...] = ()
-    """Experts that routes go to; by default all. If `is_local`, rank r has these ids plus r * EXPERTS_PER_RANK."""
+    """Experts that routes go to; by default all. If `is_local`, r * EXPERTS_PER_RANK is added to the ids on rank r."""
     is_local: bool = False
     dropped: float = 0.0
     """Share of routes that are dropped."""
@@ -33,9 +35,10 @@ class Case(NamedTuple):
 
 
 def build_problem(case, expert_ids, only_rank=None):
-    """Return the experts `expert_ids` and rows with their routes, of all ranks or of one.
+    """Return the experts `expert_ids`, and the rows, expert ids, gates, mask of kept routes and gradients of outputs.
 
-    All values are drawn in float64 and then rounded.
+    Rows are those of rank `only_rank`, or of all ranks in order if it is None. All values are drawn in float64, and
+    experts and rows are then rounded to the dtype of the case.
     """
     g = torch.Generator().manual_seed(5)
     moe = {"heads": 1, "experts": case.experts, "top_k": 1, "d_expert": 24, "kernel": case.kernel}
@@ -47,7 +50,9 @@ def build_problem(case, expert_ids, only_rank=None):
     experts.recompute = case.recompute
     parts = []
     for rank, n in enumerate(case.rows):
-        used_E = torch.tensor(case.only or range(case.experts)) + (rank * EXPERTS_PER_RANK if case.own else 0)
+        used_E = torch.tensor(case.used_experts or range(case.experts)) + (
+            rank * EXPERTS_PER_RANK if case.is_local else 0
+        )
         expert_NK = used_E[torch.rand(n, len(used_E), generator=g).topk(case.top_k).indices]
         gate_NK = torch.rand(n, case.top_k, generator=g, dtype=torch.float64) + 0.1
         kept_NK = torch.rand(n, case.top_k, generator=g) >= case.dropped
@@ -59,6 +64,7 @@ def build_problem(case, expert_ids, only_rank=None):
 
 
 def outputs_and_gradients(case, dispatch, experts, x_ND, expert_NK, gate_NK, kept_NK, dy_ND):
+    """Return the list of outputs and gradients of rows, gates and expert weights under a dispatch, and the routing."""
     x_ND, gate_NK = (t.requires_grad_() for t in (x_ND, gate_NK.to(torch.promote_types(case.dtype, torch.float32))))
     count_E = torch.bincount(expert_NK[kept_NK], minlength=case.experts)
     routing = Routing(expert_NK, gate_NK * kept_NK, *[torch.zeros(())] * 2, count_E, torch.zeros(()), None)
@@ -71,7 +77,10 @@ def outputs_and_gradients(case, dispatch, experts, x_ND, expert_NK, gate_NK, kep
 
 
 def assert_equal_to_one_process(case, ranks):
-    """Assert that the ranks' outputs and gradients together equal those of one process."""
+    """Assert that the ranks' outputs and gradients together equal those of one process in float64, up to rounding.
+
+    `ranks` has the list of outputs and gradients of each rank.
+    """
     exact_case = case._replace(dtype=torch.float64, autocast=False)
     expected, _ = outputs_and_gradients(exact_case, dispatch_locally, *build_problem(exact_case, range(case.experts)))
     assert all(tensors[0].dtype == (torch.bfloat16 if case.autocast else case.dtype) for tensors in ranks)

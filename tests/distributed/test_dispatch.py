@@ -1,4 +1,4 @@
-"""Flat dispatch between processes, compared with all rows and experts in one process."""
+"""Tests of flat dispatch between processes, against all rows and experts in one process."""
 
 import gc
 from datetime import timedelta
@@ -43,8 +43,10 @@ CASES = {
 
 
 def results_of_rank():
-    """Return the outputs and gradients, the outputs without gradients, and the sent bytes of each case; for the last
-    case also the number of live passes."""
+    """Return this rank's results of each case: outputs and gradients, the same without gradients, and bytes sent.
+
+    The key "parts" has the number of live passes before and after another backward of the last case, and its gradient.
+    """
     rank, results = dist.get_rank(), {}
     expert_ids = range(rank * EXPERTS_PER_RANK, (rank + 1) * EXPERTS_PER_RANK)
     for name, case in CASES.items():
@@ -69,11 +71,13 @@ def results_of_rank():
 
 
 def count_live_passes():
+    """Return the number of passes through experts whose objects are still in memory."""
     return sum(isinstance(o, flat._ExpertPass) for o in gc.get_objects() if type(o).__module__ == flat.__name__)
 
 
 @pytest.fixture(scope="module")
 def ranks():
+    """Return the results of `results_of_rank` of each rank."""
     return run_ranks(RANKS, results_of_rank)
 
 
@@ -83,7 +87,7 @@ def test_outputs_and_gradients_are_those_of_one_process(ranks, name):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_without_gradients_it_gives_the_same_and_keeps_nothing(ranks, name):
+def test_dispatch_without_gradients_has_the_same_outputs_and_saves_nothing(ranks, name):
     for rank in ranks:
         y_ND, differentiable, saved_tensors, sent_bytes = rank[name]["without gradients"]
         assert torch.equal(y_ND, rank[name]["tensors"][0])
@@ -114,8 +118,10 @@ def test_each_remote_route_is_sent_as_a_row_four_times():
 
 
 def steps_with_a_slow_peer(path):
-    """Return the order of a rank's steps when rank 1 starts each exchange only after the steps of rank 0 that must not
-    depend on it."""
+    """Run forward and backward on two ranks, and return the names of this rank's steps in order.
+
+    Rank 1 starts an exchange only after rank 0 has done the step that must not wait for that exchange.
+    """
     rank, case, steps = dist.get_rank(), Case(rows=(11, 7)), []
     store = dist.FileStore(str(path), 2)
     start, permute, run = dist.all_to_all_single, flat.permute, mhmoe_kernels.run_sorted_experts
@@ -154,7 +160,7 @@ def steps_with_a_slow_peer(path):
 
 
 def test_a_rank_works_on_its_own_rows_while_the_others_rows_are_not_there(tmp_path):
-    """Otherwise the rank would wait forever, and the other rank's wait would end in an error."""
+    """If rank 0 waited for the exchange first, rank 1 would wait for the step of rank 0 until its timeout."""
     for steps in run_ranks(2, steps_with_a_slow_peer, tmp_path / "store"):
         own_text, received_text = "own rows, {}", "their rows, {}"
         assert steps == [

@@ -1,4 +1,5 @@
-"""Hierarchical dispatch between hypothetical nodes, compared with all experts in one process, and its bytes."""
+"""Tests of hierarchical dispatch between hypothetical nodes: its results, against all experts in one process, and its
+bytes."""
 
 import pytest
 import torch
@@ -44,13 +45,17 @@ CASES = {
 
 
 def dispatch_of(dispatch, nodes):
+    """Return the dispatch, "flat" or "hierarchical", of one group with a rank on each entry of `nodes`."""
     spec = tiny_spec(cluster={"workers": len(nodes), "ep": len(nodes), "dispatch": dispatch}).cluster
     return build_dispatch(spec, build_mesh(spec, nodes, "cpu"))
 
 
 def results_of_rank():
-    """Return the outputs and gradients, the outputs without gradients, the sent bytes and the routes of each layout and
-    case."""
+    """Return this rank's results of each layout and case: outputs and gradients, the same without gradients, bytes sent
+    by hierarchical and by flat dispatch, and the routes.
+
+    The key "no grid" has the types of dispatch of three groups that lie within a node or unequally on nodes.
+    """
     rank, results = dist.get_rank(), {}
     for layout, nodes in LAYOUTS.items():
         hierarchical, flat = dispatch_of("hierarchical", nodes), dispatch_of("flat", nodes)
@@ -78,6 +83,7 @@ def results_of_rank():
 
 @pytest.fixture(scope="module")
 def ranks():
+    """Return the results of `results_of_rank` of each rank."""
     return run_ranks(RANKS, results_of_rank)
 
 
@@ -90,7 +96,7 @@ def test_outputs_and_gradients_are_those_of_one_process(ranks, layout, name):
 
 
 @every_case
-def test_without_gradients_it_gives_the_same_and_keeps_nothing(ranks, layout, name):
+def test_dispatch_without_gradients_has_the_same_outputs_and_saves_nothing(ranks, layout, name):
     for rank in ranks:
         y_ND, differentiable, saved_tensors = rank[layout, name]["without gradients"]
         assert torch.equal(y_ND, rank[layout, name]["tensors"][0])

@@ -1,4 +1,4 @@
-"""The nodes of the ranks of a group, and the reaction to groups on several nodes."""
+"""Tests of expert-parallel groups that lie on several nodes: they are refused, described and counted."""
 
 import pytest
 

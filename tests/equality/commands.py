@@ -9,7 +9,7 @@ from tests.equality.normal import Normaliser
 from tests.equality.side import CommandError, Side
 
 Question = tuple[str, Callable[[], Any]]
-"""A name of what is compared, and the function that finds its value."""
+"""The name of an observation, and the function that returns its value."""
 
 MISTAKES: dict[str, list[str]] = {
     "an unknown key": ["plan", "spec.yaml", "--set", "train.step=5"],
@@ -47,7 +47,7 @@ PLANS: dict[str, list[str]] = {
     "p2": ["jobs/paper/p2.yaml"],
     "trillion on paper": ["jobs/scale/trillion.yaml", "--nodes", "128", "--gpus", "8"],
 }
-"""Arguments of `mhmoe plan`, the first of which is a file of the tree."""
+"""Arguments of `mhmoe plan` by name; the first is a file of the tree."""
 
 ON_SITE = {
     "cluster.shared_filesystem": "true",
@@ -56,13 +56,13 @@ ON_SITE = {
     "data.sources.web.path": "/mnt/mhmoe/web",
     "data.sources.books.path": "/mnt/mhmoe/books",
 }
-"""Keys of a spec with which the nodes of `cluster/site.yaml` share its paths."""
+"""Keys that put the paths of a spec into the storage that the nodes of `cluster/site.yaml` share."""
 
 SWEEPS = ("first-paper", "follow-up", "heads", "top-k", "experts", "projections")
 
 
 def questions(side: Side, normal: Normaliser) -> Iterator[Question]:
-    """Yield all questions that need no cluster, prepared data or run."""
+    """Yield all questions that need no cluster, no prepared data and no run."""
     tree = side.tree
     yield "help", lambda: {" ".join(["mhmoe", *command]): text for command, text in _helps(side, [])}
     yield "version", lambda: side.text("--version")
@@ -87,7 +87,7 @@ def questions(side: Side, normal: Normaliser) -> Iterator[Question]:
 
 
 def mistake(side: Side, normal: Normaliser, words: list[str]) -> dict[str, Any]:
-    """Return the exit code and the output of a command that must fail.
+    """Run a command that must fail, and return its exit code and output, normalised.
 
     Raises:
         CommandError: The command succeeds.
@@ -99,7 +99,7 @@ def mistake(side: Side, normal: Normaliser, words: list[str]) -> dict[str, Any]:
 
 
 def _helps(side: Side, command: list[str]) -> Iterator[tuple[list[str], str]]:
-    """Yield the help of a command and of all commands below it, which its own help lists."""
+    """Yield a command and its help, and the same for each of its subcommands, which that help lists."""
     text = side.text(*command, "--help")
     yield command, text
     _, _, command_table = text.partition("\nCommands:\n")
@@ -108,5 +108,6 @@ def _helps(side: Side, command: list[str]) -> Iterator[tuple[list[str], str]]:
 
 
 def _rendered_files(side: Side, normal: Normaliser, target_folder: str, *options: str) -> Any:
+    """Run `mhmoe cluster render` for the tree's site, and return its output and the files that it wrote, normalised."""
     output = side.text("cluster", "render", str(side.tree / "cluster" / "site.yaml"), "--into", target_folder, *options)
     return {"said": normal.text(output), **normal.value(reading.contents(side.project / target_folder))}

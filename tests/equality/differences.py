@@ -7,7 +7,7 @@ SHOWN_CHARACTERS = 200
 
 
 def first_difference(base: Any, actual: Any, path: str = "") -> str | None:
-    """Return where two JSON values first differ and how, in one line, or None where they are equal.
+    """Describe in one line where and how two JSON values first differ; return None if they are equal.
 
     Args:
         base: The value of the commit.
@@ -22,13 +22,14 @@ def first_difference(base: Any, actual: Any, path: str = "") -> str | None:
         return _first_difference_of_keys(*values_by_index, list(range(max(len(base), len(actual)))), path)
     if isinstance(base, str) and isinstance(actual, str) and "\n" in base + actual:
         return first_difference(base.split("\n"), actual.split("\n"), f"{path} line")
-    # 1 == 1.0 == True in Python, and they are three different things in JSON; NaN is never equal to itself.
+    # In Python 1 == 1.0 == True, but in JSON they differ; and NaN is not equal to itself, but counts as equal here.
     if repr(base) == repr(actual):
         return None
     return f"{path.strip() or 'it'} is {_shortened(base)}, and here {_shortened(actual)}"
 
 
 def _first_difference_of_keys(base: dict[Any, Any], actual: dict[Any, Any], keys: list[Any], path: str) -> str | None:
+    """Describe the first difference between the values of two mappings, in the order of `keys`; None if equal."""
     for key in keys:
         inner_path = f"{path} {key}"
         if key not in actual:

@@ -1,4 +1,4 @@
-"""Values without the parts that differ from call to call: times, process ids, names of runs, addresses."""
+"""Removal of what differs from call to call from values: times, process ids, names of runs, addresses."""
 
 import re
 from pathlib import Path
@@ -17,34 +17,39 @@ LEFT_OUT = "(left out)"
 
 
 class Normaliser:
+    """Replacement of what differs from call to call by placeholders, in texts and in JSON values."""
+
     def __init__(self, folder: Path) -> None:
         """Compile the patterns of the parts that differ.
 
         Args:
-            folder: The folder of a side, which is called <side> in all texts.
+            folder: The folder of a side, which is replaced by <side>.
         """
         self._patterns = [
             (re.compile(re.escape(str(folder))), "<side>"),
             (re.compile(r"/tmp/mhmoe-\w+"), "<cluster>"),
             (re.compile(r"(127\.0\.0\.1|localhost):\d{4,5}"), r"\1:<port>"),
-            # The end of a run's id, and of names that are made of it.
+            # The random end of a run's id, and of names that contain the id.
             (re.compile(r"-[0-9a-f]{6}(?![0-9a-f])"), "-<id>"),
             (re.compile(r"\b(cmpl|chatcmpl)-[0-9a-f]{8,}"), r"\1-<id>"),
             (re.compile(r"\d{4}-\d\d-\d\d[ T]\d\d:\d\d(:\d\d(\.\d+)?)?"), "<time>"),
-            # A module that a job runs may be called anything.
+            # The module that a job runs may have another name in the other tree.
             (re.compile(r"-m mhmoe\w+(\.\w+)+"), "-m <module>"),
-            # So may one that Serve imports, which an image names beside the package that has it.
+            # So may the module that Serve imports, but not the package.
             (re.compile(r"\bmhmoe_ray(\.\w+)+:"), "<module>:"),
         ]
 
     def text(self, text: str) -> str:
-        """Return the text without addresses, ids, times and the side's own folder."""
+        """Return the text with placeholders for ids, times, ports, temporary folders and the side's own folder."""
         for pattern, name in self._patterns:
             text = pattern.sub(name, text)
         return text
 
     def value(self, value: Any) -> Any:
-        """Return a JSON value with its texts treated as by `text`, and without the values of `CHANGING_KEYS`."""
+        """Return a JSON value with `text` applied to each string, and a placeholder for the values of `CHANGING_KEYS`.
+
+        A null stays, also at those keys.
+        """
         if isinstance(value, dict):
             return {self.text(key): self._of_key(key, element) for key, element in value.items()}
         if isinstance(value, list):
@@ -55,6 +60,7 @@ class Normaliser:
         if key in CHANGING_KEYS and value is not None:
             return LEFT_OUT
         if key == "files" and isinstance(value, dict):
-            # Of a checkpoint, with hashes: the order of tensors in a file is no one's concern, and these are compared.
+            # These are the files of a checkpoint with their hashes, which change with the order of tensors in a file.
+            # That order does not matter, and the tensors themselves are compared elsewhere.
             return sorted(value)
         return self.value(value)

@@ -1,4 +1,4 @@
-"""Files as values that can be compared."""
+"""Functions that read files as values that can be compared."""
 
 import hashlib
 import json
@@ -11,18 +11,20 @@ FLOATS = {"F32": np.float32, "F64": np.float64, "F16": np.float16}
 
 
 def json_lines(path: Path) -> list[dict[str, Any]]:
+    """Return the JSON objects of a file that has one on each line."""
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def digest(path: Path) -> str:
+    """Return the SHA-256 of a file, in hexadecimal."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def tensors(path: Path) -> dict[str, Any]:
-    """Return the dtype, the shape and the SHA-256 of the bytes of each tensor of a safetensors file, by its name.
+    """Describe each tensor of a safetensors file, by its name: dtype, shape and the SHA-256 of its bytes.
 
-    Each entry also has the place where the tensor begins in its whole, if the file records it. A float tensor has its
-    norm too, which shows how far apart two are.
+    `begins` is the offset of this slice in its whole tensor, or None if the file records none. Float tensors have their
+    norm too, which shows how far apart two of them are.
     """
     data = path.read_bytes()
     start = 8 + int.from_bytes(data[:8], "little")
@@ -41,11 +43,16 @@ def tensors(path: Path) -> dict[str, Any]:
 
 
 def contents(folder: Path) -> dict[str, Any]:
-    """Return all files below a folder: tensors as `tensors`, JSON as it is, texts whole, any other by its SHA-256."""
+    """Return the content of each file below a folder, by its relative path.
+
+    The content of a safetensors file is the result of `tensors`, that of JSON is its value, that of another text is the
+    text; tokenizers and all other files are given by their SHA-256.
+    """
     return {str(path.relative_to(folder)): _content(path) for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def _content(path: Path) -> Any:
+    """Return the content of one file, as described for `contents`."""
     if path.suffix == ".safetensors":
         return tensors(path)
     if path.suffix == ".json" and path.name != "tokenizer.json":

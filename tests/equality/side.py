@@ -1,4 +1,4 @@
-"""A tree at work: its environment, its commands and its cluster."""
+"""A side of the comparison: a tree with its project folder, environment, commands and cluster."""
 
 import json
 import os
@@ -17,7 +17,7 @@ LOGICAL_CPUS = 12
 STARTS = 3
 """Number of attempts to start a cluster."""
 SECONDS = 1500
-"""Number of seconds within which a command must end, also the sweep of all models."""
+"""Timeout of each command in seconds; the longest is the sweep of all models."""
 SITE = Path(__file__).parent / "site"
 
 LAUNCHER = """\
@@ -31,29 +31,33 @@ if __name__ == "__main__":
 
 
 class CommandError(Exception):
-    """Raised where a command did not end as it must for the comparison to go on."""
+    """Error of a command without whose result the comparison cannot go on."""
 
 
 class Answer(NamedTuple):
+    """The exit code, the standard output and the standard error of a command."""
+
     code: int
     out: str
     err: str
 
 
 def best_level() -> str:
-    """Return the highest of the CPU levels that this machine has."""
+    """Return the highest key of `LEVELS` that this machine supports, or `avx2` if that is unknown."""
     cpuinfo = Path("/proc/cpuinfo")
     flags = cpuinfo.read_text() if cpuinfo.exists() else ""
     return "avx512" if "avx512f" in flags and "avx512bw" in flags else "avx2"
 
 
 class Side:
+    """A tree whose commands run in a project folder, with an environment and a cluster of their own."""
+
     def __init__(self, folder: Path, level: str) -> None:
-        """Prepare the folder of a side, in which its tree already lies.
+        """Create the project folder, the MHMOE_HOME and the command `mhmoe` of a side.
 
         Args:
-            folder: The side's own folder. Its path is the same for both sides, one after the other, so that absolute
-                paths in specs, manifests and digests are equal too.
+            folder: The side's own folder, which has the tree in `tree`. Both sides use the same path, one after the
+                other, so that absolute paths in specs and manifests, and digests of them, are equal too.
             level: A key of `LEVELS`.
         """
         self.folder, self.tree, self.project = folder, folder / "tree", folder / "project"
@@ -62,16 +66,17 @@ class Side:
         (folder / "home").mkdir()
         (folder / "bin").mkdir()
         self._write_launcher()
-        self._environment = self._made_environment(level)
+        self._environment = self._build_environment(level)
 
     def _write_launcher(self) -> None:
-        """Write the script that pip would install as `mhmoe`; its module is the one that the tree's own pyproject.toml
+        """Write the script that pip would install as `mhmoe`; it calls the function that the tree's pyproject.toml
         names."""
         scripts = tomllib.loads((self.tree / "pyproject.toml").read_text())["project"]["scripts"]
         module, _, function = scripts["mhmoe"].partition(":")
         (self.folder / "bin" / "mhmoe").write_text(LAUNCHER.format(module=module, function=function))
 
-    def _made_environment(self, level: str) -> dict[str, str]:
+    def _build_environment(self, level: str) -> dict[str, str]:
+        """Return the environment of commands: without the user's settings, and with the tree's packages first."""
         foreign_prefixes = ("RAY_", "MHMOE_", "PYTHON", "OMP_", "MKL_")
         inherited = {name: value for name, value in os.environ.items() if not name.startswith(foreign_prefixes)}
         packages = [path.parent for top in (self.tree, self.tree / "kernels") for path in top.glob("*/__init__.py")]
@@ -79,7 +84,7 @@ class Side:
         return {
             **inherited,
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-            # Before the editable install, whose finder comes after all folders of the path.
+            # Python searches this path before the editable installation of the project.
             "PYTHONPATH": os.pathsep.join(map(str, (SITE, self.tree, self.tree / "kernels"))),
             "PYTHONHASHSEED": "0",
             "EQUAL_PACKAGES": " ".join(package.name for package in packages),
@@ -92,12 +97,12 @@ class Side:
             "OMP_NUM_THREADS": "1",
             "COLUMNS": "100",
             "TERM": "dumb",
-            # Nothing scales here, and what asks whether anything should takes a part of a core.
+            # The cluster never scales, and at Ray's default of 5 s the autoscaler takes part of a core.
             "AUTOSCALER_UPDATE_INTERVAL_S": "60",
         }
 
     def ask(self, *args: str, stdin: str = "") -> Answer:
-        """Run `mhmoe` with these arguments in the project folder."""
+        """Run `mhmoe` with these arguments in the project folder; it may fail."""
         command = [sys.executable, str(self.folder / "bin" / "mhmoe"), *args]
         process = subprocess.run(
             command,
@@ -111,7 +116,7 @@ class Side:
         return Answer(process.returncode, process.stdout, process.stderr)
 
     def text(self, *args: str) -> str:
-        """Return the standard output of a command that must succeed.
+        """Run a command that must succeed, and return its standard output.
 
         Raises:
             CommandError: The command fails.
@@ -122,7 +127,7 @@ class Side:
         return answer.out
 
     def json(self, *args: str) -> Any:
-        """Return the JSON that a command prints.
+        """Run a command that must succeed, and return the JSON that it prints.
 
         Raises:
             CommandError: The command fails.
@@ -131,9 +136,10 @@ class Side:
 
     @contextmanager
     def cluster(self) -> Iterator[None]:
-        """Start the side's own Ray cluster, and stop it at the end whatever happens."""
+        """Start the side's own Ray cluster for the block, and stop it at the end, also after an error."""
         try:
-            # Somebody may take a port between its choice and Ray's start; how that ends is not what is compared.
+            # Another process may take a port after it was chosen and before Ray binds it. That is no difference between
+            # trees, so the start is repeated.
             for attempt in range(STARTS):
                 if self.ask("cluster", "up", "--cpus", str(LOGICAL_CPUS)).code == 0:
                     break
@@ -146,10 +152,11 @@ class Side:
                 print(f"warning: the cluster of {self.folder} may still run: {shutdown.err}", file=sys.stderr)
 
     def check_imports(self, *parts: str) -> list[str]:
-        """Return the evidence that a process did not run this side's code, one line each.
+        """Return one line for each import of the project that was not from this side's tree; none if all is well.
 
         Args:
-            parts: Texts for each of which there must be a process with that text in its command line.
+            parts: Texts of command lines. A line is added for each text that is in the command line of no process that
+                imported the project, since the check would have missed those processes.
         """
         lines = [json.loads(line) for line in self.imports.read_text().splitlines()]
         foreign_imports = [f"{line['command']} imported {line['package']} from {line['origin']}" for line in lines]

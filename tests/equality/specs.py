@@ -1,4 +1,4 @@
-"""Text, models and specs that both sides are given."""
+"""Text, models and specs that both sides get."""
 
 import json
 import random
@@ -9,7 +9,7 @@ STEPS = 10
 PRECISIONS = ("float32", "bfloat16")
 SWEEP = "equal"
 CONCURRENT = 2
-"""Number of runs at a time; each spends most of its time starting processes, one after the other."""
+"""Number of runs that train at the same time; each spends most of its time starting processes, one by one."""
 
 SPEC: dict[str, Any] = {
     "name": "alone",
@@ -34,15 +34,15 @@ SPEC: dict[str, Any] = {
         "lr": 0.003,
         "warmup_steps": 2,
         "validate_every": 5,
-        # The first moments of the first checkpoint are the first step's gradients, times 1 - beta1.
+        # The first moments in the checkpoint of step 1 are the gradients of step 1 times (1 - beta1).
         "checkpoint_every": 1,
     },
 }
 
 BEST_FIT = {"prepared": "prepared-best-fit", "packing": "best_fit", "tokenizer_model": "unigram"}
-"""Keys of the data section of the second prepared folder."""
+"""Keys of the data section that differ in the second prepared folder."""
 
-# `kernel` is never `auto`, which goes by the CPU and by what compiles there.
+# `kernel` is never `auto`, whose choice depends on the CPU and on the compilers there.
 MODELS: dict[str, dict[str, Any]] = {
     "dense": {"model.kv_heads": 2},
     "sparse": {
@@ -64,7 +64,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "cluster": {"workers": 2, "ep": 2, "dispatch": "hierarchical"},
     },
     "heads-4": {
-        # Experts so wide that a part of their hidden rows is computed again, and no dense layer.
+        # The experts are so wide that part of their hidden rows is recomputed, and there is no dense layer.
         "model.moe": {"heads": 4, "experts": 8, "top_k": 2, "d_expert": 64, "every": 1, "kernel": "grouped"},
         "model.d_ff": None,
         "cluster": {"workers": 2, "strategy": "zero1"},
@@ -102,23 +102,23 @@ MODELS: dict[str, dict[str, Any]] = {
         "cluster": {"workers": 2, "strategy": "ddp"},
     },
 }
-"""Keys of `SPEC` in which each model differs; sections among them replace those of `SPEC` as a whole."""
+"""Keys of `SPEC` that each model replaces; a section, as `cluster`, replaces the whole section of `SPEC`."""
 
 LETTERS = "aeiouäönrstlmdkbgß"
 
 
 def variant(model: str, precision: str) -> str:
-    """Return the name of a model at a precision within the sweep."""
+    """Return the sweep's name for the variant of a model at a precision."""
     return f"{model}-{precision}"
 
 
 def run_name(model: str, precision: str) -> str:
-    """Return the name of a run without the end of its id."""
+    """Return the id of a variant's run without the random end."""
     return f"{SWEEP}-{variant(model, precision)}-s0"
 
 
 def write_project(folder: Path, models: list[str]) -> None:
-    """Write raw text, a spec and a sweep of these models into a folder."""
+    """Write raw text, two specs and a sweep of these models at all precisions into a folder; the same every time."""
     draw = random.Random(1)
     vocabulary = ["".join(draw.choices(LETTERS, k=draw.randint(2, 9))) for _ in range(150)]
     for name, count in (("a", 60), ("b", 25), ("c", 40)):
@@ -138,6 +138,7 @@ def write_project(folder: Path, models: list[str]) -> None:
 
 
 def _document(draw: random.Random, vocabulary: list[str]) -> str:
+    """Return a document of 20 to 90 random words of the vocabulary."""
     # Some words are much likelier than others, so that there is something to learn.
     words = [vocabulary[int(len(vocabulary) * draw.random() ** 3)] for _ in range(draw.randint(20, 90))]
     return " ".join(words)

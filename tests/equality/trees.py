@@ -1,4 +1,4 @@
-"""The two trees that are compared."""
+"""The two trees that are compared: a commit, and this working tree."""
 
 import shutil
 import subprocess
@@ -10,13 +10,13 @@ ROOT = Path(__file__).parents[2]
 
 
 def commit_of(name: str) -> str:
-    """Return the full hash of a commit of this repository."""
+    """Return the full hash of the commit that a name of git stands for, such as a branch or a short hash."""
     return _git("rev-parse", "--verify", f"{name}^{{commit}}").strip()
 
 
 @contextmanager
 def worktree(commit: str, folder: Path) -> Iterator[Path]:
-    """Check a commit out into a folder, for as long as the context lasts."""
+    """Check a commit out into `folder`, as a git worktree that exists during the block, and yield the folder."""
     _git("worktree", "add", "--detach", str(folder), commit)
     try:
         yield folder
@@ -26,7 +26,8 @@ def worktree(commit: str, folder: Path) -> Iterator[Path]:
 
 @contextmanager
 def working_copy(folder: Path) -> Iterator[Path]:
-    """Copy all files of the working tree that git does not ignore into a folder; edits made meanwhile do not count."""
+    """Copy all files of the working tree that git does not ignore into `folder`, and yield the folder."""
+    # With a copy, edits during the comparison do not matter.
     for name in _git("ls-files", "-z", "--cached", "--others", "--exclude-standard").split("\0"):
         source = ROOT / name
         if name and source.is_file():

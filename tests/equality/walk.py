@@ -1,4 +1,4 @@
-"""All questions to a side, in order, and the observations of it."""
+"""All questions to a side, in order."""
 
 import json
 import urllib.error
@@ -14,7 +14,7 @@ from tests.equality.normal import Normaliser
 from tests.equality.side import CommandError, Side
 
 Observations = dict[str, Any]
-"""Observations of a side, each by the name of what was observed."""
+"""Observations of a side, as JSON values by the names of their questions."""
 CONCURRENT_QUESTIONS = 3
 SERVED = "heads-2"
 SERVED_BESIDE = "first-paper"
@@ -24,16 +24,16 @@ PROMPTS = ("a", "der mond", "1 2 3 ä")
 
 
 def walk(side: Side, models: list[str], port: int, say: Callable[[str], None]) -> Observations:
-    """Ask a side all questions, and return the observations.
+    """Run everything that is compared on a side, from preparing text to serving, and return the observations.
 
     Args:
-        side: A tree in its folder.
-        models: Names of models in `specs.MODELS`.
-        port: The port for what is served.
-        say: Function that is told what is being done.
+        side: The side, whose project folder is empty.
+        models: The names of the models to train, in `specs.MODELS`.
+        port: The port that models are served at.
+        say: Function that is called with a line of progress before each part.
 
     Raises:
-        CommandError: A command fails that must not.
+        CommandError: A command failed that must succeed.
     """
     normal, observations = Normaliser(side.folder), Observations()
     specs.write_project(side.project, models)
@@ -55,13 +55,14 @@ def walk(side: Side, models: list[str], port: int, say: Callable[[str], None]) -
 
 
 def _answers(questions: Iterable[Question]) -> Observations:
-    """Return the answer to each question; `CONCURRENT_QUESTIONS` of them are asked at the same time."""
+    """Ask all questions, `CONCURRENT_QUESTIONS` at a time, and return each answer by the name of its question."""
     with ThreadPoolExecutor(CONCURRENT_QUESTIONS) as pool:
         pending_answers = {name: pool.submit(find) for name, find in questions}
         return {name: answer.result() for name, answer in pending_answers.items()}
 
 
 def _preparations(side: Side, normal: Normaliser) -> Iterator[Question]:
+    """Yield the questions that prepare text, and those about raw and prepared text."""
     for file, folder in (("spec.yaml", "prepared"), ("best-fit.yaml", specs.BEST_FIT["prepared"])):
 
         def prepared(file: str = file, folder: str = folder) -> Any:
@@ -77,16 +78,16 @@ def _preparations(side: Side, normal: Normaliser) -> Iterator[Question]:
 
 
 def _exit_code_and_json(side: Side, normal: Normaliser, words: list[str]) -> Any:
-    """Return the exit code of a command, which may be any, and the JSON that it prints."""
+    """Run a command that may fail, and return its exit code and the JSON that it prints."""
     answer = side.ask(*words)
     return {"exit code": answer.code, "json": normal.value(json.loads(answer.out))}
 
 
 def _runs(side: Side, models: list[str]) -> dict[str, Path]:
-    """Return the directory of each run by its variant.
+    """Return the run directories of the sweep by the names of their variants.
 
     Raises:
-        CommandError: A run is not finished.
+        CommandError: A run has not finished.
     """
     runs = {}
     for model in models:
@@ -100,10 +101,10 @@ def _runs(side: Side, models: list[str]) -> dict[str, Path]:
 
 
 def _run_observations(name: str, run: Path, normal: Normaliser) -> Observations:
-    """Return the observations of a run's directory."""
+    """Return the observations of the files in a run directory; `name` is part of their names."""
     observations = {f"metrics of {name}": normal.value(reading.json_lines(run / "metrics.jsonl"))}
-    # The first moments of the first checkpoint are the first step's gradients, times 1 - beta1: of two trees whose
-    # backward passes differ it is the first that shows.
+    # The checkpoints are in the order of steps. The moments of the first one are the gradients of step 1 times
+    # (1 - beta1), so a difference of the backward passes shows there first.
     for part in ("weights", "optim"):
         folders = sorted((run / "checkpoints").iterdir())
         observations[f"{part} of {name}"] = {folder.name: reading.contents(folder / part) for folder in folders}
@@ -117,13 +118,21 @@ def _run_observations(name: str, run: Path, normal: Normaliser) -> Observations:
 
 
 def _questions_about_runs(side: Side, normal: Normaliser, runs: dict[str, Path], port: int) -> Iterator[Question]:
-    """Yield the questions about finished runs; serving, which takes longest, comes first."""
+    """Yield the questions about finished runs.
+
+    Args:
+        side: The side that has trained the runs.
+        normal: The normaliser of the side.
+        runs: The run directories by variant.
+        port: The port that models are served at.
+    """
 
     def question(*words: str) -> Callable[[], Any]:
         return lambda: normal.value(side.json(*words, "--json"))
 
     names = {name: run.name for name, run in runs.items()}
     served = [names[v] for m in (SERVED, SERVED_BESIDE) if (v := specs.variant(m, "float32")) in names]
+    # Serving takes longest, so it comes first.
     if served:
         yield "answers over HTTP", lambda: _served(side, normal, served, port)
     if evaluated := names.get(specs.variant(EVALUATED, "bfloat16")):
@@ -152,13 +161,13 @@ def _questions_about_runs(side: Side, normal: Normaliser, runs: dict[str, Path],
 
 
 def _by_run(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the rows of runs in the order of the runs' names, since the runs began side by side."""
+    """Return the rows of `mhmoe list` in the order of the runs' names."""
+    # Runs of a sweep start at the same time, so their order in the list may vary.
     return sorted(rows, key=lambda row: str(row["run"]))
 
 
 def _exported(side: Side, normal: Normaliser, model: str, run: str) -> Any:
-    """Return the files of an export, the output of the commands, and what the model generates when it is imported
-    again."""
+    """Export a run and import the export; return the exported files, the commands' output and a generated text."""
     folder = f"export-{model}"
     outputs = [side.text("ckpt", "export", run, "--to", folder)]
     imported = side.text("ckpt", "import", folder, "--name", f"back-{model}", "--seq-len", "32")
@@ -173,7 +182,7 @@ def _exported(side: Side, normal: Normaliser, model: str, run: str) -> Any:
 
 
 def _served(side: Side, normal: Normaliser, runs: list[str], port: int) -> Any:
-    """Return the answers of servers of these runs, the first one at / and the others at their own names."""
+    """Serve one or two runs at the same time, the first at / and the second at /beside; return all HTTP answers."""
     observations: dict[str, Any] = {}
     names = ("mhmoe", "beside")[: len(runs)]
     for run, name in zip(runs, names, strict=True):
@@ -201,7 +210,7 @@ def _served(side: Side, normal: Normaliser, runs: list[str], port: int) -> Any:
 
 
 def _http(url: str, body: Any = None) -> Any:
-    """Return the status and the JSON of an answer, or its text where it is no JSON."""
+    """Send a GET request, or a POST request with a JSON body; return the status and the JSON or text of the answer."""
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
     try:

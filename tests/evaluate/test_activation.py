@@ -10,7 +10,7 @@ from mhmoe_ray.evaluate.request import RoutingCounts
 
 
 def make_counts(routes, heads=1):
-    """Return the counts of one layer whose experts get `routes`; each token goes to a single expert."""
+    """Return the counts of one layer whose expert i gets `routes[i]` tokens; all heads of a token choose alike."""
     tokens = sum(routes)
     return RoutingCounts(
         tokens=tokens,

@@ -1,4 +1,4 @@
-"""Tests of unmodified lm-eval on a task of ours, through its Python interface."""
+"""Tests of lm-eval, unmodified and through its Python interface, on a task of these tests."""
 
 import json
 
@@ -49,7 +49,7 @@ def task_folder(tmp_path):
 
 @torch.inference_mode()
 def log_probability(model, tokenizer, question, answer):
-    """Return the log-probability of an answer, token by token; the model sees at most SEQ_LEN tokens."""
+    """Return the log-probability of an answer to a question, with at most SEQ_LEN tokens before each of its tokens."""
     context = tokenizer.encode(question).ids
     ids, total = [0, *context], 0.0  # as in training, a text begins with its start token
     for token in tokenizer.encode(question + answer).ids[len(context) :]:
@@ -103,7 +103,10 @@ def test_lm_eval_model_scores_each_token_once_after_a_start_token(tokenizer):
 
 @torch.inference_mode()
 def rolling_log_probability(model, tokenizer, text):
-    """Return the log-probability of a text, each token after those of its window and the one before the window."""
+    """Return the log-probability of a text in windows of SEQ_LEN tokens, computed token by token.
+
+    Each token follows the earlier tokens of its window and the last token before the window.
+    """
     ids, total = [0, *tokenizer.encode(text).ids], 0.0
     for i in range(1, len(ids)):
         window = (i - 1) // SEQ_LEN * SEQ_LEN
@@ -129,6 +132,7 @@ def test_score_batch_equals_scoring_one_continuation_at_a_time(tokenizer):
 
 @torch.inference_mode()
 def full_log_probability(model, context, answer, seq_len):
+    """Return the log-probability of an answer from one forward pass over the last `seq_len` + 1 tokens of the whole."""
     ids = (context + answer)[-(seq_len + 1) :]
     logprob = model(torch.tensor([ids[:-1]])).logits_BTV[0].log_softmax(-1)
     answer = answer[-(len(ids) - 1) :]

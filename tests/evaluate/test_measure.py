@@ -1,4 +1,4 @@
-"""Tests of measured losses, bytes and routes, against counting one token at a time."""
+"""Tests that measured losses, bytes and routes equal those counted one token at a time."""
 
 import numpy as np
 import pytest

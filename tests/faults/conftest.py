@@ -24,17 +24,17 @@ from tests.ranks import run_ranks
 
 @pytest.fixture(scope="session")
 def project(tmp_path_factory, local_cluster) -> Path:
-    """Return a folder with raw text; the first run in it prepares the data for all."""
+    """Return a project folder with raw text; the first run in it prepares the data for all others."""
     folder = tmp_path_factory.mktemp("faults")
-    for name, count in (("a", 60), ("b", 40)):  # of few files, for each of which a process starts
+    for name, count in (("a", 60), ("b", 40)):  # few files, since preparation starts a process for each
         write_documents(folder / "raw" / name / "one.jsonl", make_documents(name, count))
     return folder
 
 
 @pytest.fixture(scope="session")
 def reference(project) -> RunDir:
-    """Return an undisturbed run of 120 steps, computed without Ray, with its metrics and its last checkpoint."""
-    harness.spec_in(project, train={"steps": 120})
+    """Train a run of 120 steps without Ray and faults, and return it; it has its metrics and its last checkpoint."""
+    harness.write_random_spec(project, train={"steps": 120})
     spec = load_resolved_spec(project / "spec.yaml")
     if not spec.data.prepared.exists():
         assert mhmoe(project, "data", "prepare", "spec.yaml").code == 0
@@ -48,7 +48,15 @@ def reference(project) -> RunDir:
 
 
 def train(run: RunDir, stored: np.ndarray, token_bytes: int) -> None:
-    """Do this rank's part of a run whose micro-batches are stored by step."""
+    """Train a run to its last step as one rank of a process group, and save a checkpoint at the end.
+
+    Rank 0 writes the history, with the metrics that faults must not change.
+
+    Args:
+        run: The run directory.
+        stored: The samples of all steps, by step and micro-batch.
+        token_bytes: The number of bytes that store a token.
+    """
     spec, cluster = run.spec(), run.spec().cluster
     mesh = build_mesh(cluster, ["here"] * cluster.workers.max, "cpu")
     start = boundaries(load_tokenizer(run.tokenizer_file, spec.model.vocab_size)).start

@@ -1,7 +1,7 @@
-"""Faults injected into runs while they train, and the check that the training is that of an undisturbed run.
+"""Faults for runs while they train, and the check that a disturbed run equals an undisturbed one.
 
-All comparisons are exact. On CPUs, a step of as many workers computes the same bits again: exchanges add in a fixed
-order, and everything that is drawn depends on the step alone.
+All comparisons are exact. On CPUs, the same number of workers computes the same bits of a step again: exchanges add in
+a fixed order, and random draws depend only on the step.
 """
 
 import json
@@ -20,15 +20,16 @@ from tests.cli.audit import assert_samples_in_order
 from tests.cli.conftest import write_spec
 from tests.cli.run import mhmoe
 from tests.specs import tiny_spec
-from tests.watch import newest, start_events, step_of, wait_until
+from tests.watch import newest_run, start_events, step_of, wait_until
 
 EXACT_METRICS = (metrics.LOSS, metrics.GRAD_NORM, metrics.BALANCE, metrics.TOKENS, metrics.STREAM, metrics.LR)
 
 
-def spec_in(folder: Path, **sections: dict[str, Any]) -> None:
-    """Write a spec with document masks, and with dropout and jitter, so that draws matter.
+def write_random_spec(folder: Path, **sections: dict[str, Any]) -> None:
+    """Write a spec with random draws, dropout and router jitter, and with document masks, to `folder`/spec.yaml.
 
-    Its runs save a checkpoint every 5 steps.
+    Its runs have 2 workers, save a checkpoint every 5 steps and tolerate 1000 failures. `sections` replaces keys, as a
+    mapping for each section.
     """
     moe = tiny_spec().model.model_dump()["moe"] | {"jitter": 0.1}
     defaults: dict[str, dict[str, Any]] = {
@@ -40,13 +41,17 @@ def spec_in(folder: Path, **sections: dict[str, Any]) -> None:
 
 
 def submit(folder: Path) -> RunDir:
+    """Submit `folder`/spec.yaml without following the run, and return the run."""
     result = mhmoe(folder, "submit", "spec.yaml", "--detach")
     assert result.code == 0, result.err
-    return newest(folder)
+    return newest_run(folder)
 
 
-def workers(run: RunDir, start: int) -> list[dict[str, Any]]:
-    """Return the workers of the start of this number, counted from 1, once it has done its first step."""
+def workers_of_start(run: RunDir, start: int) -> list[dict[str, Any]]:
+    """Wait for the first step after the workers were started for the `start`-th time, and return those workers.
+
+    The first start has number 1. A worker is given by its rank, process id and host.
+    """
     [event] = wait_until(lambda: start_events(run)[start - 1 : start], f"start {start} of the workers")
     group = event["group"]
     wait_until(lambda: (line := history.last_line(run)) and line[metrics.GROUP] >= group, f"a step of start {start}")
@@ -54,7 +59,7 @@ def workers(run: RunDir, start: int) -> list[dict[str, Any]]:
 
 
 def kill(pid: int, signal_number: signal.Signals = signal.SIGKILL) -> bool:
-    """Send a signal to a process, and return whether the process existed."""
+    """Send a signal, by default SIGKILL, to a process, and return whether the process existed."""
     try:
         os.kill(pid, signal_number)
     except ProcessLookupError:
@@ -63,9 +68,9 @@ def kill(pid: int, signal_number: signal.Signals = signal.SIGKILL) -> bool:
 
 
 def stop_during_checkpoint(run: RunDir, pid: int) -> Location | None:
-    """Stop a rank while a checkpoint has no manifest yet, and return that checkpoint.
+    """If the run is writing a checkpoint now, suspend a process of it by SIGSTOP, and return that checkpoint.
 
-    Where there is none just now, the rank goes on, and None is returned.
+    Otherwise the process continues, and None is returned. A checkpoint is being written while it has no manifest.
     """
     for folder in uncommitted_checkpoints(run):
         kill(pid, signal.SIGSTOP)
@@ -76,10 +81,10 @@ def stop_during_checkpoint(run: RunDir, pid: int) -> Location | None:
 
 
 def assert_equals_undisturbed_run(run: RunDir, reference: RunDir) -> None:
-    """Assert that a run equals an undisturbed one in all bits.
+    """Assert that a finished run equals an undisturbed one in all bits.
 
-    It has every step once, on the ordered samples, with the same losses, and at the end the same parameters and
-    moments.
+    It has every step once, with the right samples and the same metrics, and its last checkpoint has the same parameters
+    and optimizer state.
     """
     assert_samples_in_order(run)
     for line, expected in zip(history.read(run), history.read(reference), strict=True):
@@ -90,10 +95,10 @@ def assert_equals_undisturbed_run(run: RunDir, reference: RunDir) -> None:
 
 
 def driver_of(run: RunDir) -> int:
-    """Return the process id of the run's newest job, or 0 where there is none."""
-    for status in Path("/proc").glob("[0-9]*/cmdline"):
+    """Return the process id of the job that drives the run, or 0 if no such job runs on this machine."""
+    for cmdline_file in Path("/proc").glob("[0-9]*/cmdline"):
         try:
-            words = status.read_bytes().split(b"\0")
+            words = cmdline_file.read_bytes().split(b"\0")
         except OSError:
             continue
         if (
@@ -101,20 +106,26 @@ def driver_of(run: RunDir) -> int:
             and any(word.startswith(f"{run.id}-".encode()) for word in words)
             and b"python" in words[0]
         ):
-            return int(status.parent.name)
+            return int(cmdline_file.parent.name)
     return 0
 
 
 def soak(folder: Path, run: RunDir, kills: int, seed: int) -> None:
-    """Kill processes of a run at random moments: most often a worker, sometimes all of them or the driver.
+    """Kill processes of a run `kills` times at random moments: mostly one worker, sometimes all workers or the driver.
 
     A run whose driver is killed is resumed.
+
+    Args:
+        folder: The project folder.
+        run: The run, which must not end before the last kill.
+        kills: The number of times.
+        seed: The seed of the random choices.
     """
     rng = random.Random(seed)
     start = 0
     for number in range(kills):
         start = max(start + 1, len(start_events(run)))
-        worker_pids = workers(run, start)
+        worker_pids = workers_of_start(run, start)
         time.sleep(rng.uniform(0, 3))
         target = rng.choices(["worker", "all", "driver"], [8, 1, 1])[0]
         step_before = step_of(run)
@@ -125,12 +136,12 @@ def soak(folder: Path, run: RunDir, kills: int, seed: int) -> None:
             wait_until(lambda: outcome(folder, run) == "failed", "the job's end")
             assert mhmoe(folder, "resume", run.id, "--detach").code == 0
         else:
-            hit = worker_pids if target == "all" else [rng.choice(worker_pids)]
-            killed = [kill(w["pid"]) for w in hit]
-            assert any(killed), "the run ended before the kill"
+            target_workers = worker_pids if target == "all" else [rng.choice(worker_pids)]
+            was_alive = [kill(w["pid"]) for w in target_workers]
+            assert any(was_alive), "the run ended before the kill"
         print(f"kill {number + 1} of {kills} (seed {seed}): {target} after step {step_before}", flush=True)
 
 
 def outcome(folder: Path, run: RunDir) -> str:
-    """Return the run's state as `status` gives it, from the directory and the cluster."""
+    """Return the run's state, such as "failed", as `mhmoe status` reports it."""
     return json.loads(mhmoe(folder, "status", str(run.path), "--json").out)["state"]

@@ -1,4 +1,4 @@
-"""A disk that is full or becomes read-only: a file system of its own, which only root can mount."""
+"""Tests of runs on a disk that is full or becomes read-only; only root can mount such a disk."""
 
 import subprocess
 from collections.abc import Iterator
@@ -11,14 +11,17 @@ from mhmoe_ray.checkpoint.manifest import committed_checkpoints, newest_checkpoi
 from mhmoe_ray.runs.directory import RunDir
 from tests.cli.run import mhmoe
 from tests.faults import harness
-from tests.watch import of_kind, wait_until
+from tests.watch import events_of_kind, wait_until
 
 pytestmark = [pytest.mark.ray, pytest.mark.system]
 
 
 @pytest.fixture
 def disk(tmp_path):
-    """Yield a folder on a file system of 2 MB, and a function that remounts it with other options."""
+    """Yield a folder on a new file system of 2 MB, and a function that remounts it with other mount options.
+
+    The test is skipped where this user cannot mount.
+    """
     folder = tmp_path / "disk"
     folder.mkdir()
     process = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", folder], capture_output=True, text=True)
@@ -34,11 +37,9 @@ def disk(tmp_path):
 
 @contextmanager
 def read_only(folder: Path) -> Iterator[None]:
-    """Make a folder read-only during the block, as a failing disk becomes.
-
-    The system does not make a file system read-only while files on it are open for writing. A bind mount of the folder
-    over itself has no open files, and can be made so.
-    """
+    """Make a folder read-only during the block, as a failing disk becomes."""
+    # Linux does not remount a file system read-only while files on it are open for writing. A bind mount of the folder
+    # over itself has no open files, so it can be read-only.
     subprocess.run(["mount", "--bind", folder, folder], check=True)
     try:
         subprocess.run(["mount", "-o", "remount,bind,ro", folder], check=True)
@@ -47,8 +48,9 @@ def read_only(folder: Path) -> Iterator[None]:
         subprocess.run(["umount", "-l", folder], check=True)
 
 
-def start(project, disk) -> RunDir:
-    harness.spec_in(project, train={"steps": 120}, cluster={"max_failures": 0})
+def start_run_on_disk(project, disk) -> RunDir:
+    """Submit a run of 120 steps that is stored in the folder `disk` and tolerates no failure; return it."""
+    harness.write_random_spec(project, train={"steps": 120}, cluster={"max_failures": 0})
     submitted = mhmoe(project, "submit", "spec.yaml", "--set", f"storage={disk}", "--detach")
     assert submitted.code == 0, submitted.err
     [run] = (RunDir(path.parent) for path in disk.glob("*/run.json"))
@@ -56,7 +58,7 @@ def start(project, disk) -> RunDir:
 
 
 def assert_reason_and_whole_checkpoint(project, run, reason):
-    """Assert that the status gives the reason without a traceback, and that the newest checkpoint is whole."""
+    """Assert that `mhmoe status` shows the reason without a traceback, and that the newest checkpoint is intact."""
     status = mhmoe(project, "status", str(run.path)).out
     assert reason in " ".join(status.split()), status
     assert "Traceback" not in status
@@ -67,7 +69,7 @@ def assert_reason_and_whole_checkpoint(project, run, reason):
 
 def test_a_full_disk_is_reported_and_costs_no_saved_step(project, reference, disk):
     folder, remount = disk
-    run = start(project, folder)
+    run = start_run_on_disk(project, folder)
     wait_until(lambda: harness.outcome(project, run) == "failed", "the run's end")
     assert_reason_and_whole_checkpoint(project, run, "No space left on device")
     remount("size=100m")
@@ -79,8 +81,8 @@ def test_a_full_disk_is_reported_and_costs_no_saved_step(project, reference, dis
 def test_a_disk_that_becomes_read_only_is_reported_and_costs_no_saved_step(project, reference, disk):
     folder, remount = disk
     remount("size=100m")
-    run = start(project, folder)
-    wait_until(lambda: of_kind(run, "checkpoint"), "a checkpoint")
+    run = start_run_on_disk(project, folder)
+    wait_until(lambda: events_of_kind(run, "checkpoint"), "a checkpoint")
     with read_only(folder):
         wait_until(lambda: harness.outcome(project, run) == "failed", "the run's end")
         assert_reason_and_whole_checkpoint(project, run, "Read-only file system")

@@ -1,4 +1,7 @@
-"""Processes that are killed, stopped, or unable to open files any more."""
+"""Tests of runs whose processes are killed, suspended, or unable to open more files.
+
+A fault "changes nothing" if the run equals an undisturbed one in all bits.
+"""
 
 import os
 import signal
@@ -16,13 +19,14 @@ from mhmoe_ray.runs import history
 from mhmoe_ray.train import malloc
 from tests.cli.run import assert_one_line, mhmoe
 from tests.faults import harness
-from tests.watch import is_over, of_kind, start_events, step_of, wait_for_the_end, wait_until
+from tests.watch import events_of_kind, run_has_ended, start_events, step_of, wait_for_end, wait_until
 
 pytestmark = pytest.mark.ray
 
 
 def started_run(project, steps=120, cluster=None, **train):
-    harness.spec_in(project, train={"steps": steps, **train}, cluster=cluster or {})
+    """Submit a run with these keys of the sections train and cluster, and return it."""
+    harness.write_random_spec(project, train={"steps": steps, **train}, cluster=cluster or {})
     return harness.submit(project)
 
 
@@ -33,12 +37,12 @@ def _environment(pid: int) -> dict[str, str]:
 
 
 def test_two_random_kills_change_nothing(project, request):
-    """The seed kills a worker and a driver; the run is resumed after the latter."""
+    """The seed kills a worker and then the driver, after which the run is resumed."""
     run = started_run(project, keep_checkpoints=2)
-    worker = harness.workers(run, 1)[0]
+    worker = harness.workers_of_start(run, 1)[0]
     assert set(malloc.malloc_settings({}).items()) <= _environment(worker["pid"]).items()
     harness.soak(project, run, kills=2, seed=15)
-    wait_for_the_end(run)
+    wait_for_end(run)
     reference = request.getfixturevalue("reference")  # Requested late, so that the run above prepared the data.
     harness.assert_equals_undisturbed_run(run, reference)
     assert len(committed_checkpoints(run)) <= 3  # The best checkpoint may be an older one.
@@ -47,16 +51,15 @@ def test_two_random_kills_change_nothing(project, request):
 
 @pytest.mark.slow  # tests/train/test_watchdog.py checks which rank it selects
 def test_a_hanging_rank_is_named_and_ended_and_changes_nothing(project, reference):
-    """The rank is stopped, so that it lives but neither computes nor answers; the other rank waits for it in an
-    exchange."""
+    """The rank is suspended: its process exists but neither computes nor answers, and the other rank waits for it."""
     run = started_run(project, cluster={"hang_seconds": 15})
-    stopped_worker = harness.workers(run, 1)[1]
+    stopped_worker = harness.workers_of_start(run, 1)[1]
     assert harness.kill(stopped_worker["pid"], signal.SIGSTOP)
     step_before = step_of(run)
-    [hung] = wait_until(lambda: of_kind(run, "hung"), "the event of the watchdog")
+    [hung] = wait_until(lambda: events_of_kind(run, "hung"), "the event of the watchdog")
     assert (hung["rank"], hung["pid"], hung["silent"]) == (1, stopped_worker["pid"], True)
     assert step_before - 1 <= hung["step"] <= step_before + 1
-    wait_for_the_end(run)
+    wait_for_end(run)
     harness.assert_equals_undisturbed_run(run, reference)
     assert "rank 1 (process" in mhmoe(project, "status", run.id).out
 
@@ -64,13 +67,13 @@ def test_a_hanging_rank_is_named_and_ended_and_changes_nothing(project, referenc
 @pytest.mark.slow
 def test_a_worker_killed_while_a_checkpoint_is_written_damages_no_other_checkpoint(project, reference):
     run = started_run(project)
-    victim = harness.workers(run, 1)[1]["pid"]
+    victim = harness.workers_of_start(run, 1)[1]["pid"]
 
     description = "a checkpoint that is being written"
     folder = wait_until(lambda: harness.stop_during_checkpoint(run, victim), description)
     assert harness.kill(victim)
-    wait_for_the_end(run)
-    # Either the other rank had all it needed to commit it, or it was cleared away.
+    wait_for_end(run)
+    # Either the other rank had all that it needed to commit the checkpoint, or the checkpoint was cleaned up.
     assert uncommitted_checkpoints(run) == []
     assert folder.exists() == (folder in committed_checkpoints(run))
     harness.assert_equals_undisturbed_run(run, reference)
@@ -80,24 +83,24 @@ def test_a_worker_killed_while_a_checkpoint_is_written_damages_no_other_checkpoi
 @pytest.mark.parametrize("ranks", [[0], [1], [0, 1]])
 def test_workers_killed_within_a_step_change_nothing(project, reference, ranks):
     run = started_run(project)
-    workers = harness.workers(run, 1)
+    workers = harness.workers_of_start(run, 1)
     step_before = step_of(run)
     wait_until(lambda: step_of(run) > step_before, "the next step")
     assert all(harness.kill(workers[rank]["pid"]) for rank in ranks)
-    wait_for_the_end(run)
+    wait_for_end(run)
     harness.assert_equals_undisturbed_run(run, reference)
 
 
 @pytest.mark.slow
 def test_a_run_outlives_the_whole_cluster(project, reference):
     run = started_run(project)
-    harness.workers(run, 1)
+    harness.workers_of_start(run, 1)
     wait_until(lambda: step_of(run) >= 10, "ten steps")
     cluster = find_local()
     os.killpg(cluster.pid, signal.SIGKILL)
     wait_until(lambda: not is_ray_of(cluster.pid, cluster.folder), "the end of the cluster")
     start_local(8)
-    # That cluster cannot be asked any more whether the job lives on, so the user has to vouch for it with --force.
+    # The dead cluster cannot tell whether the job still runs, so the user has to make sure and give --force.
     result = mhmoe(project, "resume", run.id)
     assert_one_line(result, 7, "its cluster does not answer", "make sure that no job of it runs any more", "--force")
     wait_until(lambda: not harness.driver_of(run), "the end of its job")
@@ -107,7 +110,7 @@ def test_a_run_outlives_the_whole_cluster(project, reference):
 
 
 def placement_group_count() -> int:
-    """Return the number of placement groups that the cluster has now."""
+    """Return the number of placement groups that hold resources on the cluster now."""
     connection = connect(None)
     answer = dashboard.get(connection.address, "/api/v0/placement_groups?limit=1000", connection.token)
     return sum(group["state"] == "CREATED" for group in answer["data"]["result"]["result"])
@@ -115,9 +118,9 @@ def placement_group_count() -> int:
 
 @pytest.mark.slow
 def test_a_controller_that_dies_ends_its_job_and_releases_its_resources(project, reference):
-    """Our runs disable the process by which Ray Train itself notices the death of its controller."""
+    """Our runs disable the process of Ray Train that would release them if the controller dies."""
     run = started_run(project)
-    ranks = [worker["pid"] for worker in harness.workers(run, 1)]
+    ranks = [worker["pid"] for worker in harness.workers_of_start(run, 1)]
     assert placement_group_count() == 1
     cluster_pids = {process.pid for process in process_tree(find_local().pid)}
     process_names = {process.pid: process.info["name"] for process in psutil.process_iter(["name"])}
@@ -127,35 +130,35 @@ def test_a_controller_that_dies_ends_its_job_and_releases_its_resources(project,
     assert harness.kill(controller)
     wait_until(lambda: harness.outcome(project, run) == "failed", "the job's end")
     wait_until(lambda: not any(map(psutil.pid_exists, ranks)), "the workers' end")
-    wait_until(lambda: placement_group_count() == 0, "the end of what they had")
+    wait_until(lambda: placement_group_count() == 0, "the end of their placement group")
     assert mhmoe(project, "resume", run.id).code == 0
     harness.assert_equals_undisturbed_run(run, reference)
 
 
 @pytest.mark.slow
 def test_a_worker_that_can_open_no_file_changes_nothing(project, reference):
-    """The worker fails at its next checkpoint at the latest, and says so."""
+    """The worker fails at its next checkpoint at the latest, and the reason is reported."""
     import resource
 
     run = started_run(project)
-    pid = harness.workers(run, 1)[1]["pid"]
+    pid = harness.workers_of_start(run, 1)[1]["pid"]
     resource.prlimit(pid, resource.RLIMIT_NOFILE, (3, 3))
-    wait_until(lambda: is_over(run) or len(start_events(run)) > 1, "its end")
+    wait_until(lambda: run_has_ended(run) or len(start_events(run)) > 1, "its end")
     if harness.outcome(project, run) == "failed":
         assert "Too many open files" in mhmoe(project, "status", run.id).out.replace("\n", " ")
         assert mhmoe(project, "resume", run.id).code == 0
-    wait_for_the_end(run)
+    wait_for_end(run)
     harness.assert_equals_undisturbed_run(run, reference)
 
 
 @pytest.mark.soak
 def test_fifty_random_kills_change_nothing(project):
     seed, kills, steps = int(os.environ.get("SOAK_SEED", "1")), int(os.environ.get("SOAK_KILLS", "50")), 2400
-    harness.spec_in(project, train={"steps": steps})
-    undisturbed = harness.submit(project)
-    wait_for_the_end(undisturbed, 1000)
+    harness.write_random_spec(project, train={"steps": steps})
+    undisturbed_run = harness.submit(project)
+    wait_for_end(undisturbed_run, 1000)
     run = started_run(project, steps)
     harness.soak(project, run, kills, seed)
-    wait_for_the_end(run, 1000)
+    wait_for_end(run, 1000)
     assert len(history.read(run)) == steps
-    harness.assert_equals_undisturbed_run(run, undisturbed)
+    harness.assert_equals_undisturbed_run(run, undisturbed_run)

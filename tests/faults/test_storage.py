@@ -1,4 +1,4 @@
-"""A whole run on an object store: it is submitted, disturbed, resumed, inspected and served from there."""
+"""Tests of runs that are stored on S3: they are stopped, killed, inspected and resumed, and the store fails."""
 
 import socket
 import subprocess
@@ -14,15 +14,15 @@ from mhmoe_ray.runs.directory import list_runs
 from tests.cli.run import command, mhmoe
 from tests.faults import harness
 from tests.s3 import CREDENTIALS
-from tests.watch import is_over, of_kind, step_of, wait_for_the_end, wait_until
+from tests.watch import events_of_kind, run_has_ended, step_of, wait_for_end, wait_until
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 
-def submitted(project, query, steps):
-    """Submit a run that is stored on the server; return the run and its storage."""
+def submit_to_s3(project, query, steps):
+    """Submit a run of some steps that is stored on the S3 server; return the run and the URI of its storage."""
     storage = f"s3://bucket/{token_hex(3)}?{query}"
-    harness.spec_in(project, train={"steps": steps}, cluster={"runtime_env": {"env_vars": CREDENTIALS}})
+    harness.write_random_spec(project, train={"steps": steps}, cluster={"runtime_env": {"env_vars": CREDENTIALS}})
     result = mhmoe(project, "submit", "spec.yaml", "--set", f"storage={storage}", "--detach")
     assert result.code == 0, result.err
     [run] = list_runs(storage)
@@ -31,10 +31,10 @@ def submitted(project, query, steps):
 
 def test_a_run_on_s3_is_stopped_inspected_and_resumed(project, reference, s3):
     query, _ = s3
-    run, storage = submitted(project, query, 120)
-    harness.workers(run, 1)
-    run.stop_file.touch()  # what `mhmoe stop` does, at once
-    wait_until(lambda: is_over(run), "its end")
+    run, storage = submit_to_s3(project, query, 120)
+    harness.workers_of_start(run, 1)
+    run.stop_file.touch()  # as `mhmoe stop` does, but without the time that the command takes to start
+    wait_until(lambda: run_has_ended(run), "its end")
     assert 0 < step_of(run) < 120
     resumed = mhmoe(project, "resume", run.id, "--storage", storage)
     assert resumed.code == 0, resumed.err
@@ -46,20 +46,20 @@ def test_a_run_on_s3_is_stopped_inspected_and_resumed(project, reference, s3):
 
 def test_a_run_on_s3_survives_a_kill_during_an_upload(project, reference, s3):
     query, _ = s3
-    run, _ = submitted(project, query, 120)
-    worker_pids = harness.workers(run, 1)
-    wait_until(lambda: of_kind(run, "checkpoint"), "a checkpoint")
+    run, _ = submit_to_s3(project, query, 120)
+    worker_pids = harness.workers_of_start(run, 1)
+    wait_until(lambda: events_of_kind(run, "checkpoint"), "a checkpoint")
     wait_until(
         lambda: harness.stop_during_checkpoint(run, worker_pids[0]["pid"]), "a checkpoint that is being uploaded"
     )
     assert harness.kill(worker_pids[0]["pid"])
-    wait_for_the_end(run)
+    wait_for_end(run)
     harness.assert_equals_undisturbed_run(run, reference)
     assert uncommitted_checkpoints(run) == []
 
 
 class InterruptibleProxy:
-    """Proxy to a server on this machine. It can be closed for some seconds, during which nothing answers."""
+    """TCP proxy to a port of this machine that can be closed for a while, as if the server was unreachable."""
 
     def __init__(self, target_port: int) -> None:
         self._target_port, self._open = target_port, True
@@ -69,6 +69,7 @@ class InterruptibleProxy:
         threading.Thread(target=self._accept, daemon=True).start()
 
     def close_for(self, seconds: float) -> None:
+        """End all connections and end new ones at once, for some seconds; return when the proxy works again."""
         self._open = False
         for connection in self._connections:
             with suppress(OSError):
@@ -77,6 +78,7 @@ class InterruptibleProxy:
         self._open = True
 
     def _accept(self) -> None:
+        """Connect each new client to the server, or close its connection while the proxy is closed."""
         while True:
             client_socket, _ = self._listener.accept()
             if not self._open:
@@ -89,6 +91,7 @@ class InterruptibleProxy:
 
     @staticmethod
     def _carry(source: socket.socket, target: socket.socket) -> None:
+        """Copy data from one socket to the other until one of them is closed; then close both directions."""
         with suppress(OSError):
             while data := source.recv(1 << 16):
                 target.sendall(data)
@@ -98,10 +101,10 @@ class InterruptibleProxy:
 
 
 def test_an_unreachable_store_costs_no_step_and_ends_no_follower(project, reference, s3):
-    """The store is away for longer than its clients retry by themselves."""
+    """The store is unreachable for longer than its client library retries."""
     query, _ = s3
     proxy = InterruptibleProxy(int(query.rpartition(":")[2]))
-    run, storage = submitted(project, f"{query.rpartition(':')[0]}:{proxy.port}", 120)
+    run, storage = submit_to_s3(project, f"{query.rpartition(':')[0]}:{proxy.port}", 120)
     following = subprocess.Popen(
         command("status", run.id, "--watch", "--storage", storage),
         cwd=project,
@@ -109,10 +112,10 @@ def test_an_unreachable_store_costs_no_step_and_ends_no_follower(project, refere
         stderr=subprocess.PIPE,
         text=True,
     )
-    harness.workers(run, 1)
-    wait_until(lambda: of_kind(run, "checkpoint"), "a checkpoint")
+    harness.workers_of_start(run, 1)
+    wait_until(lambda: events_of_kind(run, "checkpoint"), "a checkpoint")
     proxy.close_for(20)
-    wait_for_the_end(run)
+    wait_for_end(run)
     harness.assert_equals_undisturbed_run(run, reference)
     out, err = following.communicate(timeout=60)
     assert (following.returncode, "finished" in out.splitlines()[-1]) == (0, True), err

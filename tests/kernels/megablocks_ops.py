@@ -8,7 +8,8 @@ import torch
 
 
 def sort(x, end_bit, x_out, iota_out):
-    """Sort a vector stably by its low `end_bit` bits; write the sorted values and their original positions."""
+    """Sort a vector stably by its low `end_bit` bits; write the sorted values into `x_out` and their original positions
+    into `iota_out`."""
     assert x.ndim == 1
     assert x_out.dtype == iota_out.dtype == x.dtype
     order = torch.argsort(x & ((1 << end_bit) - 1), stable=True)
@@ -17,13 +18,13 @@ def sort(x, end_bit, x_out, iota_out):
 
 
 def histogram(x, num_bins):
-    """Return the number of occurrences of each of 0..num_bins-1 in a vector, as int32."""
+    """Return how often each of the values 0 to num_bins - 1 occurs in a vector, as int32."""
     assert x.ndim == 1
     return torch.bincount(x, minlength=num_bins)[:num_bins].int()
 
 
 def inclusive_cumsum(x, dim, out):
-    """Write the sums of the first 1, 2, ... entries of each row into `out`."""
+    """Write the running sums along each row of the matrix `x` into `out`; `dim` has to be 1."""
     assert x.ndim == out.ndim == 2
     assert x.dtype == out.dtype
     assert dim == 1

@@ -48,6 +48,8 @@ def test_reference_computes_formula():
 def test_grouped_matches_reference_with_empty_experts(
     seed, n, e, data, dtype, function, recompute, piece, steps, cached
 ):
+    """Outputs and gradients match for any share of recomputed rows, and for any sizes of pieces, windows and cached
+    blocks."""
     n_used = data.draw(st.integers(1, e), label="experts with rows")
     k = data.draw(st.integers(1, n_used), label="k")
     *routes, weights = make_problem(seed, n, d=8, f=6, e=e, k=k, dtype=dtype, n_used=n_used, function=function)
@@ -67,6 +69,8 @@ def test_grouped_matches_reference_with_empty_experts(
     rounded=st.booleans(), row_bytes=st.sampled_from([0, 1, 5000, 10**8]),
 )  # fmt: skip
 def test_pieces_cover_rows_of_each_expert_in_order(counts, recompute, rounded, row_bytes):
+    """The pieces also recompute the given share of all rows, respect the limits of rows and of cache bytes, and have
+    windows within all rows."""
     pieces, total = (
         grouped.split_into_pieces(counts, recompute, round_windows=rounded, row_bytes=row_bytes),
         sum(counts),
@@ -85,7 +89,10 @@ def test_pieces_cover_rows_of_each_expert_in_order(counts, recompute, rounded, r
 
 
 def test_window_sizes_are_few():
-    """A CPU's libraries compile kernels for each number of rows."""
+    """The windows of 700 different row counts have at most 33 sizes, each with at most 4 % more rows than needed.
+
+    A CPU's libraries compile a kernel for each number of rows, so few sizes mean few compilations.
+    """
     shapes = {
         p.window_rows for n in range(700, 1400) for p in grouped.split_into_pieces([n, 5000], 0, round_windows=True)[:1]
     }
@@ -128,7 +135,7 @@ def test_bfloat16_grouped_is_near_float64(function, recompute):
 
 
 def test_accumulator_rounds_once_over_many_pieces():
-    """A sum of ones in bfloat16 would stop growing at 256."""
+    """The sum of 1000 ones in bfloat16 pieces is 1000, while a sum in bfloat16 would stop growing at 256."""
     accumulator = grouped.GradientAccumulator(torch.empty(1, 1, 1, dtype=torch.bfloat16))
     one_11 = torch.ones(1, 1, dtype=torch.bfloat16)
     with pytest.MonkeyPatch.context() as patch:
@@ -140,6 +147,7 @@ def test_accumulator_rounds_once_over_many_pieces():
 
 @pytest.mark.parametrize("function", [Swiglu(), GeluSubln()])
 def test_grouped_keeps_no_hidden_rows_without_backward(function, monkeypatch):
+    """The kernel creates no piece that keeps its hidden rows under no_grad."""
     pieces = []
     monkeypatch.setattr(
         grouped.Piece,
@@ -162,7 +170,7 @@ def test_permute_and_combine_gradients_match_finite_differences():
 
 
 @pytest.mark.parametrize("n", [0, 1, 17])
-def test_route_plan_sorts_by_expert_and_inverts(n):
+def test_route_plan_sorts_by_expert_and_maps_slots_back_to_rows(n):
     expert = torch.rand(n, 5, generator=torch.Generator().manual_seed(n)).topk(3, dim=-1).indices
     plan = plan_routes(expert, 5)
     expert_of_slot = torch.empty(n * 3, dtype=torch.int64)

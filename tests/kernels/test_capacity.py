@@ -1,4 +1,4 @@
-"""Tests of static routing with GShard's masks, which must give the outputs of the other kernels for kept routes."""
+"""Tests of kernel `capacity`, GShard's static routing with masks, against other kernels without the dropped routes."""
 
 import pytest
 import torch
@@ -15,6 +15,10 @@ from tests.kernels.problems import make_problem
 
 
 def outputs_and_gradients(backend, x, expert, gate, weights, expert_capacity=None):
+    """Return a backend's outputs, and the gradients of rows and each weight for a weighted sum of the outputs.
+
+    Gates are left out: `reference` also has gradients for gates of 0, whose routes `capacity` does not compute.
+    """
     y = run_experts(backend, x, expert, gate, weights, expert_capacity)
     direction = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)
     return y, *torch.autograd.grad((y * direction).sum(), [x, *weights.stacked], materialize_grads=True)
@@ -22,7 +26,7 @@ def outputs_and_gradients(backend, x, expert, gate, weights, expert_capacity=Non
 
 @settings(max_examples=40)
 @given(seed=st.integers(0, 2**20), n=st.integers(0, 30), e=st.integers(1, 6), data=st.data())
-def test_masks_match_reference_for_kept_routes(seed, n, e, data):
+def test_capacity_kernel_matches_reference_for_kept_routes(seed, n, e, data):
     k = data.draw(st.integers(1, e), label="k")
     x, expert, gate, weights = make_problem(seed, n, d=6, f=5, e=e, k=k)
     factor = data.draw(st.sampled_from([0.3, 1.0, 2.0]), label="factor")
@@ -35,8 +39,10 @@ def test_masks_match_reference_for_kept_routes(seed, n, e, data):
 
 
 def test_second_choices_are_dropped_before_first_choices():
-    """The kernel drops here, without a router: two rows whose first choice is expert 0 take the slots of a second
-    choice."""
+    """The kernel itself drops routes beyond 2 slots per expert, here without a router that dropped them before.
+
+    The first choices of rows 1 and 2 fill expert 0, so the second choice of row 0 is dropped.
+    """
     x, _, _, weights = make_problem(0, n=3, d=4, f=3, e=2, k=2)
     expert = torch.tensor([[1, 0], [0, 1], [0, 1]])
     gate = torch.tensor([[0.6, 0.4], [0.7, 0.3], [0.8, 0.2]], dtype=torch.float64)
@@ -47,6 +53,7 @@ def test_second_choices_are_dropped_before_first_choices():
 
 
 def build_model(kernel, **fields):
+    """Return a float64 decoder that drops routes at capacity factor 0.5; `fields` are keys of MoESpec, or `dropout`."""
     moe = {"heads": 2, "experts": 4, "top_k": 2, "d_expert": 6, "every": 1, "capacity_factor": 0.5, **fields}
     shape = {"vocab_size": 20, "d_model": 16, "layers": 2, "attention_heads": 2}
     dropout = {"dropout": fields.pop("dropout", 0.0)}
@@ -57,7 +64,7 @@ def build_model(kernel, **fields):
 
 
 @pytest.mark.parametrize("fields", [{}, {"dropout": 0.2}, {"second_expert": "random", "normalize_gates": True}])
-def test_masked_model_trains_like_model_with_dropped_routes(fields):
+def test_capacity_kernel_trains_like_grouped_kernel_with_dropped_routes(fields):
     token = torch.randint(20, (2, 12), generator=torch.Generator().manual_seed(0))
     results = []
     for kernel in ("capacity", "grouped"):

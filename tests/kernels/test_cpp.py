@@ -1,4 +1,4 @@
-"""Tests of the compiled experts against `reference` in float64, and of the reasons why they cannot be compiled."""
+"""Tests of kernel `cpp` against `reference` in float64, and of the reasons why it is unavailable."""
 
 import os
 import shutil
@@ -26,7 +26,10 @@ pytestmark = pytest.mark.cpu
 
 
 def make_bfloat16_problem(seed, n, d, f, e, k, n_used=None):
-    """Return a problem in bfloat16 with values of the size of a layer's, and the same problem in float64."""
+    """Return the arguments of a kernel in bfloat16, with weights as small as a layer's, and the same values in float64.
+
+    The gates of the former are float32.
+    """
     x, expert, gate, w = make_problem(seed, n, d, f, e, k, n_used=n_used)
     stacked = [(t.detach() / t.shape[-1] ** 0.5).bfloat16() for t in w.stacked]
     x, gate = x.detach().bfloat16(), gate.detach().float()
@@ -120,8 +123,8 @@ def test_results_are_bitwise_reproducible():
 
 @runs_here
 @pytest.mark.parametrize("size", [30, 1e3, 1e10])
-def test_extreme_gates_are_exact(size):
-    """silu(g) is g or 0 at such gates, with gradients to match, while e^-g is beyond float32."""
+def test_extreme_gate_projections_match_reference(size):
+    """Outputs and gradients are right where silu(g) is g or 0, though e^-g may overflow float32."""
     (x, _, _, w), (exact_x, _, _, exact_weights) = make_bfloat16_problem(8, n=64, d=32, f=64, e=1, k=1)
     with torch.no_grad():
         x *= size
@@ -173,11 +176,13 @@ PRINT_REASON = "import torch; from mhmoe_kernels import cpp; print(cpp.unavailab
 
 
 def start_process(cache, **environment):
+    """Start a process that compiles the kernel into the folder `cache`, and prints its unavailable reason or None."""
     variables = {**os.environ, "XDG_CACHE_HOME": str(cache), **environment}
     return subprocess.Popen([sys.executable, "-c", PRINT_REASON], env=variables, stdout=subprocess.PIPE, text=True)
 
 
 def printed_reason(process):
+    """Wait for the process to end, and return the reason that it prints."""
     output, _ = process.communicate()
     assert process.returncode == 0
     return output.strip()
@@ -185,6 +190,7 @@ def printed_reason(process):
 
 @runs_here
 def test_concurrent_builds_leave_one_library(tmp_path):
+    """A later process loads that library and does not compile again."""
     assert [printed_reason(p) for p in [start_process(tmp_path), start_process(tmp_path)]] == ["None", "None"]
     [library] = (tmp_path / "mhmoe").iterdir()
     file_status = library.stat()
@@ -193,7 +199,7 @@ def test_concurrent_builds_leave_one_library(tmp_path):
 
 
 @runs_here
-def test_compiler_failure_is_one_line(tmp_path):
+def test_compiler_failure_is_reported_in_one_line(tmp_path):
     compiler = tmp_path / "c++"
     compiler.write_text('#!/bin/sh\n[ "$1" = --version ] && exit\necho "x.cpp:1: error: no such thing" >&2\nexit 1\n')
     compiler.chmod(0o755)
@@ -203,7 +209,7 @@ def test_compiler_failure_is_one_line(tmp_path):
 
 
 @runs_here
-def test_unloadable_library_is_a_reason(tmp_path):
+def test_unloadable_library_makes_kernel_unavailable(tmp_path):
     """Examples are a cache without permission to execute, and a cache of a machine with another C library."""
     assert printed_reason(start_process(tmp_path)) == "None"
     [library] = (tmp_path / "mhmoe").iterdir()
@@ -215,8 +221,9 @@ def test_unloadable_library_is_a_reason(tmp_path):
 
 
 @runs_here
-def test_unmovable_library_is_a_reason(tmp_path):
-    compiler = tmp_path / "c++"  # it makes a folder at the path of the library
+def test_library_that_cannot_be_stored_makes_kernel_unavailable(tmp_path):
+    # This compiler creates a folder with the library's name, so that the library cannot be moved to it.
+    compiler = tmp_path / "c++"
     make_folder = '[ "$1" = -shared ] && mkdir -p "$(dirname "$(dirname "$4")")/$(basename "$4")/x"'
     compiler.write_text(f'#!/bin/sh\n{make_folder}\nexec g++ "$@"\n')
     compiler.chmod(0o755)
@@ -233,12 +240,12 @@ def test_unmovable_library_is_a_reason(tmp_path):
         ({"CXX": "/nowhere/g++"}, "/nowhere/g++ cannot be run: No such file or directory"),
     ],
 )
-def test_missing_compiler_is_a_reason(tmp_path, environment, reason):
+def test_missing_compiler_makes_kernel_unavailable(tmp_path, environment, reason):
     assert printed_reason(start_process(tmp_path, **environment)) == reason
 
 
 @pytest.mark.parametrize("level", [level for level in CpuLevel if level < CpuLevel.AVX512_BF16])
-def test_lower_cpu_level_is_a_reason_and_auto_chooses_grouped(tmp_path, level):
+def test_lower_cpu_level_makes_kernel_unavailable_and_auto_chooses_grouped(tmp_path, level):
     if sys.platform == "linux":
         assert printed_reason(start_process(tmp_path, **level_environment(level))) == NO_BFLOAT16
     code = (
@@ -251,12 +258,12 @@ def test_lower_cpu_level_is_a_reason_and_auto_chooses_grouped(tmp_path, level):
     assert process.stdout.strip() == "grouped"
 
 
-def test_unknown_level_is_a_reason(tmp_path):
+def test_unknown_cpu_level_makes_kernel_unavailable(tmp_path):
     if sys.platform == "linux":
         assert printed_reason(start_process(tmp_path, MHMOE_CPU_LEVEL="sse9")).startswith(
             "MHMOE_CPU_LEVEL is 'sse9', but levels are "
         )
 
 
-def test_other_device_is_a_reason():
+def test_kernel_is_unavailable_on_other_devices():
     assert cpp.unavailable_reason(torch.device("meta")) == "kernel cpp is for CPUs, and this is meta"

@@ -15,12 +15,13 @@ KINDS = [Swiglu(), GeluSubln(), GeluSubln(0.1)]
 
 
 def make_matmul(counts):
-    """Return a grouped GEMM for these numbers of rows per expert."""
+    """Return a function (rows, weights) that computes a grouped GEMM with `counts[e]` rows for expert e."""
     ends = torch.tensor(counts).cumsum(0).int()
     return lambda x_RI, w_EOI: F.grouped_mm(x_RI, w_EOI.transpose(-2, -1), offs=ends)
 
 
 def run_both(x, counts, weights):
+    """Return the outputs and gradients of the experts with a grouped GEMM, and those of kernel `grouped`."""
     return [
         with_gradients(y, [x, *weights.stacked])
         for y in (run_grouped_gemm(x, weights, make_matmul(counts)), run_sorted(x, counts, weights))
@@ -44,6 +45,7 @@ def test_bfloat16_vector_gradients_are_summed_in_float32():
 
 
 def test_unaligned_rows_cannot_be_grouped():
+    """Rows of the weight matrices must be a multiple of 16 bytes long."""
     for function in KINDS:
         for width, dtype, is_aligned in (
             (4, torch.float32, True),

@@ -1,6 +1,6 @@
 """Tests of the installed megablocks against `reference`: its kernels are interpreted on a CPU, and compiled on CUDA.
 
-On a CPU, `tests/kernels/megablocks_ops.py` replaces its compiled extension; a test here compares it with definitions.
+On a CPU, `tests/kernels/megablocks_ops.py` replaces its compiled extension; a test here checks this substitute.
 """
 
 import sys
@@ -27,6 +27,7 @@ needs_megablocks = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def interpreted():
+    """Let megablocks run on a CPU with the substitute of its extension; skip the test if there is a GPU."""
     if torch.cuda.is_available():
         pytest.skip("Triton compiles here; the tests marked gpu run instead")
     with pytest.MonkeyPatch.context() as patch:
@@ -35,12 +36,14 @@ def interpreted():
         from megablocks.backend import kernels
 
         for kernel in (kernels._padded_copy, kernels._padded_copy_wgrad):
-            # With several configurations, Triton would time them on a GPU.
+            # Triton chooses between several configurations by timing them on a GPU.
             patch.setattr(kernel, "configs", kernel.configs[:1])
         yield
 
 
 def assert_agree(inputs, reference_inputs, tolerance):
+    """Assert that the outputs and gradients of megablocks differ from those of `reference` by at most `tolerance`,
+    relative to their norm."""
     for a, b in zip(
         outputs_and_gradients("megablocks", *inputs), outputs_and_gradients("reference", *reference_inputs), strict=True
     ):

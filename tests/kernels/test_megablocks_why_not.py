@@ -1,4 +1,4 @@
-"""Tests of the reasons why megablocks cannot run, which users read."""
+"""Tests of the messages that tell users why megablocks cannot run."""
 
 import os
 import re
@@ -18,7 +18,10 @@ needs_megablocks = pytest.mark.skipif(
 
 
 def missing_dependency_in_process(**env):
-    """Return the reason in a new process, which uses the machine's own megablocks without the substitute."""
+    """Return what `_missing_dependency` returns in a new process with the variables `env`, followed by a line break.
+
+    That process uses the installed megablocks without the substitute of its extension.
+    """
     code = "from mhmoe_kernels.megablocks import _missing_dependency; print(_missing_dependency())"
     return subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, env={**os.environ, **env}
@@ -30,7 +33,7 @@ def test_importing_kernels_imports_no_optional_package():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_cpu_is_a_reason():
+def test_megablocks_is_unavailable_on_cpu():
     assert unavailable_reason(torch.device("cpu")) == "megablocks needs CUDA; the device is cpu"
 
 
@@ -45,14 +48,14 @@ def test_reason_names_missing_package(monkeypatch, module, package):
 
 @needs_megablocks
 @pytest.mark.skipif(find_spec("megablocks_ops") is not None, reason="its extension is compiled here")
-def test_missing_extension_is_a_reason():
+def test_missing_extension_makes_megablocks_unavailable():
     assert re.match(
         r"megablocks was built without its CUDA extension megablocks_ops: .+\n$", missing_dependency_in_process()
     )
 
 
 @needs_megablocks
-def test_extension_for_other_torch_is_a_reason(tmp_path):
+def test_extension_for_other_torch_makes_megablocks_unavailable(tmp_path):
     # A dynamic library that lacks a symbol fails with an ImportError like this one.
     (tmp_path / "megablocks_ops.py").write_text("raise ImportError('undefined symbol: _ZN3c10\\nmore')")
     path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])

@@ -20,6 +20,7 @@ pytestmark = [pytest.mark.cpu, pytest.mark.skipif(not DTYPES, reason="oneDNN pac
 
 
 def packed_experts(weights):
+    """Return the packed matrices of each expert."""
     return [
         packed.pack_layer(weights.function, expert_weights)
         for expert_weights in zip(*(w.unbind() for w in weights.stacked), strict=True)

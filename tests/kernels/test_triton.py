@@ -31,9 +31,9 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 @pytest.fixture(scope="module", autouse=True)
 def _interpreted():
-    """Choose Triton's interpreter on a CPU.
+    """Let Triton interpret kernels if there is no GPU.
 
-    Triton reads the choice when a kernel is defined, so this module may not import a kernel at its top.
+    Triton reads the variable when a kernel is defined, so tests import kernels in their functions.
     """
     with pytest.MonkeyPatch.context() as patch:
         if DEVICE.type == "cpu":
@@ -42,7 +42,8 @@ def _interpreted():
 
 
 def make_problem(kind, seed, n, d, f, e, k, dtype=torch.float32, n_used=None):
-    """Return rows, routes, gates (some 0, as for dropped routes), and weights of the size of a layer's initial ones."""
+    """Return random rows, expert ids and gates of each row, and the weights of `e` experts, as `problems.make_problem`
+    does, but with some gates of 0, as dropped routes have, and with weights as small as initial ones."""
     generator = torch.Generator().manual_seed(seed)
     make_tensor = partial(torch.randn, generator=generator)
     if kind == "swiglu":
@@ -63,6 +64,7 @@ def make_problem(kind, seed, n, d, f, e, k, dtype=torch.float32, n_used=None):
 
 
 def outputs_and_gradients(function, x, expert, gate, weights):
+    """Return the outputs of `function`, and the gradients of rows, gates and each weight for a weighted sum of them."""
     x, gate, *stacked = (t.detach().clone().requires_grad_() for t in (x, gate, *weights.stacked))
     y = function(x, expert, gate, ExpertWeights(weights.function, tuple(stacked)))
     direction = torch.arange(y.numel(), device=y.device, dtype=torch.float64).sin().view_as(y).to(y.dtype)
@@ -70,6 +72,7 @@ def outputs_and_gradients(function, x, expert, gate, weights):
 
 
 def relative_errors(x, expert, gate, weights):
+    """Return the relative errors of Triton's outputs and of each gradient, compared with `reference` in float64."""
     results = outputs_and_gradients(run, x, expert, gate, weights)
     wide_weights = ExpertWeights(weights.function, tuple(w.double() for w in weights.stacked))
     expected = outputs_and_gradients(partial(run_experts, "reference"), x.double(), expert, gate.double(), wide_weights)
@@ -99,7 +102,8 @@ def test_bfloat16_is_near_float64_reference(kind, d, f):
 
 
 def test_norm_of_shifted_hidden_units_is_precise():
-    """The mean is 200 deviations, so that E[g^2] - E[g]^2 would lose 4 digits of 7, an error of 5e-3.
+    """The hidden units have a mean of about 200 standard deviations, where a variance computed as E[g^2] - E[g]^2 would
+    lose 4 of 7 digits and cause an error of 5e-3.
 
     The remaining error comes from sums of products.
     """
@@ -187,7 +191,7 @@ def test_import_works_without_triton():
 
 
 def test_kernels_compile_for_h100(tmp_path):
-    """All kernels use matrix units at width 128, and their tiles fit into registers and shared memory."""
+    """All kernels compiled for width 128 use the matrix units, spill no registers, and fit into shared memory."""
     code = (
         "import torch\n"
         "from mhmoe_kernels.triton.resources import KERNELS, SHARED_LIMIT, resources\n"
@@ -199,8 +203,9 @@ def test_kernels_compile_for_h100(tmp_path):
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, env=environment)
 
 
-def test_blocks_fit_in_shared_memory():
-    """The formula of blocks.py gives the memory of each block, for the widest rows of its entry."""
+def test_block_sizes_fit_in_shared_memory():
+    """The memory of each entry in blocks.py for bfloat16 is computed by the formula there, for the widest rows of the
+    entry."""
     for (kind, kernel), table in blocks._BFLOAT16.items():
         matrices = {"swiglu": 3, "gelu": 2}[kind]
         for width, (rows, hidden, _, stages) in table.items():

@@ -16,6 +16,8 @@ WIDTH = 24
 
 
 class LayerCase(NamedTuple):
+    """A mixture-of-experts layer, the options that it was built with, and an input for it."""
+
     layer: MultiHeadMoE
     moe: MoESpec
     x_BTM: torch.Tensor
@@ -23,7 +25,8 @@ class LayerCase(NamedTuple):
 
 @st.composite
 def specs(draw: st.DrawFn, **fixed: Any) -> ModelSpec:
-    """Draw the spec of a model of one layer; `fixed` fields of MoESpec, and a fixed backbone, are not drawn."""
+    """Draw the spec of a model with one layer. The fields of MoESpec that are in `fixed`, and a `backbone` in it, have
+    those values instead of drawn ones."""
     experts = fixed.get("experts", draw(st.integers(1, 7), label="E"))
     top_k = fixed.get("top_k", draw(st.integers(1, experts), label="k"))
     fields = {
@@ -52,7 +55,10 @@ def specs(draw: st.DrawFn, **fixed: Any) -> ModelSpec:
 def layers(
     draw: st.DrawFn, batch: tuple[int, int] = (1, 4), dtype: torch.dtype = torch.float64, **fixed: Any
 ) -> LayerCase:
-    """Draw a layer of random weights, and tokens for it; `batch` bounds the number of sequences."""
+    """Draw a layer with random weights, and an input of 1 to 5 tokens per sequence.
+
+    `batch` has the least and the largest number of sequences. `fixed` has options that are not drawn, as in `specs`.
+    """
     spec = draw(specs(**fixed))
     model = Decoder(spec)
     seed = draw(st.integers(0, 1000), label="seed")

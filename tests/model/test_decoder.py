@@ -6,12 +6,13 @@ from mhmoe_ray.model.decoder import Decoder
 from mhmoe_ray.model.init import init_weights
 from mhmoe_ray.spec import ModelSpec, MoESpec
 from mhmoe_ray.spec.model import ROUTERS
-from tests.paged import in_parts
+from tests.paged import logits_in_parts
 
 KINDS = [{}, {"backbone": "subln"}, {"kv_heads": 2, "tied_embeddings": False}]
 
 
-def build(heads=2, seed=0, moe=None, **model):
+def build_decoder(heads=2, seed=0, moe=None, **model):
+    """Return a float64 decoder with four layers and random weights; `moe` has keys of MoESpec, `model` of ModelSpec."""
     moe = MoESpec(**{"heads": heads, "experts": 6, "top_k": 2, "d_expert": 12, **(moe or {})})
     spec = ModelSpec(vocab_size=50, d_model=32, layers=4, attention_heads=4, d_ff=40, moe=moe, **model)
     decoder = Decoder(spec)
@@ -19,7 +20,7 @@ def build(heads=2, seed=0, moe=None, **model):
     return decoder.double()
 
 
-def tokens(batch, length, seed=0):
+def random_tokens(batch, length, seed=0):
     return torch.randint(50, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
@@ -28,7 +29,7 @@ def tokens(batch, length, seed=0):
 @torch.no_grad()
 def test_changing_a_token_changes_no_logits_before_it(heads, kind):
     moe_fields = {"sub_token_residual": True, "d_shared": 8, "router": "xmoe"} if kind else {}
-    model, x = build(heads, moe=moe_fields, **kind), tokens(3, 20)
+    model, x = build_decoder(heads, moe=moe_fields, **kind), random_tokens(3, 20)
     expected = model(x).logits_BTV
     for t in (0, 7, 19):
         changed = x.clone()
@@ -46,18 +47,20 @@ def test_changing_a_token_changes_no_logits_before_it(heads, kind):
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
 def test_cached_generation_gives_the_same_logits(heads, kind):
-    model, x = build(heads, **kind), tokens(2, 17)
+    model, x = build_decoder(heads, **kind), random_tokens(2, 17)
     expected = model(x).logits_BTV
-    torch.testing.assert_close(in_parts(model, x, [5, 1, 1, 7, 3]), expected, atol=1e-6 if kind else 1e-12, rtol=1e-6)
+    torch.testing.assert_close(
+        logits_in_parts(model, x, [5, 1, 1, 7, 3]), expected, atol=1e-6 if kind else 1e-12, rtol=1e-6
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
-def test_only_distance_between_tokens_counts_for_attention(kind):
-    """Positions are rotary, also with xPos, so attention stays the same if keys and queries are shifted equally."""
+def test_attention_depends_only_on_distance_between_tokens(kind):
+    """The output of attention is the same if all positions are shifted by 1000."""
     from mhmoe_ray.model.attention import Attention, rotary_tables
 
-    spec = build(**kind).spec
+    spec = build_decoder(**kind).spec
     attention = Attention(spec).double()
     x = torch.randn(1, 9, 32, dtype=torch.float64)
     early_output, late_output = (
@@ -69,16 +72,17 @@ def test_only_distance_between_tokens_counts_for_attention(kind):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("router", list(ROUTERS))
 def test_every_parameter_gets_a_gradient(kind, router):
-    model, x = build(moe={"router": router, "projection_layers": 2}, **kind), tokens(4, 30)
+    model, x = build_decoder(moe={"router": router, "projection_layers": 2}, **kind), random_tokens(4, 30)
     model(x).logits_BTV.square().mean().backward()
     assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
 
 
 @torch.no_grad()
-def test_xpos_fades_with_distance():
+def test_xpos_scale_decays_with_distance():
+    """The product of a query and keys without rotation falls with the distance, to the published value at 1,024."""
     from mhmoe_ray.model.attention import rotary_tables
 
-    spec = build(backbone="subln").spec
+    spec = build_decoder(backbone="subln").spec
     tables = rotary_tables(spec, torch.arange(1025))
     # Without rotation, the product of a query of ones at the end with keys of ones.
     scale_q = (tables.q_cos_TC.square() + tables.q_sin_TC.square()).sqrt()
@@ -94,6 +98,8 @@ def test_xpos_stays_within_float32_up_to_the_longest_sequence():
     from mhmoe_ray.model.attention import rotary_tables
 
     longest_sequence = ARCHITECTURES["subln"].longest_sequence
-    tables = rotary_tables(build(backbone="subln").spec, torch.tensor([longest_sequence - 1, longest_sequence + 4000]))
+    tables = rotary_tables(
+        build_decoder(backbone="subln").spec, torch.tensor([longest_sequence - 1, longest_sequence + 4000])
+    )
     assert all(part[0].abs().max() < torch.finfo(torch.float32).max / 1000 for part in tables)
     assert tables.k_cos_TC[1].isinf().any()

@@ -1,4 +1,4 @@
-"""Documents that are packed into one sample, each of which must have the results that it has alone."""
+"""Tests of document masks, with which a document in a packed sample has the same results as alone."""
 
 import pytest
 import torch
@@ -7,14 +7,15 @@ from hypothesis import strategies as st
 
 from mhmoe_ray.model.attention import document_mask
 from mhmoe_ray.serve.engine.paged_cache import PagedCache, PagedStep
-from tests.model.test_decoder import KINDS, build, tokens
-from tests.paged import in_parts
+from tests.model.test_decoder import KINDS, build_decoder, random_tokens
+from tests.paged import logits_in_parts
 
 LENGTHS = [[7, 1, 12], [13, 7], [20]]
 """Lengths of the documents in each sample of a batch."""
 
 
 def documents() -> torch.Tensor:
+    """Return the document id of each token of the batch that `LENGTHS` describes."""
     return torch.stack([torch.arange(len(row)).repeat_interleave(torch.tensor(row)) for row in LENGTHS])
 
 
@@ -22,15 +23,15 @@ def documents() -> torch.Tensor:
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
 def test_a_packed_document_has_the_same_logits_as_alone(heads, kind):
-    model, x = build(heads, document_masks=True, **kind), tokens(3, 20)
-    plain = build(heads, **kind)
+    model, x = build_decoder(heads, document_masks=True, **kind), random_tokens(3, 20)
+    plain = build_decoder(heads, **kind)
     packed, unmasked = model(x, document_BT=documents()).logits_BTV, plain(x).logits_BTV
     for row, lengths in enumerate(LENGTHS):
         start = 0
         for length in lengths:
             part = slice(start, start + length)
             expected = plain(x[row : row + 1, part]).logits_BTV[0]
-            # Positions in a packed sample differ, and their cosines and sines are float32.
+            # A document in a packed sample has other positions than alone, and their cosines and sines are float32.
             torch.testing.assert_close(packed[row, part], expected, atol=1e-5, rtol=1e-5)
             is_affected = (unmasked[row, part] - expected).abs().amax() > 1e-3
             assert is_affected == (start > 0), "without masks earlier documents must show, or the test could not fail"
@@ -51,17 +52,17 @@ def test_a_token_attends_to_itself_and_earlier_tokens_of_its_document(ids):
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
 def test_generation_treats_the_tokens_as_one_document(kind):
-    model, x = build(document_masks=True, **kind), tokens(2, 17)
+    model, x = build_decoder(document_masks=True, **kind), random_tokens(2, 17)
     expected = model(x, document_BT=torch.zeros_like(x)).logits_BTV
-    torch.testing.assert_close(in_parts(model, x, [5, 1, 11]), expected, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(logits_in_parts(model, x, [5, 1, 11]), expected, atol=1e-6, rtol=1e-6)
 
 
 def test_document_ids_are_required_exactly_for_masks_without_a_cache():
-    x = tokens(1, 4)
-    masked = build(document_masks=True)
+    x = random_tokens(1, 4)
+    masked = build_decoder(document_masks=True)
     with pytest.raises(AssertionError):
         masked(x)
     with pytest.raises(AssertionError):
         masked(x, PagedStep(PagedCache(masked.spec, 1, x.dtype, x.device), []), document_BT=torch.zeros_like(x))
     with pytest.raises(AssertionError):
-        build()(x, document_BT=torch.zeros_like(x))
+        build_decoder()(x, document_BT=torch.zeros_like(x))

@@ -1,4 +1,4 @@
-"""Dropout in training: its mean, the tensors that it applies to, and the generators of its draws."""
+"""Tests of dropout: its mean, the tensors that it applies to, and the generators of its random draws."""
 
 import pytest
 import torch
@@ -13,7 +13,8 @@ from mhmoe_ray.spec import ModelSpec, MoESpec
 CPU = torch.device("cpu")
 
 
-def build(moe=True, **fields):
+def build_decoder(moe=True, **fields):
+    """Return a float64 decoder with two layers, with experts or dense; `fields` are keys of ModelSpec."""
     experts = MoESpec(heads=2, experts=4, top_k=2, d_expert=6, d_shared=5) if moe else None
     spec = ModelSpec(
         **{"vocab_size": 30, "d_model": 16, "layers": 2, "attention_heads": 2, "d_ff": 12, "moe": experts, **fields}
@@ -23,7 +24,7 @@ def build(moe=True, **fields):
     return model.double()
 
 
-def tokens(batch=3, length=9):
+def random_tokens(batch=3, length=9):
     return torch.randint(30, (batch, length), generator=torch.Generator().manual_seed(0))
 
 
@@ -33,7 +34,7 @@ def generator(seed=0):
 
 @pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_entries_are_zero_or_scaled_so_that_the_mean_stays(rate, dtype):
+def test_dropout_zeroes_or_scales_entries_so_that_the_mean_stays(rate, dtype):
     x = torch.linspace(1, 2, 40_000, dtype=dtype)
     y = dropout(x, rate, generator())
     assert y.dtype == dtype
@@ -47,10 +48,10 @@ def test_entries_are_zero_or_scaled_so_that_the_mean_stays(rate, dtype):
 
 
 @torch.no_grad()
-def test_every_expert_of_a_sub_token_has_a_mask_of_its_own():
-    """Each entry of a sub-token is g1 f1 / (1 - p) or 0, plus g2 f2 / (1 - p) or 0; at p = 1/2 all four are equal in
-    number."""
-    [layer] = build(dropout=0.5).moe_layers()
+def test_each_expert_of_a_sub_token_has_its_own_dropout_mask():
+    """Each entry of a sub-token's output is g1 f1 / (1 - p) or 0, plus g2 f2 / (1 - p) or 0, where g is the gate of an
+    expert and f its output. At p = 1/2 each of the four sums has a share of 1/4."""
+    [layer] = build_decoder(dropout=0.5).moe_layers()
     x_ND = torch.randn(1, 8, dtype=torch.float64, generator=generator()).expand(4000, 8)
     routing = layer.router(x_ND)
     [first_output, second_output] = (
@@ -66,8 +67,8 @@ def test_every_expert_of_a_sub_token_has_a_mask_of_its_own():
 
 
 @torch.no_grad()
-def test_a_shared_expert_is_dropped_like_any_other():
-    [layer] = build(dropout=0.5).moe_layers()
+def test_dropout_applies_to_the_output_of_a_shared_expert():
+    [layer] = build_decoder(dropout=0.5).moe_layers()
     layer.merge.weight.zero_()  # no output of the routed experts; the bias of the merge projection is 0 initially
     x = torch.randn(1, 4000, 16, dtype=torch.float64, generator=generator())
     y, shared = layer(x, generator())[0], layer.shared(x)
@@ -78,7 +79,7 @@ def test_a_shared_expert_is_dropped_like_any_other():
 
 @torch.no_grad()
 def test_attention_weights_are_dropped_and_their_mean_stays():
-    spec = build(attention_dropout=0.3).spec
+    spec = build_decoder(attention_dropout=0.3).spec
     attention = Attention(spec).double()
     x = torch.randn(1, 5, 16, dtype=torch.float64, generator=generator())
     tables = rotary_tables(spec, torch.arange(5))
@@ -90,8 +91,8 @@ def test_attention_weights_are_dropped_and_their_mean_stays():
 
 
 @torch.no_grad()
-def test_the_default_generator_is_neither_read_nor_moved():
-    model, x = build(attention_dropout=0.3, dropout=0.2), tokens()
+def test_dropout_neither_reads_nor_advances_the_default_generator():
+    model, x = build_decoder(attention_dropout=0.3, dropout=0.2), random_tokens()
     results = []
     for seed in (1, 2):
         torch.manual_seed(seed)
@@ -103,8 +104,8 @@ def test_the_default_generator_is_neither_read_nor_moved():
 
 @torch.no_grad()
 @pytest.mark.parametrize("backbone", ["llama", "subln"])
-def test_masks_apply_to_the_embedding_and_to_the_output_of_each_layer(backbone):
-    model, x, rate = build(moe=False, dropout=0.4, backbone=backbone), tokens(), 0.4
+def test_dropout_masks_apply_to_the_embedding_and_to_attention_and_feed_forward_outputs(backbone):
+    model, x, rate = build_decoder(moe=False, dropout=0.4, backbone=backbone), random_tokens(), 0.4
     noise = Noise(5, 7)
 
     def mask(tensor, generator_):
@@ -124,8 +125,8 @@ def test_masks_apply_to_the_embedding_and_to_the_output_of_each_layer(backbone):
 @torch.no_grad()
 @pytest.mark.parametrize("rates", [{"dropout": 0.1}, {"attention_dropout": 0.1}])
 @pytest.mark.parametrize("backbone", ["llama", "subln"])
-def test_draws_belong_to_the_micro_batch_and_evaluation_has_none(rates, backbone):
-    model, x = build(**rates, backbone=backbone), tokens()
+def test_dropout_depends_on_seed_and_micro_batch_and_is_off_in_evaluation(rates, backbone):
+    model, x = build_decoder(**rates, backbone=backbone), random_tokens()
 
     def run(seed, micro_batch):
         return model(x, noise=Noise(seed, micro_batch)).logits_BTV
@@ -133,10 +134,10 @@ def test_draws_belong_to_the_micro_batch_and_evaluation_has_none(rates, backbone
     assert torch.equal(run(3, 8), run(3, 8))
     assert not torch.equal(run(3, 8), run(3, 9))
     assert not torch.equal(run(3, 8), run(4, 8))
-    assert torch.equal(model(x).logits_BTV, build(backbone=backbone)(x).logits_BTV)
+    assert torch.equal(model(x).logits_BTV, build_decoder(backbone=backbone)(x).logits_BTV)
 
 
-def test_no_two_layers_share_their_draws():
+def test_random_draws_differ_between_layers():
     noise = Noise(3, 8)
     draws = [torch.rand(4, generator=noise.generator(layer, CPU)).tolist() for layer in (EMBEDDING, 0, 1, 2)]
     assert len({tuple(d) for d in draws}) == 4
@@ -144,7 +145,7 @@ def test_no_two_layers_share_their_draws():
 
 @pytest.mark.parametrize("backbone", ["llama", "subln"])
 def test_gradients_under_fixed_masks_are_those_of_finite_differences(backbone):
-    model, x = build(dropout=0.3, attention_dropout=0.3, backbone=backbone), tokens()
+    model, x = build_decoder(dropout=0.3, attention_dropout=0.3, backbone=backbone), random_tokens()
 
     def loss():
         output = model(x[:, :-1], noise=Noise(0, 4))

@@ -10,29 +10,31 @@ from mhmoe_ray.spec.model import ROUTERS
 from tests.specs import tiny_spec
 
 
-def weights(seed=0, expert_ids=None):
+def initial_weights(seed=0, expert_ids=None):
+    """Return the initial weights of a tiny model by name, with all experts or only those of `expert_ids`."""
     model = Decoder(tiny_spec().model, expert_ids)
     init_weights(model, seed)
     return dict(model.named_parameters())
 
 
 def test_a_rank_with_some_experts_gets_the_same_weights_as_a_process_with_all():
-    all_weights, rank_weights = weights(), weights(expert_ids=range(2, 4))
+    all_weights, rank_weights = initial_weights(), initial_weights(expert_ids=range(2, 4))
     for name, tensor in rank_weights.items():
         full_tensor = all_weights[name]
         assert torch.equal(tensor, full_tensor[2:4] if ".experts." in name else full_tensor), name
 
 
 def test_another_seed_gives_other_weights_and_no_two_experts_are_equal():
-    a, b = weights(0), weights(1)
+    a, b = initial_weights(0), initial_weights(1)
     random = [name for name in a if "norm" not in name and not name.endswith("merge.bias")]
     assert not any(torch.equal(a[name], b[name]) for name in random)
     experts = a["blocks.1.moe.experts.up_EFD"]
     assert len({tuple(e.flatten().tolist()) for e in experts}) == 4
 
 
-def test_head_and_merge_projections_start_as_the_authors_do():
-    w = weights()
+def test_head_and_merge_projections_have_the_authors_initial_weights():
+    """Weights are Xavier uniform, divided by sqrt 2 for the head; the bias of the merge is 0."""
+    w = initial_weights()
     bound = math.sqrt(6 / 64)  # Xavier for 32 x 32
     assert 0.95 * bound < w["blocks.1.moe.merge.weight"].abs().max() <= bound
     assert 0.95 * bound < w["blocks.1.moe.head.weight"].abs().max() * math.sqrt(2) <= bound

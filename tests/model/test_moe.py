@@ -13,12 +13,13 @@ from tests.model.drawn import layers
 pytestmark = pytest.mark.long
 
 
-def linear(projection, x):
-    """Apply a projection of one layer or of none."""
+def project(projection, x):
+    """Apply a head or merge projection to the vector x; it is the identity if the model has none."""
     return x if isinstance(projection, torch.nn.Identity) else projection.weight @ x + projection.bias
 
 
-def expert(weights, x):
+def expert_output(weights, x):
+    """Return an expert's output for the vector x: SwiGLU if it has three weights, otherwise GELU with SubLN."""
     if len(weights) == 3:
         gate_weight, up_weight, down_weight = weights
         return down_weight @ (F.silu(gate_weight @ x) * (up_weight @ x))
@@ -28,37 +29,42 @@ def expert(weights, x):
     return fc2 @ (normed * scale + shift) + bias2
 
 
-def probabilities(scores, kind, x):
+def router_probabilities(scores, kind, x):
+    """Return the probability of each expert for the vector x.
+
+    Args:
+        scores: module with the router's weights.
+        kind: value of the key `router` in specs.
+        x: sub-token.
+    """
     if kind == "linear":
         return torch.softmax(scores.weight_ED @ x, 0)
     projected, embeddings = scores.reduce_QD @ x, scores.expert_EQ
     logits = torch.stack([projected @ e / e.norm() for e in embeddings])
+    # X-MoE's initial temperature is 0.3.
     return torch.softmax(logits / projected.norm() / 0.3 if kind == "xmoe" else logits, 0)
 
 
 def layer_output(layer, moe, x_M):
-    """Return the layer's output for one token by P1's equations 1 to 6, written with plain loops.
-
-    X-MoE's initial temperature is 0.3.
-    """
-    mixed = linear(layer.head, x_M)
+    """Return the layer's output for one token by equations 1 to 6 of the first paper, with plain loops."""
+    mixed = project(layer.head, x_M)
     pieces = []
     for j in range(moe.heads):
         sub = mixed[j * len(mixed) // moe.heads : (j + 1) * len(mixed) // moe.heads]
-        p = probabilities(layer.router.scores, moe.router, sub)
+        p = router_probabilities(layer.router.scores, moe.router, sub)
         chosen_experts = sorted(range(len(p)), key=lambda e: -p[e].item())[: moe.top_k]
         norm = sum(p[e] for e in chosen_experts) if moe.normalize_gates else 1.0
-        outputs = (expert([w[e] for w in layer.experts.parameters()], sub) for e in chosen_experts)
+        outputs = (expert_output([w[e] for w in layer.experts.parameters()], sub) for e in chosen_experts)
         total = sum(p[e] / norm * y for e, y in zip(chosen_experts, outputs, strict=True))
         pieces.append(sub + total if moe.sub_token_residual else total)
-    y = linear(layer.merge, torch.cat(pieces))
-    return y + expert(list(layer.shared.parameters()), x_M) if layer.shared else y
+    y = project(layer.merge, torch.cat(pieces))
+    return y + expert_output(list(layer.shared.parameters()), x_M) if layer.shared else y
 
 
 @settings(max_examples=150)
 @given(data=st.data())
 @torch.no_grad()
-def test_the_layer_is_the_equations(data):
+def test_layer_output_equals_the_papers_equations(data):
     layer, moe, x = data.draw(layers(capacity_factor=None))
     y, _ = layer(x)
     expected = torch.stack([layer_output(layer, moe, token) for token in x.flatten(0, 1)])
@@ -69,7 +75,7 @@ def test_the_layer_is_the_equations(data):
 @given(data=st.data())
 @torch.no_grad()
 def test_dropped_routes_contribute_nothing_and_kept_routes_stay_the_same(data):
-    """The output under static capacity is the sum of dropless weight times output over the kept routes."""
+    """The output with limited capacity is a sum over kept routes: gate without limit, times output of the expert."""
     factor = data.draw(st.sampled_from([0.2, 0.7, 1.0]))
     layer_strategy = layers(capacity_factor=factor, merge_projection=False, d_shared=0, sub_token_residual=False)
     layer, moe, x = data.draw(layer_strategy)
@@ -81,14 +87,14 @@ def test_dropped_routes_contribute_nothing_and_kept_routes_stay_the_same(data):
         for k in range(moe.top_k):
             if routing.gate_NK[n, k]:
                 e = int(free.expert_NK[n, k])
-                expected += free.gate_NK[n, k] * expert([w[e] for w in layer.experts.parameters()], row)
+                expected += free.gate_NK[n, k] * expert_output([w[e] for w in layer.experts.parameters()], row)
         torch.testing.assert_close(y.view_as(x_ND)[n], expected)
     assert int(routing.dropped_routes) >= len(x_ND) * moe.top_k - moe.experts * math.ceil(
         factor * moe.top_k * math.ceil(len(x_ND) / moe.experts)
     )
 
 
-def test_a_uniform_router_costs_exactly_one():
+def test_balance_loss_is_one_for_uniform_and_the_expert_count_for_certain_probabilities():
     uniform = torch.full((12, 4), 0.25)
     assert balance_loss(uniform, torch.arange(12)[:, None] % 4).item() == 1.0
     assert balance_loss(uniform, torch.zeros(12, 1, dtype=torch.int64)).item() == 1.0
@@ -96,7 +102,7 @@ def test_a_uniform_router_costs_exactly_one():
     assert balance_loss(certain, torch.zeros(12, 1, dtype=torch.int64)).item() == 4.0
 
 
-def test_routing_counts_all_choices_and_gates_are_the_largest_probabilities():
+def test_router_chooses_the_most_probable_experts_and_counts_all_choices():
     router = Router(8, MoESpec(experts=6, top_k=3, d_expert=4, normalize_gates=True))
     torch.nn.init.normal_(router.scores.weight_ED)
     x = torch.randn(50, 8)

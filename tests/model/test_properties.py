@@ -21,7 +21,9 @@ GATES = {torch.float64: torch.float64, torch.float32: torch.float32, torch.bfloa
 @common
 @given(data=st.data(), dtype=DTYPES)
 @torch.no_grad()
-def test_shapes_gates_and_counts(data, dtype):
+def test_shapes_gates_and_counts_are_consistent(data, dtype):
+    """Each row has k different experts, gates from 0 to a sum of 1, and routes that are kept or counted as dropped;
+    a route is dropped only where its expert's capacity is used up."""
     layer, moe, x = data.draw(layers(batch=(0, 4), dtype=dtype))
     y, routing = layer(x)
     rows = x.shape[0] * x.shape[1] * moe.heads
@@ -91,7 +93,7 @@ def test_experts_that_return_their_input_give_the_tokens_back(data, dtype, heads
 @common
 @given(data=st.data(), top_k=st.integers(2, 4))
 @torch.no_grad()
-def test_several_identical_experts_whose_weights_add_up_to_one_are_one(data, top_k):
+def test_identical_experts_with_normalized_gates_act_as_one_expert(data, top_k):
     layer_strategy = layers(
         experts=5, top_k=top_k, capacity_factor=None, normalize_gates=True, d_shared=0, sub_token_residual=False,
         merge_projection=False,
@@ -108,7 +110,8 @@ def test_several_identical_experts_whose_weights_add_up_to_one_are_one(data, top
 @common
 @given(data=st.data())
 @torch.no_grad()
-def test_renaming_experts_changes_nothing(data):
+def test_permuting_experts_changes_only_their_ids(data):
+    """Outputs and the balance loss stay the same, and ids and counts are permuted like the experts."""
     layer, moe, x = data.draw(layers(bias_rate=0.1))
     scores = layer.router.scores
     layer.router.bias_E.copy_(torch.randn(moe.experts, generator=torch.Generator().manual_seed(0)) / 10)
@@ -129,7 +132,7 @@ def test_renaming_experts_changes_nothing(data):
 def test_an_output_depends_on_its_own_token_only(data, dtype):
     """The derivative of one token's output by another token's input is exactly 0, also between sequences.
 
-    With a static capacity, only the choice of the dropped routes depends on other tokens.
+    This holds with a limited capacity too, where other tokens decide only which routes are dropped.
     """
     layer, _, x = data.draw(layers(dtype=dtype))
     x.requires_grad_()
@@ -158,7 +161,7 @@ def test_without_drops_other_tokens_change_nothing(data):
 @common
 @given(data=st.data(), used_experts=st.integers(1, 5))
 def test_experts_without_rows_are_not_touched(data, used_experts):
-    """NaN in the weights of such experts has no effect, and their gradient is zero."""
+    """NaN in the weights of experts without rows changes no output, and the gradients of these weights are 0."""
     layer, _, x = data.draw(layers(experts=6, top_k=data.draw(st.integers(1, used_experts)), bias_rate=0.1))
     layer.router.bias_E[used_experts:] = -10.0
     with torch.no_grad():
@@ -176,7 +179,8 @@ def test_experts_without_rows_are_not_touched(data, used_experts):
 
 @common
 @given(data=st.data())
-def test_no_rows_at_all_still_run_both_ways(data):
+def test_empty_batch_runs_forward_and_backward(data):
+    """The outputs are empty, and the gradients of weights are absent or 0."""
     layer, moe, x = data.draw(layers(batch=(0, 0)))
     x.requires_grad_()
     y, routing = layer(x)
@@ -190,8 +194,10 @@ def test_no_rows_at_all_still_run_both_ways(data):
 @given(data=st.data(), dtype=st.sampled_from([torch.float32, torch.bfloat16]))
 @torch.no_grad()
 def test_lower_precision_is_near_double(data, dtype):
-    """Both precisions have the same rounded weights and rows, without a head projection, so that no rounding decides a
-    route."""
+    """The outputs in both precisions are close for the same rounded weights and rows.
+
+    There is no head projection, so that both route the same rows and rounding changes no route.
+    """
     layer, _, x = data.draw(layers(dtype=dtype, head_projection=False))
     y, routing = layer(x)
     exact, oracle = layer.double()(x.double())

@@ -1,4 +1,4 @@
-"""Routers, balance, and static capacity."""
+"""Tests of routers, of the load balancing loss, and of limited expert capacity."""
 
 import math
 
@@ -17,7 +17,8 @@ from mhmoe_ray.spec import ModelSpec, MoESpec
 from mhmoe_ray.spec.model import ROUTERS
 
 
-def router(**fields):
+def build_router(**fields):
+    """Return a float64 router for rows of width 8, with random weights; `fields` are keys of MoESpec."""
     moe = MoESpec(**{"experts": 6, "top_k": 2, "d_expert": 4, **fields})
     module = Router(8, moe)
     for i, p in enumerate(module.parameters()):
@@ -27,12 +28,12 @@ def router(**fields):
     return module.double()
 
 
-def rows(n=40, seed=0):
+def random_rows(n=40, seed=0):
     return torch.randn(n, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
-def test_xmoe_is_the_published_formula():
-    r, x = router(router="xmoe", router_dim=5), rows()
+def test_xmoe_router_computes_the_published_formula():
+    r, x = build_router(router="xmoe", router_dim=5), random_rows()
     s = r.scores
     projected = x @ s.reduce_QD.T
     cosine = torch.stack([F.cosine_similarity(projected, e[None], dim=-1) for e in s.expert_EQ], dim=1)
@@ -45,8 +46,8 @@ def test_xmoe_is_the_published_formula():
     torch.testing.assert_close(routing.balance_loss, expected_loss)
 
 
-def test_a_temperature_that_wants_to_fall_stays_positive():
-    r, x = router(router="xmoe"), rows()
+def test_learned_temperature_stays_positive_when_training_lowers_it():
+    r, x = build_router(router="xmoe"), random_rows()
     order = r.scores(x).argsort(dim=-1)
     optimizer = torch.optim.Adam([r.scores.log_temperature], lr=0.05)
     for _ in range(1000):
@@ -60,10 +61,10 @@ def test_a_temperature_that_wants_to_fall_stays_positive():
 
 @pytest.mark.parametrize("name", ROUTERS)
 def test_routing_is_float32_under_autocast_and_with_bfloat16_weights(name):
-    r = router(router=name).bfloat16()
-    wide = router(router=name).float()
+    r = build_router(router=name).bfloat16()
+    wide = build_router(router=name).float()
     wide.load_state_dict({k: v.float() for k, v in r.state_dict().items()})
-    x = rows(400).bfloat16()
+    x = random_rows(400).bfloat16()
     with torch.autocast("cpu", torch.bfloat16):
         rounded, autocast = r(x), wide(x)
     for routing in (rounded, autocast):
@@ -75,14 +76,14 @@ def test_routing_is_float32_under_autocast_and_with_bfloat16_weights(name):
 
 @pytest.mark.parametrize("name", ROUTERS)
 def test_normalised_gates_are_shares_of_the_chosen_probabilities(name):
-    gates = router(router=name)(rows()).gate_NK
+    gates = build_router(router=name)(random_rows()).gate_NK
     torch.testing.assert_close(
-        router(router=name, normalize_gates=True)(rows()).gate_NK, gates / gates.sum(-1)[:, None]
+        build_router(router=name, normalize_gates=True)(random_rows()).gate_NK, gates / gates.sum(-1)[:, None]
     )
 
 
 def test_normalised_gates_are_finite_where_all_chosen_probabilities_underflow():
-    r = router(normalize_gates=True, bias_rate=0.1).float()
+    r = build_router(normalize_gates=True, bias_rate=0.1).float()
     with torch.no_grad():
         r.scores.weight_ED.copy_(torch.tensor([0.0, -300, -301, 0, 0, 0])[:, None])
         r.bias_E.copy_(torch.tensor([0.0, 2, 2, 0, 0, 0]))
@@ -96,7 +97,7 @@ def test_normalised_gates_are_finite_where_all_chosen_probabilities_underflow():
 
 
 def test_torchscales_router_normalises_the_expert_side_only():
-    r, x = router(router="xmoe_torchscale"), rows()
+    r, x = build_router(router="xmoe_torchscale"), random_rows()
     unit = r.scores.expert_EQ / r.scores.expert_EQ.norm(dim=1, keepdim=True)
     assert unit.shape == (6, 16)
     probability = ((x @ r.scores.reduce_QD.T) @ unit.T).softmax(-1)
@@ -105,7 +106,7 @@ def test_torchscales_router_normalises_the_expert_side_only():
 
 @settings(max_examples=60)
 @given(n=st.integers(0, 30), experts=st.integers(1, 6), data=st.data())
-def test_capacity_is_given_to_first_choices_first(n, experts, data):
+def test_capacity_mask_keeps_first_choices_first(n, experts, data):
     k = data.draw(st.integers(1, experts))
     g = torch.Generator().manual_seed(data.draw(st.integers(0, 1000)))
     expert_NK = torch.rand(n, experts, generator=g).topk(k, dim=-1).indices
@@ -122,7 +123,7 @@ def test_capacity_is_given_to_first_choices_first(n, experts, data):
     assert torch.equal(capacity_mask(expert_NK, candidate_NK, experts, capacity), expected)
 
 
-def test_capacity_is_that_of_both_papers_code():
+def test_expert_capacity_equals_that_of_both_papers_code():
     def capacity(rows, experts, top_k, factor):
         return MoESpec(experts=experts, top_k=top_k, capacity_factor=factor, d_expert=1).expert_capacity(rows)
 
@@ -135,30 +136,30 @@ def test_capacity_is_that_of_both_papers_code():
 
 @pytest.mark.parametrize("name", ROUTERS)
 def test_dropped_routes_have_no_weight_and_are_counted(name):
-    r = router(router=name, capacity_factor=0.5)
-    routing = r(rows(48))
+    r = build_router(router=name, capacity_factor=0.5)
+    routing = r(random_rows(48))
     capacity = r.moe.expert_capacity(48)
     assert routing.count_E.max() <= capacity
     assert int(routing.dropped_routes) == int((routing.gate_NK == 0).sum()) == 96 - int(routing.count_E.sum()) > 0
-    dropless_routing = router(router=name)(rows(48))
+    dropless_routing = build_router(router=name)(random_rows(48))
     assert int(dropless_routing.dropped_routes) == 0
     assert torch.equal(dropless_routing.gate_NK[routing.gate_NK > 0], routing.gate_NK[routing.gate_NK > 0])
 
 
 def test_serving_drops_nothing():
-    r = router(capacity_factor=0.5)
-    assert int(r(rows(48)).dropped_routes) > 0
-    dropless_routing, served_routing = router()(rows(48)), r.eval()(rows(48))
+    r = build_router(capacity_factor=0.5)
+    assert int(r(random_rows(48)).dropped_routes) > 0
+    dropless_routing, served_routing = build_router()(random_rows(48)), r.eval()(random_rows(48))
     assert served_routing.capacity is dropless_routing.capacity is None
     assert all(torch.equal(a, b) for a, b in zip(served_routing[:-1], dropless_routing[:-1], strict=True))
 
 
-def test_second_choices_that_are_left_out_are_not_dropped():
-    r, x = router(second_expert="random", normalize_gates=True), rows(400)
+def test_random_second_choices_that_are_left_out_do_not_count_as_dropped():
+    r, x = build_router(second_expert="random", normalize_gates=True), random_rows(400)
     dropless_routing = r(x, torch.Generator().manual_seed(0))
     assert int(dropless_routing.dropped_routes) == 0
     assert int(dropless_routing.count_E.sum()) < 2 * len(x)
-    limited = router(second_expert="random", normalize_gates=True, capacity_factor=0.5)
+    limited = build_router(second_expert="random", normalize_gates=True, capacity_factor=0.5)
     limited_routing = limited(x, torch.Generator().manual_seed(0))
     is_dropped = (dropless_routing.gate_NK > 0) & (limited_routing.gate_NK == 0)
     assert (
@@ -170,8 +171,8 @@ def test_second_choices_that_are_left_out_are_not_dropped():
 
 
 def test_random_second_experts_are_kept_as_often_as_their_weight_says_and_always_in_evaluation():
-    r = router(second_expert="random", normalize_gates=True)
-    x = rows(20_000)
+    r = build_router(second_expert="random", normalize_gates=True)
+    x = random_rows(20_000)
     evaluation = r(x)
     assert int(evaluation.dropped_routes) == 0
     training = r(x, torch.Generator().manual_seed(0))
@@ -181,8 +182,8 @@ def test_random_second_experts_are_kept_as_often_as_their_weight_says_and_always
     assert torch.equal(training.gate_NK[:, 0], evaluation.gate_NK[:, 0])
 
 
-def test_jitter_is_for_training_and_the_same_for_the_same_micro_batch():
-    r, x, device = router(jitter=0.3), rows(), torch.device("cpu")
+def test_jitter_is_off_without_noise_and_depends_on_micro_batch_and_layer():
+    r, x, device = build_router(jitter=0.3), random_rows(), torch.device("cpu")
     exact_gates = r(x).gate_NK
     noisy_gates = [
         r(x, Noise(1, batch).generator(layer, device)).gate_NK for batch, layer in [(5, 0), (5, 0), (6, 0), (5, 1)]
@@ -192,7 +193,7 @@ def test_jitter_is_for_training_and_the_same_for_the_same_micro_batch():
 
 
 def test_jitter_scales_inputs_of_the_scores_by_at_most_its_rate():
-    r, inputs = router(jitter=0.3), []
+    r, inputs = build_router(jitter=0.3), []
     r.scores.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
     r(torch.ones(500, 8, dtype=torch.float64), torch.Generator().manual_seed(0))
     [x_ND] = inputs
@@ -201,8 +202,8 @@ def test_jitter_scales_inputs_of_the_scores_by_at_most_its_rate():
     assert x_ND.mean().item() == pytest.approx(1, abs=0.011)  # four standard errors of 4,000 uniform draws
 
 
-def test_balance_over_all_choices_and_z_loss_against_plain_counts():
-    p = rows(30).softmax(-1)
+def test_balance_loss_over_all_choices_and_z_loss_match_plain_formulas():
+    p = random_rows(30).softmax(-1)
     chosen_experts = p.topk(3).indices
     share = [sum(int(e) == i for row in chosen_experts for e in row) / 90 for i in range(8)]
     expected = 8 * sum(float(p[:, i].mean()) * share[i] for i in range(8))
@@ -215,7 +216,7 @@ def test_balance_over_all_choices_and_z_loss_against_plain_counts():
 def test_the_routing_loss_is_the_weighted_sum_of_both_losses_over_layers():
     moe = MoESpec(d_expert=4, every=1, balance_weight=0.3, z_weight=0.1)
     spec = ModelSpec(vocab_size=7, d_model=8, layers=2, attention_heads=2, moe=moe)
-    routing = router()(rows())
+    routing = build_router()(random_rows())
     layers = [
         routing._replace(balance_loss=torch.tensor(balance), z_loss=torch.tensor(z))
         for balance, z in ((1.5, 0.25), (2.0, 4.0))
@@ -223,9 +224,9 @@ def test_the_routing_loss_is_the_weighted_sum_of_both_losses_over_layers():
     assert routing_loss(spec, layers).item() == pytest.approx(0.3 * (1.5 + 2.0) + 0.1 * (0.25 + 4.0))
 
 
-def test_a_selection_bias_moves_load_without_touching_weights():
+def test_selection_bias_balances_load_and_does_not_enter_gates():
     assert updated_bias(torch.zeros(3), torch.tensor([5, 1, 3]), 0.1).tolist() == pytest.approx([-0.1, 0.1, 0.0])
-    r, x = router(bias_rate=0.002), rows(600)
+    r, x = build_router(bias_rate=0.002), random_rows(600)
     first_routing = r(x)
     for _ in range(300):
         r.bias_E.copy_(updated_bias(r.bias_E, r(x).count_E, 0.002))
@@ -238,14 +239,14 @@ def test_a_selection_bias_moves_load_without_touching_weights():
 @pytest.mark.parametrize("name", ROUTERS)
 @pytest.mark.parametrize("experts", [2, 3])
 def test_a_router_of_few_experts_still_learns(name, experts):
-    r = router(router=name, experts=experts, top_k=1)
-    r(rows()).gate_NK.sum().backward()
+    r = build_router(router=name, experts=experts, top_k=1)
+    r(random_rows()).gate_NK.sum().backward()
     assert all(p.grad.abs().max() > 1e-6 for p in r.parameters())
 
 
 @pytest.mark.parametrize("name", ROUTERS)
 @pytest.mark.parametrize("backbone", ["llama", "subln"])
-def test_gradients_of_every_parameter_are_those_of_finite_differences(name, backbone):
+def test_gradients_of_every_parameter_match_finite_differences(name, backbone):
     moe = MoESpec(heads=2, experts=3, top_k=2, d_expert=3, every=1, router=name, d_shared=3, sub_token_residual=True)
     moe = moe.model_copy(update={"z_weight": 0.1, "balance_weight": 0.1})
     spec = ModelSpec(backbone=backbone, vocab_size=7, d_model=8, layers=1, attention_heads=2, moe=moe)
@@ -294,8 +295,10 @@ def test_an_option_that_would_be_ignored_is_an_error(fields, reason):
 
 @pytest.mark.parametrize("name", ROUTERS)
 @pytest.mark.parametrize("fields", [{}, {"capacity_factor": 1.0, "balance_choices": "all"}])
-def test_no_shape_depends_on_the_routes_so_that_the_host_need_not_wait(name, fields):
-    """The meta device has no values to wait for. It has no autocast either, so `_route` is called instead of
-    `forward`."""
-    routing = router(router=name, bias_rate=0.1, **fields).to("meta")._route(rows().to("meta"), None)
+def test_routing_has_no_shape_that_depends_on_values(name, fields):
+    """Routing runs on the meta device, which has no values, so on a GPU the host need not wait for results.
+
+    The meta device has no autocast either, so `_route` is called instead of `forward`.
+    """
+    routing = build_router(router=name, bias_rate=0.1, **fields).to("meta")._route(random_rows().to("meta"), None)
     assert (routing.count_E.shape, routing.dropped_routes.shape) == ((6,), ())

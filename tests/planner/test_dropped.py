@@ -1,4 +1,4 @@
-"""The expected share of dropped routes, compared with all possible choices and with the router's own rule."""
+"""Tests of the expected share of dropped routes, against the router's own rule for all or for random choices."""
 
 import itertools
 
@@ -15,6 +15,7 @@ def moe(experts, top_k, capacity_factor):
 
 
 def dropped_share(experts, top_k, capacity, expert_NK):
+    """Return the share of routes that the router drops for the choices `expert_NK`."""
     expert_tensor = torch.as_tensor(expert_NK)
     return (
         1

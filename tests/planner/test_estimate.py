@@ -1,4 +1,4 @@
-"""The arithmetic of a step's time, compared with small cases that are computed by hand, not with real GPUs."""
+"""Tests of the estimated time of a step, against small cases that are computed by hand; no GPU is measured."""
 
 import pytest
 
@@ -14,6 +14,7 @@ PLAIN = {"share": 1, "node": {"latency": 0}, "domain": {"latency": 0}, "between"
 
 
 def spec_of(network=None, accelerator=None, model=None, train=None, **cluster):
+    """Return a bfloat16 spec with one group of four ranks, on a network without latencies unless `network` has some."""
     network = {
         key: {**PLAIN[key], **value} if isinstance(value, dict) else value for key, value in (network or {}).items()
     }
@@ -22,6 +23,7 @@ def spec_of(network=None, accelerator=None, model=None, train=None, **cluster):
 
 
 def two_nodes(spec, nodes_per_domain=None):
+    """Return the layout of four ranks on two nodes."""
     return build_layout(pack_workers(hypothetical_nodes(2, 2, 2, nodes_per_domain), 1, 1, 4), spec.cluster.ep)
 
 
@@ -30,8 +32,8 @@ def times_by_name(spec, layout):
 
 
 def test_an_exchange_waits_for_its_slowest_link():
-    """The rows of 2 x 16 tokens, each routed twice, with 32 values of 2 bytes, have 4,096 bytes. Each of four ranks
-    gets a quarter."""
+    """The rows of 2 x 16 tokens, each routed twice, with 32 values of 2 bytes, have 4,096 bytes. Each of the four ranks
+    gets a quarter, so 2,048 bytes go to the other node and 1,024 stay within the node."""
     spec = spec_of({"node": {"bandwidth": 1000}, "domain": {"bandwidth": 100}})
     assert times_by_name(spec, two_nodes(spec))["rows to experts"] == (
         "rows to experts",
@@ -54,7 +56,7 @@ def test_ranks_of_a_node_share_a_link_of_the_node():
     assert time == ("rows to experts", 2 * 2048 / 100, "links between domains")
 
 
-def test_messages_come_one_after_another():
+def test_latencies_of_consecutive_messages_add_up():
     fast = {"bandwidth": 1e15}
     spec = spec_of({"node": {**fast, "latency": 1}, "domain": {**fast, "latency": 10}})
     times = times_by_name(spec, two_nodes(spec))
@@ -71,7 +73,7 @@ def test_a_ring_leaves_a_node_by_all_its_ranks():
     assert exchange_time(gradients, spec, layout).seconds == pytest.approx(gradients.sent_bytes / 2 / 100)
 
 
-def test_products_take_as_long_as_flops_or_bytes():
+def test_compute_time_is_the_longer_of_flops_and_bytes():
     bound_by_flops = spec_of(accelerator={"bfloat16_flops": 1e6, "flops_share": 0.5, "memory_bandwidth": 1e15})
     dense, experts, _ = estimate_step_time(bound_by_flops, two_nodes(bound_by_flops)).compute_times
     tokens = 2 * 16
@@ -109,16 +111,16 @@ def test_a_step_has_all_its_micro_batches_and_all_their_layers(tied):
         pytest.approx(forward_and_backward * micro_batches * width * weight_values / 500),
         "memory bandwidth",
     )
-    # This rank's expert has three products between 16 and 24 values, for the 2 sub-tokens of 2 x 16 tokens, twice
-    # routed.
+    # This rank's expert has three products between 16 and 24 values. It has 128 rows: 2 x 16 tokens with 2 sub-tokens
+    # each, routed twice.
     values = 3 * (128 * (16 + 24) + 16 * 24)
     assert experts == (
         "experts",
         pytest.approx(forward_and_backward * micro_batches * layers * width * values / 500),
         "memory bandwidth",
     )
-    # A rank sends half of its rows to the other node: those of 2 x 16 tokens, twice routed, with 32 values, there and
-    # back in forward and backward; and an int64 to each of the two ranks there, which is the number of rows.
+    # A rank sends half of its rows to the other node: those of 2 x 16 tokens, routed twice, with 32 values, there and
+    # back in forward and backward. It also sends the number of rows, an int64, to each of the two ranks there.
     remote_bytes = 4 * 32 * 2 * 32 * width / 2 + 2 * 8
     assert result.exchange_times[0] == (
         "rows to experts and back",
@@ -129,7 +131,8 @@ def test_a_step_has_all_its_micro_batches_and_all_their_layers(tied):
 
 @pytest.mark.parametrize(("ep", "experts_passes"), [(1, 4), (4, 3 + 2 / 3)])
 def test_recomputation_costs_another_forward_of_the_blocks_only(ep, experts_passes):
-    """Experts that are distributed over ranks recompute only their hidden rows: two of their three products."""
+    """Nothing outside the blocks is computed again. Experts that are distributed over ranks recompute only their hidden
+    rows, which are two of their three products; projections, router and shared expert of their layers are kept."""
     accelerator = {"bfloat16_flops": 1e6, "flops_share": 1, "memory_bandwidth": 1e15}
     model = {**tiny_spec().model.model_dump(), "moe": {"experts": 4, "d_expert": 24, "d_shared": 16, "every": 2}}
     cluster = {"workers": 4, "ep": ep, "accelerator": accelerator}
@@ -145,7 +148,7 @@ def test_recomputation_costs_another_forward_of_the_blocks_only(ep, experts_pass
     assert seconds["experts"] == pytest.approx(tokens * experts_passes * 2 * routed / 1e6)
 
 
-def test_the_time_of_a_step_has_bounds():
+def test_step_time_lies_between_its_longest_part_and_the_sum_of_its_parts():
     spec = spec_of()
     result = estimate_step_time(spec, two_nodes(spec))
     part_seconds = [time.seconds for time in [*result.compute_times, *result.exchange_times]]

@@ -39,7 +39,7 @@ def test_domains_are_filled_before_groups_lie_in_several(locations, ep):
     assert set(groups.cross_domain_indices) <= set(groups.straddling_indices)
 
 
-def test_leftovers_of_a_rack_stay_in_it():
+def test_groups_of_remaining_ranks_stay_in_their_rack():
     """The two racks have two nodes with 6 free GPUs each, and groups have 4 ranks."""
     nodes = [f"node{n}" for n in range(4) for _ in range(6)]
     domains = ["rack0"] * 12 + ["rack1"] * 12
@@ -50,7 +50,7 @@ def test_leftovers_of_a_rack_stay_in_it():
     assert [len(part) for part in expert_groups(shuffled[0], 4, shuffled[1])[1:]] == [2, 0]
 
 
-def test_a_thousand_nodes():
+def test_groups_on_a_thousand_nodes_stay_in_their_racks():
     """The nodes have 8 GPUs each, with 16 nodes in a rack.
 
     A group of 64 needs 8 nodes, so that each rack has two groups.

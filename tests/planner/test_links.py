@@ -1,4 +1,5 @@
-"""Bytes by link class, compared with rows that are drawn and counted one by one, and with rings walked hop by hop."""
+"""Tests of planned bytes per class of links, against random rows that are counted one by one, and against rings that
+are followed from rank to rank."""
 
 import itertools
 import math
@@ -26,12 +27,13 @@ CLASSES = ("node", "domain", "between")
 
 
 def layout_of(sizes, ep, nodes_per_domain=2):
-    """Return a layout of ranks on nodes of these sizes."""
+    """Return a layout with `sizes[i]` ranks on node i, and expert-parallel groups of `ep` ranks."""
     nodes = [Node(f"n{i}", 8, 8, f"d{i // nodes_per_domain}") for i in range(len(sizes))]
     return build_layout([node for node, size in zip(nodes, sizes, strict=True) for _ in range(size)], ep)
 
 
 def link_between(layout, a, b):
+    """Return the class of the link between ranks a and b."""
     if layout.nodes[a] == layout.nodes[b]:
         return "node"
     return "domain" if layout.domains[a] == layout.domains[b] else "between"
@@ -61,9 +63,9 @@ SIZES = [([4, 4, 4, 4], 16), ([6, 2, 4, 4], 8), ([3, 3, 3, 3], 4), ([8], 4)]
 @pytest.mark.parametrize(("sizes", "ep"), SIZES)
 @pytest.mark.parametrize("dispatch", ["flat", "hierarchical"])
 def test_rows_over_each_link_are_those_of_drawn_routing(sizes, ep, dispatch):
-    """The test follows every token's rows from rank to rank.
+    """Planned rows per link class agree with those of randomly routed tokens, which are followed from rank to rank.
 
-    Hierarchical dispatch between nodes of unequal sizes is exact on average.
+    For hierarchical dispatch between nodes of unequal sizes, the plan is exact on average.
     """
     random.seed(0)
     layout = layout_of(sizes, ep)
@@ -113,7 +115,10 @@ def test_rows_over_each_link_are_those_of_drawn_routing(sizes, ep, dispatch):
 
 @pytest.mark.parametrize(("sizes", "ep"), SIZES)
 def test_rings_cross_the_links_of_a_walk_from_rank_to_rank(sizes, ep):
-    """There is one ring for each rank of a node. Each next ring rotates the ranks of each node by one."""
+    """Planned shares per link class agree with those of rings that are followed from rank to rank.
+
+    From one ring to the next, the ranks of each node are rotated by one, so that each of them is once the node's exit.
+    """
     layout = layout_of(sizes, ep)
     all_ranks = sorted(range(len(layout.nodes)), key=lambda r: (layout.domains[r], layout.nodes[r]))
     ranks_by_node = [
@@ -131,12 +136,13 @@ def test_rings_cross_the_links_of_a_walk_from_rank_to_rank(sizes, ep):
         largest_amount = max(sent_bytes[name].values(), default=0)
         if len(set(sizes)) == 1:
             assert load.maximum == pytest.approx(largest_amount)
-        else:  # the exits of a domain are unknown, and bytes from 6 ranks may have to enter a node by 2
+        else:  # an upper bound: the plan knows neither the exit of a domain, nor how many ranks enter a smaller node
             assert load.maximum >= largest_amount - 1e-9
     assert sum(s.messages for s in links) == len(all_ranks) - 1
 
 
 def test_sent_bytes_cross_the_links_of_a_single_class():
+    """All bytes stay within nodes if there is one node, and cross domains if each rank is in a domain of its own."""
     spec = tiny_spec(cluster={"workers": 4, "ep": 2})
     for exchange in all_exchanges(spec):
         assert exchange.links.node.mean == pytest.approx(exchange.sent_bytes, abs=1)
@@ -152,32 +158,33 @@ def test_hierarchical_dispatch_sends_a_row_once_to_each_other_node():
     spec = tiny_spec(cluster=cluster)
     assert dispatch_exchanges(spec) == dispatch_exchanges(tiny_spec(cluster={**cluster, "dispatch": "flat"}))
     counts, node_counts, *row_exchanges = dispatch_exchanges(spec, layout_of([2, 2], 4))
-    assert (counts.sent_bytes, node_counts.sent_bytes) == (
-        16,
-        8,
-    )  # two numbers for the other node, one for the neighbour's expert
+    # A rank sends two int64 numbers to the other node, and one to its neighbour for the neighbour's expert.
+    assert (counts.sent_bytes, node_counts.sent_bytes) == (16, 8)
     tokens, d, h, k = 2 * 16, 32, 2, 2
     outputs = next(e for e in row_exchanges if e.name == "outputs back, by node")
-    # 2 of 4 experts, two on each node: of six choices one misses the other node.
+    # Each node has two of the four experts. Of the six choices of two experts, one has no expert of the other node.
     assert outputs.sent_bytes == round(tokens * d * 4 * 5 / 6)
     rows = next(e for e in row_exchanges if e.name == "rows to experts, by node")
     assert rows.sent_bytes == round((tokens * d * 4 + tokens * h * k * 8) * 5 / 6)
     assert [e.links.node.mean for e in row_exchanges[1::2]] == [tokens * k * d * 4 / 2] * 4
     noisy = tiny_spec(model={**spec.model.model_dump(), "dropout": 0.1}, cluster=cluster)
     routes = next(e for e in dispatch_exchanges(noisy, layout_of([2, 2], 4)) if e.name == "outputs back, by node")
-    assert routes.sent_bytes == tokens * k * d * 4 / 2  # each by itself, half of them away
+    # With dropout each route is sent back by itself, half of them to the other node.
+    assert routes.sent_bytes == tokens * k * d * 4 / 2
 
 
 def test_a_group_with_unequal_shares_of_its_nodes_stays_flat():
-    flat_spec, rail_spec = (tiny_spec(cluster={"workers": 4, "ep": 4, "dispatch": d}) for d in ("flat", "hierarchical"))
+    flat_spec, hierarchical_spec = (
+        tiny_spec(cluster={"workers": 4, "ep": 4, "dispatch": d}) for d in ("flat", "hierarchical")
+    )
     uneven = layout_of([3, 1], 4)
-    assert dispatch_exchanges(rail_spec, uneven) == dispatch_exchanges(flat_spec, uneven)
+    assert dispatch_exchanges(hierarchical_spec, uneven) == dispatch_exchanges(flat_spec, uneven)
     # One group of each kind: over nodes of 2 and 2, and of 3 and 1.
     wide = tiny_spec(cluster={"workers": 8, "ep": 4, "dispatch": "hierarchical"}, train={"micro_batches": 8})
     two_groups = layout_of([2, 2, 3, 1], 4)
     assert [len({two_groups.nodes[r] for r in ranks}) for ranks in two_groups.groups.ranks] == [2, 2]
     mixed = {e.name: e for e in dispatch_exchanges(wide, two_groups)}
-    even = {e.name: e for e in dispatch_exchanges(rail_spec, layout_of([2, 2], 4))}
+    even = {e.name: e for e in dispatch_exchanges(hierarchical_spec, layout_of([2, 2], 4))}
     flat_exchanges = {e.name: e for e in dispatch_exchanges(flat_spec, uneven)}
     for stage in ("outputs back", "gradients of outputs to experts"):
         by_node = even[f"{stage}, by node"].links.domain.mean

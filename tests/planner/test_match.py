@@ -12,6 +12,7 @@ from tests.specs import tiny_spec
 
 
 def model(moe, d=768, d_ff=2048, **trunk):
+    """Return a model with 12 layers; `moe` has keys of MoESpec, and `trunk` keys of ModelSpec."""
     moe = MoESpec(**{"d_expert": 8, "experts": 1 << 16, **moe})
     shape = {"vocab_size": 32_000, "d_model": d, "layers": 12, "attention_heads": 12, "d_ff": d_ff}
     return ModelSpec(**shape, **trunk, moe=moe)
@@ -21,11 +22,13 @@ SMOE = model({"heads": 1, "experts": 8, "top_k": 1, "d_expert": 2048})
 
 
 def solve(moe, reference=SMOE, **match):
+    """Return the expert width and the number of experts with which a model with `moe` matches the reference."""
     return solve_match(model(moe), reference, MatchSpec(to="reference", **match))
 
 
-def test_the_follow_up_papers_rows_are_found():
-    """P2 compares SMoE 8 x 2048 top-1 with h 2, 40 x 768 top-2, and with h 3, 96 x 512 top-3."""
+def test_solve_match_finds_the_follow_up_papers_rows():
+    """The follow-up paper (P2) compares SMoE, 8 experts of width 2048 at top 1, with models of 2 heads, 40 x 768 at top
+    2, and of 3 heads, 96 x 512 at top 3."""
     assert solve({"heads": 2, "top_k": 2}, by="both") == (768, 40)
     assert solve({"heads": 3, "top_k": 3}, by="both") == (512, 96)
     assert solve({"heads": 1, "top_k": 2}, by="both") == (1024, 16)
@@ -36,8 +39,8 @@ def test_the_follow_up_papers_rows_are_found():
 
 
 def test_the_first_papers_width_is_the_one_of_equal_parameters():
-    """P1's models have biases and SubLN. The width differs by at most three from P1's own rule, which leaves out the
-    router."""
+    """The width that matches parameters differs by at most three from the first paper's own rule, which leaves out the
+    router. That paper's models have biases and SubLN."""
     from mhmoe_ray.planner.papers import equal_parameter_width
 
     trunk = {"backbone": "subln", "d_ff": 3072}
@@ -51,8 +54,8 @@ def test_the_first_papers_width_is_the_one_of_equal_parameters():
 
 
 @pytest.mark.parametrize("heads", [-2, 0, 5])
-def test_heads_that_a_width_does_not_split_into_are_refused(heads):
-    with pytest.raises(SpecError, match=f"heads {heads}: 768 does not split into so many parts"):
+def test_heads_that_do_not_divide_the_width_are_refused(heads):
+    with pytest.raises(SpecError, match=f"heads {heads}: a width of 768 does not split into so many parts"):
         matched_heads(SMOE, heads)
 
 

@@ -1,4 +1,4 @@
-"""Planned memory compared with the bytes that autograd saves in a real step and that torch's optimizer holds."""
+"""Tests of planned memory, against the bytes that autograd saves in a real step and that torch's optimizer holds."""
 
 import pytest
 import torch
@@ -64,6 +64,7 @@ EXPERTS = {
 
 
 def spec_of(kind, experts, precision="float32") -> RunSpec:
+    """Return the spec of a model of `KINDS` with the experts of `EXPERTS`, each by its name there."""
     train = {"micro_batch_size": 2, "precision": precision}
     model = {**TRUNK, **KINDS[kind], "moe": EXPERTS[experts]}
     if experts == "plain":
@@ -73,7 +74,7 @@ def spec_of(kind, experts, precision="float32") -> RunSpec:
 
 
 class SavedTensors:
-    """Hook that adds up the bytes of all storages that a graph saves, except those of the weights."""
+    """Hook for tensors that autograd saves, which adds up the bytes of their storages, except those of weights."""
 
     def __init__(self, model: torch.nn.Module) -> None:
         self._weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
@@ -91,6 +92,7 @@ class SavedTensors:
 
 
 def autograd_bytes(spec: RunSpec) -> int:
+    """Return the bytes that autograd saves, in addition to the weights, in the forward pass of a micro-batch."""
     model = Decoder(spec.model)
     init_weights(model, 0)
     saved_tensors = SavedTensors(model)
@@ -110,14 +112,14 @@ def autograd_bytes(spec: RunSpec) -> int:
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("experts", EXPERTS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_activations_are_those_that_a_micro_batch_keeps(kind, experts, precision):
+def test_planned_activations_equal_the_bytes_that_autograd_saves(kind, experts, precision):
     spec = spec_of(kind, experts, precision)
     memory = compute_memory(spec)
     assert memory.activations + memory.copies == pytest.approx(autograd_bytes(spec), rel=0.01)
 
 
 @pytest.mark.skipif(not MUST_COMPILE, reason="kernel cpp cannot be compiled here")
-def test_activations_of_compiled_experts():
+def test_planned_activations_of_compiled_experts_equal_saved_bytes():
     spec = spec_of("llama", "multi-head", "bfloat16")
     assert spec.model.moe is not None
     compiled = spec.model.with_moe(spec.model.moe.model_copy(update={"kernel": "cpp"}))
@@ -128,8 +130,9 @@ def test_activations_of_compiled_experts():
 
 
 @pytest.mark.parametrize("kind", ["llama", "subln"])
-def test_activations_of_experts_that_keep_all(kind):
-    """The experts are so wide that `grouped` would save less. `reference` also saves the positions of routes."""
+def test_planned_activations_of_kernel_reference_equal_saved_bytes(kind):
+    """The experts are so wide that `grouped` would save less. The tolerance is larger because `reference` also saves
+    the positions of routes."""
     spec = spec_of(kind, "recomputed")
     plain = spec.model.with_moe(spec.model.moe.model_copy(update={"kernel": "reference"}))
     spec = spec.model_copy(update={"model": plain})
@@ -145,7 +148,7 @@ def test_activations_of_experts_that_keep_all(kind):
         (0, "bfloat16", 512, "grouped"),
     ],
 )
-def test_auto_needs_the_memory_of_the_assumed_kernel(gpus, precision, d_model, kernel):
+def test_kernel_auto_is_planned_with_the_memory_of_the_assumed_kernel(gpus, precision, d_model, kernel):
     def spec_with(kernel):
         moe = {"heads": 2, "experts": 4, "top_k": 2, "d_expert": 400, "kernel": kernel}
         model = {**TRUNK, "attention_heads": 1, "d_model": d_model, "moe": moe}
@@ -156,13 +159,14 @@ def test_auto_needs_the_memory_of_the_assumed_kernel(gpus, precision, d_model, k
     assert may_use_cpp(spec_with("auto")) == (not gpus)
 
 
-def test_auto_means_the_same_to_a_plan_and_to_a_run():
+def test_assumed_kernel_is_the_named_one_and_none_for_a_dense_model():
     assert assumed_kernel(spec_of("llama", "dense")) is None
     assert assumed_kernel(spec_of("llama", "static")) == "capacity"
-    assert not may_use_cpp(spec_of("llama", "multi-head", "bfloat16"))  # that names its kernel
+    assert not may_use_cpp(spec_of("llama", "multi-head", "bfloat16"))  # because that spec names its kernel
 
 
-def test_activations_of_experts_that_keep_nothing():
+def test_kernel_triton_is_planned_without_hidden_rows():
+    """Kernel `grouped` without recomputation keeps the input of GELU for each route, and kernel `triton` does not."""
     spec = spec_of("subln", "kept")
     moe = spec.model.moe
     fused = spec.model.with_moe(moe.model_copy(update={"kernel": "triton", "recompute": None}))
@@ -173,7 +177,7 @@ def test_activations_of_experts_that_keep_nothing():
 
 
 @pytest.mark.parametrize("experts", EXPERTS)
-def test_weights_gradients_and_moments_are_those_of_a_trainer(experts):
+def test_planned_weights_gradients_and_moments_equal_those_of_a_trainer(experts):
     spec = spec_of("llama", experts)
     trainer = Trainer(spec, build_mesh(spec.cluster, ["here"], "cpu"), torch.device("cpu"))
     sums = trainer.accumulate(micro_batches(spec, 0))
@@ -189,6 +193,7 @@ def test_weights_gradients_and_moments_are_those_of_a_trainer(experts):
 
 
 def autograd_bytes_of_rank(spec):
+    """Return the bytes that autograd saves on this rank, in addition to its weights, for a micro-batch."""
     trainer = build_trainer(spec)
     saved_tensors = SavedTensors(trainer.model)
     token_BT = torch.randint(300, (spec.train.micro_batch_size, spec.data.seq_len + 1))
@@ -230,6 +235,7 @@ def state_bytes_of_rank(spec):
 
 
 def local(tensor):
+    """Return this rank's part of a tensor that may be distributed."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
@@ -237,7 +243,7 @@ def local(tensor):
     ("workers", "ep", "strategy", "shard_experts"),
     [(2, 2, "fsdp", False), (2, 1, "fsdp", True), (2, 2, "zero2", False)],
 )
-def test_shards_are_those_of_real_ranks(workers, ep, strategy, shard_experts):
+def test_planned_shards_equal_those_of_real_ranks(workers, ep, strategy, shard_experts):
     cluster = {"workers": workers, "ep": ep, "strategy": strategy, "shard_experts": shard_experts}
     spec = tiny_spec(cluster=cluster)
     ranks = run_ranks(workers, state_bytes_of_rank, spec)
@@ -250,7 +256,7 @@ def test_shards_are_those_of_real_ranks(workers, ep, strategy, shard_experts):
 
 
 def buffer_bytes_of_saver(spec, path):
-    """Return the bytes of a saver's buffers after two checkpoints."""
+    """Train nothing, save two checkpoints below `path`, and return the bytes of the saver's buffers on this rank."""
     saver = Saver(RunDir(path), build_trainer(spec), group=1)
     for _ in range(2):
         saver.save(saver._trainer.zero_counts())
@@ -289,17 +295,18 @@ def test_each_strategy_needs_less_memory_than_the_one_before():
 
 
 def peak_bytes_of_rank(spec):
-    """Return the peak of the bytes that a forward and backward pass allocates in addition to gradients."""
+    """Return the peak bytes that forward and backward of a micro-batch allocate on this rank, in addition to weights
+    and gradients."""
     trainer = build_trainer(spec)
     batch = micro_batches(spec, 0)[trainer.mesh.rank :: trainer.mesh.world_size][:1]
-    trainer.accumulate(batch)  # so that gradients are there
+    trainer.accumulate(batch)  # so that the gradients are allocated before the measurement
     return peak_bytes(lambda: trainer.accumulate(batch), torch.device("cpu"))
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("workers", "strategy"), [(1, "ddp"), (2, "ddp"), (2, "fsdp")])
-def test_the_peak_of_a_large_vocabulary_is_at_its_loss(workers, strategy, precision):
-    """The peak has the logits and all tensors computed from them at once, each of them once."""
+def test_peak_memory_with_a_large_vocabulary_is_at_the_loss(workers, strategy, precision):
+    """The logits and all tensors that are computed from them exist at the same time at the peak, each of them once."""
     model = {**TRUNK, "vocab_size": 20_000, "d_model": 16, "d_ff": 32, "moe": None}
     train = {"micro_batch_size": 2, "micro_batches": 2, "precision": precision}
     cluster = {"workers": workers, "strategy": strategy}
@@ -314,7 +321,10 @@ def test_the_peak_of_a_large_vocabulary_is_at_its_loss(workers, strategy, precis
     ("experts", "ep", "min_ratio"), [("dense", 1, 3), ("multi-head", 1, 3), ("multi-head", 2, 1.5)]
 )
 def test_recomputation_keeps_inputs_of_blocks_and_one_block(experts, ep, min_ratio):
-    """Experts on several ranks also keep the exchanged rows, which are not sent again."""
+    """The planned difference between activations with and without recomputation is the measured one.
+
+    Experts on several ranks also keep the exchanged rows, which are not sent again.
+    """
 
     def activations_and_peak(recompute):
         model = {**spec_of("llama", experts).model.model_dump(), "layers": 8, "vocab_size": 50}
@@ -361,7 +371,10 @@ def unsharded_bytes_of_rank(spec):
 
 @pytest.mark.parametrize("shard_experts", [False, True])
 def test_gathered_bytes_of_fsdp_are_those_of_a_real_rank(shard_experts):
-    """The blocks are equally large except for their experts. A CPU gathers no block in advance."""
+    """The planned bytes of gathered weights and of unsharded gradients are those of FSDP.
+
+    The plan has one block more than the rank, because a CPU gathers no block in advance.
+    """
     model = {**tiny_spec().model.model_dump(), "moe": {**EXPERTS["multi-head"], "every": 1}, "d_ff": None}
     spec = tiny_spec(model=model, cluster={"workers": 2, "strategy": "fsdp", "shard_experts": shard_experts})
     parameters, experts = block_sizes(spec.model), compute_sizes(spec.model).expert_parameters

@@ -1,4 +1,4 @@
-"""Predicted placements on hypothetical nodes; tests/cluster/test_nodes.py compares them with Ray."""
+"""Tests of predicted placements on hypothetical nodes; tests/cluster/test_nodes.py compares predictions with Ray."""
 
 from collections import Counter
 
@@ -21,6 +21,7 @@ NODES = st.lists(st.tuples(st.integers(0, 12), st.integers(0, 8), st.sampled_fro
 
 
 def nodes_of(sizes):
+    """Return a node for each (CPUs, GPUs, domain) of `sizes`."""
     return [Node(f"node{i}", *size) for i, size in enumerate(sizes)]
 
 
@@ -31,7 +32,7 @@ def test_every_worker_that_fits_has_a_place_and_nodes_are_filled_one_by_one(size
     worker_counts = Counter(rank_nodes)
     assert all(count * cpus <= node.cpus and count * gpus <= node.gpus for node, count in worker_counts.items())
     assert len(rank_nodes) == min(workers, sum(node.worker_capacity(cpus, gpus) for node in nodes))
-    # One run of ranks a node, each full but the last.
+    # Each node has consecutive ranks, and is full except for the last one.
     runs = [node for i, node in enumerate(rank_nodes) if i == 0 or rank_nodes[i - 1] != node]
     assert len(runs) == len(worker_counts)
     assert all(worker_counts[node] == node.worker_capacity(cpus, gpus) for node in runs[:-1])
@@ -47,7 +48,7 @@ def test_groups_straddle_no_more_than_whole_groups_of_each_node_allow(sizes, ep,
     assert sorted(rank for ranks in layout.data_parallel_groups for rank in ranks) == layout.world_group[0]
 
 
-def test_six_and_two_free_gpus():
+def test_group_of_four_spans_nodes_with_six_and_two_free_gpus():
     """Ray fills the node with six GPUs first. One group of 4 then spans both nodes, which is a reason to refuse it."""
     nodes = [Node("small", 8, 2), Node("large", 8, 6)]
     layout = build_layout(pack_workers(nodes, 1, 1, 8), 4)
@@ -63,7 +64,7 @@ def test_scarcer_resources_decide_and_cpus_count_too():
     assert pack_workers([Node("a", 64, 0)], 1, 1, 1) == []
 
 
-def test_a_thousand_nodes_in_racks_with_some_gpus_taken():
+def test_few_groups_straddle_on_a_thousand_nodes_with_some_gpus_taken():
     """The nodes have 8 GPUs each, of which every fourth node has only 6 free, in racks of 12 nodes.
 
     Groups of 4 are on one node, except for the remaining ranks of nodes with 6 GPUs. Two such nodes form one group, in
@@ -81,7 +82,7 @@ def test_a_thousand_nodes_in_racks_with_some_gpus_taken():
     assert len(wide.groups.ranks) - len(wide.groups.cross_domain_indices) == in_racks
 
 
-def test_nodes_of_mixed_sizes():
+def test_groups_on_nodes_of_mixed_sizes_straddle_only_smaller_nodes():
     """The nodes have 4, 8 and 2 GPUs, 300 nodes of each size. Groups of 8 are on a node of 8 or on several others."""
     nodes = [Node(f"n{kind}-{i}", 16, size) for i in range(300) for kind, size in enumerate((4, 8, 2))]
     layout = build_layout(pack_workers(nodes, 1, 1, 300 * 14), 8)
@@ -90,7 +91,7 @@ def test_nodes_of_mixed_sizes():
     assert layout.groups == expert_groups(layout.nodes, 8)
 
 
-def test_a_cluster_on_paper_is_filled_in_order_and_its_groups_are_spread_alike():
+def test_hypothetical_cluster_is_filled_in_order_and_its_groups_are_spread_alike():
     layout = build_layout(pack_workers(hypothetical_nodes(1000, 8, 8, nodes_per_domain=50), 1, 1, 8000), 80)
     assert layout.nodes == [f"node{i // 8}" for i in range(8000)]
     assert {frozenset(layout.spread(ranks).values()) for ranks in layout.groups.ranks} == {frozenset([10])}

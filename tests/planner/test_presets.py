@@ -1,4 +1,4 @@
-"""The papers' models, which must have their published sizes, and the families."""
+"""Tests of presets: the papers' models have their published sizes, and the models of a family cost the same."""
 
 import pytest
 
@@ -12,11 +12,14 @@ NAMES = [name for name, _, _ in all_presets()]
 
 
 def parts_of(name, size=None):
+    """Return the numbers of parameters of a preset's model: all but the experts', the experts', and all."""
     sizes = compute_sizes(preset_models(find_preset(name, size))[0])
     return sizes.parameters - sizes.expert_parameters, sizes.expert_parameters, sizes.parameters
 
 
-TABLE_11 = [  # experts, X-MoE, MH-MoE: other parameters, experts' and all, in millions
+# Each row has the number of experts, and for X-MoE and MH-MoE the parameters of all but the experts, of the experts,
+# and in all, in millions.
+TABLE_11 = [
     (8, (134, 227, 361), (141, 213, 354)),
     (16, (134, 454, 588), (141, 430, 571)),
     (32, (134, 908, 1042), (141, 898, 1039)),
@@ -45,7 +48,7 @@ def test_other_heads_of_the_first_paper_have_no_more_parameters_than_xmoe(expert
     assert 0.999 < mhmoe / xmoe <= 1.0
 
 
-def test_the_first_paper_is_as_it_was_run():
+def test_first_papers_presets_have_the_settings_of_its_runs():
     model, reference = preset_models(find_preset("p1-mhmoe-32-h4"))
     assert (model.moe.capacity_factor, model.moe.second_expert, model.moe.normalize_gates) == (1.0, "random", True)
     assert (model.dropout, model.attention_dropout) == (0.1, 0.1)
@@ -65,9 +68,10 @@ def test_the_follow_up_papers_rows_cost_the_same_and_differ_in_parameters_as_pub
         model_layer, reference_layer = (
             compute_sizes(m).parameters - compute_sizes(m.with_moe(None)).parameters for m in (model, reference)
         )
-        dense = 6 * 3 * 768 * 2048  # what the expert layers take the place of
+        dense = 6 * 3 * 768 * 2048  # the dense layers that the expert layers replace
         routers = [6 * m.moe.experts * 768 // m.moe.heads for m in (model, reference)]
-        biases = 6 * 2 * 768 if model.moe.heads > 1 else 0  # and these the paper does not count
+        # The paper does not count the biases of the head and merge projections.
+        biases = 6 * 2 * 768 if model.moe.heads > 1 else 0
         shared_width = 6 * 3 * 768 * model.moe.d_shared
         model_parameters = model_layer + dense - routers[0] - biases - shared_width
         assert model_parameters / (reference_layer + dense - routers[1] - shared_width) == pytest.approx(
@@ -84,7 +88,7 @@ def test_mixtral_has_its_published_size():
     assert round(sizes.active_parameters / 1e9, 1) == 12.9
 
 
-def test_the_reviews_models_are_presets():
+def test_models_of_the_first_papers_review_are_presets():
     assert {f"rebuttal-{kind}-k{k}" for kind in ("xmoe", "mhmoe") for k in (3, 4)} <= set(NAMES)
     small_model, large_model = (preset_models(find_preset(f"rebuttal-smoe-{e}"))[0] for e in ("128-k1", "256-k2"))
     assert (small_model.layers, small_model.moe.experts, small_model.moe.top_k) == (3, 128, 1)
@@ -110,7 +114,7 @@ def test_the_base_families_are_the_follow_up_papers_models():
         assert find_preset(family, "base").train.items() <= find_preset(name).train.items()
 
 
-def test_a_wrong_name_gets_the_nearest_right_one():
+def test_error_of_an_unknown_preset_suggests_the_nearest_name():
     with pytest.raises(SpecError, match="did you mean 'p1-mhmoe-8-h"):
         find_preset("p1-mhmoe-8-h5")
     with pytest.raises(SpecError, match="`size` would be ignored"):

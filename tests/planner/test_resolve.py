@@ -17,6 +17,8 @@ MIXTRALS_TRAINING = ["train.steps=1", "train.micro_batches=1", "train.micro_batc
 
 @pytest.fixture
 def write_spec(tmp_path):
+    """Return a function that writes a spec file with the keys of `tree` and `keys`, and returns the resolved spec."""
+
     def write(tree=BASE, overrides=(), **keys):
         path = tmp_path / "spec.yaml"
         path.write_text(yaml.safe_dump({**tree, **keys}))
@@ -46,7 +48,7 @@ def test_keys_of_the_sections_override_a_preset(write_spec):
     assert write_spec(overrides=["model.moe=null"]).model.moe is None
 
 
-def test_the_size_sets_width_depth_heads_and_learning_rate(write_spec):
+def test_size_sets_width_depth_heads_and_learning_rate(write_spec):
     tiny, small, base = (write_spec(size=size) for size in ("tiny", "small", "base"))
     for key in ("d_model", "layers", "d_ff", "vocab_size"):
         assert getattr(tiny.model, key) < getattr(small.model, key) < getattr(base.model, key)
@@ -66,7 +68,8 @@ def test_a_matched_family_stays_matched_when_heads_or_choices_change(write_spec)
     spread = ["model.moe.d_expert=1536", "cluster.workers=2", "cluster.ep=2", "train.micro_batches=2"]
     assert write_spec(size="base", overrides=spread).model.moe.experts == 20
     odd = ["cluster.workers=3", "cluster.ep=3", "train.micro_batches=3"]
-    assert write_spec(size="base", overrides=odd).model.moe.experts == 42  # of 6: of 24 it would miss by far
+    # A multiple of 6, because all multiples of 24 are far away from the exact number.
+    assert write_spec(size="base", overrides=odd).model.moe.experts == 42
     fixed_keys = write_spec(size="base", overrides=["model.moe.d_expert=64", "model.moe.experts=4"])
     assert (fixed_keys.model.moe.d_expert, fixed_keys.model.moe.experts) == (64, 4)
 

@@ -1,4 +1,4 @@
-"""The schemas accept every file of jobs/ and refuse files that the loader refuses."""
+"""Tests of the JSON schemas: they accept every file of jobs/ and refuse files that the loader refuses."""
 
 import json
 from pathlib import Path
@@ -14,6 +14,7 @@ SCHEMAS = {"spec": spec_schema(), "sweep": sweep_schema()}
 
 
 def kind_of(tree) -> str:
+    """Return the key of `SCHEMAS` for a file's content."""
     return "sweep" if "sizes" in tree else "spec"
 
 

@@ -1,4 +1,4 @@
-"""Planned FLOPs and bytes of the expert step, compared with counts of the operations that really run."""
+"""Tests of planned FLOPs and bytes of the expert step, against counts of the operations that run."""
 
 import math
 
@@ -25,11 +25,12 @@ MODELS = [
 
 @pytest.fixture(autouse=True)
 def exact_row_counts(monkeypatch):
-    """Keep the kernel from rounding up the numbers of rows on a CPU, which the plan does not count."""
+    """Let kernel `grouped` compute exact numbers of rows; on a CPU it rounds them up, which the plan does not count."""
     monkeypatch.setattr(grouped, "WINDOW_STEPS", 1 << 20)
 
 
 def spec_of(model):
+    """Return the tiny spec with the keys of `model`; d_ff is left out if all layers have experts."""
     model = {**model}
     if (model.get("moe") or {}).get("every") == 1:
         model["d_ff"] = None
@@ -43,7 +44,7 @@ def decoder(spec):
 
 
 class MatrixProducts(TorchDispatchMode):
-    """Mode that adds up the bytes of operands and results of all matrix products."""
+    """Mode that adds up the bytes of operands and results of all matrix products while it is active."""
 
     def __init__(self):
         super().__init__()
@@ -78,7 +79,7 @@ def test_bytes_of_the_expert_step_are_those_of_its_matrix_products(model):
     layer = decoder(spec).moe_layers()[0]
     step = expert_step(spec)
     rows = step.rows // spec.model.moe.top_k
-    # Every expert gets rows: routes go round.
+    # Routes go through the experts in turn, so that every expert gets rows.
     expert_NK = (torch.arange(rows)[:, None] + torch.arange(spec.model.moe.top_k)) % spec.model.moe.experts
     x_ND = torch.randn(rows, spec.model.d_model // spec.model.moe.heads)
     with MatrixProducts() as products:
@@ -102,6 +103,6 @@ def test_training_costs_three_forward_passes_and_attention_grows_with_length():
     short, long = flops_per_token(spec, 16), flops_per_token(spec, 1016)
     assert short.training == 3 * short.forward
     assert long.forward - short.forward == 2 * spec.layers * spec.d_model * 1000
-    # By the definition: token t looks at t + 1 keys, twice (scores, values), over all heads.
+    # Token t attends to t + 1 keys, with one product for scores and one for values, over all heads.
     by_hand = sum(2 * 2 * spec.d_model * (t + 1) for t in range(16)) / 16 * spec.layers
     assert short.forward == 2 * compute_sizes(spec).macs_per_token + by_hand

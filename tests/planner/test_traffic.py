@@ -1,4 +1,4 @@
-"""Planned traffic, compared with the collectives of a real step of several processes."""
+"""Tests of planned traffic, against the collectives of a real step of several processes."""
 
 from collections import Counter
 
@@ -24,7 +24,8 @@ class Collectives(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = function._schema.name
         if "c10d" in name:
-            tensors = args[1] if "_base" in name else args[0]  # the former have their output first
+            # The first argument of an operator with _base in its name is the output.
+            tensors = args[1] if "_base" in name else args[0]
             brought = [tensors] if isinstance(tensors, torch.Tensor) else list(tensors)
             kind = "alltoall" if "alltoall" in name or "all_to_all" in name else name.split("::")[1].strip("_")
             self.calls[kind] += 1
@@ -33,6 +34,8 @@ class Collectives(TorchDispatchMode):
 
 
 def collectives_of_step(spec, nodes=None):
+    """Return the calls and bytes of this rank's collectives in a step without its update, by kind, and the trainer's
+    counts of bytes sent and of the least bytes to send."""
     trainer = build_trainer(spec, nodes)
     with Collectives() as collectives:
         sums = trainer.accumulate(rank_batches(spec, 0, trainer))
@@ -88,9 +91,9 @@ def test_exchanges_of_hierarchical_dispatch_are_those_of_a_real_step(top_k):
     def mean(amount_of):
         return 4 * sum(e.times * amount_of(e) for e in expected)
 
-    assert sum(sent_bytes.counts for sent_bytes in ranks) == mean(lambda e: e.sent if "counts" in e.name else 0)
+    assert sum(sent_bytes.counts for sent_bytes in ranks) == mean(lambda e: e.sent_bytes if "counts" in e.name else 0)
     # Routing is near uniform at the start.
-    rows = mean(lambda e: 0 if "counts" in e.name else e.sent)
+    rows = mean(lambda e: 0 if "counts" in e.name else e.sent_bytes)
     remote_rows = mean(lambda e: 0 if "counts" in e.name else e.links.domain.mean)
     assert sum(sent_bytes.rows for sent_bytes in ranks) == pytest.approx(rows, rel=0.1)
     assert sum(sent_bytes.between_nodes for sent_bytes in ranks) == pytest.approx(remote_rows, rel=0.1)
@@ -133,8 +136,8 @@ def test_shards_are_gathered_and_reduced_as_in_a_real_step(shard_experts):
 
 
 def collectives_of_zero(spec):
-    """Return the bytes that a second step sends while it accumulates and while it updates, and the bytes of the
-    parameters that are gathered before the last norm.
+    """Return three results of a second step: bytes of collectives by kind in its forward and backward passes, the same
+    in its update, and the bytes of the parameters that are gathered just before the last norm.
 
     It is the second step because DeepSpeed learns the order of the weights in the first one.
     """
@@ -185,8 +188,7 @@ def test_strategies_with_less_memory_send_more_bytes():
         spec = tiny_spec(cluster={"workers": 4, "strategy": strategy, **cluster}, train={"micro_batches": 8})
         return sum(e.sent_per_step for e in all_exchanges(spec))
 
-    assert sent_bytes("ddp") == sent_bytes("zero1")  # a reduction to slices and a gathering are what an all-reduce is
+    assert sent_bytes("ddp") == sent_bytes("zero1")  # an all-reduce is a reduce-scatter and an all-gather
     assert sent_bytes("zero1") < sent_bytes("zero2") < sent_bytes("zero3")
-    assert sent_bytes("fsdp", shard_experts=True) == 2.5 * sent_bytes(
-        "ddp"
-    )  # 2 micro-batches: 4 gatherings and a reduction for 2
+    # Two micro-batches gather weights four times and reduce gradients once. An all-reduce is two such exchanges.
+    assert sent_bytes("fsdp", shard_experts=True) == 2.5 * sent_bytes("ddp")

@@ -6,7 +6,7 @@ from mhmoe_ray.planner.sizes import flops_per_token, model_flops_utilisation
 from tests.specs import tiny_spec
 
 
-def test_all_of_the_peak_is_one():
+def test_utilisation_at_the_peak_rate_is_one():
     cluster = {"workers": 4, "gpus_per_worker": 1, "accelerator": {"float32_flops": 1e6, "bfloat16_flops": 4e6}}
     spec = tiny_spec(Path("/x"), cluster=cluster)
     rate = 4 * 1e6 / flops_per_token(spec.model, spec.data.seq_len).training
@@ -16,5 +16,5 @@ def test_all_of_the_peak_is_one():
     assert model_flops_utilisation(halved, rate, 4) == pytest.approx(1 / 4)
 
 
-def test_cpus_have_no_peak():
+def test_utilisation_without_gpus_is_none():
     assert model_flops_utilisation(tiny_spec(Path("/x")), 1000.0, 1) is None

@@ -1,4 +1,4 @@
-"""Tests of rendered files against the schemas of the programs that read them, and against the planner."""
+"""Tests that the files rendered for a site match the schemas of the programs that read them, and our planner."""
 
 import ast
 import json
@@ -29,11 +29,12 @@ MOUNT = Path(SITE.storage.mount)
 
 
 def run_spec(folder=MOUNT, **sections):
+    """Return a tiny spec with paths below `folder`, by default in the storage that the nodes of the site share."""
     return tiny_spec(folder, **{**sections, "cluster": {"shared_filesystem": True, **sections.get("cluster", {})}})
 
 
 def closed_schema(schema):
-    """Return the schema with unknown keys as errors; Kubernetes would drop such keys silently."""
+    """Return a copy of a JSON schema that does not allow unknown keys, which Kubernetes would drop silently."""
     if isinstance(schema, dict):
         result = {key: closed_schema(value) for key, value in schema.items()}
         if isinstance(schema.get("properties"), dict) and "additionalProperties" not in schema:
@@ -43,12 +44,14 @@ def closed_schema(schema):
 
 
 def schema_errors(manifest):
+    """Return the paths in a manifest of KubeRay that do not match the schema of its kind."""
     schema = closed_schema(SCHEMAS[manifest["kind"]]) | {"definitions": closed_schema(SCHEMAS["definitions"])}
     schema["properties"]["metadata"] = {"type": "object"}  # Kubernetes' own, which the schema leaves out
     return [e.json_path for e in jsonschema.Draft7Validator(schema).iter_errors(manifest)]
 
 
 def manifests():
+    """Return rendered manifests of all kinds of KubeRay and with optional parts, by a name for each."""
     application = application_config(
         "tiny", MOUNT / "runs/tiny-abcdef/checkpoints/step_00000020.1", ServeSpec(), "tiny"
     )
@@ -84,7 +87,7 @@ def test_pods_can_write_to_a_volume_owned_by_root():
     user = re.search(r"^RUN useradd .*--uid (\d+) ", render_files(SITE)["Containerfile"], re.M)
     spec = kuberay.ray_cluster(SITE)["spec"]
     for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
-        # Without the policy each start of a pod goes through all files of the storage.
+        # Without the policy, each start of a pod would set the group of all files in the storage.
         expected = {"fsGroup": int(user[1]), "fsGroupChangePolicy": "OnRootMismatch"}
         assert group["template"]["spec"]["securityContext"] == expected
 
@@ -112,7 +115,7 @@ def test_image_installs_the_packages_of_rays_cloud_providers():
 
 
 def test_image_has_compilers_extras_and_the_server_environment():
-    """Triton needs a C compiler when it first runs, and our own kernels need a C++ compiler."""
+    """Triton needs a C compiler when it first compiles a kernel, and our own kernels need a C++ compiler."""
     text = render_files(SITE)["Containerfile"]
     apt_packages = re.search(r"apt-get install (.*) \\\n", text)[1].split()
     assert {"gcc", "g++", "libc6-dev"} <= set(apt_packages)
@@ -150,7 +153,7 @@ def test_cluster_files_are_valid_for_ray(name, make, capfd):
     validate_config(prepare_config(config))
     capfd.readouterr()
     warn_about_bad_start_command(config["head_start_ray_commands"])
-    assert "".join(capfd.readouterr()) == "", "a head that starts workers"
+    assert "".join(capfd.readouterr()) == "", "Ray takes the head's command for one that starts a worker"
     assert "--block" not in config["worker_start_ray_commands"][-1], "Ray waits for these commands to end"
     start_commands = "\n".join(config["head_start_ray_commands"] + config["worker_start_ray_commands"])
     assert start_commands.count("RAY_AUTH_MODE=token") == 2
@@ -160,8 +163,10 @@ def test_cluster_files_are_valid_for_ray(name, make, capfd):
         "file_sd_configs"
     ]
     folder = Path(discovery["files"][0]).parent
-    assert f"--volume={folder}:{folder}" in config["docker"]["run_options"], "a Prometheus beside the container"
-    assert f"mkdir -p -m 1777 {folder}" in config["initialization_commands"], "else Docker makes it, and root owns it"
+    assert f"--volume={folder}:{folder}" in config["docker"]["run_options"], (
+        "a Prometheus outside the container cannot read it"
+    )
+    assert f"mkdir -p -m 1777 {folder}" in config["initialization_commands"], "Docker would create it, owned by root"
     installs = [command for command in config["initialization_commands"] if "apt-get" in command]
     assert all("-o DPkg::Lock::Timeout=300 " in command for command in installs)
     with pytest.raises(jsonschema.ValidationError):
@@ -170,7 +175,7 @@ def test_cluster_files_are_valid_for_ray(name, make, capfd):
 
 @pytest.mark.parametrize(("gpus", "spot"), [(8, True), (8, False), (0, True), (0, False)])
 def test_gcp_workers_with_gpus_have_a_driver_and_terminate_on_maintenance(gpus, spot):
-    """Google refuses a machine with GPUs that would move to another host during maintenance."""
+    """Google refuses machines with GPUs unless they terminate on maintenance, since they cannot migrate."""
     site = SITE.model_copy(update={"workers": SITE.workers.model_copy(update={"gpus": gpus})})
     types = ray_up.gcp_config(site, SITE.gcp.model_copy(update={"spot": spot}))["available_node_types"]
     node_configs = {name: node_type["node_config"] for name, node_type in types.items()}
@@ -264,16 +269,19 @@ FULL_SITE = {
 }
 
 
-def _with_two_line_text(tree):
-    """Yield copies of a tree, each with two lines in another text; the keys of labels are texts too."""
+def _variants_with_a_line_break(tree):
+    """Yield one copy of a tree for each of its texts, in which that text has a line break.
+
+    The keys of labels, `rack` and `release`, are texts too.
+    """
     if isinstance(tree, str):
         yield f"{tree}\nid"
     elif isinstance(tree, list):
         for i, part in enumerate(tree):
-            yield from ([*tree[:i], variant, *tree[i + 1 :]] for variant in _with_two_line_text(part))
+            yield from ([*tree[:i], variant, *tree[i + 1 :]] for variant in _variants_with_a_line_break(part))
     elif isinstance(tree, dict):
         for key, part in tree.items():
-            yield from ({**tree, key: variant} for variant in _with_two_line_text(part))
+            yield from ({**tree, key: variant} for variant in _variants_with_a_line_break(part))
             if key in ("rack", "release"):
                 yield {f"{key}\nid": part}
 
@@ -283,7 +291,7 @@ def test_text_of_two_lines_is_rejected_anywhere_in_a_site():
     unset = [name for name, value in site if value is None]
     unset += [f"{name}.{key}" for name in ("storage", "aws", "slurm") for key, v in getattr(site, name) if v is None]
     assert unset == []
-    variants = list(_with_two_line_text(FULL_SITE))
+    variants = list(_variants_with_a_line_break(FULL_SITE))
     assert len(variants) == 36
     for variant in variants:
         with pytest.raises(SpecError, match="should match pattern"):
@@ -329,7 +337,7 @@ def test_inconsistent_site_is_rejected(bad_section, reason):
 
 
 def test_cluster_folder_holds_the_rendered_files():
-    """The examples stay up to date; `make render` writes them."""
+    """The files in the repository's folder cluster/ are examples, which `make render` writes."""
     for name, text in render_files(SITE).items():
         assert (ROOT / "cluster" / name).read_text() == text, name
     paths = {str(p.relative_to(ROOT / "cluster")) for p in (ROOT / "cluster").rglob("*") if p.is_file()}

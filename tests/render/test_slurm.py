@@ -1,4 +1,4 @@
-"""Tests of the batch script with a real Ray, and with stand-ins for SLURM's commands on this machine."""
+"""Test of the rendered batch script of SLURM, with a real Ray and with stand-ins for SLURM's commands."""
 
 import os
 import signal
@@ -15,14 +15,14 @@ from mhmoe_ray.runs.directory import list_runs
 from mhmoe_ray.spec import validate_section
 from mhmoe_ray.spec.site import SiteSpec
 from tests.cli.conftest import write_spec
-from tests.conftest import OF_THE_USER
+from tests.conftest import USER_CLUSTER_VARIABLES
 from tests.data.texts import write_corpus
-from tests.watch import newest, step_of, wait_until
+from tests.watch import newest_run, step_of, wait_until
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 COMMANDS = {
-    # There is one node, whatever -w names; the process belongs to the job.
+    # It runs the command on this machine, whichever node -w names, and records the process as one of the job.
     "srun": """
 while [ "${1#-}" != "$1" ]; do [ "$1" = -w ] && shift; shift; done
 echo $$ >> "$FAKE/job"
@@ -36,7 +36,7 @@ exec "$@"
 
 @pytest.fixture
 def start_job(tmp_path):
-    """Return a function that starts the batch script as SLURM starts it."""
+    """Write the batch script of a site; return a function that starts it as SLURM does and returns the process."""
     fake = tmp_path / "bin"
     fake.mkdir()
     for name, text in COMMANDS.items():
@@ -46,7 +46,7 @@ def start_job(tmp_path):
     loaded = validate_section(SiteSpec, site, "site")
     (tmp_path / "slurm.sh").write_text(batch_script(loaded, loaded.slurm))
     path = f"{fake}:{Path(sys.executable).parent}:{os.environ['PATH']}"
-    inherited = {k: v for k, v in os.environ.items() if k not in OF_THE_USER}
+    inherited = {k: v for k, v in os.environ.items() if k not in USER_CLUSTER_VARIABLES}
     slurm = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_JOB_NODELIST": "node0", "FAKE": str(tmp_path)}
     environment = {**inherited, **slurm, "PATH": path, "HOME": str(tmp_path), "MHMOE_HOME": str(tmp_path / "home")}
 
@@ -65,7 +65,7 @@ def test_run_is_saved_before_the_time_limit_and_continued(tmp_path, start_job):
     # The storage is not the folder in which commands look for runs by default.
     spec.write_text(spec.read_text().replace(f"storage: {tmp_path}/runs\n", f"storage: {tmp_path}/elsewhere/runs\n"))
     process = start_job()
-    run = wait_until(lambda: list_runs(tmp_path / "elsewhere/runs") and newest(tmp_path / "elsewhere"), "the run")
+    run = wait_until(lambda: list_runs(tmp_path / "elsewhere/runs") and newest_run(tmp_path / "elsewhere"), "the run")
     wait_until(lambda: step_of(run) >= 20, "step 20")
     assert [p.stat().st_mode & 0o777 for p in tmp_path.glob(".mhmoe-token-*")] == [0o600]
     ray = [word for pid in _living_pids(tmp_path) for word in psutil.Process(pid).cmdline() if "--temp-dir=" in word]
@@ -91,5 +91,5 @@ def test_run_is_saved_before_the_time_limit_and_continued(tmp_path, start_job):
 
 
 def _living_pids(folder):
-    """Return the ids of the job's processes that still run."""
+    """Return the ids of the recorded processes of the job that still run."""
     return [pid for word in (folder / "job").read_text().split() if psutil.pid_exists(pid := int(word))]

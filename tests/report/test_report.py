@@ -1,4 +1,4 @@
-"""Reports on runs whose numbers are known."""
+"""Tests of reports on runs with known numbers."""
 
 import json
 import math
@@ -37,7 +37,21 @@ def make_run(
     balance=1.0,
     end_event="finished",
 ) -> RunDir:
-    """Write a run whose validation loss comes down to `final` at step 20, and return it."""
+    """Write a run directory with a history, as if the run had trained, and return it.
+
+    Args:
+        folder: The project folder.
+        name: The name of its variant.
+        seed: The seed of the run.
+        final: The validation loss at step 20; earlier ones are higher.
+        moe: The section of the mixture of experts, or None for a dense model.
+        steps: The number of steps in the history; the spec has 20.
+        validated: The number of steps from one validation to the next.
+        micro_batches: The micro-batches of a step in the spec.
+        speed: The tokens per second, to which each step adds its number.
+        balance: The balance of the router, to which each step adds 1 / step.
+        end_event: The kind of the last event, or None if the run has not ended.
+    """
     spec = tiny_spec(folder, model={"moe": moe}, train={"micro_batches": micro_batches})
     spec = spec.model_copy(update={"name": f"sweep-{name}-s{seed}", "seed": seed})
     run = create_run(spec)
@@ -60,6 +74,7 @@ def make_run(
 
 
 def six_runs(folder):
+    """Write and return the finished runs of the variants `dense` and `mhmoe-h2` with the seeds 0, 1 and 2."""
     losses = {"dense": (3.0, 3.1, 3.2), "mhmoe-h2": (2.9, 2.98, 3.11)}
     return [
         make_run(folder, name, seed, loss, moe=None if name == "dense" else MOE)
@@ -69,6 +84,7 @@ def six_runs(folder):
 
 
 def read_variants(runs):
+    """Read the figures of runs, and return their variants."""
     return group_variants([RunFigures.read(run) for run in runs])
 
 
@@ -116,7 +132,7 @@ def test_a_seed_that_ended_early_is_named(tmp_path):
 
 
 def test_started_and_failed_runs_do_not_change_the_compared_step(tmp_path):
-    """The verdict stays too; a run that still trains is compared at the steps that it has reached."""
+    """A run that still trains and has been validated changes it, to the last step at which all runs were validated."""
     top_1_moe = {**MOE, "top_k": 1}
     started_run = make_run(tmp_path, "began", 0, 3.0, moe={**MOE, "top_k": 3}, steps=3, end_event=None)
     failed_run = make_run(tmp_path, "failed", 0, 3.0, moe={**MOE, "top_k": 4}, steps=10, end_event="failed")
@@ -126,8 +142,8 @@ def test_started_and_failed_runs_do_not_change_the_compared_step(tmp_path):
     page = " ".join((tmp_path / "out" / "report.html").read_text().split())
     assert f"ended early, unlike others:</strong> {failed_run.id} (failed)." in page
     assert '<td>began</td><td data-label="loss"></td>' in page
-    goes_on = make_run(tmp_path, "on", 0, 3.0, moe={**MOE, "top_k": 4}, steps=10, end_event=None)
-    verdicts = write_report([*six_runs(tmp_path), goes_on], tmp_path / "out")
+    unfinished_run = make_run(tmp_path, "on", 0, 3.0, moe={**MOE, "top_k": 4}, steps=10, end_event=None)
+    verdicts = write_report([*six_runs(tmp_path), unfinished_run], tmp_path / "out")
     assert [(v.variant, v.step) for v in verdicts] == [("mhmoe-h2", 10), ("on", 10)]
 
 
@@ -253,8 +269,11 @@ def test_losses_are_paired_over_two_common_seeds_or_all_seeds_of_one_variant(tmp
 
 
 def test_speed_and_balance_on_the_page_are_means_over_the_runs(tmp_path):
-    of_seed = [(1000.0, 1.0), (2000.0, 1.1), (6000.0, 1.5)]
-    runs = [make_run(tmp_path, "a", seed, 3.0, speed=speed, balance=b) for seed, (speed, b) in enumerate(of_seed)]
+    speeds_and_balances = [(1000.0, 1.0), (2000.0, 1.1), (6000.0, 1.5)]
+    runs = [
+        make_run(tmp_path, "a", seed, 3.0, speed=speed, balance=b)
+        for seed, (speed, b) in enumerate(speeds_and_balances)
+    ]
     [variant] = read_variants(runs)
     assert variant.tokens_per_s == pytest.approx(3010.5)
     assert variant.recent_mean(metrics.BALANCE) == pytest.approx(1.2 + (1 / 19 + 1 / 20) / 2)
@@ -275,6 +294,15 @@ def test_unpaired_seeds_are_left_out_and_one_seed_gives_no_interval(tmp_path):
 
 
 def store_evaluation(run, tokens_of, distinct, step=20, **request_fields):
+    """Store an evaluation of a run's checkpoint, of 100 tokens with a loss of 3 nats each and 4 bytes each.
+
+    Args:
+        run: The run directory.
+        tokens_of: The number of tokens that use each expert of the only layer.
+        distinct: The number of tokens whose sub-tokens use 0, 1, 2, ... distinct experts.
+        step: The step of the checkpoint.
+        request_fields: Fields of the request, by default `prepared="/data"`.
+    """
     counts = RoutingCounts(
         tokens=100,
         counts=[[100] * 4],
@@ -324,14 +352,16 @@ def test_evaluations_of_a_step_are_sorted_by_key(tmp_path):
     assert keys == sorted(keys)
 
 
-class Links(HTMLParser):
+class LinkCollector(HTMLParser):
+    """Parser that collects the targets of all links and sources of a page in `links`."""
+
     def __init__(self):
         super().__init__()
-        self.outside = []
+        self.links = []
 
     def handle_starttag(self, tag, attrs):
         attributes = dict(attrs)
-        self.outside += [v for k, v in attributes.items() if k in ("src", "href", "xlink:href")]
+        self.links += [v for k, v in attributes.items() if k in ("src", "href", "xlink:href")]
 
 
 def test_the_page_is_self_contained_and_has_its_pictures_beside_it(tmp_path):
@@ -341,9 +371,9 @@ def test_the_page_is_self_contained_and_has_its_pictures_beside_it(tmp_path):
     verdicts = write_report(runs, tmp_path / "out", baseline="mhmoe-h2")
     assert [v.variant for v in verdicts] == ["dense", "top-1"]
     page = (tmp_path / "out" / "report.html").read_text()
-    links = Links()
+    links = LinkCollector()
     links.feed(page)
-    assert [link for link in links.outside if not link.startswith(("#", "data:"))] == []
+    assert [link for link in links.links if not link.startswith(("#", "data:"))] == []
     assert "<script" not in page
     use = "compared with mhmoe-h2, top-1 has fewer at 0.001 (75.0% to 100.0%), 0.002"
     for part in (verdicts[0].text, "h 2, E 4, k 2, f 24", "model.moe.heads", "85.0%", "10.0%", use):
@@ -362,7 +392,7 @@ def test_a_loss_with_an_overflowing_perplexity_is_reported(tmp_path):
     assert verdict.text.startswith("b to a: 797.4500 nats higher (")
 
 
-def test_use_of_experts_is_compared_threshold_by_threshold():
+def test_shares_of_experts_in_use_are_compared_by_threshold():
     from mhmoe_ray.report.figures import Routes, compare_expert_use
 
     def routes(*activated):
@@ -384,7 +414,7 @@ def test_a_folder_that_cannot_be_created_is_an_error(tmp_path):
         write_report(six_runs(tmp_path), tmp_path / "file" / "out")
 
 
-def test_mistakes(tmp_path):
+def test_imported_runs_unknown_baselines_and_runs_without_numbers_are_errors(tmp_path):
     imported = RunDir(tmp_path / "imported-000000")
     imported.path.mkdir()
     mark_imported(imported)
@@ -428,7 +458,7 @@ def test_the_page_fits_a_phone_and_a_laptop(tmp_path, browser, width):
     assert wide == []
 
 
-def test_one_validation_is_a_number_and_no_curve(tmp_path):
+def test_a_single_validation_has_no_loss_curve(tmp_path):
     write_report([make_run(tmp_path, "a", 0, 3.0, validated=20)], tmp_path / "report")
     assert not list((tmp_path / "report").glob("loss_by_*.png"))
     assert "20.09" in (tmp_path / "report" / "report.html").read_text()

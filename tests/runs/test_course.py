@@ -1,4 +1,4 @@
-"""Tests of the trend of a run, which is read from a few parts of its history, against the full history."""
+"""Tests of the trend of a run, which is computed from a few lines of its history, against the full history."""
 
 import pytest
 
@@ -14,9 +14,10 @@ def run(tmp_path):
 
 
 def write(run, groups, validate_every=10):
-    """Write the metrics lines of worker groups, each given as (first, last) step.
+    """Append the lines of metrics of worker groups to the run's history; each group is a (first step, last step).
 
-    A step takes a second, and the start of a worker group takes ten.
+    A step takes a second, and the start of a worker group takes ten. Every `validate_every` steps, the line has a
+    validation loss.
     """
     current_time = 0.0
     for group, (first_step, last_step) in enumerate(groups, start=1):
@@ -58,6 +59,7 @@ def test_trend_matches_effective_history(run, groups):
 
 
 def test_validation_that_will_be_repeated_does_not_count(run):
+    """The run continued from step 30 and has not reached step 50 again, so the validation of step 25 is the newest."""
     write(run, [(1, 50), (31, 45)], validate_every=25)
     assert read_trend(run, 25).validation_line[metrics.STEP] == 25
 

@@ -1,4 +1,4 @@
-"""Tests of reads at single offsets of long files, against all of their lines."""
+"""Tests of reading single lines of long JSONL files, against all of their lines."""
 
 import json
 
@@ -13,7 +13,7 @@ from mhmoe_ray.storage import ObjectPath
 
 @pytest.fixture(autouse=True, scope="module")
 def small_reads():
-    """Reduce the block sizes, so that lines cross the edges of blocks."""
+    """Reduce the sizes of the blocks that are read, so that lines cross the edges of blocks."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jsonl, "BLOCK_BYTES", 64)
         patch.setattr(jsonl, "PROBE_BYTES", 16)
@@ -29,6 +29,7 @@ LENGTHS = st.lists(st.integers(0, 200), max_size=40)
 
 
 def write(path, lengths, torn=""):
+    """Write a line padded by each of `lengths`, then the incomplete line `torn`; return the full lines."""
     lines = [{"i": i, "pad": "x" * length} for i, length in enumerate(lengths)]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines) + torn)
     return lines

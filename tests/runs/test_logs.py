@@ -1,4 +1,5 @@
-"""Tests of logs in the run directory: short ones are complete, long ones are bounded, and none has secrets."""
+"""Tests of the copies of job logs in the run directory: short ones are complete, long ones are limited, and none has
+secrets."""
 
 import os
 import subprocess
@@ -15,6 +16,7 @@ from tests.specs import tiny_spec
 
 @pytest.fixture(params=["here", "on S3"])
 def run(request, tmp_path):
+    """Return a run in a local folder or in a bucket."""
     spec = tiny_spec(tmp_path)
     if request.param == "on S3":
         query, _ = request.getfixturevalue("s3")

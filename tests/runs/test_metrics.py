@@ -1,4 +1,4 @@
-"""Tests of the registry of metrics: all outputs are made from its entries."""
+"""Tests of the registry of metrics, whose entries define tags, dashboards and rows of `mhmoe status`."""
 
 import json
 import math
@@ -37,8 +37,8 @@ def test_registered_metric_gets_tag_panel_and_status_row(monkeypatch):
     panel = monitoring._run_panels("routing")[-1]
     assert (panel.title, panel.unit, panel.help) == ("Toys", "bytes", "Bytes of toys.")
     assert json.dumps(monitoring.dashboard_json(monitoring.ROUTING._replace(panels=[panel])))
-    standing = {"last": {"loss": 1.0, "toy": 5000, "step": 1}, "validation": None, "baselines": None, "curve": []}
-    assert status._quality_rows(standing)["toy"] == "5,000 B"
+    run_state = {"last": {"loss": 1.0, "toy": 5000, "step": 1}, "validation": None, "baselines": None, "curve": []}
+    assert status._quality_rows(run_state)["toy"] == "5,000 B"
 
 
 def test_unregistered_name_is_rejected(tmp_path):

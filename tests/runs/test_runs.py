@@ -32,6 +32,7 @@ def run(tmp_path):
 
 
 def write_checkpoint(run, step, group=1):
+    """Write a committed checkpoint with one weights file of `step` bytes, and return its folder."""
     checkpoint = run.checkpoints / f"step_{step:08d}.{group}"
     (checkpoint / "weights").mkdir(parents=True)
     (checkpoint / "weights" / "w.safetensors").write_bytes(b"w" * step)
@@ -107,7 +108,7 @@ def test_run_removed_while_listing_is_left_out(tmp_path, capsys, monkeypatch):
 
 
 def test_unreachable_storage_is_reported(monkeypatch):
-    for name, value in CREDENTIALS.items():  # otherwise they are searched in places that take long
+    for name, value in CREDENTIALS.items():  # without them, the client searches them in places that time out slowly
         monkeypatch.setenv(name, value)
     unreachable = "s3://bucket/runs?scheme=http&region=us-east-1&endpoint_override=127.0.0.1:9"
     with pytest.raises(RunError, match=r"storage s3://.*check the address, and the credentials"):
@@ -178,7 +179,7 @@ def test_history_has_newest_lines_of_repeated_steps(run):
 
 
 def test_later_group_counts_although_its_clock_is_behind(run):
-    """The lines of the later worker group come first on an object store then."""
+    """The lines of such a group come first in the history on an object store."""
     for group, steps in [(2, [3, 4, 5]), (1, [1, 2, 3, 4])]:
         for step in steps:
             history.append(run, {metrics.STEP: step, metrics.GROUP: group})
@@ -244,7 +245,8 @@ def test_damaged_checkpoint_is_skipped(run, damage, reason):
 
 @pytest.fixture
 def delete_while_reading(monkeypatch):
-    """Return a function that makes a checkpoint be deleted when the first of its files is hashed."""
+    """Return a function that arranges that a checkpoint is deleted as soon as one of its files is about to be hashed,
+    and that `callback` is then called."""
     describe = manifests.describe_file
 
     def arrange(checkpoint, callback=lambda: None):

@@ -12,7 +12,7 @@ from mhmoe_ray.serve.engine import Engine, Request, SamplingParams, ScoredToken
 
 
 class Answer(NamedTuple):
-    """The joined updates of an answer."""
+    """An engine's complete answer to a request, joined from its updates."""
 
     tokens: list[ScoredToken]
     prompt_scores: list[ScoredToken]
@@ -20,7 +20,7 @@ class Answer(NamedTuple):
 
 
 def answer_all(engine: Engine, requests: Sequence[Request]) -> list[Answer]:
-    """Send all requests to the engine at the same time, and return their answers."""
+    """Send all requests to the engine at the same time, and return their answers in the order of the requests."""
 
     async def answer_one(request: Request) -> Answer:
         updates = [update async for update in engine.generate(request)]
@@ -45,6 +45,8 @@ def answer_tokens(engine: Engine, token_ids: Sequence[int], params: SamplingPara
 def answer_pieces(
     answerer: Answerer, token_ids: Sequence[int], params: SamplingParams, stop_strings: Sequence[str] = ()
 ) -> list[AnswerPiece]:
+    """Return the pieces of text of the answer to a single request."""
+
     async def collect_pieces() -> list[AnswerPiece]:
         return [piece async for piece in answerer.answer(Request(tuple(token_ids), params), stop_strings)]
 
@@ -52,7 +54,7 @@ def answer_pieces(
 
 
 def call(app: FastAPI, method: str, path: str, **request: Any) -> httpx.Response:
-    """Send one request to an application, without a server."""
+    """Send one request to an application without a server, and return the response; exceptions become status 500."""
 
     async def send() -> httpx.Response:
         transport = httpx.ASGITransport(app, raise_app_exceptions=False)

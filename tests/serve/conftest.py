@@ -1,4 +1,4 @@
-"""A run directory with a tiny model, written as training writes it.
+"""Fixtures: a run directory with a tiny model, written as training writes it.
 
 One checkpoint is written by one process, and one by two expert-parallel processes.
 """
@@ -39,6 +39,7 @@ TEXT = ["the quick brown fox jumps over the lazy dog", "ein älterer Jäger grö
 
 
 def build_tokenizer() -> Tokenizer:
+    """Train a byte-level BPE tokenizer with at most 300 tokens on `TEXT`."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -53,6 +54,7 @@ def build_tokenizer() -> Tokenizer:
 
 
 def build_model(spec: ModelSpec = SPEC, local_experts: range | None = None) -> Decoder:
+    """Return a model for inference with the same weights at each call; `local_experts` restricts it to some experts."""
     model = Decoder(spec, local_experts).requires_grad_(False).eval()
     init_weights(model, seed=7)
     for p in model.blocks.parameters():
@@ -63,6 +65,7 @@ def build_model(spec: ModelSpec = SPEC, local_experts: range | None = None) -> D
 
 
 def commit_checkpoint(checkpoint: Path, spec: ModelSpec, world_size: int) -> None:
+    """Complete a checkpoint by writing the manifest of the files in it."""
     files = {str(p.relative_to(checkpoint)): describe_file(p) for p in checkpoint.glob("*/*")}
     manifest = CheckpointManifest(
         step=1,
@@ -99,6 +102,7 @@ def save_expert_parallel(run: Path, step: int, spec: ModelSpec) -> Path:
 
 
 def _save_rank(rank: int, port: int, weights: Path, spec: ModelSpec) -> None:
+    """Write the weights of one of two expert-parallel ranks, which has half of the experts."""
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     mesh = init_device_mesh("cpu", (2,))
     assert spec.moe is not None
@@ -117,6 +121,7 @@ def free_port() -> int:
 
 @pytest.fixture(scope="session")
 def run_dir(tmp_path_factory) -> Path:
+    """Return a run directory that has a tokenizer, and no checkpoint yet."""
     run = tmp_path_factory.mktemp("tiny-abc123")
     build_tokenizer().save(str(run / "tokenizer.json"))
     return run
@@ -152,7 +157,7 @@ def _single_thread():
 
 @contextmanager
 def serve_app(app: FastAPI) -> Iterator[str]:
-    """Serve an application, and yield the server's address."""
+    """Serve an application in a thread during the block, and yield the server's address."""
     port = free_port()
     server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="error"))
     thread = threading.Thread(target=server.run)

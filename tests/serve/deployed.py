@@ -1,4 +1,4 @@
-"""A local Ray with Serve, and functions in place of Serve's REST API, which would need Ray's dashboard: it is slow."""
+"""A local Ray with Serve, and functions that replace Serve's REST API, which would need Ray's slow dashboard."""
 
 import secrets
 import shutil
@@ -29,7 +29,7 @@ with warnings.catch_warnings():
 
 @contextmanager
 def start_ray_serve(cpus: int = 4) -> Iterator[int]:
-    """Start Ray with a new token and Serve on it, and yield Serve's port."""
+    """Start Ray with a new token and Serve on it, yield Serve's port, and stop both at the end of the block."""
     # Names of sockets must be short, and pytest's own folders are too deep for Ray's.
     temp_folder = Path(tempfile.mkdtemp(prefix="mhmoe-"))
     (temp_folder / "token").write_text(secrets.token_hex(16))
@@ -39,7 +39,7 @@ def start_ray_serve(cpus: int = 4) -> Iterator[int]:
         # A local cluster of this project has the same variables.
         for name, value in ENVIRONMENT.items():
             patch.setenv(name, value)
-        reset_auth_token_state()  # Ray reads both once, when it is imported
+        reset_auth_token_state()  # Ray caches the mode and the token
         try:
             ray.init(
                 "local", num_cpus=cpus, include_dashboard=False, log_to_driver=False, _temp_dir=str(temp_folder / "ray")
@@ -65,7 +65,7 @@ def application_details(name: str) -> dict[str, Any]:
 
 
 def wait_for_status(name: str, *statuses: str) -> None:
-    """Wait until the application has one of these statuses."""
+    """Wait until the application has one of these statuses; fail if it gets another one than DEPLOYING."""
     while (application := application_details(name))["status"] not in statuses:
         assert application["status"] == "DEPLOYING", application
         time.sleep(0.1)

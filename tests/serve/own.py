@@ -20,7 +20,7 @@ def create_answerer(
         tokenizer: A tokenizer with tokens for the start and the end of a document.
         seq_len: The number of tokens that prompt and answer may have together.
         spec: The precision and the number of concurrent requests.
-        template: The chat template.
+        template: The chat template; None for a model without chat.
     """
     engine = own_engine(model, boundaries(tokenizer).ends, token_count(tokenizer), seq_len, spec)
     return Answerer(engine, tokenizer, template, ModelDetails.from_spec("tiny-abc123/step_00000040.1", model.spec))

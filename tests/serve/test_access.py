@@ -1,4 +1,4 @@
-"""Access to the server: API keys, and limits on the number, size and duration of requests."""
+"""Tests of access to the server: API keys, and limits on the number, size and duration of requests."""
 
 import asyncio
 import hashlib
@@ -30,6 +30,8 @@ def bearer_header(name):
 
 
 class Clock:
+    """Clock that a test sets by `current_time`, in seconds."""
+
     current_time = 0.0
 
     def __call__(self):
@@ -123,7 +125,7 @@ def test_authorization_scheme_is_case_insensitive(app, scheme):
 
 
 def test_another_key_of_a_client_shares_its_rate_limits(answerer, monkeypatch):
-    """A client can change from one key to another while both are valid."""
+    """Two keys of a client count against the same limits, so that it can change keys while both are valid."""
     monkeypatch.setenv("MHMOE_API_KEYS", "bob:another,new:one")
     spec = with_environment_keys(ServeSpec(keys=(make_key("bob", requests_per_minute=2),)))
     assert [(key_spec.name, key_spec.requests_per_minute) for key_spec in spec.keys] == [
@@ -192,12 +194,11 @@ def test_slow_answer_times_out(answerer, stream):
     assert response.json()["error"]["code"] == "timeout"
 
 
-def test_silent_rate_limiter_delays_only_clients_with_limits(
-    answerer,
-):
-    """A cluster's rate limiter is silent while its actor is restarted."""
+def test_silent_rate_limiter_delays_only_clients_with_limits(answerer):
+    """Requests of clients with limits time out if the rate limiter does not answer; other clients get their answers."""
     clients = []
 
+    # A cluster's rate limiter is silent while its actor is restarted.
     class SilentRateLimiter:
         async def begin_request(self, client):
             clients.append(client)

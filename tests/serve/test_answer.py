@@ -1,4 +1,4 @@
-"""Answers as text: stop strings, lengths, and the bytes of tokens."""
+"""Tests of answers as text: stop strings, lengths, and the bytes of tokens."""
 
 import asyncio
 

@@ -1,4 +1,4 @@
-"""The block pool against a simple model of its reference counts and block hashes."""
+"""Tests of the block pool against a simple model of its reference counts and block hashes."""
 
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -10,6 +10,8 @@ SIZE = 6
 
 
 class BlockPoolMachine(RuleBasedStateMachine):
+    """State machine that starts and ends sequences, and checks which blocks the pool matches, allocates and frees."""
+
     def __init__(self):
         super().__init__()
         self.pool = BlockPool(SIZE)

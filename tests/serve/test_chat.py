@@ -1,4 +1,4 @@
-"""Chat completions, through OpenAI's own client."""
+"""Tests of chat completions, through OpenAI's own client."""
 
 import json
 
@@ -110,7 +110,7 @@ def test_streamed_chunks_join_to_the_complete_answer(client):
 
 
 def test_content_may_be_text_parts_and_null_for_an_assistant(chat_answerer):
-    """Clients of OpenAI's API write contents in these ways."""
+    """A list of text parts counts as the joined text, and null in a message of the assistant as an empty text."""
     app = create_app(chat_answerer, "tiny", ServeSpec(max_tokens=40))
 
     def answer(messages):

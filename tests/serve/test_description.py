@@ -1,4 +1,4 @@
-"""Requests that schemathesis generates from the API's description: allowed ones and forbidden ones."""
+"""Tests with requests, allowed and forbidden, that schemathesis generates from the API's description."""
 
 import warnings
 
@@ -31,7 +31,8 @@ OPERATIONS = [
     ("GET", "/health"),
     ("GET", "/ready"),
 ]
-# Some fields of these limit each other or depend on the model: max_tokens, n and prompts, stream_options, token ids.
+# These may refuse requests that match the description, because some fields limit each other or depend on the model:
+# max_tokens, n and prompts, stream_options, token ids.
 LIMITED = ["/v1/completions", "/v1/chat/completions"]
 
 

@@ -31,6 +31,7 @@ stop_lists = st.lists(st.text(st.sampled_from("abt eo日🦊\ufffd"), min_size=1
 
 
 def push_all(ids, stop_strings, decode=DECODERS["bytes"], prompt=()):
+    """Push tokens to a text stream until a stop string ends it; return its pieces, and whether one did."""
     stream, pieces = TextStream(decode, stop_strings, prompt), []
     for token in ids:
         pieces.append(stream.push(token))
@@ -39,10 +40,10 @@ def push_all(ids, stop_strings, decode=DECODERS["bytes"], prompt=()):
     return [*pieces, stream.finish()], stream.is_stopped
 
 
-def oracle(ids, stop_strings, decode):
-    """Return the answer computed from complete texts, and whether it has a stop string.
+def expected_answer(ids, stop_strings, decode):
+    """Return the text of an answer, and whether a stop string ended it, computed from the texts of all its prefixes.
 
-    The answer is the text of the fewest tokens that certainly have a stop string, cut before that string.
+    The text is that of the fewest tokens that certainly contain a stop string, cut before that string.
     """
     for n in range(1, len(ids) + 1):
         text = decode(ids[:n])
@@ -58,7 +59,7 @@ def oracle(ids, stop_strings, decode):
 def test_pieces_join_to_the_full_text(answer, stop_strings):
     decode, ids = answer
     pieces, is_stopped = push_all(ids, stop_strings, decode)
-    assert ("".join(pieces), is_stopped) == oracle(ids, stop_strings, decode)
+    assert ("".join(pieces), is_stopped) == expected_answer(ids, stop_strings, decode)
 
 
 @settings(max_examples=300)
@@ -104,9 +105,9 @@ def test_leading_space_is_kept_after_a_prompt():
 
 @pytest.mark.parametrize("tokenizer", TOKENIZERS.values(), ids=TOKENIZERS.keys())
 def test_multi_token_character_arrives_at_once(tokenizer):
-    """A complete character is also sent at once if others follow it.
+    """A character of several tokens is sent whole with its last token, also if another such character follows.
 
-    With byte fallback the library would replace it while the next character is incomplete.
+    With byte fallback, the library's decoder would replace it as long as the next character is incomplete.
     """
     ids = tokenizer.encode("🧭🧭🧭").ids
     pieces, _ = push_all(ids, [], TextDecoder(tokenizer))

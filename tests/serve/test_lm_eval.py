@@ -1,4 +1,4 @@
-"""EleutherAI's lm-eval, unmodified, with two tasks of this test against a running server."""
+"""Test of EleutherAI's lm-eval, unmodified, with two tasks of this test against a running server."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""Completions through OpenAI's own client, over a real connection."""
+"""Tests of completions through OpenAI's own client, over a real connection."""
 
 import hashlib
 

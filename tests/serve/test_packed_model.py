@@ -1,4 +1,4 @@
-"""Packed models against the training model."""
+"""Tests of packed models against the training model."""
 
 import pytest
 import torch
@@ -49,7 +49,7 @@ def test_packed_model_equals_the_training_model(kind):
 
 
 def test_packing_releases_the_plain_weights():
-    """The embedding, the norms and the router alone keep their weights; these are read row by row or are small."""
+    """Plain weights remain only in the embedding, the norms and the router; they are read row by row or are small."""
     model = build_model()
     pack_model(model)
     remaining_names = {name.rpartition(".")[0].rpartition(".")[2] for name, _ in model.named_parameters()}

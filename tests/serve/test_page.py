@@ -1,4 +1,4 @@
-"""The web page at /, in a real browser."""
+"""Tests of the web page at /, in a real browser."""
 
 import base64
 import hashlib
@@ -86,7 +86,7 @@ def test_answer_is_streamed_and_can_be_stopped(browser, tokenizer):
 
             submit(4000)
             wait_for(lambda: len(element("answer").text) > 100)
-            assert not element("go").is_enabled()  # the answer is shown while it is computed
+            assert not element("go").is_enabled()  # the answer is shown, but not complete
             element("stop").click()
             wait_for(lambda: element("status").text == "stopped")
             wait_for(lambda: answerer.engine.stats().running == 0)

@@ -1,4 +1,4 @@
-"""The middleware of Serve's proxies, which changes error responses that no replica wrote."""
+"""Tests of the middleware of Serve's proxies, which changes error responses that no replica wrote."""
 
 import json
 
@@ -14,10 +14,12 @@ def send_through_proxy(app, path="/v1/completions"):
 
 
 async def dying_app(scope, receive, send):
+    """End without a response, like a replica that dies."""
     pass
 
 
 async def app_dying_in_a_stream(scope, receive, send):
+    """Begin a stream and end before it is complete, like a replica that dies."""
     await send(
         {"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]},
     )
@@ -49,7 +51,7 @@ def test_lost_replica_ends_a_stream_with_an_error_event():
 
 @pytest.mark.parametrize(("status", "kind"), [(429, "rate_limit_error"), (503, "server_error")])
 def test_refusals_of_serve_get_an_openai_error_body(status, kind):
-    """Serve writes its texts as JSON strings."""
+    """A refusal of Serve, whose text is a JSON string, gets an error body of OpenAI's form with the same text."""
     response = send_through_proxy(PlainTextResponse('"too many wait"', status, {"Retry-After": "7"}))
     assert response.status_code == status
     assert response.headers["retry-after"] == "7"

@@ -1,4 +1,4 @@
-"""The routes without Ray: answers, errors, and clients that disconnect."""
+"""Tests of the routes without Ray: answers, errors, and clients that disconnect."""
 
 import asyncio
 import gc
@@ -90,7 +90,7 @@ def test_wrong_requests_get_an_openai_error_body(app, method, path, request_, st
 
 @pytest.mark.parametrize("headers", [{}, {"content-type": "application/x-www-form-urlencoded"}])
 def test_body_without_json_content_type_is_explained(app, headers):
-    """curl with -d alone declares another content type."""
+    """The error names the missing header, which `curl -d` does not send by itself."""
     response = call(app, "POST", "/v1/completions", content='{"prompt": "the"}', headers=headers)
     assert response.status_code == 400
     assert response.json()["error"]["message"].endswith("; send Content-Type: application/json")
@@ -114,7 +114,7 @@ def test_server_stays_responsive_while_a_long_prompt_is_encoded(answerer, path, 
     app = create_app(Answerer(answerer.engine, answerer.tokenizer, template, answerer.details), "tiny", spec)
 
     async def measure():
-        """Return the response, its seconds, and the longest time for which the event loop did no other work."""
+        """Return the response, its seconds, and the longest time in seconds for which the event loop was blocked."""
         clock, longest = time.perf_counter, 0.0
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test", timeout=60) as client:
             request = asyncio.create_task(client.post(path, json=body))
@@ -130,6 +130,7 @@ def test_server_stays_responsive_while_a_long_prompt_is_encoded(answerer, path, 
 
 
 def completion(app, **body):
+    """Return the body of a successful response to a completion, greedy by default."""
     response = call(app, "POST", "/v1/completions", json={"prompt": "the quick", "temperature": 0, **body})
     assert response.status_code == 200, response.text
     return response.json()
@@ -183,7 +184,10 @@ def test_logprobs_have_texts_and_offsets_of_their_tokens(app, answerer):
 
 
 def test_text_offsets_allow_for_a_dropped_leading_space():
-    """LLaMA's and Mixtral's decoders drop the space at the start of a text; after a prompt, an answer keeps it."""
+    """Text offsets are right with decoders like LLaMA's, which drop the space at the start of a text.
+
+    An answer keeps its first space after a prompt.
+    """
     tokenizer = llama_tokenizer(TEXT[:2] * 4, 300)
     answerer = create_answerer(build_model(), tokenizer, SEQ_LEN, ServeSpec())
     app = create_app(answerer, "tiny", ServeSpec())
@@ -209,7 +213,7 @@ def test_text_offsets_allow_for_a_dropped_leading_space():
 
 
 def test_token_ids_may_have_gaps():
-    """The token with the largest id may be in a request and in an answer."""
+    """A request and an answer may have the token with the largest id, which exceeds the number of tokens."""
     content = json.loads(build_tokenizer().to_str())
     last_token = max(content["model"]["vocab"], key=content["model"]["vocab"].get)
     content["model"]["vocab"][last_token] = 310
@@ -328,7 +332,7 @@ def test_client_disconnect_ends_the_computation(tokenizer, stream):
 
 @pytest.mark.parametrize("body_started", [False, True])
 def test_client_disconnect_while_sending_ends_the_answer_at_once(tokenizer, body_started):
-    """A server without Serve reports that a client disconnected, and its `send` waits while nobody reads."""
+    """An answer is closed at once if its client disconnects while `send` waits for the client to read."""
     answerer = create_answerer(build_model(), tokenizer, 4096, ServeSpec(max_concurrency=2))
     app = create_app(answerer, "tiny", ServeSpec(max_tokens=4000))
     body = json.dumps({"prompt": "the quick", "max_tokens": 4000, "temperature": 0, "stream": True}).encode()
@@ -395,6 +399,6 @@ def test_chunks_join_to_the_complete_answer(answerer, temperature, seed, stop, e
 
 
 def test_likelier_of_two_tokens_with_equal_text_is_reported():
-    """A special token may have the same text as an ordinary one."""
+    """If two tokens have the same text, such as a special and an ordinary one, the first and likelier is reported."""
     score = ScoredText(b"a", 1, -0.1, [(b"a", -0.1), (b"b", -2.0), (b"a", -5.0)])
     assert list(_top_logprobs(score).items()) == [("a", -0.1), ("b", -2.0)]

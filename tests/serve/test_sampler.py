@@ -14,7 +14,7 @@ def sample_token(token_sampler, logits_V):
 
 
 def nucleus(probabilities, top_p):
-    """Return the smallest set of most likely tokens with a probability of top_p, computed token by token."""
+    """Return the fewest most likely tokens whose probabilities add up to `top_p`, computed token by token."""
     nucleus_tokens, mass = [], 0.0
     for token in sorted(range(len(probabilities)), key=lambda t: -probabilities[t]):
         if mass >= top_p:
@@ -63,7 +63,10 @@ def draw_tokens(params, values, draws=300):
     front=st.sampled_from([1, 7, 256]),
 )  # fmt: skip
 def test_candidates_equal_those_of_a_full_sort(seed, tokens, kinds, top_k, top_p, min_p, front):
-    """The candidates are right for any number of tokens that are sorted first, and with equally likely tokens."""
+    """The candidates of top-k, top-p and min-p equal those of a full sort, whatever number (`front`) is sorted first.
+
+    With few `kinds` of logits, many tokens are equally likely.
+    """
     logits_V = torch.randint(kinds, (tokens,), generator=torch.Generator().manual_seed(seed)) * (12.0 / kinds)
     probability_V = logits_V.double().softmax(-1)
     with pytest.MonkeyPatch.context() as patch:

@@ -1,4 +1,4 @@
-"""The application on a real Ray Serve, deployed by the configuration that the command line sends."""
+"""Tests of the application on a real Ray Serve, deployed by the configuration that the command line sends."""
 
 import json
 import os
@@ -25,7 +25,7 @@ from .deployed import application_details, deploy, running_replicas, start_ray_s
 
 pytestmark = pytest.mark.ray
 
-LIMITED, TALKER, FREE = "secret", "of few words", "of all other tests"
+LIMITED, TALKER, FREE = "key of ann", "key of eve", "key of bob"
 KEYS = (
     KeySpec(name="ann", sha256=sha256(LIMITED.encode()).hexdigest(), requests_per_minute=6),
     KeySpec(name="eve", sha256=sha256(TALKER.encode()).hexdigest(), tokens_per_minute=10),
@@ -62,7 +62,7 @@ def complete(client, **body):
 
 @contextmanager
 def run_clients(ask):
-    """Run four clients during the block, and yield the list of their answers.
+    """Run four clients during the block, and yield the list to which they append what `ask` returns.
 
     Each client sends its next request as soon as it has an answer.
     """
@@ -156,7 +156,10 @@ def test_models_and_health_are_served(client):
 
 
 def test_update_completes_all_requests(client, checkpoint, expert_parallel_checkpoint):
-    """The update serves the same weights from other files, so old and new replicas give the same answers."""
+    """All requests are answered while a new replica replaces the old one.
+
+    The update serves the same weights from other files, so both replicas give the same answers.
+    """
     [previous_stats] = client.get("/stats").json()["replicas"]
     body = {"prompt": "the quick", "temperature": 0, "max_tokens": 40}
     expected = complete(client, **body)["choices"]
@@ -189,7 +192,7 @@ def test_stats_list_each_replica(client, checkpoint):
 
 
 def test_ray_metrics_have_the_replicas_counts(client):
-    """The metrics are on the node's port for Prometheus.
+    """The node's port for Prometheus has the metrics of the replica within a minute.
 
     A replica reports every two seconds, and Ray's agent at intervals of its own.
     """
@@ -211,9 +214,9 @@ def test_ray_metrics_have_the_replicas_counts(client):
 
 
 def test_killed_replica_loses_only_its_own_requests(port, client, checkpoint):
-    """Two replicas give answers of 40 tokens, and one of them is killed.
+    """If one of two replicas is killed, only its running requests fail, with status 503 and the code `lost`.
 
-    Its requests fail with a clear error. All others are answered, also those that come while a new replica starts.
+    All others are answered, also those that come while a new replica starts.
     """
     deploy([application_config("tiny", checkpoint, TWO, "tiny-abc123")])
     wait_for_status("tiny", "RUNNING")

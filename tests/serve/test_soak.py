@@ -1,4 +1,4 @@
-"""Half an hour of mixed clients: they wait, stream, leave early, send nonsense, or exceed limits."""
+"""Test of half an hour with clients that wait, stream, leave early, send nonsense, or exceed limits."""
 
 import asyncio
 import json
@@ -52,7 +52,7 @@ NONSENSE = (
 
 
 def request_body(seed: int, **fields) -> dict:
-    """Return one of 40 request bodies."""
+    """Return one of 40 request bodies, which `seed` modulo 40 chooses, with `fields` added or replaced."""
     variant = seed % 40
     return {
         "prompt": "the quick " * (variant % 4),
@@ -64,7 +64,7 @@ def request_body(seed: int, **fields) -> dict:
 
 
 class Crowd:
-    """Clients of several kinds, and the counts of the statuses that they get."""
+    """Clients of several kinds, and how often each kind got each HTTP status."""
 
     def __init__(self, url: str) -> None:
         self.url, self.status_counts = url, Counter[tuple[str, int]]()
@@ -80,6 +80,7 @@ class Crowd:
         await self.ask(session, "limited", draws.randrange(40), LIMITED)
 
     async def ask(self, session, kind, seed, headers) -> int:
+        """Send a request, check the response, and return its status; equal requests must get equal answers."""
         async with session.post(self.url, json=request_body(seed), headers=headers) as answer:
             self.status_counts[kind, answer.status] += 1
             if answer.status == 200:
@@ -92,7 +93,7 @@ class Crowd:
 
     async def read_stream(self, session, draws) -> None:
         """Read a complete streamed answer, sometimes slowly."""
-        seed, slow = draws.randrange(40), draws.random() < 0.2
+        seed, is_slow = draws.randrange(40), draws.random() < 0.2
         async with session.post(self.url, json=request_body(seed, stream=True), headers=FREE) as answer:
             self.status_counts["streaming", answer.status] += 1
             if answer.status != 200:
@@ -101,7 +102,7 @@ class Crowd:
             async for line in answer.content:
                 if line.startswith(b"data: "):
                     events.append(line.removeprefix(b"data: ").strip())
-                    await asyncio.sleep(0.05 * slow)
+                    await asyncio.sleep(0.05 * is_slow)
             assert events[-1] == b"[DONE]"
             text = "".join(json.loads(event)["choices"][0]["text"] for event in events[:-1])
             assert self.expected.setdefault(seed, text) == text
@@ -115,6 +116,7 @@ class Crowd:
                     self.status_counts["leaving", answer.status] += 1
                     await answer.content.readany()
         except TimeoutError:
+            # A client that left before the answer saw no status.
             self.status_counts["left", 0] += 1
 
     async def send_nonsense(self, session, draws) -> None:
@@ -141,6 +143,7 @@ class Crowd:
             assert (await answer.json())["error"]["message"]
 
     async def run(self, seconds: float, sample_memory) -> None:
+        """Let `CLIENTS` clients send requests of random kinds for some seconds; call `sample_memory` at intervals."""
         kinds = [self.ask_until_answered] * 4 + [self.read_stream] * 3 + [self.leave_early] * 2
         kinds += [self.send_nonsense, self.exceed_a_limit, self.ask_with_limited_key]
         deadline = time.monotonic() + seconds

@@ -1,4 +1,4 @@
-"""The interval between a stream's chunks; each token advances the event loop's clock."""
+"""Tests of the interval between a stream's chunks, with an event loop whose clock advances by tokens."""
 
 import asyncio
 
@@ -14,12 +14,14 @@ TOKENS = 101
 
 
 class Chunk(BaseModel):
+    """Chunk of a stream: its text, and the time at which it was made."""
+
     text: str
     time: float
 
 
 def stream_chunks(pacer: StreamPacer, choices: int = 1, short_choices: int = 0) -> list[Chunk]:
-    """Return the chunks of the first choice of an answer with a token every 10 ms, with their times.
+    """Stream an answer with a token every 10 ms through the pacer, and return the chunks of its first choice.
 
     The last `short_choices` choices of the answer have only one token each.
     """
@@ -34,7 +36,7 @@ def stream_chunks(pacer: StreamPacer, choices: int = 1, short_choices: int = 0) 
                 if choice == 0:
                     clock_time[0] += TOKEN_SECONDS
                 yield AnswerPiece("a" if choice == 0 else "b", number, (), "length" if number == tokens else None)
-                for _ in range(5):  # the stream takes the piece meanwhile
+                for _ in range(5):  # lets the stream take the piece
                     await asyncio.sleep(0)
 
         answers = Answers([answer(choice) for choice in range(choices)], 1, Client(""), timeout=600.0, pacer=pacer)

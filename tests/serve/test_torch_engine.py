@@ -1,4 +1,4 @@
-"""Our own engine against the model itself, alone and with many requests at once."""
+"""Tests of our own engine against the model itself, alone and with many requests at once."""
 
 import asyncio
 import threading
@@ -11,7 +11,7 @@ from mhmoe_ray.serve.engine import BusyError, EngineError, Request, SamplingPara
 from mhmoe_ray.serve.engine.scheduler import PREFILL_CHUNK
 from mhmoe_ray.serve.engine.torch_engine import PREFILL_BUDGET, TorchEngine, make_batch_invariant
 from mhmoe_ray.spec import ServeSpec
-from tests.paged import in_parts
+from tests.paged import logits_in_parts
 from tests.serve.asking import answer_all, answer_tokens
 from tests.serve.conftest import SEQ_LEN, SPEC, build_model
 from tests.serve.own import create_answerer
@@ -21,6 +21,7 @@ TOKENIZER_SIZE = 300
 
 
 def create_engine(model, **overrides):
+    """Return an engine in float32 without end tokens, for 32 concurrent requests; `overrides` change its settings."""
     make_batch_invariant(model, torch.float32)
     settings = {"max_concurrency": 32, "max_waiting": 1000, "threads": 1, **overrides}
     return TorchEngine(model, torch.float32, frozenset(), TOKENIZER_SIZE, settings.pop("seq_len", SEQ_LEN), **settings)
@@ -28,13 +29,14 @@ def create_engine(model, **overrides):
 
 @pytest.fixture(scope="module")
 def engine():
-    """Yield an engine that never ends an answer before its limit."""
+    """Yield an engine that never ends an answer before its maximum number of tokens."""
     engine = create_engine(build_model())
     yield engine
     engine.close()
 
 
 def random_prompts(count, max_length=SEQ_LEN - 20):
+    """Return prompts of 1 to `max_length` random tokens, the same at each call."""
     g = torch.Generator().manual_seed(5)
     lengths = torch.randint(1, max_length + 1, (count,), generator=g).tolist()
     return [tuple(torch.randint(TOKENIZER_SIZE, (n,), generator=g).tolist()) for n in lengths]
@@ -42,7 +44,7 @@ def random_prompts(count, max_length=SEQ_LEN - 20):
 
 @torch.inference_mode()
 def greedy_tokens(model, ids, count, tokenizer_size=TOKENIZER_SIZE, end_tokens=()):
-    """Return the greedy tokens, computed from the whole sequence at every step, without a cache."""
+    """Return up to `count` greedy tokens before the first end token, computed from the whole sequence at every step."""
     ids, answer = list(ids), []
     for _ in range(count):
         token = int(model(torch.tensor([ids])).logits_BTV[0, -1, :tokenizer_size].argmax())
@@ -58,12 +60,12 @@ def greedy_tokens(model, ids, count, tokenizer_size=TOKENIZER_SIZE, end_tokens=(
 def test_logits_in_chunks_equal_those_of_the_whole_sequence(split):
     token_BT = torch.randint(SEQ_LEN, (2, 20), generator=torch.Generator().manual_seed(split))
     model = build_model().double()  # in float32, rounding alone makes 2e-5
-    logits_BTV = in_parts(model, token_BT, [split, *[1] * (20 - split)])
+    logits_BTV = logits_in_parts(model, token_BT, [split, *[1] * (20 - split)])
     torch.testing.assert_close(logits_BTV, model(token_BT).logits_BTV, rtol=1e-6, atol=1e-6)
 
 
 def mixed_requests():
-    """Return 32 different requests."""
+    """Return 32 requests with different prompts, sampling parameters and requested scores."""
     requests = []
     for i, ids in enumerate(random_prompts(32)):
         temperature = [0, 0.7, 1.5][i % 3]
@@ -85,9 +87,8 @@ def test_concurrent_answers_equal_single_ones_bit_for_bit(engine):
     initial_stats = engine.stats()
     assert answer_all(engine, requests) == single_answers
     final_stats = engine.stats()
-    assert (final_stats.step_tokens - initial_stats.step_tokens) / (
-        final_stats.steps - initial_stats.steps
-    ) > 8  # they shared steps
+    # The requests shared steps.
+    assert (final_stats.step_tokens - initial_stats.step_tokens) / (final_stats.steps - initial_stats.steps) > 8
     model = build_model()
     for request, answer in zip(requests, single_answers, strict=True):
         assert len(answer.tokens) == request.sampling_params.max_tokens
@@ -98,7 +99,7 @@ def test_concurrent_answers_equal_single_ones_bit_for_bit(engine):
 
 @torch.inference_mode()
 def test_logprobs_equal_those_of_the_model(engine):
-    """Scores are taken before temperature and cuts.
+    """Scores are log-probabilities of the model before temperature, top-k and biases.
 
     The tokens of the prompt have scores too, except the first one.
     """
@@ -140,9 +141,8 @@ def test_cached_prefix_gives_the_same_bits():
         answers = answer_all(engine, [request])
         assert engine.stats().reused_tokens == 0
         assert answer_all(engine, [request]) == answers
-        assert (
-            engine.stats().reused_tokens == 2 * PREFILL_CHUNK
-        )  # the last chunk has the token that is computed in any case
+        # The last token of a prompt is always computed, and so is its whole chunk.
+        assert engine.stats().reused_tokens == 2 * PREFILL_CHUNK
         second_answers = answer_all(engine, [second_request])
         assert engine.stats().reused_tokens == 4 * PREFILL_CHUNK
     finally:
@@ -157,7 +157,10 @@ def test_cached_prefix_gives_the_same_bits():
 @pytest.mark.cpu
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_second_turn_gets_the_bits_of_a_fresh_engine(tokenizer, precision):
-    """The first turn's answer completes a chunk, but the second turn's prompt must not reuse it: it has other bits."""
+    """A second turn is answered by an engine with a cache as by a fresh engine, bit for bit.
+
+    The first turn's answer completes a chunk of the second prompt, which must not be reused: decoding has other bits.
+    """
     spec, sampling = (
         ServeSpec(precision=precision),
         SamplingParams(PREFILL_CHUNK, temperature=0, logit_bias={0: -100.0}),
@@ -360,7 +363,7 @@ def test_greedy_answer_equals_a_loop_without_cache(answerer, tokenizer, prompt):
 
 
 def test_only_tokens_with_text_are_sampled(answerer, tokenizer):
-    """The model has rows for tokens that the tokenizer does not have."""
+    """Tokens that the tokenizer does not have are never sampled, although the model has rows for them."""
     requests = [Request(tuple(answerer.encode("")), SamplingParams(60, 2.0, seed=seed)) for seed in range(8)]
     sampled_tokens = {scored.token for answer in answer_all(answerer.engine, requests) for scored in answer.tokens}
     assert max(sampled_tokens) < tokenizer.get_vocab_size() < SPEC.vocab_size
@@ -375,6 +378,7 @@ def test_bfloat16_scores_are_close_to_float32(tokenizer, backbone):
 
 
 def score_prompt(backbone, precision, tokenizer):
+    """Return the scores of a fixed prompt, as an answer without tokens, by a model of this backbone and precision."""
     model = build_model(SPEC.model_copy(update={"backbone": backbone}))
     answerer = create_answerer(model, tokenizer, SEQ_LEN, ServeSpec(precision=precision))
     ids = tuple(answerer.encode("the quick brown fox"))
@@ -391,7 +395,10 @@ def test_different_seeds_give_different_answers(answerer):
 
 
 def test_answer_ends_at_the_end_of_text(answerer, tokenizer):
-    """The test swaps two tokens in the model and in the prompt, which must only swap them in the answer."""
+    """An answer ends before the end-of-text token.
+
+    The test swaps that token with one of a known answer, in the model and in the prompt.
+    """
     ids = answerer.encode("the quick")
     original_tokens = answer_tokens(answerer.engine, ids, GREEDY)
     end, swapped_token = (

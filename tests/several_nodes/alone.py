@@ -1,4 +1,4 @@
-"""The result that a run on many workers must have: the same steps on one process, without Ray."""
+"""Training on one process without Ray, whose result a run on several workers must have."""
 
 from typing import NamedTuple
 
@@ -14,12 +14,14 @@ from mhmoe_ray.train.step import MicroBatch, Trainer
 
 
 class SingleProcessResult(NamedTuple):
+    """The losses of a training by step, and the weights at its end by name."""
+
     losses: list[float]
     weights: dict[str, torch.Tensor]
 
 
 def train_on_one_process(spec: RunSpec, steps: int) -> SingleProcessResult:
-    """Train the first `steps` steps of a run on one process; return the losses and the weights."""
+    """Train the first `steps` steps of a spec in this process instead of on workers, and return the result."""
     cluster = spec.cluster.model_validate({"workers": 1, "ep": 1})
     spec = spec.model_copy(update={"cluster": cluster})
     trainer = Trainer(spec, build_mesh(cluster, ["here"], "cpu"), torch.device("cpu"))

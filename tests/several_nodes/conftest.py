@@ -8,20 +8,23 @@ import pytest
 from mhmoe_ray.cluster import tokens
 from mhmoe_ray.cluster.local import start_local, stop_local
 from mhmoe_ray.cluster.spawn import MARK
-from tests.conftest import home_of_its_own
+from tests.conftest import isolated_home
 from tests.data.texts import write_corpus
 from tests.several_nodes.nodes import SETTINGS, Nodes
 
 
 @contextmanager
 def cluster_of_nodes(home: Path, user_home: Path) -> Iterator[Nodes]:
-    """Start a cluster of a head and four nodes; its users name it by its address, since it is not their local one.
+    """Run a cluster of a head and four nodes during the block, and yield it.
+
+    Its users have another MHMOE_HOME than the one that it is started with. So it is not their local cluster, and they
+    have to name its address.
 
     Args:
-        home: The MHMOE_HOME in which the cluster is started.
-        user_home: The MHMOE_HOME of its users.
+        home: The MHMOE_HOME that the head is started and stopped with.
+        user_home: The MHMOE_HOME of the users, in the environment of the yielded cluster.
     """
-    with home_of_its_own(home) as patch:
+    with isolated_home(home) as patch:
         for name, value in SETTINGS.items():
             patch.setenv(name, value)
         head = start_local(1)
@@ -41,14 +44,14 @@ def cluster_of_nodes(home: Path, user_home: Path) -> Iterator[Nodes]:
 
 @pytest.fixture(scope="session")
 def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
-    """Yield the cluster that the tests of this folder share."""
+    """Yield the cluster of several nodes that the tests of this folder share."""
     with cluster_of_nodes(tmp_path_factory.mktemp("several"), tmp_path_factory.mktemp("elsewhere")) as cluster:
         yield cluster
 
 
 @pytest.fixture(scope="session")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder with raw text below raw/."""
+    """Return a project folder with raw text below raw/."""
     folder = tmp_path_factory.mktemp("project")
     write_corpus(folder / "raw")
     return folder

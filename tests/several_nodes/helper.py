@@ -1,14 +1,16 @@
-"""Act on a cluster as asked on stdin, one JSON line per request: `python -m tests.several_nodes.helper ADDRESS`.
+"""Process that starts, kills and uses the nodes of a cluster: `python -m tests.several_nodes.helper ADDRESS`.
+
+It reads requests from stdin and writes answers to stdout, both as one line of JSON:
 
 ["start", index, CPUs, labels]  start a node
-["kill", index]                 kill its raylet by SIGKILL, which ends everything else on the node
-["nodes"]                       return the labels of each living node, by Ray's id
-["hold", {node: CPUs}]          take CPUs from others
-["release"]                     give them back
-["drain", node, seconds]        announce that the node will be taken away
-["describe", files]             return the files' sizes and hashes, found by all nodes, and how many tasks found them
+["kill", index]                 kill the node's raylet by SIGKILL, and all its other processes
+["nodes"]                       return the labels of each living node, by Ray's node id
+["hold", {node: CPUs}]          reserve CPUs of nodes, so that runs cannot use them
+["release"]                     release all reserved CPUs
+["drain", node, seconds]        announce that the node will be preempted after some seconds
+["describe", files]             return the files' sizes and hashes, computed by all nodes, and the number of tasks
 
-`ray start` would do for nodes, but it refuses to join a cluster that listens on loopback only.
+`ray start` cannot start the nodes: it refuses to join a cluster that listens on loopback only.
 """
 
 import json
@@ -31,17 +33,22 @@ from mhmoe_ray.train import stream_start
 
 @ray.remote
 class Holder:
+    """Actor that only reserves CPUs."""
+
     def is_alive(self) -> bool:
         return True
 
 
 class Helper:
+    """Methods that answer the requests; each has the name of its request."""
+
     def __init__(self, address: str) -> None:
         self._address = address
         self._node_of_index: dict[str, Node] = {}
         self._holders: list[Any] = []
 
     def start(self, index: str, cpus: int, labels: dict[str, str]) -> None:
+        """Start a Ray node on this machine with these logical CPUs and labels."""
         params = RayParams(
             gcs_address=self._address,
             node_ip_address="127.0.0.1",
@@ -49,7 +56,7 @@ class Helper:
             num_gpus=0,
             labels=labels,
             object_store_memory=128 << 20,
-            # All raylets would give out the same ports.
+            # With fixed ports or ranges, the raylets of this machine would use the same ports.
             node_manager_port=0,
             min_worker_port=0,
             max_worker_port=0,
@@ -59,6 +66,7 @@ class Helper:
         self._node_of_index[index] = Node(params, head=False, shutdown_at_exit=True, spawn_reaper=True)
 
     def kill(self, index: str) -> None:
+        """Kill all processes of a node that this process has started."""
         node = self._node_of_index.pop(index)
         node.kill_raylet()
         node.kill_all_processes(check_alive=False, wait=True)
@@ -67,6 +75,7 @@ class Helper:
         return {node["NodeID"]: node["Labels"] for node in ray.nodes() if node["Alive"]}
 
     def hold(self, cpus: dict[str, int]) -> None:
+        """Reserve CPUs of nodes, given by Ray's node id, until `release`."""
         for node, count in cpus.items():
             on_node = NodeAffinitySchedulingStrategy(node, soft=False)
             self._holders.append(Holder.options(num_cpus=count, scheduling_strategy=on_node).remote())
@@ -78,12 +87,14 @@ class Helper:
         self._holders.clear()
 
     def drain(self, node: str, seconds: float) -> bool:
+        """Tell Ray that a node will be preempted in some seconds; return whether Ray accepts this."""
         reason = DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
         deadline = int((time.time() + seconds) * 1000)
         accepted, _ = GcsClient(address=self._address).drain_node(node, reason, "taken away", deadline)
         return bool(accepted)
 
     def describe(self, files: list[str]) -> tuple[list[dict[str, Any]], int]:
+        """Return the sizes and hashes of files, computed by tasks on all nodes, and the number of those tasks."""
         stream_start.SINGLE_NODE_BYTES, tasks, options = 0, [], stream_start._describe_share.options
         with mock.patch.object(
             stream_start._describe_share,
@@ -95,8 +106,9 @@ class Helper:
 
 
 def main() -> None:
+    """Answer requests until stdin is closed."""
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # Ray prints there too
+    os.dup2(2, 1)  # Ray prints to stdout too; only answers may be there
     ray.init(sys.argv[1], log_to_driver=False, logging_level="ERROR")
     helper = Helper(sys.argv[1])
     for line in sys.stdin:

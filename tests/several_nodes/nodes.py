@@ -1,4 +1,4 @@
-"""A Ray cluster of several nodes on this machine: a head, and nodes that tests kill, drain and bring back."""
+"""A Ray cluster of several nodes on this machine: a head, and nodes that tests kill, drain and restart."""
 
 import json
 import subprocess
@@ -11,25 +11,25 @@ from mhmoe_ray.cluster.spawn import LocalCluster
 from tests.watch import wait_until
 
 RACKS = ("left", "right", "left", "right")
-"""Value of the label "rack" of each node."""
+"""Value of the label `rack` of each node, by the node's index."""
 SLOTS = 3
-"""Number of workers of two CPUs that a node has room for.
+"""Number of workers with two CPUs each that fit on a node.
 
-The head has a single CPU, so that workers land on nodes only and their stream always has that CPU.
+The head has a single CPU, so workers are placed on nodes only, and the data stream can always use that CPU.
 """
 
 SETTINGS = {
-    # A node counts as dead after some seconds without a sign of life, not after half a minute.
+    # A node counts as dead some seconds after its last answer to a health check, not after half a minute.
     "RAY_health_check_initial_delay_ms": "0",
     "RAY_health_check_period_ms": "1000",
     "RAY_health_check_timeout_ms": "2000",
     "RAY_health_check_failure_threshold": "4",
-    # No Python for each logical CPU before it has something to do.
+    # Do not start a Python process for each logical CPU in advance.
     "RAY_prestart_worker_first_driver": "0",
     "RAY_enable_worker_prestart": "0",
-    # A placement that counts on a dead node is given up after this, not after 15 s.
+    # A start of workers that relies on a dead node is given up after this time instead of 15 s.
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "5",
-    # A head that was started as for one machine does not ask at all; Ray Train asks more often than every 5 s and 2 s.
+    # Local clusters disable the preemption watcher. Ray's defaults for the two intervals are 5 s and 2 s.
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "1",
     "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "0.5",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
@@ -37,8 +37,10 @@ SETTINGS = {
 
 
 class Nodes:
+    """A running cluster of several nodes, whose nodes have the indices 0 to 3."""
+
     def __init__(self, head: LocalCluster, environment: dict[str, str]) -> None:
-        """Start the helper of a cluster.
+        """Start the helper process, which has no node yet.
 
         Args:
             head: The running local cluster of a single CPU that is the head.
@@ -53,7 +55,7 @@ class Nodes:
             )
 
     def ask(self, verb: str, *args: Any) -> Any:
-        """Send a request to the helper, and return its answer; helper.py lists the requests."""
+        """Send a request to the helper process, and return its answer; helper.py lists the requests."""
         assert self._helper.stdin
         assert self._helper.stdout
         self._helper.stdin.write(json.dumps([verb, *args]) + "\n")
@@ -63,17 +65,20 @@ class Nodes:
         return json.loads(answer)
 
     def labels(self, name: str) -> dict[str, str]:
-        """Return the values of a label of the living nodes, by Ray's ids."""
+        """Return the value of a label of each living node that has it, by Ray's node id."""
         return {node: labels[name] for node, labels in self.ask("nodes").items() if name in labels}
 
-    def id_of(self, index: int) -> str:
+    def node_id(self, index: int) -> str:
+        """Return Ray's id of the living node with this index."""
         return next(node for node, label in self.labels("node_index").items() if label == str(index))
 
     @contextmanager
     def leave_slots(self, slots: Sequence[int]) -> Iterator[None]:
-        """Leave room for so many workers on each node during the block, and hold the remaining CPUs."""
+        """Leave room for `slots[i]` workers on node i during the block, by reserving the node's other CPUs."""
         cpus_to_hold = {
-            self.id_of(index): 2 * (SLOTS - free_slots) for index, free_slots in enumerate(slots) if free_slots < SLOTS
+            self.node_id(index): 2 * (SLOTS - free_slots)
+            for index, free_slots in enumerate(slots)
+            if free_slots < SLOTS
         }
         self.ask("hold", cpus_to_hold)
         try:
@@ -82,11 +87,12 @@ class Nodes:
             self.ask("release")
 
     def kill(self, index: int) -> None:
+        """Kill all processes of a node."""
         self._living_indices.discard(index)
         self.ask("kill", index)
 
     def bring_back(self) -> None:
-        """Start the nodes that were killed, or all of them at first, and wait until all are there."""
+        """Start all nodes that do not run, and wait until all are part of the cluster."""
         for index in set(range(len(RACKS))) - self._living_indices:
             self.ask("start", index, 2 * SLOTS, {"node_index": str(index), "rack": RACKS[index]})
             self._living_indices.add(index)
@@ -95,8 +101,8 @@ class Nodes:
 
     @contextmanager
     def drained_and_replaced(self, index: int) -> Iterator[None]:
-        """Announce that a node will be taken away within a minute; at the end, kill it and start another one."""
-        assert self.ask("drain", self.id_of(index), 60)
+        """Announce that a node will be preempted in a minute; at the end of the block kill it and start a new one."""
+        assert self.ask("drain", self.node_id(index), 60)
         try:
             yield
         finally:
@@ -104,6 +110,7 @@ class Nodes:
             self.bring_back()
 
     def stop(self) -> None:
+        """End the helper process, and with it the nodes that it has started."""
         assert self._helper.stdin
         assert self._helper.stdout
         self._helper.stdin.close()

@@ -1,4 +1,4 @@
-"""Runs that lose nodes and get them back, on a real cluster of several nodes."""
+"""Tests of runs that lose nodes and get them back, on a real cluster of several nodes."""
 
 import pytest
 
@@ -7,14 +7,14 @@ from mhmoe_ray.runs import history, jsonl, metrics
 from mhmoe_ray.runs.directory import RunDir
 from tests.cli.audit import expected_streams
 from tests.several_nodes.alone import train_on_one_process
-from tests.several_nodes.runs import assert_as_planned, command, submit
-from tests.watch import of_kind, start_events, step_of, wait_for_the_end, wait_until
+from tests.several_nodes.runs import assert_as_planned, run_command, submit
+from tests.watch import events_of_kind, start_events, step_of, wait_for_end, wait_until
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 
 def assert_nothing_lost_or_repeated(run: RunDir) -> None:
-    """Assert that a run has each step once, with the samples and the loss that one process has."""
+    """Assert that a run has each step once, with the samples and about the loss of a training on one process."""
     lines = history.read(run)
     steps = len(lines)
     assert [line[metrics.STEP] for line in lines] == list(range(1, steps + 1))
@@ -37,21 +37,21 @@ def test_a_run_shrinks_when_it_loses_a_node_and_grows_when_it_is_back(nodes, pro
             wait_until(lambda: len(start_events(run)) == 4, "start 4 of the workers")
             wait_until(lambda: step_of(run) >= start_events(run)[3]["step"] + 3, "three steps more")
             run.stop_file.touch()
-            wait_for_the_end(run, state="stopped")
+            wait_for_end(run, state="stopped")
     first_start, second_start, third_start, fourth_start = start_events(run)
     assert [len(e["workers"]) for e in (first_start, second_start, third_start, fourth_start)] == [4, 2, 4, 2]
     assert [e["groups"] for e in (first_start, second_start)] == [[[0, 1], [2, 3]], [[0, 1]]]
     assert second_start["step"] % 10 == third_start["step"] % 10 == 0
     assert 10 <= second_start["step"] < third_start["step"]
-    [preempted] = of_kind(run, "preempted")
+    [preempted] = events_of_kind(run, "preempted")
     assert fourth_start["step"] == preempted["step"]
     assert_nothing_lost_or_repeated(run)
 
 
-def test_a_run_saves_and_leaves_a_node_that_is_taken_away(nodes, project):
-    """The run goes on without a failure to spare, on a node that was free, at the very step of that checkpoint.
+def test_a_run_saves_and_leaves_a_preempted_node(nodes, project):
+    """The run continues from the step of that checkpoint, on a node that was free; this does not count as a failure.
 
-    Its one group lies on two nodes, which is recorded and shown.
+    Its only expert-parallel group lies on two nodes, which the run records and `mhmoe status` shows.
     """
     with nodes.leave_slots([1, 1, 1, 0]):
         run = submit(nodes, project, cluster={"workers": 2, "max_failures": 0}, train={"checkpoint_every": 1000})
@@ -61,21 +61,21 @@ def test_a_run_saves_and_leaves_a_node_that_is_taken_away(nodes, project):
             wait_until(lambda: len(start_events(run)) == 2, "start 2 of the workers")
             wait_until(lambda: step_of(run) >= start_events(run)[1]["step"] + 3, "three steps more")
             run.stop_file.touch()
-            wait_for_the_end(run, state="stopped")
-    [preempted] = of_kind(run, "preempted")
+            wait_for_end(run, state="stopped")
+    [preempted] = events_of_kind(run, "preempted")
     assert preempted["nodes"] == [node_to_drain]
     assert preempted["time"] < preempted["deadline"]
     for event in start_events(run):
         assert_as_planned(event, expert_groups([worker["node"] for worker in event["workers"]], 2))
         assert event["straddling_groups"] == 1
-    second = start_events(run)[1]
-    assert second["step"] == preempted["step"]
-    assert len(second["workers"]) == 2
-    assert node_to_drain not in {worker["node"] for worker in second["workers"]}
+    second_start = start_events(run)[1]
+    assert second_start["step"] == preempted["step"]
+    assert len(second_start["workers"]) == 2
+    assert node_to_drain not in {worker["node"] for worker in second_start["workers"]}
     lines = [line[metrics.STEP] for line in jsonl.read(run.metrics_file)]
     assert lines == list(range(1, len(lines) + 1)), "a step was trained twice"
     assert_nothing_lost_or_repeated(run)
-    status = " ".join(command(nodes, project, "status", run.id).out.split())
+    status = " ".join(run_command(nodes, project, "status", run.id).out.split())
     assert "is preempted within" in status
     assert "1 expert-parallel groups lie on more than one node" in status
 
@@ -85,8 +85,8 @@ def test_a_run_is_resumed_with_a_range_of_workers(nodes, project):
         run = submit(nodes, project, cluster={"workers": 2}, train={"checkpoint_every": 5, "steps": 30})
         wait_until(lambda: step_of(run) >= 3, "step 3")
         run.stop_file.touch()
-        wait_for_the_end(run, state="stopped")
-        resumed = command(nodes, project, "resume", run.id, "--set", "cluster.workers={min: 2, max: 4}")
+        wait_for_end(run, state="stopped")
+        resumed = run_command(nodes, project, "resume", run.id, "--set", "cluster.workers={min: 2, max: 4}")
     assert resumed.code == 0, resumed.err
     restart_step = start_events(run)[1]["step"]
     assert (

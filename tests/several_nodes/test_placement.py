@@ -1,5 +1,4 @@
-"""Placement of workers on several nodes: it is recorded, shown and refused where the spec says so, and changes no
-result."""
+"""Tests of the placement of workers on several nodes: it is recorded, shown, or refused, and changes no result."""
 
 import pytest
 import torch
@@ -10,16 +9,16 @@ from mhmoe_ray.errors import JobError
 from mhmoe_ray.runs import history, metrics
 from tests.cli.audit import assert_samples_in_order
 from tests.several_nodes.alone import train_on_one_process
-from tests.several_nodes.runs import assert_as_planned, command, layout, submit, write
-from tests.watch import newest, start_events, wait_for_the_end
+from tests.several_nodes.runs import assert_as_planned, layout, run_command, submit, write_spec
+from tests.watch import newest_run, start_events, wait_for_end
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 SHORT = {"steps": 20, "validate_every": 10, "checkpoint_every": 20}
 
 
-def assert_as_alone(run):
-    """Assert that a run has the samples, the losses and the last weights of one process."""
+def assert_equals_single_process(run):
+    """Assert that a run of `SHORT` has the samples, losses and last weights of a training on one process."""
     assert_samples_in_order(run)
     expected = train_on_one_process(run.spec(), SHORT["steps"])
     assert [line[metrics.LOSS] for line in history.read(run)] == pytest.approx(expected.losses, rel=1e-4)
@@ -30,24 +29,24 @@ def assert_as_alone(run):
         torch.testing.assert_close(actual[name], tensor, atol=1e-3, rtol=1e-2, msg=name)
 
 
-def test_groups_lie_within_nodes_where_they_fit(nodes, project):
+def test_groups_that_fit_on_a_node_lie_within_it(nodes, project):
     with nodes.leave_slots([2, 0, 2, 0]):
         run = submit(nodes, project, train=SHORT)
-        wait_for_the_end(run)
+        wait_for_end(run)
     [event] = start_events(run)
     node_indices, groups = layout(nodes, event)
     assert node_indices == ["0", "0", "2", "2"]
     assert_as_planned(event, groups)
     assert event["straddling_groups"] == 0
-    assert_as_alone(run)
+    assert_equals_single_process(run)
 
 
-def test_groups_that_must_lie_on_several_nodes_are_named_and_stay_within_racks(nodes, project):
+def test_straddling_groups_are_reported_and_stay_within_racks(nodes, project):
     with nodes.leave_slots([1, 1, 1, 1]):
-        write(project, train=SHORT, cluster={"domain_label": "rack"})
-        followed = command(nodes, project, "submit", "spec.yaml", "--address", nodes.address)
+        write_spec(project, train=SHORT, cluster={"domain_label": "rack"})
+        followed = run_command(nodes, project, "submit", "spec.yaml", "--address", nodes.address)
         assert followed.code == 0, followed.err
-    run = newest(project)
+    run = newest_run(project)
     [event] = start_events(run)
     node_indices, groups = layout(nodes, event, "rack")
     assert node_indices == ["0", "1", "2", "3"]
@@ -55,30 +54,31 @@ def test_groups_that_must_lie_on_several_nodes_are_named_and_stay_within_racks(n
     assert (event["straddling_groups"], event["groups_apart"]) == (2, 0)
     warning = "2 expert-parallel groups lie on more than one node"
     assert f"warning: {warning}\n" in followed.err
-    assert warning in command(nodes, project, "status", run.id).out.replace("\n", " ")
-    assert_as_alone(run)
+    assert warning in run_command(nodes, project, "status", run.id).out.replace("\n", " ")
+    assert_equals_single_process(run)
 
 
-def test_rows_go_by_node_in_a_group_on_two_nodes(nodes, project):
-    """Fewer rows leave a node in hierarchical dispatch than in flat dispatch, and training gives the same results."""
+def test_hierarchical_dispatch_sends_fewer_rows_between_nodes(nodes, project):
+    """The result of the training stays the same."""
     with nodes.leave_slots([2, 0, 2, 0]):
         run = submit(nodes, project, train=SHORT, cluster={"ep": 4, "dispatch": "hierarchical"})
-        wait_for_the_end(run)
+        wait_for_end(run)
     [event] = start_events(run)
     assert (event["dispatch"], event["flat_groups"], event["groups"]) == ("hierarchical", 0, [[0, 1, 2, 3]])
     line = history.last_line(run)
-    # Flat, two of the three other ranks are on the other node, and rows with two experts there go twice.
+    # With flat dispatch about 2 / 3 of the rows would leave a node, since two of the three other ranks are on the other
+    # node, and a row with two experts there would go twice.
     assert 0 < line[metrics.ROWS_BETWEEN_NODES] < 0.9 * line[metrics.ROWS_LEAST] * 2 / 3
-    assert_as_alone(run)
+    assert_equals_single_process(run)
 
 
-def test_such_groups_are_refused_in_one_line(nodes, project):
+def test_straddling_groups_are_refused_in_one_line(nodes, project):
     with nodes.leave_slots([1, 1, 0, 0]):
-        write(project, train=SHORT, cluster={"workers": 2, "straddling": "refuse", "max_failures": 0})
-        result = command(nodes, project, "submit", "spec.yaml", "--address", nodes.address)
+        write_spec(project, train=SHORT, cluster={"workers": 2, "straddling": "refuse", "max_failures": 0})
+        result = run_command(nodes, project, "submit", "spec.yaml", "--address", nodes.address)
     assert result.code == JobError.exit_code, result
     last_line = result.err.splitlines()[-1]
     assert last_line.startswith("error: run tiny-")
     assert "1 of 1 expert-parallel groups would lie on more than one node" in last_line
     assert "Traceback" not in result.out + result.err
-    assert not start_events(newest(project))
+    assert not start_events(newest_run(project))

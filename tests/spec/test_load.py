@@ -34,8 +34,8 @@ def test_a_dumped_spec_reads_back_equal(tmp_path):
         ("cluster.workers={min: 2, max: 6}", "train.micro_batches (2) must be a multiple of cluster.workers (6)"),
         ("cluster.workers={min: 2}", "'cluster.workers.max' is missing"),
         ("cluster.workers=0", "'cluster.workers.min': Input should be greater than 0 (got 0)"),
-        ("cluster.strategy=zero3", "ZeRO 3 knows no expert parallelism but its own layers'"),
-        ("cluster.shard_experts=true", "strategy ddp leaves experts whole, so shard_experts would be ignored"),
+        ("cluster.strategy=zero3", "ZeRO 3 supports expert parallelism only in its own layers"),
+        ("cluster.shard_experts=true", "shard_experts is for strategy fsdp, so it would be ignored with ddp"),
         ("train.micro_batches=3", "train.micro_batches (3) must be a multiple of cluster.workers (2)"),
         ("model.moe=null", "a dense model has no experts to spread"),
         ("data.sources.redpajama.alpha=0.5", "alpha would be ignored"),
@@ -54,7 +54,10 @@ def test_a_dumped_spec_reads_back_equal(tmp_path):
         ),
         ("data.sources.redpajama.max_epochs=0", "'data.sources.redpajama.max_epochs': Input should be greater than 0"),
         ("data.schedule=[{from_step: 0, sources: {redpajama: {}}}]", "'data.schedule.0.from_step'"),
-        ("data.schedule=[{from_step: 5, sources: {redpajam: {weight: 1}}}]", "'redpajam', which is no source"),
+        (
+            "data.schedule=[{from_step: 5, sources: {redpajam: {weight: 1}}}]",
+            "'redpajam', which is not a source; the sources are",
+        ),
         ("data.schedule=[{from_step: 5, sources: {redpajama: {weigh: 1}}}]", "did you mean 'weight'?"),
         (
             "data.schedule=[{from_step: 5, sources: {redpajama: {alpha: 1, shares: {book: 1}}}}]",
@@ -66,7 +69,7 @@ def test_a_dumped_spec_reads_back_equal(tmp_path):
         ),
         (
             "data.schedule=[{from_step: 5, sources: {redpajama: {}}}, {from_step: 5, sources: {redpajama: {}}}]",
-            "schedule must be by from_step, each once, and has 5, 5",
+            "schedule must be in the order of from_step, each step once, and has 5, 5",
         ),
         ("data.prepared=s3://bucket/x", "'data.prepared': it must be a path on a file system that the nodes share"),
         ("data.tokenizer=gs://bucket/t.json", "'data.tokenizer': it must be a path on a file system"),
@@ -79,7 +82,7 @@ def test_a_dumped_spec_reads_back_equal(tmp_path):
         ("model.moe.experts=7", "model.moe.experts (7) must be a multiple of cluster.ep (2)"),
         ("model.moe.kernel=triton", "model.moe.kernel triton needs CUDA, but cluster.gpus_per_worker is 0"),
         ("model.moe.kernel=capacity", "needs a limited expert capacity: set capacity_factor"),
-        ("model.moe.kernel=cpp", "kernel cpp computes in bfloat16, but train.precision is float32: set either"),
+        ("model.moe.kernel=cpp", "kernel cpp computes in bfloat16, but train.precision is float32: change one of them"),
         ("model.moe.every=9", "so none of the 4 layers has experts"),
         ("model.attention_heads=7", "must be a multiple of twice attention_heads (7)"),
         ("model.kv_heads=3", "must be a multiple of kv_heads"),
@@ -93,7 +96,7 @@ def test_a_dumped_spec_reads_back_equal(tmp_path):
         ("train.min_lr=1", "min_lr 1.0 is above lr 0.003"),
     ],
 )
-def test_a_wrong_key_or_value_is_one_line_that_names_it(override, expected):
+def test_error_of_a_wrong_key_or_value_is_one_line_that_names_it(override, expected):
     with pytest.raises(SpecError) as caught:
         load_resolved_spec(QUICKSTART, [override])
     assert expected in str(caught.value)
@@ -125,7 +128,7 @@ def test_an_unusable_model_key_is_refused(overrides, reason):
 
 
 def test_a_value_that_another_section_overrides_is_refused():
-    """A value that would be ignored is accepted if it is the value that applies."""
+    """The value is accepted if it equals the one that the other section causes."""
     recomputing = ["train.recompute=true", "model.moe.kernel=grouped"]
     with pytest.raises(SpecError, match=r"is 0\.3, but with train\.recompute and cluster\.ep 2 experts recompute all"):
         load_resolved_spec(QUICKSTART, [*recomputing, "model.moe.recompute=0.3"])
@@ -133,7 +136,7 @@ def test_a_value_that_another_section_overrides_is_refused():
     load_resolved_spec(QUICKSTART, [*recomputing, "model.moe.recompute=0.3", "cluster.ep=1"])
     sliced = ["cluster.strategy=fsdp", "cluster.shard_experts=true", "cluster.ep=1"]
     load_resolved_spec(QUICKSTART, sliced)
-    with pytest.raises(SpecError, match="shard_experts is true, but a dense model has no experts to slice: set shard_"):
+    with pytest.raises(SpecError, match="shard_experts is true, but a dense model has no experts to shard: set shard_"):
         load_resolved_spec(QUICKSTART, [*sliced, "model.moe=null"])
 
 
@@ -196,7 +199,7 @@ def test_a_missing_key_is_named(tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "expected"),
-    [(None, "No such file"), (b"\xff\xfe", "not UTF-8"), (b"a: [", "line 1: "), (b"- 1", "it holds no mapping")],
+    [(None, "No such file"), (b"\xff\xfe", "not UTF-8"), (b"a: [", "line 1: "), (b"- 1", "it is not a mapping")],
 )
 def test_a_file_that_is_no_spec_is_refused(tmp_path, content, expected):
     path = tmp_path / "spec.yaml"

@@ -1,4 +1,4 @@
-"""The keys and values that a source in a spec may have."""
+"""Tests of the keys and values of a source in a spec."""
 
 import pytest
 from pydantic import ValidationError
@@ -29,7 +29,7 @@ def test_a_path_may_be_a_uri_and_stays_one(tmp_path):
         ({"filters": {"signals": ["ccnet_perplexity"]}}, "write a rule as `signal op number`"),
         ({"filters": {"signals": ["ccnet_perplexity < many"]}}, "could not convert"),
         ({"filters": {"buckets": ["head", "tail"], "gopher": True}}, "the tail has no data that gopher needs"),
-        ({"filters": {"near_duplicates": 0.75}}, "can be 0.7, 0.8, 0.9, 1.0"),
+        ({"filters": {"near_duplicates": 0.75}}, "must be one of 0.7, 0.8, 0.9, 1.0"),
     ],
 )
 def test_an_ignored_or_misspelt_key_is_refused(keys, message):
@@ -48,7 +48,7 @@ def test_an_ignored_or_misspelt_key_is_refused(keys, message):
         ("ccnet_bucket != 2", 1.0, 2.0),
     ],
 )
-def test_rules_compare_and_never_hold_without_a_value(text, kept_value, refused_value):
+def test_signal_rules_compare_and_never_hold_without_a_value(text, kept_value, refused_value):
     rule = SignalRule.parse(text)
     assert rule.holds(kept_value)
     assert not rule.holds(refused_value)
@@ -56,5 +56,5 @@ def test_rules_compare_and_never_hold_without_a_value(text, kept_value, refused_
     assert SignalRule.parse(str(rule)) == rule
 
 
-def test_rules_are_kept_in_one_form():
+def test_signal_rules_are_normalized():
     assert FilterSpec(signals=["ccnet_perplexity<5e2"]).signals == ["ccnet_perplexity < 500"]

@@ -1,4 +1,4 @@
-"""Plans of the papers' sweeps, and of sweeps over any keys."""
+"""Tests of the planned runs of sweeps: those of the papers, and others."""
 
 from pathlib import Path
 
@@ -13,7 +13,8 @@ PAPER = Path(__file__).parents[2] / "jobs/paper"
 SWEEPS = sorted(path for path in PAPER.glob("*.yaml") if "\nsizes:" in path.read_text())
 
 
-def planned(name, size):
+def planned_specs(name, size):
+    """Return the spec of each variant of one of the papers' sweeps, at a size of that sweep."""
     path = PAPER / f"{name}.yaml"
     return {run.variant: run.spec for run in planned_runs(load_sweep(path), PAPER, size)}
 
@@ -29,8 +30,8 @@ def test_the_sweeps_of_the_papers_can_be_planned_at_both_sizes(path, size):
     assert gpus == {0 if size == "small" else 1}
 
 
-def test_the_small_size_is_a_quarter_of_the_papers_in_width():
-    small, paper = planned("follow-up", "small"), planned("follow-up", "paper")
+def test_small_models_have_a_quarter_of_the_papers_width():
+    small, paper = planned_specs("follow-up", "small"), planned_specs("follow-up", "paper")
     for name, spec in paper.items():
         small_model = small[name].model
         assert 4 * small_model.d_model == spec.model.d_model
@@ -39,14 +40,14 @@ def test_the_small_size_is_a_quarter_of_the_papers_in_width():
 
 
 def test_the_first_papers_small_models_are_equal_in_parameters():
-    small = planned("heads", "small")
+    small = planned_specs("heads", "small")
     base = compute_sizes(small["xmoe"].model).parameters
     ratios = {name: compute_sizes(spec.model).parameters / base for name, spec in small.items()}
     assert all(0.998 < ratio <= 1 for ratio in ratios.values()), ratios
     assert small["h4"].model.moe.router == "xmoe_torchscale"
 
 
-def test_runs_times_grid_times_seeds_seed_by_seed(tmp_path):
+def test_plan_combines_runs_grid_and_seeds_seed_by_seed(tmp_path):
     (tmp_path / "base.yaml").write_text((PAPER / "small.yaml").read_text())
     sweep = SweepSpec.model_validate(
         {
@@ -91,7 +92,7 @@ def test_runs_times_grid_times_seeds_seed_by_seed(tmp_path):
         ),
     ],
 )
-def test_mistakes_in_a_sweep(change, reason):
+def test_invalid_sweeps_are_rejected(change, reason):
     good = {"name": "n", "sizes": {"s": {"spec": "x"}}, "runs": {"a": {}}}
     with pytest.raises(ValueError, match=reason):
         SweepSpec.model_validate({**good, **change})

@@ -1,4 +1,7 @@
-"""A sweep's orders and the actions of its job on them, where no cluster is needed or none answers."""
+"""Tests of a sweep's orders and of the job that runs them; most need no cluster or have one that does not answer.
+
+An order names the runs that a user wants. A sweep's job starts the runs of the newest order.
+"""
 
 import itertools
 
@@ -24,20 +27,32 @@ NOWHERE = Connection("http://127.0.0.1:1", True, True, None)
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch):
+    """Let sweep jobs poll without pauses."""
     monkeypatch.setattr(scheduler, "POLL_SECONDS", 0.0)
 
 
 @pytest.fixture
 def sweep(tmp_path):
+    """Return the directory of a sweep without orders and runs."""
     return sweep_dir(tmp_path / "runs", "heads-small")
 
 
-def entry(folder, variant, **sections):
+def make_entry(folder, variant, **sections):
+    """Return the entry of a variant with seed 0 in a sweep; `sections` replaces keys of its tiny spec."""
     spec = tiny_spec(folder, **sections)
     return SweepRun(variant=variant, seed=0, spec=spec.model_copy(update={"name": f"heads-{variant}-s0"}))
 
 
 def write_order(sweep, entries, *, wanted_names=None, concurrent=1, retry=()):
+    """Write a new order of a sweep, whose job runs on no cluster, and return the order's name.
+
+    Args:
+        sweep: The sweep directory.
+        entries: All entries of the order.
+        wanted_names: The names of the entries that are to run; None if all are.
+        concurrent: The number of runs at a time.
+        retry: For each run to start again, its name and the number of its last attempt, as a mapping.
+    """
     name = sweep.new_order_name()
     order = Order(
         size="small",
@@ -55,7 +70,10 @@ def write_order(sweep, entries, *, wanted_names=None, concurrent=1, retry=()):
 
 
 def start_run(sweep, entry, *event_kinds):
-    """Create a run of the entry, whose cluster does not exist, with these events."""
+    """Create the run of an entry in the sweep, with an attempt on a cluster that does not answer, and return it.
+
+    It records an event without fields for each of `event_kinds`.
+    """
     run = create_run(entry.spec)
     add_attempt(run, Attempt(f"{run.id}-1", NOWHERE.address, local=True))
     for kind in event_kinds:
@@ -65,25 +83,26 @@ def start_run(sweep, entry, *event_kinds):
 
 
 def prepare(spec):
-    """Write a folder that counts as prepared for the spec, so that nothing is left to do."""
+    """Write a manifest to the spec's prepared folder, so that its data counts as prepared."""
     spec.data.prepared.mkdir()
     write_json(spec.data.prepared / "manifest.json", make_manifest({"web": 9}, recipe(spec)).model_dump(mode="json"))
 
 
-def run(sweep, name):
+def run_job(sweep, name):
+    """Run the job of an order in this process until it ends."""
     scheduler.Sweep(sweep, name, NOWHERE).run()
 
 
-def run_once(sweep, name):
-    """Let the sweep's job look once at all runs, and then find that it is not its turn any more."""
-    looks = itertools.chain([True] * 9, itertools.repeat(False))
+def run_job_once(sweep, name):
+    """Run the job of an order for some polls of its runs; then it ends as if a newer order had replaced it."""
+    order_checks = itertools.chain([True] * 9, itertools.repeat(False))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scheduler.Sweep, "_is_newest_order", property(lambda self: next(looks)))
-        run(sweep, name)
+        patch.setattr(scheduler.Sweep, "_is_newest_order", property(lambda self: next(order_checks)))
+        run_job(sweep, name)
 
 
-def test_the_last_order_is_the_last_by_name_and_earlier_orders_supply_missing_entries(tmp_path, sweep):
-    old_entry, new_entry, removed_entry = (entry(tmp_path, name) for name in ("old", "new", "gone"))
+def test_newest_order_is_last_by_name_and_earlier_orders_supply_missing_entries(tmp_path, sweep):
+    old_entry, new_entry, removed_entry = (make_entry(tmp_path, name) for name in ("old", "new", "gone"))
     write_order(sweep, [old_entry, removed_entry])
     start_run(sweep, old_entry, "submitted")
     same_moment = sorted(sweep.new_order_name() for _ in range(2))
@@ -95,46 +114,46 @@ def test_the_last_order_is_the_last_by_name_and_earlier_orders_supply_missing_en
 
 
 @pytest.mark.timeout(60)
-def test_a_job_ends_at_once_for_a_job_submitted_at_the_same_moment(tmp_path, sweep):
-    """The other job waits for this one, so that they would wait for each other forever."""
-    first_order = write_order(sweep, [entry(tmp_path, "a")])
-    write_order(sweep, [entry(tmp_path, "a")])
-    run(sweep, first_order)
+def test_a_job_ends_at_once_if_a_newer_order_exists(tmp_path, sweep):
+    """The newer job waits for the end of this one, so the two would wait forever if this one waited too."""
+    first_order = write_order(sweep, [make_entry(tmp_path, "a")])
+    write_order(sweep, [make_entry(tmp_path, "a")])
+    run_job(sweep, first_order)
     assert sweep.runs() == {}
 
 
-@pytest.mark.filterwarnings("ignore:`use_:DeprecationWarning")  # of Ray's own making
+@pytest.mark.filterwarnings("ignore:`use_:DeprecationWarning")  # a warning about Ray's own code
 def test_a_failed_preparation_is_printed_at_once_and_raised_after_the_other_runs(tmp_path, sweep, capsys):
-    without_text, finished_entry = entry(tmp_path, "a"), entry(tmp_path, "b", data={"prepared": "other"})
+    without_text, finished_entry = make_entry(tmp_path, "a"), make_entry(tmp_path, "b", data={"prepared": "other"})
     prepare(finished_entry.spec)
     start_run(sweep, finished_entry, "finished")
     name = write_order(sweep, [without_text, finished_entry])
     with pytest.raises(DataError, match="source web"):
-        run(sweep, name)
+        run_job(sweep, name)
     output = capsys.readouterr().out
     assert output.startswith(f"{finished_entry.name}: finished\n{without_text.name}: source web")
     assert "error: " not in output
 
 
 def test_a_started_run_does_not_continue_with_another_spec(tmp_path, sweep, capsys):
-    old_entry, new_entry = entry(tmp_path, "a"), entry(tmp_path, "a", train={"lr": 0.5})
+    old_entry, new_entry = make_entry(tmp_path, "a"), make_entry(tmp_path, "a", train={"lr": 0.5})
     prepare(new_entry.spec)
     started_run = start_run(sweep, old_entry, "stopped")
     with pytest.raises(SpecError, match="run a-s0 was started with another spec: train"):
         client.check_unchanged_specs(sweep, [new_entry])
-    run(sweep, write_order(sweep, [new_entry], retry={new_entry.name: 1}))
+    run_job(sweep, write_order(sweep, [new_entry], retry={new_entry.name: 1}))
     assert "a-s0: it was started with another spec: train" in capsys.readouterr().out
     assert started_run.spec().train.lr == old_entry.spec.train.lr
     assert newest_attempt_number(started_run) == 1
 
 
 def test_seeds_of_a_variant_must_have_one_spec(tmp_path, sweep):
-    first_seed, other_variant = entry(tmp_path, "a"), entry(tmp_path, "b", train={"lr": 0.5})
+    first_seed, other_variant = make_entry(tmp_path, "a"), make_entry(tmp_path, "b", train={"lr": 0.5})
     write_order(sweep, [first_seed])
     start_run(sweep, first_seed, "finished")
 
     def entry_of_seed_1(**sections):
-        spec = entry(tmp_path, "a", **sections).spec.model_copy(update={"name": "heads-a-s1", "seed": 1})
+        spec = make_entry(tmp_path, "a", **sections).spec.model_copy(update={"name": "heads-a-s1", "seed": 1})
         return SweepRun(variant="a", seed=1, spec=spec)
 
     client.check_unchanged_specs(sweep, [other_variant, entry_of_seed_1()])
@@ -144,7 +163,7 @@ def test_seeds_of_a_variant_must_have_one_spec(tmp_path, sweep):
 
 
 def test_a_failing_storage_is_retried(tmp_path, sweep, capsys):
-    finished_entry = entry(tmp_path, "a")
+    finished_entry = make_entry(tmp_path, "a")
     name = write_order(sweep, [finished_entry])
     started_run = start_run(sweep, finished_entry, "finished")
     saved_events = started_run.events_file.rename(tmp_path / "kept")
@@ -157,39 +176,39 @@ def test_a_failing_storage_is_retried(tmp_path, sweep, capsys):
     with pytest.MonkeyPatch.context() as patch:
         sleeps = iter([lambda: None, lambda: None, repair, lambda: None])
         patch.setattr(scheduler.time, "sleep", lambda _: next(sleeps)())
-        run(sweep, name)
+        run_job(sweep, name)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(scheduler, "STORAGE_SECONDS", 0.0)
         started_run.events_file.rename(saved_events)
         started_run.events_file.mkdir()
         with pytest.raises(StorageError, match=r"sweep heads-small: \[Errno 21\] Is a directory"):
-            run(sweep, name)
+            run_job(sweep, name)
         repair()
-    run(sweep, name)
+    run_job(sweep, name)
     output = capsys.readouterr().out
     assert output.count("the storage fails; trying again: [Errno 21] Is a directory") == 2
     assert output.endswith("a-s0: finished\n")
 
 
 def test_living_runs_of_earlier_orders_count_as_concurrent(tmp_path, sweep, capsys):
-    """The unwanted run here has a cluster that does not answer, but has written a moment ago."""
-    unwanted_entry, wanted_entry = entry(tmp_path, "a"), entry(tmp_path, "b")
+    """The run of the earlier order counts as living: its cluster does not answer, but it wrote something just now."""
+    unwanted_entry, wanted_entry = make_entry(tmp_path, "a"), make_entry(tmp_path, "b")
     prepare(wanted_entry.spec)
     start_run(sweep, unwanted_entry, "submitted", "started")
-    run_once(sweep, write_order(sweep, [unwanted_entry, wanted_entry], wanted_names=[wanted_entry.name]))
+    run_job_once(sweep, write_order(sweep, [unwanted_entry, wanted_entry], wanted_names=[wanted_entry.name]))
     assert "still following, but cluster http://127.0.0.1:1: nothing answers there" in capsys.readouterr().out
     assert list(sweep.runs()) == [unwanted_entry.name]
 
 
 def test_only_runs_that_ended_before_the_order_start_again(tmp_path, sweep):
-    """A job that replaces a killed one has the same order, so it decides in the same way."""
+    """An order lists them with their last attempts, so a job that replaces a killed one starts the same runs."""
     names = ("before", "later", "started")
-    entries = {name: entry(tmp_path, name) for name in names}
+    entries = {name: make_entry(tmp_path, name) for name in names}
     prepare(entries["before"].spec)
     runs = {name: start_run(sweep, entries[name], "stopped") for name in names}
     add_attempt(runs["started"], Attempt("again", NOWHERE.address, local=True))
     retry = {entries["before"].name: 1, entries["started"].name: 1}
-    run_once(sweep, write_order(sweep, [*entries.values()], retry=retry, concurrent=3))
+    run_job_once(sweep, write_order(sweep, [*entries.values()], retry=retry, concurrent=3))
     assert {name: newest_attempt_number(started_run) for name, started_run in runs.items()} == {
         "before": 2,
         "later": 1,
@@ -198,21 +217,21 @@ def test_only_runs_that_ended_before_the_order_start_again(tmp_path, sweep):
 
 
 def test_a_created_run_without_a_job_takes_the_new_spec(tmp_path, sweep):
-    old_entry, new_entry = entry(tmp_path, "a"), entry(tmp_path, "a", train={"lr": 0.5})
+    old_entry, new_entry = make_entry(tmp_path, "a"), make_entry(tmp_path, "a", train={"lr": 0.5})
     prepare(new_entry.spec)
     unstarted_run = create_run(old_entry.spec)
     sweep.write_runs({old_entry.name: unstarted_run})
     client.check_unchanged_specs(sweep, [new_entry])
-    run_once(sweep, write_order(sweep, [new_entry]))
+    run_job_once(sweep, write_order(sweep, [new_entry]))
     assert unstarted_run.spec().train.lr == 0.5
 
 
 def test_a_damaged_order_is_skipped_if_a_newer_one_exists(tmp_path, sweep):
-    damaged_order = write_order(sweep, [entry(tmp_path, "a")])
+    damaged_order = write_order(sweep, [make_entry(tmp_path, "a")])
     (sweep.orders_folder / f"{damaged_order}.json").write_text("{}")
     with pytest.raises(RunError, match="damaged, or written by another version"):
         sweep.read_order(damaged_order)
-    write_order(sweep, [entry(tmp_path, "b")])
+    write_order(sweep, [make_entry(tmp_path, "b")])
     assert [e.name for e in sweep.entries()] == ["b-s0"]
 
 
@@ -221,7 +240,7 @@ def test_a_second_order_includes_the_unfinished_runs_of_the_first_until_both_are
     tmp_path, sweep, local_cluster
 ):
     connection = connect()
-    first_entry, finished_entry, second_entry = (entry(tmp_path, name) for name in ("a", "over", "b"))
+    first_entry, finished_entry, second_entry = (make_entry(tmp_path, name) for name in ("a", "over", "b"))
     start_run(sweep, finished_entry, "finished")
     jobs.submit(connection, {"entrypoint": "sleep 300", "submission_id": "job-of-the-first", "runtime_env": {}})
     name = write_order(sweep, [first_entry, finished_entry])
@@ -240,8 +259,8 @@ def test_a_second_order_includes_the_unfinished_runs_of_the_first_until_both_are
 
 @pytest.mark.ray
 def test_a_restarted_job_ends_if_the_sweep_was_stopped_meanwhile(tmp_path, sweep, local_cluster):
-    """A user who follows the job saw it disappear before the sweep was stopped."""
-    connection, wanted_entry = connect(), entry(tmp_path, "a")
+    """A command that follows a sweep restarts a job that disappears, also if the sweep was stopped in that moment."""
+    connection, wanted_entry = connect(), make_entry(tmp_path, "a")
     order = sweep.read_order(write_order(sweep, [wanted_entry]))
     sweep.stop_file.parent.mkdir(parents=True, exist_ok=True)
     sweep.stop_file.touch()
@@ -256,7 +275,7 @@ def test_a_restarted_job_ends_if_the_sweep_was_stopped_meanwhile(tmp_path, sweep
 
 
 def test_a_removed_run_is_created_again(tmp_path, sweep):
-    wanted_entry = entry(tmp_path, "a")
+    wanted_entry = make_entry(tmp_path, "a")
     prepare(wanted_entry.spec)
     removed_run = start_run(sweep, wanted_entry, "failed")
     job = scheduler.Sweep(sweep, write_order(sweep, [wanted_entry]), NOWHERE)
@@ -268,7 +287,7 @@ def test_a_removed_run_is_created_again(tmp_path, sweep):
 
 
 def test_stopping_marks_runs_whose_cluster_does_not_answer(tmp_path, sweep):
-    training, finished_entry = entry(tmp_path, "a"), entry(tmp_path, "b")
+    training, finished_entry = make_entry(tmp_path, "a"), make_entry(tmp_path, "b")
     write_order(sweep, [training, finished_entry])
     runs = start_run(sweep, training, "submitted", "started"), start_run(sweep, finished_entry, "finished")
     stopping, cluster_errors = client.stop(sweep)
@@ -279,7 +298,7 @@ def test_stopping_marks_runs_whose_cluster_does_not_answer(tmp_path, sweep):
 
 
 def test_a_diverged_run_has_no_loss_in_the_table_and_does_not_change_the_step(tmp_path, sweep):
-    entries = [entry(tmp_path, name) for name in ("a", "b")]
+    entries = [make_entry(tmp_path, name) for name in ("a", "b")]
     for sweep_entry, last_loss in zip(entries, (4.0, float("nan")), strict=True):
         trained = start_run(sweep, sweep_entry, "finished")
         for step, loss in ((10, 5.0), (20, last_loss)):

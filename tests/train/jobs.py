@@ -19,6 +19,7 @@ START_TOKEN = 0  # the token that begins a document; as with our tokenizers, pad
 
 
 def build_trainer(spec: RunSpec, nodes: list[str] | None = None) -> Trainer:
+    """Return the trainer of this rank on the CPU; `nodes` has the node of each rank, by default one node for all."""
     mesh = build_mesh(spec.cluster, nodes or ["node"] * spec.cluster.workers.max, "cpu")
     return Trainer(spec, mesh, torch.device("cpu"), START_TOKEN)
 
@@ -78,10 +79,9 @@ def validation_samples(spec: RunSpec) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def train_and_collect(spec: RunSpec, steps: int, nodes: list[str] | None = None) -> dict[str, Any]:
-    """Train some steps, and return the first unclipped gradients, the losses and norms, and the state at the end.
-
-    The state is weights, moments, tokens and validation.
-    """
+    """Train from step 0, and return the unclipped gradients of the first step, the mean loss over all ranks and the
+    gradient norm of each step, and at the end the full weights and moments, the number of tokens, and the result of a
+    validation."""
     trainer = build_trainer(spec, nodes)
     losses, norms, first_gradients = [], [], {}
     for step in range(steps):
@@ -105,25 +105,31 @@ def train_and_collect(spec: RunSpec, steps: int, nodes: list[str] | None = None)
 
 
 def train_and_save(spec: RunSpec, run: Path, steps: int, nodes: list[str] | None = None) -> None:
+    """Train from step 0, and save a checkpoint in the run directory `run`."""
     trainer = build_trainer(spec, nodes)
     train(spec, trainer, steps)
     save_checkpoint(RunDir(run), trainer)
 
 
 def train(spec: RunSpec, trainer: Trainer, steps: int) -> None:
+    """Train the next `steps` steps."""
     for step in range(trainer.step, trainer.step + steps):
         sums = trainer.accumulate(rank_batches(spec, step, trainer))
         trainer.update(sums)
 
 
 def save_checkpoint(run: RunDir, trainer: Trainer) -> None:
+    """Save a checkpoint of the trainer's step, and wait until it is written."""
     saver = Saver(run, trainer, group=1)
     saver.save(trainer.zero_counts())
     saver.wait()
 
 
 def load_and_describe(spec: RunSpec, checkpoint: Path, steps: int = 0) -> dict[str, Any]:
-    """Load a checkpoint in this world, and return weights, moments and the losses of some further steps."""
+    """Load a checkpoint at this world size, train `steps` further steps, and return their losses.
+
+    Also return the state before these steps: step, tokens, and full weights and moments.
+    """
     trainer = build_trainer(spec)
     restore(trainer, checkpoint, read_manifest(checkpoint))
     result: dict[str, Any] = {"step": trainer.step, "tokens": trainer.tokens}
@@ -144,11 +150,13 @@ def _train_step(spec: RunSpec, step: int, trainer: Trainer) -> float:
 
 
 def validation_loss(spec: RunSpec, token_NT: torch.Tensor, counts_NT: torch.Tensor) -> tuple[float, int]:
+    """Return the validation loss of initial weights, and the number of targets that count."""
     return build_trainer(spec).validate(token_NT, counts_NT)
 
 
 def train_without_rows(spec: RunSpec) -> dict[str, Any]:
-    """Train a step in which rank 0 has no rows, forward and backward: all rows go to the experts of rank 1."""
+    """Train a step in which all rows go to the experts of rank 1 and those of rank 0 get none; return the number of
+    routes per layer and expert, and the weights."""
     trainer = build_trainer(spec)
     with torch.no_grad():
         for layer in trainer.model.moe_layers():

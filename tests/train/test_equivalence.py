@@ -16,7 +16,7 @@ def parallel_spec(workers, ep, strategy="ddp", shard_experts=False, dispatch="fl
 
 
 def capacity_fields(static):
-    """Return the keys of a spec whose model drops routes if `static` is true."""
+    """Return the sections of a spec with a limited expert capacity, so that routes are dropped, if `static` is true."""
     if not static:
         return {}
     model = tiny_spec().model.model_dump()
@@ -47,6 +47,7 @@ ALWAYS = {
 
 
 def table():
+    """Yield the arguments workers, ep, strategy, shard_experts, static of each case; those not in ALWAYS are slow."""
     for workers, ep in WORLDS:
         for strategy, shard_experts in STRATEGIES:
             if strategy == "zero3" and ep > 1:
@@ -119,7 +120,7 @@ def xmoe_fields():
     ],
 )
 def test_router_with_learned_temperature_trains_like_one_process(reference_with_xmoe, workers, ep, strategy):
-    """The temperature is a scalar, which some strategies do not accept."""
+    """The temperature is a parameter of one element, so with fsdp only one rank has it."""
     if strategy.startswith("zero"):
         pytest.importorskip("deepspeed")
     for result in run_ranks(
@@ -129,6 +130,7 @@ def test_router_with_learned_temperature_trains_like_one_process(reference_with_
 
 
 def assert_alike(result, expected):
+    """Assert that two results of `train_and_collect` are equal up to rounding."""
     for name, gradient in expected["gradients"].items():
         assert (result["gradients"][name] - gradient).norm() < 1e-5 * gradient.norm() + 1e-9, f"gradient of {name}"
     assert result["losses"] == pytest.approx(expected["losses"], rel=1e-4)
@@ -143,7 +145,7 @@ def assert_alike(result, expected):
 
 
 def test_groups_by_node_with_sharded_experts_train_like_one_process(reference):
-    """The mesh has the higher of the two ranks of an expert first."""
+    """The mesh for these nodes has the higher of the two ranks with the same experts first."""
     for result in run_ranks(4, jobs.train_and_collect, parallel_spec(4, 2, "fsdp", True), STEPS, ["a", "b", "b", "a"]):
         assert_alike(result, reference)
 
@@ -162,7 +164,7 @@ def reference_in_bfloat16():
     ],
 )
 def test_bfloat16_losses_match_one_process(reference_in_bfloat16, workers, ep, strategy):
-    """All strategies have weights, updates and sums over ranks in float32.
+    """All strategies have weights, updates and sums over ranks in float32, and gradients near those of one process.
 
     Products are rounded as on one process, but gradients of weights are rounded once for each rank.
     """
@@ -175,7 +177,7 @@ def test_bfloat16_losses_match_one_process(reference_in_bfloat16, workers, ep, s
 
 
 def train_compiled(spec, steps):
-    """Return the results of `gradients_then_losses`, and the number of graphs that were compiled."""
+    """Return the results of `train_and_collect`, and the number of graphs that were compiled."""
     from torch._dynamo.utils import counters
 
     return jobs.train_and_collect(spec, steps), counters["stats"]["unique_graphs"]
@@ -215,6 +217,7 @@ OTHER_FEATURES = {
 
 
 def merged_model(model):
+    """Return a section of a spec: the tiny model with the keys of `model`, and of `model["moe"]`, replaced."""
     base = tiny_spec().model.model_dump()
     return {"model": {**base, **model, "moe": {**base["moe"], **model["moe"]}}}
 
@@ -232,20 +235,21 @@ def test_recomputation_is_bit_identical(model):
 
 @pytest.mark.parametrize(("ep", "strategy"), [(1, "fsdp"), (2, "ddp"), pytest.param(2, "fsdp", marks=pytest.mark.slow)])
 def test_recomputation_with_sharded_tensors_trains_like_one_process(reference, ep, strategy):
-    """Slices are gathered again, but rows are not exchanged again."""
+    """Recomputation gathers sharded weights again, and does not exchange rows again."""
     spec = parallel_spec(2, ep, strategy, strategy == "fsdp", train={"recompute": True})
     for result in run_ranks(2, jobs.train_and_collect, spec, STEPS):
         assert_alike(result, reference)
 
 
 def train_one_step(spec):
-    """Return the loss, the exchanged rows and the gradients of one step."""
+    """Return the loss, the bytes sent by dispatch, and the full gradients of one step."""
     trainer = jobs.build_trainer(spec)
     sums = trainer.accumulate(jobs.rank_batches(spec, 0, trainer))
     return sums.loss, sums.sent_bytes, jobs.full_gradients(trainer)
 
 
 def test_recomputation_sends_each_row_once():
+    """Losses, bytes sent and gradients are the same with and without recomputation."""
     expected, result = (
         run_ranks(2, train_one_step, parallel_spec(2, 2, train={"recompute": recompute}, **merged_model(FIRST_PAPER)))[
             0
@@ -258,7 +262,7 @@ def test_recomputation_sends_each_row_once():
 
 @pytest.mark.parametrize("model", [FIRST_PAPER, OTHER_FEATURES], ids=["first-paper", "others"])
 def test_routing_is_the_same_on_any_number_of_ranks(model):
-    """Capacity, random draws and balance depend on the micro-batch only, and a bias on the whole step."""
+    """Capacity, random draws and the balance loss depend on the micro-batch only, and a selection bias on the step."""
     sections = merged_model(model)
     [reference] = run_ranks(1, jobs.train_and_collect, parallel_spec(1, 1, **sections), 8)
     for result in run_ranks(2, jobs.train_and_collect, parallel_spec(2, 2, **sections), 8):

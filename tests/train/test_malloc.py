@@ -45,7 +45,7 @@ def test_malloc_settings_keep_freed_memory():
     assert tuned_faults < 500
 
 
-def test_variables_of_the_environment_are_left_out():
+def test_variables_that_the_environment_sets_are_left_out():
     settings = malloc.malloc_settings({"MALLOC_ARENA_MAX": "4"})
     assert "MALLOC_ARENA_MAX" not in settings
     assert settings["MALLOC_MMAP_MAX_"] == "0"

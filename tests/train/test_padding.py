@@ -21,6 +21,7 @@ MODELS = {"llama": {}, "subln": {"backbone": "subln"}}
 
 
 def padded_spec(workers=1, ep=1, masks=True, folder=Path("/nowhere"), **model) -> RunSpec:
+    """Return a tiny spec with best-fit packing, so that samples have several documents and padding."""
     model = {"document_masks": masks, **model}
     return tiny_spec(folder, model=model, data={"packing": "best_fit"}, cluster={"workers": workers, "ep": ep})
 
@@ -28,8 +29,8 @@ def padded_spec(workers=1, ep=1, masks=True, folder=Path("/nowhere"), **model) -
 def train_single_documents(spec: RunSpec) -> tuple[dict[str, torch.Tensor], float, int]:
     """Return gradients and loss of the first step, and the number of its targets that count.
 
-    Each document is a sample of its own for a model without masks, so there is no padding. The routing losses are those
-    of the micro-batches, padding included.
+    They are computed without packing: each document is a sample of its own for a model without masks, so there is no
+    padding. Only the routing losses are those of the packed micro-batches, padding included.
     """
     plain_model, packed_model = Decoder(spec.model.model_copy(update={"document_masks": False})), Decoder(spec.model)
     for model in (plain_model, packed_model):
@@ -104,7 +105,7 @@ def test_step_of_padding_only_is_finite():
 
 
 def test_validation_masks_documents_as_training_does():
-    """Packed documents have the same validation loss as documents in samples of their own."""
+    """Packed documents have the same validation loss as the same documents in samples of their own."""
     spec = padded_spec()
     samples = [torch.cat(part) for part in zip(*jobs.micro_batches(spec, 0), strict=True)]
     packed_result = jobs.build_trainer(spec).validate(*samples)

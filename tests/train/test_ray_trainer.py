@@ -88,12 +88,12 @@ def test_errors_of_this_package_are_not_retried(tmp_path, raised, decision):
 
 
 def test_retry_waits_until_run_directory_can_be_read(tmp_path, monkeypatch, capsys):
-    """Each new worker group reads the run directory, so an outage of a minute would use up all retries."""
+    """Each new worker group reads the run directory, so without waiting a minute's outage would use up all retries."""
     run = RunDir(tmp_path)
     run.spec_file.mkdir()  # so that it cannot be read
     monkeypatch.setattr(resilience, "STORAGE_CHECK_SECONDS", 0.01)
-    looks = iter([lambda _: None, lambda _: run.spec_file.rmdir()])
-    monkeypatch.setattr(resilience.time, "sleep", lambda seconds: next(looks)(seconds))
+    sleep_actions = iter([lambda _: None, lambda _: run.spec_file.rmdir()])
+    monkeypatch.setattr(resilience.time, "sleep", lambda seconds: next(sleep_actions)(seconds))
     failure = WorkerGroupError("", {0: StorageError("file", "it cannot be written", "repair the storage")})
     assert (
         NonRetryableFailurePolicy(FailureConfig(max_failures=3), run, tiny_spec()).make_decision(failure)

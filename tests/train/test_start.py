@@ -20,7 +20,8 @@ def parallel_spec(strategy, **cluster):
 
 
 def measure_start(spec):
-    """Return the peak of allocated bytes while a trainer is built, the bytes that remain, and the weights."""
+    """Return the peak of bytes that this rank allocates while it builds a trainer, the bytes of its weights and other
+    tensors, and the full weights."""
     trainers = []
     peak = peak_bytes(lambda: trainers.append(jobs.build_trainer(spec)), torch.device("cpu"))
     held_bytes = sum(

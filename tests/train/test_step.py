@@ -14,7 +14,7 @@ from tests.specs import TINY, tiny_spec
 from tests.train.jobs import build_trainer, full_tensors, rank_batches, save_checkpoint, train
 
 
-def test_non_finite_gradient_changes_nothing():
+def test_non_finite_gradient_is_an_error_and_changes_nothing():
     spec = tiny_spec()
     trainer = build_trainer(spec)
     sums = trainer.accumulate(rank_batches(spec, 0, trainer))
@@ -29,9 +29,10 @@ def test_non_finite_gradient_changes_nothing():
 
 
 def train_with_skipped_step(spec):
-    """Train six steps, the third with an infinite gradient; return applied flags, skipped steps and finite norms.
+    """Train six steps, the third with an infinite gradient, and check that the third changes no weight.
 
-    A skipped step must change nothing, not even the biases of routers, which move without gradients.
+    It must not even change the biases of routers, which move without gradients. Return for each step whether its update
+    was applied, the number of skipped steps, and for each step whether the gradient norm was finite.
     """
     trainer = build_trainer(spec)
     updates, previous_weights = [], {}
@@ -51,7 +52,7 @@ def train_with_skipped_step(spec):
 
 
 def loss_with_autocast_flag(spec, cuda_autocast):
-    """Return the loss of a step with autocast for CUDA on or off, which must not change autocast for the CPU."""
+    """Return the sum of losses of a step on the CPU, computed with autocast for CUDA switched on or off."""
     torch.set_autocast_enabled("cuda", cuda_autocast)
     trainer = build_trainer(spec)
     return trainer.accumulate(rank_batches(spec, 0, trainer)).loss
@@ -59,6 +60,7 @@ def loss_with_autocast_flag(spec, cuda_autocast):
 
 @pytest.mark.parametrize("strategy", ["zero2", "zero3"])
 def test_deepspeed_keeps_autocast_on(strategy):
+    """A loss in bfloat16 differs from the one in float32, and does not depend on the switch of autocast for CUDA."""
     pytest.importorskip("deepspeed")
     float32_spec, bfloat16_spec = (
         tiny_spec(cluster={"workers": 2, "ep": 1, "strategy": strategy}, train={"precision": precision})
@@ -90,7 +92,7 @@ def test_step_with_non_finite_gradient_is_skipped(workers, strategy):
 
 
 def test_checkpoint_after_skipped_step_continues_bit_identically(tmp_path):
-    """AdamW counts updates, and there were fewer updates than steps."""
+    """AdamW's count of updates is restored, which is lower than the step after a skipped step."""
     spec, run = new_run(tmp_path, {"workers": 1}, train={"on_nonfinite": "skip"})
     trainer = build_trainer(spec)
     train(spec, trainer, 1)

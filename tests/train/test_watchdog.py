@@ -17,6 +17,8 @@ WORKERS = [WorkerInfo(rank, 100 + rank, 0.0, "host", "node") for rank in range(3
 
 @pytest.fixture
 def clock(monkeypatch):
+    """Replace the watchdog's clock by one that a test sets in `seconds`."""
+
     class Clock:
         seconds = 1000.0
 
@@ -30,7 +32,7 @@ def actor(tmp_path, clock):
 
 
 def send_heartbeats(actor, *counts, step=7):
-    """Let each rank report its own count to the watchdog; a rank whose count is None reports nothing."""
+    """Let each rank send a heartbeat with its count of progress reports; a rank whose count is None sends none."""
     for worker_info, count in zip(WORKERS, counts, strict=True):
         if count is not None:
             asyncio.run(
@@ -41,6 +43,7 @@ def send_heartbeats(actor, *counts, step=7):
 
 
 def hung_ranks(actor, clock):
+    """Return the ranks that the watchdog counts as hung at this time."""
     return [record.progress.worker_info.rank for record in actor._hung_ranks(clock.seconds)]
 
 
@@ -79,7 +82,7 @@ def test_all_ranks_hang_if_none_is_behind(actor, clock):
 
 
 def test_no_rank_hangs_while_shared_work_makes_progress(actor, clock):
-    """The files of a checkpoint are hashed before the ranks start, and all ranks wait for that."""
+    """Shared work is done once for all ranks, which wait for it, such as hashing a checkpoint's files at the start."""
     for _ in range(5):
         send_heartbeats(actor, 3, 3, 3)
         clock.seconds += 8
@@ -91,6 +94,7 @@ def test_no_rank_hangs_while_shared_work_makes_progress(actor, clock):
 
 
 def test_side_progress_does_not_make_a_rank_behind(actor, clock):
+    """A rank is behind by its training progress; work beside training, such as saving, does not count."""
     for worker_info, pieces, training_progress in zip(WORKERS, (40, 3, 11), (9, 9, 8), strict=True):
         asyncio.run(
             actor.receive(
@@ -110,6 +114,7 @@ def test_side_progress_does_not_make_a_rank_behind(actor, clock):
 
 
 def test_progress_reports_of_all_threads_are_counted():
+    """No report is lost when two threads report at the same time."""
     heartbeat, count = Heartbeat(None, WORKERS[0]), 50_000
     switch_interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)

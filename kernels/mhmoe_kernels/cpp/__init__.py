@@ -31,9 +31,9 @@ def unavailable_reason(device: torch.device) -> str | None:
 
 
 def is_faster(x_ND: Tensor, weights: ExpertWeights) -> bool:
-    """Return whether this kernel computes these rows and experts, and does so faster than `grouped`.
+    """Return whether this kernel can compute these rows and experts here, and is faster than `grouped`.
 
-    It is the faster one on CPUs with AMX; kernels/README.md has the measurements.
+    It is faster on CPUs with AMX; kernels/README.md has the measurements.
     """
     has_amx = x_ND.device.type == "cpu" and cpu_level() >= CpuLevel.AMX
     return has_amx and _unsupported_error(x_ND, weights) is None and unavailable_reason(x_ND.device) is None
@@ -69,6 +69,7 @@ def run_sorted(x_RD: Tensor, counts: list[int], weights: ExpertWeights) -> Tenso
 
 
 def _unsupported_error(x_ND: Tensor, weights: ExpertWeights) -> Exception | None:
+    """Return the error for a kind of experts, a dtype or sizes that the kernel does not compute; None if it does."""
     # `is_faster` only asks for the error, so it is returned, not raised.
     limits = KERNELS["cpp"]
     if weights.function.name != limits.function:

@@ -52,6 +52,11 @@ def _library_or_error() -> ctypes.CDLL | BuildError:
 
 
 def _ensure_built() -> Path:
+    """Return the path of the compiled library, which is built if it does not exist yet.
+
+    Raises:
+        BuildError: this machine cannot build the library, or its CPU cannot run it.
+    """
     if sys.platform != "linux":
         raise BuildError("the kernel is built on Linux only")
     try:
@@ -88,7 +93,11 @@ def _fingerprint(compiler: str) -> str:
 
 
 def _compile(compiler: str, path: Path) -> None:
-    """Compile the kernels into a library at `path`."""
+    """Compile the kernels into a library at `path`.
+
+    Raises:
+        BuildError: the kernels do not compile, or the folder of `path` cannot be written.
+    """
     # The library is built in a folder of its own beside `path` and then moved, so that processes that build at the same
     # time do not interfere.
     source_folder, torch_folder = Path(__file__).parent, Path(torch.__file__).parent
@@ -135,6 +144,11 @@ def _openmp_path() -> Path:
 
 
 def _run_command(command: list[str]) -> str:
+    """Run a command and return its stdout.
+
+    Raises:
+        BuildError: the command cannot be run, or fails; the message has the first line of its stderr with an error.
+    """
     try:
         process = subprocess.run(command, capture_output=True, text=True)
     except OSError as error:

@@ -25,6 +25,8 @@ Kernel = Literal["forward", "backward_rows", "backward_weights"]
 
 
 class Blocks(NamedTuple):
+    """Rows and hidden units that a program holds at a time, its warps, and the stages of its software pipeline."""
+
     rows: int
     hidden: int
     warps: int
@@ -79,7 +81,13 @@ _FLOAT32 = {1024: Blocks(16, 16, 8, 1)}
 
 
 def blocks_for(kind: str, kernel: Kernel, width: int, dtype: torch.dtype) -> Blocks:
-    """Return the block sizes of the narrowest entry for rows of `width`.
+    """Return the block sizes of a kernel for rows of `width`.
+
+    Args:
+        kind: kind of experts, `swiglu` or `gelu`.
+        kernel: name of the kernel.
+        width: width of a row.
+        dtype: float32 or bfloat16.
 
     Raises:
         ValueError: the rows are too wide: no tile of them fits on the chip.

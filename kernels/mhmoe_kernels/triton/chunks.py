@@ -39,7 +39,7 @@ def _column_offset(chunks: tuple[int, ...], c: int) -> int:
 
 @triton.jit
 def chunk_columns(CHUNKS: tl.constexpr, c: tl.constexpr) -> tl.tensor:
-    """Return the indices in D of the columns of chunk c."""
+    """Return the columns of D that chunk c holds; the last chunk may have columns past D."""
     return _column_offset(CHUNKS, c) + tl.arange(0, _width(CHUNKS, c))
 
 
@@ -74,6 +74,7 @@ def load_columns(
 def store_rows(
     x_ND: tl.tensor, row_B: tl.tensor, inside_B: tl.tensor, chunks: tl.tuple, D: tl.constexpr, CHUNKS: tl.constexpr
 ) -> None:
+    """Store chunks [B, width] in the rows `row_B` of a matrix [*, D]; rows outside `inside_B` are not stored."""
     for c in tl.static_range(len(CHUNKS)):
         col = chunk_columns(CHUNKS, c)
         mask = inside_B[:, None] & (col < D)[None, :]
@@ -96,6 +97,7 @@ def store_columns(
 
 @triton.jit
 def zeros_rows(B: tl.constexpr, CHUNKS: tl.constexpr) -> tl.tuple:
+    """Return chunks [B, width] of float32 zeros."""
     chunks = ()
     for c in tl.static_range(len(CHUNKS)):
         chunks = chunks + (tl.zeros([B, _width(CHUNKS, c)], tl.float32),)
@@ -104,6 +106,7 @@ def zeros_rows(B: tl.constexpr, CHUNKS: tl.constexpr) -> tl.tuple:
 
 @triton.jit
 def zeros_columns(B: tl.constexpr, CHUNKS: tl.constexpr) -> tl.tuple:
+    """Return chunks [width, B] of float32 zeros."""
     chunks = ()
     for c in tl.static_range(len(CHUNKS)):
         chunks = chunks + (tl.zeros([_width(CHUNKS, c), B], tl.float32),)
@@ -112,6 +115,7 @@ def zeros_columns(B: tl.constexpr, CHUNKS: tl.constexpr) -> tl.tuple:
 
 @triton.jit
 def scale_rows(chunks: tl.tuple, scale_B1: tl.tensor) -> tl.tuple:
+    """Return chunks [B, width] with each row multiplied by its scale."""
     scaled = ()
     for c in tl.static_range(len(chunks)):
         scaled = scaled + (chunks[c] * scale_B1,)

@@ -18,23 +18,34 @@ Tensors = tuple[Tensor, ...]
 
 
 class ExpertKernels(Protocol):
-    """Kernels of experts of one function. `weights` are stacked over experts; `scale_R` are gates of sorted routes."""
+    """Interface of the kernels of one kind of experts.
+
+    `weights` are stacked over experts, and `scale_R` are the gates of sorted routes.
+    """
 
     def forward(self, x_ND: Tensor, weights: Tensors, routes: Routes) -> tuple[Tensor, Tensors]:
-        """Return out_RD of every sorted route, without its gate, and the tensors to save for `backward_rows`."""
+        """Return out_RD, the expert's output of every sorted route without its gate, and the tensors to save.
+
+        `backward_rows` takes the latter as `saved`.
+        """
 
     def backward_rows(
         self, x_ND: Tensor, dy_ND: Tensor, scale_R: Tensor, weights: Tensors, saved: Tensors, routes: Routes
     ) -> tuple[Tensor, Tensor, Tensors]:
-        """Return dx_RD of every sorted route, dscale_R, and the tensors to save for `backward_weights`."""
+        """Return the gradients of the row and of the gate of every sorted route, and the tensors to save.
+
+        `backward_weights` takes the latter as `saved`.
+        """
 
     def backward_weights(
         self, x_ND: Tensor, dy_ND: Tensor, scale_R: Tensor, weights: Tensors, saved: Tensors, routes: Routes
     ) -> Tensors:
-        """Return the gradients of `weights`."""
+        """Return the gradient of each of the `weights`; `saved` comes from `backward_rows`."""
 
 
 class SwigluKernels:
+    """`ExpertKernels` of SwiGLU experts, which save nothing for the backward."""
+
     def forward(self, x_ND: Tensor, weights: Tensors, routes: Routes) -> tuple[Tensor, Tensors]:
         F, D = weights[0].shape[1:]
         block = blocks_for("swiglu", "forward", D, x_ND.dtype)
@@ -69,6 +80,8 @@ class SwigluKernels:
 
 @dataclass
 class GeluSublnKernels:
+    """`ExpertKernels` of GELU experts with SubLN, which save the mean and the deviation of each route's norm."""
+
     eps: float
 
     def forward(self, x_ND: Tensor, weights: Tensors, routes: Routes) -> tuple[Tensor, Tensors]:

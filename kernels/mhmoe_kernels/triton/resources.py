@@ -66,6 +66,7 @@ def resources(kind: str, kernel: Kernel, width: int, dtype: torch.dtype) -> dict
 
 
 def main(arguments: list[str]) -> None:
+    """Print a line of resources for each kernel at each width; the arguments are those of the command line."""
     dtype = torch.float32 if "float32" in arguments else torch.bfloat16
     for width in [int(a) for a in arguments if a.isdigit()] or [96, 128, 192, 256, 384, 768]:
         for kind, kernel in KERNELS:

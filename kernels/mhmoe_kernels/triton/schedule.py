@@ -9,7 +9,7 @@ from mhmoe_kernels.permutation import plan_routes
 
 
 class Routes(NamedTuple):
-    """Routes sorted by expert."""
+    """Routes sorted by expert, as the kernels read them."""
 
     row_R: Tensor
     """Row of each sorted route."""
@@ -20,7 +20,7 @@ class Routes(NamedTuple):
 
 
 class RowTiles(NamedTuple):
-    """Range start..end of sorted routes of one expert for each of T programs; it is empty if start >= end."""
+    """Range start..end of sorted routes of one expert for each of T programs; a range with start >= end is empty."""
 
     expert_T: Tensor
     start_T: Tensor
@@ -33,7 +33,10 @@ def sort_routes(expert_NK: Tensor, n_experts: int) -> Routes:
 
 
 def row_tiles(routes: Routes, block: int) -> RowTiles:
-    """Return tiles of up to `block` rows of one expert, for as many programs as any split of R routes needs."""
+    """Return a tile for each program: up to `block` sorted routes of one expert.
+
+    There are as many tiles as R routes can need at most, however they are distributed over experts; some may be empty.
+    """
     n_experts, n_routes = len(routes.offset_E1) - 1, len(routes.row_R)
     tiles_E = (routes.offset_E1.diff() + block - 1) // block
     end_E = tiles_E.cumsum(0)

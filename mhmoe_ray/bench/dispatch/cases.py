@@ -29,6 +29,8 @@ INTERFACE = "slow"
 
 
 class Namespace(NamedTuple):
+    """Network namespace of Linux."""
+
     name: str
 
     @property
@@ -141,6 +143,7 @@ class Routes(NamedTuple):
 
     @staticmethod
     def draw(model: ModelSpec, tokens: int, rank: int) -> "Routes":
+        """Return random routes of the rows of `tokens` tokens; the rank is the seed, so each rank has its own."""
         moe = model.moe
         assert moe is not None
         generator = torch.Generator().manual_seed(rank)
@@ -156,10 +159,11 @@ class ExpectedBytes(NamedTuple):
 
 
 def expected_bytes(model: ModelSpec, tokens: int) -> ExpectedBytes:
-    """Return the bytes between nodes that the routes demand, for rows, outputs, and the gradients of both.
+    """Return the bytes that the random routes of all ranks require between nodes, with `tokens` tokens per rank.
 
-    Flat dispatch sends these once for each route to an expert on another node. Hierarchical dispatch sends these once
-    for each other node, and adds the expert ids and, in both directions, the gates.
+    Rows, outputs and the gradients of both are sent. Flat dispatch sends these once for each route to an expert on
+    another node. Hierarchical dispatch sends them once for each other node, and adds the expert ids and, in both
+    directions, the gates. Both also send counts of rows.
     """
     moe = model.moe
     assert moe is not None

@@ -91,7 +91,11 @@ def measure(tokens: int, rounds: int, rate: str | None) -> list[Figures]:
 
 
 def _run_ranks(namespaces: Sequence[Namespace], request: dict[str, Any]) -> dict[str, Any]:
-    """Run the processes of all ranks, and return the measurements that rank 0 prints."""
+    """Run a process for each rank with this request, and return the measurements that rank 0 prints.
+
+    Raises:
+        JobError: a process failed; the others are then killed.
+    """
     node_names = sorted(set(NODES))
     with tempfile.TemporaryDirectory(prefix="mhmoe-bench-") as folder:
         arguments = [sys.executable, "-m", "mhmoe_ray.bench.dispatch.rank", json.dumps({**request, "folder": folder})]

@@ -42,7 +42,12 @@ class Case:
 
 
 def measure(tokens: int, rounds: int, link: bool) -> dict[str, Any]:
-    """Measure each layer with each dispatch.
+    """Measure each layer with each dispatch, together with the other ranks.
+
+    Args:
+        tokens: the number of tokens of each rank.
+        rounds: the number of rounds that are counted.
+        link: whether there is a slow link, whose bytes are counted.
 
     Returns:
         For each layer and dispatch: the seconds of each round until the last rank has finished, the bytes between nodes
@@ -89,6 +94,7 @@ def _synchronized_time() -> float:
 
 
 def main() -> None:
+    """Join the process group, measure, and print the results as JSON on rank 0; the request is a JSON argument."""
     request = json.loads(sys.argv[1])
     # Four ranks share the CPU, so each gets one thread.
     torch.set_num_threads(1)

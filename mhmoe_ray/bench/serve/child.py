@@ -25,7 +25,10 @@ EXIT_TIMEOUT = 60.0
 
 
 class Child:
-    """Process of an engine or a server; it lives as long as the `with` block."""
+    """Context manager of the process of an engine or a server, which starts and ends with the `with` block.
+
+    In the block, `ready_message` is the process's first message; that of a server has its `url`.
+    """
 
     def __init__(self, name: str, served_model: ServedModel) -> None:
         self._name, self._served_model = name, served_model
@@ -63,7 +66,7 @@ class Child:
         self._close()
 
     def time_answers(self, prompts: Sequence[Prompt], clients: int) -> float:
-        """Let an engine answer these prompts, `clients` at a time, and return the seconds that it took."""
+        """Let the engine of this process answer prompts, `clients` at a time, and return the seconds that it takes."""
         assert self._process.stdin is not None
         print(json.dumps([prompts, clients]), file=self._process.stdin, flush=True)
         return float(self._read_message()["seconds"])
@@ -86,6 +89,11 @@ class Child:
             self._process.kill()
 
     def _read_message(self) -> dict[str, Any]:
+        """Return the next message of the process.
+
+        Raises:
+            JobError: the process has ended, or does not answer in time; it is then ended.
+        """
         assert self._process.stdout is not None
         if not select.select([self._process.stdout], [], [], ANSWER_TIMEOUT)[0]:
             self._interrupt()
@@ -102,6 +110,10 @@ class Child:
 
 
 def main() -> None:
+    """Run the engine or server that the JSON argument names, until stdin is closed.
+
+    A server's URL is printed once it runs. An engine answers each line of prompts on stdin, and prints the seconds.
+    """
     request = json.loads(sys.argv[1])
     paths = {key: Path(request["place"][key]) for key in ("checkpoint", "folder")}
     name, served_model = request["name"], ServedModel(**(request["place"] | paths))

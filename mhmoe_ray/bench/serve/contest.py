@@ -48,7 +48,7 @@ class Shape(NamedTuple):
         return max(1, mean * 7 // 4)
 
     def requests(self, count: int, seed: str) -> list[Prompt]:
-        """Return random requests; each seed gives other ones."""
+        """Return `count` random prompts with the lengths of their answers; each seed gives other ones."""
         generator = random.Random(seed)
 
         # The average of lengths from 1/4 to 7/4 of the mean is the mean.
@@ -184,6 +184,16 @@ def _measure_loads(
     rounds: int,
     report: Report,
 ) -> Iterator[Rates]:
+    """Measure servers in interleaved rounds, and yield the rates of each server with each number of clients.
+
+    Args:
+        names: keys of `SERVERS`.
+        served_model: the model that is served.
+        clients: the numbers of clients.
+        run_round: function (url, clients, round) that sends the requests of one round to a server.
+        rounds: the number of rounds, as in `measure_engines`.
+        report: a function that is called with a line after each measurement.
+    """
     loads_by_case: dict[tuple[str, int], list[Load]] = {(name, n): [] for n in clients for name in names}
     with ExitStack() as stack:
         children = {name: stack.enter_context(Child(name, served_model)) for name in names}

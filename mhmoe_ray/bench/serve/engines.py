@@ -31,6 +31,7 @@ class ServedModel(NamedTuple):
     """Largest number of requests at a time."""
 
     def serve_spec(self, engine: str) -> ServeSpec:
+        """Return a spec to serve the model with one of our engines, `torch` or `vllm`."""
         sizes = {"max_concurrency": self.max_requests, "max_waiting": 1024, "cpus_per_replica": self.threads}
         return ServeSpec.model_validate({"engine": engine, "precision": self.precision, "max_tokens": 4096, **sizes})
 
@@ -45,7 +46,7 @@ NO_STOP_TOKENS = frozenset[int]()
 
 
 def torch_engine(served_model: ServedModel) -> Answer:
-    """Return our own engine."""
+    """Return our own engine in this process."""
     # `load_answerer` does the same for a replica.
     torch.set_num_threads(1)
     model, manifest = load_model(served_model.checkpoint)
@@ -56,7 +57,7 @@ def torch_engine(served_model: ServedModel) -> Answer:
 
 
 def vllm_engine(served_model: ServedModel) -> Answer:
-    """Return vLLM with our model."""
+    """Return vLLM with our model, behind the interface of our engines."""
     from mhmoe_ray.serve.vllm.engine import VllmEngine
 
     manifest = read_manifest(served_model.checkpoint)
@@ -67,7 +68,7 @@ def vllm_engine(served_model: ServedModel) -> Answer:
 
 
 def vllm_offline(served_model: ServedModel) -> Answer:
-    """Return vLLM with its own Mixtral, in this process."""
+    """Return vLLM's own engine with its own Mixtral, in this process."""
     # Otherwise vLLM would run its engine in another process.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     from vllm import LLM, SamplingParams
@@ -83,10 +84,10 @@ def vllm_offline(served_model: ServedModel) -> Answer:
     request_numbers = itertools.count()
 
     def answer(prompts: Sequence[Prompt], clients: int) -> None:
-        waiting = list(reversed(prompts))
-        while waiting or engine.has_unfinished_requests():
-            while waiting and engine.get_num_unfinished_requests() < clients:
-                ids, tokens = waiting.pop()
+        pending_prompts = list(reversed(prompts))
+        while pending_prompts or engine.has_unfinished_requests():
+            while pending_prompts and engine.get_num_unfinished_requests() < clients:
+                ids, tokens = pending_prompts.pop()
                 params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
                 engine.add_request(str(next(request_numbers)), {"prompt_token_ids": ids}, params)
             engine.step()
@@ -95,7 +96,7 @@ def vllm_offline(served_model: ServedModel) -> Answer:
 
 
 def transformers_generate(served_model: ServedModel) -> Answer:
-    """Return transformers' `generate`, which runs one batch after another; a batch ends with its longest answer."""
+    """Return transformers' `generate`, which answers a batch of prompts at a time; it ends with its longest answer."""
     from transformers import AutoModelForCausalLM
 
     torch.set_num_threads(served_model.threads)
@@ -124,12 +125,14 @@ def transformers_generate(served_model: ServedModel) -> Answer:
 
 
 def _answer_with(engine: Engine) -> Answer:
+    """Return a function that answers with one of our engines."""
+
     async def answer_all(prompts: Sequence[Prompt], clients: int) -> None:
-        waiting = iter(prompts)
+        pending_prompts = iter(prompts)
 
         # The clients share one iterator, so each takes the next prompt that is left.
         async def client() -> None:
-            for ids, tokens in waiting:
+            for ids, tokens in pending_prompts:
                 async for _ in engine.generate(Request(tuple(ids), SamplingParams(tokens, temperature=0))):
                     pass
 

@@ -23,6 +23,8 @@ class RequestOutcome(NamedTuple):
 
 
 class Load(NamedTuple):
+    """Outcomes of all requests that were sent to a server in a round."""
+
     seconds: float
     """Seconds from the first request to the last answer."""
     outcomes: list[RequestOutcome]
@@ -40,14 +42,17 @@ class Load(NamedTuple):
 
 
 def closed_loop(url: str, requests: Sequence[Prompt], clients: int, stream: bool) -> Load:
-    """Send requests from a number of clients, each of which waits for its answer before its next request."""
+    """Send requests from a number of clients, each of which waits for its answer before its next request.
+
+    The clients share the requests; `stream` says whether answers are streamed.
+    """
 
     async def run(session: aiohttp.ClientSession) -> list[RequestOutcome]:
-        waiting = iter(requests)
+        pending_requests = iter(requests)
 
         # The clients share one iterator, so each takes the next request that is left.
         async def client() -> list[RequestOutcome]:
-            return [await send_request(session, url, ids, tokens, stream) for ids, tokens in waiting]
+            return [await send_request(session, url, ids, tokens, stream) for ids, tokens in pending_requests]
 
         return [
             outcome for outcomes in await asyncio.gather(*(client() for _ in range(clients))) for outcome in outcomes
@@ -57,7 +62,7 @@ def closed_loop(url: str, requests: Sequence[Prompt], clients: int, stream: bool
 
 
 def open_loop(url: str, requests: Sequence[Prompt], rate: float, seed: int) -> Load:
-    """Send requests at random times (a Poisson process), without waiting for answers to earlier requests.
+    """Send streamed requests at random times (a Poisson process), without waiting for answers to earlier requests.
 
     Args:
         url: the URL of the server.
@@ -81,7 +86,7 @@ def open_loop(url: str, requests: Sequence[Prompt], rate: float, seed: int) -> L
 async def send_request(
     session: aiohttp.ClientSession, url: str, ids: Sequence[int], tokens: int, stream: bool
 ) -> RequestOutcome:
-    """Request one greedy completion.
+    """Request one greedy completion of `tokens` tokens, and return the times of its tokens.
 
     Raises:
         aiohttp.ClientError: the request was refused, was interrupted, or failed after the answer had started.
@@ -109,6 +114,13 @@ async def send_request(
 
 
 def _measure_load(run: Any, connections: int) -> Load:
+    """Return the outcomes of a coroutine function that sends requests, and the time of all of them.
+
+    Args:
+        run: function of an HTTP session.
+        connections: largest number of connections at a time; 0 for no limit.
+    """
+
     async def run_session() -> Load:
         connector = aiohttp.TCPConnector(limit=connections)
         # An answer may take longer than aiohttp's default of five minutes.

@@ -45,7 +45,7 @@ class MixtralConfig(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _take_rope_theta(cls, fields: dict[str, Any]) -> dict[str, Any]:
-        """Set `rope_theta` from `rope_parameters`."""
+        """Return the fields with the `rope_theta` of `rope_parameters`, if it is there."""
         # transformers 5 writes it there, older versions write a field of its own.
         rope = fields.get("rope_parameters")
         if isinstance(rope, dict) and "rope_theta" in rope:
@@ -54,6 +54,7 @@ class MixtralConfig(BaseModel):
 
     @model_validator(mode="after")
     def _check_support(self) -> Self:
+        """Raise ValueError if the fields describe a Mixtral that this package cannot compute."""
         rope = self.rope_scaling or self.rope_parameters or {}
         kind = rope.get("rope_type", rope.get("type", "default"))
         if self.quantization_config:
@@ -70,6 +71,7 @@ class MixtralConfig(BaseModel):
 
     @classmethod
     def from_model(cls, model: ModelSpec, seq_len: int) -> Self:
+        """Return the fields of the Mixtral that computes the same as a model for which `is_mixtral` holds."""
         assert model.moe is not None
         # For a uniform load, the balance loss of transformers is top_k and ours is 1. Theirs is a mean over layers,
         # ours a sum.
@@ -99,6 +101,7 @@ class MixtralConfig(BaseModel):
         return min(self.max_position_embeddings, self.sliding_window or self.max_position_embeddings)
 
     def to_model_spec(self) -> ModelSpec:
+        """Return the `model` section of a spec that computes the same as this Mixtral."""
         coefficient = self.router_aux_loss_coef
         moe = MoESpec(
             heads=1,
@@ -125,7 +128,7 @@ class MixtralConfig(BaseModel):
 
 
 def is_mixtral(model: ModelSpec) -> bool:
-    """Return whether a model computes exactly the function of a Mixtral for one text."""
+    """Return whether a model computes, for a single text, exactly what a Mixtral of the same sizes computes."""
     # Document masks are not compared: they only matter in training, where a sample has several documents.
     moe = model.moe
     if moe is None or not model.architecture.is_mixtral or model.moe_layers != model.layers:
@@ -144,10 +147,11 @@ SECTION = "mhmoe"
 
 
 class MhmoeConfig(BaseModel):
-    """Content of config.json under `mhmoe`."""
+    """Section `mhmoe` of config.json: the complete description of the model."""
 
     model: ModelSpec
     seq_len: PositiveInt
+    """Number of tokens that the model sees at once."""
     tokenizer_sha256: str | None = None
     """Result of `tokenizer_identity` for the tokenizer.json in the folder, or the file's hash in older folders; absent
     in folders that this package did not write."""
@@ -156,7 +160,7 @@ class MhmoeConfig(BaseModel):
 def build_config(
     model: ModelSpec, seq_len: int, dtype: torch.dtype, edge_tokens: tuple[int, list[int]], tokenizer_sha256: str
 ) -> dict[str, Any]:
-    """Return the content of config.json.
+    """Return the content of config.json for an exported model, with the fields of a Mixtral if it is one.
 
     Args:
         model: `model` section of the spec.
@@ -179,7 +183,9 @@ def build_config(
 
 
 def read_config(folder: Path, seq_len: int | None) -> tuple[str, MhmoeConfig]:
-    """Return the model type of a folder, and its `mhmoe` section with the requested context length.
+    """Read a folder's config.json; return its model type, and its `mhmoe` section with the requested context length.
+
+    If it has no `mhmoe` section, because another tool wrote it, the section is made from its Mixtral fields.
 
     Args:
         folder: folder with a config.json.
@@ -219,7 +225,7 @@ def read_config(folder: Path, seq_len: int | None) -> tuple[str, MhmoeConfig]:
 
 
 def read_end_tokens(folder: Path, token_count: int) -> set[int]:
-    """Return the token ids that end a text: all that config.json and generation_config.json name.
+    """Return the token ids that end a text: all that config.json and generation_config.json name as `eos_token_id`.
 
     Args:
         folder: folder whose config.json was read.
@@ -253,10 +259,10 @@ def _to_mhmoe_config(mixtral: MixtralConfig) -> MhmoeConfig:
 
 
 def _require_agreement(subject: str, mixtral: MixtralConfig, our_config: MhmoeConfig) -> MhmoeConfig:
-    """Return the `mhmoe` section of config.json if the other fields describe the same model.
+    """Return `our_config`, the `mhmoe` section of config.json, after checking that the Mixtral fields agree with it.
 
     Raises:
-        CheckpointError: the other fields describe another model.
+        CheckpointError: the Mixtral fields describe another model.
     """
     # The `mhmoe` section is preferred because it also has the settings of the training.
     if not is_mixtral(our_config.model) or _to_mhmoe_config(

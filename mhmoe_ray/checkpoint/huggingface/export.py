@@ -30,6 +30,8 @@ from mhmoe_ray.storage import Location, replace_file, write_json
 
 
 class ExportResult(NamedTuple):
+    """Result of an export: the model type in config.json, and the number and bytes of the exported tensors."""
+
     model_type: str
     tensors: int
     bytes: int
@@ -70,7 +72,7 @@ def export(checkpoint: Location, manifest: CheckpointManifest, target: Path) -> 
 
 @contextmanager
 def _report_read_errors(checkpoint: Location) -> Iterator[None]:
-    """Turn an error in the context into one about reading the checkpoint, not about writing the folder.
+    """Context manager that turns an OSError into an error about reading the checkpoint, not about writing the folder.
 
     Raises:
         CheckpointError: an OSError was raised in the context.
@@ -85,6 +87,7 @@ def _report_read_errors(checkpoint: Location) -> Iterator[None]:
 def _write_folder(
     folder: Path, checkpoint: Location, manifest: CheckpointManifest, tokenizer: Location
 ) -> ExportResult:
+    """Write all files of the export of a checkpoint into an existing folder, with the tokenizer at path `tokenizer`."""
     groups = tensor_entries(manifest.model)
     # Read before anything is written: errors of reading and of writing have different messages.
     with _report_read_errors(checkpoint):
@@ -115,6 +118,7 @@ def _write_folder(
 def _exported_groups(
     checkpoint: Location, groups: list[list[TensorEntry]], index: SliceIndex
 ) -> Iterator[dict[str, Tensor]]:
+    """Load the tensors of one group after the other, and yield each group's exported tensors by name."""
     for group in groups:
         # A missing tensor has no dtype here; `load_tensors` raises the error for it.
         stored_dtypes = {

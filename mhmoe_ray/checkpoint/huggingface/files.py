@@ -21,7 +21,7 @@ FLOATS = {name: dtype for name, dtype in DTYPES.items() if dtype.is_floating_poi
 
 
 class StoredTensors:
-    """Tensors of a folder, by name; only headers are in memory until `read` is called."""
+    """Tensors in the safetensors files of a folder, by name; only headers are in memory until `read` is called."""
 
     def __init__(self, folder: Path, files: dict[str, Any]) -> None:
         """Find the file of each tensor.
@@ -64,6 +64,7 @@ class StoredTensors:
         return FLOATS[dtype_name]
 
     def read(self, name: str) -> Tensor:
+        """Read a tensor into memory."""
         tensor: Tensor = self._files[self._file_of[name]].get_tensor(name)
         return tensor
 
@@ -73,7 +74,7 @@ class StoredTensors:
 
 @contextmanager
 def open_tensors(folder: Path) -> Iterator[StoredTensors]:
-    """Open the weights of a folder: one file, or those that its index names.
+    """Context manager that opens the weights of a folder: one safetensors file, or the files that its index names.
 
     Raises:
         CheckpointError: there are no weights, a file of the index is missing, or a file is damaged.
@@ -92,6 +93,11 @@ def open_tensors(folder: Path) -> Iterator[StoredTensors]:
 
 
 def _file_names(folder: Path) -> list[str]:
+    """Return the names of a folder's safetensors files with weights.
+
+    Raises:
+        CheckpointError: there are none, or the index is damaged or cannot be read.
+    """
     subject = f"folder {folder}"
     if (folder / SINGLE).is_file():
         return [SINGLE]
@@ -117,15 +123,15 @@ def _file_names(folder: Path) -> list[str]:
 
 
 def write_files(folder: Path, groups: Iterable[dict[str, Tensor]], count: int) -> dict[str, str]:
-    """Write each group of tensors to a file of its own, with one group in memory at a time.
+    """Write each group of tensors to a safetensors file of its own, with one group in memory at a time.
 
     Args:
         folder: existing folder.
-        groups: tensors by name, produced one group at a time.
+        groups: groups of tensors by name, each produced when it is written.
         count: number of groups.
 
     Returns:
-        Name of the file of each tensor.
+        Names of the files, by the names of the tensors.
 
     Raises:
         OSError: a file cannot be written.

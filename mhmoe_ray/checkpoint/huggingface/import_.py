@@ -25,13 +25,15 @@ from mhmoe_ray.storage import describe_file, location, replace_file
 
 
 def import_folder(source: Path, name: str | None, storage: str | Path, seq_len: int | None) -> RunDir:
-    """Create a run directory for a model that was trained elsewhere; one layer at a time is in memory.
+    """Import a model that was trained elsewhere: create a run directory with one checkpoint that holds its weights.
+
+    One layer at a time is in memory.
 
     Args:
         source: folder with config.json, tokenizer.json and safetensors.
-        name: name of the run, before its suffix; by default that of the folder.
+        name: name of the run, before its suffix; None for the name of the folder.
         storage: local folder for the run directory.
-        seq_len: number of tokens that prompt and answer may have together; by default the model's context length.
+        seq_len: number of tokens that prompt and answer may have together; None for the model's context length.
 
     Raises:
         CheckpointError: the folder lacks a file, is damaged, or holds a model that this package does not compute.
@@ -84,7 +86,7 @@ def import_folder(source: Path, name: str | None, storage: str | Path, seq_len: 
 
 @contextmanager
 def _report_read_errors(source: Path) -> Iterator[None]:
-    """Turn an error in the context into one about reading the source folder, not about writing the storage.
+    """Context manager that turns an error into one about reading the source folder, not about writing the storage.
 
     Raises:
         CheckpointError: an OSError or a SafetensorError was raised in the context.
@@ -97,7 +99,7 @@ def _report_read_errors(source: Path) -> Iterator[None]:
 
 
 def _read_chat_template(source: Path) -> str | None:
-    """Return the chat template of a folder; None without any.
+    """Return the chat template of a folder in Hugging Face's layout; None if it has none.
 
     Raises:
         CheckpointError: the template cannot be read, or there are several and none is the default.
@@ -125,7 +127,7 @@ def _read_chat_template(source: Path) -> str | None:
 
 
 def _default_template(templates: list[Any]) -> Any:
-    """Return the template named "default" in a list of {"name": ..., "template": ...}; without one, the list."""
+    """Return the template named "default" in a list of {"name": ..., "template": ...}; the list itself without one."""
     templates_by_name = {
         t["name"]: t.get("template") for t in templates if isinstance(t, dict) and isinstance(t.get("name"), str)
     }
@@ -133,6 +135,7 @@ def _default_template(templates: list[Any]) -> Any:
 
 
 def _run_name(source: Path, name: str | None) -> str:
+    """Return the name of the run: `name` if it is valid, or without it one made from the name of the folder."""
     if name is None:
         name = re.sub("[^a-z0-9]+", "-", source.absolute().name.lower()).strip("-")[:NAME_LENGTH].strip("-")
         return name or "imported"
@@ -173,6 +176,7 @@ def _check_tensors(source: Path, stored: StoredTensors, groups: list[list[Tensor
 
 
 def _joined_groups(source: Path, stored: StoredTensors, groups: list[list[TensorEntry]]) -> Iterator[dict[str, Tensor]]:
+    """Read the tensors of one group after the other, and yield the model's tensors of each group by name."""
     for group in groups:
         with _report_read_errors(source):
             tensors = {
@@ -185,6 +189,7 @@ def _joined_groups(source: Path, stored: StoredTensors, groups: list[list[Tensor
 
 
 def _manifest(run: RunDir, checkpoint: Path, config: MhmoeConfig, end_tokens: list[int]) -> CheckpointManifest:
+    """Return the manifest of an imported checkpoint of step 0, with the hashes of its files."""
     files = {str(p.relative_to(checkpoint)): describe_file(p) for p in sorted(checkpoint.glob("weights/*"))}
     return CheckpointManifest(
         step=0,

@@ -54,7 +54,7 @@ _FIELD_PATTERNS = {"{i}": r"(?P<i>\d+)", "{n}": r"(?P<n>\d+)", "{p}": "(?P<p>wei
 
 
 class TensorEntry(NamedTuple):
-    """Entry for one tensor of the model, with the exported tensors that it consists of, in order."""
+    """Entry for one tensor of the model: its name in a checkpoint, and the tensors that it is exported as, in order."""
 
     checkpoint_name: str
     shape: tuple[int, ...]
@@ -74,7 +74,7 @@ class TensorEntry(NamedTuple):
         return {name: (rows, *self.shape[1:]) for name, rows in zip(self.exported_names, self.row_counts, strict=True)}
 
     def split(self, tensor: Tensor) -> dict[str, Tensor]:
-        """Return the exported tensors by name, as views of the model's tensor."""
+        """Split the model's tensor into the exported tensors; return them by name, as views."""
         parts: tuple[Tensor, ...] = (tensor,)
         if self.is_stacked:
             parts = tensor.unbind()
@@ -83,7 +83,7 @@ class TensorEntry(NamedTuple):
         return dict(zip(self.exported_names, parts, strict=True))
 
     def join(self, parts: list[Tensor]) -> Tensor:
-        """Return the model's tensor, made from the exported ones in the order of `exported_names`."""
+        """Join the exported tensors, in the order of `exported_names`, to the model's tensor."""
         if self.is_stacked:
             return torch.stack(parts)
         return torch.cat(parts) if self.row_counts else parts[0]
@@ -102,6 +102,7 @@ def tensor_entries(spec: ModelSpec) -> list[list[TensorEntry]]:
 
 
 def _create_entry(spec: ModelSpec, name: str, shape: tuple[int, ...]) -> TensorEntry:
+    """Return the entry of the model's tensor with this name, from the only row of the table that matches it."""
     [(name_match, pattern)] = [
         (match, exported_name)
         for pattern_regex, exported_name in _patterns(spec.backbone)
@@ -119,6 +120,7 @@ def _create_entry(spec: ModelSpec, name: str, shape: tuple[int, ...]) -> TensorE
 
 
 def _compile_pattern(checkpoint_name: str) -> re.Pattern[str]:
+    """Return the regular expression for a checkpoint name of the table, with a group for each placeholder."""
     return re.compile(
         "".join(_FIELD_PATTERNS.get(part, re.escape(part)) for part in re.split(r"(\{\w\})", checkpoint_name))
     )
@@ -126,7 +128,8 @@ def _compile_pattern(checkpoint_name: str) -> re.Pattern[str]:
 
 @cache
 def _patterns(backbone: ArchitectureName) -> list[tuple[re.Pattern[str], str]]:
-    """Return the pairs of a pattern and an exported name: those of all architectures, then those of this one."""
+    """Return the rows of the table for an architecture, each as the pattern of a name in a checkpoint and the exported
+    name."""
     return [
         (_compile_pattern(checkpoint_name), exported_name)
         for checkpoint_name, exported_name in (*NAME_TABLE, *ARCHITECTURES[backbone].tensor_names)

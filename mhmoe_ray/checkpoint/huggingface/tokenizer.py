@@ -20,7 +20,9 @@ _SAMPLE_TEXT = "A text of some words."
 
 
 def add_start_token(content: bytes) -> bytes:
-    """Return a tokenizer.json whose encoding of a text begins with the start token; unchanged if it already does.
+    """Change a tokenizer.json so that its encoding of a text begins with the start token, and return its new content.
+
+    If its encoding already does, the content is returned unchanged.
 
     Args:
         content: content of a tokenizer.json that `load_tokenizer` accepts.
@@ -49,7 +51,7 @@ def _byte_level_options(content: bytes) -> dict[str, bool] | None:
 
 
 def tokenizer_identity(content: bytes) -> str:
-    """Return a hash of those parts of a tokenizer.json that determine how the text between special tokens is encoded.
+    """Return a hash that is equal for tokenizers that encode the text between special tokens alike.
 
     Args:
         content: content of a tokenizer.json.
@@ -62,10 +64,10 @@ def tokenizer_identity(content: bytes) -> str:
 
 
 def tokenizer_config(content: bytes, seq_len: int) -> dict[str, Any]:
-    """Return the content of tokenizer_config.json.
+    """Return the content of tokenizer_config.json, which names the special tokens for other tools.
 
     Args:
-        content: content of the tokenizer.json beside it.
+        content: content of the tokenizer.json in the same folder.
         seq_len: number of tokens that the model sees at once.
     """
     tokenizer = Tokenizer.from_buffer(content)

@@ -20,22 +20,24 @@ ENTRY_DTYPE = np.dtype([("hash", "<u8"), ("file", "<u4"), ("line", "<u4"), ("byt
 
 
 def text_hash(words: Iterable[str]) -> int:
-    """Return a 64-bit hash of the words of a text, which ignores white space."""
+    """Return a 64-bit hash of a text's words; texts that differ only in white space have the same hash."""
     return int.from_bytes(hashlib.blake2b(" ".join(words).encode(), digest_size=8).digest(), "little")
 
 
 def partition_entries(entries: np.ndarray, partitions: int) -> list[tuple[int, np.ndarray]]:
-    """Partition entries by hash; return the number and the entries of each partition that is not empty."""
+    """Partition entries of documents by hash; return the number and the entries of each partition that has any."""
     partition_of_entry = entries["hash"] % np.uint64(partitions)
     return [(int(p), entries[partition_of_entry == p]) for p in np.unique(partition_of_entry)]
 
 
 @dataclass
 class DomainCopies:
+    """Counts of duplicates in one domain."""
+
     distinct: int = 0
     """Number of different texts in the domain."""
     extra: int = 0
-    """Number of surplus documents: without them, each text would occur once in the domain."""
+    """Number of surplus documents, without which each text would occur once in the domain."""
     extra_bytes: int = 0
     """Bytes of the surplus documents, if the longest copy of each text is kept (copies may differ in white space)."""
     shared_texts: int = 0
@@ -56,7 +58,9 @@ class Copies:
     distinct: int = 0
     """Number of different texts in all domains together."""
     extra: int = 0
+    """Number of surplus documents, without which each text would occur once in all domains together."""
     extra_bytes: int = 0
+    """Bytes of the surplus documents, if the longest copy of each text is kept."""
     domains: dict[str, DomainCopies] = field(default_factory=dict)
     pairs: Counter[str] = field(default_factory=Counter)
     """Number of different texts that two domains share, by "one domain, other domain"."""
@@ -76,7 +80,7 @@ class Copies:
 
 
 def count_copies(entries: np.ndarray, domains: Sequence[str], paths: Sequence[str]) -> Copies:
-    """Count the duplicates in one partition.
+    """Count the duplicate texts among the documents of one partition.
 
     Args:
         entries: array (documents,) of dtype `ENTRY_DTYPE`, in any order.

@@ -2,9 +2,9 @@
 
 They add up in any order and grouping, so the result is the same for any division of the work into tasks.
 
-The histograms of lengths have 16 bins for each octave. Each length up to 32 has a separate bin; above that, the width
-of a bin is at most a sixteenth of its length. So counts by octave are exact, and a quantile is at most a sixteenth
-below the true one.
+The histograms of lengths have 16 bins for each octave. Each length below 32 has a separate bin; from there on, a bin is
+at most a sixteenth of its length wide. So counts by octave are exact, and a quantile is at most a sixteenth below the
+true one.
 """
 
 import re
@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from mhmoe_ray.data.sources import Tally
 
-# An octave is halved four times, into 16 bins.
+# Halving an octave four times gives 16 bins.
 OCTAVE_HALVINGS = 4
 
 
@@ -26,9 +26,13 @@ def histogram_bin(length: int) -> int:
 
 
 def quantile(bins: Mapping[int, int], share: float) -> int:
-    """Return the smallest bin that, together with all bins below it, holds at least `share` of all entries.
+    """Return a quantile of a histogram: the smallest bin up to which the bins hold `share` of all entries.
 
     Return 0 if there are no entries.
+
+    Args:
+        bins: number of entries by bin, as from `histogram_bin`.
+        share: share of the entries, for example 0.5 for the median.
     """
     target_count, cumulative_count = share * sum(bins.values()), 0
     for bin_start in sorted(bins):
@@ -39,9 +43,12 @@ def quantile(bins: Mapping[int, int], share: float) -> int:
 
 
 def octave_counts(bins: Mapping[int, int]) -> dict[int, int]:
-    """Return counts by octave, the largest power of two that is at most the length; length 0 has a separate count.
+    """Sum a histogram of lengths by octave, with the first length of each octave (0, 1, 2, 4, 8 ...) as its key.
 
     Octaves are in ascending order and without gaps: an empty one between others has count 0.
+
+    Args:
+        bins: number of entries by bin, as from `histogram_bin`.
     """
     counts: Counter[int] = Counter()
     for bin_start, count in bins.items():
@@ -71,8 +78,11 @@ _UNSPACED_SCRIPTS = re.compile(
 
 
 class TextLocation(NamedTuple):
+    """Location of a text in a raw file."""
+
     path: str
     line: int
+    """Number of the line, row, or first line, from 1."""
 
     def __str__(self) -> str:
         return f"{self.path}:{self.line}"
@@ -84,9 +94,10 @@ class Finding:
 
     count: int = 0
     examples: list[tuple[TextLocation, str]] = field(default_factory=list)
-    """First examples in the order of locations, each with the evidence."""
+    """First `EXAMPLES` examples in the order of locations, each with the evidence."""
 
     def add_examples(self, count: int, examples: list[tuple[TextLocation, str]]) -> None:
+        """Add `count` documents that break the rule, and the examples of them that are known."""
         self.count += count
         # Sorting makes the examples independent of the order in which findings are added up.
         self.examples = sorted([*self.examples, *examples])[:EXAMPLES]
@@ -111,16 +122,18 @@ class Figures:
     unknown: int = 0
     """Number of those tokens that are the tokenizer's unknown token."""
     lengths: Counter[int] = field(default_factory=Counter)
-    """Histogram of text lengths in characters, by `bin_of`."""
+    """Histogram of text lengths in characters: number of documents by `histogram_bin`."""
     token_lengths: Counter[int] = field(default_factory=Counter)
+    """Histogram of text lengths in tokens."""
     longest: int = 0
     """Length of the longest document in characters."""
     longest_at: TextLocation | None = None
+    """Location of the longest document; None without documents."""
 
     def add_document(
         self, text: str, size: int, words: int, tokens: int | None, held_out: bool, location: TextLocation
     ) -> None:
-        """Add one document to the figures.
+        """Add one document to the figures; unknown tokens are counted by the caller.
 
         Args:
             text: the document's text.
@@ -160,24 +173,28 @@ class Figures:
 
     @property
     def bytes_per_token(self) -> float | None:
+        """Bytes of text per token; None without tokens."""
         return self.bytes / self.tokens if self.tokens else None
 
     @property
     def tokens_per_character(self) -> float | None:
+        """Tokens per character; None without tokens."""
         return self.tokens / self.characters if self.tokens else None
 
     @property
     def tokens_per_word(self) -> float | None:
-        """Fertility in its usual definition; None without tokens, or if spaces do not separate the words."""
+        """Fertility of the tokenizer, tokens per word; None without tokens, or if spaces do not separate the words."""
         is_spaced = self.unspaced < MAX_UNSPACED_SHARE * self.characters
         return self.tokens / self.words if self.tokens and is_spaced else None
 
 
 @dataclass
 class DomainSurvey:
+    """Figures and findings of the raw files of one domain, or of some of them."""
+
     files: int = 0
     stored_bytes: int = 0
-    """Bytes of the files as stored, by the sizes in the file listing."""
+    """Bytes of the files as stored, compressed or not."""
     damaged: int = 0
     """Number of files that have lost a part."""
     quarantined: Counter[str] = field(default_factory=Counter)
@@ -217,6 +234,7 @@ class DomainSurvey:
 
 
 def sum_figures(parts: Iterable[Figures]) -> Figures:
+    """Return the sum of figures as a new object."""
     result = Figures()
     for part in parts:
         result += part

@@ -33,7 +33,7 @@ MAX_EPOCHS = 4
 
 @dataclass
 class Problem:
-    """Result of a lint rule: a problem of one domain or source."""
+    """Problem of one domain or source that a lint rule found."""
 
     rule: str
     severe: bool
@@ -61,6 +61,8 @@ class Problem:
 
 
 class LintInput(NamedTuple):
+    """Everything that the lint rules look at."""
+
     survey: Survey
     data_spec: DataSpec
     spec: RunSpec | None
@@ -70,13 +72,17 @@ class LintInput(NamedTuple):
 
 
 def lint(inputs: LintInput) -> list[Problem]:
-    """Return all problems: errors before warnings, each by rule in the order of RULES."""
+    """Apply all lint rules and return the problems, errors before warnings, each kind in the order of RULES."""
     # Sorting is stable, so the order of RULES stays among errors and among warnings.
     problems = [problem for rule in RULES for problem in rule(inputs)]
     return sorted(problems, key=lambda problem: not problem.severe)
 
 
 def _find_unreadable_items(inputs: LintInput) -> Iterator[Problem]:
+    """Yield a problem for each reason for which items of a domain could not be read.
+
+    It is an error if there are more such items than a preparation allows.
+    """
     tally = Tally()
     for domain in inputs.survey.domains.values():
         bad_counts = Counter({Reason(reason): n for reason, n in domain.quarantined.items()})
@@ -95,6 +101,7 @@ def _find_unreadable_items(inputs: LintInput) -> Iterator[Problem]:
 
 
 def _find_damaged_texts(inputs: LintInput) -> Iterator[Problem]:
+    """Yield a warning for each rule of textrules.py that documents of a domain break."""
     for name, rule in textrules.RULES.items():
         for domain, survey in inputs.survey.domains.items():
             if finding := survey.findings.get(name):
@@ -106,6 +113,7 @@ def _format_examples(finding: Finding) -> list[tuple[str, str]]:
 
 
 def _find_unread_files(inputs: LintInput) -> Iterator[Problem]:
+    """Yield a warning for each source that has files which are not read, because they have another format."""
     files = find_files(inputs.data_spec)
     read_paths = {file.path for file in files}
     formats = {source_of(file.domain): file.format for file in files}
@@ -133,6 +141,7 @@ def _find_unread_files(inputs: LintInput) -> Iterator[Problem]:
 
 
 def _find_copies(inputs: LintInput) -> Iterator[Problem]:
+    """Yield a warning for each domain with many copies within it, and for each that shares many texts with others."""
     survey = inputs.survey
     for name, copies in survey.copies.domains.items():
         share = copies.extra / (copies.distinct + copies.extra)
@@ -150,6 +159,10 @@ def _find_copies(inputs: LintInput) -> Iterator[Problem]:
 
 
 def _find_small_domains(inputs: LintInput) -> Iterator[Problem]:
+    """Yield a problem for each domain without a training sample, and a warning for each without held-out documents.
+
+    Without a spec of a run, yield nothing.
+    """
     if inputs.spec is None:
         return
     T = inputs.data_spec.seq_len
@@ -177,10 +190,9 @@ def _find_small_domains(inputs: LintInput) -> Iterator[Problem]:
 
 
 def _fills_sample(name: str, domain: DomainSurvey, inputs: LintInput) -> bool:
-    """Return whether a domain has at least one training sample.
+    """Return whether a domain has at least one training sample, by the manifest if that has the domain.
 
-    If the manifest has the domain, its number of samples decides. Otherwise the number of tokens decides, or, without a
-    tokenizer, the number of bytes.
+    Otherwise the number of tokens decides, or, without a tokenizer, the number of bytes.
     """
     if inputs.manifest is not None and name in inputs.manifest.domains:
         return inputs.manifest.domains[name].samples > 0
@@ -193,18 +205,23 @@ def _fills_sample(name: str, domain: DomainSurvey, inputs: LintInput) -> bool:
 
 
 def _has_fixed_share(name: str, spec: RunSpec) -> bool:
-    """Return whether the shares of a phase name the domain; then training is impossible without a sample of it."""
+    """Return whether the spec fixes the domain's share in a phase; training is impossible without a sample of it."""
     phases = [mixes[source_of(name)] for step, mixes in spec.data.mixes.items() if step < spec.train.steps]
     return any(subfolder_of(name) in (phase.shares or ()) for phase in phases if phase.weight)
 
 
 def _format_size(domain: DomainSurvey, inputs: LintInput) -> str:
+    """Return the numbers of documents, bytes and tokens of a domain for the user."""
     figures = domain.all_figures
     tokens = f", {figures.tokens:,} tokens" if inputs.survey.tokenized else ""
     return f"{figures.documents:,} documents, {figures.bytes:,} bytes{tokens}"
 
 
 def _find_repeated_domains(inputs: LintInput) -> Iterator[Problem]:
+    """Yield a warning for each domain that training reads more than `MAX_EPOCHS` times.
+
+    If the mixture is impossible, yield that as an error. Without a spec of a run or prepared data, yield nothing.
+    """
     if inputs.spec is None or inputs.manifest is None:
         return
     try:
@@ -224,6 +241,7 @@ def _find_repeated_domains(inputs: LintInput) -> Iterator[Problem]:
 
 
 def _find_poor_tokenization(inputs: LintInput) -> Iterator[Problem]:
+    """Yield warnings for each language of a domain that has few bytes per token or many unknown tokens."""
     fix = "use a tokenizer that knows this language, or train one with more of its text"
     for name, domain in inputs.survey.domains.items():
         for language, figures in sorted(domain.languages.items()):

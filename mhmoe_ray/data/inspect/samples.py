@@ -14,19 +14,24 @@ from mhmoe_ray.spec import RunSpec
 
 @dataclass
 class SamplePart:
-    """A document, or the piece of it in the sample."""
+    """Document, or piece of a document, in one sample."""
 
     begins: bool
     """True if the piece starts with the document's start token; otherwise it continues the previous sample."""
     tokens: int
+    """Number of tokens, including the start token."""
     text: str
+    """Text of the piece, without the start token."""
 
 
 @dataclass
 class DecodedSample:
+    """Packed training sample, decoded to text."""
+
     position: int
     """Position of the sample in the whole training, from 0."""
     step: int
+    """Training step that reads the sample, from 0."""
     domain: str
     sample: int
     """Number of the sample within its domain, from 0."""
@@ -36,7 +41,9 @@ class DecodedSample:
 
 
 def decode_samples(spec: RunSpec, start: int, count: int) -> list[DecodedSample]:
-    """Return samples start .. start + count - 1 of a training as text; the last token of each is only a target.
+    """Return the training samples at positions start .. start + count - 1, decoded to text.
+
+    The text includes the last token of a sample, which is only a target.
 
     Raises:
         DataError: the data are not prepared, or the training has no such positions.
@@ -55,11 +62,11 @@ def decode_samples(spec: RunSpec, start: int, count: int) -> list[DecodedSample]
         # A sample may begin within a document, so its first piece begins at 0 also without a start token.
         cuts = sorted({0, *starts, len(token_ids)})
         parts = []
-        for a, b in pairwise(cuts):
-            begins = token_ids[a] == start_token
+        for piece_start, piece_end in pairwise(cuts):
+            begins = token_ids[piece_start] == start_token
             # The field `begins` stands for the start token, so the text is without it.
-            text = tokenizer.decode(token_ids[a + begins : b], skip_special_tokens=False)
-            parts.append(SamplePart(begins, b - a, text))
+            text = tokenizer.decode(token_ids[piece_start + begins : piece_end], skip_special_tokens=False)
+            parts.append(SamplePart(begins, piece_end - piece_start, text))
         domain, sample = samples.locate_sample(position)
         step = position // spec.samples_per_step
         decoded_samples.append(DecodedSample(position, step, domain, sample, parts, len(row) - len(token_ids)))

@@ -30,12 +30,15 @@ from mhmoe_ray.data.tokenizer import END_OF_TEXT, DocumentEncoder, find_boundari
 from mhmoe_ray.ray_compat import block_bundles
 from mhmoe_ray.spec import DataSpec
 
+# The encoder gets texts in batches; a batch ends with the document that reaches either limit.
 DOCUMENTS_PER_CALL = 64
 CHARACTERS_PER_CALL = 1_000_000
 ENTRIES_PER_ARRAY = 1 << 18
 
 
 class Encoder(NamedTuple):
+    """Parts of a tokenizer that a survey needs."""
+
     encode: Callable[[Sequence[str]], list[list[int]]]
     """Function that returns the token ids of texts without start tokens: the same ids as in preparation, if the
     tokenizer has the boundary tokens that preparation needs."""
@@ -47,13 +50,16 @@ class Encoder(NamedTuple):
 
 @lru_cache(maxsize=2)
 def open_encoder(path: Path, pattern: str | None) -> Encoder:
-    """Return the encoder of a tokenizer file.
+    """Return the encoder of a tokenizer file; a process caches the last two.
 
-    It is cached within a process, since loading a large vocabulary takes longer than reading a small file.
+    Args:
+        path: the path of a tokenizer.json, or of a vocabulary in tiktoken's format.
+        pattern: `data.tokenizer_pattern`, for a vocabulary in tiktoken's format.
 
     Raises:
         DataError: the file cannot be used, as for `read_given_tokenizer`.
     """
+    # Loading a large vocabulary takes longer than reading a small file, hence the cache.
     tokenizer = read_given_tokenizer(path, pattern)
     tokenizer.no_truncation()
     tokenizer.no_padding()
@@ -77,11 +83,11 @@ class FileSurvey(NamedTuple):
 def survey_file(
     number: int, file: RawFile, spec: DataSpec, tokenizer: Path | None, rules: bool
 ) -> Iterator[np.ndarray | FileSurvey]:
-    """Yield the entries of a file's documents in arrays, then the survey of the whole file for its domain.
+    """Read a file; yield arrays of `ENTRY_DTYPE` with an entry for each document, then the survey of the whole file.
 
     Args:
         number: the file's number, which its entries carry.
-        file: one of `find_files(spec)`.
+        file: a file from `find_files(spec)`.
         spec: the data section with which the file was found.
         tokenizer: the tokenizer file with which tokens are counted; None to count no tokens.
         rules: whether texts are checked against the rules of textrules.py.
@@ -115,6 +121,7 @@ def survey_file(
 
 
 def _read_documents(reader: FileReader, survey: DomainSurvey) -> Iterator[Document]:
+    """Yield the documents of a file, and add the items that could not be read to the survey's findings."""
     for item in reader:
         if isinstance(item, Document):
             yield item
@@ -135,6 +142,7 @@ def _encode_documents(
 
 
 def _take_batch(documents: Iterator[Document]) -> Iterator[Document]:
+    """Yield the next documents until there are `DOCUMENTS_PER_CALL`, or more than `CHARACTERS_PER_CALL` characters."""
     characters = 0
     for document in islice(documents, DOCUMENTS_PER_CALL):
         yield document
@@ -151,10 +159,10 @@ PROGRESS_LINES = 10
 
 
 def survey(request: SurveyRequest, partition_bytes: int = PARTITION_BYTES) -> Survey:
-    """Survey all raw files of a request. Ray must be running.
+    """Read all raw files of a request on the cluster and return their survey; print progress. Ray must be running.
 
     Args:
-        request: the data section, the tokenizer, and the choice of checking texts.
+        request: the data section of the text, the tokenizer, and whether to check texts against rules.
         partition_bytes: bytes of raw files per partition of entries.
 
     Raises:
@@ -194,7 +202,7 @@ def survey(request: SurveyRequest, partition_bytes: int = PARTITION_BYTES) -> Su
 
 
 def _task_pool() -> ray.data.TaskPoolStrategy:
-    """Return a task pool with as many tasks as the cluster has CPUs, or as the machine has cores if these are fewer."""
+    """Return a task pool that is limited by the cluster's CPUs and, on a single machine, also by its cores."""
     # A local cluster may declare more CPUs than the machine has cores, and starting a process for each would take
     # longer than reading a few files.
     nodes, cores = [node for node in ray.nodes() if node["Alive"]], os.cpu_count()
@@ -210,7 +218,10 @@ _FILE_SURVEY = -1
 
 
 def _read_file(row: dict[str, Any], *, request: SurveyRequest, partitions: int) -> Iterator[dict[str, Any]]:
-    """Yield rows with `partition`, `domain` and `data`: entries as bytes, or a pickled DomainSurvey."""
+    """Survey one file: a task of Ray Data that yields rows with `partition`, `domain` and `data`.
+
+    `data` is the entries of one partition as bytes, or, with `_FILE_SURVEY` as partition, a pickled `DomainSurvey`.
+    """
     file = RawFile(*(row[name] for name in RawFile._fields))
     for item in survey_file(row["number"], file, request.data, request.tokenizer, request.rules):
         if isinstance(item, FileSurvey):
@@ -221,13 +232,20 @@ def _read_file(row: dict[str, Any], *, request: SurveyRequest, partitions: int) 
 
 
 def _partition_rows(block: pa.Table, partition: int) -> pa.Table:
+    """Return the rows of a block that belong to a partition."""
     return block.filter(pc.equal(block["partition"], partition))
 
 
 def _count_partitions(blocks: list[Any], partitions: int, files: list[RawFile]) -> Iterator[Copies]:
-    """Return the copies in each partition."""
-    # One task counts a single partition without a shuffle, whose start would take longer than the counting. A task
-    # cannot take any number of blocks, though.
+    """Return the counts of duplicates in each partition.
+
+    Args:
+        blocks: references to the blocks of rows from `_read_file`.
+        partitions: number of partitions.
+        files: all files, in the order of their numbers.
+    """
+    # A single partition needs no shuffle, whose start would take longer than the counting: one task counts it, unless
+    # it would get too many blocks as arguments.
     count = partial(_count_partition, domains=[f.domain for f in files], paths=[f.path for f in files])
     if partitions == 1 and len(blocks) <= MAX_BLOCKS:
         count_task = ray.remote(_count_blocks).options(num_cpus=1)
@@ -240,10 +258,11 @@ def _count_partitions(blocks: list[Any], partitions: int, files: list[RawFile]) 
 
 
 def _count_blocks(count: Callable[[pa.Table], pa.Table], *blocks: pa.Table) -> pa.Table:
+    """Apply `count` to the rows of partition 0 in all blocks."""
     return count(pa.concat_tables(_partition_rows(block, 0) for block in blocks))
 
 
 def _count_partition(rows: pa.Table, *, domains: list[str], paths: list[str]) -> pa.Table:
-    """Return a table of one row, the pickled `Copies` of all rows of one partition."""
+    """Count the duplicates in one partition; return a table of one row with the pickled `Copies`."""
     entries = np.frombuffer(b"".join(rows["data"].to_pylist()), ENTRY_DTYPE)
     return pa.table({"data": [pickle.dumps(count_copies(entries, domains, paths))]})

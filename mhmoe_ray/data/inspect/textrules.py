@@ -10,7 +10,7 @@ from mhmoe_ray.data.domains import subfolder_of
 
 
 class TextView(NamedTuple):
-    """View of a document's text with the values that the rules need."""
+    """Document as the rules see it: its text and values that several rules need."""
 
     text: str
     words: list[str]
@@ -24,6 +24,8 @@ class TextView(NamedTuple):
 
 
 class TextRule(NamedTuple):
+    """Rule on the text of a document."""
+
     check: Callable[[TextView], str | None]
     """Function that returns evidence that the document breaks the rule, in a few characters; None if it passes."""
     message: str
@@ -41,6 +43,7 @@ EXAMPLE_CHARACTERS = 40
 
 
 def _repeated_line(view: TextView) -> str | None:
+    """Return how often a line repeats and its beginning, if its repetitions are nearly all of the text; else None."""
     lines = view.text.splitlines()
     if len(lines) < 5 or len(set(lines)) > len(lines) // 2:
         return None
@@ -56,13 +59,14 @@ def _repeated_line(view: TextView) -> str | None:
 
 
 def _long_word(view: TextView) -> str | None:
-    """Return the length and the beginning of an ASCII word that is too long, or None."""
+    """Return the length and the beginning of the first ASCII word above `MAX_WORD_LENGTH` characters, or None."""
     # Other words are not checked, since some scripts have no spaces.
     word = next((w for w in view.words if len(w) > MAX_WORD_LENGTH and w.isascii()), None)
     return f"{len(word):,} characters: {_printable_start(word)}" if word else None
 
 
 def _few_letters(view: TextView) -> str | None:
+    """Return the number of letters and the beginning of a text, if it has too few letters; else None."""
     letter_count = sum(map(str.isalpha, view.text))
     has_few_letters = letter_count < MIN_LETTER_SHARE * _visible_characters(view)
     return (
@@ -84,13 +88,15 @@ _TAIL = "".join(
     for character in {chr(byte), bytes([byte]).decode("cp1252", "ignore")}
     if not character.isalpha()
 )
-# A letter of two bytes is one of Latin, Greek, Cyrillic, Hebrew or Arabic; other scripts have three or four bytes.
+# The first alternative has the first bytes of Latin, Greek, Cyrillic, Hebrew and Arabic letters, which have two bytes.
+# The others begin characters of three and four bytes.
 _MOJIBAKE = re.compile(
     f"[\xc2-\xc5\xce-\xd1\xd7-\xdb][{_TAIL}]|[\xe0-\xef][{_TAIL}][{_TAIL}]|\xf0[{_TAIL}][{_TAIL}][{_TAIL}]"
 )
 
 
 def _mojibake(view: TextView) -> str | None:
+    """Return the text around the first of at least `MIN_MATCHES` encoding errors, or None."""
     matches = [match for match, _ in zip(_MOJIBAKE.finditer(view.text), range(MIN_MATCHES), strict=False)]
     return _example_at(view.text, matches[0]) if len(matches) == MIN_MATCHES else None
 
@@ -109,6 +115,7 @@ _HTML = re.compile(
 
 
 def _html(view: TextView) -> str | None:
+    """Return the text around the first of at least `MIN_MATCHES` tags or entities of HTML, or None."""
     matches = [match for match, _ in zip(_HTML.finditer(view.text), range(MIN_MATCHES), strict=False)]
     return _example_at(view.text, matches[0]) if len(matches) == MIN_MATCHES else None
 
@@ -158,12 +165,12 @@ def any_token_pattern(tokens: Iterable[str]) -> re.Pattern[str]:
 
 
 def broken_rules(text: str, words: list[str], language: str, domain: str, special: re.Pattern[str]) -> dict[str, str]:
-    """Return the evidence of each rule that a document breaks, by the name of the rule.
+    """Check a document against all rules of RULES; return the evidence of each rule that it breaks, by the rule's name.
 
     Args:
         text: the document's text.
         words: the words of the text, `text.split()`.
-        language: the language that the document's record names.
+        language: the language that the document's record names; `domains.NO_LANGUAGE` if it names none.
         domain: the document's domain, source/subfolder.
         special: the pattern of the tokenizer's special tokens, from `any_token_pattern`.
     """
@@ -177,6 +184,7 @@ def _visible_characters(view: TextView) -> int:
 
 
 def _example_at(text: str, match: re.Match[str] | None) -> str | None:
+    """Return the text around a match in printable form; None without a match."""
     if match is None:
         return None
     return _printable_start(text[max(0, match.start() - EXAMPLE_CHARACTERS // 4) :])

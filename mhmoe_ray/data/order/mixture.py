@@ -37,7 +37,7 @@ def apportion(total: int, weights: Sequence[float], limits: Sequence[int], offse
 
     Args:
         total: number to split, at least 0 and at most the sum of the limits of positive weights.
-        weights: weight of each entry, at least 0; some are above 0.
+        weights: weight of each entry, at least 0; an entry of weight 0 gets 0.
         limits: limit of each entry, at least 0.
         offset: number from 0 to below 1 that shifts which entries are rounded up. If it is drawn uniformly, the mean of
             each number is its exact part.
@@ -74,22 +74,29 @@ def apportion(total: int, weights: Sequence[float], limits: Sequence[int], offse
 
 @dataclass(frozen=True)
 class MixturePhase:
+    """Phase of a training with constant shares. The lists have an entry for each domain of the mixture."""
+
     from_step: int
     steps: int
+    """Number of steps of the phase."""
     by_size: list[float]
+    """Shares before temperature and limits, summing to 1."""
     tempered: list[float]
+    """Shares with temperature and before limits, summing to 1."""
     weights: list[int]
-    """Weight of each domain. `by_size` and `tempered` are shares by domain, too; each list sums to 1."""
+    """Mixture weights, with temperature and limits, as whole numbers for the order."""
 
     @cached_property
     def shares(self) -> list[float]:
-        """Shares of the domains after limits, summing to 1."""
+        """Shares with temperature and after limits, summing to 1."""
         weight_sum = sum(self.weights)
         return [w / weight_sum for w in self.weights]
 
 
 @dataclass(frozen=True)
 class Mixture:
+    """Mixture of a training: its domains, their limits, its phases, and the order of samples that follows from them."""
+
     domains: list[OrderedDomain]
     limits: list[int | None]
     """Number of samples that may be read of each domain, counting repeats; None for a domain without a limit."""
@@ -111,7 +118,8 @@ def compute_mixture(spec: RunSpec, manifest: DataManifest) -> Mixture:
     Domains that no phase reads have share 0.
 
     Raises:
-        DataError: a named domain has no sample, a source has none at all, or the limits leave steps without data.
+        DataError: a domain with a fixed share fills no sample, no domain of a source does, `max_epochs_of` names a
+            subfolder that is not in the data, or the limits leave steps without data.
     """
     names = sorted(name for name, d in manifest.domains.items() if d.samples and source_of(name) in spec.data.sources)
     domains = [OrderedDomain(name, source_of(name), manifest.domains[name].samples) for name in names]
@@ -159,6 +167,11 @@ def training_order(spec: RunSpec, manifest: DataManifest) -> tuple[list[str], Or
 
 
 def _domain_limits(spec: RunSpec, manifest: DataManifest, domains: Sequence[OrderedDomain]) -> list[int | None]:
+    """Return the number of samples of each domain that `max_epochs` allows; None for a domain without a limit.
+
+    Raises:
+        DataError: `max_epochs_of` names a subfolder that is not in the prepared data.
+    """
     for name, source in spec.data.sources.items():
         for subfolder in source.max_epochs_of:
             if f"{name}/{subfolder}" not in manifest.domains:
@@ -176,13 +189,13 @@ def _domain_limits(spec: RunSpec, manifest: DataManifest, domains: Sequence[Orde
 def phase_shares(
     mixes: dict[str, SourceMix], domains: Sequence[OrderedDomain], tokens: Sequence[int], *, apply_temperature: bool
 ) -> list[float]:
-    """Return the share of each domain before limits, summing to 1.
+    """Return the share of each domain in one phase before limits; the shares sum to 1.
 
     Args:
         mixes: the weight, shares and temperature of each source in the phase.
         domains: the domains, in the order of the result.
         tokens: number of tokens of each domain.
-        apply_temperature: whether to raise token counts to the exponent alpha.
+        apply_temperature: whether to raise token counts to the exponent alpha of their source.
 
     Raises:
         DataError: a domain with a fixed share, or every domain of a source, fills no sample.
@@ -213,7 +226,7 @@ def phase_shares(
 def _power(base: int, exponent: float) -> float:
     """Return base^exponent, equal to the last bit on every machine.
 
-    It does not use the C library, whose last bit differs between machines that must agree on an order.
+    Machines must agree on the order, and the last bit of the C library's result differs between machines.
     """
     return float(Context(prec=28).power(Decimal(base), Decimal(exponent)))
 
@@ -244,10 +257,17 @@ def _split_limits(
 def _check_limits(
     spec: RunSpec, phase_starts: Sequence[int], limits: Sequence[int | None], shares: Sequence[Sequence[float]]
 ) -> None:
+    """Check that the limits leave enough samples for every phase.
+
+    Raises:
+        DataError: a phase has too few; the message names the longest training that the limits allow.
+    """
+
     def find_shortage(steps: int) -> tuple[int, int, int] | None:
         """Return the first phase with too few samples in a training of `steps` steps; None if all phases have enough.
 
-        The result is the number of the phase, the samples that are available, and those that are required."""
+        The result is the number of the phase, the number of available samples, and the number of required ones.
+        """
         phase_bounds = [min(step, steps) for step in (*phase_starts, steps)]
         positions = [(stop - start) * spec.samples_per_step for start, stop in pairwise(phase_bounds)]
         for i, phase_limits in enumerate(_split_limits(limits, positions, shares)):
@@ -269,7 +289,7 @@ def _check_limits(
             (feasible_steps, middle) if find_shortage(middle) else (middle, infeasible_steps)
         )
     phase_text = f" from step {phase_starts[phase]} on" if len(phase_starts) > 1 else ""
-    reason = f"max_epochs allows {available:,} samples{phase_text}, and {required:,} are wanted"
+    reason = f"max_epochs allows {available:,} samples{phase_text}, and {required:,} are needed"
     fix = f"set train.steps to {feasible_steps:,}, or raise max_epochs, or add text"
     raise DataError("mixture", reason, fix if feasible_steps else "raise max_epochs, or add text")
 

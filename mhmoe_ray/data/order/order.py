@@ -67,14 +67,15 @@ U64 = np.ndarray[tuple[int, ...], np.dtype[np.uint64]]
 I64 = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
 
 MAX_POSITION = 2**52
-"""Bound below which quotients of whole numbers, rounded to float64, never reach the next whole number."""
+"""Upper bound of slots and positions. The quotient of two whole numbers below it, computed in float64, is never rounded
+up to the next whole number."""
 
 # With 4 pairs, the orders of fewer than 20 samples are visibly not equally likely.
 ROUND_PAIRS = 6
 
 
 def seeded_hash(seed: int, label: str) -> int:
-    """Return a 64-bit hash of the seed and a label; it is the same on every machine."""
+    """Return a 64-bit hash of a seed and a label, from 0 to 2^64 - 1; it is the same on every machine."""
     return int.from_bytes(hashlib.blake2b(f"{seed}:{label}".encode(), digest_size=8).digest(), "little")
 
 
@@ -97,7 +98,12 @@ class Permutations:
         self._rows = np.asarray([-(-size // c) for size, c in zip(sizes, columns, strict=True)], np.int64)
 
     def __call__(self, domain: I64, slot: I64) -> I64:
-        """Return the sample in a slot (from 0, below `MAX_POSITION`) of a domain's sequence, elementwise."""
+        """Return the number of the sample in each slot of a domain's sequence, elementwise.
+
+        Args:
+            domain: the number of the domain.
+            slot: the slot, from 0 to less than `MAX_POSITION`, counted over all epochs.
+        """
         sizes, rows, columns = self._sizes.take(domain), self._rows.take(domain), self._columns.take(domain)
         # Below MAX_POSITION the float division, which is fast, gives the exact whole quotient.
         epoch = (slot / sizes).astype(np.int64)
@@ -162,7 +168,7 @@ float64."""
 
 
 class Interleaver:
-    """Binary trees that assign slots to the same domains in different proportions, side by side in flat arrays."""
+    """Binary trees that assign the slots of endless sequences to the same domains, each in proportions of its own."""
 
     def __init__(self, sources: Sequence[str], weights: Sequence[Sequence[int]]) -> None:
         """Build the trees.
@@ -173,7 +179,8 @@ class Interleaver:
                 their sum is at most `MAX_WEIGHT`.
         """
         self.domain_count = len(sources)
-        # Each node is the weight of its left child, the weight of both children, and the two children.
+        # Each node is the weight of its left child, the weight of both children, and the two children. The nodes of all
+        # trees are in one list, so that a walk can descend different trees in one array operation.
         self._nodes: list[tuple[int, int, int, int]] = []
         self._roots = [self._build_tree(sources, tree) for tree in weights]
         # A child is the number of a domain, or `domain_count` plus the index of a node.
@@ -183,6 +190,7 @@ class Interleaver:
         self._ratios = np.nextafter(self._left_weights / self._weights, np.inf)
 
     def _build_tree(self, sources: Sequence[str], weights: Sequence[int]) -> int:
+        """Add the nodes of one tree, with each source's domains in a subtree; return the number of the root."""
         assert min(weights) >= 0
         assert 0 < sum(weights) <= MAX_WEIGHT
         by_source: dict[str, list[tuple[int, int]]] = {}
@@ -260,13 +268,17 @@ _POSITIONS_PER_CALL = 32_768
 
 
 class OrderedDomain(NamedTuple):
+    """Domain whose samples an order arranges."""
+
     name: str
     source: str
     samples: int
-    """Number of samples, at least 1."""
+    """Number of samples, at least 1 in an `Order`."""
 
 
 class Phase(NamedTuple):
+    """Stretch of positions that are assigned to domains by the same weights."""
+
     start: int
     """First position of the phase; 0 for the first phase."""
     weights: Sequence[int]
@@ -275,6 +287,8 @@ class Phase(NamedTuple):
 
 
 class Order:
+    """Order of a training: it maps each position to a domain and a sample of that domain."""
+
     def __init__(self, seed: int, domains: Sequence[OrderedDomain], phases: Sequence[Phase]) -> None:
         """Prepare the order of a training.
 
@@ -306,7 +320,12 @@ class Order:
             self._starts.append(phase.start)
             self._slots.append(slot)
             self._rank_offsets.append(
-                [g - b for g, b in zip(start_counts, self._interleaver.slot_counts(phase_number, slot), strict=True)]
+                [
+                    start_count - skipped_count
+                    for start_count, skipped_count in zip(
+                        start_counts, self._interleaver.slot_counts(phase_number, slot), strict=True
+                    )
+                ]
             )
         self._slot_shifts = np.subtract(self._slots, self._starts)
         self._offset_table = np.array(self._rank_offsets)
@@ -321,6 +340,7 @@ class Order:
         return domain, sample
 
     def _locate(self, position: I64) -> tuple[I64, I64]:
+        """Map positions to (domain, sample of that domain), all in one call."""
         phase = np.searchsorted(self._starts, position, side="right") - 1
         domain, rank = self._interleaver(phase, position + self._slot_shifts.take(phase))
         return domain, self._permutations(domain, rank + self._offset_table[phase, domain])
@@ -330,5 +350,5 @@ class Order:
         if not position:
             return [0] * self._interleaver.domain_count
         phase = bisect_left(self._starts, position) - 1
-        rank = self._interleaver.slot_counts(phase, position - self._starts[phase] + self._slots[phase])
-        return [b + r for b, r in zip(self._rank_offsets[phase], rank, strict=True)]
+        slot_counts = self._interleaver.slot_counts(phase, position - self._starts[phase] + self._slots[phase])
+        return [offset + count for offset, count in zip(self._rank_offsets[phase], slot_counts, strict=True)]

@@ -17,21 +17,22 @@ class TokenPairs(NamedTuple):
 
 
 def token_pairs(samples: Samples, padding: int) -> TokenPairs:
-    """Return the pairs of each target that counts and the token before it, of samples (n, T + 1)."""
+    """Return the pairs of neighbouring tokens in samples (n, T + 1); a pair whose target is padding is left out."""
     is_counted = samples[:, 1:] != padding
     return TokenPairs(samples[:, :-1][is_counted].astype(np.uint32), samples[:, 1:][is_counted].astype(np.uint32))
 
 
 def join_pairs(parts: Iterable[TokenPairs]) -> TokenPairs:
+    """Concatenate pairs; there must be at least one part."""
     contexts, targets = zip(*parts, strict=True)
     return TokenPairs(np.concatenate(contexts), np.concatenate(targets))
 
 
 def compute_baselines(train: TokenPairs, validation: TokenPairs, vocab_size: int) -> Baselines:
-    """Return the unigram entropy of the validation targets, and the loss of a bigram model of training tokens on them.
+    """Return the entropy of the validation targets, and the loss on them of a bigram model of the training tokens.
 
     Args:
-        train: the pairs of training samples.
+        train: the pairs of training samples, on which the bigram model is counted.
         validation: the pairs of validation samples.
         vocab_size: V; every token id is below it.
     """
@@ -60,7 +61,7 @@ def _bigram_loss(train: TokenPairs, validation: TokenPairs, vocab_size: int) -> 
     # A key above all others gets a clipped index, which the comparison below rejects.
     indices = np.minimum(np.searchsorted(pair_keys, validation_keys), len(pair_keys) - 1)
     joint_counts = np.where(pair_keys[indices] == validation_keys, pair_counts[indices], 0)
-    # A context that does not occur in training has no successors. The bound makes its probability the unigram's alone.
+    # A context that does not occur in training has no successors. With at least 1, its probability is the unigram's.
     back_off = np.maximum(successors[validation.context], 1)
     probability = (joint_counts + back_off * unigram[validation.target]) / (
         context_counts[validation.context] + back_off
@@ -69,6 +70,7 @@ def _bigram_loss(train: TokenPairs, validation: TokenPairs, vocab_size: int) -> 
 
 
 def _pair_keys(pairs: TokenPairs, vocab_size: int) -> np.ndarray:
+    """Return one number for each pair, context * V + target, which no other pair has."""
     keys = pairs.context.astype(np.int64)
     keys *= vocab_size
     keys += pairs.target

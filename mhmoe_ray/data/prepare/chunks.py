@@ -28,7 +28,7 @@ MIN_EVIDENCE_LINES = 10_000
 
 
 def quarantine_entry(domain: str, bad: BadLine) -> str:
-    """Return the line of the quarantine file for one item."""
+    """Return the line of the quarantine file for one item, as JSON with a newline."""
     fields = {"domain": domain, "path": bad.path, "line": bad.line, "reason": bad.reason, "detail": bad.detail}
     return json.dumps(fields) + "\n"
 
@@ -38,7 +38,8 @@ class QuarantineLimit:
 
     Args:
         spec: the data section with the `max_bad_...` keys.
-        files: all raw files; none if all of them were already read.
+        files: all raw files of the job, from which `will_be_exceeded` estimates the number of lines; `is_exceeded` does
+            not need them.
     """
 
     def __init__(self, spec: DataSpec, files: Iterable[RawFile]) -> None:
@@ -52,8 +53,10 @@ class QuarantineLimit:
         )
 
     def will_be_exceeded(self, tally: Tally) -> bool:
-        """Return whether all files together will have more bad items than allowed, judging by a tally of some of
-        them."""
+        """Return whether all files will probably have more bad items than the spec allows, judging by a tally of some.
+
+        A limit without `max_bad_share` needs no estimate: it is exceeded if the tally exceeds it.
+        """
         if tally.damaged > self._max_files:
             return True
         # Without a share the limit does not grow with the text, so no estimate is needed.
@@ -66,7 +69,7 @@ class QuarantineLimit:
         return tally.bad_lines > max(self._max_lines, 2 * self._max_share * expected_lines)
 
     def error(self, tally: Tally) -> DataError:
-        """Return the error to raise when the limit is exceeded, with the first bad item as an example."""
+        """Return the error for a tally that exceeds the limit, with one of the bad items as an example."""
         if tally.damaged > self._max_files:
             loss = tally.examples[Reason.PART_LOST]
             return DataError(
@@ -90,7 +93,7 @@ CHUNK_CHARACTERS = 4 << 20
 seconds."""
 
 BAD_LINE_CHARACTERS = 500
-"""Number of characters that a line that cannot be read adds to the size of a chunk."""
+"""Number of characters that an unreadable line adds to the size of a chunk."""
 
 SCHEMA = pa.schema(
     [
@@ -117,13 +120,14 @@ class Chunk(NamedTuple):
     """True if the reading of the file was aborted here, since it has more bad items than the spec allows."""
 
     def as_table(self) -> pa.Table:
+        """Return the chunk as a table of one row with `SCHEMA`."""
         # Arrow has no type for a tally, so it is pickled.
         row = self._asdict() | {"chunk": self.number, "tally": pickle.dumps(self.tally)}
         return pa.Table.from_pylist([row], SCHEMA)
 
     @classmethod
     def from_table(cls, table: pa.Table) -> "Chunk":
-        """Return the chunk in a table of one row."""
+        """Return the chunk in a table that `as_table` made."""
         file, number, texts, tally, is_aborted = (column[0].as_py() for column in table.select(SCHEMA.names).columns)
         return cls(file, number, texts, pickle.loads(tally), is_aborted)
 
@@ -131,13 +135,13 @@ class Chunk(NamedTuple):
 def read_chunks(
     table: pa.Table, *, spec: DataSpec, limit: QuarantineLimit, quarantine: Path, characters: int
 ) -> Iterator[pa.Table]:
-    """Yield the chunks of raw files, one in each table.
+    """Read raw files and yield their chunks, one in each table; write unreadable lines to the quarantine.
 
     Args:
         table: a table with the columns `number` and the fields of `RawFile`, a row for each file.
         spec: the data section with which the files were found.
-        limit: the limit on bad items above which the reading of a file is aborted.
-        quarantine: the folder for lines that cannot be read; each chunk with bad items writes one file.
+        limit: the limit on bad items; reading is aborted when a file alone exceeds it.
+        quarantine: the folder for unreadable lines; each chunk with bad items writes one file.
         characters: number of characters that fill a chunk.
     """
     for row in table.to_pylist():
@@ -149,6 +153,7 @@ def read_chunks(
 def _file_chunks(
     file_number: int, file: RawFile, spec: DataSpec, limit: QuarantineLimit, quarantine: Path, characters: int
 ) -> Iterator[Chunk]:
+    """Yield the chunks of one file; `read_chunks` describes the arguments."""
     reader = FileReader(file, spec)
     previous_tally, texts, bad_entries, size, chunk_number, is_aborted = Tally(), list[str](), list[str](), 0, 0, False
 
@@ -178,4 +183,5 @@ def _file_chunks(
 
 
 def quarantine_file(folder: Path, file: int, chunk: int) -> Path:
+    """Return the path of the file with the unreadable lines of one chunk."""
     return folder / f"{file:07d}-{chunk:07d}.jsonl"

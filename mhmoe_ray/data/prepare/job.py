@@ -12,6 +12,8 @@ from mhmoe_ray.spec import RunSpec, dump_spec
 
 
 class PrepareRequest(RemoteJob[DataManifest]):
+    """Request of `mhmoe data prepare`; its result is the manifest of the spec's prepared folder."""
+
     module: ClassVar[str] = "mhmoe_ray.data.prepare.job"
     kind: ClassVar[str] = "prepare"
 
@@ -35,6 +37,7 @@ class PrepareRequest(RemoteJob[DataManifest]):
 
 
 def main() -> None:
+    """Prepare the data that the current job's request asks for, and log errors for the user."""
     # The command line imports this module for the request, without Ray.
     import ray
 

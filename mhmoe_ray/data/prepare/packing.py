@@ -18,7 +18,7 @@ from mhmoe_ray.spec import DataSpec
 
 
 class Cut(NamedTuple):
-    """Stretch of tokens that becomes one shard."""
+    """Stretch of a domain's tokens that becomes one shard with concatenation."""
 
     stream: TokenStream
     samples: int
@@ -26,7 +26,9 @@ class Cut(NamedTuple):
 
 
 def plan_concat(stream: TokenStream, seq_len: int, rows: int) -> list[Cut]:
-    """Plan the shards of a domain with concatenation.
+    """Return the stretch of tokens of each shard of a domain with concatenation.
+
+    Tokens after the last full sample are in no sample.
 
     Args:
         stream: all training tokens of the domain.
@@ -44,14 +46,14 @@ def plan_concat(stream: TokenStream, seq_len: int, rows: int) -> list[Cut]:
 
 
 def cut_concat(tokens: Tokens, samples: int, seq_len: int) -> Samples:
-    """Return the first `samples` samples of some tokens, as a view of (samples, T + 1)."""
+    """Cut tokens into samples with concatenation; return the first `samples` of them as a view (samples, T + 1)."""
     # Neighbouring samples share a token: the last target of one is the first input of the next.
     windows = np.lib.stride_tricks.sliding_window_view(tokens, seq_len + 1)
     return windows[: samples * seq_len : seq_len]
 
 
 def count_whole_documents(tokens: Tokens, samples: int, seq_len: int, start: int) -> int:
-    """Return the number of documents that are whole within one sample of a shard.
+    """Return the number of documents of a shard with concatenation that are whole within one sample.
 
     Args:
         tokens: the tokens of the planned cut.
@@ -67,9 +69,13 @@ def count_whole_documents(tokens: Tokens, samples: int, seq_len: int, start: int
 
 
 class PackedSamples(NamedTuple):
+    """Samples of one shard that were packed by best fit."""
+
     samples: Samples
     padding: int
+    """Number of targets that are padding."""
     cut_documents: int
+    """Number of documents that are longer than a sample and were cut."""
 
 
 def plan_best_fit(stream: TokenStream, tokens_per_shard: int) -> list[TokenStream]:
@@ -89,6 +95,8 @@ def plan_best_fit(stream: TokenStream, tokens_per_shard: int) -> list[TokenStrea
 
 def pack_best_fit(tokens: Tokens, seq_len: int, start: int, padding: int) -> PackedSamples:
     """Pack documents into samples by best fit, and fill up the samples with padding.
+
+    A document of at most T tokens is whole in one sample; a longer one is cut.
 
     Args:
         tokens: the tokens of the documents, each preceded by `start`.
@@ -113,6 +121,8 @@ def pack_best_fit(tokens: Tokens, seq_len: int, start: int, padding: int) -> Pac
 
 
 class _Piece(NamedTuple):
+    """Piece of a document, or a whole one, and its place in a bin; a bin becomes a sample."""
+
     document: int
     offset: int
     """Offset of the piece within the document's targets."""
@@ -122,7 +132,7 @@ class _Piece(NamedTuple):
 
 
 def _assign_bins(targets: np.ndarray, seq_len: int) -> tuple[list[_Piece], int]:
-    """Assign the targets of each document to bins; return the pieces and the number of bins.
+    """Assign the targets of each document to bins of T targets; return the pieces and the number of bins.
 
     A document with more than T targets is cut into pieces of T. Then each other document, longest first, goes into the
     bin with the least sufficient room, or into a new one.
@@ -161,25 +171,30 @@ def _assign_bins(targets: np.ndarray, seq_len: int) -> tuple[list[_Piece], int]:
 
 
 class ShardPlan(NamedTuple):
-    """Plan of one shard."""
+    """Plan of one shard of a domain: the tokens to pack into it."""
 
     domain: str
     number: int
+    """Number of the shard within the domain, from 0."""
     tokens: TokenStream
     samples: int | None
-    """Number of samples that concatenation cuts; None with best fit, which determines it when packing."""
+    """Number of samples to cut with concatenation; None with best fit, which determines the number when it packs."""
 
 
 class ShardResult(NamedTuple):
+    """Result of writing one shard."""
+
     domain: str
     number: int
     shard: Shard
     padding: int
+    """Number of targets that are padding."""
     whole_documents: int
+    """Number of documents that are whole within one sample."""
 
 
 def plan_shards(domain: str, stream: TokenStream, spec: DataSpec, token_bytes: int) -> list[ShardPlan]:
-    """Return the plans of a domain's shards.
+    """Return the plans of a domain's shards, by the kind of packing that the spec names.
 
     The content of a shard depends on the domain's tokens alone, so shards can be written in any order.
     """
@@ -191,10 +206,12 @@ def plan_shards(domain: str, stream: TokenStream, spec: DataSpec, token_bytes: i
 
 
 def make_shard(row: dict[str, Any], *, folder: Path, seq_len: int, token_bytes: int, start: int) -> dict[str, Any]:
-    """Write one shard: a task of Ray Data that takes a pickled `ShardPlan` and returns a pickled `ShardResult`.
+    """Pack the tokens of one shard and write its file: a task of Ray Data.
+
+    It takes a pickled `ShardPlan` in the column `plan` and returns a pickled `ShardResult` in the column `result`.
 
     Args:
-        row: a row whose `plan` is the pickled plan.
+        row: the row with the plan.
         folder: the staging directory of the result.
         seq_len: T.
         token_bytes: bytes per token, 2 or 4.

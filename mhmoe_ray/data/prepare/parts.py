@@ -23,15 +23,16 @@ class PartSlice(NamedTuple):
 
     @property
     def tokens(self) -> int:
+        """Number of tokens in the slice."""
         return self.stop - self.start
 
 
 class TokenStream:
-    """Stream of the tokens of several parts, one after another.
+    """Stream of the tokens of several parts, one after another; tokens are read from disk only by `read`.
 
     Args:
         folder: the folder of the parts.
-        parts: the parts of a domain, in the order of its files and chunks.
+        parts: the slices of parts, in the order of the stream.
         token_bytes: bytes per token, 2 or 4.
     """
 
@@ -53,7 +54,7 @@ class TokenStream:
         return TokenStream(self._folder, parts, self._dtype.itemsize)
 
     def read(self) -> Tokens:
-        """Read all tokens of the stream.
+        """Read all tokens of the stream into one array.
 
         Raises:
             DataError: a part has fewer tokens than expected.
@@ -62,6 +63,7 @@ class TokenStream:
         return np.concatenate([*self._read_parts(), np.empty(0, self._dtype)])
 
     def _read_parts(self) -> Iterator[Tokens]:
+        """Yield the tokens of each part."""
         for part in self.parts:
             path = part_file(self._folder, part.name)
             tokens = np.fromfile(path, self._dtype, part.tokens, offset=part.start * self._dtype.itemsize)

@@ -50,7 +50,7 @@ from mhmoe_ray.data.sources import Tally, file_blocks, find_files
 from mhmoe_ray.data.sources.find import fingerprints
 from mhmoe_ray.data.tokenizer import boundaries, load_tokenizer, store_given_tokenizer, train_tokenizer
 from mhmoe_ray.errors import DataError
-from mhmoe_ray.spec import RunSpec
+from mhmoe_ray.spec import DataSpec, RunSpec
 from mhmoe_ray.storage import describe_file, write_json
 
 CPUS_PER_READER = 8
@@ -62,10 +62,13 @@ MAX_EXPECTED_CPUS = 64
 the head node."""
 
 BASELINE_TOKENS = 20_000_000
+"""Approximate number of training tokens on which the bigram model is counted."""
 
 
 def prepare(spec: RunSpec) -> DataManifest:
-    """Return the manifest of a spec's prepared folder, and prepare the folder if it is missing. Ray must be running.
+    """Prepare the data of a spec, unless its prepared folder already exists, and return the folder's manifest.
+
+    Ray must be running.
 
     Raises:
         DataError: sources are missing, too many lines are bad, or the folder was prepared with other settings.
@@ -80,7 +83,7 @@ def prepare(spec: RunSpec) -> DataManifest:
             if read_data_manifest(folder) is None:
                 raise
             # Another job published its result first and removed our parts, which made this one fail.
-        # A folder without a manifest does not come from a job. Then this fails, and the parts are kept.
+        # If a folder without a manifest appeared meanwhile, nothing was published: then this fails and parts are kept.
         require_data_manifest(folder)
     # This also removes the staging directory of a job that was killed between its publishing and its cleaning up.
     clean_up(folder)
@@ -100,7 +103,26 @@ def _chunk_sized_blocks() -> Iterator[None]:
         context.target_max_block_size, context.enable_progress_bars = previous_settings
 
 
+def check_not_empty(spec: DataSpec, by_domain: dict[str, list[Part]]) -> None:
+    """Check that the parts of all domains have held-out documents with tokens, and tokens for a training sample.
+
+    Raises:
+        DataError: there is no validation sample or no training sample.
+    """
+    # The check is not in a task, since Ray would wrap its error in a traceback.
+    fix = "raise data.validation_fraction or add documents"
+    if not any(part.counts.held_out_documents for parts in by_domain.values() for part in parts):
+        raise DataError("validation", "no document is in the held-out share", fix)
+    if all(sum(part.counts.held_out_tokens for part in parts) < 2 for parts in by_domain.values()):
+        raise DataError("validation", "the documents of the held-out share have no tokens", fix)
+    min_tokens = 1 if spec.packing == "best_fit" else spec.seq_len + 1
+    if all(sum(part.counts.tokens for part in parts) < min_tokens for parts in by_domain.values()):
+        raise DataError("training", "no domain fills a single sample", "shorten data.seq_len or add documents")
+
+
 class _Preparation:
+    """One job's preparation of the data of a spec in a staging directory."""
+
     def __init__(self, spec: RunSpec, staging: StagingDirectory) -> None:
         self._spec, self._data_spec, self._staging = spec, spec.data, staging
         self._tokenizer = staging.result_path / "tokenizer.json"
@@ -111,7 +133,7 @@ class _Preparation:
         self._report = ProgressReport(staging.shared_path, sum(file.size for file in self._files))
 
     def run(self) -> None:
-        """Run all stages, which write the complete result into the staging directory."""
+        """Run all stages and write the complete result into the staging directory, the manifest last."""
         self._log(f"tokenizer for {len(self._files)} files")
         self._report.enter_stage("tokenizer")
         start = self._make_tokenizer()
@@ -121,7 +143,7 @@ class _Preparation:
         by_domain: dict[str, list[Part]] = defaultdict(list)
         for part in parts:
             by_domain[self._files[part.file].domain].append(part)
-        self._check_not_empty(by_domain)
+        check_not_empty(self._data_spec, by_domain)
         self._log(f"packing {len(by_domain)} domains and languages")
         shard_results = self._write_shards(by_domain, start)
         self._report.enter_stage("finishing")
@@ -158,7 +180,7 @@ class _Preparation:
         print(f"prepare: {text}", flush=True)
 
     def _make_tokenizer(self) -> int:
-        """Write tokenizer.json and return the start token of documents."""
+        """Train the tokenizer or take the given one, write tokenizer.json, and return the start token of documents."""
         path, vocab_size = self._tokenizer, self._spec.model.vocab_size
         if self._data_spec.tokenizer is not None:
             store_given_tokenizer(self._data_spec, vocab_size, path)
@@ -169,7 +191,7 @@ class _Preparation:
         return boundaries(load_tokenizer(path, vocab_size)).start
 
     def _tokenise(self) -> tuple[list[Part], dict[str, Tally]]:
-        """Tokenise all files and write the quarantine file.
+        """Tokenise all files into parts, keep the progress report up to date, and write the quarantine file.
 
         Returns:
             All parts in the order of files and chunks, and the tallies by domain.
@@ -224,33 +246,21 @@ class _Preparation:
                 out.write(quarantine_file(quarantine, file, number).read_bytes())
         return parts, tallies
 
-    def _check_not_empty(self, by_domain: dict[str, list[Part]]) -> None:
-        """Check that there are held-out documents with tokens, and tokens for a training sample.
-
-        Raises:
-            DataError: there is no validation sample or no training sample.
-        """
-        # The check is not in a task, since Ray would wrap its error in a traceback.
-        if not any(part.counts.held_out_documents for parts in by_domain.values() for part in parts):
-            fix = "raise data.validation_fraction or add documents"
-            raise DataError("validation", "no document is in the held-out share", fix)
-        if all(sum(part.counts.held_out_tokens for part in parts) < 2 for parts in by_domain.values()):
-            raise DataError("validation", "the documents of the held-out share have no tokens", fix)
-        min_tokens = 1 if self._data_spec.packing == "best_fit" else self._data_spec.seq_len + 1
-        if all(sum(part.counts.tokens for part in parts) < min_tokens for parts in by_domain.values()):
-            raise DataError("training", "no domain fills a single sample", "shorten data.seq_len or add documents")
-
     def _training_stream(self, parts: list[Part]) -> TokenStream:
-        refs = [PartSlice(part.name, 0, part.counts.tokens) for part in parts if part.counts.tokens]
-        return TokenStream(self._staging.parts_path, refs, self._token_bytes)
+        """Return the tokens of the training documents in these parts."""
+        slices = [PartSlice(part.name, 0, part.counts.tokens) for part in parts if part.counts.tokens]
+        return TokenStream(self._staging.parts_path, slices, self._token_bytes)
 
     def _held_out_stream(self, parts: list[Part]) -> TokenStream:
+        """Return the tokens of the held-out documents in these parts."""
         held_out_parts = [(part.name, part.counts) for part in parts if part.counts.held_out_tokens]
-        refs = [PartSlice(name, n.tokens, n.tokens + n.held_out_tokens) for name, n in held_out_parts]
-        return TokenStream(self._staging.parts_path, refs, self._token_bytes)
+        slices = [
+            PartSlice(name, counts.tokens, counts.tokens + counts.held_out_tokens) for name, counts in held_out_parts
+        ]
+        return TokenStream(self._staging.parts_path, slices, self._token_bytes)
 
     def _write_shards(self, by_domain: dict[str, list[Part]], start: int) -> dict[str, list[ShardResult]]:
-        """Write the shards of all domains; return the results of each domain in the order of its shards."""
+        """Write the training shards of all domains; return each domain's results in the order of its shards."""
         plans = [
             plan
             for name, parts in by_domain.items()
@@ -279,6 +289,7 @@ class _Preparation:
 def _domain_entry(
     parts: list[Part], tally: Tally, shard_results: list[ShardResult], validation_samples: int, seq_len: int
 ) -> Domain:
+    """Return the manifest's entry of a domain, from its parts, its tally and the results of its shards."""
     counts = [part.counts for part in parts]
     documents, tokens = sum(c.documents for c in counts), sum(c.tokens for c in counts)
     samples, padding = (
@@ -306,6 +317,8 @@ def _domain_entry(
 
 
 class _FinishResult(NamedTuple):
+    """Result of the stage that ends a preparation."""
+
     validation: ValidationSplit
     baselines: Baselines
 
@@ -313,7 +326,17 @@ class _FinishResult(NamedTuple):
 def _finish(
     folder: Path, held_out: dict[str, TokenStream], shards: dict[str, list[Shard]], spec: RunSpec, token_bytes: int
 ) -> _FinishResult:
-    """Write the validation samples and compute the baselines."""
+    """Write the validation samples and compute the baselines of the validation loss.
+
+    The bigram model is counted on the first samples of each domain, about `BASELINE_TOKENS` tokens in all.
+
+    Args:
+        folder: the staging directory of the result, with the training shards.
+        held_out: held-out tokens by domain.
+        shards: training shards by domain.
+        spec: the spec.
+        token_bytes: bytes per token, 2 or 4.
+    """
     validation_split = write_validation_split(
         folder, held_out, spec.data.validation_samples, spec.data.seq_len, token_bytes
     )

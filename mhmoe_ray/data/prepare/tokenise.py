@@ -57,14 +57,17 @@ class TokenisedChunk(NamedTuple):
     part: Part
     tally: Tally
     is_aborted: bool
+    """True if the reading of the file was aborted after this chunk, as in `Chunk`."""
     is_reused: bool
     """True if the part already existed."""
 
     def as_row(self) -> dict[str, Any]:
+        """Return the result as a row of a Ray dataset."""
         return {"tokenised": pickle.dumps(self)}
 
     @classmethod
     def from_row(cls, row: dict[str, Any]) -> "TokenisedChunk":
+        """Return the result in a row that `as_row` made."""
         tokenised = pickle.loads(row["tokenised"])
         assert isinstance(tokenised, cls)
         return tokenised
@@ -79,7 +82,9 @@ def tokenise_chunk(
     validation_fraction: float,
     token_bytes: int,
 ) -> dict[str, Any]:
-    """Tokenise a chunk: a task of Ray Data that maps a table of one `Chunk` to a batch of one `TokenisedChunk`.
+    """Tokenise a chunk into a part, or reuse the part if it exists: a task of Ray Data.
+
+    It maps a table of one `Chunk` to a batch of one `TokenisedChunk`.
 
     Args:
         table: a table that `read_chunks` yielded.
@@ -89,7 +94,7 @@ def tokenise_chunk(
         validation_fraction: share of the documents that is held out.
         token_bytes: bytes per token, 2 or 4.
     """
-    # There is already one such process for each CPU.
+    # Ray runs one such process for each CPU, so the library must not start threads for all CPUs in each of them.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     chunk = Chunk.from_table(table)
     name, counts, is_reused = "", PartCounts(), False
@@ -107,6 +112,7 @@ def tokenise_chunk(
 
 
 def _part_name(texts: Iterable[str], tokenizer_sha256: str, validation_fraction: float, token_bytes: int) -> str:
+    """Return the name of a part: a hash of everything that determines its content."""
     digest = hashlib.sha256(f"{tokenizer_sha256} {validation_fraction} {token_bytes}".encode())
     for text in texts:
         data = text.encode()
@@ -121,7 +127,7 @@ def _counts_file(part: Path) -> Path:
 
 
 def _find_counts(part: Path, token_bytes: int) -> PartCounts | None:
-    """Return the counts of a part, or None if it does not exist or is incomplete."""
+    """Return the counts of an existing part, or None if the part is missing, incomplete or of another size."""
     try:
         counts = PartCounts.model_validate_json(_counts_file(part).read_bytes())
         size = part.stat().st_size
@@ -134,6 +140,7 @@ def _find_counts(part: Path, token_bytes: int) -> PartCounts | None:
 def _encode_texts(
     texts: list[str], encoder: DocumentEncoder, validation_fraction: float, token_bytes: int
 ) -> tuple[Tokens, PartCounts]:
+    """Return the tokens and counts of a part: the training documents, then the held-out ones."""
     counts, dtype = PartCounts(), token_dtype(token_bytes)
     train, held_out = list[Tokens](), [np.empty(0, dtype)]
     for batch in _batches(texts):
@@ -153,6 +160,7 @@ def _encode_texts(
 
 
 def _batches(texts: list[str]) -> Iterator[list[str]]:
+    """Yield the texts in batches of at most `BATCH_CHARACTERS` characters; a longer text is a batch of its own."""
     batch, size = list[str](), 0
     for text in texts:
         if batch and size + len(text) > BATCH_CHARACTERS:

@@ -15,13 +15,15 @@ from mhmoe_ray.data.shards.manifest import Shard
 
 
 def is_validation(text: str, fraction: float) -> bool:
-    """Return whether a document is held out, by a hash of its text."""
+    """Return whether a document is held out for validation: a hash of its text selects a share of `fraction`."""
     # The hash puts copies of a text on the same side, so that no copy of a validation text is trained on.
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") < fraction * 2**64
 
 
 class ValidationSplit(NamedTuple):
+    """The validation samples that were written."""
+
     shards: list[Shard]
     sample_counts: dict[str, int]
     """Number of samples of each domain, in the order of the domains in the shards."""
@@ -32,12 +34,14 @@ class ValidationSplit(NamedTuple):
 def write_validation_split(
     folder: Path, streams: dict[str, TokenStream], max_samples: int, seq_len: int, token_bytes: int
 ) -> ValidationSplit:
-    """Select the validation samples and write their shards.
+    """Select validation samples, spread evenly over all held-out tokens, and write their shards.
+
+    The last sample of a domain may be filled up with padding.
 
     Args:
         folder: the staging directory of the result.
         streams: held-out tokens by domain.
-        max_samples: largest number of samples.
+        max_samples: largest number of samples of all domains together.
         seq_len: T.
         token_bytes: bytes per token, 2 or 4.
     """
@@ -60,6 +64,7 @@ def write_validation_split(
 
 
 def _read_sample(stream: TokenStream, number: int, seq_len: int, token_bytes: int) -> Samples:
+    """Return one sample of a domain, T + 1 tokens, with padding after the end of the stream."""
     start = number * seq_len
     tokens = stream.substream(start, min(len(stream), start + seq_len + 1)).read()
     row: Samples = np.full(seq_len + 1, padding_token(token_bytes), token_dtype(token_bytes))

@@ -38,25 +38,31 @@ Stage = Literal["tokenizer", "tokenising", "packing", "finishing"]
 
 
 class PreparationProgress(BaseModel):
+    """Progress of a preparation: the content of progress.json."""
+
     stage: Stage
     done: int
-    """Progress of the stage: stored bytes while tokenising, shards while packing."""
+    """Number of shards that are written while packing; in the other stages stored bytes that are tokenised."""
     total: int
+    """Number of all shards while packing; in the other stages stored bytes of all files."""
     documents: int
+    """Number of documents that are tokenised."""
     tokens: int
+    """Number of their tokens."""
     found_tokens: int
     """Number of those tokens in parts that an earlier job wrote."""
     bytes_per_s: float
-    """Stored bytes that this job tokenises per second."""
+    """Stored bytes that this job tokenises per second, without reused parts; 0 in other stages."""
     seconds_left: float | None
     """Estimated seconds until tokenising ends; None while there is no estimate."""
 
 
 @dataclass
 class ProgressReport:
-    """Progress report that is written to progress.json."""
+    """Counts of a job's progress, which it updates, and the writer of progress.json."""
 
     folder: Path
+    """Folder of the file: the staging directory that jobs share."""
     total_bytes: int
     stage: Stage = "tokenizer"
     done_bytes: int = 0
@@ -70,14 +76,17 @@ class ProgressReport:
     _write_time: float = 0.0
 
     def enter_stage(self, stage: Stage) -> None:
+        """Begin a stage and write the file."""
         self.stage, self._start_time = stage, time.monotonic()
         self.write()
 
     def refresh(self) -> None:
+        """Write the file if it was last written `WRITE_SECONDS` ago or earlier."""
         if time.monotonic() - self._write_time >= WRITE_SECONDS:
             self.write()
 
     def write(self) -> None:
+        """Write the file with the current counts, the speed and the estimated time left."""
         self._write_time = time.monotonic()
         seconds = max(self._write_time - self._start_time, 1e-3)
         # Reused parts take no time, so they do not count for the speed.
@@ -99,7 +108,10 @@ class ProgressReport:
 
 
 def read_progress(folder: Path) -> PreparationProgress | None:
-    """Return the progress of a preparation, or None if no preparation is running."""
+    """Return the progress that was last written to a staging directory, or None if there is no readable report.
+
+    The report of a job that was killed stays until another job replaces it.
+    """
     try:
         return PreparationProgress.model_validate_json((folder / PROGRESS_FILE).read_bytes())
     except (OSError, ValidationError):
@@ -108,31 +120,37 @@ def read_progress(folder: Path) -> PreparationProgress | None:
 
 ALIVE_FILE = "alive"
 TOUCH_SECONDS = 20.0
-"""Seconds between two updates of the file's modification time."""
+"""Seconds between two updates of the modification time of a job's file `alive`."""
 STALE_SECONDS = 1200.0
-"""Age of the modification time, in seconds, from which a job counts as dead."""
+"""Age of that modification time, in seconds, above which a job counts as dead."""
 
 
 class StagingDirectory(NamedTuple):
+    """Paths of a job's staging directory."""
+
     shared_path: Path
     """Staging directory that all jobs with these settings share."""
     job_path: Path
-    """Staging directory of this job."""
+    """Staging directory of this job, a folder in the shared one."""
 
     @property
     def parts_path(self) -> Path:
+        """Folder of the parts, which jobs share."""
         return self.shared_path / "parts"
 
     @property
     def quarantine_path(self) -> Path:
+        """Folder of the quarantine files of chunks."""
         return self.job_path / "quarantine"
 
     @property
     def result_path(self) -> Path:
+        """Folder of the result, which becomes the prepared folder."""
         return self.job_path / "prepared"
 
 
 def shared_folder(spec: RunSpec) -> Path:
+    """Return the path of the staging directory that all jobs with a spec's settings share."""
     digest = hashlib.sha256(json.dumps(recipe(spec), sort_keys=True).encode()).hexdigest()
     return spec.data.prepared.with_name(f"{spec.data.prepared.name}.partial-{digest[:8]}")
 
@@ -141,8 +159,8 @@ def shared_folder(spec: RunSpec) -> Path:
 def staging_directory(spec: RunSpec) -> Iterator[StagingDirectory]:
     """Create the staging directory of a new job and remove it at the end of the context.
 
-    Within the context a thread updates the job's file `alive`, and removes the staging directories of dead jobs with
-    everything that they packed.
+    Within the context, a thread updates the job's file `alive` and removes the staging directories of dead jobs. Parts
+    are kept, since jobs share them.
     """
     staging = StagingDirectory(shared_path := shared_folder(spec), shared_path / secrets.token_hex(4))
     staging.result_path.mkdir(parents=True)
@@ -157,6 +175,7 @@ def staging_directory(spec: RunSpec) -> Iterator[StagingDirectory]:
 
 
 def _keep_alive(staging: StagingDirectory, stop_event: threading.Event) -> None:
+    """Call `_touch_and_clean_up` every `TOUCH_SECONDS` until `stop_event` is set."""
     touch_times: dict[Path, float] = {}
     while True:
         # A storage may be out of reach for a while; then the next update suffices.
@@ -169,14 +188,15 @@ def _keep_alive(staging: StagingDirectory, stop_event: threading.Event) -> None:
 def _touch_and_clean_up(staging: StagingDirectory, previous_times: dict[Path, float]) -> dict[Path, float]:
     """Update the modification time of our file `alive`, and remove the staging directories of dead jobs.
 
-    A job is dead if its modification time is older than `STALE_SECONDS` and has not changed since our previous check.
+    A job is dead if the modification time of its file is older than `STALE_SECONDS` and has not changed since our
+    previous check. Just after this job itself stood still, no job is treated as dead.
 
     Args:
         staging: the staging directory of this job.
         previous_times: the modification time of each job's file at the previous check, in seconds.
 
     Returns:
-        The modification times at this check.
+        The modification time of each job's file at this check.
     """
     our_file = staging.job_path / ALIVE_FILE
     previous_time = our_file.stat().st_mtime
@@ -196,24 +216,25 @@ def _touch_and_clean_up(staging: StagingDirectory, previous_times: dict[Path, fl
 
 
 def _remove_job_folder(staging: StagingDirectory) -> None:
-    """Remove a job's staging directory, the largest folders first."""
-    # The folder with the file `alive` is last. If this process is killed midway, another job recognises a dead job.
+    """Remove one job's staging directory; errors are ignored."""
+    # The folder with the file `alive` is last. If this process is killed midway, the file is still there, and another
+    # job recognises a dead job and removes the rest.
     for folder in (staging.result_path, staging.quarantine_path, staging.job_path):
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def publish(staging_result: Path, folder: Path) -> None:
-    """Publish a complete result under its name, unless another job has published one."""
+    """Rename a complete result to the prepared folder, unless that folder already exists with any content."""
     try:
         staging_result.rename(folder)
     except OSError as e:
-        # A folder of this name exists, so another job published its result.
+        # A folder with content has this name, so another job published its result.
         if e.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise
 
 
 def clean_up(folder: Path) -> None:
-    """Remove the staging directories beside a prepared folder, also those of other settings."""
+    """Remove the shared staging directories beside a prepared folder with all parts, also those of other settings."""
     for staging_path in folder.parent.glob(f"{glob.escape(folder.name)}.partial-*"):
         # Another job may remove the same folder, or still write to it.
         shutil.rmtree(staging_path, ignore_errors=True)

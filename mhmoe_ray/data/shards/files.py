@@ -29,16 +29,20 @@ OPEN_SHARDS = 512
 
 
 def token_dtype(token_bytes: int) -> np.dtype[np.unsignedinteger]:
+    """Return the dtype of stored tokens: little-endian unsigned integers of `token_bytes` bytes."""
     return np.dtype(f"<u{token_bytes}")
 
 
 def token_bytes_for(vocab_size: int) -> int:
-    """Return the bytes per token; the largest value is kept free to mark padding."""
+    """Return the number of bytes in which a token is stored, 2 or 4.
+
+    The largest value of that size is no token id, since it marks padding.
+    """
     return 2 if vocab_size < 2**16 else 4
 
 
 def padding_token(token_bytes: int) -> int:
-    """Return the token that marks padding, the targets that do not count."""
+    """Return the value that marks padding in stored samples: the largest one of a token of `token_bytes` bytes."""
     return int(np.iinfo(token_dtype(token_bytes)).max)
 
 
@@ -53,6 +57,7 @@ def split_padding(tokens: np.ndarray, token_bytes: int) -> tuple[Samples, np.nda
 
 
 def rows_per_shard(seq_len: int, token_bytes: int) -> int:
+    """Return the number of samples that a shard of `SHARD_BYTES` holds, at least 1."""
     return max(1, SHARD_BYTES // ((seq_len + 1) * token_bytes))
 
 
@@ -107,7 +112,7 @@ class ShardReader:
 
 @lru_cache(maxsize=OPEN_SHARDS)
 def _map_samples(path: str, token_bytes: int) -> Samples:
-    """Return all samples of a file, memory-mapped."""
+    """Return all samples of a shard file as a memory-mapped array; a process caches the last `OPEN_SHARDS` files."""
     with pa.memory_map(path) as source:
         column = pa.ipc.open_file(source).get_batch(0).column(0)
     shape = len(column), column.type.byte_width // token_bytes
@@ -121,7 +126,7 @@ LOCAL_CHECK_BYTES = 1 << 30
 
 
 def verify_shards(folder: Path, manifest: DataManifest) -> None:
-    """Verify that every shard and the tokenizer exist and have the content that was written.
+    """Verify that the shards and the tokenizer of a prepared folder exist and have the content that was written.
 
     Raises:
         DataError: a file is missing or damaged.
@@ -138,12 +143,14 @@ def verify_shards(folder: Path, manifest: DataManifest) -> None:
 
 
 def _check_locally(rows: list[dict[str, Any]], folder: Path) -> Iterator[dict[str, Any]]:
+    """Yield each missing or damaged file with the reason."""
     # Hashing releases the GIL, so threads verify files in parallel.
     with ThreadPoolExecutor() as threads:
         yield from (row for row in threads.map(partial(_check_file, folder=folder), rows) if row["reason"])
 
 
 def _check_on_cluster(rows: list[dict[str, Any]], folder: Path) -> Iterator[dict[str, Any]]:
+    """Yield one missing or damaged file with the reason, if there is any."""
     files = ray.data.from_items(rows, override_num_blocks=-(-len(rows) // FILES_PER_TASK))
     files.context.enable_progress_bars = False
     # One problem is enough for the error, so the other files need not be read.
@@ -155,7 +162,7 @@ def _check_file(row: dict[str, Any], *, folder: Path) -> dict[str, Any]:
 
 
 def file_problem(path: Path, sha256: str) -> str | None:
-    """Return the reason why a file does not have the content that was written, or None if it has."""
+    """Return the reason why a file does not have the content of this SHA-256, or None if it has."""
     if not path.is_file():
         return "it is missing"
     return None if describe_file(path).sha256 == sha256 else "its content is not what was written"

@@ -25,13 +25,18 @@ _READING_KEYS = {"format", "text_field", "delimiter", "filters"}
 
 
 class Shard(BaseModel):
+    """Entry of a shard file in the manifest."""
+
     file: str
     """Path of the file below the prepared folder."""
     rows: int
+    """Number of samples."""
     sha256: str
 
 
 class Domain(BaseModel):
+    """Entry of a domain in the manifest: its counts and its shards."""
+
     documents: int
     """Number of training documents."""
     validation_documents: int
@@ -47,6 +52,7 @@ class Domain(BaseModel):
     validation_tokens: int
     """Number of tokens of all held-out documents, including start tokens; the selected samples may have fewer."""
     samples: int
+    """Number of training samples."""
     validation_samples: int
     """Number of held-out samples that were selected."""
     unused_tokens: int
@@ -70,6 +76,8 @@ class Baselines(BaseModel):
 
 
 class DataManifest(BaseModel):
+    """Manifest of a prepared folder: the settings of its preparation, its counts and its shards."""
+
     recipe: dict[str, Any]
     """Settings of the preparation, as `recipe` returns them."""
     fingerprints: dict[str, str] = {}
@@ -89,7 +97,7 @@ class DataManifest(BaseModel):
 
 
 def recipe(spec: RunSpec) -> dict[str, Any]:
-    """Return the settings that determine a prepared folder.
+    """Return the settings of a spec that determine the content of its prepared folder.
 
     Raises:
         DataError: the given tokenizer cannot be read.
@@ -118,9 +126,7 @@ def recipe(spec: RunSpec) -> dict[str, Any]:
 
 
 def _given_tokenizer(path: Path) -> str:
-    """Return an identification of a given tokenizer by its content.
-
-    Another file with the same name is another tokenizer; a copy of the file in another folder is the same tokenizer.
+    """Return a text that identifies a given tokenizer by the content of its file, not by its path.
 
     Raises:
         DataError: the file cannot be read.
@@ -135,7 +141,7 @@ def read_data_manifest(folder: Path) -> DataManifest | None:
     """Read the manifest of a prepared folder; return None if the folder does not exist.
 
     Raises:
-        DataError: the folder exists but has no readable manifest.
+        DataError: the folder exists, but its manifest is missing or cannot be read.
     """
     subject, fix = f"prepared data {folder}", "set data.prepared to another folder, or remove this one"
     try:
@@ -154,9 +160,9 @@ def read_data_manifest(folder: Path) -> DataManifest | None:
 
 
 def data_digest(folder: Path) -> str:
-    """Return the hash by which checkpoints identify the data that they were trained on.
+    """Return the hash of a prepared folder by which checkpoints identify the data that they were trained on.
 
-    It is the hash of the manifest without the paths of sources that have a fingerprint.
+    It is a hash of the manifest without the paths of sources that have a fingerprint, so it stays when text is moved.
     """
     manifest = json.loads((folder / "manifest.json").read_bytes())
     # Folders of earlier versions have no fingerprints; the hash of the whole file identifies them.
@@ -168,11 +174,14 @@ def data_digest(folder: Path) -> str:
 
 
 PreparedKey = tuple[Path, str]
-"""A prepared folder, and the recipe of its preparation."""
+"""A prepared folder, and the recipe of its preparation as JSON."""
 
 
 def _is_same_text(manifest: DataManifest, spec: RunSpec) -> bool:
-    """Return whether sources with a new path have the same content as when the folder was prepared."""
+    """Return whether a spec names the same text as a manifest: sources with another path have the same fingerprint.
+
+    A source at a URI is the same text only if its path is equal.
+    """
     manifest_sources, spec_sources = manifest.recipe["sources"], recipe(spec)["sources"]
     moved_sources = {name for name in spec_sources if manifest_sources.get(name) != spec_sources[name]}
     if manifest_sources.keys() != spec_sources.keys() or not moved_sources <= manifest.fingerprints.keys():
@@ -188,7 +197,10 @@ def _is_same_text(manifest: DataManifest, spec: RunSpec) -> bool:
 
 
 def prepared_key(spec: RunSpec) -> PreparedKey:
-    """Return a key that is equal for specs that read the same prepared data; a tokenizer's path identifies it."""
+    """Return a key that is equal for specs that read the same prepared data.
+
+    A given tokenizer is identified by its path, so its file is not read.
+    """
     spec_without_tokenizer = spec.model_copy(update={"data": spec.data.model_copy(update={"tokenizer": None})})
     return spec.data.prepared, json.dumps(
         [recipe(spec_without_tokenizer), str(spec.data.tokenizer)], sort_keys=True, default=str
@@ -201,7 +213,7 @@ def require_matching_data(expected_digest: str | None, folder: Path, advice: str
     Args:
         expected_digest: the data digest in the checkpoint.
         folder: the prepared folder.
-        advice: alternative to restoring the folder, for the error message.
+        advice: end of the error message, an alternative to restoring the folder ("or ...").
 
     Raises:
         DataError: the folder has another digest.
@@ -212,10 +224,10 @@ def require_matching_data(expected_digest: str | None, folder: Path, advice: str
 
 
 def require_data_manifest(folder: Path) -> DataManifest:
-    """Return the data manifest of a prepared folder.
+    """Return the data manifest of a prepared folder, which must exist.
 
     Raises:
-        DataError: the folder is not prepared.
+        DataError: the folder does not exist, or it has no readable manifest.
     """
     manifest = read_data_manifest(folder)
     if manifest is None:
@@ -224,10 +236,10 @@ def require_data_manifest(folder: Path) -> DataManifest:
 
 
 def require_prepared_data(spec: RunSpec) -> DataManifest:
-    """Return the manifest of a spec's prepared folder.
+    """Return the data manifest of a spec's prepared folder, which must fit the spec.
 
     Raises:
-        DataError: the folder is not prepared, or it was prepared with settings that differ from the spec.
+        DataError: the folder is not prepared, or it was prepared with settings or text that differ from the spec.
     """
     manifest = require_data_manifest(spec.data.prepared)
     check_recipe(spec.data.prepared, manifest, spec)
@@ -238,7 +250,7 @@ def check_recipe(folder: Path, manifest: DataManifest, spec: RunSpec) -> None:
     """Check that a folder was prepared with the settings of a spec, from the same text, which may have been moved.
 
     Raises:
-        DataError: a setting differs; the message names the first one.
+        DataError: a setting or the text differs; the message names the first difference.
     """
     for key, spec_value in recipe(spec).items():
         # The path of a source may differ if its text was only moved.

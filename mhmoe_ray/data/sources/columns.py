@@ -27,14 +27,14 @@ PYARROW_ERRORS = (OSError, pa.ArrowException, ValueError, KeyError, IndexError)
 
 
 def open_parquet(storage: Storage, path: str) -> pq.ParquetFile:
-    """Open a Parquet file so that it is read page by page."""
+    """Open a Parquet file for reading page by page in little memory, with checksums verified."""
     # With `pre_buffer`, pyarrow's default, a whole column of a row group would be in memory.
     file = storage.open_seekable(path)
     return pq.ParquetFile(file, buffer_size=_BUFFER_BYTES, pre_buffer=False, page_checksum_verification=True)
 
 
 def column_problem(schema: pa.Schema, column: str) -> str | None:
-    """Return the reason why a column has no texts, or None if it has texts."""
+    """Return the reason why texts cannot be read from a column, or None if it exists and holds strings."""
     if column not in schema.names:
         return f"it has no column {column!r}; it has {', '.join(map(repr, schema.names))}"
     column_type = schema.field(column).type
@@ -47,7 +47,7 @@ def column_problem(schema: pa.Schema, column: str) -> str | None:
 
 
 def as_bytes(texts: pa.Array) -> pa.Array:
-    """Return the same texts as bytes with checked offsets and indices, so that decoding them is safe.
+    """Return an array of strings as an array of bytes, after a check that makes decoding damaged data safe.
 
     Raises:
         ArrowInvalid: offsets or indices point outside of the data.
@@ -62,10 +62,10 @@ def as_bytes(texts: pa.Array) -> pa.Array:
 
 
 def documents_in(texts: pa.Array, path: str, first_row: int, limit: int) -> Iterator[Document | BadLine]:
-    """Yield the documents in the result of `as_bytes`, row by row.
+    """Yield a `Document` for each row of a column, or a `BadLine` for a row that has no usable text.
 
     Args:
-        texts: the texts as bytes.
+        texts: the texts as bytes, from `as_bytes`.
         path: the path of the file.
         first_row: the number of the first row within the file, from 0.
         limit: largest size of a document in bytes.
@@ -77,6 +77,7 @@ def documents_in(texts: pa.Array, path: str, first_row: int, limit: int) -> Iter
 
 
 def _decode_batch(texts: pa.Array, path: str, first_row: int, limit: int) -> Iterator[Document | BadLine]:
+    """Do the work of `documents_in` for a few rows, which are not in a dictionary."""
     lengths = pc.binary_length(texts).to_pylist()
     for row, (length, text) in enumerate(zip(lengths, texts, strict=True), start=first_row + 1):
         if length is None:
@@ -96,7 +97,10 @@ def _decode_batch(texts: pa.Array, path: str, first_row: int, limit: int) -> Ite
 def read_parquet(
     storage: Storage, file: RawFile, source: SourceSpec, limit: int, tally: Tally
 ) -> Iterator[Document | BadLine]:
-    """Read a Parquet file; see `reading.FormatReader`."""
+    """Yield the rows of a Parquet file as documents, and an item for each row group that is damaged.
+
+    See `reading.FormatReader` for the arguments.
+    """
     column = source.text_field or "text"
     row = 0
     try:
@@ -136,7 +140,10 @@ _END_OF_STREAM = struct.pack("<Ii", 0xFFFFFFFF, 0)
 def read_huggingface(
     storage: Storage, file: RawFile, source: SourceSpec, limit: int, tally: Tally
 ) -> Iterator[Document | BadLine]:
-    """Read an Arrow stream that Hugging Face's `save_to_disk` wrote; see `reading.FormatReader`."""
+    """Yield the rows of an Arrow stream that Hugging Face's `save_to_disk` wrote as documents, up to any damage.
+
+    The last item reports the damage. See `reading.FormatReader` for the arguments.
+    """
     column = source.text_field or "text"
     row = 0
     try:

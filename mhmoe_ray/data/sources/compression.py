@@ -26,8 +26,10 @@ _OTHER_FORMATS = {
     rb"\x04\x22\x4d\x18": "lz4",
     rb"PAR1\x15": "Parquet",
 }
-"""Names of other formats by a pattern of first bytes with which no text begins. The letters PAR1 alone could begin a
-text, so that pattern includes the next byte, the first of a page header."""
+"""Names of formats that are not supported, by a pattern of first bytes with which no text begins.
+
+The letters PAR1 alone could begin a text, so that pattern includes the next byte, the first of a page header.
+"""
 
 # gzip produces at most this many bytes per call, so that a small input cannot fill the memory.
 OUTPUT_BYTES = 1 << 20
@@ -41,14 +43,14 @@ _CUT_OFF_REASON = "its zstd frame is cut off"
 
 
 def decompress(chunks: Iterator[bytes], name: str) -> Iterator[bytes]:
-    """Return the decompressed content of a file in chunks.
+    """Yield the content of a file in chunks, decompressed if its first bytes are those of gzip or zstd.
 
     Args:
         chunks: the bytes of the file as stored.
         name: the file's name, which helps to distinguish a damaged beginning from plain text.
 
     Raises:
-        DamageError: `chunks` raises it, or the content cannot be decompressed any further.
+        DamageError: `chunks` raises it, the content cannot be decompressed any further, or its format is not supported.
     """
     data = _ByteBuffer(chunks)
     magic = data.peek(10)
@@ -56,7 +58,9 @@ def decompress(chunks: Iterator[bytes], name: str) -> Iterator[bytes]:
         return _gunzip(data)
     if _is_zstd(magic):
         return _unzstd(data)
-    other_format = next((form for start, form in _OTHER_FORMATS.items() if re.match(start, magic)), None)
+    other_format = next(
+        (format_name for pattern, format_name in _OTHER_FORMATS.items() if re.match(pattern, magic)), None
+    )
     if other_format:
         return _raise_damage(f"it is {other_format}, which is not supported")
     if name.endswith((".gz", ".zst")) and not _is_text(magic):
@@ -77,7 +81,7 @@ def _is_zstd(magic: bytes) -> bool:
 
 
 def _is_text(start: bytes) -> bool:
-    """Return whether bytes look like text: not empty, and valid UTF-8 without control characters.
+    """Return whether a file's first bytes look like text: not empty, and UTF-8 without control characters.
 
     The last character may be cut off. Tab, line feed and carriage return are allowed.
     """
@@ -105,6 +109,7 @@ class _ByteBuffer:
         return content
 
     def peek(self, count: int) -> bytes:
+        """Return the next `count` bytes without taking them, or fewer at the end of the file."""
         content = self.take(count)
         self._offset -= len(content)
         return content
@@ -123,12 +128,17 @@ class _ByteBuffer:
         return self.take(min(limit, len(self._buffer) - self._offset))
 
     def remaining_chunks(self) -> Iterator[bytes]:
+        """Yield all bytes that have not been taken."""
         while chunk := self.take_available(1 << 30):
             yield chunk
 
 
 def _gunzip(data: _ByteBuffer) -> Iterator[bytes]:
-    """Decompress gzip members (RFC 1952), and skip the zero bytes that tape blocks leave after them."""
+    """Yield the decompressed content of gzip members (RFC 1952); zero bytes after a member are skipped as padding.
+
+    Raises:
+        DamageError: after all content before the damage.
+    """
     while True:
         member = zlib.decompressobj(wbits=31)
         while not member.eof:
@@ -154,6 +164,7 @@ def _gunzip(data: _ByteBuffer) -> Iterator[bytes]:
 
 
 def _decompress_to_damage(member: "zlib._Decompress", chunk: bytes) -> Iterator[bytes]:
+    """Yield what a damaged chunk decompresses to before the damage, byte by byte."""
     for byte in chunk:
         try:
             yield member.decompress(bytes([byte]))
@@ -166,11 +177,13 @@ def _zlib_reason(error: zlib.error) -> str:
 
 
 def _unzstd(data: _ByteBuffer) -> Iterator[bytes]:
-    """Decompress zstd frames (RFC 8878), passing them to the library block by block.
+    """Yield the decompressed content of zstd frames (RFC 8878), block by block.
 
-    So no data before a damaged block is lost, no piece inflates to more than a block, and a frame that is cut off is
-    not mistaken for a complete one.
+    Raises:
+        DamageError: after all content before the damage.
     """
+    # The library gets one block at a time. So no data before a damaged block is lost, no piece inflates to more than a
+    # block, and a frame that is cut off is not mistaken for a complete one.
     while magic := data.take(4):
         if magic[:1] in SKIPPABLE_FIRST_BYTES and magic[1:] == _SKIPPABLE_REST:
             remaining_bytes = int.from_bytes(_take_exactly(data, 4), "little")
@@ -195,7 +208,7 @@ def _unzstd(data: _ByteBuffer) -> Iterator[bytes]:
                 raise DamageError("its zstd frame is damaged: no such block")
             stored_size = 1 if block_type == 1 else size
             content = data.take(stored_size)
-            # Of a block that is cut off, this still yields the bytes that were stored uncompressed.
+            # A block that is cut off still yields its bytes if they were stored uncompressed.
             yield _decompress_piece(decompressor, block_header + content)
             if len(content) < stored_size:
                 raise DamageError(_CUT_OFF_REASON)
@@ -204,6 +217,7 @@ def _unzstd(data: _ByteBuffer) -> Iterator[bytes]:
 
 
 def _take_exactly(data: _ByteBuffer, count: int) -> bytes:
+    """Take `count` bytes; raise DamageError if there are fewer."""
     content = data.take(count)
     if len(content) < count:
         raise DamageError(_CUT_OFF_REASON)

@@ -28,9 +28,9 @@ ROOT_SUBFOLDER = "all"
 """Subfolder name in the domain of files that are in no subfolder."""
 
 MAX_FILE_BLOCKS = 1000
-"""Largest number of files in a spec for which each file is a separate block."""
+"""Number of files up to which each file is a separate block."""
 BLOCK_BYTES = 4 << 20
-"""Bytes of files from which a block of several files is full."""
+"""Total size of a block's files from which no more files are added to it."""
 
 FINGERPRINT_BYTES = 4096
 """Number of first bytes of a file that its fingerprint includes: files that differ only later nearly always have
@@ -43,11 +43,11 @@ _STATE_FILE, _SPLITS_FILE = "state.json", "dataset_dict.json"
 
 
 def find_files(spec: DataSpec, sources: Collection[str] | None = None) -> list[RawFile]:
-    """Return the raw files of a spec in an order that depends on names only.
+    """Return the raw files of a spec's sources, in an order that depends on names only.
 
     Args:
-        spec: the spec.
-        sources: the names of the sources to read; None for all.
+        spec: the data section of a spec.
+        sources: the names of the sources whose files are returned; None for all.
 
     Raises:
         DataError: a source or a named subfolder is missing or has no file of a known format.
@@ -60,7 +60,7 @@ def find_files(spec: DataSpec, sources: Collection[str] | None = None) -> list[R
 
 
 def source_errors(spec: DataSpec) -> list[DataError]:
-    """Return the errors in a spec's local sources; object stores are not checked."""
+    """Return the errors that `find_files` would raise for a spec's local sources; object stores are not checked."""
     errors = []
     for name, source in spec.sources.items():
         if "://" not in source.path:
@@ -72,13 +72,13 @@ def source_errors(spec: DataSpec) -> list[DataError]:
 
 
 def fingerprints(spec: DataSpec, files: Sequence[RawFile]) -> dict[str, str]:
-    """Return fingerprints of the contents of local sources, independent of their location.
+    """Return a fingerprint of the content of each local source by its name; it does not depend on the location.
 
-    The fingerprint of a source, by its name, is a hash over the names, sizes and first bytes of its files. A source in
-    an object store has none: its URI identifies it.
+    The fingerprint is a hash over the relative paths, sizes and first bytes of the source's files. A source in an
+    object store has none: its URI identifies it.
 
     Args:
-        spec: the spec.
+        spec: the data section of a spec.
         files: the files of some or all sources, as `find_files` returns them.
 
     Raises:
@@ -100,10 +100,10 @@ def fingerprints(spec: DataSpec, files: Sequence[RawFile]) -> dict[str, str]:
 
 
 def file_blocks(files: Sequence[RawFile]) -> list[pa.Table]:
-    """Return blocks of a dataset, one for each task that reads.
+    """Group files into the blocks of a Ray dataset; a task reads the files of one block.
 
     A block is a table with a row for each file: its number and the fields of `RawFile`. Each file has a separate block
-    unless there are many small files; then several neighbours share a block.
+    unless there are more than `MAX_FILE_BLOCKS`; then small neighbours share a block.
     """
     # With a task for each of many small files, the overhead of tasks would dominate.
     files_per_block, blocks, rows, size = ceil(len(files) / MAX_FILE_BLOCKS), [], [], 0
@@ -117,9 +117,10 @@ def file_blocks(files: Sequence[RawFile]) -> list[pa.Table]:
 
 
 def list_files(storage: Storage, prepared: Path) -> tuple[str, list[ListedFile]]:
-    """List files as `Storage.list_files` does, without prepared folders and the staging directories beside them.
+    """List files as `Storage.list_files` does, but leave out prepared folders and the staging directories beside them.
 
-    Both may be below a source's path. Those of `prepared` are left out, and also those of other settings.
+    Both may be below a source's path. Besides `prepared` itself, folders that look like other prepared folders or their
+    staging directories are left out.
 
     Returns:
         The root folder and the files.
@@ -151,11 +152,11 @@ def _files_of_source(name: str, source: SourceSpec, subfolders: list[str] | None
         name: the name of the source.
         source: the settings of the source.
         subfolders: the subfolders to read; None for all that exist.
-        prepared: the prepared folder, which is left out.
+        prepared: the prepared folder, whose files are left out.
 
     Raises:
-        DataError: the source or a subfolder is missing or has no file of the format, or the settings do not fit the
-            format.
+        DataError: the source or a subfolder is missing or has no file of the format, the settings do not fit the
+            format, or the name of a file is not UTF-8.
     """
     subject = f"source {name}"
     storage = Storage(source.path)
@@ -211,12 +212,19 @@ def _check_names(subject: str, files: list[RawFile]) -> None:
 
 
 def _detect_format(subject: str, source: SourceSpec, listed_files: list[ListedFile]) -> Format:
+    """Return the format of a source, recognised by the names of its files.
+
+    Raises:
+        DataError: the names show no known format, or several.
+    """
     names = {path.rpartition("/")[2] for path, _ in listed_files}
     if any(DOCUMENTS_PATH.search(path) for path, _ in listed_files):
         return "redpajama-v2"
     if names & {_STATE_FILE, _SPLITS_FILE}:
         return "huggingface"
-    formats: list[Format] = [format for format, ends in SUFFIXES.items() if any(n.endswith(ends) for n in names)]
+    formats: list[Format] = [
+        format for format, suffixes in SUFFIXES.items() if any(n.endswith(suffixes) for n in names)
+    ]
     # A text file beside other data is a README or a licence.
     if len(formats) > 1 and "text" in formats:
         formats.remove("text")
@@ -231,7 +239,7 @@ def _detect_format(subject: str, source: SourceSpec, listed_files: list[ListedFi
 
 
 def subfolder_at(root: str, path: str) -> str:
-    """Return the subfolder of a file below a root, or ROOT_SUBFOLDER if the file is in the root itself."""
+    """Return the name of the folder directly below `root` that a file is in, or ROOT_SUBFOLDER if it is in the root."""
     folder, slash, _ = relative_path(root, path).partition("/")
     return folder if slash else ROOT_SUBFOLDER
 
@@ -252,7 +260,9 @@ def _files_by_suffix(
 def _huggingface_files(
     subject: str, storage: Storage, root: str, listed_files: list[ListedFile]
 ) -> Iterator[tuple[str, ListedFile]]:
-    """Yield the data files that each `state.json` names; in a dictionary of splits, those of the split `train`.
+    """Yield the subfolder and listing of each data file that a `state.json` names.
+
+    Only the split `train` of a dictionary of splits is used.
 
     Raises:
         DataError: there is no split `train`, or a `state.json` cannot be used.
@@ -279,6 +289,11 @@ def _huggingface_files(
 
 
 def _data_files(subject: str, storage: Storage, path: str) -> list[str]:
+    """Return the names of the data files in a dataset's `state.json`.
+
+    Raises:
+        DataError: the file cannot be read, or the dataset is a selection of rows through an index.
+    """
     try:
         with storage.open(path) as stream:
             state = json.loads(stream.read())
@@ -293,6 +308,11 @@ def _data_files(subject: str, storage: Storage, path: str) -> list[str]:
 def _redpajama_v2_files(
     subject: str, filters: FilterSpec, listed_files: list[ListedFile]
 ) -> Iterator[tuple[str, ListedFile]]:
+    """Yield the language and listing of each document file of RedPajama-V2 that the filters select.
+
+    Raises:
+        DataError: a file beside the documents that the filters need is missing.
+    """
     existing_paths = {path for path, _ in listed_files}
     missing_paths = []
     for file in listed_files:

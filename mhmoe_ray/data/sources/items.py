@@ -13,6 +13,8 @@ _COMPRESSION_RATIO = 3
 
 
 class RawFile(NamedTuple):
+    """File of raw text."""
+
     domain: str
     """Domain of the file, <source>/<subfolder>, for example redpajama/book."""
     path: str
@@ -23,11 +25,13 @@ class RawFile(NamedTuple):
 
     @property
     def inflation(self) -> int:
-        """Rough number of bytes of text per stored byte, by the file's name."""
+        """Estimated bytes of text per stored byte: 3 for a file with a compressed format's suffix, otherwise 1."""
         return _COMPRESSION_RATIO if self.path.endswith(_COMPRESSED_SUFFIXES) else 1
 
 
 class Document(NamedTuple):
+    """Document that was read from a raw file."""
+
     text: str
     """Text of the document, never empty and always valid Unicode."""
     line: int
@@ -51,11 +55,13 @@ class Reason(StrEnum):
 
     @property
     def loses_lines(self) -> bool:
-        """True for a reason whose items each stand for an unknown number of documents."""
+        """True if an item with this reason stands for an unknown number of documents instead of one line."""
         return self is Reason.PART_LOST
 
 
 class BadLine(NamedTuple):
+    """Line, row or part of a raw file that could not be read."""
+
     path: str
     line: int
     """Number of the line, row, or first line, from 1; for a lost part, the first line or row that is lost."""
@@ -64,6 +70,7 @@ class BadLine(NamedTuple):
 
     @property
     def message(self) -> str:
+        """Reason with its detail, for the user."""
         return f"{self.reason} ({self.detail})" if self.detail else str(self.reason)
 
 
@@ -98,22 +105,24 @@ class Tally:
     """One item of each reason, to show as an example."""
 
     def count_bad(self, bad: BadLine) -> None:
+        """Count an item that could not be read; the first one of each reason becomes the example."""
         self.bad[bad.reason] += 1
         self.examples.setdefault(bad.reason, bad)
 
     @property
     def bad_lines(self) -> int:
-        """Number of lines that could not be read, without the uncounted lines of lost parts."""
+        """Number of lines that could not be read; lost parts of files are not counted."""
         return sum(n for reason, n in self.bad.items() if not reason.loses_lines)
 
     @property
     def lines(self) -> int:
+        """Number of all lines: documents, lines that could not be read, and dropped documents."""
         return self.documents + self.bad_lines + self.dropped.total()
 
     def counts_since(self, earlier_tally: "Tally") -> "Tally":
-        """Return the counts that were added to this tally after the state `earlier_tally`.
+        """Return the counts that were added to this tally since it was equal to `earlier_tally`.
 
-        The result has all examples, since such tallies may be added up in any order.
+        The result has all examples of this tally, also earlier ones.
         """
         return Tally(
             self.files - earlier_tally.files,
@@ -127,6 +136,7 @@ class Tally:
         )
 
     def copy(self) -> "Tally":
+        """Return a tally with the same counts that does not change with this one."""
         return Tally().__iadd__(self)
 
     def __iadd__(self, addend: "Tally") -> "Tally":

@@ -1,4 +1,4 @@
-"""Read one raw file of any format.
+"""Reader of one raw file of any format.
 
 | format       | a document is                                       | read in         |
 | ------------ | --------------------------------------------------- | --------------- |
@@ -22,12 +22,14 @@ from mhmoe_ray.spec import DataSpec, Format, SourceSpec
 
 
 class FormatReader(Protocol):
+    """Function that reads the files of one format."""
+
     def __call__(
         self, storage: Storage, file: RawFile, source: SourceSpec, limit: int, tally: Tally
     ) -> Iterator[Document | BadLine]:
         """Yield the documents of a file and the items that could not be read, in their order in the file.
 
-        Damage of any kind is yielded as an item and raises no error.
+        A reader raises no error for damage of any kind, but yields an item.
 
         Args:
             storage: the storage that holds the file.
@@ -51,10 +53,10 @@ READERS: dict[Format, FormatReader] = {
 class FileReader:
     """Iterable over the documents of a file and the items that could not be read, in their order in the file.
 
-    Items are read one at a time, and `tally` counts them. Damage of any kind is an item and raises no error.
+    Items are read one at a time, and `tally` counts them. Damage raises no error: it is an item that could not be read.
 
     Args:
-        file: one of `find_files(spec)`.
+        file: a file from `find_files(spec)`.
         spec: the data section with which the file was found.
     """
 

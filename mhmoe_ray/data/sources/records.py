@@ -25,8 +25,8 @@ def split_lines(chunks: Iterable[bytes], limit: int) -> Iterator[bytes | None]:
     """Yield each line without its newline, and None in place of a line that is longer than `limit` bytes.
 
     Raises:
-        DamageError: `chunks` raises it; the error then has the beginning of the line that was cut off, if that is
-            within the limit.
+        DamageError: `chunks` raises it; its `cut_off_line` then is the beginning of the line that was cut off, if that
+            is within the limit.
     """
     # The pieces are those of a line that began in an earlier chunk; they are dropped when the line gets too long.
     pieces: list[bytes] = []
@@ -59,13 +59,18 @@ BOM = b"\xef\xbb\xbf"
 
 
 class Record(NamedTuple):
+    """Parsed line of a file of JSON lines."""
+
     line: int
+    """Number of the line, from 1."""
     fields: Any
     """Any JSON value; the caller checks whether it is an object with a text."""
 
 
 def read_records(storage: Storage, file: RawFile, limit: int, tally: Tally) -> Iterator[Record | BadLine]:
-    """Yield the values in a file of JSON lines, and the lines that could not be read.
+    """Yield the parsed lines of a file of JSON lines, and the lines that could not be parsed; skip blank lines.
+
+    Damage to the file raises no error, but is the last item.
 
     Args:
         storage: the storage that holds the file.
@@ -97,7 +102,10 @@ def read_records(storage: Storage, file: RawFile, limit: int, tally: Tally) -> I
 
 
 def _parse_leniently(path: str, number: int, line: bytes) -> Record | BadLine | None:
-    """Parse a line with the standard library; return None for a blank line."""
+    """Parse a line that orjson refused with the standard library, or return why it cannot be parsed.
+
+    Return None for a blank line.
+    """
     content = line.removeprefix(BOM)
     if not content.strip():
         return None
@@ -116,7 +124,13 @@ def _parse_leniently(path: str, number: int, line: bytes) -> Record | BadLine | 
 
 
 def document_of(record: Record, text_field: str, path: str) -> Document | BadLine:
-    """Return the document in a record, or the reason why the record has none."""
+    """Return the document in a record, or a `BadLine` with the reason why the record has none.
+
+    Args:
+        record: the record.
+        text_field: the key of the text.
+        path: the path of the file.
+    """
     fields = record.fields
     if not isinstance(fields, dict):
         return BadLine(path, record.line, Reason.NO_TEXT, f"it is {_json_type(fields)}, not an object")
@@ -147,6 +161,7 @@ def text_problem(text: str) -> Reason | None:
 
 
 def _missing_text_detail(fields: dict[str, Any], text_field: str) -> str:
+    """Describe for the user why a record has no text: another type of value, or other keys."""
     if text_field in fields:
         return f"{text_field!r} is {_json_type(fields[text_field])}"
     # A record may have any keys, so the message shows only some of them, and only their beginnings.
@@ -158,6 +173,7 @@ def _missing_text_detail(fields: dict[str, Any], text_field: str) -> str:
 
 
 def _json_type(value: Any) -> str:
+    """Return the name of a JSON value's type for the user."""
     return {
         type(None): "null",
         bool: "true or false",
@@ -171,7 +187,7 @@ def _json_type(value: Any) -> str:
 def read_jsonl(
     storage: Storage, file: RawFile, source: SourceSpec, limit: int, tally: Tally
 ) -> Iterator[Document | BadLine]:
-    """Read a file of JSON lines; see `reading.FormatReader`."""
+    """Yield the lines of a file of JSON lines as documents; see `reading.FormatReader` for the arguments."""
     for record in read_records(storage, file, limit, tally):
         yield record if isinstance(record, BadLine) else document_of(record, source.text_field or "text", file.path)
 
@@ -179,7 +195,11 @@ def read_jsonl(
 def read_text(
     storage: Storage, file: RawFile, source: SourceSpec, limit: int, tally: Tally
 ) -> Iterator[Document | BadLine]:
-    """Read a plain text file; see `reading.FormatReader`."""
+    """Yield a plain text file as one document, or its parts between delimiter lines as documents.
+
+    In a damaged file, the part with the damage and all later parts are lost. See `reading.FormatReader` for the
+    arguments.
+    """
     part = _TextPart(file.path, limit)
     end = None if source.delimiter is None else source.delimiter.encode()
     number = 0
@@ -213,6 +233,7 @@ class _TextPart:
         """Number of the first line; 0 before a line is added."""
 
     def add(self, number: int, line: bytes | None) -> None:
+        """Add a line by its number in the file; None stands for a line that is longer than the limit."""
         self.first_line = self.first_line or number
         self._length += len(line or b"") + 1
         if line is None or self._too_long or self._length - 1 > self._limit:
@@ -222,9 +243,7 @@ class _TextPart:
             self._lines.append(line)
 
     def finish(self) -> Iterator[Document | BadLine]:
-        """Yield the document or the reason why it cannot be read; yield nothing for a blank part.
-
-        Delimiters may follow one another, so a blank part is no error."""
+        """Yield the document, or a `BadLine` with the reason why it cannot be read; yield nothing for a blank part."""
         if self._too_long:
             yield BadLine(self._path, self.first_line, Reason.TOO_LONG)
             return

@@ -52,15 +52,17 @@ MIN_STOP_WORDS = 2
 
 
 class Rule(NamedTuple):
+    """Rule on quality signals; documents that break it are dropped."""
+
     name: str
     """Name under which dropped documents are counted."""
     is_satisfied: Callable[[Signals], bool]
     """Function that returns whether a document's signals satisfy the rule. It raises KeyError if the rule's signal is
-    missing, and TypeError or IndexError if the signal has another form."""
+    missing, and TypeError or ValueError if the signal has another form."""
 
 
 def filter_rules(filters: FilterSpec) -> list[Rule]:
-    """Return the rules of a source's filters by signal, in the order in which they are checked."""
+    """Return the rules that a source's filters set on quality signals, in the order in which they are checked."""
     rules = []
     if filters.gopher:
         rules = [_parse_rule(text, "gopher: ") for text in GOPHER_RULES]
@@ -69,6 +71,7 @@ def filter_rules(filters: FilterSpec) -> list[Rule]:
 
 
 def _parse_rule(text: str, prefix: str = "") -> Rule:
+    """Return the rule that a text such as `rps_doc_word_count >= 50` states, with a prefix for its name."""
     parsed = SignalRule.parse(text)
     return Rule(f"{prefix}{parsed}", lambda signals: parsed.holds(signal_value(signals, parsed.signal)))
 
@@ -80,7 +83,13 @@ def _has_stop_words(signals: Signals) -> bool:
 
 
 def signal_value(signals: Signals, name: str) -> float | None:
-    """Return a document's score, or the mean of the scores of its lines; None if there is no score."""
+    """Return the value of one of a document's signals: its score, or the mean of its lines' scores.
+
+    Return None if there is no score.
+
+    Raises:
+        KeyError: there is no such signal.
+    """
     scores = [score for _, _, score in signals[name] if score is not None]
     return sum(scores) / len(scores) if scores else None
 
@@ -102,6 +111,7 @@ class SidecarFiles(NamedTuple):
 
     @classmethod
     def from_documents(cls, documents: str) -> "SidecarFiles":
+        """Return the paths that belong to the path of a file of documents."""
         match = DOCUMENTS_PATH.search(documents)
         assert match is not None, "find.py takes no other file for RedPajama-V2's"
         root, stem = documents[: match.start()], match[1]
@@ -124,9 +134,9 @@ class SidecarFiles(NamedTuple):
 def read_redpajama_v2(
     storage: Storage, file: RawFile, source: SourceSpec, limit: int, tally: Tally
 ) -> Iterator[Document | BadLine]:
-    """Yield the documents that pass the source's filters and count the others in `tally.dropped`.
+    """Yield the documents of a RedPajama-V2 file that pass the source's filters; count the others in `tally.dropped`.
 
-    See `reading.FormatReader`.
+    See `reading.FormatReader` for the arguments.
     """
     text_field, filters = source.text_field or TEXT_FIELD, source.filters or FilterSpec()
     sidecars = SidecarFiles.from_documents(file.path)
@@ -165,15 +175,23 @@ def read_redpajama_v2(
 
 
 class _TableError(Exception):
-    """Error for a damaged table beside the documents: without it no more documents can be filtered."""
+    """Error for a damaged table beside the documents; without the table, no more documents can be filtered."""
 
 
 class _NoSignals(NamedTuple):
+    """Result for a row without usable signals."""
+
     reason: str
 
 
 class _SignalReader:
-    """Reader of the signals of one row after another, joined by the row that a record names."""
+    """Reader of a file of quality signals, which finds the signals of rows in ascending order.
+
+    Args:
+        storage: the storage that holds the file.
+        path: the path of the file.
+        limit: largest size of a line in bytes.
+    """
 
     def __init__(self, storage: Storage, path: str, limit: int) -> None:
         self._path = path
@@ -202,6 +220,7 @@ class _SignalReader:
             return _NoSignals(f"quality_signals of another form in {self._path}")
 
     def _read_next(self) -> bool:
+        """Read the next record and keep its signals if it names a later row; return False at the end of the file."""
         record = next(self._records, None)
         if isinstance(record, Record):
             fields = record.fields if isinstance(record.fields, dict) else {}
@@ -214,13 +233,13 @@ class _SignalReader:
 
 
 def row_of(identifier: object) -> int | None:
-    """Return the row at the end of an identifier, such as 17 for `2023-06/0000/en_head.json.gz/17`, or None."""
+    """Return the row at the end of an identifier: 17 for `2023-06/0000/en_head.json.gz/17`. None if it has none."""
     row = identifier.rpartition("/")[2] if isinstance(identifier, str) else ""
     return int(row) if row.isascii() and row.isdigit() else None
 
 
 def _duplicate_rows(storage: Storage, path: str) -> frozenset[int]:
-    """Return the rows in a duplicates table.
+    """Return the rows of the documents that a duplicates table lists.
 
     The table does not list the first of several copies, so all listed rows can be dropped.
     """
@@ -228,7 +247,13 @@ def _duplicate_rows(storage: Storage, path: str) -> frozenset[int]:
 
 
 class _NearDuplicates:
-    """Detector of rows that share a band of their MinHash signature with an earlier row that was kept."""
+    """Detector of near duplicates: rows that share a band of their MinHash signature with an earlier row that was kept.
+
+    Args:
+        storage: the storage that holds the table of signatures.
+        path: the path of the table.
+        similarity: the similarity of near duplicates, one of those that the table has signatures for.
+    """
 
     def __init__(self, storage: Storage, path: str, similarity: float) -> None:
         self._rows = _read_table(storage, path, "id", f"signature_sim{similarity}")

@@ -25,14 +25,19 @@ _WILDCARDS = re.compile(r"[*?\[]")
 
 
 class ListedFile(NamedTuple):
+    """File in a listing."""
+
     path: str
     """Path of the file, in the form that `Storage.open` takes and messages show."""
     size: int
+    """Size in bytes."""
 
 
 class Listing(NamedTuple):
+    """Result of `Storage.list_files`."""
+
     root: str
-    """Folder that contains all files: the one before the first wildcard, or the one of a single file."""
+    """Folder that contains all files: the path without wildcards, or the folder of a single file."""
     files: list[ListedFile]
     """Files that the source's path selects, in the order of their paths."""
     paths: set[str]
@@ -40,13 +45,13 @@ class Listing(NamedTuple):
 
 
 class Storage:
-    """The files of one source.
+    """Access to the files of one source, which may be local or in an object store.
 
     Args:
-        path: the path as a spec gives it; the query of a URI has the options of its server.
+        path: the path in the spec: a folder, a file or a pattern. The query of a URI has the options of its server.
 
     Raises:
-        DataError: the scheme is not known, or the server cannot be reached.
+        DataError: the scheme is not known, or the object store cannot be opened.
     """
 
     def __init__(self, path: str) -> None:
@@ -76,11 +81,13 @@ class Storage:
         return bool(self._wildcards.search(self._pattern)) and not Path(self._pattern).exists()
 
     def list_files(self) -> Listing:
-        """List all files; hidden ones (with a leading dot or underscore) are left out of `files`.
+        """List the files that the path selects, and all paths below its root.
+
+        Hidden files, and files in hidden folders (with a leading dot or underscore), are not among `Listing.files`.
 
         Raises:
             DataError: the pattern is invalid.
-            FileNotFoundError: nothing of this name exists.
+            FileNotFoundError: the root does not exist.
             OSError: the path cannot be listed.
         """
         root, pattern_parts = self._split_pattern()
@@ -111,7 +118,7 @@ class Storage:
         return self._prefix + (root.rpartition("/")[0] if is_file else root)
 
     def _split_pattern(self) -> tuple[str, list[str]]:
-        """Return the path before the first wildcard, and the components from there on."""
+        """Return the path before the first component with a wildcard, and the list of components from there on."""
         parts = self._pattern.rstrip("/").split("/")
         root_depth = len(parts)
         if self.is_pattern:
@@ -119,6 +126,7 @@ class Storage:
         return "/".join(parts[:root_depth]) or "/", parts[root_depth:]
 
     def _file_info(self, path: str) -> fs.FileInfo:
+        """Return pyarrow's description of a path; raise OSError if the path cannot be one."""
         try:
             return self._fs.get_file_info(path)
         # pyarrow raises these for an empty name between two slashes and for a NUL.
@@ -139,7 +147,7 @@ class Storage:
         return self._fs.open_input_stream(path.removeprefix(self._prefix), compression=None)
 
     def open_seekable(self, path: str) -> pa.NativeFile:
-        """Open a file for random access.
+        """Open a file for reading at any offset.
 
         Raises:
             OSError: there is no such file, or it cannot be reached.
@@ -169,7 +177,7 @@ class Storage:
 
 
 def short_message(error: Exception) -> str:
-    """Return pyarrow's error message without its details and line breaks."""
+    """Return the message of an error of pyarrow on one line, without its details."""
     return " ".join(str(error).split(". Detail:")[0].split())
 
 
@@ -182,7 +190,7 @@ def _pattern_regex(parts: list[str]) -> re.Pattern[str]:
     """Translate the components of a path pattern into one regular expression; `**` stands for any number of folders.
 
     Raises:
-        DataError: a range in brackets is invalid.
+        DataError: the pattern is invalid, for example a range in brackets.
     """
     regex = ""
     for i, part in enumerate(parts):

@@ -36,8 +36,8 @@ NEWEST_LETTERS = "\U00011f04\U0001e4d0\U00031350\U0002ebf0\U000105c0\U00010d4a\u
 """Letters that Unicode 15, 15.1, 16 and 17 added: an engine with older tables does not know them as letters."""
 
 MAX_SPACE_RUN = 5_000
-"""Length of a run of white space, in characters, from which on tiktoken does not encode it: its expressions backtrack
-over white space by recursion and fail on very long runs."""
+"""Size in characters of the windows in which `can_encode` looks for white space. tiktoken's expressions backtrack over
+white space, and its engine's stack overflows on a run of a million characters."""
 
 
 def fast_encoding(content: dict[str, Any]) -> "tiktoken.Encoding | None":
@@ -61,10 +61,11 @@ def fast_encoding(content: dict[str, Any]) -> "tiktoken.Encoding | None":
 
 
 def can_encode(text: str) -> bool:
-    """Return whether no run of white space fills a whole window of `MAX_SPACE_RUN` characters.
+    """Return whether tiktoken can encode a text: it has no very long run of white space.
 
-    A run of twice that length always fills a window.
+    A run of up to `MAX_SPACE_RUN` - 1 characters is accepted, and a run of twice `MAX_SPACE_RUN` is not.
     """
+    # Windows at fixed distances are fast to check, and a run of twice their size always fills one.
     return not any(
         text[start : start + MAX_SPACE_RUN].isspace() for start in range(0, len(text) - MAX_SPACE_RUN, MAX_SPACE_RUN)
     )
@@ -100,7 +101,10 @@ def _split_pattern(split: dict[str, Any] | None) -> str | None:
 
 
 def _newest_letters_agree(pattern: str) -> bool:
-    """Return whether the two engines agree on the newest letters of Unicode, for which each has its own tables."""
+    """Return whether the libraries' regular-expression engines split text with the newest letters of Unicode alike.
+
+    Each engine has its own tables of letters.
+    """
     import tiktoken
 
     library = pre_tokenizers.Split(Regex(pattern), "isolated")
@@ -115,7 +119,7 @@ def _newest_letters_agree(pattern: str) -> bool:
 
 
 def _token_ranks(model: dict[str, Any]) -> dict[bytes, int] | None:
-    """Return the ids of the tokens that can occur in encoded text, by their bytes.
+    """Return the ids of a model's tokens by their bytes, without tokens that no text is encoded to.
 
     Return None if the model is not plain byte-level BPE, or if it is not certain that both libraries encode alike.
     """
@@ -165,10 +169,10 @@ def _part_ranks(token: bytes, cuts: set[int], ranks: dict[bytes, int]) -> list[i
 
 
 class DocumentEncoder:
-    """Encoder of whole documents.
+    """Encoder of whole documents to token ids; the text of a document never becomes a special token.
 
     Args:
-        tokenizer: a tokenizer with boundary tokens, which mark the boundaries of documents.
+        tokenizer: a tokenizer with boundary tokens (see `boundaries`).
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -178,7 +182,7 @@ class DocumentEncoder:
         self._fast_encoding = fast_encoding(content)
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return the token ids of each document, beginning with its start token."""
+        """Return the token ids of each text as a document, beginning with the start token."""
         tiktoken_encoding = self._fast_encoding if all(map(can_encode, texts)) else None
         if tiktoken_encoding:
             return [[self._start_token, *tiktoken_encoding.encode_ordinary(text)] for text in texts]
@@ -188,17 +192,15 @@ class DocumentEncoder:
 
 @lru_cache(maxsize=1)
 def document_encoder(path: Path) -> DocumentEncoder:
-    """Return the encoder of a tokenizer.json that `load_tokenizer` accepts.
-
-    The encoder is cached within a process, since reading a large vocabulary takes seconds and raw files may be small.
-    """
+    """Return the encoder of a tokenizer.json that `load_tokenizer` accepts; a process caches the last one."""
+    # Reading a large vocabulary takes seconds, and a chunk may be small.
     return DocumentEncoder(Tokenizer.from_file(str(path)))
 
 
 def _without_special_tokens(tokenizer: Tokenizer) -> dict[str, Any]:
-    """Return the content of a tokenizer.json that yields no special token for any text, and otherwise the same tokens.
+    """Return the parsed tokenizer.json of a tokenizer that finds no special token in any text.
 
-    Special tokens get random names that no text can contain, and keep their ids.
+    Special tokens keep their ids, but get random names that no text contains. All other tokens stay the same.
     """
     # The library's `encode_special_tokens` does not suffice: it only stops the search for special tokens before the
     # model. A Unigram or word model usually has "<s>" among its pieces and still finds it.

@@ -19,11 +19,11 @@ from mhmoe_ray.storage import Location
 
 
 def load_tokenizer(path: Location, vocab_size: int) -> Tokenizer:
-    """Load a tokenizer.json that fits a model of `vocab_size` rows, without truncation and padding.
+    """Load a tokenizer.json for a model of `vocab_size` tokens, with truncation and padding switched off.
 
     Raises:
-        DataError: the file cannot be read, has more entries than the model, or has no boundary tokens for documents
-            that stand for nothing else.
+        DataError: the file cannot be read, has more tokens than the model, has no boundary tokens for documents, or
+            uses a boundary token as its unknown token, too.
     """
     # A file may ask for truncation or padding, which would change documents.
     tokenizer = read_tokenizer(path)
@@ -53,8 +53,8 @@ def read_given_tokenizer(path: Path, pattern: str | None) -> Tokenizer:
     The file is a tokenizer.json, which does not use `data.tokenizer_pattern`, or a vocabulary in tiktoken's format.
 
     Raises:
-        DataError: the file cannot be read, or it is a vocabulary in tiktoken's format and the pattern is missing or
-            wrong.
+        DataError: the file cannot be read, or it is a vocabulary in tiktoken's format and the pattern is missing or no
+            regular expression.
     """
     subject = f"tokenizer {path}"
     try:
@@ -70,11 +70,11 @@ def read_given_tokenizer(path: Path, pattern: str | None) -> Tokenizer:
 
 
 def store_given_tokenizer(spec: DataSpec, vocab_size: int, target: Path) -> None:
-    """Write the tokenizer that a spec names as a tokenizer.json: a copy, or the conversion of tiktoken's format.
+    """Write the tokenizer that a spec names as a tokenizer.json: a copy, or the conversion of a tiktoken vocabulary.
 
     Args:
         spec: a data section with a `tokenizer`.
-        vocab_size: rows of the model's embedding.
+        vocab_size: number of tokens of the model.
         target: the file to write.
 
     Raises:
@@ -95,16 +95,21 @@ def store_given_tokenizer(spec: DataSpec, vocab_size: int, target: Path) -> None
 
 
 def _check_tokenizer(tokenizer: Tokenizer, path: Location, vocab_size: int) -> None:
+    """Check that a tokenizer fits a model and has boundary tokens that stand for nothing else.
+
+    Raises:
+        DataError: it has more tokens than the model, no boundary tokens, or one of them is its unknown token.
+    """
     size = token_count(tokenizer)
     if size > vocab_size:
         fix = f"use one of at most model.vocab_size ({vocab_size}), or a model with more"
         raise DataError(f"tokenizer {path}", f"it has {size} entries", fix)
-    edges = find_boundaries(tokenizer)
-    if edges is None:
+    boundary_tokens = find_boundaries(tokenizer)
+    if boundary_tokens is None:
         reason = f"it has neither the token {END_OF_TEXT} nor the two tokens {BEGIN_TOKEN} and {END_TOKEN}"
         raise DataError(f"tokenizer {path}", reason, "add one or the other as special tokens")
     # A model with all 256 bytes never produces its unknown token.
-    if unknown_token(tokenizer) in edges.ends | {edges.start} and not _knows_all_bytes(tokenizer):
+    if unknown_token(tokenizer) in boundary_tokens.ends | {boundary_tokens.start} and not _knows_all_bytes(tokenizer):
         reason = "its unknown token is also a boundary token of documents"
         raise DataError(f"tokenizer {path}", reason, "give it a separate unknown token")
 

@@ -36,6 +36,7 @@ PATTERNS = {
 
 
 def _byte_letters() -> dict[int, int]:
+    """Return GPT-2's table: the code point of the printable character for each byte."""
     # GPT-2 writes the printable characters of Latin-1 as themselves and all other bytes as letters from U+0100 on.
     printable_bytes = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     other_bytes = [byte for byte in range(256) if byte not in printable_bytes]
@@ -55,7 +56,7 @@ def is_tiktoken(content: bytes) -> bool:
 
 
 def from_tiktoken(content: bytes, pattern: str, subject: str) -> Tokenizer:
-    """Return a tokenizer of the tokenizers library that encodes as tiktoken does.
+    """Convert a vocabulary in tiktoken's format to a tokenizer of the tokenizers library that gives the same ids.
 
     `<|endoftext|>` becomes a special token, with the next id after the ranks unless it is among them.
 
@@ -97,7 +98,7 @@ def from_tiktoken(content: bytes, pattern: str, subject: str) -> Tokenizer:
 
 
 def _parse_ranks(content: bytes, subject: str) -> dict[bytes, int]:
-    """Return the ranks of tokens by their bytes, in the order of ranks.
+    """Parse a vocabulary in tiktoken's format; return the ranks of tokens by their bytes, in the order of ranks.
 
     Raises:
         DataError: a line is not in the format, a token repeats, a byte has no token, or the ranks are not 0 to n - 1.

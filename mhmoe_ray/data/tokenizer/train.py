@@ -36,13 +36,13 @@ READ_FACTOR = 64
 
 
 def sample_texts(files: list[RawFile], spec: DataSpec) -> Iterator[str]:
-    """Yield texts, file after file, that together have about `spec.train_mb` million characters."""
+    """Yield sampled texts for training a tokenizer, about `spec.train_mb` million characters or all there are."""
     for file, characters in file_budgets(files, spec):
         yield from _sample_file(file, spec, characters)
 
 
 def file_budgets(files: list[RawFile], spec: DataSpec) -> list[tuple[RawFile, int]]:
-    """Return the files to read and the number of characters to sample of each."""
+    """Return the files to read for a tokenizer's training and the number of characters to sample of each."""
     by_domain: dict[str, list[RawFile]] = defaultdict(list)
     for file in files:
         by_domain[file.domain].append(file)
@@ -65,7 +65,9 @@ def file_budgets(files: list[RawFile], spec: DataSpec) -> list[tuple[RawFile, in
 
 
 def domain_budgets(sizes: dict[str, int], spec: DataSpec) -> dict[str, int]:
-    """Return the number of characters to sample of each domain.
+    """Return the number of characters to sample of each domain for a tokenizer's training.
+
+    Budgets add up to `spec.train_mb` million characters, or less if there is less text, in the mixture's proportions.
 
     Args:
         sizes: number of characters of each domain.
@@ -84,16 +86,22 @@ def domain_budgets(sizes: dict[str, int], spec: DataSpec) -> dict[str, int]:
 
 
 def _text_size(file: RawFile) -> int:
+    """Return the estimated number of characters of a file's text."""
     return file.size * file.inflation
 
 
 def _sample_file(file: RawFile, spec: DataSpec, characters: int) -> Iterator[str]:
+    """Yield the documents with the smallest hashes in the first part of a file, `characters` characters of text in all.
+
+    The last document is cut to fit.
+    """
     # Hashes are negative in the heap, so that the document with the largest hash is removed first.
     heap: list[tuple[int, int, str]] = []
     heap_characters = read_characters = 0
     for item in FileReader(file, spec):
         if not isinstance(item, Document):
-            continue  # unreadable items are counted later, when the file is tokenised
+            # Unreadable items are counted later, when the file is tokenised.
+            continue
         digest = hashlib.blake2b(item.text.encode(), digest_size=8, person=b"tokenizer").digest()
         heapq.heappush(heap, (-int.from_bytes(digest, "big"), item.line, item.text))
         heap_characters += len(item.text)
@@ -120,13 +128,16 @@ number would change the last digits of the scores."""
 
 
 def train_tokenizer(files: Iterable[RawFile], spec: DataSpec, vocab_size: int) -> Tokenizer:
-    """Train a tokenizer of the kind `spec.tokenizer_model` with at most `vocab_size` entries, but at least 257."""
+    """Train a tokenizer of the kind `spec.tokenizer_model` on a sample of the files.
+
+    It has at most `vocab_size` entries, but at least 257: all bytes and `<|endoftext|>`.
+    """
     train = train_unigram if spec.tokenizer_model == "unigram" else train_bpe
     return train(sample_texts(list(files), spec), vocab_size)
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Train a byte-level byte-pair encoding; `<|endoftext|>` has id 0."""
+    """Train a byte-level byte-pair encoding (BPE) on texts; `<|endoftext|>` has id 0."""
     tokenizer = _byte_level_tokenizer(models.BPE())
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -142,11 +153,9 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def train_unigram(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Train a byte-level Unigram language model (Kudo 2018, arXiv 1804.10959); `<|endoftext|>` has the last id.
-
-    SentencePiece trains it: the tokenizers library sums in the order of a hash table, so that its scores differ from
-    run to run.
-    """
+    """Train a byte-level Unigram language model (Kudo 2018, arXiv 1804.10959); `<|endoftext|>` has the last id."""
+    # SentencePiece trains it: the tokenizers library sums in the order of a hash table, so that its scores differ from
+    # run to run.
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
     split = pre_tokenizers.Sequence([byte_level, pre_tokenizers.FixedLength(MAX_WORD_BYTES)])
     words: Counter[str] = Counter()
@@ -200,7 +209,7 @@ def _unigram_pieces(words: Counter[str], piece_count: int) -> list[tuple[str, fl
 
 
 def _training_lines(words: Counter[str]) -> Iterator[str]:
-    """Yield lines of each word and its count for SentencePiece: once before a space, and the other times alone."""
+    """Yield SentencePiece's input, lines of a text and its count: each word once before a space, otherwise alone."""
     # SentencePiece makes a piece only of text that occurs before two different characters. With the space, each word
     # that occurs twice can become a piece; SentencePiece splits the word off the space again.
     for word, count in sorted(words.items()):

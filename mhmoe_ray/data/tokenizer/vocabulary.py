@@ -33,10 +33,10 @@ def boundaries(tokenizer: Tokenizer) -> Boundaries:
     Raises:
         ValueError: the tokenizer has neither kind of boundary tokens; `load_tokenizer` refuses such a tokenizer.
     """
-    edges = find_boundaries(tokenizer)
-    if edges is None:
+    boundary_tokens = find_boundaries(tokenizer)
+    if boundary_tokens is None:
         raise ValueError(f"no {END_OF_TEXT}, {BEGIN_TOKEN} and {END_TOKEN} in the tokenizer")
-    return edges
+    return boundary_tokens
 
 
 def find_boundaries(tokenizer: Tokenizer) -> Boundaries | None:
@@ -50,12 +50,14 @@ def find_boundaries(tokenizer: Tokenizer) -> Boundaries | None:
 
 
 UNKNOWN_WIDTH = -1
+"""Width of a token that stands for an unknown number of bytes."""
+# A tokenizer that leaves out spaces, punctuation or line breaks gives this text tokens with fewer bytes in all.
 _PLAIN_TEXT = "It is a plain text, of words and spaces: 12 of them, (or more)\nin 2 lines."
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 
 
 def token_count(tokenizer: Tokenizer) -> int:
-    """Return one more than the largest token id.
+    """Return the number of token ids, which is one more than the largest id.
 
     The ids may have gaps, so the result can exceed the number of entries.
     """
@@ -81,9 +83,9 @@ def token_widths(tokenizer: Tokenizer) -> np.ndarray:
         elif not special_by_id[token_id]:
             # An added token is written as plain text, also in a byte-level vocabulary.
             widths[token_id] = _text_width(token, False)
-    unknown, edges = unknown_token(tokenizer), find_boundaries(tokenizer)
+    unknown, boundary_tokens = unknown_token(tokenizer), find_boundaries(tokenizer)
     # Tokenizers like GPT-2's name the end-of-text token as the unknown one, but spell every text in bytes.
-    if unknown is not None and not (edges and unknown in edges.ends):
+    if unknown is not None and not (boundary_tokens and unknown in boundary_tokens.ends):
         widths[unknown] = UNKNOWN_WIDTH
     plain_ids = tokenizer.encode(_PLAIN_TEXT, add_special_tokens=False).ids
     if unknown not in plain_ids and widths[plain_ids].sum() - len(_PLAIN_TEXT) not in (0, 1):
@@ -92,6 +94,7 @@ def token_widths(tokenizer: Tokenizer) -> np.ndarray:
 
 
 def _text_width(token: str, is_byte_level: bool) -> int:
+    """Return the number of bytes of text that a token's written form stands for."""
     if is_byte_level:
         # Each character of a byte-level token stands for one byte.
         return len(token)

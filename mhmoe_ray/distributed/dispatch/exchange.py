@@ -26,11 +26,7 @@ class WaitTimer:
 
     @contextmanager
     def measure(self, device: torch.device) -> Iterator[None]:
-        """Measure the time that a device waits inside the context.
-
-        Args:
-            device: device that waits in the context.
-        """
+        """Return a context that adds the time that `device` spends in it to the timer."""
         # The host runs ahead while a GPU waits, so events on the GPU's stream must measure the time.
         if device.type == "cuda":
             start_event, end_event = (_cuda_event(enable_timing=True) for _ in range(2))
@@ -44,7 +40,10 @@ class WaitTimer:
             self._seconds += time.perf_counter() - start_time
 
     def pop_seconds(self) -> float:
-        """Return the seconds measured since the last call, and start from 0 again."""
+        """Return the seconds measured since the last call, and start from 0 again.
+
+        On a GPU this waits until the measured work is complete.
+        """
         # The host synchronizes with a GPU only here, not in every exchange.
         for start_event, end_event in self._events:
             end_event.synchronize()
@@ -57,7 +56,7 @@ T = TypeVar("T")
 
 
 class SentBytes(NamedTuple):
-    """Bytes that this rank sent to other ranks."""
+    """Numbers of bytes that this rank sent to other ranks."""
 
     rows: int = 0
     """Bytes of rows, outputs, and the gradients of both; also of gates and expert numbers that are sent with rows."""
@@ -71,7 +70,8 @@ class SentBytes(NamedTuple):
 
 
 def flat_row_bytes(count_LE: Tensor, expert_ids: range, row_bytes: int) -> int:
-    """Return the bytes of rows that flat dispatch sends between ranks for this rank's tokens.
+    """Return the bytes of rows that flat dispatch sends between ranks for this rank's tokens: there and back, in the
+    forward and in the backward.
 
     Args:
         count_LE: number of kept routes of this rank's tokens, per layer and expert.
@@ -84,7 +84,7 @@ def flat_row_bytes(count_LE: Tensor, expert_ids: range, row_bytes: int) -> int:
 
 
 class PendingExchange(NamedTuple):
-    """All-to-all that has started."""
+    """Asynchronous all-to-all that has started."""
 
     work: Any
     """Handle of the asynchronous all-to-all; None if there are no other ranks."""
@@ -94,6 +94,7 @@ class PendingExchange(NamedTuple):
     wait_timer: WaitTimer
 
     def wait(self) -> Tensor:
+        """Wait until the all-to-all is complete, and return the received rows. The timer measures the wait."""
         if self.work:
             with self.wait_timer.measure(self.output.device):
                 self.work.wait()
@@ -101,7 +102,7 @@ class PendingExchange(NamedTuple):
 
 
 class Exchange:
-    """All-to-all exchanges of this rank with the other ranks of a group."""
+    """All-to-all exchanges of this rank with the other ranks of a group, with counts of bytes and of waiting time."""
 
     def __init__(self, group: dist.ProcessGroup, nodes: Sequence[object] | None = None) -> None:
         """Prepare exchanges within a process group.
@@ -134,8 +135,8 @@ class Exchange:
         return self._wait_timer.pop_seconds()
 
     def start_counts(self, count_JX: Tensor) -> PendingExchange:
-        """Start an all-to-all in which the j-th other rank receives count_JX[j]. The result has the counts from the
-        j-th other rank at index j."""
+        """Start an all-to-all of counts, in which the j-th other rank receives count_JX[j]. The result has the counts
+        from the j-th other rank at index j."""
         self._sent_bytes = self._sent_bytes.plus(SentBytes(counts=count_JX.nbytes))
         split_sizes = [1] * len(self._remote_flags)
         return self._start_all_to_all(count_JX, torch.empty_like(count_JX), split_sizes, split_sizes)
@@ -155,6 +156,7 @@ class Exchange:
         return self._start_all_to_all(rows, output, out_J, in_J)
 
     def _start_all_to_all(self, rows: Tensor, output: Tensor, out_J: list[int], in_J: list[int]) -> PendingExchange:
+        """Start an all-to-all of any rows, with the arguments of `start_rows`, without counting bytes."""
         if self.ranks == 1:
             return PendingExchange(None, rows, output, self._wait_timer)
         rank = self.rank

@@ -25,7 +25,10 @@ from mhmoe_ray.model.router import Routing
 
 
 class FlatDispatch:
-    """Flat `model.feedforward.Dispatch`. Rank p of the process group holds experts p * E/P .. (p + 1) * E/P - 1."""
+    """Flat dispatch, a `model.feedforward.Dispatch`: each route's row goes directly to the rank that holds its expert.
+
+    Rank p of the process group holds experts p * E/P .. (p + 1) * E/P - 1.
+    """
 
     def __init__(self, group: dist.ProcessGroup, nodes: Sequence[object] | None = None) -> None:
         """Prepare dispatch within an expert-parallel group.
@@ -53,7 +56,7 @@ class FlatDispatch:
         weights: ExpertWeights,
         routes: int | None = None,
     ) -> Tensor:
-        """Return, for each row, the sum of its experts' outputs weighted by gates.
+        """Send rows to the ranks of their experts, and return each row's sum of expert outputs weighted by gates.
 
         Args:
             x_ND: rows, in the dtype of the weights.
@@ -61,7 +64,7 @@ class FlatDispatch:
             gate_NK: gates of the routes; 0 for a route that was dropped.
             kernel: name of the kernel that runs the experts.
             weights: weights of the experts that this rank holds.
-            routes: number of routes that were not dropped, if it is known; dropped routes then take no memory.
+            routes: number of routes that were not dropped. If it is given, dropped routes take no memory.
         """
         local_experts = len(weights.stacked[0])
         plan = plan_routes(self._sort_labels(expert_NK, gate_NK, local_experts), local_experts * self.ranks)
@@ -80,8 +83,8 @@ class FlatDispatch:
         return combine(out_RD, gate_NK, plan)
 
     def _sort_labels(self, expert_NK: Tensor, gate_NK: Tensor, n_local: int) -> Tensor:
-        """Return a label for each route. A sort by labels has this rank's experts first, the others in their order, and
-        dropped routes last."""
+        """Return a label for each route. Sorted by labels, routes to this rank's experts are first, those to other
+        experts follow in the order of experts, and dropped routes are last."""
         id_E, start = torch.arange(n_local * self.ranks, device=expert_NK.device), self._exchange.rank * n_local
         label_E = torch.cat([id_E[n_local : n_local + start], id_E[:n_local], id_E[n_local + start :]])
         return label_E[expert_NK].masked_fill(gate_NK == 0, len(id_E))
@@ -101,7 +104,8 @@ class _RoundTrip(NamedTuple):
     def __call__(
         self, x_RD: Tensor, compute_own: Callable[[Tensor], Tensor], compute_received: Callable[[Tensor], Tensor]
     ) -> Tensor:
-        """Return the R results in the order of x_RD, with 0 for dropped routes.
+        """Send rows to the ranks of their experts, compute, and return the R results in the order of x_RD, with 0 for
+        dropped routes.
 
         Args:
             x_RD: rows, or gradients of outputs.
@@ -125,8 +129,7 @@ class _RoundTrip(NamedTuple):
 
 
 def _transpose_blocks(rows: Tensor, counts_AB: Sequence[Sequence[int]]) -> Tensor:
-    """Return blocks of rows in the order (B, A) instead of (A, B), where A and B are ranks and experts, or experts and
-    ranks.
+    """Return blocks of rows in the order of B, then of A, where A and B are ranks and experts, or experts and ranks.
 
     Args:
         rows: blocks of rows, in the order of A, then of B.
@@ -142,6 +145,7 @@ def _transpose_blocks(rows: Tensor, counts_AB: Sequence[Sequence[int]]) -> Tenso
 
 
 def _run_experts(x_RD: Tensor, round_trip: _RoundTrip, kernel: str, weights: ExpertWeights) -> Tensor:
+    """Return the output of the expert of each sorted row, with gradients; 0 for dropped routes."""
     # The Function gets this as an argument because gradients are always disabled inside it.
     differentiable = torch.is_grad_enabled()
     return _apply_experts(x_RD, round_trip, kernel, weights, differentiable, *weights.stacked)
@@ -150,6 +154,8 @@ def _run_experts(x_RD: Tensor, round_trip: _RoundTrip, kernel: str, weights: Exp
 # One Function has all steps from rows to outputs, and runs them itself. Autograd would run the backward of separate
 # steps in reverse order, and so wait for the received rows before it works on the rank's own.
 class _ExpertsFunction(torch.autograd.Function):
+    """Autograd function of `_run_experts`."""
+
     @staticmethod
     def forward(
         ctx: Any,

@@ -44,8 +44,8 @@ class RowCounts(NamedTuple):
 def exchange_rows(
     exchange: Exchange, source_counts: RowCounts, target_counts: RowCounts, *tensors: Tensor
 ) -> tuple[Tensor, ...]:
-    """Exchange rows of several tensors and return the received rows, one tensor for each. Gradients are exchanged in
-    the opposite direction.
+    """Exchange rows of several tensors with other ranks and return the received rows, one tensor for each. In the
+    backward, gradients are exchanged in the opposite direction.
 
     Args:
         exchange: exchange with the other ranks.
@@ -59,6 +59,7 @@ def exchange_rows(
 def _exchange_tensors(
     exchange: Exchange, source_counts: RowCounts, target_counts: RowCounts, tensors: list[Tensor]
 ) -> list[Tensor]:
+    """Exchange rows of several tensors as `exchange_rows` does, but without autograd."""
     sent_rows, received_rows = sum(source_counts.count_J), sum(target_counts.count_J)
     # The bytes of all tensors are sent as one tensor, so that there is one exchange instead of several.
     rows = torch.cat([t[:sent_rows].contiguous().view(torch.uint8) for t in tensors], 1)
@@ -72,6 +73,8 @@ def _exchange_tensors(
 
 
 class _ExchangeRows(torch.autograd.Function):
+    """Autograd function of `exchange_rows`."""
+
     @staticmethod
     def forward(
         ctx: Any, exchange: Exchange, source_counts: RowCounts, target_counts: RowCounts, *tensors: Tensor
@@ -96,8 +99,11 @@ _apply_exchange: Callable[..., tuple[Tensor, ...]] = _ExchangeRows.apply
 
 
 class HierarchicalDispatch:
-    """Hierarchical `model.feedforward.Dispatch` over G x P ranks. The p-th rank on node g holds the (g * P + p)-th
-    share of the experts."""
+    """Hierarchical dispatch, a `model.feedforward.Dispatch`: a row goes once to each node that has experts for it, and
+    from there to the ranks of that node.
+
+    The group has G x P ranks. The p-th rank on node g holds the (g * P + p)-th share of the experts.
+    """
 
     def __init__(self, node: dist.ProcessGroup, rail: dist.ProcessGroup) -> None:
         """Prepare flat dispatch within the node and exchanges along the rail.

@@ -20,7 +20,10 @@ from mhmoe_ray.spec import TrainSpec
 
 
 def reduce_expert_gradients(model: Decoder, mesh: Mesh) -> None:
-    """Sum the gradients of experts over dp and divide them by dp * ep."""
+    """Sum the gradients of experts over dp and divide them by dp * ep, in place.
+
+    Experts without a gradient get one of zeros. Gradients of experts that FSDP shards are complete already.
+    """
     # A rank's experts already have the gradients of all ep ranks of its group, whose rows they computed.
     if mesh.world_size == 1:
         return
@@ -37,7 +40,9 @@ def reduce_expert_gradients(model: Decoder, mesh: Mesh) -> None:
 
 
 def clip_gradients(model: Decoder, mesh: Mesh, clip_norm: float) -> float:
-    """Scale all gradients so that their global norm, over the parameters of all ranks, is at most `clip_norm`.
+    """Scale all gradients in place so that their global norm, over the parameters of all ranks, is at most `clip_norm`.
+
+    Gradients whose norm is not finite stay as they are.
 
     Returns:
         The norm before clipping, the same number on every rank.
@@ -62,13 +67,14 @@ def clip_gradients(model: Decoder, mesh: Mesh, clip_norm: float) -> float:
     if sharded:
         dist.all_reduce(squares[2])
     norm = float(squares.sum().sqrt())
-    # Scaling cannot repair gradients whose norm is not finite; the caller must check the norm.
+    # Scaling cannot repair gradients whose norm is not finite, so the caller must check it.
     if clip_norm < norm < float("inf"):
         torch._foreach_mul_(replicated + per_ep_rank + sharded, clip_norm / norm)
     return norm
 
 
 def _square_sum(gradients: list[Tensor], device: torch.device) -> Tensor:
+    """Return the sum of the squares of all values, as a float64 scalar on the device."""
     if not gradients:
         return torch.zeros((), dtype=torch.float64, device=device)
     return torch.stack(torch._foreach_norm(gradients)).double().square().sum()
@@ -76,15 +82,19 @@ def _square_sum(gradients: list[Tensor], device: torch.device) -> Tensor:
 
 MOMENT_NAMES = ("exp_avg", "exp_avg_sq")
 FillModel = Callable[[Decoder], None]
-"""Function that allocates the memory of a model on the meta device and fills it with initial weights. Of a DTensor, it
-does so for this rank's shard."""
+"""Function that allocates the memory of a model on the meta device and fills it with weights. For a DTensor, it does so
+only for this rank's shard."""
 
 _ignore_parameters: Callable[[nn.Module, list[str]], None]
 _ignore_parameters = DistributedDataParallel._set_params_and_buffers_to_ignore_for_model
 
 
 class Strategy:
-    """The DDP strategy, which is the base class of the other strategies."""
+    """The DDP strategy, and the base class of the others.
+
+    A strategy holds the model and its optimizer. It reduces gradients over ranks, updates the weights, and gives
+    checkpoints the tensors to save or to fill.
+    """
 
     gathers_state = False
     """True if `checkpoint_tensors` gathers tensors for its caller. Otherwise they are views, which change only in
@@ -105,6 +115,7 @@ class Strategy:
         self.optimizer = build_optimizer(model, spec)
 
     def _wrap_model(self, fill: FillModel) -> nn.Module:
+        """Fill the model, and return the module to call in its place."""
         fill(self.model)
         if self.mesh.world_size == 1:
             return self.model
@@ -112,17 +123,22 @@ class Strategy:
         return DistributedDataParallel(self.model, gradient_as_bucket_view=True, forward_sync_buffers=False)
 
     def micro_batch_context(self, is_last: bool) -> AbstractContextManager[None]:
-        """Return the context for forward and backward of a micro-batch.
+        """Return the context in which forward and backward of a micro-batch must run.
 
         Args:
-            is_last: whether this is the last micro-batch of this rank's step, in which ranks reduce gradients.
+            is_last: whether this is this rank's last micro-batch of the step. DDP and FSDP reduce gradients over ranks
+                only in its backward.
         """
         if isinstance(self.module, DistributedDataParallel) and not is_last:
             return self.module.no_sync()
         return nullcontext()
 
     def backward(self, objective: Tensor) -> None:
-        """Run the backward of a micro-batch, which adds to the gradients of this rank."""
+        """Run the backward of a micro-batch, which adds to the gradients of this rank.
+
+        Args:
+            objective: scalar to minimize.
+        """
         torch.autograd.backward(objective)
 
     def finish_reduction(self) -> None:
@@ -143,14 +159,15 @@ class Strategy:
         return norm
 
     def checkpoint_weights(self) -> dict[str, Tensor]:
-        """Return the tensors of a checkpoint's `weights` by name.
+        """Return the weights of a checkpoint by name, with global shapes: experts and sharded tensors are DTensors.
 
-        They are views, so that filling them loads the model. Experts and sharded tensors are DTensors.
+        They are views, so that filling them loads the model, unless `gathers_state` is True.
         """
         return self._to_global(self.model.named_tensors())
 
     def checkpoint_moments(self) -> dict[str, Tensor]:
-        """Return AdamW's two moments as views, by the names "exp_avg.NAME" and "exp_avg_sq.NAME"."""
+        """Return AdamW's two moments for a checkpoint, by the names "exp_avg.NAME" and "exp_avg_sq.NAME". They are
+        views like the weights; moments that do not exist yet are created."""
         # The optimizer has no moments before the first update, which may be some steps after the first step.
         if not self.optimizer.state:
             self.start_at_step(0)
@@ -162,7 +179,8 @@ class Strategy:
         return moments
 
     def checkpoint_tensors(self) -> Iterator[tuple[str, str, Tensor]]:
-        """Yield part, name and tensor of all tensors of a checkpoint, in the same order on all ranks.
+        """Yield the part of the checkpoint ("weights" or "optim"), the name and the tensor of all tensors to save, in
+        the same order on all ranks.
 
         This is a collective operation.
         """
@@ -170,7 +188,8 @@ class Strategy:
         yield from (("optim", name, t) for name, t in self.checkpoint_moments().items())
 
     def start_at_step(self, step: int) -> None:
-        """Create the moments of an optimizer after `step` updates, so that a checkpoint can fill them."""
+        """Give the optimizer the state that it has after `step` updates, with moments of zero. Loading a checkpoint
+        fills them afterwards."""
         for parameter in self.model.parameters():
             self.optimizer.state[parameter] = {
                 "step": torch.tensor(float(step), device=parameter.device),
@@ -178,12 +197,13 @@ class Strategy:
             }
 
     def finish_loading(self, weights: dict[str, Tensor], moments: dict[str, Tensor]) -> None:
-        """Finish loading after the tensors of `checkpoint_weights` and `checkpoint_moments` have been filled.
+        """Finish loading a checkpoint, which has filled the tensors of `checkpoint_weights` and `checkpoint_moments`.
 
         Here there is nothing to do, because those tensors are views.
         """
 
     def _to_global(self, local: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return the tensors with those of experts as DTensors of the global shape, without copies."""
+        """Return the same tensors by parameter name, but those of experts as DTensors of the global shape, without
+        copies."""
         experts = expert_parameters(self.model)
         return {name: self.mesh.expert_dtensor(t) if name in experts else t for name, t in local.items()}

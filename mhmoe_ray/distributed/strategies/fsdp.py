@@ -18,6 +18,8 @@ from mhmoe_ray.spec import TrainSpec
 
 
 class FsdpStrategy(Strategy):
+    """The strategy fsdp: FSDP2 shards all parameters over ranks, and experts too if requested."""
+
     def __init__(self, model: Decoder, mesh: Mesh, spec: TrainSpec, fill: FillModel, shard_experts: bool) -> None:
         """Fill and shard the model, and build the optimizer, as `Strategy` does.
 
@@ -48,6 +50,7 @@ class FsdpStrategy(Strategy):
         return self.model
 
     def _shard_experts(self, module: Experts) -> None:
+        """Shard this rank's experts of a layer over dp. Their parameters become DTensors over dp and ep."""
         assert self.mesh.devices is not None
         for name, parameter in list(module.named_parameters()):
             expert_shard = DTensor.from_local(parameter.data, self.mesh.devices["ep"], [Shard(0)], run_check=False)

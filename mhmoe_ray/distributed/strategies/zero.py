@@ -26,6 +26,8 @@ from mhmoe_ray.spec import TrainSpec
 
 
 class ZeroStrategy(Strategy):
+    """The strategies zero1, zero2 and zero3. A DeepSpeed engine holds the model and the optimizer."""
+
     gathers_state = True
 
     def __init__(self, model: Decoder, mesh: Mesh, spec: TrainSpec, fill: FillModel, stage: int) -> None:
@@ -91,6 +93,7 @@ class ZeroStrategy(Strategy):
         return f"ep_size_{self.mesh.size('ep')}"
 
     def _register_experts(self) -> None:
+        """Register the experts' parameters and process groups with DeepSpeed."""
         from deepspeed.utils import groups
 
         # DeepSpeed recognizes experts by these two attributes of a parameter, and their process groups by name.
@@ -112,7 +115,7 @@ class ZeroStrategy(Strategy):
         self.engine.backward(objective, scale_wrt_gas=False)
 
     def finish_reduction(self) -> None:
-        """Do nothing: DeepSpeed has reduced the gradients already."""
+        """Do nothing, because DeepSpeed has reduced the gradients in the backward."""
 
     def apply_update(self, lr: float) -> float:
         set_learning_rate(self.optimizer, lr)
@@ -126,12 +129,14 @@ class ZeroStrategy(Strategy):
         return dict(self._iterate_moments())
 
     def checkpoint_tensors(self) -> Iterator[tuple[str, str, Tensor]]:
-        """Yield part, name and tensor of all tensors of a checkpoint, in the same order on all ranks."""
+        """Yield the part of the checkpoint ("weights" or "optim"), the name and the tensor of all tensors to save, in
+        the same order on all ranks. Each tensor is gathered when it is yielded."""
         # Generators gather one tensor at a time, and its memory is free again before the next one.
         yield from (("weights", name, t) for name, t in self._iterate_weights())
         yield from (("optim", name, t) for name, t in self._iterate_moments())
 
     def _iterate_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the name and the tensor of each weight and buffer. In stage 3, weights are gathered one by one."""
         from deepspeed.utils import safe_get_full_fp32_param
 
         if self._stage < 3:
@@ -142,6 +147,7 @@ class ZeroStrategy(Strategy):
         yield from ((name, t.detach()) for name, t in self.model.named_buffers())
 
     def _iterate_moments(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the name and the tensor of each moment, gathered one by one."""
         from deepspeed.utils import safe_get_full_optimizer_state
 
         for moment in MOMENT_NAMES:
@@ -150,13 +156,13 @@ class ZeroStrategy(Strategy):
                 yield f"{moment}.{name}", t
 
     def start_at_step(self, step: int) -> None:
-        """Set the number of updates."""
+        """Set the number of updates in the optimizer's state. The moments stay as they are."""
         # The moments exist since the start, and DeepSpeed has linked them to their parameters.
         for state in self.optimizer.state.values():
             state["step"].fill_(float(step))
 
     def _create_moments(self) -> None:
-        """Create the moments of all groups before the first step."""
+        """Create the moments of all parameter groups, with zeros, before the first step."""
         # DeepSpeed itself would link the moments of all groups when it has created only those of the first one.
         zero_optimizer = self.engine.optimizer
         partitions = (
@@ -171,6 +177,7 @@ class ZeroStrategy(Strategy):
             zero_optimizer._lazy_init_hp_params_optimizer_state()
 
     def finish_loading(self, weights: dict[str, Tensor], moments: dict[str, Tensor]) -> None:
+        """Copy the weights and moments of a checkpoint into DeepSpeed's tensors."""
         from deepspeed.runtime.zero import GatheredParameters
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
@@ -186,8 +193,8 @@ class ZeroStrategy(Strategy):
 
 
 def _gathering_settings(model: Decoder) -> dict[str, int]:
-    """Return settings with which stage 3 gathers one block and the next one at a time, like fsdp, and keeps norms
-    gathered."""
+    """Return the part of DeepSpeed's configuration with which stage 3 gathers only the current and the next block, like
+    fsdp, and keeps small tensors such as norms gathered."""
     # By default it gathers up to 1e9 parameters at a time, so a smaller model would stay gathered from its forward to
     # the end of its backward.
     largest_block = max(sum(p.numel() for p in block.parameters()) for block in model.blocks)
@@ -201,7 +208,7 @@ def _gathering_settings(model: Decoder) -> dict[str, int]:
 
 
 def _disable_compilation() -> None:
-    """Keep DeepSpeed on CPUs from compiling an all-reduce for inference at its start, which training never calls."""
+    """Prevent DeepSpeed on CPUs from compiling an all-reduce for inference at its start. Training never calls it."""
     # A process that is killed while it compiles leaves a lock behind, for which every later process waits forever.
     from deepspeed import ops
     from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
@@ -210,7 +217,8 @@ def _disable_compilation() -> None:
 
 
 def _add_expert_marker(model: Decoder) -> nn.Module:
-    """Return the model with an empty layer, by whose class DeepSpeed recognizes a model with experts."""
+    """Return a module that calls the model and also has an empty layer, by whose class DeepSpeed recognizes that there
+    are experts."""
     from deepspeed.moe.layer import MoE
 
     class ExpertMarker(MoE):

@@ -14,6 +14,6 @@ __all__ = ["Modules", "modules_of"]
 
 
 def modules_of(spec: ModelSpec) -> Modules:
-    """Return the modules of the architecture `spec.backbone`."""
+    """Return the `Modules` of the architecture `spec.backbone`."""
     modules: Modules = import_module(f"{__name__}.{spec.backbone}").MODULES
     return modules

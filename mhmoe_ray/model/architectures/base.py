@@ -13,15 +13,17 @@ from mhmoe_ray.spec import ModelSpec
 
 
 class Modules(ABC):
+    """The parts of a decoder that differ between architectures."""
+
     attention_bias: ClassVar[bool] = False
     """True if the projections of attention have biases."""
 
     @abstractmethod
     def norm(self, spec: ModelSpec) -> nn.Module:
-        """Return a norm over the width of the model."""
+        """Return a new norm over the width of the model."""
 
     def inner_norm(self, spec: ModelSpec) -> nn.Module:
-        """Return the norm between attention and its output projection; by default the identity."""
+        """Return a new norm between attention and its output projection; by default the identity."""
         return nn.Identity()
 
     @abstractmethod
@@ -39,11 +41,12 @@ class Modules(ABC):
         """
 
     def embedding_scale(self, spec: ModelSpec) -> float:
-        """Return the factor of token embeddings; by default 1."""
+        """Return the factor by which token embeddings are multiplied; by default 1."""
         return 1.0
 
     def query_scale(self, head_width: int, position_T: Tensor) -> Tensor | None:
-        """Return the factors by which rotated queries are multiplied and rotated keys divided; None for plain RoPE.
+        """Return the factors by which rotated queries are multiplied and rotated keys are divided; None, the default,
+        for plain RoPE.
 
         Args:
             head_width: C, the width of an attention head.
@@ -55,7 +58,7 @@ class Modules(ABC):
         return None
 
     def rescale_initial(self, name: str, tensor: Tensor, layers: int) -> Tensor:
-        """Return an initial tensor after the architecture's own changes, of which there are none by default.
+        """Return an initial tensor after the architecture's own changes. By default it is returned unchanged.
 
         The method may change the tensor in place.
 

@@ -14,6 +14,8 @@ XPOS_SCALE_BASE = 512
 
 
 class SublnModules(Modules):
+    """Modules of the subln architecture."""
+
     attention_bias = True
 
     def norm(self, spec: ModelSpec) -> nn.Module:
@@ -39,7 +41,8 @@ class SublnModules(Modules):
         return float(spec.d_model**0.5)
 
     def query_scale(self, head_width: int, position_T: Tensor) -> Tensor | None:
-        """Return xPos's factors, which make the product of a query and a key shrink with their distance."""
+        """Return xPos's factors of rotated queries. With them, the product of a query and a key shrinks as their
+        distance grows."""
         # 0.4 is gamma of the paper, as in torchscale.
         even = torch.arange(0, head_width, 2, device=position_T.device, dtype=torch.float64)
         base = (even + 0.4 * head_width) / (1.4 * head_width)
@@ -47,7 +50,7 @@ class SublnModules(Modules):
 
     def rescale_initial(self, name: str, tensor: Tensor, layers: int) -> Tensor:
         """Multiply weights and biases of fc1, fc2, attention's value and output projections, and the merge projection
-        by sqrt(ln(2 L)) for L layers (SubLN, arXiv 2210.06423)."""
+        by sqrt(ln(2 L)) for L layers, in place (SubLN, arXiv 2210.06423). Return the tensor; others are unchanged."""
         factor = math.sqrt(math.log(2 * layers))
         if ".qkv." in name:
             # The values are the last third: this architecture has as many heads of values as of queries.

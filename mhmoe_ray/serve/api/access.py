@@ -111,13 +111,13 @@ class Client:
             RequestError: the client has used up a rate limit.
         """
         if self.rate_limiter and (exceeded_limit := await self.rate_limiter.begin_request(self.name)):
-            # The seconds are rounded up, because a client that retries too early is refused again.
+            # The seconds are rounded upwards, because a client that retries too early is refused again.
             seconds = max(1, round(exceeded_limit.retry_seconds + 0.5))
             message = f"{self.name} has used all its {exceeded_limit.unit} of this minute; try again in {seconds} s"
             raise RequestError(429, message, code="rate_limit_exceeded", retry_after=seconds)
 
     def record_tokens(self, tokens: int) -> None:
-        """Count the tokens of prompts and answers."""
+        """Count tokens of prompts and answers against the client's rate limit, if it has one."""
         if self.rate_limiter:
             self.rate_limiter.record_tokens(self.name, tokens)
 
@@ -126,16 +126,16 @@ class AccessControl:
     """The clients of the server by their API keys."""
 
     def __init__(self, keys: Sequence[KeySpec], rate_limiter: RateLimiter) -> None:
-        """Set up access for these keys.
+        """Set up access for the clients of these keys.
 
         Args:
             keys: the accepted keys; without any, everyone has access.
-            rate_limiter: rate limiter of all clients.
+            rate_limiter: rate limiter of all clients; only clients of keys with limits use it.
         """
         self._clients = {key.sha256: Client(key.name, rate_limiter if has_limits([key]) else None) for key in keys}
 
     def authenticate(self, http_request: Request) -> Client:
-        """Return the client that sent a request, by its API key.
+        """Return the client that sent a request, by its API key; if the server has no keys, a client without a name.
 
         Raises:
             RequestError: the server has keys, and the request has none or an unknown one.
@@ -158,7 +158,10 @@ class AccessControl:
 
 
 class BodySizeLimit:
-    """Middleware that refuses a body of more than `max_bytes` bytes before all of it is in memory."""
+    """Middleware that answers a request with a 413 if its body has more than `max_bytes` bytes.
+
+    It refuses the body before all of it is in memory.
+    """
 
     def __init__(self, app: ASGIApp, max_bytes: int) -> None:
         self._app, self._max_bytes = app, max_bytes

@@ -35,7 +35,7 @@ from mhmoe_ray.spec import ServeSpec
 
 
 def page_router() -> APIRouter:
-    """Return the route of the web page."""
+    """Return a router with the route GET /, the web page."""
     routes = APIRouter()
     text = files(__package__).joinpath("page.html").read_text("utf-8")
     headers = {"Content-Security-Policy": _content_security_policy(text), "X-Content-Type-Options": "nosniff"}
@@ -72,7 +72,7 @@ def create_app(
     collect_stats: StatsCollector | None = None,
     rate_limiter: RateLimiter | None = None,
 ) -> FastAPI:
-    """Return the HTTP application that answers with an engine.
+    """Return the HTTP application with all routes, which answers with one engine.
 
     Args:
         answerer: engine and tokenizer, shared by all requests.
@@ -96,12 +96,12 @@ def create_app(
 
     @app.get("/health")
     async def health() -> dict[str, str]:
-        """The server is alive."""
+        """Return status ok as long as the server is alive."""
         return {"status": "ok"}
 
     @app.get("/ready", responses={503: RESPONSES[503]})
     async def ready() -> dict[str, str]:
-        """The engine can answer."""
+        """Return status ok if the engine can answer, and a 503 if it is broken."""
         if failure_reason := answerer.engine.failure_reason:
             raise EngineError(failure_reason)
         return {"status": "ok"}
@@ -111,7 +111,7 @@ def create_app(
 
 
 def _describe_api(app: FastAPI) -> dict[str, Any]:
-    """Return the API's description in the OpenAPI format."""
+    """Return the API's description in the OpenAPI format, without FastAPI's own kind of validation error."""
     # FastAPI declares a 422 for invalid requests, which this server answers with a 400.
     description = app.openapi()
     for path in description["paths"].values():
@@ -128,7 +128,13 @@ def replica_stats(answerer: Answerer, replica: str) -> dict[str, Any]:
 
 
 def _info_router(service: Service, replica: str, collect_stats: StatsCollector | None) -> APIRouter:
-    """Return the routes for models, tokens and statistics."""
+    """Return a router with the routes for models, tokenizing and statistics.
+
+    Args:
+        service: the served model.
+        replica: name of this process among the replicas.
+        collect_stats: returns the statistics of all replicas; None if there is only this one.
+    """
     routes, answerer = APIRouter(), service.answerer
 
     @routes.get("/v1/models")
@@ -155,20 +161,20 @@ def _info_router(service: Service, replica: str, collect_stats: StatsCollector |
 
     @routes.get("/tokenizer_info")
     async def tokenizer_info() -> TokenizerInfo:
-        """Tokens that start and end a document, and the chat template, for clients that count tokens themselves."""
+        """Return the tokens that start and end a document, and the chat template, for clients that count tokens."""
         start_text, end_text = answerer.boundary_texts
         template = answerer.template.text if answerer.template else None
         return TokenizerInfo(bos_token=start_text, eos_token=end_text, chat_template=template)
 
     @routes.get("/metrics", response_class=Response)
     async def metrics() -> Response:
-        """Statistics of this replica, in Prometheus' format."""
+        """Return the statistics of this replica in Prometheus' format."""
         text = render_exposition(answerer.engine.stats(), {"model": service.model, "replica": replica})
         return Response(text, media_type=CONTENT_TYPE_LATEST)
 
     @routes.get("/stats")
     async def stats() -> StatsResponse:
-        """Statistics of all replicas."""
+        """Return the statistics of all replicas."""
         stats_list = await collect_stats() if collect_stats else [replica_stats(answerer, replica)]
         return StatsResponse(model=service.model, replicas=stats_list)
 

@@ -37,7 +37,7 @@ from mhmoe_ray.serve.engine import Request
 
 
 def completions_router(service: Service) -> APIRouter:
-    """Return the route for completions."""
+    """Return a router with the route POST /v1/completions."""
     routes = APIRouter()
 
     @routes.post("/v1/completions", response_model=Completion, responses={200: RESPONSE_DESCRIPTION})
@@ -87,23 +87,23 @@ class _ResponseBuilder:
         self._offsets = [_TextOffsets() for _ in range(choices)]
 
     def build_body(self, choices: list[Choice], usage: Usage | None) -> Completion:
-        """Return the body of a complete answer or of a chunk."""
+        """Return the body of a complete response, or of one chunk of a stream; without a usage it reports none."""
         return Completion(id=self._id, created=self._created, model=self._model, choices=choices, usage=usage)
 
     def build_choice(self, number: int, piece: AnswerPiece) -> Choice:
-        """Return a choice with the next piece of its text."""
+        """Return choice `number` with the next piece of its text, or with its whole text."""
         logprobs = self._offsets[number].logprobs(piece.scores) if piece.scores else None
         return Choice(text=piece.text, index=number, logprobs=logprobs, finish_reason=piece.finish_reason)
 
 
 class _TextOffsets:
-    """Counter of the offsets of tokens in the text of one choice."""
+    """Counter of characters that gives each token of one choice its offset in the text."""
 
     def __init__(self) -> None:
         self._offset, self._partial_bytes = 0, b""
 
     def logprobs(self, scores: Sequence[ScoredText]) -> Logprobs:
-        """Return the next scores of the choice, with the offsets of their tokens."""
+        """Return the scores of the choice's next tokens in the shape of the API, with the offset of each token."""
         return Logprobs(
             tokens=[format_token(score.token_bytes) for score in scores],
             token_logprobs=[score.logprob for score in scores],
@@ -126,7 +126,7 @@ class _TextOffsets:
 
 
 def _top_logprobs(score: ScoredText) -> dict[str, float]:
-    """Return the log-probabilities of the alternatives by their texts."""
+    """Return the log-probability of each alternative of a token, by its text."""
     # Two tokens may have the same text; the likelier one comes first, and its log-probability is kept.
     logprob_by_text: dict[str, float] = {}
     for token_bytes, logprob in score.alternatives:
@@ -135,7 +135,7 @@ def _top_logprobs(score: ScoredText) -> dict[str, float]:
 
 
 def chat_router(service: Service) -> APIRouter:
-    """Return the route for chat completions."""
+    """Return a router with the route POST /v1/chat/completions."""
     routes = APIRouter()
 
     @routes.post("/v1/chat/completions", response_model=ChatCompletion, responses={200: RESPONSE_DESCRIPTION})

@@ -52,7 +52,10 @@ _TYPE_BY_STATUS: dict[int, ErrorType] = {401: "authentication_error", 429: "rate
 
 
 def error_body(error: Exception) -> ErrorBody:
-    """Return the body for an error in the middle of a stream, whose HTTP status has been sent already."""
+    """Return the body for an error in the middle of a stream, whose HTTP status has been sent already.
+
+    An error other than RequestError and BusyError is logged, and the client gets no details of it.
+    """
     if isinstance(error, RequestError):
         return ErrorBody(error=error.detail)
     if isinstance(error, BusyError):
@@ -67,7 +70,7 @@ def _json_response(status: int, detail: ErrorDetail, headers: dict[str, str] | N
 
 
 def error_response(error: RequestError) -> Response:
-    """Return the response for a request that cannot be answered."""
+    """Return the error's response: its status, its detail as the body, and its headers."""
     return _json_response(error.status, error.detail, error.headers)
 
 
@@ -86,7 +89,7 @@ async def _handle_busy_error(_: Request, error: BusyError) -> Response:
 
 
 async def _handle_engine_error(_: Request, error: EngineError) -> Response:
-    """Return a 503 without the reason, which is only logged."""
+    """Log the reason, and return a 503 without it."""
     logger.error("The engine cannot answer: %s", error)
     return _json_response(
         503, ErrorDetail(message="the server cannot answer now; its log says why", type="server_error")

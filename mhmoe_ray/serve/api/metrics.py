@@ -1,4 +1,4 @@
-"""An engine's statistics in Prometheus' format."""
+"""An engine's statistics in Prometheus' format, and the names and help texts of its metrics."""
 
 from collections.abc import Iterator, Mapping
 
@@ -44,7 +44,7 @@ def render_exposition(stats: Stats, labels: Mapping[str, str]) -> bytes:
 
 
 class _Collector(Collector):
-    """Collector of the metrics of one engine."""
+    """Prometheus collector that turns the statistics of one engine into metrics."""
 
     def __init__(self, stats: Stats, labels: Mapping[str, str]) -> None:
         self._stats, self._names, self._values = stats, list(labels), list(labels.values())

@@ -21,7 +21,11 @@ def middlewares() -> list[Middleware]:
 
 
 class OpenAIErrorMiddleware:
-    """Middleware that replaces plain-text refusals, and adds an error to a response that a dead replica cut off."""
+    """Middleware that gives OpenAI's shape to a proxy's plain-text refusals, and reports a replica that has died.
+
+    A request that such a replica left without a response gets a 503, and a stream that it cut off gets an error as its
+    last event.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -37,14 +41,14 @@ class OpenAIErrorMiddleware:
             await error_response(progress.replacement)(scope, receive, send)
         elif not progress.headers_sent:
             await error_response(LOST_REPLICA)(scope, receive, send)
-        # The status of a stream is sent, so the error can only be its last event.
+        # The status of a stream has been sent, so the error can only be its last event.
         elif not progress.is_complete and progress.is_stream:
             event = f"data: {error_body(LOST_REPLICA).model_dump_json()}\n\n".encode()
             await send({"type": "http.response.body", "body": event, "more_body": False})
 
 
 class _ResponseProgress:
-    """The progress of one response through the middleware."""
+    """Observer of one response on its way to the client, which holds back a plain-text refusal."""
 
     def __init__(self, send: Send) -> None:
         self._send = send
@@ -53,7 +57,7 @@ class _ResponseProgress:
         """Error that replaces a plain-text refusal of the proxy; None without such a refusal."""
 
     async def send(self, message: Message) -> None:
-        """Pass a message on to the client, except those of a plain-text refusal."""
+        """Pass a message on to the client; turn those of a plain-text refusal into `replacement` instead."""
         if message["type"] == "http.response.start":
             headers = {name.decode().lower(): value.decode() for name, value in message["headers"]}
             content_type = headers.get("content-type", "")

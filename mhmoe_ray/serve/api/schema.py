@@ -30,7 +30,7 @@ def _is_whole_number(value: Any) -> bool:
 
 
 def _allow_null(schema: dict[str, Any]) -> None:
-    """Allow null for each optional field in the API's description, as `_drop_nulls` does in requests."""
+    """Allow null for each optional field of a schema in the API's description, because `_drop_nulls` accepts it."""
     required = schema.get("required", [])
     for name, field_schema in schema["properties"].items():
         if name not in required:
@@ -41,12 +41,12 @@ def _allow_null(schema: dict[str, Any]) -> None:
 
 
 def _wrap_text(value: Any) -> Any:
-    """Wrap a single text into a list."""
+    """Return a single text as a list of one; any other value is returned unchanged."""
     return [value] if isinstance(value, str) else value
 
 
 def _wrap_prompt(value: Any) -> Any:
-    """Wrap a single text, or a single list of token ids, into a list."""
+    """Return a single text, or a single list of token ids, as a list of one; any other value is returned unchanged."""
     is_single = isinstance(value, str) or (isinstance(value, list) and value and all(isinstance(v, int) for v in value))
     return [value] if is_single else value
 
@@ -63,7 +63,10 @@ Prompts = Annotated[list[Text | TokenIds], Field(min_length=1, max_length=MAX_CH
 
 
 class StrictRequest(BaseModel):
-    """A request that is validated strictly: "5" is not a number, 1 is not a boolean, and null means absent."""
+    """A request that is validated strictly: "5" is no number, 1 is no boolean, and null means absent.
+
+    A field that is not defined is an error.
+    """
 
     model_config = ConfigDict(extra="forbid", strict=True, json_schema_extra=_allow_null)
 

@@ -20,7 +20,7 @@ logger = logging.getLogger("ray.serve")
 
 @dataclass
 class Service:
-    """The served model with the server's limits and clients."""
+    """The served model with the server's limits and clients, and what all routes do with them."""
 
     answerer: Answerer
     model: str
@@ -52,7 +52,7 @@ class Service:
             raise RequestError(400, message, param)
 
     async def encode(self, prompt: str) -> list[int]:
-        """Return the token ids of a prompt."""
+        """Return the token ids of a prompt, after the token that starts a document."""
         # A thread encodes it, because a long prompt takes seconds and streams must go on meanwhile.
         return await asyncio.to_thread(self.answerer.encode, prompt)
 

@@ -32,7 +32,7 @@ MAX_DELAY_SECONDS = 0.25
 
 
 class StreamPacer:
-    """The stream interval: the time during which tokens are collected for one chunk. It grows with the streams."""
+    """Pacer of a replica's streams: it gives the time between two chunks of a stream, which grows with the streams."""
 
     def __init__(self, interval: float) -> None:
         """Create a pacer without streams.
@@ -44,7 +44,7 @@ class StreamPacer:
         self._streams = set[object]()
 
     def record_token(self, stream: object) -> None:
-        """Record that a stream has a new token. The first one registers the stream."""
+        """Count a stream among the present ones from its first token on; later tokens have no effect."""
         self._streams.add(stream)
 
     def remove_stream(self, stream: object) -> None:
@@ -53,7 +53,7 @@ class StreamPacer:
 
     @property
     def interval(self) -> float:
-        """Seconds between two chunks of a stream, with the present number of streams."""
+        """Seconds between two chunks of a stream, for the present number of streams; 0 sends each token at once."""
         if not self._interval:
             return 0.0
         return max(self._interval, min(len(self._streams) * CHUNK_SECONDS, MAX_DELAY_SECONDS))
@@ -91,7 +91,10 @@ class Answers:
         return Usage(prompt_tokens=self._prompt_tokens, completion_tokens=answer_tokens, total_tokens=total)
 
     async def pieces(self) -> Pieces:
-        """Yield the pieces of all choices as they come, and count their tokens against the client's rate limit."""
+        """Yield the pieces of all choices as they come, each with the index of its choice.
+
+        In the end, the tokens so far count against the client's rate limit, unless the engine refused the request.
+        """
         is_refused = False
         try:
             async with aclosing(merge_answers(self._answers, self._timeout)) as pieces:
@@ -117,9 +120,10 @@ class Answers:
     async def events(
         self, build_chunk: Callable[[int, AnswerPiece], BaseModel], build_usage_chunk: Callable[[], BaseModel] | None
     ) -> AsyncGenerator[str]:
-        """Return the answers as server-sent events: chunks, then [DONE] or, after a failure, an error body.
+        """Wait for the first piece, and return the answers as server-sent events.
 
-        The caller must close the events.
+        The events are chunks, then [DONE] or, after a failure, an error body. The caller must close them. A failure
+        before the first piece is raised.
 
         Args:
             build_chunk: returns the body for a piece of a choice.
@@ -133,7 +137,7 @@ class Answers:
     async def _events(
         self, build_chunk: Callable[[int, AnswerPiece], BaseModel], build_usage_chunk: Callable[[], BaseModel] | None
     ) -> AsyncGenerator[str]:
-        """Yield an empty event once the first piece has come, then the events."""
+        """Yield an empty event once the first piece has come, then the events; see `events`."""
         clock = asyncio.get_running_loop().time
         pending_pieces: list[list[AnswerPiece]] = [[] for _ in self._answers]
         due_times = [0.0] * len(pending_pieces)
@@ -180,7 +184,7 @@ class Answers:
 
 
 class EventResponse(StreamingResponse):
-    """A streaming response that closes its events, whether sending them succeeds or not."""
+    """A response that streams server-sent events, and closes them whether sending succeeds or not."""
 
     media_type = "text/event-stream"
 

@@ -35,7 +35,7 @@ class PackedFeedForward(nn.Module):
 
 
 class PackedExperts(nn.Module):
-    """All experts of a layer, with packed matrices."""
+    """All experts of a layer, with packed matrices; a replacement of `Experts` that needs no dispatch."""
 
     def __init__(self, experts: Experts) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ class PackedExperts(nn.Module):
 
 
 class InferenceRouter(nn.Module):
-    """A router that routes as the training model's does, and skips everything that only training needs."""
+    """A router that routes as the training model's does, without the losses and statistics that only training needs."""
 
     def __init__(self, router: Router) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ class InferenceRouter(nn.Module):
         self._empty_tensor = torch.zeros(0)
 
     def forward(self, x_ND: Tensor, _: torch.Generator | None = None) -> Routing:
-        # The scores stay float32 even where the model computes in bfloat16, as in training.
+        # The scores stay float32 even if the model computes in bfloat16, as in training.
         with torch.autocast(x_ND.device.type, enabled=False):
             expert_NK, gate_NK, _probability = self._router.choose_experts(self._router.scores(widen(x_ND)))
         empty_tensor = self._empty_tensor

@@ -23,7 +23,7 @@ class PagedCache:
 
     def __init__(self, spec: ModelSpec, block_count: int, dtype: torch.dtype, device: torch.device) -> None:
         shape = (spec.layers, block_count * BLOCK_SIZE, spec.n_kv_heads, spec.head_width)
-        # The system gives zeroed memory only when it is first written, so an unused part of the cache costs nothing.
+        # On a CPU the system allocates a page of zeros only when it is first written, so unused blocks cost nothing.
         self.k_LSHC, self.v_LSHC = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
 
 
@@ -41,7 +41,10 @@ class PagedChunk(NamedTuple):
 
 
 class PagedStep:
-    """The KV cache as the decoder sees it in one step: an implementation of `model.decoder.KeyValueCache`."""
+    """The KV cache as the decoder sees it in one step, with all requests of the step in one padded row of tokens.
+
+    It implements `model.decoder.KeyValueCache`.
+    """
 
     def __init__(self, cache: PagedCache, chunks: Sequence[PagedChunk]) -> None:
         """Lay out the tokens of a step.
@@ -76,12 +79,15 @@ class PagedStep:
             self._lengths.append(self.padded_count - self.token_count)
         self.position_T, self._slot_T = position_T.to(device), slot_T.to(device)
         self.logit_count = len(logit_rows)
-        # The output layer needs a multiple of rows too; row 0 fills up, and its logits are not read.
+        # The output layer needs a multiple of `ROW_MULTIPLE` rows too. Row 0 pads them, and those logits are not read.
         padded_rows = [*logit_rows, *[0] * (_round_up(len(logit_rows)) - len(logit_rows))]
         self._logit_row_R = torch.tensor(padded_rows, dtype=torch.long, device=device)
 
     def attend(self, layer: int, q_BHTC: Tensor, k_BHTC: Tensor, v_BHTC: Tensor) -> Tensor:
-        """Return the attention output of the step's tokens in a layer, and store their keys and values."""
+        """Store the keys and values of the step's tokens in a layer, and return the tokens' attention output.
+
+        Each token attends to the tokens of its own request up to itself.
+        """
         for cache_LSHC, new_BHTC in ((self._cache.k_LSHC, k_BHTC), (self._cache.v_LSHC, v_BHTC)):
             new_THC = new_BHTC[0].transpose(0, 1)[: self.token_count]
             cache_LSHC[layer].index_copy_(0, self._slot_T, new_THC.to(cache_LSHC.dtype))
@@ -89,7 +95,7 @@ class PagedStep:
         outputs = [
             request_cache.attend(layer, q) for request_cache, q in zip(self._request_caches, queries, strict=False)
         ]
-        # Padding rows need values of some kind, which nobody reads: their queries are at hand.
+        # Padding rows need outputs too, which are never used, so their queries serve as outputs.
         return torch.cat([*outputs, *queries[len(outputs) :]], dim=2).to(q_BHTC.dtype)
 
     def requested_rows(self, x_BTM: Tensor) -> Tensor:
@@ -98,7 +104,7 @@ class PagedStep:
 
 
 class _RequestCache:
-    """Keys and values of one request, including those of the step's tokens."""
+    """View of the keys and values of one request in the cache, including those of the step's tokens."""
 
     def __init__(self, cache: PagedCache, block_ids: Sequence[int], slot_T: Tensor, mask_TT: Tensor | None) -> None:
         self._cache, self._slot_T, self._mask_TT = cache, slot_T, mask_TT
@@ -126,9 +132,9 @@ class _RequestCache:
 
 
 def _attend_grouped(q_1H1C: Tensor, k_GTC: Tensor, v_GTC: Tensor) -> Tensor:
-    """Return the grouped-query attention of a single token.
+    """Return the grouped-query attention output of a single token.
 
-    Each group of heads reads its keys once, while torch's own attention reads them once per head.
+    Each group of query heads reads its keys once, while torch's own attention reads them once per head.
     """
     q = q_1H1C.view(len(k_GTC), -1, q_1H1C.shape[-1]) * q_1H1C.shape[-1] ** -0.5
     weight = torch.bmm(q, k_GTC.transpose(1, 2)).float().softmax(-1).to(v_GTC.dtype)

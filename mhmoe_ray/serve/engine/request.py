@@ -83,8 +83,8 @@ FinishReason = Literal["stop", "length"]
 class SamplingParams:
     """The sampling parameters of an answer.
 
-    They apply in this order: penalties and biases, the temperature, the cuts (top_k, top_p, min_p). With 0 as
-    `max_tokens` there is no answer, and the engine only scores the prompt.
+    They apply in this order: penalties and biases, the temperature, then top_k, min_p and top_p. With 0 as `max_tokens`
+    there is no answer, and the engine only scores the prompt.
     """
 
     max_tokens: int
@@ -135,7 +135,7 @@ class ScoredToken(NamedTuple):
 
 
 class Update(NamedTuple):
-    """The next part of an answer."""
+    """The next part of an answer: new tokens, scores of the prompt, or the end."""
 
     tokens: tuple[ScoredToken, ...] = ()
     prompt_scores: tuple[ScoredToken, ...] = ()

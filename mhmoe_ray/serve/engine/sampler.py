@@ -10,7 +10,7 @@ NUCLEUS_CANDIDATES = 1024
 
 
 class Sampler:
-    """The sampler of one answer, with its random generator and the counts of tokens it has drawn."""
+    """The sampler of one answer, with its own random generator and, for penalties, counts of the tokens so far."""
 
     def __init__(self, params: SamplingParams) -> None:
         self._params = params
@@ -23,13 +23,13 @@ class Sampler:
         has_penalties = params.presence_penalty or params.frequency_penalty
         self._is_greedy = params.temperature == 0 and not (has_penalties or params.logit_bias)
         self._token_counts: dict[int, int] = {}
-        """Number of times that each token occurs in the answer."""
+        """Number of times that each token occurs in the answer; empty if the request has no penalties."""
 
     def sample(self, logits_V: Tensor, best_token: int) -> int:
-        """Return the next token of the answer.
+        """Choose the next token of the answer by the sampling parameters, and return it.
 
         Args:
-            logits_V: the logits, in CPU memory.
+            logits_V: the logits, in CPU memory; they are not changed.
             best_token: the token with the largest logit.
         """
         params = self._params
@@ -43,7 +43,7 @@ class Sampler:
         return token
 
     def _adjust_logits(self, logits_V: Tensor) -> Tensor:
-        """Return the logits with penalties and biases applied."""
+        """Return the logits with penalties and biases applied; the argument is not changed."""
         params = self._params
         if not self._token_counts and not params.logit_bias:
             return logits_V
@@ -55,7 +55,7 @@ class Sampler:
         return logits_V
 
     def _draw_token(self, logits_V: Tensor) -> int:
-        """Draw a token at the request's temperature from the tokens that the cuts leave."""
+        """Draw a token at the request's temperature, from the tokens that top-k, top-p and min-p leave."""
         params = self._params
         # The largest logit becomes 0 first, so that no temperature, however small, makes inf - inf.
         probability_V = ((logits_V - logits_V.max()) / params.temperature).softmax(-1)
@@ -80,7 +80,7 @@ def _candidate_tokens(probability_V: Tensor, params: SamplingParams) -> Tensor |
         (candidate_count, None) if 8 * candidate_count < len(probability_V) and top_probability > 0 else (None,)
     ):
         if limit:
-            # Tokens as likely as the last candidate belong to the candidates, so that ties are cut as in a full sort.
+            # Tokens as likely as the last candidate are candidates too, so that ties are broken as in a full sort.
             token_F = (probability_V >= probability_V.topk(limit).values[-1]).nonzero()[:, 0]
             sorted_F, order_F = probability_V[token_F].sort(descending=True, stable=True)
             token_F = token_F[order_F]
@@ -104,10 +104,10 @@ def _candidate_tokens(probability_V: Tensor, params: SamplingParams) -> Tensor |
 
 
 def score_tokens(logits_RV: Tensor, tokens: list[int], alternatives: int) -> list[ScoredToken]:
-    """Return the score of one token per row: its log-probability and the most likely tokens of the row.
+    """Return the score of one token per row: its log-probability, and the most likely tokens of the row with theirs.
 
     Args:
-        logits_RV: logits, one row per token.
+        logits_RV: logits, one row per token, before temperature, penalties and biases.
         tokens: the chosen token of each row.
         alternatives: number of most likely tokens to return per row.
     """

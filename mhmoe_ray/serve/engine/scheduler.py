@@ -136,7 +136,7 @@ class Scheduler:
         return len(self._waiting_queue)
 
     def all_sequences(self) -> list[Sequence]:
-        """Return the running and the waiting sequences."""
+        """Return the running sequences, then the waiting ones."""
         return [*self.running, *self._waiting_queue]
 
     def add(self, sequence: Sequence) -> None:
@@ -144,7 +144,7 @@ class Scheduler:
         self._waiting_queue.add(sequence.request.client, sequence)
 
     def remove(self, sequence: Sequence) -> None:
-        """Remove a finished or aborted sequence; it may have been removed already."""
+        """Remove a running or waiting sequence, and release its blocks; it may have been removed already."""
         if sequence in self.running:
             self.running.remove(sequence)
             self.pool.release(sequence.block_ids)
@@ -152,7 +152,11 @@ class Scheduler:
             self._waiting_queue.remove(sequence.request.client, sequence)
 
     def schedule(self) -> list[TokenChunk]:
-        """Admit waiting requests and return the chunks that the next step computes; none if there are no requests."""
+        """Admit waiting requests that fit, and return the chunks that the next step computes.
+
+        There is one token for each running answer, and prefill chunks within the budget. The list is empty if there are
+        no requests.
+        """
         # Answers come first and do not count against the budget, so prompts never stall them.
         chunks = [TokenChunk(s, s.computed_tokens, 1) for s in self.running if s.answer_tokens]
         remaining_budget = self._prefill_budget
@@ -167,7 +171,7 @@ class Scheduler:
         return chunks
 
     def record_computed(self, chunk: TokenChunk) -> None:
-        """Record that the step with this chunk is done, and cache the blocks that have become full."""
+        """Record that a chunk has been computed, and register its full prompt blocks for prefix caching."""
         chunk.sequence.computed_tokens = chunk.start + chunk.length
         for block_hash, block_id in chunk.sequence.new_block_hashes():
             self.pool.cache_block(block_hash, block_id)
@@ -182,7 +186,10 @@ class Scheduler:
         return remaining_budget
 
     def _admit_next(self) -> Sequence | None:
-        """Admit the next waiting request and return it; return None if the cache has no room for it or none waits."""
+        """Admit the next waiting request: allocate its blocks, reuse cached ones, and return the running sequence.
+
+        The result is None if no request waits, or if the cache has no room for the next one.
+        """
         # No smaller request is admitted in its place: a large request would otherwise wait without end.
         sequence = self._waiting_queue.peek()
         if sequence is None:

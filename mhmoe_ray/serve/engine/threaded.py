@@ -20,7 +20,7 @@ UpdateQueue = asyncio.Queue[Update | Exception]
 
 
 class RequestState:
-    """The state of a request inside an engine."""
+    """The state of a request inside an engine, from its arrival to its end."""
 
     def __init__(self, request: Request, max_new_tokens: int, deliver: Deliver) -> None:
         """Create the state of a request that arrives now.
@@ -28,7 +28,7 @@ class RequestState:
         Args:
             request: the request.
             max_new_tokens: largest number of tokens of the answer.
-            deliver: called with each update of the answer, or with an error.
+            deliver: function that is called with each update of the answer, or with an error.
         """
         self.request, self.max_new_tokens, self.deliver = request, max_new_tokens, deliver
         self.is_abandoned = False
@@ -47,8 +47,9 @@ T = TypeVar("T", bound=RequestState)
 class ThreadedEngine(ABC, Generic[T]):
     """Base class of an `Engine` that computes in its own thread.
 
-    Methods whose names begin with an underscore must be called with the lock `_condition` held. The exceptions are the
-    thread's `_run` and `_run_round`, and `_deliver_updates` as `_run` calls it: only that thread adds pending updates.
+    Methods of this class whose names begin with an underscore must be called with the lock `_condition` held. The
+    exceptions are the thread's `_run` and `_run_round`, and `_deliver_updates` as `_run` calls it: only the thread adds
+    pending updates.
     """
 
     def __init__(self, seq_len: int, max_concurrency: int, max_waiting: int) -> None:
@@ -101,7 +102,7 @@ class ThreadedEngine(ABC, Generic[T]):
         return self._seq_len
 
     async def generate(self, request: Request) -> AsyncGenerator[Update, None]:
-        """Yield the updates of an answer; see `Engine.generate`."""
+        """Hand a request to the engine's thread, and yield the updates of its answer; see `Engine.generate`."""
         loop, updates = asyncio.get_running_loop(), UpdateQueue()
 
         def deliver(update: Update | Exception) -> None:
@@ -225,6 +226,6 @@ class ThreadedEngine(ABC, Generic[T]):
 
 
 def _put_updates(batch: list[tuple[UpdateQueue, Update | Exception]]) -> None:
-    """Put each update into its queue. The event loop of the queues calls this."""
+    """Put each update into its queue. This runs in the event loop of the queues, which are not thread-safe."""
     for updates, update in batch:
         updates.put_nowait(update)

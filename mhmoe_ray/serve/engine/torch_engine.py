@@ -52,8 +52,8 @@ class TorchEngine(ThreadedEngine[Sequence]):
             seq_len: largest number of tokens of prompt and answer together.
             max_concurrency: number of requests that are computed at a time.
             max_waiting: number of requests that may wait.
-            threads: number of threads that compute on a CPU. If other threads of the process have computed on several
-                threads before, these synchronise more slowly, because libgomp sees more threads than CPUs.
+            threads: number of threads that compute on a CPU. They synchronise more slowly if another thread of the
+                process has started its own team of OpenMP threads before: libgomp then sees more threads than CPUs.
             cache_tokens: number of tokens whose keys and values fit in the cache; it is raised to that of one request
                 of full length. By default `max_concurrency` requests of full length fit.
         """
@@ -117,7 +117,10 @@ class TorchEngine(ThreadedEngine[Sequence]):
 
     @torch.inference_mode()
     def _run_step(self, chunks: list[TokenChunk]) -> None:
-        """Compute one step and deliver its updates."""
+        """Run the model on the chunks, sample the next tokens, and queue the updates for delivery.
+
+        A request whose own parameters fail is ended with an error, and the others go on.
+        """
         logits_RV = self._compute_logits(chunks)
         best_tokens = logits_RV.argmax(-1).tolist()
         row_end = 0
@@ -147,7 +150,10 @@ class TorchEngine(ThreadedEngine[Sequence]):
                 sequence.deliver(update)
 
     def _compute_logits(self, chunks: list[TokenChunk]) -> Tensor:
-        """Run the model on the chunks and return the logits of all rows that need them, float32, in CPU memory."""
+        """Run the model on the chunks, count routes and tokens, and return the logits of all rows that need them.
+
+        The logits are float32, in CPU memory, and cut to the tokens of the tokenizer.
+        """
         paged_chunks = [PagedChunk(p.sequence.block_ids, p.start, p.length, _count_logits(p)) for p in chunks]
         step = PagedStep(self._cache, paged_chunks)
         token_1T = torch.zeros(1, step.padded_count, dtype=torch.long)
@@ -165,12 +171,14 @@ class TorchEngine(ThreadedEngine[Sequence]):
         return logits_RV
 
     def _build_update(self, chunk: TokenChunk, logits_RV: Tensor, best_token: int) -> Update | None:
-        """Return the update that a chunk gives, or None.
+        """Sample the token that follows a chunk, and return the update for the request.
+
+        The result is None if the prompt has further chunks; scores of the prompt are collected until its last one.
 
         Args:
             chunk: the chunk.
             logits_RV: its rows of logits.
-            best_token: the most likely token after the chunk.
+            best_token: the most likely token after the chunk; any number if the chunk is not the last one.
         """
         sequence, request = chunk.sequence, chunk.sequence.request
         if request.prompt_logprobs:
@@ -178,7 +186,7 @@ class TorchEngine(ThreadedEngine[Sequence]):
         if not chunk.is_last:
             return None
         prompt_scores = () if sequence.answer_tokens else tuple(sequence.prompt_scores)
-        # The request only scores its prompt.
+        # A request without new tokens only scores its prompt.
         if not sequence.max_new_tokens:
             return Update(prompt_scores=prompt_scores, finish_reason="length")
         token = self._samplers[sequence].sample(logits_RV[-1], best_token)
@@ -206,7 +214,8 @@ def _count_logits(chunk: TokenChunk) -> int:
 def _score_prompt(chunk: TokenChunk, logits_RV: Tensor) -> list[ScoredToken]:
     """Return the scores of the prompt tokens that this chunk predicts, which are one position after its own tokens.
 
-    The first token of the prompt has no score; it comes first in the result of the first chunk.
+    The result of the first chunk begins with the first token of the prompt, which has no score. A chunk of the answer
+    gives an empty list.
     """
     sequence, request = chunk.sequence, chunk.sequence.request
     if sequence.answer_tokens:

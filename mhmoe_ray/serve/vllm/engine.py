@@ -117,7 +117,7 @@ class VllmEngine(ThreadedEngine[_VllmRequest]):
             self._vllm.engine_core.shutdown()
 
     def _create_vllm(self) -> LLMEngine:
-        """Return vLLM with the model, its sampler warmed up and its counts reset."""
+        """Start vLLM with the model, run a warm-up request, reset the counts, and return it."""
         spec, model = self._spec, self._manifest.model
         ranks = spec.tensor_parallel
         if self._on_cpu:
@@ -140,7 +140,7 @@ class VllmEngine(ThreadedEngine[_VllmRequest]):
                 max_model_len=self.seq_len + 1,
                 max_num_seqs=spec.max_concurrency,
                 max_logprobs=-1,
-                # One more block for each request, because its last block is not full.
+                # One more block for each request, because its last block is not full: 128 tokens on a CPU.
                 kv_cache_memory_bytes=token_bytes
                 * (max(cache_tokens, self.seq_len) + 128 * (spec.max_concurrency + 1)),
                 enable_prefix_caching=True,
@@ -231,7 +231,7 @@ class VllmEngine(ThreadedEngine[_VllmRequest]):
             self._fail_request(state, EngineError(f"{type(e).__name__}: {e}"))
 
     def _handle_output(self, state: _VllmRequest, output: RequestOutput) -> None:
-        """Deliver what a step of vLLM computed for a request."""
+        """Deliver the tokens and scores that a step of vLLM computed for a request, and end a finished request."""
         [completion] = output.outputs
         prompt_scores: tuple[ScoredToken, ...] = ()
         if not state.is_running:
@@ -304,7 +304,7 @@ def _vllm_params(
 def _score_tokens(
     tokens: Sequence[int], logprobs: "Sequence[dict[int, Any] | None] | None", alternatives: int | None
 ) -> tuple[ScoredToken, ...]:
-    """Return each token with its score.
+    """Return each token with its score from vLLM's log-probabilities.
 
     Args:
         tokens: the tokens.
@@ -334,7 +334,10 @@ def _score_tokens(
 
 
 def _core_binding(ranks: int, cpus: int) -> str:
-    """Return the cores of each rank in the form of vLLM's VLLM_CPU_OMP_THREADS_BIND; a single rank is not bound."""
+    """Return a value for VLLM_CPU_OMP_THREADS_BIND, with which vLLM binds each rank to its cores.
+
+    The ranks share `cpus` cores of those that this process may use. A single rank is not bound.
+    """
     if ranks == 1:
         return "nobind"
     allowed_cores = sorted(os.sched_getaffinity(0))

@@ -11,7 +11,7 @@ from mhmoe_ray.storage import Location
 ARCHITECTURE = "MhmoeForCausalLM"
 FORMAT = "mhmoe"
 """Name of the checkpoint format, for `load_format`; also the type of the model in its configuration."""
-# vLLM's CPU kernels are written for such widths.
+# vLLM's kernels for experts on a CPU take such widths only.
 CPU_MULTIPLE = 32
 """Number of which the width of an expert's rows must be a multiple on a CPU."""
 

@@ -48,7 +48,7 @@ class FeedForward(nn.Module):
 
 
 def _projection(width: int, layers: int, prefix: str) -> nn.Module:
-    """Return a projection d -> d that each rank holds completely."""
+    """Return a projection d -> d of one or more linear layers with ReLU between them, complete on each rank."""
     # Experts are sharded by hidden rows or by number, so each rank needs complete rows as input.
     if layers == 1:
         projection: nn.Module = ReplicatedLinear(width, width, return_bias=False, prefix=prefix)
@@ -89,7 +89,7 @@ class MultiHeadMoE(nn.Module):
         self.register_buffer("count_E", torch.zeros(moe.experts, dtype=torch.long), persistent=False)
 
     def forward(self, x_TM: Tensor) -> Tensor:
-        """Compute the layer's output for T tokens."""
+        """Return the layer's output for T tokens, without the residual connection around it."""
         shared_TM = self.shared(x_TM) if self.shared else None
         # vLLM's experts may write into their input rows. Those of a projection are not used elsewhere; `x_TM` may be.
         y_TM = self.head(x_TM) if self.head else x_TM.clone()
@@ -180,7 +180,7 @@ class Block(nn.Module):
 
 @support_torch_compile
 class Trunk(nn.Module):
-    """The decoder without its output layer."""
+    """The decoder without its output layer: from token ids to the normed output of the last block."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()

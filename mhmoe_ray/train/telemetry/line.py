@@ -49,7 +49,7 @@ def step_line(
         trainer: the trainer, after the step.
         group: number of the worker group.
         totals: totals of the step over all ranks.
-        waits: longest wait for data of any rank, and longest wait for rows of any rank.
+        waits: largest share of any rank for waiting for data, and largest share of any rank for waiting for rows.
         update: result of the optimizer's update.
         seconds: duration of the step.
     """

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 LOG = logging.getLogger("mhmoe")
 SEND_SECONDS = 5.0
+"""Seconds between two rounds in which queued metrics are sent."""
 CLOSE_SECONDS = 10.0
 """Seconds for which the end of training waits for unsent metrics."""
 MAX_METRICS_PER_REQUEST = 1000
@@ -35,6 +36,8 @@ EndStatus = Literal["FINISHED", "KILLED", "FAILED"]
 
 
 class MlflowRun:
+    """Sink for metrics of a run: the MLflow run that shows them, and the thread that sends them to the server."""
+
     def __init__(self, run: RunDir, spec: RunSpec) -> None:
         """Start the thread that sends metrics.
 
@@ -58,6 +61,7 @@ class MlflowRun:
         self._thread.start()
 
     def report(self, line: dict[str, Any]) -> None:
+        """Queue the metrics of a step's line for the thread that sends them."""
         from mlflow.entities import Metric
 
         # MLflow has timestamps in milliseconds.
@@ -66,9 +70,9 @@ class MlflowRun:
             self._queue.put(Metric(tag, value, time_ms, step))
 
     def close(self, end_status: EndStatus) -> None:
-        """Send the remaining metrics and the run's final status, for at most `CLOSE_SECONDS`.
+        """Send the remaining metrics and the run's final status, and stop the thread; wait at most `CLOSE_SECONDS`.
 
-        A warning in the log has the number of metrics that the server has not accepted by then.
+        If the server has not accepted all metrics by then, a warning in the log has their number.
 
         Args:
             end_status: MLflow status for the end of the training.
@@ -83,6 +87,7 @@ class MlflowRun:
             )
 
     def _send_all(self) -> None:
+        """Send queued metrics every `SEND_SECONDS` until `close` is called, then once more with the final status."""
         from mlflow.exceptions import MlflowException
 
         while True:
@@ -115,7 +120,11 @@ class MlflowRun:
         return str(experiment.experiment_id if experiment else self._client.create_experiment(name))
 
     def _find_run(self) -> str | None:
-        """Set the MLflow run that an earlier worker group created to running, and return its id; None without one."""
+        """Find the MLflow run that an earlier worker group created, and set its status to running.
+
+        Returns:
+            Its id in MLflow; None if there is no such run.
+        """
         mlflow_runs = self._client.search_runs([self._experiment_id()], f"tags.{TAG} = '{self._run.id}'", max_results=1)
         if not mlflow_runs:
             return None
@@ -141,6 +150,11 @@ class MlflowRun:
 
 
 def _client(server: str) -> Any:
+    """Return MLflow's client for a server.
+
+    Raises:
+        JobError: MLflow is not installed, or does not accept the address.
+    """
     # Without this setting MLflow reports its usage to its makers.
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     # The thread itself retries.
@@ -160,6 +174,7 @@ def _client(server: str) -> Any:
 
 
 def _drain(queue: "SimpleQueue[Metric]") -> "Iterator[Metric]":
+    """Take metrics from a queue until it is empty."""
     while True:
         try:
             yield queue.get_nowait()

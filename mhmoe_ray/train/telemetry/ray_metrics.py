@@ -42,10 +42,12 @@ class Gauges:
         self._thread.start()
 
     def add(self, metric: Metric) -> None:
+        """Create the gauge of a metric, so that `set` can report its values."""
         labels = ("run", *metric.labels)
         self._gauges[metric.name] = Gauge(PREFIX + metric.name, description=metric.help, tag_keys=labels)
 
     def set(self, name: str, value: float, **labels: str) -> None:
+        """Report a value of a metric, for the given values of its labels beside `run`."""
         with self._lock:
             self._values[name, (("run", self._run), *labels.items())] = value
             self._gauges[name].set(value, tags={"run": self._run, **labels})
@@ -68,6 +70,7 @@ def add_rank(gauges: Gauges) -> None:
 
 
 def report_rank(gauges: Gauges, rank: int, waits: WaitShares) -> None:
+    """Report the metrics of one rank for a step: its shares of waiting."""
     for name, value in ((DATA_WAIT, waits.data), (EXCHANGE_WAIT, waits.exchange)):
         gauges.set(name, value, rank=str(rank))
 

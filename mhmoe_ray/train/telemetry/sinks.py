@@ -37,7 +37,7 @@ class Telemetry:
             self._mlflow = MlflowRun(run, spec) if spec.tracking.mlflow else None
 
     def report(self, line: dict[str, Any], count_LE: Tensor, waits: WaitShares) -> None:
-        """Report a step.
+        """Report a step: this rank's waits and, on rank 0, the metrics of the whole run.
 
         Args:
             line: line of the step, for the whole run.

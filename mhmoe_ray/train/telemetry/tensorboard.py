@@ -22,6 +22,8 @@ FLUSH_SECONDS = 10.0
 
 
 class TensorBoard:
+    """Sink for metrics of a run: event files that TensorBoard reads."""
+
     def __init__(self, run: RunDir, group: int, start: int) -> None:
         """Open an event file, and mark earlier events of steps after `start` as void.
 
@@ -37,6 +39,7 @@ class TensorBoard:
         self._writer.write_event(Event(session_log=SessionLog(status=SessionLog.START), step=start + 1))
 
     def report(self, line: dict[str, Any]) -> None:
+        """Write the values of a step's line as one event."""
         scalars = [Summary.Value(tag=tag, simple_value=value) for tag, value in tagged_values(line).items()]
         step, wall_time = line[metrics.STEP], line[metrics.TIME]
         self._writer.write_event(Event(summary=Summary(value=scalars), step=step, wall_time=wall_time))
@@ -59,6 +62,7 @@ class TensorBoard:
             self._writer.close()
 
     def _open(self) -> None:
+        """Open a new event file, in the run directory or, for an object store, in a temporary folder."""
         folder = Path(self._spool.name) if self._spool else self._folder
         assert isinstance(folder, Path)
         folder.mkdir(exist_ok=True)
@@ -68,6 +72,7 @@ class TensorBoard:
         self._flushed = time.monotonic()
 
     def _upload(self) -> None:
+        """Close the event file, and move it from the temporary folder to the object store."""
         assert self._spool
         self._writer.close()
         for file in Path(self._spool.name).iterdir():

@@ -26,12 +26,12 @@ def test_ingest_measures_whole_preparation_and_stream(project):
     figures = result.json()["figures"]
     domains = read_data_manifest(project / "prepared").domains.values()
     tokens, text = sum(d.tokens + d.validation_tokens for d in domains), sum(d.text_bytes for d in domains)
-    for prepared in figures["prepare: mhmoe"]["rounds"]:
-        assert (prepared["tokens"], prepared["text_bytes"]) == (tokens, text)
-        assert prepared["seconds"] > 0
-        assert 0 < prepared["own_bytes"] <= prepared["peak_bytes"]
-    for streamed in figures["stream: mhmoe"]["rounds"]:
-        assert streamed["micro_batches"] == 20 * 4 - 1  # 20 steps; the first micro-batch starts the clock
+    for prepare_round in figures["prepare: mhmoe"]["rounds"]:
+        assert (prepare_round["tokens"], prepare_round["text_bytes"]) == (tokens, text)
+        assert prepare_round["seconds"] > 0
+        assert 0 < prepare_round["own_bytes"] <= prepare_round["peak_bytes"]
+    for stream_round in figures["stream: mhmoe"]["rounds"]:
+        assert stream_round["micro_batches"] == 20 * 4 - 1  # 20 steps; the first micro-batch starts the clock
     assert [len(f["rounds"]) for f in figures.values()] == [1] * len(figures)
     missing_peers = [name for name in PEER_CONTESTANTS if find_spec(CONTESTANTS[name].package) is None]
     assert set(figures) == set(CONTESTANTS) - set(missing_peers)
@@ -64,16 +64,18 @@ def test_datasets_prepares_as_many_tokens_except_batch_ends(project):
         "figures"
     ]
     our_tokens, *peer_tokens = (f["rounds"][0]["tokens"] for name, f in figures.items() if name.startswith("prepare"))
-    end_tokens = 2 * spec.data.seq_len * 2  # of batches of 1,000 documents in each of two processes
+    # datasets packs each batch of up to 1,000 documents alone and drops its incomplete end, in each of two processes.
+    end_tokens = 2 * spec.data.seq_len * 2
     assert all(our_tokens - end_tokens <= tokens <= our_tokens for tokens in peer_tokens)
     assert len(peer_tokens) == 2
 
 
 @pytest.mark.ray
 def test_failure_is_one_line_with_cause(tmp_path):
-    """A manifest without shards is enough: the preparation fails before the stream reads prepared data."""
+    """If a preparation fails, the command prints one line that names the contestant and the cause."""
     spec = write_spec(tmp_path)
     write_lines(tmp_path / "raw/a/one.jsonl", [b"no json"])
+    # A manifest without shards is enough, because preparation is measured first.
     spec.data.prepared.mkdir()
     write_json(spec.data.prepared / "manifest.json", make_manifest({"web/a": 4}, recipe(spec)).model_dump(mode="json"))
     result = mhmoe_subprocess(tmp_path, "bench", "ingest", "spec.yaml", "--rounds", "1")

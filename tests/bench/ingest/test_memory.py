@@ -26,17 +26,18 @@ print(peak.resident, peak.private)"""
 
 
 def peak_memory(code: str) -> MemoryUsage:
+    """Return the peak that `PeakMemory` records in a process whose grandchild runs `code`."""
     command = [sys.executable, "-c", WATCH_CODE, CHILD_CODE, f"{code}\nimport time\ntime.sleep(2)"]
-    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    return MemoryUsage(*map(int, printed.split()))
+    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return MemoryUsage(*map(int, output.split()))
 
 
 def test_peak_is_that_of_largest_descendant(tmp_path):
     (tmp_path / "file").write_bytes(b"1" * 200 * MB)
-    private, mapped = peak_memory(PRIVATE_CODE), peak_memory(MAPPED_CODE.format(path=str(tmp_path / "file")))
-    assert 200 * MB < private.private <= private.resident < 250 * MB
-    assert mapped.private < 50 * MB
-    assert 200 * MB < mapped.resident < 250 * MB
+    private_peak, mapped_peak = peak_memory(PRIVATE_CODE), peak_memory(MAPPED_CODE.format(path=str(tmp_path / "file")))
+    assert 200 * MB < private_peak.private <= private_peak.resident < 250 * MB
+    assert mapped_peak.private < 50 * MB
+    assert 200 * MB < mapped_peak.resident < 250 * MB
 
 
 def test_peak_includes_process_itself():
@@ -47,8 +48,8 @@ with PeakMemory() as peak:
     {PRIVATE_CODE}
     time.sleep(1)
 print(peak.private)"""
-    printed = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
-    assert int(printed) > 200 * MB
+    output = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    assert int(output) > 200 * MB
 
 
 def test_descendants_are_listed_until_they_end():

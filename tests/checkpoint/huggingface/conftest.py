@@ -1,4 +1,4 @@
-"""Runs with checkpoints like those of training, and folders that transformers wrote."""
+"""Runs with a checkpoint like those of training, and model folders written by transformers."""
 
 from pathlib import Path
 
@@ -51,7 +51,10 @@ def random_model(spec: ModelSpec) -> Decoder:
 
 
 def make_run(folder: Path, spec: ModelSpec) -> RunDir:
-    """Write a run with a checkpoint of step 7 below folder/runs, and return it."""
+    """Write a finished run with a tokenizer and a checkpoint of step 7 below folder/runs, and return it.
+
+    The checkpoint has the weights of `random_model(spec)` and no optimizer state.
+    """
     run = create_run(tiny_spec(folder, model=spec.model_dump(), data={"seq_len": SEQ_LEN}))
     add_attempt(run, Attempt("job-1", "http://127.0.0.1:9", local=True))
     llama_tokenizer(TEXT, spec.vocab_size).save(str(run.tokenizer_file))
@@ -78,11 +81,13 @@ def make_run(folder: Path, spec: ModelSpec) -> RunDir:
 
 
 def export_run(run: RunDir, target):
+    """Export the run's newest checkpoint into the folder `target`, and return the result of the export."""
     checkpoint, manifest, _ = newest_checkpoint(run, ("weights",))
     return export(checkpoint, manifest, target)
 
 
 def raise_read_error(*_, **__):
+    """Raise the error of a failing disk; a replacement for functions that read files."""
     raise OSError(5, "Input/output error")
 
 
@@ -107,6 +112,7 @@ def mixtral(tmp_path_factory):
 
 
 def save_mixtral(model, folder: Path, **options) -> Path:
+    """Save a model of transformers with a tokenizer, and return the folder; `options` are for save_pretrained."""
     model.save_pretrained(folder, **options)
     llama_tokenizer(TEXT, model.config.vocab_size).save(str(folder / "tokenizer.json"))
     return folder

@@ -33,7 +33,7 @@ from tests.checkpoint.huggingface.conftest import (
     random_model,
     save_mixtral,
 )
-from tests.paged import in_parts
+from tests.paged import logits_in_parts
 from tests.ranks import run_ranks
 from tests.serve.asking import answer_pieces, answer_tokens
 
@@ -41,13 +41,14 @@ TOKENS = torch.randint(320, (2, 40), generator=torch.Generator().manual_seed(0))
 
 
 def folder_tensors(folder):
+    """Return the tensors of each safetensors file of a folder, by file name and tensor name."""
     return {p.name: load_file(p) for p in sorted(folder.glob("*.safetensors"))}
 
 
 @torch.no_grad()
 def our_logits(run: RunDir) -> torch.Tensor:
     model, _ = load_model(newest_checkpoint(run, ("weights",))[0])
-    return in_parts(model, TOKENS, [TOKENS.shape[1]])  # as serving does
+    return logits_in_parts(model, TOKENS, [TOKENS.shape[1]])  # as serving does
 
 
 @torch.no_grad()
@@ -161,7 +162,7 @@ def test_bfloat16_is_kept_on_disk(tmp_path, mixtral):
 
 
 def _load_on_rank(checkpoint):
-    """Load the weights on one of two ranks, which has half of the experts, and return its tensors."""
+    """Load a checkpoint's weights on one of two ranks, which has half of the experts, and return the rank's tensors."""
     import torch.distributed as dist
 
     mesh, spec = init_device_mesh("cpu", (2,)), read_manifest(checkpoint).model

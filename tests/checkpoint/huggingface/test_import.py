@@ -18,6 +18,8 @@ from tests.serve.asking import answer_tokens
 
 
 def edit_config(**fields):
+    """Return a function that sets these fields in the config.json of a folder."""
+
     def edit(folder):
         path = folder / "config.json"
         path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
@@ -26,6 +28,8 @@ def edit_config(**fields):
 
 
 def edit_tensors(edit):
+    """Return a function that loads the tensors of a folder, calls `edit` with them, and writes them back."""
+
     def apply(folder):
         tensors = load_file(folder / "model.safetensors")
         edit(tensors)
@@ -39,12 +43,14 @@ def rename_to_pickle(folder):
 
 
 def remove_shard(folder):
+    """Replace the weights of a folder by an index that names a missing file."""
     index = {"weight_map": {"lm_head.weight": "model-00001-of-00002.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     (folder / "model.safetensors").unlink()
 
 
 def write_chat_templates(templates):
+    """Return a function that writes these chat templates to the tokenizer_config.json of a folder."""
     return lambda folder: (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": templates}))
 
 

@@ -1,4 +1,4 @@
-"""Tests that transformers encodes a text to the same tokens as `mhmoe generate`."""
+"""Tests of exported tokenizers: transformers encodes a text to the same tokens as `mhmoe generate`."""
 
 import json
 
@@ -20,6 +20,7 @@ TEXTS = ["the quick brown fox", "", " fox 日本 🦊\n"]
 
 
 def byte_level(post_processor):
+    """Return a byte-level BPE tokenizer trained on `TEXT`, with this post-processor."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -31,6 +32,7 @@ def byte_level(post_processor):
 
 
 def template(single, token, number):
+    """Return a post-processor that adds the special token with id `number` as the template `single` says."""
     return processors.TemplateProcessing(single=single, special_tokens=[(token, number)])
 
 

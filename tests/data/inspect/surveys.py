@@ -12,6 +12,7 @@ from mhmoe_ray.data.sources import find_files
 
 
 def survey_serially(spec, tokenizer=None, rules=True) -> Survey:
+    """Return the survey of a data section; `tokenizer` is a tokenizer file, or None for a survey without tokens."""
     files, entries = find_files(spec), [np.empty(0, ENTRY_DTYPE)]
     result = Survey(tokenized=tokenizer is not None)
     for file_index, file in enumerate(files):

@@ -24,7 +24,10 @@ def extra_bytes(sizes_by_text) -> int:
 
 
 def count_copies_plainly(documents) -> Copies:
-    """Count the copies with plain dictionaries."""
+    """Count the copies with plain dictionaries, as a reference for `count_copies`.
+
+    A document is the number of its text, the index of its file, and its size in bytes.
+    """
     result, locations_by_text, sizes_by_text = Copies(), defaultdict(list), defaultdict(list)
     sizes_by_domain = defaultdict(lambda: defaultdict(list))
     for line, (text, file, size) in enumerate(documents, start=1):

@@ -25,7 +25,7 @@ def test_language_of_folder_is_empty_for_other_folders(name):
     assert language_of_folder(name) == NO_LANGUAGE
 
 
-def test_language_of_record():
+def test_language_of_record_keeps_codes_outside_the_table():
     assert language_of_record(None) == NO_LANGUAGE
     assert language_of_record("ast") == "ast"  # Asturian is a language that is not in the table
     assert language_of_record("a programming language") == OTHER_LANGUAGE

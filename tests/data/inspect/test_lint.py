@@ -22,6 +22,7 @@ def lint_data(data, spec: RunSpec | None = None, manifest=None, tokenizer=None):
 
 
 def lint_spec(folder, manifest=None, tokenizer=None, train=None, **data):
+    """Return the problems of the text in `folder`; `data` and `train` are changes to the spec's sections."""
     spec = tiny_spec(folder, data={**BIG_ENOUGH, **data}, train=train or {})
     return lint_data(spec.data, spec, manifest, tokenizer)
 
@@ -37,7 +38,7 @@ def only_problem(problems):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Return a folder with sound text in raw/."""
+    """Write sound text into raw/ of a folder, and return the folder."""
     write_corpus(tmp_path / "raw")
     return tmp_path
 
@@ -214,9 +215,8 @@ def test_lint_reports_unknown_tokens(folder):
     word_tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     word_tokenizer.save(str(folder / "tokenizer.json"))
     problems = lint_spec(folder, tokenizer=folder / "tokenizer.json")
-    assert {(p.rule, p.subject) for p in problems} == {
-        ("unknown-tokens", f"web/{name}") for name in "ab"
-    }  # c is too short
+    # The domain c has too few tokens for the rule.
+    assert {(p.rule, p.subject) for p in problems} == {("unknown-tokens", f"web/{name}") for name in "ab"}
 
 
 def test_lint_sorts_errors_first(folder):

@@ -26,6 +26,7 @@ from tests.llama_tokenizer import llama_tokenizer
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
+    """Train a LLaMA-like tokenizer; return it and the path of its file."""
     llama = llama_tokenizer(make_documents("train", 20), 400)
     llama.save(str(path := tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"))
     return llama, path
@@ -56,7 +57,7 @@ def test_survey_figures_equal_plain_counting(tmp_path, tokenizer):
 
 
 def test_survey_counts_tokens_like_the_preparation(tmp_path, tokenizer):
-    """The text of a special token is encoded as letters."""
+    """The survey counts as many tokens as preparation writes: the text of a special token is encoded as letters."""
     texts = ["<s>struck</s> out", "nothing special", "</s>"]
     write_documents(tmp_path / "raw" / "x.jsonl", texts)
     llama, path = tokenizer
@@ -77,7 +78,8 @@ def test_survey_with_a_tiktoken_file_equals_that_with_its_tokenizer(tmp_path):
     survey = survey_serially(spec, spec.tokenizer)
     assert survey == survey_serially(spec, tmp_path / "tokenizer.json")
     assert survey.domains["web/a"].all_figures.tokens < survey.domains["web/a"].all_figures.bytes
-    byte_spec = spec.model_copy(update={"tokenizer_pattern": "[a-z]|[^a-z]"})  # the file is in use with gpt2's pattern
+    # The process has cached the tokenizer of the same file with another pattern.
+    byte_spec = spec.model_copy(update={"tokenizer_pattern": "[a-z]|[^a-z]"})
     byte_figures = survey_serially(byte_spec, spec.tokenizer).domains["web/a"].all_figures
     assert byte_figures.tokens == byte_figures.bytes
     with pytest.raises(DataError, match=r"set data\.tokenizer_pattern to gpt2"):

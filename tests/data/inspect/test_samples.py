@@ -14,9 +14,9 @@ from tests.specs import tiny_spec
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
-    """Write a prepared folder and return its spec, its tokenizer, its token rows by domain, and its training order.
+    """Write a prepared folder; return its spec, tokenizer, samples as token ids by domain, and training order.
 
-    The last tokens of each row of web/c are padding.
+    The last 5 of 25 tokens of each sample of web/c are padding.
     """
     folder = tmp_path_factory.mktemp("project")
     texts = write_corpus(folder / "raw")

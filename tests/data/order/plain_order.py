@@ -1,4 +1,4 @@
-"""The order of training samples as a plain loop with counters, against which order.py is tested."""
+"""Reference for tests of order.py: the order of training samples, computed by a plain loop with counters."""
 
 from collections.abc import Iterator, Sequence
 
@@ -9,6 +9,8 @@ SOURCE_ERROR, DOMAIN_ERROR = 3.36, 6.72
 
 
 class Leaf:
+    """Leaf of a tree: each slot that reaches it goes to the domain `index`."""
+
     def __init__(self, weight: int, index: int) -> None:
         self.weight, self.index = weight, index
 
@@ -17,9 +19,10 @@ class Leaf:
 
 
 class Node:
-    """Inner node of a tree, which hands slots to its children in proportion to their weights.
+    """Inner node of a tree, which hands slots to its two children in proportion to their weights.
 
-    The left child gets a slot whenever the sum of its weights reaches another multiple of the node's weight.
+    Each slot adds the left child's weight to a credit. If the credit reaches the node's weight, the left child gets
+    the slot and the credit is reduced by that weight; otherwise the right child gets it.
     """
 
     def __init__(self, index: int, left_child: "Leaf | Node", right_child: "Leaf | Node") -> None:
@@ -32,6 +35,7 @@ class Node:
         self.credit = 0
 
     def next_domain(self) -> int:
+        """Return the domain of the next slot."""
         self.credit += self.left_child.weight
         if self.credit >= self.weight:
             self.credit -= self.weight
@@ -40,15 +44,17 @@ class Node:
 
 
 class TreeBuilder:
-    """Builder of trees that numbers the nodes of all its trees, after the domains.
+    """Builder of Huffman trees with domains as leaves.
 
-    The older of two nodes of equal weight comes first.
+    Inner nodes of all its trees are numbered consecutively, from the number of domains on. Of two nodes of equal
+    weight, the one with the smaller number is merged first.
     """
 
     def __init__(self, domains: int) -> None:
         self.next_index = domains
 
     def merge_trees(self, trees: list[Leaf | Node]) -> Leaf | Node:
+        """Merge trees into one as Huffman's algorithm does: repeatedly merge the two lightest."""
         trees = list(trees)
         while len(trees) > 1:
             trees.sort(key=lambda t: (t.weight, t.index))
@@ -58,6 +64,7 @@ class TreeBuilder:
         return trees[0]
 
     def build_tree(self, sources: Sequence[str], weights: Sequence[int]) -> Leaf | Node:
+        """Return a tree of the sources, each of which is a tree of its domains; domains of weight 0 are left out."""
         leaves = {s: [Leaf(w, i) for i, w in enumerate(weights) if w and sources[i] == s] for s in sources}
         return self.merge_trees([self.merge_trees(source_leaves) for source_leaves in leaves.values() if source_leaves])
 
@@ -65,7 +72,7 @@ class TreeBuilder:
 def plain_order(
     seed: int, domains: Sequence[OrderedDomain], phases: Sequence[Phase], length: int
 ) -> Iterator[tuple[int, int]]:
-    """Yield the (domain, sample) of positions 0 .. length - 1."""
+    """Yield the index of the domain, and the number of the sample in it, for positions 0 .. `length` - 1."""
     tree_builder, read_counts = TreeBuilder(len(domains)), [0] * len(domains)
     trees = [tree_builder.build_tree([d.source for d in domains], phase.weights) for phase in phases]
     ends = [*(p.start for p in phases[1:]), length]
@@ -81,7 +88,7 @@ def plain_order(
 
 
 def mix_bits(x: int) -> int:
-    """Return the output of splitmix64's finaliser for x."""
+    """Return the finaliser of splitmix64 applied to `x` modulo 2^64."""
     x %= 2**64
     x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 % 2**64
     x = (x ^ x >> 27) * 0x94D049BB133111EB % 2**64
@@ -89,10 +96,10 @@ def mix_bits(x: int) -> int:
 
 
 def permute_position(position: int, size: int, key: int) -> int:
-    """Return the permuted position.
+    """Return the number to which the keyed permutation of 0 .. `size` - 1 maps `position`.
 
-    The position is a cell of a rectangle. The cell is moved along rows and columns in turn, until it is one of the
-    first `size` cells.
+    A position is a cell of a nearly square rectangle. Twelve rounds shift the cell along its column or its row in turn.
+    They are repeated until the cell is one of the first `size` cells.
     """
     width = next(w for w in range(1, size + 1) if w * w >= size)
     height = -(-size // width)
@@ -110,6 +117,7 @@ def permute_position(position: int, size: int, key: int) -> int:
 
 
 def scatter(x: int, bound: int) -> int:
+    """Hash `x` to a number from 0 to `bound` - 1."""
     x = x * 0x85EBCA6B % 2**32
     x = (x ^ x >> 15) * 0xC2B2AE35 % 2**32
     return x * bound >> 32

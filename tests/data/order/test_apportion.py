@@ -12,6 +12,7 @@ OFFSETS = st.floats(0, 1, exclude_max=True)
 
 @st.composite
 def apportionments(draw):
+    """Draw a total, weights and limits for which `apportion` has a solution."""
     weights = draw(st.lists(st.floats(0, 1e6) | st.sampled_from([0.0, 1e-9, 1.0]), min_size=1, max_size=9))
     assume(any(weights))
     limits = draw(st.lists(st.integers(0, 200), min_size=len(weights), max_size=len(weights)))
@@ -20,7 +21,7 @@ def apportionments(draw):
 
 
 def exact_parts(total: int, weights: list[float], limits: list[int]) -> list[Fraction]:
-    """Return the exact parts; what exceeds the limit of a part goes to the parts below their limits."""
+    """Split `total` exactly in proportion to the weights; what exceeds a part's limit goes to parts below theirs."""
     parts = [Fraction(0)] * len(weights)
     while total:
         fill_level = Fraction(total) / sum(Fraction(w) for w, p, m in zip(weights, parts, limits, strict=True) if p < m)
@@ -56,7 +57,7 @@ def test_apportion_keeps_small_shares_of_a_large_total(weights, offset):
     assert min(parts) > 0
 
 
-def test_apportion_is_fair_on_average():
+def test_apportion_gives_the_exact_parts_on_average():
     weights = [0.05, 0.35, 3.3, 6.3]
     offsets = (np.arange(1000) + 0.5) / 1000
     mean_parts = np.mean([apportion(10, weights, [10] * 4, offset) for offset in offsets], axis=0)

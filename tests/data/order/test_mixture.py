@@ -17,7 +17,7 @@ from tests.specs import tiny_spec
 
 
 def make_mixture(samples, steps=100, schedule=(), **sources):
-    """Return the mixture of a spec with the given sources and eight samples a step."""
+    """Return the mixture of a spec with these sources and eight samples a step; `samples` are counts by domain."""
     sources = {name: {"path": name, **source} for name, source in sources.items()}
     spec = tiny_spec(data={"sources": sources, "schedule": schedule}, train={"steps": steps})
     return compute_mixture(spec, make_manifest(samples))
@@ -82,7 +82,7 @@ def test_order_without_limits_is_independent_of_the_number_of_steps():
     assert np.array_equal(short_order(np.arange(240)), long_order(np.arange(240)))
 
 
-def test_limited_domain_leaves_its_rest_to_domains_of_its_source():
+def test_limited_domain_passes_its_excess_to_domains_of_its_source():
     mixture = make_mixture(SAMPLES, web={"weight": 3, "alpha": 0, "max_epochs": 4}, books={"weight": 1})
     read_counts = values_by_domain(mixture, mixture.samples_read(0, 100))
     assert read_counts["web/sw"] == 48
@@ -97,7 +97,7 @@ def test_limits_are_exact_decimals(epochs, samples, limit):
     assert mixture.limits == [limit, None]
 
 
-def test_limited_source_leaves_its_rest_to_other_sources():
+def test_limited_source_passes_its_excess_to_other_sources():
     limited_source = {"weight": 3, "max_epochs": 1, "max_epochs_of": {"a": 0.5}}
     mixture = make_mixture(SAMPLES, web={"weight": 1, "shares": {"en": 1}}, books=limited_source)
     assert values_by_domain(mixture, mixture.samples_read(0, 100)) == {
@@ -118,7 +118,7 @@ def test_mixture_allows_exactly_one_epoch_of_all_samples():
     with pytest.raises(DataError) as e:
         make_mixture(samples, steps=123, **sources)
     assert str(e.value) == (
-        "mixture: max_epochs allows 800 samples, and 984 are wanted; "
+        "mixture: max_epochs allows 800 samples, and 984 are needed; "
         "set train.steps to 100, or raise max_epochs, or add text"
     )
 
@@ -126,7 +126,7 @@ def test_mixture_allows_exactly_one_epoch_of_all_samples():
 def test_error_names_a_phase_without_enough_data():
     schedule = [{"from_step": 40, "sources": {"web": {"weight": 0}}}]
     sources = {"web": {"weight": 3}, "books": {"shares": {"b": 1}, "max_epochs": 3}}
-    with pytest.raises(DataError, match=r"allows 258 samples from step 40 on, and 480 are wanted; set .* to 67,") as e:
+    with pytest.raises(DataError, match=r"allows 258 samples from step 40 on, and 480 are needed; set .* to 67,") as e:
         make_mixture(SAMPLES, schedule=schedule, **sources)
     assert e.value.exit_code == 4
     make_mixture(SAMPLES, steps=67, schedule=schedule, **sources)
@@ -141,10 +141,10 @@ def test_error_names_a_phase_without_enough_data():
         ({"books": {"shares": {"c": 1}}}, "domain books/c: it does not fill a single sample"),
         ({"books": {}, "news": {}}, "source news: none of its domains fills a sample"),
         ({"books": {"max_epochs_of": {"x": 1}}}, "there is no books/x in the prepared data"),
-        ({"books": {"max_epochs": 0.001}}, "max_epochs allows 0 samples, and 800 are wanted; raise max_epochs"),
+        ({"books": {"max_epochs": 0.001}}, "max_epochs allows 0 samples, and 800 are needed; raise max_epochs"),
     ],
 )
-def test_error_of_a_wrong_spec_is_one_line(sources, message):
+def test_unusable_sources_are_reported(sources, message):
     with pytest.raises(DataError) as e:
         make_mixture(SAMPLES, **sources)
     assert message in str(e.value)
@@ -152,6 +152,7 @@ def test_error_of_a_wrong_spec_is_one_line(sources, message):
 
 @st.composite
 def mixture_problems(draw):
+    """Draw counts of samples by domain, the number of steps, a schedule, and sources with optional limits."""
     sizes = draw(st.lists(st.integers(1, 400), min_size=1, max_size=8))
     samples = {f"{draw(st.sampled_from(['x', 'y', 'z']))}/{i}": n for i, n in enumerate(sizes)}
     names = sorted({name[0] for name in samples})
@@ -174,7 +175,10 @@ def mixture_problems(draw):
 
 
 def requested_samples(samples, steps, schedule, sources):
-    """Return the number of samples of each domain that the spec asks for, by phase, as if there were no limits."""
+    """Return the samples that the spec requests of each domain in each phase, as if there were no limits.
+
+    The result is None if a phase gives no source a weight.
+    """
     current_sources = {name: dict(source) for name, source in sources.items()}
     changes_by_step = {0: {}, **{phase["from_step"]: phase["sources"] for phase in schedule}}
     result = []
@@ -200,7 +204,7 @@ def requested_samples(samples, steps, schedule, sources):
 
 @settings(max_examples=200)
 @given(mixture_problems())
-def test_read_samples_follow_the_rules(problem):
+def test_samples_read_follow_shares_and_limits(problem):
     samples, steps, schedule, sources = problem
     requested_samples_by_phase = requested_samples(*problem)
     assume(requested_samples_by_phase is not None)

@@ -10,9 +10,9 @@ SEEDS = st.integers(0, 2**32)
 
 @st.composite
 def small_mixtures(draw, max_samples=40, max_phase_length=200):
-    """Draw domains of some sources, and phases of integer weights, of which some are zero.
+    """Draw up to seven domains of up to three sources, and up to four phases with small weights, some of them zero.
 
-    No phase is longer than the sum of its weights, and the last phase ends after as many positions.
+    No phase has more positions than the sum of its weights, which `Order` requires.
     """
     samples = draw(st.lists(st.integers(1, max_samples), min_size=1, max_size=7))
     domains = [OrderedDomain(f"d{i}", draw(st.sampled_from("abc")), n) for i, n in enumerate(samples)]
@@ -37,7 +37,7 @@ def test_order_equals_the_plain_loop(seed, mixture):
 
 @st.composite
 def large_mixtures(draw):
-    """Draw domains with weights that add up to 2^50, with shares down to 1e-9, and phases of any length."""
+    """Draw large domains, and phases of up to 10^13 positions whose weights add up to 2^50; some shares are tiny."""
     size = draw(st.integers(1, 12))
     domains = [OrderedDomain(f"d{i}", draw(st.sampled_from("abc")), draw(st.integers(1, 10**9))) for i in range(size)]
     exponents = st.lists(st.floats(-9, 0), min_size=size, max_size=size)
@@ -109,7 +109,7 @@ def test_order_spreads_small_shares_of_many_domains():
     order = Order(5, domains, [Phase(0, weights)])
     counts = np.array(order.domain_counts(3 * 10**12))
     assert np.abs(counts - np.array(weights) / MAX_WEIGHT * 3 * 10**12).max() < DOMAIN_ERROR
-    # A stretch of a million positions has about one sample of each domain.
+    # A stretch of a million positions has about one sample of each of the 999 small domains.
     domain, _ = order(np.arange(10**12, 10**12 + 10**6))
     read_counts = np.bincount(domain, minlength=1000)
     assert np.abs(read_counts[:999] - 1).max() <= DOMAIN_ERROR
@@ -142,9 +142,9 @@ def test_order_differs_between_seeds():
 
 
 def test_order_mixes_the_shards_of_a_domain_in_a_batch():
-    """The 256 samples of a batch come from as many of 40 shards as a random draw would give.
+    """The 256 samples of a batch come, on average, from as many of a domain's 40 shards as random draws would.
 
-    The order of samples is independent of their shards.
+    The order is not correlated with the place in the domain, and counts by shard vary as in random draws.
     """
     size, shards, batch = 40_000, 40, 256
     domains = [OrderedDomain("a", "s", size), OrderedDomain("b", "s", size)]
@@ -152,9 +152,8 @@ def test_order_mixes_the_shards_of_a_domain_in_a_batch():
     domain, sample = order(np.arange(2 * size))
     for d in (0, 1):
         domain_samples = sample[domain == d]
-        rank_correlation = np.corrcoef(domain_samples, np.arange(size))[
-            0, 1
-        ]  # Spearman's, because both are permutations
+        # This is Spearman's rank correlation, because both are permutations.
+        rank_correlation = np.corrcoef(domain_samples, np.arange(size))[0, 1]
         assert abs(rank_correlation) < 4 / np.sqrt(size)
         shards_by_batch = domain_samples[: size // batch * batch].reshape(-1, batch) // (size // shards)
         mean_distinct_shards = np.mean([len(set(row)) for row in shards_by_batch])

@@ -39,7 +39,7 @@ def chi_square(counts: np.ndarray, expected: float | np.ndarray) -> float:
 
 
 def permutations_of_epochs(size: int, count: int, key: str) -> np.ndarray:
-    """Return the permutations of `count` epochs, shape (count, size)."""
+    """Return the permutations of the first `count` epochs of a domain of `size` samples, shape (count, size)."""
     positions = np.arange(count * size)
     return Permutations([size], [seeded_hash(1, key)])(np.zeros(len(positions), np.int64), positions).reshape(
         count, size

@@ -1,4 +1,4 @@
-"""Streams of tokens for tests."""
+"""Documents of tokens, and streams of tokens on disk, for tests."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,7 +24,7 @@ def write_stream(folder: Path, parts: Sequence[np.ndarray], token_bytes: int = 2
 
 
 def make_documents(lengths: Sequence[int]) -> list[list[int]]:
-    """Return documents of the given lengths, each with START before its tokens, which are all different."""
+    """Return documents of START and as many tokens as each length says; no other token occurs twice."""
     documents, next_token = [], START + 1
     for n in lengths:
         documents.append([START, *range(next_token, next_token + n)])

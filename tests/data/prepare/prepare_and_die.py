@@ -14,7 +14,7 @@ from tests.data.prepare.prepare_serially import run_tasks_serially, use_small_ch
 
 
 def kill_after_parts(part_count: int, pid: int, work_folder: Path, ready_event: Event) -> None:
-    """Kill a process when `part_count` parts exist below `work_folder`.
+    """Set `ready_event`, and kill the process `pid` as soon as `part_count` parts exist below `work_folder`.
 
     This runs in another process, because a thread of the job would get no time while the job writes parts.
     """
@@ -33,5 +33,6 @@ if __name__ == "__main__":
     spawn_context.Process(
         target=kill_after_parts, args=(int(sys.argv[1]), os.getpid(), work, ready_event), daemon=True
     ).start()
-    ready_event.wait()  # its imports take longer than the parts
+    # The imports of the other process take longer than the parts.
+    ready_event.wait()
     main()

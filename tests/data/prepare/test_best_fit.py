@@ -34,7 +34,7 @@ def test_best_fit_makes_every_token_a_target_once(lengths, seq_len):
 @given(lengths=st.lists(st.integers(0, 40), min_size=1, max_size=30), seq_len=st.integers(1, 16))
 def test_best_fit_keeps_short_documents_whole(lengths, seq_len):
     documents, packing = pack_documents(lengths, seq_len)
-    # Between padding at both ends, so that a start token is found on either side of a document.
+    # A space after each token keeps it from matching the first digits of a longer one.
     rows = [" ".join(map(str, row)) + " " for row in packing.samples.tolist()]
     for document in documents:
         if len(document) <= seq_len:
@@ -45,7 +45,7 @@ def test_best_fit_keeps_short_documents_whole(lengths, seq_len):
 
 @given(lengths=st.lists(st.integers(0, 30), min_size=1, max_size=60))
 def test_best_fit_leaves_at_most_one_sample_half_empty(lengths):
-    """Best fit begins a sample only if no other has room, so at most one sample is half empty."""
+    """Best fit begins a new sample only if no other has room, so at most one sample is filled to half or less."""
     _, packing = pack_documents(lengths, 32)
     filled_lengths = (packing.samples[:, 1:] != PADDING).sum(1)
     assert (filled_lengths <= 16).sum() <= 1

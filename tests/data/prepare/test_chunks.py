@@ -8,7 +8,7 @@ from tests.data.sources.read import data_spec
 
 
 def chunk_counts(folder, lines, characters):
-    """Return the numbers of texts and of bad lines of each chunk."""
+    """Write lines to a file, and return the numbers of texts and of bad lines in each of its chunks."""
     folder.mkdir(parents=True)
     (folder / "f.jsonl").write_text("".join(f"{line}\n" for line in lines))
     spec = data_spec(folder, format="jsonl").model_copy(update={"max_bad_lines": len(lines)})
@@ -30,6 +30,6 @@ def test_chunks_depend_on_the_content_of_a_file_only(tmp_path):
 
 
 def test_bad_lines_fill_chunks(tmp_path):
-    """Bad lines count towards a chunk, so their reports need little memory."""
+    """A bad line adds to the size of a chunk like text, so no chunk has many of them in memory."""
     counts = chunk_counts(tmp_path / "a", ['{"body": "of another key"}'] * 1000, 4000)
     assert max(bad_count for _, bad_count in counts) <= 10

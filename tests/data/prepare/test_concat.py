@@ -28,7 +28,7 @@ def test_concat_makes_every_token_but_the_first_a_target_once(tmp_path_factory, 
 
 
 @given(parts=LENGTHS, seq_len=st.integers(1, 30), rows=st.integers(1, 3))
-def test_whole_documents_counts_documents_within_a_sample(tmp_path_factory, parts, seq_len, rows):
+def test_count_whole_documents_counts_documents_within_a_sample(tmp_path_factory, parts, seq_len, rows):
     documents = make_documents([n for part in parts for n in part])
     position, expected = 0, 0
     total = sum(map(len, documents))

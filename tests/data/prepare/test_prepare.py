@@ -36,7 +36,10 @@ TRAIN = {"steps": 60, "micro_batches": 4, "micro_batch_size": 2}
 
 
 def run_on_cluster(cluster, *args, expected_status="SUCCEEDED", **env):
-    """Run a module as a job of the cluster, in our working directory, and return the lines that it prints."""
+    """Run a module as a job of the cluster, in our working directory, and return the lines that it prints.
+
+    Assert that the job ends with `expected_status`.
+    """
     connection, job = connect(cluster.address), f"test-{secrets.token_hex(4)}"
     environment = {"env_vars": {"PYTHONPATH": str(Path.cwd()), **env}}
     jobs.submit(connection, jobs.job_request(["-m", *map(str, args)], job, local=True, runtime_env=environment))
@@ -46,11 +49,12 @@ def run_on_cluster(cluster, *args, expected_status="SUCCEEDED", **env):
 
 
 def spec_in_folder(spec, folder, **data):
-    """Return a copy of a spec that prepares into another folder."""
+    """Return a copy of a spec that prepares into another folder; `data` are changes to its data section."""
     return spec.model_copy(update={"data": spec.data.model_copy(update={"prepared": folder, **data})})
 
 
 def assert_same_files(first_folder, second_folder):
+    """Assert that two prepared folders have the same seven files, with equal contents."""
     names = sorted(str(p.relative_to(first_folder)) for p in first_folder.rglob("*") if p.is_file())
     assert names == sorted(str(p.relative_to(second_folder)) for p in second_folder.rglob("*") if p.is_file())
     assert len(names) == 7, names
@@ -61,7 +65,7 @@ END_OF_TEXT_DOCUMENTS = [f"{i} <|endoftext|>, they wrote<|endoftext|>" for i in 
 
 
 def end_of_text_spec(folder, **keys):
-    """Write documents with the end-of-text token's text in them, and return a spec of them."""
+    """Write documents with the text of the end-of-text token in them and a tiktoken file `ranks`; return their spec."""
     write_documents(folder / "raw/a/one.jsonl", END_OF_TEXT_DOCUMENTS)
     lines = (base64.b64encode(bytes([byte])) + b" %d\n" % byte for byte in range(256))
     (folder / "ranks").write_bytes(b"".join(lines))
@@ -88,6 +92,7 @@ class KilledJob(NamedTuple):
 
 @pytest.fixture(scope="module")
 def killed_job(corpus, local_cluster, tmp_path_factory):
+    """Prepare in a job that SIGKILL ends after three parts, and return the state that it leaves."""
     folder = tmp_path_factory.mktemp("killed")
     spec = spec_in_folder(corpus[0], folder / "again")
     run_on_cluster(
@@ -103,12 +108,12 @@ def killed_job(corpus, local_cluster, tmp_path_factory):
 
 
 class Results(NamedTuple):
-    """Results of the job that runs all tasks."""
+    """Specs that the shared job worked on, and its results."""
 
     spec: RunSpec
     texts: dict[str, list[str]]
     serial_spec: RunSpec
-    """The same preparation with one task at a time instead of eight, and many chunks of a file instead of one."""
+    """Spec of the same preparation, but with one task at a time, and many chunks of a file instead of one."""
     best_fit_spec: RunSpec
     serial_best_fit_spec: RunSpec
     end_of_text_specs: dict[str, RunSpec]
@@ -127,7 +132,7 @@ SPLITS = ["1:0", "2:0", "4:0", f"2:{MIDDLE_POSITION}", f"4:{MIDDLE_POSITION}"]
 
 @pytest.fixture(scope="module")
 def results(corpus, killed_job, local_cluster, tmp_path_factory):
-    """Run all tasks that need no job for themselves in a single job."""
+    """Run in a single job all tasks that need no job of their own, and return its results."""
     folder, (spec, texts) = tmp_path_factory.mktemp("made"), corpus
     serial_spec = spec_in_folder(spec, folder / "again")
     best_fit_spec = spec_in_folder(spec, folder / "fitted", packing="best_fit", seq_len=300)
@@ -246,7 +251,7 @@ def test_prepare_with_best_fit_keeps_short_documents_whole(results):
 
 
 def test_training_stream_is_independent_of_the_number_of_workers(results):
-    """1, 2 or 4 workers start at the first step; 2 or 4 workers resume at a step in the middle."""
+    """Workers read the same micro-batches in turn: 1, 2 or 4 from the first step, 2 or 4 from a step in the middle."""
     batches_by_split = {}
     for path in results.split_paths:
         batches_by_split |= json.loads(path.read_text())

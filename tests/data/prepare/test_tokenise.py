@@ -10,6 +10,7 @@ from mhmoe_ray.data.tokenizer.train import train_bpe
 
 @pytest.fixture
 def tokenise(tmp_path):
+    """Return a function that tokenises texts as one chunk; it can reuse the parts of its earlier calls."""
     train_bpe(["a boat on the sea"], 300).save(str(tmp_path / "tokenizer.json"))
 
     def tokenise_texts(*texts, sha256="1", share=0.5) -> TokenisedChunk:

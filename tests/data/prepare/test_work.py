@@ -27,7 +27,10 @@ def test_clean_up_keeps_files_of_other_folders(tmp_path):
 
 
 def test_prepare_cleans_up_after_a_job_killed_at_its_end(tmp_path):
-    """A job that was killed after it published its result looks like a running preparation until cleanup."""
+    """`prepare` returns the published manifest, and removes what a job left that was killed after publishing it.
+
+    Until then, the progress report makes the killed job look like a running preparation.
+    """
     spec = tiny_spec(tmp_path)
     manifest = make_manifest({"web/a": 4}, recipe(spec))
     with staging_directory(spec) as staging:
@@ -70,7 +73,10 @@ def test_staging_directory_removes_stale_jobs_only(tmp_path, monkeypatch):
 
 
 def test_stale_job_stays_while_our_heartbeat_is_as_old(tmp_path):
-    """A pause of the machine or the storage makes all other jobs look stale to the first job that runs again."""
+    """A job whose own heartbeat was old removes no other job.
+
+    After a pause of the machine or the storage, all other jobs look stale to the first job that runs again.
+    """
     staging = StagingDirectory(tmp_path, tmp_path / "own")
     staging.job_path.mkdir()
     (staging.job_path / ALIVE_FILE).touch()

@@ -6,7 +6,7 @@ T = 16
 
 
 def make_manifest(samples: dict[str, int], recipe: dict[str, object] | None = None) -> DataManifest:
-    """Return a manifest of domains with the given numbers of samples of T + 1 tokens."""
+    """Return a manifest of domains with these numbers of samples, each of T + 1 tokens, and without shards."""
     domains = {
         name: Domain(
             documents=n,

@@ -19,7 +19,7 @@ def test_file_problem_reports_wrong_and_missing_files(tmp_path):
 
 
 def make_folders(folder):
-    """Write a sound folder, one with a wrong second shard, and one without its file of held-out samples."""
+    """Write and return three prepared folders: sound, with a wrong second shard, and without its held-out samples."""
     sound_folder, wrong_shard_folder, missing_file_folder = (folder / name for name in ("sound", "other", "lost"))
     manifest = make_manifest({"book": 2})
     shards = []
@@ -39,7 +39,7 @@ def make_folders(folder):
 
 
 def expected_reports(folders):
-    """Return the expected report on each folder; `tests/data/prepare/test_prepare.py` uses it too."""
+    """Return the expected `verification_report` of each folder that `make_folders` returns."""
     _, wrong_shard_folder, missing_file_folder = folders
     return [
         "sound",

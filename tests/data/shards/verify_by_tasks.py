@@ -1,4 +1,4 @@
-"""Reports on prepared folders, also by the tasks that verify large folders."""
+"""Reports on prepared folders, which are verified in this process or, like large folders, by Ray tasks."""
 
 from pathlib import Path
 
@@ -19,9 +19,10 @@ def verification_report(folder: Path) -> str:
 
 
 def verification_report_by_tasks(folder: Path) -> str:
-    """Return the report of `verification_report` from tasks of a running Ray.
+    """Verify a prepared folder by tasks of a running Ray; return its first problem, or "sound" if it has none.
 
-    Later verifications in this process use tasks too, because every folder then counts as large.
+    All later verifications of this process use tasks, too.
     """
+    # Every folder now counts as large.
     files.LOCAL_CHECK_BYTES = 0
     return verification_report(folder)

@@ -1,4 +1,4 @@
-"""Random damage to bytes, and the check whether a part of them is untouched."""
+"""Random damage to bytes, and a check whether it leaves a part of them untouched."""
 
 from typing import NamedTuple
 
@@ -14,7 +14,7 @@ class Edit(NamedTuple):
 
 
 def edit_lists(size: int) -> st.SearchStrategy[list[Edit]]:
-    """Return a strategy for lists of edits that do not overlap, in ascending order.
+    """Return a strategy for lists of edits of `size` bytes, in ascending order and without overlap.
 
     The edits are changes, deletions, insertions and truncations.
     """
@@ -32,6 +32,7 @@ def edit_lists(size: int) -> st.SearchStrategy[list[Edit]]:
 
 
 def _drop_overlaps(sorted_edits: list[Edit], size: int) -> list[Edit]:
+    """Drop edits that overlap or touch an earlier one, and end removals at the end of the data."""
     separate_edits: list[Edit] = []
     for edit in sorted_edits:
         removed_count = min(edit.removed_count, size - edit.offset)

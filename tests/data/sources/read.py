@@ -8,6 +8,7 @@ from mhmoe_ray.spec import DataSpec
 
 
 def data_spec(path, max_document_mb=32.0, **source) -> DataSpec:
+    """Return a data section whose only source is `web` at `path`; `source` has more keys of the source."""
     tree = {"sources": {"web": {"path": str(path), **source}}, "prepared": "prepared", "seq_len": 8}
     return DataSpec.model_validate(tree | {"max_document_mb": max_document_mb})
 
@@ -16,9 +17,9 @@ def read_source(path: Path | str, **keys) -> tuple[list[Document | BadLine], Tal
     """Return all documents and bad lines of a source, and the tally of its files."""
     spec, items, tally = data_spec(path, **keys), [], Tally()
     for file in find_files(spec):
-        reading = FileReader(file, spec)
-        items += reading
-        tally += reading.tally
+        reader = FileReader(file, spec)
+        items += reader
+        tally += reader.tally
     assert tally.documents == sum(isinstance(i, Document) for i in items)
     assert tally.bad.total() == len(items) - tally.documents
     return items, tally
@@ -36,5 +37,5 @@ def document_texts(items: list[Document | BadLine]) -> list[str]:
 
 
 def bad_lines(items: list[Document | BadLine]) -> list[tuple[int, str]]:
-    """Return the line and the reason of each part that could not be read."""
+    """Return the line number and the reason of each part that could not be read."""
     return [(item.line, item.reason) for item in items if isinstance(item, BadLine)]

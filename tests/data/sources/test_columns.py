@@ -20,7 +20,7 @@ def make_table(values, text_type=None) -> pa.Table:
 
 
 def write_dataset(folder, rows, files=2, **state):
-    """Write a dataset as `save_to_disk` of the package `datasets` writes it."""
+    """Write rows to `files` files as `save_to_disk` of the package `datasets` does; `state` goes into state.json."""
     folder.mkdir(parents=True, exist_ok=True)
     names = [f"data-{i:05d}-of-{files:05d}.arrow" for i in range(files)]
     for i, name in enumerate(names):

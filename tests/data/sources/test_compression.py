@@ -26,7 +26,7 @@ SKIPPABLE = b"\x57\x2a\x4d\x18" + (5).to_bytes(4, "little") + b"notes"
 
 
 def decompress_zstd_prefix(data: bytes) -> bytes:
-    """Return the bytes that the library decodes of the beginning of a frame."""
+    """Return the bytes that the zstandard library decodes from the beginning of a frame."""
     return zstandard.ZstdDecompressor().decompressobj().decompress(data)
 
 

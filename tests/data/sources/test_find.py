@@ -59,7 +59,7 @@ def test_find_files_reports_a_wrong_pattern(tmp_path):
 
 
 def test_source_name_with_a_slash_is_rejected():
-    """A slash separates the source from the folder in the name of a domain."""
+    """A slash separates source and subfolder in the name of a domain, so a source's name must not contain one."""
     with pytest.raises(SpecError, match=r"sources\.wiki/en\..*should match pattern"):
         validate_section(DataSpec, {"sources": {"wiki/en": {"path": "x"}}, "prepared": "p", "seq_len": 8}, "spec")
 

@@ -43,7 +43,10 @@ def folder(tmp_path_factory):
 
 
 def read_and_check(folder, name: str, content: bytes, **keys) -> list[Document | BadLine]:
-    """Write a file and return the items that are read of it; assert that they are valid for any content."""
+    """Write the only file of `folder`, and return the items that are read from it.
+
+    Assert what holds for any content: line numbers ascend from 1, and documents are valid and not empty.
+    """
     for previous_path in folder.iterdir():
         previous_path.unlink()
     (folder / name).write_bytes(content)
@@ -67,7 +70,10 @@ def json_lines(corpus: list[str], ascii: bool, newline: bytes = b"\n") -> list[b
 def assert_untouched_documents_are_read(
     corpus: list[str], pieces: list[bytes], end: bytes, edits: list[Edit], items
 ) -> None:
-    """Assert that all documents whose pieces of the file are untouched have been read, in their order."""
+    """Assert that every document whose piece of the file is untouched has been read, in order.
+
+    Each piece ends with the delimiter `end`. Documents longer than `LIMIT` do not count.
+    """
     start, untouched_texts = 0, []
     for text, piece in zip(corpus, pieces, strict=True):
         if is_untouched(start - len(end) + 1, start + len(piece) - 1, edits) and len(piece) - len(end) <= LIMIT:
@@ -106,6 +112,7 @@ def test_reader_survives_damaged_text(folder, corpus, data):
 
 
 def compress_zstd(content: bytes, draw) -> bytes:
+    """Compress with a drawn level, checksum and block size."""
     level, checksum = draw(st.sampled_from([-50, 1, 3])), draw(st.booleans())
     if draw(st.booleans()):
         return zstandard.ZstdCompressor(level=level, write_checksum=checksum).compress(content)
@@ -121,7 +128,7 @@ def compress_gzip(content: bytes, draw) -> bytes:
 
 
 def decompress_zstd(data: bytes) -> tuple[bytes, bool]:
-    """Return the bytes that the library decodes, fed byte by byte, and whether the data are complete."""
+    """Return the bytes that the zstandard library decodes, fed byte by byte, and whether all frames are complete."""
     output, position = b"", 0
     while position < len(data):
         frame = zstandard.ZstdDecompressor().decompressobj()
@@ -137,6 +144,7 @@ def decompress_zstd(data: bytes) -> tuple[bytes, bool]:
 
 
 def decompress_gzip(data: bytes) -> tuple[bytes, bool]:
+    """Return the bytes that zlib decodes, fed byte by byte, and whether all members are complete."""
     output = b""
     while data:
         member = zlib.decompressobj(wbits=31)
@@ -179,11 +187,11 @@ def test_reader_survives_damaged_compressed_json_lines(folder, name, corpus, dat
         if len(line) <= LIMIT + 1
     ]
     assert document_texts(items)[: len(expected)] == expected
-    decompressed, is_whole = reference(damaged_content)
+    decompressed, is_complete = reference(damaged_content)
     if damaged_content[:4] == stored[:4] and not any(
         isinstance(i, BadLine) and i.reason is Reason.PART_LOST for i in items
     ):
-        assert is_whole, "an incomplete file was read without an error"
+        assert is_complete, "an incomplete file was read without an error"
         assert decompressed.count(b"\n") >= len(items) - 1
 
 
@@ -202,7 +210,7 @@ def test_reader_survives_damaged_parquet(folder, corpus, data):
     drawn_edits = data.draw(edit_lists(len(content)))
     items = read_and_check(folder, "f.parquet", apply_edits(content, drawn_edits))
     if all(len(e.inserted) == e.removed_count and e.offset + e.removed_count <= ends[-1] for e in drawn_edits):
-        # No byte moved, and the index at the end of the file is untouched.
+        # No byte moved, and the metadata at the end of the file is untouched.
         starts = [4, *ends[:-1]]
         untouched_texts = [
             text

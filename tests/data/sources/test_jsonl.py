@@ -22,7 +22,7 @@ def test_reader_yields_texts_of_all_suffixes(tmp_path, suffix):
     assert tally.text_bytes == tally.bytes_read * (3 if suffix.endswith(("gz", "zst")) else 1)
 
 
-# As published: arxiv, book, c4, github, stackexchange and wikipedia have `meta` of many forms; common_crawl has none.
+# Records as published: `meta` has a different form in each domain, and common_crawl has none.
 DOMAINS = {
     "arxiv/arxiv_5a0c.jsonl": {"text": "t", "meta": {"timestamp": "2020", "yymm": "2001", "language": "en"}},
     "book/book.jsonl": {"meta": {"short_book_title": "A", "publication_date": 1900}, "text": "t"},
@@ -99,8 +99,8 @@ def test_reader_accepts_unusual_lines(tmp_path, content):
 def test_tally_counts_bytes_while_reading(tmp_path):
     write_documents(tmp_path / "f.jsonl.gz", [secrets.token_hex(1_000) for _ in range(3_000)])
     [file] = find_files(spec := data_spec(tmp_path))
-    reading = FileReader(file, spec)
-    byte_counts = {reading.tally.text_bytes for _ in reading}
+    reader = FileReader(file, spec)
+    byte_counts = {reader.tally.text_bytes for _ in reader}
     assert len(byte_counts) > 2
     assert max(byte_counts) == 3 * file.size
 

@@ -19,7 +19,7 @@ def make_rows(*texts, **keys):
 
 
 def edit_lines(path, edit_function):
-    """Apply `edit_function` to the lines of a gzip file."""
+    """Replace the lines of a gzip file with what `edit_function` returns for them."""
     path.write_bytes(gzip.compress(b"\n".join(edit_function(gzip.decompress(path.read_bytes()).split(b"\n")))))
 
 
@@ -117,14 +117,14 @@ def test_signal_rule_keeps_all_digits_of_its_bound(bound):
 
 
 def test_signal_rule_has_a_stable_spelling():
-    """The recipe of a prepared folder has this spelling, so another digit would look like other settings."""
+    """The recipe of a prepared folder contains rules as text, so another spelling would count as other settings."""
     for bound, spelling in [("50", "50"), ("0.10", "0.1"), ("1000000", "1e+06"), ("1234567", "1234567.0")]:
         assert str(SignalRule.parse(f"ccnet_length>={bound}")) == f"ccnet_length >= {spelling}"
 
 
 @pytest.mark.parametrize("bound", ["nan", "inf", "-inf", "1e999"])
 def test_signal_rule_rejects_an_infinite_bound(bound):
-    with pytest.raises(ValueError, match="a bound is a finite number"):
+    with pytest.raises(ValueError, match="the bound must be a finite number"):
         SignalRule.parse(f"ccnet_length >= {bound}")
 
 

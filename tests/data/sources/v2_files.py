@@ -19,10 +19,15 @@ GOOD_SIGNALS = {
 
 
 def write_v2_files(root: Path, stem: str, rows: list[dict[str, Any]]) -> None:
-    """Write the four files of a stem such as `2023-06/0000/en_head`.
+    """Write the documents, quality signals, duplicates and MinHash signatures of a stem such as `2023-06/0000/en_head`.
 
-    Each row has `text`, and may have `signals`, `duplicate` and `bands`. Signals replace those of `GOOD_SIGNALS`. A
-    list has one score for each line.
+    As published, a stem of the bucket `tail` has documents only.
+
+    Args:
+        root: the folder of the dataset.
+        stem: snapshot, shard, language and bucket.
+        rows: for each document its `text`, and optionally `signals`, which replace those of `GOOD_SIGNALS` (a list has
+            a score for each line), `duplicate`, whether the document is listed as one, and `bands` of its signature.
     """
     snapshot, _, name = stem.split("/")
     language, bucket = name.split("_")

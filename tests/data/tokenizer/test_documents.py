@@ -17,7 +17,7 @@ TEXTS = ["the moon rises over a quiet sea <s> </s>", "<|endoftext|> is the end",
 
 
 def make_unigram_with_special_pieces():
-    """Return a Unigram tokenizer whose pieces include its special tokens, at the best score, like XLM-RoBERTa's."""
+    """Return a Unigram tokenizer like XLM-RoBERTa's: its special tokens are pieces, too, with the best scores."""
     letters = [(c, -5.0) for c in sorted({c for t in TEXTS for c in t} - {" "})]
     vocab = [("<s>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0), *letters]
     tokenizer = Tokenizer(models.Unigram(vocab, 2))

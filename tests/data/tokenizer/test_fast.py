@@ -33,10 +33,12 @@ LETTER_OF_BYTE = {byte: letter for letter, byte in BYTE_OF_LETTER.items()}
 
 
 def make_fast_encoding(tokenizer):
+    """Return the tiktoken encoding that replaces a tokenizer, or None if it is not certain that they agree."""
     return fast_encoding(_without_special_tokens(tokenizer))
 
 
 def spell_token(token: str) -> str:
+    """Return a token as a byte-level vocabulary spells it: one letter for each of its UTF-8 bytes."""
     return "".join(LETTER_OF_BYTE[byte] for byte in token.encode())
 
 
@@ -89,7 +91,7 @@ def test_fast_encoding_of_random_merges_is_equal_or_rejected(data):
     ("tokens", "merges", "ignore_merges", "is_accepted"),
     [
         (["ab", "abc"], [("a", "b"), ("ab", "c")], False, True),
-        # The merge of a and bc makes abc too, but no text uses it.
+        # There is no merge of ab and c, but no text needs it, because b and c are merged first.
         (["bc", "ab", "abc"], [("b", "c"), ("a", "b"), ("a", "bc")], False, True),
         # The bytes of abc become ab and c, so they never become abc.
         (["ab", "bc", "abc"], [("a", "b"), ("b", "c"), ("a", "bc")], False, False),
@@ -112,7 +114,7 @@ def test_fast_encoding_accepts_equivalent_vocabularies_only(tokens, merges, igno
 def make_byte_pair_tokenizer(pattern: str) -> Tokenizer:
     """Return a tokenizer with a token for each pair of bytes, so that every split of a text changes its tokens.
 
-    The tokens of an ASCII letter and another byte come first.
+    Pairs of an ASCII and another byte have the lowest ranks after the single bytes.
     """
     byte_pairs = [bytes([a, b]) for a in range(256) for b in range(256)]
     byte_pairs.sort(key=lambda pair: (pair[0] < 128) == (pair[1] < 128))
@@ -124,7 +126,10 @@ def make_byte_pair_tokenizer(pattern: str) -> Tokenizer:
 @pytest.mark.parametrize("name", PATTERNS)
 @pytest.mark.parametrize("step", [41, pytest.param(1, marks=pytest.mark.slow)])
 def test_fast_encoding_splits_every_character_like_the_library(name, step):
-    """Two engines read the pattern, each with its own Unicode tables."""
+    """tiktoken and the library split alike around every character, although each has its own Unicode tables.
+
+    With step 41, only every 41st character from U+3000 on is tested.
+    """
     tokenizer = make_byte_pair_tokenizer(name)
     encoding = make_fast_encoding(tokenizer)
     codes = [c for c in [*range(0x3000), *range(0x3000, 0x110000, step)] if not 0xD800 <= c < 0xE000]
@@ -199,7 +204,7 @@ def test_fast_encoding_rejects_other_tokenizers(name):
 
 
 def test_fast_encoding_accepts_the_split_of_llama_3():
-    """The split is that of Llama 3's tokenizer.json."""
+    """tiktoken is used for a tokenizer that splits text as the tokenizer.json of Llama 3 does."""
     assert make_fast_encoding(change_tokenizer(TRAINED, pre_tokenizer=make_pre_tokenizer(CL100K))) is not None
 
 

@@ -44,6 +44,7 @@ def test_load_tokenizer_rejects_a_boundary_that_is_the_unknown_token(tmp_path):
 
 
 def store_tokenizer(folder, content, vocab_size=300, **keys):
+    """Store `content` as the tokenizer that a spec names, and return the path of the resulting tokenizer.json."""
     (folder / "given").write_bytes(content)
     spec = tiny_spec(folder, data={"tokenizer": "given", **keys})
     store_given_tokenizer(spec.data, vocab_size, folder / "tokenizer.json")

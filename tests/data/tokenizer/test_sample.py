@@ -81,7 +81,7 @@ def test_file_budgets_choose_evenly_spaced_files():
 
 @pytest.fixture
 def corpus(tmp_path):
-    """Write two files that are several times as large as their budgets; return the spec, the files and their texts."""
+    """Write two files several times as large as their budgets; return data section, files, and texts by file name."""
     texts_by_name = {name: make_documents(name, 400) for name in ("one", "two")}
     for name, texts in texts_by_name.items():
         write_documents(tmp_path / f"raw/a/{name}.jsonl", texts)

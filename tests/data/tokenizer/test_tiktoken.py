@@ -94,7 +94,7 @@ def test_from_tiktoken_adds_a_missing_end_of_text():
     words=st.lists(st.text("ab", min_size=1, max_size=40), min_size=1, max_size=4),
 )
 def test_from_tiktoken_merges_random_vocabularies_like_tiktoken(tokens, positions, words):
-    """The ranks are in random order, so some tokens cannot be reached."""
+    """Both encode alike, although the tokens have random ranks, so that some of them never occur."""
     token_order = [bytes([b]) for b in range(256)]
     for position, token in zip([*positions, *range(0, 256, 11)], tokens, strict=False):
         token_order.insert(position, token.encode())

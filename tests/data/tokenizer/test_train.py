@@ -44,12 +44,12 @@ def test_training_makes_tokens_of_frequent_words(kind):
 
 @pytest.mark.parametrize("kind", TRAIN_FUNCTIONS)
 def test_training_cuts_a_long_run_without_breaks(kind):
-    """Training on the uncut run would take minutes, because its time grows with the square of the length."""
+    """Training cuts words of more than `MAX_WORD_BYTES` bytes; the trained tokenizer does not."""
+    # Training on the uncut run would take minutes, because its time grows with the square of the length.
     run = "ACGT" * 50_000
     tokenizer = TRAIN_FUNCTIONS[kind]([f"the moon {run}", "A" * 5000], 300)
     assert max(map(len, tokenizer.get_vocab())) <= MAX_WORD_BYTES
     assert tokenizer.decode(tokenizer.encode(run).ids) == run
-    # The trained tokenizer does not cut the run.
     assert [word for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(run)] == [run]
 
 
@@ -63,7 +63,7 @@ print(hashlib.sha256(train(training_corpus(), 700).to_str().encode()).hexdigest(
 
 
 def training_corpus():
-    """Return source code of mhmoe_ray/data and texts in many scripts."""
+    """Return the first 12 source files of mhmoe_ray/data, and texts in many scripts."""
     return [path.read_text() for path in sorted(Path("mhmoe_ray/data").rglob("*.py"))][:12] + SCRIPTS
 
 

@@ -1,4 +1,4 @@
-"""Tests that the widths of a text's tokens add up to the text's number of bytes."""
+"""Tests of token widths: the widths of a text's tokens add up to the number of bytes of the text."""
 
 import pytest
 from hypothesis import given
@@ -47,10 +47,8 @@ def test_token_widths_with_marked_pieces_and_without_a_decoder():
     widths = token_widths(piece_tokenizer)
     assert widths[piece_tokenizer.token_to_id("##e")] == 1
     tokenizer_with_suffix = Tokenizer(models.BPE({"a": 0, "a</w>": 1}, [], end_of_word_suffix="</w>"))
-    assert token_widths(tokenizer_with_suffix).tolist() == [
-        UNKNOWN_WIDTH,
-        UNKNOWN_WIDTH,
-    ]  # it has no other letters and drops them
+    # This tokenizer drops every other letter of a text.
+    assert token_widths(tokenizer_with_suffix).tolist() == [UNKNOWN_WIDTH, UNKNOWN_WIDTH]
     tokenizer_without_decoder = Tokenizer.from_str(TOKENIZERS["bpe"].to_str())
     tokenizer_without_decoder.decoder = decoders.Fuse()
     assert (token_widths(tokenizer_without_decoder) == token_widths(TOKENIZERS["bpe"])).all()

@@ -1,4 +1,4 @@
-"""Record from where this process imports the packages under comparison; Python imports this module at its start."""
+"""Recorder of where this process imports the compared packages from; Python imports this module when it starts."""
 
 import json
 import os
@@ -12,9 +12,11 @@ RECORD = os.environ.get("EQUAL_IMPORTS", "")
 
 
 class ImportRecorder:
+    """Import finder that finds no module, and records the file of each compared package when it is imported."""
+
     @staticmethod
     def find_spec(name: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
-        """Find nothing, so that the import goes on as usual, and record what it will find on the path."""
+        """Record the file that the import of a compared package will find; return None, so other finders find it."""
         if name in PACKAGES:
             spec = PathFinder.find_spec(name)
             line = {"package": name, "origin": spec and spec.origin, "command": sys.orig_argv}

@@ -16,7 +16,7 @@ from tests.serve.test_torch_engine import random_prompts
 
 collect_ignore_glob = [] if importlib.util.find_spec("vllm") else ["test_*.py"]
 
-# On a CPU vLLM needs rows of a multiple of 32; it must pad experts of this width.
+# On a CPU, vLLM needs rows (d_model / heads) of a multiple of 32. It must pad experts with this d_expert.
 SPEC = ModelSpec(
     vocab_size=320,
     d_model=64,
@@ -44,7 +44,7 @@ def _environment():
 
 @contextmanager
 def serve_with_vllm(checkpoint: Path, **settings: object) -> Iterator[Answerer]:
-    """Serve the checkpoint with vLLM, and yield the answerer."""
+    """Load the checkpoint into vLLM, yield the answerer, and close its engine at the end of the block."""
     answerer = load_answerer(checkpoint, ServeSpec(engine="vllm", **{"max_concurrency": 32, **settings}))
     try:
         yield answerer

@@ -1,4 +1,4 @@
-"""A replica of Ray Serve with vLLM as its engine."""
+"""Test of a replica of Ray Serve with vLLM as its engine."""
 
 import httpx
 import pytest

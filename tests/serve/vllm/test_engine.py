@@ -1,4 +1,4 @@
-"""vLLM as an engine gives the same answers as our own engine."""
+"""Tests that vLLM as an engine gives the same answers as our own engine."""
 
 import asyncio
 

@@ -1,4 +1,4 @@
-"""Each kind of layer in vLLM against the training model: greedy tokens, and log-probabilities within 1e-3."""
+"""Tests of each kind of layer in vLLM against the training model: greedy tokens, and log-probabilities within 1e-4."""
 
 import pytest
 import torch
@@ -13,6 +13,7 @@ from tests.serve.vllm.conftest import SPEC, serve_with_vllm
 
 
 def changed_spec(moe: dict, **trunk: object) -> ModelSpec:
+    """Return `SPEC` with other keys of its MoE layers and of the rest of the model."""
     return ModelSpec.model_validate(SPEC.model_dump() | trunk | {"moe": SPEC.moe.model_dump() | moe})
 
 
@@ -40,6 +41,7 @@ KINDS = {
 
 
 def build_biased_model(spec: ModelSpec):
+    """Return a model with fixed weights; if it has a selection bias, the biases are not zero."""
     model = build_model(spec)
     for layer in model.moe_layers():
         if spec.moe.bias_rate:
@@ -50,7 +52,7 @@ def build_biased_model(spec: ModelSpec):
 def largest_difference(model, answerer) -> float:
     """Return the largest difference between log-probabilities of the model and of vLLM, over prompts and answers.
 
-    Greedy tokens are compared one by one if that difference is below 1e-3.
+    If that difference is below 1e-3, assert that the greedy tokens are equal, too.
     """
     requests = [
         Request(ids, SamplingParams(20, temperature=0), logprobs=0, prompt_logprobs=True)
@@ -77,13 +79,16 @@ def test_tokens_and_scores_equal_those_of_the_training_model(run_dir, kind):
 
 
 def test_wrong_gate_normalization_is_detected(run_dir):
-    """The comparison above is sharp: it detects a model with the same weights and one other option."""
+    """The comparison with vLLM detects a model with the same weights whose gates are normalized otherwise."""
     with serve_with_vllm(save_checkpoint(run_dir, 201, build_model(SPEC))) as answerer:
         assert largest_difference(build_model(changed_spec({"normalize_gates": True})), answerer) > 0.05
 
 
 def test_wrong_sub_token_order_is_detected(run_dir):
-    """The wrong order puts column i of a token into sub-token i % h instead of i // (d / h)."""
+    """The comparison with vLLM detects a model that splits tokens into sub-tokens in another order.
+
+    The wrong order puts column i of a token into sub-token i % h instead of i // (d / h).
+    """
     model = build_model(SPEC)
     expected = build_model(SPEC)
     for layer in model.moe_layers():

@@ -10,7 +10,7 @@ from tests.specs import tiny_spec
 from tests.train.jobs import build_trainer
 
 
-def test_a_layer_without_routes_has_loads_of_0():
+def test_a_layer_without_routes_has_load_and_entropy_0():
     spec = tiny_spec()
     count_LE = torch.tensor([[4, 4], [0, 0]])
     totals = StepTotals(1, 1.0, 1.0, 0.0, count_LE, SentBytes(), 0, "")

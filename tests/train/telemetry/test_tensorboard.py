@@ -11,6 +11,7 @@ from mhmoe_ray.train.telemetry.tensorboard import TensorBoard
 
 
 def line(step, loss):
+    """Return a line of metrics."""
     return {metrics.STEP: step, metrics.TIME: 1000.0 + step, metrics.LOSS: loss, metrics.LR: 0.25, metrics.GROUP: 1}
 
 
@@ -19,6 +20,7 @@ def approx(points):
 
 
 def read(folder):
+    """Return the (step, value) pairs of each scalar by its tag, as TensorBoard reads them from a folder."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -28,6 +30,7 @@ def read(folder):
 
 
 def test_restart_replaces_repeated_steps(tmp_path):
+    """Values of the first worker group after the step at which the second one starts are no longer shown."""
     run = RunDir(tmp_path)
     board = TensorBoard(run, group=1, start=0)
     for step in range(1, 6):
