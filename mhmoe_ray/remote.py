@@ -61,7 +61,7 @@ class RemoteJob(BaseModel, Generic[R]):
 
     @property
     def metadata(self) -> dict[str, str]:
-        """Strings that Ray keeps with the job."""
+        """Strings to submit with the job, which Ray keeps with it; by default none."""
         return {}
 
     @classmethod

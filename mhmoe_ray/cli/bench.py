@@ -86,7 +86,7 @@ def run(
 ) -> None:
     """Time a spec's whole training by one worker, both as a run and as the same steps in a bare loop without Ray.
 
-    The loop is timed with Python's default memory settings, and with the memory settings of a run's workers. All train
+    The loop is timed with the default memory settings of the C library, and with those of a run's workers. All train
     on the spec's prepared data from the same start and end with the same loss, which is checked. With --json the table
     goes to stderr.
     """

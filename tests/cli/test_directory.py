@@ -58,7 +58,7 @@ def test_run_is_unknown_if_its_cluster_does_not_answer(tmp_path, run):
     assert mhmoe(tmp_path, "status").out.startswith(f"{run.id}: unknown")
 
 
-def test_status_shows_exchanges_between_ranks(tmp_path, run):
+def test_status_shows_bytes_sent_between_ranks(tmp_path, run):
     assert "exchange" not in mhmoe(tmp_path, "status").out
     sent_bytes = {metrics.ROWS_SENT: 3_000_000, metrics.ROWS_LEAST: 2_000_000, metrics.COUNTS_SENT: 320}
     history.append(run, {**history.last_line(run), metrics.STEP: 8, **sent_bytes})

@@ -47,7 +47,7 @@ def test_plan_shows_ratios_memory_and_traffic(corpus):
     ("warmup", "expected"),
     [
         (10, "0.003 from step 10 on, down to 0.0003"),
-        (60, "0.0015 at most, not 0.003: all 30 steps are of a warm-up of 60"),
+        (60, "0.0015 at most, not 0.003: all 30 steps are part of a warm-up of 60"),
     ],
 )
 def test_plan_shows_the_peak_learning_rate(corpus, warmup, expected):

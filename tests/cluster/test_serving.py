@@ -90,7 +90,7 @@ def test_replicas_run_in_the_environment_of_the_spec(connection, port, tmp_path)
 
 @pytest.mark.ray
 def test_concurrent_deployments_and_removals_do_not_undo_each_other(connection, port):
-    """Serve is not running before the first deployment, and ends after the last removal."""
+    """Two deployments at once start Serve, and both answer; two removals at once end it."""
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(lambda name: serving.deploy(connection, echo_config(name, name), HOST, port), "ab"))
         for name in "ab":

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mhmoe_ray.corpus.packages import Package
 from mhmoe_ray.corpus.readers import page_reader
-from mhmoe_ray.corpus.small import Record
+from mhmoe_ray.data.sources import Document
 from tests.data.sources.read import read_source
 
 PAGES = page_reader("//body")
@@ -65,8 +65,8 @@ def html_page(*paragraphs: str) -> bytes:
     return "".join(["<html><body>", *(f"<p>{p}</p>" for p in paragraphs), "</body></html>"]).encode()
 
 
-def read_records(folder: Path) -> list[Record]:
+def read_documents(folder: Path) -> list[Document]:
     """Return the documents below a folder as training would read them; assert that none is quarantined."""
     items, tally = read_source(folder)
     assert not tally.bad
-    return items
+    return [item for item in items if isinstance(item, Document)]

@@ -11,7 +11,7 @@ from mhmoe_ray.corpus.large import SampleSummary, write_large_sample
 from mhmoe_ray.corpus.packages import PACKAGES, file_language
 from mhmoe_ray.corpus.readers import read_code
 from mhmoe_ray.corpus.small import english_records
-from tests.corpus.made_packages import html_page, make_package, read_records, write_deb, write_wheel
+from tests.corpus.made_packages import html_page, make_package, read_documents, write_deb, write_wheel
 
 pytestmark = pytest.mark.skipif(not shutil.which("dpkg-deb"), reason="there is no dpkg-deb")
 
@@ -102,7 +102,7 @@ def test_sample_leaves_out_a_language_of_a_few_pages(sample):
 
 def test_sample_is_readable_as_training_data(sample):
     folder, summary, _ = sample
-    assert len(read_records(folder / "redpajama")) + len(read_records(folder / "multilingual")) == sum(
+    assert len(read_documents(folder / "redpajama")) + len(read_documents(folder / "multilingual")) == sum(
         summary.documents.values()
     )
 

@@ -6,7 +6,7 @@ import pyarrow as pa
 import pytest
 
 from tests.cli.run import mhmoe
-from tests.corpus.made_packages import read_records
+from tests.corpus.made_packages import read_documents
 
 
 @pytest.mark.slow
@@ -35,5 +35,5 @@ def test_large_sample_reaches_its_goal(tmp_path):
             if meta["source"].endswith("(Debian)"):
                 assert meta["source"].split()[0] in licensed_packages
     assert document_count == sum(summary["documents"].values())
-    records = read_records(sample_folder / "redpajama") + read_records(sample_folder / "multilingual")
-    assert len(records) == document_count
+    documents = read_documents(sample_folder / "redpajama") + read_documents(sample_folder / "multilingual")
+    assert len(documents) == document_count

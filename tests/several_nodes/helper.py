@@ -40,7 +40,8 @@ class Holder:
 
 
 class Helper:
-    """Methods that answer the requests; each has the name of its request."""
+    """Nodes of a Ray cluster that this process starts, kills and uses; each public method answers the request of its
+    name."""
 
     def __init__(self, address: str) -> None:
         self._address = address

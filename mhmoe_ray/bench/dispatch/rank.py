@@ -79,7 +79,7 @@ def measure(tokens: int, rounds: int, link: bool) -> dict[str, Any]:
         results[layer] = {
             name: {
                 "seconds": seconds[name],
-                "counted": counted_bytes,
+                "counted_bytes": counted_bytes,
                 "over_link": over_link[name],
             }
             for name, counted_bytes in zip(DISPATCHES, total.tolist(), strict=True)

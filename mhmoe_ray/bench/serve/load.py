@@ -86,7 +86,10 @@ def open_loop(url: str, requests: Sequence[Prompt], rate: float, seed: int) -> L
 async def send_request(
     session: aiohttp.ClientSession, url: str, ids: Sequence[int], tokens: int, stream: bool
 ) -> RequestOutcome:
-    """Request one greedy completion of `tokens` tokens, and return the times of its tokens.
+    """Request one greedy completion of `tokens` tokens; return the seconds to its first token and to its end, and its
+    number of tokens.
+
+    The seconds to the first token are None if the answer is not streamed.
 
     Raises:
         aiohttp.ClientError: the request was refused, was interrupted, or failed after the answer had started.

@@ -140,7 +140,8 @@ def read_chunks(
     Args:
         table: a table with the columns `number` and the fields of `RawFile`, a row for each file.
         spec: the data section with which the files were found.
-        limit: the limit on bad items; reading is aborted when a file alone exceeds it.
+        limit: the limit on bad items; if a file alone will probably exceed it, its reading ends with a chunk that has
+            `is_aborted`.
         quarantine: the folder for unreadable lines; each chunk with bad items writes one file.
         characters: number of characters that fill a chunk.
     """

@@ -104,10 +104,12 @@ def _chunk_sized_blocks() -> Iterator[None]:
 
 
 def check_not_empty(spec: DataSpec, by_domain: dict[str, list[Part]]) -> None:
-    """Check that the parts of all domains have held-out documents with tokens, and tokens for a training sample.
+    """Check that some domain has tokens for a validation sample, and some domain tokens for a training sample.
+
+    Tokens of different domains do not add up: a sample has tokens of one domain.
 
     Raises:
-        DataError: there is no validation sample or no training sample.
+        DataError: no domain has a validation sample, or none has a training sample.
     """
     # The check is not in a task, since Ray would wrap its error in a traceback.
     fix = "raise data.validation_fraction or add documents"

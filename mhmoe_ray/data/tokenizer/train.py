@@ -36,7 +36,7 @@ READ_FACTOR = 64
 
 
 def sample_texts(files: list[RawFile], spec: DataSpec) -> Iterator[str]:
-    """Yield sampled texts for training a tokenizer, about `spec.train_mb` million characters or all there are."""
+    """Yield sampled texts for training a tokenizer: about `spec.tokenizer_train_mb` million characters, or all."""
     for file, characters in file_budgets(files, spec):
         yield from _sample_file(file, spec, characters)
 
@@ -67,7 +67,8 @@ def file_budgets(files: list[RawFile], spec: DataSpec) -> list[tuple[RawFile, in
 def domain_budgets(sizes: dict[str, int], spec: DataSpec) -> dict[str, int]:
     """Return the number of characters to sample of each domain for a tokenizer's training.
 
-    Budgets add up to `spec.train_mb` million characters, or less if there is less text, in the mixture's proportions.
+    Budgets add up to `spec.tokenizer_train_mb` million characters, or less if there is less text. They have the
+    proportions of the mixture.
 
     Args:
         sizes: number of characters of each domain.

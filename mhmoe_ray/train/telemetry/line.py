@@ -58,7 +58,7 @@ def step_line(
         metrics.STEP: trainer.step,
         metrics.GROUP: group,
         metrics.TIME: time.time(),
-        # A step of padding only has no targets.
+        # A step that consists of padding only has no targets.
         metrics.LOSS: totals.loss / max(1, totals.targets),
         metrics.GRAD_NORM: update.norm,
         metrics.LR: update.lr,

@@ -16,7 +16,8 @@ from tests.serve.test_torch_engine import random_prompts
 
 collect_ignore_glob = [] if importlib.util.find_spec("vllm") else ["test_*.py"]
 
-# On a CPU, vLLM needs rows (d_model / heads) of a multiple of 32. It must pad experts with this d_expert.
+# On a CPU, vLLM needs rows whose width (d_model / moe.heads) is a multiple of 32. This d_expert is deliberately not a
+# multiple of the size that vLLM needs, so that the tests cover experts that have to be padded.
 SPEC = ModelSpec(
     vocab_size=320,
     d_model=64,
