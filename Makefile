@@ -28,7 +28,7 @@ help:
 	@echo "make test-cpu     the tests that depend on the CPU, at each of its levels; MHMOE_CPU_LEVEL=avx2 make test"
 	@echo "                  holds all tests to one level: generic, avx2, avx512, avx512_bf16 or amx"
 	@echo "make explore      the tests without Ray, with new random examples"
-	@echo "make equal        compare everything that users see with a commit, BASE=HEAD, to the last bit: about 12 minutes"
+	@echo "make equal        compare everything that users see with a commit, BASE=HEAD, to the last bit: about 30 minutes"
 	@echo "make render       write the files of cluster/ and jobs/ that are generated"
 	@echo "make clean        remove .venv, and the runs, data and sample text of quickstart; other runs stay"
 

@@ -8,9 +8,9 @@
 The figures compare the structure of the code before and after modules move. So this script imports by name only modules
 that stay. It finds everything else by the name of its top-level definition, whichever file has it.
 
-    python tests/walks.py                        a table of all walks
-    python tests/walks.py --list step            the files and functions of one walk
-    python tests/walks.py --tree DIR --json      the figures of another checkout, for programs
+    python -m tests.walks                        a table of all walks
+    python -m tests.walks --list step            the files and functions of one walk
+    python -m tests.walks --tree DIR --json      the figures of another checkout, for programs
 
 A function counts when it is called while the walk is recorded, in any thread that Python starts. Lambdas,
 comprehensions and generator expressions count as the function around them. Bodies of modules and classes do not count,
@@ -33,13 +33,14 @@ import tempfile
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from itertools import islice
 from pathlib import Path
-from types import CodeType, FrameType, SimpleNamespace
+from types import CodeType, FrameType
 from typing import Any, NamedTuple
 from unittest import mock
+
+from tests.ray_in_process import ray_in_this_process
 
 OWN_TREE = Path(__file__).resolve().parent.parent
 PACKAGE_FOLDERS = {"mhmoe_ray": Path(), "mhmoe_kernels": Path("kernels")}
@@ -50,10 +51,6 @@ SETTLING_SECONDS = 0.5
 """Number of seconds without a call of a new function after which the other threads of a walk count as idle."""
 PROMPT = "the quick"
 NEW_TOKENS = 3
-
-Row = dict[str, Any]
-Block = Any
-"""A block of a dataset: a table of Arrow, or a mapping from names to columns."""
 
 
 class Function(NamedTuple):
@@ -369,104 +366,6 @@ def write_raw_lines(file: Path) -> None:
     documents = [" ".join(generator.choices(words, k=generator.randint(5, 60))) for _ in range(200)]
     file.parent.mkdir(parents=True)
     file.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
-
-
-class LocalDataset:
-    """Stand-in for a Ray Dataset that computes its rows lazily in this process instead of in tasks on a cluster."""
-
-    def __init__(self, blocks: Iterable[Block]) -> None:
-        self._blocks = blocks
-        self.context = SimpleNamespace()
-
-    def map_batches(
-        self,
-        function: Callable[[Any], Any],
-        *,
-        batch_size: int | None = None,
-        batch_format: str = "numpy",
-        **_options: Any,
-    ) -> "LocalDataset":
-        def blocks() -> Iterator[Block]:
-            for batch in self.iter_batches(batch_size=batch_size, batch_format=batch_format):
-                result = function(batch)
-                yield from result if isinstance(result, Iterator) else [result]
-
-        return LocalDataset(blocks())
-
-    def map(self, function: Callable[[Row], Row], **_options: Any) -> "LocalDataset":
-        return LocalDataset({name: [value] for name, value in function(row).items()} for row in self.iter_rows())
-
-    def repartition(self, *_arguments: Any, **_options: Any) -> "LocalDataset":
-        return self
-
-    def iter_rows(self) -> Iterator[Row]:
-        for block in self._blocks:
-            if isinstance(block, Mapping):
-                yield from (dict(zip(block, row, strict=True)) for row in zip(*block.values(), strict=True))
-            else:
-                yield from block.to_pylist()
-
-    def iter_batches(
-        self, *, batch_size: int | None = None, batch_format: str = "numpy", **_options: Any
-    ) -> Iterator[Block]:
-        import numpy as np
-        import pyarrow as pa
-
-        rows = self.iter_rows()
-        while batch := list(islice(rows, batch_size)):
-            if batch_format == "pyarrow":
-                yield pa.Table.from_pylist(batch)
-            else:
-                yield {name: np.array([row[name] for row in batch]) for name in batch[0]}
-
-
-class LocalTask:
-    """Stand-in for a remote function of Ray: `remote` calls the function in this process and returns its result."""
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self._function = function
-
-    def options(self, **_options: Any) -> "LocalTask":
-        return self
-
-    def remote(self, *arguments: Any, **keywords: Any) -> Any:
-        return self._function(*arguments, **keywords)
-
-
-@contextmanager
-def ray_in_this_process() -> Iterator[None]:
-    """Run remote functions of Ray and datasets of Ray Data in this process during the block, in the order of calls."""
-    import ray
-    import ray.data
-
-    ray_remote = ray.remote
-    ray.data.DataContext.get_current()  # This imports modules of Ray's that define tasks of their own.
-
-    def remote(*arguments: Any, **options: Any) -> Any:
-        # No walk calls an actor, nor a task that a module decorates with options when it is imported.
-        is_task = len(arguments) == 1 and inspect.isfunction(arguments[0])
-        return LocalTask(arguments[0]) if is_task else ray_remote(*arguments, **options)
-
-    def from_arrow(tables: Any) -> LocalDataset:
-        return LocalDataset(tables if isinstance(tables, list) else [tables])
-
-    def from_items(rows: Sequence[Row], **_options: Any) -> LocalDataset:
-        return LocalDataset({name: [value] for name, value in row.items()} for row in rows)
-
-    def numbers(count: int, **_options: Any) -> LocalDataset:
-        return LocalDataset({"id": [number]} for number in range(count))
-
-    def cluster_resources() -> dict[str, float]:
-        return {"CPU": 1.0}
-
-    def result(reference: Any, **_options: Any) -> Any:
-        return reference
-
-    with (
-        mock.patch.multiple(ray.data, from_arrow=from_arrow, from_items=from_items, range=numbers),
-        mock.patch.multiple(ray, remote=remote, get=result, cluster_resources=cluster_resources),
-    ):
-        yield
 
 
 def walked_functions(root: Path, walk_name: str) -> list[Function]:

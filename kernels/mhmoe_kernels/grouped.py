@@ -60,6 +60,16 @@ class Piece(NamedTuple):
     def window(self) -> slice:
         return slice(self.start, self.start + self.window_rows)
 
+    @property
+    def buffer_rows(self) -> slice:
+        """Rows of a buffer that hold the window."""
+        return slice(0, self.window_rows)
+
+    @property
+    def padding_rows(self) -> slice:
+        """Rows of a buffer that belong to the window but not to the piece."""
+        return slice(self.rows, self.window_rows)
+
 
 def split_into_pieces(counts: list[int], recompute: float, *, round_windows: bool, row_bytes: int = 0) -> list[Piece]:
     """Split rows that are sorted by expert into pieces, and return the pieces in order.
@@ -183,7 +193,7 @@ class _SwiGLU(torch.autograd.Function):
         [hidden_PF] = new_hidden_buffers(1, x_RD, width, ctx.pieces)
         out_RD = torch.empty_like(x_RD)
         for piece in ctx.pieces:
-            e, window, buffer_rows = piece.expert, piece.window, slice(0, piece.window_rows)
+            e, window, buffer_rows = piece.expert, piece.window, piece.buffer_rows
             gate_PF, up_PF = (
                 (t[window] for t in kept_buffers) if piece.keeps_hidden else (t[buffer_rows] for t in temporary_buffers)
             )
@@ -206,12 +216,7 @@ class _SwiGLU(torch.autograd.Function):
         temporary_buffers = new_hidden_buffers(2, x_RD, width, [p for p in ctx.pieces if not p.keeps_hidden])
         scratch_buffers = new_hidden_buffers(3, x_RD, width, ctx.pieces)
         for piece in ctx.pieces:
-            e, window, buffer_rows, padding_rows = (
-                piece.expert,
-                piece.window,
-                slice(0, piece.window_rows),
-                slice(piece.rows, piece.window_rows),
-            )
+            e, window, buffer_rows = piece.expert, piece.window, piece.buffer_rows
             x, dout = x_RD[window], dout_RD[window]
             hidden, dhidden, silu = (t[buffer_rows] for t in scratch_buffers)
             gate_PF, up_PF = (
@@ -224,9 +229,9 @@ class _SwiGLU(torch.autograd.Function):
             torch.mul(silu, up_PF, out=hidden)
             # The window's rows past the piece belong to another expert or piece. Zeros there keep them out of the
             # weight gradients; dup and dgate follow from dhidden.
-            hidden[padding_rows].zero_()
+            hidden[piece.padding_rows].zero_()
             torch.mm(dout, down_EDF[e], out=dhidden)
-            dhidden[padding_rows].zero_()
+            dhidden[piece.padding_rows].zero_()
             down_sum.add(piece, dout.T, hidden)
             dup = silu.mul_(dhidden)
             dgate = torch.ops.aten.silu_backward.grad_input(dhidden.mul_(up_PF), gate_PF, grad_input=hidden)
@@ -274,7 +279,7 @@ class _GELU(torch.autograd.Function):
         [hidden_PF] = new_hidden_buffers(1, x_RD, width, ctx.pieces)
         out_RD = torch.empty_like(x_RD)
         for piece in ctx.pieces:
-            e, window, buffer_rows = piece.expert, piece.window, slice(0, piece.window_rows)
+            e, window, buffer_rows = piece.expert, piece.window, piece.buffer_rows
             inner_PF = kept_RF[window] if piece.keeps_hidden else temporary_PF[buffer_rows]
             torch.addmm(fc1_bias_EF[e], x_RD[window], fc1_EFD[e].T, out=inner_PF)
             gelu = torch.ops.aten.gelu.out(inner_PF, out=hidden_PF[buffer_rows])
@@ -299,12 +304,7 @@ class _GELU(torch.autograd.Function):
         [temporary_PF] = new_hidden_buffers(1, x_RD, width, [p for p in ctx.pieces if not p.keeps_hidden])
         scratch_buffers = new_hidden_buffers(3, x_RD, width, ctx.pieces)
         for piece in ctx.pieces:
-            e, window, buffer_rows, padding_rows = (
-                piece.expert,
-                piece.window,
-                slice(0, piece.window_rows),
-                slice(piece.rows, piece.window_rows),
-            )
+            e, window, buffer_rows = piece.expert, piece.window, piece.buffer_rows
             x, dout = x_RD[window], dout_RD[window]
             gelu, dnormed, dinner = (t[buffer_rows] for t in scratch_buffers)
             inner_PF = kept_RF[window] if piece.keeps_hidden else temporary_PF[buffer_rows]
@@ -314,9 +314,9 @@ class _GELU(torch.autograd.Function):
             whitened, mean, rstd = torch.native_layer_norm(gelu, (width,), None, None, ctx.eps)
             normed = torch.addcmul(norm_bias_EF[e], whitened, norm_EF[e], out=dinner)
             # Zeros keep rows past the piece out of sums over rows; all later gradients follow from dnormed.
-            normed[padding_rows].zero_()
+            normed[piece.padding_rows].zero_()
             torch.mm(dout, fc2_EDF[e], out=dnormed)
-            dnormed[padding_rows].zero_()
+            dnormed[piece.padding_rows].zero_()
             fc2_sum.add(piece, dout.T, normed)
             dgelu = torch.ops.aten.native_layer_norm_backward(
                 dnormed, gelu, (width,), mean, rstd, norm_EF[e], norm_bias_EF[e], [True, False, False]

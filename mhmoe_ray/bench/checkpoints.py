@@ -48,6 +48,7 @@ class Figures(NamedTuple):
         return None if self.extra is None else self.extra / self.state
 
     def as_json(self) -> dict[str, Any]:
+        """Return the measurements as `mhmoe bench checkpoint --json` prints them."""
         fields = self._asdict()
         return {
             "beside": fields.pop("steps_while_writing"),

@@ -57,6 +57,7 @@ class SkippedCase(NamedTuple):
     reason: str
 
     def as_json(self) -> dict[str, str]:
+        """Return the case as `mhmoe bench layer --json` prints it."""
         return {"name": self.name, "why": self.reason}
 
 

@@ -58,8 +58,9 @@ def write_report(runs: Sequence[RunDir], folder: Path, baseline: str | None = No
     repeated = [run for variant in all_variants for run in variant.repeated]
     counted_runs = [run for variant in all_variants for run in variant.runs]
     unfinished = [run for run in compared if run not in counted_runs and run not in repeated]
-    other_variants = [variant for variant in all_variants if step and variant is not baseline_variant]
-    verdicts = [v for variant in other_variants if (v := compare_variants(baseline_variant, variant, step or 0))]
+    other_variants = [variant for variant in all_variants if variant is not baseline_variant]
+    comparisons = [compare_variants(baseline_variant, variant, step) for variant in other_variants] if step else []
+    verdicts = [verdict for verdict in comparisons if verdict is not None]
     routes_by_name = {v.name: routes for v in all_variants if (routes := read_routes(v.routes_run)) is not None}
     with _translated_write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)

@@ -131,8 +131,9 @@ def test_a_step_has_all_its_micro_batches_and_all_their_layers(tied):
 
 @pytest.mark.parametrize(("ep", "experts_passes"), [(1, 4), (4, 3 + 2 / 3)])
 def test_recomputation_costs_another_forward_of_the_blocks_only(ep, experts_passes):
-    """Nothing outside the blocks is computed again. Experts that are distributed over ranks recompute only their hidden
-    rows, which are two of their three products; projections, router and shared expert of their layers are kept."""
+    """The embedding and the output are computed once. Experts that are distributed over ranks recompute only their
+    hidden rows, which are two of their three products; projections, router and shared expert of their layers are
+    kept."""
     accelerator = {"bfloat16_flops": 1e6, "flops_share": 1, "memory_bandwidth": 1e15}
     model = {**tiny_spec().model.model_dump(), "moe": {"experts": 4, "d_expert": 24, "d_shared": 16, "every": 2}}
     cluster = {"workers": 4, "ep": ep, "accelerator": accelerator}

@@ -114,7 +114,7 @@ def test_side_progress_does_not_make_a_rank_behind(actor, clock):
 
 
 def test_progress_reports_of_all_threads_are_counted():
-    """No report is lost when two threads report at the same time."""
+    """Two threads report at the same time, and both reports count."""
     heartbeat, count = Heartbeat(None, WORKERS[0]), 50_000
     switch_interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)

@@ -41,6 +41,7 @@ class PassFigures(NamedTuple):
         return median(self.seconds)
 
     def as_json(self) -> dict[str, Any]:
+        """Return the fields as `mhmoe bench dispatch --json` prints them."""
         return {"seconds": self.seconds, "counted": self.counted_bytes, "over_link": self.over_link}
 
     @property
@@ -61,6 +62,7 @@ class Figures(NamedTuple):
     expected: ExpectedBytes
 
     def as_json(self) -> dict[str, Any]:
+        """Return the measurements as `mhmoe bench dispatch --json` prints them."""
         passes = {name: getattr(self, name).as_json() for name in DISPATCHES}
         return {"layer": self.name, "moe": self.moe.model_dump(mode="json"), "width": self.width, **passes} | {
             "expected": self.expected._asdict()

@@ -81,6 +81,7 @@ class Rates(NamedTuple):
         return statistics.median(a / b for a, b in zip(self.rates, reference.rates, strict=True))
 
     def as_json(self) -> dict[str, Any]:
+        """Return the measurements as `mhmoe bench serve --json` prints them."""
         fields = self._asdict()
         return {"first": fields.pop("first_token_seconds"), **fields, "rate": self.rate}
 
