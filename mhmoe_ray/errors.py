@@ -98,10 +98,11 @@ def logging_errors() -> Iterator[None]:
 def logged(log: str) -> MhmoeError | None:
     """Return the last error that `MhmoeError.log` wrote to a job's log; None if there is none.
 
-    Its class is the one with the exit code in the log: RunError for 7, also if it was a StorageError.
+    The class is the one with the exit code in the log: RunError for 7, also if it was a StorageError. It is MhmoeError
+    for an exit code that no class has, as in a line that the user's own code printed.
     """
     matches = re.findall(r"^error (\d+): (.*?): (.*); (.*)$", log, re.MULTILINE)
     if not matches:
         return None
     code, *parts = matches[-1]
-    return next(kind for kind in _KINDS if kind.exit_code == int(code))(*parts)
+    return next((kind for kind in _KINDS if kind.exit_code == int(code)), MhmoeError)(*parts)

@@ -23,16 +23,16 @@ class KernelLimits(NamedTuple):
     max_row_width: int | None = None
     auto_max_row_width: int | None = None
     """Largest row width for which `auto` prefers this kernel on GPUs in bfloat16."""
-    kept_rows: Literal["as told", "nothing", "all"] = "all"
-    """Hidden rows of experts that the kernel keeps for the backward pass; "as told" means that `moe.recompute`
+    kept_rows: Literal["as configured", "nothing", "all"] = "all"
+    """Hidden rows of experts that the kernel keeps for the backward pass; "as configured" means that `moe.recompute`
     decides."""
     is_static: bool = False
     """True if the kernel lays out a fixed number of slots per expert (static routing), and so needs that number."""
 
 
 KERNELS: dict[KernelName, KernelLimits] = {
-    "auto": KernelLimits(kept_rows="as told"),
-    "grouped": KernelLimits(kept_rows="as told"),
+    "auto": KernelLimits(kept_rows="as configured"),
+    "grouped": KernelLimits(kept_rows="as configured"),
     # bfloat16 matrix units read values in pairs, so sizes must be even.
     "cpp": KernelLimits(device="CPUs", precision="bfloat16", function="swiglu", size_multiple=2, kept_rows="nothing"),
     # Wider rows than 1024 do not fit on the chip (triton/blocks.py). The roofline (kernels/README.md) predicts that the

@@ -5,9 +5,6 @@ from typing import Any
 
 from typer.core import TyperGroup
 
-MIN_SIMILARITY = 0.7
-"""Smallest similarity (difflib's ratio) at which a command is suggested for a misspelt one."""
-
 _SYNONYMS: dict[str, str] = {
     "submit": "train fit run launch start pretrain finetune sbatch qsub accelerate torchrun",
     "status": "info show describe get state watch top progress",
@@ -55,6 +52,9 @@ class SuggestingGroup(TyperGroup):
 
     def _hint(self, ctx: Any, name: str) -> str:
         """Return the end of the error about an unknown command: the intended command, or all commands of the group."""
+        # The import loads pydantic, which a command that exists may not need.
+        from mhmoe_ray.spec.hints import MIN_SIMILARITY
+
         command = _COMMAND_BY_SYNONYM.get(name)
         path: list[str] = []
         # The context may be one of a group within `mhmoe`, such as `data`. The outermost context is `mhmoe` itself.

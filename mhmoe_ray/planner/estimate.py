@@ -126,9 +126,9 @@ def _cost_factor(spec: RunSpec, part: str) -> float:
     if spec.cluster.ep == 1 or part not in (PROJECTIONS, ROUTER, EXPERTS, SHARED):
         return 4
     # If experts are distributed over ranks, a block is not recomputed after its second norm. A kernel that follows
-    # `moe.recompute` ("as told") recomputes the hidden rows of experts: all but the last of an expert's products.
+    # `moe.recompute` ("as configured") recomputes the hidden rows of experts: all but the last of an expert's products.
     moe = planned_model(spec).moe
-    if part != EXPERTS or moe is None or moe.kernel_limits.kept_rows != "as told":
+    if part != EXPERTS or moe is None or moe.kernel_limits.kept_rows != "as configured":
         return 3
     products = spec.model.architecture.expert_matrices
     return 3 + (products - 1) / products

@@ -221,7 +221,7 @@ def _static_layout_bytes(model: ModelSpec, tokens: int, size: int) -> int:
 def _expert_hidden_bytes(model: ModelSpec, moe: MoESpec, size: int) -> int:
     """Return the bytes that an expert saves for the hidden row of one route, on average over routes with and without
     recomputation."""
-    has_manual_backward = moe.kernel_limits.kept_rows == "as told"
+    has_manual_backward = moe.kernel_limits.kept_rows == "as configured"
     saved_bytes = (
         model.architecture.grouped_hidden_saved_bytes if has_manual_backward else model.architecture.hidden_saved_bytes
     )

@@ -17,8 +17,8 @@ CONTAINERFILE = """\
 # The image of all nodes, with or without GPUs: PyPI's torch for Linux includes CUDA.
 #   podman build -f cluster/Containerfile -t IMAGE .       in the project's root
 FROM python:3.11-slim
-# The operator's health probes need wget, and Ray's launcher needs procps to end old processes. Triton needs a C
-# compiler for launchers of its kernels when they first run, and our kernels of backend `cpp` need g++.
+# The operator's health probes need wget, and Ray's launcher runs `uptime` (in procps) on each new machine. Triton needs
+# a C compiler for launchers of its kernels when they first run, and our kernels of backend `cpp` need g++.
 RUN apt-get update \\
  && apt-get install -y --no-install-recommends wget procps rsync openssh-client gcc g++ libc6-dev \\
  && rm -rf /var/lib/apt/lists/*

@@ -136,7 +136,7 @@ class MoESpec(Section):
             raise ValueError("balance_weight is 0, so balance_choices would be ignored")
         if self.projection_layers > 1 and not (self.has_head_projection or self.has_merge_projection):
             raise ValueError("there is neither head nor merge projection, so projection_layers would be ignored")
-        if self.recompute is not None and self.kernel_limits.kept_rows != "as told":
+        if self.recompute is not None and self.kernel_limits.kept_rows != "as configured":
             raise ValueError(f"kernel {self.kernel} cannot recompute a share of routes, so recompute would be ignored")
         if self.kernel == "capacity" and self.capacity_factor is None:
             raise ValueError("kernel capacity needs a limited expert capacity: set capacity_factor")
@@ -294,7 +294,7 @@ class ModelSpec(Section):
         moe = self.moe
         if moe is None:
             return 0.0
-        if moe.kernel_limits.kept_rows != "as told":
+        if moe.kernel_limits.kept_rows != "as configured":
             return float(moe.kernel_limits.kept_rows == "nothing")
         if moe.recompute is not None:
             return moe.recompute

@@ -142,7 +142,9 @@ class RunSpec(Section):
         # With `train.recompute` and expert parallelism, a block is recomputed without its experts, which are spread
         # over ranks. The experts then recompute their own hidden rows, if the kernel can.
         moe = self.model.moe
-        if moe is None or not self.train.recompute or self.cluster.ep == 1 or moe.kernel_limits.kept_rows != "as told":
+        if moe is None or moe.kernel_limits.kept_rows != "as configured":
+            return self.model
+        if not self.train.recompute or self.cluster.ep == 1:
             return self.model
         return self.model.model_copy(update={"moe": moe.model_copy(update={"recompute": 1.0})})
 

@@ -212,6 +212,12 @@ def test_error_in_a_jobs_log_keeps_its_class(kind, capsys):
     assert logged("error: of others\n") is None
 
 
+def test_logged_error_of_an_unknown_exit_code_is_an_error_without_a_kind():
+    logged_error = logged("error 99: my script: it stopped; ask me\n")
+    assert type(logged_error) is MhmoeError
+    assert str(logged_error) == "my script: it stopped; ask me"
+
+
 def test_readme_lists_every_exit_code():
     def exit_codes(error_class):
         return {error_class.exit_code}.union(*(exit_codes(subclass) for subclass in error_class.__subclasses__()))

@@ -48,6 +48,8 @@ def walk(side: Side, models: list[str], port: int, say: Callable[[str], None]) -
         runs = _runs(side, models)
         for name, run in runs.items():
             observations |= _run_observations(name, run, normal)
+        # A status says whether a server of the run is up, so it is asked before anything is served.
+        observations |= _answers(_statuses(side, normal, runs))
         say("evaluating, exporting, serving")
         observations |= _answers(_questions_about_runs(side, normal, runs, port))
         say("stopping")
@@ -117,6 +119,12 @@ def _run_observations(name: str, run: Path, normal: Normaliser) -> Observations:
     return observations
 
 
+def _statuses(side: Side, normal: Normaliser, runs: dict[str, Path]) -> Iterator[Question]:
+    """Yield a question for the status of each finished run."""
+    for name, run in runs.items():
+        yield f"status --json of {name}", lambda run=run: normal.value(side.json("status", run.name, "--json"))
+
+
 def _questions_about_runs(side: Side, normal: Normaliser, runs: dict[str, Path], port: int) -> Iterator[Question]:
     """Yield the questions about finished runs.
 
@@ -142,8 +150,6 @@ def _questions_about_runs(side: Side, normal: Normaliser, runs: dict[str, Path],
     for model in EXPORTED:
         if run := names.get(specs.variant(model, "float32")):
             yield f"export of {model}", lambda model=model, run=run: _exported(side, normal, model, run)
-    for name, run in names.items():
-        yield f"status --json of {name}", question("status", run)
     name, run = next(iter(names.items()))
     yield f"ckpt inspect of {name}", lambda: normal.text(side.text("ckpt", "inspect", run))
     yield f"ckpt inspect --json of {name}", question("ckpt", "inspect", run)
