@@ -13,8 +13,8 @@ GELU 2):
 
 Each kernel reads its weights, or its rows, again for every block, from the L2 cache. In bfloat16, the FLOP per byte of
 these reads are R for `forward`, 5/3 R (SwiGLU) or 5/4 R (GELU) for `backward_rows`, and M F for `backward_weights`. An
-H100 needs about 145 (798 TFLOP/s over about 5.5 TB/s), so R should be 128 and F 64. kernels/README.md has the roofline
-and the compiler's report on each entry.
+H100 needs about 145 (798 TFLOP/s over about 5.5 TB/s), so R should be 128 and F 64. kernels/README.md has predicted
+times and the compiler's report on each entry.
 """
 
 from typing import Literal, NamedTuple

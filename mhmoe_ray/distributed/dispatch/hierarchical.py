@@ -157,7 +157,7 @@ class HierarchicalDispatch:
         is_local_WK = (expert_WK >= 0) & (expert_WK < experts_per_node)
         expert_WK, gate_WK = (t.where(is_local_WK, 0) for t in (expert_WK, gate_WK))
         # The rank's own rows wait for the rail too. Dispatching them meanwhile would take a second flat dispatch, with
-        # five more exchanges, to hide at most 1/G of the experts' work (kernels/README.md).
+        # five more exchanges, to hide at most 1/G of the experts' work (distributed/README.md).
         routes = node_counts[rail.rank][1] + sum(routes for _, routes in in_J)
         y_WD = self._flat.dispatch_rows(x_WD, expert_WK, gate_WK, experts.select_kernel(x_ND, weights), weights, routes)
         y_ND, y_SD = torch.split(y_WD, [len(x_ND), remote_counts.rows])
