@@ -35,8 +35,8 @@ KERNELS: dict[KernelName, KernelLimits] = {
     "grouped": KernelLimits(kept_rows="as configured"),
     # bfloat16 matrix units read values in pairs, so sizes must be even.
     "cpp": KernelLimits(device="CPUs", precision="bfloat16", function="swiglu", size_multiple=2, kept_rows="nothing"),
-    # Wider rows than 1024 do not fit on the chip (triton/blocks.py). kernels/README.md predicts that the fused kernel is
-    # the fastest up to 256; this is not measured yet.
+    # Wider rows than 1024 do not fit on the chip (triton/blocks.py). kernels/README.md predicts that the fused kernel
+    # is the fastest up to 256; this is not measured yet.
     "triton": KernelLimits(device="CUDA", max_row_width=1024, auto_max_row_width=256, kept_rows="nothing"),
     "megablocks": KernelLimits(device="CUDA"),
     "capacity": KernelLimits(is_static=True),
