@@ -83,7 +83,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    # An exception, unlike the default action, runs the `finally` that stops the server and the cluster.
+    # The default action of SIGTERM would end the process at once. An exception runs the `finally` that stops the server
+    # and the cluster.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         main()

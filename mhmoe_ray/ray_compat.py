@@ -16,10 +16,11 @@ SDK_LOGGERS = ("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job
 client's."""
 
 PRIVATE_NAMES = {
-    # The resources of the cluster, node by node (`train/resilience.py`).
+    # Resources of the cluster, node by node, for `train/resilience.py`.
     "available_resources_per_node": "ray._private.state",
     "state": "ray._private.state",
-    # Ray Train's controller: its decisions about failures, worker counts and placement groups (`train/resilience.py`).
+    # Ray Train's controller, with its decisions about failures, worker counts and placement groups, for
+    # `train/resilience.py`.
     "DefaultFailurePolicy": _TRAIN + "execution.failure_handling",
     "FailureDecision": _TRAIN + "execution.failure_handling",
     "ElasticScalingPolicy": _TRAIN + "execution.scaling_policy",
@@ -30,13 +31,13 @@ PRIVATE_NAMES = {
     "WORKER_GROUP_START_TIMEOUT_S_ENV_VAR": _TRAIN + "constants",
     "WorkerGroupStartupTimeoutError": _TRAIN + "exceptions",
     "get_train_context": _TRAIN + "execution.context",
-    # The accelerators of this machine, as `ray start` counts them (`cluster/nodes.py`).
+    # Accelerators of this machine, as `ray start` counts them, for `cluster/nodes.py`.
     "get_accelerator_manager_for_resource": "ray._private.accelerators",
-    # The files that Ray sends with a job, and the largest size of its package (`cluster/jobs.py`).
+    # Rules for the files that Ray sends with a job, and the largest size of their package, for `cluster/jobs.py`.
     "GCS_STORAGE_MAX_SIZE": _PACKAGING,
     "_get_excludes": _PACKAGING,
     "get_excludes_from_ignore_files": _PACKAGING,
-    # The client of Serve's configuration (`cluster/serve_client.py`).
+    # Client that sends configurations to Ray Serve, for `cluster/serve_client.py`.
     "ServeSubmissionClient": "ray.dashboard.modules.serve.sdk",
 }
 """Module of Ray that holds each name."""

@@ -30,7 +30,7 @@ in a few letters only and therefore compress well.
 """
 RESULT = "result: "
 """Start of the log lines that hold a result."""
-_PIECE = 8_000  # characters of such a line: Ray sends a log in chunks of 20,000
+_PIECE = 8_000  # Most characters of a result per line, well below the chunks of 20,000 in which Ray sends a log.
 
 R = TypeVar("R")
 
@@ -74,7 +74,8 @@ class RemoteJob(BaseModel, Generic[R]):
         """Write the result of the current process, which is the job, to its log; `result` reads it there."""
         text = TypeAdapter(cls.result_type).dump_json(result, ensure_ascii=True).decode()
         for i in range(0, len(text), _PIECE):
-            # One write per line, as Ray writes lines to the same file.
+            # Each line is a single write, because Ray writes its own lines to the same file and could otherwise write
+            # in between.
             sys.stdout.write(f"{RESULT}{text[i : i + _PIECE]}\n")
 
     def result(self, log: Callable[[], str]) -> R | None:

@@ -331,9 +331,9 @@ def remove_tree(folder: Location) -> None:
         shutil.rmtree(folder)
 
 
-# Bytes of each read. On an object store each read is a request.
+# Number of bytes of each read. Reads are large, because on an object store each read is a request.
 _BLOCK_BYTES = 16 << 20
-# Number of files that are read at the same time: storage that many nodes share is faster with parallel reads.
+# Number of files that are read at the same time, because storage that many nodes share is faster with parallel reads.
 _READERS = 8
 
 

@@ -15,7 +15,7 @@ def browser():
     options = webdriver.ChromeOptions()
     for argument in ("--headless=new", "--no-sandbox", "--window-size=900,700"):
         options.add_argument(argument)
-    # Tests read the messages of the page's console.
+    # Let the browser record all messages of the page's console, because tests read them.
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     driver = webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver")))
     yield driver

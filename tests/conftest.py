@@ -39,22 +39,23 @@ USER_CLUSTER_VARIABLES = (
 """Environment variables by which a user names a cluster or its token; tests remove them."""
 
 QUIET_SETTINGS = {
-    # These clusters never scale, and at Ray's default of 5 s the autoscaler takes 2.5 per cent of a core.
+    # The autoscaler runs less often, because these clusters never scale. At Ray's default of 5 s it takes 2.5 per cent
+    # of a core.
     "AUTOSCALER_UPDATE_INTERVAL_S": "60",
 }
 """Environment variables that spare clusters work from which no test profits."""
 
-# The examples are the same each time, so that only a change can make a test fail. One part varies: hypothesis also
-# draws constants from those of our modules that the lane has imported by then. `make explore` draws new examples. There
-# is no deadline, since a test may be slow on a busy machine.
+# In the profile `house`, the examples are the same each time, so that only a change can make a test fail. One part
+# varies: hypothesis also draws constants from those of our modules that the lane has imported by then. `make explore`
+# draws new examples. There is no deadline, because a test may be slow on a busy machine.
 hypothesis.settings.register_profile("house", deadline=None, derandomize=True)
 hypothesis.settings.register_profile("explore", deadline=None, print_blob=True)
 
 
 try:
     if (_LEVEL := requested_level()) is not None:
-        # Torch and its libraries read these variables when they first compute, which has not happened yet. The lanes,
-        # the processes that tests start and those of Ray inherit them.
+        # Torch and its libraries read these variables at their first computation, so they have to be set now, before
+        # it. The lanes, the processes that tests start and those of Ray inherit them.
         os.environ |= level_environment(_LEVEL)
 except ValueError as error:
     raise pytest.UsageError(str(error)) from error
@@ -75,23 +76,26 @@ def skip_process_start(*_: object, **__: object) -> NoReturn:
 def pytest_configure(config: pytest.Config) -> None:
     """Set threads, ports, environment variables and warning filters of this lane, as the options say."""
     if "PYTEST_XDIST_WORKER" in os.environ:
-        # Each lane computes on one core. Processes that it starts may use more threads; waiting passively, those do not
-        # take the core from other lanes.
+        # Each lane computes on one core. Processes that a lane starts may use more threads. Passive threads sleep while
+        # they wait, so that they do not take the cores of other lanes.
         torch.set_num_threads(1)
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-        # A port is bound seconds after it was found free, so each lane chooses among ports that no other lane uses.
+        # A port is bound seconds after it was found free, and another lane could choose it in between. Therefore each
+        # lane chooses among ports that no other lane uses.
         lane, lanes = int(os.environ["PYTEST_XDIST_WORKER"][2:]), int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
         spawn.PORTS = spawn.PORTS[lane::lanes]
     if config.getoption("--hypothesis-profile") is None:
         hypothesis.settings.load_profile("house")
     if not torch.cuda.is_available():
-        # Triton reads this variable when it is first imported; in some tests torch imports it.
+        # Triton reads this variable when it is first imported, and in some tests torch imports it, so it is set before
+        # any test.
         os.environ["TRITON_INTERPRET"] = "1"
     if config.getoption("--fast"):
-        # A test that is skipped where it starts a process does not close the pipes that it opened for that process.
+        # Ignore warnings about unclosed pipes: a test that is skipped where it starts a process does not close the
+        # pipes that it opened for that process.
         config.addinivalue_line("filterwarnings", "ignore::ResourceWarning")
         config.addinivalue_line("filterwarnings", "ignore::pytest.PytestUnraisableExceptionWarning")
-    # Ray's job client passes ssl=None to aiohttp when it follows logs.
+    # When Ray's job client follows logs, it passes the deprecated ssl=None to aiohttp.
     config.addinivalue_line("filterwarnings", "ignore:ssl=None is deprecated:DeprecationWarning")
 
 
@@ -109,8 +113,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Let every start of a process skip the test that starts it, if `--fast` is given."""
     if session.config.getoption("--fast"):
-        # This needs no list of such tests, which could become wrong. It comes after the collection, since plugins of
-        # pytest start processes before.
+        # With this replacement there is no list of tests that start processes, which could become outdated. The
+        # replacement is made after the collection, because plugins of pytest start processes before.
         subprocess.Popen.__init__ = skip_process_start
         multiprocessing.process.BaseProcess.start = skip_process_start
 
@@ -118,7 +122,8 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 class LaneScheduling(LoadFileScheduling):
     """Scheduler of pytest-xdist that runs all tests of a file, and all tests below one of `FOLDERS`, in one lane."""
 
-    # Each lane that runs tests of these folders has clusters of its own for them, too many for one machine.
+    # Each lane that runs tests of one of these folders has clusters of its own for them. In several lanes, such
+    # clusters would be too many for one machine.
     FOLDERS = ("tests/several_nodes/", "tests/faults/")
 
     def _split_scope(self, nodeid: str) -> str:
@@ -131,10 +136,12 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadFil
 
 def pytest_unconfigure(config: pytest.Config) -> None:
     """Stop the clusters that lanes have left running."""
-    # After Ctrl-C a lane has ten seconds, and stopping Ray takes longer.
+    # After Ctrl-C a lane has ten seconds to end. Stopping Ray takes longer, so the process that started the lanes does
+    # it.
     if getattr(config.option, "numprocesses", None):
         for record in config._tmp_path_factory.getbasetemp().rglob(RECORD):
-            with isolated_home(record.parent), suppress(ClusterError):  # a test records a cluster of another machine
+            # A test records a cluster of another machine, which `stop_local` refuses to stop.
+            with isolated_home(record.parent), suppress(ClusterError):
                 stop_local()
 
 
@@ -150,7 +157,8 @@ def isolated_home(home: Path) -> Iterator[pytest.MonkeyPatch]:
             patch.setenv(name, value)
         for name in USER_CLUSTER_VARIABLES:
             patch.delenv(name, raising=False)
-        # Jobs for clusters that we did not start run `python`, which has to be the interpreter of the tests.
+        # Jobs on clusters that we did not start run the first `python` on the PATH, which has to be the tests'
+        # interpreter.
         patch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
         yield patch
 

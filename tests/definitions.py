@@ -54,7 +54,8 @@ def definitions(root: Path, names: Mapping[str, str]) -> Iterator[Definition]:
             for number, node in enumerate(tree.body):
                 if is_left_out(node, is_first=number == 0):
                     continue
-                # A parameter or variable hides an imported module of the same name.
+                # A parameter or variable hides an imported module of the same name, so that name is no module in this
+                # statement.
                 local = bound_names(node)
                 normalizer = StatementNormalizer(modules - local, originals, names)
                 shape = ast.dump(normalizer.visit(node))

@@ -35,8 +35,8 @@ from tests.equality.walk import Observations, walk
 EXPECTED_COMMANDS = ("bin/mhmoe", "mhmoe_ray.train.job", "default_worker.py")
 """Texts in the command lines of commands, of runs' jobs and of Ray's workers; each side must have started all three."""
 
-# The path is short, since paths of Unix sockets must be. It is always the same, since prepared data record their path,
-# and checkpoints record the digest of that record.
+# The path is short, because paths of Unix sockets must be. It is always the same, because prepared data record their
+# path, and checkpoints record the digest of that record.
 WORK = Path("/tmp" if len(tempfile.gettempdir()) > 15 else tempfile.gettempdir()) / f"equal-{os.getuid()}"
 
 Tree = Callable[[Path], AbstractContextManager[Path]]
@@ -59,7 +59,7 @@ def main() -> int:
     models = options.models.split(",")
     if unknown := set(models) - specs.MODELS.keys():
         parser.error(f"unknown models {', '.join(unknown)}; there are {', '.join(specs.MODELS)}")
-    # As an exception, SIGTERM lets the side stop its cluster.
+    # SIGTERM raises SystemExit, so that the side still stops its cluster; by default it would end this process at once.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     commit = trees.commit_of(options.commit)
     store = Store(commit, options.level, models)
@@ -133,7 +133,8 @@ def _observe(name: str, tree: Tree, level: str, models: list[str], port: int) ->
     finally:
         folder.rename(WORK / name)
     say("done")
-    # Observations that were stored have been through JSON too, so these compare with them.
+    # Stored observations have been through JSON, so these go through JSON too. Otherwise equal ones could differ, such
+    # as tuples and lists.
     stored_form: Observations = json.loads(json.dumps(observations))
     return stored_form
 

@@ -14,8 +14,8 @@ from pathlib import Path
 
 PROJECT = Path(__file__).parents[1]
 
-# Pronouns, conjunctions, prepositions and adverbs: a docstring that starts with one of them is a clause of a sentence
-# that the reader does not have.
+# Pronouns, conjunctions, prepositions and adverbs. A docstring that starts with one of them is a clause of a sentence
+# whose rest the reader does not have.
 FRAGMENT_STARTS = frozenset(
     """above after also among and around as at because before beside between beyond but by from hence here how
     in inside into it its neither never no nobody none nor not nothing now of off on once only or out
@@ -24,7 +24,7 @@ FRAGMENT_STARTS = frozenset(
     who whoever whom whose why with within without yet""".split()
 )
 
-# Words without a noun in them: what they name is known only to their author.
+# Words that bring no noun into a name. If a name has no others, only its author knows what it stands for.
 VAGUE_WORDS = frozenset(
     """about above added after again all alone along any anyone anything apart around asked at away before
     began begun below beside beyond both by called came chosen counted done down drawn each elsewhere ended
@@ -49,7 +49,8 @@ EXCEPTIONS = {
 }
 """Vague names that stay because they are serialized, by file and name, with the place where they are stored."""
 
-# Subjects of older commits have another form. A date, unlike a hash, also works in a shallow clone.
+# Only commits since this time are checked, because subjects of older ones have another form. It is a time and not a
+# hash, because a shallow clone may lack the commit of the hash.
 FIRST_COMMIT_TIME = "2026-11-28T17:06:00Z"
 SUBJECT = re.compile(r"[a-z][\w, /.-]*: [a-z`][^\n]*[^.\n]")
 

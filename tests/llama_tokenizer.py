@@ -14,13 +14,14 @@ def llama_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     tokenizer.pre_tokenizer = pre_tokenizers.Split(
         "▁", "merged_with_next"
-    )  # in training only, so that no token has two words
+    )  # used only in training, so that no token has two words
     strip = decoders.Strip(content=" ", left=1, right=0)
     tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), strip])
     special = ["<unk>", "<s>", "</s>"]
     trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[*special, *BYTES], show_progress=False)
     tokenizer.train_from_iterator(texts, trainer)
-    # Byte tokens have to be plain entries, but the trainer can reserve entries only for special tokens.
+    # Byte tokens have to be plain entries, but the trainer can reserve entries only for special tokens. Therefore the
+    # byte tokens are removed from the special tokens afterwards.
     content = json.loads(tokenizer.to_str())
     content["pre_tokenizer"] = None
     content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] in special]

@@ -85,10 +85,13 @@ def ray_in_this_process() -> Iterator[None]:
     import ray.data
 
     ray_remote = ray.remote
-    ray.data.DataContext.get_current()  # This imports modules of Ray's that define tasks of their own.
+    # This call imports modules of Ray that define tasks, which have to be Ray's own. Therefore it comes before the
+    # patch.
+    ray.data.DataContext.get_current()
 
     def remote(*arguments: Any, **options: Any) -> Any:
-        # No walk calls an actor, nor a task that a module decorates with options when it is imported.
+        # Everything but a plain function stays with Ray: no walk calls an actor, or a task that a module decorates with
+        # options when it is imported.
         is_task = len(arguments) == 1 and inspect.isfunction(arguments[0])
         return LocalTask(arguments[0]) if is_task else ray_remote(*arguments, **options)
 

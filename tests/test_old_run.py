@@ -38,8 +38,8 @@ def resumed(tmp_path_factory, local_cluster):
     project = tmp_path_factory.mktemp("old")
     shutil.copytree(FIXTURE / "prepared", project / "prepared")
     shutil.copytree(FIXTURE / RUN, project / "runs" / RUN)
-    # Only the spec says where a run and its prepared data lie. The path of the raw text must stay: the manifest of the
-    # data contains it, and checkpoints contain the manifest's digest.
+    # Only the spec says where a run and its prepared data lie, so their paths are changed there. The path of the raw
+    # text must stay, because the manifest of the data contains it, and checkpoints contain the digest of that manifest.
     spec = project / "runs" / RUN / "spec.yaml"
     text = spec.read_text()
     for part in ("runs", "prepared"):
@@ -68,7 +68,8 @@ def test_served_completion_equals_that_of_the_earlier_version(resumed):
     deployed = mhmoe(resumed.project, "serve", "deploy", RUN, "--name", "old", "--set", f"serve.port={port}")
     assert deployed.code == 0, deployed.err
     try:
-        # The port may be another one: on a cluster that has served before, Serve keeps its port.
+        # The URL is read from the output, because its port may be another one: on a cluster that has served before,
+        # Serve keeps its port.
         url = re.search(r" at (http://\S+/v1/completions);", deployed.out)[1]
         answer = httpx.post(url, json=resumed.expected["asked"], timeout=60)
         assert answer.status_code == 200, answer.text

@@ -76,7 +76,8 @@ def readme(project, first_output):
     for line in block.splitlines():
         program, *words = shlex.split(line, comments=True)
         assert program == "mhmoe"
-        if words == ["stop"]:  # a run that is stopped before it trains has no checkpoint to resume from
+        # Wait for a step, because a run that is stopped before it trains has no checkpoint to resume from.
+        if words == ["stop"]:
             wait_until(lambda: step_of(newest_run(project)), "a step")
         results[words[0]] = result = mhmoe(project, *words, COLUMNS="120")
         assert result.code == 0, (line, result)
@@ -119,7 +120,8 @@ def test_every_expert_got_tokens_and_was_trained(project, first_output):
     for (name, trained_weight), initial_weight in zip(trained.named_parameters(), fresh.parameters(), strict=True):
         if ".experts." in name:
             new_EW, old_EW = trained_weight.flatten(1), initial_weight.flatten(1)
-            # Weight decay alone would shrink an expert, so only the change perpendicular to the old weights counts.
+            # Only the change perpendicular to the old weights counts, because weight decay alone would shrink an
+            # expert.
             along_E1 = (new_EW * old_EW).sum(1, keepdim=True) / old_EW.square().sum(1, keepdim=True)
             turned_E = (new_EW - along_E1 * old_EW).norm(dim=1) / old_EW.norm(dim=1)
             assert (turned_E > 0.1).all(), name
@@ -163,7 +165,8 @@ def test_eval_of_the_readme_equals_the_last_validation(project, readme):
     assert evaluated["domains"].keys() == {name for name in prepared if prepared[name].validation_samples}
     assert "bits/byte" in readme["eval"].out
     assert "it was evaluated before" in readme["evaluated"].err
-    assert len(list((run.path / "evaluations").iterdir())) == 1  # `eval` also counts the routes that `routing` shows
+    # `routing` made no second evaluation, because `eval` also counts the routes that `routing` shows.
+    assert len(list((run.path / "evaluations").iterdir())) == 1
 
 
 @pytest.mark.slow

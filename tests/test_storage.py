@@ -28,7 +28,7 @@ def test_files_are_written_found_and_removed(root):
     replace_file(root / "a" / "one", b"1")
     replace_file(root / "a" / "one", b"11")
     with create_file(root / "a" / "two") as f:
-        f.write(b"2" * (6 << 20))  # more than a part of an upload
+        f.write(b"2" * (6 << 20))  # so much that an upload has several parts
     with pytest.raises(FileExistsError), create_file(root / "a" / "two"):
         pass
     copy_file(root / "a" / "one", root / "b" / "three")

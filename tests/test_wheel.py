@@ -19,7 +19,7 @@ NOT_PACKAGED = {"README.md"}
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
     """Build a wheel of the project, and yield it as an open zip archive."""
-    # setuptools leaves folders behind where it builds, so it gets a copy.
+    # setuptools leaves folders behind where it builds, so it builds in a copy of the project.
     copy = tmp_path_factory.mktemp("source")
     for package in PACKAGES:
         shutil.copytree(ROOT / package, copy / package, ignore=shutil.ignore_patterns("__pycache__"))

@@ -76,7 +76,8 @@ class Tree:
         self.root = root
         self.packages = {name: root / folder / name for name, folder in PACKAGE_FOLDERS.items()}
         homes = [str(package.parent) for package in self.packages.values()]
-        # Python puts the folder of this script first, and its folders have names that other packages may have.
+        # Python puts the folder of this script first in sys.path. It is removed, because its folders have names that
+        # other packages may have too.
         script_folder = Path(__file__).resolve().parent
         other_entries = [entry for entry in sys.path if entry not in homes and Path(entry).resolve() != script_folder]
         sys.path[:] = [*homes, *other_entries]
@@ -113,7 +114,7 @@ class Tree:
         Raises:
             LookupError: There is no such definition, or there are several.
         """
-        # Overloads define a name several times in one file.
+        # Files are counted and not definitions, because overloads define a name several times in one file.
         files = sorted({file for file, names in self._definitions[name] if parameters in (None, names)})
         if len(files) != 1:
             raise LookupError(f"{name} has to be defined once, and is defined in {files or 'no file'}")
@@ -190,7 +191,8 @@ class Recorder:
                 if not isinstance(constant, CodeType):
                     continue
                 inner_owner = owner
-                # A class body has neither flag, and a module has no code around it.
+                # Only functions have both flags: the body of a class has neither. The code of the module itself is no
+                # constant of other code, so it does not come here.
                 if constant.co_flags & inspect.CO_OPTIMIZED and constant.co_flags & inspect.CO_NEWLOCALS:
                     if not constant.co_name.startswith("<"):
                         inner_owner = Function(path, constant.co_firstlineno, constant.co_qualname)
@@ -242,11 +244,11 @@ def walk_submit(_tree: Tree, folder: Path, recorder: Recorder) -> None:
     from mhmoe_ray.cli.app import main
 
     file = folder / "spec.yaml"
-    file.write_text(json.dumps(preset_run(folder), indent=1))  # JSON is YAML, too.
+    file.write_text(json.dumps(preset_run(folder), indent=1))  # JSON is YAML too
     with mock.patch.object(sys, "argv", ["mhmoe", "submit", str(file), "--dry-run"]), recorder.recording():
         try:
             main()
-        except SystemExit as request:  # A command that succeeds ends in this way, too.
+        except SystemExit as request:  # a command that succeeds raises it too
             if request.code:
                 raise
 
@@ -289,7 +291,7 @@ def walk_completion(tree: Tree, folder: Path, recorder: Recorder) -> None:
     tree.definition("init_weights")(model, 7)
     tokenizer = small_tokenizer(spec.model.vocab_size)
     end_tokens, token_total = tree.definition("boundaries")(tokenizer).ends, tree.definition("token_count")(tokenizer)
-    # The engine's thread starts here. It is watched, since the recorder exists already.
+    # The engine starts its thread here. The thread is watched, because the recorder exists already.
     engine = tree.definition("own_engine")(model, end_tokens, token_total, 64, serve_spec)
     details = tree.definition("ModelDetails").from_spec("walk", spec.model)
     answerer = tree.definition("Answerer")(engine, tokenizer, None, details)
@@ -320,7 +322,8 @@ def walk_batch(tree: Tree, folder: Path, recorder: Recorder) -> None:
 
     spec = RunSpec.model_validate(small_run(folder))
     write_raw_lines(folder / "raw" / "lines.jsonl")
-    # No tokenizer is trained here: a thread of its library would read the texts, and Python cannot watch that thread.
+    # The walk does not train a tokenizer: a thread of the tokenizer's library would read the texts, and Python cannot
+    # watch that thread.
     small_tokenizer(spec.model.vocab_size).save(str(folder / "tokenizer.json"))
     prepare = tree.definition("prepare", ["spec"])
     training_stream, split_padding = tree.definition("training_stream"), tree.definition("split_padding")

@@ -63,7 +63,8 @@ def wait_for_end(run: RunDir, seconds: float = LIMIT, state: str = "finished") -
 
 def end_by_ctrl_c(process: subprocess.Popen[str]) -> str:
     """Send SIGINT, as Ctrl-C does, until the process ends; return what it wrote to standard error."""
-    # Like a person, repeat it: Python loses a SIGINT that comes while it finalises an object.
+    # SIGINT is repeated, as a person repeats Ctrl-C, because Python loses a SIGINT that comes while it finalises an
+    # object.
     for _ in range(6):
         process.send_signal(signal.SIGINT)
         with suppress(subprocess.TimeoutExpired):

@@ -53,7 +53,8 @@ def session(arguments: str) -> list[str]:
     child.expect(pexpect.EOF)
     child.close()
     assert child.exitstatus == 0, child.before
-    # A carriage return before a line feed moves nothing; alone it goes back to write over the line.
+    # `screen_of` clears the line at a carriage return, because a program then writes over the line. Before a line feed,
+    # a carriage return only ends the line, so it is removed there.
     return screen_of(child.before.replace("\r\n", "\n"))
 
 
@@ -71,7 +72,8 @@ def main() -> None:
             text.plain = text.plain.replace(str(Path.cwd()), "~/mhmoe-ray")
             console.print(text, no_wrap=True, overflow="ellipsis")
         console.print()
-    # Without the fonts that rich names by address: a page shows the picture in its own monospace font.
+    # The fonts, which rich loads from web addresses, are removed, so that a page shows the picture in its own monospace
+    # font.
     picture = re.sub(r"@font-face \{.*?\}\s*", "", console.export_svg(title="mhmoe-ray"), flags=re.S)
     Path(__file__).with_name("session.svg").write_text(picture)
 

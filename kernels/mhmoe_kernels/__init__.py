@@ -58,7 +58,7 @@ def __getattr__(name: str) -> Any:
         AttributeError: `__all__` does not contain the name.
     """
     if name in __all__:
-        # Stored as a global, a name is found without this function from then on.
+        # The name is stored as a global, so that from then on Python finds it without this function.
         for module in map(import_module, (f"{__name__}.{module}" for module in _MODULES)):
             if hasattr(module, name):
                 globals()[name] = getattr(module, name)

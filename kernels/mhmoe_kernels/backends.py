@@ -72,7 +72,7 @@ def choose_kernel(name: str, x_ND: Tensor, weights: ExpertWeights, expert_capaci
     if name != "auto" and (expert_capacity is not None or name not in STATIC_BACKENDS):
         return name
     if x_ND.device.type == "cuda":
-        # Exact float32 products do not run on the matrix units.
+        # The fused kernel is chosen for bfloat16 only, because exact float32 products do not run on the matrix units.
         is_suitable = x_ND.shape[1] <= MAX_FUSED_WIDTH and x_ND.dtype == torch.bfloat16
         can_fuse = is_suitable and triton.unavailable_reason(x_ND.device) is None
         return "triton" if can_fuse else "grouped"
@@ -122,10 +122,10 @@ def run_sorted_experts(backend: str, x_RD: Tensor, counts: list[int], weights: E
     if (run_sorted_rows := BACKENDS[backend].run_sorted) is not None:
         with _without_autocast(x_RD):
             return run_sorted_rows(x_RD, counts, weights)
-    # The other backends take routes and sort them again. This is cheap for `triton`, which sorts R numbers and reads
-    # the rows in place.
+    # Backends without `run_sorted` take routes and sort them again. This is cheap for `triton`, which sorts R numbers
+    # and reads the rows in place.
     expert_E = torch.arange(len(counts), device=x_RD.device)
-    # A copy from pinned memory and a known output size spare the host a wait for the GPU.
+    # The host need not wait for the GPU, because the copy is from pinned memory and the output size is known.
     count_E = torch.tensor(counts, pin_memory=x_RD.is_cuda).to(x_RD.device, non_blocking=True)
     expert_R = expert_E.repeat_interleave(count_E, output_size=len(x_RD))
     ones_R1 = torch.ones(len(x_RD), 1, dtype=torch.float32, device=x_RD.device)

@@ -63,7 +63,7 @@ def machine_level() -> CpuLevel:
     The call also requests AMX from the system, after which the process may use it.
     """
     # `torch.backends.cpu.get_cpu_capability` obeys ATEN_CPU_CAPABILITY, even for instructions that the CPU lacks. The
-    # instruction flags do not.
+    # instruction flags below do not depend on that variable.
     capabilities = torch.cpu.get_capabilities()
 
     def has_features(*names: str) -> bool:
@@ -75,7 +75,8 @@ def machine_level() -> CpuLevel:
         return CpuLevel.AVX2
     if not has_features("avx512_bf16"):
         return CpuLevel.AVX512
-    # A CPU may list AMX although the system, a sandbox or a hypervisor forbids its tiles, so only a request tells.
+    # A CPU may list AMX although the system, a sandbox or a hypervisor forbids its tiles, so only a request shows
+    # whether AMX can be used.
     has_amx = has_features("amx_tile", "amx_bf16") and torch.cpu._init_amx()
     return CpuLevel.AMX if has_amx else CpuLevel.AVX512_BF16
 
@@ -107,7 +108,7 @@ def cpu_level() -> CpuLevel:
         ValueError: MHMOE_CPU_LEVEL names no level.
     """
     level_limit = requested_level()
-    # torch reports no capability above AVX512, so any other capability sets no limit.
+    # AVX512 is the highest capability that torch reports. So a capability that is not in this table sets no limit.
     torch_levels = {"DEFAULT": CpuLevel.GENERIC, "NO AVX": CpuLevel.GENERIC, "AVX2": CpuLevel.AVX2}
     torch_level = torch_levels.get(torch.backends.cpu.get_cpu_capability(), CpuLevel.AMX)
     return min(machine_level(), torch_level, CpuLevel.AMX if level_limit is None else level_limit)

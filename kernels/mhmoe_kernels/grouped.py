@@ -87,7 +87,7 @@ def split_into_pieces(counts: list[int], recompute: float, *, round_windows: boo
     kept_rows = sum(counts) - round(recompute * sum(counts))
     if not row_bytes:
         return list(_iterate_pieces(counts, kept_rows, round_windows, sum(counts), MAX_PIECE_ROWS))
-    # The largest power of two of rows that fit into the cache.
+    # The limit of a piece is the largest power of two of rows that fit into the cache.
     rows = min(MAX_PIECE_ROWS, max(128, 1 << (CACHE_BYTES // row_bytes).bit_length() >> 1))
     return list(_iterate_pieces(counts, kept_rows, round_windows, rows, rows))
 
@@ -116,7 +116,8 @@ def _iterate_pieces(
             )
             step = max(1, (1 << rows.bit_length() - 1) // WINDOW_STEPS) if round_windows else 1
             window_rows = -(-rows // step) * step
-            # No window may reach past the last row, so this piece is made shorter and another one follows.
+            # No window may reach past the last of all rows. If this one would, the piece is made shorter and another
+            # one follows.
             if start + window_rows > total:
                 rows = window_rows = rows // step * step
             yield Piece(expert, start, rows, window_rows, start == expert_start, start + rows == expert_end, is_kept)
@@ -146,7 +147,8 @@ class GradientAccumulator:
         """
         self.total_EOI = torch.empty_like(like_EOI)
         """Sums of products. An expert's sum is valid once its last piece is added."""
-        # bfloat16 has 8 bits of precision: a sum of ones would stop growing at 256.
+        # Sums of bfloat16 gradients need a float32 buffer: with 8 bits of precision, a sum of ones would stop growing
+        # at 256.
         is_narrow = like_EOI.element_size() < 4
         self._wide_OI = like_EOI.new_empty(like_EOI.shape[1:], dtype=torch.float32) if is_narrow else None
 
@@ -176,7 +178,7 @@ def swiglu_sorted(
         gate_EFD, up_EFD, down_EDF: weights of the E experts.
         recompute: share of the rows whose hidden layer is not kept for the backward.
     """
-    # Nothing needs to be kept where there is no backward.
+    # If gradients are disabled, there is no backward, so the share is 1.0 and no hidden rows are kept.
     return _swiglu(x_RD, counts, recompute if torch.is_grad_enabled() else 1.0, gate_EFD, up_EFD, down_EDF)
 
 
@@ -228,7 +230,7 @@ class _SwiGLU(torch.autograd.Function):
             torch.ops.aten.silu.out(gate_PF, out=silu)
             torch.mul(silu, up_PF, out=hidden)
             # The window's rows past the piece belong to another expert or piece. Zeros there keep them out of the
-            # weight gradients; dup and dgate follow from dhidden.
+            # weight gradients; dup and dgate are products with dhidden and so are 0 there, too.
             hidden[piece.padding_rows].zero_()
             torch.mm(dout, down_EDF[e], out=dhidden)
             dhidden[piece.padding_rows].zero_()
@@ -239,7 +241,7 @@ class _SwiGLU(torch.autograd.Function):
             gate_sum.add(piece, dgate.T, x)
             torch.mm(dgate, gate_EFD[e], out=dx_RD[window])
             dx_RD[window].addmm_(dup, up_EFD[e])
-        # Experts without rows have no piece, so their gradients are still uninitialized.
+        # Experts without rows have no piece, so their gradients are still uninitialized and are set to 0 here.
         gradients = [s.total_EOI for s in accumulators]
         for idle_expert in set(range(len(gate_EFD))) - {piece.expert for piece in ctx.pieces}:
             for gradient in gradients:
@@ -260,7 +262,7 @@ def gelu_sorted(x_RD: Tensor, counts: list[int], weights: tuple[Tensor, ...], ep
         eps: value added to the variance in the norm.
         recompute: share of the rows for which nothing is kept for the backward.
     """
-    # Nothing needs to be kept where there is no backward.
+    # If gradients are disabled, there is no backward, so the share is 1.0 and no hidden rows are kept.
     return _gelu(x_RD, counts, eps, recompute if torch.is_grad_enabled() else 1.0, *weights)
 
 
@@ -297,8 +299,8 @@ class _GELU(torch.autograd.Function):
         dout_RD = dout_RD.contiguous()
         dx_RD = torch.empty_like(x_RD)
         fc1_sum, fc2_sum = GradientAccumulator(fc1_EFD), GradientAccumulator(fc2_EDF)
-        # Gradients of vectors are summed in float32. The norm's own backward would sum its two in bfloat16, which makes
-        # them wrong by 7 to 30 % over 4,000 rows.
+        # Gradients of vectors are summed in float32. The norm's own backward would sum the gradients of its weight and
+        # bias in bfloat16, which makes them wrong by 7 to 30 % over 4,000 rows.
         vectors = [torch.zeros_like(widen(w)) for w in (fc1_bias_EF, norm_EF, norm_bias_EF, weights[-1])]
         dfc1_bias_EF, dnorm_EF, dnorm_bias_EF, dfc2_bias_ED = vectors
         [temporary_PF] = new_hidden_buffers(1, x_RD, width, [p for p in ctx.pieces if not p.keeps_hidden])
@@ -313,7 +315,8 @@ class _GELU(torch.autograd.Function):
             torch.ops.aten.gelu.out(inner_PF, out=gelu)
             whitened, mean, rstd = torch.native_layer_norm(gelu, (width,), None, None, ctx.eps)
             normed = torch.addcmul(norm_bias_EF[e], whitened, norm_EF[e], out=dinner)
-            # Zeros keep rows past the piece out of sums over rows; all later gradients follow from dnormed.
+            # Zeros keep the rows past the piece out of sums over rows. All later gradients follow from dnormed, so they
+            # are 0 there, too.
             normed[piece.padding_rows].zero_()
             torch.mm(dout, fc2_EDF[e], out=dnormed)
             dnormed[piece.padding_rows].zero_()
@@ -328,7 +331,7 @@ class _GELU(torch.autograd.Function):
             torch.mm(dinner, fc1_EFD[e], out=dx_RD[window])
             dfc1_bias_EF[e] += dinner.sum(0, dtype=dnorm_EF.dtype)
             dfc2_bias_ED[e] += dout[: piece.rows].sum(0, dtype=dnorm_EF.dtype)
-        # Experts without rows have no piece, so their gradients are still uninitialized.
+        # Experts without rows have no piece, so their gradients are still uninitialized and are set to 0 here.
         for idle_expert in set(range(len(fc1_EFD))) - {piece.expert for piece in ctx.pieces}:
             fc1_sum.total_EOI[idle_expert].zero_()
             fc2_sum.total_EOI[idle_expert].zero_()

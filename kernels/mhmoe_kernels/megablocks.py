@@ -30,7 +30,8 @@ def run_grouped_gemm(x_RD: Tensor, weights: ExpertWeights, matmul: Matmul) -> Te
 
     The result is that of `run_sorted`. The experts must be ones for which `can_group` returns True.
     """
-    # This must run outside autocast, which makes the output of a norm float32: no grouped GEMM takes two dtypes.
+    # This must run outside autocast. Autocast would make the output of a norm float32, and no grouped GEMM takes
+    # operands of two dtypes.
     if isinstance(weights.function, Swiglu):
         return _swiglu(matmul, x_RD, *weights.stacked)
     return _gelu_subln(matmul, weights.function.eps, x_RD, *weights.stacked)
@@ -92,13 +93,14 @@ def run(x_ND: Tensor, expert_NK: Tensor, gate_NK: Tensor, weights: ExpertWeights
             "make the micro-batch smaller, or use the kernel 'grouped'"
         )
     if N == 0:
-        # There is nothing to permute, and MegaBlocks does not say whether its kernels can be launched without blocks.
+        # MegaBlocks is not called without rows: there is nothing to permute, and it does not say whether its kernels
+        # can be launched without blocks.
         return run_grouped(x_ND, expert_NK, gate_NK, weights)
     ops, K, E = _import_module("megablocks.ops"), expert_NK.shape[1], len(weights.stacked[0])
     with torch.no_grad():
         expert_R, route_R = ops.sort(expert_NK.flatten().int(), max((E - 1).bit_length(), 1))
         count_E = ops.histogram(expert_R, E)
-        # With one expert, MegaBlocks returns a scalar.
+        # With one expert, MegaBlocks returns a scalar, which `view` turns into a vector.
         end_E = ops.inclusive_cumsum(count_E, 0).view(E)
     # MegaBlocks' copies assume that tensors are contiguous.
     x_RD = ops.gather(x_ND.contiguous(), route_R, expert_R, end_E, K)
@@ -130,7 +132,7 @@ def _missing_dependency() -> str | None:
     try:
         _import_module("megablocks.ops")
     except ImportError as error:
-        # Typically the extension was compiled for another torch, and a symbol is missing.
+        # Typically the extension was compiled for another version of torch, so that a symbol is missing.
         line, _, _ = str(error).partition("\n")
         return f"megablocks cannot be imported: {line}"
     return None
@@ -139,7 +141,8 @@ def _missing_dependency() -> str | None:
 @cache
 def _import_module(name: str) -> ModuleType:
     with warnings.catch_warnings():
-        # `_grouped_matmul` handles a missing grouped_gemm, and torch.jit.script occurs in a part that is not used here.
+        # Neither warning concerns the user: `_grouped_matmul` handles a missing grouped_gemm, and torch.jit.script
+        # occurs in a part of MegaBlocks that is not used here.
         warnings.filterwarnings("ignore", "Grouped GEMM not available")
         warnings.filterwarnings("ignore", ".*torch.jit.script.* is deprecated", DeprecationWarning)
         return importlib.import_module(name)

@@ -30,7 +30,8 @@ from mhmoe_kernels.cpu import CpuLevel, cpu_level, is_x86
 from mhmoe_kernels.permutation import combine, plan_routes
 from mhmoe_kernels.weights import ExpertWeights, Function, Swiglu
 
-# BLAS sums all rows in the same order if their number is a multiple of this; see the docstring of this module.
+# BLAS computes all rows of a product with sums in the same order if their number is a multiple of this one; see the
+# docstring of this module.
 ROW_MULTIPLE = 16
 
 
@@ -43,11 +44,11 @@ def run_padded(x_ND: Tensor, expert_NK: Tensor, gate_NK: Tensor, weights: Expert
     assert not (torch.is_grad_enabled() and any(w.requires_grad for w in weights.stacked))
     plan = plan_routes(expert_NK, len(weights.stacked[0]))
     padded_count_E = (plan.count_E + ROW_MULTIPLE - 1) // ROW_MULTIPLE * ROW_MULTIPLE
-    # A route's slot moves by the padding of all experts before its own.
+    # A route's slot moves up by the padding of all experts before the route's own.
     shift_E = (padded_count_E - plan.count_E).cumsum(0) - (padded_count_E - plan.count_E)
     plan = plan._replace(slot_NK=plan.slot_NK + shift_E[expert_NK])
     padded_counts = padded_count_E.tolist()
-    # Row 0 fills the padding: its outputs are not read, so any row would do.
+    # Row 0 fills the padding. Any row would do, because the outputs of the padding are not read.
     row_P = torch.zeros(sum(padded_counts), dtype=torch.long, device=x_ND.device)
     row_P[plan.slot_NK] = torch.arange(len(x_ND), device=x_ND.device)[:, None]
     experts = zip(*(w.unbind(0) for w in weights.stacked), strict=True)

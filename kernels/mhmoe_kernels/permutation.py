@@ -14,7 +14,8 @@ from torch.autograd.function import once_differentiable
 
 def widen(x: Tensor) -> Tensor:
     """Return x in float32, or unchanged if it is float64."""
-    # In bfloat16, different scores become equal, and sums over experts lose the differences from which routing learns.
+    # bfloat16 is too narrow for routing: different scores become equal, and sums over experts lose the differences from
+    # which routing learns.
     return x if x.dtype == torch.float64 else x.float()
 
 
@@ -47,7 +48,7 @@ def plan_routes(expert_NK: Tensor, n_experts: int) -> RoutePlan:
     order_R = torch.argsort(flat_R, stable=True)
     slot_R = torch.empty_like(order_R)
     slot_R[order_R] = torch.arange(order_R.numel(), device=order_R.device)
-    # bincount would make the host wait for a GPU.
+    # bincount is not used, because it would make the host wait for a GPU.
     end_E = torch.searchsorted(flat_R[order_R], torch.arange(n_experts, device=flat_R.device), right=True)
     count_E = end_E.diff(prepend=end_E.new_zeros(1))
     return RoutePlan(order_R // expert_NK.shape[1], slot_R.view_as(expert_NK), count_E)
@@ -70,7 +71,7 @@ class _Permute(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_ND: Tensor, plan: RoutePlan) -> Tensor:
         ctx.slot_NK = plan.slot_NK
-        # x_ND[row_R] is several times slower on a CPU.
+        # `index_select` stands here because x_ND[row_R] is several times slower on a CPU.
         return x_ND.index_select(0, plan.row_R)
 
     @staticmethod
@@ -119,6 +120,6 @@ _combine: Callable[[Tensor, Tensor, RoutePlan], Tensor] = _Combine.apply
 
 def _row_blocks(x_RD: Tensor) -> Iterator[slice]:
     """Return slices that together cover all rows: a single one on GPUs, and blocks that fit into the cache on CPUs."""
-    # The caller reads and writes each row several times.
+    # The caller reads and writes each row several times, so on a CPU its rows should stay in the cache.
     rows = max(1, CACHE_VALUES // x_RD.shape[1]) if x_RD.device.type == "cpu" else max(1, len(x_RD))
     return (slice(start, start + rows) for start in range(0, len(x_RD), rows))

@@ -38,7 +38,8 @@ class GeluSubln:
         fc2_DF: Tensor,
         fc2_bias_D: Tensor,
     ) -> Tensor:
-        # P1's code computes GELU in float32. torch does so for narrower dtypes too, and rounds once.
+        # P1's code computes GELU in float32. torch does the same for narrower dtypes and rounds once, so no cast is
+        # needed.
         gelu_NF = F.gelu(F.linear(x_ND, fc1_FD, fc1_bias_F))
         normed_NF = F.layer_norm(gelu_NF, norm_weight_F.shape, norm_weight_F, norm_bias_F, self.eps)
         return F.linear(normed_NF, fc2_DF, fc2_bias_D)

@@ -69,10 +69,12 @@ def measure(spec: RunSpec, rounds: int, folder: Path, hardware: Hardware) -> Fig
     """
     spec = _with_folders(spec, folder)
     run = create_run(spec)
-    # The saver records the hashes of this file and of the data manifest in each checkpoint.
+    # The saver records the hash of the tokenizer file in each checkpoint, so the file must exist. It may be empty,
+    # because nothing is tokenized here.
     run.tokenizer_file.touch()
     case = Case(spec, hardware.device)
-    # AdamW creates its moments, which belong to the state, at the first update.
+    # AdamW creates its moments at the first update. A checkpoint includes them, so one step runs before the state is
+    # measured.
     case.step()
     saver, torch_file = Saver(run, case.trainer, group=1), folder / "torch.pt"
     state = [(f"{part}.{name}", t) for part, name, t in case.trainer.strategy.checkpoint_tensors()]
@@ -97,7 +99,8 @@ def measure(spec: RunSpec, rounds: int, folder: Path, hardware: Hardware) -> Fig
         )
         remove_tree(committed_checkpoints(run)[-1])
 
-    # The first checkpoint allocates the buffers of the saver, so it is measured for its memory and not for its time.
+    # The first checkpoint allocates the saver's buffers, which all later ones reuse. Its memory is therefore measured,
+    # but its times are cleared below.
     training_peak, saving_peak = _settled_peak(case.step, figures.state // 100), _peak_resident(measure_checkpoint)
     if training_peak and saving_peak:
         figures = figures._replace(extra=saving_peak - training_peak)
@@ -111,7 +114,8 @@ def measure(spec: RunSpec, rounds: int, folder: Path, hardware: Hardware) -> Fig
 
 def _with_folders(spec: RunSpec, folder: Path) -> RunSpec:
     """Return the spec with its run directory in `folder`, and with an empty manifest of prepared data."""
-    # No data are read, but the saver needs this manifest.
+    # The measurement reads no data, but the saver records the hash of this manifest in each checkpoint, so the manifest
+    # must exist.
     prepared = folder / "prepared"
     prepared.mkdir()
     (prepared / "manifest.json").write_text("{}")
@@ -131,8 +135,8 @@ def _settled_peak(action: Callable[[], object], tolerance: int) -> int | None:
 
     The action runs at most 65 times. The result is None if the system does not report the peak.
     """
-    # The memory that the C library keeps for reuse grows during the first tens of steps. Without these repetitions its
-    # growth would count as the checkpoint's memory.
+    # During the first tens of steps, the C library keeps more and more freed memory for reuse. The steps are repeated
+    # until this growth ends, because otherwise it would count as the checkpoint's memory.
     peak, stable_runs = _peak_resident(action), 0
     for _ in range(64):
         previous_peak, peak = peak, _peak_resident(action)
@@ -148,7 +152,8 @@ def _peak_resident(action: Callable[[], object]) -> int | None:
     """Call `action`, and return this process's peak of resident bytes meanwhile; None if the system reports none."""
     status = Path("/proc/self/status")
     if status.exists():
-        # 5 resets the peak (VmHWM) to the current size.
+        # Writing 5 resets the process's peak memory (VmHWM) to its current memory, so that the peak below is that of
+        # `action`.
         Path("/proc/self/clear_refs").write_text("5")
     action()
     lines = status.read_text().splitlines() if status.exists() else []

@@ -69,7 +69,8 @@ def _run_command(*args: str) -> str:
 def _long_run(spec: RunSpec, lines: int) -> RunDir:
     """Create a finished run of `lines` steps, with one line of metrics per step."""
     run = create_run(spec.model_copy(update={"train": spec.train.model_copy(update={"steps": lines})}))
-    # No cluster listens at this address.
+    # Every run has an attempt. No cluster listens at this address, and none is needed: commands do not ask the cluster
+    # of a finished run.
     add_attempt(run, Attempt("none", "http://127.0.0.1:1", local=True))
     constant_metrics = {
         metrics.GROUP: 1,
@@ -102,12 +103,13 @@ def _submit(spec_file: Path) -> float:
     Raises:
         JobError: a command fails, or the job fails or records no event in time.
     """
-    # Events carry wall-clock times of other processes, so this is not a monotonic clock.
+    # The end of the measurement is the wall-clock time of an event that another process records. The start must be read
+    # from the same clock, so the monotonic clock does not fit.
     start_time = time.time()
     run = RunDir(location(json.loads(_run_command("submit", str(spec_file), "--detach", "--json"))["path"]))
     try:
         while time.time() - start_time < EVENT_TIMEOUT:
-            # The command itself records `submitted`, so that event says nothing about the job.
+            # The command `submit` itself records the event `submitted`, so this event does not show that the job runs.
             if first_event := next((e for e in events.read(run) if e["event"] != "submitted"), None):
                 if first_event["event"] == "failed":
                     raise JobError(f"run {run.id}", first_event["reason"], "see `mhmoe logs`")
@@ -115,6 +117,6 @@ def _submit(spec_file: Path) -> float:
             time.sleep(0.05)
         raise JobError(f"run {run.id}", f"its job recorded no event in {EVENT_TIMEOUT:.0f} s", "see `mhmoe logs`")
     finally:
-        # A run whose job failed has ended already.
+        # `mhmoe stop` fails for a run that is over, and a run whose job failed is over already.
         if not events.is_end_state(events.state(events.read(run))):
             _run_command("stop", str(run.path), "--now")

@@ -63,13 +63,14 @@ def stream_with_mhmoe(spec: RunSpec, folder: Path, processes: int) -> dict[str, 
     """
     ray.init("local", num_cpus=processes, log_to_driver=False, include_dashboard=False)
     stream = training_stream(spec, 0, 1)
-    # Training reads the stream in order, and the assertion below needs that too.
+    # The stream is measured in order because training reads it in order. The assertion below needs the order too.
     stream.context.execution_options = ray.data.ExecutionOptions(preserve_order=True)
     [split] = stream.streaming_split(1, equal=True)
     b, batch_count, start_time = spec.train.micro_batch_size, spec.train.steps * spec.train.micro_batches, 0.0
     for number, batch in enumerate(split.iter_batches(batch_size=b, batch_format="numpy", prefetch_batches=4)):
         assert np.array_equal(batch["position"], number * b + np.arange(b)), "the order"
-        # The clock starts at the first micro-batch, which waits for the start of the stream.
+        # The clock starts after the first micro-batch, because the wait for it includes the start of the stream, which
+        # is not measured.
         if number == 0:
             start_time = time.perf_counter()
         if number == batch_count - 1:
@@ -109,7 +110,7 @@ def _prepare_with_encoder(
 ) -> dict[str, Any]:
     """Prepare text as `prepare_with_datasets` does, with `encode` from texts to token ids, and measure it."""
     os.environ |= {"HF_HOME": str(folder), "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    # datasets reads these variables at its import.
+    # The import must follow the line above, because datasets reads these environment variables when it is imported.
     import datasets
 
     datasets.disable_progress_bars()
@@ -119,13 +120,14 @@ def _prepare_with_encoder(
         return {"ids": encode(batch["text"])}
 
     def pack_batch(batch: dict[str, list[Any]]) -> dict[str, list[list[int]]]:
-        # Samples overlap by one token: the last target of a sample is the first input of the next one.
+        # Samples overlap by one token, because the last target of a sample is also the first input of the next sample.
         ids = list(chain.from_iterable(batch["ids"]))
         return {"ids": [ids[i : i + length + 1] for i in range(0, len(ids) - length, length)]}
 
     files = [file.path for file in find_files(spec.data)]
     options: dict[str, Any] = {"split": "train", "cache_dir": str(folder)}
-    # The fields of `meta` differ from file to file, so it can only be loaded as text. This is not timed.
+    # The fields of `meta` differ from file to file, so the files have no common type for it. All columns are therefore
+    # loaded as text. Finding the names of the columns is not timed.
     features_by_file = [
         datasets.load_dataset("json", data_files=[file], streaming=True, **options).features for file in files
     ]
@@ -172,7 +174,8 @@ def stream_with_mosaicml(spec: RunSpec, folder: Path, processes: int) -> dict[st
     dataset = StreamingDataset(local=str(folder), batch_size=b, shuffle=True, shuffle_seed=spec.seed)
     loader = DataLoader(dataset, batch_size=b, num_workers=processes, drop_last=True)
     number, start_time = 0, 0.0
-    # The samples may fill fewer micro-batches than the training has, so the loader is read again.
+    # One pass over the samples may give fewer micro-batches than the training has, so passes are repeated until there
+    # are enough.
     while number < batch_count:
         previous_number = number
         for _ in loader:

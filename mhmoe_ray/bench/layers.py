@@ -72,14 +72,14 @@ class Case:
     def __init__(self, layer: Layer, shape: Shape, dtype: DTypeName, device: torch.device) -> None:
         self.layer = layer
         self.module = layer.build().to(device, DTYPES[dtype])
-        # All layers get the same input.
+        # The seed is fixed, so that all layers get the same input.
         x_BTM = torch.randn(1, shape.tokens, shape.d_model, generator=torch.Generator().manual_seed(0))
         self.x_BTM = x_BTM.to(device, DTYPES[dtype]).requires_grad_()
 
     def forward(self) -> Tensor:
         """Return the output of the layer for the input of this case."""
         y = self.module(self.x_BTM)
-        y_BTM: Tensor = y[0] if isinstance(y, tuple) else y  # routing, balance loss or counts come second
+        y_BTM: Tensor = y[0] if isinstance(y, tuple) else y  # the output comes before routing, loss or counts
         return y_BTM
 
     def backward(self, y_BTM: Tensor) -> None:
@@ -133,7 +133,8 @@ def our_layers(
         for kernel in runnable_kernels:
             layer_moes[name if len(kernels) == 1 else f"{name}, {kernel}"] = moe.model_copy(update={"kernel": kernel})
     if static:
-        # The masks grow with the square of the rows, and more heads mean more rows.
+        # The masks of static routing grow with the square of the rows, and more heads mean more rows. Static routing is
+        # therefore measured only for the plain layer and the smallest number of heads.
         for name in ["SMoE", *(f"MH-MoE h {h}" for h in sorted(heads)[:1])]:
             static_routing = {"capacity_factor": 1.0, "kernel": "capacity"}
             layer_moes[f"{name} static"] = moes[name].model_copy(update=static_routing)
@@ -162,7 +163,8 @@ def _split_kernels(
         precision_reason = (
             f"kernel {kernel} computes in {precision}, not in {dtype}" if precision not in (None, dtype) else None
         )
-        # An unsupported precision is reported before an unsupported machine: another machine would not help.
+        # If both the precision and the machine are unsupported, the reason is the precision, because another machine
+        # would not help.
         reason = precision_reason or unavailable_reason(kernel, device)
         if reason is None:
             runnable_kernels.append(kernel)

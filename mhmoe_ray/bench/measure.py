@@ -41,11 +41,13 @@ def footprint(layer: nn.Module, forward: Callable[[], Tensor], backward: Callabl
     weights = {p.untyped_storage().data_ptr() for p in layer.parameters()}
 
     def record_storage(t: Tensor) -> Tensor:
-        # The graph holds t until the backward pass, so no other tensor can get its address before.
+        # An address identifies a storage here: the graph keeps each saved tensor alive until the backward pass, so no
+        # other tensor gets its address. A storage that is saved twice therefore counts once.
         storage = t.untyped_storage()
         if storage.data_ptr() not in weights:
             saved_sizes[storage.data_ptr()] = storage.nbytes()
-        # t may hold the graph that holds t; such a cycle would never be released.
+        # The graph saves a detached tensor, because `t` may refer to the graph itself. Such a reference cycle would
+        # never be released.
         return t.detach()
 
     def run() -> None:
@@ -72,7 +74,8 @@ def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
 
 def _allocation_changes(run: Callable[[], object]) -> list[int]:
     """Call `run`, and return the bytes of each allocation on the CPU in order of time; releases are negative."""
-    # The profiler reads this variable at its first use. Without it, it announces its stages on stderr.
+    # Without this variable, the profiler announces its stages on stderr. The profiler reads the variable at its first
+    # use, so it is set before.
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         run()
@@ -157,22 +160,25 @@ def measure(request: Request, hardware: Hardware, report: Callable[[str], None])
     for layer in layers:
         try:
             case = Case(layer, request.shape, request.dtype, device)
-            # Kernels are compiled and chosen at their first call, which would add to the memory of the pass.
+            # Kernels are compiled and chosen at their first call. An extra pass does this before the measurement,
+            # because compiling would add to the measured memory.
             if device.type == "cuda":
                 case.run()
             footprints.append(footprint(case.module, case.forward, case.backward))
-        # Layers of other packages may raise any error; `failure_reason` tells a reason from a bug.
+        # Any exception is caught, because layers of other packages may raise any. `failure_reason` returns None for a
+        # bug, which is then raised again.
         except Exception as error:
             reason = failure_reason(layer, error)
             if reason is None:
                 raise
-            # Ratios need the dense layer and the plain one.
+            # The first two layers are the dense one and the plain one. All ratios are relative to them, so neither can
+            # be skipped.
             if len(cases) < 2:
                 raise SpecError(f"layer {layer.name}", reason, "choose other sizes or kernels") from error
             skipped.append(SkippedCase(layer.name, reason))
         else:
             cases.append(case)
-    # The measurement of memory has already run each case once.
+    # The measurement of memory has already run each case once, so no warm-up is needed.
     timings = time_interleaved(
         {c.layer.name: c.run for c in cases}, request.rounds, device_clock(device), warm_up=False
     )

@@ -70,13 +70,14 @@ def build_deepspeed(drop_tokens: bool, our_layer: MultiHeadMoE) -> nn.Module:
             the fullest expert.
         our_layer: the layer whose weights it gets.
     """
-    # DeepSpeed's logger writes to the stdout of its import; stdout is for results.
+    # DeepSpeed's logger keeps writing to the stream that was stdout when DeepSpeed was imported. The import therefore
+    # sees stderr as stdout, because our stdout is only for results.
     with redirect_stdout(sys.stderr):
         from deepspeed.moe.layer import MoE
     gate_EFD, up_EFD, down_EDF = _weights(our_layer)
     experts, d_expert, d_model = gate_EFD.shape
     expert = FeedForward(ModelSpec(vocab_size=1, d_model=d_model, layers=1, attention_heads=1, d_ff=d_expert), d_expert)
-    # DeepSpeed copies this layer for each expert, under the names of the weights below.
+    # DeepSpeed copies `expert` once for each expert. The weights of the copies have the names that are filled in below.
     layer: nn.Module = MoE(
         d_model,
         expert,
@@ -97,7 +98,7 @@ def build_deepspeed(drop_tokens: bool, our_layer: MultiHeadMoE) -> nn.Module:
 PEERS = (
     Peer("transformers eager", "transformers", (5, 20), partial(build_mixtral, "eager")),
     Peer("transformers grouped_mm", "transformers", (5, 20), partial(build_mixtral, "grouped_mm")),
-    # Before 0.19.4, DeepSpeed moved rows with the masks of static routing.
+    # Versions of DeepSpeed before 0.19.4 are not measured, because they moved rows with the masks of static routing.
     Peer("DeepSpeed capacity", "deepspeed", (0, 19, 4), partial(build_deepspeed, True), capacity_factor=1.0),
     Peer("DeepSpeed dropless", "deepspeed", (0, 19, 4), partial(build_deepspeed, False)),
 )
@@ -147,7 +148,8 @@ def installed_version(package: str) -> str | None:
 
 
 def _version_numbers(version: str) -> tuple[int, ...]:
-    # The local part, such as +cpu, and parts such as dev1 do not change the order here.
+    # The local part, such as +cpu, and parts such as dev1 are left out, because they do not change the order of
+    # versions here.
     release = version.partition("+")[0].split(".")
     return tuple(int(part) for part in release if part.isdecimal())
 

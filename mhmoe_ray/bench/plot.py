@@ -59,7 +59,7 @@ def draw_picture(sweep: Sweep, request: Request, hardware: Hardware) -> "Figure"
         for f in point_figures
         if not has_masks(f.moe)
     ]
-    # Static routing is left out of the limits, because its ratios would flatten all other lines.
+    # The limits do not include static routing, because its ratios are so large that all other lines would look flat.
     ratio.set_ylim(min(dropless) / 1.15, max(dropless) * 1.15)
     for axes, title in ((time, "time (s)"), (ratio, "time, ratio to dense"), (memory, "peak memory (GB)")):
         _format_axes(axes, sweep, title)
@@ -109,7 +109,7 @@ def _draw_layer(
         "linewidth": 1.1 if style.is_hollow else 1.6,
         "markerfacecolor": "white" if style.is_hollow else style.colour,
     }
-    # matplotlib leaves labels that start with an underscore out of the legend.
+    # matplotlib leaves a label that starts with an underscore out of the legend, so "_" stands for no entry.
     axes.plot(measured_points, [values[point] for point in measured_points], label=label or "_", **line_options)
     if extrapolated_points:
         # The dashed line starts at the last measured point, so that there is no gap.
@@ -128,10 +128,10 @@ def _format_axes(axes: "Axes", sweep: Sweep, title: str) -> None:
     axes.set_yscale("log")
     axes.set_xticks(list(sweep.points), labels := [short(point) for point in sweep.points])
     axes.set_xlabel(AXES[sweep.axis].label + (" (1K = 1,024)" if "K" in "".join(labels) else ""))
-    # A short axis needs ticks within its decades; on a long one they would overlap.
+    # A short axis needs ticks between the powers of ten. On a long axis such ticks would overlap.
     low, high = axes.get_ylim()
     within_decades = (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8) if high / low < 5 else (1, 2, 5)
-    # LogLocator leaves ticks out if there are more than `numticks`.
+    # LogLocator leaves ticks out if there are more than `numticks`, so this number is large.
     axes.yaxis.set_major_locator(LogLocator(subs=within_decades if high / low < 200 else (1,), numticks=99))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.4g}"))
     for axis in (axes.xaxis, axes.yaxis):

@@ -50,7 +50,7 @@ class PeakMemory:
 
 def descendants(root: int) -> list[int]:
     """Return the ids of all descendants of a process, without the process itself."""
-    # /proc has the parent of each process, not its children.
+    # /proc names the parent of each process but not its children, so the children are collected from the parents.
     children: dict[int, list[int]] = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():

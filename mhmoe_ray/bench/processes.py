@@ -41,7 +41,8 @@ def run_in_process(
     folder = tempfile.mkdtemp(prefix="mhmoe-bench-")
     function_name = {"module": measurement.__module__, "function": measurement.__qualname__}
     request = json.dumps({**function_name, "spec": spec.model_dump_json(), "folder": folder, "number": number})
-    # The measurement starts a Ray of its own, which only this machine can reach, and only with this token.
+    # The measurement starts a Ray cluster of its own. With these variables, only this machine can reach the cluster,
+    # and only with this token.
     ray_variables = PRIVATE | {"RAY_AUTH_TOKEN": token_hex(32)}
     command = [sys.executable, "-m", __name__]
     try:
@@ -52,7 +53,7 @@ def run_in_process(
         shutil.rmtree(folder)
     if process.returncode:
         raise process_failure(title, process.stderr, process.returncode)
-    # Libraries may print before the result, which is the last line.
+    # Libraries may print to stdout before the measurement prints its result, so the result is the last line.
     result: dict[str, Any] = json.loads(process.stdout.splitlines()[-1])
     return result
 

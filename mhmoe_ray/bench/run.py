@@ -59,7 +59,8 @@ class Figures(NamedTuple):
 
 
 def _throughput_ratio(run: list[dict[str, Any]], loop: list[dict[str, Any]]) -> float:
-    # Both have the same tokens, so the ratio of their rates is the inverse ratio of their times.
+    # Run and loop train on the same number of tokens, so the ratio of their tokens per second is the inverse ratio of
+    # their times.
     ratios: list[float] = [b["seconds"] / a["seconds"] for a, b in zip(run, loop, strict=True)]
     return statistics.median(ratios)
 
@@ -82,7 +83,8 @@ def measure(spec: RunSpec, threads: int, rounds: int, report: Callable[[str], No
         raise SpecError(
             "bench run", f"train.steps is {steps}, and {WARM_UP_STEPS} are not timed", "set more train.steps"
         )
-    # Validation and checkpoints come only after the last step, because the loop has none.
+    # The loop has no validation and no checkpoints. In the run they come only after the last step, so that the timed
+    # steps do the same work.
     intervals = {"validate_every": steps, "checkpoint_every": steps}
     one_worker = {"workers": WorkerRange(min=1, max=1), "ep": 1, "cpus_per_worker": threads}
     updates = {"train": spec.train.model_copy(update=intervals), "cluster": spec.cluster.model_copy(update=one_worker)}
@@ -97,7 +99,7 @@ def measure(spec: RunSpec, threads: int, rounds: int, report: Callable[[str], No
         report(f"round {turn + 1}: {name} {result['seconds']:.1f} s")
         results_by_name[name].append(result)
     losses = {result["loss"] for results in results_by_name.values() for result in results}
-    # GPUs sum in no fixed order, so their losses may differ slightly.
+    # The losses must be equal on CPUs. GPUs add numbers in no fixed order, so there they may differ slightly.
     if max(losses) - min(losses) > (1e-3 if spec.cluster.gpus_per_worker else 0):
         raise JobError(
             "bench run", f"losses differ: {losses}", "this is a bug: their steps are not the same; report it"
@@ -116,7 +118,8 @@ def measure_run(spec: RunSpec, folder: Path, _threads: int) -> dict[str, Any]:
     run = create_run(spec.model_copy(update={"storage": folder / "runs"}))
     train_run(run, 0)
     lines = history.read(run)
-    # A line has the time at the end of its step, so the timed steps begin with the line before them.
+    # A line of metrics has the time at the end of its step, so the first timed step begins at the time of the line
+    # before it.
     timed_lines = lines[WARM_UP_STEPS:]
     return {
         "seconds": timed_lines[-1][metrics.TIME] - lines[WARM_UP_STEPS - 1][metrics.TIME],

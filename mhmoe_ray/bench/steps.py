@@ -126,7 +126,8 @@ def matched_models(size: Size, heads: Sequence[int]) -> dict[str, RunSpec]:
 
 def _run_spec(model: ModelSpec, size: Size) -> RunSpec:
     """Return the spec of a run without text; `Case` draws random tokens."""
-    # The time of a step does not depend on its tokens.
+    # A spec must name a source and a prepared folder, but nothing reads them: `Case` draws random tokens, because the
+    # time of a step does not depend on its tokens.
     data = DataSpec(sources={"none": SourceSpec(path="none")}, prepared="none", seq_len=size.seq_len)
     return RunSpec(name="bench", model=model, data=data, train=TrainSpec(**size.train))
 

@@ -77,14 +77,15 @@ def sweep(
     """
     requests = {point: _request_at(request, axis, point) for point in sorted(set(points))}
     for point_request in requests.values():
-        # Impossible sizes are refused here, before minutes of measurements at other points.
+        # This call raises an error for impossible sizes, before other points are measured for minutes.
         requested_layers(point_request, hardware.device)
     results = {}
     for point, point_request in requests.items():
         results[point] = measure(point_request, hardware, partial(_report_at, report, f"{axis} {point:,}"))
     skipped = list(dict.fromkeys(case for result in results.values() for case in result.skipped))
     figures = {point: result.figures for point, result in results.items()}
-    # Names lose the number of heads, so that the layer is a single one along the axis.
+    # Along the axis of heads, "MH-MoE h 2" and "MH-MoE h 4" are points of one line, so the number is removed from the
+    # names.
     if axis == "heads":
         figures = {
             point: [f._replace(name=f.name.replace(f" h {point}", "")) for f in point_figures]
@@ -136,7 +137,7 @@ def extrapolate(measured_values: Sequence[tuple[int, float]], tokens: int) -> fl
         measured_values: pairs of T and value. Only the three with the largest T are used.
         tokens: a value of T beyond them.
     """
-    # At smaller T, costs that the law does not describe weigh more.
+    # Only the three largest T are used, because costs that the law does not describe have more weight at smaller T.
     t, y = (np.array(values, dtype=float) for values in zip(*sorted(measured_values)[-3:], strict=True))
 
     def fit_factors(powers: list[int]) -> Any:
@@ -144,8 +145,8 @@ def extrapolate(measured_values: Sequence[tuple[int, float]], tokens: int) -> fl
         return np.linalg.lstsq(terms / y[:, None], np.ones(len(t)), rcond=None)[0]
 
     factors = fit_factors([2] if len(t) == 1 else [1, 2])
-    # Neither factor can be negative; noise, or a cost that does not grow, can make the fit so. The other term is then
-    # fitted alone.
+    # Costs are not negative, but noise or a cost that does not grow can give the fit a negative factor. The other term
+    # is then fitted alone.
     if (factors < 0).any():
         factors = fit_factors([2] if factors[0] < 0 else [1])
     return float(factors.sum())

@@ -65,7 +65,7 @@ def turns(cases: Iterable[Case], rounds: int, warm_up: bool = False) -> Iterator
         rounds: the number of rounds that are counted.
         warm_up: whether to add a round -1 before them.
     """
-    # With alternating orders, a steady change of the machine's speed affects all cases alike.
+    # The order alternates, so that a steady change of the machine's speed affects all cases alike.
     order = list(cases)
     for turn in range(-1 if warm_up else 0, rounds):
         for case in order:
@@ -115,7 +115,7 @@ def device_clock(device: torch.device) -> Callable[[], float]:
     """Return a function that waits until the device has finished its work and then returns the time in seconds."""
 
     def read() -> float:
-        # CUDA calls return before their work is done.
+        # CUDA calls return before the GPU has done the work, so the clock waits for it.
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         return time.perf_counter()
@@ -148,9 +148,9 @@ def process_failure(title: str, stderr: str, code: int) -> JobError:
         stderr: the whole stderr of the process.
         code: its exit code; if negative, minus the number of the signal that ended it.
     """
-    # The first error of a chain is the cause of the others.
+    # A traceback prints a chain of errors with the cause first, so the first error is the one to report.
     lines = [line for line in stderr.splitlines() if line.strip()]
-    # A traceback names its exception at the start of a line.
+    # In a traceback, a line that states an error starts with the name of the error.
     errors = [line for line in lines if re.match(r"[\w.]*(Error|Exception)\b", line)]
     exit_reason = f"exit code {code}" if code >= 0 else f"it was ended by {signal.Signals(-code).name}"
     return JobError(title, next(iter(errors or lines[-1:]), exit_reason), "fix that and measure again")

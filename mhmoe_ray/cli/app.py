@@ -36,7 +36,8 @@ app = typer.Typer(
     cls=SuggestingGroup,
     help="Train, inspect and serve Multi-Head Mixture-of-Experts language models on Ray.",
     no_args_is_help=True,
-    # Bugs show Python's own traceback, and help texts are printed as they are written.
+    # With these settings, a bug shows Python's own traceback, and help texts are printed as they are written. By
+    # default typer formats both with rich.
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
@@ -50,13 +51,13 @@ def _print_version(is_requested: bool) -> None:
 
 @app.callback()
 def _apply_global_options(
-    # An eager option is handled before a missing command is an error.
+    # The option is eager so that `mhmoe --version` works: without it, the missing command would be reported first.
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
-    # `main` handles errors and does not know the options, so it reads an environment variable.
+    # `main` handles errors but does not see this option, so the option is passed on in an environment variable.
     if debug:
         os.environ["MHMOE_DEBUG"] = "1"
 

@@ -70,7 +70,7 @@ def train(
         figures = measure(size, heads or [2, 3], rounds, hardware)
     tokens = size.micro_batches * size.micro_batch_size * size.seq_len
     title = f"{hardware}, {precision}; steps of {tokens:,} tokens, medians of {rounds} interleaved rounds"
-    # With --json, stdout is for the JSON alone.
+    # With --json, stdout must hold only the JSON, so the table goes to stderr.
     tables.print_parts(note if json else out, [(title, tables.steps_table(figures))])
     if json:
         models = [f.as_json() for f in figures]
@@ -94,10 +94,10 @@ def run(
     from mhmoe_ray.data.shards.manifest import require_prepared_data
 
     resolved = read_spec(spec, set_)
-    # The preparation of data is not measured, so it must have happened before.
+    # The preparation of data is not measured, so the data must be prepared already.
     require_prepared_data(resolved)
     figures = measure(resolved, threads, rounds, lambda line: note.print(line))
-    # The measured seconds leave the warm-up out, so rates must do so too.
+    # The measured seconds do not include the warm-up steps, so rates must not count these steps either.
     steps = resolved.train.steps - WARM_UP_STEPS
     tokens = steps * resolved.tokens_per_step
     rows = []
@@ -218,7 +218,7 @@ def ingest(
     if resolved.data.tokenizer is None:
         fix = "prepare it, set data.tokenizer to the tokenizer.json in there and data.prepared to another folder"
         raise SpecError("bench ingest", "the spec has no data.tokenizer", fix)
-    # The stream is timed on the spec's own prepared data.
+    # The stream is timed on the spec's own prepared data, so this data must exist.
     require_prepared_data(resolved)
     names = (
         installed_contestants({name: contestant.package for name, contestant in CONTESTANTS.items()}, note.print)
@@ -229,7 +229,7 @@ def ingest(
     rows = []
     for f in figures:
         seconds, first_round = f.median("seconds"), f.rounds[0]
-        # The preparation counts tokens; the stream counts micro-batches.
+        # The figures of a preparation have a number of tokens, and those of a stream have a number of micro-batches.
         rate = (
             f"{first_round['micro_batches'] / seconds:,.0f} micro-batches/s" if "micro_batches" in first_round else ""
         )
@@ -268,7 +268,7 @@ def commands(
         spec_file = None
         if submit:
             require_prepared_data(resolved)
-            # `mhmoe submit` reads a file, which must include the overrides.
+            # `mhmoe submit` reads the spec from a file, so the spec is written to one together with the overrides.
             spec_file = Path(folder) / "spec.yaml"
             spec_file.write_text(dump_spec(resolved))
         figures = measure(resolved, spec_file, Path(folder) / "runs", lines, rounds)
@@ -291,7 +291,7 @@ app = typer.Typer(cls=SuggestingGroup, help="Measure alternatives side by side."
 def use_worker_memory(context: typer.Context) -> None:
     """Restart this process with the memory settings of a run's workers if the command times layers or steps."""
     # Layers and steps should take the time that they take in a run, so they need the memory settings of a worker. The
-    # allocator reads its settings when a process starts, so this process is replaced by one that has them.
+    # allocator reads its settings only when a process starts, so this process is replaced by one with these settings.
     timed_commands = ("layer", "train", "checkpoint", "dispatch")
     if context.invoked_subcommand in timed_commands and (settings := malloc.malloc_settings(os.environ)):
         os.execve(sys.executable, sys.orig_argv, os.environ | settings)

@@ -52,7 +52,7 @@ def layer(
     from mhmoe_ray.bench.measure import Request
     from mhmoe_ray.bench.timing import checked_sizes
 
-    # Mistakes in options must show before minutes of measuring.
+    # The options are checked first, because a mistake should show at once and not after minutes of measuring.
     axis_points = _parse_points(axis, points, heads)
     if png:
         _check_png(png, axis)
@@ -118,7 +118,7 @@ def _measure_sweep(
         ],
         json,
     )
-    # matplotlib is optional, and only a plot needs it.
+    # Only a plot needs matplotlib, which is optional, so the module that needs it is imported only for a plot.
     if png:
         from mhmoe_ray.bench.plot import plot
 
@@ -158,7 +158,7 @@ def _parse_points(axis: "AxisName | None", points: str | None, heads: list[int] 
         numbers = [int(point) for point in points.split(",")] if points else []
     except ValueError:
         raise typer.BadParameter(f"--points {points}: they are not whole numbers; write them as 1024,4096") from None
-    # Tokens, experts, k and heads are all counts.
+    # The points of each axis are counts (tokens, experts, choices or heads), so the smallest is 1.
     if any(point < 1 for point in numbers):
         raise typer.BadParameter(f"--points {points}: a point must be at least 1; leave the others out")
     return numbers

@@ -83,7 +83,8 @@ def serve(
         raise typer.BadParameter(f"--rate: {part} have no clients that come at random; leave it out, or name servers")
     if part is ServePart.HEADS and (peers or equal or prompt):
         raise typer.BadParameter(f"{part} would ignore --peers, --equal and --prompt; leave them out")
-    # Models of several heads are timed on answers and on prompts apart, so answers follow prompts of one token.
+    # The part `heads` times answers and prompts separately. Its answers follow prompts of one token, so that the
+    # prompts take hardly any of the time.
     shape = Shape(1, tokens) if part is ServePart.HEADS else Shape(prompt or PROMPT_TOKENS, tokens, equal)
     if shape.max_tokens > SEQ_LEN:
         reason = f"--prompt and --tokens: {shape.max_tokens:,} tokens at most, but models have {SEQ_LEN:,} positions"
@@ -95,7 +96,7 @@ def serve(
         plain_spec = plain_model(d_model, layers, experts, 2, d_expert)
         models = {"SMoE": plain_spec}
         if part is ServePart.HEADS:
-            # These models have the multiply-adds and the parameters of the plain one.
+            # The multi-head models have the same multiply-adds and parameters as the plain model.
             models |= {f"MH-MoE h {h} k {k}": matched_heads(plain_spec, h, k) for h, k in ((2, 2), (4, 2), (4, 4))}
     with tempfile.TemporaryDirectory(prefix="mhmoe-bench-") as folder:
         served_models = {
@@ -140,7 +141,8 @@ def _write_model(
     from mhmoe_ray.checkpoint.huggingface.export import export
     from mhmoe_ray.checkpoint.manifest import read_manifest
 
-    # Other packages read an exported copy. They know the shape of the plain model alone.
+    # Other packages read an exported copy of the checkpoint. Only the plain model has a copy, because other packages do
+    # not know the shape of our other models.
     folder.mkdir()
     checkpoint = write_run(model, SEQ_LEN, folder / "bench-000000")
     if mixtral:
@@ -217,7 +219,7 @@ def _installed_names(names: "dict[str, Any]") -> list[str]:
     from mhmoe_ray.bench.serve.contest import PACKAGES
     from mhmoe_ray.bench.timing import installed_contestants
 
-    # Peers that are not installed are left out with a note.
+    # A peer that is not installed is left out, and a note names it.
     return installed_contestants({name: PACKAGES.get(name) for name in names}, _print_note)
 
 

@@ -27,7 +27,7 @@ MIN_WIDTH = 140
 
 def print_parts(console: Console, parts: Iterable[Part]) -> None:
     """Print texts, and tables with their titles, separated by empty lines, at a width of at least `MIN_WIDTH`."""
-    # A truncated number is worse than a line that wraps.
+    # Tables are wider than a narrow terminal, so that lines wrap. Otherwise numbers would be truncated, which is worse.
     console.width = max(console.width, MIN_WIDTH)
     for i, part in enumerate(parts):
         if i:
@@ -82,7 +82,7 @@ def rates_table(figures: "Sequence[Rates]") -> Table:
         ratios = ", ".join(f"{f.ratio_to(rates):.2f} of {rates.name}" for rates in earlier_rates)
         first_token = format_seconds(median(f.first_token_seconds)) if f.first_token_seconds else ""
         rows.append((str(f.clients or "random"), f.name, f"{f.rate:,.0f}", first_token, ratios))
-    # The sort is stable, so contestants keep their order within a number of clients.
+    # The sort is stable, so contestants with the same number of clients stay in their order.
     rows.sort(key=lambda row: int(row[0]) if row[0].isdigit() else 0)
     return number_table(("clients", "", "tokens/s", "first token", "rate"), rows, names=("clients", ""))
 
@@ -111,7 +111,8 @@ def sweep_tables(sweep: "Sweep") -> Iterable[Part]:
     extrapolated."""
     from mhmoe_ray.bench.sweep import AXES
 
-    # Work that grows follows a power of the points; other work should take the same time at all points.
+    # If work grows along the axis, time grows with a power of the points, and the last column is its exponent.
+    # Otherwise time should be equal at all points, and the column shows how much it differs.
     growth_title = f"time ~ {sweep.axis}^" if AXES[sweep.axis].work_grows else "max / min - 1"
     points = [f"{point:,}" for point in sweep.points]
     times, peaks = [], []

@@ -84,7 +84,7 @@ def status(address: AddressOption = None, json: JsonOption = False) -> None:
     from mhmoe_ray.cluster.connect import connect_if_running
     from mhmoe_ray.cluster.nodes import free_nodes
 
-    # Looking at the local cluster must not start it.
+    # `connect_if_running` is used, because a command that only looks at the local cluster must not start it.
     connection = connect_if_running(address)
     if connection is None:
         print_json(None) if json else out.print("no local cluster runs")
@@ -145,7 +145,7 @@ def list_(json: JsonOption = False) -> None:
 
     named_clusters = read_named_clusters()
     if json:
-        # Scripts read these keys, so they do not follow the names of attributes.
+        # Scripts read these keys, so the keys must not change when an attribute is renamed.
         print_json(
             {"current": named_clusters.current, "known": {n: asdict(c) for n, c in named_clusters.by_name.items()}}
         )
@@ -207,7 +207,7 @@ def render(
             target.write_text(text)
             out.print(str(target), soft_wrap=True)
     except OSError as e:
-        # A folder that cannot be written to is a mistake in the option.
+        # If the folder cannot be written to, the user gave a wrong --into, so this is a usage error.
         raise typer.BadParameter(
             f"--into {target_folder}: {e.strerror or e}; name a folder that you can write to"
         ) from e

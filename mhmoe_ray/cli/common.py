@@ -36,7 +36,7 @@ def complete_runs(incomplete: str) -> list[str]:
     try:
         run_ids = [run.id for run in list_runs(os.environ.get("MHMOE_STORAGE", STORAGE))]
     except MhmoeError:
-        # A shell has no place to show an error while it completes a word.
+        # A shell cannot show an error while it completes a word, so there are no suggestions instead.
         return []
     return [name for name in reversed(run_ids) if name.startswith(incomplete)]
 
@@ -53,7 +53,8 @@ def _section_keys(model: Any, prefix: str = "") -> Iterator[str]:
     """Yield the dotted keys of a section and its subsections, each after `prefix` and with = at its end."""
     for name, field in model.model_fields.items():
         subsection = _section_model(field.annotation)
-        # A range is a section of `min` and `max`, but a spec may also write it as one number.
+        # A range has the keys `min` and `max`, but counts as a single key, because a spec may also write it as one
+        # number.
         if subsection is not None and set(subsection.model_fields) != {"min", "max"}:
             yield from _section_keys(subsection, f"{prefix}{name}.")
         else:
@@ -76,7 +77,7 @@ def _section_model(annotation: Any) -> Any:
     return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
 
 
-# Paths and texts may hold brackets and colons, which rich would read as markup and emoji.
+# Markup and emoji are off, because paths and texts may hold brackets and colons that rich would interpret.
 out = Console(highlight=False, markup=False, emoji=False)
 """Console for results."""
 note = Console(stderr=True, highlight=False, markup=False, emoji=False)
@@ -222,7 +223,8 @@ def number_table(
 
 def print_untruncated(table: Table) -> None:
     """Print a table without truncating its cells: lines wider than the terminal wrap."""
-    # rich measures a table within the width of the console unless it is given a larger one.
+    # By default rich measures at most the width of the console, so a larger limit is given to get the table's full
+    # width.
     table_width = out.measure(table, options=out.options.update(max_width=100_000)).maximum
     Console(file=out.file, width=max(out.width, table_width), highlight=False, markup=False, emoji=False).print(table)
 
@@ -241,7 +243,8 @@ def format_bytes(count: int) -> str:
     """Format a number of bytes with three significant digits and a decimal unit: 1.21 GB."""
     size = float(count)
     for unit in ("B", "kB", "MB", "GB"):
-        # From 999.5 on, the format g with three digits would write 1e+03.
+        # From 999.5 on, a number rounds to 1000, which the format g with three digits writes as 1e+03. The next unit is
+        # used instead.
         if size < 999.5:
             return f"{size:.3g} {unit}"
         size /= 1000
@@ -250,7 +253,8 @@ def format_bytes(count: int) -> str:
 
 def format_digits(value: float) -> str:
     """Format a number with three significant digits, or as a whole number if it has more digits before the point."""
-    # From 99.95 on, three digits leave no decimals; from 1000 on, the format g would write an exponent.
+    # From 99.95 on, three significant digits leave no decimals, so the number is written as a whole number. The format
+    # g would write an exponent from 1000 on.
     return f"{value:,.0f}" if value >= 99.95 else f"{value:.3g}"
 
 

@@ -56,12 +56,12 @@ def prepare(
     folder = resolved.data.prepared
     manifest = read_data_manifest(folder)
     if manifest is None:
-        # Missing text is an error here, before a cluster is started for it.
+        # This call raises an error if text is missing, before a cluster is started to read the text.
         find_files(resolved.data)
         connection = jobs.connect_to_cluster(resolved.cluster, [resolved.data.prepared], resolved.cluster.cpus, address)
         manifest = _run_job(resolved, connection)
     check_recipe(folder, manifest, resolved)
-    # A job that was killed after its last shard could not clean up.
+    # The job removes its staging directories at its end. A job that was killed after its last shard left them behind.
     clean_up(folder)
     if json:
         print_json(manifest.model_dump())
@@ -82,7 +82,7 @@ def _run_job(spec: "RunSpec", connection: "Connection") -> "DataManifest":
     from mhmoe_ray.data.prepare.work import shared_folder
 
     job = remote.submit(connection, spec.cluster.runtime_env, PrepareRequest.from_spec(spec))
-    # On a terminal the bar disappears at the end, when the table of domains follows.
+    # On a terminal the bar disappears at the end (`transient`), because the table of domains then takes its place.
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(20), TextColumn("{task.fields[figures]}"))
     retrying_caller = RetryingCaller(print_note)
     with (
@@ -101,7 +101,7 @@ def _print_manifest(manifest: "DataManifest") -> None:
     columns = ["", "documents", "held out", "bad", "text", "tokens", "bytes/token", "samples", "cut", "padding"]
     rows = []
     for name, d in manifest.domains.items():
-        # Text is counted with its held-out part, so tokens must be too.
+        # `text_bytes` includes held-out text, so the number of tokens must include held-out tokens too.
         tokens = d.tokens + d.validation_tokens
         rows.append(
             [
@@ -161,7 +161,7 @@ def _write_large(folder: Path, cache: Path, json: bool) -> None:
     """
     from mhmoe_ray.errors import DataError
 
-    # lxml is of an extra that the large sample alone needs.
+    # lxml may be missing, because it belongs to an extra that only the large sample needs.
     if importlib.util.find_spec("lxml") is None:
         raise DataError("data sample --large", "the package lxml is missing", "pip install 'mhmoe-ray[large-sample]'")
     from mhmoe_ray.corpus.large import write_large_sample
@@ -174,7 +174,8 @@ def _write_large(folder: Path, cache: Path, json: bool) -> None:
         total = ("", f"{sum(summary.documents.values()):,}", f"{sum(summary.bytes.values()) / 1e6:.1f}")
         out.print(number_table(["", "documents", "MB"], [*rows, total]))
         out.print(f"{format_bytes(summary.downloaded)} downloaded; licences in {folder / 'licenses'}", soft_wrap=True)
-    # Some packages may be missing: the sample is written without them, and the command fails in the end.
+    # Packages that could not be fetched are left out. The sample is written in any case, but the command fails if too
+    # much is missing.
     shortfall = summary.describe_shortfall()
     if shortfall:
         raise DataError(f"data sample {folder}", shortfall, "see the warnings above, then run it again")

@@ -94,12 +94,12 @@ def raw_text_target(paths: list[str], overrides: list[str]) -> InspectTarget:
     for path in paths:
         parts = [part for part in path.partition("?")[0].split("/") if part and "*" not in part]
         name = parts[-1] if parts else "text"
-        # Several paths may end with the same name.
+        # Several paths may end with the same name, but each source needs a name of its own.
         while name in sources:
             name += "-"
         sources[name] = {"path": absolute_path(Path.cwd(), path)}
-    # A data section must have these keys. Text below the folder of prepared data is left out, and none is below the
-    # null device; seq_len has no meaning for raw text.
+    # A data section must have the keys `prepared` and `seq_len`. Raw text below `prepared` is skipped, so `prepared` is
+    # the null device, which holds no text. seq_len has no meaning for raw text.
     tree: dict[str, Any] = {"data": {"sources": sources, "prepared": os.devnull, "seq_len": 1}, "cluster": {}}
     apply_overrides(tree, overrides)
     label = f"text {', '.join(paths)}"
@@ -109,7 +109,7 @@ def raw_text_target(paths: list[str], overrides: list[str]) -> InspectTarget:
     )
     if data.tokenizer:
         data = data.model_copy(update={"tokenizer": Path.cwd() / data.tokenizer})
-    # All nodes can reach an object store.
+    # Only file paths are required on the nodes, because all nodes can reach an object store.
     required_paths = [Path(source.path) for source in data.sources.values() if "://" not in source.path]
     required_paths += [data.tokenizer] if data.tokenizer else []
     return InspectTarget(", ".join(data.sources), data, cluster, required_paths, None, None)
@@ -131,7 +131,7 @@ def run_survey(target: InspectTarget, address: str | None, *, check_rules: bool)
     from mhmoe_ray.data.inspect.result import SurveyRequest
     from mhmoe_ray.data.sources import find_files
 
-    # Missing text is an error here, before a cluster is started for it.
+    # This call raises an error if text is missing, before a cluster is started to read the text.
     find_files(target.data)
     connection = jobs.connect_to_cluster(target.cluster, target.required_paths, 1, address)
     request = SurveyRequest(data=target.data, tokenizer=target.tokenizer, rules=check_rules)
@@ -164,11 +164,11 @@ def inspect(
     contents of the shards.
     """
     target = resolve_target(data, set_)
-    # Packed samples come from the prepared folder, which needs no job.
+    # Packed samples are read here from the prepared folder, so no job is needed.
     if samples:
         _print_samples(target, first_position, samples, json)
         return
-    # A picture that cannot be written is an error before the text is read, which may take long.
+    # This call raises an error if the picture cannot be written, before all text is read, which may take long.
     if png:
         pictures.check(png)
     summary = {
@@ -337,7 +337,7 @@ def _format_summary(problems: "list[Problem]") -> str:
 
 def _print_problems(problems: "list[Problem]") -> None:
     """Print one block for each message: its domains by count, a few examples, and what to do."""
-    # `groupby` needs equal keys side by side. Errors come before warnings.
+    # `groupby` needs equal keys side by side, so the problems are sorted by them. Errors come before warnings.
     sorted_problems = sorted(problems, key=lambda p: (not p.severe, p.rule, p.message))
     for (severe, rule, message), group in groupby(sorted_problems, key=lambda p: (p.severe, p.rule, p.message)):
         rule_problems = sorted(group, key=lambda p: -p.count)
@@ -346,7 +346,7 @@ def _print_problems(problems: "list[Problem]") -> None:
         domains = ", ".join(f"{p.subject} {p.count:,}" for p in rule_problems[:MAX_DOMAINS])
         ellipsis = f" and {len(rule_problems) - MAX_DOMAINS:,} more" if len(rule_problems) > MAX_DOMAINS else ""
         out.print(f"  in {domains}{ellipsis}", soft_wrap=True)
-        # One example of each domain is enough where there are several domains.
+        # If the problem is in several domains, one example from each of them is enough.
         for location, excerpt in [
             example for p in rule_problems[:MAX_DOMAINS] for example in p.examples[: 1 if len(rule_problems) > 1 else 3]
         ]:

@@ -51,7 +51,8 @@ def print_sample(sample: "DecodedSample") -> None:
         soft_wrap=True,
     )
     for part in sample.parts:
-        # A document may begin with the last token of a sample, which is only a target and has no text.
+        # The last part may be only a start token, without text. This token is only a target in this sample, and shows
+        # that the document before it ends.
         if part is sample.parts[-1] and part.begins and not part.text:
             out.print("--- the document ends", style="cyan")
             continue
@@ -72,7 +73,7 @@ def _rows_by_source(survey: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any
 
 
 def _print_table(title: str, columns: Sequence[str], rows: list[list[str]]) -> None:
-    # A table of names alone says nothing.
+    # A table whose rows hold nothing but names says nothing, so it is left out.
     if any(any(row[1:]) for row in rows):
         out.print(f"\n{title}", style="bold")
         print_untruncated(number_table(["", *columns], rows))
@@ -110,7 +111,7 @@ def _print_lengths(survey: dict[str, Any]) -> None:
     used_octaves = [int(o) for row in survey["domains"].values() for o in (row[key] or {"octaves": ()})["octaves"]]
     if not used_octaves:
         return
-    # Octaves without documents have a place too, so that the bars of all domains line up.
+    # Octaves without documents get an empty bar, so that the bars of all domains line up.
     octaves = [o for o in [0, *(1 << i for i in range(64))] if min(used_octaves) <= o <= max(used_octaves)]
     rows = []
     for name, row in _rows_by_source(survey):
@@ -261,7 +262,7 @@ def _plot_lengths(figure: Any, axis: Any, survey: dict[str, Any]) -> None:
     ]
     image = axis.imshow(shares, aspect="auto", cmap="Blues", vmin=0, interpolation="none")
     axis.set_yticks(range(len(by_domain)), by_domain)
-    # At most eight labels fit on the axis.
+    # At most eight labels fit on the axis, so only every `step`-th power of two gets a label.
     step = -(-len(powers) // 8)
     axis.set_xticks([i - 0.5 for i in range(0, len(powers), step)], [short(1 << p) for p in powers[::step]])
     axis.set_title(f"length of documents in {unit}")

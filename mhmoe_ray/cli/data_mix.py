@@ -54,11 +54,12 @@ def _mixture_figure(mixture: dict[str, Any]) -> "Figure":
     rows = range(len(names))
     figure = new_figure(4 + 3.5 * (len(phases) + 1), 1.5 + ROW_INCHES * len(names))
     axes = figure.subplots(1, len(phases) + 1, sharey=True)
-    # The last axis is for the epochs of the whole training.
+    # There is one axis more than there are phases: the last axis is for the epochs of the whole training, so `zip`
+    # leaves it out.
     for axis, phase in zip(axes, phases, strict=False):
         for (stage, (label, marker)), color in zip(STAGES.items(), COLOURS, strict=False):
             share = [phase["domains"][name][stage] for name in names]
-            # A share of 0 has no place on a logarithmic scale.
+            # A logarithmic scale has no place for a share of 0, so such a share is not drawn.
             shown_rows = [i for i in rows if share[i]]
             x, marker_style = (
                 [100 * share[i] for i in shown_rows],
@@ -73,7 +74,7 @@ def _mixture_figure(mixture: dict[str, Any]) -> "Figure":
     bar_starts = [0.0] * len(names)
     for number, phase in enumerate(phases):
         epochs = [phase["domains"][name]["epochs"] for name in names]
-        # The first colour, black, is for the limits.
+        # The bars do not use the first colour, black, because the marks of the limits are black.
         color = COLOURS[1 + number % (len(COLOURS) - 1)]
         axes[-1].barh(rows, epochs, left=bar_starts, label=f"from step {phase['from_step']:,}", color=color)
         bar_starts = [a + b for a, b in zip(bar_starts, epochs, strict=True)]
@@ -122,7 +123,8 @@ def mixture_dict(spec: "RunSpec", manifest: "DataManifest") -> dict[str, Any]:
     mixture = compute_mixture(spec, manifest)
     names, sources = [d.name for d in mixture.domains], [d.source for d in mixture.domains]
     sample_counts = [d.samples for d in mixture.domains]
-    # Padding is not read, so a sample has fewer tokens than its length, on average.
+    # Padding does not count as tokens, so the mean number of tokens per sample may be smaller than the length of a
+    # sample.
     mean_tokens = [
         spec.data.seq_len - manifest.domains[name].padding / n for name, n in zip(names, sample_counts, strict=True)
     ]
@@ -173,7 +175,8 @@ def _print_mixture(mixture: dict[str, Any]) -> None:
         f"{samples:,} samples, {tokens:,} tokens",
         soft_wrap=True,
     )
-    # The shares of a single phase are those of the whole training.
+    # If there is a single phase, it needs no table of its own, because its shares are those of the whole training
+    # below.
     has_several_phases = len(mixture["phases"]) > 1
     for phase in mixture["phases"] if has_several_phases else []:
         out.print(f"\nfrom step {phase['from_step']:,}, {phase['steps']:,} steps, shares in per cent", style="bold")
@@ -222,5 +225,5 @@ def _format_percent(share: float) -> str:
 
 
 def _format_epochs(epochs: float) -> str:
-    # Two decimals would show 0.00 for a domain of which little is read.
+    # Below 0.1, two decimals could show 0.00 for a domain that is read a little, so one significant digit is shown.
     return f"{epochs:.2f}" if epochs >= 0.1 or not epochs else f"{epochs:.1g}"

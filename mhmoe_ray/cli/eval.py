@@ -72,9 +72,9 @@ def make_request(
         raise typer.BadParameter("--set and --samples are about --text: name some")
     if not tasks and (limit or task_folders):
         raise typer.BadParameter("--limit and --task-folder are about --tasks: name some")
-    # The job loads the checkpoint, which reveals damage, so its weights need not be hashed here.
+    # The weights need not be hashed here, because the job loads them and damage shows then.
     path, _ = pick_checkpoint(run, checkpoint, verify_hashes=False)
-    # An imported run has no spec and no held-out samples.
+    # An imported run has neither a spec nor held-out samples, so defaults replace the spec.
     spec = None if run.is_imported else run.spec()
     cluster = spec.cluster if spec else ClusterSpec()
     held_out = spec is not None and not text and not tasks
@@ -117,11 +117,11 @@ def load_or_evaluate(run: "RunDir", request: "EvalRequest", recompute: bool, add
 
     if not request.description:
         raise RunError(f"run {run.id}", "it was imported and has no held-out text", "give --text or --tasks")
-    # The same request gives the same result, so it is looked up first.
+    # The same request gives the same result, so a stored evaluation is used if there is one.
     if not recompute and (stored_evaluation := load_evaluation(run, request)):
         note.print(f"it was evaluated before, in {run.evaluations}; --again evaluates it again", soft_wrap=True)
         return stored_evaluation
-    # Missing data is an error here, before a cluster is started for it.
+    # This call raises an error if the prepared data is missing, before a cluster is started to read the data.
     if request.prepared:
         require_data_manifest(Path(request.prepared))
     section: ClusterSpec = ClusterSpec() if run.is_imported else run.spec().cluster
@@ -137,7 +137,7 @@ def _local_paths(request: "EvalRequest") -> list[Path]:
     """Return the file paths of the data and tasks that a request reads; URLs of object stores are left out."""
     paths = [request.prepared] if request.prepared else []
     paths += [source.path for source in request.text.sources.values()] if request.text else []
-    # All nodes can reach an object store.
+    # URLs of an object store need no check, because all nodes can reach it.
     return [Path(path) for path in (*paths, *request.task_folders) if "://" not in path]
 
 
@@ -193,7 +193,7 @@ def eval_(
     request = make_request(run_dir, checkpoint, text, set_, samples, task_names, task_folder, limit, gpus)
     evaluation = load_or_evaluate(run_dir, request, recompute, address)
     if json:
-        # `mhmoe routing` shows the routing.
+        # The routing is left out, because `mhmoe routing` shows it.
         print_json({**evaluation.model_dump(exclude={"routing"}), "figures": _figures_dict(evaluation)})
         return
     out.print(

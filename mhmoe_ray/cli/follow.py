@@ -55,7 +55,7 @@ class PreparationView:
         stage = progress.stage if progress.stage != "tokenizer" else "training the tokenizer"
         percent = round(100 * progress.done / progress.total) if progress.total else 0
         self._bar.update(self._task, description=stage, completed=percent, total=100, figures=format_progress(progress))
-        # A log shows each stage as it begins, and a long stage now and then.
+        # Without a terminal, a line is printed when a stage begins, and from time to time during a long stage.
         is_due = progress.stage != self._printed_stage or time.monotonic() - self._print_time > LINE_SECONDS
         if is_due and not note.is_terminal:
             self._print_time, self._printed_stage = time.monotonic(), progress.stage
@@ -88,7 +88,8 @@ def format_progress(progress: "PreparationProgress") -> str:
 
 
 POLL_SECONDS = 0.5
-# The run directory, which is read at every poll, shows most outcomes, so the cluster is asked less often.
+# Seconds between two requests to the cluster. They are rarer than reads of the run directory, which happen at every
+# poll, because the run directory shows most outcomes.
 CLUSTER_POLL_SECONDS = 5.0
 
 
@@ -113,7 +114,7 @@ def follow_run(run: "RunDir", connection: "Connection", *, from_now: bool = Fals
     with detach_on_interrupt(hint), _progress_bar() as progress:
         view = _RunView(run, progress, from_now)
         outcome = _watch_run(run, connection, view, for_ever)
-        # The last events and metrics may be newer than the last refresh.
+        # The run may have written events and metrics since the last refresh, so the view is refreshed once more.
         view.refresh()
     if outcome.state == "failed":
         _print_last_lines(run)
@@ -137,7 +138,7 @@ def _watch_run(run: "RunDir", connection: "Connection", view: "_RunView", for_ev
     from mhmoe_ray.cluster.dashboard import RetryingCaller
     from mhmoe_ray.cluster.runs import outcome, recorded_outcome
 
-    # The run goes on while its cluster or storage does not answer, so a failed request is repeated.
+    # A failed request is repeated, because the run goes on even while its cluster or storage does not answer.
     query_time, retrying_caller = time.monotonic(), RetryingCaller(print_note, is_endless=for_ever)
     while True:
         retrying_caller.call(view.refresh, None)
@@ -211,7 +212,7 @@ class _RunView:
         elif kind == "waiting":
             note.print(f"waiting for resources: {event.get('missing', 'the cluster has none free for the workers')}")
         elif kind == "started":
-            # The first group of workers is no restart.
+            # The first group of workers is not a restart, so its line has no note.
             restart_note = "" if event["group"] == 1 else f", start {event['group']} of the workers"
             layout = f"{events.describe_workers(event)} workers, {events.describe_mesh(event)}"
             note.print(f"training from step {event['step']} on {layout}{restart_note}")

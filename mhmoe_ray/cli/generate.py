@@ -48,13 +48,14 @@ def generate(
         raise typer.BadParameter("--top-p 0: nothing is left to draw from; give more than 0")
     try:
         text = sys.stdin.read() if prompt is None else prompt
-        # Python decodes bytes of an argument that are not UTF-8 to lone surrogates, which cannot be encoded.
+        # This call raises an error for an argument that is not UTF-8: Python decodes its bytes to lone surrogates,
+        # which cannot be encoded.
         text.encode()
     except UnicodeError as e:
         raise ServeError("the prompt", "it is not UTF-8", "give it as UTF-8") from e
     run_dir = find_run(run, storage)
     path, manifest = pick_checkpoint(run_dir, checkpoint, verify_hashes=True)
-    # A missing GPU is an error before the checkpoint is loaded, which may take long.
+    # This call raises an error if there is no GPU, before the checkpoint is loaded, which may take long.
     if gpus:
         _require_gpu()
     spec = ServeSpec(max_concurrency=1, cpus_per_replica=os.cpu_count() or 1, gpus_per_replica=gpus)
@@ -67,7 +68,8 @@ def generate(
     except EngineError as e:
         raise ServeError("the engine", str(e), "try another checkpoint, or --gpus 0") from e
     finally:
-        # An engine must be closed before the process ends, also after an error (see `Engine.close`).
+        # The engine is closed here also after an error, because it must be closed before the process ends (see
+        # `Engine.close`).
         answerer.engine.close()
     if json:
         print_json(

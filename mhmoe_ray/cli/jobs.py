@@ -44,12 +44,13 @@ def connect_to_cluster(
     connection = connect_if_running(address)
     if connection is None:
         note.print("starting a Ray cluster on this machine; `mhmoe cluster down` ends it")
-        # A cluster that is started for a small job must be large enough to train on later.
+        # A local cluster cannot grow, so a cluster that is started for a small job must be large enough to train on
+        # later.
         connection = start(max(cpus, section.cpus, LOCAL_CPUS))
     if connection.local_cluster and connection.local_cluster.cpus < cpus:
         fix = "stop it with `mhmoe cluster down`; the next command starts one that is large enough"
         raise ClusterError("local cluster", f"it has {connection.local_cluster.cpus} CPUs and {cpus} are needed", fix)
-    # A location in an object store is no `Path`, and all nodes can reach it.
+    # Only file paths are checked. A location in an object store is not a `Path` object, and all nodes can reach it.
     local_path = next((path for path in required_paths if isinstance(path, Path)), None)
     if local_path and not connection.is_local_machine and not section.shared_filesystem:
         reason = f"the nodes of {connection.address} cannot be expected to see {local_path} of this machine"
@@ -81,7 +82,7 @@ def check_gpus_of_this_machine(spec: "RunSpec", address: str | None) -> None:
     from mhmoe_ray.cluster.nodes import gpus_of_this_machine
     from mhmoe_ray.planner.placement import Node
 
-    # A cluster that runs knows its nodes, so `check_capacity` looks at it later.
+    # A running cluster need not be checked here: it knows its nodes, and `check_capacity` checks it later.
     if spec.cluster.gpus_per_worker and connect_if_running(address) is None:
         this_machine = Node("this machine", max(spec.cluster.cpus, LOCAL_CPUS), gpus_of_this_machine())
         _check_capacity(spec, [this_machine], "local cluster")
@@ -110,7 +111,7 @@ def _check_capacity(spec: "RunSpec", nodes: "list[Node]", name: str) -> None:
     from mhmoe_ray.planner.placement import capacity_shortfall
 
     cluster = spec.cluster
-    # A run starts as soon as there is room for its smallest number of workers.
+    # A run starts as soon as there is room for its smallest number of workers, so only this number is checked.
     shortage = capacity_shortfall(nodes, cluster.cpus_per_worker, cluster.gpus_per_worker, spec.worker_counts[0])
     if shortage:
         advice = "set cluster.gpus_per_worker to 0, or " if cluster.gpus_per_worker else "lower cluster.workers, or "
@@ -125,7 +126,7 @@ def run_argument(run: "RunDir") -> str:
     from mhmoe_ray.storage import location
 
     storage_folder = location(os.environ.get("MHMOE_STORAGE", STORAGE)).absolute()
-    # The argument is shown in commands that users paste into a shell, hence the quotes.
+    # The path is quoted, because the argument is shown in commands that users paste into a shell.
     return run.id if run.path.parent == storage_folder else shlex.quote(str(run.path))
 
 

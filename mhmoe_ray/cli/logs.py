@@ -56,7 +56,8 @@ def filter_lines(lines: Iterable[str], start_time: float | None, pattern: re.Pat
     A line without a timestamp has the time of the nearest earlier line with one. Lines before the first timestamp have
     an unknown time and are left out if a start time is given.
     """
-    # The state outlives a line because a traceback or a table has a timestamp in its first line alone.
+    # `is_recent` keeps its value for lines without a timestamp, because only the first line of a traceback or a table
+    # has one.
     is_recent = start_time is None
     for line in lines:
         if start_time is not None and (timestamp := line_time(line)) is not None:
@@ -77,7 +78,8 @@ def line_time(line: str) -> float | None:
     try:
         timestamp = datetime.fromisoformat(f"{date}T{clock}{(offset or '').replace('Z', '+00:00')}")
         return (timestamp + timedelta(seconds=float(f"0.{fraction or 0}"))).timestamp()
-    # Lines hold any text: the digits may name no day or hour, or a time at the ends of the calendar.
+    # A line may hold any text, so its digits may name a day or hour that does not exist, or a time that is too early or
+    # too late to be converted.
     except (ValueError, OverflowError):
         return None
 
@@ -129,7 +131,7 @@ def logs(
             lines = iter(jobs.logs(connection, attempt.job).splitlines())
     except (ClusterError, JobError) as e:
         stored_lines = archived_lines(run_dir, newest_attempt_number(run_dir))
-        # A cluster that refuses the token still has the log: the user should fix the token.
+        # A cluster that refuses the token still has the log. The error is raised, so that the user fixes the token.
         if isinstance(e, TokenError) or stored_lines is None:
             raise
         note.print(
@@ -138,7 +140,8 @@ def logs(
         )
         lines = stored_lines if rank is None else _worker_lines(stored_lines, _worker_entry(run_dir, rank)["pid"])
     if json or not sys.stdout.isatty():
-        # Ray colours the prefixes of workers' lines even if nothing can show colours.
+        # Ray colours the prefixes of workers' lines even if the output cannot show colours, so the colour codes are
+        # removed.
         lines = (re.sub(r"\x1b\[[0-9;]*m", "", line) for line in lines)
     selected_lines = filter_lines(lines, start_time, pattern)
     if json:
@@ -172,7 +175,8 @@ def _worker_log(run: "RunDir", connection: "Connection", rank: int, follow: bool
     note.print(f"rank {rank}: process {worker['pid']} on {worker['host']}")
     log_address = connection, worker["node"], worker["pid"]
     printed_lines = process_log(*log_address, "out")
-    # The generator asks the cluster at its first line. Asking now raises a missing log's error in the caller's `try`.
+    # `process_log` is a generator: it asks the cluster only when its first line is read. The first line is read here,
+    # so that the error of a missing log is raised inside the caller's `try`.
     first_line = next(printed_lines, None)
     printed_lines = chain([first_line] if first_line is not None else [], printed_lines)
     if not follow or recorded_outcome(events.read(run)):
@@ -220,14 +224,14 @@ def _lines_until_end(lines: Iterator[str], run: "RunDir", connection: "Connectio
         except Exception as e:
             line_queue.put(e)
 
-    # Ray follows a file forever, even if no process writes to it any more. A daemon thread can stay blocked in the read
-    # and ends with this process.
+    # Ray follows a file forever, even if no process writes to it any more, so a read may block forever. A daemon thread
+    # reads the lines, because it does not keep this process from ending.
     Thread(target=fill_queue, daemon=True).start()
     while True:
         try:
             item = line_queue.get(timeout=OUTCOME_CHECK_SECONDS)
         except Empty:
-            # The last lines may arrive after the outcome is known: one more interval must pass without a line.
+            # The last lines may arrive after the outcome is known, so one more interval must pass without a line.
             if run_outcome:
                 return
             run_outcome = retrying_caller.call(lambda: outcome(run, connection), None)

@@ -42,14 +42,14 @@ def plan(
     By default this is a forecast for the cluster that a run would go to, if one runs. With --nodes and --gpus it is a
     plan for a cluster on paper, whose other properties are the spec's cluster.accelerator and cluster.network.
     """
-    # Commands import inside their functions: `mhmoe --help` then loads neither pydantic nor Ray.
+    # Commands import inside their functions, so that `mhmoe --help` loads neither pydantic nor Ray.
     from mhmoe_ray.cli import plan_estimate, plan_tables
     from mhmoe_ray.cli.plan_placement import forecast_placement, placement_remarks, planned_placement
 
     if (nodes is None) != (gpus is None) or (nodes and address):
         raise typer.BadParameter("a cluster on paper needs both --nodes and --gpus, and takes no --address")
     if nodes and gpus:
-        # These come after the user's overrides and win: the workers fill the cluster on paper.
+        # These overrides come after the user's and so replace them: the workers must fill the cluster on paper.
         cluster_overrides = [f"cluster.workers={nodes * gpus}", "cluster.gpus_per_worker=1"]
         resolved = read_spec(spec, [*set_, *cluster_overrides])
         placement = planned_placement(resolved, nodes, gpus)
@@ -101,7 +101,7 @@ def data_warnings(spec: "RunSpec") -> list[str]:
             errors += source_errors(data)
             if data.tokenizer:
                 read_given_tokenizer(data.tokenizer, data.tokenizer_pattern)
-    # A plan may be made before the data exists, so its errors are only warnings.
+    # A plan may be made before the data exists, so errors in the data are only warnings.
     except DataError as e:
         errors.append(e)
     return [str(error) for error in errors]
@@ -123,7 +123,7 @@ def as_dict(spec: "RunSpec", placement: "Placement") -> dict[str, Any]:
     cluster, moe, reference = spec.cluster, spec.model.moe, spec.reference_model
     layout = placement.layout or single_node_layout(cluster.max_world_size, cluster.ep)
     step, rank_memory = expert_step(spec), compute_memory(spec)
-    # An elastic run needs more memory per rank with fewer workers, because its shards are larger.
+    # With the fewest workers, an elastic run needs the most memory per rank, because the shards are then largest.
     fewest_workers_memory = compute_memory(spec.with_workers(spec.worker_counts[0]))
     ratios = compare_models(spec.model, reference) if reference else {}
     return {
@@ -188,7 +188,7 @@ def print_summary(spec: "RunSpec", step_estimate: "Estimate | None") -> None:
         )
         if (matching_experts := experts_without_ep(spec)) is not None:
             ratios += f"; {matching_experts:,} experts would match it, but cluster.ep {cluster.ep} does not divide them"
-    # Best-fit packing pads samples, and the product below counts the padding as tokens.
+    # Best-fit packing pads samples. The number of tokens below counts padding as tokens, so it is an upper limit.
     qualifier = "at most " if spec.data.packing == "best_fit" else ""
     rows = {
         "preset": f"{spec.origin}: {preset_description(spec.origin)}" if spec.origin else None,
@@ -205,7 +205,8 @@ def print_summary(spec: "RunSpec", step_estimate: "Estimate | None") -> None:
         f"of {spec.tokens_per_step:,}; {training_flops * spec.tokens_per_step * spec.train.steps:.3g} FLOPs in all",
         "learning rate": _learning_rate(spec.train),
         "checkpoints": f"{_checkpoints(spec.train)}, {format_bytes(CHECKPOINT_BYTES * size.parameters)} each",
-        # The last of the allowed numbers of workers is the largest, with which the line starts.
+        # The line starts with the largest number of workers. It is the last of `worker_counts`, so the slice leaves it
+        # out.
         "workers": f"{cluster.workers.max} = {format_mesh(cluster.mesh_sizes())}, {_worker_resources(spec)} each"
         + (f"; or {', '.join(map(str, smaller_counts))}" if (smaller_counts := spec.worker_counts[-2::-1]) else ""),
         "CPUs": f"{cluster.cpus}, of which {STREAM_CPUS} for the data stream",
@@ -225,7 +226,7 @@ def _learning_rate(train: "TrainSpec") -> str:
 
 def _checkpoints(train: "TrainSpec") -> str:
     """Return the line about the number of checkpoints, when they are written, and which stay."""
-    # The last step has a checkpoint too, so the division is rounded up.
+    # The last step always has a checkpoint, so the division is rounded up.
     count, remainder = -(-train.steps // train.checkpoint_every), train.steps % train.checkpoint_every
     if count == 1:
         return "1, at the end"
@@ -245,7 +246,8 @@ def _static_routing(spec: "RunSpec") -> str | None:
     rows = spec.tokens_per_micro_batch * moe.heads
     if (expert_capacity := moe.expert_capacity(rows)) is None:
         return None
-    # A random second choice is sometimes left out and then takes no capacity, so fewer routes are dropped.
+    # A random second expert is sometimes left out and then takes no capacity, so fewer routes are dropped than
+    # computed.
     qualifier = "at most " if moe.second_expert == "random" else ""
     return (
         f"expert capacity is {expert_capacity:,} for the {rows:,} rows of a micro-batch; even and random routing would "

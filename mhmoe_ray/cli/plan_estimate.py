@@ -21,7 +21,7 @@ DAY_SECONDS = 24 * 3600
 def as_dict(spec: RunSpec, layout: Layout, step: Estimate) -> dict[str, Any]:
     """Return the estimate of a step, with its memory and traffic, as `mhmoe plan --json` prints it."""
     accelerator, rank_memory = spec.cluster.accelerator, compute_memory(spec).total
-    # The keys are read by scripts and stay, whatever the fields of an estimate are named.
+    # Scripts read these keys, so the keys must not change when a field of an estimate is renamed.
     return {
         "memory": {"needed": rank_memory, "there": accelerator.memory, "fits": rank_memory <= accelerator.memory},
         "traffic_per_rank": _traffic_per_rank(spec, layout),
@@ -60,7 +60,7 @@ def summary_lines(spec: RunSpec, step: Estimate) -> list[str]:
 
 def estimate_step(spec: RunSpec, layout: Layout | None) -> Estimate | None:
     """Estimate a training step; return None for a run on CPUs, or if the nodes cannot hold the ranks."""
-    # A spec describes the speed of its accelerator but not that of its CPUs.
+    # A spec describes the speed of its accelerator but not that of its CPUs, so there is no estimate for a run on CPUs.
     return (
         estimate_step_time(spec_for_layout(spec, layout), layout) if layout and spec.cluster.gpus_per_worker else None
     )
@@ -74,7 +74,7 @@ def format_cost(spec: RunSpec, step: Estimate) -> str:
         for step_seconds in (step.overlapped_seconds, step.sequential_seconds)
     )
     hours = f"{format_digits(best)} to {format_digits(worst)} hours of an {spec.cluster.accelerator.name}"
-    # The assumed single node hides the cost of exchanges between nodes, so the line must mention it.
+    # The line must mention the assumption of a single node, because it leaves out the cost of exchanges between nodes.
     assumption = ", taken to be on one node, as no cluster tells where" if ASSUMED_NODE in step.layout.nodes else ""
     return f"about {hours}, on {gpus:,} of them{assumption} (estimated, not checked)"
 
@@ -106,7 +106,7 @@ def _dispatch_figures(spec: RunSpec, layout: Layout, step: Estimate) -> dict[str
     """Return the traffic and times of the same run for each kind of dispatch, flat and hierarchical."""
     figures = {}
     for name in DISPATCHES:
-        # The spec's own dispatch has its estimate already.
+        # `step` is the estimate for the spec's own dispatch, so only the other dispatch needs a new estimate.
         is_current = name == spec.cluster.dispatch
         cluster = spec.cluster.model_copy(update={"dispatch": name})
         variant = spec if is_current else spec.model_copy(update={"cluster": cluster})

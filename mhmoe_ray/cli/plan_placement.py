@@ -108,7 +108,8 @@ def _place_workers(spec: "RunSpec", description: str, nodes: list[Node], has_str
     rank_nodes = pack_workers(nodes, cpus, gpus, cluster.max_world_size)
     room = len(rank_nodes)
     if has_stream and cluster.workers.is_elastic:
-        # The same rule as in train/resilience.py: without one CPU for the data stream no step would begin.
+        # An elastic run leaves one CPU for the data stream, because without it no step would begin. train/resilience.py
+        # has the same rule.
         room = min(room, int((free_cpus - 1) // cpus))
     count = max((n for n in counts if n <= room), default=0)
     if not count:
@@ -118,7 +119,7 @@ def _place_workers(spec: "RunSpec", description: str, nodes: list[Node], has_str
             f"{_format_nodes(len(nodes))} can hold {room:,} now; Ray starts none before all have a place"
         )
         return Placement(description, nodes, rank_nodes, None, shortage, None, [])
-    # An elastic run starts with the largest of its allowed numbers of workers, even if there is room for a few more.
+    # An elastic run starts with the largest allowed number of workers that fits, even if there is room for a few more.
     rank_nodes = rank_nodes[:count]
     layout = build_layout(rank_nodes, cluster.ep)
     reason = layout.groups.refusal_reason if cluster.straddling == "refuse" else None
@@ -139,7 +140,8 @@ def _dispatch_remark(spec: "RunSpec", layout: Layout) -> str | None:
     """Return a remark if hierarchical dispatch would be flat in some groups of this layout; None otherwise."""
     from mhmoe_ray.planner.traffic import has_rails
 
-    # Hierarchical dispatch needs a group with equally many ranks on each of its nodes, and is flat in other groups.
+    # Hierarchical dispatch needs equally many ranks of a group on each of the group's nodes. In any other group it is
+    # flat.
     groups = [layout.spread(ranks) for ranks in layout.groups.ranks]
     flat_count = sum(group.total() > 1 and not has_rails(group) for group in groups)
     if spec.cluster.dispatch == "flat" or not flat_count:
@@ -163,7 +165,7 @@ def placement_remarks(placement: Placement) -> list[str]:
     """Return the lines about a placement that the user should read: problems, notes, and the spread of groups."""
     lines = [line for line in (placement.shortage, placement.refusal) if line] + placement.notes
     layout = placement.layout
-    # The spread is known without a line on a single node, with one rank per group, and from a refusal.
+    # The spread needs no line if there is a single node or one rank per group, or if the refusal already describes it.
     if (
         layout
         and len(layout.node_groups) > 1
@@ -212,7 +214,7 @@ def placement_table(placement: Placement) -> Table:
 
 def _format_location(ranks: list[int], layout: Layout) -> tuple[str, str]:
     """Format ranks, and the nodes and domains that they are on."""
-    # More than three nodes would make the cell too long, so a range stands for them.
+    # The names of more than three nodes would make the cell too long, so the first and the last name stand for them.
     rank_counts = Counter(layout.nodes[rank] for rank in ranks)
     node_names, counts = list(rank_counts), set(rank_counts.values())
     domains = dict.fromkeys(layout.domains[rank] for rank in ranks)
@@ -236,7 +238,7 @@ def _format_location(ranks: list[int], layout: Layout) -> tuple[str, str]:
 def _shorten_rows(rows: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
     if len(rows) <= MAX_ROWS:
         return list(rows)
-    # The line with the count takes a row itself.
+    # The line with the count takes one of the rows, so one more row is hidden.
     hidden_count = len(rows) - MAX_ROWS + 1
     return [*rows[: MAX_ROWS - 1], (f"and {hidden_count:,} more", *("" for _ in rows[0][1:]))]
 

@@ -27,7 +27,8 @@ def tables(spec: RunSpec, placement: Placement) -> Iterator[tuple[str, Table]]:
     if step:
         title = f"expert step of one layer on one rank, {batch}, forward, {spec.train.precision}"
         yield title, _step_table(step)
-    # An elastic run may start with fewer workers than the spec's largest number, and then exchanges other amounts.
+    # An elastic run may start with fewer workers than the spec's largest number. The exchanged amounts depend on the
+    # number of workers, so the number in the placement is used.
     step_exchanges = all_exchanges(
         spec_for_layout(spec, placement.layout) if placement.layout else spec, placement.layout
     )
@@ -75,13 +76,13 @@ def _memory_table(spec: RunSpec) -> Table:
 
     Memory that a GPU's rank uses on its host comes after the total.
     """
-    # A run that is not elastic has one number of workers, and so one column. Otherwise the fewest workers matter too,
-    # because their shards are largest.
+    # An elastic run has two columns, because ranks need the most memory with the fewest workers, whose shards are
+    # largest. Any other run has one number of workers, and so one column.
     counts = [*dict.fromkeys([spec.worker_counts[-1], spec.worker_counts[0]])]
     specs = [spec.with_workers(count) for count in counts]
     memories = [compute_memory(sized_spec) for sized_spec in specs]
     by_name = zip(memories[0]._fields, zip(*memories, strict=True), strict=True)
-    # Rows that are zero for every number of workers would only distract.
+    # Rows that are zero for every number of workers are left out, because they would only distract.
     rows = [(name.replace("_", " "), *map(format_bytes, sizes)) for name, sizes in by_name if any(sizes)]
     rows.append(("total", *(format_bytes(h.total) for h in memories)))
     if spec.cluster.gpus_per_worker:

@@ -41,7 +41,8 @@ def presets(
             *(_format_count(row[key]) for key in ("parameters", "active", "multiply_adds")),
         )
     print_untruncated(table)
-    # The descriptions of all presets would drown the table.
+    # The description is printed only for a single preset, because the descriptions of all presets would drown the
+    # table.
     if len(rows) == 1:
         out.print(f"\n{rows[0]['about']}", soft_wrap=True)
 

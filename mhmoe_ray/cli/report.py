@@ -40,11 +40,13 @@ def report(
     for name in runs or []:
         sweep = sweep_dir(location(storage).absolute(), name)
         if sweep.exists:
-            # A run of the sweep may still be waiting for its job, and has nothing to compare yet.
+            # A run of the sweep without an attempt still waits for its job. It has nothing to compare yet, so it is
+            # left out.
             run_dirs += [run for run in sweep.runs().values() if run.attempts_file.exists()]
         else:
             run_dirs.append(find_run(name, storage, with_job=True))
-    # A run that is named itself and by its sweep counts once; the order stays, which decides the default baseline.
+    # A run may be named twice, itself and by its sweep, but counts once. `dict.fromkeys` keeps the order of runs, which
+    # decides the default baseline.
     verdicts = write_report(list(dict.fromkeys(run_dirs)), target_folder, baseline)
     if json:
         print_json({"page": str(target_folder / PAGE_FILE), "verdicts": [v.as_json() for v in verdicts]})

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from mhmoe_ray.runs.directory import RunDir
 
 
-# Rows of the table of training metrics: enough to show a trend, and few enough for a screen with the other tables.
+# Largest number of rows in the table of training metrics: enough to show a trend, and few enough that this table and
+# the others fit on a screen.
 CURVE_POINTS = 8
 
 
@@ -56,7 +57,8 @@ def routing(
     run_dir = find_run(run, storage)
     dense_error = RunError(f"run {run_dir.id}", "it is a dense model, without a router", "name a run with experts")
     if not run_dir.is_imported and run_dir.spec().model.moe is None:
-        # The error comes before the checkpoint is evaluated, which could take minutes on the cluster.
+        # The error is raised before the checkpoint is evaluated, because the evaluation could take minutes on the
+        # cluster.
         raise dense_error
     request = make_request(run_dir, checkpoint, text, set_, samples, [], [], None, gpus)
     evaluation = load_or_evaluate(run_dir, request, recompute, address)
@@ -123,7 +125,7 @@ def _training_metrics(run: "RunDir") -> list[dict[str, Any]]:
     names = (metrics.STEP, metrics.BALANCE, metrics.ENTROPY, metrics.LEAST_EXPERT, metrics.DROPPED)
     lines = read_trend(run, run.spec().train.validate_every).curve
     points = [round(i * (len(lines) - 1) / (CURVE_POINTS - 1)) for i in range(CURVE_POINTS)]
-    # A curve with fewer lines than points repeats indices.
+    # If the curve has fewer lines than CURVE_POINTS, some indices occur twice, and `dict.fromkeys` removes the copies.
     return [{name: lines[i].get(name) for name in names} for i in dict.fromkeys(points)] if lines else []
 
 

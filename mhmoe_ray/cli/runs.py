@@ -61,7 +61,8 @@ def list_(
     matching_runs = [
         run for run in list_runs(storage) if run.id.startswith(name or "") and run.creation_time() >= start_time
     ]
-    # Many runs share a cluster, and one that does not answer costs a timeout: each cluster is asked once.
+    # Many runs share a cluster, and a connection to a cluster that does not answer takes until the timeout, so each
+    # cluster is tried only once.
     connect = cached_connect()
     rows = [row for row in (_run_row(run, connect) for run in matching_runs) if not state or row["state"] in state]
     if json:
@@ -96,7 +97,7 @@ def _run_row(run: "RunDir", connect: "Callable[[str], Connection]") -> dict[str,
             spec = run.spec()
             steps, preset = spec.train.steps, spec.origin
         state, _, _ = state_of(run, events.read(run), connect)
-    # Another version may have written the spec. The other runs should still be listed.
+    # Another version may have written a spec that this one cannot read. The other runs should still be listed.
     except SpecError:
         steps, state = "?", "unreadable spec"
     return {
@@ -139,7 +140,7 @@ def resume(
         raise RunError(f"run {run_dir.id}", "it is finished", "submit a new run to train longer")
     spec = run_dir.relocated_spec(load_resolved_spec(run_dir.spec_file, set_))
     connection = resume_run(run_dir, spec, address or _attempt_address(previous_attempt))
-    # The progress of earlier attempts has been shown when it happened.
+    # `from_now` leaves out the progress of earlier attempts, because it was shown when it happened.
     if not detach:
         follow_run(run_dir, connection, from_now=True)
 
@@ -148,7 +149,7 @@ def _attempt_address(attempt: "Attempt") -> str:
     """Return the cluster that the attempt ran on, as --address takes it: its URL, or the name of the local cluster."""
     from mhmoe_ray.cluster.connect import LOCAL
 
-    # A local cluster that was restarted has another address, but the same name.
+    # A local cluster that was restarted has another address but the same name, so its name is returned.
     return LOCAL if attempt.local else attempt.address
 
 
@@ -184,13 +185,15 @@ def stop(
     is_training = events.state(run_events) == "running"
     try:
         connection = connect(attempt.address)
-    # TokenError is a ClusterError. The cluster answers, and the user should give its token.
+    # A TokenError is also a ClusterError, but here the cluster answers. It is raised again, so that the user gives the
+    # cluster's token.
     except TokenError:
         raise
     except ClusterError as e:
         if end_immediately or not is_training:
             raise
-        # Its cluster may be within a batch job, where no command reaches it; workers read the directory.
+        # The cluster may run within a batch job, where no command can reach it. The workers still read the run
+        # directory, so the stop file there stops them.
         run_dir.stop_file.touch()
         note.print(
             f"its workers are asked to stop through its directory; this machine cannot see whether they do: {e.reason}",
@@ -198,7 +201,7 @@ def stop(
         )
         return
     run_dir.stop_file.touch()
-    # Connecting may have taken long, so the state is read again.
+    # Connecting may have taken long, so the state of the run is read again.
     if end_immediately or events.state(events.read(run_dir)) != "running":
         jobs.stop(connection, attempt.job)
     else:
@@ -206,7 +209,7 @@ def stop(
     retrying_caller = RetryingCaller(print_note)
     while (run_outcome := retrying_caller.call(lambda: outcome(run_dir, connection), None)) is None:
         time.sleep(POLL_SECONDS)
-    # The driver of a job that Ray ended had no chance to record the end itself.
+    # If Ray ended the job, the job's driver could not record the end of the run, so this command records it.
     if run_outcome.state == "stopped" and recorded_outcome(events.read(run_dir)) is None:
         events.record(run_dir, "stopped", reason="its job was ended")
     out.print(
@@ -237,7 +240,8 @@ def rm(
     from mhmoe_ray.runs.directory import find_run
     from mhmoe_ray.storage import remove_tree
 
-    # All runs are found and checked before the first is removed. A run that is named twice counts once.
+    # All runs are found and checked before the first one is removed, so that an error removes nothing. A name that is
+    # given twice counts once.
     run_dirs = [find_run(name, storage) for name in dict.fromkeys(runs)]
     for run in run_dirs:
         _check_removable(run, force)
@@ -250,7 +254,8 @@ def rm(
         if not typer.confirm(f"remove {names}, with all checkpoints?", err=True):
             note.print("nothing was removed")
             return
-        # The answer may have taken long, and a run may have been resumed or served meanwhile.
+        # The user's answer may have taken long, so the runs are checked again: one may have been resumed or served
+        # meanwhile.
         for run in run_dirs:
             _check_removable(run, force)
     for run in run_dirs:

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 app = typer.Typer(cls=SuggestingGroup, help="Serve checkpoints.", no_args_is_help=True)
 
 APPLICATION = "mhmoe"
-# A local cluster is started with more CPUs than the replicas need, for the other processes that run on it.
+# Number of CPUs that a local cluster gets in addition to those of the replicas, for the other processes that run on it.
 SERVE_CPUS = 1
 API_KEY_VARIABLE = "MHMOE_API_KEY"
 
@@ -78,7 +78,7 @@ def deploy(
             f"warning: any client that reaches {spec.serve.host}:{spec.serve.port} may send requests; set serve.keys "
             f"or {API_KEYS_VARIABLE} to require a key"
         )
-    # A local cluster that is started now must have room for the largest number of replicas: it cannot grow.
+    # A local cluster cannot grow, so one that is started now must have room for the largest number of replicas.
     cpus = spec.serve.replicas.max * spec.serve.cpus_per_replica + SERVE_CPUS
     connection = jobs.connect_to_cluster(spec.cluster, [run_dir.path], cpus, address)
     config = application_config(name, path, spec.serve, run_dir.id, _route_prefix(name), spec.cluster.runtime_env)
@@ -109,7 +109,8 @@ def update(name: NameArg = APPLICATION, checkpoint: CheckpointOption = None, add
     path, _ = pick_checkpoint(RunDir.of_checkpoint(previous_path), checkpoint, verify_hashes=False)
     remark = f"in place of {previous_path.name}"
     if path.name == previous_path.name:
-        # Serve also keeps the configuration of an update that failed: only the status tells whether it is served.
+        # Serve also keeps the configuration of an update that failed, so only the status tells whether the checkpoint
+        # in the configuration is served.
         status = _application_status(connection, name)
         if status == "DEPLOYING":
             _wait_until_running(connection, name, f"{path.name} is being deployed already")
@@ -131,7 +132,8 @@ def status(address: AddressOption = None, json: JsonOption = False) -> None:
     from mhmoe_ray.cluster.connect import connect
 
     applications = serving.applications(connect(address))
-    # The key is a secret: applications that are not from this project must not see it.
+    # Each of these applications gets the key, which is a secret. Applications that are not from this project must not
+    # see it, so they are left out.
     our_applications = [a for a in applications if a.checkpoint and a.status == "RUNNING"]
     key = os.environ.get(API_KEY_VARIABLE, "").strip()
     stats = {a.name: serving.application_stats(a, key or None) for a in our_applications}
@@ -181,11 +183,13 @@ def _deploy(
     from mhmoe_ray.storage import location
 
     name, checkpoint = config["name"], location(config["args"]["checkpoint"]).name
-    # Serve ignores a configuration that it already has. A failed application starts again only if something changes.
+    # Serve ignores a configuration that it already has, so it starts a failed application again only if something
+    # changes. A random argument is therefore added.
     if _application_status(connection, name) in ("DEPLOY_FAILED", "UNHEALTHY"):
         config["args"]["again"] = token_hex(3)
     url = serving.deploy(connection, config, host, port)
-    # The record comes before the wait: Serve continues to deploy and may succeed even if this command ends early.
+    # The deployment is recorded before the wait, because Serve continues to deploy and may succeed even if this command
+    # ends early.
     _record_deployment(run, connection, name, url, checkpoint)
     return _wait_until_running(connection, name, f"deploying {checkpoint} {remark}")
 
@@ -215,7 +219,7 @@ def _record_deployment(run: "RunDir", connection: "Connection", application: str
         events.record(
             run, "served", application=application, url=url, address=connection.address, checkpoint=checkpoint
         )
-    # A checkpoint can be served even if its run directory cannot be written.
+    # A checkpoint can be served even if its run directory cannot be written, so this is only a warning.
     except StorageError as e:
         note.print(f"warning: {e}", soft_wrap=True)
 
@@ -278,6 +282,6 @@ def _least_expert_load(count_LE: list[list[int]]) -> str:
     Args:
         count_LE: number of routes to each expert of each layer.
     """
-    # A layer has no routes before the first request.
+    # A layer without routes is left out, because its sum is 0. It has no routes before the first request.
     shares = [min(counts) * len(counts) / sum(counts) for counts in count_LE if sum(counts)]
     return f"{min(shares):.2f}" if shares else "-"

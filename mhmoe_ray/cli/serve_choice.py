@@ -35,7 +35,7 @@ def resolve_target(
         RunError, CheckpointError: there is no such run or checkpoint, or the checkpoint is damaged.
     """
     for keys, _ in parse_overrides(overrides):
-        # An override without any effect, such as train.lr, would mislead the user.
+        # An override that has no effect, such as one of train.lr, would mislead the user, so it is an error.
         if keys[0] != "serve" and keys[:2] not in CLUSTER_KEYS:
             raise SpecError(f"override {'.'.join(keys)}", "serving does not use it", "set keys of the serve section")
     spec_file: Location | None = None
@@ -49,13 +49,15 @@ def resolve_target(
         run = runs[-1]
     elif target and (location(target) / MANIFEST).exists():
         path = location(target).absolute()
-        # This check finds a damaged checkpoint before a replica tries to load it. The manifest itself is not needed.
+        # This call raises an error for a damaged checkpoint, before a replica tries to load it. The manifest that it
+        # returns is not needed.
         read_manifest(path, ("weights",), describe=None)
         run = RunDir.of_checkpoint(path)
         return run, path, load_deploy_spec(None if run.is_imported else run.spec_file, overrides)
     else:
         run = find_run(target, storage)
-    # A spec file that is named counts instead of the run's own: its serve section may have changed since.
+    # A spec file that the user names replaces the run's own spec, because its serve section may have changed since the
+    # run started.
     spec = load_deploy_spec(spec_file or (None if run.is_imported else run.spec_file), overrides)
     return run, pick_checkpoint(run, checkpoint, verify_hashes=False)[0], spec
 
@@ -86,7 +88,8 @@ def with_environment_keys(spec: ServeSpec) -> ServeSpec:
     """
     keys_by_name: dict[str, KeySpec] = {}
     for key in spec.keys:
-        # A client has two keys while one replaces the other, and its requests by both count against the same limits.
+        # A client has two keys of one name while a new key replaces the old one. Requests with both keys count against
+        # the same limits, so the limits must be equal.
         if _with_hash(keys_by_name.setdefault(key.name, key), key.sha256) != key:
             reason = "two keys of this name have different limits, and limits are counted by name"
             raise SpecError(
@@ -104,7 +107,8 @@ def with_environment_keys(spec: ServeSpec) -> ServeSpec:
                 if name in keys_by_name
                 else KeySpec(name=name, sha256=key_hash)
             )
-        # Pydantic's error shows the name, which is the secret if somebody wrote KEY:NAME. It is therefore not chained.
+        # Pydantic's error shows the name, which is the secret if somebody wrote KEY:NAME. The error is therefore not
+        # chained.
         except ValidationError:
             reason = "a name has up to 40 letters, digits, dots, dashes and underscores, and one name here breaks this"
             raise SpecError(API_KEYS_VARIABLE, reason, "correct it, or unset it") from None

@@ -54,11 +54,11 @@ def _fact_rows(run_state: dict[str, Any]) -> dict[str, str | None]:
         rows["skipped steps"] = f"{run_state['skipped_steps']}, whose gradient was not finite"
     if checkpoint := run_state["checkpoint"]:
         text = f"{checkpoint['name']}, {_format_age(checkpoint['time'])}"
-        # Each restart that skips a damaged checkpoint records it again.
+        # Each restart that skips a damaged checkpoint records this again, so every name is counted once.
         damaged_count = len(set(run_state["skipped_checkpoints"]))
         rows["checkpoint"] = f"{text}; {damaged_count} newer ones were damaged and skipped" if damaged_count else text
     rows["served"] = "\n".join(_format_application(s) for s in run_state["served"])
-    # A run that has ended needs its cluster no more, and the cluster may be gone.
+    # The row is left out for a run that has ended, because it needs its cluster no more, and the cluster may be gone.
     if not events.is_end_state(run_state["state"]):
         rows["cluster"] = run_state["cluster"]
     return rows | {"dashboard": run_state["dashboard"], "path": run_state["path"]}
@@ -92,7 +92,8 @@ def _quality_rows(run_state: dict[str, Any]) -> dict[str, str | None]:
         rows["validation"] = (
             f"loss {format_nats(validation['val_loss'])}, perplexity {perplexity_text}, at step {validation['step']:,}"
         )
-    # A model whose loss is above these has not yet learned more than the frequencies of tokens and of their pairs.
+    # The row helps to judge the loss: a model whose loss is above these values has not yet learned more than the
+    # frequencies of tokens and of pairs of tokens.
     if baselines:
         rows["  to beat"] = (
             f"{baselines['unigram_entropy']:.4f} unigram entropy of that text, "
@@ -117,7 +118,7 @@ def _speed_rows(run_state: dict[str, Any]) -> dict[str, str | None]:
     if last_metrics and rate:
         clock_text = f", {mean:,.0f} by the clock since workers started" if mean else ""
         rows["speed"] = f"{rate:,.0f} tokens/s{clock_text}; waiting for data {last_metrics['data_wait']:.1%}"
-    # Dense models and single ranks exchange no rows, and the ratio would divide by zero.
+    # A dense model or a single rank exchanges no rows. Without this condition, the ratio would divide by zero.
     if last_metrics and last_metrics.get("rows_least"):
         ratio, internode_rows = (
             last_metrics["rows_sent"] / last_metrics["rows_least"],
@@ -173,7 +174,7 @@ def _format_application(application: dict[str, Any]) -> str:
 
 
 def _format_age(timestamp: float) -> str:
-    # The clock of the machine that wrote the time may be ahead of this machine's clock.
+    # The clock of the machine that wrote the time may be ahead of this machine's clock, so the age is at least 0.
     return f"{format_duration(max(0.0, time.time() - timestamp))} ago"
 
 
@@ -202,7 +203,7 @@ def sparkline(values: list[float | None], width: int = 24) -> str:
     The line is empty if there are fewer than 3 finite values, or if the terminal has no UTF-8.
     """
     finite_values = [v for v in values if v is not None and math.isfinite(v)]
-    # Two points are no curve, and a width of 1 would divide by zero below.
+    # Two values are no curve, and a single value would divide by zero below.
     if len(finite_values) < 3 or "utf" not in (out.encoding or "").lower():
         return ""
     width = min(width, len(finite_values))
@@ -248,8 +249,8 @@ def _watch(run: "RunDir", json: bool) -> None:
     from mhmoe_ray.cluster.dashboard import RetryingCaller
     from mhmoe_ray.cluster.runs import run_status
 
-    # Without a terminal a script waits for the run and may shut its cluster down when this command ends. A cluster that
-    # does not answer for a while must therefore not end the command.
+    # Without a terminal, a script may wait for the run with this command, and shut the run's cluster down when the
+    # command ends. The command must therefore not end because a cluster does not answer for a while.
     retrying_caller = RetryingCaller(print_note, is_endless=not out.is_terminal)
 
     def fetch_state() -> dict[str, Any]:

@@ -42,7 +42,7 @@ def resume_run(run: "RunDir", spec: "RunSpec", address: str | None) -> "Connecti
     """
     connection = connect_to_train(spec, address)
     run.write_spec(spec)
-    # The file of the last stop would stop the new attempt too.
+    # The stop file of an earlier stop is removed, because it would stop the new attempt too.
     run.stop_file.unlink(missing_ok=True)
     submit_attempt(run, spec, connection)
     return connection
@@ -69,7 +69,8 @@ def final_outcome(run: "RunDir", force: bool, *, is_patient: bool = False) -> "O
     while True:
         try:
             outcome = outcome_or_lost(run, connect)
-        # TokenError is a ClusterError, but comes from a cluster that answers and may still train the run.
+        # A TokenError is also a ClusterError, but its cluster answers and may still train the run. The run must not
+        # count as lost, so the error is raised again.
         except TokenError:
             raise
         except ClusterError as e:
@@ -122,7 +123,7 @@ def submit(
         raise typer.BadParameter("--json prints a run that is not followed: give --detach too")
     resolved = read_spec(spec, set_)
     if dry_run:
-        # A run's id ends in random digits, which only a real run gets.
+        # Only a real run gets an id that ends in random digits, so x's stand for the digits.
         run_path = resolved.storage / f"{resolved.name}-xxxxxx"
         placement = forecast_placement(resolved, address)
         request = TrainRequest(path=str(run_path), attempt=1)
@@ -139,7 +140,8 @@ def submit(
     else:
         jobs.check_training_data(resolved)
         if not json:
-            # Only the cost depends on the placement, and a run on CPUs has no estimated cost.
+            # Only the cost in the summary depends on the placement. A run on CPUs has no estimated cost, so it needs no
+            # placement here.
             layout = forecast_placement(resolved, address).layout if resolved.cluster.gpus_per_worker else None
             plan.print_summary(resolved, estimate_step(resolved, layout))
         connection = jobs.connect_to_train(resolved, address)
@@ -148,8 +150,8 @@ def submit(
     if json:
         print_json({"run": run.id, "path": str(run.path), **asdict(last_attempt(run))})
     elif not detach:
-        # `--continue` is for launchers, which may shut the cluster down when this command ends. It therefore retries
-        # forever, except for a local cluster, which does not come back.
+        # `--continue` is for launchers, which may shut the cluster down when this command ends. The command therefore
+        # retries forever if the cluster does not answer, except for a local cluster, which does not come back.
         follow_run(run, connection, from_now=is_resumed, for_ever=continue_ and not connection.local)
 
 

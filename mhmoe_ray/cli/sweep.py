@@ -30,9 +30,11 @@ if TYPE_CHECKING:
 
 
 POLL_SECONDS = 1.0
-# The cluster is asked for the job less often than the run directories are read.
+# Seconds between two requests that ask the cluster whether the job is alive. The run directories, which show the
+# progress, are read more often.
 JOB_CHECK_SECONDS = 5.0
-# A job that ends again and again without an error of its own is not started again forever.
+# Largest number of restarts of a job that ended without an error of its own. The limit is for a job that always ends
+# so.
 MAX_RESTARTS = 3
 
 
@@ -45,7 +47,8 @@ def print_plan(planned_runs: "list[SweepRun]", concurrent: int) -> None:
     """
     from mhmoe_ray.planner.sizes import compute_sizes
 
-    # Seeds do not change sizes, so any run of a variant stands for all of them.
+    # The runs of a variant differ only in their seed, which does not change sizes, so any of them stands for the
+    # variant.
     variants = {run.variant: run.spec for run in planned_runs}
     first_sizes = compute_sizes(next(iter(variants.values())).model)
     rows = []
@@ -111,7 +114,8 @@ def follow_order(directory: "SweepDir", name: str, connection: "Connection") -> 
             if stop_requested or caller.call(view.refresh, False):
                 return
             job_end_time = job_end_time or check_time
-            # The job may have ended because of a stop, or a newer order may have replaced it, during the calls above.
+            # The order is read again, because a stop may have ended the job, or a newer order may have replaced it,
+            # during the calls above.
             later_state = caller.call(partial(_newest_order, directory), None)
             if later_state and later_state[2]:
                 return
@@ -120,10 +124,11 @@ def follow_order(directory: "SweepDir", name: str, connection: "Connection") -> 
                 or later_state[0] != newest_name
                 or (newest_name != name and check_time - job_end_time < 2 * JOB_CHECK_SECONDS)
             ):
-                # The command that submitted the newest order may still follow it, and has the first turn at a restart.
+                # The command that submitted the newest order may still follow it. This command waits, so that the other
+                # command can restart the job first.
                 continue
             if error := client.logged_error(order):
-                # An error of another command's order is for that command to show.
+                # If the order is another command's, that command shows the error.
                 if newest_name != name:
                     return
                 raise error
@@ -353,7 +358,7 @@ def _submit_order(
     from mhmoe_ray.sweep import client
 
     specs = [run.spec for run in selected_runs]
-    # Most runs of a sweep share their data, and checking it once for each preparation is enough.
+    # Most runs of a sweep share their prepared data. One check for each way of preparing data is enough.
     spec_by_preparation = {prepared_key(spec): spec for spec in specs}
     folders = [folder for folder, _ in spec_by_preparation]
     if shared_folder := next((folder for folder in folders if folders.count(folder) > 1), None):
@@ -362,10 +367,11 @@ def _submit_order(
     for spec in spec_by_preparation.values():
         jobs.check_training_data(spec)
     client.check_unchanged_specs(directory, selected_runs)
-    # A local cluster must hold the largest run as often as runs are active at a time.
+    # A local cluster must hold `concurrent` runs at a time, even if all of them are as large as the largest run.
     cpus = max(spec.cluster.cpus for spec in specs) * concurrent
     locations = [specs[0].storage, *{spec.data.prepared for spec in specs}]
-    # A local cluster would be started in vain if this machine has too few GPUs.
+    # GPUs are checked before a local cluster is started, because it would be of no use with too few GPUs on this
+    # machine.
     for spec in specs:
         jobs.check_gpus_of_this_machine(spec, address)
     connection = jobs.connect_to_cluster(specs[0].cluster, locations, cpus, address)
@@ -392,7 +398,7 @@ def _raise_failures(directory: "SweepDir", names: list[str]) -> None:
     from mhmoe_ray.runs import events
 
     runs = directory.runs()
-    # A run without a directory was never started.
+    # A run without a directory was never started, so it counts as queued.
     states = {name: events.state(events.read(runs[name])) if name in runs else "queued" for name in names}
     if failed_names := [name for name, state in states.items() if state == "failed"]:
         fix = f"see `mhmoe status {runs[failed_names[0]].id}`; the same command again resumes it"

@@ -116,7 +116,7 @@ def _write(clusters: NamedClusters) -> None:
     """Write the named clusters and the current one to the state folder, readable by the user only."""
     path = state_folder() / FILE
     write_json(path, {"current": clusters.current, "known": {n: asdict(c) for n, c in clusters.by_name.items()}})
-    # Names of hosts and paths of tokens concern no other user of this machine.
+    # The file lists host names and paths of token files, which other users of this machine must not read.
     path.chmod(0o600)
 
 
@@ -164,8 +164,9 @@ def connect(address: str | None = None) -> Connection:
 def connect_if_running(address: str | None = None) -> Connection | None:
     """Connect as `connect` does, but return None if no address is given and no local cluster runs."""
     named_cluster, address = _find_named_cluster(address), _resolve_address(address)
-    # Look for the local cluster only if it is meant: on a shared home its record may be another machine's, and a
-    # local cluster that does not answer must not disturb commands for a remote one.
+    # Look for the local cluster only if the command is for it. `find_local` raises an error if the cluster's record is
+    # from another machine (on a shared home) or the cluster does not answer, and such an error must not stop commands
+    # for a remote cluster.
     local_cluster = find_local() if address is None or _is_local_cluster(address) else None
     if local_cluster:
         return _local_connection(local_cluster)
@@ -252,7 +253,8 @@ def _resolve_address(address: str | None) -> str | None:
 
 def _explicit_address(address: str | None) -> str | None:
     """Return the argument or, without one, the address or name in the environment; None if there is neither."""
-    # RAY_ADDRESS may also name the port of Ray's GCS, which does not speak HTTP, so only a URL counts.
+    # RAY_ADDRESS may also be the address of Ray's GCS, which does not speak HTTP, so its value is used only if it is a
+    # URL.
     ray_address = os.environ.get("RAY_ADDRESS", "")
     fallback = ray_address if ray_address.startswith(("http://", "https://")) else None
     return address or os.environ.get("RAY_API_SERVER_ADDRESS") or fallback
@@ -277,7 +279,8 @@ def _token(address: str, named_cluster: NamedCluster | None) -> Token | None:
     """
     clusters = read_named_clusters()
     same_address = {name: c for name, c in clusters.by_name.items() if normalised(c.address) == address}
-    # Several named clusters may share one address, that of a tunnel: the current one takes precedence.
+    # Several named clusters may have the same address, for example that of a tunnel. If the user gave an address
+    # instead of a name, the token of the current cluster takes precedence.
     intended_cluster = named_cluster or same_address.get(clusters.current)
     files = [c.token_file for c in ([intended_cluster] if intended_cluster else same_address.values()) if c.token_file]
     return tokens.token_from_file(Path(files[0])) if files else tokens.user_token()
@@ -290,8 +293,8 @@ def _local_connection(cluster: LocalCluster) -> Connection:
 def _is_this_machine(address: str, token: Token | None) -> bool:
     """Return whether the cluster has a single node, which is this machine."""
     alive, _ = dashboard.nodes(address, token)
-    # The name of a session folder is unique, so a node whose folder exists here runs here.
-    # `Path.is_dir` raises without permission to look.
+    # The name of a session folder is unique, so a node whose folder exists here runs here. `os.path.isdir` is used
+    # because `Path.is_dir` raises an error if this user has no permission to look.
     has_session_folder = os.path.isdir(alive[0].get("sessionDir", "")) if alive else False  # noqa: PTH112
-    # A node without CPUs is the head of a cluster whose other nodes have yet to join.
+    # A single node without CPUs is the head of a cluster whose other nodes have yet to join, so it does not count.
     return len(alive) == 1 and has_session_folder and bool(alive[0]["resourcesTotal"].get("CPU"))

@@ -43,7 +43,7 @@ class RetryingCaller:
         try:
             answer = request()
         except TokenError:
-            # A retry would send the same token again.
+            # There is no retry, because it would send the same refused token again.
             raise
         except (ClusterError, OSError) as e:
             if self._unanswered_since is None:

@@ -185,7 +185,7 @@ def port_findings() -> Iterator[Finding]:
         if kind and connection.laddr and not dashboard.is_loopback_ip(connection.laddr.ip):
             open_servers.add((kind, connection.laddr.ip, connection.laddr.port))
     dashboards = [server for server in open_servers if server[0] == "dashboard"]
-    # A dashboard that asks for a token is no risk, unlike one that runs the jobs of anybody.
+    # Only a dashboard that answers without a token is a risk, because it runs the jobs of anybody.
     open_dashboards = [server for server in dashboards if dashboard.is_open(dashboard.url_at(*server[1:]))]
     for _, host, port in sorted(open_dashboards):
         reason = f"the dashboard at {host}:{port} of this machine runs the jobs of everybody on its network"
@@ -326,7 +326,7 @@ def _is_loose_run(path: Path) -> bool:
     """Return whether a path is a run directory that other users can use; False if this user cannot look into it."""
     try:
         return bool(path.stat().st_mode & (stat.S_IRWXO | stat.S_IRWXG)) and (path / "run.json").exists()
-    except OSError:  # The file belongs to another user, or was removed meanwhile.
+    except OSError:  # This user may not look into the path, or it was removed meanwhile.
         return False
 
 

@@ -56,7 +56,7 @@ def failure_reason(text: str) -> str:
     lines = [line.rstrip() for line in text.splitlines() if line.strip(" .")]
     for i in reversed(range(len(lines))):
         if re.match(r"[\w.]+(Error|Exception|Exit|Interrupt)(:|$)", lines[i]):
-            # The message of an exception may have several lines.
+            # The message of an exception may have several lines, so all lines from the exception on are joined.
             return " ".join(" ".join(lines[i:]).split()).rstrip(".")[:500]
     return lines[-1].strip().rstrip(".")[:500] if lines else "no reason given"
 
@@ -296,7 +296,7 @@ def follow_logs(connection: Connection, job: str) -> Iterator[str]:
     with asyncio.Runner() as runner, translated_errors(connection, f"job {job}", JobError, "see `mhmoe list`"):
         chunks = client.tail_job_logs(job)
 
-        # `Runner.run` takes a coroutine, which `anext` does not return.
+        # `Runner.run` accepts only a coroutine, and `anext` returns another kind of awaitable, so a coroutine wraps it.
         async def next_chunk() -> str | None:
             return await anext(chunks, None)
 
@@ -332,9 +332,9 @@ def _client(connection: Connection) -> Any:
     """Return Ray's own client of jobs for a cluster; it is cached."""
     from ray.job_submission import JobSubmissionClient
 
-    for name in SDK_LOGGERS:  # Both set their own level and log every upload.
+    for name in SDK_LOGGERS:  # Ray gives both loggers a level at which they log every upload.
         logging.getLogger(name).setLevel(logging.WARNING)
-    # Ray's client prefers these two variables to its argument.
+    # Ray's client prefers these two variables to its argument, so they are unset while it is created.
     names = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
     saved = {name: os.environ.pop(name) for name in names if name in os.environ}
     try:

@@ -44,7 +44,8 @@ def start_local(cpus: int) -> LocalCluster:
             _write(cluster)
             _wait_until_ready(cluster)
         except BaseException:
-            # After Ctrl-C too, no cluster may stay behind that no command finds.
+            # End the cluster after any failure, including Ctrl-C. Otherwise a cluster could stay behind that no command
+            # finds.
             _end(cluster)
             raise
         return cluster
@@ -99,10 +100,11 @@ def _find() -> LocalCluster | None:
     if cluster is None:
         return None
     if not _runs_here(cluster):
-        # The machine was rebooted, or somebody killed the cluster; its files and its record are left.
+        # The machine was rebooted, or somebody killed the cluster. Its files and its record are left and are removed
+        # here.
         _end(cluster)
         return None
-    # A dashboard on a busy machine answers late.
+    # Ask again for a while, because a dashboard on a busy machine answers late.
     deadline = time.monotonic() + ANSWER_SECONDS
     while True:
         try:
@@ -175,7 +177,8 @@ def _end(cluster: LocalCluster) -> None:
     `ray stop` is never used, because it ends every Ray on the machine.
     """
     members = spawn.process_tree(cluster.pid) if spawn.is_ray_of(cluster.pid, cluster.folder) else []
-    # `ray start` ends its children in order within seconds; a child that is left would hold ports and memory.
+    # After SIGTERM, `ray start` ends its children in order within seconds. Children that are left are then killed,
+    # because they would hold ports and memory.
     spawn.end_processes(members[:1], terminate=True, timeout=15)
     spawn.end_processes(members[1:], timeout=1)
     spawn.end_processes(spawn.marked_processes_of(cluster.folder), timeout=0)

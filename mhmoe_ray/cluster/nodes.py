@@ -11,8 +11,8 @@ from mhmoe_ray.cluster.connect import Connection
 from mhmoe_ray.errors import JobError
 from mhmoe_ray.planner.placement import Node
 
-# A line is like "2.0/8.0 CPU (1.0 used of 2.0 reserved in placement groups)". All that a placement group reserves is
-# taken, but the first number counts only the part of it that is used.
+# This matches a usage line like "2.0/8.0 CPU (1.0 used of 2.0 reserved in placement groups)". Everything that placement
+# groups reserve is taken, but the first number counts only the used part of it, so `_taken_resources` adds the rest.
 _USAGE = re.compile(r"([\d.]+)/([\d.]+) (CPU|GPU)(?: \(([\d.]+) used of ([\d.]+) reserved in placement groups\))?$")
 
 MAX_NODES = 10_000
@@ -78,7 +78,7 @@ def head_python(connection: Connection, runtime_env: Mapping[str, Any]) -> str:
     """
     if _OWN_PYTHON & runtime_env.keys():
         return "python"
-    # The command line of a raylet names the interpreter that its workers run in.
+    # The interpreter is read from the command line of the head node's raylet, which names it for its workers.
     nodes = dashboard.get(connection.address, "/nodes?view=summary", connection.token)["data"]["summary"]
     commands = [" ".join(node.get("cmdline", [])) for node in nodes]
     heads = [command for command in commands if "node:__internal_head__" in command]
@@ -88,7 +88,8 @@ def head_python(connection: Connection, runtime_env: Mapping[str, Any]) -> str:
 
 def _labels(connection: Connection, label: str) -> dict[str, str]:
     """Return the value of a label by node id, for the nodes that have it."""
-    # The summary of nodes has labels too, but Ray renames their keys there: rack_id becomes rackId.
+    # The summary of nodes has labels too, but Ray renames their keys there (rack_id becomes rackId), so the labels are
+    # read from the state API.
     nodes = dashboard.get(connection.address, f"/api/v0/nodes?limit={MAX_NODES}", connection.token)
     labels = {node["node_id"]: node["labels"] or {} for node in nodes["data"]["result"]["result"]}
     return {node: node_labels[label] for node, node_labels in labels.items() if label in node_labels}

@@ -152,13 +152,15 @@ def start_attempt(run: RunDir, spec: RunSpec, connection: Connection, public_add
     number = newest_attempt_number(run) + 1
     request = TrainRequest(path=str(run.path), attempt=number)
     job, address = request.job_name, public_address or connection.address
-    # Record the attempt first: a job that its run directory does not know could not be found again.
+    # Record the attempt before its job is submitted, because a job that the run directory does not name could not be
+    # found again.
     add_attempt(run, Attempt(job, address, connection.local))
     events.record(run, "submitted", attempt=number, job=job, address=address)
     try:
         remote.submit(connection, spec.cluster.runtime_env, request)
     except BaseException as e:
-        # Ctrl-C comes here too. A cluster that does not answer may have accepted the job, so the run is left as it is.
+        # `BaseException` includes Ctrl-C. The run counts as failed only if the cluster says that it does not know the
+        # job. If the cluster does not answer, it may have accepted the job, so the run is left as it is.
         with suppress(ClusterError):
             if jobs.status(connection, job) is None:
                 reason = str(e) or type(e).__name__

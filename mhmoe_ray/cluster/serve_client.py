@@ -118,7 +118,8 @@ def shut_down_idle(connection: Connection) -> dict[str, Any]:
     while (details := serve_details(connection)).get("http_options") and not details["applications"]:
         if time.monotonic() > deadline:
             raise ServeError("Ray Serve", f"it does not shut down within {END_SECONDS:.0f} s", "see the dashboard")
-        # Ray reports success even if Serve was too busy to receive the request or did not end in time.
+        # The request is repeated, because Ray reports success even if Serve was too busy to receive the request or did
+        # not end in time.
         client(connection).delete_applications()
         time.sleep(0.2)
     return details

@@ -35,7 +35,8 @@ def remove(connection: Connection, name: str, say: Callable[[str], object] = lam
     """Remove an application and wait until it is gone; with the last application Serve shuts down and frees its port.
 
     Running replicas finish their requests within the time that their deployment allows. Replicas that are still
-    starting, because they load weights or no node has room for them, end at once.
+    starting, because they load weights or no node has room for them, end at once. If Serve runs without any
+    application, because an earlier removal was interrupted, it is shut down whatever the name.
 
     Args:
         connection: the cluster.
@@ -77,7 +78,8 @@ def _request_removal(
     try:
         _cancel_starting_replicas(connection, name, retrying_caller)
     finally:
-        # After an error the application must not stay deployed in the version that can start on no node.
+        # Remove the application even after an error. Otherwise it could stay deployed in the version that can start on
+        # no node.
         replace_config(connection, name, None, retrying_caller)
 
 
@@ -99,9 +101,11 @@ def _cancel_starting_replicas(connection: Connection, name: str, retrying_caller
                 return details
             time.sleep(0.2)
 
-    # The import of the client takes seconds; later, it would make the details stale.
+    # Import the client before the first request. The import takes seconds, and after a request it would make the answer
+    # stale.
     client(connection)
-    # Before Serve has built the application it reports no deployments, and could start them between two requests.
+    # Wait until Serve has built the application. Before that Serve reports no deployments, and it could start replicas
+    # between two of our requests.
     details = wait_until(_is_built)
     starting = [d for d, deployment in _deployments(details, name).items() if _has_starting_replicas(deployment)]
     config = next((c for c in app_configs(details) if c["name"] == name), {})
@@ -116,7 +120,8 @@ def _cancel_starting_replicas(connection: Connection, name: str, retrying_caller
 
 def _unplaceable_options() -> dict[str, Any]:
     """Return options of a deployment whose replicas no node can run and which Serve ends at once."""
-    # The resource differs for each removal, so that Serve also replaces the replicas that an interrupted removal left.
+    # Each removal uses a new name for the resource. With the same name, Serve would see no change in a deployment that
+    # an interrupted removal left, and would not replace its replicas.
     resource = f"none_as_it_is_removed_{secrets.token_hex(4)}"
     return {
         "graceful_shutdown_timeout_s": GRACE_SECONDS,
@@ -149,8 +154,8 @@ def _has_cancelled(application: dict[str, Any], starting: list[str]) -> bool:
 
     An older replica was started before the last deployment and has not finished starting.
     """
-    # Both times are by Serve's clock. If Serve starts an older replica in between, it stops that replica before it
-    # reports applications again.
+    # Both times are by Serve's clock, so they can be compared. If Serve starts a replica of the older version after the
+    # last deployment, it stops that replica before it reports applications again.
     for deployment in (application["deployments"][d] for d in starting if d in application["deployments"]):
         replicas = [r for r in deployment["replicas"] if r["start_time_s"] < application["last_deployed_time_s"]]
         timeout = deployment["deployment_config"]["graceful_shutdown_timeout_s"]

@@ -73,7 +73,8 @@ def deploy(connection: Connection, application: dict[str, Any], host: str, port:
         uploaded_env = _upload_runtime_env(serve, runtime_env if connection.local else with_packages(runtime_env))
         application = {**application, "runtime_env": uploaded_env}
         with config_lock(connection):
-            # Others may have deployed or removed applications during the upload, which takes its time.
+            # Request the details again, because others may have deployed or removed applications during the upload,
+            # which takes its time.
             details = _checked_details(connection, application, host, port)
             other_configs = [a for a in app_configs(details) if a["name"] != application["name"]]
             try:
@@ -91,7 +92,8 @@ def _checked_details(connection: Connection, application: dict[str, Any], host: 
     Raises:
         ServeError: Serve listens elsewhere, or another application answers at that route.
     """
-    # Without applications Serve keeps its address, even one that it failed to listen on.
+    # Shut Serve down if it has no applications. Otherwise it would keep its address, even one that it failed to listen
+    # on, and the new address would be refused.
     details = shut_down_idle(connection)
     _check_address(details, host, port)
     _check_route(details, application)
@@ -120,7 +122,8 @@ def _upload_runtime_env(serve: Any, runtime_env: dict[str, Any]) -> dict[str, An
 
 def without_packages(runtime_env: dict[str, Any]) -> dict[str, Any]:
     """Return a deployed runtime environment without our packages, as it was before `deploy`."""
-    # Our packages are the last of the uploaded URIs; left there, they would take precedence over newer packages.
+    # Our packages are the last of the uploaded URIs. They are taken out, because otherwise they would take precedence
+    # over the newer packages of the next deployment.
     modules = runtime_env.get("py_modules", [])
     our_modules = [module for module in modules if module.startswith("gcs://")][-len(PACKAGES) :]
     original_keys = {"py_modules": [module for module in modules if module not in our_modules]}
@@ -198,7 +201,8 @@ def applications(connection: Connection, seconds: float = 60) -> list[Applicatio
 
 def _public_url(connection: Connection, host: str, port: int) -> tuple[str, bool]:
     """Return the URL of Serve, which listens on this host and port, and whether this machine can reach it."""
-    # A proxy of Serve listens on the head node, whose address the dashboard's URL has unless it is a tunnel's.
+    # A wildcard address is replaced by the head node's host, where a proxy of Serve listens. The dashboard's URL has
+    # this host, unless the URL is that of a tunnel.
     if host in ("0.0.0.0", "::") and not connection.is_local_machine:
         host = urlsplit(connection.address).hostname or host
     url = dashboard.url_at(host, port)
@@ -236,7 +240,7 @@ def _check_route(details: dict[str, Any], application: dict[str, Any]) -> None:
 
 def _route(app: dict[str, Any]) -> str | None:
     """Return the route prefix of an application; None if it has none."""
-    # Serve reports no route for an application that it is still building, but its configuration has it.
+    # While Serve builds an application, it reports no route for it, so the route in the configuration is used.
     route: str | None = app["route_prefix"] or (app["deployed_app_config"] or {}).get("route_prefix")
     return route
 
@@ -280,7 +284,7 @@ def application_stats(application: Application, key: str | None) -> dict[str, An
         application: the application.
         key: its API key; None to send no key.
     """
-    # The import takes longer than all other imports of this module.
+    # The import takes longer than all other imports of this module, so it is delayed until it is needed.
     import requests
 
     url = application.url

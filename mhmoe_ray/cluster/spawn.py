@@ -25,7 +25,8 @@ MARK = "MHMOE_CLUSTER"
 
 def is_ray_of(pid: int, folder: Path) -> bool:
     """Return whether the process with this id is the `ray start` of the cluster in this folder."""
-    # The system may have given the id to another process by now. A zombie has no command line.
+    # The id alone does not suffice, because the system may have given it to another process by now. A zombie has no
+    # command line, so it does not count.
     try:
         return str(folder) in " ".join(psutil.Process(pid).cmdline())
     except psutil.Error:
@@ -75,7 +76,8 @@ def end_processes(processes: Sequence[psutil.Process], *, timeout: float, termin
 
 def _wait_for_end(seconds: float, processes: Sequence[psutil.Process]) -> list[psutil.Process]:
     """Wait up to `seconds` for the end of processes, and return those that still run."""
-    # A zombie counts as ended: in a container its parent may be the first process, which never reaps.
+    # A zombie counts as ended. In a container its parent may be the first process, which never reaps it, so waiting for
+    # it would take the whole timeout.
     deadline = time.monotonic() + seconds
     while True:
         _, alive = psutil.wait_procs(processes, timeout=0)
@@ -102,17 +104,20 @@ The range avoids the ports of other clusters' workers (10002 to 19999) and those
 PRIVATE = {
     "RAY_AUTH_MODE": "token",
     # This variable makes Ray use 127.0.0.1 as the address of the node and listen there only. The option
-    # --node-ip-address cannot: Ray replaces a loopback address by that of the network card.
+    # --node-ip-address cannot do that, because Ray replaces a loopback address by that of the network card.
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
 }
 """Environment variables of a Ray cluster that only this machine can reach, and only with a token."""
 
 _SINGLE_NODE_SETTINGS = {
-    # The watcher is one more process of each run, and looks for nodes that will be taken away; there is only one node.
+    # The watcher looks for nodes that will be taken away. It is one more process of each run, and useless with one
+    # node.
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
-    # A run asks its workers this often whether they are done or have failed; Ray's 2 s spare a network.
+    # This is the interval at which a run asks its workers whether they are done or have failed. Ray's default of 2 s
+    # saves network traffic, which does not matter on a single node.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
-    # Ray would start one Python per core in advance, but our jobs have a runtime environment and cannot use them.
+    # By default Ray starts one Python process per core in advance. Our jobs cannot use these processes, because each
+    # job has a runtime environment.
     "RAY_prestart_worker_first_driver": "0",
 }
 """Environment variables that save work of Ray on a cluster of a single node; the user's own settings override them."""
@@ -148,7 +153,7 @@ class LocalCluster:
 
     @property
     def ray_folder(self) -> Path:
-        # Ray opens its own folder to everybody, so it lies below one of mode 0700.
+        # Ray gives everybody access to its own folder, so that folder lies below a folder of mode 0700.
         return self.folder / "head"
 
     @property
@@ -169,10 +174,12 @@ def spawn_ray(cpus: int) -> LocalCluster:
     command += [f"--temp-dir={cluster.ray_folder}", f"--num-cpus={cpus}", f"--object-store-memory={OBJECT_STORE_BYTES}"]
     command += [f"--port={gcs}", "--include-dashboard=true", "--dashboard-host=127.0.0.1", f"--dashboard-port={board}"]
     command += [f"--ray-client-server-port={client}", "--dashboard-agent-listen-port=0"]
-    # 0 lets the system choose: by default two clusters would assign the same ports of 10002 to 19999.
+    # 0 lets the system choose the ports. By default two clusters on one machine would both assign the ports from 10002
+    # to 19999.
     command += ["--min-worker-port=0", "--max-worker-port=0"]
     if not _shared_memory_holds(OBJECT_STORE_BYTES):
-        # Containers have 64 MB of shared memory by default, and Ray would warn on every start.
+        # Containers have 64 MB of shared memory by default. Ray would then warn on every start, unless it is given
+        # another folder for its object store.
         command += [f"--plasma-directory={folder}"]
     inherited_environment = {k: v for k, v in os.environ.items() if k not in (*_FOREIGN_VARIABLES, *_SECRET_VARIABLES)}
     environment = {
@@ -181,15 +188,16 @@ def spawn_ray(cpus: int) -> LocalCluster:
         MARK: str(folder),
         **PRIVATE,
         "RAY_AUTH_TOKEN_PATH": str(tokens.token_file()),
-        # Ray's defaults are the fixed ports 44217 and 44227.
+        # Ray's defaults are the fixed ports 44217 and 44227, which only one cluster on a machine can use.
         "AUTOSCALER_METRIC_PORT": str(metrics[0]),
         "DASHBOARD_METRIC_PORT": str(metrics[1]),
         **ENVIRONMENT,
-        # Otherwise a cluster with a running job takes half a minute to stop.
+        # With Ray's default, a cluster with a running job takes half a minute to stop.
         "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
     }
-    # A Popen object would warn when the process outlives it. The shell changes the directory: jobs run in the directory
-    # of `ray start` and import from it, so it must not be the one in which the user started the cluster.
+    # `posix_spawn` is used because a Popen object would warn when the process outlives it. The shell changes the
+    # directory: jobs run in the directory of `ray start` and import from there, so it must not be the directory in
+    # which the user started the cluster.
     shell = ["/bin/sh", "-c", 'cd "$0" && exec "$@"', str(folder), *command]
     log = (os.POSIX_SPAWN_OPEN, 1, str(cluster.log), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     files = [(os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0), log, (os.POSIX_SPAWN_DUP2, 1, 2)]
@@ -199,7 +207,8 @@ def spawn_ray(cpus: int) -> LocalCluster:
 
 def _make_folder() -> Path:
     """Create a folder with a short path."""
-    # The path of a Unix socket may have 103 characters on macOS, 107 on Linux, and Ray's part of it takes up to 84.
+    # The path of a Unix socket may have 103 characters on macOS and 107 on Linux. The part of Ray's socket paths that
+    # follows `base` has up to 84 characters, so `base` must be short.
     base = tempfile.gettempdir()
     return Path(tempfile.mkdtemp(prefix="mhmoe-", dir=base if len(base) <= 15 else "/tmp"))
 
@@ -209,7 +218,7 @@ def _shared_memory_holds(size: int) -> bool:
     try:
         shm = os.statvfs("/dev/shm")
     except OSError:
-        # Without /dev/shm, on other systems than Linux, Ray chooses a folder itself.
+        # There is no /dev/shm on systems other than Linux, where Ray chooses a folder itself.
         return True
     return shm.f_bavail * shm.f_frsize >= size
 

@@ -87,7 +87,7 @@ def make_token() -> Path:
     """
     path = token_file()
     if not path.exists():
-        fd, partial = tempfile.mkstemp(dir=path.parent)  # mkstemp makes it readable by its owner only.
+        fd, partial = tempfile.mkstemp(dir=path.parent)  # mkstemp makes the file readable by its owner only.
         with os.fdopen(fd, "w") as f:
             f.write(secrets.token_hex(32))
             f.flush()

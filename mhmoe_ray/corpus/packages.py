@@ -98,7 +98,7 @@ PACKAGES: tuple[Package, ...] = (
         _DOC_FOLDER + r"debian-handbook/html/(?P<language>[^/]+)/(?!index|ix\d|pt\d).*\.html",
         page_reader("//body", "//*[contains(@class,'docnav') or @class='toc' or @id='banner' or @id='title']"),
     ),
-    # English manuals and questions.
+    # English manuals, and lists of questions with their answers.
     _debian_package(
         "git-doc",
         "GPL-2.0-only",

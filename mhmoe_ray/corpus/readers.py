@@ -89,7 +89,7 @@ def read_blocks(root: "etree._Element", vocabulary: Vocabulary) -> Iterator[Bloc
                 pieces.append(" ")
             pieces.append(element.text or "")
             continue
-        # A skipped element opened no block and still has an end event.
+        # A skipped element has an end event although it opened no block, so it must not close one.
         if event == "end" and is_block_edge and tag not in vocabulary.skipped:
             open_blocks.pop()
             preformatted_depth -= tag in vocabulary.preformatted
@@ -116,7 +116,7 @@ def _finish_block(tag: str, pieces: list[str], is_preformatted: bool) -> Iterato
 
 def _local_name(element: "etree._Element") -> str:
     """Return an element's name without its namespace."""
-    # The tag of a comment or of a processing instruction is a function.
+    # The tag of a comment or of a processing instruction is a function and not a string, so its name is empty.
     return element.tag.rpartition("}")[2] if isinstance(element.tag, str) else ""
 
 
@@ -158,7 +158,7 @@ HTML = Vocabulary(
     breaks={"br"},
     cells={"td", "th"},
 )
-# Manuals number their headings: "2.1. Ports", "B.2 What is it?".
+# Number that stands before the text of a heading in a manual, as in "2.1. Ports" or "B.2 What is it?".
 _SECTION_NUMBER = re.compile(r"^[A-Z]?[\d.]+\s+")
 
 
@@ -188,7 +188,7 @@ def question_reader(content_xpath: str, excluded_xpath: str = "") -> Reader:
     def read_page(page: bytes) -> Iterator[Document]:
         title, blocks = _parse_page(page, content_xpath, excluded_xpath)
         question, answer = title, list[str]()
-        # An empty heading at the end finishes the last question.
+        # Only a heading finishes the question before it, so an empty heading is added at the end for the last question.
         for block in [*blocks, Block("h1", "")]:
             if block.tag not in HEADING_TAGS:
                 answer.append(block.text)
@@ -209,12 +209,12 @@ def _parse_page(page: bytes, content_xpath: str, excluded_xpath: str) -> tuple[s
         page.decode("utf-8")
         encoding = "utf-8"
     except UnicodeDecodeError:
-        # The parser then looks for the encoding that the page declares.
+        # Without an encoding, the parser uses the one that the page declares.
         encoding = None
     try:
         tree = lxml.html.document_fromstring(page, parser=lxml.html.HTMLParser(encoding=encoding, remove_comments=True))
     except etree.ParserError:
-        # The page is empty.
+        # lxml raises this error if the page is empty.
         return "", []
     content_elements = tree.xpath(content_xpath)
     if not content_elements:
@@ -238,7 +238,7 @@ def read_mallard(page: bytes) -> Iterator[Document]:
     """Yield the one document of a page in Mallard, GNOME's help in XML."""
     from lxml import etree
 
-    # Entities stay unresolved: a page needs none, and an entity can name a file of this machine.
+    # Entities are not resolved: a page needs none, and an entity could name a file of this machine.
     root = etree.fromstring(page, etree.XMLParser(resolve_entities=False, no_network=True, remove_comments=True))
     blocks = list(read_blocks(root, MALLARD))
     titles = [b.text for b in blocks if b.tag == "title"]
@@ -255,10 +255,11 @@ def read_dictionary(content: bytes) -> Iterator[Document]:
     """
     for entry in re.split(r"\n(?=\S)", content.decode("utf-8", errors="replace")):
         headword, _, body = entry.partition("\n")
-        # Entries with such names describe the dictionary itself.
+        # Entries with such names describe the dictionary itself, so they are skipped.
         if headword.startswith("00-database"):
             continue
-        # Braces mark references to other entries; a date says when an editor last touched the entry.
+        # Braces and dates are removed, because they are not part of the text: braces mark references to other entries,
+        # and a date says when an editor last changed the entry.
         body = _DATE.sub("", body.replace("{", "").replace("}", ""))
         paragraphs = [" ".join(p.split()) for p in re.split(r"\n\s*\n", body)]
         yield Document(headword, [headword, *filter(None, paragraphs)])

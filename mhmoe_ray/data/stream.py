@@ -27,7 +27,8 @@ MAX_MICRO_BATCHES = 32
 """Largest number of micro-batches in a block; more would not be faster, and the first step waits for a block of each
 rank."""
 BLOCKS_PER_TASK = 16
-# Ray creates all tasks at the start. A long run has longer tasks instead of more; they yield their blocks one by one.
+# This is the largest number of tasks, because Ray creates all tasks at the start. In a long run each task is longer
+# instead, and it yields its blocks one by one.
 MAX_TASKS = 2_000
 
 
@@ -67,7 +68,7 @@ def training_stream(spec: RunSpec, start: int, world_size: int) -> ray.data.Data
     """
     rows = spec.train.steps * spec.samples_per_step - start
     b = spec.train.micro_batch_size
-    # A token takes at most four bytes. A short training has small blocks, so that each rank gets at least one.
+    # A token takes at most four bytes. A short training has small blocks, so that each rank gets at least one block.
     micro_batches = max(
         1, min(MAX_MICRO_BATCHES, BLOCK_BYTES // (4 * b * (spec.data.seq_len + 1)), rows // (b * world_size))
     )

@@ -15,11 +15,13 @@ def build_dispatch(spec: ClusterSpec, mesh: Mesh) -> FlatDispatch | Hierarchical
     This is a collective operation. With a hierarchical `spec.dispatch`, a group still has a flat dispatch if it is on
     one node or has unequal numbers of ranks on its nodes (`Mesh.uneven_count`).
     """
-    # Both dispatches have the same results, so an uneven placement after a restart need not end the run.
+    # A group that cannot have a hierarchical dispatch gets a flat one. Both have the same results, so an uneven
+    # placement after a restart need not end the run.
     if mesh.size("ep") == 1:
         return None
     if spec.dispatch == "hierarchical":
-        # All ranks must create the process groups of all expert-parallel groups, in the same order.
+        # All ranks must create the process groups of all expert-parallel groups in the same order, so `grids` covers
+        # every group and not only that of this rank.
         grids = [grid for group in mesh.groups if (grid := ranks_by_node(group, mesh.nodes)) and len(grid) > 1]
         if grids:
             node = create_process_group([ranks for grid in grids for ranks in grid])

@@ -135,7 +135,8 @@ def build_mesh(spec: ClusterSpec, nodes: Sequence[str], device_type: str, domain
     columns = ranks.sort(dim=0).values
     devices = DeviceMesh(device_type, columns.reshape(*sizes.values()), mesh_dim_names=tuple(sizes))
     process_groups = {name: devices.get_group(name) for name in sizes}
-    # Sorted columns form other rows than the expert-parallel groups, which then need process groups of their own.
+    # If sorting has changed the columns, the rows of the mesh are not the expert-parallel groups, and these need
+    # process groups of their own.
     if not torch.equal(columns, ranks):
         expert_group = create_process_group(groups.ranks)
         assert expert_group is not None
@@ -162,5 +163,5 @@ def create_process_group(groups: list[list[int]]) -> dist.ProcessGroup | None:
     return _new_groups(groups)[0]
 
 
-# torch's function has no annotations.
+# torch's function has no annotations, so its type is stated here.
 _new_groups: Callable[[list[list[int]]], tuple[dist.ProcessGroup | None, Any]] = dist.new_subgroups_by_enumeration

@@ -24,8 +24,8 @@ def expert_parameters(model: Decoder) -> dict[str, nn.Parameter]:
 def build_optimizer(model: Decoder, spec: TrainSpec) -> torch.optim.AdamW:
     """Return AdamW for all parameters, with weight decay of matrices, including those of experts, but not of norms and
     biases."""
-    # Experts have parameter groups of their own because their sharding differs: they may be full tensors where the
-    # others are sharded, or shards over fewer ranks.
+    # Experts have parameter groups of their own, because they may be sharded differently: they may be full tensors
+    # where other parameters are sharded, or be sharded over fewer ranks.
     expert_names, decayed_names = set(expert_parameters(model)), matrix_names(model)
     parameters_by_kind: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
@@ -40,7 +40,7 @@ def learning_rate(spec: TrainSpec, step: int) -> float:
     """Return the learning rate of the update of step `step` (from 1), by the learning-rate schedule."""
     if step <= spec.warmup_steps:
         return spec.lr * step / spec.warmup_steps
-    # Without steps after the warm-up there is no decay, and nothing to divide by.
+    # If no steps follow the warm-up, there is no decay. `max` then avoids a division by 0.
     progress = (step - spec.warmup_steps) / max(1, spec.steps - spec.warmup_steps)
     return spec.lr + (spec.min_lr - spec.lr) * min(1.0, progress)
 

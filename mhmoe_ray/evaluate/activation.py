@@ -14,8 +14,9 @@ import numpy as np
 from mhmoe_ray.evaluate.request import RoutingCounts
 from mhmoe_ray.runs import metrics
 
-# The first paper counts the experts of all layers whose selections are above "a threshold (< 1)" and does not give the
-# threshold's value (arXiv 2404.15045, figure 1). The share of activated experts is therefore computed for several.
+# The first paper counts the experts of all layers whose selections are above "a threshold (< 1)" (arXiv 2404.15045,
+# figure 1). It does not give the threshold's value, so the share of activated experts is computed for several
+# thresholds.
 THRESHOLDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 RELATIVE_THRESHOLDS = (0.1, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
 """Thresholds in units of the load that every expert would have under uniform routing."""
@@ -52,7 +53,7 @@ def activated_shares(counts: RoutingCounts) -> list[float]:
 
     An expert is activated if the share of tokens that select it is above the threshold.
     """
-    # A text without tokens has zeros only; `max` avoids the division of 0 by 0.
+    # A text without tokens has only zeros in its counts. `max` then avoids the division of 0 by 0.
     selection_rates = np.array(counts.tokens_of) / max(1, counts.tokens)
     return [float((selection_rates > threshold).mean()) for threshold in THRESHOLDS]
 
@@ -86,7 +87,8 @@ def mean_head_agreement(counts: RoutingCounts) -> np.ndarray | None:
     heads = agreement.shape[1]
     if heads == 1:
         return None
-    # Every head agrees with itself: the diagonal sums to the number of heads and is no pair.
+    # Every head agrees with itself, so the diagonal adds up to the number of heads. It is subtracted, because only
+    # pairs of different heads count.
     return np.asarray((agreement.sum((1, 2)) - heads) / (heads * (heads - 1)))
 
 

@@ -19,7 +19,7 @@ from mhmoe_ray.evaluate.score import Score
 from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.storage import location
 
-# A line for every batch would flood the log of the job.
+# Least time between two lines about the progress of a domain. A line for every batch would flood the log of the job.
 PROGRESS_SECONDS = 5.0
 
 
@@ -36,7 +36,7 @@ def run_evaluation(request: EvalRequest, print_line: Callable[[str], None]) -> N
         MhmoeError: the checkpoint, text or data cannot be read, or the data is not what the run was trained on.
     """
     start_time = time.monotonic()
-    # The job has reserved this many CPUs for the process.
+    # torch may use as many threads as the job has reserved CPUs for this process.
     torch.set_num_threads(request.cpus)
     run = RunDir(location(request.run))
     checkpoint = run.checkpoints / request.checkpoint
@@ -48,7 +48,8 @@ def run_evaluation(request: EvalRequest, print_line: Callable[[str], None]) -> N
     if request.text:
         samples = text_samples(request.text, DocumentEncoder(tokenizer), manifest.seq_len, request.samples)
     elif request.prepared:
-        # Documents held out in other data may be ones that the run was trained on.
+        # The text must be the data of the run: documents that are held out in other data may be in the run's training
+        # data.
         require_matching_data(manifest.data_sha256, Path(request.prepared), "or give --text")
         samples = held_out_samples(Path(request.prepared))
     domains, routing = measure_samples(

@@ -13,7 +13,8 @@ from mhmoe_ray.data.tokenizer import boundaries
 from mhmoe_ray.errors import SpecError
 from mhmoe_ray.model.decoder import Decoder, token_losses
 
-# The first paper's table 3 has the languages, its table 2 the English tasks; the names are lm-eval's.
+# Tasks of the first paper, under lm-eval's names: the languages are those of its table 3, the English tasks those of
+# its table 2.
 XNLI_LANGUAGES = ("bg", "de", "el", "en", "es", "fr", "hi", "ru", "sw", "th", "tr", "ur", "vi", "zh")
 PAPER_TASKS = {
     "english": [
@@ -74,8 +75,8 @@ def run_tasks(
     task_manager = TaskManager(include_path=[str(Path(f)) for f in task_folders] or None)
     if unknown_tasks := [task for task in tasks if task not in task_manager.all_tasks]:
         raise SpecError(f"task {unknown_tasks[0]}", "lm-eval has no task of this name", "see `lm-eval ls tasks`")
-    # For a bootstrapped standard error lm-eval would start a process for every core of the machine, whatever the number
-    # of CPUs that are reserved here.
+    # Without this setting, lm-eval would compute a bootstrapped standard error with a process for every core of the
+    # machine, whatever number of CPUs is reserved for this process.
     os.environ["DISABLE_MULTIPROC"] = "1"
     evaluation = simple_evaluate(
         model=_lm_eval_model(model, tokenizer, seq_len, batch_size, use_bfloat16),
@@ -97,7 +98,7 @@ def _finite_metrics(result: dict[str, Any], question_count: int | None) -> dict[
         question_count: the number of questions, which is added as `questions`; None for a group of tasks, whose
             questions lm-eval does not count.
     """
-    # Releases of lm-eval differ in the name of the number of questions, so both names are dropped.
+    # Releases of lm-eval name the number of questions differently, so both names are dropped.
     numbers = {name: v for name, v in result.items() if isinstance(v, int | float) and math.isfinite(v)}
     metrics = {name.removesuffix(",none"): v for name, v in numbers.items() if name not in ("sample_len", "samples")}
     return metrics if question_count is None else {"questions": question_count, **metrics}
@@ -120,8 +121,8 @@ def _lm_eval_model(model: Decoder, tokenizer: Tokenizer, seq_len: int, batch_siz
             return list(tokenizer.encode(string, add_special_tokens=False).ids)
 
         def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, **_: Any) -> Any:
-            # As in training and in serving, a text begins with its start token. lm-eval puts the token only before
-            # an empty context.
+            # As in training and in serving, a text begins with its start token. lm-eval puts this token only before an
+            # empty context, so it is added to the others here.
             start_token = self.eot_token_id
             contexts = [
                 ([start_token] if context[:1] != [start_token] else []) + list(context) for _, context, _ in requests
@@ -177,11 +178,12 @@ def _score_batch(
     sequences = [(context + answer)[-(seq_len + 1) :] for context, answer in pairs]
     max_length = max(map(len, sequences))
     token_BT = torch.zeros(len(pairs), max_length, dtype=torch.int64)
-    # Padding stands at the end, where causal attention hides it from every token of the text.
+    # Padding stands at the end of a sequence, where causal attention hides it from every token of the text.
     for row, ids in enumerate(sequences):
         token_BT[row, : len(ids)] = torch.tensor(ids)
     token_BT = token_BT.to(device)
-    # Padding repeats the start token, which would begin new documents; a sequence is a single document here.
+    # A sequence is a single document here, so all tokens get index 0. If the start token is 0, padding would otherwise
+    # count as new documents.
     document_BT = torch.zeros_like(token_BT[:, :-1]) if model.spec.document_masks else None
     with torch.autocast(device.type, torch.bfloat16, enabled=use_bfloat16):
         logits_BTV = model(token_BT[:, :-1], document_BT=document_BT).logits_BTV
@@ -189,7 +191,8 @@ def _score_batch(
     greedy_BT = logits_BTV.argmax(-1) == token_BT[:, 1:]
     scores = []
     for row, (ids, (_, answer)) in enumerate(zip(sequences, pairs, strict=True)):
-        # The first token of a sequence has no prediction, and a long continuation may have been cut.
+        # A continuation may have been cut at its start, and the first token of a sequence has no prediction. So at most
+        # len(ids) - 1 tokens of the continuation have a loss.
         answer_length = min(len(answer), len(ids) - 1)
         answer_slice = slice(len(ids) - 1 - answer_length, len(ids) - 1)
         scores.append(

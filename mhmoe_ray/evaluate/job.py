@@ -46,7 +46,8 @@ def main() -> None:
         try:
             ray.get(task.remote(request))
         except ray.exceptions.RayTaskError as e:
-            # Ray wraps the task's error, and only the error itself can be logged as the user's.
+            # Ray wraps the error of the task. `logging_errors` shows an error to the user only if it is an `MhmoeError`
+            # itself.
             if isinstance(e.cause, MhmoeError):
                 raise e.cause from e
             raise
@@ -60,7 +61,8 @@ def _check_resources(request: EvalRequest, can_grow: bool) -> None:
     """
     import ray
 
-    # A task runs on one node, so the largest node counts and not the sum over all.
+    # A task runs on one node, so its CPUs are compared with those of the largest node and not with the sum over all
+    # nodes.
     largest_node_cpus = max((node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]), default=0)
     if request.gpus > ray.cluster_resources().get("GPU", 0):
         if not can_grow:

@@ -41,7 +41,7 @@ def held_out_samples(folder: Path) -> Iterator[DomainSamples]:
     """
     manifest = require_data_manifest(folder)
     tokens, target_mask = validation_samples(folder, manifest)
-    # Validation samples are stored domain after domain, in the manifest's order.
+    # Validation samples are stored domain after domain in the manifest's order, so each domain is a range of samples.
     start = 0
     for name, domain in manifest.domains.items():
         end = start + domain.validation_samples
@@ -63,12 +63,12 @@ def text_samples(data: DataSpec, encoder: DocumentEncoder, seq_len: int, max_sam
         DataError: there is no text, or no text of a domain can be read.
     """
     ids_by_domain: dict[str, list[int]] = {}
-    # Samples overlap by one token, so n samples of T targets take n * T + 1 tokens.
+    # Neighbouring samples overlap by one token, so n samples of T targets take n * T + 1 tokens.
     max_tokens = max_samples * seq_len + 1
     for file in find_files(data):
         domain_ids = ids_by_domain.setdefault(file.domain, [])
         if len(domain_ids) >= max_tokens:
-            # Opening a file can mean a download, so a domain that is full opens no more of its files.
+            # Opening a file can mean a download, so no more files are opened for a domain that has enough tokens.
             continue
         for item in FileReader(file, data):
             if isinstance(item, Document):
@@ -171,14 +171,15 @@ class _DomainCounts:
         experts = self.counts_LE.shape[1]
         self.counts_LE[layer_index] += expert_NHK.flatten().bincount(minlength=experts).cpu()
         sorted_expert_NR = expert_NHK.flatten(1).sort(1).values
-        # An expert counts once per token. Sorting puts equal experts side by side, so the first of them is easy to see.
+        # An expert counts once per token. Sorting puts equal experts of a token side by side, so that the first of them
+        # can be marked.
         is_first_NR = torch.ones_like(sorted_expert_NR, dtype=torch.bool)
         is_first_NR[:, 1:] = sorted_expert_NR[:, 1:] != sorted_expert_NR[:, :-1]
         self.tokens_LE[layer_index] += sorted_expert_NR[is_first_NR].bincount(minlength=experts).cpu()
         self.distinct_LR[layer_index] += is_first_NR.sum(1).bincount(minlength=self.distinct_LR.shape[1]).cpu()
         first_choice_NH = expert_NHK[:, :, 0]
         self.agreement_LHH[layer_index] += (first_choice_NH[:, :, None] == first_choice_NH[:, None, :]).sum(0).cpu()
-        # Sums over many tokens lose digits in float32.
+        # The sum is float64, because a float32 sum over many tokens would lose digits.
         self.first_weight_L[layer_index] += gate_NHK[:, :, 0].sum(dtype=torch.float64).cpu()
 
     def to_routing_counts(self) -> RoutingCounts:
@@ -230,7 +231,7 @@ def measure_samples(
                 logits_BTV = model(
                     token_BT[:, :-1], document_BT=_document_indices(model, token_BT, start_token)
                 ).logits_BTV
-            # P: the predicted tokens that count.
+            # P is the number of predicted tokens that count.
             width_P = widths[ids[:, 1:]][mask]
             loss_BT = token_losses(logits_BTV, token_BT[:, 1:]) * mask_BT
             score += Score(

@@ -104,7 +104,7 @@ def _compute_times(spec: RunSpec, tokens: float) -> list[StepTime]:
     ]
     score_flops = flops_per_token(model, spec.data.seq_len).forward - 2 * compute_sizes(model).macs_per_token
     flops = _cost_factor(spec, "attention") * score_flops + sum(cost * 2 * p.layers * p.macs for p, cost in other_parts)
-    # A tied output has no parameters of its own: its product reads the embedding.
+    # A tied output has no parameters of its own, but its product reads the embedding, whose size is `macs`.
     weights = sum(cost * p.layers * (p.parameters or p.macs) for p, cost in other_parts)
     bytes_read = micro_batches * bytes_per_value(spec) * weights
     times = [product_time("all but experts", tokens * flops, bytes_read)]
@@ -125,8 +125,9 @@ def _cost_factor(spec: RunSpec, part: str) -> float:
         return 3
     if spec.cluster.ep == 1 or part not in (PROJECTIONS, ROUTER, EXPERTS, SHARED):
         return 4
-    # If experts are distributed over ranks, a block is not recomputed after its second norm. A kernel that follows
-    # `moe.recompute` ("as configured") recomputes the hidden rows of experts: all but the last of an expert's products.
+    # If experts are distributed over ranks, nothing after a block's second norm is recomputed, except by a kernel that
+    # follows `moe.recompute` ("as configured"). It recomputes the hidden rows: all but the last of an expert's
+    # products.
     moe = planned_model(spec).moe
     if part != EXPERTS or moe is None or moe.kernel_limits.kept_rows != "as configured":
         return 3
@@ -150,7 +151,7 @@ def exchange_time(exchange: Exchange, spec: RunSpec, layout: Layout) -> StepTime
     network, transfer_seconds, latency = spec.cluster.network, {}, 0.0
     for name, load in zip(LinkLoads._fields, exchange.links, strict=True):
         link = getattr(network, name)
-        # All ranks of a node send over a shared link at the same time.
+        # All ranks of a node send over a shared link at the same time, so each gets a part of its bandwidth.
         ranks_per_link = max(map(len, layout.node_groups)) if link.per == "node" else 1
         transfer_seconds[LINK_NAMES[name]] = load.maximum * ranks_per_link / (link.bandwidth * network.share)
         latency += load.messages * link.latency

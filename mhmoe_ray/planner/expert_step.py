@@ -10,9 +10,9 @@ from mhmoe_ray.spec import ModelSpec, MoESpec, RunSpec
 
 def assumed_kernel(spec: RunSpec) -> KernelName | None:
     """Return the kernel that experts will probably run on; None for a dense model."""
-    # `mhmoe_kernels.choose_kernel` would need the run's hardware. The prediction of `auto` is triton on GPUs, for
-    # bfloat16 and rows that are narrow enough, and otherwise grouped. It assumes CPUs without AMX; with AMX, `auto` is
-    # cpp, which needs less memory.
+    # `mhmoe_kernels.choose_kernel` would need the run's hardware, so its choice for `auto` is predicted: triton on
+    # GPUs, for bfloat16 and rows that are narrow enough, and otherwise grouped. On CPUs with AMX the choice is cpp,
+    # which needs less memory.
     moe = spec.model.moe
     if moe is None or moe.kernel != "auto":
         return moe.kernel if moe else None
@@ -81,11 +81,11 @@ def expected_drop_share(moe: MoESpec, rows: int) -> float:
     random` the share is an upper bound, because second choices that are left out need no slot. It is 0 if routing is
     dropless.
     """
-    # The load of an expert is binomial, with N draws of probability k / E.
+    # The load of an expert is binomially distributed, with `rows` draws of probability k / E.
     capacity, p = moe.expert_capacity(rows), moe.top_k / moe.experts
     if capacity is None or capacity >= rows:
         return 0.0
-    # Each row chooses all experts, so nothing is random, and log(1 - p) would be infinite.
+    # If p is 1, each row chooses all experts, so nothing is random, and log(1 - p) would be infinite.
     if p == 1:
         return 1 - capacity / rows
     mean, deviation = rows * p, math.sqrt(rows * p * (1 - p))

@@ -23,7 +23,7 @@ class MatchSpec(Section):
     """Quantity to match. flops: the expert width is solved for equal multiply-adds per token, without those of the
     routers, as in both papers. params: the expert width is solved for equal parameters. both: the width is solved for
     multiply-adds, then the number of experts for parameters."""
-    # Rows of 8 values suit grouped matrix products, and 8 experts divide over 2, 4 or 8 ranks.
+    # The default is 8, because rows of 8 values suit grouped matrix products and 8 experts divide over 2, 4 or 8 ranks.
     multiple: PositiveInt = 8
     """Expert width and number of experts are rounded to multiples of this number. If that would change them by more
     than 4 per cent, they are rounded to multiples of a half, a quarter or an eighth of it. The number of experts is
@@ -62,8 +62,8 @@ def solve_match(
     if "d_expert" not in fixed_keys:
         count = _parameter_count if match.by == "params" else _macs_without_routers
         width = _solve_key("d_expert", model, count, count(reference), match, 1)
-    # The number of experts changes no multiply-adds but the routers', which do not count, so it is solved after the
-    # width.
+    # The number of experts changes only the multiply-adds of routers, and these do not count. So it can be solved after
+    # the width without changing the multiply-adds that were matched.
     model = _replace_moe(model, d_expert=width)
     if match.by == "both" and "experts" not in fixed_keys:
         experts = _solve_key("experts", model, _parameter_count, _parameter_count(reference), match, ep)
@@ -91,8 +91,8 @@ def matched_heads(plain: ModelSpec, heads: int, top_k: int | None = None) -> Mod
         raise SpecError(
             f"heads {heads}", f"a width of {plain.d_model} does not split into so many parts", "choose another number"
         )
-    # `experts` and `d_expert` are placeholders that the match replaces. The checks of the model accept them with any
-    # `top_k`.
+    # The match replaces `experts` and `d_expert`, so these values are placeholders. They are chosen so that the checks
+    # of the model accept any `top_k`.
     moe = plain.moe.model_copy(update={"heads": heads, "top_k": top_k or heads, "experts": SEARCH_LIMIT, "d_expert": 8})
     d_expert, experts = solve_match(plain.with_moe(moe), plain, MatchSpec(to="smoe", by="both"))
     return plain.with_moe(moe.model_copy(update={"d_expert": d_expert, "experts": experts}))
@@ -147,7 +147,7 @@ def _solve_key(
 def _nearest_value(count_at: Callable[[int], int], target: int, step: int) -> int:
     """Return the multiple of `step` at which `count_at` is nearest to the target. Counts must not fall as values
     grow."""
-    # A bisection, because the counts do not always grow linearly.
+    # The value is searched by bisection, because a count does not always grow linearly with it.
     upper_index = bisect_left(range(SEARCH_LIMIT), target, key=lambda n: count_at(n * step))
     return step * min(max(0, upper_index - 1), upper_index, key=lambda n: abs(count_at(n * step) - target))
 
@@ -193,7 +193,7 @@ def compare_models(model: ModelSpec, reference: ModelSpec) -> dict[str, Comparis
 
     Equal parameters do not imply equal compute, and neither implies equal traffic of hidden activations.
     """
-    # Both papers compare the multiply-adds of expert layers without the routers.
+    # The routers' multiply-adds are subtracted below, because both papers compare expert layers without them.
     model_counts, reference_counts = compute_sizes(model), compute_sizes(reference)
     comparisons = {
         "parameters": Comparison(model_counts.parameters, reference_counts.parameters),

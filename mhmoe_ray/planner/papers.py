@@ -43,7 +43,8 @@ _P1_TRAIN = {
     "clip_norm": 2.0,
     **checkpoint_intervals(300_000),
 }
-# The micro-batch of P1's dense and X-MoE models. It matters because expert capacity is per micro-batch.
+# P1's dense and X-MoE models have micro-batches of two sequences. The size matters, because expert capacity is per
+# micro-batch.
 _TWO_SEQUENCES = {"micro_batches": 128, "micro_batch_size": 2}
 _P2_TRUNK = {
     "backbone": "llama",
@@ -128,9 +129,10 @@ def _p1_moe(heads: int, experts: int, top_k: int) -> Callable[[Mapping[str, Any]
 def _p1_routing(top_k: int) -> Tree:
     """Return the routing keys of P1's `moe` section: static routing with a random second expert for top 2, and dropless
     routing for any other `top_k`."""
-    # torchscale's gate has only a first and a second choice. According to the review, runs with more were dropless.
+    # torchscale's gate has only a first and a second choice. According to P1's public review, runs with more choices
+    # were dropless.
     static = {"capacity_factor": 1.0, "second_expert": "random"} if top_k == 2 else {}
-    # With a single choice, a normalized gate would always be 1.
+    # With a single choice, a normalized gate would always be 1, so gates are normalized only for more choices.
     return {"router": "xmoe_torchscale", "top_k": top_k, "normalize_gates": top_k > 1, **static}
 
 
@@ -205,10 +207,11 @@ def _p2_moe(shape: Tree, eighths: int, has_shared: bool) -> Callable[[Mapping[st
 
 def _mixtral() -> Iterator[tuple[str, Preset]]:
     """Yield the presets of Mixtral 8x7B by name: as it is, and with 2 and 4 heads."""
-    # The review measured serving of MH-MoE in Mixtral. It states neither the width nor the number of experts, so both
-    # are Mixtral's.
+    # P1's public review measured serving of MH-MoE in Mixtral. It states neither the width nor the number of experts,
+    # so both are Mixtral's.
     shape: dict[str, Any] = {"experts": 8, "top_k": 2, "d_expert": 14_336, "every": 1, "normalize_gates": True}
-    # Mixtral's coefficient is 0.02. Its loss is k for uniform routing and a mean over layers; ours is 1 and a sum.
+    # Mixtral's coefficient is 0.02. With uniform routing, its loss is k = 2 and is averaged over 32 layers, while ours
+    # is 1 and is summed over layers. The factor 2 / 32 makes both equal.
     loss: dict[str, Any] = {"balance_weight": 0.02 * 2 / 32, "balance_choices": "all"}
     for heads in (1, 2, 4):
         description = (

@@ -44,10 +44,12 @@ def expert_groups(nodes: Sequence[str], ep: int, domains: Sequence[str] | None =
     domains = domains or [""] * len(nodes)
     groups: list[list[int]] = []
     remaining_ranks = list(range(len(nodes)))
-    # Links within a node are the fastest, then those within a domain.
+    # Groups are formed within nodes first, then within domains, then anywhere: links within a node are the fastest, and
+    # those within a domain are faster than those between domains.
     for locations in (list(zip(domains, nodes, strict=True)), list(domains), [""] * len(nodes)):
         full_groups, remaining_ranks = _fill_groups(remaining_ranks, locations, ep)
-        # Sorted, because torch numbers the ranks of a process group in ascending order, whatever order it gets.
+        # The ranks of a group are sorted, because torch numbers the ranks of a process group in ascending order,
+        # whatever order it gets.
         groups += map(sorted, full_groups)
     return ExpertGroups(groups, _spanning_groups(groups, nodes), _spanning_groups(groups, domains))
 
@@ -141,9 +143,9 @@ def pack_workers(nodes: Sequence[Node], cpus: int, gpus: int, workers: int) -> l
         workers: total number of workers.
     """
 
-    # Ray Train requests a placement group of equal bundles, which Ray's BundlePackSchedulingPolicy
-    # (src/ray/raylet/scheduling/policy) places. It fills one node after the other, beginning with the node that would
-    # have the largest free share after one worker. Ray Train numbers ranks node by node.
+    # Ray Train requests a placement group of equal bundles. Ray's BundlePackSchedulingPolicy
+    # (src/ray/raylet/scheduling/policy) fills one node after the other, beginning with the node that would have the
+    # largest free share after one worker. Ray Train numbers ranks node by node.
     def free_share(node: Node) -> float:
         shares = [(node.cpus - cpus) / node.cpus] + ([(node.gpus - gpus) / node.gpus] if gpus else [])
         return sum(shares)

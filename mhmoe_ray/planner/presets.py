@@ -39,7 +39,7 @@ def constant_moe(**moe: Any) -> Callable[[Mapping[str, Any]], Tree]:
 
 def checkpoint_intervals(steps: int) -> Tree:
     """Return `validate_every` and `checkpoint_every` of the `train` section for a run of `steps` steps."""
-    # About sixty of each in a run, but at most one in 100 steps.
+    # A run has about sixty validations and sixty checkpoints, but at most one of each in 100 steps.
     interval = max(100, steps // 60)
     return {"validate_every": interval, "checkpoint_every": interval}
 
@@ -89,7 +89,7 @@ class Size(NamedTuple):
 
 
 SIZES: dict[SizeName, Size] = {
-    # On two CPU cores a run of tiny takes minutes, and one of small takes hours.
+    # On two CPU cores, a run of size tiny takes minutes, and one of size small takes hours.
     "tiny": Size(128, 4, 2048, 128, steps=500, micro_batches=2, micro_batch_size=8),
     "small": Size(256, 8, 8192, 256, steps=1000, micro_batches=4, micro_batch_size=8),
     "base": Size(768, 12, 32_000, 2048, steps=100_000, micro_batches=256, micro_batch_size=1, precision="bfloat16"),
@@ -114,8 +114,8 @@ def _mhmoe(_: Mapping[str, Any]) -> Tree:
 
 def _deepseek(trunk: Mapping[str, Any]) -> Tree:
     """Return the `moe` section of DeepSeekMoE (arXiv 2401.06066)."""
-    # Four times the experts of `_smoe` at a quarter of their width. Three of them and the shared expert compute as much
-    # as one expert of `_smoe`.
+    # The layer has four times as many experts as `_smoe`, of a quarter of their width. Three of them and the shared
+    # expert compute as much as one expert of `_smoe`.
     quarter = dense_width(trunk) // 4
     shape = {"heads": 1, "experts": 32, "top_k": 3, "d_expert": quarter, "d_shared": quarter}
     return {**shape, "balance_choices": "all"}

@@ -63,7 +63,8 @@ def preset_description(origin: str) -> str:
     """Return the description of the preset that a spec's `origin` names; a general one if there is no such preset."""
     name, _, size = origin.partition(" ")
     descriptions = (preset.description for n, s, preset in all_presets() if n == name and (not size or s == size))
-    # Another version of this package may have had other presets.
+    # The preset may be missing here, because another version of this package, with other presets, may have written the
+    # spec.
     return next(descriptions, "a preset of another version")
 
 
@@ -121,13 +122,14 @@ def _resolve_shorthands(tree: Tree, label: str) -> Tree:
         preset_tree = {"model": dict(preset.trunk), "train": dict(preset.train), "data": {"seq_len": preset.seq_len}}
         tree = _merge(preset_tree, tree)
         tree["origin"] = preset_origin(shorthands.preset, shorthands.size)
-    # Without a model, the check of the complete spec reports the missing section.
+    # Without a model there is nothing to resolve. The check of the complete spec reports the missing section.
     if "model" not in tree:
         return tree
     trunk = {key: value for key, value in tree["model"].items() if key != "moe"}
     moe = _moe_section(own_moe, preset, shorthands.match, trunk, _ep_size(tree), label)
     tree["model"] = {**(trunk if "d_ff" in own_model else _without_unused_width(trunk, moe)), "moe": moe}
-    # Checked before the reference, whose error messages would hide a mistake in the model itself.
+    # The model is checked before the reference is built, because an error about the reference would hide a mistake in
+    # the model itself.
     validate_section(ModelSpec, tree["model"], label, prefix="model.")
     reference = preset.reference if preset and "reference" not in tree else tree.get("reference")
     if shorthands.match:
@@ -158,7 +160,7 @@ def _moe_section(
 
 def _ep_size(tree: Tree) -> int:
     """Return `cluster.ep` of a spec file; 1 if it is absent or malformed."""
-    # The check of the complete spec reports a malformed value.
+    # A malformed value is no error here, because the check of the complete spec reports it.
     cluster = tree.get("cluster")
     ep = cluster.get("ep", 1) if isinstance(cluster, dict) else 1
     return ep if isinstance(ep, int) and ep > 0 else 1
@@ -166,7 +168,7 @@ def _ep_size(tree: Tree) -> int:
 
 def _solve_section(moe: Tree, own_keys: Tree, match: MatchSpec, trunk: Tree, ep: int, label: str) -> Tree:
     """Return the `moe` section with the values that `match` solves. The user's own keys keep their values."""
-    # The placeholders are large, so that the check of the model accepts any `top_k`.
+    # The placeholders are large, because the check of the model requires at least `top_k` experts.
     placeholders = dict.fromkeys(SOLVED_KEYS[match.by] - own_keys.keys(), SEARCH_LIMIT)
     model = _build_model(trunk, {**moe, **placeholders}, label)
     d_expert, experts = solve_match(model, _reference_model(match.to, trunk, moe, label), match, own_keys.keys(), ep)
@@ -213,7 +215,7 @@ def _build_model(trunk: Tree, moe: Tree | None, label: str) -> ModelSpec:
 
 def _without_unused_width(trunk: Tree, moe: Tree | None) -> Tree:
     """Return the trunk without its width for dense layers if no layer is dense."""
-    # The width may come from a preset, so it is not a mistake of the user.
+    # The unused width may come from a preset. So it is removed and not reported as a mistake of the user.
     return {**trunk, "d_ff": None} if moe is not None and moe.get("every") == 1 else trunk
 
 

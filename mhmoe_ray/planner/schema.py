@@ -18,15 +18,15 @@ def spec_schema() -> dict[str, Any]:
     definitions = schema["$defs"] | shorthands.get("$defs", {})
     for name in _PRESET_SECTIONS:
         definitions[name].pop("required", None)
-    # Of the section `data`, a preset has only the sequence length.
+    # A preset sets only the sequence length of the section `data`, so these keys stay required.
     definitions["DataSpec"]["required"] = ["sources", "prepared"]
-    # A single number of workers is a range with equal ends.
+    # A file may give a single number of workers, which means a range with equal ends.
     workers = definitions["WorkerRange"]
     definitions["WorkerRange"] = {"anyOf": [{"type": "integer", "minimum": 1}, workers], "title": "WorkerRange"}
     properties = schema["properties"] | shorthands["properties"]
-    # Its validator is a plain function, for which pydantic writes no type.
+    # The validator of `storage` is a plain function, for which pydantic writes no type, so the type is stated here.
     properties["storage"] = {"type": "string", "default": "runs", "description": properties["storage"]["description"]}
-    # A reference may be the name of a preset.
+    # In a file, a reference may also be the name of a preset.
     properties["reference"]["anyOf"].insert(0, {"type": "string"})
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",

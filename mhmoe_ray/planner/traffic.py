@@ -109,7 +109,8 @@ def ring_pattern(group: Spread, kind: NodeKind) -> LinkLoads:
     Ranks of a node have equal shares of what leaves the node. `mean` and `maximum` differ because only one node of a
     domain sends to another domain.
     """
-    # The ring goes through all ranks of a node, then through all nodes of a domain, so each node has one exit.
+    # The ring goes through all ranks of a node, then through all nodes of a domain. So one rank of each node, the
+    # node's exit, sends to another node.
     ranks = sum(other_kind.ranks * nodes for other_kind, nodes in group.items())
     nodes, domains = group.total(), len({other_kind.domain for other_kind in group})
     node_exit_share = 1 / kind.ranks if nodes > 1 else 0.0
@@ -131,7 +132,7 @@ def hit_probability(experts: int, local_experts: int, top_k: int) -> float:
 
     Summed over nodes, it is the expected number of nodes that a row is sent to.
     """
-    # 1 minus the hypergeometric probability of none.
+    # This is 1 minus the hypergeometric probability that the row has none of the node's experts.
     return 1 - math.comb(experts - local_experts, top_k) / math.comb(experts, top_k)
 
 
@@ -190,7 +191,7 @@ def dispatch_exchanges(spec: RunSpec, layout: Layout | None = None) -> list[Exch
     groups = [layout.spread(ranks) for ranks in layout.groups.ranks]
     times = model.moe_layers * _micro_batches(spec)
     tokens = spec.tokens_per_micro_batch
-    # A token has h rows of width d/h, and each row has k routes.
+    # A token has h rows of width d/h, and each row has k routes, so its routes have k * d values whatever h is.
     route_bytes = tokens * moe.top_k * model.d_model * bytes_per_value(spec)
     count_bytes = INT64 * moe.experts
     stages = ("rows to experts", "outputs back", "gradients of outputs to experts", "gradients of rows back")
@@ -209,10 +210,10 @@ def dispatch_exchanges(spec: RunSpec, layout: Layout | None = None) -> list[Exch
             *(build_exchange(stage, sized_pattern(route_bytes)) for stage in stages),
         ]
 
-    # Under dropout each route is a row of its own.
+    # With dropout each route is sent as a row of its own. Otherwise one row is sent to a node for all its routes there.
     routes_per_row = 1 if model.dropout else moe.top_k
 
-    # Groups without rails have a flat dispatch, of `flat_size` bytes.
+    # A group without rails has a flat dispatch, in which its ranks send `flat_size` bytes.
     def rail_pattern(size: int, flat_size: int, top_k: int) -> Pattern:
         def node_share(ranks: int, all_ranks: int) -> float:
             return hit_probability(moe.experts, moe.experts * ranks // all_ranks, top_k)
@@ -228,7 +229,8 @@ def dispatch_exchanges(spec: RunSpec, layout: Layout | None = None) -> list[Exch
     row_bytes, route_count = route_bytes // routes_per_row, tokens * moe.heads * moe.top_k
     extra_bytes = {stages[0]: route_count * (INT32 + FLOAT32), stages[3]: route_count * FLOAT32}
     result = [
-        # Two counts for each node: of rows, and of their routes. Every node gets them, as if a row had all experts.
+        # Each node gets two counts: of rows, and of their routes. Nodes without rows get them, too, so `top_k` is the
+        # number of all experts, with which a row goes to every node.
         build_exchange("counts, by node", rail_pattern(2 * INT64, count_bytes, moe.experts)),
         build_exchange(
             "counts, within nodes",
@@ -292,9 +294,11 @@ def _collective_exchanges(
     if strategy == "ddp":
         sent_bytes = 2 * size * (ranks - 1) // ranks
         return [Exchange(gradients, ranks, size, sent_bytes, 1, links.scaled(sent_bytes, rounds=2))]
-    # Weights are gathered for each forward and each backward. ZeRO 1 and 2 gather them only once, after the update.
+    # fsdp and zero3 gather weights for each forward and each backward. zero1 and zero2 gather them only once, after the
+    # update.
     gathers = 2 * micro_batches if strategy in ("fsdp", "zero3") else 1
-    # ZeRO 2 and 3 have only shards of gradients, so each backward reduces them. Otherwise the last backward does.
+    # zero2 and zero3 keep only shards of gradients, so each backward reduces them. With fsdp and zero1 only the last
+    # backward does.
     reductions = micro_batches if strategy in ("zero2", "zero3") else 1
     return [
         Exchange(weights, ranks, size // ranks, remote_bytes, gathers, links.scaled(remote_bytes)),

@@ -33,7 +33,7 @@ def count_worker_nodes(site: SiteSpec, run: RunSpec) -> int:
     group, cluster = site.workers, run.cluster
     worker_count, cpus, gpus = cluster.workers.max, cluster.cpus_per_worker, cluster.gpus_per_worker
     nodes = [Node(f"worker {i}", group.cpus, group.gpus) for i in range(group.max)]
-    # Ray packs the workers of a run in the same way when the run starts.
+    # `pack_workers` places the workers in the same way as Ray will place them when the run starts.
     worker_nodes = pack_workers(nodes, cpus, gpus, worker_count)
     if len(worker_nodes) < worker_count:
         reason = (
@@ -119,7 +119,7 @@ def _check_storage(site: SiteSpec, run: RunSpec) -> None:
 
 def _check_path(site: SiteSpec, path: str, subject: str, fix: str) -> None:
     """Raise a SpecError if a path is neither on the site's storage nor in an object store."""
-    # All nodes reach an object store, wherever the site mounts its own storage.
+    # A URL of an object store is accepted, because all nodes can reach it without mounting the site's storage.
     if "://" not in path and not path.startswith(f"{site.storage.mount}/"):
         raise SpecError(subject, f"{path} is not below {site.storage.mount}, which nodes of the site share", fix)
 

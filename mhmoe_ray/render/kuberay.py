@@ -73,7 +73,8 @@ def ray_job(site: SiteSpec, spec_path: str, name: str) -> dict[str, Any]:
         site,
         f"{site.name}-{name}",
         {
-            # A job that starts again, perhaps on a new cluster, goes on with the run in its run directory.
+            # With `--continue`, a job that Kubernetes starts again, perhaps on a new cluster, resumes the run in its
+            # run directory.
             "entrypoint": f"mhmoe submit {spec_path} --continue --address http://127.0.0.1:{HEAD_PORTS['dashboard']}",
             "submissionMode": "K8sJobMode",
             "backoffLimit": 3,
@@ -136,12 +137,13 @@ def _cluster_spec(site: SiteSpec) -> dict[str, Any]:
     """Return the `spec` of a RayCluster, which a RayJob and a RayService contain too."""
     spec: dict[str, Any] = {
         "rayVersion": version("ray"),
-        # The operator makes a token and gives it to all pods. Without a token the dashboard takes jobs from everybody.
+        # In this mode, the operator creates a token and gives it to all pods. Without a token, the dashboard would
+        # accept jobs from everybody.
         "authOptions": {"mode": "token"},
         "enableInTreeAutoscaling": True,
         "autoscalerOptions": {"version": "v2", "idleTimeoutSeconds": IDLE_SECONDS},
         "headGroupSpec": {
-            # The head computes nothing, so that no worker can take its memory.
+            # The head offers no CPUs, so that Ray places no worker there, which could use up the head's memory.
             "rayStartParams": {"dashboard-host": "0.0.0.0", "num-cpus": "0"},
             "template": _pod_template(site, "ray-head", site.head, HEAD_PORTS),
         },
@@ -194,13 +196,14 @@ def _pod_template(site: SiteSpec, name: str, node: NodeSpec, ports: dict[str, in
     }
     return {
         "spec": {
-            # A new volume belongs to root. OnRootMismatch gives its files to the group once, not at each pod's start.
+            # A new volume belongs to root, so its files are given to the group of Ray's user. OnRootMismatch does this
+            # once, and not at each start of a pod.
             "securityContext": {"fsGroup": UID, "fsGroupChangePolicy": "OnRootMismatch"},
             "containers": [container],
             "volumes": [
                 {"name": "storage", "persistentVolumeClaim": {"claimName": site.storage.claim}},
-                # Ray keeps objects in shared memory, of which a container has 64 MB by default. A third of the node's
-                # memory is enough, because Ray's object store takes 30 %.
+                # Ray keeps objects in shared memory, but a container has only 64 MB of it by default. A third of the
+                # node's memory is enough, because Ray's object store takes 30 %.
                 {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": f"{max(1, node.memory_gib // 3)}Gi"}},
             ],
             **({"tolerations": [_GPU_TOLERATION]} if node.gpus else {}),

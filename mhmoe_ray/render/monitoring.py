@@ -41,7 +41,8 @@ def pod_monitor(site: SiteSpec) -> dict[str, Any]:
     }
 
 
-# Grafana replaces this variable by a window of at least four scrapes; a rate needs two or more.
+# Time window of a rate. Grafana replaces this variable by the time of at least four scrapes, so that the window holds
+# the two scrapes that a rate needs.
 RATE_WINDOW = "$__rate_interval"
 
 
@@ -71,7 +72,7 @@ class Dashboard(NamedTuple):
 
 def _run_series(name: str) -> str:
     """Return the PromQL selector of a training metric of the chosen runs."""
-    # Grafana writes a choice of several runs as a regular expression, hence =~.
+    # The selector uses =~, because Grafana writes a choice of several runs as a regular expression.
     return f'ray_{PREFIX}{name}{{run=~"$run"}}'
 
 
@@ -112,7 +113,8 @@ def _rate_query(name: str, label_names: str = "model") -> str:
 
 def _quantile_queries(name: str) -> dict[str, str]:
     """Return the queries of the median and the 95 % quantile of a histogram of seconds, by legend."""
-    # serve/ray_metrics.py counts each bucket in a counter, and Ray ends the names of counters with _total.
+    # A bucket of the histogram is a counter of its own (serve/ray_metrics.py), and Ray appends _total to the names of
+    # counters.
     buckets = _rate_query(f"{name}_seconds_bucket_total", "model, le")
     return {f"{{{{model}}}} {share:.0%}": f"histogram_quantile({share}, {buckets})" for share in (0.5, 0.95)}
 
@@ -181,7 +183,7 @@ def _label_variable(dashboard: Dashboard) -> dict[str, Any]:
         "type": "query",
         "datasource": DATASOURCE,
         "query": f"label_values({dashboard.source_metric}, {dashboard.label})",
-        # The values are read again whenever the time range changes.
+        # 2 makes Grafana read the values again whenever the time range changes.
         "refresh": 2,
         "includeAll": True,
         "multi": True,
@@ -191,7 +193,7 @@ def _label_variable(dashboard: Dashboard) -> dict[str, Any]:
 
 def _panel_json(panel: Panel, number: int) -> dict[str, Any]:
     """Return a panel in Grafana's JSON format; `number` counts from 0 and gives its place, two panels in a row."""
-    # A bar gauge compares the newest values, from 0 on; other panels show values over time.
+    # A bar gauge compares only the newest values, with bars that start at 0. Other panels show values over time.
     is_bar_gauge = panel.kind == "bargauge"
     return {
         "id": number + 1,

@@ -9,11 +9,11 @@ TOKEN_PATH = "/home/ray/.ray/auth_token"
 """Path of the token in the container of each node."""
 IDLE_MINUTES = 10
 GCS_PORT = 6379
-# `ray start` makes an open cluster unless it finds a token or is told to require one. The limit of open files is that
-# of Ray's own cluster files.
+# Without RAY_AUTH_MODE, `ray start` would start a cluster that is open to everybody if it finds no token. The limit of
+# open files is the one in Ray's own cluster files.
 _SETUP = f"export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH={TOKEN_PATH}; ulimit -n 65536"
-# Without the autoscaling configuration the head would start no worker. The dashboard listens on loopback, because
-# `ray dashboard` reaches it through a tunnel.
+# The head needs the autoscaling configuration to start workers. The dashboard listens on loopback only, because `ray
+# dashboard` reaches it through a tunnel.
 _START_HEAD = (
     f"{_SETUP}; ray start --head --port={GCS_PORT} --dashboard-host=127.0.0.1 --num-cpus=0 --disable-usage-stats "
     "--autoscaling-config=~/ray_bootstrap_config.yaml"
@@ -33,7 +33,7 @@ def aws_config(site: SiteSpec, cloud: CloudSpec) -> dict[str, Any]:
         image = {"ImageId": cloud.image} if cloud.image else {}
         return {"InstanceType": kind, **image, "BlockDeviceMappings": [disk], **market}
 
-    # By default Ray only stops idle machines and keeps them for reuse.
+    # Without this setting, Ray does not terminate idle machines but only stops them and keeps them for reuse.
     provider = {"type": "aws", "region": cloud.region, "cache_stopped_nodes": False}
     if cloud.zone:
         provider["availability_zone"] = cloud.zone
@@ -52,7 +52,8 @@ def gcp_config(site: SiteSpec, cloud: CloudSpec) -> dict[str, Any]:
         disk |= {"initializeParams": {"diskSizeGb": 200, "sourceImage": image}}
         scheduling: list[dict[str, Any]] = [{"preemptible": True}] if spot else []
         if gpus:
-            # GCP cannot move a running machine with GPUs to another host.
+            # GCP cannot move a running machine with GPUs to another host, so it must terminate the machine for
+            # maintenance.
             scheduling.append({"onHostMaintenance": "TERMINATE"})
         return {"machineType": kind, "disks": [disk], **({"scheduling": scheduling} if scheduling else {})}
 
@@ -87,11 +88,12 @@ def _common_config(site: SiteSpec, provider: dict[str, Any], user: str) -> dict[
         user: the user that Ray's launcher logs in as by ssh.
     """
     mount = site.storage.mount
-    # Docker would create the folder as root, and Ray, which is another user in the container, could not write to it.
+    # The folder is created before Docker needs it: Docker would create it as root, and Ray runs as another user in the
+    # container, which could not write to it.
     commands = [f"mkdir -p -m 1777 {RAY_FOLDER}"]
     if site.storage.nfs:
         commands += [
-            # A machine that has just started updates itself, and meanwhile apt is locked.
+            # A machine that has just started updates itself and locks apt meanwhile, so apt-get waits for the lock.
             "sudo apt-get -o DPkg::Lock::Timeout=300 install -y nfs-common",
             f"sudo mkdir -p {mount}",
             f"mountpoint -q {mount} || sudo mount -t nfs4 {site.storage.nfs} {mount}",
@@ -103,7 +105,8 @@ def _common_config(site: SiteSpec, provider: dict[str, Any], user: str) -> dict[
         "docker": {
             "image": site.image,
             "container_name": "mhmoe",
-            # Ray sizes the container's shared memory by itself. A Prometheus beside the head reads Ray's folder.
+            # No option sets the size of shared memory, because Ray's launcher does. Ray's folder is mounted, so that a
+            # Prometheus outside of the container can read the addresses of the nodes there.
             "run_options": [
                 f"--volume={mount}:{mount}",
                 f"--volume={RAY_FOLDER}:{RAY_FOLDER}",

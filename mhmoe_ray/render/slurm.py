@@ -2,8 +2,8 @@
 
 from mhmoe_ray.spec.site import SiteSpec, SlurmSpec
 
-# SLURM sends USR1 180 s before the time of a job is over, which leaves time for a last checkpoint. A drain
-# timeout of 0 lets Ray stop at once: by default `ray start --block` first drains its node for up to 30 s.
+# SLURM sends USR1 180 s before the time limit of a job, so that the run has time to save a last checkpoint. With a
+# drain timeout of 0, Ray stops at once; by default `ray start --block` first drains its node for up to 30 s.
 TEMPLATE = """\
 #!/bin/bash
 #SBATCH --job-name={name}

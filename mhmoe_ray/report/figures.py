@@ -94,7 +94,7 @@ class RunFigures:
     @property
     def tokens_per_s(self) -> float | None:
         """Median throughput in tokens per second over the steps; None without steps."""
-        # The slow first steps after a start move a mean, but not the median.
+        # The first steps after a start are slow. They would distort a mean, but do not affect the median.
         speeds = [line[metrics.TOKENS_PER_S] for line in self.lines]
         return statistics.median(speeds) if speeds else None
 

@@ -50,7 +50,8 @@ def write_report(runs: Sequence[RunDir], folder: Path, baseline: str | None = No
         raise RunError("report", "none of the runs has numbers yet", "wait for their first steps")
     diverged = [run for run in trained if run.is_diverged]
     compared = [run for run in trained if not run.is_diverged] or trained
-    # Runs that were stopped early would move a mean, and runs that have just started would move the compared step.
+    # Once a run has finished, runs that ended early do not count, because they would distort the mean of their variant
+    # and move the step at which losses are compared.
     has_finished_run = any(run.is_finished for run in compared)
     all_variants = group_variants([run for run in compared if not (has_finished_run and run.has_ended_early)])
     baseline_variant = _find_baseline(all_variants, baseline, compared, trained)
@@ -168,7 +169,7 @@ def _write_figure(figure: "Figure", png: Path) -> str:
     pictures.save(figure, png)
     svg = io.StringIO()
     figure.savefig(svg, format="svg", metadata={"Date": None})
-    # Without a fixed size the figure takes the size of the page's column.
+    # The figure's fixed size is removed, so that the figure takes the width of the page's column.
     return re.sub(r'(<svg[^>]*?) width="[^"]*" height="[^"]*"', r"\1", svg.getvalue()[svg.getvalue().index("<svg") :])
 
 

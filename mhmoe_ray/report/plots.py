@@ -62,7 +62,7 @@ def _legend_columns(names: Sequence[str]) -> int:
 
 def _add_legend(figure: "Figure", axis: "Axes") -> None:
     """Place the legend below the axes, where it hides no curve."""
-    # A single name needs no legend: it is in the title of the page.
+    # A single name needs no legend, because the page shows the name in its title.
     handles, names = axis.get_legend_handles_labels()
     if len(names) > 1:
         figure.legend(handles, names, loc="outside lower center", ncols=_legend_columns(names))
@@ -144,7 +144,7 @@ def draw_differences(variants: Sequence[Variant], baseline: Variant) -> "Figure"
 
 def _scale_to_later_losses(axis: "Axes", variants: Sequence[Variant]) -> None:
     """Scale the vertical axis to the validation losses in the last three quarters of each run."""
-    # The first losses are much higher, and would squeeze the differences that matter.
+    # The limits leave out the first losses, which are much higher and would squeeze the differences between later ones.
     later_losses, all_losses = [], []
     for variant in variants:
         for run in variant.runs:

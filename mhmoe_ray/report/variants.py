@@ -140,7 +140,7 @@ def matched_step(compared: Sequence[Variant]) -> int | None:
 
 def _variant_of_newest_runs(name: str, runs: Sequence[RunFigures]) -> Variant:
     """Return a variant with the newest run of each seed, in the order in which the seeds first appear."""
-    # Two runs with the same seed are no independent samples.
+    # Only the newest run of each seed counts, because two runs with the same seed are not independent samples.
     run_of_seed: dict[int, RunFigures] = {}
     for run in runs:
         if run.run.creation_time() >= run_of_seed.setdefault(run.spec.seed, run).run.creation_time():
@@ -283,7 +283,8 @@ def sweep_table(sweep_dir: SweepDir) -> list[dict[str, Any]]:
     ).items():
         states = Counter(_state(figures.get(entry.name)) for entry in entries)
         variant = Variant(variant_name, [figures[e.name] for e in entries if e.name in compared])
-        # The spec of a started run, which the sweep file may have changed since.
+        # A started run has the spec that was used. The sweep file may have changed since, so its spec counts only if no
+        # run has started.
         actual_spec = next((figures[e.name].spec for e in entries if e.name in figures), entries[0].spec)
         rows.append((actual_spec, states, variant))
     step = matched_step([variant for _, _, variant in rows if variant.runs])

@@ -111,7 +111,8 @@ class RunDir:
         if not (isinstance(old_folder, Path) and isinstance(new_folder, Path)) or old_folder == new_folder:
             return spec
         storage = new_folder
-        # Equal names at the end of both paths were moved as one: the search goes up to the topmost moved folder.
+        # Folders with equal names at the end of both paths were moved inside another folder. The loop goes up to the
+        # first folders whose names differ: these are the old and the new place of the topmost moved folder.
         while old_folder.name == new_folder.name and old_folder != old_folder.parent:
             old_folder, new_folder = old_folder.parent, new_folder.parent
         if old_folder.exists():
@@ -133,7 +134,7 @@ class RunDir:
 
     def write_spec(self, spec: RunSpec) -> None:
         """Write the spec to the run's spec.yaml, atomically."""
-        # Replaced in one step: a partly written spec would leave the run without a description.
+        # The file is replaced in one step, because a partly written spec would leave the run without a description.
         replace_file(self.spec_file, dump_spec(spec).encode())
 
     def creation_time(self) -> float:
@@ -154,10 +155,11 @@ class RunDir:
 def create_run(spec: RunSpec) -> RunDir:
     """Create a new run directory with a spec, for a run that has not begun.
 
-    Its name is the spec's name with a random suffix.
+    Its name is the spec's name with a random suffix. If an error occurs, the directory is removed again.
 
     Raises:
         SpecError: the storage folder cannot be written.
+        OSError: the spec cannot be written, for example because the disk is full.
     """
     run = create_empty_run(spec.storage, spec.name)
     try:
@@ -180,7 +182,7 @@ def create_empty_run(storage: Location, name: str) -> RunDir:
     """
     try:
         storage.mkdir(parents=True, exist_ok=True)
-        # Another run may have the same six hexadecimal digits.
+        # A new id is drawn until no run has it, because two runs may get the same six hexadecimal digits.
         while (run := RunDir(storage / f"{name}-{secrets.token_hex(3)}")).path.exists():
             pass
         run.path.mkdir(mode=0o700)
@@ -204,7 +206,7 @@ def list_runs(storage: Location | str) -> list[RunDir]:
             try:
                 creation_times[run] = run.creation_time()
             except RunError as e:
-                # Without the file, the run was removed meanwhile.
+                # If the file is missing by now, the run was removed meanwhile, which is no reason for a warning.
                 if run.attempts_file.exists():
                     print(f"warning: {e}", file=sys.stderr)
     return sorted(creation_times, key=creation_times.__getitem__)
@@ -235,7 +237,7 @@ def find_run(name: str | None, storage: Location | str, *, with_job: bool = Fals
         for candidate in (location(name), location(storage) / name):
             with _report_storage_errors(candidate):
                 if (run := RunDir(candidate.absolute())).attempts_file.is_file():
-                    # Called for its check of run.json.
+                    # This call only checks run.json: it raises a RunError if the file cannot be read.
                     run.creation_time()
                     return run
     runs = list_runs(storage)

@@ -8,23 +8,25 @@ from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.spec.cluster import ClusterSpec, format_mesh
 
 EventKind = Literal[
+    # The comment after each kind lists the fields of its events.
     "submitted",  # attempt, job, address
-    "began",  # attempt, host, pid (of its job)
+    "began",  # attempt, host, pid (of the process of the attempt's job)
     "preparing",  # folder
     "prepared",  # validation_tokens, and the fields of data.shards.manifest.Baselines
-    "waiting",  # missing (resources that the cluster lacks for the workers at the moment)
-    "restoring",  # name (of the checkpoint that workers will start from; null without one), step, attempt
-    "started",  # group, step, dp, ep, groups (ranks), straddling_groups and groups_apart (numbers of them),
-    # dispatch, flat_groups (groups that hierarchical dispatch must leave flat), asked (cluster.workers),
-    # workers: [{rank, pid, began (of that process), host, node}]
-    "hung",  # rank, host, pid, step (its last), doing, seconds (without progress), silent (or waiting with others)
-    "lost",  # rank, reason, host, lines (its last ones), ranks (number of those that failed with it)
-    "checkpoint",  # step, name; pause (seconds that training waited for it), seconds (until it was committed)
-    "preempted",  # step, nodes (ids), deadline (in seconds since the epoch, or null): the workers go elsewhere
+    "waiting",  # missing (text that names the resources which the cluster lacks for the workers)
+    "restoring",  # name (of the checkpoint that the workers start from; null if they start anew), step, attempt
+    "started",  # group (number of the worker group), step, dp, ep, groups (ranks of each expert-parallel group),
+    # straddling_groups (number of groups on several nodes), groups_apart (number of groups in several domains),
+    # dispatch, flat_groups (number of groups that hierarchical dispatch leaves flat), asked (cluster.workers),
+    # workers: [{rank, pid, began (start time of the process), host, node}]
+    "hung",  # rank, host, pid, step (the last one), doing (phase), seconds, silent (true if heartbeats were missing)
+    "lost",  # rank, reason, host, lines (last lines of the rank's log), ranks (number of all failed ranks)
+    "checkpoint",  # step, name, pause (seconds that training waited), seconds (until it was committed)
+    "preempted",  # step, nodes (ids of the preempted nodes), deadline (in seconds since the epoch, or null)
     "skipped_checkpoint",  # name, reason
     "dropped_checkpoint",  # name
     "finished",  # step
-    "stopped",  # step, or reason
+    "stopped",  # step if the workers ended as requested, reason if the job was ended
     "failed",  # reason
     "served",  # application, url, address (of the cluster), checkpoint (its name)
     "imported",  # source, model_type, step, name (of the checkpoint)
@@ -72,7 +74,8 @@ def state(run_events: list[dict[str, Any]]) -> State:
         if kind == "began":
             begun_attempt = event.get("attempt", 0)
         elif kind == "submitted" and event.get("attempt", begun_attempt + 1) <= begun_attempt:
-            # On an object store, lines are in the order of their writers' clocks, which differ: this event is late.
+            # On an object store, lines are in the order of their writers' clocks, which differ. So this event may come
+            # after the "began" event of the same attempt, and must not set the state back.
             continue
         elif kind == "restoring" and current == "waiting":
             current = "preparing"
@@ -115,7 +118,7 @@ def interruptions(run_events: list[dict[str, Any]]) -> list[tuple[float, str]]:
     for event in run_events:
         kind = event["event"]
         if kind == "lost" and event["rank"] == hung_rank:
-            # The watchdog killed the rank, and its "hung" event is in the list.
+            # The watchdog killed this rank, and the list already has its "hung" event.
             hung_rank = None
         elif kind in sentences:
             sentences_by_time.append((event["time"], sentences[kind](event)))
@@ -127,7 +130,7 @@ def interruptions(run_events: list[dict[str, Any]]) -> list[tuple[float, str]]:
 
 def describe_workers(start_event: dict[str, Any]) -> str:
     """Return the number of workers of a "started" event as a text, with the requested range if there is one."""
-    # Events of older versions have no such field.
+    # Events of older versions lack this field, so it may be None.
     requested = start_event.get("asked")
     return str(len(start_event["workers"])) + (
         f" (of {requested['min']} to {requested['max']})" if isinstance(requested, dict) else ""

@@ -31,7 +31,8 @@ def flush(run: RunDir) -> None:
 
 def read(run: RunDir) -> list[dict[str, Any]]:
     """Return the effective history of a run: one line per step, in order; of a repeated step only the newest line."""
-    # On an object store, segments are in the order of their writers' clocks, and these differ between nodes.
+    # On an object store, lines are in the order of their writers' clocks, and these differ between nodes. Sorting by
+    # worker group restores the true order.
     return effective_lines(sorted(jsonl.read(run.metrics_file), key=lambda line: line.get(GROUP, 0)))
 
 
@@ -89,9 +90,9 @@ class Trend(NamedTuple):
         )
 
 
-# The speed is a mean over this number of steps.
+# Number of recent steps over which the speed of a run is averaged.
 RECENT_LINES = 20
-# `mhmoe status` draws the loss curve from this number of lines.
+# Number of lines from which `mhmoe status` draws the loss curve.
 CURVE_LINES = 60
 
 
@@ -109,7 +110,8 @@ def read_trend(run: RunDir, validate_every: int) -> Trend:
     recent_lines, last_step, group = effective_lines(newest_lines), newest_lines[-1][STEP], newest_lines[-1][GROUP]
     validation_line = None
     for line in file.lines_backwards():
-        # After a restart, a step after `last_step` will be repeated, so its validation does not count.
+        # A worker group that restarted will repeat the steps after `last_step`, so a validation of such a step does not
+        # count.
         if VAL_LOSS in line and line[STEP] <= last_step:
             validation_line = line
             break

@@ -20,9 +20,10 @@ from typing import Any
 from mhmoe_ray.errors import StorageError
 from mhmoe_ray.storage import Location, ObjectPath
 
-# A segment is written again with every added line, so it must not grow without limit.
+# Size above which a segment gets no more lines. Each write of new lines writes the whole segment again, so it must not
+# grow without limit.
 SEGMENT_BYTES = 1 << 18
-# Segments below this size are cached by readers.
+# Readers cache segments that have fewer bytes than this.
 SHORT_SEGMENT_BYTES = 1 << 12
 WRITE_SECONDS = 1.0
 
@@ -64,10 +65,12 @@ def _append(path: Location, record: dict[str, Any], immediate: bool) -> None:
     fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600)
     try:
         size = os.fstat(fd).st_size
-        # A writer that was killed may have left a torn last line, which must not swallow this one.
+        # A writer that was killed may have left a torn last line. This line must not be appended to the torn one,
+        # because both would then be lost.
         if size and os.pread(fd, 1, size - 1) != b"\n":
             line = b"\n" + line
-        # A full disk takes a part of a line. Writing the rest raises the error.
+        # If the disk becomes full, a write takes only a part of the line without an error. The write of the rest then
+        # raises the error.
         while line:
             line = line[os.write(fd, line) :]
     finally:
@@ -152,8 +155,8 @@ def _read_segment(part: ObjectPath, size: int) -> bytes:
     return part.read_bytes()
 
 
-# A segment only grows, so its name and size identify its content. Without the cache, a
-# command that follows a run for days would request each event from the store at every poll.
+# A segment only grows, so its name and size identify its content. Without the cache, a command that follows a run for
+# days would request each event from the store at every poll.
 _read_short_segment = lru_cache(maxsize=1 << 16)(_read_segment)
 
 
@@ -191,13 +194,13 @@ class Tail:
             with part.open("rb") as f:
                 f.seek(offset)
                 new_bytes = f.read()
-            # A line without an end is still being written; the next call reads it again.
+            # A last line without an end is still being written, so the next call reads it again.
             complete_lines = new_bytes[: new_bytes.rfind(b"\n") + 1]
             self._offsets[part.name] = offset + len(complete_lines)
             yield from parse_lines(complete_lines.splitlines())
 
 
-# Bytes of each read backwards, and of the first read at an offset.
+# Number of bytes of each read in `lines_backwards`, and of the first read in `line_at`.
 BLOCK_BYTES = 1 << 16
 PROBE_BYTES = 1 << 12
 
@@ -232,7 +235,8 @@ class JsonlSnapshot:
         index = bisect_right(self._ends, offset)
         while index < len(self._parts):
             start, end, length = max(offset, self._part_start(index)), self._ends[index], PROBE_BYTES
-            # Inside a part, the read begins one byte earlier: a line begins at `start` only if a line ends before it.
+            # Inside a part, the read begins one byte before `start`, because a line begins at `start` only if that byte
+            # ends the line before.
             starts_inside = start > self._part_start(index)
             while True:
                 block = self._read_range(index, start - starts_inside, min(end, start + length))

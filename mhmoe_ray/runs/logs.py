@@ -18,7 +18,7 @@ from threading import Event, Thread
 from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.storage import Location, ObjectPath, remove_tree
 
-# With `NEWEST_SEGMENTS` and `NEWEST_ATTEMPTS` this limits the logs of a run to 32 MiB.
+# Size of a full segment. Together with `NEWEST_SEGMENTS` and `NEWEST_ATTEMPTS` it limits the logs of a run to 32 MiB.
 SEGMENT_BYTES = 1 << 20
 NEWEST_SEGMENTS = 7
 """Number of newest segments of an attempt that are kept in addition to its first one."""
@@ -30,8 +30,8 @@ COPY_SECONDS, OBJECT_COPY_SECONDS = 2.0, 15.0
 
 _SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSW|API_?KEY|ACCESS_?KEY|PRIVATE_?KEY|CREDENTIAL", re.IGNORECASE)
 _SECRET_TEXT = re.compile(
-    r"(?<=://)[^/\s:@]+:[^/\s@]+(?=@)"  # user:password of a URI
-    r"|\b(?:hf_|sk-|ghp_|gho_|ghs_|ghu_|glpat-|xox[abp]-)[\w-]{16,}"  # tokens that say what they are
+    r"(?<=://)[^/\s:@]+:[^/\s@]+(?=@)"  # the user and password of a URI
+    r"|\b(?:hf_|sk-|ghp_|gho_|ghs_|ghu_|glpat-|xox[abp]-)[\w-]{16,}"  # tokens that begin with the mark of their service
     r"|\bAKIA[0-9A-Z]{16}\b"  # an AWS access key
     r"|(?<=[Bb]earer )[\w.~+/=-]{8,}"
 )
@@ -48,13 +48,13 @@ class Redactor:
 
     def __init__(self, environment: Mapping[str, str]) -> None:
         values = [v for name, v in environment.items() if _SECRET_NAME.search(name) and len(v) >= MIN_SECRET_CHARACTERS]
-        # Paths and addresses are no secrets, though a variable such as RAY_AUTH_TOKEN_PATH may be named like one.
+        # A path or an address is no secret, even if its variable has the name of a secret, such as RAY_AUTH_TOKEN_PATH.
         secret_values = [v for v in values if not v.startswith(("/", "http://", "https://"))]
         for path in (v for v in values if v.startswith("/")):
             with suppress(OSError, UnicodeDecodeError):
                 text = Path(path).read_text().strip()
                 secret_values += [text] if MIN_SECRET_CHARACTERS <= len(text) < MAX_LINE_BYTES else []
-        # Of two secrets that begin alike, the longer one must match first, or its end would stay.
+        # If one secret begins with another, the longer one must match first. Otherwise its end would stay in the text.
         longest_first = sorted(set(secret_values), key=len, reverse=True)
         self._values = re.compile("|".join(map(re.escape, longest_first))) if secret_values else None
 
@@ -128,7 +128,7 @@ def _sorted_files(folder: Location) -> list[Location]:
 
 def _remove_old_logs(run: RunDir) -> None:
     if run.logs.exists():
-        # The attempt that begins is one of the newest, and its folder does not exist yet.
+        # One folder fewer is kept, because the attempt that begins now is one of the newest and has no folder yet.
         for folder in _sorted_files(run.logs)[: -NEWEST_ATTEMPTS + 1]:
             remove_tree(folder)
 
@@ -156,7 +156,7 @@ def archive_log(run: RunDir, attempt: int) -> None:
             try:
                 archiver.copy(include_partial_line=is_last_copy)
             except OSError as e:
-                # The storage may come back, and the cluster has the log meanwhile.
+                # The error is only reported, because the storage may come back and the cluster keeps the log meanwhile.
                 if not has_warned:
                     _warn(run, e)
                 has_warned = True
@@ -169,7 +169,8 @@ def archive_log(run: RunDir, attempt: int) -> None:
         process_ended.set()
         thread.join()
 
-    # Python calls `finish` after the traceback of an error that ends the process, so the copy includes it.
+    # Python calls `finish` after it has printed the traceback of an error that ends the process, so the copy includes
+    # the traceback.
     atexit.register(finish)
 
 

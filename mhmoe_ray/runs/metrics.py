@@ -219,7 +219,7 @@ def tagged_values(line: dict[str, Any]) -> dict[str, float]:
     return {tag: value for tag, value in values.items() if value is not None and math.isfinite(value)}
 
 
-# exp(709) is just below the largest float64.
+# Loss up to which a perplexity is computed: exp(709) is just below the largest float64, and exp(710) overflows.
 _MAX_NATS = 709.0
 
 
@@ -256,12 +256,12 @@ def load_entropy(count_LE: np.ndarray) -> np.ndarray:
         Relative entropies, (L,), float64.
     """
     share_LE = _route_shares(count_LE)
-    # An expert without routes adds 0 to the entropy, but its logarithm is not finite.
+    # An expert without routes adds 0 to the entropy. Its logarithm would not be finite, so 0 takes its place.
     log_LE = np.log(share_LE, where=share_LE > 0, out=np.zeros_like(share_LE))
     return np.asarray(-(share_LE * log_LE).sum(1) / math.log(count_LE.shape[1]))
 
 
 def _route_shares(count_LE: np.ndarray) -> np.ndarray:
     """Return the share of its layer's routes that each expert got, (L, E); 0 in a layer without routes."""
-    # Without `clip` a layer without routes would have NaN for shares of 0.
+    # Without `clip`, a layer without routes would have shares of NaN instead of 0.
     return np.asarray(count_LE / count_LE.sum(1, keepdims=True).clip(min=1))

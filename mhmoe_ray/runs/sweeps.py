@@ -87,8 +87,8 @@ class SweepDir:
 
     def new_order_name(self) -> str:
         """Return a name for an order that comes after all existing ones."""
-        # Two commands may take the same number at the same moment. The suffix makes their names different, and every
-        # process sorts them alike.
+        # Two commands may take the same number at the same moment. The random suffix makes their names different, and
+        # all processes sort these names in the same order.
         last_number = max((int(name.partition("-")[0]) for name in self.order_names()), default=0)
         return f"{last_number + 1:06d}-{secrets.token_hex(3)}"
 
@@ -124,7 +124,8 @@ class SweepDir:
         """Return the entries of the last order, and started entries of earlier orders that the last one lacks."""
         started_runs, last_order = self.runs(), self.order_names()[-1]
         entries_by_name = {entry.name: entry for entry in self.read_order(last_order).entries}
-        # Newest first: the newest definition of an entry counts.
+        # The newest order comes first, because `setdefault` keeps the first definition of an entry and the newest one
+        # must count.
         for order in reversed([*self.earlier_orders(last_order)]):
             for entry in order.entries:
                 if entry.name in started_runs:

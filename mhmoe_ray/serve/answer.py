@@ -135,7 +135,7 @@ class Answerer:
 
     def _encode_text(self, text: str) -> list[int]:
         """Return the token ids of a text, without the token that starts a document."""
-        # The library lets other threads run only while it encodes batches, so the text is a batch of one.
+        # The library lets other threads run only while it encodes batches, so the text is passed as a batch of one.
         [encoding] = self.tokenizer.encode_batch_fast([text], add_special_tokens=False)
         return list(encoding.ids)
 
@@ -182,7 +182,8 @@ class Answerer:
                 for scored_token in update.tokens:
                     token_count += 1
                     text += stream.push(scored_token.token)
-                # The engine does not know stop strings, so the answer ends here and closing `updates` ends its work.
+                # The engine does not know stop strings, so the answer ends here. Closing `updates` then aborts the
+                # request in the engine.
                 if stream.is_stopped:
                     yield AnswerPiece(text, token_count, tuple(scores), "stop")
                     return
@@ -200,7 +201,7 @@ class Answerer:
             scored_tokens: consecutive tokens with their scores.
             at_start: whether no token with a text comes before the first of them.
         """
-        # A decoder may drop the space at the start of a text, so the first token with a text is decoded as a text.
+        # A decoder may drop the space at the start of a text, so the first token with a text goes through the decoder.
         for token, logprob, alternatives in scored_tokens:
             token_bytes, is_special = self._token_bytes[token], token in self.decode.special_ids
             text = self.decode([token]) if at_start or is_special else token_bytes.decode("utf-8", "replace")

@@ -33,12 +33,14 @@ class Args(BaseModel):
     model: str
     """The model's name for clients."""
     serve: ServeSpec
-    # Serve starts no replicas for a configuration that it already has, even if its replicas failed.
+    # This field exists because Serve starts no replicas for a configuration that it already has, even if earlier ones
+    # failed.
     again: str = ""
     """Value that makes this configuration differ from an earlier one whose replicas failed."""
 
 
-# It needs no CPU, so an update always has room for the new replica beside the old one, and requests need not wait.
+# The deployment needs no CPU, so an update always has room for the new replica beside the old one, and requests need
+# not wait for the update.
 @serve.deployment(name=LIMITS_DEPLOYMENT, num_replicas=1, max_surge_percent=100, ray_actor_options={"num_cpus": 0})
 class SharedRateLimiter:
     """Deployment that counts the rate limits of all API keys in one process, which all replicas share."""
@@ -83,7 +85,7 @@ class Completions:
             args: the arguments of the application.
             rate_limiter: handle of `SharedRateLimiter`; None if no API key has limits.
         """
-        # Imported only by replicas: Serve builds the application in a process that needs no model.
+        # The import is here because only replicas need the model. Serve builds the application in another process.
         from mhmoe_ray.serve.load import load_answerer
 
         self._args, self._answerer = args, load_answerer(location(args.checkpoint), args.serve)
@@ -120,8 +122,8 @@ def build(args: Args) -> serve.Application:
     Raises:
         RayServeException: the checkpoint cannot be served.
     """
-    # Replicas make the same checks, but Serve reports their errors only after several tries, as tracebacks. It shows
-    # this exception in one line and gives up at once.
+    # Replicas make the same checks, but Serve reports their errors only after several tries, as tracebacks. An
+    # exception of this function is shown in one line, and Serve gives up at once.
     try:
         checkpoint = location(args.checkpoint)
         manifest = read_manifest(checkpoint, parts=("weights",))

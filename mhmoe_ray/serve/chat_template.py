@@ -60,7 +60,7 @@ class ChatTemplate:
         """
         try:
             return self._template.render(messages=messages, add_generation_prompt=True, **self._variables)
-        # The template's code may raise anything, such as a TypeError.
+        # The template's code may raise any exception, such as a TypeError.
         except Exception as e:
             raise ServeError("the messages", str(e), "send what the model's chat template takes") from e
 
@@ -72,7 +72,7 @@ class _GenerationBlock(Extension):
 
     def parse(self, parser: Parser) -> Scope:
         """Return the statements inside the block, in a scope of their own. Jinja calls this at the block's tag."""
-        # As in transformers, the block has its own scope, so variables that are set inside do not leave it.
+        # As in transformers, the block has its own scope, so variables that are set inside are not visible outside.
         line = next(parser.stream).lineno
         return Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
 

@@ -17,13 +17,13 @@ LIMITS_DEPLOYMENT = "limits"
 ENVIRONMENT = {
     # This middleware gives errors of Serve's proxies, and of replicas that die, the shape of OpenAI's errors.
     "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "mhmoe_ray.serve.api.proxy:middlewares",
-    # By default Serve's replicas and proxies pass each token through several threads and flush a log line per request.
-    # Engines compute in their own thread, so the other threads only cost time.
+    # By default Serve's replicas and proxies pass each token through several threads, which only cost time, because
+    # engines compute in a thread of their own. By default Serve also flushes a log line for each request.
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
     "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1000",
-    # Serve kills a proxy that is not ready after three checks, each with this timeout, and the deployment fails. The
-    # default of five seconds is too short for a busy machine.
+    # Serve kills a proxy that is not ready after three checks, each with this timeout, and then the deployment fails.
+    # The default of five seconds is too short for a busy machine.
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "30",
 }
 """Environment variables of every node that serves; they must be set before Ray starts there."""
@@ -55,10 +55,10 @@ def application_config(
         "name": DEPLOYMENT,
         **_replica_options(spec),
         "max_surge_percent": 100 if spec.surge else 0,
-        # A replica that an update or autoscaling removes may finish its running requests.
+        # A replica that an update or autoscaling removes gets this time to finish its running requests.
         "graceful_shutdown_timeout_s": spec.request_timeout,
-        # The limit is above the engine's. So the engine, which knows the clients, refuses requests, and health checks
-        # are answered however many requests wait.
+        # Serve's limit is above the engine's limit. So it is the engine that refuses requests, because it knows the
+        # clients, and health checks are answered however many requests wait.
         "max_ongoing_requests": spec.max_concurrency + spec.max_waiting + SPARE_REQUESTS,
         "max_queued_requests": spec.max_waiting * spec.replicas.max + SPARE_REQUESTS,
         "backpressure_config": {"status_code": 429, "retry_after_s": 1},
@@ -85,8 +85,8 @@ def _replica_options(spec: ServeSpec) -> dict[str, Any]:
     autoscaling = {
         "min_replicas": spec.replicas.min,
         "max_replicas": spec.replicas.max,
-        # Autoscaling counts the requests that run in a replica or wait for one. More than an engine computes at a time
-        # only wait, so they call for another replica.
+        # Autoscaling counts the requests that run in a replica or wait for one. Requests beyond those that an engine
+        # computes at a time only wait, so they call for another replica.
         "target_ongoing_requests": spec.max_concurrency,
     }
     return {"autoscaling_config": autoscaling}

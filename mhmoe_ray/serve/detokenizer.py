@@ -27,7 +27,8 @@ class TextDecoder:
         byte_token_ids = (tokenizer.token_to_id(f"<0x{byte:02X}>") for byte in range(256))
         self._byte_by_token = {token: byte for byte, token in enumerate(byte_token_ids) if token is not None}
         """Byte of each byte-fallback token; empty if the tokenizer has no byte fallback."""
-        # A vocabulary may have such names without the decoder giving them a meaning: 0x41 must decode to "A".
+        # A vocabulary may have tokens with these names although its decoder does not turn them into bytes. The test is
+        # that the token of byte 65 decodes to "A".
         if (
             len(self._byte_by_token) < 256
             or tokenizer.decode([next(t for t, b in self._byte_by_token.items() if b == 65)]) != "A"
@@ -89,7 +90,8 @@ class TextStream:
         """Add a token, and return the next part of the text that no later token can change; it is often empty."""
         self._token_ids.append(token)
         text = self._decode(self._token_ids)
-        # The bytes of an incomplete character decode to one replacement character at the very end.
+        # The bytes of an incomplete character decode to one replacement character at the very end, which is not
+        # released.
         piece = self._release_text(self._unreleased_text(text.removesuffix(REPLACEMENT)), is_final=False)
         if len(self._token_ids) >= 4 * CONTEXT_TOKENS and not text.endswith(REPLACEMENT):
             # Some tokens stay, because a decoder may treat the start of a text in its own way.
@@ -155,7 +157,8 @@ class TokenBytes:
 
     def __init__(self, tokenizer: Tokenizer, decode: TextDecoder) -> None:
         self._tokenizer, self._decode = tokenizer, decode
-        # A decoder may drop a space at the start of a text, but not after another token.
+        # Tokens are decoded after these, because a decoder may drop a space at the start of a text, but not after a
+        # token.
         self._prefix_ids = tokenizer.encode("a", add_special_tokens=False).ids
         self._special_texts = {
             token: added_token.content
@@ -172,7 +175,7 @@ class TokenBytes:
 
     def _compute_bytes(self, token: int) -> bytes:
         """Return the bytes of a token: the text that it appends to another token, or else what its name stands for."""
-        # The decoder leaves out special tokens, so they have no such difference.
+        # The decoder leaves out special tokens, so their bytes cannot be found by decoding.
         if token in self._special_texts:
             return self._special_texts[token].encode()
         text = self._decode([*self._prefix_ids, token])[len(self._decode(self._prefix_ids)) :]
@@ -182,5 +185,5 @@ class TokenBytes:
                 return bytes.fromhex(token_name[3:5])
             if BYTE_OF_LETTER.keys() >= set(token_name):
                 return bytes(BYTE_OF_LETTER[letter] for letter in token_name)
-        # The text may be U+FFFD itself, which a vocabulary may have.
+        # If the text still has a U+FFFD here, it is the token's own text: a vocabulary may have this character.
         return text.encode()

@@ -52,7 +52,8 @@ def load_engine(checkpoint: Location, manifest: CheckpointManifest, tokenizer: T
         CheckpointError: the weights do not belong to the manifest's model.
         ServeError: the engine is not installed, or cannot compute this model.
     """
-    # The model may have more rows than the tokenizer has tokens; the engine must not sample the rows without text.
+    # The model may have more rows of logits than the tokenizer has tokens, and the engine must not sample the id of a
+    # row without a text.
     stop_token_ids, tokenizer_size = boundaries(tokenizer).ends.union(manifest.ends), token_count(tokenizer)
     if spec.engine == "vllm":
         _require_vllm()
@@ -77,10 +78,11 @@ def load_answerer(checkpoint: Location, spec: ServeSpec, manifest: CheckpointMan
         CheckpointError, DataError: the checkpoint or the run's tokenizer is missing or damaged.
         ServeError: the engine is not installed, or cannot compute this model, or the run's chat template is invalid.
     """
-    # The import is here, because a process that only checks an engine needs no torch.
+    # The import is here because a process that only checks an engine needs no torch.
     import torch
 
-    # This limits the present thread only. OpenMP threads that it starts would slow those of the engine (`TorchEngine`).
+    # This limits the present thread only. If this thread started OpenMP threads, they would slow down those of the
+    # engine (see `TorchEngine`).
     torch.set_num_threads(1)
     manifest = manifest or read_manifest(checkpoint, parts=("weights",))
     tokenizer = load_run_tokenizer(checkpoint, manifest)

@@ -72,7 +72,8 @@ class RayMetrics:
             labels: labels of the series, apart from the model's name.
             *key: key of the series in `_exported_values`, which has the totals that were exported last.
         """
-        # Ray's counters take increases, while the engine's statistics are totals.
+        # Ray's counters take increases, while the engine's statistics are totals, so the total of the last export is
+        # stored.
         increase = value - self._exported_values.get(key, 0)
         if increase > 0:
             counter.inc(increase, tags=self._labels | labels)

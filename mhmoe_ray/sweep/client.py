@@ -27,7 +27,8 @@ def check_unchanged_specs(sweep_dir: SweepDir, wanted_entries: Sequence[SweepRun
     Raises:
         SpecError: a wanted run, or another seed of its variant, was started with another spec.
     """
-    # A run would continue from checkpoints of its old spec, and a report would average the losses of different specs.
+    # If its spec changed, a run would continue from checkpoints of the old spec, and a report would average the losses
+    # of different specs.
     started_runs = {name: run for name, run in sweep_dir.runs().items() if newest_attempt_number(run)}
     variants = {entry.name: entry.variant for order in sweep_dir.earlier_orders() for entry in order.entries}
     for name, run in started_runs.items():
@@ -131,7 +132,8 @@ def _submit_order(sweep_dir: SweepDir, connection: Connection, order: Order, *, 
     name = sweep_dir.new_order_name()
     request = SweepRequest(path=str(sweep_dir.path), order=name)
     job = remote.submit(connection, order.entries[0].spec.cluster.runtime_env, request).name
-    # The order follows the job, which waits for it: an order whose job no cluster accepts would end the working job.
+    # A new order ends the job of the earlier order, so it is written only after a cluster has accepted its own job.
+    # Until then the new job waits for the order.
     if clear_stop:
         sweep_dir.stop_file.unlink(missing_ok=True)
     job_fields = {"job": job, "address": connection.address, "local": connection.local, "submitted": time.time()}
@@ -171,7 +173,8 @@ def _active_order(sweep_dir: SweepDir) -> Order | None:
         order = sweep_dir.read_order(sweep_dir.order_names()[-1]) if sweep_dir.exists else None
         return order if order and not sweep_dir.stop_file.exists() and is_alive(order) else None
     except MhmoeError:
-        # The cluster does not answer. If the job still works, it will end when it sees a newer order.
+        # The order's cluster does not answer, so the order counts as inactive. If its job still works, the job will end
+        # when it sees a newer order.
         return None
 
 
@@ -211,7 +214,8 @@ def stop(sweep_dir: SweepDir) -> tuple[dict[str, events.State], list[MhmoeError]
     """
     if not sweep_dir.exists:
         raise RunError(f"sweep {sweep_dir.name}", "it was never started", "start it without --stop")
-    # The file comes first: a command that follows the sweep would start an ended job again.
+    # The stop file is created before any job is ended, because a command that follows the sweep would otherwise start
+    # an ended job again.
     sweep_dir.stop_file.touch()
     cluster_errors = _end_jobs(sweep_dir)
     running: dict[str, events.State] = {}

@@ -101,7 +101,7 @@ class Sweep:
                 continue
             if not self._is_prepared(entry):
                 self._settled.add(entry.name)
-            # Preparation takes long, and a newer order may have come meanwhile.
+            # Preparation may take long. If a newer order was written meanwhile, this job must not start more runs.
             elif not self._is_newest_order:
                 break
             elif self._start(entry):
@@ -168,7 +168,8 @@ class Sweep:
         if known_outcome := recorded_outcome(events.read(run)):
             return known_outcome
         attempt = last_attempt(run)
-        # The attempt may have this very cluster under another address, one that works only from outside.
+        # Even if the addresses differ, the attempt may be on this cluster: its address may be one that works only from
+        # outside. This cluster is therefore asked first whether it knows the job.
         if attempt.address != self._order.address and jobs.status(self._connection, attempt.job) is None:
             return outcome_or_lost(run, connect)
         return self._retrying_caller.call(lambda: outcome(run, self._connection), None)
@@ -190,7 +191,8 @@ class Sweep:
 
         A failure is printed and remembered; this job continues with runs of other text.
         """
-        # Prepare before any run of this text starts: two runs would prepare it at the same time.
+        # The text is prepared before any run that reads it starts, because two runs would otherwise prepare it at the
+        # same time.
         text = prepared_key(entry.spec)
         if text not in self._preparation_errors:
             try:
@@ -199,7 +201,8 @@ class Sweep:
             except MhmoeError as e:
                 self._preparation_errors[text] = e
             except OSError as e:
-                # This job does not retry a preparation, which may take a day.
+                # The caller treats an OSError as a failure of the storage and polls again. It must not leave this
+                # function, because a preparation may take a day and would be repeated.
                 fix = "make room or repair the storage, then give the command again"
                 self._preparation_errors[text] = StorageError(
                     f"data {entry.spec.data.prepared}", e.strerror or str(e), fix
@@ -214,11 +217,12 @@ class Sweep:
         A run that the cluster refuses, or that was started with another spec, is settled.
         """
         run = self._runs.get(entry.name)
-        # The user may have removed the run directory meanwhile.
+        # A run directory is missing if the user has removed it. The run is then created again.
         if run is None or not run.spec_file.exists():
             run = _create_run(entry)
             runs = {**self._sweep_dir.runs(), entry.name: run}
-            # Record the run before it starts: otherwise a later poll, or another job, would create it again.
+            # The run is recorded before it starts, because a later poll, or another job, would otherwise create it
+            # again.
             self._sweep_dir.write_runs(runs)
             self._runs = runs
         elif newest_attempt_number(run) and (changed_keys := entry.spec.changed_keys(run.spec())):
@@ -226,14 +230,15 @@ class Sweep:
             self._settled.add(entry.name)
             return False
         else:
-            # The new spec may differ in its cluster, which `changed_keys` ignores.
+            # The spec is written again, because its cluster section may differ, which `changed_keys` ignores.
             run.write_spec(entry.spec)
         run.stop_file.unlink(missing_ok=True)
         starts = self._starts.get(entry.name, 0) + 1
         try:
             job = start_attempt(run, entry.spec, self._connection, public_address=self._order.address)
         except ClusterError as e:
-            # The cluster may have accepted the job; the next poll shows that.
+            # The cluster may have accepted the job even though it did not answer, so the run may be alive. The next
+            # poll shows that.
             _print_line(f"{entry.name}: {e}")
             self._starts[entry.name] = starts
             return True

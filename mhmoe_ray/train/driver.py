@@ -51,24 +51,27 @@ def train_run(run: RunDir, attempt: int) -> None:
         run,
         spec,
         train_loop_config={"run": str(run.path), "attempt": attempt, "watchdog": watchdog},
-        # Only the name counts: `dataset_config` makes the stream of this name for each worker group.
+        # This dataset is never read. Only its name counts: for each worker group, `dataset_config` puts the training
+        # stream in its place.
         datasets={"train": ray.data.range(1)},
         dataset_config=ResumingDataConfig(run, spec, attempt, watchdog),
         scaling_config=ray.train.ScalingConfig(
             num_workers=(workers.min, workers.max) if workers.is_elastic else workers.max,
-            # The scaling policy itself limits growth to the time after a checkpoint.
+            # 0 lets Ray ask the scaling policy at every poll. The policy itself allows growth only after a new
+            # checkpoint, and should notice that checkpoint at once.
             elastic_resize_monitor_interval_s=0.0,
             use_gpu=spec.cluster.gpus_per_worker > 0,
             resources_per_worker=_worker_resources(spec),
         ),
         run_config=ray.train.RunConfig(
-            # The name must be new: Ray Train silently resumes its own snapshot of an earlier run with the same name.
+            # The name must be new for each attempt. Otherwise Ray Train would silently resume its own snapshot of an
+            # earlier attempt with the same name.
             name=f"{run.id}-{attempt}",
             **_ray_storage(run),
             callbacks=[WorkerFailureCallback(run)],
             failure_config=ray.train.FailureConfig(
                 max_failures=spec.cluster.max_failures,
-                # Preemptions have no limit.
+                # -1 means that preemptions have no limit: only failures count against `cluster.max_failures`.
                 max_preemption_failures=-1,
             ),
             logging_config=ray.train.LoggingConfig(log_level="WARNING"),
@@ -79,7 +82,8 @@ def train_run(run: RunDir, attempt: int) -> None:
         trainer.fit()
     except ray.train.TrainingFailedError as e:
         raise _training_error(run, e) from e
-    # Workers end with a checkpoint, so its step is the last one.
+    # Workers save a checkpoint before they end, so the step of the newest checkpoint is the last step that they
+    # trained.
     step = last_step(run)
     events.record(run, "finished" if step == spec.train.steps else "stopped", step=step)
 
@@ -95,7 +99,8 @@ def _prepare_data(run: RunDir, spec: RunSpec) -> None:
         events.record(run, "preparing", folder=str(folder))
     manifest = prepare(spec)
     verify_shards(folder, manifest)
-    # A mistake in the mixture raises here with one clear message, and not later in a task of the stream.
+    # The result is not used. A mistake in the mixture raises here with one clear message; otherwise it would raise
+    # later, in a task of the stream.
     training_order(spec, manifest)
     if not run.tokenizer_file.exists():
         copy_file(folder / "tokenizer.json", run.tokenizer_file)

@@ -40,7 +40,8 @@ def main() -> None:
     request = TrainRequest.received()
     run, attempt = request.run, request.attempt
     with logging_errors():
-        # The job may have waited for a long time, while a newer attempt was submitted.
+        # The job may have waited for resources for a long time. If a newer attempt was submitted meanwhile, this job
+        # must write nothing.
         require_newest_attempt(run, attempt)
         archive_log(run, attempt)
         events.record(run, "began", attempt=attempt, host=socket.gethostname(), pid=os.getpid())
@@ -50,19 +51,20 @@ def main() -> None:
 def _train_and_record(run: RunDir, attempt: int) -> None:
     """Train a run; if this fails or is ended from outside, record the reason as an event and raise the error again."""
     try:
-        # Imported after the "began" event: these imports take seconds, and the user waits for that event.
+        # These imports come after the "began" event, because they take seconds and the user waits for that event.
         import ray
 
         from mhmoe_ray.train.driver import train_run
 
-        # Some actors of Ray connect to the only cluster of their machine, but a machine may have several.
+        # Without an address, some actors of Ray connect to the only cluster on their machine. A machine may run several
+        # clusters, so all processes of the job get the address of theirs.
         ray.init(runtime_env={"env_vars": {"RAY_ADDRESS": os.environ["RAY_ADDRESS"]}})
         train_run(run, attempt)
     except MhmoeError as e:
         _record_end(run, attempt, "failed", reason=str(e))
         raise
     except SystemExit as e:
-        # Ray stops a job with SIGTERM, which its handler turns into this exception.
+        # Ray stops a job with SIGTERM, and Ray's signal handler in this process turns the signal into a SystemExit.
         if run.stop_file.exists():
             _record_end(run, attempt, "stopped", reason="its job was ended")
         else:
@@ -78,12 +80,12 @@ def _record_end(run: RunDir, attempt: int, kind: Literal["failed", "stopped"], r
 
     If the event cannot be written, the storage error and the reason are printed to the job's log instead.
     """
-    # After a newer attempt was submitted, the end of this one is not the end of the run.
+    # If a newer attempt was submitted, the run goes on with it, so the end of this attempt is not the end of the run.
     if newest_attempt_number(run) == attempt:
         try:
             events.record(run, kind, reason=reason)
         except StorageError as e:
-            # `mhmoe status` takes the reason from the job's log then.
+            # Without the event, `mhmoe status` takes the reason from the job's log, so the log must have the reason.
             e.log()
             if str(e) != reason:
                 print(reason)

@@ -9,9 +9,9 @@ import sys
 from collections.abc import Mapping
 
 _SETTINGS = {
-    # All threads use the main heap, the only one that can keep freed memory.
+    # All threads use the main heap, because only the main heap can keep freed memory.
     "MALLOC_ARENA_MAX": "1",
-    # Large tensors come from the heap too, and not from mmap.
+    # Large tensors come from the heap, too. Memory from mmap would be returned to the system as soon as it is freed.
     "MALLOC_MMAP_MAX_": "0",
     # Freed memory at the end of the heap is never returned to the system.
     "MALLOC_TRIM_THRESHOLD_": "-1",

@@ -15,8 +15,9 @@ from mhmoe_ray.ray_compat import get_train_context
 class PreemptedError(RayActorError):
     """Error that ends each rank of a worker group when one of its nodes is preempted."""
 
-    # Ray Train has no API for this: a rank that returns ends the run, and a rank that raises has failed. But Ray Train
-    # does not count the death of an actor whose node was preempted, which this flag of the exception says.
+    # Ray Train has no API for a worker group that ends itself: if a rank returns, the run ends, and if it raises, that
+    # counts as a failure. Only the death of an actor whose node was preempted does not count, so this error takes that
+    # form.
     def __init__(self) -> None:
         super().__init__(error_msg="a node of the worker group is being preempted", preempted=True)
 
@@ -26,7 +27,7 @@ def preemption_notice() -> PreemptionInfo | None:
 
     Other ranks may receive it a step earlier or later.
     """
-    # `ray.train.get_preemption_info` reads the same value of all ranks through an actor, which is too slow for a call
-    # in every step.
+    # `ray.train.get_preemption_info` is not called here: it makes all ranks agree on one value through an actor, which
+    # is too slow for a call in every step.
     info: PreemptionInfo | None = get_train_context().preemption_context.preemption_info
     return info

@@ -58,11 +58,11 @@ def record_waiting(run: RunDir, spec: RunSpec) -> None:
         if events.state(events.read(run)) != "waiting":
             events.record(run, "waiting", missing=missing_resources(spec))
     except (OSError, StorageError) as e:
-        # The workers wait all the same.
+        # A missing event must not fail the run: the workers go on waiting and start when there are resources.
         print(f"warning: the workers wait for resources, but the event cannot be recorded: {e}")
 
 
-# The run directory is read every 5 s for 10 minutes before a retry is used up.
+# Longest wait for the run directory before a retry, and the time between two attempts to read it.
 STORAGE_TIMEOUT_SECONDS, STORAGE_CHECK_SECONDS = 600.0, 5.0
 
 
@@ -94,14 +94,15 @@ class NonRetryableFailurePolicy(DefaultFailurePolicy):
 
 def _wait_for_storage(run: RunDir) -> None:
     """Wait until the run directory can be read, for at most `STORAGE_TIMEOUT_SECONDS`."""
-    # Each new worker group reads the run directory first. It would fail, and a short outage would use up all retries.
+    # Each new worker group first reads the run directory. Without this wait, new groups would fail at once while the
+    # storage is unavailable, and a short outage would use up all retries.
     deadline = time.monotonic() + STORAGE_TIMEOUT_SECONDS
     while time.monotonic() < deadline:
         try:
             run.spec_file.read_bytes()
             return
         except FileNotFoundError:
-            # The run was removed, which the new worker group will report.
+            # The run directory was removed, so there is nothing to wait for. The new worker group will report this.
             return
         except OSError as e:
             print(f"warning: the workers start again when the run directory can be read: {e}")
@@ -110,7 +111,8 @@ def _wait_for_storage(run: RunDir) -> None:
 
 def package_error(error: Exception) -> MhmoeError | None:
     """Return the first error of this package that a rank raised, from an error of Ray Train; None if there is none."""
-    # Any rank may have it: when one rank fails, the others fail in their collective operations with it.
+    # All ranks are searched, because any rank may hold the error: when one rank fails, the others fail too, in their
+    # collective operations with it.
     rank_errors = getattr(error, "worker_failures", {}).values()
     return next((rank_error for rank_error in rank_errors if isinstance(rank_error, MhmoeError)), None)
 
@@ -131,7 +133,7 @@ class DivisorScalingPolicy(ElasticScalingPolicy):
 
     def make_decision_for_running_worker_group(self, worker_group_state: Any, worker_group_status: Any) -> Any:
         """Return a decision to grow if there is a new checkpoint and room for more workers, else to do nothing."""
-        # The request for resources expires unless it is repeated.
+        # Ray's request for resources expires unless it is repeated, so it is sent at every poll.
         self._maybe_send_resource_request()
         self._held_workers = None
         worker_count = worker_group_state.num_workers
@@ -139,10 +141,11 @@ class DivisorScalingPolicy(ElasticScalingPolicy):
             checkpoint_step = last_step(self._run)
             is_ending = checkpoint_step >= self._last_step or self._run.stop_file.exists()
         except OSError:
-            # The storage is read again at the next poll.
+            # The workers do not need the run directory at the moment, so they train on. It is read again at the next
+            # poll.
             return NoopDecision()
-        # Ray ends a worker group in the middle of a step to let it grow, and the steps since the last checkpoint are
-        # repeated. Right after a checkpoint, which is noticed within one poll, these are the fewest.
+        # To let a worker group grow, Ray ends it in the middle of a step, and the steps since the last checkpoint are
+        # repeated. Growth is considered only when a new checkpoint appears, because then the fewest steps are repeated.
         if checkpoint_step == self._considered_step or is_ending:
             return NoopDecision()
         self._considered_step, self._held_workers = checkpoint_step, worker_count
@@ -161,14 +164,14 @@ class DivisorScalingPolicy(ElasticScalingPolicy):
         """
         decision: ScalingDecision = super().make_decision_for_non_running_worker_group()
         if isinstance(decision, ResizeDecision):
-            # If this start fails because others hold the resources, the next decision counts free resources only.
+            # If this start fails, others may hold the resources. With 0, the next decision counts free resources only.
             self._held_workers = 0
             self._is_waiting = False
         else:
             if not self._is_waiting:
                 record_waiting(self._run, self._spec)
             self._is_waiting = True
-            # Ray asks again without a pause.
+            # Ray asks for the next decision at once, so without this pause it would ask in a busy loop.
             time.sleep(1.0)
         return decision
 
@@ -178,7 +181,8 @@ class DivisorScalingPolicy(ElasticScalingPolicy):
         Nodes count that are alive and not draining. Unless a failed worker group may still hold resources, only free
         resources count. One CPU is left for the data stream.
         """
-        # Ray's own count uses `reserved_resources`, which may be 20 s old: nodes may be dying, or others may use them.
+        # Ray's own count uses `reserved_resources`, which may be 20 s old. Since then nodes may have died, or others
+        # may have taken resources. So the nodes are read anew here.
         draining_nodes = state.get_draining_nodes()
         nodes = {n["NodeID"]: n["Resources"] for n in ray.nodes() if n["Alive"] and n["NodeID"] not in draining_nodes}
         possible_workers = int(super()._count_possible_workers(nodes))
@@ -189,7 +193,7 @@ class DivisorScalingPolicy(ElasticScalingPolicy):
                 self._held_workers + super()._count_possible_workers({n: free_resources.get(n, {}) for n in nodes}),
             )
         total_cpus = sum(resources.get("CPU", 0.0) for resources in nodes.values())
-        # Without a CPU for the data stream no step would begin.
+        # One CPU stays free for the data stream. Without it no step would begin.
         possible_workers = min(
             possible_workers, int((total_cpus - 1) // self.scaling_config._resources_per_worker_not_none["CPU"])
         )
@@ -204,23 +208,25 @@ class RunTrainer(TorchTrainer):
         self._run, self._spec = run, spec
 
     def _create_default_callbacks(self) -> list[Any]:
-        # The left-out callback frees resources after the controller died, from a process on the head node that asks for
-        # the controller every second. Here the job ends with the controller, and its resources are freed with the job.
+        # The left-out callback starts a process on the head node that asks for the controller every second and frees
+        # its resources when it has died. This job does not need that: it ends with its controller, and Ray then frees
+        # its resources.
         callbacks = super()._create_default_callbacks()
         return [c for c in callbacks if not isinstance(c, PlacementGroupCleanerCallback)]
 
     def _initialize_and_run_controller(self, **options: Any) -> Any:
         options["failure_policy"] = NonRetryableFailurePolicy(self.run_config.failure_config, self._run, self._spec)
         if self._spec.cluster.workers.is_elastic:
-            # The placement was counted before, so a start that waits relies on a node that died. Ray takes about 20 s
-            # to notice that, and its own timeout is much longer.
+            # The scaling policy has counted room for the workers, so a start that waits relies on a node that has died.
+            # Ray notices the death after about 20 s, and its default timeout for a start is 60 s. A shorter one lets
+            # the policy count again soon.
             os.environ.setdefault(WORKER_GROUP_START_TIMEOUT_S_ENV_VAR, "15")
             options["scaling_policy"] = DivisorScalingPolicy(self.scaling_config, self._run, self._spec)
         return super()._initialize_and_run_controller(**options)
 
 
 def _train_worker(config: dict[str, Any]) -> None:
-    # Imported by workers only: the import takes a second, by which the job would ask for workers later.
+    # Only workers import this module. The import takes a second, which would delay the job's request for workers.
     from mhmoe_ray.train.worker import train_worker
 
     train_worker(config)

@@ -68,7 +68,7 @@ class Update(NamedTuple):
     """Whether the update was applied; False if the norm is not finite and the spec says to skip such a step."""
 
 
-# A few steps may have no finite gradient by accident. More in a row than this are a fault of the run.
+# A few steps may have a gradient that is not finite by accident. More such steps in a row mean a fault of the run.
 MAX_SKIPPED_STEPS = 10
 """Largest number of consecutive steps whose updates may be skipped."""
 
@@ -102,7 +102,8 @@ class Trainer:
         moe = spec.model.moe
         if moe and (reason := unavailable_reason(moe.kernel, device)):
             raise SpecError(f"model.moe.kernel {moe.kernel}", reason, "install what it needs, or set it to auto")
-        # Weights have no memory yet: the strategy allocates them, and a rank may hold only a part of them.
+        # On this device, weights take no memory. The strategy allocates them later, because a rank may hold only a part
+        # of them.
         with torch.device("meta"):
             self.model = Decoder(spec.computed_model, mesh.expert_ids(moe.experts) if moe else None)
         self.model.recompute = spec.train.recompute
@@ -147,7 +148,8 @@ class Trainer:
         loss_balance_dropped = torch.zeros(3, dtype=torch.float64, device=self.device)
         count_LE = self.zero_counts().to(self.device)
         if self._dispatch:
-            # Discard the counts of a validation since the last step.
+            # A validation since the last step has sent rows, too. Its bytes and waiting time do not belong to this
+            # step, so they are discarded.
             self._dispatch.pop_sent_bytes()
             self._dispatch.pop_wait_seconds()
         batches, targets = self._count_targets(batches)
@@ -156,9 +158,10 @@ class Trainer:
                 micro_batch = self.step * m + self.mesh.rank + (i - 1) * self.mesh.world_size
                 logits_BTV, routing = self.forward(token_BT[:, :-1], Noise(spec.seed, micro_batch))
                 loss = (token_losses(logits_BTV, token_BT[:, 1:]) * counts_BT).sum()
-                # Without `del` the logits would stay in memory beside their gradients.
+                # Without `del`, the logits would stay in memory beside their gradients in the backward.
                 del logits_BTV
-                # The contribution to the mean over all targets, times M: the mean over micro-batches follows below.
+                # This is M times the micro-batch's contribution to the mean over all targets of the step, because the
+                # backward below divides by M.
                 objective = loss / (max(1, targets) / m)
                 loss_balance_dropped[0] += loss.detach()
                 if moe:
@@ -167,7 +170,8 @@ class Trainer:
                     loss_balance_dropped[1] += balance_L.double().sum()
                     loss_balance_dropped[2] += torch.stack([r.dropped_routes for r in routing]).sum()
                     count_LE += torch.stack([r.count_E for r in routing])
-                # Strategies divide the sum over ranks by the world size, but the step's loss is a mean over M.
+                # Strategies divide the sum of gradients over ranks by the world size. The step's loss is a mean over M
+                # micro-batches, so this factor replaces the division by the world size with a division by M.
                 self.strategy.backward(objective * (self.mesh.world_size / m))
             self.on_progress()
         self.strategy.finish_reduction()
@@ -184,7 +188,8 @@ class Trainer:
 
     def _count_targets(self, batches: Iterable[MicroBatch]) -> tuple[Iterable[MicroBatch], int]:
         """Return the micro-batches, and the number of targets that count in the micro-batches of all ranks."""
-        # Without padding the number is known, and the micro-batches need not be read before the first forward pass.
+        # Samples of "concat" have no padding, so the number follows from the spec. The micro-batches then need not be
+        # read before the first forward pass.
         if self.spec.data.packing == "concat":
             return batches, self.spec.tokens_per_step
         batches = list(batches)
@@ -254,8 +259,8 @@ class Trainer:
         document_BT = None
         if self.spec.model.document_masks:
             assert self._start_token is not None
-            # Padding is token 0, which may equal the start token. Such documents lie at the end of a sample, where no
-            # target counts.
+            # Padding is token 0, which may also be the start token, so padding may seem to begin new documents. This
+            # does no harm: padding lies at the end of a sample, where no target counts.
             document_BT = document_indices(token_BT, self._start_token)
         with torch.autocast(self.device.type, dtype, enabled=enabled):
             model = self.strategy.module if torch.is_grad_enabled() else self.model
@@ -276,7 +281,8 @@ class Trainer:
         b, world = self.spec.train.micro_batch_size, self.mesh.world_size
         batch_count = -(-len(token_NT) // (b * world))
         padding_rows = batch_count * b * world - len(token_NT)
-        # Samples without weight fill the last round, so that every rank takes part in every all-to-all.
+        # Samples that have no weight in the mean fill the last round, so that every rank takes part in every
+        # all-to-all.
         token_NT = torch.cat([token_NT, token_NT[:1].expand(padding_rows, -1)])
         counts_NT = torch.cat([counts_NT, counts_NT.new_zeros(padding_rows, counts_NT.shape[1])])
         total = torch.zeros(2, dtype=torch.float64, device=self.device)

@@ -33,7 +33,8 @@ def describe_on_all_nodes(files: Sequence[Location]) -> Iterable[FileEntry]:
     if len(nodes) == 1 or sum(file.stat().st_size for file in files) < SINGLE_NODE_BYTES:
         return describe_files(files)
     shares = [files[i :: len(nodes)] for i in range(len(nodes))]
-    # With a soft strategy, another node hashes the share of a node that dies meanwhile.
+    # With a soft strategy, another node hashes the share of a node that dies meanwhile. A strict one would raise an
+    # error.
     strategies = [NodeAffinitySchedulingStrategy(node, soft=True) for node in nodes]
     streams = [
         _describe_share.options(scheduling_strategy=strategy).remote(share)
@@ -80,9 +81,11 @@ class ResumingDataConfig(ray.train.DataConfig):
         for error in newest.skipped if newest else []:
             print(f"warning: {error}")
             events.record(self._run, "skipped_checkpoint", name=error.subject, reason=error.reason)
-        # Checked again: hashing may take long, and the lines below would remove a checkpoint that a newer job writes.
+        # The check is repeated because hashing may take long. If a newer job has begun meanwhile, the lines below would
+        # remove a checkpoint that it is writing.
         require_newest_attempt(self._run, self._attempt)
-        # These are of earlier worker groups: this one writes none before it has the stream.
+        # All uncommitted checkpoints are left over from earlier worker groups: the new group writes none before it has
+        # the stream.
         for folder in uncommitted_checkpoints(self._run):
             remove_tree(folder)
         name, step, position = None, 0, 0
@@ -94,6 +97,7 @@ class ResumingDataConfig(ray.train.DataConfig):
 
     def _describe_and_report(self, files: Sequence[Location]) -> Iterator[FileEntry]:
         for entry in describe_on_all_nodes(files):
-            # The ranks wait for the stream and cannot report progress meanwhile.
+            # The ranks wait for the stream and cannot report progress themselves. Without this report the watchdog
+            # would take them for hung.
             self._watchdog.report_shared_progress.remote()
             yield entry

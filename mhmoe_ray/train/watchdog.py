@@ -28,7 +28,8 @@ from mhmoe_ray.runs import events
 from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.storage import location
 
-# Short against the timeout, which is 600 s by default (`cluster.hang_seconds`).
+# Time between two heartbeats of a rank, and between two checks for ranks that hang. It is short compared with the
+# timeout, which is 600 s by default (`cluster.hang_seconds`).
 HEARTBEAT_SECONDS = 1.0
 Phase = Literal["restoring", "training", "validating", "saving"]
 
@@ -39,7 +40,8 @@ class WorkerInfo:
 
     rank: int
     pid: int
-    # The operating system may give the pid to another process later; the start time tells the two apart.
+    # When the process has ended, the operating system may give its pid to another process. The start time tells these
+    # two processes apart.
     began: float
     """Start time of the process in seconds since the epoch."""
     host: str
@@ -80,7 +82,8 @@ class Heartbeat(AbstractContextManager["Heartbeat"]):
         """
         self.worker_info = worker_info
         self._watchdog, self._progress, self._stop_event = watchdog, Progress(worker_info), Event()
-        # Training and the thread that writes a checkpoint both count progress.
+        # The lock is needed because two threads count progress: the one that trains, and the one that writes a
+        # checkpoint.
         self._lock = Lock()
         self._thread = Thread(target=self._send_heartbeats, name="heartbeat", daemon=True)
 
@@ -124,7 +127,8 @@ class Heartbeat(AbstractContextManager["Heartbeat"]):
         while True:
             self._watchdog.receive.remote(self._progress)
             if self._stop_event.wait(HEARTBEAT_SECONDS):
-                # Without this call the end of the rank would look like a rank without a heartbeat.
+                # Without this call the watchdog would take the rank for hung, because a rank that has ended sends no
+                # more heartbeats.
                 self._watchdog.forget.remote(self.worker_info)
                 return
 
@@ -132,7 +136,7 @@ class Heartbeat(AbstractContextManager["Heartbeat"]):
 @dataclass
 class _RankRecord:
     progress: Progress
-    # Both times are of the watchdog's own monotonic clock: the clocks of nodes differ.
+    # Both times are read from the watchdog's own monotonic clock, because the clocks of nodes differ.
     heartbeat_time: float
     progress_time: float
 
@@ -153,7 +157,7 @@ class Watchdog:
     @classmethod
     def start(cls, run: RunDir, timeout: float) -> Any:
         """Start the watchdog actor, which watches until the job ends, and return its handle."""
-        # The job's own node, so that the loss of any other node does not take the watchdog with it.
+        # The watchdog runs on the job's own node, so that it survives the loss of any other node.
         strategy = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         actor = ray.remote(num_cpus=0)(cls).options(scheduling_strategy=strategy).remote(str(run.path), timeout)
         actor.watch.remote()
@@ -187,7 +191,8 @@ class Watchdog:
             await asyncio.sleep(HEARTBEAT_SECONDS)
             current_time = time.monotonic()
             if current_time - last_check_time > HEARTBEAT_SECONDS + self._timeout / 2:
-                # This process stood still, or its whole machine did, so it could not receive any heartbeat.
+                # This process, or its whole machine, stood still and could not receive heartbeats. All ranks get the
+                # current time, because otherwise healthy ranks would seem to hang.
                 for record in self._records.values():
                     record.heartbeat_time = record.progress_time = current_time
             last_check_time = current_time
@@ -205,7 +210,8 @@ class Watchdog:
         silent_ranks = [r for r in records if current_time - r.heartbeat_time > self._timeout]
         if silent_ranks or not records or any(current_time - r.progress_time <= self._timeout for r in records):
             return silent_ranks
-        # `activity` must not decide: ranks write different numbers of pieces of a checkpoint.
+        # `activity` does not show which ranks are behind, because it counts pieces of a checkpoint, and ranks write
+        # different numbers of pieces.
         least_progress = min((r.progress.step, r.progress.training_progress) for r in records)
         return [r for r in records if (r.progress.step, r.progress.training_progress) == least_progress]
 
@@ -224,7 +230,7 @@ class Watchdog:
             )
             was_alive = await kill_task
         except ray.exceptions.RayError as e:
-            # The node is gone. Ray detects this itself and ends the worker group.
+            # The node is gone, and the process with it. Ray detects this itself and ends the worker group.
             print(f"watchdog: rank {worker_info.rank} on {worker_info.host} cannot be killed: {e}")
             return
         if was_alive:
@@ -234,7 +240,7 @@ class Watchdog:
             try:
                 events.record(self._run, "hung", **fields, doing=progress.phase, seconds=seconds, silent=is_silent)
             except StorageError as e:
-                # The watchdog goes on: other ranks may hang later.
+                # This error must not end the watchdog, because other ranks may hang later.
                 print(f"watchdog: rank {worker_info.rank} hung and was killed, but the event is missing: {e}")
 
 

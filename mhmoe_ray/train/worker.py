@@ -37,7 +37,8 @@ from mhmoe_ray.train.step import MicroBatch, RankSums, Trainer, Update
 from mhmoe_ray.train.telemetry import StepTotals, Telemetry, WaitShares, step_line
 from mhmoe_ray.train.watchdog import Heartbeat, WorkerInfo
 
-# A float64, the type in which ranks exchange their numbers, holds integers of 6 bytes exactly.
+# Number of bytes of a micro-batch's digest. Ranks exchange digests as float64, which holds every integer of 6 bytes
+# exactly.
 DIGEST_BYTES = 6
 
 
@@ -54,7 +55,8 @@ def combine_digests(digests: Iterable[int]) -> str:
 
 
 LOGGER = logging.getLogger("mhmoe")
-# All ranks wait for the check, which takes round trips to an object store.
+# Time between two checks for a stop request. All ranks wait during a check, and a check takes round trips to an object
+# store, so checks are rare.
 STOP_CHECK_SECONDS = 1.0
 
 
@@ -76,7 +78,8 @@ def train_worker(config: dict[str, Any]) -> None:
 
 def _set_up_logging(rank: int) -> None:
     """Configure log lines that begin with a time and the rank."""
-    # The time has an offset from UTC: `mhmoe logs --since` may run on a machine in another time zone.
+    # Each line has its time with an offset from UTC, because `mhmoe logs --since` may run on a machine in another time
+    # zone.
     handler = logging.StreamHandler()
     line_format = f"%(asctime)s rank {rank} %(levelname)s %(message)s"
     handler.setFormatter(logging.Formatter(line_format, datefmt="%Y-%m-%dT%H:%M:%S%z"))
@@ -84,7 +87,7 @@ def _set_up_logging(rank: int) -> None:
     LOGGER.setLevel(logging.INFO)
     # The root logger has a handler of Ray, which would print each line again.
     LOGGER.propagate = False
-    # Ray Train logs each report at the level INFO.
+    # Ray Train logs each report of a worker at the level INFO. These lines are left out of the log.
     logging.getLogger("ray.train").setLevel(logging.WARNING)
 
 
@@ -92,7 +95,7 @@ class Worker:
     """Worker of one rank: it restores the checkpoint of the start when it is created, and `train` does the rest."""
 
     def __init__(self, run: RunDir, spec: RunSpec, attempt: int, heartbeat: Heartbeat) -> None:
-        # Ray gives a worker one thread, whatever number of CPUs it has.
+        # Ray starts a worker with one thread for torch, whatever number of CPUs the worker has.
         torch.set_num_threads(spec.cluster.cpus_per_worker)
         self.run, self.spec, self.attempt, self.heartbeat = run, spec, attempt, heartbeat
         device = ray.train.torch.get_device()
@@ -103,7 +106,8 @@ class Worker:
         self.trainer = Trainer(spec, mesh, device, start_token, on_progress=heartbeat.report_progress)
         self.data = require_data_manifest(spec.data.prepared)
         self.rank = rank
-        # The first rank that asks makes Ray create the stream, which also chooses the checkpoint to start from.
+        # The first rank that makes this call causes Ray to create the stream. This also chooses the checkpoint to start
+        # from, so the call must come before `_agree_on_start`.
         self.shard = ray.train.get_dataset_shard("train")
         self.group, start_checkpoint = self._agree_on_start()
         if start_checkpoint:
@@ -133,7 +137,7 @@ class Worker:
             try:
                 self.telemetry.close("FAILED")
             except (OSError, StorageError) as e:
-                # The error that ends the training says more than this one.
+                # This error is only logged, because the error that ends the training says more about the cause.
                 LOGGER.warning("some metrics of this rank are lost: %s", e)
             raise
         self.telemetry.close("FINISHED" if self.trainer.step == self.spec.train.steps else "KILLED")
@@ -194,7 +198,8 @@ class Worker:
         if self.rank == 0:
             run_events = events.read(self.run)
             group = 1 + sum(e["event"] == "started" for e in run_events)
-            # On an object store, an event of an earlier attempt may come last, if the clock of its writer was ahead.
+            # On an object store, an event of an earlier attempt may come last, if the clock of its writer was ahead. So
+            # the events are sorted by attempt.
             restoring_events = sorted(
                 (e for e in run_events if e["event"] == "restoring"), key=lambda e: e.get("attempt", 0)
             )
@@ -258,11 +263,12 @@ class Worker:
         loss, balance, dropped, sent_rows, least_rows, sent_counts, sent_between_nodes = totals.sum(0).tolist()
         data_wait, exchange_wait, stop_flag, preemption_flag, failure_flag = maxima.max(0).values.tolist()
         if failure_flag:
-            # Ranks learn of a failed checkpoint at different moments. All must raise at the same step, or the others
-            # would wait in their next collective operation.
+            # Ranks learn of a failed checkpoint at different moments, but all must raise at the same step. Otherwise
+            # those that went on would wait for the others in their next collective operation.
             self.saver.wait()
         count_LE = routes.sum(0).long().view_as(sums.count_LE)
-        # The j-th micro-batch of rank r is micro-batch j * world + r of the step.
+        # The j-th micro-batch of rank r is micro-batch j * world + r of the step, so the transposed digests are in the
+        # step's order.
         digest = combine_digests(int(d) for d in digests.T.flatten())
         total_sent = SentBytes(int(sent_rows), int(sent_counts), int(sent_between_nodes))
         step_totals = StepTotals(sums.targets, loss, balance, dropped, count_LE, total_sent, int(least_rows), digest)
@@ -338,7 +344,7 @@ class _TimedBatches:
 
 def _start_transfer(part: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Return the tensor `part` on the device; the copy does not wait for work that is queued on the device."""
-    # Only a copy from pinned memory is asynchronous.
+    # A copy to a GPU is asynchronous only from pinned memory.
     return part.to(device) if device.type == "cpu" else part.pin_memory().to(device, non_blocking=True)
 
 

@@ -37,9 +37,10 @@ class WorkerFailureCallback(ray.train.UserCallback):
     def after_exception(self, run_context: object, worker_exceptions: Mapping[int, Exception]) -> None:
         """Record the failure of these ranks, with the reason and the last log lines of the rank that caused it."""
         if all(isinstance(error, PreemptedError) for error in worker_exceptions.values()):
-            # The workers recorded the preemption themselves.
+            # The workers have recorded the preemption themselves, as an event.
             return
-        # While nodes are preempted, Ray Train reports the same failed ranks at every poll.
+        # While nodes are preempted, Ray Train reports the same failed ranks at every poll. Only the first report is
+        # recorded.
         (previous_ranks, previous_time), current_time = self._last_failure, time.monotonic()
         self._last_failure = frozenset(worker_exceptions), current_time
         if previous_ranks == frozenset(worker_exceptions) and current_time - previous_time < DUPLICATE_SECONDS:
@@ -50,7 +51,8 @@ class WorkerFailureCallback(ray.train.UserCallback):
         fields = {"rank": rank, "ranks": len(worker_exceptions), "reason": failure_reason(root_cause)}
         try:
             worker = _recorded_worker(run, rank)
-            # The message of an error of this package is complete; the log has only its traceback.
+            # If the error is one of this package, its message is complete. The log lines would only repeat it with a
+            # traceback.
             lines = [] if isinstance(root_cause, MhmoeError) else _last_lines(worker)
             events.record(run, "lost", **fields, host=worker.get("host"), lines=lines)
         except (OSError, StorageError) as e:
@@ -79,7 +81,8 @@ def root_cause_rank(errors: Mapping[int, Exception]) -> int:
 
     def priority(rank: int) -> tuple[bool, bool, bool, int]:
         error = errors[rank]
-        # When one rank fails, the others fail in their collective operations with it.
+        # When one rank fails, the other ranks fail in their collective operations with it. So an error of a collective
+        # operation is rarely the root cause.
         is_collective_error = re.search(
             r"gloo|nccl|connection (closed|reset)|timed out waiting", str(error), re.IGNORECASE
         )
@@ -98,7 +101,8 @@ def failure_reason(error: Exception) -> str:
     if hasattr(error, "health_check_failure"):
         error = error.health_check_failure
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        # The last line of Ray's message has a kind, a detail, and guesses about common causes.
+        # The last line of Ray's message has a kind, a detail, and guesses about common causes. The guesses are left
+        # out.
         match = re.search(
             r"Worker exit type: (\w+) Worker exit detail: (.*?)( Some common causes.*)?$", (lines or [""])[-1]
         )

@@ -27,4 +27,6 @@ def test_all_durations_use_device_clock(tmp_path, monkeypatch):
     figures = checkpoints.measure(tiny_spec(), 2, tmp_path, Hardware(device, "here", 1))
     assert devices == [device]
     assert figures.steps == figures.steps_while_writing == figures.torch_save == [1.0, 1.0]
-    assert figures.committed == [3.0, 3.0]  # the step meanwhile reads the clock twice
+    # The clock ticks at each read. After the start it is read twice by the step that runs meanwhile, and once at the
+    # end.
+    assert figures.committed == [3.0, 3.0]

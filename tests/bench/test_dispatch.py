@@ -29,14 +29,17 @@ def test_dispatch_sends_expected_bytes(tmp_path):
     assert list(layers) == ["SMoE", "fine-grained x 2", "fine-grained x 8", "MH-MoE h 2", "MH-MoE h 3"]
     for layer in layers.values():
         experts, expected = layer["moe"]["experts"], layer["expected"]
-        # The expected bytes include numbers of rows, of 8 bytes each. In flat dispatch, each of 4 ranks sends one for
-        # each expert of the 2 ranks on the other node; in hierarchical dispatch, each rank sends 2.
+        # The expected bytes include numbers of rows of 8 bytes each, which `counted` leaves out. In flat dispatch, each
+        # of 4 ranks sends one number for each expert of the 2 ranks on the other node. In hierarchical dispatch, each
+        # rank sends 2 numbers.
         assert layer["flat"]["counted"] == expected["flat"] - 4 * 2 * experts // 4 * 8
         assert layer["hierarchical"]["counted"] == expected["hierarchical"] - 4 * 2 * 8
         assert len(layer["flat"]["seconds"]) == len(layer["hierarchical"]["seconds"]) == 1
     ratio = {name: layer["expected"]["hierarchical"] / layer["expected"]["flat"] for name, layer in layers.items()}
-    assert ratio["SMoE"] > 1  # there are no bytes to save, and gates are sent too
-    # Nearly every row has experts on the other node: 4 of 8 on average, but the row is sent once.
+    # With one expert per row, hierarchical dispatch saves no bytes, and it also sends gates.
+    assert ratio["SMoE"] > 1
+    # Nearly every row has experts on the other node, on average 4 of its 8. Flat dispatch sends the row to each of the
+    # 4, and hierarchical dispatch sends it once.
     assert ratio["fine-grained x 8"] == pytest.approx(0.25, abs=0.02)
     assert "fine-grained x 8" in result.err
 
@@ -85,7 +88,8 @@ def test_slow_link_carries_expected_bytes(tmp_path):
             link_bytes, expected = layer[dispatch]["over_link"], layer["expected"][dispatch]
             assert len(link_bytes) == 3
             assert all(1 < count / expected < 1.04 for count in link_bytes), (layer["layer"], dispatch)
-            # All bytes but those of a burst pass the link at its rate, about half of them in each direction.
+            # All bytes but those of a burst pass the link at its rate. About half of them go in each direction, at the
+            # same time.
             assert min(layer[dispatch]["seconds"]) > (0.45 * expected - 256e3) * 8 / 400e6
 
 
@@ -99,7 +103,8 @@ def test_link_is_removed_on_signal(tmp_path, number):
         cwd=tmp_path,
         stderr=subprocess.PIPE,
         start_new_session=True,
-        # Tests that run in the background hand down an ignored SIGINT, which a terminal does not.
+        # Tests that run in the background ignore SIGINT, and the child would inherit this, so the signal would not end
+        # it.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 60

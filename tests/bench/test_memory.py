@@ -40,8 +40,8 @@ def test_linear_layer_matches_hand_count():
         x.grad = layer.weight.grad = None
 
     memory = footprint(layer, lambda: layer(x), backward)
-    assert memory.saved_bytes == 4 * 32 * 96  # x; the weight is not counted
-    # The result and its gradient, and the gradients of x and of the weight.
+    assert memory.saved_bytes == 4 * 32 * 96  # x is saved; the weight is not counted
+    # At the peak there are the result and its gradient, and the gradients of x and of the weight.
     assert memory.peak_bytes == 4 * (2 * 32 * 160 + 32 * 96 + 160 * 96)
 
 
@@ -49,9 +49,9 @@ def test_dense_swiglu_matches_hand_count():
     T, d, f = 64, 48, 160
     case = Case(our_layers(Shape(T, d, 4, 2, f // 2), [], False, ["auto"], CPU)[0][0], Shape(T, d), "float32", CPU)
     memory = footprint(case.module, case.forward, case.backward)
-    assert memory.saved_bytes == 4 * T * (d + 4 * f)  # x, gate, silu(gate), up, and the product
-    # The peak is in the backward pass: the saved hidden rows, y and its gradient, the gradient of the down projection,
-    # and the gradients of the product and of one of its factors.
+    assert memory.saved_bytes == 4 * T * (d + 4 * f)  # x, gate, silu(gate), up and silu(gate) * up are saved
+    # The peak is in the backward pass. At that time there are the saved hidden rows, y and its gradient, the gradient
+    # of the down projection, and the gradients of silu(gate) * up and of one of its factors.
     assert memory.peak_bytes == 4 * (T * (2 * d + 6 * f) + d * f)
 
 
@@ -78,7 +78,8 @@ def test_static_memory_is_quadratic_and_dropless_memory_linear():
     growth = {}
     for name in ("SMoE", "MH-MoE h 2", "SMoE static", "MH-MoE h 2 static"):
         low, middle, high = layer_peaks(name)
-        growth[name] = (high - middle) / (middle - low)  # 2 if linear, 4 if quadratic; constants cancel
+        # The ratio is 2 for linear and 4 for quadratic growth, and constant bytes cancel.
+        growth[name] = (high - middle) / (middle - low)
     assert growth["SMoE"] == pytest.approx(2, rel=0.1)
     assert growth["MH-MoE h 2"] == pytest.approx(2, rel=0.1)
     assert growth["SMoE static"] > 3.3
@@ -89,7 +90,7 @@ def test_functions_outside_module_are_counted():
     layer = nn.Linear(8, 8)
     x = torch.randn(4, 8)
     memory = footprint(layer, lambda: F.silu(layer(x)), lambda y: y.backward(torch.ones_like(y)))
-    assert memory.saved_bytes == 4 * (4 * 8 + 4 * 8)  # x, and silu's argument
+    assert memory.saved_bytes == 4 * (4 * 8 + 4 * 8)  # x and the argument of silu are saved
 
 
 @pytest.mark.gpu

@@ -50,7 +50,8 @@ def test_deepspeed_capacity_matches_our_static_routing():
 
     It divides a token's gates by the sum of those that were kept, so the test does this to our gates.
     """
-    # With other numbers of choices it drops other routes.
+    # SHAPE has two choices per token. With another number of choices, DeepSpeed drops other routes than our static
+    # routing.
     our_layer = build_mixture(SHAPE, SHAPE.plain_moe.model_copy(update={"capacity_factor": 1.0}))
     peer = _build_peer("DeepSpeed capacity", our_layer)
     x = torch.randn(1, SHAPE.tokens, SHAPE.d_model, generator=torch.Generator().manual_seed(1))
@@ -67,12 +68,13 @@ def test_peers_cost_as_much_as_dense_layer():
     assert {case.name for case in layers + skipped} == set(PEER_BY_NAME)
     dense_flops = 3 * 2 * 3 * SHAPE.tokens * SHAPE.d_model * SHAPE.top_k * SHAPE.d_expert
     for layer in layers:
-        if layer.name == "transformers grouped_mm":  # torch does not count its product
+        if layer.name == "transformers grouped_mm":  # torch does not count the FLOPs of its product
             continue
         case = Case(layer, SHAPE, "float32", CPU)
         with FlopCounterMode(display=False) as counter:
             case.run()
-        # Layers have a router. Without dropping, DeepSpeed pads all experts to the rows of the fullest.
+        # The router adds to the FLOPs of the dense layer. Without dropping, DeepSpeed also pads the rows of each expert
+        # to the number of rows of the fullest expert.
         max_ratio = 2.0 if layer.name == "DeepSpeed dropless" else 1.1
         assert dense_flops <= counter.get_total_flops() <= max_ratio * dense_flops, layer.name
 

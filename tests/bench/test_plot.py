@@ -68,7 +68,7 @@ def test_panels_show_all_layers_and_dash_extrapolated_points():
     text = figure.get_suptitle()
     for part in ("A processor, 2 threads", "bfloat16", "d 48, E 4, k 2, f 96", "dashed: not measured"):
         assert part in text
-    assert "T 32" not in text  # it is on the axis
+    assert "T 32" not in text  # the title leaves out T, which the axis shows
 
 
 def test_layers_have_different_styles():

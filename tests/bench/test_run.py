@@ -9,7 +9,7 @@ from tests.cli.run import assert_one_line, mhmoe_subprocess
 from tests.specs import tiny_spec
 
 
-@pytest.mark.slow  # tests/train compares a run with one process, and the tests below cover the rest
+@pytest.mark.slow  # the quick tests are those below, and tests/train, which compares ranks with one process
 @pytest.mark.ray
 def test_run_and_loop_end_with_same_loss(project):
     previous_files = sorted(project.rglob("*"))

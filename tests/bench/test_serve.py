@@ -125,7 +125,9 @@ def test_failed_contestant_reports_cause(served_model):
 
 def test_hanging_contestant_is_ended_and_named(served_model, monkeypatch):
     monkeypatch.setattr(child, "ANSWER_TIMEOUT", 0.1)
-    monkeypatch.setattr(child, "EXIT_TIMEOUT", 3.0)  # tests in the background hand down an ignored SIGINT
+    # In tests that run in the background, the contestant inherits an ignored SIGINT, so it is killed after this
+    # timeout.
+    monkeypatch.setattr(child, "EXIT_TIMEOUT", 3.0)
     contestant = Child("torch", served_model)
     with pytest.raises(JobError, match="bench serve, torch: it has not answered in 0 s"), contestant:
         pass

@@ -17,7 +17,7 @@ def test_models_at_half_width_have_follow_up_papers_expert_counts():
     plain, *other_sizes = (compute_sizes(m) for m in models.values())
     for model_sizes in other_sizes:
         assert model_sizes.parameters == pytest.approx(plain.parameters, rel=0.025)
-        # Both papers match compute without routers.
+        # Both papers match compute without counting the routers.
         assert (
             model_sizes.macs_per_token - model_sizes.router_macs_per_token
             == plain.macs_per_token - plain.router_macs_per_token

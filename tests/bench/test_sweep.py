@@ -21,7 +21,7 @@ def test_exact_points_determine_the_law(a, b):
     points = [(t, law(t)) for t in (1024, 2048, 4096, 8192)]
     assert extrapolate(points, 65536) == pytest.approx(law(65536), rel=1e-6)
     assert extrapolate(points[:2], 65536) == pytest.approx(law(65536), rel=1e-6)
-    # The result is proportional to the values.
+    # Three times the values must give three times the result.
     assert extrapolate([(t, 3 * y) for t, y in points], 65536) == pytest.approx(3 * law(65536), rel=1e-6)
 
 
@@ -75,7 +75,8 @@ def test_only_static_routing_is_extrapolated_over_tokens(monkeypatch):
     for series_figures in result.series.values():
         assert list(series_figures) == [64, 128, 256, 512]
         assert all(f.seconds if not f.is_extrapolated else not f.seconds for f in series_figures.values())
-    # Bytes are exact: the law from up to 256 rows must give those at 512 rows.
+    # Bytes do not vary between measurements, so the law that was fitted up to 256 rows must give the measured bytes at
+    # 512 rows.
     monkeypatch.setattr(measure, "STATIC_ROWS", 1024)
     measured_sweep = sweep(Request(TINY, [2], "float32", 1, static=True), "tokens", [512], HARDWARE, lines.append)
     for name in ("SMoE static", "MH-MoE h 2 static"):
@@ -93,7 +94,7 @@ def test_each_axis_changes_its_own_size(axis, points):
     moe_by_point = {point: f.moe for point, f in series[multi_head if axis == "heads" else "SMoE"].items()}
     key = {"experts": "experts", "top-k": "top_k", "heads": "heads"}[axis]
     assert {value: getattr(moe, key) for value, moe in moe_by_point.items()} == {value: value for value in points}
-    if axis == "heads":  # one head is the plain layer
+    if axis == "heads":  # with one head, the multi-head layer is the plain layer
         assert series["MH-MoE"][1].moe == series["SMoE"][1].moe
     assert set(result.growth) == set(series)
     assert np.isfinite(list(result.growth.values())).all()
@@ -104,8 +105,8 @@ def test_growth_uses_measured_points_only(monkeypatch):
     result = sweep(
         Request(TINY, [2], "float32", 1, static=True), "tokens", [16, 32, 64, 128], HARDWARE, lambda line: None
     )
-    assert "SMoE static" in result.growth  # 16 and 32
-    assert "MH-MoE h 2 static" not in result.growth  # 16 alone
+    assert "SMoE static" in result.growth  # measured at 16 and 32 tokens
+    assert "MH-MoE h 2 static" not in result.growth  # measured at 16 tokens only
     measured_values = [(point, result.series["SMoE static"][point].median) for point in (16, 32)]
     assert result.growth["SMoE static"] == pytest.approx(fit_exponent(measured_values))
 

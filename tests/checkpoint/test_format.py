@@ -43,7 +43,7 @@ def assert_same(actual, expected):
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
 def test_torch_reads_our_files(tmp_path):
     save_tensors(tmp_path / "weights", TENSORS)
-    # torch's reader slices each tensor, which fails for a scalar.
+    # The scalar is left out, because torch's reader slices each tensor, which fails for a scalar.
     loaded = empty_copies({name: t for name, t in TENSORS.items() if t.ndim})
     dcp.load(loaded, storage_reader=HuggingFaceStorageReader(str(tmp_path / "weights")), no_dist=True)
     assert_same(loaded, {name: TENSORS[name] for name in loaded})

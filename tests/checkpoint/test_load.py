@@ -111,7 +111,7 @@ def test_checkpoint_of_any_strategy_continues_with_any_other(checkpoint_by, unin
     if "zero" in saver + loader:
         pytest.importorskip("deepspeed")
     checkpoint = checkpoint_by(saver)
-    expected = jobs.load_and_describe(tiny_spec(), checkpoint)  # this process is the only one
+    expected = jobs.load_and_describe(tiny_spec(), checkpoint)  # this process loads it as the only rank
     spec = tiny_spec(cluster=CLUSTERS[loader])
     for result in run_ranks(CLUSTERS[loader]["workers"], jobs.load_and_describe, spec, checkpoint, 3):
         for part in ("weights", "moments"):

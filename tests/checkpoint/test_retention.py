@@ -46,7 +46,8 @@ def test_newest_checkpoints_are_kept(run):
 
 
 def test_best_checkpoint_is_kept(run):
-    record_losses(run, (10, 5.0), (20, 3.0), (25, 1.0), (40, 4.0))  # step 25 has no checkpoint
+    # Step 25 has the lowest loss but no checkpoint, so the best checkpoint is that of step 20.
+    record_losses(run, (10, 5.0), (20, 3.0), (25, 1.0), (40, 4.0))
     assert short_names(removable_checkpoints(run, 1)) == ["10.1", "30.1", "30.2", "40.2"]
     assert short_names(removable_checkpoints(run, 2)) == ["10.1", "30.1", "30.2"]
 
@@ -71,7 +72,7 @@ def test_history_is_read_once(run):
     run.metrics_file.unlink()
     assert short_names(retention.removable_checkpoints(20, 1.0)) == ["10.1", "30.1", "30.2", "40.2"]
     assert short_names(retention.removable_checkpoints(40, math.nan)) == ["10.1", "30.1", "30.2", "40.2"]
-    # Step 20 is repeated with a worse loss.
+    # The repeated step 20 has a worse loss, so the best checkpoint is that of step 10.
     assert short_names(retention.removable_checkpoints(20, 3.0)) == ["20.1", "30.1", "30.2", "40.2"]
 
 

@@ -33,7 +33,7 @@ def save_while_training(spec, path):
     for _ in range(3):
         states.append(full_state(trainer))
         saver.save(trainer.zero_counts())
-        jobs.train(spec, trainer, 1)  # while the checkpoint is written
+        jobs.train(spec, trainer, 1)  # this step trains while the checkpoint is written
     saver.wait()
     return states
 

@@ -43,7 +43,8 @@ def mhmoe(folder: Path, *args: str, **env: str) -> Result:
         try:
             process.join()
         finally:
-            # If a test is interrupted, the process would outlive it, and this interpreter would wait for its end.
+            # If a test is interrupted, the process must not outlive it: this interpreter would wait for the end of the
+            # process.
             process.kill()
         return Result(process.exitcode, out.read_text(), err.read_text())
 
@@ -55,12 +56,13 @@ def _run(folder: Path, args: tuple[str, ...], environment: dict[str, str], out: 
     for descriptor, path in ((1, out), (2, err)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
     sys.argv = ["mhmoe", *args]
-    # The import reads environment variables, and therefore comes after `replace_environment`.
+    # This import must come after `replace_environment`, because the module reads environment variables when it is
+    # imported.
     from mhmoe_ray.cli.app import main
 
     try:
         main()
-    # multiprocessing would print a traceback in a form of its own; this one looks as in an interpreter.
+    # Print the traceback as an interpreter does, because multiprocessing would print it in another form.
     except Exception:
         traceback.print_exc()
         sys.exit(1)

@@ -24,12 +24,12 @@ def test_bench_layer_shows_ratios_their_rounds_and_memory(tmp_path):
     assert all(len(row["seconds"]) == 2 for row in rows.values())
     assert all(0 < row["kept_for_backward"] < row["peak"] for row in rows.values())
     assert (figures["device"], figures["dtype"], figures["rounds"]) == ("cpu", "bfloat16", 2)
-    # Every peer is measured, or the report has the reason why it is not.
+    # Each peer is either measured, or the report has the reason why it is not.
     skip_reasons = {row["name"]: row["why"] for row in figures["not_measured"]}
     assert {*rows, *skip_reasons} == {*our_layers, *(peer.name for peer in PEERS)}
     assert all(rows[name]["package"] for name in rows if name not in our_layers)
     assert [row["layer"] for row in figures["paper"]] == ["SMoE", "MH-MoE h 3", "SMoE static", "MH-MoE h 3 static"]
-    # The tables appear beside the JSON, because the measurements may have taken minutes.
+    # The tables are printed to stderr in addition to the JSON, because the measurements may have taken minutes.
     for part in ("peak memory", "the paper's model", "33.98", *(f"not measured: {name}: " for name in skip_reasons)):
         assert part in result.err
 
@@ -37,7 +37,7 @@ def test_bench_layer_shows_ratios_their_rounds_and_memory(tmp_path):
 def test_bench_layer_over_an_axis_gives_tables_and_a_plot(tmp_path, capsys):
     png = tmp_path / "a.png"
     threads = torch.get_num_threads()
-    # With more threads, such small layers would mostly wait for each other.
+    # With more threads, the threads of such small layers would mostly wait for each other.
     torch.set_num_threads(1)
     layer(d_model=48, experts=4, d_expert=96, axis="tokens", points="16,32", rounds=1, png=png)
     torch.set_num_threads(threads)

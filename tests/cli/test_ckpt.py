@@ -47,7 +47,7 @@ def test_commands_that_need_a_job_refuse_an_imported_run(project, verb):
     folder, _, id_ = project
     message = f"run {id_}: it was imported, not trained here, so it has no job; serve it"
     assert_one_line(mhmoe(folder, verb, id_), 7, message)
-    # Without a name these commands skip the imported run, although it is the newest.
+    # Without the id of a run, these commands skip the imported run, although it is the newest.
     assert id_ not in mhmoe(folder, verb).err
 
 

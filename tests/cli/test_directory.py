@@ -141,7 +141,7 @@ def test_list_asks_each_cluster_once_and_does_not_wait_for_old_jobs(tmp_path, ru
         for other_run in other_runs:
             add_attempt(other_run, Attempt("job-1", address, local=False))
         try:
-            # The job ended long ago, so `outcome` need not wait for a late event of the run.
+            # The job ended long ago, so `outcome` does not have to wait for a late event of the run.
             with monkeypatch.context() as patch:
                 patch.setattr(runs.time, "sleep", lambda seconds: pytest.fail("it waits"))
                 assert outcome(other_runs[0], connect(address)).reason == "its job ended (failed): killed"
@@ -156,7 +156,7 @@ def test_list_asks_each_cluster_once_and_does_not_wait_for_old_jobs(tmp_path, ru
 
 def test_status_has_the_mean_speed_over_steps_of_unequal_tokens(tmp_path, run):
     assert mhmoe(tmp_path, "status", "--json").json()["tokens_per_s"] is None
-    # The steps take 1 and 3 seconds, for 10 and 60 tokens.
+    # The steps take 1 and 3 seconds, for 10 and 60 tokens, so the mean speed is 70 tokens in 4 seconds.
     for step, tokens, rate in ((8, 80, 10.0), (9, 140, 20.0)):
         steps = {metrics.STEP: step, metrics.TOKENS: tokens, metrics.TOKENS_PER_S: rate}
         history.append(run, {**history.last_line(run), **steps})
@@ -166,7 +166,7 @@ def test_status_has_the_mean_speed_over_steps_of_unequal_tokens(tmp_path, run):
 def test_status_shows_interruptions_and_last_lines_of_the_failed_worker(tmp_path, run):
     loss_fields = {"host": "y", "lines": ["Fatal Python error: Segmentation fault", "  File [x]"]}
     events.record(run, "hung", **HUNG_EVENT)
-    # The watchdog killed this worker, so both events are one interruption.
+    # The watchdog killed this worker, so the events `hung` and `lost` of rank 0 are one interruption.
     events.record(run, "lost", rank=0, ranks=2, reason="killed", **loss_fields)
     events.record(run, "lost", rank=1, ranks=2, reason="its process is gone: crashed", **loss_fields)
     status = mhmoe(tmp_path, "status", "--json").json()

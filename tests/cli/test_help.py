@@ -49,7 +49,7 @@ def test_every_command_has_a_help(tmp_path, verb):
 
 
 def test_dry_run_prints_the_request_and_starts_no_job(corpus):
-    # Other tests share the folder and have started runs in it.
+    # The folder may already have runs, because other tests share it and start runs in it.
     previous_runs = sorted(corpus.glob("runs/*"))
     request = mhmoe(corpus, "submit", "spec.yaml", "--dry-run").json()
     assert "-m mhmoe_ray.train.job" in request["entrypoint"]

@@ -16,7 +16,7 @@ from tests.cli.conftest import write_spec
 from tests.cli.run import assert_one_line, mhmoe
 from tests.data.texts import make_documents, write_corpus, write_documents
 
-# A job starts one or more processes for each file, so few files make a fast test.
+# There are few files, because a job starts one or more processes for each file, which takes time.
 TEXTS = {"web/a": make_documents("one", 65), "web/b": make_documents("two", 30)}
 
 
@@ -41,7 +41,7 @@ def test_inspect_of_prepared_data_agrees_with_its_manifest(project):
         prepared_row = report["prepared"]["domains"][name]
         assert row["held_out"] == prepared_row["validation_documents"] == row["documents"] - prepared_row["documents"]
         assert sum(row["lengths_in_tokens"]["octaves"].values()) == row["documents"]
-    # Prepared data counts the tokens of training documents only, with a start token each.
+    # The manifest of prepared data counts only the tokens of training documents, and a start token for each of them.
     from mhmoe_ray.data.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(project / "prepared/tokenizer.json", 300)
@@ -114,7 +114,7 @@ def test_lint_lists_warnings_and_errors(local_cluster, tmp_path):
 
 
 @pytest.mark.ray
-@pytest.mark.slow  # tests/data/inspect tests the rules
+@pytest.mark.slow  # the quick tests of the rules are in tests/data/inspect
 def test_strict_lint_of_a_spec_fails_on_a_warning(project):
     overrides = ("--set", "train.steps=2000")
     result = mhmoe(project, "data", "lint", "spec.yaml", *overrides, "--strict", "--json")
@@ -145,7 +145,7 @@ def test_raw_text_can_be_in_a_folder_of_any_name(tmp_path, monkeypatch):
 def test_mistakes_are_one_line(tmp_path):
     write_corpus(tmp_path / "raw")
     write_spec(tmp_path)
-    # The path is checked before any text is read.
+    # The path of the picture is checked before any text is read, so this command needs no cluster.
     result = mhmoe(tmp_path, "data", "inspect", "raw", "--png", "no/a.png")
     assert_one_line(result, 4, "picture no/a.png", "No such file")
     for verb in ("inspect", "lint"):

@@ -69,7 +69,7 @@ def test_follower_of_a_worker_gets_all_lines_and_ends_with_the_run(dashboard, en
     events.record(run, "started", workers=[WORKER])
     lines = logs._worker_log(run, Connection(address, True, True, None), 0, follow=True)
     assert [next(lines), next(lines)] == ["printed", "step 1"]
-    # The command checks several times meanwhile whether the run is over.
+    # The second line comes after a second. Until then, the command checks several times whether the run is over.
     threading.Timer(1, second_line_event.set).start()
     assert next(lines) == "step 2"
     if end_cause.startswith("killed"):

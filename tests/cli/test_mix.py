@@ -58,7 +58,7 @@ def test_mix_of_one_phase_has_all_figures(project):
 def test_padding_does_not_count_as_tokens(project):
     path = project / "prepared/manifest.json"
     manifest = DataManifest.model_validate_json(path.read_text())
-    manifest.domains["web/sw"].padding = 12 * 4  # 4 of the 16 of each sample
+    manifest.domains["web/sw"].padding = 12 * 4  # padding is 4 of the 16 tokens of each of 12 samples
     path.write_text(manifest.model_dump_json())
     figures = mhmoe(project, "data", "mix", "spec.yaml", "--json").json()["whole"]
     assert figures["domains"]["web/sw"]["tokens"] == 48 * 12

@@ -55,7 +55,8 @@ def test_plan_of_a_trillion_parameters_on_1024_gpus(clusterless_project):
     assert (plan["layout"]["workers"], plan["layout"]["gpus"]) == (1024, 1024)
     placement, step_estimate = plan["placement"], plan["estimate"]
     assert placement["node_of_rank"] == [f"node{rank // 8}" for rank in range(1024)]
-    assert placement["straddling_groups"] == [0, 1, 2, 3]  # 256 ranks are on 32 nodes
+    # The 256 ranks of each of the four groups are on 32 nodes.
+    assert placement["straddling_groups"] == [0, 1, 2, 3]
     assert placement["groups_apart"] == []
     assert step_estimate["memory"]["fits"]
     assert step_estimate["memory"]["needed"] == plan["memory_per_rank"]["total"]
@@ -66,7 +67,7 @@ def test_plan_of_a_trillion_parameters_on_1024_gpus(clusterless_project):
     at_peak = plan["tokens_per_step"] * plan["flops_per_token"]["training"] / 1024 / 989e12
     assert step["share_of_peak_flops_in_turn"] == pytest.approx(at_peak / step["seconds_in_turn"])
     assert 0.05 < step["share_of_peak_flops_in_turn"] < step["share_of_peak_flops_overlapped"] < 0.4
-    # The bytes that a rank sends have the same sum by exchange and by link class.
+    # The bytes that a rank sends have the same sum, whether they are added up by exchange or by link class.
     sent_bytes = sum(sum(link_bytes.values()) for link_bytes in step_estimate["traffic_per_rank"].values())
     assert sent_bytes == pytest.approx(sum(e["sent_per_step"] for e in plan["exchanges"]), rel=1e-6)
 
@@ -81,7 +82,8 @@ def test_hierarchical_dispatch_sends_less_over_slow_links(ep, nodes):
     flat, hierarchical = dispatches["flat"]["sent"], dispatches["hierarchical"]["sent"]
     miss_probability = math.prod((1024 - 1024 // nodes - i) / (1024 - i) for i in range(8))
     ratio = (nodes - 1) * (1 - miss_probability) / (8 * (nodes - 1) / nodes)
-    # A row has 3,584 values of 2 bytes. The node also gets its 8 choices and gates, and returns the gates' gradients.
+    # A row has 3,584 values of 2 bytes and is sent 4 times. A node that gets the row also gets the row's 8 expert ids
+    # and gates, and returns the gradients of the gates.
     extra_share = (8 * 8 + 8 * 4) / (4 * 3584 * 2)
     assert hierarchical["domain"] / flat["domain"] == pytest.approx(ratio * (1 + extra_share), rel=1e-4)
     assert hierarchical["domain"] < flat["domain"]
@@ -95,7 +97,7 @@ def test_dispatches_are_equal_if_groups_fit_on_a_node(clusterless_project):
     dispatches = plan["estimate"]["dispatches"]
     assert dispatches["flat"] == dispatches["hierarchical"]
     assert dispatches["flat"]["sent"]["domain"] == dispatches["flat"]["sent"]["between"] == 0
-    assert not plan["estimate"]["memory"]["fits"]  # a rank has 128 experts of each layer
+    assert not plan["estimate"]["memory"]["fits"]  # a rank has 128 experts of each layer, too many for its memory
     text = plan_output(clusterless_project, "cluster.ep=8")
     for words in ("memory: does not fit", "every group lies on one node", "and 121 more"):
         assert words in text
@@ -109,7 +111,7 @@ def test_slower_links_and_accelerators_take_longer():
     assert seconds[0] < seconds[1] < seconds[2]
     assert slow["step"]["longest"]["bound"] == "links between nodes"
     assert not slow["memory"]["fits"]
-    # The links between domains do not matter if all nodes are in one domain.
+    # If all nodes are in one domain, no link between domains is used, so its bandwidth does not matter.
     one_domain, slow_links = "cluster.network.nodes_per_domain=null", "cluster.network.between.bandwidth=1"
     assert plan_on_paper(one_domain)["estimate"] == plan_on_paper(one_domain, slow_links)["estimate"]
     assert plan_on_paper(slow_links)["estimate"]["step"]["longest"]["bound"] == "links between domains"
@@ -172,12 +174,13 @@ def test_elastic_run_starts_with_the_workers_that_fit(monkeypatch):
     spec = tiny_spec(cluster=cluster, train={"micro_batches": 8})
     assert spec.worker_counts == [2, 4, 8]
     placement = place_on_nodes(monkeypatch, spec, (3, 0), (3, 0))
-    # The nodes have room for five workers, and train/resilience.py would also start four.
+    # The nodes have room for five workers and the data stream, so the run starts with 4, the largest allowed number up
+    # to 5. DivisorScalingPolicy in train/resilience.py starts the same number.
     assert len(placement.layout.nodes) == len(placement.rank_nodes) == 4
     assert placement.shortage is None
     remarks = placement_remarks(placement)
     assert remarks[0] == ("it would start with 4 of at most 8 workers, as there is room for now, and grow later")
-    # A fourth worker would take the last CPU from the data stream.
+    # With four workers, no CPU of the four would be left for the data stream, so the run starts with two.
     assert len(place_on_nodes(monkeypatch, spec, (4, 0)).rank_nodes) == 2
     small_placement = place_on_nodes(monkeypatch, spec, (2, 0))
     assert small_placement.layout is None

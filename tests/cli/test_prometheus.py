@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.system]
 @pytest.fixture(scope="module")
 def trained_and_served(corpus, local_cluster):
     """Start a long run, and serve the checkpoint of another run; yield the long run and the server's port."""
-    # A sequence must be longer than a block of the cache.
+    # Sequences are longer than a block of the cache, so that a prompt can fill a block and be found in the cache again.
     data = {"seq_len": 256, "prepared": "longer"}
     write_spec(corpus, data=data)
     result = mhmoe(corpus, "submit", "spec.yaml")
@@ -86,7 +86,7 @@ def test_every_panel_has_data(trained_and_served, url):
     request_count = itertools.count()
 
     def empty_panels():
-        # The prompt fills a block of the cache, so that the next such prompt is a cache hit.
+        # The prompt fills a block of the cache, so that the next prompt with the same first token is a cache hit.
         body = {"prompt": [1 + next(request_count) % 3, *range(2, 200)], "max_tokens": 8}
         assert httpx.post(f"http://127.0.0.1:{port}/v1/completions", json=body, timeout=60).status_code == 200
         return [title for title, query in panels if not query_values(url, query)]

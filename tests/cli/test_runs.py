@@ -97,7 +97,7 @@ def test_logs_are_filtered_by_rank_time_and_pattern(corpus, finished):
     assert "\x1b" not in mhmoe(corpus, "logs", run.id).out
     bad_pattern_result = mhmoe(corpus, "logs", run.id, "--grep", "(")
     assert (bad_pattern_result.code, "it is no regular expression" in bad_pattern_result.err) == (2, True)
-    # The run is over, so that following ends at once.
+    # The run is over, so `--follow` ends at once.
     assert "step 30: " in mhmoe(corpus, "logs", run.id, "--rank", "0", "--follow").out
     bad_pattern_result = mhmoe(corpus, "logs", run.id, "--rank", "2")
     assert (bad_pattern_result.code, "it has ranks 0 to 1" in bad_pattern_result.err) == (7, True)
@@ -116,7 +116,8 @@ def test_metrics_are_in_the_files_of_tensorboard(finished):
 
 def test_checkpoint_is_evaluated_and_its_routes_are_counted(corpus, finished):
     run, _ = finished
-    # The job of `mhmoe eval` calls this function; the test of README's commands starts such a job.
+    # A job of `mhmoe eval` calls `run_evaluation`. This test calls it without a job, because the test of README's
+    # commands starts such a job.
     process = FORKED.Process(
         target=run_evaluation, args=(make_request(run, None, [], [], None, [], [], None, None), print)
     )
@@ -146,7 +147,8 @@ def test_checkpoint_is_evaluated_and_its_routes_are_counted(corpus, finished):
     assert (corpus / "out" / "report.html").stat().st_size > 10_000
 
 
-# Faster tests cover the parts: tests/evaluate/test_harness.py the unknown task, tests/cli/test_errors.py a job's error.
+# Faster tests cover the two parts: tests/evaluate/test_harness.py covers the unknown task, and tests/cli/test_errors.py
+# covers the error of a job.
 @pytest.mark.slow
 def test_unknown_lm_eval_task_is_one_line_of_the_job(corpus, finished):
     result = mhmoe(corpus, "eval", finished[0].id, "--tasks", "no-such-task")
@@ -181,7 +183,7 @@ def test_run_is_stopped_before_it_trains(corpus, local_cluster):
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
-        # Tests that run in the background ignore SIGINT, and a child would inherit that.
+        # Tests that run in the background ignore SIGINT, and the child would inherit this, so Ctrl-C would not end it.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
@@ -297,7 +299,7 @@ def test_no_secret_is_in_a_log_a_run_directory_or_a_command_line(corpus, local_c
         assert httpx.post(f"{url}/v1/completions", json=body, headers=header).status_code == status
     verbs = (f"status {run.id}", "list", f"logs {run.id}", "serve status", "cluster status", "doctor")
     results = [submit_result, deploy_result, *(mhmoe(corpus, *verb.split(), **KEYS) for verb in verbs)]
-    # Every user of the machine can list these with ps.
+    # Every user of the machine can list the command lines with ps, so they must not contain a secret.
     command_lines = "\n".join(" ".join(p.info["cmdline"] or ()) for p in psutil.process_iter(["cmdline"]))
     assert "ServeReplica" in command_lines
     secrets = {"the cluster's token": tokens.own_token().value, "a client's key": KEY}
@@ -316,7 +318,7 @@ def _read(path: Path) -> bytes:
     """Return the content of a file, or nothing if it cannot be read."""
     try:
         return path.read_bytes()
-    # The file may have been removed meanwhile.
+    # The file may have been removed since it was listed.
     except OSError:
         return b""
 
@@ -344,7 +346,7 @@ def test_run_too_large_for_the_cluster_is_refused_at_once(corpus):
     previous_runs = sorted(corpus.glob("runs/*"))
     start_time = time.monotonic()
     result = mhmoe(corpus, "submit", "spec.yaml", "--set", "cluster.gpus_per_worker=1")
-    # It takes 5 s on a machine where nothing else runs.
+    # The command takes 5 s on a machine where nothing else runs; the limit allows for a busy machine.
     assert time.monotonic() - start_time < 30
     assert_one_line(result, 5, "it needs 2 workers with 1 CPU and 1 GPU each, and the cluster has no GPU")
     assert sorted(corpus.glob("runs/*")) == previous_runs

@@ -15,7 +15,7 @@ def test_large_sample_without_clients_names_missing_packages(tmp_path):
     assert warnings[0].startswith("warning: packages of Debian: there is no apt-get here; ")
     assert warnings[1].startswith("warning: package")
     assert "PyPI" in warnings[1]
-    # The texts of installed packages need no download.
+    # These four domains exist nevertheless, because their texts come from installed packages and need no download.
     assert sorted(p.name for p in (tmp_path / "out" / "redpajama").iterdir()) == [
         "book",
         "c4",

@@ -92,7 +92,7 @@ def test_interrupted_deploy_leaves_a_record_of_the_application(tmp_path, run, fu
         cwd=tmp_path,
         stderr=subprocess.PIPE,
         text=True,
-        # Tests that run in the background ignore SIGINT, and a child would inherit that.
+        # Tests that run in the background ignore SIGINT, and the child would inherit this, so Ctrl-C would not end it.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:

@@ -99,11 +99,11 @@ def test_sweep_runs_all_variants_and_repeating_it_adds_new_ones(project, local_c
     with file.open("a") as f:
         f.write('{"text": ')
     torn_variant = {**DENSE, "data.sources.web.path": "torn", "data.prepared": "of-torn"}
-    # It needs more text than the source has.
+    # This variant needs more text than its source has, so its run fails.
     impossible_variant = {**DENSE, "data.sources.web.max_epochs": 0.01}
     write_sweep(project, runs={"torn": torn_variant, "wrong": impossible_variant})
     first_result = mhmoe(project, "sweep", "sweep.yaml")
-    # The job starts the other runs before it reports the data that it could not prepare.
+    # The job starts the other run before it reports the data that it could not prepare, so that run exists.
     assert_one_line_after_progress(first_result, 4, file.name)
     [run] = list_runs(project / "runs")
     assert (run.name, events.state(events.read(run))) == ("heads-wrong-s0", "failed")
@@ -111,9 +111,9 @@ def test_sweep_runs_all_variants_and_repeating_it_adds_new_ones(project, local_c
     second_result = mhmoe(project, "sweep", "sweep.yaml")
     assert_one_line_after_progress(second_result, 9, "wrong-s0 failed")
     failed_run = sweep_dir(project / "runs", "heads-small").runs()["wrong-s0"]
-    # A failed run is started again.
+    # The second sweep has started the failed run again.
     assert [e["event"] for e in events.read(failed_run)].count("submitted") == 2
-    # Runs that the file no longer has stay in the table, and finished runs stay finished.
+    # A run that the file no longer has stays in the table, and a finished run stays finished.
     write_sweep(project, runs={"h1": ONE_HEAD})
     rows = {row["variant"]: row for row in mhmoe(project, "sweep", "sweep.yaml", "--show", "--json").json()}
     assert {name: row["states"] for name, row in rows.items()} == {"h1": {"finished": 1}, "wrong": {"failed": 1}}
@@ -122,7 +122,8 @@ def test_sweep_runs_all_variants_and_repeating_it_adds_new_ones(project, local_c
     loss = history.last_line(runs["h1-s0"])[metrics.VAL_LOSS]
     assert rows["h1"]["losses"] == {"0": loss}
     assert rows["wrong"]["parameters_ratio"] == 1 < rows["h1"]["parameters_ratio"]
-    # A terminal shows a bar. Finished runs are neither trained again nor looked up at their cluster, which is gone.
+    # In a terminal, the command shows a bar. It neither trains finished runs again nor asks their cluster, so it
+    # succeeds although the address of that cluster is now a wrong one.
     for run in runs.values():
         state = json.loads(run.attempts_file.read_text())
         state["attempts"][-1]["address"] = "http://127.0.0.1:1"
@@ -174,7 +175,8 @@ def test_sweep_survives_the_death_of_its_job_and_of_workers(project, wide_cluste
     runs = directory.runs()
     assert len(runs) == len({run.id for run in runs.values()}) == len(list_runs(project / "runs")) == 12
     assert all(step_of(run) == 20 for run in runs.values())
-    # Finished runs did not start again, and the run of the killed worker continued.
+    # The 12 runs have 13 starts: finished runs did not start again, and only the run of the killed worker started
+    # twice.
     assert {name: start_events(runs[name]) for name in finished_starts} == finished_starts
     assert sum(len(start_events(run)) for run in runs.values()) == 13
     start_time = time.monotonic()
@@ -207,7 +209,7 @@ def test_stopped_sweep_starts_no_more_runs_and_continues_later(project, local_cl
     stop_result = mhmoe(project, "sweep", "sweep.yaml", "--stop")
     assert stop_result.code == 0, stop_result.err
     assert "dense-s0: stopping after a checkpoint" in stop_result.err
-    # The command that follows the sweep ends and does not start the job again.
+    # The command that follows the sweep must end, and it must not start the job again.
     follower.communicate(timeout=120)
     assert len(directory.order_names()) == 1
     wait_until(lambda: events.state(events.read(run)) == "stopped", "the end of the first run")
@@ -231,7 +233,7 @@ def test_stopped_run_stays_stopped_after_a_restart_of_the_sweeps_job(project, lo
     [driver] = driver_processes(project)
     driver.kill()
     wait_until(lambda: len(directory.order_names()) == 2, "the second job")
-    # The second job must have seen that the run is alive.
+    # Before the test stops the run, the second job must have seen that the run is alive, so give it time.
     time.sleep(15)
     assert mhmoe(project, "stop", run.id).code == 0
     out, err = follower.communicate(timeout=120)
@@ -243,7 +245,7 @@ def test_stopped_run_stays_stopped_after_a_restart_of_the_sweeps_job(project, lo
 @pytest.mark.ray
 @pytest.mark.slow
 def test_sweep_on_s3_is_trained_and_found_finished(project, s3, wide_cluster):
-    # The cluster was started after the S3 server and has its credentials.
+    # The cluster has the credentials of the S3 server, because it was started after the fixture `s3` had set them.
     query, _ = s3
     storage = f"s3://bucket/sweeps?{query}"
     write_sweep(project, runs={"dense": DENSE, "h1": ONE_HEAD})

@@ -79,7 +79,7 @@ def replica_states(connection, name):
 
 def is_port_free(port):
     """Return whether a process could listen on a port of this machine now."""
-    # After its end, Serve's proxy process may hold the port for a while.
+    # Serve ends without waiting for the process of its proxy, which may hold the port for a while.
     with socket.socket() as s:
         s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

@@ -24,7 +24,7 @@ def wait_for_free_gpus(connection: Connection, gpus: int) -> list[Node]:
     Raises:
         SystemExit: After a minute it still reports another number.
     """
-    # Ray updates the free resources only every few seconds.
+    # Ray updates the free resources only every few seconds, so the first reports may be old.
     deadline = time.monotonic() + 60
     nodes: list[Node] = []
     while time.monotonic() < deadline:
@@ -38,7 +38,8 @@ def wait_for_free_gpus(connection: Connection, gpus: int) -> list[Node]:
 def main() -> None:
     """Start the cluster, place the workers of both runs, and print the forecast and the actual domains of each."""
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": True})
-    for gpus, cpus in ((6, 8), (2, 3), (4, 6)):  # never equally free: among equal nodes Ray's order is arbitrary
+    # Nodes are never equally free, because Ray's order of equally free nodes is arbitrary.
+    for gpus, cpus in ((6, 8), (2, 3), (4, 6)):
         cluster.add_node(num_cpus=cpus, num_gpus=gpus, labels={"rack_id": f"rack of {gpus}"})
     url = ray.init(address=cluster.address, logging_level="ERROR").dashboard_url
     connection = Connection(f"http://{url}", False, False, None)

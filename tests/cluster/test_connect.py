@@ -31,7 +31,8 @@ def no_cluster(tmp_path, monkeypatch):
 
 @pytest.mark.ray
 def test_connect_without_an_address_uses_the_local_cluster(local_cluster, monkeypatch):
-    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")  # an address of Ray's own protocol, which we ignore
+    # This is an address of Ray's own protocol, not the URL of a dashboard, so it must be ignored.
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
     connection = connect()
     assert connection.address == local_cluster.address
     assert connection.local

@@ -44,7 +44,8 @@ def test_wrong_ray_version_is_an_error(monkeypatch):
 
 @pytest.mark.cpu
 def test_unknown_cpu_level_is_an_error(monkeypatch, request):
-    # An earlier test may have loaded the kernel's library, and later ones must not find the error of this one.
+    # The process caches the kernel's library, or the error of loading it. An earlier test may have loaded the library,
+    # and later tests must not find the error of this test.
     build._library_or_error.cache_clear()
     request.addfinalizer(build._library_or_error.cache_clear)
     monkeypatch.setenv("MHMOE_CPU_LEVEL", "sse9")
@@ -82,7 +83,7 @@ def test_unreadable_folders_in_the_storage_are_ignored():
         (Path(shared) / "dangling").symlink_to("nowhere")
         user_id = os.geteuid()
         if user_id == 0:
-            os.seteuid(65534)  # root could read every folder
+            os.seteuid(65534)  # root could read the closed folders too
         try:
             assert level_by_check(doctor.storage_findings(Path(shared))) == {"storage": "ok"}
         finally:
@@ -113,7 +114,8 @@ def test_open_dashboard_is_a_warning(tmp_path):
     """The dashboard is one of `ray start`, which by default everybody who reaches it can use without a token."""
     gcs_port, dashboard_port, client_port, *metric_ports = map(str, free_ports(5))
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats"]
-    ray_folder = tempfile.TemporaryDirectory(dir="/tmp")  # paths of sockets below it may have at most 103 characters
+    # The folder is directly in /tmp, because paths of Ray's sockets below it may have at most 103 characters.
+    ray_folder = tempfile.TemporaryDirectory(dir="/tmp")
     command += [f"--temp-dir={ray_folder.name}", "--num-cpus=1", "--object-store-memory=80000000", f"--port={gcs_port}"]
     command += [
         "--dashboard-host=0.0.0.0",

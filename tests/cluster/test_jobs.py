@@ -28,7 +28,7 @@ def _wait(connection, job):
 
 @pytest.mark.ray
 def test_job_runs_and_its_log_can_be_followed(connection, monkeypatch):
-    # Ray's client would prefer this address to the one that it is given.
+    # Ray's client prefers the address in this variable to its argument, so our code has to hide the variable from it.
     monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:1")
     code = "import sys, time; print('one'); time.sleep(1); print(sys.executable); print('last', end='')"
     _submit(connection, "trip", code, metadata={"run": "r"})
@@ -59,7 +59,7 @@ def test_stop_ends_a_job_and_can_be_repeated(connection):
     lines.close()
     jobs.stop(connection, "stops")
     assert _wait(connection, "stops") == "STOPPED"
-    jobs.stop(connection, "stops")  # again: no error
+    jobs.stop(connection, "stops")  # stopping a stopped job is no error
 
 
 @pytest.mark.ray
@@ -96,12 +96,14 @@ def test_jobs_on_other_clusters_import_the_packages_that_were_sent(connection):
 def test_second_start_of_an_attempt_does_not_record_a_failure(connection, tmp_path):
     run = create_run(tiny_spec(tmp_path).model_copy(update={"name": "twice"}))
     job = start_attempt(run, run.spec(), connection)
-    run.attempts_file.unlink()  # as if another process had read it before the first start
+    # Without the file, the second start gets the number of the first, as in a process that read the file before the
+    # first.
+    run.attempts_file.unlink()
     with pytest.raises(JobError, match=f"job {job}: .*already exists"):
         start_attempt(run, run.spec(), connection)
     add_attempt(
         run, Attempt(job, connection.address, True)
-    )  # a newer attempt, so the job of the first one ends at once
+    )  # the run now has a newer attempt, so the job of the first attempt ends at once
     _wait(connection, job)
     run.attempts_file.unlink()
     unreachable = dataclasses.replace(connection, address="http://127.0.0.1:1")
@@ -120,11 +122,14 @@ def test_unknown_job_has_not_failed_while_it_may_still_be_submitted(connection, 
         return outcome(run, connection)
 
     assert outcome_of_attempt(False, 30) is None
-    events.record(run, "began", attempt=1)  # so the job had reached the cluster
+    events.record(run, "began", attempt=1)  # the job began, so the cluster must have known it
     with pytest.raises(ClusterError, match=r"it knows no job unknown, but the run wrote something \d+ s ago"):
-        outcome(run, connection)  # the address, of a tunnel for example, may lead to another cluster now
-    assert outcome_of_attempt(True, 12) is None  # a submission takes some seconds after it was recorded
-    # To the local cluster nothing large is sent, and no other cluster has its address.
+        # The cluster does not know the job, so the address, for example of a tunnel, may lead to another cluster now.
+        outcome(run, connection)
+    # The submission may still go on: it takes some seconds after the attempt was recorded.
+    assert outcome_of_attempt(True, 12) is None
+    # After 30 s without a job the attempt has failed, because nothing large is sent to the local cluster, and no other
+    # cluster has its address.
     assert outcome_of_attempt(True, 30).state == "failed"
     os.utime(run.events_file, (0, 0))
     assert outcome_of_attempt(False, 1000).state == "failed"

@@ -17,7 +17,8 @@ from mhmoe_ray.cluster.tokens import own_token, token_file
 from mhmoe_ray.errors import ClusterError
 from tests.watch import wait_until
 
-# This code ignores SIGTERM, and starts a process in another session that does so too and whose parent has ended.
+# This code ignores SIGTERM. It also starts an orphan: a process in another session, whose parent has ended, and which
+# ignores SIGTERM too.
 STUBBORN = """
 import os, signal, time
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -69,7 +70,7 @@ def _is_private_folder(folder):
 @pytest.mark.ray
 def test_running_cluster_is_found_and_reused(local_cluster):
     assert find_local() == local_cluster
-    assert start_local(4) == local_cluster  # it has 8 CPUs already
+    assert start_local(4) == local_cluster  # the running cluster has 8 CPUs, which are enough
 
 
 @pytest.mark.ray
@@ -81,7 +82,8 @@ def test_cluster_is_private_to_its_user(local_cluster):
     assert len(members) > 5
     assert all(own_token().value not in _command_line(p) for p in members)
     assert set.union(*(_listening_addresses(p) for p in members)) == {"127.0.0.1"}
-    # Sockets are files below folders that nobody else can enter. Abstract sockets, which have no file, would fail here.
+    # All Unix sockets must be files below folders that only their owner can enter. An abstract socket has no file, so
+    # it would fail this test.
     socket_paths = {path for p in members for path in _socket_files(p)}
     assert any("raylet" in path for path in socket_paths)
     assert [path for path in socket_paths if not any(_is_private_folder(folder) for folder in Path(path).parents)] == []
@@ -95,7 +97,7 @@ def test_stop_ends_every_process_of_one_cluster_and_none_of_another(local_cluste
     ]
     assert len(servers) == 2
 
-    # Two commands at the same time start one cluster together.
+    # Two commands that start a cluster at the same time must end up with one cluster.
     code = "from mhmoe_ray.cluster.local import start_local; print(start_local(2).pid)"
     commands = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(2)]
     pids = {command.communicate()[0] for command in commands}
@@ -142,7 +144,7 @@ def test_stale_record_is_cleaned_up(pid, tmp_path, monkeypatch):
         assert find_local() is None
         assert not stale_cluster.folder.exists()
         assert not (tmp_path / RECORD).exists()
-        assert leftover.wait(5) == -9 or leftover.returncode == 0  # psutil may have reaped it
+        assert leftover.wait(5) == -9 or leftover.returncode == 0  # the code is 0 if psutil has reaped the process
         assert other_process.poll() is None
     finally:
         for process in (leftover, other_process):

@@ -74,7 +74,8 @@ def test_named_clusters_with_one_address_have_their_own_tokens(tmp_path):
     connect.use("prod")
     assert _token(tunnel, _find_named_cluster("lab")).value == "lab"
     assert _token(tunnel, _find_named_cluster(None)).value == "prod"
-    assert _token(tunnel, _find_named_cluster(tunnel)).value == "prod"  # a run records only the address
+    # A run records only the address, so of the clusters with this address the current one is taken.
+    assert _token(tunnel, _find_named_cluster(tunnel)).value == "prod"
     assert _token(tunnel, _find_named_cluster("bare")) is tokens.user_token()
 
 

@@ -8,7 +8,7 @@ import psutil
 from mhmoe_ray.cluster import spawn
 from tests.watch import LIMIT, wait_until
 
-# This code never reaps its child, like the first process of some containers.
+# This code never reaps its child, like the first process of some containers, so the ended child stays a zombie.
 CARELESS = """
 import subprocess, time
 child = subprocess.Popen(["true"])

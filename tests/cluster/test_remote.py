@@ -28,7 +28,7 @@ RUNTIME_ENV = {"env_vars": {"PYTHONPATH": str(Path.cwd())}}
 def test_job_returns_its_progress_lines_and_its_result(local_cluster):
     lists = {
         f"é{i}": [i, *range(2_000)] for i in range(100)
-    }  # a result longer than the pieces in which Ray sends a log
+    }  # the result is longer than the pieces in which Ray sends a log
     job = remote.submit(connect(local_cluster.address), RUNTIME_ENV, SumRequest(numbers=lists))
     assert list(job.progress()) == ["sum: of 100 lists"]
     assert job.result("the sums") == {name: sum(numbers) for name, numbers in lists.items()}
@@ -52,7 +52,8 @@ def test_job_on_another_cluster_runs_in_the_python_of_ray(local_cluster):
     remote_connection = dataclasses.replace(connect(local_cluster.address), local=False)
     python = head_python(remote_connection, {})
     assert Path(python).parent == Path(sys.executable).parent
-    assert head_python(remote_connection, {"pip": ["x"]}) == "python"  # of the environment that Ray creates for the job
+    # A runtime environment with pip has its own interpreter, which Ray puts first on the PATH of the job.
+    assert head_python(remote_connection, {"pip": ["x"]}) == "python"
     runtime_env = {"env_vars": {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(Path.cwd())}}
     job = remote.submit(remote_connection, runtime_env, SumRequest(numbers={"a": [1, 2]}))
     list(job.lines())

@@ -70,7 +70,8 @@ def test_remove_lets_requests_finish_and_cancels_starting_replicas(connection, p
     """Serve alone would give the replica that waits for resources the deployment's grace period of an hour too."""
     monkeypatch.setattr(serve_removal, "CANCEL_SECONDS", 2 * LIMIT)
     two_replicas = {"name": "Echo", "num_replicas": 2, "graceful_shutdown_timeout_s": 3600}
-    two_replicas |= {"ray_actor_options": {"num_cpus": 5}}  # of 8
+    # Two replicas need 10 CPUs and the cluster has 8, so the second one waits for resources.
+    two_replicas |= {"ray_actor_options": {"num_cpus": 5}}
     begin_file, end_file, answers = tmp_path / "began", tmp_path / "until", []
     url = f"http://{HOST}:{port}/a?began={begin_file}&until={end_file}"
     serving.deploy(connection, {**echo_config("a", "x"), "deployments": [two_replicas]}, HOST, port)
@@ -115,7 +116,8 @@ def test_concurrent_removals_during_an_update_without_room_succeed(connection, p
     wait_until(lambda: replica_states(connection, "a") == ["RUNNING", "STARTING"], "one of the update")
     with ThreadPoolExecutor(2) as pool:
         for removal in as_completed([pool.submit(remove, connection, "a") for _ in range(2)], LIMIT):
-            error = removal.exception()  # if the other one has finished before
+            # The removal that ends second may find no application any more.
+            error = removal.exception()
             assert error is None or (isinstance(error, ServeError) and error.reason == "there is no such application")
     assert serving.applications(connection) == []
 

@@ -120,7 +120,8 @@ def test_url_at_gives_the_url_to_reach_a_listening_host(host, url):
         ("https://[2001:db8::1]:8265", "::", ("http://[2001:db8::1]:8000", True)),
         ("http://head:8265", "node3", ("http://node3:8000", True)),
         ("http://head:8265", "127.0.0.1", ("http://127.0.0.1:8000", False)),
-        ("http://127.0.0.1:8265", "0.0.0.0", ("http://127.0.0.1:8000", False)),  # through a tunnel
+        # The dashboard is reached through a tunnel, whose address says nothing about the address of Serve.
+        ("http://127.0.0.1:8265", "0.0.0.0", ("http://127.0.0.1:8000", False)),
     ],
 )
 def test_public_url_of_a_server_on_another_machine_and_its_reachability(dashboard_url, host, expected):
@@ -212,7 +213,8 @@ def test_deployment_on_a_used_port_fails_and_leaves_nothing(connection):
         used_port = s.getsockname()[1]
         with pytest.raises(ServeError, match=f"application a: .*Failed to bind .*; correct it, or its address {HOST}"):
             serving.deploy(connection, echo_config("a", "x"), HOST, used_port)
-    assert serving.applications(connection) == []  # and Serve does not keep that port, as the next test uses another
+    # Serve must not keep the used port either: otherwise the next test, which uses another port, would fail.
+    assert serving.applications(connection) == []
 
 
 @pytest.mark.ray
@@ -222,7 +224,8 @@ def test_deployments_keep_other_applications(connection, port, monkeypatch):
 
     A deployment must keep all other applications, also one that was added while this deployment uploaded its folders.
     """
-    remote_connection = dataclasses.replace(connection, local=False)  # our packages are sent to this one
+    # Our packages are sent to a cluster that is not local, so this deployment has folders to upload.
+    remote_connection = dataclasses.replace(connection, local=False)
     upload = serving._upload_runtime_env
 
     def upload_while_another_deploys(*args):

@@ -89,7 +89,7 @@ def test_cleaner_keeps_order_and_drops_repetitions(paragraphs, is_translation):
         return
     assert len(text.encode()) >= MIN_DOCUMENT_BYTES
     assert unicodedata.is_normalized("NFC", text)
-    # `in` consumes the iterator, so the order counts.
+    # `in` consumes the iterator, so the assertion fails if the order of lines is not that of the paragraphs.
     remaining_paragraphs = map(normalise_text, paragraphs)
     assert all(line in remaining_paragraphs for line in text.split("\n"))
     long_lines = [line.casefold() for line in text.split("\n") if len(line) >= MIN_PARAGRAPH_CHARS]

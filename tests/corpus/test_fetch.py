@@ -51,7 +51,7 @@ def test_fetch_package_ignores_an_interrupted_download(tmp_path, write_apt_get):
     write_apt_get('printf d > "${package}_2_all.deb"', 'echo "E: the line went dead" >&2', "exit 100")
     with pytest.raises(DataError, match=r"package p-doc of Debian: the line went dead; .* apt-get update"):
         fetch_package(DEB, tmp_path / "cache")
-    (tmp_path / "cache" / "Debian" / "p-doc.part").mkdir()  # a killed run leaves such a folder
+    (tmp_path / "cache" / "Debian" / "p-doc.part").mkdir()  # a download that was killed leaves such a folder
     (tmp_path / "cache" / "Debian" / "p-doc.part" / "p-doc_2_all.deb").write_text("d")
     write_apt_get('printf deb > "${package}_2_all.deb"')
     assert fetch_package(DEB, tmp_path / "cache").path.read_text() == "deb"

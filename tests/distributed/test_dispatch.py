@@ -136,7 +136,8 @@ def steps_with_a_slow_peer(path):
 
     def start_when_ready(*args, **kwargs):
         step = next(awaited_steps)
-        # An exchange of results needs the rows of the other rank first.
+        # No wait is needed where results are exchanged: rank 0 must do its step with the rows of rank 1 before that
+        # exchange.
         if rank == 1 and "their" not in step:
             store.wait([step], timedelta(seconds=60))
         return start(*args, **kwargs)

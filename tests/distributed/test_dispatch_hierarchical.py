@@ -107,7 +107,8 @@ def test_dispatch_without_gradients_has_the_same_outputs_and_saves_nothing(ranks
 def test_a_row_crosses_once_to_each_node_that_has_experts_for_it(ranks, layout, name):
     case, nodes = CASES[name], LAYOUTS[layout]
     row_bytes = WIDTH * (2 if case.autocast else case.dtype.itemsize)
-    # There and back, twice; gates there and back, and numbers of experts there.
+    # Beside the row, a node gets the row's gates and expert ids (int32), and returns the gradients of the gates. The
+    # row itself goes there and back in the forward pass and again in the backward pass.
     extra_bytes = case.top_k * (2 * torch.promote_types(case.dtype, torch.float32).itemsize + 4)
     ranks_per_node = RANKS // len(set(nodes))
     node_crossings = rank_crossings = far_routes = far_ranks = 0
@@ -115,7 +116,8 @@ def test_a_row_crosses_once_to_each_node_that_has_experts_for_it(ranks, layout, 
         for experts in results[layout, name]["routes"]:
             owners = [e // EXPERTS_PER_RANK for e in experts if e >= 0]
             node_crossings += len({nodes[owner] for owner in owners} - {nodes[rank]})
-            # A row arrives at the rank of the sender's position, and is sent on if its owner is another rank.
+            # A row arrives at the rank that has the sender's position on that node. It is sent on if its expert is on
+            # another rank.
             rank_crossings += sum(owner % ranks_per_node != rank % ranks_per_node for owner in owners)
             far_routes += sum(nodes[owner] != nodes[rank] for owner in owners)
             far_ranks += sum(owner != rank for owner in owners)

@@ -22,7 +22,8 @@ def first_difference(base: Any, actual: Any, path: str = "") -> str | None:
         return _first_difference_of_keys(*values_by_index, list(range(max(len(base), len(actual)))), path)
     if isinstance(base, str) and isinstance(actual, str) and "\n" in base + actual:
         return first_difference(base.split("\n"), actual.split("\n"), f"{path} line")
-    # In Python 1 == 1.0 == True, but in JSON they differ; and NaN is not equal to itself, but counts as equal here.
+    # `repr` is compared, because 1, 1.0 and True are equal in Python but not in JSON, and because NaN counts as equal
+    # here.
     if repr(base) == repr(actual):
         return None
     return f"{path.strip() or 'it'} is {_shortened(base)}, and here {_shortened(actual)}"

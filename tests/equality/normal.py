@@ -29,13 +29,13 @@ class Normaliser:
             (re.compile(re.escape(str(folder))), "<side>"),
             (re.compile(r"/tmp/mhmoe-\w+"), "<cluster>"),
             (re.compile(r"(127\.0\.0\.1|localhost):\d{4,5}"), r"\1:<port>"),
-            # The random end of a run's id, and of names that contain the id.
+            # The end of a run's id is random. The id is also a part of other names.
             (re.compile(r"-[0-9a-f]{6}(?![0-9a-f])"), "-<id>"),
             (re.compile(r"\b(cmpl|chatcmpl)-[0-9a-f]{8,}"), r"\1-<id>"),
             (re.compile(r"\d{4}-\d\d-\d\d[ T]\d\d:\d\d(:\d\d(\.\d+)?)?"), "<time>"),
-            # The module that a job runs may have another name in the other tree.
+            # The module that a job runs may have another name in the tree of the other side.
             (re.compile(r"-m mhmoe\w+(\.\w+)+"), "-m <module>"),
-            # So may the module that Serve imports, but not the package.
+            # The module that Serve imports may have another name too, but the package must have the same.
             (re.compile(r"\bmhmoe_ray(\.\w+)+:"), "<module>:"),
         ]
 
@@ -60,7 +60,7 @@ class Normaliser:
         if key in CHANGING_KEYS and value is not None:
             return LEFT_OUT
         if key == "files" and isinstance(value, dict):
-            # These are the files of a checkpoint with their hashes, which change with the order of tensors in a file.
-            # That order does not matter, and the tensors themselves are compared elsewhere.
+            # The value has the files of a checkpoint with their hashes. A hash changes with the order of tensors in a
+            # file, which does not matter. The tensors themselves are compared elsewhere.
             return sorted(value)
         return self.value(value)

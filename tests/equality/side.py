@@ -58,7 +58,7 @@ class Side:
         Args:
             folder: The side's own folder, which has the tree in `tree`. Both sides use the same path, one after the
                 other, so that absolute paths in specs and manifests, and digests of them, are equal too.
-            level: A key of `LEVELS`.
+            level: CPU level that its processes compute at, a key of `LEVELS`.
         """
         self.folder, self.tree, self.project = folder, folder / "tree", folder / "project"
         self.imports = folder / "imports.jsonl"
@@ -84,7 +84,7 @@ class Side:
         return {
             **inherited,
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-            # Python searches this path before the editable installation of the project.
+            # Python searches this path before the editable installation of the project, so it imports the side's tree.
             "PYTHONPATH": os.pathsep.join(map(str, (SITE, self.tree, self.tree / "kernels"))),
             "PYTHONHASHSEED": "0",
             "EQUAL_PACKAGES": " ".join(package.name for package in packages),
@@ -97,7 +97,8 @@ class Side:
             "OMP_NUM_THREADS": "1",
             "COLUMNS": "100",
             "TERM": "dumb",
-            # The cluster never scales, and at Ray's default of 5 s the autoscaler takes part of a core.
+            # The autoscaler runs less often, because the cluster never scales. At Ray's default of 5 s it takes part of
+            # a core.
             "AUTOSCALER_UPDATE_INTERVAL_S": "60",
         }
 
@@ -138,8 +139,8 @@ class Side:
     def cluster(self) -> Iterator[None]:
         """Start the side's own Ray cluster for the block, and stop it at the end, also after an error."""
         try:
-            # Another process may take a port after it was chosen and before Ray binds it. That is no difference between
-            # trees, so the start is repeated.
+            # Repeat a failed start: another process may take a port after it was chosen and before Ray binds it. Such a
+            # failure is no difference between the trees.
             for attempt in range(STARTS):
                 if self.ask("cluster", "up", "--cpus", str(LOGICAL_CPUS)).code == 0:
                     break

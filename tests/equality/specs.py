@@ -34,7 +34,8 @@ SPEC: dict[str, Any] = {
         "lr": 0.003,
         "warmup_steps": 2,
         "validate_every": 5,
-        # The first moments in the checkpoint of step 1 are the gradients of step 1 times (1 - beta1).
+        # Every step has a checkpoint, so that the gradients of step 1 can be compared: the first moments in its
+        # checkpoint are (1 - beta1) times these gradients.
         "checkpoint_every": 1,
     },
 }
@@ -42,7 +43,7 @@ SPEC: dict[str, Any] = {
 BEST_FIT = {"prepared": "prepared-best-fit", "packing": "best_fit", "tokenizer_model": "unigram"}
 """Keys of the data section that differ in the second prepared folder."""
 
-# `kernel` is never `auto`, whose choice depends on the CPU and on the compilers there.
+# `kernel` is never `auto`, because the choice of `auto` depends on the CPU and on the compilers of the machine.
 MODELS: dict[str, dict[str, Any]] = {
     "dense": {"model.kv_heads": 2},
     "sparse": {
@@ -64,7 +65,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "cluster": {"workers": 2, "ep": 2, "dispatch": "hierarchical"},
     },
     "heads-4": {
-        # The experts are so wide that part of their hidden rows is recomputed, and there is no dense layer.
+        # These experts are wide, so that by default part of their hidden rows is recomputed. No layer is dense.
         "model.moe": {"heads": 4, "experts": 8, "top_k": 2, "d_expert": 64, "every": 1, "kernel": "grouped"},
         "model.d_ff": None,
         "cluster": {"workers": 2, "strategy": "zero1"},
@@ -128,7 +129,7 @@ def write_project(folder: Path, models: list[str]) -> None:
         _write(
             folder / "text" / "books" / f"{name}.txt", "\n***\n".join(_document(draw, vocabulary) for _ in range(30))
         )
-    # JSON is YAML.
+    # The files of specs may be JSON, because JSON is YAML.
     _write(folder / "spec.yaml", json.dumps(SPEC, indent=1))
     _write(folder / "best-fit.yaml", json.dumps({**SPEC, "data": {**SPEC["data"], **BEST_FIT}}, indent=1))
     runs = {variant(m, p): {"train.precision": p, **MODELS[m]} for m in models for p in PRECISIONS}

@@ -30,7 +30,8 @@ class Store:
         packages = sorted(f"{d.name}=={d.version}" for d in distributions() if d.name != "mhmoe-ray")
         sources = [ROOT / "tests" / "equal.py", *sorted((ROOT / "tests" / "equality").rglob("*.py"))]
         source_hashes = [hashlib.sha256(source.read_bytes()).hexdigest() for source in sources]
-        # Libraries choose kernels by the model of the CPU too, not only by its level.
+        # The model of the CPU is part of the key, because libraries choose kernels by the model too, not only by the
+        # level.
         cpuinfo = Path("/proc/cpuinfo")
         lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else [platform.processor()]
         cpu = next((line for line in lines if line.startswith("model name")), lines[0])

@@ -27,7 +27,7 @@ def worktree(commit: str, folder: Path) -> Iterator[Path]:
 @contextmanager
 def working_copy(folder: Path) -> Iterator[Path]:
     """Copy all files of the working tree that git does not ignore into `folder`, and yield the folder."""
-    # With a copy, edits during the comparison do not matter.
+    # The working tree may be edited during the comparison, because only this copy of it is compared.
     for name in _git("ls-files", "-z", "--cached", "--others", "--exclude-standard").split("\0"):
         source = ROOT / name
         if name and source.is_file():

@@ -48,7 +48,8 @@ def walk(side: Side, models: list[str], port: int, say: Callable[[str], None]) -
         runs = _runs(side, models)
         for name, run in runs.items():
             observations |= _run_observations(name, run, normal)
-        # A status says whether a server of the run is up, so it is asked before anything is served.
+        # `mhmoe status` also says whether a server of the run is up, so all statuses are asked before anything is
+        # served.
         observations |= _answers(_statuses(side, normal, runs))
         say("evaluating, exporting, serving")
         observations |= _answers(_questions_about_runs(side, normal, runs, port))
@@ -105,8 +106,8 @@ def _runs(side: Side, models: list[str]) -> dict[str, Path]:
 def _run_observations(name: str, run: Path, normal: Normaliser) -> Observations:
     """Return the observations of the files in a run directory; `name` is part of their names."""
     observations = {f"metrics of {name}": normal.value(reading.json_lines(run / "metrics.jsonl"))}
-    # The checkpoints are in the order of steps. The moments of the first one are the gradients of step 1 times
-    # (1 - beta1), so a difference of the backward passes shows there first.
+    # The checkpoints are in the order of steps. The first moments in the first one are (1 - beta1) times the gradients
+    # of step 1, so a difference in a backward pass shows there first.
     for part in ("weights", "optim"):
         folders = sorted((run / "checkpoints").iterdir())
         observations[f"{part} of {name}"] = {folder.name: reading.contents(folder / part) for folder in folders}
@@ -140,7 +141,7 @@ def _questions_about_runs(side: Side, normal: Normaliser, runs: dict[str, Path],
 
     names = {name: run.name for name, run in runs.items()}
     served = [names[v] for m in (SERVED, SERVED_BESIDE) if (v := specs.variant(m, "float32")) in names]
-    # Serving takes longest, so it comes first.
+    # Serving takes longest, so it is started first, and the other questions are asked while it goes on.
     if served:
         yield "answers over HTTP", lambda: _served(side, normal, served, port)
     if evaluated := names.get(specs.variant(EVALUATED, "bfloat16")):
@@ -168,7 +169,7 @@ def _questions_about_runs(side: Side, normal: Normaliser, runs: dict[str, Path],
 
 def _by_run(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the rows of `mhmoe list` in the order of the runs' names."""
-    # Runs of a sweep start at the same time, so their order in the list may vary.
+    # Runs of a sweep start at the same time, so their order in the output may vary.
     return sorted(rows, key=lambda row: str(row["run"]))
 
 

@@ -21,14 +21,15 @@ FRACTION = 0.3
 WORDS = [f"w{i}" for i in range(500)]
 
 
-@pytest.mark.filterwarnings("ignore")  # lm-eval warns
+@pytest.mark.filterwarnings("ignore")  # lm-eval issues warnings, which would be errors
 @pytest.mark.slow
 def test_continuations_ask_about_held_out_documents(tmp_path, monkeypatch):
     generator = random.Random(1)
-    # The last ten have a piece after their middle, but less than a passage before it.
+    # Only the 30 long texts give questions. The last ten have a piece after their middle, but too little text for a
+    # passage before it.
     texts = [" ".join(generator.choices(WORDS, k=length)) for length in [300] * 30 + [20] * 10 + [50] * 10]
     write_documents(tmp_path / "raw/a/one.jsonl", texts)
-    # Copies of one text have a single piece, too few for a question with four choices.
+    # All documents of this domain are copies of one text, so they give a single piece. A question needs four.
     write_documents(tmp_path / "raw/b/one.jsonl", [t for t in texts[:30] if is_validation(t, FRACTION)][:1] * 20)
     run = create_run(tiny_spec(tmp_path, data={"validation_fraction": FRACTION}))
     add_attempt(run, Attempt("job-1", "http://127.0.0.1:9", local=True))

@@ -12,7 +12,8 @@ from mhmoe_ray.evaluate.harness import PAPER_TASKS, expand_tasks, run_tasks
 from tests.data.texts import make_documents
 from tests.evaluate.test_measure import make_model
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # lm-eval and its libraries warn
+# lm-eval and its libraries issue warnings, which pytest would turn into errors.
+pytestmark = pytest.mark.filterwarnings("ignore")
 
 QUESTIONS = [
     {"question": "the moon", "choices": [" rises", " turns home", " every"], "answer": 0},
@@ -51,7 +52,7 @@ def task_folder(tmp_path):
 def log_probability(model, tokenizer, question, answer):
     """Return the log-probability of an answer to a question, with at most SEQ_LEN tokens before each of its tokens."""
     context = tokenizer.encode(question).ids
-    ids, total = [0, *context], 0.0  # as in training, a text begins with its start token
+    ids, total = [0, *context], 0.0  # as in training, a text begins with the start token, 0
     for token in tokenizer.encode(question + answer).ids[len(context) :]:
         input_ids = torch.tensor([ids[-SEQ_LEN:]])
         total += float(model(input_ids).logits_BTV[0, -1].log_softmax(-1)[token])
@@ -127,7 +128,8 @@ def test_score_batch_equals_scoring_one_continuation_at_a_time(tokenizer):
         results = [log_probability for log_probability, _ in _score_batch(model, pairs, seq_len, False)]
         expected = [full_log_probability(model, context, answer, seq_len) for context, answer in pairs]
         assert results == pytest.approx(expected, rel=1e-4)
-    assert max(len(context) + len(answer) for context, answer in pairs) > 13  # at least one pair was cut
+    # At least one pair is longer than 12 + 1 tokens, so it was cut.
+    assert max(len(context) + len(answer) for context, answer in pairs) > 13
 
 
 @torch.inference_mode()

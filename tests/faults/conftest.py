@@ -26,7 +26,8 @@ from tests.ranks import run_ranks
 def project(tmp_path_factory, local_cluster) -> Path:
     """Return a project folder with raw text; the first run in it prepares the data for all others."""
     folder = tmp_path_factory.mktemp("faults")
-    for name, count in (("a", 60), ("b", 40)):  # few files, since preparation starts a process for each
+    # There are few files, because preparation starts a process for each.
+    for name, count in (("a", 60), ("b", 40)):
         write_documents(folder / "raw" / name / "one.jsonl", make_documents(name, count))
     return folder
 

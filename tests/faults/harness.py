@@ -91,7 +91,7 @@ def assert_equals_undisturbed_run(run: RunDir, reference: RunDir) -> None:
         assert {key: line[key] for key in EXACT_METRICS} == {key: expected[key] for key in EXACT_METRICS}
     actual, expected = (read_manifest(committed_checkpoints(r)[-1]) for r in (run, reference))
     assert (actual.step, actual.tokens, actual.position) == (expected.step, expected.tokens, expected.position)
-    assert actual.files == expected.files  # sizes and hashes
+    assert actual.files == expected.files  # `files` has the size and hash of each file
 
 
 def driver_of(run: RunDir) -> int:

@@ -43,13 +43,13 @@ def test_two_random_kills_change_nothing(project, request):
     assert set(malloc.malloc_settings({}).items()) <= _environment(worker["pid"]).items()
     harness.soak(project, run, kills=2, seed=15)
     wait_for_end(run)
-    reference = request.getfixturevalue("reference")  # Requested late, so that the run above prepared the data.
+    reference = request.getfixturevalue("reference")  # requested only now, so that the run above prepares the data
     harness.assert_equals_undisturbed_run(run, reference)
-    assert len(committed_checkpoints(run)) <= 3  # The best checkpoint may be an older one.
+    assert len(committed_checkpoints(run)) <= 3  # two newest ones, and the best one if it is older
     assert uncommitted_checkpoints(run) == []
 
 
-@pytest.mark.slow  # tests/train/test_watchdog.py checks which rank it selects
+@pytest.mark.slow  # the quick tests of the watchdog's choice are in tests/train/test_watchdog.py
 def test_a_hanging_rank_is_named_and_ended_and_changes_nothing(project, reference):
     """The rank is suspended: its process exists but neither computes nor answers, and the other rank waits for it."""
     run = started_run(project, cluster={"hang_seconds": 15})
@@ -73,7 +73,8 @@ def test_a_worker_killed_while_a_checkpoint_is_written_damages_no_other_checkpoi
     folder = wait_until(lambda: harness.stop_during_checkpoint(run, victim), description)
     assert harness.kill(victim)
     wait_for_end(run)
-    # Either the other rank had all that it needed to commit the checkpoint, or the checkpoint was cleaned up.
+    # Either the other rank had all that it needed to commit the checkpoint, or the checkpoint was cleaned up later. In
+    # both cases no uncommitted checkpoint is left.
     assert uncommitted_checkpoints(run) == []
     assert folder.exists() == (folder in committed_checkpoints(run))
     harness.assert_equals_undisturbed_run(run, reference)
@@ -100,7 +101,8 @@ def test_a_run_outlives_the_whole_cluster(project, reference):
     os.killpg(cluster.pid, signal.SIGKILL)
     wait_until(lambda: not is_ray_of(cluster.pid, cluster.folder), "the end of the cluster")
     start_local(8)
-    # The dead cluster cannot tell whether the job still runs, so the user has to make sure and give --force.
+    # The dead cluster cannot say whether the job still runs, so the user has to make sure that it does not and give
+    # --force.
     result = mhmoe(project, "resume", run.id)
     assert_one_line(result, 7, "its cluster does not answer", "make sure that no job of it runs any more", "--force")
     wait_until(lambda: not harness.driver_of(run), "the end of its job")

@@ -33,7 +33,8 @@ def test_a_run_on_s3_is_stopped_inspected_and_resumed(project, reference, s3):
     query, _ = s3
     run, storage = submit_to_s3(project, query, 120)
     harness.workers_of_start(run, 1)
-    run.stop_file.touch()  # as `mhmoe stop` does, but without the time that the command takes to start
+    # This is what `mhmoe stop` does, without the time that the command takes to start.
+    run.stop_file.touch()
     wait_until(lambda: run_has_ended(run), "its end")
     assert 0 < step_of(run) < 120
     resumed = mhmoe(project, "resume", run.id, "--storage", storage)

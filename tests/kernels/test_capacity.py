@@ -47,7 +47,8 @@ def test_second_choices_are_dropped_before_first_choices():
     expert = torch.tensor([[1, 0], [0, 1], [0, 1]])
     gate = torch.tensor([[0.6, 0.4], [0.7, 0.3], [0.8, 0.2]], dtype=torch.float64)
     output = run_experts("capacity", x, expert, gate, weights, 2)
-    # Expert 0: rows 1 and 2. Expert 1: row 0 first, then row 1's second choice.
+    # Expert 0 keeps the first choices of rows 1 and 2. Expert 1 keeps the first choice of row 0 and the second choice
+    # of row 1.
     is_kept = torch.tensor([[1, 0], [1, 1], [1, 0]], dtype=torch.float64)
     torch.testing.assert_close(output, run_experts("reference", x, expert, gate * is_kept, weights))
 

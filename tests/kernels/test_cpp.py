@@ -54,12 +54,13 @@ def test_kernel_compiles_on_capable_machine():
 @runs_here
 @settings(max_examples=60)
 @given(
-    # With few values, rounding errors do not average out.
+    # n is 0 or at least 16, because rounding errors of few values do not average out.
     seed=st.integers(0, 2**20), n=st.just(0) | st.integers(16, 700), d=st.integers(4, 40), f=st.integers(8, 130),
     e=st.integers(1, 7), data=st.data(), threads=st.integers(1, 4),
 )  # fmt: skip
-@example(seed=0, n=1100, d=192, f=150, e=2, data=None, threads=2)  # more rows than a block
-@example(seed=1, n=1100, d=200, f=150, e=2, data=None, threads=2)  # the same with a larger block
+# Each of the two experts gets some 550 rows, more than a block of 512.
+@example(seed=0, n=1100, d=192, f=150, e=2, data=None, threads=2)
+@example(seed=1, n=1100, d=200, f=150, e=2, data=None, threads=2)  # the same with wider rows
 def test_matches_reference_with_empty_experts(seed, n, d, f, e, data, threads):
     n_used = data.draw(st.integers(1, e), label="experts with rows") if data else e
     k = data.draw(st.integers(1, n_used), label="k") if data else 1
@@ -73,8 +74,8 @@ def test_matches_reference_with_empty_experts(seed, n, d, f, e, data, threads):
     rounded_results = outputs_and_gradients("reference", *inputs)
     exact_results = outputs_and_gradients("reference", *exact_inputs)
     for a, rounded, exact in zip(results, rounded_results, exact_results, strict=True):
-        # Rounding alone gives 3e-3. In gradients, the rounding error of the loss's direction is added; with few values
-        # it is larger, in the reference as well.
+        # Rounding alone gives an error of 3e-3. Gradients also have the rounding error of the weights in the loss
+        # (`direction` in `with_gradients`). That error is larger if there are few values, and the reference has it too.
         assert relative_error(a, exact) < 1.2e-2 + relative_error(rounded, exact)
         assert a.dtype == (torch.float32 if a.shape == inputs[2].shape else torch.bfloat16)
 
@@ -222,7 +223,8 @@ def test_unloadable_library_makes_kernel_unavailable(tmp_path):
 
 @runs_here
 def test_library_that_cannot_be_stored_makes_kernel_unavailable(tmp_path):
-    # This compiler creates a folder with the library's name, so that the library cannot be moved to it.
+    # This compiler also creates a folder with the name of the library, so that the library cannot be moved to that
+    # path.
     compiler = tmp_path / "c++"
     make_folder = '[ "$1" = -shared ] && mkdir -p "$(dirname "$(dirname "$4")")/$(basename "$4")/x"'
     compiler.write_text(f'#!/bin/sh\n{make_folder}\nexec g++ "$@"\n')

@@ -41,13 +41,13 @@ def machine(monkeypatch):
     ("instructions", "amx", "level"),
     [
         ((), True, CpuLevel.GENERIC),
-        (("avx2",), True, CpuLevel.GENERIC),  # torch requires FMA too
+        (("avx2",), True, CpuLevel.GENERIC),  # for AVX2, torch requires FMA too
         (AVX2, True, CpuLevel.AVX2),
-        ((*AVX2, "avx512_f"), True, CpuLevel.AVX2),  # as on Xeon Phi
+        ((*AVX2, "avx512_f"), True, CpuLevel.AVX2),  # like Xeon Phi, without BW, DQ and VL
         (AVX512, True, CpuLevel.AVX512),
         ((*AVX512, "amx_tile", "amx_bf16"), True, CpuLevel.AVX512),
         ((*AVX512, "avx512_bf16"), True, CpuLevel.AVX512_BF16),
-        (AMX, False, CpuLevel.AVX512_BF16),  # the CPU has it, but the system forbids it
+        (AMX, False, CpuLevel.AVX512_BF16),  # the CPU has AMX, but the system forbids it
         (AMX, True, CpuLevel.AMX),
     ],
 )

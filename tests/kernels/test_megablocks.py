@@ -36,7 +36,8 @@ def interpreted():
         from megablocks.backend import kernels
 
         for kernel in (kernels._padded_copy, kernels._padded_copy_wgrad):
-            # Triton chooses between several configurations by timing them on a GPU.
+            # Keep one configuration of each kernel: Triton chooses between several by timing them on a GPU, and there
+            # is none here.
             patch.setattr(kernel, "configs", kernel.configs[:1])
         yield
 
@@ -55,7 +56,7 @@ def assert_agree(inputs, reference_inputs, tolerance):
 @settings(deadline=None, max_examples=25)
 @given(
     seed=st.integers(0, 2**20), n=st.integers(0, 12), e=st.integers(1, 9), data=st.data(),
-    # The first widths use the loop over experts and the second grouped_mm; float64 always uses the loop.
+    # Widths of 6 and 5 use the loop over experts, and widths of 8 and 12 use grouped_mm. float64 always uses the loop.
     width=st.sampled_from([(6, 5), (8, 12)]), dtype=st.sampled_from([torch.float32, torch.float64]),
 )  # fmt: skip
 def test_matches_reference_with_empty_experts(interpreted, function, seed, n, e, data, width, dtype):

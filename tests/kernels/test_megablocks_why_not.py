@@ -56,7 +56,8 @@ def test_missing_extension_makes_megablocks_unavailable():
 
 @needs_megablocks
 def test_extension_for_other_torch_makes_megablocks_unavailable(tmp_path):
-    # A dynamic library that lacks a symbol fails with an ImportError like this one.
+    # The module stands for an extension of another torch: a dynamic library that lacks a symbol raises an ImportError
+    # like this one.
     (tmp_path / "megablocks_ops.py").write_text("raise ImportError('undefined symbol: _ZN3c10\\nmore')")
     path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
     assert (

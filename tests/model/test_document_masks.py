@@ -31,7 +31,8 @@ def test_a_packed_document_has_the_same_logits_as_alone(heads, kind):
         for length in lengths:
             part = slice(start, start + length)
             expected = plain(x[row : row + 1, part]).logits_BTV[0]
-            # A document in a packed sample has other positions than alone, and their cosines and sines are float32.
+            # A document has other positions in a packed sample than alone. The sines and cosines of positions are
+            # float32, so the logits differ by rounding errors.
             torch.testing.assert_close(packed[row, part], expected, atol=1e-5, rtol=1e-5)
             is_affected = (unmasked[row, part] - expected).abs().amax() > 1e-3
             assert is_affected == (start > 0), "without masks earlier documents must show, or the test could not fail"

@@ -35,7 +35,7 @@ def test_another_seed_gives_other_weights_and_no_two_experts_are_equal():
 def test_head_and_merge_projections_have_the_authors_initial_weights():
     """Weights are Xavier uniform, divided by sqrt 2 for the head; the bias of the merge is 0."""
     w = initial_weights()
-    bound = math.sqrt(6 / 64)  # Xavier for 32 x 32
+    bound = math.sqrt(6 / 64)  # the bound of Xavier's initialization for 32 x 32
     assert 0.95 * bound < w["blocks.1.moe.merge.weight"].abs().max() <= bound
     assert 0.95 * bound < w["blocks.1.moe.head.weight"].abs().max() * math.sqrt(2) <= bound
     assert not w["blocks.1.moe.merge.bias"].any()
@@ -83,7 +83,8 @@ def test_every_weight_starts_within_its_bound(backbone, router):
         if kind.endswith("log_temperature"):
             assert model.blocks[1].moe.router.scores.temperature.item() == pytest.approx(0.3)
         elif kind.endswith("expert_EQ"):
-            gram = tensor.T @ tensor  # at least as many experts as dimensions: orthogonal columns
+            # There are at least as many experts as dimensions, so the columns of the embeddings are orthogonal.
+            gram = tensor.T @ tensor
             torch.testing.assert_close(gram, 0.32**2 * torch.eye(len(gram)), atol=1e-6, rtol=0)
         else:
             bound = bounds[kind]

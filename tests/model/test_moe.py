@@ -41,7 +41,7 @@ def router_probabilities(scores, kind, x):
         return torch.softmax(scores.weight_ED @ x, 0)
     projected, embeddings = scores.reduce_QD @ x, scores.expert_EQ
     logits = torch.stack([projected @ e / e.norm() for e in embeddings])
-    # X-MoE's initial temperature is 0.3.
+    # 0.3 is the initial temperature of router `xmoe`.
     return torch.softmax(logits / projected.norm() / 0.3 if kind == "xmoe" else logits, 0)
 
 

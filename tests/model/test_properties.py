@@ -78,11 +78,13 @@ def test_experts_that_return_their_input_give_the_tokens_back(data, dtype, heads
         head_projection=False, merge_projection=False, sub_token_residual=False,
     )  # fmt: skip
     layer, _, x = data.draw(layer_strategy)
-    layer.router.scores.weight_ED.mul_(1e6)  # so that softmax gives 1 and 0, unless two experts score alike
+    # With large scores, softmax gives 1 and 0, unless two experts score alike.
+    layer.router.scores.weight_ED.mul_(1e6)
     if experts > 1:
         best_N2 = layer.router.scores(x.reshape(-1, WIDTH // heads).to(GATES[dtype])).topk(2).values
         assume((best_N2[:, 0] - best_N2[:, 1] > 50).all())
-    layer.experts.function = lambda x_ND, *weights: x_ND  # of kernel reference
+    # Kernel `reference` calls this function, and kernel `grouped` the one that is patched below.
+    layer.experts.function = lambda x_ND, *weights: x_ND
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(grouped, "run_sorted", lambda x_RD, counts, weights: x_RD)
         y, routing = layer(x)
@@ -219,7 +221,8 @@ def test_a_decoder_without_drops_is_causal_and_keeps_sequences_apart(data):
     t = data.draw(st.integers(0, 6))
     changed = x.clone()
     changed[0, t] = (x[0, t] + 1) % 9
-    # Not bit-equal: an expert's other rows shift a row's place in its matrix product.
+    # The logits are not equal bit for bit: the changed token may go to other experts, where it shifts other rows in the
+    # matrix product, and the rounding depends on the place of a row.
     difference = (model(changed).logits_BTV - model(x).logits_BTV).abs().amax(-1)
     assert (difference[0, :t] < 1e-12).all(), "a later token reached back"
     assert (difference[1] < 1e-12).all(), "another sequence is touched"

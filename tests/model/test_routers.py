@@ -41,7 +41,8 @@ def test_xmoe_router_computes_the_published_formula():
     routing = r(x)
     assert torch.equal(routing.expert_NK, probability.topk(2).indices)
     torch.testing.assert_close(routing.gate_NK, probability.topk(2).values)
-    # The load balancing loss divides by the initial temperature, so the learned one cannot reduce it.
+    # The load balancing loss divides by the initial temperature of 0.3, so that it cannot be lowered by learning
+    # another one.
     expected_loss = balance_loss((cosine / 0.3).softmax(-1), routing.expert_NK[:, :1])
     torch.testing.assert_close(routing.balance_loss, expected_loss)
 
@@ -199,7 +200,7 @@ def test_jitter_scales_inputs_of_the_scores_by_at_most_its_rate():
     [x_ND] = inputs
     assert 0.7 <= x_ND.min() < 0.71
     assert 1.29 < x_ND.max() <= 1.3
-    assert x_ND.mean().item() == pytest.approx(1, abs=0.011)  # four standard errors of 4,000 uniform draws
+    assert x_ND.mean().item() == pytest.approx(1, abs=0.011)  # 0.011 is four standard errors of 4,000 uniform draws
 
 
 def test_balance_loss_over_all_choices_and_z_loss_match_plain_formulas():
@@ -208,7 +209,7 @@ def test_balance_loss_over_all_choices_and_z_loss_match_plain_formulas():
     share = [sum(int(e) == i for row in chosen_experts for e in row) / 90 for i in range(8)]
     expected = 8 * sum(float(p[:, i].mean()) * share[i] for i in range(8))
     assert balance_loss(p, chosen_experts).item() == pytest.approx(expected)
-    # Rows of unlike weight, so that a mean of squares is not the square of a mean.
+    # The rows have different sums, so that the mean of their squares is not the square of their mean.
     logits = torch.tensor([[1.0, 1, 1, 1], [1, 2, 3, 10]]).log()
     assert z_loss(logits).item() == pytest.approx((math.log(4) ** 2 + math.log(16) ** 2) / 2)
 
@@ -258,7 +259,7 @@ def test_gradients_of_every_parameter_match_finite_differences(name, backbone):
         output = model(token[:, :-1])
         return token_losses(output.logits_BTV, token[:, 1:]).double().mean() + routing_loss(spec, output.routing)
 
-    def wide_loss():  # token_losses is float32 by design, too coarse for differences
+    def wide_loss():  # in float64; token_losses is float32 by design, too coarse for finite differences
         output = model(token[:, :-1])
         cross = F.cross_entropy(output.logits_BTV.flatten(0, 1), token[:, 1:].flatten())
         return cross + routing_loss(spec, output.routing)

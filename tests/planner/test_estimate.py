@@ -60,9 +60,11 @@ def test_latencies_of_consecutive_messages_add_up():
     fast = {"bandwidth": 1e15}
     spec = spec_of({"node": {**fast, "latency": 1}, "domain": {**fast, "latency": 10}})
     times = times_by_name(spec, two_nodes(spec))
-    assert times["rows to experts"].seconds == pytest.approx(1 + 2 * 10)  # a neighbour and two ranks of the other node
+    # One message goes to the neighbour, and one to each of the two ranks of the other node.
+    assert times["rows to experts"].seconds == pytest.approx(1 + 2 * 10)
     assert times["rows to experts"].bound == "latency"
-    # A ring through four ranks, twice: two steps within nodes, one between.
+    # The gradients go twice around a ring of the four ranks. Once around is two steps within nodes and one between
+    # them.
     assert times["gradients of all but experts"].seconds == pytest.approx(2 * (2 * 1 + 10))
 
 
@@ -102,25 +104,26 @@ def test_a_step_has_all_its_micro_batches_and_all_their_layers(tied):
     )
     result = estimate_step_time(spec, two_nodes(spec))
     dense, experts, _ = result.compute_times
-    forward_and_backward, micro_batches, layers, width = 3, 2, 3, 2  # width: bytes of a value in bfloat16
-    # Four projections of attention; head and merge with their biases; a score of each expert; and, tied or not, the
-    # output's matrix.
+    forward_and_backward, micro_batches, layers, width = 3, 2, 3, 2  # width: bytes of a bfloat16 value
+    # Each layer has four projections of attention, the head and merge projections with their biases, and a score of
+    # each expert. The matrix of the output is read once, also if it is tied to the embedding.
     weight_values = layers * (4 * 32 * 32 + 2 * (32 * 32 + 32) + 4 * 16) + 300 * 32
     assert dense == (
         "all but experts",
         pytest.approx(forward_and_backward * micro_batches * width * weight_values / 500),
         "memory bandwidth",
     )
-    # This rank's expert has three products between 16 and 24 values. It has 128 rows: 2 x 16 tokens with 2 sub-tokens
-    # each, routed twice.
+    # This rank has one expert, with three products between 16 and 24 values. It gets 128 rows: 2 x 16 tokens with 2
+    # sub-tokens each, routed twice.
     values = 3 * (128 * (16 + 24) + 16 * 24)
     assert experts == (
         "experts",
         pytest.approx(forward_and_backward * micro_batches * layers * width * values / 500),
         "memory bandwidth",
     )
-    # A rank sends half of its rows to the other node: those of 2 x 16 tokens, routed twice, with 32 values, there and
-    # back in forward and backward. It also sends the number of rows, an int64, to each of the two ranks there.
+    # A rank sends half of its rows to the other node. It has the rows of 2 x 16 tokens, routed twice, with 32 values
+    # for each route of a token. They go there and back in the forward pass and in the backward pass. It also sends the
+    # number of rows, an int64, to each of the two ranks on the other node.
     remote_bytes = 4 * 32 * 2 * 32 * width / 2 + 2 * 8
     assert result.exchange_times[0] == (
         "rows to experts and back",

@@ -10,7 +10,8 @@ def test_groups_hold_every_rank_once_and_fill_nodes_first(nodes, ep):
     groups = expert_groups(nodes, ep)
     assert sorted(rank for group in groups.ranks for rank in group) == list(range(len(nodes)))
     assert all(len(group) == ep for group in groups.ranks)
-    assert all(group == sorted(group) for group in groups.ranks)  # as torch numbers them
+    # torch numbers the ranks of a group in ascending order.
+    assert all(group == sorted(group) for group in groups.ranks)
     possible_groups = sum(nodes.count(node) // ep for node in set(nodes))
     assert len(groups.ranks) - len(groups.straddling_indices) >= possible_groups
 

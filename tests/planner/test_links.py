@@ -108,7 +108,7 @@ def test_rows_over_each_link_are_those_of_drawn_routing(sizes, ep, dispatch):
         expected = {"node": group_loads(groups, within_nodes_pattern).scaled(top_k * rows).node.mean}
         expected |= {f"{name}, by node": s.mean for name, s in zip(CLASSES, by_node, strict=True)}
     for name, count in expected.items():
-        # Five standard deviations of independently drawn rows.
+        # The tolerance is five standard deviations of the number of independently drawn rows.
         assert crossings[name] == pytest.approx(count, abs=5 * math.sqrt(count) + 1, rel=0), name
     assert not crossings.keys() - expected.keys()
 
@@ -136,7 +136,9 @@ def test_rings_cross_the_links_of_a_walk_from_rank_to_rank(sizes, ep):
         largest_amount = max(sent_bytes[name].values(), default=0)
         if len(set(sizes)) == 1:
             assert load.maximum == pytest.approx(largest_amount)
-        else:  # an upper bound: the plan knows neither the exit of a domain, nor how many ranks enter a smaller node
+        else:
+            # The plan has only an upper bound: it knows neither from which rank a ring leaves a domain, nor how many
+            # ranks send into a smaller node.
             assert load.maximum >= largest_amount - 1e-9
     assert sum(s.messages for s in links) == len(all_ranks) - 1
 
@@ -158,18 +160,20 @@ def test_hierarchical_dispatch_sends_a_row_once_to_each_other_node():
     spec = tiny_spec(cluster=cluster)
     assert dispatch_exchanges(spec) == dispatch_exchanges(tiny_spec(cluster={**cluster, "dispatch": "flat"}))
     counts, node_counts, *row_exchanges = dispatch_exchanges(spec, layout_of([2, 2], 4))
-    # A rank sends two int64 numbers to the other node, and one to its neighbour for the neighbour's expert.
+    # A rank sends two int64 numbers to the other node, and to its neighbour one number for the neighbour's expert.
     assert (counts.sent_bytes, node_counts.sent_bytes) == (16, 8)
     tokens, d, h, k = 2 * 16, 32, 2, 2
     outputs = next(e for e in row_exchanges if e.name == "outputs back, by node")
-    # Each node has two of the four experts. Of the six choices of two experts, one has no expert of the other node.
+    # A row is sent to the other node if one of its two experts is there. Each node has two of the four experts, so one
+    # of the six possible choices of two experts needs no expert of the other node.
     assert outputs.sent_bytes == round(tokens * d * 4 * 5 / 6)
     rows = next(e for e in row_exchanges if e.name == "rows to experts, by node")
     assert rows.sent_bytes == round((tokens * d * 4 + tokens * h * k * 8) * 5 / 6)
     assert [e.links.node.mean for e in row_exchanges[1::2]] == [tokens * k * d * 4 / 2] * 4
     noisy = tiny_spec(model={**spec.model.model_dump(), "dropout": 0.1}, cluster=cluster)
     routes = next(e for e in dispatch_exchanges(noisy, layout_of([2, 2], 4)) if e.name == "outputs back, by node")
-    # With dropout each route is sent back by itself, half of them to the other node.
+    # With dropout, the output of each route is sent back separately, and half of the routes are those of the other
+    # node.
     assert routes.sent_bytes == tokens * k * d * 4 / 2
 
 
@@ -179,7 +183,8 @@ def test_a_group_with_unequal_shares_of_its_nodes_stays_flat():
     )
     uneven = layout_of([3, 1], 4)
     assert dispatch_exchanges(hierarchical_spec, uneven) == dispatch_exchanges(flat_spec, uneven)
-    # One group of each kind: over nodes of 2 and 2, and of 3 and 1.
+    # Of the two groups, one has two ranks on each of its two nodes, so it is hierarchical. The other has three ranks on
+    # one node and one on another, so it stays flat.
     wide = tiny_spec(cluster={"workers": 8, "ep": 4, "dispatch": "hierarchical"}, train={"micro_batches": 8})
     two_groups = layout_of([2, 2, 3, 1], 4)
     assert [len({two_groups.nodes[r] for r in ranks}) for ranks in two_groups.groups.ranks] == [2, 2]

@@ -33,7 +33,7 @@ def test_solve_match_finds_the_follow_up_papers_rows():
     assert solve({"heads": 3, "top_k": 3}, by="both") == (512, 96)
     assert solve({"heads": 1, "top_k": 2}, by="both") == (1024, 16)
     assert solve({"heads": 2, "top_k": 2, "experts": 40}, by="flops") == (768, 40)
-    # Exact parity, which P2 rounds: 41.3 and 93 experts.
+    # At exactly equal parameters there are 41.3 and 93 experts, which P2 rounds to 40 and 96.
     assert solve({"heads": 2, "top_k": 2}, by="both", multiple=1) == (768, 41)
     assert solve({"heads": 3, "top_k": 3}, by="both", multiple=1) == (512, 93)
 
@@ -161,7 +161,8 @@ def test_a_comparison_shows_equal_and_unequal_counts():
     assert 1.0 < comparisons["parameters"].ratio < 1.03
     dense = SMOE.with_moe(None)
     assert set(compare_models(SMOE, dense)) == {"parameters", "active parameters", "multiply-adds per token"}
-    # P1 at equal parameters: about 4.1 times the compute of its expert layers at top 2 (P2, section 2).
+    # At equal parameters, the expert layers of the first paper's model (P1) have about 4.1 times the compute of those
+    # of its reference X-MoE, at top 2 (P2, section 2).
     p1 = {"backbone": "subln", "d_ff": 3072}
     routing = {"top_k": 2, "experts": 32, "router": "xmoe_torchscale"}
     xmoe = model({"heads": 1, "d_expert": 3072, **routing}, **p1)

@@ -69,7 +69,8 @@ def spec_of(kind, experts, precision="float32") -> RunSpec:
     model = {**TRUNK, **KINDS[kind], "moe": EXPERTS[experts]}
     if experts == "plain":
         model["d_ff"] = None
-    seq_len = 192 if kind == "masks" else 64  # long enough that a missing mask exceeds the test's tolerance
+    # The sequences of `masks` are so long that a missing mask would exceed the tolerance of the test.
+    seq_len = 192 if kind == "masks" else 64
     return tiny_spec(model=model, data={"seq_len": seq_len}, train=train)
 
 
@@ -78,7 +79,7 @@ class SavedTensors:
 
     def __init__(self, model: torch.nn.Module) -> None:
         self._weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-        self._saved_tensors: dict[int, torch.Tensor] = {}  # referenced, so that no two share an address
+        self._saved_tensors: dict[int, torch.Tensor] = {}  # tensors are kept, so that no two have the same address
 
     def __call__(self, t: torch.Tensor) -> torch.Tensor:
         address = t.untyped_storage().data_ptr()
@@ -143,7 +144,7 @@ def test_planned_activations_of_kernel_reference_equal_saved_bytes(kind):
     ("gpus", "precision", "d_model", "kernel"),
     [
         (1, "bfloat16", 512, "triton"),
-        (1, "bfloat16", 514, "grouped"),  # rows of 257
+        (1, "bfloat16", 514, "grouped"),  # rows are 257 wide, and `auto` takes triton up to 256
         (1, "float32", 512, "grouped"),
         (0, "bfloat16", 512, "grouped"),
     ],
@@ -162,7 +163,7 @@ def test_kernel_auto_is_planned_with_the_memory_of_the_assumed_kernel(gpus, prec
 def test_assumed_kernel_is_the_named_one_and_none_for_a_dense_model():
     assert assumed_kernel(spec_of("llama", "dense")) is None
     assert assumed_kernel(spec_of("llama", "static")) == "capacity"
-    assert not may_use_cpp(spec_of("llama", "multi-head", "bfloat16"))  # because that spec names its kernel
+    assert not may_use_cpp(spec_of("llama", "multi-head", "bfloat16"))  # this spec names its kernel
 
 
 def test_kernel_triton_is_planned_without_hidden_rows():
@@ -170,7 +171,7 @@ def test_kernel_triton_is_planned_without_hidden_rows():
     spec = spec_of("subln", "kept")
     moe = spec.model.moe
     fused = spec.model.with_moe(moe.model_copy(update={"kernel": "triton", "recompute": None}))
-    hidden = moe.heads * moe.top_k * spec.model.moe_layers * moe.d_expert * 4  # GELU's input
+    hidden = moe.heads * moe.top_k * spec.model.moe_layers * moe.d_expert * 4  # bytes of GELU's input
     tokens = spec.train.micro_batch_size * spec.data.seq_len
     saved = compute_memory(spec).activations - compute_memory(spec.model_copy(update={"model": fused})).activations
     assert saved == pytest.approx(tokens * hidden, rel=0.01)
@@ -207,7 +208,7 @@ def autograd_bytes_of_rank(spec):
 def test_activations_of_two_ranks_include_exchanged_rows():
     spec = tiny_spec(cluster={"workers": 2, "ep": 2}, data={"seq_len": 64}, train={"micro_batch_size": 4})
     saved_bytes = run_ranks(2, autograd_bytes_of_rank, spec)
-    # Routing is not uniform, so of the two ranks one keeps more than the other.
+    # Routing is not uniform, so one of the two ranks keeps more than the other. The plan is compared with their mean.
     assert compute_memory(spec).activations == pytest.approx(sum(saved_bytes) / 2, rel=0.03)
 
 
@@ -249,7 +250,7 @@ def test_planned_shards_equal_those_of_real_ranks(workers, ep, strategy, shard_e
     ranks = run_ranks(workers, state_bytes_of_rank, spec)
     weights, gradients, moments = (sum(part) / workers for part in zip(*ranks, strict=True))
     memory = compute_memory(spec)
-    assert memory.moments == pytest.approx(moments, rel=0.01)  # slices are padded to whole numbers of values
+    assert memory.moments == pytest.approx(moments, rel=0.01)  # real slices are padded to whole numbers of values
     if strategy == "fsdp":
         assert memory.weights == weights
         assert memory.gradients == gradients
@@ -261,7 +262,7 @@ def buffer_bytes_of_saver(spec, path):
     for _ in range(2):
         saver.save(saver._trainer.zero_counts())
         saver.wait()
-        saver._group += 1  # like another start, so that the next checkpoint has its own folder
+        saver._group += 1  # as another start would, so that the next checkpoint has its own folder
     return sum(buffer.nbytes for buffer in saver._buffers.values())
 
 
@@ -270,7 +271,7 @@ def test_the_copy_of_a_checkpoint_has_the_bytes_of_the_savers_buffers(tmp_path, 
     spec, run = new_run(tmp_path, {"workers": workers, "ep": ep, "strategy": strategy})
     buffer_bytes = run_ranks(workers, buffer_bytes_of_saver, spec, run.path)
     assert checkpoint_copy_bytes(spec) * workers == sum(buffer_bytes)
-    assert max(buffer_bytes) - min(buffer_bytes) < 300 * 32 * 4  # the largest tensor
+    assert max(buffer_bytes) - min(buffer_bytes) < 300 * 32 * 4  # bytes of the largest tensor
     memory, gpus = compute_memory(spec), spec.cluster.model_copy(update={"gpus_per_worker": 1})
     assert memory.checkpoint_copy == checkpoint_copy_bytes(spec)
     assert compute_memory(spec.model_copy(update={"cluster": gpus})).total < memory.total
@@ -281,9 +282,10 @@ def test_each_strategy_needs_less_memory_than_the_one_before():
         s: compute_memory(tiny_spec(cluster={"workers": 4, "ep": 1, "strategy": s}))
         for s in ("ddp", "zero1", "zero2", "zero3")
     }
-    # Weights (with ZeRO's own shards), gradients and two moments, in quarters of a model: each rank's shard is one.
+    # Bytes of the weights (with the shards that ZeRO itself keeps), of the gradients and of the two moments of AdamW.
+    # The unit is a quarter of the model, which is the shard of one of four ranks.
     quarters = {"ddp": (4, 4, 8), "zero1": (4 + 1, 4, 2), "zero2": (4 + 1, 1, 2), "zero3": (1 + 1, 1, 2)}
-    quarter = compute_sizes(tiny_spec().model).parameters  # of 4 bytes each
+    quarter = compute_sizes(tiny_spec().model).parameters  # a quarter of the bytes, because a parameter has 4
     for strategy, expected in quarters.items():
         memory = memory_by_strategy[strategy]
         assert (memory.weights, memory.gradients, memory.moments) == tuple(n * quarter for n in expected), strategy
@@ -299,7 +301,7 @@ def peak_bytes_of_rank(spec):
     and gradients."""
     trainer = build_trainer(spec)
     batch = micro_batches(spec, 0)[trainer.mesh.rank :: trainer.mesh.world_size][:1]
-    trainer.accumulate(batch)  # so that the gradients are allocated before the measurement
+    trainer.accumulate(batch)  # allocates the gradients before the measurement
     return peak_bytes(lambda: trainer.accumulate(batch), torch.device("cpu"))
 
 
@@ -313,7 +315,7 @@ def test_peak_memory_with_a_large_vocabulary_is_at_the_loss(workers, strategy, p
     spec = tiny_spec(model=model, data={"seq_len": 256}, train=train, cluster=cluster)
     memory = compute_memory(spec)
     for peak in run_ranks(workers, peak_bytes_of_rank, spec):
-        # Some of the weights that fsdp gathers exist only before the loss, or only after it.
+        # The weights that fsdp gathers are not added: some of them exist only before the loss, or only after it.
         assert peak == pytest.approx(memory.activations + memory.copies + memory.logits, rel=0.03)
 
 
@@ -335,7 +337,8 @@ def test_recomputation_keeps_inputs_of_blocks_and_one_block(experts, ep, min_rat
     activations, peak = activations_and_peak(False)
     recomputed_activations, recomputed_peak = activations_and_peak(True)
     assert recomputed_activations < activations / min_ratio
-    # The other bytes of a backward are the same in both cases, or fewer with recomputation.
+    # All other bytes of the backward pass are the same in both cases, or fewer with recomputation, so the peaks differ
+    # by the activations.
     assert peak - recomputed_peak == pytest.approx(activations - recomputed_activations, rel=0.15)
 
 

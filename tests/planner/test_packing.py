@@ -32,7 +32,7 @@ def test_every_worker_that_fits_has_a_place_and_nodes_are_filled_one_by_one(size
     worker_counts = Counter(rank_nodes)
     assert all(count * cpus <= node.cpus and count * gpus <= node.gpus for node, count in worker_counts.items())
     assert len(rank_nodes) == min(workers, sum(node.worker_capacity(cpus, gpus) for node in nodes))
-    # Each node has consecutive ranks, and is full except for the last one.
+    # The workers of each node have consecutive ranks, and every node is full except for the last one.
     runs = [node for i, node in enumerate(rank_nodes) if i == 0 or rank_nodes[i - 1] != node]
     assert len(runs) == len(worker_counts)
     assert all(worker_counts[node] == node.worker_capacity(cpus, gpus) for node in runs[:-1])

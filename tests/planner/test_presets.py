@@ -17,8 +17,8 @@ def parts_of(name, size=None):
     return sizes.parameters - sizes.expert_parameters, sizes.expert_parameters, sizes.parameters
 
 
-# Each row has the number of experts, and for X-MoE and MH-MoE the parameters of all but the experts, of the experts,
-# and in all, in millions.
+# Table 11 of the first paper. A row has the number of experts and, in millions, the numbers of parameters of X-MoE and
+# of MH-MoE: of all but the experts, of the experts, and in all.
 TABLE_11 = [
     (8, (134, 227, 361), (141, 213, 354)),
     (16, (134, 454, 588), (141, 430, 571)),
@@ -55,7 +55,8 @@ def test_first_papers_presets_have_the_settings_of_its_runs():
     four = preset_models(find_preset("p1-mhmoe-32-h4-k4"))[0].moe
     assert (four.top_k, four.capacity_factor, four.second_expert) == (4, None, "always")
     compute = compare_models(model, reference)["multiply-adds of expert layers"].ratio
-    assert compute == pytest.approx(130 / 32, rel=0.02)  # P2: equal parameters, about 4.1 times the compute
+    # P2 says that at equal parameters the compute is about 4.1 times as large.
+    assert compute == pytest.approx(130 / 32, rel=0.02)
 
 
 @pytest.mark.parametrize("shared", ["", "-shared"])
@@ -68,7 +69,7 @@ def test_the_follow_up_papers_rows_cost_the_same_and_differ_in_parameters_as_pub
         model_layer, reference_layer = (
             compute_sizes(m).parameters - compute_sizes(m.with_moe(None)).parameters for m in (model, reference)
         )
-        dense = 6 * 3 * 768 * 2048  # the dense layers that the expert layers replace
+        dense = 6 * 3 * 768 * 2048  # parameters of the dense layers that the expert layers replace
         routers = [6 * m.moe.experts * 768 // m.moe.heads for m in (model, reference)]
         # The paper does not count the biases of the head and merge projections.
         biases = 6 * 2 * 768 if model.moe.heads > 1 else 0

@@ -64,11 +64,12 @@ def test_a_matched_family_stays_matched_when_heads_or_choices_change(write_spec)
     few_experts = write_spec(size="base", overrides=["model.moe.experts=16"])
     assert (few_experts.model.moe.d_expert, few_experts.model.moe.experts) == (768, 16)
     wide = write_spec(size="base", overrides=["model.moe.d_expert=1536"])
-    assert (wide.model.moe.d_expert, wide.model.moe.experts) == (1536, 21)  # half as many, twice as wide
+    assert (wide.model.moe.d_expert, wide.model.moe.experts) == (1536, 21)  # twice as wide, so about half as many
     spread = ["model.moe.d_expert=1536", "cluster.workers=2", "cluster.ep=2", "train.micro_batches=2"]
     assert write_spec(size="base", overrides=spread).model.moe.experts == 20
     odd = ["cluster.workers=3", "cluster.ep=3", "train.micro_batches=3"]
-    # A multiple of 6, because all multiples of 24 are far away from the exact number.
+    # The number has to be a multiple of 3, and by preference of 8 or 4 too. The multiples of 24 and of 12 are too far
+    # from the exact number, 41, so it becomes a multiple of 6.
     assert write_spec(size="base", overrides=odd).model.moe.experts == 42
     fixed_keys = write_spec(size="base", overrides=["model.moe.d_expert=64", "model.moe.experts=4"])
     assert (fixed_keys.model.moe.d_expert, fixed_keys.model.moe.experts) == (64, 4)
@@ -106,7 +107,8 @@ def test_match_on_a_model_without_a_preset(write_spec):
     )
     assert spec.reference.name == "smoe"
     assert spec.reference.moe.d_expert == 256
-    assert spec.model.moe.d_expert == round((256 - 2 / 3 * 96) / 2 / 8) * 8  # P2's rule, k0 = 1
+    # The width follows P2's rule (k0 f0 - 2/3 d) / k with k0 = 1 and f0 = 256, rounded to a multiple of 8.
+    assert spec.model.moe.d_expert == round((256 - 2 / 3 * 96) / 2 / 8) * 8
 
 
 def test_a_match_or_a_reference_replaces_that_of_the_preset(write_spec):

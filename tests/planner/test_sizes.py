@@ -36,11 +36,11 @@ def test_the_first_papers_models_have_the_parameters_of_its_logs():
 def test_the_follow_up_papers_layers_cost_the_same(heads, top_k, d_expert, experts):
     """The follow-up paper's table has 4,718,592 multiply-adds per token and layer in each row, without the router's."""
     moe = MoESpec(heads=heads, experts=experts, top_k=top_k, d_expert=d_expert)
-    router = 768 * experts  # h sub-tokens of width d/h
+    router = 768 * experts  # each of h sub-tokens has 768 / h values
     assert compute_sizes(spec(moe)).moe_macs_per_token // 6 - router == 4_718_592
 
 
 def test_active_parameters_count_each_expert_once():
-    moe = MoESpec(heads=4, experts=6, top_k=3, d_expert=5)  # 12 routes, 6 experts
+    moe = MoESpec(heads=4, experts=6, top_k=3, d_expert=5)  # a token has 12 routes, but there are only 6 experts
     sizes = compute_sizes(spec(moe, d=48, layers=2))
     assert sizes.active_parameters == sizes.parameters

@@ -79,7 +79,7 @@ def test_bytes_of_the_expert_step_are_those_of_its_matrix_products(model):
     layer = decoder(spec).moe_layers()[0]
     step = expert_step(spec)
     rows = step.rows // spec.model.moe.top_k
-    # Routes go through the experts in turn, so that every expert gets rows.
+    # The routes are assigned to the experts in turn, so that every expert gets rows.
     expert_NK = (torch.arange(rows)[:, None] + torch.arange(spec.model.moe.top_k)) % spec.model.moe.experts
     x_ND = torch.randn(rows, spec.model.d_model // spec.model.moe.heads)
     with MatrixProducts() as products:
@@ -91,7 +91,8 @@ def test_bytes_of_the_expert_step_are_those_of_its_matrix_products(model):
 def test_a_rank_of_a_group_gets_as_many_rows_and_fewer_weights():
     single_rank, rank_of_group = expert_step(tiny_spec()), expert_step(tiny_spec(cluster={"workers": 4, "ep": 4}))
     assert (single_rank.rows, single_rank.flops) == (rank_of_group.rows, rank_of_group.flops)
-    assert single_rank.bytes - rank_of_group.bytes == 3 * 3 * 16 * 24 * 4  # three experts of three matrices less
+    # A rank of the group has three experts fewer, with three matrices each.
+    assert single_rank.bytes - rank_of_group.bytes == 3 * 3 * 16 * 24 * 4
     assert rank_of_group.intensity == pytest.approx(rank_of_group.flops / rank_of_group.bytes)
     half = expert_step(tiny_spec(train={"precision": "bfloat16"}))
     assert half.bytes * 2 == single_rank.bytes
@@ -103,6 +104,6 @@ def test_training_costs_three_forward_passes_and_attention_grows_with_length():
     short, long = flops_per_token(spec, 16), flops_per_token(spec, 1016)
     assert short.training == 3 * short.forward
     assert long.forward - short.forward == 2 * spec.layers * spec.d_model * 1000
-    # Token t attends to t + 1 keys, with one product for scores and one for values, over all heads.
+    # Token t attends to t + 1 keys. Over all heads it needs one product for the scores and one for the values.
     by_hand = sum(2 * 2 * spec.d_model * (t + 1) for t in range(16)) / 16 * spec.layers
     assert short.forward == 2 * compute_sizes(spec).macs_per_token + by_hand

@@ -24,7 +24,8 @@ class Collectives(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = function._schema.name
         if "c10d" in name:
-            # The first argument of an operator with _base in its name is the output.
+            # If the name of an operator has _base in it, the first argument is the output, and the second is what the
+            # rank sends.
             tensors = args[1] if "_base" in name else args[0]
             brought = [tensors] if isinstance(tensors, torch.Tensor) else list(tensors)
             kind = "alltoall" if "alltoall" in name or "all_to_all" in name else name.split("::")[1].strip("_")
@@ -70,7 +71,7 @@ def test_exchanges_are_those_of_a_real_step(workers, ep, train):
         assert results["sent"].counts == sum(e.times * e.payload for e in all_to_alls if e.name == "counts per expert")
     rows = sum(results["sent"].rows for results in ranks)
     assert rows == sum(results["least"] for results in ranks)
-    # Routing is near uniform at the start.
+    # At the start of a training, routing is nearly uniform, so the rows are near the plan, which takes it as uniform.
     assert rows == pytest.approx(
         workers * sum(e.times * e.payload for e in all_to_alls if "counts" not in e.name), rel=0.1
     )
@@ -92,7 +93,7 @@ def test_exchanges_of_hierarchical_dispatch_are_those_of_a_real_step(top_k):
         return 4 * sum(e.times * amount_of(e) for e in expected)
 
     assert sum(sent_bytes.counts for sent_bytes in ranks) == mean(lambda e: e.sent_bytes if "counts" in e.name else 0)
-    # Routing is near uniform at the start.
+    # At the start of a training, routing is nearly uniform, so the rows are near the plan, which takes it as uniform.
     rows = mean(lambda e: 0 if "counts" in e.name else e.sent_bytes)
     remote_rows = mean(lambda e: 0 if "counts" in e.name else e.links.domain.mean)
     assert sum(sent_bytes.rows for sent_bytes in ranks) == pytest.approx(rows, rel=0.1)
@@ -105,7 +106,7 @@ def test_payload_and_number_of_exchanges_follow_from_the_spec():
     counts, *rows, shared, experts = all_exchanges(spec)
     tokens, k, d = 2 * 16, 2, 32
     assert len(rows) == 4
-    for exchange in rows:  # one layer, one micro-batch on each of four workers
+    for exchange in rows:  # one layer, and one micro-batch on each of four workers
         assert (exchange.payload, exchange.ranks, exchange.times) == (tokens * k * d * 4 // 2, 2, 1)
         assert exchange.sent_bytes == exchange.payload
     assert (counts.payload, counts.sent_bytes) == (2 * 8, 2 * 8)
@@ -113,7 +114,8 @@ def test_payload_and_number_of_exchanges_follow_from_the_spec():
     assert (experts.ranks, experts.sent_bytes) == (2, experts.payload)
     exchanges = all_exchanges(tiny_spec(cluster={"workers": 4, "ep": 2}, train={"micro_batches": 12}))
     assert [e.times for e in exchanges] == [3, 3, 3, 3, 3, 1, 1]
-    # h changes neither payload nor count: h * N rows of width d / h.
+    # The number of heads h changes neither the payload nor the number of exchanges: there are h N rows, but of width
+    # d/h.
     moe = {"heads": 4, "experts": 4, "top_k": 2, "d_expert": 24}
     assert (
         all_exchanges(tiny_spec(cluster={"workers": 4, "ep": 2}, model={**spec.model.model_dump(), "moe": moe}))[1]
@@ -129,7 +131,8 @@ def test_shards_are_gathered_and_reduced_as_in_a_real_step(shard_experts):
     scattered = sum(e.payload * e.times for e in expected if e.name.startswith("gradients of all"))
     experts = sum(e.payload * e.times for e in expected if e.name == "gradients of experts")
     for results in run_ranks(2, collectives_of_step, spec):
-        # A block's tensors go together, each padded to a whole number of rows.
+        # FSDP gathers the tensors of a block together, and each is padded to a whole number of rows, so the bytes
+        # differ a little.
         assert results["bytes"]["allgather_base"] == pytest.approx(gathered, rel=0.01)
         reduced_bytes = results["bytes"].get("allreduce", 0), results["bytes"]["reduce_scatter_base"]
         assert reduced_bytes == ((0, scattered + experts) if shard_experts else (experts, scattered))
@@ -177,7 +180,9 @@ def test_zero_3_gathers_weights_for_each_pass_and_two_blocks_at_a_time():
     for accumulated_bytes, _, gathered_bytes in run_ranks(2, collectives_of_zero, spec):
         assert gathered_bytes == pytest.approx(expected, rel=0.05)
         assert accumulated_bytes["reduce_scatter_base"] == pytest.approx(planned_bytes(spec, "gradients"), rel=0.01)
-        kept_bytes = micro_batches * expected // 2  # from forward to backward, in slices
+        # Some weights stay gathered from the forward to the backward pass. Each of the two ranks saves the bytes of its
+        # half.
+        kept_bytes = micro_batches * expected // 2
         all_gathers = accumulated_bytes["allgather_base"]
         assert all_gathers == pytest.approx(planned_bytes(spec, "weights") - kept_bytes, rel=0.05)
         assert all_gathers < planned_bytes(spec, "weights")
@@ -188,7 +193,9 @@ def test_strategies_with_less_memory_send_more_bytes():
         spec = tiny_spec(cluster={"workers": 4, "strategy": strategy, **cluster}, train={"micro_batches": 8})
         return sum(e.sent_per_step for e in all_exchanges(spec))
 
-    assert sent_bytes("ddp") == sent_bytes("zero1")  # an all-reduce is a reduce-scatter and an all-gather
+    # An all-reduce is a reduce-scatter and an all-gather, so both strategies send the same bytes.
+    assert sent_bytes("ddp") == sent_bytes("zero1")
     assert sent_bytes("zero1") < sent_bytes("zero2") < sent_bytes("zero3")
-    # Two micro-batches gather weights four times and reduce gradients once. An all-reduce is two such exchanges.
+    # Each of two micro-batches gathers the weights twice, and the gradients are reduced once, which makes five
+    # exchanges. The all-reduce of `ddp` is two such exchanges.
     assert sent_bytes("fsdp", shard_experts=True) == 2.5 * sent_bytes("ddp")

@@ -46,7 +46,8 @@ def closed_schema(schema):
 def schema_errors(manifest):
     """Return the paths in a manifest of KubeRay that do not match the schema of its kind."""
     schema = closed_schema(SCHEMAS[manifest["kind"]]) | {"definitions": closed_schema(SCHEMAS["definitions"])}
-    schema["properties"]["metadata"] = {"type": "object"}  # Kubernetes' own, which the schema leaves out
+    # The schema leaves out the metadata, whose form Kubernetes defines.
+    schema["properties"]["metadata"] = {"type": "object"}
     return [e.json_path for e in jsonschema.Draft7Validator(schema).iter_errors(manifest)]
 
 
@@ -87,7 +88,8 @@ def test_pods_can_write_to_a_volume_owned_by_root():
     user = re.search(r"^RUN useradd .*--uid (\d+) ", render_files(SITE)["Containerfile"], re.M)
     spec = kuberay.ray_cluster(SITE)["spec"]
     for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
-        # Without the policy, each start of a pod would set the group of all files in the storage.
+        # Without this policy, each start of a pod would set the group of all files in the storage. With it, this
+        # happens only if the storage's root folder has another group.
         expected = {"fsGroup": int(user[1]), "fsGroupChangePolicy": "OnRootMismatch"}
         assert group["template"]["spec"]["securityContext"] == expected
 
@@ -208,7 +210,8 @@ def test_aws_needs_an_image_for_workers_with_gpus():
         validate_section(SiteSpec, site_tree, "site")
     site_tree["workers"]["gpus"] = 0
     types = ray_up.aws_config(site := validate_section(SiteSpec, site_tree, "site"), site.aws)["available_node_types"]
-    assert all("ImageId" not in node_type["node_config"] for node_type in types.values())  # Ray fills in its own
+    # Without ImageId, Ray fills in an image of its own.
+    assert all("ImageId" not in node_type["node_config"] for node_type in types.values())
 
 
 def test_slurm_script_is_valid_bash():

@@ -22,7 +22,8 @@ from tests.watch import newest_run, step_of, wait_until
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 COMMANDS = {
-    # It runs the command on this machine, whichever node -w names, and records the process as one of the job.
+    # This srun runs the command on this machine, whichever node the option -w names. It records the process as one of
+    # the job's.
     "srun": """
 while [ "${1#-}" != "$1" ]; do [ "$1" = -w ] && shift; shift; done
 echo $$ >> "$FAKE/job"
@@ -62,7 +63,8 @@ def start_job(tmp_path):
 def test_run_is_saved_before_the_time_limit_and_continued(tmp_path, start_job):
     write_corpus(tmp_path / "raw")
     spec = write_spec(tmp_path, train={"steps": 400, "checkpoint_every": 100, "validate_every": 100})
-    # The storage is not the folder in which commands look for runs by default.
+    # The storage is not the folder in which commands look for runs by default, so the script has to name a run by its
+    # path.
     spec.write_text(spec.read_text().replace(f"storage: {tmp_path}/runs\n", f"storage: {tmp_path}/elsewhere/runs\n"))
     process = start_job()
     run = wait_until(lambda: list_runs(tmp_path / "elsewhere/runs") and newest_run(tmp_path / "elsewhere"), "the run")

@@ -187,7 +187,8 @@ def test_trainings_of_different_lengths_are_reported_as_unequal(tmp_path):
 
 def test_minutes_count_only_the_time_with_workers(tmp_path):
     run = make_run(tmp_path, "a", 0, 3.0, steps=10)
-    for step in (9, 10, 11):  # three days later, from a checkpoint at 8
+    # The run continues three days later, from a checkpoint of step 8. The time in between does not count.
+    for step in (9, 10, 11):
         line = {metrics.STEP: step, metrics.TIME: 300_000.0 + step, metrics.LOSS: 3.0, metrics.GROUP: 2}
         history.append(run, {**line, metrics.TOKENS: 128 * step, metrics.TOKENS_PER_S: 100.0})
     history.flush(run)
@@ -244,7 +245,7 @@ def test_a_verdict_is_students_t_over_pairs_of_seeds(tmp_path):
     differences = [-0.1, -0.12, -0.09]
     mean = sum(differences) / 3
     deviation = math.sqrt(sum((d - mean) ** 2 for d in differences) / 2)
-    half = 4.302653 * deviation / math.sqrt(3)  # t of 97.5 per cent, 2 degrees of freedom
+    half = 4.302653 * deviation / math.sqrt(3)  # 97.5 per cent quantile of t for 2 degrees of freedom
     assert verdict.difference == pytest.approx(mean)
     assert (verdict.low, verdict.high) == pytest.approx((mean - half, mean + half), abs=1e-6)
     assert verdict.is_clear
@@ -382,7 +383,7 @@ def test_the_page_is_self_contained_and_has_its_pictures_beside_it(tmp_path):
     assert {"loss_by_steps", "loss_by_flops", "loss_beside_baseline", "activation", "load_mhmoe_h2"} <= pictures
     assert page.count("<figure") == len(pictures)
     assert all(p.read_bytes().startswith(b"\x89PNG") for p in (tmp_path / "out").glob("*.png"))
-    assert "dropped" not in pictures  # No sub-token was dropped.
+    assert "dropped" not in pictures  # no sub-token was dropped, so there is nothing to show
 
 
 def test_a_loss_with_an_overflowing_perplexity_is_reported(tmp_path):

@@ -108,7 +108,8 @@ def test_run_removed_while_listing_is_left_out(tmp_path, capsys, monkeypatch):
 
 
 def test_unreachable_storage_is_reported(monkeypatch):
-    for name, value in CREDENTIALS.items():  # without them, the client searches them in places that time out slowly
+    # Without credentials, the client would look for them in places that time out slowly.
+    for name, value in CREDENTIALS.items():
         monkeypatch.setenv(name, value)
     unreachable = "s3://bucket/runs?scheme=http&region=us-east-1&endpoint_override=127.0.0.1:9"
     with pytest.raises(RunError, match=r"storage s3://.*check the address, and the credentials"):
@@ -136,7 +137,7 @@ def test_write_without_space_is_reported_and_later_lines_survive(tmp_path):
     try:
         jsonl.append(path, {"a": 1})
         with pytest.raises(StorageError, match="it cannot be written: File too large; make room"):
-            jsonl.append(path, {"a": "2" * 100})  # a part of this line is written
+            jsonl.append(path, {"a": "2" * 100})  # only a part of this line is written
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert path.stat().st_size == 100
@@ -166,7 +167,8 @@ def test_tail_yields_late_segment_with_an_earlier_name(tmp_path, s3, monkeypatch
         jsonl.append(path, {"a": name})
         lines += tail.new_lines()
     assert lines == [{"a": "20"}, {"a": "10"}, {"a": "15"}, {"a": "30"}]
-    (path / "10").write_bytes((path / "10").read_bytes() + b'{"a": "11"}\n')  # a segment of gathered lines grows
+    # A segment to which lines are gathered grows, so the tail must also read the new end of a known segment.
+    (path / "10").write_bytes((path / "10").read_bytes() + b'{"a": "11"}\n')
     assert list(tail.new_lines()) == [{"a": "11"}]
     assert list(tail.new_lines()) == []
 
@@ -217,7 +219,7 @@ def test_attempts_are_numbered(run):
 def test_newest_intact_checkpoint_is_used(run):
     assert newest_checkpoint(run) is None
     paths = [write_checkpoint(run, 5), write_checkpoint(run, 10), write_checkpoint(run, 10, group=3)]
-    (run.checkpoints / "step_00000011.4").mkdir()  # uncommitted
+    (run.checkpoints / "step_00000011.4").mkdir()  # has no manifest, so it is uncommitted
     checkpoint, manifest, skipped = newest_checkpoint(run)
     assert (checkpoint, manifest.step, skipped) == (paths[2], 10, [])
 
@@ -305,5 +307,5 @@ def test_moved_run_has_moved_paths(tmp_path):
     moved_run = RunDir(tmp_path / "new" / run.path.relative_to(tmp_path / "old"))
     moved_spec = moved_run.spec()
     assert moved_spec == tiny_spec(tmp_path / "new", data={"tokenizer": "tokenizer.json"})
-    (tmp_path / "old").mkdir()  # the old folders exist again, so this run is a copy
+    (tmp_path / "old").mkdir()  # the old folder exists again, so this run counts as a copy
     assert moved_run.spec() == spec

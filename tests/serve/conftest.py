@@ -31,7 +31,8 @@ from mhmoe_ray.storage import describe_file
 from tests.saved import save_tensors
 
 SEQ_LEN = 64
-# The model has more rows than the tokenizer has tokens, as when a small corpus gives fewer merges than requested.
+# The model has more rows of embeddings than the tokenizer has tokens. This happens if a small corpus gives fewer merges
+# than requested.
 SPEC = ModelSpec(
     vocab_size=320, d_model=32, layers=2, attention_heads=4, d_ff=64, moe=MoESpec(heads=2, experts=4, d_expert=16)
 )
@@ -58,7 +59,8 @@ def build_model(spec: ModelSpec = SPEC, local_experts: range | None = None) -> D
     model = Decoder(spec, local_experts).requires_grad_(False).eval()
     init_weights(model, seed=7)
     for p in model.blocks.parameters():
-        # Fresh weights repeat the last token without end; larger ones give answers in which a wrong token shows.
+        # With fresh weights, a model repeats the last token without end. With larger weights it gives answers in which
+        # a wrong token shows.
         if p.dim() > 1:
             p.mul_(3)
     return model

@@ -20,7 +20,7 @@ from mhmoe_ray.serve.config import DEPLOYMENT, ENVIRONMENT
 from .conftest import free_port
 
 with warnings.catch_warnings():
-    # Ray's own models use what newer releases of pydantic deprecate.
+    # Ignore warnings about Ray's own models, which use what newer releases of pydantic deprecate.
     warnings.simplefilter("ignore", PydanticDeprecatedSince20)
     from ray import serve
     from ray.serve.context import _get_global_client
@@ -30,16 +30,16 @@ with warnings.catch_warnings():
 @contextmanager
 def start_ray_serve(cpus: int = 4) -> Iterator[int]:
     """Start Ray with a new token and Serve on it, yield Serve's port, and stop both at the end of the block."""
-    # Names of sockets must be short, and pytest's own folders are too deep for Ray's.
+    # The folder is not below pytest's folders, because paths of Ray's sockets would be too long there.
     temp_folder = Path(tempfile.mkdtemp(prefix="mhmoe-"))
     (temp_folder / "token").write_text(secrets.token_hex(16))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_AUTH_MODE", "token")
         patch.setenv("RAY_AUTH_TOKEN_PATH", str(temp_folder / "token"))
-        # A local cluster of this project has the same variables.
+        # Set the same variables as for a local cluster of this project.
         for name, value in ENVIRONMENT.items():
             patch.setenv(name, value)
-        reset_auth_token_state()  # Ray caches the mode and the token
+        reset_auth_token_state()  # Ray has cached the old mode and token
         try:
             ray.init(
                 "local", num_cpus=cpus, include_dashboard=False, log_to_driver=False, _temp_dir=str(temp_folder / "ray")

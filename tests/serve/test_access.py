@@ -45,7 +45,7 @@ def test_token_bucket_refills_over_a_minute_up_to_its_capacity():
     assert bucket.wait_seconds() == 1
     clock.current_time += 1
     assert bucket.wait_seconds() == 0
-    bucket.spend(100)  # more than is available
+    bucket.spend(100)  # more than is available, so the bucket is in debt
     assert bucket.wait_seconds() == 100
     clock.current_time += 10_000
     assert bucket.wait_seconds() == 0
@@ -198,7 +198,7 @@ def test_silent_rate_limiter_delays_only_clients_with_limits(answerer):
     """Requests of clients with limits time out if the rate limiter does not answer; other clients get their answers."""
     clients = []
 
-    # A cluster's rate limiter is silent while its actor is restarted.
+    # The class stands for a cluster's rate limiter, which is silent while its actor is restarted.
     class SilentRateLimiter:
         async def begin_request(self, client):
             clients.append(client)

@@ -49,7 +49,7 @@ def test_closing_an_answer_ends_its_computation(answerer):
         answer = answerer.answer(request)
         await anext(answer)
         await answer.aclose()
-        while answerer.engine.stats().running:  # until the engine has ended the request
+        while answerer.engine.stats().running:  # wait until the engine has ended the request
             await asyncio.sleep(0.01)
 
     asyncio.run(asyncio.wait_for(close_early(), 60))

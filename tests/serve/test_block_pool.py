@@ -64,9 +64,9 @@ def test_cached_prefix_matches_until_its_block_is_reallocated():
     assert pool.match_prefix(token_ids) == blocks
     assert pool.match_prefix(token_ids[: BLOCK_SIZE + 3]) == blocks[:1]
     assert pool.match_prefix([7, *token_ids[1:]]) == []
-    [empty_block] = pool.allocate(1)  # the block without cached contents is evicted first
+    [empty_block] = pool.allocate(1)  # a block without cached contents is evicted first
     assert empty_block not in blocks
-    [tail_block] = pool.allocate(1)  # then the end of the sequence
+    [tail_block] = pool.allocate(1)  # of cached blocks, the end of the sequence is evicted first
     assert tail_block == blocks[1]
     assert pool.match_prefix(token_ids) == blocks[:1]
 

@@ -31,8 +31,8 @@ OPERATIONS = [
     ("GET", "/health"),
     ("GET", "/ready"),
 ]
-# These may refuse requests that match the description, because some fields limit each other or depend on the model:
-# max_tokens, n and prompts, stream_options, token ids.
+# These endpoints may refuse requests that match the description, because some fields limit each other or depend on the
+# model: max_tokens, n and prompts, stream_options, token ids.
 LIMITED = ["/v1/completions", "/v1/chat/completions"]
 
 

@@ -9,7 +9,8 @@ from tests.serve.conftest import TEXT, build_tokenizer
 
 TOKENIZER = build_tokenizer()
 UNIGRAM = train_unigram(TEXT * 2, 330)
-LLAMA = llama_tokenizer(TEXT[:2] * 4, 320)  # its vocabulary lacks Japanese and emoji, which become bytes
+# The vocabulary lacks Japanese and emoji, so their characters are encoded as bytes.
+LLAMA = llama_tokenizer(TEXT[:2] * 4, 320)
 TOKENIZERS = {"bytes": TOKENIZER, "unigram": UNIGRAM, "fallback": LLAMA}
 DECODERS = {kind: TextDecoder(tokenizer) for kind, tokenizer in TOKENIZERS.items()}
 SIZES = {kind: tokenizer.get_vocab_size() for kind, tokenizer in TOKENIZERS.items()}
@@ -23,7 +24,7 @@ def answers(draw):
     """Draw a decoder, and either arbitrary tokens, which may be invalid UTF-8, or the tokens of a real text."""
     kind = draw(kinds)
     tokenizer = TOKENIZERS[kind]
-    any_ids = st.lists(st.integers(1, SIZES[kind] - 1), max_size=80)  # more than a stream keeps
+    any_ids = st.lists(st.integers(1, SIZES[kind] - 1), max_size=80)  # more tokens than a stream keeps
     return DECODERS[kind], draw(st.one_of(any_ids, texts.map(lambda text: tokenizer.encode(text).ids)))
 
 
@@ -89,7 +90,7 @@ def test_answer_continues_the_prompt(text, cut):
     for kind, tokenizer in TOKENIZERS.items():
         decode = DECODERS[kind]
         ids = tokenizer.encode(text).ids
-        while "\ufffd" in decode(ids[:cut]):  # prompts end with a whole character
+        while "\ufffd" in decode(ids[:cut]):  # the prompt has to end with a whole character
             cut += 1
         pieces, _ = push_all(ids[cut:], [], decode, ids[:cut])
         assert decode(ids[:cut]) + "".join(pieces) == text

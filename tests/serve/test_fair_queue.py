@@ -15,7 +15,7 @@ def test_removed_items_get_no_turn():
     queue = FairQueue()
     for item in ("a1", "a2", "b1"):
         queue.add(item[0], item)
-    for item in ("a1", "a1", "c1", "b1"):  # the second a1 and c1 are not in the queue
+    for item in ("a1", "a1", "c1", "b1"):  # neither a second a1 nor c1 is in the queue
         queue.remove(item[0], item)
     assert list(queue) == ["a2"]
     assert queue.pop() == "a2"

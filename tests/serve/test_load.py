@@ -54,7 +54,7 @@ def test_changed_tokenizer_is_refused(checkpoint_copy):
         load_answerer(checkpoint_copy, ServeSpec())
 
 
-# Ray's own models use what newer releases of pydantic deprecate.
+# The ignored warnings are about Ray's own models, which use what newer releases of pydantic deprecate.
 @pytest.mark.filterwarnings("ignore::pydantic.PydanticDeprecatedSince20")
 def test_invalid_chat_template_is_refused_before_replicas_start(checkpoint_copy):
     from ray.serve.exceptions import RayServeException

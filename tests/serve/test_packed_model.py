@@ -38,7 +38,8 @@ def test_packed_model_equals_the_training_model(kind):
     biases = [name for name, _ in model.named_buffers() if name.endswith("bias_E")]
     assert bool(biases) == ("bias" in kind)
     for copy in (model, packed_model):
-        for name in biases:  # they are 0 in an untrained model
+        # In an untrained model the biases are 0, so that a missing one would not show.
+        for name in biases:
             copy.get_buffer(name).copy_(torch.linspace(0.3, -0.3, copy.get_buffer(name).numel()))
     pack_model(packed_model)
     token_BT = torch.randint(300, (2, 40), generator=torch.Generator().manual_seed(1))

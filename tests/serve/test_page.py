@@ -74,7 +74,7 @@ def test_answer_is_streamed_and_can_be_stopped(browser, tokenizer):
 
             element("key").send_keys("secret")
             element("temperature").clear()
-            element("temperature").send_keys("0")  # a drawn token may be the end
+            element("temperature").send_keys("0")  # greedy, because a drawn token may end the answer
             submit(20)
             wait_for(lambda: element("status").text.startswith("20 tokens in "))
             assert element("model").text == "tiny-abc123"
@@ -86,7 +86,7 @@ def test_answer_is_streamed_and_can_be_stopped(browser, tokenizer):
 
             submit(4000)
             wait_for(lambda: len(element("answer").text) > 100)
-            assert not element("go").is_enabled()  # the answer is shown, but not complete
+            assert not element("go").is_enabled()  # a part of the answer is shown, but it is not complete
             element("stop").click()
             wait_for(lambda: element("status").text == "stopped")
             wait_for(lambda: answerer.engine.stats().running == 0)

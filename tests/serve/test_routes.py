@@ -59,7 +59,8 @@ def app(answerer):
     ],
 )
 def test_wrong_field_is_named_in_the_error(app, fields, param, code, message):
-    body = json.dumps({"prompt": "the", **fields})  # ASCII, so that a lone surrogate reaches the server as an escape
+    # The body is ASCII, so that a lone surrogate reaches the server as an escape.
+    body = json.dumps({"prompt": "the", **fields})
     response = call(app, "POST", "/v1/completions", content=body, headers={"content-type": "application/json"})
     error = response.json()["error"]
     assert response.status_code == 400
@@ -164,7 +165,7 @@ def test_logprobs_have_texts_and_offsets_of_their_tokens(app, answerer):
     text = "der älteste 日本 🦊"
     choice = completion(app, prompt=text, logprobs=2, echo=True, max_tokens=4)["choices"][0]
     logprobs, tokens = choice["logprobs"], choice["logprobs"]["tokens"]
-    count = len(answerer.encode(text)) - 1  # the token that starts a document has no text
+    count = len(answerer.encode(text)) - 1  # without the start token, which has no text
     assert len(tokens) == count + 4
     assert {len(values) for values in logprobs.values()} == {count + 4}
     assert all(lp < 0 for lp in logprobs["token_logprobs"])
@@ -309,12 +310,12 @@ def test_client_disconnect_ends_the_computation(tokenizer, stream):
 
         model.register_forward_hook(count)
         app = create_app(answerer, "tiny", ServeSpec(max_tokens=4000))
-        # Greedy answers of this model are long, so the client always leaves before the end.
+        # Greedy answers of this model are long, so the client always leaves before the end of the answer.
         body = {"prompt": "the quick", "max_tokens": 4000, "temperature": 0, "stream": stream}
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
             request = asyncio.create_task(client.post("/v1/completions", json=body))
             await asyncio.wait_for(fifth_step.wait(), timeout=60)
-            # Serve cancels the task of a request when its client disconnects.
+            # Cancel the task of the request, as Serve does when a client disconnects.
             request.cancel()
             await asyncio.wait([request])
         assert request.cancelled()
@@ -363,7 +364,8 @@ def test_client_disconnect_while_sending_ends_the_answer_at_once(tokenizer, body
                 await asyncio.Event().wait()
 
         await app(scope, receive, send)
-        # The answer is closed already, and not by the garbage collector, which closes generators in any order.
+        # The application has closed the answer itself. It must not leave this to the garbage collector, which closes
+        # generators in any order.
         assert all(state.is_abandoned for state in answerer.engine._all_requests())
         gc.collect()
         await asyncio.sleep(0.1)

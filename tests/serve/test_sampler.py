@@ -41,7 +41,7 @@ def test_sampling_frequencies_follow_the_distribution(temperature, top_p):
         counts[sample_token(token_sampler, values)] += 1
     for token, p in enumerate(probabilities):
         expected = p / mass if token in nucleus_tokens else 0.0
-        # Five standard deviations of a binomial share.
+        # The tolerance is five standard deviations of a binomial share.
         assert abs(counts[token] / draws - expected) <= 5 * (expected * (1 - expected) / draws) ** 0.5
 
 
@@ -88,9 +88,10 @@ def test_candidates_equal_those_of_a_full_sort(seed, tokens, kinds, top_k, top_p
 def test_cuts_keep_the_most_likely_tokens():
     values = [2.0, 1.0, 3.0, 0.0, -1.0]
     assert set(draw_tokens(SamplingParams(1, 2.0, top_k=2, seed=0), values)) == {0, 2}
-    # Token 1 has exp(-2) of the largest probability, which is more than 0.13 of it.
+    # Token 1 has exp(-2) = 0.135 of the largest probability, which is more than 0.13 of it, so it stays.
     assert set(draw_tokens(SamplingParams(1, 1.0, min_p=0.13, seed=0), values)) == {0, 1, 2}
-    # Of the two tokens that top-k leaves, the likelier one alone has more than 0.7.
+    # Of the probability of the two tokens that top-k leaves, the likelier one alone has more than 0.7, so only it
+    # stays.
     assert set(draw_tokens(SamplingParams(1, 1.0, top_k=2, top_p=0.7, seed=0), values)) == {2}
 
 

@@ -29,7 +29,7 @@ LIMITED, TALKER, FREE = "key of ann", "key of eve", "key of bob"
 KEYS = (
     KeySpec(name="ann", sha256=sha256(LIMITED.encode()).hexdigest(), requests_per_minute=6),
     KeySpec(name="eve", sha256=sha256(TALKER.encode()).hexdigest(), tokens_per_minute=10),
-    # The limit is never reached, but it makes all requests pass the rate limiter.
+    # This limit is never reached, but because of it all requests of this client pass the rate limiter.
     KeySpec(name="bob", sha256=sha256(FREE.encode()).hexdigest(), requests_per_minute=1_000_000),
 )
 SPEC = ServeSpec(max_tokens=40, keys=KEYS)
@@ -226,7 +226,8 @@ def test_killed_replica_loses_only_its_own_requests(port, client, checkpoint):
 
     def ask():
         if killed.is_set():
-            time.sleep(0.3)  # the replica that starts in its place needs a core
+            # The clients slow down, because the replica that starts in place of the killed one needs a core.
+            time.sleep(0.3)
         return client.post("/v1/completions", json=body)
 
     with run_clients(ask) as answers:
@@ -240,7 +241,7 @@ def test_killed_replica_loses_only_its_own_requests(port, client, checkpoint):
             time.sleep(0.1)
         time.sleep(1)
     lost_answers = [a for a in answers if a.status_code != 200]
-    assert len(lost_answers) <= 4  # one client has one request at a time
+    assert len(lost_answers) <= 4  # each of the four clients has one request at a time
     assert [(a.status_code, a.json()["error"]["code"]) for a in lost_answers] == [(503, "lost")] * len(lost_answers)
     assert all(a.json()["choices"] == expected for a in answers if a not in lost_answers)
 
@@ -251,7 +252,8 @@ def test_autoscaling_follows_the_number_of_requests(client, checkpoint):
     config = application_config("tiny", checkpoint, elastic_spec, "tiny-abc123")
     scaling = config["deployments"][0]["autoscaling_config"]
     assert scaling == {"min_replicas": 1, "max_replicas": 2, "target_ongoing_requests": 1}
-    # By default Ray waits half a minute before it adds a replica, and ten minutes before it removes one.
+    # The delays are shortened: by default Ray waits half a minute before it adds a replica, and ten minutes before it
+    # removes one.
     scaling |= {"upscale_delay_s": 1, "downscale_delay_s": 2, "look_back_period_s": 20}
     deploy([config])
     wait_for_status("tiny", "RUNNING")
@@ -282,13 +284,15 @@ def test_rate_limits_hold_over_all_replicas(port, checkpoint):
 
     with ThreadPoolExecutor(4) as pool:
         answers = list(pool.map(lambda _: ask(LIMITED, 1), range(12)))
-    assert [response.status_code for response in answers].count(200) in (6, 7)  # a seventh after ten seconds
+    # Six requests are answered, and a seventh if the requests take more than ten seconds.
+    assert [response.status_code for response in answers].count(200) in (6, 7)
     refusal = next(response for response in answers if response.status_code == 429)
     assert refusal.json()["error"]["code"] == "rate_limit_exceeded"
     assert int(refusal.headers["retry-after"]) <= 11
     assert ask(TALKER, 40).status_code == 200
     deadline = time.monotonic() + 30
-    while (refusal := ask(TALKER, 1)).status_code == 200:  # replicas do not wait until their tokens are counted
+    # Replicas do not wait until the rate limiter has counted their tokens, so a few more requests may be answered.
+    while (refusal := ask(TALKER, 1)).status_code == 200:
         assert time.monotonic() < deadline
     assert "all its tokens" in refusal.json()["error"]["message"]
 

@@ -116,7 +116,7 @@ class Crowd:
                     self.status_counts["leaving", answer.status] += 1
                     await answer.content.readany()
         except TimeoutError:
-            # A client that left before the answer saw no status.
+            # This client left before the answer began, so it saw no status.
             self.status_counts["left", 0] += 1
 
     async def send_nonsense(self, session, draws) -> None:
@@ -197,7 +197,7 @@ def test_mixed_clients_get_expected_statuses_and_memory_stays_constant(checkpoin
         asyncio.run(crowd.run(SECONDS, sample_memory))
         sample_memory()
         assert process.is_running()
-        time.sleep(5)  # the engine ends the requests of clients that left
+        time.sleep(5)  # meanwhile the engine ends the requests of clients that left
         response = httpx.get(f"http://127.0.0.1:{port}/stats", headers=FREE, timeout=30).json()
     [stats] = response["replicas"]
     print(dict(sorted(crowd.status_counts.items())))

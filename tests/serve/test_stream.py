@@ -36,7 +36,7 @@ def stream_chunks(pacer: StreamPacer, choices: int = 1, short_choices: int = 0) 
                 if choice == 0:
                     clock_time[0] += TOKEN_SECONDS
                 yield AnswerPiece("a" if choice == 0 else "b", number, (), "length" if number == tokens else None)
-                for _ in range(5):  # lets the stream take the piece
+                for _ in range(5):  # let the stream take the piece before time goes on
                     await asyncio.sleep(0)
 
         answers = Answers([answer(choice) for choice in range(choices)], 1, Client(""), timeout=600.0, pacer=pacer)

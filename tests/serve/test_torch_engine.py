@@ -59,7 +59,7 @@ def greedy_tokens(model, ids, count, tokenizer_size=TOKENIZER_SIZE, end_tokens=(
 @pytest.mark.parametrize("split", [1, 7, 19])
 def test_logits_in_chunks_equal_those_of_the_whole_sequence(split):
     token_BT = torch.randint(SEQ_LEN, (2, 20), generator=torch.Generator().manual_seed(split))
-    model = build_model().double()  # in float32, rounding alone makes 2e-5
+    model = build_model().double()  # in float32, rounding alone gives differences of 2e-5
     logits_BTV = logits_in_parts(model, token_BT, [split, *[1] * (20 - split)])
     torch.testing.assert_close(logits_BTV, model(token_BT).logits_BTV, rtol=1e-6, atol=1e-6)
 
@@ -87,7 +87,7 @@ def test_concurrent_answers_equal_single_ones_bit_for_bit(engine):
     initial_stats = engine.stats()
     assert answer_all(engine, requests) == single_answers
     final_stats = engine.stats()
-    # The requests shared steps.
+    # With more than 8 tokens in a step on average, requests must have shared steps.
     assert (final_stats.step_tokens - initial_stats.step_tokens) / (final_stats.steps - initial_stats.steps) > 8
     model = build_model()
     for request, answer in zip(requests, single_answers, strict=True):
@@ -141,7 +141,7 @@ def test_cached_prefix_gives_the_same_bits():
         answers = answer_all(engine, [request])
         assert engine.stats().reused_tokens == 0
         assert answer_all(engine, [request]) == answers
-        # The last token of a prompt is always computed, and so is its whole chunk.
+        # The last token of a prompt is always computed, and with it the whole chunk that has it, here the third.
         assert engine.stats().reused_tokens == 2 * PREFILL_CHUNK
         second_answers = answer_all(engine, [second_request])
         assert engine.stats().reused_tokens == 4 * PREFILL_CHUNK
@@ -179,7 +179,8 @@ def test_second_turn_gets_the_bits_of_a_fresh_engine(tokenizer, precision):
             (*first_prompt, *(scored.token for scored in first_answer.tokens), 5, 6), sampling, logprobs=2
         )
         assert answer_all(warm_engine, [second_turn]) == answer_all(fresh_engine, [second_turn])
-        assert warm_engine.stats().reused_tokens == PREFILL_CHUNK  # only the whole chunk of the first turn's prompt
+        # Only the first chunk is reused: the prompt of the first turn fills no second one.
+        assert warm_engine.stats().reused_tokens == PREFILL_CHUNK
     finally:
         warm_engine.close()
         fresh_engine.close()
@@ -311,7 +312,7 @@ def test_closed_answer_is_not_computed_further():
 
     try:
         asyncio.run(run_two_requests())
-        assert len(steps) < 2000  # of 3900
+        assert len(steps) < 2000  # the whole answer would take 3900
         assert engine.stats().running == 0
     finally:
         engine.close()
@@ -334,7 +335,8 @@ def test_engine_failure_is_reported_to_all_requests():
 
 def test_failing_request_fails_alone():
     engine = create_engine(build_model())
-    bad_request = Request((1,), SamplingParams(5, logit_bias={TOKENIZER_SIZE + 7: 1.0}))  # the API would refuse it
+    # The API would refuse this request, so the engine gets it directly.
+    bad_request = Request((1,), SamplingParams(5, logit_bias={TOKENIZER_SIZE + 7: 1.0}))
 
     async def run_both():
         return await asyncio.gather(*(collect_tokens(r) for r in (bad_request, good_request)), return_exceptions=True)

@@ -57,7 +57,8 @@ class Helper:
             num_gpus=0,
             labels=labels,
             object_store_memory=128 << 20,
-            # With fixed ports or ranges, the raylets of this machine would use the same ports.
+            # With 0, Ray chooses free ports. With fixed ports or ranges, all raylets of this machine would use the same
+            # ports.
             node_manager_port=0,
             min_worker_port=0,
             max_worker_port=0,
@@ -109,7 +110,8 @@ class Helper:
 def main() -> None:
     """Answer requests until stdin is closed."""
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # Ray prints to stdout too; only answers may be there
+    # Only answers may be in stdout, to which Ray prints too, so everything else goes to stderr.
+    os.dup2(2, 1)
     ray.init(sys.argv[1], log_to_driver=False, logging_level="ERROR")
     helper = Helper(sys.argv[1])
     for line in sys.stdin:

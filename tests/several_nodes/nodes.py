@@ -19,7 +19,8 @@ The head has a single CPU, so workers are placed on nodes only, and the data str
 """
 
 SETTINGS = {
-    # A node counts as dead some seconds after its last answer to a health check, not after half a minute.
+    # With these settings, a node counts as dead some seconds after its last answer to a health check. By default it
+    # would take half a minute.
     "RAY_health_check_initial_delay_ms": "0",
     "RAY_health_check_period_ms": "1000",
     "RAY_health_check_timeout_ms": "2000",
@@ -27,9 +28,11 @@ SETTINGS = {
     # Do not start a Python process for each logical CPU in advance.
     "RAY_prestart_worker_first_driver": "0",
     "RAY_enable_worker_prestart": "0",
-    # A start of workers that relies on a dead node is given up after this time instead of 15 s.
+    # After this time, a start of workers that relies on a dead node is given up. Without this setting, RunTrainer sets
+    # 15 s for elastic runs.
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "5",
-    # Local clusters disable the preemption watcher. Ray's defaults for the two intervals are 5 s and 2 s.
+    # These tests need the preemption watcher, which local clusters disable. Ray's defaults for its intervals are 5 s
+    # and 2 s.
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "1",
     "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "0.5",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",

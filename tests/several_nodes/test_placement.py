@@ -66,8 +66,8 @@ def test_hierarchical_dispatch_sends_fewer_rows_between_nodes(nodes, project):
     [event] = start_events(run)
     assert (event["dispatch"], event["flat_groups"], event["groups"]) == ("hierarchical", 0, [[0, 1, 2, 3]])
     line = history.last_line(run)
-    # With flat dispatch about 2 / 3 of the rows would leave a node, since two of the three other ranks are on the other
-    # node, and a row with two experts there would go twice.
+    # With flat dispatch about 2 / 3 of the rows would leave a node, because two of the three other ranks are on the
+    # other node. A row with two experts there would go twice.
     assert 0 < line[metrics.ROWS_BETWEEN_NODES] < 0.9 * line[metrics.ROWS_LEAST] * 2 / 3
     assert_equals_single_process(run)
 

@@ -122,7 +122,8 @@ def test_a_job_ends_at_once_if_a_newer_order_exists(tmp_path, sweep):
     assert sweep.runs() == {}
 
 
-@pytest.mark.filterwarnings("ignore:`use_:DeprecationWarning")  # a warning about Ray's own code
+# The ignored warning is about code of Ray.
+@pytest.mark.filterwarnings("ignore:`use_:DeprecationWarning")
 def test_a_failed_preparation_is_printed_at_once_and_raised_after_the_other_runs(tmp_path, sweep, capsys):
     without_text, finished_entry = make_entry(tmp_path, "a"), make_entry(tmp_path, "b", data={"prepared": "other"})
     prepare(finished_entry.spec)
@@ -167,7 +168,7 @@ def test_a_failing_storage_is_retried(tmp_path, sweep, capsys):
     name = write_order(sweep, [finished_entry])
     started_run = start_run(sweep, finished_entry, "finished")
     saved_events = started_run.events_file.rename(tmp_path / "kept")
-    started_run.events_file.mkdir()  # A folder cannot be read as a file.
+    started_run.events_file.mkdir()  # a folder cannot be read as a file
 
     def repair():
         started_run.events_file.rmdir()
@@ -254,7 +255,8 @@ def test_a_second_order_includes_the_unfinished_runs_of_the_first_until_both_are
     assert client.is_alive(newest)
     assert client.stop(sweep) == ({}, [])
     assert [client.is_alive(any_order) for any_order in (order, newest)] == [False, False]
-    assert list(sweep.runs()) == [finished_entry.name]  # The second job waits for the end of the first.
+    # The run of `second_entry` was not started, because the second job waits for the end of the first.
+    assert list(sweep.runs()) == [finished_entry.name]
 
 
 @pytest.mark.ray
@@ -281,7 +283,7 @@ def test_a_removed_run_is_created_again(tmp_path, sweep):
     job = scheduler.Sweep(sweep, write_order(sweep, [wanted_entry]), NOWHERE)
     job._runs = sweep.runs()
     removed_run.spec_file.unlink()
-    job._start(wanted_entry)  # Its cluster does not answer.
+    job._start(wanted_entry)  # the cluster of the removed run does not answer
     assert sweep.runs()[wanted_entry.name].id != removed_run.id
     assert not removed_run.spec_file.exists()
 

@@ -15,7 +15,8 @@ from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.spec import RunSpec
 from mhmoe_ray.train.step import MicroBatch, Trainer
 
-START_TOKEN = 0  # the token that begins a document; as with our tokenizers, padding is the same token
+# This token begins a document. It is also the padding, as with our tokenizers.
+START_TOKEN = 0
 
 
 def build_trainer(spec: RunSpec, nodes: list[str] | None = None) -> Trainer:
@@ -161,7 +162,8 @@ def train_without_rows(spec: RunSpec) -> dict[str, Any]:
     with torch.no_grad():
         for layer in trainer.model.moe_layers():
             layer.router.scores.weight_ED.zero_()
-            # With equal scores topk would choose by order, so the head's bias raises the scores of experts 2 and 3.
+            # The scores of experts 2 and 3 have to be higher, because with equal scores topk would choose by order.
+            # With weights of 0, each row is the head's bias of 1, so the router's weights of 1 raise those two scores.
             layer.head.bias.fill_(1.0)
             layer.head.weight.zero_()
             layer.router.scores.weight_ED[2:] = 1.0

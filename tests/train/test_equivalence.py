@@ -35,7 +35,8 @@ def reference_with_drops():
 
 WORLDS = [(2, 1), (2, 2), (4, 1), (4, 2), (4, 4)]
 STRATEGIES = [("ddp", False), ("fsdp", False), ("fsdp", True), ("zero1", False), ("zero2", False), ("zero3", False)]
-# These cases have each world size and each strategy, and drops for both kinds of experts. The others are slow.
+# These cases cover each world size and each strategy, and drops both with sharded experts and without. The other cases
+# are marked slow.
 ALWAYS = {
     (2, 1, "zero3", False, False),
     (2, 2, "ddp", False, True),
@@ -72,7 +73,7 @@ def test_every_mesh_and_strategy_trains_like_one_process(request, workers, ep, s
 @pytest.mark.parametrize(
     "ep",
     [
-        2,  # positions in the mesh differ from ranks then
+        2,  # with 2, positions in the mesh differ from ranks
         pytest.param(4, marks=pytest.mark.slow),
     ],
 )
@@ -88,8 +89,8 @@ def test_groups_by_node_train_like_one_process(reference, ep):
         pytest.param(4, "aabb", "fsdp", False, False, marks=pytest.mark.slow),
         pytest.param(4, "abcd", "zero2", False, True, marks=pytest.mark.slow),
         pytest.param(2, "abcd", "fsdp", True, False, marks=pytest.mark.slow),
-        pytest.param(2, "aabc", "ddp", False, False, marks=pytest.mark.slow),  # one group within a node
-        pytest.param(4, "aaab", "ddp", False, False, marks=pytest.mark.slow),  # flat, because the ranks are no grid
+        pytest.param(2, "aabc", "ddp", False, False, marks=pytest.mark.slow),  # one of the two groups is within a node
+        pytest.param(4, "aaab", "ddp", False, False, marks=pytest.mark.slow),  # stays flat: the ranks form no grid
     ],
 )
 def test_hierarchical_dispatch_trains_like_one_process(request, ep, nodes, strategy, shard_experts, static):
@@ -134,7 +135,8 @@ def assert_alike(result, expected):
     for name, gradient in expected["gradients"].items():
         assert (result["gradients"][name] - gradient).norm() < 1e-5 * gradient.norm() + 1e-9, f"gradient of {name}"
     assert result["losses"] == pytest.approx(expected["losses"], rel=1e-4)
-    # Clipping divides by this norm. A wrong norm would not show in weights, because Adam is invariant to scale.
+    # Clipping divides by this norm, so a wrong norm scales all gradients. It would not show in weights, because Adam is
+    # invariant to the scale of gradients.
     assert result["norms"][0] == pytest.approx(expected["norms"][0], rel=1e-5)
     assert result["norms"] == pytest.approx(expected["norms"], rel=1e-3)
     for part, atol in (("weights", 1e-3), ("moments", 1e-5)):
@@ -288,7 +290,8 @@ def test_bfloat16_stays_near_float32(reference):
         assert result["losses"] == pytest.approx(reference["losses"], abs=0.05)
 
 
-@pytest.mark.parametrize("kernel", ["auto", "reference"])  # auto gives gradients of zeros then, reference gives none
+# Without rows, kernel `auto` gives gradients of zeros, and kernel `reference` gives none.
+@pytest.mark.parametrize("kernel", ["auto", "reference"])
 def test_a_rank_whose_experts_get_no_rows_takes_part(kernel):
     first_result, second_result = run_ranks(
         2, jobs.train_without_rows, parallel_spec(2, 2, **merged_model({"moe": {"kernel": kernel}}))
@@ -301,7 +304,7 @@ def test_a_rank_whose_experts_get_no_rows_takes_part(kernel):
 
 def test_validation_counts_each_target_once_on_any_world_size():
     g = torch.Generator().manual_seed(0)
-    token = torch.randint(300, (7, 17), generator=g)  # 7 samples do not divide evenly
+    token = torch.randint(300, (7, 17), generator=g)  # 7 samples, which 4 ranks cannot share evenly
     counts = torch.rand(7, 16, generator=g) < 0.8
     expected = run_ranks(1, jobs.validation_loss, parallel_spec(1, 1), token, counts)[0]
     assert expected[1] == int(counts.sum())

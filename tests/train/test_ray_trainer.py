@@ -42,7 +42,8 @@ def test_ray_creates_policies_and_controller_in_fit():
     assert "scaling_policy" in inspect.signature(TrainController.__init__).parameters
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.data.context")  # Ray warns about its own defaults
+# The ignored warnings of Ray are about its own defaults.
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.data.context")
 def test_placement_group_cleaner_is_left_out(tmp_path):
     trainer = RunTrainer(RunDir(tmp_path), tiny_spec(tmp_path), scaling_config=ScalingConfig(num_workers=2))
     our_callbacks, ray_callbacks = (
@@ -90,7 +91,7 @@ def test_errors_of_this_package_are_not_retried(tmp_path, raised, decision):
 def test_retry_waits_until_run_directory_can_be_read(tmp_path, monkeypatch, capsys):
     """Each new worker group reads the run directory, so without waiting a minute's outage would use up all retries."""
     run = RunDir(tmp_path)
-    run.spec_file.mkdir()  # so that it cannot be read
+    run.spec_file.mkdir()  # a folder cannot be read as a file
     monkeypatch.setattr(resilience, "STORAGE_CHECK_SECONDS", 0.01)
     sleep_actions = iter([lambda _: None, lambda _: run.spec_file.rmdir()])
     monkeypatch.setattr(resilience.time, "sleep", lambda seconds: next(sleep_actions)(seconds))

@@ -54,7 +54,8 @@ def test_peak_memory_at_start_is_held_bytes_and_one_tensor(strategy):
             assert peak < held_bytes + 2 * max(dense_bytes)
         else:
             assert held_bytes == sum(dense_bytes) + expert_bytes / spec.cluster.ep
-            # DDP flattens the tensors that it averages, once to send them and once for gradients. gloo may free the
-            # first copy too late. The bound is less than two copies of the model and one of these.
+            # DDP copies the tensors that it averages to a flat buffer: once to send them, and once for gradients. gloo
+            # may free the first buffer too late, so both may exist. The bound is less than two copies of the model and
+            # one buffer.
             assert peak < held_bytes + 2 * sum(dense_bytes) + max(dense_bytes) < 2 * held_bytes + sum(dense_bytes)
         assert peak >= held_bytes

@@ -51,7 +51,7 @@ def test_no_rank_hangs_while_one_makes_progress(actor, clock):
     send_heartbeats(actor, 1, 1, 1)
     for i in range(5):
         clock.seconds += 8
-        send_heartbeats(actor, 1, 2 + i, 1)  # ranks 0 and 2 wait for rank 1, which works
+        send_heartbeats(actor, 1, 2 + i, 1)  # ranks 0 and 2 make no progress, because they wait for rank 1
         assert hung_ranks(actor, clock) == []
 
 

@@ -92,7 +92,8 @@ def test_rank_that_failed_before_start_has_no_recorded_worker(tmp_path):
     events.record(run, "started", workers=[worker])
     assert _recorded_worker(run, 0) == worker
     assert _recorded_worker(run, 1) == {}
-    for kind in ("lost", "restoring"):  # "restoring" comes without "lost" if a worker group grows
+    # If a worker group grows, "restoring" comes without "lost".
+    for kind in ("lost", "restoring"):
         events.record(run, kind)
         assert _recorded_worker(run, 0) == {}
         events.record(run, "started", workers=[worker])
@@ -116,6 +117,6 @@ def test_repeated_reports_of_a_failure_are_recorded_once(tmp_path, monkeypatch):
 
 def test_storage_failure_does_not_prevent_a_restart(tmp_path, capsys):
     run = RunDir(tmp_path)
-    run.events_file.mkdir()  # so that it cannot be read
+    run.events_file.mkdir()  # a folder cannot be read as a file
     WorkerFailureCallback(run).after_exception(None, {0: ValueError("shape")})
     assert "rank 0 failed (ValueError: shape), but the event cannot be recorded: [Errno 21]" in capsys.readouterr().out

@@ -44,7 +44,7 @@ def _library_or_error() -> ctypes.CDLL | BuildError:
         path = _ensure_built()
         try:
             return ctypes.CDLL(str(path))
-        # The folder may forbid execution, or the library may need another machine's C library.
+        # Loading fails if, for example, the folder forbids execution or the library needs another machine's C library.
         except OSError as error:
             raise BuildError(f"the compiled library cannot be loaded: {error}") from error
     except BuildError as error:
@@ -83,7 +83,8 @@ def _cache_folder() -> Path:
 
 def _fingerprint(compiler: str) -> str:
     """Return a hash of everything that the compiled library depends on."""
-    # Machines with different CPUs, compilers or versions of torch may share a home directory.
+    # The hash covers the machine, because machines with different CPUs, compilers or versions of torch may share a home
+    # directory and its cache folder.
     source_folder = Path(__file__).parent
     cpu = re.search(r"^flags\s*:.*$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     inputs = [*((source_folder / name).read_bytes() for name in SOURCES), *(text.encode() for text in FLAGS)]
@@ -119,8 +120,8 @@ def _compile(compiler: str, path: Path) -> None:
                 str(object_file),
             ]
         )
-        # The library must share torch's OpenMP and its threads; -fopenmp would link another one with threads of its
-        # own.
+        # The library must use torch's OpenMP and its threads. The flag -fopenmp would link another OpenMP library, with
+        # threads of its own.
         libraries = [f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-lc10", str(_openmp_path())]
         _run_command([compiler, "-shared", str(object_file), "-o", str(linked_file), *libraries])
         linked_file.replace(path)

@@ -41,7 +41,7 @@ def unavailable_reason(device: torch.device) -> str | None:
         return "triton needs a C compiler for its kernel launchers, and there is neither gcc nor clang: install one"
     if not is_interpreted and torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(device)
-        # AMD's cards do not have this property.
+        # AMD's cards do not have this property, so for them the check passes.
         shared_bytes = getattr(properties, "shared_memory_per_block_optin", SHARED_BYTES)
         if shared_bytes < SHARED_BYTES:
             return (

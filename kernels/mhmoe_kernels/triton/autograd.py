@@ -41,10 +41,11 @@ class _FusedExperts(torch.autograd.Function):
         row_R, slot_NK, offset_E1, x_ND, gate_NK, *weights_and_saved = ctx.saved_tensors
         weights, saved = tuple(weights_and_saved[: ctx.n_weights]), tuple(weights_and_saved[ctx.n_weights :])
         routes, kernels, dy_ND = Routes(row_R, slot_NK, offset_E1), ctx.kernels, dy_ND.contiguous()
-        # Kernels walk over sorted routes, so gates are sorted too.
+        # The kernels walk over sorted routes, so the gates are sorted, too.
         scale_R = torch.empty_like(gate_NK.flatten())
         scale_R[slot_NK.flatten()] = gate_NK.flatten()
-        # The weights' kernel reads results of the rows' kernel, so the latter runs whichever gradients are needed.
+        # The kernel for weights reads results of the kernel for rows. So the kernel for rows runs whichever gradients
+        # are needed.
         dx_RD, dscale_R, row_results = kernels.backward_rows(x_ND, dy_ND, scale_R, weights, saved, routes)
         dx_ND = combine(dx_RD, slot_NK, None) if ctx.needs_input_grad[2] else None
         dgate_NK = dscale_R[slot_NK].to(gate_NK.dtype)

@@ -33,8 +33,8 @@ class Blocks(NamedTuple):
     stages: int
 
 
-# Keys of the inner tables are widths: an entry is for rows up to that width. Wider rows leave less memory for each row,
-# so their blocks are smaller.
+# Keys of the inner tables are widths: an entry is for rows up to that width. Wider rows take more memory, so their
+# blocks are smaller.
 _BFLOAT16: dict[tuple[str, Kernel], dict[int, Blocks]] = {
     ("swiglu", "forward"): {
         128: Blocks(128, 64, 8, 3),
@@ -75,7 +75,7 @@ _BFLOAT16: dict[tuple[str, Kernel], dict[int, Blocks]] = {
         1024: Blocks(16, 16, 8, 1),
     },
 }
-# Matrix units do not compute exact float32 products. Single threads multiply and add, and their operands fill the
+# Matrix units do not compute exact float32 products, so single threads multiply and add. Their operands fill the
 # registers, so the blocks are the smallest ones.
 _FLOAT32 = {1024: Blocks(16, 16, 8, 1)}
 

@@ -9,12 +9,12 @@ A product over D is a sum over chunks. A product into D is one product for each 
 import triton
 import triton.language as tl
 
-# The largest N of wgmma, and the smallest K of a bfloat16 product.
+# Largest and smallest width of a chunk: the largest N of a wgmma instruction, and the smallest K of a bfloat16 product.
 _MAX_WIDTH, _MIN_WIDTH = 256, 16
 
-# Triton's interpreter multiplies the bits of bfloat16 as if they were integers (3.9, `create_dot`), so `_dot` widens
-# them to float32 there. The result is that of a matrix unit: products of bfloat16 are exact in float32, and sums are
-# float32 in both.
+# Triton's interpreter multiplies the bits of bfloat16 as if they were integers (Triton 3.9, `create_dot`), so `_dot`
+# widens them to float32 there. The result is that of a matrix unit, where products of bfloat16 are exact and sums are
+# float32, too.
 _INTERPRETED: tl.constexpr = tl.constexpr(triton.knobs.runtime.interpret)
 
 
@@ -126,7 +126,7 @@ def scale_rows(chunks: tl.tuple, scale_B1: tl.tensor) -> tl.tuple:
 def _dot(a: tl.tensor, b: tl.tensor, sums: tl.tensor) -> tl.tensor:
     if _INTERPRETED:
         a, b = a.to(tl.float32), b.to(tl.float32)
-    # By default Triton would multiply float32 as tf32, which loses 13 of 23 bits.
+    # By default Triton would multiply float32 as tf32, which drops 13 of the 23 bits of the fraction.
     return tl.dot(a, b, sums, input_precision="ieee")
 
 

@@ -15,7 +15,7 @@ def _combine(
     out_RD, slot_NK, gate_NK, y_ND, N, K: tl.constexpr, D: tl.constexpr,
     WEIGHTED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    # The offset of an element, row * D, may exceed 32 bits.
+    # The index is 64 bits wide, because the offset of an element, row * D, may exceed 32 bits.
     row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     col = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = row < N
@@ -34,9 +34,10 @@ def combine(out_RD: Tensor, slot_NK: Tensor, gate_NK: Tensor | None) -> Tensor:
     """Return y_n = sum_k gate_nk * out[slot_nk], in the dtype of `out_RD`; a plain sum if `gate_NK` is None."""
     (N, K), D = slot_NK.shape, out_RD.shape[1]
     y_ND = out_RD.new_empty(N, D)
-    # Padding to a power of two is free: the kernel is limited by memory, and masked lanes move no bytes.
+    # Padding the block to a power of two is free: the kernel is limited by memory bandwidth, and masked lanes move no
+    # bytes.
     block = min(256, triton.next_power_of_2(D))
-    # The kernel needs some pointer for the gates, but does not read it unless WEIGHTED.
+    # The kernel needs some pointer for the gates even if there are none, but reads it only if WEIGHTED.
     gates = out_RD if gate_NK is None else gate_NK
     _combine[(triton.cdiv(N, _BLOCK_ROWS), triton.cdiv(D, block))](
         out_RD, slot_NK, gates, y_ND, N, K, D, gate_NK is not None, _BLOCK_ROWS, block, enable_fp_fusion=True

@@ -83,7 +83,7 @@ def gelu_forward(
         g = _gelu(u + _load_vector(fc1_bias_EF + expert * F, f, F))
         weighted = g * _load_vector(norm_weight_EF + expert * F, f, F)
         out = add_matmul(out, weighted, load_columns(fc2_EDF + matrix, f, F, False, D, CHUNKS), True)
-        # g is 0 past F, so its sum needs no mask; its deviations from the mean do.
+        # g is 0 past F, so its sum needs no mask. Its deviations from the mean are not 0 there, so they need one.
         merged_count, tile_count = f0 * 1.0, tl.minimum(F - f0, BLOCK_F) * 1.0
         tile_mean = tl.sum(g, 1) / tile_count
         deviation = tl.where((f < F)[None, :], g - tile_mean[:, None], 0.0)
@@ -130,7 +130,7 @@ def gelu_backward_rows(
         t = matmul(dy, load_columns(fc2_EDF + matrix, f, F, False, D, CHUNKS), False)
         c += tl.sum(t * _load_vector(norm_weight_EF + vector, f, F) * z, 1)
     tl.store(dscale_R + slot, c + _dot_rows(dy, c_ED + expert * D, D, CHUNKS), mask=inside)
-    # The weights' kernel, which sees only part of f, needs a and c of whole rows.
+    # a and c are stored for the kernel for weights: it sees only a part of f, and both belong to all of f.
     c /= F
     tl.store(a_R + slot, a, mask=inside)
     tl.store(c_R + slot, c, mask=inside)
@@ -153,11 +153,11 @@ def gelu_backward_weights(
     D: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
     f = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
-    # The offset of an expert's matrix may exceed 32 bits.
+    # The index is 64 bits wide, because the offset of an expert's matrix may exceed 32 bits.
     expert = tl.program_id(1).to(tl.int64)
     vector, matrix = expert * F, expert * F * D
-    # The weights are loaded as [D, F]. Transposed inside the loop, they would stay in registers and pass through shared
-    # memory every time.
+    # The weights are loaded as [D, F]. If they were transposed inside the loop instead, they would stay in registers
+    # and pass through shared memory in every iteration.
     fc1 = load_columns(fc1_EFD + matrix, f, F, True, D, CHUNKS)
     fc2 = load_columns(fc2_EDF + matrix, f, F, False, D, CHUNKS)
     fc1_bias = _load_vector(fc1_bias_EF + vector, f, F)
@@ -176,7 +176,7 @@ def gelu_backward_weights(
         rstd = tl.load(rstd_R + slot, mask=inside, other=0.0)[:, None]
         a = tl.load(a_R + slot, mask=inside, other=0.0)[:, None]
         c = tl.load(c_R + slot, mask=inside, other=0.0)[:, None]
-        # A scale of 0 removes rows that are not inside from all sums.
+        # Rows past the end get the scale 0, which removes them from all sums.
         scale = tl.load(scale_R + slot, mask=inside, other=0.0).to(tl.float32)[:, None]
         u = matmul(x, fc1, False) + fc1_bias
         z = (_gelu(u) - mean) * rstd

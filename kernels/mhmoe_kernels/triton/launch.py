@@ -89,7 +89,8 @@ class GeluSublnKernels:
         F, D = fc1_EFD.shape[1:]
         block = blocks_for("gelu", "forward", D, x_ND.dtype)
         tiles = row_tiles(routes, block.rows)
-        # These are s and c of gelu.py. They are float32, because mean * s is subtracted from a sum of similar size.
+        # These are s and c of gelu.py. They are float32, because mean * s is subtracted from a sum of similar size,
+        # which would amplify rounding errors.
         s_ED, c_ED = (fc2_EDF.float() @ torch.stack((norm_weight_EF, norm_bias_EF), -1).float()).unbind(-1)
         s_ED, c_ED = s_ED.contiguous(), c_ED + fc2_bias_ED.float()
         out_RD = x_ND.new_empty(len(routes.row_R), D)
@@ -145,7 +146,7 @@ def kernel_options(width: int, block: Blocks) -> dict[str, Any]:
         "BLOCK_F": block.hidden,
         "num_warps": block.warps,
         "num_stages": block.stages,
-        # Set explicitly, because Triton warns that its default will change.
+        # This is Triton's default. It is set explicitly, because Triton warns that the default will change.
         "enable_fp_fusion": True,
     }
 

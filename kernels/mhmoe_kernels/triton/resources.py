@@ -28,9 +28,9 @@ KERNELS: dict[tuple[str, Kernel], triton.JITFunction] = {
     ("gelu", "backward_rows"): gelu_backward_rows,
     ("gelu", "backward_weights"): gelu_backward_weights,
 }
-# Shared memory of a block on sm_90.
+# Largest number of bytes of shared memory that a block can use on sm_90.
 SHARED_LIMIT = 227 * 1024
-# Arguments that are not pointers to the weights' dtype.
+# Names of the arguments that point to int64 and to float32. All other pointers are to the weights' dtype.
 _INTS = {"row_R", "expert_T", "start_T", "end_T", "offset_E1"}
 _FLOATS = {"scale_R", "dscale_R", "mean_R", "rstd_R", "a_R", "c_R", "s_ED", "c_ED"}
 _OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")

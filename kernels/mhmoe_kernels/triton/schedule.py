@@ -40,8 +40,8 @@ def row_tiles(routes: Routes, block: int) -> RowTiles:
     n_experts, n_routes = len(routes.offset_E1) - 1, len(routes.row_R)
     tiles_E = (routes.offset_E1.diff() + block - 1) // block
     end_E = tiles_E.cumsum(0)
-    # The host does not know the counts, so it launches the largest possible number of programs:
-    # sum ceil(count / block) <= (R + E (block - 1)) / block, and <= R, because no tile is empty.
+    # The host does not know the counts, so it launches the largest possible number of programs. The number of tiles
+    # with rows, sum ceil(count / block), is at most (R + E (block - 1)) / block, and at most R.
     tile_T = torch.arange(min(n_routes, (n_routes + n_experts * (block - 1)) // block), device=end_E.device)
     expert_T = torch.searchsorted(end_E, tile_T, right=True).clamp(max=n_experts - 1)
     start_T = routes.offset_E1[expert_T] + (tile_T - (end_E - tiles_E)[expert_T]) * block

@@ -75,7 +75,7 @@ def swiglu_backward_rows(
         up_chunks = load_rows(up_EFD + matrix, f, f < F, D, CHUNKS)
         dh = matmul(dy, load_columns(down_EDF + matrix, f, F, False, D, CHUNKS), False)
         h, da, du = _swiglu_gradients(matmul(x, gate_chunks, True), matmul(x, up_chunks, True), dh)
-        # <dy, down(h)> = <h, dh>: the gradient of the gate does not need the expert's output.
+        # Because <dy, down(h)> = <h, dh>, the gradient of the route's gate does not need the expert's output.
         dscale += tl.sum(h * dh, 1)
         dx = add_matmul(add_matmul(dx, da, gate_chunks, False), du, up_chunks, False)
     scale = tl.load(scale_R + slot, mask=inside, other=0.0).to(tl.float32)[:, None]
@@ -90,14 +90,14 @@ def swiglu_backward_weights(
 ):  # fmt: skip
     f = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
     expert = tl.program_id(1)
-    # The offset of a matrix may exceed 32 bits.
+    # The offset is computed in 64 bits, because it may exceed 32 bits.
     matrix = expert.to(tl.int64) * F * D
-    # The weights are loaded as [D, F]. Transposed inside the loop, they would stay in registers and pass through shared
-    # memory every time.
+    # The weights are loaded as [D, F]. If they were transposed inside the loop instead, they would stay in registers
+    # and pass through shared memory in every iteration.
     gate_chunks = load_columns(gate_EFD + matrix, f, F, True, D, CHUNKS)
     up_chunks = load_columns(up_EFD + matrix, f, F, True, D, CHUNKS)
     down_chunks = load_columns(down_EDF + matrix, f, F, False, D, CHUNKS)
-    # All three gradients are [D, F], so that M of the matrix unit is the wide side.
+    # All three gradients are [D, F], so that their wide side is dimension M of the matrix unit.
     dgate, dup = zeros_columns(BLOCK_F, CHUNKS), zeros_columns(BLOCK_F, CHUNKS)
     ddown = zeros_columns(BLOCK_F, CHUNKS)
     end = tl.load(offset_E1 + expert + 1)
@@ -107,7 +107,7 @@ def swiglu_backward_weights(
         row = tl.load(row_R + slot, mask=inside, other=0)
         x = load_rows(x_ND, row, inside, D, CHUNKS)
         dy = load_rows(dy_ND, row, inside, D, CHUNKS)
-        # A scale of 0 removes rows that are not inside from all sums.
+        # Rows past the end get the scale 0, which removes them from all sums.
         scale = tl.load(scale_R + slot, mask=inside, other=0.0).to(tl.float32)[:, None]
         h, da, du = _swiglu_gradients(
             matmul(x, gate_chunks, False), matmul(x, up_chunks, False), matmul(dy, down_chunks, False)

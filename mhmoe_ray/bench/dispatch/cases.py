@@ -70,14 +70,15 @@ def slow_link(rate: str) -> Iterator[tuple[Namespace, Namespace]]:
             _run_command(*f"ip -n {namespace.name} address add 10.231.77.{i + 1}/30 dev {INTERFACE}".split())
             for interface in ("lo", INTERFACE):
                 _run_command(*f"ip -n {namespace.name} link set {interface} up".split())
-            # The burst must hold several of the kernel's largest packets, and the bytes of a few timer ticks.
+            # The burst is the number of bytes that `tbf` sends at once. It must hold several of the kernel's largest
+            # packets and the bytes of a few timer ticks, because otherwise the link would not reach its rate.
             shape = f"tbf rate {rate} burst 256k latency 200ms"
             _run_command(*f"tc -n {namespace.name} qdisc add dev {INTERFACE} root {shape}".split())
         yield namespaces
     finally:
         for namespace in namespaces:
-            # A session of its own protects the removal from the terminal's Ctrl-C. After an early failure, a namespace
-            # may not exist yet.
+            # `ip` runs in a session of its own, so that Ctrl-C in the terminal does not interrupt the removal. A
+            # namespace is missing if a command above failed before it was created.
             if Path("/run/netns", namespace.name).exists():
                 subprocess.run(["ip", "netns", "delete", namespace.name], check=True, start_new_session=True)
         for number, handler in previous_handlers.items():
@@ -94,7 +95,8 @@ def link_bytes() -> int:
 
 
 def _exit_on_signal(number: int, _: object) -> None:
-    # SystemExit runs the `finally` of `slow_link`, which a signal's default action would skip.
+    # By default these signals end the process without running the `finally` of `slow_link`. SystemExit runs it, so that
+    # the namespaces are removed.
     sys.exit(128 + number)
 
 
@@ -108,9 +110,9 @@ def _run_command(*command: str) -> None:
 NODES = ("a", "a", "b", "b")
 """Node of each rank."""
 DISPATCHES = ("flat", "hierarchical")
-# Rows are sent in bfloat16.
+# Bytes of one value of a row, which is sent in bfloat16.
 VALUE_BYTES = 2
-# Gates are sent in float32, expert ids in int32 and counts in int64.
+# Bytes of one gate (float32), one expert id (int32) and one count (int64).
 GATE_BYTES, ID_BYTES, COUNT_BYTES = 4, 4, 8
 
 
@@ -173,10 +175,10 @@ def expected_bytes(model: ModelSpec, tokens: int) -> ExpectedBytes:
         owner_rank_NK = Routes.draw(model, tokens, rank).expert_NK // (moe.experts // ranks)
         is_remote_NK = torch.tensor([owner_node != node for owner_node in NODES])[owner_rank_NK]
         routes += int(is_remote_NK.sum())
-        rows += int(is_remote_NK.any(1).sum())  # a row goes to the other node once
-    # A row, its output and the gradients of both.
+        rows += int(is_remote_NK.any(1).sum())  # hierarchical dispatch sends a row to the other node once
+    # The factor 4 stands for a row, its output and the gradients of both.
     row_bytes = 4 * VALUE_BYTES * model.d_model // moe.heads
-    rank_pairs = sum(a != b for a in NODES for b in NODES)  # of ranks on different nodes
+    rank_pairs = sum(a != b for a in NODES for b in NODES)  # ordered pairs of ranks on different nodes
     return ExpectedBytes(
         routes * row_bytes + rank_pairs * moe.experts // ranks * COUNT_BYTES,
         rows * (row_bytes + k * (2 * GATE_BYTES + ID_BYTES)) + ranks * 2 * COUNT_BYTES,

@@ -111,7 +111,8 @@ def _run_ranks(namespaces: Sequence[Namespace], request: dict[str, Any]) -> dict
                 }
                 command = (namespaces[node_names.index(node)].command if namespaces else []) + arguments
                 with Path(folder, f"{rank}.out").open("wb") as out, Path(folder, f"{rank}.err").open("wb") as err:
-                    # A session of its own keeps Ctrl-C from the ranks: this process ends them.
+                    # Each rank runs in a session of its own, so that Ctrl-C in the terminal reaches only this process,
+                    # which then kills the ranks.
                     rank_process = subprocess.Popen(
                         command, env=os.environ | env, stdout=out, stderr=err, start_new_session=True
                     )
@@ -125,14 +126,15 @@ def _run_ranks(namespaces: Sequence[Namespace], request: dict[str, Any]) -> dict
             raise process_failure(
                 f"rank {failed_rank}", Path(folder, f"{failed_rank}.err").read_text(), ranks[failed_rank].returncode
             )
-        # Libraries may print before the result, which is the last line.
+        # Libraries may print to stdout before rank 0 prints the result, so the result is the last line.
         result: dict[str, Any] = json.loads(Path(folder, "0.out").read_text().splitlines()[-1])
         return result
 
 
 def wait_for_ranks(ranks: Sequence["subprocess.Popen[bytes]"]) -> int | None:
     """Wait until all processes have ended, or until the first one fails; return the rank that failed, or None."""
-    # After a failure the other ranks would wait for the failed one forever.
+    # All ranks are polled in turn. After a failure the other ranks wait for the failed one forever, so waiting for one
+    # rank after another might never end.
     while True:
         codes = [process.poll() for process in ranks]
         if failed_ranks := [rank for rank, code in enumerate(codes) if code]:

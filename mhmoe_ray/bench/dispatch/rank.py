@@ -66,7 +66,8 @@ def measure(tokens: int, rounds: int, link: bool) -> dict[str, Any]:
             dispatch = dispatches[name]
             assert dispatch is not None
             previous_link_bytes = link_bytes() if link else 0
-            # The barrier keeps all ranks from sending before each has read the counter of the link.
+            # `_synchronized_time` waits for all ranks, so that no rank sends before all ranks have read the byte
+            # counter of the link.
             start_time = _synchronized_time()
             case.run(dispatch)
             end_time = _synchronized_time()
@@ -96,10 +97,11 @@ def _synchronized_time() -> float:
 def main() -> None:
     """Join the process group, measure, and print the results as JSON on rank 0; the request is a JSON argument."""
     request = json.loads(sys.argv[1])
-    # Four ranks share the CPU, so each gets one thread.
+    # Each of the four ranks uses a single thread, because all of them share the CPUs of this machine.
     torch.set_num_threads(1)
     rank, folder = int(os.environ["RANK"]), Path(request["folder"])
-    # The store is a file, so it sends no bytes over the link.
+    # The ranks find each other through a file, because a network store would send bytes over the link whose bytes are
+    # counted.
     dist.init_process_group("gloo", f"file://{folder / 'store'}", world_size=len(NODES), rank=rank)
     figures = measure(request["tokens"], request["rounds"], request["link"])
     if rank == 0:

@@ -54,7 +54,7 @@ class Child:
         )
         try:
             self.ready_message = self._read_message()
-        # Python does not call `__exit__` if `__enter__` raises.
+        # Python does not call `__exit__` if `__enter__` raises, so the process must be closed here.
         except BaseException:
             self._close()
             raise
@@ -100,7 +100,7 @@ class Child:
             reason = f"it has not answered in {ANSWER_TIMEOUT:,.0f} s"
             raise JobError(f"bench serve, {self._name}", reason, "make the requests smaller, or leave it out")
         line = self._process.stdout.readline()
-        # The end of the file means that the child has ended.
+        # An empty string means the end of the pipe: the child has ended.
         if not line:
             code = self._process.wait()
             self._errors.seek(0)
@@ -117,7 +117,8 @@ def main() -> None:
     request = json.loads(sys.argv[1])
     paths = {key: Path(request["place"][key]) for key in ("checkpoint", "folder")}
     name, served_model = request["name"], ServedModel(**(request["place"] | paths))
-    # Libraries print to stdout, which is the pipe for messages, so their output is redirected to stderr.
+    # Stdout is the pipe for messages, but libraries print to it too. Messages therefore use a copy of it, and all other
+    # output to stdout goes to stderr.
     output = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     if name in SERVERS:
@@ -133,10 +134,10 @@ def main() -> None:
             start_time = time.perf_counter()
             answer(requests, clients)
             _send_message(output, {"seconds": time.perf_counter() - start_time})
-    # The parent process has ended.
+    # A broken pipe means that the parent process has ended, so this process ends too.
     except BrokenPipeError:
         pass
-    # A normal exit would wait for the threads of the engine.
+    # `os._exit` ends the process at once. A normal exit would wait for the threads of the engine.
     os._exit(0)
 
 

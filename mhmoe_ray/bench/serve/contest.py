@@ -51,11 +51,11 @@ class Shape(NamedTuple):
         """Return `count` random prompts with the lengths of their answers; each seed gives other ones."""
         generator = random.Random(seed)
 
-        # The average of lengths from 1/4 to 7/4 of the mean is the mean.
+        # Random lengths are between 1/4 and 7/4 of the mean, so that their average is the mean.
         def length(mean: int) -> int:
             return mean if self.is_equal else generator.randint(max(1, mean // 4), self._max_length(mean))
 
-        # Token 0 is the end of the text.
+        # Prompts do not contain token 0, because it is the end of the text.
         return [
             ([generator.randrange(1, VOCAB_SIZE) for _ in range(length(self.prompt))], length(self.tokens))
             for _ in range(count)
@@ -144,7 +144,8 @@ def measure_servers(
     """
 
     def run_round(url: str, n: int, turn: int) -> Load:
-        # With few clients each sends more requests, so that a round has at least eight.
+        # Each client sends three requests, or more if there are few clients, so that a round has at least eight
+        # requests.
         return closed_loop(url, shape.requests(n * max(3, 8 // n), f"{turn} {n} {stream}"), n, stream)
 
     return list(_measure_loads(names, served_model, clients, run_round, rounds, report))

@@ -47,7 +47,7 @@ NO_STOP_TOKENS = frozenset[int]()
 
 def torch_engine(served_model: ServedModel) -> Answer:
     """Return our own engine in this process."""
-    # `load_answerer` does the same for a replica.
+    # A replica has the same limit (see `load_answerer`): OpenMP threads of this thread would slow those of the engine.
     torch.set_num_threads(1)
     model, manifest = load_model(served_model.checkpoint)
     vocab_size = manifest.model.vocab_size
@@ -69,7 +69,7 @@ def vllm_engine(served_model: ServedModel) -> Answer:
 
 def vllm_offline(served_model: ServedModel) -> Answer:
     """Return vLLM's own engine with its own Mixtral, in this process."""
-    # Otherwise vLLM would run its engine in another process.
+    # By default vLLM runs its engine in another process. This variable keeps the engine in this process.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     from vllm import LLM, SamplingParams
 
@@ -130,7 +130,7 @@ def _answer_with(engine: Engine) -> Answer:
     async def answer_all(prompts: Sequence[Prompt], clients: int) -> None:
         pending_prompts = iter(prompts)
 
-        # The clients share one iterator, so each takes the next prompt that is left.
+        # All clients share one iterator, so each client takes the next prompt that no other client has taken.
         async def client() -> None:
             for ids, tokens in pending_prompts:
                 async for _ in engine.generate(Request(tuple(ids), SamplingParams(tokens, temperature=0))):

@@ -50,7 +50,7 @@ def closed_loop(url: str, requests: Sequence[Prompt], clients: int, stream: bool
     async def run(session: aiohttp.ClientSession) -> list[RequestOutcome]:
         pending_requests = iter(requests)
 
-        # The clients share one iterator, so each takes the next request that is left.
+        # All clients share one iterator, so each client takes the next request that no other client has taken.
         async def client() -> list[RequestOutcome]:
             return [await send_request(session, url, ids, tokens, stream) for ids, tokens in pending_requests]
 
@@ -79,7 +79,8 @@ def open_loop(url: str, requests: Sequence[Prompt], rate: float, seed: int) -> L
             await asyncio.sleep(generator.expovariate(rate))
         return list(await asyncio.gather(*tasks))
 
-    # For aiohttp, 0 connections means no limit.
+    # Requests do not wait for earlier ones, so the number of connections must have no limit. For aiohttp, 0 means no
+    # limit.
     return _measure_load(run, 0)
 
 
@@ -104,7 +105,7 @@ async def send_request(
             token_count = (await answer.json())["usage"]["completion_tokens"]
         else:
             async for line in answer.content:
-                # An error after the start of the answer is an event, because the status was sent before.
+                # The HTTP status is sent before the answer starts, so a later error can only arrive as an event.
                 if line.startswith(b'data: {"error"'):
                     raise aiohttp.ClientError(line.decode().strip())
                 if not line.startswith(b"data: {"):
@@ -126,7 +127,7 @@ def _measure_load(run: Any, connections: int) -> Load:
 
     async def run_session() -> Load:
         connector = aiohttp.TCPConnector(limit=connections)
-        # An answer may take longer than aiohttp's default of five minutes.
+        # There is no timeout, because an answer may take longer than aiohttp's default of five minutes.
         timeout = aiohttp.ClientTimeout(total=None)
         async with aiohttp.ClientSession(connector=connector, timeout=timeout) as session:
             start_time = time.perf_counter()

@@ -65,7 +65,8 @@ def _build_tokenizer(entries: int) -> Tokenizer:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     pairs = ((a, b) for a, b in itertools.product(string.ascii_lowercase, repeat=2))
     triples = ((a + b, c) for a, b, c in itertools.product(string.ascii_lowercase, repeat=3))
-    # A byte-level vocabulary has the end of text and the bytes; each merge adds one entry.
+    # Each merge adds one entry to the vocabulary. The other entries are the bytes and the end of text, so their number
+    # is subtracted.
     merges = list(itertools.islice(itertools.chain(pairs, triples), entries - len(alphabet) - 1))
     vocab = {text: i for i, text in enumerate([END_OF_TEXT, *alphabet, *("".join(merge) for merge in merges)])}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))

@@ -36,7 +36,7 @@ def standalone_server(engine: str, served_model: ServedModel) -> Iterator[str]:
     server = uvicorn.Server(uvicorn.Config(create_app(answerer, MODEL_NAME, spec), port=port, log_level="error"))
     thread = threading.Thread(target=server.run)
     thread.start()
-    # The thread ends without a start if, for example, the port is taken.
+    # If the server cannot start, for example because the port is taken, the thread ends, and the loop must end too.
     while not server.started and thread.is_alive():
         time.sleep(0.01)
     try:
@@ -58,7 +58,7 @@ def ray_serve_server(engine: str, served_model: ServedModel) -> Iterator[str]:
 
     spec = served_model.serve_spec(engine).model_copy(update={"port": free_ports(1)[0]})
     with tempfile.TemporaryDirectory(prefix="mhmoe-bench-") as home:
-        # A home of its own keeps this cluster apart from the user's.
+        # The cluster gets its own MHMOE_HOME, so that it does not affect the user's local cluster.
         os.environ["MHMOE_HOME"] = home
         start_local(spec.cpus_per_replica + 1)
         try:
@@ -112,7 +112,7 @@ def _wait_until_healthy(url: str, process: "subprocess.Popen[bytes]", log: Path)
         try:
             requests.get(url, timeout=5).raise_for_status()
             return
-        # The server refuses connections until it has started.
+        # Requests fail until the server has started, so the request is repeated.
         except requests.RequestException:
             if process.poll() is not None or time.monotonic() > deadline:
                 last_lines = log.read_text().strip().splitlines()[-1:]

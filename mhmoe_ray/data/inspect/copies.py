@@ -15,7 +15,7 @@ import numpy as np
 
 from mhmoe_ray.data.inspect.figures import EXAMPLES, TextLocation
 
-# Tasks pass entries to each other as bytes, so their layout is fixed.
+# The byte order of each field is fixed, because tasks pass entries to each other as bytes.
 ENTRY_DTYPE = np.dtype([("hash", "<u8"), ("file", "<u4"), ("line", "<u4"), ("bytes", "<u4")])
 
 
@@ -92,7 +92,7 @@ def count_copies(entries: np.ndarray, domains: Sequence[str], paths: Sequence[st
     entries = entries[np.lexsort((entries["line"], entries["file"], entries["hash"]))]
     entry_domain = domain_of_file[entries["file"]]
     result = Copies()
-    # The prepended value differs from the first hash, so that the first entry begins a text, too.
+    # The prepended value differs from the first hash, so that the first entry counts as a new text too.
     is_new_text = np.diff(entries["hash"], prepend=entries["hash"][:1] + np.uint64(1)) != 0
     sizes = entries["bytes"].astype(np.int64)
     result.distinct, result.extra = int(is_new_text.sum()), int((~is_new_text).sum())
@@ -101,7 +101,7 @@ def count_copies(entries: np.ndarray, domains: Sequence[str], paths: Sequence[st
 
     text_of_entry = np.cumsum(is_new_text) - 1
     text_domain_key = text_of_entry * len(names) + entry_domain
-    # In each domain the longest copy of a text counts as the one that is kept.
+    # In each domain the longest copy of a text counts as the one that is kept, and all other copies are surplus.
     longest_first = np.lexsort((-sizes, text_domain_key))
     longest_copies = longest_first[np.unique(text_domain_key[longest_first], return_index=True)[1]]
     is_surplus = np.ones(len(entries), bool)

@@ -148,7 +148,7 @@ class Figures:
         self.bytes += size
         self.characters += characters
         self.words += words
-        # An ASCII text has no such characters, and this check is much faster than the search.
+        # An ASCII text has no characters of unspaced scripts, and `isascii` is much faster than the search for them.
         self.unspaced += 0 if text.isascii() else sum(map(len, _UNSPACED_SCRIPTS.findall(text)))
         self.held_out += held_out
         self.lengths[histogram_bin(characters)] += 1

@@ -88,7 +88,7 @@ def _find_unreadable_items(inputs: LintInput) -> Iterator[Problem]:
         bad_counts = Counter({Reason(reason): n for reason, n in domain.quarantined.items()})
         documents = domain.all_figures.documents
         tally += Tally(damaged=domain.damaged, documents=documents, bad=bad_counts, dropped=domain.dropped)
-    # A preparation would be aborted at this limit, so bad lines above it are an error.
+    # Above this limit a preparation would be aborted, so unreadable items are then errors instead of warnings.
     is_limit_exceeded = QuarantineLimit(inputs.data_spec, []).is_exceeded(tally)
     fix = "repair or remove it" + (
         ", or raise data.max_bad_lines, max_bad_share or max_bad_files" if is_limit_exceeded else ""
@@ -118,7 +118,8 @@ def _find_unread_files(inputs: LintInput) -> Iterator[Problem]:
     read_paths = {file.path for file in files}
     formats = {source_of(file.domain): file.format for file in files}
     for name, source in inputs.data_spec.sources.items():
-        # These formats have other files beside the documents.
+        # Folders of these formats have other files beside the documents, so files that are not read are no problem
+        # there.
         if formats[name] in ("redpajama-v2", "huggingface"):
             continue
         root, listed_files = list_files(Storage(source.path), inputs.data_spec.prepared)
@@ -149,7 +150,8 @@ def _find_copies(inputs: LintInput) -> Iterator[Problem]:
             message, fix = f"over {MAX_COPY_SHARE:.0%} of its documents are copies of others in it", "keep one of each"
             yield Problem("copies", False, name, message, fix, copies.extra, [(name, f"{share:.1%} of its documents")])
         if copies.shared_texts > MAX_COPY_SHARE * copies.distinct:
-            # The survey counts a pair under the names of its domains in ascending order.
+            # The survey counts a pair under the names of its two domains in ascending order, so the names are sorted
+            # here too.
             pairs = [sorted([name, other_name]) for other_name in survey.copies.domains]
             shared_counts = Counter({" and ".join(pair): survey.copies.pairs[", ".join(pair)] for pair in pairs})
             examples = [(pair, f"{n:,} texts in both") for pair, n in shared_counts.most_common(EXAMPLES) if n]
@@ -172,7 +174,7 @@ def _find_small_domains(inputs: LintInput) -> Iterator[Problem]:
     for name, domain in inputs.survey.domains.items():
         if not _fills_sample(name, domain, inputs):
             examples = [(name, _format_size(domain, inputs))]
-            # Without a fixed share, training leaves the domain out, so this is only a warning.
+            # Training leaves out a domain without a fixed share, so for such a domain this is only a warning.
             yield Problem(
                 "too-small",
                 _has_fixed_share(name, inputs.spec),
@@ -200,7 +202,8 @@ def _fills_sample(name: str, domain: DomainSurvey, inputs: LintInput) -> bool:
     # With best fit one training document is enough, since padding fills the rest of its sample.
     if inputs.data_spec.packing == "best_fit":
         return figures.documents > figures.held_out
-    # A token has at least one byte, so a text has at least as many bytes as tokens. Each document adds a start token.
+    # Without a tokenizer, the bytes are an upper limit of the tokens, because a token has at least one byte. Each
+    # document adds a start token.
     return (figures.tokens if inputs.survey.tokenized else figures.bytes) + figures.documents > inputs.data_spec.seq_len
 
 

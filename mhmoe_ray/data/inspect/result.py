@@ -26,7 +26,8 @@ class SurveyRequest(RemoteJob[Survey]):
 
     module: ClassVar[str] = "mhmoe_ray.data.inspect.job"
     kind: ClassVar[str] = "inspect"
-    # Raw text has no prepared folder for a result file, so the result comes back in the log.
+    # This type lets `answer` write the result to the job's log, because raw text has no prepared folder for a result
+    # file.
     result_type: ClassVar[type] = Survey
 
     data: DataSpec

@@ -64,7 +64,7 @@ def decode_samples(spec: RunSpec, start: int, count: int) -> list[DecodedSample]
         parts = []
         for piece_start, piece_end in pairwise(cuts):
             begins = token_ids[piece_start] == start_token
-            # The field `begins` stands for the start token, so the text is without it.
+            # The text leaves out the start token, because the field `begins` stands for it.
             text = tokenizer.decode(token_ids[piece_start + begins : piece_end], skip_special_tokens=False)
             parts.append(SamplePart(begins, piece_end - piece_start, text))
         domain, sample = samples.locate_sample(position)

@@ -59,7 +59,7 @@ def open_encoder(path: Path, pattern: str | None) -> Encoder:
     Raises:
         DataError: the file cannot be used, as for `read_given_tokenizer`.
     """
-    # Loading a large vocabulary takes longer than reading a small file, hence the cache.
+    # The encoder is cached, because loading a large vocabulary takes longer than reading a small file.
     tokenizer = read_given_tokenizer(path, pattern)
     tokenizer.no_truncation()
     tokenizer.no_padding()
@@ -110,7 +110,8 @@ def survey_file(
             for rule, evidence in broken_rules(text, words, record_language, file.domain, special).items():
                 survey.findings.setdefault(rule, Finding()).add_examples(1, [(location, evidence)])
         entries.append((text_hash(words), number, document.line, size))
-        # A large file has many arrays, so that the task's memory stays bounded.
+        # Entries are yielded in arrays of limited size, so that the memory of a task stays bounded even for a large
+        # file.
         if len(entries) == ENTRIES_PER_ARRAY:
             yield np.array(entries, ENTRY_DTYPE)
             entries = []
@@ -168,7 +169,7 @@ def survey(request: SurveyRequest, partition_bytes: int = PARTITION_BYTES) -> Su
     Raises:
         DataError: sources are missing, or the tokenizer cannot be used.
     """
-    # A tokenizer that cannot be used is reported here, before any task starts.
+    # Open the tokenizer here too, so that an unusable one is reported before any task starts.
     if request.tokenizer:
         open_encoder(request.tokenizer, request.data.tokenizer_pattern)
     ray.data.DataContext.get_current().enable_progress_bars = False
@@ -196,7 +197,7 @@ def survey(request: SurveyRequest, partition_bytes: int = PARTITION_BYTES) -> Su
     print(f"{SurveyRequest.kind}: looking for copies among {documents:,} documents", flush=True)
     for copies in _count_partitions(block_refs, partitions, files):
         result.copies += copies
-    # Files end in any order, and the order of the result must not depend on it.
+    # Files are finished in any order. Sorting the domains makes the result independent of that order.
     result.domains = dict(sorted(result.domains.items()))
     return result
 
@@ -244,8 +245,8 @@ def _count_partitions(blocks: list[Any], partitions: int, files: list[RawFile]) 
         partitions: number of partitions.
         files: all files, in the order of their numbers.
     """
-    # A single partition needs no shuffle, whose start would take longer than the counting: one task counts it, unless
-    # it would get too many blocks as arguments.
+    # One task counts a single partition, because the start of a shuffle would take longer than the counting. With
+    # several partitions, or more blocks than one task should get as arguments, Ray Data shuffles the blocks.
     count = partial(_count_partition, domains=[f.domain for f in files], paths=[f.path for f in files])
     if partitions == 1 and len(blocks) <= MAX_BLOCKS:
         count_task = ray.remote(_count_blocks).options(num_cpus=1)

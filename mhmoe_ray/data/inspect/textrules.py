@@ -47,7 +47,8 @@ def _repeated_line(view: TextView) -> str | None:
     lines = view.text.splitlines()
     if len(lines) < 5 or len(set(lines)) > len(lines) // 2:
         return None
-    # The line with the most characters in all is taken, since short lines repeat in sound text, too.
+    # Take the line whose repetitions have the most characters in all. The most frequent line may be a short one, which
+    # repeats in sound text too.
     line, line_count = max(
         Counter(filter(None, map(str.strip, lines))).items(), key=lambda item: len(item[0]) * item[1]
     )
@@ -60,7 +61,7 @@ def _repeated_line(view: TextView) -> str | None:
 
 def _long_word(view: TextView) -> str | None:
     """Return the length and the beginning of the first ASCII word above `MAX_WORD_LENGTH` characters, or None."""
-    # Other words are not checked, since some scripts have no spaces.
+    # Only ASCII words are checked, because sound text in a script without spaces seems to be one long word.
     word = next((w for w in view.words if len(w) > MAX_WORD_LENGTH and w.isascii()), None)
     return f"{len(word):,} characters: {_printable_start(word)}" if word else None
 
@@ -80,16 +81,16 @@ def _replacement_character(view: TextView) -> str | None:
     return _example_at(view.text, re.search("\ufffd", view.text))
 
 
-# Continuation bytes of UTF-8 as Latin-1 and as Windows-1252 show them. Letters are excluded, since real text has
-# letters after letters.
+# These are the characters that continuation bytes of UTF-8 become in Latin-1 and in Windows-1252. Letters are excluded,
+# because in real text a letter often follows one of the letters that begin the pattern below.
 _TAIL = "".join(
     character
     for byte in range(0x80, 0xC0)
     for character in {chr(byte), bytes([byte]).decode("cp1252", "ignore")}
     if not character.isalpha()
 )
-# The first alternative has the first bytes of Latin, Greek, Cyrillic, Hebrew and Arabic letters, which have two bytes.
-# The others begin characters of three and four bytes.
+# The first alternative begins with the first byte of Latin, Greek, Cyrillic, Hebrew and Arabic letters, which have two
+# bytes in UTF-8. The others begin with the first byte of characters of three and of four bytes.
 _MOJIBAKE = re.compile(
     f"[\xc2-\xc5\xce-\xd1\xd7-\xdb][{_TAIL}]|[\xe0-\xef][{_TAIL}][{_TAIL}]|\xf0[{_TAIL}][{_TAIL}][{_TAIL}]"
 )
@@ -101,7 +102,7 @@ def _mojibake(view: TextView) -> str | None:
     return _example_at(view.text, matches[0]) if len(matches) == MIN_MATCHES else None
 
 
-# Tabs, line breaks and page breaks occur in sound text, so they are not among these.
+# Tabs, line breaks and page breaks occur in sound text, so the pattern does not match them.
 _CONTROL_CHARACTER = re.compile("[\x00-\x08\x0b\x0e-\x1f\x7f-\x84\x86-\x9f]")
 
 

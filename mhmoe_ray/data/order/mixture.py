@@ -42,12 +42,14 @@ def apportion(total: int, weights: Sequence[float], limits: Sequence[int], offse
         offset: number from 0 to below 1 that shifts which entries are rounded up. If it is drawn uniformly, the mean of
             each number is its exact part.
     """
-    # Floats are scaled to integers, which is exact: the denominators of floats are powers of two.
+    # The weights are scaled to integers so that the split is exact. The scaling is exact too, because the denominators
+    # of floats are powers of two.
     ratios = [w.as_integer_ratio() for w in map(float, weights)]
     scale = max(denominator for _, denominator in ratios)
     exact_weights = [numerator * (scale // denominator) for numerator, denominator in ratios]
     counts, open_entries = [0] * len(exact_weights), [i for i, w in enumerate(exact_weights) if w]
-    # Each round sets the entries that reach their limits. The rest goes to fewer entries, so more may reach theirs.
+    # Each round sets the entries that reach their limits to these limits. The rest goes to fewer entries, so more of
+    # them may reach their limits in the next round.
     while open_entries:
         weight_sum = sum(exact_weights[i] for i in open_entries)
         full_entries = {i for i in open_entries if total * exact_weights[i] >= limits[i] * weight_sum}
@@ -133,7 +135,8 @@ def compute_mixture(spec: RunSpec, manifest: DataManifest) -> Mixture:
         by_size.append(phase_shares(mixes, domains, tokens, apply_temperature=False))
         tempered.append(phase_shares(mixes, domains, tokens, apply_temperature=True))
     steps = [stop - start for start, stop in pairwise([*phase_starts, spec.train.steps])]
-    # Limits need weights that fit the number of positions; without limits, a fixed total keeps the order of a prefix.
+    # With limits, the weights must add up to the number of positions, so that the limits are exact. Without limits, a
+    # fixed total is used, so that a longer training begins with the same order as a shorter one.
     if any(limit is not None for limit in limits):
         positions = [n * spec.samples_per_step for n in steps]
         split_limits = _split_limits(limits, positions, tempered)
@@ -181,7 +184,8 @@ def _domain_limits(spec: RunSpec, manifest: DataManifest, domains: Sequence[Orde
     for domain in domains:
         source = spec.data.sources[domain.source]
         epochs = source.max_epochs_of.get(subfolder_of(domain.name), source.max_epochs)
-        # Decimal arithmetic takes the number as it is written: 0.29 epochs of 100 samples are 29, in binary 28.
+        # Decimal arithmetic takes the number as it is written: 0.29 epochs of 100 samples are 29 samples, and with
+        # binary floats they would be 28.
         limits.append(None if epochs is None else int(Decimal(str(epochs)) * domain.samples))
     return limits
 
@@ -315,7 +319,8 @@ def _split_by_source(
         if shares[i]:
             domains_by_source.setdefault(domain.source, []).append(i)
     groups = list(domains_by_source.values())
-    # Sources come first, so that samples that a domain cannot provide stay within its source.
+    # The total is split over the sources first, so that other domains of the same source replace the samples that a
+    # domain cannot provide.
     source_totals = apportion(
         total,
         [fsum(shares[i] for i in group) for group in groups],

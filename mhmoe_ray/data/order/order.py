@@ -70,7 +70,8 @@ MAX_POSITION = 2**52
 """Upper bound of slots and positions. The quotient of two whole numbers below it, computed in float64, is never rounded
 up to the next whole number."""
 
-# With 4 pairs, the orders of fewer than 20 samples are visibly not equally likely.
+# This is the number of pairs of Feistel rounds. With only 4 pairs, the possible orders of fewer than 20 samples are
+# visibly not equally likely.
 ROUND_PAIRS = 6
 
 
@@ -90,7 +91,8 @@ class Permutations:
             keys: 64-bit key of each domain.
         """
         assert all(1 <= size <= MAX_POSITION for size in sizes)
-        # A nearly square rectangle has few cells outside of the permutation.
+        # A nearly square rectangle has few cells outside of the permutation, so few values go through the network
+        # again.
         columns = [isqrt(size - 1) + 1 for size in sizes]
         self._sizes = np.asarray(sizes, np.int64)
         self._keys = np.asarray(keys, np.uint64)
@@ -149,7 +151,8 @@ def _feistel_round(target_half: U32, source_half: U32, key: U32, modulus: U32) -
     scaled >>= np.uint64(32)
     total = scaled.astype(np.uint32)
     total += target_half
-    # Where the total is below the modulus, the difference wraps round to a large number and the minimum ignores it.
+    # This computes the total modulo `modulus`. If the total is below the modulus, the difference wraps round to a large
+    # number, so that the minimum is the total.
     reduced = total - modulus
     np.minimum(total, reduced, out=total)
     return total
@@ -179,14 +182,16 @@ class Interleaver:
                 their sum is at most `MAX_WEIGHT`.
         """
         self.domain_count = len(sources)
-        # Each node is the weight of its left child, the weight of both children, and the two children. The nodes of all
-        # trees are in one list, so that a walk can descend different trees in one array operation.
+        # A node is a tuple: the weight of its left child, the sum of the weights of both children, and the two
+        # children. The nodes of all trees are in one list, so that a walk can descend different trees in one array
+        # operation.
         self._nodes: list[tuple[int, int, int, int]] = []
         self._roots = [self._build_tree(sources, tree) for tree in weights]
         # A child is the number of a domain, or `domain_count` plus the index of a node.
         nodes = np.asarray(self._nodes, np.int64).reshape(-1, 4)
         self._left_weights, self._weights, self._children = nodes[:, 0].copy(), nodes[:, 1].copy(), nodes[:, 2:].ravel()
-        # The ratio is rounded up; otherwise a product that is a whole number could come out just below it.
+        # The ratio is rounded up. Otherwise a product that should be a whole number could come out just below that
+        # number, and would be truncated to the number before it.
         self._ratios = np.nextafter(self._left_weights / self._weights, np.inf)
 
     def _build_tree(self, sources: Sequence[str], weights: Sequence[int]) -> int:
@@ -220,7 +225,7 @@ class Interleaver:
             slot: the slot, from 0 to less than twice the tree's whole weight.
         """
         domain, rank = np.empty_like(slot), np.empty_like(slot)
-        # `indices` holds the places in the result of the slots whose walk is not finished.
+        # `indices` holds the indices, in the result, of the slots whose walk is not finished.
         indices, node, visitor = np.arange(len(slot)), np.asarray(self._roots).take(tree), slot
         while True:
             is_leaf = node < self.domain_count
@@ -263,7 +268,8 @@ class Interleaver:
         return counts
 
 
-# Many positions share the overhead of a tree level; more of them would not fit into a core's cache.
+# This is the number of positions in one call. Many positions share the overhead of each tree level, and the arrays of
+# even more would not fit into a core's cache.
 _POSITIONS_PER_CALL = 32_768
 
 

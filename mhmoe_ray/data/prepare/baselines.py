@@ -37,7 +37,7 @@ def compute_baselines(train: TokenPairs, validation: TokenPairs, vocab_size: int
         vocab_size: V; every token id is below it.
     """
     token_shares = np.bincount(validation.target, minlength=vocab_size) / len(validation.target)
-    # A token that does not occur adds nothing to the entropy, but its logarithm is infinite.
+    # A token that does not occur adds nothing to the entropy. It is left out, because the logarithm of 0 is infinite.
     frequencies = token_shares[token_shares > 0]
     return Baselines(
         unigram_entropy=float(-(frequencies * np.log(frequencies)).sum()),
@@ -58,10 +58,11 @@ def _bigram_loss(train: TokenPairs, validation: TokenPairs, vocab_size: int) -> 
     successors = np.bincount(pair_keys // vocab_size, minlength=vocab_size)
     unigram = (np.bincount(train.target, minlength=vocab_size) + 1) / (len(train.target) + vocab_size)
     validation_keys = _pair_keys(validation, vocab_size)
-    # A key above all others gets a clipped index, which the comparison below rejects.
+    # A key above all others would get an index past the end. The index is clipped, and the comparison below rejects it.
     indices = np.minimum(np.searchsorted(pair_keys, validation_keys), len(pair_keys) - 1)
     joint_counts = np.where(pair_keys[indices] == validation_keys, pair_counts[indices], 0)
-    # A context that does not occur in training has no successors. With at least 1, its probability is the unigram's.
+    # A context that does not occur in training has no successors, so the probability would be 0 / 0. With at least 1
+    # successor, the probability is that of the unigram model.
     back_off = np.maximum(successors[validation.context], 1)
     probability = (joint_counts + back_off * unigram[validation.target]) / (
         context_counts[validation.context] + back_off

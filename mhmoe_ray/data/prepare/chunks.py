@@ -65,7 +65,7 @@ class QuarantineLimit:
         if tally.lines < MIN_EVIDENCE_LINES or not tally.text_bytes:
             return False
         expected_lines = tally.lines * max(1.0, self._text_bytes / tally.text_bytes)
-        # The number of all lines is an estimate, so a job is aborted early only at twice the limit.
+        # The number of all lines is an estimate, so a job is aborted early only above twice the limit.
         return tally.bad_lines > max(self._max_lines, 2 * self._max_share * expected_lines)
 
     def error(self, tally: Tally) -> DataError:
@@ -172,7 +172,8 @@ def _file_chunks(
             size += len(item.text)
         else:
             bad_entries.append(quarantine_entry(file.domain, item))
-            # The entry's own length would depend on the names of folders, and chunks must depend on the file alone.
+            # A fixed size is added, because the length of the entry depends on the names of folders, and chunks must
+            # depend on the file alone.
             size += BAD_LINE_CHARACTERS
             is_aborted = limit.will_be_exceeded(reader.tally)
             if is_aborted:

@@ -38,7 +38,8 @@ class PrepareRequest(RemoteJob[DataManifest]):
 
 def main() -> None:
     """Prepare the data that the current job's request asks for, and log errors for the user."""
-    # The command line imports this module for the request, without Ray.
+    # Ray is imported only here, because the command line imports this module for `PrepareRequest` and does not need
+    # Ray.
     import ray
 
     from mhmoe_ray.data.prepare.pipeline import prepare

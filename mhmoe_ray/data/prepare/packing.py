@@ -39,7 +39,8 @@ def plan_concat(stream: TokenStream, seq_len: int, rows: int) -> list[Cut]:
     cuts = []
     for first_sample in range(0, samples, rows):
         count = min(rows, samples - first_sample)
-        # One more token shows whether a document ends with the last sample; the last shard has all remaining tokens.
+        # A shard gets one token more than its samples need. The extra token shows whether a document ends with the last
+        # sample. The last shard has all remaining tokens.
         stop = len(stream) if first_sample + count == samples else (first_sample + count) * seq_len + 2
         cuts.append(Cut(stream.substream(first_sample * seq_len, stop), count))
     return cuts
@@ -63,7 +64,8 @@ def count_whole_documents(tokens: Tokens, samples: int, seq_len: int, start: int
     """
     starts = np.flatnonzero(tokens == start)
     ends = np.append(starts[1:], len(tokens)) - 1
-    # The last token of a sample is also the first of the next one; a document that begins there is in the next one.
+    # The last token of a sample is also the first token of the next sample. A document that begins with this token
+    # counts for the next sample.
     sample_index = starts // seq_len
     return int(((sample_index < samples) & (ends <= (sample_index + 1) * seq_len)).sum())
 
@@ -108,7 +110,8 @@ def pack_best_fit(tokens: Tokens, seq_len: int, start: int, padding: int) -> Pac
     targets = np.diff(starts, append=len(tokens))
     pieces, bin_count = _assign_bins(targets, seq_len)
     samples = np.full((bin_count, seq_len + 1), padding, tokens.dtype)
-    # The start token of the next document is the last target of a document; the last document gets one, too.
+    # The last target of a document is the start token of the next document. One more start token at the end gives the
+    # last document such a target too.
     extended_tokens = np.append(tokens, tokens.dtype.type(start))
     for document, offset, bin_index, bin_offset, length in pieces:
         token_index = starts[document] + offset

@@ -59,7 +59,7 @@ class TokenStream:
         Raises:
             DataError: a part has fewer tokens than expected.
         """
-        # np.concatenate needs at least one array; the empty one also fixes the dtype.
+        # The empty array is added because np.concatenate needs at least one array. It also fixes the dtype.
         return np.concatenate([*self._read_parts(), np.empty(0, self._dtype)])
 
     def _read_parts(self) -> Iterator[Tokens]:
@@ -67,7 +67,7 @@ class TokenStream:
         for part in self.parts:
             path = part_file(self._folder, part.name)
             tokens = np.fromfile(path, self._dtype, part.tokens, offset=part.start * self._dtype.itemsize)
-            # np.fromfile returns fewer items from a file that is too short.
+            # np.fromfile raises no error for a file that is too short, but returns fewer items.
             if len(tokens) < part.tokens:
                 reason = f"it has {len(tokens):,} tokens of {part.tokens:,} from {part.start:,} on"
                 raise DataError(f"part {path}", reason, "remove that folder of parts and prepare again")

@@ -82,8 +82,10 @@ def prepare(spec: RunSpec) -> DataManifest:
         except Exception:
             if read_data_manifest(folder) is None:
                 raise
-            # Another job published its result first and removed our parts, which made this one fail.
-        # If a folder without a manifest appeared meanwhile, nothing was published: then this fails and parts are kept.
+            # Another job published its result first and removed our parts, which made this job fail. The error is
+            # ignored, because the result of the other job is used.
+        # If a folder without a manifest appeared meanwhile, nothing was published. This check then fails before
+        # `clean_up`, so that the parts are kept.
         require_data_manifest(folder)
     # This also removes the staging directory of a job that was killed between its publishing and its cleaning up.
     clean_up(folder)
@@ -93,7 +95,7 @@ def prepare(spec: RunSpec) -> DataManifest:
 @contextmanager
 def _chunk_sized_blocks() -> Iterator[None]:
     """Set the block size of Ray Data to a chunk within this context, and switch off its progress bars."""
-    # A task tokenises one block. Progress bars would fill the job's log.
+    # A task tokenises one block, so a block is made as small as one chunk. Progress bars would fill the job's log.
     context = ray.data.DataContext.get_current()
     previous_settings = context.target_max_block_size, context.enable_progress_bars
     context.target_max_block_size, context.enable_progress_bars = CHUNK_CHARACTERS, False
@@ -213,7 +215,8 @@ class _Preparation:
             validation_fraction=self._data_spec.validation_fraction,
             token_bytes=self._token_bytes,
         )
-        # An autoscaling cluster may have no nodes yet.
+        # An autoscaling cluster may have no nodes yet. The number of readers then follows from the CPUs that the spec
+        # asks for.
         cpus = ray.cluster_resources().get("CPU", 0) or min(self._spec.cluster.cpus, MAX_EXPECTED_CPUS)
         readers = ceil(cpus / CPUS_PER_READER)
         files = ray.data.from_arrow(file_blocks(self._files))
@@ -241,7 +244,7 @@ class _Preparation:
             raise self._limit.error(tally)
         reused_text = f", {report.reused_tokens:,} of them from an earlier job" if report.reused_tokens else ""
         self._log(f"{report.documents:,} documents have {report.tokens:,} tokens{reused_text}")
-        # Tasks end in any order, and the result must not depend on it.
+        # Tasks end in any order. Sorting the parts makes the result independent of that order.
         parts.sort(key=lambda part: (part.file, part.chunk))
         with (self._staging.result_path / QUARANTINE_FILE).open("wb") as out:
             for file, number in sorted(quarantined):
@@ -298,8 +301,9 @@ def _domain_entry(
         sum(result.shard.rows for result in shard_results),
         sum(result.padding for result in shard_results),
     )
-    # With best fit, each token but the first of a document is a target, and so is the end of the document. With
-    # concatenation, each token but the first of the domain is a target.
+    # With concatenation, each token but the first of the domain can be a target, so `tokens - 1 - targets` tokens are
+    # unused. With best fit, a document has as many targets as tokens, because its end is a target too, and none is
+    # unused.
     targets = samples * seq_len - padding
     return Domain(
         documents=documents,

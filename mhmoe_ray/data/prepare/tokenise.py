@@ -116,7 +116,8 @@ def _part_name(texts: Iterable[str], tokenizer_sha256: str, validation_fraction:
     digest = hashlib.sha256(f"{tokenizer_sha256} {validation_fraction} {token_bytes}".encode())
     for text in texts:
         data = text.encode()
-        # The length separates texts, so that other cuts of the same characters have another hash.
+        # Each text is preceded by its length, so that the same characters have another hash if they are divided into
+        # other texts.
         digest.update(len(data).to_bytes(8))
         digest.update(data)
     return digest.hexdigest()[:40]
@@ -133,7 +134,7 @@ def _find_counts(part: Path, token_bytes: int) -> PartCounts | None:
         size = part.stat().st_size
     except FileNotFoundError:
         return None
-    # A part of another size is damaged and will be encoded again.
+    # A part of another size is damaged. It counts as missing, so that it is encoded again.
     return counts if size == (counts.tokens + counts.held_out_tokens) * token_bytes else None
 
 

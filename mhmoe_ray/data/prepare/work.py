@@ -178,7 +178,7 @@ def _keep_alive(staging: StagingDirectory, stop_event: threading.Event) -> None:
     """Call `_touch_and_clean_up` every `TOUCH_SECONDS` until `stop_event` is set."""
     touch_times: dict[Path, float] = {}
     while True:
-        # A storage may be out of reach for a while; then the next update suffices.
+        # An error is ignored, because a storage may be out of reach for a while, and the next update then suffices.
         with suppress(OSError):
             touch_times = _touch_and_clean_up(staging, touch_times)
         if stop_event.wait(TOUCH_SECONDS):
@@ -204,7 +204,8 @@ def _touch_and_clean_up(staging: StagingDirectory, previous_times: dict[Path, fl
     # All times are by the clock of the storage, since the clocks of machines differ.
     current_time = our_file.stat().st_mtime
     touch_times = {alive_file: alive_file.stat().st_mtime for alive_file in staging.shared_path.glob(f"*/{ALIVE_FILE}")}
-    # If our own time was old, too, the machine or the storage stood still, and the other jobs may be alive.
+    # If our own previous time is old too, the machine or the storage stood still. The other jobs may then be alive, so
+    # none is removed.
     for alive_file, touch_time in touch_times.items():
         if (
             current_time - touch_time > STALE_SECONDS
@@ -217,8 +218,8 @@ def _touch_and_clean_up(staging: StagingDirectory, previous_times: dict[Path, fl
 
 def _remove_job_folder(staging: StagingDirectory) -> None:
     """Remove one job's staging directory; errors are ignored."""
-    # The folder with the file `alive` is last. If this process is killed midway, the file is still there, and another
-    # job recognises a dead job and removes the rest.
+    # The folder with the file `alive` is removed last. If this process is killed midway, the file is still there, so
+    # another job recognises that this job is dead and removes the rest.
     for folder in (staging.result_path, staging.quarantine_path, staging.job_path):
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -228,7 +229,8 @@ def publish(staging_result: Path, folder: Path) -> None:
     try:
         staging_result.rename(folder)
     except OSError as e:
-        # A folder with content has this name, so another job published its result.
+        # These two errors mean that a folder with content has this name already: another job published its result
+        # first.
         if e.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise
 
@@ -236,5 +238,5 @@ def publish(staging_result: Path, folder: Path) -> None:
 def clean_up(folder: Path) -> None:
     """Remove the shared staging directories beside a prepared folder with all parts, also those of other settings."""
     for staging_path in folder.parent.glob(f"{glob.escape(folder.name)}.partial-*"):
-        # Another job may remove the same folder, or still write to it.
+        # Errors are ignored, because another job may remove the same folder or still write to it.
         shutil.rmtree(staging_path, ignore_errors=True)

@@ -77,7 +77,7 @@ def write_shard(folder: Path, file: str, samples: Samples) -> Shard:
     with pa.ipc.new_file(sink, batch.schema) as writer:
         writer.write_batch(batch)
     content = memoryview(sink.getvalue())
-    # Another job never sees a part of the file, since it gets its name when it is complete.
+    # The file gets its name only when it is complete, so another job never sees a part of it.
     replace_file(folder / file, content)
     return Shard(file=file, rows=len(samples), sha256=hashlib.sha256(content).hexdigest())
 
@@ -131,7 +131,7 @@ def verify_shards(folder: Path, manifest: DataManifest) -> None:
     Raises:
         DataError: a file is missing or damaged.
     """
-    # All of the data are read, so the whole cluster takes part if they are more than `LOCAL_CHECK_BYTES`.
+    # All files are read, so the whole cluster shares the work if the data have more than `LOCAL_CHECK_BYTES` bytes.
     shards = [*(s for d in manifest.domains.values() for s in d.shards), *manifest.validation]
     expected_hashes = {"tokenizer.json": manifest.tokenizer_sha256} | {s.file: s.sha256 for s in shards}
     rows = [{"file": file, "sha256": sha256} for file, sha256 in expected_hashes.items()]

@@ -18,7 +18,8 @@ from mhmoe_ray.errors import DataError
 from mhmoe_ray.spec import RunSpec
 from mhmoe_ray.storage import describe_file
 
-# The number is part of the recipe, so folders of another format are refused.
+# This is the version of the format of prepared folders. It is part of the recipe, so folders of another version are
+# refused.
 FORMAT = 3
 # These keys of a source determine the documents that it yields.
 _READING_KEYS = {"format", "text_field", "delimiter", "filters"}
@@ -165,7 +166,7 @@ def data_digest(folder: Path) -> str:
     It is a hash of the manifest without the paths of sources that have a fingerprint, so it stays when text is moved.
     """
     manifest = json.loads((folder / "manifest.json").read_bytes())
-    # Folders of earlier versions have no fingerprints; the hash of the whole file identifies them.
+    # Folders of earlier versions have no fingerprints, so the hash of the whole manifest identifies their data.
     if not manifest.get("fingerprints"):
         return describe_file(folder / "manifest.json").sha256
     sources = manifest["recipe"]["sources"]
@@ -190,7 +191,7 @@ def _is_same_text(manifest: DataManifest, spec: RunSpec) -> bool:
         return False
     try:
         current_fingerprints = fingerprints(spec.data, find_files(spec.data, moved_sources))
-    # The text is missing; the caller's message names both paths.
+    # The text is missing, so it cannot be compared. The error message of `check_recipe` then names both paths.
     except DataError:
         return False
     return all(current_fingerprints.get(name) == manifest.fingerprints[name] for name in moved_sources)
@@ -253,7 +254,7 @@ def check_recipe(folder: Path, manifest: DataManifest, spec: RunSpec) -> None:
         DataError: a setting or the text differs; the message names the first difference.
     """
     for key, spec_value in recipe(spec).items():
-        # The path of a source may differ if its text was only moved.
+        # A source may have another path if its text was only moved.
         manifest_value = manifest.recipe.get(key)
         if manifest_value != spec_value and not (key == "sources" and _is_same_text(manifest, spec)):
             reason = f"it was made with {key} = {manifest_value}, and the spec says {spec_value}"

@@ -54,7 +54,7 @@ def as_bytes(texts: pa.Array) -> pa.Array:
     """
     if pa.types.is_dictionary(texts.type):
         texts.validate()
-        # `from_arrays` checks the indices.
+        # `from_arrays` checks that the indices point into the dictionary.
         return pa.DictionaryArray.from_arrays(texts.indices, as_bytes(texts.dictionary))
     texts = texts.cast(pa.large_binary() if pa.types.is_large_string(texts.type) else pa.binary())
     texts.validate(full=True)
@@ -114,7 +114,8 @@ def read_parquet(
             for group in range(table.num_row_groups):
                 group_start, row = row, row + table.metadata.row_group(group).num_rows
                 next_row = group_start
-                # Each batch has the whole dictionary, so small batches would decode it again and again.
+                # Each batch has the whole dictionary, which small batches would decode again and again, so a row group
+                # is read as one batch.
                 batch_rows = max(1, row - group_start) if in_dictionary else ROWS_PER_BATCH
                 try:
                     for batch in table.iter_batches(batch_rows, [group], [column], use_threads=False):
@@ -149,7 +150,8 @@ def read_huggingface(
     try:
         with storage.open_seekable(file.path) as stream:
             stream.seek(max(0, stream.size() - len(_END_OF_STREAM)))
-            # pyarrow does not report a stream that is cut off between two batches.
+            # The mark at the end of the stream is checked here, because pyarrow does not report a stream that is cut
+            # off between two batches.
             is_cut_off = stream.read() != _END_OF_STREAM
             stream.seek(0)
             with pa.ipc.open_stream(stream) as batches:

@@ -16,7 +16,8 @@ from mhmoe_ray.data.sources.items import DamageError
 
 GZIP = b"\x1f\x8b"
 ZSTD = b"\x28\xb5\x2f\xfd"
-# A zstd frame without data begins with one of these bytes and three fixed ones (RFC 8878 section 3.1.2).
+# A skippable zstd frame begins with one of these bytes and the three bytes of `_SKIPPABLE_REST`, and has no content
+# (RFC 8878 section 3.1.2).
 SKIPPABLE_FIRST_BYTES = bytes(range(0x50, 0x60))
 _SKIPPABLE_REST = b"\x2a\x4d\x18"
 _OTHER_FORMATS = {
@@ -31,13 +32,15 @@ _OTHER_FORMATS = {
 The letters PAR1 alone could begin a text, so that pattern includes the next byte, the first of a page header.
 """
 
-# gzip produces at most this many bytes per call, so that a small input cannot fill the memory.
+# gzip produces at most this many bytes of output per call, so that a small input cannot fill the memory.
 OUTPUT_BYTES = 1 << 20
-# gzip gets this many bytes per call. It is small, since bytes after the end of a member are returned to the buffer.
+# gzip gets at most this many bytes of input per call. The number is small, because each call copies the bytes after the
+# end of a member, which go back to the buffer.
 INPUT_BYTES = 1 << 16
 # RFC 8878 section 3.1.1.2.4 limits a zstd block to this size.
 MAX_BLOCK = 1 << 17
-# This is the window of `zstd --long=31`, the largest that exists; a frame needs only as much of it as it has content.
+# This is the largest window size that is accepted: that of `zstd --long=31`, the largest that exists. A frame needs
+# only as much of its window as it has content.
 MAX_WINDOW = 1 << 31
 _CUT_OFF_REASON = "its zstd frame is cut off"
 
@@ -70,7 +73,7 @@ def decompress(chunks: Iterator[bytes], name: str) -> Iterator[bytes]:
 
 def _raise_damage(reason: str) -> Iterator[bytes]:
     raise DamageError(reason)
-    # The statement makes this function a generator, so that the error is raised on iteration.
+    # This unreachable statement makes the function a generator, so that the error is raised on iteration.
     yield
 
 
@@ -146,7 +149,8 @@ def _gunzip(data: _ByteBuffer) -> Iterator[bytes]:
             if not chunk:
                 yield member.flush()
                 raise DamageError("its gzip stream is cut off")
-            # zlib returns no output of a call that fails, so its state is saved and the call repeated byte by byte.
+            # A call of zlib that fails returns no output. So the state is saved before each call, and after a failure
+            # the chunk is decompressed again byte by byte.
             saved_member = member.copy()
             try:
                 yield member.decompress(chunk, OUTPUT_BYTES)
@@ -196,7 +200,8 @@ def _unzstd(data: _ByteBuffer) -> Iterator[bytes]:
         descriptor = _take_exactly(data, 1)
         flags = descriptor[0]
         single_segment, has_checksum = flags >> 5 & 1, flags >> 2 & 1
-        # The header has a window descriptor, a dictionary id and the content size, as RFC 8878 section 3.1.1.1 defines.
+        # The header may have a window descriptor, a dictionary id and the content size. The flags tell their sizes (RFC
+        # 8878 section 3.1.1.1).
         header_size = (1 - single_segment) + (0, 1, 2, 4)[flags & 3] + (single_segment, 2, 4, 8)[flags >> 6]
         yield _decompress_piece(decompressor, magic + descriptor + _take_exactly(data, header_size))
         is_last_block = False
@@ -208,7 +213,8 @@ def _unzstd(data: _ByteBuffer) -> Iterator[bytes]:
                 raise DamageError("its zstd frame is damaged: no such block")
             stored_size = 1 if block_type == 1 else size
             content = data.take(stored_size)
-            # A block that is cut off still yields its bytes if they were stored uncompressed.
+            # A block that is cut off is decompressed all the same: if its bytes were stored uncompressed, those before
+            # the cut are not lost.
             yield _decompress_piece(decompressor, block_header + content)
             if len(content) < stored_size:
                 raise DamageError(_CUT_OFF_REASON)

@@ -105,7 +105,7 @@ def file_blocks(files: Sequence[RawFile]) -> list[pa.Table]:
     A block is a table with a row for each file: its number and the fields of `RawFile`. Each file has a separate block
     unless there are more than `MAX_FILE_BLOCKS`; then small neighbours share a block.
     """
-    # With a task for each of many small files, the overhead of tasks would dominate.
+    # Small files share a block if there are many files. With a task for each, the overhead of tasks would dominate.
     files_per_block, blocks, rows, size = ceil(len(files) / MAX_FILE_BLOCKS), [], [], 0
     for number, file in enumerate(files):
         rows.append({"number": number, **file._asdict()})
@@ -188,7 +188,7 @@ def _files_of_source(name: str, source: SourceSpec, subfolders: list[str] | None
     if subfolders is None and format in SUFFIXES:
         expected_subfolders = sorted({subfolder_at(root, path) for path, _ in listed_files} - {ROOT_SUBFOLDER})
     filled_domains = {file.domain for file in files}
-    # A subfolder without files of the format would otherwise be missing from the training without notice.
+    # Without this check, a subfolder that has no files of the format would be missing from the training without notice.
     for subfolder in expected_subfolders or ():
         if f"{name}/{subfolder}" not in filled_domains:
             fix = "remove the folder, or correct data.sources"
@@ -225,7 +225,7 @@ def _detect_format(subject: str, source: SourceSpec, listed_files: list[ListedFi
     formats: list[Format] = [
         format for format, suffixes in SUFFIXES.items() if any(n.endswith(suffixes) for n in names)
     ]
-    # A text file beside other data is a README or a licence.
+    # A text file beside files of another format is a README or a licence, so the other format is the source's.
     if len(formats) > 1 and "text" in formats:
         formats.remove("text")
     if len(formats) == 1:
@@ -278,7 +278,7 @@ def _huggingface_files(
         parent = folder.rpartition("/")[0]
         if parent in split_folders and folder != f"{parent}/train":
             continue
-        # The domain is that of the dataset's folder, not `train`.
+        # The files of a split `train` get the domain of the dataset's folder, one level above.
         dataset_folder = parent if parent in split_folders else folder
         # A data file that is missing gets size 0, and reading it will report the loss.
         for name in _data_files(subject, storage, f"{folder}/{_STATE_FILE}"):
@@ -297,7 +297,8 @@ def _data_files(subject: str, storage: Storage, path: str) -> list[str]:
     try:
         with storage.open(path) as stream:
             state = json.loads(stream.read())
-        # An index selects or reorders rows without rewriting the data files, so these have other rows than the dataset.
+        # An index selects or reorders rows without rewriting the data files, so the data files have other rows than the
+        # dataset.
         if state.get("_indices_data_files"):
             raise DataError(subject, f"{path} selects rows through an index", "save it after flatten_indices()")
         return [str(file["filename"]) for file in state["_data_files"]]

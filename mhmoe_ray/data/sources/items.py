@@ -8,7 +8,8 @@ from typing import NamedTuple
 from mhmoe_ray.spec import Format
 
 _COMPRESSED_SUFFIXES = (".gz", ".zst", ".parquet")
-# A rough ratio suffices, since it only serves to estimate sizes.
+# These are the bytes of text per byte of a compressed file. A rough number suffices, since it only serves to estimate
+# sizes.
 _COMPRESSION_RATIO = 3
 
 

@@ -75,7 +75,7 @@ class FileReader:
             else:
                 tally.count_bad(item)
             yield item
-        # A caller that stops early never reaches this, so only files that were read to their end count as files.
+        # A caller that stops early never gets to this line, so only files that were read to their end are counted.
         tally.files = 1
         tally.damaged = int(any(reason.loses_lines for reason in tally.bad))
         # A reader may skip some bytes, but a finished file counts in full.

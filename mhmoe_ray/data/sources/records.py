@@ -28,7 +28,7 @@ def split_lines(chunks: Iterable[bytes], limit: int) -> Iterator[bytes | None]:
         DamageError: `chunks` raises it; its `cut_off_line` then is the beginning of the line that was cut off, if that
             is within the limit.
     """
-    # The pieces are those of a line that began in an earlier chunk; they are dropped when the line gets too long.
+    # The pieces belong to a line that began in an earlier chunk. They are dropped when the line gets too long.
     pieces: list[bytes] = []
     length = 0
     try:
@@ -109,7 +109,7 @@ def _parse_leniently(path: str, number: int, line: bytes) -> Record | BadLine | 
     content = line.removeprefix(BOM)
     if not content.strip():
         return None
-    # NUL bytes mean a hole that a crash left in the file, or UTF-16.
+    # NUL bytes are reported separately, because they mean a hole that a crash left in the file, or UTF-16.
     if b"\0" in content:
         return BadLine(path, number, Reason.NUL_BYTES)
     try:
@@ -152,7 +152,7 @@ def text_problem(text: str) -> Reason | None:
     """
     if not text or text.isspace():
         return Reason.EMPTY
-    # Only a lone surrogate cannot be encoded.
+    # Encoding fails only for a text with a lone surrogate.
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -207,7 +207,7 @@ def read_text(
         for number, line in enumerate(split_lines(decompress(storage.chunks(file, tally), file.path), limit), start=1):
             if number == 1 and line is not None:
                 line = line.removeprefix(BOM)
-            # In a file with CR LF, a delimiter line ends in CR.
+            # In a file with CR LF line breaks, the CR is still at the end of each line, also of a delimiter line.
             if line is not None and line.removesuffix(b"\r") == end:
                 yield from part.finish()
                 part = _TextPart(file.path, limit)

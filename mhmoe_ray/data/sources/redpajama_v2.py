@@ -78,7 +78,8 @@ def _parse_rule(text: str, prefix: str = "") -> Rule:
 
 def _has_stop_words(signals: Signals) -> bool:
     share, words = signal_value(signals, "rps_doc_stop_word_fraction"), signal_value(signals, "rps_doc_word_count")
-    # The share is rounded to eight digits, so the product is only close to a whole number.
+    # The share is rounded to eight digits, so the product is only close to the number of stop words. The limit is
+    # therefore half a word lower.
     return share is not None and words is not None and share * words > MIN_STOP_WORDS - 0.5
 
 
@@ -165,7 +166,8 @@ def read_redpajama_v2(
                 if broken_rule is not None:
                     tally.dropped[broken_rule.name] += 1
                     continue
-            # This check is the last one, since it keeps the bands of a row that it lets pass.
+            # This check comes last, because it remembers each row that it lets pass. A row that another filter drops
+            # must not make later rows near duplicates.
             if near_duplicates is not None and near_duplicates.is_duplicate(row):
                 tally.dropped[NEAR_DUPLICATE] += 1
                 continue
@@ -195,7 +197,8 @@ class _SignalReader:
 
     def __init__(self, storage: Storage, path: str, limit: int) -> None:
         self._path = path
-        # The bytes and bad lines of this file are not counted: each bad line loses the document that it belongs to.
+        # The bytes and bad lines of this file are not counted, because each bad line is counted as the document that is
+        # lost with it.
         self._records = read_records(storage, RawFile("", path, 0, "jsonl"), limit, Tally())
         self._row = -1
         self._signals: Any = None
@@ -211,7 +214,7 @@ class _SignalReader:
         if self._row != row:
             return _NoSignals(f"{self._missing_reason} in {self._path}")
         self._missing_reason = "no record"
-        # Signals may have any form, so a rule may fail in any of these ways.
+        # Signals may have any form, so a rule may raise any of these exceptions.
         try:
             return next((rule for rule in rules if not rule.is_satisfied(self._signals)), None)
         except KeyError as e:
@@ -289,7 +292,8 @@ def _read_table(storage: Storage, path: str, id_column: str, column: str) -> Ite
     try:
         with open_parquet(storage, path) as table:
             columns = list(dict.fromkeys([id_column, column]))
-            # Each row group is read separately; a batch over two groups would be lost if the second is damaged.
+            # Each row group is read separately. A batch over two groups would be lost as a whole if the second group is
+            # damaged.
             groups = range(table.num_row_groups)
             for batch in chain.from_iterable(table.iter_batches(4096, [g], columns, use_threads=False) for g in groups):
                 for name in columns:

@@ -19,7 +19,7 @@ from mhmoe_ray.errors import DataError
 from mhmoe_ray.storage import STORES, object_store, unknown_scheme
 
 CHUNK_BYTES = 1 << 20
-# On an object store each read is a request with a latency, so reads are larger.
+# On an object store each read is a request with a latency, so reads are larger than from local files.
 OBJECT_CHUNK_BYTES = 8 << 20
 _WILDCARDS = re.compile(r"[*?\[]")
 
@@ -63,13 +63,13 @@ class Storage:
         if scheme not in STORES:
             raise DataError(f"path {path}", *unknown_scheme(scheme))
         self._pattern, _, query = location.partition("?")
-        # In a URI a question mark begins the query.
+        # In a URI a question mark begins the query, so it is no wildcard.
         self._wildcards = re.compile(r"[*\[]")
         self._prefix = f"{scheme}://"
         try:
             host, slash, key = self._pattern.partition("/")
             self._fs, bucket = object_store(scheme, host, query)
-            # The bucket is without a user's name, which the host may have.
+            # The bucket replaces the host in the pattern, because the host may also have a user's name.
             self._pattern = bucket + slash + key
         except OSError as e:
             raise DataError(f"path {path}", str(e), "correct it, and the credentials in the environment") from e
@@ -77,7 +77,8 @@ class Storage:
     @property
     def is_pattern(self) -> bool:
         """True if the path has wildcards and is not the name of an existing file or folder."""
-        # The name of a local file may contain the characters of a wildcard.
+        # The name of a local file may contain the characters of a wildcard, so the path of an existing file is no
+        # pattern.
         return bool(self._wildcards.search(self._pattern)) and not Path(self._pattern).exists()
 
     def list_files(self) -> Listing:
@@ -129,7 +130,7 @@ class Storage:
         """Return pyarrow's description of a path; raise OSError if the path cannot be one."""
         try:
             return self._fs.get_file_info(path)
-        # pyarrow raises these for an empty name between two slashes and for a NUL.
+        # pyarrow raises these exceptions for a path with an empty name between two slashes or with a NUL.
         except (pa.ArrowException, ValueError) as e:
             raise OSError(str(e)) from e
 
@@ -223,7 +224,8 @@ def _list_local(folder: str, ancestors: frozenset[str] = frozenset()) -> Iterato
         try:
             info = path.stat()
         except OSError as e:
-            # Any other error than that of a broken link would hide text, so it is raised.
+            # Only the errors of a broken link are ignored. To ignore any other error would leave out text without
+            # notice.
             if e.errno not in (errno.ENOENT, errno.ELOOP):
                 raise
             yield ListedFile(str(path), 0)

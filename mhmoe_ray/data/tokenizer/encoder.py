@@ -112,7 +112,8 @@ def _newest_letters_agree(pattern: str) -> bool:
     tokens = [*(bytes([byte]) for byte in range(256)), *dict.fromkeys(t.encode()[:2] for t in texts.values())]
     ranks = {token: rank for rank, token in enumerate(tokens)}
     fast_encoder = tiktoken.Encoding("newest", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
-    # If the text stays in one piece, the letter a and the first byte of the character become one token.
+    # If the text stays in one piece, the letter a and the first byte of the character become one token, with a rank
+    # above 255.
     return all(
         (len(library.pre_tokenize_str(t)) == 1) == (fast_encoder.encode_ordinary(t)[0] > 255) for t in texts.values()
     )
@@ -126,7 +127,7 @@ def _token_ranks(model: dict[str, Any]) -> dict[bytes, int] | None:
     unusual_keys = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")
     if model["type"] != "BPE" or any(model[key] for key in unusual_keys):
         return None
-    # No text is encoded to a token with other letters, such as a special token.
+    # Tokens with other letters, such as special tokens, are left out, because no text is encoded to them.
     ranks = {_token_bytes(token): rank for token, rank in model["vocab"].items() if BYTE_OF_LETTER.keys() >= set(token)}
     has_only_bytes = all(
         BYTE_OF_LETTER.keys() >= set(left_part + right_part) for left_part, right_part in model["merges"]
@@ -193,7 +194,7 @@ class DocumentEncoder:
 @lru_cache(maxsize=1)
 def document_encoder(path: Path) -> DocumentEncoder:
     """Return the encoder of a tokenizer.json that `load_tokenizer` accepts; a process caches the last one."""
-    # Reading a large vocabulary takes seconds, and a chunk may be small.
+    # The encoder is cached, because reading a large vocabulary takes seconds, and a chunk may be small.
     return DocumentEncoder(Tokenizer.from_file(str(path)))
 
 
@@ -226,7 +227,7 @@ def _without_special_tokens(tokenizer: Tokenizer) -> dict[str, Any]:
         model["unk_token"] = masked_name(model["unk_token"])
     if "merges" in model:
         model["merges"] = [[a, b] for a, b in model["merges"] if special_tokens.isdisjoint((a, b, a + b))]
-    # The post-processor would add special tokens by their original names.
+    # The post-processor is removed, because it would add special tokens by their original names.
     content["post_processor"] = None
     content["truncation"] = content["padding"] = None
     return content

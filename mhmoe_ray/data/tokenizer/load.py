@@ -25,7 +25,7 @@ def load_tokenizer(path: Location, vocab_size: int) -> Tokenizer:
         DataError: the file cannot be read, has more tokens than the model, has no boundary tokens for documents, or
             uses a boundary token as its unknown token, too.
     """
-    # A file may ask for truncation or padding, which would change documents.
+    # A file may ask for truncation or padding, which would change documents, so both are switched off.
     tokenizer = read_tokenizer(path)
     tokenizer.no_truncation()
     tokenizer.no_padding()
@@ -41,7 +41,7 @@ def read_tokenizer(path: Location) -> Tokenizer:
     """
     try:
         return Tokenizer.from_buffer(path.read_bytes())
-    # The library raises bare Exception.
+    # The library raises no subclass of Exception, so Exception itself is caught.
     except Exception as e:
         fix = "use a tokenizer.json of the tokenizers library, or a file in tiktoken's format as data.tokenizer"
         raise DataError(f"tokenizer {path}", str(e).splitlines()[0], fix) from e
@@ -108,7 +108,7 @@ def _check_tokenizer(tokenizer: Tokenizer, path: Location, vocab_size: int) -> N
     if boundary_tokens is None:
         reason = f"it has neither the token {END_OF_TEXT} nor the two tokens {BEGIN_TOKEN} and {END_TOKEN}"
         raise DataError(f"tokenizer {path}", reason, "add one or the other as special tokens")
-    # A model with all 256 bytes never produces its unknown token.
+    # A boundary token may be the unknown token of a model with all 256 bytes, because such a model never produces it.
     if unknown_token(tokenizer) in boundary_tokens.ends | {boundary_tokens.start} and not _knows_all_bytes(tokenizer):
         reason = "its unknown token is also a boundary token of documents"
         raise DataError(f"tokenizer {path}", reason, "give it a separate unknown token")

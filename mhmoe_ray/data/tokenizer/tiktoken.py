@@ -72,7 +72,7 @@ def from_tiktoken(content: bytes, pattern: str, subject: str) -> Tokenizer:
     ranks = _parse_ranks(content, subject)
     try:
         split = Regex(PATTERNS.get(pattern, pattern))
-    # The library raises bare Exception.
+    # The library raises no subclass of Exception, so Exception itself is caught.
     except Exception as e:
         reason = f"data.tokenizer_pattern is no regular expression: {str(e).splitlines()[0]}"
         raise DataError(subject, reason, f"correct it, or name one of {', '.join(PATTERNS)}") from e
@@ -84,7 +84,7 @@ def from_tiktoken(content: bytes, pattern: str, subject: str) -> Tokenizer:
         if token[:cut] in ranks and token[cut:] in ranks
     ]
     vocab = {token_texts[token]: rank for token, rank in ranks.items()}
-    # With `ignore_merges` the library, too, first looks up a whole piece.
+    # With `ignore_merges` the library first looks up a whole piece, as tiktoken does.
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [

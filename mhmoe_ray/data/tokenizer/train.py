@@ -155,15 +155,15 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 def train_unigram(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """Train a byte-level Unigram language model (Kudo 2018, arXiv 1804.10959); `<|endoftext|>` has the last id."""
-    # SentencePiece trains it: the tokenizers library sums in the order of a hash table, so that its scores differ from
-    # run to run.
+    # SentencePiece trains the model, because the tokenizers library sums in the order of a hash table, so that its
+    # scores differ from run to run.
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
     split = pre_tokenizers.Sequence([byte_level, pre_tokenizers.FixedLength(MAX_WORD_BYTES)])
     words: Counter[str] = Counter()
     for text in texts:
         words.update(word for word, _ in split.pre_tokenize_str(text))
     missing_letters = sorted(set(pre_tokenizers.ByteLevel.alphabet()).difference(*words))
-    # One entry is the special token, which the model does not have.
+    # One entry is left for the special token, which is added after the training.
     piece_count = max(vocab_size - 1, 256) - len(missing_letters)
     pieces = _unigram_pieces(words, piece_count) if words else []
     lowest_score = min((score for _, score in pieces), default=0.0)
@@ -185,7 +185,7 @@ def _unigram_pieces(words: Counter[str], piece_count: int) -> list[tuple[str, fl
         input_format="tsv",
         model_writer=model,
         model_type="unigram",
-        # SentencePiece always has an unknown token, and the space is one of its letters.
+        # Two more entries are needed: SentencePiece always has an unknown token, and the space is one of its letters.
         vocab_size=piece_count + 2,
         hard_vocab_limit=False,
         unk_id=0,
@@ -211,8 +211,9 @@ def _unigram_pieces(words: Counter[str], piece_count: int) -> list[tuple[str, fl
 
 def _training_lines(words: Counter[str]) -> Iterator[str]:
     """Yield SentencePiece's input, lines of a text and its count: each word once before a space, otherwise alone."""
-    # SentencePiece makes a piece only of text that occurs before two different characters. With the space, each word
-    # that occurs twice can become a piece; SentencePiece splits the word off the space again.
+    # SentencePiece makes a piece only of text that occurs before two different characters. Each word therefore stands
+    # once before a space, so that every word that occurs twice can become a piece. SentencePiece splits the word off
+    # the space again.
     for word, count in sorted(words.items()):
         yield f"{word}{_SPACE}\t1"
         if count > 1:

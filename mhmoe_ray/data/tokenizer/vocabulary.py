@@ -51,7 +51,8 @@ def find_boundaries(tokenizer: Tokenizer) -> Boundaries | None:
 
 UNKNOWN_WIDTH = -1
 """Width of a token that stands for an unknown number of bytes."""
-# A tokenizer that leaves out spaces, punctuation or line breaks gives this text tokens with fewer bytes in all.
+# This text serves for a check: if a tokenizer leaves out spaces, punctuation or line breaks, its tokens of the text
+# have fewer bytes than the text.
 _PLAIN_TEXT = "It is a plain text, of words and spaces: 12 of them, (or more)\nin 2 lines."
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 
@@ -81,10 +82,11 @@ def token_widths(tokenizer: Tokenizer) -> np.ndarray:
         if token_id not in special_by_id:
             widths[token_id] = _text_width(token.removeprefix(affixes[0]).removesuffix(affixes[1]), is_byte_level)
         elif not special_by_id[token_id]:
-            # An added token is written as plain text, also in a byte-level vocabulary.
+            # An added token is written as plain text even in a byte-level vocabulary.
             widths[token_id] = _text_width(token, False)
     unknown, boundary_tokens = unknown_token(tokenizer), find_boundaries(tokenizer)
-    # Tokenizers like GPT-2's name the end-of-text token as the unknown one, but spell every text in bytes.
+    # Tokenizers like GPT-2's name the end-of-text token as the unknown one, but spell every text in bytes, so that the
+    # token never stands for text.
     if unknown is not None and not (boundary_tokens and unknown in boundary_tokens.ends):
         widths[unknown] = UNKNOWN_WIDTH
     plain_ids = tokenizer.encode(_PLAIN_TEXT, add_special_tokens=False).ids

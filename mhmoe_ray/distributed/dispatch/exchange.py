@@ -27,7 +27,8 @@ class WaitTimer:
     @contextmanager
     def measure(self, device: torch.device) -> Iterator[None]:
         """Return a context that adds the time that `device` spends in it to the timer."""
-        # The host runs ahead while a GPU waits, so events on the GPU's stream must measure the time.
+        # The host runs ahead while a GPU waits, so its clock does not see the wait. Events on the GPU's stream measure
+        # the time instead.
         if device.type == "cuda":
             start_event, end_event = (_cuda_event(enable_timing=True) for _ in range(2))
             start_event.record()
@@ -44,7 +45,7 @@ class WaitTimer:
 
         On a GPU this waits until the measured work is complete.
         """
-        # The host synchronizes with a GPU only here, not in every exchange.
+        # The host waits for the GPU only here, and not in every exchange.
         for start_event, end_event in self._events:
             end_event.synchronize()
             self._seconds += start_event.elapsed_time(end_event) / 1000
@@ -79,7 +80,8 @@ def flat_row_bytes(count_LE: Tensor, expert_ids: range, row_bytes: int) -> int:
         row_bytes: bytes of one row in an exchange.
     """
     remote_routes = count_LE.sum() - count_LE[:, expert_ids.start : expert_ids.stop].sum()
-    # Each route to another rank is a row of its own, which is sent there and back, forward and backward.
+    # Each route to another rank is a row of its own. It is sent there and back, in the forward and in the backward:
+    # four times.
     return 4 * int(remote_routes) * row_bytes
 
 
@@ -160,7 +162,7 @@ class Exchange:
         if self.ranks == 1:
             return PendingExchange(None, rows, output, self._wait_timer)
         rank = self.rank
-        # This rank's own rows take no part: the all-to-all gets 0 for them.
+        # This rank's own rows are not among `rows`, so its place in both lists of counts is 0.
         output_splits, input_splits = ([*counts[:rank], 0, *counts[rank:]] for counts in (in_J, out_J))
         work = dist.all_to_all_single(output, rows, output_splits, input_splits, group=self._group, async_op=True)
         return PendingExchange(work, rows, output, self._wait_timer)

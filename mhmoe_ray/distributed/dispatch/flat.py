@@ -68,13 +68,14 @@ class FlatDispatch:
         """
         local_experts = len(weights.stacked[0])
         plan = plan_routes(self._sort_labels(expert_NK, gate_NK, local_experts), local_experts * self.ranks)
-        # The first row is that of this rank, because the labels of its experts come first.
+        # Row 0 of these counts belongs to this rank, because the labels of its own experts come first.
         count_PX = plan.count_E.view(-1, local_experts)
         counts = self._exchange.start_counts(count_PX[1:])
         if routes is not None:
             plan = plan.trimmed(routes)
         x_RD = permute(x_ND, plan)
-        # Only here the host waits for the device, because the all-to-all needs its splits as numbers of the host.
+        # This is the only place where the host waits for the device: the all-to-all needs its split sizes as numbers on
+        # the host.
         own_X, *other_counts = torch.cat([count_PX, counts.wait()]).tolist()
         round_trip = _RoundTrip(
             self._exchange.start_rows, own_X, other_counts[: self.ranks - 1], other_counts[self.ranks - 1 :]
@@ -135,8 +136,8 @@ def _transpose_blocks(rows: Tensor, counts_AB: Sequence[Sequence[int]]) -> Tenso
         rows: blocks of rows, in the order of A, then of B.
         counts_AB: number of rows of each block.
     """
-    # Afterwards the rows of an expert are contiguous. Copying them takes at most some per cent of the experts' time; a
-    # matrix product for each rank's block was slower at any number of ranks.
+    # The copy makes the rows of each expert contiguous. It takes at most some per cent of the experts' time; the
+    # alternative, a matrix product for each rank's block, was slower at any number of ranks.
     if len(counts_AB) < 2 or len(counts_AB[0]) < 2:
         return rows
     blocks = torch.split(rows, [count for row_counts in counts_AB for count in row_counts])
@@ -146,13 +147,14 @@ def _transpose_blocks(rows: Tensor, counts_AB: Sequence[Sequence[int]]) -> Tenso
 
 def _run_experts(x_RD: Tensor, round_trip: _RoundTrip, kernel: str, weights: ExpertWeights) -> Tensor:
     """Return the output of the expert of each sorted row, with gradients; 0 for dropped routes."""
-    # The Function gets this as an argument because gradients are always disabled inside it.
+    # `_ExpertsFunction` gets this flag as an argument, because gradients are always disabled inside an autograd
+    # function.
     differentiable = torch.is_grad_enabled()
     return _apply_experts(x_RD, round_trip, kernel, weights, differentiable, *weights.stacked)
 
 
-# One Function has all steps from rows to outputs, and runs them itself. Autograd would run the backward of separate
-# steps in reverse order, and so wait for the received rows before it works on the rank's own.
+# A single autograd function runs all steps from rows to outputs. With a function for each step, autograd would run
+# their backwards in reverse order, and so wait for received rows before it works on the rank's own rows.
 class _ExpertsFunction(torch.autograd.Function):
     """Autograd function of `_run_experts`."""
 
@@ -168,20 +170,20 @@ class _ExpertsFunction(torch.autograd.Function):
     ) -> Tensor:
         leaf_weights = weights._replace(stacked=tuple(w.detach().requires_grad_(differentiable) for w in stacked))
         own_X, received_X = round_trip.own_X, [sum(count_J) for count_J in zip(*round_trip.in_JX, strict=True)]
-        # Without other ranks there are no counts to add up.
+        # Without other ranks `received_X` is an empty list, but each expert needs a count.
         received_X = received_X or [0] * len(own_X)
         ctx.round_trip = round_trip
         ctx.own_pass, ctx.received_pass = (
             _ExpertPass(kernel, count_X, leaf_weights) for count_X in (own_X, received_X)
         )
-        # The rows are cloned, because a view would keep all R rows in memory until the backward.
+        # The own rows are cloned, because a view would keep all R rows in memory until the backward.
         return round_trip(x_RD, lambda x: ctx.own_pass.forward(x.clone()), ctx.received_pass.forward)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy_RD: Tensor) -> tuple[Tensor | None, ...]:
         own_pass, received_pass = ctx.own_pass, ctx.received_pass
-        # ctx lives as long as the loss, but the saved rows are not needed any more.
+        # ctx lives as long as the loss. The saved rows are needed only in this call, so ctx must not keep them.
         del ctx.own_pass, ctx.received_pass
         dx_RD = ctx.round_trip(dy_RD.contiguous(), own_pass.backward, received_pass.backward)
         dstacked = (a.add_(b) for a, b in zip(own_pass.dstacked, received_pass.dstacked, strict=True))
@@ -204,7 +206,8 @@ class _ExpertPass:
             x = x.detach().requires_grad_(differentiable)
             y = run_sorted_experts(self._kernel, x, self._count_X, self._weights)
         if differentiable:
-            # The edge suffices for the backward. y itself would keep values in memory that nobody needs.
+            # The backward needs only the gradient edge. A reference to y would keep values in memory that nothing
+            # reads.
             self._x, self._edge = x, get_gradient_edge(y)
         return y.detach()
 

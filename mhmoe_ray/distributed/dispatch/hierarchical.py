@@ -61,7 +61,7 @@ def _exchange_tensors(
 ) -> list[Tensor]:
     """Exchange rows of several tensors as `exchange_rows` does, but without autograd."""
     sent_rows, received_rows = sum(source_counts.count_J), sum(target_counts.count_J)
-    # The bytes of all tensors are sent as one tensor, so that there is one exchange instead of several.
+    # The rows of all tensors are joined byte by byte into one tensor, so that there is one exchange instead of several.
     rows = torch.cat([t[:sent_rows].contiguous().view(torch.uint8) for t in tensors], 1)
     received = rows.new_empty(received_rows, rows.shape[1])
     exchange.start_rows(rows, received, source_counts.count_J, target_counts.count_J).wait()
@@ -87,7 +87,7 @@ class _ExchangeRows(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        # All gradients are sent, even if this rank does not need them: another rank may need its own, and an exchange
+        # All gradients are sent, even those that this rank does not need: another rank may need them, and an exchange
         # must have the same tensors on all ranks.
         float_gradients = [gradient for gradient in gradients if gradient.is_floating_point()]
         exchange, source_counts, target_counts = ctx.reverse_arguments
@@ -128,17 +128,17 @@ class HierarchicalDispatch:
         rail, expert_NK, gate_NK = self._rail, routing.expert_NK, routing.gate_NK
         experts_per_node = len(experts.expert_ids) * self._flat.ranks
 
-        # The plan is that of a layer whose experts are the nodes: a row goes to each node of its kept routes, with
-        # weight 1.
+        # The plan treats the other nodes as experts: a row goes once, with weight 1, to each other node that has an
+        # expert for one of its kept routes.
         node_G = torch.arange(rail.ranks, device=x_ND.device)
         node_NK = (expert_NK // experts_per_node).masked_fill(gate_NK == 0, rail.ranks)
         routes_NG = (node_NK[..., None] == node_G).sum(1)
         is_sent_NG = (routes_NG > 0) & (node_G != rail.rank)
         plan = plan_routes(node_G.where(is_sent_NG, rail.ranks), rail.ranks)
-        # For each node: the number of rows that are sent there, and the number of their routes to its experts.
+        # count_G2 has two numbers for each node: the rows that are sent to it, and the routes to its experts.
         count_G2 = torch.stack([plan.count_E, routes_NG.sum(0)], 1)
         counts = rail.start_counts(torch.cat([count_G2[: rail.rank], count_G2[rail.rank + 1 :]]))
-        # The host waits for the device here, and once more in the flat dispatch.
+        # The host waits for the device here, to read these numbers, and once more in the flat dispatch.
         numbers = torch.cat([count_G2, counts.wait()]).tolist()
         node_counts, in_J = numbers[: rail.ranks], numbers[rail.ranks :]
         out_J = rail.exclude_own(node_counts)
@@ -156,8 +156,9 @@ class HierarchicalDispatch:
         expert_WK = expert_WK - rail.rank * experts_per_node
         is_local_WK = (expert_WK >= 0) & (expert_WK < experts_per_node)
         expert_WK, gate_WK = (t.where(is_local_WK, 0) for t in (expert_WK, gate_WK))
-        # The rank's own rows wait for the rail too. Dispatching them meanwhile would take a second flat dispatch, with
-        # five more exchanges, to hide at most 1/G of the experts' work (distributed/README.md).
+        # The rank's own rows are dispatched together with those from the rail, and so wait for the rail. Dispatching
+        # them meanwhile would take a second flat dispatch, with five more exchanges, to hide at most 1/G of the
+        # experts' work (distributed/README.md).
         routes = node_counts[rail.rank][1] + sum(routes for _, routes in in_J)
         y_WD = self._flat.dispatch_rows(x_WD, expert_WK, gate_WK, experts.select_kernel(x_ND, weights), weights, routes)
         y_ND, y_SD = torch.split(y_WD, [len(x_ND), remote_counts.rows])

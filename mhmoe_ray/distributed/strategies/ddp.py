@@ -24,14 +24,16 @@ def reduce_expert_gradients(model: Decoder, mesh: Mesh) -> None:
 
     Experts without a gradient get one of zeros. Gradients of experts that FSDP shards are complete already.
     """
-    # A rank's experts already have the gradients of all ep ranks of its group, whose rows they computed.
+    # A rank's experts have computed the rows of all ep ranks of their group, so their gradients already have the sum
+    # over ep. Only the sum over dp is missing.
     if mesh.world_size == 1:
         return
     for parameter in expert_parameters(model).values():
-        # The experts of a rank may have had no row in any micro-batch of the step.
+        # If a rank's experts got no row in any micro-batch of the step, they have no gradient, but the all-reduce needs
+        # a tensor from every rank.
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-        # FSDP itself has summed and divided the gradients of sharded experts.
+        # FSDP itself has already summed and divided the gradients of sharded experts.
         if isinstance(parameter, DTensor):
             continue
         if mesh.size("dp") > 1:
@@ -48,8 +50,8 @@ def clip_gradients(model: Decoder, mesh: Mesh, clip_norm: float) -> float:
         The norm before clipping, the same number on every rank.
     """
     experts = expert_parameters(model)
-    # Each kind must be counted once: replicated gradients are the same on every rank, those of experts differ between
-    # ep ranks only, and each rank has shards of its own.
+    # The norm must count each value once, so gradients are split into three kinds: replicated ones are the same on
+    # every rank, those of experts differ between ep ranks only, and sharded ones differ on every rank.
     replicated: list[Tensor] = []
     per_ep_rank: list[Tensor] = []
     sharded: list[Tensor] = []
@@ -67,7 +69,8 @@ def clip_gradients(model: Decoder, mesh: Mesh, clip_norm: float) -> float:
     if sharded:
         dist.all_reduce(squares[2])
     norm = float(squares.sum().sqrt())
-    # Scaling cannot repair gradients whose norm is not finite, so the caller must check it.
+    # Scaling cannot repair gradients whose norm is not finite, so they stay as they are and the caller must check the
+    # norm.
     if clip_norm < norm < float("inf"):
         torch._foreach_mul_(replicated + per_ep_rank + sharded, clip_norm / norm)
     return norm
@@ -168,7 +171,8 @@ class Strategy:
     def checkpoint_moments(self) -> dict[str, Tensor]:
         """Return AdamW's two moments for a checkpoint, by the names "exp_avg.NAME" and "exp_avg_sq.NAME". They are
         views like the weights; moments that do not exist yet are created."""
-        # The optimizer has no moments before the first update, which may be some steps after the first step.
+        # The optimizer has no moments before its first update. A checkpoint may be saved earlier, if the updates of the
+        # first steps were skipped.
         if not self.optimizer.state:
             self.start_at_step(0)
         state = self.optimizer.state

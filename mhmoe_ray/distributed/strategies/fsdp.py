@@ -42,10 +42,10 @@ class FsdpStrategy(Strategy):
         world_mesh = self.mesh.world_mesh
         for block in self.model.blocks:
             fully_shard(block, mesh=world_mesh, ignored_params=ignored_parameters)
-        # The root's own tensors are sharded again after each forward too, so that readers between steps always see
-        # shards.
+        # By default FSDP2 leaves the root's own tensors gathered after a forward. They are sharded again here, so that
+        # readers between steps always see shards.
         fully_shard(self.model, mesh=world_mesh, reshard_after_forward=True, ignored_params=ignored_parameters)
-        # Filled only now, so that no rank ever has the full tensors.
+        # The model is filled only after it was sharded, so that no rank ever holds the full tensors.
         fill(self.model)
         return self.model
 
@@ -56,7 +56,8 @@ class FsdpStrategy(Strategy):
             expert_shard = DTensor.from_local(parameter.data, self.mesh.devices["ep"], [Shard(0)], run_check=False)
             module.register_parameter(name, nn.Parameter(expert_shard))
         sharded_module = fully_shard(module, mesh=self.mesh.devices["dp"])
-        # By default FSDP2 averages gradients over dp, which would make those of experts ep times too large.
+        # By default FSDP2 would divide the gradients of experts by dp only, which makes them ep times too large. So
+        # they are summed over dp and then divided by the world size.
         sharded_module.set_force_sum_reduction_for_comms(True)
         sharded_module.set_gradient_divide_factor(self.mesh.world_size)
 

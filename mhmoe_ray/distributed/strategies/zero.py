@@ -49,7 +49,8 @@ class ZeroStrategy(Strategy):
             reason = f"DeepSpeed is not installed ({error})"
             raise SpecError(f"cluster.strategy zero{stage}", reason, "pip install 'mhmoe-ray[deepspeed]'") from error
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-        # DeepSpeed expects the variable from a launcher. Its value does not matter, because devices are chosen already.
+        # DeepSpeed expects this variable from a launcher, and here there is none. The value does not matter, because
+        # each rank has chosen its device already.
         os.environ.setdefault("LOCAL_RANK", "0")
         self.model, self.mesh, self.spec = model, mesh, spec
         self._stage = stage
@@ -73,14 +74,15 @@ class ZeroStrategy(Strategy):
                 "stage": stage,
                 "contiguous_gradients": True,
                 "reduce_scatter": True,
-                # Each shard is sent to its rank only. By default all shards are sent to all ranks: twice the bytes.
+                # False sends each shard of the gradients only to the rank that keeps it. By default all shards are sent
+                # to all ranks, which takes twice the bytes.
                 "use_multi_rank_bucket_allreduce": False,
                 **_gathering_settings(model),
             },
         }
         if spec.precision == "bfloat16":
-            # Without this, DeepSpeed's forward disables autocast on CUDA. The list is empty because DeepSpeed reduces
-            # gradients of the modules in its default list in bfloat16.
+            # Without these settings, DeepSpeed's forward disables autocast on CUDA. The list is empty, because
+            # DeepSpeed would reduce the gradients of modules in its default list in bfloat16.
             autocast = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
             config["torch_autocast"] = autocast
         _disable_compilation()
@@ -96,7 +98,8 @@ class ZeroStrategy(Strategy):
         """Register the experts' parameters and process groups with DeepSpeed."""
         from deepspeed.utils import groups
 
-        # DeepSpeed recognizes experts by these two attributes of a parameter, and their process groups by name.
+        # DeepSpeed recognizes a parameter of experts by its two attributes `allreduce` and `group_name`, and finds the
+        # experts' process groups under the group name.
         mesh, devices = self.mesh, self.mesh.devices
         assert devices is not None
         for parameter in self._experts.values():
@@ -131,7 +134,7 @@ class ZeroStrategy(Strategy):
     def checkpoint_tensors(self) -> Iterator[tuple[str, str, Tensor]]:
         """Yield the part of the checkpoint ("weights" or "optim"), the name and the tensor of all tensors to save, in
         the same order on all ranks. Each tensor is gathered when it is yielded."""
-        # Generators gather one tensor at a time, and its memory is free again before the next one.
+        # The generators gather one tensor at a time, so that its memory is free again before the next one is gathered.
         yield from (("weights", name, t) for name, t in self._iterate_weights())
         yield from (("optim", name, t) for name, t in self._iterate_moments())
 
@@ -157,13 +160,15 @@ class ZeroStrategy(Strategy):
 
     def start_at_step(self, step: int) -> None:
         """Set the number of updates in the optimizer's state. The moments stay as they are."""
-        # The moments exist since the start, and DeepSpeed has linked them to their parameters.
+        # The moments exist since the start and must stay the same tensors, because DeepSpeed has linked them to their
+        # parameters.
         for state in self.optimizer.state.values():
             state["step"].fill_(float(step))
 
     def _create_moments(self) -> None:
         """Create the moments of all parameter groups, with zeros, before the first step."""
-        # DeepSpeed itself would link the moments of all groups when it has created only those of the first one.
+        # The moments cannot be left to DeepSpeed: it would link those of all groups when it has created only those of
+        # the first group.
         zero_optimizer = self.engine.optimizer
         partitions = (
             zero_optimizer.fp32_partitioned_groups_flat
@@ -183,7 +188,8 @@ class ZeroStrategy(Strategy):
 
         for name, parameter in self.model.named_parameters():
             weight = local_shard(weights[name])
-            # In stage 3 the forward reads other copies of the weights than the optimizer updates.
+            # In stage 3, the weights that the forward reads are not the copies that the optimizer updates, so both are
+            # filled.
             if self._stage == 3:
                 with GatheredParameters([parameter], modifier_rank=0):
                     parameter.data.copy_(weight)
@@ -195,8 +201,8 @@ class ZeroStrategy(Strategy):
 def _gathering_settings(model: Decoder) -> dict[str, int]:
     """Return the part of DeepSpeed's configuration with which stage 3 gathers only the current and the next block, like
     fsdp, and keeps small tensors such as norms gathered."""
-    # By default it gathers up to 1e9 parameters at a time, so a smaller model would stay gathered from its forward to
-    # the end of its backward.
+    # By default DeepSpeed gathers up to 1e9 parameters at a time, so a smaller model would stay gathered from its
+    # forward to the end of its backward.
     largest_block = max(sum(p.numel() for p in block.parameters()) for block in model.blocks)
     outside_parameters = sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in model.blocks.parameters())
     return {
@@ -209,7 +215,8 @@ def _gathering_settings(model: Decoder) -> dict[str, int]:
 
 def _disable_compilation() -> None:
     """Prevent DeepSpeed on CPUs from compiling an all-reduce for inference at its start. Training never calls it."""
-    # A process that is killed while it compiles leaves a lock behind, for which every later process waits forever.
+    # If a process is killed while it compiles, it leaves a lock behind, and every later process waits for this lock
+    # forever.
     from deepspeed import ops
     from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
 

@@ -30,7 +30,8 @@ class TokenBucket:
 
     def spend(self, amount: float) -> None:
         """Spend an amount, even if less is available; the bucket then stays empty until the rate makes up for it."""
-        # The tokens of an answer are known only at its end, when they cannot be refused any more.
+        # The amount may exceed what is available, because the tokens of an answer are known only at its end, when they
+        # cannot be refused any more.
         self._available -= amount
 
 

@@ -112,7 +112,7 @@ def create_app(
 
 def _describe_api(app: FastAPI) -> dict[str, Any]:
     """Return the API's description in the OpenAPI format, without FastAPI's own kind of validation error."""
-    # FastAPI declares a 422 for invalid requests, which this server answers with a 400.
+    # FastAPI declares a 422 for invalid requests, but this server answers them with a 400.
     description = app.openapi()
     for path in description["paths"].values():
         for operation in path.values():

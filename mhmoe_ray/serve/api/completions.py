@@ -115,7 +115,7 @@ class _TextOffsets:
         """Return the offset of a token, and advance by its characters."""
         try:
             score.token_bytes.decode()
-        # Tokens that are parts of a character have the offset of that character, which counts once it is complete.
+        # A token that is a part of a character gets the offset of that character, which is counted once it is complete.
         except UnicodeDecodeError:
             self._partial_bytes += score.token_bytes
             return self._offset
@@ -198,7 +198,7 @@ async def _encode_messages(service: Service, request: ChatRequest) -> tuple[int,
         message = "this model has no chat template, so it cannot answer conversations; use /v1/completions"
         raise RequestError(400, message, "messages", "no_chat_template")
     messages = [message.model_dump(exclude_none=True) for message in request.messages]
-    # A thread encodes them, because a long conversation takes seconds and streams must go on meanwhile.
+    # A thread encodes the messages, because a long conversation takes seconds and streams must go on meanwhile.
     try:
         ids = await asyncio.to_thread(service.answerer.encode_chat, template, messages)
     except ServeError as e:

@@ -99,7 +99,7 @@ async def _handle_engine_error(_: Request, error: EngineError) -> Response:
 async def _handle_validation_error(_: Request, error: RequestValidationError) -> Response:
     """Return a 400 that names the first wrong field; an unsupported field takes precedence over a wrong value."""
     first_error = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
-    # Pydantic's location of an error is ("body", field, index in a list).
+    # Pydantic's location of an error is ("body", field, index in a list), so its second element names the field.
     param = (
         str(first_error["loc"][1]) if len(first_error["loc"]) > 1 and first_error["type"] != "json_invalid" else None
     )
@@ -141,7 +141,7 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
 }
 """Error responses of the routes that require a key, for the API's description."""
 
-# The first three are this server's errors, the next two the framework's.
+# The first three are this server's errors, the next two the framework's, and the last stands for any other.
 HANDLERS: dict[int | type[Exception], Callable[[Request, Any], Coroutine[Any, Any, Response]]] = {
     RequestError: _handle_request_error,
     BusyError: _handle_busy_error,

@@ -9,7 +9,7 @@ from prometheus_client.registry import Collector
 from mhmoe_ray.serve.engine import Stats
 from mhmoe_ray.serve.engine.request import BUCKET_BOUNDS, Histogram
 
-# The keys of these three tables are fields of `Stats`.
+# The keys of these three tables are names of fields of `Stats`.
 GAUGES = {
     "waiting": "Requests that wait.",
     "running": "Requests that are computed.",
@@ -62,7 +62,8 @@ class _Collector(Collector):
         for name, help_ in HISTOGRAMS.items():
             durations: Histogram = getattr(self._stats, name)
             histogram = HistogramMetricFamily(f"mhmoe_{name}_seconds", help_, labels=self._names)
-            # A bucket of Prometheus counts all durations up to its bound, while `Histogram` counts those between two.
+            # A bucket of Prometheus counts all durations up to its bound, while `Histogram` counts those between two
+            # bounds, so the counts are added up.
             bounds, cumulative_count = [*map(str, BUCKET_BOUNDS), "+Inf"], 0
             buckets = []
             for bound, count in zip(bounds, durations.counts, strict=True):

@@ -31,7 +31,7 @@ class OpenAIErrorMiddleware:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        # Paths from /-/ on are Serve's own, such as its health check.
+        # Paths that begin with /-/ are Serve's own, such as its health check, so their responses stay as they are.
         if scope["type"] != "http" or scope["path"].startswith("/-/"):
             await self._app(scope, receive, send)
             return
@@ -41,7 +41,7 @@ class OpenAIErrorMiddleware:
             await error_response(progress.replacement)(scope, receive, send)
         elif not progress.headers_sent:
             await error_response(LOST_REPLICA)(scope, receive, send)
-        # The status of a stream has been sent, so the error can only be its last event.
+        # The HTTP status of a stream has been sent already, so the error can only be the last event of the stream.
         elif not progress.is_complete and progress.is_stream:
             event = f"data: {error_body(LOST_REPLICA).model_dump_json()}\n\n".encode()
             await send({"type": "http.response.body", "body": event, "more_body": False})
@@ -71,7 +71,7 @@ class _ResponseProgress:
         elif message["type"] == "http.response.body":
             self.is_complete = not message.get("more_body", False)
             if self.replacement is not None:
-                # Serve writes its texts as JSON strings, with quotation marks.
+                # Serve writes its texts as JSON strings, so the quotation marks around them are removed.
                 self.replacement.detail.message += message.get("body", b"").decode(errors="replace").strip().strip('"')
                 return
         await self._send(message)

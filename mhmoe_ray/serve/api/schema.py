@@ -19,7 +19,7 @@ MAX_LOGPROBS = 20
 
 def _check_encodable(text: str) -> str:
     """Return the text if it is valid UTF-8; otherwise raise ValueError."""
-    # JSON can carry half of a surrogate pair, which is not a character.
+    # JSON can carry half of a surrogate pair, which is no character. `encode` raises a ValueError for it.
     text.encode()
     return text
 
@@ -54,7 +54,7 @@ def _wrap_prompt(value: Any) -> Any:
 Text = Annotated[str, AfterValidator(_check_encodable)]
 # An empty stop string would end every answer before its first token.
 StopText = Annotated[str, Field(min_length=1), AfterValidator(_check_encodable)]
-# Strict validation refuses 1.0 for an integer, but in JSON it is the same number as 1.
+# Strict validation refuses 1.0 for an integer, but in JSON 1.0 and 1 are the same number.
 WHOLE_NUMBER = BeforeValidator(lambda value: int(value) if _is_whole_number(value) else value)
 TokenId = Annotated[int, Field(ge=0, lt=2**31), WHOLE_NUMBER]
 TokenIds = Annotated[list[TokenId], Field(min_length=1)]
@@ -133,7 +133,7 @@ class SamplingRequest(StrictRequest):
             self.frequency_penalty,
             {int(token): bias for token, bias in self.logit_bias.items()},
             # Clients often use small seeds, one after another. A large odd stride (2**64 over the golden ratio) keeps
-            # the seeds of further choices away from those of other requests.
+            # the seeds of a request's further choices away from the seeds of other requests.
             None if self.seed is None else self.seed + choice * 0x9E3779B97F4A7C15,
         )
 

@@ -31,7 +31,7 @@ class Service:
     start_time: int = field(default_factory=lambda: int(time.time()))
 
     def __post_init__(self) -> None:
-        # All requests share it, because the interval depends on the number of all streams of the replica.
+        # All requests share one pacer, because its interval depends on the number of all streams of the replica.
         self.pacer = StreamPacer(self.spec.stream_interval)
 
     def check_model(self, model_name: str | None) -> None:
@@ -53,12 +53,12 @@ class Service:
 
     async def encode(self, prompt: str) -> list[int]:
         """Return the token ids of a prompt, after the token that starts a document."""
-        # A thread encodes it, because a long prompt takes seconds and streams must go on meanwhile.
+        # A thread encodes the prompt, because a long prompt takes seconds and streams must go on meanwhile.
         return await asyncio.to_thread(self.answerer.encode, prompt)
 
     async def decode(self, tokens: Sequence[int]) -> str:
         """Return the text of token ids."""
-        # A thread decodes them, for the same reason as in `encode`.
+        # A thread decodes the tokens, for the same reason as in `encode`.
         return await asyncio.to_thread(self.answerer.decode, tokens)
 
     async def prompt_ids(self, prompt: str | Sequence[int], has_answer: bool, param: str) -> tuple[int, ...]:
@@ -81,7 +81,7 @@ class Service:
         return tuple(token_ids)
 
     def _check_tokens(self, token_ids: Iterable[int], param: str) -> None:
-        """Raise RequestError if there is an unknown token id; `param` is the name of the request's field."""
+        """Raise RequestError if a token id is not below the tokenizer's size; `param` names the request's field."""
         tokenizer_size = self.answerer.tokenizer_size
         if unknown_token := next((token for token in token_ids if token >= tokenizer_size), None):
             raise RequestError(400, f"{param!r}: there is no token {unknown_token}; there are {tokenizer_size}", param)
@@ -112,7 +112,8 @@ class Service:
         if len(engine_requests) > (max_choices := self.spec.max_concurrency + self.spec.max_waiting):
             message = f"{len(engine_requests)} choices are more than the {max_choices} that this server takes at a time"
             raise RequestError(400, message, "n")
-        # The rate limiter may be another process, which does not answer while it is restarted.
+        # The wait has a timeout, because the rate limiter may be another process, which does not answer while it is
+        # restarted.
         try:
             async with asyncio.timeout(self.spec.request_timeout):
                 await client.begin_request()

@@ -23,8 +23,8 @@ RESPONSE_DESCRIPTION = {
     "content": {"text/event-stream": {"schema": _EVENT}},
 }
 
-# On its way through Serve's proxy a chunk costs about a millisecond of a core, whatever its size. So at this rate all
-# chunks together take about a quarter of a core and leave the rest to engines.
+# On its way through Serve's proxy a chunk costs about a millisecond of a core, whatever its size. So a chunk every 4
+# milliseconds takes about a quarter of a core and leaves the rest to engines.
 CHUNK_SECONDS = 0.004
 """Mean seconds between two chunks of a replica with many streams, over all of them."""
 MAX_DELAY_SECONDS = 0.25
@@ -105,7 +105,7 @@ class Answers:
             is_refused = not any(self._tokens)
             raise
         finally:
-            # The tokens count however the answers end: a client that leaves early has used those up to then.
+            # The tokens count however the answers end: a client that leaves early has used the tokens up to then.
             if not is_refused:
                 self._client.record_tokens(self.usage.total_tokens)
 
@@ -130,7 +130,8 @@ class Answers:
             build_usage_chunk: returns a body to send after all pieces; None sends none.
         """
         events = self._events(build_chunk, build_usage_chunk)
-        # The first event, an empty one, comes with the first piece: a failure before it still gets an HTTP status.
+        # The first event is empty and comes with the first piece. A failure before this piece is therefore raised here,
+        # while the response can still have the HTTP status of an error.
         await anext(events)
         return events
 
@@ -158,7 +159,8 @@ class Answers:
         try:
             async with aclosing(self.pieces()) as pieces:
                 next_piece: tuple[int, AnswerPiece] | None = await anext(pieces)
-                # This yield starts the generator: closing one that has not started would not close the answers.
+                # `events` waits for this empty event, so that this generator has started before anyone closes it.
+                # Closing a generator that has not started would not close the answers.
                 yield ""
                 while next_piece:
                     for event in chunk_events(*next_piece):
@@ -172,7 +174,8 @@ class Answers:
             for stream in streams:
                 self._pacer.remove_stream(stream)
         if error:
-            # Tokens that were computed before the failure are not lost.
+            # Pieces that still waited for their next chunk are sent, so that tokens that were computed before the
+            # failure are not lost.
             for number, unsent_pieces in enumerate(pending_pieces):
                 if unsent_pieces and ((joined_piece := _join_pieces(unsent_pieces)).text or joined_piece.scores):
                     yield _format_event(build_chunk(number, joined_piece))
@@ -195,7 +198,8 @@ class EventResponse(StreamingResponse):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await super().__call__(scope, receive, send)
-        # Starlette leaves closing to the garbage collector; an answer without a reader would be computed until then.
+        # Starlette leaves closing to the garbage collector, and until then the engine would compute an answer without a
+        # reader.
         finally:
             await self._events.aclose()
 

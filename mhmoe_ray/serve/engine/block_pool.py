@@ -25,7 +25,8 @@ class BlockPool:
         """
         self.size = block_count
         self._reference_counts = [0] * block_count
-        # The free list is an ordered dictionary, so a cached block leaves its middle in constant time on a cache hit.
+        # The free list is an ordered dictionary, so that a cache hit can remove a block from its middle in constant
+        # time.
         self._free_blocks: OrderedDict[int, None] = OrderedDict.fromkeys(range(block_count))
         self._hash_by_block: dict[int, bytes] = {}
         self._block_by_hash: dict[bytes, int] = {}
@@ -69,12 +70,13 @@ class BlockPool:
         Args:
             block_ids: blocks of one sequence, in its order.
         """
-        # The order is reversed, so the end of a sequence is evicted before its start: prefixes are shared most.
+        # The order is reversed, so that the end of a sequence is evicted before its start, because prefixes are shared
+        # most.
         for block_id in reversed(block_ids):
             self._reference_counts[block_id] -= 1
             if not self._reference_counts[block_id]:
                 self._free_blocks[block_id] = None
-                # No prompt can match a block without a block hash, so it is allocated first.
+                # No prompt can match a block without a block hash, so such a block is allocated first.
                 if block_id not in self._hash_by_block:
                     self._free_blocks.move_to_end(block_id, last=False)
 

@@ -79,7 +79,8 @@ def pack_model(model: Decoder) -> None:
         if block.ffn is not None:
             block.ffn = PackedFeedForward(block.ffn)  # type: ignore[assignment]  # the same
     output = model.output
-    # With tied embeddings the output layer has no matrix of its own. Meta allocates none for the layer that is packed.
+    # With tied embeddings the model has no output layer, so one with the embedding's matrix is made. The device meta
+    # keeps `nn.Linear` from allocating a matrix of its own, which would be replaced at once.
     if output is None:
         vocab, width = model.embedding.weight.shape
         with torch.device("meta"):

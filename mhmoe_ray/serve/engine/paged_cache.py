@@ -79,7 +79,8 @@ class PagedStep:
             self._lengths.append(self.padded_count - self.token_count)
         self.position_T, self._slot_T = position_T.to(device), slot_T.to(device)
         self.logit_count = len(logit_rows)
-        # The output layer needs a multiple of `ROW_MULTIPLE` rows too. Row 0 pads them, and those logits are not read.
+        # The output layer needs a multiple of `ROW_MULTIPLE` rows too. Copies of row 0 fill them up, and the logits of
+        # these copies are not read.
         padded_rows = [*logit_rows, *[0] * (_round_up(len(logit_rows)) - len(logit_rows))]
         self._logit_row_R = torch.tensor(padded_rows, dtype=torch.long, device=device)
 
@@ -95,7 +96,7 @@ class PagedStep:
         outputs = [
             request_cache.attend(layer, q) for request_cache, q in zip(self._request_caches, queries, strict=False)
         ]
-        # Padding rows need outputs too, which are never used, so their queries serve as outputs.
+        # Padding rows need outputs too, but these are never used, so the queries of the padding serve as its outputs.
         return torch.cat([*outputs, *queries[len(outputs) :]], dim=2).to(q_BHTC.dtype)
 
     def requested_rows(self, x_BTM: Tensor) -> Tensor:

@@ -40,7 +40,7 @@ class Histogram:
 class Stats:
     """Statistics of an engine: counts since its start, and its present state."""
 
-    # Names of fields are keys of `/stats` and parts of the names of metrics.
+    # The names of the fields are public: they are keys of `/stats` and parts of the names of metrics.
     waiting: int = 0
     running: int = 0
     cache_used: float = 0.0

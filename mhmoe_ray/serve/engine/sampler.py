@@ -33,7 +33,8 @@ class Sampler:
             best_token: the token with the largest logit.
         """
         params = self._params
-        # The engine computes the largest logits of a step's rows together, so a greedy answer costs nothing here.
+        # The engine has computed the largest logits of all rows of a step together, so a greedy answer costs nothing
+        # here.
         if self._is_greedy:
             return best_token
         logits_V = self._adjust_logits(logits_V)
@@ -57,14 +58,16 @@ class Sampler:
     def _draw_token(self, logits_V: Tensor) -> int:
         """Draw a token at the request's temperature, from the tokens that top-k, top-p and min-p leave."""
         params = self._params
-        # The largest logit becomes 0 first, so that no temperature, however small, makes inf - inf.
+        # The logits are shifted so that the largest one is 0. Otherwise a very small temperature could make them
+        # infinite, and softmax would compute inf - inf.
         probability_V = ((logits_V - logits_V.max()) / params.temperature).softmax(-1)
         candidate_K = _candidate_tokens(probability_V, params)
         probability_K = probability_V if candidate_K is None else probability_V[candidate_K]
         # This is inverse transform sampling, which needs one random number per draw, whatever the vocabulary's size.
         cumulative_K = probability_K.cumsum(-1)
         point = torch.rand((), dtype=torch.float64, generator=self._generator) * cumulative_K[-1]
-        # Rounding may put the point at the very end, behind the last token with a probability above 0.
+        # Rounding may put the point at the very end, so the index is at most that of the last token with a probability
+        # above 0.
         index = min(int(torch.searchsorted(cumulative_K, point, right=True)), int(probability_K.nonzero()[-1]))
         return index if candidate_K is None else int(candidate_K[index])
 
@@ -75,7 +78,8 @@ def _candidate_tokens(probability_V: Tensor, params: SamplingParams) -> Tensor |
         return None
     top_probability, candidate_count = float(probability_V.max()), params.top_k or NUCLEUS_CANDIDATES
     # Sorting a large vocabulary takes longer than a step of a small model. So the most likely tokens are sorted first,
-    # and the whole vocabulary only if they do not suffice. Probabilities that are NaN are not above 0: all are sorted.
+    # and the whole vocabulary only if they do not suffice. If probabilities are NaN, `top_probability > 0` is false,
+    # and the whole vocabulary is sorted.
     for limit in (
         (candidate_count, None) if 8 * candidate_count < len(probability_V) and top_probability > 0 else (None,)
     ):

@@ -91,8 +91,9 @@ class Sequence(RequestState):
 
         Only blocks of the prompt's whole prefill chunks count.
         """
-        # The rest of the prompt and the answer are computed in smaller chunks than in a longer prompt, so they have
-        # other bits, and a prompt that reused them would get another answer than on a fresh engine.
+        # The tokens after the last whole chunk and those of the answer are computed in smaller chunks than in a longer
+        # prompt, so their keys and values differ in the last bits. A prompt that reused them could get another answer
+        # than on a fresh engine.
         cacheable_tokens = len(self.request.prompt_ids) // PREFILL_CHUNK * PREFILL_CHUNK
         while (self._hashed_blocks + 1) * BLOCK_SIZE <= min(self.computed_tokens, cacheable_tokens):
             start = self._hashed_blocks * BLOCK_SIZE
@@ -190,20 +191,22 @@ class Scheduler:
 
         The result is None if no request waits, or if the cache has no room for the next one.
         """
-        # No smaller request is admitted in its place: a large request would otherwise wait without end.
+        # If the next request does not fit, no smaller one is admitted in its place. Otherwise a large request could
+        # wait without end.
         sequence = self._waiting_queue.peek()
         if sequence is None:
             return None
         matching_blocks: list[int] = []
-        # Scores of the prompt need the logits of all its tokens, which only computing them gives.
+        # A request that asks for scores of its prompt reuses no blocks, because the scores need the logits of all
+        # tokens of the prompt, which only computing these tokens gives.
         if not sequence.request.prompt_logprobs:
-            # The last token is computed in any case, because its logits give the first token of the answer.
+            # The last token is always computed, because its logits give the first token of the answer.
             matching_blocks = self.pool.match_prefix(sequence.token_ids[:-1])
             matching_blocks = matching_blocks[
                 : len(matching_blocks) * BLOCK_SIZE // PREFILL_CHUNK * PREFILL_CHUNK // BLOCK_SIZE
             ]
         block_count = count_blocks(len(sequence.token_ids) + sequence.max_new_tokens) - len(matching_blocks)
-        # The references come first: matching blocks may be free, and the allocation could evict them.
+        # The references are taken before the allocation, which could otherwise evict matching blocks that are free.
         self.pool.add_reference(matching_blocks)
         if block_count > self.pool.free_count:
             self.pool.release(matching_blocks)

@@ -35,7 +35,7 @@ class RequestState:
         """Whether the generator of the answer is closed, so that nobody reads further updates."""
         self.is_running = False
         """Whether the engine has started to compute the request."""
-        # vLLM reports its times by the same clock.
+        # vLLM reports its times by the clock `time.monotonic` too, so the two can be compared.
         self.arrival_time = time.monotonic()
         self.last_token_time: float | None = None
         """Time of the answer's newest token, by `time.monotonic`; None before the first one."""
@@ -63,7 +63,7 @@ class ThreadedEngine(ABC, Generic[T]):
         self._seq_len, self._max_concurrency, self._max_waiting = seq_len, max_concurrency, max_waiting
         self._condition = Condition()
         self._stats = Stats()
-        # The limit bounds memory while nobody reads statistics, and is far above the tokens of ten seconds.
+        # The limit bounds memory while nobody reads statistics. It is far above the number of tokens in ten seconds.
         self._token_times = deque[float](maxlen=1_000_000)
         """Times of the newest tokens, by `time.monotonic`."""
         self._pending_updates: dict[asyncio.AbstractEventLoop, list[tuple[UpdateQueue, Update | Exception]]] = {}
@@ -113,7 +113,8 @@ class ThreadedEngine(ABC, Generic[T]):
             if self._failure or self._is_closed:
                 raise EngineError(self.failure_reason or "it was closed")
             # Running and waiting requests count together. The choices of one HTTP request arrive at the same time and
-            # all wait until the next round, so on an idle engine a limit on waiting ones alone would refuse them.
+            # all wait until the next round, so even an idle engine would refuse some of them if only waiting requests
+            # counted.
             if len(self._all_requests()) >= self._max_concurrency + self._max_waiting:
                 raise BusyError(f"{self._count_waiting()} requests wait already")
             state = self._add_request(request, max_new_tokens, deliver)
@@ -127,7 +128,7 @@ class ThreadedEngine(ABC, Generic[T]):
                 if update.finish_reason:
                     return
         finally:
-            # An engine has removed a finished request already, so the mark only affects unfinished ones.
+            # A finished request has been removed from the engine already, so the mark only affects unfinished ones.
             with self._condition:
                 state.is_abandoned = True
 
@@ -172,7 +173,8 @@ class ThreadedEngine(ABC, Generic[T]):
 
     def _wait_for_work(self) -> None:
         """Deliver pending updates, then wait until a request arrives or the engine is closed."""
-        # A failed request may have left an update, and no round ends while the thread waits.
+        # A failed request may have left an update, which would stay undelivered while the thread waits, because no
+        # round ends.
         self._deliver_updates()
         self._condition.wait()
 

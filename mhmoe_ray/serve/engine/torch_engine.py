@@ -21,7 +21,7 @@ from mhmoe_ray.serve.engine.scheduler import Scheduler, Sequence, TokenChunk
 from mhmoe_ray.serve.engine.threaded import Deliver, ThreadedEngine
 from mhmoe_ray.spec import ServeSpec
 
-# Large steps use a device better, but running answers wait for them; a GPU needs more rows than a CPU to be busy.
+# A large step uses a device better, but running answers wait for it. A GPU needs more rows than a CPU to be busy.
 PREFILL_BUDGET = {"cpu": 256, "cuda": 2048}
 """Approximate number of prompt tokens in one step, by type of device."""
 
@@ -73,7 +73,7 @@ class TorchEngine(ThreadedEngine[Sequence]):
         self._thread.start()
 
     def _run(self) -> None:
-        # The number belongs to the calling thread, so it is set in the one that computes.
+        # torch keeps this number for each calling thread, so it is set in the thread that computes.
         torch.set_num_threads(self._threads)
         super()._run()
 
@@ -127,14 +127,15 @@ class TorchEngine(ThreadedEngine[Sequence]):
         for chunk in chunks:
             sequence, row_count = chunk.sequence, _count_logits(chunk)
             row_end += row_count
-            # An earlier chunk of the sequence has failed in this step, which ended the request.
+            # The request has ended already if an earlier chunk of its sequence failed in this step.
             if sequence not in self._samplers:
                 continue
             try:
                 update = self._build_update(
                     chunk, logits_RV[row_end - row_count : row_end], best_tokens[row_end - 1] if row_count else 0
                 )
-            # The request's own values fail here, such as a bias for an unknown token, so the others go on.
+            # An error here comes from the request's own values, such as a bias for an unknown token, so other requests
+            # go on.
             except Exception as e:
                 with self._condition:
                     self._fail_request(sequence, EngineError(f"{type(e).__name__}: {e}"))
@@ -162,7 +163,8 @@ class TorchEngine(ThreadedEngine[Sequence]):
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self._bfloat16):
             output = self._model(token_1T.to(self._device), step)
         for count_E, routing in zip(self._count_LE, output.routing, strict=True):
-            # Each token has the same number of sub-tokens, and those of the padding are last: they are not counted.
+            # A row is a sub-token. Each token has the same number of them, and those of the padding are last, so the
+            # first `row_count` rows are all that count.
             row_count = len(routing.expert_NK) // step.padded_count * step.token_count
             count_E += torch.bincount(routing.expert_NK[:row_count].flatten().cpu(), minlength=len(count_E))
         self._stats.steps += 1

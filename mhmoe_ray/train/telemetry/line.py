@@ -58,7 +58,7 @@ def step_line(
         metrics.STEP: trainer.step,
         metrics.GROUP: group,
         metrics.TIME: time.time(),
-        # A step that consists of padding only has no targets.
+        # A step that consists only of padding has no targets. `max` then avoids the division of 0 by 0.
         metrics.LOSS: totals.loss / max(1, totals.targets),
         metrics.GRAD_NORM: update.norm,
         metrics.LR: update.lr,
@@ -77,7 +77,7 @@ def step_line(
         line[metrics.SKIPPED] = True
     if trainer.skipped:
         line[metrics.SKIPPED_STEPS] = trainer.skipped
-    # Without expert parallelism no rows leave their rank.
+    # Without expert parallelism no row leaves its rank, so these metrics are left out.
     if trainer.mesh.size("ep") > 1:
         sent_bytes = totals.sent_bytes
         line |= {

@@ -98,7 +98,8 @@ class MlflowRun:
                     self._client.set_terminated(self._run_id, status=self._end_status)
                     return
             except MlflowException as e:
-                # The next attempt follows after seconds, so only the first failure is logged.
+                # Only the first failure is logged, because the thread tries again every few seconds and would fill the
+                # log.
                 if not self._has_warned:
                     self._has_warned = True
                     LOG.warning("MLflow at %s: %s; trying again", self._server, str(e).splitlines()[0])
@@ -130,7 +131,8 @@ class MlflowRun:
             return None
         run_id = str(mlflow_runs[0].info.run_id)
         self._client.update_run(run_id, status="RUNNING")
-        # An earlier worker group may have ended between both requests of `_create_run`.
+        # An earlier worker group may have ended between the two requests of `_create_run`. Its MLflow run has no
+        # parameters yet.
         if not mlflow_runs[0].data.params:
             self._log_params(run_id)
         return run_id
@@ -155,9 +157,9 @@ def _client(server: str) -> Any:
     Raises:
         JobError: MLflow is not installed, or does not accept the address.
     """
-    # Without this setting MLflow reports its usage to its makers.
+    # Without this setting MLflow sends data about its use to its makers.
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    # The thread itself retries.
+    # The client need not retry a request, because the sending thread itself repeats it in its next round.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     try:
         from mlflow import MlflowClient

@@ -26,7 +26,8 @@ REPEAT_SECONDS = 5.0
 class Gauges:
     """Gauges of one rank, and a thread that reports all their values again every `REPEAT_SECONDS`."""
 
-    # Ray forgets a value that is not reported for a while, and a step or the time to the next validation may be longer.
+    # Ray drops a value that is not reported again for a while. A step, or the time to the next validation, may take
+    # longer than that, so a thread repeats all values.
 
     def __init__(self, run: str) -> None:
         """Start the thread that repeats the values.

@@ -35,7 +35,8 @@ class TensorBoard:
         self._folder, self._group, self._file_count = run.tensorboard, group, 0
         self._spool = None if isinstance(self._folder, Path) else tempfile.TemporaryDirectory(prefix="mhmoe-")
         self._open()
-        # TensorBoard drops all earlier events from this step on.
+        # At this START event, TensorBoard drops all events of earlier worker groups that are of this step or of later
+        # ones.
         self._writer.write_event(Event(session_log=SessionLog(status=SessionLog.START), step=start + 1))
 
     def report(self, line: dict[str, Any]) -> None:
@@ -67,7 +68,8 @@ class TensorBoard:
         assert isinstance(folder, Path)
         folder.mkdir(exist_ok=True)
         self._file_count += 1
-        # tensorboardX's SummaryWriter sends events to itself through a pipe, and a flush leaves out those in the pipe.
+        # tensorboardX's SummaryWriter is not used: it sends events to itself through a pipe, and its flush does not
+        # write the events that are still in the pipe.
         self._writer = EventsWriter(str(folder / "events"), f".{self._group:04d}.{self._file_count:06d}")
         self._flushed = time.monotonic()
 

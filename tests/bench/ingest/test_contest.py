@@ -18,7 +18,7 @@ from tests.specs import tiny_spec
 PEER_CONTESTANTS = [name for name in CONTESTANTS if name not in OUR_CONTESTANTS]
 
 
-@pytest.mark.slow  # a quicker test below covers the command and its processes
+@pytest.mark.slow  # test_failure_is_one_line_with_cause is the quick test of the command and its processes
 @pytest.mark.ray
 def test_ingest_measures_whole_preparation_and_stream(project):
     previous_files = sorted(project.rglob("*"))
@@ -31,7 +31,8 @@ def test_ingest_measures_whole_preparation_and_stream(project):
         assert prepare_round["seconds"] > 0
         assert 0 < prepare_round["own_bytes"] <= prepare_round["peak_bytes"]
     for stream_round in figures["stream: mhmoe"]["rounds"]:
-        assert stream_round["micro_batches"] == 20 * 4 - 1  # 20 steps; the first micro-batch starts the clock
+        # The clock starts at the first of 20 * 4 micro-batches, so that micro-batch does not count.
+        assert stream_round["micro_batches"] == 20 * 4 - 1
     assert [len(f["rounds"]) for f in figures.values()] == [1] * len(figures)
     missing_peers = [name for name in PEER_CONTESTANTS if find_spec(CONTESTANTS[name].package) is None]
     assert set(figures) == set(CONTESTANTS) - set(missing_peers)
@@ -52,7 +53,8 @@ def test_rounds_alternate_order_and_ratios_are_per_round(monkeypatch):
         f"round {n}: {name}" for n, order in ((1, names), (2, names[::-1]), (3, names)) for name in order
     ]
     assert [f["seconds"] for f in our_figures.rounds] == [2, 2, 1]
-    assert (our_figures.ratio_to_ours, peer_figures.ratio_to_ours) == (1, 4)  # the median of 1.5, 4 and 5
+    # The ratios of the three rounds are 3 / 2, 8 / 2 and 5 / 1 for the peer; their median is 4.
+    assert (our_figures.ratio_to_ours, peer_figures.ratio_to_ours) == (1, 4)
 
 
 @pytest.mark.slow
@@ -64,7 +66,8 @@ def test_datasets_prepares_as_many_tokens_except_batch_ends(project):
         "figures"
     ]
     our_tokens, *peer_tokens = (f["rounds"][0]["tokens"] for name, f in figures.items() if name.startswith("prepare"))
-    # datasets packs each batch of up to 1,000 documents alone and drops its incomplete end, in each of two processes.
+    # datasets packs each batch of up to 1,000 documents separately and drops the incomplete sample at its end, in each
+    # of two processes. Therefore it may have fewer tokens than our preparation.
     end_tokens = 2 * spec.data.seq_len * 2
     assert all(our_tokens - end_tokens <= tokens <= our_tokens for tokens in peer_tokens)
     assert len(peer_tokens) == 2
@@ -75,7 +78,8 @@ def test_failure_is_one_line_with_cause(tmp_path):
     """If a preparation fails, the command prints one line that names the contestant and the cause."""
     spec = write_spec(tmp_path)
     write_lines(tmp_path / "raw/a/one.jsonl", [b"no json"])
-    # A manifest without shards is enough, because preparation is measured first.
+    # A manifest without shards is enough here, because preparation is measured first and fails before any shard is
+    # read.
     spec.data.prepared.mkdir()
     write_json(spec.data.prepared / "manifest.json", make_manifest({"web/a": 4}, recipe(spec)).model_dump(mode="json"))
     result = mhmoe_subprocess(tmp_path, "bench", "ingest", "spec.yaml", "--rounds", "1")

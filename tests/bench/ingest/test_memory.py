@@ -6,7 +6,8 @@ import time
 from mhmoe_ray.bench.process_memory import MemoryUsage, descendants, memory_usage
 
 MB = 1_000_000
-# Code of a process with 200 MB of its own, of one that maps 200 MB of a file, and of a parent that only waits for them.
+# The code of three processes: one with 200 MB of private memory, one that maps 200 MB of a file, and a parent that only
+# waits for its child.
 PRIVATE_CODE = "x = bytearray(b'1') * 200_000_000"
 MAPPED_CODE = """
 import mmap
@@ -16,7 +17,8 @@ with open({path!r}, 'rb') as f:
 CHILD_CODE = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1]], check=True)"
 
 
-# The watcher is a small process: between fork and exec, a child counts as large as its parent, which would be pytest.
+# The watching code runs in a small process of its own, because a child counts as large as its parent between fork and
+# exec. Started by pytest itself, each child would count as large as pytest.
 WATCH_CODE = """
 import subprocess, sys
 from mhmoe_ray.bench.process_memory import PeakMemory

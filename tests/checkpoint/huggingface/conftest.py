@@ -26,7 +26,9 @@ MIXTRAL = ModelSpec(
     kv_heads=2,
     tied_embeddings=False,
     rope_theta=1e6,
-    document_masks=True,  # a single document has the same logits with and without
+    # Masks do not change the logits of a single document, so they equal those of transformers' model, which has no
+    # masks.
+    document_masks=True,
     moe=MoESpec(heads=1, experts=4, d_expert=24, every=1, normalize_gates=True, z_weight=0.1, jitter=0.01),
 )
 ALL_FEATURES = {"d_expert": 24, "d_shared": 16, "projection_layers": 3, "bias_rate": 0.1, "capacity_factor": 2.0}
@@ -92,7 +94,7 @@ def raise_read_error(*_, **__):
 
 
 @pytest.fixture(scope="session")
-def mixtral(tmp_path_factory):
+def mixtral():
     """Return a Mixtral model of transformers with random float32 weights."""
     from transformers import MixtralConfig, MixtralForCausalLM
 
@@ -106,7 +108,8 @@ def mixtral(tmp_path_factory):
         num_key_value_heads=2,
         num_local_experts=4,
         max_position_embeddings=SEQ_LEN,
-        initializer_range=0.2,  # far from uniform, so that a wrong weight shows
+        # With this range, the output is far from uniform, so that a wrong weight shows.
+        initializer_range=0.2,
     )
     return MixtralForCausalLM(config).eval()
 

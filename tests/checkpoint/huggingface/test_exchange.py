@@ -48,7 +48,7 @@ def folder_tensors(folder):
 @torch.no_grad()
 def our_logits(run: RunDir) -> torch.Tensor:
     model, _ = load_model(newest_checkpoint(run, ("weights",))[0])
-    return logits_in_parts(model, TOKENS, [TOKENS.shape[1]])  # as serving does
+    return logits_in_parts(model, TOKENS, [TOKENS.shape[1]])  # with a KV cache, as in serving
 
 
 @torch.no_grad()

@@ -198,7 +198,8 @@ def test_contradictory_config_is_rejected(tmp_path):
 def test_folder_with_another_tokenizer_is_rejected(tmp_path):
     export_run(make_run(tmp_path, MODELS["dense"]), tmp_path / "out")
     tokenizer = tmp_path / "out" / "tokenizer.json"
-    tokenizer.write_text(tokenizer.read_text() + "\n")  # the same tokenizer in another form
+    # The file now differs, but it contains the same tokenizer, so the import accepts it.
+    tokenizer.write_text(tokenizer.read_text() + "\n")
     import_folder(tmp_path / "out", "same", tmp_path / "runs", None)
     llama_tokenizer(["quite other words are in this text"] * 4, 320).save(str(tokenizer))
     with pytest.raises(CheckpointError, match=r"its tokenizer\.json is not the one the model was trained with"):

@@ -8,9 +8,10 @@ from mhmoe_ray.data.inspect.copies import ENTRY_DTYPE, Copies, DomainCopies, cou
 from mhmoe_ray.data.inspect.figures import EXAMPLES, TextLocation
 
 DOMAINS = ["web/a", "web/a", "web/b", "books/all"]
-PATHS = ["/a/1", "/a/0", "/b/1", "/c"]  # not in the order of files
+PATHS = ["/a/1", "/a/0", "/b/1", "/c"]  # not sorted, so that the order of files differs from that of paths
 
-# There are few texts, so that some are equal. Copies have different sizes, because white space differs.
+# A document is the number of its text, the index of its file, and its size. There are few texts, so that some documents
+# are copies. The sizes of copies differ, because white space may differ.
 DOCUMENTS = st.lists(st.tuples(st.integers(0, 12), st.integers(0, len(PATHS) - 1), st.integers(10, 12)), max_size=60)
 
 

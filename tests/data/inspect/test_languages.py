@@ -32,5 +32,5 @@ def test_language_of_record_keeps_codes_outside_the_table():
 
 
 def test_language_codes_are_those_of_iso_639_1():
-    assert len(set(LANGUAGE_CODES.values())) == 183 - 2  # Norwegian's two written forms are one language here
+    assert len(set(LANGUAGE_CODES.values())) == 183 - 2  # ISO 639-1 has 183 codes; here nb and nn count as no
     assert all(len(code) == 2 for code in LANGUAGE_CODES.values())

@@ -181,7 +181,7 @@ def test_lint_of_raw_text_ignores_sizes(folder):
 
 
 def test_lint_reports_domains_of_many_epochs(folder):
-    # 20 steps of 8 samples read 160 samples, in proportion to the sizes.
+    # 20 steps of 8 samples read 160 samples: of each domain in proportion to its size, or with alpha 0 equally many.
     manifest = make_manifest({"web/a": 30, "web/b": 30, "web/c": 30})
     assert lint_spec(folder, manifest) == []
     flat_sources = {"sources": {"web": {"path": "raw", "alpha": 0.0}}}
@@ -215,7 +215,7 @@ def test_lint_reports_unknown_tokens(folder):
     word_tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     word_tokenizer.save(str(folder / "tokenizer.json"))
     problems = lint_spec(folder, tokenizer=folder / "tokenizer.json")
-    # The domain c has too few tokens for the rule.
+    # The domain web/c has too few tokens for the rule, so it is not reported.
     assert {(p.rule, p.subject) for p in problems} == {("unknown-tokens", f"web/{name}") for name in "ab"}
 
 

@@ -78,7 +78,7 @@ def test_survey_with_a_tiktoken_file_equals_that_with_its_tokenizer(tmp_path):
     survey = survey_serially(spec, spec.tokenizer)
     assert survey == survey_serially(spec, tmp_path / "tokenizer.json")
     assert survey.domains["web/a"].all_figures.tokens < survey.domains["web/a"].all_figures.bytes
-    # The process has cached the tokenizer of the same file with another pattern.
+    # The process has cached the tokenizer of this file with another pattern, which must not be used here.
     byte_spec = spec.model_copy(update={"tokenizer_pattern": "[a-z]|[^a-z]"})
     byte_figures = survey_serially(byte_spec, spec.tokenizer).domains["web/a"].all_figures
     assert byte_figures.tokens == byte_figures.bytes

@@ -32,7 +32,7 @@ def request_and_expected(tmp_path_factory):
     [
         ["mhmoe_ray.data.inspect.job"],
         pytest.param(["tests.data.inspect.survey_otherwise", "serially"], marks=pytest.mark.slow),
-        # This starts the actors of a shuffle.
+        # With several partitions, the survey starts the actors of a shuffle.
         pytest.param(["tests.data.inspect.survey_otherwise", "in-partitions"], marks=pytest.mark.slow),
     ],
     ids=["in-parallel", "serially", "in-partitions"],

@@ -217,7 +217,7 @@ def test_samples_read_follow_shares_and_limits(problem):
     try:
         mixture = make_mixture(samples, steps=steps, schedule=schedule, **sources)
     except DataError:
-        # The error is right only if a domain lacks samples for the request.
+        # The error is correct only if more samples of some domain are requested than its limit allows.
         total_requested = {d: sum(phase[d] for phase in requested_samples_by_phase) for d in samples}
         assert any(limits[d] is not None and total_requested[d] > limits[d] for d in samples)
         return

@@ -152,7 +152,8 @@ def test_order_mixes_the_shards_of_a_domain_in_a_batch():
     domain, sample = order(np.arange(2 * size))
     for d in (0, 1):
         domain_samples = sample[domain == d]
-        # This is Spearman's rank correlation, because both are permutations.
+        # `domain_samples` and the positions are permutations of the same numbers, so this is Spearman's rank
+        # correlation.
         rank_correlation = np.corrcoef(domain_samples, np.arange(size))[0, 1]
         assert abs(rank_correlation) < 4 / np.sqrt(size)
         shards_by_batch = domain_samples[: size // batch * batch].reshape(-1, batch) // (size // shards)

@@ -17,7 +17,7 @@ def write_stream(folder: Path, parts: Sequence[np.ndarray], token_bytes: int = 2
         name = f"{i:02d}part"
         path = part_file(folder, name)
         path.parent.mkdir(exist_ok=True)
-        # Tokens around the part do not belong to the stream.
+        # The file also has tokens before and after the slice, which do not belong to the stream and must not be read.
         np.concatenate([[7], tokens, [7, 7]]).astype(f"<u{token_bytes}").tofile(path)
         part_slices.append(PartSlice(name, 1, 1 + len(tokens)))
     return TokenStream(folder, part_slices, token_bytes)

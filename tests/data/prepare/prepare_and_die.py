@@ -33,6 +33,6 @@ if __name__ == "__main__":
     spawn_context.Process(
         target=kill_after_parts, args=(int(sys.argv[1]), os.getpid(), work, ready_event), daemon=True
     ).start()
-    # The imports of the other process take longer than the parts.
+    # Wait until the other process watches the parts: its imports take longer than the job takes to write them.
     ready_event.wait()
     main()

@@ -8,15 +8,16 @@ def test_baselines_equal_counting_by_hand():
     train = np.array([[0, 1, 2, 1], [1, 0, 1, 1]])
     validation = np.array([[0, 1, 1, 9], [3, 2, 2, 2]])
     baselines = compute_baselines(token_pairs(train, 9), token_pairs(validation, 9), vocab_size=4)
-    # Targets 1 1 2 2 2.
+    # The targets in the validation samples are 1, 1, 2, 2 and 2. The token 9 is padding.
     assert baselines.unigram_entropy == pytest.approx(-(0.4 * np.log(0.4) + 0.6 * np.log(0.6)))
-    # Pairs 01 12 21 10 01 11: the successors of 1 are 2, 0, 1; that of 2 is 1; 3 does not occur.
+    # The pairs in the training samples are 01, 12, 21, 10, 01 and 11. The successors of 0 are 1; those of 1 are 2, 0
+    # and 1; that of 2 is 1; and 3 does not occur.
     unigram = (np.array([1, 4, 1, 0]) + 1) / 10
     expected_probabilities = [
-        (2 + 1 * unigram[1]) / 3,  # 0 -> 1
-        (1 + 3 * unigram[1]) / 6,  # 1 -> 1
-        (0 + 1 * unigram[2]) / 1,  # 3 -> 2, from frequencies alone
-        (0 + 1 * unigram[2]) / 2,  # 2 -> 2
+        (2 + 1 * unigram[1]) / 3,  # the pair 01
+        (1 + 3 * unigram[1]) / 6,  # the pair 11
+        (0 + 1 * unigram[2]) / 1,  # the pair 32, from token frequencies alone, because 3 has no successors
+        (0 + 1 * unigram[2]) / 2,  # the pair 22, which occurs twice
         (0 + 1 * unigram[2]) / 2,
     ]
     assert baselines.bigram == pytest.approx(-np.log(expected_probabilities).mean())

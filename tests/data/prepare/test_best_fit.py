@@ -34,7 +34,7 @@ def test_best_fit_makes_every_token_a_target_once(lengths, seq_len):
 @given(lengths=st.lists(st.integers(0, 40), min_size=1, max_size=30), seq_len=st.integers(1, 16))
 def test_best_fit_keeps_short_documents_whole(lengths, seq_len):
     documents, packing = pack_documents(lengths, seq_len)
-    # A space after each token keeps it from matching the first digits of a longer one.
+    # Each token is followed by a space, so that it does not match the first digits of a longer token.
     rows = [" ".join(map(str, row)) + " " for row in packing.samples.tolist()]
     for document in documents:
         if len(document) <= seq_len:

@@ -34,7 +34,8 @@ def test_count_whole_documents_counts_documents_within_a_sample(tmp_path_factory
     total = sum(map(len, documents))
     sample_count = max(0, total - 1) // seq_len
     for document in documents:
-        # The sample that has the document's first token as an input.
+        # This is the sample in which the document's first token is an input. The document is whole if it ends there
+        # too.
         sample_index = position // seq_len
         expected += sample_index < sample_count and position + len(document) - 1 <= (sample_index + 1) * seq_len
         position += len(document)

@@ -185,10 +185,11 @@ def test_prepare_writes_every_document_once(results):
         samples = ShardReader(folder, entry.shards, manifest.token_bytes).read(np.arange(entry.samples))
         assert np.array_equal(samples[:, 1:].ravel(), stream[1 : 1 + entry.samples * 16])
         assert entry.text_bytes == sum(len(t.encode()) for t in documents)
-        assert (entry.padding, entry.cut_documents) == (0, len(expected))  # no document has 16 tokens
+        # Every document is longer than a sample of 16 tokens, so each is cut.
+        assert (entry.padding, entry.cut_documents) == (0, len(expected))
         held_out_lengths = [1 + len(tokenizer.encode(t).ids) for t in documents if is_validation(t, 0.2)]
         assert entry.validation_tokens == sum(held_out_lengths)
-        held_out_tokens += sum(held_out_lengths) - bool(held_out_lengths)  # a domain's first token is no target
+        held_out_tokens += sum(held_out_lengths) - bool(held_out_lengths)  # a domain's first token is never a target
     tokens, target_mask = validation_samples(folder, manifest)
     assert int(target_mask.sum()) == manifest.validation_tokens == held_out_tokens
     assert sum(d.validation_samples for d in manifest.domains.values()) == len(tokens)
@@ -265,7 +266,8 @@ def test_training_stream_is_independent_of_the_number_of_workers(results):
         assert len(workers) == world_size
         for rank, batches in enumerate(workers):
             assert batches[: len(expected_batches) // world_size] == expected_batches[rank::world_size]
-            # Samples of the last block after the end of the training are unused.
+            # The stream ends with a whole block, so it may have samples after the end of the training, which nothing
+            # uses.
             assert all(p[0] >= STEPS * 8 for p, _ in batches[len(expected_batches) // world_size :])
 
 

@@ -50,7 +50,8 @@ def test_will_be_exceeded_assumes_that_all_other_lines_are_good():
     assert make_limit(max_bad_files=0).will_be_exceeded(make_tally(5, damaged=1))
     share_limit = make_limit(size=10_000, max_bad_share=0.01)
     assert not share_limit.will_be_exceeded(make_tally(10, 900)), "too few lines were read"
-    # A tenth was read, and a tenth of it is bad. If all other lines are good, 1 per cent of the lines are bad.
+    # A tenth of the text was read, and a tenth of its lines are bad. If all other lines are good, 1 per cent of all
+    # lines are bad, which the limit allows.
     assert not share_limit.will_be_exceeded(make_tally(9 * MIN_EVIDENCE_LINES, MIN_EVIDENCE_LINES))
     assert share_limit.will_be_exceeded(make_tally(7 * MIN_EVIDENCE_LINES, 3 * MIN_EVIDENCE_LINES))
 

@@ -54,7 +54,9 @@ def test_staging_directory_removes_stale_jobs_only(tmp_path, monkeypatch):
         first_staging.parts_path.mkdir()
         stale_folder = make_stale_folder(shared_path)
         wait_until(lambda: not stale_folder.exists(), "its removal")
-        for _ in range(2):  # each job cleans up once between two heartbeats
+        # Each job cleans up once between two heartbeats. After two more heartbeats of both jobs, each has cleaned up
+        # again.
+        for _ in range(2):
             for job in (first_staging, second_staging):
                 heartbeat_file = job.job_path / ALIVE_FILE
                 previous_time = heartbeat_file.stat().st_mtime_ns

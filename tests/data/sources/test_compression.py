@@ -34,7 +34,7 @@ def decompress_gzip_prefix(data: bytes) -> bytes:
     return zlib.decompressobj(wbits=31).decompress(data)
 
 
-# The window of `zstd --long=31`, with small tables to save memory.
+# This is the window of `zstd --long=31`. The tables are small to save memory.
 LONG_WINDOW = zstandard.ZstdCompressionParameters(window_log=31, hash_log=15, chain_log=15)
 
 
@@ -50,7 +50,7 @@ def compress_in_two_blocks(data: bytes, parameters: zstandard.ZstdCompressionPar
     )
 
 
-HALF = len(CONTENT) // 2 + 11  # not at the end of a line
+HALF = len(CONTENT) // 2 + 11  # an offset within a line, so that a cut there splits the line
 COMPRESSED_FORMS = {
     "one frame": ZSTD(CONTENT),
     "streamed": compress_in_two_blocks(CONTENT),

@@ -24,7 +24,7 @@ from tests.data.sources.read import document_texts, read_source
 pytestmark = pytest.mark.long
 
 EXAMPLES = 2000 if hypothesis.settings.get_current_profile_name() == "explore" else 150
-LIMIT = 3000  # bytes of a document
+LIMIT = 3000  # the reader's limit of the bytes of a document
 MAGIC = (b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"\xfd7zXZ", b"PK\x03\x04", b"\x04\x22\x4d\x18")
 """First bytes of compressed files; a damaged plain file that begins with them counts as compressed."""
 
@@ -117,7 +117,7 @@ def compress_zstd(content: bytes, draw) -> bytes:
     if draw(st.booleans()):
         return zstandard.ZstdCompressor(level=level, write_checksum=checksum).compress(content)
     compressor = zstandard.ZstdCompressor(level=level, write_checksum=checksum).compressobj()
-    step = draw(st.integers(50, 2000))  # small blocks, so that some are complete before the damage
+    step = draw(st.integers(50, 2000))  # blocks are small, so that some are complete before the damage
     flush = zstandard.COMPRESSOBJ_FLUSH_BLOCK
     parts = [compressor.compress(content[i : i + step]) + compressor.flush(flush) for i in range(0, len(content), step)]
     return b"".join(parts) + compressor.flush()
@@ -210,7 +210,8 @@ def test_reader_survives_damaged_parquet(folder, corpus, data):
     drawn_edits = data.draw(edit_lists(len(content)))
     items = read_and_check(folder, "f.parquet", apply_edits(content, drawn_edits))
     if all(len(e.inserted) == e.removed_count and e.offset + e.removed_count <= ends[-1] for e in drawn_edits):
-        # No byte moved, and the metadata at the end of the file is untouched.
+        # The edits have moved no byte and left the metadata at the end of the file untouched, so the texts of all
+        # untouched row groups must be read.
         starts = [4, *ends[:-1]]
         untouched_texts = [
             text

@@ -22,7 +22,8 @@ def test_reader_yields_texts_of_all_suffixes(tmp_path, suffix):
     assert tally.text_bytes == tally.bytes_read * (3 if suffix.endswith(("gz", "zst")) else 1)
 
 
-# Records as published: `meta` has a different form in each domain, and common_crawl has none.
+# The records have the form in which they were published: `meta` differs from domain to domain, and common_crawl has
+# none.
 DOMAINS = {
     "arxiv/arxiv_5a0c.jsonl": {"text": "t", "meta": {"timestamp": "2020", "yymm": "2001", "language": "en"}},
     "book/book.jsonl": {"meta": {"short_book_title": "A", "publication_date": 1900}, "text": "t"},

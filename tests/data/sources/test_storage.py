@@ -47,7 +47,8 @@ def test_reader_reports_a_vanished_file(tmp_path):
     (tmp_path / "a.jsonl").unlink()
     assert bad_lines(list(FileReader(first_file, spec))) == [(1, Reason.PART_LOST)]
     items = []
-    for item in FileReader(second_file, spec):  # an open file stays readable
+    # The file is removed while it is read. Because it is open, it stays readable.
+    for item in FileReader(second_file, spec):
         (tmp_path / "b.jsonl").unlink(missing_ok=True)
         items.append(item)
     assert document_texts(items) == LONG_TEXTS[3:6]

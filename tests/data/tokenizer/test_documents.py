@@ -29,7 +29,7 @@ def make_unigram_with_special_pieces():
 
 def make_tiktoken_with_end_of_text():
     """Return a tokenizer of tiktoken's format whose pattern splits nothing and whose ranks include END_OF_TEXT."""
-    lines = BYTES + b"PHw= 256\nPHxlbmRvZnRleHR8Pg== 257\n"  # <| and <|endoftext|>
+    lines = BYTES + b"PHw= 256\nPHxlbmRvZnRleHR8Pg== 257\n"  # in base64, <| and <|endoftext|>
     return from_tiktoken(lines, r"[\s\S]+", "ranks")
 
 
@@ -60,7 +60,7 @@ def test_encoder_encodes_special_tokens_in_text_as_letters(kind, text):
         i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special
     } | document_boundaries.ends
     assert ids[0] == document_boundaries.start
-    # "pieces" has no "|" and encodes it as the unknown token, which is a special token too.
+    # The tokenizer "pieces" has no "|" and encodes it as the unknown token, which is also a special token.
     assert special_ids.isdisjoint(ids[1:]) or (kind == "pieces" and "|" in text and not {0, 1} & set(ids[1:]))
     if kind != "pieces" or "|" not in text:
         assert tokenizer.decode(ids, skip_special_tokens=True) == text

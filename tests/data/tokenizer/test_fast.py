@@ -91,18 +91,19 @@ def test_fast_encoding_of_random_merges_is_equal_or_rejected(data):
     ("tokens", "merges", "ignore_merges", "is_accepted"),
     [
         (["ab", "abc"], [("a", "b"), ("ab", "c")], False, True),
-        # There is no merge of ab and c, but no text needs it, because b and c are merged first.
+        # No merge makes abc of ab and c, but no text needs it, because b and c are merged first.
         (["bc", "ab", "abc"], [("b", "c"), ("a", "b"), ("a", "bc")], False, True),
-        # The bytes of abc become ab and c, so they never become abc.
+        # The bytes of abc are merged to ab and c, and these two are not merged, so no merging gives the token abc.
         (["ab", "bc", "abc"], [("a", "b"), ("b", "c"), ("a", "bc")], False, False),
         (["ab", "bc", "abc"], [("a", "b"), ("b", "c"), ("a", "bc")], True, False),
-        # abc is looked up as a word, and is also merged of ab and c.
+        # As a whole word, abc is looked up. Within a longer word it is merged of ab and c, so both ways give the token.
         (["ab", "bc", "abc"], [("a", "b"), ("b", "c"), ("a", "bc"), ("ab", "c")], True, True),
-        # No merge makes the token.
+        # No merge makes the token ab.
         (["ab"], [], False, False),
         # The order of the merges differs from that of their tokens.
         (["ab", "cd"], [("c", "d"), ("a", "b")], False, False),
-        # abc comes before its parts. In the first case all its merges are there, in the second case one is missing.
+        # The token abc has a lower id than its parts. In the first case it has all merges, in the second case one is
+        # missing.
         (["abc", "ab", "bc"], [("a", "bc"), ("ab", "c"), ("a", "b"), ("b", "c")], False, True),
         (["abc", "ab", "bc"], [("ab", "c"), ("a", "b"), ("b", "c")], False, False),
     ],
@@ -143,7 +144,7 @@ def test_fast_encoding_splits_every_character_like_the_library(name, step):
 
 def test_newest_letters_agree_detects_other_unicode_tables():
     assert all(map(_newest_letters_agree, PATTERNS.values()))
-    # One engine takes all letters of Unicode, the other only those of ASCII.
+    # For [[:alpha:]], one engine takes all letters of Unicode and the other takes only those of ASCII.
     assert not _newest_letters_agree(r"[[:alpha:]]+|[^a]+")
 
 

@@ -34,11 +34,14 @@ def test_load_tokenizer_ignores_truncation_and_padding(tmp_path):
 
 
 def test_load_tokenizer_rejects_a_boundary_that_is_the_unknown_token(tmp_path):
-    make_word_tokenizer("<s>", "</s>", "a").save(str(tmp_path / "t.json"))  # the first token is the unknown token
+    # The first token is the unknown token, so here it is <s>, the start of a document.
+    make_word_tokenizer("<s>", "</s>", "a").save(str(tmp_path / "t.json"))
     with pytest.raises(DataError, match="give it a separate unknown token"):
         load_tokenizer(tmp_path / "t.json", 3)
     tokenizer = train_bpe(["a boat"], 300)
-    tokenizer.model.unk_token = "<|endoftext|>"  # tokenizers like GPT-2's know all bytes and can have this
+    # Like GPT-2's, this tokenizer knows all bytes and never produces its unknown token, so that token may be a
+    # boundary.
+    tokenizer.model.unk_token = "<|endoftext|>"
     tokenizer.save(str(tmp_path / "t.json"))
     assert load_tokenizer(tmp_path / "t.json", 300).encode("\x00é").ids
 

@@ -48,7 +48,8 @@ def test_domain_budgets_include_domains_of_later_phases():
         {"from_step": 20, "sources": {"books": {"weight": 1e6}}},
     ]
     spec = make_data_spec(schedule=schedule, web={"shares": {"en": 1}}, books={"weight": 0})
-    # The shares are 1 in the first phase, and 0.8, 0.2 * 0.9 and 0.2 * 0.1 in the second.
+    # In the first phase, web/en has the share 1. In the second, web/de has 0.8, books/a has 0.2 * 0.9 and books/b has
+    # 0.2 * 0.1. The third phase has no further domain, so it does not count.
     expected = {"web/en": 500_000, "web/de": 400_000, "books/a": 90_000, "books/b": 10_000}
     assert domain_budgets(SIZES, spec) == pytest.approx(expected, abs=1)
 

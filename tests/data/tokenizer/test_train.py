@@ -45,7 +45,7 @@ def test_training_makes_tokens_of_frequent_words(kind):
 @pytest.mark.parametrize("kind", TRAIN_FUNCTIONS)
 def test_training_cuts_a_long_run_without_breaks(kind):
     """Training cuts words of more than `MAX_WORD_BYTES` bytes; the trained tokenizer does not."""
-    # Training on the uncut run would take minutes, because its time grows with the square of the length.
+    # Without the cut, training would take minutes, because its time grows with the square of the length of a run.
     run = "ACGT" * 50_000
     tokenizer = TRAIN_FUNCTIONS[kind]([f"the moon {run}", "A" * 5000], 300)
     assert max(map(len, tokenizer.get_vocab())) <= MAX_WORD_BYTES

@@ -20,7 +20,7 @@ TOKENIZERS = {name: train([*TEXTS], 400) for name, train in TRAIN_FUNCTIONS.item
 def test_token_widths_add_up_to_the_bytes_of_a_document(kind, text):
     ids = DocumentEncoder(TOKENIZERS[kind]).encode([text])[0]
     widths = token_widths(TOKENIZERS[kind])
-    assert widths[ids[0]] == 0  # the start token stands for no text
+    assert widths[ids[0]] == 0  # the start token has no text
     assert widths[ids].sum() == len(text.encode())
 
 
@@ -47,7 +47,7 @@ def test_token_widths_with_marked_pieces_and_without_a_decoder():
     widths = token_widths(piece_tokenizer)
     assert widths[piece_tokenizer.token_to_id("##e")] == 1
     tokenizer_with_suffix = Tokenizer(models.BPE({"a": 0, "a</w>": 1}, [], end_of_word_suffix="</w>"))
-    # This tokenizer drops every other letter of a text.
+    # This tokenizer has no tokens for letters other than a and drops them, so its widths would not add up.
     assert token_widths(tokenizer_with_suffix).tolist() == [UNKNOWN_WIDTH, UNKNOWN_WIDTH]
     tokenizer_without_decoder = Tokenizer.from_str(TOKENIZERS["bpe"].to_str())
     tokenizer_without_decoder.decoder = decoders.Fuse()

@@ -16,8 +16,8 @@ from tests.serve.test_torch_engine import random_prompts
 
 collect_ignore_glob = [] if importlib.util.find_spec("vllm") else ["test_*.py"]
 
-# On a CPU, vLLM needs rows whose width (d_model / moe.heads) is a multiple of 32. This d_expert is deliberately not a
-# multiple of the size that vLLM needs, so that the tests cover experts that have to be padded.
+# On a CPU, vLLM needs rows whose width (d_model / moe.heads) is a multiple of 32. This d_expert is deliberately no
+# multiple of the size that vLLM needs for it, so that the tests cover experts that have to be padded.
 SPEC = ModelSpec(
     vocab_size=320,
     d_model=64,
@@ -31,7 +31,7 @@ SPEC = ModelSpec(
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if Path(__file__).parent in item.path.parents:
-            # Warnings of vLLM and of the libraries that it imports are not errors of this project.
+            # Warnings are not turned into errors here, because vLLM and the libraries that it imports issue some.
             item.add_marker(pytest.mark.filterwarnings("default"))
 
 

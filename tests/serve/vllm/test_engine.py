@@ -81,7 +81,7 @@ def test_equal_seeds_give_equal_answers(engine):
 
 def test_prompt_is_scored_without_an_answer(engine):
     ids = random_prompts(1, max_length=SEQ_LEN)[0]
-    ids = (*ids, *[1] * (SEQ_LEN - len(ids)))  # as long as the model allows
+    ids = (*ids, *[1] * (SEQ_LEN - len(ids)))  # a prompt as long as the model allows
     [answer] = answer_all(engine, [Request(ids, SamplingParams(0), logprobs=1, prompt_logprobs=True)])
     assert answer.tokens == []
     assert answer.finish_reason == "length"
@@ -111,7 +111,8 @@ def test_closed_answer_is_aborted(engine):
 
 def test_stats_count_tokens_and_routes(engine):
     initial_stats = engine.stats()
-    ids = tuple(range(100, 150))  # no earlier prompt starts with these tokens
+    # No earlier prompt starts with these tokens, so nothing of the prompt is in the cache.
+    ids = tuple(range(100, 150))
     answer_all(engine, [Request(ids, SamplingParams(5, temperature=0, logit_bias={0: -100.0}))])
     final_stats = engine.stats()
     assert final_stats.prompt_tokens - initial_stats.prompt_tokens == 50
@@ -119,7 +120,7 @@ def test_stats_count_tokens_and_routes(engine):
     assert final_stats.first_token.count - initial_stats.first_token.count == 1
     assert final_stats.each_token.count - initial_stats.each_token.count == 4
     assert final_stats.step_tokens - initial_stats.step_tokens == 50 + 5
-    # The engine reads the counts when it becomes idle, a moment after the last answer.
+    # The engine reads the counts when it becomes idle, which is a moment after the last answer, so wait for them.
     count_LE = wait_until(lambda: (c := engine.stats().count_LE) != initial_stats.count_LE and c, "the experts' counts")
     routes = torch.tensor(count_LE) - torch.tensor(initial_stats.count_LE)
     assert routes.sum() == (50 + 4) * SPEC.moe.heads * SPEC.moe.top_k
@@ -132,7 +133,8 @@ def test_request_that_vllm_refuses_fails_alone(engine):
         return [scored.token async for update in engine.generate(request) for scored in update.tokens]
 
     async def run_both():
-        bad_request = Request((1, 2), SamplingParams(5, top_k=-7))  # the API would refuse it
+        # The API would refuse this request, so the engine gets it directly.
+        bad_request = Request((1, 2), SamplingParams(5, top_k=-7))
         return await asyncio.gather(*(collect_tokens(r) for r in (bad_request, good_request)), return_exceptions=True)
 
     failure, answer = asyncio.run(run_both())

@@ -12,7 +12,8 @@ from mhmoe_ray.train.telemetry import mlflow as sink
 from mhmoe_ray.train.telemetry.mlflow import MlflowRun
 from tests.specs import tiny_spec
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*filesystem.*:FutureWarning")  # MLflow recommends a database
+# MLflow warns about runs in files, because it recommends a database.
+pytestmark = pytest.mark.filterwarnings("ignore:.*filesystem.*:FutureWarning")
 
 
 @pytest.fixture(autouse=True)
@@ -58,7 +59,7 @@ def test_continued_run_continues_its_mlflow_run(tmp_path):
 
 def test_unreachable_server_causes_a_warning_only(tmp_path, caplog):
     with socket.socket() as bound_socket:
-        bound_socket.bind(("127.0.0.1", 0))  # the port is bound, but nothing listens
+        bound_socket.bind(("127.0.0.1", 0))  # nothing listens on the port
         run = MlflowRun(RunDir(tmp_path / "tiny-abc123"), spec(f"http://127.0.0.1:{bound_socket.getsockname()[1]}"))
         with caplog.at_level(logging.WARNING, "mhmoe"):
             run.report(line(1))
