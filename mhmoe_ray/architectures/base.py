@@ -7,7 +7,7 @@ hidden width of a feed-forward layer or an expert.
 # The spec imports this package, so nothing here may need a spec.
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from mhmoe_kernels.abilities import ExpertFunction
 
@@ -24,16 +24,16 @@ class Architecture(ABC):
     """True if several attention heads may share keys and values (`model.kv_heads`)."""
     longest_sequence: ClassVar[int | None] = None
     """Largest sequence length whose positions stay in the range of float32; None if any length does."""
-    is_mixtral: ClassVar[bool] = False
-    """True if other tools can load a plain mixture of experts of this architecture as a Mixtral."""
     runs_in_vllm: ClassVar[bool] = False
     """True if `serve/vllm` implements the layers of this architecture."""
 
     norms_per_block: ClassVar[int]
     norm_vectors: ClassVar[int]
     """Number of parameter vectors of a norm, each as wide as the model."""
-    attention_biases: ClassVar[int] = 0
-    """Number of bias vectors of an attention layer, each as wide as the model."""
+    attention_bias: ClassVar[Literal["none", "qkv", "all"]] = "none"
+    """Projections of attention that have a bias, if the spec does not choose (`model.attention_bias`)."""
+    has_trunk_options: ClassVar[bool] = False
+    """True if a spec may choose biases and norms of attention and the scaling of positions."""
     expert_matrices: ClassVar[int]
     """Number of matrix products in a feed-forward layer or an expert, each between widths D and F."""
 
@@ -70,11 +70,11 @@ class Architecture(ABC):
         """
 
     @abstractmethod
-    def attention_saved_bytes(self, d: int, kv_width: int, heads: int, size: int) -> int:
+    def attention_saved_bytes(self, q_width: int, kv_width: int, heads: int, size: int) -> int:
         """Return the bytes per token that an attention layer saves for the backward.
 
         Args:
-            d: width of the model.
+            q_width: width of all queries of a token, and of the result before the output projection.
             kv_width: width of all keys of a token, and of all its values.
             heads: number of attention heads.
             size: bytes per value in matrix products.

@@ -11,7 +11,7 @@ class Llama(Architecture):
 
     expert_function: ClassVar[ExpertFunction] = "swiglu"
     grouped_queries = True
-    is_mixtral = True
+    has_trunk_options = True
     runs_in_vllm = True
     norms_per_block = 2
     norm_vectors = 1
@@ -38,9 +38,9 @@ class Llama(Architecture):
         # RMSNorm saves its input and the normalized input in float32, the operand of the next product, and a statistic.
         return d * (2 * FLOAT32 + size) + FLOAT32
 
-    def attention_saved_bytes(self, d: int, kv_width: int, heads: int, size: int) -> int:
+    def attention_saved_bytes(self, q_width: int, kv_width: int, heads: int, size: int) -> int:
         # Saved are queries and keys before and after rotation, values, the result, and a statistic per head.
-        return size * (2 * d + 3 * kv_width + d) + FLOAT32 * heads
+        return size * (3 * q_width + 3 * kv_width) + FLOAT32 * heads
 
     def hidden_saved_bytes(self, hidden: int, size: int) -> int:
         return 4 * hidden * size  # gate, its silu, up, their product

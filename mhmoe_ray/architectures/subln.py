@@ -17,7 +17,7 @@ class Subln(Architecture):
     longest_sequence = 32_768
     norms_per_block = 3  # the third lies inside attention
     norm_vectors = 2  # weight and bias
-    attention_biases = 4  # queries, keys, values, output
+    attention_bias = "all"
     expert_matrices = 2  # fc1, fc2
 
     # fmt: off
@@ -48,13 +48,13 @@ class Subln(Architecture):
         return self.expert_macs(width, hidden) + 3 * hidden + width
 
     def norm_saved_bytes(self, d: int, size: int) -> int:
-        # LayerNorm saves its input, the operand of the next product, and two statistics.
+        # Saved are the input of LayerNorm, its output as the operand of the next product, and two statistics.
         return d * (FLOAT32 + size) + 2 * FLOAT32
 
-    def attention_saved_bytes(self, d: int, kv_width: int, heads: int, size: int) -> int:
+    def attention_saved_bytes(self, q_width: int, kv_width: int, heads: int, size: int) -> int:
         # Saved are queries and keys before and after rotation, values, and the result before and after the inner norm;
         # also a statistic per head and two of the norm.
-        return size * (2 * d + 3 * kv_width + 2 * d) + FLOAT32 * (heads + 2)
+        return size * (4 * q_width + 3 * kv_width) + FLOAT32 * (heads + 2)
 
     def hidden_saved_bytes(self, hidden: int, size: int) -> int:
         return 3 * hidden * size + 2 * size  # GELU's input and output, the norm's result and its two statistics

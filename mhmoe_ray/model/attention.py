@@ -1,7 +1,6 @@
 """Causal self-attention with rotary positions and document masks."""
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -9,36 +8,12 @@ from torch import Tensor, nn
 
 from mhmoe_ray.model.architectures import modules_of
 from mhmoe_ray.model.noise import default_generator_from
+from mhmoe_ray.model.rotary import RotaryTables, rotate
 from mhmoe_ray.spec import ModelSpec
 
 CachedAttention = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Function (q_BHTC, k_BHTC, v_BHTC) -> y_BHTC for generation. It stores the keys and values of the newest tokens in the
 KV cache and attends to these and all earlier tokens."""
-
-
-class RotaryTables(NamedTuple):
-    """Cosines and sines of T positions, float32. The tables of queries and keys differ only under xPos."""
-
-    q_cos_TC: Tensor
-    q_sin_TC: Tensor
-    k_cos_TC: Tensor
-    k_sin_TC: Tensor
-
-
-def rotary_tables(spec: ModelSpec, position_T: Tensor) -> RotaryTables:
-    """Return RoPE's tables of positions (arXiv 2104.09864, half-split pairing).
-
-    If the architecture has a `query_scale`, the tables of queries are multiplied by it, and those of keys are divided.
-    """
-    # In float64, because the angles of late positions would lose digits in float32.
-    width, position = spec.head_width, position_T.double()
-    even_indices = torch.arange(0, width, 2, device=position.device, dtype=torch.float64)
-    angle = torch.outer(position, spec.rope_theta ** (-even_indices / width)).repeat(1, 2)
-    cos, sin = angle.cos(), angle.sin()
-    scale = modules_of(spec).query_scale(width, position)
-    if scale is None:
-        return RotaryTables(cos.float(), sin.float(), cos.float(), sin.float())
-    return RotaryTables((cos * scale).float(), (sin * scale).float(), (cos / scale).float(), (sin / scale).float())
 
 
 def document_indices(token_BT: Tensor, start_token: int) -> Tensor:
@@ -63,24 +38,23 @@ def document_mask(document_BT: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros_like(visible_BTT, dtype=dtype).masked_fill_(~visible_BTT, float("-inf"))[:, None]
 
 
-def _rotate(x_BHTC: Tensor, cos_TC: Tensor, sin_TC: Tensor) -> Tensor:
-    first_half, second_half = x_BHTC.chunk(2, dim=-1)
-    return (x_BHTC * cos_TC + torch.cat((-second_half, first_half), dim=-1) * sin_TC).to(x_BHTC.dtype)
-
-
 class Attention(nn.Module):
     """Causal self-attention with H heads. Several heads may share keys and values (grouped queries)."""
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
-        modules = modules_of(spec)
-        bias = modules.attention_bias
         self.heads, self.kv_heads, self.width = spec.attention_heads, spec.n_kv_heads, spec.head_width
         self.dropout = spec.attention_dropout
-        self.qkv = nn.Linear(spec.d_model, (self.heads + 2 * self.kv_heads) * self.width, bias=bias)
+        bias = spec.biased_attention
+        self.qkv = nn.Linear(spec.d_model, spec.query_width + 2 * spec.kv_width, bias=bias != "none")
         """Projection to all queries, then all keys, then all values."""
-        self.inner_norm = modules.inner_norm(spec)
-        self.out = nn.Linear(spec.d_model, spec.d_model, bias=bias)
+        self.qk_norm = spec.qk_norm
+        if spec.qk_norm != "none":
+            is_per_head = spec.qk_norm == "head"
+            self.q_norm = nn.RMSNorm(spec.head_width if is_per_head else spec.query_width, spec.norm_eps)
+            self.k_norm = nn.RMSNorm(spec.head_width if is_per_head else spec.kv_width, spec.norm_eps)
+        self.inner_norm = modules_of(spec).inner_norm(spec)
+        self.out = nn.Linear(spec.query_width, spec.d_model, bias=bias == "all")
 
     def forward(
         self,
@@ -100,13 +74,24 @@ class Attention(nn.Module):
             generator: generator of dropout on the attention weights; None in evaluation.
             mask_B1TT: `document_mask`; None if `cached_attention` is given.
         """
-        B, T, M = x_BTM.shape
-        heads_BHTC = self.qkv(x_BTM).view(B, T, -1, self.width).transpose(1, 2)
-        q, k, v = heads_BHTC.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
-        q, k = _rotate(q, tables.q_cos_TC, tables.q_sin_TC), _rotate(k, tables.k_cos_TC, tables.k_sin_TC)
+        B, T, _ = x_BTM.shape
+        heads_BTHC = self.qkv(x_BTM).view(B, T, -1, self.width)
+        q, k, v = torch.split(heads_BTHC, [self.heads, self.kv_heads, self.kv_heads], dim=2)
+        if self.qk_norm != "none":
+            q, k = self._normed(self.q_norm, q), self._normed(self.k_norm, k)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        q, k = rotate(q, tables.q_cos_TC, tables.q_sin_TC), rotate(k, tables.k_cos_TC, tables.k_sin_TC)
         y = cached_attention(q, k, v) if cached_attention is not None else self._attend(q, k, v, generator, mask_B1TT)
-        output: Tensor = self.out(self.inner_norm(y.transpose(1, 2).reshape(B, T, M)))
+        output: Tensor = self.out(self.inner_norm(y.transpose(1, 2).flatten(2)))
         return output
+
+    def _normed(self, norm: nn.Module, rows_BTHC: Tensor) -> Tensor:
+        """Return queries or keys after their norm, of each head by itself or of all heads together, in their dtype."""
+        if self.qk_norm == "head":
+            normed_rows: Tensor = norm(rows_BTHC)
+        else:
+            normed_rows = norm(rows_BTHC.flatten(2)).view_as(rows_BTHC)
+        return normed_rows.to(rows_BTHC.dtype)
 
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, generator: torch.Generator | None, mask_B1TT: Tensor | None

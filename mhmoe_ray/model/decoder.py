@@ -11,10 +11,11 @@ from torch.utils.checkpoint import checkpoint
 
 from mhmoe_kernels import widen
 from mhmoe_ray.model.architectures import modules_of
-from mhmoe_ray.model.attention import Attention, CachedAttention, RotaryTables, document_mask, rotary_tables
+from mhmoe_ray.model.attention import Attention, CachedAttention, document_mask
 from mhmoe_ray.model.feedforward import FeedForward
 from mhmoe_ray.model.moe import MultiHeadMoE, dispatch_locally
 from mhmoe_ray.model.noise import EMBEDDING, Noise, dropout
+from mhmoe_ray.model.rotary import RotaryTables, rotary_tables
 from mhmoe_ray.model.router import Routing
 from mhmoe_ray.spec import ModelSpec
 

@@ -165,6 +165,21 @@ def capacity_mask(expert_NK: Tensor, candidate_NK: Tensor, experts: int, capacit
     return candidate_NK & (capacity > position_R.view(expert_NK.T.shape).T)
 
 
+def mask_groups(preference_NE: Tensor, groups: int, top_groups: int) -> Tensor:
+    """Return the preferences with -inf for the experts outside the `top_groups` best groups of each row.
+
+    The value of a group is the sum of its two largest preferences (group-limited routing, DeepSeek-V3, arXiv
+    2412.19437).
+    """
+    preference_NGE = preference_NE.view(len(preference_NE), groups, -1)
+    value_NG = preference_NGE.topk(min(2, preference_NGE.shape[-1]), dim=-1).values.sum(-1)
+    is_kept_NG = torch.zeros_like(value_NG, dtype=torch.bool).scatter_(
+        1, value_NG.topk(top_groups, dim=-1).indices, True
+    )
+    masked_NGE: Tensor = preference_NGE.masked_fill(~is_kept_NG[..., None], float("-inf"))
+    return masked_NGE.flatten(1)
+
+
 class Routing(NamedTuple):
     """Routing of N rows to their experts."""
 
@@ -239,20 +254,28 @@ class Router(nn.Module):
             logits_NE: logits from `scores`.
 
         Returns:
-            expert_NK and gate_NK as in `Routing`, before any drop, and the probabilities NE.
+            expert_NK and gate_NK as in `Routing`, before any drop, and the probabilities NE: the scores of each row,
+            which add up to 1.
         """
         moe = self.moe
-        probability_NE = logits_NE.softmax(-1)
-        # The bias affects only the choice; gates come from the probabilities themselves.
-        preference_NE = probability_NE + self.bias_E if moe.bias_rate else probability_NE
+        is_softmax = moe.scoring == "softmax"
+        score_NE = logits_NE.softmax(-1) if is_softmax else logits_NE.sigmoid()
+        # The bias affects only the choice; gates come from the scores themselves.
+        preference_NE = score_NE + self.bias_E if moe.bias_rate else score_NE
+        if moe.groups > 1:
+            preference_NE = mask_groups(preference_NE, moe.groups, moe.top_groups)
         expert_NK = preference_NE.topk(moe.top_k, dim=-1).indices
-        if moe.normalize_gates:
+        gate_NK = score_NE.gather(-1, expert_NK)
+        if moe.normalize_gates and is_softmax:
             # This equals dividing the chosen probabilities by their sum. That sum is 0 if a bias chose experts whose
             # probabilities have all underflowed.
             gate_NK = logits_NE.gather(-1, expert_NK).softmax(-1)
-        else:
-            gate_NK = probability_NE.gather(-1, expert_NK)
-        return expert_NK, gate_NK, probability_NE
+        elif moe.normalize_gates:
+            # DeepSeek-V3's code adds the same constant, so that the sum cannot be 0.
+            gate_NK = gate_NK / (gate_NK.sum(-1, keepdim=True) + 1e-20)
+        if moe.gate_scale != 1:
+            gate_NK = gate_NK * moe.gate_scale
+        return expert_NK, gate_NK, score_NE if is_softmax else score_NE / score_NE.sum(-1, keepdim=True)
 
     def _candidate_routes(self, expert_NK: Tensor, gate_NK: Tensor, generator: torch.Generator | None) -> Tensor:
         """Return the mask NK of the routes that compete for the slots of experts: all but the second choices that

@@ -100,11 +100,13 @@ def unsharded_gradient_bytes(spec: RunSpec) -> int:
     single rank."""
     if spec.cluster.strategy != "fsdp" or spec.cluster.max_world_size == 1:
         return 0
-    # With one micro-batch per rank and step, only the gradients outside blocks and of one block are unsharded.
+    # With one micro-batch per rank and step, the gradients of a block are reduced to shards after its backward. Only
+    # those of one block and of what is outside blocks are unsharded at a time.
     if spec.train.micro_batches == spec.cluster.max_world_size:
         return FLOAT32 * (block_sizes(spec.model).outside + _largest_block(spec))
     counts = compute_sizes(spec.model)
-    # While several micro-batches accumulate, all gradients stay unsharded until the last backward, in place of shards.
+    # While several micro-batches accumulate, all gradients stay unsharded until the last backward. They take the place
+    # of shards, whose bytes are therefore subtracted.
     unsharded = FLOAT32 * (counts.parameters - counts.expert_parameters + counts.expert_parameters // spec.cluster.ep)
     return unsharded - _state_bytes(spec.cluster, counts)[1]
 
@@ -127,7 +129,8 @@ def _state_bytes(cluster: ClusterSpec, counts: Sizes) -> tuple[int, int, int]:
     shared = FLOAT32 * (counts.parameters - counts.expert_parameters)
     sharded = shared / world + (experts / cluster.mesh_sizes()["dp"] if cluster.shards_experts else experts)
     unsharded = shared + experts
-    # ZeRO has shards of the weights in addition: its optimizer updates them, and the weights are copied from them.
+    # ZeRO has shards of the weights in addition to the weights: its optimizer updates the shards, and the weights are
+    # copied from them.
     weights, gradients, moments = {
         "ddp": (unsharded, unsharded, unsharded),
         "fsdp": (sharded, sharded, sharded),
@@ -140,7 +143,8 @@ def _state_bytes(cluster: ClusterSpec, counts: Sizes) -> tuple[int, int, int]:
 
 def _copy_bytes(spec: RunSpec, counts: Sizes) -> int:
     """Return the bytes of the copies, in the precision of matrix products, of all weights that these products use."""
-    # The router and the norms over whole tokens compute in float32. A tied embedding is the operand of the output.
+    # The router and the norms over whole tokens compute in float32, so their weights have no copies. An embedding has a
+    # copy only if it is tied, because it is then an operand of the output's product.
     excluded_parts = {ROUTER, NORMS} | (set() if spec.model.tied_embeddings else {EMBEDDING})
     total = sum(part.layers * part.parameters for part in model_parts(spec.model) if part.name not in excluded_parts)
     return bytes_per_value(spec) * (total - counts.expert_parameters * (spec.cluster.ep - 1) // spec.cluster.ep)
@@ -158,7 +162,7 @@ def _activation_bytes_per_token(spec: RunSpec, size: int) -> int:
     dense = outer + (model.architecture.hidden_saved_bytes(model.d_ff, size) if model.d_ff is not None else 0)
     mixture = outer + (_moe_bytes(model, moe, size) if moe is not None else 0)
     noise = _dropout_bytes(model, size) if model.dropout else 0
-    # A block with distributed experts keeps everything from its second norm on.
+    # A block with distributed experts is recomputed only up to its second norm, and keeps everything from this norm on.
     if spec.train.recompute and spec.cluster.ep > 1:
         attention_part = norm + _attention_bytes(model, size)
         layers = (
@@ -167,18 +171,18 @@ def _activation_bytes_per_token(spec: RunSpec, size: int) -> int:
             + max(dense, attention_part)
         )
         layers += noise // model.layers
-    # Kept are the input of each block, and everything of the one block that is being recomputed.
+    # Each block keeps its input. The one block that is being recomputed keeps everything.
     elif spec.train.recompute:
         layers = model.layers * model.d_model * FLOAT32 + max(dense, mixture) + noise // model.layers
     else:
         layers = (model.layers - model.moe_layers) * dense + model.moe_layers * mixture + noise
-    # The last norm, the log-probabilities, and the token ids and targets.
+    # The other terms are those of the last norm, of the log-probabilities, and of the token ids and targets.
     return layers + norm + FLOAT32 * model.vocab_size + 2 * INT64
 
 
 def _dropout_bytes(model: ModelSpec, size: int) -> int:
     """Return the bytes per token that dropout keeps for the backward in all layers."""
-    # Masks have one byte per value. Outputs of experts are kept a second time, because gates apply after dropout.
+    # Masks have one byte per value. Outputs of experts are kept before and after dropout, because gates apply after it.
     masks = model.d_model * (1 + model.layers + model.layers - model.moe_layers)
     if model.moe is None:
         return masks
@@ -197,13 +201,20 @@ def _shared_attention_bytes(spec: RunSpec, size: int) -> int:
 
 def _attention_bytes(model: ModelSpec, size: int) -> int:
     """Return the bytes per token that one attention layer saves for the backward."""
-    kv_width = model.n_kv_heads * model.head_width
-    return model.architecture.attention_saved_bytes(model.d_model, kv_width, model.attention_heads, size)
+    saved_bytes = model.architecture.attention_saved_bytes(
+        model.query_width, model.kv_width, model.attention_heads, size
+    )
+    if model.qk_norm == "none":
+        return saved_bytes
+    # RMSNorm saves the normalized queries and keys in float32, and a statistic of each of its rows.
+    norm_rows = model.attention_heads + model.n_kv_heads if model.qk_norm == "head" else 2
+    return saved_bytes + (model.query_width + model.kv_width) * FLOAT32 + norm_rows * FLOAT32
 
 
 def _static_layout_bytes(model: ModelSpec, tokens: int, size: int) -> int:
     """Return the additional bytes of kernel `capacity` over all layers; 0 for other kernels."""
-    # They are N x E x C masks of each choice and of their sums, and the rows and hidden rows of every slot.
+    # The additional bytes are those of N x E x C masks, of each choice and of their sums, and of the rows and hidden
+    # rows of every slot.
     moe = model.moe
     if moe is None or moe.kernel != "capacity":
         return 0
@@ -211,7 +222,7 @@ def _static_layout_bytes(model: ModelSpec, tokens: int, size: int) -> int:
     slots = moe.experts * (moe.expert_capacity(rows) or 0)
     width = model.d_model // moe.heads * size
     hidden = model.architecture.hidden_saved_bytes(moe.d_expert, size)
-    # Under dropout each route is a row of its own with the constant weight 1, so no output is kept for the gradient of
+    # With dropout, each route is a row of its own with the constant weight 1. So no output is kept for the gradient of
     # a gate.
     if model.dropout:
         return model.moe_layers * slots * (2 * moe.top_k * rows * size + width + hidden)
@@ -242,12 +253,13 @@ def _moe_bytes(model: ModelSpec, moe: MoESpec, size: int) -> int:
     total = 0
     if moe.kernel != "capacity":
         total += row_bytes + routes * _expert_hidden_bytes(model, moe, size) + row_bytes + routes * FLOAT32
-    # The result of the norm is saved if it is the operand of a matrix product.
+    # The result of the norm before the layer is saved if it is an operand of a matrix product.
     is_norm_saved = moe.has_head_projection or bool(moe.d_shared)
-    # The router's input, unless the norm's result counts it already, and the factors of jitter.
+    # The next bytes are the router's input, unless it counts already as the result of the norm, and the factors of
+    # jitter.
     saves_input = moe.has_head_projection or size < FLOAT32 or (moe.jitter > 0 and is_norm_saved)
     total += d * FLOAT32 * (saves_input + (moe.jitter > 0)) - d * size * (size < FLOAT32 and not is_norm_saved)
-    # The operand of the merge projection, and that of each further layer of the two projections.
+    # The next bytes are the operand of the merge projection, and that of each further layer of the two projections.
     total += (
         d
         * size
@@ -256,7 +268,7 @@ def _moe_bytes(model: ModelSpec, moe: MoESpec, size: int) -> int:
             + (moe.projection_layers - 1) * (moe.has_head_projection + moe.has_merge_projection)
         )
     )
-    # Values of the router, and the choice and the mask of each route.
+    # The next bytes are the values of the router, and the choice and the mask of each route.
     total += moe.heads * (_router_bytes(moe, d // moe.heads) + FLOAT32) + routes * (INT64 + 1)
     if moe.d_shared:
         total += model.architecture.hidden_saved_bytes(moe.d_shared, size)

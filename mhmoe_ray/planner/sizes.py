@@ -9,7 +9,7 @@ from mhmoe_ray.errors import SpecError
 from mhmoe_ray.spec import ModelSpec, MoESpec, RunSpec
 from mhmoe_ray.spec.model import default_d_ff
 
-# Bytes per value.
+# Bytes per value of the integer types.
 INT32 = 4
 INT64 = 8
 
@@ -103,7 +103,7 @@ def _moe_parts(spec: ModelSpec, moe: MoESpec) -> list[Part]:
     result = [
         Part(PROJECTIONS, layers, *_all_active(projections * (d * d + d)), projections * d * d),
         Part(ROUTER, layers, *_all_active(router.parameters), moe.heads * router.macs),
-        # The sub-tokens of a token may share experts, so it uses at most E of them.
+        # A token has `routes` routes but uses at most E experts, because its sub-tokens may share experts.
         Part(EXPERTS, layers, moe.experts * expert, min(routes, moe.experts) * expert, routes * expert_macs),
     ]
     if moe.d_shared:
@@ -160,8 +160,9 @@ def flops_per_token(spec: ModelSpec, seq_len: int) -> Flops:
 
     Document masks do not reduce them.
     """
-    # A token attends to (T + 1) / 2 keys on average, with d multiply-adds each for its scores and for its values.
-    scores = spec.layers * spec.d_model * (seq_len + 1)
+    # A token attends to (T + 1) / 2 keys on average. Each key costs as many multiply-adds as a token's queries have
+    # values, for its score, and as many for its value.
+    scores = spec.layers * spec.query_width * (seq_len + 1)
     forward = 2 * (compute_sizes(spec).macs_per_token + scores)
     return Flops(forward, 3 * forward)
 
@@ -182,13 +183,15 @@ def _parameters_per_norm(spec: ModelSpec) -> int:
 
 def attention_macs(spec: ModelSpec) -> int:
     """Return the multiply-adds of the four projections of one attention layer, for one token."""
-    # Queries and the output have width d; keys and values have the width of their heads.
-    kv_width = spec.n_kv_heads * spec.head_width
-    return 2 * spec.d_model * (spec.d_model + kv_width)
+    # The projections of queries and of the output have as many multiply-adds, and so have those of keys and values.
+    return 2 * spec.d_model * (spec.query_width + spec.kv_width)
 
 
 def _attention_parameters(spec: ModelSpec) -> int:
-    return attention_macs(spec) + spec.architecture.attention_biases * spec.d_model
+    qkv_width = spec.query_width + 2 * spec.kv_width
+    bias_width = {"none": 0, "qkv": qkv_width, "all": qkv_width + spec.d_model}[spec.biased_attention]
+    norm_width = {"none": 0, "head": 2 * spec.head_width, "all": spec.query_width + spec.kv_width}[spec.qk_norm]
+    return attention_macs(spec) + bias_width + norm_width
 
 
 def model_flops_utilisation(spec: RunSpec, tokens_per_s: float, workers: int) -> float | None:

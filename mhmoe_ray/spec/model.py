@@ -19,6 +19,7 @@ from mhmoe_ray.architectures import ARCHITECTURES, Architecture, ArchitectureNam
 from mhmoe_ray.spec.base import Section
 
 RouterName = Literal["linear", "xmoe", "xmoe_torchscale"]
+AttentionBias = Literal["none", "qkv", "all"]
 
 
 class RouterSizes(NamedTuple):
@@ -67,6 +68,8 @@ class MoESpec(Section):
     """f: hidden width of one expert."""
     every: PositiveInt = 2
     """Spacing of mixture-of-experts layers: layer i (from 0) is one if i + 1 is a multiple of this number."""
+    dense_first: NonNegativeInt = 0
+    """Number of layers at the start of the model that are dense, whatever `every` says (DeepSeek-V3)."""
 
     head_projection: bool | None = None
     """If true, there is a linear layer before the split into sub-tokens; by default only if h > 1."""
@@ -88,9 +91,19 @@ class MoESpec(Section):
     router_dim: int | None = Field(default=None, ge=2)
     """Width of xmoe's projection; by default E / 2, as its authors advise. It must be at least 2: in one dimension a
     cosine is 1 or -1, and the router learns nothing."""
+    scoring: Literal["softmax", "sigmoid"] = "softmax"
+    """Function from the router's logits to scores. softmax: over all experts. sigmoid: of each logit by itself
+    (DeepSeek-V3)."""
     normalize_gates: bool = False
     """If true, the k gates (routing weights) are divided by their sum (P1, Mixtral). By default they are the raw
-    softmax weights (P2's code)."""
+    scores (P2's code)."""
+    gate_scale: PositiveFloat = 1.0
+    """Factor of all gates (DeepSeek-V3's route scale)."""
+    groups: PositiveInt = 1
+    """Number of equal groups of experts for group-limited routing. Only the experts of the best `top_groups` groups are
+    considered for a sub-token. The value of a group is the sum of its two largest scores (DeepSeek-V3)."""
+    top_groups: PositiveInt = 1
+    """Number of groups whose experts are considered for a sub-token."""
     jitter: float = Field(default=0.0, ge=0, lt=1)
     """Router jitter: in training, the router's input is multiplied by factors drawn uniformly from 1 - jitter to 1 +
     jitter."""
@@ -144,7 +157,20 @@ class MoESpec(Section):
             raise ValueError("with top_k 1, normalize_gates makes every gate 1, and the router learns nothing")
         if self.balance_choices == "all" and self.top_k == 1:
             raise ValueError("top_k is 1, so balance_choices: all would be ignored: there is only a first choice")
+        if self.scoring == "sigmoid" and self.router != "linear":
+            raise ValueError(f"router {self.router} is defined with softmax: remove scoring, or use router linear")
+        self._check_groups()
         return self
+
+    def _check_groups(self) -> None:
+        if self.groups == 1 and self.top_groups > 1:
+            raise ValueError("groups is 1, so top_groups would be ignored")
+        if self.experts % self.groups:
+            raise ValueError(f"experts ({self.experts}) do not split into {self.groups} equal groups")
+        if self.top_groups > self.groups:
+            raise ValueError(f"top_groups is {self.top_groups}, but there are only {self.groups} groups")
+        if self.top_groups * (self.experts // self.groups) < self.top_k:
+            raise ValueError(f"{self.top_groups} of {self.groups} groups have fewer than top_k ({self.top_k}) experts")
 
     @property
     def has_head_projection(self) -> bool:
@@ -162,7 +188,8 @@ class MoESpec(Section):
     def expert_capacity(self, rows: int) -> int | None:
         """Return the expert capacity for N rows: capacity_factor * k * ceil(N / E), rounded up; None if routing is
         dropless."""
-        # At factor 1 this equals P1's top-2 gate, 2 * ceil(N / E), and P2's code, k * ceil(N / E).
+        # With factor 1 this is the capacity of both papers' code: 2 * ceil(N / E) for P1's top-2 routing, and
+        # k * ceil(N / E) in P2.
         if self.capacity_factor is None:
             return None
         # The factor's decimal digits as a fraction, because as binary numbers 1.1 * 10 is above 11.
@@ -192,6 +219,46 @@ def default_d_ff(d_model: int) -> int:
     return math.ceil(d_model * 8 / 3 / 128) * 128
 
 
+class RopeScaling(Section):
+    """Scaling of rotary positions, with which a model reads longer texts than those of its first training."""
+
+    type: Literal["linear", "yarn", "llama3"]
+    """linear: positions are divided by the factor. yarn: only low frequencies are, and attention is sharpened (arXiv
+    2309.00071). llama3: only low frequencies are, as in Llama 3.1."""
+    factor: float = Field(ge=1)
+    """Ratio of the new context length to the original one."""
+    original_length: PositiveInt | None = None
+    """Context length of the first training; required for yarn and llama3."""
+    beta_fast: PositiveFloat = 32.0
+    """yarn: frequencies with more than this many turns in the original length are not scaled."""
+    beta_slow: PositiveFloat = 1.0
+    """yarn: frequencies with fewer than this many turns in the original length are scaled fully."""
+    attention_factor: PositiveFloat | None = None
+    """yarn: factor of rotated queries and keys; by default 0.1 ln(factor) + 1."""
+    low_freq_factor: PositiveFloat = 1.0
+    """llama3: frequencies with fewer than this many turns in the original length are scaled fully."""
+    high_freq_factor: PositiveFloat = 4.0
+    """llama3: frequencies with more than this many turns in the original length are not scaled."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        yarn_keys, llama3_keys = {"beta_fast", "beta_slow", "attention_factor"}, {"low_freq_factor", "high_freq_factor"}
+        ignored_keys = {
+            "linear": {"original_length"} | yarn_keys | llama3_keys,
+            "yarn": llama3_keys,
+            "llama3": yarn_keys,
+        }[self.type]
+        # A spec that was written from another one names every key, so only values other than the defaults count.
+        for key in sorted(ignored_keys):
+            if getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(f"type is {self.type}, so {key} would be ignored")
+        if self.original_length is None and self.type != "linear":
+            raise ValueError(f"type is {self.type}, so original_length must be given")
+        if self.type == "llama3" and self.low_freq_factor >= self.high_freq_factor:
+            raise ValueError("low_freq_factor must be below high_freq_factor")
+        return self
+
+
 class ModelSpec(Section):
     """The model: a decoder, its sizes and its options."""
 
@@ -206,11 +273,21 @@ class ModelSpec(Section):
     kv_heads: PositiveInt | None = None
     """Number of heads of keys and values, each shared by the same number of attention heads (grouped queries). By
     default each attention head has its own."""
+    d_head: PositiveInt | None = None
+    """Width of an attention head; by default d_model / attention_heads."""
+    attention_bias: AttentionBias | None = None
+    """Projections of attention that have a bias: none, qkv (queries, keys and values, as in Qwen2) or all (also the
+    output). The default is that of the backbone: none for llama. subln has all, and no other choice."""
+    qk_norm: Literal["none", "head", "all"] = "none"
+    """RMSNorm of queries and keys before rotation. head: of each head by itself (Qwen3). all: of all heads together
+    (OLMoE)."""
     d_ff: PositiveInt | None = None
     """Hidden width of the dense feed-forward layers. It must be absent if every layer is a mixture of experts."""
     tied_embeddings: bool = True
     """If true, the output layer shares its weights with the embedding."""
     rope_theta: PositiveFloat = 10_000.0
+    rope_scaling: RopeScaling | None = None
+    """Scaling of rotary positions. By default positions are not scaled."""
     norm_eps: PositiveFloat = 1e-5
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout rate in training on the embedding and on the outputs of attention, dense layers and each expert (0.1 in
@@ -225,11 +302,14 @@ class ModelSpec(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.d_model % (2 * self.attention_heads):
+        if self.d_head is None and self.d_model % (2 * self.attention_heads):
             raise ValueError(
                 f"d_model {self.d_model} must be a multiple of twice attention_heads ({self.attention_heads}), "
-                "because rotary positions need an even width per head"
+                "because rotary positions need an even width per head; or set d_head"
             )
+        if self.d_head is not None and self.d_head % 2:
+            raise ValueError(f"d_head is {self.d_head}, but rotary positions need an even width per head")
+        self._check_trunk_options()
         if self.kv_heads is not None and not self.architecture.grouped_queries:
             backbones = " or ".join(
                 name for name, architecture in ARCHITECTURES.items() if architecture.grouped_queries
@@ -247,10 +327,22 @@ class ModelSpec(Section):
         if self.moe and self.d_model % self.moe.heads:
             raise ValueError(f"d_model {self.d_model} does not split into {self.moe.heads} equal sub-tokens")
         if self.moe and not self.moe_layers:
-            raise ValueError(f"moe.every is {self.moe.every}, so none of the {self.layers} layers has experts")
+            raise ValueError(
+                f"moe.every is {self.moe.every} and moe.dense_first {self.moe.dense_first}, so none of the "
+                f"{self.layers} layers has experts"
+            )
         if self.moe:
             self._check_kernel(self.moe)
         return self
+
+    def _check_trunk_options(self) -> None:
+        if self.architecture.has_trunk_options:
+            return
+        for name in ("d_head", "attention_bias", "rope_scaling"):
+            if getattr(self, name) is not None:
+                raise ValueError(f"{name} is fixed on the {self.backbone} backbone: remove it")
+        if self.qk_norm != "none":
+            raise ValueError(f"the {self.backbone} backbone has no norm of queries and keys: remove qk_norm")
 
     def _check_kernel(self, moe: MoESpec) -> None:
         limits, row_width = moe.kernel_limits, self.d_model // moe.heads
@@ -280,12 +372,13 @@ class ModelSpec(Section):
 
         Dense layers get the default width if the trunk has none. The checks of the spec apply to the new model.
         """
-        d_ff = None if moe is not None and moe.every == 1 else self.d_ff or default_d_ff(self.d_model)
+        has_dense_layers = moe is None or moe.every > 1 or moe.dense_first > 0
+        d_ff = (self.d_ff or default_d_ff(self.d_model)) if has_dense_layers else None
         return ModelSpec.model_validate({**self.model_dump(exclude={"moe", "d_ff"}), "d_ff": d_ff, "moe": moe})
 
     def is_moe_layer(self, layer: int) -> bool:
         """Return whether layer `layer` (counted from 0) is a mixture of experts."""
-        return self.moe is not None and (layer + 1) % self.moe.every == 0
+        return self.moe is not None and layer >= self.moe.dense_first and (layer + 1) % self.moe.every == 0
 
     @property
     def recomputed_share(self) -> float:
@@ -318,4 +411,19 @@ class ModelSpec(Section):
 
     @property
     def head_width(self) -> int:
-        return self.d_model // self.attention_heads
+        return self.d_head or self.d_model // self.attention_heads
+
+    @property
+    def query_width(self) -> int:
+        """The width of the queries of all heads."""
+        return self.attention_heads * self.head_width
+
+    @property
+    def kv_width(self) -> int:
+        """The width of the keys of all heads, and of their values."""
+        return self.n_kv_heads * self.head_width
+
+    @property
+    def biased_attention(self) -> AttentionBias:
+        """The projections of attention that have a bias."""
+        return self.attention_bias or self.architecture.attention_bias

@@ -35,7 +35,8 @@ def test_changing_a_token_changes_no_logits_before_it(heads, kind):
         changed = x.clone()
         changed[1, t] = (changed[1, t] + 1) % 50
         logits = model(changed).logits_BTV
-        # Not bit-equal: an expert's other rows shift a row's place in its matrix product.
+        # The logits are not equal bit for bit: the changed token may go to other experts, where it shifts other rows in
+        # the matrix product, and the rounding depends on the place of a row.
         is_equal = ((logits - expected).abs() < 1e-12).all(-1)
         assert is_equal[1, :t].all(), "a later token reached back"
         assert ((logits - expected).abs() > 1e-9)[1, t:].any(-1).all(), "without an effect the test could not fail"
@@ -58,7 +59,8 @@ def test_cached_generation_gives_the_same_logits(heads, kind):
 @torch.no_grad()
 def test_attention_depends_only_on_distance_between_tokens(kind):
     """The output of attention is the same if all positions are shifted by 1000."""
-    from mhmoe_ray.model.attention import Attention, rotary_tables
+    from mhmoe_ray.model.attention import Attention
+    from mhmoe_ray.model.rotary import rotary_tables
 
     spec = build_decoder(**kind).spec
     attention = Attention(spec).double()
@@ -80,22 +82,24 @@ def test_every_parameter_gets_a_gradient(kind, router):
 @torch.no_grad()
 def test_xpos_scale_decays_with_distance():
     """The product of a query and keys without rotation falls with the distance, to the published value at 1,024."""
-    from mhmoe_ray.model.attention import rotary_tables
+    from mhmoe_ray.model.rotary import rotary_tables
 
     spec = build_decoder(backbone="subln").spec
     tables = rotary_tables(spec, torch.arange(1025))
-    # Without rotation, the product of a query of ones at the end with keys of ones.
+    # The root of the sum of the squares of sine and cosine is the scale of xPos, without the rotation. `product` is the
+    # product of a query of ones at the last position with keys of ones.
     scale_q = (tables.q_cos_TC.square() + tables.q_sin_TC.square()).sqrt()
     scale_k = (tables.k_cos_TC.square() + tables.k_sin_TC.square()).sqrt()
     product = (scale_q[-1] * scale_k).sum(-1)
     assert (product[1:] > product[:-1]).all()
     assert product[-1] == pytest.approx(spec.head_width, rel=1e-4)
     base = (torch.arange(0, 8, 2) + 0.4 * 8) / (1.4 * 8)
-    assert product[0] == pytest.approx(2 * float((base**2).sum()), rel=1e-4)  # 1,024 tokens: two factors
+    # xPos multiplies by `base` every 512 tokens, so twice over 1,024 tokens.
+    assert product[0] == pytest.approx(2 * float((base**2).sum()), rel=1e-4)
 
 
 def test_xpos_stays_within_float32_up_to_the_longest_sequence():
-    from mhmoe_ray.model.attention import rotary_tables
+    from mhmoe_ray.model.rotary import rotary_tables
 
     longest_sequence = ARCHITECTURES["subln"].longest_sequence
     tables = rotary_tables(

@@ -4,10 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mhmoe_ray.model.attention import Attention, rotary_tables
+from mhmoe_ray.model.attention import Attention
 from mhmoe_ray.model.decoder import Decoder, routing_loss
 from mhmoe_ray.model.init import init_weights
 from mhmoe_ray.model.noise import EMBEDDING, Noise, dropout
+from mhmoe_ray.model.rotary import rotary_tables
 from mhmoe_ray.spec import ModelSpec, MoESpec
 
 CPU = torch.device("cpu")
@@ -40,7 +41,8 @@ def test_dropout_zeroes_or_scales_entries_so_that_the_mean_stays(rate, dtype):
     assert y.dtype == dtype
     keep_mask = y != 0
     torch.testing.assert_close(y[keep_mask], x[keep_mask] / (1 - rate))
-    assert keep_mask.double().mean().item() == pytest.approx(1 - rate, abs=0.01)  # four standard deviations
+    # For a rate of 0.5, the tolerance is four standard deviations of a share of 40,000 entries.
+    assert keep_mask.double().mean().item() == pytest.approx(1 - rate, abs=0.01)
     assert torch.equal(keep_mask, dropout(x.double(), rate, generator()) != 0), (
         "the dtype must not decide what is dropped"
     )
@@ -69,7 +71,8 @@ def test_each_expert_of_a_sub_token_has_its_own_dropout_mask():
 @torch.no_grad()
 def test_dropout_applies_to_the_output_of_a_shared_expert():
     [layer] = build_decoder(dropout=0.5).moe_layers()
-    layer.merge.weight.zero_()  # no output of the routed experts; the bias of the merge projection is 0 initially
+    # The routed experts then contribute nothing, because the bias of the merge projection is 0 initially.
+    layer.merge.weight.zero_()
     x = torch.randn(1, 4000, 16, dtype=torch.float64, generator=generator())
     y, shared = layer(x, generator())[0], layer.shared(x)
     dropped = y == 0
@@ -86,7 +89,7 @@ def test_attention_weights_are_dropped_and_their_mean_stays():
     expected = attention(x, tables)
     outputs = attention(x.expand(6000, -1, -1), tables, None, generator())
     torch.testing.assert_close(outputs.mean(0, keepdim=True), expected, atol=0.02, rtol=0)
-    # The first token attends only to itself: its output is each head's scaled value or 0.
+    # The first token attends only to itself, so each head gives its scaled value or 0.
     assert len(outputs[:, 0].round(decimals=9).unique(dim=0)) == 2**spec.attention_heads
 
 

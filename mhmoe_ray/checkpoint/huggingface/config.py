@@ -1,152 +1,40 @@
-"""Content of config.json: the fields of a Mixtral if the model is one, and always the complete `model` section.
+"""config.json and generation_config.json of a folder in Hugging Face's layout.
 
-    {"model_type": "mixtral" or "mhmoe", ..., "mhmoe": {"model": {...}, "seq_len": 2048, "tokenizer_sha256": "..."}}
+config.json has the keys of one architecture of transformers (`adapters/`), which decide what the model computes. An
+exported folder also has a section `mhmoe` with the complete model section of the spec, so that a run that is imported
+from it keeps the settings of its training:
 
-Tools for Mixtral models read its fields and ignore `mhmoe`. A folder that this package did not write has no `mhmoe`,
-and its Mixtral fields become a `model` section. If both are present they must agree.
+    {"model_type": "llama", "hidden_size": 512, ..., "mhmoe": {"model": {...}, "seq_len": 2048, ...}}
+
+Other tools ignore the section. If it describes another model than the keys, the folder is refused.
 """
 
 import json
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
-from pydantic import BaseModel, NonNegativeFloat, PositiveFloat, PositiveInt, ValidationError, model_validator
+from pydantic import BaseModel, PositiveInt, ValidationError
 
+from mhmoe_ray.checkpoint.huggingface.adapters import ADAPTERS, choose_adapter, computed_function
 from mhmoe_ray.errors import CheckpointError
-from mhmoe_ray.spec import ModelSpec, MoESpec
-
-
-class MixtralConfig(BaseModel):
-    """Fields of a Mixtral's config.json that determine what it computes."""
-
-    vocab_size: PositiveInt
-    hidden_size: PositiveInt
-    intermediate_size: PositiveInt
-    num_hidden_layers: PositiveInt
-    num_attention_heads: PositiveInt
-    num_key_value_heads: PositiveInt
-    head_dim: PositiveInt | None = None
-    num_local_experts: PositiveInt
-    num_experts_per_tok: PositiveInt
-    hidden_act: str = "silu"
-    rms_norm_eps: PositiveFloat
-    rope_theta: PositiveFloat
-    max_position_embeddings: PositiveInt
-    sliding_window: PositiveInt | None = None
-    tie_word_embeddings: bool = False
-    attention_bias: bool = False
-    router_aux_loss_coef: NonNegativeFloat = 0.0
-    router_jitter_noise: NonNegativeFloat = 0.0
-    rope_scaling: dict[str, Any] | None = None
-    rope_parameters: dict[str, Any] | None = None
-    quantization_config: dict[str, Any] | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _take_rope_theta(cls, fields: dict[str, Any]) -> dict[str, Any]:
-        """Return the fields with the `rope_theta` of `rope_parameters`, if it is there."""
-        # transformers 5 writes it there, older versions write a field of its own.
-        rope = fields.get("rope_parameters")
-        if isinstance(rope, dict) and "rope_theta" in rope:
-            return {**fields, "rope_theta": rope["rope_theta"]}
-        return fields
-
-    @model_validator(mode="after")
-    def _check_support(self) -> Self:
-        """Raise ValueError if the fields describe a Mixtral that this package cannot compute."""
-        rope = self.rope_scaling or self.rope_parameters or {}
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        if self.quantization_config:
-            raise ValueError("quantization_config: its weights are quantised, and only floats are understood")
-        if self.head_dim is not None and self.head_dim * self.num_attention_heads != self.hidden_size:
-            raise ValueError(f"head_dim is {self.head_dim}; only hidden_size / num_attention_heads is computed")
-        if kind != "default" or rope.get("partial_rotary_factor", 1) != 1:
-            raise ValueError(f"its positions are scaled ({kind}); only plain rotary positions are computed")
-        if self.attention_bias:
-            raise ValueError("attention_bias is true; only attention without biases is computed")
-        if self.hidden_act != "silu":
-            raise ValueError(f"hidden_act is {self.hidden_act}; only silu is computed")
-        return self
-
-    @classmethod
-    def from_model(cls, model: ModelSpec, seq_len: int) -> Self:
-        """Return the fields of the Mixtral that computes the same as a model for which `is_mixtral` holds."""
-        assert model.moe is not None
-        # For a uniform load, the balance loss of transformers is top_k and ours is 1. Theirs is a mean over layers,
-        # ours a sum.
-        coefficient = model.moe.balance_weight * model.layers / model.moe.top_k
-        return cls(
-            vocab_size=model.vocab_size,
-            hidden_size=model.d_model,
-            intermediate_size=model.moe.d_expert,
-            num_hidden_layers=model.layers,
-            num_attention_heads=model.attention_heads,
-            num_key_value_heads=model.n_kv_heads,
-            num_local_experts=model.moe.experts,
-            num_experts_per_tok=model.moe.top_k,
-            rms_norm_eps=model.norm_eps,
-            rope_theta=model.rope_theta,
-            rope_parameters={"rope_type": "default", "rope_theta": model.rope_theta},
-            max_position_embeddings=seq_len,
-            tie_word_embeddings=model.tied_embeddings,
-            router_aux_loss_coef=coefficient,
-            router_jitter_noise=model.moe.jitter,
-        )
-
-    @property
-    def context_length(self) -> int:
-        """Number of tokens that the model sees at once."""
-        # Up to the length of the sliding window, attention with the window equals attention without it.
-        return min(self.max_position_embeddings, self.sliding_window or self.max_position_embeddings)
-
-    def to_model_spec(self) -> ModelSpec:
-        """Return the `model` section of a spec that computes the same as this Mixtral."""
-        coefficient = self.router_aux_loss_coef
-        moe = MoESpec(
-            heads=1,
-            experts=self.num_local_experts,
-            top_k=self.num_experts_per_tok,
-            d_expert=self.intermediate_size,
-            every=1,
-            normalize_gates=True,
-            jitter=self.router_jitter_noise,
-            balance_weight=coefficient * self.num_experts_per_tok / self.num_hidden_layers,
-            balance_choices="all" if coefficient else "first",
-        )
-        return ModelSpec(
-            vocab_size=self.vocab_size,
-            d_model=self.hidden_size,
-            layers=self.num_hidden_layers,
-            attention_heads=self.num_attention_heads,
-            kv_heads=self.num_key_value_heads,
-            tied_embeddings=self.tie_word_embeddings,
-            rope_theta=self.rope_theta,
-            norm_eps=self.rms_norm_eps,
-            moe=moe,
-        )
-
-
-def is_mixtral(model: ModelSpec) -> bool:
-    """Return whether a model computes, for a single text, exactly what a Mixtral of the same sizes computes."""
-    # Document masks are not compared: they only matter in training, where a sample has several documents.
-    moe = model.moe
-    if moe is None or not model.architecture.is_mixtral or model.moe_layers != model.layers:
-        return False
-    has_plain_layers = moe.heads == 1 and not (
-        moe.has_head_projection or moe.has_merge_projection or moe.sub_token_residual or moe.d_shared
-    )
-    has_mixtral_routing = (
-        moe.router == "linear" and moe.normalize_gates and not moe.bias_rate and moe.capacity_factor is None
-    )
-    return has_plain_layers and has_mixtral_routing
-
+from mhmoe_ray.spec import ModelSpec
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 SECTION = "mhmoe"
+# Exports of version 0.1 have the section, but not the keys of the architecture.
+FIRST_KEY = "hidden_size"
+
+AUTO_CLASSES = {
+    "AutoConfig": "configuration_mhmoe.MhmoeConfig",
+    "AutoModel": "modeling_mhmoe.MhmoeModel",
+    "AutoModelForCausalLM": "modeling_mhmoe.MhmoeForCausalLM",
+    "AutoModelForSequenceClassification": "modeling_mhmoe.MhmoeForSequenceClassification",
+}
+"""Classes of an exported MH-MoE model by transformers' auto classes (`auto_map` in config.json)."""
 
 
-class MhmoeConfig(BaseModel):
+class MhmoeSection(BaseModel):
     """Section `mhmoe` of config.json: the complete description of the model."""
 
     model: ModelSpec
@@ -157,35 +45,60 @@ class MhmoeConfig(BaseModel):
     in folders that this package did not write."""
 
 
-def build_config(
-    model: ModelSpec, seq_len: int, dtype: torch.dtype, edge_tokens: tuple[int, list[int]], tokenizer_sha256: str
+class EdgeTokens(BaseModel):
+    """Token ids at the edges of a text, and the one that pads it."""
+
+    bos_token_id: int
+    eos_token_id: list[int]
+    pad_token_id: int
+
+
+def build_config(model: ModelSpec, seq_len: int, tokenizer_size: int) -> dict[str, Any]:
+    """Return the keys of config.json that decide what a model computes, with its `model_type` and its classes.
+
+    Args:
+        model: `model` section of the spec.
+        seq_len: number of tokens that the model sees at once.
+        tokenizer_size: number of tokens of the tokenizer.
+    """
+    adapter = choose_adapter(model, seq_len)
+    fields: dict[str, Any] = {"architectures": [adapter.class_name], "model_type": adapter.model_type}
+    if adapter.model_type == SECTION:
+        fields |= {"auto_map": AUTO_CLASSES, "tokenizer_size": tokenizer_size}
+    return fields | adapter.model_dump(exclude_unset=True)
+
+
+def build_exported_config(
+    model: ModelSpec,
+    seq_len: int,
+    dtype: torch.dtype,
+    edge_tokens: EdgeTokens,
+    tokenizer_size: int,
+    tokenizer_sha256: str,
 ) -> dict[str, Any]:
-    """Return the content of config.json for an exported model, with the fields of a Mixtral if it is one.
+    """Return the content of config.json for an exported model.
 
     Args:
         model: `model` section of the spec.
         seq_len: number of tokens that the model sees at once.
         dtype: dtype of the weights.
-        edge_tokens: token id that starts a text, and token ids that end one.
+        edge_tokens: token ids that start, end and pad a text.
+        tokenizer_size: number of tokens of the tokenizer.
         tokenizer_sha256: identity of the tokenizer.
     """
-    section = MhmoeConfig(model=model, seq_len=seq_len, tokenizer_sha256=tokenizer_sha256)
-    our_fields = {SECTION: section.model_dump(mode="json")}
-    common_fields = {
-        "torch_dtype": str(dtype).removeprefix("torch."),
-        "bos_token_id": edge_tokens[0],
-        "eos_token_id": edge_tokens[1],
+    section = MhmoeSection(model=model, seq_len=seq_len, tokenizer_sha256=tokenizer_sha256)
+    return {
+        **build_config(model, seq_len, tokenizer_size),
+        "dtype": str(dtype).removeprefix("torch."),
+        **edge_tokens.model_dump(),
+        SECTION: section.model_dump(mode="json"),
     }
-    if not is_mixtral(model):
-        return {"model_type": "mhmoe", **common_fields, **our_fields}
-    fields = MixtralConfig.from_model(model, seq_len).model_dump(exclude_unset=True)
-    return {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral", **fields, **common_fields, **our_fields}
 
 
-def read_config(folder: Path, seq_len: int | None) -> tuple[str, MhmoeConfig]:
+def read_config(folder: Path, seq_len: int | None) -> tuple[str, MhmoeSection]:
     """Read a folder's config.json; return its model type, and its `mhmoe` section with the requested context length.
 
-    If it has no `mhmoe` section, because another tool wrote it, the section is made from its Mixtral fields.
+    If it has no `mhmoe` section, because another tool wrote it, the section is made from the keys of its architecture.
 
     Args:
         folder: folder with a config.json.
@@ -204,24 +117,47 @@ def read_config(folder: Path, seq_len: int | None) -> tuple[str, MhmoeConfig]:
         raise CheckpointError(subject, reason, "name the folder of a model, as `mhmoe ckpt export` writes it") from e
     except (ValueError, AttributeError) as e:
         raise CheckpointError(subject, f"its {CONFIG} is damaged", "get the folder again") from e
-    if model_type != "mixtral" and (model_type != "mhmoe" or SECTION not in fields):
+    if model_type not in ADAPTERS:
         reason = f"its model_type is {model_type}"
-        raise CheckpointError(subject, reason, "import a Mixtral, or a folder that `mhmoe ckpt export` wrote")
+        raise CheckpointError(subject, reason, f"import one of {', '.join(ADAPTERS)}")
     try:
-        config = MhmoeConfig.model_validate(fields[SECTION]) if SECTION in fields else None
-        if model_type == "mixtral":
-            mixtral = MixtralConfig.model_validate(fields)
-            config = _require_agreement(subject, mixtral, config) if config else _to_mhmoe_config(mixtral)
-    except ValidationError as e:
-        first_error = e.errors()[0]
-        location = ".".join(map(str, first_error["loc"]))
-        reason = f"{CONFIG}: {location + ': ' if location else ''}{first_error['msg'].removeprefix('Value error, ')}"
-        raise CheckpointError(subject, reason, "such a model cannot be imported") from e
-    assert config is not None
-    if seq_len is not None and seq_len > config.seq_len:
-        reason = f"it is made for {config.seq_len} tokens at once"
+        section = _read_section(subject, model_type, fields)
+    except (ValidationError, ValueError) as e:
+        raise CheckpointError(subject, f"{CONFIG}: {_error_text(e)}", "such a model cannot be imported") from e
+    if seq_len is not None and seq_len > section.seq_len:
+        reason = f"it is made for {section.seq_len} tokens at once"
         raise CheckpointError(subject, reason, f"choose a --seq-len up to that, not {seq_len}")
-    return model_type, config if seq_len is None else config.model_copy(update={"seq_len": seq_len})
+    return model_type, section if seq_len is None else section.model_copy(update={"seq_len": seq_len})
+
+
+def _read_section(subject: str, model_type: str, fields: dict[str, Any]) -> MhmoeSection:
+    """Return the `mhmoe` section of config.json, or the one that follows from the keys of the architecture.
+
+    Raises:
+        ValueError: the keys describe a model that this package does not compute.
+        CheckpointError: the section and the keys describe different models.
+    """
+    section = MhmoeSection.model_validate(fields[SECTION]) if SECTION in fields else None
+    if section is not None and FIRST_KEY not in fields:
+        return section
+    adapter = ADAPTERS[model_type].model_validate(fields)
+    model = adapter.to_model_spec()
+    if section is None:
+        return MhmoeSection(model=model, seq_len=adapter.context_length)
+    # The section is preferred because it also has the settings of the training.
+    if computed_function(section.model) != computed_function(model) or section.seq_len != adapter.context_length:
+        reason = f"the section {SECTION} of its {CONFIG} is not the model that the other keys describe"
+        raise CheckpointError(subject, reason, "remove that section if the other keys are right")
+    return section
+
+
+def _error_text(error: Exception) -> str:
+    """Return an error of config.json in one line, with the name of its key if pydantic found it."""
+    if not isinstance(error, ValidationError):
+        return str(error)
+    first_error = error.errors()[0]
+    location = ".".join(map(str, first_error["loc"]))
+    return f"{location + ': ' if location else ''}{first_error['msg'].removeprefix('Value error, ')}"
 
 
 def read_end_tokens(folder: Path, token_count: int) -> set[int]:
@@ -252,22 +188,3 @@ def read_end_tokens(folder: Path, token_count: int) -> set[int]:
                 raise CheckpointError(subject, reason, "correct that file")
             end_tokens.add(token)
     return end_tokens
-
-
-def _to_mhmoe_config(mixtral: MixtralConfig) -> MhmoeConfig:
-    return MhmoeConfig(model=mixtral.to_model_spec(), seq_len=mixtral.context_length)
-
-
-def _require_agreement(subject: str, mixtral: MixtralConfig, our_config: MhmoeConfig) -> MhmoeConfig:
-    """Return `our_config`, the `mhmoe` section of config.json, after checking that the Mixtral fields agree with it.
-
-    Raises:
-        CheckpointError: the Mixtral fields describe another model.
-    """
-    # The `mhmoe` section is preferred because it also has the settings of the training.
-    if not is_mixtral(our_config.model) or _to_mhmoe_config(
-        MixtralConfig.from_model(our_config.model, our_config.seq_len)
-    ) != _to_mhmoe_config(mixtral):
-        reason = f"the section {SECTION} of its {CONFIG} is not the model that the other fields describe"
-        raise CheckpointError(subject, reason, "remove that section if the other fields are right")
-    return our_config

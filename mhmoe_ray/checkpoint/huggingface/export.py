@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from mhmoe_ray.checkpoint.format import SliceIndex
-from mhmoe_ray.checkpoint.huggingface.config import CONFIG, build_config
+from mhmoe_ray.checkpoint.huggingface.adapters import choose_adapter
+from mhmoe_ray.checkpoint.huggingface.config import CONFIG, GENERATION, EdgeTokens, build_exported_config
 from mhmoe_ray.checkpoint.huggingface.files import INDEX, write_files
+from mhmoe_ray.checkpoint.huggingface.model_card import CARD, build_card
 from mhmoe_ray.checkpoint.huggingface.names import TensorEntry, tensor_entries
 from mhmoe_ray.checkpoint.huggingface.tokenizer import (
     TOKENIZER_CONFIG,
@@ -23,10 +25,13 @@ from mhmoe_ray.checkpoint.huggingface.tokenizer import (
 from mhmoe_ray.checkpoint.load import load_tensors, read_index
 from mhmoe_ray.checkpoint.manifest import CheckpointManifest
 from mhmoe_ray.checkpoint.tokenizer import run_tokenizer
-from mhmoe_ray.data.tokenizer import boundaries, load_tokenizer
+from mhmoe_ray.data.tokenizer import boundaries, load_tokenizer, token_count
 from mhmoe_ray.errors import CheckpointError
-from mhmoe_ray.runs.directory import CHAT_TEMPLATE
+from mhmoe_ray.runs.directory import CHAT_TEMPLATE, RunDir
 from mhmoe_ray.storage import Location, replace_file, write_json
+
+CODE_FILES = tuple(Path(__file__).with_name(name) for name in ("configuration_mhmoe.py", "modeling_mhmoe.py"))
+"""Files with the classes of a model that transformers does not have; an export contains copies of them."""
 
 
 class ExportResult(NamedTuple):
@@ -40,8 +45,9 @@ class ExportResult(NamedTuple):
 def export(checkpoint: Location, manifest: CheckpointManifest, target: Path) -> ExportResult:
     """Export a checkpoint to a folder in Hugging Face's layout; one layer at a time is in memory.
 
-    The folder gets safetensors with their index, config.json, tokenizer.json, tokenizer_config.json and, if the run has
-    one, chat_template.jinja.
+    The folder gets safetensors with their index, config.json, generation_config.json, tokenizer.json,
+    tokenizer_config.json, a model card and, if the run has one, chat_template.jinja. For a model that transformers does
+    not have, it also gets the code of its classes.
 
     Args:
         checkpoint: checkpoint inside its run directory, already verified.
@@ -88,7 +94,8 @@ def _write_folder(
     folder: Path, checkpoint: Location, manifest: CheckpointManifest, tokenizer: Location
 ) -> ExportResult:
     """Write all files of the export of a checkpoint into an existing folder, with the tokenizer at path `tokenizer`."""
-    groups = tensor_entries(manifest.model)
+    adapter = choose_adapter(manifest.model, manifest.seq_len)
+    groups = tensor_entries(manifest.model, adapter.name_replacements)
     # Read before anything is written: errors of reading and of writing have different messages.
     with _report_read_errors(checkpoint):
         index = read_index(checkpoint / "weights")
@@ -99,15 +106,31 @@ def _write_folder(
     dtypes = {name: slices[0].dtype for name, slices in index.items()}
     names = write_files(folder, _exported_groups(checkpoint, groups, index), len(groups))
     file_contents[tokenizer.name] = add_start_token(file_contents[tokenizer.name])
+    if adapter.model_type == "mhmoe":
+        file_contents |= {file.name: file.read_bytes() for file in CODE_FILES}
+    file_contents[CARD] = build_card(RunDir.of_checkpoint(checkpoint), manifest, adapter.model_type).encode()
     for name, text in file_contents.items():
         replace_file(folder / name, text)
-    write_json(folder / TOKENIZER_CONFIG, tokenizer_config(file_contents[tokenizer.name], manifest.seq_len))
-    edge_tokens = boundaries(load_tokenizer(folder / tokenizer.name, manifest.model.vocab_size))
-    end_tokens = sorted(edge_tokens.ends.union(manifest.ends))
-    embedding_dtype = dtypes["embedding.weight"]
-    identity = tokenizer_identity(file_contents[tokenizer.name])
-    config = build_config(manifest.model, manifest.seq_len, embedding_dtype, (edge_tokens.start, end_tokens), identity)
+    template_text = file_contents[CHAT_TEMPLATE].decode() if CHAT_TEMPLATE in file_contents else None
+    settings = tokenizer_config(file_contents[tokenizer.name], manifest.seq_len, template_text)
+    write_json(folder / TOKENIZER_CONFIG, settings)
+    loaded_tokenizer = load_tokenizer(folder / tokenizer.name, manifest.model.vocab_size)
+    edges = boundaries(loaded_tokenizer)
+    edge_tokens = EdgeTokens(
+        bos_token_id=edges.start,
+        eos_token_id=sorted(edges.ends.union(manifest.ends)),
+        pad_token_id=loaded_tokenizer.token_to_id(settings["pad_token"]),
+    )
+    config = build_exported_config(
+        manifest.model,
+        manifest.seq_len,
+        dtypes["embedding.weight"],
+        edge_tokens,
+        token_count(loaded_tokenizer),
+        tokenizer_identity(file_contents[tokenizer.name]),
+    )
     write_json(folder / CONFIG, config)
+    write_json(folder / GENERATION, edge_tokens.model_dump())
     total_bytes = sum(
         dtypes[e.checkpoint_name].itemsize * torch.Size(e.shape).numel() for group in groups for e in group
     )

@@ -11,7 +11,8 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import Tensor
 
-from mhmoe_ray.checkpoint.huggingface.config import MhmoeConfig, read_config, read_end_tokens
+from mhmoe_ray.checkpoint.huggingface.adapters import ADAPTERS
+from mhmoe_ray.checkpoint.huggingface.config import MhmoeSection, read_config, read_end_tokens
 from mhmoe_ray.checkpoint.huggingface.files import StoredTensors, open_tensors, write_files
 from mhmoe_ray.checkpoint.huggingface.names import TensorEntry, tensor_entries
 from mhmoe_ray.checkpoint.huggingface.tokenizer import tokenizer_identity
@@ -57,7 +58,7 @@ def import_folder(source: Path, name: str | None, storage: str | Path, seq_len: 
     end_tokens = read_end_tokens(source, token_count(loaded_tokenizer)) - boundaries(loaded_tokenizer).ends
     template = _read_chat_template(source)
     with open_tensors(source) as stored:
-        groups = tensor_entries(config.model)
+        groups = tensor_entries(config.model, ADAPTERS[model_type].name_replacements)
         # Everything is checked before a run directory is created.
         _check_tensors(source, stored, groups)
         run = create_empty_run(root.absolute(), name)
@@ -188,7 +189,7 @@ def _joined_groups(source: Path, stored: StoredTensors, groups: list[list[Tensor
         del tensors
 
 
-def _manifest(run: RunDir, checkpoint: Path, config: MhmoeConfig, end_tokens: list[int]) -> CheckpointManifest:
+def _manifest(run: RunDir, checkpoint: Path, config: MhmoeSection, end_tokens: list[int]) -> CheckpointManifest:
     """Return the manifest of an imported checkpoint of step 0, with the hashes of its files."""
     files = {str(p.relative_to(checkpoint)): describe_file(p) for p in sorted(checkpoint.glob("weights/*"))}
     return CheckpointManifest(

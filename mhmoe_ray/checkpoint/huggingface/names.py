@@ -33,6 +33,8 @@ NAME_TABLE: tuple[tuple[str, str], ...] = (
 
     ("blocks.{i}.attention_norm.{p}",             "model.layers.{i}.input_layernorm.{p}"),
     ("blocks.{i}.attention.qkv.{p}",              "model.layers.{i}.self_attn.{qkv}_proj.{p}"),
+    ("blocks.{i}.attention.q_norm.weight",        "model.layers.{i}.self_attn.q_norm.weight"),
+    ("blocks.{i}.attention.k_norm.weight",        "model.layers.{i}.self_attn.k_norm.weight"),
     ("blocks.{i}.attention.inner_norm.{p}",       "model.layers.{i}.self_attn.inner_attn_ln.{p}"),
     ("blocks.{i}.attention.out.{p}",              "model.layers.{i}.self_attn.o_proj.{p}"),
     ("blocks.{i}.ffn_norm.{p}",                   "model.layers.{i}.post_attention_layernorm.{p}"),
@@ -51,6 +53,10 @@ NAME_TABLE: tuple[tuple[str, str], ...] = (
 # fmt: on
 
 _FIELD_PATTERNS = {"{i}": r"(?P<i>\d+)", "{n}": r"(?P<n>\d+)", "{p}": "(?P<p>weight|bias)"}
+
+
+NameReplacements = tuple[tuple[str, str], ...]
+"""Pairs (part of an exported name in the table, an architecture's own name for it)."""
 
 
 class TensorEntry(NamedTuple):
@@ -73,6 +79,13 @@ class TensorEntry(NamedTuple):
             return {self.exported_names[0]: self.shape}
         return {name: (rows, *self.shape[1:]) for name, rows in zip(self.exported_names, self.row_counts, strict=True)}
 
+    def with_replacements(self, replacements: NameReplacements) -> "TensorEntry":
+        """Return the entry with other exported names."""
+        names = self.exported_names
+        for part, own_part in replacements:
+            names = tuple(name.replace(part, own_part) for name in names)
+        return self._replace(exported_names=names)
+
     def split(self, tensor: Tensor) -> dict[str, Tensor]:
         """Split the model's tensor into the exported tensors; return them by name, as views."""
         parts: tuple[Tensor, ...] = (tensor,)
@@ -89,15 +102,21 @@ class TensorEntry(NamedTuple):
         return torch.cat(parts) if self.row_counts else parts[0]
 
 
-def tensor_entries(spec: ModelSpec) -> list[list[TensorEntry]]:
-    """Return the entries of all tensors of a model, in groups: those outside the layers, then those of each layer."""
+def tensor_entries(spec: ModelSpec, replacements: NameReplacements = ()) -> list[list[TensorEntry]]:
+    """Return the entries of all tensors of a model, in groups: those outside the layers, then those of each layer.
+
+    Args:
+        spec: model section of a spec.
+        replacements: pairs (part of a name in the table, the architecture's own name for it).
+    """
     # Only names and shapes are needed.
     with torch.device("meta"):
         model = Decoder(spec)
     groups: list[list[TensorEntry]] = [[] for _ in range(1 + spec.layers)]
     for name, tensor in model.named_tensors().items():
         _, block, suffix = name.partition("blocks.")
-        groups[1 + int(suffix.split(".")[0]) if block else 0].append(_create_entry(spec, name, tuple(tensor.shape)))
+        entry = _create_entry(spec, name, tuple(tensor.shape))
+        groups[1 + int(suffix.split(".")[0]) if block else 0].append(entry.with_replacements(replacements))
     return groups
 
 

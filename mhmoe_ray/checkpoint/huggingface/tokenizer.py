@@ -63,12 +63,13 @@ def tokenizer_identity(content: bytes) -> str:
     return hashlib.sha256(json.dumps(identity_parts, sort_keys=True).encode()).hexdigest()
 
 
-def tokenizer_config(content: bytes, seq_len: int) -> dict[str, Any]:
+def tokenizer_config(content: bytes, seq_len: int, chat_template: str | None = None) -> dict[str, Any]:
     """Return the content of tokenizer_config.json, which names the special tokens for other tools.
 
     Args:
         content: content of the tokenizer.json in the same folder.
         seq_len: number of tokens that the model sees at once.
+        chat_template: Jinja template that turns a conversation into a prompt; None if there is none.
     """
     tokenizer = Tokenizer.from_buffer(content)
     edge_tokens = boundaries(tokenizer)
@@ -83,5 +84,7 @@ def tokenizer_config(content: bytes, seq_len: int) -> dict[str, Any]:
         "model_max_length": seq_len,
         "clean_up_tokenization_spaces": False,
     }
+    if chat_template is not None:
+        config["chat_template"] = chat_template
     unknown = unknown_token(tokenizer)
     return config if unknown is None else {**config, "unk_token": tokenizer.id_to_token(unknown)}

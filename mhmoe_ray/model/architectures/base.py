@@ -4,7 +4,6 @@ A method has a default if most architectures agree on it, so that an architectur
 """
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
 
 from torch import Tensor, nn
 
@@ -14,9 +13,6 @@ from mhmoe_ray.spec import ModelSpec
 
 class Modules(ABC):
     """The parts of a decoder that differ between architectures."""
-
-    attention_bias: ClassVar[bool] = False
-    """True if the projections of attention have biases."""
 
     @abstractmethod
     def norm(self, spec: ModelSpec) -> nn.Module:

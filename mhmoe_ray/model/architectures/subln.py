@@ -16,13 +16,11 @@ XPOS_SCALE_BASE = 512
 class SublnModules(Modules):
     """Modules of the subln architecture."""
 
-    attention_bias = True
-
     def norm(self, spec: ModelSpec) -> nn.Module:
         return nn.LayerNorm(spec.d_model, spec.norm_eps)
 
     def inner_norm(self, spec: ModelSpec) -> nn.Module:
-        return nn.LayerNorm(spec.d_model, spec.norm_eps)
+        return nn.LayerNorm(spec.query_width, spec.norm_eps)
 
     def function(self, spec: ModelSpec) -> Function:
         return GeluSubln(spec.norm_eps)

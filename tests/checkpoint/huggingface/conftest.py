@@ -39,7 +39,30 @@ MODELS = {
     "dense": ModelSpec(**DENSE, tied_embeddings=False),
     "dense-subln": ModelSpec(**DENSE, backbone="subln"),
     "mixtral": MIXTRAL,
+    # Everything that the trunk and the routers of other architectures have, together with heads.
+    "all": ModelSpec(
+        **DENSE,
+        d_head=10,
+        qk_norm="head",
+        attention_bias="qkv",
+        rope_scaling={"type": "yarn", "factor": 4, "original_length": 32},
+        moe=MoESpec(
+            d_expert=24,
+            experts=8,
+            top_k=3,
+            every=1,
+            dense_first=1,
+            scoring="sigmoid",
+            normalize_gates=True,
+            gate_scale=2.5,
+            groups=4,
+            top_groups=2,
+            bias_rate=0.1,
+        ),
+    ),
 }
+MODEL_TYPES = {"mixtral": "mixtral", "dense": "llama"}
+"""Model type in config.json of the models that are not of type `mhmoe`."""
 
 
 def random_model(spec: ModelSpec) -> Decoder:

@@ -56,19 +56,22 @@ def write_chat_templates(templates):
 
 GATE = "model.layers.1.block_sparse_moe.gate.weight"
 QUERIES = "model.layers.1.self_attn.q_proj.weight"
-SCALED = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}
 
 
 @pytest.mark.parametrize(
     ("spoil", "reason"),
     [
-        (edit_config(head_dim=16), "head_dim is 16"),
-        (edit_config(rope_parameters=SCALED), r"positions are scaled \(yarn\)"),
-        (edit_config(rope_parameters=None, rope_theta=1e4, rope_scaling={"type": "linear"}), r"scaled \(linear\)"),
-        (edit_config(rope_parameters=None), "rope_theta: Field required"),
-        (edit_config(attention_bias=True), "attention_bias"),
-        (edit_config(hidden_act="gelu"), "hidden_act is gelu"),
-        (edit_config(model_type="llama"), "model_type is llama"),
+        (edit_config(head_dim=7), "d_head is 7, but rotary positions need an even width"),
+        (edit_config(rope_parameters={"rope_type": "dynamic", "factor": 2}), r"positions are scaled \(dynamic\)"),
+        (edit_config(rope_parameters={"rope_type": "default", "partial_rotary_factor": 0.5}), "partial_rotary_factor"),
+        (edit_config(rope_parameters={"rope_type": "yarn", "factor": 4, "mscale": 0.7}), "mscale is 0.7"),
+        (edit_config(rope_parameters={"rope_type": "yarn"}), "factor: Field required"),
+        (edit_config(rope_parameters=3), "rope_parameters: Input should be a valid dictionary"),
+        (edit_config(attention_bias=True), "attention_bias is True, which is not a key of a mixtral"),
+        (edit_config(attention_multiplier=2.0), "attention_multiplier is 2.0, which is not a key of a mixtral"),
+        (edit_config(hidden_act="gelu"), "hidden_act: Input should be 'silu'"),
+        (edit_config(model_type="gpt2"), "model_type is gpt2; import one of llama, mistral, qwen2, qwen3, mixtral"),
+        (edit_config(model_type="llama"), "num_experts_per_tok is 2, which is not a key of a llama"),
         (edit_config(quantization_config={"quant_method": "gptq"}), "quantization_config"),
         (edit_config(num_experts_per_tok=1), "with top_k 1, normalize_gates makes every gate 1"),
         (edit_config(num_experts_per_tok=9), "top_k is 9"),

@@ -1,0 +1,89 @@
+"""Adapters between the model section of a spec and config.json of the architectures of transformers.
+
+base.py      the interface, and the keys that all decoders have
+llama.py     dense decoders: Llama, Mistral, Qwen2, Qwen3
+mixture.py   mixtures of experts: Mixtral, Qwen3-MoE, OLMoE
+mhmoe.py     the models of this package, with the classes of `modeling_mhmoe.py`
+
+A checkpoint is exported with the first adapter of `ADAPTERS` that expresses its model exactly.
+"""
+
+from typing import Any
+
+from pydantic import ValidationError
+
+from mhmoe_ray.checkpoint.huggingface.adapters.base import Adapter
+from mhmoe_ray.checkpoint.huggingface.adapters.llama import LlamaAdapter, MistralAdapter, Qwen2Adapter, Qwen3Adapter
+from mhmoe_ray.checkpoint.huggingface.adapters.mhmoe import MhmoeAdapter
+from mhmoe_ray.checkpoint.huggingface.adapters.mixture import MixtralAdapter, OlmoeAdapter, Qwen3MoeAdapter
+from mhmoe_ray.spec import ModelSpec
+
+ADAPTERS: dict[str, type[Adapter]] = {
+    adapter.model_type: adapter
+    for adapter in (
+        LlamaAdapter,
+        MistralAdapter,
+        Qwen2Adapter,
+        Qwen3Adapter,
+        MixtralAdapter,
+        Qwen3MoeAdapter,
+        OlmoeAdapter,
+        MhmoeAdapter,
+    )
+}
+"""All adapters by the `model_type` of config.json."""
+
+TRAINING_OPTIONS = {"dropout", "attention_dropout", "document_masks"}
+MOE_TRAINING_OPTIONS = {
+    "jitter",
+    "capacity_factor",
+    "second_expert",
+    "balance_weight",
+    "balance_choices",
+    "z_weight",
+    "kernel",
+    "recompute",
+}
+"""Options of a model that do not change what it computes for a text outside training."""
+
+
+def computed_function(model: ModelSpec) -> dict[str, Any]:
+    """Return what a model computes for a text, as a value that is equal for models that compute the same.
+
+    Options of training are left out, and defaults are replaced by their values.
+    """
+    fields = model.model_dump(mode="json", exclude=TRAINING_OPTIONS | {"moe"})
+    fields |= {"kv_heads": model.n_kv_heads, "d_head": model.head_width, "attention_bias": model.biased_attention}
+    if model.moe is None:
+        return fields
+    moe = model.moe
+    moe_fields = moe.model_dump(mode="json", exclude=MOE_TRAINING_OPTIONS)
+    moe_fields |= {
+        "head_projection": moe.has_head_projection,
+        "merge_projection": moe.has_merge_projection,
+        "router_dim": None if moe.router == "linear" else moe.routing_width,
+        # The rate matters only in training, but a router with a rate has a bias.
+        "bias_rate": moe.bias_rate > 0,
+    }
+    return {**fields, "moe": moe_fields}
+
+
+def choose_adapter(model: ModelSpec, seq_len: int) -> Adapter:
+    """Return the keys of config.json for a model, of the first architecture that computes exactly the same.
+
+    Args:
+        model: model section of a spec.
+        seq_len: number of tokens that the model sees at once.
+    """
+    for adapter_class in ADAPTERS.values():
+        try:
+            adapter = adapter_class.from_model(model, seq_len)
+            if adapter and computed_function(adapter.to_model_spec()) == computed_function(model):
+                return adapter
+        except ValidationError:
+            # The architecture has no such model.
+            continue
+    raise AssertionError(f"the adapter of {MhmoeAdapter.model_type} cannot express {model}")
+
+
+__all__ = ["ADAPTERS", "Adapter", "choose_adapter", "computed_function"]

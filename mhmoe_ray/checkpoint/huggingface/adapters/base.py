@@ -1,0 +1,206 @@
+"""The interface of an adapter: config.json of one architecture of transformers, in both directions."""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self
+
+from pydantic import BaseModel, ConfigDict, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+
+from mhmoe_ray.checkpoint.huggingface.names import NameReplacements
+from mhmoe_ray.spec import ModelSpec
+from mhmoe_ray.spec.model import RopeScaling
+
+# Keys of any config.json that do not change what a model computes for a text: tokens, dtype, files, generation, labels.
+NEUTRAL_KEYS = {
+    "_name_or_path",
+    "architectures",
+    "auto_map",
+    "bos_token_id",
+    "chunk_size_feed_forward",
+    "dtype",
+    "eos_token_id",
+    "hidden_dropout",
+    "id2label",
+    "initializer_range",
+    "is_decoder",
+    "is_encoder_decoder",
+    "keys_to_ignore_at_inference",
+    "label2id",
+    "layer_types",
+    "max_window_layers",
+    "mhmoe",
+    "model_type",
+    "output_attentions",
+    "output_hidden_states",
+    "output_router_logits",
+    "pad_token_id",
+    "problem_type",
+    "return_dict",
+    "router_z_loss_coef",
+    "sep_token_id",
+    "tokenizer_class",
+    "torch_dtype",
+    "transformers_version",
+    "use_cache",
+    "use_sliding_window",
+}
+
+
+class Adapter(BaseModel):
+    """Keys of config.json that all decoders have, and their translation from and to the model section of a spec.
+
+    A subclass is the adapter of one architecture. It adds the architecture's own keys with the defaults of
+    transformers, which apply where a file omits a key.
+    """
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    model_type: ClassVar[str]
+    """Name of the architecture in config.json."""
+    class_name: ClassVar[str]
+    """Name of the class in transformers that computes the architecture, for `architectures` in config.json."""
+    default_theta: ClassVar[float] = 10_000.0
+    """Base of rotary positions where a file omits it."""
+    name_replacements: ClassVar[NameReplacements] = ()
+    """Pairs (part of a tensor's name in `names.py`, the architecture's own name for it)."""
+
+    vocab_size: PositiveInt
+    hidden_size: PositiveInt
+    num_hidden_layers: PositiveInt
+    num_attention_heads: PositiveInt
+    num_key_value_heads: PositiveInt | None = None
+    head_dim: PositiveInt | None = None
+    max_position_embeddings: PositiveInt
+    rms_norm_eps: PositiveFloat = 1e-6
+    rope_parameters: dict[str, Any] | None = None
+    tie_word_embeddings: bool = False
+    attention_dropout: NonNegativeFloat = 0.0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _unify_rope(cls, fields: dict[str, Any]) -> dict[str, Any]:
+        """Return the fields with `rope_parameters` as transformers 5 writes it, from the keys of older versions."""
+        rope = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
+        if not isinstance(rope, dict):
+            return fields
+        rope_type = rope.get("rope_type", rope.get("type", "default"))
+        theta = rope.get("rope_theta", fields.get("rope_theta", cls.default_theta))
+        unified = {**{k: v for k, v in rope.items() if k != "type"}, "rope_type": rope_type, "rope_theta": theta}
+        others = {k: v for k, v in fields.items() if k not in ("rope_scaling", "rope_theta")}
+        return {**others, "rope_parameters": unified}
+
+    @model_validator(mode="after")
+    def _check_unknown_keys(self) -> Self:
+        """Raise ValueError for a key that may change what the model computes and that the adapter does not know."""
+        for key, value in (self.model_extra or {}).items():
+            # Keys that are off by convention, such as `mlp_bias: false`, ask for nothing.
+            if key not in NEUTRAL_KEYS and value not in (None, False, [], {}):
+                raise ValueError(f"{key} is {value!r}, which is not a key of a {self.model_type} that is computed here")
+        return self
+
+    @classmethod
+    def from_model(cls, model: ModelSpec, seq_len: int) -> Self | None:
+        """Return the keys for a model; None if the architecture clearly cannot compute it.
+
+        The caller checks that `to_model_spec` gives back the same model, so a method need not check everything.
+
+        Args:
+            model: model section of a spec.
+            seq_len: number of tokens that the model sees at once.
+        """
+        fields = cls._fields_of(model)
+        return None if fields is None else cls.model_validate({**cls._trunk_fields(model, seq_len), **fields})
+
+    @classmethod
+    def _fields_of(cls, model: ModelSpec) -> dict[str, Any] | None:
+        """Return the architecture's own keys for a model; None if it cannot compute the model."""
+        raise NotImplementedError
+
+    @classmethod
+    def _trunk_fields(cls, model: ModelSpec, seq_len: int) -> dict[str, Any]:
+        return {
+            "vocab_size": model.vocab_size,
+            "hidden_size": model.d_model,
+            "num_hidden_layers": model.layers,
+            "num_attention_heads": model.attention_heads,
+            "num_key_value_heads": model.n_kv_heads,
+            "head_dim": model.head_width,
+            "max_position_embeddings": seq_len,
+            "rms_norm_eps": model.norm_eps,
+            "rope_parameters": rope_parameters(model),
+            "tie_word_embeddings": model.tied_embeddings,
+            "attention_dropout": model.attention_dropout,
+        }
+
+    def to_model_spec(self) -> ModelSpec:
+        """Return the model section of a spec that computes the same as a model with these keys.
+
+        Raises:
+            ValueError: the keys ask for something that is not computed here.
+        """
+        raise NotImplementedError
+
+    def _trunk_options(self) -> dict[str, Any]:
+        """Return the options of a model section that do not concern feed-forward layers."""
+        head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
+        is_default_width = head_dim * self.num_attention_heads == self.hidden_size
+        return {
+            "vocab_size": self.vocab_size,
+            "d_model": self.hidden_size,
+            "layers": self.num_hidden_layers,
+            "attention_heads": self.num_attention_heads,
+            "kv_heads": self.num_key_value_heads,
+            "d_head": None if is_default_width else head_dim,
+            "tied_embeddings": self.tie_word_embeddings,
+            "rope_theta": (self.rope_parameters or {})["rope_theta"],
+            "rope_scaling": _rope_scaling(self.rope_parameters or {}, self.max_position_embeddings),
+            "norm_eps": self.rms_norm_eps,
+            "attention_dropout": self.attention_dropout,
+        }
+
+    @property
+    def context_length(self) -> int:
+        """Number of tokens that the model sees at once."""
+        return self.max_position_embeddings
+
+
+def rope_parameters(model: ModelSpec) -> dict[str, Any]:
+    """Return the `rope_parameters` of config.json for a model."""
+    scaling, theta = model.rope_scaling, {"rope_theta": model.rope_theta}
+    if scaling is None:
+        return {"rope_type": "default", **theta}
+    fields: dict[str, Any] = {"rope_type": scaling.type, "factor": scaling.factor, **theta}
+    if scaling.type == "linear":
+        return fields
+    fields["original_max_position_embeddings"] = scaling.original_length
+    if scaling.type == "llama3":
+        return {**fields, "low_freq_factor": scaling.low_freq_factor, "high_freq_factor": scaling.high_freq_factor}
+    fields |= {"beta_fast": scaling.beta_fast, "beta_slow": scaling.beta_slow}
+    return fields if scaling.attention_factor is None else {**fields, "attention_factor": scaling.attention_factor}
+
+
+def _rope_scaling(rope: Mapping[str, Any], max_positions: int) -> RopeScaling | None:
+    """Return the scaling of positions that `rope_parameters` describes.
+
+    Raises:
+        ValueError: positions are scaled in a way that is not computed here.
+    """
+    rope_type = rope["rope_type"]
+    names = {
+        "default": {},
+        "linear": {"factor": "factor"},
+        "llama3": {name: name for name in ("factor", "low_freq_factor", "high_freq_factor")},
+        "yarn": {name: name for name in ("factor", "beta_fast", "beta_slow", "attention_factor")},
+    }.get(rope_type)
+    if names is None:
+        raise ValueError(f"its positions are scaled ({rope_type}); default, linear, yarn and llama3 are computed")
+    known_keys = {"rope_type", "rope_theta", "original_max_position_embeddings", *names}
+    harmless = {"partial_rotary_factor": 1.0, "truncate": True, "mscale": None, "mscale_all_dim": None}
+    for key, value in rope.items():
+        if key not in known_keys and value is not None and harmless.get(key) != value:
+            raise ValueError(f"rope_parameters: {key} is {value!r}, which is not computed here")
+    if rope_type == "default":
+        return None
+    options = {ours: rope[theirs] for theirs, ours in names.items() if rope.get(theirs) is not None}
+    if rope_type != "linear":
+        options["original_length"] = rope.get("original_max_position_embeddings") or max_positions
+    return RopeScaling(type=rope_type, **options)

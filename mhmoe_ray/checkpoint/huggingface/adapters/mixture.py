@@ -1,0 +1,226 @@
+"""Adapters of sparse mixtures of experts with one routed row per token: Mixtral, Qwen3-MoE and OLMoE."""
+
+from abc import abstractmethod
+from typing import Any, Literal
+
+from pydantic import NonNegativeFloat, PositiveInt, model_validator
+
+from mhmoe_ray.checkpoint.huggingface.adapters.base import Adapter
+from mhmoe_ray.spec import ModelSpec
+
+
+class MixtureAdapter(Adapter):
+    """Keys that the mixtures share, and the translation of their experts to and from a spec."""
+
+    hidden_act: Literal["silu"] = "silu"
+    num_experts_per_tok: PositiveInt
+    router_aux_loss_coef: NonNegativeFloat = 0.001
+
+    @classmethod
+    def _fields_of(cls, model: ModelSpec) -> dict[str, Any] | None:
+        moe = model.moe
+        if model.backbone != "llama" or moe is None:
+            return None
+        # For a uniform load, the load balancing loss of transformers is top_k and ours is 1. Theirs is a mean over
+        # layers, ours a sum.
+        coefficient = moe.balance_weight * model.moe_layers / moe.top_k
+        return {"num_experts_per_tok": moe.top_k, "router_aux_loss_coef": coefficient}
+
+    def to_model_spec(self) -> ModelSpec:
+        options = self._trunk_options() | self._dense_options()
+        return ModelSpec.model_validate({**options, "moe": self._moe_options()})
+
+    def _dense_options(self) -> dict[str, Any]:
+        """Return the options of a model section that concern dense feed-forward layers, for models that have some."""
+        return {}
+
+    @abstractmethod
+    def _moe_options(self) -> dict[str, Any]:
+        """Return the `moe` section of a model section."""
+
+    def _common_moe_options(self) -> dict[str, Any]:
+        coefficient, top_k = self.router_aux_loss_coef, self.num_experts_per_tok
+        return {
+            "heads": 1,
+            "top_k": top_k,
+            "every": 1,
+            "balance_weight": coefficient * top_k / self.num_hidden_layers,
+            "balance_choices": "all" if coefficient and top_k > 1 else "first",
+        }
+
+
+class MixtralAdapter(MixtureAdapter):
+    """Adapter of Mixtral."""
+
+    model_type = "mixtral"
+    class_name = "MixtralForCausalLM"
+    default_theta = 1e6
+
+    intermediate_size: PositiveInt
+    num_local_experts: PositiveInt
+    num_key_value_heads: PositiveInt | None = 8
+    rms_norm_eps: float = 1e-5
+    sliding_window: PositiveInt | None = None
+    router_jitter_noise: NonNegativeFloat = 0.0
+
+    @property
+    def context_length(self) -> int:
+        # Up to the length of the sliding window, attention with the window equals attention without it.
+        return min(self.max_position_embeddings, self.sliding_window or self.max_position_embeddings)
+
+    @classmethod
+    def _fields_of(cls, model: ModelSpec) -> dict[str, Any] | None:
+        fields, moe = super()._fields_of(model), model.moe
+        if fields is None or moe is None:
+            return None
+        return {
+            **fields,
+            "intermediate_size": moe.d_expert,
+            "num_local_experts": moe.experts,
+            "router_jitter_noise": moe.jitter,
+        }
+
+    def _moe_options(self) -> dict[str, Any]:
+        return {
+            **self._common_moe_options(),
+            "experts": self.num_local_experts,
+            "d_expert": self.intermediate_size,
+            # With one expert per token, dividing the gate by itself would make it 1, as Mixtral does.
+            "normalize_gates": True,
+            "jitter": self.router_jitter_noise,
+        }
+
+
+class ManyExpertsAdapter(MixtureAdapter):
+    """Keys and names that Qwen3-MoE and OLMoE share."""
+
+    name_replacements = (
+        (".block_sparse_moe.", ".mlp."),
+        (".w1.weight", ".gate_proj.weight"),
+        (".w3.weight", ".up_proj.weight"),
+        (".w2.weight", ".down_proj.weight"),
+    )
+
+    num_experts: PositiveInt
+    num_experts_per_tok: PositiveInt = 8
+    norm_topk_prob: bool = False
+    attention_bias: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _unify_expert_count(cls, fields: dict[str, Any]) -> dict[str, Any]:
+        """Return the fields with the number of experts as `num_experts`."""
+        # Some versions of transformers write this number under the name that Mixtral gives it.
+        if "num_local_experts" not in fields or "num_experts" in fields:
+            return fields
+        others = {key: value for key, value in fields.items() if key != "num_local_experts"}
+        return {**others, "num_experts": fields["num_local_experts"]}
+
+    @classmethod
+    def _fields_of(cls, model: ModelSpec) -> dict[str, Any] | None:
+        fields, moe = super()._fields_of(model), model.moe
+        if fields is None or moe is None:
+            return None
+        return {
+            **fields,
+            "num_experts": moe.experts,
+            "norm_topk_prob": moe.normalize_gates,
+            "attention_bias": model.biased_attention == "all",
+        }
+
+    def _trunk_options(self) -> dict[str, Any]:
+        return {**super()._trunk_options(), "attention_bias": "all" if self.attention_bias else "none"}
+
+
+class Qwen3MoeAdapter(ManyExpertsAdapter):
+    """Adapter of Qwen3-MoE, which norms each head of queries and keys."""
+
+    model_type = "qwen3_moe"
+    class_name = "Qwen3MoeForCausalLM"
+
+    intermediate_size: PositiveInt
+    num_key_value_heads: PositiveInt | None = 4
+    moe_intermediate_size: PositiveInt = 768
+    num_experts: PositiveInt = 128
+    decoder_sparse_step: PositiveInt = 1
+    mlp_only_layers: list[int] | None = None
+    use_sliding_window: bool = False
+    sliding_window: PositiveInt | None = 4096
+
+    @property
+    def context_length(self) -> int:
+        window = self.sliding_window if self.use_sliding_window else None
+        return min(self.max_position_embeddings, window or self.max_position_embeddings)
+
+    @classmethod
+    def _fields_of(cls, model: ModelSpec) -> dict[str, Any] | None:
+        fields, moe = super()._fields_of(model), model.moe
+        if fields is None or moe is None:
+            return None
+        return {
+            **fields,
+            # The key must be there, even if no layer is dense.
+            "intermediate_size": model.d_ff or moe.d_expert,
+            "moe_intermediate_size": moe.d_expert,
+            "decoder_sparse_step": moe.every,
+            "mlp_only_layers": list(range(moe.dense_first)),
+        }
+
+    def _trunk_options(self) -> dict[str, Any]:
+        return {**super()._trunk_options(), "qk_norm": "head"}
+
+    def _dense_options(self) -> dict[str, Any]:
+        has_dense_layers = self.decoder_sparse_step > 1 or self._dense_first() > 0
+        return {"d_ff": self.intermediate_size} if has_dense_layers else {}
+
+    def _moe_options(self) -> dict[str, Any]:
+        return {
+            **self._common_moe_options(),
+            "experts": self.num_experts,
+            "d_expert": self.moe_intermediate_size,
+            "normalize_gates": self.norm_topk_prob,
+            "every": self.decoder_sparse_step,
+            "dense_first": self._dense_first(),
+        }
+
+    def _dense_first(self) -> int:
+        """Return the number of dense layers at the start.
+
+        Raises:
+            ValueError: other layers than the first ones are dense by `mlp_only_layers`.
+        """
+        layers = sorted(self.mlp_only_layers or [])
+        if layers != list(range(len(layers))):
+            raise ValueError(f"mlp_only_layers is {layers}; only the first layers can be dense here")
+        return len(layers)
+
+
+class OlmoeAdapter(ManyExpertsAdapter):
+    """Adapter of OLMoE, which norms the queries of all heads together, and the keys."""
+
+    model_type = "olmoe"
+    class_name = "OlmoeForCausalLM"
+
+    intermediate_size: PositiveInt
+    num_experts: PositiveInt = 64
+    rms_norm_eps: float = 1e-5
+    router_aux_loss_coef: NonNegativeFloat = 0.01
+    clip_qkv: Literal[None] = None
+
+    @classmethod
+    def _fields_of(cls, model: ModelSpec) -> dict[str, Any] | None:
+        fields, moe = super()._fields_of(model), model.moe
+        if fields is None or moe is None or model.d_head is not None:
+            return None
+        return {**fields, "intermediate_size": moe.d_expert}
+
+    def _trunk_options(self) -> dict[str, Any]:
+        return {**super()._trunk_options(), "qk_norm": "all"}
+
+    def _moe_options(self) -> dict[str, Any]:
+        return {
+            **self._common_moe_options(),
+            "experts": self.num_experts,
+            "d_expert": self.intermediate_size,
+            "normalize_gates": self.norm_topk_prob,
+        }

@@ -1,0 +1,103 @@
+"""Configuration of an MH-MoE model in transformers: the keys of config.json that decide what the model computes.
+
+An export contains a copy of this file beside its copy of modeling_mhmoe.py. Both need only torch and transformers; they
+were tested with transformers 5.16, 5.19 and 5.24.
+"""
+
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+
+class MhmoeConfig(PreTrainedConfig):
+    """Configuration of an MH-MoE model.
+
+    A key has the name that Llama, Qwen3-MoE or DeepSeek-V3 give it, where one of them has it. d is `hidden_size`, h is
+    `moe_heads` and E is `num_experts`.
+    """
+
+    model_type = "mhmoe"
+
+    backbone: str = "llama"
+    """Architecture of the trunk. llama: RMSNorm, rotary positions, SwiGLU. subln: LayerNorm also inside attention and
+    feed-forward layers, xPos, GELU, biases, embeddings scaled by sqrt(d)."""
+    vocab_size: int = 32_000
+    tokenizer_size: int | None = None
+    """Number of tokens of the tokenizer; the embedding may have more rows, which no text has."""
+    hidden_size: int = 768
+    intermediate_size: int | None = None
+    """Hidden width of the dense feed-forward layers; None if every layer is a mixture of experts."""
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    max_position_embeddings: int = 2048
+    rms_norm_eps: float = 1e-5
+    """Epsilon of all norms, also of LayerNorm."""
+    rope_parameters: dict[str, Any] | None = None
+    attention_bias: str = "none"
+    """Projections of attention with a bias: none, qkv (queries, keys and values) or all (also the output)."""
+    qk_norm: str = "none"
+    """RMSNorm of queries and keys before rotation: none, head (each head by itself) or all (all heads together)."""
+    tie_word_embeddings: bool = True
+    initializer_range: float = 0.02
+    hidden_dropout: float = 0.0
+    attention_dropout: float = 0.0
+    use_cache: bool = True
+
+    num_experts: int = 0
+    """E; 0 for a dense model."""
+    num_experts_per_tok: int = 2
+    """Number of experts that each sub-token is routed to."""
+    moe_intermediate_size: int | None = None
+    decoder_sparse_step: int = 1
+    """Layer i (from 0) is a mixture of experts if i + 1 is a multiple of this number."""
+    first_k_dense_replace: int = 0
+    """Number of layers at the start that are dense whatever `decoder_sparse_step` says."""
+    moe_heads: int = 1
+    """h: number of sub-tokens that a token is split into."""
+    head_projection_layers: int = 0
+    """Number of linear layers before the split into sub-tokens, with ReLU between them; 0 for no projection."""
+    merge_projection_layers: int = 0
+    """Number of linear layers after the join of sub-tokens."""
+    sub_token_residual: bool = False
+    shared_expert_intermediate_size: int = 0
+    """Hidden width of the shared expert, which computes on whole tokens; 0 for none."""
+
+    router_type: str = "linear"
+    """linear: W x. xmoe: X-MoE's router as published. xmoe_torchscale: X-MoE's router as torchscale computes it."""
+    router_dim: int | None = None
+    """Width of the projection in X-MoE's routers."""
+    scoring_func: str = "softmax"
+    """Function from logits to scores: softmax over the experts, or sigmoid for each expert by itself."""
+    norm_topk_prob: bool = False
+    """If true, the gates of a sub-token are divided by their sum."""
+    routed_scaling_factor: float = 1.0
+    """Factor of all gates."""
+    n_group: int = 1
+    """Number of groups of experts, of which only the best `topk_group` are considered for a sub-token."""
+    topk_group: int = 1
+    router_bias: bool = False
+    """True if each router has a bias that is added to the scores for the choice of experts, but not to the gates."""
+    router_jitter_noise: float = 0.0
+    output_router_logits: bool = False
+    router_aux_loss_coef: float = 0.0
+    """Factor of the load balancing loss, which is summed over layers."""
+    router_z_loss_coef: float = 0.0
+    """Factor of the mean squared log-sum-exp of the router's logits, summed over layers."""
+    balance_choices: str = "first"
+    """Choices that the load balancing loss counts: the first one of each sub-token, or all."""
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None:
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.rope_parameters is None:
+            self.rope_parameters = {"rope_type": "default", "rope_theta": 10_000.0}
+        super().__post_init__(**kwargs)
+
+    def is_moe_layer(self, layer: int) -> bool:
+        """Return whether layer `layer`, counted from 0, is a mixture of experts."""
+        is_sparse = self.num_experts > 0 and layer >= self.first_k_dense_replace
+        return is_sparse and (layer + 1) % self.decoder_sparse_step == 0

@@ -1,0 +1,81 @@
+"""Registration of this package's model with transformers' auto classes, without importing transformers.
+
+`AutoModelForCausalLM.from_pretrained` then loads an exported MH-MoE model without `trust_remote_code`. Importing
+transformers takes seconds, so the classes are registered when somebody else imports the modules of the auto classes.
+"""
+
+import sys
+from collections.abc import Callable, Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
+from types import ModuleType
+
+CONFIG_MODULE = "transformers.models.auto.configuration_auto"
+MODEL_MODULE = "transformers.models.auto.modeling_auto"
+
+
+def _register_config(module: ModuleType) -> None:
+    from mhmoe_ray.checkpoint.huggingface.configuration_mhmoe import MhmoeConfig
+
+    module.AutoConfig.register(MhmoeConfig.model_type, MhmoeConfig, exist_ok=True)
+
+
+def _register_models(module: ModuleType) -> None:
+    from mhmoe_ray.checkpoint.huggingface import modeling_mhmoe as models
+    from mhmoe_ray.checkpoint.huggingface.configuration_mhmoe import MhmoeConfig
+
+    module.AutoModel.register(MhmoeConfig, models.MhmoeModel, exist_ok=True)
+    module.AutoModelForCausalLM.register(MhmoeConfig, models.MhmoeForCausalLM, exist_ok=True)
+    module.AutoModelForSequenceClassification.register(
+        MhmoeConfig, models.MhmoeForSequenceClassification, exist_ok=True
+    )
+
+
+REGISTRATIONS: dict[str, Callable[[ModuleType], None]] = {
+    CONFIG_MODULE: _register_config,
+    MODEL_MODULE: _register_models,
+}
+"""Function that registers the classes, by the module with the auto classes, which is its argument."""
+
+
+class _RegisteringLoader(Loader):
+    """Loader that executes a module with another loader and then registers the classes."""
+
+    def __init__(self, loader: Loader) -> None:
+        self._loader = loader
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        self._loader.exec_module(module)
+        REGISTRATIONS[module.__name__](module)
+
+
+class _RegisteringFinder(MetaPathFinder):
+    """Finder of the modules with the auto classes; it leaves the search itself to the other finders."""
+
+    def __init__(self) -> None:
+        self._names = set(REGISTRATIONS)
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname not in self._names:
+            return None
+        # While the other finders search, this one finds nothing.
+        self._names.remove(fullname)
+        spec = find_spec(fullname)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _RegisteringLoader(spec.loader)
+        return spec
+
+
+def register_with_transformers() -> None:
+    """Register the classes now for modules of transformers that are imported already, and later for the others."""
+    for name, register in REGISTRATIONS.items():
+        if name in sys.modules:
+            register(sys.modules[name])
+    if not any(isinstance(finder, _RegisteringFinder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _RegisteringFinder())
