@@ -258,10 +258,12 @@ class MhmoeRouter(nn.Module):
 
         The value of a group is the sum of its two largest preferences (DeepSeek-V3).
         """
-        groups, kept = self.config.n_group, self.config.topk_group
+        groups, kept_groups = self.config.n_group, self.config.topk_group
         preference_NGE = preference_NE.unflatten(-1, (groups, -1))
         value_NG = preference_NGE.topk(min(2, preference_NGE.shape[-1]), dim=-1).values.sum(-1)
-        is_kept_NG = torch.zeros_like(value_NG, dtype=torch.bool).scatter_(1, value_NG.topk(kept, dim=-1).indices, True)
+        is_kept_NG = torch.zeros_like(value_NG, dtype=torch.bool).scatter_(
+            1, value_NG.topk(kept_groups, dim=-1).indices, True
+        )
         return preference_NGE.masked_fill(~is_kept_NG[..., None], float("-inf")).flatten(1)
 
 
@@ -446,8 +448,8 @@ def router_losses(
     for logits_NE, balance_NE, expert_NK, _ in routings:
         if is_text_N is not None:
             logits_NE, balance_NE, expert_NK = logits_NE[is_text_N], balance_NE[is_text_N], expert_NK[is_text_N]
-        counted = expert_NK[:, :1] if config.balance_choices == "first" else expert_NK
-        share_E = F.one_hot(counted.flatten(), config.num_experts).float().mean(0)
+        counted_NK = expert_NK[:, :1] if config.balance_choices == "first" else expert_NK
+        share_E = F.one_hot(counted_NK.flatten(), config.num_experts).float().mean(0)
         balance_loss = balance_loss + config.num_experts * (balance_NE.mean(0) * share_E).sum()
         z_loss = z_loss + logits_NE.logsumexp(-1).square().mean()
     return balance_loss, z_loss
@@ -501,8 +503,8 @@ class MhmoeForCausalLM(MhmoePreTrainedModel, GenerationMixin):
             output_router_logits,
             **kwargs,
         )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        kept_tokens = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept_tokens])
         loss = aux_loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, self.vocab_size, **loss_arguments)

@@ -104,10 +104,12 @@ def test_model_of_transformers_can_be_imported_and_exported(tmp_path, case):
     assert all(torch.equal(exported[key], original[key]) for key in original)
     model_type = json.loads((tmp_path / "ours" / "config.json").read_text())["model_type"]
     assert model_type == EXPORTED_TYPES.get(config.model_type, config.model_type)
-    again, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours", output_loading_info=True)
+    reloaded_model, info = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "ours", output_loading_info=True
+    )
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     with torch.no_grad():
-        assert torch.equal(again.eval()(TOKENS).logits, expected)
+        assert torch.equal(reloaded_model.eval()(TOKENS).logits, expected)
     assert manifest.seq_len == SEQ_LEN
 
 
@@ -122,9 +124,9 @@ def test_every_adapter_has_a_case():
 def test_mhmoe_adapter_expresses_every_model(spec):
     adapter = MhmoeAdapter.from_model(spec, 64)
     assert computed_function(adapter.to_model_spec()) == computed_function(spec)
-    chosen = choose_adapter(spec, 64)
-    assert computed_function(chosen.to_model_spec()) == computed_function(spec)
-    assert chosen.context_length == 64
+    chosen_adapter = choose_adapter(spec, 64)
+    assert computed_function(chosen_adapter.to_model_spec()) == computed_function(spec)
+    assert chosen_adapter.context_length == 64
 
 
 def test_written_keys_are_read_back():

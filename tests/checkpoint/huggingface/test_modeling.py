@@ -1,0 +1,238 @@
+"""Tests of exported models in transformers.
+
+In the process of the tests, transformers takes the classes that this package registers. `LOAD` runs in a process
+without the package, with the copy of the same code in the exported folder.
+"""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from torch.nn.functional import cross_entropy
+
+from mhmoe_ray.checkpoint.huggingface.adapters import MhmoeAdapter
+from mhmoe_ray.checkpoint.huggingface.import_ import import_folder
+from mhmoe_ray.checkpoint.huggingface.names import tensor_entries
+from mhmoe_ray.checkpoint.load import load_model
+from mhmoe_ray.checkpoint.manifest import newest_checkpoint
+from mhmoe_ray.model.decoder import Decoder, routing_loss
+from mhmoe_ray.serve.engine import SamplingParams
+from mhmoe_ray.serve.load import load_answerer
+from mhmoe_ray.spec import ServeSpec
+from tests.checkpoint.huggingface.conftest import MODELS, SEQ_LEN, export_run, make_run, random_model
+from tests.checkpoint.huggingface.test_names import model_specs
+from tests.serve.asking import answer_tokens
+
+TOKENS = torch.randint(320, (2, 40), generator=torch.Generator().manual_seed(0))
+PROMPTS = ["fox", "the quick brown fox jumps"]
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def exported(request, tmp_path_factory):
+    """Return the run of a model, its export as a model of transformers, and its tokenizer."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = tmp_path_factory.mktemp(request.param)
+    run = make_run(folder, MODELS[request.param])
+    export_run(run, folder / "out")
+    model, info = AutoModelForCausalLM.from_pretrained(folder / "out", trust_remote_code=True, output_loading_info=True)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    tokenizer = AutoTokenizer.from_pretrained(folder / "out", trust_remote_code=True, padding_side="left")
+    return run, model.eval(), tokenizer
+
+
+def our_model(run):
+    return load_model(newest_checkpoint(run, ("weights",))[0])[0]
+
+
+@torch.no_grad()
+def test_logits_are_those_of_training(exported):
+    run, model, _ = exported
+    ours = our_model(run)
+    document_BT = torch.zeros_like(TOKENS) if ours.spec.document_masks else None
+    expected = ours(TOKENS, document_BT=document_BT).logits_BTV
+    assert expected.std() > 0.3
+    torch.testing.assert_close(model(TOKENS).logits, expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(model(TOKENS, logits_to_keep=3).logits, expected[:, -3:], rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_generation_is_that_of_the_engine(exported):
+    """With and without the KV cache, alone and in a batch that is padded at the left."""
+    run, model, tokenizer = exported
+    answerer = load_answerer(newest_checkpoint(run, ("weights",))[0], ServeSpec(max_concurrency=1))
+    unused_rows = list(range(answerer.tokenizer.get_vocab_size(), model.config.vocab_size))
+    options = {"max_new_tokens": 32, "do_sample": False, "eos_token_id": None, "suppress_tokens": [1, 2, *unused_rows]}
+    batch = tokenizer(PROMPTS, return_tensors="pt", padding=True)
+    assert not batch.attention_mask.all()
+    answers = model.generate(**batch, **options)[:, -32:]
+    assert torch.equal(answers, model.generate(**batch, **options, use_cache=False)[:, -32:])
+    for row, prompt in enumerate(PROMPTS):
+        inputs = tokenizer(prompt, return_tensors="pt")
+        assert inputs.input_ids[0].tolist() == answerer.encode(prompt)
+        assert torch.equal(model.generate(**inputs, **options)[0, -32:], answers[row])
+        biases = {1: -100.0, 2: -100.0}
+        params = SamplingParams(32, temperature=0, logit_bias=biases)
+        assert answer_tokens(answerer.engine, answerer.encode(prompt), params) == answers[row].tolist()
+        alone = model(**inputs).logits[0, -1]
+        torch.testing.assert_close(model(**batch).logits[row, -1], alone, rtol=0, atol=1e-5)
+
+
+def test_losses_are_those_of_training(exported):
+    """The load balancing loss and the router z-loss come with `output_router_logits`; padding does not count."""
+    run, model, _ = exported
+    ours = our_model(run)
+    moe = ours.spec.moe
+    if model.config.model_type != "mhmoe" or moe is None:
+        pytest.skip("transformers' own losses")
+    output = model(TOKENS, labels=TOKENS)
+    expected = cross_entropy(output.logits[:, :-1].flatten(0, 1), TOKENS[:, 1:].flatten())
+    torch.testing.assert_close(output.loss, expected)
+    routing = ours.eval()(TOKENS).routing
+    output = model(TOKENS, labels=TOKENS, output_router_logits=True)
+    torch.testing.assert_close(output.loss - expected, routing_loss(ours.spec, routing), rtol=1e-4, atol=1e-6)
+    assert len(output.router_logits) == moe.heads * ours.spec.moe_layers
+    assert {tuple(logits.shape) for logits in output.router_logits} == {(TOKENS.numel(), moe.experts)}
+    padded_tokens = torch.cat((torch.full((2, 5), 7), TOKENS), dim=1)
+    mask = torch.cat((torch.zeros(2, 5, dtype=torch.long), torch.ones_like(TOKENS)), dim=1)
+    padded_output = model(padded_tokens, attention_mask=mask, output_router_logits=True)
+    torch.testing.assert_close(padded_output.aux_loss, output.aux_loss, rtol=1e-4, atol=1e-6)
+
+
+def test_every_parameter_gets_a_gradient_with_checkpointing_too(exported):
+    _, model, _ = exported
+    if model.config.model_type != "mhmoe":
+        pytest.skip("transformers' own model")
+    gradients = []
+    for use_checkpointing in (False, True):
+        if use_checkpointing:
+            model.activation_checkpointing_enable()
+        # The model has no dropout, so training mode changes only checkpointing.
+        model.train().zero_grad()
+        model(TOKENS, labels=TOKENS).loss.backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    model.activation_checkpointing_disable()
+    model.eval()
+    for plain, recomputed in zip(*gradients, strict=True):
+        torch.testing.assert_close(plain, recomputed)
+
+
+@settings(max_examples=25)
+@given(model_specs())
+def test_any_model_computes_the_same_in_transformers(spec):
+    from mhmoe_ray.checkpoint.huggingface.configuration_mhmoe import MhmoeConfig
+    from mhmoe_ray.checkpoint.huggingface.modeling_mhmoe import MhmoeForCausalLM
+
+    ours = random_model(spec)
+    fields = MhmoeAdapter.from_model(spec, 16).model_dump(exclude_unset=True)
+    theirs = MhmoeForCausalLM(MhmoeConfig(**fields)).eval()
+    tensors = ours.named_tensors()
+    state = {
+        name: part
+        for group in tensor_entries(spec)
+        for entry in group
+        for name, part in entry.split(tensors[entry.checkpoint_name]).items()
+    }
+    missing_names, unexpected_names = theirs.load_state_dict(state, strict=False)
+    assert not unexpected_names
+    assert set(missing_names) <= ({"lm_head.weight"} if spec.tied_embeddings else set())
+    tokens = torch.randint(spec.vocab_size, (2, 9), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = ours(tokens).logits_BTV
+        # At a tie of two experts, both sides may choose another one.
+        if _smallest_margin(ours, tokens) > 1e-5:
+            torch.testing.assert_close(theirs(tokens).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def _smallest_margin(model: Decoder, tokens: torch.Tensor) -> float:
+    """Return the smallest difference between the preferences for the last chosen expert and for the next one."""
+    margins = [1.0]
+    moe = model.spec.moe
+    if moe is None or moe.top_k == moe.experts:
+        return 1.0
+
+    def record(router, args, routing):
+        score_NE = router.scores(args[0]).softmax(-1)
+        best_values = (score_NE + router.bias_E if moe.bias_rate else score_NE).topk(moe.top_k + 1, dim=-1).values
+        margins.append(float((best_values[:, -2] - best_values[:, -1]).min()))
+
+    handles = [layer.router.register_forward_hook(record) for layer in model.moe_layers()]
+    model(tokens)
+    for handle in handles:
+        handle.remove()
+    return min(margins)
+
+
+def test_folder_saved_by_transformers_can_be_imported(tmp_path, exported):
+    run, model, tokenizer = exported
+    model.save_pretrained(tmp_path / "theirs")
+    tokenizer.save_pretrained(tmp_path / "theirs")
+    imported_run = import_folder(tmp_path / "theirs", "back", tmp_path / "runs", None)
+    manifest = newest_checkpoint(imported_run, ("weights",))[1]
+    assert manifest.model == newest_checkpoint(run, ("weights",))[1].model
+    ours, theirs = (our_model(r).named_tensors() for r in (run, imported_run))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+LOAD = """
+import sys
+from transformers import AutoModelForCausalLM, AutoTokenizer
+assert "mhmoe_ray" not in sys.modules
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=True)
+print(tokenizer.decode(model.generate(**tokenizer("the fox", return_tensors="pt"), max_new_tokens=4)[0]))
+assert not [name for name in sys.modules if name.split(".")[0] in ("mhmoe_ray", "mhmoe_kernels", "ray")]
+"""
+REGISTERED = """
+for auto_class in (AutoModel, AutoModelForCausalLM):
+    model = auto_class.from_pretrained(sys.argv[1])
+    assert type(model).__module__ == "mhmoe_ray.checkpoint.huggingface.modeling_mhmoe", type(model)
+"""
+IMPORT_AFTER = "from transformers import AutoModel; import mhmoe_ray" + REGISTERED
+IMPORT_BEFORE = (
+    """
+import sys, mhmoe_ray
+assert not {"torch", "transformers"} & sys.modules.keys()
+from transformers import AutoModel, AutoModelForCausalLM
+"""
+    + REGISTERED
+)
+
+
+@pytest.fixture(scope="module")
+def exported_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("exported")
+    export_run(make_run(folder, MODELS["llama"]), folder / "out")
+    return folder / "out"
+
+
+def run_script(script, *args, tmp_path):
+    """Run Python code in a new process, with a cache of its own for the code of models."""
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", script, *map(str, args)]
+    subprocess.run(command, check=True, env=environment, cwd=tmp_path)
+
+
+def test_export_needs_only_torch_and_transformers(exported_folder, tmp_path):
+    """Importing the package afterwards makes the same process take the package's classes."""
+    run_script(LOAD + IMPORT_AFTER, exported_folder, tmp_path=tmp_path)
+
+
+def test_package_registers_the_model_before_transformers_is_imported(exported_folder, tmp_path):
+    run_script(IMPORT_BEFORE, exported_folder, tmp_path=tmp_path)
+
+
+def test_exported_folder_describes_itself(exported_folder):
+    config = json.loads((exported_folder / "config.json").read_text())
+    assert config["architectures"] == ["MhmoeForCausalLM"]
+    assert config["auto_map"]["AutoModelForCausalLM"] == "modeling_mhmoe.MhmoeForCausalLM"
+    generation = json.loads((exported_folder / "generation_config.json").read_text())
+    assert generation == {"bos_token_id": 1, "eos_token_id": [1, 2], "pad_token_id": 2}
+    card = (exported_folder / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: transformers\n")
+    assert "| training | step 7, 448 tokens |" in card
+    assert f"| context length | {SEQ_LEN} tokens |" in card
