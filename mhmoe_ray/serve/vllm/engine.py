@@ -34,7 +34,7 @@ from mhmoe_ray.serve.engine.request import (
 )
 from mhmoe_ray.serve.engine.scheduler import FairQueue
 from mhmoe_ray.serve.engine.threaded import Deliver, RequestState, ThreadedEngine
-from mhmoe_ray.serve.vllm.folder import FORMAT, check_fits, write_folder
+from mhmoe_ray.serve.vllm.folder import LOAD_FORMAT, check_fits, write_folder
 from mhmoe_ray.spec import ServeSpec
 from mhmoe_ray.storage import Location
 
@@ -133,7 +133,7 @@ class VllmEngine(ThreadedEngine[_VllmRequest]):
             write_folder(Path(model_folder), self._checkpoint, self._manifest, self._tokenizer_size)
             config = EngineArgs(
                 model=model_folder,
-                load_format=FORMAT,
+                load_format=LOAD_FORMAT,
                 skip_tokenizer_init=True,
                 dtype=spec.precision,
                 # A prompt of full length can only be scored, but vLLM needs room for a token after it.

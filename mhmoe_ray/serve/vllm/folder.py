@@ -2,15 +2,17 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
+from mhmoe_ray.checkpoint.huggingface.adapters.mhmoe import MhmoeAdapter
 from mhmoe_ray.checkpoint.manifest import CheckpointManifest
 from mhmoe_ray.errors import ServeError
 from mhmoe_ray.spec import ModelSpec
 from mhmoe_ray.storage import Location
 
-ARCHITECTURE = "MhmoeForCausalLM"
-FORMAT = "mhmoe"
-"""Name of the checkpoint format, for `load_format`; also the type of the model in its configuration."""
+ARCHITECTURE = MhmoeAdapter.class_name
+LOAD_FORMAT = "mhmoe"
+"""Name of the loader of runs' checkpoints, for vLLM's `load_format`."""
 # vLLM's kernels for experts on a CPU take such widths only.
 CPU_MULTIPLE = 32
 """Number of which the width of an expert's rows must be a multiple on a CPU."""
@@ -31,8 +33,15 @@ def check_fits(model: ModelSpec, on_cpu: bool) -> None:
         raise ServeError("engine vllm", reason, fix)
 
 
+def model_spec(config: Any) -> ModelSpec:
+    """Return the `model` section of a spec that a configuration of vLLM describes."""
+    return MhmoeAdapter.model_validate(
+        {name: getattr(config, name) for name in MhmoeAdapter.model_fields if hasattr(config, name)}
+    ).to_model_spec()
+
+
 def write_folder(folder: Path, checkpoint: Location, manifest: CheckpointManifest, tokenizer_size: int) -> None:
-    """Write the model's configuration into an empty folder, which vLLM loads with `load_format="mhmoe"`.
+    """Write the model's configuration into an empty folder, which vLLM loads with `load_format=LOAD_FORMAT`.
 
     Args:
         folder: the folder, on this machine.
@@ -40,23 +49,15 @@ def write_folder(folder: Path, checkpoint: Location, manifest: CheckpointManifes
         manifest: the checkpoint's manifest.
         tokenizer_size: number of tokens of the tokenizer.
     """
-    model = manifest.model
+    # vLLM needs room for a token after the last one, even if a prompt is only scored.
+    adapter = MhmoeAdapter.from_model(manifest.model, manifest.seq_len + 1)
+    assert adapter is not None
     config = {
-        "model_type": FORMAT,
+        **adapter.model_dump(exclude_unset=True),
+        "model_type": adapter.model_type,
         "architectures": [ARCHITECTURE],
         "dtype": "float32",
+        "tokenizer_size": tokenizer_size,
         "checkpoint": str(checkpoint),
-        "model": model.model_dump(mode="json"),
-        # This is the width of the logits for vLLM's sampler; the embedding may have more rows.
-        "vocab_size": tokenizer_size,
-        "hidden_size": model.d_model,
-        "num_hidden_layers": model.layers,
-        "num_attention_heads": model.attention_heads,
-        "num_key_value_heads": model.n_kv_heads,
-        "num_experts": model.moe.experts if model.moe else 0,
-        # vLLM needs room for a token after the last one, even if a prompt is only scored.
-        "max_position_embeddings": manifest.seq_len + 1,
-        "rope_parameters": {"rope_type": "default", "rope_theta": model.rope_theta},
-        "tie_word_embeddings": model.tied_embeddings,
     }
     (folder / "config.json").write_text(json.dumps(config, indent=2))

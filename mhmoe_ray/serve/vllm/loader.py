@@ -1,7 +1,7 @@
-"""Classes that vLLM gets from this project: a model's configuration, the loader of its weights, and worker methods.
+"""Classes that vLLM gets from this project: the loader of a run's weights, and worker methods.
 
-vLLM reads the configuration, a class of transformers' kind, from a folder in place of a checkpoint. The weights come
-from a run's checkpoint, whatever the number of ranks that wrote it.
+The weights come from a run's checkpoint, whatever the number of ranks that wrote it. vLLM's own loader reads exported
+folders.
 """
 
 from collections.abc import Iterator
@@ -9,40 +9,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig
 from vllm.config import ModelConfig
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
+from mhmoe_ray.checkpoint.huggingface.names import tensor_entries
 from mhmoe_ray.checkpoint.load import load_tensors
-from mhmoe_ray.model.decoder import Decoder
-from mhmoe_ray.serve.vllm.folder import FORMAT
+from mhmoe_ray.serve.vllm.folder import model_spec
 from mhmoe_ray.spec import ModelSpec
 from mhmoe_ray.storage import Location, location
 
 
-class MhmoeConfig(PreTrainedConfig):
-    """The configuration that `folder.write_folder` writes: sizes under vLLM's names, and this project's own fields."""
-
-    model_type = FORMAT
-
-    checkpoint: str = ""
-    """Location of the checkpoint."""
-    model: dict[str, Any] | None = None
-    """The `model` section of the checkpoint's manifest."""
-
-    vocab_size: int = 0
-    """Number of tokens of the tokenizer; the model may have more rows, which no answer uses."""
-    hidden_size: int = 0
-    num_hidden_layers: int = 0
-    num_attention_heads: int = 0
-    num_key_value_heads: int = 0
-    num_experts: int = 0
-    max_position_embeddings: int = 0
-    rope_parameters: dict[str, Any] | None = None
-
-
 class CheckpointLoader(BaseModelLoader):
-    """Loader of the weights of a run's checkpoint."""
+    """Loader of the weights of a run's checkpoint, which the configuration names."""
 
     def download_model(self, model_config: ModelConfig) -> None:
         """Do nothing. vLLM requires this method; the weights are read where the checkpoint is."""
@@ -50,25 +28,21 @@ class CheckpointLoader(BaseModelLoader):
     def load_weights(self, model: Any, model_config: ModelConfig) -> None:
         """Load the checkpoint's weights into the model; `read_manifest` has verified the checkpoint already."""
         config = model_config.hf_config
-        model.load_weights(checkpoint_tensors(location(config.checkpoint), ModelSpec.model_validate(config.model)))
+        model.load_weights(exported_tensors(location(config.checkpoint), model_spec(config)))
 
 
-def checkpoint_tensors(checkpoint: Location, spec: ModelSpec) -> Iterator[tuple[str, Tensor]]:
-    """Yield the name and the complete float32 values of each tensor of a checkpoint.
+def exported_tensors(checkpoint: Location, spec: ModelSpec) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors of a checkpoint in float32, with the names and shapes that an export would give them.
 
     Raises:
         CheckpointError: the checkpoint is not one of this model.
     """
-    with torch.device("meta"):
-        shapes = Decoder(spec).named_tensors()
-    groups: dict[str, list[str]] = {}
-    for name in shapes:
-        groups.setdefault(".".join(name.split(".")[:2]), []).append(name)
-    # The tensors are read block by block, so only those of one block are in memory at a time.
-    for names in groups.values():
-        tensors = {name: torch.empty(shapes[name].shape, dtype=torch.float32, device="cpu") for name in names}
+    # A group has the tensors of one block, so only those of one block are in memory at a time.
+    for group in tensor_entries(spec):
+        tensors = {e.checkpoint_name: torch.empty(e.shape, dtype=torch.float32, device="cpu") for e in group}
         load_tensors(checkpoint / "weights", tensors)
-        yield from tensors.items()
+        for entry in group:
+            yield from entry.split(tensors[entry.checkpoint_name]).items()
 
 
 class WorkerExtension:

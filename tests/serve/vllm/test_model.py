@@ -32,6 +32,28 @@ KINDS = {
     "experts in every layer": changed_spec({"every": 1}, d_ff=None),
     "selection bias": changed_spec({"bias_rate": 0.01}),
     "dense": ModelSpec.model_validate(SPEC.model_dump() | {"moe": None}),
+    "everything that the trunk and the routers of other architectures have": changed_spec(
+        {
+            "experts": 8,
+            "every": 1,
+            "dense_first": 1,
+            "scoring": "sigmoid",
+            "normalize_gates": True,
+            "gate_scale": 2.5,
+            "groups": 4,
+            "top_groups": 2,
+        },
+        d_head=16,
+        qk_norm="head",
+        attention_bias="qkv",
+        rope_scaling={"type": "yarn", "factor": 4, "original_length": 32},
+    ),
+    "norm of all queries, all biases": changed_spec(
+        {},
+        qk_norm="all",
+        attention_bias="all",
+        rope_scaling={"type": "llama3", "factor": 8, "original_length": 32},
+    ),
     **{
         router: changed_spec({"router": router, "router_dim": 3 if router == "xmoe" else None})
         for router in ROUTERS
