@@ -1,5 +1,6 @@
 """Computation of an evaluation, which is stored as a file in the run directory."""
 
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from mhmoe_ray.checkpoint.huggingface.export import export
 from mhmoe_ray.checkpoint.load import load_model
 from mhmoe_ray.checkpoint.tokenizer import load_run_tokenizer
 from mhmoe_ray.data.domains import language_of_folder, subfolder_of
@@ -64,16 +66,19 @@ def run_evaluation(request: EvalRequest, print_line: Callable[[str], None]) -> N
     tasks = {}
     if request.tasks:
         print_line(f"tasks {', '.join(expand_tasks(request.tasks))}")
-        tasks = run_tasks(
-            model,
-            tokenizer,
-            manifest.seq_len,
-            expand_tasks(request.tasks),
-            request.task_folders,
-            batch_size=request.batch,
-            use_bfloat16=request.half,
-            question_limit=request.limit,
-        )
+        # lm-eval gets the model that an export gives to anybody, so that its own command prints the same figures.
+        with tempfile.TemporaryDirectory() as folder:
+            exported_folder = Path(folder) / run.id
+            export(checkpoint, manifest, exported_folder)
+            tasks = run_tasks(
+                exported_folder,
+                expand_tasks(request.tasks),
+                request.task_folders,
+                batch_size=request.batch,
+                use_bfloat16=request.half,
+                device="cuda" if request.gpus else "cpu",
+                question_limit=request.limit,
+            )
     evaluation = Evaluation(
         request=request,
         step=manifest.step,

@@ -6,15 +6,12 @@ import subprocess
 import sys
 
 import pytest
-from tokenizers import Tokenizer
 
 from mhmoe_ray.data.prepare.validation import is_validation
 from mhmoe_ray.evaluate.harness import run_tasks
 from mhmoe_ray.runs.directory import Attempt, add_attempt, create_run
-from tests.checkpoint.huggingface.conftest import TEXT
+from tests.checkpoint.huggingface.conftest import MODELS, export_run, make_run
 from tests.data.texts import write_documents
-from tests.evaluate.test_measure import make_model
-from tests.llama_tokenizer import llama_tokenizer
 from tests.specs import tiny_spec
 
 FRACTION = 0.3
@@ -50,15 +47,14 @@ def test_continuations_ask_about_held_out_documents(tmp_path, monkeypatch):
 
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
-    tokenizer: Tokenizer = llama_tokenizer(TEXT, 300)
+    export_run(make_run(tmp_path / "model", MODELS["dense"], seq_len=512), tmp_path / "out")
     results = run_tasks(
-        make_model(),
-        tokenizer,
-        16,
+        tmp_path / "out",
         ["continuations"],
         [str(task_folder)],
         batch_size=4,
         use_bfloat16=False,
+        device="cpu",
         question_limit=None,
     )
     assert results["continuations"]["questions"] == len(questions)

@@ -130,7 +130,11 @@ def _write_folder(
         tokenizer_identity(file_contents[tokenizer.name]),
     )
     write_json(folder / CONFIG, config)
-    write_json(folder / GENERATION, edge_tokens.model_dump())
+    generation_config = edge_tokens.model_dump()
+    if unused_rows := list(range(token_count(loaded_tokenizer), manifest.model.vocab_size)):
+        # The rows of the embedding beyond the tokenizer have no text, so that no answer may contain them.
+        generation_config["suppress_tokens"] = unused_rows
+    write_json(folder / GENERATION, generation_config)
     total_bytes = sum(
         dtypes[e.checkpoint_name].itemsize * torch.Size(e.shape).numel() for group in groups for e in group
     )

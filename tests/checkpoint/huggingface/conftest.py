@@ -75,12 +75,12 @@ def random_model(spec: ModelSpec) -> Decoder:
     return model
 
 
-def make_run(folder: Path, spec: ModelSpec) -> RunDir:
+def make_run(folder: Path, spec: ModelSpec, seq_len: int = SEQ_LEN) -> RunDir:
     """Write a finished run with a tokenizer and a checkpoint of step 7 below folder/runs, and return it.
 
     The checkpoint has the weights of `random_model(spec)` and no optimizer state.
     """
-    run = create_run(tiny_spec(folder, model=spec.model_dump(), data={"seq_len": SEQ_LEN}))
+    run = create_run(tiny_spec(folder, model=spec.model_dump(), data={"seq_len": seq_len}))
     add_attempt(run, Attempt("job-1", "http://127.0.0.1:9", local=True))
     llama_tokenizer(TEXT, spec.vocab_size).save(str(run.tokenizer_file))
     checkpoint = run.checkpoints / checkpoint_name(7, 1)
@@ -94,7 +94,7 @@ def make_run(folder: Path, spec: ModelSpec) -> RunDir:
         world=1,
         ep=1,
         model=spec,
-        seq_len=SEQ_LEN,
+        seq_len=seq_len,
         tokenizer_sha256=describe_file(run.tokenizer_file).sha256,
         data_sha256="0" * 64,
         files={str(p.relative_to(checkpoint)): describe_file(p) for p in checkpoint.glob("*/*")},
