@@ -62,6 +62,8 @@ class CheckpointManifest(BaseModel):
     ends: list[int] = []
     """Token ids that end a text in addition to the tokenizer's own (`data.tokenizer.boundaries`), from an imported
     folder. Older manifests have none."""
+    adds_start: bool = True
+    """Whether a start token precedes a text; false for imported weights whose own tokenizer adds none."""
     tokenizer_sha256: str
     data_sha256: str | None
     """Hash of the prepared data's manifest: `position` counts samples of that data only. None for imported weights,

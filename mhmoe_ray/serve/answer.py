@@ -100,7 +100,12 @@ class Answerer:
     """An engine together with the tokenizer and the chat template of its model."""
 
     def __init__(
-        self, engine: Engine, tokenizer: Tokenizer, template: ChatTemplate | None, details: ModelDetails
+        self,
+        engine: Engine,
+        tokenizer: Tokenizer,
+        template: ChatTemplate | None,
+        details: ModelDetails,
+        adds_start: bool = True,
     ) -> None:
         """Combine an engine with what is needed to turn text into tokens and tokens into text.
 
@@ -109,9 +114,11 @@ class Answerer:
             tokenizer: the model's tokenizer, which has tokens for the start and end of a document.
             template: the chat template; None if the model has none.
             details: facts about the model.
+            adds_start: whether a start token precedes a text, as in the model's training.
         """
         self.engine, self.tokenizer, self.template, self.details = engine, tokenizer, template, details
         self.start_token = boundaries(tokenizer).start
+        self.adds_start = adds_start
         self.tokenizer_size = token_count(tokenizer)
         """Number of token ids; every id is below it."""
         self.boundary_texts = boundary_texts(tokenizer)
@@ -119,19 +126,22 @@ class Answerer:
         self._token_bytes = TokenBytes(tokenizer, self.decode)
 
     def encode(self, prompt: str) -> list[int]:
-        """Return the token ids of a prompt, after the token that starts a document."""
-        return [self.start_token, *self._encode_text(prompt)]
+        """Return the token ids of a prompt, after the token that starts a document if the model is used to it."""
+        ids = self._encode_text(prompt)
+        # The model needs a token to continue from, so an empty prompt is the start of a document in any case.
+        return [self.start_token, *ids] if self.adds_start or not ids else ids
 
     def encode_chat(self, template: ChatTemplate, messages: Sequence[dict[str, Any]]) -> list[int]:
         """Return the token ids of a conversation, up to where the assistant's next answer begins.
 
-        They begin with the token that starts a document, whether the template writes it or not.
+        They begin with the token that starts a document if the model was trained with it, whether the template writes
+        it or not.
 
         Raises:
             ServeError: the template does not accept these messages.
         """
         ids = self._encode_text(template.render(messages))
-        return ids if ids[:1] == [self.start_token] else [self.start_token, *ids]
+        return ids if ids[:1] == [self.start_token] or not self.adds_start else [self.start_token, *ids]
 
     def _encode_text(self, text: str) -> list[int]:
         """Return the token ids of a text, without the token that starts a document."""

@@ -89,4 +89,5 @@ def load_answerer(checkpoint: Location, spec: ServeSpec, manifest: CheckpointMan
     run = RunDir.of_checkpoint(checkpoint)
     template = ChatTemplate.from_run(run, *boundary_texts(tokenizer))
     details = ModelDetails.from_spec(f"{run.id}/{checkpoint.name}", manifest.model)
-    return Answerer(load_engine(checkpoint, manifest, tokenizer, spec), tokenizer, template, details)
+    engine = load_engine(checkpoint, manifest, tokenizer, spec)
+    return Answerer(engine, tokenizer, template, details, manifest.adds_start)

@@ -43,6 +43,8 @@ class MhmoeSection(BaseModel):
     tokenizer_sha256: str | None = None
     """Result of `tokenizer_identity` for the tokenizer.json in the folder, or the file's hash in older folders; absent
     in folders that this package did not write."""
+    adds_start: bool | None = True
+    """Whether a start token precedes a text; None if only the tokenizer can tell, in folders of other tools."""
 
 
 class EdgeTokens(BaseModel):
@@ -75,6 +77,7 @@ def build_exported_config(
     edge_tokens: EdgeTokens,
     tokenizer_size: int,
     tokenizer_sha256: str,
+    adds_start: bool,
 ) -> dict[str, Any]:
     """Return the content of config.json for an exported model.
 
@@ -85,8 +88,9 @@ def build_exported_config(
         edge_tokens: token ids that start, end and pad a text.
         tokenizer_size: number of tokens of the tokenizer.
         tokenizer_sha256: identity of the tokenizer.
+        adds_start: whether a start token precedes a text.
     """
-    section = MhmoeSection(model=model, seq_len=seq_len, tokenizer_sha256=tokenizer_sha256)
+    section = MhmoeSection(model=model, seq_len=seq_len, tokenizer_sha256=tokenizer_sha256, adds_start=adds_start)
     return {
         **build_config(model, seq_len, tokenizer_size),
         "dtype": str(dtype).removeprefix("torch."),
@@ -143,7 +147,7 @@ def _read_section(subject: str, model_type: str, fields: dict[str, Any]) -> Mhmo
     adapter = ADAPTERS[model_type].model_validate(fields)
     model = adapter.to_model_spec()
     if section is None:
-        return MhmoeSection(model=model, seq_len=adapter.context_length)
+        return MhmoeSection(model=model, seq_len=adapter.context_length, adds_start=None)
     # The section is preferred because it also has the settings of the training.
     if computed_function(section.model) != computed_function(model) or section.seq_len != adapter.context_length:
         reason = f"the section {SECTION} of its {CONFIG} is not the model that the other keys describe"

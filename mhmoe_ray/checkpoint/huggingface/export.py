@@ -19,6 +19,7 @@ from mhmoe_ray.checkpoint.huggingface.names import TensorEntry, tensor_entries
 from mhmoe_ray.checkpoint.huggingface.tokenizer import (
     TOKENIZER_CONFIG,
     add_start_token,
+    remove_start_token,
     tokenizer_config,
     tokenizer_identity,
 )
@@ -105,20 +106,22 @@ def _write_folder(
         }
     dtypes = {name: slices[0].dtype for name, slices in index.items()}
     names = write_files(folder, _exported_groups(checkpoint, groups, index), len(groups))
-    file_contents[tokenizer.name] = add_start_token(file_contents[tokenizer.name])
+    loaded_tokenizer = load_tokenizer(tokenizer, manifest.model.vocab_size)
+    change_tokenizer = add_start_token if manifest.adds_start else remove_start_token
+    file_contents[tokenizer.name] = change_tokenizer(file_contents[tokenizer.name])
     if adapter.model_type == "mhmoe":
         file_contents |= {file.name: file.read_bytes() for file in CODE_FILES}
     file_contents[CARD] = build_card(RunDir.of_checkpoint(checkpoint), manifest, adapter.model_type).encode()
     for name, text in file_contents.items():
         replace_file(folder / name, text)
     template_text = file_contents[CHAT_TEMPLATE].decode() if CHAT_TEMPLATE in file_contents else None
-    settings = tokenizer_config(file_contents[tokenizer.name], manifest.seq_len, template_text)
-    write_json(folder / TOKENIZER_CONFIG, settings)
-    loaded_tokenizer = load_tokenizer(folder / tokenizer.name, manifest.model.vocab_size)
     edges = boundaries(loaded_tokenizer)
+    edges = edges._replace(ends=edges.ends.union(manifest.ends))
+    settings = tokenizer_config(loaded_tokenizer, edges, manifest.seq_len, template_text)
+    write_json(folder / TOKENIZER_CONFIG, settings)
     edge_tokens = EdgeTokens(
         bos_token_id=edges.start,
-        eos_token_id=sorted(edges.ends.union(manifest.ends)),
+        eos_token_id=sorted(edges.ends),
         pad_token_id=loaded_tokenizer.token_to_id(settings["pad_token"]),
     )
     config = build_exported_config(
@@ -128,6 +131,7 @@ def _write_folder(
         edge_tokens,
         token_count(loaded_tokenizer),
         tokenizer_identity(file_contents[tokenizer.name]),
+        manifest.adds_start,
     )
     write_json(folder / CONFIG, config)
     generation_config = edge_tokens.model_dump()

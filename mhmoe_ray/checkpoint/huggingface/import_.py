@@ -6,18 +6,25 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from safetensors import SafetensorError
+from tokenizers import Tokenizer
 from torch import Tensor
 
 from mhmoe_ray.checkpoint.huggingface.adapters import ADAPTERS
 from mhmoe_ray.checkpoint.huggingface.config import MhmoeSection, read_config, read_end_tokens
 from mhmoe_ray.checkpoint.huggingface.files import StoredTensors, open_tensors, write_files
 from mhmoe_ray.checkpoint.huggingface.names import TensorEntry, tensor_entries
-from mhmoe_ray.checkpoint.huggingface.tokenizer import tokenizer_identity
+from mhmoe_ray.checkpoint.huggingface.tokenizer import (
+    TOKENIZER_CONFIG,
+    add_start_token,
+    special_token,
+    tokenizer_identity,
+)
 from mhmoe_ray.checkpoint.manifest import CheckpointManifest, checkpoint_name, commit
-from mhmoe_ray.data.tokenizer import boundaries, load_tokenizer, token_count
+from mhmoe_ray.data.tokenizer import BEGIN_TOKEN, added_start_token, boundaries, find_boundaries, token_count
+from mhmoe_ray.data.tokenizer.load import check_tokenizer, read_tokenizer
 from mhmoe_ray.errors import CheckpointError, SpecError
 from mhmoe_ray.runs import events
 from mhmoe_ray.runs.directory import CHAT_TEMPLATE, RunDir, create_empty_run, mark_imported
@@ -45,17 +52,7 @@ def import_folder(source: Path, name: str | None, storage: str | Path, seq_len: 
     if not isinstance(root, Path):
         raise SpecError(f"storage {storage}", "an import is written to a local folder", "name one with --storage")
     model_type, config = read_config(source, seq_len)
-    tokenizer = source / "tokenizer.json"
-    if not tokenizer.is_file():
-        reason = "it has no tokenizer.json, which serving needs"
-        raise CheckpointError(f"folder {source}", reason, "add the one the model was trained with")
-    with _report_read_errors(source):
-        content, tokenizer_sha256 = tokenizer.read_bytes(), describe_file(tokenizer).sha256
-    loaded_tokenizer = load_tokenizer(tokenizer, config.model.vocab_size)
-    if config.tokenizer_sha256 not in (None, tokenizer_sha256, tokenizer_identity(content)):
-        reason = "its tokenizer.json is not the one the model was trained with"
-        raise CheckpointError(f"folder {source}", reason, "restore that file")
-    end_tokens = read_end_tokens(source, token_count(loaded_tokenizer)) - boundaries(loaded_tokenizer).ends
+    imported_tokenizer = _read_tokenizer(source, config)
     template = _read_chat_template(source)
     with open_tensors(source) as stored:
         groups = tensor_entries(config.model, ADAPTERS[model_type].name_replacements)
@@ -64,13 +61,13 @@ def import_folder(source: Path, name: str | None, storage: str | Path, seq_len: 
         run = create_empty_run(root.absolute(), name)
         folder = root.absolute() / run.id
         try:
-            replace_file(run.tokenizer_file, content)
+            replace_file(run.tokenizer_file, imported_tokenizer.content)
             if template:
                 (folder / CHAT_TEMPLATE).write_text(template)
             checkpoint = folder / "checkpoints" / checkpoint_name(0, 0)
             (checkpoint / "weights").mkdir(parents=True)
             write_files(checkpoint / "weights", _joined_groups(source, stored, groups), len(groups))
-            commit(checkpoint, _manifest(run, checkpoint, config, sorted(end_tokens)))
+            commit(checkpoint, _manifest(run, checkpoint, config, imported_tokenizer))
             origin_fields = {"source": str(source.absolute()), "model_type": model_type}
             events.record(run, "imported", **origin_fields, step=0, name=checkpoint.name)
             # Last: from now on the directory counts as a run.
@@ -99,6 +96,68 @@ def _report_read_errors(source: Path) -> Iterator[None]:
         raise CheckpointError(f"folder {source}", reason, "repair its disk, or get the folder again") from e
 
 
+class ImportedTokenizer(NamedTuple):
+    """Tokenizer of an imported model, and what the checkpoint manifest says about it."""
+
+    content: bytes
+    """Content of tokenizer.json for the run directory."""
+    adds_start: bool
+    """Whether a start token precedes a text."""
+    end_tokens: list[int]
+    """Token ids that end a text in addition to the tokenizer's own."""
+
+
+def _read_tokenizer(source: Path, config: MhmoeSection) -> ImportedTokenizer:
+    """Read and check the tokenizer of a folder in Hugging Face's layout.
+
+    Raises:
+        CheckpointError: the folder has no tokenizer.json, or not the one that the model was trained with, or a file
+            cannot be read.
+        DataError: the tokenizer does not fit the model, or has no token that can start a text.
+    """
+    file = source / "tokenizer.json"
+    if not file.is_file():
+        reason = "it has no tokenizer.json, which serving needs"
+        raise CheckpointError(f"folder {source}", reason, "add the one the model was trained with")
+    with _report_read_errors(source):
+        content, sha256 = file.read_bytes(), describe_file(file).sha256
+    tokenizer, settings = read_tokenizer(file), _read_settings(source)
+    adds_start = config.adds_start
+    if adds_start is None:
+        # transformers' class of a tokenizer with <s> adds it even without a post-processor, unless it is told not to.
+        default = tokenizer.token_to_id(BEGIN_TOKEN) is not None
+        adds_start = added_start_token(tokenizer) is not None or bool(settings.get("add_bos_token", default))
+    if find_boundaries(tokenizer) is None:
+        start = special_token(tokenizer, settings, "bos_token", "cls_token", "eos_token", "pad_token")
+        if start is not None:
+            content = add_start_token(content, start)
+            tokenizer = Tokenizer.from_buffer(content)
+    check_tokenizer(tokenizer, file, config.model.vocab_size)
+    if config.tokenizer_sha256 not in (None, sha256, tokenizer_identity(content)):
+        reason = "its tokenizer.json is not the one the model was trained with"
+        raise CheckpointError(f"folder {source}", reason, "restore that file")
+    end_tokens = read_end_tokens(source, token_count(tokenizer))
+    if (end_token := special_token(tokenizer, settings, "eos_token")) is not None:
+        end_tokens.add(end_token)
+    return ImportedTokenizer(content, adds_start, sorted(end_tokens - boundaries(tokenizer).ends))
+
+
+def _read_settings(source: Path) -> dict[str, Any]:
+    """Return the content of a folder's tokenizer_config.json; an empty dictionary if there is none.
+
+    Raises:
+        CheckpointError: the file cannot be read.
+    """
+    file = source / TOKENIZER_CONFIG
+    try:
+        settings = json.loads(file.read_text()) if file.exists() else {}
+        if not isinstance(settings, dict):
+            raise ValueError("it is no object")
+    except (OSError, ValueError) as e:
+        raise CheckpointError(f"folder {source}", f"{file.name} cannot be read ({e})", "get the folder again") from e
+    return settings
+
+
 def _read_chat_template(source: Path) -> str | None:
     """Return the chat template of a folder in Hugging Face's layout; None if it has none.
 
@@ -106,24 +165,20 @@ def _read_chat_template(source: Path) -> str | None:
         CheckpointError: the template cannot be read, or there are several and none is the default.
     """
     # Older folders have it as an entry of tokenizer_config.json.
-    file, settings = source / CHAT_TEMPLATE, source / "tokenizer_config.json"
-    template_file = file if file.exists() else settings
-    try:
-        if template_file == file:
+    file = source / CHAT_TEMPLATE
+    if file.exists():
+        try:
             return file.read_text()
-        tokenizer_config = json.loads(settings.read_text()) if settings.exists() else {}
-        if not isinstance(tokenizer_config, dict):
-            raise ValueError("it is no object")
-    except (OSError, ValueError) as e:
-        raise CheckpointError(
-            f"folder {source}", f"{template_file.name} cannot be read ({e})", "get the folder again"
-        ) from e
-    template = tokenizer_config.get("chat_template")
+        except (OSError, ValueError) as e:
+            raise CheckpointError(
+                f"folder {source}", f"{file.name} cannot be read ({e})", "get the folder again"
+            ) from e
+    template = _read_settings(source).get("chat_template")
     if isinstance(template, list):
         template = _default_template(template)
     if template is None or isinstance(template, str):
         return template
-    reason = f"the chat_template in its {settings.name} is no text, nor a list with one that is named default"
+    reason = f"the chat_template in its {TOKENIZER_CONFIG} is no text, nor a list with one that is named default"
     raise CheckpointError(f"folder {source}", reason, f"put the one to use into {CHAT_TEMPLATE} beside it")
 
 
@@ -189,7 +244,7 @@ def _joined_groups(source: Path, stored: StoredTensors, groups: list[list[Tensor
         del tensors
 
 
-def _manifest(run: RunDir, checkpoint: Path, config: MhmoeSection, end_tokens: list[int]) -> CheckpointManifest:
+def _manifest(run: RunDir, checkpoint: Path, config: MhmoeSection, tokenizer: ImportedTokenizer) -> CheckpointManifest:
     """Return the manifest of an imported checkpoint of step 0, with the hashes of its files."""
     files = {str(p.relative_to(checkpoint)): describe_file(p) for p in sorted(checkpoint.glob("weights/*"))}
     return CheckpointManifest(
@@ -201,7 +256,8 @@ def _manifest(run: RunDir, checkpoint: Path, config: MhmoeSection, end_tokens: l
         ep=1,
         model=config.model,
         seq_len=config.seq_len,
-        ends=end_tokens,
+        ends=tokenizer.end_tokens,
+        adds_start=tokenizer.adds_start,
         tokenizer_sha256=describe_file(run.tokenizer_file).sha256,
         data_sha256=None,
         files=files,

@@ -12,33 +12,69 @@ from typing import Any
 from tokenizers import Tokenizer
 from tokenizers.processors import ByteLevel, Sequence, TemplateProcessing
 
-from mhmoe_ray.data.tokenizer import boundaries
+from mhmoe_ray.data.tokenizer import Boundaries, added_start_token, boundaries
 from mhmoe_ray.data.tokenizer.vocabulary import unknown_token
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 _SAMPLE_TEXT = "A text of some words."
 
 
-def add_start_token(content: bytes) -> bytes:
+def add_start_token(content: bytes, start: int | None = None) -> bytes:
     """Change a tokenizer.json so that its encoding of a text begins with the start token, and return its new content.
 
     If its encoding already does, the content is returned unchanged.
 
     Args:
-        content: content of a tokenizer.json that `load_tokenizer` accepts.
+        content: content of a tokenizer.json.
+        start: the start token; by default that of `boundaries`, so that `load_tokenizer` must accept the tokenizer.
     """
     tokenizer = Tokenizer.from_buffer(content)
-    start = boundaries(tokenizer).start
+    if start is None:
+        start = boundaries(tokenizer).start
     if tokenizer.encode(_SAMPLE_TEXT).ids == [start, *tokenizer.encode(_SAMPLE_TEXT, add_special_tokens=False).ids]:
         return content
     token = tokenizer.id_to_token(start)
     template = TemplateProcessing(
         single=f"{token}:0 $A:0", pair=f"{token}:0 $A:0 {token}:1 $B:1", special_tokens=[(token, start)]
     )
+    return _with_processors(tokenizer, content, [template])
+
+
+def remove_start_token(content: bytes) -> bytes:
+    """Change a tokenizer.json so that its encoding of a text begins with no added token, and return its new content.
+
+    If its encoding already does, the content is returned unchanged.
+
+    Args:
+        content: content of a tokenizer.json.
+    """
+    tokenizer = Tokenizer.from_buffer(content)
+    return content if added_start_token(tokenizer) is None else _with_processors(tokenizer, content, [])
+
+
+def _with_processors(tokenizer: Tokenizer, content: bytes, processors: list[TemplateProcessing]) -> bytes:
+    """Return the content of a tokenizer.json with other post-processors; a byte-level one is kept."""
     # A byte-level processor only corrects offsets. Any other processor would add further tokens and is left out.
     byte_level_processors = [ByteLevel(**options)] if (options := _byte_level_options(content)) is not None else []
-    tokenizer.post_processor = Sequence([*byte_level_processors, template])
+    tokenizer.post_processor = Sequence([*byte_level_processors, *processors])
     return tokenizer.to_str(pretty=True).encode()
+
+
+def special_token(tokenizer: Tokenizer, settings: dict[str, Any], *names: str) -> int | None:
+    """Return the token id of the first of the `names` that tokenizer_config.json gives, such as `bos_token`.
+
+    Args:
+        tokenizer: the tokenizer in the same folder.
+        settings: content of tokenizer_config.json.
+        names: keys of tokenizer_config.json.
+    """
+    for name in names:
+        entry = settings.get(name)
+        # Older versions of transformers write an object with the text as `content`.
+        text = entry.get("content") if isinstance(entry, dict) else entry
+        if isinstance(text, str) and (token := tokenizer.token_to_id(text)) is not None:
+            return token
+    return None
 
 
 def _byte_level_options(content: bytes) -> dict[str, bool] | None:
@@ -63,16 +99,17 @@ def tokenizer_identity(content: bytes) -> str:
     return hashlib.sha256(json.dumps(identity_parts, sort_keys=True).encode()).hexdigest()
 
 
-def tokenizer_config(content: bytes, seq_len: int, chat_template: str | None = None) -> dict[str, Any]:
+def tokenizer_config(
+    tokenizer: Tokenizer, edge_tokens: Boundaries, seq_len: int, chat_template: str | None = None
+) -> dict[str, Any]:
     """Return the content of tokenizer_config.json, which names the special tokens for other tools.
 
     Args:
-        content: content of the tokenizer.json in the same folder.
+        tokenizer: tokenizer of the tokenizer.json in the same folder.
+        edge_tokens: token that starts a text, and all tokens that end one.
         seq_len: number of tokens that the model sees at once.
         chat_template: Jinja template that turns a conversation into a prompt; None if there is none.
     """
-    tokenizer = Tokenizer.from_buffer(content)
-    edge_tokens = boundaries(tokenizer)
     # If another token than the start token ends a text, take it: </s> and not <s>.
     end = tokenizer.id_to_token(max(edge_tokens.ends - {edge_tokens.start}, default=edge_tokens.start))
     config = {

@@ -6,10 +6,14 @@ SHA-256; a file with another SHA-256 is refused.
 Documents. A start token precedes each document, in training and in prompts. The token means "a new document begins"
 and, in a text being generated, "this document is over". No other special token is ever added.
 
-    | a tokenizer with | start token   | tokens that end a generated text |
-    | ---------------- | ------------- | -------------------------------- |
-    | <|endoftext|>    | <|endoftext|> | <|endoftext|>                    |
-    | <s> and </s>     | <s>           | <s>, </s>                        |
+    | a tokenizer with               | start token   | tokens that end a generated text             |
+    | ------------------------------ | ------------- | -------------------------------------------- |
+    | a post-processor that adds one | that token    | that token; <|endoftext|> and </s> if it has |
+    | <|endoftext|>                  | <|endoftext|> | <|endoftext|>                                |
+    | <s> and </s>                   | <s>           | <s>, </s>                                    |
+
+The first row that fits applies. An imported model can be one that was trained without a start token; its checkpoint
+manifest then has `adds_start: false`, and prompts begin without it.
 
 Special tokens. A document is plain text from its first character to its last: if it contains the letters
 "<|endoftext|>", these letters are encoded, never the token. A prompt is different: it may name special tokens, so that
@@ -31,6 +35,7 @@ from mhmoe_ray.data.tokenizer.vocabulary import (
     END_TOKEN,
     UNKNOWN_WIDTH,
     Boundaries,
+    added_start_token,
     boundaries,
     find_boundaries,
     token_count,
@@ -45,6 +50,7 @@ __all__ = [
     "UNKNOWN_WIDTH",
     "Boundaries",
     "DocumentEncoder",
+    "added_start_token",
     "boundaries",
     "document_encoder",
     "find_boundaries",

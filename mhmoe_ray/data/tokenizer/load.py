@@ -29,7 +29,7 @@ def load_tokenizer(path: Location, vocab_size: int) -> Tokenizer:
     tokenizer = read_tokenizer(path)
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    _check_tokenizer(tokenizer, path, vocab_size)
+    check_tokenizer(tokenizer, path, vocab_size)
     return tokenizer
 
 
@@ -84,7 +84,7 @@ def store_given_tokenizer(spec: DataSpec, vocab_size: int, target: Path) -> None
     path, pattern = spec.tokenizer, spec.tokenizer_pattern
     assert path is not None
     tokenizer = read_given_tokenizer(path, pattern)
-    _check_tokenizer(tokenizer, path, vocab_size)
+    check_tokenizer(tokenizer, path, vocab_size)
     if is_tiktoken(content := path.read_bytes()):
         tokenizer.save(str(target))
         return
@@ -94,7 +94,7 @@ def store_given_tokenizer(spec: DataSpec, vocab_size: int, target: Path) -> None
     target.write_bytes(content)
 
 
-def _check_tokenizer(tokenizer: Tokenizer, path: Location, vocab_size: int) -> None:
+def check_tokenizer(tokenizer: Tokenizer, path: Location, vocab_size: int) -> None:
     """Check that a tokenizer fits a model and has boundary tokens that stand for nothing else.
 
     Raises:
@@ -106,7 +106,10 @@ def _check_tokenizer(tokenizer: Tokenizer, path: Location, vocab_size: int) -> N
         raise DataError(f"tokenizer {path}", f"it has {size} entries", fix)
     boundary_tokens = find_boundaries(tokenizer)
     if boundary_tokens is None:
-        reason = f"it has neither the token {END_OF_TEXT} nor the two tokens {BEGIN_TOKEN} and {END_TOKEN}"
+        reason = (
+            f"it has neither the token {END_OF_TEXT} nor the two tokens {BEGIN_TOKEN} and {END_TOKEN}, and its "
+            "post-processor adds no start token"
+        )
         raise DataError(f"tokenizer {path}", reason, "add one or the other as special tokens")
     # A boundary token may be the unknown token of a model with all 256 bytes, because such a model never produces it.
     if unknown_token(tokenizer) in boundary_tokens.ends | {boundary_tokens.start} and not _knows_all_bytes(tokenizer):

@@ -9,6 +9,11 @@ from tokenizers import Tokenizer
 
 END_OF_TEXT = "<|endoftext|>"
 BEGIN_TOKEN, END_TOKEN = "<s>", "</s>"
+UNKNOWN_WIDTH = -1
+"""Width of a token that stands for an unknown number of bytes."""
+# This text serves for a check: if a tokenizer leaves out spaces, punctuation or line breaks, its tokens of the text
+# have fewer bytes than the text.
+_PLAIN_TEXT = "It is a plain text, of words and spaces: 12 of them, (or more)\nin 2 lines."
 
 
 class Boundaries(NamedTuple):
@@ -27,21 +32,33 @@ def unknown_token(tokenizer: Tokenizer) -> int | None:
     return tokenizer.token_to_id(unknown_entry) if isinstance(unknown_entry, str) else unknown_entry
 
 
+def added_start_token(tokenizer: Tokenizer) -> int | None:
+    """Return the special token that the tokenizer's post-processor puts before a text; None if it adds none there."""
+    text_ids = tokenizer.encode(_PLAIN_TEXT, add_special_tokens=False).ids
+    ids = tokenizer.encode(_PLAIN_TEXT).ids
+    return ids[0] if text_ids and ids[1 : 1 + len(text_ids)] == text_ids else None
+
+
 def boundaries(tokenizer: Tokenizer) -> Boundaries:
     """Return the boundary tokens of a tokenizer as the table in the package's docstring defines them.
 
     Raises:
-        ValueError: the tokenizer has neither kind of boundary tokens; `load_tokenizer` refuses such a tokenizer.
+        ValueError: the tokenizer has no boundary tokens; `load_tokenizer` refuses such a tokenizer.
     """
     boundary_tokens = find_boundaries(tokenizer)
     if boundary_tokens is None:
-        raise ValueError(f"no {END_OF_TEXT}, {BEGIN_TOKEN} and {END_TOKEN} in the tokenizer")
+        raise ValueError(
+            f"no {END_OF_TEXT}, {BEGIN_TOKEN} and {END_TOKEN} in the tokenizer, and it adds no start token"
+        )
     return boundary_tokens
 
 
 def find_boundaries(tokenizer: Tokenizer) -> Boundaries | None:
-    """Return the boundary tokens of a tokenizer as `boundaries` does, or None if it has neither kind."""
+    """Return the boundary tokens of a tokenizer as `boundaries` does, or None if it has none of these kinds."""
     end_of_text, begin, end = (tokenizer.token_to_id(token) for token in (END_OF_TEXT, BEGIN_TOKEN, END_TOKEN))
+    start = added_start_token(tokenizer)
+    if start is not None:
+        return Boundaries(start, frozenset(token for token in (start, end_of_text, end) if token is not None))
     if end_of_text is not None:
         return Boundaries(end_of_text, frozenset([end_of_text]))
     if begin is not None and end is not None:
@@ -49,11 +66,6 @@ def find_boundaries(tokenizer: Tokenizer) -> Boundaries | None:
     return None
 
 
-UNKNOWN_WIDTH = -1
-"""Width of a token that stands for an unknown number of bytes."""
-# This text serves for a check: if a tokenizer leaves out spaces, punctuation or line breaks, its tokens of the text
-# have fewer bytes than the text.
-_PLAIN_TEXT = "It is a plain text, of words and spaces: 12 of them, (or more)\nin 2 lines."
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 
 

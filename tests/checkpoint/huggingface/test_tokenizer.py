@@ -6,13 +6,16 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
+from mhmoe_ray.checkpoint.huggingface.import_ import import_folder
 from mhmoe_ray.checkpoint.huggingface.tokenizer import add_start_token, tokenizer_config
 from mhmoe_ray.checkpoint.manifest import newest_checkpoint
 from mhmoe_ray.data.tokenizer import boundaries
+from mhmoe_ray.errors import CheckpointError, DataError
 from mhmoe_ray.serve.engine import SamplingParams
 from mhmoe_ray.serve.load import load_answerer
 from mhmoe_ray.spec import ServeSpec
 from tests.checkpoint.huggingface.conftest import MIXTRAL, TEXT, export_run, make_run
+from tests.checkpoint.huggingface.test_import import edit_config
 from tests.llama_tokenizer import llama_tokenizer
 from tests.serve.asking import answer_tokens
 
@@ -56,7 +59,7 @@ def test_exported_tokenizer_adds_the_start_token(tmp_path, kind):
     assert add_start_token(changed_content) == changed_content
     assert (changed_content == content) == (kind == "bytes and the start")
     (tmp_path / "tokenizer.json").write_bytes(changed_content)
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(tokenizer_config(changed_content, 64)))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(tokenizer_config(tokenizer, boundaries(tokenizer), 64)))
     hf_tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     start = boundaries(tokenizer).start
     for text in TEXTS:
@@ -94,3 +97,87 @@ def test_transformers_answers_like_the_engine(tmp_path):
     assert torch.equal(
         tokenizer(["fox", "the fox"], padding=True, return_tensors="pt").attention_mask[:, 0], torch.ones(2)
     )
+
+
+def word_tokenizer(special_tokens, post_processor=None):
+    """Return a tokenizer of whole words with these special tokens, the last of which is the unknown one."""
+    tokenizer = Tokenizer(models.WordLevel(unk_token=special_tokens[-1]))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.train_from_iterator(TEXT, trainers.WordLevelTrainer(special_tokens=special_tokens))
+    if post_processor:
+        tokenizer.post_processor = post_processor
+    return tokenizer
+
+
+FOREIGN_TOKENIZERS = {
+    # As in Qwen: there is a token that ends a document, and nothing is added before a text.
+    "nothing is added": (
+        word_tokenizer(["<|endoftext|>", "<|im_end|>", "[UNK]"]),
+        {"eos_token": "<|im_end|>", "add_bos_token": False},
+        ("<|endoftext|>", False, ["<|im_end|>"]),
+    ),
+    # As in Llama 3: a post-processor adds a token of an unusual name.
+    "a post-processor adds a token": (
+        word_tokenizer(["<|begin|>", "<|eot|>", "[UNK]"], post_processor=template("<|begin|> $A", "<|begin|>", 0)),
+        {"bos_token": "<|begin|>", "eos_token": {"content": "<|eot|>"}},
+        ("<|begin|>", True, ["<|eot|>"]),
+    ),
+    "only tokenizer_config.json names tokens": (
+        word_tokenizer(["[BOS]", "[EOS]", "[UNK]"]),
+        {"bos_token": "[BOS]", "eos_token": "[EOS]", "add_bos_token": True},
+        ("[BOS]", True, ["[EOS]"]),
+    ),
+    "there is only an end": (
+        word_tokenizer(["[END]", "[UNK]"]),
+        {"eos_token": "[END]"},
+        ("[END]", False, []),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", FOREIGN_TOKENIZERS)
+def test_imported_tokenizer_may_have_any_special_tokens(tmp_path, mixtral, case):
+    """Prompts begin with a start token only if the model's own tokenizer adds one, also after another export."""
+    from transformers import AutoTokenizer
+
+    tokenizer, settings, (start, adds_start, ends) = FOREIGN_TOKENIZERS[case]
+    mixtral.save_pretrained(tmp_path / "theirs")
+    (tmp_path / "theirs" / "generation_config.json").unlink()
+    edit_config(eos_token_id=None)(tmp_path / "theirs")
+    tokenizer.save(str(tmp_path / "theirs" / "tokenizer.json"))
+    (tmp_path / "theirs" / "tokenizer_config.json").write_text(json.dumps(settings))
+    first_run = import_folder(tmp_path / "theirs", None, tmp_path / "runs", None)
+    export_run(first_run, tmp_path / "ours")
+    second_run = import_folder(tmp_path / "ours", None, tmp_path / "runs", None)
+    text = "the quick fox"
+    text_ids = tokenizer.encode(text, add_special_tokens=False).ids
+    start_ids = [tokenizer.token_to_id(start)]
+    expected = start_ids + text_ids if adds_start else text_ids
+    for run in (first_run, second_run):
+        checkpoint, manifest, _ = newest_checkpoint(run, ("weights",))
+        assert manifest.adds_start == adds_start
+        assert manifest.ends == [tokenizer.token_to_id(end) for end in ends]
+        answerer = load_answerer(checkpoint, ServeSpec(max_concurrency=1))
+        assert answerer.encode(text) == expected
+        assert answerer.encode("") == start_ids
+        answerer.engine.close()
+    exported_tokenizer = AutoTokenizer.from_pretrained(tmp_path / "ours")
+    assert exported_tokenizer(text).input_ids == expected
+
+
+def test_tokenizer_without_any_special_token_is_refused(tmp_path, mixtral):
+    mixtral.save_pretrained(tmp_path / "theirs")
+    word_tokenizer(["[UNK]"]).save(str(tmp_path / "theirs" / "tokenizer.json"))
+    with pytest.raises(DataError, match="its post-processor adds no start token"):
+        import_folder(tmp_path / "theirs", None, tmp_path / "runs", None)
+
+
+def test_tokenizer_with_one_changed_merge_is_refused(tmp_path):
+    export_run(make_run(tmp_path, MIXTRAL), tmp_path / "out")
+    file = tmp_path / "out" / "tokenizer.json"
+    content = json.loads(file.read_text())
+    merges = content["model"]["merges"]
+    merges[-1], merges[-2] = merges[-2], merges[-1]
+    file.write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match=r"its tokenizer\.json is not the one the model was trained with"):
+        import_folder(tmp_path / "out", None, tmp_path / "runs", None)
