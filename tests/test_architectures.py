@@ -20,19 +20,31 @@ MOES = [
     MoESpec(heads=4, experts=6, top_k=3, d_expert=5, every=3, router="xmoe_torchscale", projection_layers=3),
     MoESpec(heads=1, experts=6, top_k=3, d_expert=5, merge_projection=True, projection_layers=2),
     MoESpec(heads=2, experts=6, top_k=3, d_expert=5, head_projection=False, router="xmoe", router_dim=7),
+    MoESpec(experts=6, top_k=3, d_expert=5, every=1, dense_first=2, scoring="sigmoid", groups=2, top_groups=1),
     *(MoESpec(heads=4, experts=8, top_k=2, d_expert=5, router=router) for router in ROUTERS),
+]
+TRUNK_OPTIONS = [
+    {"d_head": 6, "kv_heads": 4},
+    {"attention_bias": "qkv", "qk_norm": "head"},
+    {"attention_bias": "all", "qk_norm": "all", "kv_heads": 4, "d_head": 2},
 ]
 SIZES = {"vocab_size": 1000, "d_model": 48, "layers": 6, "attention_heads": 12}
 
 
 def model_specs(backbone, moe):
-    """Yield specs with tied and with untied embeddings, each also with grouped queries if the architecture has them."""
-    d_ff = None if moe and moe.every == 1 else 100
+    """Yield specs with tied and with untied embeddings, and with each option that the architecture has.
+
+    Options are grouped queries and those of `TRUNK_OPTIONS`.
+    """
+    d_ff = None if moe and moe.every == 1 and not moe.dense_first else 100
     for kv_heads in (None, 4) if ARCHITECTURES[backbone].grouped_queries else (None,):
         for has_tied_embeddings in (True, False):
             yield ModelSpec(
                 backbone=backbone, **SIZES, d_ff=d_ff, moe=moe, kv_heads=kv_heads, tied_embeddings=has_tied_embeddings
             )
+    if ARCHITECTURES[backbone].has_trunk_options:
+        for options in TRUNK_OPTIONS:
+            yield ModelSpec(backbone=backbone, **SIZES, d_ff=d_ff, moe=moe, **options)
 
 
 @pytest.mark.parametrize("moe", MOES)

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mhmoe_kernels import widen
 from mhmoe_ray.model.architectures import modules_of
 from mhmoe_ray.model.noise import default_generator_from
 from mhmoe_ray.model.rotary import RotaryTables, rotate
@@ -87,10 +88,12 @@ class Attention(nn.Module):
 
     def _normed(self, norm: nn.Module, rows_BTHC: Tensor) -> Tensor:
         """Return queries or keys after their norm, of each head by itself or of all heads together, in their dtype."""
+        # In float32, because torch's fused norm needs the dtype of its weight.
+        wide_BTHC = widen(rows_BTHC)
         if self.qk_norm == "head":
-            normed_rows: Tensor = norm(rows_BTHC)
+            normed_rows: Tensor = norm(wide_BTHC)
         else:
-            normed_rows = norm(rows_BTHC.flatten(2)).view_as(rows_BTHC)
+            normed_rows = norm(wide_BTHC.flatten(2)).view_as(rows_BTHC)
         return normed_rows.to(rows_BTHC.dtype)
 
     def _attend(

@@ -263,7 +263,8 @@ class Router(nn.Module):
         # The bias affects only the choice; gates come from the scores themselves.
         preference_NE = score_NE + self.bias_E if moe.bias_rate else score_NE
         if moe.groups > 1:
-            preference_NE = mask_groups(preference_NE, moe.groups, moe.top_groups)
+            # The choice has no gradient, so nothing need be kept for one.
+            preference_NE = mask_groups(preference_NE.detach(), moe.groups, moe.top_groups)
         expert_NK = preference_NE.topk(moe.top_k, dim=-1).indices
         gate_NK = score_NE.gather(-1, expert_NK)
         if moe.normalize_gates and is_softmax:

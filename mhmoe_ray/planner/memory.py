@@ -206,9 +206,11 @@ def _attention_bytes(model: ModelSpec, size: int) -> int:
     )
     if model.qk_norm == "none":
         return saved_bytes
-    # RMSNorm saves the normalized queries and keys in float32, and a statistic of each of its rows.
+    # RMSNorm saves its normalized rows in float32, and a statistic of each. With a narrower dtype it also saves its
+    # input, which is a copy in float32.
     norm_rows = model.attention_heads + model.n_kv_heads if model.qk_norm == "head" else 2
-    return saved_bytes + (model.query_width + model.kv_width) * FLOAT32 + norm_rows * FLOAT32
+    copies = 1 if size == FLOAT32 else 2
+    return saved_bytes + FLOAT32 * (copies * (model.query_width + model.kv_width) + norm_rows)
 
 
 def _static_layout_bytes(model: ModelSpec, tokens: int, size: int) -> int:
@@ -242,7 +244,11 @@ def _expert_hidden_bytes(model: ModelSpec, moe: MoESpec, size: int) -> int:
 
 def _router_bytes(moe: MoESpec, width: int) -> int:
     """Return the bytes that the router saves per sub-token: probabilities, logits, and the values before them."""
-    return FLOAT32 * (2 * moe.experts + moe.router_sizes(width).saved_values)
+    values = 2 * moe.experts + moe.router_sizes(width).saved_values
+    if moe.scoring == "sigmoid":
+        # Scores are divided by their sum for the load balancing loss, and gates by theirs for the experts.
+        values += 1 + (moe.top_k + 1 if moe.normalize_gates else 0)
+    return FLOAT32 * values
 
 
 def _moe_bytes(model: ModelSpec, moe: MoESpec, size: int) -> int:

@@ -37,6 +37,8 @@ KINDS = {
     "grouped-queries": {"kv_heads": 2, "tied_embeddings": False},
     "dropout": {"backbone": "subln", "dropout": 0.1},
     "masks": {"document_masks": True},
+    "head norms": {"qk_norm": "head", "d_head": 32, "kv_heads": 2, "attention_bias": "qkv"},
+    "norms of all heads": {"qk_norm": "all", "attention_bias": "all"},
 }
 EXPERTS = {
     "dense": None,
@@ -59,6 +61,18 @@ EXPERTS = {
             "kernel": "grouped",
         }
         for name in ROUTERS
+    },
+    "sigmoid": {
+        "heads": 4,
+        "experts": 16,
+        "top_k": 3,
+        "d_expert": 80,
+        "scoring": "sigmoid",
+        "normalize_gates": True,
+        "gate_scale": 2.5,
+        "groups": 4,
+        "top_groups": 2,
+        "kernel": "grouped",
     },
 }
 
