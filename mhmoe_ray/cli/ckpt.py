@@ -1,7 +1,7 @@
 """`mhmoe ckpt`: show, verify, export and import checkpoints."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -19,6 +19,9 @@ from mhmoe_ray.cli.common import (
     print_json,
 )
 from mhmoe_ray.cli.verbs import SuggestingGroup
+
+if TYPE_CHECKING:
+    from mhmoe_ray.storage import Location
 
 app = typer.Typer(cls=SuggestingGroup, help="Inspect, verify, export and import checkpoints.", no_args_is_help=True)
 
@@ -61,11 +64,84 @@ def inspect(
 
 
 @app.command()
-def verify(run: RunArg = None, storage: StorageOption = STORAGE, json: JsonOption = False) -> None:
-    """Read all of a run's checkpoints and compare names, sizes and hashes of their files with their manifests.
+def verify(
+    run: RunArg = None,
+    other: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[OTHER]",
+            help="A second model to compare with: a run, the folder of a checkpoint, or a folder in Hugging Face's "
+            "layout. The first may be any of these too.",
+        ),
+    ] = None,
+    storage: StorageOption = STORAGE,
+    json: JsonOption = False,
+) -> None:
+    """Check all checkpoints of a run, or compare two models tensor by tensor and expert by expert.
 
-    The exit code is 8 if one is damaged. A checkpoint without a manifest was never finished and does not count as
-    damaged; a checkpoint that keep_checkpoints has removed meanwhile does not count either.
+    With one run, names, sizes and hashes of all files are compared with the manifests. A checkpoint without a manifest
+    was never finished and does not count as damaged; a checkpoint that keep_checkpoints has removed meanwhile does not
+    count either. With two models, their weights and their logits on fixed tokens are compared. The exit code is 8 if a
+    checkpoint is damaged, or if the models differ by more than rounding to 16 bits.
+    """
+    if run is not None and other is not None:
+        _compare(run, other, storage, json)
+    else:
+        _verify_run(run, storage, json)
+
+
+def _compare(first: str, second: str, storage: str, json: bool) -> None:
+    """Compare two models and print their differences.
+
+    Raises:
+        CheckpointError: the models differ by more than rounding, or one cannot be read.
+    """
+    from mhmoe_ray.checkpoint.huggingface.compare import compare_logits, compare_weights, open_model
+    from mhmoe_ray.errors import CheckpointError
+
+    locations = [_model_location(target, storage) for target in (first, second)]
+    with open_model(locations[0]) as a, open_model(locations[1]) as b:
+        findings = compare_weights(a, b)
+        is_comparable = {f.kind for f in findings} <= {"rounded", "swapped", "zero", "different"}
+        logits = compare_logits(a, b) if is_comparable else None
+    differences = [finding for finding in findings if not finding.is_rounding]
+    if json:
+        rows = [finding._asdict() for finding in findings]
+        print_json({"equal": not findings, "findings": rows, "logits": logits and logits._asdict()})
+    else:
+        for finding in differences:
+            out.print(f"{finding.kind}: {finding.subject}: {finding.detail}", soft_wrap=True, markup=False)
+        if rounded_count := len(findings) - len(differences):
+            out.print(f"rounded: {rounded_count} tensors or experts are the other one's, rounded to 16 bits")
+        if not findings:
+            out.print("all tensors are equal")
+        if logits is not None:
+            choices = f"{logits.same_choices:.1%} of the most likely tokens are the same"
+            out.print(f"logits: largest difference {logits.largest:.3g}; {choices}")
+    # The list is on stdout already; the error gives the exit code.
+    if differences:
+        reason = f"it differs from {second} in {len(differences)} places"
+        raise CheckpointError(first, reason, "compare it with the model that it should be")
+
+
+def _model_location(target: str, storage: str) -> "Location":
+    """Return the place of a model that the user names: a folder, or the newest checkpoint of a run."""
+    from mhmoe_ray.checkpoint.huggingface.config import CONFIG
+    from mhmoe_ray.checkpoint.manifest import MANIFEST
+    from mhmoe_ray.runs.directory import find_run
+
+    folder = Path(target)
+    if (folder / CONFIG).is_file() or (folder / MANIFEST).is_file():
+        return folder
+    # `open_model` hashes the files.
+    return pick_checkpoint(find_run(target, storage), None, verify_hashes=False)[0]
+
+
+def _verify_run(run: str | None, storage: str, json: bool) -> None:
+    """Compare the files of all checkpoints of a run with their manifests, and print the result.
+
+    Raises:
+        CheckpointError: a checkpoint is damaged.
     """
     from mhmoe_ray.checkpoint.manifest import (
         committed_checkpoints,

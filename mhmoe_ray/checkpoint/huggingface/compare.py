@@ -1,0 +1,287 @@
+"""Comparison of two models: their weights tensor by tensor and expert by expert, and their logits on a probe.
+
+A model is a checkpoint of a run or a folder in Hugging Face's layout. Both are read one layer at a time, under the
+names of `names.py`, so that a checkpoint can be compared with its export, and an import with its source.
+"""
+
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mhmoe_ray.checkpoint.format import SliceIndex
+from mhmoe_ray.checkpoint.huggingface.adapters import ADAPTERS, computed_function
+from mhmoe_ray.checkpoint.huggingface.config import CONFIG, read_config
+from mhmoe_ray.checkpoint.huggingface.files import open_tensors
+from mhmoe_ray.checkpoint.huggingface.names import TensorEntry, tensor_entries
+from mhmoe_ray.checkpoint.load import load_tensors, read_index
+from mhmoe_ray.checkpoint.manifest import read_manifest
+from mhmoe_ray.errors import CheckpointError
+from mhmoe_ray.model.decoder import Decoder
+from mhmoe_ray.spec import ModelSpec
+from mhmoe_ray.storage import Location
+
+PROBE_TOKENS = 64
+"""Number of tokens of the probe, which are random but always the same for a vocabulary."""
+NARROW_DTYPES = (torch.bfloat16, torch.float16)
+EXPERT = re.compile(r"(model\.layers\.\d+\.block_sparse_moe\.experts)\.(\d+)\.(.+)")
+
+
+class StoredModel(NamedTuple):
+    """A model on disk, whose tensors are read one by one."""
+
+    label: str
+    """The checkpoint or the folder, for messages."""
+    model: ModelSpec
+    seq_len: int
+    entries: list[list[TensorEntry]]
+    """Entries of the tensors, in groups of one layer."""
+    names: set[str]
+    """Names of the stored tensors in the table of `names.py`; a name that is not in the table is as it is stored."""
+    read: Callable[[str], Tensor]
+    """Function that reads a tensor by its name in the table."""
+
+
+@contextmanager
+def open_model(location: Location) -> Iterator[StoredModel]:
+    """Context manager that opens a checkpoint of a run, or a folder in Hugging Face's layout.
+
+    Raises:
+        CheckpointError: the model cannot be read, or this package does not compute it.
+    """
+    if isinstance(location, Path) and (location / CONFIG).is_file():
+        with _open_folder(location) as stored_model:
+            yield stored_model
+    else:
+        yield _open_checkpoint(location)
+
+
+@contextmanager
+def _open_folder(folder: Path) -> Iterator[StoredModel]:
+    """Context manager that opens a folder in Hugging Face's layout."""
+    model_type, section = read_config(folder, None)
+    table_entries = tensor_entries(section.model)
+    folder_entries = tensor_entries(section.model, ADAPTERS[model_type].name_replacements)
+    folder_names = {
+        table_name: folder_name
+        for table_group, folder_group in zip(table_entries, folder_entries, strict=True)
+        for table_entry, folder_entry in zip(table_group, folder_group, strict=True)
+        for table_name, folder_name in zip(table_entry.exported_names, folder_entry.exported_names, strict=True)
+    }
+    table_names = {folder_name: table_name for table_name, folder_name in folder_names.items()}
+    with open_tensors(folder) as stored:
+        names = {table_names.get(name, name) for name in stored.names}
+        yield StoredModel(
+            f"folder {folder}",
+            section.model,
+            section.seq_len,
+            table_entries,
+            names,
+            lambda name: stored.read(folder_names[name]),
+        )
+
+
+def _open_checkpoint(checkpoint: Location) -> StoredModel:
+    """Return a checkpoint of a run as a stored model, after checking its hashes."""
+    manifest = read_manifest(checkpoint, parts=("weights",))
+    index = read_index(checkpoint / "weights")
+    entries = tensor_entries(manifest.model)
+    entry_of = {name: entry for group in entries for entry in group for name in entry.exported_names}
+    names = {name for name, entry in entry_of.items() if entry.checkpoint_name in index}
+    # The parts of an entry are read one after another, so the last entry is kept.
+    last_parts: dict[str, Tensor] = {}
+
+    def read(name: str) -> Tensor:
+        if name not in last_parts:
+            last_parts.clear()
+            last_parts.update(_read_entry(checkpoint, entry_of[name], index))
+        return last_parts[name]
+
+    return StoredModel(f"checkpoint {checkpoint}", manifest.model, manifest.seq_len, entries, names, read)
+
+
+def _read_entry(checkpoint: Location, entry: TensorEntry, index: SliceIndex) -> dict[str, Tensor]:
+    """Read one tensor of a checkpoint, and return its exported parts by name."""
+    tensor = torch.empty(entry.shape, dtype=index[entry.checkpoint_name][0].dtype)
+    load_tensors(checkpoint / "weights", {entry.checkpoint_name: tensor}, index=index)
+    return entry.split(tensor)
+
+
+class Finding(NamedTuple):
+    """A difference between two models."""
+
+    kind: str
+    """Kind of the difference: model, missing, shape, swapped, zero, transposed, rounded or different."""
+    subject: str
+    """The tensor, the experts or the option that differs."""
+    detail: str
+
+    @property
+    def is_rounding(self) -> bool:
+        return self.kind == "rounded"
+
+
+class LogitDifference(NamedTuple):
+    """Difference of two models' logits on the probe."""
+
+    largest: float
+    same_choices: float
+    """Share of the positions at which both models prefer the same token."""
+
+
+def compare_weights(first: StoredModel, second: StoredModel) -> list[Finding]:
+    """Return the differences between two models, without those that only training has; empty if there are none."""
+    findings = _compare_functions(first.model, second.model)
+    if findings:
+        # Other sizes or options would make nearly every tensor different.
+        return findings
+    for a, b in ((first, second), (second, first)):
+        findings += [Finding("missing", name, f"it is not in {b.label}") for name in sorted(a.names - b.names)]
+    common_names = first.names & second.names
+    for group in first.entries:
+        names = [name for entry in group for name in entry.exported_names if name in common_names]
+        experts = {name: match for name in names if (match := EXPERT.fullmatch(name))}
+        for name in names:
+            if name not in experts:
+                findings += _compare_tensors(name, first.read(name), second.read(name))
+        if experts:
+            findings += _compare_experts(first, second, experts)
+    return findings
+
+
+def _compare_functions(first: ModelSpec, second: ModelSpec) -> list[Finding]:
+    """Return the options in which two models compute differently."""
+
+    def flat(fields: dict[str, object], prefix: str = "") -> dict[str, object]:
+        items: dict[str, object] = {}
+        for key, value in fields.items():
+            items |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        return items
+
+    a, b = flat(computed_function(first)), flat(computed_function(second))
+    return [
+        Finding("model", f"model.{key}", f"{a.get(key)} and {b.get(key)}")
+        for key in dict.fromkeys([*a, *b])
+        if a.get(key) != b.get(key)
+    ]
+
+
+def _relation(a: Tensor, b: Tensor) -> str:
+    """Return how two tensors relate: equal, rounded, transposed, shape or different."""
+    if a.shape == b.shape:
+        if torch.equal(a.double(), b.double()):
+            return "equal"
+        if _is_rounded(a, b):
+            return "rounded"
+    if a.ndim == 2 and a.T.shape == b.shape and (torch.equal(a.T.double(), b.double()) or _is_rounded(a.T, b)):
+        return "transposed"
+    return "different" if a.shape == b.shape else "shape"
+
+
+def _is_rounded(a: Tensor, b: Tensor) -> bool:
+    """Return whether one tensor is the other one, rounded to a narrow dtype."""
+    return any(
+        torch.equal(wide.to(dtype).double(), narrow.double())
+        for dtype in NARROW_DTYPES
+        for wide, narrow in ((a, b), (b, a))
+    )
+
+
+def _compare_tensors(name: str, a: Tensor, b: Tensor) -> list[Finding]:
+    """Return the difference between two tensors of the same name, in a list; an empty one if they are equal."""
+    # Some tools store a scalar without a dimension.
+    relation = _relation(a.reshape(a.shape or (1,)), b.reshape(b.shape or (1,)))
+    details = {
+        "rounded": "one is the other, rounded to 16 bits",
+        "transposed": "one is the transpose of the other",
+        "shape": f"shapes {tuple(a.shape)} and {tuple(b.shape)}",
+    }
+    if relation == "equal":
+        return []
+    if relation == "different" and (not a.any() or not b.any()):
+        return [Finding("zero", name, f"it is zero in the {'first' if not a.any() else 'second'}")]
+    if relation == "different":
+        difference = (a.double() - b.double()).abs().max().item()
+        details["different"] = f"largest difference {difference:.3g}, largest value {a.double().abs().max().item():.3g}"
+    return [Finding(relation, name, details[relation])]
+
+
+def _compare_experts(first: StoredModel, second: StoredModel, experts: dict[str, re.Match[str]]) -> list[Finding]:
+    """Return the differences between the experts of one layer.
+
+    Args:
+        first, second: the models.
+        experts: names of the tensors of the layer's experts, each with its match of `EXPERT`.
+    """
+    a: dict[int, dict[str, Tensor]] = defaultdict(dict)
+    b: dict[int, dict[str, Tensor]] = defaultdict(dict)
+    for name, match in experts.items():
+        a[int(match[2])][match[3]] = first.read(name)
+        b[int(match[2])][match[3]] = second.read(name)
+    [layer] = {match[1] for match in experts.values()}
+    unequal = [e for e in a if _expert_relation(a[e], b[e]) != "equal"]
+    findings: list[Finding] = []
+    for e in unequal:
+        relation = _expert_relation(a[e], b[e])
+        counterpart = next(
+            (f for f in unequal if f != e and _expert_relation(a[e], b[f]) in ("equal", "rounded")), None
+        )
+        if relation == "rounded":
+            findings.append(Finding("rounded", f"{layer}.{e}", "one is the other, rounded to 16 bits"))
+        elif counterpart is not None:
+            findings.append(Finding("swapped", f"{layer}.{e}", f"it is expert {counterpart} of the second"))
+        elif _is_zero(a[e].values()) or _is_zero(b[e].values()):
+            side = "first" if _is_zero(a[e].values()) else "second"
+            findings.append(Finding("zero", f"{layer}.{e}", f"all of it is zero in the {side}"))
+        else:
+            for part in a[e]:
+                findings += _compare_tensors(f"{layer}.{e}.{part}", a[e][part], b[e][part])
+    return findings
+
+
+def _expert_relation(a: dict[str, Tensor], b: dict[str, Tensor]) -> str:
+    """Return how two experts relate: equal, rounded or different."""
+    relations = {_relation(a[part], b[part]) for part in a}
+    if relations == {"equal"}:
+        return "equal"
+    return "rounded" if relations <= {"equal", "rounded"} else "different"
+
+
+def _is_zero(tensors: Iterable[Tensor]) -> bool:
+    return not any(t.any() for t in tensors)
+
+
+@torch.inference_mode()
+def compare_logits(first: StoredModel, second: StoredModel) -> LogitDifference:
+    """Return the difference of the logits of two models that have the same tensors, in float32.
+
+    Raises:
+        CheckpointError: a tensor is missing, or has another shape than the model's.
+    """
+    length = min(PROBE_TOKENS, first.seq_len, second.seq_len)
+    tokens = torch.randint(first.model.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
+    # One model at a time is in memory.
+    a, b = (_probe_logits(stored_model, tokens) for stored_model in (first, second))
+    return LogitDifference((a - b).abs().max().item(), (a.argmax(-1) == b.argmax(-1)).double().mean().item())
+
+
+def _probe_logits(stored_model: StoredModel, tokens: Tensor) -> Tensor:
+    """Return a model's logits TV for tokens (1, T)."""
+    model = Decoder(stored_model.model).requires_grad_(False).eval()
+    tensors = model.named_tensors()
+    for group in stored_model.entries:
+        for entry in group:
+            try:
+                joined = entry.join([stored_model.read(name).float() for name in entry.exported_names])
+                tensors[entry.checkpoint_name].copy_(joined.reshape(entry.shape))
+            except (KeyError, RuntimeError) as e:
+                reason = f"{entry.exported_names[0]} is missing or has another shape"
+                raise CheckpointError(stored_model.label, reason, "compare complete models") from e
+    document_BT = torch.zeros_like(tokens) if stored_model.model.document_masks else None
+    logits_TV: Tensor = model(tokens, document_BT=document_BT).logits_BTV[0]
+    return logits_TV
