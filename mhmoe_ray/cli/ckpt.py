@@ -70,8 +70,8 @@ def verify(
         str | None,
         typer.Argument(
             metavar="[OTHER]",
-            help="A second model to compare with: a run, the folder of a checkpoint, or a folder in Hugging Face's "
-            "layout. The first may be any of these too.",
+            help="A second model to compare with: a run, the folder of a checkpoint, a folder in Hugging Face's "
+            "layout, or hf:ORGANIZATION/NAME. The first may be any of these too.",
         ),
     ] = None,
     storage: StorageOption = STORAGE,
@@ -125,12 +125,13 @@ def _compare(first: str, second: str, storage: str, json: bool) -> None:
 
 
 def _model_location(target: str, storage: str) -> "Location":
-    """Return the place of a model that the user names: a folder, or the newest checkpoint of a run."""
+    """Return the location of a model that the user names: a folder, or the newest checkpoint of a run."""
     from mhmoe_ray.checkpoint.huggingface.config import CONFIG
+    from mhmoe_ray.checkpoint.huggingface.hub import local_folder
     from mhmoe_ray.checkpoint.manifest import MANIFEST
     from mhmoe_ray.runs.directory import find_run
 
-    folder = Path(target)
+    folder = local_folder(target)
     if (folder / CONFIG).is_file() or (folder / MANIFEST).is_file():
         return folder
     # `open_model` hashes the files.
@@ -210,17 +211,29 @@ def export(
 
 @app.command("import")
 def import_(
-    source: Annotated[Path, typer.Argument(metavar="SRC", help="Folder of an export, or of a Mixtral in safetensors.")],
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SRC", help="Folder of a model in safetensors, or hf:ORGANIZATION/NAME of the Hugging Face hub."
+        ),
+    ],
     name: Annotated[str | None, typer.Option(help="Name of the run; by default the folder's.")] = None,
     storage: StorageOption = STORAGE,
     seq_len: Annotated[
         int | None, typer.Option(min=2, help="Tokens that prompt and answer may have; by default the model's own.")
     ] = None,
 ) -> None:
-    """Import a model that was trained elsewhere as a run; it can be served and exported, not resumed."""
-    from mhmoe_ray.checkpoint.huggingface.import_ import import_folder
+    """Import a model that was trained elsewhere as a run; it can be served and exported, not resumed.
+
+    Its architecture is Llama, Mistral, Qwen2, Qwen3, Mixtral, Qwen3-MoE, OLMoE, or that of an export.
+    """
+    from mhmoe_ray.checkpoint.huggingface.hub import PREFIX, local_folder
+    from mhmoe_ray.checkpoint.huggingface.import_ import import_folder, run_name
     from mhmoe_ray.cli.jobs import run_argument
 
     note.print(f"importing {source}", soft_wrap=True)
-    run = import_folder(source, name, storage, seq_len)
+    if name is None and source.startswith(PREFIX):
+        # The folder in the hub's cache is named by a hash.
+        name = run_name(source.partition("@")[0].rpartition("/")[2])
+    run = import_folder(local_folder(source), name, storage, seq_len)
     out.print(f"imported {source} as run {run.id}; serve it: mhmoe serve deploy {run_argument(run)}", soft_wrap=True)

@@ -48,7 +48,7 @@ def import_folder(source: Path, name: str | None, storage: str | Path, seq_len: 
         DataError: its tokenizer does not fit the model.
         SpecError: the name is not valid, or `storage` is not a local folder that can be written.
     """
-    name, root = _run_name(source, name), location(storage)
+    name, root = _checked_name(source, name), location(storage)
     if not isinstance(root, Path):
         raise SpecError(f"storage {storage}", "an import is written to a local folder", "name one with --storage")
     model_type, config = read_config(source, seq_len)
@@ -190,11 +190,19 @@ def _default_template(templates: list[Any]) -> Any:
     return templates_by_name.get("default") or templates
 
 
-def _run_name(source: Path, name: str | None) -> str:
-    """Return the name of the run: `name` if it is valid, or without it one made from the name of the folder."""
+def run_name(text: str) -> str:
+    """Return a valid name of a run that is like `text`, such as the name of a folder."""
+    return re.sub("[^a-z0-9]+", "-", text.lower()).strip("-")[:NAME_LENGTH].strip("-") or "imported"
+
+
+def _checked_name(source: Path, name: str | None) -> str:
+    """Return the name of the run: `name`, or without it one made from the name of the folder.
+
+    Raises:
+        SpecError: `name` is not valid.
+    """
     if name is None:
-        name = re.sub("[^a-z0-9]+", "-", source.absolute().name.lower()).strip("-")[:NAME_LENGTH].strip("-")
-        return name or "imported"
+        return run_name(source.absolute().name)
     if not re.fullmatch(NAME, name):
         reason = f"it is not made of lower-case letters, digits and dashes, {NAME_LENGTH} at most"
         raise SpecError(f"name {name}", reason, "choose another --name")
