@@ -133,7 +133,8 @@ def restore(trainer: TrainerState, checkpoint: Location, manifest: CheckpointMan
     strategy.start_at_step(manifest.step - manifest.skipped)
     weights, moments = strategy.checkpoint_weights(), strategy.checkpoint_moments()
     load_tensors(checkpoint / "weights", weights, trainer.on_progress)
-    load_tensors(checkpoint / "optim", moments, trainer.on_progress)
+    buffers = strategy.model.training_buffers()
+    load_tensors(checkpoint / "optim", {**moments, **buffers}, trainer.on_progress)
     strategy.finish_loading(weights, moments)
     trainer.step, trainer.tokens = manifest.step, manifest.tokens
     trainer.skipped, trainer.skipped_in_a_row = manifest.skipped, manifest.skipped_in_a_row

@@ -196,7 +196,13 @@ class Decoder(nn.Module):
     def named_tensors(self) -> dict[str, Tensor]:
         """Return all parameters and buffers by name, detached: the `weights` of a checkpoint. The buffers are the
         routers' selection biases."""
-        return {name: t.detach() for name, t in (*self.named_parameters(), *self.named_buffers())}
+        training_buffers = self.training_buffers()
+        tensors = (*self.named_parameters(), *self.named_buffers())
+        return {name: t.detach() for name, t in tensors if name not in training_buffers}
+
+    def training_buffers(self) -> dict[str, Tensor]:
+        """Return the buffers that only training needs, by name: the experts' shares in the choices of the last step."""
+        return {name: t for name, t in self.named_buffers() if name.endswith(".share_E")}
 
 
 def _recompute_in_backward(function: Callable[[Tensor], R], x_BTM: Tensor) -> R:

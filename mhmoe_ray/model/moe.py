@@ -71,7 +71,7 @@ class MultiHeadMoE(nn.Module):
         """
         x = self.head(x_BTM)
         x_ND = x.reshape(-1, x.shape[-1] // self.heads)
-        routing: Routing = self.router(x_ND, generator)
+        routing: Routing = self.router(x_ND, generator, sequences=len(x_BTM))
         y_ND = self._run_experts(x_ND, routing, generator)
         if self.residual:
             y_ND = x_ND + y_ND

@@ -136,6 +136,23 @@ def balance_loss(probability_NE: Tensor, expert_NK: Tensor) -> Tensor:
     return experts * (probability_NE.mean(0) * share_E).sum()
 
 
+def sequence_balance_loss(probability_NE: Tensor, expert_NK: Tensor, sequences: int) -> Tensor:
+    """Return the mean over sequences of the load balancing loss of each sequence (DeepSeek-V3, arXiv 2412.19437,
+    equations 17 to 20).
+
+    Args:
+        probability_NE: probabilities of rows; the rows of a sequence lie one after another.
+        expert_NK: choices that count.
+        sequences: number of sequences, which have equally many rows.
+    """
+    experts = probability_NE.shape[1]
+    choice_SC = expert_NK.reshape(sequences, -1)
+    one_SC = torch.ones_like(choice_SC, dtype=probability_NE.dtype)
+    share_SE = one_SC.new_zeros(sequences, experts).scatter_add_(1, choice_SC, one_SC) / choice_SC.shape[1]
+    mean_SE = probability_NE.view(sequences, -1, experts).mean(1)
+    return experts * (mean_SE * share_SE).sum(1).mean()
+
+
 def z_loss(logits_NE: Tensor) -> Tensor:
     """Return the router z-loss: the mean over rows of the squared log-sum-exp of the logits (ST-MoE, arXiv
     2202.08906)."""
@@ -210,19 +227,25 @@ class Router(nn.Module):
         if moe.bias_rate:
             self.bias_E: Tensor
             self.register_buffer("bias_E", torch.zeros(moe.experts))
+        if moe.balance_over == "step":
+            # Only training needs it, so it is no weight of the model (`Decoder.training_buffers`).
+            self.share_E: Tensor
+            self.register_buffer("share_E", torch.zeros(moe.experts), persistent=False)
+            """Share of each expert in the choices of the step before; zero in the first step."""
 
-    def forward(self, x_ND: Tensor, generator: torch.Generator | None = None) -> Routing:
+    def forward(self, x_ND: Tensor, generator: torch.Generator | None = None, sequences: int = 1) -> Routing:
         """Return the routing of rows. The expert capacity applies only in training mode (`Module.train`).
 
         Args:
             x_ND: the rows.
             generator: generator of jitter and of P1's random second expert; neither applies without one.
+            sequences: number of sequences, whose rows lie one after another.
         """
         # Autocast would compute logits in bfloat16.
         with torch.autocast(x_ND.device.type, enabled=False):
-            return self._route(widen(x_ND), generator)
+            return self._route(widen(x_ND), generator, sequences)
 
-    def _route(self, x_ND: Tensor, generator: torch.Generator | None) -> Routing:
+    def _route(self, x_ND: Tensor, generator: torch.Generator | None, sequences: int = 1) -> Routing:
         """Return the routing of rows in float32 or wider. Autocast must be off."""
         moe, rows = self.moe, len(x_ND)
         if moe.jitter and generator is not None:
@@ -233,19 +256,27 @@ class Router(nn.Module):
         candidate_NK = self._candidate_routes(expert_NK, gate_NK, generator)
         kept_NK = candidate_NK if capacity is None else capacity_mask(expert_NK, candidate_NK, moe.experts, capacity)
         count_E = route_counts(expert_NK, moe.experts, kept_NK)
-        balanced_NK = expert_NK[:, :1] if moe.balance_choices == "first" else expert_NK
+        balance_NE = self.scores.balance_probabilities(x_ND, probability_NE)
         return Routing(
             expert_NK,
             gate_NK * kept_NK,
             # The load balancing loss and the router z-loss of no rows would be NaN. The sum is 0 and has a gradient.
-            balance_loss(self.scores.balance_probabilities(x_ND, probability_NE), balanced_NK)
-            if rows
-            else logits_NE.sum(),
+            self._balance_loss(balance_NE, expert_NK, sequences) if rows else logits_NE.sum(),
             z_loss(logits_NE) if rows else logits_NE.sum(),
             count_E,
             candidate_NK.sum() - count_E.sum(),
             capacity,
         )
+
+    def _balance_loss(self, probability_NE: Tensor, expert_NK: Tensor, sequences: int) -> Tensor:
+        """Return the load balancing loss of the rows, over the choices that the spec counts."""
+        moe = self.moe
+        if moe.balance_over == "step":
+            return moe.experts * (probability_NE.mean(0) * self.share_E).sum()
+        balanced_NK = expert_NK[:, :1] if moe.balance_choices == "first" else expert_NK
+        if moe.balance_over == "sequence":
+            return sequence_balance_loss(probability_NE, balanced_NK, sequences)
+        return balance_loss(probability_NE, balanced_NK)
 
     def choose_experts(self, logits_NE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Choose the top k experts of each row.

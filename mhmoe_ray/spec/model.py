@@ -121,6 +121,11 @@ class MoESpec(Section):
     layer."""
     balance_choices: Literal["first", "all"] = "first"
     """Choices that the load balancing loss counts: the first choice of each row (both papers' code), or all k."""
+    balance_over: Literal["micro_batch", "sequence", "step"] = "micro_batch"
+    """Rows over which the load balancing loss counts choices. micro_batch: the rows of a micro-batch (both papers'
+    code). sequence: those of each sequence by itself (DeepSeek-V3). step: those of all micro-batches of all ranks
+    (global batch, arXiv 2501.11873). The counts of a step are complete only at its end, so a step uses the counts of
+    the step before it; the first step has no load balancing loss."""
     z_weight: float = Field(default=0.0, ge=0)
     """Factor of the router z-loss, which is the mean squared log-sum-exp of the router's logits, summed over layers."""
     bias_rate: float = Field(default=0.0, ge=0)
@@ -147,6 +152,7 @@ class MoESpec(Section):
             raise ValueError(f"second_expert: random is for top_k 2, so it would be ignored at top_k {self.top_k}")
         if self.balance_choices == "all" and not self.balance_weight:
             raise ValueError("balance_weight is 0, so balance_choices would be ignored")
+        self._check_balance_over()
         if self.projection_layers > 1 and not (self.has_head_projection or self.has_merge_projection):
             raise ValueError("there is neither head nor merge projection, so projection_layers would be ignored")
         if self.recompute is not None and self.kernel_limits.kept_rows != "as configured":
@@ -161,6 +167,16 @@ class MoESpec(Section):
             raise ValueError(f"router {self.router} is defined with softmax: remove scoring, or use router linear")
         self._check_groups()
         return self
+
+    def _check_balance_over(self) -> None:
+        if self.balance_over != "micro_batch" and not self.balance_weight:
+            raise ValueError("balance_weight is 0, so balance_over would be ignored")
+        if self.balance_over != "step":
+            return
+        if self.balance_choices == "first" and self.top_k > 1:
+            raise ValueError("balance_over: step counts all choices: set balance_choices to all")
+        if self.capacity_factor is not None or self.second_expert == "random":
+            raise ValueError("balance_over: step counts the routes that are kept, so no route may be dropped")
 
     def _check_groups(self) -> None:
         if self.groups == 1 and self.top_groups > 1:

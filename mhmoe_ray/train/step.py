@@ -23,7 +23,7 @@ from mhmoe_ray.model.init import init_weights
 from mhmoe_ray.model.noise import Noise
 from mhmoe_ray.model.router import updated_bias
 from mhmoe_ray.planner.sizes import bytes_per_value
-from mhmoe_ray.spec import RunSpec
+from mhmoe_ray.spec import MoESpec, RunSpec
 
 
 class MicroBatch(NamedTuple):
@@ -203,19 +203,22 @@ class Trainer:
         moe = self.spec.model.moe
         return torch.zeros(self.spec.model.moe_layers, moe.experts if moe else 0, dtype=torch.int64)
 
-    def _move_biases(self, rank_count_LE: Tensor, rate: float) -> None:
-        """Change the biases with which routers select experts, so that experts with few routes get more.
+    def _update_routers(self, moe: MoESpec, rank_count_LE: Tensor) -> None:
+        """Update what routers learn from counts: the biases of the choice, and the shares of the load balancing loss.
 
         Args:
+            moe: spec of the layers.
             rank_count_LE: routes of this rank per layer and expert, in this step.
-            rate: size of the change.
         """
-        # Routes are summed over all ranks, so that a bias is the same for any number of ranks.
+        # Routes are summed over all ranks, so that the result is the same for any number of ranks.
         count_LE = rank_count_LE.to(self.device, copy=True)
         if self.mesh.world_size > 1:
             dist.all_reduce(count_LE)
         for layer, count_E in zip(self.model.moe_layers(), count_LE, strict=True):
-            layer.router.bias_E.copy_(updated_bias(layer.router.bias_E, count_E, rate))
+            if moe.bias_rate:
+                layer.router.bias_E.copy_(updated_bias(layer.router.bias_E, count_E, moe.bias_rate))
+            if moe.balance_over == "step":
+                layer.router.share_E.copy_(count_E / count_E.sum())
 
     def update(self, sums: RankSums) -> Update:
         """Clip the accumulated gradients, apply them unless their norm is not finite, and count the step.
@@ -234,8 +237,8 @@ class Trainer:
         norm = self.strategy.apply_update(lr)
         applied = math.isfinite(norm)
         moe = self.spec.model.moe
-        if applied and moe and moe.bias_rate:
-            self._move_biases(sums.count_LE, moe.bias_rate)
+        if applied and moe and (moe.bias_rate or moe.balance_over == "step"):
+            self._update_routers(moe, sums.count_LE)
         self.skipped_in_a_row = 0 if applied else self.skipped_in_a_row + 1
         if not applied and (self.spec.train.on_nonfinite == "stop" or self.skipped_in_a_row > MAX_SKIPPED_STEPS):
             reason = f"the gradient of step {self.step + 1} is not finite (norm {norm})"

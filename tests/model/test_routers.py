@@ -225,6 +225,98 @@ def test_the_routing_loss_is_the_weighted_sum_of_both_losses_over_layers():
     assert routing_loss(spec, layers).item() == pytest.approx(0.3 * (1.5 + 2.0) + 0.1 * (0.25 + 4.0))
 
 
+def test_sigmoid_scores_with_groups_equal_a_loop_over_rows():
+    """DeepSeek-V3's routing, row by row: the best groups by their two best experts, then the best experts in them."""
+    r = build_router(
+        experts=8,
+        top_k=3,
+        scoring="sigmoid",
+        normalize_gates=True,
+        gate_scale=2.5,
+        groups=4,
+        top_groups=2,
+        bias_rate=0.1,
+    )
+    r.bias_E.copy_(torch.linspace(-0.3, 0.3, 8))
+    x = random_rows(200)
+    routing = r(x)
+    for row in range(len(x)):
+        score = (r.scores.weight_ED @ x[row]).sigmoid()
+        preference = score + r.bias_E
+        values = [preference[2 * g : 2 * g + 2].topk(2).values.sum() for g in range(4)]
+        groups = sorted(range(4), key=lambda g: -values[g])[:2]
+        candidates = [e for g in groups for e in (2 * g, 2 * g + 1)]
+        chosen = sorted(candidates, key=lambda e: -preference[e])[:3]
+        assert routing.expert_NK[row].tolist() == chosen
+        gates = 2.5 * score[chosen] / score[chosen].sum()
+        torch.testing.assert_close(routing.gate_NK[row], gates)
+    kept_groups = {tuple(sorted({e // 2 for e in row})) for row in routing.expert_NK.tolist()}
+    assert len(kept_groups) > 2
+    assert all(len(groups) <= 2 for groups in kept_groups)
+
+
+def test_groups_choose_like_transformers_deepseek():
+    from transformers import DeepseekV3Config
+    from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MoE
+
+    config = DeepseekV3Config(
+        hidden_size=16,
+        n_routed_experts=8,
+        num_experts_per_tok=3,
+        n_group=4,
+        topk_group=2,
+        routed_scaling_factor=2.5,
+        norm_topk_prob=True,
+        moe_intermediate_size=4,
+        n_shared_experts=1,
+    )
+    theirs = DeepseekV3MoE(config).double()
+    options = {"scoring": "sigmoid", "normalize_gates": True, "gate_scale": 2.5, "groups": 4, "top_groups": 2}
+    ours = build_router(experts=8, top_k=3, bias_rate=0.1, **options)
+    x = random_rows(300)
+    width = ours.scores.weight_ED.shape[1]
+    with torch.no_grad():
+        theirs.gate.weight.zero_()[:, :width].copy_(ours.scores.weight_ED)
+        # Their code gives excluded experts the score 0, so preferences must be positive.
+        theirs.gate.e_score_correction_bias.copy_(torch.linspace(0.0, 0.3, 8))
+        ours.bias_E.copy_(theirs.gate.e_score_correction_bias)
+    expert_NK, gate_NK = _deepseek_routes(theirs, F.pad(x, (0, 16 - width)))
+    routing = ours(x)
+    order = routing.expert_NK.argsort(1)
+    their_order = expert_NK.argsort(1)
+    assert torch.equal(routing.expert_NK.gather(1, order), expert_NK.gather(1, their_order))
+    torch.testing.assert_close(routing.gate_NK.gather(1, order).float(), gate_NK.gather(1, their_order).float())
+
+
+def _deepseek_routes(layer, x):
+    """Return the experts and gates that transformers' DeepSeek-V3 layer chooses for rows."""
+    result = layer.gate(x)
+    if isinstance(result, torch.Tensor):
+        result = layer.route_tokens_to_experts(result)
+    expert_NK, gate_NK = (t for t in result if t.shape[-1] == 3)
+    return (expert_NK, gate_NK) if not expert_NK.is_floating_point() else (gate_NK, expert_NK)
+
+
+def test_balance_over_sequences_is_the_mean_of_each_sequence():
+    x = random_rows(60)
+    for choices in ("first", "all"):
+        by_sequence = build_router(experts=4, top_k=2, balance_over="sequence", balance_choices=choices)
+        plain = build_router(experts=4, top_k=2, balance_choices=choices)
+        plain.load_state_dict(by_sequence.state_dict())
+        expected = torch.stack([plain(part).balance_loss for part in x.chunk(5)]).mean()
+        torch.testing.assert_close(by_sequence(x, sequences=5).balance_loss, expected)
+        assert not torch.isclose(plain(x).balance_loss, expected, rtol=1e-3)
+
+
+def test_balance_over_a_step_uses_the_given_shares():
+    r = build_router(experts=4, top_k=2, balance_over="step", balance_choices="all")
+    x = random_rows(60)
+    assert r(x).balance_loss == 0
+    r.share_E.copy_(torch.tensor([0.7, 0.1, 0.1, 0.1]))
+    probability_NE = (x @ r.scores.weight_ED.T).softmax(-1)
+    torch.testing.assert_close(r(x).balance_loss, 4 * (probability_NE.mean(0) * r.share_E).sum())
+
+
 def test_selection_bias_balances_load_and_does_not_enter_gates():
     assert updated_bias(torch.zeros(3), torch.tensor([5, 1, 3]), 0.1).tolist() == pytest.approx([-0.1, 0.1, 0.0])
     r, x = build_router(bias_rate=0.002), random_rows(600)
@@ -287,6 +379,14 @@ def test_gradients_of_every_parameter_match_finite_differences(name, backbone):
         ({"balance_choices": "all", "balance_weight": 0}, "balance_choices would be ignored"),
         ({"heads": 1, "projection_layers": 2}, "projection_layers would be ignored"),
         ({"normalize_gates": True, "top_k": 1}, "the router learns nothing"),
+        ({"scoring": "sigmoid", "router": "xmoe"}, "router xmoe is defined with softmax"),
+        ({"top_groups": 2}, "groups is 1, so top_groups would be ignored"),
+        ({"experts": 8, "groups": 3}, r"experts \(8\) do not split into 3 equal groups"),
+        ({"experts": 8, "groups": 2, "top_groups": 3}, "there are only 2 groups"),
+        ({"experts": 8, "groups": 8, "top_groups": 1}, r"1 of 8 groups have fewer than top_k \(2\) experts"),
+        ({"balance_over": "sequence", "balance_weight": 0}, "balance_over would be ignored"),
+        ({"balance_over": "step"}, "set balance_choices to all"),
+        ({"balance_over": "step", "balance_choices": "all", "capacity_factor": 1.0}, "no route may be dropped"),
     ],
 )
 def test_an_option_that_would_be_ignored_is_an_error(fields, reason):

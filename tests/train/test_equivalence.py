@@ -3,6 +3,9 @@
 import pytest
 import torch
 
+from mhmoe_ray.checkpoint.manifest import newest_checkpoint
+from mhmoe_ray.train.step import MicroBatch
+from tests.checkpoint.test_load import new_run
 from tests.ranks import run_ranks
 from tests.specs import tiny_spec
 from tests.train import jobs
@@ -224,7 +227,11 @@ def merged_model(model):
     return {"model": {**base, **model, "moe": {**base["moe"], **model["moe"]}}}
 
 
-@pytest.mark.parametrize("model", [{"moe": {}}, FIRST_PAPER, OTHER_FEATURES], ids=["plain", "first-paper", "others"])
+@pytest.mark.parametrize(
+    "model",
+    [{"moe": {}}, FIRST_PAPER, OTHER_FEATURES, {"moe": {"balance_over": "step", "balance_choices": "all"}}],
+    ids=["plain", "first-paper", "others", "balance-over-steps"],
+)
 def test_recomputation_is_bit_identical(model):
     expected, result = (
         jobs.train_and_collect(parallel_spec(1, 1, train={"recompute": recompute}, **merged_model(model)), 5)
@@ -262,7 +269,12 @@ def test_recomputation_sends_each_row_once():
     assert all(torch.equal(result[2][name], tensor) for name, tensor in expected[2].items())
 
 
-@pytest.mark.parametrize("model", [FIRST_PAPER, OTHER_FEATURES], ids=["first-paper", "others"])
+OVER_SEQUENCES = {"moe": {"balance_over": "sequence", "balance_weight": 0.5, "scoring": "sigmoid"}}
+OVER_STEPS = {"moe": {"balance_over": "step", "balance_weight": 0.5, "balance_choices": "all"}}
+ROUTINGS = {"first-paper": FIRST_PAPER, "others": OTHER_FEATURES, "sequences": OVER_SEQUENCES, "steps": OVER_STEPS}
+
+
+@pytest.mark.parametrize("model", ROUTINGS.values(), ids=ROUTINGS)
 def test_routing_is_the_same_on_any_number_of_ranks(model):
     """Capacity, random draws and the balance loss depend on the micro-batch only, and a selection bias on the step."""
     sections = merged_model(model)
@@ -277,6 +289,42 @@ def test_routing_is_the_same_on_any_number_of_ranks(model):
     biases = [t for name, t in reference["weights"].items() if name.endswith("bias_E")]
     assert all(b.any() for b in biases)
     assert len(biases) == ("bias_rate" in model["moe"])
+
+
+def test_balance_over_sequences_does_not_depend_on_the_size_of_micro_batches():
+    """The same samples in micro-batches of one and of two sequences give the same gradients."""
+    sections = merged_model(OVER_SEQUENCES)
+    specs = [
+        parallel_spec(1, 1, train={"micro_batches": batches, "micro_batch_size": size}, **sections)
+        for batches, size in ((8, 1), (4, 2))
+    ]
+    token_BT = torch.cat([batch.token_BT for batch in jobs.micro_batches(specs[0], 0)])
+    gradients = []
+    for spec in specs:
+        trainer = jobs.build_trainer(spec)
+        parts = token_BT.split(spec.train.micro_batch_size)
+        trainer.accumulate([MicroBatch(part, torch.ones_like(part[:, 1:], dtype=torch.bool)) for part in parts])
+        gradients.append(jobs.full_gradients(trainer))
+    for name, expected in gradients[0].items():
+        assert (gradients[1][name] - expected).norm() <= 1e-5 * expected.norm() + 1e-9, name
+
+
+def test_shares_of_the_last_step_are_in_a_checkpoint(tmp_path):
+    """Training that goes on from a checkpoint, on other ranks too, has the losses of training that never stopped."""
+    spec, run = new_run(tmp_path, {"workers": 1}, **merged_model(OVER_STEPS))
+    trainer = jobs.build_trainer(spec)
+    jobs.train(spec, trainer, 3)
+    share_E = trainer.model.moe_layers()[0].router.share_E
+    assert share_E.sum().item() == pytest.approx(1)
+    assert not torch.allclose(share_E, torch.full_like(share_E, 1 / len(share_E)))
+    assert not any("share_E" in name for name in trainer.model.named_tensors())
+    jobs.save_checkpoint(run, trainer)
+    expected = jobs.train_and_collect(spec, 6)["losses"][3:]
+    checkpoint = newest_checkpoint(run)[0]
+    assert jobs.load_and_describe(spec, checkpoint, 3)["losses"] == expected
+    parallel = parallel_spec(2, 2, **merged_model(OVER_STEPS))
+    for result in run_ranks(2, jobs.load_and_describe, parallel, checkpoint, 3):
+        assert result["losses"] == pytest.approx(expected, rel=1e-4)
 
 
 def test_losses_fall_and_gradients_are_not_zero(reference):

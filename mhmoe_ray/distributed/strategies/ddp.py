@@ -190,6 +190,7 @@ class Strategy:
         """
         yield from (("weights", name, t) for name, t in self.checkpoint_weights().items())
         yield from (("optim", name, t) for name, t in self.checkpoint_moments().items())
+        yield from (("optim", name, t) for name, t in self.model.training_buffers().items())
 
     def start_at_step(self, step: int) -> None:
         """Give the optimizer the state that it has after `step` updates, with moments of zero. Loading a checkpoint

@@ -137,6 +137,7 @@ class ZeroStrategy(Strategy):
         # The generators gather one tensor at a time, so that its memory is free again before the next one is gathered.
         yield from (("weights", name, t) for name, t in self._iterate_weights())
         yield from (("optim", name, t) for name, t in self._iterate_moments())
+        yield from (("optim", name, t) for name, t in self.model.training_buffers().items())
 
     def _iterate_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Yield the name and the tensor of each weight and buffer. In stage 3, weights are gathered one by one."""
@@ -147,7 +148,8 @@ class ZeroStrategy(Strategy):
             return
         for name, parameter in self.model.named_parameters():
             yield from self._to_global({name: safe_get_full_fp32_param(parameter)}).items()
-        yield from ((name, t.detach()) for name, t in self.model.named_buffers())
+        buffer_names = {name for name, _ in self.model.named_buffers()}
+        yield from ((name, t) for name, t in self.model.named_tensors().items() if name in buffer_names)
 
     def _iterate_moments(self) -> Iterator[tuple[str, Tensor]]:
         """Yield the name and the tensor of each moment, gathered one by one."""

@@ -40,6 +40,7 @@ MOE_TRAINING_OPTIONS = {
     "second_expert",
     "balance_weight",
     "balance_choices",
+    "balance_over",
     "z_weight",
     "kernel",
     "recompute",
