@@ -66,7 +66,7 @@ def inspect(
 @app.command()
 def verify(
     run: RunArg = None,
-    other: Annotated[
+    other_model: Annotated[
         str | None,
         typer.Argument(
             metavar="[OTHER]",
@@ -84,13 +84,13 @@ def verify(
     count either. With two models, their weights and their logits on fixed tokens are compared. The exit code is 8 if a
     checkpoint is damaged, or if the models differ by more than rounding to 16 bits.
     """
-    if run is not None and other is not None:
-        _compare(run, other, storage, json)
+    if run is not None and other_model is not None:
+        _compare(run, other_model, storage, json)
     else:
         _verify_run(run, storage, json)
 
 
-def _compare(first: str, second: str, storage: str, json: bool) -> None:
+def _compare(first_model: str, second_model: str, storage: str, json: bool) -> None:
     """Compare two models and print their differences.
 
     Raises:
@@ -99,7 +99,7 @@ def _compare(first: str, second: str, storage: str, json: bool) -> None:
     from mhmoe_ray.checkpoint.huggingface.compare import compare_logits, compare_weights, open_model
     from mhmoe_ray.errors import CheckpointError
 
-    locations = [_model_location(target, storage) for target in (first, second)]
+    locations = [_model_location(target, storage) for target in (first_model, second_model)]
     with open_model(locations[0]) as a, open_model(locations[1]) as b:
         findings = compare_weights(a, b)
         is_comparable = {f.kind for f in findings} <= {"rounded", "swapped", "zero", "different"}
@@ -120,8 +120,8 @@ def _compare(first: str, second: str, storage: str, json: bool) -> None:
             out.print(f"logits: largest difference {logits.largest:.3g}; {choices}")
     # The list is on stdout already; the error gives the exit code.
     if differences:
-        reason = f"it differs from {second} in {len(differences)} places"
-        raise CheckpointError(first, reason, "compare it with the model that it should be")
+        reason = f"it differs from {second_model} in {len(differences)} places"
+        raise CheckpointError(first_model, reason, "compare it with the model that it should be")
 
 
 def _model_location(target: str, storage: str) -> "Location":

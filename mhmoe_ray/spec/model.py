@@ -100,10 +100,10 @@ class MoESpec(Section):
     gate_scale: PositiveFloat = 1.0
     """Factor of all gates (DeepSeek-V3's route scale)."""
     groups: PositiveInt = 1
-    """Number of equal groups of experts for group-limited routing. Only the experts of the best `top_groups` groups are
-    considered for a sub-token. The value of a group is the sum of its two largest scores (DeepSeek-V3)."""
+    """Number of equal groups of experts for group-limited routing. Only the experts of the best `top_groups` groups of
+    a row are considered. The value of a group is the sum of its two largest scores (DeepSeek-V3)."""
     top_groups: PositiveInt = 1
-    """Number of groups whose experts are considered for a sub-token."""
+    """Number of groups whose experts are considered for a row."""
     jitter: float = Field(default=0.0, ge=0, lt=1)
     """Router jitter: in training, the router's input is multiplied by factors drawn uniformly from 1 - jitter to 1 +
     jitter."""

@@ -13,7 +13,7 @@ from mhmoe_ray.bench.serve.contest import Rates, Shape, measure_engines, measure
 from mhmoe_ray.bench.serve.engines import ServedModel
 from mhmoe_ray.bench.serve.load import Load, RequestOutcome, closed_loop, open_loop
 from mhmoe_ray.bench.serve.model import VOCAB_SIZE, plain_model, write_run
-from mhmoe_ray.checkpoint.huggingface.config import is_mixtral
+from mhmoe_ray.checkpoint.huggingface.adapters import choose_adapter
 from mhmoe_ray.errors import JobError
 from mhmoe_ray.planner.match import matched_heads
 from mhmoe_ray.planner.sizes import compute_sizes
@@ -35,7 +35,7 @@ def served_model(tmp_path_factory):
 def test_matched_models_have_equal_work_and_parameters(heads, top_k):
     plain = plain_model(384, 4, 8, 2, 1024)
     model = matched_heads(plain, heads, None if top_k == heads else top_k)
-    assert is_mixtral(plain)
+    assert choose_adapter(plain, 64).model_type == "mixtral"
     assert (model.moe.heads, model.moe.top_k) == (heads, top_k)
     assert compute_sizes(model).parameters == pytest.approx(compute_sizes(plain).parameters, rel=0.04)
     macs, expected_macs = (

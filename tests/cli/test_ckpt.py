@@ -99,12 +99,12 @@ def test_verify_skips_and_reports_a_checkpoint_dropped_meanwhile(tmp_path, monke
         return describe(path)
 
     monkeypatch.setattr(storage, "describe_file", drop_when_read)
-    verify(run.id, str(run.path.parent), json=True)
+    verify(run.id, storage=str(run.path.parent), json=True)
     report = json.loads(capsys.readouterr().out)
     assert (report["dropped"], report["unfinished"]) == (["step_00000005.1"], [])
     assert report["checkpoints"] == [{"name": "step_00000007.1", "whole": True, "why": None}]
     shutil.copytree(run.checkpoints / "step_00000007.1", old_checkpoint)
-    verify(run.id, str(run.path.parent), json=False)
+    verify(run.id, storage=str(run.path.parent), json=False)
     lines = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()[1:]]
     assert sorted((name, state.strip()) for name, state in lines) == [
         ("step_00000005.1", "dropped meanwhile"),

@@ -246,9 +246,9 @@ def test_sigmoid_scores_with_groups_equal_a_loop_over_rows():
         values = [preference[2 * g : 2 * g + 2].topk(2).values.sum() for g in range(4)]
         groups = sorted(range(4), key=lambda g: -values[g])[:2]
         candidates = [e for g in groups for e in (2 * g, 2 * g + 1)]
-        chosen = sorted(candidates, key=lambda e: -preference[e])[:3]
-        assert routing.expert_NK[row].tolist() == chosen
-        gates = 2.5 * score[chosen] / score[chosen].sum()
+        chosen_experts = sorted(candidates, key=lambda e: -preference[e])[:3]
+        assert routing.expert_NK[row].tolist() == chosen_experts
+        gates = 2.5 * score[chosen_experts] / score[chosen_experts].sum()
         torch.testing.assert_close(routing.gate_NK[row], gates)
     kept_groups = {tuple(sorted({e // 2 for e in row})) for row in routing.expert_NK.tolist()}
     assert len(kept_groups) > 2
@@ -270,18 +270,18 @@ def test_groups_choose_like_transformers_deepseek():
         moe_intermediate_size=4,
         n_shared_experts=1,
     )
-    theirs = DeepseekV3MoE(config).double()
+    deepseek_layer = DeepseekV3MoE(config).double()
     options = {"scoring": "sigmoid", "normalize_gates": True, "gate_scale": 2.5, "groups": 4, "top_groups": 2}
-    ours = build_router(experts=8, top_k=3, bias_rate=0.1, **options)
+    our_router = build_router(experts=8, top_k=3, bias_rate=0.1, **options)
     x = random_rows(300)
-    width = ours.scores.weight_ED.shape[1]
+    width = our_router.scores.weight_ED.shape[1]
     with torch.no_grad():
-        theirs.gate.weight.zero_()[:, :width].copy_(ours.scores.weight_ED)
+        deepseek_layer.gate.weight.zero_()[:, :width].copy_(our_router.scores.weight_ED)
         # Their code gives excluded experts the score 0, so preferences must be positive.
-        theirs.gate.e_score_correction_bias.copy_(torch.linspace(0.0, 0.3, 8))
-        ours.bias_E.copy_(theirs.gate.e_score_correction_bias)
-    expert_NK, gate_NK = _deepseek_routes(theirs, F.pad(x, (0, 16 - width)))
-    routing = ours(x)
+        deepseek_layer.gate.e_score_correction_bias.copy_(torch.linspace(0.0, 0.3, 8))
+        our_router.bias_E.copy_(deepseek_layer.gate.e_score_correction_bias)
+    expert_NK, gate_NK = _deepseek_routes(deepseek_layer, F.pad(x, (0, 16 - width)))
+    routing = our_router(x)
     order = routing.expert_NK.argsort(1)
     their_order = expert_NK.argsort(1)
     assert torch.equal(routing.expert_NK.gather(1, order), expert_NK.gather(1, their_order))

@@ -1,9 +1,15 @@
-"""Export of checkpoints to folders in Hugging Face's layout, which other tools read and write, and import from them.
+"""Export of checkpoints to folders that other tools open as models, import from such folders, and comparison.
 
-names.py      the table of tensor names, for both directions
-config.py     config.json and the `model` section, also of a Mixtral that this package did not write
-files.py      safetensors files, read and written one layer at a time
-tokenizer.py  tokenizer.json and tokenizer_config.json for other tools
-export.py     `mhmoe ckpt export`: write a checkpoint to such a folder
-import_.py    `mhmoe ckpt import`: create a run directory with one checkpoint from such a folder
+adapters/               config.json of each architecture of transformers, from and to the `model` section of a spec
+names.py                the table of tensor names, for both directions
+config.py               config.json with the adapter's keys and the `mhmoe` section
+files.py                safetensors files, read and written one layer at a time
+tokenizer.py            tokenizer.json and tokenizer_config.json for other tools
+model_card.py           README.md of an exported folder
+export.py               `mhmoe ckpt export`: write a checkpoint to such a folder
+import_.py              `mhmoe ckpt import`: create a run directory with one checkpoint from such a folder
+hub.py                  models of the Hugging Face hub as folders
+compare.py              `mhmoe ckpt verify A B`: compare two models
+configuration_mhmoe.py  the configuration of MH-MoE models in transformers; exports contain a copy
+modeling_mhmoe.py       MH-MoE models in transformers; exports contain a copy
 """

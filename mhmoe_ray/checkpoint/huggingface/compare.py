@@ -134,27 +134,27 @@ class LogitDifference(NamedTuple):
     """Share of the positions at which both models prefer the same token."""
 
 
-def compare_weights(first: StoredModel, second: StoredModel) -> list[Finding]:
-    """Return the differences between two models, without those that only training has; empty if there are none."""
-    findings = _compare_functions(first.model, second.model)
+def compare_weights(first_model: StoredModel, second_model: StoredModel) -> list[Finding]:
+    """Return the differences between two models, without options of training; an empty list if there are none."""
+    findings = _compare_functions(first_model.model, second_model.model)
     if findings:
         # Other sizes or options would make nearly every tensor different.
         return findings
-    for a, b in ((first, second), (second, first)):
+    for a, b in ((first_model, second_model), (second_model, first_model)):
         findings += [Finding("missing", name, f"it is not in {b.label}") for name in sorted(a.names - b.names)]
-    common_names = first.names & second.names
-    for group in first.entries:
+    common_names = first_model.names & second_model.names
+    for group in first_model.entries:
         names = [name for entry in group for name in entry.exported_names if name in common_names]
         experts = {name: match for name in names if (match := EXPERT.fullmatch(name))}
         for name in names:
             if name not in experts:
-                findings += _compare_tensors(name, first.read(name), second.read(name))
+                findings += _compare_tensors(name, first_model.read(name), second_model.read(name))
         if experts:
-            findings += _compare_experts(first, second, experts)
+            findings += _compare_experts(first_model, second_model, experts)
     return findings
 
 
-def _compare_functions(first: ModelSpec, second: ModelSpec) -> list[Finding]:
+def _compare_functions(first_model: ModelSpec, second_model: ModelSpec) -> list[Finding]:
     """Return the options in which two models compute differently."""
 
     def flat(fields: dict[str, object], prefix: str = "") -> dict[str, object]:
@@ -163,7 +163,7 @@ def _compare_functions(first: ModelSpec, second: ModelSpec) -> list[Finding]:
             items |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
         return items
 
-    a, b = flat(computed_function(first)), flat(computed_function(second))
+    a, b = flat(computed_function(first_model)), flat(computed_function(second_model))
     return [
         Finding("model", f"model.{key}", f"{a.get(key)} and {b.get(key)}")
         for key in dict.fromkeys([*a, *b])
@@ -211,18 +211,20 @@ def _compare_tensors(name: str, a: Tensor, b: Tensor) -> list[Finding]:
     return [Finding(relation, name, details[relation])]
 
 
-def _compare_experts(first: StoredModel, second: StoredModel, experts: dict[str, re.Match[str]]) -> list[Finding]:
+def _compare_experts(
+    first_model: StoredModel, second_model: StoredModel, experts: dict[str, re.Match[str]]
+) -> list[Finding]:
     """Return the differences between the experts of one layer.
 
     Args:
-        first, second: the models.
+        first_model, second_model: the models.
         experts: names of the tensors of the layer's experts, each with its match of `EXPERT`.
     """
     a: dict[int, dict[str, Tensor]] = defaultdict(dict)
     b: dict[int, dict[str, Tensor]] = defaultdict(dict)
     for name, match in experts.items():
-        a[int(match[2])][match[3]] = first.read(name)
-        b[int(match[2])][match[3]] = second.read(name)
+        a[int(match[2])][match[3]] = first_model.read(name)
+        b[int(match[2])][match[3]] = second_model.read(name)
     [layer] = {match[1] for match in experts.values()}
     unequal = [e for e in a if _expert_relation(a[e], b[e]) != "equal"]
     findings: list[Finding] = []
@@ -257,16 +259,16 @@ def _is_zero(tensors: Iterable[Tensor]) -> bool:
 
 
 @torch.inference_mode()
-def compare_logits(first: StoredModel, second: StoredModel) -> LogitDifference:
+def compare_logits(first_model: StoredModel, second_model: StoredModel) -> LogitDifference:
     """Return the difference of the logits of two models that have the same tensors, in float32.
 
     Raises:
         CheckpointError: a tensor is missing, or has another shape than the model's.
     """
-    length = min(PROBE_TOKENS, first.seq_len, second.seq_len)
-    tokens = torch.randint(first.model.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
+    length = min(PROBE_TOKENS, first_model.seq_len, second_model.seq_len)
+    tokens = torch.randint(first_model.model.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
     # One model at a time is in memory.
-    a, b = (_probe_logits(stored_model, tokens) for stored_model in (first, second))
+    a, b = (_probe_logits(stored_model, tokens) for stored_model in (first_model, second_model))
     return LogitDifference((a - b).abs().max().item(), (a.argmax(-1) == b.argmax(-1)).double().mean().item())
 
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from mhmoe_ray.architectures import ARCHITECTURES, ArchitectureName
+from mhmoe_ray.checkpoint.huggingface.adapters.base import NameReplacements
 from mhmoe_ray.model.decoder import Decoder
 from mhmoe_ray.spec import ModelSpec
 
@@ -53,10 +54,6 @@ NAME_TABLE: tuple[tuple[str, str], ...] = (
 # fmt: on
 
 _FIELD_PATTERNS = {"{i}": r"(?P<i>\d+)", "{n}": r"(?P<n>\d+)", "{p}": "(?P<p>weight|bias)"}
-
-
-NameReplacements = tuple[tuple[str, str], ...]
-"""Pairs (part of an exported name in the table, an architecture's own name for it)."""
 
 
 class TensorEntry(NamedTuple):

@@ -22,13 +22,13 @@ def checkpoint_of(run):
     return newest_checkpoint(run, ("weights",))[0]
 
 
-def differences(first, second):
-    with open_model(first) as a, open_model(second) as b:
+def differences(first_model, second_model):
+    with open_model(first_model) as a, open_model(second_model) as b:
         return compare_weights(a, b)
 
 
-def logit_difference(first, second):
-    with open_model(first) as a, open_model(second) as b:
+def logit_difference(first_model, second_model):
+    with open_model(first_model) as a, open_model(second_model) as b:
         return compare_logits(a, b)
 
 
@@ -39,11 +39,11 @@ def test_healthy_pairs_have_no_difference(tmp_path, kind):
     export_run(first_run, tmp_path / "one")
     second_run = import_folder(tmp_path / "one", "again", tmp_path / "runs", None)
     export_run(second_run, tmp_path / "two")
-    places = [checkpoint_of(first_run), tmp_path / "one", checkpoint_of(second_run), tmp_path / "two"]
-    for i, first in enumerate(places):
-        for second in places[i + 1 :]:
-            assert differences(first, second) == []
-            assert logit_difference(first, second) == (0.0, 1.0)
+    locations = [checkpoint_of(first_run), tmp_path / "one", checkpoint_of(second_run), tmp_path / "two"]
+    for i, first_model in enumerate(locations):
+        for second_model in locations[i + 1 :]:
+            assert differences(first_model, second_model) == []
+            assert logit_difference(first_model, second_model) == (0.0, 1.0)
 
 
 @pytest.fixture(scope="module")
@@ -143,9 +143,12 @@ def test_changed_option_is_named(folders, tmp_path):
 
 def test_command_compares_a_run_with_folders(folders, tmp_path):
     run = next((folders / "runs").iterdir())
-    whole = mhmoe(tmp_path, "ckpt", "verify", str(run), str(folders / "whole"))
-    assert (whole.code, whole.out.splitlines()[0]) == (0, "all tensors are equal")
-    assert whole.out.splitlines()[1] == "logits: largest difference 0; 100.0% of the most likely tokens are the same"
+    whole_result = mhmoe(tmp_path, "ckpt", "verify", str(run), str(folders / "whole"))
+    assert (whole_result.code, whole_result.out.splitlines()[0]) == (0, "all tensors are equal")
+    assert (
+        whole_result.out.splitlines()[1]
+        == "logits: largest difference 0; 100.0% of the most likely tokens are the same"
+    )
     rounded = edited(folders, tmp_path, round_all)
     answer = mhmoe(tmp_path, "ckpt", "verify", str(run), str(rounded))
     assert answer.code == 0

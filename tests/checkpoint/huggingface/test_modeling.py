@@ -52,9 +52,9 @@ def our_model(run):
 @torch.no_grad()
 def test_logits_are_those_of_training(exported):
     run, model, _ = exported
-    ours = our_model(run)
-    document_BT = torch.zeros_like(TOKENS) if ours.spec.document_masks else None
-    expected = ours(TOKENS, document_BT=document_BT).logits_BTV
+    our_decoder = our_model(run)
+    document_BT = torch.zeros_like(TOKENS) if our_decoder.spec.document_masks else None
+    expected = our_decoder(TOKENS, document_BT=document_BT).logits_BTV
     assert expected.std() > 0.3
     torch.testing.assert_close(model(TOKENS).logits, expected, rtol=0, atol=1e-5)
     torch.testing.assert_close(model(TOKENS, logits_to_keep=3).logits, expected[:, -3:], rtol=0, atol=1e-5)
@@ -62,7 +62,7 @@ def test_logits_are_those_of_training(exported):
 
 @torch.no_grad()
 def test_generation_is_that_of_the_engine(exported):
-    """With and without the KV cache, alone and in a batch that is padded at the left."""
+    """The KV cache does not change a greedy answer, nor does a batch that is padded at the left."""
     run, model, tokenizer = exported
     answerer = load_answerer(newest_checkpoint(run, ("weights",))[0], ServeSpec(max_concurrency=1))
     options = {"max_new_tokens": 32, "do_sample": False, "eos_token_id": None, "suppress_tokens": [1, 2]}
@@ -77,24 +77,24 @@ def test_generation_is_that_of_the_engine(exported):
         biases = {1: -100.0, 2: -100.0}
         params = SamplingParams(32, temperature=0, logit_bias=biases)
         assert answer_tokens(answerer.engine, answerer.encode(prompt), params) == answers[row].tolist()
-        alone = model(**inputs).logits[0, -1]
-        torch.testing.assert_close(model(**batch).logits[row, -1], alone, rtol=0, atol=1e-5)
+        single_logits = model(**inputs).logits[0, -1]
+        torch.testing.assert_close(model(**batch).logits[row, -1], single_logits, rtol=0, atol=1e-5)
 
 
 def test_losses_are_those_of_training(exported):
     """The load balancing loss and the router z-loss come with `output_router_logits`; padding does not count."""
     run, model, _ = exported
-    ours = our_model(run)
-    moe = ours.spec.moe
+    our_decoder = our_model(run)
+    moe = our_decoder.spec.moe
     if model.config.model_type != "mhmoe" or moe is None:
         pytest.skip("transformers' own losses")
     output = model(TOKENS, labels=TOKENS)
     expected = cross_entropy(output.logits[:, :-1].flatten(0, 1), TOKENS[:, 1:].flatten())
     torch.testing.assert_close(output.loss, expected)
-    routing = ours.eval()(TOKENS).routing
+    routing = our_decoder.eval()(TOKENS).routing
     output = model(TOKENS, labels=TOKENS, output_router_logits=True)
-    torch.testing.assert_close(output.loss - expected, routing_loss(ours.spec, routing), rtol=1e-4, atol=1e-6)
-    assert len(output.router_logits) == moe.heads * ours.spec.moe_layers
+    torch.testing.assert_close(output.loss - expected, routing_loss(our_decoder.spec, routing), rtol=1e-4, atol=1e-6)
+    assert len(output.router_logits) == moe.heads * our_decoder.spec.moe_layers
     assert {tuple(logits.shape) for logits in output.router_logits} == {(TOKENS.numel(), moe.experts)}
     padded_tokens = torch.cat((torch.full((2, 5), 7), TOKENS), dim=1)
     mask = torch.cat((torch.zeros(2, 5, dtype=torch.long), torch.ones_like(TOKENS)), dim=1)
@@ -126,25 +126,25 @@ def test_any_model_computes_the_same_in_transformers(spec):
     from mhmoe_ray.checkpoint.huggingface.configuration_mhmoe import MhmoeConfig
     from mhmoe_ray.checkpoint.huggingface.modeling_mhmoe import MhmoeForCausalLM
 
-    ours = random_model(spec)
+    our_decoder = random_model(spec)
     fields = MhmoeAdapter.from_model(spec, 16).model_dump(exclude_unset=True)
-    theirs = MhmoeForCausalLM(MhmoeConfig(**fields)).eval()
-    tensors = ours.named_tensors()
+    hf_model = MhmoeForCausalLM(MhmoeConfig(**fields)).eval()
+    tensors = our_decoder.named_tensors()
     state = {
         name: part
         for group in tensor_entries(spec)
         for entry in group
         for name, part in entry.split(tensors[entry.checkpoint_name]).items()
     }
-    missing_names, unexpected_names = theirs.load_state_dict(state, strict=False)
+    missing_names, unexpected_names = hf_model.load_state_dict(state, strict=False)
     assert not unexpected_names
     assert set(missing_names) <= ({"lm_head.weight"} if spec.tied_embeddings else set())
     tokens = torch.randint(spec.vocab_size, (2, 9), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        expected = ours(tokens).logits_BTV
+        expected = our_decoder(tokens).logits_BTV
         # At a tie of two experts, both sides may choose another one.
-        if _smallest_margin(ours, tokens) > 1e-5:
-            torch.testing.assert_close(theirs(tokens).logits, expected, rtol=1e-4, atol=1e-4)
+        if _smallest_margin(our_decoder, tokens) > 1e-5:
+            torch.testing.assert_close(hf_model(tokens).logits, expected, rtol=1e-4, atol=1e-4)
 
 
 def _smallest_margin(model: Decoder, tokens: torch.Tensor) -> float:
@@ -173,8 +173,8 @@ def test_folder_saved_by_transformers_can_be_imported(tmp_path, exported):
     imported_run = import_folder(tmp_path / "theirs", "back", tmp_path / "runs", None)
     manifest = newest_checkpoint(imported_run, ("weights",))[1]
     assert manifest.model == newest_checkpoint(run, ("weights",))[1].model
-    ours, theirs = (our_model(r).named_tensors() for r in (run, imported_run))
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    our_decoder, hf_model = (our_model(r).named_tensors() for r in (run, imported_run))
+    assert all(torch.equal(our_decoder[name], hf_model[name]) for name in our_decoder)
 
 
 LOAD = """

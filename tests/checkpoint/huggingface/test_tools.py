@@ -41,7 +41,7 @@ assert DENSE["vocab_size"] == 320  # the largest of TOKENS
 
 
 @pytest.fixture(scope="module", params=EXPORTS)
-def used(request, tmp_path_factory):
+def tool_results(request, tmp_path_factory):
     """Return a run, its exported folder, the folder with the tools' output, and what the tools saw."""
     folder = tmp_path_factory.mktemp("tools")
     run = make_run(folder, EXPORTS[request.param])
@@ -56,31 +56,33 @@ def used(request, tmp_path_factory):
 
 
 @torch.no_grad()
-def test_logits_and_greedy_answers_are_ours(used):
-    run, _, seen = used
+def test_logits_and_greedy_answers_are_ours(tool_results):
+    run, _, observations = tool_results
     checkpoint = newest_checkpoint(run, ("weights",))[0]
     model = load_model(checkpoint)[0]
     document_BT = torch.zeros_like(TOKENS) if model.spec.document_masks else None
-    torch.testing.assert_close(seen["logits"], model(TOKENS, document_BT=document_BT).logits_BTV, rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        observations["logits"], model(TOKENS, document_BT=document_BT).logits_BTV, rtol=0, atol=1e-5
+    )
     answerer = load_answerer(checkpoint, ServeSpec(max_concurrency=1))
     params = SamplingParams(32, temperature=0, logit_bias={1: -100.0, 2: -100.0})
-    for prompt, answer in zip(PROMPTS, seen["answers"], strict=True):
+    for prompt, answer in zip(PROMPTS, observations["answers"], strict=True):
         assert answer_tokens(answerer.engine, answerer.encode(prompt), params) == answer
     answerer.engine.close()
 
 
-def test_ten_steps_of_each_trainer_have_a_finite_loss(used):
-    losses = used[2]["losses"]
+def test_ten_steps_of_each_trainer_have_a_finite_loss(tool_results):
+    losses = tool_results[2]["losses"]
     assert losses.keys() == {"trainer", "sft", "lora"}
     # The random model begins near ln 320.
     assert all(3 < loss < 9 for loss in losses.values()), losses
 
 
-def test_lm_eval_gives_the_figures_of_mhmoe_eval(used, monkeypatch, tmp_path):
-    _, folder, seen = used
+def test_lm_eval_gives_the_figures_of_mhmoe_eval(tool_results, monkeypatch, tmp_path):
+    _, folder, observations = tool_results
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
-    ours = run_tasks(
+    our_results = run_tasks(
         folder / "out",
         ["choose"],
         [str(folder / "task")],
@@ -90,17 +92,19 @@ def test_lm_eval_gives_the_figures_of_mhmoe_eval(used, monkeypatch, tmp_path):
         question_limit=None,
     )["choose"]
     for name in ("acc", "acc_norm"):
-        assert seen["evaluation"][f"{name},none"] == pytest.approx(ours[name], abs=1e-4)
+        assert observations["evaluation"][f"{name},none"] == pytest.approx(our_results[name], abs=1e-4)
 
 
-def test_tuned_model_comes_back_and_is_exported_again(used, tmp_path):
-    run, folder, _ = used
+def test_tuned_model_comes_back_and_is_exported_again(tool_results, tmp_path):
+    run, folder, _ = tool_results
     tuned_run = import_folder(folder / "seen" / "tuned", "tuned", tmp_path / "runs", None)
-    before, after = (newest_checkpoint(r, ("weights",)) for r in (run, tuned_run))
-    assert after[1].model == before[1].model
-    old, new = (load_model(checkpoint)[0].named_tensors() for checkpoint, *_ in (before, after))
-    assert any(not torch.equal(old[name], new[name]) for name in old)
+    before_tuning, after_tuning = (newest_checkpoint(r, ("weights",)) for r in (run, tuned_run))
+    assert after_tuning[1].model == before_tuning[1].model
+    old_tensors, new_tensors = (
+        load_model(checkpoint)[0].named_tensors() for checkpoint, *_ in (before_tuning, after_tuning)
+    )
+    assert any(not torch.equal(old_tensors[name], new_tensors[name]) for name in old_tensors)
     export_run(tuned_run, tmp_path / "again")
-    again = import_folder(tmp_path / "again", "again", tmp_path / "runs", None)
-    newest = load_model(newest_checkpoint(again, ("weights",))[0])[0].named_tensors()
-    assert all(torch.equal(newest[name], new[name]) for name in new)
+    second_run = import_folder(tmp_path / "again", "again", tmp_path / "runs", None)
+    newest_tensors = load_model(newest_checkpoint(second_run, ("weights",))[0])[0].named_tensors()
+    assert all(torch.equal(newest_tensors[name], new_tensors[name]) for name in newest_tensors)

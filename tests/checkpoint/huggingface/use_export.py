@@ -37,8 +37,8 @@ def generations(model, tokenizer):
     answers = model.generate(**batch, **options)[:, -32:]
     assert torch.equal(answers, model.generate(**batch, **options, use_cache=False)[:, -32:])
     for prompt, answer in zip(PROMPTS, answers, strict=True):
-        alone = model.generate(**tokenizer(prompt, return_tensors="pt"), **options)[0, -32:]
-        assert torch.equal(alone, answer), prompt
+        single_answer = model.generate(**tokenizer(prompt, return_tensors="pt"), **options)[0, -32:]
+        assert torch.equal(single_answer, answer), prompt
     return answers.tolist()
 
 
@@ -91,13 +91,13 @@ def main():
     tokenizer = AutoTokenizer.from_pretrained(folder, **TRUST)
     model = load(folder)
     with torch.no_grad():
-        seen = {"version": transformers.__version__, "logits": model(TOKENS).logits}
-    seen["answers"] = generations(model, tokenizer)
-    seen["evaluation"] = evaluate(folder, task_folder)
-    seen["losses"] = train(folder, tokenizer, output)
+        observations = {"version": transformers.__version__, "logits": model(TOKENS).logits}
+    observations["answers"] = generations(model, tokenizer)
+    observations["evaluation"] = evaluate(folder, task_folder)
+    observations["losses"] = train(folder, tokenizer, output)
     assert not [name for name in sys.modules if name.split(".")[0] in ("mhmoe_ray", "mhmoe_kernels")]
-    torch.save(seen, output / "seen.pt")
-    print(json.dumps({name: seen[name] for name in ("version", "evaluation", "losses")}, default=str))
+    torch.save(observations, output / "seen.pt")
+    print(json.dumps({name: observations[name] for name in ("version", "evaluation", "losses")}, default=str))
 
 
 if __name__ == "__main__":

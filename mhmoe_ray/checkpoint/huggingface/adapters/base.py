@@ -1,14 +1,17 @@
 """The interface of an adapter: config.json of one architecture of transformers, in both directions."""
 
+# Processes that compute nothing import adapters, so that nothing here may import torch.
+
 from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
-from mhmoe_ray.checkpoint.huggingface.names import NameReplacements
 from mhmoe_ray.spec import ModelSpec
 from mhmoe_ray.spec.model import RopeScaling
 
+NameReplacements = tuple[tuple[str, str], ...]
+"""Pairs (part of an exported name in the table of `names.py`, an architecture's own name for it)."""
 # Keys of any config.json that do not change what a model computes for a text: tokens, dtype, files, generation, labels.
 NEUTRAL_KEYS = {
     "_name_or_path",
@@ -85,8 +88,8 @@ class Adapter(BaseModel):
         rope_type = rope.get("rope_type", rope.get("type", "default"))
         theta = rope.get("rope_theta", fields.get("rope_theta", cls.default_theta))
         unified = {**{k: v for k, v in rope.items() if k != "type"}, "rope_type": rope_type, "rope_theta": theta}
-        others = {k: v for k, v in fields.items() if k not in ("rope_scaling", "rope_theta")}
-        return {**others, "rope_parameters": unified}
+        other_fields = {k: v for k, v in fields.items() if k not in ("rope_scaling", "rope_theta")}
+        return {**other_fields, "rope_parameters": unified}
 
     @model_validator(mode="after")
     def _check_unknown_keys(self) -> Self:
@@ -186,10 +189,10 @@ def _rope_scaling(rope: Mapping[str, Any], max_positions: int) -> RopeScaling | 
     """
     rope_type = rope["rope_type"]
     names = {
-        "default": {},
-        "linear": {"factor": "factor"},
-        "llama3": {name: name for name in ("factor", "low_freq_factor", "high_freq_factor")},
-        "yarn": {name: name for name in ("factor", "beta_fast", "beta_slow", "attention_factor")},
+        "default": (),
+        "linear": ("factor",),
+        "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+        "yarn": ("factor", "beta_fast", "beta_slow", "attention_factor"),
     }.get(rope_type)
     if names is None:
         raise ValueError(f"its positions are scaled ({rope_type}); default, linear, yarn and llama3 are computed")
@@ -200,7 +203,7 @@ def _rope_scaling(rope: Mapping[str, Any], max_positions: int) -> RopeScaling | 
             raise ValueError(f"rope_parameters: {key} is {value!r}, which is not computed here")
     if rope_type == "default":
         return None
-    options = {ours: rope[theirs] for theirs, ours in names.items() if rope.get(theirs) is not None}
+    options = {name: rope[name] for name in names if rope.get(name) is not None}
     if rope_type != "linear":
         options["original_length"] = rope.get("original_max_position_embeddings") or max_positions
     return RopeScaling(type=rope_type, **options)

@@ -113,8 +113,8 @@ class ManyExpertsAdapter(MixtureAdapter):
         # Some versions of transformers write this number under the name that Mixtral gives it.
         if "num_local_experts" not in fields or "num_experts" in fields:
             return fields
-        others = {key: value for key, value in fields.items() if key != "num_local_experts"}
-        return {**others, "num_experts": fields["num_local_experts"]}
+        other_fields = {key: value for key, value in fields.items() if key != "num_local_experts"}
+        return {**other_fields, "num_experts": fields["num_local_experts"]}
 
     @classmethod
     def _fields_of(cls, model: ModelSpec) -> dict[str, Any] | None:
