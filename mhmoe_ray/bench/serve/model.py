@@ -12,7 +12,7 @@ from mhmoe_ray.checkpoint.save import save_slices
 from mhmoe_ray.data.tokenizer import END_OF_TEXT
 from mhmoe_ray.model.decoder import Decoder
 from mhmoe_ray.model.init import init_weights
-from mhmoe_ray.runs.directory import RunDir
+from mhmoe_ray.runs.directory import RunDir, mark_imported
 from mhmoe_ray.spec import ModelSpec, MoESpec
 from mhmoe_ray.storage import describe_file
 
@@ -57,6 +57,8 @@ def write_run(model: ModelSpec, seq_len: int, run: Path) -> Path:
         files={str(file.relative_to(checkpoint)): entry},
     )
     commit(checkpoint, manifest)
+    # The weights were not trained here, so the run counts as an imported one.
+    mark_imported(RunDir(run))
     return checkpoint
 
 
