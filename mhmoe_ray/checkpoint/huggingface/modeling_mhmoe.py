@@ -1,9 +1,9 @@
 """MH-MoE models in transformers, for use without the package that trained them.
 
 An export contains a copy of this file beside its copy of configuration_mhmoe.py. Both need only torch and transformers;
-they were tested with transformers 5.16, 5.19 and 5.24. A model computes the same as in the training package, with three
-differences in training: routing drops no sub-tokens, selection biases of routers do not move, and second choices are
-never left out at random.
+they were tested with transformers 5.16, 5.19 and 5.24. A model computes the same as in the training package, with four
+differences in training: routing drops no sub-tokens, selection biases of routers do not move, second choices are never
+left out at random, and the load balancing loss is over a batch.
 
 Shape suffixes: B sequences, T tokens, M width of the model (d), H attention heads, C width of a head, N rows
 (sub-tokens of width D = d/h), E experts, K choices of a row.
