@@ -1,5 +1,6 @@
 """`mhmoe ckpt`: show, verify, export and import checkpoints."""
 
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -21,6 +22,7 @@ from mhmoe_ray.cli.common import (
 from mhmoe_ray.cli.verbs import SuggestingGroup
 
 if TYPE_CHECKING:
+    from mhmoe_ray.runs.directory import RunDir
     from mhmoe_ray.storage import Location
 
 app = typer.Typer(cls=SuggestingGroup, help="Inspect, verify, export and import checkpoints.", no_args_is_help=True)
@@ -214,7 +216,9 @@ def import_(
     source: Annotated[
         str,
         typer.Argument(
-            metavar="SRC", help="Folder of a model in safetensors, or hf:ORGANIZATION/NAME of the Hugging Face hub."
+            metavar="SRC",
+            help="Folder of a model in safetensors, hf:ORGANIZATION/NAME of the Hugging Face hub, or a run, whose "
+            "newest checkpoint is copied.",
         ),
     ],
     name: Annotated[str | None, typer.Option(help="Name of the run; by default the folder's.")] = None,
@@ -227,13 +231,41 @@ def import_(
 
     Its architecture is Llama, Mistral, Qwen2, Qwen3, Mixtral, Qwen3-MoE, OLMoE, or that of an export.
     """
+    from mhmoe_ray.checkpoint.huggingface.export import export as export_checkpoint
     from mhmoe_ray.checkpoint.huggingface.hub import PREFIX, local_folder
     from mhmoe_ray.checkpoint.huggingface.import_ import import_folder, run_name
     from mhmoe_ray.cli.jobs import run_argument
 
     note.print(f"importing {source}", soft_wrap=True)
-    if name is None and source.startswith(PREFIX):
+    if source.startswith(PREFIX):
         # The folder in the hub's cache is named by a hash.
-        name = run_name(source.partition("@")[0].rpartition("/")[2])
-    run = import_folder(local_folder(source), name, storage, seq_len)
+        name = name or run_name(source.partition("@")[0].rpartition("/")[2])
+        run = import_folder(local_folder(source), name, storage, seq_len)
+    elif (source_run := _run_of(source, storage)) is not None:
+        path, manifest = pick_checkpoint(source_run, None, verify_hashes=True)
+        with tempfile.TemporaryDirectory() as folder:
+            # An export and an import copy weights and tokenizer, and check both.
+            export_checkpoint(path, manifest, Path(folder) / "model")
+            run = import_folder(Path(folder) / "model", name or run_name(source_run.id), storage, seq_len)
+    else:
+        run = import_folder(Path(source), name, storage, seq_len)
     out.print(f"imported {source} as run {run.id}; serve it: mhmoe serve deploy {run_argument(run)}", soft_wrap=True)
+
+
+def _run_of(source: str, storage: str) -> "RunDir | None":
+    """Return the run that a source of an import names; None if the source is another folder.
+
+    Raises:
+        CheckpointError: the source is neither a folder nor a run.
+    """
+    from mhmoe_ray.errors import CheckpointError, RunError
+    from mhmoe_ray.runs.directory import RunDir, find_run
+
+    folder = Path(source)
+    if folder.exists() and not RunDir(folder.absolute()).attempts_file.is_file():
+        return None
+    try:
+        return find_run(source, storage)
+    except RunError as e:
+        reason = f"there is no such folder, and as a run: {e.reason}"
+        raise CheckpointError(f"model {source}", reason, "name a folder, a run, or hf:ORGANIZATION/NAME") from e

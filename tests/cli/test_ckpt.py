@@ -66,7 +66,7 @@ def test_mistakes_are_one_line(project, tmp_path):
         mhmoe(folder, "ckpt", "export", run.id, "--to", "x", "--checkpoint", "y"), 8, "no readable manifest.json"
     )
     assert_one_line(mhmoe(folder, "ckpt", "export", "nobody", "--to", "x"), 7, "run nobody")
-    assert_one_line(mhmoe(folder, "ckpt", "import", "nowhere"), 8, "folder nowhere", "config.json cannot be read")
+    assert_one_line(mhmoe(folder, "ckpt", "import", "nowhere"), 8, "model nowhere: there is no such folder")
     assert_one_line(mhmoe(folder, "ckpt", "import", "out", "--name", "A b"), 3, "name A b", "lower-case")
     (tmp_path / "file").write_text("")
     result = mhmoe(folder, "ckpt", "import", "out", "--storage", str(tmp_path / "file"))

@@ -161,3 +161,12 @@ def test_command_compares_a_run_with_folders(folders, tmp_path):
     printed = json.loads(answer.out)
     assert [finding["kind"] for finding in printed["findings"]] == ["swapped", "swapped"]
     assert printed["logits"]["largest"] > 0
+
+
+def test_run_can_be_imported_as_a_copy(folders, tmp_path):
+    run = next((folders / "runs").iterdir())
+    answer = mhmoe(tmp_path, "ckpt", "import", str(run), "--name", "copy")
+    assert answer.code == 0, answer.err
+    copy = next((tmp_path / "runs").glob("copy-*"))
+    answer = mhmoe(tmp_path, "ckpt", "verify", str(run), str(copy))
+    assert answer.out.startswith("all tensors are equal\n")
