@@ -44,7 +44,6 @@ NEUTRAL_KEYS = {
     "torch_dtype",
     "transformers_version",
     "use_cache",
-    "use_sliding_window",
 }
 
 
@@ -77,6 +76,8 @@ class Adapter(BaseModel):
     rope_parameters: dict[str, Any] | None = None
     tie_word_embeddings: bool = False
     attention_dropout: NonNegativeFloat = 0.0
+    sliding_window: PositiveInt | None = None
+    use_sliding_window: bool = True
 
     @model_validator(mode="before")
     @classmethod
@@ -163,7 +164,9 @@ class Adapter(BaseModel):
     @property
     def context_length(self) -> int:
         """Number of tokens that the model sees at once."""
-        return self.max_position_embeddings
+        # Up to the length of the sliding window, attention with the window equals attention without it.
+        window = self.sliding_window if self.use_sliding_window else None
+        return min(self.max_position_embeddings, window or self.max_position_embeddings)
 
 
 def rope_parameters(model: ModelSpec) -> dict[str, Any]:

@@ -52,11 +52,6 @@ class MistralAdapter(DenseAdapter):
 
     sliding_window: PositiveInt | None = 4096
 
-    @property
-    def context_length(self) -> int:
-        # Up to the length of the sliding window, attention with the window equals attention without it.
-        return min(self.max_position_embeddings, self.sliding_window or self.max_position_embeddings)
-
     @classmethod
     def _fields_of(cls, model: ModelSpec) -> dict[str, Any] | None:
         fields = super()._fields_of(model)
@@ -72,11 +67,6 @@ class Qwen2Adapter(DenseAdapter):
     use_sliding_window: bool = False
     sliding_window: PositiveInt | None = 4096
     biases: ClassVar[Literal["none", "qkv"]] = "qkv"
-
-    @property
-    def context_length(self) -> int:
-        window = self.sliding_window if self.use_sliding_window else None
-        return min(self.max_position_embeddings, window or self.max_position_embeddings)
 
     @classmethod
     def _fields_of(cls, model: ModelSpec) -> dict[str, Any] | None:

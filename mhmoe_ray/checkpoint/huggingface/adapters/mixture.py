@@ -60,13 +60,7 @@ class MixtralAdapter(MixtureAdapter):
     num_local_experts: PositiveInt
     num_key_value_heads: PositiveInt | None = 8
     rms_norm_eps: float = 1e-5
-    sliding_window: PositiveInt | None = None
     router_jitter_noise: NonNegativeFloat = 0.0
-
-    @property
-    def context_length(self) -> int:
-        # Up to the length of the sliding window, attention with the window equals attention without it.
-        return min(self.max_position_embeddings, self.sliding_window or self.max_position_embeddings)
 
     @classmethod
     def _fields_of(cls, model: ModelSpec) -> dict[str, Any] | None:
@@ -146,11 +140,6 @@ class Qwen3MoeAdapter(ManyExpertsAdapter):
     mlp_only_layers: list[int] | None = None
     use_sliding_window: bool = False
     sliding_window: PositiveInt | None = 4096
-
-    @property
-    def context_length(self) -> int:
-        window = self.sliding_window if self.use_sliding_window else None
-        return min(self.max_position_embeddings, window or self.max_position_embeddings)
 
     @classmethod
     def _fields_of(cls, model: ModelSpec) -> dict[str, Any] | None:
