@@ -27,9 +27,6 @@ def _register_models(module: ModuleType) -> None:
 
     module.AutoModel.register(MhmoeConfig, models.MhmoeModel, exist_ok=True)
     module.AutoModelForCausalLM.register(MhmoeConfig, models.MhmoeForCausalLM, exist_ok=True)
-    module.AutoModelForSequenceClassification.register(
-        MhmoeConfig, models.MhmoeForSequenceClassification, exist_ok=True
-    )
 
 
 REGISTRATIONS: dict[str, Callable[[ModuleType], None]] = {

@@ -29,7 +29,6 @@ AUTO_CLASSES = {
     "AutoConfig": "configuration_mhmoe.MhmoeConfig",
     "AutoModel": "modeling_mhmoe.MhmoeModel",
     "AutoModelForCausalLM": "modeling_mhmoe.MhmoeForCausalLM",
-    "AutoModelForSequenceClassification": "modeling_mhmoe.MhmoeForSequenceClassification",
 }
 """Classes of an exported MH-MoE model by transformers' auto classes (`auto_map` in config.json)."""
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_causal_mask
-from transformers.modeling_layers import GenericForSequenceClassification, GradientCheckpointingLayer
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -445,8 +445,11 @@ def router_losses(
     is_text_N = None
     if attention_mask is not None and attention_mask.ndim == 2 and not attention_mask.all():
         is_text_N = attention_mask.bool().flatten().repeat_interleave(config.moe_heads)
-    for logits_NE, balance_NE, expert_NK, _ in routings:
+    for routing in routings:
+        # Layers may lie on different devices.
+        logits_NE, balance_NE, expert_NK = (t.to(balance_loss.device) for t in routing[:3])
         if is_text_N is not None:
+            is_text_N = is_text_N.to(balance_loss.device)
             logits_NE, balance_NE, expert_NK = logits_NE[is_text_N], balance_NE[is_text_N], expert_NK[is_text_N]
         counted_NK = expert_NK[:, :1] if config.balance_choices == "first" else expert_NK
         share_E = F.one_hot(counted_NK.flatten(), config.num_experts).float().mean(0)
@@ -522,7 +525,3 @@ class MhmoeForCausalLM(MhmoePreTrainedModel, GenerationMixin):
             router_logits=outputs.router_logits,
             **{CACHE: getattr(outputs, CACHE)},
         )
-
-
-class MhmoeForSequenceClassification(GenericForSequenceClassification, MhmoePreTrainedModel):
-    """MH-MoE model with a linear layer for classes in place of the output layer."""

@@ -43,7 +43,7 @@ KINDS = {
             "groups": 4,
             "top_groups": 2,
         },
-        d_head=16,
+        d_head=64,
         qk_norm="head",
         attention_bias="qkv",
         rope_scaling={"type": "yarn", "factor": 4, "original_length": 32},
