@@ -8,9 +8,12 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
+from importlib.metadata import version
 from importlib.util import find_spec
 from types import ModuleType
 
+OLDEST_TRANSFORMERS = (5, 16)
+"""Oldest version of transformers that the classes were tested with. With older ones, nothing is registered."""
 CONFIG_MODULE = "transformers.models.auto.configuration_auto"
 MODEL_MODULE = "transformers.models.auto.modeling_auto"
 
@@ -36,6 +39,13 @@ REGISTRATIONS: dict[str, Callable[[ModuleType], None]] = {
 """Function that registers the classes, by the module with the auto classes, which is its argument."""
 
 
+def _is_supported() -> bool:
+    """Return whether the installed transformers is new enough for the classes."""
+    # An import of the classes that fails would make the import of transformers itself fail.
+    numbers = version("transformers").split(".")[:2]
+    return tuple(map(int, numbers)) >= OLDEST_TRANSFORMERS
+
+
 class _RegisteringLoader(Loader):
     """Loader that executes a module with another loader and then registers the classes."""
 
@@ -47,7 +57,8 @@ class _RegisteringLoader(Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         self._loader.exec_module(module)
-        REGISTRATIONS[module.__name__](module)
+        if _is_supported():
+            REGISTRATIONS[module.__name__](module)
 
 
 class _RegisteringFinder(MetaPathFinder):
@@ -72,7 +83,7 @@ class _RegisteringFinder(MetaPathFinder):
 def register_with_transformers() -> None:
     """Register the classes now for modules of transformers that are imported already, and later for the others."""
     for name, register in REGISTRATIONS.items():
-        if name in sys.modules:
+        if name in sys.modules and _is_supported():
             register(sys.modules[name])
     if not any(isinstance(finder, _RegisteringFinder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _RegisteringFinder())
