@@ -71,7 +71,7 @@ def verify(
     other_model: Annotated[
         str | None,
         typer.Argument(
-            metavar="[OTHER]",
+            metavar="OTHER",
             help="A second model to compare with: a run, the folder of a checkpoint, a folder in Hugging Face's "
             "layout, or hf:ORGANIZATION/NAME. The first may be any of these too.",
         ),
