@@ -63,6 +63,8 @@ def run_evaluation(request: EvalRequest, print_line: Callable[[str], None]) -> N
         use_bfloat16=request.half,
         on_progress=_progress_callback(print_line),
     )
+    # lm-eval loads the exported model, so this one would be in memory a second time.
+    del model
     tasks = {}
     if request.tasks:
         print_line(f"tasks {', '.join(expand_tasks(request.tasks))}")

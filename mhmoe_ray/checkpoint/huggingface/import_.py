@@ -122,6 +122,9 @@ def _read_tokenizer(source: Path, config: MhmoeSection) -> ImportedTokenizer:
     with _report_read_errors(source):
         content, sha256 = file.read_bytes(), describe_file(file).sha256
     tokenizer, settings = read_tokenizer(file), _read_settings(source)
+    # A trainer may have saved truncation or padding, which would hide the start token from the checks below.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
     adds_start = config.adds_start
     if adds_start is None:
         # transformers' class of a tokenizer with <s> adds it even without a post-processor, unless it is told not to.

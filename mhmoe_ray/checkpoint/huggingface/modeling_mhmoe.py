@@ -148,8 +148,13 @@ class MhmoeAttention(nn.Module):
         return self.o_proj(y_BTM)
 
 
+def swiglu(x: Tensor, gate_layer: nn.Module, up_layer: nn.Module, down_layer: nn.Module) -> Tensor:
+    """Return down(silu(gate(x)) * up(x)), where each of the three is a linear layer."""
+    return down_layer(F.silu(gate_layer(x)) * up_layer(x))
+
+
 class MhmoeGatedLayer(nn.Module):
-    """SwiGLU, down(silu(gate(x)) * up(x)), without biases: a dense layer or a shared expert of the backbone llama."""
+    """SwiGLU without biases: a dense layer or a shared expert of the backbone llama."""
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
@@ -158,7 +163,7 @@ class MhmoeGatedLayer(nn.Module):
         self.down_proj = nn.Linear(hidden, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return swiglu(x, self.gate_proj, self.up_proj, self.down_proj)
 
 
 class MhmoeGatedExpert(nn.Module):
@@ -171,7 +176,7 @@ class MhmoeGatedExpert(nn.Module):
         self.w2 = nn.Linear(hidden, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+        return swiglu(x, self.w1, self.w3, self.w2)
 
 
 class MhmoeNormedLayer(nn.Module):

@@ -23,12 +23,14 @@ from mhmoe_ray.model.decoder import Decoder, routing_loss
 from mhmoe_ray.serve.engine import SamplingParams
 from mhmoe_ray.serve.load import load_answerer
 from mhmoe_ray.spec import ServeSpec
-from tests.checkpoint.huggingface.conftest import MODELS, SEQ_LEN, export_run, make_run, random_model
+from tests.checkpoint.huggingface.conftest import MODEL_TYPES, MODELS, SEQ_LEN, export_run, make_run, random_model
 from tests.checkpoint.huggingface.test_names import model_specs
 from tests.serve.asking import answer_tokens
 
 TOKENS = torch.randint(320, (2, 40), generator=torch.Generator().manual_seed(0))
 PROMPTS = ["fox", "the quick brown fox jumps"]
+OWN_KINDS = [kind for kind in MODELS if kind not in MODEL_TYPES]
+"""Models that transformers has no class for."""
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -81,13 +83,12 @@ def test_generation_is_that_of_the_engine(exported):
         torch.testing.assert_close(model(**batch).logits[row, -1], single_logits, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("exported", [kind for kind in OWN_KINDS if MODELS[kind].moe], indirect=True)
 def test_losses_are_those_of_training(exported):
     """The load balancing loss and the router z-loss come with `output_router_logits`; padding does not count."""
     run, model, _ = exported
     our_decoder = our_model(run)
     moe = our_decoder.spec.moe
-    if model.config.model_type != "mhmoe" or moe is None:
-        pytest.skip("transformers' own losses")
     output = model(TOKENS, labels=TOKENS)
     expected = cross_entropy(output.logits[:, :-1].flatten(0, 1), TOKENS[:, 1:].flatten())
     torch.testing.assert_close(output.loss, expected)
@@ -102,10 +103,9 @@ def test_losses_are_those_of_training(exported):
     torch.testing.assert_close(padded_output.aux_loss, output.aux_loss, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("exported", OWN_KINDS, indirect=True)
 def test_every_parameter_gets_a_gradient_with_checkpointing_too(exported):
     _, model, _ = exported
-    if model.config.model_type != "mhmoe":
-        pytest.skip("transformers' own model")
     gradients = []
     for use_checkpointing in (False, True):
         if use_checkpointing:

@@ -2,6 +2,7 @@
 
 # Processes that compute nothing import adapters, so that nothing here may import torch.
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
@@ -47,7 +48,7 @@ NEUTRAL_KEYS = {
 }
 
 
-class Adapter(BaseModel):
+class Adapter(BaseModel, ABC):
     """Keys of config.json that all decoders have, and their translation from and to the model section of a spec.
 
     A subclass is the adapter of one architecture. It adds the architecture's own keys with the defaults of
@@ -115,9 +116,9 @@ class Adapter(BaseModel):
         return None if fields is None else cls.model_validate({**cls._trunk_fields(model, seq_len), **fields})
 
     @classmethod
+    @abstractmethod
     def _fields_of(cls, model: ModelSpec) -> dict[str, Any] | None:
         """Return the architecture's own keys for a model; None if it cannot compute the model."""
-        raise NotImplementedError
 
     @classmethod
     def _trunk_fields(cls, model: ModelSpec, seq_len: int) -> dict[str, Any]:
@@ -135,13 +136,13 @@ class Adapter(BaseModel):
             "attention_dropout": model.attention_dropout,
         }
 
+    @abstractmethod
     def to_model_spec(self) -> ModelSpec:
         """Return the model section of a spec that computes the same as a model with these keys.
 
         Raises:
             ValueError: the keys ask for something that is not computed here.
         """
-        raise NotImplementedError
 
     def _trunk_options(self) -> dict[str, Any]:
         """Return the options of a model section that do not concern feed-forward layers."""

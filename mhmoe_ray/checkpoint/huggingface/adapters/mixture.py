@@ -38,13 +38,17 @@ class MixtureAdapter(Adapter):
     def _moe_options(self) -> dict[str, Any]:
         """Return the `moe` section of a model section."""
 
+    def _moe_layers(self) -> int:
+        """Return the number of layers with experts."""
+        return self.num_hidden_layers
+
     def _common_moe_options(self) -> dict[str, Any]:
         coefficient, top_k = self.router_aux_loss_coef, self.num_experts_per_tok
         return {
             "heads": 1,
             "top_k": top_k,
             "every": 1,
-            "balance_weight": coefficient * top_k / self.num_hidden_layers,
+            "balance_weight": coefficient * top_k / self._moe_layers(),
             "balance_choices": "all" if coefficient and top_k > 1 else "first",
         }
 
@@ -79,7 +83,8 @@ class MixtralAdapter(MixtureAdapter):
             **self._common_moe_options(),
             "experts": self.num_local_experts,
             "d_expert": self.intermediate_size,
-            # With one expert per token, dividing the gate by itself would make it 1, as Mixtral does.
+            # Mixtral divides gates by their sum. With a single expert per token the router would learn nothing, so the
+            # spec refuses such a model.
             "normalize_gates": True,
             "jitter": self.router_jitter_noise,
         }
@@ -171,6 +176,10 @@ class Qwen3MoeAdapter(ManyExpertsAdapter):
             "every": self.decoder_sparse_step,
             "dense_first": self._dense_first(),
         }
+
+    def _moe_layers(self) -> int:
+        layers = range(self._dense_first(), self.num_hidden_layers)
+        return max(1, sum((layer + 1) % self.decoder_sparse_step == 0 for layer in layers))
 
     def _dense_first(self) -> int:
         """Return the number of dense layers at the start.
