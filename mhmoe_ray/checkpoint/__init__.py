@@ -6,5 +6,6 @@ save.py         write checkpoints beside training, each rank its own share
 load.py         load tensors at any world size, a trainer's state, or a model
 tokenizer.py    the tokenizer of the checkpoint's run
 retention.py    checkpoint retention: keep the newest checkpoints and the best one
+start/          runs that start from the weights of other models
 huggingface/    export to and import from folders in Hugging Face's layout
 """

@@ -117,6 +117,7 @@ class TrainerState(Protocol):
     tokens: int
     skipped: int
     skipped_in_a_row: int
+    updates_before: int
     before_update: Callable[[], None]
     """Callback that is called when the state is about to change."""
     on_progress: Callable[[], None]
@@ -126,16 +127,18 @@ def restore(trainer: TrainerState, checkpoint: Location, manifest: CheckpointMan
     """Restore a trainer's weights, moments, step, tokens and skipped steps from a checkpoint.
 
     This is a collective operation. The checkpoint may be written at any world size and by any strategy. Its files are
-    not verified here.
+    not verified here. Without moments, as at the start from another model, they are zero, and so are training buffers.
     """
     strategy = trainer.strategy
     # AdamW counts updates, and skipped steps have none.
-    strategy.start_at_step(manifest.step - manifest.skipped)
+    strategy.start_at_step(manifest.updates)
     weights, moments = strategy.checkpoint_weights(), strategy.checkpoint_moments()
     load_tensors(checkpoint / "weights", weights, trainer.on_progress)
-    buffers = strategy.model.training_buffers()
-    load_tensors(checkpoint / "optim", {**moments, **buffers}, trainer.on_progress)
+    if manifest.has_moments:
+        buffers = strategy.model.training_buffers()
+        load_tensors(checkpoint / "optim", {**moments, **buffers}, trainer.on_progress)
     strategy.finish_loading(weights, moments)
+    trainer.updates_before = manifest.updates_before
     trainer.step, trainer.tokens = manifest.step, manifest.tokens
     trainer.skipped, trainer.skipped_in_a_row = manifest.skipped, manifest.skipped_in_a_row
 

@@ -16,6 +16,9 @@ manifest.json, or if a file is missing, is not in the manifest, or has another s
 An imported checkpoint has full tensors in weights/model-*.safetensors, in the dtype in which they were imported, and no
 optim/. Its checkpoint manifest has the token ids that end a text in addition to those of its tokenizer (`ends`).
 
+The checkpoint of step 0 of a run with a `start` section has full tensors too, in the dtype of the model that the run
+starts from. It has optim/ only if `start.optimizer` is true.
+
 A directory is never written twice: readers take every *.safetensors in it, so files of two saves would silently load as
 a mix. For the same reason a directory must hold exactly the files of the manifest.
 """
@@ -48,6 +51,8 @@ class CheckpointManifest(BaseModel):
     """Number of these steps that updated nothing, because their gradient was not finite."""
     skipped_in_a_row: int = 0
     """Number of consecutive steps up to this one that updated nothing."""
+    updates_before: int = 0
+    """Number of updates of the optimizer before step 0, in the runs whose moments this run continues."""
     tokens: int
     """Number of tokens predicted so far, without padding."""
     position: int
@@ -70,6 +75,16 @@ class CheckpointManifest(BaseModel):
     which were not trained on data prepared here."""
     files: dict[str, FileEntry]
     """Size and hash of each file, by path below the checkpoint."""
+
+    @property
+    def has_moments(self) -> bool:
+        """Whether the checkpoint has the optimizer's moments."""
+        return any(name.startswith("optim/") for name in self.files)
+
+    @property
+    def updates(self) -> int:
+        """The number of updates that the optimizer's moments have had."""
+        return self.updates_before + self.step - self.skipped
 
 
 _NAME_PATTERN = re.compile(r"step_\d+\.\d+")

@@ -115,7 +115,12 @@ class Saver:
     """
 
     def __init__(
-        self, run: RunDir, trainer: TrainerState, group: int, on_piece: Callable[[], None] = lambda: None
+        self,
+        run: RunDir,
+        trainer: TrainerState,
+        group: int,
+        on_piece: Callable[[], None] = lambda: None,
+        first_manifest: CheckpointManifest | None = None,
     ) -> None:
         """Prepare to save the state of a trainer, whose updates wait for the copy from now on.
 
@@ -126,7 +131,12 @@ class Saver:
             trainer: trainer whose state is saved.
             group: number of this worker group, a part of the checkpoints' names, so that no two groups use a name.
             on_piece: called in the background after each written piece.
+            first_manifest: manifest of the checkpoint that the worker group starts from. The tokens at the edges of a
+                text stay those of this checkpoint.
         """
+        self._ends, self._adds_start = (
+            ([], True) if first_manifest is None else (first_manifest.ends, first_manifest.adds_start)
+        )
         self._run, self._trainer, self._group, self._on_piece = run, trainer, group, on_piece
         newest_count = trainer.spec.train.keep_checkpoints
         self._retention = RetentionPolicy(run, newest_count) if newest_count and trainer.mesh.rank == 0 else None
@@ -242,6 +252,7 @@ class Saver:
             step=trainer.step,
             skipped=trainer.skipped,
             skipped_in_a_row=trainer.skipped_in_a_row,
+            updates_before=trainer.updates_before,
             tokens=trainer.tokens,
             position=trainer.step * spec.samples_per_step,
             seed=spec.seed,
@@ -249,6 +260,8 @@ class Saver:
             ep=trainer.mesh.size("ep"),
             model=spec.model,
             seq_len=spec.data.seq_len,
+            ends=self._ends,
+            adds_start=self._adds_start,
             data_sha256=self._data_sha256,
             tokenizer_sha256=self._tokenizer_sha256,
             files={},

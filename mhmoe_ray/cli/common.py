@@ -58,7 +58,7 @@ def _section_keys(model: Any, prefix: str = "") -> Iterator[str]:
         if subsection is not None and set(subsection.model_fields) != {"min", "max"}:
             yield from _section_keys(subsection, f"{prefix}{name}.")
         else:
-            yield f"{prefix}{name}="
+            yield f"{prefix}{field.alias or name}="
 
 
 def _section_model(annotation: Any) -> Any:
@@ -122,9 +122,9 @@ def read_spec(path: Path, overrides: list[str]) -> "RunSpec":
     Raises:
         SpecError: the file or an override is wrong.
     """
-    from mhmoe_ray.planner.resolve import resolve_spec
+    from mhmoe_ray.checkpoint.start.resolve import load_spec
 
-    return resolve_spec(path, overrides).with_absolute_paths(Path.cwd())
+    return load_spec(path, overrides).with_absolute_paths(Path.cwd())
 
 
 def pick_checkpoint(run: "RunDir", name: str | None, *, verify_hashes: bool) -> "tuple[Location, CheckpointManifest]":

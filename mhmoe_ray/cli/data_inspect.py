@@ -275,13 +275,15 @@ def _print_samples(target: InspectTarget, start: int, count: int, json: bool) ->
         BadParameter: the target is raw text, which has no packed samples.
         DataError: the data is not prepared, or the training has no such positions.
     """
+    from mhmoe_ray.checkpoint.start.record import plan_start
     from mhmoe_ray.data.inspect.samples import decode_samples
 
     if target.spec is None:
         raise typer.BadParameter(
             f"--samples: {target.name} is raw text, which has no packed samples; give a spec with prepared data"
         )
-    samples = decode_samples(target.spec, start, count)
+    record = plan_start(target.spec)
+    samples = decode_samples(target.spec, start, count, record.samples_before if record else None)
     if json:
         print_json([asdict(sample) for sample in samples])
         return
@@ -305,13 +307,16 @@ def lint(
     It looks for unreadable lines, files of unknown formats, damaged and foreign text, copies, domains that are too
     small or would be read too often, and unsuitable tokenizers. The exit code is 4 if there is an error.
     """
+    from mhmoe_ray.checkpoint.start.record import plan_start
     from mhmoe_ray.data.inspect.lint import LintInput
     from mhmoe_ray.data.inspect.lint import lint as check
     from mhmoe_ray.errors import DataError
 
     target = resolve_target(data, set_)
     survey = run_survey(target, address, check_rules=True)
-    problems = check(LintInput(survey, target.data, target.spec, target.manifest))
+    record = plan_start(target.spec) if target.spec else None
+    samples_before = record.samples_before if record else {}
+    problems = check(LintInput(survey, target.data, target.spec, target.manifest, samples_before))
     if json:
         print_json([problem.as_json() for problem in problems])
     else:

@@ -100,7 +100,9 @@ def mix(
 
     Shares "by size" follow the sources' weights and the number of tokens; "tempered" shares also include alpha;
     "limited" shares include max_epochs too. Numbers of samples are exact, as the training order itself counts them.
-    Tokens are without padding, and an average where samples are padded. The data must be prepared.
+    Tokens are without padding, and an average where samples are padded. For a run that continues the order of another,
+    "read before" is the number of samples that the other run has read: this one reads those after them. The data must
+    be prepared.
     """
     from mhmoe_ray.data.shards.manifest import require_prepared_data
 
@@ -118,9 +120,11 @@ def mix(
 
 def mixture_dict(spec: "RunSpec", manifest: "DataManifest") -> dict[str, Any]:
     """Return the mixture as JSON data: by phase and in total, each with rows by domain and by source."""
+    from mhmoe_ray.checkpoint.start.record import plan_start
     from mhmoe_ray.data.order.mixture import compute_mixture
 
-    mixture = compute_mixture(spec, manifest)
+    record = plan_start(spec)
+    mixture = compute_mixture(spec, manifest, record.samples_before if record else None)
     names, sources = [d.name for d in mixture.domains], [d.source for d in mixture.domains]
     sample_counts = [d.samples for d in mixture.domains]
     # Padding does not count as tokens, so the mean number of tokens per sample may be smaller than the length of a
@@ -155,8 +159,10 @@ def mixture_dict(spec: "RunSpec", manifest: "DataManifest") -> dict[str, Any]:
     totals = rows_by_kind(
         {"share": share, "tokens_there": [manifest.domains[name].tokens for name in names]}, samples_read
     )
-    for name, limit in zip(names, mixture.limits, strict=True):
+    for name, limit, read_count in zip(names, mixture.limits, mixture.samples_before, strict=True):
         totals["domains"][name]["samples_at_most"] = limit
+        if any(mixture.samples_before):
+            totals["domains"][name]["samples_before"] = read_count
     return {
         "name": spec.name,
         "steps": steps,
@@ -186,7 +192,10 @@ def _print_mixture(mixture: dict[str, Any]) -> None:
         )
     out.print("\nthe whole training" + ("" if has_several_phases else ", shares in per cent"), style="bold")
     share_columns = ["share"] if has_several_phases else ["by size", "tempered", "limited"]
-    columns = ["", "prepared tokens", "prepared samples", *share_columns, "samples", "epochs", "at most", "tokens"]
+    is_continued = any("samples_before" in row for row in mixture["whole"]["domains"].values())
+    before_column = ["read before"] if is_continued else []
+    columns = ["", "prepared tokens", "prepared samples", *share_columns, *before_column]
+    columns += ["samples", "epochs", "at most", "tokens"]
     lines = []
     for name, row in _rows_by_source(mixture["whole"]):
         kind = "sources" if name in mixture["whole"]["sources"] else "domains"
@@ -199,7 +208,8 @@ def _print_mixture(mixture: dict[str, Any]) -> None:
         limit = row.get("samples_at_most")
         limit_cell = "" if limit is None else _format_epochs(limit / row["samples_there"])
         existing_cells = f"{row['tokens_there']:,}", f"{row['samples_there']:,}"
-        lines.append([name, *existing_cells, *share_cells, samples_cell, epochs, limit_cell, tokens])
+        before_cell = [f"{row['samples_before']:,}" if "samples_before" in row else ""] if is_continued else []
+        lines.append([name, *existing_cells, *share_cells, *before_cell, samples_cell, epochs, limit_cell, tokens])
     print_untruncated(number_table(columns, lines))
 
 

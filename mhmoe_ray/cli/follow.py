@@ -209,6 +209,8 @@ class _RunView:
             note.print(f"its job runs on {event['host']}")
         elif kind == "preparing":
             note.print(f"preparing data in {event['folder']}", soft_wrap=True)
+        elif kind == "initialized":
+            note.print(f"starting from {'; '.join(event['sources'])}", soft_wrap=True)
         elif kind == "waiting":
             note.print(f"waiting for resources: {event.get('missing', 'the cluster has none free for the workers')}")
         elif kind == "started":

@@ -137,6 +137,7 @@ def check_training_data(spec: "RunSpec") -> None:
         DataError: the data is not prepared and text is missing, or the prepared data does not suffice for the spec or
             was made with other settings.
     """
+    from mhmoe_ray.checkpoint.start.record import plan_start
     from mhmoe_ray.data.order.mixture import training_order
     from mhmoe_ray.data.shards.manifest import check_recipe, read_data_manifest
     from mhmoe_ray.data.sources import find_files
@@ -144,7 +145,8 @@ def check_training_data(spec: "RunSpec") -> None:
     prepared = read_data_manifest(spec.data.prepared)
     if prepared:
         check_recipe(spec.data.prepared, prepared, spec)
-        training_order(spec, prepared)
+        record = plan_start(spec)
+        training_order(spec, prepared, record.samples_before if record else None)
     else:
         find_files(spec.data)
 

@@ -112,6 +112,7 @@ def as_dict(spec: "RunSpec", placement: "Placement") -> dict[str, Any]:
 
     If the placement has no layout, groups and links are those of a single node.
     """
+    from mhmoe_ray.checkpoint.start.record import plan_start
     from mhmoe_ray.cli.plan_placement import spec_for_layout
     from mhmoe_ray.planner.expert_step import assumed_kernel, expected_drop_share, expert_step
     from mhmoe_ray.planner.match import compare_models
@@ -122,12 +123,14 @@ def as_dict(spec: "RunSpec", placement: "Placement") -> dict[str, Any]:
 
     cluster, moe, reference = spec.cluster, spec.model.moe, spec.reference_model
     layout = placement.layout or single_node_layout(cluster.max_world_size, cluster.ep)
+    start_record = plan_start(spec)
     step, rank_memory = expert_step(spec), compute_memory(spec)
     # With the fewest workers, an elastic run needs the most memory per rank, because the shards are then largest.
     fewest_workers_memory = compute_memory(spec.with_workers(spec.worker_counts[0]))
     ratios = compare_models(spec.model, reference) if reference else {}
     return {
         "spec": spec.model_dump(mode="json"),
+        "start": start_record.model_dump(mode="json") if start_record else None,
         "sizes": compute_sizes(spec.model)._asdict(),
         "parts": [part._asdict() for part in model_parts(spec.model)],
         "flops_per_token": flops_per_token(spec.model, spec.data.seq_len)._asdict(),
@@ -161,6 +164,7 @@ def print_summary(spec: "RunSpec", step_estimate: "Estimate | None") -> None:
         spec: spec of a run.
         step_estimate: estimate of a step, for the run's cost; None if there is no estimate.
     """
+    from mhmoe_ray.checkpoint.start.record import plan_start
     from mhmoe_ray.cli.common import format_bytes
     from mhmoe_ray.cli.plan_estimate import format_cost
     from mhmoe_ray.planner.match import compare_models, experts_without_ep
@@ -190,8 +194,10 @@ def print_summary(spec: "RunSpec", step_estimate: "Estimate | None") -> None:
             ratios += f"; {matching_experts:,} experts would match it, but cluster.ep {cluster.ep} does not divide them"
     # Best-fit packing pads samples. The number of tokens below counts padding as tokens, so it is an upper limit.
     qualifier = "at most " if spec.data.packing == "best_fit" else ""
+    start_record = plan_start(spec)
     rows = {
         "preset": f"{spec.origin}: {preset_description(spec.origin)}" if spec.origin else None,
+        "start": "\n".join(start_record.lines()) if start_record else None,
         "model": f"{model.backbone}, d {model.d_model}, {model.layers} layers, vocabulary {model.vocab_size}",
         "mixture of experts": experts,
         "parameters": f"{size.parameters:,}",
@@ -219,7 +225,14 @@ def print_summary(spec: "RunSpec", step_estimate: "Estimate | None") -> None:
 
 def _learning_rate(train: "TrainSpec") -> str:
     if train.warmup_steps <= train.steps:
-        return f"{train.lr:g} from step {train.warmup_steps:,} on, down to {train.min_lr:g}"
+        text = f"{train.lr:g} from step {train.warmup_steps:,} on"
+        if train.schedule == "constant":
+            return text
+        end = "" if train.schedule_steps is None else f" at step {train.schedule_steps:,}"
+        if train.decay_steps is not None:
+            decay_text = f"over the {train.decay_steps:,} steps up to step {train.last_decay_step:,}"
+            return f"{text}, down to {train.min_lr:g} {decay_text}"
+        return f"{text}, down to {train.min_lr:g}{end}" + (" along a cosine" if train.schedule == "cosine" else "")
     peak_lr, warmup = train.lr * train.steps / train.warmup_steps, train.warmup_steps
     return f"{peak_lr:.2g} at most, not {train.lr:g}: all {train.steps:,} steps are part of a warm-up of {warmup:,}"
 

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
     from mhmoe_ray.cluster.connect import Connection
     from mhmoe_ray.runs.directory import Attempt, RunDir
+    from mhmoe_ray.spec import RunSpec
 
 
 def list_(
@@ -114,6 +115,9 @@ def _run_row(run: "RunDir", connect: "Callable[[str], Connection]") -> dict[str,
 
 def resume(
     run: RunArg = None,
+    until: Annotated[
+        int | None, typer.Option(min=1, help="Train up to this step; a finished run is continued.", show_default=False)
+    ] = None,
     set_: SetOption = [],  # noqa: B006 - typer needs the list
     storage: StorageOption = STORAGE,
     address: AddressOption = None,
@@ -123,7 +127,8 @@ def resume(
     """Resume a run that stopped, failed or lost its cluster, from its newest complete checkpoint.
 
     It runs on the same cluster as before, unless an address is given. Only keys of the cluster section may change: with
-    them the run goes on exactly as it would have.
+    them the run goes on exactly as it would have. With --until, a run trains longer than its spec says, also if it is
+    finished. A learning rate that has decayed stays at its end, min_lr.
     """
     from mhmoe_ray.errors import RunError, SpecError
     from mhmoe_ray.runs.directory import find_run, last_attempt
@@ -136,13 +141,42 @@ def resume(
             raise SpecError(f"override {'.'.join(keys)}", reason, "change only cluster keys, or submit a new run")
     previous_attempt = last_attempt(run_dir)
     run_outcome = final_outcome(run_dir, force)
-    if run_outcome.state == "finished":
-        raise RunError(f"run {run_dir.id}", "it is finished", "submit a new run to train longer")
+    if run_outcome.state == "finished" and until is None:
+        raise RunError(f"run {run_dir.id}", "it is finished", "give --until to train it longer")
     spec = run_dir.relocated_spec(load_resolved_spec(run_dir.spec_file, set_))
+    if until is not None:
+        spec = _extended_spec(run_dir, spec, until)
     connection = resume_run(run_dir, spec, address or _attempt_address(previous_attempt))
     # `from_now` leaves out the progress of earlier attempts, because it was shown when it happened.
     if not detach:
         follow_run(run_dir, connection, from_now=True)
+
+
+def _extended_spec(run: "RunDir", spec: "RunSpec", steps: int) -> "RunSpec":
+    """Return the spec of a run with more steps, whose first steps stay as they are.
+
+    Raises:
+        RunError: the spec has at least as many steps already, or the order of its samples depends on their number.
+    """
+    from mhmoe_ray.errors import RunError
+
+    train = spec.train
+    if steps <= train.steps:
+        fix = "give --until a larger number; a run with fewer steps ends by `mhmoe stop`"
+        raise RunError(f"run {run.id}", f"its spec has {train.steps:,} steps already", fix)
+    if any(source.max_epochs is not None or source.max_epochs_of for source in spec.data.sources.values()):
+        reason = "its sources have max_epochs, so the order of its samples depends on the number of steps"
+        fix = f"submit a branch: start: {{from: {run.id}, optimizer: true, order: continue}}"
+        raise RunError(f"run {run.id}", reason, fix)
+    changes: dict[str, int] = {"steps": steps}
+    if train.schedule != "constant":
+        changes["schedule_steps"] = train.last_decay_step
+        note.print(
+            f"the learning rate stays at {train.min_lr:g} after step {train.last_decay_step:,}; for another schedule, "
+            "submit a branch that starts from an earlier checkpoint (start.from: RUN@STEP)",
+            soft_wrap=True,
+        )
+    return spec.model_copy(update={"train": train.model_copy(update=changes)})
 
 
 def _attempt_address(attempt: "Attempt") -> str:

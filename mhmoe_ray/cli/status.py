@@ -44,8 +44,11 @@ def state_view(run_state: dict[str, Any]) -> RenderableType:
 def _fact_rows(run_state: dict[str, Any]) -> dict[str, str | None]:
     """Return the names and values of all facts; facts without a value are left out by the table."""
     from mhmoe_ray.runs import events
+    from mhmoe_ray.runs.start import StartRecord
 
     rows = {"why": run_state["reason"], "waits for room": run_state["missing"], "imported from": run_state["source"]}
+    if run_state["start"]:
+        rows["start"] = "\n".join(StartRecord.model_validate(run_state["start"]).lines())
     rows |= _progress_rows(run_state)
     rows |= _quality_rows(run_state)
     rows |= _speed_rows(run_state)

@@ -12,6 +12,7 @@ from mhmoe_ray.errors import ClusterError, MhmoeError, TokenError
 from mhmoe_ray.runs import events, jsonl, metrics
 from mhmoe_ray.runs.directory import Attempt, RunDir, add_attempt, last_attempt, newest_attempt_number, read_attempts
 from mhmoe_ray.runs.history import read_trend
+from mhmoe_ray.runs.start import read_start
 from mhmoe_ray.spec import RunSpec
 from mhmoe_ray.storage import location
 from mhmoe_ray.train.job import TrainRequest
@@ -181,6 +182,7 @@ def run_status(run: RunDir) -> dict[str, Any]:
     run_events = events.read(run)
     spec = None if run.is_imported else run.spec()
     run_course = read_trend(run, spec.train.validate_every if spec else 1)
+    start_record = read_start(run)
     attempts = read_attempts(run)
     state, reason, cluster = state_of(run, run_events)
     last_line = run_course.last_line
@@ -203,6 +205,7 @@ def run_status(run: RunDir) -> dict[str, Any]:
         "dashboard": attempts[-1].address if attempts else None,
         "job": attempts[-1].job if attempts else None,
         "source": next((e["source"] for e in run_events if e["event"] == "imported"), None),
+        "start": start_record.model_dump(mode="json") if start_record else None,
         "attempts": len(attempts),
         "worker_starts": sum(e["event"] == "started" for e in run_events),
         "steps": spec.train.steps if spec else None,
@@ -216,7 +219,10 @@ def run_status(run: RunDir) -> dict[str, Any]:
         "last_lines": loss_event["lines"] if loss_event else [],
         "skipped_steps": last_line.get(metrics.SKIPPED_STEPS, 0) if last_line else 0,
         "skipped_checkpoints": [e["name"] for e in run_events if e["event"] == "skipped_checkpoint"],
-        "checkpoint": events.newest_event(run_events, "checkpoint") or events.newest_event(run_events, "imported"),
+        "checkpoint": next(
+            filter(None, (events.newest_event(run_events, kind) for kind in ("checkpoint", "initialized", "imported"))),
+            None,
+        ),
         "tokens_per_s": run_course.rate,
         "mean_tokens_per_s": run_course.mean_rate,
         "eta_seconds": eta,

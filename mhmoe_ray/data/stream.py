@@ -10,6 +10,7 @@ so a block holds many micro-batches if the training is long enough:
 Every row carries its position, so that a worker notices at once if it receives the rows of another rank.
 """
 
+from collections.abc import Mapping
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -59,12 +60,20 @@ class StreamLayout(NamedTuple):
         ) * self.micro_batch_size + sample
 
 
-def training_stream(spec: RunSpec, start: int, world_size: int) -> ray.data.Dataset:
-    """Return a dataset that streams the training samples from position `start` to the end of the training.
+def training_stream(
+    spec: RunSpec, start: int, world_size: int, samples_before: Mapping[str, int] | None = None
+) -> ray.data.Dataset:
+    """Return a dataset that streams the training samples from a position to the end of the training.
 
     Its blocks are for `world_size` ranks in turn. The last block of each rank may extend past the end of the training;
     no rank reads those rows. The columns are `position` (int64) and `tokens` (T + 1 unsigned integers). The caller must
     read the dataset with `preserve_order`.
+
+    Args:
+        spec: spec of the run.
+        start: position of the first sample.
+        world_size: number of ranks.
+        samples_before: samples of each domain that earlier runs have read (`compute_mixture`).
     """
     rows = spec.train.steps * spec.samples_per_step - start
     b = spec.train.micro_batch_size
@@ -77,7 +86,9 @@ def training_stream(spec: RunSpec, start: int, world_size: int) -> ray.data.Data
     rows_per_task = BLOCKS_PER_TASK * layout.block_rows
     row_count = rounds * world_size * layout.block_rows
     row_ids = ray.data.range(row_count, override_num_blocks=min(MAX_TASKS, -(-row_count // rows_per_task)))
-    read_rows = partial(_read_rows, spec=spec, layout=layout, start=start, end=start + rows)
+    read_rows = partial(
+        _read_rows, spec=spec, samples_before=samples_before, layout=layout, start=start, end=start + rows
+    )
     blocks = row_ids.map_batches(read_rows, batch_size=rows_per_task)
     stream = blocks.repartition(target_num_rows_per_block=layout.block_rows, strict=True)
     # Progress bars would fill the job's log.
@@ -86,28 +97,35 @@ def training_stream(spec: RunSpec, start: int, world_size: int) -> ray.data.Data
 
 
 def _read_rows(
-    batch: dict[str, np.ndarray], *, spec: RunSpec, layout: StreamLayout, start: int, end: int
+    batch: dict[str, np.ndarray],
+    *,
+    spec: RunSpec,
+    samples_before: Mapping[str, int] | None,
+    layout: StreamLayout,
+    start: int,
+    end: int,
 ) -> dict[str, Any]:
     positions = start + layout.positions(batch["id"])
+    samples = TrainingSamples.open_cached(spec, samples_before)
     # No rank reads the rows past the end, so any existing sample can fill them.
-    return {"position": positions, "tokens": TrainingSamples.open_cached(spec).read(np.minimum(positions, end - 1))}
+    return {"position": positions, "tokens": samples.read(np.minimum(positions, end - 1))}
 
 
 class TrainingSamples:
     """Random access to training samples by their position."""
 
-    def __init__(self, spec: RunSpec) -> None:
+    def __init__(self, spec: RunSpec, samples_before: Mapping[str, int] | None = None) -> None:
         folder = spec.data.prepared
         manifest = require_data_manifest(folder)
-        self._names, self._order = training_order(spec, manifest)
+        self._names, self._order = training_order(spec, manifest, samples_before)
         self.token_bytes = manifest.token_bytes
         """Bytes per token, 2 or 4, as in `DataManifest`."""
         self._shard_readers = [ShardReader(folder, manifest.domains[n].shards, self.token_bytes) for n in self._names]
 
     @staticmethod
-    def open_cached(spec: RunSpec) -> "TrainingSamples":
+    def open_cached(spec: RunSpec, samples_before: Mapping[str, int] | None = None) -> "TrainingSamples":
         """Return the samples of a spec; a process opens them once and caches them for its next tasks."""
-        return _open_samples(spec.model_dump_json())
+        return _open_samples(spec.model_dump_json(), tuple(sorted((samples_before or {}).items())))
 
     def locate_sample(self, position: int) -> tuple[str, int]:
         """Return the domain of the sample at `position`, and the sample's number within that domain, from 0."""
@@ -133,8 +151,8 @@ class TrainingSamples:
 
 # The argument is JSON, since a cache needs hashable arguments and a spec is not hashable.
 @lru_cache(maxsize=2)
-def _open_samples(spec_json: str) -> TrainingSamples:
-    return TrainingSamples(RunSpec.model_validate_json(spec_json))
+def _open_samples(spec_json: str, samples_before: tuple[tuple[str, int], ...]) -> TrainingSamples:
+    return TrainingSamples(RunSpec.model_validate_json(spec_json), dict(samples_before))
 
 
 def validation_samples(folder: Path, manifest: DataManifest) -> tuple[Samples, np.ndarray]:

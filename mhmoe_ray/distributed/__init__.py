@@ -3,7 +3,7 @@
     mesh.py         dp x ep: this rank's process groups
     dispatch/       the all-to-all of rows to the ranks of their experts, and of outputs back
     strategies/     full or sharded parameters: ddp, fsdp, zero
-    optimizer.py    AdamW and its learning-rate schedule
+    optimizer.py    AdamW
     build.py        build the dispatch and the strategy of a spec
 
 The tables list the storage of each tensor and the reduction of its gradient, for a world size of dp x ep

@@ -1,7 +1,4 @@
-"""AdamW and its learning-rate schedule.
-
-The learning-rate schedule is a linear warm-up from 0 and a linear decay to a minimum at the last step.
-"""
+"""AdamW. `spec/train.py` has its learning-rate schedules."""
 
 import torch
 from torch import nn
@@ -34,15 +31,6 @@ def build_optimizer(model: Decoder, spec: TrainSpec) -> torch.optim.AdamW:
         {"params": p, "weight_decay": spec.weight_decay * has_decay} for (_, has_decay), p in parameters_by_kind.items()
     ]
     return torch.optim.AdamW(groups, lr=spec.lr, betas=spec.betas, eps=spec.eps, fused=True)
-
-
-def learning_rate(spec: TrainSpec, step: int) -> float:
-    """Return the learning rate of the update of step `step` (from 1), by the learning-rate schedule."""
-    if step <= spec.warmup_steps:
-        return spec.lr * step / spec.warmup_steps
-    # If no steps follow the warm-up, there is no decay. `max` then avoids a division by 0.
-    progress = (step - spec.warmup_steps) / max(1, spec.steps - spec.warmup_steps)
-    return spec.lr + (spec.min_lr - spec.lr) * min(1.0, progress)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:

@@ -3,7 +3,6 @@ ranks."""
 
 import math
 from collections.abc import Callable
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +37,6 @@ def init_weights(model: Decoder, seed: int, on_tensor: Callable[[], None] = lamb
         on_tensor: function that is called after each parameter, such as a heartbeat.
     """
     # Tensors are drawn one by one: at most one full tensor, or one expert of a stack, is in CPU memory at a time.
-    rescale = partial(modules_of(model.spec).rescale_initial, layers=model.spec.layers)
     for module_name, module in model.named_modules():
         for name, tensor in module.named_parameters(recurse=False):
             full_name = f"{module_name}.{name}"
@@ -46,15 +44,9 @@ def init_weights(model: Decoder, seed: int, on_tensor: Callable[[], None] = lamb
             if isinstance(module, Experts):
                 first_expert = offset[0] if is_dtensor(tensor) else module.expert_ids.start
                 for expert, weight in enumerate(shard, start=first_expert):
-                    weight.copy_(
-                        _initial_values(
-                            module, full_name, weight, seeded_generator(f"{seed}:{full_name}.{expert}"), rescale
-                        )
-                    )
+                    weight.copy_(_initial_expert(model, module, full_name, weight, expert, seed))
             else:
-                full_tensor = _initial_values(
-                    module, full_name, tensor, seeded_generator(f"{seed}:{full_name}"), rescale
-                )
+                full_tensor = _initial_tensor(model, module, full_name, tensor, seed)
                 shard.copy_(
                     full_tensor[
                         tuple(slice(start, start + length) for start, length in zip(offset, shard.shape, strict=True))
@@ -65,13 +57,44 @@ def init_weights(model: Decoder, seed: int, on_tensor: Callable[[], None] = lamb
             buffer.zero_()
 
 
+@torch.no_grad()
+def initial_tensor(model: Decoder, name: str, seed: int) -> Tensor:
+    """Return the initial values of one tensor of a model, in CPU memory, as `init_weights` sets them.
+
+    Args:
+        model: the model with all experts; it may be on the meta device.
+        name: name of a parameter or a buffer.
+        seed: seed of the run.
+    """
+    module_name, _, tensor_name = name.rpartition(".")
+    module = model.get_submodule(module_name)
+    tensor = getattr(module, tensor_name)
+    if tensor_name in dict(module.named_buffers(recurse=False)):
+        return torch.zeros(tensor.shape, dtype=tensor.dtype)
+    if isinstance(module, Experts):
+        return torch.stack(
+            [_initial_expert(model, module, name, tensor[0], expert, seed) for expert in module.expert_ids]
+        )
+    return _initial_tensor(model, module, name, tensor, seed)
+
+
+def _initial_expert(model: Decoder, module: Experts, name: str, template: Tensor, expert: int, seed: int) -> Tensor:
+    """Return the initial values of one expert's slice of a stacked tensor; every expert has a seed of its own."""
+    return _initial_values(model, module, name, template, seeded_generator(f"{seed}:{name}.{expert}"))
+
+
+def _initial_tensor(model: Decoder, module: nn.Module, name: str, template: Tensor, seed: int) -> Tensor:
+    """Return the initial values of a full tensor that is not of experts."""
+    return _initial_values(model, module, name, template, seeded_generator(f"{seed}:{name}"))
+
+
 def _initial_values(
-    module: nn.Module, name: str, template: Tensor, generator: torch.Generator, rescale: Callable[[str, Tensor], Tensor]
+    model: Decoder, module: nn.Module, name: str, template: Tensor, generator: torch.Generator
 ) -> Tensor:
-    """Return the initial values of a full tensor, or of one expert's slice of a stacked tensor, in CPU memory."""
+    """Return the initial values of a tensor in CPU memory, with the shape and dtype of `template`."""
     t = torch.empty(template.shape, dtype=template.dtype)
     _fill_initial_values(module, name, t, generator)
-    return rescale(name, t)
+    return modules_of(model.spec).rescale_initial(name, t, layers=model.spec.layers)
 
 
 def _fill_initial_values(module: nn.Module, name: str, t: Tensor, generator: torch.Generator) -> None:

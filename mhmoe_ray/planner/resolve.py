@@ -9,7 +9,7 @@ reference: smoe                model that `plan` compares with, instead of that 
 """
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,12 +79,15 @@ class Shorthands(Section):
     """Match that solves the expert width and the number of experts."""
 
 
-def resolve_spec(path: Path, overrides: Sequence[str] = ()) -> RunSpec:
+def resolve_spec(
+    path: Path, overrides: Sequence[str] = (), fill_tree: Callable[[Tree, str], Tree] | None = None
+) -> RunSpec:
     """Read a spec file, replace its shorthands, and return the checked, complete spec.
 
     Args:
         path: path of a YAML file.
         overrides: `key.path=value` strings, which may set shorthands too.
+        fill_tree: function (tree of the file, label for errors) that returns the tree with more defaults.
 
     Raises:
         SpecError: as in `load_resolved_spec`; also if the file is a sweep, the preset does not exist, a key would be
@@ -94,6 +97,8 @@ def resolve_spec(path: Path, overrides: Sequence[str] = ()) -> RunSpec:
     tree = read_tree(path, overrides)
     if "sizes" in tree and "model" not in tree:
         raise SpecError(label, "it is a sweep, not the spec of one run", "give it to `mhmoe sweep`")
+    if fill_tree is not None:
+        tree = fill_tree(tree, label)
     tree = _resolve_shorthands(tree, label)
     return validate_section(RunSpec, tree, label, extra_keys=list(Shorthands.model_fields))
 
@@ -120,7 +125,7 @@ def _resolve_shorthands(tree: Tree, label: str) -> Tree:
     if shorthands.preset:
         preset = find_preset(shorthands.preset, shorthands.size)
         preset_tree = {"model": dict(preset.trunk), "train": dict(preset.train), "data": {"seq_len": preset.seq_len}}
-        tree = _merge(preset_tree, tree)
+        tree = merge_trees(preset_tree, tree)
         tree["origin"] = preset_origin(shorthands.preset, shorthands.size)
     # Without a model there is nothing to resolve. The check of the complete spec reports the missing section.
     if "model" not in tree:
@@ -241,9 +246,9 @@ def _refuse_value(value: Any, name: str, label: str, alternative: str = "") -> N
         raise SpecError(label, f"{name!r} is a value, not a section", f"write its keys below it{alternative}")
 
 
-def _merge(base: Any, override: Any) -> Any:
+def merge_trees(base: Any, override: Any) -> Any:
     """Return `base` with the values of `override`, merged key by key at all levels. If either is not a mapping, the
     result is `override`."""
     if not isinstance(base, Mapping) or not isinstance(override, Mapping):
         return override
-    return {**base, **{key: _merge(base.get(key), value) for key, value in override.items()}}
+    return {**base, **{key: merge_trees(base.get(key), value) for key, value in override.items()}}

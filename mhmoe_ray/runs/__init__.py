@@ -10,6 +10,7 @@
   tensorboard/       event files
   evaluations/       results of `mhmoe eval` and `mhmoe routing`, one file for each question
   tokenizer.json
+  start.json         models that the run started from, with their own ancestors; absent if its first weights were random
   chat_template.jinja   template that turns a conversation into a prompt; present if a user added it or it was imported
   checkpoints/step_00000200.<n>/   weights/ optim/ manifest.json, written by the n-th worker group
   stop               present while a user asks the run to stop
@@ -23,6 +24,7 @@ An imported run (checkpoint/huggingface/) was never trained: it has run.json, ev
 chat_template.jinja, and one checkpoint, of step 0. It has no spec, because nobody wrote one.
 
     directory.py   paths in the run directory, functions that create and find runs, and run.json
+    start.py       start.json
     events.py      events.jsonl, and the state of a run, which follows from it
     metrics.py     the registry of metrics: one entry for each
     history.py     metrics.jsonl, and queries on it

@@ -78,6 +78,10 @@ class RunDir:
         return self.path / CHAT_TEMPLATE
 
     @property
+    def start_file(self) -> Location:
+        return self.path / "start.json"
+
+    @property
     def checkpoints(self) -> Location:
         return self.path / "checkpoints"
 

@@ -13,6 +13,8 @@ EventKind = Literal[
     "began",  # attempt, host, pid (of the process of the attempt's job)
     "preparing",  # folder
     "prepared",  # validation_tokens, and the fields of data.shards.manifest.Baselines
+    "initialized",  # how, sources (descriptions of the models that the run starts from), step (0), name (of the
+    # checkpoint)
     "waiting",  # missing (text that names the resources which the cluster lacks for the workers)
     "restoring",  # name (of the checkpoint that the workers start from; null if they start anew), step, attempt
     "started",  # group (number of the worker group), step, dp, ep, groups (ranks of each expert-parallel group),

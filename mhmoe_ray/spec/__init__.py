@@ -19,6 +19,7 @@ from mhmoe_ray.spec.load import (
 from mhmoe_ray.spec.model import ModelSpec, MoESpec
 from mhmoe_ray.spec.run import NON_TRAINING_SECTIONS, ReferenceSpec, RunSpec
 from mhmoe_ray.spec.serve import DeploySpec, KeySpec, ServeSpec
+from mhmoe_ray.spec.start import StartSpec
 from mhmoe_ray.spec.sweep import SweepRun, SweepSize, SweepSpec
 from mhmoe_ray.spec.train import TrainSpec
 
@@ -39,6 +40,7 @@ __all__ = [
     "SignalRule",
     "SourceMix",
     "SourceSpec",
+    "StartSpec",
     "SweepRun",
     "SweepSize",
     "SweepSpec",

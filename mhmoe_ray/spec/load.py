@@ -10,6 +10,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from mhmoe_ray.errors import SpecError
+from mhmoe_ray.spec.base import section_keys
 from mhmoe_ray.spec.hints import key_hint
 from mhmoe_ray.spec.run import RunSpec
 from mhmoe_ray.spec.serve import DeploySpec
@@ -226,11 +227,12 @@ def _section_keys(root: type[BaseModel], section_path: tuple[int | str, ...]) ->
     current: Any = root
     for part in section_path:
         if isinstance(current, type) and issubclass(current, BaseModel):
-            current = _non_none_type(current.model_fields[str(part)].annotation)
+            fields = dict(zip(section_keys(current), current.model_fields.values(), strict=True))
+            current = _non_none_type(fields[str(part)].annotation)
         else:
             # The last argument is the type of the values: of dict[str, X], list[X] or tuple[X, ...].
             current = _non_none_type([a for a in typing.get_args(current) if a is not Ellipsis][-1])
-    return list(current.model_fields) if isinstance(current, type) and issubclass(current, BaseModel) else []
+    return section_keys(current) if isinstance(current, type) and issubclass(current, BaseModel) else []
 
 
 def _non_none_type(annotation: Any) -> Any:

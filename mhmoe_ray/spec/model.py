@@ -411,6 +411,13 @@ class ModelSpec(Section):
         return 0.6 if moe.d_expert >= 8 * self.d_model // moe.heads else 0.0
 
     @property
+    def row_width(self) -> int:
+        """The width D of the rows of a mixture-of-experts layer, which are sub-tokens, or tokens if h is 1. The model
+        must have such layers."""
+        assert self.moe is not None
+        return self.d_model // self.moe.heads
+
+    @property
     def moe_layers(self) -> int:
         """The number of mixture-of-experts layers."""
         return sum(self.is_moe_layer(i) for i in range(self.layers))

@@ -10,6 +10,7 @@ from mhmoe_ray.spec.cluster import ClusterSpec, WorkerRange
 from mhmoe_ray.spec.data import DataSpec, absolute_path
 from mhmoe_ray.spec.model import ModelSpec, MoESpec
 from mhmoe_ray.spec.serve import ServeSpec
+from mhmoe_ray.spec.start import StartSpec
 from mhmoe_ray.spec.train import TrackingSpec, TrainSpec
 from mhmoe_ray.storage import Location, ObjectPath, location
 
@@ -47,6 +48,8 @@ class RunSpec(Section):
     origin: str | None = None
     """Name of the preset that the spec came from, for display only. The other keys hold all values, including those
     that override the preset."""
+    start: StartSpec | None = None
+    """Model that the run starts from. By default its weights are random."""
     model: ModelSpec
     reference: ReferenceSpec | None = None
     data: DataSpec

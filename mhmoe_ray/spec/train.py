@@ -1,6 +1,7 @@
 """The `train` section (optimizer, learning-rate schedule, intervals of validation and checkpoints) and the `tracking`
 section."""
 
+import math
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
@@ -31,9 +32,18 @@ class TrainSpec(Section):
     with every micro-batch, have kernels of their own."""
     lr: PositiveFloat = 6e-4
     min_lr: float = Field(default=3e-5, ge=0)
+    """Learning rate at the end of the decay. Schedule `constant` does not use it."""
     warmup_steps: NonNegativeInt = 375
-    """Number of steps of linear warm-up from 0. After them the learning rate decays linearly to min_lr at the last
-    step."""
+    """Number of steps of linear warm-up from 0."""
+    schedule: Literal["linear", "cosine", "constant", "wsd"] = "linear"
+    """Learning rate after the warm-up. linear: it decays linearly to min_lr at the last step. cosine: it decays to
+    min_lr along half a cosine. constant: it stays at lr. wsd (warm-up, stable, decay): it stays at lr and decays
+    linearly to min_lr over the last decay_steps steps."""
+    decay_steps: PositiveInt | None = None
+    """Number of steps of the decay of schedule `wsd`."""
+    schedule_steps: PositiveInt | None = None
+    """Step at which the decay ends; by default the last step. After it the learning rate stays at min_lr.
+    `mhmoe resume --until` sets it, so that a longer run keeps the learning rates of its first steps."""
     weight_decay: float = Field(default=0.1, ge=0)
     """Weight decay of matrices. Norms and biases have none."""
     betas: tuple[Beta, Beta] = (0.9, 0.95)
@@ -52,7 +62,37 @@ class TrainSpec(Section):
     def _check(self) -> Self:
         if self.min_lr > self.lr:
             raise ValueError(f"min_lr {self.min_lr} is above lr {self.lr}")
+        if self.schedule == "wsd" and self.decay_steps is None:
+            raise ValueError("schedule wsd needs decay_steps, the number of steps of its decay")
+        if self.schedule != "wsd" and self.decay_steps is not None:
+            raise ValueError(f"schedule {self.schedule} has no stable part, so decay_steps would be ignored")
+        if self.decay_steps is not None and self.warmup_steps + self.decay_steps > self.last_decay_step:
+            raise ValueError(
+                f"warmup_steps ({self.warmup_steps}) and decay_steps ({self.decay_steps}) are more than "
+                f"{self.last_decay_step} steps together"
+            )
+        if self.schedule == "constant" and self.schedule_steps is not None:
+            raise ValueError("schedule constant has no decay, so schedule_steps would be ignored")
         return self
+
+    @property
+    def last_decay_step(self) -> int:
+        """The step at which the learning rate reaches min_lr."""
+        return self.schedule_steps or self.steps
+
+    def learning_rate(self, step: int) -> float:
+        """Return the learning rate of the update of step `step` (from 1)."""
+        if step <= self.warmup_steps:
+            return self.lr * step / self.warmup_steps
+        if self.schedule == "constant":
+            return self.lr
+        end = self.last_decay_step
+        start = self.warmup_steps if self.decay_steps is None else end - self.decay_steps
+        # If no steps follow the start of the decay, there is no decay. `max` then avoids a division by 0.
+        progress = min(1.0, max(0.0, (step - start) / max(1, end - start)))
+        if self.schedule == "cosine":
+            progress = (1 - math.cos(math.pi * progress)) / 2
+        return self.lr + (self.min_lr - self.lr) * progress
 
 
 class TrackingSpec(Section):

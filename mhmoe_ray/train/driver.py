@@ -8,6 +8,8 @@ import ray.data
 import ray.train
 
 from mhmoe_ray.checkpoint.manifest import last_step, newest_checkpoint
+from mhmoe_ray.checkpoint.start.record import plan_start
+from mhmoe_ray.checkpoint.start.write import write_start_checkpoint
 from mhmoe_ray.data.order.mixture import training_order
 from mhmoe_ray.data.prepare.pipeline import prepare
 from mhmoe_ray.data.shards.files import verify_shards
@@ -15,6 +17,7 @@ from mhmoe_ray.data.shards.manifest import require_matching_data
 from mhmoe_ray.errors import DataError, JobError, MhmoeError
 from mhmoe_ray.runs import events
 from mhmoe_ray.runs.directory import RunDir
+from mhmoe_ray.runs.start import read_start
 from mhmoe_ray.spec import RunSpec
 from mhmoe_ray.storage import ObjectPath, copy_file, describe_file
 from mhmoe_ray.train.malloc import malloc_settings
@@ -38,6 +41,8 @@ def train_run(run: RunDir, attempt: int) -> None:
     """
     spec = run.spec()
     _prepare_data(run, spec)
+    if spec.start is not None:
+        write_start_checkpoint(run, spec)
     if newest := newest_checkpoint(run, parts=()):
         require_matching_data(newest.manifest.data_sha256, spec.data.prepared, "or submit a new run")
     if newest and newest.manifest.step >= spec.train.steps:
@@ -100,8 +105,9 @@ def _prepare_data(run: RunDir, spec: RunSpec) -> None:
     manifest = prepare(spec)
     verify_shards(folder, manifest)
     # The result is not used. A mistake in the mixture raises here with one clear message; otherwise it would raise
-    # later, in a task of the stream.
-    training_order(spec, manifest)
+    # later, in a task of the stream. Without start.json, the run has not begun.
+    record = read_start(run) or plan_start(spec)
+    training_order(spec, manifest, record.samples_before if record else None)
     if not run.tokenizer_file.exists():
         copy_file(folder / "tokenizer.json", run.tokenizer_file)
     elif describe_file(run.tokenizer_file).sha256 != manifest.tokenizer_sha256:

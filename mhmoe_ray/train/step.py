@@ -15,7 +15,6 @@ from mhmoe_kernels import unavailable_reason
 from mhmoe_ray.distributed.build import build_dispatch, build_strategy
 from mhmoe_ray.distributed.dispatch.exchange import SentBytes, flat_row_bytes
 from mhmoe_ray.distributed.mesh import Mesh
-from mhmoe_ray.distributed.optimizer import learning_rate
 from mhmoe_ray.errors import JobError, SpecError
 from mhmoe_ray.model.attention import document_indices
 from mhmoe_ray.model.decoder import Decoder, DecoderOutput, routing_loss, token_losses
@@ -123,6 +122,8 @@ class Trainer:
         """Number of steps so far whose updates were not applied."""
         self.skipped_in_a_row = 0
         """Number of consecutive steps up to now whose updates were not applied."""
+        self.updates_before = 0
+        """Number of updates of the optimizer before step 0, in the runs whose moments this run continues."""
 
     def _initialize_weights(self, model: Decoder) -> None:
         model.to_empty(device=self.device)
@@ -232,7 +233,7 @@ class Trainer:
             JobError: the norm is not finite, on all ranks alike, and the spec does not skip such steps, or more than
                 `MAX_SKIPPED_STEPS` consecutive steps were skipped.
         """
-        lr = learning_rate(self.spec.train, self.step + 1)
+        lr = self.spec.train.learning_rate(self.step + 1)
         self.before_update()
         norm = self.strategy.apply_update(lr)
         applied = math.isfinite(norm)

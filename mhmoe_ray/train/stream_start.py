@@ -16,6 +16,7 @@ from mhmoe_ray.checkpoint.manifest import newest_checkpoint, uncommitted_checkpo
 from mhmoe_ray.data.stream import training_stream
 from mhmoe_ray.runs import events
 from mhmoe_ray.runs.directory import RunDir, require_newest_attempt
+from mhmoe_ray.runs.start import read_start
 from mhmoe_ray.spec import RunSpec
 from mhmoe_ray.storage import FileEntry, Location, describe_files, remove_tree
 
@@ -92,7 +93,8 @@ class ResumingDataConfig(ray.train.DataConfig):
         if newest:
             name, step, position = newest.checkpoint.name, newest.manifest.step, newest.manifest.position
         events.record(self._run, "restoring", name=name, step=step, attempt=self._attempt)
-        stream = training_stream(self._spec, position, world_size)
+        record = read_start(self._run)
+        stream = training_stream(self._spec, position, world_size, record.samples_before if record else None)
         return super().configure(dict.fromkeys(datasets, stream), world_size, *args, **kwargs)
 
     def _describe_and_report(self, files: Sequence[Location]) -> Iterator[FileEntry]:

@@ -112,7 +112,8 @@ class Worker:
         self.group, start_checkpoint = self._agree_on_start()
         if start_checkpoint:
             restore(self.trainer, *start_checkpoint)
-        self.saver = Saver(run, self.trainer, self.group, on_piece=heartbeat.report_side_progress)
+        first_manifest = start_checkpoint[1] if start_checkpoint else None
+        self.saver = Saver(run, self.trainer, self.group, heartbeat.report_side_progress, first_manifest)
         self.start_step = self.trainer.step
         self._next_stop_check = 0.0
         """Monotonic time in seconds at which rank 0 next checks the run directory."""

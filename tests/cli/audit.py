@@ -5,13 +5,15 @@ import numpy as np
 from mhmoe_ray.data.stream import TrainingSamples
 from mhmoe_ray.runs import history, metrics
 from mhmoe_ray.runs.directory import RunDir
+from mhmoe_ray.runs.start import read_start
 from mhmoe_ray.train.worker import combine_digests, sample_digest
 
 
 def expected_streams(run: RunDir) -> list[str]:
     """Return the digest of the samples that each step should have read, from step 1 to the last step of the spec."""
     spec = run.spec()
-    samples = TrainingSamples(spec)
+    record = read_start(run)
+    samples = TrainingSamples(spec, record.samples_before if record else None)
     m, b = spec.train.micro_batches, spec.train.micro_batch_size
     batches = samples.read(np.arange(spec.train.steps * m * b)).reshape(spec.train.steps, m, b, -1)
     return [combine_digests(sample_digest(micro_batch) for micro_batch in step) for step in batches]

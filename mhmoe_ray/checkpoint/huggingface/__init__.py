@@ -7,6 +7,7 @@ files.py                safetensors files, read and written one layer at a time
 tokenizer.py            tokenizer.json and tokenizer_config.json for other tools
 model_card.py           README.md of an exported folder
 export.py               `mhmoe ckpt export`: write a checkpoint to such a folder
+imported_tokenizer.py   tokenizer and chat template of a folder that is imported
 import_.py              `mhmoe ckpt import`: create a run directory with one checkpoint from such a folder
 hub.py                  models of the Hugging Face hub as folders
 compare.py              `mhmoe ckpt verify A B`: compare two models

@@ -11,14 +11,17 @@ Other tools ignore the section. If it describes another model than the keys, the
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from pydantic import BaseModel, PositiveInt, ValidationError
 
 from mhmoe_ray.checkpoint.huggingface.adapters import ADAPTERS, choose_adapter, computed_function
 from mhmoe_ray.errors import CheckpointError
 from mhmoe_ray.spec import ModelSpec
+
+# `mhmoe plan` reads config.json and must start quickly.
+if TYPE_CHECKING:
+    import torch
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 SECTION = "mhmoe"
@@ -72,7 +75,7 @@ def build_config(model: ModelSpec, seq_len: int, tokenizer_size: int) -> dict[st
 def build_exported_config(
     model: ModelSpec,
     seq_len: int,
-    dtype: torch.dtype,
+    dtype: "torch.dtype",
     edge_tokens: EdgeTokens,
     tokenizer_size: int,
     tokenizer_sha256: str,

@@ -23,14 +23,32 @@ def local_folder(source: str) -> Path:
     """
     if not source.startswith(PREFIX):
         return Path(source)
-    repository, _, revision = source.removeprefix(PREFIX).partition("@")
-    folder = _download(source, repository, revision or None, SETTINGS_FILES)
+    folder = settings_folder(source)
     read_config(folder, None)
-    return _download(source, repository, revision or None, (*SETTINGS_FILES, *WEIGHT_FILES))
+    return _download(source, (*SETTINGS_FILES, *WEIGHT_FILES))
 
 
-def _download(source: str, repository: str, revision: str | None, patterns: tuple[str, ...]) -> Path:
-    """Download the files of a model that match the patterns, and return its folder in the cache.
+def settings_folder(source: str) -> Path:
+    """Return the local folder of a hub's model after the download of its settings and its tokenizer, without weights.
+
+    Raises:
+        CheckpointError: the hub has no such model or cannot be reached.
+    """
+    return _download(source, SETTINGS_FILES)
+
+
+def pinned_source(source: str, folder: Path) -> str:
+    """Return a source of the hub with the revision that was downloaded.
+
+    Args:
+        source: hf:ORGANIZATION/NAME, perhaps with @REVISION.
+        folder: its folder in the cache, which the revision names.
+    """
+    return f"{source.partition('@')[0]}@{folder.name}"
+
+
+def _download(source: str, patterns: tuple[str, ...]) -> Path:
+    """Download the files of a model of the hub that match the patterns, and return its folder in the cache.
 
     Raises:
         CheckpointError: the hub has no such model, or cannot be reached.
@@ -45,8 +63,9 @@ def _download(source: str, repository: str, revision: str | None, patterns: tupl
         RevisionNotFoundError,
     )
 
+    repository, _, revision = source.removeprefix(PREFIX).partition("@")
     try:
-        return Path(snapshot_download(repository, revision=revision, allow_patterns=list(patterns)))
+        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=list(patterns)))
     except HFValidationError as e:
         raise CheckpointError(source, "it is no name of a model of the hub", "write hf:ORGANIZATION/NAME") from e
     except GatedRepoError as e:

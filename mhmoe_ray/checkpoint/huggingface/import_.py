@@ -1,33 +1,28 @@
 """Import of a folder in Hugging Face's layout to a run directory that can be served and exported."""
 
-import json
 import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
 
 from safetensors import SafetensorError
-from tokenizers import Tokenizer
 from torch import Tensor
 
 from mhmoe_ray.checkpoint.huggingface.adapters import ADAPTERS
-from mhmoe_ray.checkpoint.huggingface.config import MhmoeSection, read_config, read_end_tokens
+from mhmoe_ray.checkpoint.huggingface.config import MhmoeSection, read_config
 from mhmoe_ray.checkpoint.huggingface.files import StoredTensors, open_tensors, write_files
-from mhmoe_ray.checkpoint.huggingface.names import TensorEntry, tensor_entries
-from mhmoe_ray.checkpoint.huggingface.tokenizer import (
-    TOKENIZER_CONFIG,
-    add_start_token,
-    special_token,
-    tokenizer_identity,
+from mhmoe_ray.checkpoint.huggingface.imported_tokenizer import (
+    ImportedTokenizer,
+    read_chat_template,
+    read_folder_tokenizer,
 )
+from mhmoe_ray.checkpoint.huggingface.names import TensorEntry, tensor_entries
 from mhmoe_ray.checkpoint.manifest import CheckpointManifest, checkpoint_name, commit
-from mhmoe_ray.data.tokenizer import BEGIN_TOKEN, added_start_token, boundaries, find_boundaries, token_count
-from mhmoe_ray.data.tokenizer.load import check_tokenizer, read_tokenizer
 from mhmoe_ray.errors import CheckpointError, SpecError
 from mhmoe_ray.runs import events
 from mhmoe_ray.runs.directory import CHAT_TEMPLATE, RunDir, create_empty_run, mark_imported
+from mhmoe_ray.spec import ModelSpec
 from mhmoe_ray.spec.run import NAME, NAME_LENGTH
 from mhmoe_ray.storage import describe_file, location, replace_file
 
@@ -52,12 +47,10 @@ def import_folder(source: Path, name: str | None, storage: str | Path, seq_len: 
     if not isinstance(root, Path):
         raise SpecError(f"storage {storage}", "an import is written to a local folder", "name one with --storage")
     model_type, config = read_config(source, seq_len)
-    imported_tokenizer = _read_tokenizer(source, config)
-    template = _read_chat_template(source)
-    with open_tensors(source) as stored:
-        groups = tensor_entries(config.model, ADAPTERS[model_type].name_replacements)
-        # Everything is checked before a run directory is created.
-        _check_tensors(source, stored, groups)
+    imported_tokenizer = read_folder_tokenizer(source, config)
+    template = read_chat_template(source)
+    # Everything is checked before a run directory is created.
+    with open_groups(source, model_type, config.model) as groups:
         run = create_empty_run(root.absolute(), name)
         folder = root.absolute() / run.id
         try:
@@ -66,7 +59,7 @@ def import_folder(source: Path, name: str | None, storage: str | Path, seq_len: 
                 (folder / CHAT_TEMPLATE).write_text(template)
             checkpoint = folder / "checkpoints" / checkpoint_name(0, 0)
             (checkpoint / "weights").mkdir(parents=True)
-            write_files(checkpoint / "weights", _joined_groups(source, stored, groups), len(groups))
+            write_files(checkpoint / "weights", groups, 1 + config.model.layers)
             commit(checkpoint, _manifest(run, checkpoint, config, imported_tokenizer))
             origin_fields = {"source": str(source.absolute()), "model_type": model_type}
             events.record(run, "imported", **origin_fields, step=0, name=checkpoint.name)
@@ -83,6 +76,27 @@ def import_folder(source: Path, name: str | None, storage: str | Path, seq_len: 
 
 
 @contextmanager
+def open_groups(source: Path, model_type: str, model: ModelSpec) -> Iterator[Iterator[dict[str, Tensor]]]:
+    """Context manager that opens the weights of a folder in Hugging Face's layout, after checking names and shapes.
+
+    Its value yields the model's tensors by their names in a checkpoint: first those outside the layers, then those of
+    each layer. One group at a time is in memory.
+
+    Args:
+        source: folder with safetensors.
+        model_type: `model_type` of its config.json.
+        model: model section that its config.json describes.
+
+    Raises:
+        CheckpointError: the folder cannot be read, or does not hold exactly the tensors of the model.
+    """
+    with open_tensors(source) as stored:
+        groups = tensor_entries(model, ADAPTERS[model_type].name_replacements)
+        _check_tensors(source, stored, groups)
+        yield _joined_groups(source, stored, groups)
+
+
+@contextmanager
 def _report_read_errors(source: Path) -> Iterator[None]:
     """Context manager that turns an error into one about reading the source folder, not about writing the storage.
 
@@ -94,103 +108,6 @@ def _report_read_errors(source: Path) -> Iterator[None]:
     except (OSError, SafetensorError) as e:
         reason = f"it cannot be read: {getattr(e, 'strerror', None) or e}"
         raise CheckpointError(f"folder {source}", reason, "repair its disk, or get the folder again") from e
-
-
-class ImportedTokenizer(NamedTuple):
-    """Tokenizer of an imported model, and what the checkpoint manifest says about it."""
-
-    content: bytes
-    """Content of tokenizer.json for the run directory."""
-    adds_start: bool
-    """Whether a start token precedes a text."""
-    end_tokens: list[int]
-    """Token ids that end a text in addition to the tokenizer's own."""
-
-
-def _read_tokenizer(source: Path, config: MhmoeSection) -> ImportedTokenizer:
-    """Read and check the tokenizer of a folder in Hugging Face's layout.
-
-    Raises:
-        CheckpointError: the folder has no tokenizer.json, or not the one that the model was trained with, or a file
-            cannot be read.
-        DataError: the tokenizer does not fit the model, or has no token that can start a text.
-    """
-    file = source / "tokenizer.json"
-    if not file.is_file():
-        reason = "it has no tokenizer.json, which serving needs"
-        raise CheckpointError(f"folder {source}", reason, "add the one the model was trained with")
-    with _report_read_errors(source):
-        content, sha256 = file.read_bytes(), describe_file(file).sha256
-    tokenizer, settings = read_tokenizer(file), _read_settings(source)
-    # A trainer may have saved truncation or padding, which would hide the start token from the checks below.
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    adds_start = config.adds_start
-    if adds_start is None:
-        # transformers' class of a tokenizer with <s> adds it even without a post-processor, unless it is told not to.
-        default = tokenizer.token_to_id(BEGIN_TOKEN) is not None
-        adds_start = added_start_token(tokenizer) is not None or bool(settings.get("add_bos_token", default))
-    if find_boundaries(tokenizer) is None:
-        start = special_token(tokenizer, settings, "bos_token", "cls_token", "eos_token", "pad_token")
-        if start is not None:
-            content = add_start_token(content, start)
-            tokenizer = Tokenizer.from_buffer(content)
-    check_tokenizer(tokenizer, file, config.model.vocab_size)
-    if config.tokenizer_sha256 not in (None, sha256, tokenizer_identity(content)):
-        reason = "its tokenizer.json is not the one the model was trained with"
-        raise CheckpointError(f"folder {source}", reason, "restore that file")
-    end_tokens = read_end_tokens(source, token_count(tokenizer))
-    if (end_token := special_token(tokenizer, settings, "eos_token")) is not None:
-        end_tokens.add(end_token)
-    return ImportedTokenizer(content, adds_start, sorted(end_tokens - boundaries(tokenizer).ends))
-
-
-def _read_settings(source: Path) -> dict[str, Any]:
-    """Return the content of a folder's tokenizer_config.json; an empty dictionary if there is none.
-
-    Raises:
-        CheckpointError: the file cannot be read.
-    """
-    file = source / TOKENIZER_CONFIG
-    try:
-        settings = json.loads(file.read_text()) if file.exists() else {}
-        if not isinstance(settings, dict):
-            raise ValueError("it is no object")
-    except (OSError, ValueError) as e:
-        raise CheckpointError(f"folder {source}", f"{file.name} cannot be read ({e})", "get the folder again") from e
-    return settings
-
-
-def _read_chat_template(source: Path) -> str | None:
-    """Return the chat template of a folder in Hugging Face's layout; None if it has none.
-
-    Raises:
-        CheckpointError: the template cannot be read, or there are several and none is the default.
-    """
-    # Older folders have it as an entry of tokenizer_config.json.
-    file = source / CHAT_TEMPLATE
-    if file.exists():
-        try:
-            return file.read_text()
-        except (OSError, ValueError) as e:
-            raise CheckpointError(
-                f"folder {source}", f"{file.name} cannot be read ({e})", "get the folder again"
-            ) from e
-    template = _read_settings(source).get("chat_template")
-    if isinstance(template, list):
-        template = _default_template(template)
-    if template is None or isinstance(template, str):
-        return template
-    reason = f"the chat_template in its {TOKENIZER_CONFIG} is no text, nor a list with one that is named default"
-    raise CheckpointError(f"folder {source}", reason, f"put the one to use into {CHAT_TEMPLATE} beside it")
-
-
-def _default_template(templates: list[Any]) -> Any:
-    """Return the template named "default" in a list of {"name": ..., "template": ...}; the list itself without one."""
-    templates_by_name = {
-        t["name"]: t.get("template") for t in templates if isinstance(t, dict) and isinstance(t.get("name"), str)
-    }
-    return templates_by_name.get("default") or templates
 
 
 def run_name(text: str) -> str:

@@ -5,6 +5,7 @@ from mhmoe_ray.planner.sizes import compute_sizes
 from mhmoe_ray.runs import history
 from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.runs.metrics import LOSS, STEP, VAL_LOSS
+from mhmoe_ray.runs.start import read_start
 from mhmoe_ray.spec import ModelSpec
 
 CARD = "README.md"
@@ -84,4 +85,6 @@ def _training_rows(run: RunDir, manifest: CheckpointManifest) -> dict[str, str]:
         rows["training loss at that step"] = f"{lines[-1][LOSS]:.4f}"
     if validation_losses:
         rows["newest validation loss"] = f"{validation_losses[-1]:.4f}"
+    if start_record := read_start(run):
+        rows["start"] = "<br>".join(line.strip() for line in start_record.lines())
     return {**rows, "data": ", ".join(run.spec().data.sources)}

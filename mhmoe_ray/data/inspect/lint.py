@@ -1,7 +1,7 @@
 """Lint rules, which find problems in the data of a spec from a survey; RULES registers one function for each."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -69,6 +69,8 @@ class LintInput(NamedTuple):
     """Spec of the run; None for raw text without a spec."""
     manifest: DataManifest | None
     """Manifest of the spec's prepared folder; None if there is none."""
+    samples_before: Mapping[str, int] = {}
+    """Samples of each domain that earlier runs have read, whose order the run continues."""
 
 
 def lint(inputs: LintInput) -> list[Problem]:
@@ -228,7 +230,7 @@ def _find_repeated_domains(inputs: LintInput) -> Iterator[Problem]:
     if inputs.spec is None or inputs.manifest is None:
         return
     try:
-        mixture = compute_mixture(inputs.spec, inputs.manifest)
+        mixture = compute_mixture(inputs.spec, inputs.manifest, inputs.samples_before)
     except DataError as e:
         yield Problem("mixture", True, e.subject, e.reason, e.fix, 1, [])
         return

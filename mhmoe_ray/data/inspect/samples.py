@@ -1,5 +1,6 @@
 """Packed training samples decoded to text: the input of the model, in the order of the training."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -40,10 +41,18 @@ class DecodedSample:
     """Number of padding tokens at the end of the sample."""
 
 
-def decode_samples(spec: RunSpec, start: int, count: int) -> list[DecodedSample]:
+def decode_samples(
+    spec: RunSpec, start: int, count: int, samples_before: Mapping[str, int] | None = None
+) -> list[DecodedSample]:
     """Return the training samples at positions start .. start + count - 1, decoded to text.
 
     The text includes the last token of a sample, which is only a target.
+
+    Args:
+        spec: spec of a run.
+        start: position of the first sample.
+        count: number of samples.
+        samples_before: samples of each domain that earlier runs have read (`compute_mixture`).
 
     Raises:
         DataError: the data are not prepared, or the training has no such positions.
@@ -52,7 +61,7 @@ def decode_samples(spec: RunSpec, start: int, count: int) -> list[DecodedSample]
     if not 0 <= start <= start + count <= position_count:
         fix = f"ask for positions from 0 to {position_count - 1:,}"
         raise DataError(f"samples {start:,} to {start + count - 1:,}", f"the training has {position_count:,}", fix)
-    samples = TrainingSamples(spec)
+    samples = TrainingSamples(spec, samples_before)
     tokenizer = load_tokenizer(spec.data.prepared / "tokenizer.json", spec.model.vocab_size)
     start_token, padding = boundaries(tokenizer).start, padding_token(samples.token_bytes)
     decoded_samples, positions = [], range(start, start + count)

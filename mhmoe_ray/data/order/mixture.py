@@ -4,7 +4,8 @@
     tempered     W_s q_i, q_i = p_i^alpha / sum_j p_j^alpha (XLM's rule); fixed shares stay
     weights      the mixture weights: the tempered shares after `max_epochs`, as whole numbers for the order
 
-Limits: at most floor(max_epochs * samples) samples of a domain may be read in the whole training. The limit is divided
+Limits: at most floor(max_epochs * samples) samples of a domain may be read in the whole training, including those that
+earlier runs have read if the run continues their order. The limit is divided
 over the phases in proportion to the samples that they would read without limits. Within a phase, the samples that a
 domain cannot provide go to the other domains of its source in proportion. If all domains of a source are at their
 limits, the rest goes to the other sources.
@@ -14,7 +15,7 @@ longer training begins with the same order as a shorter one. With `max_epochs`, 
 number of positions, so that limits are exact to the sample, and the order depends on `train.steps`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Context, Decimal
 from functools import cached_property
@@ -101,7 +102,9 @@ class Mixture:
 
     domains: list[OrderedDomain]
     limits: list[int | None]
-    """Number of samples that may be read of each domain, counting repeats; None for a domain without a limit."""
+    """Number of samples that this run may read of each domain, counting repeats; None for a domain without a limit."""
+    samples_before: list[int]
+    """Number of samples of each domain that earlier runs have read, whose order this run continues."""
     phases: list[MixturePhase]
     samples_per_step: int
     order: Order
@@ -114,10 +117,16 @@ class Mixture:
         return [a - b for a, b in zip(end_counts, start_counts, strict=True)]
 
 
-def compute_mixture(spec: RunSpec, manifest: DataManifest) -> Mixture:
+def compute_mixture(spec: RunSpec, manifest: DataManifest, samples_before: Mapping[str, int] | None = None) -> Mixture:
     """Return the mixture of all domains that fill at least one sample, in the order of names.
 
     Domains that no phase reads have share 0.
+
+    Args:
+        spec: the spec of the run.
+        manifest: the manifest of its prepared data.
+        samples_before: the number of samples of each domain that earlier runs have read, if the run continues their
+            order (`start.order`). Limits count these samples too.
 
     Raises:
         DataError: a domain with a fixed share fills no sample, no domain of a source does, `max_epochs_of` names a
@@ -126,7 +135,8 @@ def compute_mixture(spec: RunSpec, manifest: DataManifest) -> Mixture:
     names = sorted(name for name, d in manifest.domains.items() if d.samples and source_of(name) in spec.data.sources)
     domains = [OrderedDomain(name, source_of(name), manifest.domains[name].samples) for name in names]
     tokens = [manifest.domains[name].tokens for name in names]
-    limits = _domain_limits(spec, manifest, domains)
+    first_slots = [(samples_before or {}).get(name, 0) for name in names]
+    limits = _domain_limits(spec, manifest, domains, first_slots)
     # A phase that starts after the end of the training is not read.
     phase_starts = [step for step in spec.data.mixes if step < spec.train.steps]
     by_size, tempered = [], []
@@ -155,25 +165,40 @@ def compute_mixture(spec: RunSpec, manifest: DataManifest) -> Mixture:
         for i, (total, shares, phase_limits) in enumerate(zip(positions, tempered, split_limits, strict=True))
     ]
     phases = [MixturePhase(*row) for row in zip(phase_starts, steps, by_size, tempered, weights, strict=True)]
-    order = Order(spec.seed, domains, [Phase(p.from_step * spec.samples_per_step, p.weights) for p in phases])
-    return Mixture(domains, limits, phases, spec.samples_per_step, order)
+    order_phases = [Phase(p.from_step * spec.samples_per_step, p.weights) for p in phases]
+    order = Order(spec.seed, domains, order_phases, first_slots)
+    return Mixture(domains, limits, first_slots, phases, spec.samples_per_step, order)
 
 
-def training_order(spec: RunSpec, manifest: DataManifest) -> tuple[list[str], Order]:
+def training_order(
+    spec: RunSpec, manifest: DataManifest, samples_before: Mapping[str, int] | None = None
+) -> tuple[list[str], Order]:
     """Return the names of the mixture's domains and the order; domain i of the order is the i-th name of the list.
+
+    The arguments are those of `compute_mixture`.
 
     Raises:
         DataError: the mixture is impossible, as for `compute_mixture`.
     """
-    order_mixture = compute_mixture(spec, manifest)
+    order_mixture = compute_mixture(spec, manifest, samples_before)
     return [d.name for d in order_mixture.domains], order_mixture.order
 
 
-def _domain_limits(spec: RunSpec, manifest: DataManifest, domains: Sequence[OrderedDomain]) -> list[int | None]:
-    """Return the number of samples of each domain that `max_epochs` allows; None for a domain without a limit.
+def _domain_limits(
+    spec: RunSpec, manifest: DataManifest, domains: Sequence[OrderedDomain], samples_before: Sequence[int]
+) -> list[int | None]:
+    """Return the number of samples of each domain that `max_epochs` allows this run to read; None for a domain without
+    a limit.
+
+    Args:
+        spec: the spec of the run.
+        manifest: the manifest of its prepared data.
+        domains: the domains, in the order of the result.
+        samples_before: the number of samples of each domain that earlier runs have read.
 
     Raises:
-        DataError: `max_epochs_of` names a subfolder that is not in the prepared data.
+        DataError: `max_epochs_of` names a subfolder that is not in the prepared data, or earlier runs have read a
+            domain beyond its limit.
     """
     for name, source in spec.data.sources.items():
         for subfolder in source.max_epochs_of:
@@ -181,12 +206,21 @@ def _domain_limits(spec: RunSpec, manifest: DataManifest, domains: Sequence[Orde
                 reason = f"there is no {name}/{subfolder} in the prepared data"
                 raise DataError(f"data.sources.{name}.max_epochs_of", reason, "name a subfolder of that source")
     limits: list[int | None] = []
-    for domain in domains:
+    for domain, read_count in zip(domains, samples_before, strict=True):
         source = spec.data.sources[domain.source]
         epochs = source.max_epochs_of.get(subfolder_of(domain.name), source.max_epochs)
+        if epochs is None:
+            limits.append(None)
+            continue
         # Decimal arithmetic takes the number as it is written: 0.29 epochs of 100 samples are 29 samples, and with
         # binary floats they would be 28.
-        limits.append(None if epochs is None else int(Decimal(str(epochs)) * domain.samples))
+        allowed_count = int(Decimal(str(epochs)) * domain.samples)
+        if read_count > allowed_count:
+            reason = (
+                f"the run that it continues has read {read_count:,} samples, and max_epochs allows {allowed_count:,}"
+            )
+            raise DataError(f"domain {domain.name}", reason, "raise max_epochs, or set start.order to new")
+        limits.append(allowed_count - read_count)
     return limits
 
 

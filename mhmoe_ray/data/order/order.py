@@ -22,7 +22,8 @@ weights.
 
 The sample within the domain: slot n of a domain, counted from 0 over all phases, belongs to epoch n // size and takes
 element n mod size of that epoch's permutation. The permutation depends on seed, name and size of the domain only, so
-another mixture reads the same domain in the same order.
+another mixture reads the same domain in the same order. A run with `start.order: continue` counts on from the slots
+that the run before it has read, so the two read a domain as one longer run would.
 
 Both are closed formulas: the cost of a position is a walk down a few levels of a tree, wherever the position lies.
 
@@ -295,15 +296,24 @@ class Phase(NamedTuple):
 class Order:
     """Order of a training: it maps each position to a domain and a sample of that domain."""
 
-    def __init__(self, seed: int, domains: Sequence[OrderedDomain], phases: Sequence[Phase]) -> None:
+    def __init__(
+        self,
+        seed: int,
+        domains: Sequence[OrderedDomain],
+        phases: Sequence[Phase],
+        first_slots: Sequence[int] | None = None,
+    ) -> None:
         """Prepare the order of a training.
 
         Args:
             seed: the seed of the order; another seed gives another order.
             domains: the domains that positions are assigned to.
             phases: the phases in the order of their start.
+            first_slots: the slot of each domain's endless sequence at which it begins; by default 0. A run that
+                continues the order of another begins where that run stopped.
         """
         assert phases[0].start == 0
+        self._first_slots = [0] * len(domains) if first_slots is None else list(first_slots)
         self._interleaver = Interleaver([d.source for d in domains], [p.weights for p in phases])
         self._permutations = Permutations([d.samples for d in domains], [seeded_hash(seed, d.name) for d in domains])
         self._starts: list[int] = []
@@ -315,7 +325,10 @@ class Order:
         self.position_count = 0
         """Number of positions."""
         for phase_number, phase in enumerate(phases):
-            start_counts = self.domain_counts(phase.start)
+            start_counts = [
+                first_slot + count
+                for first_slot, count in zip(self._first_slots, self.domain_counts(phase.start), strict=True)
+            ]
             period = sum(phase.weights)
             self.position_count = (
                 phases[phase_number + 1].start if phase_number + 1 < len(phases) else phase.start + period
@@ -352,9 +365,12 @@ class Order:
         return domain, self._permutations(domain, rank + self._offset_table[phase, domain])
 
     def domain_counts(self, position: int) -> list[int]:
-        """Return the number of samples of each domain among the first `position` positions."""
+        """Return the number of samples of each domain among the first `position` positions, without `first_slots`."""
         if not position:
             return [0] * self._interleaver.domain_count
         phase = bisect_left(self._starts, position) - 1
         slot_counts = self._interleaver.slot_counts(phase, position - self._starts[phase] + self._slots[phase])
-        return [offset + count for offset, count in zip(self._rank_offsets[phase], slot_counts, strict=True)]
+        return [
+            offset + count - first_slot
+            for offset, count, first_slot in zip(self._rank_offsets[phase], slot_counts, self._first_slots, strict=True)
+        ]

@@ -21,6 +21,7 @@ from mhmoe_ray.storage import describe_file
 # This is the version of the format of prepared folders. It is part of the recipe, so folders of another version are
 # refused.
 FORMAT = 3
+_TOKENIZER_KEYS = {"tokenizer", "tokenizer_pattern", "tokenizer_model", "tokenizer_train_mb"}
 # These keys of a source determine the documents that it yields.
 _READING_KEYS = {"format", "text_field", "delimiter", "filters"}
 
@@ -133,9 +134,13 @@ def _given_tokenizer(path: Path) -> str:
         DataError: the file cannot be read.
     """
     try:
-        return f"a file of SHA-256 {describe_file(path).sha256}"
+        return _tokenizer_label(describe_file(path).sha256)
     except OSError as e:
         raise DataError(f"tokenizer {path}", e.strerror or str(e), "restore it, or correct data.tokenizer") from e
+
+
+def _tokenizer_label(sha256: str) -> str:
+    return f"a file of SHA-256 {sha256}"
 
 
 def read_data_manifest(folder: Path) -> DataManifest | None:
@@ -253,7 +258,12 @@ def check_recipe(folder: Path, manifest: DataManifest, spec: RunSpec) -> None:
     Raises:
         DataError: a setting or the text differs; the message names the first difference.
     """
-    for key, spec_value in recipe(spec).items():
+    # A run that starts from another names the tokenizer that the other run may have trained in this folder.
+    spec_recipe = recipe(spec)
+    has_same_tokenizer = spec_recipe["tokenizer"] == _tokenizer_label(manifest.tokenizer_sha256)
+    for key, spec_value in spec_recipe.items():
+        if has_same_tokenizer and key in _TOKENIZER_KEYS:
+            continue
         # A source may have another path if its text was only moved.
         manifest_value = manifest.recipe.get(key)
         if manifest_value != spec_value and not (key == "sources" and _is_same_text(manifest, spec)):

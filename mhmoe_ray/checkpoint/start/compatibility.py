@@ -1,0 +1,178 @@
+"""Checks that a run can start from its models: the same tokenizer, vocabulary, shapes and functions."""
+
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any
+
+from mhmoe_ray.checkpoint.huggingface.adapters import computed_function
+from mhmoe_ray.checkpoint.huggingface.tokenizer import tokenizer_identity
+from mhmoe_ray.checkpoint.start.source import StartModel
+from mhmoe_ray.errors import SpecError
+from mhmoe_ray.spec import ModelSpec, MoESpec, StartSpec
+from mhmoe_ray.storage import Location
+
+POSITION_KEYS = {"rope_theta", "rope_scaling"}
+"""Keys of a model that a run may change at its start although they change the function, to read longer texts."""
+
+
+def check_start(start: StartSpec, model: ModelSpec, start_models: Sequence[StartModel]) -> None:
+    """Check that a model can start from other models in the way that its spec says.
+
+    Args:
+        start: `start` section of the spec.
+        model: `model` section of the spec.
+        start_models: the models that `start.from` names, in its order.
+
+    Raises:
+        SpecError: sizes or functions differ; the message names the first key that differs. Or there is no optimizer's
+            state to copy.
+    """
+    checks = {"copy": _copy_problems, "upcycle": _upcycle_problems, "mix": _mix_problems}
+    first_model = start_models[0]
+    if start.optimizer and not first_model.has_moments:
+        reason = "start.optimizer is true, but it has no state of an optimizer"
+        raise SpecError(f"start.from {first_model.ancestor.name}", reason, "set start.optimizer to false")
+    for other_model in start_models[1:]:
+        for difference in _differences(other_model.model, first_model.model, "model."):
+            reason = f"{other_model.ancestor.name} and {first_model.ancestor.name} have different models: {difference}"
+            raise SpecError("start.from", reason, "mix runs that began from the same model")
+    for reason, fix in checks[start.how](model, first_model.model, len(start_models)):
+        raise SpecError(f"start.from {first_model.ancestor.name}", reason, fix)
+
+
+def _differences(
+    model: ModelSpec, start_model: ModelSpec, prefix: str, ignored_keys: Collection[str] = ()
+) -> Iterator[str]:
+    """Yield a clause for each key in which two models compute different functions."""
+    fields, start_fields = computed_function(model), computed_function(start_model)
+    yield from _field_differences(fields, start_fields, prefix, ignored_keys)
+
+
+def _field_differences(
+    fields: dict[str, Any], start_fields: dict[str, Any], prefix: str, ignored_keys: Collection[str]
+) -> Iterator[str]:
+    # The order of the spec names a width before the widths that follow from it.
+    for key in {**fields, **start_fields}:
+        value, start_value = fields.get(key), start_fields.get(key)
+        if key in ignored_keys or value == start_value:
+            continue
+        if isinstance(value, dict) and isinstance(start_value, dict):
+            yield from _field_differences(value, start_value, f"{prefix}{key}.", ignored_keys)
+        else:
+            yield f"{prefix}{key} is {_text(value)} here and {_text(start_value)} there"
+
+
+def _text(value: Any) -> str:
+    return "not set" if value is None else "a section" if isinstance(value, dict) else str(value)
+
+
+def _copy_problems(model: ModelSpec, start_model: ModelSpec, count: int) -> Iterator[tuple[str, str]]:
+    """Yield the reason and the fix for each difference that a copy of the weights does not allow."""
+    ignored_keys = set(POSITION_KEYS)
+    # Selection biases begin at zero, where they change nothing, so a run may add them.
+    if model.moe and start_model.moe and not start_model.moe.bias_rate:
+        ignored_keys.add("bias_rate")
+    for difference in _differences(model, start_model, "model.", ignored_keys):
+        yield difference, "remove that key, or set start.how to upcycle to turn a model into one with other experts"
+
+
+def _trunk_problems(model: ModelSpec, start_model: ModelSpec) -> Iterator[tuple[str, str]]:
+    """Yield the reason and the fix for each difference between the layers apart from experts."""
+    for difference in _differences(model, start_model, "model.", {"moe", "d_ff", *POSITION_KEYS}):
+        yield difference, "remove that key: all but the experts stays as it is"
+    if model.moe is None:
+        yield "model.moe is missing, so there are no experts to make", "add model.moe, or set start.how to copy"
+    elif model.d_ff is not None and model.d_ff != start_model.d_ff:
+        yield f"model.d_ff is {model.d_ff} here and {_text(start_model.d_ff)} there", "remove that key"
+
+
+def _copied_expert_problems(moe: MoESpec, d_ff: int, prefix: str = "model.moe.") -> Iterator[tuple[str, str]]:
+    """Yield the reason and the fix for each option with which experts of the width of a dense layer do not compute what
+    the dense layer does."""
+    required_values = {"d_expert": d_ff, "normalize_gates": True, "gate_scale": 1.0, "sub_token_residual": False}
+    for key, required_value in required_values.items():
+        if getattr(moe, key) != required_value:
+            reason = f"{prefix}{key} is {getattr(moe, key)}, and copies of a dense layer of width {d_ff} as experts"
+            yield f"{reason} compute what it does only with {required_value}", f"set it to {required_value}"
+    if moe.has_head_projection or moe.has_merge_projection:
+        yield f"{prefix}head_projection or merge_projection is true with copies as experts", "remove the projections"
+
+
+def _shared_expert_problems(moe: MoESpec, d_ff: int) -> Iterator[tuple[str, str]]:
+    """Yield the reason and the fix for each option with which a layer whose shared expert is a dense layer does not
+    compute what the dense layer does."""
+    if moe.d_shared != d_ff:
+        reason = f"model.moe.d_shared is {moe.d_shared}, and the dense layers there have width {d_ff}"
+        yield reason, f"set model.moe.d_shared to {d_ff}: with {moe.heads} heads the dense layer becomes shared"
+    if not moe.has_merge_projection:
+        yield "model.moe.merge_projection is false, so experts could not begin with no effect", "remove that key"
+
+
+def _upcycle_problems(model: ModelSpec, start_model: ModelSpec, count: int) -> Iterator[tuple[str, str]]:
+    """Yield the reason and the fix for each reason why an upcycled model would not compute what its start does."""
+    yield from _trunk_problems(model, start_model)
+    moe = model.moe
+    assert moe is not None
+    if start_model.moe is None:
+        assert start_model.d_ff is not None
+        is_shared = moe.heads > 1 or moe.d_shared > 0
+        yield from (_shared_expert_problems if is_shared else _copied_expert_problems)(moe, start_model.d_ff)
+        return
+    yield from _mixture_problems(model, start_model, moe, start_model.moe)
+
+
+def _mixture_problems(
+    model: ModelSpec, start_model: ModelSpec, moe: MoESpec, start_moe: MoESpec
+) -> Iterator[tuple[str, str]]:
+    """Yield the reason and the fix for each reason why an MH-MoE layer would not compute what a sparse mixture does."""
+    if start_moe.heads > 1:
+        yield f"it has {start_moe.heads} heads already", "set start.how to copy"
+    if moe.heads == 1:
+        yield "it is a mixture of experts already, and model.moe.heads is 1", "set start.how to copy, or heads to 2"
+    if start_moe.has_head_projection or start_moe.has_merge_projection:
+        yield "its experts have projections around them", "set start.how to copy"
+    if model.row_width != model.d_model:
+        reason = f"model.moe.d_sub_token is {model.row_width}, and the experts there take rows of {model.d_model}"
+        yield reason, f"set it to {model.d_model}"
+    if (
+        moe.sub_token_residual
+        or moe.projection_layers != 1
+        or not (moe.has_head_projection and moe.has_merge_projection)
+    ):
+        reason = "model.moe needs one linear layer in each projection and no sub_token_residual"
+        yield reason, "remove sub_token_residual, projection_layers, head_projection and merge_projection"
+    changed_keys = {"heads", "d_sub_token", "head_projection", "merge_projection"}
+    for difference in _differences(model, start_model, "model.", {*changed_keys, *POSITION_KEYS}):
+        yield difference, "remove that key: the experts stay as they are"
+
+
+def _mix_problems(model: ModelSpec, start_model: ModelSpec, count: int) -> Iterator[tuple[str, str]]:
+    """Yield the reason and the fix for each reason why dense models cannot be mixed into this one."""
+    if start_model.moe is not None:
+        yield "it has experts, and only dense models can be mixed", "mix dense models"
+    yield from _trunk_problems(model, start_model)
+    moe = model.moe
+    assert moe is not None
+    assert start_model.d_ff is not None
+    if moe.experts != count:
+        yield f"model.moe.experts is {moe.experts}, and start.from names {count} models", f"set it to {count}"
+    if moe.heads > 1 or moe.d_shared:
+        yield "how: mix makes experts on whole tokens", "set model.moe.heads to 1 and d_shared to 0"
+    yield from _copied_expert_problems(moe, start_model.d_ff)
+
+
+def check_tokenizer(start_model: StartModel, tokenizer_file: Location) -> None:
+    """Check that a run's tokenizer is that of the model that it starts from.
+
+    Args:
+        start_model: the model.
+        tokenizer_file: tokenizer.json of the run's data.
+
+    Raises:
+        SpecError: they give different tokens.
+    """
+    content, start_content = tokenizer_file.read_bytes(), start_model.tokenizer_file.read_bytes()
+    if content == start_content or tokenizer_identity(content) == tokenizer_identity(start_content):
+        return
+    reason = f"{start_model.ancestor.name} has another tokenizer than the data, {tokenizer_file}"
+    fix = f"set data.tokenizer to {start_model.tokenizer_file} and data.prepared to a new folder"
+    raise SpecError("start.from", reason, fix)

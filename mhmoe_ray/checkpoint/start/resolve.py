@@ -1,0 +1,112 @@
+"""Load a spec, with defaults from the models that the run starts from.
+
+A spec with a `start` section need not repeat what its start has:
+
+    copy      model, data.seq_len, data.tokenizer
+    upcycle   all but the experts; the shared expert or the experts' width, and for a sparse mixture all of its options
+    mix       the same, with one expert for each model
+"""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+from mhmoe_ray.checkpoint.start.compatibility import check_start
+from mhmoe_ray.checkpoint.start.source import SWEEP_PREFIX, StartModel, find_start_model, sibling_model
+from mhmoe_ray.errors import SpecError
+from mhmoe_ray.planner.presets import Tree
+from mhmoe_ray.planner.resolve import merge_trees, resolve_spec
+from mhmoe_ray.spec import MoESpec, RunSpec, StartSpec, validate_section
+
+DEFAULT_STORAGE = "runs"
+
+
+def load_spec(path: Path, overrides: Sequence[str] = (), siblings: Mapping[str, RunSpec] | None = None) -> RunSpec:
+    """Read a spec file, replace its shorthands, add the defaults of its start, and return the checked, complete spec.
+
+    Args:
+        path: path of a YAML file.
+        overrides: `key.path=value` strings.
+        siblings: specs of other runs of the same sweep, by variant, which `start.from` may name.
+
+    Raises:
+        SpecError: as in `resolve_spec`; or the run cannot start from the models that it names.
+        RunError, CheckpointError, DataError: a model that the run starts from cannot be read.
+    """
+    start_models: list[StartModel] = []
+    spec = resolve_spec(path, overrides, partial(_fill_from_start, siblings=siblings or {}, start_models=start_models))
+    if spec.start is not None:
+        check_start(spec.start, spec.model, start_models)
+    return spec
+
+
+def _fill_from_start(tree: Tree, label: str, siblings: Mapping[str, RunSpec], start_models: list[StartModel]) -> Tree:
+    """Return the tree of a spec with the defaults of its start, and add the models that it names to `start_models`."""
+    if tree.get("start") is None:
+        return tree
+    start = validate_section(StartSpec, tree["start"], label, prefix="start.")
+    storage = str(tree.get("storage", DEFAULT_STORAGE))
+    start_models += [_find_model(source, storage, siblings) for source in start.sources]
+    first_model = start_models[0]
+    own_model, own_data = tree.get("model") or {}, tree.get("data") or {}
+    if not (isinstance(own_model, dict) and isinstance(own_data, dict)):
+        # The check of the complete spec reports a section that is a value.
+        return tree
+    model = _model_defaults(start, first_model, own_model, len(start_models))
+    data: Tree = {"seq_len": first_model.seq_len}
+    if isinstance(first_model.tokenizer_file, Path):
+        data["tokenizer"] = str(first_model.tokenizer_file)
+    sibling = siblings.get(first_model.source.removeprefix(SWEEP_PREFIX).partition("@")[0])
+    if sibling is not None and Path(own_data.get("prepared", "")).absolute() == sibling.data.prepared.absolute():
+        # Both runs read the same folder, so its settings are those of the other run.
+        data |= sibling.data.model_dump(mode="json", include=TOKENIZER_KEYS)
+    resolved_start = start.with_sources([start_model.source for start_model in start_models])
+    return {
+        **tree,
+        "start": resolved_start.model_dump(mode="json"),
+        "model": merge_trees(model, own_model),
+        "data": {**data, **own_data},
+    }
+
+
+TOKENIZER_KEYS = {"tokenizer", "tokenizer_pattern", "tokenizer_model", "tokenizer_train_mb"}
+
+
+def _find_model(source: str, storage: str, siblings: Mapping[str, RunSpec]) -> StartModel:
+    """Return the model that a value of `start.from` names, which may be another run of the same sweep."""
+    if not source.startswith(SWEEP_PREFIX):
+        return find_start_model(source, storage)
+    variant = source.removeprefix(SWEEP_PREFIX).partition("@")[0]
+    if variant not in siblings:
+        known_text = f"choose from {', '.join(siblings)}" if siblings else "it is for runs of a sweep"
+        raise SpecError(f"start.from {source}", "the sweep has no such run before this one", known_text)
+    return sibling_model(source, siblings[variant])
+
+
+def _model_defaults(start: StartSpec, start_model: StartModel, own_model: Tree, count: int) -> Tree:
+    """Return the model section that a run has by default, as a tree.
+
+    Args:
+        start: `start` section of the spec.
+        start_model: the first model that it names.
+        own_model: `model` section of the spec file.
+        count: number of models that it names.
+    """
+    model = start_model.model
+    tree: Tree = model.model_dump(mode="json")
+    own_moe = own_model.get("moe") or {}
+    if start.how == "copy" or not isinstance(own_moe, dict):
+        return tree
+    moe: Tree = {}
+    if model.moe is not None:
+        moe = {**model.moe.model_dump(mode="json"), "heads": 2, "d_sub_token": model.d_model}
+        moe |= {"head_projection": None, "merge_projection": None}
+    elif start.how == "mix":
+        moe = {"heads": 1, "experts": count, "d_expert": model.d_ff, "normalize_gates": True}
+    elif own_moe.get("heads", MoESpec.model_fields["heads"].default) == 1 and not own_moe.get("d_shared"):
+        moe = {"d_expert": model.d_ff, "normalize_gates": True}
+    else:
+        moe = {"d_shared": model.d_ff}
+    every = own_moe.get("every", moe.get("every", MoESpec.model_fields["every"].default))
+    has_dense_layers = every != 1 or own_moe.get("dense_first", moe.get("dense_first", 0))
+    return {**tree, "d_ff": model.d_ff if has_dense_layers else None, "moe": moe}

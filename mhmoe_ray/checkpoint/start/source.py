@@ -1,0 +1,180 @@
+"""Models that a run can start from, as `start.from` names them."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+from mhmoe_ray.checkpoint.huggingface.config import CONFIG, read_config
+from mhmoe_ray.checkpoint.huggingface.hub import PREFIX, pinned_source, settings_folder
+from mhmoe_ray.checkpoint.huggingface.imported_tokenizer import read_chat_template, read_folder_tokenizer
+from mhmoe_ray.checkpoint.manifest import (
+    CheckpointManifest,
+    committed_checkpoints,
+    newest_checkpoint,
+    step_and_group,
+    stored_manifest,
+)
+from mhmoe_ray.checkpoint.tokenizer import run_tokenizer
+from mhmoe_ray.errors import CheckpointError, RunError
+from mhmoe_ray.runs.directory import RunDir, find_run
+from mhmoe_ray.runs.start import Ancestor, read_start
+from mhmoe_ray.spec import ModelSpec, RunSpec
+from mhmoe_ray.storage import Location, location
+
+SWEEP_PREFIX = "sweep:"
+"""Start of a source that names another run of the same sweep."""
+MANIFEST_FILE = "manifest.json"
+
+
+class StartModel(NamedTuple):
+    """Model that a run can start from."""
+
+    source: str
+    """Value of `start.from` that names exactly this model from any folder: an absolute path, or the hub's name with a
+    revision."""
+    ancestor: Ancestor
+    """Entry for the record of the run's start."""
+    path: Location
+    """Checkpoint of a run, or folder in Hugging Face's layout."""
+    manifest: CheckpointManifest | None
+    """Manifest of the checkpoint; None for a folder."""
+    model_type: str | None
+    """`model_type` of the folder's config.json; None for a checkpoint."""
+    model: ModelSpec
+    seq_len: int
+    tokenizer_file: Location
+    adds_start: bool
+    """Whether a start token precedes a text."""
+    ends: list[int]
+    """Token ids that end a text in addition to the tokenizer's own."""
+    chat_template: str | None
+
+    @property
+    def run(self) -> RunDir | None:
+        """The run of the checkpoint; None for a folder."""
+        return None if self.manifest is None else RunDir.of_checkpoint(self.path)
+
+    @property
+    def has_moments(self) -> bool:
+        """Whether the optimizer's state can be copied; also true for another run of a sweep."""
+        return self.model_type is None and (self.manifest is None or self.manifest.has_moments)
+
+
+def find_start_model(source: str, storage: Location | str) -> StartModel:
+    """Return the model that `start.from` names. Only its settings are read, and no weights.
+
+    Args:
+        source: a run, RUN@STEP, the folder of a checkpoint or of a model in Hugging Face's layout, or
+            hf:ORGANIZATION/NAME with or without @REVISION.
+        storage: folder that holds run directories.
+
+    Raises:
+        RunError: there is no such run.
+        CheckpointError: there is no such checkpoint, or the model cannot be read.
+        DataError: the tokenizer of a folder does not fit its model.
+    """
+    if source.startswith(PREFIX):
+        folder = settings_folder(source)
+        return _folder_model(pinned_source(source, folder), folder)
+    path = location(source)
+    if isinstance(path, Path) and (path / CONFIG).is_file():
+        return _folder_model(str(path.absolute()), path.absolute())
+    if (path / MANIFEST_FILE).exists() and not RunDir(path).attempts_file.exists():
+        return _checkpoint_model(path.absolute())
+    name, _, step = source.rpartition("@")
+    try:
+        if name and step.isdigit():
+            return _checkpoint_model(_checkpoint_of_step(find_run(name, storage), int(step)))
+        run = find_run(source, storage)
+    except RunError as e:
+        fix = "name a run, RUN@STEP, the folder of a checkpoint or a model, or hf:ORGANIZATION/NAME"
+        raise RunError(f"start.from {source}", f"there is no such folder, and as a run: {e.reason}", fix) from e
+    newest = newest_checkpoint(run, ("weights",), None)
+    if newest is None:
+        raise CheckpointError(f"start.from {source}", "this run has no checkpoint yet", "wait for one")
+    return _checkpoint_model(newest.checkpoint)
+
+
+def _checkpoint_of_step(run: RunDir, step: int) -> Location:
+    """Return the newest checkpoint of a step of a run.
+
+    Raises:
+        CheckpointError: the run has no checkpoint of this step.
+    """
+    steps = {step_and_group(checkpoint)[0]: checkpoint for checkpoint in committed_checkpoints(run)}
+    if step not in steps:
+        steps_text = ", ".join(map(str, sorted(steps))) or "none"
+        raise CheckpointError(
+            f"start.from {run.id}@{step}", "it has no checkpoint of this step", f"choose from its steps: {steps_text}"
+        )
+    return steps[step]
+
+
+def _checkpoint_model(checkpoint: Location) -> StartModel:
+    """Return the model of a checkpoint inside its run directory."""
+    manifest, run = stored_manifest(checkpoint), RunDir.of_checkpoint(checkpoint)
+    record = read_start(run)
+    tokens = manifest.tokens + (record.tokens if record else 0)
+    template = run.chat_template_file
+    return StartModel(
+        source=str(checkpoint),
+        ancestor=Ancestor(name=run.id, path=str(checkpoint), step=manifest.step, tokens=tokens, start=record),
+        path=checkpoint,
+        manifest=manifest,
+        model_type=None,
+        model=manifest.model,
+        seq_len=manifest.seq_len,
+        tokenizer_file=run_tokenizer(checkpoint, manifest),
+        adds_start=manifest.adds_start,
+        ends=manifest.ends,
+        chat_template=template.read_text() if template.exists() else None,
+    )
+
+
+def _folder_model(source: str, folder: Path) -> StartModel:
+    """Return the model of a folder in Hugging Face's layout.
+
+    Args:
+        source: value of `start.from` that names it.
+        folder: the local folder.
+    """
+    model_type, section = read_config(folder, None)
+    tokenizer = read_folder_tokenizer(folder, section)
+    tokenizer_file = folder / "tokenizer.json"
+    if tokenizer.content != tokenizer_file.read_bytes():
+        reason = "its tokenizer.json does not say which token starts a text, so training would refuse it"
+        raise CheckpointError(f"start.from {source}", reason, "run `mhmoe ckpt import` and start from the imported run")
+    return StartModel(
+        source=source,
+        ancestor=Ancestor(name=source, path=str(folder), step=0, tokens=0),
+        path=folder,
+        manifest=None,
+        model_type=model_type,
+        model=section.model,
+        seq_len=section.seq_len,
+        tokenizer_file=tokenizer_file,
+        adds_start=tokenizer.adds_start,
+        ends=tokenizer.end_tokens,
+        chat_template=read_chat_template(folder),
+    )
+
+
+def sibling_model(source: str, sibling: RunSpec) -> StartModel:
+    """Return the model of another run of a sweep, which need not exist yet, as far as its spec tells.
+
+    Args:
+        source: the value of `start.from`.
+        sibling: spec of the other run.
+    """
+    return StartModel(
+        source=source,
+        ancestor=Ancestor(name=sibling.name, path="", step=sibling.train.steps, tokens=0),
+        path=Path(),
+        manifest=None,
+        model_type=None,
+        model=sibling.model,
+        seq_len=sibling.data.seq_len,
+        tokenizer_file=sibling.data.prepared / "tokenizer.json",
+        adds_start=True,
+        ends=[],
+        chat_template=None,
+    )

@@ -1,0 +1,109 @@
+"""Weights of one layer at the start of a run: copied, upcycled, or mixed.
+
+    target tensor             from a dense layer                        from a sparse mixture (h = 1)
+    -----------------------   ---------------------------------------   --------------------------------------------
+    attention, norms, ffn     the same tensor                           the same tensor
+    experts, h = 1            copies of ffn (mix: one of each model)    -
+    shared expert             ffn                                       the same tensor
+    experts, h > 1            initial values                            the same tensors; a sub-token is as wide as a
+                                                                        token there
+    router                    initial values                            the same tensor
+    head projection           initial values                            identity for the first sub-token, initial
+                                                                        values for the others
+    merge projection          zero                                      identity for the first sub-token, zero for the
+                                                                        others
+
+So the logits of an upcycled model are those of its start: copies with gates that add up to 1 compute what one of them
+does, and a merge projection of zero adds nothing to the shared expert (sparse upcycling, arXiv 2212.05055). If a tensor
+of several models is the same one, its mean is taken in float64 (Branch-Train-MiX, arXiv 2403.07816).
+"""
+
+import re
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mhmoe_ray.model.decoder import Decoder
+from mhmoe_ray.model.init import initial_tensor
+
+_EXPERTS = re.compile(r"(blocks\.\d+)\.moe\.experts\.(.+)_E(\w+)")
+_SHARED = re.compile(r"(blocks\.\d+)\.moe\.shared\.(.+)")
+# In a projection with several linear layers, each layer has an even index, because ReLUs lie between them.
+_PROJECTION = re.compile(r"blocks\.\d+\.moe\.(?P<part>head|merge)\.(?:(?P<index>\d+)\.)?(?P<kind>weight|bias)")
+
+
+class StartTransform:
+    """Computes the first weights of a model from those of other models, one tensor at a time."""
+
+    def __init__(self, model: Decoder, start_model: Decoder, seed: int) -> None:
+        """Prepare the transformation.
+
+        Args:
+            model: the model of the run, with all experts, on the meta device.
+            start_model: the model that it starts from, on the meta device; with several, they are all alike.
+            seed: seed of the run, for tensors that get their initial values.
+        """
+        self._model, self._seed = model, seed
+        self._shapes = {name: t.shape for name, t in model.named_tensors().items()}
+        self._start_names = set(start_model.named_tensors())
+        self._is_dense_start = not start_model.moe_layers()
+        self._shared_layers = {match[1] for name in self._shapes if (match := _SHARED.fullmatch(name))}
+        """Names of the layers with a shared expert; there the dense layer of the start becomes the shared expert."""
+        self._projection_layers = model.spec.moe.projection_layers if model.spec.moe else 0
+
+    def source_name(self, name: str) -> str | None:
+        """Return the name of the tensor of the start from which a tensor is made; None if it is made from none."""
+        if name in self._start_names:
+            return name
+        if match := _SHARED.fullmatch(name):
+            ffn_name = f"{match[1]}.ffn.{match[2]}"
+        elif (match := _EXPERTS.fullmatch(name)) and match[1] not in self._shared_layers:
+            # The stack of a matrix gate_FD is gate_EFD.
+            ffn_name = f"{match[1]}.ffn.{match[2]}_{match[3]}"
+        else:
+            return None
+        return ffn_name if ffn_name in self._start_names else None
+
+    def tensor(self, name: str, sources: Sequence[Tensor]) -> Tensor:
+        """Return the first value of a tensor.
+
+        Args:
+            name: name of the tensor in the model.
+            sources: the tensor `source_name(name)` of each model that the run starts from; empty if there is none.
+        """
+        if sources and name not in self._start_names and _EXPERTS.fullmatch(name):
+            experts = list(sources) if len(sources) > 1 else list(sources) * self._shapes[name][0]
+            return torch.stack(experts)
+        if sources:
+            return _mean(sources)
+        if match := _PROJECTION.fullmatch(name):
+            is_weight = match["kind"] == "weight"
+            if not self._is_dense_start:
+                return self._identity_projection(name, is_head=match["part"] == "head", is_weight=is_weight)
+            if match["part"] == "merge" and int(match["index"] or 0) == 2 * (self._projection_layers - 1):
+                return torch.zeros(self._shapes[name])
+        return initial_tensor(self._model, name, self._seed)
+
+    def _identity_projection(self, name: str, *, is_head: bool, is_weight: bool) -> Tensor:
+        """Return the first value of a projection after which only the first sub-token has an effect, which is then the
+        token itself."""
+        width = self._model.spec.d_model
+        if is_head:
+            tensor = initial_tensor(self._model, name, self._seed)
+            tensor[:width] = torch.eye(width) if is_weight else 0.0
+            return tensor
+        tensor = torch.zeros(self._shapes[name])
+        if is_weight:
+            tensor[:, :width] = torch.eye(width)
+        return tensor
+
+
+def _mean(tensors: Sequence[Tensor]) -> Tensor:
+    """Return the mean of tensors, computed in float64; a single tensor is returned as it is."""
+    if len(tensors) == 1:
+        return tensors[0]
+    total = torch.zeros_like(tensors[0], dtype=torch.float64)
+    for tensor in tensors:
+        total += tensor
+    return (total / len(tensors)).to(tensors[0].dtype)

@@ -1,0 +1,191 @@
+"""The checkpoint of step 0 of a run that starts from other models."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+
+import torch
+from torch import Tensor
+
+from mhmoe_ray.checkpoint.format import SUFFIX, Slice, write_slices
+from mhmoe_ray.checkpoint.huggingface.hub import local_folder
+from mhmoe_ray.checkpoint.huggingface.import_ import open_groups
+from mhmoe_ray.checkpoint.load import load_tensors, read_index
+from mhmoe_ray.checkpoint.manifest import (
+    PARTS,
+    CheckpointManifest,
+    checkpoint_name,
+    commit,
+    committed_checkpoints,
+    read_manifest,
+    uncommitted_checkpoints,
+)
+from mhmoe_ray.checkpoint.start.compatibility import check_start, check_tokenizer
+from mhmoe_ray.checkpoint.start.record import build_record
+from mhmoe_ray.checkpoint.start.source import StartModel, find_start_model
+from mhmoe_ray.checkpoint.start.transform import StartTransform
+from mhmoe_ray.data.shards.manifest import data_digest
+from mhmoe_ray.distributed.strategies.ddp import MOMENT_NAMES
+from mhmoe_ray.model.decoder import Decoder
+from mhmoe_ray.runs import events
+from mhmoe_ray.runs.directory import RunDir
+from mhmoe_ray.runs.start import write_start
+from mhmoe_ray.spec import ModelSpec, RunSpec
+from mhmoe_ray.storage import FileEntry, Location, create_file, describe_file, remove_tree, replace_file
+
+
+def write_start_checkpoint(run: RunDir, spec: RunSpec) -> None:
+    """Write the checkpoint of step 0 and start.json of a run, unless the run has a checkpoint already.
+
+    One layer at a time is in memory, of each model that the run starts from.
+
+    Args:
+        run: the run, which has its tokenizer.
+        spec: spec of the run, with a `start` section. Its data is prepared.
+
+    Raises:
+        MhmoeError: a model cannot be read, or the run cannot start from it.
+    """
+    start = spec.start
+    assert start is not None
+    if committed_checkpoints(run):
+        return
+    start_models = [find_start_model(source, spec.storage) for source in start.sources]
+    check_start(start, spec.model, start_models)
+    for start_model in start_models:
+        check_tokenizer(start_model, run.tokenizer_file)
+        if start_model.manifest is not None:
+            read_manifest(start_model.path, PARTS if start.optimizer else ("weights",))
+    first_model = start_models[0]
+    record = build_record(spec, start_models)
+    # An earlier attempt may have been killed while it wrote.
+    for folder in uncommitted_checkpoints(run):
+        remove_tree(folder)
+    checkpoint = run.checkpoints / checkpoint_name(0, 0)
+    files = _write_weights(checkpoint / "weights", spec, start_models)
+    if start.optimizer:
+        files |= _write_moments(checkpoint / "optim", spec, first_model)
+    if first_model.chat_template is not None and not run.chat_template_file.exists():
+        replace_file(run.chat_template_file, first_model.chat_template.encode())
+    # The record comes before the manifest: a run with a checkpoint must have it.
+    write_start(run, record)
+    manifest = CheckpointManifest(
+        step=0,
+        updates_before=first_model.manifest.updates if start.optimizer and first_model.manifest else 0,
+        tokens=0,
+        position=0,
+        seed=spec.seed,
+        world=1,
+        ep=1,
+        model=spec.model,
+        seq_len=spec.data.seq_len,
+        ends=first_model.ends,
+        adds_start=first_model.adds_start,
+        tokenizer_sha256=describe_file(run.tokenizer_file).sha256,
+        data_sha256=data_digest(spec.data.prepared),
+        files=files,
+    )
+    commit(checkpoint, manifest)
+    names = [ancestor.describe() for ancestor in record.ancestors]
+    events.record(run, "initialized", how=start.how, sources=names, step=0, name=checkpoint.name)
+
+
+def _write_weights(folder: Location, spec: RunSpec, start_models: list[StartModel]) -> dict[str, FileEntry]:
+    """Write the weights of step 0, a file for each layer; return the sizes and hashes of the files."""
+    with torch.device("meta"):
+        model, start_decoder = Decoder(spec.model), Decoder(start_models[0].model)
+    transform = StartTransform(model, start_decoder, spec.seed)
+    with ExitStack() as stack:
+        sources = [_open_groups(start_model, stack) for start_model in start_models]
+        # The names of the model's tensors are grouped like those of the start.
+        name_groups = _layer_groups(model)
+        files = {}
+        for number, (names, *source_groups) in enumerate(zip(name_groups, *sources, strict=True)):
+            tensors = {}
+            for name in names:
+                source_name = transform.source_name(name)
+                source_tensors = [group[source_name] for group in source_groups] if source_name else []
+                tensors[name] = transform.tensor(name, source_tensors)
+            files[f"weights/{_file_name(number)}"] = _write_file(folder / _file_name(number), tensors)
+            # Without `del` this group would stay in memory while the next one is read.
+            del tensors, source_groups
+    return files
+
+
+def _file_name(number: int) -> str:
+    return f"part_{number:05d}{SUFFIX}"
+
+
+def _layer_groups(model: Decoder) -> list[list[str]]:
+    """Return the names of a model's tensors in groups: those outside the layers, then those of each layer."""
+    groups: list[list[str]] = [[] for _ in range(1 + model.spec.layers)]
+    for name in model.named_tensors():
+        _, block, suffix = name.partition("blocks.")
+        groups[1 + int(suffix.split(".")[0]) if block else 0].append(name)
+    return groups
+
+
+def _open_groups(start_model: StartModel, stack: ExitStack) -> Iterator[dict[str, Tensor]]:
+    """Return an iterator over the tensors of a model, in the groups of `_layer_groups`.
+
+    Args:
+        start_model: the model.
+        stack: closes the files of a folder at its end.
+    """
+    if start_model.model_type is None:
+        return _checkpoint_groups(start_model.path, start_model.model)
+    # Until now only the settings of a model of the hub were downloaded.
+    folder = local_folder(start_model.source)
+    return stack.enter_context(open_groups(folder, start_model.model_type, start_model.model))
+
+
+def _checkpoint_groups(checkpoint: Location, spec: ModelSpec) -> Iterator[dict[str, Tensor]]:
+    """Yield the tensors of a checkpoint in their stored dtype, in the groups of `_layer_groups`."""
+    with torch.device("meta"):
+        model = Decoder(spec)
+    for names in _layer_groups(model):
+        yield _read_tensors(checkpoint / "weights", {name: model.named_tensors()[name].shape for name in names})
+
+
+def _read_tensors(folder: Location, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
+    """Read tensors from a part of a checkpoint, in their stored dtype."""
+    index = read_index(folder)
+    # A missing tensor has no dtype here; `load_tensors` raises the error for it.
+    tensors = {
+        name: torch.empty(shape, dtype=index[name][0].dtype if name in index else torch.float32)
+        for name, shape in shapes.items()
+    }
+    load_tensors(folder, tensors, index=index)
+    return tensors
+
+
+def _write_moments(folder: Location, spec: RunSpec, start_model: StartModel) -> dict[str, FileEntry]:
+    """Copy the optimizer's moments and the training buffers, a file for each layer; return sizes and hashes."""
+    with torch.device("meta"):
+        model = Decoder(spec.model)
+    parameters, buffers = dict(model.named_parameters()), model.training_buffers()
+    stored_names = read_index(start_model.path / "optim").keys()
+    files = {}
+    for number, names in enumerate(_layer_groups(model)):
+        shapes = {
+            f"{moment}.{name}": parameters[name].shape
+            for moment in MOMENT_NAMES
+            for name in names
+            if name in parameters
+        }
+        tensors = _read_tensors(start_model.path / "optim", shapes)
+        if number == 0:
+            # A run that balances over steps may start from one that does not.
+            buffer_shapes = {name: t.shape for name, t in buffers.items()}
+            tensors |= _read_tensors(
+                start_model.path / "optim", {name: s for name, s in buffer_shapes.items() if name in stored_names}
+            )
+            tensors |= {name: torch.zeros(s) for name, s in buffer_shapes.items() if name not in stored_names}
+        files[f"optim/{_file_name(number)}"] = _write_file(folder / _file_name(number), tensors)
+    return files
+
+
+def _write_file(file: Location, tensors: Mapping[str, Tensor]) -> FileEntry:
+    """Write full tensors as a safetensors file, and return its size and hash."""
+    slices = {name: Slice(t.contiguous(), (0,) * t.ndim, tuple(t.shape)) for name, t in tensors.items()}
+    with create_file(file) as stream:
+        return write_slices(stream, slices)

@@ -1,0 +1,47 @@
+"""The `start` section: the model that a run starts from, instead of random weights."""
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from mhmoe_ray.spec.base import Section
+
+
+class StartSpec(Section):
+    """Model that a run starts from. Its weights become the checkpoint of step 0, and training goes on from there."""
+
+    from_: str | list[str] = Field(alias="from", min_length=1)
+    """Model to start from: a run (its id, the start of one, or its path; RUN@STEP names a checkpoint), the folder of a
+    checkpoint, a folder in Hugging Face's layout, or hf:ORGANIZATION/NAME. A list of models for `how: mix`. In a sweep,
+    sweep:VARIANT names another run of the sweep with the same seed."""
+    how: Literal["copy", "upcycle", "mix"] = "copy"
+    """Way in which the weights are taken. copy: as they are. upcycle: dense feed-forward layers become experts (copies
+    at one head, the shared expert at several), or a sparse mixture becomes MH-MoE; the logits stay the same. mix:
+    feed-forward layers of several models become the experts, and all other weights are averaged (Branch-Train-MiX)."""
+    optimizer: bool = False
+    """If true, the optimizer's moments and its number of updates are copied too, as for a branch of a run. By default
+    the optimizer starts anew."""
+    order: Literal["new", "continue"] = "new"
+    """Order of the samples. new: that of a new run. continue: each domain goes on where the run that this one starts
+    from stood, so that no sample is repeated or left out."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.how == "mix" and len(self.sources) < 2:
+            raise ValueError("how: mix needs a list of at least two models in `from`")
+        if self.how != "mix" and len(self.sources) > 1:
+            raise ValueError(f"how: {self.how} takes one model, but `from` lists {len(self.sources)}")
+        if self.optimizer and self.how != "copy":
+            raise ValueError(f"optimizer: moments fit copied weights only, and how is {self.how}: remove optimizer")
+        if self.order == "continue" and self.how == "mix":
+            raise ValueError("order: continue goes on with the order of one run, and how: mix has several: remove it")
+        return self
+
+    @property
+    def sources(self) -> list[str]:
+        """The models to start from, as a list."""
+        return [self.from_] if isinstance(self.from_, str) else self.from_
+
+    def with_sources(self, sources: list[str]) -> Self:
+        """Return the same section with other names of the models."""
+        return self.model_copy(update={"from_": sources[0] if isinstance(self.from_, str) else sources})

@@ -1,0 +1,133 @@
+"""Tests of the first weights of runs that start from other models."""
+
+import pytest
+import torch
+
+from mhmoe_ray.checkpoint.start.compatibility import check_start
+from mhmoe_ray.checkpoint.start.transform import StartTransform
+from mhmoe_ray.errors import SpecError
+from mhmoe_ray.model.decoder import Decoder
+from mhmoe_ray.spec import ModelSpec, MoESpec, StartSpec
+from tests.checkpoint.huggingface.conftest import DENSE, random_model
+from tests.checkpoint.start.models import start_model
+
+TOKENS = torch.randint(320, (2, 40), generator=torch.Generator().manual_seed(0))
+
+
+def transformed(spec: ModelSpec, sources: list[Decoder], seed: int = 0) -> Decoder:
+    """Return a model of a spec whose weights are made from those of other models."""
+    with torch.device("meta"):
+        transform = StartTransform(Decoder(spec), Decoder(sources[0].spec), seed)
+    model = Decoder(spec).requires_grad_(False).eval()
+    source_tensors = [source.named_tensors() for source in sources]
+    for name, tensor in model.named_tensors().items():
+        source_name = transform.source_name(name)
+        tensors = [tensors[source_name] for tensors in source_tensors] if source_name else []
+        tensor.copy_(transform.tensor(name, tensors))
+    return model
+
+
+def upcycled(dense: ModelSpec, **moe) -> ModelSpec:
+    spec = dense.with_moe(MoESpec(**moe))
+    check_start(StartSpec(**{"from": "run", "how": "upcycle"}), spec, [start_model(dense)])
+    return spec
+
+
+@pytest.mark.parametrize("backbone", ["llama", "subln"])
+@pytest.mark.parametrize(
+    "moe",
+    [
+        {"heads": 1, "d_expert": 48, "normalize_gates": True},
+        {"heads": 1, "d_expert": 48, "normalize_gates": True, "experts": 6, "top_k": 3, "every": 1},
+        {"heads": 4, "d_expert": 24, "d_shared": 48},
+        {"heads": 2, "d_expert": 24, "d_shared": 48, "projection_layers": 3, "sub_token_residual": True, "every": 1},
+        {"heads": 1, "d_expert": 24, "d_shared": 48, "head_projection": True, "merge_projection": True},
+        {"heads": 2, "d_expert": 24, "d_shared": 48, "router": "xmoe", "bias_rate": 0.1},
+    ],
+)
+def test_an_upcycled_model_computes_what_its_dense_start_computes(backbone, moe):
+    dense = random_model(ModelSpec(**DENSE, backbone=backbone))
+    model = transformed(upcycled(dense.spec, **moe), [dense])
+    expected = dense(TOKENS).logits_BTV
+    torch.testing.assert_close(model(TOKENS).logits_BTV, expected, rtol=0, atol=1e-5)
+
+
+def test_experts_of_an_upcycled_mh_moe_layer_differ_and_get_gradients_after_one_step():
+    """The merge projection is zero, so the experts get gradients only after its first update."""
+    dense = random_model(ModelSpec(**DENSE))
+    model = transformed(upcycled(dense.spec, heads=2, d_expert=24, d_shared=48), [dense]).requires_grad_(True)
+    experts = model.moe_layers()[0].experts.gate_EFD
+    assert not torch.equal(experts[0], experts[1])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    gradients = []
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(TOKENS[:, :-1]).logits_BTV.logsumexp(-1).sum().backward()
+        gradients.append(experts.grad.abs().max().item())
+        optimizer.step()
+    assert gradients[0] == 0 < gradients[1]
+
+
+def test_a_mix_has_the_experts_of_its_models_and_the_mean_of_everything_else():
+    dense = ModelSpec(**DENSE)
+    models = [random_model(dense), random_model(dense), random_model(dense)]
+    for i, model in enumerate(models):
+        for tensor in model.named_tensors().values():
+            tensor.mul_(1 + i)
+    spec = dense.with_moe(MoESpec(heads=1, experts=3, d_expert=48, normalize_gates=True))
+    check_start(StartSpec(**{"from": ["a", "b", "c"], "how": "mix"}), spec, [start_model(dense)] * 3)
+    mixed = transformed(spec, models)
+    sources, tensors = [model.named_tensors() for model in models], mixed.named_tensors()
+    for name, tensor in tensors.items():
+        if ".moe.experts." in name:
+            matrix = name.replace(".moe.experts.", ".ffn.").replace("_E", "_")
+            assert torch.equal(tensor, torch.stack([source[matrix] for source in sources]))
+        elif ".moe.router." not in name:
+            mean = sum(source[name].double() for source in sources) / 3
+            assert torch.equal(tensor, mean.float())
+
+
+def test_mixing_copies_of_a_model_equals_upcycling_it():
+    dense = random_model(ModelSpec(**DENSE))
+    spec = upcycled(dense.spec, heads=1, experts=3, d_expert=48, normalize_gates=True)
+    mixed, copied = (transformed(spec, [dense] * n).named_tensors() for n in (3, 1))
+    assert all(torch.equal(mixed[name], copied[name]) for name in copied)
+
+
+@pytest.mark.parametrize(
+    ("how", "model", "message"),
+    [
+        ("copy", {"d_model": 64}, "model.d_model is 64 here and 32 there"),
+        ("copy", {"vocab_size": 400}, "model.vocab_size is 400 here and 320 there"),
+        ("copy", {"attention_heads": 8}, "model.attention_heads is 8 here and 4 there"),
+        ("copy", {"moe": {"d_expert": 24}}, "model.moe is a section here and not set there"),
+        ("upcycle", {}, "model.moe is missing"),
+        ("upcycle", {"layers": 3, "moe": {"d_expert": 24, "d_shared": 48}}, "model.layers is 3 here and 2 there"),
+        ("upcycle", {"moe": {"d_expert": 24}}, "model.moe.d_shared is 0, and the dense layers there have width 48"),
+        ("upcycle", {"moe": {"heads": 1, "d_expert": 48}}, "model.moe.normalize_gates is False"),
+        ("upcycle", {"moe": {"heads": 1, "d_expert": 24, "normalize_gates": True}}, "model.moe.d_expert is 24"),
+        ("upcycle", {"moe": {"d_expert": 24, "d_shared": 48, "merge_projection": False}}, "merge_projection is false"),
+        ("mix", {"moe": {"heads": 1, "experts": 4, "d_expert": 48, "normalize_gates": True}}, "experts is 4"),
+        ("mix", {"moe": {"heads": 2, "experts": 2, "d_expert": 48, "normalize_gates": True}}, "on whole tokens"),
+    ],
+)
+def test_a_start_with_another_shape_or_function_is_refused_by_name(how, model, message):
+    sources = ["a", "b"] if how == "mix" else "a"
+    count = len(sources) if how == "mix" else 1
+    spec = ModelSpec.model_validate({**DENSE, **model})
+    with pytest.raises(SpecError) as error:
+        check_start(StartSpec(**{"from": sources, "how": how}), spec, [start_model(ModelSpec(**DENSE))] * count)
+    assert message in str(error.value)
+
+
+def test_models_with_different_trunks_are_not_mixed():
+    models = [start_model(ModelSpec(**DENSE)), start_model(ModelSpec(**{**DENSE, "kv_heads": 2}))]
+    spec = ModelSpec(**DENSE).with_moe(MoESpec(heads=1, experts=2, d_expert=48, normalize_gates=True))
+    with pytest.raises(SpecError, match=r"have different models: model\.kv_heads is 2"):
+        check_start(StartSpec(**{"from": ["a", "b"], "how": "mix"}), spec, models)
+
+
+def test_options_of_training_and_positions_may_differ():
+    spec = ModelSpec(**DENSE)
+    changed = spec.model_copy(update={"dropout": 0.1, "document_masks": True, "rope_theta": 1e6})
+    check_start(StartSpec(**{"from": "run"}), changed, [start_model(spec)])
