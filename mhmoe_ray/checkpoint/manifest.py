@@ -78,7 +78,7 @@ class CheckpointManifest(BaseModel):
 
     @property
     def has_moments(self) -> bool:
-        """Whether the checkpoint has the optimizer's moments."""
+        """True if the checkpoint has the optimizer's moments."""
         return any(name.startswith("optim/") for name in self.files)
 
     @property

@@ -115,8 +115,15 @@ def _run_row(run: "RunDir", connect: "Callable[[str], Connection]") -> dict[str,
 
 def resume(
     run: RunArg = None,
-    until: Annotated[
-        int | None, typer.Option(min=1, help="Train up to this step; a finished run is continued.", show_default=False)
+    last_step: Annotated[
+        int | None,
+        typer.Option(
+            "--until",
+            metavar="STEPS",
+            min=1,
+            help="Train up to this step, also if the run is finished.",
+            show_default=False,
+        ),
     ] = None,
     set_: SetOption = [],  # noqa: B006 - typer needs the list
     storage: StorageOption = STORAGE,
@@ -141,11 +148,11 @@ def resume(
             raise SpecError(f"override {'.'.join(keys)}", reason, "change only cluster keys, or submit a new run")
     previous_attempt = last_attempt(run_dir)
     run_outcome = final_outcome(run_dir, force)
-    if run_outcome.state == "finished" and until is None:
+    if run_outcome.state == "finished" and last_step is None:
         raise RunError(f"run {run_dir.id}", "it is finished", "give --until to train it longer")
     spec = run_dir.relocated_spec(load_resolved_spec(run_dir.spec_file, set_))
-    if until is not None:
-        spec = _extended_spec(run_dir, spec, until)
+    if last_step is not None:
+        spec = _extended_spec(run_dir, spec, last_step)
     connection = resume_run(run_dir, spec, address or _attempt_address(previous_attempt))
     # `from_now` leaves out the progress of earlier attempts, because it was shown when it happened.
     if not detach:

@@ -1,4 +1,4 @@
-"""AdamW. `spec/train.py` has its learning-rate schedules."""
+"""AdamW. `TrainSpec.learning_rate` computes its learning rate."""
 
 import torch
 from torch import nn

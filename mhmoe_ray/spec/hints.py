@@ -53,6 +53,9 @@ _FOREIGN_NAMES: dict[str, str] = {
     "train.steps": "max_steps num_steps train_steps training_steps total_steps max_iters iterations n_steps",
     "train.lr": "learning_rate max_lr peak_lr base_lr",
     "train.min_lr": "min_learning_rate final_lr lr_min",
+    "train.schedule": "scheduler lr_scheduler lr_scheduler_type lr_schedule lr_decay_style decay_style",
+    "train.decay_steps": "lr_decay_iters lr_wsd_decay_iters cooldown_steps num_decay_steps",
+    "start.from": "load_from init_from model_name_or_path base_model pretrained_model from_pretrained finetune",
     "train.warmup_steps": "warmup lr_warmup_steps num_warmup_steps warmup_iters",
     "train.micro_batch_size": "batch_size per_device_train_batch_size local_batch_size device_batch_size "
     "train_batch_size per_device_batch_size",
@@ -92,17 +95,14 @@ _UNSUPPORTED = {
         ("num_train_epochs", "epochs", "num_epochs", "n_epochs", "max_epochs"),
         "training is counted in train.steps, and data.sources.NAME.max_epochs bounds how often a text is read",
     ),
-    **dict.fromkeys(
-        ("scheduler", "lr_scheduler", "lr_scheduler_type", "lr_schedule", "lr_decay_style", "decay_style"),
-        "there is one learning-rate schedule: up to train.lr in train.warmup_steps, then down to train.min_lr",
-    ),
     **dict.fromkeys(("optimizer", "optim", "optimizer_name"), "there is one optimizer, AdamW: train.betas, train.eps"),
     **dict.fromkeys(
         ("tensor_parallel_degree", "tensor_model_parallel_size", "pipeline_parallel_degree", "pp_size", "cp_size"),
         "training has data and expert parallelism only: set cluster.workers and cluster.ep",
     ),
     **dict.fromkeys(
-        ("resume_from_checkpoint", "resume", "load_from", "init_from"), "continue a run with `mhmoe resume RUN`"
+        ("resume_from_checkpoint", "resume"),
+        "continue a run with `mhmoe resume RUN`, or start a new one from it with start.from",
     ),
 }
 

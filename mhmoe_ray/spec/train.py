@@ -81,7 +81,7 @@ class TrainSpec(Section):
         return self.schedule_steps or self.steps
 
     def learning_rate(self, step: int) -> float:
-        """Return the learning rate of the update of step `step` (from 1)."""
+        """Return the learning rate of the update of step `step` (from 1), by the learning-rate schedule."""
         if step <= self.warmup_steps:
             return self.lr * step / self.warmup_steps
         if self.schedule == "constant":

@@ -30,8 +30,8 @@ class KeyMistake(NamedTuple):
 
 KEYS = [
     KeyMistake("train.learning_rate=1e-3", "lr"),
-    KeyMistake("train.scheduler=cosine", None, "there is one learning-rate schedule"),
-    KeyMistake("train.lr_scheduler_type=cosine", None, "there is one learning-rate schedule"),
+    KeyMistake("train.scheduler=cosine", "schedule"),
+    KeyMistake("train.lr_scheduler_type=cosine", "schedule"),
     KeyMistake("train.num_train_epochs=3", None, "training is counted in train.steps"),
     KeyMistake("train.max_steps=100", "steps"),
     KeyMistake("train.batch_size=8", "micro_batch_size"),

@@ -76,7 +76,8 @@ def _samples_before(spec: RunSpec, start_model: StartModel) -> dict[str, int]:
     mixture = compute_mixture(earlier_spec, earlier_data, earlier_counts)
     counts = mixture.order.domain_counts(manifest.position)
     own_counts = {
-        d.name: n + before for d, n, before in zip(mixture.domains, counts, mixture.samples_before, strict=True)
+        domain.name: count + earlier_count
+        for domain, count, earlier_count in zip(mixture.domains, counts, mixture.samples_before, strict=True)
     }
     # Domains that the earlier run did not have may have been read by a run before it.
     return {**earlier_counts, **own_counts}

@@ -107,6 +107,6 @@ def _model_defaults(start: StartSpec, start_model: StartModel, own_model: Tree, 
         moe = {"d_expert": model.d_ff, "normalize_gates": True}
     else:
         moe = {"d_shared": model.d_ff}
-    every = own_moe.get("every", moe.get("every", MoESpec.model_fields["every"].default))
-    has_dense_layers = every != 1 or own_moe.get("dense_first", moe.get("dense_first", 0))
+    spacing = own_moe.get("every", moe.get("every", MoESpec.model_fields["every"].default))
+    has_dense_layers = spacing != 1 or own_moe.get("dense_first", moe.get("dense_first", 0))
     return {**tree, "d_ff": model.d_ff if has_dense_layers else None, "moe": moe}

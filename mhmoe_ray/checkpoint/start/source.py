@@ -55,7 +55,7 @@ class StartModel(NamedTuple):
 
     @property
     def has_moments(self) -> bool:
-        """Whether the optimizer's state can be copied; also true for another run of a sweep."""
+        """True if the optimizer's state can be copied; also for another run of a sweep."""
         return self.model_type is None and (self.manifest is None or self.manifest.has_moments)
 
 

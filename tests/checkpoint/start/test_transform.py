@@ -95,7 +95,7 @@ def test_mixing_copies_of_a_model_equals_upcycling_it():
 
 
 @pytest.mark.parametrize(
-    ("how", "model", "message"),
+    ("start_kind", "model", "message"),
     [
         ("copy", {"d_model": 64}, "model.d_model is 64 here and 32 there"),
         ("copy", {"vocab_size": 400}, "model.vocab_size is 400 here and 320 there"),
@@ -111,12 +111,12 @@ def test_mixing_copies_of_a_model_equals_upcycling_it():
         ("mix", {"moe": {"heads": 2, "experts": 2, "d_expert": 48, "normalize_gates": True}}, "on whole tokens"),
     ],
 )
-def test_a_start_with_another_shape_or_function_is_refused_by_name(how, model, message):
-    sources = ["a", "b"] if how == "mix" else "a"
-    count = len(sources) if how == "mix" else 1
+def test_a_start_with_another_shape_or_function_is_refused_by_name(start_kind, model, message):
+    sources = ["a", "b"] if start_kind == "mix" else "a"
+    count = len(sources) if start_kind == "mix" else 1
     spec = ModelSpec.model_validate({**DENSE, **model})
     with pytest.raises(SpecError) as error:
-        check_start(StartSpec(**{"from": sources, "how": how}), spec, [start_model(ModelSpec(**DENSE))] * count)
+        check_start(StartSpec(**{"from": sources, "how": start_kind}), spec, [start_model(ModelSpec(**DENSE))] * count)
     assert message in str(error.value)
 
 

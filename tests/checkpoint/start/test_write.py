@@ -103,12 +103,12 @@ def continue_training(spec: RunSpec, source: Path, branch: RunDir) -> tuple[dict
     samples, both with the moments; and the number of updates in the branch's checkpoint."""
     trainer, branch_trainer = jobs.build_trainer(spec), jobs.build_trainer(branch.spec())
     jobs.restore(trainer, source, stored_manifest(source))
-    first = first_checkpoint(branch)
-    jobs.restore(branch_trainer, first, stored_manifest(first))
+    start = first_checkpoint(branch)
+    jobs.restore(branch_trainer, start, stored_manifest(start))
     for step in range(4, 8):
         trainer.update(trainer.accumulate(jobs.rank_batches(spec, step, trainer)))
         branch_trainer.update(branch_trainer.accumulate(jobs.rank_batches(spec, step, branch_trainer)))
-    saver = Saver(branch, branch_trainer, 1, first_manifest=stored_manifest(first))
+    saver = Saver(branch, branch_trainer, 1, first_manifest=stored_manifest(start))
     saver.save(branch_trainer.zero_counts())
     saver.wait()
     states = [
@@ -230,12 +230,12 @@ def import_exported(source: RunDir, folder: Path) -> str:
 
 def test_another_tokenizer_is_refused(tmp_path):
     source = make_source(tmp_path)
-    other = tmp_path / "other"
-    other.mkdir()
-    (other / "manifest.json").write_text(make_manifest({"web/a": 50}).model_dump_json())
-    llama_tokenizer(["quite another text about nothing at all"] * 8, 320).save(str(other / "tokenizer.json"))
+    other_data = tmp_path / "other"
+    other_data.mkdir()
+    (other_data / "manifest.json").write_text(make_manifest({"web/a": 50}).model_dump_json())
+    llama_tokenizer(["quite another text about nothing at all"] * 8, 320).save(str(other_data / "tokenizer.json"))
     with pytest.raises(SpecError, match="has another tokenizer than the data"):
-        start_run(tmp_path, source.id, {}, data={"sources": {"web": {"path": "raw"}}, "prepared": str(other)})
+        start_run(tmp_path, source.id, {}, data={"sources": {"web": {"path": "raw"}}, "prepared": str(other_data)})
 
 
 def test_a_spec_with_a_start_survives_a_dump(tmp_path):

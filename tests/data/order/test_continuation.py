@@ -41,18 +41,20 @@ def sequences(mixture, positions):
 def test_each_old_domain_goes_on_where_it_stood(branch_step, weights, batch_factor, seed):
     """The branch adds a source, changes all weights and the batch size; each old domain is read as if nothing had."""
     old_sources = {"web": {"alpha": 0.5}, "books": {"weight": 0.5}}
-    first = mixture_of(OLD_SAMPLES, 100, old_sources, seed=seed)
+    first_mixture = mixture_of(OLD_SAMPLES, 100, old_sources, seed=seed)
     position = branch_step * SAMPLES_PER_STEP
-    before = dict(zip([d.name for d in first.domains], first.order.domain_counts(position), strict=True))
+    read_counts = dict(
+        zip([d.name for d in first_mixture.domains], first_mixture.order.domain_counts(position), strict=True)
+    )
     new_sources = {name: {"weight": weight} for name, weight in weights.items()}
-    branch = mixture_of(NEW_SAMPLES, 50, new_sources, before, seed, micro_batches=4 * batch_factor)
+    branch = mixture_of(NEW_SAMPLES, 50, new_sources, read_counts, seed, micro_batches=4 * batch_factor)
     positions = 50 * SAMPLES_PER_STEP * batch_factor
-    read_before, read_by_branch = sequences(first, position), sequences(branch, positions)
+    read_before, read_by_branch = sequences(first_mixture, position), sequences(branch, positions)
     # A run of this domain alone shows its endless sequence.
     for name, size in NEW_SAMPLES.items():
-        alone = mixture_of({name: size}, 2000, {name.partition("/")[0]: {}}, seed=seed)
+        single_mixture = mixture_of({name: size}, 2000, {name.partition("/")[0]: {}}, seed=seed)
         whole_sequence = [*read_before.get(name, []), *read_by_branch[name]]
-        assert whole_sequence == sequences(alone, len(whole_sequence))[name]
+        assert whole_sequence == sequences(single_mixture, len(whole_sequence))[name]
     counts = dict(zip([d.name for d in branch.domains], branch.order.domain_counts(positions), strict=True))
     assert counts == {name: len(samples) for name, samples in read_by_branch.items()}
 
@@ -60,8 +62,8 @@ def test_each_old_domain_goes_on_where_it_stood(branch_step, weights, batch_fact
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_a_continued_order_is_the_same_for_any_number_of_workers(world):
     """The rows of the stream's blocks, which go to the ranks in turn, are the positions of the order."""
-    before = {"web/en": 123, "books/a": 31}
-    branch = mixture_of(NEW_SAMPLES, 50, {"web": {}, "books": {}, "code": {}}, before)
+    read_counts = {"web/en": 123, "books/a": 31}
+    branch = mixture_of(NEW_SAMPLES, 50, {"web": {}, "books": {}, "code": {}}, read_counts)
     layout = StreamLayout(world, micro_batch_size=2, micro_batches=3)
     rows = 10 * layout.block_rows * world
     positions = layout.positions(np.arange(rows))
@@ -75,8 +77,8 @@ def test_a_continued_order_is_the_same_for_any_number_of_workers(world):
 
 def test_limits_count_what_earlier_runs_have_read():
     sources = {"web": {"max_epochs": 2}, "books": {}}
-    before = {"web/en": 900, "web/de": 80, "books/a": 7}
-    mixture = mixture_of(OLD_SAMPLES, 100, sources, before)
+    earlier_counts = {"web/en": 900, "web/de": 80, "books/a": 7}
+    mixture = mixture_of(OLD_SAMPLES, 100, sources, earlier_counts)
     names = [d.name for d in mixture.domains]
     assert dict(zip(names, mixture.limits, strict=True)) == {"web/en": 100, "web/de": 0, "books/a": None}
     read_counts = dict(zip(names, mixture.samples_read(0, 100), strict=True))
