@@ -13,6 +13,7 @@ from mhmoe_ray.runs.directory import RunDir, last_attempt, newest_attempt_number
 from mhmoe_ray.runs.sweeps import Order, SweepDir
 from mhmoe_ray.spec import SweepRun
 from mhmoe_ray.sweep.job import SweepRequest
+from mhmoe_ray.sweep.plan import with_sweep_names
 
 POLL_SECONDS = 0.5
 
@@ -40,7 +41,7 @@ def check_unchanged_specs(sweep_dir: SweepDir, wanted_entries: Sequence[SweepRun
         started_spec = run.spec()
         for entry in related_entries:
             expected_spec = started_spec.model_copy(update={"name": entry.spec.name, "seed": entry.spec.seed})
-            if changed_keys := entry.spec.changed_keys(expected_spec):
+            if changed_keys := entry.spec.changed_keys(with_sweep_names(expected_spec, entry)):
                 seed = "" if name == entry.name else f", a seed of the same variant as {entry.name},"
                 reason = f"run {name}{seed} was started with another spec: {', '.join(changed_keys)}"
                 fix = f"give the sweep another name, or remove that run: mhmoe rm {shlex.quote(str(run.path))}"

@@ -8,8 +8,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mhmoe_ray.checkpoint.start.resolve import FindSibling, load_spec
+from mhmoe_ray.checkpoint.start.source import SWEEP_PREFIX, find_start_model, sweep_variant
 from mhmoe_ray.errors import SpecError
-from mhmoe_ray.planner.resolve import resolve_spec
+from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.spec import RunSpec, SweepRun, SweepSize, SweepSpec
 from mhmoe_ray.spec.run import NAME_LENGTH
 from mhmoe_ray.spec.sweep import RESERVED_KEYS, seeded_name
@@ -40,11 +42,56 @@ def planned_runs(sweep: SweepSpec, folder: Path, size: str, overrides: Sequence[
         if name in variants:
             raise SpecError(f"sweep {sweep.name}", f"two of its runs are called {name}", "give each a different name")
         variants[name] = keys
-    return [
-        SweepRun(variant=name, seed=seed, spec=_spec(sweep, folder / common.spec, name, seed, keys, overrides))
-        for seed in sweep.seeds
-        for name, keys in variants.items()
-    ]
+    runs = []
+    for seed in sweep.seeds:
+        planner = _SeedPlanner(sweep, folder / common.spec, variants, seed, overrides)
+        runs += [SweepRun(variant=name, seed=seed, spec=planner.spec(name)) for name in variants]
+    return runs
+
+
+class _SeedPlanner:
+    """Resolves the specs of all runs with one seed, each after the runs that it starts from."""
+
+    def __init__(
+        self,
+        sweep: SweepSpec,
+        path: Path,
+        variants: Mapping[str, Mapping[str, Any]],
+        seed: int,
+        overrides: Sequence[str],
+    ) -> None:
+        """Prepare the specs.
+
+        Args:
+            sweep: the sweep.
+            path: path of the common spec.
+            variants: the keys of each variant, by name.
+            seed: the seed.
+            overrides: `key.path=value` strings for every run.
+        """
+        self._sweep, self._path, self._variants = sweep, path, variants
+        self._seed, self._overrides = seed, overrides
+        self._specs: dict[str, RunSpec | None] = {}
+        """Specs by variant; None while a spec is resolved."""
+
+    def spec(self, variant: str) -> RunSpec:
+        """Return the spec of the run of a variant.
+
+        Raises:
+            SpecError: the spec is wrong, there is no such variant, or runs start from each other in a circle.
+        """
+        subject = f"sweep {self._sweep.name}, start.from sweep:{variant}"
+        if variant not in self._variants:
+            raise SpecError(subject, "it has no such run", f"choose from {', '.join(self._variants)}")
+        if variant not in self._specs:
+            self._specs[variant] = None
+            keys = self._variants[variant]
+            spec = _spec(self._sweep, self._path, variant, self._seed, keys, self._overrides, self.spec)
+            self._specs[variant] = spec
+        resolved_spec = self._specs[variant]
+        if resolved_spec is None:
+            raise SpecError(subject, "it starts, directly or not, from the run itself", "remove one of these starts")
+        return resolved_spec
 
 
 def _variants(sweep: SweepSpec, size: SweepSize) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -77,9 +124,24 @@ def _slug(text: str) -> str:
 
 
 def _spec(
-    sweep: SweepSpec, path: Path, name: str, seed: int, keys: Mapping[str, Any], overrides: Sequence[str]
+    sweep: SweepSpec,
+    path: Path,
+    name: str,
+    seed: int,
+    keys: Mapping[str, Any],
+    overrides: Sequence[str],
+    find_sibling: FindSibling,
 ) -> RunSpec:
     """Return the spec of a run: the spec file at `path` with the variant's keys, the user's overrides, and the seed.
+
+    Args:
+        sweep: the sweep.
+        path: path of the common spec.
+        name: name of the variant.
+        seed: the seed.
+        keys: keys that the variant overrides.
+        overrides: `key.path=value` strings for every run.
+        find_sibling: function that returns the spec of another variant, from which this one may start.
 
     Raises:
         SpecError: the spec is wrong; the error names the run.
@@ -88,6 +150,48 @@ def _spec(
     name_and_seed = [f"name={run_name}", f"seed={seed}"]
     key_overrides = [f"{key}={json.dumps(value, default=str)}" for key, value in keys.items()]
     try:
-        return resolve_spec(path, [*key_overrides, *overrides, *name_and_seed])
+        return load_spec(path, [*key_overrides, *overrides, *name_and_seed], find_sibling)
     except SpecError as e:
         raise SpecError(f"sweep {sweep.name}, run {name}: {e.subject}", e.reason, e.fix) from e
+
+
+def start_names(entry: SweepRun) -> list[str]:
+    """Return the names of the sweep's runs that a run starts from."""
+    sources = entry.spec.start.sources if entry.spec.start else []
+    return [seeded_name(sweep_variant(source), entry.seed) for source in sources if source.startswith(SWEEP_PREFIX)]
+
+
+def with_run_paths(entry: SweepRun, runs: Mapping[str, RunDir]) -> RunSpec:
+    """Return the spec of a run with the checkpoints of the sweep's runs that it starts from.
+
+    Args:
+        entry: the run.
+        runs: runs of the sweep by name, among them those that it starts from.
+
+    Raises:
+        CheckpointError: there is no such checkpoint.
+    """
+    start = entry.spec.start
+    if start is None:
+        return entry.spec
+    sources = []
+    for source in start.sources:
+        if source.startswith(SWEEP_PREFIX):
+            run = runs[seeded_name(sweep_variant(source), entry.seed)]
+            _, at_sign, step = source.partition("@")
+            source = find_start_model(f"{run.path}{at_sign}{step}", entry.spec.storage).source
+        sources.append(source)
+    return entry.spec.model_copy(update={"start": start.with_sources(sources)})
+
+
+def with_sweep_names(started_spec: RunSpec, entry: SweepRun) -> RunSpec:
+    """Return the spec of a started run with the sources of its entry, so that the two can be compared: a started run
+    has paths where its entry names other runs of the sweep."""
+    start, entry_start = started_spec.start, entry.spec.start
+    if start is None or entry_start is None or len(start.sources) != len(entry_start.sources):
+        return started_spec
+    sources = [
+        wanted if wanted.startswith(SWEEP_PREFIX) else source
+        for source, wanted in zip(start.sources, entry_start.sources, strict=True)
+    ]
+    return started_spec.model_copy(update={"start": start.with_sources(sources)})

@@ -20,7 +20,8 @@ from mhmoe_ray.errors import ClusterError, MhmoeError, SpecError, StorageError, 
 from mhmoe_ray.runs import events
 from mhmoe_ray.runs.directory import RunDir, create_run, last_attempt, newest_attempt_number
 from mhmoe_ray.runs.sweeps import Order, SweepDir
-from mhmoe_ray.spec import SweepRun
+from mhmoe_ray.spec import RunSpec, SweepRun
+from mhmoe_ray.sweep.plan import start_names, with_run_paths
 
 POLL_SECONDS = 2.0
 STORAGE_SECONDS = 3600.0
@@ -97,7 +98,7 @@ class Sweep:
         for entry in self._entries:
             if len(alive) >= self._order.concurrent:
                 break
-            if entry.name in self._settled | alive:
+            if entry.name in self._settled | alive or self._must_wait(entry):
                 continue
             if not self._is_prepared(entry):
                 self._settled.add(entry.name)
@@ -186,6 +187,22 @@ class Sweep:
         known_outcome = recorded_outcome(events.read(run))
         return run_outcome.state == "failed" and known_outcome is None and self._starts.get(name, 0) < MAX_STARTS
 
+    def _must_wait(self, entry: SweepRun) -> bool:
+        """Return whether a run cannot start now, because it starts from other runs that are not finished.
+
+        It is settled if one of these has ended otherwise, or does not belong to the order.
+        """
+        for name in start_names(entry):
+            run = self._runs.get(name)
+            if run is not None and newest_attempt_number(run) and events.state(events.read(run)) == "finished":
+                continue
+            if name in self._settled or name not in self._order.wanted:
+                reason = "has not finished" if name in self._settled else "is not among the runs to start"
+                _print_line(f"{entry.name}: {name}, from which it starts, {reason}")
+                self._settled.add(entry.name)
+            return True
+        return False
+
     def _is_prepared(self, entry: SweepRun) -> bool:
         """Prepare the text of a run, and return whether that succeeded.
 
@@ -217,25 +234,31 @@ class Sweep:
         A run that the cluster refuses, or that was started with another spec, is settled.
         """
         run = self._runs.get(entry.name)
+        try:
+            spec = with_run_paths(entry, self._runs)
+        except MhmoeError as e:
+            _print_line(f"{entry.name}: {e}")
+            self._settled.add(entry.name)
+            return False
         # A run directory is missing if the user has removed it. The run is then created again.
         if run is None or not run.spec_file.exists():
-            run = _create_run(entry)
+            run = _create_run(spec)
             runs = {**self._sweep_dir.runs(), entry.name: run}
             # The run is recorded before it starts, because a later poll, or another job, would otherwise create it
             # again.
             self._sweep_dir.write_runs(runs)
             self._runs = runs
-        elif newest_attempt_number(run) and (changed_keys := entry.spec.changed_keys(run.spec())):
+        elif newest_attempt_number(run) and (changed_keys := spec.changed_keys(run.spec())):
             _print_line(f"{entry.name}: it was started with another spec: {', '.join(changed_keys)}")
             self._settled.add(entry.name)
             return False
         else:
             # The spec is written again, because its cluster section may differ, which `changed_keys` ignores.
-            run.write_spec(entry.spec)
+            run.write_spec(spec)
         run.stop_file.unlink(missing_ok=True)
         starts = self._starts.get(entry.name, 0) + 1
         try:
-            job = start_attempt(run, entry.spec, self._connection, public_address=self._order.address)
+            job = start_attempt(run, spec, self._connection, public_address=self._order.address)
         except ClusterError as e:
             # The cluster may have accepted the job even though it did not answer, so the run may be alive. The next
             # poll shows that.
@@ -253,14 +276,14 @@ class Sweep:
         return True
 
 
-def _create_run(entry: SweepRun) -> RunDir:
-    """Create the run directory of an entry.
+def _create_run(spec: RunSpec) -> RunDir:
+    """Create the run directory of an entry with its spec.
 
     Raises:
         OSError: the storage fails, which may be temporary.
     """
     try:
-        return create_run(entry.spec)
+        return create_run(spec)
     except SpecError as e:
         if isinstance(e.__cause__, OSError):
             raise e.__cause__ from None

@@ -3,11 +3,13 @@
 from pathlib import Path
 
 import pytest
+import yaml
 
 from mhmoe_ray.errors import SpecError
 from mhmoe_ray.planner.sizes import compute_sizes
 from mhmoe_ray.spec import SweepSpec, load_sweep
-from mhmoe_ray.sweep.plan import planned_runs
+from mhmoe_ray.sweep.plan import planned_runs, start_names
+from tests.specs import tiny_spec
 
 PAPER = Path(__file__).parents[2] / "jobs/paper"
 SWEEPS = sorted(path for path in PAPER.glob("*.yaml") if "\nsizes:" in path.read_text())
@@ -119,3 +121,47 @@ def test_too_long_names_of_a_grid_are_shortened():
     assert len(names) == 16
     assert names == {f"a-long-name-of-sweeps-{run.name}" for run in runs}
     assert max(map(len, names)) <= 41
+
+
+def write_branching_sweep(folder, runs):
+    """Write a dense spec, and return a sweep of it with these runs."""
+    spec = tiny_spec(folder, model={"moe": None}).model_dump(mode="json")
+    (folder / "dense.yaml").write_text(yaml.safe_dump(spec))
+    return SweepSpec.model_validate(
+        {"name": "n", "sizes": {"s": {"spec": "dense.yaml"}}, "runs": runs, "seeds": [0, 1]}
+    )
+
+
+def test_runs_may_start_from_other_runs_of_the_sweep(tmp_path):
+    """The order of the runs in the file does not matter, and a run starts from the run with its own seed."""
+    sweep = write_branching_sweep(
+        tmp_path,
+        {
+            "mix": {"start": {"from": ["sweep:left", "sweep:right"], "how": "mix"}, "model.moe": {"top_k": 2}},
+            "left": {"start.from": "sweep:dense", "start.optimizer": True},
+            "right": {"start.from": "sweep:dense@10", "train.lr": 0.1},
+            "dense": {},
+        },
+    )
+    runs = {run.name: run for run in planned_runs(sweep, tmp_path, "s")}
+    assert start_names(runs["mix-s1"]) == ["left-s1", "right-s1"]
+    assert start_names(runs["left-s0"]) == start_names(runs["right-s0"]) == ["dense-s0"]
+    assert runs["mix-s0"].spec.model.moe.experts == 2
+    assert runs["mix-s0"].spec.model.moe.d_expert == 48
+    assert runs["right-s0"].spec.model == runs["dense-s0"].spec.model
+    # All runs read the same prepared folder, whose tokenizer is trained once.
+    assert {run.spec.data.tokenizer for run in runs.values()} == {None}
+
+
+@pytest.mark.parametrize(
+    ("runs", "reason"),
+    [
+        ({"a": {"start.from": "sweep:b"}}, "start.from sweep:b: it has no such run; choose from a"),
+        ({"a": {"start.from": "sweep:b"}, "b": {"start.from": "sweep:a"}}, "it starts, directly or not, from the run"),
+        ({"a": {"start.from": "sweep:b", "model.d_model": 64}, "b": {}}, "model.d_model is 64 here and 32 there"),
+    ],
+)
+def test_impossible_starts_within_a_sweep_are_named(tmp_path, runs, reason):
+    with pytest.raises(SpecError) as error:
+        planned_runs(write_branching_sweep(tmp_path, runs), tmp_path, "s")
+    assert reason in str(error.value)

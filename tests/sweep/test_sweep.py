@@ -7,6 +7,7 @@ import itertools
 
 import pytest
 
+from mhmoe_ray.checkpoint.manifest import CheckpointManifest, commit
 from mhmoe_ray.cluster import jobs
 from mhmoe_ray.cluster.connect import Connection, connect
 from mhmoe_ray.data.shards.manifest import recipe
@@ -16,7 +17,7 @@ from mhmoe_ray.runs import events, history, metrics
 from mhmoe_ray.runs.directory import Attempt, add_attempt, create_run, newest_attempt_number
 from mhmoe_ray.runs.sweeps import Order, sweep_dir
 from mhmoe_ray.spec import SweepRun
-from mhmoe_ray.storage import write_json
+from mhmoe_ray.storage import describe_file, write_json
 from mhmoe_ray.sweep import client, scheduler
 from tests.data.shards.manifests import make_manifest
 from tests.specs import tiny_spec
@@ -146,6 +147,69 @@ def test_a_started_run_does_not_continue_with_another_spec(tmp_path, sweep, caps
     assert "a-s0: it was started with another spec: train" in capsys.readouterr().out
     assert started_run.spec().train.lr == old_entry.spec.train.lr
     assert newest_attempt_number(started_run) == 1
+
+
+def entry_from(folder, variant, source):
+    """Return the entry of a variant that starts from another run of the sweep."""
+    return make_entry(folder, variant, start={"from": f"sweep:{source}"})
+
+
+def test_a_run_waits_for_the_run_that_it_starts_from(tmp_path, sweep, capsys):
+    """The base is still running at the last poll of the first job; the branch starts after its end."""
+    base, branch = make_entry(tmp_path, "base"), entry_from(tmp_path, "branch", "base")
+    prepare(base.spec)
+    base_run = start_run(sweep, base, "began")
+    name = write_order(sweep, [branch, base], concurrent=2)
+    run_job_once(sweep, name)
+    assert list(sweep.runs()) == [base.name]
+    write_checkpoint(base_run)
+    events.record(base_run, "finished", step=20)
+    run_job_once(sweep, name)
+    [source] = sweep.runs()[branch.name].spec().start.sources
+    assert source == str(base_run.checkpoints / "step_00000020.1")
+    # The started run has a path where the sweep has a name, which is no other spec.
+    client.check_unchanged_specs(sweep, [branch, base])
+
+
+def write_checkpoint(run):
+    """Write a checkpoint of step 20 without files, and the run's tokenizer."""
+    run.tokenizer_file.write_text("{}")
+    manifest = CheckpointManifest(
+        step=20,
+        tokens=0,
+        position=0,
+        seed=0,
+        world=1,
+        ep=1,
+        model=run.spec().model,
+        seq_len=16,
+        tokenizer_sha256=describe_file(run.tokenizer_file).sha256,
+        data_sha256=None,
+        files={},
+    )
+    checkpoint = run.checkpoints / "step_00000020.1"
+    checkpoint.mkdir()
+    commit(checkpoint, manifest)
+
+
+def test_a_run_whose_start_is_not_wanted_is_not_started(tmp_path, sweep, capsys):
+    base, branch = make_entry(tmp_path, "base"), entry_from(tmp_path, "branch", "base")
+    leaf = entry_from(tmp_path, "leaf", "branch")
+    prepare(base.spec)
+    run_job(sweep, write_order(sweep, [base, branch, leaf], wanted_names=[branch.name, leaf.name]))
+    output = capsys.readouterr().out
+    assert f"{branch.name}: {base.name}, from which it starts, is not among the runs to start" in output
+    assert f"{leaf.name}: {branch.name}, from which it starts, has not finished" in output
+    assert sweep.runs() == {}
+
+
+def test_a_run_whose_start_was_stopped_is_not_started(tmp_path, sweep, capsys):
+    base, branch = make_entry(tmp_path, "base"), entry_from(tmp_path, "branch", "base")
+    prepare(base.spec)
+    start_run(sweep, base, "stopped")
+    run_job(sweep, write_order(sweep, [base, branch]))
+    assert f"{branch.name}: {base.name}, from which it starts, has not finished" in capsys.readouterr().out
+    assert list(sweep.runs()) == [base.name]
 
 
 def test_seeds_of_a_variant_must_have_one_spec(tmp_path, sweep):

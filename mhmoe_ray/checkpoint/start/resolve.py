@@ -7,59 +7,70 @@ A spec with a `start` section need not repeat what its start has:
     mix       the same, with one expert for each model
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
 from mhmoe_ray.checkpoint.start.compatibility import check_start
-from mhmoe_ray.checkpoint.start.source import SWEEP_PREFIX, StartModel, find_start_model, sibling_model
+from mhmoe_ray.checkpoint.start.source import (
+    SWEEP_PREFIX,
+    StartModel,
+    find_start_model,
+    sibling_model,
+    sweep_variant,
+)
 from mhmoe_ray.errors import SpecError
 from mhmoe_ray.planner.presets import Tree
 from mhmoe_ray.planner.resolve import merge_trees, resolve_spec
 from mhmoe_ray.spec import MoESpec, RunSpec, StartSpec, validate_section
 
 DEFAULT_STORAGE = "runs"
+TOKENIZER_KEYS = {"tokenizer", "tokenizer_pattern", "tokenizer_model", "tokenizer_train_mb"}
+FindSibling = Callable[[str], RunSpec]
+"""Function (variant) -> spec of the run of this variant, in a sweep."""
 
 
-def load_spec(path: Path, overrides: Sequence[str] = (), siblings: Mapping[str, RunSpec] | None = None) -> RunSpec:
+def load_spec(path: Path, overrides: Sequence[str] = (), find_sibling: FindSibling | None = None) -> RunSpec:
     """Read a spec file, replace its shorthands, add the defaults of its start, and return the checked, complete spec.
 
     Args:
         path: path of a YAML file.
         overrides: `key.path=value` strings.
-        siblings: specs of other runs of the same sweep, by variant, which `start.from` may name.
+        find_sibling: function that returns the spec of another run of the same sweep, which `start.from` may name.
 
     Raises:
         SpecError: as in `resolve_spec`; or the run cannot start from the models that it names.
         RunError, CheckpointError, DataError: a model that the run starts from cannot be read.
     """
     start_models: list[StartModel] = []
-    spec = resolve_spec(path, overrides, partial(_fill_from_start, siblings=siblings or {}, start_models=start_models))
+    spec = resolve_spec(
+        path, overrides, partial(_fill_from_start, find_sibling=find_sibling, start_models=start_models)
+    )
     if spec.start is not None:
         check_start(spec.start, spec.model, start_models)
     return spec
 
 
-def _fill_from_start(tree: Tree, label: str, siblings: Mapping[str, RunSpec], start_models: list[StartModel]) -> Tree:
+def _fill_from_start(tree: Tree, label: str, find_sibling: FindSibling | None, start_models: list[StartModel]) -> Tree:
     """Return the tree of a spec with the defaults of its start, and add the models that it names to `start_models`."""
     if tree.get("start") is None:
         return tree
     start = validate_section(StartSpec, tree["start"], label, prefix="start.")
     storage = str(tree.get("storage", DEFAULT_STORAGE))
-    start_models += [_find_model(source, storage, siblings) for source in start.sources]
-    first_model = start_models[0]
     own_model, own_data = tree.get("model") or {}, tree.get("data") or {}
     if not (isinstance(own_model, dict) and isinstance(own_data, dict)):
         # The check of the complete spec reports a section that is a value.
         return tree
+    for source in start.sources:
+        start_models.append(_find_model(source, storage, find_sibling))
+    first_model = start_models[0]
     model = _model_defaults(start, first_model, own_model, len(start_models))
     data: Tree = {"seq_len": first_model.seq_len}
-    if isinstance(first_model.tokenizer_file, Path):
+    if first_model.sibling is not None and _reads_same_folder(own_data, first_model.sibling):
+        # The other run prepares the folder, perhaps with a tokenizer that it trains.
+        data |= first_model.sibling.data.model_dump(mode="json", include=TOKENIZER_KEYS)
+    elif isinstance(first_model.tokenizer_file, Path):
         data["tokenizer"] = str(first_model.tokenizer_file)
-    sibling = siblings.get(first_model.source.removeprefix(SWEEP_PREFIX).partition("@")[0])
-    if sibling is not None and Path(own_data.get("prepared", "")).absolute() == sibling.data.prepared.absolute():
-        # Both runs read the same folder, so its settings are those of the other run.
-        data |= sibling.data.model_dump(mode="json", include=TOKENIZER_KEYS)
     resolved_start = start.with_sources([start_model.source for start_model in start_models])
     return {
         **tree,
@@ -69,18 +80,25 @@ def _fill_from_start(tree: Tree, label: str, siblings: Mapping[str, RunSpec], st
     }
 
 
-TOKENIZER_KEYS = {"tokenizer", "tokenizer_pattern", "tokenizer_model", "tokenizer_train_mb"}
+def _reads_same_folder(own_data: Tree, sibling: RunSpec) -> bool:
+    """Return whether the `data` section of a spec file has the prepared folder of another run of the sweep."""
+    folder = own_data.get("prepared")
+    return isinstance(folder, str) and Path(folder).absolute() == sibling.data.prepared.absolute()
 
 
-def _find_model(source: str, storage: str, siblings: Mapping[str, RunSpec]) -> StartModel:
-    """Return the model that a value of `start.from` names, which may be another run of the same sweep."""
+def _find_model(source: str, storage: str, find_sibling: FindSibling | None) -> StartModel:
+    """Return the model that a value of `start.from` names, which may be another run of the same sweep.
+
+    Raises:
+        SpecError: another run of a sweep is named outside of a sweep, or there is no such run.
+    """
     if not source.startswith(SWEEP_PREFIX):
         return find_start_model(source, storage)
-    variant = source.removeprefix(SWEEP_PREFIX).partition("@")[0]
-    if variant not in siblings:
-        known_text = f"choose from {', '.join(siblings)}" if siblings else "it is for runs of a sweep"
-        raise SpecError(f"start.from {source}", "the sweep has no such run before this one", known_text)
-    return sibling_model(source, siblings[variant])
+    if find_sibling is None:
+        raise SpecError(
+            f"start.from {source}", "it names a run of a sweep", "give the file of the sweep to `mhmoe sweep`"
+        )
+    return sibling_model(source, find_sibling(sweep_variant(source)))
 
 
 def _model_defaults(start: StartSpec, start_model: StartModel, own_model: Tree, count: int) -> Tree:

@@ -47,6 +47,8 @@ class StartModel(NamedTuple):
     ends: list[int]
     """Token ids that end a text in addition to the tokenizer's own."""
     chat_template: str | None
+    sibling: RunSpec | None = None
+    """Spec of another run of the same sweep, which need not exist yet; None for any other model."""
 
     @property
     def run(self) -> RunDir | None:
@@ -56,7 +58,7 @@ class StartModel(NamedTuple):
     @property
     def has_moments(self) -> bool:
         """True if the optimizer's state can be copied; also for another run of a sweep."""
-        return self.model_type is None and (self.manifest is None or self.manifest.has_moments)
+        return self.sibling is not None or (self.manifest is not None and self.manifest.has_moments)
 
 
 def find_start_model(source: str, storage: Location | str) -> StartModel:
@@ -177,4 +179,10 @@ def sibling_model(source: str, sibling: RunSpec) -> StartModel:
         adds_start=True,
         ends=[],
         chat_template=None,
+        sibling=sibling,
     )
+
+
+def sweep_variant(source: str) -> str:
+    """Return the variant in a source that names another run of a sweep, such as sweep:dense@200."""
+    return source.removeprefix(SWEEP_PREFIX).partition("@")[0]
