@@ -191,7 +191,7 @@ def with_sweep_names(started_spec: RunSpec, entry: SweepRun) -> RunSpec:
     if start is None or entry_start is None or len(start.sources) != len(entry_start.sources):
         return started_spec
     sources = [
-        wanted if wanted.startswith(SWEEP_PREFIX) else source
-        for source, wanted in zip(start.sources, entry_start.sources, strict=True)
+        entry_source if entry_source.startswith(SWEEP_PREFIX) else source
+        for source, entry_source in zip(start.sources, entry_start.sources, strict=True)
     ]
     return started_spec.model_copy(update={"start": start.with_sources(sources)})
