@@ -279,4 +279,6 @@ def _moe_bytes(model: ModelSpec, moe: MoESpec, size: int) -> int:
     total += moe.heads * (_router_bytes(moe, model.row_width) + FLOAT32) + routes * (INT64 + 1)
     if moe.d_shared:
         total += model.architecture.hidden_saved_bytes(moe.d_shared, size)
+        # The head projection and the shared expert each cast the result of the norm for themselves.
+        total += d * size * (size < FLOAT32 and moe.has_head_projection)
     return total
