@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
 from torch.utils.flop_counter import FlopCounterMode
 
 from mhmoe_ray.architectures import ARCHITECTURES
@@ -12,6 +13,7 @@ from mhmoe_ray.model.init import init_weights
 from mhmoe_ray.planner.sizes import compute_sizes
 from mhmoe_ray.spec import ModelSpec, MoESpec
 from mhmoe_ray.spec.model import ROUTERS
+from tests.model.drawn import specs
 
 MOES = [
     None,
@@ -22,6 +24,8 @@ MOES = [
     MoESpec(heads=2, experts=6, top_k=3, d_expert=5, head_projection=False, router="xmoe", router_dim=7),
     MoESpec(experts=6, top_k=3, d_expert=5, every=1, dense_first=2, scoring="sigmoid", groups=2, top_groups=1),
     *(MoESpec(heads=4, experts=8, top_k=2, d_expert=5, router=router) for router in ROUTERS),
+    MoESpec(heads=2, experts=4, top_k=2, d_expert=24, d_sub_token=48),
+    MoESpec(heads=5, experts=6, top_k=3, d_expert=5, d_sub_token=7, projection_layers=3, d_shared=4),
 ]
 TRUNK_OPTIONS = [
     {"d_head": 6, "kv_heads": 4},
@@ -57,20 +61,37 @@ def test_parameters_from_the_spec_are_those_of_a_built_model(backbone, moe):
         assert compute_sizes(spec).expert_parameters == experts
 
 
+def flops_without_attention(model):
+    """Return the FLOPs of a forward pass of 8 tokens, as torch counts them, without those of attention scores."""
+    init_weights(model, 0)
+    tokens = torch.arange(8)[None]
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(tokens)
+    operations = {str(name): flops for name, flops in counter.get_flop_counts()["Global"].items()}
+    return sum(flops for name, flops in operations.items() if "attention" not in name)
+
+
+@settings(max_examples=40)
+@given(spec=specs(router="linear", kernel="grouped", capacity_factor=None))
+def test_counts_of_random_layers_are_those_of_a_built_model(spec):
+    """Parameters and multiply-adds are exact for all heads, widths of sub-tokens and projections."""
+    sizes, model = compute_sizes(spec), Decoder(spec)
+    assert sizes.parameters == sum(p.numel() for p in model.parameters())
+    assert sizes.macs_per_token * 2 * 8 == flops_without_attention(model)
+
+
 @pytest.mark.parametrize(
-    "moe", [None, MoESpec(heads=4, experts=6, top_k=3, d_expert=12, d_shared=20, kernel="grouped")]
+    "moe",
+    [
+        None,
+        MoESpec(heads=4, experts=6, top_k=3, d_expert=12, d_shared=20, kernel="grouped"),
+        MoESpec(heads=3, experts=6, top_k=2, d_expert=12, d_sub_token=30, projection_layers=2, kernel="grouped"),
+    ],
 )
 @pytest.mark.parametrize("backbone", ARCHITECTURES)
 def test_multiply_adds_from_the_spec_are_those_that_torch_counts(backbone, moe):
     for spec in model_specs(backbone, moe):
-        model = Decoder(spec)
-        init_weights(model, 0)
-        tokens = torch.arange(8)[None]
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            model(tokens)
-        operations = {str(name): flops for name, flops in counter.get_flop_counts()["Global"].items()}
-        products = sum(flops for name, flops in operations.items() if "attention" not in name)
-        assert products == 2 * 8 * compute_sizes(spec).macs_per_token
+        assert flops_without_attention(Decoder(spec)) == 2 * 8 * compute_sizes(spec).macs_per_token
 
 
 @pytest.mark.parametrize("backbone", ARCHITECTURES)

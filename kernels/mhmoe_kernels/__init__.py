@@ -5,7 +5,7 @@ planner can read abilities.py.
 
 Shape suffixes, here and in mhmoe_ray.model:
 
-    N  rows (tokens, or sub-tokens when h > 1)     D  width of a row (d, or d/h)
+    N  rows (tokens, or sub-tokens when h > 1)     D  width of a row (a token's, or a sub-token's)
     K  experts per row (top-k)                     E  experts of the stack
     R  routed rows, N * K                          F  hidden width of an expert
     I  input width of a matrix                     O  output width of a matrix

@@ -1,7 +1,7 @@
 """The interface of an architecture: options for the spec, counts for the planner, names of exported tensors.
 
-Methods take sizes as plain numbers: d is the width of the model, D the width of an expert's row (d, or d/h), F the
-hidden width of a feed-forward layer or an expert.
+Methods take sizes as plain numbers: d is the width of the model, D the width of a feed-forward layer's or an
+expert's rows (tokens or sub-tokens), F the hidden width of a feed-forward layer or an expert.
 """
 
 # The spec imports this package, so nothing here may need a spec.

@@ -178,6 +178,8 @@ def print_summary(spec: "RunSpec", step_estimate: "Estimate | None") -> None:
     experts = "none"
     if moe:
         kind = f"multi-head, {moe.heads} heads" if moe.heads > 1 else "plain"
+        if moe.d_sub_token is not None:
+            kind += f", sub-tokens of width {moe.d_sub_token}"
         experts = (
             f"{kind}; {model.moe_layers} of {model.layers} layers have {moe.experts} experts of width {moe.d_expert}, "
             f"top {moe.top_k}, {moe.router} router, "

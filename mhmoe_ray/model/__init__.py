@@ -38,7 +38,8 @@ and torchscale's division of gates after drops, are not implemented.
 
 Other designs are built from these parts and need no backbone of their own. DeepSeekMoE has many narrow experts and
 `d_shared`. Mixtral has `kv_heads`, `tied_embeddings: false`, `every: 1` and `normalize_gates: true`. Both are presets
-(planner/). Qwen, OLMoE and DeepSeek-V3's routing add norms of queries and keys, biases of attention, scaled positions,
+(planner/). With `heads: 2` and a `d_sub_token` of d, a layer can compute the same as a plain layer whose experts it has
+(moe.py). Qwen, OLMoE and DeepSeek-V3's routing add norms of queries and keys, biases of attention, scaled positions,
 sigmoid scores and groups of experts, which are options too. SMEAR (soft merging of experts, arXiv 2306.03745) is not
 offered, for two reasons. Its router averages over the whole sequence, so that in a decoder later tokens would influence
 earlier ones. It merges weights into one expert, whereas everything here sends rows to experts.

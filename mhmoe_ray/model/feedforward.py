@@ -44,8 +44,8 @@ def matrix_names(model: nn.Module) -> set[str]:
 class Experts(nn.Module):
     """The experts of a layer that this process holds: all E of them, or a part of them with expert parallelism.
 
-    Each expert computes the same as a FeedForward of width d/h and hidden width f. The parameters of all experts are
-    stacked along a first dimension E, and registered in the order of the function's arguments.
+    Each expert computes the same as a FeedForward of a sub-token's width D and hidden width f. The parameters of all
+    experts are stacked along a first dimension E, and registered in the order of the function's arguments.
     """
 
     def __init__(self, spec: ModelSpec, expert_ids: range) -> None:
@@ -56,7 +56,7 @@ class Experts(nn.Module):
         self.kernel: str = moe.kernel
         modules = modules_of(spec)
         self.function = modules.function(spec)
-        for name, shape in modules.expert_shapes(spec.d_model // moe.heads, moe.d_expert).items():
+        for name, shape in modules.expert_shapes(spec.row_width, moe.d_expert).items():
             base_name, _, dimensions = name.rpartition("_")
             self.register_parameter(f"{base_name}_E{dimensions}", nn.Parameter(torch.empty(len(expert_ids), *shape)))
 

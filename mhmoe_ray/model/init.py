@@ -24,12 +24,15 @@ def init_weights(model: Decoder, seed: int, on_tensor: Callable[[], None] = lamb
     | embedding, untied output | normal, sd d^-0.5 |
     | attention | as nn.Linear (torchscale has a Xavier initialization for it that nothing calls) |
     | feed-forward, experts | as nn.Linear; every expert has a seed of its own |
-    | head projection | Xavier with gain 1/sqrt 2, bias uniform in +-d^-0.5 |
+    | head projection | Xavier with gain 1/sqrt 2, bias as nn.Linear |
     | merge projection | Xavier, bias 0 |
     | router | as nn.Linear; X-MoE's expert embeddings orthogonal, gain 0.32 |
     | norms | 1, bias 0 |
 
-    The architecture may then change these values (`Modules.rescale_initial`), as subln does.
+    The values of nn.Linear, of weights and biases, are uniform in +-n^-0.5, where n is the fan-in of the matrix. For a
+    layer of the head projection, n is d if the layer is the first one or if sub-tokens have the default width, and
+    otherwise h times the width of a sub-token. The architecture may then change these values
+    (`Modules.rescale_initial`), as subln does.
 
     Args:
         model: the model to initialize.
@@ -109,24 +112,28 @@ def _fill_initial_values(module: nn.Module, name: str, t: Tensor, generator: tor
         nn.init.normal_(t, std=t.shape[1] ** -0.5, generator=generator)
     # P1 and P2 do not describe several projection layers: each is initialized as if it were the only one.
     elif ".head." in name or ".merge." in name:
-        _fill_projection(name, t, generator)
+        _fill_projection(module, name, t, generator)
     elif t.ndim == 1:
-        # As in nn.Linear, the range of a bias depends on the fan-in of its matrix.
-        fan_in = _fan_in(module, name)
-        nn.init.uniform_(t, -(fan_in**-0.5), fan_in**-0.5, generator=generator)
+        _fill_bias(module, name, t, generator)
     else:
         nn.init.kaiming_uniform_(t, a=math.sqrt(5), generator=generator)
 
 
-def _fill_projection(name: str, t: Tensor, generator: torch.Generator) -> None:
+def _fill_projection(module: nn.Module, name: str, t: Tensor, generator: torch.Generator) -> None:
     """Fill a weight or a bias of a head or merge projection."""
     is_head = ".head." in name
     if t.ndim == 2:
         nn.init.xavier_uniform_(t, gain=2**-0.5 if is_head else 1.0, generator=generator)
     elif is_head:
-        nn.init.uniform_(t, -(t.shape[0] ** -0.5), t.shape[0] ** -0.5, generator=generator)
+        _fill_bias(module, name, t, generator)
     else:
         nn.init.zeros_(t)
+
+
+def _fill_bias(module: nn.Module, name: str, t: Tensor, generator: torch.Generator) -> None:
+    """Fill a bias as nn.Linear does, in a range that depends on the fan-in of its matrix."""
+    fan_in = _fan_in(module, name)
+    nn.init.uniform_(t, -(fan_in**-0.5), fan_in**-0.5, generator=generator)
 
 
 def _fan_in(module: nn.Module, bias_name: str) -> int:

@@ -1,16 +1,24 @@
 """The multi-head mixture-of-experts layer (P1, section 3.1; P2, section 2.1); with h = 1, the plain sparse layer.
 
-    x (N, d) -> head projection -> split (N*h, d/h) -> router -> experts -> join (N, d) -> merge projection
+    x (N, d) -> head projection -> split (N*h, D) -> router -> experts -> join (N, h*D) -> merge projection
 
-The h sub-tokens of a token are neighbouring rows (token-major, head-minor). By default there is no residual connection
-around a sub-token: the block's own residual is the only one, as in the authors' code and in P2. Equation 6 of P1 has
-one, which the option `sub_token_residual` adds. A shared expert, whose position P2 leaves open, computes on whole
-tokens before the split.
+The h sub-tokens of a token are neighbouring rows (token-major, head-minor). Their width D is d/h, or the option
+`d_sub_token`. With the option, the first layer of the head projection leads from d to h*D values, and the last layer of
+the merge projection leads back to d. With D = d, a multi-head layer can compute the same as a plain layer with its
+experts and its router: the head projection makes each token its first sub-token, and the merge projection reads only
+the first sub-token.
+
+By default there is no residual connection around a sub-token: the block's own residual is the only one, as in the
+authors' code and in P2. Equation 6 of P1 has one, which the option `sub_token_residual` adds. A shared expert, whose
+position P2 leaves open, computes on whole tokens before the split.
 
 In training, dropout applies to the output of each expert, shared or routed, before gates and merge, as in the authors'
 code. Each of a sub-token's k experts has its own mask. Neither the projections nor the output of the whole layer have
 dropout.
 """
+
+from collections.abc import Iterable
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -27,11 +35,11 @@ def dispatch_locally(x_ND: Tensor, routing: Routing, experts: Experts) -> Tensor
     return experts.compute(x_ND, routing.expert_NK, routing.gate_NK, routing.capacity)
 
 
-def _build_projection(width: int, layers: int) -> nn.Module:
-    """Return a projection from `width` to `width` values: `layers` linear layers with ReLU between them."""
+def _build_projection(widths: Iterable[int]) -> nn.Module:
+    """Return a projection: a linear layer from each width to the next one, with ReLU between the layers."""
     # The layers have biases, as in the authors' code, even where the rest of the model has none.
-    linear_layers = [nn.Linear(width, width) for _ in range(layers)]
-    if layers == 1:
+    linear_layers = [nn.Linear(in_width, out_width) for in_width, out_width in pairwise(widths)]
+    if len(linear_layers) == 1:
         return linear_layers[0]
     return nn.Sequential(*(module for layer in linear_layers for module in (layer, nn.ReLU())))[:-1]
 
@@ -53,12 +61,11 @@ class MultiHeadMoE(nn.Module):
         moe = spec.moe
         assert moe is not None
         self.heads, self.residual, self.dropout = moe.heads, moe.sub_token_residual, spec.dropout
-        self.head = _build_projection(spec.d_model, moe.projection_layers) if moe.has_head_projection else nn.Identity()
-        self.router = Router(spec.d_model // moe.heads, moe)
+        widths = spec.projection_widths
+        self.head = _build_projection(widths) if moe.has_head_projection else nn.Identity()
+        self.router = Router(spec.row_width, moe)
         self.experts = Experts(spec, range(moe.experts) if expert_ids is None else expert_ids)
-        self.merge = (
-            _build_projection(spec.d_model, moe.projection_layers) if moe.has_merge_projection else nn.Identity()
-        )
+        self.merge = _build_projection(reversed(widths)) if moe.has_merge_projection else nn.Identity()
         self.shared = FeedForward(spec, moe.d_shared) if moe.d_shared else None
         self.dispatch: Dispatch = dispatch_locally
 

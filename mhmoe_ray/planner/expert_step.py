@@ -16,7 +16,7 @@ def assumed_kernel(spec: RunSpec) -> KernelName | None:
     moe = spec.model.moe
     if moe is None or moe.kernel != "auto":
         return moe.kernel if moe else None
-    is_narrow = spec.model.d_model // moe.heads <= (KERNELS["triton"].auto_max_row_width or 0)
+    is_narrow = spec.model.row_width <= (KERNELS["triton"].auto_max_row_width or 0)
     uses_triton = spec.cluster.gpus_per_worker and spec.train.precision == "bfloat16" and is_narrow
     return "triton" if uses_triton else "grouped"
 
@@ -27,7 +27,7 @@ def may_use_cpp(spec: RunSpec) -> bool:
     model, moe, limits = spec.model, spec.model.moe, KERNELS["cpp"]
     if moe is None or moe.kernel != "auto" or spec.cluster.gpus_per_worker:
         return False
-    has_valid_sizes = not (model.d_model // moe.heads % limits.size_multiple or moe.d_expert % limits.size_multiple)
+    has_valid_sizes = not (model.row_width % limits.size_multiple or moe.d_expert % limits.size_multiple)
     has_valid_function = limits.function == model.architecture.expert_function
     return has_valid_sizes and has_valid_function and spec.train.precision == limits.precision
 
@@ -46,7 +46,7 @@ class ExpertStep(NamedTuple):
     those of one rank under uniform routing."""
 
     rows: int
-    """Number of routed rows R = N * h * k, each of width d/h."""
+    """Number of routed rows R = N * h * k, each of a sub-token's width."""
     flops: int
     """FLOPs of the matrix products; a multiply-add counts as two."""
     bytes: int
@@ -65,7 +65,7 @@ def expert_step(spec: RunSpec) -> ExpertStep | None:
     model, moe = spec.model, spec.model.moe
     if moe is None:
         return None
-    width = model.d_model // moe.heads
+    width = model.row_width
     rows = spec.tokens_per_micro_batch * moe.heads * moe.top_k
     values = model.architecture.expert_matrices * (
         rows * (width + moe.d_expert) + moe.experts // spec.cluster.ep * width * moe.d_expert

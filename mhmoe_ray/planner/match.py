@@ -135,7 +135,7 @@ def _solve_key(
 
     if count_at(0) >= target:
         reason = f"the parts besides the experts (projections, shared expert) have as much as {match.to} already"
-        remedy = "match a larger reference, or lower model.moe.d_shared or projection_layers"
+        remedy = "match a larger reference, or lower model.moe.d_shared, d_sub_token or projection_layers"
         raise SpecError(_match_label(match), reason, remedy)
     exact = max(1, _nearest_value(count_at, target, 1))
     parts = [match.multiple // part for part in (1, 2, 4, 8) if match.multiple % part == 0]

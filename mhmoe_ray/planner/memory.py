@@ -186,7 +186,7 @@ def _dropout_bytes(model: ModelSpec, size: int) -> int:
     masks = model.d_model * (1 + model.layers + model.layers - model.moe_layers)
     if model.moe is None:
         return masks
-    outputs = model.d_model * model.moe.top_k
+    outputs = model.joined_width * model.moe.top_k
     shared = model.d_model if model.moe.d_shared else 0
     return masks + model.moe_layers * (outputs * (1 + size) + shared)
 
@@ -222,7 +222,7 @@ def _static_layout_bytes(model: ModelSpec, tokens: int, size: int) -> int:
         return 0
     rows = tokens * moe.heads
     slots = moe.experts * (moe.expert_capacity(rows) or 0)
-    width = model.d_model // moe.heads * size
+    width = model.row_width * size
     hidden = model.architecture.hidden_saved_bytes(moe.d_expert, size)
     # With dropout, each route is a row of its own with the constant weight 1. So no output is kept for the gradient of
     # a gate.
@@ -254,8 +254,8 @@ def _router_bytes(moe: MoESpec, width: int) -> int:
 def _moe_bytes(model: ModelSpec, moe: MoESpec, size: int) -> int:
     """Return the bytes per token that one mixture-of-experts layer saves for the backward, without the static layout of
     kernel `capacity` and without dropout."""
-    d, routes = model.d_model, moe.heads * moe.top_k
-    row_bytes = routes * d // moe.heads * size
+    d, joined_width, routes = model.d_model, model.joined_width, moe.heads * moe.top_k
+    row_bytes = routes * model.row_width * size
     total = 0
     if moe.kernel != "capacity":
         total += row_bytes + routes * _expert_hidden_bytes(model, moe, size) + row_bytes + routes * FLOAT32
@@ -264,10 +264,11 @@ def _moe_bytes(model: ModelSpec, moe: MoESpec, size: int) -> int:
     # The next bytes are the router's input, unless it counts already as the result of the norm, and the factors of
     # jitter.
     saves_input = moe.has_head_projection or size < FLOAT32 or (moe.jitter > 0 and is_norm_saved)
-    total += d * FLOAT32 * (saves_input + (moe.jitter > 0)) - d * size * (size < FLOAT32 and not is_norm_saved)
+    total += joined_width * FLOAT32 * (saves_input + (moe.jitter > 0))
+    total -= d * size * (size < FLOAT32 and not is_norm_saved)
     # The next bytes are the operand of the merge projection, and that of each further layer of the two projections.
     total += (
-        d
+        joined_width
         * size
         * (
             moe.has_merge_projection
@@ -275,7 +276,9 @@ def _moe_bytes(model: ModelSpec, moe: MoESpec, size: int) -> int:
         )
     )
     # The next bytes are the values of the router, and the choice and the mask of each route.
-    total += moe.heads * (_router_bytes(moe, d // moe.heads) + FLOAT32) + routes * (INT64 + 1)
+    total += moe.heads * (_router_bytes(moe, model.row_width) + FLOAT32) + routes * (INT64 + 1)
     if moe.d_shared:
         total += model.architecture.hidden_saved_bytes(moe.d_shared, size)
+        # The head projection and the shared expert each cast the result of the norm for themselves.
+        total += d * size * (size < FLOAT32 and moe.has_head_projection)
     return total

@@ -2,6 +2,7 @@
 built model."""
 
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 from mhmoe_ray.architectures import FLOAT32
@@ -95,13 +96,12 @@ def model_parts(spec: ModelSpec) -> list[Part]:
 
 def _moe_parts(spec: ModelSpec, moe: MoESpec) -> list[Part]:
     """Return the parts of the mixture-of-experts layers, without those that have no parameters."""
-    d, width, layers = spec.d_model, spec.d_model // moe.heads, spec.moe_layers
-    projections = (moe.has_head_projection + moe.has_merge_projection) * moe.projection_layers
+    d, width, layers = spec.d_model, spec.row_width, spec.moe_layers
     expert = spec.architecture.expert_parameters(width, moe.d_expert)
     expert_macs = spec.architecture.expert_macs(width, moe.d_expert)
     routes, router = moe.heads * moe.top_k, moe.router_sizes(width)
     result = [
-        Part(PROJECTIONS, layers, *_all_active(projections * (d * d + d)), projections * d * d),
+        _projections_part(spec, moe),
         Part(ROUTER, layers, *_all_active(router.parameters), moe.heads * router.macs),
         # A token has `routes` routes but uses at most E experts, because its sub-tokens may share experts.
         Part(EXPERTS, layers, moe.experts * expert, min(routes, moe.experts) * expert, routes * expert_macs),
@@ -110,6 +110,16 @@ def _moe_parts(spec: ModelSpec, moe: MoESpec) -> list[Part]:
         shared = spec.architecture.expert_parameters(d, moe.d_shared)
         result.append(Part(SHARED, layers, *_all_active(shared), spec.architecture.expert_macs(d, moe.d_shared)))
     return [part for part in result if part.parameters]
+
+
+def _projections_part(spec: ModelSpec, moe: MoESpec) -> Part:
+    """Return the part of the head and merge projections."""
+    head_widths = spec.projection_widths
+    sides = [head_widths] * moe.has_head_projection + [head_widths[::-1]] * moe.has_merge_projection
+    shapes = [shape for widths in sides for shape in pairwise(widths)]
+    macs = sum(in_width * out_width for in_width, out_width in shapes)
+    biases = sum(out_width for _, out_width in shapes)
+    return Part(PROJECTIONS, spec.moe_layers, *_all_active(macs + biases), macs)
 
 
 def compute_sizes(spec: ModelSpec) -> Sizes:

@@ -191,8 +191,9 @@ def dispatch_exchanges(spec: RunSpec, layout: Layout | None = None) -> list[Exch
     groups = [layout.spread(ranks) for ranks in layout.groups.ranks]
     times = model.moe_layers * _micro_batches(spec)
     tokens = spec.tokens_per_micro_batch
-    # A token has h rows of width d/h, and each row has k routes, so its routes have k * d values whatever h is.
-    route_bytes = tokens * moe.top_k * model.d_model * bytes_per_value(spec)
+    # A token has h rows, and each row has k routes. At the default width d/h, the routes of a token have k * d values
+    # whatever h is.
+    route_bytes = tokens * moe.top_k * model.joined_width * bytes_per_value(spec)
     count_bytes = INT64 * moe.experts
     stages = ("rows to experts", "outputs back", "gradients of outputs to experts", "gradients of rows back")
 

@@ -176,10 +176,11 @@ def _write_figure(figure: "Figure", png: Path) -> str:
 def _variant_row(variant: Variant, baseline: Variant, step: int | None, routes: Routes | None) -> dict[str, Any]:
     """Return the row of a variant in the page's tables of results and of sizes."""
     moe, has_several_runs = variant.first_run.spec.model.moe, len(variant.runs) > 1
+    width = f", D {moe.d_sub_token}" if moe and moe.d_sub_token is not None else ""
     return {
         "name": variant.name,
         "runs": len(variant.runs),
-        "shape": f"h {moe.heads}, E {moe.experts}, k {moe.top_k}, f {moe.d_expert}" if moe else "dense",
+        "shape": f"h {moe.heads}{width}, E {moe.experts}, k {moe.top_k}, f {moe.d_expert}" if moe else "dense",
         **variant_row(variant, variant.first_run.sizes, baseline.first_run.sizes, step),
         "bits_per_byte": _bits_per_byte(variant),
         "routes_of": routes.source + (f", seed {variant.routes_run.spec.seed}" if has_several_runs else "")

@@ -28,6 +28,7 @@ _FOREIGN_NAMES: dict[str, str] = {
     "model.attention_dropout": "attn_dropout attn_pdrop attention_probs_dropout_prob",
     "model.backbone": "model_type architecture architectures arch",
     "model.moe.heads": "moe_heads mh_heads num_moe_heads head_num",
+    "model.moe.d_sub_token": "sub_token_size",
     "model.moe.experts": "num_experts n_experts num_local_experts n_routed_experts moe_num_experts expert_count",
     "model.moe.top_k": "num_experts_per_tok num_experts_per_token experts_per_token moe_topk moe_router_topk k",
     "model.moe.d_expert": "moe_intermediate_size expert_hidden_size moe_ffn_hidden_size expert_dim expert_size",

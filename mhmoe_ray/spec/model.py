@@ -1,8 +1,9 @@
 """The `model` section: a decoder with (multi-head) mixture-of-experts layers, its routers and its kernels.
 
-Sizes use the papers' names: d (`d_model`), h (`moe.heads`), E (`moe.experts`), k (`moe.top_k`), f (`moe.d_expert`). P1
-is the first MH-MoE paper (arXiv 2404.15045), P2 the follow-up (arXiv 2411.16205). Where the papers or their code
-disagree, both readings are options, and the default is P2's.
+Sizes use the papers' names: d (`d_model`), h (`moe.heads`), E (`moe.experts`), k (`moe.top_k`), f (`moe.d_expert`). D
+(`moe.d_sub_token`) is the width of a sub-token, which is d / h in the papers. P1 is the first MH-MoE paper (arXiv
+2404.15045), P2 the follow-up (arXiv 2411.16205). Where the papers or their code disagree, both readings are options,
+and the default is P2's.
 
 `architectures/` has the options of each architecture, and `mhmoe_kernels.abilities` the limits of each kernel.
 """
@@ -60,6 +61,11 @@ class MoESpec(Section):
 
     heads: PositiveInt = 2
     """h: number of sub-tokens per token."""
+    d_sub_token: PositiveInt | None = None
+    """D: width of a sub-token; by default d_model / heads. The router and the experts compute on rows of this width.
+    With another width than the default, the first layer of the head projection leads from d_model to heads *
+    d_sub_token values, and the last layer of the merge projection leads back. Layers between them have heads *
+    d_sub_token values."""
     experts: PositiveInt = 8
     """E: number of routed experts in each layer."""
     top_k: PositiveInt = 2
@@ -340,8 +346,8 @@ class ModelSpec(Section):
             raise ValueError(f"d_ff is missing: {dense} of the {self.layers} layers are dense feed-forward layers")
         if not dense and self.d_ff is not None:
             raise ValueError("every layer is a mixture of experts, so d_ff would be ignored")
-        if self.moe and self.d_model % self.moe.heads:
-            raise ValueError(f"d_model {self.d_model} does not split into {self.moe.heads} equal sub-tokens")
+        if self.moe:
+            self._check_sub_tokens(self.moe)
         if self.moe and not self.moe_layers:
             raise ValueError(
                 f"moe.every is {self.moe.every} and moe.dense_first {self.moe.dense_first}, so none of the "
@@ -360,8 +366,20 @@ class ModelSpec(Section):
         if self.qk_norm != "none":
             raise ValueError(f"the {self.backbone} backbone has no norm of queries and keys: remove qk_norm")
 
+    def _check_sub_tokens(self, moe: MoESpec) -> None:
+        if moe.d_sub_token is None and self.d_model % moe.heads:
+            raise ValueError(
+                f"d_model {self.d_model} does not split into {moe.heads} equal sub-tokens; or set moe.d_sub_token"
+            )
+        has_projections = moe.has_head_projection and moe.has_merge_projection
+        if self.joined_width != self.d_model and not has_projections:
+            raise ValueError(
+                f"moe.heads ({moe.heads}) times moe.d_sub_token ({moe.d_sub_token}) is not d_model ({self.d_model}), "
+                "so head_projection and merge_projection must be true"
+            )
+
     def _check_kernel(self, moe: MoESpec) -> None:
-        limits, row_width = moe.kernel_limits, self.d_model // moe.heads
+        limits, row_width = moe.kernel_limits, self.row_width
         if limits.function not in (None, self.architecture.expert_function):
             backbones = " or ".join(
                 n for n, architecture in ARCHITECTURES.items() if architecture.expert_function == limits.function
@@ -408,7 +426,29 @@ class ModelSpec(Section):
         if moe.recompute is not None:
             return moe.recompute
         # It keeps the memory of a layer with 4 heads near that of a plain one with the same work (kernels/README.md).
-        return 0.6 if moe.d_expert >= 8 * self.d_model // moe.heads else 0.0
+        return 0.6 if moe.d_expert >= 8 * self.row_width else 0.0
+
+    @property
+    def row_width(self) -> int:
+        """The width D of the rows that the router and the experts of a layer compute on. The model must have
+        mixture-of-experts layers."""
+        assert self.moe is not None
+        return self.moe.d_sub_token or self.d_model // self.moe.heads
+
+    @property
+    def joined_width(self) -> int:
+        """The width h * D of all rows of a token together. The model must have mixture-of-experts layers."""
+        assert self.moe is not None
+        return self.moe.heads * self.row_width
+
+    @property
+    def projection_widths(self) -> list[int]:
+        """The widths of the values before, between and after the linear layers of the head projection. Those of the
+        merge projection are the same in reverse order. The model must have mixture-of-experts layers."""
+        assert self.moe is not None
+        # The inner width is h * D and not d, because a token passes ReLU unchanged only where its positive and its
+        # negative parts have values of their own. If h * D is at least 2 d, several layers can be the identity.
+        return [self.d_model, *[self.joined_width] * self.moe.projection_layers]
 
     @property
     def row_width(self) -> int:

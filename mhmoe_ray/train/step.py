@@ -179,7 +179,7 @@ class Trainer:
         loss_sum, balance_sum, dropped = loss_balance_dropped.tolist()
         sums = RankSums(targets, loss_sum, balance_sum, int(dropped), count_LE.cpu())
         if moe and self._dispatch:
-            row_bytes = spec.model.d_model // moe.heads * bytes_per_value(spec)
+            row_bytes = spec.model.row_width * bytes_per_value(spec)
             least_bytes = flat_row_bytes(sums.count_LE, self.mesh.expert_ids(moe.experts), row_bytes)
             wait_seconds = self._dispatch.pop_wait_seconds()
             sums = sums._replace(

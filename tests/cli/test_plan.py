@@ -19,8 +19,10 @@ def test_plan_shows_sizes_and_layout(corpus):
     assert plan["tokens_per_step"] == 4 * 2 * 16
     assert plan["spec"]["train"]["steps"] == 30
     text = mhmoe(corpus, "plan", "spec.yaml").out
-    for part in (f"{plan['sizes']['parameters']:,}", "2 = dp 1 x ep 2", "multi-head, 2 heads"):
+    for part in (f"{plan['sizes']['parameters']:,}", "2 = dp 1 x ep 2", "multi-head, 2 heads;"):
         assert part in text
+    text = mhmoe(corpus, "plan", "spec.yaml", "--set", "model.moe.d_sub_token=24").out
+    assert "multi-head, 2 heads, sub-tokens of width 24;" in " ".join(text.split())
 
 
 def test_plan_shows_ratios_memory_and_traffic(corpus):

@@ -46,6 +46,13 @@ def specs(draw: st.DrawFn, **fixed: Any) -> ModelSpec:
         "balance_choices": draw(st.sampled_from(["first", "all"] if top_k > 1 else ["first"])),
     }
     fields |= fixed
+    is_projected = [
+        fields["heads"] > 1 if fields[key] is None else fields[key] for key in ("head_projection", "merge_projection")
+    ]
+    if all(is_projected):
+        fields.setdefault("d_sub_token", draw(st.sampled_from([None, None, 5, WIDTH]), label="D"))
+    if any(is_projected):
+        fields.setdefault("projection_layers", draw(st.sampled_from([1, 1, 2])))
     backbone = fields.pop("backbone", None) or draw(st.sampled_from(list(ARCHITECTURES)))
     moe = MoESpec(**fields)
     return ModelSpec(backbone=backbone, vocab_size=9, d_model=WIDTH, layers=1, attention_heads=2, moe=moe)

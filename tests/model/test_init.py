@@ -42,6 +42,24 @@ def test_head_and_merge_projections_have_the_authors_initial_weights():
     assert 0 < w["blocks.1.moe.head.bias"].abs().max() <= 32**-0.5
 
 
+@pytest.mark.parametrize("projection_layers", [1, 3])
+def test_projections_of_wide_sub_tokens_have_the_bounds_of_their_shapes(projection_layers):
+    """Xavier's bound depends on both sides of a matrix, and that of a bias on the fan-in of its layer."""
+    d, joined = 64, 3 * 50
+    moe = MoESpec(heads=3, d_sub_token=50, experts=2, top_k=1, d_expert=4, every=1, projection_layers=projection_layers)
+    model = Decoder(ModelSpec(vocab_size=5, d_model=d, layers=1, attention_heads=1, moe=moe))
+    init_weights(model, 0)
+    widths = [d, *[joined] * projection_layers]
+    for side, side_widths, gain in (("head", widths, 2**-0.5), ("merge", widths[::-1], 1.0)):
+        linear_layers = [m for m in getattr(model.blocks[0].moe, side).modules() if isinstance(m, torch.nn.Linear)]
+        for linear, fan_in, fan_out in zip(linear_layers, side_widths[:-1], side_widths[1:], strict=True):
+            assert linear.weight.shape == (fan_out, fan_in)
+            bound = gain * math.sqrt(6 / (fan_in + fan_out))
+            assert 0.98 * bound < linear.weight.abs().max() <= bound
+            bias_bound = fan_in**-0.5 if side == "head" else 0.0
+            assert 0.9 * bias_bound <= linear.bias.abs().max() <= bias_bound
+
+
 @pytest.mark.parametrize("backbone", ["llama", "subln"])
 @pytest.mark.parametrize("router", list(ROUTERS))
 def test_every_weight_starts_within_its_bound(backbone, router):

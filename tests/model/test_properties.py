@@ -56,10 +56,10 @@ def test_shapes_gates_and_counts_are_consistent(data, dtype):
 @given(data=st.data())
 @torch.no_grad()
 def test_sub_tokens_are_slices_of_their_token_token_by_token(data):
-    """Sub-token x_i^j has features j d/h to (j + 1) d/h of token i after the head projection, in row i h + j (P1,
-    3.1)."""
+    """Sub-token x_i^j of width D has features j D to (j + 1) D of token i after the head projection, in row i h + j
+    (P1, 3.1, where D is d/h)."""
     layer, moe, x = data.draw(layers())
-    mixed, width = layer.head(x).flatten(0, 1), WIDTH // moe.heads
+    mixed, width = layer.head(x).flatten(0, 1), moe.d_sub_token or WIDTH // moe.heads
     calls = []
     layer.dispatch = lambda x_ND, routing, experts: calls.append(x_ND) or x_ND
     layer(x)

@@ -64,15 +64,19 @@ def test_heads_that_do_not_divide_the_width_are_refused(heads):
     heads=st.sampled_from([1, 2, 3, 4, 6, 12]), top_k=st.integers(1, 4), multiple=st.sampled_from([1, 2, 8]),
     router=st.sampled_from(list(ROUTERS)), backbone=st.sampled_from(list(ARCHITECTURES)),
     d_shared=st.sampled_from([0, 256]), d_ff=st.sampled_from([1024, 2048, 3072]),
-    quantity=st.sampled_from(["flops", "params", "both"]),
+    quantity=st.sampled_from(["flops", "params", "both"]), width=st.sampled_from([None, 100, 768]),
 )  # fmt: skip
-def test_the_solution_is_nearest_to_the_reference(heads, top_k, multiple, router, backbone, d_shared, d_ff, quantity):
+def test_the_solution_is_nearest_to_the_reference(
+    heads, top_k, multiple, router, backbone, d_shared, d_ff, quantity, width
+):
     trunk = {"backbone": backbone, "d_ff": d_ff}
     reference = model({"heads": 1, "experts": 8, "top_k": 1, "d_expert": d_ff}, **trunk)
     moe = {"heads": heads, "top_k": top_k, "router": router, "d_shared": d_shared, "experts": 16}
+    if heads > 1:
+        moe["d_sub_token"] = width
     model_to_solve = model(moe, **trunk)
     try:
-        width, experts = solve_match(
+        d_expert, experts = solve_match(
             model_to_solve, reference, MatchSpec(to="reference", by=quantity, multiple=multiple)
         )
     except SpecError:
@@ -99,11 +103,12 @@ def test_the_solution_is_nearest_to_the_reference(heads, top_k, multiple, router
     def is_nearest(value, neighbour, error, neighbour_error):
         return abs(error) <= abs(neighbour_error) or abs(value / neighbour - 1) > 0.04
 
-    for step in steps(width)[:1]:
-        for neighbour in (width - step, width + step):
+    for step in steps(d_expert)[:1]:
+        for neighbour in (d_expert - step, d_expert + step):
             if neighbour > 0:
-                assert is_nearest(width, neighbour, count(width, experts) - target, count(neighbour, experts) - target)
-    assert steps(width)
+                errors = (count(value, experts) - target for value in (d_expert, neighbour))
+                assert is_nearest(d_expert, neighbour, *errors)
+    assert steps(d_expert)
     if quantity != "both":
         assert experts == 16
         return
@@ -111,7 +116,7 @@ def test_the_solution_is_nearest_to_the_reference(heads, top_k, multiple, router
         for neighbour in (experts - step, experts + step):
             if neighbour >= top_k:
                 error, neighbour_error = (
-                    parameters(width, e) - reference_sizes.parameters for e in (experts, neighbour)
+                    parameters(d_expert, e) - reference_sizes.parameters for e in (experts, neighbour)
                 )
                 assert is_nearest(experts, neighbour, error, neighbour_error)
     assert steps(experts)
@@ -147,6 +152,8 @@ def test_experts_divide_over_any_number_of_ranks_and_stay_near_the_match(ep, exp
 def test_a_match_without_a_solution_is_an_error():
     with pytest.raises(SpecError, match="have as much as reference already; match a larger reference, or lower"):
         solve({"heads": 2, "top_k": 2, "d_shared": 4096}, by="flops")
+    with pytest.raises(SpecError, match=r"have as much as reference already; .*d_sub_token"):
+        solve({"heads": 4, "top_k": 2, "d_sub_token": 768}, by="flops")
     single_expert = model({"heads": 1, "experts": 1, "top_k": 1, "d_expert": 2048})
     unmatched = model({"heads": 1, "top_k": 4, "d_expert": 2048})
     with pytest.raises(SpecError, match="but each row needs 4"):

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard._fsdp_param import ShardedState
 from torch.distributed.tensor import DTensor
@@ -50,6 +52,16 @@ EXPERTS = {
     "projected": {"heads": 2, "experts": 4, "top_k": 2, "d_expert": 40, "projection_layers": 3, "kernel": "grouped"},
     "jitter": {"heads": 2, "experts": 4, "top_k": 2, "d_expert": 40, "jitter": 0.1, "kernel": "grouped"},
     "plain jitter": {"heads": 1, "experts": 4, "top_k": 2, "d_expert": 40, "jitter": 0.1, "kernel": "grouped"},
+    "wide sub-tokens": {
+        "heads": 2,
+        "experts": 4,
+        "top_k": 2,
+        "d_expert": 40,
+        "d_sub_token": 96,
+        "projection_layers": 2,
+        "jitter": 0.1,
+        "kernel": "grouped",
+    },
     "static": {"heads": 2, "experts": 4, "top_k": 2, "d_expert": 40, "capacity_factor": 1.0, "kernel": "capacity"},
     **{
         f"router {name}": {
@@ -131,6 +143,50 @@ def test_planned_activations_equal_the_bytes_that_autograd_saves(kind, experts, 
     spec = spec_of(kind, experts, precision)
     memory = compute_memory(spec)
     assert memory.activations + memory.copies == pytest.approx(autograd_bytes(spec), rel=0.01)
+
+
+@st.composite
+def wide_experts(draw) -> dict[str, object]:
+    """Draw experts whose sub-tokens have any width, with options that decide what the layer keeps."""
+    kernel = draw(st.sampled_from(["grouped", "capacity"]))
+    return {
+        "heads": draw(st.integers(1, 5)),
+        "d_sub_token": draw(st.integers(1, 130)),
+        "experts": 4,
+        "top_k": draw(st.integers(1, 3)),
+        "d_expert": draw(st.sampled_from([20, 100])),
+        "head_projection": True,
+        "merge_projection": True,
+        "projection_layers": draw(st.integers(1, 3)),
+        "router": draw(st.sampled_from(list(ROUTERS))),
+        "jitter": draw(st.sampled_from([0.0, 0.1])),
+        "d_shared": draw(st.sampled_from([0, 40])),
+        "sub_token_residual": draw(st.booleans()),
+        "kernel": kernel,
+        "capacity_factor": 1.0 if kernel == "capacity" else None,
+        # A share between 0 and 1 would be rounded to whole rows of each expert.
+        "recompute": draw(st.sampled_from([0.0, 1.0])) if kernel == "grouped" else None,
+    }
+
+
+@settings(max_examples=25)
+@given(
+    kind=st.sampled_from(list(ARCHITECTURES)), precision=st.sampled_from(["float32", "bfloat16"]), moe=wide_experts()
+)
+def test_planned_bytes_per_token_are_exact_for_any_width_of_sub_tokens(kind, precision, moe):
+    """The bytes that more tokens add are compared, so that copies of weights, which are rounded, do not count."""
+
+    def added_bytes(count_bytes):
+        model, data = {**TRUNK, **KINDS[kind], "moe": moe}, {"seq_len": 64}
+        smaller_bytes, larger_bytes = (
+            count_bytes(tiny_spec(model=model, data=data, train={"micro_batch_size": n, "precision": precision}))
+            for n in (2, 4)
+        )
+        return larger_bytes - smaller_bytes
+
+    difference = added_bytes(autograd_bytes) - added_bytes(lambda spec: compute_memory(spec).activations)
+    # Only what does not depend on the length of a sequence may differ, and it is less than one byte per token.
+    assert 0 <= difference < 2 * 64
 
 
 @pytest.mark.skipif(not MUST_COMPILE, reason="kernel cpp cannot be compiled here")

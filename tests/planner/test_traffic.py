@@ -48,16 +48,23 @@ def collectives_of_step(spec, nodes=None):
     }
 
 
+WIDE = {"heads": 3, "d_sub_token": 20, "experts": 4, "top_k": 2, "d_expert": 24}
+"""Experts whose h sub-tokens together are wider than the token."""
+
+
 @pytest.mark.parametrize(
-    ("workers", "ep", "train"),
+    ("workers", "ep", "train", "moe"),
     [
-        (2, 2, {"precision": "bfloat16"}),
-        (2, 1, {}),
-        pytest.param(4, 2, {}, marks=pytest.mark.slow),
+        (2, 2, {"precision": "bfloat16"}, {}),
+        (2, 2, {}, WIDE),
+        (2, 1, {}, {}),
+        pytest.param(4, 2, {}, {}, marks=pytest.mark.slow),
     ],
 )
-def test_exchanges_are_those_of_a_real_step(workers, ep, train):
-    spec = tiny_spec(cluster={"workers": workers, "ep": ep}, train=train)
+def test_exchanges_are_those_of_a_real_step(workers, ep, train, moe):
+    base = tiny_spec().model.model_dump()
+    model = {**base, "moe": {**base["moe"], **moe}}
+    spec = tiny_spec(cluster={"workers": workers, "ep": ep}, train=train, model=model)
     expected = all_exchanges(spec)
     all_to_alls = [
         e for e in expected if not e.name.startswith("gradients of all") and e.name != "gradients of experts"
@@ -77,9 +84,9 @@ def test_exchanges_are_those_of_a_real_step(workers, ep, train):
     )
 
 
-@pytest.mark.parametrize("top_k", [1, 3])
-def test_exchanges_of_hierarchical_dispatch_are_those_of_a_real_step(top_k):
-    moe = {"heads": 2, "experts": 8, "top_k": top_k, "d_expert": 24}
+@pytest.mark.parametrize(("top_k", "width"), [(1, None), (3, 40)])
+def test_exchanges_of_hierarchical_dispatch_are_those_of_a_real_step(top_k, width):
+    moe = {"heads": 2, "experts": 8, "top_k": top_k, "d_expert": 24, "d_sub_token": width}
     spec = tiny_spec(
         cluster={"workers": 4, "ep": 4, "dispatch": "hierarchical"},
         model={**tiny_spec().model.model_dump(), "moe": moe},
@@ -114,13 +121,16 @@ def test_payload_and_number_of_exchanges_follow_from_the_spec():
     assert (experts.ranks, experts.sent_bytes) == (2, experts.payload)
     exchanges = all_exchanges(tiny_spec(cluster={"workers": 4, "ep": 2}, train={"micro_batches": 12}))
     assert [e.times for e in exchanges] == [3, 3, 3, 3, 3, 1, 1]
-    # The number of heads h changes neither the payload nor the number of exchanges: there are h N rows, but of width
-    # d/h.
+    # By default, the number of heads h changes neither the payload nor the number of exchanges: there are h N rows, but
+    # of width d/h.
     moe = {"heads": 4, "experts": 4, "top_k": 2, "d_expert": 24}
-    assert (
-        all_exchanges(tiny_spec(cluster={"workers": 4, "ep": 2}, model={**spec.model.model_dump(), "moe": moe}))[1]
-        == rows[0]
-    )
+
+    def row_exchange(**options):
+        model = {**spec.model.model_dump(), "moe": {**moe, **options}}
+        return all_exchanges(tiny_spec(cluster={"workers": 4, "ep": 2}, model=model))[1]
+
+    assert row_exchange() == rows[0]
+    assert row_exchange(d_sub_token=32).payload == 4 * rows[0].payload
 
 
 @pytest.mark.parametrize("shard_experts", [False, True])

@@ -366,7 +366,7 @@ class LinkCollector(HTMLParser):
 
 
 def test_the_page_is_self_contained_and_has_its_pictures_beside_it(tmp_path):
-    runs = [*six_runs(tmp_path), make_run(tmp_path, "top-1", 0, 3.0, moe={**MOE, "top_k": 1})]
+    runs = [*six_runs(tmp_path), make_run(tmp_path, "top-1", 0, 3.0, moe={**MOE, "top_k": 1, "d_sub_token": 16})]
     store_evaluation(runs[3], tokens_of=[60] * 4, distinct=[0, 0, 0, 60, 40])
     store_evaluation(runs[6], tokens_of=[60, 60, 60, 0], distinct=[0, 100, 0])
     verdicts = write_report(runs, tmp_path / "out", baseline="mhmoe-h2")
@@ -377,7 +377,15 @@ def test_the_page_is_self_contained_and_has_its_pictures_beside_it(tmp_path):
     assert [link for link in links.links if not link.startswith(("#", "data:"))] == []
     assert "<script" not in page
     use = "compared with mhmoe-h2, top-1 has fewer at 0.001 (75.0% to 100.0%), 0.002"
-    for part in (verdicts[0].text, "h 2, E 4, k 2, f 24", "model.moe.heads", "85.0%", "10.0%", use):
+    for part in (
+        verdicts[0].text,
+        "h 2, E 4, k 2, f 24",
+        "h 2, D 16, E 4, k 1, f 24",
+        "model.moe.heads",
+        "85.0%",
+        "10.0%",
+        use,
+    ):
         assert part in page, part
     pictures = {p.stem for p in (tmp_path / "out").glob("*.png")}
     assert {"loss_by_steps", "loss_by_flops", "loss_beside_baseline", "activation", "load_mhmoe_h2"} <= pictures

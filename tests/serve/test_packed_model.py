@@ -25,6 +25,7 @@ KINDS = {
     "shared expert, residual, projections of two layers": changed_spec(
         {"d_shared": 24, "sub_token_residual": True, "projection_layers": 2}
     ),
+    "wide sub-tokens": changed_spec({"heads": 3, "d_sub_token": 24, "projection_layers": 2}),
     "SMoE in every layer, selection bias": changed_spec({"heads": 1, "bias_rate": 0.1, "every": 1}, d_ff=None),
     "X-MoE, subln": changed_spec({"router": "xmoe", "normalize_gates": True}, backbone="subln"),
     "dense": ModelSpec.model_validate(SPEC.model_dump() | {"moe": None}),

@@ -120,11 +120,30 @@ def test_error_of_a_wrong_key_or_value_is_one_line_that_names_it(override, expec
             "kernel triton takes rows up to 1024 wide, not 2048: set it to grouped",
         ),
         (["backbone=subln", "kv_heads=2"], "kv_heads: grouped queries are for the llama backbone"),
+        (["moe.heads=5"], "d_model 128 does not split into 5 equal sub-tokens; or set moe.d_sub_token"),
+        (["moe.d_sub_token=0"], r"moe\.d_sub_token': Input should be greater than 0 \(got 0\)"),
+        (["moe.d_sub_token=wide"], r"moe\.d_sub_token': Input should be a valid integer"),
+        (
+            ["moe.d_sub_token=128", "moe.merge_projection=false"],
+            r"moe.heads \(2\) times moe.d_sub_token \(128\) is not d_model \(128\), so head_projection and merge_proj",
+        ),
+        (["moe.heads=1", "moe.d_sub_token=64"], r"heads \(1\) times moe.d_sub_token \(64\) is not d_model \(128\)"),
+        (["moe.kernel=cpp", "moe.d_sub_token=65"], "kernel cpp takes even sizes only, but rows are 65 wide"),
+        (["moe.kernel=triton", "moe.d_sub_token=1025"], "kernel triton takes rows up to 1024 wide, not 1025"),
     ],
 )
 def test_an_unusable_model_key_is_refused(overrides, reason):
-    with pytest.raises(SpecError, match=reason):
+    with pytest.raises(SpecError, match=reason) as caught:
         load_resolved_spec(QUICKSTART, [f"model.{override}" for override in overrides])
+    assert "\n" not in str(caught.value)
+
+
+def test_any_number_of_sub_tokens_is_possible_with_a_width_of_their_own():
+    """If a projection is missing, the sub-tokens of a token must still be as wide together as the token."""
+    model = load_resolved_spec(QUICKSTART, ["model.moe.heads=5", "model.moe.d_sub_token=30"]).model
+    assert (model.row_width, model.joined_width) == (30, 150)
+    default = ["model.moe.head_projection=false", "model.moe.d_sub_token=64"]
+    assert load_resolved_spec(QUICKSTART, default).model.joined_width == model.d_model
 
 
 def test_a_value_that_another_section_overrides_is_refused():

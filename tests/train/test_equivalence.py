@@ -133,6 +133,37 @@ def test_router_with_learned_temperature_trains_like_one_process(reference_with_
         assert_alike(result, reference_with_xmoe)
 
 
+@pytest.fixture(scope="module")
+def reference_with_wide_sub_tokens():
+    return run_ranks(1, jobs.train_and_collect, parallel_spec(1, 1, **wide_fields()), STEPS)[0]
+
+
+def wide_fields():
+    """Return the sections of a spec whose sub-tokens are as wide as their tokens, with projections of two layers."""
+    model = tiny_spec().model.model_dump()
+    return {"model": {**model, "moe": {**model["moe"], "heads": 3, "d_sub_token": 32, "projection_layers": 2}}}
+
+
+@pytest.mark.parametrize(
+    ("workers", "ep", "strategy", "dispatch"),
+    [
+        (2, 1, "fsdp", "flat"),
+        (2, 2, "ddp", "flat"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in [(4, 4, "ddp", "hierarchical"), (4, 2, "fsdp", "flat"), (2, 2, "zero1", "flat")]
+        ),
+    ],
+)
+def test_wide_sub_tokens_train_like_one_process(reference_with_wide_sub_tokens, workers, ep, strategy, dispatch):
+    if strategy.startswith("zero"):
+        pytest.importorskip("deepspeed")
+    spec = parallel_spec(workers, ep, strategy, strategy == "fsdp", dispatch, **wide_fields())
+    for result in run_ranks(workers, jobs.train_and_collect, spec, STEPS, list("aabb")[:workers]):
+        assert result["gradients"]["blocks.1.moe.experts.up_EFD"].shape == (4, 24, 32)
+        assert_alike(result, reference_with_wide_sub_tokens)
+
+
 def assert_alike(result, expected):
     """Assert that two results of `train_and_collect` are equal up to rounding."""
     for name, gradient in expected["gradients"].items():

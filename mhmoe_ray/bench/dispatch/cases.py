@@ -177,7 +177,7 @@ def expected_bytes(model: ModelSpec, tokens: int) -> ExpectedBytes:
         routes += int(is_remote_NK.sum())
         rows += int(is_remote_NK.any(1).sum())  # hierarchical dispatch sends a row to the other node once
     # The factor 4 stands for a row, its output and the gradients of both.
-    row_bytes = 4 * VALUE_BYTES * model.d_model // moe.heads
+    row_bytes = 4 * VALUE_BYTES * model.row_width
     rank_pairs = sum(a != b for a in NODES for b in NODES)  # ordered pairs of ranks on different nodes
     return ExpectedBytes(
         routes * row_bytes + rank_pairs * moe.experts // ranks * COUNT_BYTES,

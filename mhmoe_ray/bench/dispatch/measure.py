@@ -87,8 +87,7 @@ def measure(tokens: int, rounds: int, rate: str | None) -> list[Figures]:
     for name, model in layer_models().items():
         assert model.moe is not None
         flat, hierarchical = (PassFigures(**results[name][dispatch]) for dispatch in DISPATCHES)
-        width = model.d_model // model.moe.heads
-        figures.append(Figures(name, model.moe, width, flat, hierarchical, expected_bytes(model, tokens)))
+        figures.append(Figures(name, model.moe, model.row_width, flat, hierarchical, expected_bytes(model, tokens)))
     return figures
 
 

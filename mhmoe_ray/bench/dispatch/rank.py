@@ -30,8 +30,7 @@ class Case:
             torch.nn.init.normal_(p, std=0.02)
         self.gate_NK = routes.gate_NK.requires_grad_()
         self.routing = Routing(routes.expert_NK, self.gate_NK, zero, zero, zero, zero, None)
-        width = model.d_model // model.moe.heads
-        self.x_ND = torch.randn(len(routes.expert_NK), width, dtype=torch.bfloat16).requires_grad_()
+        self.x_ND = torch.randn(len(routes.expert_NK), model.row_width, dtype=torch.bfloat16).requires_grad_()
 
     def run(self, dispatch: Dispatch) -> None:
         """Run a forward and backward pass, with gradients of rows, gates and weights, and drop the gradients."""

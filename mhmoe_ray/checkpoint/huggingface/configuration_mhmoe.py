@@ -56,6 +56,9 @@ class MhmoeConfig(PreTrainedConfig):
     """Number of layers at the start that are dense whatever `decoder_sparse_step` says."""
     moe_heads: int = 1
     """h: number of sub-tokens that a token is split into."""
+    sub_token_size: int | None = None
+    """Width of a sub-token, on which the router and the experts compute; by default d / h. With another width, the
+    first layer before the split and the last layer after the join change the width."""
     head_projection_layers: int = 0
     """Number of linear layers before the split into sub-tokens, with ReLU between them; 0 for no projection."""
     merge_projection_layers: int = 0
@@ -96,6 +99,11 @@ class MhmoeConfig(PreTrainedConfig):
         if self.rope_parameters is None:
             self.rope_parameters = {"rope_type": "default", "rope_theta": 10_000.0}
         super().__post_init__(**kwargs)
+
+    @property
+    def row_width(self) -> int:
+        """The width of a sub-token."""
+        return self.sub_token_size or self.hidden_size // self.moe_heads
 
     def is_moe_layer(self, layer: int) -> bool:
         """Return whether layer `layer`, counted from 0, is a mixture of experts."""

@@ -66,6 +66,8 @@ def _model_rows(model: ModelSpec) -> dict[str, str]:
     if moe is None:
         return {"architecture": f"dense decoder, backbone {model.backbone}", **rows}
     kind = f"MH-MoE with {moe.heads} heads" if moe.heads > 1 else "sparse mixture of experts"
+    if moe.d_sub_token is not None:
+        kind += f" and sub-tokens of width {moe.d_sub_token}"
     return {
         "architecture": f"{kind}, backbone {model.backbone}, router {moe.router}",
         **rows,

@@ -6,10 +6,12 @@ differences in training: routing drops no sub-tokens, selection biases of router
 left out at random, and the load balancing loss is over a batch.
 
 Shape suffixes: B sequences, T tokens, M width of the model (d), H attention heads, C width of a head, N rows
-(sub-tokens of width D = d/h), E experts, K choices of a row.
+(sub-tokens of width D, by default d/h), E experts, K choices of a row.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -205,7 +207,7 @@ class MhmoeRouter(nn.Module):
     def __init__(self, config: MhmoeConfig) -> None:
         super().__init__()
         self.config = config
-        width, experts = config.hidden_size // config.moe_heads, config.num_experts
+        width, experts = config.row_width, config.num_experts
         if config.router_type == "linear":
             self.weight = nn.Parameter(torch.zeros(experts, width))
         else:
@@ -278,14 +280,14 @@ class MhmoeSparseBlock(nn.Module):
     def __init__(self, config: MhmoeConfig) -> None:
         super().__init__()
         self.config = config
-        width = config.hidden_size
-        self.head_proj = build_projection(width, config.head_projection_layers)
+        width, joined_width = config.hidden_size, config.moe_heads * config.row_width
+        self.head_proj = build_projection([width, *[joined_width] * config.head_projection_layers])
         self.gate = MhmoeRouter(config)
         self.experts = nn.ModuleList(
-            build_feed_forward(config, width // config.moe_heads, config.moe_intermediate_size, MhmoeGatedExpert)
+            build_feed_forward(config, config.row_width, config.moe_intermediate_size, MhmoeGatedExpert)
             for _ in range(config.num_experts)
         )
-        self.merge_proj = build_projection(width, config.merge_projection_layers)
+        self.merge_proj = build_projection([*[joined_width] * config.merge_projection_layers, width])
         if config.shared_expert_intermediate_size:
             self.shared_expert = build_feed_forward(
                 config, width, config.shared_expert_intermediate_size, MhmoeGatedLayer
@@ -295,7 +297,7 @@ class MhmoeSparseBlock(nn.Module):
         """Return the output for tokens, and the routing of their rows."""
         dropout = self.config.hidden_dropout if self.training else 0.0
         h_BTM = self.head_proj(x_BTM)
-        x_ND = h_BTM.reshape(-1, h_BTM.shape[-1] // self.config.moe_heads)
+        x_ND = h_BTM.reshape(-1, self.config.row_width)
         routing = self.gate(x_ND)
         y_ND = torch.zeros_like(x_ND, dtype=torch.float32)
         for e, expert in enumerate(self.experts):
@@ -312,14 +314,13 @@ class MhmoeSparseBlock(nn.Module):
         return y_BTM, routing
 
 
-def build_projection(width: int, layers: int) -> nn.Module:
-    """Return a projection from `width` to `width` values of linear layers with ReLU between them; identity for none."""
-    if layers < 2:
-        return nn.Linear(width, width) if layers else nn.Identity()
-    modules: list[nn.Module] = []
-    for _ in range(layers):
-        modules += [nn.Linear(width, width), nn.ReLU()]
-    return nn.Sequential(*modules[:-1])
+def build_projection(widths: Iterable[int]) -> nn.Module:
+    """Return a projection: a linear layer from each width to the next one, with ReLU between the layers. It is the
+    identity for a single width."""
+    layers = [nn.Linear(in_width, out_width) for in_width, out_width in pairwise(widths)]
+    if len(layers) < 2:
+        return layers[0] if layers else nn.Identity()
+    return nn.Sequential(*(module for layer in layers for module in (layer, nn.ReLU())))[:-1]
 
 
 class MhmoeDecoderLayer(GradientCheckpointingLayer):

@@ -27,9 +27,11 @@ def check_fits(model: ModelSpec, on_cpu: bool) -> None:
     fix = "serve it with serve.engine=torch"
     if not model.architecture.runs_in_vllm:
         raise ServeError("engine vllm", f"it has no layers for the {model.backbone} backbone", fix)
-    width = model.d_model // model.moe.heads if model.moe else 0
-    if on_cpu and width % CPU_MULTIPLE:
-        reason = f"on a CPU it computes experts on rows of a multiple of {CPU_MULTIPLE}, and d / h is {width} here"
+    if on_cpu and model.moe and model.row_width % CPU_MULTIPLE:
+        reason = (
+            f"on a CPU it computes experts on rows of a multiple of {CPU_MULTIPLE} values, "
+            f"and a sub-token has {model.row_width} here"
+        )
         raise ServeError("engine vllm", reason, fix)
 
 

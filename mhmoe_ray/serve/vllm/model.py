@@ -5,6 +5,7 @@ of the tensors; `WEIGHT_NAMES` says which.
 """
 
 from collections.abc import Iterable
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -70,16 +71,17 @@ class FeedForward(nn.Module):
         return y_TM
 
 
-def _projection(width: int, layers: int, quant_config: QuantizationConfig | None, prefix: str) -> nn.Module:
-    """Return a projection d -> d of one or more linear layers with ReLU between them, complete on each rank."""
+def _projection(widths: list[int], quant_config: QuantizationConfig | None, prefix: str) -> nn.Module:
+    """Return a projection, complete on each rank: a linear layer from each width to the next one, with ReLU between the
+    layers."""
     # Experts are sharded by hidden rows or by number, so each rank needs complete rows as input.
     options = {"return_bias": False, "quant_config": quant_config}
-    if layers == 1:
-        projection: nn.Module = ReplicatedLinear(width, width, prefix=prefix, **options)
+    if len(widths) == 2:
+        projection: nn.Module = ReplicatedLinear(*widths, prefix=prefix, **options)
         return projection
     modules: list[nn.Module] = []
-    for i in range(0, 2 * layers, 2):
-        modules += [ReplicatedLinear(width, width, prefix=f"{prefix}.{i}", **options), nn.ReLU()]
+    for i, shape in enumerate(pairwise(widths)):
+        modules += [ReplicatedLinear(*shape, prefix=f"{prefix}.{2 * i}", **options), nn.ReLU()]
     return nn.Sequential(*modules[:-1])
 
 
@@ -90,14 +92,11 @@ class MultiHeadMoE(nn.Module):
         super().__init__()
         moe = spec.moe
         assert moe is not None
-        self.heads, self.residual, width = moe.heads, moe.sub_token_residual, spec.d_model // moe.heads
-        d, layers = spec.d_model, moe.projection_layers
-        self.head_proj = (
-            _projection(d, layers, quant_config, f"{prefix}.head_proj") if moe.has_head_projection else None
-        )
+        self.residual, self.row_width, widths = moe.sub_token_residual, spec.row_width, spec.projection_widths
+        self.head_proj = _projection(widths, quant_config, f"{prefix}.head_proj") if moe.has_head_projection else None
         # The training model's router in float32: two scores that bfloat16 cannot tell apart must still give the same
         # route as in training.
-        self.gate = Router(width, moe).float()
+        self.gate = Router(self.row_width, moe).float()
         if moe.bias_rate:
             # vLLM's loader fills parameters, not buffers.
             bias_E = self.gate.bias_E
@@ -106,7 +105,7 @@ class MultiHeadMoE(nn.Module):
         self.experts = FusedMoEFactory(
             num_experts=moe.experts,
             top_k=moe.top_k,
-            hidden_size=width,
+            hidden_size=self.row_width,
             intermediate_size=moe.d_expert,
             custom_routing_function=self._route,
             quant_config=quant_config,
@@ -114,10 +113,10 @@ class MultiHeadMoE(nn.Module):
             ckpt_names=("w1", "w2", "w3"),
         )
         self.merge_proj = (
-            _projection(d, layers, quant_config, f"{prefix}.merge_proj") if moe.has_merge_projection else None
+            _projection(widths[::-1], quant_config, f"{prefix}.merge_proj") if moe.has_merge_projection else None
         )
         self.shared_expert = (
-            FeedForward(d, moe.d_shared, quant_config, f"{prefix}.shared_expert") if moe.d_shared else None
+            FeedForward(spec.d_model, moe.d_shared, quant_config, f"{prefix}.shared_expert") if moe.d_shared else None
         )
         self.count_E: Tensor
         self.register_buffer("count_E", torch.zeros(moe.experts, dtype=torch.long), persistent=False)
@@ -127,12 +126,12 @@ class MultiHeadMoE(nn.Module):
         shared_TM = self.shared_expert(x_TM) if self.shared_expert else None
         # vLLM's experts may write into their input rows. Those of a projection are not used elsewhere; `x_TM` may be.
         y_TM = self.head_proj(x_TM) if self.head_proj else x_TM.clone()
-        x_ND = y_TM.reshape(-1, y_TM.shape[-1] // self.heads)
+        joined_shape, x_ND = y_TM.shape, y_TM.reshape(-1, self.row_width)
         input_ND = x_ND.clone() if self.residual else None
         y_ND: Tensor = self.experts(x_ND, self.gate.scores(x_ND.float()))
         if input_ND is not None:
             y_ND = input_ND + y_ND
-        y_TM = y_ND.reshape(x_TM.shape)
+        y_TM = y_ND.reshape(joined_shape)
         if self.merge_proj:
             y_TM = self.merge_proj(y_TM)
         return y_TM if shared_TM is None else y_TM + shared_TM

@@ -35,7 +35,12 @@ ALL_FEATURES = {"d_expert": 24, "d_shared": 16, "projection_layers": 3, "bias_ra
 MODELS = {
     "llama": ModelSpec(**DENSE, kv_heads=2, moe=MoESpec(**ALL_FEATURES, sub_token_residual=True)),
     "xmoe": ModelSpec(**DENSE, backbone="subln", moe=MoESpec(**ALL_FEATURES, router="xmoe", router_dim=5)),
-    "torchscale": ModelSpec(**DENSE, backbone="subln", moe=MoESpec(**ALL_FEATURES, router="xmoe_torchscale", heads=4)),
+    "torchscale": ModelSpec(
+        **DENSE,
+        backbone="subln",
+        # The sub-tokens of a token are twice as wide together as the token.
+        moe=MoESpec(**ALL_FEATURES, router="xmoe_torchscale", heads=4, d_sub_token=16),
+    ),
     "dense": ModelSpec(**DENSE, tied_embeddings=False),
     "dense-subln": ModelSpec(**DENSE, backbone="subln"),
     "mixtral": MIXTRAL,

@@ -98,6 +98,23 @@ def test_mixtral_export_loads_in_transformers(tmp_path, tied):
     torch.testing.assert_close(our_logits(run), their_logits(model.eval()), rtol=0, atol=1e-4)
 
 
+def test_an_export_from_before_sub_tokens_had_a_width_is_imported_as_the_same_model(tmp_path):
+    run = make_run(tmp_path, MODELS["all"])
+    export_run(run, tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config.pop("sub_token_size") is None
+    assert config["mhmoe"]["model"]["moe"].pop("d_sub_token") is None
+    (tmp_path / "out" / "config.json").write_text(json.dumps(config))
+    imported_run = import_folder(tmp_path / "out", None, tmp_path / "runs", None)
+    assert newest_checkpoint(imported_run, ("weights",))[1].model == MODELS["all"]
+    assert torch.equal(our_logits(run), our_logits(imported_run))
+    del config["mhmoe"]
+    (tmp_path / "out" / "config.json").write_text(json.dumps(config))
+    imported_run = import_folder(tmp_path / "out", None, tmp_path / "runs", None)
+    assert newest_checkpoint(imported_run, ("weights",))[1].model.row_width == 16
+    assert torch.equal(our_logits(run), our_logits(imported_run))
+
+
 def test_export_saved_by_transformers_can_be_imported(tmp_path):
     """The config.json that transformers saves has both our section and the fields of transformers."""
     from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -177,7 +177,7 @@ def test_api_answers_with_vllm(answerer):
 
 @pytest.mark.parametrize(
     ("changed", "reason"),
-    [({"backbone": "subln"}, "subln backbone"), ({"d_model": 32, "attention_heads": 1}, "d / h is 16 here")],
+    [({"backbone": "subln"}, "subln backbone"), ({"d_model": 32, "attention_heads": 1}, "a sub-token has 16 here")],
 )
 def test_unsupported_model_is_refused_in_one_line(run_dir, changed, reason):
     model = build_model(SPEC.model_copy(update=changed))

@@ -30,7 +30,7 @@ EXPORTS = {
     "mhmoe, narrow rows": ModelSpec(**SIZES, d_ff=96, moe=MoESpec(heads=4, d_expert=24)),
     "subln": ModelSpec(**SIZES, d_ff=96, backbone="subln", moe=MoESpec(d_expert=24)),
 }
-REFUSALS = {"mhmoe, narrow rows": "d / h is 16 here", "subln": "it has no layers for the subln backbone"}
+REFUSALS = {"mhmoe, narrow rows": "a sub-token has 16 here", "subln": "it has no layers for the subln backbone"}
 PROMPTS = ("the quick", "fox 日本")
 
 

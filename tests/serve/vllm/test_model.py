@@ -28,6 +28,10 @@ KINDS = {
     "a shared expert and a residual around sub-tokens": changed_spec({"d_shared": 40, "sub_token_residual": True}),
     "residual of SMoE": changed_spec({"heads": 1, "sub_token_residual": True}),
     "projections of three layers": changed_spec({"projection_layers": 3}),
+    "sub-tokens as wide as tokens": changed_spec({"d_sub_token": 64}),
+    "sub-tokens of another width, projections of two layers": changed_spec(
+        {"heads": 3, "d_sub_token": 32, "projection_layers": 2, "d_shared": 40, "sub_token_residual": True}
+    ),
     "no merge projection": changed_spec({"merge_projection": False}),
     "experts in every layer": changed_spec({"every": 1}, d_ff=None),
     "selection bias": changed_spec({"bias_rate": 0.01}),

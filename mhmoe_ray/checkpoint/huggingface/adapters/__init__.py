@@ -60,6 +60,7 @@ def computed_function(model: ModelSpec) -> dict[str, Any]:
     moe = model.moe
     moe_fields = moe.model_dump(mode="json", exclude=MOE_TRAINING_OPTIONS)
     moe_fields |= {
+        "d_sub_token": model.row_width,
         "head_projection": moe.has_head_projection,
         "merge_projection": moe.has_merge_projection,
         "router_dim": None if moe.router == "linear" else moe.routing_width,

@@ -34,6 +34,7 @@ class MhmoeAdapter(Adapter):
     decoder_sparse_step: PositiveInt = 1
     first_k_dense_replace: NonNegativeInt = 0
     moe_heads: PositiveInt = 1
+    sub_token_size: PositiveInt | None = None
     head_projection_layers: NonNegativeInt = 0
     merge_projection_layers: NonNegativeInt = 0
     sub_token_residual: bool = False
@@ -72,6 +73,7 @@ class MhmoeAdapter(Adapter):
             "decoder_sparse_step": moe.every,
             "first_k_dense_replace": moe.dense_first,
             "moe_heads": moe.heads,
+            "sub_token_size": moe.d_sub_token,
             "head_projection_layers": moe.projection_layers * moe.has_head_projection,
             "merge_projection_layers": moe.projection_layers * moe.has_merge_projection,
             "sub_token_residual": moe.sub_token_residual,
@@ -116,6 +118,7 @@ class MhmoeAdapter(Adapter):
             "every": self.decoder_sparse_step,
             "dense_first": self.first_k_dense_replace,
             "heads": self.moe_heads,
+            "d_sub_token": self.sub_token_size,
             "head_projection": self.head_projection_layers > 0,
             "merge_projection": self.merge_projection_layers > 0,
             "projection_layers": max(layer_counts, default=1),
