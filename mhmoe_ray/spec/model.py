@@ -451,13 +451,6 @@ class ModelSpec(Section):
         return [self.d_model, *[self.joined_width] * self.moe.projection_layers]
 
     @property
-    def row_width(self) -> int:
-        """The width D of the rows of a mixture-of-experts layer, which are sub-tokens, or tokens if h is 1. The model
-        must have such layers."""
-        assert self.moe is not None
-        return self.d_model // self.moe.heads
-
-    @property
     def moe_layers(self) -> int:
         """The number of mixture-of-experts layers."""
         return sum(self.is_moe_layer(i) for i in range(self.layers))

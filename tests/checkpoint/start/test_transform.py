@@ -8,7 +8,7 @@ from mhmoe_ray.checkpoint.start.transform import StartTransform
 from mhmoe_ray.errors import SpecError
 from mhmoe_ray.model.decoder import Decoder
 from mhmoe_ray.spec import ModelSpec, MoESpec, StartSpec
-from tests.checkpoint.huggingface.conftest import DENSE, random_model
+from tests.checkpoint.huggingface.conftest import DENSE, MIXTRAL, random_model
 from tests.checkpoint.start.models import start_model
 
 TOKENS = torch.randint(320, (2, 40), generator=torch.Generator().manual_seed(0))
@@ -50,6 +50,30 @@ def test_an_upcycled_model_computes_what_its_dense_start_computes(backbone, moe)
     model = transformed(upcycled(dense.spec, **moe), [dense])
     expected = dense(TOKENS).logits_BTV
     torch.testing.assert_close(model(TOKENS).logits_BTV, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("heads", [2, 3])
+@pytest.mark.parametrize(
+    "start",
+    [
+        MIXTRAL.model_copy(update={"document_masks": False}),
+        ModelSpec(**DENSE, moe=MoESpec(heads=1, d_expert=24, d_shared=16, router="xmoe", bias_rate=0.1)),
+        ModelSpec(**DENSE, backbone="subln", moe=MoESpec(heads=1, d_expert=24, router="xmoe_torchscale")),
+    ],
+)
+def test_an_upcycled_mixture_computes_what_its_start_computes(start, heads):
+    """The first sub-token is the token, which goes to the old experts; later training can use the other sub-tokens."""
+    assert start.moe is not None
+    moe = start.moe.model_copy(update={"heads": heads, "d_sub_token": start.d_model})
+    spec = start.model_copy(update={"moe": moe})
+    check_start(StartSpec(**{"from": "run", "how": "upcycle"}), spec, [start_model(start)])
+    mixture = random_model(start)
+    model = transformed(spec, [mixture])
+    torch.testing.assert_close(model(TOKENS).logits_BTV, mixture(TOKENS).logits_BTV, rtol=0, atol=1e-5)
+    model.requires_grad_(True)
+    model(TOKENS[:, :-1]).logits_BTV.logsumexp(-1).sum().backward()
+    merge_gradient = model.moe_layers()[0].merge.weight.grad
+    assert merge_gradient[:, start.d_model :].abs().max() > 0, "the other sub-tokens have no effect that can be learned"
 
 
 def test_experts_of_an_upcycled_mh_moe_layer_differ_and_get_gradients_after_one_step():
@@ -107,16 +131,22 @@ def test_mixing_copies_of_a_model_equals_upcycling_it():
         ("upcycle", {"moe": {"heads": 1, "d_expert": 48}}, "model.moe.normalize_gates is False"),
         ("upcycle", {"moe": {"heads": 1, "d_expert": 24, "normalize_gates": True}}, "model.moe.d_expert is 24"),
         ("upcycle", {"moe": {"d_expert": 24, "d_shared": 48, "merge_projection": False}}, "merge_projection is false"),
+        ("copy-mixture", {"moe": {"heads": 2, "d_expert": 24}}, "model.moe.heads is 2 here and 1 there"),
+        ("upcycle-mixture", {"moe": {"heads": 1, "d_expert": 24}}, "it is a mixture of experts already"),
+        ("upcycle-mixture", {"moe": {"heads": 2, "d_expert": 24}}, "d_sub_token is 16, and the experts there take"),
+        ("upcycle-mixture", {"moe": {"d_sub_token": 32, "d_expert": 16}}, "model.moe.d_expert is 16 here and 24 there"),
+        ("mix-mixture", {"moe": {"heads": 1, "experts": 2, "d_expert": 48}}, "only dense models can be mixed"),
         ("mix", {"moe": {"heads": 1, "experts": 4, "d_expert": 48, "normalize_gates": True}}, "experts is 4"),
         ("mix", {"moe": {"heads": 2, "experts": 2, "d_expert": 48, "normalize_gates": True}}, "on whole tokens"),
     ],
 )
 def test_a_start_with_another_shape_or_function_is_refused_by_name(start_kind, model, message):
-    sources = ["a", "b"] if start_kind == "mix" else "a"
-    count = len(sources) if start_kind == "mix" else 1
+    how, _, is_mixture = start_kind.partition("-")
+    sources = ["a", "b"] if how == "mix" else ["a"]
     spec = ModelSpec.model_validate({**DENSE, **model})
+    start = ModelSpec(**DENSE, moe=MoESpec(heads=1, d_expert=24) if is_mixture else None)
     with pytest.raises(SpecError) as error:
-        check_start(StartSpec(**{"from": sources, "how": start_kind}), spec, [start_model(ModelSpec(**DENSE))] * count)
+        check_start(StartSpec(**{"from": sources, "how": how}), spec, [start_model(start)] * len(sources))
     assert message in str(error.value)
 
 

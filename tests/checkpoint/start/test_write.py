@@ -161,6 +161,18 @@ def test_an_upcycled_run_begins_with_the_logits_of_its_start(tmp_path, moe, ep):
         torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
 
 
+def test_a_mixture_from_another_tool_is_upcycled_to_several_heads(tmp_path):
+    """The user gives only the number of heads; the folder has the layout and the names of Mixtral."""
+    moe = {"heads": 1, "experts": 4, "top_k": 2, "d_expert": 24, "every": 1, "normalize_gates": True}
+    source = make_source(tmp_path, model={**DENSE, "d_ff": None, "moe": moe})
+    folder = tmp_path / "model"
+    assert export_run(source, folder).model_type == "mixtral"
+    run = start_run(tmp_path, str(folder), {"how": "upcycle"}, model={"moe": {"heads": 2}})
+    expected = logits(first_checkpoint(source))
+    torch.testing.assert_close(logits(first_checkpoint(run)), expected, rtol=0, atol=1e-5)
+    assert run.spec().model.moe.d_sub_token == run.spec().model.d_model
+
+
 def test_a_run_starts_from_a_folder_of_another_tool_and_from_an_import(tmp_path):
     source = make_source(tmp_path)
     (source.path / "chat_template.jinja").write_text("{{ messages[0].content }}")
