@@ -10,9 +10,9 @@ from mhmoe_ray.checkpoint.huggingface.names import tensor_entries
 from mhmoe_ray.model.architectures import modules_of
 from mhmoe_ray.model.decoder import Decoder
 from mhmoe_ray.model.init import init_weights
+from mhmoe_ray.model.router import SCORES_BY_ROUTER
 from mhmoe_ray.planner.sizes import compute_sizes
 from mhmoe_ray.spec import ModelSpec, MoESpec
-from mhmoe_ray.spec.model import ROUTERS
 from tests.model.drawn import specs
 
 MOES = [
@@ -23,7 +23,8 @@ MOES = [
     MoESpec(heads=1, experts=6, top_k=3, d_expert=5, merge_projection=True, projection_layers=2),
     MoESpec(heads=2, experts=6, top_k=3, d_expert=5, head_projection=False, router="xmoe", router_dim=7),
     MoESpec(experts=6, top_k=3, d_expert=5, every=1, dense_first=2, scoring="sigmoid", groups=2, top_groups=1),
-    *(MoESpec(heads=4, experts=8, top_k=2, d_expert=5, router=router) for router in ROUTERS),
+    *(MoESpec(heads=4, experts=8, top_k=2, d_expert=5, router=router) for router in SCORES_BY_ROUTER),
+    MoESpec(heads=2, experts=3, top_k=1, d_expert=5, router="domain", domains=["a", "b", "c"]),
     MoESpec(heads=2, experts=4, top_k=2, d_expert=24, d_sub_token=48),
     MoESpec(heads=5, experts=6, top_k=3, d_expert=5, d_sub_token=7, projection_layers=3, d_shared=4),
 ]

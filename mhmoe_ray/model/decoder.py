@@ -68,6 +68,7 @@ class Block(nn.Module):
         create_generator: Callable[[], torch.Generator | None],
         mask_B1TT: Tensor | None,
         recompute: bool,
+        domain_B: Tensor | None,
     ) -> tuple[Tensor, Routing | None]:
         """Run the block; return its output, and its routing if it has experts.
 
@@ -79,6 +80,7 @@ class Block(nn.Module):
                 call; or that returns None in evaluation.
             mask_B1TT: attention mask.
             recompute: whether the backward recomputes the part before the feed-forward layer.
+            domain_B: expert of each sequence, for router `domain`.
         """
         # A recomputation draws the same numbers only from a new generator in its initial state.
         generators: list[torch.Generator | None] = []
@@ -94,7 +96,7 @@ class Block(nn.Module):
         y_BTM = self.ffn_norm(x_BTM)
         if self.moe is not None:
             # The layer itself applies dropout, on each expert's output.
-            y_BTM, routing = self.moe(y_BTM, generator)
+            y_BTM, routing = self.moe(y_BTM, generator, domain_B)
             return x_BTM + y_BTM, routing
         assert self.ffn is not None
         return x_BTM + dropout(self.ffn(y_BTM), self.dropout, generator), None
@@ -135,6 +137,7 @@ class Decoder(nn.Module):
         cache: KeyValueCache | None = None,
         noise: Noise | None = None,
         document_BT: Tensor | None = None,
+        domain_B: Tensor | None = None,
     ) -> DecoderOutput:
         """Return next-token logits, and the routing of each mixture-of-experts layer.
 
@@ -145,6 +148,7 @@ class Decoder(nn.Module):
             noise: randomness of a training step, None in evaluation; used only if the spec has any.
             document_BT: index of each token's document, int; required if the spec has `document_masks` and there is no
                 cache.
+            domain_B: expert of each sequence, int64; required for router `domain`.
         """
         # A prompt is one document, so generation with a cache needs no mask.
         assert (document_BT is not None) == (self.spec.document_masks and cache is None)
@@ -171,8 +175,9 @@ class Decoder(nn.Module):
             ) -> Any:
                 create_generator = partial(active_noise.generator, i, x_BTM.device) if active_noise else lambda: None
                 cached_attention = partial(cache.attend, i) if cache else None
+                recompute_attention = recompute and not recompute_block
                 return block(
-                    x_BTM, tables, cached_attention, create_generator, mask_B1TT, recompute and not recompute_block
+                    x_BTM, tables, cached_attention, create_generator, mask_B1TT, recompute_attention, domain_B
                 )
 
             x_BTM, routing = _recompute_in_backward(run_block, x_BTM) if recompute_block else run_block(x_BTM)

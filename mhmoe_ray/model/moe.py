@@ -23,9 +23,10 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from mhmoe_ray.model.domain_router import build_router
 from mhmoe_ray.model.feedforward import Dispatch, Experts, FeedForward
 from mhmoe_ray.model.noise import dropout
-from mhmoe_ray.model.router import Router, Routing
+from mhmoe_ray.model.router import Routing
 from mhmoe_ray.spec import ModelSpec
 
 
@@ -63,22 +64,25 @@ class MultiHeadMoE(nn.Module):
         self.heads, self.residual, self.dropout = moe.heads, moe.sub_token_residual, spec.dropout
         widths = spec.projection_widths
         self.head = _build_projection(widths) if moe.has_head_projection else nn.Identity()
-        self.router = Router(spec.row_width, moe)
+        self.router = build_router(spec.row_width, moe)
         self.experts = Experts(spec, range(moe.experts) if expert_ids is None else expert_ids)
         self.merge = _build_projection(reversed(widths)) if moe.has_merge_projection else nn.Identity()
         self.shared = FeedForward(spec, moe.d_shared) if moe.d_shared else None
         self.dispatch: Dispatch = dispatch_locally
 
-    def forward(self, x_BTM: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Routing]:
+    def forward(
+        self, x_BTM: Tensor, generator: torch.Generator | None = None, domain_B: Tensor | None = None
+    ) -> tuple[Tensor, Routing]:
         """Return the output (B, T, M) of the layer, and its routing.
 
         Args:
             x_BTM: the tokens.
             generator: generator of the router's randomness and of dropout in training; None in evaluation.
+            domain_B: expert of each sequence, for router `domain`.
         """
         x = self.head(x_BTM)
         x_ND = x.reshape(-1, x.shape[-1] // self.heads)
-        routing: Routing = self.router(x_ND, generator, sequences=len(x_BTM))
+        routing: Routing = self.router(x_ND, generator, len(x_BTM), domain_B)
         y_ND = self._run_experts(x_ND, routing, generator)
         if self.residual:
             y_ND = x_ND + y_ND

@@ -233,13 +233,20 @@ class Router(nn.Module):
             self.register_buffer("share_E", torch.zeros(moe.experts), persistent=False)
             """Share of each expert in the choices of the step before; zero in the first step."""
 
-    def forward(self, x_ND: Tensor, generator: torch.Generator | None = None, sequences: int = 1) -> Routing:
+    def forward(
+        self,
+        x_ND: Tensor,
+        generator: torch.Generator | None = None,
+        sequences: int = 1,
+        domain_B: Tensor | None = None,
+    ) -> Routing:
         """Return the routing of rows. The expert capacity applies only in training mode (`Module.train`).
 
         Args:
             x_ND: the rows.
             generator: generator of jitter and of P1's random second expert; neither applies without one.
             sequences: number of sequences, whose rows lie one after another.
+            domain_B: not used; `DomainRouter` needs it.
         """
         # Autocast would compute logits in bfloat16.
         with torch.autocast(x_ND.device.type, enabled=False):

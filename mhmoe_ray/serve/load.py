@@ -27,9 +27,19 @@ def check_engine(manifest: CheckpointManifest, spec: ServeSpec) -> None:
     Raises:
         ServeError: the engine is not installed, or cannot compute this model.
     """
+    _check_router(manifest)
     if spec.engine == "vllm":
         _require_vllm()
         check_fits(manifest.model, on_cpu=not spec.gpus_per_replica)
+
+
+def _check_router(manifest: CheckpointManifest) -> None:
+    """Raise ServeError if the model cannot generate text without knowing the domain of the text."""
+    moe = manifest.model.moe
+    if moe is not None and moe.router == "domain":
+        reason = "its router needs the domain of a text, which a prompt does not name"
+        fix = f"export the expert of a domain (mhmoe ckpt export --domain {(moe.domains or ['NAME'])[0]}) and import it"
+        raise ServeError("the model", reason, fix)
 
 
 def _require_vllm() -> None:
@@ -52,6 +62,7 @@ def load_engine(checkpoint: Location, manifest: CheckpointManifest, tokenizer: T
         CheckpointError: the weights do not belong to the manifest's model.
         ServeError: the engine is not installed, or cannot compute this model.
     """
+    _check_router(manifest)
     # The model may have more rows of logits than the tokenizer has tokens, and the engine must not sample the id of a
     # row without a text.
     stop_token_ids, tokenizer_size = boundaries(tokenizer).ends.union(manifest.ends), token_count(tokenizer)

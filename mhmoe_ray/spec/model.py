@@ -19,7 +19,7 @@ from mhmoe_kernels.abilities import KERNELS, KernelLimits, KernelName
 from mhmoe_ray.architectures import ARCHITECTURES, Architecture, ArchitectureName
 from mhmoe_ray.spec.base import Section
 
-RouterName = Literal["linear", "xmoe", "xmoe_torchscale"]
+RouterName = Literal["linear", "xmoe", "xmoe_torchscale", "domain"]
 AttentionBias = Literal["none", "qkv", "all"]
 
 
@@ -43,6 +43,10 @@ def _xmoe_sizes(E: int, D: int, Q: int) -> RouterSizes:
     return RouterSizes(macs=Q * (D + E), parameters=Q * (D + E) + 1, saved_values=2 * E + 4 * (Q + 1))
 
 
+def _domain_sizes(E: int, D: int, Q: int) -> RouterSizes:
+    return RouterSizes(macs=0, parameters=0, saved_values=0)
+
+
 def _torchscale_sizes(E: int, D: int, Q: int) -> RouterSizes:
     return RouterSizes(macs=Q * (D + E), parameters=Q * (D + E), saved_values=Q)
 
@@ -53,6 +57,7 @@ ROUTERS: dict[RouterName, Callable[[int, int, int], RouterSizes]] = {
     "linear": _linear_sizes,
     "xmoe": _xmoe_sizes,
     "xmoe_torchscale": _torchscale_sizes,
+    "domain": _domain_sizes,
 }
 
 
@@ -93,7 +98,11 @@ class MoESpec(Section):
     router: RouterName = "linear"
     """Router. linear: softmax of W x (P2). xmoe: X-MoE's router as published, the cosine of a projection with expert
     embeddings, divided by a learnable temperature. xmoe_torchscale: X-MoE's router as coded and used for P1, with 16
-    dimensions, only the expert side normalized, and no temperature."""
+    dimensions, only the expert side normalized, and no temperature. domain: no router; each document goes to the expert
+    of its domain (DEMix, arXiv 2108.05036)."""
+    domains: list[str] | None = Field(default=None, min_length=1)
+    """Names of the experts of router `domain`, in their order: sources (`web`) or domains (`web/en`) of the data. A
+    document belongs to the expert with the name of its domain, and otherwise to the one with the name of its source."""
     router_dim: int | None = Field(default=None, ge=2)
     """Width of xmoe's projection; by default E / 2, as its authors advise. It must be at least 2: in one dimension a
     cosine is 1 or -1, and the router learns nothing."""
@@ -169,6 +178,7 @@ class MoESpec(Section):
             raise ValueError("with top_k 1, normalize_gates makes every gate 1, and the router learns nothing")
         if self.balance_choices == "all" and self.top_k == 1:
             raise ValueError("top_k is 1, so balance_choices: all would be ignored: there is only a first choice")
+        self._check_domains()
         if self.scoring == "sigmoid" and self.router != "linear":
             raise ValueError(f"router {self.router} is defined with softmax: remove scoring, or use router linear")
         self._check_groups()
@@ -183,6 +193,32 @@ class MoESpec(Section):
             raise ValueError("balance_over: step counts all choices: set balance_choices to all")
         if self.capacity_factor is not None or self.second_expert == "random":
             raise ValueError("balance_over: step counts the routes that are kept, so no route may be dropped")
+
+    def _check_domains(self) -> None:
+        if self.router != "domain":
+            if self.domains is not None:
+                raise ValueError(f"domains are for router domain, and would be ignored with router {self.router}")
+            return
+        if self.domains is None:
+            raise ValueError("router domain needs domains, the names of its experts")
+        if len(set(self.domains)) < len(self.domains):
+            raise ValueError("domains has a name twice")
+        if self.experts != len(self.domains):
+            raise ValueError(f"experts is {self.experts}, but domains names {len(self.domains)}: set it to that")
+        if self.top_k != 1:
+            raise ValueError("router domain sends a document to one expert: set top_k to 1")
+        # The load balancing loss has a default weight, so a weight is no mistake; it has no effect.
+        for key in ("gate_scale", "jitter", "capacity_factor", "balance_over", "z_weight", "bias_rate"):
+            if getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(f"router domain computes no scores, so {key} would be ignored: remove it")
+
+    def expert_of_domain(self, domain: str) -> int | None:
+        """Return the number of the expert of router `domain` for a domain of the data; None if it has none."""
+        assert self.domains is not None
+        for name in (domain, domain.partition("/")[0]):
+            if name in self.domains:
+                return self.domains.index(name)
+        return None
 
     def _check_groups(self) -> None:
         if self.groups == 1 and self.top_groups > 1:

@@ -15,6 +15,7 @@ from mhmoe_ray.distributed.mesh import build_mesh
 from mhmoe_ray.model.decoder import Decoder, routing_loss, token_losses
 from mhmoe_ray.model.init import init_weights
 from mhmoe_ray.model.noise import Noise
+from mhmoe_ray.model.router import SCORES_BY_ROUTER
 from mhmoe_ray.planner.expert_step import assumed_kernel, may_use_cpp
 from mhmoe_ray.planner.memory import (
     checkpoint_copy_bytes,
@@ -25,7 +26,6 @@ from mhmoe_ray.planner.memory import (
 from mhmoe_ray.planner.sizes import block_sizes, compute_sizes
 from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.spec import RunSpec
-from mhmoe_ray.spec.model import ROUTERS
 from mhmoe_ray.train.step import Trainer
 from tests.checkpoint.test_load import new_run
 from tests.kernels.test_cpp import MUST_COMPILE
@@ -72,7 +72,7 @@ EXPERTS = {
             "router": name,
             "kernel": "grouped",
         }
-        for name in ROUTERS
+        for name in SCORES_BY_ROUTER
     },
     "sigmoid": {
         "heads": 4,
@@ -158,7 +158,7 @@ def wide_experts(draw) -> dict[str, object]:
         "head_projection": True,
         "merge_projection": True,
         "projection_layers": draw(st.integers(1, 3)),
-        "router": draw(st.sampled_from(list(ROUTERS))),
+        "router": draw(st.sampled_from(list(SCORES_BY_ROUTER))),
         "jitter": draw(st.sampled_from([0.0, 0.1])),
         "d_shared": draw(st.sampled_from([0, 40])),
         "sub_token_residual": draw(st.booleans()),

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from mhmoe_ray.model.router import SCORES_BY_ROUTER
 from mhmoe_ray.serve.engine import Request, SamplingParams
 from mhmoe_ray.spec import ModelSpec
-from mhmoe_ray.spec.model import ROUTERS
 from tests.serve.asking import answer_all
 from tests.serve.conftest import build_model, save_checkpoint
 from tests.serve.test_torch_engine import TOKENIZER_SIZE, greedy_tokens, random_prompts
@@ -60,7 +60,7 @@ KINDS = {
     ),
     **{
         router: changed_spec({"router": router, "router_dim": 3 if router == "xmoe" else None})
-        for router in ROUTERS
+        for router in SCORES_BY_ROUTER
         if router != "linear"
     },
 }

@@ -1,0 +1,53 @@
+"""The router of DEMix layers (arXiv 2108.05036): a document goes to the expert of its domain.
+
+It has no parameters. In training and in validation the domain is known, and a sample has documents of one domain. For
+text of unknown origin, `evaluate/mixture.py` weights the predictions of all experts by their posterior probabilities.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from mhmoe_ray.model.router import Router, Routing, route_counts
+from mhmoe_ray.spec import MoESpec
+
+
+class DomainRouter(Router):
+    """Router of one layer that sends all rows of a sequence to the expert of its domain, with gate 1."""
+
+    def __init__(self, moe: MoESpec) -> None:
+        # The constructor of `Router` would create the module that computes scores, and there are none here.
+        nn.Module.__init__(self)
+        self.moe = moe
+
+    def forward(
+        self,
+        x_ND: Tensor,
+        generator: torch.Generator | None = None,
+        sequences: int = 1,
+        domain_B: Tensor | None = None,
+    ) -> Routing:
+        """Return the routing of rows.
+
+        Args:
+            x_ND: the rows; those of a sequence lie one after another.
+            generator: not used, because this routing draws no random numbers.
+            sequences: B, the number of sequences, which have equally many rows.
+            domain_B: expert of each sequence, int64; required.
+        """
+        assert domain_B is not None, "router domain needs the domain of each sequence"
+        expert_N1 = domain_B.repeat_interleave(len(x_ND) // sequences)[:, None]
+        zero = torch.zeros((), device=x_ND.device)
+        return Routing(
+            expert_NK=expert_N1,
+            gate_NK=torch.ones_like(expert_N1, dtype=torch.float32),
+            balance_loss=zero,
+            z_loss=zero,
+            count_E=route_counts(expert_N1, self.moe.experts),
+            dropped_routes=torch.zeros((), dtype=torch.int64, device=x_ND.device),
+            capacity=None,
+        )
+
+
+def build_router(width: int, moe: MoESpec) -> Router:
+    """Return the router of a layer for rows of width `width`, with uninitialized parameters."""
+    return DomainRouter(moe) if moe.router == "domain" else Router(width, moe)
