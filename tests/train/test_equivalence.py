@@ -151,7 +151,7 @@ def wide_fields():
         (2, 2, "ddp", "flat"),
         *(
             pytest.param(*case, marks=pytest.mark.slow)
-            for case in [(4, 4, "ddp", "hierarchical"), (4, 2, "fsdp", "flat"), (2, 2, "zero1", "flat")]
+            for case in [(4, 4, "ddp", "hierarchical"), (4, 2, "fsdp", "flat"), (2, 1, "zero3", "flat")]
         ),
     ],
 )
