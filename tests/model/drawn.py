@@ -9,8 +9,8 @@ from mhmoe_ray.architectures import ARCHITECTURES
 from mhmoe_ray.model.decoder import Decoder
 from mhmoe_ray.model.init import init_weights
 from mhmoe_ray.model.moe import MultiHeadMoE
+from mhmoe_ray.model.router import SCORES_BY_ROUTER
 from mhmoe_ray.spec import ModelSpec, MoESpec
-from mhmoe_ray.spec.model import ROUTERS
 
 WIDTH = 24
 
@@ -35,7 +35,7 @@ def specs(draw: st.DrawFn, **fixed: Any) -> ModelSpec:
         "d_expert": draw(st.integers(1, 6), label="f"),
         "every": 1,
         "heads": draw(st.sampled_from([1, 2, 3, 4, 6]), label="h"),
-        "router": draw(st.sampled_from(list(ROUTERS))),
+        "router": draw(st.sampled_from(list(SCORES_BY_ROUTER))),
         "kernel": draw(st.sampled_from(["grouped", "reference"])),
         "capacity_factor": draw(st.sampled_from([None, 0.2, 0.7, 1.0, 1.5])),
         "normalize_gates": top_k > 1 and draw(st.booleans(), label="normalised"),

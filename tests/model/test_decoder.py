@@ -4,8 +4,8 @@ import torch
 from mhmoe_ray.architectures import ARCHITECTURES
 from mhmoe_ray.model.decoder import Decoder
 from mhmoe_ray.model.init import init_weights
+from mhmoe_ray.model.router import SCORES_BY_ROUTER
 from mhmoe_ray.spec import ModelSpec, MoESpec
-from mhmoe_ray.spec.model import ROUTERS
 from tests.paged import logits_in_parts
 
 KINDS = [{}, {"backbone": "subln"}, {"kv_heads": 2, "tied_embeddings": False}]
@@ -72,7 +72,7 @@ def test_attention_depends_only_on_distance_between_tokens(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("router", list(ROUTERS))
+@pytest.mark.parametrize("router", list(SCORES_BY_ROUTER))
 def test_every_parameter_gets_a_gradient(kind, router):
     model, x = build_decoder(moe={"router": router, "projection_layers": 2}, **kind), random_tokens(4, 30)
     model(x).logits_BTV.square().mean().backward()

@@ -5,8 +5,8 @@ import torch
 
 from mhmoe_ray.model.decoder import Decoder
 from mhmoe_ray.model.init import init_weights
+from mhmoe_ray.model.router import SCORES_BY_ROUTER
 from mhmoe_ray.spec import ModelSpec, MoESpec
-from mhmoe_ray.spec.model import ROUTERS
 from tests.specs import tiny_spec
 
 
@@ -61,7 +61,7 @@ def test_projections_of_wide_sub_tokens_have_the_bounds_of_their_shapes(projecti
 
 
 @pytest.mark.parametrize("backbone", ["llama", "subln"])
-@pytest.mark.parametrize("router", list(ROUTERS))
+@pytest.mark.parametrize("router", list(SCORES_BY_ROUTER))
 def test_every_weight_starts_within_its_bound(backbone, router):
     """Weights start as in nn.Linear (+-fan_in^-0.5), except for the projections. subln multiplies some of them by
     sqrt(ln 2L).

@@ -12,9 +12,8 @@ from pydantic import ValidationError
 from mhmoe_ray.model.decoder import Decoder, routing_loss, token_losses
 from mhmoe_ray.model.init import init_weights
 from mhmoe_ray.model.noise import Noise
-from mhmoe_ray.model.router import Router, balance_loss, capacity_mask, updated_bias, z_loss
+from mhmoe_ray.model.router import SCORES_BY_ROUTER, Router, balance_loss, capacity_mask, updated_bias, z_loss
 from mhmoe_ray.spec import ModelSpec, MoESpec
-from mhmoe_ray.spec.model import ROUTERS
 
 
 def build_router(**fields):
@@ -60,7 +59,7 @@ def test_learned_temperature_stays_positive_when_training_lowers_it():
     assert r.scores(x).abs().max() <= 100
 
 
-@pytest.mark.parametrize("name", ROUTERS)
+@pytest.mark.parametrize("name", SCORES_BY_ROUTER)
 def test_routing_is_float32_under_autocast_and_with_bfloat16_weights(name):
     r = build_router(router=name).bfloat16()
     wide = build_router(router=name).float()
@@ -75,7 +74,7 @@ def test_routing_is_float32_under_autocast_and_with_bfloat16_weights(name):
     assert rounded.gate_NK.dtype == rounded.balance_loss.dtype == torch.float32
 
 
-@pytest.mark.parametrize("name", ROUTERS)
+@pytest.mark.parametrize("name", SCORES_BY_ROUTER)
 def test_normalised_gates_are_shares_of_the_chosen_probabilities(name):
     gates = build_router(router=name)(random_rows()).gate_NK
     torch.testing.assert_close(
@@ -135,7 +134,7 @@ def test_expert_capacity_equals_that_of_both_papers_code():
     assert capacity(rows=100, experts=8, top_k=2, factor=None) is None
 
 
-@pytest.mark.parametrize("name", ROUTERS)
+@pytest.mark.parametrize("name", SCORES_BY_ROUTER)
 def test_dropped_routes_have_no_weight_and_are_counted(name):
     r = build_router(router=name, capacity_factor=0.5)
     routing = r(random_rows(48))
@@ -329,7 +328,7 @@ def test_selection_bias_balances_load_and_does_not_enter_gates():
     torch.testing.assert_close(last_routing.gate_NK, probability.gather(1, last_routing.expert_NK))
 
 
-@pytest.mark.parametrize("name", ROUTERS)
+@pytest.mark.parametrize("name", SCORES_BY_ROUTER)
 @pytest.mark.parametrize("experts", [2, 3])
 def test_a_router_of_few_experts_still_learns(name, experts):
     r = build_router(router=name, experts=experts, top_k=1)
@@ -337,7 +336,7 @@ def test_a_router_of_few_experts_still_learns(name, experts):
     assert all(p.grad.abs().max() > 1e-6 for p in r.parameters())
 
 
-@pytest.mark.parametrize("name", ROUTERS)
+@pytest.mark.parametrize("name", SCORES_BY_ROUTER)
 @pytest.mark.parametrize("backbone", ["llama", "subln"])
 def test_gradients_of_every_parameter_match_finite_differences(name, backbone):
     moe = MoESpec(heads=2, experts=3, top_k=2, d_expert=3, every=1, router=name, d_shared=3, sub_token_residual=True)
@@ -394,7 +393,7 @@ def test_an_option_that_would_be_ignored_is_an_error(fields, reason):
         MoESpec(d_expert=4, **fields)
 
 
-@pytest.mark.parametrize("name", ROUTERS)
+@pytest.mark.parametrize("name", SCORES_BY_ROUTER)
 @pytest.mark.parametrize("fields", [{}, {"capacity_factor": 1.0, "balance_choices": "all"}])
 def test_routing_has_no_shape_that_depends_on_values(name, fields):
     """Routing runs on the meta device, which has no values, so on a GPU the host need not wait for results.

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from mhmoe_ray.architectures import ARCHITECTURES
 from mhmoe_ray.checkpoint.huggingface.names import NAME_TABLE, tensor_entries
 from mhmoe_ray.model.decoder import Decoder
+from mhmoe_ray.model.router import SCORES_BY_ROUTER
 from mhmoe_ray.spec import ModelSpec, MoESpec
-from mhmoe_ray.spec.model import ROUTERS
 from tests.checkpoint.huggingface.conftest import MODELS
 
 
@@ -30,7 +30,7 @@ def model_specs(draw) -> ModelSpec:
         merge_projection=merge,
         projection_layers=draw(st.integers(1, 3)) if any(is_projected) else 1,
         d_shared=draw(st.integers(0, 3)),
-        router=draw(st.sampled_from(list(ROUTERS))),
+        router=draw(st.sampled_from(list(SCORES_BY_ROUTER))),
         bias_rate=draw(st.sampled_from([0.0, 0.1])),
     )
     moe = draw(st.sampled_from([moe, moe, None]))
