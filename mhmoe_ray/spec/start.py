@@ -25,6 +25,10 @@ class StartSpec(Section):
     """Order of the samples. new: that of a new run. continue: each domain goes on where the run that this one starts
     from stood, so that no sample is repeated or left out."""
 
+    new_experts: dict[str, str] = Field(default_factory=dict)
+    """Experts of router `domain` from which new ones are copied, by the name of the new one. By default a new expert is
+    the mean of all old ones. Experts that `model.moe.domains` does not name any more are left out."""
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.how == "mix" and len(self.sources) < 2:
@@ -33,6 +37,8 @@ class StartSpec(Section):
             raise ValueError(f"how: {self.how} takes one model, but `from` lists {len(self.sources)}")
         if self.optimizer and self.how != "copy":
             raise ValueError(f"optimizer: moments fit copied weights only, and how is {self.how}: remove optimizer")
+        if self.new_experts and self.how != "copy":
+            raise ValueError(f"new_experts are for how: copy, and how is {self.how}: remove new_experts")
         if self.order == "continue" and self.how == "mix":
             raise ValueError("order: continue goes on with the order of one run, and how: mix has several: remove it")
         return self

@@ -37,6 +37,23 @@ def check_start(start: StartSpec, model: ModelSpec, start_models: Sequence[Start
             raise SpecError("start.from", reason, "mix runs that began from the same model")
     for reason, fix in checks[start.how](model, first_model.model, len(start_models)):
         raise SpecError(f"start.from {first_model.ancestor.name}", reason, fix)
+    _check_new_experts(start, model, first_model.model)
+
+
+def _check_new_experts(start: StartSpec, model: ModelSpec, start_model: ModelSpec) -> None:
+    """Check that `start.new_experts` leads from names of new experts to names of old ones.
+
+    Raises:
+        SpecError: a name is wrong, or there is no router `domain`.
+    """
+    domains, start_domains = ((m.moe and m.moe.domains) or [] for m in (model, start_model))
+    for new_name, old_name in start.new_experts.items():
+        if new_name not in domains or new_name in start_domains:
+            new_names = ", ".join(name for name in domains if name not in start_domains) or "none"
+            raise SpecError(f"start.new_experts.{new_name}", "it is no new expert", f"the new ones are {new_names}")
+        if old_name not in start_domains:
+            reason = f"the start has no expert {old_name}"
+            raise SpecError(f"start.new_experts.{new_name}", reason, f"choose from {', '.join(start_domains)}")
 
 
 def _differences(
@@ -71,6 +88,9 @@ def _copy_problems(model: ModelSpec, start_model: ModelSpec, count: int) -> Iter
     # Selection biases begin at zero, where they change nothing, so a run may add them.
     if model.moe and start_model.moe and not start_model.moe.bias_rate:
         ignored_keys.add("bias_rate")
+    # Experts of domains may be added, left out and reordered.
+    if model.moe and start_model.moe and model.moe.router == start_model.moe.router == "domain":
+        ignored_keys |= {"experts", "domains"}
     for difference in _differences(model, start_model, "model.", ignored_keys):
         yield difference, "remove that key, or set start.how to upcycle to turn a model into one with other experts"
 
@@ -88,7 +108,10 @@ def _trunk_problems(model: ModelSpec, start_model: ModelSpec) -> Iterator[tuple[
 def _copied_expert_problems(moe: MoESpec, d_ff: int, prefix: str = "model.moe.") -> Iterator[tuple[str, str]]:
     """Yield the reason and the fix for each option with which experts of the width of a dense layer do not compute what
     the dense layer does."""
-    required_values = {"d_expert": d_ff, "normalize_gates": True, "gate_scale": 1.0, "sub_token_residual": False}
+    required_values = {"d_expert": d_ff, "gate_scale": 1.0, "sub_token_residual": False}
+    # The gates of router `domain` are 1 already.
+    if moe.router != "domain":
+        required_values["normalize_gates"] = True
     for key, required_value in required_values.items():
         if getattr(moe, key) != required_value:
             reason = f"{prefix}{key} is {getattr(moe, key)}, and copies of a dense layer of width {d_ff} as experts"

@@ -120,11 +120,13 @@ def _model_defaults(start: StartSpec, start_model: StartModel, own_model: Tree, 
         moe = {**model.moe.model_dump(mode="json"), "heads": 2, "d_sub_token": model.d_model}
         moe |= {"head_projection": None, "merge_projection": None}
     elif start.how == "mix":
-        moe = {"heads": 1, "experts": count, "d_expert": model.d_ff, "normalize_gates": True}
+        moe = {"heads": 1, "experts": count, "d_expert": model.d_ff}
     elif own_moe.get("heads", MoESpec.model_fields["heads"].default) == 1 and not own_moe.get("d_shared"):
-        moe = {"d_expert": model.d_ff, "normalize_gates": True}
+        moe = {"d_expert": model.d_ff}
     else:
         moe = {"d_shared": model.d_ff}
+    if "d_expert" in moe and model.moe is None:
+        moe |= {"top_k": 1} if own_moe.get("router") == "domain" else {"normalize_gates": True}
     spacing = own_moe.get("every", moe.get("every", MoESpec.model_fields["every"].default))
     has_dense_layers = spacing != 1 or own_moe.get("dense_first", moe.get("dense_first", 0))
     return {**tree, "d_ff": model.d_ff if has_dense_layers else None, "moe": moe}

@@ -19,13 +19,14 @@ of several models is the same one, its mean is taken in float64 (Branch-Train-Mi
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from mhmoe_ray.model.decoder import Decoder
 from mhmoe_ray.model.init import initial_tensor
+from mhmoe_ray.spec import ModelSpec
 
 _EXPERTS = re.compile(r"(blocks\.\d+)\.moe\.experts\.(.+)_E(\w+)")
 _SHARED = re.compile(r"(blocks\.\d+)\.moe\.shared\.(.+)")
@@ -36,13 +37,16 @@ _PROJECTION = re.compile(r"blocks\.\d+\.moe\.(?P<part>head|merge)\.(?:(?P<index>
 class StartTransform:
     """Computes the first weights of a model from those of other models, one tensor at a time."""
 
-    def __init__(self, model: Decoder, start_model: Decoder, seed: int) -> None:
+    def __init__(
+        self, model: Decoder, start_model: Decoder, seed: int, new_experts: Mapping[str, str] | None = None
+    ) -> None:
         """Prepare the transformation.
 
         Args:
             model: the model of the run, with all experts, on the meta device.
             start_model: the model that it starts from, on the meta device; with several, they are all alike.
             seed: seed of the run, for tensors that get their initial values.
+            new_experts: names of old experts of router `domain`, by the names of new ones that are copies of them.
         """
         self._model, self._seed = model, seed
         self._shapes = {name: t.shape for name, t in model.named_tensors().items()}
@@ -50,6 +54,7 @@ class StartTransform:
         self._is_dense_start = not start_model.moe_layers()
         self._shared_layers = {match[1] for name in self._shapes if (match := _SHARED.fullmatch(name))}
         """Names of the layers with a shared expert; there the dense layer of the start becomes the shared expert."""
+        self._old_experts = _old_experts(model.spec, start_model.spec, new_experts or {})
         self._projection_layers = model.spec.moe.projection_layers if model.spec.moe else 0
 
     def source_name(self, name: str) -> str | None:
@@ -72,6 +77,10 @@ class StartTransform:
             name: name of the tensor in the model.
             sources: the tensor `source_name(name)` of each model that the run starts from; empty if there is none.
         """
+        if self._old_experts is not None and _EXPERTS.fullmatch(name):
+            [tensor_E] = sources
+            experts = [_mean(list(tensor_E)) if old is None else tensor_E[old] for old in self._old_experts]
+            return torch.stack(experts)
         if sources and name not in self._start_names and _EXPERTS.fullmatch(name):
             experts = list(sources) if len(sources) > 1 else list(sources) * self._shapes[name][0]
             return torch.stack(experts)
@@ -97,6 +106,18 @@ class StartTransform:
         if is_weight:
             tensor[:, :width] = torch.eye(width)
         return tensor
+
+
+def _old_experts(spec: ModelSpec, start_spec: ModelSpec, new_experts: Mapping[str, str]) -> list[int | None] | None:
+    """Return, for each expert of router `domain`, the number of the old expert that it is a copy of.
+
+    An entry is None if the expert is the mean of all old ones. The result is None if the start has no such router.
+    """
+    moe, start_moe = spec.moe, start_spec.moe
+    if moe is None or start_moe is None or moe.domains is None or start_moe.domains is None:
+        return None
+    old_numbers = {name: number for number, name in enumerate(start_moe.domains)}
+    return [old_numbers.get(name, old_numbers.get(new_experts.get(name, ""))) for name in moe.domains]
 
 
 def _mean(tensors: Sequence[Tensor]) -> Tensor:

@@ -93,7 +93,7 @@ def _write_weights(folder: Location, spec: RunSpec, start_models: list[StartMode
     """Write the weights of step 0, a file for each layer; return the sizes and hashes of the files."""
     with torch.device("meta"):
         model, start_decoder = Decoder(spec.model), Decoder(start_models[0].model)
-    transform = StartTransform(model, start_decoder, spec.seed)
+    transform = StartTransform(model, start_decoder, spec.seed, spec.start.new_experts if spec.start else None)
     with ExitStack() as stack:
         sources = [_open_groups(start_model, stack) for start_model in start_models]
         # The names of the model's tensors are grouped like those of the start.

@@ -14,10 +14,10 @@ from tests.checkpoint.start.models import start_model
 TOKENS = torch.randint(320, (2, 40), generator=torch.Generator().manual_seed(0))
 
 
-def transformed(spec: ModelSpec, sources: list[Decoder], seed: int = 0) -> Decoder:
+def transformed(spec: ModelSpec, sources: list[Decoder], new_experts: dict[str, str] | None = None) -> Decoder:
     """Return a model of a spec whose weights are made from those of other models."""
     with torch.device("meta"):
-        transform = StartTransform(Decoder(spec), Decoder(sources[0].spec), seed)
+        transform = StartTransform(Decoder(spec), Decoder(sources[0].spec), 0, new_experts)
     model = Decoder(spec).requires_grad_(False).eval()
     source_tensors = [source.named_tensors() for source in sources]
     for name, tensor in model.named_tensors().items():
@@ -161,3 +161,37 @@ def test_options_of_training_and_positions_may_differ():
     spec = ModelSpec(**DENSE)
     changed = spec.model_copy(update={"dropout": 0.1, "document_masks": True, "rope_theta": 1e6})
     check_start(StartSpec(**{"from": "run"}), changed, [start_model(spec)])
+
+
+def test_experts_of_domains_are_added_removed_and_reordered_by_name():
+    moe = {"router": "domain", "top_k": 1, "heads": 1, "d_expert": 48}
+    old = random_model(ModelSpec(**DENSE, moe=MoESpec(**moe, experts=3, domains=["a", "b", "c"])))
+    spec = ModelSpec(**DENSE, moe=MoESpec(**moe, experts=4, domains=["c", "new", "mean", "a"]))
+    start = StartSpec(**{"from": "run", "new_experts": {"new": "b"}})
+    check_start(start, spec, [start_model(old.spec)])
+    old_tensors, tensors = old.named_tensors(), transformed(spec, [old], start.new_experts).named_tensors()
+    for name, tensor in old_tensors.items():
+        if ".experts." not in name:
+            assert torch.equal(tensors[name], tensor)
+            continue
+        expected = [tensor[2], tensor[1], (sum(t.double() for t in tensor) / 3).float(), tensor[0]]
+        assert torch.equal(tensors[name], torch.stack(expected))
+    with pytest.raises(SpecError, match="it is no new expert; the new ones are new, mean"):
+        check_start(StartSpec(**{"from": "run", "new_experts": {"a": "b"}}), spec, [start_model(old.spec)])
+    with pytest.raises(SpecError, match="the start has no expert d; choose from a, b, c"):
+        check_start(StartSpec(**{"from": "run", "new_experts": {"new": "d"}}), spec, [start_model(old.spec)])
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_dense_models_become_the_experts_of_domains(count):
+    """Each expert of a mix computes its own model's feed-forward layers; copies of one model compute that model."""
+    dense = ModelSpec(**DENSE)
+    models = [random_model(dense)] * count
+    moe = MoESpec(router="domain", experts=3, top_k=1, heads=1, d_expert=48, domains=["a", "b", "c"], every=1)
+    spec = dense.with_moe(moe)
+    how = {"from": ["a", "b", "c"], "how": "mix"} if count > 1 else {"from": "a", "how": "upcycle"}
+    check_start(StartSpec(**how), spec, [start_model(dense)] * count)
+    model = transformed(spec, models)
+    for domain in range(3):
+        logits = model(TOKENS, domain_B=torch.full((len(TOKENS),), domain)).logits_BTV
+        torch.testing.assert_close(logits, models[0](TOKENS).logits_BTV, rtol=0, atol=1e-5)
