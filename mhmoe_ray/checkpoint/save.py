@@ -10,7 +10,7 @@ is written: the next one waits for it.
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from datetime import timedelta
 from threading import Event, Thread
 from typing import Any, NamedTuple, TypeVar, cast
@@ -115,7 +115,12 @@ class Saver:
     """
 
     def __init__(
-        self, run: RunDir, trainer: TrainerState, group: int, on_piece: Callable[[], None] = lambda: None
+        self,
+        run: RunDir,
+        trainer: TrainerState,
+        group: int,
+        turn_ends: Iterable[int] = (),
+        on_piece: Callable[[], None] = lambda: None,
     ) -> None:
         """Prepare to save the state of a trainer, whose updates wait for the copy from now on.
 
@@ -125,9 +130,12 @@ class Saver:
             run: the run that the checkpoints belong to.
             trainer: trainer whose state is saved.
             group: number of this worker group, a part of the checkpoints' names, so that no two groups use a name.
+            turn_ends: tokens that end an assistant's turn in the training data, and so an answer of the model, in
+                addition to the tokenizer's own.
             on_piece: called in the background after each written piece.
         """
         self._run, self._trainer, self._group, self._on_piece = run, trainer, group, on_piece
+        self._turn_ends = sorted(turn_ends)
         newest_count = trainer.spec.train.keep_checkpoints
         self._retention = RetentionPolicy(run, newest_count) if newest_count and trainer.mesh.rank == 0 else None
         trainer.before_update = self._wait_for_copy
@@ -249,6 +257,7 @@ class Saver:
             ep=trainer.mesh.size("ep"),
             model=spec.model,
             seq_len=spec.data.seq_len,
+            ends=self._turn_ends,
             data_sha256=self._data_sha256,
             tokenizer_sha256=self._tokenizer_sha256,
             files={},

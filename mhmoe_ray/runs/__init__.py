@@ -10,7 +10,8 @@
   tensorboard/       event files
   evaluations/       results of `mhmoe eval` and `mhmoe routing`, one file for each question
   tokenizer.json
-  chat_template.jinja   template that turns a conversation into a prompt; present if a user added it or it was imported
+  chat_template.jinja   template that turns a conversation into a prompt; present if the run trains on conversations, if
+                        a user added it, or if it was imported
   checkpoints/step_00000200.<n>/   weights/ optim/ manifest.json, written by the n-th worker group
   stop               present while a user asks the run to stop
   ray/               Ray Train's own folder, which this package never reads
