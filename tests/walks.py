@@ -327,14 +327,13 @@ def walk_batch(tree: Tree, folder: Path, recorder: Recorder) -> None:
     small_tokenizer(spec.model.vocab_size).save(str(folder / "tokenizer.json"))
     prepare = tree.definition("prepare", ["spec"])
     training_stream, split_padding = tree.definition("training_stream"), tree.definition("split_padding")
-    micro_batch_class = tree.definition("MicroBatch")
+    micro_batch = tree.definition("micro_batch")
     size = spec.train.micro_batch_size
     with ray_in_this_process(), recorder.recording():
         manifest = prepare(spec)
         batch = next(training_stream(spec, 0, 1).iter_batches(batch_size=size, batch_format="numpy"))
-        parts = split_padding(batch["tokens"], manifest.token_bytes)
-        micro_batch = micro_batch_class(*(torch.from_numpy(part) for part in parts))
-    assert micro_batch[0].shape == (size, spec.data.seq_len + 1)
+        model_batch = micro_batch(split_padding(batch["tokens"], manifest.token_bytes), torch.device("cpu"))
+    assert model_batch[0].shape == (size, spec.data.seq_len + 1)
 
 
 WALKS: dict[str, Callable[[Tree, Path, Recorder], None]] = {

@@ -18,7 +18,7 @@ import torch
 
 from mhmoe_ray.bench.processes import Measurement, run_in_process
 from mhmoe_ray.bench.timing import turns
-from mhmoe_ray.data.shards.files import split_padding
+from mhmoe_ray.data.shards.columns import split_padding
 from mhmoe_ray.data.shards.manifest import require_data_manifest
 from mhmoe_ray.data.stream import TrainingSamples
 from mhmoe_ray.data.tokenizer import boundaries, load_tokenizer
@@ -30,7 +30,8 @@ from mhmoe_ray.spec import RunSpec
 from mhmoe_ray.spec.cluster import WorkerRange
 from mhmoe_ray.train import malloc
 from mhmoe_ray.train.driver import train_run
-from mhmoe_ray.train.step import MicroBatch, Trainer
+from mhmoe_ray.train.step import Trainer
+from mhmoe_ray.train.worker import micro_batch
 
 WARM_UP_STEPS = 10
 """Number of steps that are not timed: the first steps wait for the stream and for the compilation of kernels."""
@@ -137,16 +138,15 @@ def measure_loop(spec: RunSpec, _folder: Path, threads: int) -> dict[str, Any]:
     device = torch.device("cuda" if spec.cluster.gpus_per_worker else "cpu")
     trainer = Trainer(spec, build_mesh(spec.cluster, ["here"], device.type), device, start_id)
     positions = np.arange(spec.train.steps * spec.samples_per_step).reshape(spec.train.steps, -1)
-    steps = [split_padding(TrainingSamples.open_cached(spec).read(row), token_bytes) for row in positions]
-    b, loss = spec.train.micro_batch_size, 0.0
-    for number, (token_ST, counts_ST) in enumerate(steps):
+    samples, loss = TrainingSamples.open_cached(spec), 0.0
+    steps = [
+        [split_padding(rows, token_bytes) for rows in np.split(samples.read(row), spec.train.micro_batches)]
+        for row in positions
+    ]
+    for number, step_samples in enumerate(steps):
         if number == WARM_UP_STEPS:
             start_time = time.perf_counter()
-        parts = (
-            torch.from_numpy(tensor_ST).to(device).view(-1, b, tensor_ST.shape[1])
-            for tensor_ST in (token_ST, counts_ST)
-        )
-        sums = trainer.accumulate([MicroBatch(*pair) for pair in zip(*parts, strict=True)])
+        sums = trainer.accumulate([micro_batch(batch_samples, device) for batch_samples in step_samples])
         trainer.update(sums)
         loss = sums.loss / max(1, sums.targets)
     return {"seconds": time.perf_counter() - start_time, "loss": loss}

@@ -65,8 +65,8 @@ class CheckpointManifest(BaseModel):
     model: ModelSpec
     seq_len: int
     ends: list[int] = []
-    """Token ids that end a text in addition to the tokenizer's own (`data.tokenizer.boundaries`), from an imported
-    folder. Older manifests have none."""
+    """Token ids that end a text in addition to the tokenizer's own (`data.tokenizer.boundaries`): those of an imported
+    folder, and those that end an assistant's turn in the training data. Older manifests have none."""
     adds_start: bool = True
     """Whether a start token precedes a text; false for imported weights whose own tokenizer adds none."""
     tokenizer_sha256: str

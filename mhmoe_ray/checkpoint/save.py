@@ -10,7 +10,7 @@ is written: the next one waits for it.
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from datetime import timedelta
 from threading import Event, Thread
 from typing import Any, NamedTuple, TypeVar, cast
@@ -120,7 +120,8 @@ class Saver:
         trainer: TrainerState,
         group: int,
         on_piece: Callable[[], None] = lambda: None,
-        first_manifest: CheckpointManifest | None = None,
+        ends: Iterable[int] = (),
+        adds_start: bool = True,
     ) -> None:
         """Prepare to save the state of a trainer, whose updates wait for the copy from now on.
 
@@ -131,12 +132,10 @@ class Saver:
             trainer: trainer whose state is saved.
             group: number of this worker group, a part of the checkpoints' names, so that no two groups use a name.
             on_piece: called in the background after each written piece.
-            first_manifest: manifest of the checkpoint that the worker group starts from. The tokens at the edges of a
-                text stay those of this checkpoint.
+            ends: tokens that end a text in addition to the tokenizer's own, as those that end an assistant's turn.
+            adds_start: whether a start token precedes a text.
         """
-        self._ends, self._adds_start = (
-            ([], True) if first_manifest is None else (first_manifest.ends, first_manifest.adds_start)
-        )
+        self._ends, self._adds_start = sorted(ends), adds_start
         self._run, self._trainer, self._group, self._on_piece = run, trainer, group, on_piece
         newest_count = trainer.spec.train.keep_checkpoints
         self._retention = RetentionPolicy(run, newest_count) if newest_count and trainer.mesh.rank == 0 else None

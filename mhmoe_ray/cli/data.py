@@ -48,6 +48,7 @@ def prepare(
 
     An interrupted preparation is continued: text that was tokenised with the same settings is not tokenised again.
     """
+    from mhmoe_ray.data.chat.template import check_template
     from mhmoe_ray.data.prepare.work import clean_up
     from mhmoe_ray.data.shards.manifest import check_recipe, read_data_manifest
     from mhmoe_ray.data.sources import find_files
@@ -56,8 +57,11 @@ def prepare(
     folder = resolved.data.prepared
     manifest = read_data_manifest(folder)
     if manifest is None:
-        # This call raises an error if text is missing, before a cluster is started to read the text.
+        # These calls raise an error if text is missing or the chat template is wrong, before a cluster is started to
+        # read the text.
         find_files(resolved.data)
+        if resolved.data.chat_sources:
+            check_template(resolved.data)
         connection = jobs.connect_to_cluster(resolved.cluster, [resolved.data.prepared], resolved.cluster.cpus, address)
         manifest = _run_job(resolved, connection)
     check_recipe(folder, manifest, resolved)
@@ -99,6 +103,7 @@ def _run_job(spec: "RunSpec", connection: "Connection") -> "DataManifest":
 def _print_manifest(manifest: "DataManifest") -> None:
     """Print the counts of each domain of prepared data, and the entropies of its held-out text."""
     columns = ["", "documents", "held out", "bad", "text", "tokens", "bytes/token", "samples", "cut", "padding"]
+    columns += ["targets"] if manifest.chat else []
     rows = []
     for name, d in manifest.domains.items():
         # `text_bytes` includes held-out text, so the number of tokens must include held-out tokens too.
@@ -115,11 +120,13 @@ def _print_manifest(manifest: "DataManifest") -> None:
                 f"{d.samples:,}",
                 f"{d.cut_documents / d.documents:.1%}" if d.documents else "",
                 f"{d.padding / (d.samples * manifest.seq_len):.2%}" if d.samples else "",
+                *([] if d.target_tokens is None else [f"{d.target_tokens:,}"]),
             ]
         )
     print_untruncated(number_table(columns, rows))
+    unit = "targets" if manifest.chat else "tokens"
     out.print(
-        f"{manifest.validation_tokens:,} held-out tokens: unigram entropy {manifest.baselines.unigram_entropy:.4f}, "
+        f"{manifest.validation_tokens:,} held-out {unit}: unigram entropy {manifest.baselines.unigram_entropy:.4f}, "
         f"bigram model {manifest.baselines.bigram:.4f} nats per token"
     )
 

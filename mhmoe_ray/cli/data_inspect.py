@@ -107,11 +107,12 @@ def raw_text_target(paths: list[str], overrides: list[str]) -> InspectTarget:
         validate_section(DataSpec, tree["data"], label, "data."),
         validate_section(ClusterSpec, tree["cluster"], label),
     )
-    if data.tokenizer:
-        data = data.model_copy(update={"tokenizer": Path.cwd() / data.tokenizer})
+    # The job has another working directory.
+    given_paths = {"tokenizer": data.tokenizer, "chat_template": data.chat_template}
+    data = data.model_copy(update={key: Path.cwd() / path for key, path in given_paths.items() if path})
     # Only file paths are required on the nodes, because all nodes can reach an object store.
     required_paths = [Path(source.path) for source in data.sources.values() if "://" not in source.path]
-    required_paths += [data.tokenizer] if data.tokenizer else []
+    required_paths += [path for path in (data.tokenizer, data.chat_template) if path]
     return InspectTarget(", ".join(data.sources), data, cluster, required_paths, None, None)
 
 
@@ -124,15 +125,19 @@ def run_survey(target: InspectTarget, address: str | None, *, check_rules: bool)
         check_rules: whether to check texts against the rules of `lint`.
 
     Raises:
-        DataError: text is missing.
+        DataError: text is missing, or the chat template cannot be used.
         MhmoeError: the job failed; this is the error that it logged.
     """
     from mhmoe_ray.cluster import remote
+    from mhmoe_ray.data.chat.template import check_template
     from mhmoe_ray.data.inspect.result import SurveyRequest
     from mhmoe_ray.data.sources import find_files
 
-    # This call raises an error if text is missing, before a cluster is started to read the text.
+    # These calls raise an error if text is missing or the chat template is wrong, before a cluster is started to read
+    # the text.
     find_files(target.data)
+    if target.data.chat_sources:
+        check_template(target.data)
     connection = jobs.connect_to_cluster(target.cluster, target.required_paths, 1, address)
     request = SurveyRequest(data=target.data, tokenizer=target.tokenizer, rules=check_rules)
     job = remote.submit(connection, target.cluster.runtime_env, request)

@@ -43,7 +43,10 @@ def print_survey(survey: dict[str, Any], *, held_out: bool) -> None:
 
 
 def print_sample(sample: "DecodedSample") -> None:
-    """Print one packed training sample, with a line before each document in it."""
+    """Print one packed training sample, with a line before each document in it.
+
+    In conversations, text that the model learns to predict stands between {+ and +}.
+    """
     padding = f", {sample.padding:,} tokens of padding" if sample.padding else ""
     out.print(
         f"position {sample.position:,} (step {sample.step:,}): {sample.domain}, its sample {sample.sample:,}{padding}",
@@ -58,7 +61,12 @@ def print_sample(sample: "DecodedSample") -> None:
             continue
         heading = "a document begins" if part.begins else "it goes on from the previous sample"
         out.print(f"--- {heading}, {part.tokens:,} tokens", style="cyan")
-        out.print(part.text, soft_wrap=True)
+        if part.pieces is None:
+            out.print(part.text, soft_wrap=True)
+            continue
+        # The marks are those of `git diff --word-diff`.
+        text = "".join(f"{{+{piece.text}+}}" if piece.is_target else piece.text for piece in part.pieces)
+        out.print(text, soft_wrap=True)
     out.print()
 
 

@@ -134,10 +134,11 @@ def check_training_data(spec: "RunSpec") -> None:
     """Raise if a spec cannot be trained on its data, prepared or raw, before a job is started that would fail.
 
     Raises:
-        DataError: the data is not prepared and text is missing, or the prepared data does not suffice for the spec or
-            was made with other settings.
+        DataError: the data is not prepared, and text is missing or the chat template cannot be used; or the prepared
+            data does not suffice for the spec or was made with other settings.
     """
     from mhmoe_ray.checkpoint.start.record import plan_start
+    from mhmoe_ray.data.chat.template import check_template
     from mhmoe_ray.data.order.mixture import training_order
     from mhmoe_ray.data.shards.manifest import check_recipe, read_data_manifest
     from mhmoe_ray.data.sources import find_files
@@ -149,6 +150,8 @@ def check_training_data(spec: "RunSpec") -> None:
         training_order(spec, prepared, record.samples_before if record else None)
     else:
         find_files(spec.data)
+        if spec.data.chat_sources:
+            check_template(spec.data)
 
 
 def detach_from_job(job: "SubmittedJob[Any]") -> AbstractContextManager[None]:

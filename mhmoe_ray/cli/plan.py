@@ -84,8 +84,10 @@ def plan(
 def data_warnings(spec: "RunSpec") -> list[str]:
     """Return the problems with a spec's data that would end a run before its first step, a line each.
 
-    They are missing text and tokenizers, or a prepared folder that was made with other settings.
+    They are missing text and tokenizers, chat templates that cannot be used, or a prepared folder that was made with
+    other settings.
     """
+    from mhmoe_ray.data.chat.template import check_template
     from mhmoe_ray.data.shards.manifest import check_recipe, read_data_manifest
     from mhmoe_ray.data.sources.find import source_errors
     from mhmoe_ray.data.tokenizer.load import read_given_tokenizer
@@ -101,6 +103,8 @@ def data_warnings(spec: "RunSpec") -> list[str]:
             errors += source_errors(data)
             if data.tokenizer:
                 read_given_tokenizer(data.tokenizer, data.tokenizer_pattern)
+            if data.chat_sources:
+                check_template(data)
     # A plan may be made before the data exists, so errors in the data are only warnings.
     except DataError as e:
         errors.append(e)

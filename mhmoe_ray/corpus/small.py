@@ -5,6 +5,8 @@
     DIR/redpajama/c4             the Python language reference, as pydoc has it (PSF licence)
     DIR/redpajama/stackexchange  English questions and answers (package `chatterbot-corpus`; BSD-3-Clause)
     DIR/multilingual/<language>  conversations in some 27 languages (the same package)
+    DIR/chat/train/<language>    the same conversations as messages, for fine-tuning
+    DIR/chat/held-out/<language> those of them to test with: always the same, with other first remarks
 
 The sample is not RedPajama; it has RedPajama's layout, and each record's `meta` names its source and licence.
 
@@ -14,9 +16,12 @@ Records become shards of JSON lines, compressed with zstd.
 import json
 import platform
 import pydoc_data.topics
+import re
 import sysconfig
 from collections.abc import Iterable, Iterator
+from hashlib import blake2b
 from importlib.metadata import version
+from itertools import chain, cycle
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +65,8 @@ class ShardWriter:
         self._file.write(line)
         self._shard_bytes += len(line)
         self.document_count += 1
-        self.text_bytes += len(record["text"].encode())
+        texts = [record["text"]] if "text" in record else [message["content"] for message in record["messages"]]
+        self.text_bytes += sum(len(text.encode()) for text in texts)
 
     def close(self) -> None:
         """Finish the open shard, if there is one, and give it its final name."""
@@ -96,7 +102,7 @@ def write_records(folder: Path, records: Iterable[Record]) -> int:
 def remove_sample(folder: Path) -> None:
     """Remove the shards of an earlier sample in a folder, and the folders that are then empty."""
     # A new sample that is shorter would overwrite only some of the earlier shards, so all of them are removed first.
-    for domain in [*folder.glob("redpajama/*"), *folder.glob("multilingual/*")]:
+    for domain in chain.from_iterable(folder.glob(f"{part}/*") for part in _PARTS):
         for path in domain.glob("sample*"):
             if path.name.endswith((".jsonl.zst", ".part")):
                 path.unlink()
@@ -104,10 +110,15 @@ def remove_sample(folder: Path) -> None:
             domain.rmdir()
 
 
+_PARTS = ("redpajama", "multilingual", "chat/train", "chat/held-out")
+"""Folders of a sample that have a folder for each domain or language."""
+
 # Limit of code from the standard library, in millions of characters. More code would drown the rest of the sample.
 CODE_MB = 4.0
 CONVERSATIONS_PER_DOCUMENT = 6
 """Number of exchanges, a remark and its answer, in a document."""
+HELD_OUT_SHARE = 0.15
+"""Share of the first remarks of conversations whose conversations are in `chat/held-out`."""
 PYTHON_META = {"source": f"CPython {platform.python_version()}", "license": "PSF-2.0", "language": "en"}
 
 
@@ -123,6 +134,9 @@ def write_sample(folder: Path) -> dict[str, int]:
         records_by_folder[f"multilingual/{language}"] = _conversations(
             conversation_folder / language, "{}\n{}", language
         )
+    for language_folder in sorted(p for p in conversation_folder.iterdir() if p.is_dir()):
+        for part, is_held_out in (("train", False), ("held-out", True)):
+            records_by_folder[f"chat/{part}/{language_folder.name}"] = _chat_records(language_folder, is_held_out)
     try:
         remove_sample(folder)
         counts = {name: write_records(folder / name, records) for name, records in records_by_folder.items()}
@@ -214,6 +228,40 @@ def _conversations(folder: Path, template: str, language: str) -> Iterator[Recor
         for i in range(0, len(exchanges), CONVERSATIONS_PER_DOCUMENT):
             text = "\n\n".join(exchanges[i : i + CONVERSATIONS_PER_DOCUMENT])
             yield {"text": text, "meta": {**meta, "url": f"{path.name}#{i}"}}
+
+
+def _chat_records(folder: Path, is_held_out: bool) -> Iterator[Record]:
+    """Yield the records of a language's conversations as messages, whose remarks and answers take turns.
+
+    A last remark without an answer is left out.
+
+    Args:
+        folder: the folder of a language, with a file for each topic.
+        is_held_out: whether to yield the held-out conversations or all others.
+    """
+    language = "en" if folder.name == "english" else folder.name
+    meta = {"source": _package_source("chatterbot-corpus"), "license": "BSD-3-Clause", "language": language}
+    for path in sorted(folder.glob("*.yml")):
+        conversations = yaml.safe_load(path.read_text(encoding="utf-8")).get("conversations") or []
+        for number, conversation in enumerate(conversations):
+            turns = [str(turn).strip() for turn in conversation]
+            turns = turns[: len(turns) // 2 * 2]
+            # A few conversations have an empty turn, which nobody can learn from.
+            if turns and all(turns) and _is_held_out_remark(turns[0]) is is_held_out:
+                messages = [
+                    {"role": role, "content": turn}
+                    for role, turn in zip(cycle(("user", "assistant")), turns, strict=False)
+                ]
+                yield {"messages": messages, "meta": {**meta, "url": f"{path.name}#{number}"}}
+
+
+def _is_held_out_remark(remark: str) -> bool:
+    """Return whether the conversations that begin with a remark are held out: a hash selects `HELD_OUT_SHARE`."""
+    # Without case and punctuation, conversations that begin alike are on the same side, so no held-out prompt is
+    # trained on.
+    letters = "".join(re.findall(r"\w+", remark.casefold()))
+    digest = blake2b(letters.encode(), digest_size=8).digest()
+    return int.from_bytes(digest) < HELD_OUT_SHARE * 2**64
 
 
 def _package_source(package: str) -> str:

@@ -3,6 +3,7 @@
 sources/     reads raw text of any format, one document at a time
 inspect/     surveys raw text and reports its problems
 tokenizer/   turns text into token ids
+chat/        renders conversations with a chat template, and marks the assistant's tokens
 prepare/     the job that runs once: sources -> tokenizer -> packed samples
 shards/      the prepared data: a folder of packed samples and its manifest
 order/       the order of samples: a pure function of (seed, position)

@@ -19,7 +19,15 @@ import numpy as np
 import ray.data
 
 from mhmoe_ray.data.order.mixture import training_order
-from mhmoe_ray.data.shards.files import Samples, ShardReader, split_padding, token_dtype
+from mhmoe_ray.data.shards.columns import (
+    ModelSamples,
+    Samples,
+    columns_of,
+    padding_token,
+    split_padding,
+    with_all_columns,
+)
+from mhmoe_ray.data.shards.files import ShardReader
 from mhmoe_ray.data.shards.manifest import DataManifest, require_data_manifest
 from mhmoe_ray.spec import RunSpec
 
@@ -66,8 +74,8 @@ def training_stream(
     """Return a dataset that streams the training samples from a position to the end of the training.
 
     Its blocks are for `world_size` ranks in turn. The last block of each rank may extend past the end of the training;
-    no rank reads those rows. The columns are `position` (int64) and `tokens` (T + 1 unsigned integers). The caller must
-    read the dataset with `preserve_order`.
+    no rank reads those rows. The columns are `position` (int64) and those of the samples (data/shards/columns.py). The
+    caller must read the dataset with `preserve_order`.
 
     Args:
         spec: spec of the run.
@@ -108,7 +116,7 @@ def _read_rows(
     positions = start + layout.positions(batch["id"])
     samples = TrainingSamples.open_cached(spec, samples_before)
     # No rank reads the rows past the end, so any existing sample can fill them.
-    return {"position": positions, "tokens": samples.read(np.minimum(positions, end - 1))}
+    return {"position": positions, **columns_of(samples.read(np.minimum(positions, end - 1)))}
 
 
 class TrainingSamples:
@@ -120,6 +128,7 @@ class TrainingSamples:
         self._names, self._order = training_order(spec, manifest, samples_before)
         self.token_bytes = manifest.token_bytes
         """Bytes per token, 2 or 4, as in `DataManifest`."""
+        self._chat = manifest.chat
         self._shard_readers = [ShardReader(folder, manifest.domains[n].shards, self.token_bytes) for n in self._names]
 
     @staticmethod
@@ -132,19 +141,22 @@ class TrainingSamples:
         domains, samples = self._order(np.array([position]))
         return self._names[domains[0]], int(samples[0])
 
-    def read(self, positions: np.ndarray) -> np.ndarray:
-        """Return the samples at these positions as (positions, T + 1) token ids.
+    def read(self, positions: np.ndarray) -> Samples:
+        """Return the samples at these positions as they are stored.
 
-        The ids are unsigned integers as stored, with padding marked; `split_padding` converts them for a model.
+        Padding is marked; `split_padding` converts samples for a model. If any source has conversations, all samples
+        have all columns.
         """
         domains, samples = self._order(positions)
-        rows: np.ndarray | None = None
+        rows: Samples | None = None
         for d in np.unique(domains):
             is_in_domain = domains == d
-            tokens = self._shard_readers[d].read(samples[is_in_domain])
+            domain_rows = self._shard_readers[d].read(samples[is_in_domain])
+            if self._chat is not None:
+                domain_rows = with_all_columns(domain_rows, self._chat.start_token, padding_token(self.token_bytes))
             if rows is None:
-                rows = np.empty((len(positions), tokens.shape[1]), token_dtype(self.token_bytes))
-            rows[is_in_domain] = tokens
+                rows = np.empty((len(positions), domain_rows.shape[1]), domain_rows.dtype)
+            rows[is_in_domain] = domain_rows
         assert rows is not None
         return rows
 
@@ -155,10 +167,7 @@ def _open_samples(spec_json: str, samples_before: tuple[tuple[str, int], ...]) -
     return TrainingSamples(RunSpec.model_validate_json(spec_json), dict(samples_before))
 
 
-def validation_samples(folder: Path, manifest: DataManifest) -> tuple[Samples, np.ndarray]:
-    """Return the validation samples of a prepared folder, and a mask of the targets that count.
-
-    Samples are (samples, T + 1) with padding replaced by token 0; the mask is (samples, T).
-    """
+def validation_samples(folder: Path, manifest: DataManifest) -> ModelSamples:
+    """Return the validation samples of a prepared folder as a model takes them."""
     reader = ShardReader(folder, manifest.validation, manifest.token_bytes)
     return split_padding(reader.read(np.arange(len(reader))), manifest.token_bytes)

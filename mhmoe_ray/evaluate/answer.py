@@ -2,23 +2,35 @@
 
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import torch
+from tokenizers import Tokenizer
 
 from mhmoe_ray.checkpoint.huggingface.export import export
 from mhmoe_ray.checkpoint.load import load_model
 from mhmoe_ray.checkpoint.tokenizer import load_run_tokenizer
+from mhmoe_ray.data.chat.encoder import ConversationEncoder
+from mhmoe_ray.data.chat.template import ChatTemplate, ChatTemplateError, check_template
 from mhmoe_ray.data.domains import language_of_folder, subfolder_of
 from mhmoe_ray.data.shards.manifest import require_matching_data
-from mhmoe_ray.data.tokenizer import DocumentEncoder, boundaries, token_widths
+from mhmoe_ray.data.tokenizer import DocumentEncoder, boundaries, boundary_texts, token_widths
+from mhmoe_ray.errors import CheckpointError
 from mhmoe_ray.evaluate.harness import expand_tasks, run_tasks
-from mhmoe_ray.evaluate.measure import DomainSamples, held_out_samples, measure_samples, text_samples
+from mhmoe_ray.evaluate.measure import (
+    DomainSamples,
+    conversation_samples,
+    held_out_samples,
+    measure_samples,
+    text_samples,
+)
 from mhmoe_ray.evaluate.request import EvalRequest, Evaluation, save_evaluation
 from mhmoe_ray.evaluate.score import Score
 from mhmoe_ray.runs.directory import RunDir
+from mhmoe_ray.spec import DataSpec
 from mhmoe_ray.storage import location
 
 # Least time between two lines about the progress of a domain. A line for every batch would flood the log of the job.
@@ -46,9 +58,17 @@ def run_evaluation(request: EvalRequest, print_line: Callable[[str], None]) -> N
     if request.gpus:
         model.to("cuda")
     tokenizer = load_run_tokenizer(checkpoint, manifest)
-    samples: Iterator[DomainSamples] = iter(())
+    samples: Iterable[DomainSamples] = ()
     if request.text:
-        samples = text_samples(request.text, DocumentEncoder(tokenizer), manifest.seq_len, request.samples)
+        text, seq_len = request.text, manifest.seq_len
+        samples = text_samples(text, DocumentEncoder(tokenizer), seq_len, request.samples)
+        if text.chat_sources:
+            encoder, masks = ConversationEncoder(tokenizer), manifest.model.document_masks
+            template = _chat_template(run, text, tokenizer)
+            samples = chain(
+                samples,
+                conversation_samples(text, encoder, template, seq_len, request.samples, is_packed=masks),
+            )
     elif request.prepared:
         # The text must be the data of the run: documents that are held out in other data may be in the run's training
         # data.
@@ -92,6 +112,23 @@ def run_evaluation(request: EvalRequest, print_line: Callable[[str], None]) -> N
         tasks=tasks,
     )
     save_evaluation(run, evaluation)
+
+
+def _chat_template(run: RunDir, text: DataSpec, tokenizer: Tokenizer) -> ChatTemplate:
+    """Return the template for conversations: the one that the text names, else the run's, else the built-in one.
+
+    Raises:
+        DataError: the template that the text names cannot be used.
+        CheckpointError: the run's template cannot be used.
+    """
+    texts = boundary_texts(tokenizer)
+    if text.chat_template is not None or not run.chat_template_file.exists():
+        return check_template(text, *texts)
+    try:
+        return ChatTemplate(run.chat_template_file.read_text(), *texts)
+    except ChatTemplateError as e:
+        subject = f"chat template {run.chat_template_file}"
+        raise CheckpointError(subject, str(e), "correct it, or set data.chat_template to another") from e
 
 
 def _pad_widths(widths: np.ndarray, vocab_size: int) -> np.ndarray:

@@ -1,5 +1,6 @@
 """Losses and routes of a model over samples of its sequence length, domain by domain."""
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -9,7 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mhmoe_ray.data.shards.files import Samples
+from mhmoe_ray.data.chat.encoder import ConversationEncoder
+from mhmoe_ray.data.chat.template import ChatTemplate
+from mhmoe_ray.data.prepare.packing import pack_best_fit
+from mhmoe_ray.data.shards.columns import Samples, padding_token, split_padding
 from mhmoe_ray.data.shards.manifest import require_data_manifest
 from mhmoe_ray.data.sources import Document, FileReader, find_files
 from mhmoe_ray.data.stream import validation_samples
@@ -31,6 +35,8 @@ class DomainSamples(NamedTuple):
     """Token ids, (samples, T + 1)."""
     target_mask: np.ndarray
     """Mask of the targets that count, (samples, T) bool."""
+    document_starts: np.ndarray | None = None
+    """Mask of the input tokens that begin a document, (samples, T) bool; None if start tokens tell it."""
 
 
 def held_out_samples(folder: Path) -> Iterator[DomainSamples]:
@@ -40,18 +46,26 @@ def held_out_samples(folder: Path) -> Iterator[DomainSamples]:
         DataError: the folder is not prepared.
     """
     manifest = require_data_manifest(folder)
-    tokens, target_mask = validation_samples(folder, manifest)
+    samples = validation_samples(folder, manifest)
     # Validation samples are stored domain after domain in the manifest's order, so each domain is a range of samples.
     start = 0
     for name, domain in manifest.domains.items():
         end = start + domain.validation_samples
         if end > start:
-            yield DomainSamples(name, tokens[start:end], target_mask[start:end])
+            starts = samples.document_starts
+            yield DomainSamples(
+                name,
+                samples.token_ids[start:end],
+                samples.target_mask[start:end],
+                None if starts is None else starts[start:end],
+            )
         start = end
 
 
 def text_samples(data: DataSpec, encoder: DocumentEncoder, seq_len: int, max_samples: int) -> Iterator[DomainSamples]:
     """Read raw text; yield the samples of each domain, whose documents are tokenised, concatenated and cut.
+
+    Sources of conversations are left out.
 
     Args:
         data: the data section that names the text.
@@ -66,6 +80,8 @@ def text_samples(data: DataSpec, encoder: DocumentEncoder, seq_len: int, max_sam
     # Neighbouring samples overlap by one token, so n samples of T targets take n * T + 1 tokens.
     max_tokens = max_samples * seq_len + 1
     for file in find_files(data):
+        if file.format == "chat":
+            continue
         domain_ids = ids_by_domain.setdefault(file.domain, [])
         if len(domain_ids) >= max_tokens:
             # Opening a file can mean a download, so no more files are opened for a domain that has enough tokens.
@@ -94,6 +110,54 @@ def _cut_samples(domain: str, ids: list[int], seq_len: int) -> DomainSamples:
         tokens[i, : len(sample_ids)] = sample_ids
         target_mask[i, : len(sample_ids) - 1] = True
     return DomainSamples(domain, tokens, target_mask)
+
+
+def conversation_samples(
+    data: DataSpec,
+    encoder: ConversationEncoder,
+    template: ChatTemplate,
+    seq_len: int,
+    max_samples: int,
+    *,
+    is_packed: bool,
+) -> Iterator[DomainSamples]:
+    """Read conversations; yield the samples of each domain, in which the assistant's turns are the targets.
+
+    Args:
+        data: the data section that names the conversations; other sources are left out.
+        encoder: encoder of the run's tokenizer.
+        template: the template that renders the conversations.
+        seq_len: T, the number of input tokens per sample; longer conversations are cut.
+        max_samples: largest number of samples per domain, taken from its beginning.
+        is_packed: whether a sample has several conversations, which the model must keep apart by document masks.
+
+    Raises:
+        DataError: there is no file, or no conversation of a domain can be read.
+    """
+    padding, rows_by_domain, token_counts = padding_token(_TOKEN_BYTES), dict[str, list[np.ndarray]](), Counter[str]()
+    for file in find_files(data):
+        if file.format != "chat":
+            continue
+        domain_rows = rows_by_domain.setdefault(file.domain, [])
+        for item in FileReader(file, data, template):
+            # Packed samples have all tokens; otherwise each conversation takes at least one sample.
+            if token_counts[file.domain] > max_samples * seq_len or (not is_packed and len(domain_rows) == max_samples):
+                break
+            if isinstance(item, Document):
+                assert item.conversation is not None
+                [encoded_conversation] = encoder.encode([item.conversation])
+                domain_rows.append(encoded_conversation.rows(_TOKEN_BYTES))
+                token_counts[file.domain] += len(encoded_conversation.token_ids)
+    for domain, rows in rows_by_domain.items():
+        if not rows:
+            raise DataError(f"text {domain}", "no conversation in it can be read", "see `mhmoe data lint`")
+        groups = [np.concatenate(rows)] if is_packed else rows
+        packed_samples = [pack_best_fit(group, seq_len, encoder.start_token, padding).samples for group in groups]
+        yield DomainSamples(domain, *split_padding(np.concatenate(packed_samples)[:max_samples], _TOKEN_BYTES))
+
+
+# The samples stay in memory, so the size of a token does not matter; this one holds any id.
+_TOKEN_BYTES = 4
 
 
 class RouteCounter:
@@ -221,16 +285,23 @@ def measure_samples(
     device = model.embedding.weight.device
     route_counter = RouteCounter(model) if model.spec.moe else None
     scores: dict[str, Score] = {}
-    for domain, tokens, target_mask in samples:
+    for domain, tokens, target_mask, document_starts in samples:
         score = scores.setdefault(domain, Score())
         for start in range(0, len(tokens), batch_size):
             ids, mask = tokens[start : start + batch_size], target_mask[start : start + batch_size]
             token_BT, mask_BT = torch.from_numpy(ids).to(device), torch.from_numpy(mask).to(device)
+            document_BT = None
+            if model.spec.document_masks:
+                # Without their own mask, documents begin with start tokens.
+                starts = (
+                    ids[:, :-1] == start_token
+                    if document_starts is None
+                    else document_starts[start : start + batch_size]
+                )
+                document_BT = document_indices(torch.from_numpy(starts).to(device))
             counting_context = route_counter.counting_routes(domain, mask_BT) if route_counter else nullcontext()
             with counting_context, torch.autocast(device.type, torch.bfloat16, enabled=use_bfloat16):
-                logits_BTV = model(
-                    token_BT[:, :-1], document_BT=_document_indices(model, token_BT, start_token)
-                ).logits_BTV
+                logits_BTV = model(token_BT[:, :-1], document_BT=document_BT).logits_BTV
             # P is the number of predicted tokens that count.
             width_P = widths[ids[:, 1:]][mask]
             loss_BT = token_losses(logits_BTV, token_BT[:, 1:]) * mask_BT
@@ -243,8 +314,3 @@ def measure_samples(
             on_progress(domain, min(start + batch_size, len(tokens)), len(tokens))
         scores[domain] = score
     return scores, route_counter.routing_counts() if route_counter else {}
-
-
-def _document_indices(model: Decoder, token_BT: Tensor, start_token: int) -> Tensor | None:
-    """Return the number of the document that each input token belongs to; None for a model without document masks."""
-    return document_indices(token_BT[:, :-1], start_token) if model.spec.document_masks else None

@@ -17,10 +17,10 @@ CachedAttention = Callable[[Tensor, Tensor, Tensor], Tensor]
 KV cache and attends to these and all earlier tokens."""
 
 
-def document_indices(token_BT: Tensor, start_token: int) -> Tensor:
-    """Return the index (B, T) of each token's document within its sequence. Each `start_token` begins a document; the
-    tokens before the first one have index 0."""
-    return token_BT.eq(start_token).cumsum(1)
+def document_indices(document_starts_BT: Tensor) -> Tensor:
+    """Return the index (B, T) of each token's document within its sequence, given a mask of the tokens that begin a
+    document. The tokens before the first one have index 0."""
+    return document_starts_BT.cumsum(1)
 
 
 def document_mask(document_BT: Tensor, dtype: torch.dtype) -> Tensor:

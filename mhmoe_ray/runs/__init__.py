@@ -11,7 +11,8 @@
   evaluations/       results of `mhmoe eval` and `mhmoe routing`, one file for each question
   tokenizer.json
   start.json         models that the run started from, with their own ancestors; absent if its first weights were random
-  chat_template.jinja   template that turns a conversation into a prompt; present if a user added it or it was imported
+  chat_template.jinja   template that turns a conversation into a prompt; present if the run trains on conversations, if
+                        a user added it, or if the model that it was imported or started from has one
   checkpoints/step_00000200.<n>/   weights/ optim/ manifest.json, written by the n-th worker group
   stop               present while a user asks the run to stop
   ray/               Ray Train's own folder, which this package never reads

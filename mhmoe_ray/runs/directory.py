@@ -132,8 +132,12 @@ class RunDir:
             else source.model_copy(update={"path": str(new_path(Path(source.path)))})
             for name, source in data.sources.items()
         }
-        tokenizer = new_path(data.tokenizer) if data.tokenizer else None
-        path_fields = {"sources": sources, "prepared": new_path(data.prepared), "tokenizer": tokenizer}
+        path_fields = {
+            "sources": sources,
+            "prepared": new_path(data.prepared),
+            "tokenizer": new_path(data.tokenizer) if data.tokenizer else None,
+            "chat_template": new_path(data.chat_template) if data.chat_template else None,
+        }
         return spec.model_copy(update={"storage": storage, "data": data.model_copy(update=path_fields)})
 
     def write_spec(self, spec: RunSpec) -> None:

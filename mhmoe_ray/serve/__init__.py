@@ -4,7 +4,6 @@ config.py          the configuration that the command line sends to Serve; impor
 app.py             the application that Serve builds from it: one deployment, one engine per replica
 api/               routes, and the schemas of requests, responses and errors
 answer.py          text in, text out: turns a prompt into pieces of the answer's text
-chat_template.py   turns conversations into prompts
 detokenizer.py     turns tokens into streamed text, of which no piece is ever retracted
 engine/            token ids in, token ids out, for many requests at once
 vllm/              vLLM as an engine

@@ -7,27 +7,33 @@ from typing import Any, NamedTuple, Self
 from pydantic import BaseModel
 from tokenizers import Tokenizer
 
-from mhmoe_ray.data.tokenizer import boundaries, token_count
+from mhmoe_ray.data.chat.template import ChatTemplate, ChatTemplateError
+from mhmoe_ray.data.tokenizer import boundaries, boundary_texts, token_count
 from mhmoe_ray.errors import ServeError
 from mhmoe_ray.planner.sizes import compute_sizes
-from mhmoe_ray.serve.chat_template import ChatTemplate
+from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.serve.detokenizer import TextDecoder, TextStream, TokenBytes
 from mhmoe_ray.serve.engine import Engine, FinishReason, Request, ScoredToken
 from mhmoe_ray.spec import ModelSpec
 
 
-def boundary_texts(tokenizer: Tokenizer) -> tuple[str, str]:
-    """Return the text of the token that starts a document, and the text of a token that ends one.
+def load_chat_template(run: RunDir, tokenizer: Tokenizer) -> ChatTemplate | None:
+    """Return the chat template of a run; None if the run has none.
 
-    If several tokens end a document, it is the one with the largest id.
+    Args:
+        run: the run.
+        tokenizer: the run's tokenizer, which has tokens for the start and the end of a document.
+
+    Raises:
+        ServeError: the file is not a valid template.
     """
-    boundary_tokens = boundaries(tokenizer)
-    start_text, end_text = (
-        tokenizer.id_to_token(token) for token in (boundary_tokens.start, max(boundary_tokens.ends))
-    )
-    assert start_text is not None
-    assert end_text is not None
-    return start_text, end_text
+    file = run.chat_template_file
+    if not file.exists():
+        return None
+    try:
+        return ChatTemplate(file.read_text(), *boundary_texts(tokenizer))
+    except ChatTemplateError as e:
+        raise ServeError("the chat template", str(e), "correct chat_template.jinja in the run directory") from e
 
 
 class ScoredText(NamedTuple):
@@ -140,7 +146,11 @@ class Answerer:
         Raises:
             ServeError: the template does not accept these messages.
         """
-        ids = self._encode_text(template.render(messages))
+        try:
+            prompt = template.render(messages)
+        except ChatTemplateError as e:
+            raise ServeError("the messages", str(e), "send what the model's chat template takes") from e
+        ids = self._encode_text(prompt)
         return ids if ids[:1] == [self.start_token] or not self.adds_start else [self.start_token, *ids]
 
     def _encode_text(self, text: str) -> list[int]:

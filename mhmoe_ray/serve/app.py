@@ -12,10 +12,9 @@ from mhmoe_ray.checkpoint.manifest import read_manifest
 from mhmoe_ray.checkpoint.tokenizer import load_run_tokenizer
 from mhmoe_ray.errors import MhmoeError
 from mhmoe_ray.runs.directory import RunDir
-from mhmoe_ray.serve.answer import boundary_texts
+from mhmoe_ray.serve.answer import load_chat_template
 from mhmoe_ray.serve.api.access import ExceededLimit, LocalRateLimiter, has_limits
 from mhmoe_ray.serve.api.app import create_app, replica_stats
-from mhmoe_ray.serve.chat_template import ChatTemplate
 from mhmoe_ray.serve.config import DEPLOYMENT, LIMITS_DEPLOYMENT
 from mhmoe_ray.serve.engine import EngineError
 from mhmoe_ray.serve.load import check_engine
@@ -129,7 +128,7 @@ def build(args: Args) -> serve.Application:
         manifest = read_manifest(checkpoint, parts=("weights",))
         check_engine(manifest, args.serve)
         tokenizer = load_run_tokenizer(checkpoint, manifest)
-        ChatTemplate.from_run(RunDir.of_checkpoint(checkpoint), *boundary_texts(tokenizer))
+        load_chat_template(RunDir.of_checkpoint(checkpoint), tokenizer)
     except MhmoeError as e:
         raise RayServeException(str(e)) from e
     rate_limiter = None

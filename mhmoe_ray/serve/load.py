@@ -13,8 +13,7 @@ from mhmoe_ray.checkpoint.tokenizer import load_run_tokenizer
 from mhmoe_ray.data.tokenizer import boundaries, token_count
 from mhmoe_ray.errors import ServeError
 from mhmoe_ray.runs.directory import RunDir
-from mhmoe_ray.serve.answer import Answerer, ModelDetails, boundary_texts
-from mhmoe_ray.serve.chat_template import ChatTemplate
+from mhmoe_ray.serve.answer import Answerer, ModelDetails, load_chat_template
 from mhmoe_ray.serve.engine import Engine
 from mhmoe_ray.serve.vllm.folder import check_fits
 from mhmoe_ray.spec import ServeSpec
@@ -98,7 +97,7 @@ def load_answerer(checkpoint: Location, spec: ServeSpec, manifest: CheckpointMan
     manifest = manifest or read_manifest(checkpoint, parts=("weights",))
     tokenizer = load_run_tokenizer(checkpoint, manifest)
     run = RunDir.of_checkpoint(checkpoint)
-    template = ChatTemplate.from_run(run, *boundary_texts(tokenizer))
+    template = load_chat_template(run, tokenizer)
     details = ModelDetails.from_spec(f"{run.id}/{checkpoint.name}", manifest.model)
     engine = load_engine(checkpoint, manifest, tokenizer, spec)
     return Answerer(engine, tokenizer, template, details, manifest.adds_start)

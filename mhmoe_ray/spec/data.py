@@ -9,7 +9,7 @@ from mhmoe_ray.spec.base import Section
 from mhmoe_ray.spec.filters import FilterSpec
 from mhmoe_ray.storage import refuse_password
 
-Format = Literal["jsonl", "redpajama-v2", "parquet", "text", "huggingface"]
+Format = Literal["jsonl", "redpajama-v2", "parquet", "text", "huggingface", "chat"]
 
 SUFFIXES: dict[Format, tuple[str, ...]] = {
     "jsonl": (".jsonl", ".jsonl.zst", ".jsonl.gz", ".json.gz", ".json.zst", ".ndjson"),
@@ -17,7 +17,11 @@ SUFFIXES: dict[Format, tuple[str, ...]] = {
     "text": (".txt", ".txt.gz", ".txt.zst"),
 }
 """File name suffixes by which formats are recognized. `data/sources/find.py` recognizes the other formats by their
-folders."""
+folders, except `chat`."""
+
+# A record of a conversation may have a text as well, so nothing but the spec can say which of them is meant.
+CHAT_SUFFIXES = SUFFIXES["jsonl"] + SUFFIXES["parquet"]
+"""Suffixes of files of conversations: JSON lines and Parquet. This format is never recognized; a spec names it."""
 
 
 # Weights and shares have a large upper bound because users may write token counts as well as fractions.
@@ -74,7 +78,8 @@ class SourceSpec(Section):
     s3://bucket/folder?region=eu-west-1&endpoint_override=storage.example:9000."""
     format: Format | None = None
     """Format of the files. By default it is recognized by the files' names. RedPajama-1T and most other data sets are
-    `jsonl`."""
+    `jsonl`. Conversations (`chat`) are never recognized: JSON lines or Parquet whose records have `messages`, a list of
+    {role, content}, or a `prompt` and a `completion`."""
     text_field: str | None = Field(default=None, min_length=1)
     """Key or column that holds the text; by default `raw_content` in redpajama-v2, `text` elsewhere."""
     delimiter: str | None = None
@@ -128,6 +133,8 @@ class SourceSpec(Section):
             raise ValueError(f"delimiter is for format text, and this is {format}")
         if self.text_field is not None and format == "text":
             raise ValueError("text_field is for records, and format text has none")
+        if self.text_field is not None and format == "chat":
+            raise ValueError("text_field is for records with a text, and format chat reads messages")
 
 
 class DataSpec(Section):
@@ -156,6 +163,9 @@ class DataSpec(Section):
     tokenizer_train_mb: PositiveFloat | None = None
     """Amount of text that the tokenizer is trained on, in millions of characters; by default 20. The text is a sample
     of all domains in the proportions of the mixture."""
+    chat_template: Path | None = None
+    """Path of the Jinja template that renders conversations (sources of format `chat`); by default a built-in one. The
+    run directory gets a copy, so that the trained model is served with it."""
     validation_fraction: float = Field(default=0.01, gt=0, lt=0.5)
     """Share of documents that are held out for validation. They are chosen by a hash of their text."""
     validation_samples: PositiveInt = 512
@@ -172,7 +182,7 @@ class DataSpec(Section):
     """Largest number of files that are partly lost (truncated, damaged or vanished). Their readable part is used; one
     more such file stops the job."""
 
-    @field_validator("prepared", "tokenizer", mode="before")
+    @field_validator("prepared", "tokenizer", "chat_template", mode="before")
     @classmethod
     def _refuse_uri(cls, value: object) -> object:
         if "://" in str(value):
@@ -201,7 +211,14 @@ class DataSpec(Section):
         for key in ("tokenizer_model", "tokenizer_train_mb"):
             if self.tokenizer is not None and getattr(self, key) is not None:
                 raise ValueError(f"a tokenizer is given and none is trained, so {key} would be ignored")
+        if self.chat_template is not None and not self.chat_sources:
+            raise ValueError("chat_template is for sources of format chat, and there is none: remove it")
         return self
+
+    @property
+    def chat_sources(self) -> list[str]:
+        """The names of the sources of conversations."""
+        return [name for name, source in self.sources.items() if source.format == "chat"]
 
     @property
     def train_mb(self) -> float:

@@ -49,6 +49,7 @@ _FOREIGN_NAMES: dict[str, str] = {
     "data.sources": "datasets dataset dataset_name dataset_path train_data train_file data_path training_dataset",
     "data.tokenizer": "tokenizer_path tokenizer_name tokenizer_file tokenizer_name_or_path",
     "data.packing": "sample_packing pack pack_sequences",
+    "data.chat_template": "chat_template_jinja chat_template_path chat_template_file",
     "data.validation_fraction": "val_set_size eval_fraction test_size val_fraction",
     # the training
     "train.steps": "max_steps num_steps train_steps training_steps total_steps max_iters iterations n_steps",

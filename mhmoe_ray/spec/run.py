@@ -83,6 +83,8 @@ class RunSpec(Section):
                 f"model.moe.recompute is {moe.recompute:g}, but with train.recompute and cluster.ep {self.cluster.ep} "
                 "experts recompute all of their hidden rows, so it would be ignored: leave it out"
             )
+        if self.data.chat_sources:
+            self._check_chat(self.data.chat_sources[0])
         longest_sequence = self.model.architecture.longest_sequence
         if longest_sequence is not None and self.data.seq_len > longest_sequence:
             raise ValueError(
@@ -112,6 +114,19 @@ class RunSpec(Section):
             raise ValueError(
                 f"model.moe.kernel {moe.kernel} computes in {limits.precision}, but train.precision is "
                 f"{self.train.precision}: change one of them"
+            )
+
+    def _check_chat(self, source: str) -> None:
+        """Check that conversations are trained whole and apart from each other; `source` is the name of one source."""
+        if self.data.packing != "best_fit":
+            raise ValueError(
+                f"data.packing is {self.data.packing}, which cuts the conversations of data.sources.{source} anywhere: "
+                "set it to best_fit"
+            )
+        if not self.model.document_masks:
+            raise ValueError(
+                f"model.document_masks is false, but data.sources.{source} has conversations, which would attend to "
+                "others in the same sample: set it to true"
             )
 
     @property
@@ -175,6 +190,7 @@ class RunSpec(Section):
             "sources": sources,
             "prepared": base / data.prepared,
             "tokenizer": base / data.tokenizer if data.tokenizer else None,
+            "chat_template": base / data.chat_template if data.chat_template else None,
         }
         storage = base / self.storage if isinstance(self.storage, Path) else self.storage
         return self.model_copy(update={"storage": storage, "data": data.model_copy(update=update)})

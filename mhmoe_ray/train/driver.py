@@ -13,7 +13,7 @@ from mhmoe_ray.checkpoint.start.write import write_start_checkpoint
 from mhmoe_ray.data.order.mixture import training_order
 from mhmoe_ray.data.prepare.pipeline import prepare
 from mhmoe_ray.data.shards.files import verify_shards
-from mhmoe_ray.data.shards.manifest import require_matching_data
+from mhmoe_ray.data.shards.manifest import TEMPLATE_FILE, require_matching_data
 from mhmoe_ray.errors import DataError, JobError, MhmoeError
 from mhmoe_ray.runs import events
 from mhmoe_ray.runs.directory import RunDir
@@ -94,10 +94,12 @@ def train_run(run: RunDir, attempt: int) -> None:
 
 
 def _prepare_data(run: RunDir, spec: RunSpec) -> None:
-    """Prepare the data if its folder is missing, verify it, and copy its tokenizer into the run directory.
+    """Prepare the data if its folder is missing, verify it, and copy its tokenizer and chat template into the run
+    directory.
 
     Raises:
-        DataError: the data is damaged, does not fit the spec, or has another tokenizer than the run began with.
+        DataError: the data is damaged, does not fit the spec, or has another tokenizer or chat template than the run
+            began with.
     """
     folder = spec.data.prepared
     if not folder.exists():
@@ -108,11 +110,16 @@ def _prepare_data(run: RunDir, spec: RunSpec) -> None:
     # later, in a task of the stream. Without start.json, the run has not begun.
     record = read_start(run) or plan_start(spec)
     training_order(spec, manifest, record.samples_before if record else None)
-    if not run.tokenizer_file.exists():
-        copy_file(folder / "tokenizer.json", run.tokenizer_file)
-    elif describe_file(run.tokenizer_file).sha256 != manifest.tokenizer_sha256:
-        fix = "restore the prepared folder, or submit a new run"
-        raise DataError(f"prepared data {folder}", "its tokenizer is not the one this run began with", fix)
+    prepared_files = {"tokenizer": (folder / "tokenizer.json", run.tokenizer_file, manifest.tokenizer_sha256)}
+    if manifest.chat is not None:
+        template = (folder / TEMPLATE_FILE, run.chat_template_file, manifest.chat.template_sha256)
+        prepared_files["chat template"] = template
+    for name, (prepared_file, run_file, sha256) in prepared_files.items():
+        if not run_file.exists():
+            copy_file(prepared_file, run_file)
+        elif describe_file(run_file).sha256 != sha256:
+            fix = "restore the prepared folder, or submit a new run"
+            raise DataError(f"prepared data {folder}", f"its {name} is not the one this run began with", fix)
     baselines = manifest.baselines.model_dump()
     events.record(run, "prepared", validation_tokens=manifest.validation_tokens, **baselines)
 

@@ -31,7 +31,9 @@ class MicroBatch(NamedTuple):
     token_BT: Tensor
     """Token ids of each sample, int64, (b, T + 1): T inputs, and T targets that are shifted by one."""
     counts_BT: Tensor
-    """Mask of the targets, bool, (b, T): True for those that count, False for padding."""
+    """Mask of the targets, bool, (b, T): True for those that count, False for padding and what is only read."""
+    document_starts_BT: Tensor | None = None
+    """Mask of the input tokens that begin a document, bool, (b, T); None if start tokens tell it."""
 
 
 class RankSums(NamedTuple):
@@ -154,10 +156,11 @@ class Trainer:
             self._dispatch.pop_sent_bytes()
             self._dispatch.pop_wait_seconds()
         batches, targets = self._count_targets(batches)
-        for i, (token_BT, counts_BT) in enumerate(batches, start=1):
+        for i, (token_BT, counts_BT, document_starts_BT) in enumerate(batches, start=1):
             with self.strategy.micro_batch_context(is_last=i == rank_batches):
                 micro_batch = self.step * m + self.mesh.rank + (i - 1) * self.mesh.world_size
-                logits_BTV, routing = self.forward(token_BT[:, :-1], Noise(spec.seed, micro_batch))
+                noise = Noise(spec.seed, micro_batch)
+                logits_BTV, routing = self.forward(token_BT[:, :-1], noise, document_starts_BT)
                 loss = (token_losses(logits_BTV, token_BT[:, 1:]) * counts_BT).sum()
                 # Without `del`, the logits would stay in memory beside their gradients in the backward.
                 del logits_BTV
@@ -194,7 +197,7 @@ class Trainer:
         if self.spec.data.packing == "concat":
             return batches, self.spec.tokens_per_step
         batches = list(batches)
-        count = torch.stack([counts_BT.sum() for _, counts_BT in batches]).sum()
+        count = torch.stack([batch.counts_BT.sum() for batch in batches]).sum()
         if self.mesh.world_size > 1:
             dist.all_reduce(count)
         return batches, int(count)
@@ -251,28 +254,35 @@ class Trainer:
         self.tokens += sums.targets
         return Update(norm, lr, applied)
 
-    def forward(self, token_BT: Tensor, noise: Noise | None = None) -> DecoderOutput:
+    def forward(
+        self, token_BT: Tensor, noise: Noise | None = None, document_starts_BT: Tensor | None = None
+    ) -> DecoderOutput:
         """Run the model in the run's precision, with the document masks that its spec asks for.
 
         Args:
             token_BT: input token ids, (B, T).
             noise: random numbers of the micro-batch, for training; None for validation.
+            document_starts_BT: mask of the tokens that begin a document, (B, T); by default the start tokens do.
         """
         dtype = torch.bfloat16
         enabled = self.spec.train.precision == "bfloat16"
         document_BT = None
         if self.spec.model.document_masks:
-            assert self._start_token is not None
-            # Padding is token 0, which may also be the start token, so padding may seem to begin new documents. This
-            # does no harm: padding lies at the end of a sample, where no target counts.
-            document_BT = document_indices(token_BT, self._start_token)
+            if document_starts_BT is None:
+                assert self._start_token is not None
+                # Padding is token 0, which may also be the start token, so padding may seem to begin new documents.
+                # This does no harm: padding lies at the end of a sample, where no target counts.
+                document_starts_BT = token_BT.eq(self._start_token)
+            document_BT = document_indices(document_starts_BT)
         with torch.autocast(self.device.type, dtype, enabled=enabled):
             model = self.strategy.module if torch.is_grad_enabled() else self.model
             output: DecoderOutput = model(token_BT, noise=noise, document_BT=document_BT)
         return output
 
     @torch.no_grad()
-    def validate(self, token_NT: Tensor, counts_NT: Tensor) -> tuple[float, int]:
+    def validate(
+        self, token_NT: Tensor, counts_NT: Tensor, document_starts_NT: Tensor | None = None
+    ) -> tuple[float, int]:
         """Return the mean loss in nats over the held-out tokens, and their number; both are the same on every rank.
 
         With static routing, routes above the expert capacity are dropped as in training. The first paper's code does
@@ -281,6 +291,7 @@ class Trainer:
         Args:
             token_NT: all held-out samples, (N, T + 1); every rank passes the same.
             counts_NT: mask of the targets that count, (N, T), bool.
+            document_starts_NT: mask of the input tokens that begin a document, (N, T); by default the start tokens do.
         """
         b, world = self.spec.train.micro_batch_size, self.mesh.world_size
         batch_count = -(-len(token_NT) // (b * world))
@@ -289,12 +300,19 @@ class Trainer:
         # all-to-all.
         token_NT = torch.cat([token_NT, token_NT[:1].expand(padding_rows, -1)])
         counts_NT = torch.cat([counts_NT, counts_NT.new_zeros(padding_rows, counts_NT.shape[1])])
+        if document_starts_NT is not None:
+            document_starts_NT = torch.cat([document_starts_NT, document_starts_NT[:1].expand(padding_rows, -1)])
         total = torch.zeros(2, dtype=torch.float64, device=self.device)
         for i in range(batch_count):
             start = (i * world + self.mesh.rank) * b
             token_BT, weight_BT = token_NT[start : start + b].to(self.device), counts_NT[start : start + b]
-            weight_BT = weight_BT.to(self.device)
-            loss_BT = token_losses(self.forward(token_BT[:, :-1]).logits_BTV, token_BT[:, 1:])
+            weight_BT, document_starts_BT = weight_BT.to(self.device), None
+            if document_starts_NT is not None:
+                document_starts_BT = document_starts_NT[start : start + b].to(self.device)
+            output = self.forward(token_BT[:, :-1], document_starts_BT=document_starts_BT)
+            loss_BT = token_losses(output.logits_BTV, token_BT[:, 1:])
+            # Without `del`, the logits would stay in memory beside those of the next round.
+            del output
             total += torch.stack([(loss_BT * weight_BT).sum(dtype=torch.float64), weight_BT.sum(dtype=torch.float64)])
             self.on_progress()
         if world > 1:

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from mhmoe_ray.checkpoint.load import restore
 from mhmoe_ray.checkpoint.manifest import CheckpointManifest, stored_manifest
 from mhmoe_ray.checkpoint.save import Saver
-from mhmoe_ray.data.shards.files import split_padding
+from mhmoe_ray.data.shards.columns import TOKENS, ModelSamples, Samples, columns_of, join_columns, split_padding
 from mhmoe_ray.data.shards.manifest import require_data_manifest
 from mhmoe_ray.data.stream import validation_samples
 from mhmoe_ray.data.tokenizer import boundaries, load_tokenizer
@@ -42,10 +42,13 @@ from mhmoe_ray.train.watchdog import Heartbeat, WorkerInfo
 DIGEST_BYTES = 6
 
 
-def sample_digest(tokens: np.ndarray) -> int:
-    """Return the digest of one micro-batch of token ids, (b, T + 1)."""
-    data = np.ascontiguousarray(tokens, "<i8").tobytes()
-    return int.from_bytes(hashlib.blake2b(data, digest_size=DIGEST_BYTES).digest(), "little")
+def sample_digest(samples: Samples) -> int:
+    """Return the digest of one micro-batch of samples, (b, T + 1)."""
+    columns = columns_of(samples)
+    digest = hashlib.blake2b(np.ascontiguousarray(columns.pop(TOKENS), "<i8").tobytes(), digest_size=DIGEST_BYTES)
+    for mask in columns.values():
+        digest.update(mask.tobytes())
+    return int.from_bytes(digest.digest(), "little")
 
 
 def combine_digests(digests: Iterable[int]) -> str:
@@ -102,7 +105,7 @@ class Worker:
         rank = heartbeat.worker_info.rank
         worker_infos = _gather_objects(heartbeat.worker_info)
         mesh = build_mesh(spec.cluster, [p.node for p in worker_infos], device.type, _node_domains(spec, worker_infos))
-        start_token = boundaries(load_tokenizer(run.tokenizer_file, spec.model.vocab_size)).start
+        start_token, end_tokens = boundaries(load_tokenizer(run.tokenizer_file, spec.model.vocab_size))
         self.trainer = Trainer(spec, mesh, device, start_token, on_progress=heartbeat.report_progress)
         self.data = require_data_manifest(spec.data.prepared)
         self.rank = rank
@@ -110,10 +113,14 @@ class Worker:
         # from, so the call must come before `_agree_on_start`.
         self.shard = ray.train.get_dataset_shard("train")
         self.group, start_checkpoint = self._agree_on_start()
+        ends = set(self.data.chat.turn_ends) - end_tokens if self.data.chat else set()
+        adds_start = True
         if start_checkpoint:
             restore(self.trainer, *start_checkpoint)
-        first_manifest = start_checkpoint[1] if start_checkpoint else None
-        self.saver = Saver(run, self.trainer, self.group, heartbeat.report_side_progress, first_manifest)
+            # Tokens at the edges of a text stay those of the model that the run started from.
+            ends |= set(start_checkpoint[1].ends)
+            adds_start = start_checkpoint[1].adds_start
+        self.saver = Saver(run, self.trainer, self.group, heartbeat.report_side_progress, ends, adds_start)
         self.start_step = self.trainer.step
         self._next_stop_check = 0.0
         """Monotonic time in seconds at which rank 0 next checks the run directory."""
@@ -150,7 +157,7 @@ class Worker:
             PreemptedError: a node of the worker group is preempted; a checkpoint has been saved.
         """
         spec, trainer = self.spec, self.trainer
-        validation_samples_NT = self._validation_samples()
+        validation_batch = micro_batch(validation_samples(spec.data.prepared, self.data), torch.device("cpu"))
         stream = self._stream()
         counts_LE = trainer.zero_counts()
         stop_requested = False
@@ -172,7 +179,7 @@ class Worker:
             is_last_step = trainer.step == spec.train.steps or stop_requested
             if is_last_step or trainer.step % spec.train.validate_every == 0:
                 self.heartbeat.report_phase(trainer.step, "validating")
-                loss, tokens = trainer.validate(*validation_samples_NT)
+                loss, tokens = trainer.validate(*validation_batch)
                 line |= {metrics.VAL_LOSS: loss, metrics.VAL_TOKENS: tokens}
             self.telemetry.report(line, step_counts_LE, waits)
             if is_last_step or is_preempted or trainer.step % spec.train.checkpoint_every == 0:
@@ -210,11 +217,7 @@ class Worker:
         agreed_choice: tuple[int, tuple[Location, CheckpointManifest] | None] = _gather_objects(choice)[0]
         return agreed_choice
 
-    def _validation_samples(self) -> tuple[torch.Tensor, torch.Tensor]:
-        tokens, counts = validation_samples(self.spec.data.prepared, self.data)
-        return torch.from_numpy(tokens), torch.from_numpy(counts)
-
-    def _stream(self) -> Iterator[np.ndarray]:
+    def _stream(self) -> Iterator[Samples]:
         """Yield this rank's micro-batches as they are stored.
 
         Raises:
@@ -231,7 +234,7 @@ class Worker:
                     f"not from {expected_positions[0]} on"
                 )
                 raise DataError("training stream", reason, "this is a defect; the run can be resumed")
-            yield batch["tokens"]
+            yield join_columns(batch)
 
     def _gather_metrics(
         self, sums: RankSums, batches: "_TimedBatches", update: Update, step_start: float
@@ -327,7 +330,7 @@ def _node_domains(spec: RunSpec, worker_infos: list[WorkerInfo]) -> list[str] | 
 class _TimedBatches:
     """Iterator over the next `count` micro-batches of a stream, which measures the wait for them and their digests."""
 
-    def __init__(self, stream: Iterator[np.ndarray], count: int, token_bytes: int) -> None:
+    def __init__(self, stream: Iterator[Samples], count: int, token_bytes: int) -> None:
         self._stream, self._remaining, self._token_bytes = stream, count, token_bytes
         self.wait_seconds = 0.0
         self.digests: list[int] = []
@@ -339,14 +342,23 @@ class _TimedBatches:
             self.wait_seconds += time.monotonic() - request_time
             self._remaining -= 1
             self.digests.append(sample_digest(stored_batch))
-            parts = split_padding(stored_batch, self._token_bytes)
-            yield MicroBatch(*(_start_transfer(torch.from_numpy(part), ray.train.torch.get_device()) for part in parts))
+            yield micro_batch(split_padding(stored_batch, self._token_bytes), ray.train.torch.get_device())
 
 
-def _start_transfer(part: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Return the tensor `part` on the device; the copy does not wait for work that is queued on the device."""
-    # A copy to a GPU is asynchronous only from pinned memory.
-    return part.to(device) if device.type == "cpu" else part.pin_memory().to(device, non_blocking=True)
+def micro_batch(samples: ModelSamples, device: torch.device) -> MicroBatch:
+    """Return samples as a micro-batch on a device; the copy does not wait for work that is queued on the device."""
+
+    def transfer(part: np.ndarray) -> torch.Tensor:
+        # A copy to a GPU is asynchronous only from pinned memory.
+        tensor = torch.from_numpy(part)
+        return tensor.to(device) if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+
+    document_starts = samples.document_starts
+    return MicroBatch(
+        transfer(samples.token_ids),
+        transfer(samples.target_mask),
+        None if document_starts is None else transfer(document_starts),
+    )
 
 
 def _gather_objects(value: Any) -> list[Any]:

@@ -52,6 +52,15 @@ def test_checkpoint_holds_the_state_of_its_step(tmp_path, workers, ep, strategy)
     assert [e["step"] for e in events.read(run) if e["event"] == "checkpoint"] == [2, 3, 4]
 
 
+def test_manifest_has_the_tokens_that_end_answers(tmp_path):
+    spec, run = new_run(tmp_path, {"workers": 1})
+    trainer = jobs.build_trainer(spec)
+    saver = Saver(run, trainer, 1, turn_ends={7, 3})
+    saver.save(trainer.zero_counts())
+    saver.wait()
+    assert newest_checkpoint(run).manifest.ends == [3, 7]
+
+
 def test_update_waits_for_the_copy_of_the_state(tmp_path, monkeypatch):
     """The checkpoint has the weights before the update, though the copy of the state is slow."""
     spec, run = new_run(tmp_path, {"workers": 1})

@@ -30,9 +30,12 @@ def test_discard_leaves_no_file(tmp_path):
 
 
 def test_remove_sample_keeps_other_files(tmp_path):
-    for name in ("redpajama/c4/sample-00001.jsonl.zst", "multilingual/de/sample.jsonl.zst", "redpajama/own/mine.jsonl"):
+    sample_files = ["redpajama/c4/sample-00001.jsonl.zst", "multilingual/de/sample.jsonl.zst"]
+    sample_files += [f"chat/{part}/english/sample-00000.jsonl.zst" for part in ("train", "held-out")]
+    for name in (*sample_files, "redpajama/own/mine.jsonl"):
         (tmp_path / name).parent.mkdir(parents=True)
         (tmp_path / name).touch()
     remove_sample(tmp_path)
     assert [str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()] == ["redpajama/own/mine.jsonl"]
     assert not (tmp_path / "multilingual/de").exists()
+    assert not (tmp_path / "chat/held-out/english").exists()

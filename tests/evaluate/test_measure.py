@@ -40,7 +40,7 @@ def test_measure_samples_equals_counting_by_hand(heads, top_k):
     samples = [make_samples("web/a", 5, 0), make_samples("web/b", 3, 1)]
     scores, routing = measure(model, samples, batch=2)
     assert scores.keys() == routing.keys() == {"web/a", "web/b"}
-    for domain, tokens, target_mask in samples:
+    for domain, tokens, target_mask, _ in samples:
         nats, size = 0.0, 0
         expected_counts = [
             np.zeros((4,), int),
@@ -90,7 +90,7 @@ def test_measure_samples_of_a_dense_model_has_no_routes():
 
 def test_bits_per_byte_is_none_with_unknown_tokens():
     samples = [make_samples("web", 4, 0), make_samples("other", 4, 1)]
-    [(_, tokens, target_mask), _] = samples
+    [(_, tokens, target_mask, _), _] = samples
     target_tokens = {
         int(row[position + 1])
         for row, mask in zip(tokens, target_mask, strict=True)

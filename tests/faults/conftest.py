@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 
 from mhmoe_ray.checkpoint.save import Saver
-from mhmoe_ray.data.shards.files import split_padding
+from mhmoe_ray.data.shards.columns import split_padding
 from mhmoe_ray.data.stream import TrainingSamples
 from mhmoe_ray.data.tokenizer import boundaries, load_tokenizer
 from mhmoe_ray.distributed.mesh import build_mesh
@@ -14,8 +14,8 @@ from mhmoe_ray.runs import history, metrics
 from mhmoe_ray.runs.directory import RunDir, create_run
 from mhmoe_ray.spec import load_resolved_spec
 from mhmoe_ray.storage import copy_file
-from mhmoe_ray.train.step import MicroBatch, Trainer
-from mhmoe_ray.train.worker import combine_digests, sample_digest
+from mhmoe_ray.train.step import Trainer
+from mhmoe_ray.train.worker import combine_digests, micro_batch, sample_digest
 from tests.cli.run import mhmoe
 from tests.data.texts import make_documents, write_documents
 from tests.faults import harness
@@ -64,10 +64,10 @@ def train(run: RunDir, stored: np.ndarray, token_bytes: int) -> None:
     trainer = Trainer(spec, mesh, torch.device("cpu"), start)
     saver = Saver(run, trainer, group=1)
     for step_samples in stored:
-        rank_batches = (
-            split_padding(micro_batch, token_bytes) for micro_batch in step_samples[mesh.rank :: mesh.world_size]
+        rank_samples = step_samples[mesh.rank :: mesh.world_size]
+        sums = trainer.accumulate(
+            [micro_batch(split_padding(samples, token_bytes), trainer.device) for samples in rank_samples]
         )
-        sums = trainer.accumulate([MicroBatch(*map(torch.from_numpy, part)) for part in rank_batches])
         update = trainer.update(sums)
         loss_balance = torch.tensor([sums.loss, sums.balance], dtype=torch.float64)
         dist.all_reduce(loss_balance)

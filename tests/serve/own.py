@@ -2,10 +2,10 @@
 
 from tokenizers import Tokenizer
 
+from mhmoe_ray.data.chat.template import ChatTemplate
 from mhmoe_ray.data.tokenizer import boundaries, token_count
 from mhmoe_ray.model.decoder import Decoder
 from mhmoe_ray.serve.answer import Answerer, ModelDetails
-from mhmoe_ray.serve.chat_template import ChatTemplate
 from mhmoe_ray.serve.engine.torch_engine import own_engine
 from mhmoe_ray.spec import ServeSpec
 

@@ -5,9 +5,11 @@ import json
 import openai
 import pytest
 
+from mhmoe_ray.data.chat.template import ChatTemplate, ChatTemplateError
 from mhmoe_ray.errors import ServeError
+from mhmoe_ray.runs.directory import RunDir
+from mhmoe_ray.serve.answer import load_chat_template
 from mhmoe_ray.serve.api.app import create_app
-from mhmoe_ray.serve.chat_template import ChatTemplate
 from mhmoe_ray.serve.load import load_answerer
 from mhmoe_ray.spec import ServeSpec
 from tests.serve.asking import call
@@ -43,14 +45,20 @@ def client(chat_answerer):
 def test_template_renders_a_conversation():
     template = ChatTemplate(TEMPLATE, "<s>", "</s>")
     assert template.render([*HELLO, {"role": "assistant", "content": "ja"}]) == "u:the fox</s>\na:ja</s>\na:"
-    with pytest.raises(ServeError, match="only user and assistant speak here, not system"):
+    with pytest.raises(ChatTemplateError, match="only user and assistant speak here, not system"):
         template.render([{"role": "system", "content": ""}])
-    with pytest.raises(ServeError, match=r"the chat template: .*; correct chat_template\.jinja"):
-        ChatTemplate("{% for %}", "", "")
-    with pytest.raises(ServeError, match="the chat template: 'break' outside loop"):
+    with pytest.raises(ChatTemplateError, match="'break' outside loop"):
         ChatTemplate("{% break %}", "", "")
-    with pytest.raises(ServeError, match="access to attribute '__class__' of 'str' object is unsafe"):
+    with pytest.raises(ChatTemplateError, match="access to attribute '__class__' of 'str' object is unsafe"):
         ChatTemplate("{{ ''.__class__.__mro__ }}", "", "").render([])
+
+
+def test_invalid_template_of_a_run_is_refused_in_one_line(tmp_path, tokenizer):
+    run = RunDir(tmp_path)
+    assert load_chat_template(run, tokenizer) is None
+    run.chat_template_file.write_text("{% for %}")
+    with pytest.raises(ServeError, match=r"^the chat template: .*; correct chat_template\.jinja in the run directory$"):
+        load_chat_template(run, tokenizer)
 
 
 @pytest.mark.parametrize(
@@ -75,9 +83,9 @@ def test_templates_render_as_in_transformers(text):
 
 
 @pytest.mark.parametrize("text", ["{{ messages[0].content + 1 }}", "{{ messages[0].content % 'b' }}", "{{ 1 / 0 }}"])
-def test_template_failure_is_one_line(text):
+def test_template_failure_is_one_line(chat_answerer, text):
     with pytest.raises(ServeError, match=r"^the messages: .+; send what the model's chat template takes$"):
-        ChatTemplate(text, "", "").render(HELLO)
+        chat_answerer.encode_chat(ChatTemplate(text, "", ""), HELLO)
 
 
 def test_chat_answer_equals_the_completion_of_the_rendered_prompt(client, chat_answerer):

@@ -5,8 +5,8 @@ import warnings
 import pytest
 from hypothesis import HealthCheck, given, settings
 
+from mhmoe_ray.data.chat.template import ChatTemplate
 from mhmoe_ray.serve.api.app import create_app
-from mhmoe_ray.serve.chat_template import ChatTemplate
 from mhmoe_ray.spec import ServeSpec
 from tests.serve.conftest import SEQ_LEN, build_model, build_tokenizer
 from tests.serve.own import create_answerer

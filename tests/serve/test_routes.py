@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
+from mhmoe_ray.data.chat.template import ChatTemplate
 from mhmoe_ray.serve.answer import Answerer, ScoredText
 from mhmoe_ray.serve.api.app import create_app
 from mhmoe_ray.serve.api.completions import _top_logprobs
 from mhmoe_ray.serve.api.schema import MAX_CHOICES
-from mhmoe_ray.serve.chat_template import ChatTemplate
 from mhmoe_ray.spec import ServeSpec
 from tests.llama_tokenizer import llama_tokenizer
 from tests.serve.asking import call

@@ -5,12 +5,13 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from mhmoe_ray.data.shards.files import split_padding
+from mhmoe_ray.data.shards.columns import split_padding
 from mhmoe_ray.data.shards.manifest import require_data_manifest
 from mhmoe_ray.data.stream import TrainingSamples
 from mhmoe_ray.distributed.mesh import build_mesh
 from mhmoe_ray.spec import RunSpec
-from mhmoe_ray.train.step import MicroBatch, Trainer
+from mhmoe_ray.train.step import Trainer
+from mhmoe_ray.train.worker import micro_batch
 
 
 class SingleProcessResult(NamedTuple):
@@ -30,8 +31,7 @@ def train_on_one_process(spec: RunSpec, steps: int) -> SingleProcessResult:
     losses = []
     for step in range(steps):
         stored = samples.read(step * m * b + np.arange(m * b)).reshape(m, b, -1)
-        parts = (split_padding(micro_batch, token_bytes) for micro_batch in stored)
-        sums = trainer.accumulate([MicroBatch(*map(torch.from_numpy, part)) for part in parts])
+        sums = trainer.accumulate([micro_batch(split_padding(rows, token_bytes), trainer.device) for rows in stored])
         trainer.update(sums)
         losses.append(sums.loss / sums.targets)
     return SingleProcessResult(losses, {name: t.detach() for name, t in trainer.strategy.checkpoint_weights().items()})

@@ -25,6 +25,8 @@ def test_a_path_may_be_a_uri_and_stays_one(tmp_path):
         ({"format": "text", "delimiter": "\n"}, 'delimiter is a line without its line break: "" is a blank one'),
         ({"delimiter": "---\r"}, "delimiter is a line without its line break"),
         ({"format": "text", "text_field": "body"}, "format text has none"),
+        ({"format": "chat", "text_field": "body"}, "format chat reads messages"),
+        ({"format": "chat", "delimiter": ""}, "delimiter is for format text"),
         ({"filters": {"signals": ["rps_doc_wordcount > 3"]}}, "did you mean 'rps_doc_word_count'"),
         ({"filters": {"signals": ["ccnet_perplexity"]}}, "write a rule as `signal op number`"),
         ({"filters": {"signals": ["ccnet_perplexity < many"]}}, "could not convert"),
@@ -35,6 +37,38 @@ def test_a_path_may_be_a_uri_and_stays_one(tmp_path):
 def test_an_ignored_or_misspelt_key_is_refused(keys, message):
     with pytest.raises(ValidationError, match=message):
         SourceSpec.model_validate({"path": "x", **keys})
+
+
+CHAT = {"sources": {"talk": {"path": "x", "format": "chat"}, "web": {"path": "y"}}}
+MASKS = {"document_masks": True}
+
+
+@pytest.mark.parametrize(
+    ("data", "model", "message"),
+    [
+        (
+            CHAT,
+            MASKS,
+            "data.packing is concat, which cuts the conversations of data.sources.talk .*: set it to best",
+        ),
+        (
+            {**CHAT, "packing": "best_fit"},
+            {},
+            "model.document_masks is false, but data.sources.talk has conversations.*: set it to true",
+        ),
+        ({"chat_template": "a.jinja"}, MASKS, "chat_template is for sources of format chat, and there is none: remove"),
+        ({**CHAT, "packing": "best_fit", "chat_template": "s3://b/a"}, MASKS, "a file system that the nodes share"),
+    ],
+)
+def test_conversations_are_trained_whole_and_apart(data, model, message):
+    with pytest.raises(ValidationError, match=message):
+        tiny_spec(model=model, data=data)
+
+
+def test_chat_template_is_a_path_like_others(tmp_path):
+    spec = tiny_spec(tmp_path, model=MASKS, data={**CHAT, "packing": "best_fit", "chat_template": "own.jinja"})
+    assert (spec.data.chat_template, spec.data.chat_sources) == (tmp_path / "own.jinja", ["talk"])
+    assert DataSpec.model_validate(spec.data.model_dump(mode="json")) == spec.data
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ def train_single_documents(spec: RunSpec) -> tuple[dict[str, torch.Tensor], floa
     for model in (plain_model, packed_model):
         init_weights(model, spec.seed)
     losses, routing = [], []
-    for token_BT, counts_BT in jobs.micro_batches(spec, 0):
+    for token_BT, counts_BT, _ in jobs.micro_batches(spec, 0):
         document_BT = token_BT[:, :-1].eq(jobs.START_TOKEN).cumsum(1)
         routing.append(routing_loss(spec.model, packed_model(token_BT[:, :-1], document_BT=document_BT).routing))
         for token_T, count, document_T in zip(token_BT, counts_BT.sum(1).tolist(), document_BT, strict=True):
@@ -88,7 +88,7 @@ def test_resumed_run_counts_tokens_without_padding(tmp_path):
     trainer = jobs.build_trainer(spec)
     restore(trainer, checkpoint, read_manifest(checkpoint))
     for step_count in (2, 3):
-        counts = [counts_BT.sum() for step in range(step_count) for _, counts_BT in jobs.micro_batches(spec, step)]
+        counts = [counts_BT.sum() for step in range(step_count) for _, counts_BT, _ in jobs.micro_batches(spec, step)]
         assert trainer.tokens == sum(counts) < step_count * spec.tokens_per_step
         sums = trainer.accumulate(jobs.rank_batches(spec, step_count, trainer))
         trainer.update(sums)
@@ -107,7 +107,8 @@ def test_step_of_padding_only_is_finite():
 def test_validation_masks_documents_as_training_does():
     """Packed documents have the same validation loss as the same documents in samples of their own."""
     spec = padded_spec()
-    samples = [torch.cat(part) for part in zip(*jobs.micro_batches(spec, 0), strict=True)]
+    batches = jobs.micro_batches(spec, 0)
+    samples = [torch.cat([batch.token_BT for batch in batches]), torch.cat([batch.counts_BT for batch in batches])]
     packed_result = jobs.build_trainer(spec).validate(*samples)
     tokens, counts = [], []
     for token_T, counts_T in zip(*samples, strict=True):

@@ -2,15 +2,32 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import groupby, pairwise
+from operator import itemgetter
 
 import numpy as np
 
-from mhmoe_ray.data.shards.files import padding_token
+from mhmoe_ray.data.shards.columns import (
+    TARGETS,
+    TOKENS,
+    columns_of,
+    document_start_mask,
+    padding_mask,
+    padding_token,
+)
 from mhmoe_ray.data.stream import TrainingSamples
 from mhmoe_ray.data.tokenizer import boundaries, load_tokenizer
 from mhmoe_ray.errors import DataError
 from mhmoe_ray.spec import RunSpec
+
+
+@dataclass
+class TextPiece:
+    """Stretch of the text of a conversation."""
+
+    is_target: bool
+    """True if the model learns to predict its tokens; otherwise it only reads them."""
+    text: str
 
 
 @dataclass
@@ -23,6 +40,9 @@ class SamplePart:
     """Number of tokens, including the start token."""
     text: str
     """Text of the piece, without the start token."""
+    pieces: list[TextPiece] | None = None
+    """The text of a conversation, cut where targets begin and end; None in a folder without
+    conversations, where all text is targets."""
 
 
 @dataclass
@@ -66,16 +86,27 @@ def decode_samples(
     start_token, padding = boundaries(tokenizer).start, padding_token(samples.token_bytes)
     decoded_samples, positions = [], range(start, start + count)
     for position, row in zip(positions, samples.read(np.array(positions, np.int64)), strict=True):
-        token_ids = row[row != padding].tolist()
-        starts = [index for index, token in enumerate(token_ids) if token == start_token]
+        length = int((~padding_mask(row, padding)).sum())
+        token_ids = columns_of(row)[TOKENS][:length].tolist()
+        targets = None if row.dtype.names is None else row[TARGETS][:length]
+        starts = np.flatnonzero(document_start_mask(row[:length], start_token)).tolist()
         # A sample may begin within a document, so its first piece begins at 0 also without a start token.
         cuts = sorted({0, *starts, len(token_ids)})
         parts = []
         for piece_start, piece_end in pairwise(cuts):
-            begins = token_ids[piece_start] == start_token
+            begins = piece_start in starts
             # The text leaves out the start token, because the field `begins` stands for it.
             text = tokenizer.decode(token_ids[piece_start + begins : piece_end], skip_special_tokens=False)
-            parts.append(SamplePart(begins, piece_end - piece_start, text))
+            part = SamplePart(begins, piece_end - piece_start, text)
+            if targets is not None:
+                piece_ids = token_ids[piece_start + begins : piece_end]
+                part.pieces = [
+                    TextPiece(is_target, tokenizer.decode([token for token, _ in group], skip_special_tokens=False))
+                    for is_target, group in groupby(
+                        zip(piece_ids, targets[piece_start + begins : piece_end].tolist(), strict=True), itemgetter(1)
+                    )
+                ]
+            parts.append(part)
         domain, sample = samples.locate_sample(position)
         step = position // spec.samples_per_step
         decoded_samples.append(DecodedSample(position, step, domain, sample, parts, len(row) - len(token_ids)))

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mhmoe_ray.data.shards.files import Samples
+from mhmoe_ray.data.shards.columns import TOKENS, Samples, columns_of, target_mask
 from mhmoe_ray.data.shards.manifest import Baselines
 
 
@@ -17,9 +17,14 @@ class TokenPairs(NamedTuple):
 
 
 def token_pairs(samples: Samples, padding: int) -> TokenPairs:
-    """Return the pairs of neighbouring tokens in samples (n, T + 1); a pair whose target is padding is left out."""
-    is_counted = samples[:, 1:] != padding
-    return TokenPairs(samples[:, :-1][is_counted].astype(np.uint32), samples[:, 1:][is_counted].astype(np.uint32))
+    """Return the pairs of neighbouring tokens in samples (n, T + 1) whose targets count, and leave out all others.
+
+    Args:
+        samples: the samples.
+        padding: the token that marks padding.
+    """
+    tokens, is_counted = columns_of(samples)[TOKENS], target_mask(samples, padding)[:, 1:]
+    return TokenPairs(tokens[:, :-1][is_counted].astype(np.uint32), tokens[:, 1:][is_counted].astype(np.uint32))
 
 
 def join_pairs(parts: Iterable[TokenPairs]) -> TokenPairs:

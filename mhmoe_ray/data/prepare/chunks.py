@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import pyarrow as pa
 
+from mhmoe_ray.data.chat.template import ChatTemplate, RenderedConversation
 from mhmoe_ray.data.sources import BadLine, Document, FileReader, RawFile, Reason, Tally
 from mhmoe_ray.errors import DataError
 from mhmoe_ray.spec import DataSpec
@@ -102,6 +103,7 @@ SCHEMA = pa.schema(
         ("texts", pa.list_(pa.large_string())),
         ("tally", pa.binary()),
         ("is_aborted", pa.bool_()),
+        ("conversations", pa.binary()),
     ]
 )
 
@@ -118,22 +120,33 @@ class Chunk(NamedTuple):
     """Counts of the items that were read since the previous chunk."""
     is_aborted: bool
     """True if the reading of the file was aborted here, since it has more bad items than the spec allows."""
+    conversations: list[RenderedConversation] | None = None
+    """The rendered conversations whose contents `texts` has; None if the file has documents of another kind."""
 
     def as_table(self) -> pa.Table:
         """Return the chunk as a table of one row with `SCHEMA`."""
-        # Arrow has no type for a tally, so it is pickled.
-        row = self._asdict() | {"chunk": self.number, "tally": pickle.dumps(self.tally)}
+        # Arrow has no types for a tally and for conversations, so they are pickled.
+        row = self._asdict() | {"chunk": self.number}
+        row |= {"tally": pickle.dumps(self.tally), "conversations": pickle.dumps(self.conversations)}
         return pa.Table.from_pylist([row], SCHEMA)
 
     @classmethod
     def from_table(cls, table: pa.Table) -> "Chunk":
         """Return the chunk in a table that `as_table` made."""
-        file, number, texts, tally, is_aborted = (column[0].as_py() for column in table.select(SCHEMA.names).columns)
-        return cls(file, number, texts, pickle.loads(tally), is_aborted)
+        file, number, texts, tally, is_aborted, conversations = (
+            column[0].as_py() for column in table.select(SCHEMA.names).columns
+        )
+        return cls(file, number, texts, pickle.loads(tally), is_aborted, pickle.loads(conversations))
 
 
 def read_chunks(
-    table: pa.Table, *, spec: DataSpec, limit: QuarantineLimit, quarantine: Path, characters: int
+    table: pa.Table,
+    *,
+    spec: DataSpec,
+    limit: QuarantineLimit,
+    quarantine: Path,
+    characters: int,
+    template: ChatTemplate | None = None,
 ) -> Iterator[pa.Table]:
     """Read raw files and yield their chunks, one in each table; write unreadable lines to the quarantine.
 
@@ -144,32 +157,44 @@ def read_chunks(
             `is_aborted`.
         quarantine: the folder for unreadable lines; each chunk with bad items writes one file.
         characters: number of characters that fill a chunk.
+        template: the template that renders conversations; None if no source has any.
     """
     for row in table.to_pylist():
         file = RawFile(*(row[name] for name in RawFile._fields))
-        for chunk in _file_chunks(row["number"], file, spec, limit, quarantine, characters):
+        for chunk in _file_chunks(row["number"], file, spec, limit, quarantine, characters, template):
             yield chunk.as_table()
 
 
 def _file_chunks(
-    file_number: int, file: RawFile, spec: DataSpec, limit: QuarantineLimit, quarantine: Path, characters: int
+    file_number: int,
+    file: RawFile,
+    spec: DataSpec,
+    limit: QuarantineLimit,
+    quarantine: Path,
+    characters: int,
+    template: ChatTemplate | None,
 ) -> Iterator[Chunk]:
     """Yield the chunks of one file; `read_chunks` describes the arguments."""
-    reader = FileReader(file, spec)
+    reader = FileReader(file, spec, template)
     previous_tally, texts, bad_entries, size, chunk_number, is_aborted = Tally(), list[str](), list[str](), 0, 0, False
+    conversations = list[RenderedConversation]()
 
     def finish() -> Chunk:
-        nonlocal previous_tally, texts, bad_entries, size, chunk_number
+        nonlocal previous_tally, texts, conversations, bad_entries, size, chunk_number
         if bad_entries:
             replace_file(quarantine_file(quarantine, file_number, chunk_number), "".join(bad_entries).encode())
-        chunk = Chunk(file_number, chunk_number, texts, reader.tally.counts_since(previous_tally), is_aborted)
-        previous_tally, texts, bad_entries, size, chunk_number = reader.tally.copy(), [], [], 0, chunk_number + 1
+        tally = reader.tally.counts_since(previous_tally)
+        chunk = Chunk(file_number, chunk_number, texts, tally, is_aborted, conversations or None)
+        previous_tally, texts, conversations = reader.tally.copy(), [], []
+        bad_entries, size, chunk_number = [], 0, chunk_number + 1
         return chunk
 
     for item in reader:
         if isinstance(item, Document):
             texts.append(item.text)
             size += len(item.text)
+            if item.conversation is not None:
+                conversations.append(item.conversation)
         else:
             bad_entries.append(quarantine_entry(file.domain, item))
             # A fixed size is added, because the length of the entry depends on the names of folders, and chunks must

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mhmoe_ray.data.prepare.parts import Tokens, TokenStream
-from mhmoe_ray.data.shards.files import SHARD_BYTES, Samples, padding_token, rows_per_shard, write_shard
+from mhmoe_ray.data.shards.columns import Samples, document_start_mask, padding_token, single_row, target_mask
+from mhmoe_ray.data.shards.files import SHARD_BYTES, rows_per_shard, write_shard
 from mhmoe_ray.data.shards.manifest import Shard
 from mhmoe_ray.spec import DataSpec
 
@@ -76,6 +77,8 @@ class PackedSamples(NamedTuple):
     samples: Samples
     padding: int
     """Number of targets that are padding."""
+    documents: int
+    """Number of documents."""
     cut_documents: int
     """Number of documents that are longer than a sample and were cut."""
 
@@ -104,15 +107,15 @@ def pack_best_fit(tokens: Tokens, seq_len: int, start: int, padding: int) -> Pac
         tokens: the tokens of the documents, each preceded by `start`.
         seq_len: T.
         start: the token that each document begins with.
-        padding: the token that marks targets that do not count.
+        padding: the token that marks padding.
     """
-    starts = np.flatnonzero(tokens == start)
+    starts = np.flatnonzero(document_start_mask(tokens, start))
     targets = np.diff(starts, append=len(tokens))
     pieces, bin_count = _assign_bins(targets, seq_len)
-    samples = np.full((bin_count, seq_len + 1), padding, tokens.dtype)
+    samples = np.full((bin_count, seq_len + 1), single_row(tokens.dtype, padding), tokens.dtype)
     # The last target of a document is the start token of the next document. One more start token at the end gives the
     # last document such a target too.
-    extended_tokens = np.append(tokens, tokens.dtype.type(start))
+    extended_tokens = np.append(tokens, single_row(tokens.dtype, start, starts_document=True))
     for document, offset, bin_index, bin_offset, length in pieces:
         token_index = starts[document] + offset
         if bin_offset == 0:
@@ -120,7 +123,8 @@ def pack_best_fit(tokens: Tokens, seq_len: int, start: int, padding: int) -> Pac
         samples[bin_index, 1 + bin_offset : 1 + bin_offset + length] = extended_tokens[
             token_index + 1 : token_index + 1 + length
         ]
-    return PackedSamples(samples, bin_count * seq_len - int(targets.sum()), int((targets > seq_len).sum()))
+    padding_count, cut_documents = bin_count * seq_len - int(targets.sum()), int((targets > seq_len).sum())
+    return PackedSamples(samples, padding_count, len(starts), cut_documents)
 
 
 class _Piece(NamedTuple):
@@ -194,6 +198,8 @@ class ShardResult(NamedTuple):
     """Number of targets that are padding."""
     whole_documents: int
     """Number of documents that are whole within one sample."""
+    targets: int
+    """Number of targets that count."""
 
 
 def plan_shards(domain: str, stream: TokenStream, spec: DataSpec, token_bytes: int) -> list[ShardPlan]:
@@ -223,10 +229,11 @@ def make_shard(row: dict[str, Any], *, folder: Path, seq_len: int, token_bytes: 
     plan: ShardPlan = pickle.loads(row["plan"])
     tokens = plan.tokens.read()
     if plan.samples is None:
-        samples, padding, cut_documents = pack_best_fit(tokens, seq_len, start, padding_token(token_bytes))
-        whole_documents = int((tokens == start).sum()) - cut_documents
+        samples, padding, documents, cut_documents = pack_best_fit(tokens, seq_len, start, padding_token(token_bytes))
+        whole_documents = documents - cut_documents
     else:
         samples, padding = cut_concat(tokens, plan.samples, seq_len), 0
         whole_documents = count_whole_documents(tokens, plan.samples, seq_len, start)
     shard = write_shard(folder, f"train/{plan.domain}/{plan.number:05d}.arrow", samples)
-    return {"result": pickle.dumps(ShardResult(plan.domain, plan.number, shard, padding, whole_documents))}
+    targets = int(target_mask(samples, padding_token(token_bytes))[:, 1:].sum())
+    return {"result": pickle.dumps(ShardResult(plan.domain, plan.number, shard, padding, whole_documents, targets))}

@@ -4,14 +4,14 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from mhmoe_ray.data.shards.files import token_dtype
 from mhmoe_ray.errors import DataError
 
-Tokens = np.ndarray[tuple[int], np.dtype[np.unsignedinteger]]
+Tokens = np.ndarray[tuple[int], np.dtype[Any]]
+"""Array of tokens: of token ids, or of rows with a field for each column (data/shards/columns.py)."""
 
 
 class PartSlice(NamedTuple):
@@ -33,11 +33,11 @@ class TokenStream:
     Args:
         folder: the folder of the parts.
         parts: the slices of parts, in the order of the stream.
-        token_bytes: bytes per token, 2 or 4.
+        dtype: the dtype of the tokens.
     """
 
-    def __init__(self, folder: Path, parts: Sequence[PartSlice], token_bytes: int) -> None:
-        self._folder, self._dtype = folder, token_dtype(token_bytes)
+    def __init__(self, folder: Path, parts: Sequence[PartSlice], dtype: np.dtype[Any]) -> None:
+        self._folder, self.dtype = folder, dtype
         self.parts = parts
         self._ends = list(accumulate((part.tokens for part in parts), initial=0))
 
@@ -51,7 +51,7 @@ class TokenStream:
             PartSlice(part.name, part.start + max(start - offset, 0), part.stop - max(offset + part.tokens - stop, 0))
             for part, offset in zip(self.parts[first_part:end_part], self._ends[first_part:end_part], strict=True)
         ]
-        return TokenStream(self._folder, parts, self._dtype.itemsize)
+        return TokenStream(self._folder, parts, self.dtype)
 
     def read(self) -> Tokens:
         """Read all tokens of the stream into one array.
@@ -60,13 +60,13 @@ class TokenStream:
             DataError: a part has fewer tokens than expected.
         """
         # The empty array is added because np.concatenate needs at least one array. It also fixes the dtype.
-        return np.concatenate([*self._read_parts(), np.empty(0, self._dtype)])
+        return np.concatenate([*self._read_parts(), np.empty(0, self.dtype)])
 
     def _read_parts(self) -> Iterator[Tokens]:
         """Yield the tokens of each part."""
         for part in self.parts:
             path = part_file(self._folder, part.name)
-            tokens = np.fromfile(path, self._dtype, part.tokens, offset=part.start * self._dtype.itemsize)
+            tokens = np.fromfile(path, self.dtype, part.tokens, offset=part.start * self.dtype.itemsize)
             # np.fromfile raises no error for a file that is too short, but returns fewer items.
             if len(tokens) < part.tokens:
                 reason = f"it has {len(tokens):,} tokens of {part.tokens:,} from {part.start:,} on"

@@ -8,6 +8,7 @@ depends on the files and the settings only, not on the number of tasks or on ear
 published under its name in one rename, when it is complete.
 """
 
+import hashlib
 import pickle
 from collections import defaultdict
 from collections.abc import Iterator
@@ -22,6 +23,9 @@ import ray
 import ray.data
 from tokenizers import Tokenizer
 
+from mhmoe_ray.data.chat.encoder import ConversationEncoder
+from mhmoe_ray.data.chat.template import ChatTemplate, ChatTemplateError, check_template, template_error
+from mhmoe_ray.data.domains import source_of
 from mhmoe_ray.data.prepare.baselines import compute_baselines, join_pairs, token_pairs
 from mhmoe_ray.data.prepare.chunks import (
     CHUNK_CHARACTERS,
@@ -35,9 +39,12 @@ from mhmoe_ray.data.prepare.parts import PartSlice, TokenStream
 from mhmoe_ray.data.prepare.tokenise import Part, TokenisedChunk, tokenise_chunk
 from mhmoe_ray.data.prepare.validation import ValidationSplit, write_validation_split
 from mhmoe_ray.data.prepare.work import ProgressReport, StagingDirectory, clean_up, publish, staging_directory
-from mhmoe_ray.data.shards.files import ShardReader, padding_token, token_bytes_for
+from mhmoe_ray.data.shards.columns import conversation_dtype, padding_token, token_bytes_for, token_dtype
+from mhmoe_ray.data.shards.files import ShardReader
 from mhmoe_ray.data.shards.manifest import (
+    TEMPLATE_FILE,
     Baselines,
+    ChatData,
     DataManifest,
     Domain,
     Shard,
@@ -48,7 +55,7 @@ from mhmoe_ray.data.shards.manifest import (
 )
 from mhmoe_ray.data.sources import Tally, file_blocks, find_files
 from mhmoe_ray.data.sources.find import fingerprints
-from mhmoe_ray.data.tokenizer import boundaries, load_tokenizer, store_given_tokenizer, train_tokenizer
+from mhmoe_ray.data.tokenizer import boundaries, boundary_texts, load_tokenizer, store_given_tokenizer, train_tokenizer
 from mhmoe_ray.errors import DataError
 from mhmoe_ray.spec import DataSpec, RunSpec
 from mhmoe_ray.storage import describe_file, write_json
@@ -56,6 +63,9 @@ from mhmoe_ray.storage import describe_file, write_json
 CPUS_PER_READER = 8
 """CPUs per reader: one core reads at least as fast as this many cores tokenise. Readers and tokenising tasks wait for
 each other, so readers reserve no CPU in Ray."""
+
+CPUS_PER_CHAT_READER = 2
+"""CPUs per reader of conversations: it also renders them, which takes about as long as their tokenising."""
 
 MAX_EXPECTED_CPUS = 64
 """Largest number of CPUs that are expected of a cluster that has none yet. The readers for them start at once, maybe on
@@ -131,6 +141,9 @@ class _Preparation:
         self._spec, self._data_spec, self._staging = spec, spec.data, staging
         self._tokenizer = staging.result_path / "tokenizer.json"
         self._token_bytes = token_bytes_for(spec.model.vocab_size)
+        if spec.data.chat_sources:
+            # Tasks render conversations, too, but Ray would wrap their errors in tracebacks.
+            check_template(spec.data)
         self._files = find_files(spec.data)
         self._fingerprints = fingerprints(spec.data, self._files)
         self._limit = QuarantineLimit(spec.data, self._files)
@@ -140,10 +153,12 @@ class _Preparation:
         """Run all stages and write the complete result into the staging directory, the manifest last."""
         self._log(f"tokenizer for {len(self._files)} files")
         self._report.enter_stage("tokenizer")
-        start = self._make_tokenizer()
+        tokenizer = self._make_tokenizer()
+        start = boundaries(tokenizer).start
+        template, chat = self._check_chat(tokenizer)
         self._log(f"tokenising {len(self._files)} files")
         self._report.enter_stage("tokenising")
-        parts, tallies = self._tokenise()
+        parts, tallies = self._tokenise(template)
         by_domain: dict[str, list[Part]] = defaultdict(list)
         for part in parts:
             by_domain[self._files[part.file].domain].append(part)
@@ -151,11 +166,11 @@ class _Preparation:
         self._log(f"packing {len(by_domain)} domains and languages")
         shard_results = self._write_shards(by_domain, start)
         self._report.enter_stage("finishing")
-        held_out = {name: self._held_out_stream(domain_parts) for name, domain_parts in sorted(by_domain.items())}
+        held_out = {name: self._held_out_stream(name, domain_parts) for name, domain_parts in sorted(by_domain.items())}
         shards = {name: [result.shard for result in shard_results[name]] for name in by_domain}
         finish = ray.remote(_finish).options(num_cpus=1)
         validation, baselines = ray.get(
-            finish.remote(self._staging.result_path, held_out, shards, self._spec, self._token_bytes)
+            finish.remote(self._staging.result_path, held_out, shards, self._spec, self._token_bytes, start)
         )
         manifest = DataManifest(
             recipe=recipe(self._spec),
@@ -163,6 +178,7 @@ class _Preparation:
             seq_len=self._data_spec.seq_len,
             token_bytes=self._token_bytes,
             tokenizer_sha256=describe_file(self._tokenizer).sha256,
+            chat=chat,
             domains={
                 name: _domain_entry(
                     by_domain[name],
@@ -170,6 +186,7 @@ class _Preparation:
                     shard_results[name],
                     validation.sample_counts[name],
                     self._data_spec.seq_len,
+                    has_chat=chat is not None,
                 )
                 for name in sorted(by_domain)
             },
@@ -183,8 +200,8 @@ class _Preparation:
     def _log(self, text: str) -> None:
         print(f"prepare: {text}", flush=True)
 
-    def _make_tokenizer(self) -> int:
-        """Train the tokenizer or take the given one, write tokenizer.json, and return the start token of documents."""
+    def _make_tokenizer(self) -> Tokenizer:
+        """Train the tokenizer or take the given one, write tokenizer.json, and return the tokenizer."""
         path, vocab_size = self._tokenizer, self._spec.model.vocab_size
         if self._data_spec.tokenizer is not None:
             store_given_tokenizer(self._data_spec, vocab_size, path)
@@ -192,10 +209,33 @@ class _Preparation:
             train = ray.remote(train_tokenizer).options(num_cpus=1)
             tokenizer: Tokenizer = ray.get(train.remote(self._files, self._data_spec, vocab_size))
             tokenizer.save(str(path))
-        return boundaries(load_tokenizer(path, vocab_size)).start
+        return load_tokenizer(path, vocab_size)
 
-    def _tokenise(self) -> tuple[list[Part], dict[str, Tally]]:
+    def _check_chat(self, tokenizer: Tokenizer) -> tuple[ChatTemplate, ChatData] | tuple[None, None]:
+        """Write the chat template, and return it with the facts for the manifest; None if no source is of format chat.
+
+        Raises:
+            DataError: the template cannot be used, or not with this tokenizer.
+        """
+        if not self._data_spec.chat_sources:
+            return None, None
+        template = check_template(self._data_spec, *boundary_texts(tokenizer))
+        try:
+            turn_ends = ConversationEncoder(tokenizer).turn_ends(template)
+        except ChatTemplateError as e:
+            raise template_error(self._data_spec, str(e)) from e
+        content = template.text.encode()
+        (self._staging.result_path / TEMPLATE_FILE).write_bytes(content)
+        digest = hashlib.sha256(content).hexdigest()
+        return template, ChatData(
+            template_sha256=digest, start_token=boundaries(tokenizer).start, turn_ends=sorted(turn_ends)
+        )
+
+    def _tokenise(self, template: ChatTemplate | None) -> tuple[list[Part], dict[str, Tally]]:
         """Tokenise all files into parts, keep the progress report up to date, and write the quarantine file.
+
+        Args:
+            template: the template that renders conversations; None if no source has any.
 
         Returns:
             All parts in the order of files and chunks, and the tallies by domain.
@@ -205,7 +245,12 @@ class _Preparation:
         """
         quarantine = self._staging.quarantine_path
         read = partial(
-            read_chunks, spec=self._data_spec, limit=self._limit, quarantine=quarantine, characters=CHUNK_CHARACTERS
+            read_chunks,
+            spec=self._data_spec,
+            limit=self._limit,
+            quarantine=quarantine,
+            characters=CHUNK_CHARACTERS,
+            template=template,
         )
         tokenise = partial(
             tokenise_chunk,
@@ -218,7 +263,7 @@ class _Preparation:
         # An autoscaling cluster may have no nodes yet. The number of readers then follows from the CPUs that the spec
         # asks for.
         cpus = ray.cluster_resources().get("CPU", 0) or min(self._spec.cluster.cpus, MAX_EXPECTED_CPUS)
-        readers = ceil(cpus / CPUS_PER_READER)
+        readers = ceil(cpus / (CPUS_PER_CHAT_READER if template else CPUS_PER_READER))
         files = ray.data.from_arrow(file_blocks(self._files))
         chunks = files.map_batches(read, batch_format="pyarrow", batch_size=1, num_cpus=0, concurrency=readers)
         parts, tally, report = [], Tally(), self._report
@@ -251,25 +296,32 @@ class _Preparation:
                 out.write(quarantine_file(quarantine, file, number).read_bytes())
         return parts, tallies
 
-    def _training_stream(self, parts: list[Part]) -> TokenStream:
-        """Return the tokens of the training documents in these parts."""
-        slices = [PartSlice(part.name, 0, part.counts.tokens) for part in parts if part.counts.tokens]
-        return TokenStream(self._staging.parts_path, slices, self._token_bytes)
+    def _stream(self, domain: str, slices: list[PartSlice]) -> TokenStream:
+        """Return the tokens of a domain in slices of its parts."""
+        is_chat = self._data_spec.sources[source_of(domain)].format == "chat"
+        dtype = conversation_dtype(self._token_bytes) if is_chat else token_dtype(self._token_bytes)
+        return TokenStream(self._staging.parts_path, slices, dtype)
 
-    def _held_out_stream(self, parts: list[Part]) -> TokenStream:
-        """Return the tokens of the held-out documents in these parts."""
+    def _training_stream(self, domain: str, parts: list[Part]) -> TokenStream:
+        """Return the tokens of the training documents in these parts of a domain."""
+        return self._stream(
+            domain, [PartSlice(part.name, 0, part.counts.tokens) for part in parts if part.counts.tokens]
+        )
+
+    def _held_out_stream(self, domain: str, parts: list[Part]) -> TokenStream:
+        """Return the tokens of the held-out documents in these parts of a domain."""
         held_out_parts = [(part.name, part.counts) for part in parts if part.counts.held_out_tokens]
         slices = [
             PartSlice(name, counts.tokens, counts.tokens + counts.held_out_tokens) for name, counts in held_out_parts
         ]
-        return TokenStream(self._staging.parts_path, slices, self._token_bytes)
+        return self._stream(domain, slices)
 
     def _write_shards(self, by_domain: dict[str, list[Part]], start: int) -> dict[str, list[ShardResult]]:
         """Write the training shards of all domains; return each domain's results in the order of its shards."""
         plans = [
             plan
             for name, parts in by_domain.items()
-            for plan in plan_shards(name, self._training_stream(parts), self._data_spec, self._token_bytes)
+            for plan in plan_shards(name, self._training_stream(name, parts), self._data_spec, self._token_bytes)
         ]
         self._report.shards, self._report.total_shards = 0, len(plans)
         self._report.enter_stage("packing")
@@ -292,9 +344,24 @@ class _Preparation:
 
 
 def _domain_entry(
-    parts: list[Part], tally: Tally, shard_results: list[ShardResult], validation_samples: int, seq_len: int
+    parts: list[Part],
+    tally: Tally,
+    shard_results: list[ShardResult],
+    validation_samples: int,
+    seq_len: int,
+    *,
+    has_chat: bool,
 ) -> Domain:
-    """Return the manifest's entry of a domain, from its parts, its tally and the results of its shards."""
+    """Return the manifest's entry of a domain, from its parts, its tally and the results of its shards.
+
+    Args:
+        parts: the parts of the domain.
+        tally: the tally of reading its files.
+        shard_results: the results of writing its training shards.
+        validation_samples: number of its validation samples.
+        seq_len: T.
+        has_chat: whether any source of the folder has conversations; then the entry has the number of targets.
+    """
     counts = [part.counts for part in parts]
     documents, tokens = sum(c.documents for c in counts), sum(c.tokens for c in counts)
     samples, padding = (
@@ -317,6 +384,7 @@ def _domain_entry(
         validation_samples=validation_samples,
         unused_tokens=max(0, tokens - 1 - targets),
         padding=padding,
+        target_tokens=sum(result.targets for result in shard_results) if has_chat else None,
         cut_documents=documents - sum(result.whole_documents for result in shard_results),
         shards=[result.shard for result in shard_results],
     )
@@ -330,7 +398,12 @@ class _FinishResult(NamedTuple):
 
 
 def _finish(
-    folder: Path, held_out: dict[str, TokenStream], shards: dict[str, list[Shard]], spec: RunSpec, token_bytes: int
+    folder: Path,
+    held_out: dict[str, TokenStream],
+    shards: dict[str, list[Shard]],
+    spec: RunSpec,
+    token_bytes: int,
+    start_token: int,
 ) -> _FinishResult:
     """Write the validation samples and compute the baselines of the validation loss.
 
@@ -342,9 +415,10 @@ def _finish(
         shards: training shards by domain.
         spec: the spec.
         token_bytes: bytes per token, 2 or 4.
+        start_token: the token that each document begins with.
     """
     validation_split = write_validation_split(
-        folder, held_out, spec.data.validation_samples, spec.data.seq_len, token_bytes
+        folder, held_out, spec.data.validation_samples, spec.data.seq_len, token_bytes, start_token
     )
     padding = padding_token(token_bytes)
     readers = [ShardReader(folder, shards[name], token_bytes) for name in sorted(shards) if shards[name]]

@@ -7,20 +7,21 @@ changed in between.
 import hashlib
 import os
 import pickle
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import pyarrow as pa
 from pydantic import BaseModel
 
+from mhmoe_ray.data.chat.encoder import conversation_encoder
 from mhmoe_ray.data.prepare.chunks import Chunk
 from mhmoe_ray.data.prepare.parts import Tokens, part_file
 from mhmoe_ray.data.prepare.validation import is_validation
-from mhmoe_ray.data.shards.files import token_dtype
+from mhmoe_ray.data.shards.columns import conversation_dtype, token_dtype
 from mhmoe_ray.data.sources import Tally
-from mhmoe_ray.data.tokenizer import DocumentEncoder, document_encoder
+from mhmoe_ray.data.tokenizer import document_encoder
 from mhmoe_ray.storage import replace_file
 
 BATCH_CHARACTERS = 1 << 18
@@ -99,11 +100,13 @@ def tokenise_chunk(
     chunk = Chunk.from_table(table)
     name, counts, is_reused = "", PartCounts(), False
     if chunk.texts:
-        name = _part_name(chunk.texts, tokenizer_sha256, validation_fraction, token_bytes)
-        existing_counts = _find_counts(part_file(parts, name), token_bytes)
+        dtype = token_dtype(token_bytes) if chunk.conversations is None else conversation_dtype(token_bytes)
+        name = _part_name(chunk, tokenizer_sha256, validation_fraction, token_bytes)
+        existing_counts = _find_counts(part_file(parts, name), dtype.itemsize)
         is_reused, counts = existing_counts is not None, existing_counts or counts
         if not is_reused:
-            tokens, counts = _encode_texts(chunk.texts, document_encoder(tokenizer), validation_fraction, token_bytes)
+            documents = _encode_documents(chunk, tokenizer, token_bytes)
+            tokens, counts = _split_documents(chunk.texts, documents, validation_fraction, dtype)
             replace_file(part_file(parts, name), tokens.tobytes())
             # The counts are written after the tokens, so a part with counts has all of its tokens.
             replace_file(_counts_file(part_file(parts, name)), counts.model_dump_json().encode())
@@ -111,15 +114,17 @@ def tokenise_chunk(
     return {key: [value] for key, value in tokenised.as_row().items()}
 
 
-def _part_name(texts: Iterable[str], tokenizer_sha256: str, validation_fraction: float, token_bytes: int) -> str:
+def _part_name(chunk: Chunk, tokenizer_sha256: str, validation_fraction: float, token_bytes: int) -> str:
     """Return the name of a part: a hash of everything that determines its content."""
     digest = hashlib.sha256(f"{tokenizer_sha256} {validation_fraction} {token_bytes}".encode())
-    for text in texts:
+    for text in chunk.texts:
         data = text.encode()
         # Each text is preceded by its length, so that the same characters have another hash if they are divided into
         # other texts.
         digest.update(len(data).to_bytes(8))
         digest.update(data)
+    if chunk.conversations is not None:
+        digest.update(repr([(text, *spans) for text, spans in chunk.conversations]).encode())
     return digest.hexdigest()[:40]
 
 
@@ -127,46 +132,75 @@ def _counts_file(part: Path) -> Path:
     return part.with_suffix(".json")
 
 
-def _find_counts(part: Path, token_bytes: int) -> PartCounts | None:
-    """Return the counts of an existing part, or None if the part is missing, incomplete or of another size."""
+def _find_counts(part: Path, row_bytes: int) -> PartCounts | None:
+    """Return the counts of an existing part, or None if the part is missing, incomplete or of another size.
+
+    Args:
+        part: the path of the part's tokens.
+        row_bytes: bytes per token with all its columns.
+    """
     try:
         counts = PartCounts.model_validate_json(_counts_file(part).read_bytes())
         size = part.stat().st_size
     except FileNotFoundError:
         return None
     # A part of another size is damaged. It counts as missing, so that it is encoded again.
-    return counts if size == (counts.tokens + counts.held_out_tokens) * token_bytes else None
+    return counts if size == (counts.tokens + counts.held_out_tokens) * row_bytes else None
 
 
-def _encode_texts(
-    texts: list[str], encoder: DocumentEncoder, validation_fraction: float, token_bytes: int
+def _encode_documents(chunk: Chunk, tokenizer: Path, token_bytes: int) -> Iterator[Tokens]:
+    """Yield the tokens of each document of a chunk; those of conversations have all columns of samples."""
+    if chunk.conversations is None:
+        for batch in _batches(chunk.texts, len):
+            for ids in document_encoder(tokenizer).encode(batch):
+                yield np.array(ids, token_dtype(token_bytes))
+        return
+    for conversations in _batches(chunk.conversations, lambda conversation: len(conversation.text)):
+        for conversation in conversation_encoder(tokenizer).encode(conversations):
+            yield conversation.rows(token_bytes)
+
+
+def _split_documents(
+    texts: Sequence[str], documents: Iterable[Tokens], validation_fraction: float, dtype: np.dtype[Any]
 ) -> tuple[Tokens, PartCounts]:
-    """Return the tokens and counts of a part: the training documents, then the held-out ones."""
-    counts, dtype = PartCounts(), token_dtype(token_bytes)
-    train, held_out = list[Tokens](), [np.empty(0, dtype)]
-    for batch in _batches(texts):
-        for text, ids in zip(batch, encoder.encode(batch), strict=True):
-            tokens = np.array(ids, dtype)
-            counts.text_bytes += len(text.encode())
-            if is_validation(text, validation_fraction):
-                held_out.append(tokens)
-                counts.held_out_documents += 1
-                counts.held_out_tokens += len(tokens)
-            else:
-                train.append(tokens)
-                counts.documents += 1
-                counts.tokens += len(tokens)
+    """Return the tokens and counts of a part: the training documents, then the held-out ones.
+
+    Args:
+        texts: the texts of the documents, whose hashes select the held-out ones.
+        documents: the tokens of each document.
+        validation_fraction: share of the documents that is held out.
+        dtype: the dtype of the tokens.
+    """
+    counts, train, held_out = PartCounts(), list[Tokens](), [np.empty(0, dtype)]
+    for text, tokens in zip(texts, documents, strict=True):
+        counts.text_bytes += len(text.encode())
+        if is_validation(text, validation_fraction):
+            held_out.append(tokens)
+            counts.held_out_documents += 1
+            counts.held_out_tokens += len(tokens)
+        else:
+            train.append(tokens)
+            counts.documents += 1
+            counts.tokens += len(tokens)
     # Training documents come first, so that each kind is one slice of the part.
     return np.concatenate([*train, *held_out]), counts
 
 
-def _batches(texts: list[str]) -> Iterator[list[str]]:
-    """Yield the texts in batches of at most `BATCH_CHARACTERS` characters; a longer text is a batch of its own."""
-    batch, size = list[str](), 0
-    for text in texts:
-        if batch and size + len(text) > BATCH_CHARACTERS:
+T = TypeVar("T")
+
+
+def _batches(documents: Sequence[T], size_of: Callable[[T], int]) -> Iterator[list[T]]:
+    """Yield documents in batches of at most `BATCH_CHARACTERS` characters; a longer document is a batch of its own.
+
+    Args:
+        documents: the documents, at least one.
+        size_of: function that returns the number of characters of a document.
+    """
+    batch, size = list[T](), 0
+    for document in documents:
+        if batch and size + size_of(document) > BATCH_CHARACTERS:
             yield batch
             batch, size = [], 0
-        batch.append(text)
-        size += len(text)
+        batch.append(document)
+        size += size_of(document)
     yield batch

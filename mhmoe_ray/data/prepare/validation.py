@@ -1,6 +1,7 @@
 """The validation split: the selection of held-out documents, and their samples.
 
 The samples are spread evenly over all held-out text and are cut as by concatenation, also if training uses best fit.
+Conversations are packed by best fit here, too.
 """
 
 import hashlib
@@ -9,8 +10,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mhmoe_ray.data.prepare.parts import TokenStream
-from mhmoe_ray.data.shards.files import Samples, padding_token, rows_per_shard, token_dtype, write_shard
+from mhmoe_ray.data.prepare.packing import pack_best_fit
+from mhmoe_ray.data.prepare.parts import Tokens, TokenStream
+from mhmoe_ray.data.shards.columns import padding_token, target_mask, token_dtype, with_all_columns
+from mhmoe_ray.data.shards.files import rows_per_shard, write_shard
 from mhmoe_ray.data.shards.manifest import Shard
 
 
@@ -28,15 +31,16 @@ class ValidationSplit(NamedTuple):
     sample_counts: dict[str, int]
     """Number of samples of each domain, in the order of the domains in the shards."""
     target_count: int
-    """Number of targets that count, without the padding of a domain's last sample."""
+    """Number of targets that count: without padding, and of conversations the assistant's turns only."""
 
 
 def write_validation_split(
-    folder: Path, streams: dict[str, TokenStream], max_samples: int, seq_len: int, token_bytes: int
+    folder: Path, streams: dict[str, TokenStream], max_samples: int, seq_len: int, token_bytes: int, start_token: int
 ) -> ValidationSplit:
     """Select validation samples, spread evenly over all held-out tokens, and write their shards.
 
-    The last sample of a domain may be filled up with padding.
+    The last sample of a domain may be filled up with padding. If any domain has conversations, the samples of all
+    domains have all columns, because they share shards.
 
     Args:
         folder: the staging directory of the result.
@@ -44,29 +48,44 @@ def write_validation_split(
         max_samples: largest number of samples of all domains together.
         seq_len: T.
         token_bytes: bytes per token, 2 or 4.
+        start_token: the token that each document begins with.
     """
+    padding = padding_token(token_bytes)
+    # Conversations are packed whole, because the beginning of a sample would otherwise have answers without questions.
+    packed_samples = {
+        name: pack_best_fit(stream.read(), seq_len, start_token, padding).samples
+        for name, stream in streams.items()
+        if stream.dtype.names is not None
+    }
     # Padding may fill up the last sample of a domain, so the division rounds up.
-    available = [-(-max(0, len(stream) - 1) // seq_len) for stream in streams.values()]
+    available = [
+        len(packed_samples[name]) if name in packed_samples else -(-max(0, len(stream) - 1) // seq_len)
+        for name, stream in streams.items()
+    ]
     ends = np.cumsum([0, *available])
     selected = np.unique(np.linspace(0, ends[-1] - 1, min(max_samples, ends[-1])).round().astype(int))
-    rows, counts = [], {}
+    rows, counts = list[Tokens](), {}
     for (name, stream), start, end in zip(streams.items(), ends, ends[1:], strict=False):
         domain_samples = selected[(selected >= start) & (selected < end)] - start
         counts[name] = len(domain_samples)
-        rows += [_read_sample(stream, int(i), seq_len, token_bytes) for i in domain_samples]
+        if name in packed_samples:
+            rows += [*packed_samples[name][domain_samples]]
+        else:
+            text_rows = (_read_sample(stream, int(i), seq_len, token_bytes) for i in domain_samples)
+            rows += [with_all_columns(row, start_token, padding) if packed_samples else row for row in text_rows]
     samples = np.stack(rows)
     per_shard = rows_per_shard(seq_len, token_bytes)
     shards = [
         write_shard(folder, f"validation/{number:05d}.arrow", samples[first_row : first_row + per_shard])
         for number, first_row in enumerate(range(0, len(samples), per_shard))
     ]
-    return ValidationSplit(shards, counts, int((samples[:, 1:] != padding_token(token_bytes)).sum()))
+    return ValidationSplit(shards, counts, int(target_mask(samples, padding)[:, 1:].sum()))
 
 
-def _read_sample(stream: TokenStream, number: int, seq_len: int, token_bytes: int) -> Samples:
-    """Return one sample of a domain, T + 1 tokens, with padding after the end of the stream."""
+def _read_sample(stream: TokenStream, number: int, seq_len: int, token_bytes: int) -> Tokens:
+    """Return one sample of a domain of text, T + 1 tokens, with padding after the end of the stream."""
     start = number * seq_len
     tokens = stream.substream(start, min(len(stream), start + seq_len + 1)).read()
-    row: Samples = np.full(seq_len + 1, padding_token(token_bytes), token_dtype(token_bytes))
+    row: Tokens = np.full(seq_len + 1, padding_token(token_bytes), token_dtype(token_bytes))
     row[: len(tokens)] = tokens
     return row

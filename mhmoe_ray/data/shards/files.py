@@ -1,8 +1,8 @@
 """Shard files of packed samples: writing, reading and verifying them.
 
-A sample is T + 1 tokens: the first T are a model's input, the last T its targets. Its end may be padding, whose targets
-do not count. A shard is an Arrow file of one batch and one column, a fixed-size binary without nulls. Training reads
-samples in random order: the file is memory-mapped, and a sample is read by its number without its neighbours.
+A shard is an Arrow file of one batch. Each column of its samples (columns.py) is a fixed-size binary without nulls.
+Training reads samples in random order: the file is memory-mapped, and a sample is read by its number without its
+neighbours.
 """
 
 import hashlib
@@ -16,44 +16,14 @@ import numpy as np
 import pyarrow as pa
 import ray.data
 
-from mhmoe_ray.data.shards.manifest import DataManifest, Shard
+from mhmoe_ray.data.shards.columns import TOKENS, Samples, columns_of, join_columns, token_dtype
+from mhmoe_ray.data.shards.manifest import TEMPLATE_FILE, DataManifest, Shard
 from mhmoe_ray.errors import DataError
 from mhmoe_ray.storage import describe_file, replace_file
-
-Samples = np.ndarray[tuple[int, int], np.dtype[Any]]
-"""Array of token ids, (samples, T + 1)."""
 
 SHARD_BYTES = 64 << 20
 OPEN_SHARDS = 512
 """Largest number of shards that one process keeps open."""
-
-
-def token_dtype(token_bytes: int) -> np.dtype[np.unsignedinteger]:
-    """Return the dtype of stored tokens: little-endian unsigned integers of `token_bytes` bytes."""
-    return np.dtype(f"<u{token_bytes}")
-
-
-def token_bytes_for(vocab_size: int) -> int:
-    """Return the number of bytes in which a token is stored, 2 or 4.
-
-    The largest value of that size is no token id, since it marks padding.
-    """
-    return 2 if vocab_size < 2**16 else 4
-
-
-def padding_token(token_bytes: int) -> int:
-    """Return the value that marks padding in stored samples: the largest one of a token of `token_bytes` bytes."""
-    return int(np.iinfo(token_dtype(token_bytes)).max)
-
-
-def split_padding(tokens: np.ndarray, token_bytes: int) -> tuple[Samples, np.ndarray]:
-    """Convert stored samples (samples, T + 1) to the input of a model.
-
-    Returns:
-        The samples as int64 with token 0 for padding, and a mask (samples, T) of the targets that count.
-    """
-    is_token = tokens != padding_token(token_bytes)
-    return np.where(is_token, tokens, 0).astype(np.int64), is_token[:, 1:]
 
 
 def rows_per_shard(seq_len: int, token_bytes: int) -> int:
@@ -69,11 +39,14 @@ def write_shard(folder: Path, file: str, samples: Samples) -> Shard:
         file: the path of the file below that folder.
         samples: the samples, at least one, in the dtype of the folder's tokens.
     """
-    row_bytes = samples.shape[1] * samples.itemsize
-    rows = pa.py_buffer(np.ascontiguousarray(samples))
-    column = pa.FixedSizeBinaryArray.from_buffers(pa.binary(row_bytes), len(samples), [None, rows])
+    columns = {name: _stored_bytes(column) for name, column in columns_of(samples).items()}
+    arrays = [
+        pa.FixedSizeBinaryArray.from_buffers(pa.binary(rows.shape[1]), len(rows), [None, pa.py_buffer(rows)])
+        for rows in columns.values()
+    ]
+    fields = [pa.field(name, array.type, nullable=False) for name, array in zip(columns, arrays, strict=True)]
     sink = pa.BufferOutputStream()
-    batch = pa.record_batch([column], schema=pa.schema([pa.field("tokens", pa.binary(row_bytes), nullable=False)]))
+    batch = pa.record_batch(arrays, schema=pa.schema(fields))
     with pa.ipc.new_file(sink, batch.schema) as writer:
         writer.write_batch(batch)
     content = memoryview(sink.getvalue())
@@ -82,8 +55,15 @@ def write_shard(folder: Path, file: str, samples: Samples) -> Shard:
     return Shard(file=file, rows=len(samples), sha256=hashlib.sha256(content).hexdigest())
 
 
+def _stored_bytes(column: np.ndarray) -> np.ndarray:
+    """Return the bytes of each row of a column as a shard stores them, (rows, bytes) uint8."""
+    if column.dtype == np.bool_:
+        return np.packbits(column, axis=1)
+    return np.ascontiguousarray(column).view(np.uint8)
+
+
 class ShardReader:
-    """Random access to the samples of a list of shards, in the order of the list."""
+    """Random access to the samples of a list of shards, in the order of the list; all have the same columns."""
 
     def __init__(self, folder: Path, shards: Sequence[Shard], token_bytes: int) -> None:
         self._paths = [str(folder / s.file) for s in shards]
@@ -102,22 +82,38 @@ class ShardReader:
         shard_of = np.searchsorted(self._starts, numbers, side="right") - 1
         row_of = numbers - self._starts[shard_of]
         shards = np.unique(shard_of)
-        first_samples = _map_samples(self._paths[shards[0]], self._token_bytes)
-        rows = np.empty((len(numbers), first_samples.shape[1]), first_samples.dtype)
+        columns: dict[str, np.ndarray] = {}
         for shard in shards:
             sample_indices = np.flatnonzero(shard_of == shard)
-            rows[sample_indices] = _map_samples(self._paths[shard], self._token_bytes)[row_of[sample_indices]]
-        return rows
+            for name, stored_rows in _map_columns(self._paths[shard], self._token_bytes).items():
+                if name not in columns:
+                    columns[name] = np.empty((len(numbers), stored_rows.shape[1]), stored_rows.dtype)
+                columns[name][sample_indices] = stored_rows[row_of[sample_indices]]
+        length = columns[TOKENS].shape[1]
+        # Columns of bits are unpacked here, because those of all samples of a shard would need much memory.
+        return join_columns(
+            {
+                name: rows if name == TOKENS else np.unpackbits(rows, axis=1, count=length).astype(bool)
+                for name, rows in columns.items()
+            }
+        )
 
 
 @lru_cache(maxsize=OPEN_SHARDS)
-def _map_samples(path: str, token_bytes: int) -> Samples:
-    """Return all samples of a shard file as a memory-mapped array; a process caches the last `OPEN_SHARDS` files."""
+def _map_columns(path: str, token_bytes: int) -> dict[str, np.ndarray]:
+    """Return the columns of a shard file as memory-mapped arrays; a process caches the last `OPEN_SHARDS` files.
+
+    Tokens are token ids, and columns of bits are bytes.
+    """
     with pa.memory_map(path) as source:
-        column = pa.ipc.open_file(source).get_batch(0).column(0)
-    shape = len(column), column.type.byte_width // token_bytes
-    # Buffer 1 has the values and is part of the memory map, so nothing is copied.
-    return np.ndarray(shape, token_dtype(token_bytes), column.buffers()[1])
+        batch = pa.ipc.open_file(source).get_batch(0)
+    columns = {}
+    for name, column in zip(batch.schema.names, batch.columns, strict=True):
+        dtype = token_dtype(token_bytes) if name == TOKENS else np.dtype(np.uint8)
+        shape = len(column), column.type.byte_width // dtype.itemsize
+        # Buffer 1 has the values and is part of the memory map, so nothing is copied.
+        columns[name] = np.ndarray(shape, dtype, column.buffers()[1])
+    return columns
 
 
 FILES_PER_TASK = 16
@@ -126,7 +122,9 @@ LOCAL_CHECK_BYTES = 1 << 30
 
 
 def verify_shards(folder: Path, manifest: DataManifest) -> None:
-    """Verify that the shards and the tokenizer of a prepared folder exist and have the content that was written.
+    """Verify that the files of a prepared folder exist and have the content that was written.
+
+    They are the shards, the tokenizer and, if there are conversations, the chat template.
 
     Raises:
         DataError: a file is missing or damaged.
@@ -134,6 +132,8 @@ def verify_shards(folder: Path, manifest: DataManifest) -> None:
     # All files are read, so the whole cluster shares the work if the data have more than `LOCAL_CHECK_BYTES` bytes.
     shards = [*(s for d in manifest.domains.values() for s in d.shards), *manifest.validation]
     expected_hashes = {"tokenizer.json": manifest.tokenizer_sha256} | {s.file: s.sha256 for s in shards}
+    if manifest.chat is not None:
+        expected_hashes[TEMPLATE_FILE] = manifest.chat.template_sha256
     rows = [{"file": file, "sha256": sha256} for file, sha256 in expected_hashes.items()]
     total_bytes = sum(s.rows for s in shards) * manifest.seq_len * manifest.token_bytes
     for problem in (_check_locally if total_bytes <= LOCAL_CHECK_BYTES else _check_on_cluster)(rows, folder):

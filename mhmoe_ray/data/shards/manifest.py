@@ -1,9 +1,10 @@
 """The data manifest of a folder of prepared shards; it is written last, so a folder with a manifest is complete.
 
 <prepared>/
-  train/<domain>/00000.arrow ...   packed samples, one column `tokens` (see files.py)
+  train/<domain>/00000.arrow ...   packed samples, one column `tokens`; of conversations two more (see columns.py)
   validation/00000.arrow           the held-out samples, domain by domain
   tokenizer.json  quarantine.jsonl  manifest.json
+  chat_template.jinja              the template of the conversations, if a source has any
 """
 
 import hashlib
@@ -11,8 +12,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel
+from pydantic import BaseModel, SerializerFunctionWrapHandler, model_serializer
 
+from mhmoe_ray.data.chat.template import read_template
 from mhmoe_ray.data.sources.find import find_files, fingerprints
 from mhmoe_ray.errors import DataError
 from mhmoe_ray.spec import RunSpec
@@ -22,6 +24,7 @@ from mhmoe_ray.storage import describe_file
 # refused.
 FORMAT = 3
 _TOKENIZER_KEYS = {"tokenizer", "tokenizer_pattern", "tokenizer_model", "tokenizer_train_mb"}
+TEMPLATE_FILE = "chat_template.jinja"
 # These keys of a source determine the documents that it yields.
 _READING_KEYS = {"format", "text_field", "delimiter", "filters"}
 
@@ -36,7 +39,22 @@ class Shard(BaseModel):
     sha256: str
 
 
-class Domain(BaseModel):
+class _ChatAware(BaseModel):
+    """Part of the manifest that has more fields in a folder with conversations."""
+
+    @model_serializer(mode="wrap")
+    def _leave_out_chat_fields(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Return the fields without those about conversations if there are none."""
+        # The manifest of a folder of text has the same bytes as before there were conversations, because checkpoints
+        # identify their data by a hash of it.
+        fields: dict[str, Any] = handler(self)
+        return {key: value for key, value in fields.items() if value is not None or key not in _CHAT_FIELDS}
+
+
+_CHAT_FIELDS = {"target_tokens", "chat"}
+
+
+class Domain(_ChatAware):
     """Entry of a domain in the manifest: its counts and its shards."""
 
     documents: int
@@ -60,7 +78,10 @@ class Domain(BaseModel):
     unused_tokens: int
     """Number of tokens after the last full sample with packing by concatenation; always less than a sample has."""
     padding: int
-    """Number of targets that do not count, in samples that were filled up because no document fits."""
+    """Number of targets that are padding, in samples that were filled up because no document fits."""
+    target_tokens: int | None = None
+    """Number of targets that count in the training samples: of conversations, the tokens of the assistant's turns. None
+    in a folder without conversations, where all targets but padding count."""
     cut_documents: int
     """Number of training documents that are not whole in one sample."""
     shards: list[Shard]
@@ -77,7 +98,18 @@ class Baselines(BaseModel):
     """Number of training tokens that the bigram model was counted on."""
 
 
-class DataManifest(BaseModel):
+class ChatData(BaseModel):
+    """Facts about the conversations in a prepared folder."""
+
+    template_sha256: str
+    """SHA-256 of the file of the chat template."""
+    start_token: int
+    """Token that precedes each document."""
+    turn_ends: list[int]
+    """Tokens that end a turn of the assistant."""
+
+
+class DataManifest(_ChatAware):
     """Manifest of a prepared folder: the settings of its preparation, its counts and its shards."""
 
     recipe: dict[str, Any]
@@ -88,12 +120,15 @@ class DataManifest(BaseModel):
     token_bytes: int
     """Bytes per token, 2 or 4; tokens are little-endian unsigned integers."""
     tokenizer_sha256: str
+    chat: ChatData | None = None
+    """Facts about the conversations; None if no source has any."""
     domains: dict[str, Domain]
     validation: list[Shard]
     validation_tokens: int
-    """Number of predicted tokens in the samples of `validation`, without padding. The field of the same name in
-    `domains` counts all held-out tokens."""
+    """Number of targets that count in the samples of `validation`. The field of the same name in `domains` counts all
+    held-out tokens."""
     baselines: Baselines
+    """Baselines of the loss on these targets."""
     bad_lines: int
     """Number of all quarantined items, including lost parts, which `Tally.bad_lines` leaves out."""
 
@@ -102,12 +137,12 @@ def recipe(spec: RunSpec) -> dict[str, Any]:
     """Return the settings of a spec that determine the content of its prepared folder.
 
     Raises:
-        DataError: the given tokenizer cannot be read.
+        DataError: the given tokenizer or chat template cannot be read.
     """
     # The mixture is not among the settings, since it only affects reading. A tokenizer that was trained for one mixture
     # stays when the mixture changes.
     data = spec.data
-    return {
+    settings = {
         "format": FORMAT,
         "sources": {name: str(source.path) for name, source in data.sources.items()},
         "subfolders": {name: subfolders for name in data.sources if (subfolders := data.named_subfolders(name))},
@@ -125,6 +160,10 @@ def recipe(spec: RunSpec) -> dict[str, Any]:
         "validation_fraction": data.validation_fraction,
         "validation_samples": data.validation_samples,
     }
+    if data.chat_sources:
+        digest = hashlib.sha256(read_template(data).encode()).hexdigest()
+        settings["chat_template"] = f"a template of SHA-256 {digest}"
+    return settings
 
 
 def _given_tokenizer(path: Path) -> str:
@@ -205,11 +244,12 @@ def _is_same_text(manifest: DataManifest, spec: RunSpec) -> bool:
 def prepared_key(spec: RunSpec) -> PreparedKey:
     """Return a key that is equal for specs that read the same prepared data.
 
-    A given tokenizer is identified by its path, so its file is not read.
+    A given tokenizer and a given chat template are identified by their paths, so their files are not read.
     """
-    spec_without_tokenizer = spec.model_copy(update={"data": spec.data.model_copy(update={"tokenizer": None})})
+    given_files = {"tokenizer": spec.data.tokenizer, "chat_template": spec.data.chat_template}
+    data = spec.data.model_copy(update=dict.fromkeys(given_files))
     return spec.data.prepared, json.dumps(
-        [recipe(spec_without_tokenizer), str(spec.data.tokenizer)], sort_keys=True, default=str
+        [recipe(spec.model_copy(update={"data": data})), *map(str, given_files.values())], sort_keys=True, default=str
     )
 
 

@@ -8,7 +8,8 @@
 
 find.py lists the files of a source and detects their format; reading.py reads one file and yields the items that
 items.py defines. Bytes come through storage.py and compression.py. records.py reads JSON lines and plain text,
-columns.py reads Parquet and Arrow streams, and redpajama_v2.py reads documents and filters them by quality signals.
+columns.py reads Parquet and Arrow streams, redpajama_v2.py reads documents and filters them by quality signals, and
+chat.py reads conversations.
 Files of JSON lines and of text may be compressed with zstd or gzip, under any name.
 """
 

@@ -6,7 +6,7 @@ damaged batch on is lost.
 """
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -36,7 +36,8 @@ def open_parquet(storage: Storage, path: str) -> pq.ParquetFile:
 def column_problem(schema: pa.Schema, column: str) -> str | None:
     """Return the reason why texts cannot be read from a column, or None if it exists and holds strings."""
     if column not in schema.names:
-        return f"it has no column {column!r}; it has {', '.join(map(repr, schema.names))}"
+        hint = "; conversations need format chat" if "messages" in schema.names else ""
+        return f"it has no column {column!r}; it has {', '.join(map(repr, schema.names))}{hint}"
     column_type = schema.field(column).type
     column_type = column_type.value_type if pa.types.is_dictionary(column_type) else column_type
     if not (
@@ -102,14 +103,49 @@ def read_parquet(
     See `reading.FormatReader` for the arguments.
     """
     column = source.text_field or "text"
+
+    def check_columns(schema: pa.Schema) -> list[str]:
+        if problem := column_problem(schema, column):
+            raise ColumnError(problem)
+        return [column]
+
+    def read_batch(batch: pa.RecordBatch, first_row: int) -> Iterator[Document | BadLine]:
+        return documents_in(as_bytes(batch.column(0)), file.path, first_row, limit)
+
+    return read_row_groups(storage, file, tally, check_columns, read_batch)
+
+
+class ColumnError(Exception):
+    """Error of a file that lacks the columns to read; its text is the reason."""
+
+
+def read_row_groups(
+    storage: Storage,
+    file: RawFile,
+    tally: Tally,
+    choose_columns: Callable[[pa.Schema], list[str]],
+    read_batch: Callable[[pa.RecordBatch, int], Iterator[Document | BadLine]],
+) -> Iterator[Document | BadLine]:
+    """Yield the items of a Parquet file, row group by row group, and an item for each row group that is damaged.
+
+    Args:
+        storage: the storage that holds the file.
+        file: the file to read.
+        tally: the tally whose `bytes_read` is updated.
+        choose_columns: function that returns the names of the columns to read; it raises `ColumnError` if the file
+            lacks them.
+        read_batch: function that yields the items of some rows, given the number of the first row within the file, from
+            0.
+    """
     row = 0
     try:
         with open_parquet(storage, file.path) as table:
-            problem = column_problem(table.schema_arrow, column)
-            if problem:
-                yield BadLine(file.path, 1, Reason.PART_LOST, problem)
+            try:
+                columns = choose_columns(table.schema_arrow)
+            except ColumnError as e:
+                yield BadLine(file.path, 1, Reason.PART_LOST, str(e))
                 return
-            in_dictionary = pa.types.is_dictionary(table.schema_arrow.field(column).type)
+            in_dictionary = any(pa.types.is_dictionary(table.schema_arrow.field(column).type) for column in columns)
             total = max(1, table.metadata.num_rows)
             for group in range(table.num_row_groups):
                 group_start, row = row, row + table.metadata.row_group(group).num_rows
@@ -118,8 +154,8 @@ def read_parquet(
                 # is read as one batch.
                 batch_rows = max(1, row - group_start) if in_dictionary else ROWS_PER_BATCH
                 try:
-                    for batch in table.iter_batches(batch_rows, [group], [column], use_threads=False):
-                        yield from documents_in(as_bytes(batch.column(0)), file.path, next_row, limit)
+                    for batch in table.iter_batches(batch_rows, [group], columns, use_threads=False):
+                        yield from read_batch(batch, next_row)
                         next_row += len(batch)
                     if next_row != row:
                         raise ValueError(f"{next_row - group_start:,} of {row - group_start:,} rows were read")

@@ -22,7 +22,7 @@ from mhmoe_ray.data.sources.redpajama_v2 import DOCUMENTS_PATH, SidecarFiles
 from mhmoe_ray.data.sources.storage import ListedFile, Storage, relative_path, short_message
 from mhmoe_ray.errors import DataError
 from mhmoe_ray.spec import DataSpec, FilterSpec, Format, SourceSpec
-from mhmoe_ray.spec.data import SUFFIXES
+from mhmoe_ray.spec.data import CHAT_SUFFIXES, SUFFIXES
 
 ROOT_SUBFOLDER = "all"
 """Subfolder name in the domain of files that are in no subfolder."""
@@ -185,7 +185,7 @@ def _files_of_source(name: str, source: SourceSpec, subfolders: list[str] | None
         fix = "correct its path, format or filters, or name its files by a pattern with *"
         raise DataError(subject, f"nothing below {source.path} is a file of format {format}", fix)
     expected_subfolders = subfolders
-    if subfolders is None and format in SUFFIXES:
+    if subfolders is None and _suffixes(format):
         expected_subfolders = sorted({subfolder_at(root, path) for path, _ in listed_files} - {ROOT_SUBFOLDER})
     filled_domains = {file.domain for file in files}
     # Without this check, a subfolder that has no files of the format would be missing from the training without notice.
@@ -244,6 +244,11 @@ def subfolder_at(root: str, path: str) -> str:
     return folder if slash else ROOT_SUBFOLDER
 
 
+def _suffixes(format: Format) -> tuple[str, ...]:
+    """Return the suffixes of the files of a format; none for a format whose files are found by their folders."""
+    return CHAT_SUFFIXES if format == "chat" else SUFFIXES.get(format, ())
+
+
 def _files_by_suffix(
     source: SourceSpec, storage: Storage, root: str, format: Format, listed_files: list[ListedFile]
 ) -> Iterator[tuple[str, ListedFile]]:
@@ -253,7 +258,7 @@ def _files_by_suffix(
     """
     takes_all = source.format is not None and (len(listed_files) == 1 or storage.is_pattern)
     for file in listed_files:
-        if takes_all or file.path.endswith(SUFFIXES[format]):
+        if takes_all or file.path.endswith(_suffixes(format)):
             yield subfolder_at(root, file.path), file
 
 

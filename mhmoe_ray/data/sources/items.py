@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import NamedTuple
 
+from mhmoe_ray.data.chat.template import RenderedConversation
 from mhmoe_ray.spec import Format
 
 _COMPRESSED_SUFFIXES = (".gz", ".zst", ".parquet")
@@ -39,6 +40,14 @@ class Document(NamedTuple):
     """Number of the document's line, row, or first line, from 1."""
     language: str | None = None
     """Language that the document's record names; None if it names none."""
+    conversation: RenderedConversation | None = None
+    """The document as the chat template renders it, if it is a conversation; `text` then has the contents of its
+    messages."""
+
+    @property
+    def model_text(self) -> str:
+        """Text that a model reads: that of the rendered conversation, otherwise the text itself."""
+        return self.text if self.conversation is None else self.conversation.text
 
 
 class Reason(StrEnum):
@@ -51,6 +60,8 @@ class Reason(StrEnum):
     EMPTY = "its text is empty"
     SURROGATE = "its text holds half a character (a lone surrogate)"
     TOO_LONG = "it is longer than data.max_document_mb"
+    NO_CONVERSATION = "it is not a conversation"
+    NO_RENDERING = "the chat template does not render it"
     NO_SIGNALS = "it cannot be judged by its signals"
     PART_LOST = "a part of the file is lost"
 

@@ -7,12 +7,15 @@
 | redpajama-v2 | a line that passes the source's filters             | redpajama_v2.py |
 | parquet      | a row                                               | columns.py      |
 | huggingface  | a row of a folder that `save_to_disk` wrote         | columns.py      |
+| chat         | a conversation: a line of JSON or a row of Parquet  | chat.py         |
 """
 
 from collections.abc import Iterator
 from typing import Protocol
 
+from mhmoe_ray.data.chat.template import ChatTemplate, check_template
 from mhmoe_ray.data.domains import source_of
+from mhmoe_ray.data.sources.chat import read_chat
 from mhmoe_ray.data.sources.columns import read_huggingface, read_parquet
 from mhmoe_ray.data.sources.items import BadLine, Document, RawFile, Tally
 from mhmoe_ray.data.sources.records import read_jsonl, read_text
@@ -41,6 +44,7 @@ class FormatReader(Protocol):
         """
 
 
+# Format `chat` is not here, because its reader needs a chat template, too.
 READERS: dict[Format, FormatReader] = {
     "jsonl": read_jsonl,
     "redpajama-v2": read_redpajama_v2,
@@ -58,13 +62,18 @@ class FileReader:
     Args:
         file: a file from `find_files(spec)`.
         spec: the data section with which the file was found.
+        template: the template that renders conversations; by default that of the section, without the texts of the
+            boundary tokens.
+
+    Raises:
+        DataError: the section's chat template is needed and cannot be used.
     """
 
-    def __init__(self, file: RawFile, spec: DataSpec) -> None:
+    def __init__(self, file: RawFile, spec: DataSpec, template: ChatTemplate | None = None) -> None:
         self.tally = Tally()
         """Counts of the items that have been yielded so far."""
         self._file = file
-        self._items = _read_items(file, spec, self.tally)
+        self._items = _read_items(file, spec, self.tally, template)
 
     def __iter__(self) -> Iterator[Document | BadLine]:
         tally, inflation = self.tally, self._file.inflation
@@ -83,8 +92,12 @@ class FileReader:
         tally.text_bytes = tally.bytes_read * inflation
 
 
-def _read_items(file: RawFile, spec: DataSpec, tally: Tally) -> Iterator[Document | BadLine]:
+def _read_items(
+    file: RawFile, spec: DataSpec, tally: Tally, template: ChatTemplate | None
+) -> Iterator[Document | BadLine]:
     source = spec.sources[source_of(file.domain)]
     storage = Storage(source.path)
     limit = int(spec.max_document_mb * 1e6)
+    if file.format == "chat":
+        return read_chat(storage, file, limit, tally, template or check_template(spec))
     return READERS[file.format](storage, file, source, limit, tally)

@@ -133,16 +133,21 @@ def document_of(record: Record, text_field: str, path: str) -> Document | BadLin
     """
     fields = record.fields
     if not isinstance(fields, dict):
-        return BadLine(path, record.line, Reason.NO_TEXT, f"it is {_json_type(fields)}, not an object")
+        return BadLine(path, record.line, Reason.NO_TEXT, f"it is {json_type(fields)}, not an object")
     text = fields.get(text_field)
     if not isinstance(text, str):
         return BadLine(path, record.line, Reason.NO_TEXT, _missing_text_detail(fields, text_field))
     reason = text_problem(text)
     if reason is not None:
         return BadLine(path, record.line, reason)
+    return Document(text, record.line, named_language(fields))
+
+
+def named_language(fields: dict[str, Any]) -> str | None:
+    """Return the language that a record or its `meta` names; None if it names none."""
     meta = fields.get("meta")
     language = fields.get("language", meta.get("language") if isinstance(meta, dict) else None)
-    return Document(text, record.line, language if isinstance(language, str) else None)
+    return language if isinstance(language, str) else None
 
 
 def text_problem(text: str) -> Reason | None:
@@ -163,16 +168,23 @@ def text_problem(text: str) -> Reason | None:
 def _missing_text_detail(fields: dict[str, Any], text_field: str) -> str:
     """Describe for the user why a record has no text: another type of value, or other keys."""
     if text_field in fields:
-        return f"{text_field!r} is {_json_type(fields[text_field])}"
+        return f"{text_field!r} is {json_type(fields[text_field])}"
+    if "messages" in fields or fields.keys() >= {"prompt", "completion"}:
+        return "it is a conversation, and the source's format is not chat"
+    return f"no {text_field!r} among {describe_keys(fields)}"
+
+
+def describe_keys(fields: dict[str, Any]) -> str:
+    """Return the keys of a record for the user."""
     # A record may have any keys, so the message shows only some of them, and only their beginnings.
     keys = (
         repr(key) if len(key) <= MAX_KEY_CHARACTERS else f"{key[:MAX_KEY_CHARACTERS]!r}..."
         for key in sorted(fields)[:8]
     )
-    return f"no {text_field!r} among " + (", ".join(keys) or "no keys")
+    return ", ".join(keys) or "no keys"
 
 
-def _json_type(value: Any) -> str:
+def json_type(value: Any) -> str:
     """Return the name of a JSON value's type for the user."""
     return {
         type(None): "null",

@@ -103,12 +103,13 @@ def _sample_file(file: RawFile, spec: DataSpec, characters: int) -> Iterator[str
         if not isinstance(item, Document):
             # Unreadable items are counted later, when the file is tokenised.
             continue
-        digest = hashlib.blake2b(item.text.encode(), digest_size=8, person=b"tokenizer").digest()
-        heapq.heappush(heap, (-int.from_bytes(digest, "big"), item.line, item.text))
-        heap_characters += len(item.text)
+        text = item.model_text
+        digest = hashlib.blake2b(text.encode(), digest_size=8, person=b"tokenizer").digest()
+        heapq.heappush(heap, (-int.from_bytes(digest, "big"), item.line, text))
+        heap_characters += len(text)
         while heap_characters - len(heap[0][2]) >= characters:
             heap_characters -= len(heapq.heappop(heap)[2])
-        read_characters += len(item.text)
+        read_characters += len(text)
         if read_characters >= READ_FACTOR * characters:
             break
     for _, _, text in sorted(heap, reverse=True):

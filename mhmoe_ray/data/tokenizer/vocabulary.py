@@ -66,6 +66,18 @@ def find_boundaries(tokenizer: Tokenizer) -> Boundaries | None:
     return None
 
 
+def boundary_texts(tokenizer: Tokenizer) -> tuple[str, str]:
+    """Return the text of the token that starts a document, and the text of a token that ends one.
+
+    If another token than the start token ends a document, it is that token: </s> and not <s>.
+    """
+    start, ends = boundaries(tokenizer)
+    start_text, end_text = (tokenizer.id_to_token(token) for token in (start, max(ends - {start}, default=start)))
+    assert start_text is not None
+    assert end_text is not None
+    return start_text, end_text
+
+
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 
 

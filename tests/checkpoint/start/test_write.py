@@ -108,7 +108,7 @@ def continue_training(spec: RunSpec, source: Path, branch: RunDir) -> tuple[dict
     for step in range(4, 8):
         trainer.update(trainer.accumulate(jobs.rank_batches(spec, step, trainer)))
         branch_trainer.update(branch_trainer.accumulate(jobs.rank_batches(spec, step, branch_trainer)))
-    saver = Saver(branch, branch_trainer, 1, first_manifest=stored_manifest(start))
+    saver = Saver(branch, branch_trainer, 1)
     saver.save(branch_trainer.zero_counts())
     saver.wait()
     states = [

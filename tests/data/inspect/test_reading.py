@@ -155,6 +155,19 @@ def test_survey_names_the_location_of_bad_lines(tmp_path):
     assert (not_objects.count, [location.line for location, _ in not_objects.examples]) == (EXAMPLES + 2, [5, 6, 7])
 
 
+def test_survey_of_conversations_counts_the_contents_of_their_messages(tmp_path):
+    messages = [{"role": "user", "content": "the quiet sea"}, {"role": "assistant", "content": "a boat"}]
+    records = [{"messages": messages}, {"messages": messages[:1]}, {"prompt": "hi", "completion": "and \ufffd"}]
+    write_lines(tmp_path / "de/a.jsonl", [json.dumps(record).encode() for record in records])
+    survey = survey_serially(data_spec(tmp_path, format="chat")).domains["web/de"]
+    figures = survey.all_figures
+    assert (figures.documents, figures.words) == (2, 5 + 3)
+    assert figures.characters == len("the quiet sea\na boat") + len("hi\nand \ufffd")
+    assert survey.quarantined == {str(Reason.NO_CONVERSATION): 1}
+    [(location, detail)] = survey.findings[Reason.NO_CONVERSATION].examples
+    assert (str(location), detail) == (f"{tmp_path}/de/a.jsonl:2", "it has no message of the role assistant")
+
+
 def test_survey_counts_unknown_tokens(tmp_path):
     from tokenizers import Tokenizer, models, pre_tokenizers
 

@@ -3,7 +3,8 @@ import pytest
 
 from mhmoe_ray.data.inspect.samples import decode_samples
 from mhmoe_ray.data.order.mixture import training_order
-from mhmoe_ray.data.shards.files import padding_token, write_shard
+from mhmoe_ray.data.shards.columns import padding_token
+from mhmoe_ray.data.shards.files import write_shard
 from mhmoe_ray.data.sources import find_files
 from mhmoe_ray.data.tokenizer import END_OF_TEXT, train_tokenizer
 from mhmoe_ray.errors import DataError

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from mhmoe_ray.data.prepare.parts import PartSlice, TokenStream, part_file
+from mhmoe_ray.data.shards.columns import token_dtype
 
 START = 1
 
@@ -20,7 +21,7 @@ def write_stream(folder: Path, parts: Sequence[np.ndarray], token_bytes: int = 2
         # The file also has tokens before and after the slice, which do not belong to the stream and must not be read.
         np.concatenate([[7], tokens, [7, 7]]).astype(f"<u{token_bytes}").tofile(path)
         part_slices.append(PartSlice(name, 1, 1 + len(tokens)))
-    return TokenStream(folder, part_slices, token_bytes)
+    return TokenStream(folder, part_slices, token_dtype(token_bytes))
 
 
 def make_documents(lengths: Sequence[int]) -> list[list[int]]:

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 
 from mhmoe_ray.data.prepare.baselines import compute_baselines, join_pairs, token_pairs
+from mhmoe_ray.data.shards.columns import TARGETS, TOKENS, conversation_dtype
 
 
 def test_baselines_equal_counting_by_hand():
@@ -38,6 +39,14 @@ def test_baselines_ignore_padding_of_training_samples():
     baselines = compute_baselines(token_pairs(padded, 9), validation, 4)
     assert baselines.bigram_tokens == 6
     assert baselines != compute_baselines(token_pairs(unpadded, 9), validation, 4)
+
+
+def test_baselines_of_conversations_are_those_of_their_targets():
+    """Tokens that are only read are contexts, but neither targets nor counted."""
+    rows = np.zeros((2, 4), conversation_dtype(2))
+    rows[TOKENS], rows[TARGETS] = [[0, 1, 2, 1], [3, 1, 9, 9]], [[True, False, True, True], [False, True, False, False]]
+    pairs = token_pairs(rows, 9)
+    assert (pairs.context.tolist(), pairs.target.tolist()) == ([1, 2, 3], [2, 1, 1])
 
 
 def test_join_pairs_counts_domains_together():

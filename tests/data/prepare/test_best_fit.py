@@ -1,10 +1,12 @@
 from collections import Counter
+from itertools import pairwise
 
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
 from mhmoe_ray.data.prepare.packing import pack_best_fit, plan_best_fit
+from mhmoe_ray.data.shards.columns import DOCUMENT_STARTS, TARGETS, TOKENS, conversation_dtype
 from tests.data.prepare.parts import START, make_documents, write_stream
 
 PADDING = 65_535
@@ -41,6 +43,52 @@ def test_best_fit_keeps_short_documents_whole(lengths, seq_len):
             text = " ".join(map(str, [*document, START])) + " "
             assert any(text in row for row in rows)
     assert packing.cut_documents == sum(len(d) > seq_len for d in documents)
+
+
+# A conversation is the mask of the targets among its tokens.
+CONVERSATIONS = st.lists(st.lists(st.booleans(), min_size=1, max_size=40), min_size=1, max_size=20)
+
+
+@given(conversations=CONVERSATIONS, seq_len=st.integers(1, 16))
+def test_best_fit_makes_each_target_of_conversations_one_once(conversations, seq_len):
+    """Start tokens within conversations, as the ends of turns, neither begin a document nor are left out."""
+    documents = []
+    for masks, ids in zip(conversations, make_documents([len(masks) - 1 for masks in conversations]), strict=True):
+        rows = np.zeros(len(ids), conversation_dtype(2))
+        rows[TOKENS], rows[TARGETS] = ids, masks
+        # Each second token is a start token, although it begins no document.
+        rows[TOKENS][::2] = START
+        rows[TARGETS][0], rows[DOCUMENT_STARTS][0] = False, True
+        documents.append(rows)
+    packing = pack_best_fit(np.concatenate(documents), seq_len, START, PADDING)
+    expected, actual = Counter(), Counter()
+    for document in documents:
+        tokens = document[TOKENS].tolist()
+        expected.update((tokens[i - 1], tokens[i]) for i in range(1, len(tokens)) if document[TARGETS][i])
+    for sample in packing.samples:
+        tokens = sample[TOKENS].tolist()
+        actual.update((tokens[i - 1], tokens[i]) for i in range(1, seq_len + 1) if sample[TARGETS][i])
+    assert actual == expected
+    assert (packing.documents, packing.cut_documents) == (len(documents), sum(len(d) > seq_len for d in documents))
+    assert packing.padding == int((packing.samples[TOKENS] == PADDING).sum())
+    assert not (packing.samples[TOKENS] == PADDING)[packing.samples[TARGETS]].any()
+
+
+@given(lengths=st.lists(st.integers(0, 39), min_size=1, max_size=20))
+def test_best_fit_keeps_conversations_apart(lengths):
+    """A document begins at each start that a sample has, and is whole if it is short enough."""
+    documents = []
+    for ids in make_documents(lengths):
+        rows = np.zeros(len(ids), conversation_dtype(2))
+        rows[TOKENS], rows[DOCUMENT_STARTS] = ids, np.arange(len(ids)) == 0
+        documents.append(rows)
+    pieces = set()
+    for sample in pack_best_fit(np.concatenate(documents), 40, START, PADDING).samples:
+        tokens = sample[TOKENS][: 41 - int((sample[TOKENS] == PADDING).sum())].tolist()
+        starts = np.flatnonzero(sample[DOCUMENT_STARTS]).tolist()
+        assert starts[0] == 0
+        pieces |= {tuple(tokens[a:b]) for a, b in pairwise(starts)}
+    assert pieces == {tuple(document[TOKENS].tolist()) for document in documents}
 
 
 @given(lengths=st.lists(st.integers(0, 30), min_size=1, max_size=60))

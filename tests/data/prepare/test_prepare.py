@@ -18,7 +18,8 @@ from mhmoe_ray.cluster.connect import connect
 from mhmoe_ray.data.prepare.job import PrepareRequest
 from mhmoe_ray.data.prepare.validation import is_validation
 from mhmoe_ray.data.prepare.work import read_progress
-from mhmoe_ray.data.shards.files import ShardReader, padding_token
+from mhmoe_ray.data.shards.columns import padding_token
+from mhmoe_ray.data.shards.files import ShardReader
 from mhmoe_ray.data.shards.manifest import read_data_manifest
 from mhmoe_ray.data.stream import TrainingSamples, validation_samples
 from mhmoe_ray.data.tokenizer import END_OF_TEXT, load_tokenizer
@@ -190,7 +191,8 @@ def test_prepare_writes_every_document_once(results):
         held_out_lengths = [1 + len(tokenizer.encode(t).ids) for t in documents if is_validation(t, 0.2)]
         assert entry.validation_tokens == sum(held_out_lengths)
         held_out_tokens += sum(held_out_lengths) - bool(held_out_lengths)  # a domain's first token is never a target
-    tokens, target_mask = validation_samples(folder, manifest)
+    tokens, target_mask, document_starts = validation_samples(folder, manifest)
+    assert document_starts is None
     assert int(target_mask.sum()) == manifest.validation_tokens == held_out_tokens
     assert sum(d.validation_samples for d in manifest.domains.values()) == len(tokens)
     assert tokens.max() < padding_token(manifest.token_bytes)

@@ -1,9 +1,14 @@
 """Tests of the reuse of parts of an earlier job."""
 
+import numpy as np
 import pytest
 
+from mhmoe_ray.data.chat.template import RenderedConversation, Span
 from mhmoe_ray.data.prepare.chunks import Chunk
+from mhmoe_ray.data.prepare.parts import part_file
 from mhmoe_ray.data.prepare.tokenise import TokenisedChunk, tokenise_chunk
+from mhmoe_ray.data.prepare.validation import is_validation
+from mhmoe_ray.data.shards.columns import DOCUMENT_STARTS, TARGETS, TOKENS, conversation_dtype
 from mhmoe_ray.data.sources import Tally
 from mhmoe_ray.data.tokenizer.train import train_bpe
 
@@ -31,6 +36,40 @@ def test_tokenise_chunk_reuses_a_part_of_the_same_inputs(tokenise):
         assert not other_result.is_reused
     assert not tokenise("a boat", "the sea", sha256="2").is_reused
     assert not tokenise("a boat", "the sea", share=0.4).is_reused
+
+
+def test_parts_of_conversations_have_all_columns(tmp_path):
+    """A part is named by the rendered conversation, too, and its documents are held out by their contents."""
+    train_bpe(["a boat on the sea"], 300).save(str(tmp_path / "tokenizer.json"))
+    texts, span = [f"Q: {i}\nA: yes<|endoftext|>" for i in range(9)], Span(7, 24)
+    conversations = [RenderedConversation(text, (span,)) for text in texts]
+
+    def tokenise_conversations(conversations):
+        chunk = Chunk(0, 0, [f"{i} yes" for i in range(9)], Tally(), False, conversations)
+        assert Chunk.from_table(chunk.as_table()) == chunk
+        row = tokenise_chunk(
+            chunk.as_table(),
+            tokenizer=tmp_path / "tokenizer.json",
+            parts=tmp_path / "parts",
+            tokenizer_sha256="1",
+            validation_fraction=0.4,
+            token_bytes=2,
+        )
+        return TokenisedChunk.from_row({key: value for key, [value] in row.items()})
+
+    result = tokenise_conversations(conversations)
+    assert tokenise_conversations(conversations) == result._replace(is_reused=True)
+    assert not tokenise_conversations([c._replace(spans=()) for c in conversations]).is_reused
+    counts = result.part.counts
+    assert counts.documents + counts.held_out_documents == 9
+    assert counts.held_out_documents == sum(is_validation(f"{i} yes", 0.4) for i in range(9)) > 0
+    assert counts.text_bytes == 9 * len("0 yes")
+    rows = np.fromfile(part_file(tmp_path / "parts", result.part.name), conversation_dtype(2))
+    assert len(rows) == counts.tokens + counts.held_out_tokens
+    assert rows[DOCUMENT_STARTS].sum() == 9
+    assert (rows[TOKENS][rows[DOCUMENT_STARTS]] == 0).all()
+    # " yes" and the end token are targets of each conversation.
+    assert rows[TARGETS].sum() == 9 * 5
 
 
 def test_tokenise_chunk_replaces_a_damaged_part(tokenise, tmp_path):

@@ -5,7 +5,16 @@ import shutil
 
 import pytest
 
-from mhmoe_ray.data.shards.manifest import check_recipe, data_digest, read_data_manifest, recipe, require_matching_data
+from mhmoe_ray.data.chat.template import BUILT_IN_TEMPLATE
+from mhmoe_ray.data.shards.manifest import (
+    ChatData,
+    check_recipe,
+    data_digest,
+    prepared_key,
+    read_data_manifest,
+    recipe,
+    require_matching_data,
+)
 from mhmoe_ray.data.sources.find import find_files, fingerprints
 from mhmoe_ray.errors import DataError
 from tests.data.shards.manifests import make_manifest
@@ -44,6 +53,37 @@ def test_check_recipe_rejects_other_tokenizer_settings(tmp_path, keys, message):
     check_recipe(tmp_path, manifest, tiny_spec(tmp_path, data={"tokenizer_model": "bpe", "tokenizer_train_mb": 20}))
     with pytest.raises(DataError, match=message):
         check_recipe(tmp_path, manifest, tiny_spec(tmp_path, data=keys))
+
+
+def test_recipe_identifies_a_chat_template_by_its_content(tmp_path):
+    def spec(**keys):
+        data = {"sources": {"talk": {"path": "raw", "format": "chat"}}, "packing": "best_fit", **keys}
+        return tiny_spec(tmp_path, model={"document_masks": True}, data=data)
+
+    assert "chat_template" not in recipe(tiny_spec(tmp_path))
+    manifest = make_manifest({}, recipe(spec()))
+    (tmp_path / "own.jinja").write_text(BUILT_IN_TEMPLATE)
+    check_recipe(tmp_path, manifest, spec(chat_template="own.jinja"))
+    (tmp_path / "own.jinja").write_text("other")
+    with pytest.raises(DataError, match=r"it was made with chat_template = a template of SHA-256 \w+, and the"):
+        check_recipe(tmp_path, manifest, spec(chat_template="own.jinja"))
+    (tmp_path / "own.jinja").unlink()
+    with pytest.raises(DataError, match=r"chat template .*own\.jinja: No such file"):
+        recipe(spec(chat_template="own.jinja"))
+    # Runs of a sweep share a preparation if they name the same file, which need not be readable.
+    assert prepared_key(spec(chat_template="own.jinja")) != prepared_key(spec()) == prepared_key(spec())
+
+
+def test_manifest_of_conversations_can_be_read_again(tmp_path):
+    manifest = make_manifest({"talk/en": 3})
+    manifest.domains["talk/en"].target_tokens = 12
+    manifest.chat = ChatData(template_sha256="a", start_token=0, turn_ends=[0])
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest.model_dump(mode="json")))
+    assert read_data_manifest(tmp_path) == manifest
+    assert (
+        make_manifest({"web/a": 1}).model_dump(exclude={"recipe"}).keys()
+        == manifest.model_dump(exclude={"recipe", "chat"}).keys()
+    )
 
 
 def test_unreadable_manifest_is_reported_without_advice_to_remove_it(tmp_path):

@@ -1,7 +1,7 @@
 import shutil
 
 from mhmoe_ray.data.shards.files import file_problem
-from mhmoe_ray.data.shards.manifest import Shard
+from mhmoe_ray.data.shards.manifest import TEMPLATE_FILE, ChatData, Shard, read_data_manifest
 from mhmoe_ray.storage import describe_file
 from tests.data.shards.manifests import make_manifest
 from tests.data.shards.verify_by_tasks import verification_report
@@ -53,3 +53,15 @@ def expected_reports(folders):
 def test_verify_shards_reports_the_first_problem(tmp_path):
     folders = make_folders(tmp_path)
     assert [verification_report(folder) for folder in folders] == expected_reports(folders)
+
+
+def test_verify_shards_checks_the_chat_template(tmp_path):
+    folder, *_ = make_folders(tmp_path)
+    (folder / TEMPLATE_FILE).write_text("one")
+    manifest = read_data_manifest(folder)
+    template_hash = describe_file(folder / TEMPLATE_FILE).sha256
+    manifest.chat = ChatData(template_sha256=template_hash, start_token=0, turn_ends=[0])
+    (folder / "manifest.json").write_text(manifest.model_dump_json())
+    assert verification_report(folder) == "sound"
+    (folder / TEMPLATE_FILE).write_text("two")
+    assert "chat_template.jinja: its content is not what was written" in verification_report(folder)

@@ -246,3 +246,24 @@ def test_reader_survives_damaged_arrow_streams(folder, corpus, data):
     row_count = sum(end < drawn_edits[0].offset for end in ends) * rows
     expected = [t for t in corpus[:row_count] if len(t.encode()) <= LIMIT]
     assert document_texts(items)[: len(expected)] == expected
+
+
+@settings(max_examples=EXAMPLES)
+@given(corpus=CORPORA, data=st.data())
+def test_reader_survives_damaged_conversations(folder, corpus, data):
+    """Columns of lists of messages have offsets within offsets, any of which may be damaged."""
+    output = io.BytesIO()
+    message_type = pa.struct([("role", pa.dictionary(pa.int8(), pa.string())), ("content", pa.string())])
+    conversations = [
+        [{"role": "user", "content": text[:9]}, {"role": "assistant", "content": f"{text}."}] for text in corpus
+    ]
+    table = pa.table({"messages": pa.array(conversations, pa.list_(message_type))})
+    rows, compression = data.draw(st.integers(1, 10)), data.draw(st.sampled_from(["none", "snappy"]))
+    pq.write_table(table, output, row_group_size=rows, compression=compression)
+    content = output.getvalue()
+    drawn_edits = data.draw(edit_lists(len(content)))
+    items = read_and_check(folder, "f.parquet", apply_edits(content, drawn_edits), format="chat")
+    for item in items:
+        if isinstance(item, Document):
+            assert item.conversation is not None
+            assert item.conversation.spans

@@ -1,8 +1,20 @@
 import pytest
 
-from mhmoe_ray.data.tokenizer import Boundaries, boundaries, find_boundaries
+from mhmoe_ray.data.tokenizer import Boundaries, boundaries, boundary_texts, find_boundaries
 
 from .words import make_word_tokenizer
+
+
+@pytest.mark.parametrize(
+    ("tokens", "texts"),
+    [
+        (("a", "<|endoftext|>"), ("<|endoftext|>", "<|endoftext|>")),
+        (("a", "<s>", "</s>"), ("<s>", "</s>")),
+        (("a", "</s>", "<s>"), ("<s>", "</s>")),
+    ],
+)
+def test_boundary_texts_name_the_end_token(tokens, texts):
+    assert boundary_texts(make_word_tokenizer(*tokens)) == texts
 
 
 def test_boundaries_are_end_of_text_or_a_pair_of_tokens():

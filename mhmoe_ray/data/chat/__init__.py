@@ -1,0 +1,9 @@
+"""Conversations: their chat template, and the tokens of them that a model learns to predict.
+
+A conversation is rendered as one text and encoded once. The tokens of the assistant's turns, with those that end a
+turn, are the targets of training; all other tokens are only read. A server renders prompts with the same template, so
+that a model answers what it was trained on.
+
+template.py   the chat template: prompts, and the spans of the assistant's turns
+encoder.py    the tokens of a rendered conversation, and the mask of its targets
+"""

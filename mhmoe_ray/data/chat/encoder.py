@@ -1,0 +1,113 @@
+"""Tokens of rendered conversations, with a mask of those that a model learns to predict."""
+
+import json
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from mhmoe_ray.data.chat.template import EXCHANGES, ChatTemplate, ChatTemplateError, RenderedConversation, Span
+from mhmoe_ray.data.shards.columns import DOCUMENT_STARTS, TARGETS, TOKENS, join_columns, token_dtype
+from mhmoe_ray.data.tokenizer.load import read_tokenizer
+from mhmoe_ray.data.tokenizer.vocabulary import boundaries
+
+
+class EncodedConversation(NamedTuple):
+    """Tokens of a conversation."""
+
+    token_ids: np.ndarray
+    """Token ids, (n,) int64; the first is the start token, and no second one follows it."""
+    target_mask: np.ndarray
+    """Mask of the targets, (n,) bool: True for tokens of the assistant's turns and of what ends these."""
+
+    def rows(self, token_bytes: int) -> np.ndarray:
+        """Return the tokens with all columns of samples; `token_bytes` is the number of bytes per token."""
+        document_starts = np.arange(len(self.token_ids)) == 0
+        tokens = self.token_ids.astype(token_dtype(token_bytes))
+        return join_columns({TOKENS: tokens, TARGETS: self.target_mask, DOCUMENT_STARTS: document_starts})
+
+
+class ConversationEncoder:
+    """Encoder of rendered conversations, which gives the token ids that a server gives to the same text.
+
+    Unlike the text of a document, a conversation may contain special tokens: the template writes them.
+
+    Args:
+        tokenizer: a tokenizer with boundary tokens (see `boundaries`).
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.start_token = boundaries(tokenizer).start
+        # A post-processor adds nothing here, but a byte-level one would take white space out of the offsets.
+        content = json.loads(tokenizer.to_str()) | {"post_processor": None, "truncation": None, "padding": None}
+        self._tokenizer = Tokenizer.from_str(json.dumps(content, ensure_ascii=False))
+        self._special_ids = {
+            token_id for token_id, token in tokenizer.get_added_tokens_decoder().items() if token.special
+        }
+
+    def encode(self, conversations: Sequence[RenderedConversation]) -> list[EncodedConversation]:
+        """Return the tokens of each conversation, after one start token, whether the template writes it or not."""
+        encodings = self._tokenizer.encode_batch([c.text for c in conversations], add_special_tokens=False)
+        result = []
+        for conversation, encoding in zip(conversations, encodings, strict=True):
+            token_ids = np.array(encoding.ids, np.int64)
+            # Offsets are in characters, and a token may be a part of a character. Then it has the offsets of the whole.
+            target_mask = _tokens_in(conversation.spans, np.array(encoding.offsets, np.int64).reshape(-1, 2))
+            if encoding.ids[:1] != [self.start_token]:
+                token_ids, target_mask = np.append(self.start_token, token_ids), np.append(False, target_mask)
+            result.append(EncodedConversation(token_ids, target_mask))
+        return result
+
+    def turn_ends(self, template: ChatTemplate) -> frozenset[int]:
+        """Return the special tokens that end the assistant's turns, after trying the template on a conversation.
+
+        Raises:
+            ChatTemplateError: the template or the tokenizer does not suit: no special token ends the assistant's turns,
+                or the end of a prompt and the beginning of an answer become one token.
+        """
+        messages = EXCHANGES if template.accepts(EXCHANGES) else EXCHANGES[:2]
+        conversation = template.render_conversation(messages)
+        [encoded] = self.encode([conversation])
+        turn_ends = set[int]()
+        for span in conversation.spans:
+            turn, prompt = self.encode(
+                [conversation._replace(spans=(span,)), RenderedConversation(conversation.text[: span.start], ())]
+            )
+            if not np.array_equal(prompt.token_ids, encoded.token_ids[: len(prompt.token_ids)]):
+                raise ChatTemplateError(
+                    "the end of its prompt and the beginning of an answer become one token, so a server would ask "
+                    "otherwise than in training; let the prompt end without a blank, and begin the answer with it"
+                )
+            special_ids = [i for i in turn.token_ids[turn.target_mask].tolist() if i in self._special_ids]
+            if not special_ids:
+                raise ChatTemplateError(
+                    "it ends the assistant's turns with no special token of the tokenizer, so a model could not learn "
+                    "to end them; write {{ eos_token }} there"
+                )
+            turn_ends.add(special_ids[-1])
+        return frozenset(turn_ends)
+
+
+def _tokens_in(spans: Sequence[Span], offsets: np.ndarray) -> np.ndarray:
+    """Return a mask of the tokens that overlap one of the spans.
+
+    Args:
+        spans: spans of characters.
+        offsets: first character of each token and the end of its characters, (n, 2).
+    """
+    starts, stops = offsets.T
+    # A token without characters of its own, as a space that a tokenizer puts before a word, belongs to what follows it.
+    stops = np.maximum(stops, starts + 1)
+    mask = np.zeros(len(offsets), bool)
+    for span in spans:
+        mask |= (starts < span.stop) & (stops > span.start)
+    return mask
+
+
+@lru_cache(maxsize=1)
+def conversation_encoder(path: Path) -> ConversationEncoder:
+    """Return the encoder of a tokenizer.json that `load_tokenizer` accepts; a process caches the last one."""
+    return ConversationEncoder(read_tokenizer(path))

@@ -1,0 +1,298 @@
+"""Chat templates: Jinja templates that render a conversation as a text.
+
+They have the same functions, filters and blocks as in Hugging Face's tokenizers. A server needs the prompt, up to where
+the assistant's next answer begins. Training needs the whole conversation and the spans of the assistant's turns in it.
+"""
+
+import json
+import re
+import secrets
+from collections.abc import Iterator, Sequence
+from datetime import datetime
+from functools import cached_property
+from typing import Any, NamedTuple, NoReturn
+
+from jinja2 import Template, TemplateError
+from jinja2.ext import Extension, loopcontrols
+from jinja2.nodes import Name, Output, Scope
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from mhmoe_ray.errors import DataError
+from mhmoe_ray.spec import DataSpec
+
+Message = dict[str, Any]
+"""Message of a conversation: its `role`, its `content` and perhaps a `name`."""
+
+# The prompt ends with a line break and contents are trimmed, so that no tokenizer of words joins the end of the prompt
+# with the first word of an answer.
+BUILT_IN_TEMPLATE = """\
+{%- for message in messages -%}
+    {%- if message.role == "assistant" -%}
+        {{- "Assistant:\\n" -}}
+        {%- generation -%}{{- message.content | trim + eos_token -}}{%- endgeneration -%}
+    {%- elif message.role in ["system", "user"] -%}
+        {{- message.role | capitalize + ":\\n" + message.content | trim + "\\n" -}}
+    {%- else -%}
+        {{- raise_exception("a role is system, user or assistant, not " + message.role) -}}
+    {%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- "Assistant:\\n" -}}{%- endif -%}
+"""
+"""Chat template of data that names none: plain role headers, and the end token after each answer."""
+
+# Variables that are written before and after the text of a generation block; they are empty except while the spans of
+# these blocks are looked for.
+_BLOCK_START, _BLOCK_STOP = "_generation_start", "_generation_stop"
+_NO_MARKS = {_BLOCK_START: "", _BLOCK_STOP: ""}
+
+
+class ChatTemplateError(Exception):
+    """Error of a chat template, or of messages that a template does not accept; its text is the reason."""
+
+
+class Span(NamedTuple):
+    """Characters start .. stop - 1 of a text."""
+
+    start: int
+    stop: int
+
+
+class RenderedConversation(NamedTuple):
+    """Conversation as the text that a model reads."""
+
+    text: str
+    spans: tuple[Span, ...]
+    """Spans of the assistant's turns with what ends them, in their order."""
+
+
+class ChatTemplate:
+    """The compiled chat template of a model."""
+
+    def __init__(self, text: str, start_text: str, end_text: str) -> None:
+        """Compile the template.
+
+        Args:
+            text: the template.
+            start_text: text of the token that starts a document.
+            end_text: text of a token that ends a document.
+
+        Raises:
+            ChatTemplateError: the text is not a valid template.
+        """
+        self.text, self.start_text, self.end_text = text, start_text, end_text
+        self._environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, loopcontrols]
+        )
+        self._environment.filters["tojson"] = _to_json
+        self._environment.globals["raise_exception"] = _raise_template_error
+        # Templates may ask whether there are tools or documents; neither a server nor training has any.
+        self._variables = {"bos_token": start_text, "eos_token": end_text, "tools": None, "documents": None}
+        try:
+            self._template = self._environment.from_string(text, {"strftime_now": _format_now})
+            syntax_tree = self._environment.parse(text)
+        # Jinja compiles a template to Python code, so both Jinja's errors and Python's are errors of the template.
+        except Exception as e:
+            raise ChatTemplateError(str(e)) from e
+        self._has_generation_blocks = any(name.name == _BLOCK_START for name in syntax_tree.find_all(Name))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Jinja's objects cannot be pickled, so another process compiles the template again.
+        return ChatTemplate, (self.text, self.start_text, self.end_text)
+
+    @cached_property
+    def _timeless_template(self) -> Template:
+        """The template without `strftime_now`, so that training data do not depend on the day of their preparation."""
+        return self._environment.from_string(self.text)
+
+    def render(self, messages: Sequence[Message]) -> str:
+        """Return the conversation as a prompt, up to where the assistant's answer begins.
+
+        Raises:
+            ChatTemplateError: the template does not accept these messages.
+        """
+        return self._render(self._template, messages, add_generation_prompt=True)
+
+    def render_conversation(self, messages: Sequence[Message]) -> RenderedConversation:
+        """Return the whole conversation as training reads it, with the spans of the assistant's turns.
+
+        They are the texts of the template's `{% generation %}` blocks. Without such blocks, a turn begins where the
+        prompt of the messages before it ends, and ends where the conversation up to it ends.
+
+        Raises:
+            ChatTemplateError: the template does not accept these messages, or has no `{% generation %}` block and
+                renders the beginning of the conversation differently from the whole.
+        """
+        text = self._render(self._timeless_template, messages)
+        spans = self._block_spans(messages, text) if self._has_generation_blocks else self._turn_spans(messages, text)
+        return RenderedConversation(text, tuple(span for span in spans if span.stop > span.start))
+
+    def accepts(self, messages: Sequence[Message]) -> bool:
+        """Return whether the template renders these messages without an error."""
+        try:
+            self._render(self._timeless_template, messages)
+        except ChatTemplateError:
+            return False
+        return True
+
+    def check_prompts(self, messages: Sequence[Message]) -> None:
+        """Check that the prompt of each assistant's turn is the beginning of the conversation with that turn.
+
+        Raises:
+            ChatTemplateError: a prompt is not, so that a server would ask otherwise than in training.
+        """
+        for number, message in enumerate(messages):
+            if message["role"] == "assistant":
+                prompt = self._render(self._timeless_template, messages[:number], add_generation_prompt=True)
+                if not self._render(self._timeless_template, messages[: number + 1]).startswith(prompt):
+                    raise ChatTemplateError(
+                        "its prompt (add_generation_prompt) is not the beginning of the conversation with the answer, "
+                        "so a server would ask otherwise than in training"
+                    )
+
+    def _render(
+        self,
+        template: Template,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool = False,
+        marks: dict[str, str] = _NO_MARKS,
+    ) -> str:
+        try:
+            return template.render(
+                messages=messages, add_generation_prompt=add_generation_prompt, **self._variables, **marks
+            )
+        # The template's code may raise any exception, such as a TypeError.
+        except Exception as e:
+            raise ChatTemplateError(str(e)) from e
+
+    def _turn_spans(self, messages: Sequence[Message], text: str) -> Iterator[Span]:
+        """Yield the spans of the assistant's turns, found by rendering the beginnings of the conversation."""
+        for number, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            prompt = self._render(self._timeless_template, messages[:number], add_generation_prompt=True)
+            text_with_turn = self._render(self._timeless_template, messages[: number + 1])
+            if not (text.startswith(text_with_turn) and text_with_turn.startswith(prompt)):
+                raise ChatTemplateError(
+                    "it renders the beginning of a conversation differently from the whole conversation, so the "
+                    "assistant's turns cannot be told apart; write {% generation %} and {% endgeneration %} around them"
+                )
+            yield Span(len(prompt), len(text_with_turn))
+
+    def _block_spans(self, messages: Sequence[Message], text: str) -> Iterator[Span]:
+        """Yield the spans of the template's `{% generation %}` blocks."""
+        # A random mark cannot be in a message.
+        mark = secrets.token_hex(16)
+        marks = {_BLOCK_START: f"<{mark}>", _BLOCK_STOP: f"</{mark}>"}
+        marked_text = self._render(self._timeless_template, messages, marks=marks)
+        pieces = re.split(f"(</?{mark}>)", marked_text)
+        spans, offset = list[Span](), 0
+        block_starts: list[int] = []
+        for piece in pieces:
+            if piece == marks[_BLOCK_START]:
+                block_starts.append(offset)
+            elif piece == marks[_BLOCK_STOP]:
+                spans.append(Span(block_starts.pop(), offset))
+            else:
+                offset += len(piece)
+        if "".join(pieces[::2]) != text:
+            raise ChatTemplateError(
+                "the text around its {% generation %} blocks depends on the text inside; write the blocks where the "
+                "text is printed"
+            )
+        yield from spans
+
+
+def read_template(spec: DataSpec) -> str:
+    """Return the text of the chat template that a spec names, or of the built-in one.
+
+    Raises:
+        DataError: the file cannot be read.
+    """
+    if spec.chat_template is None:
+        return BUILT_IN_TEMPLATE
+    try:
+        return spec.chat_template.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        reason = (isinstance(e, OSError) and e.strerror) or "it is not UTF-8"
+        raise DataError(_subject(spec), reason, "correct data.chat_template") from e
+
+
+# The answers begin with words that most tokenizers join with a space before them.
+EXCHANGES: list[Message] = [
+    {"role": "user", "content": "How are you?"},
+    {"role": "assistant", "content": "I am fine, thank you."},
+    {"role": "user", "content": "What is it?"},
+    {"role": "assistant", "content": "the sea"},
+]
+"""Conversation on which templates are tried before any data is read."""
+
+
+def check_template(spec: DataSpec, start_text: str = "", end_text: str = "") -> ChatTemplate:
+    """Return the chat template of a spec, compiled, after trying it on a conversation.
+
+    Args:
+        spec: a data section with sources of format `chat`.
+        start_text: text of the token that starts a document.
+        end_text: text of the token that ends a document.
+
+    Raises:
+        DataError: the template cannot be read or compiled, or cannot show the assistant's turns of a conversation.
+    """
+    text = read_template(spec)
+    try:
+        template = ChatTemplate(text, start_text, end_text)
+        # A template may be for single exchanges.
+        messages = EXCHANGES if template.accepts(EXCHANGES) else EXCHANGES[:2]
+        if not template.render_conversation(messages).spans:
+            raise ChatTemplateError("its {% generation %} blocks render no text of the assistant")
+        template.check_prompts(messages)
+    except ChatTemplateError as e:
+        raise template_error(spec, str(e)) from e
+    return template
+
+
+def template_error(spec: DataSpec, reason: str) -> DataError:
+    """Return the error for a spec whose chat template cannot be used."""
+    return DataError(_subject(spec), reason, "correct data.chat_template, or leave it out for the built-in template")
+
+
+def _subject(spec: DataSpec) -> str:
+    return f"chat template {spec.chat_template}" if spec.chat_template else "the built-in chat template"
+
+
+class _GenerationBlock(Extension):
+    """The block `{% generation %}`, which marks the assistant's text for training; it renders the text inside."""
+
+    tags = {"generation"}  # noqa: RUF012 - Jinja declares it so
+
+    def parse(self, parser: Parser) -> Scope:
+        """Return the statements inside the block, in a scope of their own. Jinja calls this at the block's tag."""
+        # As in transformers, the block has its own scope, so variables that are set inside are not visible outside.
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        start, stop = (Output([Name(name, "load")], lineno=line) for name in (_BLOCK_START, _BLOCK_STOP))
+        return Scope([start, *body, stop], lineno=line)
+
+
+def _raise_template_error(message: str) -> NoReturn:
+    """Raise a `TemplateError` with this message; templates call it as `raise_exception`."""
+    raise TemplateError(message)
+
+
+def _format_now(time_format: str) -> str:
+    """Return the present local time in a format of `strftime`; templates call it as `strftime_now`."""
+    return datetime.now().strftime(time_format)
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """Return a value as JSON; templates use it as the filter `tojson`."""
+    # Jinja's own `tojson` escapes HTML characters and sorts keys, which would change prompts.
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)

@@ -1,0 +1,120 @@
+"""The columns of samples, in memory and in shards.
+
+A sample is a row of named columns. Each has T + 1 values, the first T for a model's input, the last T for its targets:
+
+    | column          | value                                   | in a shard         | of which sources |
+    | --------------- | --------------------------------------- | ------------------ | ---------------- |
+    | tokens          | token id; the largest number is padding | 2 or 4 bytes, each | all              |
+    | targets         | whether the token is a target           | a bit, each        | conversations    |
+    | document_starts | whether a document begins with it       | a bit, each        | conversations    |
+
+Samples with tokens only are a plain array of token ids. Samples with more columns are a structured array, which has a
+field for each column. Of text, all tokens but padding are targets, and documents begin with start tokens; within a
+conversation, the start token may also end a turn.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+Samples = np.ndarray[tuple[int, int], np.dtype[Any]]
+"""Array of samples, (samples, T + 1): of token ids, or of rows with a field for each column."""
+
+TOKENS, TARGETS, DOCUMENT_STARTS = "tokens", "targets", "document_starts"
+
+
+def token_dtype(token_bytes: int) -> np.dtype[np.unsignedinteger]:
+    """Return the dtype of stored tokens: little-endian unsigned integers of `token_bytes` bytes."""
+    return np.dtype(f"<u{token_bytes}")
+
+
+def conversation_dtype(token_bytes: int) -> np.dtype[np.void]:
+    """Return the dtype of the tokens of conversations: a field for each column."""
+    return np.dtype([(TOKENS, token_dtype(token_bytes)), (TARGETS, np.bool_), (DOCUMENT_STARTS, np.bool_)])
+
+
+def token_bytes_for(vocab_size: int) -> int:
+    """Return the number of bytes in which a token is stored, 2 or 4.
+
+    The largest value of that size is no token id, since it marks padding.
+    """
+    return 2 if vocab_size < 2**16 else 4
+
+
+def padding_token(token_bytes: int) -> int:
+    """Return the value that marks padding in stored samples: the largest one of a token of `token_bytes` bytes."""
+    return int(np.iinfo(token_dtype(token_bytes)).max)
+
+
+def columns_of(rows: np.ndarray) -> dict[str, np.ndarray]:
+    """Return the columns of samples or of a stretch of tokens, by name."""
+    if rows.dtype.names is None:
+        return {TOKENS: rows}
+    return {name: np.ascontiguousarray(rows[name]) for name in rows.dtype.names}
+
+
+def join_columns(columns: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Return the rows that have these columns; columns of other names are left out."""
+    tokens = columns[TOKENS]
+    if TARGETS not in columns:
+        return tokens
+    rows = np.empty(tokens.shape, conversation_dtype(tokens.itemsize))
+    for name in (TOKENS, TARGETS, DOCUMENT_STARTS):
+        rows[name] = columns[name]
+    return rows
+
+
+def single_row(dtype: np.dtype[Any], token: int, *, starts_document: bool = False) -> np.ndarray:
+    """Return one token as a row of a dtype; it is no target."""
+    return np.array(token if dtype.names is None else (token, False, starts_document), dtype)
+
+
+def target_mask(rows: np.ndarray, padding: int) -> np.ndarray:
+    """Return a mask of the tokens that are targets; `padding` is the token that marks padding."""
+    mask: np.ndarray = rows != padding if rows.dtype.names is None else rows[TARGETS]
+    return mask
+
+
+def padding_mask(rows: np.ndarray, padding: int) -> np.ndarray:
+    """Return a mask of the tokens that are padding; `padding` is the token that marks it."""
+    mask: np.ndarray = columns_of(rows)[TOKENS] == padding
+    return mask
+
+
+def document_start_mask(rows: np.ndarray, start: int) -> np.ndarray:
+    """Return a mask of the tokens that begin a document; `start` is the token that a document of text begins with."""
+    mask: np.ndarray = rows == start if rows.dtype.names is None else rows[DOCUMENT_STARTS]
+    return mask
+
+
+def with_all_columns(rows: np.ndarray, start: int, padding: int) -> np.ndarray:
+    """Return rows with all columns; rows of text get those that they lack.
+
+    Args:
+        rows: samples, or a stretch of tokens.
+        start: the token that each document begins with.
+        padding: the token that marks padding.
+    """
+    masks = {TARGETS: target_mask(rows, padding), DOCUMENT_STARTS: document_start_mask(rows, start)}
+    return join_columns(columns_of(rows) | masks)
+
+
+class ModelSamples(NamedTuple):
+    """Samples as a model takes them."""
+
+    token_ids: np.ndarray
+    """Token ids, (samples, T + 1) int64, with token 0 for padding."""
+    target_mask: np.ndarray
+    """Mask of the targets that count, (samples, T) bool."""
+    document_starts: np.ndarray | None = None
+    """Mask of the input tokens that begin a document, (samples, T) bool; None if start tokens tell it."""
+
+
+def split_padding(samples: Samples, token_bytes: int) -> ModelSamples:
+    """Convert stored samples to the input of a model; `token_bytes` is the number of bytes per token."""
+    padding = padding_token(token_bytes)
+    tokens = columns_of(samples)[TOKENS]
+    token_ids = np.where(tokens != padding, tokens, 0).astype(np.int64)
+    document_starts = None if samples.dtype.names is None else np.ascontiguousarray(samples[DOCUMENT_STARTS][:, :-1])
+    return ModelSamples(token_ids, np.ascontiguousarray(target_mask(samples, padding)[:, 1:]), document_starts)

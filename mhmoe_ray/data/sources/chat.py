@@ -1,0 +1,145 @@
+"""Reader of conversations: JSON lines and Parquet.
+
+A record has `messages`, a list of {role, content}, or a `prompt` and a `completion`, which are a turn of the user and
+one of the assistant. Other keys of a record are ignored, as those of other formats are; other keys of a message would
+mean something to its conversation, so a message that has one is refused.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pyarrow as pa
+
+from mhmoe_ray.data.chat.template import ChatTemplate, ChatTemplateError, Message
+from mhmoe_ray.data.sources.columns import ColumnError, read_row_groups
+from mhmoe_ray.data.sources.items import BadLine, Document, RawFile, Reason, Tally
+from mhmoe_ray.data.sources.records import (
+    Record,
+    describe_keys,
+    json_type,
+    named_language,
+    read_records,
+    text_problem,
+)
+from mhmoe_ray.data.sources.storage import Storage
+
+PAIR_KEYS = ("prompt", "completion")
+_COLUMN_SETS = (["messages"], list(PAIR_KEYS))
+
+
+def read_chat(
+    storage: Storage, file: RawFile, limit: int, tally: Tally, template: ChatTemplate
+) -> Iterator[Document | BadLine]:
+    """Yield the conversations of a file as documents, and the records that are none.
+
+    Args:
+        storage: the storage that holds the file.
+        file: a Parquet file, if it ends in .parquet, else a file of JSON lines.
+        limit: largest size of a conversation in bytes.
+        tally: the tally whose `bytes_read` is updated.
+        template: the template that renders the conversations.
+    """
+    if file.path.endswith(".parquet"):
+        yield from _read_parquet(storage, file, limit, tally, template)
+        return
+    for record in read_records(storage, file, limit, tally):
+        yield record if isinstance(record, BadLine) else conversation_of(record, file.path, template)
+
+
+def _read_parquet(
+    storage: Storage, file: RawFile, limit: int, tally: Tally, template: ChatTemplate
+) -> Iterator[Document | BadLine]:
+    def choose_columns(schema: pa.Schema) -> list[str]:
+        columns = next((names for names in _COLUMN_SETS if set(names) <= set(schema.names)), None)
+        if columns is None:
+            found_keys = describe_keys(dict.fromkeys(schema.names))
+            raise ColumnError(f"it has no column 'messages', nor 'prompt' and 'completion', among {found_keys}")
+        return columns
+
+    def read_batch(batch: pa.RecordBatch, first_row: int) -> Iterator[Document | BadLine]:
+        # Decoding damaged offsets has crashed pyarrow, so they are checked first.
+        batch.validate(full=True)
+        for number, fields in enumerate(batch.to_pylist(), start=first_row + 1):
+            document = conversation_of(Record(number, fields), file.path, template)
+            is_too_long = isinstance(document, Document) and len(document.text.encode()) > limit
+            yield BadLine(file.path, number, Reason.TOO_LONG) if is_too_long else document
+
+    return read_row_groups(storage, file, tally, choose_columns, read_batch)
+
+
+def conversation_of(record: Record, path: str, template: ChatTemplate) -> Document | BadLine:
+    """Return the conversation in a record as a document, or a `BadLine` with the reason why the record has none.
+
+    Args:
+        record: the record.
+        path: the path of the file.
+        template: the template that renders the conversation.
+    """
+    try:
+        messages = parse_messages(record.fields)
+    except _MalformedRecordError as e:
+        return BadLine(path, record.line, Reason.NO_CONVERSATION, str(e))
+    text = "\n".join(message["content"] for message in messages)
+    reason = text_problem(text)
+    if reason is not None:
+        return BadLine(path, record.line, reason)
+    try:
+        conversation = template.render_conversation(messages)
+        if not conversation.spans:
+            raise ChatTemplateError("it renders no text of the assistant")
+    except ChatTemplateError as e:
+        return BadLine(path, record.line, Reason.NO_RENDERING, str(e))
+    return Document(text, record.line, named_language(record.fields), conversation)
+
+
+class _MalformedRecordError(Exception):
+    """Error of a record that is no conversation; its text is the reason."""
+
+
+def parse_messages(fields: Any) -> list[Message]:
+    """Return the messages of a record.
+
+    Args:
+        fields: any JSON value.
+
+    Raises:
+        _MalformedRecordError: the value is no conversation with a turn of the assistant.
+    """
+    if not isinstance(fields, dict):
+        raise _MalformedRecordError(f"it is {json_type(fields)}, not an object")
+    # Records with messages often repeat the first one as `prompt`, so messages come first.
+    if "messages" in fields:
+        entries = fields["messages"]
+        if not isinstance(entries, list):
+            raise _MalformedRecordError(f"'messages' is {json_type(entries)}, not a list")
+    elif fields.keys() >= set(PAIR_KEYS):
+        entries = [
+            {"role": role, "content": fields[key]} for role, key in zip(("user", "assistant"), PAIR_KEYS, strict=True)
+        ]
+    else:
+        raise _MalformedRecordError(f"no 'messages', nor 'prompt' and 'completion', among {describe_keys(fields)}")
+    messages = [_parse_message(entry, number) for number, entry in enumerate(entries, start=1)]
+    if not any(message["role"] == "assistant" for message in messages):
+        raise _MalformedRecordError("it has no message of the role assistant")
+    return messages
+
+
+def _parse_message(entry: Any, number: int) -> Message:
+    """Return one message, whose number within its conversation is `number`, without keys that are null.
+
+    Raises:
+        _MalformedRecordError: it has no role or content, keys that are not known, or an empty answer.
+    """
+    if not isinstance(entry, dict):
+        raise _MalformedRecordError(f"message {number} is {json_type(entry)}, not an object")
+    # Parquet files give all messages the keys of any, with null where a message lacks the key.
+    message = {key: value for key, value in entry.items() if value is not None}
+    for key in ("role", "content"):
+        if not isinstance(message.get(key), str):
+            kind = json_type(entry[key]) if key in entry else "missing"
+            raise _MalformedRecordError(f"the {key} of message {number} is {kind}, not a string")
+    if unknown_keys := message.keys() - {"role", "content", "name"}:
+        raise _MalformedRecordError(f"message {number} has {describe_keys(dict.fromkeys(unknown_keys))}, not supported")
+    if message["role"] == "assistant" and not message["content"].strip():
+        raise _MalformedRecordError(f"message {number}, of the assistant, is empty")
+    return message
