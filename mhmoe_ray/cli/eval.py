@@ -4,7 +4,7 @@ The checkpoint is evaluated on the cluster, unless the run directory holds the e
 """
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -44,6 +44,7 @@ def make_request(
     task_folders: list[Path],
     limit: int | None,
     gpus: int | None,
+    prior: "Prior | None" = None,
 ) -> "EvalRequest":
     """Return a request to evaluate a run's checkpoint on raw text and in tasks, or on held-out samples without either.
 
@@ -59,9 +60,10 @@ def make_request(
         task_folders: folders of the user's own tasks.
         limit: largest number of questions of each task; None for all.
         gpus: number of GPUs; None for as many as a worker of the training had.
+        prior: prior probabilities of the domains of the text, for router `domain`; None if the domains are known.
 
     Raises:
-        BadParameter: an option is given without the option that it belongs to.
+        BadParameter: an option is given without the option that it belongs to, or for a model without it.
         CheckpointError: there is no such checkpoint, or it is damaged.
     """
     from mhmoe_ray.cli.data_inspect import raw_text_target
@@ -73,7 +75,10 @@ def make_request(
     if not tasks and (limit or task_folders):
         raise typer.BadParameter("--limit and --task-folder are about --tasks: name some")
     # The weights need not be hashed here, because the job loads them and damage shows then.
-    path, _ = pick_checkpoint(run, checkpoint, verify_hashes=False)
+    path, manifest = pick_checkpoint(run, checkpoint, verify_hashes=False)
+    moe = manifest.model.moe
+    if prior is not None and (moe is None or moe.router != "domain"):
+        raise typer.BadParameter("--prior is for a model with router domain, and this model has no experts of domains")
     # An imported run has neither a spec nor held-out samples, so defaults replace the spec.
     spec = None if run.is_imported else run.spec()
     cluster = spec.cluster if spec else ClusterSpec()
@@ -91,6 +96,7 @@ def make_request(
         half=spec is not None and spec.train.precision == "bfloat16",
         cpus=cluster.cpus_per_worker,
         gpus=cluster.gpus_per_worker if gpus is None else gpus,
+        prior=prior,
     )
 
 
@@ -162,6 +168,16 @@ GpusOption = Annotated[
 ]
 
 
+Prior = Literal["uniform", "updating", "cached"]
+PriorOption = Annotated[
+    Prior | None,
+    typer.Option(
+        help="With router domain: let all experts predict together, with these prior probabilities of the domains. By "
+        "default the domain of each text is known."
+    ),
+]
+
+
 def eval_(
     run: RunArg = None,
     text: TextOption = [],  # noqa: B006 - typer needs the list
@@ -175,6 +191,7 @@ def eval_(
     set_: TextSetOption = [],  # noqa: B006 - typer needs the list
     checkpoint: CheckpointOption = None,
     gpus: GpusOption = None,
+    prior: PriorOption = None,
     recompute: AgainOption = False,
     storage: StorageOption = STORAGE,
     address: AddressOption = None,
@@ -190,7 +207,7 @@ def eval_(
 
     run_dir = find_run(run, storage)
     task_names = [task.strip() for task in tasks.split(",")] if tasks else []
-    request = make_request(run_dir, checkpoint, text, set_, samples, task_names, task_folder, limit, gpus)
+    request = make_request(run_dir, checkpoint, text, set_, samples, task_names, task_folder, limit, gpus, prior)
     evaluation = load_or_evaluate(run_dir, request, recompute, address)
     if json:
         # The routing is left out, because `mhmoe routing` shows it.

@@ -10,7 +10,7 @@ so a block holds many micro-batches if the training is long enough:
 Every row carries its position, so that a worker notices at once if it receives the rows of another rank.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,7 +29,7 @@ from mhmoe_ray.data.shards.columns import (
 )
 from mhmoe_ray.data.shards.files import ShardReader
 from mhmoe_ray.data.shards.manifest import DataManifest, require_data_manifest
-from mhmoe_ray.spec import RunSpec
+from mhmoe_ray.spec import MoESpec, RunSpec
 
 BLOCK_BYTES = 1 << 20
 MAX_MICRO_BATCHES = 32
@@ -74,8 +74,8 @@ def training_stream(
     """Return a dataset that streams the training samples from a position to the end of the training.
 
     Its blocks are for `world_size` ranks in turn. The last block of each rank may extend past the end of the training;
-    no rank reads those rows. The columns are `position` (int64) and those of the samples (data/shards/columns.py). The
-    caller must read the dataset with `preserve_order`.
+    no rank reads those rows. The columns are `position` (int64) and those of the samples (data/shards/columns.py); for
+    router `domain` also `expert` (int64). The caller must read the dataset with `preserve_order`.
 
     Args:
         spec: spec of the run.
@@ -116,7 +116,10 @@ def _read_rows(
     positions = start + layout.positions(batch["id"])
     samples = TrainingSamples.open_cached(spec, samples_before)
     # No rank reads the rows past the end, so any existing sample can fill them.
-    return {"position": positions, **columns_of(samples.read(np.minimum(positions, end - 1)))}
+    existing_positions = np.minimum(positions, end - 1)
+    columns = {"position": positions, **columns_of(samples.read(existing_positions))}
+    experts = samples.experts(existing_positions)
+    return columns if experts is None else {**columns, EXPERT: experts}
 
 
 class TrainingSamples:
@@ -129,6 +132,7 @@ class TrainingSamples:
         self.token_bytes = manifest.token_bytes
         """Bytes per token, 2 or 4, as in `DataManifest`."""
         self._chat = manifest.chat
+        self._expert_numbers = domain_experts(spec.model.moe, self._names)
         self._shard_readers = [ShardReader(folder, manifest.domains[n].shards, self.token_bytes) for n in self._names]
 
     @staticmethod
@@ -140,6 +144,10 @@ class TrainingSamples:
         """Return the domain of the sample at `position`, and the sample's number within that domain, from 0."""
         domains, samples = self._order(np.array([position]))
         return self._names[domains[0]], int(samples[0])
+
+    def experts(self, positions: np.ndarray) -> np.ndarray | None:
+        """Return the expert of router `domain` for the sample at each position; None for any other router."""
+        return None if self._expert_numbers is None else self._expert_numbers[self._order(positions)[0]]
 
     def read(self, positions: np.ndarray) -> Samples:
         """Return the samples at these positions as they are stored.
@@ -167,7 +175,33 @@ def _open_samples(spec_json: str, samples_before: tuple[tuple[str, int], ...]) -
     return TrainingSamples(RunSpec.model_validate_json(spec_json), dict(samples_before))
 
 
-def validation_samples(folder: Path, manifest: DataManifest) -> ModelSamples:
-    """Return the validation samples of a prepared folder as a model takes them."""
+EXPERT = "expert"
+"""Name of the column with the expert of each sample."""
+
+
+def domain_experts(moe: MoESpec | None, names: Sequence[str]) -> np.ndarray | None:
+    """Return the number of the expert of each domain, -1 for a domain without one; None without router `domain`."""
+    if moe is None or moe.router != "domain":
+        return None
+    numbers = (moe.expert_of_domain(name) for name in names)
+    return np.array([-1 if number is None else number for number in numbers], np.int64)
+
+
+def validation_samples(folder: Path, manifest: DataManifest, moe: MoESpec | None = None) -> ModelSamples:
+    """Return the validation samples of a prepared folder as a model takes them.
+
+    Args:
+        folder: the prepared folder.
+        manifest: its manifest.
+        moe: `moe` section of the model. With router `domain`, samples of domains without an expert are left out.
+    """
     reader = ShardReader(folder, manifest.validation, manifest.token_bytes)
-    return split_padding(reader.read(np.arange(len(reader))), manifest.token_bytes)
+    samples = split_padding(reader.read(np.arange(len(reader))), manifest.token_bytes)
+    numbers = domain_experts(moe, list(manifest.domains))
+    if numbers is None:
+        return samples
+    # Validation samples are stored domain after domain in the manifest's order.
+    experts = np.repeat(numbers, [domain.validation_samples for domain in manifest.domains.values()])
+    is_kept = experts >= 0
+    document_starts = None if samples.document_starts is None else samples.document_starts[is_kept]
+    return ModelSamples(samples.token_ids[is_kept], samples.target_mask[is_kept], document_starts, experts[is_kept])

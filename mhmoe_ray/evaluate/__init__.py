@@ -3,6 +3,7 @@
     request.py      the request, the evaluation that answers it, and counts of routes
     score.py        the score of a predicted text: loss, perplexity, bits per byte
     measure.py      cuts text into samples, and measures a model's losses and routes over them
+    mixture.py      text of unknown domain, predicted by all experts of a DEMix model together
     activation.py   figures on the use of experts, from counts of routes
     harness.py      runs EleutherAI's lm-eval on a checkpoint (extra `eval`)
     answer.py       computes everything that a request asks for

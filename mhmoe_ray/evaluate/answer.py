@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterable
 from itertools import chain
 from pathlib import Path
+from typing import TypedDict
 
 import numpy as np
 import torch
@@ -27,7 +28,8 @@ from mhmoe_ray.evaluate.measure import (
     measure_samples,
     text_samples,
 )
-from mhmoe_ray.evaluate.request import EvalRequest, Evaluation, save_evaluation
+from mhmoe_ray.evaluate.mixture import measure_mixture
+from mhmoe_ray.evaluate.request import EvalRequest, Evaluation, RoutingCounts, save_evaluation
 from mhmoe_ray.evaluate.score import Score
 from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.spec import DataSpec
@@ -35,6 +37,15 @@ from mhmoe_ray.storage import location
 
 # Least time between two lines about the progress of a domain. A line for every batch would flood the log of the job.
 PROGRESS_SECONDS = 5.0
+
+
+class MeasureSettings(TypedDict):
+    """Arguments of `measure_samples` and `measure_mixture`."""
+
+    batch_size: int
+    start_token: int
+    use_bfloat16: bool
+    on_progress: Callable[[str, int, int], None]
 
 
 def run_evaluation(request: EvalRequest, print_line: Callable[[str], None]) -> None:
@@ -74,15 +85,18 @@ def run_evaluation(request: EvalRequest, print_line: Callable[[str], None]) -> N
         # data.
         require_matching_data(manifest.data_sha256, Path(request.prepared), "or give --text")
         samples = held_out_samples(Path(request.prepared))
-    domains, routing = measure_samples(
-        model,
-        samples,
-        _pad_widths(token_widths(tokenizer), manifest.model.vocab_size),
-        batch_size=request.batch,
-        start_token=boundaries(tokenizer).start,
-        use_bfloat16=request.half,
-        on_progress=_progress_callback(print_line),
-    )
+    widths = _pad_widths(token_widths(tokenizer), manifest.model.vocab_size)
+    settings: MeasureSettings = {
+        "batch_size": request.batch,
+        "start_token": boundaries(tokenizer).start,
+        "use_bfloat16": request.half,
+        "on_progress": _progress_callback(print_line),
+    }
+    routing: dict[str, RoutingCounts] = {}
+    if request.prior is None:
+        domains, routing = measure_samples(model, samples, widths, **settings)
+    else:
+        domains = measure_mixture(model, samples, widths, request.prior, **settings)
     # lm-eval loads the exported model, so this one would be in memory a second time.
     del model
     tasks = {}

@@ -153,7 +153,8 @@ def conversation_samples(
             raise DataError(f"text {domain}", "no conversation in it can be read", "see `mhmoe data lint`")
         groups = [np.concatenate(rows)] if is_packed else rows
         packed_samples = [pack_best_fit(group, seq_len, encoder.start_token, padding).samples for group in groups]
-        yield DomainSamples(domain, *split_padding(np.concatenate(packed_samples)[:max_samples], _TOKEN_BYTES))
+        samples = split_padding(np.concatenate(packed_samples)[:max_samples], _TOKEN_BYTES)
+        yield DomainSamples(domain, samples.token_ids, samples.target_mask, samples.document_starts)
 
 
 # The samples stay in memory, so the size of a token does not matter; this one holds any id.
@@ -258,6 +259,74 @@ class _DomainCounts:
         )
 
 
+class SampleBatch(NamedTuple):
+    """Samples of one domain for a forward pass."""
+
+    ids: np.ndarray
+    """Token ids, (B, T + 1)."""
+    mask: np.ndarray
+    """Mask of the targets that count, (B, T) bool."""
+    token_BT: Tensor
+    """The same token ids on the model's device, (B, T + 1)."""
+    mask_BT: Tensor
+    document_BT: Tensor | None
+    """Index of each token's document; None for a model without document masks."""
+
+    def score(self, widths: np.ndarray, nats: float) -> Score:
+        """Return the score of the batch.
+
+        Args:
+            widths: bytes of each of the model's tokens (`data.tokenizer.token_widths`).
+            nats: sum of the losses of the targets that count.
+        """
+        # P is the number of predicted tokens that count.
+        width_P = widths[self.ids[:, 1:]][self.mask]
+        return Score(
+            nats=nats,
+            tokens=int(self.mask.sum()),
+            text_bytes=int(width_P[width_P != UNKNOWN_WIDTH].sum()),
+            unknown=int((width_P == UNKNOWN_WIDTH).sum()),
+        )
+
+
+def sample_batches(model: Decoder, samples: DomainSamples, batch_size: int, start_token: int) -> Iterator[SampleBatch]:
+    """Yield the samples of a domain in batches.
+
+    Args:
+        model: the model that reads them.
+        samples: the samples.
+        batch_size: number of samples per forward pass.
+        start_token: token that begins a document; it is used if the model has `document_masks`.
+    """
+    device = model.embedding.weight.device
+    _, tokens, target_mask, document_starts = samples
+    for start in range(0, len(tokens), batch_size):
+        rows = slice(start, start + batch_size)
+        ids, mask, document_BT = tokens[rows], target_mask[rows], None
+        if model.spec.document_masks:
+            # Without their own mask, documents begin with start tokens.
+            starts = ids[:, :-1] == start_token if document_starts is None else document_starts[rows]
+            document_BT = document_indices(torch.from_numpy(starts).to(device))
+        token_BT, mask_BT = torch.from_numpy(ids).to(device), torch.from_numpy(mask).to(device)
+        yield SampleBatch(ids, mask, token_BT, mask_BT, document_BT)
+
+
+def sample_losses(model: Decoder, batch: SampleBatch, expert: int | None, *, use_bfloat16: bool) -> Tensor:
+    """Return the loss of each sample in nats, summed over the targets that count, float64, (B,).
+
+    Args:
+        model: the model, in evaluation mode.
+        batch: the samples.
+        expert: expert of all samples for router `domain`; None for any other router.
+        use_bfloat16: whether to compute matrix products in bfloat16.
+    """
+    token_BT = batch.token_BT
+    domain_B = None if expert is None else token_BT.new_full((len(token_BT),), expert)
+    with torch.autocast(token_BT.device.type, torch.bfloat16, enabled=use_bfloat16):
+        logits_BTV = model(token_BT[:, :-1], document_BT=batch.document_BT, domain_B=domain_B).logits_BTV
+    return (token_losses(logits_BTV, token_BT[:, 1:]) * batch.mask_BT).sum(1, dtype=torch.float64)
+
+
 @torch.inference_mode()
 def measure_samples(
     model: Decoder,
@@ -271,7 +340,8 @@ def measure_samples(
 ) -> tuple[dict[str, Score], dict[str, RoutingCounts]]:
     """Run the model over samples and return its scores and its counts of routes, both by domain.
 
-    A dense model has no routes: its second dictionary is empty.
+    A dense model has no routes: its second dictionary is empty. With router `domain`, the expert of each domain
+    computes its samples.
 
     Args:
         model: the model, in evaluation mode; routing is dropless, as in serving.
@@ -281,36 +351,38 @@ def measure_samples(
         start_token: token that begins a document; it is used if the model has `document_masks`.
         use_bfloat16: True to compute matrix products in bfloat16, as the validation of a run with that precision does.
         on_progress: a function that takes the domain, the number of its finished samples and that of all its samples.
+
+    Raises:
+        DataError: with router `domain`, a domain has no expert.
     """
-    device = model.embedding.weight.device
     route_counter = RouteCounter(model) if model.spec.moe else None
     scores: dict[str, Score] = {}
-    for domain, tokens, target_mask, document_starts in samples:
+    for domain_samples in samples:
+        domain, sample_count = domain_samples.domain, len(domain_samples.tokens)
+        expert, finished_count = _expert_of(model, domain), 0
         score = scores.setdefault(domain, Score())
-        for start in range(0, len(tokens), batch_size):
-            ids, mask = tokens[start : start + batch_size], target_mask[start : start + batch_size]
-            token_BT, mask_BT = torch.from_numpy(ids).to(device), torch.from_numpy(mask).to(device)
-            document_BT = None
-            if model.spec.document_masks:
-                # Without their own mask, documents begin with start tokens.
-                starts = (
-                    ids[:, :-1] == start_token
-                    if document_starts is None
-                    else document_starts[start : start + batch_size]
-                )
-                document_BT = document_indices(torch.from_numpy(starts).to(device))
-            counting_context = route_counter.counting_routes(domain, mask_BT) if route_counter else nullcontext()
-            with counting_context, torch.autocast(device.type, torch.bfloat16, enabled=use_bfloat16):
-                logits_BTV = model(token_BT[:, :-1], document_BT=document_BT).logits_BTV
-            # P is the number of predicted tokens that count.
-            width_P = widths[ids[:, 1:]][mask]
-            loss_BT = token_losses(logits_BTV, token_BT[:, 1:]) * mask_BT
-            score += Score(
-                nats=float(loss_BT.sum(dtype=torch.float64)),
-                tokens=int(mask.sum()),
-                text_bytes=int(width_P[width_P != UNKNOWN_WIDTH].sum()),
-                unknown=int((width_P == UNKNOWN_WIDTH).sum()),
-            )
-            on_progress(domain, min(start + batch_size, len(tokens)), len(tokens))
+        for batch in sample_batches(model, domain_samples, batch_size, start_token):
+            counting_context = route_counter.counting_routes(domain, batch.mask_BT) if route_counter else nullcontext()
+            with counting_context:
+                loss_B = sample_losses(model, batch, expert, use_bfloat16=use_bfloat16)
+            score += batch.score(widths, float(loss_B.sum()))
+            finished_count += len(loss_B)
+            on_progress(domain, finished_count, sample_count)
         scores[domain] = score
     return scores, route_counter.routing_counts() if route_counter else {}
+
+
+def _expert_of(model: Decoder, domain: str) -> int | None:
+    """Return the expert of a domain for router `domain`; None for any other router.
+
+    Raises:
+        DataError: the domain has no expert.
+    """
+    moe = model.spec.moe
+    if moe is None or moe.router != "domain":
+        return None
+    expert = moe.expert_of_domain(domain)
+    if expert is None:
+        fix = "give --prior uniform, updating or cached, which need no domain"
+        raise DataError(f"domain {domain}", "the model has no expert for it", fix)
+    return expert

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel
 
@@ -57,6 +57,9 @@ class EvalRequest(BaseModel):
     """True to compute matrix products in bfloat16."""
     cpus: int
     gpus: int
+    prior: Literal["uniform", "updating", "cached"] | None = None
+    """Prior probabilities of domains for a model with router `domain`, whose experts then predict together; None if the
+    domain of each text is known, and for all other models."""
 
     @property
     def key(self) -> str:
@@ -65,7 +68,11 @@ class EvalRequest(BaseModel):
         The hash leaves out the run directory, the batch size and the resources, so requests for the same figures have
         the same key.
         """
-        question_fields = self.model_dump(mode="json", exclude={"run", "batch", "cpus", "gpus"})
+        excluded_fields = {"run", "batch", "cpus", "gpus"}
+        # Evaluations of earlier versions had no priors, and are still found under their names.
+        if self.prior is None:
+            excluded_fields.add("prior")
+        question_fields = self.model_dump(mode="json", exclude=excluded_fields)
         return (
             f"{self.checkpoint}-{hashlib.sha256(json.dumps(question_fields, sort_keys=True).encode()).hexdigest()[:8]}"
         )

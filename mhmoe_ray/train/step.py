@@ -5,6 +5,7 @@ This module uses neither Ray nor files.
 
 import math
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -34,6 +35,19 @@ class MicroBatch(NamedTuple):
     """Mask of the targets, bool, (b, T): True for those that count, False for padding and what is only read."""
     document_starts_BT: Tensor | None = None
     """Mask of the input tokens that begin a document, bool, (b, T); None if start tokens tell it."""
+    domain_B: Tensor | None = None
+    """Expert of each sample for router `domain`, int64, (b,); None for any other router."""
+
+
+def _map_parts(batch: MicroBatch, function: Callable[[Tensor], Tensor]) -> MicroBatch:
+    """Return a micro-batch with the results of a function of each of its tensors."""
+    token_BT, counts_BT, document_starts_BT, domain_B = batch
+    return MicroBatch(
+        function(token_BT),
+        function(counts_BT),
+        None if document_starts_BT is None else function(document_starts_BT),
+        None if domain_B is None else function(domain_B),
+    )
 
 
 class RankSums(NamedTuple):
@@ -156,12 +170,12 @@ class Trainer:
             self._dispatch.pop_sent_bytes()
             self._dispatch.pop_wait_seconds()
         batches, targets = self._count_targets(batches)
-        for i, (token_BT, counts_BT, document_starts_BT) in enumerate(batches, start=1):
+        for i, batch in enumerate(batches, start=1):
             with self.strategy.micro_batch_context(is_last=i == rank_batches):
                 micro_batch = self.step * m + self.mesh.rank + (i - 1) * self.mesh.world_size
                 noise = Noise(spec.seed, micro_batch)
-                logits_BTV, routing = self.forward(token_BT[:, :-1], noise, document_starts_BT)
-                loss = (token_losses(logits_BTV, token_BT[:, 1:]) * counts_BT).sum()
+                logits_BTV, routing = self.forward(batch, noise)
+                loss = (token_losses(logits_BTV, batch.token_BT[:, 1:]) * batch.counts_BT).sum()
                 # Without `del`, the logits would stay in memory beside their gradients in the backward.
                 del logits_BTV
                 # This is M times the micro-batch's contribution to the mean over all targets of the step, because the
@@ -254,16 +268,14 @@ class Trainer:
         self.tokens += sums.targets
         return Update(norm, lr, applied)
 
-    def forward(
-        self, token_BT: Tensor, noise: Noise | None = None, document_starts_BT: Tensor | None = None
-    ) -> DecoderOutput:
+    def forward(self, batch: MicroBatch, noise: Noise | None = None) -> DecoderOutput:
         """Run the model in the run's precision, with the document masks that its spec asks for.
 
         Args:
-            token_BT: input token ids, (B, T).
+            batch: the samples, of which the model reads all tokens but the last.
             noise: random numbers of the micro-batch, for training; None for validation.
-            document_starts_BT: mask of the tokens that begin a document, (B, T); by default the start tokens do.
         """
+        token_BT, document_starts_BT = batch.token_BT[:, :-1], batch.document_starts_BT
         dtype = torch.bfloat16
         enabled = self.spec.train.precision == "bfloat16"
         document_BT = None
@@ -276,41 +288,37 @@ class Trainer:
             document_BT = document_indices(document_starts_BT)
         with torch.autocast(self.device.type, dtype, enabled=enabled):
             model = self.strategy.module if torch.is_grad_enabled() else self.model
-            output: DecoderOutput = model(token_BT, noise=noise, document_BT=document_BT)
+            output: DecoderOutput = model(token_BT, noise=noise, document_BT=document_BT, domain_B=batch.domain_B)
         return output
 
+    def _take_rows(self, part: Tensor, start: int, count: int) -> Tensor:
+        """Return `count` rows of a tensor from row `start` on, on this rank's device."""
+        return part[start : start + count].to(self.device)
+
     @torch.no_grad()
-    def validate(
-        self, token_NT: Tensor, counts_NT: Tensor, document_starts_NT: Tensor | None = None
-    ) -> tuple[float, int]:
+    def validate(self, samples: MicroBatch) -> tuple[float, int]:
         """Return the mean loss in nats over the held-out tokens, and their number; both are the same on every rank.
 
         With static routing, routes above the expert capacity are dropped as in training. The first paper's code does
         the same (`-1` as its capacity in evaluation). The package `evaluate` drops none.
 
         Args:
-            token_NT: all held-out samples, (N, T + 1); every rank passes the same.
-            counts_NT: mask of the targets that count, (N, T), bool.
-            document_starts_NT: mask of the input tokens that begin a document, (N, T); by default the start tokens do.
+            samples: all held-out samples; every rank passes the same.
         """
         b, world = self.spec.train.micro_batch_size, self.mesh.world_size
-        batch_count = -(-len(token_NT) // (b * world))
-        padding_rows = batch_count * b * world - len(token_NT)
+        sample_count = len(samples.token_BT)
+        batch_count = -(-sample_count // (b * world))
+        padding_rows = batch_count * b * world - sample_count
         # Samples that have no weight in the mean fill the last round, so that every rank takes part in every
         # all-to-all.
-        token_NT = torch.cat([token_NT, token_NT[:1].expand(padding_rows, -1)])
-        counts_NT = torch.cat([counts_NT, counts_NT.new_zeros(padding_rows, counts_NT.shape[1])])
-        if document_starts_NT is not None:
-            document_starts_NT = torch.cat([document_starts_NT, document_starts_NT[:1].expand(padding_rows, -1)])
+        padded = _map_parts(samples, lambda part: torch.cat([part, part[:1].expand(padding_rows, *part.shape[1:])]))
+        padded.counts_BT[sample_count:] = False
         total = torch.zeros(2, dtype=torch.float64, device=self.device)
         for i in range(batch_count):
             start = (i * world + self.mesh.rank) * b
-            token_BT, weight_BT = token_NT[start : start + b].to(self.device), counts_NT[start : start + b]
-            weight_BT, document_starts_BT = weight_BT.to(self.device), None
-            if document_starts_NT is not None:
-                document_starts_BT = document_starts_NT[start : start + b].to(self.device)
-            output = self.forward(token_BT[:, :-1], document_starts_BT=document_starts_BT)
-            loss_BT = token_losses(output.logits_BTV, token_BT[:, 1:])
+            batch = _map_parts(padded, partial(self._take_rows, start=start, count=b))
+            output = self.forward(batch)
+            loss_BT, weight_BT = token_losses(output.logits_BTV, batch.token_BT[:, 1:]), batch.counts_BT
             # Without `del`, the logits would stay in memory beside those of the next round.
             del output
             total += torch.stack([(loss_BT * weight_BT).sum(dtype=torch.float64), weight_BT.sum(dtype=torch.float64)])

@@ -23,7 +23,7 @@ from mhmoe_ray.checkpoint.manifest import CheckpointManifest, stored_manifest
 from mhmoe_ray.checkpoint.save import Saver
 from mhmoe_ray.data.shards.columns import TOKENS, ModelSamples, Samples, columns_of, join_columns, split_padding
 from mhmoe_ray.data.shards.manifest import require_data_manifest
-from mhmoe_ray.data.stream import validation_samples
+from mhmoe_ray.data.stream import EXPERT, validation_samples
 from mhmoe_ray.data.tokenizer import boundaries, load_tokenizer
 from mhmoe_ray.distributed.dispatch.exchange import SentBytes
 from mhmoe_ray.distributed.mesh import build_mesh
@@ -157,7 +157,9 @@ class Worker:
             PreemptedError: a node of the worker group is preempted; a checkpoint has been saved.
         """
         spec, trainer = self.spec, self.trainer
-        validation_batch = micro_batch(validation_samples(spec.data.prepared, self.data), torch.device("cpu"))
+        validation_batch = micro_batch(
+            validation_samples(spec.data.prepared, self.data, spec.model.moe), torch.device("cpu")
+        )
         stream = self._stream()
         counts_LE = trainer.zero_counts()
         stop_requested = False
@@ -179,7 +181,7 @@ class Worker:
             is_last_step = trainer.step == spec.train.steps or stop_requested
             if is_last_step or trainer.step % spec.train.validate_every == 0:
                 self.heartbeat.report_phase(trainer.step, "validating")
-                loss, tokens = trainer.validate(*validation_batch)
+                loss, tokens = trainer.validate(validation_batch)
                 line |= {metrics.VAL_LOSS: loss, metrics.VAL_TOKENS: tokens}
             self.telemetry.report(line, step_counts_LE, waits)
             if is_last_step or is_preempted or trainer.step % spec.train.checkpoint_every == 0:
@@ -217,8 +219,8 @@ class Worker:
         agreed_choice: tuple[int, tuple[Location, CheckpointManifest] | None] = _gather_objects(choice)[0]
         return agreed_choice
 
-    def _stream(self) -> Iterator[Samples]:
-        """Yield this rank's micro-batches as they are stored.
+    def _stream(self) -> Iterator[tuple[Samples, np.ndarray | None]]:
+        """Yield this rank's micro-batches as they are stored, with the expert of each sample for router `domain`.
 
         Raises:
             DataError: a micro-batch is not the next one of the training order.
@@ -234,7 +236,7 @@ class Worker:
                     f"not from {expected_positions[0]} on"
                 )
                 raise DataError("training stream", reason, "this is a defect; the run can be resumed")
-            yield join_columns(batch)
+            yield join_columns(batch), batch.get(EXPERT)
 
     def _gather_metrics(
         self, sums: RankSums, batches: "_TimedBatches", update: Update, step_start: float
@@ -330,7 +332,7 @@ def _node_domains(spec: RunSpec, worker_infos: list[WorkerInfo]) -> list[str] | 
 class _TimedBatches:
     """Iterator over the next `count` micro-batches of a stream, which measures the wait for them and their digests."""
 
-    def __init__(self, stream: Iterator[Samples], count: int, token_bytes: int) -> None:
+    def __init__(self, stream: Iterator[tuple[Samples, np.ndarray | None]], count: int, token_bytes: int) -> None:
         self._stream, self._remaining, self._token_bytes = stream, count, token_bytes
         self.wait_seconds = 0.0
         self.digests: list[int] = []
@@ -338,11 +340,12 @@ class _TimedBatches:
     def __iter__(self) -> Iterator[MicroBatch]:
         while self._remaining:
             request_time = time.monotonic()
-            stored_batch = next(self._stream)
+            stored_batch, experts = next(self._stream)
             self.wait_seconds += time.monotonic() - request_time
             self._remaining -= 1
             self.digests.append(sample_digest(stored_batch))
-            yield micro_batch(split_padding(stored_batch, self._token_bytes), ray.train.torch.get_device())
+            samples = split_padding(stored_batch, self._token_bytes)._replace(experts=experts)
+            yield micro_batch(samples, ray.train.torch.get_device())
 
 
 def micro_batch(samples: ModelSamples, device: torch.device) -> MicroBatch:
@@ -353,11 +356,12 @@ def micro_batch(samples: ModelSamples, device: torch.device) -> MicroBatch:
         tensor = torch.from_numpy(part)
         return tensor.to(device) if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
-    document_starts = samples.document_starts
+    token_ids, target_mask, document_starts, experts = samples
     return MicroBatch(
-        transfer(samples.token_ids),
-        transfer(samples.target_mask),
+        transfer(token_ids),
+        transfer(target_mask),
         None if document_starts is None else transfer(document_starts),
+        None if experts is None else transfer(experts),
     )
 
 

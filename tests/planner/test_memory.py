@@ -26,7 +26,7 @@ from mhmoe_ray.planner.memory import (
 from mhmoe_ray.planner.sizes import block_sizes, compute_sizes
 from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.spec import RunSpec
-from mhmoe_ray.train.step import Trainer
+from mhmoe_ray.train.step import MicroBatch, Trainer
 from tests.checkpoint.test_load import new_run
 from tests.kernels.test_cpp import MUST_COMPILE
 from tests.ranks import run_ranks
@@ -269,7 +269,7 @@ def autograd_bytes_of_rank(spec):
     saved_tensors = SavedTensors(trainer.model)
     token_BT = torch.randint(300, (spec.train.micro_batch_size, spec.data.seq_len + 1))
     with torch.autograd.graph.saved_tensors_hooks(saved_tensors, lambda t: t):
-        output = trainer.forward(token_BT[:, :-1], Noise(0, 0))
+        output = trainer.forward(MicroBatch(token_BT, torch.ones_like(token_BT[:, 1:]).bool()), Noise(0, 0))
         loss = token_losses(output.logits_BTV, token_BT[:, 1:]).mean() + routing_loss(spec.model, output.routing)
     loss.backward()
     return saved_tensors.bytes

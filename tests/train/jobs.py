@@ -101,7 +101,7 @@ def train_and_collect(spec: RunSpec, steps: int, nodes: list[str] | None = None)
         "weights": full_tensors(trainer.strategy.checkpoint_weights()),
         "moments": full_tensors(trainer.strategy.checkpoint_moments()),
         "tokens": trainer.tokens,
-        "validation": trainer.validate(*validation_samples(spec)),
+        "validation": trainer.validate(MicroBatch(*validation_samples(spec))),
     }
 
 
@@ -152,7 +152,7 @@ def _train_step(spec: RunSpec, step: int, trainer: Trainer) -> float:
 
 def validation_loss(spec: RunSpec, token_NT: torch.Tensor, counts_NT: torch.Tensor) -> tuple[float, int]:
     """Return the validation loss of initial weights, and the number of targets that count."""
-    return build_trainer(spec).validate(token_NT, counts_NT)
+    return build_trainer(spec).validate(MicroBatch(token_NT, counts_NT))
 
 
 def train_without_rows(spec: RunSpec) -> dict[str, Any]:

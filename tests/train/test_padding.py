@@ -12,6 +12,7 @@ from mhmoe_ray.model.decoder import Decoder, routing_loss, token_losses
 from mhmoe_ray.model.init import init_weights
 from mhmoe_ray.runs.directory import create_run
 from mhmoe_ray.spec import RunSpec
+from mhmoe_ray.train.step import MicroBatch
 from tests.ranks import run_ranks
 from tests.specs import tiny_spec
 from tests.train import jobs
@@ -36,7 +37,7 @@ def train_single_documents(spec: RunSpec) -> tuple[dict[str, torch.Tensor], floa
     for model in (plain_model, packed_model):
         init_weights(model, spec.seed)
     losses, routing = [], []
-    for token_BT, counts_BT, _ in jobs.micro_batches(spec, 0):
+    for token_BT, counts_BT, *_ in jobs.micro_batches(spec, 0):
         document_BT = token_BT[:, :-1].eq(jobs.START_TOKEN).cumsum(1)
         routing.append(routing_loss(spec.model, packed_model(token_BT[:, :-1], document_BT=document_BT).routing))
         for token_T, count, document_T in zip(token_BT, counts_BT.sum(1).tolist(), document_BT, strict=True):
@@ -88,7 +89,7 @@ def test_resumed_run_counts_tokens_without_padding(tmp_path):
     trainer = jobs.build_trainer(spec)
     restore(trainer, checkpoint, read_manifest(checkpoint))
     for step_count in (2, 3):
-        counts = [counts_BT.sum() for step in range(step_count) for _, counts_BT, _ in jobs.micro_batches(spec, step)]
+        counts = [counts_BT.sum() for step in range(step_count) for _, counts_BT, *_ in jobs.micro_batches(spec, step)]
         assert trainer.tokens == sum(counts) < step_count * spec.tokens_per_step
         sums = trainer.accumulate(jobs.rank_batches(spec, step_count, trainer))
         trainer.update(sums)
@@ -109,7 +110,7 @@ def test_validation_masks_documents_as_training_does():
     spec = padded_spec()
     batches = jobs.micro_batches(spec, 0)
     samples = [torch.cat([batch.token_BT for batch in batches]), torch.cat([batch.counts_BT for batch in batches])]
-    packed_result = jobs.build_trainer(spec).validate(*samples)
+    packed_result = jobs.build_trainer(spec).validate(MicroBatch(*samples))
     tokens, counts = [], []
     for token_T, counts_T in zip(*samples, strict=True):
         starts = [*token_T[:-1].eq(jobs.START_TOKEN).nonzero().flatten().tolist(), spec.data.seq_len]
@@ -117,6 +118,8 @@ def test_validation_masks_documents_as_training_does():
             shift = torch.arange(spec.data.seq_len + 1)
             tokens.append(torch.where(shift <= end - start, token_T.roll(-start), 0))
             counts.append((shift[:-1] < end - start) & counts_T.roll(-start))
-    loss, target_count = jobs.build_trainer(padded_spec(masks=False)).validate(torch.stack(tokens), torch.stack(counts))
+    loss, target_count = jobs.build_trainer(padded_spec(masks=False)).validate(
+        MicroBatch(torch.stack(tokens), torch.stack(counts))
+    )
     assert packed_result == (pytest.approx(loss, rel=1e-5), target_count)
     assert target_count == int(samples[1].sum())

@@ -144,6 +144,7 @@ def compute_mixture(spec: RunSpec, manifest: DataManifest, samples_before: Mappi
         mixes = spec.data.mixes[step]
         by_size.append(phase_shares(mixes, domains, tokens, apply_temperature=False))
         tempered.append(phase_shares(mixes, domains, tokens, apply_temperature=True))
+    _check_experts(spec, names, tempered)
     steps = [stop - start for start, stop in pairwise([*phase_starts, spec.train.steps])]
     # With limits, the weights must add up to the number of positions, so that the limits are exact. Without limits, a
     # fixed total is used, so that a longer training begins with the same order as a shorter one.
@@ -168,6 +169,21 @@ def compute_mixture(spec: RunSpec, manifest: DataManifest, samples_before: Mappi
     order_phases = [Phase(p.from_step * spec.samples_per_step, p.weights) for p in phases]
     order = Order(spec.seed, domains, order_phases, first_slots)
     return Mixture(domains, limits, first_slots, phases, spec.samples_per_step, order)
+
+
+def _check_experts(spec: RunSpec, names: Sequence[str], phase_shares: Sequence[Sequence[float]]) -> None:
+    """Check that each domain that some phase reads has an expert, if the model has router `domain`.
+
+    Raises:
+        DataError: a domain has none.
+    """
+    moe = spec.model.moe
+    if moe is None or moe.router != "domain":
+        return
+    for name, shares in zip(names, zip(*phase_shares, strict=True), strict=True):
+        if any(shares) and moe.expert_of_domain(name) is None:
+            fix = f"add {name} or {source_of(name)} to it, or set the weight of the source to 0"
+            raise DataError(f"domain {name}", "no expert of model.moe.domains is for it", fix)
 
 
 def training_order(

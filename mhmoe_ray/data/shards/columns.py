@@ -109,6 +109,8 @@ class ModelSamples(NamedTuple):
     """Mask of the targets that count, (samples, T) bool."""
     document_starts: np.ndarray | None = None
     """Mask of the input tokens that begin a document, (samples, T) bool; None if start tokens tell it."""
+    experts: np.ndarray | None = None
+    """Expert of each sample for router `domain`, (samples,) int64; None for any other router."""
 
 
 def split_padding(samples: Samples, token_bytes: int) -> ModelSamples:

@@ -1,0 +1,121 @@
+"""Text of unknown domain, predicted by all experts of a DEMix model together (arXiv 2108.05036, section 4).
+
+The prediction of a token is the mean of the experts' predictions, weighted by the posterior probability of their
+domains after the tokens before it. The prior probabilities at the start of a sample are
+
+    uniform    the same for all domains
+    updating   an exponential moving average of the posteriors of the samples before it, in the order of the text
+    cached     the mean posterior of other samples of the same text, which was read before: each half of the samples has
+               the mean of the other half, of at most `CACHED_SAMPLES` samples
+
+The product of all predictions of a sample is the mean of the experts' probabilities of the whole sample, weighted by
+the prior. So the loss of a sample follows from the loss that each expert has on it.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from mhmoe_ray.evaluate.measure import DomainSamples, sample_batches, sample_losses
+from mhmoe_ray.evaluate.score import Score
+from mhmoe_ray.model.decoder import Decoder
+
+Prior = Literal["uniform", "updating", "cached"]
+DECAY = 0.3
+"""Factor by which the weight of a posterior falls with each sample after it, in prior `updating`; the paper's value."""
+CACHED_SAMPLES = 100
+"""Largest number of samples whose posteriors prior `cached` averages, as in the paper."""
+
+Probabilities = NDArray[np.float64]
+
+
+def mixture_losses(losses_NE: Probabilities, prior: Prior) -> Probabilities:
+    """Return the loss of each sample under the mixture of all experts, in nats, (N,).
+
+    Args:
+        losses_NE: loss of each expert on each sample, summed over its targets; samples are in the order of the text.
+        prior: prior probabilities of the domains at the start of a sample.
+    """
+    experts = losses_NE.shape[1]
+    uniform_E = np.full(experts, 1 / experts)
+    if prior == "uniform":
+        prior_NE = np.broadcast_to(uniform_E, losses_NE.shape)
+    elif prior == "updating":
+        prior_NE = _updating_priors(losses_NE)
+    else:
+        posterior_NE = _posterior(losses_NE, np.broadcast_to(uniform_E, losses_NE.shape))
+        prior_NE = np.empty_like(losses_NE)
+        for half in (0, 1):
+            other_posteriors = posterior_NE[1 - half :: 2][:CACHED_SAMPLES]
+            prior_NE[half::2] = other_posteriors.mean(0) if len(other_posteriors) else uniform_E
+    return -_log_sum_exp(np.log(_positive(prior_NE)) - losses_NE)
+
+
+def _updating_priors(losses_NE: Probabilities) -> Probabilities:
+    """Return the prior of each sample for `updating`; that of the first one is uniform."""
+    prior_NE = np.empty_like(losses_NE)
+    average_E, weight = np.zeros(losses_NE.shape[1]), 0.0
+    for n, losses_E in enumerate(losses_NE):
+        prior_NE[n] = average_E / weight if weight else 1 / len(losses_E)
+        posterior_E = _posterior(losses_E[None], prior_NE[n : n + 1])[0]
+        average_E, weight = DECAY * (average_E + posterior_E), DECAY * (weight + 1)
+    return prior_NE
+
+
+def _posterior(losses_NE: Probabilities, prior_NE: Probabilities) -> Probabilities:
+    """Return the posterior probabilities of the domains after each sample."""
+    log_joint_NE = np.log(_positive(prior_NE)) - losses_NE
+    posterior_NE: Probabilities = np.exp(log_joint_NE - _log_sum_exp(log_joint_NE)[:, None])
+    return posterior_NE
+
+
+def _positive(probabilities: Probabilities) -> Probabilities:
+    """Return probabilities that have a logarithm: those that have underflowed become the smallest normal number."""
+    return np.maximum(probabilities, np.finfo(np.float64).tiny)
+
+
+def _log_sum_exp(values_NE: Probabilities) -> Probabilities:
+    """Return the logarithm of the sum of the exponentials of each row, (N,)."""
+    largest_N = values_NE.max(1)
+    result: Probabilities = largest_N + np.log(np.exp(values_NE - largest_N[:, None]).sum(1))
+    return result
+
+
+@torch.inference_mode()
+def measure_mixture(
+    model: Decoder,
+    samples: Iterable[DomainSamples],
+    widths: np.ndarray,
+    prior: Prior,
+    *,
+    batch_size: int,
+    start_token: int,
+    use_bfloat16: bool,
+    on_progress: Callable[[str, int, int], None],
+) -> dict[str, Score]:
+    """Run all experts of a model with router `domain` over samples, and return the scores of their mixture by domain.
+
+    Args:
+        model: the model, in evaluation mode.
+        samples: the samples to evaluate; each domain is a text of its own for the priors.
+        widths, batch_size, start_token, use_bfloat16, on_progress: as for `measure_samples`.
+        prior: prior probabilities of the domains at the start of a sample.
+    """
+    assert model.spec.moe is not None
+    scores: dict[str, Score] = {}
+    for domain_samples in samples:
+        domain, sample_count, loss_rows = domain_samples.domain, len(domain_samples.tokens), []
+        score = scores.setdefault(domain, Score())
+        for batch in sample_batches(model, domain_samples, batch_size, start_token):
+            expert_losses = [
+                sample_losses(model, batch, expert, use_bfloat16=use_bfloat16).cpu()
+                for expert in range(model.spec.moe.experts)
+            ]
+            loss_rows += torch.stack(expert_losses, dim=1).tolist()
+            score += batch.score(widths, 0.0)
+            on_progress(domain, len(loss_rows), sample_count)
+        scores[domain] = score + Score(nats=float(mixture_losses(np.array(loss_rows), prior).sum()))
+    return scores
