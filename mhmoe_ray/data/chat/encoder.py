@@ -82,7 +82,9 @@ class ConversationEncoder:
                     "otherwise than in training; let the prompt end without a blank, and begin the answer with it"
                 )
             special_ids = [i for i in turn.token_ids[turn.target_mask].tolist() if i in self._special_ids]
-            if not special_ids:
+            end_text = self._tokenizer.id_to_token(special_ids[-1]) if special_ids else None
+            # White space may follow, such as the line break of ChatML.
+            if end_text is None or conversation.text[slice(*span)].rpartition(end_text)[2].strip():
                 raise ChatTemplateError(
                     "it ends the assistant's turns with no special token of the tokenizer, so a model could not learn "
                     "to end them; write {{ eos_token }} there"

@@ -10,6 +10,7 @@ import secrets
 from collections.abc import Iterator, Sequence
 from datetime import datetime
 from functools import cached_property
+from itertools import accumulate
 from typing import Any, NamedTuple, NoReturn
 
 from jinja2 import Template, TemplateError
@@ -48,7 +49,10 @@ _NO_MARKS = {_BLOCK_START: "", _BLOCK_STOP: ""}
 
 
 class ChatTemplateError(Exception):
-    """Error of a chat template, or of messages that a template does not accept; its text is the reason."""
+    """Error of a chat template, or of messages that a template does not accept; its text is the reason, in one line."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(" ".join(reason.split()))
 
 
 class Span(NamedTuple):
@@ -186,22 +190,16 @@ class ChatTemplate:
         mark = secrets.token_hex(16)
         marks = {_BLOCK_START: f"<{mark}>", _BLOCK_STOP: f"</{mark}>"}
         marked_text = self._render(self._timeless_template, messages, marks=marks)
+        # Texts and marks take turns, and so do the marks of the starts and stops of blocks, unless the template has
+        # changed what it printed into a variable.
         pieces = re.split(f"(</?{mark}>)", marked_text)
-        spans, offset = list[Span](), 0
-        block_starts: list[int] = []
-        for piece in pieces:
-            if piece == marks[_BLOCK_START]:
-                block_starts.append(offset)
-            elif piece == marks[_BLOCK_STOP]:
-                spans.append(Span(block_starts.pop(), offset))
-            else:
-                offset += len(piece)
-        if "".join(pieces[::2]) != text:
+        printed_marks, edges = pieces[1::2], list(accumulate(map(len, pieces[::2])))
+        if "".join(pieces[::2]) != text or printed_marks != [*marks.values()] * (len(printed_marks) // 2):
             raise ChatTemplateError(
-                "the text around its {% generation %} blocks depends on the text inside; write the blocks where the "
-                "text is printed"
+                "the text around its {% generation %} blocks depends on the text inside, or a block is in another; "
+                "write the blocks where the text is printed"
             )
-        yield from spans
+        yield from map(Span._make, zip(edges[::2], edges[1::2], strict=False))
 
 
 def read_template(spec: DataSpec) -> str:

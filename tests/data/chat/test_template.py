@@ -133,6 +133,17 @@ def test_common_templates_can_be_used(tmp_path, case):
             "depends on the text inside",
         ),
         (
+            "{% for m in messages %}{% set x %}{% generation %}{{ m.content }}{% endgeneration %}{% endset %}"
+            "{{ x | upper }}{% endfor %}",
+            "depends on the text inside",
+        ),
+        (
+            "{% for m in messages %}{% generation %}{% generation %}{{ m.content }}{% endgeneration %}"
+            "{% endgeneration %}{% endfor %}",
+            "or a block is in another",
+        ),
+        ("{{ raise_exception('first\nsecond') }}", "first second"),
+        (
             "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}"
             "{% if add_generation_prompt %}now you:{% endif %}",
             "is not the beginning of the conversation with the answer",
@@ -161,6 +172,10 @@ def test_missing_template_is_refused(tmp_path):
     [
         # This tokenizer has no token of this name, so it is plain text.
         (CHAT_ML, "ends the assistant's turns with no special token of the tokenizer"),
+        (
+            "{% for m in messages %}{% generation %}{{ bos_token }}{{ m.content }}.{% endgeneration %}{% endfor %}",
+            "ends the assistant's turns with no special token of the tokenizer",
+        ),
         (
             "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}"
             "{% if add_generation_prompt %}assistant: {% endif %}",
