@@ -54,7 +54,13 @@ class InferenceRouter(nn.Module):
         self._router = router
         self._empty_tensor = torch.zeros(0)
 
-    def forward(self, x_ND: Tensor, _: torch.Generator | None = None, sequences: int = 1) -> Routing:
+    def forward(
+        self,
+        x_ND: Tensor,
+        _: torch.Generator | None = None,
+        sequences: int = 1,
+        domain_B: Tensor | None = None,
+    ) -> Routing:
         # The scores stay float32 even if the model computes in bfloat16, as in training.
         with torch.autocast(x_ND.device.type, enabled=False):
             expert_NK, gate_NK, _probability = self._router.choose_experts(self._router.scores(widen(x_ND)))
