@@ -79,7 +79,7 @@ class StartTransform:
         """
         if self._old_experts is not None and _EXPERTS.fullmatch(name):
             [tensor_E] = sources
-            experts = [_mean(list(tensor_E)) if old is None else tensor_E[old] for old in self._old_experts]
+            experts = [_mean(list(tensor_E)) if number is None else tensor_E[number] for number in self._old_experts]
             return torch.stack(experts)
         if sources and name not in self._start_names and _EXPERTS.fullmatch(name):
             experts = list(sources) if len(sources) > 1 else list(sources) * self._shapes[name][0]

@@ -141,12 +141,12 @@ def test_mixing_copies_of_a_model_equals_upcycling_it():
     ],
 )
 def test_a_start_with_another_shape_or_function_is_refused_by_name(start_kind, model, message):
-    how, _, is_mixture = start_kind.partition("-")
-    sources = ["a", "b"] if how == "mix" else ["a"]
+    start_method, _, is_mixture = start_kind.partition("-")
+    sources = ["a", "b"] if start_method == "mix" else ["a"]
     spec = ModelSpec.model_validate({**DENSE, **model})
     start = ModelSpec(**DENSE, moe=MoESpec(heads=1, d_expert=24) if is_mixture else None)
     with pytest.raises(SpecError) as error:
-        check_start(StartSpec(**{"from": sources, "how": how}), spec, [start_model(start)] * len(sources))
+        check_start(StartSpec(**{"from": sources, "how": start_method}), spec, [start_model(start)] * len(sources))
     assert message in str(error.value)
 
 
@@ -165,11 +165,11 @@ def test_options_of_training_and_positions_may_differ():
 
 def test_experts_of_domains_are_added_removed_and_reordered_by_name():
     moe = {"router": "domain", "top_k": 1, "heads": 1, "d_expert": 48}
-    old = random_model(ModelSpec(**DENSE, moe=MoESpec(**moe, experts=3, domains=["a", "b", "c"])))
+    old_model = random_model(ModelSpec(**DENSE, moe=MoESpec(**moe, experts=3, domains=["a", "b", "c"])))
     spec = ModelSpec(**DENSE, moe=MoESpec(**moe, experts=4, domains=["c", "new", "mean", "a"]))
     start = StartSpec(**{"from": "run", "new_experts": {"new": "b"}})
-    check_start(start, spec, [start_model(old.spec)])
-    old_tensors, tensors = old.named_tensors(), transformed(spec, [old], start.new_experts).named_tensors()
+    check_start(start, spec, [start_model(old_model.spec)])
+    old_tensors, tensors = old_model.named_tensors(), transformed(spec, [old_model], start.new_experts).named_tensors()
     for name, tensor in old_tensors.items():
         if ".experts." not in name:
             assert torch.equal(tensors[name], tensor)
@@ -177,9 +177,9 @@ def test_experts_of_domains_are_added_removed_and_reordered_by_name():
         expected = [tensor[2], tensor[1], (sum(t.double() for t in tensor) / 3).float(), tensor[0]]
         assert torch.equal(tensors[name], torch.stack(expected))
     with pytest.raises(SpecError, match="it is no new expert; the new ones are new, mean"):
-        check_start(StartSpec(**{"from": "run", "new_experts": {"a": "b"}}), spec, [start_model(old.spec)])
+        check_start(StartSpec(**{"from": "run", "new_experts": {"a": "b"}}), spec, [start_model(old_model.spec)])
     with pytest.raises(SpecError, match="the start has no expert d; choose from a, b, c"):
-        check_start(StartSpec(**{"from": "run", "new_experts": {"new": "d"}}), spec, [start_model(old.spec)])
+        check_start(StartSpec(**{"from": "run", "new_experts": {"new": "d"}}), spec, [start_model(old_model.spec)])
 
 
 @pytest.mark.parametrize("count", [1, 3])
@@ -189,8 +189,8 @@ def test_dense_models_become_the_experts_of_domains(count):
     models = [random_model(dense)] * count
     moe = MoESpec(router="domain", experts=3, top_k=1, heads=1, d_expert=48, domains=["a", "b", "c"], every=1)
     spec = dense.with_moe(moe)
-    how = {"from": ["a", "b", "c"], "how": "mix"} if count > 1 else {"from": "a", "how": "upcycle"}
-    check_start(StartSpec(**how), spec, [start_model(dense)] * count)
+    fields = {"from": ["a", "b", "c"], "how": "mix"} if count > 1 else {"from": "a", "how": "upcycle"}
+    check_start(StartSpec(**fields), spec, [start_model(dense)] * count)
     model = transformed(spec, models)
     for domain in range(3):
         logits = model(TOKENS, domain_B=torch.full((len(TOKENS),), domain)).logits_BTV
