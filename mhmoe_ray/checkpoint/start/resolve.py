@@ -2,7 +2,7 @@
 
 A spec with a `start` section need not repeat what its start has:
 
-    copy      model, data.seq_len, data.tokenizer
+    copy      model, data.seq_len, data.tokenizer; for conversations also data.chat_template
     upcycle   all but the experts; the shared expert or the experts' width, and for a sparse mixture all of its options
     mix       the same, with one expert for each model
 """
@@ -71,6 +71,8 @@ def _fill_from_start(tree: Tree, label: str, find_sibling: FindSibling | None, s
         data |= first_model.sibling.data.model_dump(mode="json", include=TOKENIZER_KEYS)
     elif isinstance(first_model.tokenizer_file, Path):
         data["tokenizer"] = str(first_model.tokenizer_file)
+    if first_model.chat_template is not None and "chat_template" not in own_data and _has_conversations(own_data):
+        data["chat_template"] = str(_template_file(first_model))
     resolved_start = start.with_sources([start_model.source for start_model in start_models])
     return {
         **tree,
@@ -78,6 +80,27 @@ def _fill_from_start(tree: Tree, label: str, find_sibling: FindSibling | None, s
         "model": merge_trees(model, own_model),
         "data": {**data, **own_data},
     }
+
+
+def _has_conversations(own_data: Tree) -> bool:
+    """Return whether the `data` section of a spec file has a source of conversations."""
+    sources = own_data.get("sources")
+    return isinstance(sources, dict) and any(
+        isinstance(source, dict) and source.get("format") == "chat" for source in sources.values()
+    )
+
+
+def _template_file(start_model: StartModel) -> Path:
+    """Return the file of a model's chat template, with which a run trains on conversations.
+
+    Raises:
+        SpecError: there is no such file.
+    """
+    if start_model.chat_template_file is None:
+        reason = "its chat template is no file of its own"
+        fix = "set data.chat_template, or run `mhmoe ckpt import` and start from the imported run"
+        raise SpecError(f"start.from {start_model.ancestor.name}", reason, fix)
+    return start_model.chat_template_file
 
 
 def _reads_same_folder(own_data: Tree, sibling: RunSpec) -> bool:

@@ -15,7 +15,7 @@ from mhmoe_ray.checkpoint.manifest import (
 )
 from mhmoe_ray.checkpoint.tokenizer import run_tokenizer
 from mhmoe_ray.errors import CheckpointError, RunError
-from mhmoe_ray.runs.directory import RunDir, find_run
+from mhmoe_ray.runs.directory import CHAT_TEMPLATE, RunDir, find_run
 from mhmoe_ray.runs.start import Ancestor, read_start
 from mhmoe_ray.spec import ModelSpec, RunSpec
 from mhmoe_ray.storage import Location, location
@@ -47,6 +47,8 @@ class StartModel(NamedTuple):
     ends: list[int]
     """Token ids that end a text in addition to the tokenizer's own."""
     chat_template: str | None
+    chat_template_file: Path | None = None
+    """Local file with the chat template; None if there is none, or if it is an entry of tokenizer_config.json."""
     sibling: RunSpec | None = None
     """Spec of another run of the same sweep, which need not exist yet; None for any other model."""
 
@@ -129,6 +131,7 @@ def _checkpoint_model(checkpoint: Location) -> StartModel:
         adds_start=manifest.adds_start,
         ends=manifest.ends,
         chat_template=template.read_text() if template.exists() else None,
+        chat_template_file=template if isinstance(template, Path) and template.exists() else None,
     )
 
 
@@ -157,6 +160,7 @@ def _folder_model(source: str, folder: Path) -> StartModel:
         adds_start=tokenizer.adds_start,
         ends=tokenizer.end_tokens,
         chat_template=read_chat_template(folder),
+        chat_template_file=template_file if (template_file := folder / CHAT_TEMPLATE).exists() else None,
     )
 
 
