@@ -38,6 +38,8 @@ VAGUE_WORDS = frozenset(
 )
 
 EXCEPTIONS = {
+    ("mhmoe_ray/api/run.py", "now"): "a parameter of the Python interface, like `mhmoe stop --now`",
+    ("mhmoe_ray/api/run.py", "until"): "a parameter of the Python interface, like `mhmoe resume --until`",
     ("mhmoe_ray/data/prepare/work.py", "done"): "a key of progress.json",
     ("mhmoe_ray/planner/match.py", "by"): "a key of specs",
     ("mhmoe_ray/planner/match.py", "to"): "a key of specs",
@@ -49,7 +51,7 @@ EXCEPTIONS = {
     ("mhmoe_ray/spec/sweep.py", "only"): "a key of sweeps",
     ("mhmoe_ray/train/watchdog.py", "began"): "a key of the event `started`",
 }
-"""Vague names that stay because they are serialized, by file and name, with the place where they are stored."""
+"""Vague names that stay because users write them or they are serialized, by file and name, with the place."""
 
 # Only commits since this time are checked, because subjects of older ones have another form. It is a time and not a
 # hash, because a shallow clone may lack the commit of the hash.

@@ -3,12 +3,12 @@
     app.py         wires the commands; turns errors into one line and an exit code
     common.py      options and their completion, consoles, reading of specs and checkpoints, numbers and tables
     verbs.py       hints for unknown commands
-    jobs.py        the cluster that a command runs on, and the following of its jobs
+    jobs.py        the following of a command's jobs
     submit.py      start a run            follow.py     follow a run to its end
     runs.py        list, resume, stop, rm
     status.py      state of a run         logs.py       logs of its job and workers
     plan.py, plan_tables.py                 the meaning of a spec
-    plan_placement.py, plan_estimate.py     placement of ranks; estimates for a cluster on paper
+    plan_placement.py, plan_estimate.py     tables of the placement, and of estimates for a cluster on paper
     presets.py     models by name         schema.py     the JSON schema of specs
     data.py        sample text, prepare   data_mix.py   the mixture that training reads
     data_inspect.py, data_inspect_view.py   the contents of raw text, and problems in it
@@ -20,6 +20,6 @@
     bench.py, bench_layer.py, bench_serve.py, bench_tables.py   measurements
     cluster.py     the local cluster, names for others, doctor
 
-Modules here import neither torch nor ray, so that `mhmoe --help` answers at once. Commands import what they need when
-they run.
+Commands parse arguments, call the Python interface (`mhmoe_ray/api`), print and follow. Modules here import neither
+torch nor ray, so that `mhmoe --help` answers at once. Commands import what they need when they run.
 """

@@ -18,6 +18,7 @@ from mhmoe_ray.cli.common import (
     out,
     pick_checkpoint,
     print_json,
+    print_note,
 )
 from mhmoe_ray.cli.verbs import SuggestingGroup
 
@@ -128,16 +129,12 @@ def _compare(first_model: str, second_model: str, storage: str, json: bool) -> N
 
 def _model_location(target: str, storage: str) -> "Location":
     """Return the location of a model that the user names: a folder, or the newest checkpoint of a run."""
-    from mhmoe_ray.checkpoint.huggingface.config import CONFIG
-    from mhmoe_ray.checkpoint.huggingface.hub import local_folder
-    from mhmoe_ray.checkpoint.manifest import MANIFEST
-    from mhmoe_ray.runs.directory import find_run
+    from mhmoe_ray.api.checkpoints import find_model_folder
+    from mhmoe_ray.runs.directory import RunDir
 
-    folder = local_folder(target)
-    if (folder / CONFIG).is_file() or (folder / MANIFEST).is_file():
-        return folder
+    folder = find_model_folder(target, storage)
     # `open_model` hashes the files.
-    return pick_checkpoint(find_run(target, storage), None, verify_hashes=False)[0]
+    return pick_checkpoint(folder, None, verify_hashes=False)[0] if isinstance(folder, RunDir) else folder
 
 
 def _verify_run(run: str | None, storage: str, json: bool) -> None:
@@ -199,16 +196,13 @@ def export(
 
     A model of exactly Mixtral's shape loads in transformers as it is.
     """
-    from mhmoe_ray.checkpoint.huggingface import export as huggingface_export
+    from mhmoe_ray.api.run import Run
     from mhmoe_ray.runs.directory import find_run
 
     run_dir = find_run(run, storage)
-    # A damaged checkpoint must not be exported, so all of its weights are hashed first.
-    path, manifest = pick_checkpoint(run_dir, checkpoint, verify_hashes=True)
-    note.print(f"exporting {path.name} of {run_dir.id}")
-    exported = huggingface_export.export(path, manifest, target_folder)
+    exported = Run(run_dir).export(target_folder, checkpoint, print_note)
     size = f"{exported.tensors} tensors, {exported.bytes / 1e6:,.1f} MB, model_type {exported.model_type}"
-    out.print(f"exported {path.name} of {run_dir.id} to {target_folder}: {size}", soft_wrap=True)
+    out.print(f"exported {exported.checkpoint} of {run_dir.id} to {target_folder}: {size}", soft_wrap=True)
 
 
 @app.command("import")
@@ -231,10 +225,10 @@ def import_(
 
     Its architecture is Llama, Mistral, Qwen2, Qwen3, Mixtral, Qwen3-MoE, OLMoE, or that of an export.
     """
+    from mhmoe_ray.api.attempts import run_argument
     from mhmoe_ray.checkpoint.huggingface.export import export as export_checkpoint
     from mhmoe_ray.checkpoint.huggingface.hub import PREFIX, local_folder
     from mhmoe_ray.checkpoint.huggingface.import_ import import_folder, run_name
-    from mhmoe_ray.cli.jobs import run_argument
 
     note.print(f"importing {source}", soft_wrap=True)
     if source.startswith(PREFIX):

@@ -9,6 +9,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
+from mhmoe_ray.api.defaults import LOCAL_CPUS
 from mhmoe_ray.cli.common import (
     STORAGE,
     AddressOption,
@@ -21,7 +22,6 @@ from mhmoe_ray.cli.common import (
     print_json,
     read_spec,
 )
-from mhmoe_ray.cli.jobs import LOCAL_CPUS
 from mhmoe_ray.cli.verbs import SuggestingGroup
 
 if TYPE_CHECKING:
@@ -182,7 +182,8 @@ def render(
     --set overrides keys of the run's spec; keys in MHMOE_API_KEYS are written as their hashes. For
     example `mhmoe cluster render cluster/site.yaml --into /tmp/lab --run jobs/quickstart.yaml`.
     """
-    from mhmoe_ray.cli.serve_choice import API_KEYS_VARIABLE, resolve_target, with_environment_keys
+    from mhmoe_ray.api.serve_target import API_KEYS_VARIABLE, with_environment_keys
+    from mhmoe_ray.cli.serve_choice import resolve_target
     from mhmoe_ray.render.files import render_files
     from mhmoe_ray.serve.config import application_config
     from mhmoe_ray.spec import load_site

@@ -6,7 +6,6 @@ After `mhmoe --install-completion`, the shell completes run ids and spec keys.
 
 import json
 import math
-import os
 import sys
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,15 +16,14 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from mhmoe_ray.api.defaults import STORAGE as STORAGE
+from mhmoe_ray.api.defaults import default_storage
+
 if TYPE_CHECKING:
     from mhmoe_ray.checkpoint.manifest import CheckpointManifest
     from mhmoe_ray.runs.directory import RunDir
     from mhmoe_ray.spec import RunSpec
     from mhmoe_ray.storage import Location
-
-
-STORAGE = "runs"
-"""Default storage folder of commands, below the current directory."""
 
 
 def complete_runs(incomplete: str) -> list[str]:
@@ -34,7 +32,7 @@ def complete_runs(incomplete: str) -> list[str]:
     from mhmoe_ray.runs.directory import list_runs
 
     try:
-        run_ids = [run.id for run in list_runs(os.environ.get("MHMOE_STORAGE", STORAGE))]
+        run_ids = [run.id for run in list_runs(default_storage())]
     except MhmoeError:
         # A shell cannot show an error while it completes a word, so there are no suggestions instead.
         return []
@@ -110,8 +108,6 @@ ForceOption = Annotated[
     bool, typer.Option("--force", help="Proceed even if the cluster does not answer but the run wrote a moment ago.")
 ]
 DetachOption = Annotated[bool, typer.Option("--detach", help="Do not follow the job; it goes on by itself.")]
-SPEC_SUFFIXES = (".yaml", ".yml")
-"""Suffixes that mark an argument as a spec where it may also be something else."""
 BARS = "▁▂▃▄▅▆▇█"
 """Block characters for plots of one line, lowest first."""
 
@@ -122,9 +118,9 @@ def read_spec(path: Path, overrides: list[str]) -> "RunSpec":
     Raises:
         SpecError: the file or an override is wrong.
     """
-    from mhmoe_ray.checkpoint.start.resolve import load_spec
+    from mhmoe_ray.api.spec import load_spec
 
-    return load_spec(path, overrides).with_absolute_paths(Path.cwd())
+    return load_spec(path, overrides)
 
 
 def pick_checkpoint(run: "RunDir", name: str | None, *, verify_hashes: bool) -> "tuple[Location, CheckpointManifest]":
@@ -141,21 +137,9 @@ def pick_checkpoint(run: "RunDir", name: str | None, *, verify_hashes: bool) -> 
     Raises:
         CheckpointError: there is no such checkpoint, or it is damaged, or none of the run's checkpoints is intact.
     """
-    from mhmoe_ray.checkpoint.manifest import newest_checkpoint, read_manifest
-    from mhmoe_ray.errors import CheckpointError
-    from mhmoe_ray.storage import describe_files
+    from mhmoe_ray.api import checkpoints
 
-    # Commands use only the weights of a checkpoint, so damage to other parts, such as optimizer states, is ignored.
-    parts, describe = ("weights",), describe_files if verify_hashes else None
-    if name:
-        return run.checkpoints / name, read_manifest(run.checkpoints / name, parts, describe)
-    newest = newest_checkpoint(run, parts, describe)
-    if newest is None:
-        raise CheckpointError(f"run {run.id}", "it has no checkpoint yet", "wait for one, or train a run")
-    path, manifest, skipped = newest
-    for error in skipped:
-        note.print(f"warning: {error}", soft_wrap=True)
-    return path, manifest
+    return checkpoints.pick_checkpoint(run, name, verify_hashes=verify_hashes, on_note=print_note)
 
 
 @contextmanager

@@ -48,6 +48,7 @@ def prepare(
 
     An interrupted preparation is continued: text that was tokenised with the same settings is not tokenised again.
     """
+    from mhmoe_ray.api.connection import connect_to_cluster
     from mhmoe_ray.data.chat.template import check_template
     from mhmoe_ray.data.prepare.work import clean_up
     from mhmoe_ray.data.shards.manifest import check_recipe, read_data_manifest
@@ -62,7 +63,8 @@ def prepare(
         find_files(resolved.data)
         if resolved.data.chat_sources:
             check_template(resolved.data)
-        connection = jobs.connect_to_cluster(resolved.cluster, [resolved.data.prepared], resolved.cluster.cpus, address)
+        cluster = resolved.cluster
+        connection = connect_to_cluster(cluster, [folder], cluster.cpus, address, print_note)
         manifest = _run_job(resolved, connection)
     check_recipe(folder, manifest, resolved)
     # The job removes its staging directories at its end. A job that was killed after its last shard left them behind.

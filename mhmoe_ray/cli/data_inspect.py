@@ -3,7 +3,6 @@
 Both use a survey of the text, which a job on the cluster makes.
 """
 
-import os
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
@@ -12,8 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mhmoe_ray import pictures
+from mhmoe_ray.api.defaults import SPEC_SUFFIXES
 from mhmoe_ray.cli import data_inspect_view, jobs
-from mhmoe_ray.cli.common import SPEC_SUFFIXES, AddressOption, JsonOption, out, print_json, read_spec
+from mhmoe_ray.cli.common import AddressOption, JsonOption, out, print_json, print_note, read_spec
 
 if TYPE_CHECKING:
     from mhmoe_ray.data.inspect.copies import DomainCopies
@@ -77,39 +77,14 @@ def resolve_target(arguments: list[str], overrides: list[str]) -> InspectTarget:
 
 
 def raw_text_target(paths: list[str], overrides: list[str]) -> InspectTarget:
-    """Return a target for raw text, in which each path is a source.
-
-    Args:
-        paths: folders, files, patterns or URLs. A source has the name of its path's last part without a pattern, with
-            dashes added if another source has that name.
-        overrides: overrides of keys of the sections data and cluster.
+    """Return a target for raw text, in which each path is a source (`raw_text_sections`).
 
     Raises:
         SpecError: an override is wrong.
     """
-    from mhmoe_ray.spec import ClusterSpec, DataSpec, apply_overrides, validate_section
-    from mhmoe_ray.spec.data import absolute_path
+    from mhmoe_ray.spec.raw_text import raw_text_sections
 
-    sources: dict[str, Any] = {}
-    for path in paths:
-        parts = [part for part in path.partition("?")[0].split("/") if part and "*" not in part]
-        name = parts[-1] if parts else "text"
-        # Several paths may end with the same name, but each source needs a name of its own.
-        while name in sources:
-            name += "-"
-        sources[name] = {"path": absolute_path(Path.cwd(), path)}
-    # A data section must have the keys `prepared` and `seq_len`. Raw text below `prepared` is skipped, so `prepared` is
-    # the null device, which holds no text. seq_len has no meaning for raw text.
-    tree: dict[str, Any] = {"data": {"sources": sources, "prepared": os.devnull, "seq_len": 1}, "cluster": {}}
-    apply_overrides(tree, overrides)
-    label = f"text {', '.join(paths)}"
-    data, cluster = (
-        validate_section(DataSpec, tree["data"], label, "data."),
-        validate_section(ClusterSpec, tree["cluster"], label),
-    )
-    # The job has another working directory.
-    given_paths = {"tokenizer": data.tokenizer, "chat_template": data.chat_template}
-    data = data.model_copy(update={key: Path.cwd() / path for key, path in given_paths.items() if path})
+    data, cluster = raw_text_sections(paths, overrides)
     # Only file paths are required on the nodes, because all nodes can reach an object store.
     required_paths = [Path(source.path) for source in data.sources.values() if "://" not in source.path]
     required_paths += [path for path in (data.tokenizer, data.chat_template) if path]
@@ -128,6 +103,7 @@ def run_survey(target: InspectTarget, address: str | None, *, check_rules: bool)
         DataError: text is missing, or the chat template cannot be used.
         MhmoeError: the job failed; this is the error that it logged.
     """
+    from mhmoe_ray.api.connection import connect_to_cluster
     from mhmoe_ray.cluster import remote
     from mhmoe_ray.data.chat.template import check_template
     from mhmoe_ray.data.inspect.result import SurveyRequest
@@ -138,7 +114,7 @@ def run_survey(target: InspectTarget, address: str | None, *, check_rules: bool)
     find_files(target.data)
     if target.data.chat_sources:
         check_template(target.data)
-    connection = jobs.connect_to_cluster(target.cluster, target.required_paths, 1, address)
+    connection = connect_to_cluster(target.cluster, target.required_paths, 1, address, print_note)
     request = SurveyRequest(data=target.data, tokenizer=target.tokenizer, rules=check_rules)
     job = remote.submit(connection, target.cluster.runtime_env, request)
     jobs.follow_job(job)

@@ -4,10 +4,11 @@ The checkpoint is evaluated on the cluster, unless the run directory holds the e
 """
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mhmoe_ray.api.defaults import EVALUATION_SAMPLES, Prior
 from mhmoe_ray.cli import jobs
 from mhmoe_ray.cli.common import (
     STORAGE,
@@ -16,135 +17,17 @@ from mhmoe_ray.cli.common import (
     JsonOption,
     RunArg,
     StorageOption,
-    note,
     number_table,
     out,
     pick_checkpoint,
     print_json,
+    print_note,
     print_untruncated,
 )
 
 if TYPE_CHECKING:
-    from mhmoe_ray.evaluate.request import EvalRequest, Evaluation
+    from mhmoe_ray.evaluate.request import Evaluation
     from mhmoe_ray.evaluate.score import Score
-    from mhmoe_ray.runs.directory import RunDir
-
-
-SAMPLES = 512
-"""Largest number of samples of each domain of raw text."""
-
-
-def make_request(
-    run: "RunDir",
-    checkpoint: str | None,
-    text: list[str],
-    overrides: list[str],
-    samples: int | None,
-    tasks: list[str],
-    task_folders: list[Path],
-    limit: int | None,
-    gpus: int | None,
-    prior: "Prior | None" = None,
-) -> "EvalRequest":
-    """Return a request to evaluate a run's checkpoint on raw text and in tasks, or on held-out samples without either.
-
-    The run's spec gives the batch size, the precision and the resources.
-
-    Args:
-        run: the run.
-        checkpoint: name of the checkpoint; None picks the newest.
-        text: folders, files or patterns of raw text; empty for none.
-        overrides: overrides of data keys, by which the text is read.
-        samples: largest number of samples of each domain of the text; None for the default.
-        tasks: names of lm-eval's tasks; empty for none.
-        task_folders: folders of the user's own tasks.
-        limit: largest number of questions of each task; None for all.
-        gpus: number of GPUs; None for as many as a worker of the training had.
-        prior: prior probabilities of the domains of the text, for router `domain`; None if the domains are known.
-
-    Raises:
-        BadParameter: an option is given without the option that it belongs to, or for a model without it.
-        CheckpointError: there is no such checkpoint, or it is damaged.
-    """
-    from mhmoe_ray.cli.data_inspect import raw_text_target
-    from mhmoe_ray.evaluate.request import EvalRequest
-    from mhmoe_ray.spec import ClusterSpec
-
-    if not text and (overrides or samples):
-        raise typer.BadParameter("--set and --samples are about --text: name some")
-    if not tasks and (limit or task_folders):
-        raise typer.BadParameter("--limit and --task-folder are about --tasks: name some")
-    # The weights need not be hashed here, because the job loads them and damage shows then.
-    path, manifest = pick_checkpoint(run, checkpoint, verify_hashes=False)
-    moe = manifest.model.moe
-    if prior is not None and (moe is None or moe.router != "domain"):
-        raise typer.BadParameter("--prior is for a model with router domain, and this model has no experts of domains")
-    # An imported run has neither a spec nor held-out samples, so defaults replace the spec.
-    spec = None if run.is_imported else run.spec()
-    cluster = spec.cluster if spec else ClusterSpec()
-    held_out = spec is not None and not text and not tasks
-    return EvalRequest(
-        run=str(run.path),
-        checkpoint=path.name,
-        prepared=str(spec.data.prepared) if spec and held_out else None,
-        text=raw_text_target(text, overrides).data if text else None,
-        samples=(samples or SAMPLES) if text else 0,
-        tasks=tasks,
-        task_folders=[str(folder.absolute()) for folder in task_folders],
-        limit=limit,
-        batch=spec.train.micro_batch_size if spec else 1,
-        half=spec is not None and spec.train.precision == "bfloat16",
-        cpus=cluster.cpus_per_worker,
-        gpus=cluster.gpus_per_worker if gpus is None else gpus,
-        prior=prior,
-    )
-
-
-def load_or_evaluate(run: "RunDir", request: "EvalRequest", recompute: bool, address: str | None) -> "Evaluation":
-    """Return the evaluation of a request: the one that the run directory holds, else a new one by a job on the cluster.
-
-    Args:
-        run: the run.
-        request: what to evaluate.
-        recompute: whether to compute it even if the run directory holds it.
-        address: address of the cluster; None for the default.
-
-    Raises:
-        RunError: the request names no text and no tasks, and the run has no held-out samples.
-        DataError: the prepared data is missing.
-        MhmoeError: the job failed; this is the error that it logged.
-    """
-    from mhmoe_ray.cluster import remote
-    from mhmoe_ray.data.shards.manifest import require_data_manifest
-    from mhmoe_ray.errors import RunError
-    from mhmoe_ray.evaluate.job import EvalJob
-    from mhmoe_ray.evaluate.request import load_evaluation
-    from mhmoe_ray.spec import ClusterSpec
-
-    if not request.description:
-        raise RunError(f"run {run.id}", "it was imported and has no held-out text", "give --text or --tasks")
-    # The same request gives the same result, so a stored evaluation is used if there is one.
-    if not recompute and (stored_evaluation := load_evaluation(run, request)):
-        note.print(f"it was evaluated before, in {run.evaluations}; --again evaluates it again", soft_wrap=True)
-        return stored_evaluation
-    # This call raises an error if the prepared data is missing, before a cluster is started to read the data.
-    if request.prepared:
-        require_data_manifest(Path(request.prepared))
-    section: ClusterSpec = ClusterSpec() if run.is_imported else run.spec().cluster
-    required_paths = [run.path, *_local_paths(request)]
-    connection = jobs.connect_to_cluster(section, required_paths, request.cpus, address)
-    eval_job = EvalJob(request=request, can_grow=not connection.local)
-    job = remote.submit(connection, section.runtime_env, eval_job)
-    jobs.follow_job(job)
-    return job.result(f"evaluation of {run.id}")
-
-
-def _local_paths(request: "EvalRequest") -> list[Path]:
-    """Return the file paths of the data and tasks that a request reads; URLs of object stores are left out."""
-    paths = [request.prepared] if request.prepared else []
-    paths += [source.path for source in request.text.sources.values()] if request.text else []
-    # URLs of an object store need no check, because all nodes can reach it.
-    return [Path(path) for path in (*paths, *request.task_folders) if "://" not in path]
 
 
 TextOption = Annotated[
@@ -154,7 +37,7 @@ AgainOption = Annotated[
     bool, typer.Option("--again", help="Evaluate even if the run directory holds the result already.")
 ]
 SamplesOption = Annotated[
-    int | None, typer.Option(min=1, help=f"Samples of each domain of --text, at most; {SAMPLES} by default.")
+    int | None, typer.Option(min=1, help=f"Samples of each domain of --text, at most; {EVALUATION_SAMPLES} by default.")
 ]
 TextSetOption = Annotated[
     list[str], typer.Option("--set", metavar="KEY=VALUE", help="Set a data key of a spec, by which --text is read.")
@@ -168,7 +51,6 @@ GpusOption = Annotated[
 ]
 
 
-Prior = Literal["uniform", "updating", "cached"]
 PriorOption = Annotated[
     Prior | None,
     typer.Option(
@@ -176,6 +58,16 @@ PriorOption = Annotated[
         "default the domain of each text is known."
     ),
 ]
+
+
+def require_text(text: list[str], overrides: list[str], samples: int | None) -> None:
+    """Check that there is raw text if there are options about it.
+
+    Raises:
+        BadParameter: there is none.
+    """
+    if not text and (overrides or samples):
+        raise typer.BadParameter("--set and --samples are about --text: name some")
 
 
 def eval_(
@@ -203,12 +95,31 @@ def eval_(
     The result stays in the run directory. Routing is dropless, as in serving. For example `mhmoe eval --text books/
     --samples 100`, or `mhmoe eval --tasks english --limit 200`.
     """
+    from mhmoe_ray.api.evaluation import has_domain_experts, load_or_evaluate, make_request
     from mhmoe_ray.runs.directory import find_run
 
     run_dir = find_run(run, storage)
+    require_text(text, set_, samples)
     task_names = [task.strip() for task in tasks.split(",")] if tasks else []
-    request = make_request(run_dir, checkpoint, text, set_, samples, task_names, task_folder, limit, gpus, prior)
-    evaluation = load_or_evaluate(run_dir, request, recompute, address)
+    if not task_names and (limit or task_folder):
+        raise typer.BadParameter("--limit and --task-folder are about --tasks: name some")
+    # The weights need not be hashed here, because the job loads them and damage shows then.
+    path, manifest = pick_checkpoint(run_dir, checkpoint, verify_hashes=False)
+    if prior is not None and not has_domain_experts(manifest.model):
+        raise typer.BadParameter("--prior is for a model with router domain, and this model has no experts of domains")
+    request = make_request(
+        run_dir,
+        path.name,
+        text=text,
+        overrides=set_,
+        samples=samples,
+        tasks=task_names,
+        task_folders=task_folder,
+        limit=limit,
+        gpus=gpus,
+        prior=prior,
+    )
+    evaluation = load_or_evaluate(run_dir, request, recompute, address, follow=jobs.follow_job, on_note=print_note)
     if json:
         # The routing is left out, because `mhmoe routing` shows it.
         print_json({**evaluation.model_dump(exclude={"routing"}), "figures": _figures_dict(evaluation)})

@@ -16,11 +16,9 @@ from rich.progress import (
 from rich.progress import Progress as Bar
 
 from mhmoe_ray.cli.common import detach_on_interrupt, format_bytes, format_figure, format_nats, note, out, print_note
-from mhmoe_ray.cli.jobs import run_argument
 
 if TYPE_CHECKING:
     from mhmoe_ray.cluster.connect import Connection
-    from mhmoe_ray.cluster.runs import Outcome
     from mhmoe_ray.data.prepare.work import PreparationProgress
     from mhmoe_ray.runs.directory import RunDir
 
@@ -87,12 +85,6 @@ def format_progress(progress: "PreparationProgress") -> str:
     return ", ".join(parts)
 
 
-POLL_SECONDS = 0.5
-# Seconds between two requests to the cluster. They are rarer than reads of the run directory, which happen at every
-# poll, because the run directory shows most outcomes.
-CLUSTER_POLL_SECONDS = 5.0
-
-
 def follow_run(run: "RunDir", connection: "Connection", *, from_now: bool = False, for_ever: bool = False) -> None:
     """Show a run's events and progress until it is over: a bar on a terminal, elsewhere a line at each validation.
 
@@ -106,19 +98,19 @@ def follow_run(run: "RunDir", connection: "Connection", *, from_now: bool = Fals
         JobError: the run failed; the error holds the reason.
         ClusterError, StorageError: the cluster or the storage has not answered for a while.
     """
+    from mhmoe_ray.api.attempts import failure_error, run_argument, wait_for_outcome
     from mhmoe_ray.checkpoint.manifest import last_step
-    from mhmoe_ray.errors import JobError
 
     name = run_argument(run)
     hint = f"the run goes on. See: mhmoe status {name}; to end it: mhmoe stop {name}"
     with detach_on_interrupt(hint), _progress_bar() as progress:
         view = _RunView(run, progress, from_now)
-        outcome = _watch_run(run, connection, view, for_ever)
+        outcome = wait_for_outcome(run, lambda: connection, view.refresh, is_endless=for_ever, on_note=print_note)
         # The run may have written events and metrics since the last refresh, so the view is refreshed once more.
         view.refresh()
     if outcome.state == "failed":
         _print_last_lines(run)
-        raise JobError(f"run {run.id}", outcome.reason, f"see `mhmoe logs {name}`, then `mhmoe resume {name}`")
+        raise failure_error(run, outcome)
     out.print(f"run {run.id} {outcome.state} at step {last_step(run)}")
 
 
@@ -131,24 +123,6 @@ def _print_last_lines(run: "RunDir") -> None:
         note.print(f"last lines of rank {lost_event['rank']} on {lost_event['host']}:")
         for line in lost_event["lines"]:
             note.print(f"  {line}", soft_wrap=True, style="dim")
-
-
-def _watch_run(run: "RunDir", connection: "Connection", view: "_RunView", for_ever: bool) -> "Outcome":
-    """Refresh the view until the run is over, and return its outcome; for arguments and errors see `follow_run`."""
-    from mhmoe_ray.cluster.dashboard import RetryingCaller
-    from mhmoe_ray.cluster.runs import outcome, recorded_outcome
-
-    # A failed request is repeated, because the run goes on even while its cluster or storage does not answer.
-    query_time, retrying_caller = time.monotonic(), RetryingCaller(print_note, is_endless=for_ever)
-    while True:
-        retrying_caller.call(view.refresh, None)
-        run_outcome = recorded_outcome(view.shown_events)
-        if run_outcome is None and time.monotonic() - query_time > CLUSTER_POLL_SECONDS:
-            run_outcome = retrying_caller.call(lambda: outcome(run, connection), None)
-            query_time = time.monotonic()
-        if run_outcome:
-            return run_outcome
-        time.sleep(POLL_SECONDS)
 
 
 def _progress_bar() -> Progress:
@@ -180,8 +154,12 @@ class _RunView:
         self._events = Tail(run.events_file, from_now=from_now)
         self._preparation = PreparationView(shared_folder(run.spec()), progress)
 
-    def refresh(self) -> None:
-        """Show the events and metrics that the run directory got since the last call, and the data preparation."""
+    def refresh(self) -> list[dict[str, Any]]:
+        """Show the events and metrics that the run directory got since the last call, and the data preparation.
+
+        Returns:
+            All events that were shown.
+        """
         from mhmoe_ray.runs import metrics
 
         for event in self._events.new_lines():
@@ -198,6 +176,7 @@ class _RunView:
                 note.print(f"step {line[metrics.STEP]}: validation loss {loss}, {figures}", soft_wrap=True)
             if metrics.SKIPPED in line:
                 note.print(f"warning: step {line[metrics.STEP]} updated nothing: its gradient was not finite")
+        return self.shown_events
 
     def _print_event(self, event: dict[str, Any]) -> None:
         """Show an event's kind in the bar and, if the user should know more, print a line about it."""

@@ -1,6 +1,6 @@
 """`mhmoe plan`: show what a spec means before anything starts."""
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -10,13 +10,12 @@ from mhmoe_ray.cli.common import (
     SetOption,
     SpecArg,
     fact_table,
-    note,
     out,
     print_json,
+    print_note,
     print_untruncated,
     read_spec,
 )
-from mhmoe_ray.cli.plan_placement import Placement
 
 if TYPE_CHECKING:
     from mhmoe_ray.planner.estimate import Estimate
@@ -43,29 +42,26 @@ def plan(
     plan for a cluster on paper, whose other properties are the spec's cluster.accelerator and cluster.network.
     """
     # Commands import inside their functions, so that `mhmoe --help` loads neither pydantic nor Ray.
+    from mhmoe_ray.api.placement import forecast_placement, placement_remarks, planned_placement
+    from mhmoe_ray.api.plan import data_warnings, estimate_step, paper_overrides, plan_figures
     from mhmoe_ray.cli import plan_estimate, plan_tables
-    from mhmoe_ray.cli.plan_placement import forecast_placement, placement_remarks, planned_placement
 
     if (nodes is None) != (gpus is None) or (nodes and address):
         raise typer.BadParameter("a cluster on paper needs both --nodes and --gpus, and takes no --address")
     if nodes and gpus:
         # These overrides come after the user's and so replace them: the workers must fill the cluster on paper.
-        cluster_overrides = [f"cluster.workers={nodes * gpus}", "cluster.gpus_per_worker=1"]
-        resolved = read_spec(spec, [*set_, *cluster_overrides])
+        resolved = read_spec(spec, [*set_, *paper_overrides(nodes, gpus)])
         placement = planned_placement(resolved, nodes, gpus)
     else:
         resolved = read_spec(spec, set_)
-        placement = forecast_placement(resolved, address)
-    layout, step_estimate = placement.layout, plan_estimate.estimate_step(resolved, placement.layout)
+        placement = forecast_placement(resolved, address, print_note)
     warnings = data_warnings(resolved)
     for line in warnings:
-        note.print(f"warning: {line}", soft_wrap=True)
+        print_note(f"warning: {line}")
     if json:
-        estimate = (
-            plan_estimate.as_dict(resolved, layout, step_estimate) if nodes and layout and step_estimate else None
-        )
-        print_json({**as_dict(resolved, placement), "estimate": estimate, "warnings": warnings})
+        print_json(plan_figures(resolved, placement, warnings, is_on_paper=nodes is not None))
         return
+    layout, step_estimate = placement.layout, estimate_step(resolved, placement.layout)
     print_summary(resolved, step_estimate)
     for title, table in plan_tables.tables(resolved, placement):
         out.print(f"\n{title}", style="bold")
@@ -79,86 +75,6 @@ def plan(
         for title, table in plan_estimate.tables(resolved, layout, step_estimate):
             out.print(f"\n{title}", style="bold")
             print_untruncated(table)
-
-
-def data_warnings(spec: "RunSpec") -> list[str]:
-    """Return the problems with a spec's data that would end a run before its first step, a line each.
-
-    They are missing text and tokenizers, chat templates that cannot be used, or a prepared folder that was made with
-    other settings.
-    """
-    from mhmoe_ray.data.chat.template import check_template
-    from mhmoe_ray.data.shards.manifest import check_recipe, read_data_manifest
-    from mhmoe_ray.data.sources.find import source_errors
-    from mhmoe_ray.data.tokenizer.load import read_given_tokenizer
-    from mhmoe_ray.errors import DataError
-
-    data = spec.data
-    errors: list[DataError] = []
-    try:
-        manifest = read_data_manifest(data.prepared)
-        if manifest is not None:
-            check_recipe(data.prepared, manifest, spec)
-        else:
-            errors += source_errors(data)
-            if data.tokenizer:
-                read_given_tokenizer(data.tokenizer, data.tokenizer_pattern)
-            if data.chat_sources:
-                check_template(data)
-    # A plan may be made before the data exists, so errors in the data are only warnings.
-    except DataError as e:
-        errors.append(e)
-    return [str(error) for error in errors]
-
-
-def as_dict(spec: "RunSpec", placement: "Placement") -> dict[str, Any]:
-    """Return the resolved spec and all figures of the plan, as `mhmoe plan --json` prints them.
-
-    If the placement has no layout, groups and links are those of a single node.
-    """
-    from mhmoe_ray.checkpoint.start.record import plan_start
-    from mhmoe_ray.cli.plan_placement import spec_for_layout
-    from mhmoe_ray.planner.expert_step import assumed_kernel, expected_drop_share, expert_step
-    from mhmoe_ray.planner.match import compare_models
-    from mhmoe_ray.planner.memory import checkpoint_copy_bytes, compute_memory
-    from mhmoe_ray.planner.placement import single_node_layout
-    from mhmoe_ray.planner.sizes import compute_sizes, flops_per_token, model_parts
-    from mhmoe_ray.planner.traffic import all_exchanges
-
-    cluster, moe, reference = spec.cluster, spec.model.moe, spec.reference_model
-    layout = placement.layout or single_node_layout(cluster.max_world_size, cluster.ep)
-    start_record = plan_start(spec)
-    step, rank_memory = expert_step(spec), compute_memory(spec)
-    # With the fewest workers, an elastic run needs the most memory per rank, because the shards are then largest.
-    fewest_workers_memory = compute_memory(spec.with_workers(spec.worker_counts[0]))
-    ratios = compare_models(spec.model, reference) if reference else {}
-    return {
-        "spec": spec.model_dump(mode="json"),
-        "start": start_record.model_dump(mode="json") if start_record else None,
-        "sizes": compute_sizes(spec.model)._asdict(),
-        "parts": [part._asdict() for part in model_parts(spec.model)],
-        "flops_per_token": flops_per_token(spec.model, spec.data.seq_len)._asdict(),
-        "parity": {name: comparison.as_json() for name, comparison in ratios.items()},
-        "kernel": assumed_kernel(spec),
-        "dropped_by_chance": expected_drop_share(moe, spec.tokens_per_micro_batch * moe.heads) if moe else None,
-        "expert_step": {**step._asdict(), "intensity": step.intensity} if step else None,
-        "memory_per_rank": rank_memory.as_json(),
-        "memory_per_rank_of_fewest": fewest_workers_memory.as_json(),
-        "pinned_host_memory_per_rank": checkpoint_copy_bytes(spec) if cluster.gpus_per_worker else 0,
-        "exchanges": [exchange.as_json() for exchange in all_exchanges(spec_for_layout(spec, layout), layout)],
-        "tokens_per_step": spec.tokens_per_step,
-        "tokens": spec.tokens_per_step * spec.train.steps,
-        "layout": {
-            "workers": cluster.workers.max,
-            **cluster.mesh_sizes(),
-            "experts_per_rank": moe.experts // cluster.ep if moe else 0,
-            "expert_groups": layout.groups.ranks,
-            "micro_batches_per_worker": spec.train.micro_batches // cluster.workers.max,
-            "cpus": cluster.cpus,
-            "gpus": cluster.workers.max * cluster.gpus_per_worker,
-        },
-        "placement": placement.as_dict(),
-    }
 
 
 def print_summary(spec: "RunSpec", step_estimate: "Estimate | None") -> None:

@@ -1,37 +1,19 @@
 """The estimates of `mhmoe plan --nodes`: the time of a training step on a cluster that does not exist."""
 
 from collections.abc import Iterator
-from typing import Any
 
 from rich.table import Table
 
+from mhmoe_ray.api.placement import ASSUMED_NODE
+from mhmoe_ray.api.plan import dispatch_figures, traffic_per_rank
 from mhmoe_ray.cli.common import format_bytes, format_digits, format_seconds, number_table
-from mhmoe_ray.cli.plan_placement import ASSUMED_NODE, spec_for_layout
-from mhmoe_ray.planner.estimate import Estimate, estimate_step_time, exchange_time
+from mhmoe_ray.planner.estimate import Estimate
 from mhmoe_ray.planner.memory import compute_memory
 from mhmoe_ray.planner.placement import Layout
-from mhmoe_ray.planner.traffic import Exchange, LinkLoads, dispatch_exchanges, reduction_exchanges
 from mhmoe_ray.spec import RunSpec
 
-DISPATCHES = ("flat", "hierarchical")
 LINK_NAMES = ("within a node", "between nodes", "between domains")
 DAY_SECONDS = 24 * 3600
-
-
-def as_dict(spec: RunSpec, layout: Layout, step: Estimate) -> dict[str, Any]:
-    """Return the estimate of a step, with its memory and traffic, as `mhmoe plan --json` prints it."""
-    accelerator, rank_memory = spec.cluster.accelerator, compute_memory(spec).total
-    # Scripts read these keys, so the keys must not change when a field of an estimate is renamed.
-    return {
-        "memory": {"needed": rank_memory, "there": accelerator.memory, "fits": rank_memory <= accelerator.memory},
-        "traffic_per_rank": _traffic_per_rank(spec, layout),
-        "step": {
-            "parts": [time._asdict() for time in [*step.compute_times, *step.exchange_times]],
-            "longest": step.longest_part._asdict(),
-            **_figures(step),
-        },
-        "dispatches": _dispatch_figures(spec, layout, step) if spec.cluster.ep > 1 else {},
-    }
 
 
 def tables(spec: RunSpec, layout: Layout, step: Estimate) -> Iterator[tuple[str, Table]]:
@@ -58,14 +40,6 @@ def summary_lines(spec: RunSpec, step: Estimate) -> list[str]:
     ]
 
 
-def estimate_step(spec: RunSpec, layout: Layout | None) -> Estimate | None:
-    """Estimate a training step; return None for a run on CPUs, or if the nodes cannot hold the ranks."""
-    # A spec describes the speed of its accelerator but not that of its CPUs, so there is no estimate for a run on CPUs.
-    return (
-        estimate_step_time(spec_for_layout(spec, layout), layout) if layout and spec.cluster.gpus_per_worker else None
-    )
-
-
 def format_cost(spec: RunSpec, step: Estimate) -> str:
     """Return a line about the estimated accelerator hours of a whole run."""
     gpus = len(step.layout.nodes) * spec.cluster.gpus_per_worker
@@ -79,52 +53,8 @@ def format_cost(spec: RunSpec, step: Estimate) -> str:
     return f"about {hours}, on {gpus:,} of them{assumption} (estimated, not checked)"
 
 
-def _figures(step: Estimate) -> dict[str, float]:
-    """Return times and rates of a step: with its parts in turn, and with exchanges behind computation."""
-    return {
-        "seconds_in_turn": step.sequential_seconds,
-        "seconds_overlapped": step.overlapped_seconds,
-        "tokens_per_s_in_turn": step.tokens / step.sequential_seconds,
-        "tokens_per_s_overlapped": step.tokens / step.overlapped_seconds,
-        "share_of_peak_flops_in_turn": step.peak_seconds / step.sequential_seconds,
-        "share_of_peak_flops_overlapped": step.peak_seconds / step.overlapped_seconds,
-    }
-
-
-def _bytes_by_link(exchanges: list[Exchange]) -> dict[str, float]:
-    """Return the mean number of bytes that a rank sends in a step, by class of link; empty without exchanges."""
-    link_bytes = [[e.times * sends.mean for sends in e.links] for e in exchanges]
-    return dict(zip(LinkLoads._fields, map(sum, zip(*link_bytes, strict=True)), strict=True)) if link_bytes else {}
-
-
-def _traffic_per_rank(spec: RunSpec, layout: Layout) -> dict[str, dict[str, float]]:
-    rows = {"rows to experts and back": _bytes_by_link(dispatch_exchanges(spec, layout))}
-    return {**rows, **{e.name: _bytes_by_link([e]) for e in reduction_exchanges(spec, layout)}}
-
-
-def _dispatch_figures(spec: RunSpec, layout: Layout, step: Estimate) -> dict[str, dict[str, Any]]:
-    """Return the traffic and times of the same run for each kind of dispatch, flat and hierarchical."""
-    figures = {}
-    for name in DISPATCHES:
-        # `step` is the estimate for the spec's own dispatch, so only the other dispatch needs a new estimate.
-        is_current = name == spec.cluster.dispatch
-        cluster = spec.cluster.model_copy(update={"dispatch": name})
-        variant = spec if is_current else spec.model_copy(update={"cluster": cluster})
-        exchanges, variant_step = (
-            dispatch_exchanges(variant, layout),
-            step if is_current else estimate_step_time(variant, layout),
-        )
-        figures[name] = {
-            "sent": _bytes_by_link(exchanges),
-            "seconds": sum(exchange_time(e, variant, layout).seconds for e in exchanges),
-            "seconds_in_turn": variant_step.sequential_seconds,
-            "seconds_overlapped": variant_step.overlapped_seconds,
-        }
-    return figures
-
-
 def _traffic_table(spec: RunSpec, layout: Layout) -> Table:
-    traffic = _traffic_per_rank(spec, layout)
+    traffic = traffic_per_rank(spec, layout)
     rows = [
         (name, *(format_bytes(int(b)) for b in byte_counts.values()))
         for name, byte_counts in traffic.items()
@@ -160,7 +90,7 @@ def _step_table(spec: RunSpec, step: Estimate) -> Table:
 
 def _dispatch_table(spec: RunSpec, layout: Layout, step: Estimate) -> Table:
     rows = []
-    for name, figures in _dispatch_figures(spec, layout, step).items():
+    for name, figures in dispatch_figures(spec, layout, step).items():
         label = f"{name} (this spec)" if name == spec.cluster.dispatch else name
         times = (figures["seconds"], figures["seconds_in_turn"], figures["seconds_overlapped"])
         rows.append((label, *(format_bytes(int(b)) for b in figures["sent"].values()), *map(format_seconds, times)))

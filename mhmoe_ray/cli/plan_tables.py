@@ -4,9 +4,9 @@ from collections.abc import Iterator
 
 from rich.table import Table
 
-from mhmoe_ray.cli import plan_placement
+from mhmoe_ray.api.placement import Placement, spec_for_layout
 from mhmoe_ray.cli.common import format_bytes, number_table
-from mhmoe_ray.cli.plan_placement import Placement, spec_for_layout
+from mhmoe_ray.cli.plan_placement import placement_table
 from mhmoe_ray.planner.expert_step import ExpertStep, expert_step
 from mhmoe_ray.planner.match import compare_models
 from mhmoe_ray.planner.memory import checkpoint_copy_bytes, compute_memory
@@ -34,7 +34,7 @@ def tables(spec: RunSpec, placement: Placement) -> Iterator[tuple[str, Table]]:
     )
     if step_exchanges:
         yield "exchanged in a step, by one rank", _exchange_table(step_exchanges)
-    yield f"placement, {placement.description}", plan_placement.placement_table(placement)
+    yield f"placement, {placement.description}", placement_table(placement)
 
 
 def _parts_table(spec: RunSpec) -> Table:

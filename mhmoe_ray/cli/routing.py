@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from mhmoe_ray.cli import jobs
 from mhmoe_ray.cli.common import (
     STORAGE,
     AddressOption,
@@ -11,7 +12,9 @@ from mhmoe_ray.cli.common import (
     StorageOption,
     number_table,
     out,
+    pick_checkpoint,
     print_json,
+    print_note,
     print_untruncated,
 )
 from mhmoe_ray.cli.eval import (
@@ -20,8 +23,7 @@ from mhmoe_ray.cli.eval import (
     SamplesOption,
     TextOption,
     TextSetOption,
-    load_or_evaluate,
-    make_request,
+    require_text,
 )
 
 if TYPE_CHECKING:
@@ -51,6 +53,7 @@ def routing(
 
     For example `mhmoe routing --text books/ --samples 100`.
     """
+    from mhmoe_ray.api.evaluation import load_or_evaluate, make_request
     from mhmoe_ray.errors import RunError
     from mhmoe_ray.runs.directory import find_run
 
@@ -60,8 +63,10 @@ def routing(
         # The error is raised before the checkpoint is evaluated, because the evaluation could take minutes on the
         # cluster.
         raise dense_error
-    request = make_request(run_dir, checkpoint, text, set_, samples, [], [], None, gpus)
-    evaluation = load_or_evaluate(run_dir, request, recompute, address)
+    require_text(text, set_, samples)
+    path, _ = pick_checkpoint(run_dir, checkpoint, verify_hashes=False)
+    request = make_request(run_dir, path.name, text=text, overrides=set_, samples=samples, gpus=gpus)
+    evaluation = load_or_evaluate(run_dir, request, recompute, address, follow=jobs.follow_job, on_note=print_note)
     # An imported run has no spec, so only its evaluation shows that it is dense.
     if not evaluation.routing:
         raise dense_error

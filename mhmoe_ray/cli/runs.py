@@ -23,14 +23,12 @@ from mhmoe_ray.cli.common import (
     print_note,
 )
 from mhmoe_ray.cli.follow import follow_run
-from mhmoe_ray.cli.submit import final_outcome, resume_run
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from mhmoe_ray.cluster.connect import Connection
-    from mhmoe_ray.runs.directory import Attempt, RunDir
-    from mhmoe_ray.spec import RunSpec
+    from mhmoe_ray.runs.directory import RunDir
 
 
 def list_(
@@ -137,65 +135,14 @@ def resume(
     them the run goes on exactly as it would have. With --until, a run trains longer than its spec says, also if it is
     finished. A learning rate that has decayed stays at its end, min_lr.
     """
-    from mhmoe_ray.errors import RunError, SpecError
-    from mhmoe_ray.runs.directory import find_run, last_attempt
-    from mhmoe_ray.spec import load_resolved_spec, parse_overrides
+    from mhmoe_ray.api.attempts import resume_run
+    from mhmoe_ray.runs.directory import find_run
 
     run_dir = find_run(run, storage, with_job=True)
-    for keys, _ in parse_overrides(set_):
-        if keys[0] != "cluster":
-            reason = "a resumed run must go on exactly as it would have"
-            raise SpecError(f"override {'.'.join(keys)}", reason, "change only cluster keys, or submit a new run")
-    previous_attempt = last_attempt(run_dir)
-    run_outcome = final_outcome(run_dir, force)
-    if run_outcome.state == "finished" and last_step is None:
-        raise RunError(f"run {run_dir.id}", "it is finished", "give --until to train it longer")
-    spec = run_dir.relocated_spec(load_resolved_spec(run_dir.spec_file, set_))
-    if last_step is not None:
-        spec = _extended_spec(run_dir, spec, last_step)
-    connection = resume_run(run_dir, spec, address or _attempt_address(previous_attempt))
+    connection = resume_run(run_dir, last_step, set_, address, force=force, on_note=print_note)
     # `from_now` leaves out the progress of earlier attempts, because it was shown when it happened.
     if not detach:
         follow_run(run_dir, connection, from_now=True)
-
-
-def _extended_spec(run: "RunDir", spec: "RunSpec", steps: int) -> "RunSpec":
-    """Return the spec of a run with more steps, whose first steps stay as they are.
-
-    Raises:
-        RunError: the spec has at least as many steps already, or the order of its samples depends on their number.
-    """
-    from mhmoe_ray.errors import RunError
-
-    train = spec.train
-    if steps <= train.steps:
-        fix = "give --until a larger number; a run with fewer steps ends by `mhmoe stop`"
-        raise RunError(f"run {run.id}", f"its spec has {train.steps:,} steps already", fix)
-    if any(source.max_epochs is not None or source.max_epochs_of for source in spec.data.sources.values()):
-        reason = "its sources have max_epochs, so the order of its samples depends on the number of steps"
-        fix = f"submit a branch: start: {{from: {run.id}, optimizer: true, order: continue}}"
-        raise RunError(f"run {run.id}", reason, fix)
-    changes: dict[str, int] = {"steps": steps}
-    if train.schedule != "constant":
-        changes["schedule_steps"] = train.last_decay_step
-        note.print(
-            f"the learning rate stays at {train.min_lr:g} after step {train.last_decay_step:,}; for another schedule, "
-            "submit a branch that starts from an earlier checkpoint (start.from: RUN@STEP)",
-            soft_wrap=True,
-        )
-    return spec.model_copy(update={"train": train.model_copy(update=changes)})
-
-
-def _attempt_address(attempt: "Attempt") -> str:
-    """Return the cluster that the attempt ran on, as --address takes it: its URL, or the name of the local cluster."""
-    from mhmoe_ray.cluster.connect import LOCAL
-
-    # A local cluster that was restarted has another address but the same name, so its name is returned.
-    return LOCAL if attempt.local else attempt.address
-
-
-POLL_SECONDS = 0.5
-"""Seconds between two checks whether a run that is stopped has ended."""
 
 
 def stop(
@@ -209,60 +156,13 @@ def stop(
 
     A run whose workers are not training yet is ended at once.
     """
-    from mhmoe_ray.cluster import jobs
-    from mhmoe_ray.cluster.connect import connect
-    from mhmoe_ray.cluster.dashboard import RetryingCaller
-    from mhmoe_ray.cluster.runs import outcome, recorded_outcome
-    from mhmoe_ray.errors import ClusterError, RunError, TokenError
-    from mhmoe_ray.runs import events
-    from mhmoe_ray.runs.directory import find_run, last_attempt
+    from mhmoe_ray.api.attempts import stop_run
+    from mhmoe_ray.runs.directory import find_run
 
     run_dir = find_run(run, storage, with_job=True)
-    attempt = last_attempt(run_dir)
-    run_events = events.read(run_dir)
-    run_outcome = recorded_outcome(run_events)
-    if run_outcome:
-        raise RunError(f"run {run_dir.id}", f"it is {run_outcome.state} already", "see `mhmoe status`")
-    is_training = events.state(run_events) == "running"
-    try:
-        connection = connect(attempt.address)
-    # A TokenError is also a ClusterError, but here the cluster answers. It is raised again, so that the user gives the
-    # cluster's token.
-    except TokenError:
-        raise
-    except ClusterError as e:
-        if end_immediately or not is_training:
-            raise
-        # The cluster may run within a batch job, where no command can reach it. The workers still read the run
-        # directory, so the stop file there stops them.
-        run_dir.stop_file.touch()
-        note.print(
-            f"its workers are asked to stop through its directory; this machine cannot see whether they do: {e.reason}",
-            soft_wrap=True,
-        )
-        return
-    run_dir.stop_file.touch()
-    # Connecting may have taken long, so the state of the run is read again.
-    if end_immediately or events.state(events.read(run_dir)) != "running":
-        jobs.stop(connection, attempt.job)
-    else:
-        note.print("waiting for its last checkpoint; `mhmoe stop --now` ends it without one")
-    retrying_caller = RetryingCaller(print_note)
-    while (run_outcome := retrying_caller.call(lambda: outcome(run_dir, connection), None)) is None:
-        time.sleep(POLL_SECONDS)
-    # If Ray ended the job, the job's driver could not record the end of the run, so this command records it.
-    if run_outcome.state == "stopped" and recorded_outcome(events.read(run_dir)) is None:
-        events.record(run_dir, "stopped", reason="its job was ended")
-    out.print(
-        f"run {run_dir.id} {run_outcome.state}{': ' + run_outcome.reason if run_outcome.reason else ''}", soft_wrap=True
-    )
-
-
-DASHBOARD_WAIT_SECONDS = 60.0
-"""Seconds to wait for a busy dashboard before a run is removed.
-
-The wait is long because a run that is served must not be removed: its replicas would lose the files.
-"""
+    if outcome := stop_run(run_dir, end_immediately, print_note):
+        reason_text = f": {outcome.reason}" if outcome.reason else ""
+        out.print(f"run {run_dir.id} {outcome.state}{reason_text}", soft_wrap=True)
 
 
 def rm(
@@ -277,6 +177,7 @@ def rm(
 
     For example `mhmoe rm tiny-3f tiny-9a`.
     """
+    from mhmoe_ray.api.attempts import check_removable
     from mhmoe_ray.errors import RunError
     from mhmoe_ray.runs.directory import find_run
     from mhmoe_ray.storage import remove_tree
@@ -285,7 +186,7 @@ def rm(
     # given twice counts once.
     run_dirs = [find_run(name, storage) for name in dict.fromkeys(runs)]
     for run in run_dirs:
-        _check_removable(run, force)
+        check_removable(run, force)
     names = ", ".join(run.id for run in run_dirs)
     if not yes:
         if not sys.stdin.isatty():
@@ -298,28 +199,7 @@ def rm(
         # The user's answer may have taken long, so the runs are checked again: one may have been resumed or served
         # meanwhile.
         for run in run_dirs:
-            _check_removable(run, force)
+            check_removable(run, force)
     for run in run_dirs:
         remove_tree(run.path)
         out.print(f"removed {run.id}")
-
-
-def _check_removable(run: "RunDir", force: bool) -> None:
-    """Raise an error if a run must not be removed, because it may run or is served.
-
-    Raises:
-        RunError: the run is running, may still be running (unless `force`), or is served.
-        TokenError: its cluster requires a token that this machine does not have, so its state is unknown.
-    """
-    from mhmoe_ray.cluster.runs import serving_applications
-    from mhmoe_ray.errors import RunError
-    from mhmoe_ray.runs import events
-
-    final_outcome(run, force)
-    for application in serving_applications(run, events.read(run), DASHBOARD_WAIT_SECONDS):
-        if application["status"] != "unknown":
-            raise RunError(
-                f"run {run.id}",
-                f"it is served at {application['url']}",
-                f"stop serving it first: mhmoe serve down {application['application']}",
-            )

@@ -1,12 +1,12 @@
 """`mhmoe serve`: serve checkpoints of runs through an OpenAI-compatible API, on Ray Serve."""
 
 import os
-from secrets import token_hex
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 
+from mhmoe_ray.api.defaults import APPLICATION
 from mhmoe_ray.cli.common import (
     STORAGE,
     AddressOption,
@@ -15,26 +15,17 @@ from mhmoe_ray.cli.common import (
     SetOption,
     StorageOption,
     detach_on_interrupt,
-    note,
     out,
-    pick_checkpoint,
     print_json,
     print_note,
 )
 from mhmoe_ray.cli.verbs import SuggestingGroup
 
 if TYPE_CHECKING:
-    from mhmoe_ray.cluster.connect import Connection
-    from mhmoe_ray.cluster.serving import Application
-    from mhmoe_ray.runs.directory import RunDir
+    from mhmoe_ray.api.service import Service
 
 
 app = typer.Typer(cls=SuggestingGroup, help="Serve checkpoints.", no_args_is_help=True)
-
-APPLICATION = "mhmoe"
-# Number of CPUs that a local cluster gets in addition to those of the replicas, for the other processes that run on it.
-SERVE_CPUS = 1
-API_KEY_VARIABLE = "MHMOE_API_KEY"
 
 NameArg = Annotated[str, typer.Argument(metavar="[NAME]", help="Name of the application; mhmoe by default.")]
 
@@ -67,22 +58,22 @@ def deploy(
     address: AddressOption = None,
 ) -> None:
     """Serve a run's checkpoint without converting it, in place of the application that has this name now."""
-    from mhmoe_ray.cli import jobs
-    from mhmoe_ray.cli.serve_choice import API_KEYS_VARIABLE, option_overrides, resolve_target, with_environment_keys
-    from mhmoe_ray.serve.config import application_config
+    from mhmoe_ray.api.service import serve
+    from mhmoe_ray.cli.serve_choice import option_overrides
+    from mhmoe_ray.runs.directory import RunDir
 
-    run_dir, path, spec = resolve_target(target, checkpoint, storage, [*set_, *option_overrides(replicas, engine)])
-    spec = spec.model_copy(update={"serve": with_environment_keys(spec.serve)})
-    if spec.serve.host not in ("127.0.0.1", "localhost", "::1") and not spec.serve.keys:
-        note.print(
-            f"warning: any client that reaches {spec.serve.host}:{spec.serve.port} may send requests; set serve.keys "
-            f"or {API_KEYS_VARIABLE} to require a key"
-        )
-    # A local cluster cannot grow, so one that is started now must have room for the largest number of replicas.
-    cpus = spec.serve.replicas.max * spec.serve.cpus_per_replica + SERVE_CPUS
-    connection = jobs.connect_to_cluster(spec.cluster, [run_dir.path], cpus, address)
-    config = application_config(name, path, spec.serve, run_dir.id, _route_prefix(name), spec.cluster.runtime_env)
-    application = _deploy(run_dir, connection, config, spec.serve.host, spec.serve.port, f"of {run_dir.id}")
+    service = serve(
+        target,
+        checkpoint=checkpoint,
+        overrides=[*set_, *option_overrides(replicas, engine)],
+        name=name,
+        storage=storage,
+        address=address,
+        wait=False,
+        on_note=print_note,
+    )
+    _wait_until_running(service)
+    application, run_dir = service.application, RunDir.of_checkpoint(service.checkpoint)
     hint = "ask it" if application.reachable else "ask it on the cluster's machine"
     out.print(
         f"serving {run_dir.id} at {application.url}/v1/completions; {hint}: {curl_command(application.url)}",
@@ -98,29 +89,16 @@ def update(name: NameArg = APPLICATION, checkpoint: CheckpointOption = None, add
     with `--set serve.surge=false`. Old replicas finish the requests that they have begun. If this checkpoint is served
     already, nothing changes; if its deployment failed, it is tried again.
     """
-    from mhmoe_ray.cluster import serving
+    from mhmoe_ray.api.service import Service
     from mhmoe_ray.cluster.connect import connect
-    from mhmoe_ray.runs.directory import RunDir
-    from mhmoe_ray.storage import location
 
-    connection = connect(address)
-    config, host, port = serving.deployed_config(connection, name)
-    previous_path = location(config["args"]["checkpoint"])
-    path, _ = pick_checkpoint(RunDir.of_checkpoint(previous_path), checkpoint, verify_hashes=False)
-    remark = f"in place of {previous_path.name}"
-    if path.name == previous_path.name:
-        # Serve also keeps the configuration of an update that failed, so only the status tells whether the checkpoint
-        # in the configuration is served.
-        status = _application_status(connection, name)
-        if status == "DEPLOYING":
-            _wait_until_running(connection, name, f"{path.name} is being deployed already")
-        if status in ("DEPLOYING", "RUNNING"):
-            out.print(f"{path.name} is {'' if checkpoint else 'the newest checkpoint, and is '}served")
-            return
-        remark = "again"
-    config["args"] = {**config["args"], "checkpoint": str(path)}
-    _deploy(RunDir.of_checkpoint(path), connection, config, host, port, remark)
-    out.print(f"serving {path.name}")
+    service = Service(name, connect(address))
+    result = service.update(checkpoint, wait=False, on_note=print_note)
+    _wait_until_running(service)
+    if result.is_deployed:
+        out.print(f"serving {result.checkpoint}")
+    else:
+        out.print(f"{result.checkpoint} is {'' if checkpoint else 'the newest checkpoint, and is '}served")
 
 
 @app.command()
@@ -128,6 +106,7 @@ def status(address: AddressOption = None, json: JsonOption = False) -> None:
     """Show what is served, and how busy it is (with the key in MHMOE_API_KEY, if the server requires keys)."""
     from dataclasses import asdict
 
+    from mhmoe_ray.api.service import API_KEY_VARIABLE
     from mhmoe_ray.cluster import serving
     from mhmoe_ray.cluster.connect import connect
 
@@ -155,84 +134,28 @@ def status(address: AddressOption = None, json: JsonOption = False) -> None:
 @app.command("down")
 def stop_serving(name: NameArg = APPLICATION, address: AddressOption = None) -> None:
     """Stop serving an application."""
+    from mhmoe_ray.api.service import Service
     from mhmoe_ray.cluster import serving
     from mhmoe_ray.cluster.connect import connect
-    from mhmoe_ray.cluster.serve_removal import remove
 
-    connection = connect(address)
+    service = Service(name, connect(address))
     with detach_on_interrupt(f"Serve goes on. `mhmoe serve down {name}` waits for it again"):
-        remove(connection, name, print_note)
-    remaining_names = [a.name for a in serving.applications(connection)]
+        service.stop(print_note)
+    remaining_names = [a.name for a in serving.applications(service.connection)]
     out.print(f"still served: {', '.join(remaining_names)}" if remaining_names else "nothing is served any more")
 
 
-def _deploy(
-    run: "RunDir", connection: "Connection", config: dict[str, Any], host: str, port: int, remark: str
-) -> "Application":
-    """Deploy an application and return it when it answers.
-
-    Args:
-        run: the run whose checkpoint is served; its directory records that.
-        connection: connection to the cluster.
-        config: Serve's configuration of the application.
-        host: address that Serve's proxy listens on.
-        port: port that Serve's proxy listens on.
-        remark: end of the line that is printed while the application is deployed.
-    """
-    from mhmoe_ray.cluster import serving
-    from mhmoe_ray.storage import location
-
-    name, checkpoint = config["name"], location(config["args"]["checkpoint"]).name
-    # Serve ignores a configuration that it already has, so it starts a failed application again only if something
-    # changes. A random argument is therefore added.
-    if _application_status(connection, name) in ("DEPLOY_FAILED", "UNHEALTHY"):
-        config["args"]["again"] = token_hex(3)
-    url = serving.deploy(connection, config, host, port)
-    # The deployment is recorded before the wait, because Serve continues to deploy and may succeed even if this command
-    # ends early.
-    _record_deployment(run, connection, name, url, checkpoint)
-    return _wait_until_running(connection, name, f"deploying {checkpoint} {remark}")
-
-
-def _application_status(connection: "Connection", name: str) -> str | None:
-    """Return Serve's status of an application; None if the cluster has no application of this name."""
-    from mhmoe_ray.cluster import serving
-
-    return next((a.status for a in serving.applications(connection) if a.name == name), None)
-
-
-def _wait_until_running(connection: "Connection", name: str, message: str) -> "Application":
-    """Print the message, wait until the application answers, and return the application."""
-    from mhmoe_ray.cluster import serving
-
-    with detach_on_interrupt(f"Serve goes on. See: mhmoe serve status; to end it: mhmoe serve down {name}"):
-        note.print(message)
-        return serving.wait_until_running(connection, name, say=print_note)
-
-
-def _record_deployment(run: "RunDir", connection: "Connection", application: str, url: str, checkpoint: str) -> None:
-    """Record in the run directory that the run is served, so that `mhmoe status` can ask the application."""
-    from mhmoe_ray.errors import StorageError
-    from mhmoe_ray.runs import events
-
-    try:
-        events.record(
-            run, "served", application=application, url=url, address=connection.address, checkpoint=checkpoint
-        )
-    # A checkpoint can be served even if its run directory cannot be written, so this is only a warning.
-    except StorageError as e:
-        note.print(f"warning: {e}", soft_wrap=True)
+def _wait_until_running(service: "Service") -> None:
+    """Wait until a service answers; Ctrl-C ends the command, not the deployment."""
+    hint = f"Serve goes on. See: mhmoe serve status; to end it: mhmoe serve down {service.name}"
+    with detach_on_interrupt(hint):
+        service.wait(on_note=print_note)
 
 
 def curl_command(url: str) -> str:
     """Return a shell command that sends a completion request to the server at `url`."""
     body = '{"prompt": "Fellow citizens", "max_tokens": 32}'
     return f"curl {url}/v1/completions -H 'Content-Type: application/json' -d '{body}'"
-
-
-def _route_prefix(name: str) -> str:
-    """Return the URL path of an application: / for the default name, else /NAME."""
-    return "/" if name == APPLICATION else f"/{name}"
 
 
 def _load_table(replicas: list[dict[str, Any]]) -> Table:

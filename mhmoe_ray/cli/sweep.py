@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
-from mhmoe_ray.cli import jobs
 from mhmoe_ray.cli.common import (
     AddressOption,
     DetachOption,
@@ -353,6 +352,7 @@ def _submit_order(
         DataError: the data does not suffice or is missing.
         ClusterError: the cluster cannot be reached, or can never hold a run.
     """
+    from mhmoe_ray.api import connection as checks
     from mhmoe_ray.data.shards.manifest import prepared_key
     from mhmoe_ray.errors import SpecError
     from mhmoe_ray.sweep import client
@@ -365,7 +365,7 @@ def _submit_order(
         reason = f"its runs need {shared_folder} prepared in different ways"
         raise SpecError(f"sweep {directory.name}", reason, "give each way of preparing its own data.prepared")
     for spec in spec_by_preparation.values():
-        jobs.check_training_data(spec)
+        checks.check_training_data(spec)
     client.check_unchanged_specs(directory, selected_runs)
     # A local cluster must hold `concurrent` runs at a time, even if all of them are as large as the largest run.
     cpus = max(spec.cluster.cpus for spec in specs) * concurrent
@@ -373,10 +373,10 @@ def _submit_order(
     # GPUs are checked before a local cluster is started, because it would be of no use with too few GPUs on this
     # machine.
     for spec in specs:
-        jobs.check_gpus_of_this_machine(spec, address)
-    connection = jobs.connect_to_cluster(specs[0].cluster, locations, cpus, address)
+        checks.check_gpus_of_this_machine(spec, address)
+    connection = checks.connect_to_cluster(specs[0].cluster, locations, cpus, address, print_note)
     for spec in specs:
-        jobs.check_capacity(spec, connection)
+        checks.check_capacity(spec, connection, print_note)
     restarted_count = len({run.name for run in selected_runs} & directory.runs().keys())
     remark = f"; {restarted_count} of them were started before" if restarted_count else ""
     note.print(f"sweep {directory.name}: {len(selected_runs)} runs, {concurrent} at a time{remark}", soft_wrap=True)

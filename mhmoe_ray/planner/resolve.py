@@ -1,4 +1,4 @@
-"""Resolve a spec file with shorthands into a complete spec, and find presets by name.
+"""Resolve a spec with shorthands into a complete spec, and find presets by name.
 
 In addition to the sections of a spec, the file may have shorthands:
 
@@ -9,8 +9,7 @@ reference: smoe                model that `plan` compares with, instead of that 
 """
 
 import difflib
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from mhmoe_ray.errors import SpecError
@@ -18,7 +17,7 @@ from mhmoe_ray.planner.match import SEARCH_LIMIT, SOLVED_KEYS, MatchSpec, solve_
 from mhmoe_ray.planner.papers import paper_presets
 from mhmoe_ray.planner.presets import FAMILIES, SIZES, Preset, SizeName, Tree
 from mhmoe_ray.planner.sizes import dense_width
-from mhmoe_ray.spec import ModelSpec, ReferenceSpec, RunSpec, read_tree, validate_section
+from mhmoe_ray.spec import ModelSpec, ReferenceSpec, RunSpec, validate_section
 from mhmoe_ray.spec.base import Section
 from mhmoe_ray.spec.hints import MIN_SIMILARITY
 
@@ -79,22 +78,18 @@ class Shorthands(Section):
     """Match that solves the expert width and the number of experts."""
 
 
-def resolve_spec(
-    path: Path, overrides: Sequence[str] = (), fill_tree: Callable[[Tree, str], Tree] | None = None
-) -> RunSpec:
-    """Read a spec file, replace its shorthands, and return the checked, complete spec.
+def resolve_spec(tree: Tree, label: str, fill_tree: Callable[[Tree, str], Tree] | None = None) -> RunSpec:
+    """Replace the shorthands of a spec's tree, and return the checked, complete spec. `tree` itself may change.
 
     Args:
-        path: path of a YAML file.
-        overrides: `key.path=value` strings, which may set shorthands too.
-        fill_tree: function (tree of the file, label for errors) that returns the tree with more defaults.
+        tree: tree of a spec file (`spec.read_tree`), with overrides applied, which may set shorthands too.
+        label: name of the spec in an error message.
+        fill_tree: function (tree, label) that returns the tree with more defaults.
 
     Raises:
-        SpecError: as in `load_resolved_spec`; also if the file is a sweep, the preset does not exist, a key would be
-            ignored, or a match has no solution.
+        SpecError: as in `validate_section`; also if the tree is that of a sweep, the preset does not exist, a key would
+            be ignored, or a match has no solution.
     """
-    label = f"spec {path}"
-    tree = read_tree(path, overrides)
     if "sizes" in tree and "model" not in tree:
         raise SpecError(label, "it is a sweep, not the spec of one run", "give it to `mhmoe sweep`")
     if fill_tree is not None:

@@ -6,7 +6,8 @@ import threading
 
 import pytest
 
-from mhmoe_ray.cli import logs
+from mhmoe_ray.api import logs
+from mhmoe_ray.api.defaults import ignore_note
 from mhmoe_ray.cluster.connect import Connection
 from mhmoe_ray.runs import events
 from mhmoe_ray.runs.directory import Attempt, add_attempt, create_run
@@ -67,7 +68,7 @@ def test_follower_of_a_worker_gets_all_lines_and_ends_with_the_run(dashboard, en
     run = create_run(tiny_spec(tmp_path))
     add_attempt(run, Attempt("job-1", address, local=True))
     events.record(run, "started", workers=[WORKER])
-    lines = logs._worker_log(run, Connection(address, True, True, None), 0, follow=True)
+    lines = logs._worker_log(run, Connection(address, True, True, None), 0, True, ignore_note)
     assert [next(lines), next(lines)] == ["printed", "step 1"]
     # The second line comes after a second. Until then, the command checks several times whether the run is over.
     threading.Timer(1, second_line_event.set).start()

@@ -6,13 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from mhmoe_ray.cli import plan_estimate
-from mhmoe_ray.cli.plan import as_dict
-from mhmoe_ray.cli.plan_placement import forecast_placement, placement_remarks, planned_placement
+from mhmoe_ray.api.placement import forecast_placement, placement_remarks
+from mhmoe_ray.api.plan import placement_figures, plan
+from mhmoe_ray.api.spec import load_spec
 from mhmoe_ray.cluster.connect import Connection
-from mhmoe_ray.planner.estimate import estimate_step_time
 from mhmoe_ray.planner.placement import Node
-from mhmoe_ray.planner.resolve import resolve_spec
 from tests.cli.run import assert_one_line, mhmoe
 from tests.specs import tiny_spec
 
@@ -33,12 +31,7 @@ def plan_on_paper(*overrides):
 
     It computes the same in this process, without the command.
     """
-    spec = resolve_spec(Path(TRILLION), overrides)
-    placement = planned_placement(spec, 128, 8)
-    return {
-        **as_dict(spec, placement),
-        "estimate": plan_estimate.as_dict(spec, placement.layout, estimate_step_time(spec, placement.layout)),
-    }
+    return plan(load_spec(TRILLION, overrides), nodes=128, gpus=8)
 
 
 def plan_output(folder, *overrides, **env):
@@ -164,8 +157,8 @@ def place_on_nodes(monkeypatch, spec, *free_resources):
     """Return the forecast placement of a spec on a simulated cluster; each node is given as (free CPUs, free GPUs)."""
     nodes = [Node(f"node{i}", *cpus_gpus) for i, cpus_gpus in enumerate(free_resources)]
     connection = Connection("http://cluster:8265", local=False, is_local_machine=False, token=None)
-    monkeypatch.setattr("mhmoe_ray.cluster.connect.connect_if_running", lambda _: connection)
-    monkeypatch.setattr("mhmoe_ray.cluster.nodes.free_nodes", lambda *_: nodes)
+    monkeypatch.setattr("mhmoe_ray.api.placement.connect_if_running", lambda _: connection)
+    monkeypatch.setattr("mhmoe_ray.api.placement.free_nodes", lambda *_: nodes)
     return forecast_placement(spec)
 
 
@@ -185,8 +178,8 @@ def test_elastic_run_starts_with_the_workers_that_fit(monkeypatch):
     small_placement = place_on_nodes(monkeypatch, spec, (2, 0))
     assert small_placement.layout is None
     assert small_placement.shortage.startswith("1 of 2 workers find no place")
-    plan_json = as_dict(spec, placement)
-    four_worker_json = as_dict(spec.with_workers(4), placement)
+    plan_json = placement_figures(spec, placement)
+    four_worker_json = placement_figures(spec.with_workers(4), placement)
     assert plan_json["exchanges"] == four_worker_json["exchanges"]
 
 

@@ -2,8 +2,9 @@
 
 import pytest
 
+from mhmoe_ray.api.serve_target import with_environment_keys
 from mhmoe_ray.checkpoint.manifest import committed_checkpoints
-from mhmoe_ray.cli.serve_choice import option_overrides, resolve_target, with_environment_keys
+from mhmoe_ray.cli.serve_choice import option_overrides, resolve_target
 from mhmoe_ray.errors import CheckpointError, RunError, SpecError
 from mhmoe_ray.spec import ServeSpec, dump_spec
 from tests.checkpoint.huggingface.conftest import MIXTRAL, make_run

@@ -2,7 +2,7 @@ import stat
 
 import pytest
 
-from mhmoe_ray.cli.runs import _attempt_address
+from mhmoe_ray.api.attempts import attempt_address
 from mhmoe_ray.cluster import connect, tokens
 from mhmoe_ray.cluster.connect import _find_named_cluster, _resolve_address, _token, uses_local_cluster
 from mhmoe_ray.cluster.tokens import state_folder
@@ -40,8 +40,8 @@ def test_chosen_cluster_is_used_unless_another_is_named(monkeypatch):
 def test_run_stays_on_its_cluster_after_another_is_chosen(monkeypatch):
     connect.use("lab", "http://head:8265")
     monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://third:8265")
-    assert uses_local_cluster(_attempt_address(Attempt("job", "http://127.0.0.1:23456", local=True)))
-    assert _resolve_address(_attempt_address(Attempt("job", "http://other:8265", local=False))) == "http://other:8265"
+    assert uses_local_cluster(attempt_address(Attempt("job", "http://127.0.0.1:23456", local=True)))
+    assert _resolve_address(attempt_address(Attempt("job", "http://other:8265", local=False))) == "http://other:8265"
 
 
 def test_forgotten_cluster_is_unknown_and_no_longer_chosen():

@@ -3,8 +3,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from mhmoe_ray.checkpoint.start.resolve import load_spec
 from mhmoe_ray.errors import SpecError
-from mhmoe_ray.planner.resolve import all_presets, preset_models, resolve_spec
+from mhmoe_ray.planner.resolve import all_presets, preset_models
 from mhmoe_ray.spec import dump_spec
 
 BASE = {
@@ -22,7 +23,7 @@ def write_spec(tmp_path):
     def write(tree=BASE, overrides=(), **keys):
         path = tmp_path / "spec.yaml"
         path.write_text(yaml.safe_dump({**tree, **keys}))
-        return resolve_spec(path, overrides)
+        return load_spec(path, overrides)
 
     return write
 
@@ -37,7 +38,7 @@ def test_every_preset_makes_a_complete_spec_that_reads_back(write_spec, tmp_path
     assert spec.reference_model == reference
     assert (spec.reference and spec.reference.name) == preset.reference
     (tmp_path / "whole.yaml").write_text(dump_spec(spec))
-    assert resolve_spec(tmp_path / "whole.yaml") == spec
+    assert load_spec(tmp_path / "whole.yaml") == spec
 
 
 def test_keys_of_the_sections_override_a_preset(write_spec):
@@ -172,4 +173,4 @@ def test_torch_and_ray_are_not_imported():
 def test_specs_without_a_preset_stay_the_same():
     from mhmoe_ray.spec import load_resolved_spec
 
-    assert resolve_spec(Path("jobs/quickstart.yaml")) == load_resolved_spec(Path("jobs/quickstart.yaml"))
+    assert load_spec(Path("jobs/quickstart.yaml")) == load_resolved_spec(Path("jobs/quickstart.yaml"))

@@ -8,7 +8,7 @@ from contextlib import aclosing
 import httpx
 import pytest
 
-from mhmoe_ray.cli.serve_choice import with_environment_keys
+from mhmoe_ray.api.serve_target import with_environment_keys
 from mhmoe_ray.errors import SpecError
 from mhmoe_ray.serve.api.access import LocalRateLimiter, TokenBucket
 from mhmoe_ray.serve.api.app import create_app

@@ -36,11 +36,13 @@ CODE_FILES = tuple(Path(__file__).with_name(name) for name in ("configuration_mh
 
 
 class ExportResult(NamedTuple):
-    """Result of an export: the model type in config.json, and the number and bytes of the exported tensors."""
+    """Result of an export: the model type in config.json, the number and bytes of the exported tensors, and the name of
+    the checkpoint."""
 
     model_type: str
     tensors: int
     bytes: int
+    checkpoint: str
 
 
 def export(checkpoint: Location, manifest: CheckpointManifest, target: Path) -> ExportResult:
@@ -143,7 +145,7 @@ def _write_folder(
         dtypes[e.checkpoint_name].itemsize * torch.Size(e.shape).numel() for group in groups for e in group
     )
     write_json(folder / INDEX, {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(names.items()))})
-    return ExportResult(config["model_type"], len(names), total_bytes)
+    return ExportResult(config["model_type"], len(names), total_bytes, checkpoint.name)
 
 
 def _exported_groups(

@@ -22,7 +22,7 @@ from mhmoe_ray.checkpoint.start.source import (
 from mhmoe_ray.errors import SpecError
 from mhmoe_ray.planner.presets import Tree
 from mhmoe_ray.planner.resolve import merge_trees, resolve_spec
-from mhmoe_ray.spec import MoESpec, RunSpec, StartSpec, validate_section
+from mhmoe_ray.spec import MoESpec, RunSpec, StartSpec, read_tree, validate_section
 
 DEFAULT_STORAGE = "runs"
 TOKENIZER_KEYS = {"tokenizer", "tokenizer_pattern", "tokenizer_model", "tokenizer_train_mb"}
@@ -39,13 +39,27 @@ def load_spec(path: Path, overrides: Sequence[str] = (), find_sibling: FindSibli
         find_sibling: function that returns the spec of another run of the same sweep, which `start.from` may name.
 
     Raises:
+        SpecError: as in `read_tree` and `build_spec`.
+        RunError, CheckpointError, DataError: a model that the run starts from cannot be read.
+    """
+    return build_spec(read_tree(path, overrides), f"spec {path}", find_sibling)
+
+
+def build_spec(tree: Tree, label: str, find_sibling: FindSibling | None = None) -> RunSpec:
+    """Return the checked, complete spec of a tree, like `load_spec`. `tree` itself may change.
+
+    Args:
+        tree: the tree, with overrides applied.
+        label: name of the spec in an error message.
+        find_sibling: as in `load_spec`.
+
+    Raises:
         SpecError: as in `resolve_spec`; or the run cannot start from the models that it names.
         RunError, CheckpointError, DataError: a model that the run starts from cannot be read.
     """
     start_models: list[StartModel] = []
-    spec = resolve_spec(
-        path, overrides, partial(_fill_from_start, find_sibling=find_sibling, start_models=start_models)
-    )
+    fill_tree = partial(_fill_from_start, find_sibling=find_sibling, start_models=start_models)
+    spec = resolve_spec(tree, label, fill_tree)
     if spec.start is not None:
         check_start(spec.start, spec.model, start_models)
     return spec

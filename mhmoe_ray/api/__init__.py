@@ -1,0 +1,17 @@
+"""The Python interface: what commands do, for programs too.
+
+    defaults.py       defaults that functions of the interface and commands share
+    spec.py           load a spec
+    plan.py           the figures of a plan
+    placement.py      the nodes that a run's ranks would be on
+    run.py            runs: submit, find, watch, stop, resume, evaluate, export and remove them
+    attempts.py       start, resume, stop and follow the attempts of a run
+    connection.py     the cluster that a job goes to, and checks before it starts there
+    logs.py           the log lines of a run
+    checkpoints.py    the checkpoints of a run
+    evaluation.py     the quality of a checkpoint
+    service.py        a model that a cluster serves
+    serve_target.py   the checkpoint, settings and API keys that are served
+
+Importing a module loads neither torch nor ray; functions load what they need.
+"""

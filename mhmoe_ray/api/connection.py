@@ -1,0 +1,132 @@
+"""The cluster that a job goes to, and the checks of a run and its data before it starts there."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from mhmoe_ray.api.defaults import LOCAL_CPUS, OnNote, ignore_note
+from mhmoe_ray.cluster.connect import Connection, connect_if_running, start
+from mhmoe_ray.cluster.nodes import gpus_of_this_machine, total_nodes
+from mhmoe_ray.errors import ClusterError, SpecError
+from mhmoe_ray.planner.placement import Node, capacity_shortfall
+from mhmoe_ray.spec import ClusterSpec, RunSpec
+from mhmoe_ray.storage import Location
+
+
+def connect_to_cluster(
+    section: ClusterSpec,
+    required_paths: Sequence[Location],
+    cpus: int,
+    address: str | None = None,
+    on_note: OnNote = ignore_note,
+) -> Connection:
+    """Return a connection to the cluster to run on; start a local cluster if none is named and none runs.
+
+    Args:
+        section: cluster section of the spec.
+        required_paths: paths and URLs that the cluster's nodes must reach.
+        cpus: number of logical CPUs that a local cluster must have.
+        address: address of the cluster that the user asked for; None for the default.
+        on_note: function that is called with a line before a cluster is started.
+
+    Raises:
+        ClusterError: the cluster cannot be reached, or the local one has too few logical CPUs.
+        SpecError: a required path is a file path, the cluster is not on this machine, and the section does not set
+            shared_filesystem.
+    """
+    connection = connect_if_running(address)
+    if connection is None:
+        on_note("starting a Ray cluster on this machine; `mhmoe cluster down` ends it")
+        # A local cluster cannot grow, so a cluster that is started for a small job must be large enough to train on
+        # later.
+        connection = start(max(cpus, section.cpus, LOCAL_CPUS))
+    if connection.local_cluster and connection.local_cluster.cpus < cpus:
+        fix = "stop it with `mhmoe cluster down`; the next command starts one that is large enough"
+        raise ClusterError("local cluster", f"it has {connection.local_cluster.cpus} CPUs and {cpus} are needed", fix)
+    # Only file paths are checked. A location in an object store is not a `Path` object, and all nodes can reach it.
+    local_path = next((path for path in required_paths if isinstance(path, Path)), None)
+    if local_path and not connection.is_local_machine and not section.shared_filesystem:
+        reason = f"the nodes of {connection.address} cannot be expected to see {local_path} of this machine"
+        fix = "put storage and data on a file system that all of them mount and set cluster.shared_filesystem"
+        raise SpecError("storage", reason, fix)
+    return connection
+
+
+def connect_to_train(spec: RunSpec, address: str | None = None, on_note: OnNote = ignore_note) -> Connection:
+    """Return a connection to the cluster that will train this spec, after checking that it can hold the run.
+
+    Args:
+        spec: spec of the run.
+        address: address of the cluster; None for the default.
+        on_note: function that is called with a line before a cluster is started, or if the run will wait for nodes.
+
+    Raises:
+        ClusterError: the cluster can never hold the run's workers, or `connect_to_cluster` cannot connect.
+        SpecError: the nodes cannot be expected to see the run's storage and data (see `connect_to_cluster`).
+    """
+    check_gpus_of_this_machine(spec, address)
+    connection = connect_to_cluster(
+        spec.cluster, [spec.storage, spec.data.prepared], spec.cluster.cpus, address, on_note
+    )
+    check_capacity(spec, connection, on_note)
+    return connection
+
+
+def check_gpus_of_this_machine(spec: RunSpec, address: str | None) -> None:
+    """Raise if a run on GPUs needs a new local cluster and this machine has too few GPUs for it.
+
+    Raises:
+        ClusterError: a local cluster would be started, and it could never hold the run.
+    """
+    # A running cluster need not be checked here: it knows its nodes, and `check_capacity` checks it later.
+    if spec.cluster.gpus_per_worker and connect_if_running(address) is None:
+        this_machine = Node("this machine", max(spec.cluster.cpus, LOCAL_CPUS), gpus_of_this_machine())
+        _check_capacity(spec, [this_machine], "local cluster")
+
+
+def check_capacity(spec: RunSpec, connection: Connection, on_note: OnNote = ignore_note) -> None:
+    """Raise if the cluster can never hold the run; if the cluster may grow, call `on_note` with a warning instead.
+
+    Raises:
+        ClusterError: a cluster that does not grow lacks nodes, CPUs or GPUs.
+    """
+    try:
+        _check_capacity(spec, total_nodes(connection), f"cluster {connection.address}")
+    except ClusterError as e:
+        if connection.local:
+            raise
+        on_note(f"warning: {e.reason}; the run waits until nodes join, and `mhmoe status` shows it")
+
+
+def _check_capacity(spec: RunSpec, nodes: list[Node], name: str) -> None:
+    """Raise a ClusterError about the cluster `name` if its nodes cannot hold the run's smallest number of workers."""
+    cluster = spec.cluster
+    # A run starts as soon as there is room for its smallest number of workers, so only this number is checked.
+    shortage = capacity_shortfall(nodes, cluster.cpus_per_worker, cluster.gpus_per_worker, spec.worker_counts[0])
+    if shortage:
+        advice = "set cluster.gpus_per_worker to 0, or " if cluster.gpus_per_worker else "lower cluster.workers, or "
+        raise ClusterError(name, shortage, f"{advice}name a larger cluster with --address")
+
+
+def check_training_data(spec: RunSpec) -> None:
+    """Raise if a spec cannot be trained on its data, prepared or raw, before a job is started that would fail.
+
+    Raises:
+        DataError: the data is not prepared, and text is missing or the chat template cannot be used; or the prepared
+            data does not suffice for the spec or was made with other settings.
+    """
+    # These modules import pyarrow, which only this check of data needs.
+    from mhmoe_ray.checkpoint.start.record import plan_start
+    from mhmoe_ray.data.chat.template import check_template
+    from mhmoe_ray.data.order.mixture import training_order
+    from mhmoe_ray.data.shards.manifest import check_recipe, read_data_manifest
+    from mhmoe_ray.data.sources import find_files
+
+    prepared = read_data_manifest(spec.data.prepared)
+    if prepared:
+        check_recipe(spec.data.prepared, prepared, spec)
+        record = plan_start(spec)
+        training_order(spec, prepared, record.samples_before if record else None)
+    else:
+        find_files(spec.data)
+        if spec.data.chat_sources:
+            check_template(spec.data)

@@ -1,0 +1,181 @@
+"""Placement of a run's ranks on the nodes of a running cluster, of a cluster on paper, or on one assumed node."""
+
+from collections import Counter
+from typing import Any, NamedTuple
+
+from mhmoe_ray.api.defaults import OnNote, ignore_note
+from mhmoe_ray.cluster.connect import connect_if_running
+from mhmoe_ray.cluster.nodes import free_nodes
+from mhmoe_ray.errors import ClusterError
+from mhmoe_ray.planner.placement import Layout, Node, build_layout, hypothetical_nodes, pack_workers
+from mhmoe_ray.planner.traffic import has_rails
+from mhmoe_ray.spec import RunSpec
+from mhmoe_ray.spec.cluster import STREAM_CPUS
+
+ASSUMED_NODE = "one node"
+"""Name of the single node that is assumed if no cluster reports its nodes."""
+
+
+class Placement(NamedTuple):
+    """A placement of a run's ranks on nodes."""
+
+    description: str
+    """Description of the nodes, for a title."""
+    nodes: list[Node]
+    rank_nodes: list[Node]
+    """Node of each rank; there are fewer entries than ranks if the nodes cannot hold all ranks."""
+    layout: Layout | None
+    """Layout of the ranks; None if the nodes cannot hold all ranks."""
+    shortage: str | None
+    """Line about the workers for which the nodes have no room; None if there is room for all."""
+    refusal: str | None
+    """Line with the reason why workers would refuse to start there; None if they would start."""
+    notes: list[str]
+    """Further remarks for the user, a line each."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the placement as `mhmoe plan --json` and `submit --dry-run` print it."""
+        groups = self.layout.groups if self.layout else None
+        rank_counts = Counter(self.rank_nodes)
+        return {
+            "of": self.description,
+            "nodes": [{**node._asdict(), "ranks": rank_counts[node]} for node in self.nodes],
+            "node_of_rank": [node.name for node in self.rank_nodes],
+            "expert_groups": groups.ranks if groups else None,
+            "straddling_groups": groups.straddling_indices if groups else None,
+            "groups_apart": groups.cross_domain_indices if groups else None,
+            "missing": self.shortage,
+            "refused": self.refusal,
+            "notes": self.notes,
+        }
+
+
+def planned_placement(spec: RunSpec, nodes: int, gpus: int) -> Placement:
+    """Return the placement on `nodes` equal nodes on paper, which the spec's workers fill."""
+    domain_size = spec.cluster.network.nodes_per_domain
+    domain_text = f", {domain_size} to a domain" if domain_size else ", all in one domain"
+    planned_nodes = hypothetical_nodes(nodes, gpus * spec.cluster.cpus_per_worker, gpus, domain_size)
+    description = (
+        f"on paper: {_format_nodes(nodes)} of {gpus} GPU{'s' if gpus > 1 else ''}{domain_text if nodes > 1 else ''}"
+    )
+    return _place_workers(spec, description, planned_nodes)
+
+
+def forecast_placement(spec: RunSpec, address: str | None = None, on_note: OnNote = ignore_note) -> Placement:
+    """Return the placement on the cluster that a run would go to.
+
+    Without a cluster that answers, the placement is on one assumed node that holds all workers.
+
+    Args:
+        spec: spec of the run.
+        address: address of the cluster; None for the default.
+        on_note: function that is called with a warning if the cluster does not answer.
+    """
+    cluster, reason = spec.cluster, "no cluster is running"
+    try:
+        connection = connect_if_running(address)
+        if connection:
+            description = f"a forecast: as Ray would pack workers on {connection.address} now"
+            return _place_workers(spec, description, free_nodes(connection, cluster.domain_label), has_stream=True)
+    # A forecast starts nothing, so a cluster that does not answer is only worth a warning.
+    except ClusterError as e:
+        on_note(f"warning: {e}")
+        reason = "the cluster did not answer"
+    workers = cluster.max_world_size
+    assumed_node = Node(ASSUMED_NODE, workers * cluster.cpus_per_worker, workers * cluster.gpus_per_worker)
+    return _place_workers(spec, f"if one node holds all workers: {reason}", [assumed_node])
+
+
+def spec_for_layout(spec: RunSpec, layout: Layout) -> RunSpec:
+    """Return the spec of a run with as many workers as the layout has."""
+    return spec if len(layout.nodes) == spec.cluster.max_world_size else spec.with_workers(len(layout.nodes))
+
+
+def _place_workers(spec: RunSpec, description: str, nodes: list[Node], has_stream: bool = False) -> Placement:
+    """Return the placement of as many workers as would start on these nodes, or the shortage if none would start.
+
+    Args:
+        spec: spec of the run.
+        description: description of the nodes, for a title.
+        nodes: the nodes, with their free CPUs and GPUs.
+        has_stream: whether the data stream needs CPUs of the same nodes.
+    """
+    cluster, counts = spec.cluster, spec.worker_counts
+    cpus, gpus = cluster.cpus_per_worker, cluster.gpus_per_worker
+    free_cpus = sum(node.cpus for node in nodes)
+    rank_nodes = pack_workers(nodes, cpus, gpus, cluster.max_world_size)
+    room = len(rank_nodes)
+    if has_stream and cluster.workers.is_elastic:
+        # An elastic run leaves one CPU for the data stream, because without it no step would begin. train/resilience.py
+        # has the same rule.
+        room = min(room, int((free_cpus - 1) // cpus))
+    count = max((n for n in counts if n <= room), default=0)
+    if not count:
+        resources = f"{cpus} CPU" + (f" and {gpus} GPU" if gpus else "")
+        shortage = (
+            f"{counts[0] - room:,} of {counts[0]:,} workers find no place: each takes {resources}, and the cluster's "
+            f"{_format_nodes(len(nodes))} can hold {room:,} now; Ray starts none before all have a place"
+        )
+        return Placement(description, nodes, rank_nodes, None, shortage, None, [])
+    # An elastic run starts with the largest allowed number of workers that fits, even if there is room for a few more.
+    rank_nodes = rank_nodes[:count]
+    layout = build_layout(rank_nodes, cluster.ep)
+    reason = layout.groups.refusal_reason if cluster.straddling == "refuse" else None
+    refusal = f"cluster.straddling is refuse, so the run would end at once: {reason}" if reason else None
+    notes = [_worker_count_remark(count, cluster.max_world_size), _dispatch_remark(spec, layout)]
+    notes.append(_stream_remark(free_cpus - count * cpus) if has_stream else None)
+    return Placement(description, nodes, rank_nodes, layout, None, refusal, [remark for remark in notes if remark])
+
+
+def _worker_count_remark(count: int, max_count: int) -> str | None:
+    """Return a remark if a run would start with fewer workers than its largest number; None otherwise."""
+    if count == max_count:
+        return None
+    return f"it would start with {count:,} of at most {max_count:,} workers, as there is room for now, and grow later"
+
+
+def _dispatch_remark(spec: RunSpec, layout: Layout) -> str | None:
+    """Return a remark if hierarchical dispatch would be flat in some groups of this layout; None otherwise."""
+    # Hierarchical dispatch needs equally many ranks of a group on each of the group's nodes. In any other group it is
+    # flat.
+    groups = [layout.spread(ranks) for ranks in layout.groups.ranks]
+    flat_count = sum(group.total() > 1 and not has_rails(group) for group in groups)
+    if spec.cluster.dispatch == "flat" or not flat_count:
+        return None
+    group_text = f"{flat_count:,} of {len(groups):,} groups" if len(groups) > 1 else "the only group"
+    return f"cluster.dispatch is hierarchical, but flat in {group_text}: nodes have unequal numbers of ranks"
+
+
+def _stream_remark(free_cpus: float) -> str | None:
+    """Return a remark if workers leave too few free CPUs for the data stream; None otherwise."""
+    if free_cpus < 1:
+        return "workers take every free CPU, and the data stream has none: no step begins before others give one back"
+    if free_cpus < STREAM_CPUS:
+        return f"workers leave {free_cpus:g} CPUs for the data stream, which needs {STREAM_CPUS}: they may wait for it"
+    return None
+
+
+def placement_remarks(placement: Placement) -> list[str]:
+    """Return the lines about a placement that the user should read: problems, notes, and the spread of groups."""
+    lines = [line for line in (placement.shortage, placement.refusal) if line] + placement.notes
+    layout = placement.layout
+    # The spread needs no line if there is a single node or one rank per group, or if the refusal already describes it.
+    if (
+        layout
+        and len(layout.node_groups) > 1
+        and len(layout.groups.ranks) < len(layout.nodes)
+        and not placement.refusal
+    ):
+        groups, remark = layout.groups, "every group lies on one node"
+        if groups.straddling_indices:
+            group_text = f"{len(groups.straddling_indices):,} of {len(groups.ranks):,} groups"
+            remark = (
+                f"{group_text} lie on more than one node, {len(groups.cross_domain_indices) or 'none'} in more than "
+                "one domain"
+            )
+        lines.append(remark)
+    return lines
+
+
+def _format_nodes(count: int) -> str:
+    return "one node" if count == 1 else f"{count:,} nodes"

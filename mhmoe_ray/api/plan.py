@@ -1,0 +1,212 @@
+"""The figures of a plan: sizes, memory and traffic of a run, the placement of its ranks, and estimated step times."""
+
+from typing import Any
+
+from mhmoe_ray.api.defaults import OnNote, ignore_note
+from mhmoe_ray.api.placement import Placement, forecast_placement, planned_placement, spec_for_layout
+from mhmoe_ray.checkpoint.start.record import plan_start
+from mhmoe_ray.data.chat.template import check_template
+from mhmoe_ray.data.shards.manifest import check_recipe, read_data_manifest
+from mhmoe_ray.data.sources.find import source_errors
+from mhmoe_ray.data.tokenizer.load import read_given_tokenizer
+from mhmoe_ray.errors import DataError, SpecError
+from mhmoe_ray.planner.estimate import Estimate, estimate_step_time, exchange_time
+from mhmoe_ray.planner.expert_step import assumed_kernel, expected_drop_share, expert_step
+from mhmoe_ray.planner.match import compare_models
+from mhmoe_ray.planner.memory import checkpoint_copy_bytes, compute_memory
+from mhmoe_ray.planner.placement import Layout, single_node_layout
+from mhmoe_ray.planner.sizes import compute_sizes, flops_per_token, model_parts
+from mhmoe_ray.planner.traffic import Exchange, LinkLoads, all_exchanges, dispatch_exchanges, reduction_exchanges
+from mhmoe_ray.spec import RunSpec, apply_overrides, validate_section
+
+DISPATCHES = ("flat", "hierarchical")
+
+
+def plan(
+    spec: RunSpec,
+    nodes: int | None = None,
+    gpus: int | None = None,
+    address: str | None = None,
+    on_note: OnNote = ignore_note,
+) -> dict[str, Any]:
+    """Return everything that a spec means before anything starts, as `mhmoe plan --json` prints it.
+
+    By default the placement is a forecast for the cluster that the run would go to, if one runs. With `nodes` and
+    `gpus` it is on a cluster on paper, which the run's workers fill, and `estimate` has the times of a step.
+
+    Args:
+        spec: spec of the run.
+        nodes: number of nodes on paper.
+        gpus: number of GPUs of each node on paper, each with one worker.
+        address: address of the cluster; None for the default.
+        on_note: function that is called with a warning if the cluster does not answer.
+
+    Returns:
+        A JSON object. Its key `warnings` has the problems with the data that would end the run before its first step.
+
+    Raises:
+        SpecError: the cluster on paper is incomplete, or the run cannot have as many workers.
+    """
+    if nodes is None and gpus is None:
+        placement = forecast_placement(spec, address, on_note)
+        return plan_figures(spec, placement, data_warnings(spec), is_on_paper=False)
+    if nodes is None or gpus is None or nodes < 1 or gpus < 1 or address is not None:
+        reason = f"a cluster on paper has at least one node and one GPU, and no address ({nodes}, {gpus}, {address})"
+        raise SpecError("plan", reason, "give nodes and gpus")
+    tree = apply_overrides(spec.model_dump(mode="json"), paper_overrides(nodes, gpus))
+    spec = validate_section(RunSpec, tree, f"spec {spec.name}")
+    placement = planned_placement(spec, nodes, gpus)
+    return plan_figures(spec, placement, data_warnings(spec), is_on_paper=True)
+
+
+def paper_overrides(nodes: int, gpus: int) -> list[str]:
+    """Return the overrides with which a run's workers fill a cluster on paper, with one worker per GPU."""
+    return [f"cluster.workers={nodes * gpus}", "cluster.gpus_per_worker=1"]
+
+
+def plan_figures(spec: RunSpec, placement: Placement, warnings: list[str], is_on_paper: bool) -> dict[str, Any]:
+    """Return the JSON object of a plan.
+
+    Args:
+        spec: spec of the run.
+        placement: placement of its ranks.
+        warnings: problems with its data, a line each.
+        is_on_paper: whether the placement is on a cluster on paper, for which step times are estimated.
+    """
+    layout, step = placement.layout, estimate_step(spec, placement.layout)
+    estimate = estimate_figures(spec, layout, step) if is_on_paper and layout and step else None
+    return {**placement_figures(spec, placement), "estimate": estimate, "warnings": warnings}
+
+
+def data_warnings(spec: RunSpec) -> list[str]:
+    """Return the problems with a spec's data that would end a run before its first step, a line each.
+
+    They are missing text and tokenizers, chat templates that cannot be used, or a prepared folder that was made with
+    other settings.
+    """
+    data = spec.data
+    errors: list[DataError] = []
+    try:
+        manifest = read_data_manifest(data.prepared)
+        if manifest is not None:
+            check_recipe(data.prepared, manifest, spec)
+        else:
+            errors += source_errors(data)
+            if data.tokenizer:
+                read_given_tokenizer(data.tokenizer, data.tokenizer_pattern)
+            if data.chat_sources:
+                check_template(data)
+    # A plan may be made before the data exists, so errors in the data are only warnings.
+    except DataError as e:
+        errors.append(e)
+    return [str(error) for error in errors]
+
+
+def placement_figures(spec: RunSpec, placement: Placement) -> dict[str, Any]:
+    """Return the resolved spec and all figures that depend on the spec and the placement alone.
+
+    If the placement has no layout, groups and links are those of a single node.
+    """
+    cluster, moe, reference = spec.cluster, spec.model.moe, spec.reference_model
+    layout = placement.layout or single_node_layout(cluster.max_world_size, cluster.ep)
+    start_record = plan_start(spec)
+    step, rank_memory = expert_step(spec), compute_memory(spec)
+    # With the fewest workers, an elastic run needs the most memory per rank, because the shards are then largest.
+    fewest_workers_memory = compute_memory(spec.with_workers(spec.worker_counts[0]))
+    ratios = compare_models(spec.model, reference) if reference else {}
+    return {
+        "spec": spec.model_dump(mode="json"),
+        "start": start_record.model_dump(mode="json") if start_record else None,
+        "sizes": compute_sizes(spec.model)._asdict(),
+        "parts": [part._asdict() for part in model_parts(spec.model)],
+        "flops_per_token": flops_per_token(spec.model, spec.data.seq_len)._asdict(),
+        "parity": {name: comparison.as_json() for name, comparison in ratios.items()},
+        "kernel": assumed_kernel(spec),
+        "dropped_by_chance": expected_drop_share(moe, spec.tokens_per_micro_batch * moe.heads) if moe else None,
+        "expert_step": {**step._asdict(), "intensity": step.intensity} if step else None,
+        "memory_per_rank": rank_memory.as_json(),
+        "memory_per_rank_of_fewest": fewest_workers_memory.as_json(),
+        "pinned_host_memory_per_rank": checkpoint_copy_bytes(spec) if cluster.gpus_per_worker else 0,
+        "exchanges": [exchange.as_json() for exchange in all_exchanges(spec_for_layout(spec, layout), layout)],
+        "tokens_per_step": spec.tokens_per_step,
+        "tokens": spec.tokens_per_step * spec.train.steps,
+        "layout": {
+            "workers": cluster.workers.max,
+            **cluster.mesh_sizes(),
+            "experts_per_rank": moe.experts // cluster.ep if moe else 0,
+            "expert_groups": layout.groups.ranks,
+            "micro_batches_per_worker": spec.train.micro_batches // cluster.workers.max,
+            "cpus": cluster.cpus,
+            "gpus": cluster.workers.max * cluster.gpus_per_worker,
+        },
+        "placement": placement.as_dict(),
+    }
+
+
+def estimate_step(spec: RunSpec, layout: Layout | None) -> Estimate | None:
+    """Estimate a training step; return None for a run on CPUs, or if the nodes cannot hold the ranks."""
+    # A spec describes the speed of its accelerator but not that of its CPUs, so there is no estimate for a run on CPUs.
+    return (
+        estimate_step_time(spec_for_layout(spec, layout), layout) if layout and spec.cluster.gpus_per_worker else None
+    )
+
+
+def estimate_figures(spec: RunSpec, layout: Layout, step: Estimate) -> dict[str, Any]:
+    """Return the estimate of a step, with its memory and traffic, as `mhmoe plan --json` prints it."""
+    accelerator, rank_memory = spec.cluster.accelerator, compute_memory(spec).total
+    # Scripts read these keys, so the keys must not change when a field of an estimate is renamed.
+    return {
+        "memory": {"needed": rank_memory, "there": accelerator.memory, "fits": rank_memory <= accelerator.memory},
+        "traffic_per_rank": traffic_per_rank(spec, layout),
+        "step": {
+            "parts": [time._asdict() for time in [*step.compute_times, *step.exchange_times]],
+            "longest": step.longest_part._asdict(),
+            **_figures(step),
+        },
+        "dispatches": dispatch_figures(spec, layout, step) if spec.cluster.ep > 1 else {},
+    }
+
+
+def _figures(step: Estimate) -> dict[str, float]:
+    """Return times and rates of a step: with its parts in turn, and with exchanges behind computation."""
+    return {
+        "seconds_in_turn": step.sequential_seconds,
+        "seconds_overlapped": step.overlapped_seconds,
+        "tokens_per_s_in_turn": step.tokens / step.sequential_seconds,
+        "tokens_per_s_overlapped": step.tokens / step.overlapped_seconds,
+        "share_of_peak_flops_in_turn": step.peak_seconds / step.sequential_seconds,
+        "share_of_peak_flops_overlapped": step.peak_seconds / step.overlapped_seconds,
+    }
+
+
+def _bytes_by_link(exchanges: list[Exchange]) -> dict[str, float]:
+    """Return the mean number of bytes that a rank sends in a step, by class of link; empty without exchanges."""
+    link_bytes = [[e.times * sends.mean for sends in e.links] for e in exchanges]
+    return dict(zip(LinkLoads._fields, map(sum, zip(*link_bytes, strict=True)), strict=True)) if link_bytes else {}
+
+
+def traffic_per_rank(spec: RunSpec, layout: Layout) -> dict[str, dict[str, float]]:
+    """Return the mean number of bytes that a rank sends in a step, by exchange and class of link."""
+    rows = {"rows to experts and back": _bytes_by_link(dispatch_exchanges(spec, layout))}
+    return {**rows, **{e.name: _bytes_by_link([e]) for e in reduction_exchanges(spec, layout)}}
+
+
+def dispatch_figures(spec: RunSpec, layout: Layout, step: Estimate) -> dict[str, dict[str, Any]]:
+    """Return the traffic and times of the same run for each kind of dispatch, flat and hierarchical."""
+    figures = {}
+    for name in DISPATCHES:
+        # `step` is the estimate for the spec's own dispatch, so only the other dispatch needs a new estimate.
+        is_current = name == spec.cluster.dispatch
+        cluster = spec.cluster.model_copy(update={"dispatch": name})
+        variant = spec if is_current else spec.model_copy(update={"cluster": cluster})
+        exchanges, variant_step = (
+            dispatch_exchanges(variant, layout),
+            step if is_current else estimate_step_time(variant, layout),
+        )
+        figures[name] = {
+            "sent": _bytes_by_link(exchanges),
+            "seconds": sum(exchange_time(e, variant, layout).seconds for e in exchanges),
+            "seconds_in_turn": variant_step.sequential_seconds,
+            "seconds_overlapped": variant_step.overlapped_seconds,
+        }
+    return figures

@@ -1,0 +1,369 @@
+"""Runs: submit one or find it; then watch, stop, resume, evaluate, export or remove it."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mhmoe_ray.api import attempts
+from mhmoe_ray.api.checkpoints import Checkpoint, list_checkpoints, pick_checkpoint
+from mhmoe_ray.api.connection import check_training_data
+from mhmoe_ray.api.defaults import OnNote, Prior, default_storage, ignore_note
+from mhmoe_ray.api.evaluation import has_domain_experts, load_or_evaluate, make_request
+from mhmoe_ray.api.logs import log_lines, without_colours
+from mhmoe_ray.api.spec import Overrides, override_list
+from mhmoe_ray.cluster.connect import Connection, connect
+from mhmoe_ray.cluster.runs import RunEvents, run_status, state_of
+from mhmoe_ray.errors import RunError, SpecError
+from mhmoe_ray.evaluate.request import Evaluation
+from mhmoe_ray.runs import directory as run_directory
+from mhmoe_ray.runs import events, history
+from mhmoe_ray.runs.directory import RunDir, last_attempt
+from mhmoe_ray.runs.jsonl import Tail
+from mhmoe_ray.spec import RunSpec
+from mhmoe_ray.storage import Location, location, remove_tree
+
+if TYPE_CHECKING:
+    from mhmoe_ray.checkpoint.huggingface.export import ExportResult
+
+
+def submit(spec: RunSpec, address: str | None = None, on_note: OnNote = ignore_note) -> "Run":
+    """Start a run of a spec on a cluster, without waiting for it, and return it.
+
+    Without an address, and if none is in use, a Ray cluster is started on this machine. Missing data is prepared first,
+    as part of the job.
+
+    Args:
+        spec: spec of the run (`load_spec`).
+        address: a Ray cluster: the URL of its dashboard, or its name; None for the default.
+        on_note: function that is called with a line about what is done.
+
+    Raises:
+        DataError: text is missing, or the prepared data does not fit the spec.
+        ClusterError: the cluster cannot be started or reached, or can never hold the run.
+        SpecError: the nodes cannot be expected to see the run's storage and data, or the storage cannot be written.
+        JobError: the cluster does not accept the job.
+    """
+    check_training_data(spec)
+    return Run(attempts.start_run(spec, address, on_note)[0])
+
+
+def find_run(name: str | PathLike[str] | None = None, storage: str | PathLike[str] | None = None) -> "Run":
+    """Return a run by its id, the start of one, or its path; without a name, the newest run.
+
+    Args:
+        name: the run; None for the newest one that was trained here.
+        storage: folder that holds run directories, a path or s3://, gs://; by default MHMOE_STORAGE, else `runs`.
+
+    Raises:
+        RunError: there is no such run, or the name fits several.
+        StorageError: the storage cannot be read.
+    """
+    return Run(run_directory.find_run(None if name is None else str(name), _storage(storage), with_job=True))
+
+
+def list_runs(storage: str | PathLike[str] | None = None) -> list["Run"]:
+    """Return all runs of a storage folder, oldest first.
+
+    Args:
+        storage: folder that holds run directories, a path or s3://, gs://; by default MHMOE_STORAGE, else `runs`.
+
+    Raises:
+        StorageError: the storage cannot be read.
+    """
+    return [Run(run_dir) for run_dir in run_directory.list_runs(_storage(storage))]
+
+
+def _storage(storage: str | PathLike[str] | None) -> Location:
+    return location(default_storage() if storage is None else str(storage))
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run. All that it is stands in its directory, so another process may have its handle too."""
+
+    directory: RunDir
+
+    @property
+    def id(self) -> str:
+        """Name of the run directory: the name in the spec and a suffix that no other run has."""
+        return self.directory.id
+
+    @property
+    def path(self) -> Location:
+        """Path of the run directory."""
+        return self.directory.path
+
+    @property
+    def spec(self) -> RunSpec:
+        """Complete spec of the run.
+
+        Raises:
+            RunError: the run was imported, so it has no spec.
+        """
+        if self.directory.is_imported:
+            reason = "it was imported, not trained here, so it has no spec"
+            raise RunError(f"run {self.id}", reason, "see `mhmoe_ray.load(run).spec` for its model")
+        return self.directory.spec()
+
+    @property
+    def state(self) -> str:
+        """State of the run, for which its cluster is asked unless the run is over.
+
+        It is submitted, preparing, waiting, running, finished, stopped, failed or imported; or unknown if the cluster
+        does not answer.
+        """
+        return state_of(self.directory, events.read(self.directory))[0]
+
+    def status(self) -> dict[str, Any]:
+        """Return the state, progress and quality of the run as `mhmoe status --json` prints them."""
+        return run_status(self.directory)
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """Return the metrics of each step, as in metrics.jsonl: one line per step; of a repeated step only the newest.
+
+        `runs/metrics.py` describes the keys, such as `step`, `loss` and `val_loss`.
+        """
+        return history.read(self.directory)
+
+    def checkpoints(self) -> list[Checkpoint]:
+        """Return the checkpoints of the run, oldest first. Their files are verified when they are used."""
+        return list_checkpoints(self.directory)
+
+    def logs(self, rank: int | None = None, *, follow: bool = False, on_note: OnNote = ignore_note) -> Iterator[str]:
+        """Return the lines of the log of the run's newest attempt, with all workers, or of one worker by its rank.
+
+        If the cluster is gone, they are the lines that the run directory keeps.
+
+        Args:
+            rank: rank of the worker; None for the whole job.
+            follow: whether to go on with new lines until the run ends.
+            on_note: function that is called with a line about where the lines come from.
+
+        Raises:
+            RunError: the run was imported; or no workers have started yet, or there is no such rank.
+            ClusterError, JobError: the lines are neither on the cluster nor in the run directory.
+            TokenError: the cluster asks for another token.
+        """
+        return without_colours(log_lines(self.directory, rank, follow=follow, on_note=on_note))
+
+    def wait(
+        self,
+        timeout: float | None = None,
+        on_event: Callable[[dict[str, Any]], object] | None = None,
+        on_note: OnNote = ignore_note,
+    ) -> str:
+        """Wait until the run is over, and return its state: finished, stopped or imported.
+
+        Ctrl-C ends the wait, not the run.
+
+        Args:
+            timeout: timeout in seconds; None for none.
+            on_event: function that is called with each event of the newest attempt, from its submission on. The key
+                `event` of an event has its kind, `runs/events.py` lists them.
+            on_note: function that is called with a line if the cluster or the storage does not answer for now.
+
+        Raises:
+            JobError: the run failed; the error has the reason.
+            TimeoutError: the run is not over when the timeout ends.
+            ClusterError, StorageError: the cluster or the storage has not answered for a while.
+        """
+        attempt_events = _AttemptEvents(self.directory, on_event)
+        outcome = attempts.wait_for_outcome(
+            self.directory,
+            cache(self._connect),
+            attempt_events.read,
+            on_poll=attempt_events.report,
+            timeout=timeout,
+            on_note=on_note,
+        )
+        # The last events may have been recorded since they were read.
+        attempt_events.read()
+        attempt_events.report()
+        if outcome.state == "failed":
+            raise attempts.failure_error(self.directory, outcome)
+        return outcome.state
+
+    def _connect(self) -> Connection:
+        return connect(last_attempt(self.directory).address)
+
+    def stop(self, now: bool = False, on_note: OnNote = ignore_note) -> str:
+        """End the run, and return its state when it is over; `resume` continues it.
+
+        Its workers finish their step, validate, save a checkpoint and stop. A run whose workers are not training yet
+        is ended at once.
+
+        Args:
+            now: whether to end its job at once, without a last checkpoint.
+            on_note: function that is called with a line about what is waited for.
+
+        Returns:
+            The state, such as stopped. It is unknown if the cluster does not answer: then the workers are asked to stop
+            through the run directory, and this process cannot see whether they do.
+
+        Raises:
+            RunError: the run is over already, or was imported.
+            ClusterError: the cluster does not answer, and only its job could end the run.
+        """
+        outcome = attempts.stop_run(self.directory, now, on_note)
+        return "unknown" if outcome is None else outcome.state
+
+    def resume(
+        self,
+        until: int | None = None,
+        overrides: Overrides = (),
+        address: str | None = None,
+        *,
+        force: bool = False,
+        on_note: OnNote = ignore_note,
+    ) -> None:
+        """Resume the run from its newest complete checkpoint, without waiting for it.
+
+        It must have stopped, failed or lost its cluster. With `until`, it trains longer than its spec says, also if it
+        is finished; a learning rate that has decayed stays at its end, min_lr.
+
+        Args:
+            until: number of steps up to which it trains; None for the number in its spec.
+            overrides: keys of the cluster section to change, such as `{"cluster.workers": 2}`.
+            address: a Ray cluster; None for the one that the run was on.
+            force: whether to resume it even if its cluster does not answer but it wrote something a moment ago.
+            on_note: function that is called with a line about what is done.
+
+        Raises:
+            RunError: the run is running, may still be running, is finished, was imported, or cannot have so many steps.
+            SpecError: an override is wrong or not one of the cluster section.
+            ClusterError, JobError: the cluster cannot be reached or hold the run, or does not accept its job.
+        """
+        attempts.resume_run(self.directory, until, override_list(overrides), address, force=force, on_note=on_note)
+
+    def evaluate(
+        self,
+        text: Sequence[str] = (),
+        *,
+        tasks: Sequence[str] = (),
+        checkpoint: str | None = None,
+        samples: int | None = None,
+        overrides: Overrides = (),
+        task_folders: Sequence[str | PathLike[str]] = (),
+        limit: int | None = None,
+        gpus: int | None = None,
+        prior: Prior | None = None,
+        recompute: bool = False,
+        address: str | None = None,
+        on_note: OnNote = ignore_note,
+    ) -> Evaluation:
+        """Return the quality of a checkpoint, by domain and language, on raw text or in lm-eval's tasks.
+
+        With neither, it is that on the run's held-out text. A job on the cluster computes it, unless the run directory
+        holds the result already.
+
+        Args:
+            text: folders, files or patterns of raw text.
+            tasks: names of lm-eval's tasks; `english` and `xnli` are the papers' lists.
+            checkpoint: name of the checkpoint; None for the newest.
+            samples: largest number of samples of each domain of the text; None for 512.
+            overrides: data keys of a spec, by which the text is read.
+            task_folders: folders of your own tasks, as lm-eval reads them.
+            limit: largest number of questions of each task; None for all.
+            gpus: number of GPUs, 0 or 1; None for as many as a worker of the training had.
+            prior: prior probabilities of the domains, with which all experts of a model with router `domain` predict
+                together; None if the domain of each text is known.
+            recompute: whether to evaluate even if the run directory holds the result.
+            address: a Ray cluster; None for the default.
+            on_note: function that is called with a line about what is done.
+
+        Raises:
+            CheckpointError: there is no such checkpoint, or it is damaged.
+            SpecError: an argument is given without the one that it belongs to, or an override is wrong.
+            RunError: there is neither text nor a task, and the run was imported.
+            DataError: the text is missing.
+            MhmoeError: the job failed; this is the error that it logged.
+        """
+        override_texts = override_list(overrides)
+        if not text and (override_texts or samples):
+            raise SpecError("evaluation", "overrides and samples are about text, and there is none", "name some text")
+        if not tasks and (limit or task_folders):
+            reason = "limit and task_folders are about tasks, and there are none"
+            raise SpecError("evaluation", reason, "name some tasks")
+        # The weights need not be hashed here, because the job loads them and damage shows then.
+        path, manifest = pick_checkpoint(self.directory, checkpoint, verify_hashes=False, on_note=on_note)
+        if prior is not None and not has_domain_experts(manifest.model):
+            reason = "priors are for a model with router domain, and this model has no experts of domains"
+            raise SpecError("evaluation", reason, "leave out the prior")
+        request = make_request(
+            self.directory,
+            path.name,
+            text=text,
+            overrides=override_texts,
+            samples=samples,
+            tasks=tasks,
+            task_folders=task_folders,
+            limit=limit,
+            gpus=gpus,
+            prior=prior,
+        )
+        return load_or_evaluate(self.directory, request, recompute, address, on_note=on_note)
+
+    def export(
+        self, folder: str | PathLike[str], checkpoint: str | None = None, on_note: OnNote = ignore_note
+    ) -> "ExportResult":
+        """Write a checkpoint in Hugging Face's layout, which transformers, vLLM and lm-eval read.
+
+        Args:
+            folder: folder to write; it must not exist, or be empty.
+            checkpoint: name of the checkpoint; None for the newest.
+            on_note: function that is called with a line about what is exported.
+
+        Returns:
+            The model type, and the number and bytes of the tensors.
+
+        Raises:
+            CheckpointError: there is no such checkpoint, it is damaged, or the folder cannot be written.
+        """
+        # The module imports torch.
+        from mhmoe_ray.checkpoint.huggingface.export import export
+
+        # A damaged checkpoint must not be exported, so all of its weights are hashed first.
+        path, manifest = pick_checkpoint(self.directory, checkpoint, verify_hashes=True, on_note=on_note)
+        on_note(f"exporting {path.name} of {self.id}")
+        return export(path, manifest, Path(folder))
+
+    def remove(self, *, force: bool = False) -> None:
+        """Remove the run with all its checkpoints. This cannot be undone.
+
+        Args:
+            force: whether to remove it even if its cluster does not answer but it wrote something a moment ago.
+
+        Raises:
+            RunError: the run is running, may still be running, or is served.
+            TokenError: its cluster asks for another token, so its state is unknown.
+        """
+        attempts.check_removable(self.directory, force)
+        remove_tree(self.path)
+
+
+class _AttemptEvents:
+    """Events of a run's newest attempt, and a function that is called with each of them once."""
+
+    def __init__(self, run: RunDir, on_event: Callable[[dict[str, Any]], object] | None) -> None:
+        self._tail, self._on_event = Tail(run.events_file), on_event
+        self._events: RunEvents = []
+        self._reported_count = 0
+
+    def read(self) -> RunEvents:
+        """Read the new events, and return all from the newest attempt's submission on."""
+        self._events += self._tail.new_lines()
+        if not self._reported_count:
+            submission_indices = [i for i, event in enumerate(self._events) if event["event"] == "submitted"]
+            self._events = self._events[max(submission_indices, default=0) :]
+        return self._events
+
+    def report(self) -> None:
+        """Call the function with each event that was read since the last call."""
+        unreported_events = self._events[self._reported_count :]
+        self._reported_count = len(self._events)
+        if self._on_event is not None:
+            for event in unreported_events:
+                self._on_event(event)

@@ -1,0 +1,139 @@
+"""The run, checkpoint, settings and API keys that are served."""
+
+import os
+from collections.abc import Sequence
+from hashlib import sha256
+from os import PathLike
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from mhmoe_ray.api.checkpoints import pick_checkpoint
+from mhmoe_ray.api.defaults import SPEC_SUFFIXES, OnNote, ignore_note
+from mhmoe_ray.api.spec import load_spec
+from mhmoe_ray.checkpoint.manifest import MANIFEST, read_manifest
+from mhmoe_ray.errors import RunError, SpecError
+from mhmoe_ray.runs.directory import RunDir, find_run, list_runs
+from mhmoe_ray.spec import (
+    DeploySpec,
+    KeySpec,
+    RunSpec,
+    ServeSpec,
+    apply_overrides,
+    load_deploy_spec,
+    parse_overrides,
+    validate_section,
+)
+from mhmoe_ray.storage import Location, location
+
+API_KEYS_VARIABLE = "MHMOE_API_KEYS"
+CLUSTER_KEYS = (["cluster", "shared_filesystem"], ["cluster", "runtime_env"])
+"""Keys of a spec outside the serve section that serving uses too."""
+
+
+def resolve_target(
+    target: str | PathLike[str] | RunSpec | None,
+    checkpoint: str | None,
+    storage: Location | str,
+    overrides: Sequence[str] = (),
+    on_note: OnNote = ignore_note,
+) -> tuple[RunDir, Location, DeploySpec]:
+    """Return the run, checkpoint and spec to serve.
+
+    Args:
+        target: a spec or its file, which stands for its newest run; the folder of a checkpoint; or a run's id, the
+            start of one, or its path. None picks the newest run.
+        checkpoint: name of a checkpoint of the run; None picks the newest.
+        storage: folder that holds run directories, if the target is no spec.
+        overrides: overrides of keys of the spec.
+        on_note: function that is called with a warning for each newer checkpoint that is damaged and therefore skipped.
+
+    Raises:
+        SpecError: an override is not one that serving uses, or a spec is wrong.
+        RunError, CheckpointError: there is no such run or checkpoint, or the checkpoint is damaged.
+    """
+    for keys, _ in parse_overrides(overrides):
+        # An override that has no effect, such as one of train.lr, would mislead the user, so it is an error.
+        if keys[0] != "serve" and keys[:2] not in CLUSTER_KEYS:
+            raise SpecError(f"override {'.'.join(keys)}", "serving does not use it", "set keys of the serve section")
+    if isinstance(target, RunSpec):
+        run = _newest_run(target, f"spec {target.name}", "start one with `mhmoe_ray.submit`")
+        tree = target.model_dump(mode="json", include=set(DeploySpec.model_fields))
+        spec = validate_section(DeploySpec, apply_overrides(tree, overrides), f"spec {target.name}")
+        return run, pick_checkpoint(run, checkpoint, verify_hashes=False, on_note=on_note)[0], spec
+    name, spec_file = None if target is None else str(target), None
+    if name and name.endswith(SPEC_SUFFIXES):
+        spec_file = Path(name)
+        run = _newest_run(load_spec(spec_file), f"spec {name}", f"start one: mhmoe submit {name}")
+    elif name and (location(name) / MANIFEST).exists():
+        path = location(name).absolute()
+        # This call raises an error for a damaged checkpoint, before a replica tries to load it. The manifest that it
+        # returns is not needed.
+        read_manifest(path, ("weights",), describe=None)
+        run = RunDir.of_checkpoint(path)
+        return run, path, load_deploy_spec(None if run.is_imported else run.spec_file, overrides)
+    else:
+        run = find_run(name, storage)
+    # A spec file that the user names replaces the run's own spec, because its serve section may have changed since the
+    # run started.
+    spec = load_deploy_spec(spec_file or (None if run.is_imported else run.spec_file), overrides)
+    return run, pick_checkpoint(run, checkpoint, verify_hashes=False, on_note=on_note)[0], spec
+
+
+def _newest_run(spec: RunSpec, subject: str, fix: str) -> RunDir:
+    """Return the newest run of a spec.
+
+    Args:
+        spec: the spec.
+        subject: name of the spec, for the error.
+        fix: remedy, for the error.
+
+    Raises:
+        RunError: there is no run of it.
+    """
+    runs = [run for run in list_runs(spec.storage) if run.name == spec.name]
+    if not runs:
+        raise RunError(subject, f"{spec.storage} holds no run of it", fix)
+    return runs[-1]
+
+
+def with_environment_keys(spec: ServeSpec) -> ServeSpec:
+    """Return a copy of the spec with the API keys of the environment variable MHMOE_API_KEYS added to its own.
+
+    A key of the environment whose name is also in the spec gets the limits of that name.
+
+    Raises:
+        SpecError: two keys with the same name have different limits, or the environment variable is malformed.
+    """
+    keys_by_name: dict[str, KeySpec] = {}
+    for key in spec.keys:
+        # A client has two keys of one name while a new key replaces the old one. Requests with both keys count against
+        # the same limits, so the limits must be equal.
+        if _with_hash(keys_by_name.setdefault(key.name, key), key.sha256) != key:
+            reason = "two keys of this name have different limits, and limits are counted by name"
+            raise SpecError(
+                f"serve.keys, {key.name}", reason, "give both keys the same limits, or give one another name"
+            )
+    environment_keys = []
+    for pair in filter(None, map(str.strip, os.environ.get(API_KEYS_VARIABLE, "").split(","))):
+        name, _, secret = map(str.strip, pair.partition(":"))
+        if not (name and secret):
+            raise SpecError(API_KEYS_VARIABLE, "it is not NAME:KEY,NAME:KEY", "correct it, or unset it")
+        key_hash = sha256(secret.encode()).hexdigest()
+        try:
+            environment_keys.append(
+                _with_hash(keys_by_name[name], key_hash)
+                if name in keys_by_name
+                else KeySpec(name=name, sha256=key_hash)
+            )
+        # Pydantic's error shows the name, which is the secret if somebody wrote KEY:NAME. The error is therefore not
+        # chained.
+        except ValidationError:
+            reason = "a name has up to 40 letters, digits, dots, dashes and underscores, and one name here breaks this"
+            raise SpecError(API_KEYS_VARIABLE, reason, "correct it, or unset it") from None
+    return spec.model_copy(update={"keys": (*spec.keys, *environment_keys)})
+
+
+def _with_hash(key: KeySpec, key_hash: str) -> KeySpec:
+    """Return a copy of a client's key with another hash; name and limits stay the same."""
+    return key.model_copy(update={"sha256": key_hash})

@@ -1,0 +1,303 @@
+"""A model that a cluster serves over OpenAI's API: deploy a checkpoint, update it, and stop."""
+
+import os
+from dataclasses import dataclass, field
+from math import inf
+from os import PathLike
+from secrets import token_hex
+from typing import Any, NamedTuple
+
+from mhmoe_ray.api.checkpoints import pick_checkpoint
+from mhmoe_ray.api.connection import connect_to_cluster
+from mhmoe_ray.api.defaults import APPLICATION, OnNote, default_storage, ignore_note
+from mhmoe_ray.api.run import Run
+from mhmoe_ray.api.serve_target import API_KEYS_VARIABLE, resolve_target, with_environment_keys
+from mhmoe_ray.api.spec import Overrides, override_list
+from mhmoe_ray.cluster import serving
+from mhmoe_ray.cluster.connect import Connection, connect
+from mhmoe_ray.cluster.serve_removal import remove
+from mhmoe_ray.cluster.serving import Application
+from mhmoe_ray.errors import ServeError, StorageError
+from mhmoe_ray.runs import events
+from mhmoe_ray.runs.directory import RunDir
+from mhmoe_ray.serve.config import application_config
+from mhmoe_ray.spec import RunSpec
+from mhmoe_ray.storage import Location, location
+
+SERVE_CPUS = 1
+"""Number of CPUs that a local cluster gets in addition to those of the replicas, for the other processes on it."""
+API_KEY_VARIABLE = "MHMOE_API_KEY"
+
+
+def serve(
+    target: Run | RunSpec | str | PathLike[str] | None = None,
+    *,
+    checkpoint: str | None = None,
+    overrides: Overrides = (),
+    name: str = APPLICATION,
+    storage: str | PathLike[str] | None = None,
+    address: str | None = None,
+    wait: bool = True,
+    on_note: OnNote = ignore_note,
+) -> "Service":
+    """Serve a checkpoint over OpenAI's API on a cluster, in place of the application that has this name now.
+
+    Without an address, and if none is in use, a Ray cluster is started on this machine. The application stays when this
+    process ends. Clients with keys in MHMOE_API_KEYS (NAME:KEY,NAME:KEY) may send requests, in addition to those of
+    serve.keys; without either, everybody who reaches the port may.
+
+    Args:
+        target: a run; a spec or its file, whose newest run is served with the spec's settings; the folder of a
+            checkpoint; or the id or path of a run. None for the newest run.
+        checkpoint: name of a checkpoint of the run; None for the newest.
+        overrides: keys of the section serve, such as `{"serve.port": 8001}`, and cluster.shared_filesystem and
+            cluster.runtime_env.
+        name: name of the application; a cluster may have several. All but mhmoe answer at /NAME.
+        storage: folder that holds run directories; by default MHMOE_STORAGE, else `runs`.
+        address: a Ray cluster: the URL of its dashboard, or its name; None for the default.
+        wait: whether to wait until it answers.
+        on_note: function that is called with a line about what is done.
+
+    Raises:
+        RunError, CheckpointError: there is no such run or checkpoint, or the checkpoint is damaged.
+        SpecError: the spec or an override is wrong, or the nodes cannot be expected to see the run directory.
+        ClusterError: the cluster cannot be started or reached.
+        ServeError: Serve does not accept the application, cannot listen there, or the application failed.
+    """
+    run, path, spec = resolve_target(
+        str(target.path) if isinstance(target, Run) else target,
+        checkpoint,
+        default_storage() if storage is None else str(storage),
+        override_list(overrides),
+        on_note,
+    )
+    settings = with_environment_keys(spec.serve)
+    if settings.host not in ("127.0.0.1", "localhost", "::1") and not settings.keys:
+        on_note(
+            f"warning: any client that reaches {settings.host}:{settings.port} may send requests; set serve.keys or "
+            f"{API_KEYS_VARIABLE} to require a key"
+        )
+    # A local cluster cannot grow, so one that is started now must have room for the largest number of replicas.
+    cpus = settings.replicas.max * settings.cpus_per_replica + SERVE_CPUS
+    connection = connect_to_cluster(spec.cluster, [run.path], cpus, address, on_note)
+    config = application_config(name, path, settings, run.id, _route_prefix(name), spec.cluster.runtime_env)
+    _deploy(run, connection, config, settings.host, settings.port, f"of {run.id}", on_note)
+    service = Service(name, connection)
+    if wait:
+        service.wait(on_note=on_note)
+    return service
+
+
+def find_service(name: str = APPLICATION, address: str | None = None) -> "Service":
+    """Return a service that was deployed before, by this process or another.
+
+    Args:
+        name: name of the application.
+        address: a Ray cluster: the URL of its dashboard, or its name; None for the default.
+
+    Raises:
+        ClusterError: the cluster cannot be reached.
+        ServeError: there is no such application, or it does not serve a checkpoint.
+    """
+    service = Service(name, connect(address))
+    # This call raises an error for an application that does not serve a checkpoint; its result is not needed.
+    serving.deployed_config(service.connection, name)
+    return service
+
+
+class ServiceUpdate(NamedTuple):
+    """Result of an update of a service."""
+
+    checkpoint: str
+    """Name of the checkpoint that is served."""
+    is_deployed: bool
+    """Whether the update deployed it. If not, it was served already."""
+
+
+@dataclass(frozen=True)
+class Service:
+    """An application on a cluster that serves a checkpoint of a run. Other processes may have handles of it, too."""
+
+    name: str
+    connection: Connection = field(repr=False)
+
+    @property
+    def application(self) -> Application:
+        """State of the application: URL, whether this machine can reach it, status, message and checkpoint.
+
+        Raises:
+            ServeError: it is gone.
+            ClusterError: the cluster does not answer.
+        """
+        for application in serving.applications(self.connection):
+            if application.name == self.name:
+                return application
+        raise ServeError(f"application {self.name}", "it is gone from the cluster", "deploy it again")
+
+    @property
+    def url(self) -> str:
+        """URL at which it answers; completions are at /v1/completions below it.
+
+        Raises:
+            ServeError: the application is gone.
+            ClusterError: the cluster does not answer.
+        """
+        return self.application.url
+
+    @property
+    def checkpoint(self) -> Location:
+        """Path of the checkpoint that it serves, or that is being deployed.
+
+        Raises:
+            ServeError: the application is gone, or another one has its name that does not serve a checkpoint.
+            ClusterError: the cluster does not answer.
+        """
+        return _checkpoint_of(self.application)
+
+    def wait(self, timeout: float | None = None, on_note: OnNote = ignore_note) -> None:
+        """Wait until it answers. Ctrl-C ends the wait, not the deployment.
+
+        Args:
+            timeout: timeout in seconds, which counts only while the cluster answers; None for none.
+            on_note: function that is called with a line of progress now and then.
+
+        Raises:
+            ServeError: the application failed, is gone, or does not run in time.
+            ClusterError: the cluster gave no answer for too long.
+        """
+        serving.wait_until_running(self.connection, self.name, inf if timeout is None else timeout, say=on_note)
+
+    def stats(self, key: str | None = None) -> dict[str, Any]:
+        """Return the statistics of its replicas, as `mhmoe serve status --json` prints them.
+
+        Args:
+            key: API key, if the service asks for one; by default that of MHMOE_API_KEY.
+
+        Raises:
+            ServeError: the application is gone, asks for a key, or cannot be reached from here.
+            ClusterError: the cluster does not answer.
+        """
+        application = self.application
+        # Applications that are not from this project must not see the key, which is a secret.
+        _checkpoint_of(application)
+        key = key or os.environ.get(API_KEY_VARIABLE, "").strip() or None
+        stats = serving.application_stats(application, key)
+        if isinstance(stats, str):
+            raise ServeError(f"application {self.name}", stats, "see `mhmoe serve status`")
+        return stats
+
+    def update(
+        self, checkpoint: str | None = None, *, wait: bool = True, on_note: OnNote = ignore_note
+    ) -> ServiceUpdate:
+        """Serve a newer checkpoint of the same run, without refusing a request.
+
+        New replicas start before old ones end, so the cluster needs room for both, unless serve.surge is false. Old
+        replicas finish the requests that they have begun. If the checkpoint is served already, nothing changes; if its
+        deployment failed, it is tried again.
+
+        Args:
+            checkpoint: name of the checkpoint; None for the newest.
+            wait: whether to wait until it is served.
+            on_note: function that is called with a line about what is done.
+
+        Raises:
+            CheckpointError: there is no such checkpoint, or it is damaged.
+            ServeError: the application is gone or failed.
+            ClusterError: the cluster does not answer.
+        """
+        config, host, port = serving.deployed_config(self.connection, self.name)
+        previous_path = location(config["args"]["checkpoint"])
+        run = RunDir.of_checkpoint(previous_path)
+        path, _ = pick_checkpoint(run, checkpoint, verify_hashes=False, on_note=on_note)
+        is_deployed, remark = True, f"in place of {previous_path.name}"
+        if path.name == previous_path.name:
+            # Serve also keeps the configuration of an update that failed, so only the status tells whether the
+            # checkpoint in the configuration is served.
+            status = _application_status(self.connection, self.name)
+            is_deployed, remark = status not in ("DEPLOYING", "RUNNING"), "again"
+            if status == "DEPLOYING":
+                on_note(f"{path.name} is being deployed already")
+        if is_deployed:
+            config["args"] = {**config["args"], "checkpoint": str(path)}
+            _deploy(run, self.connection, config, host, port, remark, on_note)
+        if wait:
+            self.wait(on_note=on_note)
+        return ServiceUpdate(path.name, is_deployed)
+
+    def stop(self, on_note: OnNote = ignore_note) -> None:
+        """Stop serving, and wait until running requests are finished and the application is gone.
+
+        Args:
+            on_note: function that is called with a line of progress now and then.
+
+        Raises:
+            ServeError: there is no such application any more.
+            ClusterError: the cluster does not answer.
+        """
+        remove(self.connection, self.name, on_note)
+
+
+def _checkpoint_of(application: Application) -> Location:
+    """Return the path of the checkpoint that an application serves.
+
+    Raises:
+        ServeError: it does not serve a checkpoint.
+    """
+    if application.checkpoint is None:
+        reason = "it serves no checkpoint of a run"
+        raise ServeError(f"application {application.name}", reason, "see `mhmoe serve status`")
+    return location(application.checkpoint)
+
+
+def _deploy(
+    run: RunDir,
+    connection: Connection,
+    config: dict[str, Any],
+    host: str,
+    port: int,
+    remark: str,
+    on_note: OnNote,
+) -> None:
+    """Deploy an application without waiting for it, and record that in the run directory.
+
+    Args:
+        run: the run whose checkpoint is served.
+        connection: connection to the cluster.
+        config: Serve's configuration of the application.
+        host: address that Serve's proxy listens on.
+        port: port that Serve's proxy listens on.
+        remark: end of the line about the deployment.
+        on_note: function that is called with that line.
+    """
+    name, checkpoint = config["name"], location(config["args"]["checkpoint"]).name
+    # Serve ignores a configuration that it already has, so it starts a failed application again only if something
+    # changes. A random argument is therefore added.
+    if _application_status(connection, name) in ("DEPLOY_FAILED", "UNHEALTHY"):
+        config["args"]["again"] = token_hex(3)
+    url = serving.deploy(connection, config, host, port)
+    # The deployment is recorded before anything waits for it, because Serve continues to deploy and may succeed even if
+    # this process ends early.
+    _record_deployment(run, connection, name, url, checkpoint, on_note)
+    on_note(f"deploying {checkpoint} {remark}")
+
+
+def _application_status(connection: Connection, name: str) -> str | None:
+    """Return Serve's status of an application; None if the cluster has no application of this name."""
+    return next((a.status for a in serving.applications(connection) if a.name == name), None)
+
+
+def _record_deployment(
+    run: RunDir, connection: Connection, application: str, url: str, checkpoint: str, on_note: OnNote
+) -> None:
+    """Record in the run directory that the run is served, so that `mhmoe status` can ask the application."""
+    fields = {"application": application, "url": url, "address": connection.address, "checkpoint": checkpoint}
+    try:
+        events.record(run, "served", **fields)
+    # A checkpoint can be served even if its run directory cannot be written, so this is only a warning.
+    except StorageError as e:
+        on_note(f"warning: {e}")
+
+
+def _route_prefix(name: str) -> str:
+    """Return the URL path of an application: / for the default name, else /NAME."""
+    return "/" if name == APPLICATION else f"/{name}"

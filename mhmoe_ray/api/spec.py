@@ -1,0 +1,65 @@
+"""Loading of a spec from a file or from a mapping."""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mhmoe_ray.checkpoint.start import resolve
+from mhmoe_ray.spec import RunSpec, apply_overrides
+
+Overrides = Sequence[str] | Mapping[str, Any]
+"""Overrides of keys of a spec: `["train.steps=50"]`, with values in YAML, or `{"train.steps": 50}`."""
+
+
+def load_spec(source: str | os.PathLike[str] | Mapping[str, Any], overrides: Overrides = ()) -> RunSpec:
+    """Return the complete spec of a YAML file or of a mapping with the same keys.
+
+    Presets, matches and the defaults of a `start` section are resolved, and relative paths become absolute from the
+    current directory.
+
+    Args:
+        source: path of a YAML file such as jobs/quickstart.yaml, or a mapping.
+        overrides: keys that replace those of the source, such as `["train.steps=50"]` or `{"train.steps": 50}`.
+
+    Raises:
+        SpecError: the file cannot be read, or a key, a value or an override is wrong.
+        RunError, CheckpointError, DataError: a model that the run starts from cannot be read.
+    """
+    override_texts = override_list(overrides)
+    if isinstance(source, Mapping):
+        tree = apply_overrides(_plain_tree(source), override_texts)
+        spec = resolve.build_spec(tree, f"spec {tree.get('name', '')}".strip())
+    else:
+        spec = resolve.load_spec(Path(source), override_texts)
+    return spec.with_absolute_paths(Path.cwd())
+
+
+def override_list(overrides: Overrides) -> list[str]:
+    """Return overrides as a list of `key.path=value` strings, whose values are YAML."""
+    if isinstance(overrides, Mapping):
+        return [f"{key}={_yaml_value(value)}" for key, value in overrides.items()]
+    # A string is a sequence too, of its characters.
+    return [overrides] if isinstance(overrides, str) else list(overrides)
+
+
+def _yaml_value(value: Any) -> str:
+    """Return a value as YAML in one line."""
+    text = yaml.safe_dump(_plain_value(value), default_flow_style=True, allow_unicode=True, width=float("inf"))
+    # YAML ends a document that is a bare scalar with a line of dots.
+    return text.removesuffix("...\n").rstrip("\n")
+
+
+def _plain_tree(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a copy of a spec's mapping as YAML would give it: with plain dictionaries and lists, and paths as text."""
+    return {key: _plain_value(value) for key, value in tree.items()}
+
+
+def _plain_value(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return _plain_tree(value)
+    if isinstance(value, list | tuple):
+        return [_plain_value(item) for item in value]
+    return os.fspath(value) if isinstance(value, os.PathLike) else value

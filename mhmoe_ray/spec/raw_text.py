@@ -1,0 +1,43 @@
+"""Sections of a spec for raw text that a user names by its paths, without a spec."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mhmoe_ray.spec.cluster import ClusterSpec
+from mhmoe_ray.spec.data import DataSpec, absolute_path
+from mhmoe_ray.spec.load import apply_overrides, validate_section
+
+
+def raw_text_sections(paths: Sequence[str], overrides: Sequence[str] = ()) -> tuple[DataSpec, ClusterSpec]:
+    """Return the sections data and cluster for raw text, in which each path is a source.
+
+    Args:
+        paths: folders, files, patterns or URLs. A source has the name of its path's last part without a pattern, with
+            dashes added if another source has that name.
+        overrides: overrides of keys of the sections data and cluster.
+
+    Raises:
+        SpecError: an override is wrong.
+    """
+    sources: dict[str, Any] = {}
+    for path in paths:
+        parts = [part for part in path.partition("?")[0].split("/") if part and "*" not in part]
+        name = parts[-1] if parts else "text"
+        # Several paths may end with the same name, but each source needs a name of its own.
+        while name in sources:
+            name += "-"
+        sources[name] = {"path": absolute_path(Path.cwd(), path)}
+    # A data section must have the keys `prepared` and `seq_len`. Raw text below `prepared` is skipped, so `prepared` is
+    # the null device, which holds no text. seq_len has no meaning for raw text.
+    tree: dict[str, Any] = {"data": {"sources": sources, "prepared": os.devnull, "seq_len": 1}, "cluster": {}}
+    apply_overrides(tree, overrides)
+    label = f"text {', '.join(paths)}"
+    data, cluster = (
+        validate_section(DataSpec, tree["data"], label, "data."),
+        validate_section(ClusterSpec, tree["cluster"], label),
+    )
+    # The job has another working directory.
+    given_paths = {"tokenizer": data.tokenizer, "chat_template": data.chat_template}
+    return data.model_copy(update={key: Path.cwd() / path for key, path in given_paths.items() if path}), cluster
