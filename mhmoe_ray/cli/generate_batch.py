@@ -213,7 +213,6 @@ def _start_or_find_job(
     """
     from mhmoe_ray.cluster import remote
     from mhmoe_ray.cluster.jobs import find_alive
-    from mhmoe_ray.errors import StorageError
     from mhmoe_ray.serve.batch.job import OUTPUT_KEY, BatchJob
     from mhmoe_ray.storage import location
 
@@ -236,10 +235,7 @@ def _start_or_find_job(
         output.check_request(request, is_first=False)
         note.print(f"job {name} answers into this folder already", soft_wrap=True)
         return remote.SubmittedJob(connection, job, name)
-    try:
-        output.write_request(request)
-    except OSError as e:
-        raise StorageError(f"output {output.folder}", e.strerror or str(e), "name another folder with --output") from e
+    output.write_request(request)
     return remote.submit(connection, spec.cluster.runtime_env, job)
 
 

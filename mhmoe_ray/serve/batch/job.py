@@ -18,7 +18,7 @@ from mhmoe_ray.serve.batch.rows import AnswerCounts
 from mhmoe_ray.serve.chat_template import ChatTemplate
 from mhmoe_ray.serve.load import check_engine
 from mhmoe_ray.spec import ServeSpec
-from mhmoe_ray.storage import describe_file, location, remove_partial_files
+from mhmoe_ray.storage import describe_file, location
 
 PROGRESS_SECONDS = 5.0
 """Least time between two lines about progress."""
@@ -111,9 +111,7 @@ def _answer_missing_rows(job: BatchJob) -> None:
             if report.is_due(counts.rows):
                 _print_line(report.line())
     assert counts.rows == request.input.rows, counts
-    # Workers that were killed while they wrote a chunk leave partial files.
-    remove_partial_files(output.folder)
-    output.write_summary(counts)
+    output.complete(counts)
 
 
 def _print_line(line: str) -> None:

@@ -10,17 +10,20 @@ names that begin with an underscore.
 """
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
 
 from mhmoe_ray.data.sources.columns import PYARROW_ERRORS
-from mhmoe_ray.errors import DataError
+from mhmoe_ray.data.sources.storage import short_message
+from mhmoe_ray.errors import DataError, StorageError
 from mhmoe_ray.serve.batch.formats import FORMATS
 from mhmoe_ray.serve.batch.request import BatchRequest
 from mhmoe_ray.serve.batch.rows import AnswerCounts
-from mhmoe_ray.storage import Location, replace_file, write_json
+from mhmoe_ray.storage import Location, remove_partial_files, replace_file, write_json
 
 M = TypeVar("M", bound=BaseModel)
 _CHUNK_NAME = re.compile(r"chunk-(\d{8,})\.\w+")
@@ -28,9 +31,20 @@ _CHUNK_NAME = re.compile(r"chunk-(\d{8,})\.\w+")
 
 @dataclass(frozen=True)
 class BatchOutput:
-    """Output folder of a batch inference; it may not exist yet."""
+    """Output folder of a batch inference; it may not exist yet.
+
+    All methods raise a StorageError if the folder cannot be read or written.
+    """
 
     folder: Location
+
+    @contextmanager
+    def _report_storage_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as e:
+            fix = "correct the path or repair its storage, then give the command again"
+            raise StorageError(f"output {self.folder}", e.strerror or short_message(e), fix) from e
 
     @property
     def request_file(self) -> Location:
@@ -50,16 +64,19 @@ class BatchOutput:
         Raises:
             DataError: the request is damaged, or the folder holds other files without a request.
         """
-        if not self.request_file.exists():
+        if request := self._read_model(self.request_file, BatchRequest):
+            return request
+        with self._report_storage_errors():
             # On an object store, a folder without objects does not exist.
-            if self.folder.exists() and next(iter(self.folder.iterdir()), None) is not None:
-                raise DataError(f"output {self.folder}", "it is no folder of answers", "give a new or an empty one")
-            return None
-        return _read_model(self.request_file, BatchRequest)
+            is_used = self.folder.exists() and next(iter(self.folder.iterdir()), None) is not None
+        if is_used:
+            raise DataError(f"output {self.folder}", "it is no folder of answers", "give a new or an empty one")
+        return None
 
     def write_request(self, request: BatchRequest) -> None:
         """Store a request, in place of one without chunks."""
-        write_json(self.request_file, request.model_dump(mode="json"))
+        with self._report_storage_errors():
+            write_json(self.request_file, request.model_dump(mode="json"))
 
     def check_request(self, request: BatchRequest, is_first: bool) -> None:
         """Check that the folder is for a request.
@@ -82,7 +99,8 @@ class BatchOutput:
 
     def present_chunks(self) -> set[int]:
         """Return the numbers of the chunks that are there."""
-        matches = (_CHUNK_NAME.fullmatch(path.name) for path in self.folder.glob("chunk-*"))
+        with self._report_storage_errors():
+            matches = [_CHUNK_NAME.fullmatch(path.name) for path in self.folder.glob("chunk-*")]
         return {int(match[1]) for match in matches if match}
 
     def missing_chunks(self, request: BatchRequest) -> list[int]:
@@ -92,7 +110,8 @@ class BatchOutput:
 
     def write_chunk(self, request: BatchRequest, chunk: int, content: bytes) -> None:
         """Publish the file of a chunk in one step."""
-        replace_file(self.chunk_file(request, chunk), content)
+        with self._report_storage_errors():
+            replace_file(self.chunk_file(request, chunk), content)
 
     def count_chunk(self, request: BatchRequest, chunk: int) -> AnswerCounts:
         """Count the answers in the file of a chunk.
@@ -101,7 +120,8 @@ class BatchOutput:
             DataError: the file has not the rows of the chunk.
         """
         path = self.chunk_file(request, chunk)
-        content = path.read_bytes()
+        with self._report_storage_errors():
+            content = path.read_bytes()
         try:
             counts = FORMATS[request.input.format].count(content)
         # Another program may have written something else into the file.
@@ -114,20 +134,24 @@ class BatchOutput:
 
     def stored_summary(self) -> AnswerCounts | None:
         """Return the counts of all answers; None if the folder was never complete."""
-        return _read_model(self.summary_file, AnswerCounts) if self.summary_file.exists() else None
+        return self._read_model(self.summary_file, AnswerCounts)
 
-    def write_summary(self, counts: AnswerCounts) -> None:
-        """Store the counts of all answers, which marks the folder as complete."""
-        write_json(self.summary_file, counts.model_dump())
+    def complete(self, counts: AnswerCounts) -> None:
+        """Store the counts of all answers, which marks the folder as complete; no process may write chunks any more."""
+        with self._report_storage_errors():
+            # Workers that were killed while they wrote a chunk leave partial files.
+            remove_partial_files(self.folder)
+            write_json(self.summary_file, counts.model_dump())
 
+    def _read_model(self, path: Location, model: type[M]) -> M | None:
+        """Read a file of JSON as a model; return None if there is no such file.
 
-def _read_model(path: Location, model: type[M]) -> M:
-    """Read a file of JSON as a model.
-
-    Raises:
-        DataError: the file has another content.
-    """
-    try:
-        return model.model_validate_json(path.read_text())
-    except ValidationError as e:
-        raise DataError(f"file {path}", "it is damaged, or of another version", "give another output folder") from e
+        Raises:
+            DataError: the file has another content.
+        """
+        with self._report_storage_errors():
+            content = path.read_text() if path.exists() else None
+        try:
+            return None if content is None else model.model_validate_json(content)
+        except ValidationError as e:
+            raise DataError(f"file {path}", "it is damaged, or of another version", "give another output folder") from e

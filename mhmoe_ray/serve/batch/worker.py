@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 
-from mhmoe_ray.errors import MhmoeError, ServeError, StorageError
+from mhmoe_ray.errors import MhmoeError, ServeError
 from mhmoe_ray.serve.answer import join_pieces
 from mhmoe_ray.serve.batch.formats import FORMATS
 from mhmoe_ray.serve.batch.output import BatchOutput
@@ -151,11 +151,7 @@ class ChunkWorker:
         except EngineError as e:
             raise _engine_error(e) from e
         content = file_format.encode(chunk.rows, answers, request.sampling.logprobs is not None)
-        try:
-            self._output.write_chunk(request, chunk.number, content)
-        except OSError as e:
-            reason = f"chunk {chunk.number} cannot be written on {socket.gethostname()}: {e.strerror or e}"
-            raise StorageError(f"output {self._output.folder}", reason, "repair it, then give the command again") from e
+        self._output.write_chunk(request, chunk.number, content)
         return AnswerCounts.of_rows([answer._asdict() for answer in answers])
 
     async def _answer_rows(self, rows: Sequence[Any], first_row: int) -> list[RowAnswer]:

@@ -3,12 +3,14 @@
 import json
 import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from mhmoe_ray.serve.batch.pipeline import CHUNK_RETRIES
 from tests.cli.run import assert_one_line, command, mhmoe
 from tests.faults.harness import kill
 from tests.watch import end_by_ctrl_c, wait_until
@@ -146,6 +148,31 @@ def test_error_of_a_worker_is_one_line_and_a_job_can_be_cancelled(tmp_path, loca
     assert 0 < chunk_count(tmp_path / "out") < 2000 // 128
     assert mhmoe(tmp_path, *words).code == 0
     assert len(read_output(tmp_path / "out")) == 2000
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_chunk_that_loses_each_of_its_workers_ends_the_job_in_one_line(tmp_path, local_cluster, batch_run):
+    """A row for which the memory does not suffice, for example, must not kill workers without end."""
+    # A chunk of so many rows takes longer than each worker lives.
+    path = write_input(tmp_path / "in.jsonl", [{"prompt": "a"}] * 20_000)
+    process = start(tmp_path, generate_words(batch_run, path, tmp_path / "out", *OPTIONS, "--chunk-rows", "20000"))
+    try:
+        job = running_job(tmp_path / "out")
+        killed_pids: set[int] = set()
+        for _ in range(CHUNK_RETRIES + 1):
+            [pid] = wait_until(lambda: worker_pids(job) - killed_pids, "a worker")
+            time.sleep(2)
+            kill(pid)
+            killed_pids.add(pid)
+        err = process.communicate(timeout=120)[1]
+    finally:
+        process.kill()
+    assert process.returncode == 9, err
+    assert err.splitlines()[-1].startswith(
+        "error: the workers: a worker died, and so did 5 that computed the same chunk"
+    )
+    assert "Traceback" not in err
 
 
 @pytest.mark.long

@@ -2,13 +2,14 @@
 
 import pytest
 
-from mhmoe_ray.errors import DataError
+from mhmoe_ray.errors import DataError, StorageError
 from mhmoe_ray.serve.batch.job import BatchJob, ProgressReport, _check
 from mhmoe_ray.serve.batch.output import BatchOutput
 from mhmoe_ray.serve.batch.rows import AnswerCounts
 from mhmoe_ray.spec import ServeSpec
 from mhmoe_ray.storage import location
 
+from ..conftest import free_port
 from .conftest import GREEDY, answer_here, make_request, read_output, served_texts, write_input
 
 PROMPTS = [f"the {i}" for i in range(12)]
@@ -82,6 +83,27 @@ def test_folder_of_something_else_is_refused(tmp_path, request_of_five):
         output.stored_request()
 
 
+def test_storage_out_of_reach_is_one_line(tmp_path, request_of_five, monkeypatch):
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    query = f"region=us-east-1&scheme=http&endpoint_override=127.0.0.1:{free_port()}&connect_timeout=1"
+    for output in (BatchOutput(location(f"s3://bucket/out?{query}")), BatchOutput(tmp_path / "in.jsonl" / "out")):
+        with pytest.raises(StorageError) as raised:
+            output.write_request(request_of_five)
+        assert str(raised.value).startswith(f"output {output.folder}: ")
+        assert "\n" not in str(raised.value)
+
+
+def test_partial_files_of_killed_workers_are_removed(tmp_path, request_of_five):
+    output = BatchOutput(tmp_path / "out")
+    answer_here(request_of_five, output.folder)
+    (output.folder / ".chunk-00000001.jsonl.0123abcd.partial").touch()
+    output.complete(AnswerCounts(rows=12))
+    assert sorted(path.name for path in output.folder.iterdir()) == [
+        "_summary.json",
+        *(f"chunk-0000000{chunk}.jsonl" for chunk in range(3)),
+    ]
+
+
 def test_damaged_chunk_is_one_line(tmp_path, request_of_five):
     output = BatchOutput(tmp_path / "out")
     answer_here(request_of_five, output.folder)
@@ -103,7 +125,7 @@ def test_output_may_be_on_an_object_store(s3, request_of_five, server):
     answer_here(request_of_five, folder)
     assert output.missing_chunks(request_of_five) == []
     counts = sum((output.count_chunk(request_of_five, chunk) for chunk in range(3)), AnswerCounts())
-    output.write_summary(counts)
+    output.complete(counts)
     assert output.stored_summary() == counts
     assert counts.rows == 12
 
