@@ -373,10 +373,10 @@ def _submit_order(
     # GPUs are checked before a local cluster is started, because it would be of no use with too few GPUs on this
     # machine.
     for spec in specs:
-        jobs.check_gpus_of_this_machine(spec, address)
+        jobs.check_gpus_of_this_machine(jobs.WorkerDemand.of_training(spec), spec.cluster.cpus, address)
     connection = jobs.connect_to_cluster(specs[0].cluster, locations, cpus, address)
     for spec in specs:
-        jobs.check_capacity(spec, connection)
+        jobs.check_capacity(jobs.WorkerDemand.of_training(spec), connection)
     restarted_count = len({run.name for run in selected_runs} & directory.runs().keys())
     remark = f"; {restarted_count} of them were started before" if restarted_count else ""
     note.print(f"sweep {directory.name}: {len(selected_runs)} runs, {concurrent} at a time{remark}", soft_wrap=True)
