@@ -11,11 +11,10 @@ from mhmoe_ray.checkpoint.tokenizer import load_run_tokenizer
 from mhmoe_ray.errors import DataError, logging_errors
 from mhmoe_ray.remote import RemoteJob
 from mhmoe_ray.runs.directory import RunDir
-from mhmoe_ray.serve.answer import boundary_texts
+from mhmoe_ray.serve.answer import load_chat_template
 from mhmoe_ray.serve.batch.output import BatchOutput
 from mhmoe_ray.serve.batch.request import BatchRequest
 from mhmoe_ray.serve.batch.rows import AnswerCounts
-from mhmoe_ray.serve.chat_template import ChatTemplate
 from mhmoe_ray.serve.load import check_engine
 from mhmoe_ray.spec import ServeSpec
 from mhmoe_ray.storage import describe_file, location
@@ -90,7 +89,7 @@ def _check(job: BatchJob) -> None:
     manifest = read_manifest(checkpoint, ("weights",), describe=None)
     check_engine(manifest, job.serve)
     tokenizer = load_run_tokenizer(checkpoint, manifest)
-    ChatTemplate.from_run(RunDir.of_checkpoint(checkpoint), *boundary_texts(tokenizer))
+    load_chat_template(RunDir.of_checkpoint(checkpoint), tokenizer)
 
 
 def _answer_missing_rows(job: BatchJob) -> None:
