@@ -277,6 +277,9 @@ def object_store(scheme: str, bucket: str, query: str) -> "tuple[fs.FileSystem, 
     return STORES[scheme](scheme, bucket, query)
 
 
+_PARTIAL_SUFFIX = ".partial"
+
+
 def replace_file(path: Location, data: bytes | memoryview) -> None:
     """Write `data` to a file atomically, replacing an existing file; create its folder if it is missing.
 
@@ -286,7 +289,7 @@ def replace_file(path: Location, data: bytes | memoryview) -> None:
         path.write_bytes(data)
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}{_PARTIAL_SUFFIX}")
     try:
         with partial.open("wb") as f:
             f.write(data)
@@ -295,6 +298,14 @@ def replace_file(path: Location, data: bytes | memoryview) -> None:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def remove_partial_files(folder: Location) -> None:
+    """Remove what `replace_file` left in a folder in processes that were killed; no process may write there now."""
+    # An object store has no partial files: an object appears when it is complete.
+    if isinstance(folder, Path):
+        for partial in folder.glob(f".*{_PARTIAL_SUFFIX}"):
+            partial.unlink(missing_ok=True)
 
 
 def write_json(path: Location, value: dict[str, Any]) -> None:

@@ -12,6 +12,8 @@ JOBS_AND_ACTORS = (
     "mhmoe_ray.data.stream",
     "mhmoe_ray.evaluate.job",
     "mhmoe_ray.serve.app",
+    "mhmoe_ray.serve.batch.job",
+    "mhmoe_ray.serve.batch.pipeline",
     "mhmoe_ray.sweep.job",
     "mhmoe_ray.train.stream_start",
     "mhmoe_ray.train.watchdog",

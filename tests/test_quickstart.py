@@ -53,9 +53,10 @@ def run_quickstart(folder: Path, *overrides: str, **env: str) -> str:
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory, lane_home):
-    """Return a new folder with a copy of the project's jobs."""
+    """Return a new folder with a copy of the project's jobs, and a file of prompts."""
     folder = tmp_path_factory.mktemp("quickstart")
     shutil.copytree(ROOT / "jobs", folder / "jobs")
+    (folder / "prompts.jsonl").write_text('{"prompt": "Fellow citizens"}\n')
     return folder
 
 

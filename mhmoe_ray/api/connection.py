@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from mhmoe_ray.api.defaults import LOCAL_CPUS, OnNote, ignore_note
 from mhmoe_ray.cluster.connect import Connection, connect_if_running, start
@@ -51,6 +52,34 @@ def connect_to_cluster(
     return connection
 
 
+class WorkerDemand(NamedTuple):
+    """The workers that a job needs at least, and the texts about a cluster that cannot hold them."""
+
+    workers: int
+    cpus: int
+    """Number of CPUs of each worker."""
+    gpus: int
+    """Number of GPUs of each worker."""
+    advice: str
+    """Remedy for a cluster that can never hold the workers."""
+    waiting: str
+    """What the job does on a cluster that may grow, as a clause."""
+
+    @classmethod
+    def of_training(cls, spec: RunSpec) -> "WorkerDemand":
+        """Return the demand of a run."""
+        cluster = spec.cluster
+        change = "set cluster.gpus_per_worker to 0, or " if cluster.gpus_per_worker else "lower cluster.workers, or "
+        return cls(
+            # A run starts as soon as there is room for its smallest number of workers, so only this number is checked.
+            spec.worker_counts[0],
+            cluster.cpus_per_worker,
+            cluster.gpus_per_worker,
+            f"{change}name a larger cluster with --address",
+            "the run waits until nodes join, and `mhmoe status` shows it",
+        )
+
+
 def connect_to_train(spec: RunSpec, address: str | None = None, on_note: OnNote = ignore_note) -> Connection:
     """Return a connection to the cluster that will train this spec, after checking that it can hold the run.
 
@@ -63,48 +92,51 @@ def connect_to_train(spec: RunSpec, address: str | None = None, on_note: OnNote 
         ClusterError: the cluster can never hold the run's workers, or `connect_to_cluster` cannot connect.
         SpecError: the nodes cannot be expected to see the run's storage and data (see `connect_to_cluster`).
     """
-    check_gpus_of_this_machine(spec, address)
+    demand = WorkerDemand.of_training(spec)
+    check_gpus_of_this_machine(demand, spec.cluster.cpus, address)
     connection = connect_to_cluster(
         spec.cluster, [spec.storage, spec.data.prepared], spec.cluster.cpus, address, on_note
     )
-    check_capacity(spec, connection, on_note)
+    check_capacity(demand, connection, on_note)
     return connection
 
 
-def check_gpus_of_this_machine(spec: RunSpec, address: str | None) -> None:
-    """Raise if a run on GPUs needs a new local cluster and this machine has too few GPUs for it.
+def check_gpus_of_this_machine(demand: WorkerDemand, cpus: int, address: str | None) -> None:
+    """Raise if a job on GPUs needs a new local cluster and this machine has too few GPUs for it.
+
+    Args:
+        demand: the job's workers.
+        cpus: number of logical CPUs that the local cluster would be started with.
+        address: address of the cluster that the user asked for; None for the default.
 
     Raises:
-        ClusterError: a local cluster would be started, and it could never hold the run.
+        ClusterError: a local cluster would be started, and it could never hold the workers.
     """
     # A running cluster need not be checked here: it knows its nodes, and `check_capacity` checks it later.
-    if spec.cluster.gpus_per_worker and connect_if_running(address) is None:
-        this_machine = Node("this machine", max(spec.cluster.cpus, LOCAL_CPUS), gpus_of_this_machine())
-        _check_capacity(spec, [this_machine], "local cluster")
+    if demand.gpus and connect_if_running(address) is None:
+        this_machine = Node("this machine", max(cpus, LOCAL_CPUS), gpus_of_this_machine())
+        _check_capacity(demand, [this_machine], "local cluster")
 
 
-def check_capacity(spec: RunSpec, connection: Connection, on_note: OnNote = ignore_note) -> None:
-    """Raise if the cluster can never hold the run; if the cluster may grow, call `on_note` with a warning instead.
+def check_capacity(demand: WorkerDemand, connection: Connection, on_note: OnNote = ignore_note) -> None:
+    """Raise if the cluster can never hold a job's workers; if the cluster may grow, call `on_note` with a warning.
 
     Raises:
         ClusterError: a cluster that does not grow lacks nodes, CPUs or GPUs.
     """
     try:
-        _check_capacity(spec, total_nodes(connection), f"cluster {connection.address}")
+        _check_capacity(demand, total_nodes(connection), f"cluster {connection.address}")
     except ClusterError as e:
         if connection.local:
             raise
-        on_note(f"warning: {e.reason}; the run waits until nodes join, and `mhmoe status` shows it")
+        on_note(f"warning: {e.reason}; {demand.waiting}")
 
 
-def _check_capacity(spec: RunSpec, nodes: list[Node], name: str) -> None:
-    """Raise a ClusterError about the cluster `name` if its nodes cannot hold the run's smallest number of workers."""
-    cluster = spec.cluster
-    # A run starts as soon as there is room for its smallest number of workers, so only this number is checked.
-    shortage = capacity_shortfall(nodes, cluster.cpus_per_worker, cluster.gpus_per_worker, spec.worker_counts[0])
+def _check_capacity(demand: WorkerDemand, nodes: list[Node], name: str) -> None:
+    """Raise a ClusterError about the cluster `name` if its nodes cannot hold a job's workers."""
+    shortage = capacity_shortfall(nodes, demand.cpus, demand.gpus, demand.workers)
     if shortage:
-        advice = "set cluster.gpus_per_worker to 0, or " if cluster.gpus_per_worker else "lower cluster.workers, or "
-        raise ClusterError(name, shortage, f"{advice}name a larger cluster with --address")
+        raise ClusterError(name, shortage, demand.advice)
 
 
 def check_training_data(spec: RunSpec) -> None:

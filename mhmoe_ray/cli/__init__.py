@@ -13,7 +13,7 @@
     data.py        sample text, prepare   data_mix.py   the mixture that training reads
     data_inspect.py, data_inspect_view.py   the contents of raw text, and problems in it
     serve.py, serve_choice.py               answers over HTTP
-    generate.py    answers without a server
+    generate.py, generate_batch.py          answers without a server, to a prompt or to all rows of a file
     ckpt.py        checkpoints, and conversion from and to other tools' formats
     eval.py        quality of a checkpoint            routing.py    its use of experts
     sweep.py       many runs as one       report.py     comparison of runs

@@ -1,22 +1,30 @@
-"""`mhmoe generate`: let a checkpoint continue a prompt, without a server."""
+"""`mhmoe generate`: let a checkpoint continue a prompt in this process, or the prompts of a file on a cluster.
+
+This module has the command and the single prompt; generate_batch.py has files of prompts.
+"""
 
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from mhmoe_ray.cli.common import (
     STORAGE,
+    AddressOption,
     CheckpointOption,
+    DetachOption,
     JsonOption,
     RunArg,
     StorageOption,
     pick_checkpoint,
     print_json,
 )
+from mhmoe_ray.cli.generate_batch import BatchOptions, answer_file
 
 if TYPE_CHECKING:
     from mhmoe_ray.serve.answer import Answerer, AnswerPiece
+    from mhmoe_ray.serve.batch.request import SamplingOptions
     from mhmoe_ray.serve.engine import Request
 
 
@@ -28,24 +36,122 @@ def generate(
     top_p: Annotated[
         float, typer.Option(min=0, max=1, help="Draw from the likeliest tokens of this total probability.")
     ] = 1.0,
-    seed: Annotated[int | None, typer.Option(help="Equal seeds give equal answers.")] = None,
-    gpus: Annotated[int, typer.Option(min=0, max=1, help="GPUs of this machine to compute on.")] = 0,
+    seed: Annotated[
+        int | None, typer.Option(help="Equal seeds give equal answers; each row of --input has a seed of its own.")
+    ] = None,
+    stop: Annotated[list[str], typer.Option(help="Text that ends an answer and is not part of it.")] = [],  # noqa: B006 - typer needs the list
+    gpus: Annotated[int, typer.Option(min=0, max=1, help="GPUs of this machine to compute a single prompt on.")] = 0,
+    input_: Annotated[
+        str | None,
+        typer.Option(
+            "--input",
+            help="File of prompts instead: JSON lines (.jsonl, also .gz and .zst) or .parquet, whose rows have a "
+            "`prompt` or `messages`.",
+        ),
+    ] = None,
+    output: Annotated[
+        str | None, typer.Option(help="With --input: folder of the answers; a path or s3://, gs://.")
+    ] = None,
+    logprobs: Annotated[
+        int | None,
+        typer.Option(min=0, max=20, help="With --input: log-probabilities of tokens, and this number of alternatives."),
+    ] = None,
+    engine: Annotated[
+        str | None, typer.Option(help="With --input: torch or vllm; by default that of the run's serve section.")
+    ] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="With --input: number of workers; 1 by default.")] = None,
+    cpus_per_worker: Annotated[
+        int | None, typer.Option(min=1, help="With --input: by default serve.cpus_per_replica of the run.")
+    ] = None,
+    gpus_per_worker: Annotated[
+        int | None, typer.Option(min=0, help="With --input: by default serve.gpus_per_replica of the run.")
+    ] = None,
+    chunk_rows: Annotated[
+        int | None, typer.Option(min=1, help="With --input: rows of each file of the output; 128 by default.")
+    ] = None,
+    set_: Annotated[
+        list[str], typer.Option("--set", metavar="KEY=VALUE", help="With --input: override a key of the serve section.")
+    ] = [],  # noqa: B006 - typer needs the list
+    cancel: Annotated[bool, typer.Option("--cancel", help="End the job that answers into --output.")] = False,
     checkpoint: CheckpointOption = None,
     storage: StorageOption = STORAGE,
+    address: AddressOption = None,
+    detach: DetachOption = False,
     json: JsonOption = False,
 ) -> None:
-    """Let a checkpoint of a run continue a prompt, in this process; the answer is printed as it is generated."""
+    """Let a checkpoint of a run continue a prompt, in this process; the answer is printed as it is generated.
+
+    With --input and --output, a job on a cluster answers all rows of a file. The same command given again follows the
+    job, or continues with what is missing. For example `mhmoe generate --input prompts.jsonl --output answers --workers
+    4`.
+    """
+    from mhmoe_ray.serve.batch.request import SamplingOptions
+
+    if not top_p:
+        raise typer.BadParameter("--top-p 0: nothing is left to draw from; give more than 0")
+    if not all(stop):
+        raise typer.BadParameter("--stop '': an empty text would end every answer at once; leave it out")
+    sampling = SamplingOptions(
+        max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed, stop=tuple(stop), logprobs=logprobs
+    )
+    options = BatchOptions(
+        input=input_,
+        output=output,
+        logprobs=logprobs,
+        engine=engine,
+        workers=workers,
+        cpus_per_worker=cpus_per_worker,
+        gpus_per_worker=gpus_per_worker,
+        chunk_rows=chunk_rows,
+        set=tuple(set_),
+        address=address,
+        detach=detach,
+        cancel=cancel,
+    )
+    if not options.is_requested:
+        options.require_none()
+        _answer_prompt(run, prompt, sampling, gpus, checkpoint, storage, json)
+        return
+    if prompt is not None:
+        raise typer.BadParameter("--prompt and --input: give one of them")
+    if gpus:
+        raise typer.BadParameter("--gpus is about a single prompt: with --input, give --gpus-per-worker")
+    answer_file(run, checkpoint, storage, sampling, options, json)
+
+
+def _answer_prompt(
+    run: str | None,
+    prompt: str | None,
+    sampling: "SamplingOptions",
+    gpus: int,
+    checkpoint: str | None,
+    storage: str,
+    json: bool,
+) -> None:
+    """Print the answer to a single prompt, which is computed in this process.
+
+    Args:
+        run: the run, as the user names it; None for the newest.
+        prompt: the prompt; None reads it from standard input.
+        sampling: how the answer is drawn.
+        gpus: number of GPUs to compute on.
+        checkpoint: name of the checkpoint; None picks the newest.
+        storage: folder that holds run directories.
+        json: whether to print JSON.
+
+    Raises:
+        ServeError: the prompt is not UTF-8 or too long, there is no GPU, or the engine fails.
+        RunError, CheckpointError: there is no such run or checkpoint, or the checkpoint is damaged.
+    """
     import asyncio
     import os
 
     from mhmoe_ray.errors import ServeError
     from mhmoe_ray.runs.directory import find_run
-    from mhmoe_ray.serve.engine import EngineError, Request, SamplingParams
+    from mhmoe_ray.serve.engine import EngineError, Request
     from mhmoe_ray.serve.load import load_answerer
     from mhmoe_ray.spec import ServeSpec
 
-    if not top_p:
-        raise typer.BadParameter("--top-p 0: nothing is left to draw from; give more than 0")
     try:
         text = sys.stdin.read() if prompt is None else prompt
         # This call raises an error for an argument that is not UTF-8: Python decodes its bytes to lone surrogates,
@@ -63,8 +169,8 @@ def generate(
     try:
         ids = answerer.encode(text)
         answerer.check_length(ids, has_answer=True)
-        sampling = SamplingParams(max_tokens, temperature, top_p=top_p, seed=seed)
-        pieces = asyncio.run(_collect_pieces(answerer, Request(tuple(ids), sampling), echo=not json))
+        request = Request(tuple(ids), sampling.params(row=0))
+        pieces = asyncio.run(_collect_pieces(answerer, request, sampling.stop, echo=not json))
     except EngineError as e:
         raise ServeError("the engine", str(e), "try another checkpoint, or --gpus 0") from e
     finally:
@@ -96,10 +202,12 @@ def _require_gpu() -> None:
         raise ServeError("--gpus 1", "torch finds no GPU in this process", "give --gpus 0, or install torch for CUDA")
 
 
-async def _collect_pieces(answerer: "Answerer", request: "Request", echo: bool) -> "list[AnswerPiece]":
+async def _collect_pieces(
+    answerer: "Answerer", request: "Request", stop_strings: Sequence[str], echo: bool
+) -> "list[AnswerPiece]":
     """Return all pieces of the answer to a request; with `echo`, also print each one as soon as it is generated."""
     pieces = []
-    async for piece in answerer.answer(request):
+    async for piece in answerer.answer(request, stop_strings):
         pieces.append(piece)
         if echo:
             print(piece.text, end="", flush=True)

@@ -9,13 +9,19 @@ if TYPE_CHECKING:
     from mhmoe_ray.cluster.remote import SubmittedJob
 
 
-def detach_from_job(job: "SubmittedJob[Any]") -> AbstractContextManager[None]:
-    """Return a context in which Ctrl-C ends the command and prints that the job goes on."""
-    return detach_on_interrupt(f"job {job.name} goes on; see it in the dashboard, {job.connection.address}")
+def detach_from_job(job: "SubmittedJob[Any]", hint: str | None = None) -> AbstractContextManager[None]:
+    """Return a context in which Ctrl-C ends the command and prints that the job goes on.
+
+    Args:
+        job: the job.
+        hint: what the user can do then; by default to see the dashboard.
+    """
+    hint = hint or f"see it in the dashboard, {job.connection.address}"
+    return detach_on_interrupt(f"job {job.name} goes on; {hint}")
 
 
-def follow_job(job: "SubmittedJob[Any]") -> None:
-    """Print the lines that a job writes for the user, until the job ends."""
-    with detach_from_job(job):
+def follow_job(job: "SubmittedJob[Any]", hint: str | None = None) -> None:
+    """Print the lines that a job writes for the user, until the job ends; for `hint` see `detach_from_job`."""
+    with detach_from_job(job, hint):
         for line in job.progress():
             print_note(line)

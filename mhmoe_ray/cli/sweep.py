@@ -373,10 +373,10 @@ def _submit_order(
     # GPUs are checked before a local cluster is started, because it would be of no use with too few GPUs on this
     # machine.
     for spec in specs:
-        checks.check_gpus_of_this_machine(spec, address)
+        checks.check_gpus_of_this_machine(checks.WorkerDemand.of_training(spec), spec.cluster.cpus, address)
     connection = checks.connect_to_cluster(specs[0].cluster, locations, cpus, address, print_note)
     for spec in specs:
-        checks.check_capacity(spec, connection, print_note)
+        checks.check_capacity(checks.WorkerDemand.of_training(spec), connection, print_note)
     restarted_count = len({run.name for run in selected_runs} & directory.runs().keys())
     remark = f"; {restarted_count} of them were started before" if restarted_count else ""
     note.print(f"sweep {directory.name}: {len(selected_runs)} runs, {concurrent} at a time{remark}", soft_wrap=True)

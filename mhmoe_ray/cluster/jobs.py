@@ -253,6 +253,25 @@ def is_alive(connection: Connection, job: str) -> bool:
     return job_info is not None and job_info.is_alive
 
 
+def find_alive(connection: Connection, key: str, value: str) -> str | None:
+    """Return the name of a pending or running job with an entry in its metadata; None if there is none.
+
+    Args:
+        connection: the cluster.
+        key: key of the entry.
+        value: value of the entry.
+
+    Raises:
+        ClusterError: in the same cases as `status`.
+    """
+    for details in dashboard.get(connection.address, "/api/jobs/", connection.token):
+        job_info = _job_info(details)
+        # A driver that was not submitted as a job, such as a notebook, has no metadata.
+        if job_info.is_alive and (details["metadata"] or {}).get(key) == value:
+            return str(details["submission_id"])
+    return None
+
+
 def message(connection: Connection, job: str) -> str:
     """Return Ray's own message on the job in one line, for example why it could not start."""
     job_info = info(connection, job)
@@ -268,6 +287,11 @@ def info(connection: Connection, job: str) -> JobInfo | None:
     details = dashboard.get(connection.address, f"/api/jobs/{job}", connection.token, missing_ok=True)
     if details is None:
         return None
+    return _job_info(details)
+
+
+def _job_info(details: Mapping[str, Any]) -> JobInfo:
+    """Return the state of a job from Ray's details of it."""
     return JobInfo(str(details["status"]), failure_reason(details["message"] or ""), (details["end_time"] or 0) / 1000)
 
 

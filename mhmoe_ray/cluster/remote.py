@@ -8,7 +8,7 @@ from typing import Any, Generic, TypeVar
 from mhmoe_ray.cluster import jobs
 from mhmoe_ray.cluster.connect import Connection
 from mhmoe_ray.cluster.nodes import head_python
-from mhmoe_ray.errors import JobError, MhmoeError, logged
+from mhmoe_ray.errors import JobError, logged
 from mhmoe_ray.remote import RemoteJob
 
 R = TypeVar("R")
@@ -54,11 +54,12 @@ class SubmittedJob(Generic[R]):
     def is_running(self) -> bool:
         return jobs.is_alive(self.connection, self.name)
 
-    def result(self, subject: str) -> R:
+    def result(self, subject: str, fix: str = "see the job in the dashboard") -> R:
         """Return the result of a job that has ended.
 
         Args:
             subject: the name of the result, for the error.
+            fix: the remedy for a job that ended without an error of its own, such as one that was killed.
 
         Raises:
             MhmoeError: the job failed or made no result. It is the last error that the job logged; without one, it is
@@ -68,12 +69,7 @@ class SubmittedJob(Generic[R]):
         result = self.request.result(lambda: log)
         if result is not None and jobs.status(self.connection, self.name) == "SUCCEEDED":
             return result
-        raise self._error(subject, log)
-
-    def _error(self, subject: str, log: str) -> MhmoeError:
-        if error := logged(log):
-            return error
-        return JobError(subject, jobs.message(self.connection, self.name), "see the job in the dashboard")
+        raise logged(log) or JobError(subject, jobs.message(self.connection, self.name), fix)
 
 
 def submit(connection: Connection, runtime_env: Mapping[str, Any], request: RemoteJob[R]) -> SubmittedJob[R]:

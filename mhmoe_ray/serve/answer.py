@@ -67,6 +67,16 @@ class AnswerPiece(NamedTuple):
     """Reason why the answer ends; set on the last piece only."""
 
 
+def join_pieces(pieces: Sequence[AnswerPiece]) -> AnswerPiece:
+    """Return consecutive pieces of one answer as one piece."""
+    return AnswerPiece(
+        "".join(piece.text for piece in pieces),
+        pieces[-1].token_count,
+        tuple(score for piece in pieces for score in piece.scores),
+        pieces[-1].finish_reason,
+    )
+
+
 class ModelDetails(BaseModel):
     """Name and sizes of the served model, as clients see them."""
 

@@ -96,7 +96,8 @@ def assert_one_line(result: Result, code: int, *parts: str) -> None:
     *progress, last_line = result.err.splitlines()
     assert last_line.startswith("error: ")
     assert all(
-        line.startswith(("prepare: ", "inspect: ", "starting ", "exporting ", "importing ")) for line in progress
+        line.startswith(("prepare: ", "inspect: ", "generate: ", "starting ", "exporting ", "importing "))
+        for line in progress
     )
     assert "Traceback" not in result.out + result.err
     for part in parts:

@@ -79,6 +79,9 @@ def _fill_from_start(tree: Tree, label: str, find_sibling: FindSibling | None, s
         start_models.append(_find_model(source, storage, find_sibling))
     first_model = start_models[0]
     model = _model_defaults(start, first_model, own_model, len(start_models))
+    if model["d_ff"] is None and own_model.get("d_ff") == first_model.model.d_ff:
+        # The width of the start's dense layers, none of which remains dense.
+        own_model = {key: value for key, value in own_model.items() if key != "d_ff"}
     data: Tree = {"seq_len": first_model.seq_len}
     if first_model.sibling is not None and _reads_same_folder(own_data, first_model.sibling):
         # The other run prepares the folder, perhaps with a tokenizer that it trains.

@@ -14,7 +14,6 @@ from mhmoe_ray.data.chat.template import ChatTemplate, ChatTemplateError, Messag
 from mhmoe_ray.data.sources.columns import ColumnError, read_row_groups
 from mhmoe_ray.data.sources.items import BadLine, Document, RawFile, Reason, Tally
 from mhmoe_ray.data.sources.records import (
-    Record,
     describe_keys,
     json_type,
     named_language,
@@ -43,7 +42,9 @@ def read_chat(
         yield from _read_parquet(storage, file, limit, tally, template)
         return
     for record in read_records(storage, file, limit, tally):
-        yield record if isinstance(record, BadLine) else conversation_of(record, file.path, template)
+        yield (
+            record if isinstance(record, BadLine) else conversation_of(record.line, record.fields, file.path, template)
+        )
 
 
 def _read_parquet(
@@ -60,36 +61,37 @@ def _read_parquet(
         # Decoding damaged offsets has crashed pyarrow, so they are checked first.
         batch.validate(full=True)
         for number, fields in enumerate(batch.to_pylist(), start=first_row + 1):
-            document = conversation_of(Record(number, fields), file.path, template)
+            document = conversation_of(number, fields, file.path, template)
             is_too_long = isinstance(document, Document) and len(document.text.encode()) > limit
             yield BadLine(file.path, number, Reason.TOO_LONG) if is_too_long else document
 
     return read_row_groups(storage, file, tally, choose_columns, read_batch)
 
 
-def conversation_of(record: Record, path: str, template: ChatTemplate) -> Document | BadLine:
+def conversation_of(line: int, fields: Any, path: str, template: ChatTemplate) -> Document | BadLine:
     """Return the conversation in a record as a document, or a `BadLine` with the reason why the record has none.
 
     Args:
-        record: the record.
+        line: the number of the record in its file, from 1.
+        fields: the record, any JSON value.
         path: the path of the file.
         template: the template that renders the conversation.
     """
     try:
-        messages = parse_messages(record.fields)
+        messages = parse_messages(fields)
     except _MalformedRecordError as e:
-        return BadLine(path, record.line, Reason.NO_CONVERSATION, str(e))
+        return BadLine(path, line, Reason.NO_CONVERSATION, str(e))
     text = "\n".join(message["content"] for message in messages)
     reason = text_problem(text)
     if reason is not None:
-        return BadLine(path, record.line, reason)
+        return BadLine(path, line, reason)
     try:
         conversation = template.render_conversation(messages)
         if not conversation.spans:
             raise ChatTemplateError("it renders no text of the assistant")
     except ChatTemplateError as e:
-        return BadLine(path, record.line, Reason.NO_RENDERING, str(e))
-    return Document(text, record.line, named_language(record.fields), conversation)
+        return BadLine(path, line, Reason.NO_RENDERING, str(e))
+    return Document(text, line, named_language(fields), conversation)
 
 
 class _MalformedRecordError(Exception):

@@ -65,6 +65,8 @@ class Record(NamedTuple):
     """Number of the line, from 1."""
     fields: Any
     """Any JSON value; the caller checks whether it is an object with a text."""
+    content: bytes
+    """The line as it is stored, without its newline and without a byte order mark."""
 
 
 def read_records(storage: Storage, file: RawFile, limit: int, tally: Tally) -> Iterator[Record | BadLine]:
@@ -91,7 +93,7 @@ def read_records(storage: Storage, file: RawFile, limit: int, tally: Tally) -> I
                 if record is not None:
                     yield record
             else:
-                yield Record(number, fields)
+                yield Record(number, fields, line)
     except DamageError as damage:
         cut_record = _parse_leniently(file.path, number + 1, damage.cut_off_line)
         # A line that can be parsed is complete: only its newline was cut off.
@@ -113,7 +115,7 @@ def _parse_leniently(path: str, number: int, line: bytes) -> Record | BadLine | 
     if b"\0" in content:
         return BadLine(path, number, Reason.NUL_BYTES)
     try:
-        return Record(number, json.loads(content.decode()))
+        return Record(number, json.loads(content.decode()), content)
     except UnicodeDecodeError as e:
         byte_number = len(line) - len(content) + e.start + 1
         return BadLine(path, number, Reason.NOT_UTF8, f"byte {byte_number} of the line")

@@ -27,7 +27,6 @@ from mhmoe_ray.serve.api.schema import (
     Completion,
     CompletionRequest,
     Logprobs,
-    TokenLogprob,
     Usage,
 )
 from mhmoe_ray.serve.api.service import Service
@@ -208,20 +207,7 @@ async def _encode_messages(service: Service, request: ChatRequest) -> tuple[int,
 
 def _choice_fields(piece: AnswerPiece) -> dict[str, Any]:
     """Return the fields that a choice and a delta have in common."""
-    logprobs = ChatLogprobs(content=[_token_logprob(score) for score in piece.scores]) if piece.scores else None
-    return {"logprobs": logprobs, "finish_reason": piece.finish_reason}
-
-
-def _token_logprob(score: ScoredText) -> ChosenLogprob:
-    """Return the log-probability of an answer's token in the shape of the chat API."""
-    assert score.logprob is not None
-    top_logprobs = [
-        TokenLogprob(token=format_token(token_bytes), logprob=lp, bytes=list(token_bytes))
-        for token_bytes, lp in score.alternatives
-    ]
-    return ChosenLogprob(
-        token=format_token(score.token_bytes),
-        logprob=score.logprob,
-        bytes=list(score.token_bytes),
-        top_logprobs=top_logprobs,
+    logprobs = (
+        ChatLogprobs(content=[ChosenLogprob.from_score(score) for score in piece.scores]) if piece.scores else None
     )
+    return {"logprobs": logprobs, "finish_reason": piece.finish_reason}

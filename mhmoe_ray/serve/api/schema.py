@@ -9,8 +9,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from mhmoe_ray.serve.answer import ModelDetails
+from mhmoe_ray.serve.answer import ModelDetails, ScoredText
+from mhmoe_ray.serve.detokenizer import format_token
 from mhmoe_ray.serve.engine import SamplingParams
+from mhmoe_ray.serve.engine.request import derived_seed
 
 MAX_CHOICES = 128
 """Largest number of choices of one request: prompts times n."""
@@ -132,9 +134,7 @@ class SamplingRequest(StrictRequest):
             self.presence_penalty,
             self.frequency_penalty,
             {int(token): bias for token, bias in self.logit_bias.items()},
-            # Clients often use small seeds, one after another. A large odd stride (2**64 over the golden ratio) keeps
-            # the seeds of a request's further choices away from the seeds of other requests.
-            None if self.seed is None else self.seed + choice * 0x9E3779B97F4A7C15,
+            derived_seed(self.seed, choice),
         )
 
 
@@ -251,6 +251,21 @@ class ChosenLogprob(TokenLogprob):
     """Log-probability of an answer's token, with the most likely tokens in its place."""
 
     top_logprobs: list[TokenLogprob]
+
+    @classmethod
+    def from_score(cls, score: ScoredText) -> "ChosenLogprob":
+        """Return the log-probability of an answer's token from its score."""
+        assert score.logprob is not None
+        alternatives = [
+            TokenLogprob(token=format_token(token_bytes), logprob=logprob, bytes=list(token_bytes))
+            for token_bytes, logprob in score.alternatives
+        ]
+        return cls(
+            token=format_token(score.token_bytes),
+            logprob=score.logprob,
+            bytes=list(score.token_bytes),
+            top_logprobs=alternatives,
+        )
 
 
 class ChatLogprobs(BaseModel):

@@ -8,7 +8,7 @@ from fastapi.responses import StreamingResponse
 from pydantic import BaseModel
 from starlette.types import Receive, Scope, Send
 
-from mhmoe_ray.serve.answer import AnswerPiece
+from mhmoe_ray.serve.answer import AnswerPiece, join_pieces
 from mhmoe_ray.serve.api.access import Client
 from mhmoe_ray.serve.api.errors import RequestError, error_body
 from mhmoe_ray.serve.api.schema import Usage
@@ -115,7 +115,7 @@ class Answers:
         async with aclosing(self.pieces()) as pieces:
             async for number, piece in pieces:
                 pieces_by_choice[number].append(piece)
-        return [_join_pieces(pieces) for pieces in pieces_by_choice]
+        return [join_pieces(pieces) for pieces in pieces_by_choice]
 
     async def events(
         self, build_chunk: Callable[[int, AnswerPiece], BaseModel], build_usage_chunk: Callable[[], BaseModel] | None
@@ -150,7 +150,7 @@ class Answers:
             (self._pacer.remove_stream if piece.finish_reason else self._pacer.record_token)(streams[number])
             if clock() < due_times[number] and not piece.finish_reason:
                 return
-            joined_piece = _join_pieces(pending_pieces[number])
+            joined_piece = join_pieces(pending_pieces[number])
             if joined_piece.text or joined_piece.scores or joined_piece.finish_reason:
                 pending_pieces[number], due_times[number] = [], clock() + self._pacer.interval
                 yield _format_event(build_chunk(number, joined_piece))
@@ -177,7 +177,7 @@ class Answers:
             # Pieces that still waited for their next chunk are sent, so that tokens that were computed before the
             # failure are not lost.
             for number, unsent_pieces in enumerate(pending_pieces):
-                if unsent_pieces and ((joined_piece := _join_pieces(unsent_pieces)).text or joined_piece.scores):
+                if unsent_pieces and ((joined_piece := join_pieces(unsent_pieces)).text or joined_piece.scores):
                     yield _format_event(build_chunk(number, joined_piece))
             yield _format_event(error_body(error))
             return
@@ -207,16 +207,6 @@ class EventResponse(StreamingResponse):
 def _format_event(body: BaseModel) -> str:
     """Return a body as a server-sent event."""
     return f"data: {body.model_dump_json()}\n\n"
-
-
-def _join_pieces(pieces: Sequence[AnswerPiece]) -> AnswerPiece:
-    """Return consecutive pieces of one choice as one piece."""
-    return AnswerPiece(
-        "".join(piece.text for piece in pieces),
-        pieces[-1].token_count,
-        tuple(score for piece in pieces for score in piece.scores),
-        pieces[-1].finish_reason,
-    )
 
 
 def timeout_error(timeout: float) -> RequestError:

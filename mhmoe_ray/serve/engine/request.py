@@ -106,6 +106,18 @@ class SamplingParams:
     """Seed of the random draws; None chooses one. Answers with equal seeds are equal, whatever else is computed."""
 
 
+def derived_seed(seed: int | None, index: int) -> int | None:
+    """Return the seed of one of several answers that share the seed of a request; None without a seed.
+
+    Args:
+        seed: the seed that the user gave.
+        index: index of the answer; answer 0 uses the seed itself.
+    """
+    # Users often give small seeds, one after another. A large odd stride (2**64 over the golden ratio) keeps the seeds
+    # of the further answers away from other small seeds.
+    return None if seed is None else seed + index * 0x9E3779B97F4A7C15
+
+
 @dataclass(frozen=True)
 class Request:
     """A request for one answer to one prompt."""

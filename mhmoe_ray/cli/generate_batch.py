@@ -1,0 +1,276 @@
+"""`mhmoe generate --input`: let a checkpoint answer all rows of a file, as a job on a cluster."""
+
+import shlex
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from mhmoe_ray.cli import jobs
+from mhmoe_ray.cli.common import note, out, print_json, print_note
+
+if TYPE_CHECKING:
+    from mhmoe_ray.cluster.connect import Connection
+    from mhmoe_ray.cluster.remote import SubmittedJob
+    from mhmoe_ray.runs.directory import RunDir
+    from mhmoe_ray.serve.batch.output import BatchOutput
+    from mhmoe_ray.serve.batch.request import BatchRequest, InputFile, SamplingOptions
+    from mhmoe_ray.serve.batch.rows import AnswerCounts
+    from mhmoe_ray.spec import DeploySpec
+    from mhmoe_ray.storage import Location
+
+NOTED_BYTES = 20_000_000
+"""Size of an input from which the command says that it checks the rows, because this takes a while."""
+POLL_SECONDS = 0.5
+"""Seconds between two requests that ask the cluster whether a job has ended."""
+
+
+@dataclass(frozen=True)
+class BatchOptions:
+    """The options of `mhmoe generate` that only a file of rows has; None or empty for one that is not given."""
+
+    input: str | None = None
+    output: str | None = None
+    logprobs: int | None = None
+    engine: str | None = None
+    workers: int | None = None
+    cpus_per_worker: int | None = None
+    gpus_per_worker: int | None = None
+    chunk_rows: int | None = None
+    set: tuple[str, ...] = ()
+    address: str | None = None
+    detach: bool = False
+    cancel: bool = False
+
+    @property
+    def is_requested(self) -> bool:
+        """True if the command is about a file of rows and not about a single prompt."""
+        return self.input is not None or self.output is not None
+
+    def require_none(self) -> None:
+        """Check that a command about a single prompt has none of these options.
+
+        Raises:
+            BadParameter: it has one.
+        """
+        for name, value in vars(self).items():
+            if value not in (None, (), False):
+                raise typer.BadParameter(
+                    f"--{name.replace('_', '-')} is about a file of prompts: name one with --input"
+                )
+
+    @property
+    def overrides(self) -> list[str]:
+        """Overrides of the spec's serve section that these options stand for."""
+        values = {
+            "engine": self.engine,
+            "cpus_per_replica": self.cpus_per_worker,
+            "gpus_per_replica": self.gpus_per_worker,
+        }
+        return [*self.set, *(f"serve.{name}={value}" for name, value in values.items() if value is not None)]
+
+
+def answer_file(
+    run: str | None,
+    checkpoint: str | None,
+    storage: str,
+    sampling: "SamplingOptions",
+    options: BatchOptions,
+    json: bool,
+) -> None:
+    """Answer all rows of a file that have no answer yet, by a job on a cluster, and follow it.
+
+    Args:
+        run: the run, as the user names it; None for the newest.
+        checkpoint: name of the checkpoint; None picks the newest.
+        storage: folder that holds run directories.
+        sampling: how answers are drawn.
+        options: input, output, and resources.
+        json: whether to print JSON.
+
+    Raises:
+        BadParameter: an option is missing.
+        DataError: the input cannot be read, or the output folder is for another request.
+        MhmoeError: the job failed; this is the error that it logged.
+    """
+    from mhmoe_ray.cli.serve_choice import resolve_target
+    from mhmoe_ray.serve.batch.output import BatchOutput
+    from mhmoe_ray.storage import location
+
+    if options.output is None:
+        raise typer.BadParameter("--input needs a folder for the answers: name one with --output")
+    output = BatchOutput(location(options.output).absolute())
+    if options.cancel:
+        _cancel(output, options.address)
+        return
+    if options.input is None:
+        raise typer.BadParameter("--output needs a file of prompts: name one with --input")
+    run_dir, checkpoint_path, spec = resolve_target(run, checkpoint, storage, options.overrides)
+    input_path = options.input if "://" in options.input else str(Path(options.input).absolute())
+    request = _make_request(run_dir, checkpoint_path, spec, sampling, input_path, output, options.chunk_rows)
+    if (counts := output.stored_summary()) and not output.missing_chunks(request):
+        note.print("all rows are answered already", soft_wrap=True)
+        _print_counts(output, counts, json)
+        return
+    job = _start_or_find_job(run_dir, spec, request, output, options)
+    hint = "give the command again to follow it"
+    if options.detach:
+        if json:
+            print_json({"output": str(output.folder), "job": job.name})
+        else:
+            note.print(f"job {job.name} answers into {output.folder}; {hint}", soft_wrap=True)
+        return
+    cancel_command = f"mhmoe generate --output {shlex.quote(options.output)} --cancel"
+    jobs.follow_job(job, f"{hint}; to end it: {cancel_command}")
+    fix = "give the command again: it continues with the chunks that are missing"
+    _print_counts(output, job.result(f"answers in {output.folder}", fix), json)
+
+
+def _make_request(
+    run: "RunDir",
+    checkpoint: "Location",
+    spec: "DeploySpec",
+    sampling: "SamplingOptions",
+    input_path: str,
+    output: "BatchOutput",
+    chunk_rows: int | None,
+) -> "BatchRequest":
+    """Return the request for the answers to all rows of a file, after checking the rows and the output folder.
+
+    Args:
+        run: the run.
+        checkpoint: path of its checkpoint.
+        spec: the spec that says how it is served.
+        sampling: how answers are drawn.
+        input_path: absolute path or URI of the file.
+        output: the output folder.
+        chunk_rows: number of rows of a chunk; None for that of the request in the folder, else the default.
+
+    Raises:
+        DataError: the input cannot be read, or the folder is for another request.
+        ServeError: the input has conversations, and the run has no chat template.
+    """
+    from mhmoe_ray.checkpoint.manifest import MANIFEST
+    from mhmoe_ray.errors import DataError, ServeError
+    from mhmoe_ray.serve.batch.formats import open_input
+    from mhmoe_ray.serve.batch.request import CHUNK_ROWS, BatchRequest, InputFile
+    from mhmoe_ray.storage import describe_file, location
+
+    source, stored_request = open_input(input_path), output.stored_request()
+    try:
+        input_file = InputFile(path=input_path, format=source.format, sha256=describe_file(location(input_path)).sha256)
+    except OSError as e:
+        raise DataError(source.subject, e.strerror or str(e), "correct --input") from e
+    request = BatchRequest(
+        checkpoint=str(checkpoint),
+        manifest_sha256=describe_file(checkpoint / MANIFEST).sha256,
+        input=input_file,
+        sampling=sampling,
+        engine=spec.serve.engine,
+        precision=spec.serve.precision,
+        chunk_rows=chunk_rows or (stored_request.chunk_rows if stored_request else CHUNK_ROWS),
+    )
+    output.check_request(request, is_first=True)
+    is_checked = stored_request is not None and not stored_request.differences(request)
+    # Checking takes longer than hashing, and these rows were checked for the stored request.
+    checked_file = stored_request.input if stored_request and is_checked else _check_input(request)
+    if checked_file.first_chat and not run.chat_template_file.exists():
+        subject = f"{source.subject} row {checked_file.first_chat}"
+        reason = f"it has messages, and run {run.id} has no chat template"
+        raise ServeError(subject, reason, "give prompts, or another run")
+    return request.model_copy(update={"input": checked_file.model_copy(update={"path": input_path})})
+
+
+def _check_input(request: "BatchRequest") -> "InputFile":
+    """Check all rows of the input, and return it with their number."""
+    from mhmoe_ray.serve.batch.formats import check_rows, open_input
+
+    source = open_input(request.input.path)
+    if source.file.size >= NOTED_BYTES:
+        note.print(f"checking the rows of {request.input.path}", soft_wrap=True)
+    rows = check_rows(source, request.sampling.logprobs is not None)
+    return request.input.model_copy(update={"rows": rows.row_count, "first_chat": rows.first_chat})
+
+
+def _start_or_find_job(
+    run: "RunDir", spec: "DeploySpec", request: "BatchRequest", output: "BatchOutput", options: BatchOptions
+) -> "SubmittedJob[AnswerCounts]":
+    """Return the job that answers into the output folder: the one that runs already, else a new one.
+
+    Args:
+        run: the run.
+        spec: the spec that says how it is served.
+        request: the request.
+        output: the output folder.
+        options: resources and cluster.
+
+    Raises:
+        ClusterError: the cluster cannot be reached, or can hold no worker.
+        DataError: a running job answers another request into this folder.
+        StorageError: the output folder cannot be written.
+    """
+    from mhmoe_ray.api import connection as checks
+    from mhmoe_ray.cluster import remote
+    from mhmoe_ray.cluster.jobs import find_alive
+    from mhmoe_ray.serve.batch.job import OUTPUT_KEY, BatchJob
+    from mhmoe_ray.storage import location
+
+    # API keys are for clients of a server.
+    serve, workers = spec.serve.model_copy(update={"keys": ()}), options.workers or 1
+    demand = checks.WorkerDemand(
+        1,
+        serve.cpus_per_replica,
+        serve.gpus_per_replica,
+        "give a lower --cpus-per-worker or --gpus-per-worker, or name a larger cluster with --address",
+        "the job waits until nodes join",
+    )
+    cpus = workers * serve.cpus_per_replica
+    checks.check_gpus_of_this_machine(demand, cpus, options.address)
+    required_paths = [run.path, location(request.input.path), output.folder]
+    connection = checks.connect_to_cluster(spec.cluster, required_paths, cpus, options.address, print_note)
+    checks.check_capacity(demand, connection, print_note)
+    job = BatchJob(request=request, output=str(output.folder), serve=serve, workers=workers)
+    if name := find_alive(connection, OUTPUT_KEY, str(output.folder)):
+        output.check_request(request, is_first=False)
+        note.print(f"job {name} answers into this folder already", soft_wrap=True)
+        return remote.SubmittedJob(connection, job, name)
+    output.write_request(request)
+    return remote.submit(connection, spec.cluster.runtime_env, job)
+
+
+def _cancel(output: "BatchOutput", address: str | None) -> None:
+    """End the job that answers into an output folder, and wait for its end.
+
+    Raises:
+        ClusterError: the cluster cannot be reached.
+    """
+    from mhmoe_ray.cluster.connect import connect_if_running
+    from mhmoe_ray.cluster.jobs import find_alive, is_alive, stop
+    from mhmoe_ray.serve.batch.job import OUTPUT_KEY
+
+    connection: Connection | None = connect_if_running(address)
+    name = find_alive(connection, OUTPUT_KEY, str(output.folder)) if connection else None
+    if connection is None or name is None:
+        out.print(f"no job answers into {output.folder}", soft_wrap=True)
+        return
+    stop(connection, name)
+    while is_alive(connection, name):
+        time.sleep(POLL_SECONDS)
+    out.print(f"job {name} is ended; the command that started it continues it", soft_wrap=True)
+
+
+def _print_counts(output: "BatchOutput", counts: "AnswerCounts", json: bool) -> None:
+    """Print the counts of all answers in an output folder, and a warning about rows without an answer."""
+    if json:
+        result: dict[str, Any] = {"output": str(output.folder), **counts.model_dump()}
+        print_json(result)
+    else:
+        out.print(
+            f"{counts.rows:,} rows with {counts.prompt_tokens:,} tokens are answered with {counts.tokens:,} tokens in "
+            f"{output.folder}",
+            soft_wrap=True,
+        )
+    if counts.errors:
+        note.print(f"warning: rows without an answer: {counts.errors:,}; their column `error` says why", soft_wrap=True)
