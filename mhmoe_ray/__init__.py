@@ -1,10 +1,93 @@
 """Train, inspect and serve Multi-Head Mixture-of-Experts language models on Ray.
 
-Importing this package makes transformers' auto classes load exported MH-MoE models, whichever is imported first.
+    import mhmoe_ray as mh
+
+    run = mh.submit(mh.load_spec("jobs/quickstart.yaml"))
+    run.wait()
+    with mh.load(run) as model:
+        print(model.generate("Fellow citizens", max_tokens=40).text)
+
+`__all__` is the Python interface, and mhmoe_ray/api/README.md walks through it. Importing this package loads none of
+it, so neither torch nor ray, but makes transformers' auto classes load exported MH-MoE models, whichever is imported
+first.
 """
+
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 from mhmoe_ray.registration import register_with_transformers
 
+if TYPE_CHECKING:
+    from mhmoe_ray.api.checkpoints import Checkpoint
+    from mhmoe_ray.api.model import Answer, LoadedModel, load
+    from mhmoe_ray.api.plan import plan
+    from mhmoe_ray.api.run import Run, find_run, list_runs, submit
+    from mhmoe_ray.api.service import Service, find_service, serve
+    from mhmoe_ray.api.spec import load_spec
+    from mhmoe_ray.errors import MhmoeError
+    from mhmoe_ray.spec import RunSpec
+
+__all__ = [
+    "Answer",
+    "Checkpoint",
+    "LoadedModel",
+    "MhmoeError",
+    "Run",
+    "RunSpec",
+    "Service",
+    "find_run",
+    "find_service",
+    "list_runs",
+    "load",
+    "load_spec",
+    "plan",
+    "serve",
+    "submit",
+]
 __version__ = "0.1.0"
 
+_MODULES = {
+    "Answer": "mhmoe_ray.api.model",
+    "Checkpoint": "mhmoe_ray.api.checkpoints",
+    "LoadedModel": "mhmoe_ray.api.model",
+    "MhmoeError": "mhmoe_ray.errors",
+    "Run": "mhmoe_ray.api.run",
+    "RunSpec": "mhmoe_ray.spec",
+    "Service": "mhmoe_ray.api.service",
+    "find_run": "mhmoe_ray.api.run",
+    "find_service": "mhmoe_ray.api.service",
+    "list_runs": "mhmoe_ray.api.run",
+    "load": "mhmoe_ray.api.model",
+    "load_spec": "mhmoe_ray.api.spec",
+    "plan": "mhmoe_ray.api.plan",
+    "submit": "mhmoe_ray.api.run",
+}
+"""Module of each name of the interface, from which it is imported when it is used first. `serve` is also the name of a
+package, `_ServePackage`."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(_MODULES[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+class _ServePackage(ModuleType):
+    """Package `mhmoe_ray.serve`, which can be called like the function `serve` of the interface.
+
+    Python binds a package in its parent under its own name, so the function cannot have that place.
+    """
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return import_module("mhmoe_ray.api.service").serve(*args, **kwargs)
+
+
+# The package has no content of its own but a docstring, so this import takes no time.
+import_module("mhmoe_ray.serve").__class__ = _ServePackage
 register_with_transformers()

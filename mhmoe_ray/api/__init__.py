@@ -1,4 +1,4 @@
-"""The Python interface: what commands do, for programs too.
+"""The Python interface: what `import mhmoe_ray` offers, over which the command line works too.
 
     defaults.py       defaults that functions of the interface and commands share
     spec.py           load a spec
@@ -10,8 +10,9 @@
     logs.py           the log lines of a run
     checkpoints.py    the checkpoints of a run
     evaluation.py     the quality of a checkpoint
+    model.py          a model in this process: generate text, compute logits
     service.py        a model that a cluster serves
     serve_target.py   the checkpoint, settings and API keys that are served
 
-Importing a module loads neither torch nor ray; functions load what they need.
+README.md walks through the interface. Importing a module loads neither torch nor ray; functions load what they need.
 """

@@ -308,14 +308,15 @@ def wait_for_outcome(
         ClusterError, StorageError: the cluster or the storage has not answered for a while.
         TimeoutError: the run is not over when the timeout ends.
     """
-    # A failed request is repeated, because the run goes on even while its cluster or storage does not answer.
+    # A failed request is repeated, because the run goes on even while its cluster or storage does not answer. Each of
+    # them has a caller of its own, which measures how long this one alone has not answered.
     start_time = query_time = time.monotonic()
-    retrying_caller = RetryingCaller(on_note, is_endless=is_endless)
+    storage_caller, cluster_caller = (RetryingCaller(on_note, is_endless=is_endless) for _ in range(2))
     while True:
-        run_outcome = recorded_outcome(retrying_caller.call(read_events, []))
+        run_outcome = recorded_outcome(storage_caller.call(read_events, []))
         on_poll()
         if run_outcome is None and time.monotonic() - query_time > CLUSTER_POLL_SECONDS:
-            run_outcome = retrying_caller.call(lambda: outcome(run, connect_to_run()), None)
+            run_outcome = cluster_caller.call(lambda: outcome(run, connect_to_run()), None)
             query_time = time.monotonic()
         if run_outcome:
             return run_outcome

@@ -23,7 +23,7 @@ from mhmoe_ray.checkpoint.format import (
 from mhmoe_ray.checkpoint.manifest import CheckpointManifest, read_manifest, removed_error
 from mhmoe_ray.errors import CheckpointError
 from mhmoe_ray.model.decoder import Decoder
-from mhmoe_ray.spec import RunSpec
+from mhmoe_ray.spec import ModelSpec, RunSpec
 from mhmoe_ray.storage import Location
 
 # Serving imports this module and needs no distributed tensors.
@@ -159,9 +159,15 @@ def load_model(checkpoint: Location) -> tuple[Decoder, CheckpointManifest]:
 
 def load_verified_model(checkpoint: Location, manifest: CheckpointManifest) -> Decoder:
     """Load the model of a checkpoint like `load_model`, but without verifying its files; `read_manifest` did that."""
-    model = Decoder(manifest.model).requires_grad_(False).eval()
+    model = inference_decoder(manifest.model)
+    load_tensors(checkpoint / "weights", model.named_tensors())
+    return model
+
+
+def inference_decoder(spec: ModelSpec) -> Decoder:
+    """Return a decoder with all experts and uninitialized weights, in evaluation mode, float32, without gradients."""
+    model = Decoder(spec).requires_grad_(False).eval()
     for layer in model.moe_layers():
         # The kernel of the training may need a device or a package that this machine lacks.
         layer.experts.kernel = "auto"
-    load_tensors(checkpoint / "weights", model.named_tensors())
     return model

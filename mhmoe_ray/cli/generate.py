@@ -4,7 +4,6 @@ This module has the command and the single prompt; generate_batch.py has files o
 """
 
 import sys
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -23,9 +22,7 @@ from mhmoe_ray.cli.common import (
 from mhmoe_ray.cli.generate_batch import BatchOptions, answer_file
 
 if TYPE_CHECKING:
-    from mhmoe_ray.serve.answer import Answerer, AnswerPiece
     from mhmoe_ray.serve.batch.request import SamplingOptions
-    from mhmoe_ray.serve.engine import Request
 
 
 def generate(
@@ -143,14 +140,11 @@ def _answer_prompt(
         ServeError: the prompt is not UTF-8 or too long, there is no GPU, or the engine fails.
         RunError, CheckpointError: there is no such run or checkpoint, or the checkpoint is damaged.
     """
-    import asyncio
     import os
 
+    from mhmoe_ray.api.model import load_checkpoint
     from mhmoe_ray.errors import ServeError
     from mhmoe_ray.runs.directory import find_run
-    from mhmoe_ray.serve.engine import EngineError, Request
-    from mhmoe_ray.serve.load import load_answerer
-    from mhmoe_ray.spec import ServeSpec
 
     try:
         text = sys.stdin.read() if prompt is None else prompt
@@ -164,19 +158,19 @@ def _answer_prompt(
     # This call raises an error if there is no GPU, before the checkpoint is loaded, which may take long.
     if gpus:
         _require_gpu()
-    spec = ServeSpec(max_concurrency=1, cpus_per_replica=os.cpu_count() or 1, gpus_per_replica=gpus)
-    answerer = load_answerer(path, spec, manifest)
-    try:
-        ids = answerer.encode(text)
-        answerer.check_length(ids, has_answer=True)
-        request = Request(tuple(ids), sampling.params(row=0))
-        pieces = asyncio.run(_collect_pieces(answerer, request, sampling.stop, echo=not json))
-    except EngineError as e:
-        raise ServeError("the engine", str(e), "try another checkpoint, or --gpus 0") from e
-    finally:
-        # The engine is closed here also after an error, because it must be closed before the process ends (see
-        # `Engine.close`).
-        answerer.engine.close()
+    pieces = []
+    with load_checkpoint(path, manifest, "cuda" if gpus else "cpu", threads=os.cpu_count()) as model:
+        for piece in model.stream(
+            text,
+            max_tokens=sampling.max_tokens,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            seed=sampling.seed,
+            stop=sampling.stop,
+        ):
+            pieces.append(piece)
+            if not json:
+                print(piece.text, end="", flush=True)
     if json:
         print_json(
             {
@@ -200,15 +194,3 @@ def _require_gpu() -> None:
 
     if not torch.cuda.is_available():
         raise ServeError("--gpus 1", "torch finds no GPU in this process", "give --gpus 0, or install torch for CUDA")
-
-
-async def _collect_pieces(
-    answerer: "Answerer", request: "Request", stop_strings: Sequence[str], echo: bool
-) -> "list[AnswerPiece]":
-    """Return all pieces of the answer to a request; with `echo`, also print each one as soon as it is generated."""
-    pieces = []
-    async for piece in answerer.answer(request, stop_strings):
-        pieces.append(piece)
-        if echo:
-            print(piece.text, end="", flush=True)
-    return pieces

@@ -112,34 +112,34 @@ class ModelDetails(BaseModel):
         )
 
 
-class Answerer:
-    """An engine together with the tokenizer and the chat template of its model."""
+def check_length(prompt_ids: Sequence[int], has_answer: bool, seq_len: int) -> None:
+    """Check that a prompt fits in a model's context.
 
-    def __init__(
-        self,
-        engine: Engine,
-        tokenizer: Tokenizer,
-        template: ChatTemplate | None,
-        details: ModelDetails,
-        adds_start: bool = True,
-    ) -> None:
-        """Combine an engine with what is needed to turn text into tokens and tokens into text.
+    Args:
+        prompt_ids: token ids of the prompt.
+        has_answer: whether an answer follows the prompt; its first token must fit too.
+        seq_len: largest number of tokens of prompt and answer together.
+
+    Raises:
+        ServeError: the prompt does not fit.
+    """
+    if len(prompt_ids) + has_answer > seq_len:
+        reason = f"it has {len(prompt_ids)} tokens, and prompt and answer together may have {seq_len}"
+        raise ServeError("the prompt", reason, "shorten it")
+
+
+class PromptEncoder:
+    """Encoder of prompts, as a model knows them from its training."""
+
+    def __init__(self, tokenizer: Tokenizer, adds_start: bool) -> None:
+        """Create an encoder.
 
         Args:
-            engine: the engine that computes the answers.
             tokenizer: the model's tokenizer, which has tokens for the start and end of a document.
-            template: the chat template; None if the model has none.
-            details: facts about the model.
             adds_start: whether a start token precedes a text, as in the model's training.
         """
-        self.engine, self.tokenizer, self.template, self.details = engine, tokenizer, template, details
+        self.tokenizer, self.adds_start = tokenizer, adds_start
         self.start_token = boundaries(tokenizer).start
-        self.adds_start = adds_start
-        self.tokenizer_size = token_count(tokenizer)
-        """Number of token ids; every id is below it."""
-        self.boundary_texts = boundary_texts(tokenizer)
-        self.decode = TextDecoder(tokenizer)
-        self._token_bytes = TokenBytes(tokenizer, self.decode)
 
     def encode(self, prompt: str) -> list[int]:
         """Return the token ids of a prompt, after the token that starts a document if the model is used to it."""
@@ -169,19 +169,38 @@ class Answerer:
         [encoding] = self.tokenizer.encode_batch_fast([text], add_special_tokens=False)
         return list(encoding.ids)
 
-    def check_length(self, prompt_ids: Sequence[int], has_answer: bool) -> None:
-        """Check that a prompt fits in the model's context.
+
+class Answerer(PromptEncoder):
+    """An engine together with the tokenizer and the chat template of its model."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        tokenizer: Tokenizer,
+        template: ChatTemplate | None,
+        details: ModelDetails,
+        adds_start: bool = True,
+    ) -> None:
+        """Combine an engine with what is needed to turn text into tokens and tokens into text.
 
         Args:
-            prompt_ids: token ids of the prompt.
-            has_answer: whether an answer follows the prompt; its first token must fit too.
-
-        Raises:
-            ServeError: the prompt does not fit.
+            engine: the engine that computes the answers.
+            tokenizer: the model's tokenizer, which has tokens for the start and end of a document.
+            template: the chat template; None if the model has none.
+            details: facts about the model.
+            adds_start: whether a start token precedes a text, as in the model's training.
         """
-        if len(prompt_ids) + has_answer > self.engine.seq_len:
-            reason = f"it has {len(prompt_ids)} tokens, and prompt and answer together may have {self.engine.seq_len}"
-            raise ServeError("the prompt", reason, "shorten it")
+        super().__init__(tokenizer, adds_start)
+        self.engine, self.template, self.details = engine, template, details
+        self.tokenizer_size = token_count(tokenizer)
+        """Number of token ids; every id is below it."""
+        self.boundary_texts = boundary_texts(tokenizer)
+        self.decode = TextDecoder(tokenizer)
+        self._token_bytes = TokenBytes(tokenizer, self.decode)
+
+    def check_length(self, prompt_ids: Sequence[int], has_answer: bool) -> None:
+        """Check that a prompt fits in the model's context; see `check_length`."""
+        check_length(prompt_ids, has_answer, self.engine.seq_len)
 
     async def answer(
         self, request: Request, stop_strings: Sequence[str] = (), echo: bool = False, added_tokens: int = 0

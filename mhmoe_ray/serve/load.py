@@ -4,6 +4,7 @@ To add an engine, add it to this module and its name to `spec/serve.py`. The lib
 imported only when that engine is loaded, so a process that only checks does not need it.
 """
 
+from collections.abc import Iterable
 from importlib.util import find_spec
 
 from tokenizers import Tokenizer
@@ -16,7 +17,7 @@ from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.serve.answer import Answerer, ModelDetails, load_chat_template
 from mhmoe_ray.serve.engine import Engine
 from mhmoe_ray.serve.vllm.folder import check_fits
-from mhmoe_ray.spec import ServeSpec
+from mhmoe_ray.spec import ModelSpec, ServeSpec
 from mhmoe_ray.storage import Location
 
 
@@ -26,15 +27,15 @@ def check_engine(manifest: CheckpointManifest, spec: ServeSpec) -> None:
     Raises:
         ServeError: the engine is not installed, or cannot compute this model.
     """
-    _check_router(manifest)
+    check_router(manifest.model)
     if spec.engine == "vllm":
         _require_vllm()
         check_fits(manifest.model, on_cpu=not spec.gpus_per_replica)
 
 
-def _check_router(manifest: CheckpointManifest) -> None:
-    """Raise ServeError if the model cannot generate text without knowing the domain of the text."""
-    moe = manifest.model.moe
+def check_router(model: ModelSpec) -> None:
+    """Raise ServeError if a model cannot generate text without knowing the domain of the text."""
+    moe = model.moe
     if moe is not None and moe.router == "domain":
         reason = "its router needs the domain of a text, which a prompt does not name"
         fix = f"export the expert of a domain (mhmoe ckpt export --domain {(moe.domains or ['NAME'])[0]}) and import it"
@@ -61,10 +62,8 @@ def load_engine(checkpoint: Location, manifest: CheckpointManifest, tokenizer: T
         CheckpointError: the weights do not belong to the manifest's model.
         ServeError: the engine is not installed, or cannot compute this model.
     """
-    _check_router(manifest)
-    # The model may have more rows of logits than the tokenizer has tokens, and the engine must not sample the id of a
-    # row without a text.
-    stop_token_ids, tokenizer_size = boundaries(tokenizer).ends.union(manifest.ends), token_count(tokenizer)
+    check_router(manifest.model)
+    stop_token_ids, tokenizer_size = token_limits(tokenizer, manifest.ends)
     if spec.engine == "vllm":
         _require_vllm()
         from mhmoe_ray.serve.vllm.engine import VllmEngine
@@ -74,6 +73,18 @@ def load_engine(checkpoint: Location, manifest: CheckpointManifest, tokenizer: T
     from mhmoe_ray.serve.engine.torch_engine import own_engine
 
     return own_engine(load_verified_model(checkpoint, manifest), stop_token_ids, tokenizer_size, manifest.seq_len, spec)
+
+
+def token_limits(tokenizer: Tokenizer, ends: Iterable[int]) -> tuple[frozenset[int], int]:
+    """Return the token ids that end an answer, and the number of tokens that may be sampled, counted from id 0.
+
+    Args:
+        tokenizer: the model's tokenizer, which has tokens for the start and end of a document.
+        ends: token ids that end a text in addition to the tokenizer's own.
+    """
+    # The model may have more rows of logits than the tokenizer has tokens, and the engine must not sample the id of a
+    # row without a text.
+    return boundaries(tokenizer).ends.union(ends), token_count(tokenizer)
 
 
 def load_answerer(checkpoint: Location, spec: ServeSpec, manifest: CheckpointManifest | None = None) -> Answerer:

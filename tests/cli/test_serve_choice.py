@@ -2,6 +2,7 @@
 
 import pytest
 
+from mhmoe_ray.api import serve_target
 from mhmoe_ray.api.serve_target import with_environment_keys
 from mhmoe_ray.checkpoint.manifest import committed_checkpoints
 from mhmoe_ray.cli.serve_choice import option_overrides, resolve_target
@@ -29,9 +30,12 @@ def test_target_is_a_run_a_checkpoint_or_a_spec(tmp_path, run):
     found_run, path, deploy_spec = resolve_target(str(file), None, "elsewhere", ["serve.replicas=2"])
     assert (found_run.id, path) == (run.id, checkpoint)
     assert (deploy_spec.serve.max_tokens, deploy_spec.serve.replicas.max) == (77, 2)
-    file.write_text(dump_spec(spec.model_copy(update={"name": "another"})))
-    with pytest.raises(RunError, match="holds no run of it"):
-        resolve_target(str(file), None, "elsewhere", [])
+    assert serve_target.resolve_target(spec, None, "elsewhere", ["serve.replicas=2"]) == (found_run, path, deploy_spec)
+    other_spec = spec.model_copy(update={"name": "another"})
+    file.write_text(dump_spec(other_spec))
+    for target in (str(file), other_spec):
+        with pytest.raises(RunError, match="holds no run of it"):
+            serve_target.resolve_target(target, None, "elsewhere")
 
 
 def test_target_spec_may_name_a_preset(tmp_path, monkeypatch):

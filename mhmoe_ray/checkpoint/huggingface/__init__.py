@@ -9,6 +9,7 @@ model_card.py           README.md of an exported folder
 export.py               `mhmoe ckpt export`: write a checkpoint to such a folder
 imported_tokenizer.py   tokenizer and chat template of a folder that is imported
 import_.py              `mhmoe ckpt import`: create a run directory with one checkpoint from such a folder
+load.py                 load a model from such a folder, without an import
 hub.py                  models of the Hugging Face hub as folders
 compare.py              `mhmoe ckpt verify A B`: compare two models
 configuration_mhmoe.py  the configuration of MH-MoE models in transformers; exports contain a copy

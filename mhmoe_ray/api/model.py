@@ -1,0 +1,624 @@
+"""A model in this process: generate text with the serving engine, and compute logits."""
+
+import asyncio
+import os
+import weakref
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import aclosing, contextmanager
+from math import inf
+from pathlib import Path
+from queue import SimpleQueue
+from threading import Lock, Thread, current_thread, main_thread
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self, TypeVar, overload
+
+from tokenizers import Tokenizer
+
+from mhmoe_ray.api.checkpoints import find_model_folder, pick_checkpoint
+from mhmoe_ray.api.defaults import OnNote, default_storage, ignore_note
+from mhmoe_ray.api.run import Run
+from mhmoe_ray.checkpoint.manifest import CheckpointManifest, is_committed, read_manifest
+from mhmoe_ray.checkpoint.tokenizer import load_run_tokenizer
+from mhmoe_ray.data.chat.template import ChatTemplate, ChatTemplateError
+from mhmoe_ray.data.tokenizer import boundary_texts
+from mhmoe_ray.errors import CheckpointError, ServeError
+from mhmoe_ray.runs.directory import RunDir
+from mhmoe_ray.serve.answer import (
+    Answerer,
+    AnswerPiece,
+    ModelDetails,
+    PromptEncoder,
+    check_length,
+    join_pieces,
+    load_chat_template,
+)
+from mhmoe_ray.serve.engine import EngineError, FinishReason, Request, SamplingParams
+from mhmoe_ray.serve.engine.request import derived_seed
+from mhmoe_ray.serve.load import check_router, token_limits
+from mhmoe_ray.spec import ModelSpec, ServeSpec
+from mhmoe_ray.storage import Location
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mhmoe_ray.model.decoder import Decoder
+
+T = TypeVar("T")
+Device = Literal["cpu", "cuda"]
+Messages = Sequence[Mapping[str, str]]
+"""Conversation: messages with a `role` and a `content`, up to where the assistant's next answer begins."""
+CONCURRENCY = 16
+"""Number of prompts that are answered at the same time."""
+
+
+def load(
+    model: Run | str | os.PathLike[str],
+    checkpoint: str | None = None,
+    device: Device = "cpu",
+    *,
+    storage: str | os.PathLike[str] | None = None,
+    on_note: OnNote = ignore_note,
+) -> "LoadedModel":
+    """Return a model that computes in this process, to be closed after use.
+
+    Its weights are loaded when they are needed first.
+
+    Args:
+        model: a run, its id, the start of one, or its path; the folder of a checkpoint; a folder in Hugging Face's
+            layout; or hf:ORGANIZATION/NAME.
+        checkpoint: name of one of the run's checkpoints; None for the newest.
+        device: device to compute on.
+        storage: folder that holds run directories; by default MHMOE_STORAGE, else `runs`.
+        on_note: function that is called with a warning for each newer checkpoint that is damaged and therefore skipped.
+
+    Raises:
+        RunError, CheckpointError: there is no such run, checkpoint or model, or it is damaged.
+        DataError: the tokenizer is missing or does not fit the model.
+        ServeError: the chat template is invalid, or there is no such device.
+    """
+    folder: Location | RunDir
+    if isinstance(model, Run):
+        folder = model.directory
+    else:
+        folder = find_model_folder(model, default_storage() if storage is None else str(storage))
+    if isinstance(folder, RunDir):
+        path, manifest = pick_checkpoint(folder, checkpoint, verify_hashes=True, on_note=on_note)
+        return load_checkpoint(path, manifest, device)
+    if checkpoint is not None:
+        reason = f"{model} is one model, not a run with several"
+        raise CheckpointError(f"checkpoint {checkpoint}", reason, "leave out the name of the checkpoint")
+    if is_committed(folder):
+        path = folder.absolute()
+        return load_checkpoint(path, read_manifest(path, parts=("weights",)), device)
+    return LoadedModel(_folder_source(Path(str(folder))), device)
+
+
+def load_checkpoint(
+    checkpoint: Location, manifest: CheckpointManifest, device: Device = "cpu", threads: int | None = None
+) -> "LoadedModel":
+    """Return the model of a checkpoint inside its run directory.
+
+    Args:
+        checkpoint: the checkpoint.
+        manifest: its manifest, whose weights were verified.
+        device: device to compute on.
+        threads: number of threads that generate on a CPU; None for torch's own number.
+
+    Raises:
+        CheckpointError, DataError: the run's tokenizer is missing or damaged.
+        ServeError: the run's chat template is invalid, or there is no such device.
+    """
+    run, tokenizer = RunDir.of_checkpoint(checkpoint), load_run_tokenizer(checkpoint, manifest)
+
+    def load_decoder() -> "Decoder":
+        from mhmoe_ray.checkpoint.load import load_verified_model
+
+        return load_verified_model(checkpoint, manifest)
+
+    source = _ModelSource(
+        f"{run.id}/{checkpoint.name}",
+        manifest.model,
+        manifest.seq_len,
+        PromptEncoder(tokenizer, manifest.adds_start),
+        load_chat_template(run, tokenizer),
+        manifest.ends,
+        load_decoder,
+    )
+    return LoadedModel(source, device, threads)
+
+
+class _ModelSource(NamedTuple):
+    """A stored model: everything but its weights, and a function that loads these."""
+
+    name: str
+    model: ModelSpec
+    seq_len: int
+    encoder: PromptEncoder
+    template: ChatTemplate | None
+    ends: list[int]
+    """Token ids that end a text in addition to the tokenizer's own."""
+    load_decoder: Callable[[], "Decoder"]
+
+
+def _folder_source(folder: Path) -> _ModelSource:
+    """Return the model of a folder in Hugging Face's layout.
+
+    Raises:
+        CheckpointError: the folder lacks a file, is damaged, or holds a model that this package does not compute.
+        DataError: its tokenizer does not fit the model.
+        ServeError: its chat template is invalid.
+    """
+    # The module imports torch.
+    from mhmoe_ray.checkpoint.huggingface.load import read_folder_model
+
+    stored = read_folder_model(folder)
+    template = None
+    if stored.chat_template is not None:
+        try:
+            template = ChatTemplate(stored.chat_template, *boundary_texts(stored.tokenizer))
+        except ChatTemplateError as e:
+            raise ServeError("the chat template", str(e), f"correct it in {folder}") from e
+    encoder = PromptEncoder(stored.tokenizer, stored.adds_start)
+    return _ModelSource(folder.name, stored.model, stored.seq_len, encoder, template, stored.ends, stored.load_decoder)
+
+
+class Answer(NamedTuple):
+    """An answer of a model."""
+
+    text: str
+    tokens: int
+    """Number of tokens of the answer."""
+    finish_reason: FinishReason
+    """Reason why it ends: "stop" at the end of a document or at a stop string, "length" at a limit on tokens."""
+
+
+class LoadedModel:
+    """A model in this process; a context manager that closes it."""
+
+    def __init__(self, source: _ModelSource, device: Device = "cpu", threads: int | None = None) -> None:
+        """Create the model without loading its weights; `load` finds one by name.
+
+        Args:
+            source: the stored model.
+            device: device to compute on.
+            threads: number of threads that generate on a CPU; None for torch's own number.
+
+        Raises:
+            ServeError: there is no such device.
+        """
+        import torch
+
+        if device not in ("cpu", "cuda"):
+            raise ServeError(f"device {device}", "a model computes on a CPU or on a GPU", 'choose "cpu" or "cuda"')
+        if device == "cuda" and not torch.cuda.is_available():
+            fix = 'choose "cpu", or install torch for CUDA'
+            raise ServeError(f"device {device}", "torch finds no GPU in this process", fix)
+        self._source, self._device = source, device
+        self._threads = threads or torch.get_num_threads()
+        self._lock = Lock()
+        self._decoder: Decoder | None = None
+        self._engine: _EngineThread | None = None
+        self._finalizer: weakref.finalize[..., LoadedModel] | None = None
+        self._is_closed = False
+
+    def __repr__(self) -> str:
+        return f"LoadedModel({self.name!r}, device={self._device!r})"
+
+    @property
+    def name(self) -> str:
+        """The run's id and the checkpoint's name, or the name of the folder."""
+        return self._source.name
+
+    @property
+    def spec(self) -> ModelSpec:
+        """Section `model` of the spec: sizes and options."""
+        return self._source.model
+
+    @property
+    def seq_len(self) -> int:
+        """Largest number of tokens of prompt and answer together."""
+        return self._source.seq_len
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Tokenizer of the model. `encode` is for prompts: it adds the token that starts a document where needed."""
+        return self._source.encoder.tokenizer
+
+    def encode(self, prompt: str | Messages) -> list[int]:
+        """Return the token ids of a text or of a conversation as the model reads them.
+
+        Args:
+            prompt: the text, or the messages.
+
+        Raises:
+            ServeError: the model has no chat template, or the template does not accept these messages.
+        """
+        if isinstance(prompt, str):
+            return self._source.encoder.encode(prompt)
+        if self._source.template is None:
+            reason = "it has no chat template, so it cannot answer conversations"
+            raise ServeError("the model", reason, "give a text")
+        return self._source.encoder.encode_chat(self._source.template, [dict(message) for message in prompt])
+
+    @overload
+    def generate(
+        self,
+        prompt: str | Messages,
+        *,
+        max_tokens: int = ...,
+        temperature: float = ...,
+        top_p: float = ...,
+        top_k: int = ...,
+        min_p: float = ...,
+        seed: int | None = ...,
+        stop: Sequence[str] = ...,
+    ) -> Answer: ...
+
+    @overload
+    def generate(
+        self,
+        prompt: list[str] | Sequence[Messages],
+        *,
+        max_tokens: int = ...,
+        temperature: float = ...,
+        top_p: float = ...,
+        top_k: int = ...,
+        min_p: float = ...,
+        seed: int | None = ...,
+        stop: Sequence[str] = ...,
+    ) -> list[Answer]: ...
+
+    def generate(
+        self,
+        prompt: str | Messages | list[str] | Sequence[Messages],
+        *,
+        max_tokens: int = 128,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        min_p: float = 0.0,
+        seed: int | None = None,
+        stop: Sequence[str] = (),
+    ) -> Answer | list[Answer]:
+        """Return the answer to a prompt, or the answers to a list of prompts, which are computed together.
+
+        On a CPU, an answer has the same bits whatever else is computed.
+
+        Args:
+            prompt: a text to continue; a conversation, as a list of messages like {"role": "user", "content": "..."};
+                or a list of texts or of conversations.
+            max_tokens: largest number of tokens of an answer.
+            temperature: temperature; 0 takes the most likely token each time.
+            top_p: total probability of the smallest set of most likely tokens to draw from.
+            top_k: number of most likely tokens to draw from; 0 draws from all.
+            min_p: smallest probability of a token to draw from, as a share of the most likely token's.
+            seed: equal seeds give equal answers; each prompt of a list has a seed of its own. None chooses one.
+            stop: texts that end an answer and are not part of it.
+
+        Raises:
+            ServeError: a prompt does not fit, a parameter is out of its range, the model cannot generate text or has no
+                chat template, or the engine failed.
+        """
+        is_single = isinstance(prompt, str) or (len(prompt) > 0 and isinstance(prompt[0], Mapping))
+        prompts: list[Any] = [prompt] if is_single else list(prompt)
+        sampling = _checked_sampling(max_tokens, temperature, top_p, top_k, min_p)
+        requests = [self._request(item, sampling, seed, index) for index, item in enumerate(prompts)]
+        with _report_engine_errors():
+            answers = self._start_engine().answer_all(requests, stop)
+        return answers[0] if is_single else answers
+
+    def stream(
+        self,
+        prompt: str | Messages,
+        *,
+        max_tokens: int = 128,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        min_p: float = 0.0,
+        seed: int | None = None,
+        stop: Sequence[str] = (),
+    ) -> Iterator[AnswerPiece]:
+        """Return the pieces of the answer to a prompt, each as soon as it is generated; for arguments see `generate`.
+
+        The last piece has the finish reason. Closing the iterator early ends the computation.
+
+        Raises:
+            ServeError: as in `generate`; a failure of the engine is raised when the next piece is asked for.
+        """
+        sampling = _checked_sampling(max_tokens, temperature, top_p, top_k, min_p)
+        return self._pieces(self._request(prompt, sampling, seed, 0), stop)
+
+    def _pieces(self, request: Request, stop_strings: Sequence[str]) -> Iterator[AnswerPiece]:
+        """Yield the pieces of the answer to a request. The generator keeps the model, and so its engine, alive."""
+        with _report_engine_errors():
+            yield from self._start_engine().pieces(request, stop_strings)
+
+    def _request(self, prompt: str | Messages, sampling: dict[str, Any], seed: int | None, index: int) -> Request:
+        """Return the request for an answer.
+
+        Args:
+            prompt: the prompt.
+            sampling: fields of the sampling parameters.
+            seed: seed of the answer with index 0.
+            index: index of the answer.
+
+        Raises:
+            ServeError: the prompt does not fit, or the model cannot generate text or has no chat template.
+        """
+        check_router(self.spec)
+        ids = self.encode(prompt)
+        check_length(ids, has_answer=True, seq_len=self.seq_len)
+        return Request(tuple(ids), SamplingParams(**sampling, seed=derived_seed(seed, index)))
+
+    def logits(self, text: str | Sequence[int], domain: str | None = None) -> "Tensor":
+        """Return the logits of the token after each token of a text, as the model computes them in float32.
+
+        Args:
+            text: a text, which gets the token that starts a document if the model is used to it; or token ids, which
+                get none.
+            domain: name of the text's domain, for a model with router `domain`; None for any other.
+
+        Returns:
+            Tensor of shape (tokens, vocabulary) on the device of the model.
+
+        Raises:
+            ServeError: the text does not fit, an id is no token, the model is closed, or the domain is missing or
+                unknown.
+        """
+        import torch
+
+        ids = self.encode(text) if isinstance(text, str) else [int(token) for token in text]
+        if not ids or min(ids) < 0 or max(ids) >= self.spec.vocab_size:
+            reason = f"it has no tokens, or others than 0 to {self.spec.vocab_size - 1}"
+            raise ServeError("the text", reason, "give at least one token of the model")
+        check_length(ids, has_answer=False, seq_len=self.seq_len)
+        expert = _expert_of(self.spec, domain)
+        decoder = self._load_decoder()
+        token_1T = torch.tensor([ids], device=self._device)
+        with torch.no_grad():
+            output = decoder(
+                token_1T,
+                document_BT=torch.zeros_like(token_1T) if self.spec.document_masks else None,
+                domain_B=None if expert is None else token_1T.new_tensor([expert]),
+            )
+        logits_TV: Tensor = output.logits_BTV[0]
+        return logits_TV
+
+    def close(self) -> None:
+        """End the engine and release the weights. A closed model computes nothing more."""
+        self._is_closed = True
+        engine, self._engine, self._decoder = self._engine, None, None
+        if self._finalizer is not None:
+            self._finalizer.detach()
+        if engine is not None:
+            engine.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, error_type: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _require_open(self) -> None:
+        """Raise ServeError if the model is closed."""
+        if self._is_closed:
+            raise ServeError(f"model {self.name}", "it is closed", "load it again")
+
+    def _load_decoder(self) -> "Decoder":
+        """Return the model's decoder, which is loaded at the first call."""
+        with self._lock:
+            self._require_open()
+            if self._decoder is None:
+                self._decoder = self._source.load_decoder().to(self._device)
+            return self._decoder
+
+    def _start_engine(self) -> "_EngineThread":
+        """Return the model's engine, which is started at the first call."""
+        with self._lock:
+            self._require_open()
+            engine = self._engine
+            if engine is None:
+                # The engine has weights of its own, because it packs them.
+                engine = self._engine = _EngineThread(_answerer_builder(self._source, self._device, self._threads))
+                # An engine must be closed before the process ends (`Engine.close`), also if nobody closes the model.
+                self._finalizer = weakref.finalize(self, _close_abandoned_engine, engine)
+        try:
+            # The start may take long, and its errors are raised here.
+            _ = engine.answerer
+        except Exception:
+            self._engine = None
+            raise
+        return engine
+
+
+def _answerer_builder(source: _ModelSource, device: Device, threads: int) -> Callable[[], Answerer]:
+    """Return a function that loads the weights of a model and starts an engine with them.
+
+    Args:
+        source: the stored model.
+        device: device to compute on.
+        threads: number of threads that generate on a CPU.
+    """
+
+    def build() -> Answerer:
+        import torch
+
+        from mhmoe_ray.serve.engine.torch_engine import own_engine
+
+        # This limits the present thread, that of `_EngineThread`. If it started OpenMP threads, they would slow down
+        # those of the engine (see `TorchEngine`).
+        torch.set_num_threads(1)
+        gpus = int(device == "cuda")
+        settings = ServeSpec(
+            max_concurrency=CONCURRENCY,
+            cpus_per_replica=threads,
+            gpus_per_replica=gpus,
+            # On a CPU, unused parts of the cache take no memory. On a GPU, short prompts share the room of a long one.
+            cache_tokens=source.seq_len if gpus else None,
+        )
+        tokenizer = source.encoder.tokenizer
+        stop_token_ids, tokenizer_size = token_limits(tokenizer, source.ends)
+        engine = own_engine(source.load_decoder(), stop_token_ids, tokenizer_size, source.seq_len, settings)
+        details = ModelDetails.from_spec(source.name, source.model)
+        return Answerer(engine, tokenizer, source.template, details, source.encoder.adds_start)
+
+    return build
+
+
+class _EngineThread:
+    """Thread with an event loop, in which an engine's answers arrive.
+
+    The loop has a thread of its own, because the thread of a caller may run a loop already, as in a notebook.
+    """
+
+    def __init__(self, build_answerer: Callable[[], Answerer]) -> None:
+        """Start the thread; the engine may not have started when this returns.
+
+        Args:
+            build_answerer: function that starts the engine.
+        """
+        self._started_answerer = Future[Answerer]()
+        self._thread = Thread(target=lambda: asyncio.run(self._run_loop(build_answerer)), name="answers", daemon=True)
+        self._thread.start()
+
+    async def _run_loop(self, build_answerer: Callable[[], Answerer]) -> None:
+        """Start the engine, and let the loop run until the engine is closed."""
+        self._loop, self._close_requested = asyncio.get_running_loop(), asyncio.Event()
+        # The engine refuses requests if too many wait, so they wait here.
+        self._slots = asyncio.Semaphore(CONCURRENCY)
+        try:
+            answerer = build_answerer()
+        # The thread that waits for the engine gets the error.
+        except BaseException as e:
+            self._started_answerer.set_exception(e)
+            return
+        self._started_answerer.set_result(answerer)
+        await self._close_requested.wait()
+
+    @property
+    def answerer(self) -> Answerer:
+        """The engine with its tokenizer, for which this waits; an error of its start is raised here."""
+        return self._started_answerer.result()
+
+    def answer_all(self, requests: Sequence[Request], stop_strings: Sequence[str]) -> list[Answer]:
+        """Return the answers to requests, which are computed together. Ctrl-C ends the computation."""
+
+        async def answer_all() -> list[Answer]:
+            return await asyncio.gather(*(self._answer(request, stop_strings) for request in requests))
+
+        return self._run(answer_all())
+
+    def _run(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """Run a coroutine in the loop, and return its result."""
+        future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        try:
+            return future.result()
+        # Ctrl-C is a BaseException. A cancelled coroutine aborts its requests.
+        except BaseException:
+            future.cancel()
+            raise
+
+    async def _answer(self, request: Request, stop_strings: Sequence[str]) -> Answer:
+        """Return the complete answer to a request."""
+        piece = join_pieces([piece async for piece in self._pieces(request, stop_strings)])
+        assert piece.finish_reason is not None
+        return Answer(piece.text, piece.token_count, piece.finish_reason)
+
+    async def _pieces(self, request: Request, stop_strings: Sequence[str]) -> AsyncGenerator[AnswerPiece]:
+        """Yield the pieces of the answer to a request, when there is a slot for it."""
+        async with self._slots, aclosing(self.answerer.answer(request, stop_strings)) as pieces:
+            async for piece in pieces:
+                yield piece
+
+    def pieces(self, request: Request, stop_strings: Sequence[str]) -> Iterator[AnswerPiece]:
+        """Yield the pieces of the answer to a request, each as soon as it is generated."""
+        queue = SimpleQueue[AnswerPiece | None]()
+
+        async def collect() -> None:
+            try:
+                async with aclosing(self._pieces(request, stop_strings)) as pieces:
+                    async for piece in pieces:
+                        queue.put(piece)
+            finally:
+                queue.put(None)
+
+        future = asyncio.run_coroutine_threadsafe(collect(), self._loop)
+        try:
+            while (piece := queue.get()) is not None:
+                yield piece
+            future.result()
+        finally:
+            future.cancel()
+
+    def close(self) -> None:
+        """Close the engine, and end the thread."""
+        try:
+            answerer = self.answerer
+        # An engine that could not be started need not be closed; whoever waited for it got the error.
+        except Exception:
+            return
+        answerer.engine.close()
+        self._loop.call_soon_threadsafe(self._close_requested.set)
+        self._thread.join()
+
+
+def _close_abandoned_engine(engine: _EngineThread) -> None:
+    """Close the engine of a model that nobody closed, when the model is collected or the process ends."""
+    # Python collects objects in any thread, even in one of the engine's, which cannot wait for its own end. At the end
+    # of the process it is the main thread, and no other thread can start any more.
+    if current_thread() is main_thread():
+        engine.close()
+    else:
+        Thread(target=engine.close, name="close").start()
+
+
+@contextmanager
+def _report_engine_errors() -> Iterator[None]:
+    """Context manager that turns an error of an engine into one for the user.
+
+    Raises:
+        ServeError: the engine failed.
+    """
+    try:
+        yield
+    except EngineError as e:
+        raise ServeError("the engine", str(e), "try another checkpoint, or compute on the CPU") from e
+
+
+def _checked_sampling(max_tokens: int, temperature: float, top_p: float, top_k: int, min_p: float) -> dict[str, Any]:
+    """Return these fields of `SamplingParams` by name, after checking their ranges.
+
+    Raises:
+        ServeError: one is out of its range.
+    """
+    for name, value, is_valid, expected_range in (
+        ("max_tokens", max_tokens, max_tokens >= 1, "at least 1"),
+        ("temperature", temperature, 0 <= temperature < inf, "0 or more"),
+        ("top_p", top_p, 0 < top_p <= 1, "more than 0 and at most 1"),
+        ("top_k", top_k, top_k >= 0, "0 or more"),
+        ("min_p", min_p, 0 <= min_p <= 1, "0 to 1"),
+    ):
+        if not is_valid:
+            raise ServeError(name, f"it is {value}", f"give {expected_range}")
+    return {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p}
+
+
+def _expert_of(model: ModelSpec, domain: str | None) -> int | None:
+    """Return the expert of a domain, for a model with router `domain`; None for any other model.
+
+    Raises:
+        ServeError: the domain is missing or unknown, or the model's router does not use it.
+    """
+    names = model.moe.domains if model.moe is not None else None
+    if names is None:
+        if domain is not None:
+            raise ServeError(f"domain {domain}", "the model's router does not use domains", "leave it out")
+        return None
+    if domain not in names:
+        reason = "the model's router needs the domain of a text, and this is none of its domains"
+        raise ServeError(f"domain {domain}", reason, f"choose from {', '.join(names)}")
+    return names.index(domain)

@@ -1,0 +1,65 @@
+"""Tests of what `import mhmoe_ray` offers: lazy names, and the function that has the name of a package."""
+
+import importlib
+import inspect
+import subprocess
+import sys
+
+import pytest
+
+import mhmoe_ray as mh
+from mhmoe_ray.api.service import serve
+
+
+def modules_after(code: str) -> set[str]:
+    """Run code in a new interpreter, and return which of the large modules it has imported."""
+    code += "\nimport sys\nprint(*{'torch', 'ray', 'pydantic'} & set(sys.modules))"
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return set(process.stdout.split())
+
+
+@pytest.mark.long
+def test_import_loads_no_large_module_and_names_load_neither_torch_nor_ray():
+    assert modules_after("import mhmoe_ray") == set()
+    assert modules_after("from mhmoe_ray import *") == {"pydantic"}
+
+
+@pytest.mark.parametrize("name", mh.__all__)
+def test_every_name_is_documented(name):
+    """A function has a section for its arguments, and a docstring begins with a sentence of its own."""
+    value = getattr(mh, name)
+    assert name in dir(mh)
+    function = serve if name == "serve" else value
+    docstring = inspect.getdoc(function)
+    if inspect.isfunction(function):
+        assert inspect.signature(function).parameters
+        assert "Args:" in docstring
+        assert "Raises:" in docstring
+    else:
+        assert docstring.splitlines()[0].endswith((".", ":"))
+
+
+@pytest.mark.parametrize("class_name", ["Run", "LoadedModel", "Service"])
+def test_every_public_method_is_documented(class_name):
+    for name, member in inspect.getmembers(getattr(mh, class_name)):
+        if name.startswith("_"):
+            continue
+        assert inspect.getdoc(member), name
+        function = member.fget if isinstance(member, property) else member
+        parameters = set(inspect.signature(function).parameters) - {"self", "on_note"} if callable(function) else set()
+        documented = inspect.getdoc(member)
+        missing_parameters = [parameter for parameter in parameters if f"    {parameter}: " not in documented]
+        assert missing_parameters == [] or "see `generate`" in documented, (name, missing_parameters)
+
+
+def test_unknown_names_are_attribute_errors():
+    with pytest.raises(AttributeError, match="no attribute 'sbumit'"):
+        _ = mh.sbumit
+
+
+def test_serve_is_a_function_and_a_package(tmp_path):
+    importlib.import_module("mhmoe_ray.serve.load")
+    assert mh.serve is importlib.import_module("mhmoe_ray.serve")
+    for function in (mh.serve, serve):
+        with pytest.raises(mh.MhmoeError, match="there is no such run"):
+            function("nothing", storage=tmp_path)

@@ -1,0 +1,49 @@
+"""Test of the examples in mhmoe_ray/api/README.md, which run in their order as a stranger would run them."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mhmoe_ray.cluster.spawn import free_ports
+from mhmoe_ray.runs import history, metrics
+from mhmoe_ray.runs.directory import find_run
+from mhmoe_ray.runs.start import read_start
+
+pytestmark = pytest.mark.ray
+
+README = Path(__file__).parents[2] / "mhmoe_ray/api/README.md"
+PORT = 8017
+"""Port in the examples. The test takes a free one instead, because another test may use this one."""
+
+
+def test_examples_of_the_readme_run_in_their_order(tmp_path, local_cluster):
+    examples = re.findall(r"^```python\n(.*?)^```", README.read_text(), re.S | re.M)
+    assert len(examples) == 9
+    code = "\n".join(examples)
+    assert code.count(str(PORT)) == 1
+    (tmp_path / "walk.py").write_text(code.replace(str(PORT), str(free_ports(1)[0])))
+    environment = {name: value for name, value in os.environ.items() if name != "MHMOE_STORAGE"}
+    process = subprocess.run(
+        [sys.executable, "walk.py"], cwd=tmp_path, env=environment, capture_output=True, text=True, encoding="utf-8"
+    )
+    assert process.returncode == 0, process.stdout + process.stderr
+    lines = process.stdout.splitlines()
+    for line in ("30", "finished finished", "2 torch.Size([4, 300])", "step_00000010.1 1"):
+        assert line in lines
+    # The service and the exported model give the same greedy answer as the run.
+    assert lines.count("True") == 2
+    assert "False" not in lines
+    assert lines[-1] == "spec sums: unknown key 'train.stepz'; did you mean 'steps'?"
+    run, branch, upcycled = (find_run(name, tmp_path / "runs") for name in ("sums", "branch", "upcycled"))
+    assert f"{run.id} finished 20" in lines
+    losses = [line[metrics.LOSS] for line in history.read(run)]
+    assert len(losses) == 30
+    assert losses[-1] < losses[0] - 1
+    assert history.read(branch)[0][metrics.LOSS] == pytest.approx(losses[20], abs=0.5)
+    assert [ancestor.step for ancestor in read_start(branch).ancestors] == [20]
+    assert upcycled.spec().model.moe.d_shared == 64
+    assert (tmp_path / "exported" / "config.json").exists()

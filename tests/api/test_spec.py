@@ -1,0 +1,77 @@
+"""Tests of specs that come from a file or a mapping, with overrides."""
+
+from copy import deepcopy
+from pathlib import Path
+
+import pytest
+import yaml
+
+import mhmoe_ray as mh
+from mhmoe_ray.api.spec import override_list
+from mhmoe_ray.errors import SpecError
+from mhmoe_ray.spec import parse_overrides
+
+TREE = {
+    "name": "own",
+    "preset": "mhmoe",
+    "size": "tiny",
+    "data": {"sources": {"web": {"path": "raw"}}, "prepared": "prepared"},
+}
+
+
+def test_a_mapping_gives_the_spec_of_the_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("own.yaml").write_text(yaml.safe_dump(TREE))
+    overrides = ["train.steps=50", "train.lr=1.0e-3", "model.moe.heads=4", "cluster.workers={min: 1, max: 2}"]
+    values = {
+        "train.steps": 50,
+        "train.lr": 1e-3,
+        "model.moe.heads": 4,
+        "cluster.workers": {"min": 1, "max": 2},
+    }
+    original_tree = deepcopy(TREE)
+    specs = [
+        mh.load_spec(source, keys) for source in ("own.yaml", Path("own.yaml"), TREE) for keys in (overrides, values)
+    ]
+    assert all(spec == specs[0] for spec in specs)
+    assert original_tree == TREE
+    assert (specs[0].train.steps, specs[0].model.moe.heads, specs[0].origin) == (50, 4, "mhmoe tiny")
+    assert specs[0].storage == tmp_path / "runs"
+    assert specs[0].data.sources["web"].path == str(tmp_path / "raw")
+
+
+def test_paths_may_be_path_objects(tmp_path):
+    data = {"sources": {"web": {"path": tmp_path / "raw"}}, "prepared": tmp_path / "prepared"}
+    spec = mh.load_spec({**TREE, "data": data}, {"storage": tmp_path / "elsewhere"})
+    assert spec.data.sources["web"].path == str(tmp_path / "raw")
+    assert spec.storage == tmp_path / "elsewhere"
+
+
+@pytest.mark.parametrize(
+    "value", [1e-5, True, None, "no", "x: y", "two\nlines", [1, "2"], {"a": {"b": 1.5}}, "é" * 200]
+)
+def test_values_of_overrides_come_through_yaml_unchanged(value):
+    assert parse_overrides(override_list({"a.b": value})) == [(["a", "b"], value)]
+
+
+def test_mistakes_name_the_spec_and_the_key(tmp_path):
+    with pytest.raises(SpecError, match=r"^spec own: unknown key 'train.stepz'; did you mean 'steps'"):
+        mh.load_spec(TREE, {"train.stepz": 1})
+    with pytest.raises(SpecError, match=r"^spec: 'name' is missing"):
+        mh.load_spec({key: value for key, value in TREE.items() if key != "name"})
+    with pytest.raises(SpecError, match=r"^spec .*nothing.yaml: No such file"):
+        mh.load_spec(tmp_path / "nothing.yaml")
+    with pytest.raises(SpecError, match=r"^override 'train.steps': it is not key=value"):
+        mh.load_spec(TREE, "train.steps")
+
+
+def test_a_cluster_on_paper_is_complete():
+    spec = mh.load_spec({**TREE, "train": {"micro_batches": 8}})
+    plan = mh.plan(spec, nodes=2, gpus=2)
+    assert plan["layout"]["workers"] == plan["layout"]["gpus"] == 4
+    assert plan["estimate"]["step"]["seconds_in_turn"] > 0
+    for arguments in ({"nodes": 2}, {"gpus": 2}, {"nodes": 0, "gpus": 1}, {"nodes": 1, "gpus": 1, "address": "lab"}):
+        with pytest.raises(SpecError, match="a cluster on paper has"):
+            mh.plan(spec, **arguments)
+    with pytest.raises(SpecError, match=r"train.micro_batches \(8\) must be a multiple of cluster.workers \(3\)"):
+        mh.plan(spec, nodes=1, gpus=3)
