@@ -51,6 +51,17 @@ def test_modules_that_read_and_draw_runs_do_not_import_torch():
     assert_not_imported("torch", READING_MODULES)
 
 
+def test_the_package_imports_no_large_module_before_it_is_used():
+    for unwanted_module in ("torch", "ray", "pydantic"):
+        assert_not_imported(unwanted_module, ("mhmoe_ray",))
+
+
+def test_names_of_the_package_import_neither_torch_nor_ray():
+    code = "import sys\nfrom mhmoe_ray import *\nprint({'torch', 'ray'} & set(sys.modules))"
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert process.stdout == "set()\n"
+
+
 def test_modules_that_serve_or_export_do_not_import_dtensor():
     assert_not_imported("torch.distributed.tensor", SERVING_MODULES)
 
