@@ -20,7 +20,8 @@ from mhmoe_ray.registration import register_with_transformers
 
 if TYPE_CHECKING:
     from mhmoe_ray.api.checkpoints import Checkpoint
-    from mhmoe_ray.api.model import Answer, LoadedModel, load
+    from mhmoe_ray.api.engine_thread import Answer
+    from mhmoe_ray.api.model import LoadedModel, load
     from mhmoe_ray.api.plan import plan
     from mhmoe_ray.api.run import Run, find_run, list_runs, submit
     from mhmoe_ray.api.service import Service, find_service, serve
@@ -48,7 +49,7 @@ __all__ = [
 __version__ = "0.1.0"
 
 _MODULES = {
-    "Answer": "mhmoe_ray.api.model",
+    "Answer": "mhmoe_ray.api.engine_thread",
     "Checkpoint": "mhmoe_ray.api.checkpoints",
     "LoadedModel": "mhmoe_ray.api.model",
     "MhmoeError": "mhmoe_ray.errors",
@@ -86,6 +87,10 @@ class _ServePackage(ModuleType):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return import_module("mhmoe_ray.api.service").serve(*args, **kwargs)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Programs send functions that use it to a cluster. Packages of their own class are not pickled by default.
+        return import_module, (self.__name__,)
 
 
 # The package has no content of its own but a docstring, so this import takes no time.

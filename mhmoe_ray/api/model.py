@@ -1,22 +1,20 @@
 """A model in this process: generate text with the serving engine, and compute logits."""
 
-import asyncio
 import os
 import weakref
-from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Mapping, Sequence
-from concurrent.futures import Future
-from contextlib import aclosing, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from math import inf
 from pathlib import Path
-from queue import SimpleQueue
-from threading import Lock, Thread, current_thread, main_thread
+from threading import Lock
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self, overload
 
 from tokenizers import Tokenizer
 
 from mhmoe_ray.api.checkpoints import find_model_folder, pick_checkpoint
 from mhmoe_ray.api.defaults import OnNote, default_storage, ignore_note
+from mhmoe_ray.api.engine_thread import CONCURRENCY, Answer, EngineThread, close_abandoned_engine
 from mhmoe_ray.api.run import Run
 from mhmoe_ray.checkpoint.manifest import CheckpointManifest, is_committed, read_manifest
 from mhmoe_ray.checkpoint.tokenizer import load_run_tokenizer
@@ -30,10 +28,9 @@ from mhmoe_ray.serve.answer import (
     ModelDetails,
     PromptEncoder,
     check_length,
-    join_pieces,
     load_chat_template,
 )
-from mhmoe_ray.serve.engine import EngineError, FinishReason, Request, SamplingParams
+from mhmoe_ray.serve.engine import EngineError, Request, SamplingParams
 from mhmoe_ray.serve.engine.request import derived_seed
 from mhmoe_ray.serve.load import check_router, token_limits
 from mhmoe_ray.spec import ModelSpec, ServeSpec
@@ -44,12 +41,9 @@ if TYPE_CHECKING:
 
     from mhmoe_ray.model.decoder import Decoder
 
-T = TypeVar("T")
 Device = Literal["cpu", "cuda"]
 Messages = Sequence[Mapping[str, str]]
 """Conversation: messages with a `role` and a `content`, up to where the assistant's next answer begins."""
-CONCURRENCY = 16
-"""Number of prompts that are answered at the same time."""
 
 
 def load(
@@ -163,16 +157,6 @@ def _folder_source(folder: Path) -> _ModelSource:
     return _ModelSource(folder.name, stored.model, stored.seq_len, encoder, template, stored.ends, stored.load_decoder)
 
 
-class Answer(NamedTuple):
-    """An answer of a model."""
-
-    text: str
-    tokens: int
-    """Number of tokens of the answer."""
-    finish_reason: FinishReason
-    """Reason why it ends: "stop" at the end of a document or at a stop string, "length" at a limit on tokens."""
-
-
 class LoadedModel:
     """A model in this process; a context manager that closes it."""
 
@@ -198,7 +182,7 @@ class LoadedModel:
         self._threads = threads or torch.get_num_threads()
         self._lock = Lock()
         self._decoder: Decoder | None = None
-        self._engine: _EngineThread | None = None
+        self._engine: EngineThread | None = None
         self._finalizer: weakref.finalize[..., LoadedModel] | None = None
         self._is_closed = False
 
@@ -416,16 +400,16 @@ class LoadedModel:
                 self._decoder = self._source.load_decoder().to(self._device)
             return self._decoder
 
-    def _start_engine(self) -> "_EngineThread":
+    def _start_engine(self) -> EngineThread:
         """Return the model's engine, which is started at the first call."""
         with self._lock:
             self._require_open()
             engine = self._engine
             if engine is None:
                 # The engine has weights of its own, because it packs them.
-                engine = self._engine = _EngineThread(_answerer_builder(self._source, self._device, self._threads))
+                engine = self._engine = EngineThread(_answerer_builder(self._source, self._device, self._threads))
                 # An engine must be closed before the process ends (`Engine.close`), also if nobody closes the model.
-                self._finalizer = weakref.finalize(self, _close_abandoned_engine, engine)
+                self._finalizer = weakref.finalize(self, close_abandoned_engine, engine)
         try:
             # The start may take long, and its errors are raised here.
             _ = engine.answerer
@@ -449,7 +433,7 @@ def _answerer_builder(source: _ModelSource, device: Device, threads: int) -> Cal
 
         from mhmoe_ray.serve.engine.torch_engine import own_engine
 
-        # This limits the present thread, that of `_EngineThread`. If it started OpenMP threads, they would slow down
+        # This limits the present thread, that of `EngineThread`. If it started OpenMP threads, they would slow down
         # those of the engine (see `TorchEngine`).
         torch.set_num_threads(1)
         gpus = int(device == "cuda")
@@ -467,113 +451,6 @@ def _answerer_builder(source: _ModelSource, device: Device, threads: int) -> Cal
         return Answerer(engine, tokenizer, source.template, details, source.encoder.adds_start)
 
     return build
-
-
-class _EngineThread:
-    """Thread with an event loop, in which an engine's answers arrive.
-
-    The loop has a thread of its own, because the thread of a caller may run a loop already, as in a notebook.
-    """
-
-    def __init__(self, build_answerer: Callable[[], Answerer]) -> None:
-        """Start the thread; the engine may not have started when this returns.
-
-        Args:
-            build_answerer: function that starts the engine.
-        """
-        self._started_answerer = Future[Answerer]()
-        self._thread = Thread(target=lambda: asyncio.run(self._run_loop(build_answerer)), name="answers", daemon=True)
-        self._thread.start()
-
-    async def _run_loop(self, build_answerer: Callable[[], Answerer]) -> None:
-        """Start the engine, and let the loop run until the engine is closed."""
-        self._loop, self._close_requested = asyncio.get_running_loop(), asyncio.Event()
-        # The engine refuses requests if too many wait, so they wait here.
-        self._slots = asyncio.Semaphore(CONCURRENCY)
-        try:
-            answerer = build_answerer()
-        # The thread that waits for the engine gets the error.
-        except BaseException as e:
-            self._started_answerer.set_exception(e)
-            return
-        self._started_answerer.set_result(answerer)
-        await self._close_requested.wait()
-
-    @property
-    def answerer(self) -> Answerer:
-        """The engine with its tokenizer, for which this waits; an error of its start is raised here."""
-        return self._started_answerer.result()
-
-    def answer_all(self, requests: Sequence[Request], stop_strings: Sequence[str]) -> list[Answer]:
-        """Return the answers to requests, which are computed together. Ctrl-C ends the computation."""
-
-        async def answer_all() -> list[Answer]:
-            return await asyncio.gather(*(self._answer(request, stop_strings) for request in requests))
-
-        return self._run(answer_all())
-
-    def _run(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        """Run a coroutine in the loop, and return its result."""
-        future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
-        try:
-            return future.result()
-        # Ctrl-C is a BaseException. A cancelled coroutine aborts its requests.
-        except BaseException:
-            future.cancel()
-            raise
-
-    async def _answer(self, request: Request, stop_strings: Sequence[str]) -> Answer:
-        """Return the complete answer to a request."""
-        piece = join_pieces([piece async for piece in self._pieces(request, stop_strings)])
-        assert piece.finish_reason is not None
-        return Answer(piece.text, piece.token_count, piece.finish_reason)
-
-    async def _pieces(self, request: Request, stop_strings: Sequence[str]) -> AsyncGenerator[AnswerPiece]:
-        """Yield the pieces of the answer to a request, when there is a slot for it."""
-        async with self._slots, aclosing(self.answerer.answer(request, stop_strings)) as pieces:
-            async for piece in pieces:
-                yield piece
-
-    def pieces(self, request: Request, stop_strings: Sequence[str]) -> Iterator[AnswerPiece]:
-        """Yield the pieces of the answer to a request, each as soon as it is generated."""
-        queue = SimpleQueue[AnswerPiece | None]()
-
-        async def collect() -> None:
-            try:
-                async with aclosing(self._pieces(request, stop_strings)) as pieces:
-                    async for piece in pieces:
-                        queue.put(piece)
-            finally:
-                queue.put(None)
-
-        future = asyncio.run_coroutine_threadsafe(collect(), self._loop)
-        try:
-            while (piece := queue.get()) is not None:
-                yield piece
-            future.result()
-        finally:
-            future.cancel()
-
-    def close(self) -> None:
-        """Close the engine, and end the thread."""
-        try:
-            answerer = self.answerer
-        # An engine that could not be started need not be closed; whoever waited for it got the error.
-        except Exception:
-            return
-        answerer.engine.close()
-        self._loop.call_soon_threadsafe(self._close_requested.set)
-        self._thread.join()
-
-
-def _close_abandoned_engine(engine: _EngineThread) -> None:
-    """Close the engine of a model that nobody closed, when the model is collected or the process ends."""
-    # Python collects objects in any thread, even in one of the engine's, which cannot wait for its own end. At the end
-    # of the process it is the main thread, and no other thread can start any more.
-    if current_thread() is main_thread():
-        engine.close()
-    else:
-        Thread(target=engine.close, name="close").start()
 
 
 @contextmanager

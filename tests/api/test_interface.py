@@ -2,11 +2,15 @@
 
 import importlib
 import inspect
+from pathlib import Path
 
 import pytest
+from ray import cloudpickle
 
 import mhmoe_ray as mh
 from mhmoe_ray.api.service import serve
+
+README = (Path(__file__).parents[2] / "mhmoe_ray/api/README.md").read_text()
 
 
 @pytest.mark.parametrize("name", mh.__all__)
@@ -14,6 +18,7 @@ def test_every_name_is_documented(name):
     """A function has a section for its arguments, and a docstring begins with a sentence of its own."""
     value = getattr(mh, name)
     assert name in dir(mh)
+    assert f"`mh.{name}" in README or f"mh.{name}(" in README
     function = serve if name == "serve" else value
     docstring = inspect.getdoc(function)
     if inspect.isfunction(function):
@@ -45,6 +50,7 @@ def test_unknown_names_are_attribute_errors():
 def test_serve_is_a_function_and_a_package(tmp_path):
     importlib.import_module("mhmoe_ray.serve.load")
     assert mh.serve is importlib.import_module("mhmoe_ray.serve")
+    assert cloudpickle.loads(cloudpickle.dumps(mh.serve)) is mh.serve
     for function in (mh.serve, serve):
         with pytest.raises(mh.MhmoeError, match="there is no such run"):
             function("nothing", storage=tmp_path)

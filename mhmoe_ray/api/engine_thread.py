@@ -1,0 +1,156 @@
+"""Answers of an engine in this process, whose updates arrive in an event loop of a thread of its own."""
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Sequence
+from concurrent.futures import CancelledError, Future
+from contextlib import aclosing, contextmanager
+from queue import SimpleQueue
+from threading import Thread, current_thread, main_thread
+from typing import Any, NamedTuple, TypeVar
+
+from mhmoe_ray.serve.answer import Answerer, AnswerPiece, join_pieces
+from mhmoe_ray.serve.engine import EngineError, FinishReason, Request
+
+T = TypeVar("T")
+CONCURRENCY = 16
+"""Number of prompts that are answered at the same time."""
+
+
+class Answer(NamedTuple):
+    """An answer of a model."""
+
+    text: str
+    tokens: int
+    """Number of tokens of the answer."""
+    finish_reason: FinishReason
+    """Reason why it ends: "stop" at the end of a document or at a stop string, "length" at a limit on tokens."""
+
+
+class EngineThread:
+    """Thread with an event loop, in which an engine's answers arrive.
+
+    The loop has a thread of its own, because the thread of a caller may run a loop already, as in a notebook.
+    """
+
+    def __init__(self, build_answerer: Callable[[], Answerer]) -> None:
+        """Start the thread; the engine may not have started when this returns.
+
+        Args:
+            build_answerer: function that starts the engine.
+        """
+        self._started_answerer = Future[Answerer]()
+        self._thread = Thread(target=lambda: asyncio.run(self._run_loop(build_answerer)), name="answers", daemon=True)
+        self._thread.start()
+
+    async def _run_loop(self, build_answerer: Callable[[], Answerer]) -> None:
+        """Start the engine, and let the loop run until the engine is closed."""
+        self._loop, self._close_requested = asyncio.get_running_loop(), asyncio.Event()
+        # The engine refuses requests if too many wait, so they wait here.
+        self._slots = asyncio.Semaphore(CONCURRENCY)
+        try:
+            answerer = build_answerer()
+        # The thread that waits for the engine gets the error.
+        except BaseException as e:
+            self._started_answerer.set_exception(e)
+            return
+        self._started_answerer.set_result(answerer)
+        await self._close_requested.wait()
+
+    @property
+    def answerer(self) -> Answerer:
+        """The engine with its tokenizer, for which this waits; an error of its start is raised here."""
+        return self._started_answerer.result()
+
+    def answer_all(self, requests: Sequence[Request], stop_strings: Sequence[str]) -> list[Answer]:
+        """Return the answers to requests, which are computed together. Ctrl-C ends the computation.
+
+        Raises:
+            EngineError: the engine failed, or was closed meanwhile.
+        """
+
+        async def answer_all() -> list[Answer]:
+            return await asyncio.gather(*(self._answer(request, stop_strings) for request in requests))
+
+        return self._run(answer_all())
+
+    def _run(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """Run a coroutine in the loop, and return its result."""
+        future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        try:
+            with _report_close():
+                return future.result()
+        # Ctrl-C is a BaseException. A cancelled coroutine aborts its requests.
+        except BaseException:
+            future.cancel()
+            raise
+
+    async def _answer(self, request: Request, stop_strings: Sequence[str]) -> Answer:
+        """Return the complete answer to a request."""
+        piece = join_pieces([piece async for piece in self._pieces(request, stop_strings)])
+        assert piece.finish_reason is not None
+        return Answer(piece.text, piece.token_count, piece.finish_reason)
+
+    async def _pieces(self, request: Request, stop_strings: Sequence[str]) -> AsyncGenerator[AnswerPiece]:
+        """Yield the pieces of the answer to a request, when there is a slot for it."""
+        async with self._slots, aclosing(self.answerer.answer(request, stop_strings)) as pieces:
+            async for piece in pieces:
+                yield piece
+
+    def pieces(self, request: Request, stop_strings: Sequence[str]) -> Iterator[AnswerPiece]:
+        """Yield the pieces of the answer to a request, each as soon as it is generated.
+
+        Raises:
+            EngineError: the engine failed, or was closed meanwhile.
+        """
+        queue = SimpleQueue[AnswerPiece | None]()
+
+        async def collect() -> None:
+            try:
+                async with aclosing(self._pieces(request, stop_strings)) as pieces:
+                    async for piece in pieces:
+                        queue.put(piece)
+            finally:
+                queue.put(None)
+
+        future = asyncio.run_coroutine_threadsafe(collect(), self._loop)
+        try:
+            while (piece := queue.get()) is not None:
+                yield piece
+            with _report_close():
+                future.result()
+        finally:
+            future.cancel()
+
+    def close(self) -> None:
+        """Close the engine, and end the thread."""
+        try:
+            answerer = self.answerer
+        # An engine that could not be started need not be closed; whoever waited for it got the error.
+        except Exception:
+            return
+        answerer.engine.close()
+        self._loop.call_soon_threadsafe(self._close_requested.set)
+        self._thread.join()
+
+
+@contextmanager
+def _report_close() -> Iterator[None]:
+    """Context manager for a result that the loop computes.
+
+    Raises:
+        EngineError: the loop was ended meanwhile, so it cancelled the computation.
+    """
+    try:
+        yield
+    except CancelledError as e:
+        raise EngineError("it was closed") from e
+
+
+def close_abandoned_engine(engine: EngineThread) -> None:
+    """Close the engine of a model that nobody closed, when the model is collected or the process ends."""
+    # Python collects objects in any thread, even in one of the engine's, which cannot wait for its own end. At the end
+    # of the process it is the main thread, and no other thread can start any more.
+    if current_thread() is main_thread():
+        engine.close()
+    else:
+        Thread(target=engine.close, name="close").start()
