@@ -62,7 +62,7 @@ def answer_chunks(
         compute=pool,
         num_cpus=spec.cpus_per_replica,
         num_gpus=spec.gpus_per_replica,
-        ray_remote_args_fn=_worker_options,
+        max_task_retries=CHUNK_RETRIES,
     )
     try:
         for row in results.iter_rows():
@@ -74,10 +74,6 @@ def answer_chunks(
         reason = f"a worker died, and so did {CHUNK_RETRIES} that computed the same chunk again: {_first_line(e)}"
         fix = "give workers more memory (fewer of them, or a lower serve.max_concurrency), then continue"
         raise JobError("the workers", reason, fix) from e
-
-
-def _worker_options() -> dict[str, int]:
-    return {"max_task_retries": CHUNK_RETRIES}
 
 
 def _first_line(error: Exception) -> str:
