@@ -6,6 +6,7 @@ columns.
 """
 
 import io
+import itertools
 import json
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, NamedTuple, Protocol
@@ -174,31 +175,20 @@ class Parquet:
 
     def read_rows(self, source: SourceFile, has_logprobs: bool) -> Iterator[NumberedRow | BadLine]:
         """Yield the prompt columns of each row; see `Format.read_rows`."""
-        number = 0
-        for table in self.read_tables(source, rows=1024):
-            if number == 0:
-                _check_columns(source, table.column_names, has_logprobs)
-            for row in self.table_rows(table):
-                number += 1
-                yield NumberedRow(number, row)
+        try:
+            with open_parquet(source.storage, source.file.path) as parquet_file:
+                names = parquet_file.schema_arrow.names
+        except PYARROW_ERRORS as e:
+            raise source.damage_error(short_message(e)) from e
+        _check_columns(source, names, has_logprobs)
+        # Other columns may be large, and need not be read to check the rows.
+        columns = [name for name in (PROMPT, MESSAGES) if name in names]
+        rows = (row for table in _read_parquet(source, 1024, columns) for row in self.table_rows(table))
+        yield from map(NumberedRow, itertools.count(1), rows)
 
     def read_tables(self, source: SourceFile, rows: int) -> Iterator[pa.Table]:
         """Yield the rows of the file in tables; see `Format.read_tables`."""
-        try:
-            with open_parquet(source.storage, source.file.path) as parquet_file:
-                remaining_rows = parquet_file.schema_arrow.empty_table()
-                for batch in parquet_file.iter_batches(rows, use_threads=False):
-                    # Damaged offsets would crash the process when values are decoded.
-                    batch.validate(full=True)
-                    remaining_rows = pa.concat_tables([remaining_rows, pa.Table.from_batches([batch])])
-                    # Batches may be smaller than requested, for example at the end of a row group.
-                    if len(remaining_rows) >= rows:
-                        yield remaining_rows.slice(0, rows)
-                        remaining_rows = remaining_rows.slice(rows)
-                if len(remaining_rows):
-                    yield remaining_rows
-        except PYARROW_ERRORS as e:
-            raise source.damage_error(short_message(e)) from e
+        return _read_parquet(source, rows, None)
 
     def table_rows(self, table: pa.Table) -> list[Any]:
         """Return the prompt columns of each row."""
@@ -218,6 +208,35 @@ class Parquet:
         """Count the answers in a Parquet file."""
         columns = ["error", "prompt_tokens", "tokens"]
         return AnswerCounts.of_rows(pq.read_table(io.BytesIO(content), columns=columns).to_pylist())
+
+
+def _read_parquet(source: SourceFile, rows: int, columns: list[str] | None) -> Iterator[pa.Table]:
+    """Yield the rows of a Parquet file in tables of `rows` rows; the last one may have fewer.
+
+    Args:
+        source: the file.
+        rows: number of rows of a table.
+        columns: names of the columns to read; None for all.
+
+    Raises:
+        DataError: the file is damaged.
+    """
+    try:
+        with open_parquet(source.storage, source.file.path) as parquet_file:
+            batches: list[pa.RecordBatch] = []
+            for batch in parquet_file.iter_batches(rows, columns=columns, use_threads=False):
+                # Damaged offsets would crash the process when values are decoded.
+                batch.validate(full=True)
+                batches.append(batch)
+                # Batches may be smaller than requested, for example at the end of a row group.
+                if sum(map(len, batches)) >= rows:
+                    table = pa.Table.from_batches(batches)
+                    yield table.slice(0, rows)
+                    batches = table.slice(rows).to_batches()
+            if any(map(len, batches)):
+                yield pa.Table.from_batches(batches)
+    except PYARROW_ERRORS as e:
+        raise source.damage_error(short_message(e)) from e
 
 
 def _check_columns(source: SourceFile, names: Sequence[str], has_logprobs: bool) -> None:

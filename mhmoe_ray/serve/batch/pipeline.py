@@ -72,7 +72,7 @@ def answer_chunks(
             yield result
     except (ray.exceptions.ActorDiedError, ray.exceptions.ActorUnavailableError) as e:
         reason = f"a worker died, and so did {CHUNK_RETRIES} that computed the same chunk again: {_first_line(e)}"
-        fix = "give workers more memory (fewer of them, or a lower serve.max_concurrency), then continue"
+        fix = "give workers more memory (fewer of them, or a lower serve.max_concurrency), then give the command again"
         raise JobError("the workers", reason, fix) from e
 
 

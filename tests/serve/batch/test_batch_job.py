@@ -1,6 +1,7 @@
 """Tests of `mhmoe generate --input` on a real cluster, with processes that are killed."""
 
 import json
+import shutil
 import signal
 import subprocess
 import time
@@ -10,12 +11,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from mhmoe_ray.runs.directory import RunDir
+from mhmoe_ray.serve.batch.output import BatchOutput
 from mhmoe_ray.serve.batch.pipeline import CHUNK_RETRIES
+from mhmoe_ray.serve.batch.rows import AnswerCounts
 from tests.cli.run import assert_one_line, command, mhmoe
 from tests.faults.harness import kill
 from tests.watch import end_by_ctrl_c, wait_until
 
-from .conftest import read_output, served, served_texts, write_input
+from ..conftest import build_model, save_checkpoint
+from .conftest import GREEDY, answer_here, make_request, read_output, served, served_texts, write_input
 from .killing import chunk_count, kill_driver, running_job, suspend_new_workers, worker_pids
 
 ROWS, CHUNK_ROWS = 200, 8
@@ -176,6 +181,29 @@ def test_chunk_that_loses_each_of_its_workers_ends_the_job_in_one_line(tmp_path,
         "error: the workers: a worker died, and so did 5 that computed the same chunk"
     )
     assert "Traceback" not in err
+
+
+@pytest.mark.long
+def test_same_command_continues_with_its_checkpoint_after_a_newer_one(tmp_path, batch_run, lane_home):
+    run = RunDir(tmp_path / "tiny-abc123")
+    shutil.copytree(batch_run.path, run.path)
+    path, output = write_input(tmp_path / "in.jsonl", [{"prompt": "a"}]), BatchOutput(tmp_path / "out")
+    [checkpoint] = run.checkpoints.iterdir()
+    sampling = GREEDY.model_copy(update={"max_tokens": 24})
+    request = make_request(path, checkpoint, sampling)
+    output.write_request(request)
+    answer_here(request, output.folder)
+    output.complete(AnswerCounts(rows=1))
+    model = build_model()
+    model.embedding.weight.mul_(2)
+    newer_checkpoint = save_checkpoint(run.path, 2, model)
+    words = generate_words(run, path, output.folder, *OPTIONS)
+    assert "all rows are answered already" in mhmoe(tmp_path, *words).err
+    old_label = f"checkpoint tiny-abc123/{checkpoint.name} ({request.manifest_sha256[:8]})"
+    difference = f"{old_label}, not tiny-abc123/{newer_checkpoint.name}"
+    assert_one_line(mhmoe(tmp_path, *words, "--checkpoint", newer_checkpoint.name), 4, difference)
+    words[1] = str(newer_checkpoint)
+    assert_one_line(mhmoe(tmp_path, *words), 4, difference)
 
 
 @pytest.mark.long
