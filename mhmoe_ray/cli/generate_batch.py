@@ -172,7 +172,7 @@ def _make_request(
     """
     from mhmoe_ray.checkpoint.manifest import MANIFEST
     from mhmoe_ray.errors import DataError, ServeError
-    from mhmoe_ray.serve.batch.formats import open_input
+    from mhmoe_ray.serve.batch.input import open_input
     from mhmoe_ray.serve.batch.request import CHUNK_ROWS, BatchRequest, InputFile
     from mhmoe_ray.storage import describe_file, location
 
@@ -203,7 +203,7 @@ def _make_request(
 
 def _check_input(request: "BatchRequest") -> "InputFile":
     """Check all rows of the input, and return it with their number."""
-    from mhmoe_ray.serve.batch.formats import check_rows, open_input
+    from mhmoe_ray.serve.batch.input import check_rows, open_input
 
     source = open_input(request.input.path)
     if source.file.size >= NOTED_BYTES:

@@ -12,7 +12,8 @@ import ray
 import ray.data
 
 from mhmoe_ray.errors import JobError, MhmoeError
-from mhmoe_ray.serve.batch.formats import FORMATS, open_input
+from mhmoe_ray.serve.batch.formats import FORMATS
+from mhmoe_ray.serve.batch.input import open_input
 from mhmoe_ray.serve.batch.output import BatchOutput
 from mhmoe_ray.serve.batch.request import BatchRequest
 from mhmoe_ray.serve.batch.worker import Chunk, ChunkResult, ChunkWorker, chunks_at_a_time
