@@ -37,8 +37,7 @@ def _check_router(manifest: CheckpointManifest) -> None:
     moe = manifest.model.moe
     if moe is not None and moe.router == "domain":
         reason = "its router needs the domain of a text, which a prompt does not name"
-        fix = f"export the expert of a domain (mhmoe ckpt export --domain {(moe.domains or ['NAME'])[0]}) and import it"
-        raise ServeError("the model", reason, fix)
+        raise ServeError("the model", reason, "evaluate it with `mhmoe eval`; models with a learned router are served")
 
 
 def _require_vllm() -> None:
