@@ -70,7 +70,8 @@ def first_output(project):
 def readme(project, first_output):
     """Run the commands of cli/README.md in order, assert that each succeeds, and return their results by first word.
 
-    `stopped` is the JSON of `mhmoe status` after `mhmoe stop`, and `evaluated` that of a second `mhmoe eval`.
+    `extended` is the result of `mhmoe resume --until`, `stopped` the JSON of `mhmoe status` after `mhmoe stop`, and
+    `evaluated` that of a second `mhmoe eval`.
     """
     block = re.search(r"```sh\n(.*?)```", (ROOT / "mhmoe_ray/cli/README.md").read_text(), re.S)[1]
     results = {}
@@ -80,7 +81,8 @@ def readme(project, first_output):
         # Wait for a step, because a run that is stopped before it trains has no checkpoint to resume from.
         if words == ["stop"]:
             wait_until(lambda: step_of(newest_run(project)), "a step")
-        results[words[0]] = result = mhmoe(project, *words, COLUMNS="120")
+        key = "extended" if words[:2] == ["resume", "--until"] else words[0]
+        results[key] = result = mhmoe(project, *words, COLUMNS="120")
         assert result.code == 0, (line, result)
         if words == ["stop"]:
             results["stopped"] = mhmoe(project, "status", "--json")
@@ -142,16 +144,18 @@ def test_commands_of_the_readme_succeed_in_their_order(readme):
 def test_stopped_run_resumes_at_its_step_with_fewer_workers(project, readme):
     _, run, *_ = list_runs(project / "runs")
     stopped_status, steps = readme["stopped"].json(), run.spec().train.steps
+    assert steps == 60
     stop_step = stopped_status["last"]["step"]
-    assert 1 <= stop_step < steps
+    assert 1 <= stop_step < 40
     assert readme["stop"].out == f"run {run.id} stopped\n"
     assert (stopped_status["run"], stopped_status["state"], stopped_status["checkpoint"]["step"]) == (
         run.id,
         "stopped",
         stop_step,
     )
-    assert [len(event["workers"]) for event in start_events(run)] == [2, 1]
+    assert [len(event["workers"]) for event in start_events(run)] == [2, 1, 1]
     assert f"training from step {stop_step} on 1 workers, dp 1 x ep 1" in readme["resume"].err
+    assert "training from step 40 on 1 workers" in readme["extended"].err
     assert_samples_in_order(run)
     assert history.last_line(run)[metrics.TOKENS] == steps * run.spec().tokens_per_step
 

@@ -108,6 +108,9 @@ def answer_file(
     if options.input is None:
         raise typer.BadParameter("--output needs a file of prompts: name one with --input")
     run_dir, checkpoint_path, spec = resolve_target(run, checkpoint, storage, options.overrides)
+    # The user may have named a checkpoint by the option, or by its folder in place of the run.
+    if checkpoint is None and (run is None or location(run).absolute() != checkpoint_path):
+        checkpoint_path = _checkpoint_of_answers(run_dir, output) or checkpoint_path
     input_path = options.input if "://" in options.input else str(Path(options.input).absolute())
     request = _make_request(run_dir, checkpoint_path, spec, sampling, input_path, output, options.chunk_rows)
     if (counts := output.stored_summary()) and not output.missing_chunks(request):
@@ -126,6 +129,21 @@ def answer_file(
     jobs.follow_job(job, f"{hint}; to end it: {cancel_command}")
     fix = "give the command again: it continues with the chunks that are missing"
     _print_counts(output, job.result(f"answers in {output.folder}", fix), json)
+
+
+def _checkpoint_of_answers(run: "RunDir", output: "BatchOutput") -> "Location | None":
+    """Return the checkpoint of a run that the answers in an output folder are from; None if there are none.
+
+    The command continues with it although the run may have a newer one by now.
+    """
+    from mhmoe_ray.checkpoint.manifest import is_committed
+    from mhmoe_ray.storage import location
+
+    stored_request = output.stored_request()
+    if stored_request is None or not output.present_chunks():
+        return None
+    checkpoint = location(stored_request.checkpoint)
+    return checkpoint if checkpoint.parent == run.checkpoints and is_committed(checkpoint) else None
 
 
 def _make_request(
@@ -154,7 +172,7 @@ def _make_request(
     """
     from mhmoe_ray.checkpoint.manifest import MANIFEST
     from mhmoe_ray.errors import DataError, ServeError
-    from mhmoe_ray.serve.batch.formats import open_input
+    from mhmoe_ray.serve.batch.input import open_input
     from mhmoe_ray.serve.batch.request import CHUNK_ROWS, BatchRequest, InputFile
     from mhmoe_ray.storage import describe_file, location
 
@@ -185,7 +203,7 @@ def _make_request(
 
 def _check_input(request: "BatchRequest") -> "InputFile":
     """Check all rows of the input, and return it with their number."""
-    from mhmoe_ray.serve.batch.formats import check_rows, open_input
+    from mhmoe_ray.serve.batch.input import check_rows, open_input
 
     source = open_input(request.input.path)
     if source.file.size >= NOTED_BYTES:

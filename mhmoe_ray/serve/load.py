@@ -38,8 +38,7 @@ def check_router(model: ModelSpec) -> None:
     moe = model.moe
     if moe is not None and moe.router == "domain":
         reason = "its router needs the domain of a text, which a prompt does not name"
-        fix = f"export the expert of a domain (mhmoe ckpt export --domain {(moe.domains or ['NAME'])[0]}) and import it"
-        raise ServeError("the model", reason, fix)
+        raise ServeError("the model", reason, "evaluate it with `mhmoe eval`; models with a learned router are served")
 
 
 def _require_vllm() -> None:

@@ -55,7 +55,7 @@ def test_checkpoint_holds_the_state_of_its_step(tmp_path, workers, ep, strategy)
 def test_manifest_has_the_tokens_that_end_answers(tmp_path):
     spec, run = new_run(tmp_path, {"workers": 1})
     trainer = jobs.build_trainer(spec)
-    saver = Saver(run, trainer, 1, turn_ends={7, 3})
+    saver = Saver(run, trainer, 1, ends={7, 3})
     saver.save(trainer.zero_counts())
     saver.wait()
     assert newest_checkpoint(run).manifest.ends == [3, 7]

@@ -4,9 +4,14 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from mhmoe_ray.checkpoint.huggingface.export import export
+from mhmoe_ray.checkpoint.manifest import newest_checkpoint
+from mhmoe_ray.errors import CheckpointError, ServeError
 from mhmoe_ray.model.decoder import Decoder
 from mhmoe_ray.model.init import init_weights
-from mhmoe_ray.spec import ModelSpec, MoESpec
+from mhmoe_ray.serve.load import check_engine
+from mhmoe_ray.spec import ModelSpec, MoESpec, ServeSpec
+from tests.checkpoint.huggingface.conftest import make_run
 from tests.specs import tiny_spec
 
 MOE = {"router": "domain", "domains": ["web", "code", "web/de"], "experts": 3, "top_k": 1, "heads": 1, "d_expert": 48}
@@ -72,3 +77,12 @@ def test_an_expert_has_the_name_of_a_domain_or_of_its_source():
 def test_settings_without_effect_are_refused(fields, message):
     with pytest.raises(ValidationError, match=message):
         MoESpec.model_validate({**MOE, **fields})
+
+
+def test_a_model_with_domains_is_neither_exported_nor_served(tmp_path):
+    run = make_run(tmp_path, make_model().spec)
+    checkpoint, manifest, _ = newest_checkpoint(run, ("weights",))
+    with pytest.raises(CheckpointError, match="its router needs the domain of a text"):
+        export(checkpoint, manifest, tmp_path / "exported")
+    with pytest.raises(ServeError, match="its router needs the domain of a text"):
+        check_engine(manifest, ServeSpec())

@@ -58,10 +58,13 @@ def export(checkpoint: Location, manifest: CheckpointManifest, target: Path) -> 
         target: folder that does not exist or is empty; it is published under this name when it is complete.
 
     Raises:
-        CheckpointError: the folder cannot be written, the checkpoint cannot be read, or its tokenizer is missing or
-            another one.
+        CheckpointError: the folder cannot be written, the checkpoint cannot be read, its tokenizer is missing or
+            another one, or its router is `domain`.
     """
     subject = f"folder {target}"
+    if manifest.model.moe is not None and manifest.model.moe.router == "domain":
+        reason = "its router needs the domain of a text, which other tools do not give"
+        raise CheckpointError(f"checkpoint {checkpoint}", reason, "export a model with a learned router")
     tokenizer = run_tokenizer(checkpoint, manifest)
     # All files go to a staging directory, so that no reader meets an incomplete folder.
     staging = target.absolute().with_name(f"{target.name}.partial-{secrets.token_hex(3)}")

@@ -6,6 +6,7 @@ columns.
 """
 
 import io
+import itertools
 import json
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, NamedTuple, Protocol
@@ -26,10 +27,8 @@ from mhmoe_ray.serve.batch.rows import (
     AnswerCounts,
     RowAnswer,
     answer_columns,
-    parse_row,
     taken_column,
 )
-from mhmoe_ray.spec.data import SUFFIXES
 
 MAX_LINE_BYTES = 1 << 30
 """Largest size of a line. It only keeps a file that is no JSON lines from filling the memory."""
@@ -174,31 +173,20 @@ class Parquet:
 
     def read_rows(self, source: SourceFile, has_logprobs: bool) -> Iterator[NumberedRow | BadLine]:
         """Yield the prompt columns of each row; see `Format.read_rows`."""
-        number = 0
-        for table in self.read_tables(source, rows=1024):
-            if number == 0:
-                _check_columns(source, table.column_names, has_logprobs)
-            for row in self.table_rows(table):
-                number += 1
-                yield NumberedRow(number, row)
+        try:
+            with open_parquet(source.storage, source.file.path) as parquet_file:
+                names = parquet_file.schema_arrow.names
+        except PYARROW_ERRORS as e:
+            raise source.damage_error(short_message(e)) from e
+        _check_columns(source, names, has_logprobs)
+        # Other columns may be large, and need not be read to check the rows.
+        columns = [name for name in (PROMPT, MESSAGES) if name in names]
+        rows = (row for table in _read_parquet(source, 1024, columns) for row in self.table_rows(table))
+        yield from map(NumberedRow, itertools.count(1), rows)
 
     def read_tables(self, source: SourceFile, rows: int) -> Iterator[pa.Table]:
         """Yield the rows of the file in tables; see `Format.read_tables`."""
-        try:
-            with open_parquet(source.storage, source.file.path) as parquet_file:
-                remaining_rows = parquet_file.schema_arrow.empty_table()
-                for batch in parquet_file.iter_batches(rows, use_threads=False):
-                    # Damaged offsets would crash the process when values are decoded.
-                    batch.validate(full=True)
-                    remaining_rows = pa.concat_tables([remaining_rows, pa.Table.from_batches([batch])])
-                    # Batches may be smaller than requested, for example at the end of a row group.
-                    if len(remaining_rows) >= rows:
-                        yield remaining_rows.slice(0, rows)
-                        remaining_rows = remaining_rows.slice(rows)
-                if len(remaining_rows):
-                    yield remaining_rows
-        except PYARROW_ERRORS as e:
-            raise source.damage_error(short_message(e)) from e
+        return _read_parquet(source, rows, None)
 
     def table_rows(self, table: pa.Table) -> list[Any]:
         """Return the prompt columns of each row."""
@@ -220,6 +208,35 @@ class Parquet:
         return AnswerCounts.of_rows(pq.read_table(io.BytesIO(content), columns=columns).to_pylist())
 
 
+def _read_parquet(source: SourceFile, rows: int, columns: list[str] | None) -> Iterator[pa.Table]:
+    """Yield the rows of a Parquet file in tables of `rows` rows; the last one may have fewer.
+
+    Args:
+        source: the file.
+        rows: number of rows of a table.
+        columns: names of the columns to read; None for all.
+
+    Raises:
+        DataError: the file is damaged.
+    """
+    try:
+        with open_parquet(source.storage, source.file.path) as parquet_file:
+            batches: list[pa.RecordBatch] = []
+            for batch in parquet_file.iter_batches(rows, columns=columns, use_threads=False):
+                # Damaged offsets would crash the process when values are decoded.
+                batch.validate(full=True)
+                batches.append(batch)
+                # Batches may be smaller than requested, for example at the end of a row group.
+                if sum(map(len, batches)) >= rows:
+                    table = pa.Table.from_batches(batches)
+                    yield table.slice(0, rows)
+                    batches = table.slice(rows).to_batches()
+            if any(map(len, batches)):
+                yield pa.Table.from_batches(batches)
+    except PYARROW_ERRORS as e:
+        raise source.damage_error(short_message(e)) from e
+
+
 def _check_columns(source: SourceFile, names: Sequence[str], has_logprobs: bool) -> None:
     """Check that a table has a column of prompts or messages and none of those of answers.
 
@@ -235,82 +252,3 @@ def _check_columns(source: SourceFile, names: Sequence[str], has_logprobs: bool)
 
 FORMATS: dict[InputFormat, Format] = {"jsonl": JsonLines(), "parquet": Parquet()}
 """Reader and writer of each format."""
-
-
-def open_input(path: str) -> SourceFile:
-    """Find the input and open it; its suffix names its format.
-
-    Args:
-        path: path or URI of a file.
-
-    Raises:
-        DataError: there is no such file, it is not a single file, or its suffix is not known.
-    """
-    subject, name = f"input {path}", path.partition("?")[0]
-    storage = Storage(path)
-    try:
-        files = storage.list_files().files
-    except FileNotFoundError as e:
-        raise DataError(subject, "there is no such file", "correct --input") from e
-    except OSError as e:
-        raise DataError(subject, short_message(e), "correct --input") from e
-    if len(files) != 1 or not name.endswith(files[0].path.rpartition("/")[2]):
-        raise DataError(subject, "it is not a single file", "name one file of JSON lines or Parquet")
-    for format_name in FORMATS:
-        if name.endswith(SUFFIXES[format_name]):
-            return SourceFile(storage, RawFile("", files[0].path, files[0].size, format_name), format_name)
-    suffixes = ", ".join(suffix for format_name in FORMATS for suffix in SUFFIXES[format_name])
-    raise DataError(subject, "its suffix is not one of JSON lines or Parquet", f"give it one of {suffixes}")
-
-
-class CheckedRows(NamedTuple):
-    """Result of a check of all rows of an input."""
-
-    row_count: int
-    first_chat: int | None
-    """Number of the line or row with the first conversation, from 1; None if there is none."""
-
-
-def check_rows(source: SourceFile, has_logprobs: bool) -> CheckedRows:
-    """Read all rows of an input, and check that each has a prompt or a conversation.
-
-    Args:
-        source: the input.
-        has_logprobs: whether answers will have scores.
-
-    Raises:
-        DataError: there are no rows, or some cannot be answered; the error names the first of these and their number.
-    """
-    file_format = FORMATS[source.format]
-    row_count, bad_count, first_chat = 0, 0, None
-    first_problem: tuple[int, str] | None = None
-    for row in file_format.read_rows(source, has_logprobs):
-        row_count += 1
-        problem: str | None
-        if isinstance(row, BadLine):
-            number, problem = row.line, row.message
-        else:
-            number, problem = row.number, _row_problem(row.value, has_logprobs)
-            if first_chat is None and problem is None and row.value.get(MESSAGES) is not None:
-                first_chat = number
-        if problem:
-            bad_count += 1
-            first_problem = first_problem or (number, problem)
-    if first_problem:
-        number, problem = first_problem
-        subject = f"{source.subject} {file_format.row_label} {number}"
-        reason = f"{problem} ({bad_count:,} of {row_count:,} rows cannot be answered)"
-        raise DataError(subject, reason, "correct or remove them; nothing was computed")
-    if not row_count:
-        raise DataError(source.subject, "it has no rows", "give a file with prompts")
-    return CheckedRows(row_count, first_chat)
-
-
-def _row_problem(value: Any, has_logprobs: bool) -> str | None:
-    """Return the reason why a row cannot be answered; None if it can."""
-    try:
-        parse_row(value)
-    except ValueError as e:
-        return str(e)
-    name = taken_column(value, has_logprobs)
-    return f"its key {name!r} is one of those of an answer; rename it" if name else None

@@ -109,7 +109,9 @@ def _answer_missing_rows(job: BatchJob) -> None:
             counts += result.counts
             if report.is_due(counts.rows):
                 _print_line(report.line())
-    assert counts.rows == request.input.rows, counts
+    if counts.rows != request.input.rows:
+        reason = f"it changed while it was read: {counts.rows} of {request.input.rows} rows are answered"
+        raise DataError(f"input {request.input.path}", reason, "restore it, then give the command again")
     output.complete(counts)
 
 

@@ -12,7 +12,8 @@ import ray
 import ray.data
 
 from mhmoe_ray.errors import JobError, MhmoeError
-from mhmoe_ray.serve.batch.formats import FORMATS, open_input
+from mhmoe_ray.serve.batch.formats import FORMATS
+from mhmoe_ray.serve.batch.input import open_input
 from mhmoe_ray.serve.batch.output import BatchOutput
 from mhmoe_ray.serve.batch.request import BatchRequest
 from mhmoe_ray.serve.batch.worker import Chunk, ChunkResult, ChunkWorker, chunks_at_a_time
@@ -62,7 +63,7 @@ def answer_chunks(
         compute=pool,
         num_cpus=spec.cpus_per_replica,
         num_gpus=spec.gpus_per_replica,
-        ray_remote_args_fn=_worker_options,
+        max_task_retries=CHUNK_RETRIES,
     )
     try:
         for row in results.iter_rows():
@@ -72,12 +73,8 @@ def answer_chunks(
             yield result
     except (ray.exceptions.ActorDiedError, ray.exceptions.ActorUnavailableError) as e:
         reason = f"a worker died, and so did {CHUNK_RETRIES} that computed the same chunk again: {_first_line(e)}"
-        fix = "give workers more memory (fewer of them, or a lower serve.max_concurrency), then continue"
+        fix = "give workers more memory (fewer of them, or a lower serve.max_concurrency), then give the command again"
         raise JobError("the workers", reason, fix) from e
-
-
-def _worker_options() -> dict[str, int]:
-    return {"max_task_retries": CHUNK_RETRIES}
 
 
 def _first_line(error: Exception) -> str:

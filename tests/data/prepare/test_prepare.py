@@ -191,12 +191,13 @@ def test_prepare_writes_every_document_once(results):
         held_out_lengths = [1 + len(tokenizer.encode(t).ids) for t in documents if is_validation(t, 0.2)]
         assert entry.validation_tokens == sum(held_out_lengths)
         held_out_tokens += sum(held_out_lengths) - bool(held_out_lengths)  # a domain's first token is never a target
-    tokens, target_mask, document_starts = validation_samples(folder, manifest)
-    assert document_starts is None
-    assert int(target_mask.sum()) == manifest.validation_tokens == held_out_tokens
-    assert sum(d.validation_samples for d in manifest.domains.values()) == len(tokens)
-    assert tokens.max() < padding_token(manifest.token_bytes)
-    assert tokenizer.decode([int(t) for t in tokens[0]], skip_special_tokens=False).startswith(END_OF_TEXT)
+    samples = validation_samples(folder, manifest)
+    assert samples.document_starts is None
+    assert int(samples.target_mask.sum()) == manifest.validation_tokens == held_out_tokens
+    assert sum(d.validation_samples for d in manifest.domains.values()) == len(samples.token_ids)
+    assert samples.token_ids.max() < padding_token(manifest.token_bytes)
+    first_text = tokenizer.decode([int(t) for t in samples.token_ids[0]], skip_special_tokens=False)
+    assert first_text.startswith(END_OF_TEXT)
 
 
 def test_prepare_computes_plausible_baselines(results):

@@ -14,7 +14,7 @@ from fastapi import FastAPI
 from mhmoe_ray.checkpoint.manifest import MANIFEST
 from mhmoe_ray.runs.directory import RunDir, mark_imported
 from mhmoe_ray.serve.api.app import create_app
-from mhmoe_ray.serve.batch.formats import check_rows, open_input
+from mhmoe_ray.serve.batch.input import check_rows, open_input
 from mhmoe_ray.serve.batch.output import BatchOutput
 from mhmoe_ray.serve.batch.pipeline import read_chunks
 from mhmoe_ray.serve.batch.request import BatchRequest, InputFile, SamplingOptions

@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mhmoe_ray.errors import DataError
-from mhmoe_ray.serve.batch.formats import FORMATS, check_rows, open_input
+from mhmoe_ray.serve.batch.formats import FORMATS
+from mhmoe_ray.serve.batch.input import check_rows, open_input
 from mhmoe_ray.serve.batch.rows import AnswerCounts, RowAnswer
 
 from .conftest import write_input

@@ -1,0 +1,63 @@
+"""Fine-tuning on conversations as a user does it: train a base, tune it, ask the server what it has not read."""
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import httpx
+import pyarrow as pa
+import pytest
+
+from tests.cli.conftest import unused_port
+from tests.cli.run import mhmoe
+
+__all__ = ["unused_port"]
+
+JOBS = Path(__file__).parents[1] / "jobs"
+HELD_OUT = "data/sample/chat/held-out/english"
+PROMPTS = 100
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+
+def held_out_prompts(folder: Path) -> list[str]:
+    """Return the different first remarks of the held-out conversations, in the order of the files."""
+    prompts: dict[str, None] = {}
+    for path in sorted((folder / HELD_OUT).glob("*")):
+        with pa.input_stream(str(path)) as stream:
+            for line in stream.read().decode().splitlines():
+                prompts[json.loads(line)["messages"][0]["content"]] = None
+    return list(prompts)
+
+
+def finish_reason(url: str, prompt: str) -> str:
+    """Return the reason why the greedy answer of the server to a prompt ended, after at most 64 tokens."""
+    request = {"messages": [{"role": "user", "content": prompt}], "max_tokens": 64, "temperature": 0}
+    response = httpx.post(f"{url}/v1/chat/completions", json=request, timeout=300)
+    reason: str = response.raise_for_status().json()["choices"][0]["finish_reason"]
+    return reason
+
+
+def test_a_tuned_model_predicts_and_ends_answers_that_it_has_not_read(tmp_path, local_cluster, unused_port):
+    assert mhmoe(tmp_path, "data", "sample", "data/sample").code == 0
+    for name in ("chat-base", "chat"):
+        result = mhmoe(tmp_path, "submit", str(JOBS / f"{name}.yaml"))
+        assert result.code == 0, result.err
+    text = ("--text", HELD_OUT, "--set", "data.sources.english.format=chat", "--json")
+    base_loss, tuned_loss = (
+        mhmoe(tmp_path, "eval", run, *text).json()["figures"]["total"]["all"]["loss"]
+        for run in ("chat-base", "chat-tuned")
+    )
+    assert tuned_loss < base_loss - 0.5
+    port = ("--set", f"serve.port={unused_port}")
+    deployed = mhmoe(tmp_path, "serve", "deploy", "chat-tuned", "--name", "chat", *port)
+    assert deployed.code == 0, deployed.err
+    try:
+        with ThreadPoolExecutor(8) as threads:
+            ask = partial(finish_reason, f"http://127.0.0.1:{unused_port}/chat")
+            reasons = list(threads.map(ask, held_out_prompts(tmp_path)[:PROMPTS]))
+    finally:
+        mhmoe(tmp_path, "serve", "down", "chat")
+    assert len(reasons) == PROMPTS
+    assert reasons.count("stop") >= 95
