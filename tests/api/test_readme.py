@@ -1,5 +1,6 @@
 """Test of the examples in mhmoe_ray/api/README.md, which run in their order as a stranger would run them."""
 
+import math
 import os
 import re
 import subprocess
@@ -34,6 +35,9 @@ def test_examples_of_the_readme_run_in_their_order(tmp_path, local_cluster):
     lines = process.stdout.splitlines()
     for line in ("30", "finished finished", "2 torch.Size([4, 300])", "step_00000010.1 1"):
         assert line in lines
+    [score_line] = [line for line in lines if line.startswith("held-out text: loss")]
+    # The trained model predicts the text better than one that knows nothing but the size of the vocabulary.
+    assert float(re.search(r"loss ([\d.]+)", score_line)[1]) < math.log(300) - 1
     # The service and the exported model give the same greedy answer as the run.
     assert lines.count("True") == 2
     assert "False" not in lines
