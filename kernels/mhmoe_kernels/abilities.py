@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 
 ExpertFunction = Literal["swiglu", "gelu_subln"]
 """Name of the function that a feed-forward layer or an expert computes; weights.py implements it."""
-KernelName = Literal["auto", "grouped", "cpp", "triton", "megablocks", "capacity", "reference"]
+KernelName = Literal["auto", "grouped", "cpp", "triton", "grouped_gemm", "megablocks", "capacity", "reference"]
 
 
 class KernelLimits(NamedTuple):
@@ -38,6 +38,7 @@ KERNELS: dict[KernelName, KernelLimits] = {
     # Wider rows than 1024 do not fit on the chip (triton/blocks.py). kernels/README.md predicts that the fused kernel
     # is the fastest up to 256; this is not measured yet.
     "triton": KernelLimits(device="CUDA", max_row_width=1024, auto_max_row_width=256, kept_rows="nothing"),
+    "grouped_gemm": KernelLimits(device="CUDA", kept_rows="as configured"),
     "megablocks": KernelLimits(device="CUDA"),
     "capacity": KernelLimits(is_static=True),
     "reference": KernelLimits(),

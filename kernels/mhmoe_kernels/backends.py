@@ -39,7 +39,8 @@ BACKENDS: dict[str, Backend] = {
     "cpp": Backend(cpp.run, cpp.unavailable_reason, cpp.run_sorted),
     "padded": Backend(run_padded, has_backward=False),
     "capacity": Backend(run_capacity),
-    "triton": Backend(triton.run, triton.unavailable_reason),
+    "triton": Backend(triton.run_fused, triton.unavailable_reason),
+    "grouped_gemm": Backend(triton.run_grouped, triton.unavailable_reason, triton.run_sorted_grouped),
     "megablocks": Backend(megablocks.run, megablocks.unavailable_reason),
 }
 

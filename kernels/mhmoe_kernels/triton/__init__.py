@@ -1,15 +1,12 @@
-"""Experts as fused Triton kernels: the hidden layer stays on the chip, forward and backward.
+"""Experts as Triton kernels, fused or as grouped products. The host never waits for a GPU.
 
 This module imports Triton at the first use, because the base install does not include it.
 
-    autograd.py    autograd function from routed rows to combined outputs
-    launch.py      launches of the three kernels of each kind of expert
-    swiglu.py      SwiGLU experts on sorted rows
-    gelu.py        GELU experts with biases and an inner norm
-    combine.py     weighted sum of each row's routes, which restores the order of rows
-    chunks.py      tiles of rows as chunks whose widths are powers of two
-    schedule.py    assignment of rows to programs
-    blocks.py      block sizes for sm_90
+    operators.py   kernels as operators of torch; routes and rows
+    sort.py        stable sort of routes by expert, divided into tiles
+    rows.py        gather of rows, and the weighted sum of each row's routes
+    fused/         an expert as one kernel: the hidden layer is never in memory
+    grouped/       experts as grouped products of any width, with small kernels between them
     resources.py   resources of each compiled kernel, without a GPU
 """
 
@@ -20,6 +17,7 @@ from shutil import which
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 
 from mhmoe_kernels.weights import ExpertWeights
 
@@ -61,8 +59,8 @@ def _has_compiler(compiler: str | None, path: str | None) -> bool:
     return bool(compiler or which("gcc", path=path) or which("clang", path=path))
 
 
-def run(x_ND: Tensor, expert_NK: Tensor, gate_NK: Tensor, weights: ExpertWeights) -> Tensor:
-    """Run routed rows through experts, as `mhmoe_kernels.run_experts` does, in float32 or bfloat16.
+def run_fused(x_ND: Tensor, expert_NK: Tensor, gate_NK: Tensor, weights: ExpertWeights) -> Tensor:
+    """Run routed rows through fused experts, as `mhmoe_kernels.run_experts` does, in float32 or bfloat16.
 
     Sums are computed in float32 and are bitwise reproducible.
 
@@ -70,16 +68,36 @@ def run(x_ND: Tensor, expert_NK: Tensor, gate_NK: Tensor, weights: ExpertWeights
         TypeError: the kernels do not compute in this dtype, or dtypes are mixed.
         RuntimeError: `unavailable_reason` gives a reason.
     """
+    _check(x_ND, weights)
+    from mhmoe_kernels.triton.fused.experts import run
+
+    with torch.cuda.device_of(x_ND):  # type: ignore[no-untyped-call]  # torch has no types for it
+        return run(x_ND, expert_NK, gate_NK, weights)
+
+
+def run_grouped(x_ND: Tensor, expert_NK: Tensor, gate_NK: Tensor, weights: ExpertWeights) -> Tensor:
+    """Run routed rows through experts by grouped products; arguments, result and errors are those of `run_fused`."""
+    _check(x_ND, weights)
+    from mhmoe_kernels.triton.grouped.experts import run
+
+    with torch.cuda.device_of(x_ND):  # type: ignore[no-untyped-call]  # torch has no types for it
+        return run(x_ND, expert_NK, gate_NK, weights)
+
+
+def run_sorted_grouped(x_RD: Tensor, counts: list[int], weights: ExpertWeights) -> Tensor:
+    """Run rows that are sorted by expert through experts by grouped products, as `mhmoe_kernels.run_sorted_experts`
+    does. Errors are those of `run_fused`."""
+    _check(x_RD, weights)
+    from mhmoe_kernels.triton.grouped.experts import run_sorted
+
+    with torch.cuda.device_of(x_RD):  # type: ignore[no-untyped-call]  # torch has no types for it
+        return run_sorted(x_RD, counts, weights)
+
+
+def _check(x_ND: Tensor, weights: ExpertWeights) -> None:
     # An unsupported dtype is reported before an unsupported machine: another machine would not help.
     if {x_ND.dtype, *(w.dtype for w in weights.stacked)} not in ({torch.float32}, {torch.bfloat16}):
         raise TypeError(f"rows and weights must all be float32 or all bfloat16, not {x_ND.dtype} and others")
-    if reason := unavailable_reason(x_ND.device):
+    # A fake tensor has no device that could lack anything.
+    if not is_fake(x_ND) and (reason := unavailable_reason(x_ND.device)):
         raise RuntimeError(reason)
-    from mhmoe_kernels.triton.autograd import fused_experts
-    from mhmoe_kernels.triton.launch import kernels_for
-    from mhmoe_kernels.triton.schedule import sort_routes
-
-    kernels = kernels_for(weights.function)
-    with torch.cuda.device_of(x_ND):  # type: ignore[no-untyped-call]  # torch has no types for it
-        routes = sort_routes(expert_NK, len(weights.stacked[0]))
-        return fused_experts(kernels, x_ND, gate_NK, weights.stacked, routes)

@@ -15,10 +15,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from mhmoe_kernels.triton.blocks import Kernel, blocks_for
-from mhmoe_kernels.triton.gelu import gelu_backward_rows, gelu_backward_weights, gelu_forward
-from mhmoe_kernels.triton.launch import kernel_options
-from mhmoe_kernels.triton.swiglu import swiglu_backward_rows, swiglu_backward_weights, swiglu_forward
+from mhmoe_kernels.triton.fused.blocks import Kernel, blocks_for
+from mhmoe_kernels.triton.fused.gelu import gelu_backward_rows, gelu_backward_weights, gelu_forward
+from mhmoe_kernels.triton.fused.launch import kernel_options
+from mhmoe_kernels.triton.fused.swiglu import swiglu_backward_rows, swiglu_backward_weights, swiglu_forward
 
 KERNELS: dict[tuple[str, Kernel], triton.JITFunction] = {
     ("swiglu", "forward"): swiglu_forward,

@@ -8,7 +8,7 @@ values of size R x F.
 import triton
 import triton.language as tl
 
-from mhmoe_kernels.triton.chunks import (
+from mhmoe_kernels.triton.fused.chunks import (
     add_matmul,
     add_outer,
     load_columns,
@@ -24,16 +24,17 @@ from mhmoe_kernels.triton.chunks import (
 
 @triton.jit
 def swiglu_forward(
-    x_ND, gate_EFD, up_EFD, down_EDF, row_R, expert_T, start_T, end_T, out_RD, F,
-    D: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_F: tl.constexpr,
+    x_ND, gate_EFD, up_EFD, down_EDF, route_R, offset_E1, expert_T, start_T, out_RD, F,
+    E: tl.constexpr, K: tl.constexpr, D: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
-    tile = tl.program_id(0)
-    expert, start, end = tl.load(expert_T + tile), tl.load(start_T + tile), tl.load(end_T + tile)
-    if start >= end:
+    # Indices are 64 bits wide, because the offset of a value may exceed 32 bits.
+    expert = tl.load(expert_T + tl.program_id(0)).to(tl.int64)
+    if expert >= E:
         return
-    slot = start + tl.arange(0, BLOCK_R)
-    inside = slot < end
-    x = load_rows(x_ND, tl.load(row_R + slot, mask=inside, other=0), inside, D, CHUNKS)
+    slot = tl.load(start_T + tl.program_id(0)).to(tl.int64) + tl.arange(0, BLOCK_R)
+    inside = slot < tl.load(offset_E1 + expert + 1)
+    row = (tl.load(route_R + slot, mask=inside, other=0) // K).to(tl.int64)
+    x = load_rows(x_ND, row, inside, D, CHUNKS)
     matrix = expert * F * D
     out = zeros_rows(BLOCK_R, CHUNKS)
     for f0 in range(0, F, BLOCK_F):
@@ -54,16 +55,17 @@ def _swiglu_gradients(a, u, dh):
 
 @triton.jit
 def swiglu_backward_rows(
-    x_ND, dy_ND, gate_EFD, up_EFD, down_EDF, row_R, scale_R, expert_T, start_T, end_T, dx_RD, dscale_R, F,
-    D: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_F: tl.constexpr,
+    x_ND, dy_ND, gate_EFD, up_EFD, down_EDF, route_R, scale_S, offset_E1, expert_T, start_T, dx_RD, dscale_S, F,
+    E: tl.constexpr, K: tl.constexpr, D: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
-    tile = tl.program_id(0)
-    expert, start, end = tl.load(expert_T + tile), tl.load(start_T + tile), tl.load(end_T + tile)
-    if start >= end:
+    # Indices are 64 bits wide, because the offset of a value may exceed 32 bits.
+    expert = tl.load(expert_T + tl.program_id(0)).to(tl.int64)
+    if expert >= E:
         return
-    slot = start + tl.arange(0, BLOCK_R)
-    inside = slot < end
-    row = tl.load(row_R + slot, mask=inside, other=0)
+    slot = tl.load(start_T + tl.program_id(0)).to(tl.int64) + tl.arange(0, BLOCK_R)
+    inside = slot < tl.load(offset_E1 + expert + 1)
+    route = tl.load(route_R + slot, mask=inside, other=0)
+    row = (route // K).to(tl.int64)
     x = load_rows(x_ND, row, inside, D, CHUNKS)
     dy = load_rows(dy_ND, row, inside, D, CHUNKS)
     matrix = expert * F * D
@@ -78,15 +80,15 @@ def swiglu_backward_rows(
         # Because <dy, down(h)> = <h, dh>, the gradient of the route's gate does not need the expert's output.
         dscale += tl.sum(h * dh, 1)
         dx = add_matmul(add_matmul(dx, da, gate_chunks, False), du, up_chunks, False)
-    scale = tl.load(scale_R + slot, mask=inside, other=0.0).to(tl.float32)[:, None]
+    scale = tl.load(scale_S + route, mask=inside, other=0.0).to(tl.float32)[:, None]
     store_rows(dx_RD, slot, inside, scale_rows(dx, scale), D, CHUNKS)
-    tl.store(dscale_R + slot, dscale, mask=inside)
+    tl.store(dscale_S + route, dscale, mask=inside)
 
 
 @triton.jit
 def swiglu_backward_weights(
-    x_ND, dy_ND, gate_EFD, up_EFD, down_EDF, row_R, scale_R, offset_E1, dgate_EFD, dup_EFD, ddown_EDF, F,
-    D: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_F: tl.constexpr,
+    x_ND, dy_ND, gate_EFD, up_EFD, down_EDF, route_R, scale_S, offset_E1, dgate_EFD, dup_EFD, ddown_EDF, F,
+    E: tl.constexpr, K: tl.constexpr, D: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
     f = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
     expert = tl.program_id(1)
@@ -102,13 +104,14 @@ def swiglu_backward_weights(
     ddown = zeros_columns(BLOCK_F, CHUNKS)
     end = tl.load(offset_E1 + expert + 1)
     for start in range(tl.load(offset_E1 + expert), end, BLOCK_R):
-        slot = start + tl.arange(0, BLOCK_R)
+        slot = (start + tl.arange(0, BLOCK_R)).to(tl.int64)
         inside = slot < end
-        row = tl.load(row_R + slot, mask=inside, other=0)
+        route = tl.load(route_R + slot, mask=inside, other=0)
+        row = (route // K).to(tl.int64)
         x = load_rows(x_ND, row, inside, D, CHUNKS)
         dy = load_rows(dy_ND, row, inside, D, CHUNKS)
         # Rows past the end get the scale 0, which removes them from all sums.
-        scale = tl.load(scale_R + slot, mask=inside, other=0.0).to(tl.float32)[:, None]
+        scale = tl.load(scale_S + route, mask=inside, other=0.0).to(tl.float32)[:, None]
         h, da, du = _swiglu_gradients(
             matmul(x, gate_chunks, False), matmul(x, up_chunks, False), matmul(dy, down_chunks, False)
         )

@@ -18,7 +18,7 @@ A needs no loop over f. C needs a first loop, which also gives the gradient of t
 import triton
 import triton.language as tl
 
-from mhmoe_kernels.triton.chunks import (
+from mhmoe_kernels.triton.fused.chunks import (
     add_matmul,
     add_outer,
     chunk_columns,
@@ -63,17 +63,18 @@ def _dot_rows(rows, v_D, D: tl.constexpr, CHUNKS: tl.constexpr):
 
 @triton.jit
 def gelu_forward(
-    x_ND, fc1_EFD, fc1_bias_EF, norm_weight_EF, fc2_EDF, s_ED, c_ED, row_R, expert_T, start_T, end_T,
+    x_ND, fc1_EFD, fc1_bias_EF, norm_weight_EF, fc2_EDF, s_ED, c_ED, route_R, offset_E1, expert_T, start_T,
     out_RD, mean_R, rstd_R, F, eps,
-    D: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_F: tl.constexpr,
+    E: tl.constexpr, K: tl.constexpr, D: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
-    tile = tl.program_id(0)
-    expert, start, end = tl.load(expert_T + tile), tl.load(start_T + tile), tl.load(end_T + tile)
-    if start >= end:
+    # Indices are 64 bits wide, because the offset of a value may exceed 32 bits.
+    expert = tl.load(expert_T + tl.program_id(0)).to(tl.int64)
+    if expert >= E:
         return
-    slot = start + tl.arange(0, BLOCK_R)
-    inside = slot < end
-    x = load_rows(x_ND, tl.load(row_R + slot, mask=inside, other=0), inside, D, CHUNKS)
+    slot = tl.load(start_T + tl.program_id(0)).to(tl.int64) + tl.arange(0, BLOCK_R)
+    inside = slot < tl.load(offset_E1 + expert + 1)
+    row = (tl.load(route_R + slot, mask=inside, other=0) // K).to(tl.int64)
+    x = load_rows(x_ND, row, inside, D, CHUNKS)
     matrix = expert * F * D
     out = zeros_rows(BLOCK_R, CHUNKS)
     mean, squared_deviations = tl.zeros([BLOCK_R], tl.float32), tl.zeros([BLOCK_R], tl.float32)
@@ -105,17 +106,18 @@ def gelu_forward(
 
 @triton.jit
 def gelu_backward_rows(
-    x_ND, dy_ND, fc1_EFD, fc1_bias_EF, norm_weight_EF, fc2_EDF, s_ED, c_ED, mean_R, rstd_R, row_R, scale_R,
-    expert_T, start_T, end_T, dx_RD, dscale_R, a_R, c_R, F,
-    D: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_F: tl.constexpr,
+    x_ND, dy_ND, fc1_EFD, fc1_bias_EF, norm_weight_EF, fc2_EDF, s_ED, c_ED, mean_R, rstd_R, route_R, scale_S,
+    offset_E1, expert_T, start_T, dx_RD, dscale_S, a_R, c_R, F,
+    E: tl.constexpr, K: tl.constexpr, D: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
-    tile = tl.program_id(0)
-    expert, start, end = tl.load(expert_T + tile), tl.load(start_T + tile), tl.load(end_T + tile)
-    if start >= end:
+    # Indices are 64 bits wide, because the offset of a value may exceed 32 bits.
+    expert = tl.load(expert_T + tl.program_id(0)).to(tl.int64)
+    if expert >= E:
         return
-    slot = start + tl.arange(0, BLOCK_R)
-    inside = slot < end
-    row = tl.load(row_R + slot, mask=inside, other=0)
+    slot = tl.load(start_T + tl.program_id(0)).to(tl.int64) + tl.arange(0, BLOCK_R)
+    inside = slot < tl.load(offset_E1 + expert + 1)
+    route = tl.load(route_R + slot, mask=inside, other=0)
+    row = (route // K).to(tl.int64)
     x = load_rows(x_ND, row, inside, D, CHUNKS)
     dy = load_rows(dy_ND, row, inside, D, CHUNKS)
     mean = tl.load(mean_R + slot, mask=inside, other=0.0)[:, None]
@@ -129,7 +131,7 @@ def gelu_backward_rows(
         z = (_gelu(matmul(x, fc1, True) + _load_vector(fc1_bias_EF + vector, f, F)) - mean) * rstd
         t = matmul(dy, load_columns(fc2_EDF + matrix, f, F, False, D, CHUNKS), False)
         c += tl.sum(t * _load_vector(norm_weight_EF + vector, f, F) * z, 1)
-    tl.store(dscale_R + slot, c + _dot_rows(dy, c_ED + expert * D, D, CHUNKS), mask=inside)
+    tl.store(dscale_S + route, c + _dot_rows(dy, c_ED + expert * D, D, CHUNKS), mask=inside)
     # a and c are stored for the kernel for weights: it sees only a part of f, and both belong to all of f.
     c /= F
     tl.store(a_R + slot, a, mask=inside)
@@ -142,15 +144,15 @@ def gelu_backward_rows(
         t = matmul(dy, load_columns(fc2_EDF + matrix, f, F, False, D, CHUNKS), False)
         dg = t * _load_vector(norm_weight_EF + vector, f, F) - a[:, None] - (_gelu(u) - mean) * rstd * c[:, None]
         dx = add_matmul(dx, _gelu_slope(u) * dg, fc1, False)
-    scale = tl.load(scale_R + slot, mask=inside, other=0.0).to(tl.float32)[:, None] * rstd
+    scale = tl.load(scale_S + route, mask=inside, other=0.0).to(tl.float32)[:, None] * rstd
     store_rows(dx_RD, slot, inside, scale_rows(dx, scale), D, CHUNKS)
 
 
 @triton.jit
 def gelu_backward_weights(
-    x_ND, dy_ND, fc1_EFD, fc1_bias_EF, norm_weight_EF, norm_bias_EF, fc2_EDF, mean_R, rstd_R, a_R, c_R, row_R, scale_R,
+    x_ND, dy_ND, fc1_EFD, fc1_bias_EF, norm_weight_EF, norm_bias_EF, fc2_EDF, mean_R, rstd_R, a_R, c_R, route_R, scale_S,
     offset_E1, dfc1_EFD, dfc1_bias_EF, dnorm_weight_EF, dnorm_bias_EF, dfc2_EDF, F,
-    D: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_F: tl.constexpr,
+    E: tl.constexpr, K: tl.constexpr, D: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
     f = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
     # The index is 64 bits wide, because the offset of an expert's matrix may exceed 32 bits.
@@ -167,9 +169,10 @@ def gelu_backward_weights(
     dnorm_bias = tl.zeros([BLOCK_F], tl.float32)
     end = tl.load(offset_E1 + expert + 1)
     for start in range(tl.load(offset_E1 + expert), end, BLOCK_R):
-        slot = start + tl.arange(0, BLOCK_R)
+        slot = (start + tl.arange(0, BLOCK_R)).to(tl.int64)
         inside = slot < end
-        row = tl.load(row_R + slot, mask=inside, other=0)
+        route = tl.load(route_R + slot, mask=inside, other=0)
+        row = (route // K).to(tl.int64)
         x = load_rows(x_ND, row, inside, D, CHUNKS)
         dy = load_rows(dy_ND, row, inside, D, CHUNKS)
         mean = tl.load(mean_R + slot, mask=inside, other=0.0)[:, None]
@@ -177,7 +180,7 @@ def gelu_backward_weights(
         a = tl.load(a_R + slot, mask=inside, other=0.0)[:, None]
         c = tl.load(c_R + slot, mask=inside, other=0.0)[:, None]
         # Rows past the end get the scale 0, which removes them from all sums.
-        scale = tl.load(scale_R + slot, mask=inside, other=0.0).to(tl.float32)[:, None]
+        scale = tl.load(scale_S + route, mask=inside, other=0.0).to(tl.float32)[:, None]
         u = matmul(x, fc1, False) + fc1_bias
         z = (_gelu(u) - mean) * rstd
         t = matmul(dy, fc2, False)
@@ -197,17 +200,19 @@ def gelu_backward_weights(
 
 @triton.jit
 def weighted_row_sums(
-    dy_ND, row_R, scale_R, offset_E1, sum_ED, D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr
+    dy_ND, route_R, scale_S, offset_E1, sum_ED,
+    K: tl.constexpr, D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr
 ):  # fmt: skip
     """Store the sum of scale * dy over the routes of each expert, which is the gradient of fc2's bias."""
     col = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
-    expert = tl.program_id(1)
+    expert = tl.program_id(1).to(tl.int64)
     total = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
     end = tl.load(offset_E1 + expert + 1)
     for start in range(tl.load(offset_E1 + expert), end, BLOCK_R):
-        slot = start + tl.arange(0, BLOCK_R)
-        row = tl.load(row_R + slot, mask=slot < end, other=0)
-        scale = tl.load(scale_R + slot, mask=slot < end, other=0.0).to(tl.float32)
+        slot = (start + tl.arange(0, BLOCK_R)).to(tl.int64)
+        route = tl.load(route_R + slot, mask=slot < end, other=0)
+        row = (route // K).to(tl.int64)
+        scale = tl.load(scale_S + route, mask=slot < end, other=0.0).to(tl.float32)
         mask = (slot < end)[:, None] & (col < D)[None, :]
         total += scale[:, None] * tl.load(dy_ND + row[:, None] * D + col[None, :], mask=mask, other=0.0).to(tl.float32)
     tl.store(sum_ED + expert * D + col, tl.sum(total, 0).to(sum_ED.dtype.element_ty), mask=col < D)

@@ -1,0 +1,61 @@
+"""Autograd function of the fused experts, from routed rows to combined outputs. It keeps x, routes and weights.
+
+The backward recomputes the hidden layer and the values for the gradients of the gates. For LayerNorm, the mean and the
+deviation are kept, two numbers per route.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from mhmoe_kernels.triton.fused.operators import fused_backward_rows, fused_backward_weights, fused_forward
+from mhmoe_kernels.triton.operators import SortedRoutes, combine_rows, sort_routes
+from mhmoe_kernels.weights import ExpertWeights, Swiglu
+
+_SORT_ROWS_PER_TILE = 128
+"""Rows of the tiles that the sort makes. The kernels do not use them: each has tiles of its own size."""
+
+
+class _FusedExperts(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, kind: str, eps: float, expert_NK: Tensor, x_ND: Tensor, gate_NK: Tensor, *weights: Tensor
+    ) -> Tensor:
+        x_ND, gate_NK, weights = x_ND.contiguous(), gate_NK.contiguous(), tuple(w.contiguous() for w in weights)
+        top_k = expert_NK.shape[1]
+        routes = SortedRoutes(*sort_routes(expert_NK, len(weights[0]), _SORT_ROWS_PER_TILE))
+        out_RD, saved = fused_forward(kind, eps, x_ND, weights, routes.route_R, routes.offset_E1, top_k)
+        ctx.kind, ctx.weight_count = kind, len(weights)
+        ctx.save_for_backward(*routes[:3], x_ND, gate_NK, *weights, *saved)
+        y_ND: Tensor = combine_rows(out_RD, routes.slot_NK, gate_NK)
+        return y_ND
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy_ND: Tensor) -> tuple[Tensor | None, ...]:
+        route_R, slot_NK, offset_E1, x_ND, gate_NK, *weights_and_saved = ctx.saved_tensors
+        weights, saved = weights_and_saved[: ctx.weight_count], weights_and_saved[ctx.weight_count :]
+        dy_ND, routes = dy_ND.contiguous(), (route_R, offset_E1, gate_NK.shape[1])
+        # The kernel for weights reads results of the kernel for rows. So the kernel for rows runs whichever gradients
+        # are needed.
+        dx_RD, dgate_S, row_results = fused_backward_rows(ctx.kind, x_ND, dy_ND, gate_NK, weights, saved, *routes)
+        dx_ND = combine_rows(dx_RD, slot_NK, None) if ctx.needs_input_grad[3] else None
+        dweights: list[Tensor | None] = [None] * len(weights)
+        if any(ctx.needs_input_grad[5:]):
+            dweights = fused_backward_weights(
+                ctx.kind, x_ND, dy_ND, gate_NK, weights, saved, row_results, *routes
+            )
+        return None, None, None, dx_ND, dgate_S.view_as(gate_NK).to(gate_NK.dtype), *dweights
+
+
+_fused_experts: Callable[..., Tensor] = _FusedExperts.apply
+
+
+def run(x_ND: Tensor, expert_NK: Tensor, gate_NK: Tensor, weights: ExpertWeights) -> Tensor:
+    """Run routed rows through fused experts, as `mhmoe_kernels.run_experts` does."""
+    function = weights.function
+    kind, eps = ("swiglu", 0.0) if isinstance(function, Swiglu) else ("gelu", function.eps)
+    return _fused_experts(kind, eps, expert_NK, x_ND, gate_NK, *weights.stacked)

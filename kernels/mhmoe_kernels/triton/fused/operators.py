@@ -1,0 +1,177 @@
+"""Operators of the fused experts, for both kinds of experts; each kind decides which tensors it keeps for its backward.
+
+`weights` are stacked over experts, in the order of the function's arguments. Scales are in the order of routes.
+"""
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from mhmoe_kernels.triton.fused.blocks import Blocks, Kernel, blocks_for
+from mhmoe_kernels.triton.fused.chunks import chunk_widths
+from mhmoe_kernels.triton.fused.gelu import gelu_backward_rows, gelu_backward_weights, gelu_forward, weighted_row_sums
+from mhmoe_kernels.triton.fused.swiglu import swiglu_backward_rows, swiglu_backward_weights, swiglu_forward
+from mhmoe_kernels.triton.operators import operator, schedule_tiles
+
+Tensors = list[Tensor]
+
+
+def kernel_options(experts: int, top_k: int, width: int, block: Blocks) -> dict[str, Any]:
+    """Return the constants and the compiler options of a kernel for rows of `width` with these block sizes."""
+    return {
+        "E": experts,
+        "K": top_k,
+        "D": width,
+        "CHUNKS": chunk_widths(width),
+        "BLOCK_R": block.rows,
+        "BLOCK_F": block.hidden,
+        "num_warps": block.warps,
+        "num_stages": block.stages,
+        # This is Triton's default. It is set explicitly, because Triton warns that the default will change.
+        "enable_fp_fusion": True,
+    }
+
+
+def _float32(like: Tensor, *shape: int) -> Tensor:
+    return like.new_empty(shape, dtype=torch.float32)
+
+
+class _Launch:
+    """Block sizes, tiles and options of one kernel for some routes."""
+
+    def __init__(self, kind: str, kernel: Kernel, weights: Tensors, x_ND: Tensor, top_k: int) -> None:
+        self.experts, self.hidden, self.width = weights[0].shape
+        self.block = blocks_for(kind, kernel, self.width, x_ND.dtype)
+        self.options = kernel_options(self.experts, top_k, self.width, self.block)
+
+    def tiles(self, offset_E1: Tensor, routes: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return offset_E1, expert_T and start_T for tiles of this kernel."""
+        tiles: tuple[Tensor, Tensor, Tensor] = schedule_tiles(offset_E1.diff(), routes, self.block.rows)
+        return tiles
+
+    @property
+    def weights_grid(self) -> tuple[int, int]:
+        return triton.cdiv(self.hidden, self.block.hidden), self.experts
+
+
+def _saved_shapes(kind: str, x_ND: Tensor, weights: Tensors, routes: int) -> Tensors:
+    """Return empty tensors of the shapes that the forward saves: s, c, mean and 1/deviation of gelu.py."""
+    if kind == "swiglu":
+        return []
+    experts, _, width = weights[0].shape
+    return [_float32(x_ND, experts, width) for _ in range(2)] + [_float32(x_ND, routes) for _ in range(2)]
+
+
+@operator(
+    "fused_forward(str kind, float eps, Tensor x_ND, Tensor[] weights, Tensor route_R, Tensor offset_E1, int top_k) -> "
+    "(Tensor, Tensor[])",
+    launches=10,
+    fake=lambda kind, eps, x_ND, weights, route_R, offset_E1, top_k: (
+        x_ND.new_empty(len(route_R), x_ND.shape[1]),
+        _saved_shapes(kind, x_ND, weights, len(route_R)),
+    ),
+)
+def fused_forward(
+    kind: str, eps: float, x_ND: Tensor, weights: Tensors, route_R: Tensor, offset_E1: Tensor, top_k: int
+) -> tuple[Tensor, Tensors]:
+    """Return the expert's output of every sorted route without its scale, and the tensors to save for the backward.
+
+    Args:
+        kind: kind of experts, `swiglu` or `gelu`.
+        eps: value added to the variance in the norm of GELU experts.
+        x_ND: rows.
+        weights: weights of the experts.
+        route_R, offset_E1: as in `SortedRoutes`.
+        top_k: number of routes of each row.
+    """
+    routes = len(route_R)
+    out_RD = x_ND.new_empty(routes, x_ND.shape[1])
+    saved = _saved_shapes(kind, x_ND, weights, routes)
+    if not routes:
+        return out_RD, saved
+    launch = _Launch(kind, "forward", weights, x_ND, top_k)
+    tiles = launch.tiles(offset_E1, routes)
+    grid = (len(tiles[1]),)
+    if kind == "swiglu":
+        swiglu_forward[grid](x_ND, *weights, route_R, *tiles, out_RD, launch.hidden, **launch.options)
+        return out_RD, saved
+    fc1_EFD, fc1_bias_EF, norm_weight_EF, norm_bias_EF, fc2_EDF, fc2_bias_ED = weights
+    # These are s and c of gelu.py. They are float32, because mean * s is subtracted from a sum of similar size, which
+    # would amplify rounding errors.
+    s_ED, c_ED = (fc2_EDF.float() @ torch.stack((norm_weight_EF, norm_bias_EF), -1).float()).unbind(-1)
+    saved = [s_ED.contiguous(), c_ED + fc2_bias_ED.float(), *saved[2:]]
+    gelu_forward[grid](
+        x_ND, fc1_EFD, fc1_bias_EF, norm_weight_EF, fc2_EDF, *saved[:2], route_R, *tiles,
+        out_RD, *saved[2:], launch.hidden, eps, **launch.options,
+    )  # fmt: skip
+    return out_RD, saved
+
+
+def _row_results(kind: str, x_ND: Tensor, routes: int) -> Tensors:
+    """Return empty tensors of the shapes that `fused_backward_rows` passes on: A and C of gelu.py."""
+    return [] if kind == "swiglu" else [_float32(x_ND, routes) for _ in range(2)]
+
+
+@operator(
+    "fused_backward_rows(str kind, Tensor x_ND, Tensor dy_ND, Tensor scale_S, Tensor[] weights, Tensor[] saved, "
+    "Tensor route_R, Tensor offset_E1, int top_k) -> (Tensor, Tensor, Tensor[])",
+    launches=3,
+    fake=lambda kind, x_ND, dy_ND, scale_S, weights, saved, route_R, offset_E1, top_k: (
+        x_ND.new_empty(len(route_R), x_ND.shape[1]),
+        _float32(x_ND, scale_S.numel()),
+        _row_results(kind, x_ND, len(route_R)),
+    ),
+)
+def fused_backward_rows(
+    kind: str, x_ND: Tensor, dy_ND: Tensor, scale_S: Tensor, weights: Tensors, saved: Tensors, route_R: Tensor,
+    offset_E1: Tensor, top_k: int,
+) -> tuple[Tensor, Tensor, Tensors]:  # fmt: skip
+    """Return the gradient of the row of every sorted route, the gradient of the scale of every route, and tensors for
+    `fused_backward_weights`."""
+    routes = len(route_R)
+    dx_RD, dscale_S = x_ND.new_empty(routes, x_ND.shape[1]), _float32(x_ND, routes)
+    results = _row_results(kind, x_ND, routes)
+    if not routes:
+        return dx_RD, dscale_S, results
+    launch = _Launch(kind, "backward_rows", weights, x_ND, top_k)
+    tiles = launch.tiles(offset_E1, routes)
+    kernel = swiglu_backward_rows
+    if kind != "swiglu":
+        fc1_EFD, fc1_bias_EF, norm_weight_EF, _, fc2_EDF, _ = weights
+        kernel, weights = gelu_backward_rows, [fc1_EFD, fc1_bias_EF, norm_weight_EF, fc2_EDF]
+    kernel[(len(tiles[1]),)](
+        x_ND, dy_ND, *weights, *saved, route_R, scale_S, *tiles, dx_RD, dscale_S, *results, launch.hidden,
+        **launch.options,
+    )  # fmt: skip
+    return dx_RD, dscale_S, results
+
+
+@operator(
+    "fused_backward_weights(str kind, Tensor x_ND, Tensor dy_ND, Tensor scale_S, Tensor[] weights, Tensor[] saved, "
+    "Tensor[] row_results, Tensor route_R, Tensor offset_E1, int top_k) -> Tensor[]",
+    launches=2,
+    fake=lambda kind, x_ND, dy_ND, scale_S, weights, *_: [torch.empty_like(w) for w in weights],
+)
+def fused_backward_weights(
+    kind: str, x_ND: Tensor, dy_ND: Tensor, scale_S: Tensor, weights: Tensors, saved: Tensors, row_results: Tensors,
+    route_R: Tensor, offset_E1: Tensor, top_k: int,
+) -> Tensors:  # fmt: skip
+    """Return the gradient of each of the `weights`; `row_results` come from `fused_backward_rows`."""
+    launch = _Launch(kind, "backward_weights", weights, x_ND, top_k)
+    gradients = [torch.empty_like(w) for w in weights]
+    if kind == "swiglu":
+        swiglu_backward_weights[launch.weights_grid](
+            x_ND, dy_ND, *weights, route_R, scale_S, offset_E1, *gradients, launch.hidden, **launch.options
+        )
+        return gradients
+    gelu_backward_weights[launch.weights_grid](
+        x_ND, dy_ND, *weights[:5], *saved[2:], *row_results, route_R, scale_S, offset_E1, *gradients[:5],
+        launch.hidden, **launch.options,
+    )  # fmt: skip
+    width = min(128, triton.next_power_of_2(launch.width))
+    weighted_row_sums[(triton.cdiv(launch.width, width), launch.experts)](
+        dy_ND, route_R, scale_S, offset_E1, gradients[5], top_k, launch.width, 32, width, enable_fp_fusion=True
+    )
+    return gradients

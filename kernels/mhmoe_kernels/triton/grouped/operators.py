@@ -1,0 +1,234 @@
+"""Operators of experts as grouped products: the products, and what lies between them."""
+
+import torch
+import triton
+from torch import Tensor
+
+from mhmoe_kernels.triton.grouped import gelu, product, swiglu
+from mhmoe_kernels.triton.grouped.blocks import linear_blocks, outer_blocks
+from mhmoe_kernels.triton.operators import operator, program_count
+
+
+def _fake_linear(
+    x_RI: Tensor, w_EMN: Tensor, x2_RI: Tensor | None, w2_EMN: Tensor | None, bias_EO: Tensor | None,
+    offset_E1: Tensor, expert_T: Tensor, start_T: Tensor, transposed: bool, rows_per_tile: int,
+) -> Tensor:  # fmt: skip
+    return x_RI.new_empty(len(x_RI), w_EMN.shape[1 if transposed else 2])
+
+
+@operator(
+    "grouped_linear(Tensor x_RI, Tensor w_EMN, Tensor? x2_RI, Tensor? w2_EMN, Tensor? bias_EO, Tensor offset_E1, "
+    "Tensor expert_T, Tensor start_T, bool transposed, int rows_per_tile) -> Tensor",
+    launches=1,
+    fake=_fake_linear,
+)
+def grouped_linear(
+    x_RI: Tensor, w_EMN: Tensor, x2_RI: Tensor | None, w2_EMN: Tensor | None, bias_EO: Tensor | None,
+    offset_E1: Tensor, expert_T: Tensor, start_T: Tensor, transposed: bool, rows_per_tile: int,
+) -> Tensor:  # fmt: skip
+    """Return x_r @ w_e + x2_r @ w2_e + bias_e for the rows r of each expert e, added in float32.
+
+    Args:
+        x_RI, x2_RI: sorted rows; the second ones are optional.
+        w_EMN, w2_EMN: matrices of each expert: [in, out], or [out, in] if transposed.
+        bias_EO: bias of each expert, if there is one.
+        offset_E1, expert_T, start_T: as in `SortedRoutes`.
+        transposed: whether the product is with the transposed matrices.
+        rows_per_tile: largest number of rows of a tile.
+    """
+    y_RO = _fake_linear(
+        x_RI, w_EMN, x2_RI, w2_EMN, bias_EO, offset_E1, expert_T, start_T, transposed, rows_per_tile
+    )
+    out_width, in_width = y_RO.shape[1], x_RI.shape[1]
+    if len(x_RI):
+        block = linear_blocks(rows_per_tile, x_RI.dtype)
+        tiles = len(expert_T) * triton.cdiv(out_width, block.out)
+        product.grouped_linear[(min(tiles, program_count(x_RI.device)),)](
+            x_RI, w_EMN,
+            x_RI if x2_RI is None else x2_RI, w_EMN if w2_EMN is None else w2_EMN,
+            x_RI if bias_EO is None else bias_EO,
+            y_RO, offset_E1, expert_T, start_T, len(expert_T), in_width, out_width, len(w_EMN),
+            TRANSPOSED=transposed, HAS_SECOND=x2_RI is not None, HAS_BIAS=bias_EO is not None,
+            IS_EVEN=in_width % block.inner == 0, BLOCK_ROWS=rows_per_tile, BLOCK_OUT=block.out, BLOCK_IN=block.inner,
+            num_warps=block.warps, num_stages=block.stages,
+        )  # fmt: skip
+    return y_RO
+
+
+@operator(
+    "grouped_outer(Tensor a_RO, Tensor b_RI, Tensor offset_E1) -> Tensor",
+    launches=1,
+    fake=lambda a_RO, b_RI, offset_E1: a_RO.new_empty(len(offset_E1) - 1, a_RO.shape[1], b_RI.shape[1]),
+)
+def grouped_outer(a_RO: Tensor, b_RI: Tensor, offset_E1: Tensor) -> Tensor:
+    """Return dw_EOI, for each expert the sum of a_r^T b_r over its rows, added in float32."""
+    experts, out_width, in_width = len(offset_E1) - 1, a_RO.shape[1], b_RI.shape[1]
+    dw_EOI = a_RO.new_empty(experts, out_width, in_width)
+    block_out, block = outer_blocks(a_RO.dtype)
+    tiles = experts * triton.cdiv(out_width, block_out) * triton.cdiv(in_width, block.out)
+    product.grouped_outer[(min(tiles, program_count(a_RO.device)),)](
+        a_RO, b_RI, dw_EOI, offset_E1, out_width, in_width, experts,
+        BLOCK_ROWS=block.inner, BLOCK_OUT=block_out, BLOCK_IN=block.out,
+        num_warps=block.warps, num_stages=block.stages,
+    )  # fmt: skip
+    return dw_EOI
+
+
+@operator(
+    "swiglu_forward(Tensor gate_RF, Tensor up_RF) -> Tensor",
+    launches=1,
+    fake=lambda gate_RF, up_RF: torch.empty_like(gate_RF),
+)
+def swiglu_forward(gate_RF: Tensor, up_RF: Tensor) -> Tensor:
+    """Return silu(gate) * up."""
+    hidden_RF = torch.empty_like(gate_RF)
+    if hidden_RF.numel():
+        swiglu.swiglu_forward[(triton.cdiv(hidden_RF.numel(), 1024),)](
+            gate_RF, up_RF, hidden_RF, hidden_RF.numel(), 1024
+        )
+    return hidden_RF
+
+
+def _fake_scale_gradient(gate_RF: Tensor, scale_S: Tensor | None) -> Tensor:
+    return gate_RF.new_empty(0 if scale_S is None else scale_S.numel(), dtype=torch.float32)
+
+
+@operator(
+    "swiglu_backward(Tensor gate_RF, Tensor up_RF, Tensor dhidden_RF, Tensor? scale_S, Tensor? route_R) -> "
+    "(Tensor, Tensor, Tensor, Tensor)",
+    launches=1,
+    fake=lambda gate_RF, up_RF, dhidden_RF, scale_S, route_R: (
+        *(torch.empty_like(gate_RF) for _ in range(3)),
+        _fake_scale_gradient(gate_RF, scale_S),
+    ),
+)
+def swiglu_backward(
+    gate_RF: Tensor, up_RF: Tensor, dhidden_RF: Tensor, scale_S: Tensor | None, route_R: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of gate and up and the hidden values, multiplied by scales, and the gradient of the scales.
+
+    Args:
+        gate_RF, up_RF: values of the forward pass.
+        dhidden_RF: gradient of the hidden values, before the scale.
+        scale_S: scale of each route, in the order of routes; None for no scales, whose gradient is then empty.
+        route_R: route of each slot, if there are scales.
+    """
+    (count, width), like = gate_RF.shape, gate_RF
+    dgate_RF, dup_RF, hidden_RF = (torch.empty_like(like) for _ in range(3))
+    dscale_S = _fake_scale_gradient(gate_RF, scale_S)
+    if count:
+        block_columns = min(512, max(16, triton.next_power_of_2(width)))
+        block_rows = max(1, 2048 // block_columns)
+        swiglu.swiglu_backward[(triton.cdiv(count, block_rows),)](
+            gate_RF, up_RF, dhidden_RF, *_scale_pointers(scale_S, route_R, like), dgate_RF, dup_RF, hidden_RF,
+            dscale_S, count, width, scale_S is not None, block_rows, block_columns,
+        )  # fmt: skip
+    return dgate_RF, dup_RF, hidden_RF, dscale_S
+
+
+def _scale_pointers(scale_S: Tensor | None, route_R: Tensor | None, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the tensors of the scales for a kernel; without scales, some tensors that it does not read."""
+    return (like, like) if scale_S is None or route_R is None else (scale_S, route_R)
+
+
+def _tile_grid(expert_T: Tensor, rows_per_tile: int, block_rows: int) -> tuple[int, int]:
+    return len(expert_T), triton.cdiv(rows_per_tile, block_rows)
+
+
+@operator(
+    "gelu_norm_forward(Tensor inner_RF, Tensor norm_weight_EF, Tensor norm_bias_EF, Tensor offset_E1, Tensor expert_T, "
+    "Tensor start_T, float eps, int rows_per_tile) -> (Tensor, Tensor, Tensor)",
+    launches=1,
+    fake=lambda inner_RF, norm_weight_EF, norm_bias_EF, offset_E1, expert_T, start_T, eps, rows_per_tile: (
+        torch.empty_like(inner_RF),
+        *(inner_RF.new_empty(len(inner_RF), dtype=torch.float32) for _ in range(2)),
+    ),
+)
+def gelu_norm_forward(
+    inner_RF: Tensor, norm_weight_EF: Tensor, norm_bias_EF: Tensor, offset_E1: Tensor, expert_T: Tensor,
+    start_T: Tensor, eps: float, rows_per_tile: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Return norm(gelu(inner)), and mean and 1/deviation of gelu(inner) over each row."""
+    normed_RF = torch.empty_like(inner_RF)
+    mean_R, rstd_R = (inner_RF.new_empty(len(inner_RF), dtype=torch.float32) for _ in range(2))
+    if len(inner_RF):
+        block_rows, block_columns = _norm_blocks(inner_RF.shape[1])
+        gelu.gelu_norm_forward[_tile_grid(expert_T, rows_per_tile, block_rows)](
+            inner_RF, norm_weight_EF, norm_bias_EF, offset_E1, expert_T, start_T, normed_RF, mean_R, rstd_R,
+            inner_RF.shape[1], eps, len(norm_weight_EF), block_rows, block_columns,
+        )  # fmt: skip
+    return normed_RF, mean_R, rstd_R
+
+
+def _norm_blocks(width: int) -> tuple[int, int]:
+    """Return the rows and columns of a block of the norm's kernels."""
+    columns = min(512, max(16, triton.next_power_of_2(width)))
+    return max(1, min(16, 2048 // columns)), columns
+
+
+@operator(
+    "gelu_norm_backward(Tensor inner_RF, Tensor dnormed_RF, Tensor mean_R, Tensor rstd_R, Tensor norm_weight_EF, "
+    "Tensor norm_bias_EF, Tensor dout_RD, Tensor out_bias_ED, Tensor? scale_S, Tensor? route_R, Tensor offset_E1, "
+    "Tensor expert_T, Tensor start_T, int rows_per_tile) -> (Tensor, Tensor, Tensor)",
+    launches=1,
+    fake=lambda inner_RF, dnormed_RF, mean_R, rstd_R, norm_weight_EF, norm_bias_EF, dout_RD, out_bias_ED, scale_S, *_: (
+        torch.empty_like(inner_RF),
+        torch.empty_like(inner_RF),
+        _fake_scale_gradient(inner_RF, scale_S),
+    ),
+)
+def gelu_norm_backward(
+    inner_RF: Tensor, dnormed_RF: Tensor, mean_R: Tensor, rstd_R: Tensor, norm_weight_EF: Tensor, norm_bias_EF: Tensor,
+    dout_RD: Tensor, out_bias_ED: Tensor, scale_S: Tensor | None, route_R: Tensor | None, offset_E1: Tensor,
+    expert_T: Tensor, start_T: Tensor, rows_per_tile: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Return the gradient of inner and the normed values, multiplied by scales, and the gradient of the scales."""
+    dinner_RF, normed_RF = torch.empty_like(inner_RF), torch.empty_like(inner_RF)
+    dscale_S = _fake_scale_gradient(inner_RF, scale_S)
+    if len(inner_RF):
+        block_rows, block_columns = _norm_blocks(inner_RF.shape[1])
+        gelu.gelu_norm_backward[_tile_grid(expert_T, rows_per_tile, block_rows)](
+            inner_RF, dnormed_RF, mean_R, rstd_R, norm_weight_EF, norm_bias_EF, dout_RD, out_bias_ED,
+            *_scale_pointers(scale_S, route_R, inner_RF), offset_E1, expert_T, start_T, dinner_RF, normed_RF, dscale_S,
+            inner_RF.shape[1], dout_RD.shape[1], len(norm_weight_EF), scale_S is not None, block_rows, block_columns,
+        )  # fmt: skip
+    return dinner_RF, normed_RF, dscale_S
+
+
+@operator(
+    "norm_sums(Tensor inner_RF, Tensor dnormed_RF, Tensor mean_R, Tensor rstd_R, Tensor? scale_S, Tensor? route_R, "
+    "Tensor offset_E1) -> (Tensor, Tensor)",
+    launches=1,
+    fake=lambda inner_RF, dnormed_RF, mean_R, rstd_R, scale_S, route_R, offset_E1: tuple(
+        inner_RF.new_empty(len(offset_E1) - 1, inner_RF.shape[1]) for _ in range(2)
+    ),
+)
+def norm_sums(
+    inner_RF: Tensor, dnormed_RF: Tensor, mean_R: Tensor, rstd_R: Tensor, scale_S: Tensor | None,
+    route_R: Tensor | None, offset_E1: Tensor,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Return the gradients of the norm's weight and bias, added in float32."""
+    experts, width = len(offset_E1) - 1, inner_RF.shape[1]
+    dweight_EF, dbias_EF = (inner_RF.new_empty(experts, width) for _ in range(2))
+    block_columns = min(128, triton.next_power_of_2(width))
+    gelu.norm_sums[(triton.cdiv(width, block_columns), experts)](
+        inner_RF, dnormed_RF, mean_R, rstd_R, *_scale_pointers(scale_S, route_R, inner_RF), offset_E1,
+        dweight_EF, dbias_EF, width, scale_S is not None, 32, block_columns,
+    )  # fmt: skip
+    return dweight_EF, dbias_EF
+
+
+@operator(
+    "row_sums(Tensor x_RF, Tensor? scale_S, Tensor? route_R, Tensor offset_E1) -> Tensor",
+    launches=1,
+    fake=lambda x_RF, scale_S, route_R, offset_E1: x_RF.new_empty(len(offset_E1) - 1, x_RF.shape[1]),
+)
+def row_sums(x_RF: Tensor, scale_S: Tensor | None, route_R: Tensor | None, offset_E1: Tensor) -> Tensor:
+    """Return the sum of each expert's rows, multiplied by their scales and added in float32."""
+    experts, width = len(offset_E1) - 1, x_RF.shape[1]
+    sum_EF = x_RF.new_empty(experts, width)
+    block_columns = min(128, triton.next_power_of_2(width))
+    gelu.row_sums[(triton.cdiv(width, block_columns), experts)](
+        x_RF, *_scale_pointers(scale_S, route_R, x_RF), offset_E1, sum_EF, width, scale_S is not None, 32, block_columns
+    )
+    return sum_EF

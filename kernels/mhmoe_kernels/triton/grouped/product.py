@@ -1,0 +1,130 @@
+"""Persistent kernels of grouped matrix products: rows times the matrix of their expert, and the gradients of matrices.
+
+A fixed number of programs takes one tile after another until none is left, so one launch computes all experts, however
+many rows each of them has.
+
+    grouped_linear   y_r = x_r @ w_e^T, or x_r @ w_e, for the rows r of each expert e
+    grouped_outer    dw_e = sum over the rows r of expert e of a_r^T b_r
+"""
+
+import triton
+import triton.language as tl
+
+# Triton's interpreter multiplies the bits of bfloat16 as if they were integers, so operands are widened there. The
+# result is that of a matrix unit, where products of bfloat16 are exact and sums are float32, too.
+_INTERPRETED: tl.constexpr = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def _dot(a, b, sums):
+    if _INTERPRETED:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    # By default Triton would multiply float32 as tf32, which drops 13 of the 23 bits of the fraction.
+    return tl.dot(a, b, sums, input_precision="ieee")
+
+
+@triton.jit
+def _add_product(
+    sums, x_RI, w_EMN, row, expert, column, IN, OUT,
+    TRANSPOSED: tl.constexpr, BLOCK_IN: tl.constexpr, IS_EVEN: tl.constexpr,
+):  # fmt: skip
+    """Return sums + x[row] @ w[expert][:, column], or with w[expert][column]^T if TRANSPOSED.
+
+    Args:
+        sums: float32 sums [rows, columns].
+        x_RI: rows of width IN.
+        w_EMN: matrices, [OUT, IN] if TRANSPOSED, else [IN, OUT].
+        row: rows of the tile, in 64 bits.
+        expert: expert of the tile, in 64 bits.
+        column: columns of the tile.
+        IN: width of the rows.
+        OUT: width of the result.
+        TRANSPOSED: whether to multiply by the transposed matrix.
+        BLOCK_IN: values of a row that are multiplied at a time.
+        IS_EVEN: whether BLOCK_IN divides IN.
+    """
+    inner = tl.arange(0, BLOCK_IN)
+    x = x_RI + row[:, None] * IN + inner[None, :]
+    # Columns outside the matrix are masked, not clamped: a clamp along the contiguous dimension would hide from the
+    # compiler that neighbouring columns are neighbours in memory, and it would load them one by one.
+    is_column = (column < OUT)[None, :]
+    if TRANSPOSED:
+        w = w_EMN + expert * OUT * IN + column[None, :] * IN + inner[:, None]
+    else:
+        w = w_EMN + expert * OUT * IN + inner[:, None] * OUT + column[None, :]
+    for first in range(0, IN, BLOCK_IN):
+        if IS_EVEN:
+            sums = _dot(tl.load(x), tl.load(w, mask=is_column, other=0.0), sums)
+        else:
+            is_inside = first + inner < IN
+            a = tl.load(x, mask=is_inside[None, :], other=0.0)
+            sums = _dot(a, tl.load(w, mask=is_inside[:, None] & is_column, other=0.0), sums)
+        x += BLOCK_IN
+        w += BLOCK_IN if TRANSPOSED else BLOCK_IN * OUT
+    return sums
+
+
+@triton.jit
+def grouped_linear(
+    x_RI, w_EMN, x2_RI, w2_EMN, bias_EO, y_RO, offset_E1, expert_T, start_T, T, IN, OUT,
+    E: tl.constexpr, TRANSPOSED: tl.constexpr, HAS_SECOND: tl.constexpr, HAS_BIAS: tl.constexpr,
+    IS_EVEN: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr,
+):  # fmt: skip
+    """Compute the rows of y; with HAS_SECOND, y is the sum of two products with the same routes and shapes."""
+    out_blocks = tl.cdiv(OUT, BLOCK_OUT)
+    for tile in range(tl.program_id(0), T * out_blocks, tl.num_programs(0)):
+        # The tiles of the same rows are neighbours, so that the L2 cache holds the rows, and an expert's tiles are, so
+        # that it holds the expert's matrix.
+        rows_tile = tile // out_blocks
+        expert = tl.load(expert_T + rows_tile).to(tl.int64)
+        if expert < E:
+            end = tl.load(offset_E1 + expert + 1)
+            row = tl.load(start_T + rows_tile) + tl.arange(0, BLOCK_ROWS)
+            column = (tile % out_blocks) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+            # Rows past the end are read from the last row instead of masked, because only stores need a mask.
+            source_row = tl.minimum(row, end - 1).to(tl.int64)
+            sums = tl.zeros([BLOCK_ROWS, BLOCK_OUT], tl.float32)
+            sums = _add_product(
+                sums, x_RI, w_EMN, source_row, expert, column, IN, OUT, TRANSPOSED, BLOCK_IN, IS_EVEN
+            )
+            if HAS_SECOND:
+                sums = _add_product(
+                    sums, x2_RI, w2_EMN, source_row, expert, column, IN, OUT, TRANSPOSED, BLOCK_IN, IS_EVEN
+                )
+            if HAS_BIAS:
+                sums += tl.load(bias_EO + expert * OUT + column, mask=column < OUT, other=0.0).to(tl.float32)[None, :]
+            mask = (row < end)[:, None] & (column < OUT)[None, :]
+            y = y_RO + row.to(tl.int64)[:, None] * OUT + column[None, :]
+            tl.store(y, sums.to(y_RO.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def grouped_outer(
+    a_RO, b_RI, dw_EOI, offset_E1, OUT, IN, E: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr,
+):  # fmt: skip
+    """Compute dw of all experts; that of an expert without rows is 0."""
+    out_blocks, in_blocks = tl.cdiv(OUT, BLOCK_OUT), tl.cdiv(IN, BLOCK_IN)
+    for tile in range(tl.program_id(0), E * out_blocks * in_blocks, tl.num_programs(0)):
+        expert = tile // (out_blocks * in_blocks)
+        out = (tile // in_blocks) % out_blocks * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+        in_ = tile % in_blocks * BLOCK_IN + tl.arange(0, BLOCK_IN)
+        start, end = tl.load(offset_E1 + expert), tl.load(offset_E1 + expert + 1)
+        sums = tl.zeros([BLOCK_OUT, BLOCK_IN], tl.float32)
+        for first in range(start, end, BLOCK_ROWS):
+            row = first + tl.arange(0, BLOCK_ROWS)
+            is_inside, wide_row = row < end, row.to(tl.int64)
+            a = tl.load(
+                a_RO + wide_row[None, :] * OUT + out[:, None],
+                mask=is_inside[None, :] & (out < OUT)[:, None],
+                other=0.0,
+            )
+            b = tl.load(
+                b_RI + wide_row[:, None] * IN + in_[None, :],
+                mask=is_inside[:, None] & (in_ < IN)[None, :],
+                other=0.0,
+            )
+            sums = _dot(a, b, sums)
+        mask = (out < OUT)[:, None] & (in_ < IN)[None, :]
+        dw = dw_EOI + expert.to(tl.int64) * OUT * IN + out[:, None] * IN + in_[None, :]
+        tl.store(dw, sums.to(dw_EOI.dtype.element_ty), mask=mask)

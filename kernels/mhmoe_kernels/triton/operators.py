@@ -1,0 +1,196 @@
+"""Kernels as operators of torch, `torch.ops.mhmoe.*`, and those operators that all experts need: routes and rows.
+
+An operator allocates its results and launches its kernels. It also has a fake implementation, which gives the shapes of
+its results without computing them; so fake tensors and tracing run through it without a GPU. Each operator states the
+largest number of kernels that it launches, which depends on nothing that only the device knows.
+"""
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from mhmoe_kernels.triton import rows, sort
+
+LIBRARY = torch.library.Library("mhmoe", "DEF")
+LAUNCHES: dict[str, int] = {}
+"""Largest number of kernels that each operator launches, by its name."""
+_INTERPRETER_PROGRAMS = 4
+"""Number of programs of a persistent kernel in Triton's interpreter, where programs run one after another."""
+
+
+def operator(schema: str, launches: int, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
+    """Return a decorator that makes a function an operator, and returns this operator.
+
+    Args:
+        schema: name, arguments and results as torch writes them.
+        launches: largest number of kernels that it launches.
+        fake: function that returns empty results for the same arguments.
+    """
+
+    def define(function: Callable[..., Any]) -> Any:
+        name = schema.partition("(")[0]
+        LIBRARY.define(schema)
+        for device in ("CPU", "CUDA"):
+            LIBRARY.impl(name, function, device)
+        torch.library.register_fake(f"mhmoe::{name}", fake, lib=LIBRARY)
+        LAUNCHES[name] = launches
+        return getattr(torch.ops.mhmoe, name).default
+
+    return define
+
+
+class SortedRoutes(NamedTuple):
+    """Routes sorted by expert, divided into tiles of one expert each. All numbers are int32 on the device."""
+
+    route_R: Tensor
+    """Route of each slot, that is, of each position in the sorted order; route r is choice r % K of row r // K."""
+    slot_NK: Tensor
+    """Slot of each route of a row."""
+    offset_E1: Tensor
+    """Slot of the first route of each expert; the last entry is R."""
+    expert_T: Tensor
+    """Expert of each tile; E for a tile that is not needed."""
+    start_T: Tensor
+    """First slot of each tile."""
+
+
+def tile_limit(routes: int, experts: int, rows_per_tile: int) -> int:
+    """Return the largest number of tiles that routes can need, however they are distributed over experts."""
+    return min(routes, (routes + experts * (rows_per_tile - 1)) // rows_per_tile)
+
+
+@cache
+def program_count(device: torch.device) -> int:
+    """Return the number of programs of a persistent kernel: one for each multiprocessor."""
+    if device.type != "cuda":
+        return _INTERPRETER_PROGRAMS
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def _row_grid(count: int, width: int) -> tuple[tuple[int, int], int, int]:
+    """Return the grid of a kernel that moves rows, and the rows and columns of its blocks."""
+    # Padding the block to a power of two is free: memory bandwidth limits the kernel, and masked lanes move no bytes.
+    columns = min(256, triton.next_power_of_2(width))
+    block_rows = max(1, 4096 // columns)
+    return (triton.cdiv(count, block_rows), triton.cdiv(width, columns)), block_rows, columns
+
+
+def _empty_tiles(like: Tensor, routes: int, experts: int, rows_per_tile: int) -> tuple[Tensor, Tensor]:
+    tiles = tile_limit(routes, experts, rows_per_tile)
+    return like.new_empty(tiles, dtype=torch.int32), like.new_empty(tiles, dtype=torch.int32)
+
+
+def _empty_sort(expert_NK: Tensor, experts: int, rows_per_tile: int) -> SortedRoutes:
+    routes = expert_NK.numel()
+    return SortedRoutes(
+        expert_NK.new_empty(routes, dtype=torch.int32),
+        expert_NK.new_empty(expert_NK.shape, dtype=torch.int32),
+        expert_NK.new_empty(experts + 1, dtype=torch.int32),
+        *_empty_tiles(expert_NK, routes, experts, rows_per_tile),
+    )
+
+
+@operator(
+    "sort_routes(Tensor expert_NK, int experts, int rows_per_tile) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    launches=4,
+    fake=lambda *arguments: tuple(_empty_sort(*arguments)),
+)
+def sort_routes(expert_NK: Tensor, experts: int, rows_per_tile: int) -> tuple[Tensor, ...]:
+    """Return the fields of `SortedRoutes`. The sort is stable: routes of the same expert stay in their order.
+
+    Args:
+        expert_NK: expert of each route, int64.
+        experts: number of experts.
+        rows_per_tile: largest number of rows of a tile.
+    """
+    results = _empty_sort(expert_NK, experts, rows_per_tile)
+    routes = expert_NK.numel()
+    if not routes:
+        results.offset_E1.zero_()
+        return tuple(results)
+    expert_NK = expert_NK.contiguous()
+    blocks = triton.cdiv(routes, sort.ROUTES_PER_BLOCK)
+    bins = max(16, triton.next_power_of_2(experts + 1))
+    count_BE, before_BE = (expert_NK.new_empty(blocks, experts, dtype=torch.int32) for _ in range(2))
+    total_E = expert_NK.new_empty(experts, dtype=torch.int32)
+    sort.count_routes[(blocks,)](expert_NK, count_BE, routes, experts, sort.ROUTES_PER_BLOCK, bins)
+    sort.add_counts[(triton.cdiv(experts, 16),)](count_BE, before_BE, total_E, blocks, experts, 128, 16)
+    _launch_schedule(total_E, *results[2:], rows_per_tile)
+    sort.place_routes[(blocks,)](
+        expert_NK, before_BE, results.offset_E1, results.route_R, results.slot_NK, routes, experts,
+        sort.ROUTES_PER_BLOCK,
+    )  # fmt: skip
+    return tuple(results)
+
+
+@operator(
+    "schedule_tiles(Tensor count_E, int routes, int rows_per_tile) -> (Tensor, Tensor, Tensor)",
+    launches=1,
+    fake=lambda count_E, routes, rows_per_tile: (
+        count_E.new_empty(len(count_E) + 1),
+        *_empty_tiles(count_E, routes, len(count_E), rows_per_tile),
+    ),
+)
+def schedule_tiles(count_E: Tensor, routes: int, rows_per_tile: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return offset_E1, expert_T and start_T of `SortedRoutes` for rows that are sorted already.
+
+    Args:
+        count_E: number of rows of each expert, int32.
+        routes: sum of the counts.
+        rows_per_tile: largest number of rows of a tile.
+    """
+    offset_E1 = count_E.new_empty(len(count_E) + 1)
+    expert_T, start_T = _empty_tiles(count_E, routes, len(count_E), rows_per_tile)
+    _launch_schedule(count_E, offset_E1, expert_T, start_T, rows_per_tile)
+    return offset_E1, expert_T, start_T
+
+
+def _launch_schedule(
+    count_E: Tensor, offset_E1: Tensor, expert_T: Tensor, start_T: Tensor, rows_per_tile: int
+) -> None:
+    # There is one program at least, because the first one stores the offsets.
+    grid = (max(1, triton.cdiv(len(expert_T), 32)),)
+    experts = len(count_E)
+    sort.schedule_tiles[grid](
+        count_E, offset_E1, expert_T, start_T, len(expert_T), experts, rows_per_tile, 32,
+        triton.next_power_of_2(experts),
+    )  # fmt: skip
+
+
+@operator(
+    "gather_rows(Tensor x_ND, Tensor route_R, int top_k) -> Tensor",
+    launches=1,
+    fake=lambda x_ND, route_R, top_k: x_ND.new_empty(len(route_R), x_ND.shape[1]),
+)
+def gather_rows(x_ND: Tensor, route_R: Tensor, top_k: int) -> Tensor:
+    """Return x_RD, the row of each sorted route."""
+    routes, width = len(route_R), x_ND.shape[1]
+    x_RD = x_ND.new_empty(routes, width)
+    if routes:
+        grid, block_rows, columns = _row_grid(routes, width)
+        rows.gather_rows[grid](x_ND, route_R, x_RD, routes, width, top_k, block_rows, columns)
+    return x_RD
+
+
+@operator(
+    "combine_rows(Tensor out_RD, Tensor slot_NK, Tensor? gate_NK) -> Tensor",
+    launches=1,
+    fake=lambda out_RD, slot_NK, gate_NK: out_RD.new_empty(len(slot_NK), out_RD.shape[1]),
+)
+def combine_rows(out_RD: Tensor, slot_NK: Tensor, gate_NK: Tensor | None) -> Tensor:
+    """Return y_n = sum_k gate_nk * out[slot_nk], added in float32; without gates, the sum without weights, which is the
+    gradient of `gather_rows`."""
+    (count, top_k), width = slot_NK.shape, out_RD.shape[1]
+    y_ND = out_RD.new_empty(count, width)
+    if count:
+        grid, block_rows, columns = _row_grid(count, width)
+        # The kernel needs some pointer for the gates even if there are none, but reads it only with HAS_GATES.
+        gates = out_RD if gate_NK is None else gate_NK
+        rows.combine_rows[grid](
+            out_RD, slot_NK, gates, y_ND, count, width, top_k, gate_NK is not None, block_rows, columns
+        )
+    return y_ND

@@ -1,0 +1,88 @@
+"""Kernels that sort routes by expert and divide them into tiles: a stable counting sort, all of it on the device.
+
+A tile is up to BLOCK_ROWS sorted routes of one expert. The host knows only how many tiles there can be at most, so it
+never waits for the counts. The sort takes four launches, whatever the number of experts is:
+
+    count_routes        counts of each expert in each block of routes
+    add_counts          counts in earlier blocks, and the total of each expert
+    schedule_tiles      first sorted route of each expert, and the tiles
+    place_routes        position of each route
+"""
+
+import triton
+import triton.language as tl
+
+ROUTES_PER_BLOCK = 256
+"""Routes that a program counts and places; it compares each of them with all others."""
+
+
+@triton.jit
+def count_routes(expert_R, count_BE, R, E: tl.constexpr, BLOCK: tl.constexpr, BINS: tl.constexpr):
+    """Store the number of routes of each expert in one block; BINS is a power of two above E."""
+    block = tl.program_id(0)
+    route = block * BLOCK + tl.arange(0, BLOCK)
+    # Routes past the end count for a bin that is not stored.
+    expert = tl.load(expert_R + route, mask=route < R, other=E).to(tl.int32)
+    bin_ = tl.arange(0, BINS)
+    tl.store(count_BE + block * E + bin_, tl.histogram(expert, BINS), mask=bin_ < E)
+
+
+@triton.jit
+def add_counts(count_BE, before_BE, total_E, B, E: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_E: tl.constexpr):
+    """Store, for each block and expert, the number of the expert's routes in earlier blocks, and each total."""
+    expert = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
+    total = tl.zeros([BLOCK_E], tl.int32)
+    for first in range(0, B, BLOCK_B):
+        block = first + tl.arange(0, BLOCK_B)
+        place = block[:, None] * E + expert[None, :]
+        mask = (block < B)[:, None] & (expert < E)[None, :]
+        count = tl.load(count_BE + place, mask=mask, other=0)
+        tl.store(before_BE + place, total[None, :] + tl.cumsum(count, 0) - count, mask=mask)
+        total += tl.sum(count, 0)
+    tl.store(total_E + expert, total, mask=expert < E)
+
+
+@triton.jit
+def schedule_tiles(
+    total_E, offset_E1, expert_T, start_T, T, E: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """Store the expert and the first route of each tile; an expert of E marks a tile that is not needed.
+
+    The first program also stores the offsets of all experts. BLOCK_E is a power of two, at least E.
+    """
+    program = tl.program_id(0)
+    expert = tl.arange(0, BLOCK_E)
+    total = tl.load(total_E + expert, mask=expert < E, other=0)
+    end = tl.cumsum(total, 0)
+    if program == 0:
+        tl.store(offset_E1 + expert + 1, end, mask=expert < E)
+        tl.store(offset_E1 + expert, end - total, mask=expert == 0)
+    tiles = (total + BLOCK_ROWS - 1) // BLOCK_ROWS
+    last_tile = tl.cumsum(tiles, 0)
+    tile = program * BLOCK_T + tl.arange(0, BLOCK_T)
+    # Experts all of whose tiles come before this one.
+    is_before = (last_tile[None, :] <= tile[:, None]) & (expert < E)[None, :]
+    tile_expert = tl.sum(is_before.to(tl.int32), 1)
+    first_tile = tl.sum(tl.where(is_before, tiles[None, :], 0), 1)
+    first_route = tl.sum(tl.where(is_before, total[None, :], 0), 1)
+    tl.store(expert_T + tile, tile_expert, mask=tile < T)
+    tl.store(start_T + tile, first_route + (tile - first_tile) * BLOCK_ROWS, mask=tile < T)
+
+
+@triton.jit
+def place_routes(expert_R, before_BE, offset_E1, route_R, slot_R, R, E: tl.constexpr, BLOCK: tl.constexpr):
+    """Store the position of each route of a block in the sorted order, and the route at each position."""
+    block = tl.program_id(0)
+    lane = tl.arange(0, BLOCK)
+    route = block * BLOCK + lane
+    inside = route < R
+    expert = tl.load(expert_R + route, mask=inside, other=E).to(tl.int32)
+    # The same experts once more, as a column: Triton has no transposed view of a vector.
+    other_expert = tl.load(expert_R + route, mask=inside, other=E).to(tl.int32)
+    is_earlier = (other_expert[None, :] == expert[:, None]) & (lane[None, :] < lane[:, None])
+    rank = tl.sum(is_earlier.to(tl.int32), 1)
+    slot = tl.load(offset_E1 + expert, mask=inside, other=0) + rank
+    slot += tl.load(before_BE + block * E + expert, mask=inside, other=0)
+    tl.store(slot_R + route, slot, mask=inside)
+    tl.store(route_R + slot, route, mask=inside)
