@@ -28,8 +28,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mhmoe_kernels.backends import BACKENDS, choose_kernel, run_experts, run_sorted_experts, unavailable_reason
+    from mhmoe_kernels.backends import (
+        BACKENDS,
+        can_fuse_routing,
+        choose_kernel,
+        run_experts,
+        run_sorted_experts,
+        unavailable_reason,
+    )
     from mhmoe_kernels.permutation import combine, permute, plan_routes, widen
+    from mhmoe_kernels.triton import fused_routing
     from mhmoe_kernels.weights import ExpertWeights, Function, GeluSubln, Swiglu
 
 __all__ = [
@@ -38,8 +46,10 @@ __all__ = [
     "Function",
     "GeluSubln",
     "Swiglu",
+    "can_fuse_routing",
     "choose_kernel",
     "combine",
+    "fused_routing",
     "permute",
     "plan_routes",
     "run_experts",
@@ -48,7 +58,7 @@ __all__ = [
     "widen",
 ]
 
-_MODULES = ("backends", "permutation", "weights")
+_MODULES = ("backends", "permutation", "triton", "weights")
 
 
 def __getattr__(name: str) -> Any:

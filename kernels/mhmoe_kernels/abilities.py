@@ -8,7 +8,9 @@ from typing import Literal, NamedTuple
 
 ExpertFunction = Literal["swiglu", "gelu_subln"]
 """Name of the function that a feed-forward layer or an expert computes; weights.py implements it."""
-KernelName = Literal["auto", "grouped", "cpp", "triton", "grouped_gemm", "megablocks", "capacity", "reference"]
+KernelName = Literal[
+    "auto", "grouped", "cpp", "triton", "grouped_gemm", "grouped_mm", "megablocks", "capacity", "reference"
+]
 
 
 class KernelLimits(NamedTuple):
@@ -21,8 +23,6 @@ class KernelLimits(NamedTuple):
     size_multiple: int = 1
     """Number of which the widths of rows and of experts must be multiples."""
     max_row_width: int | None = None
-    auto_max_row_width: int | None = None
-    """Largest row width for which `auto` prefers this kernel on GPUs in bfloat16."""
     kept_rows: Literal["as configured", "nothing", "all"] = "all"
     """Hidden rows of experts that the kernel keeps for the backward pass; "as configured" means that `moe.recompute`
     decides."""
@@ -35,10 +35,12 @@ KERNELS: dict[KernelName, KernelLimits] = {
     "grouped": KernelLimits(kept_rows="as configured"),
     # bfloat16 matrix units read values in pairs, so sizes must be even.
     "cpp": KernelLimits(device="CPUs", precision="bfloat16", function="swiglu", size_multiple=2, kept_rows="nothing"),
-    # Wider rows than 1024 do not fit on the chip (triton/blocks.py). kernels/README.md predicts that the fused kernel
-    # is the fastest up to 256; this is not measured yet.
-    "triton": KernelLimits(device="CUDA", max_row_width=1024, auto_max_row_width=256, kept_rows="nothing"),
+    # Wider rows than 1024 do not fit on the chip (triton/fused/blocks.py).
+    "triton": KernelLimits(device="CUDA", max_row_width=1024, kept_rows="nothing"),
     "grouped_gemm": KernelLimits(device="CUDA", kept_rows="as configured"),
+    "grouped_mm": KernelLimits(
+        device="CUDA", precision="bfloat16", function="swiglu", size_multiple=8, kept_rows="as configured"
+    ),
     "megablocks": KernelLimits(device="CUDA"),
     "capacity": KernelLimits(is_static=True),
     "reference": KernelLimits(),

@@ -2,6 +2,7 @@
 gradients."""
 
 from collections.abc import Callable
+from functools import cache, partial
 from typing import NamedTuple
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from mhmoe_kernels import cpp, megablocks, triton
 from mhmoe_kernels.abilities import KERNELS
+from mhmoe_kernels.choice import ExpertSizes, Purpose, gpu_kernels
 from mhmoe_kernels.grouped import RunSorted, run_grouped, run_sorted
 from mhmoe_kernels.packed import run_padded
 from mhmoe_kernels.reference import run_capacity, run_reference
@@ -16,6 +18,10 @@ from mhmoe_kernels.weights import ExpertWeights
 
 
 def _always_available(device: torch.device) -> None:
+    return None
+
+
+def _never_refused(device: torch.device, sizes: ExpertSizes) -> None:
     return None
 
 
@@ -31,6 +37,9 @@ class Backend(NamedTuple):
     """Function for rows that are already sorted by expert, if the backend sorts rows itself."""
     has_backward: bool = True
     """False if the backend is for inference only."""
+    refusal: Callable[[torch.device, ExpertSizes], str | None] = _never_refused
+    """Function that returns the reason why the backend cannot compute experts of these sizes on a device where it can
+    run, in one line; None if it can."""
 
 
 BACKENDS: dict[str, Backend] = {
@@ -39,23 +48,49 @@ BACKENDS: dict[str, Backend] = {
     "cpp": Backend(cpp.run, cpp.unavailable_reason, cpp.run_sorted),
     "padded": Backend(run_padded, has_backward=False),
     "capacity": Backend(run_capacity),
-    "triton": Backend(triton.run_fused, triton.unavailable_reason),
+    "triton": Backend(triton.run_fused, triton.unavailable_reason, refusal=triton.fused_refusal),
     "grouped_gemm": Backend(triton.run_grouped, triton.unavailable_reason, triton.run_sorted_grouped),
+    "grouped_mm": Backend(
+        partial(triton.run_grouped, use_torch=True),
+        triton.unavailable_reason,
+        partial(triton.run_sorted_grouped, use_torch=True),
+        refusal=triton.grouped_mm_refusal,
+    ),
     "megablocks": Backend(megablocks.run, megablocks.unavailable_reason),
 }
 
 STATIC_BACKENDS = {name for name, limits in KERNELS.items() if limits.is_static}
 """Names of the backends whose `run` also takes `expert_capacity`."""
-# Largest row width for which `auto` chooses the fused kernel on GPUs.
-MAX_FUSED_WIDTH = KERNELS["triton"].auto_max_row_width or 0
 
 
-def unavailable_reason(name: str, device: torch.device) -> str | None:
+def unavailable_reason(name: str, device: torch.device, sizes: ExpertSizes | None = None) -> str | None:
     """Return the reason why a backend cannot run on a device of this machine, in one line; None if it can.
 
     `auto` can always run.
+
+    Args:
+        name: `auto` or a key of `BACKENDS`.
+        device: the device.
+        sizes: sizes of the experts that it should compute; None for any.
     """
-    return None if name == "auto" else BACKENDS[name].unavailable_reason(device)
+    if name == "auto":
+        return None
+    reason = BACKENDS[name].unavailable_reason(device)
+    return reason if reason or sizes is None else BACKENDS[name].refusal(device, sizes)
+
+
+def expert_sizes(x_ND: Tensor, weights: ExpertWeights) -> ExpertSizes:
+    """Return the sizes of experts that compute these rows."""
+    dtype = str(x_ND.dtype).removeprefix("torch.")
+    return ExpertSizes(weights.function.name, dtype, x_ND.shape[1], weights.stacked[0].shape[1])
+
+
+@cache
+def _choose_gpu_kernel(purpose: Purpose, device: torch.device, sizes: ExpertSizes) -> str:
+    """Return the first kernel of the table for a GPU that can compute these experts there."""
+    major, _ = torch.cuda.get_device_capability(device)
+    candidates = gpu_kernels(purpose, major, sizes)
+    return next(kernel for kernel in candidates if unavailable_reason(kernel, device, sizes) is None)
 
 
 def choose_kernel(name: str, x_ND: Tensor, weights: ExpertWeights, expert_capacity: int | None = None) -> str:
@@ -73,10 +108,8 @@ def choose_kernel(name: str, x_ND: Tensor, weights: ExpertWeights, expert_capaci
     if name != "auto" and (expert_capacity is not None or name not in STATIC_BACKENDS):
         return name
     if x_ND.device.type == "cuda":
-        # The fused kernel is chosen for bfloat16 only, because exact float32 products do not run on the matrix units.
-        is_suitable = x_ND.shape[1] <= MAX_FUSED_WIDTH and x_ND.dtype == torch.bfloat16
-        can_fuse = is_suitable and triton.unavailable_reason(x_ND.device) is None
-        return "triton" if can_fuse else "grouped"
+        purpose: Purpose = "training" if torch.is_grad_enabled() else "inference"
+        return _choose_gpu_kernel(purpose, x_ND.device, expert_sizes(x_ND, weights))
     return "cpp" if cpp.is_faster(x_ND, weights) else "grouped"
 
 
@@ -131,6 +164,21 @@ def run_sorted_experts(backend: str, x_RD: Tensor, counts: list[int], weights: E
     expert_R = expert_E.repeat_interleave(count_E, output_size=len(x_RD))
     ones_R1 = torch.ones(len(x_RD), 1, dtype=torch.float32, device=x_RD.device)
     return run_experts(backend, x_RD, expert_R[:, None], ones_R1, weights)
+
+
+FUSED_ROUTING_KERNELS = ("grouped_gemm", "grouped_mm", "triton")
+"""Kernels whose layers may also route by a fused kernel."""
+
+
+def can_fuse_routing(kernel: str, logits_NE: Tensor) -> bool:
+    """Return whether `triton.fused_routing` computes the routing of a layer.
+
+    Args:
+        kernel: name of the layer's kernel as in `MoESpec.kernel`.
+        logits_NE: logits of the router.
+    """
+    is_chosen = kernel in FUSED_ROUTING_KERNELS or (kernel == "auto" and logits_NE.device.type == "cuda")
+    return is_chosen and triton.can_fuse_routing(logits_NE)
 
 
 def _without_autocast(x: Tensor) -> torch.autocast:

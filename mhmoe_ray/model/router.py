@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mhmoe_kernels import widen
+from mhmoe_kernels import can_fuse_routing, fused_routing, widen
 from mhmoe_ray.spec import MoESpec
 from mhmoe_ray.spec.model import RouterName
 
@@ -258,8 +258,18 @@ class Router(nn.Module):
         if moe.jitter and generator is not None:
             x_ND = x_ND * torch.empty_like(x_ND).uniform_(1 - moe.jitter, 1 + moe.jitter, generator=generator)
         logits_NE = self.scores(x_ND)
-        expert_NK, gate_NK, probability_NE = self.choose_experts(logits_NE)
         capacity = moe.expert_capacity(rows) if self.training else None
+        if self._is_plain(generator) and can_fuse_routing(moe.kernel, logits_NE):
+            fused = fused_routing(
+                logits_NE,
+                moe.top_k,
+                capacity,
+                normalized=moe.normalize_gates,
+                scale=moe.gate_scale,
+                counts_first=moe.balance_choices == "first",
+            )
+            return Routing(*fused, capacity)
+        expert_NK, gate_NK, probability_NE = self.choose_experts(logits_NE)
         candidate_NK = self._candidate_routes(expert_NK, gate_NK, generator)
         kept_NK = candidate_NK if capacity is None else capacity_mask(expert_NK, candidate_NK, moe.experts, capacity)
         count_E = route_counts(expert_NK, moe.experts, kept_NK)
@@ -273,6 +283,22 @@ class Router(nn.Module):
             count_E,
             candidate_NK.sum() - count_E.sum(),
             capacity,
+        )
+
+    def _is_plain(self, generator: torch.Generator | None) -> bool:
+        """Return whether routing is a softmax, the k largest scores, and losses over a micro-batch, with nothing
+        added to them."""
+        moe = self.moe
+        has_random_choice = moe.second_expert == "random" and generator is not None
+        # X-MoE's load balancing loss uses other probabilities than routing.
+        has_own_probabilities = type(self.scores).balance_probabilities is not BaseScores.balance_probabilities
+        return not (
+            moe.scoring != "softmax"
+            or moe.bias_rate
+            or moe.groups > 1
+            or moe.balance_over != "micro_batch"
+            or has_random_choice
+            or has_own_probabilities
         )
 
     def _balance_loss(self, probability_NE: Tensor, expert_NK: Tensor, sequences: int) -> Tensor:

@@ -4,21 +4,25 @@ import math
 from typing import NamedTuple
 
 from mhmoe_kernels.abilities import KERNELS, KernelName
+from mhmoe_kernels.choice import gpu_kernels
 from mhmoe_ray.planner.sizes import bytes_per_value
 from mhmoe_ray.spec import ModelSpec, MoESpec, RunSpec
+
+ASSUMED_MAJOR = 9
+"""Major number of the compute capability of the GPUs that plans are made for: that of an H100."""
 
 
 def assumed_kernel(spec: RunSpec) -> KernelName | None:
     """Return the kernel that experts will probably run on; None for a dense model."""
-    # `mhmoe_kernels.choose_kernel` would need the run's hardware, so its choice for `auto` is predicted: triton on
-    # GPUs, for bfloat16 and rows that are narrow enough, and otherwise grouped. On CPUs with AMX the choice is cpp,
-    # which needs less memory.
+    # `mhmoe_kernels.choose_kernel` would need the run's hardware, so its choice for `auto` is predicted: on GPUs, that
+    # of an H100, and otherwise grouped. On CPUs with AMX the choice is cpp, which needs less memory.
     moe = spec.model.moe
     if moe is None or moe.kernel != "auto":
         return moe.kernel if moe else None
-    is_narrow = spec.model.row_width <= (KERNELS["triton"].auto_max_row_width or 0)
-    uses_triton = spec.cluster.gpus_per_worker and spec.train.precision == "bfloat16" and is_narrow
-    return "triton" if uses_triton else "grouped"
+    if not spec.cluster.gpus_per_worker:
+        return "grouped"
+    assert spec.expert_sizes is not None
+    return next(gpu_kernels("training", ASSUMED_MAJOR, spec.expert_sizes))
 
 
 def may_use_cpp(spec: RunSpec) -> bool:

@@ -423,8 +423,8 @@ class ModelSpec(Section):
             raise ValueError(f"moe.kernel {moe.kernel} computes experts of backbone {backbones} only: set it to auto")
         if row_width % limits.size_multiple or moe.d_expert % limits.size_multiple:
             raise ValueError(
-                f"moe.kernel {moe.kernel} takes even sizes only, but rows are {row_width} wide and experts "
-                f"{moe.d_expert}: set it to auto"
+                f"moe.kernel {moe.kernel} takes widths that are multiples of {limits.size_multiple}, but rows are "
+                f"{row_width} wide and experts {moe.d_expert}: set it to auto"
             )
         if limits.max_row_width is not None and row_width > limits.max_row_width:
             raise ValueError(

@@ -5,6 +5,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import Field, NonNegativeInt, PlainSerializer, PlainValidator, model_validator
 
+from mhmoe_kernels.choice import ExpertSizes
 from mhmoe_ray.spec.base import Section
 from mhmoe_ray.spec.cluster import ClusterSpec, WorkerRange
 from mhmoe_ray.spec.data import DataSpec, absolute_path
@@ -115,6 +116,14 @@ class RunSpec(Section):
                 f"model.moe.kernel {moe.kernel} computes in {limits.precision}, but train.precision is "
                 f"{self.train.precision}: change one of them"
             )
+
+    @property
+    def expert_sizes(self) -> ExpertSizes | None:
+        """Sizes of the experts as training computes them; None for a dense model."""
+        model, moe = self.model, self.model.moe
+        if moe is None:
+            return None
+        return ExpertSizes(model.architecture.expert_function, self.train.precision, model.row_width, moe.d_expert)
 
     def _check_chat(self, source: str) -> None:
         """Check that conversations are trained whole and apart from each other; `source` is the name of one source."""

@@ -115,7 +115,7 @@ class Trainer:
         self.spec, self.mesh, self.device = spec, mesh, device
         self._start_token, self.on_progress = start_token, on_progress
         moe = spec.model.moe
-        if moe and (reason := unavailable_reason(moe.kernel, device)):
+        if moe and (reason := unavailable_reason(moe.kernel, device, spec.expert_sizes)):
             raise SpecError(f"model.moe.kernel {moe.kernel}", reason, "install what it needs, or set it to auto")
         # On this device, weights take no memory. The strategy allocates them later, because a rank may hold only a part
         # of them.

@@ -213,9 +213,9 @@ def test_planned_activations_of_kernel_reference_equal_saved_bytes(kind):
 @pytest.mark.parametrize(
     ("gpus", "precision", "d_model", "kernel"),
     [
-        (1, "bfloat16", 512, "triton"),
-        (1, "bfloat16", 514, "grouped"),  # rows are 257 wide, and `auto` takes triton up to 256
-        (1, "float32", 512, "grouped"),
+        (1, "bfloat16", 512, "grouped_mm"),
+        (1, "bfloat16", 514, "grouped_gemm"),  # rows are 257 wide, and grouped_mm takes multiples of 8
+        (1, "float32", 512, "grouped_gemm"),
         (0, "bfloat16", 512, "grouped"),
     ],
 )

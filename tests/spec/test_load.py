@@ -113,7 +113,7 @@ def test_error_of_a_wrong_key_or_value_is_one_line_that_names_it(override, expec
         (["moe.kernel=cpp", "backbone=subln"], "kernel cpp computes experts of backbone llama only"),
         (
             ["moe.kernel=cpp", "moe.d_expert=191"],
-            "kernel cpp takes even sizes only, but rows are 64 wide and experts 191",
+            "kernel cpp takes widths that are multiples of 2, but rows are 64 wide and experts 191",
         ),
         (
             ["moe.kernel=triton", "d_model=4096"],
@@ -128,7 +128,10 @@ def test_error_of_a_wrong_key_or_value_is_one_line_that_names_it(override, expec
             r"moe.heads \(2\) times moe.d_sub_token \(128\) is not d_model \(128\), so head_projection and merge_proj",
         ),
         (["moe.heads=1", "moe.d_sub_token=64"], r"heads \(1\) times moe.d_sub_token \(64\) is not d_model \(128\)"),
-        (["moe.kernel=cpp", "moe.d_sub_token=65"], "kernel cpp takes even sizes only, but rows are 65 wide"),
+        (
+            ["moe.kernel=cpp", "moe.d_sub_token=65"],
+            "kernel cpp takes widths that are multiples of 2, but rows are 65 wide",
+        ),
         (["moe.kernel=triton", "moe.d_sub_token=1025"], "kernel triton takes rows up to 1024 wide, not 1025"),
     ],
 )

@@ -4,6 +4,7 @@ This module imports Triton at the first use, because the base install does not i
 
     operators.py   kernels as operators of torch; routes and rows
     sort.py        stable sort of routes by expert, divided into tiles
+    router.py, routing.py  softmax, top-k, gates, counts and losses of a router in one pass, and their operators
     rows.py        gather of rows, and the weighted sum of each row's routes
     fused/         an expert as one kernel: the hidden layer is never in memory
     grouped/       experts as grouped products of any width, with small kernels between them
@@ -11,40 +12,68 @@ This module imports Triton at the first use, because the base install does not i
 """
 
 import os
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from importlib.util import find_spec
 from shutil import which
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 
+from mhmoe_kernels.abilities import KERNELS
+from mhmoe_kernels.choice import ExpertSizes
 from mhmoe_kernels.weights import ExpertWeights
-
-SHARED_BYTES = 120 << 10
-"""Bytes of shared memory per block that the kernels need.
-
-Compiled for cards before sm_90, the kernels of some widths take as much. Consumer cards have 99 KiB.
-"""
 
 
 def unavailable_reason(device: torch.device) -> str | None:
     """Return the reason why `run` cannot run on `device`, in one line; None if it can."""
     if find_spec("triton") is None:
         return "triton is not installed: pip install triton"
-    is_interpreted = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes")
-    if device.type != "cuda" and not is_interpreted:
+    if device.type != "cuda" and not is_interpreted():
         return f"triton compiles for CUDA devices, and this is {device.type}; TRITON_INTERPRET=1 runs it here, slowly"
-    if not is_interpreted and not _has_compiler(os.environ.get("CC"), os.environ.get("PATH")):
+    if not is_interpreted() and not _has_compiler(os.environ.get("CC"), os.environ.get("PATH")):
         return "triton needs a C compiler for its kernel launchers, and there is neither gcc nor clang: install one"
-    if not is_interpreted and torch.cuda.is_available():
-        properties = torch.cuda.get_device_properties(device)
-        # AMD's cards do not have this property, so for them the check passes.
-        shared_bytes = getattr(properties, "shared_memory_per_block_optin", SHARED_BYTES)
-        if shared_bytes < SHARED_BYTES:
-            return (
-                f"kernel triton needs {SHARED_BYTES >> 10} KiB of shared memory, and this GPU has {shared_bytes >> 10}"
-            )
+    return None
+
+
+def is_interpreted() -> bool:
+    """Return whether Triton interprets kernels on the CPU."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes")
+
+
+def fused_refusal(device: torch.device, sizes: ExpertSizes) -> str | None:
+    """Return the reason why `run_fused` cannot compute experts of these sizes on a GPU, in one line; None if it can.
+
+    The kernels are compiled once for the GPU, which takes some seconds.
+    """
+    limit = KERNELS["triton"].max_row_width
+    if limit is not None and sizes.row_width > limit:
+        return f"kernel triton holds rows of at most {limit} values on the chip, and these have {sizes.row_width}"
+    if device.type != "cuda":
+        return None
+    from mhmoe_kernels.triton.resources import fused_refusal as compiled_refusal
+
+    kind = "swiglu" if sizes.function == "swiglu" else "gelu"
+    properties = torch.cuda.get_device_properties(device)
+    capability = 10 * properties.major + properties.minor
+    dtype = torch.float32 if sizes.dtype == "float32" else torch.bfloat16
+    # AMD's GPUs do not have this property; they have 64 KiB.
+    shared_limit = getattr(properties, "shared_memory_per_block_optin", 64 << 10)
+    reason = compiled_refusal(kind, sizes.row_width, dtype, capability, shared_limit)
+    return f"kernel triton: {reason}" if reason else None
+
+
+def grouped_mm_refusal(device: torch.device, sizes: ExpertSizes) -> str | None:
+    """Return the reason why torch's grouped_mm cannot compute experts of these sizes without waiting for a GPU, in one
+    line; None if it can."""
+    if sizes.function != "swiglu":
+        return "kernel grouped_mm has no biases, which these experts have: use grouped_gemm"
+    if sizes.dtype != "bfloat16" or not sizes.is_aligned:
+        return "kernel grouped_mm computes bfloat16 with widths that are multiples of 8: use grouped_gemm"
+    if device.type == "cuda" and (major := torch.cuda.get_device_capability(device)[0]) not in (9, 10):
+        return f"torch's grouped_mm makes the host wait on compute capability {major}.x: use grouped_gemm"
     return None
 
 
@@ -71,27 +100,89 @@ def run_fused(x_ND: Tensor, expert_NK: Tensor, gate_NK: Tensor, weights: ExpertW
     _check(x_ND, weights)
     from mhmoe_kernels.triton.fused.experts import run
 
-    with torch.cuda.device_of(x_ND):  # type: ignore[no-untyped-call]  # torch has no types for it
+    with _device_of(x_ND):
         return run(x_ND, expert_NK, gate_NK, weights)
 
 
-def run_grouped(x_ND: Tensor, expert_NK: Tensor, gate_NK: Tensor, weights: ExpertWeights) -> Tensor:
-    """Run routed rows through experts by grouped products; arguments, result and errors are those of `run_fused`."""
+def run_grouped(
+    x_ND: Tensor, expert_NK: Tensor, gate_NK: Tensor, weights: ExpertWeights, use_torch: bool = False
+) -> Tensor:
+    """Run routed rows through experts by grouped products; result and errors are those of `run_fused`.
+
+    Args:
+        x_ND, expert_NK, gate_NK, weights: as in `mhmoe_kernels.run_experts`.
+        use_torch: whether torch's grouped_mm computes the products, which needs SwiGLU experts.
+    """
     _check(x_ND, weights)
     from mhmoe_kernels.triton.grouped.experts import run
+    from mhmoe_kernels.triton.grouped.products import TorchProducts, TritonProducts
 
-    with torch.cuda.device_of(x_ND):  # type: ignore[no-untyped-call]  # torch has no types for it
-        return run(x_ND, expert_NK, gate_NK, weights)
+    with _device_of(x_ND):
+        return run(TorchProducts if use_torch else TritonProducts, x_ND, expert_NK, gate_NK, weights)
 
 
-def run_sorted_grouped(x_RD: Tensor, counts: list[int], weights: ExpertWeights) -> Tensor:
+def run_sorted_grouped(x_RD: Tensor, counts: list[int], weights: ExpertWeights, use_torch: bool = False) -> Tensor:
     """Run rows that are sorted by expert through experts by grouped products, as `mhmoe_kernels.run_sorted_experts`
-    does. Errors are those of `run_fused`."""
+    does. `use_torch` and errors are those of `run_grouped`."""
     _check(x_RD, weights)
     from mhmoe_kernels.triton.grouped.experts import run_sorted
+    from mhmoe_kernels.triton.grouped.products import TorchProducts, TritonProducts
 
-    with torch.cuda.device_of(x_RD):  # type: ignore[no-untyped-call]  # torch has no types for it
-        return run_sorted(x_RD, counts, weights)
+    with _device_of(x_RD):
+        return run_sorted(TorchProducts if use_torch else TritonProducts, x_RD, counts, weights)
+
+
+MAX_FUSED_EXPERTS = 1024
+"""Largest number of experts of `fused_routing`: a program holds all logits of a row."""
+
+
+class FusedRouting(NamedTuple):
+    """Choices of a softmax router, and its losses."""
+
+    expert_NK: Tensor
+    """Experts of each row, int64, in the order of preference."""
+    gate_NK: Tensor
+    """Gates of the chosen experts, float32."""
+    balance_loss: Tensor
+    """E * sum_e mean_n(p_ne) * (share of the counted choices that are e), scalar."""
+    z_loss: Tensor
+    """Mean of the squared log-sum-exp, scalar."""
+    count_E: Tensor
+    """Number of kept routes of each expert, int64."""
+    dropped_routes: Tensor
+    """Number of routes beyond the expert capacity, int64 scalar."""
+
+
+def can_fuse_routing(logits_NE: Tensor) -> bool:
+    """Return whether `fused_routing` takes these logits, here."""
+    rows, experts = logits_NE.shape
+    is_suitable = rows > 0 and experts <= MAX_FUSED_EXPERTS and logits_NE.dtype == torch.float32
+    return is_suitable and (is_fake(logits_NE) or unavailable_reason(logits_NE.device) is None)
+
+
+def fused_routing(
+    logits_NE: Tensor, top_k: int, capacity: int | None, *, normalized: bool, scale: float, counts_first: bool
+) -> FusedRouting:
+    """Return the choices of a softmax router, with gradients of its gates and losses; `can_fuse_routing` must hold.
+
+    Args:
+        logits_NE: logits.
+        top_k: number of choices of each row.
+        capacity: expert capacity in rows; routes beyond it are dropped, later choices before earlier ones, and later
+            rows before earlier ones. None if routing is dropless.
+        normalized: whether the gates of a row add up to `scale`; otherwise they are probabilities times `scale`.
+        scale: factor of the gates.
+        counts_first: whether only first choices count in the load balancing loss.
+    """
+    from mhmoe_kernels.triton.routing import route
+
+    with _device_of(logits_NE):
+        return FusedRouting(*route(logits_NE, top_k, capacity, normalized, scale, counts_first))
+
+
+def _device_of(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Return a context in which kernels are launched on the tensor's device; fake tensors launch none."""
+    return nullcontext() if is_fake(tensor) else torch.cuda.device_of(tensor)  # type: ignore[no-untyped-call]
 
 
 def _check(x_ND: Tensor, weights: ExpertWeights) -> None:

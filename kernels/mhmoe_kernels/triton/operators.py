@@ -5,7 +5,7 @@ its results without computing them; so fake tensors and tracing run through it w
 largest number of kernels that it launches, which depends on nothing that only the device knows.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -15,7 +15,8 @@ from torch import Tensor
 
 from mhmoe_kernels.triton import rows, sort
 
-LIBRARY = torch.library.Library("mhmoe", "DEF")
+Tensors = tuple[Tensor, ...]
+LIBRARY = torch.library.Library("mhmoe", "DEF")  # type: ignore[no-untyped-call]  # torch has no types for it
 LAUNCHES: dict[str, int] = {}
 """Largest number of kernels that each operator launches, by its name."""
 _INTERPRETER_PROGRAMS = 4
@@ -33,9 +34,9 @@ def operator(schema: str, launches: int, fake: Callable[..., Any]) -> Callable[[
 
     def define(function: Callable[..., Any]) -> Any:
         name = schema.partition("(")[0]
-        LIBRARY.define(schema)
+        LIBRARY.define(schema)  # type: ignore[no-untyped-call]
         for device in ("CPU", "CUDA"):
-            LIBRARY.impl(name, function, device)
+            LIBRARY.impl(name, function, device)  # type: ignore[no-untyped-call]
         torch.library.register_fake(f"mhmoe::{name}", fake, lib=LIBRARY)
         LAUNCHES[name] = launches
         return getattr(torch.ops.mhmoe, name).default
@@ -58,6 +59,12 @@ class SortedRoutes(NamedTuple):
     """First slot of each tile."""
 
 
+def split(tensors: Sequence[Tensor], first_length: int, second_length: int) -> tuple[Tensors, Tensors, Tensors]:
+    """Return saved tensors in three parts, of which the first two have these lengths."""
+    third_start = first_length + second_length
+    return tuple(tensors[:first_length]), tuple(tensors[first_length:third_start]), tuple(tensors[third_start:])
+
+
 def tile_limit(routes: int, experts: int, rows_per_tile: int) -> int:
     """Return the largest number of tiles that routes can need, however they are distributed over experts."""
     return min(routes, (routes + experts * (rows_per_tile - 1)) // rows_per_tile)
@@ -71,6 +78,15 @@ def program_count(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
+@cache
+def device_capability(device: torch.device) -> int:
+    """Return the compute capability of a GPU without its dot, such as 90; 0 for a CPU."""
+    if device.type != "cuda":
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
 def _row_grid(count: int, width: int) -> tuple[tuple[int, int], int, int]:
     """Return the grid of a kernel that moves rows, and the rows and columns of its blocks."""
     # Padding the block to a power of two is free: memory bandwidth limits the kernel, and masked lanes move no bytes.
@@ -79,9 +95,10 @@ def _row_grid(count: int, width: int) -> tuple[tuple[int, int], int, int]:
     return (triton.cdiv(count, block_rows), triton.cdiv(width, columns)), block_rows, columns
 
 
-def _empty_tiles(like: Tensor, routes: int, experts: int, rows_per_tile: int) -> tuple[Tensor, Tensor]:
+def _empty_tiles(device_tensor: Tensor, routes: int, experts: int, rows_per_tile: int) -> tuple[Tensor, Tensor]:
     tiles = tile_limit(routes, experts, rows_per_tile)
-    return like.new_empty(tiles, dtype=torch.int32), like.new_empty(tiles, dtype=torch.int32)
+    expert_T, start_T = (device_tensor.new_empty(tiles, dtype=torch.int32) for _ in range(2))
+    return expert_T, start_T
 
 
 def _empty_sort(expert_NK: Tensor, experts: int, rows_per_tile: int) -> SortedRoutes:
@@ -95,17 +112,22 @@ def _empty_sort(expert_NK: Tensor, experts: int, rows_per_tile: int) -> SortedRo
 
 
 @operator(
-    "sort_routes(Tensor expert_NK, int experts, int rows_per_tile) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "sort_routes(Tensor expert_NK, int experts, int rows_per_tile, bool by_choice=False) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor)",
     launches=4,
-    fake=lambda *arguments: tuple(_empty_sort(*arguments)),
+    fake=lambda expert_NK, experts, rows_per_tile, by_choice=False: tuple(
+        _empty_sort(expert_NK, experts, rows_per_tile)
+    ),
 )
-def sort_routes(expert_NK: Tensor, experts: int, rows_per_tile: int) -> tuple[Tensor, ...]:
+def sort_routes(expert_NK: Tensor, experts: int, rows_per_tile: int, by_choice: bool = False) -> tuple[Tensor, ...]:
     """Return the fields of `SortedRoutes`. The sort is stable: routes of the same expert stay in their order.
 
     Args:
         expert_NK: expert of each route, int64.
         experts: number of experts.
         rows_per_tile: largest number of rows of a tile.
+        by_choice: whether routes are numbered by choice: all first choices of all rows come before the second ones, and
+            `slot_NK` has this order, too.
     """
     results = _empty_sort(expert_NK, experts, rows_per_tile)
     routes = expert_NK.numel()
@@ -117,12 +139,14 @@ def sort_routes(expert_NK: Tensor, experts: int, rows_per_tile: int) -> tuple[Te
     bins = max(16, triton.next_power_of_2(experts + 1))
     count_BE, before_BE = (expert_NK.new_empty(blocks, experts, dtype=torch.int32) for _ in range(2))
     total_E = expert_NK.new_empty(experts, dtype=torch.int32)
-    sort.count_routes[(blocks,)](expert_NK, count_BE, routes, experts, sort.ROUTES_PER_BLOCK, bins)
+    sort.count_routes[(blocks,)](
+        expert_NK, count_BE, routes, experts, expert_NK.shape[1], by_choice, sort.ROUTES_PER_BLOCK, bins
+    )
     sort.add_counts[(triton.cdiv(experts, 16),)](count_BE, before_BE, total_E, blocks, experts, 128, 16)
     _launch_schedule(total_E, *results[2:], rows_per_tile)
     sort.place_routes[(blocks,)](
         expert_NK, before_BE, results.offset_E1, results.route_R, results.slot_NK, routes, experts,
-        sort.ROUTES_PER_BLOCK,
+        expert_NK.shape[1], by_choice, sort.ROUTES_PER_BLOCK,
     )  # fmt: skip
     return tuple(results)
 
@@ -149,9 +173,7 @@ def schedule_tiles(count_E: Tensor, routes: int, rows_per_tile: int) -> tuple[Te
     return offset_E1, expert_T, start_T
 
 
-def _launch_schedule(
-    count_E: Tensor, offset_E1: Tensor, expert_T: Tensor, start_T: Tensor, rows_per_tile: int
-) -> None:
+def _launch_schedule(count_E: Tensor, offset_E1: Tensor, expert_T: Tensor, start_T: Tensor, rows_per_tile: int) -> None:
     # There is one program at least, because the first one stores the offsets.
     grid = (max(1, triton.cdiv(len(expert_T), 32)),)
     experts = len(count_E)
@@ -177,20 +199,23 @@ def gather_rows(x_ND: Tensor, route_R: Tensor, top_k: int) -> Tensor:
 
 
 @operator(
-    "combine_rows(Tensor out_RD, Tensor slot_NK, Tensor? gate_NK) -> Tensor",
+    "combine_rows(Tensor out_RD, Tensor? second_RD, Tensor slot_NK, Tensor? gate_NK) -> Tensor",
     launches=1,
-    fake=lambda out_RD, slot_NK, gate_NK: out_RD.new_empty(len(slot_NK), out_RD.shape[1]),
+    fake=lambda out_RD, second_RD, slot_NK, gate_NK: out_RD.new_empty(len(slot_NK), out_RD.shape[1]),
 )
-def combine_rows(out_RD: Tensor, slot_NK: Tensor, gate_NK: Tensor | None) -> Tensor:
-    """Return y_n = sum_k gate_nk * out[slot_nk], added in float32; without gates, the sum without weights, which is the
-    gradient of `gather_rows`."""
+def combine_rows(out_RD: Tensor, second_RD: Tensor | None, slot_NK: Tensor, gate_NK: Tensor | None) -> Tensor:
+    """Return y_n = sum_k gate_nk * (out + second)[slot_nk], added in float32.
+
+    Without gates it is the sum without weights, which is the gradient of `gather_rows`.
+    """
     (count, top_k), width = slot_NK.shape, out_RD.shape[1]
     y_ND = out_RD.new_empty(count, width)
     if count:
         grid, block_rows, columns = _row_grid(count, width)
-        # The kernel needs some pointer for the gates even if there are none, but reads it only with HAS_GATES.
-        gates = out_RD if gate_NK is None else gate_NK
+        # The kernel needs some pointers even for what there is not, but does not read them.
+        second, gates = (out_RD if tensor is None else tensor for tensor in (second_RD, gate_NK))
         rows.combine_rows[grid](
-            out_RD, slot_NK, gates, y_ND, count, width, top_k, gate_NK is not None, block_rows, columns
-        )
+            out_RD, second, slot_NK, gates, y_ND, count, width, top_k, second_RD is not None, gate_NK is not None,
+            block_rows, columns,
+        )  # fmt: skip
     return y_ND

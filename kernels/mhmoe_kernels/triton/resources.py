@@ -1,79 +1,238 @@
-"""Resources that the kernels take with each entry of blocks.py, compiled for sm_90 without a GPU.
+"""Resources of the compiled kernels on a GPU, which need not be there: registers, shared memory, spills and traps.
 
-Run it as `python -m mhmoe_kernels.triton.resources [float32] [WIDTH ...]`. A stack of more than 0 bytes means spilled
-registers.
+Run `python -m mhmoe_kernels.triton.resources [sm_90 ...] [WIDTHxHIDDEN ...]` for a table.
 """
 
 import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from mhmoe_kernels.triton import router, rows, sort
+from mhmoe_kernels.triton.fused import gelu as fused_gelu
+from mhmoe_kernels.triton.fused import swiglu as fused_swiglu
 from mhmoe_kernels.triton.fused.blocks import Kernel, blocks_for
-from mhmoe_kernels.triton.fused.gelu import gelu_backward_rows, gelu_backward_weights, gelu_forward
-from mhmoe_kernels.triton.fused.launch import kernel_options
-from mhmoe_kernels.triton.fused.swiglu import swiglu_backward_rows, swiglu_backward_weights, swiglu_forward
+from mhmoe_kernels.triton.fused.operators import kernel_options
+from mhmoe_kernels.triton.grouped import gelu, product, swiglu
+from mhmoe_kernels.triton.grouped.blocks import ROW_BLOCKS, linear_blocks, outer_blocks
 
-KERNELS: dict[tuple[str, Kernel], triton.JITFunction] = {
-    ("swiglu", "forward"): swiglu_forward,
-    ("swiglu", "backward_rows"): swiglu_backward_rows,
-    ("swiglu", "backward_weights"): swiglu_backward_weights,
-    ("gelu", "forward"): gelu_forward,
-    ("gelu", "backward_rows"): gelu_backward_rows,
-    ("gelu", "backward_weights"): gelu_backward_weights,
-}
-# Largest number of bytes of shared memory that a block can use on sm_90.
-SHARED_LIMIT = 227 * 1024
-# Names of the arguments that point to int64 and to float32. All other pointers are to the weights' dtype.
-_INTS = {"row_R", "expert_T", "start_T", "end_T", "offset_E1"}
-_FLOATS = {"scale_R", "dscale_R", "mean_R", "rstd_R", "a_R", "c_R", "s_ED", "c_ED"}
+SHARED_LIMITS = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
+"""Largest number of bytes of shared memory of a program, by compute capability without its dot."""
+MAX_SPILLED_BYTES = 64
+"""Bytes per thread that a kernel may spill to memory before a choice of blocks counts as bad."""
+
+_INT64 = {"expert_NK", "count_E", "dropped"}
+_INT32 = {
+    "route_R", "slot_NK", "slot_KN", "slot_R", "offset_E1", "expert_T", "start_T", "count_BE", "before_BE", "total_E",
+    "first_PE", "count_PE",
+}  # fmt: skip
+_FLOAT32 = {
+    "mean_R", "rstd_R", "scale_S", "dscale_S", "gate_NK", "kept_gate_NK", "dgate_NK", "a_R", "c_R", "s_ED", "c_ED",
+    "logits_NE", "dlogits_NE", "log_sum_N", "probability_PE", "z_P", "share_E", "balance", "z", "dbalance", "dz",
+}  # fmt: skip
+"""Names of the kernels' arguments that point to numbers of a fixed type. All other pointers have names with an
+underscore, and point to the dtype of the computation."""
 _OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
+_ALIGNED_SIZES = ("IN", "OUT", "D", "F")
+
+_FUSED: dict[tuple[str, Kernel], triton.JITFunction] = {
+    ("swiglu", "forward"): fused_swiglu.swiglu_forward,
+    ("swiglu", "backward_rows"): fused_swiglu.swiglu_backward_rows,
+    ("swiglu", "backward_weights"): fused_swiglu.swiglu_backward_weights,
+    ("gelu", "forward"): fused_gelu.gelu_forward,
+    ("gelu", "backward_rows"): fused_gelu.gelu_backward_rows,
+    ("gelu", "backward_weights"): fused_gelu.gelu_backward_weights,
+}
 
 
-def resources(kind: str, kernel: Kernel, width: int, dtype: torch.dtype) -> dict[str, int]:
-    """Return registers and stack bytes per thread, shared bytes, and the number of matrix instructions of each kind.
+class Build(NamedTuple):
+    """A kernel with the constants and compiler options of one of its launches."""
 
-    The kernel is compiled for sm_90 with its block sizes. All pointers, and f, are taken to be multiples of 16.
+    name: str
+    function: triton.JITFunction
+    constants: dict[str, Any]
+
+
+class Usage(NamedTuple):
+    """Resources of a compiled kernel."""
+
+    registers: int
+    spilled_bytes: int
+    """Bytes per thread that the kernel keeps in memory because registers are short."""
+    shared_bytes: int
+    matrix_instructions: int
+    traps: int
+    """Instructions that end the kernel with an error: the compiler could not translate a part of it."""
+
+    def refusal(self, shared_limit: int) -> str | None:
+        """Return the reason why the kernel cannot run, in one clause; None if it can.
+
+        Args:
+            shared_limit: bytes of shared memory that a program can have on the GPU.
+        """
+        if self.traps:
+            return "Triton compiles it to a trap for this GPU"
+        if self.shared_bytes > shared_limit:
+            return f"it needs {self.shared_bytes} bytes of shared memory, and this GPU has {shared_limit}"
+        return None
+
+
+def fused_builds(kind: str, width: int, dtype: torch.dtype) -> Iterator[Build]:
+    """Yield the kernels of fused experts of one kind for rows of a width."""
+    for (own_kind, kernel), function in _FUSED.items():
+        if own_kind == kind:
+            options = kernel_options(64, 8, width, blocks_for(kind, kernel, width, dtype))
+            yield Build(f"{kind} {kernel}", function, options)
+
+
+def grouped_builds(capability: int, dtype: torch.dtype) -> Iterator[Build]:
+    """Yield the products of experts in all variants that training and inference launch."""
+    for block_rows in ROW_BLOCKS:
+        block = linear_blocks(block_rows, dtype, capability)
+        common = {
+            "E": 64,
+            "BLOCK_ROWS": block_rows,
+            "BLOCK_OUT": block.out,
+            "BLOCK_IN": block.inner,
+            "num_warps": block.warps,
+            "num_stages": block.stages,
+        }
+        for variant, flags in {
+            "forward": {"TRANSPOSED": True},
+            "forward with a bias": {"TRANSPOSED": True, "HAS_BIAS": True},
+            "forward of odd sizes": {"TRANSPOSED": True, "IS_EVEN": False},
+            "forward with known rows": {"TRANSPOSED": True, "HAS_KNOWN_ROWS": True},
+            "backward": {},
+            "backward of two": {"HAS_SECOND": True},
+            "backward of odd sizes": {"IS_EVEN": False},
+        }.items():
+            defaults = dict.fromkeys(("TRANSPOSED", "HAS_SECOND", "HAS_BIAS", "HAS_KNOWN_ROWS"), False) | {
+                "IS_EVEN": True
+            }
+            yield Build(f"linear {block_rows} {variant}", product.grouped_linear, {**common, **defaults, **flags})
+    block_out, block = outer_blocks(dtype, capability)
+    constants = {"E": 64, "BLOCK_ROWS": block.inner, "BLOCK_OUT": block_out, "BLOCK_IN": block.out}
+    yield Build("outer", product.grouped_outer, {**constants, "num_warps": block.warps, "num_stages": block.stages})
+
+
+def small_builds() -> Iterator[Build]:
+    """Yield the kernels between products, those of routes and those of the router, for typical sizes."""
+    blocks = {"BLOCK_R": 4, "BLOCK_F": 512}
+    yield Build("swiglu", swiglu.swiglu_forward, {"BLOCK": 1024})
+    yield Build("swiglu backward", swiglu.swiglu_backward, {"HAS_SCALES": True, **blocks})
+    yield Build("gelu and norm", gelu.gelu_norm_forward, {"E": 64, **blocks})
+    yield Build("gelu and norm backward", gelu.gelu_norm_backward, {"E": 64, "HAS_SCALES": True, **blocks})
+    sums = {"HAS_SCALES": True, "BLOCK_R": 32, "BLOCK_F": 128}
+    yield Build("sums of the norm", gelu.norm_sums, sums)
+    yield Build("sums of rows", gelu.row_sums, sums)
+    yield Build("gather", rows.gather_rows, {"K": 8, "BLOCK_R": 16, "BLOCK_D": 256})
+    yield Build(
+        "combine", rows.combine_rows, {"K": 8, "HAS_SECOND": True, "HAS_GATES": True, "BLOCK_N": 16, "BLOCK_D": 256}
+    )
+    route_block = sort.ROUTES_PER_BLOCK
+    yield Build(
+        "sort: counts", sort.count_routes, {"E": 300, "K": 8, "BY_CHOICE": True, "BLOCK": route_block, "BINS": 512}
+    )
+    yield Build("sort: sums", sort.add_counts, {"E": 300, "BLOCK_B": 128, "BLOCK_E": 16})
+    yield Build("sort: tiles", sort.schedule_tiles, {"E": 300, "BLOCK_ROWS": 128, "BLOCK_T": 32, "BLOCK_E": 512})
+    yield Build("sort: places", sort.place_routes, {"E": 300, "K": 8, "BY_CHOICE": True, "BLOCK": route_block})
+    routing = {"E": 300, "K": 8, "NORMALIZED": True, "BLOCK_N": 8, "BLOCK_E": 512}
+    yield Build("route", router.route_rows, routing)
+    yield Build("route backward", router.route_rows_backward, {**routing, "HAS_DROPS": True, "BLOCK_N": 4})
+    sums = {"E": 300, "K": 8, "COUNTS_FIRST": False, "BLOCK_P": 16, "BLOCK_E": 512}
+    yield Build("route: sums", router.sum_programs, sums)
+    yield Build("route: drops", router.drop_routes, {"E": 300, "K": 8, "BLOCK": 1024, "BLOCK_E": 512})
+
+
+def usage(build: Build, capability: int, dtype: torch.dtype) -> Usage:
+    """Return the resources of a kernel, compiled for a GPU with all sizes multiples of 16.
+
+    Args:
+        build: the kernel.
+        capability: compute capability without its dot, such as 90.
+        dtype: dtype of the computation, float32 or bfloat16.
     """
-    function = KERNELS[kind, kernel]
-    constants = kernel_options(width, blocks_for(kind, kernel, width, dtype))
-    compiler = {name: constants.pop(name) for name in _OPTIONS}
+    constants = dict(build.constants)
+    options = {name: constants.pop(name) for name in _OPTIONS if name in constants}
     element = {torch.float32: "*fp32", torch.bfloat16: "*bf16"}[dtype]
-    types = dict.fromkeys(_INTS, "*i64") | dict.fromkeys(_FLOATS, "*fp32") | {"F": "i32", "eps": "fp32"}
-    signature = {n: "constexpr" if n in constants else types.get(n, element) for n in function.arg_names}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, (n, t) in enumerate(signature.items()) if t[0] == "*" or n == "F"}
-    source = ASTSource(function, signature, constants, aligned)
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=compiler)
+    signature = {
+        name: "constexpr" if name in constants else _argument_type(name, element) for name in build.function.arg_names
+    }
+    aligned = {
+        (index,): [["tt.divisibility", 16]]
+        for index, (name, kind) in enumerate(signature.items())
+        if kind.startswith("*") or (name in _ALIGNED_SIZES and kind != "constexpr")
+    }
+    source = ASTSource(build.function, signature, constants, aligned)
+    target = GPUTarget("cuda", capability, 32)
+    compiled = triton.compile(source, target=target, options={"enable_fp_fusion": True, **options})
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
         tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
         dump = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
     fields = dict(re.findall(r"(REG|STACK):(\d+)", dump.stdout))
-    return {
-        "registers": int(fields["REG"]),
-        "stack": int(fields["STACK"]),
-        "shared": compiled.metadata.shared,
-        "wgmma": compiled.asm["ptx"].count("wgmma.mma_async"),
-        "mma": compiled.asm["ptx"].count("mma.sync"),
-    }
+    code = compiled.asm["ptx"]
+    return Usage(
+        registers=int(fields["REG"]),
+        spilled_bytes=int(fields["STACK"]),
+        shared_bytes=compiled.metadata.shared,
+        matrix_instructions=sum(map(code.count, ("wgmma.mma_async", "mma.sync", "tcgen05.mma"))),
+        traps=len(re.findall(r"^\s*trap;", code, re.M)),
+    )
+
+
+def _argument_type(name: str, element: str) -> str:
+    """Return Triton's type of a kernel's argument."""
+    if name in ("eps", "scale"):
+        return "fp32"
+    for names, kind in ((_INT64, "*i64"), (_INT32, "*i32"), (_FLOAT32, "*fp32"), ({"kept_NK"}, "*i1")):
+        if name in names:
+            return kind
+    return element if "_" in name else "i32"
+
+
+@cache
+def fused_refusal(kind: str, width: int, dtype: torch.dtype, capability: int, shared_limit: int) -> str | None:
+    """Return the reason why fused experts cannot run on a GPU, in one clause; None if they can. They are compiled once.
+
+    Args:
+        kind: kind of experts, `swiglu` or `gelu`.
+        width: width of a row.
+        dtype: dtype of the computation.
+        capability: compute capability without its dot.
+        shared_limit: bytes of shared memory that a program can have.
+    """
+    for build in fused_builds(kind, width, dtype):
+        if reason := usage(build, capability, dtype).refusal(shared_limit):
+            return f"{build.name} for rows of {width}: {reason}"
+    return None
 
 
 def main(arguments: list[str]) -> None:
-    """Print a line of resources for each kernel at each width; the arguments are those of the command line."""
-    dtype = torch.float32 if "float32" in arguments else torch.bfloat16
-    for width in [int(a) for a in arguments if a.isdigit()] or [96, 128, 192, 256, 384, 768]:
-        for kind, kernel in KERNELS:
-            blocks = blocks_for(kind, kernel, width, dtype)
-            usage = resources(kind, kernel, width, dtype)
-            warning = "" if usage["shared"] <= SHARED_LIMIT else "  EXCEEDS the shared memory"
-            print(f"{width:5} {kind:7}{kernel:17} {tuple(blocks)!s:17} {usage}{warning}", flush=True)
+    """Print a line of resources for each kernel; the arguments are those of the command line."""
+    capabilities = [int(a.removeprefix("sm_")) for a in arguments if a.startswith("sm_")] or [90]
+    widths = [int(a) for a in arguments if a.isdigit()] or [96, 128, 192, 256, 384, 768]
+    for capability in capabilities:
+        fused = [build for width in widths for kind in ("swiglu", "gelu") for build in _with_width(kind, width)]
+        for build in (*grouped_builds(capability, torch.bfloat16), *small_builds(), *fused):
+            kernel_usage = usage(build, capability, torch.bfloat16)
+            warning = kernel_usage.refusal(SHARED_LIMITS[capability]) or ""
+            print(f"sm_{capability} {build.name:32} {tuple(kernel_usage)!s:32} {warning}", flush=True)
+
+
+def _with_width(kind: str, width: int) -> Iterator[Build]:
+    for build in fused_builds(kind, width, torch.bfloat16):
+        yield build._replace(name=f"{build.name} {width}")
 
 
 if __name__ == "__main__":

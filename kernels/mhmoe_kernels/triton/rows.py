@@ -18,10 +18,13 @@ def gather_rows(x_ND, route_R, x_RD, R, D, K: tl.constexpr, BLOCK_R: tl.constexp
 
 @triton.jit
 def combine_rows(
-    out_RD, slot_NK, gate_NK, y_ND, N, D, K: tl.constexpr,
-    HAS_GATES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    out_RD, second_RD, slot_NK, gate_NK, y_ND, N, D, K: tl.constexpr,
+    HAS_SECOND: tl.constexpr, HAS_GATES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Add the routes of each row in float32, weighted by its gates; without gates, add them as they are."""
+    """Add the routes of each row in float32, weighted by its gates; without gates, add them as they are.
+
+    With HAS_SECOND, a route is the sum of two rows.
+    """
     row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = row < N
@@ -29,7 +32,10 @@ def combine_rows(
     y = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     for k in tl.static_range(K):
         slot = tl.load(slot_NK + row * K + k, mask=inside, other=0).to(tl.int64)
-        out = tl.load(out_RD + slot[:, None] * D + column[None, :], mask=mask, other=0.0).to(tl.float32)
+        value_offset = slot[:, None] * D + column[None, :]
+        out = tl.load(out_RD + value_offset, mask=mask, other=0.0).to(tl.float32)
+        if HAS_SECOND:
+            out += tl.load(second_RD + value_offset, mask=mask, other=0.0).to(tl.float32)
         if HAS_GATES:
             out *= tl.load(gate_NK + row * K + k, mask=inside, other=0.0).to(tl.float32)[:, None]
         y += out

@@ -17,12 +17,24 @@ ROUTES_PER_BLOCK = 256
 
 
 @triton.jit
-def count_routes(expert_R, count_BE, R, E: tl.constexpr, BLOCK: tl.constexpr, BINS: tl.constexpr):
+def _load_experts(expert_NK, index, R, E: tl.constexpr, K: tl.constexpr, BY_CHOICE: tl.constexpr):
+    """Return the expert at each index of the order in which routes are counted, and E past the end.
+
+    The order is that of rows or, with BY_CHOICE, has all first choices before all second ones.
+    """
+    route = index % (R // K) * K + index // (R // K) if BY_CHOICE else index
+    return tl.load(expert_NK + route, mask=index < R, other=E).to(tl.int32)
+
+
+@triton.jit
+def count_routes(
+    expert_NK, count_BE, R, E: tl.constexpr, K: tl.constexpr, BY_CHOICE: tl.constexpr,
+    BLOCK: tl.constexpr, BINS: tl.constexpr,
+):  # fmt: skip
     """Store the number of routes of each expert in one block; BINS is a power of two above E."""
     block = tl.program_id(0)
-    route = block * BLOCK + tl.arange(0, BLOCK)
     # Routes past the end count for a bin that is not stored.
-    expert = tl.load(expert_R + route, mask=route < R, other=E).to(tl.int32)
+    expert = _load_experts(expert_NK, block * BLOCK + tl.arange(0, BLOCK), R, E, K, BY_CHOICE)
     bin_ = tl.arange(0, BINS)
     tl.store(count_BE + block * E + bin_, tl.histogram(expert, BINS), mask=bin_ < E)
 
@@ -32,12 +44,12 @@ def add_counts(count_BE, before_BE, total_E, B, E: tl.constexpr, BLOCK_B: tl.con
     """Store, for each block and expert, the number of the expert's routes in earlier blocks, and each total."""
     expert = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
     total = tl.zeros([BLOCK_E], tl.int32)
-    for first in range(0, B, BLOCK_B):
-        block = first + tl.arange(0, BLOCK_B)
-        place = block[:, None] * E + expert[None, :]
+    for start in range(0, B, BLOCK_B):
+        block = start + tl.arange(0, BLOCK_B)
+        count_offset = block[:, None] * E + expert[None, :]
         mask = (block < B)[:, None] & (expert < E)[None, :]
-        count = tl.load(count_BE + place, mask=mask, other=0)
-        tl.store(before_BE + place, total[None, :] + tl.cumsum(count, 0) - count, mask=mask)
+        count = tl.load(count_BE + count_offset, mask=mask, other=0)
+        tl.store(before_BE + count_offset, total[None, :] + tl.cumsum(count, 0) - count, mask=mask)
         total += tl.sum(count, 0)
     tl.store(total_E + expert, total, mask=expert < E)
 
@@ -71,15 +83,18 @@ def schedule_tiles(
 
 
 @triton.jit
-def place_routes(expert_R, before_BE, offset_E1, route_R, slot_R, R, E: tl.constexpr, BLOCK: tl.constexpr):
+def place_routes(
+    expert_NK, before_BE, offset_E1, route_R, slot_R, R, E: tl.constexpr, K: tl.constexpr, BY_CHOICE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
     """Store the position of each route of a block in the sorted order, and the route at each position."""
     block = tl.program_id(0)
     lane = tl.arange(0, BLOCK)
     route = block * BLOCK + lane
     inside = route < R
-    expert = tl.load(expert_R + route, mask=inside, other=E).to(tl.int32)
+    expert = _load_experts(expert_NK, route, R, E, K, BY_CHOICE)
     # The same experts once more, as a column: Triton has no transposed view of a vector.
-    other_expert = tl.load(expert_R + route, mask=inside, other=E).to(tl.int32)
+    other_expert = _load_experts(expert_NK, route, R, E, K, BY_CHOICE)
     is_earlier = (other_expert[None, :] == expert[:, None]) & (lane[None, :] < lane[:, None])
     rank = tl.sum(is_earlier.to(tl.int32), 1)
     slot = tl.load(offset_E1 + expert, mask=inside, other=0) + rank

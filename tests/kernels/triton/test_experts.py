@@ -64,6 +64,14 @@ def test_results_are_bitwise_reproducible(run, kind):
     assert all(torch.equal(a, b) for a, b in zip(first_results, second_results, strict=True))
 
 
+@pytest.mark.parametrize("recompute", [0.0, 0.4])
+def test_products_of_torch_are_near_float64_reference(recompute):
+    x, expert, gate, weights = make_problem("swiglu", 7, n=40, d=24, f=40, e=3, k=2, dtype=torch.bfloat16)
+    run = partial(run_grouped, use_torch=True)
+    errors = relative_errors(run, x, expert, gate, weights._replace(recompute=recompute))
+    assert max(errors) < TOLERANCE[torch.bfloat16]
+
+
 @every_implementation
 def test_frozen_weights_get_no_gradient(run):
     x, expert, gate, weights = make_problem("swiglu", 5, n=9, d=8, f=5, e=3, k=2)
@@ -78,9 +86,9 @@ def test_recomputed_rows_give_the_same_bits(kind, recompute):
     """Grouped products give a row the same bits in whatever tile it is, so the share of recomputed rows changes
     nothing."""
     x, expert, gate, weights = make_problem(kind, 6, n=30, d=16, f=24, e=3, k=2)
-    kept = outputs_and_gradients(run_grouped, x, expert, gate, weights)
-    recomputed = outputs_and_gradients(run_grouped, x, expert, gate, weights._replace(recompute=recompute))
-    assert all(torch.equal(a, b) for a, b in zip(kept, recomputed, strict=True))
+    kept_results = outputs_and_gradients(run_grouped, x, expert, gate, weights)
+    recomputed_results = outputs_and_gradients(run_grouped, x, expert, gate, weights._replace(recompute=recompute))
+    assert all(torch.equal(a, b) for a, b in zip(kept_results, recomputed_results, strict=True))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -73,9 +73,11 @@ def test_rows_are_gathered_and_combined_as_torch_does(seed, n, d, k):
     x_ND, gate_NK = (torch.randn(n, width, generator=generator).to(DEVICE) for width in (d, k))
     x_RD = gather_rows(x_ND, routes.route_R, k)
     assert torch.equal(x_RD, x_ND[plan.row_R])
-    torch.testing.assert_close(combine_rows(x_RD, routes.slot_NK, gate_NK), combine(x_RD, gate_NK, plan))
+    torch.testing.assert_close(combine_rows(x_RD, None, routes.slot_NK, gate_NK), combine(x_RD, gate_NK, plan))
     # Without gates, it is the gradient of `gather_rows`: it adds the gradients of the routes of each row.
-    torch.testing.assert_close(combine_rows(x_RD, routes.slot_NK, None), x_RD[plan.slot_NK].sum(1))
+    torch.testing.assert_close(combine_rows(x_RD, None, routes.slot_NK, None), x_RD[plan.slot_NK].sum(1))
+    sums = combine_rows(x_RD, 2 * x_RD, routes.slot_NK, None)
+    torch.testing.assert_close(sums, 3 * x_RD[plan.slot_NK].sum(1))
 
 
 @given(st.integers(1, 2000))

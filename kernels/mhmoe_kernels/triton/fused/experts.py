@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mhmoe_kernels.triton.fused.operators import fused_backward_rows, fused_backward_weights, fused_forward
-from mhmoe_kernels.triton.operators import SortedRoutes, combine_rows, sort_routes
+from mhmoe_kernels.triton.fused.operators import fused_backward_rows, fused_backward_weights, fused_forward, norm_terms
+from mhmoe_kernels.triton.operators import SortedRoutes, combine_rows, sort_routes, split
 from mhmoe_kernels.weights import ExpertWeights, Swiglu
 
 _SORT_ROWS_PER_TILE = 128
@@ -27,26 +27,29 @@ class _FusedExperts(torch.autograd.Function):
         x_ND, gate_NK, weights = x_ND.contiguous(), gate_NK.contiguous(), tuple(w.contiguous() for w in weights)
         top_k = expert_NK.shape[1]
         routes = SortedRoutes(*sort_routes(expert_NK, len(weights[0]), _SORT_ROWS_PER_TILE))
-        out_RD, saved = fused_forward(kind, eps, x_ND, weights, routes.route_R, routes.offset_E1, top_k)
-        ctx.kind, ctx.weight_count = kind, len(weights)
-        ctx.save_for_backward(*routes[:3], x_ND, gate_NK, *weights, *saved)
-        y_ND: Tensor = combine_rows(out_RD, routes.slot_NK, gate_NK)
+        terms = norm_terms(kind, weights)
+        out_RD, statistics = fused_forward(kind, eps, x_ND, weights, terms, routes.route_R, routes.offset_E1, top_k)
+        ctx.kind, ctx.counts = kind, (len(weights), len(terms))
+        ctx.save_for_backward(*routes[:3], x_ND, gate_NK, *weights, *terms, *statistics)
+        y_ND: Tensor = combine_rows(out_RD, None, routes.slot_NK, gate_NK)
         return y_ND
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy_ND: Tensor) -> tuple[Tensor | None, ...]:
-        route_R, slot_NK, offset_E1, x_ND, gate_NK, *weights_and_saved = ctx.saved_tensors
-        weights, saved = weights_and_saved[: ctx.weight_count], weights_and_saved[ctx.weight_count :]
+        route_R, slot_NK, offset_E1, x_ND, gate_NK, *saved = ctx.saved_tensors
+        weights, terms, statistics = split(saved, *ctx.counts)
         dy_ND, routes = dy_ND.contiguous(), (route_R, offset_E1, gate_NK.shape[1])
         # The kernel for weights reads results of the kernel for rows. So the kernel for rows runs whichever gradients
         # are needed.
-        dx_RD, dgate_S, row_results = fused_backward_rows(ctx.kind, x_ND, dy_ND, gate_NK, weights, saved, *routes)
-        dx_ND = combine_rows(dx_RD, slot_NK, None) if ctx.needs_input_grad[3] else None
+        dx_RD, dgate_S, row_statistics = fused_backward_rows(
+            ctx.kind, x_ND, dy_ND, gate_NK, weights, terms, statistics, *routes
+        )
+        dx_ND = combine_rows(dx_RD, None, slot_NK, None) if ctx.needs_input_grad[3] else None
         dweights: list[Tensor | None] = [None] * len(weights)
         if any(ctx.needs_input_grad[5:]):
             dweights = fused_backward_weights(
-                ctx.kind, x_ND, dy_ND, gate_NK, weights, saved, row_results, *routes
+                ctx.kind, x_ND, dy_ND, gate_NK, weights, [*statistics, *row_statistics], *routes
             )
         return None, None, None, dx_ND, dgate_S.view_as(gate_NK).to(gate_NK.dtype), *dweights
 

@@ -65,7 +65,8 @@ def _dot_rows(rows, v_D, D: tl.constexpr, CHUNKS: tl.constexpr):
 def gelu_forward(
     x_ND, fc1_EFD, fc1_bias_EF, norm_weight_EF, fc2_EDF, s_ED, c_ED, route_R, offset_E1, expert_T, start_T,
     out_RD, mean_R, rstd_R, F, eps,
-    E: tl.constexpr, K: tl.constexpr, D: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_F: tl.constexpr,
+    E: tl.constexpr, K: tl.constexpr, D: tl.constexpr, CHUNKS: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
     # Indices are 64 bits wide, because the offset of a value may exceed 32 bits.
     expert = tl.load(expert_T + tl.program_id(0)).to(tl.int64)
@@ -108,7 +109,8 @@ def gelu_forward(
 def gelu_backward_rows(
     x_ND, dy_ND, fc1_EFD, fc1_bias_EF, norm_weight_EF, fc2_EDF, s_ED, c_ED, mean_R, rstd_R, route_R, scale_S,
     offset_E1, expert_T, start_T, dx_RD, dscale_S, a_R, c_R, F,
-    E: tl.constexpr, K: tl.constexpr, D: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_F: tl.constexpr,
+    E: tl.constexpr, K: tl.constexpr, D: tl.constexpr, CHUNKS: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
     # Indices are 64 bits wide, because the offset of a value may exceed 32 bits.
     expert = tl.load(expert_T + tl.program_id(0)).to(tl.int64)
@@ -150,9 +152,10 @@ def gelu_backward_rows(
 
 @triton.jit
 def gelu_backward_weights(
-    x_ND, dy_ND, fc1_EFD, fc1_bias_EF, norm_weight_EF, norm_bias_EF, fc2_EDF, mean_R, rstd_R, a_R, c_R, route_R, scale_S,
-    offset_E1, dfc1_EFD, dfc1_bias_EF, dnorm_weight_EF, dnorm_bias_EF, dfc2_EDF, F,
-    E: tl.constexpr, K: tl.constexpr, D: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_F: tl.constexpr,
+    x_ND, dy_ND, fc1_EFD, fc1_bias_EF, norm_weight_EF, norm_bias_EF, fc2_EDF, mean_R, rstd_R, a_R, c_R,
+    route_R, scale_S, offset_E1, dfc1_EFD, dfc1_bias_EF, dnorm_weight_EF, dnorm_bias_EF, dfc2_EDF, F,
+    E: tl.constexpr, K: tl.constexpr, D: tl.constexpr, CHUNKS: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
     f = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
     # The index is 64 bits wide, because the offset of an expert's matrix may exceed 32 bits.

@@ -3,6 +3,7 @@
 `weights` are stacked over experts, in the order of the function's arguments. Scales are in the order of routes.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -34,8 +35,8 @@ def kernel_options(experts: int, top_k: int, width: int, block: Blocks) -> dict[
     }
 
 
-def _float32(like: Tensor, *shape: int) -> Tensor:
-    return like.new_empty(shape, dtype=torch.float32)
+def _float32(device_tensor: Tensor, *shape: int) -> Tensor:
+    return device_tensor.new_empty(shape, dtype=torch.float32)
 
 
 class _Launch:
@@ -56,85 +57,88 @@ class _Launch:
         return triton.cdiv(self.hidden, self.block.hidden), self.experts
 
 
-def _saved_shapes(kind: str, x_ND: Tensor, weights: Tensors, routes: int) -> Tensors:
-    """Return empty tensors of the shapes that the forward saves: s, c, mean and 1/deviation of gelu.py."""
+def _empty_statistics(kind: str, x_ND: Tensor, routes: int) -> Tensors:
+    """Return two empty values per route for GELU experts, and nothing for SwiGLU experts."""
+    return [] if kind == "swiglu" else [_float32(x_ND, routes) for _ in range(2)]
+
+
+def norm_terms(kind: str, weights: Sequence[Tensor]) -> Tensors:
+    """Return s and c of gelu.py for GELU experts, and nothing for SwiGLU experts.
+
+    They are float32, because mean * s is subtracted from a sum of similar size, which would amplify rounding errors.
+    """
     if kind == "swiglu":
         return []
-    experts, _, width = weights[0].shape
-    return [_float32(x_ND, experts, width) for _ in range(2)] + [_float32(x_ND, routes) for _ in range(2)]
+    _, _, norm_weight_EF, norm_bias_EF, fc2_EDF, fc2_bias_ED = weights
+    s_ED, c_ED = (fc2_EDF.float() @ torch.stack((norm_weight_EF, norm_bias_EF), -1).float()).unbind(-1)
+    return [s_ED.contiguous(), c_ED + fc2_bias_ED.float()]
 
 
 @operator(
-    "fused_forward(str kind, float eps, Tensor x_ND, Tensor[] weights, Tensor route_R, Tensor offset_E1, int top_k) -> "
-    "(Tensor, Tensor[])",
-    launches=10,
-    fake=lambda kind, eps, x_ND, weights, route_R, offset_E1, top_k: (
+    "fused_forward(str kind, float eps, Tensor x_ND, Tensor[] weights, Tensor[] terms, Tensor route_R, "
+    "Tensor offset_E1, int top_k) -> (Tensor, Tensor[])",
+    launches=3,
+    fake=lambda kind, eps, x_ND, weights, terms, route_R, offset_E1, top_k: (
         x_ND.new_empty(len(route_R), x_ND.shape[1]),
-        _saved_shapes(kind, x_ND, weights, len(route_R)),
+        _empty_statistics(kind, x_ND, len(route_R)),
     ),
 )
 def fused_forward(
-    kind: str, eps: float, x_ND: Tensor, weights: Tensors, route_R: Tensor, offset_E1: Tensor, top_k: int
-) -> tuple[Tensor, Tensors]:
-    """Return the expert's output of every sorted route without its scale, and the tensors to save for the backward.
+    kind: str, eps: float, x_ND: Tensor, weights: Tensors, terms: Tensors, route_R: Tensor, offset_E1: Tensor,
+    top_k: int,
+) -> tuple[Tensor, Tensors]:  # fmt: skip
+    """Return the expert's output of every sorted route without its scale, and statistics of each route: mean and
+    inverse deviation of the norm, if there is one.
 
     Args:
         kind: kind of experts, `swiglu` or `gelu`.
         eps: value added to the variance in the norm of GELU experts.
         x_ND: rows.
         weights: weights of the experts.
+        terms: `norm_terms` of the weights.
         route_R, offset_E1: as in `SortedRoutes`.
         top_k: number of routes of each row.
     """
     routes = len(route_R)
     out_RD = x_ND.new_empty(routes, x_ND.shape[1])
-    saved = _saved_shapes(kind, x_ND, weights, routes)
+    statistics = _empty_statistics(kind, x_ND, routes)
     if not routes:
-        return out_RD, saved
+        return out_RD, statistics
     launch = _Launch(kind, "forward", weights, x_ND, top_k)
     tiles = launch.tiles(offset_E1, routes)
     grid = (len(tiles[1]),)
     if kind == "swiglu":
         swiglu_forward[grid](x_ND, *weights, route_R, *tiles, out_RD, launch.hidden, **launch.options)
-        return out_RD, saved
-    fc1_EFD, fc1_bias_EF, norm_weight_EF, norm_bias_EF, fc2_EDF, fc2_bias_ED = weights
-    # These are s and c of gelu.py. They are float32, because mean * s is subtracted from a sum of similar size, which
-    # would amplify rounding errors.
-    s_ED, c_ED = (fc2_EDF.float() @ torch.stack((norm_weight_EF, norm_bias_EF), -1).float()).unbind(-1)
-    saved = [s_ED.contiguous(), c_ED + fc2_bias_ED.float(), *saved[2:]]
+        return out_RD, statistics
+    fc1_EFD, fc1_bias_EF, norm_weight_EF, _, fc2_EDF, _ = weights
     gelu_forward[grid](
-        x_ND, fc1_EFD, fc1_bias_EF, norm_weight_EF, fc2_EDF, *saved[:2], route_R, *tiles,
-        out_RD, *saved[2:], launch.hidden, eps, **launch.options,
+        x_ND, fc1_EFD, fc1_bias_EF, norm_weight_EF, fc2_EDF, *terms, route_R, *tiles, out_RD, *statistics,
+        launch.hidden, eps, **launch.options,
     )  # fmt: skip
-    return out_RD, saved
-
-
-def _row_results(kind: str, x_ND: Tensor, routes: int) -> Tensors:
-    """Return empty tensors of the shapes that `fused_backward_rows` passes on: A and C of gelu.py."""
-    return [] if kind == "swiglu" else [_float32(x_ND, routes) for _ in range(2)]
+    return out_RD, statistics
 
 
 @operator(
-    "fused_backward_rows(str kind, Tensor x_ND, Tensor dy_ND, Tensor scale_S, Tensor[] weights, Tensor[] saved, "
-    "Tensor route_R, Tensor offset_E1, int top_k) -> (Tensor, Tensor, Tensor[])",
+    "fused_backward_rows(str kind, Tensor x_ND, Tensor dy_ND, Tensor scale_S, Tensor[] weights, Tensor[] terms, "
+    "Tensor[] statistics, Tensor route_R, Tensor offset_E1, int top_k) -> (Tensor, Tensor, Tensor[])",
     launches=3,
-    fake=lambda kind, x_ND, dy_ND, scale_S, weights, saved, route_R, offset_E1, top_k: (
+    fake=lambda kind, x_ND, dy_ND, scale_S, weights, terms, statistics, route_R, offset_E1, top_k: (
         x_ND.new_empty(len(route_R), x_ND.shape[1]),
         _float32(x_ND, scale_S.numel()),
-        _row_results(kind, x_ND, len(route_R)),
+        _empty_statistics(kind, x_ND, len(route_R)),
     ),
 )
 def fused_backward_rows(
-    kind: str, x_ND: Tensor, dy_ND: Tensor, scale_S: Tensor, weights: Tensors, saved: Tensors, route_R: Tensor,
-    offset_E1: Tensor, top_k: int,
+    kind: str, x_ND: Tensor, dy_ND: Tensor, scale_S: Tensor, weights: Tensors, terms: Tensors, statistics: Tensors,
+    route_R: Tensor, offset_E1: Tensor, top_k: int,
 ) -> tuple[Tensor, Tensor, Tensors]:  # fmt: skip
-    """Return the gradient of the row of every sorted route, the gradient of the scale of every route, and tensors for
-    `fused_backward_weights`."""
+    """Return the gradient of the row of every sorted route, the gradient of the scale of every route, and two more
+    statistics of each route for `fused_backward_weights`, if there is a norm: A and C of gelu.py."""
     routes = len(route_R)
     dx_RD, dscale_S = x_ND.new_empty(routes, x_ND.shape[1]), _float32(x_ND, routes)
-    results = _row_results(kind, x_ND, routes)
+    row_statistics = _empty_statistics(kind, x_ND, routes)
     if not routes:
-        return dx_RD, dscale_S, results
+        return dx_RD, dscale_S, row_statistics
     launch = _Launch(kind, "backward_rows", weights, x_ND, top_k)
     tiles = launch.tiles(offset_E1, routes)
     kernel = swiglu_backward_rows
@@ -142,23 +146,24 @@ def fused_backward_rows(
         fc1_EFD, fc1_bias_EF, norm_weight_EF, _, fc2_EDF, _ = weights
         kernel, weights = gelu_backward_rows, [fc1_EFD, fc1_bias_EF, norm_weight_EF, fc2_EDF]
     kernel[(len(tiles[1]),)](
-        x_ND, dy_ND, *weights, *saved, route_R, scale_S, *tiles, dx_RD, dscale_S, *results, launch.hidden,
-        **launch.options,
+        x_ND, dy_ND, *weights, *terms, *statistics, route_R, scale_S, *tiles, dx_RD, dscale_S, *row_statistics,
+        launch.hidden, **launch.options,
     )  # fmt: skip
-    return dx_RD, dscale_S, results
+    return dx_RD, dscale_S, row_statistics
 
 
 @operator(
-    "fused_backward_weights(str kind, Tensor x_ND, Tensor dy_ND, Tensor scale_S, Tensor[] weights, Tensor[] saved, "
-    "Tensor[] row_results, Tensor route_R, Tensor offset_E1, int top_k) -> Tensor[]",
+    "fused_backward_weights(str kind, Tensor x_ND, Tensor dy_ND, Tensor scale_S, Tensor[] weights, "
+    "Tensor[] statistics, Tensor route_R, Tensor offset_E1, int top_k) -> Tensor[]",
     launches=2,
     fake=lambda kind, x_ND, dy_ND, scale_S, weights, *_: [torch.empty_like(w) for w in weights],
 )
 def fused_backward_weights(
-    kind: str, x_ND: Tensor, dy_ND: Tensor, scale_S: Tensor, weights: Tensors, saved: Tensors, row_results: Tensors,
+    kind: str, x_ND: Tensor, dy_ND: Tensor, scale_S: Tensor, weights: Tensors, statistics: Tensors,
     route_R: Tensor, offset_E1: Tensor, top_k: int,
 ) -> Tensors:  # fmt: skip
-    """Return the gradient of each of the `weights`; `row_results` come from `fused_backward_rows`."""
+    """Return the gradient of each of the `weights`. The statistics are those of `fused_forward`, then those of
+    `fused_backward_rows`."""
     launch = _Launch(kind, "backward_weights", weights, x_ND, top_k)
     gradients = [torch.empty_like(w) for w in weights]
     if kind == "swiglu":
@@ -167,7 +172,7 @@ def fused_backward_weights(
         )
         return gradients
     gelu_backward_weights[launch.weights_grid](
-        x_ND, dy_ND, *weights[:5], *saved[2:], *row_results, route_R, scale_S, offset_E1, *gradients[:5],
+        x_ND, dy_ND, *weights[:5], *statistics, route_R, scale_S, offset_E1, *gradients[:5],
         launch.hidden, **launch.options,
     )  # fmt: skip
     width = min(128, triton.next_power_of_2(launch.width))

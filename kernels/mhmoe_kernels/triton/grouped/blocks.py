@@ -1,6 +1,11 @@
-"""Block sizes of the grouped products and of the kernels around them.
+"""Block sizes of the grouped products.
 
 NOT MEASURED: the sizes are predicted, and the kernels have only been compiled with them.
+
+A product of a tile of rows and a block of columns reads rows + columns values for each of rows * columns sums, so
+larger blocks read less. Compute capabilities 9 and 10 have room for 128 x 256 sums in registers or tensor memory, and
+147 KiB of shared memory for three stages of their operands; all others spill registers at that size, and cards for
+consumers have 99 KiB.
 """
 
 from typing import NamedTuple
@@ -9,6 +14,7 @@ import torch
 
 ROW_BLOCKS = (128, 64, 32, 16)
 """Rows of a tile, from the largest on; `rows_per_tile` chooses."""
+_LARGE_MAJORS = (9, 10)
 
 
 class ProductBlocks(NamedTuple):
@@ -23,7 +29,7 @@ class ProductBlocks(NamedTuple):
 
 
 def rows_per_tile(routes: int, experts: int) -> int:
-    """Return the number of rows of a tile, at most twice the mean number of rows of an expert if there are few.
+    """Return the number of rows of a tile: the largest that is at most twice the mean number of rows of an expert.
 
     Args:
         routes: number of routes.
@@ -32,17 +38,29 @@ def rows_per_tile(routes: int, experts: int) -> int:
     return next((rows for rows in ROW_BLOCKS if rows * experts <= 2 * routes), ROW_BLOCKS[-1])
 
 
-def linear_blocks(rows: int, dtype: torch.dtype) -> ProductBlocks:
-    """Return the blocks of `grouped_linear` for tiles of `rows` rows."""
+def linear_blocks(rows: int, dtype: torch.dtype, capability: int) -> ProductBlocks:
+    """Return the blocks of `grouped_linear` for tiles of `rows` rows.
+
+    Args:
+        rows: rows of a tile.
+        dtype: dtype of the operands.
+        capability: compute capability without its dot.
+    """
     if dtype == torch.float32:
         # Matrix units do not compute exact float32 products, so single threads multiply and add.
         return ProductBlocks(64, 16, 8, 2)
-    return ProductBlocks(128, 64, 8 if rows == 128 else 4, 3)
+    if rows == 128:
+        return ProductBlocks(256 if capability // 10 in _LARGE_MAJORS else 128, 64, 8, 3)
+    return ProductBlocks(128, 64, 4 if rows == 64 else 8, 3)
 
 
-def outer_blocks(dtype: torch.dtype) -> tuple[int, ProductBlocks]:
-    """Return the blocks of `grouped_outer`: rows of the result, and columns, rows that are summed at a time, warps and
-    stages."""
+def outer_blocks(dtype: torch.dtype, capability: int) -> tuple[int, ProductBlocks]:
+    """Return the blocks of `grouped_outer`: rows of the result, and its columns with the rows that are added at a time.
+
+    Args:
+        dtype: dtype of the operands.
+        capability: compute capability without its dot.
+    """
     if dtype == torch.float32:
         return 64, ProductBlocks(64, 16, 8, 2)
-    return 128, ProductBlocks(128, 64, 8, 3)
+    return 128, ProductBlocks(256 if capability // 10 in _LARGE_MAJORS else 128, 64, 8, 3)

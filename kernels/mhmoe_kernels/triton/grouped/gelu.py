@@ -43,23 +43,23 @@ def gelu_norm_forward(
     slot = (tl.load(start_T + tl.program_id(0)) + tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
     inside = slot < tl.load(offset_E1 + expert + 1)
     total = tl.zeros([BLOCK_R], tl.float32)
-    for first in range(0, F, BLOCK_F):
-        column = first + tl.arange(0, BLOCK_F)
+    for start in range(0, F, BLOCK_F):
+        column = start + tl.arange(0, BLOCK_F)
         mask = inside[:, None] & (column < F)[None, :]
         # gelu(0) is 0, so masked values do not count.
         inner = tl.load(inner_RF + slot[:, None] * F + column[None, :], mask=mask, other=0.0).to(tl.float32)
         total += tl.sum(_gelu(inner), 1)
     mean = total / F
     squares = tl.zeros([BLOCK_R], tl.float32)
-    for first in range(0, F, BLOCK_F):
-        column = first + tl.arange(0, BLOCK_F)
+    for start in range(0, F, BLOCK_F):
+        column = start + tl.arange(0, BLOCK_F)
         mask = inside[:, None] & (column < F)[None, :]
         inner = tl.load(inner_RF + slot[:, None] * F + column[None, :], mask=mask, other=0.0).to(tl.float32)
         deviation = tl.where(mask, _gelu(inner) - mean[:, None], 0.0)
         squares += tl.sum(deviation * deviation, 1)
     rstd = tl.rsqrt(squares / F + eps)
-    for first in range(0, F, BLOCK_F):
-        column = first + tl.arange(0, BLOCK_F)
+    for start in range(0, F, BLOCK_F):
+        column = start + tl.arange(0, BLOCK_F)
         mask = inside[:, None] & (column < F)[None, :]
         inner = tl.load(inner_RF + slot[:, None] * F + column[None, :], mask=mask, other=0.0).to(tl.float32)
         normed = (_gelu(inner) - mean[:, None]) * rstd[:, None] * _load_vector(norm_weight_EF, expert, column, F)
@@ -90,8 +90,8 @@ def gelu_norm_backward(
     rstd = tl.load(rstd_R + slot, mask=inside, other=0.0)[:, None]
     total, product = tl.zeros([BLOCK_R], tl.float32), tl.zeros([BLOCK_R], tl.float32)
     dscale = tl.zeros([BLOCK_R], tl.float32)
-    for first in range(0, F, BLOCK_F):
-        column = first + tl.arange(0, BLOCK_F)
+    for start in range(0, F, BLOCK_F):
+        column = start + tl.arange(0, BLOCK_F)
         mask = inside[:, None] & (column < F)[None, :]
         value = slot[:, None] * F + column[None, :]
         z = (_gelu(tl.load(inner_RF + value, mask=mask, other=0.0).to(tl.float32)) - mean) * rstd
@@ -103,8 +103,8 @@ def gelu_norm_backward(
             dscale += tl.sum(dnormed * (weight * z + _load_vector(norm_bias_EF, expert, column, F)), 1)
     scale = 1.0
     if HAS_SCALES:
-        for first in range(0, D, BLOCK_F):
-            column = first + tl.arange(0, BLOCK_F)
+        for start in range(0, D, BLOCK_F):
+            column = start + tl.arange(0, BLOCK_F)
             mask = inside[:, None] & (column < D)[None, :]
             dout = tl.load(dout_RD + slot[:, None] * D + column[None, :], mask=mask, other=0.0).to(tl.float32)
             dscale += tl.sum(dout * _load_vector(out_bias_ED, expert, column, D), 1)
@@ -112,8 +112,8 @@ def gelu_norm_backward(
         scale = tl.load(scale_S + route, mask=inside, other=0.0).to(tl.float32)[:, None]
         tl.store(dscale_S + route, dscale, mask=inside)
     mean_total, mean_product = (total / F)[:, None], (product / F)[:, None]
-    for first in range(0, F, BLOCK_F):
-        column = first + tl.arange(0, BLOCK_F)
+    for start in range(0, F, BLOCK_F):
+        column = start + tl.arange(0, BLOCK_F)
         mask = inside[:, None] & (column < F)[None, :]
         value = slot[:, None] * F + column[None, :]
         inner = tl.load(inner_RF + value, mask=mask, other=0.0).to(tl.float32)
@@ -137,8 +137,8 @@ def norm_sums(
     column = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
     dweight, dbias = tl.zeros([BLOCK_F], tl.float32), tl.zeros([BLOCK_F], tl.float32)
     end = tl.load(offset_E1 + expert + 1)
-    for first in range(tl.load(offset_E1 + expert), end, BLOCK_R):
-        slot = (first + tl.arange(0, BLOCK_R)).to(tl.int64)
+    for start in range(tl.load(offset_E1 + expert), end, BLOCK_R):
+        slot = (start + tl.arange(0, BLOCK_R)).to(tl.int64)
         inside = slot < end
         mask = inside[:, None] & (column < F)[None, :]
         value = slot[:, None] * F + column[None, :]
@@ -165,8 +165,8 @@ def row_sums(
     column = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
     total = tl.zeros([BLOCK_F], tl.float32)
     end = tl.load(offset_E1 + expert + 1)
-    for first in range(tl.load(offset_E1 + expert), end, BLOCK_R):
-        slot = (first + tl.arange(0, BLOCK_R)).to(tl.int64)
+    for start in range(tl.load(offset_E1 + expert), end, BLOCK_R):
+        slot = (start + tl.arange(0, BLOCK_R)).to(tl.int64)
         mask = (slot < end)[:, None] & (column < F)[None, :]
         x = tl.load(x_RF + slot[:, None] * F + column[None, :], mask=mask, other=0.0).to(tl.float32)
         if HAS_SCALES:

@@ -6,25 +6,25 @@ from torch import Tensor
 
 from mhmoe_kernels.triton.grouped import gelu, product, swiglu
 from mhmoe_kernels.triton.grouped.blocks import linear_blocks, outer_blocks
-from mhmoe_kernels.triton.operators import operator, program_count
+from mhmoe_kernels.triton.operators import device_capability, operator, program_count
 
 
 def _fake_linear(
     x_RI: Tensor, w_EMN: Tensor, x2_RI: Tensor | None, w2_EMN: Tensor | None, bias_EO: Tensor | None,
-    offset_E1: Tensor, expert_T: Tensor, start_T: Tensor, transposed: bool, rows_per_tile: int,
+    known_PO: Tensor | None, offset_E1: Tensor, expert_T: Tensor, start_T: Tensor, transposed: bool, rows_per_tile: int,
 ) -> Tensor:  # fmt: skip
     return x_RI.new_empty(len(x_RI), w_EMN.shape[1 if transposed else 2])
 
 
 @operator(
-    "grouped_linear(Tensor x_RI, Tensor w_EMN, Tensor? x2_RI, Tensor? w2_EMN, Tensor? bias_EO, Tensor offset_E1, "
-    "Tensor expert_T, Tensor start_T, bool transposed, int rows_per_tile) -> Tensor",
+    "grouped_linear(Tensor x_RI, Tensor w_EMN, Tensor? x2_RI, Tensor? w2_EMN, Tensor? bias_EO, Tensor? known_PO, "
+    "Tensor offset_E1, Tensor expert_T, Tensor start_T, bool transposed, int rows_per_tile) -> Tensor",
     launches=1,
     fake=_fake_linear,
 )
 def grouped_linear(
     x_RI: Tensor, w_EMN: Tensor, x2_RI: Tensor | None, w2_EMN: Tensor | None, bias_EO: Tensor | None,
-    offset_E1: Tensor, expert_T: Tensor, start_T: Tensor, transposed: bool, rows_per_tile: int,
+    known_PO: Tensor | None, offset_E1: Tensor, expert_T: Tensor, start_T: Tensor, transposed: bool, rows_per_tile: int,
 ) -> Tensor:  # fmt: skip
     """Return x_r @ w_e + x2_r @ w2_e + bias_e for the rows r of each expert e, added in float32.
 
@@ -32,24 +32,27 @@ def grouped_linear(
         x_RI, x2_RI: sorted rows; the second ones are optional.
         w_EMN, w2_EMN: matrices of each expert: [in, out], or [out, in] if transposed.
         bias_EO: bias of each expert, if there is one.
+        known_PO: the first rows of the result, if they are known and need not be computed.
         offset_E1, expert_T, start_T: as in `SortedRoutes`.
         transposed: whether the product is with the transposed matrices.
         rows_per_tile: largest number of rows of a tile.
     """
     y_RO = _fake_linear(
-        x_RI, w_EMN, x2_RI, w2_EMN, bias_EO, offset_E1, expert_T, start_T, transposed, rows_per_tile
+        x_RI, w_EMN, x2_RI, w2_EMN, bias_EO, known_PO, offset_E1, expert_T, start_T, transposed, rows_per_tile
     )
     out_width, in_width = y_RO.shape[1], x_RI.shape[1]
     if len(x_RI):
-        block = linear_blocks(rows_per_tile, x_RI.dtype)
+        block = linear_blocks(rows_per_tile, x_RI.dtype, device_capability(x_RI.device))
         tiles = len(expert_T) * triton.cdiv(out_width, block.out)
         product.grouped_linear[(min(tiles, program_count(x_RI.device)),)](
             x_RI, w_EMN,
             x_RI if x2_RI is None else x2_RI, w_EMN if w2_EMN is None else w2_EMN,
-            x_RI if bias_EO is None else bias_EO,
-            y_RO, offset_E1, expert_T, start_T, len(expert_T), in_width, out_width, len(w_EMN),
+            x_RI if bias_EO is None else bias_EO, x_RI if known_PO is None else known_PO,
+            y_RO, offset_E1, expert_T, start_T, len(expert_T), 0 if known_PO is None else len(known_PO), in_width,
+            out_width, len(w_EMN),
             TRANSPOSED=transposed, HAS_SECOND=x2_RI is not None, HAS_BIAS=bias_EO is not None,
-            IS_EVEN=in_width % block.inner == 0, BLOCK_ROWS=rows_per_tile, BLOCK_OUT=block.out, BLOCK_IN=block.inner,
+            HAS_KNOWN_ROWS=known_PO is not None, IS_EVEN=in_width % block.inner == 0,
+            BLOCK_ROWS=rows_per_tile, BLOCK_OUT=block.out, BLOCK_IN=block.inner,
             num_warps=block.warps, num_stages=block.stages,
         )  # fmt: skip
     return y_RO
@@ -64,7 +67,7 @@ def grouped_outer(a_RO: Tensor, b_RI: Tensor, offset_E1: Tensor) -> Tensor:
     """Return dw_EOI, for each expert the sum of a_r^T b_r over its rows, added in float32."""
     experts, out_width, in_width = len(offset_E1) - 1, a_RO.shape[1], b_RI.shape[1]
     dw_EOI = a_RO.new_empty(experts, out_width, in_width)
-    block_out, block = outer_blocks(a_RO.dtype)
+    block_out, block = outer_blocks(a_RO.dtype, device_capability(a_RO.device))
     tiles = experts * triton.cdiv(out_width, block_out) * triton.cdiv(in_width, block.out)
     product.grouped_outer[(min(tiles, program_count(a_RO.device)),)](
         a_RO, b_RI, dw_EOI, offset_E1, out_width, in_width, experts,
@@ -113,22 +116,22 @@ def swiglu_backward(
         scale_S: scale of each route, in the order of routes; None for no scales, whose gradient is then empty.
         route_R: route of each slot, if there are scales.
     """
-    (count, width), like = gate_RF.shape, gate_RF
-    dgate_RF, dup_RF, hidden_RF = (torch.empty_like(like) for _ in range(3))
+    count, width = gate_RF.shape
+    dgate_RF, dup_RF, hidden_RF = (torch.empty_like(gate_RF) for _ in range(3))
     dscale_S = _fake_scale_gradient(gate_RF, scale_S)
     if count:
         block_columns = min(512, max(16, triton.next_power_of_2(width)))
         block_rows = max(1, 2048 // block_columns)
         swiglu.swiglu_backward[(triton.cdiv(count, block_rows),)](
-            gate_RF, up_RF, dhidden_RF, *_scale_pointers(scale_S, route_R, like), dgate_RF, dup_RF, hidden_RF,
+            gate_RF, up_RF, dhidden_RF, *_scale_pointers(scale_S, route_R, gate_RF), dgate_RF, dup_RF, hidden_RF,
             dscale_S, count, width, scale_S is not None, block_rows, block_columns,
         )  # fmt: skip
     return dgate_RF, dup_RF, hidden_RF, dscale_S
 
 
-def _scale_pointers(scale_S: Tensor | None, route_R: Tensor | None, like: Tensor) -> tuple[Tensor, Tensor]:
+def _scale_pointers(scale_S: Tensor | None, route_R: Tensor | None, other_tensor: Tensor) -> tuple[Tensor, Tensor]:
     """Return the tensors of the scales for a kernel; without scales, some tensors that it does not read."""
-    return (like, like) if scale_S is None or route_R is None else (scale_S, route_R)
+    return (other_tensor, other_tensor) if scale_S is None or route_R is None else (scale_S, route_R)
 
 
 def _tile_grid(expert_T: Tensor, rows_per_tile: int, block_rows: int) -> tuple[int, int]:

@@ -52,11 +52,11 @@ def _add_product(
         w = w_EMN + expert * OUT * IN + column[None, :] * IN + inner[:, None]
     else:
         w = w_EMN + expert * OUT * IN + inner[:, None] * OUT + column[None, :]
-    for first in range(0, IN, BLOCK_IN):
+    for start_index in range(0, IN, BLOCK_IN):
         if IS_EVEN:
             sums = _dot(tl.load(x), tl.load(w, mask=is_column, other=0.0), sums)
         else:
-            is_inside = first + inner < IN
+            is_inside = start_index + inner < IN
             a = tl.load(x, mask=is_inside[None, :], other=0.0)
             sums = _dot(a, tl.load(w, mask=is_inside[:, None] & is_column, other=0.0), sums)
         x += BLOCK_IN
@@ -66,11 +66,15 @@ def _add_product(
 
 @triton.jit
 def grouped_linear(
-    x_RI, w_EMN, x2_RI, w2_EMN, bias_EO, y_RO, offset_E1, expert_T, start_T, T, IN, OUT,
+    x_RI, w_EMN, x2_RI, w2_EMN, bias_EO, known_PO, y_RO, offset_E1, expert_T, start_T, T, P, IN, OUT,
     E: tl.constexpr, TRANSPOSED: tl.constexpr, HAS_SECOND: tl.constexpr, HAS_BIAS: tl.constexpr,
-    IS_EVEN: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr,
+    HAS_KNOWN_ROWS: tl.constexpr, IS_EVEN: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr,
 ):  # fmt: skip
-    """Compute the rows of y; with HAS_SECOND, y is the sum of two products with the same routes and shapes."""
+    """Compute the rows of y; with HAS_SECOND, y is the sum of two products with the same routes and shapes.
+
+    With HAS_KNOWN_ROWS, the first P rows of y are known: they are copied, except where a tile has other rows too.
+    """
     out_blocks = tl.cdiv(OUT, BLOCK_OUT)
     for tile in range(tl.program_id(0), T * out_blocks, tl.num_programs(0)):
         # The tiles of the same rows are neighbours, so that the L2 cache holds the rows, and an expert's tiles are, so
@@ -83,19 +87,23 @@ def grouped_linear(
             column = (tile % out_blocks) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
             # Rows past the end are read from the last row instead of masked, because only stores need a mask.
             source_row = tl.minimum(row, end - 1).to(tl.int64)
-            sums = tl.zeros([BLOCK_ROWS, BLOCK_OUT], tl.float32)
-            sums = _add_product(
-                sums, x_RI, w_EMN, source_row, expert, column, IN, OUT, TRANSPOSED, BLOCK_IN, IS_EVEN
-            )
-            if HAS_SECOND:
-                sums = _add_product(
-                    sums, x2_RI, w2_EMN, source_row, expert, column, IN, OUT, TRANSPOSED, BLOCK_IN, IS_EVEN
-                )
-            if HAS_BIAS:
-                sums += tl.load(bias_EO + expert * OUT + column, mask=column < OUT, other=0.0).to(tl.float32)[None, :]
             mask = (row < end)[:, None] & (column < OUT)[None, :]
-            y = y_RO + row.to(tl.int64)[:, None] * OUT + column[None, :]
-            tl.store(y, sums.to(y_RO.dtype.element_ty), mask=mask)
+            value_offset = row.to(tl.int64)[:, None] * OUT + column[None, :]
+            if HAS_KNOWN_ROWS and tl.max(tl.where(row < end, row, 0)) < P:
+                tl.store(y_RO + value_offset, tl.load(known_PO + value_offset, mask=mask), mask=mask)
+            else:
+                sums = tl.zeros([BLOCK_ROWS, BLOCK_OUT], tl.float32)
+                sums = _add_product(
+                    sums, x_RI, w_EMN, source_row, expert, column, IN, OUT, TRANSPOSED, BLOCK_IN, IS_EVEN
+                )
+                if HAS_SECOND:
+                    sums = _add_product(
+                        sums, x2_RI, w2_EMN, source_row, expert, column, IN, OUT, TRANSPOSED, BLOCK_IN, IS_EVEN
+                    )
+                if HAS_BIAS:
+                    bias = tl.load(bias_EO + expert * OUT + column, mask=column < OUT, other=0.0)
+                    sums += bias.to(tl.float32)[None, :]
+                tl.store(y_RO + value_offset, sums.to(y_RO.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -111,8 +119,8 @@ def grouped_outer(
         in_ = tile % in_blocks * BLOCK_IN + tl.arange(0, BLOCK_IN)
         start, end = tl.load(offset_E1 + expert), tl.load(offset_E1 + expert + 1)
         sums = tl.zeros([BLOCK_OUT, BLOCK_IN], tl.float32)
-        for first in range(start, end, BLOCK_ROWS):
-            row = first + tl.arange(0, BLOCK_ROWS)
+        for start_index in range(start, end, BLOCK_ROWS):
+            row = start_index + tl.arange(0, BLOCK_ROWS)
             is_inside, wide_row = row < end, row.to(tl.int64)
             a = tl.load(
                 a_RO + wide_row[None, :] * OUT + out[:, None],

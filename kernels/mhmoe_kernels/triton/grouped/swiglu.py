@@ -10,8 +10,8 @@ def swiglu_forward(gate_RF, up_RF, hidden_RF, VALUES, BLOCK: tl.constexpr):
     value = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = value < VALUES
     gate = tl.load(gate_RF + value, mask=mask, other=0.0).to(tl.float32)
-    up = tl.load(up_RF + value, mask=mask, other=0.0).to(tl.float32)
-    tl.store(hidden_RF + value, (gate * tl.sigmoid(gate) * up).to(hidden_RF.dtype.element_ty), mask=mask)
+    up_value = tl.load(up_RF + value, mask=mask, other=0.0).to(tl.float32)
+    tl.store(hidden_RF + value, (gate * tl.sigmoid(gate) * up_value).to(hidden_RF.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -30,22 +30,22 @@ def swiglu_backward(
         route = tl.load(route_R + slot, mask=inside, other=0)
         scale = tl.load(scale_S + route, mask=inside, other=0.0).to(tl.float32)[:, None]
     dscale = tl.zeros([BLOCK_R], tl.float32)
-    for first in range(0, F, BLOCK_F):
-        column = first + tl.arange(0, BLOCK_F)
+    for start in range(0, F, BLOCK_F):
+        column = start + tl.arange(0, BLOCK_F)
         mask = inside[:, None] & (column < F)[None, :]
         value = slot[:, None] * F + column[None, :]
         gate = tl.load(gate_RF + value, mask=mask, other=0.0).to(tl.float32)
-        up = tl.load(up_RF + value, mask=mask, other=0.0).to(tl.float32)
+        up_value = tl.load(up_RF + value, mask=mask, other=0.0).to(tl.float32)
         dhidden = tl.load(dhidden_RF + value, mask=mask, other=0.0).to(tl.float32)
         sigmoid = tl.sigmoid(gate)
         silu = gate * sigmoid
-        hidden = silu * up
+        hidden = silu * up_value
         if HAS_SCALES:
             dscale += tl.sum(hidden * dhidden, 1)
             hidden *= scale
             dhidden *= scale
         tl.store(hidden_RF + value, hidden.to(hidden_RF.dtype.element_ty), mask=mask)
-        dgate = dhidden * up * (sigmoid + silu * (1 - sigmoid))
+        dgate = dhidden * up_value * (sigmoid + silu * (1 - sigmoid))
         tl.store(dgate_RF + value, dgate.to(dgate_RF.dtype.element_ty), mask=mask)
         tl.store(dup_RF + value, (dhidden * silu).to(dup_RF.dtype.element_ty), mask=mask)
     if HAS_SCALES:

@@ -1,0 +1,102 @@
+"""Products of sorted rows with the matrices of their experts, by Triton kernels or by torch."""
+
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from mhmoe_kernels.triton.grouped import operators as ops
+
+Parts = tuple[Tensor, Tensor | None]
+"""A tensor as the sum of one or two parts."""
+
+
+class Tiles(NamedTuple):
+    """Tiles of sorted rows, as in `SortedRoutes`."""
+
+    offset_E1: Tensor
+    expert_T: Tensor
+    start_T: Tensor
+    rows: int
+    """Largest number of rows of a tile."""
+
+    def arguments(self, transposed: bool) -> tuple[Tensor, Tensor, Tensor, bool, int]:
+        """Return the last arguments of `grouped_linear`."""
+        return self.offset_E1, self.expert_T, self.start_T, transposed, self.rows
+
+
+class Products(Protocol):
+    """Products of sorted rows with the matrices of their experts."""
+
+    @property
+    def tiles(self) -> Tiles:
+        """Tiles of the rows."""
+
+    def linear(
+        self, x_RI: Tensor, w_EOI: Tensor, bias_EO: Tensor | None = None, known_PO: Tensor | None = None
+    ) -> Tensor:
+        """Return F.linear of each row with the matrix and the bias of its expert.
+
+        Args:
+            x_RI: sorted rows.
+            w_EOI: matrices of the experts.
+            bias_EO: biases of the experts, if they have any.
+            known_PO: the first rows of the result, if they are known and need not be computed.
+        """
+
+    def backward(self, dy_RO: Tensor, w_EOI: Tensor) -> Tensor:
+        """Return the gradient of the rows for the gradient `dy_RO` of `linear`."""
+
+    def backward_sum(self, dy_RO: Tensor, w_EOI: Tensor, dy2_RO: Tensor, w2_EOI: Tensor) -> Parts:
+        """Return the gradient of rows that are the input of two products, in one part or in two."""
+
+    def outer(self, dy_RO: Tensor, x_RI: Tensor) -> Tensor:
+        """Return the gradient of the matrices for the gradient `dy_RO` of `linear`."""
+
+
+class TritonProducts(NamedTuple):
+    """Products by the kernels of product.py."""
+
+    tiles: Tiles
+
+    def linear(
+        self, x_RI: Tensor, w_EOI: Tensor, bias_EO: Tensor | None = None, known_PO: Tensor | None = None
+    ) -> Tensor:
+        y_RO: Tensor = ops.grouped_linear(x_RI, w_EOI, None, None, bias_EO, known_PO, *self.tiles.arguments(True))
+        return y_RO
+
+    def backward(self, dy_RO: Tensor, w_EOI: Tensor) -> Tensor:
+        dx_RI: Tensor = ops.grouped_linear(dy_RO, w_EOI, None, None, None, None, *self.tiles.arguments(False))
+        return dx_RI
+
+    def backward_sum(self, dy_RO: Tensor, w_EOI: Tensor, dy2_RO: Tensor, w2_EOI: Tensor) -> Parts:
+        return ops.grouped_linear(dy_RO, w_EOI, dy2_RO, w2_EOI, None, None, *self.tiles.arguments(False)), None
+
+    def outer(self, dy_RO: Tensor, x_RI: Tensor) -> Tensor:
+        dw_EOI: Tensor = ops.grouped_outer(dy_RO, x_RI, self.tiles.offset_E1)
+        return dw_EOI
+
+
+class TorchProducts(NamedTuple):
+    """Products by torch's grouped_mm, which takes matrices without biases."""
+
+    tiles: Tiles
+
+    def linear(
+        self, x_RI: Tensor, w_EOI: Tensor, bias_EO: Tensor | None = None, known_PO: Tensor | None = None
+    ) -> Tensor:
+        # Known rows are computed again: grouped_mm cannot skip rows.
+        assert bias_EO is None
+        return self._product(x_RI, w_EOI.transpose(1, 2))
+
+    def backward(self, dy_RO: Tensor, w_EOI: Tensor) -> Tensor:
+        return self._product(dy_RO, w_EOI)
+
+    def backward_sum(self, dy_RO: Tensor, w_EOI: Tensor, dy2_RO: Tensor, w2_EOI: Tensor) -> Parts:
+        return self._product(dy_RO, w_EOI), self._product(dy2_RO, w2_EOI)
+
+    def outer(self, dy_RO: Tensor, x_RI: Tensor) -> Tensor:
+        return self._product(dy_RO.T, x_RI)
+
+    def _product(self, a: Tensor, b: Tensor) -> Tensor:
+        return torch.nn.functional.grouped_mm(a, b, offs=self.tiles.offset_E1[1:])

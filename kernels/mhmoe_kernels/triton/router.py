@@ -1,0 +1,164 @@
+"""Kernels of the router: softmax, top-k, gates, counts and both losses in one pass over the logits, and their gradient.
+
+Each program takes several blocks of rows and keeps its sums over rows; `sum_programs` adds those of all programs. There
+are no atomic additions, so the same input gives the same bits.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _load_logits(logits_NE, row, N, E: tl.constexpr, BLOCK_E: tl.constexpr):
+    """Return the logits of rows, -inf past E; those of rows past N are 0."""
+    expert = tl.arange(0, BLOCK_E)
+    value_offset = row.to(tl.int64)[:, None] * E + expert[None, :]
+    logits = tl.load(logits_NE + value_offset, mask=(row < N)[:, None] & (expert < E)[None, :], other=0.0)
+    return tl.where((expert < E)[None, :], logits, float("-inf"))
+
+
+@triton.jit
+def route_rows(
+    logits_NE, expert_NK, gate_NK, log_sum_N, probability_PE, first_PE, count_PE, z_P, N, scale,
+    E: tl.constexpr, K: tl.constexpr, NORMALIZED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """Choose the experts of each row, and store a program's sums over its rows.
+
+    The sums are those of the probabilities, of the first choices and of all choices of each expert, and of the squared
+    log-sum-exp.
+    """
+    program = tl.program_id(0)
+    column = tl.arange(0, BLOCK_E)
+    probability_sum, z_sum = tl.zeros([BLOCK_E], tl.float32), 0.0
+    first_sum, count_sum = tl.zeros([BLOCK_E], tl.int32), tl.zeros([BLOCK_E], tl.int32)
+    for block in range(program, tl.cdiv(N, BLOCK_N), tl.num_programs(0)):
+        row = block * BLOCK_N + tl.arange(0, BLOCK_N)
+        inside = row < N
+        logits = _load_logits(logits_NE, row, N, E, BLOCK_E)
+        largest = tl.max(logits, 1)
+        exponential = tl.exp(logits - largest[:, None])
+        total = tl.sum(exponential, 1)
+        log_sum = largest + tl.log(total)
+        tl.store(log_sum_N + row, log_sum, mask=inside)
+        probability = exponential / total[:, None]
+        probability_sum += tl.sum(tl.where(inside[:, None], probability, 0.0), 0)
+        z_sum += tl.sum(tl.where(inside, log_sum * log_sum, 0.0), 0)
+        # The gates of a row are divided by the sum of the chosen exponentials, or of all.
+        remaining, chosen_total = logits, tl.zeros([BLOCK_N], tl.float32)
+        for k in tl.static_range(K):
+            choice = tl.argmax(remaining, 1)
+            is_chosen = column[None, :] == choice[:, None]
+            remaining = tl.where(is_chosen, float("-inf"), remaining)
+            chosen_total += tl.sum(tl.where(is_chosen, exponential, 0.0), 1)
+            choice_count = tl.sum((is_chosen & inside[:, None]).to(tl.int32), 0)
+            count_sum += choice_count
+            if k == 0:
+                first_sum += choice_count
+            tl.store(expert_NK + row.to(tl.int64) * K + k, choice.to(tl.int64), mask=inside)
+        remaining, divisor = logits, chosen_total if NORMALIZED else total
+        for k in tl.static_range(K):
+            is_chosen = column[None, :] == tl.argmax(remaining, 1)[:, None]
+            remaining = tl.where(is_chosen, float("-inf"), remaining)
+            gate = tl.sum(tl.where(is_chosen, exponential, 0.0), 1) / divisor * scale
+            tl.store(gate_NK + row.to(tl.int64) * K + k, gate, mask=inside)
+    value_offset, mask = program * E + column, column < E
+    tl.store(probability_PE + value_offset, probability_sum, mask=mask)
+    tl.store(first_PE + value_offset, first_sum, mask=mask)
+    tl.store(count_PE + value_offset, count_sum, mask=mask)
+    tl.store(z_P + program, z_sum)
+
+
+@triton.jit
+def sum_programs(
+    probability_PE, first_PE, count_PE, z_P, share_E, count_E, balance, z, P, N,
+    E: tl.constexpr, K: tl.constexpr, COUNTS_FIRST: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """Add the sums of all programs: the counts, the share of each expert in the choices that count, and the losses."""
+    column = tl.arange(0, BLOCK_E)
+    probability_sum, z_sum = tl.zeros([BLOCK_E], tl.float32), 0.0
+    first_sum, count_sum = tl.zeros([BLOCK_E], tl.int32), tl.zeros([BLOCK_E], tl.int32)
+    for start in range(0, P, BLOCK_P):
+        program = start + tl.arange(0, BLOCK_P)
+        value_offset = program[:, None] * E + column[None, :]
+        mask = (program < P)[:, None] & (column < E)[None, :]
+        probability_sum += tl.sum(tl.load(probability_PE + value_offset, mask=mask, other=0.0), 0)
+        first_sum += tl.sum(tl.load(first_PE + value_offset, mask=mask, other=0), 0)
+        count_sum += tl.sum(tl.load(count_PE + value_offset, mask=mask, other=0), 0)
+        z_sum += tl.sum(tl.load(z_P + program, mask=program < P, other=0.0), 0)
+    share = first_sum / (N * 1.0) if COUNTS_FIRST else count_sum / (N * 1.0 * K)
+    tl.store(share_E + column, share, mask=column < E)
+    tl.store(count_E + column, count_sum.to(tl.int64), mask=column < E)
+    tl.store(balance, E * tl.sum(probability_sum / N * share, 0))
+    tl.store(z, z_sum / N)
+
+
+@triton.jit
+def _load_gate_gradient(dgate_NK, kept_NK, value_offset, inside, HAS_DROPS: tl.constexpr):
+    """Return the gradients of gates; those of dropped routes are 0."""
+    mask = inside & tl.load(kept_NK + value_offset, mask=inside, other=0).to(tl.int1) if HAS_DROPS else inside
+    return tl.load(dgate_NK + value_offset, mask=mask, other=0.0)
+
+
+@triton.jit
+def route_rows_backward(
+    logits_NE, expert_NK, gate_NK, log_sum_N, share_E, dgate_NK, dbalance, dz, kept_NK, dlogits_NE, N,
+    scale, E: tl.constexpr, K: tl.constexpr, NORMALIZED: tl.constexpr, HAS_DROPS: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """Compute the gradient of the logits from those of the gates and of both losses."""
+    row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside, column = row < N, tl.arange(0, BLOCK_E)
+    logits = _load_logits(logits_NE, row, N, E, BLOCK_E)
+    log_sum = tl.load(log_sum_N + row, mask=inside, other=0.0)
+    probability = tl.exp(logits - log_sum[:, None])
+    # Gradient of the probabilities: that of the load balancing loss E * sum_e mean_n(p_ne) * share_e, and that of the
+    # gates, if they are probabilities.
+    share = tl.load(share_E + column, mask=column < E, other=0.0)
+    dprobability = (tl.load(dbalance) * E / N * share)[None, :] + tl.zeros([BLOCK_N, BLOCK_E], tl.float32)
+    dlogits = (tl.load(dz) * 2 / N * log_sum)[:, None] * probability
+    gate_product = tl.zeros([BLOCK_N], tl.float32)
+    for k in tl.static_range(K):
+        value_offset = row.to(tl.int64) * K + k
+        dgate = _load_gate_gradient(dgate_NK, kept_NK, value_offset, inside, HAS_DROPS)
+        if NORMALIZED:
+            gate_product += dgate * tl.load(gate_NK + value_offset, mask=inside, other=0.0)
+        else:
+            is_chosen = column[None, :] == tl.load(expert_NK + value_offset, mask=inside, other=0)[:, None]
+            dprobability += tl.where(is_chosen, (dgate * scale)[:, None], 0.0)
+    if NORMALIZED:
+        # The gates are `scale` times a softmax of the chosen logits.
+        for k in tl.static_range(K):
+            value_offset = row.to(tl.int64) * K + k
+            is_chosen = column[None, :] == tl.load(expert_NK + value_offset, mask=inside, other=0)[:, None]
+            gate = tl.load(gate_NK + value_offset, mask=inside, other=0.0)
+            dgate = _load_gate_gradient(dgate_NK, kept_NK, value_offset, inside, HAS_DROPS)
+            dlogits += tl.where(is_chosen, (gate * (dgate - gate_product / scale))[:, None], 0.0)
+    product = tl.sum(tl.where((column < E)[None, :], probability * dprobability, 0.0), 1)
+    dlogits += probability * (dprobability - product[:, None])
+    value_offset = row.to(tl.int64)[:, None] * E + column[None, :]
+    tl.store(dlogits_NE + value_offset, dlogits, mask=inside[:, None] & (column < E)[None, :])
+
+
+@triton.jit
+def drop_routes(
+    expert_NK, gate_NK, slot_KN, offset_E1, kept_gate_NK, kept_NK, count_E, dropped, N, capacity,
+    E: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """Set the gates of routes beyond the expert capacity to 0; the first program also counts the kept routes.
+
+    Routes queue for their expert in the order of slots, which sorts all first choices before all second ones.
+    """
+    route = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = route < N * K
+    expert = tl.load(expert_NK + route, mask=inside, other=0)
+    slot = tl.load(slot_KN + (route % K) * N + route // K, mask=inside, other=0)
+    is_kept = slot - tl.load(offset_E1 + expert, mask=inside, other=0) < capacity
+    gate = tl.load(gate_NK + route, mask=inside, other=0.0)
+    tl.store(kept_gate_NK + route, tl.where(is_kept, gate, 0.0), mask=inside)
+    tl.store(kept_NK + route, is_kept, mask=inside)
+    if tl.program_id(0) == 0:
+        column = tl.arange(0, BLOCK_E)
+        start = tl.load(offset_E1 + column, mask=column < E, other=0)
+        count = tl.minimum(tl.load(offset_E1 + column + 1, mask=column < E, other=0) - start, capacity)
+        tl.store(count_E + column, count.to(tl.int64), mask=column < E)
+        tl.store(dropped, (N * K - tl.sum(count, 0)).to(tl.int64))

@@ -1,0 +1,163 @@
+"""Routing by fused kernels: the operators, and their autograd function."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from mhmoe_kernels.triton import router
+from mhmoe_kernels.triton.operators import SortedRoutes, operator, program_count, sort_routes
+
+
+def _row_blocks(experts: int, values: int) -> tuple[int, int]:
+    """Return the rows and columns of a block of up to `values` logits."""
+    columns = max(16, triton.next_power_of_2(experts))
+    return max(1, values // columns), columns
+
+
+def _empty_routing(logits_NE: Tensor, top_k: int) -> tuple[Tensor, ...]:
+    rows, experts = logits_NE.shape
+    return (
+        logits_NE.new_empty(rows, top_k, dtype=torch.int64),
+        logits_NE.new_empty(rows, top_k),
+        logits_NE.new_empty(()),
+        logits_NE.new_empty(()),
+        logits_NE.new_empty(experts, dtype=torch.int64),
+        logits_NE.new_empty(rows),
+        logits_NE.new_empty(experts),
+    )
+
+
+@operator(
+    "route(Tensor logits_NE, int top_k, bool normalized, float scale, bool counts_first) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    launches=2,
+    fake=lambda logits_NE, top_k, normalized, scale, counts_first: _empty_routing(logits_NE, top_k),
+)
+def _route(logits_NE: Tensor, top_k: int, normalized: bool, scale: float, counts_first: bool) -> tuple[Tensor, ...]:
+    """Return the fields of `FusedRouting`, the log-sum-exp of each row, and each expert's share of the counted choices.
+
+    Args:
+        logits_NE: logits, float32, contiguous, of at least one row.
+        top_k: number of choices of each row.
+        normalized: whether the gates of a row add up to `scale`; otherwise they are probabilities times `scale`.
+        scale: factor of the gates.
+        counts_first: whether only first choices count in the load balancing loss.
+    """
+    rows, experts = logits_NE.shape
+    results = expert_NK, gate_NK, balance, z, count_E, log_sum_N, share_E = _empty_routing(logits_NE, top_k)
+    block_rows, columns = _row_blocks(experts, 4096)
+    # Four programs for each multiprocessor hide the latency of memory.
+    programs = min(triton.cdiv(rows, block_rows), 4 * program_count(logits_NE.device))
+    probability_PE = logits_NE.new_empty(programs, experts)
+    first_PE, count_PE = (logits_NE.new_empty(programs, experts, dtype=torch.int32) for _ in range(2))
+    z_P = logits_NE.new_empty(programs)
+    router.route_rows[(programs,)](
+        logits_NE, expert_NK, gate_NK, log_sum_N, probability_PE, first_PE, count_PE, z_P, rows, scale,
+        experts, top_k, normalized, block_rows, columns,
+    )  # fmt: skip
+    router.sum_programs[(1,)](
+        probability_PE, first_PE, count_PE, z_P, share_E, count_E, balance, z, programs, rows,
+        experts, top_k, counts_first, max(1, 8192 // columns), columns,
+    )  # fmt: skip
+    return results
+
+
+@operator(
+    "route_backward(Tensor logits_NE, Tensor expert_NK, Tensor gate_NK, Tensor log_sum_N, Tensor share_E, "
+    "Tensor dgate_NK, Tensor dbalance, Tensor dz, Tensor? kept_NK, bool normalized, float scale) -> Tensor",
+    launches=1,
+    fake=lambda logits_NE, *_: torch.empty_like(logits_NE),
+)
+def _route_backward(
+    logits_NE: Tensor, expert_NK: Tensor, gate_NK: Tensor, log_sum_N: Tensor, share_E: Tensor, dgate_NK: Tensor,
+    dbalance: Tensor, dz: Tensor, kept_NK: Tensor | None, normalized: bool, scale: float,
+) -> Tensor:  # fmt: skip
+    """Return the gradient of the logits; `kept_NK` is the mask of kept routes, or None if none is dropped."""
+    rows, experts = logits_NE.shape
+    dlogits_NE = torch.empty_like(logits_NE)
+    # Larger blocks spill registers.
+    block_rows, columns = _row_blocks(experts, 2048)
+    router.route_rows_backward[(triton.cdiv(rows, block_rows),)](
+        logits_NE, expert_NK, gate_NK, log_sum_N, share_E, dgate_NK, dbalance, dz,
+        dgate_NK if kept_NK is None else kept_NK, dlogits_NE, rows, scale,
+        experts, expert_NK.shape[1], normalized, kept_NK is not None, block_rows, columns,
+    )  # fmt: skip
+    return dlogits_NE
+
+
+def _empty_drops(expert_NK: Tensor, gate_NK: Tensor, experts: int, capacity: int) -> tuple[Tensor, ...]:
+    return (
+        torch.empty_like(gate_NK),
+        torch.empty_like(gate_NK, dtype=torch.bool),
+        expert_NK.new_empty(experts),
+        expert_NK.new_empty(()),
+    )
+
+
+@operator(
+    "drop_routes(Tensor expert_NK, Tensor gate_NK, int experts, int capacity) -> (Tensor, Tensor, Tensor, Tensor)",
+    launches=5,
+    fake=_empty_drops,
+)
+def _drop_routes(expert_NK: Tensor, gate_NK: Tensor, experts: int, capacity: int) -> tuple[Tensor, ...]:
+    """Return the gates with 0 for routes beyond the expert capacity, the mask of the other routes, their number per
+    expert, and the number of those beyond."""
+    results = kept_gate_NK, kept_NK, count_E, dropped = _empty_drops(expert_NK, gate_NK, experts, capacity)
+    # Tiles are not needed, so their size does not matter.
+    routes = SortedRoutes(*sort_routes(expert_NK, experts, 128, by_choice=True))
+    rows, top_k = expert_NK.shape
+    router.drop_routes[(triton.cdiv(rows * top_k, 1024),)](
+        expert_NK, gate_NK, routes.slot_NK, routes.offset_E1, kept_gate_NK, kept_NK, count_E, dropped, rows, capacity,
+        experts, top_k, 1024, triton.next_power_of_2(experts),
+    )  # fmt: skip
+    return results
+
+
+class _Routing(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits_NE: Tensor,
+        top_k: int,
+        capacity: int | None,
+        normalized: bool,
+        scale: float,
+        counts_first: bool,
+    ) -> tuple[Tensor, ...]:
+        logits_NE = logits_NE.contiguous()
+        expert_NK, gate_NK, balance_loss, z_loss, count_E, *statistics = _route(
+            logits_NE, top_k, normalized, scale, counts_first
+        )
+        ctx.normalized, ctx.scale = normalized, scale
+        ctx.set_materialize_grads(False)
+        if capacity is None:
+            ctx.save_for_backward(logits_NE, expert_NK, gate_NK, *statistics)
+            dropped_routes = count_E.new_zeros(())
+        else:
+            gates = gate_NK
+            gate_NK, kept_NK, count_E, dropped_routes = _drop_routes(expert_NK, gates, logits_NE.shape[1], capacity)
+            ctx.save_for_backward(logits_NE, expert_NK, gates, *statistics, kept_NK)
+        ctx.mark_non_differentiable(expert_NK, count_E, dropped_routes)
+        return expert_NK, gate_NK, balance_loss, z_loss, count_E, dropped_routes
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        logits_NE, expert_NK, gate_NK, log_sum_N, share_E, *masks = ctx.saved_tensors
+        _, dgate_NK, dbalance, dz, *_ = gradients
+        if dgate_NK is None:
+            dgate_NK = torch.zeros_like(gate_NK)
+        dbalance, dz = (logits_NE.new_zeros(()) if d is None else d for d in (dbalance, dz))
+        dlogits_NE = _route_backward(
+            logits_NE, expert_NK, gate_NK, log_sum_N, share_E, dgate_NK.contiguous(), dbalance, dz,
+            masks[0] if masks else None, ctx.normalized, ctx.scale,
+        )  # fmt: skip
+        return dlogits_NE, None, None, None, None, None
+
+
+route: Callable[[Tensor, int, int | None, bool, float, bool], tuple[Tensor, ...]] = _Routing.apply
+"""Function with gradients that returns the fields of `FusedRouting`; its arguments are those of `fused_routing`."""
