@@ -123,7 +123,8 @@ def resume_run(
     for keys, _ in parse_overrides(overrides):
         if keys[0] != "cluster":
             reason = "a resumed run must go on exactly as it would have"
-            raise SpecError(f"override {'.'.join(keys)}", reason, "change only cluster keys, or submit a new run")
+            fix = "change only cluster keys, or submit a run that starts from this one (start.from)"
+            raise SpecError(f"override {'.'.join(keys)}", reason, fix)
     previous_attempt = last_attempt(run)
     run_outcome = final_outcome(run, force)
     if run_outcome.state == "finished" and steps is None:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
+from numbers import Integral
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,8 +14,8 @@ from mhmoe_ray.api.connection import check_training_data
 from mhmoe_ray.api.defaults import OnNote, Prior, default_storage, ignore_note
 from mhmoe_ray.api.evaluation import has_domain_experts, load_or_evaluate, make_request
 from mhmoe_ray.api.logs import log_lines, without_colours
-from mhmoe_ray.api.spec import Overrides, override_list
-from mhmoe_ray.cluster.connect import Connection, connect
+from mhmoe_ray.api.spec import Overrides, override_list, require_spec
+from mhmoe_ray.cluster.connect import connect
 from mhmoe_ray.cluster.runs import RunEvents, run_status, state_of
 from mhmoe_ray.errors import RunError, SpecError
 from mhmoe_ray.evaluate.request import Evaluation
@@ -43,9 +44,11 @@ def submit(spec: RunSpec, address: str | None = None, on_note: OnNote = ignore_n
     Raises:
         DataError: text is missing, or the prepared data does not fit the spec.
         ClusterError: the cluster cannot be started or reached, or can never hold the run.
-        SpecError: the nodes cannot be expected to see the run's storage and data, or the storage cannot be written.
+        SpecError: it is no spec, the nodes cannot be expected to see the run's storage and data, or the storage cannot
+            be written.
         JobError: the cluster does not accept the job.
     """
+    require_spec(spec)
     check_training_data(spec)
     return Run(attempts.start_run(spec, address, on_note)[0])
 
@@ -80,11 +83,21 @@ def _storage(storage: str | PathLike[str] | None) -> Location:
     return location(default_storage() if storage is None else str(storage))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Run:
-    """A run. All that it is stands in its directory, so another process may have its handle too."""
+    """A run. All that it is stands in its directory, so another process may have its handle too.
+
+    Where a path is asked for, a run stands for that of its directory. Once it is removed, all that reads or changes it
+    raises a RunError.
+    """
 
     directory: RunDir
+
+    def __repr__(self) -> str:
+        return f"Run({self.id!r})"
+
+    def __fspath__(self) -> str:
+        return str(self.path)
 
     @property
     def id(self) -> str:
@@ -97,16 +110,27 @@ class Run:
         return self.directory.path
 
     @property
+    def _existing_directory(self) -> RunDir:
+        """The run directory, after checking that the run was not removed.
+
+        Raises:
+            RunError: it was removed.
+        """
+        self.directory.require_existing()
+        return self.directory
+
+    @property
     def spec(self) -> RunSpec:
         """Complete spec of the run.
 
         Raises:
             RunError: the run was imported, so it has no spec.
         """
-        if self.directory.is_imported:
+        directory = self._existing_directory
+        if directory.is_imported:
             reason = "it was imported, not trained here, so it has no spec"
             raise RunError(f"run {self.id}", reason, "see `mhmoe_ray.load(run).spec` for its model")
-        return self.directory.spec()
+        return directory.spec()
 
     @property
     def state(self) -> str:
@@ -115,22 +139,23 @@ class Run:
         It is submitted, preparing, waiting, running, finished, stopped, failed or imported; or unknown if the cluster
         does not answer.
         """
-        return state_of(self.directory, events.read(self.directory))[0]
+        directory = self._existing_directory
+        return state_of(directory, events.read(directory))[0]
 
     def status(self) -> dict[str, Any]:
         """Return the state, progress and quality of the run as `mhmoe status --json` prints them."""
-        return run_status(self.directory)
+        return run_status(self._existing_directory)
 
     def metrics(self) -> list[dict[str, Any]]:
         """Return the metrics of each step, as in metrics.jsonl: one line per step; of a repeated step only the newest.
 
         `runs/metrics.py` describes the keys, such as `step`, `loss` and `val_loss`.
         """
-        return history.read(self.directory)
+        return history.read(self._existing_directory)
 
     def checkpoints(self) -> list[Checkpoint]:
         """Return the checkpoints of the run, oldest first. Their files are verified when they are used."""
-        return list_checkpoints(self.directory)
+        return list_checkpoints(self._existing_directory)
 
     def logs(self, rank: int | None = None, *, follow: bool = False, on_note: OnNote = ignore_note) -> Iterator[str]:
         """Return the lines of the log of the run's newest attempt, with all workers, or of one worker by its rank.
@@ -147,7 +172,7 @@ class Run:
             ClusterError, JobError: the lines are neither on the cluster nor in the run directory.
             TokenError: the cluster asks for another token.
         """
-        return without_colours(log_lines(self.directory, rank, follow=follow, on_note=on_note))
+        return without_colours(log_lines(self._existing_directory, rank, follow=follow, on_note=on_note))
 
     def wait(
         self,
@@ -170,10 +195,11 @@ class Run:
             TimeoutError: the run is not over when the timeout ends.
             ClusterError, StorageError: the cluster or the storage has not answered for a while.
         """
-        attempt_events = _AttemptEvents(self.directory, on_event)
+        directory = self._existing_directory
+        attempt_events = _AttemptEvents(directory, on_event)
         outcome = attempts.wait_for_outcome(
-            self.directory,
-            cache(self._connect),
+            directory,
+            cache(lambda: connect(last_attempt(directory).address)),
             attempt_events.read,
             on_poll=attempt_events.report,
             timeout=timeout,
@@ -183,11 +209,8 @@ class Run:
         attempt_events.read()
         attempt_events.report()
         if outcome.state == "failed":
-            raise attempts.failure_error(self.directory, outcome)
+            raise attempts.failure_error(directory, outcome)
         return outcome.state
-
-    def _connect(self) -> Connection:
-        return connect(last_attempt(self.directory).address)
 
     def stop(self, now: bool = False, on_note: OnNote = ignore_note) -> str:
         """End the run, and return its state when it is over; `resume` continues it.
@@ -207,7 +230,7 @@ class Run:
             RunError: the run is over already, or was imported.
             ClusterError: the cluster does not answer, and only its job could end the run.
         """
-        outcome = attempts.stop_run(self.directory, now, on_note)
+        outcome = attempts.stop_run(self._existing_directory, now, on_note)
         return "unknown" if outcome is None else outcome.state
 
     def resume(
@@ -233,10 +256,19 @@ class Run:
 
         Raises:
             RunError: the run is running, may still be running, is finished, was imported, or cannot have so many steps.
-            SpecError: an override is wrong or not one of the cluster section.
+            SpecError: an override is wrong or not one of the cluster section, or `until` is no whole number.
             ClusterError, JobError: the cluster cannot be reached or hold the run, or does not accept its job.
         """
-        attempts.resume_run(self.directory, until, override_list(overrides), address, force=force, on_note=on_note)
+        if until is not None and not isinstance(until, Integral):
+            raise SpecError("until", f"it is {until!r}", "give a whole number of steps")
+        attempts.resume_run(
+            self._existing_directory,
+            None if until is None else int(until),
+            override_list(overrides),
+            address,
+            force=force,
+            on_note=on_note,
+        )
 
     def evaluate(
         self,
@@ -287,13 +319,14 @@ class Run:
         if not tasks and (limit or task_folders):
             reason = "limit and task_folders are about tasks, and there are none"
             raise SpecError("evaluation", reason, "name some tasks")
+        directory = self._existing_directory
         # The weights need not be hashed here, because the job loads them and damage shows then.
-        path, manifest = pick_checkpoint(self.directory, checkpoint, verify_hashes=False, on_note=on_note)
+        path, manifest = pick_checkpoint(directory, checkpoint, verify_hashes=False, on_note=on_note)
         if prior is not None and not has_domain_experts(manifest.model):
             reason = "priors are for a model with router domain, and this model has no experts of domains"
             raise SpecError("evaluation", reason, "leave out the prior")
         request = make_request(
-            self.directory,
+            directory,
             path.name,
             text=text,
             overrides=override_texts,
@@ -304,7 +337,7 @@ class Run:
             gpus=gpus,
             prior=prior,
         )
-        return load_or_evaluate(self.directory, request, recompute, address, on_note=on_note)
+        return load_or_evaluate(directory, request, recompute, address, on_note=on_note)
 
     def export(
         self, folder: str | PathLike[str], checkpoint: str | None = None, on_note: OnNote = ignore_note
@@ -326,7 +359,7 @@ class Run:
         from mhmoe_ray.checkpoint.huggingface.export import export
 
         # A damaged checkpoint must not be exported, so all of its weights are hashed first.
-        path, manifest = pick_checkpoint(self.directory, checkpoint, verify_hashes=True, on_note=on_note)
+        path, manifest = pick_checkpoint(self._existing_directory, checkpoint, verify_hashes=True, on_note=on_note)
         on_note(f"exporting {path.name} of {self.id}")
         return export(path, manifest, Path(folder))
 
@@ -340,7 +373,7 @@ class Run:
             RunError: the run is running, may still be running, or is served.
             TokenError: its cluster asks for another token, so its state is unknown.
         """
-        attempts.check_removable(self.directory, force)
+        attempts.check_removable(self._existing_directory, force)
         remove_tree(self.path)
 
 

@@ -11,6 +11,7 @@ from mhmoe_ray.cluster import dashboard
 from mhmoe_ray.errors import ClusterError, JobError, RunError, SpecError
 from mhmoe_ray.runs import events, history, metrics
 from mhmoe_ray.runs.directory import Attempt, RunDir, add_attempt, create_run, mark_imported
+from mhmoe_ray.storage import remove_tree
 from tests.checkpoint.huggingface.conftest import MIXTRAL, make_run
 from tests.specs import tiny_spec
 
@@ -140,6 +141,8 @@ def test_a_run_that_is_over_is_neither_stopped_nor_resumed(directory):
         run.resume(until=20)
     with pytest.raises(SpecError, match="change only cluster keys"):
         run.resume(overrides={"train.lr": 1})
+    with pytest.raises(SpecError, match="until: it is '100'; give a whole number of steps"):
+        run.resume(until="100")
 
 
 def test_a_run_is_removed_when_it_is_over(directory):
@@ -162,3 +165,42 @@ def test_useless_arguments_of_an_evaluation_are_errors(tmp_path):
     ):
         with pytest.raises(SpecError, match=message):
             run.evaluate(**arguments)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda run: run.spec,
+        lambda run: run.state,
+        lambda run: run.status(),
+        lambda run: run.metrics(),
+        lambda run: run.checkpoints(),
+        lambda run: run.logs(),
+        lambda run: run.wait(),
+        lambda run: run.stop(),
+        lambda run: run.resume(),
+        lambda run: run.evaluate(),
+        lambda run: run.export("out"),
+        lambda run: run.remove(),
+    ],
+)
+def test_a_removed_run_is_an_error(directory, use):
+    run = mh.Run(directory)
+    remove_tree(directory.path)
+    with pytest.raises(RunError, match=f"^run {run.id}: it was removed"):
+        use(run)
+
+
+def test_wait_ends_when_the_run_is_removed(directory, monkeypatch):
+    monkeypatch.setattr("mhmoe_ray.api.attempts.CLUSTER_POLL_SECONDS", 0.0)
+
+    def remove_run(event):
+        if directory.path.exists():
+            remove_tree(directory.path)
+
+    with pytest.raises(RunError, match=f"^run {directory.id}: it was removed"):
+        mh.Run(directory).wait(on_event=remove_run)
+
+
+def test_a_run_is_shown_by_its_id(directory):
+    assert repr(mh.Run(directory)) == f"Run({directory.id!r})"

@@ -3,6 +3,7 @@
 from copy import deepcopy
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
@@ -47,6 +48,13 @@ def test_paths_may_be_path_objects(tmp_path):
     assert spec.storage == tmp_path / "elsewhere"
 
 
+def test_numbers_of_numpy_are_numbers():
+    overrides = {"train.steps": np.int64(50), "train.lr": np.float64(1e-3), "train.betas": np.array([0.5, 0.75])}
+    train = {"warmup_steps": np.int64(3)}
+    spec = mh.load_spec({**TREE, "train": train}, overrides)
+    assert (spec.train.steps, spec.train.lr, spec.train.betas, spec.train.warmup_steps) == (50, 1e-3, (0.5, 0.75), 3)
+
+
 @pytest.mark.parametrize(
     "value", [1e-5, True, None, "no", "x: y", "two\nlines", [1, "2"], {"a": {"b": 1.5}}, "é" * 200]
 )
@@ -63,6 +71,14 @@ def test_mistakes_name_the_spec_and_the_key(tmp_path):
         mh.load_spec(tmp_path / "nothing.yaml")
     with pytest.raises(SpecError, match=r"^override 'train.steps': it is not key=value"):
         mh.load_spec(TREE, "train.steps")
+    for source in (None, [1]):
+        with pytest.raises(SpecError, match=r"^spec: it is of type \w+; give the path of a YAML file, or a mapping"):
+            mh.load_spec(source)
+    with pytest.raises(SpecError, match=r"^spec: it is loaded already"):
+        mh.load_spec(mh.load_spec(TREE))
+    for function in (mh.submit, mh.plan):
+        with pytest.raises(SpecError, match=r"^spec: it is of type dict; give what mhmoe_ray\.load_spec returns"):
+            function(TREE)
 
 
 def test_a_cluster_on_paper_is_complete():

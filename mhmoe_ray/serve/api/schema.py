@@ -7,7 +7,16 @@ refused by the field's name: ignoring a suffix, for example, would give another 
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
 
 from mhmoe_ray.serve.answer import ModelDetails, ScoredText
 from mhmoe_ray.serve.detokenizer import format_token
@@ -226,6 +235,24 @@ class ChatMessage(StrictRequest):
                 raise ValueError("content is required, except in a message of the assistant")
             self.content = ""
         return self
+
+
+_CONVERSATION = TypeAdapter(Annotated[list[ChatMessage], Field(min_length=1)])
+
+
+def parse_messages(messages: Any) -> list[dict[str, Any]]:
+    """Return chat messages, as chat templates take them, that are checked as those of a request.
+
+    Raises:
+        ValueError: they are malformed.
+    """
+    try:
+        conversation = _CONVERSATION.validate_python(messages)
+    except ValidationError as e:
+        first_error = e.errors()[0]
+        path = ".".join(map(str, ("messages", *first_error["loc"])))
+        raise ValueError(f"{path}: {first_error['msg']}") from e
+    return [message.model_dump(exclude_none=True) for message in conversation]
 
 
 class ChatRequest(SamplingRequest):

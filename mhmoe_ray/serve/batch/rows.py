@@ -5,18 +5,17 @@ also any others, and those of the answer after them.
 """
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Annotated, Any, NamedTuple
+from typing import Any, NamedTuple
 
-from pydantic import BaseModel, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel
 
 from mhmoe_ray.serve.answer import AnswerPiece
-from mhmoe_ray.serve.api.schema import ChatMessage, ChosenLogprob
+from mhmoe_ray.serve.api.schema import ChosenLogprob, parse_messages
 from mhmoe_ray.serve.engine import FinishReason
 
 PROMPT, MESSAGES = "prompt", "messages"
 LOGPROBS = "logprobs"
 """Column that only answers with scores have."""
-_CONVERSATION = TypeAdapter(Annotated[list[ChatMessage], Field(min_length=1)])
 
 
 class RowAnswer(NamedTuple):
@@ -99,7 +98,7 @@ def parse_row(row: Any) -> str | Conversation:
     if prompt is not None and messages is not None:
         raise ValueError(f"it has both a {PROMPT!r} and {MESSAGES!r}")
     if messages is not None:
-        return _parse_messages(messages)
+        return parse_messages(messages)
     if not isinstance(prompt, str):
         raise ValueError(f"its {PROMPT!r} is not a text")
     try:
@@ -107,21 +106,6 @@ def parse_row(row: Any) -> str | Conversation:
     except UnicodeEncodeError as e:
         raise ValueError(f"its {PROMPT!r} holds half a character (a lone surrogate)") from e
     return prompt
-
-
-def _parse_messages(messages: Any) -> Conversation:
-    """Return chat messages that are checked as those of a request to the server.
-
-    Raises:
-        ValueError: they are malformed.
-    """
-    try:
-        conversation = _CONVERSATION.validate_python(messages)
-    except ValidationError as e:
-        first_error = e.errors()[0]
-        path = ".".join(map(str, (MESSAGES, *first_error["loc"])))
-        raise ValueError(f"{path}: {first_error['msg']}") from e
-    return [message.model_dump(exclude_none=True) for message in conversation]
 
 
 def taken_column(names: Collection[str], has_logprobs: bool) -> str | None:
