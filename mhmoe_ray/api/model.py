@@ -11,7 +11,14 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self, overload
 
 from tokenizers import Tokenizer
 
-from mhmoe_ray.api.checkpoints import find_model_folder, pick_checkpoint
+from mhmoe_ray.api.checkpoints import (
+    Checkpoint,
+    CheckpointName,
+    find_model_folder,
+    path_text,
+    pick_checkpoint,
+    refuse_checkpoint,
+)
 from mhmoe_ray.api.defaults import OnNote, default_storage, ignore_note
 from mhmoe_ray.api.engine_thread import CONCURRENCY, Answer, EngineThread, close_abandoned_engine
 from mhmoe_ray.api.generation import (
@@ -31,7 +38,7 @@ from mhmoe_ray.checkpoint.manifest import CheckpointManifest, is_committed, read
 from mhmoe_ray.checkpoint.tokenizer import load_run_tokenizer
 from mhmoe_ray.data.chat.template import ChatTemplate, ChatTemplateError
 from mhmoe_ray.data.tokenizer import boundary_texts
-from mhmoe_ray.errors import CheckpointError, ServeError
+from mhmoe_ray.errors import ServeError
 from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.serve.answer import (
     Answerer,
@@ -56,10 +63,11 @@ Device = Literal["cpu", "cuda"]
 
 
 def load(
-    model: Run | str | os.PathLike[str],
-    checkpoint: str | None = None,
+    model: Run | Checkpoint | str | os.PathLike[str],
+    checkpoint: CheckpointName | None = None,
     device: Device = "cpu",
     *,
+    threads: int | None = None,
     storage: str | os.PathLike[str] | None = None,
     on_note: OnNote = ignore_note,
 ) -> "LoadedModel":
@@ -68,10 +76,11 @@ def load(
     Its weights are loaded when they are needed first.
 
     Args:
-        model: a run, its id, the start of one, or its path; the folder of a checkpoint; a folder in Hugging Face's
-            layout; or hf:ORGANIZATION/NAME.
-        checkpoint: name of one of the run's checkpoints; None for the newest.
+        model: a run, its id, the start of one, or its path; RUN@STEP; a checkpoint or its folder; a folder in Hugging
+            Face's layout; or hf:ORGANIZATION/NAME.
+        checkpoint: one of the run's checkpoints, its name or its step; None for the newest.
         device: device to compute on.
+        threads: number of threads that generate on a CPU; None for torch's own number.
         storage: folder that holds run directories; by default MHMOE_STORAGE, else `runs`.
         on_note: function that is called with a warning for each newer checkpoint that is damaged and therefore skipped.
 
@@ -80,21 +89,15 @@ def load(
         DataError: the tokenizer is missing or does not fit the model.
         ServeError: the chat template is invalid, or there is no such device.
     """
-    folder: Location | RunDir
-    if isinstance(model, Run):
-        folder = model.directory
-    else:
-        folder = find_model_folder(model, default_storage() if storage is None else str(storage))
+    folder = find_model_folder(model, default_storage() if storage is None else path_text(storage))
     if isinstance(folder, RunDir):
         path, manifest = pick_checkpoint(folder, checkpoint, verify_hashes=True, on_note=on_note)
-        return load_checkpoint(path, manifest, device)
-    if checkpoint is not None:
-        reason = f"{model} is one model, not a run with several"
-        raise CheckpointError(f"checkpoint {checkpoint}", reason, "leave out the name of the checkpoint")
+        return load_checkpoint(path, manifest, device, threads)
+    refuse_checkpoint(checkpoint, path_text(model))
     if is_committed(folder):
         path = folder.absolute()
-        return load_checkpoint(path, read_manifest(path, parts=("weights",)), device)
-    return LoadedModel(_folder_source(Path(str(folder))), device)
+        return load_checkpoint(path, read_manifest(path, parts=("weights",)), device, threads)
+    return LoadedModel(_folder_source(Path(str(folder))), device, threads)
 
 
 def load_checkpoint(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mhmoe_ray.api import attempts
-from mhmoe_ray.api.checkpoints import Checkpoint, list_checkpoints, pick_checkpoint
+from mhmoe_ray.api.checkpoints import Checkpoint, CheckpointName, list_checkpoints, path_text, pick_checkpoint
 from mhmoe_ray.api.connection import check_training_data
 from mhmoe_ray.api.defaults import OnNote, Prior, default_storage, ignore_note
 from mhmoe_ray.api.evaluation import has_domain_experts, load_or_evaluate, make_request
@@ -53,18 +53,18 @@ def submit(spec: RunSpec, address: str | None = None, on_note: OnNote = ignore_n
     return Run(attempts.start_run(spec, address, on_note)[0])
 
 
-def find_run(name: str | PathLike[str] | None = None, storage: str | PathLike[str] | None = None) -> "Run":
+def find_run(name: "Run | str | PathLike[str] | None" = None, storage: str | PathLike[str] | None = None) -> "Run":
     """Return a run by its id, the start of one, or its path; without a name, the newest run.
 
     Args:
-        name: the run; None for the newest one that was trained here.
+        name: id, start of an id, or path; or a run, which is returned; None for the newest one that was trained here.
         storage: folder that holds run directories, a path or s3://, gs://; by default MHMOE_STORAGE, else `runs`.
 
     Raises:
         RunError: there is no such run, or the name fits several.
         StorageError: the storage cannot be read.
     """
-    return Run(run_directory.find_run(None if name is None else str(name), _storage(storage), with_job=True))
+    return Run(run_directory.find_run(None if name is None else path_text(name), _storage(storage), with_job=True))
 
 
 def list_runs(storage: str | PathLike[str] | None = None) -> list["Run"]:
@@ -80,7 +80,7 @@ def list_runs(storage: str | PathLike[str] | None = None) -> list["Run"]:
 
 
 def _storage(storage: str | PathLike[str] | None) -> Location:
-    return location(default_storage() if storage is None else str(storage))
+    return location(default_storage() if storage is None else path_text(storage))
 
 
 @dataclass(frozen=True, repr=False)
@@ -275,7 +275,7 @@ class Run:
         text: Sequence[str] = (),
         *,
         tasks: Sequence[str] = (),
-        checkpoint: str | None = None,
+        checkpoint: CheckpointName | None = None,
         samples: int | None = None,
         overrides: Overrides = (),
         task_folders: Sequence[str | PathLike[str]] = (),
@@ -294,7 +294,7 @@ class Run:
         Args:
             text: folders, files or patterns of raw text.
             tasks: names of lm-eval's tasks; `english` and `xnli` are the papers' lists.
-            checkpoint: name of the checkpoint; None for the newest.
+            checkpoint: one of the run's checkpoints, its name or its step; None for the newest.
             samples: largest number of samples of each domain of the text; None for 512.
             overrides: data keys of a spec, by which the text is read.
             task_folders: folders of your own tasks, as lm-eval reads them.
@@ -340,13 +340,13 @@ class Run:
         return load_or_evaluate(directory, request, recompute, address, on_note=on_note)
 
     def export(
-        self, folder: str | PathLike[str], checkpoint: str | None = None, on_note: OnNote = ignore_note
+        self, folder: str | PathLike[str], checkpoint: CheckpointName | None = None, on_note: OnNote = ignore_note
     ) -> "ExportResult":
         """Write a checkpoint in Hugging Face's layout, which transformers, vLLM and lm-eval read.
 
         Args:
             folder: folder to write; it must not exist, or be empty.
-            checkpoint: name of the checkpoint; None for the newest.
+            checkpoint: one of the run's checkpoints, its name or its step; None for the newest.
             on_note: function that is called with a line about what is exported.
 
         Returns:

@@ -22,7 +22,8 @@ def load_spec(source: str | os.PathLike[str] | Mapping[str, Any], overrides: Ove
     current directory.
 
     Args:
-        source: path of a YAML file such as jobs/quickstart.yaml, or a mapping.
+        source: path of a YAML file such as jobs/quickstart.yaml, or a mapping, whose `start.from` may be a run or a
+            checkpoint.
         overrides: keys that replace those of the source, such as `["train.steps=50"]` or `{"train.steps": 50}`.
 
     Raises:

@@ -132,7 +132,7 @@ def _answer_prompt(
         prompt: the prompt; None reads it from standard input.
         sampling: how the answer is drawn.
         gpus: number of GPUs to compute on.
-        checkpoint: name of the checkpoint; None picks the newest.
+        checkpoint: name or step of the checkpoint; None picks the newest.
         storage: folder that holds run directories.
         json: whether to print JSON.
 

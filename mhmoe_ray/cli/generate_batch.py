@@ -84,7 +84,7 @@ def answer_file(
 
     Args:
         run: the run, as the user names it; None for the newest.
-        checkpoint: name of the checkpoint; None picks the newest.
+        checkpoint: name or step of the checkpoint; None picks the newest.
         storage: folder that holds run directories.
         sampling: how answers are drawn.
         options: input, output, and resources.

@@ -178,6 +178,24 @@ def test_a_model_with_domains_needs_the_domain_of_a_text(tmp_path):
             model.generate("the quick")
 
 
+def test_a_checkpoint_has_one_name_everywhere(run, model):
+    [checkpoint] = run.checkpoints()
+    names = (
+        (run, checkpoint.name),
+        (run, 7),
+        (run, "7"),
+        (run, np.int64(7)),
+        (run, checkpoint),
+        (checkpoint, None),
+        (run.path, 7),
+        (f"{run.id}@7", None),
+    )
+    for source, name in names:
+        with mh.load(source, name, threads=1, storage=run.path.parent) as loaded_model:
+            assert loaded_model.name == model.name
+            assert loaded_model._threads == 1
+
+
 def test_mistakes_are_one_line(run, model, tmp_path):
     for parameters, message in (
         ({"top_p": 0}, "top_p: it is 0; give more than 0 and at most 1"),
@@ -205,14 +223,23 @@ def test_mistakes_are_one_line(run, model, tmp_path):
         model.logits("the", domain="web")
     with pytest.raises(RunError, match="there is no such run"):
         mh.load("nothing", storage=tmp_path)
-    with pytest.raises(CheckpointError, match=r"step_9.9"):
-        mh.load(run, "step_9.9")
+    for name in ("step_9.9", 9):
+        with pytest.raises(
+            CheckpointError, match=rf"checkpoint {name}: .*no checkpoint of .*choose from step_00000007\.1"
+        ):
+            mh.load(run, name)
+    with pytest.raises(
+        RunError, match=r"^model no/folder: there is no such folder, and as a run: .*RUN@STEP, the folder"
+    ):
+        mh.load("no/folder", storage=tmp_path)
     [checkpoint] = committed_checkpoints(run.directory)
     with pytest.raises(CheckpointError, match="not a run with several"):
         mh.load(checkpoint, checkpoint.name)
     with pytest.raises(ServeError, match="device tpu: a model computes on a CPU or on a GPU"):
         mh.load(run, device="tpu")
     without_template = make_run(tmp_path, MODELS["dense"])
+    with pytest.raises(CheckpointError, match=f"it is of run {run.id}, not of run {without_template.id}"):
+        mh.load(mh.Run(without_template), run.checkpoints()[0])
     with mh.load(mh.Run(without_template)) as dense, pytest.raises(ServeError, match="it has no chat template"):
         dense.generate([{"role": "user", "content": "x"}])
 

@@ -3,12 +3,13 @@
 import os
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
 import mhmoe_ray as mh
 from mhmoe_ray.cluster import dashboard
-from mhmoe_ray.errors import ClusterError, JobError, RunError, SpecError
+from mhmoe_ray.errors import CheckpointError, ClusterError, JobError, RunError, SpecError
 from mhmoe_ray.runs import events, history, metrics
 from mhmoe_ray.runs.directory import Attempt, RunDir, add_attempt, create_run, mark_imported
 from mhmoe_ray.storage import remove_tree
@@ -40,6 +41,7 @@ def directory(tmp_path):
 def test_runs_are_found_by_id_prefix_and_path(tmp_path, directory, monkeypatch):
     run = mh.find_run(directory.id, tmp_path / "runs")
     assert run == mh.find_run("tiny", tmp_path / "runs") == mh.find_run(directory.path) == mh.Run(directory)
+    assert mh.find_run(run) == mh.find_run(Path(run)) == run
     assert (run.id, run.path, run.spec) == (directory.id, directory.path, tiny_spec(tmp_path))
     monkeypatch.setenv("MHMOE_STORAGE", str(tmp_path / "runs"))
     assert mh.list_runs() == [mh.find_run()] == [run]
@@ -64,9 +66,13 @@ def test_checkpoints_have_name_step_and_path(tmp_path):
     run = mh.Run(make_run(tmp_path, MIXTRAL))
     [checkpoint] = run.checkpoints()
     assert checkpoint == ("step_00000007.1", 7, run.path / "checkpoints" / "step_00000007.1")
-    exported = run.export(tmp_path / "out")
-    assert (exported.model_type, exported.checkpoint) == ("mixtral", checkpoint.name)
-    assert (tmp_path / "out" / "config.json").exists()
+    for name in (None, 7, checkpoint):
+        exported = run.export(tmp_path / f"out-{name}", name)
+        assert (exported.model_type, exported.checkpoint) == ("mixtral", checkpoint.name)
+    assert (tmp_path / "out-7" / "config.json").exists()
+    for function in (run.export, lambda *_, **names: run.evaluate(**names)):
+        with pytest.raises(CheckpointError, match=r"checkpoint 0: .*no checkpoint of this step; choose from step_0"):
+            function(tmp_path / "other", checkpoint=0)
 
 
 def test_an_imported_run_has_no_spec(tmp_path, directory):

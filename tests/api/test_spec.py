@@ -11,6 +11,7 @@ import mhmoe_ray as mh
 from mhmoe_ray.api.spec import override_list
 from mhmoe_ray.errors import SpecError
 from mhmoe_ray.spec import parse_overrides
+from tests.checkpoint.huggingface.conftest import MODELS, make_run
 
 TREE = {
     "name": "own",
@@ -46,6 +47,19 @@ def test_paths_may_be_path_objects(tmp_path):
     spec = mh.load_spec({**TREE, "data": data}, {"storage": tmp_path / "elsewhere"})
     assert spec.data.sources["web"].path == str(tmp_path / "raw")
     assert spec.storage == tmp_path / "elsewhere"
+
+
+def test_a_run_starts_from_a_run_or_a_checkpoint(tmp_path):
+    run = mh.Run(make_run(tmp_path, MODELS["dense"]))
+    [checkpoint] = run.checkpoints()
+    tree = {key: TREE[key] for key in ("name", "data")} | {
+        "train": {"steps": 5, "micro_batches": 1, "micro_batch_size": 1, "lr": 1e-3}
+    }
+    expected = mh.load_spec({**tree, "start": {"from": f"{run.path}@7"}})
+    assert list(expected.start.sources) == [str(checkpoint.path)]
+    for source in (run, checkpoint):
+        assert mh.load_spec({**tree, "start": {"from": source}}) == expected
+        assert mh.load_spec(tree, {"start.from": source}) == expected
 
 
 def test_numbers_of_numpy_are_numbers():
