@@ -12,7 +12,7 @@ from mhmoe_ray.api import attempts
 from mhmoe_ray.api.checkpoints import Checkpoint, CheckpointName, list_checkpoints, path_text, pick_checkpoint
 from mhmoe_ray.api.connection import check_training_data
 from mhmoe_ray.api.defaults import OnNote, Prior, default_storage, ignore_note
-from mhmoe_ray.api.evaluation import has_domain_experts, load_or_evaluate, make_request
+from mhmoe_ray.api.evaluation import Texts, has_domain_experts, load_or_evaluate, make_request
 from mhmoe_ray.api.logs import log_lines, without_colours
 from mhmoe_ray.api.spec import Overrides, override_list, require_spec
 from mhmoe_ray.cluster.connect import connect
@@ -272,13 +272,13 @@ class Run:
 
     def evaluate(
         self,
-        text: Sequence[str] = (),
+        text: Texts = (),
         *,
-        tasks: Sequence[str] = (),
+        tasks: str | Sequence[str] = (),
         checkpoint: CheckpointName | None = None,
         samples: int | None = None,
         overrides: Overrides = (),
-        task_folders: Sequence[str | PathLike[str]] = (),
+        task_folders: Texts = (),
         limit: int | None = None,
         gpus: int | None = None,
         prior: Prior | None = None,
@@ -289,11 +289,11 @@ class Run:
         """Return the quality of a checkpoint, by domain and language, on raw text or in lm-eval's tasks.
 
         With neither, it is that on the run's held-out text. A job on the cluster computes it, unless the run directory
-        holds the result already.
+        holds the result already. It is computed again if a file of the text has changed.
 
         Args:
-            text: folders, files or patterns of raw text.
-            tasks: names of lm-eval's tasks; `english` and `xnli` are the papers' lists.
+            text: folders, files or patterns of raw text, or one of them.
+            tasks: names of lm-eval's tasks, or one of them; `english` and `xnli` are the papers' lists.
             checkpoint: one of the run's checkpoints, its name or its step; None for the newest.
             samples: largest number of samples of each domain of the text; None for 512.
             overrides: data keys of a spec, by which the text is read.

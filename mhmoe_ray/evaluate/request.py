@@ -43,6 +43,9 @@ class EvalRequest(BaseModel):
     """Prepared folder whose held-out samples are evaluated; None evaluates none."""
     text: DataSpec | None
     """Raw text to evaluate instead of held-out samples; None evaluates none."""
+    text_version: str | None = None
+    """Hash that changes with the files of the text (`data.sources.version_hash`); None without text, and in requests of
+    earlier versions."""
     samples: int
     """Largest number of samples of each domain of raw text."""
     tasks: list[str]
@@ -66,12 +69,11 @@ class EvalRequest(BaseModel):
         """Name of the evaluation's file without its suffix: the checkpoint and a hash of the request.
 
         The hash leaves out the run directory, the batch size and the resources, so requests for the same figures have
-        the same key.
+        the same key. If a file of the text changes, the key does, too.
         """
         excluded_fields = {"run", "batch", "cpus", "gpus"}
-        # Evaluations of earlier versions had no priors, and are still found under their names.
-        if self.prior is None:
-            excluded_fields.add("prior")
+        # Evaluations of earlier versions had neither of these fields, and are still found under their names.
+        excluded_fields |= {name for name in ("prior", "text_version") if getattr(self, name) is None}
         question_fields = self.model_dump(mode="json", exclude=excluded_fields)
         return (
             f"{self.checkpoint}-{hashlib.sha256(json.dumps(question_fields, sort_keys=True).encode()).hexdigest()[:8]}"
