@@ -281,7 +281,7 @@ def find_run(name: str | None, storage: Location | str, *, with_job: bool = Fals
     reason = (
         f"it fits {', '.join(r.id for r in matching_runs)}" if matching_runs else f"there is no such run in {storage}"
     )
-    raise RunError(f"run {name}", reason, "see `mhmoe list`, or name another folder with --storage")
+    raise RunError(f"run {name}", reason, "see `mhmoe list`, or name the folder that holds it (storage, MHMOE_STORAGE)")
 
 
 @dataclass(frozen=True)

@@ -132,7 +132,7 @@ def read_config(folder: Path, seq_len: int | None) -> tuple[str, MhmoeSection]:
         raise CheckpointError(subject, f"{CONFIG}: {_error_text(e)}", "such a model cannot be imported") from e
     if seq_len is not None and seq_len > section.seq_len:
         reason = f"it is made for {section.seq_len} tokens at once"
-        raise CheckpointError(subject, reason, f"choose a --seq-len up to that, not {seq_len}")
+        raise CheckpointError(subject, reason, f"choose a sequence length up to that, not {seq_len}")
     return model_type, section if seq_len is None else section.model_copy(update={"seq_len": seq_len})
 
 

@@ -24,9 +24,9 @@ def open_input(path: str) -> SourceFile:
     try:
         files = storage.list_files().files
     except FileNotFoundError as e:
-        raise DataError(subject, "there is no such file", "correct --input") from e
+        raise DataError(subject, "there is no such file", "correct the path of the input") from e
     except OSError as e:
-        raise DataError(subject, short_message(e), "correct --input") from e
+        raise DataError(subject, short_message(e), "correct the path of the input") from e
     if len(files) != 1 or not name.endswith(files[0].path.rpartition("/")[2]):
         raise DataError(subject, "it is not a single file", "name one file of JSON lines or Parquet")
     for format_name in FORMATS:
