@@ -24,19 +24,26 @@ if TYPE_CHECKING:
     from mhmoe_ray.api.model import LoadedModel, load
     from mhmoe_ray.api.plan import plan
     from mhmoe_ray.api.run import Run, find_run, list_runs, submit
-    from mhmoe_ray.api.service import Service, find_service, serve
+    from mhmoe_ray.api.service import Service, ServiceUpdate, find_service, serve
     from mhmoe_ray.api.spec import load_spec
+    from mhmoe_ray.checkpoint.huggingface.config import ExportResult
     from mhmoe_ray.errors import MhmoeError
+    from mhmoe_ray.evaluate.request import Evaluation
+    from mhmoe_ray.serve.answer import AnswerPiece
     from mhmoe_ray.spec import RunSpec
 
 __all__ = [
     "Answer",
+    "AnswerPiece",
     "Checkpoint",
+    "Evaluation",
+    "ExportResult",
     "LoadedModel",
     "MhmoeError",
     "Run",
     "RunSpec",
     "Service",
+    "ServiceUpdate",
     "find_run",
     "find_service",
     "list_runs",
@@ -50,12 +57,16 @@ __version__ = "0.1.0"
 
 _MODULES = {
     "Answer": "mhmoe_ray.api.engine_thread",
+    "AnswerPiece": "mhmoe_ray.serve.answer",
     "Checkpoint": "mhmoe_ray.api.checkpoints",
+    "Evaluation": "mhmoe_ray.evaluate.request",
+    "ExportResult": "mhmoe_ray.checkpoint.huggingface.config",
     "LoadedModel": "mhmoe_ray.api.model",
     "MhmoeError": "mhmoe_ray.errors",
     "Run": "mhmoe_ray.api.run",
     "RunSpec": "mhmoe_ray.spec",
     "Service": "mhmoe_ray.api.service",
+    "ServiceUpdate": "mhmoe_ray.api.service",
     "find_run": "mhmoe_ray.api.run",
     "find_service": "mhmoe_ray.api.service",
     "list_runs": "mhmoe_ray.api.run",

@@ -1,8 +1,8 @@
 """Test that errors which programs get, too, do not speak of options of the command line.
 
-What is raised below `mhmoe_ray.cli` reaches the users of the Python interface, who have arguments in place of options. A
-whole command in backticks is allowed, because they can give it, too. Commands alone call the benchmarks and the
-rendering of files.
+Errors that are raised below `mhmoe_ray.cli` reach the users of the Python interface, who have arguments in place of
+options. A whole command in backticks is allowed, because they can give it, too. The benchmarks and the rendering of
+files have commands only.
 """
 
 import ast

@@ -6,7 +6,7 @@ from functools import cache
 from numbers import Integral
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mhmoe_ray.api import attempts
 from mhmoe_ray.api.checkpoints import Checkpoint, CheckpointName, list_checkpoints, path_text, pick_checkpoint
@@ -15,6 +15,7 @@ from mhmoe_ray.api.defaults import OnNote, Prior, default_storage, ignore_note
 from mhmoe_ray.api.evaluation import Texts, has_domain_experts, load_or_evaluate, make_request
 from mhmoe_ray.api.logs import log_lines, without_colours
 from mhmoe_ray.api.spec import Overrides, override_list, require_spec
+from mhmoe_ray.checkpoint.huggingface.config import ExportResult
 from mhmoe_ray.cluster.connect import connect
 from mhmoe_ray.cluster.runs import RunEvents, run_status, state_of
 from mhmoe_ray.errors import RunError, SpecError
@@ -25,9 +26,6 @@ from mhmoe_ray.runs.directory import RunDir, last_attempt
 from mhmoe_ray.runs.jsonl import Tail
 from mhmoe_ray.spec import RunSpec
 from mhmoe_ray.storage import Location, location, remove_tree
-
-if TYPE_CHECKING:
-    from mhmoe_ray.checkpoint.huggingface.export import ExportResult
 
 
 def submit(spec: RunSpec, address: str | None = None, on_note: OnNote = ignore_note) -> "Run":
@@ -147,9 +145,10 @@ class Run:
         return run_status(self._existing_directory)
 
     def metrics(self) -> list[dict[str, Any]]:
-        """Return the metrics of each step, as in metrics.jsonl: one line per step; of a repeated step only the newest.
+        """Return the metrics of each step so far, also while the run trains; of a repeated step only the newest.
 
-        `runs/metrics.py` describes the keys, such as `step`, `loss` and `val_loss`.
+        They are those of metrics.jsonl. The README of the Python interface has a table of the keys, such as `step`,
+        `loss` and `val_loss`.
         """
         return history.read(self._existing_directory)
 
@@ -187,7 +186,7 @@ class Run:
         Args:
             timeout: timeout in seconds; None for none.
             on_event: function that is called with each event of the newest attempt, from its submission on. The key
-                `event` of an event has its kind, `runs/events.py` lists them.
+                `event` of an event has its kind; the README of the Python interface has a table of the kinds.
             on_note: function that is called with a line if the cluster or the storage does not answer for now.
 
         Raises:
@@ -341,7 +340,7 @@ class Run:
 
     def export(
         self, folder: str | PathLike[str], checkpoint: CheckpointName | None = None, on_note: OnNote = ignore_note
-    ) -> "ExportResult":
+    ) -> ExportResult:
         """Write a checkpoint in Hugging Face's layout, which transformers, vLLM and lm-eval read.
 
         Args:

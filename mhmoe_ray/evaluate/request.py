@@ -9,7 +9,7 @@ from pydantic import BaseModel
 from mhmoe_ray.evaluate.score import Score
 from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.spec import DataSpec
-from mhmoe_ray.storage import Location, write_json
+from mhmoe_ray.storage import Location, location, write_json
 
 
 class RoutingCounts(BaseModel):
@@ -108,6 +108,18 @@ class Evaluation(BaseModel):
     """Counts of routes by domain; empty for a dense model."""
     tasks: dict[str, dict[str, Any]]
     """lm-eval's results by task: metrics and their standard errors."""
+
+    def __repr__(self) -> str:
+        parts = [repr(f"{location(self.request.run).name}/{self.request.checkpoint}")]
+        if self.domains:
+            score = self.total_score
+            perplexity = "inf" if score.perplexity is None else f"{score.perplexity:.4g}"
+            parts += [f"loss={score.loss:.4f}", f"perplexity={perplexity}"]
+        if self.tasks:
+            parts.append(f"tasks={self.tasks!r}")
+        return f"Evaluation({', '.join(parts)})"
+
+    __str__ = __repr__
 
     @property
     def total_score(self) -> Score:

@@ -111,3 +111,11 @@ def test_an_imported_run_needs_text_or_tasks(tmp_path):
     mark_imported(directory)
     with pytest.raises(RunError, match="it was imported and has no held-out text; name some text or tasks"):
         mh.Run(directory).evaluate()
+
+
+def test_an_evaluation_is_shown_by_its_figures(run, text):
+    evaluation = store_evaluation(run, make_request(run.directory, CHECKPOINT, text=text))
+    assert repr(evaluation) == str(evaluation) == f"Evaluation('{run.id}/{CHECKPOINT}', loss=2.0000, perplexity=7.389)"
+    tasks = {"rte": {"acc,none": 0.5}}
+    with_tasks = evaluation.model_copy(update={"domains": {}, "tasks": tasks})
+    assert str(with_tasks) == f"Evaluation('{run.id}/{CHECKPOINT}', tasks={tasks})"

@@ -11,7 +11,7 @@ Other tools ignore the section. If it describes another model than the keys, the
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pydantic import BaseModel, PositiveInt, ValidationError
 
@@ -34,6 +34,19 @@ AUTO_CLASSES = {
     "AutoModelForCausalLM": "modeling_mhmoe.MhmoeForCausalLM",
 }
 """Classes of an exported MH-MoE model by transformers' auto classes (`auto_map` in config.json)."""
+
+
+class ExportResult(NamedTuple):
+    """Result of an export."""
+
+    model_type: str
+    """Model type in config.json."""
+    tensors: int
+    """Number of exported tensors."""
+    bytes: int
+    """Number of bytes of the exported tensors."""
+    checkpoint: str
+    """Name of the checkpoint."""
 
 
 class MhmoeSection(BaseModel):

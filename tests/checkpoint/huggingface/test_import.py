@@ -187,7 +187,9 @@ def test_sliding_window_limits_the_sequence_length(tmp_path, mixtral_folder):
     edit_config(sliding_window=16)(mixtral_folder)
     run = import_folder(mixtral_folder, None, tmp_path / "runs", None)
     assert newest_checkpoint(run)[1].seq_len == 16
-    with pytest.raises(CheckpointError, match="made for 16 tokens at once; choose a sequence length up to that, not 17"):
+    with pytest.raises(
+        CheckpointError, match="made for 16 tokens at once; choose a sequence length up to that, not 17"
+    ):
         import_folder(mixtral_folder, None, tmp_path / "runs", 17)
 
 
