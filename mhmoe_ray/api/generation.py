@@ -6,7 +6,7 @@ from numbers import Integral, Real
 from typing import Any
 
 from mhmoe_ray.errors import ServeError
-from mhmoe_ray.serve.api.schema import parse_messages
+from mhmoe_ray.serving.api.schema import parse_messages
 
 Messages = Sequence[Mapping[str, str]]
 """Conversation: messages with a `role` and a `content`, up to where the assistant's next answer begins."""

@@ -40,7 +40,7 @@ from mhmoe_ray.data.chat.template import ChatTemplate, ChatTemplateError
 from mhmoe_ray.data.tokenizer import boundary_texts
 from mhmoe_ray.errors import ServeError
 from mhmoe_ray.runs.directory import RunDir
-from mhmoe_ray.serve.answer import (
+from mhmoe_ray.serving.answer import (
     Answerer,
     AnswerPiece,
     ModelDetails,
@@ -48,9 +48,9 @@ from mhmoe_ray.serve.answer import (
     check_length,
     load_chat_template,
 )
-from mhmoe_ray.serve.engine import EngineError, Request, SamplingParams
-from mhmoe_ray.serve.engine.request import derived_seed
-from mhmoe_ray.serve.load import check_router, token_limits
+from mhmoe_ray.serving.engine import EngineError, Request, SamplingParams
+from mhmoe_ray.serving.engine.request import derived_seed
+from mhmoe_ray.serving.load import check_router, token_limits
 from mhmoe_ray.spec import ModelSpec, ServeSpec
 from mhmoe_ray.storage import Location
 
@@ -465,7 +465,7 @@ def _answerer_builder(source: _ModelSource, device: Device, threads: int) -> Cal
     def build() -> Answerer:
         import torch
 
-        from mhmoe_ray.serve.engine.torch_engine import own_engine
+        from mhmoe_ray.serving.engine.torch_engine import own_engine
 
         # This limits the present thread, that of `EngineThread`. If it started OpenMP threads, they would slow down
         # those of the engine (see `TorchEngine`).

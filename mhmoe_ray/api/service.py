@@ -20,7 +20,7 @@ from mhmoe_ray.cluster.serving import Application
 from mhmoe_ray.errors import ServeError, StorageError
 from mhmoe_ray.runs import events
 from mhmoe_ray.runs.directory import RunDir
-from mhmoe_ray.serve.config import application_config
+from mhmoe_ray.serving.config import application_config
 from mhmoe_ray.spec import RunSpec
 from mhmoe_ray.storage import Location, location
 

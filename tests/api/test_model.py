@@ -13,13 +13,13 @@ from mhmoe_ray.checkpoint.load import load_model
 from mhmoe_ray.checkpoint.manifest import committed_checkpoints
 from mhmoe_ray.data.chat.template import BUILT_IN_TEMPLATE
 from mhmoe_ray.errors import CheckpointError, RunError, ServeError
-from mhmoe_ray.serve.engine import SamplingParams
-from mhmoe_ray.serve.engine.request import derived_seed
-from mhmoe_ray.serve.engine.sampler import Sampler
-from mhmoe_ray.serve.load import load_answerer
+from mhmoe_ray.serving.engine import SamplingParams
+from mhmoe_ray.serving.engine.request import derived_seed
+from mhmoe_ray.serving.engine.sampler import Sampler
+from mhmoe_ray.serving.load import load_answerer
 from mhmoe_ray.spec import MoESpec, ServeSpec
 from tests.checkpoint.huggingface.conftest import DENSE, MODELS, export_run, make_run
-from tests.serve.asking import answer_pieces
+from tests.serving.asking import answer_pieces
 from tests.watch import LIMIT, wait_until
 
 PROMPTS = ["the quick", "the dog sleeps", "", "over the hill and"]
