@@ -60,13 +60,13 @@ test-tools: .venv/installed-dev .venv-tools/installed
 	$(BIN)/python -m pytest -m system tests/checkpoint/huggingface/test_tools.py
 
 test-vllm: .venv-vllm/installed
-	.venv-vllm/bin/python -m pytest tests/serve/vllm
+	.venv-vllm/bin/python -m pytest tests/serving/vllm
 
 soak-train: .venv/installed-dev
 	$(BIN)/python -m pytest -m soak -s --timeout 3000 tests/faults
 
 soak-serve: .venv/installed-dev
-	$(BIN)/python -m pytest -m soak -s --timeout 7200 tests/serve
+	$(BIN)/python -m pytest -m soak -s --timeout 7200 tests/serving
 
 test-gpu: .venv/installed-dev
 	$(BIN)/python -m pytest -m gpu

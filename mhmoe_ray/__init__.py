@@ -13,7 +13,6 @@ first.
 """
 
 from importlib import import_module
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from mhmoe_ray.registration import register_with_transformers
@@ -24,19 +23,26 @@ if TYPE_CHECKING:
     from mhmoe_ray.api.model import LoadedModel, load
     from mhmoe_ray.api.plan import plan
     from mhmoe_ray.api.run import Run, find_run, list_runs, submit
-    from mhmoe_ray.api.service import Service, find_service, serve
+    from mhmoe_ray.api.service import Service, ServiceUpdate, find_service, serve
     from mhmoe_ray.api.spec import load_spec
+    from mhmoe_ray.checkpoint.huggingface.config import ExportResult
     from mhmoe_ray.errors import MhmoeError
+    from mhmoe_ray.evaluate.request import Evaluation
+    from mhmoe_ray.serving.answer import AnswerPiece
     from mhmoe_ray.spec import RunSpec
 
 __all__ = [
     "Answer",
+    "AnswerPiece",
     "Checkpoint",
+    "Evaluation",
+    "ExportResult",
     "LoadedModel",
     "MhmoeError",
     "Run",
     "RunSpec",
     "Service",
+    "ServiceUpdate",
     "find_run",
     "find_service",
     "list_runs",
@@ -50,22 +56,26 @@ __version__ = "0.1.0"
 
 _MODULES = {
     "Answer": "mhmoe_ray.api.engine_thread",
+    "AnswerPiece": "mhmoe_ray.serving.answer",
     "Checkpoint": "mhmoe_ray.api.checkpoints",
+    "Evaluation": "mhmoe_ray.evaluate.request",
+    "ExportResult": "mhmoe_ray.checkpoint.huggingface.config",
     "LoadedModel": "mhmoe_ray.api.model",
     "MhmoeError": "mhmoe_ray.errors",
     "Run": "mhmoe_ray.api.run",
     "RunSpec": "mhmoe_ray.spec",
     "Service": "mhmoe_ray.api.service",
+    "ServiceUpdate": "mhmoe_ray.api.service",
     "find_run": "mhmoe_ray.api.run",
     "find_service": "mhmoe_ray.api.service",
     "list_runs": "mhmoe_ray.api.run",
     "load": "mhmoe_ray.api.model",
     "load_spec": "mhmoe_ray.api.spec",
     "plan": "mhmoe_ray.api.plan",
+    "serve": "mhmoe_ray.api.service",
     "submit": "mhmoe_ray.api.run",
 }
-"""Module of each name of the interface, from which it is imported when it is used first. `serve` is also the name of a
-package, `_ServePackage`."""
+"""Module of each name of the interface, from which it is imported when it is used first."""
 
 
 def __getattr__(name: str) -> Any:
@@ -79,20 +89,4 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-class _ServePackage(ModuleType):
-    """Package `mhmoe_ray.serve`, which can be called like the function `serve` of the interface.
-
-    Python binds a package in its parent under its own name, so the function cannot have that place.
-    """
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return import_module("mhmoe_ray.api.service").serve(*args, **kwargs)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        # Programs send functions that use it to a cluster. Packages of their own class are not pickled by default.
-        return import_module, (self.__name__,)
-
-
-# The package has no content of its own but a docstring, so this import takes no time.
-import_module("mhmoe_ray.serve").__class__ = _ServePackage
 register_with_transformers()

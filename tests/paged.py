@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from mhmoe_ray.model.decoder import Decoder
-from mhmoe_ray.serve.engine.block_pool import count_blocks
-from mhmoe_ray.serve.engine.paged_cache import PagedCache, PagedChunk, PagedStep
+from mhmoe_ray.serving.engine.block_pool import count_blocks
+from mhmoe_ray.serving.engine.paged_cache import PagedCache, PagedChunk, PagedStep
 
 
 def logits_in_parts(model: Decoder, token_BT: Tensor, sizes: Sequence[int]) -> Tensor:

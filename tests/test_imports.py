@@ -11,9 +11,9 @@ JOBS_AND_ACTORS = (
     "mhmoe_ray.data.prepare.job",
     "mhmoe_ray.data.stream",
     "mhmoe_ray.evaluate.job",
-    "mhmoe_ray.serve.app",
-    "mhmoe_ray.serve.batch.job",
-    "mhmoe_ray.serve.batch.pipeline",
+    "mhmoe_ray.serving.app",
+    "mhmoe_ray.serving.batch.job",
+    "mhmoe_ray.serving.batch.pipeline",
     "mhmoe_ray.sweep.job",
     "mhmoe_ray.train.stream_start",
     "mhmoe_ray.train.watchdog",
@@ -26,7 +26,7 @@ READING_MODULES = (
     "mhmoe_ray.cli.routing",
 )
 SERVING_MODULES = (
-    "mhmoe_ray.serve.engine.torch_engine",
+    "mhmoe_ray.serving.engine.torch_engine",
     "mhmoe_ray.checkpoint.load",
     "mhmoe_ray.checkpoint.huggingface.export",
 )

@@ -48,4 +48,4 @@ def test_wheel_declares_the_command_and_the_vllm_plugin(wheel):
     [name] = [name for name in wheel.namelist() if name.endswith("entry_points.txt")]
     entry_points = wheel.read(name).decode()
     assert "mhmoe = mhmoe_ray.cli.app:main" in entry_points
-    assert "mhmoe = mhmoe_ray.serve.vllm.plugin:register" in entry_points
+    assert "mhmoe = mhmoe_ray.serving.vllm.plugin:register" in entry_points

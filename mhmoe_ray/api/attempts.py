@@ -123,11 +123,13 @@ def resume_run(
     for keys, _ in parse_overrides(overrides):
         if keys[0] != "cluster":
             reason = "a resumed run must go on exactly as it would have"
-            raise SpecError(f"override {'.'.join(keys)}", reason, "change only cluster keys, or submit a new run")
+            fix = "change only cluster keys, or submit a run that starts from this one (start.from)"
+            raise SpecError(f"override {'.'.join(keys)}", reason, fix)
     previous_attempt = last_attempt(run)
     run_outcome = final_outcome(run, force)
     if run_outcome.state == "finished" and steps is None:
-        raise RunError(f"run {run.id}", "it is finished", "give --until to train it longer")
+        fix = f"train it longer: `mhmoe resume {run_argument(run)} --until STEPS`"
+        raise RunError(f"run {run.id}", "it is finished", fix)
     spec = run.relocated_spec(load_resolved_spec(run.spec_file, overrides))
     if steps is not None:
         spec = _extended_spec(run, spec, steps, on_note)
@@ -142,7 +144,7 @@ def _extended_spec(run: RunDir, spec: RunSpec, steps: int, on_note: OnNote) -> R
     """
     train = spec.train
     if steps <= train.steps:
-        fix = "give --until a larger number; a run with fewer steps ends by `mhmoe stop`"
+        fix = "give a larger number; a run with fewer steps ends by `mhmoe stop`"
         raise RunError(f"run {run.id}", f"its spec has {train.steps:,} steps already", fix)
     if any(source.max_epochs is not None or source.max_epochs_of for source in spec.data.sources.values()):
         reason = "its sources have max_epochs, so the order of its samples depends on the number of steps"
@@ -194,7 +196,7 @@ def final_outcome(
             quiet_seconds = seconds_since_write(run)
             if not is_patient:
                 reason = f"its cluster does not answer ({e.reason}), but it wrote something {quiet_seconds:.0f} s ago"
-                fix = "make sure that no job of it runs any more, then wait, or use --force"
+                fix = "make sure that no job of it runs any more, then wait, or force it"
                 raise RunError(f"run {run.id}", reason, fix) from e
             on_note(f"waiting: its cluster does not answer, but it wrote something {quiet_seconds:.0f} s ago")
             time.sleep(max(0.0, QUIET_SECONDS - quiet_seconds))

@@ -1,10 +1,12 @@
 """Checkpoints of a run: choose one whose weights are intact, and find the model that a text names."""
 
-from os import PathLike
+from operator import index
+from os import PathLike, fspath
 from pathlib import Path
 from typing import NamedTuple
 
 from mhmoe_ray.api.defaults import OnNote, ignore_note
+from mhmoe_ray.checkpoint.find import find_checkpoint, find_run_or_checkpoint, no_checkpoint_error
 from mhmoe_ray.checkpoint.huggingface.config import CONFIG
 from mhmoe_ray.checkpoint.huggingface.hub import local_folder
 from mhmoe_ray.checkpoint.manifest import (
@@ -16,16 +18,29 @@ from mhmoe_ray.checkpoint.manifest import (
     step_and_group,
 )
 from mhmoe_ray.errors import CheckpointError
-from mhmoe_ray.runs.directory import RunDir, find_run
+from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.storage import Location, describe_files, location
 
 
 class Checkpoint(NamedTuple):
-    """A committed checkpoint of a run."""
+    """A committed checkpoint of a run. Where a path is asked for, it stands for that of its folder."""
 
     name: str
     step: int
     path: Location
+
+    def __fspath__(self) -> str:
+        return str(self.path)
+
+
+CheckpointName = str | int | Checkpoint
+"""Name of one of a run's checkpoints, such as step_00000200.1; or its step; or the checkpoint."""
+
+
+def path_text(path: str | PathLike[str] | Location) -> str:
+    """Return a path, or what stands for one, as a text."""
+    # A location on an object store is no path of this machine, so it does not have the protocol of paths.
+    return fspath(path) if isinstance(path, PathLike) else str(path)
 
 
 def list_checkpoints(run: RunDir) -> list[Checkpoint]:
@@ -34,13 +49,13 @@ def list_checkpoints(run: RunDir) -> list[Checkpoint]:
 
 
 def pick_checkpoint(
-    run: RunDir, name: str | None = None, *, verify_hashes: bool, on_note: OnNote = ignore_note
+    run: RunDir, checkpoint: CheckpointName | None = None, *, verify_hashes: bool, on_note: OnNote = ignore_note
 ) -> tuple[Location, CheckpointManifest]:
     """Return the path and the manifest of a run's checkpoint: the named one, else the newest intact one.
 
     Args:
         run: the run.
-        name: name of the checkpoint; None picks the newest.
+        checkpoint: the checkpoint, its name or its step; None picks the newest.
         verify_hashes: whether to read all weights and compare their hashes with the manifest. Otherwise only names and
             sizes of files are compared, and other damage shows when the checkpoint is loaded.
         on_note: function that is called with a warning for each newer checkpoint that is damaged and therefore skipped.
@@ -50,11 +65,17 @@ def pick_checkpoint(
     """
     # Only the weights of the checkpoint are used, so damage to other parts, such as optimizer states, is ignored.
     parts, describe = ("weights",), describe_files if verify_hashes else None
-    if name:
-        return run.checkpoints / name, read_manifest(run.checkpoints / name, parts, describe)
+    if isinstance(checkpoint, Checkpoint):
+        if checkpoint.path.parent.absolute() != run.checkpoints.absolute():
+            reason = f"it is of run {RunDir.of_checkpoint(checkpoint.path).id}, not of run {run.id}"
+            raise CheckpointError(f"checkpoint {checkpoint.name}", reason, "give one of the run's `checkpoints()`")
+        checkpoint = checkpoint.name
+    if checkpoint is not None:
+        path = find_checkpoint(run, checkpoint if isinstance(checkpoint, str) else index(checkpoint))
+        return path, read_manifest(path, parts, describe)
     newest = newest_checkpoint(run, parts, describe)
     if newest is None:
-        raise CheckpointError(f"run {run.id}", "it has no checkpoint yet", "wait for one, or train a run")
+        raise no_checkpoint_error(run)
     path, manifest, skipped = newest
     for error in skipped:
         on_note(f"warning: {error}")
@@ -65,14 +86,32 @@ def find_model_folder(model: str | PathLike[str], storage: Location | str) -> Lo
     """Return what a text names: the folder of a checkpoint, a folder in Hugging Face's layout, or else a run.
 
     Args:
-        model: path of a folder, hf:ORGANIZATION/NAME, or a run's id, the start of one, or its path.
+        model: path of a folder, hf:ORGANIZATION/NAME, RUN@STEP, or a run's id, the start of one, or its path.
         storage: folder that holds run directories.
 
     Raises:
         RunError: the text names none of them.
-        CheckpointError: the hub has no such model or cannot be reached, or this package does not compute the model.
+        CheckpointError: the hub has no such model or cannot be reached, this package does not compute the model, or
+            the run has no checkpoint of the step.
     """
-    folder: Location = local_folder(str(model)) if "://" not in str(model) else location(str(model))
+    name = path_text(model)
+    folder: Location = local_folder(name) if "://" not in name else location(name)
     if (isinstance(folder, Path) and (folder / CONFIG).is_file()) or (folder / MANIFEST).is_file():
         return folder
-    return find_run(str(model), storage)
+    return find_run_or_checkpoint(name, storage, f"model {name}")
+
+
+def refuse_checkpoint(checkpoint: CheckpointName | None, model: str) -> None:
+    """Raise an error if a checkpoint is named in addition to a model that has only one.
+
+    Args:
+        checkpoint: the name of the checkpoint, if there is one.
+        model: the model, as the user names it.
+
+    Raises:
+        CheckpointError: a checkpoint is named.
+    """
+    if checkpoint is not None:
+        name = checkpoint.name if isinstance(checkpoint, Checkpoint) else checkpoint
+        reason = f"{model} is one model, not a run with several"
+        raise CheckpointError(f"checkpoint {name}", reason, "leave out the name of the checkpoint")

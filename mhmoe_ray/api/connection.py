@@ -75,7 +75,7 @@ class WorkerDemand(NamedTuple):
             spec.worker_counts[0],
             cluster.cpus_per_worker,
             cluster.gpus_per_worker,
-            f"{change}name a larger cluster with --address",
+            f"{change}name a larger cluster",
             "the run waits until nodes join, and `mhmoe status` shows it",
         )
 

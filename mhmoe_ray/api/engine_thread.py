@@ -8,8 +8,8 @@ from queue import SimpleQueue
 from threading import Thread, current_thread, main_thread
 from typing import Any, NamedTuple, TypeVar
 
-from mhmoe_ray.serve.answer import Answerer, AnswerPiece, join_pieces
-from mhmoe_ray.serve.engine import EngineError, FinishReason, Request
+from mhmoe_ray.serving.answer import Answerer, AnswerPiece, join_pieces
+from mhmoe_ray.serving.engine import EngineError, FinishReason, Request
 
 T = TypeVar("T")
 CONCURRENCY = 16

@@ -1,21 +1,23 @@
 """Evaluation of a run's checkpoint as a job on a cluster, unless the run directory holds the evaluation already."""
 
 from collections.abc import Callable, Sequence
-from os import PathLike
+from os import PathLike, fspath
 from pathlib import Path
 
 from mhmoe_ray.api.connection import connect_to_cluster
 from mhmoe_ray.api.defaults import EVALUATION_SAMPLES, OnNote, Prior, ignore_note
 from mhmoe_ray.cluster import remote
 from mhmoe_ray.cluster.remote import SubmittedJob
-from mhmoe_ray.errors import RunError
+from mhmoe_ray.errors import DataError, RunError
 from mhmoe_ray.evaluate.job import EvalJob
 from mhmoe_ray.evaluate.request import EvalRequest, Evaluation, load_evaluation
 from mhmoe_ray.runs.directory import RunDir
-from mhmoe_ray.spec import ClusterSpec, ModelSpec
+from mhmoe_ray.spec import ClusterSpec, DataSpec, ModelSpec
 from mhmoe_ray.spec.raw_text import raw_text_sections
 
 EvaluationJob = SubmittedJob[Evaluation]
+Texts = str | PathLike[str] | Sequence[str | PathLike[str]]
+"""Paths, names or patterns, or one of them."""
 
 
 def has_domain_experts(model: ModelSpec) -> bool:
@@ -27,11 +29,11 @@ def make_request(
     run: RunDir,
     checkpoint: str,
     *,
-    text: Sequence[str] = (),
+    text: Texts = (),
     overrides: Sequence[str] = (),
     samples: int | None = None,
-    tasks: Sequence[str] = (),
-    task_folders: Sequence[str | PathLike[str]] = (),
+    tasks: str | Sequence[str] = (),
+    task_folders: Texts = (),
     limit: int | None = None,
     gpus: int | None = None,
     prior: Prior | None = None,
@@ -43,10 +45,10 @@ def make_request(
     Args:
         run: the run.
         checkpoint: name of the checkpoint.
-        text: folders, files or patterns of raw text; empty for none.
+        text: folders, files or patterns of raw text, or one of them; empty for none.
         overrides: overrides of data keys, by which the text is read.
         samples: largest number of samples of each domain of the text; None for the default.
-        tasks: names of lm-eval's tasks; empty for none.
+        tasks: names of lm-eval's tasks, or one of them; empty for none.
         task_folders: folders of the user's own tasks.
         limit: largest number of questions of each task; None for all.
         gpus: number of GPUs; None for as many as a worker of the training had.
@@ -54,7 +56,9 @@ def make_request(
 
     Raises:
         SpecError: an override is wrong.
+        DataError: there is no such text.
     """
+    text_data = raw_text_sections(_text_list(text), overrides)[0] if text else None
     # An imported run has neither a spec nor held-out samples, so defaults replace the spec.
     spec = None if run.is_imported else run.spec()
     cluster = spec.cluster if spec else ClusterSpec()
@@ -63,10 +67,11 @@ def make_request(
         run=str(run.path),
         checkpoint=checkpoint,
         prepared=str(spec.data.prepared) if spec and held_out else None,
-        text=raw_text_sections(text, overrides)[0] if text else None,
+        text=text_data,
+        text_version=_text_version(text_data) if text_data else None,
         samples=(samples or EVALUATION_SAMPLES) if text else 0,
-        tasks=list(tasks),
-        task_folders=[str(Path(folder).absolute()) for folder in task_folders],
+        tasks=_text_list(tasks),
+        task_folders=[str(Path(folder).absolute()) for folder in _text_list(task_folders)],
         limit=limit,
         batch=spec.train.micro_batch_size if spec else 1,
         half=spec is not None and spec.train.precision == "bfloat16",
@@ -74,6 +79,26 @@ def make_request(
         gpus=cluster.gpus_per_worker if gpus is None else gpus,
         prior=prior,
     )
+
+
+def _text_list(texts: Texts) -> list[str]:
+    """Return paths or names as a list of texts; a single one is a list of one."""
+    return [fspath(text) for text in ([texts] if isinstance(texts, str | PathLike) else texts)]
+
+
+def _text_version(data: DataSpec) -> str:
+    """Return a hash that changes with the files of raw text.
+
+    Raises:
+        DataError: there is no such text, or it cannot be read.
+    """
+    # The module imports pyarrow, which evaluations without raw text do not need here.
+    from mhmoe_ray.data.sources import find_files, version_hash
+
+    try:
+        return version_hash(data, find_files(data))
+    except OSError as e:
+        raise DataError(f"text {', '.join(data.sources)}", e.strerror or str(e), "correct its path") from e
 
 
 def load_or_evaluate(
@@ -102,10 +127,10 @@ def load_or_evaluate(
         MhmoeError: the job failed; this is the error that it logged.
     """
     if not request.description:
-        raise RunError(f"run {run.id}", "it was imported and has no held-out text", "give --text or --tasks")
+        raise RunError(f"run {run.id}", "it was imported and has no held-out text", "name some text or tasks")
     # The same request gives the same result, so a stored evaluation is used if there is one.
     if not recompute and (stored_evaluation := load_evaluation(run, request)):
-        on_note(f"it was evaluated before, in {run.evaluations}; --again evaluates it again")
+        on_note(f"it was evaluated before, in {run.evaluations}; `mhmoe eval --again` or recompute=True repeats it")
         return stored_evaluation
     # This call raises an error if the prepared data is missing, before a cluster is started to read the data.
     if request.prepared:

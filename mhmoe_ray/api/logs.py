@@ -108,7 +108,9 @@ def _worker_entry(run: RunDir, rank: int) -> dict[str, Any]:
     """
     started_event = events.newest_event(events.read(run), "started")
     if started_event is None:
-        raise RunError(f"run {run.id}", "its workers have not started yet", "see `mhmoe logs` without --rank")
+        raise RunError(
+            f"run {run.id}", "its workers have not started yet", f"see the log of its job: `mhmoe logs {run.id}`"
+        )
     worker = next((w for w in started_event["workers"] if w["rank"] == rank), None)
     if worker is None:
         reason = f"it has ranks 0 to {len(started_event['workers']) - 1}"

@@ -2,9 +2,8 @@
 
 import os
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from math import inf
 from pathlib import Path
 from threading import Lock
 from types import TracebackType
@@ -12,17 +11,36 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self, overload
 
 from tokenizers import Tokenizer
 
-from mhmoe_ray.api.checkpoints import find_model_folder, pick_checkpoint
+from mhmoe_ray.api.checkpoints import (
+    Checkpoint,
+    CheckpointName,
+    find_model_folder,
+    path_text,
+    pick_checkpoint,
+    refuse_checkpoint,
+)
 from mhmoe_ray.api.defaults import OnNote, default_storage, ignore_note
 from mhmoe_ray.api.engine_thread import CONCURRENCY, Answer, EngineThread, close_abandoned_engine
+from mhmoe_ray.api.generation import (
+    Messages,
+    Prompt,
+    TokenIds,
+    are_token_ids,
+    checked_messages,
+    checked_sampling,
+    checked_text,
+    prompt_elements,
+    split_prompts,
+    stop_texts,
+)
 from mhmoe_ray.api.run import Run
 from mhmoe_ray.checkpoint.manifest import CheckpointManifest, is_committed, read_manifest
 from mhmoe_ray.checkpoint.tokenizer import load_run_tokenizer
 from mhmoe_ray.data.chat.template import ChatTemplate, ChatTemplateError
 from mhmoe_ray.data.tokenizer import boundary_texts
-from mhmoe_ray.errors import CheckpointError, ServeError
+from mhmoe_ray.errors import ServeError
 from mhmoe_ray.runs.directory import RunDir
-from mhmoe_ray.serve.answer import (
+from mhmoe_ray.serving.answer import (
     Answerer,
     AnswerPiece,
     ModelDetails,
@@ -30,9 +48,9 @@ from mhmoe_ray.serve.answer import (
     check_length,
     load_chat_template,
 )
-from mhmoe_ray.serve.engine import EngineError, Request, SamplingParams
-from mhmoe_ray.serve.engine.request import derived_seed
-from mhmoe_ray.serve.load import check_router, token_limits
+from mhmoe_ray.serving.engine import EngineError, Request, SamplingParams
+from mhmoe_ray.serving.engine.request import derived_seed
+from mhmoe_ray.serving.load import check_router, token_limits
 from mhmoe_ray.spec import ModelSpec, ServeSpec
 from mhmoe_ray.storage import Location
 
@@ -42,15 +60,14 @@ if TYPE_CHECKING:
     from mhmoe_ray.model.decoder import Decoder
 
 Device = Literal["cpu", "cuda"]
-Messages = Sequence[Mapping[str, str]]
-"""Conversation: messages with a `role` and a `content`, up to where the assistant's next answer begins."""
 
 
 def load(
-    model: Run | str | os.PathLike[str],
-    checkpoint: str | None = None,
+    model: Run | Checkpoint | str | os.PathLike[str],
+    checkpoint: CheckpointName | None = None,
     device: Device = "cpu",
     *,
+    threads: int | None = None,
     storage: str | os.PathLike[str] | None = None,
     on_note: OnNote = ignore_note,
 ) -> "LoadedModel":
@@ -59,10 +76,11 @@ def load(
     Its weights are loaded when they are needed first.
 
     Args:
-        model: a run, its id, the start of one, or its path; the folder of a checkpoint; a folder in Hugging Face's
-            layout; or hf:ORGANIZATION/NAME.
-        checkpoint: name of one of the run's checkpoints; None for the newest.
+        model: a run, its id, the start of one, or its path; RUN@STEP; a checkpoint or its folder; a folder in Hugging
+            Face's layout; or hf:ORGANIZATION/NAME.
+        checkpoint: one of the run's checkpoints, its name or its step; None for the newest.
         device: device to compute on.
+        threads: number of threads that generate on a CPU; None for torch's own number.
         storage: folder that holds run directories; by default MHMOE_STORAGE, else `runs`.
         on_note: function that is called with a warning for each newer checkpoint that is damaged and therefore skipped.
 
@@ -71,21 +89,15 @@ def load(
         DataError: the tokenizer is missing or does not fit the model.
         ServeError: the chat template is invalid, or there is no such device.
     """
-    folder: Location | RunDir
-    if isinstance(model, Run):
-        folder = model.directory
-    else:
-        folder = find_model_folder(model, default_storage() if storage is None else str(storage))
+    folder = find_model_folder(model, default_storage() if storage is None else path_text(storage))
     if isinstance(folder, RunDir):
         path, manifest = pick_checkpoint(folder, checkpoint, verify_hashes=True, on_note=on_note)
-        return load_checkpoint(path, manifest, device)
-    if checkpoint is not None:
-        reason = f"{model} is one model, not a run with several"
-        raise CheckpointError(f"checkpoint {checkpoint}", reason, "leave out the name of the checkpoint")
+        return load_checkpoint(path, manifest, device, threads)
+    refuse_checkpoint(checkpoint, path_text(model))
     if is_committed(folder):
         path = folder.absolute()
-        return load_checkpoint(path, read_manifest(path, parts=("weights",)), device)
-    return LoadedModel(_folder_source(Path(str(folder))), device)
+        return load_checkpoint(path, read_manifest(path, parts=("weights",)), device, threads)
+    return LoadedModel(_folder_source(Path(str(folder))), device, threads)
 
 
 def load_checkpoint(
@@ -209,26 +221,35 @@ class LoadedModel:
         """Tokenizer of the model. `encode` is for prompts: it adds the token that starts a document where needed."""
         return self._source.encoder.tokenizer
 
-    def encode(self, prompt: str | Messages) -> list[int]:
-        """Return the token ids of a text or of a conversation as the model reads them.
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Return the token ids of a prompt as the model reads them.
 
         Args:
-            prompt: the text, or the messages.
+            prompt: a text; a conversation, as a list of messages; or token ids, which stay as they are.
 
         Raises:
-            ServeError: the model has no chat template, or the template does not accept these messages.
+            ServeError: the model has no chat template, or the template does not accept these messages; a message lacks
+                a role or a content; an id is no token.
         """
         if isinstance(prompt, str):
-            return self._source.encoder.encode(prompt)
+            return self._source.encoder.encode(checked_text(prompt))
+        elements = prompt_elements(prompt)
+        if are_token_ids(elements):
+            ids = [int(token) for token in elements]
+            if min(ids) < 0 or max(ids) >= self.spec.vocab_size:
+                reason = f"it has other token ids than those of the model, 0 to {self.spec.vocab_size - 1}"
+                raise ServeError("the prompt", reason, "give tokens of the model")
+            return ids
+        messages = checked_messages(elements)
         if self._source.template is None:
             reason = "it has no chat template, so it cannot answer conversations"
             raise ServeError("the model", reason, "give a text")
-        return self._source.encoder.encode_chat(self._source.template, [dict(message) for message in prompt])
+        return self._source.encoder.encode_chat(self._source.template, messages)
 
     @overload
     def generate(
         self,
-        prompt: str | Messages,
+        prompt: Prompt,
         *,
         max_tokens: int = ...,
         temperature: float = ...,
@@ -236,13 +257,13 @@ class LoadedModel:
         top_k: int = ...,
         min_p: float = ...,
         seed: int | None = ...,
-        stop: Sequence[str] = ...,
+        stop: str | Sequence[str] = ...,
     ) -> Answer: ...
 
     @overload
     def generate(
         self,
-        prompt: list[str] | Sequence[Messages],
+        prompt: list[str] | Sequence[Messages] | Sequence[TokenIds],
         *,
         max_tokens: int = ...,
         temperature: float = ...,
@@ -250,12 +271,12 @@ class LoadedModel:
         top_k: int = ...,
         min_p: float = ...,
         seed: int | None = ...,
-        stop: Sequence[str] = ...,
+        stop: str | Sequence[str] = ...,
     ) -> list[Answer]: ...
 
     def generate(
         self,
-        prompt: str | Messages | list[str] | Sequence[Messages],
+        prompt: Prompt | Sequence[Prompt],
         *,
         max_tokens: int = 128,
         temperature: float = 1.0,
@@ -263,7 +284,7 @@ class LoadedModel:
         top_k: int = 0,
         min_p: float = 0.0,
         seed: int | None = None,
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] = (),
     ) -> Answer | list[Answer]:
         """Return the answer to a prompt, or the answers to a list of prompts, which are computed together.
 
@@ -271,30 +292,31 @@ class LoadedModel:
 
         Args:
             prompt: a text to continue; a conversation, as a list of messages like {"role": "user", "content": "..."};
-                or a list of texts or of conversations.
-            max_tokens: largest number of tokens of an answer.
+                token ids, which get no token before them; or a list of such prompts.
+            max_tokens: largest number of tokens of an answer. An answer ends at `seq_len` tokens of prompt and answer
+                together in any case; both limits give the finish reason "length".
             temperature: temperature; 0 takes the most likely token each time.
             top_p: total probability of the smallest set of most likely tokens to draw from.
             top_k: number of most likely tokens to draw from; 0 draws from all.
             min_p: smallest probability of a token to draw from, as a share of the most likely token's.
             seed: equal seeds give equal answers; each prompt of a list has a seed of its own. None chooses one.
-            stop: texts that end an answer and are not part of it.
+            stop: text that ends an answer and is not part of it, or a list of such texts.
 
         Raises:
             ServeError: a prompt does not fit, a parameter is out of its range, the model cannot generate text or has no
                 chat template, or the engine failed.
         """
-        is_single = isinstance(prompt, str) or (len(prompt) > 0 and isinstance(prompt[0], Mapping))
-        prompts: list[Any] = [prompt] if is_single else list(prompt)
-        sampling = _checked_sampling(max_tokens, temperature, top_p, top_k, min_p)
-        requests = [self._request(item, sampling, seed, index) for index, item in enumerate(prompts)]
-        with _report_engine_errors():
-            answers = self._start_engine().answer_all(requests, stop)
+        prompts, is_single = split_prompts(prompt)
+        sampling = checked_sampling(max_tokens, temperature, top_p, top_k, min_p, seed)
+        stop_strings = stop_texts(stop)
+        requests = [self._request(item, sampling, index) for index, item in enumerate(prompts)]
+        with self._report_engine_errors():
+            answers = self._start_engine().answer_all(requests, stop_strings)
         return answers[0] if is_single else answers
 
     def stream(
         self,
-        prompt: str | Messages,
+        prompt: Prompt,
         *,
         max_tokens: int = 128,
         temperature: float = 1.0,
@@ -302,7 +324,7 @@ class LoadedModel:
         top_k: int = 0,
         min_p: float = 0.0,
         seed: int | None = None,
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] = (),
     ) -> Iterator[AnswerPiece]:
         """Return the pieces of the answer to a prompt, each as soon as it is generated; for arguments see `generate`.
 
@@ -311,21 +333,20 @@ class LoadedModel:
         Raises:
             ServeError: as in `generate`; a failure of the engine is raised when the next piece is asked for.
         """
-        sampling = _checked_sampling(max_tokens, temperature, top_p, top_k, min_p)
-        return self._pieces(self._request(prompt, sampling, seed, 0), stop)
+        sampling = checked_sampling(max_tokens, temperature, top_p, top_k, min_p, seed)
+        return self._pieces(self._request(prompt, sampling, 0), stop_texts(stop))
 
     def _pieces(self, request: Request, stop_strings: Sequence[str]) -> Iterator[AnswerPiece]:
         """Yield the pieces of the answer to a request. The generator keeps the model, and so its engine, alive."""
-        with _report_engine_errors():
+        with self._report_engine_errors():
             yield from self._start_engine().pieces(request, stop_strings)
 
-    def _request(self, prompt: str | Messages, sampling: dict[str, Any], seed: int | None, index: int) -> Request:
+    def _request(self, prompt: Prompt, sampling: dict[str, Any], index: int) -> Request:
         """Return the request for an answer.
 
         Args:
             prompt: the prompt.
-            sampling: fields of the sampling parameters.
-            seed: seed of the answer with index 0.
+            sampling: fields of the sampling parameters, with the seed of the answer with index 0.
             index: index of the answer.
 
         Raises:
@@ -334,9 +355,10 @@ class LoadedModel:
         check_router(self.spec)
         ids = self.encode(prompt)
         check_length(ids, has_answer=True, seq_len=self.seq_len)
-        return Request(tuple(ids), SamplingParams(**sampling, seed=derived_seed(seed, index)))
+        seed = derived_seed(sampling["seed"], index)
+        return Request(tuple(ids), SamplingParams(**{**sampling, "seed": seed}))
 
-    def logits(self, text: str | Sequence[int], domain: str | None = None) -> "Tensor":
+    def logits(self, text: str | TokenIds, domain: str | None = None) -> "Tensor":
         """Return the logits of the token after each token of a text, as the model computes them in float32.
 
         Args:
@@ -353,10 +375,9 @@ class LoadedModel:
         """
         import torch
 
-        ids = self.encode(text) if isinstance(text, str) else [int(token) for token in text]
-        if not ids or min(ids) < 0 or max(ids) >= self.spec.vocab_size:
-            reason = f"it has no tokens, or others than 0 to {self.spec.vocab_size - 1}"
-            raise ServeError("the text", reason, "give at least one token of the model")
+        if not isinstance(text, str) and not are_token_ids(prompt_elements(text)):
+            raise ServeError("the prompt", "it is neither a text nor token ids", "`encode` a conversation first")
+        ids = self.encode(text)
         check_length(ids, has_answer=False, seq_len=self.seq_len)
         expert = _expert_of(self.spec, domain)
         decoder = self._load_decoder()
@@ -391,6 +412,19 @@ class LoadedModel:
         """Raise ServeError if the model is closed."""
         if self._is_closed:
             raise ServeError(f"model {self.name}", "it is closed", "load it again")
+
+    @contextmanager
+    def _report_engine_errors(self) -> Iterator[None]:
+        """Context manager that turns an error of the engine into one for the user.
+
+        Raises:
+            ServeError: the engine failed, or the model was closed meanwhile.
+        """
+        try:
+            yield
+        except EngineError as e:
+            self._require_open()
+            raise ServeError("the engine", str(e), "try another checkpoint, or compute on the CPU") from e
 
     def _load_decoder(self) -> "Decoder":
         """Return the model's decoder, which is loaded at the first call."""
@@ -431,7 +465,7 @@ def _answerer_builder(source: _ModelSource, device: Device, threads: int) -> Cal
     def build() -> Answerer:
         import torch
 
-        from mhmoe_ray.serve.engine.torch_engine import own_engine
+        from mhmoe_ray.serving.engine.torch_engine import own_engine
 
         # This limits the present thread, that of `EngineThread`. If it started OpenMP threads, they would slow down
         # those of the engine (see `TorchEngine`).
@@ -451,37 +485,6 @@ def _answerer_builder(source: _ModelSource, device: Device, threads: int) -> Cal
         return Answerer(engine, tokenizer, source.template, details, source.encoder.adds_start)
 
     return build
-
-
-@contextmanager
-def _report_engine_errors() -> Iterator[None]:
-    """Context manager that turns an error of an engine into one for the user.
-
-    Raises:
-        ServeError: the engine failed.
-    """
-    try:
-        yield
-    except EngineError as e:
-        raise ServeError("the engine", str(e), "try another checkpoint, or compute on the CPU") from e
-
-
-def _checked_sampling(max_tokens: int, temperature: float, top_p: float, top_k: int, min_p: float) -> dict[str, Any]:
-    """Return these fields of `SamplingParams` by name, after checking their ranges.
-
-    Raises:
-        ServeError: one is out of its range.
-    """
-    for name, value, is_valid, expected_range in (
-        ("max_tokens", max_tokens, max_tokens >= 1, "at least 1"),
-        ("temperature", temperature, 0 <= temperature < inf, "0 or more"),
-        ("top_p", top_p, 0 < top_p <= 1, "more than 0 and at most 1"),
-        ("top_k", top_k, top_k >= 0, "0 or more"),
-        ("min_p", min_p, 0 <= min_p <= 1, "0 to 1"),
-    ):
-        if not is_valid:
-            raise ServeError(name, f"it is {value}", f"give {expected_range}")
-    return {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p}
 
 
 def _expert_of(model: ModelSpec, domain: str | None) -> int | None:

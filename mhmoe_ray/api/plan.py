@@ -4,6 +4,7 @@ from typing import Any
 
 from mhmoe_ray.api.defaults import OnNote, ignore_note
 from mhmoe_ray.api.placement import Placement, forecast_placement, planned_placement, spec_for_layout
+from mhmoe_ray.api.spec import require_spec
 from mhmoe_ray.checkpoint.start.record import plan_start
 from mhmoe_ray.data.chat.template import check_template
 from mhmoe_ray.data.shards.manifest import check_recipe, read_data_manifest
@@ -45,8 +46,9 @@ def plan(
         A JSON object. Its key `warnings` has the problems with the data that would end the run before its first step.
 
     Raises:
-        SpecError: the cluster on paper is incomplete, or the run cannot have as many workers.
+        SpecError: it is no spec, the cluster on paper is incomplete, or the run cannot have as many workers.
     """
+    require_spec(spec)
     if nodes is None and gpus is None:
         placement = forecast_placement(spec, address, on_note)
         return plan_figures(spec, placement, data_warnings(spec), is_on_paper=False)

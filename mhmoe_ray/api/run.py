@@ -3,18 +3,20 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
+from numbers import Integral
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mhmoe_ray.api import attempts
-from mhmoe_ray.api.checkpoints import Checkpoint, list_checkpoints, pick_checkpoint
+from mhmoe_ray.api.checkpoints import Checkpoint, CheckpointName, list_checkpoints, path_text, pick_checkpoint
 from mhmoe_ray.api.connection import check_training_data
 from mhmoe_ray.api.defaults import OnNote, Prior, default_storage, ignore_note
-from mhmoe_ray.api.evaluation import has_domain_experts, load_or_evaluate, make_request
+from mhmoe_ray.api.evaluation import Texts, has_domain_experts, load_or_evaluate, make_request
 from mhmoe_ray.api.logs import log_lines, without_colours
-from mhmoe_ray.api.spec import Overrides, override_list
-from mhmoe_ray.cluster.connect import Connection, connect
+from mhmoe_ray.api.spec import Overrides, override_list, require_spec
+from mhmoe_ray.checkpoint.huggingface.config import ExportResult
+from mhmoe_ray.cluster.connect import connect
 from mhmoe_ray.cluster.runs import RunEvents, run_status, state_of
 from mhmoe_ray.errors import RunError, SpecError
 from mhmoe_ray.evaluate.request import Evaluation
@@ -24,9 +26,6 @@ from mhmoe_ray.runs.directory import RunDir, last_attempt
 from mhmoe_ray.runs.jsonl import Tail
 from mhmoe_ray.spec import RunSpec
 from mhmoe_ray.storage import Location, location, remove_tree
-
-if TYPE_CHECKING:
-    from mhmoe_ray.checkpoint.huggingface.export import ExportResult
 
 
 def submit(spec: RunSpec, address: str | None = None, on_note: OnNote = ignore_note) -> "Run":
@@ -43,25 +42,27 @@ def submit(spec: RunSpec, address: str | None = None, on_note: OnNote = ignore_n
     Raises:
         DataError: text is missing, or the prepared data does not fit the spec.
         ClusterError: the cluster cannot be started or reached, or can never hold the run.
-        SpecError: the nodes cannot be expected to see the run's storage and data, or the storage cannot be written.
+        SpecError: it is no spec, the nodes cannot be expected to see the run's storage and data, or the storage cannot
+            be written.
         JobError: the cluster does not accept the job.
     """
+    require_spec(spec)
     check_training_data(spec)
     return Run(attempts.start_run(spec, address, on_note)[0])
 
 
-def find_run(name: str | PathLike[str] | None = None, storage: str | PathLike[str] | None = None) -> "Run":
+def find_run(name: "Run | str | PathLike[str] | None" = None, storage: str | PathLike[str] | None = None) -> "Run":
     """Return a run by its id, the start of one, or its path; without a name, the newest run.
 
     Args:
-        name: the run; None for the newest one that was trained here.
+        name: id, start of an id, or path; or a run, which is returned; None for the newest one that was trained here.
         storage: folder that holds run directories, a path or s3://, gs://; by default MHMOE_STORAGE, else `runs`.
 
     Raises:
         RunError: there is no such run, or the name fits several.
         StorageError: the storage cannot be read.
     """
-    return Run(run_directory.find_run(None if name is None else str(name), _storage(storage), with_job=True))
+    return Run(run_directory.find_run(None if name is None else path_text(name), _storage(storage), with_job=True))
 
 
 def list_runs(storage: str | PathLike[str] | None = None) -> list["Run"]:
@@ -77,14 +78,24 @@ def list_runs(storage: str | PathLike[str] | None = None) -> list["Run"]:
 
 
 def _storage(storage: str | PathLike[str] | None) -> Location:
-    return location(default_storage() if storage is None else str(storage))
+    return location(default_storage() if storage is None else path_text(storage))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Run:
-    """A run. All that it is stands in its directory, so another process may have its handle too."""
+    """A run. All that it is stands in its directory, so another process may have its handle too.
+
+    Where a path is asked for, a run stands for that of its directory. Once it is removed, all that reads or changes it
+    raises a RunError.
+    """
 
     directory: RunDir
+
+    def __repr__(self) -> str:
+        return f"Run({self.id!r})"
+
+    def __fspath__(self) -> str:
+        return str(self.path)
 
     @property
     def id(self) -> str:
@@ -97,16 +108,27 @@ class Run:
         return self.directory.path
 
     @property
+    def _existing_directory(self) -> RunDir:
+        """The run directory, after checking that the run was not removed.
+
+        Raises:
+            RunError: it was removed.
+        """
+        self.directory.require_existing()
+        return self.directory
+
+    @property
     def spec(self) -> RunSpec:
         """Complete spec of the run.
 
         Raises:
             RunError: the run was imported, so it has no spec.
         """
-        if self.directory.is_imported:
+        directory = self._existing_directory
+        if directory.is_imported:
             reason = "it was imported, not trained here, so it has no spec"
             raise RunError(f"run {self.id}", reason, "see `mhmoe_ray.load(run).spec` for its model")
-        return self.directory.spec()
+        return directory.spec()
 
     @property
     def state(self) -> str:
@@ -115,22 +137,24 @@ class Run:
         It is submitted, preparing, waiting, running, finished, stopped, failed or imported; or unknown if the cluster
         does not answer.
         """
-        return state_of(self.directory, events.read(self.directory))[0]
+        directory = self._existing_directory
+        return state_of(directory, events.read(directory))[0]
 
     def status(self) -> dict[str, Any]:
         """Return the state, progress and quality of the run as `mhmoe status --json` prints them."""
-        return run_status(self.directory)
+        return run_status(self._existing_directory)
 
     def metrics(self) -> list[dict[str, Any]]:
-        """Return the metrics of each step, as in metrics.jsonl: one line per step; of a repeated step only the newest.
+        """Return the metrics of each step so far, also while the run trains; of a repeated step only the newest.
 
-        `runs/metrics.py` describes the keys, such as `step`, `loss` and `val_loss`.
+        They are those of metrics.jsonl. The README of the Python interface has a table of the keys, such as `step`,
+        `loss` and `val_loss`.
         """
-        return history.read(self.directory)
+        return history.read(self._existing_directory)
 
     def checkpoints(self) -> list[Checkpoint]:
         """Return the checkpoints of the run, oldest first. Their files are verified when they are used."""
-        return list_checkpoints(self.directory)
+        return list_checkpoints(self._existing_directory)
 
     def logs(self, rank: int | None = None, *, follow: bool = False, on_note: OnNote = ignore_note) -> Iterator[str]:
         """Return the lines of the log of the run's newest attempt, with all workers, or of one worker by its rank.
@@ -147,7 +171,7 @@ class Run:
             ClusterError, JobError: the lines are neither on the cluster nor in the run directory.
             TokenError: the cluster asks for another token.
         """
-        return without_colours(log_lines(self.directory, rank, follow=follow, on_note=on_note))
+        return without_colours(log_lines(self._existing_directory, rank, follow=follow, on_note=on_note))
 
     def wait(
         self,
@@ -162,7 +186,7 @@ class Run:
         Args:
             timeout: timeout in seconds; None for none.
             on_event: function that is called with each event of the newest attempt, from its submission on. The key
-                `event` of an event has its kind, `runs/events.py` lists them.
+                `event` of an event has its kind; the README of the Python interface has a table of the kinds.
             on_note: function that is called with a line if the cluster or the storage does not answer for now.
 
         Raises:
@@ -170,10 +194,11 @@ class Run:
             TimeoutError: the run is not over when the timeout ends.
             ClusterError, StorageError: the cluster or the storage has not answered for a while.
         """
-        attempt_events = _AttemptEvents(self.directory, on_event)
+        directory = self._existing_directory
+        attempt_events = _AttemptEvents(directory, on_event)
         outcome = attempts.wait_for_outcome(
-            self.directory,
-            cache(self._connect),
+            directory,
+            cache(lambda: connect(last_attempt(directory).address)),
             attempt_events.read,
             on_poll=attempt_events.report,
             timeout=timeout,
@@ -183,11 +208,8 @@ class Run:
         attempt_events.read()
         attempt_events.report()
         if outcome.state == "failed":
-            raise attempts.failure_error(self.directory, outcome)
+            raise attempts.failure_error(directory, outcome)
         return outcome.state
-
-    def _connect(self) -> Connection:
-        return connect(last_attempt(self.directory).address)
 
     def stop(self, now: bool = False, on_note: OnNote = ignore_note) -> str:
         """End the run, and return its state when it is over; `resume` continues it.
@@ -207,7 +229,7 @@ class Run:
             RunError: the run is over already, or was imported.
             ClusterError: the cluster does not answer, and only its job could end the run.
         """
-        outcome = attempts.stop_run(self.directory, now, on_note)
+        outcome = attempts.stop_run(self._existing_directory, now, on_note)
         return "unknown" if outcome is None else outcome.state
 
     def resume(
@@ -233,20 +255,29 @@ class Run:
 
         Raises:
             RunError: the run is running, may still be running, is finished, was imported, or cannot have so many steps.
-            SpecError: an override is wrong or not one of the cluster section.
+            SpecError: an override is wrong or not one of the cluster section, or `until` is no whole number.
             ClusterError, JobError: the cluster cannot be reached or hold the run, or does not accept its job.
         """
-        attempts.resume_run(self.directory, until, override_list(overrides), address, force=force, on_note=on_note)
+        if until is not None and not isinstance(until, Integral):
+            raise SpecError("until", f"it is {until!r}", "give a whole number of steps")
+        attempts.resume_run(
+            self._existing_directory,
+            None if until is None else int(until),
+            override_list(overrides),
+            address,
+            force=force,
+            on_note=on_note,
+        )
 
     def evaluate(
         self,
-        text: Sequence[str] = (),
+        text: Texts = (),
         *,
-        tasks: Sequence[str] = (),
-        checkpoint: str | None = None,
+        tasks: str | Sequence[str] = (),
+        checkpoint: CheckpointName | None = None,
         samples: int | None = None,
         overrides: Overrides = (),
-        task_folders: Sequence[str | PathLike[str]] = (),
+        task_folders: Texts = (),
         limit: int | None = None,
         gpus: int | None = None,
         prior: Prior | None = None,
@@ -257,12 +288,12 @@ class Run:
         """Return the quality of a checkpoint, by domain and language, on raw text or in lm-eval's tasks.
 
         With neither, it is that on the run's held-out text. A job on the cluster computes it, unless the run directory
-        holds the result already.
+        holds the result already. It is computed again if a file of the text has changed.
 
         Args:
-            text: folders, files or patterns of raw text.
-            tasks: names of lm-eval's tasks; `english` and `xnli` are the papers' lists.
-            checkpoint: name of the checkpoint; None for the newest.
+            text: folders, files or patterns of raw text, or one of them.
+            tasks: names of lm-eval's tasks, or one of them; `english` and `xnli` are the papers' lists.
+            checkpoint: one of the run's checkpoints, its name or its step; None for the newest.
             samples: largest number of samples of each domain of the text; None for 512.
             overrides: data keys of a spec, by which the text is read.
             task_folders: folders of your own tasks, as lm-eval reads them.
@@ -287,13 +318,14 @@ class Run:
         if not tasks and (limit or task_folders):
             reason = "limit and task_folders are about tasks, and there are none"
             raise SpecError("evaluation", reason, "name some tasks")
+        directory = self._existing_directory
         # The weights need not be hashed here, because the job loads them and damage shows then.
-        path, manifest = pick_checkpoint(self.directory, checkpoint, verify_hashes=False, on_note=on_note)
+        path, manifest = pick_checkpoint(directory, checkpoint, verify_hashes=False, on_note=on_note)
         if prior is not None and not has_domain_experts(manifest.model):
             reason = "priors are for a model with router domain, and this model has no experts of domains"
             raise SpecError("evaluation", reason, "leave out the prior")
         request = make_request(
-            self.directory,
+            directory,
             path.name,
             text=text,
             overrides=override_texts,
@@ -304,16 +336,16 @@ class Run:
             gpus=gpus,
             prior=prior,
         )
-        return load_or_evaluate(self.directory, request, recompute, address, on_note=on_note)
+        return load_or_evaluate(directory, request, recompute, address, on_note=on_note)
 
     def export(
-        self, folder: str | PathLike[str], checkpoint: str | None = None, on_note: OnNote = ignore_note
-    ) -> "ExportResult":
+        self, folder: str | PathLike[str], checkpoint: CheckpointName | None = None, on_note: OnNote = ignore_note
+    ) -> ExportResult:
         """Write a checkpoint in Hugging Face's layout, which transformers, vLLM and lm-eval read.
 
         Args:
             folder: folder to write; it must not exist, or be empty.
-            checkpoint: name of the checkpoint; None for the newest.
+            checkpoint: one of the run's checkpoints, its name or its step; None for the newest.
             on_note: function that is called with a line about what is exported.
 
         Returns:
@@ -326,7 +358,7 @@ class Run:
         from mhmoe_ray.checkpoint.huggingface.export import export
 
         # A damaged checkpoint must not be exported, so all of its weights are hashed first.
-        path, manifest = pick_checkpoint(self.directory, checkpoint, verify_hashes=True, on_note=on_note)
+        path, manifest = pick_checkpoint(self._existing_directory, checkpoint, verify_hashes=True, on_note=on_note)
         on_note(f"exporting {path.name} of {self.id}")
         return export(path, manifest, Path(folder))
 
@@ -340,7 +372,7 @@ class Run:
             RunError: the run is running, may still be running, or is served.
             TokenError: its cluster asks for another token, so its state is unknown.
         """
-        attempts.check_removable(self.directory, force)
+        attempts.check_removable(self._existing_directory, force)
         remove_tree(self.path)
 
 

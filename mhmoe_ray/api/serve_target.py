@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from mhmoe_ray.api.checkpoints import pick_checkpoint
+from mhmoe_ray.api.checkpoints import CheckpointName, path_text, pick_checkpoint, refuse_checkpoint
 from mhmoe_ray.api.defaults import SPEC_SUFFIXES, OnNote, ignore_note
 from mhmoe_ray.api.spec import load_spec
 from mhmoe_ray.checkpoint.manifest import MANIFEST, read_manifest
@@ -33,7 +33,7 @@ CLUSTER_KEYS = (["cluster", "shared_filesystem"], ["cluster", "runtime_env"])
 
 def resolve_target(
     target: str | PathLike[str] | RunSpec | None,
-    checkpoint: str | None,
+    checkpoint: CheckpointName | None,
     storage: Location | str,
     overrides: Sequence[str] = (),
     on_note: OnNote = ignore_note,
@@ -41,9 +41,9 @@ def resolve_target(
     """Return the run, checkpoint and spec to serve.
 
     Args:
-        target: a spec or its file, which stands for its newest run; the folder of a checkpoint; or a run's id, the
+        target: a spec or its file, which stands for its newest run; a checkpoint or its folder; or a run, its id, the
             start of one, or its path. None picks the newest run.
-        checkpoint: name of a checkpoint of the run; None picks the newest.
+        checkpoint: one of the run's checkpoints, its name or its step; None picks the newest.
         storage: folder that holds run directories, if the target is no spec.
         overrides: overrides of keys of the spec.
         on_note: function that is called with a warning for each newer checkpoint that is damaged and therefore skipped.
@@ -61,11 +61,12 @@ def resolve_target(
         tree = target.model_dump(mode="json", include=set(DeploySpec.model_fields))
         spec = validate_section(DeploySpec, apply_overrides(tree, overrides), f"spec {target.name}")
         return run, pick_checkpoint(run, checkpoint, verify_hashes=False, on_note=on_note)[0], spec
-    name, spec_file = None if target is None else str(target), None
+    name, spec_file = None if target is None else path_text(target), None
     if name and name.endswith(SPEC_SUFFIXES):
         spec_file = Path(name)
         run = _newest_run(load_spec(spec_file), f"spec {name}", f"start one: mhmoe submit {name}")
     elif name and (location(name) / MANIFEST).exists():
+        refuse_checkpoint(checkpoint, name)
         path = location(name).absolute()
         # This call raises an error for a damaged checkpoint, before a replica tries to load it. The manifest that it
         # returns is not needed.

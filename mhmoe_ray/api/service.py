@@ -7,7 +7,7 @@ from os import PathLike
 from secrets import token_hex
 from typing import Any, NamedTuple
 
-from mhmoe_ray.api.checkpoints import pick_checkpoint
+from mhmoe_ray.api.checkpoints import Checkpoint, CheckpointName, path_text, pick_checkpoint
 from mhmoe_ray.api.connection import connect_to_cluster
 from mhmoe_ray.api.defaults import APPLICATION, OnNote, default_storage, ignore_note
 from mhmoe_ray.api.run import Run
@@ -20,7 +20,7 @@ from mhmoe_ray.cluster.serving import Application
 from mhmoe_ray.errors import ServeError, StorageError
 from mhmoe_ray.runs import events
 from mhmoe_ray.runs.directory import RunDir
-from mhmoe_ray.serve.config import application_config
+from mhmoe_ray.serving.config import application_config
 from mhmoe_ray.spec import RunSpec
 from mhmoe_ray.storage import Location, location
 
@@ -30,9 +30,9 @@ API_KEY_VARIABLE = "MHMOE_API_KEY"
 
 
 def serve(
-    target: Run | RunSpec | str | PathLike[str] | None = None,
+    target: Run | Checkpoint | RunSpec | str | PathLike[str] | None = None,
     *,
-    checkpoint: str | None = None,
+    checkpoint: CheckpointName | None = None,
     overrides: Overrides = (),
     name: str = APPLICATION,
     storage: str | PathLike[str] | None = None,
@@ -47,9 +47,9 @@ def serve(
     serve.keys; without either, everybody who reaches the port may.
 
     Args:
-        target: a run; a spec or its file, whose newest run is served with the spec's settings; the folder of a
-            checkpoint; or the id or path of a run. None for the newest run.
-        checkpoint: name of a checkpoint of the run; None for the newest.
+        target: a run; a spec or its file, whose newest run is served with the spec's settings; a checkpoint or its
+            folder; or the id or path of a run. None for the newest run.
+        checkpoint: one of the run's checkpoints, its name or its step; None for the newest.
         overrides: keys of the section serve, such as `{"serve.port": 8001}`, and cluster.shared_filesystem and
             cluster.runtime_env.
         name: name of the application; a cluster may have several. All but mhmoe answer at /NAME.
@@ -65,9 +65,9 @@ def serve(
         ServeError: Serve does not accept the application, cannot listen there, or the application failed.
     """
     run, path, spec = resolve_target(
-        str(target.path) if isinstance(target, Run) else target,
+        target,
         checkpoint,
-        default_storage() if storage is None else str(storage),
+        default_storage() if storage is None else path_text(storage),
         override_list(overrides),
         on_note,
     )
@@ -187,16 +187,16 @@ class Service:
         return stats
 
     def update(
-        self, checkpoint: str | None = None, *, wait: bool = True, on_note: OnNote = ignore_note
+        self, checkpoint: CheckpointName | None = None, *, wait: bool = True, on_note: OnNote = ignore_note
     ) -> ServiceUpdate:
-        """Serve a newer checkpoint of the same run, without refusing a request.
+        """Serve another checkpoint of the same run, by default the newest, without refusing a request.
 
         New replicas start before old ones end, so the cluster needs room for both, unless serve.surge is false. Old
         replicas finish the requests that they have begun. If the checkpoint is served already, nothing changes; if its
         deployment failed, it is tried again.
 
         Args:
-            checkpoint: name of the checkpoint; None for the newest.
+            checkpoint: one of the run's checkpoints, its name or its step; None for the newest.
             wait: whether to wait until it is served.
             on_note: function that is called with a line about what is done.
 

@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from mhmoe_ray.checkpoint.start import resolve
+from mhmoe_ray.errors import SpecError
 from mhmoe_ray.spec import RunSpec, apply_overrides
 
 Overrides = Sequence[str] | Mapping[str, Any]
@@ -21,7 +22,8 @@ def load_spec(source: str | os.PathLike[str] | Mapping[str, Any], overrides: Ove
     current directory.
 
     Args:
-        source: path of a YAML file such as jobs/quickstart.yaml, or a mapping.
+        source: path of a YAML file such as jobs/quickstart.yaml, or a mapping, whose `start.from` may be a run or a
+            checkpoint.
         overrides: keys that replace those of the source, such as `["train.steps=50"]` or `{"train.steps": 50}`.
 
     Raises:
@@ -29,12 +31,27 @@ def load_spec(source: str | os.PathLike[str] | Mapping[str, Any], overrides: Ove
         RunError, CheckpointError, DataError: a model that the run starts from cannot be read.
     """
     override_texts = override_list(overrides)
+    if not isinstance(source, Mapping | str | os.PathLike):
+        reason, fix = f"it is of type {type(source).__name__}", "give the path of a YAML file, or a mapping"
+        if isinstance(source, RunSpec):
+            reason, fix = "it is loaded already", "give overrides with the file or mapping that it was loaded from"
+        raise SpecError("spec", reason, fix)
     if isinstance(source, Mapping):
         tree = apply_overrides(_plain_tree(source), override_texts)
         spec = resolve.build_spec(tree, f"spec {tree.get('name', '')}".strip())
     else:
         spec = resolve.load_spec(Path(source), override_texts)
     return spec.with_absolute_paths(Path.cwd())
+
+
+def require_spec(spec: object) -> None:
+    """Check that an argument is a loaded spec.
+
+    Raises:
+        SpecError: it is something else, such as the mapping that a spec is loaded from.
+    """
+    if not isinstance(spec, RunSpec):
+        raise SpecError("spec", f"it is of type {type(spec).__name__}", "give what mhmoe_ray.load_spec returns")
 
 
 def override_list(overrides: Overrides) -> list[str]:
@@ -58,8 +75,12 @@ def _plain_tree(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _plain_value(value: Any) -> Any:
+    # A run and a checkpoint stand for their paths. A checkpoint is a tuple, too.
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
     if isinstance(value, Mapping):
         return _plain_tree(value)
     if isinstance(value, list | tuple):
         return [_plain_value(item) for item in value]
-    return os.fspath(value) if isinstance(value, os.PathLike) else value
+    # Numbers and arrays of numpy, and tensors of torch, have this method.
+    return value.tolist() if hasattr(value, "tolist") else value

@@ -25,7 +25,7 @@ class Architecture(ABC):
     longest_sequence: ClassVar[int | None] = None
     """Largest sequence length whose positions stay in the range of float32; None if any length does."""
     runs_in_vllm: ClassVar[bool] = False
-    """True if `serve/vllm` implements the layers of this architecture."""
+    """True if `serving/vllm` implements the layers of this architecture."""
 
     norms_per_block: ClassVar[int]
     norm_vectors: ClassVar[int]

@@ -1,6 +1,7 @@
 """Checkpoints of a run: written on any mesh, read on any other, served as they are stored.
 
 manifest.py     the checkpoint manifest, whose presence commits a checkpoint
+find.py         find a checkpoint by its name, by its step or as RUN@STEP
 format.py       slices of tensors in a checkpoint's safetensors files
 save.py         write checkpoints beside training, each rank its own share
 load.py         load tensors at any world size, a trainer's state, or a model

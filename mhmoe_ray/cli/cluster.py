@@ -185,7 +185,7 @@ def render(
     from mhmoe_ray.api.serve_target import API_KEYS_VARIABLE, with_environment_keys
     from mhmoe_ray.cli.serve_choice import resolve_target
     from mhmoe_ray.render.files import render_files
-    from mhmoe_ray.serve.config import application_config
+    from mhmoe_ray.serving.config import application_config
     from mhmoe_ray.spec import load_site
 
     if set_ and not run:

@@ -103,7 +103,9 @@ AddressOption = Annotated[
 StorageOption = Annotated[
     str, typer.Option(help="Folder that holds run directories; a path or s3://, gs://.", envvar="MHMOE_STORAGE")
 ]
-CheckpointOption = Annotated[str | None, typer.Option(help="Name of one of the run's checkpoints; newest by default.")]
+CheckpointOption = Annotated[
+    str | None, typer.Option(help="Name or step of one of the run's checkpoints; newest by default.")
+]
 ForceOption = Annotated[
     bool, typer.Option("--force", help="Proceed even if the cluster does not answer but the run wrote a moment ago.")
 ]
@@ -130,7 +132,7 @@ def pick_checkpoint(run: "RunDir", name: str | None, *, verify_hashes: bool) -> 
 
     Args:
         run: the run.
-        name: name of the checkpoint; None picks the newest.
+        name: name or step of the checkpoint; None picks the newest.
         verify_hashes: whether to read all weights and compare their hashes with the manifest. Otherwise only names and
             sizes of files are compared, and other damage shows when the checkpoint is loaded.
 

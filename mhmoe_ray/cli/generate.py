@@ -22,7 +22,7 @@ from mhmoe_ray.cli.common import (
 from mhmoe_ray.cli.generate_batch import BatchOptions, answer_file
 
 if TYPE_CHECKING:
-    from mhmoe_ray.serve.batch.request import SamplingOptions
+    from mhmoe_ray.serving.batch.request import SamplingOptions
 
 
 def generate(
@@ -82,7 +82,7 @@ def generate(
     job, or continues with what is missing. For example `mhmoe generate --input prompts.jsonl --output answers --workers
     4`.
     """
-    from mhmoe_ray.serve.batch.request import SamplingOptions
+    from mhmoe_ray.serving.batch.request import SamplingOptions
 
     if not top_p:
         raise typer.BadParameter("--top-p 0: nothing is left to draw from; give more than 0")
@@ -132,7 +132,7 @@ def _answer_prompt(
         prompt: the prompt; None reads it from standard input.
         sampling: how the answer is drawn.
         gpus: number of GPUs to compute on.
-        checkpoint: name of the checkpoint; None picks the newest.
+        checkpoint: name or step of the checkpoint; None picks the newest.
         storage: folder that holds run directories.
         json: whether to print JSON.
 

@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from mhmoe_ray.cluster.connect import Connection
     from mhmoe_ray.cluster.remote import SubmittedJob
     from mhmoe_ray.runs.directory import RunDir
-    from mhmoe_ray.serve.batch.output import BatchOutput
-    from mhmoe_ray.serve.batch.request import BatchRequest, InputFile, SamplingOptions
-    from mhmoe_ray.serve.batch.rows import AnswerCounts
+    from mhmoe_ray.serving.batch.output import BatchOutput
+    from mhmoe_ray.serving.batch.request import BatchRequest, InputFile, SamplingOptions
+    from mhmoe_ray.serving.batch.rows import AnswerCounts
     from mhmoe_ray.spec import DeploySpec
     from mhmoe_ray.storage import Location
 
@@ -84,7 +84,7 @@ def answer_file(
 
     Args:
         run: the run, as the user names it; None for the newest.
-        checkpoint: name of the checkpoint; None picks the newest.
+        checkpoint: name or step of the checkpoint; None picks the newest.
         storage: folder that holds run directories.
         sampling: how answers are drawn.
         options: input, output, and resources.
@@ -96,7 +96,7 @@ def answer_file(
         MhmoeError: the job failed; this is the error that it logged.
     """
     from mhmoe_ray.cli.serve_choice import resolve_target
-    from mhmoe_ray.serve.batch.output import BatchOutput
+    from mhmoe_ray.serving.batch.output import BatchOutput
     from mhmoe_ray.storage import location
 
     if options.output is None:
@@ -172,8 +172,8 @@ def _make_request(
     """
     from mhmoe_ray.checkpoint.manifest import MANIFEST
     from mhmoe_ray.errors import DataError, ServeError
-    from mhmoe_ray.serve.batch.input import open_input
-    from mhmoe_ray.serve.batch.request import CHUNK_ROWS, BatchRequest, InputFile
+    from mhmoe_ray.serving.batch.input import open_input
+    from mhmoe_ray.serving.batch.request import CHUNK_ROWS, BatchRequest, InputFile
     from mhmoe_ray.storage import describe_file, location
 
     source, stored_request = open_input(input_path), output.stored_request()
@@ -203,7 +203,7 @@ def _make_request(
 
 def _check_input(request: "BatchRequest") -> "InputFile":
     """Check all rows of the input, and return it with their number."""
-    from mhmoe_ray.serve.batch.input import check_rows, open_input
+    from mhmoe_ray.serving.batch.input import check_rows, open_input
 
     source = open_input(request.input.path)
     if source.file.size >= NOTED_BYTES:
@@ -232,7 +232,7 @@ def _start_or_find_job(
     from mhmoe_ray.api import connection as checks
     from mhmoe_ray.cluster import remote
     from mhmoe_ray.cluster.jobs import find_alive
-    from mhmoe_ray.serve.batch.job import OUTPUT_KEY, BatchJob
+    from mhmoe_ray.serving.batch.job import OUTPUT_KEY, BatchJob
     from mhmoe_ray.storage import location
 
     # API keys are for clients of a server.
@@ -266,7 +266,7 @@ def _cancel(output: "BatchOutput", address: str | None) -> None:
     """
     from mhmoe_ray.cluster.connect import connect_if_running
     from mhmoe_ray.cluster.jobs import find_alive, is_alive, stop
-    from mhmoe_ray.serve.batch.job import OUTPUT_KEY
+    from mhmoe_ray.serving.batch.job import OUTPUT_KEY
 
     connection: Connection | None = connect_if_running(address)
     name = find_alive(connection, OUTPUT_KEY, str(output.folder)) if connection else None

@@ -87,7 +87,9 @@ def use(name: str, address: str | None = None, token_file: Path | None = None) -
             if name not in clusters.by_name or token_file:
                 is_unknown = name not in clusters.by_name
                 reason = "there is no cluster of this name" if is_unknown else "a token file alone names no cluster"
-                raise ClusterError(f"cluster {name}", reason, "give its dashboard: --address http://head:8265")
+                raise ClusterError(
+                    f"cluster {name}", reason, "give the address of its dashboard, like http://head:8265"
+                )
             cluster = clusters.by_name[name]
         else:
             if not re.fullmatch(NAME, name):
@@ -157,7 +159,7 @@ def connect(address: str | None = None) -> Connection:
     """
     connection = connect_if_running(address)
     if connection is None:
-        raise ClusterError("local cluster", "none runs", "start it: mhmoe cluster up; or give --address")
+        raise ClusterError("local cluster", "none runs", "start it: mhmoe cluster up; or name a cluster")
     return connection
 
 

@@ -305,7 +305,7 @@ def storage_findings(folder: Location) -> Iterator[Finding]:
             "error",
             "storage",
             f"{folder}: {getattr(e, 'strerror', None) or e}",
-            "name one that you can write: --storage",
+            "name one that you can write, as storage",
         )
         return
     if not is_equal:

@@ -8,16 +8,20 @@ import re
 import shlex
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, Generator, Iterator, Mapping, Sequence
+from contextlib import aclosing, closing, contextmanager, suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from queue import SimpleQueue
+from threading import Thread
+from typing import Any, NamedTuple, TypeVar
 
 from mhmoe_ray.cluster import dashboard, tokens
 from mhmoe_ray.cluster.connect import Connection
 from mhmoe_ray.cluster.dashboard import unreachable
 from mhmoe_ray.errors import JobError, MhmoeError, SpecError
 from mhmoe_ray.ray_compat import SDK_LOGGERS
+
+T = TypeVar("T")
 
 
 @contextmanager
@@ -312,33 +316,66 @@ def follow_logs(connection: Connection, job: str) -> Iterator[str]:
         JobError: the cluster knows no such job.
         ClusterError: the cluster does not answer any more.
     """
-    import asyncio
-
     import aiohttp
 
     client = _client(connection)
-    with asyncio.Runner() as runner, translated_errors(connection, f"job {job}", JobError, "see `mhmoe list`"):
-        chunks = client.tail_job_logs(job)
-
-        # `Runner.run` accepts only a coroutine, and `anext` returns another kind of awaitable, so a coroutine wraps it.
-        async def next_chunk() -> str | None:
-            return await anext(chunks, None)
-
+    with translated_errors(connection, f"job {job}", JobError, "see `mhmoe list`"):
         partial_line = ""
         try:
-            while (chunk := runner.run(next_chunk())) is not None:
-                *lines, partial_line = (partial_line + chunk).split("\n")
-                yield from lines
+            with closing(_items_of_thread(client.tail_job_logs(job))) as chunks:
+                for chunk in chunks:
+                    *lines, partial_line = (partial_line + chunk).split("\n")
+                    yield from lines
         except aiohttp.WSServerHandshakeError as e:
             if e.status in (401, 403):
                 raise tokens.refused_token_error(connection.address, connection.token) from e
             raise RuntimeError(f"the cluster does not know it (status {e.status})") from e
         except aiohttp.ClientError as e:
             raise unreachable(connection.address, e) from e
-        finally:
-            runner.run(chunks.aclose())
         if partial_line:
             yield partial_line
+
+
+def _items_of_thread(generator: AsyncGenerator[T]) -> Generator[T]:
+    """Yield the items of an asynchronous generator, which runs in an event loop of a thread of its own.
+
+    The caller's thread may run a loop already, as in a notebook. Closing this generator cancels the other one and waits
+    until it has ended.
+
+    Args:
+        generator: a generator without items that are None.
+    """
+    import asyncio
+
+    item_queue, loop = SimpleQueue[T | None](), asyncio.new_event_loop()
+
+    async def put_items() -> None:
+        async with aclosing(generator):
+            async for item in generator:
+                item_queue.put(item)
+
+    task = loop.create_task(put_items())
+
+    def run_loop() -> None:
+        try:
+            with closing(loop):
+                # This waits without raising the task's error, which the reader raises.
+                loop.run_until_complete(asyncio.wait([task]))
+        finally:
+            item_queue.put(None)
+
+    # A daemon thread does not keep the process from ending.
+    thread = Thread(target=run_loop, name="log", daemon=True)
+    thread.start()
+    try:
+        while (item := item_queue.get()) is not None:
+            yield item
+        task.result()
+    finally:
+        # The loop refuses the call if it is closed. Then the generator has ended, and there is nothing to cancel.
+        with suppress(RuntimeError):
+            loop.call_soon_threadsafe(task.cancel)
+        thread.join()
 
 
 def stop(connection: Connection, job: str) -> None:

@@ -20,7 +20,7 @@ from mhmoe_ray.cluster.jobs import (
 )
 from mhmoe_ray.cluster.serve_client import app_configs, client, config_lock, put_configs, serve_details, shut_down_idle
 from mhmoe_ray.errors import ServeError, SpecError
-from mhmoe_ray.serve.config import IMPORT_PATH
+from mhmoe_ray.serving.config import IMPORT_PATH
 
 REPORT_SECONDS = 30.0
 """Seconds between two lines about an application that does not answer yet."""

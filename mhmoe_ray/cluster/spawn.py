@@ -18,7 +18,7 @@ import psutil
 
 from mhmoe_ray.cluster import tokens
 from mhmoe_ray.errors import ClusterError
-from mhmoe_ray.serve.config import ENVIRONMENT
+from mhmoe_ray.serving.config import ENVIRONMENT
 
 MARK = "MHMOE_CLUSTER"
 

@@ -83,7 +83,7 @@ def run_evaluation(request: EvalRequest, print_line: Callable[[str], None]) -> N
     elif request.prepared:
         # The text must be the data of the run: documents that are held out in other data may be in the run's training
         # data.
-        require_matching_data(manifest.data_sha256, Path(request.prepared), "or give --text")
+        require_matching_data(manifest.data_sha256, Path(request.prepared), "or evaluate other text")
         samples = held_out_samples(Path(request.prepared))
     widths = _pad_widths(token_widths(tokenizer), manifest.model.vocab_size)
     settings: MeasureSettings = {

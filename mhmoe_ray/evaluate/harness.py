@@ -64,7 +64,7 @@ def run_tasks(
         from lm_eval.models.huggingface import HFLM
         from lm_eval.tasks import TaskManager
     except ImportError as e:
-        fix = "install mhmoe-ray[eval] there, or leave out --tasks"
+        fix = "install mhmoe-ray[eval] there, or leave out the tasks"
         raise SpecError("tasks", f"lm-eval is not installed where it would run ({e})", fix) from e
     task_manager = TaskManager(include_path=[str(Path(f)) for f in task_folders] or None)
     if unknown_tasks := [task for task in tasks if task not in task_manager.all_tasks]:

@@ -66,14 +66,16 @@ def _check_resources(request: EvalRequest, can_grow: bool) -> None:
     largest_node_cpus = max((node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]), default=0)
     if request.gpus > ray.cluster_resources().get("GPU", 0):
         if not can_grow:
-            raise ClusterError("evaluation", "it needs a GPU and the cluster has none", "give --gpus 0")
+            raise ClusterError(
+                "evaluation", "it needs a GPU and the cluster has none", "evaluate without a GPU: gpus is 0"
+            )
         _print_progress("waiting for a GPU; the cluster has none at the moment")
     elif request.cpus > largest_node_cpus:
         if not can_grow:
             reason = (
                 f"it needs {request.cpus} CPUs, as the run's workers do, and the largest node has {largest_node_cpus:g}"
             )
-            raise ClusterError("evaluation", reason, "start a larger cluster, or name one with --address")
+            raise ClusterError("evaluation", reason, "start a larger cluster, or name one")
         _print_progress(f"waiting for a node of {request.cpus} CPUs")
     elif request.cpus > (free_cpus := ray.available_resources().get("CPU", 0)):
         _print_progress(f"waiting for CPUs: {request.cpus} are needed and {free_cpus:g} are free")

@@ -383,6 +383,6 @@ def _expert_of(model: Decoder, domain: str) -> int | None:
         return None
     expert = moe.expert_of_domain(domain)
     if expert is None:
-        fix = "give --prior uniform, updating or cached, which need no domain"
+        fix = "give a prior (uniform, updating or cached), with which no domain is needed"
         raise DataError(f"domain {domain}", "the model has no expert for it", fix)
     return expert

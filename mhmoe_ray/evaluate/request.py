@@ -9,7 +9,7 @@ from pydantic import BaseModel
 from mhmoe_ray.evaluate.score import Score
 from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.spec import DataSpec
-from mhmoe_ray.storage import Location, write_json
+from mhmoe_ray.storage import Location, location, write_json
 
 
 class RoutingCounts(BaseModel):
@@ -43,6 +43,9 @@ class EvalRequest(BaseModel):
     """Prepared folder whose held-out samples are evaluated; None evaluates none."""
     text: DataSpec | None
     """Raw text to evaluate instead of held-out samples; None evaluates none."""
+    text_version: str | None = None
+    """Hash that changes with the files of the text (`data.sources.version_hash`); None without text, and in requests of
+    earlier versions."""
     samples: int
     """Largest number of samples of each domain of raw text."""
     tasks: list[str]
@@ -66,12 +69,11 @@ class EvalRequest(BaseModel):
         """Name of the evaluation's file without its suffix: the checkpoint and a hash of the request.
 
         The hash leaves out the run directory, the batch size and the resources, so requests for the same figures have
-        the same key.
+        the same key. If a file of the text changes, the key does, too.
         """
         excluded_fields = {"run", "batch", "cpus", "gpus"}
-        # Evaluations of earlier versions had no priors, and are still found under their names.
-        if self.prior is None:
-            excluded_fields.add("prior")
+        # Evaluations of earlier versions had neither of these fields, and are still found under their names.
+        excluded_fields |= {name for name in ("prior", "text_version") if getattr(self, name) is None}
         question_fields = self.model_dump(mode="json", exclude=excluded_fields)
         return (
             f"{self.checkpoint}-{hashlib.sha256(json.dumps(question_fields, sort_keys=True).encode()).hexdigest()[:8]}"
@@ -106,6 +108,18 @@ class Evaluation(BaseModel):
     """Counts of routes by domain; empty for a dense model."""
     tasks: dict[str, dict[str, Any]]
     """lm-eval's results by task: metrics and their standard errors."""
+
+    def __repr__(self) -> str:
+        parts = [repr(f"{location(self.request.run).name}/{self.request.checkpoint}")]
+        if self.domains:
+            score = self.total_score
+            perplexity = "inf" if score.perplexity is None else f"{score.perplexity:.4g}"
+            parts += [f"loss={score.loss:.4f}", f"perplexity={perplexity}"]
+        if self.tasks:
+            parts.append(f"tasks={self.tasks!r}")
+        return f"Evaluation({', '.join(parts)})"
+
+    __str__ = __repr__
 
     @property
     def total_score(self) -> Score:

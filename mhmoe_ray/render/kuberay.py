@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from mhmoe_ray.errors import SpecError
-from mhmoe_ray.serve.config import ENVIRONMENT
+from mhmoe_ray.serving.config import ENVIRONMENT
 from mhmoe_ray.spec.site import GroupSpec, NodeSpec, SiteSpec
 
 UID = 1000

@@ -113,7 +113,7 @@ def _rate_query(name: str, label_names: str = "model") -> str:
 
 def _quantile_queries(name: str) -> dict[str, str]:
     """Return the queries of the median and the 95 % quantile of a histogram of seconds, by legend."""
-    # A bucket of the histogram is a counter of its own (serve/ray_metrics.py), and Ray appends _total to the names of
+    # A bucket of the histogram is a counter of its own (serving/ray_metrics.py), and Ray appends _total to the names of
     # counters.
     buckets = _rate_query(f"{name}_seconds_bucket_total", "model, le")
     return {f"{{{{model}}}} {share:.0%}": f"histogram_quantile({share}, {buckets})" for share in (0.5, 0.95)}

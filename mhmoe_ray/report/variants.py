@@ -271,7 +271,9 @@ def sweep_table(sweep_dir: SweepDir) -> list[dict[str, Any]]:
     """Return the table of a sweep as JSON: one object per variant, in the order of the sweep.
 
     Losses are those of finished runs, or of all runs while none is finished, at the last step at which all of them were
-    validated. Runs whose last validation loss is not finite do not count. Ratios are relative to the first variant.
+    validated. If the variants have different numbers of steps, as where some start from others, the losses of each are
+    those at its own last step. Runs whose last validation loss is not finite do not count. Ratios are relative to the
+    first variant.
     """
     wanted_names = set(sweep_dir.read_order(sweep_dir.order_names()[-1]).wanted)
     figures = {name: RunFigures.read(run) for name, run in sweep_dir.runs().items() if run.attempts_file.exists()}
@@ -287,18 +289,22 @@ def sweep_table(sweep_dir: SweepDir) -> list[dict[str, Any]]:
         # run has started.
         actual_spec = next((figures[e.name].spec for e in entries if e.name in figures), entries[0].spec)
         rows.append((actual_spec, states, variant))
-    step = matched_step([variant for _, _, variant in rows if variant.runs])
+    has_equal_steps = len({spec.train.steps for spec, _, _ in rows}) == 1
+    common_step = matched_step([variant for _, _, variant in rows if variant.runs])
     first_sizes = compute_sizes(rows[0][0].model)
-    return [
-        {
-            "variant": variant.name,
-            "states": dict(states),
-            "step": step,
-            "losses": variant.losses(step) if step else {},
-            **variant_row(variant, compute_sizes(spec.model), first_sizes, step),
-        }
-        for spec, states, variant in rows
-    ]
+    table = []
+    for spec, states, variant in rows:
+        step = common_step if has_equal_steps else matched_step([variant])
+        table.append(
+            {
+                "variant": variant.name,
+                "states": dict(states),
+                "step": step,
+                "losses": variant.losses(step) if step else {},
+                **variant_row(variant, compute_sizes(spec.model), first_sizes, step),
+            }
+        )
+    return table
 
 
 def _by_variant(entries: Iterable[SweepRun]) -> dict[str, list[SweepRun]]:

@@ -95,8 +95,29 @@ class RunDir:
 
     @property
     def is_imported(self) -> bool:
-        """True if the run was imported and never trained here: it has no spec, no attempts and no metrics."""
-        return "imported" in json.loads(self.attempts_file.read_text())
+        """True if the run was imported and never trained here: it has no spec, no attempts and no metrics.
+
+        Raises:
+            RunError: the run was removed.
+        """
+        try:
+            return "imported" in json.loads(self.attempts_file.read_text())
+        except FileNotFoundError as e:
+            raise self._removed_error() from e
+
+    def require_existing(self) -> None:
+        """Check that the directory holds a run, as it does from the first attempt on.
+
+        Raises:
+            RunError: it does not, because the run was removed or moved.
+        """
+        if not self.attempts_file.exists():
+            raise self._removed_error()
+
+    def _removed_error(self) -> RunError:
+        """Return the error for a run that was removed."""
+        reason = f"it was removed, or moved: there is no {self.attempts_file}"
+        return RunError(f"run {self.id}", reason, "see `mhmoe list`")
 
     def spec(self) -> RunSpec:
         """Read the run's spec, with current paths if the run was moved (`relocated_spec`)."""
@@ -260,7 +281,7 @@ def find_run(name: str | None, storage: Location | str, *, with_job: bool = Fals
     reason = (
         f"it fits {', '.join(r.id for r in matching_runs)}" if matching_runs else f"there is no such run in {storage}"
     )
-    raise RunError(f"run {name}", reason, "see `mhmoe list`, or name another folder with --storage")
+    raise RunError(f"run {name}", reason, "see `mhmoe list`, or name the folder that holds it (storage, MHMOE_STORAGE)")
 
 
 @dataclass(frozen=True)

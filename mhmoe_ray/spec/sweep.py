@@ -66,7 +66,9 @@ class SweepSpec(Section):
             raise ValueError(f"{key} of each run is set by the sweep: {RESERVED_KEYS[key]}")
         # The sweep's own directory is in the same storage as its runs.
         if "storage" in varied_keys:
-            raise ValueError("storage must be the same for all runs of a sweep: set it by a size's `set`, or by --set")
+            raise ValueError(
+                "storage must be the same for all runs of a sweep: set it by a size's `set`, or by an override"
+            )
 
 
 def seeded_name(name: str, seed: int) -> str:

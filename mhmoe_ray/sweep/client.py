@@ -214,7 +214,7 @@ def stop(sweep_dir: SweepDir) -> tuple[dict[str, events.State], list[MhmoeError]
         RunError: there is no such sweep.
     """
     if not sweep_dir.exists:
-        raise RunError(f"sweep {sweep_dir.name}", "it was never started", "start it without --stop")
+        raise RunError(f"sweep {sweep_dir.name}", "it was never started", "start it first")
     # The stop file is created before any job is ended, because a command that follows the sweep would otherwise start
     # an ended job again.
     sweep_dir.stop_file.touch()

@@ -1,14 +1,12 @@
-"""Tests of what `import mhmoe_ray` offers: names, their documentation, and the function with the name of a package."""
+"""Tests of what `import mhmoe_ray` offers: names and their documentation."""
 
-import importlib
 import inspect
+import pydoc
 from pathlib import Path
 
 import pytest
-from ray import cloudpickle
 
 import mhmoe_ray as mh
-from mhmoe_ray.api.service import serve
 
 README = (Path(__file__).parents[2] / "mhmoe_ray/api/README.md").read_text()
 
@@ -19,10 +17,9 @@ def test_every_name_is_documented(name):
     value = getattr(mh, name)
     assert name in dir(mh)
     assert f"`mh.{name}" in README or f"mh.{name}(" in README
-    function = serve if name == "serve" else value
-    docstring = inspect.getdoc(function)
-    if inspect.isfunction(function):
-        assert inspect.signature(function).parameters
+    docstring = inspect.getdoc(value)
+    if inspect.isfunction(value):
+        assert inspect.signature(value).parameters
         assert "Args:" in docstring
         assert "Raises:" in docstring
     else:
@@ -47,10 +44,10 @@ def test_unknown_names_are_attribute_errors():
         _ = mh.sbumit
 
 
-def test_serve_is_a_function_and_a_package(tmp_path):
-    importlib.import_module("mhmoe_ray.serve.load")
-    assert mh.serve is importlib.import_module("mhmoe_ray.serve")
-    assert cloudpickle.loads(cloudpickle.dumps(mh.serve)) is mh.serve
-    for function in (mh.serve, serve):
-        with pytest.raises(mh.MhmoeError, match="there is no such run"):
-            function("nothing", storage=tmp_path)
+def test_help_shows_the_arguments_of_a_function():
+    """A module with the name of a function would take its place as soon as it is imported, so there is none."""
+    modules = {path.stem for path in Path(mh.__file__).parent.iterdir()}
+    for name in ("serve", "submit", "load", "plan", "find_run"):
+        assert inspect.isfunction(getattr(mh, name))
+        assert f"function {name} in module mhmoe_ray.api." in pydoc.render_doc(getattr(mh, name))
+        assert name not in modules

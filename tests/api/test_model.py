@@ -3,8 +3,8 @@
 import asyncio
 import gc
 import threading
-from contextlib import suppress
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,13 +13,13 @@ from mhmoe_ray.checkpoint.load import load_model
 from mhmoe_ray.checkpoint.manifest import committed_checkpoints
 from mhmoe_ray.data.chat.template import BUILT_IN_TEMPLATE
 from mhmoe_ray.errors import CheckpointError, RunError, ServeError
-from mhmoe_ray.serve.engine import SamplingParams
-from mhmoe_ray.serve.engine.request import derived_seed
-from mhmoe_ray.serve.engine.sampler import Sampler
-from mhmoe_ray.serve.load import load_answerer
+from mhmoe_ray.serving.engine import SamplingParams
+from mhmoe_ray.serving.engine.request import derived_seed
+from mhmoe_ray.serving.engine.sampler import Sampler
+from mhmoe_ray.serving.load import load_answerer
 from mhmoe_ray.spec import MoESpec, ServeSpec
 from tests.checkpoint.huggingface.conftest import DENSE, MODELS, export_run, make_run
-from tests.serve.asking import answer_pieces
+from tests.serving.asking import answer_pieces
 from tests.watch import LIMIT, wait_until
 
 PROMPTS = ["the quick", "the dog sleeps", "", "over the hill and"]
@@ -78,12 +78,30 @@ def test_conversations_are_rendered_by_the_chat_template(model):
         model.generate([{"role": "nobody", "content": "x"}])
 
 
+def test_token_ids_are_a_prompt(model):
+    ids = model.encode(PROMPTS[0])
+    answer = model.generate(PROMPTS[0], **SAMPLING)
+    for prompt in (ids, tuple(ids), torch.tensor(ids), torch.tensor(ids).numpy()):
+        assert model.generate(prompt, **SAMPLING) == answer
+    assert model.generate([ids, ids], **SAMPLING) == model.generate([PROMPTS[0]] * 2, **SAMPLING)
+    assert "".join(piece.text for piece in model.stream(ids, **SAMPLING)) == answer.text
+    assert model.encode(ids) == ids
+
+
+def test_numbers_of_other_libraries_are_numbers(model):
+    numbers = {name: np.array(value)[()] for name, value in SAMPLING.items()}
+    assert model.generate(PROMPTS[0], **numbers) == model.generate(PROMPTS[0], **SAMPLING)
+
+
 def test_stop_strings_end_an_answer(model):
     answer = model.generate(PROMPTS[0], **SAMPLING)
     stop = answer.text[4:6]
     stopped_answer = model.generate(PROMPTS[0], **SAMPLING, stop=[stop])
     assert stopped_answer.text == answer.text[: answer.text.index(stop)]
     assert stopped_answer.finish_reason == "stop"
+    # A single text is one stop string, not a list of characters.
+    assert model.generate(PROMPTS[0], **SAMPLING, stop=stop) == stopped_answer
+    assert "".join(piece.text for piece in model.stream(PROMPTS[0], **SAMPLING, stop=stop)) == stopped_answer.text
 
 
 def test_closing_a_stream_ends_its_computation(model, monkeypatch):
@@ -160,6 +178,24 @@ def test_a_model_with_domains_needs_the_domain_of_a_text(tmp_path):
             model.generate("the quick")
 
 
+def test_a_checkpoint_has_one_name_everywhere(run, model):
+    [checkpoint] = run.checkpoints()
+    names = (
+        (run, checkpoint.name),
+        (run, 7),
+        (run, "7"),
+        (run, np.int64(7)),
+        (run, checkpoint),
+        (checkpoint, None),
+        (run.path, 7),
+        (f"{run.id}@7", None),
+    )
+    for source, name in names:
+        with mh.load(source, name, threads=1, storage=run.path.parent) as loaded_model:
+            assert loaded_model.name == model.name
+            assert loaded_model._threads == 1
+
+
 def test_mistakes_are_one_line(run, model, tmp_path):
     for parameters, message in (
         ({"top_p": 0}, "top_p: it is 0; give more than 0 and at most 1"),
@@ -167,6 +203,14 @@ def test_mistakes_are_one_line(run, model, tmp_path):
         ({"temperature": -1}, "temperature: it is -1"),
         ({"min_p": 2}, "min_p: it is 2"),
         ({"top_k": -1}, "top_k: it is -1"),
+        ({"max_tokens": 2.5}, r"max_tokens: it is 2\.5; give a whole number"),
+        ({"max_tokens": "5"}, "max_tokens: it is '5'; give a whole number"),
+        ({"top_k": 2.5}, r"top_k: it is 2\.5; give a whole number"),
+        ({"temperature": "x"}, "temperature: it is 'x'; give a number"),
+        ({"seed": "x"}, "seed: it is 'x'; give a whole number"),
+        ({"stop": [5]}, "stop: 5 is not a text"),
+        ({"stop": ""}, "stop: an empty text would end every answer at once"),
+        ({"stop": ["a", ""]}, "stop: an empty text would end every answer at once"),
     ):
         for function in (model.generate, model.stream):
             with pytest.raises(ServeError, match=message):
@@ -175,23 +219,61 @@ def test_mistakes_are_one_line(run, model, tmp_path):
         model.generate("the quick brown fox " * 100)
     with pytest.raises(ServeError, match="the prompt: it has"):
         model.logits("the quick brown fox " * 100)
-    for ids in ([], [-1], [320]):
-        with pytest.raises(ServeError, match="others than 0 to 319"):
-            model.logits(ids)
     with pytest.raises(ServeError, match="the model's router does not use domains"):
         model.logits("the", domain="web")
     with pytest.raises(RunError, match="there is no such run"):
         mh.load("nothing", storage=tmp_path)
-    with pytest.raises(CheckpointError, match=r"step_9.9"):
-        mh.load(run, "step_9.9")
+    for name in ("step_9.9", 9):
+        with pytest.raises(
+            CheckpointError, match=rf"checkpoint {name}: .*no checkpoint of .*choose from step_00000007\.1"
+        ):
+            mh.load(run, name)
+    with pytest.raises(
+        RunError, match=r"^model no/folder: there is no such folder, and as a run: .*RUN@STEP, the folder"
+    ):
+        mh.load("no/folder", storage=tmp_path)
     [checkpoint] = committed_checkpoints(run.directory)
     with pytest.raises(CheckpointError, match="not a run with several"):
         mh.load(checkpoint, checkpoint.name)
     with pytest.raises(ServeError, match="device tpu: a model computes on a CPU or on a GPU"):
         mh.load(run, device="tpu")
     without_template = make_run(tmp_path, MODELS["dense"])
+    with pytest.raises(CheckpointError, match=f"it is of run {run.id}, not of run {without_template.id}"):
+        mh.load(mh.Run(without_template), run.checkpoints()[0])
     with mh.load(mh.Run(without_template)) as dense, pytest.raises(ServeError, match="it has no chat template"):
         dense.generate([{"role": "user", "content": "x"}])
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        (5, "it is of type int; give a text, a list of messages or a list of token ids"),
+        (None, "it is of type NoneType"),
+        ({"role": "user", "content": "x"}, r"it is a single message; give a list of messages: \[message\]"),
+        ("half a character: \ud800", "lone surrogate"),
+        ([{"role": "user"}], "messages.0: .*content is required"),
+        ([{"role": "user", "content": None}], "messages.0: .*content is required"),
+        ([{"role": "user", "content": 5}], "messages.0.content: "),
+        ([{"content": "x"}], "messages.0.role: Field required"),
+        ([[]], "it is an empty list; give at least one message or token"),
+        ([1, "x"], "neither messages nor token ids"),
+        ([-1], "other token ids than those of the model, 0 to 319"),
+        ([320], "other token ids than those of the model, 0 to 319"),
+    ],
+)
+def test_other_prompts_are_errors(model, prompt, message):
+    with pytest.raises(ServeError, match=f"^the prompt: .*{message}"):
+        model.generate(prompt)
+    [single_prompt] = prompt if prompt == [[]] else [prompt]
+    for function in (model.stream, model.encode):
+        with pytest.raises(ServeError, match=f"^the prompt: .*{message}"):
+            function(single_prompt)
+
+
+def test_logits_are_those_of_a_text_or_tokens(model):
+    for prompt in ([], [-1], [320], 5, {"role": "user"}, [{"role": "user", "content": "x"}]):
+        with pytest.raises(ServeError, match=r"^the prompt: "):
+            model.logits(prompt)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is there")
@@ -238,8 +320,12 @@ def test_a_closed_or_dropped_model_leaves_no_thread(run):
     model.close()
     assert engine_threads() == other_threads
     # The rest of the answer is an error for the user, unless the engine was quick enough to compute all of it.
-    with suppress(ServeError):
+    errors = []
+    try:
         list(pieces)
+    except ServeError as e:
+        errors.append(str(e))
+    assert errors in ([], [f"model {model.name}: it is closed; load it again"])
     for function in (model.generate, model.logits):
         with pytest.raises(ServeError, match="it is closed"):
             function("the")

@@ -6,21 +6,23 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from mhmoe_ray.cluster.spawn import free_ports
-from mhmoe_ray.runs import history, metrics
+from mhmoe_ray.runs import events, history, metrics
 from mhmoe_ray.runs.directory import find_run
+from mhmoe_ray.runs.events import EventKind
+from mhmoe_ray.runs.metrics import METRICS, STEPS
 from mhmoe_ray.runs.start import read_start
-
-pytestmark = pytest.mark.ray
 
 README = Path(__file__).parents[2] / "mhmoe_ray/api/README.md"
 PORT = 8017
 """Port in the examples. The test takes a free one instead, because another test may use this one."""
 
 
+@pytest.mark.ray
 def test_examples_of_the_readme_run_in_their_order(tmp_path, local_cluster):
     examples = re.findall(r"^```python\n(.*?)^```", README.read_text(), re.S | re.M)
     assert len(examples) == 9
@@ -33,13 +35,14 @@ def test_examples_of_the_readme_run_in_their_order(tmp_path, local_cluster):
     )
     assert process.returncode == 0, process.stdout + process.stderr
     lines = process.stdout.splitlines()
-    for line in ("30", "finished finished", "2 torch.Size([4, 300])", "step_00000010.1 1"):
+    for line in ("stopped", "30", "finished finished", "2 torch.Size([4, 300])", "step_00000010.1 1"):
         assert line in lines
     [score_line] = [line for line in lines if line.startswith("held-out text: loss")]
     # The trained model predicts the text better than one that knows nothing but the size of the vocabulary.
     assert float(re.search(r"loss ([\d.]+)", score_line)[1]) < math.log(300) - 1
-    # The service and the exported model give the same greedy answer as the run.
-    assert lines.count("True") == 2
+    # Token ids, the service and the exported model give the same greedy answer as the run's text; and the model of step
+    # 0 has the logits of the model that it starts from.
+    assert lines.count("True") == 4
     assert "False" not in lines
     assert lines[-1] == "spec sums: unknown key 'train.stepz'; did you mean 'steps'?"
     run, branch, upcycled = (find_run(name, tmp_path / "runs") for name in ("sums", "branch", "upcycled"))
@@ -51,3 +54,25 @@ def test_examples_of_the_readme_run_in_their_order(tmp_path, local_cluster):
     assert [ancestor.step for ancestor in read_start(branch).ancestors] == [20]
     assert upcycled.spec().model.moe.d_shared == 64
     assert (tmp_path / "exported" / "config.json").exists()
+    rows = readme_rows()
+    for other_run in (run, branch, upcycled):
+        for line in history.read(other_run):
+            assert line.keys() <= rows.keys()
+        for event in events.read(other_run):
+            named_keys = re.findall(r"`(\w+)`", rows[event["event"]])
+            assert event["event"] in ("prepared", "started") or event.keys() <= {"time", "event", *named_keys}
+
+
+def readme_rows() -> dict[str, str]:
+    """Return the rows of the README's tables of metrics and of events by the name in their first cell."""
+    section = README.read_text().split("## Metrics and events")[1]
+    return dict(re.findall(r"^\| `(\w+)` \| (.*) \|$", section, re.M))
+
+
+def test_the_tables_have_all_metrics_and_events():
+    rows = readme_rows()
+    # Prometheus alone has the values of each layer and expert, and the number of all steps.
+    lines = {name: metric.help for name, metric in METRICS.items() if metric.scope not in ("layer", "expert")}
+    del lines[STEPS]
+    assert {name: rows[name] for name in lines} == lines
+    assert rows.keys() - lines.keys() == {*get_args(EventKind), "event"}

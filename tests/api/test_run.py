@@ -3,14 +3,16 @@
 import os
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
 import mhmoe_ray as mh
 from mhmoe_ray.cluster import dashboard
-from mhmoe_ray.errors import ClusterError, JobError, RunError, SpecError
+from mhmoe_ray.errors import CheckpointError, ClusterError, JobError, RunError, SpecError
 from mhmoe_ray.runs import events, history, metrics
 from mhmoe_ray.runs.directory import Attempt, RunDir, add_attempt, create_run, mark_imported
+from mhmoe_ray.storage import remove_tree
 from tests.checkpoint.huggingface.conftest import MIXTRAL, make_run
 from tests.specs import tiny_spec
 
@@ -39,6 +41,7 @@ def directory(tmp_path):
 def test_runs_are_found_by_id_prefix_and_path(tmp_path, directory, monkeypatch):
     run = mh.find_run(directory.id, tmp_path / "runs")
     assert run == mh.find_run("tiny", tmp_path / "runs") == mh.find_run(directory.path) == mh.Run(directory)
+    assert mh.find_run(run) == mh.find_run(Path(run)) == run
     assert (run.id, run.path, run.spec) == (directory.id, directory.path, tiny_spec(tmp_path))
     monkeypatch.setenv("MHMOE_STORAGE", str(tmp_path / "runs"))
     assert mh.list_runs() == [mh.find_run()] == [run]
@@ -63,9 +66,13 @@ def test_checkpoints_have_name_step_and_path(tmp_path):
     run = mh.Run(make_run(tmp_path, MIXTRAL))
     [checkpoint] = run.checkpoints()
     assert checkpoint == ("step_00000007.1", 7, run.path / "checkpoints" / "step_00000007.1")
-    exported = run.export(tmp_path / "out")
-    assert (exported.model_type, exported.checkpoint) == ("mixtral", checkpoint.name)
-    assert (tmp_path / "out" / "config.json").exists()
+    for name in (None, 7, checkpoint):
+        exported = run.export(tmp_path / f"out-{name}", name)
+        assert (exported.model_type, exported.checkpoint) == ("mixtral", checkpoint.name)
+    assert (tmp_path / "out-7" / "config.json").exists()
+    for function in (run.export, lambda *_, **names: run.evaluate(**names)):
+        with pytest.raises(CheckpointError, match=r"checkpoint 0: .*no checkpoint of this step; choose from step_0"):
+            function(tmp_path / "other", checkpoint=0)
 
 
 def test_an_imported_run_has_no_spec(tmp_path, directory):
@@ -140,6 +147,8 @@ def test_a_run_that_is_over_is_neither_stopped_nor_resumed(directory):
         run.resume(until=20)
     with pytest.raises(SpecError, match="change only cluster keys"):
         run.resume(overrides={"train.lr": 1})
+    with pytest.raises(SpecError, match="until: it is '100'; give a whole number of steps"):
+        run.resume(until="100")
 
 
 def test_a_run_is_removed_when_it_is_over(directory):
@@ -162,3 +171,42 @@ def test_useless_arguments_of_an_evaluation_are_errors(tmp_path):
     ):
         with pytest.raises(SpecError, match=message):
             run.evaluate(**arguments)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda run: run.spec,
+        lambda run: run.state,
+        lambda run: run.status(),
+        lambda run: run.metrics(),
+        lambda run: run.checkpoints(),
+        lambda run: run.logs(),
+        lambda run: run.wait(),
+        lambda run: run.stop(),
+        lambda run: run.resume(),
+        lambda run: run.evaluate(),
+        lambda run: run.export("out"),
+        lambda run: run.remove(),
+    ],
+)
+def test_a_removed_run_is_an_error(directory, use):
+    run = mh.Run(directory)
+    remove_tree(directory.path)
+    with pytest.raises(RunError, match=f"^run {run.id}: it was removed"):
+        use(run)
+
+
+def test_wait_ends_when_the_run_is_removed(directory, monkeypatch):
+    monkeypatch.setattr("mhmoe_ray.api.attempts.CLUSTER_POLL_SECONDS", 0.0)
+
+    def remove_run(event):
+        if directory.path.exists():
+            remove_tree(directory.path)
+
+    with pytest.raises(RunError, match=f"^run {directory.id}: it was removed"):
+        mh.Run(directory).wait(on_event=remove_run)
+
+
+def test_a_run_is_shown_by_its_id(directory):
+    assert repr(mh.Run(directory)) == f"Run({directory.id!r})"

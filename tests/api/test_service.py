@@ -3,8 +3,9 @@
 import pytest
 
 import mhmoe_ray as mh
+from mhmoe_ray.api.serve_target import resolve_target
 from mhmoe_ray.cluster.connect import connect
-from mhmoe_ray.errors import ServeError
+from mhmoe_ray.errors import CheckpointError, ServeError
 from tests.checkpoint.huggingface.conftest import MIXTRAL, make_run
 from tests.cli.test_serve_update import dashboard
 
@@ -22,7 +23,10 @@ def test_a_service_is_found_on_its_cluster(run):
         assert (service.name, service.url) == ("mhmoe", "http://127.0.0.1:8000")
         assert service.checkpoint.name == "step_00000007.1"
         assert service.application.status == "RUNNING"
-        assert service.update() == ("step_00000007.1", False)
+        for name in (None, 7, mh.Run(run).checkpoints()[0]):
+            assert service.update(name) == ("step_00000007.1", False)
+        with pytest.raises(CheckpointError, match="no checkpoint of this step; choose from step_00000007"):
+            service.update(0)
         service.wait(timeout=1)
         with pytest.raises(ServeError, match="there is no such application"):
             mh.find_service("other", address)
@@ -43,3 +47,13 @@ def test_a_service_that_failed_is_deployed_again(run):
         assert service.update(on_note=notes.append) == ("step_00000007.1", True)
     assert deployed == [str(run.checkpoints / "step_00000007.1")]
     assert notes == ["deploying step_00000007.1 again"]
+
+
+def test_a_target_names_its_checkpoint_once(run):
+    [checkpoint] = mh.Run(run).checkpoints()
+    for target in (mh.Run(run), run.path, checkpoint, checkpoint.path):
+        assert resolve_target(target, None, "runs")[:2] == (run, checkpoint.path)
+    for name in (7, checkpoint, checkpoint.name):
+        assert resolve_target(mh.Run(run), name, "runs")[1] == checkpoint.path
+        with pytest.raises(CheckpointError, match="not a run with several; leave out the name of the checkpoint"):
+            resolve_target(checkpoint, name, "runs")

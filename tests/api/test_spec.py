@@ -3,6 +3,7 @@
 from copy import deepcopy
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
@@ -10,6 +11,7 @@ import mhmoe_ray as mh
 from mhmoe_ray.api.spec import override_list
 from mhmoe_ray.errors import SpecError
 from mhmoe_ray.spec import parse_overrides
+from tests.checkpoint.huggingface.conftest import MODELS, make_run
 
 TREE = {
     "name": "own",
@@ -47,6 +49,26 @@ def test_paths_may_be_path_objects(tmp_path):
     assert spec.storage == tmp_path / "elsewhere"
 
 
+def test_a_run_starts_from_a_run_or_a_checkpoint(tmp_path):
+    run = mh.Run(make_run(tmp_path, MODELS["dense"]))
+    [checkpoint] = run.checkpoints()
+    tree = {key: TREE[key] for key in ("name", "data")} | {
+        "train": {"steps": 5, "micro_batches": 1, "micro_batch_size": 1, "lr": 1e-3}
+    }
+    expected = mh.load_spec({**tree, "start": {"from": f"{run.path}@7"}})
+    assert list(expected.start.sources) == [str(checkpoint.path)]
+    for source in (run, checkpoint):
+        assert mh.load_spec({**tree, "start": {"from": source}}) == expected
+        assert mh.load_spec(tree, {"start.from": source}) == expected
+
+
+def test_numbers_of_numpy_are_numbers():
+    overrides = {"train.steps": np.int64(50), "train.lr": np.float64(1e-3), "train.betas": np.array([0.5, 0.75])}
+    train = {"warmup_steps": np.int64(3)}
+    spec = mh.load_spec({**TREE, "train": train}, overrides)
+    assert (spec.train.steps, spec.train.lr, spec.train.betas, spec.train.warmup_steps) == (50, 1e-3, (0.5, 0.75), 3)
+
+
 @pytest.mark.parametrize(
     "value", [1e-5, True, None, "no", "x: y", "two\nlines", [1, "2"], {"a": {"b": 1.5}}, "é" * 200]
 )
@@ -63,6 +85,14 @@ def test_mistakes_name_the_spec_and_the_key(tmp_path):
         mh.load_spec(tmp_path / "nothing.yaml")
     with pytest.raises(SpecError, match=r"^override 'train.steps': it is not key=value"):
         mh.load_spec(TREE, "train.steps")
+    for source in (None, [1]):
+        with pytest.raises(SpecError, match=r"^spec: it is of type \w+; give the path of a YAML file, or a mapping"):
+            mh.load_spec(source)
+    with pytest.raises(SpecError, match=r"^spec: it is loaded already"):
+        mh.load_spec(mh.load_spec(TREE))
+    for function in (mh.submit, mh.plan):
+        with pytest.raises(SpecError, match=r"^spec: it is of type dict; give what mhmoe_ray\.load_spec returns"):
+            function(TREE)
 
 
 def test_a_cluster_on_paper_is_complete():

@@ -17,10 +17,10 @@ from mhmoe_ray.checkpoint.huggingface.adapters import choose_adapter
 from mhmoe_ray.errors import JobError
 from mhmoe_ray.planner.match import matched_heads
 from mhmoe_ray.planner.sizes import compute_sizes
-from mhmoe_ray.serve.api.app import create_app
-from mhmoe_ray.serve.load import load_answerer
+from mhmoe_ray.serving.api.app import create_app
+from mhmoe_ray.serving.load import load_answerer
 from tests.cli.run import mhmoe_subprocess
-from tests.serve.conftest import serve_app
+from tests.serving.conftest import serve_app
 
 PLAIN = plain_model(64, 2, 4, 2, 64)
 

@@ -16,7 +16,7 @@ from mhmoe_ray.data.stream import validation_samples
 from mhmoe_ray.data.tokenizer import END_OF_TEXT, load_tokenizer
 from mhmoe_ray.runs import history, metrics
 from mhmoe_ray.runs.directory import find_run
-from mhmoe_ray.serve.load import load_answerer
+from mhmoe_ray.serving.load import load_answerer
 from mhmoe_ray.spec import ServeSpec, load_resolved_spec
 from tests.cli.audit import assert_samples_in_order
 from tests.cli.conftest import write_spec

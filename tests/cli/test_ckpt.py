@@ -63,7 +63,9 @@ def test_mistakes_are_one_line(project, tmp_path):
     folder, run, _ = project
     assert_one_line(mhmoe(folder, "ckpt", "export", "--to", "out"), 8, "folder out: it is not empty")
     assert_one_line(
-        mhmoe(folder, "ckpt", "export", run.id, "--to", "x", "--checkpoint", "y"), 8, "no readable manifest.json"
+        mhmoe(folder, "ckpt", "export", run.id, "--to", "x", "--checkpoint", "y"),
+        8,
+        "no checkpoint of this name; choose from",
     )
     assert_one_line(mhmoe(folder, "ckpt", "export", "nobody", "--to", "x"), 7, "run nobody")
     assert_one_line(mhmoe(folder, "ckpt", "import", "nowhere"), 8, "model nowhere: there is no such folder")

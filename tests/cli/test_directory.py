@@ -215,7 +215,7 @@ def test_watch_on_a_terminal_of_80_columns_redraws_until_the_end(tmp_path, run):
 
 
 def test_resume_refuses_a_run_that_may_still_train(tmp_path, run):
-    assert_one_line(mhmoe(tmp_path, "resume"), 7, "its cluster does not answer", "wrote something", "--force")
+    assert_one_line(mhmoe(tmp_path, "resume"), 7, "its cluster does not answer", "wrote something", "or force it")
     assert len(events.read(run)) == 2
 
 
@@ -283,13 +283,13 @@ def test_runs_are_listed_by_name_state_and_age(tmp_path, run, ended_run):
 
 
 def test_rm_of_a_run_without_its_cluster_needs_quiet_or_force(tmp_path, run, ended_run):
-    assert_one_line(mhmoe(tmp_path, "rm", run.id, "--yes"), 7, "its cluster does not answer", "--force")
+    assert_one_line(mhmoe(tmp_path, "rm", run.id, "--yes"), 7, "its cluster does not answer", "or force it")
     os.utime(run.metrics_file, (time.time() - 10_000,) * 2)
-    assert_one_line(mhmoe(tmp_path, "rm", run.id, "--yes"), 7, "its cluster does not answer", "--force")
+    assert_one_line(mhmoe(tmp_path, "rm", run.id, "--yes"), 7, "its cluster does not answer", "or force it")
     os.utime(run.events_file, (time.time() - 10_000,) * 2)
     assert mhmoe(tmp_path, "rm", run.id, "--yes").code == 0
     events.record(ended_run, "submitted", attempt=2, job="job-3", address="http://127.0.0.1:1")
-    assert_one_line(mhmoe(tmp_path, "rm", ended_run.id, "--yes"), 7, "--force")
+    assert_one_line(mhmoe(tmp_path, "rm", ended_run.id, "--yes"), 7, "or force it")
     assert mhmoe(tmp_path, "rm", ended_run.id, "--yes", "--force").code == 0
     assert not list((tmp_path / "runs").iterdir())
 

@@ -41,7 +41,9 @@ def test_missing_spec_is_one_line(tmp_path):
 
 def test_missing_source_is_one_line(tmp_path):
     write_spec(tmp_path)
-    assert_one_line(mhmoe(tmp_path, "submit", "spec.yaml"), 4, "source web", "there is no folder", "mhmoe data sample")
+    assert_one_line(
+        mhmoe(tmp_path, "submit", "spec.yaml"), 4, "source web", "there is no file or folder", "mhmoe data sample"
+    )
 
 
 def test_unknown_run_is_one_line(tmp_path):

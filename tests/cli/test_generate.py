@@ -8,13 +8,13 @@ import torch
 from mhmoe_ray.checkpoint.manifest import newest_checkpoint
 from mhmoe_ray.cli.generate import generate
 from mhmoe_ray.errors import ServeError
-from mhmoe_ray.serve.engine import SamplingParams
-from mhmoe_ray.serve.engine.sampler import Sampler
-from mhmoe_ray.serve.load import load_answerer
+from mhmoe_ray.serving.engine import SamplingParams
+from mhmoe_ray.serving.engine.sampler import Sampler
+from mhmoe_ray.serving.load import load_answerer
 from mhmoe_ray.spec import ServeSpec
 from tests.checkpoint.huggingface.conftest import MIXTRAL, make_run
 from tests.cli.run import assert_one_line, command, mhmoe
-from tests.serve.asking import answer_pieces
+from tests.serving.asking import answer_pieces
 
 
 @pytest.fixture(scope="module")

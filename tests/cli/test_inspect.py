@@ -149,7 +149,7 @@ def test_mistakes_are_one_line(tmp_path):
     result = mhmoe(tmp_path, "data", "inspect", "raw", "--png", "no/a.png")
     assert_one_line(result, 4, "picture no/a.png", "No such file")
     for verb in ("inspect", "lint"):
-        assert_one_line(mhmoe(tmp_path, "data", verb, "nowhere"), 4, "source nowhere", "there is no folder")
+        assert_one_line(mhmoe(tmp_path, "data", verb, "nowhere"), 4, "source nowhere", "there is no file or folder")
         assert_one_line(mhmoe(tmp_path, "data", verb, "spec.yaml", "raw"), 3, "spec.yaml", "together with other data")
         override_result = mhmoe(tmp_path, "data", verb, "raw", "--set", "data.seqlen=3")
         assert_one_line(override_result, 3, "text raw", "unknown key 'data.seqlen'")

@@ -52,7 +52,7 @@ def breakable_run(tmp_path):
     lines = [
         "import os, sys",
         f"if os.path.exists({str(failure_file)!r}):",
-        "    sys.modules['mhmoe_ray.serve.load'] = None",
+        "    sys.modules['mhmoe_ray.serving.load'] = None",
     ]
     (site / "sitecustomize.py").write_text("\n".join(lines))
     run = make_run(tmp_path, MIXTRAL)
@@ -72,7 +72,7 @@ def test_failed_application_starts_anew_when_it_is_deployed_again(tmp_path, loca
         failed_result = mhmoe(tmp_path, *words)
         assert (
             failed_result.code,
-            "application weak: ModuleNotFoundError: import of mhmoe_ray.serve.load" in failed_result.err,
+            "application weak: ModuleNotFoundError: import of mhmoe_ray.serving.load" in failed_result.err,
         ) == (
             10,
             True,

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import pytest
 
 from mhmoe_ray.checkpoint.manifest import committed_checkpoints
-from mhmoe_ray.serve.config import application_config
+from mhmoe_ray.serving.config import application_config
 from mhmoe_ray.spec import ServeSpec
 from tests.checkpoint.huggingface.conftest import MIXTRAL, make_run
 from tests.cli.run import mhmoe

@@ -88,7 +88,7 @@ def test_dry_run_shows_every_variant_and_starts_no_run(project):
     assert_one_line(mhmoe(project, "sweep", "sweep.yaml", "--show"), 7, "it was never started")
     assert_one_line(mhmoe(project, "sweep", "sweep.yaml", "--stop"), 7, "it was never started")
     (project / "raw").rename(project / "gone")
-    assert_one_line(mhmoe(project, "sweep", "sweep.yaml"), 4, "source web", "there is no folder")
+    assert_one_line(mhmoe(project, "sweep", "sweep.yaml"), 4, "source web", "there is no file or folder")
     assert not (project / "runs").exists()
 
 

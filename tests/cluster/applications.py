@@ -61,7 +61,7 @@ def json_server(responses):
 
 def deploying_report(message):
     """Return the JSON that a dashboard reports while it deploys a single application `a`, with a status message."""
-    config = {"import_path": "mhmoe_ray.serve.app:build", "route_prefix": "/a", "args": {"checkpoint": "/mnt/c"}}
+    config = {"import_path": "mhmoe_ray.serving.app:build", "route_prefix": "/a", "args": {"checkpoint": "/mnt/c"}}
     app = {"route_prefix": None, "status": "DEPLOYING", "message": message, "deployments": {}}
     return {"http_options": {"host": HOST, "port": 8000}, "applications": {"a": {**app, "deployed_app_config": config}}}
 

@@ -84,7 +84,7 @@ def test_connect_ignores_proxies_of_the_environment(local_cluster, monkeypatch):
 def test_no_local_cluster_is_one_line(no_cluster, monkeypatch):
     for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
         monkeypatch.delenv(name, raising=False)
-    with pytest.raises(ClusterError, match="none runs; start it: mhmoe cluster up; or give --address"):
+    with pytest.raises(ClusterError, match="none runs; start it: mhmoe cluster up; or name a cluster"):
         connect()
 
 

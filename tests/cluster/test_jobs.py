@@ -1,6 +1,8 @@
+import asyncio
 import dataclasses
 import os
 import sys
+import threading
 import time
 
 import pytest
@@ -26,6 +28,11 @@ def _wait(connection, job):
     return status
 
 
+async def _follow_in_loop(connection, job):
+    """Return the lines of a job's log, read in a thread that runs an event loop, as a notebook's cells do."""
+    return list(jobs.follow_logs(connection, job))
+
+
 @pytest.mark.ray
 def test_job_runs_and_its_log_can_be_followed(connection, monkeypatch):
     # Ray's client prefers the address in this variable to its argument, so our code has to hide the variable from it.
@@ -33,11 +40,11 @@ def test_job_runs_and_its_log_can_be_followed(connection, monkeypatch):
     code = "import sys, time; print('one'); time.sleep(1); print(sys.executable); print('last', end='')"
     _submit(connection, "trip", code, metadata={"run": "r"})
     assert os.environ["RAY_ADDRESS"] == "http://127.0.0.1:1"
-    followed = list(jobs.follow_logs(connection, "trip"))
+    followed = asyncio.run(_follow_in_loop(connection, "trip"))
     assert followed[-3:] == ["one", sys.executable, "last"]
     assert _wait(connection, "trip") == "SUCCEEDED"
     assert jobs.logs(connection, "trip").endswith(f"one\n{sys.executable}\nlast")
-    assert followed == jobs.logs(connection, "trip").split("\n")
+    assert followed == jobs.logs(connection, "trip").split("\n") == list(jobs.follow_logs(connection, "trip"))
     with pytest.raises(JobError, match=r"job trip: .*already exists"):
         _submit(connection, "trip", code)
 
@@ -57,6 +64,7 @@ def test_stop_ends_a_job_and_can_be_repeated(connection):
     while next(lines) != "up":
         pass
     lines.close()
+    assert "log" not in [thread.name for thread in threading.enumerate()]
     jobs.stop(connection, "stops")
     assert _wait(connection, "stops") == "STOPPED"
     jobs.stop(connection, "stops")  # stopping a stopped job is no error

@@ -172,7 +172,7 @@ def test_api_key_is_not_sent_to_a_local_server_on_another_clusters_port(tmp_path
 
     Its Serve listens on a port of its own machine; a server here that has the same port must not get the key.
     """
-    config = {"import_path": "mhmoe_ray.serve.app:build", "args": {"checkpoint": "/mnt/runs/a-1/checkpoints/s"}}
+    config = {"import_path": "mhmoe_ray.serving.app:build", "args": {"checkpoint": "/mnt/runs/a-1/checkpoints/s"}}
     app = {"route_prefix": "/", "status": "RUNNING", "message": "", "deployments": {}, "deployed_app_config": config}
     with json_server({}) as (port, requests):
         responses = {

@@ -9,11 +9,11 @@ from mhmoe_ray.checkpoint.load import load_model
 from mhmoe_ray.checkpoint.manifest import newest_checkpoint
 from mhmoe_ray.errors import SpecError
 from mhmoe_ray.evaluate.harness import PAPER_TASKS, expand_tasks, run_tasks
-from mhmoe_ray.serve.engine import SamplingParams
-from mhmoe_ray.serve.load import load_answerer
+from mhmoe_ray.serving.engine import SamplingParams
+from mhmoe_ray.serving.load import load_answerer
 from mhmoe_ray.spec import ServeSpec
 from tests.checkpoint.huggingface.conftest import MODELS, export_run, make_run
-from tests.serve.asking import answer_tokens
+from tests.serving.asking import answer_tokens
 
 # lm-eval and its libraries issue warnings, which pytest would turn into errors.
 pytestmark = pytest.mark.filterwarnings("ignore")

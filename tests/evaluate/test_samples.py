@@ -16,7 +16,7 @@ from mhmoe_ray.model.init import init_weights
 from tests.data.sources.read import data_spec
 from tests.data.texts import write_lines
 from tests.evaluate.test_measure import measure as measure_scores
-from tests.serve.conftest import build_tokenizer
+from tests.serving.conftest import build_tokenizer
 from tests.specs import tiny_spec
 
 

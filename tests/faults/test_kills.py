@@ -104,7 +104,9 @@ def test_a_run_outlives_the_whole_cluster(project, reference):
     # The dead cluster cannot say whether the job still runs, so the user has to make sure that it does not and give
     # --force.
     result = mhmoe(project, "resume", run.id)
-    assert_one_line(result, 7, "its cluster does not answer", "make sure that no job of it runs any more", "--force")
+    assert_one_line(
+        result, 7, "its cluster does not answer", "make sure that no job of it runs any more", "or force it"
+    )
     wait_until(lambda: not harness.driver_of(run), "the end of its job")
     resumed = mhmoe(project, "resume", run.id, "--force")
     assert resumed.code == 0, resumed.err

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mhmoe_ray.model.attention import document_mask
-from mhmoe_ray.serve.engine.paged_cache import PagedCache, PagedStep
+from mhmoe_ray.serving.engine.paged_cache import PagedCache, PagedStep
 from tests.model.test_decoder import KINDS, build_decoder, random_tokens
 from tests.paged import logits_in_parts
 

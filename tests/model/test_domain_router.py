@@ -9,7 +9,7 @@ from mhmoe_ray.checkpoint.manifest import newest_checkpoint
 from mhmoe_ray.errors import CheckpointError, ServeError
 from mhmoe_ray.model.decoder import Decoder
 from mhmoe_ray.model.init import init_weights
-from mhmoe_ray.serve.load import check_engine
+from mhmoe_ray.serving.load import check_engine
 from mhmoe_ray.spec import ModelSpec, MoESpec, ServeSpec
 from tests.checkpoint.huggingface.conftest import make_run
 from tests.specs import tiny_spec

@@ -16,7 +16,7 @@ from mhmoe_ray.errors import SpecError
 from mhmoe_ray.planner.placement import hypothetical_nodes, pack_workers
 from mhmoe_ray.render import kuberay, ray_up
 from mhmoe_ray.render.files import count_worker_nodes, render_files
-from mhmoe_ray.serve.config import ENVIRONMENT, application_config
+from mhmoe_ray.serving.config import ENVIRONMENT, application_config
 from mhmoe_ray.spec import ServeSpec, load_resolved_spec, load_site, validate_section
 from mhmoe_ray.spec.site import SiteSpec
 from mhmoe_ray.storage import location

@@ -375,3 +375,17 @@ def test_a_diverged_run_has_no_loss_in_the_table_and_does_not_change_the_step(tm
     a, b = sweep_table(sweep)
     assert (a["step"], a["loss"], a["states"]) == (20, 4.0, {"finished": 1})
     assert (b["loss"], b["states"]) == (None, {"finished, diverged": 1})
+
+
+def test_variants_with_different_numbers_of_steps_are_compared_at_their_ends(tmp_path, sweep):
+    entries = [make_entry(tmp_path, name) for name in ("a", "b")]
+    train = entries[1].spec.train.model_copy(update={"steps": 40})
+    entries[1] = entries[1].model_copy(update={"spec": entries[1].spec.model_copy(update={"train": train})})
+    for sweep_entry, steps in zip(entries, ((10, 20), (10, 20, 30, 40)), strict=True):
+        trained = start_run(sweep, sweep_entry, "finished")
+        for step in steps:
+            line = {metrics.STEP: step, metrics.GROUP: 1, metrics.VAL_LOSS: 5.0 - step / 20}
+            history.append(trained, {**line, metrics.TOKENS: step, metrics.TOKENS_PER_S: 1.0})
+        history.flush(trained)
+    write_order(sweep, entries)
+    assert [(row["step"], row["loss"]) for row in sweep_table(sweep)] == [(20, 4.0), (40, 3.0)]

@@ -14,12 +14,12 @@ from mhmoe_ray.data.tokenizer import END_OF_TEXT
 from mhmoe_ray.data.tokenizer.train import train_bpe
 from mhmoe_ray.model.decoder import Decoder, token_losses
 from mhmoe_ray.model.init import init_weights
-from mhmoe_ray.serve.api.app import create_app
+from mhmoe_ray.serving.api.app import create_app
 from mhmoe_ray.spec import RunSpec, ServeSpec
 from mhmoe_ray.train.step import MicroBatch
 from mhmoe_ray.train.worker import micro_batch
-from tests.serve.asking import call
-from tests.serve.own import create_answerer
+from tests.serving.asking import call
+from tests.serving.own import create_answerer
 from tests.specs import tiny_spec
 from tests.train import jobs
 

@@ -11,8 +11,8 @@ import torch
 
 from mhmoe_ray.checkpoint.load import load_model
 from mhmoe_ray.checkpoint.manifest import read_manifest
-from mhmoe_ray.serve.engine import Engine, Request, SamplingParams
-from mhmoe_ray.serve.engine.torch_engine import own_engine
+from mhmoe_ray.serving.engine import Engine, Request, SamplingParams
+from mhmoe_ray.serving.engine.torch_engine import own_engine
 from mhmoe_ray.spec import ServeSpec
 
 MODEL_NAME = "bench"
@@ -58,7 +58,7 @@ def torch_engine(served_model: ServedModel) -> Answer:
 
 def vllm_engine(served_model: ServedModel) -> Answer:
     """Return vLLM with our model, behind the interface of our engines."""
-    from mhmoe_ray.serve.vllm.engine import VllmEngine
+    from mhmoe_ray.serving.vllm.engine import VllmEngine
 
     manifest = read_manifest(served_model.checkpoint)
     vocab_size = manifest.model.vocab_size

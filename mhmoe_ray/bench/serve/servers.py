@@ -17,8 +17,8 @@ from mhmoe_ray.bench.serve.engines import MODEL_NAME, ServedModel
 from mhmoe_ray.cluster.local import start_local, stop_local
 from mhmoe_ray.cluster.spawn import free_ports
 from mhmoe_ray.errors import ServeError
-from mhmoe_ray.serve.api.app import create_app
-from mhmoe_ray.serve.load import load_answerer
+from mhmoe_ray.serving.api.app import create_app
+from mhmoe_ray.serving.load import load_answerer
 
 START_TIMEOUT = 300
 """Seconds after which a server that has not started counts as failed."""
@@ -54,7 +54,7 @@ def ray_serve_server(engine: str, served_model: ServedModel) -> Iterator[str]:
     """Run our application on a local cluster of its own, as `mhmoe serve deploy` does, and yield its URL."""
     from mhmoe_ray.cluster import serving
     from mhmoe_ray.cluster.connect import connect
-    from mhmoe_ray.serve.config import application_config
+    from mhmoe_ray.serving.config import application_config
 
     spec = served_model.serve_spec(engine).model_copy(update={"port": free_ports(1)[0]})
     with tempfile.TemporaryDirectory(prefix="mhmoe-bench-") as home:

@@ -11,7 +11,7 @@ Other tools ignore the section. If it describes another model than the keys, the
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pydantic import BaseModel, PositiveInt, ValidationError
 
@@ -34,6 +34,19 @@ AUTO_CLASSES = {
     "AutoModelForCausalLM": "modeling_mhmoe.MhmoeForCausalLM",
 }
 """Classes of an exported MH-MoE model by transformers' auto classes (`auto_map` in config.json)."""
+
+
+class ExportResult(NamedTuple):
+    """Result of an export."""
+
+    model_type: str
+    """Model type in config.json."""
+    tensors: int
+    """Number of exported tensors."""
+    bytes: int
+    """Number of bytes of the exported tensors."""
+    checkpoint: str
+    """Name of the checkpoint."""
 
 
 class MhmoeSection(BaseModel):
@@ -132,7 +145,7 @@ def read_config(folder: Path, seq_len: int | None) -> tuple[str, MhmoeSection]:
         raise CheckpointError(subject, f"{CONFIG}: {_error_text(e)}", "such a model cannot be imported") from e
     if seq_len is not None and seq_len > section.seq_len:
         reason = f"it is made for {section.seq_len} tokens at once"
-        raise CheckpointError(subject, reason, f"choose a --seq-len up to that, not {seq_len}")
+        raise CheckpointError(subject, reason, f"choose a sequence length up to that, not {seq_len}")
     return model_type, section if seq_len is None else section.model_copy(update={"seq_len": seq_len})
 
 

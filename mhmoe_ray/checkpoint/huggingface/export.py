@@ -5,14 +5,13 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from mhmoe_ray.checkpoint.format import SliceIndex
 from mhmoe_ray.checkpoint.huggingface.adapters import choose_adapter
-from mhmoe_ray.checkpoint.huggingface.config import CONFIG, GENERATION, EdgeTokens, build_exported_config
+from mhmoe_ray.checkpoint.huggingface.config import CONFIG, GENERATION, EdgeTokens, ExportResult, build_exported_config
 from mhmoe_ray.checkpoint.huggingface.files import INDEX, write_files
 from mhmoe_ray.checkpoint.huggingface.model_card import CARD, build_card
 from mhmoe_ray.checkpoint.huggingface.names import TensorEntry, tensor_entries
@@ -33,16 +32,6 @@ from mhmoe_ray.storage import Location, replace_file, write_json
 
 CODE_FILES = tuple(Path(__file__).with_name(name) for name in ("configuration_mhmoe.py", "modeling_mhmoe.py"))
 """Files with the classes of a model that transformers does not have; an export contains copies of them."""
-
-
-class ExportResult(NamedTuple):
-    """Result of an export: the model type in config.json, the number and bytes of the exported tensors, and the name of
-    the checkpoint."""
-
-    model_type: str
-    tensors: int
-    bytes: int
-    checkpoint: str
 
 
 def export(checkpoint: Location, manifest: CheckpointManifest, target: Path) -> ExportResult:

@@ -45,7 +45,7 @@ def import_folder(source: Path, name: str | None, storage: str | Path, seq_len: 
     """
     name, root = _checked_name(source, name), location(storage)
     if not isinstance(root, Path):
-        raise SpecError(f"storage {storage}", "an import is written to a local folder", "name one with --storage")
+        raise SpecError(f"storage {storage}", "an import is written to a local folder", "name one as storage")
     model_type, config = read_config(source, seq_len)
     imported_tokenizer = read_folder_tokenizer(source, config)
     template = read_chat_template(source)
@@ -69,7 +69,7 @@ def import_folder(source: Path, name: str | None, storage: str | Path, seq_len: 
             # Also after Ctrl-C.
             shutil.rmtree(folder, ignore_errors=True)
             if isinstance(e, OSError):
-                reason, fix = e.strerror or str(e), "make room there, or name another folder with --storage"
+                reason, fix = e.strerror or str(e), "make room there, or name another folder as storage"
                 raise SpecError(f"storage {storage}", reason, fix) from e
             raise
     return run
@@ -125,7 +125,7 @@ def _checked_name(source: Path, name: str | None) -> str:
         return run_name(source.absolute().name)
     if not re.fullmatch(NAME, name):
         reason = f"it is not made of lower-case letters, digits and dashes, {NAME_LENGTH} at most"
-        raise SpecError(f"name {name}", reason, "choose another --name")
+        raise SpecError(f"name {name}", reason, "choose another name")
     return name
 
 

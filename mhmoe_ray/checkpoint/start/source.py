@@ -3,19 +3,14 @@
 from pathlib import Path
 from typing import NamedTuple
 
+from mhmoe_ray.checkpoint.find import find_run_or_checkpoint, no_checkpoint_error
 from mhmoe_ray.checkpoint.huggingface.config import CONFIG, read_config
 from mhmoe_ray.checkpoint.huggingface.hub import PREFIX, pinned_source, settings_folder
 from mhmoe_ray.checkpoint.huggingface.imported_tokenizer import read_chat_template, read_folder_tokenizer
-from mhmoe_ray.checkpoint.manifest import (
-    CheckpointManifest,
-    committed_checkpoints,
-    newest_checkpoint,
-    step_and_group,
-    stored_manifest,
-)
+from mhmoe_ray.checkpoint.manifest import CheckpointManifest, newest_checkpoint, stored_manifest
 from mhmoe_ray.checkpoint.tokenizer import run_tokenizer
-from mhmoe_ray.errors import CheckpointError, RunError
-from mhmoe_ray.runs.directory import CHAT_TEMPLATE, RunDir, find_run
+from mhmoe_ray.errors import CheckpointError
+from mhmoe_ray.runs.directory import CHAT_TEMPLATE, RunDir
 from mhmoe_ray.runs.start import Ancestor, read_start
 from mhmoe_ray.spec import ModelSpec, RunSpec
 from mhmoe_ray.storage import Location, location
@@ -84,33 +79,14 @@ def find_start_model(source: str, storage: Location | str) -> StartModel:
         return _folder_model(str(path.absolute()), path.absolute())
     if (path / MANIFEST_FILE).exists() and not RunDir(path).attempts_file.exists():
         return _checkpoint_model(path.absolute())
-    name, _, step = source.rpartition("@")
-    try:
-        if name and step.isdigit():
-            return _checkpoint_model(_checkpoint_of_step(find_run(name, storage), int(step)))
-        run = find_run(source, storage)
-    except RunError as e:
-        fix = "name a run, RUN@STEP, the folder of a checkpoint or a model, or hf:ORGANIZATION/NAME"
-        raise RunError(f"start.from {source}", f"there is no such folder, and as a run: {e.reason}", fix) from e
-    newest = newest_checkpoint(run, ("weights",), None)
+    target = find_run_or_checkpoint(source, storage, f"start.from {source}")
+    if not isinstance(target, RunDir):
+        return _checkpoint_model(target)
+    newest = newest_checkpoint(target, ("weights",), None)
     if newest is None:
-        raise CheckpointError(f"start.from {source}", "this run has no checkpoint yet", "wait for one")
+        error = no_checkpoint_error(target)
+        raise CheckpointError(f"start.from {source}", error.reason, error.fix)
     return _checkpoint_model(newest.checkpoint)
-
-
-def _checkpoint_of_step(run: RunDir, step: int) -> Location:
-    """Return the newest checkpoint of a step of a run.
-
-    Raises:
-        CheckpointError: the run has no checkpoint of this step.
-    """
-    steps = {step_and_group(checkpoint)[0]: checkpoint for checkpoint in committed_checkpoints(run)}
-    if step not in steps:
-        steps_text = ", ".join(map(str, sorted(steps))) or "none"
-        raise CheckpointError(
-            f"start.from {run.id}@{step}", "it has no checkpoint of this step", f"choose from its steps: {steps_text}"
-        )
-    return steps[step]
 
 
 def _checkpoint_model(checkpoint: Location) -> StartModel:

@@ -13,8 +13,18 @@ chat.py reads conversations.
 Files of JSON lines and of text may be compressed with zstd or gzip, under any name.
 """
 
-from mhmoe_ray.data.sources.find import file_blocks, find_files
+from mhmoe_ray.data.sources.find import file_blocks, find_files, version_hash
 from mhmoe_ray.data.sources.items import BadLine, Document, RawFile, Reason, Tally
 from mhmoe_ray.data.sources.reading import FileReader
 
-__all__ = ["BadLine", "Document", "FileReader", "RawFile", "Reason", "Tally", "file_blocks", "find_files"]
+__all__ = [
+    "BadLine",
+    "Document",
+    "FileReader",
+    "RawFile",
+    "Reason",
+    "Tally",
+    "file_blocks",
+    "find_files",
+    "version_hash",
+]

@@ -7,7 +7,7 @@ import errno
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -94,7 +94,7 @@ class Storage:
         root, pattern_parts = self._split_pattern()
         info = self._file_info(root)
         if info.type == fs.FileType.NotFound:
-            raise FileNotFoundError(f"there is no folder {self._prefix}{root}")
+            raise FileNotFoundError(f"there is no file or folder {self._prefix}{root}")
         if info.type == fs.FileType.File:
             single_file = ListedFile(self._prefix + root, info.size)
             return Listing(self._prefix + root.rpartition("/")[0], [single_file], {single_file.path})
@@ -107,6 +107,24 @@ class Storage:
         sorted_files = sorted(visible_files, key=lambda file: file.path.split("/"))
         files = [ListedFile(self._prefix + file.path, file.size) for file in sorted_files]
         return Listing(self._prefix + root, files, paths)
+
+    def modification_times(self, paths: Sequence[str]) -> list[int | None]:
+        """Return the modification time of each of these listed files, in nanoseconds since the epoch.
+
+        It is None for a file that no longer exists.
+
+        Raises:
+            OSError: the files cannot be listed.
+        """
+        if not self._prefix:
+            return [info.mtime_ns for info in self._fs.get_file_info([*paths])]
+        # On an object store, one listing takes less time than a request for each file.
+        root, _ = self._split_pattern()
+        info = self._file_info(root)
+        is_file = info.type == fs.FileType.File
+        infos = [info] if is_file else self._fs.get_file_info(fs.FileSelector(root, recursive=True))
+        times = {self._prefix + file_info.path: file_info.mtime_ns for file_info in infos}
+        return [times.get(path) for path in paths]
 
     def root(self) -> str:
         """Return `Listing.root` without listing the files.

@@ -19,8 +19,8 @@ from mhmoe_ray.errors import CheckpointError
 from mhmoe_ray.model.decoder import Decoder
 from mhmoe_ray.runs import events
 from mhmoe_ray.runs.directory import RunDir, find_run
-from mhmoe_ray.serve.engine import SamplingParams
-from mhmoe_ray.serve.load import load_answerer
+from mhmoe_ray.serving.engine import SamplingParams
+from mhmoe_ray.serving.load import load_answerer
 from mhmoe_ray.spec import ServeSpec
 from mhmoe_ray.storage import describe_file
 from tests.checkpoint.huggingface.conftest import (
@@ -36,7 +36,7 @@ from tests.checkpoint.huggingface.conftest import (
 )
 from tests.paged import logits_in_parts
 from tests.ranks import run_ranks
-from tests.serve.asking import answer_pieces, answer_tokens
+from tests.serving.asking import answer_pieces, answer_tokens
 
 TOKENS = torch.randint(320, (2, 40), generator=torch.Generator().manual_seed(0))
 

@@ -9,12 +9,12 @@ from safetensors.torch import load_file, save_file
 from mhmoe_ray.checkpoint.huggingface.import_ import import_folder
 from mhmoe_ray.checkpoint.manifest import newest_checkpoint
 from mhmoe_ray.errors import CheckpointError, MhmoeError, SpecError
-from mhmoe_ray.serve.engine import SamplingParams
-from mhmoe_ray.serve.load import load_answerer
+from mhmoe_ray.serving.engine import SamplingParams
+from mhmoe_ray.serving.load import load_answerer
 from mhmoe_ray.spec import ServeSpec
 from tests.checkpoint.huggingface.conftest import MIXTRAL, MODELS, export_run, make_run, raise_read_error
 from tests.llama_tokenizer import llama_tokenizer
-from tests.serve.asking import answer_tokens
+from tests.serving.asking import answer_tokens
 
 
 def edit_config(**fields):
@@ -187,7 +187,9 @@ def test_sliding_window_limits_the_sequence_length(tmp_path, mixtral_folder):
     edit_config(sliding_window=16)(mixtral_folder)
     run = import_folder(mixtral_folder, None, tmp_path / "runs", None)
     assert newest_checkpoint(run)[1].seq_len == 16
-    with pytest.raises(CheckpointError, match="made for 16 tokens at once; choose a --seq-len up to that, not 17"):
+    with pytest.raises(
+        CheckpointError, match="made for 16 tokens at once; choose a sequence length up to that, not 17"
+    ):
         import_folder(mixtral_folder, None, tmp_path / "runs", 17)
 
 

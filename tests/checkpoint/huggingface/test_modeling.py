@@ -20,12 +20,12 @@ from mhmoe_ray.checkpoint.huggingface.names import tensor_entries
 from mhmoe_ray.checkpoint.load import load_model
 from mhmoe_ray.checkpoint.manifest import newest_checkpoint
 from mhmoe_ray.model.decoder import Decoder, routing_loss
-from mhmoe_ray.serve.engine import SamplingParams
-from mhmoe_ray.serve.load import load_answerer
+from mhmoe_ray.serving.engine import SamplingParams
+from mhmoe_ray.serving.load import load_answerer
 from mhmoe_ray.spec import ServeSpec
 from tests.checkpoint.huggingface.conftest import MODEL_TYPES, MODELS, SEQ_LEN, export_run, make_run, random_model
 from tests.checkpoint.huggingface.test_names import model_specs
-from tests.serve.asking import answer_tokens
+from tests.serving.asking import answer_tokens
 
 TOKENS = torch.randint(320, (2, 40), generator=torch.Generator().manual_seed(0))
 PROMPTS = ["fox", "the quick brown fox jumps"]

@@ -11,13 +11,13 @@ from mhmoe_ray.checkpoint.huggingface.tokenizer import add_start_token, tokenize
 from mhmoe_ray.checkpoint.manifest import newest_checkpoint
 from mhmoe_ray.data.tokenizer import boundaries
 from mhmoe_ray.errors import CheckpointError, DataError
-from mhmoe_ray.serve.engine import SamplingParams
-from mhmoe_ray.serve.load import load_answerer
+from mhmoe_ray.serving.engine import SamplingParams
+from mhmoe_ray.serving.load import load_answerer
 from mhmoe_ray.spec import ServeSpec
 from tests.checkpoint.huggingface.conftest import MIXTRAL, TEXT, export_run, make_run
 from tests.checkpoint.huggingface.test_import import edit_config
 from tests.llama_tokenizer import llama_tokenizer
-from tests.serve.asking import answer_tokens
+from tests.serving.asking import answer_tokens
 
 TEXTS = ["the quick brown fox", "", " fox 日本 🦊\n"]
 

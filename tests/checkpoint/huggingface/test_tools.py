@@ -14,13 +14,13 @@ from mhmoe_ray.checkpoint.huggingface.import_ import import_folder
 from mhmoe_ray.checkpoint.load import load_model
 from mhmoe_ray.checkpoint.manifest import newest_checkpoint
 from mhmoe_ray.evaluate.harness import run_tasks
-from mhmoe_ray.serve.engine import SamplingParams
-from mhmoe_ray.serve.load import load_answerer
+from mhmoe_ray.serving.engine import SamplingParams
+from mhmoe_ray.serving.load import load_answerer
 from mhmoe_ray.spec import ServeSpec
 from tests.checkpoint.huggingface.conftest import DENSE, MODELS, export_run, make_run
 from tests.checkpoint.huggingface.use_export import PROMPTS, TOKENS
 from tests.evaluate.test_harness import CHOICE_TASK, QUESTIONS, write_task
-from tests.serve.asking import answer_tokens
+from tests.serving.asking import answer_tokens
 
 PYTHON = Path(__file__).parents[3] / ".venv-tools" / "bin" / "python"
 pytestmark = [

@@ -220,7 +220,7 @@ def test_mistakes_are_named_before_a_job_starts(tmp_path):
     source = make_source(tmp_path)
     with pytest.raises(RunError, match="there is no such folder, and as a run"):
         start_run(tmp_path, "nothing", {})
-    with pytest.raises(CheckpointError, match="no checkpoint of this step; choose from its steps: 4"):
+    with pytest.raises(CheckpointError, match="no checkpoint of this step; choose from step_00000004"):
         start_run(tmp_path, f"{source.id}@5", {})
     with pytest.raises(SpecError, match="how: mix needs a list"):
         start_run(tmp_path, source.id, {"how": "mix"})

@@ -169,7 +169,7 @@ def test_find_files_ignores_a_pipe(tmp_path):
 
 
 def test_find_files_names_missing_folders_and_domains(tmp_path):
-    with pytest.raises(DataError, match=r"source web: there is no folder .*/raw; .* mhmoe data sample"):
+    with pytest.raises(DataError, match=r"source web: there is no file or folder .*/raw; .* mhmoe data sample"):
         find_files(tiny_spec(tmp_path).data)
     (tmp_path / "raw" / "x").mkdir(parents=True)
     with pytest.raises(DataError, match="there is no file below"):

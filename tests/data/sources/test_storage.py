@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from pyarrow import fs
 
-from mhmoe_ray.data.sources import FileReader, Reason, find_files, storage
-from mhmoe_ray.data.sources.storage import CHUNK_BYTES
+from mhmoe_ray.data.sources import FileReader, Reason, find_files, storage, version_hash
+from mhmoe_ray.data.sources.storage import CHUNK_BYTES, Storage
 from mhmoe_ray.errors import DataError
 from tests.data.sources.read import bad_lines, data_spec, document_texts, read_source
 from tests.data.sources.test_columns import write_dataset
@@ -78,6 +78,22 @@ def test_s3_source_reads_like_a_local_source(tmp_path, s3):
     ]
 
 
+def test_a_new_version_of_an_object_changes_the_hash_of_its_source(tmp_path, s3):
+    query, file_system = s3
+    write_documents(tmp_path / "f.jsonl", LONG_TEXTS)
+    upload_folder(file_system, tmp_path, "versions")
+    for path in ("versions", "versions/f.jsonl", "versions/*.jsonl"):
+        spec = data_spec(f"s3://bucket/{path}?{query}")
+        files = find_files(spec)
+        [time] = Storage(spec.sources["web"].path).modification_times([file.path for file in files])
+        assert time == file_system.get_file_info("bucket/versions/f.jsonl").mtime_ns
+        assert version_hash(spec, files) == version_hash(spec, find_files(spec))
+    first_hash = version_hash(spec, files)
+    write_documents(tmp_path / "f.jsonl", LONG_TEXTS[1:])
+    upload_folder(file_system, tmp_path, "versions")
+    assert version_hash(spec, find_files(spec)) != first_hash
+
+
 def test_reader_reports_a_vanished_object(tmp_path, s3, monkeypatch):
     monkeypatch.setattr(storage, "OBJECT_CHUNK_BYTES", CHUNK_BYTES)
     query, file_system = s3
@@ -98,9 +114,9 @@ def test_reader_reports_a_vanished_object(tmp_path, s3, monkeypatch):
 
 def test_find_files_reports_wrong_s3_paths(s3):
     query, _ = s3
-    with pytest.raises(DataError, match="there is no folder s3://bucket/nothing;"):
+    with pytest.raises(DataError, match="there is no file or folder s3://bucket/nothing;"):
         find_files(data_spec(f"s3://bucket/nothing?{query}"))
-    with pytest.raises(DataError, match="there is no folder s3://nowhere/f;"):
+    with pytest.raises(DataError, match="there is no file or folder s3://nowhere/f;"):
         find_files(data_spec(f"s3://nowhere/f?{query}"))
     with pytest.raises(DataError, match=r"path s3://bucket/f\?nonsense=1: "):
         find_files(data_spec("s3://bucket/f?nonsense=1"))

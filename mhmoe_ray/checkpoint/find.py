@@ -1,0 +1,73 @@
+"""Find a run's checkpoint as users name it: by its name, by its step, or together with the run as RUN@STEP."""
+
+from mhmoe_ray.checkpoint.manifest import committed_checkpoints, step_and_group
+from mhmoe_ray.errors import CheckpointError, RunError, StorageError
+from mhmoe_ray.runs import events
+from mhmoe_ray.runs.directory import RunDir, find_run
+from mhmoe_ray.storage import Location
+
+SHOWN_CHECKPOINTS = 10
+"""Number of the newest checkpoints that an error lists."""
+
+
+def find_checkpoint(run: RunDir, checkpoint: str | int) -> Location:
+    """Return the committed checkpoint of a run with a name, or the newest one of a step. Its files are not verified.
+
+    Args:
+        run: the run.
+        checkpoint: name or step of the checkpoint; a text of digits is a step, too.
+
+    Raises:
+        CheckpointError: there is no such checkpoint.
+    """
+    checkpoints = committed_checkpoints(run)
+    if isinstance(checkpoint, int) or checkpoint.isdecimal():
+        step = int(checkpoint)
+        matching_paths = [path for path in checkpoints if step_and_group(path)[0] == step]
+        reason = f"run {run.id} has no checkpoint of this step"
+    else:
+        matching_paths = [path for path in checkpoints if path.name == checkpoint]
+        reason = f"run {run.id} has no checkpoint of this name"
+    if matching_paths:
+        return matching_paths[-1]
+    if not checkpoints:
+        raise no_checkpoint_error(run)
+    names = [path.name for path in reversed(checkpoints)]
+    name_list = ", ".join(names[:SHOWN_CHECKPOINTS])
+    if len(names) > SHOWN_CHECKPOINTS:
+        name_list += f" and {len(names) - SHOWN_CHECKPOINTS:,} older ones"
+    raise CheckpointError(f"checkpoint {checkpoint}", reason, f"choose from {name_list}")
+
+
+def no_checkpoint_error(run: RunDir) -> CheckpointError:
+    """Return the error for a run without any checkpoint, which may still save one or may not."""
+    state = events.state(events.read(run))
+    if events.is_end_state(state):
+        return CheckpointError(f"run {run.id}", f"it is {state} and has no checkpoint", "use another run, or resume it")
+    return CheckpointError(f"run {run.id}", "it has no checkpoint yet", "wait for one, or use another run")
+
+
+def find_run_or_checkpoint(source: str, storage: Location | str, subject: str) -> RunDir | Location:
+    """Return the run that a text names, or the checkpoint that it names as RUN@STEP.
+
+    Args:
+        source: a text that names no folder of a model.
+        storage: folder that holds run directories.
+        subject: subject of the errors.
+
+    Raises:
+        RunError: there is no such run.
+        CheckpointError: the run has no checkpoint of this step.
+    """
+    name, _, step = source.rpartition("@")
+    try:
+        if name and step.isdecimal():
+            return find_checkpoint(find_run(name, storage), int(step))
+        return find_run(source, storage)
+    except StorageError:
+        raise
+    except RunError as e:
+        fix = "name a run, RUN@STEP, the folder of a checkpoint or a model, or hf:ORGANIZATION/NAME"
+        raise RunError(subject, f"there is no such folder, and as a run: {e.reason}", fix) from e
+    except CheckpointError as e:
+        raise CheckpointError(subject, e.reason, e.fix) from e

@@ -1,0 +1,259 @@
+"""Text in, text out: decode an engine's answer as it arrives, apply stop strings, and turn token scores into text."""
+
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import aclosing
+from typing import Any, NamedTuple, Self
+
+from pydantic import BaseModel
+from tokenizers import Tokenizer
+
+from mhmoe_ray.data.chat.template import ChatTemplate, ChatTemplateError
+from mhmoe_ray.data.tokenizer import boundaries, boundary_texts, token_count
+from mhmoe_ray.errors import ServeError
+from mhmoe_ray.planner.sizes import compute_sizes
+from mhmoe_ray.runs.directory import RunDir
+from mhmoe_ray.serving.detokenizer import TextDecoder, TextStream, TokenBytes
+from mhmoe_ray.serving.engine import Engine, FinishReason, Request, ScoredToken
+from mhmoe_ray.spec import ModelSpec
+
+
+def load_chat_template(run: RunDir, tokenizer: Tokenizer) -> ChatTemplate | None:
+    """Return the chat template of a run; None if the run has none.
+
+    Args:
+        run: the run.
+        tokenizer: the run's tokenizer, which has tokens for the start and the end of a document.
+
+    Raises:
+        ServeError: the file is not a valid template.
+    """
+    file = run.chat_template_file
+    if not file.exists():
+        return None
+    try:
+        return ChatTemplate(file.read_text(), *boundary_texts(tokenizer))
+    except ChatTemplateError as e:
+        raise ServeError("the chat template", str(e), "correct chat_template.jinja in the run directory") from e
+
+
+class ScoredText(NamedTuple):
+    """The score of a token, with the token as the bytes of its text.
+
+    The log-probability is None for the first token of a prompt. Alternatives are the most likely tokens in its place,
+    likeliest first.
+    """
+
+    token_bytes: bytes
+    """UTF-8 bytes of the token; they may begin or end in the middle of a character."""
+    character_count: int
+    """Number of characters that the token adds to the answer's text, if it consists of complete characters.
+
+    A special token adds none, and a space at the start that the decoder drops does not count.
+    """
+    logprob: float | None
+    alternatives: list[tuple[bytes, float]]
+
+
+class AnswerPiece(NamedTuple):
+    """The next piece of an answer, with the progress so far."""
+
+    text: str
+    """The next part of the answer's text; empty while no more of it is certain."""
+    token_count: int
+    """Number of tokens of the answer so far."""
+    scores: tuple[ScoredText, ...] = ()
+    """Scores of the tokens since the last piece, if the request asks for them."""
+    finish_reason: FinishReason | None = None
+    """Reason why the answer ends; set on the last piece only."""
+
+
+def join_pieces(pieces: Sequence[AnswerPiece]) -> AnswerPiece:
+    """Return consecutive pieces of one answer as one piece."""
+    return AnswerPiece(
+        "".join(piece.text for piece in pieces),
+        pieces[-1].token_count,
+        tuple(score for piece in pieces for score in piece.scores),
+        pieces[-1].finish_reason,
+    )
+
+
+class ModelDetails(BaseModel):
+    """Name and sizes of the served model, as clients see them."""
+
+    checkpoint: str
+    """The run's id and the checkpoint's name."""
+    parameters: int
+    active_parameters: int
+    """Largest number of parameters that one token uses."""
+    layers: int
+    experts: int
+    """Number of routed experts in each layer that has any; 0 for a dense model."""
+    top_k: int
+    heads: int
+    """Number of sub-tokens per token; 1 for a plain mixture of experts."""
+
+    @classmethod
+    def from_spec(cls, checkpoint: str, model: ModelSpec) -> Self:
+        """Return the details of a model.
+
+        Args:
+            checkpoint: the run's id and the checkpoint's name.
+            model: the model's spec.
+        """
+        model_sizes, moe = compute_sizes(model), model.moe
+        return cls(
+            checkpoint=checkpoint,
+            parameters=model_sizes.parameters,
+            active_parameters=model_sizes.active_parameters,
+            layers=model.layers,
+            experts=moe.experts if moe else 0,
+            top_k=moe.top_k if moe else 0,
+            heads=moe.heads if moe else 1,
+        )
+
+
+def check_length(prompt_ids: Sequence[int], has_answer: bool, seq_len: int) -> None:
+    """Check that a prompt fits in a model's context.
+
+    Args:
+        prompt_ids: token ids of the prompt.
+        has_answer: whether an answer follows the prompt; its first token must fit too.
+        seq_len: largest number of tokens of prompt and answer together.
+
+    Raises:
+        ServeError: the prompt does not fit.
+    """
+    if len(prompt_ids) + has_answer > seq_len:
+        reason = f"it has {len(prompt_ids)} tokens, and prompt and answer together may have {seq_len}"
+        raise ServeError("the prompt", reason, "shorten it")
+
+
+class PromptEncoder:
+    """Encoder of prompts, as a model knows them from its training."""
+
+    def __init__(self, tokenizer: Tokenizer, adds_start: bool) -> None:
+        """Create an encoder.
+
+        Args:
+            tokenizer: the model's tokenizer, which has tokens for the start and end of a document.
+            adds_start: whether a start token precedes a text, as in the model's training.
+        """
+        self.tokenizer, self.adds_start = tokenizer, adds_start
+        self.start_token = boundaries(tokenizer).start
+
+    def encode(self, prompt: str) -> list[int]:
+        """Return the token ids of a prompt, after the token that starts a document if the model is used to it."""
+        ids = self._encode_text(prompt)
+        # The model needs a token to continue from, so an empty prompt is the start of a document in any case.
+        return [self.start_token, *ids] if self.adds_start or not ids else ids
+
+    def encode_chat(self, template: ChatTemplate, messages: Sequence[dict[str, Any]]) -> list[int]:
+        """Return the token ids of a conversation, up to where the assistant's next answer begins.
+
+        They begin with the token that starts a document if the model was trained with it, whether the template writes
+        it or not.
+
+        Raises:
+            ServeError: the template does not accept these messages.
+        """
+        try:
+            prompt = template.render(messages)
+        except ChatTemplateError as e:
+            raise ServeError("the messages", str(e), "send what the model's chat template takes") from e
+        ids = self._encode_text(prompt)
+        return ids if ids[:1] == [self.start_token] or not self.adds_start else [self.start_token, *ids]
+
+    def _encode_text(self, text: str) -> list[int]:
+        """Return the token ids of a text, without the token that starts a document."""
+        # The library lets other threads run only while it encodes batches, so the text is passed as a batch of one.
+        [encoding] = self.tokenizer.encode_batch_fast([text], add_special_tokens=False)
+        return list(encoding.ids)
+
+
+class Answerer(PromptEncoder):
+    """An engine together with the tokenizer and the chat template of its model."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        tokenizer: Tokenizer,
+        template: ChatTemplate | None,
+        details: ModelDetails,
+        adds_start: bool = True,
+    ) -> None:
+        """Combine an engine with what is needed to turn text into tokens and tokens into text.
+
+        Args:
+            engine: the engine that computes the answers.
+            tokenizer: the model's tokenizer, which has tokens for the start and end of a document.
+            template: the chat template; None if the model has none.
+            details: facts about the model.
+            adds_start: whether a start token precedes a text, as in the model's training.
+        """
+        super().__init__(tokenizer, adds_start)
+        self.engine, self.template, self.details = engine, template, details
+        self.tokenizer_size = token_count(tokenizer)
+        """Number of token ids; every id is below it."""
+        self.boundary_texts = boundary_texts(tokenizer)
+        self.decode = TextDecoder(tokenizer)
+        self._token_bytes = TokenBytes(tokenizer, self.decode)
+
+    def check_length(self, prompt_ids: Sequence[int], has_answer: bool) -> None:
+        """Check that a prompt fits in the model's context; see `check_length`."""
+        check_length(prompt_ids, has_answer, self.engine.seq_len)
+
+    async def answer(
+        self, request: Request, stop_strings: Sequence[str] = (), echo: bool = False, added_tokens: int = 0
+    ) -> AsyncGenerator[AnswerPiece]:
+        """Answer a request: yield a piece of text for each update of the engine, the last one with the finish reason.
+
+        Closing the generator early aborts the request.
+
+        Args:
+            request: the request to the engine.
+            stop_strings: stop strings; the answer ends before the first of them.
+            echo: whether the text begins with the prompt's text.
+            added_tokens: number of tokens at the prompt's start that the client did not send; their scores are left
+                out.
+
+        Raises:
+            BusyError, EngineError: raised by `Engine.generate`.
+        """
+        stream = TextStream(self.decode, stop_strings, request.prompt_ids)
+        token_count, opening = 0, self.decode(request.prompt_ids) if echo else ""
+        async with aclosing(self.engine.generate(request)) as updates:
+            async for update in updates:
+                scores: list[ScoredText] = []
+                if request.logprobs is not None:
+                    scores += self._decode_scores(update.prompt_scores[added_tokens:], True)
+                    scores += self._decode_scores(update.tokens, stream.at_start)
+                text, opening = opening, ""
+                for scored_token in update.tokens:
+                    token_count += 1
+                    text += stream.push(scored_token.token)
+                # The engine does not know stop strings, so the answer ends here. Closing `updates` then aborts the
+                # request in the engine.
+                if stream.is_stopped:
+                    yield AnswerPiece(text, token_count, tuple(scores), "stop")
+                    return
+                if update.finish_reason:
+                    text += stream.finish()
+                    finish_reason: FinishReason = "stop" if stream.is_stopped else update.finish_reason
+                    yield AnswerPiece(text, token_count, tuple(scores), finish_reason)
+                    return
+                yield AnswerPiece(text, token_count, tuple(scores))
+
+    def _decode_scores(self, scored_tokens: Sequence[ScoredToken], at_start: bool) -> Iterator[ScoredText]:
+        """Yield the scores of tokens with their texts.
+
+        Args:
+            scored_tokens: consecutive tokens with their scores.
+            at_start: whether no token with a text comes before the first of them.
+        """
+        # A decoder may drop the space at the start of a text, so the first token with a text goes through the decoder.
+        for token, logprob, alternatives in scored_tokens:
+            token_bytes, is_special = self._token_bytes[token], token in self.decode.special_ids
+            text = self.decode([token]) if at_start or is_special else token_bytes.decode("utf-8", "replace")
+            at_start &= is_special
+            decoded_alternatives = [(self._token_bytes[other_token], logprob) for other_token, logprob in alternatives]
+            yield ScoredText(token_bytes, len(text), logprob, decoded_alternatives)

@@ -1,0 +1,194 @@
+"""Access control: API keys, a rate limit per client on requests and on tokens, and the largest size of a request."""
+
+import hashlib
+import hmac
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+from fastapi import Request
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from mhmoe_ray.serving.api.errors import RequestError, error_response
+from mhmoe_ray.spec import KeySpec
+
+
+class TokenBucket:
+    """A token bucket: it refills at a rate per minute, and holds at most the amount of one minute."""
+
+    def __init__(self, per_minute: float, clock: Callable[[], float]) -> None:
+        self._rate, self._capacity, self._clock = per_minute / 60, per_minute, clock
+        self._available, self._refill_time = per_minute, clock()
+
+    def wait_seconds(self) -> float:
+        """Return the seconds until at least one unit is available; 0 if it is available now."""
+        current_time = self._clock()
+        self._available = min(self._capacity, self._available + (current_time - self._refill_time) * self._rate)
+        self._refill_time = current_time
+        return max(0.0, 1 - self._available) / self._rate
+
+    def spend(self, amount: float) -> None:
+        """Spend an amount, even if less is available; the bucket then stays empty until the rate makes up for it."""
+        # The amount may exceed what is available, because the tokens of an answer are known only at its end, when they
+        # cannot be refused any more.
+        self._available -= amount
+
+
+class ExceededLimit(NamedTuple):
+    """A rate limit, on "requests" or "tokens", that a client has used up for now."""
+
+    unit: str
+    retry_seconds: float
+    """Seconds until at least one unit is available again."""
+
+
+class LocalRateLimiter:
+    """A `RateLimiter` that counts in this process."""
+
+    def __init__(self, keys: Sequence[KeySpec], clock: Callable[[], float] = time.monotonic) -> None:
+        """Create full token buckets for all clients with limits.
+
+        Args:
+            keys: the API keys with their limits; keys with the same name share theirs.
+            clock: returns the present time in seconds.
+        """
+
+        def bucket(per_minute: int | None) -> TokenBucket | None:
+            return TokenBucket(per_minute, clock) if per_minute else None
+
+        self._requests = {key.name: bucket(key.requests_per_minute) for key in keys}
+        self._tokens = {key.name: bucket(key.tokens_per_minute) for key in keys}
+
+    async def begin_request(self, client: str) -> ExceededLimit | None:
+        """Count a request; see `RateLimiter.begin_request`."""
+        requests = self._requests.get(client)
+        for unit, bucket in (("requests", requests), ("tokens", self._tokens.get(client))):
+            if bucket and (seconds := bucket.wait_seconds()):
+                return ExceededLimit(unit, seconds)
+        if requests:
+            requests.spend(1)
+        return None
+
+    def record_tokens(self, client: str, tokens: int) -> None:
+        """Count tokens; see `RateLimiter.record_tokens`."""
+        if bucket := self._tokens.get(client):
+            bucket.spend(tokens)
+
+
+class RateLimiter(Protocol):
+    """The interface of rate limiters: in this process (`LocalRateLimiter`), or in one that replicas share."""
+
+    async def begin_request(self, client: str) -> ExceededLimit | None:
+        """Count one more request of a client. If a limit is used up, do not count it and return that limit."""
+        ...
+
+    def record_tokens(self, client: str, tokens: int) -> None:
+        """Count the tokens of a request's prompts and answers against the client's limit."""
+        ...
+
+
+def has_limits(keys: Sequence[KeySpec]) -> bool:
+    """Return whether any of these keys has a rate limit."""
+    return any(key.requests_per_minute or key.tokens_per_minute for key in keys)
+
+
+AUTH_SCHEME = "bearer"
+"""Authorization scheme, in lower case for comparison: clients may write it in any case."""
+
+
+@dataclass
+class Client:
+    """A client of the server; its name is that of its API keys, or empty if the server has no keys."""
+
+    name: str
+    rate_limiter: RateLimiter | None = None
+    """Rate limiter of the client; None if the client has no limits."""
+
+    async def begin_request(self) -> None:
+        """Count one more request.
+
+        Raises:
+            RequestError: the client has used up a rate limit.
+        """
+        if self.rate_limiter and (exceeded_limit := await self.rate_limiter.begin_request(self.name)):
+            # The seconds are rounded upwards, because a client that retries too early is refused again.
+            seconds = max(1, round(exceeded_limit.retry_seconds + 0.5))
+            message = f"{self.name} has used all its {exceeded_limit.unit} of this minute; try again in {seconds} s"
+            raise RequestError(429, message, code="rate_limit_exceeded", retry_after=seconds)
+
+    def record_tokens(self, tokens: int) -> None:
+        """Count tokens of prompts and answers against the client's rate limit, if it has one."""
+        if self.rate_limiter:
+            self.rate_limiter.record_tokens(self.name, tokens)
+
+
+class AccessControl:
+    """The clients of the server by their API keys."""
+
+    def __init__(self, keys: Sequence[KeySpec], rate_limiter: RateLimiter) -> None:
+        """Set up access for the clients of these keys.
+
+        Args:
+            keys: the accepted keys; without any, everyone has access.
+            rate_limiter: rate limiter of all clients; only clients of keys with limits use it.
+        """
+        self._clients = {key.sha256: Client(key.name, rate_limiter if has_limits([key]) else None) for key in keys}
+
+    def authenticate(self, http_request: Request) -> Client:
+        """Return the client that sent a request, by its API key; if the server has no keys, a client without a name.
+
+        Raises:
+            RequestError: the server has keys, and the request has none or an unknown one.
+        """
+        if not self._clients:
+            return Client("")
+        authorization = http_request.headers.get("authorization", "")
+        matching_client = None
+        scheme, _, key = authorization.partition(" ")
+        if scheme.lower() == AUTH_SCHEME:
+            digest = hashlib.sha256(key.encode()).hexdigest()
+            # All keys are compared, in constant time each, so that the time of a refusal does not reveal a key.
+            for known_digest, client in self._clients.items():
+                if hmac.compare_digest(known_digest, digest):
+                    matching_client = client
+        if matching_client is None:
+            message = "no such API key; send one as `Authorization: Bearer KEY`"
+            raise RequestError(401, message, code="invalid_api_key")
+        return matching_client
+
+
+class BodySizeLimit:
+    """Middleware that answers a request with a 413 if its body has more than `max_bytes` bytes.
+
+    It refuses the body before all of it is in memory.
+    """
+
+    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+        self._app, self._max_bytes = app, max_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        declared_size = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
+        size, messages = 0, list[Message]()
+        # A chunked body declares no size, and a declared size may be false, so the bytes are counted too.
+        is_too_large = declared_size.isdigit() and int(declared_size) > self._max_bytes
+        while not is_too_large:
+            message = await receive()
+            messages.append(message)
+            size += len(message.get("body", b""))
+            is_too_large = size > self._max_bytes
+            if not message.get("more_body"):
+                break
+        if is_too_large:
+            error = RequestError(413, f"the body may have at most {self._max_bytes:,} bytes", code="request_too_large")
+            await error_response(error)(scope, receive, send)
+            return
+
+        # The body has been received already, so the application gets the stored messages first.
+        async def replay() -> Message:
+            return messages.pop(0) if messages else await receive()
+
+        await self._app(scope, replay, send)

@@ -1,0 +1,213 @@
+"""The routes POST /v1/completions and, for models whose run has a chat template, POST /v1/chat/completions."""
+
+import asyncio
+import time
+import uuid
+from collections.abc import Sequence
+from itertools import product
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, Response
+
+from mhmoe_ray.errors import ServeError
+from mhmoe_ray.serving.answer import AnswerPiece, ScoredText
+from mhmoe_ray.serving.api.access import Client
+from mhmoe_ray.serving.api.errors import RequestError
+from mhmoe_ray.serving.api.schema import (
+    MAX_CHOICES,
+    ChatChoice,
+    ChatChunk,
+    ChatCompletion,
+    ChatDelta,
+    ChatLogprobs,
+    ChatRequest,
+    ChatResponseMessage,
+    Choice,
+    ChosenLogprob,
+    Completion,
+    CompletionRequest,
+    Logprobs,
+    Usage,
+)
+from mhmoe_ray.serving.api.service import Service
+from mhmoe_ray.serving.api.stream import RESPONSE_DESCRIPTION, EventResponse
+from mhmoe_ray.serving.detokenizer import format_token
+from mhmoe_ray.serving.engine import Request
+
+
+def completions_router(service: Service) -> APIRouter:
+    """Return a router with the route POST /v1/completions."""
+    routes = APIRouter()
+
+    @routes.post("/v1/completions", response_model=Completion, responses={200: RESPONSE_DESCRIPTION})
+    async def completions(
+        request: CompletionRequest, client: Annotated[Client, Depends(service.access.authenticate)]
+    ) -> Response | Completion:
+        service.check_model(request.model)
+        service.check_max_tokens(request.max_tokens, "max_tokens")
+        if len(request.prompt) * request.n > MAX_CHOICES:
+            message = f"{len(request.prompt)} prompts times n {request.n} are more than {MAX_CHOICES} choices"
+            raise RequestError(400, message, "n")
+        prompts = [await service.prompt_ids(prompt, request.max_tokens > 0, "prompt") for prompt in request.prompt]
+        # The server puts the token that starts a document in front of texts, and nothing in front of token ids.
+        added_tokens = [int(isinstance(prompt, str)) for prompt in request.prompt]
+        engine_requests = [
+            (
+                Request(
+                    ids,
+                    request.sampling_params(request.max_tokens, choice),
+                    request.logprobs,
+                    prompt_logprobs=request.echo and request.logprobs is not None,
+                    client=client.name,
+                ),
+                added_count,
+            )
+            for (ids, added_count), choice in product(zip(prompts, added_tokens, strict=True), range(request.n))
+        ]
+        answers = await service.start_answers(engine_requests, request, request.echo, sum(map(len, prompts)), client)
+        builder = _ResponseBuilder(service.model, len(engine_requests))
+        if request.stream:
+            build_usage_chunk = (lambda: builder.build_body([], answers.usage)) if request.usage_requested else None
+            events = await answers.events(
+                lambda number, piece: builder.build_body([builder.build_choice(number, piece)], None), build_usage_chunk
+            )
+            return EventResponse(events)
+        choices = [builder.build_choice(number, piece) for number, piece in enumerate(await answers.collect_pieces())]
+        return builder.build_body(choices, answers.usage)
+
+    return routes
+
+
+class _ResponseBuilder:
+    """Builder of the bodies of one response, which share an id."""
+
+    def __init__(self, model: str, choices: int) -> None:
+        self._model, self._id, self._created = model, f"cmpl-{uuid.uuid4().hex}", int(time.time())
+        self._offsets = [_TextOffsets() for _ in range(choices)]
+
+    def build_body(self, choices: list[Choice], usage: Usage | None) -> Completion:
+        """Return the body of a complete response, or of one chunk of a stream; without a usage it reports none."""
+        return Completion(id=self._id, created=self._created, model=self._model, choices=choices, usage=usage)
+
+    def build_choice(self, number: int, piece: AnswerPiece) -> Choice:
+        """Return choice `number` with the next piece of its text, or with its whole text."""
+        logprobs = self._offsets[number].logprobs(piece.scores) if piece.scores else None
+        return Choice(text=piece.text, index=number, logprobs=logprobs, finish_reason=piece.finish_reason)
+
+
+class _TextOffsets:
+    """Counter of characters that gives each token of one choice its offset in the text."""
+
+    def __init__(self) -> None:
+        self._offset, self._partial_bytes = 0, b""
+
+    def logprobs(self, scores: Sequence[ScoredText]) -> Logprobs:
+        """Return the scores of the choice's next tokens in the shape of the API, with the offset of each token."""
+        return Logprobs(
+            tokens=[format_token(score.token_bytes) for score in scores],
+            token_logprobs=[score.logprob for score in scores],
+            top_logprobs=[None if score.logprob is None else _top_logprobs(score) for score in scores],
+            text_offset=[self._token_offset(score) for score in scores],
+        )
+
+    def _token_offset(self, score: ScoredText) -> int:
+        """Return the offset of a token, and advance by its characters."""
+        try:
+            score.token_bytes.decode()
+        # A token that is a part of a character gets the offset of that character, which is counted once it is complete.
+        except UnicodeDecodeError:
+            self._partial_bytes += score.token_bytes
+            return self._offset
+        self._offset += len(self._partial_bytes.decode("utf-8", "replace"))
+        self._partial_bytes = b""
+        token_offset, self._offset = self._offset, self._offset + score.character_count
+        return token_offset
+
+
+def _top_logprobs(score: ScoredText) -> dict[str, float]:
+    """Return the log-probability of each alternative of a token, by its text."""
+    # Two tokens may have the same text; the likelier one comes first, and its log-probability is kept.
+    logprob_by_text: dict[str, float] = {}
+    for token_bytes, logprob in score.alternatives:
+        logprob_by_text.setdefault(format_token(token_bytes), logprob)
+    return logprob_by_text
+
+
+def chat_router(service: Service) -> APIRouter:
+    """Return a router with the route POST /v1/chat/completions."""
+    routes = APIRouter()
+
+    @routes.post("/v1/chat/completions", response_model=ChatCompletion, responses={200: RESPONSE_DESCRIPTION})
+    async def chat(
+        request: ChatRequest, client: Annotated[Client, Depends(service.access.authenticate)]
+    ) -> Response | ChatCompletion:
+        service.check_model(request.model)
+        max_completion_tokens = request.max_completion_tokens
+        max_tokens = max_completion_tokens or request.max_tokens or service.spec.max_tokens
+        service.check_max_tokens(max_tokens, "max_completion_tokens" if max_completion_tokens else "max_tokens")
+        ids = await _encode_messages(service, request)
+        logprobs = request.top_logprobs if request.logprobs else None
+        engine_requests = [
+            (Request(ids, request.sampling_params(max_tokens, choice), logprobs, client=client.name), 0)
+            for choice in range(request.n)
+        ]
+        answers = await service.start_answers(engine_requests, request, False, len(ids), client)
+        common_fields: dict[str, Any] = {
+            "id": f"chatcmpl-{uuid.uuid4().hex}",
+            "created": int(time.time()),
+            "model": service.model,
+        }
+        if request.stream:
+            started_choices = set[int]()
+
+            def build_chunk(number: int, piece: AnswerPiece) -> ChatChunk:
+                # As in OpenAI's API, only the first chunk of a choice has the role.
+                role = None if number in started_choices else "assistant"
+                started_choices.add(number)
+                delta = ChatDelta(
+                    index=number, delta=ChatResponseMessage(role=role, content=piece.text), **_choice_fields(piece)
+                )
+                return ChatChunk(choices=[delta], **common_fields)
+
+            build_usage_chunk = (
+                (lambda: ChatChunk(choices=[], usage=answers.usage, **common_fields))
+                if request.usage_requested
+                else None
+            )
+            return EventResponse(await answers.events(build_chunk, build_usage_chunk))
+        choices = [
+            ChatChoice(
+                index=number, message=ChatResponseMessage(role="assistant", content=piece.text), **_choice_fields(piece)
+            )
+            for number, piece in enumerate(await answers.collect_pieces())
+        ]
+        return ChatCompletion(choices=choices, usage=answers.usage, **common_fields)
+
+    return routes
+
+
+async def _encode_messages(service: Service, request: ChatRequest) -> tuple[int, ...]:
+    """Return the token ids of the messages, checked for length.
+
+    Raises:
+        RequestError: the model has no chat template, the template does not accept the messages, or they are too long.
+    """
+    template = service.answerer.template
+    if template is None:
+        message = "this model has no chat template, so it cannot answer conversations; use /v1/completions"
+        raise RequestError(400, message, "messages", "no_chat_template")
+    messages = [message.model_dump(exclude_none=True) for message in request.messages]
+    # A thread encodes the messages, because a long conversation takes seconds and streams must go on meanwhile.
+    try:
+        ids = await asyncio.to_thread(service.answerer.encode_chat, template, messages)
+    except ServeError as e:
+        raise RequestError(400, str(e), "messages") from e
+    return await service.prompt_ids(ids, True, "messages")
+
+
+def _choice_fields(piece: AnswerPiece) -> dict[str, Any]:
+    """Return the fields that a choice and a delta have in common."""
+    logprobs = (
+        ChatLogprobs(content=[ChosenLogprob.from_score(score) for score in piece.scores]) if piece.scores else None
+    )
+    return {"logprobs": logprobs, "finish_reason": piece.finish_reason}

@@ -1,0 +1,152 @@
+"""Error responses: bodies in OpenAI's shape, without details of the server's internals."""
+
+import logging
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from fastapi import Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from mhmoe_ray.serving.api.schema import ErrorBody, ErrorDetail, ErrorType
+from mhmoe_ray.serving.engine import BusyError, EngineError
+
+logger = logging.getLogger("ray.serve")
+INTERNAL_ERROR = ErrorBody(error=ErrorDetail(message="the server failed; its log says why", type="server_error"))
+RETRY_SECONDS = "1"
+
+
+class RequestError(Exception):
+    """Error of a request that cannot be answered; the client gets `status`, and `detail` as the body."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after: int | None = None,
+    ) -> None:
+        """Describe the error.
+
+        Args:
+            status: HTTP status code.
+            message: what happened, why, and what to do.
+            param: name of the field that is wrong.
+            code: error code for programs.
+            retry_after: seconds after which the client may try again.
+        """
+        super().__init__(message)
+        self.status = status
+        self.detail = ErrorDetail(
+            message=message, type=_TYPE_BY_STATUS.get(status, "invalid_request_error"), param=param, code=code
+        )
+        self.headers = {} if retry_after is None else {"Retry-After": str(retry_after)}
+        # HTTP requires this header in each 401 response.
+        if status == 401:
+            self.headers["WWW-Authenticate"] = "Bearer"
+
+
+_TYPE_BY_STATUS: dict[int, ErrorType] = {401: "authentication_error", 429: "rate_limit_error", 503: "server_error"}
+
+
+def error_body(error: Exception) -> ErrorBody:
+    """Return the body for an error in the middle of a stream, whose HTTP status has been sent already.
+
+    An error other than RequestError and BusyError is logged, and the client gets no details of it.
+    """
+    if isinstance(error, RequestError):
+        return ErrorBody(error=error.detail)
+    if isinstance(error, BusyError):
+        return ErrorBody(error=_busy_detail(error))
+    logger.error("An answer failed.", exc_info=error)
+    return INTERNAL_ERROR
+
+
+def _json_response(status: int, detail: ErrorDetail, headers: dict[str, str] | None = None) -> Response:
+    """Return an error response with a body in OpenAI's shape."""
+    return JSONResponse(ErrorBody(error=detail).model_dump(), status, headers)
+
+
+def error_response(error: RequestError) -> Response:
+    """Return the error's response: its status, its detail as the body, and its headers."""
+    return _json_response(error.status, error.detail, error.headers)
+
+
+async def _handle_request_error(_: Request, error: RequestError) -> Response:
+    return error_response(error)
+
+
+def _busy_detail(error: BusyError) -> ErrorDetail:
+    """Return the detail for a request that a busy engine refuses."""
+    return ErrorDetail(message=f"the server is busy: {error}", type="rate_limit_error", code="busy")
+
+
+async def _handle_busy_error(_: Request, error: BusyError) -> Response:
+    """Return a 429 that tells the client when to retry."""
+    return _json_response(429, _busy_detail(error), {"Retry-After": RETRY_SECONDS})
+
+
+async def _handle_engine_error(_: Request, error: EngineError) -> Response:
+    """Log the reason, and return a 503 without it."""
+    logger.error("The engine cannot answer: %s", error)
+    return _json_response(
+        503, ErrorDetail(message="the server cannot answer now; its log says why", type="server_error")
+    )
+
+
+async def _handle_validation_error(_: Request, error: RequestValidationError) -> Response:
+    """Return a 400 that names the first wrong field; an unsupported field takes precedence over a wrong value."""
+    first_error = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
+    # Pydantic's location of an error is ("body", field, index in a list), so its second element names the field.
+    param = (
+        str(first_error["loc"][1]) if len(first_error["loc"]) > 1 and first_error["type"] != "json_invalid" else None
+    )
+    if first_error["type"] == "extra_forbidden":
+        message = f"{param!r} is not supported"
+        return _json_response(400, ErrorDetail(message=message, param=param, code="unsupported_parameter"))
+    if first_error["type"] == "json_invalid":
+        return _json_response(400, ErrorDetail(message="the body is not JSON"))
+    # FastAPI parses only bodies that are declared to be JSON, and passes others on as bytes.
+    if isinstance(error.body, bytes):
+        return _json_response(
+            400, ErrorDetail(message="the body is not declared to be JSON; send Content-Type: application/json")
+        )
+    subject = f"{param!r}" if param else "the body"
+    return _json_response(400, ErrorDetail(message=f"{subject}: {first_error['msg']}", param=param))
+
+
+async def _handle_http_error(request: Request, error: HTTPException) -> Response:
+    """Return the response for an unknown path or method."""
+    message = f"{request.method} {request.url.path}: {error.detail}"
+    return _json_response(error.status_code, ErrorDetail(message=message), dict(error.headers or {}))
+
+
+async def _handle_exception(_: Request, error: Exception) -> Response:
+    """Return a 500 for any other exception; the framework logs its traceback, which the client does not see."""
+    return JSONResponse(INTERNAL_ERROR.model_dump(), 500)
+
+
+RESPONSES: dict[int | str, dict[str, Any]] = {
+    status: {"model": ErrorBody, "description": description}
+    for status, description in {
+        400: "The request is wrong; `param` names the field.",
+        401: "There is no such API key.",
+        404: "There is no such model.",
+        413: "The body is too large.",
+        429: "Too many requests; `Retry-After` says when to come back.",
+        503: "The server cannot answer, or did not in time.",
+    }.items()
+}
+"""Error responses of the routes that require a key, for the API's description."""
+
+# The first three are this server's errors, the next two the framework's, and the last stands for any other.
+HANDLERS: dict[int | type[Exception], Callable[[Request, Any], Coroutine[Any, Any, Response]]] = {
+    RequestError: _handle_request_error,
+    BusyError: _handle_busy_error,
+    EngineError: _handle_engine_error,
+    RequestValidationError: _handle_validation_error,
+    HTTPException: _handle_http_error,
+    Exception: _handle_exception,
+}

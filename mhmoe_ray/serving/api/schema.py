@@ -1,0 +1,433 @@
+"""Schemas of requests and responses: prompts, sampling parameters, chat messages, choices, statistics and errors.
+
+They are those of OpenAI's API as far as this server supports it (https://platform.openai.com/docs/api-reference). A
+conversation is a list of chat messages with a role and a text each. A request with a field that is not defined here is
+refused by the field's name: ignoring a suffix, for example, would give another answer than the client requested.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
+
+from mhmoe_ray.serving.answer import ModelDetails, ScoredText
+from mhmoe_ray.serving.detokenizer import format_token
+from mhmoe_ray.serving.engine import SamplingParams
+from mhmoe_ray.serving.engine.request import derived_seed
+
+MAX_CHOICES = 128
+"""Largest number of choices of one request: prompts times n."""
+MAX_LOGPROBS = 20
+
+
+def _check_encodable(text: str) -> str:
+    """Return the text if it is valid UTF-8; otherwise raise ValueError."""
+    # JSON can carry half of a surrogate pair, which is no character. `encode` raises a ValueError for it.
+    text.encode()
+    return text
+
+
+def _is_whole_number(value: Any) -> bool:
+    """Return whether a value is a float without a fraction."""
+    return isinstance(value, float) and value.is_integer()
+
+
+def _allow_null(schema: dict[str, Any]) -> None:
+    """Allow null for each optional field of a schema in the API's description, because `_drop_nulls` accepts it."""
+    required = schema.get("required", [])
+    for name, field_schema in schema["properties"].items():
+        if name not in required:
+            field_schema["anyOf"] = [
+                {key: field_schema.pop(key) for key in [*field_schema] if key not in ("title", "default")},
+                {"type": "null"},
+            ]
+
+
+def _wrap_text(value: Any) -> Any:
+    """Return a single text as a list of one; any other value is returned unchanged."""
+    return [value] if isinstance(value, str) else value
+
+
+def _wrap_prompt(value: Any) -> Any:
+    """Return a single text, or a single list of token ids, as a list of one; any other value is returned unchanged."""
+    is_single = isinstance(value, str) or (isinstance(value, list) and value and all(isinstance(v, int) for v in value))
+    return [value] if is_single else value
+
+
+Text = Annotated[str, AfterValidator(_check_encodable)]
+# An empty stop string would end every answer before its first token.
+StopText = Annotated[str, Field(min_length=1), AfterValidator(_check_encodable)]
+# Strict validation refuses 1.0 for an integer, but in JSON 1.0 and 1 are the same number.
+WHOLE_NUMBER = BeforeValidator(lambda value: int(value) if _is_whole_number(value) else value)
+TokenId = Annotated[int, Field(ge=0, lt=2**31), WHOLE_NUMBER]
+TokenIds = Annotated[list[TokenId], Field(min_length=1)]
+StopTexts = Annotated[list[StopText], Field(max_length=4)]
+Prompts = Annotated[list[Text | TokenIds], Field(min_length=1, max_length=MAX_CHOICES)]
+
+
+class StrictRequest(BaseModel):
+    """A request that is validated strictly: "5" is no number, 1 is no boolean, and null means absent.
+
+    A field that is not defined is an error.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True, json_schema_extra=_allow_null)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_nulls(cls, body: Any) -> Any:
+        """Return the body without fields that are null."""
+        return {k: v for k, v in body.items() if v is not None} if isinstance(body, dict) else body
+
+
+class StreamOptions(StrictRequest):
+    """Options of a streamed answer."""
+
+    include_usage: bool = False
+    """Whether a last chunk without choices reports the usage."""
+
+
+class SamplingRequest(StrictRequest):
+    """The sampling parameters and other fields that both kinds of completions have in common."""
+
+    model: str | None = None
+    temperature: float = Field(default=1.0, ge=0, le=2)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    top_k: Annotated[int, Field(ge=0, lt=2**31), WHOLE_NUMBER] = 0
+    """Number of most likely tokens to draw from; 0 draws from all."""
+    min_p: float = Field(default=0.0, ge=0, le=1)
+    presence_penalty: float = Field(default=0.0, ge=-2, le=2)
+    frequency_penalty: float = Field(default=0.0, ge=-2, le=2)
+    logit_bias: dict[Annotated[str, Field(pattern=r"^\d{1,9}$")], Annotated[float, Field(ge=-100, le=100)]] = {}
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63), WHOLE_NUMBER] | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES), WHOLE_NUMBER] = 1
+    stop: Annotated[StopTexts, BeforeValidator(_wrap_text, StopText | StopTexts)] = []
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    user: str | None = None
+    """The client's identifier of its user; it is accepted and ignored."""
+
+    @model_validator(mode="after")
+    def _check_stream_options(self) -> "SamplingRequest":
+        """Raise ValueError if there are options of a stream without a stream."""
+        if self.stream_options and not self.stream:
+            raise ValueError("stream_options are for stream: true")
+        return self
+
+    @property
+    def usage_requested(self) -> bool:
+        """True if the last chunk of the stream must report the usage."""
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    def sampling_params(self, max_tokens: int, choice: int) -> SamplingParams:
+        """Return the sampling parameters of a choice.
+
+        Args:
+            max_tokens: largest number of tokens of the answer.
+            choice: index of the choice; choice 0 uses the request's seed, and each other choice another seed.
+        """
+        return SamplingParams(
+            max_tokens,
+            self.temperature,
+            self.top_k,
+            self.top_p,
+            self.min_p,
+            self.presence_penalty,
+            self.frequency_penalty,
+            {int(token): bias for token, bias in self.logit_bias.items()},
+            derived_seed(self.seed, choice),
+        )
+
+
+class CompletionRequest(SamplingRequest):
+    """A request for completions of prompts."""
+
+    prompt: Annotated[Prompts, BeforeValidator(_wrap_prompt, Text | TokenIds | Prompts)]
+    """Texts, or lists of token ids; the server puts no token in front of token ids."""
+    max_tokens: Annotated[int, Field(ge=0), WHOLE_NUMBER] = 16
+    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS), WHOLE_NUMBER] | None = None
+    echo: bool = False
+
+
+class Logprobs(BaseModel):
+    """Log-probabilities of the tokens of a completion."""
+
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
+    text_offset: list[int]
+
+
+class Choice(BaseModel):
+    """One answer of a completion, or a piece of it in a stream."""
+
+    text: str
+    index: int
+    logprobs: Logprobs | None
+    finish_reason: Literal["stop", "length"] | None
+
+
+class Usage(BaseModel):
+    """Numbers of tokens of a request."""
+
+    prompt_tokens: int
+    """Number of tokens of the prompts, including the token that starts a document."""
+    completion_tokens: int
+    total_tokens: int
+
+
+class Completion(BaseModel):
+    """A complete response, or one chunk of a streamed one."""
+
+    id: str
+    object: Literal["text_completion"] = "text_completion"
+    created: int
+    """Seconds since 1970."""
+    model: str
+    choices: list[Choice]
+    usage: Usage | None = None
+
+
+class TextPart(StrictRequest):
+    """A part of a chat message's text."""
+
+    type: Literal["text"]
+    text: Text
+
+
+def _join_text_parts(content: Any) -> Any:
+    """Return the joined text of a message's parts; content that is not a list is returned unchanged."""
+    if not isinstance(content, list):
+        return content
+    texts = []
+    for part in content:
+        match part:
+            case {"type": "text", "text": str(text), **other_fields} if not other_fields:
+                texts.append(text)
+            case {"type": str(kind)} if kind != "text":
+                raise ValueError(f"a part of type {kind!r} is not supported; send text")
+            case _:
+                raise ValueError('a part is {"type": "text", "text": TEXT}')
+    return "".join(texts)
+
+
+class ChatMessage(StrictRequest):
+    """A chat message of a request."""
+
+    role: Text
+    content: Annotated[Text, BeforeValidator(_join_text_parts, Text | list[TextPart])] | None = None
+    """Text of the chat message; null is allowed for an assistant's message and means an empty text."""
+    name: Text | None = None
+
+    @model_validator(mode="after")
+    def _check_content(self) -> "ChatMessage":
+        """Replace the missing content of an assistant's message by an empty text; raise ValueError for other roles."""
+        if self.content is None:
+            if self.role != "assistant":
+                raise ValueError("content is required, except in a message of the assistant")
+            self.content = ""
+        return self
+
+
+_CONVERSATION = TypeAdapter(Annotated[list[ChatMessage], Field(min_length=1)])
+
+
+def parse_messages(messages: Any) -> list[dict[str, Any]]:
+    """Return chat messages, as chat templates take them, that are checked as those of a request.
+
+    Raises:
+        ValueError: they are malformed.
+    """
+    try:
+        conversation = _CONVERSATION.validate_python(messages)
+    except ValidationError as e:
+        first_error = e.errors()[0]
+        path = ".".join(map(str, ("messages", *first_error["loc"])))
+        raise ValueError(f"{path}: {first_error['msg']}") from e
+    return [message.model_dump(exclude_none=True) for message in conversation]
+
+
+class ChatRequest(SamplingRequest):
+    """A request for the next chat message of a conversation."""
+
+    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    max_tokens: Annotated[int, Field(ge=1), WHOLE_NUMBER] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1), WHOLE_NUMBER] | None = None
+    """The newer name of `max_tokens`. Without either, the server's limit applies."""
+    logprobs: bool = False
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS), WHOLE_NUMBER] = 0
+
+
+class TokenLogprob(BaseModel):
+    """Log-probability of a token in a chat completion."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class ChosenLogprob(TokenLogprob):
+    """Log-probability of an answer's token, with the most likely tokens in its place."""
+
+    top_logprobs: list[TokenLogprob]
+
+    @classmethod
+    def from_score(cls, score: ScoredText) -> "ChosenLogprob":
+        """Return the log-probability of an answer's token from its score."""
+        assert score.logprob is not None
+        alternatives = [
+            TokenLogprob(token=format_token(token_bytes), logprob=logprob, bytes=list(token_bytes))
+            for token_bytes, logprob in score.alternatives
+        ]
+        return cls(
+            token=format_token(score.token_bytes),
+            logprob=score.logprob,
+            bytes=list(score.token_bytes),
+            top_logprobs=alternatives,
+        )
+
+
+class ChatLogprobs(BaseModel):
+    """Log-probabilities of the tokens of a chat message."""
+
+    content: list[ChosenLogprob]
+
+
+class ChatResponseMessage(BaseModel):
+    """A chat message of the assistant, or a piece of it in a stream."""
+
+    role: Literal["assistant"] | None = None
+    content: str
+
+
+class ChatChoice(BaseModel):
+    """One answer of a chat completion."""
+
+    index: int
+    message: ChatResponseMessage
+    logprobs: ChatLogprobs | None
+    finish_reason: Literal["stop", "length"] | None
+
+
+class ChatDelta(BaseModel):
+    """A piece of one answer of a streamed chat completion."""
+
+    index: int
+    delta: ChatResponseMessage
+    logprobs: ChatLogprobs | None
+    finish_reason: Literal["stop", "length"] | None
+
+
+class ChatCompletion(BaseModel):
+    """A complete response to a conversation."""
+
+    id: str
+    object: Literal["chat.completion"] = "chat.completion"
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+
+
+class ChatChunk(BaseModel):
+    """A chunk of a streamed response to a conversation."""
+
+    id: str
+    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
+    created: int
+    model: str
+    choices: list[ChatDelta]
+    usage: Usage | None = None
+
+
+class Model(BaseModel):
+    """The model that this server serves."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: Literal["mhmoe-ray"] = "mhmoe-ray"
+    max_model_len: int
+    """Largest number of tokens of prompt and answer together."""
+    details: ModelDetails
+
+
+class ModelList(BaseModel):
+    """The models that this server serves."""
+
+    object: Literal["list"] = "list"
+    data: list[Model]
+
+
+class TokenizeRequest(StrictRequest):
+    """A request for the token ids of a text."""
+
+    prompt: Text
+    model: str | None = None
+    add_special_tokens: bool = True
+    """Whether the token that starts a document comes first, as before the prompt of a completion."""
+
+
+class TokenizeResponse(BaseModel):
+    """The token ids of a text."""
+
+    tokens: list[int]
+    count: int
+    max_model_len: int
+
+
+class TokenizerInfo(BaseModel):
+    """Tokens that start and end a document, and the chat template."""
+
+    tokenizer_class: Literal["PreTrainedTokenizerFast"] = "PreTrainedTokenizerFast"
+    bos_token: str
+    eos_token: str
+    chat_template: str | None
+
+
+class DetokenizeRequest(StrictRequest):
+    """A request for the text of token ids."""
+
+    tokens: list[TokenId]
+    model: str | None = None
+
+
+class DetokenizeResponse(BaseModel):
+    """The text of token ids."""
+
+    prompt: str
+
+
+class StatsResponse(BaseModel):
+    """Statistics of all replicas."""
+
+    model: str
+    replicas: list[dict[str, Any]]
+    """Statistics of each replica's engine (`serving/engine/request.py`)."""
+
+
+ErrorType = Literal["invalid_request_error", "authentication_error", "rate_limit_error", "server_error"]
+
+
+class ErrorDetail(BaseModel):
+    """Description of an error."""
+
+    message: str
+    type: ErrorType = "invalid_request_error"
+    param: str | None = None
+    """Name of the request's wrong field."""
+    code: str | None = None
+
+
+class ErrorBody(BaseModel):
+    """Body of an error response."""
+
+    error: ErrorDetail

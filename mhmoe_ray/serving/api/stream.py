@@ -1,0 +1,251 @@
+"""Streams of answers: pieces of all choices are merged, counted, and sent as server-sent events at an interval."""
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from contextlib import aclosing
+
+from fastapi.responses import StreamingResponse
+from pydantic import BaseModel
+from starlette.types import Receive, Scope, Send
+
+from mhmoe_ray.serving.answer import AnswerPiece, join_pieces
+from mhmoe_ray.serving.api.access import Client
+from mhmoe_ray.serving.api.errors import RequestError, error_body
+from mhmoe_ray.serving.api.schema import Usage
+from mhmoe_ray.serving.engine import BusyError, EngineError
+
+Pieces = AsyncGenerator[tuple[int, AnswerPiece]]
+"""Pieces, each with the index of its choice."""
+
+_EVENT = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
+RESPONSE_DESCRIPTION = {
+    "description": "The answer; with `stream`, events with chunks of it as `data`, and a last event [DONE].",
+    "content": {"text/event-stream": {"schema": _EVENT}},
+}
+
+# On its way through Serve's proxy a chunk costs about a millisecond of a core, whatever its size. So a chunk every 4
+# milliseconds takes about a quarter of a core and leaves the rest to engines.
+CHUNK_SECONDS = 0.004
+"""Mean seconds between two chunks of a replica with many streams, over all of them."""
+MAX_DELAY_SECONDS = 0.25
+"""Longest time, in seconds, that a token waits for the next chunk because of other streams."""
+
+
+class StreamPacer:
+    """Pacer of a replica's streams: it gives the time between two chunks of a stream, which grows with the streams."""
+
+    def __init__(self, interval: float) -> None:
+        """Create a pacer without streams.
+
+        Args:
+            interval: smallest number of seconds between two chunks of a stream; 0 sends a chunk with each token.
+        """
+        self._interval = interval
+        self._streams = set[object]()
+
+    def record_token(self, stream: object) -> None:
+        """Count a stream among the present ones from its first token on; later tokens have no effect."""
+        self._streams.add(stream)
+
+    def remove_stream(self, stream: object) -> None:
+        """Remove a stream that has ended; it may have been removed already, or have had no token."""
+        self._streams.discard(stream)
+
+    @property
+    def interval(self) -> float:
+        """Seconds between two chunks of a stream, for the present number of streams; 0 sends each token at once."""
+        if not self._interval:
+            return 0.0
+        return max(self._interval, min(len(self._streams) * CHUNK_SECONDS, MAX_DELAY_SECONDS))
+
+
+class Answers:
+    """The answers to one request, one for each choice."""
+
+    def __init__(
+        self,
+        answers: Sequence[AsyncGenerator[AnswerPiece]],
+        prompt_tokens: int,
+        client: Client,
+        timeout: float,
+        pacer: StreamPacer,
+    ) -> None:
+        """Take over the answers, which start when they are iterated.
+
+        Args:
+            answers: one generator of pieces for each choice.
+            prompt_tokens: number of tokens of all prompts of the request.
+            client: the client; the tokens count against its rate limit, unless the engine refuses the request.
+            timeout: seconds after which unfinished answers fail.
+            pacer: pacer of all streams of this replica.
+        """
+        self._answers, self._prompt_tokens, self._client = answers, prompt_tokens, client
+        self._timeout, self._pacer = timeout, pacer
+        self._tokens = [0] * len(answers)
+
+    @property
+    def usage(self) -> Usage:
+        """Numbers of tokens of the request so far."""
+        answer_tokens = sum(self._tokens)
+        total = self._prompt_tokens + answer_tokens
+        return Usage(prompt_tokens=self._prompt_tokens, completion_tokens=answer_tokens, total_tokens=total)
+
+    async def pieces(self) -> Pieces:
+        """Yield the pieces of all choices as they come, each with the index of its choice.
+
+        In the end, the tokens so far count against the client's rate limit, unless the engine refused the request.
+        """
+        is_refused = False
+        try:
+            async with aclosing(merge_answers(self._answers, self._timeout)) as pieces:
+                async for number, piece in pieces:
+                    self._tokens[number] = piece.token_count
+                    yield number, piece
+        except (BusyError, EngineError):
+            is_refused = not any(self._tokens)
+            raise
+        finally:
+            # The tokens count however the answers end: a client that leaves early has used the tokens up to then.
+            if not is_refused:
+                self._client.record_tokens(self.usage.total_tokens)
+
+    async def collect_pieces(self) -> list[AnswerPiece]:
+        """Return the complete answer of each choice as one piece."""
+        pieces_by_choice: list[list[AnswerPiece]] = [[] for _ in self._answers]
+        async with aclosing(self.pieces()) as pieces:
+            async for number, piece in pieces:
+                pieces_by_choice[number].append(piece)
+        return [join_pieces(pieces) for pieces in pieces_by_choice]
+
+    async def events(
+        self, build_chunk: Callable[[int, AnswerPiece], BaseModel], build_usage_chunk: Callable[[], BaseModel] | None
+    ) -> AsyncGenerator[str]:
+        """Wait for the first piece, and return the answers as server-sent events.
+
+        The events are chunks, then [DONE] or, after a failure, an error body. The caller must close them. A failure
+        before the first piece is raised.
+
+        Args:
+            build_chunk: returns the body for a piece of a choice.
+            build_usage_chunk: returns a body to send after all pieces; None sends none.
+        """
+        events = self._events(build_chunk, build_usage_chunk)
+        # The first event is empty and comes with the first piece. A failure before this piece is therefore raised here,
+        # while the response can still have the HTTP status of an error.
+        await anext(events)
+        return events
+
+    async def _events(
+        self, build_chunk: Callable[[int, AnswerPiece], BaseModel], build_usage_chunk: Callable[[], BaseModel] | None
+    ) -> AsyncGenerator[str]:
+        """Yield an empty event once the first piece has come, then the events; see `events`."""
+        clock = asyncio.get_running_loop().time
+        pending_pieces: list[list[AnswerPiece]] = [[] for _ in self._answers]
+        due_times = [0.0] * len(pending_pieces)
+        """Time of each choice's next chunk, by the event loop's clock."""
+        streams = [object() for _ in pending_pieces]
+
+        def chunk_events(number: int, piece: AnswerPiece) -> Iterator[str]:
+            pending_pieces[number].append(piece)
+            (self._pacer.remove_stream if piece.finish_reason else self._pacer.record_token)(streams[number])
+            if clock() < due_times[number] and not piece.finish_reason:
+                return
+            joined_piece = join_pieces(pending_pieces[number])
+            if joined_piece.text or joined_piece.scores or joined_piece.finish_reason:
+                pending_pieces[number], due_times[number] = [], clock() + self._pacer.interval
+                yield _format_event(build_chunk(number, joined_piece))
+
+        error: Exception | None = None
+        try:
+            async with aclosing(self.pieces()) as pieces:
+                next_piece: tuple[int, AnswerPiece] | None = await anext(pieces)
+                # `events` waits for this empty event, so that this generator has started before anyone closes it.
+                # Closing a generator that has not started would not close the answers.
+                yield ""
+                while next_piece:
+                    for event in chunk_events(*next_piece):
+                        yield event
+                    # Any failure of an answer is reported as an event, since the HTTP status has been sent.
+                    try:
+                        next_piece = await anext(pieces, None)
+                    except Exception as e:
+                        next_piece, error = None, e
+        finally:
+            for stream in streams:
+                self._pacer.remove_stream(stream)
+        if error:
+            # Pieces that still waited for their next chunk are sent, so that tokens that were computed before the
+            # failure are not lost.
+            for number, unsent_pieces in enumerate(pending_pieces):
+                if unsent_pieces and ((joined_piece := join_pieces(unsent_pieces)).text or joined_piece.scores):
+                    yield _format_event(build_chunk(number, joined_piece))
+            yield _format_event(error_body(error))
+            return
+        if build_usage_chunk:
+            yield _format_event(build_usage_chunk())
+        yield "data: [DONE]\n\n"
+
+
+class EventResponse(StreamingResponse):
+    """A response that streams server-sent events, and closes them whether sending succeeds or not."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, events: AsyncGenerator[str]) -> None:
+        super().__init__(events)
+        self._events = events
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        # Starlette leaves closing to the garbage collector, and until then the engine would compute an answer without a
+        # reader.
+        finally:
+            await self._events.aclose()
+
+
+def _format_event(body: BaseModel) -> str:
+    """Return a body as a server-sent event."""
+    return f"data: {body.model_dump_json()}\n\n"
+
+
+def timeout_error(timeout: float) -> RequestError:
+    """Return the error of a request that took longer than `timeout` seconds."""
+    message = f"there was no answer within {timeout:g} s; ask for less, or later"
+    return RequestError(503, message, code="timeout")
+
+
+async def merge_answers(answers: Sequence[AsyncGenerator[AnswerPiece]], timeout: float) -> Pieces:
+    """Yield the pieces of all answers as they come, each with the index of its answer.
+
+    If one answer fails, or the generator is closed, all answers end.
+
+    Raises:
+        RequestError: the answers took longer than `timeout` seconds.
+    """
+    pieces = asyncio.Queue[tuple[int, AnswerPiece | Exception]]()
+
+    async def forward_pieces(number: int, answer: AsyncGenerator[AnswerPiece]) -> None:
+        try:
+            async with aclosing(answer):
+                async for piece in answer:
+                    pieces.put_nowait((number, piece))
+        except Exception as e:
+            pieces.put_nowait((number, e))
+
+    # The timeout is an item of the queue like a failed answer, so it also ends a wait for the next piece.
+    timeout_handle = asyncio.get_running_loop().call_later(timeout, pieces.put_nowait, (0, timeout_error(timeout)))
+    tasks = [asyncio.create_task(forward_pieces(number, answer)) for number, answer in enumerate(answers)]
+    try:
+        open_count = len(tasks)
+        while open_count:
+            number, piece = await pieces.get()
+            if isinstance(piece, Exception):
+                raise piece
+            open_count -= piece.finish_reason is not None
+            yield number, piece
+    finally:
+        timeout_handle.cancel()
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,0 +1,137 @@
+"""The Ray Serve application: replicas with an engine each, and a deployment that counts the rate limits of API keys."""
+
+from typing import Any
+
+from fastapi import FastAPI
+from pydantic import BaseModel, ConfigDict
+from ray import serve
+from ray.serve.exceptions import RayServeException
+from ray.serve.handle import DeploymentHandle
+
+from mhmoe_ray.checkpoint.manifest import read_manifest
+from mhmoe_ray.checkpoint.tokenizer import load_run_tokenizer
+from mhmoe_ray.errors import MhmoeError
+from mhmoe_ray.runs.directory import RunDir
+from mhmoe_ray.serving.answer import load_chat_template
+from mhmoe_ray.serving.api.access import ExceededLimit, LocalRateLimiter, has_limits
+from mhmoe_ray.serving.api.app import create_app, replica_stats
+from mhmoe_ray.serving.config import DEPLOYMENT, LIMITS_DEPLOYMENT
+from mhmoe_ray.serving.engine import EngineError
+from mhmoe_ray.serving.load import check_engine
+from mhmoe_ray.serving.ray_metrics import export_periodically
+from mhmoe_ray.spec import KeySpec, ServeSpec
+from mhmoe_ray.storage import location
+
+
+class Args(BaseModel):
+    """The `args` of the application in Serve's configuration; see `mhmoe_ray.serving.config`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    checkpoint: str
+    model: str
+    """The model's name for clients."""
+    serve: ServeSpec
+    # This field exists because Serve starts no replicas for a configuration that it already has, even if earlier ones
+    # failed.
+    again: str = ""
+    """Value that makes this configuration differ from an earlier one whose replicas failed."""
+
+
+# The deployment needs no CPU, so an update always has room for the new replica beside the old one, and requests need
+# not wait for the update.
+@serve.deployment(name=LIMITS_DEPLOYMENT, num_replicas=1, max_surge_percent=100, ray_actor_options={"num_cpus": 0})
+class SharedRateLimiter:
+    """Deployment that counts the rate limits of all API keys in one process, which all replicas share."""
+
+    def __init__(self, keys: tuple[KeySpec, ...]) -> None:
+        self._limiter = LocalRateLimiter(keys)
+
+    async def begin_request(self, client: str) -> ExceededLimit | None:
+        """Count a request; see `RateLimiter.begin_request`."""
+        return await self._limiter.begin_request(client)
+
+    async def record_tokens(self, client: str, tokens: int) -> None:
+        """Count tokens; see `RateLimiter.record_tokens`."""
+        self._limiter.record_tokens(client, tokens)
+
+
+class RemoteRateLimiter:
+    """A `RateLimiter` that asks the deployment `SharedRateLimiter` from a replica."""
+
+    def __init__(self, deployment: DeploymentHandle) -> None:
+        self._deployment = deployment
+
+    async def begin_request(self, client: str) -> ExceededLimit | None:
+        """Count a request in the deployment; see `RateLimiter.begin_request`."""
+        exceeded_limit: ExceededLimit | None = await self._deployment.begin_request.remote(client)
+        return exceeded_limit
+
+    def record_tokens(self, client: str, tokens: int) -> None:
+        """Count tokens in the deployment, without waiting for it; see `RateLimiter.record_tokens`."""
+        self._deployment.record_tokens.remote(client, tokens)
+
+
+@serve.deployment(name=DEPLOYMENT)
+@serve.ingress()
+class Completions:
+    """Deployment whose replicas have an engine each and answer HTTP requests."""
+
+    def __init__(self, args: Args, rate_limiter: DeploymentHandle | None) -> None:
+        """Load the checkpoint and start to export metrics.
+
+        Args:
+            args: the arguments of the application.
+            rate_limiter: handle of `SharedRateLimiter`; None if no API key has limits.
+        """
+        # The import is here because only replicas need the model. Serve builds the application in another process.
+        from mhmoe_ray.serving.load import load_answerer
+
+        self._args, self._answerer = args, load_answerer(location(args.checkpoint), args.serve)
+        self._rate_limiter = RemoteRateLimiter(rate_limiter) if rate_limiter else None
+        export_periodically(self._answerer.engine.stats, args.model)
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        """Return the HTTP application of this replica. Serve calls it once the replica is constructed."""
+        replica = serve.get_replica_context().replica_id.unique_id
+        return create_app(
+            self._answerer, self._args.model, self._args.serve, replica, self._collect_stats, self._rate_limiter
+        )
+
+    async def _collect_stats(self) -> list[dict[str, Any]]:
+        """Ask all replicas for their entries in `/stats`, and return these."""
+        context = serve.get_replica_context()
+        handle = serve.get_deployment_handle(context.deployment, context.app_name)
+        stats_list: list[dict[str, Any]] = await handle.broadcast("replica_stats").results_async()
+        return stats_list
+
+    async def replica_stats(self) -> dict[str, Any]:
+        """Return this replica's entry for `/stats`."""
+        return replica_stats(self._answerer, serve.get_replica_context().replica_id.unique_id)
+
+    def check_health(self) -> None:
+        """Raise an error if the engine is broken. Serve calls this regularly and replaces a replica that raises one."""
+        if failure_reason := self._answerer.engine.failure_reason:
+            raise EngineError(failure_reason)
+
+
+def build(args: Args) -> serve.Application:
+    """Build the application. Serve calls this on the cluster, with the `args` of its configuration.
+
+    Raises:
+        RayServeException: the checkpoint cannot be served.
+    """
+    # Replicas make the same checks, but Serve reports their errors only after several tries, as tracebacks. An
+    # exception of this function is shown in one line, and Serve gives up at once.
+    try:
+        checkpoint = location(args.checkpoint)
+        manifest = read_manifest(checkpoint, parts=("weights",))
+        check_engine(manifest, args.serve)
+        tokenizer = load_run_tokenizer(checkpoint, manifest)
+        load_chat_template(RunDir.of_checkpoint(checkpoint), tokenizer)
+    except MhmoeError as e:
+        raise RayServeException(str(e)) from e
+    rate_limiter = None
+    if has_limits(args.serve.keys):
+        rate_limiter = SharedRateLimiter.bind(args.serve.keys)  # type: ignore[attr-defined]  # a Deployment, decorated
+    return Completions.bind(args, rate_limiter)  # type: ignore[attr-defined]  # the same

@@ -1,0 +1,254 @@
+"""The formats of inputs and outputs: JSON lines, plain or compressed, and Parquet.
+
+A chunk is a table with one row for each row of the input. The table of JSON lines has one column with the lines as they
+are stored, so that the output has them unchanged, to the last digit of a number. The table of a Parquet file has its
+columns.
+"""
+
+import io
+import itertools
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar, NamedTuple, Protocol
+
+import orjson
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from mhmoe_ray.data.sources.columns import PYARROW_ERRORS, open_parquet
+from mhmoe_ray.data.sources.items import BadLine, RawFile, Tally
+from mhmoe_ray.data.sources.records import read_records
+from mhmoe_ray.data.sources.storage import Storage, short_message
+from mhmoe_ray.errors import DataError
+from mhmoe_ray.serving.batch.request import InputFormat
+from mhmoe_ray.serving.batch.rows import (
+    MESSAGES,
+    PROMPT,
+    AnswerCounts,
+    RowAnswer,
+    answer_columns,
+    taken_column,
+)
+
+MAX_LINE_BYTES = 1 << 30
+"""Largest size of a line. It only keeps a file that is no JSON lines from filling the memory."""
+_LINE = "line"
+
+
+class SourceFile(NamedTuple):
+    """The input, opened for reading."""
+
+    storage: Storage
+    file: RawFile
+    format: InputFormat
+
+    @property
+    def subject(self) -> str:
+        """Name of the input, for errors."""
+        return f"input {self.file.path}"
+
+    def damage_error(self, reason: str) -> DataError:
+        """Return the error for an input that cannot be read."""
+        return DataError(self.subject, reason, "repair it, then give the command again")
+
+
+class NumberedRow(NamedTuple):
+    """Row of the input."""
+
+    number: int
+    """Number of the line or row in the file, from 1."""
+    value: Any
+    """Value of the line, or the columns of the row that hold its prompt."""
+
+
+class Format(Protocol):
+    """Reader and writer of one format."""
+
+    suffix: ClassVar[str]
+    """Suffix of the files of the output."""
+    row_label: ClassVar[str]
+    """Word for a row of the input, for the user."""
+
+    def read_rows(self, source: SourceFile, has_logprobs: bool) -> Iterator[NumberedRow | BadLine]:
+        """Yield the rows of the input, and the lines that cannot be read.
+
+        Args:
+            source: the input.
+            has_logprobs: whether answers will have scores; the input may not have the columns of answers.
+
+        Raises:
+            DataError: the file as a whole cannot be read.
+        """
+        ...
+
+    def read_tables(self, source: SourceFile, rows: int) -> Iterator[pa.Table]:
+        """Yield the rows of the input in tables of `rows` rows each; the last one may have fewer.
+
+        Raises:
+            DataError: the file cannot be read.
+        """
+        ...
+
+    def table_rows(self, table: pa.Table) -> list[Any]:
+        """Return the value of each row of a table of `read_tables`, as `parse_row` takes it."""
+        ...
+
+    def encode(self, table: pa.Table, answers: Sequence[RowAnswer], has_logprobs: bool) -> bytes:
+        """Return the content of an output file: the rows of a table of `read_tables` with their answers."""
+        ...
+
+    def count(self, content: bytes) -> AnswerCounts:
+        """Count the answers in the content of an output file."""
+        ...
+
+
+class JsonLines:
+    """Reader and writer of JSON lines; blank lines are no rows. Inputs may be compressed, outputs are not."""
+
+    suffix: ClassVar[str] = ".jsonl"
+    row_label: ClassVar[str] = "line"
+
+    def read_rows(self, source: SourceFile, has_logprobs: bool) -> Iterator[NumberedRow | BadLine]:
+        """Yield the value of each line, and the lines that are not JSON; see `Format.read_rows`."""
+        for record in read_records(source.storage, source.file, MAX_LINE_BYTES, Tally()):
+            yield record if isinstance(record, BadLine) else NumberedRow(record.line, record.fields)
+
+    def read_tables(self, source: SourceFile, rows: int) -> Iterator[pa.Table]:
+        """Yield the lines of the file in tables; see `Format.read_tables`."""
+        lines = []
+        for record in read_records(source.storage, source.file, MAX_LINE_BYTES, Tally()):
+            if isinstance(record, BadLine):
+                raise source.damage_error(record.message)
+            lines.append(record.content)
+            if len(lines) == rows:
+                yield _line_table(lines)
+                lines = []
+        if lines:
+            yield _line_table(lines)
+
+    def table_rows(self, table: pa.Table) -> list[Any]:
+        """Return the value of each line."""
+        # The standard library accepts everything that `read_records` accepts.
+        return [json.loads(line) for line in table[_LINE].to_pylist()]
+
+    def encode(self, table: pa.Table, answers: Sequence[RowAnswer], has_logprobs: bool) -> bytes:
+        """Return the lines with the keys of the answers added at the end of each."""
+        columns = answer_columns(has_logprobs)
+        return b"".join(
+            _add_keys(line, {name: getattr(answer, name) for name in columns})
+            for line, answer in zip(table[_LINE].to_pylist(), answers, strict=True)
+        )
+
+    def count(self, content: bytes) -> AnswerCounts:
+        """Count the answers in lines."""
+        return AnswerCounts.of_rows([json.loads(line) for line in content.split(b"\n") if line])
+
+
+def _line_table(lines: list[bytes]) -> pa.Table:
+    return pa.table({_LINE: pa.array(lines, pa.large_binary())})
+
+
+def _add_keys(line: bytes, keys: dict[str, Any]) -> bytes:
+    """Return a line, which is a JSON object with at least one key, with further keys at its end and a newline."""
+    return line.strip().removesuffix(b"}").rstrip() + b", " + orjson.dumps(keys).removeprefix(b"{") + b"\n"
+
+
+_LOGPROB = [("token", pa.string()), ("logprob", pa.float64()), ("bytes", pa.list_(pa.uint8()))]
+_ANSWER_TYPES: dict[str, pa.DataType] = {
+    "text": pa.large_string(),
+    "finish_reason": pa.string(),
+    "prompt_tokens": pa.int64(),
+    "tokens": pa.int64(),
+    "error": pa.string(),
+    "logprobs": pa.list_(pa.struct([*_LOGPROB, ("top_logprobs", pa.list_(pa.struct(_LOGPROB)))])),
+}
+"""Type of each column of an answer in Parquet."""
+
+
+class Parquet:
+    """Reader and writer of Parquet files."""
+
+    suffix: ClassVar[str] = ".parquet"
+    row_label: ClassVar[str] = "row"
+
+    def read_rows(self, source: SourceFile, has_logprobs: bool) -> Iterator[NumberedRow | BadLine]:
+        """Yield the prompt columns of each row; see `Format.read_rows`."""
+        try:
+            with open_parquet(source.storage, source.file.path) as parquet_file:
+                names = parquet_file.schema_arrow.names
+        except PYARROW_ERRORS as e:
+            raise source.damage_error(short_message(e)) from e
+        _check_columns(source, names, has_logprobs)
+        # Other columns may be large, and need not be read to check the rows.
+        columns = [name for name in (PROMPT, MESSAGES) if name in names]
+        rows = (row for table in _read_parquet(source, 1024, columns) for row in self.table_rows(table))
+        yield from map(NumberedRow, itertools.count(1), rows)
+
+    def read_tables(self, source: SourceFile, rows: int) -> Iterator[pa.Table]:
+        """Yield the rows of the file in tables; see `Format.read_tables`."""
+        return _read_parquet(source, rows, None)
+
+    def table_rows(self, table: pa.Table) -> list[Any]:
+        """Return the prompt columns of each row."""
+        rows: list[Any] = table.select([name for name in (PROMPT, MESSAGES) if name in table.column_names]).to_pylist()
+        return rows
+
+    def encode(self, table: pa.Table, answers: Sequence[RowAnswer], has_logprobs: bool) -> bytes:
+        """Return a Parquet file with the columns of the table and those of the answers."""
+        for name in answer_columns(has_logprobs):
+            values = [getattr(answer, name) for answer in answers]
+            table = table.append_column(name, pa.array(values, _ANSWER_TYPES[name]))
+        sink = io.BytesIO()
+        pq.write_table(table, sink)
+        return sink.getvalue()
+
+    def count(self, content: bytes) -> AnswerCounts:
+        """Count the answers in a Parquet file."""
+        columns = ["error", "prompt_tokens", "tokens"]
+        return AnswerCounts.of_rows(pq.read_table(io.BytesIO(content), columns=columns).to_pylist())
+
+
+def _read_parquet(source: SourceFile, rows: int, columns: list[str] | None) -> Iterator[pa.Table]:
+    """Yield the rows of a Parquet file in tables of `rows` rows; the last one may have fewer.
+
+    Args:
+        source: the file.
+        rows: number of rows of a table.
+        columns: names of the columns to read; None for all.
+
+    Raises:
+        DataError: the file is damaged.
+    """
+    try:
+        with open_parquet(source.storage, source.file.path) as parquet_file:
+            batches: list[pa.RecordBatch] = []
+            for batch in parquet_file.iter_batches(rows, columns=columns, use_threads=False):
+                # Damaged offsets would crash the process when values are decoded.
+                batch.validate(full=True)
+                batches.append(batch)
+                # Batches may be smaller than requested, for example at the end of a row group.
+                if sum(map(len, batches)) >= rows:
+                    table = pa.Table.from_batches(batches)
+                    yield table.slice(0, rows)
+                    batches = table.slice(rows).to_batches()
+            if any(map(len, batches)):
+                yield pa.Table.from_batches(batches)
+    except PYARROW_ERRORS as e:
+        raise source.damage_error(short_message(e)) from e
+
+
+def _check_columns(source: SourceFile, names: Sequence[str], has_logprobs: bool) -> None:
+    """Check that a table has a column of prompts or messages and none of those of answers.
+
+    Raises:
+        DataError: it has not.
+    """
+    if PROMPT not in names and MESSAGES not in names:
+        reason = f"it has no column {PROMPT!r} or {MESSAGES!r}; it has {', '.join(map(repr, names))}"
+        raise DataError(source.subject, reason, "rename the column of the prompts")
+    if name := taken_column(names, has_logprobs):
+        raise DataError(source.subject, f"its column {name!r} has the name of a column of answers", "rename it")
+
+
+FORMATS: dict[InputFormat, Format] = {"jsonl": JsonLines(), "parquet": Parquet()}
+"""Reader and writer of each format."""

@@ -1,0 +1,102 @@
+"""The dataset of a batch inference: a task reads the missing chunks, and workers answer them.
+
+If a worker is killed, Ray starts it again, and its chunks are computed again. If the reader is killed, it is repeated,
+so the chunks that it yields depend on its arguments alone.
+"""
+
+from collections.abc import Collection, Iterator
+from functools import partial
+
+import pyarrow as pa
+import ray
+import ray.data
+
+from mhmoe_ray.errors import JobError, MhmoeError
+from mhmoe_ray.serving.batch.formats import FORMATS
+from mhmoe_ray.serving.batch.input import open_input
+from mhmoe_ray.serving.batch.output import BatchOutput
+from mhmoe_ray.serving.batch.request import BatchRequest
+from mhmoe_ray.serving.batch.worker import Chunk, ChunkResult, ChunkWorker, chunks_at_a_time
+from mhmoe_ray.spec import ServeSpec
+
+CHUNK_RETRIES = 5
+"""Number of times that Ray Data repeats a chunk whose worker died. Without a limit, rows for which the memory does not
+suffice would kill workers without end."""
+
+
+def answer_chunks(
+    request: BatchRequest, missing_chunks: Collection[int], output: BatchOutput, spec: ServeSpec, workers: int
+) -> Iterator[ChunkResult]:
+    """Answer chunks of the input, and yield the result of each when its file is in the output folder; in any order.
+
+    Args:
+        request: the request.
+        missing_chunks: numbers of the chunks to answer.
+        output: the output folder.
+        spec: engine, precision and resources of a worker.
+        workers: number of workers.
+
+    Raises:
+        MhmoeError: a chunk could not be read, answered or written, or workers died too often.
+    """
+    read = partial(read_chunks, request=request, missing_chunks=frozenset(missing_chunks))
+    at_a_time = chunks_at_a_time(request, spec)
+    pool = ray.data.ActorPoolStrategy(
+        size=workers,
+        max_concurrent_calls_per_actor=at_a_time,
+        # A chunk that waited for a busy worker could not go to one that is idle.
+        max_tasks_in_flight_per_actor=at_a_time,
+        enable_true_multi_threading=True,
+    )
+    dataset = ray.data.from_arrow(pa.table({"input": [request.input.path]}))
+    # Each chunk is a block of its own, because Ray Data gives whole blocks to workers. Progress bars would fill the
+    # job's log. A chunk may take long, and workers may wait long for room on the cluster, so there is no timeout.
+    dataset.context.target_max_block_size = 1
+    dataset.context.enable_progress_bars = False
+    dataset.context.execution_no_progress_timeout_s = -1
+    chunks = dataset.map_batches(read, batch_format="pyarrow", batch_size=1, num_cpus=0)
+    results = chunks.map_batches(
+        ChunkWorker,
+        fn_constructor_kwargs={"request": request, "spec": spec, "output": output},
+        batch_format="pyarrow",
+        batch_size=1,
+        compute=pool,
+        num_cpus=spec.cpus_per_replica,
+        num_gpus=spec.gpus_per_replica,
+        max_task_retries=CHUNK_RETRIES,
+    )
+    try:
+        for row in results.iter_rows():
+            result = ChunkResult.from_row(row)
+            if result.error:
+                raise result.error
+            yield result
+    except (ray.exceptions.ActorDiedError, ray.exceptions.ActorUnavailableError) as e:
+        reason = f"a worker died, and so did {CHUNK_RETRIES} that computed the same chunk again: {_first_line(e)}"
+        fix = "give workers more memory (fewer of them, or a lower serve.max_concurrency), then give the command again"
+        raise JobError("the workers", reason, fix) from e
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
+
+
+def read_chunks(_: pa.Table, *, request: BatchRequest, missing_chunks: frozenset[int]) -> Iterator[pa.Table]:
+    """Read the input, and yield the missing chunks, each as a block; an error for the user is the last block.
+
+    Args:
+        _: a table of one row, for which Ray Data calls this function.
+        request: the request.
+        missing_chunks: numbers of the chunks to yield.
+    """
+    last_chunk = max(missing_chunks)
+    number = 0
+    try:
+        source = open_input(request.input.path)
+        for number, rows in enumerate(FORMATS[source.format].read_tables(source, request.chunk_rows)):
+            if number in missing_chunks:
+                yield Chunk(number, rows).as_block()
+            if number == last_chunk:
+                return
+    except MhmoeError as e:
+        yield Chunk(number, None, e).as_block()

@@ -1,0 +1,111 @@
+"""The request of a batch inference: a checkpoint, a file of rows, and how the answers are drawn."""
+
+from math import ceil
+from typing import Literal
+
+from pydantic import BaseModel
+
+from mhmoe_ray.serving.engine import SamplingParams
+from mhmoe_ray.serving.engine.request import derived_seed
+from mhmoe_ray.storage import location
+
+CHUNK_ROWS = 128
+"""Default number of rows of a chunk. A worker that is killed computes at most a few chunks again."""
+_HASH_CHARACTERS = 8
+
+
+class SamplingOptions(BaseModel):
+    """Options of the answers: how they are drawn, and which scores they have."""
+
+    max_tokens: int
+    temperature: float
+    top_p: float
+    seed: int | None
+    stop: tuple[str, ...]
+    """Stop strings; an answer ends before the first of them."""
+    logprobs: int | None
+    """Number of alternatives to report with each token and its log-probability; None reports no scores."""
+
+    def params(self, row: int) -> SamplingParams:
+        """Return the sampling parameters of a row, which is counted from 0; its seed depends on nothing else."""
+        return SamplingParams(self.max_tokens, self.temperature, top_p=self.top_p, seed=derived_seed(self.seed, row))
+
+
+InputFormat = Literal["jsonl", "parquet"]
+
+
+class InputFile(BaseModel):
+    """File with the rows to answer."""
+
+    path: str
+    """Path or URI of the file, as `location` takes it."""
+    format: InputFormat
+    sha256: str
+    rows: int = 0
+    """Number of rows; 0 before they were counted."""
+    first_chat: int | None = None
+    """Number of the line or row with the first conversation, from 1; None if there is none."""
+
+    @property
+    def label(self) -> str:
+        """Path and start of the hash, for the user."""
+        return f"{self.path} ({self.sha256[:_HASH_CHARACTERS]})"
+
+
+class BatchRequest(BaseModel):
+    """Request for the answers to all rows of a file. The output folder stores it."""
+
+    checkpoint: str
+    """Path or URI of the checkpoint directory, inside its run directory."""
+    manifest_sha256: str
+    """Hash of the checkpoint's manifest, which has the hashes of all weights."""
+    input: InputFile
+    sampling: SamplingOptions
+    engine: Literal["torch", "vllm"]
+    precision: Literal["float32", "bfloat16"]
+    chunk_rows: int
+    """Number of rows of each chunk; the last chunk may have fewer."""
+
+    @property
+    def chunk_count(self) -> int:
+        return ceil(self.input.rows / self.chunk_rows)
+
+    def rows_of(self, chunk: int) -> int:
+        """Return the number of rows of a chunk."""
+        return min(self.chunk_rows, self.input.rows - chunk * self.chunk_rows)
+
+    @property
+    def checkpoint_label(self) -> str:
+        """Run, name and start of the manifest's hash of the checkpoint, for the user."""
+        checkpoint = location(self.checkpoint)
+        return f"{checkpoint.parent.parent.name}/{checkpoint.name} ({self.manifest_sha256[:_HASH_CHARACTERS]})"
+
+    def differences(self, request: "BatchRequest") -> list[str]:
+        """Return a clause for each difference of another request that would give other answers or other files.
+
+        Paths make no difference, because a run or an input may be moved between two commands.
+
+        Args:
+            request: the other request.
+        """
+        differences = []
+        if request.manifest_sha256 != self.manifest_sha256:
+            differences.append(f"checkpoint {self.checkpoint_label}, not {request.checkpoint_label}")
+        if request.input.sha256 != self.input.sha256:
+            differences.append(f"input {self.input.label}, not {request.input.label}")
+        fields, other_fields = (
+            {**r.sampling.model_dump(), "engine": r.engine, "precision": r.precision, "chunk_rows": r.chunk_rows}
+            for r in (self, request)
+        )
+        differences += [
+            f"{name} {_format_value(fields[name])}, not {_format_value(other_fields[name])}"
+            for name in fields
+            if fields[name] != other_fields[name]
+        ]
+        return differences
+
+
+def _format_value(value: object) -> str:
+    return (
+        "none" if value is None or value == () else str(value) if isinstance(value, int | float | str) else repr(value)
+    )

@@ -1,0 +1,113 @@
+"""A row of the input and its answer.
+
+A row has a `prompt`, which is a text, or `messages`, which are a conversation. The output has all its keys or columns,
+also any others, and those of the answer after them.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from pydantic import BaseModel
+
+from mhmoe_ray.serving.answer import AnswerPiece
+from mhmoe_ray.serving.api.schema import ChosenLogprob, parse_messages
+from mhmoe_ray.serving.engine import FinishReason
+
+PROMPT, MESSAGES = "prompt", "messages"
+LOGPROBS = "logprobs"
+"""Column that only answers with scores have."""
+
+
+class RowAnswer(NamedTuple):
+    """Answer to a row: the columns that follow those of the row, in this order.
+
+    A row that the model cannot take has an error instead of an answer.
+    """
+
+    text: str | None = None
+    finish_reason: FinishReason | None = None
+    prompt_tokens: int | None = None
+    """Number of tokens of the prompt; None if the row has no prompt that can be counted."""
+    tokens: int | None = None
+    """Number of tokens of the answer."""
+    error: str | None = None
+    """Reason why the row has no answer; None if it has one."""
+    logprobs: list[dict[str, Any]] | None = None
+    """Score of each token of the answer, as in a chat completion of OpenAI's API."""
+
+    @classmethod
+    def from_piece(cls, piece: AnswerPiece, prompt_tokens: int, has_logprobs: bool) -> "RowAnswer":
+        """Return the answer of a row.
+
+        Args:
+            piece: the complete answer.
+            prompt_tokens: number of tokens of the prompt.
+            has_logprobs: whether the answer has scores.
+        """
+        scores = [ChosenLogprob.from_score(score).model_dump() for score in piece.scores] if has_logprobs else None
+        return cls(piece.text, piece.finish_reason, prompt_tokens, piece.token_count, None, scores)
+
+
+def answer_columns(has_logprobs: bool) -> list[str]:
+    """Return the names of the columns of an answer."""
+    return [name for name in RowAnswer._fields if has_logprobs or name != LOGPROBS]
+
+
+class AnswerCounts(BaseModel):
+    """Numbers of rows and tokens of some answers."""
+
+    rows: int = 0
+    errors: int = 0
+    """Number of rows that have an error instead of an answer."""
+    prompt_tokens: int = 0
+    tokens: int = 0
+    """Number of tokens of the answers."""
+
+    def __add__(self, counts: "AnswerCounts") -> "AnswerCounts":
+        return AnswerCounts(**{name: value + getattr(counts, name) for name, value in self})
+
+    @classmethod
+    def of_rows(cls, rows: Sequence[Mapping[str, Any]]) -> "AnswerCounts":
+        """Count rows that have at least the columns `error`, `prompt_tokens` and `tokens`."""
+        return cls(
+            rows=len(rows),
+            errors=sum(row["error"] is not None for row in rows),
+            prompt_tokens=sum(row["prompt_tokens"] or 0 for row in rows),
+            tokens=sum(row["tokens"] or 0 for row in rows),
+        )
+
+
+Conversation = list[dict[str, Any]]
+"""Chat messages, as chat templates take them."""
+
+
+def parse_row(row: Any) -> str | Conversation:
+    """Return the prompt or the conversation of a row.
+
+    Args:
+        row: the value of a line, or the columns of a row of a table.
+
+    Raises:
+        ValueError: the row has neither, or both, or one of another type; the message says which.
+    """
+    if not isinstance(row, Mapping):
+        raise ValueError("it is not an object with a prompt or messages")
+    prompt, messages = row.get(PROMPT), row.get(MESSAGES)
+    if prompt is None and messages is None:
+        raise ValueError(f"it has neither a {PROMPT!r} nor {MESSAGES!r}")
+    if prompt is not None and messages is not None:
+        raise ValueError(f"it has both a {PROMPT!r} and {MESSAGES!r}")
+    if messages is not None:
+        return parse_messages(messages)
+    if not isinstance(prompt, str):
+        raise ValueError(f"its {PROMPT!r} is not a text")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as e:
+        raise ValueError(f"its {PROMPT!r} holds half a character (a lone surrogate)") from e
+    return prompt
+
+
+def taken_column(names: Collection[str], has_logprobs: bool) -> str | None:
+    """Return the first column of the answer that the input has already; None if it has none of them."""
+    return next((name for name in answer_columns(has_logprobs) if name in names), None)

@@ -1,0 +1,189 @@
+"""The worker of a batch inference: an actor that answers chunks with one engine."""
+
+import asyncio
+import pickle
+import socket
+from collections.abc import Sequence
+from math import ceil
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+
+from mhmoe_ray.errors import MhmoeError, ServeError
+from mhmoe_ray.serving.answer import join_pieces
+from mhmoe_ray.serving.batch.formats import FORMATS
+from mhmoe_ray.serving.batch.output import BatchOutput
+from mhmoe_ray.serving.batch.request import BatchRequest
+from mhmoe_ray.serving.batch.rows import AnswerCounts, RowAnswer, parse_row
+from mhmoe_ray.serving.engine import EngineError, Request
+from mhmoe_ray.spec import ServeSpec
+from mhmoe_ray.storage import location
+
+MIN_CHUNKS_AT_A_TIME = 2
+"""Smallest number of chunks that a worker computes at the same time: while the last answers of one are computed, those
+of the next one fill the engine."""
+
+
+class Chunk(NamedTuple):
+    """A chunk of the input on its way from the reader to a worker."""
+
+    number: int
+    rows: pa.Table | None
+    """Rows of the chunk, as their format reads them; None if the reader failed."""
+    error: MhmoeError | None = None
+    """Error of the reader."""
+
+    def as_block(self) -> pa.Table:
+        """Return the chunk as a table of one row."""
+        content = pa.BufferOutputStream()
+        if self.rows is not None:
+            with pa.ipc.new_stream(content, self.rows.schema) as writer:
+                writer.write_table(self.rows)
+        fields = {"chunk": self.number, "rows": content.getvalue().to_pybytes(), "error": _pack_error(self.error)}
+        return pa.Table.from_pylist(
+            [fields], pa.schema([("chunk", pa.int64()), ("rows", pa.large_binary()), ("error", pa.binary())])
+        )
+
+    @classmethod
+    def from_block(cls, block: pa.Table) -> "Chunk":
+        """Return the chunk in a table that `as_block` made."""
+        [number], [content], [error] = (block[name].to_pylist() for name in ("chunk", "rows", "error"))
+        if error is not None:
+            return cls(number, None, pickle.loads(error))
+        with pa.ipc.open_stream(content) as reader:
+            return cls(number, reader.read_all())
+
+
+class ChunkResult(NamedTuple):
+    """Result of a chunk, whose answers are in the output folder."""
+
+    chunk: int
+    counts: AnswerCounts
+    error: MhmoeError | None
+    """Error that kept the chunk from being answered."""
+
+    def as_block(self) -> pa.Table:
+        """Return the result as a table of one row."""
+        fields = {"chunk": self.chunk, **self.counts.model_dump(), "error": _pack_error(self.error)}
+        names = ("chunk", *AnswerCounts.model_fields)
+        return pa.Table.from_pylist(
+            [fields], pa.schema([*((name, pa.int64()) for name in names), ("error", pa.binary())])
+        )
+
+    @classmethod
+    def from_row(cls, row: dict[str, Any]) -> "ChunkResult":
+        """Return the result in a row of a table that `as_block` made."""
+        error = None if row["error"] is None else pickle.loads(row["error"])
+        return cls(row["chunk"], AnswerCounts.model_validate({k: row[k] for k in AnswerCounts.model_fields}), error)
+
+
+def _pack_error(error: MhmoeError | None) -> bytes | None:
+    # Errors are values here, because Ray Data changes the message of an exception and wraps it.
+    return None if error is None else pickle.dumps(error)
+
+
+def chunks_at_a_time(request: BatchRequest, spec: ServeSpec) -> int:
+    """Return the number of chunks that a worker computes at the same time, so that requests always wait in its engine.
+
+    Args:
+        request: the request.
+        spec: the engine's settings.
+    """
+    return max(MIN_CHUNKS_AT_A_TIME, ceil(2 * spec.max_concurrency / request.chunk_rows))
+
+
+class ChunkWorker:
+    """Callable of Ray Data that answers the rows of a chunk and writes them to the output folder.
+
+    Several threads call it at the same time, each with one chunk, and the engine computes all their rows together.
+    """
+
+    def __init__(self, request: BatchRequest, spec: ServeSpec, output: BatchOutput) -> None:
+        """Load the checkpoint and start the engine.
+
+        Args:
+            request: the request.
+            spec: the engine's settings.
+            output: the output folder.
+        """
+        # The import is here because the job's driver imports this module, and needs no model.
+        from mhmoe_ray.serving.load import load_answerer
+
+        self._request, self._output = request, output
+        # All rows of the chunks must be able to wait in the engine.
+        spec = spec.model_copy(update={"max_waiting": chunks_at_a_time(request, spec) * request.chunk_rows})
+        self._load_error: MhmoeError | None = None
+        try:
+            self._answerer = load_answerer(location(request.checkpoint), spec)
+        # An error in the constructor of an actor loses its type, so the first chunk reports it.
+        except MhmoeError as e:
+            self._load_error = e
+        except EngineError as e:
+            self._load_error = _engine_error(e)
+
+    def __del__(self) -> None:
+        # An engine must be closed before its process ends.
+        if hasattr(self, "_answerer"):
+            self._answerer.engine.close()
+
+    def __call__(self, block: pa.Table) -> pa.Table:
+        """Answer the rows of one chunk, publish its file, and return the result; errors for the user are part of it.
+
+        Args:
+            block: a chunk, as `Chunk.as_block` returns it.
+        """
+        chunk = Chunk.from_block(block)
+        try:
+            return ChunkResult(chunk.number, self._answer_chunk(chunk), None).as_block()
+        except MhmoeError as e:
+            return ChunkResult(chunk.number, AnswerCounts(), e).as_block()
+
+    def _answer_chunk(self, chunk: Chunk) -> AnswerCounts:
+        """Answer the rows of a chunk, publish its file, and return the counts of its answers."""
+        if error := chunk.error or self._load_error:
+            raise error
+        request, file_format = self._request, FORMATS[self._request.input.format]
+        assert chunk.rows is not None
+        try:
+            answers = asyncio.run(
+                self._answer_rows(file_format.table_rows(chunk.rows), chunk.number * request.chunk_rows)
+            )
+        except EngineError as e:
+            raise _engine_error(e) from e
+        content = file_format.encode(chunk.rows, answers, request.sampling.logprobs is not None)
+        self._output.write_chunk(request, chunk.number, content)
+        return AnswerCounts.of_rows([answer._asdict() for answer in answers])
+
+    async def _answer_rows(self, rows: Sequence[Any], first_row: int) -> list[RowAnswer]:
+        """Return the answers to rows, all of which are computed at the same time.
+
+        Args:
+            rows: values of the rows.
+            first_row: number of the first of them in the input, from 0.
+        """
+        return await asyncio.gather(*(self._answer_row(value, first_row + i) for i, value in enumerate(rows)))
+
+    async def _answer_row(self, value: Any, row: int) -> RowAnswer:
+        """Return the answer to a row, or its error if the model cannot take it."""
+        sampling, answerer, prompt = self._request.sampling, self._answerer, parse_row(value)
+        prompt_tokens: int | None = None
+        try:
+            if isinstance(prompt, str):
+                ids = answerer.encode(prompt)
+            else:
+                # The command refuses conversations if the run has no template.
+                assert answerer.template is not None
+                ids = answerer.encode_chat(answerer.template, prompt)
+            prompt_tokens = len(ids)
+            answerer.check_length(ids, has_answer=True)
+        except ServeError as e:
+            return RowAnswer(prompt_tokens=prompt_tokens, error=f"{e.subject}: {e.reason}")
+        request = Request(tuple(ids), sampling.params(row), sampling.logprobs)
+        pieces = [piece async for piece in answerer.answer(request, sampling.stop)]
+        return RowAnswer.from_piece(join_pieces(pieces), prompt_tokens, sampling.logprobs is not None)
+
+
+def _engine_error(error: EngineError) -> ServeError:
+    return ServeError(
+        f"the engine on {socket.gethostname()}", str(error), "see the job's log, then give the command again"
+    )

@@ -1,0 +1,92 @@
+"""The application as an entry of Ray Serve's configuration: replicas, autoscaling, queues and resources.
+
+If the spec's `replicas` is a range, Serve's autoscaling adds and removes replicas by the number of requests; otherwise
+their number is constant. This module imports neither torch nor ray.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from mhmoe_ray.spec import ServeSpec
+from mhmoe_ray.storage import Location
+
+IMPORT_PATH = "mhmoe_ray.serving.app:build"
+DEPLOYMENT = "completions"
+LIMITS_DEPLOYMENT = "limits"
+"""Name of the second deployment, which exists if API keys have limits."""
+ENVIRONMENT = {
+    # This middleware gives errors of Serve's proxies, and of replicas that die, the shape of OpenAI's errors.
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "mhmoe_ray.serving.api.proxy:middlewares",
+    # By default Serve's replicas and proxies pass each token through several threads, which only cost time, because
+    # engines compute in a thread of their own. By default Serve also flushes a log line for each request.
+    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+    "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1000",
+    # Serve kills a proxy that is not ready after three checks, each with this timeout, and then the deployment fails.
+    # The default of five seconds is too short for a busy machine.
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "30",
+}
+"""Environment variables of every node that serves; they must be set before Ray starts there."""
+SPARE_REQUESTS = 32
+"""Number of requests other than completions, such as health checks, that a replica handles at a time."""
+
+
+def application_config(
+    name: str,
+    checkpoint: Location,
+    spec: ServeSpec,
+    model_name: str,
+    route: str = "/",
+    runtime_env: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Return the application as an element of the `applications` list for a PUT to Serve's REST API.
+
+    Args:
+        name: the application's name; deploying another application under the same name replaces it.
+        checkpoint: a checkpoint directory inside its run directory; a relative path counts from the caller's working
+            directory, and every node must be able to read it.
+        spec: sizes, limits and autoscaling; its `host` and `port` belong to the cluster's Serve instance and are not
+            used here.
+        model_name: the model's name for clients, which they may send as `model`.
+        route: path prefix of the application's routes.
+        runtime_env: Ray's runtime environment of the replicas.
+    """
+    deployment = {
+        "name": DEPLOYMENT,
+        **_replica_options(spec),
+        "max_surge_percent": 100 if spec.surge else 0,
+        # A replica that an update or autoscaling removes gets this time to finish its running requests.
+        "graceful_shutdown_timeout_s": spec.request_timeout,
+        # Serve's limit is above the engine's limit. So it is the engine that refuses requests, because it knows the
+        # clients, and health checks are answered however many requests wait.
+        "max_ongoing_requests": spec.max_concurrency + spec.max_waiting + SPARE_REQUESTS,
+        "max_queued_requests": spec.max_waiting * spec.replicas.max + SPARE_REQUESTS,
+        "backpressure_config": {"status_code": 429, "retry_after_s": 1},
+        "ray_actor_options": {"num_cpus": spec.cpus_per_replica, "num_gpus": spec.gpus_per_replica},
+    }
+    return {
+        "name": name,
+        "route_prefix": route,
+        "import_path": IMPORT_PATH,
+        "runtime_env": dict(runtime_env or {}),
+        "args": {
+            "checkpoint": str(checkpoint.absolute()),
+            "model": model_name,
+            "serve": spec.model_dump(mode="json"),
+        },
+        "deployments": [deployment],
+    }
+
+
+def _replica_options(spec: ServeSpec) -> dict[str, Any]:
+    """Return the deployment's options for replicas: their number, or autoscaling if the spec has a range of numbers."""
+    if not spec.replicas.is_elastic:
+        return {"num_replicas": spec.replicas.min}
+    autoscaling = {
+        "min_replicas": spec.replicas.min,
+        "max_replicas": spec.replicas.max,
+        # Autoscaling counts the requests that run in a replica or wait for one. Requests beyond those that an engine
+        # computes at a time only wait, so they call for another replica.
+        "target_ongoing_requests": spec.max_concurrency,
+    }
+    return {"autoscaling_config": autoscaling}

@@ -1,0 +1,35 @@
+"""Engines: token ids in, token ids out, for many requests at once.
+
+request.py        requests, updates, sampling parameters and statistics; the interface of all engines
+threaded.py       base class of the engines: a thread that computes round after round
+torch_engine.py   this project's own engine: each round is one step of the model
+packed_model.py   its model with matrices packed for inference on a CPU
+scheduler.py      continuous batching: chooses the tokens that the next step computes
+block_pool.py     KV-cache blocks: reference counts, a free list, and prefix caching by block hash
+paged_cache.py    the KV cache itself, and the decoder's view of it in one step
+sampler.py        samples the next token from logits
+"""
+
+from mhmoe_ray.serving.engine.request import (
+    BusyError,
+    Engine,
+    EngineError,
+    FinishReason,
+    Request,
+    SamplingParams,
+    ScoredToken,
+    Stats,
+    Update,
+)
+
+__all__ = [
+    "BusyError",
+    "Engine",
+    "EngineError",
+    "FinishReason",
+    "Request",
+    "SamplingParams",
+    "ScoredToken",
+    "Stats",
+    "Update",
+]

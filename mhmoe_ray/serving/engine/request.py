@@ -1,0 +1,195 @@
+"""The interface of engines: requests with sampling parameters in, updates with token ids out, and statistics.
+
+The sampling parameters of a request say how its tokens are drawn; `sampler.py` draws them.
+
+`serving/detokenizer.py` turns token ids into text.
+"""
+
+from collections.abc import AsyncGenerator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple, Protocol
+
+BUCKET_BOUNDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 60.0)
+"""Upper bounds of a histogram's buckets, in seconds; one more bucket at the end has no bound."""
+
+
+@dataclass
+class Histogram:
+    """Counts of durations by bucket, and their sum in seconds."""
+
+    counts: list[int] = field(default_factory=lambda: [0] * (len(BUCKET_BOUNDS) + 1))
+    total: float = 0.0
+
+    def add(self, seconds: float) -> None:
+        """Count one duration."""
+        self.counts[next((i for i, bound in enumerate(BUCKET_BOUNDS) if seconds <= bound), len(BUCKET_BOUNDS))] += 1
+        self.total += seconds
+
+    @property
+    def count(self) -> int:
+        """Number of durations."""
+        return sum(self.counts)
+
+    @property
+    def mean(self) -> float | None:
+        """Mean duration in seconds; None without any."""
+        return self.total / self.count if self.count else None
+
+
+@dataclass
+class Stats:
+    """Statistics of an engine: counts since its start, and its present state."""
+
+    # The names of the fields are public: they are keys of `/stats` and parts of the names of metrics.
+    waiting: int = 0
+    running: int = 0
+    cache_used: float = 0.0
+    """Share of the cache's blocks that requests hold."""
+    requests: int = 0
+    """Number of requests that ended: finished, failed or closed by the client."""
+    prompt_tokens: int = 0
+    reused_tokens: int = 0
+    """Number of prompt tokens whose keys and values were already in the cache."""
+    answer_tokens: int = 0
+    answer_rate: float = 0.0
+    """Tokens of answers per second, over the last ten seconds."""
+    steps: int = 0
+    step_tokens: int = 0
+    """Number of tokens over all steps; divided by `steps`, it is the mean batch size."""
+    queue: Histogram = field(default_factory=Histogram)
+    """Seconds from a request's arrival to its first step."""
+    first_token: Histogram = field(default_factory=Histogram)
+    """Seconds from a request's arrival to its first token."""
+    each_token: Histogram = field(default_factory=Histogram)
+    """Seconds between two tokens of an answer."""
+    count_LE: list[list[int]] = field(default_factory=list)
+    """Routes per layer and expert."""
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the statistics as a JSON object, with the mean and the count of each histogram."""
+        plain_values = {name: value for name, value in vars(self).items() if not isinstance(value, Histogram)}
+        return plain_values | {
+            f"{name}_seconds": {"mean": value.mean, "count": value.count}
+            for name, value in vars(self).items()
+            if isinstance(value, Histogram)
+        }
+
+
+FinishReason = Literal["stop", "length"]
+"""Reason why an answer ends: "stop" at the end of a document or at a stop string, "length" at a limit on tokens."""
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """The sampling parameters of an answer.
+
+    They apply in this order: penalties and biases, the temperature, then top_k, min_p and top_p. With 0 as `max_tokens`
+    there is no answer, and the engine only scores the prompt.
+    """
+
+    max_tokens: int
+    temperature: float = 1.0
+    """Temperature; 0 takes the most likely token."""
+    top_k: int = 0
+    """Number of most likely tokens to draw from; 0 draws from all."""
+    top_p: float = 1.0
+    """Total probability of the smallest set of most likely tokens to draw from."""
+    min_p: float = 0.0
+    """Smallest probability of a token to draw from, as a share of the most likely token's."""
+    presence_penalty: float = 0.0
+    """Amount subtracted from the logit of each token that the answer already has."""
+    frequency_penalty: float = 0.0
+    """Amount subtracted from the logit of a token once for each time that the answer has it."""
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    """Amounts added to the logits, by token."""
+    seed: int | None = None
+    """Seed of the random draws; None chooses one. Answers with equal seeds are equal, whatever else is computed."""
+
+
+def derived_seed(seed: int | None, index: int) -> int | None:
+    """Return the seed of one of several answers that share the seed of a request; None without a seed.
+
+    Args:
+        seed: the seed that the user gave.
+        index: index of the answer; answer 0 uses the seed itself.
+    """
+    # Users often give small seeds, one after another. A large odd stride (2**64 over the golden ratio) keeps the seeds
+    # of the further answers away from other small seeds.
+    return None if seed is None else seed + index * 0x9E3779B97F4A7C15
+
+
+@dataclass(frozen=True)
+class Request:
+    """A request for one answer to one prompt."""
+
+    prompt_ids: tuple[int, ...]
+    """Token ids of the prompt, at least one."""
+    sampling_params: SamplingParams
+    logprobs: int | None = None
+    """Number of alternatives to report with each token and its log-probability; None reports no scores."""
+    prompt_logprobs: bool = False
+    """Whether to report scores of the prompt's tokens too."""
+    client: str = ""
+    """Name of the client; waiting clients take turns."""
+
+
+class ScoredToken(NamedTuple):
+    """A token with its score: its natural log-probability and the most likely tokens in its place, likeliest first.
+
+    Scores are those of the model, before temperature, penalties and biases. They are present only if the request asks
+    for them.
+    """
+
+    token: int
+    logprob: float | None = None
+    """None also for the first token of a prompt, because no token precedes it."""
+    alternatives: tuple[tuple[int, float], ...] = ()
+
+
+class Update(NamedTuple):
+    """The next part of an answer: new tokens, scores of the prompt, or the end."""
+
+    tokens: tuple[ScoredToken, ...] = ()
+    prompt_scores: tuple[ScoredToken, ...] = ()
+    """Scores of all tokens of the prompt, reported once if the request asks for them."""
+    finish_reason: FinishReason | None = None
+    """Reason why the answer ends; set on the last update only."""
+
+
+class Engine(Protocol):
+    """The interface of engines; `TorchEngine` implements it."""
+
+    @property
+    def seq_len(self) -> int:
+        """Largest number of tokens of prompt and answer together."""
+        ...
+
+    def generate(self, request: Request) -> AsyncGenerator[Update, None]:
+        """Yield the answer in parts, each as soon as it is computed. Closing the generator early aborts the request.
+
+        Raises:
+            BusyError: too many requests wait already.
+            EngineError: the engine is broken.
+        """
+        ...
+
+    @property
+    def failure_reason(self) -> str | None:
+        """Reason why the engine is broken; None while it works."""
+        ...
+
+    def stats(self) -> Stats:
+        """Return the statistics of the engine up to now."""
+        ...
+
+    def close(self) -> None:
+        """Stop the engine and fail its unfinished requests. Must be called before the process ends."""
+        ...
+
+
+class BusyError(Exception):
+    """Error of a request that is refused because too many requests wait; the client should retry later."""
+
+
+class EngineError(Exception):
+    """Error of an engine that cannot answer this request, or any request."""

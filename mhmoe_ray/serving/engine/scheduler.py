@@ -1,0 +1,218 @@
+"""The scheduler: it chooses the tokens that the next step computes (continuous batching), and admits waiting requests.
+
+Each step computes one token of every running answer (decode) and, within its budget, the next chunks of prompts
+(prefill), so a long prompt delays answers by one budget at a time. A prompt is cut every `PREFILL_CHUNK` tokens and
+never elsewhere: the tokens that a request's attention computes together are then the same whatever other requests there
+are. They do not depend on earlier requests either, because a prompt reuses only whole chunks of earlier prompts.
+
+A request is admitted when the cache has room for its prompt and its longest possible answer, so no request is ever
+preempted. Waiting clients take turns.
+"""
+
+from collections import OrderedDict, deque
+from collections.abc import Iterator
+from typing import Generic, NamedTuple, TypeVar
+
+from mhmoe_ray.serving.engine.block_pool import BLOCK_SIZE, BlockPool, count_blocks, next_block_hash
+from mhmoe_ray.serving.engine.request import Request, ScoredToken
+from mhmoe_ray.serving.engine.threaded import Deliver, RequestState
+
+T = TypeVar("T")
+
+
+class FairQueue(Generic[T]):
+    """Round-robin queue over clients; first come, first served within a client."""
+
+    def __init__(self) -> None:
+        self._queues: OrderedDict[str, deque[T]] = OrderedDict()
+        """Queue of each client with waiting items; the client at the front has the next turn."""
+
+    def __len__(self) -> int:
+        return sum(map(len, self._queues.values()))
+
+    def __iter__(self) -> Iterator[T]:
+        return (item for queue in self._queues.values() for item in queue)
+
+    def add(self, client: str, item: T) -> None:
+        """Add an item behind the other items of its client."""
+        self._queues.setdefault(client, deque()).append(item)
+
+    def peek(self) -> T | None:
+        """Return the next item without removing it; None if the queue is empty."""
+        return next(iter(self._queues.values()))[0] if self._queues else None
+
+    def pop(self) -> T:
+        """Remove and return the next item; its client then goes behind all others.
+
+        The queue must not be empty.
+        """
+        client, queue = self._queues.popitem(last=False)
+        item = queue.popleft()
+        if queue:
+            self._queues[client] = queue
+        return item
+
+    def remove(self, client: str, item: T) -> None:
+        """Remove an item, if it is in the queue."""
+        queue = self._queues.get(client)
+        if queue is None or item not in queue:
+            return
+        queue.remove(item)
+        if not queue:
+            del self._queues[client]
+
+
+# The number is a multiple of the block size, because requests share whole blocks and a prompt reuses whole chunks.
+PREFILL_CHUNK = 4 * BLOCK_SIZE
+"""Number of prompt tokens that are computed together."""
+
+
+class Sequence(RequestState):
+    """A request with its tokens so far and its blocks of the KV cache."""
+
+    def __init__(self, request: Request, max_new_tokens: int, deliver: Deliver) -> None:
+        super().__init__(request, max_new_tokens, deliver)
+        self.token_ids = list(request.prompt_ids)
+        """Token ids of the prompt and of the answer so far."""
+        self.computed_tokens = 0
+        """Number of tokens at the start whose keys and values are in the cache."""
+        self.block_ids: list[int] = []
+        self.prompt_scores: list[ScoredToken] = []
+        """Scores of the prompt's tokens so far, if the request asks for them."""
+        self._hashed_blocks, self._last_hash = 0, b""
+
+    @property
+    def answer_tokens(self) -> int:
+        """Number of tokens of the answer so far."""
+        return len(self.token_ids) - len(self.request.prompt_ids)
+
+    def new_block_hashes(self) -> Iterator[tuple[bytes, int]]:
+        """Yield the block hash and the id of each block that has become full since the last call.
+
+        Only blocks of the prompt's whole prefill chunks count.
+        """
+        # The tokens after the last whole chunk and those of the answer are computed in smaller chunks than in a longer
+        # prompt, so their keys and values differ in the last bits. A prompt that reused them could get another answer
+        # than on a fresh engine.
+        cacheable_tokens = len(self.request.prompt_ids) // PREFILL_CHUNK * PREFILL_CHUNK
+        while (self._hashed_blocks + 1) * BLOCK_SIZE <= min(self.computed_tokens, cacheable_tokens):
+            start = self._hashed_blocks * BLOCK_SIZE
+            self._last_hash = next_block_hash(self._last_hash, self.token_ids[start : start + BLOCK_SIZE])
+            yield self._last_hash, self.block_ids[self._hashed_blocks]
+            self._hashed_blocks += 1
+
+
+class TokenChunk(NamedTuple):
+    """Tokens of a sequence that are computed together in one step: a prefill chunk, or one token of an answer."""
+
+    sequence: Sequence
+    start: int
+    length: int
+
+    @property
+    def is_last(self) -> bool:
+        """True if the sequence ends with this chunk, so that its logits give the next token."""
+        return self.start + self.length == len(self.sequence.token_ids)
+
+
+class Scheduler:
+    """Scheduler of the sequences of one engine. It is not thread-safe: only one thread may use it at a time."""
+
+    def __init__(self, pool: BlockPool, max_running: int, prefill_budget: int) -> None:
+        """Create a scheduler without requests.
+
+        Args:
+            pool: the blocks of the KV cache.
+            max_running: largest number of running requests.
+            prefill_budget: number of prompt tokens per step, in addition to one token per answer.
+        """
+        assert prefill_budget >= PREFILL_CHUNK
+        self.pool, self._max_running, self._prefill_budget = pool, max_running, prefill_budget
+        self.running: list[Sequence] = []
+        self._waiting_queue = FairQueue[Sequence]()
+
+    @property
+    def waiting_count(self) -> int:
+        """Number of waiting requests."""
+        return len(self._waiting_queue)
+
+    def all_sequences(self) -> list[Sequence]:
+        """Return the running sequences, then the waiting ones."""
+        return [*self.running, *self._waiting_queue]
+
+    def add(self, sequence: Sequence) -> None:
+        """Add a sequence to the waiting ones."""
+        self._waiting_queue.add(sequence.request.client, sequence)
+
+    def remove(self, sequence: Sequence) -> None:
+        """Remove a running or waiting sequence, and release its blocks; it may have been removed already."""
+        if sequence in self.running:
+            self.running.remove(sequence)
+            self.pool.release(sequence.block_ids)
+        else:
+            self._waiting_queue.remove(sequence.request.client, sequence)
+
+    def schedule(self) -> list[TokenChunk]:
+        """Admit waiting requests that fit, and return the chunks that the next step computes.
+
+        There is one token for each running answer, and prefill chunks within the budget. The list is empty if there are
+        no requests.
+        """
+        # Answers come first and do not count against the budget, so prompts never stall them.
+        chunks = [TokenChunk(s, s.computed_tokens, 1) for s in self.running if s.answer_tokens]
+        remaining_budget = self._prefill_budget
+        for sequence in [s for s in self.running if not s.answer_tokens]:
+            remaining_budget = self._add_prefill_chunks(chunks, sequence, remaining_budget)
+        while (
+            remaining_budget >= PREFILL_CHUNK
+            and len(self.running) < self._max_running
+            and (admitted_sequence := self._admit_next())
+        ):
+            remaining_budget = self._add_prefill_chunks(chunks, admitted_sequence, remaining_budget)
+        return chunks
+
+    def record_computed(self, chunk: TokenChunk) -> None:
+        """Record that a chunk has been computed, and register its full prompt blocks for prefix caching."""
+        chunk.sequence.computed_tokens = chunk.start + chunk.length
+        for block_hash, block_id in chunk.sequence.new_block_hashes():
+            self.pool.cache_block(block_hash, block_id)
+
+    def _add_prefill_chunks(self, chunks: list[TokenChunk], sequence: Sequence, remaining_budget: int) -> int:
+        """Add the next prefill chunks of the sequence to `chunks`, and return the rest of the budget."""
+        start = sequence.computed_tokens
+        while start < len(sequence.token_ids) and remaining_budget >= PREFILL_CHUNK:
+            length = min(PREFILL_CHUNK, len(sequence.token_ids) - start)
+            chunks.append(TokenChunk(sequence, start, length))
+            start, remaining_budget = start + length, remaining_budget - length
+        return remaining_budget
+
+    def _admit_next(self) -> Sequence | None:
+        """Admit the next waiting request: allocate its blocks, reuse cached ones, and return the running sequence.
+
+        The result is None if no request waits, or if the cache has no room for the next one.
+        """
+        # If the next request does not fit, no smaller one is admitted in its place. Otherwise a large request could
+        # wait without end.
+        sequence = self._waiting_queue.peek()
+        if sequence is None:
+            return None
+        matching_blocks: list[int] = []
+        # A request that asks for scores of its prompt reuses no blocks, because the scores need the logits of all
+        # tokens of the prompt, which only computing these tokens gives.
+        if not sequence.request.prompt_logprobs:
+            # The last token is always computed, because its logits give the first token of the answer.
+            matching_blocks = self.pool.match_prefix(sequence.token_ids[:-1])
+            matching_blocks = matching_blocks[
+                : len(matching_blocks) * BLOCK_SIZE // PREFILL_CHUNK * PREFILL_CHUNK // BLOCK_SIZE
+            ]
+        block_count = count_blocks(len(sequence.token_ids) + sequence.max_new_tokens) - len(matching_blocks)
+        # The references are taken before the allocation, which could otherwise evict matching blocks that are free.
+        self.pool.add_reference(matching_blocks)
+        if block_count > self.pool.free_count:
+            self.pool.release(matching_blocks)
+            return None
+        self._waiting_queue.pop()
+        sequence.block_ids = [*matching_blocks, *self.pool.allocate(block_count)]
+        sequence.computed_tokens = len(matching_blocks) * BLOCK_SIZE
+        self.running.append(sequence)
+        return sequence

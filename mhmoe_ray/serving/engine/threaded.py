@@ -1,0 +1,233 @@
+"""Base class of engines: a thread computes round after round and delivers updates to the requests' coroutines."""
+
+import asyncio
+import time
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import AsyncGenerator, Callable
+from copy import deepcopy
+from threading import Condition, Thread
+from typing import Generic, TypeVar
+
+from mhmoe_ray.serving.engine.request import BusyError, EngineError, Request, Stats, Update
+
+# The rate of answer tokens is a mean over this time, as `Stats.answer_rate` says.
+RATE_WINDOW_SECONDS = 10.0
+
+Deliver = Callable[[Update | Exception], None]
+"""Function that passes an update or an error to the request's coroutine. The engine's thread calls it."""
+UpdateQueue = asyncio.Queue[Update | Exception]
+
+
+class RequestState:
+    """The state of a request inside an engine, from its arrival to its end."""
+
+    def __init__(self, request: Request, max_new_tokens: int, deliver: Deliver) -> None:
+        """Create the state of a request that arrives now.
+
+        Args:
+            request: the request.
+            max_new_tokens: largest number of tokens of the answer.
+            deliver: function that is called with each update of the answer, or with an error.
+        """
+        self.request, self.max_new_tokens, self.deliver = request, max_new_tokens, deliver
+        self.is_abandoned = False
+        """Whether the generator of the answer is closed, so that nobody reads further updates."""
+        self.is_running = False
+        """Whether the engine has started to compute the request."""
+        # vLLM reports its times by the clock `time.monotonic` too, so the two can be compared.
+        self.arrival_time = time.monotonic()
+        self.last_token_time: float | None = None
+        """Time of the answer's newest token, by `time.monotonic`; None before the first one."""
+
+
+T = TypeVar("T", bound=RequestState)
+
+
+class ThreadedEngine(ABC, Generic[T]):
+    """Base class of an `Engine` that computes in its own thread.
+
+    Methods of this class whose names begin with an underscore must be called with the lock `_condition` held. The
+    exceptions are the thread's `_run` and `_run_round`, and `_deliver_updates` as `_run` calls it: only the thread adds
+    pending updates.
+    """
+
+    def __init__(self, seq_len: int, max_concurrency: int, max_waiting: int) -> None:
+        """Create the engine; a subclass starts its thread.
+
+        Args:
+            seq_len: largest number of tokens of prompt and answer together.
+            max_concurrency: number of requests that are computed at a time.
+            max_waiting: number of requests that may wait.
+        """
+        self._seq_len, self._max_concurrency, self._max_waiting = seq_len, max_concurrency, max_waiting
+        self._condition = Condition()
+        self._stats = Stats()
+        # The limit bounds memory while nobody reads statistics. It is far above the number of tokens in ten seconds.
+        self._token_times = deque[float](maxlen=1_000_000)
+        """Times of the newest tokens, by `time.monotonic`."""
+        self._pending_updates: dict[asyncio.AbstractEventLoop, list[tuple[UpdateQueue, Update | Exception]]] = {}
+        """Updates of a round by event loop. They are delivered together: waking a loop costs more than a token."""
+        self._failure: Exception | None = None
+        self._is_closed = False
+        self._thread = Thread(target=self._run, name="engine", daemon=True)
+
+    @abstractmethod
+    def _add_request(self, request: Request, max_new_tokens: int, deliver: Deliver) -> T:
+        """Return the state of a new request, which waits from now on."""
+
+    @abstractmethod
+    def _remove_request(self, state: T) -> None:
+        """Remove a waiting or running request."""
+
+    @abstractmethod
+    def _all_requests(self) -> list[T]:
+        """Return the states of all requests in the engine, running and waiting."""
+
+    @abstractmethod
+    def _count_waiting(self) -> int:
+        """Return the number of waiting requests."""
+
+    @abstractmethod
+    def _run_round(self) -> bool:
+        """Compute one round, or wait until there is work. Return False once the engine is closed."""
+
+    @abstractmethod
+    def _fill_stats(self, stats: Stats) -> None:
+        """Fill in the statistics that the subclass measures."""
+
+    @property
+    def seq_len(self) -> int:
+        """Largest number of tokens of prompt and answer together."""
+        return self._seq_len
+
+    async def generate(self, request: Request) -> AsyncGenerator[Update, None]:
+        """Hand a request to the engine's thread, and yield the updates of its answer; see `Engine.generate`."""
+        loop, updates = asyncio.get_running_loop(), UpdateQueue()
+
+        def deliver(update: Update | Exception) -> None:
+            self._pending_updates.setdefault(loop, []).append((updates, update))
+
+        max_new_tokens = min(request.sampling_params.max_tokens, self._seq_len - len(request.prompt_ids))
+        with self._condition:
+            if self._failure or self._is_closed:
+                raise EngineError(self.failure_reason or "it was closed")
+            # Running and waiting requests count together. The choices of one HTTP request arrive at the same time and
+            # all wait until the next round, so even an idle engine would refuse some of them if only waiting requests
+            # counted.
+            if len(self._all_requests()) >= self._max_concurrency + self._max_waiting:
+                raise BusyError(f"{self._count_waiting()} requests wait already")
+            state = self._add_request(request, max_new_tokens, deliver)
+            self._condition.notify()
+        try:
+            while True:
+                update = await updates.get()
+                if isinstance(update, Exception):
+                    raise update
+                yield update
+                if update.finish_reason:
+                    return
+        finally:
+            # A finished request has been removed from the engine already, so the mark only affects unfinished ones.
+            with self._condition:
+                state.is_abandoned = True
+
+    def stats(self) -> Stats:
+        """Return the statistics of the engine up to now; see `Engine.stats`."""
+        with self._condition:
+            stats = deepcopy(self._stats)
+            stats.waiting = self._count_waiting()
+            stats.running = len(self._all_requests()) - stats.waiting
+            window_start = time.monotonic() - RATE_WINDOW_SECONDS
+            while self._token_times and self._token_times[0] < window_start:
+                self._token_times.popleft()
+            stats.answer_rate = len(self._token_times) / RATE_WINDOW_SECONDS
+            self._fill_stats(stats)
+            return stats
+
+    @property
+    def failure_reason(self) -> str | None:
+        """Exception that broke the engine, as text; None while it works."""
+        return f"{type(self._failure).__name__}: {self._failure}" if self._failure else None
+
+    def close(self) -> None:
+        """Stop the engine and wait for its thread to end; see `Engine.close`."""
+        with self._condition:
+            self._is_closed = True
+            self._condition.notify()
+        self._thread.join()
+
+    def _run(self) -> None:
+        """Run rounds until the engine is closed or fails, then fail all requests. The thread calls this."""
+        error: Exception = EngineError("it was closed")
+        try:
+            while self._run_round():
+                self._deliver_updates()
+        # Any exception of a round breaks the engine, and its requests must learn that nobody computes them any more.
+        except Exception as e:
+            self._failure = error = e
+        with self._condition:
+            for state in self._all_requests():
+                self._fail_request(state, EngineError(self.failure_reason or str(error)))
+        self._deliver_updates()
+
+    def _wait_for_work(self) -> None:
+        """Deliver pending updates, then wait until a request arrives or the engine is closed."""
+        # A failed request may have left an update, which would stay undelivered while the thread waits, because no
+        # round ends.
+        self._deliver_updates()
+        self._condition.wait()
+
+    def _deliver_updates(self) -> None:
+        """Pass all pending updates to their event loops."""
+        pending_updates, self._pending_updates = self._pending_updates, {}
+        for loop, batch in pending_updates.items():
+            # A loop may be closed while one of its requests is still in the engine, as when `asyncio.run` ends early.
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(_put_updates, batch)
+
+    def _end_abandoned_requests(self) -> None:
+        """End the requests whose generators are closed."""
+        for state in self._all_requests():
+            if state.is_abandoned:
+                self._end_request(state)
+
+    def _record_start(self, state: T, queue_seconds: float, reused_tokens: int) -> None:
+        """Record that the engine starts to compute a request.
+
+        Args:
+            state: the request.
+            queue_seconds: seconds from its arrival until now.
+            reused_tokens: number of its prompt tokens that were in the cache.
+        """
+        state.is_running = True
+        self._stats.queue.add(queue_seconds)
+        self._stats.prompt_tokens += len(state.request.prompt_ids)
+        self._stats.reused_tokens += reused_tokens
+
+    def _record_token(self, state: T) -> None:
+        """Record that the answer has one more token."""
+        current_time = time.monotonic()
+        if state.last_token_time is None:
+            self._stats.first_token.add(current_time - state.arrival_time)
+        else:
+            self._stats.each_token.add(current_time - state.last_token_time)
+        state.last_token_time = current_time
+        self._stats.answer_tokens += 1
+        self._token_times.append(current_time)
+
+    def _fail_request(self, state: T, error: EngineError) -> None:
+        """Deliver an error to a request and end it."""
+        state.deliver(error)
+        self._end_request(state)
+
+    def _end_request(self, state: T) -> None:
+        """Remove a request and count it."""
+        self._remove_request(state)
+        self._stats.requests += 1
+
+
+def _put_updates(batch: list[tuple[UpdateQueue, Update | Exception]]) -> None:
+    """Put each update into its queue. This runs in the event loop of the queues, which are not thread-safe."""
+    for updates, update in batch:
+        updates.put_nowait(update)

@@ -1,0 +1,284 @@
+"""The engine for this project's own decoder, in one process, on a CPU or one GPU.
+
+Each round is one step of the model for all running requests together. On a CPU an answer is the same to the last bit
+whatever else is in the batch (`paged_cache.py`).
+"""
+
+import time
+
+import torch
+from torch import Tensor
+
+from mhmoe_kernels import packed
+from mhmoe_ray.model.decoder import Decoder
+from mhmoe_ray.model.feedforward import matrix_names
+from mhmoe_ray.serving.engine.block_pool import BlockPool, count_blocks
+from mhmoe_ray.serving.engine.packed_model import pack_model
+from mhmoe_ray.serving.engine.paged_cache import PagedCache, PagedChunk, PagedStep
+from mhmoe_ray.serving.engine.request import EngineError, Request, ScoredToken, Stats, Update
+from mhmoe_ray.serving.engine.sampler import Sampler, score_tokens
+from mhmoe_ray.serving.engine.scheduler import Scheduler, Sequence, TokenChunk
+from mhmoe_ray.serving.engine.threaded import Deliver, ThreadedEngine
+from mhmoe_ray.spec import ServeSpec
+
+# A large step uses a device better, but running answers wait for it. A GPU needs more rows than a CPU to be busy.
+PREFILL_BUDGET = {"cpu": 256, "cuda": 2048}
+"""Approximate number of prompt tokens in one step, by type of device."""
+
+
+class TorchEngine(ThreadedEngine[Sequence]):
+    """An engine with a scheduler, a paged KV cache, and a sampler for each request."""
+
+    def __init__(
+        self,
+        model: Decoder,
+        dtype: torch.dtype,
+        stop_token_ids: frozenset[int],
+        tokenizer_size: int,
+        seq_len: int,
+        *,
+        max_concurrency: int,
+        max_waiting: int,
+        threads: int,
+        cache_tokens: int | None = None,
+    ) -> None:
+        """Start the engine and its thread.
+
+        Args:
+            model: the model with all experts, in evaluation mode, on its device.
+            dtype: type of its matrices, and of keys and values.
+            stop_token_ids: tokens that end an answer and are not part of it.
+            tokenizer_size: number of tokens of the tokenizer; the model may have more rows, which have no text.
+            seq_len: largest number of tokens of prompt and answer together.
+            max_concurrency: number of requests that are computed at a time.
+            max_waiting: number of requests that may wait.
+            threads: number of threads that compute on a CPU. They synchronise more slowly if another thread of the
+                process has started its own team of OpenMP threads before: libgomp then sees more threads than CPUs.
+            cache_tokens: number of tokens whose keys and values fit in the cache; it is raised to that of one request
+                of full length. By default `max_concurrency` requests of full length fit.
+        """
+        super().__init__(seq_len, max_concurrency, max_waiting)
+        self._model, self._stop_token_ids, self._tokenizer_size = model, stop_token_ids, tokenizer_size
+        self._device = model.embedding.weight.device
+        block_count = count_blocks(cache_tokens) if cache_tokens else max_concurrency * count_blocks(seq_len)
+        # A single request of full length must fit, or it would wait without end.
+        self._pool = BlockPool(max(block_count, count_blocks(seq_len)))
+        self._bfloat16 = dtype == torch.bfloat16
+        self._cache = PagedCache(model.spec, self._pool.size, dtype, self._device)
+        self._scheduler = Scheduler(self._pool, max_concurrency, PREFILL_BUDGET[self._device.type])
+        self._samplers: dict[Sequence, Sampler] = {}
+        moe = model.spec.moe
+        self._count_LE = torch.zeros(model.spec.moe_layers, moe.experts if moe else 0, dtype=torch.long)
+        self._threads = threads
+        self._thread.start()
+
+    def _run(self) -> None:
+        # torch keeps this number for each calling thread, so it is set in the thread that computes.
+        torch.set_num_threads(self._threads)
+        super()._run()
+
+    def _add_request(self, request: Request, max_new_tokens: int, deliver: Deliver) -> Sequence:
+        sequence = Sequence(request, max_new_tokens, deliver)
+        self._samplers[sequence] = Sampler(request.sampling_params)
+        self._scheduler.add(sequence)
+        return sequence
+
+    def _remove_request(self, state: Sequence) -> None:
+        self._scheduler.remove(state)
+        del self._samplers[state]
+
+    def _all_requests(self) -> list[Sequence]:
+        return self._scheduler.all_sequences()
+
+    def _count_waiting(self) -> int:
+        return self._scheduler.waiting_count
+
+    def _fill_stats(self, stats: Stats) -> None:
+        stats.cache_used = 1 - self._pool.free_count / self._pool.size
+        stats.count_LE = self._count_LE.tolist()
+
+    def _run_round(self) -> bool:
+        chunks = self._next_chunks()
+        if chunks:
+            self._run_step(chunks)
+        return bool(chunks)
+
+    def _next_chunks(self) -> list[TokenChunk]:
+        """Wait until the scheduler has chunks for a step and return them; return none once the engine is closed."""
+        with self._condition:
+            while not self._is_closed:
+                self._end_abandoned_requests()
+                if chunks := self._scheduler.schedule():
+                    for sequence in {chunk.sequence for chunk in chunks if not chunk.sequence.is_running}:
+                        self._record_start(sequence, time.monotonic() - sequence.arrival_time, sequence.computed_tokens)
+                    return chunks
+                self._wait_for_work()
+            return []
+
+    @torch.inference_mode()
+    def _run_step(self, chunks: list[TokenChunk]) -> None:
+        """Run the model on the chunks, sample the next tokens, and queue the updates for delivery.
+
+        A request whose own parameters fail is ended with an error, and the others go on.
+        """
+        logits_RV = self._compute_logits(chunks)
+        best_tokens = logits_RV.argmax(-1).tolist()
+        row_end = 0
+        for chunk in chunks:
+            sequence, row_count = chunk.sequence, _count_logits(chunk)
+            row_end += row_count
+            # The request has ended already if an earlier chunk of its sequence failed in this step.
+            if sequence not in self._samplers:
+                continue
+            try:
+                update = self._build_update(
+                    chunk, logits_RV[row_end - row_count : row_end], best_tokens[row_end - 1] if row_count else 0
+                )
+            # An error here comes from the request's own values, such as a bias for an unknown token, so other requests
+            # go on.
+            except Exception as e:
+                with self._condition:
+                    self._fail_request(sequence, EngineError(f"{type(e).__name__}: {e}"))
+                continue
+            with self._condition:
+                self._scheduler.record_computed(chunk)
+                if update and update.tokens:
+                    self._record_token(sequence)
+                    sequence.token_ids.append(update.tokens[0].token)
+                if update and update.finish_reason:
+                    self._end_request(sequence)
+            if update:
+                sequence.deliver(update)
+
+    def _compute_logits(self, chunks: list[TokenChunk]) -> Tensor:
+        """Run the model on the chunks, count routes and tokens, and return the logits of all rows that need them.
+
+        The logits are float32, in CPU memory, and cut to the tokens of the tokenizer.
+        """
+        paged_chunks = [PagedChunk(p.sequence.block_ids, p.start, p.length, _count_logits(p)) for p in chunks]
+        step = PagedStep(self._cache, paged_chunks)
+        token_1T = torch.zeros(1, step.padded_count, dtype=torch.long)
+        token_ids = [t for p in chunks for t in p.sequence.token_ids[p.start : p.start + p.length]]
+        token_1T[0, : step.token_count] = torch.tensor(token_ids)
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._bfloat16):
+            output = self._model(token_1T.to(self._device), step)
+        for count_E, routing in zip(self._count_LE, output.routing, strict=True):
+            # A row is a sub-token. Each token has the same number of them, and those of the padding are last, so the
+            # first `row_count` rows are all that count.
+            row_count = len(routing.expert_NK) // step.padded_count * step.token_count
+            count_E += torch.bincount(routing.expert_NK[:row_count].flatten().cpu(), minlength=len(count_E))
+        self._stats.steps += 1
+        self._stats.step_tokens += step.token_count
+        logits_RV: Tensor = output.logits_BTV[0, : step.logit_count, : self._tokenizer_size].float().cpu()
+        return logits_RV
+
+    def _build_update(self, chunk: TokenChunk, logits_RV: Tensor, best_token: int) -> Update | None:
+        """Sample the token that follows a chunk, and return the update for the request.
+
+        The result is None if the prompt has further chunks; scores of the prompt are collected until its last one.
+
+        Args:
+            chunk: the chunk.
+            logits_RV: its rows of logits.
+            best_token: the most likely token after the chunk; any number if the chunk is not the last one.
+        """
+        sequence, request = chunk.sequence, chunk.sequence.request
+        if request.prompt_logprobs:
+            sequence.prompt_scores += _score_prompt(chunk, logits_RV)
+        if not chunk.is_last:
+            return None
+        prompt_scores = () if sequence.answer_tokens else tuple(sequence.prompt_scores)
+        # A request without new tokens only scores its prompt.
+        if not sequence.max_new_tokens:
+            return Update(prompt_scores=prompt_scores, finish_reason="length")
+        token = self._samplers[sequence].sample(logits_RV[-1], best_token)
+        if token in self._stop_token_ids:
+            return Update(prompt_scores=prompt_scores, finish_reason="stop")
+        scored_tokens = (
+            [ScoredToken(token)]
+            if request.logprobs is None
+            else score_tokens(logits_RV[-1:], [token], request.logprobs)
+        )
+        return Update(
+            tuple(scored_tokens),
+            prompt_scores,
+            "length" if sequence.answer_tokens + 1 == sequence.max_new_tokens else None,
+        )
+
+
+def _count_logits(chunk: TokenChunk) -> int:
+    """Return the number of rows of the chunk whose logits are needed."""
+    if chunk.sequence.request.prompt_logprobs and not chunk.sequence.answer_tokens:
+        return chunk.length
+    return int(chunk.is_last)
+
+
+def _score_prompt(chunk: TokenChunk, logits_RV: Tensor) -> list[ScoredToken]:
+    """Return the scores of the prompt tokens that this chunk predicts, which are one position after its own tokens.
+
+    The result of the first chunk begins with the first token of the prompt, which has no score. A chunk of the answer
+    gives an empty list.
+    """
+    sequence, request = chunk.sequence, chunk.sequence.request
+    if sequence.answer_tokens:
+        return []
+    scores = [ScoredToken(sequence.token_ids[0])] if chunk.start == 0 else []
+    token_ids = sequence.token_ids[chunk.start + 1 : chunk.start + 1 + chunk.length]
+    return scores + score_tokens(logits_RV[: len(token_ids)], token_ids, request.logprobs or 0)
+
+
+def own_engine(
+    model: Decoder, stop_token_ids: frozenset[int], tokenizer_size: int, seq_len: int, spec: ServeSpec
+) -> TorchEngine:
+    """Return a `TorchEngine` for a model in memory.
+
+    Args:
+        model: the model with all experts, in evaluation mode, float32; the engine owns it from now on.
+        stop_token_ids: tokens that end an answer and are not part of it.
+        tokenizer_size: number of tokens that may be sampled, counted from id 0.
+        seq_len: largest number of tokens of prompt and answer together.
+        spec: precision, and limits on numbers of requests.
+    """
+    dtype = torch.bfloat16 if spec.precision == "bfloat16" else torch.float32
+    if dtype == torch.bfloat16:
+        _convert_to_bfloat16(model)
+    if spec.gpus_per_replica:
+        # The conversion comes first, because the float32 model may not fit on the GPU.
+        model.to("cuda")
+    if model.embedding.weight.device.type == "cpu":
+        make_batch_invariant(model, dtype)
+    return TorchEngine(
+        model,
+        dtype,
+        stop_token_ids,
+        tokenizer_size,
+        seq_len,
+        max_concurrency=spec.max_concurrency,
+        max_waiting=spec.max_waiting,
+        threads=spec.cpus_per_replica,
+        cache_tokens=spec.cache_tokens,
+    )
+
+
+def make_batch_invariant(model: Decoder, dtype: torch.dtype) -> None:
+    """Replace a model's matrix products, in place, by products whose result for a row depends on that row alone.
+
+    Args:
+        model: the model with all experts, on a CPU.
+        dtype: type of its matrices.
+    """
+    # Packed matrices are faster, but need instructions that not every CPU has; padded products run on all.
+    if packed.unavailable_reason(dtype) is None:
+        pack_model(model)
+    else:
+        for layer in model.moe_layers():
+            layer.experts.kernel = "padded"
+
+
+def _convert_to_bfloat16(model: Decoder) -> None:
+    """Convert the weights of matrix products to bfloat16, in place; those of routers and norms stay float32."""
+    # Routers too have matrices, but two of their scores that bfloat16 cannot tell apart would change the route.
+    for name in matrix_names(model):
+        if ".router." not in name:
+            parameter = model.get_parameter(name)
+            parameter.data = parameter.data.to(torch.bfloat16)

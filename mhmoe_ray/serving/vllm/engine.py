@@ -1,0 +1,348 @@
+"""The engine that computes with vLLM: on a CPU, one GPU or several, tensor- or expert-parallel, on one node.
+
+vLLM's own loop runs in the engine's thread. On a CPU vLLM's core is in this process, which saves each step the round
+trip to another process; with GPUs the core is in another process, so that it does not share Python's lock with the HTTP
+server. Requests wait here, where clients take turns, and not in vLLM.
+"""
+
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from threading import Event
+from typing import Any
+
+import torch
+from vllm import SamplingParams as VllmSamplingParams
+from vllm.engine.arg_utils import EngineArgs
+from vllm.outputs import RequestOutput
+from vllm.platforms import current_platform
+from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine.llm_engine import LLMEngine
+from vllm.v1.executor import Executor
+from vllm.v1.metrics.loggers import StatLoggerBase
+
+from mhmoe_ray.checkpoint.manifest import CheckpointManifest
+from mhmoe_ray.serving.engine.request import (
+    EngineError,
+    FinishReason,
+    Request,
+    SamplingParams,
+    ScoredToken,
+    Stats,
+    Update,
+)
+from mhmoe_ray.serving.engine.scheduler import FairQueue
+from mhmoe_ray.serving.engine.threaded import Deliver, RequestState, ThreadedEngine
+from mhmoe_ray.serving.vllm.folder import LOAD_FORMAT, check_fits, write_folder
+from mhmoe_ray.spec import ServeSpec
+from mhmoe_ray.storage import Location
+
+WARMUP_REQUEST = Request((0,), SamplingParams(max_tokens=2, top_p=0.9, seed=0), logprobs=1, prompt_logprobs=True)
+"""Request that uses all parts of vLLM's sampler, to compile it before clients come."""
+# Each reading is a call to all workers, so it is rare.
+ROUNDS_PER_COUNT = 256
+"""Number of rounds between two readings of the experts' counts while the engine is busy."""
+
+
+class _VllmRequest(RequestState):
+    """The state of a request inside the engine and vLLM."""
+
+    vllm_id = ""
+    """Id of the request in vLLM; empty while it waits."""
+    answer_tokens = 0
+    """Number of tokens of the answer so far."""
+    is_finished = False
+    """Whether vLLM has finished and removed the request."""
+
+
+class VllmEngine(ThreadedEngine[_VllmRequest]):
+    """An engine that computes with vLLM."""
+
+    def __init__(
+        self,
+        checkpoint: Location,
+        manifest: CheckpointManifest,
+        stop_token_ids: frozenset[int],
+        tokenizer_size: int,
+        spec: ServeSpec,
+    ) -> None:
+        """Start vLLM in the engine's thread and wait until it is ready.
+
+        Args:
+            checkpoint: the checkpoint directory inside its run directory, already verified.
+            manifest: the checkpoint's manifest.
+            stop_token_ids: tokens that end an answer and are not part of it.
+            tokenizer_size: number of tokens of the tokenizer.
+            spec: parallelism, precision, and limits on numbers of requests.
+
+        Raises:
+            ServeError: vLLM has no layers for this model.
+            EngineError: vLLM does not start; the message says why.
+        """
+        super().__init__(manifest.seq_len, spec.max_concurrency, spec.max_waiting)
+        self._on_cpu = current_platform.is_cpu()
+        check_fits(manifest.model, self._on_cpu)
+        self._checkpoint, self._manifest, self._stop_token_ids, self._tokenizer_size = (
+            checkpoint,
+            manifest,
+            stop_token_ids,
+            tokenizer_size,
+        )
+        self._spec = spec
+        self._waiting_queue = FairQueue[_VllmRequest]()
+        self._running: dict[str, _VllmRequest] = {}
+        self._stat_logger = _StatLogger()
+        self._count_LE: list[list[int]] = []
+        self._round_count = self._request_count = 0
+        self._ready = Event()
+        # Threads of a CPU kernel belong to the thread that first computes, so vLLM is created in its own thread.
+        self._thread.start()
+        self._ready.wait()
+        if self._failure:
+            raise EngineError(f"vLLM did not start: {self.failure_reason}") from self._failure
+
+    def _run(self) -> None:
+        # The constructor waits for the thread, and raises any failure to start.
+        try:
+            self._vllm = self._create_vllm()
+        except Exception as e:
+            self._failure = e
+            return
+        finally:
+            self._ready.set()
+        try:
+            super()._run()
+        finally:
+            self._vllm.engine_core.shutdown()
+
+    def _create_vllm(self) -> LLMEngine:
+        """Start vLLM with the model, run a warm-up request, reset the counts, and return it."""
+        spec, model = self._spec, self._manifest.model
+        ranks = spec.tensor_parallel
+        if self._on_cpu:
+            torch.set_num_threads(spec.cpus_per_replica)
+            # By default vLLM computes in another process even with a single worker.
+            os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+            os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", _core_binding(ranks, spec.cpus_per_replica))
+        # `token_bytes` is the size of the keys and values of one token on each rank.
+        size = 2 if spec.precision == "bfloat16" else 4
+        token_bytes = 2 * model.layers * max(1, model.n_kv_heads // ranks) * model.head_width * size
+        cache_tokens = spec.cache_tokens or spec.max_concurrency * self.seq_len
+        with tempfile.TemporaryDirectory() as model_folder:
+            write_folder(Path(model_folder), self._checkpoint, self._manifest, self._tokenizer_size)
+            config = EngineArgs(
+                model=model_folder,
+                load_format=LOAD_FORMAT,
+                skip_tokenizer_init=True,
+                dtype=spec.precision,
+                # A prompt of full length can only be scored, but vLLM needs room for a token after it.
+                max_model_len=self.seq_len + 1,
+                max_num_seqs=spec.max_concurrency,
+                max_logprobs=-1,
+                # One more block for each request, because its last block is not full: 128 tokens on a CPU.
+                kv_cache_memory_bytes=token_bytes
+                * (max(cache_tokens, self.seq_len) + 128 * (spec.max_concurrency + 1)),
+                enable_prefix_caching=True,
+                tensor_parallel_size=ranks,
+                enable_expert_parallel=spec.expert_parallel,
+                # Compiling takes half a minute at each start, and gains a fifth of the time of a step on a CPU.
+                enforce_eager=self._on_cpu,
+                worker_extension_cls="mhmoe_ray.serving.vllm.loader.WorkerExtension",
+            ).create_engine_config()
+            engine = LLMEngine(
+                config,
+                Executor.get_class(config),
+                log_stats=True,
+                stat_loggers=[lambda *_: self._stat_logger],
+                multiprocess_mode=not self._on_cpu,
+            )
+            # vLLM compiles its sampler at the first use, which no client should wait for.
+            engine.add_request("first", {"prompt_token_ids": [0]}, _vllm_params(WARMUP_REQUEST, max_new_tokens=2))
+            while engine.has_unfinished_requests():
+                engine.step()
+            # Statistics must not include the request above and vLLM's own trial runs.
+            self._stat_logger.steps = self._stat_logger.tokens = 0
+            engine.collective_rpc("mhmoe_reset_counts")
+        return engine
+
+    def _add_request(self, request: Request, max_new_tokens: int, deliver: Deliver) -> _VllmRequest:
+        state = _VllmRequest(request, max_new_tokens, deliver)
+        self._waiting_queue.add(request.client, state)
+        return state
+
+    def _remove_request(self, state: _VllmRequest) -> None:
+        if not self._running.pop(state.vllm_id, None):
+            self._waiting_queue.remove(state.request.client, state)
+        elif not state.is_finished:
+            self._vllm.abort_request([state.vllm_id])
+
+    def _all_requests(self) -> list[_VllmRequest]:
+        return [*self._running.values(), *self._waiting_queue]
+
+    def _count_waiting(self) -> int:
+        return len(self._waiting_queue)
+
+    def _fill_stats(self, stats: Stats) -> None:
+        stats.cache_used, stats.steps, stats.step_tokens = (
+            self._stat_logger.cache_used,
+            self._stat_logger.steps,
+            self._stat_logger.tokens,
+        )
+        stats.count_LE = self._count_LE
+
+    def _run_round(self) -> bool:
+        with self._condition:
+            self._end_abandoned_requests()
+            while len(self._waiting_queue) and len(self._running) < self._max_concurrency:
+                self._start_request(self._waiting_queue.pop())
+            if self._is_closed:
+                return False
+            # The counts are read before the thread waits, so that they are complete while the engine is idle.
+            if not self._running:
+                self._read_expert_counts()
+                self._wait_for_work()
+                return True
+        outputs = self._vllm.step()
+        with self._condition:
+            for output in outputs:
+                if state := self._running.get(output.request_id):
+                    self._handle_output(state, output)
+            self._round_count += 1
+            if self._round_count % ROUNDS_PER_COUNT == 0:
+                self._read_expert_counts()
+        return True
+
+    def _read_expert_counts(self) -> None:
+        """Read the routes per layer and expert from vLLM's first worker."""
+        self._count_LE = self._vllm.collective_rpc("mhmoe_counts")[0]
+
+    def _start_request(self, state: _VllmRequest) -> None:
+        """Pass a request to vLLM; if vLLM refuses it, fail this request alone."""
+        self._request_count += 1
+        state.vllm_id = str(self._request_count)
+        self._running[state.vllm_id] = state
+        try:
+            params = _vllm_params(state.request, state.max_new_tokens, self._stop_token_ids)
+            self._vllm.add_request(state.vllm_id, {"prompt_token_ids": list(state.request.prompt_ids)}, params)
+        # vLLM refuses parameters with various exceptions. An engine that is broken fails in its next step too.
+        except Exception as e:
+            state.is_finished = True
+            self._fail_request(state, EngineError(f"{type(e).__name__}: {e}"))
+
+    def _handle_output(self, state: _VllmRequest, output: RequestOutput) -> None:
+        """Deliver the tokens and scores that a step of vLLM computed for a request, and end a finished request."""
+        [completion] = output.outputs
+        prompt_scores: tuple[ScoredToken, ...] = ()
+        if not state.is_running:
+            start_time = output.metrics.scheduled_ts if output.metrics else 0.0
+            self._record_start(state, max(0.0, start_time - state.arrival_time), output.num_cached_tokens or 0)
+            if state.request.prompt_logprobs:
+                prompt_scores = _score_tokens(state.request.prompt_ids, output.prompt_logprobs, state.request.logprobs)
+        tokens = _score_tokens(completion.token_ids, completion.logprobs, state.request.logprobs)
+        if tokens and tokens[-1].token in self._stop_token_ids:
+            tokens = tokens[:-1]
+        # vLLM computes at least one token, but a request that only scores its prompt gets none.
+        tokens = tokens[: state.max_new_tokens - state.answer_tokens]
+        state.answer_tokens += len(tokens)
+        for _ in tokens:
+            self._record_token(state)
+        finish_reason: FinishReason | None = None
+        if output.finished:
+            finish_reason = "stop" if completion.finish_reason == "stop" and state.max_new_tokens else "length"
+        if tokens or prompt_scores or finish_reason:
+            state.deliver(Update(tokens, prompt_scores, finish_reason))
+        if finish_reason:
+            state.is_finished = True
+            self._end_request(state)
+
+
+class _StatLogger(StatLoggerBase):
+    """Collector of the statistics that vLLM reports after each of its steps."""
+
+    def __init__(self) -> None:
+        self.cache_used, self.steps, self.tokens = 0.0, 0, 0
+
+    def record(self, scheduler_stats: Any, iteration_stats: Any, *_: Any, **__: Any) -> None:
+        """Add the statistics of a step. vLLM calls this."""
+        if scheduler_stats is not None:
+            self.cache_used = scheduler_stats.kv_cache_usage
+        if iteration_stats is not None:
+            self.steps += 1
+            self.tokens += iteration_stats.num_generation_tokens + iteration_stats.num_prompt_tokens
+
+    def log_engine_initialized(self) -> None:
+        """Do nothing. vLLM requires this method."""
+        pass
+
+
+def _vllm_params(
+    request: Request, max_new_tokens: int, stop_token_ids: frozenset[int] = frozenset()
+) -> VllmSamplingParams:
+    """Return the sampling parameters of a request as vLLM's class."""
+    params = request.sampling_params
+    return VllmSamplingParams(
+        # vLLM needs at least one; it is removed again if the request only scores its prompt.
+        max_tokens=max(max_new_tokens, 1),
+        temperature=params.temperature,
+        top_k=params.top_k,
+        top_p=params.top_p,
+        min_p=params.min_p,
+        presence_penalty=params.presence_penalty,
+        frequency_penalty=params.frequency_penalty,
+        logit_bias=dict(params.logit_bias) or None,
+        seed=None if params.seed is None else params.seed % 2**63,
+        logprobs=request.logprobs,
+        prompt_logprobs=(request.logprobs or 0) if request.prompt_logprobs else None,
+        stop_token_ids=sorted(stop_token_ids),
+        ignore_eos=True,
+        detokenize=False,
+        output_kind=RequestOutputKind.DELTA,
+    )
+
+
+def _score_tokens(
+    tokens: Sequence[int], logprobs: "Sequence[dict[int, Any] | None] | None", alternatives: int | None
+) -> tuple[ScoredToken, ...]:
+    """Return each token with its score from vLLM's log-probabilities.
+
+    Args:
+        tokens: the tokens.
+        logprobs: vLLM's log-probabilities by token, for each position; None without scores.
+        alternatives: number of most likely tokens to report for each position.
+    """
+    if logprobs is None:
+        return tuple(map(ScoredToken, tokens))
+    scores = []
+    for token, token_logprobs in zip(tokens, logprobs, strict=True):
+        # The first token of a prompt has no score.
+        if token_logprobs is None:
+            scores.append(ScoredToken(token))
+            continue
+        # vLLM adds the token itself to the alternatives, whatever its rank.
+        best = sorted(
+            (lp.rank, other_token, lp.logprob)
+            for other_token, lp in token_logprobs.items()
+            if lp.rank <= (alternatives or 0)
+        )
+        scores.append(
+            ScoredToken(
+                token, token_logprobs[token].logprob, tuple((other_token, logprob) for _, other_token, logprob in best)
+            )
+        )
+    return tuple(scores)
+
+
+def _core_binding(ranks: int, cpus: int) -> str:
+    """Return a value for VLLM_CPU_OMP_THREADS_BIND, with which vLLM binds each rank to its cores.
+
+    The ranks share `cpus` cores of those that this process may use. A single rank is not bound.
+    """
+    if ranks == 1:
+        return "nobind"
+    allowed_cores = sorted(os.sched_getaffinity(0))
+    cores_per_rank = max(1, min(cpus, len(allowed_cores)) // ranks)
+    return "|".join(
+        ",".join(str(allowed_cores[(r * cores_per_rank + i) % len(allowed_cores)]) for i in range(cores_per_rank))
+        for r in range(ranks)
+    )

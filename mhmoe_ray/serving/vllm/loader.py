@@ -1,0 +1,63 @@
+"""Classes that vLLM gets from this project: the loader of a run's weights, and worker methods.
+
+The weights come from a run's checkpoint, whatever the number of ranks that wrote it. vLLM's own loader reads exported
+folders.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.config import ModelConfig
+from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+
+from mhmoe_ray.checkpoint.huggingface.names import tensor_entries
+from mhmoe_ray.checkpoint.load import load_tensors
+from mhmoe_ray.serving.vllm.folder import model_spec
+from mhmoe_ray.spec import ModelSpec
+from mhmoe_ray.storage import Location, location
+
+
+class CheckpointLoader(BaseModelLoader):
+    """Loader of the weights of a run's checkpoint, which the configuration names."""
+
+    def download_model(self, model_config: ModelConfig) -> None:
+        """Do nothing. vLLM requires this method; the weights are read where the checkpoint is."""
+
+    def load_weights(self, model: Any, model_config: ModelConfig) -> None:
+        """Load the checkpoint's weights into the model; `read_manifest` has verified the checkpoint already."""
+        config = model_config.hf_config
+        model.load_weights(exported_tensors(location(config.checkpoint), model_spec(config)))
+
+
+def exported_tensors(checkpoint: Location, spec: ModelSpec) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors of a checkpoint in float32, with the names and shapes that an export would give them.
+
+    Raises:
+        CheckpointError: the checkpoint is not one of this model.
+    """
+    # A group has the tensors of one block, so only those of one block are in memory at a time.
+    for group in tensor_entries(spec):
+        tensors = {e.checkpoint_name: torch.empty(e.shape, dtype=torch.float32, device="cpu") for e in group}
+        load_tensors(checkpoint / "weights", tensors)
+        for entry in group:
+            yield from entry.split(tensors[entry.checkpoint_name]).items()
+
+
+class WorkerExtension:
+    """Methods that are added to vLLM's worker class."""
+
+    model_runner: Any
+
+    def mhmoe_counts(self) -> list[list[int]]:
+        """Return the routes per layer and expert since `mhmoe_reset_counts`.
+
+        Every rank routes all rows, so each rank has the complete counts.
+        """
+        counts: list[list[int]] = self.model_runner.get_model().route_counts()
+        return counts
+
+    def mhmoe_reset_counts(self) -> None:
+        """Reset the counts of routes, after vLLM's own trial runs of the model."""
+        self.model_runner.get_model().reset_counts()

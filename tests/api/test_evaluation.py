@@ -1,0 +1,121 @@
+"""Tests of evaluations that the run directory holds already, and of requests for others."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+import mhmoe_ray as mh
+from mhmoe_ray.api.evaluation import make_request
+from mhmoe_ray.errors import ClusterError, DataError, RunError
+from mhmoe_ray.evaluate.request import EvalRequest, Evaluation, save_evaluation
+from mhmoe_ray.evaluate.score import Score
+from mhmoe_ray.runs.directory import mark_imported
+from tests.checkpoint.huggingface.conftest import MIXTRAL, make_run
+
+NOWHERE = "http://127.0.0.1:1"
+"""Address without a cluster: an evaluation there fails unless the run directory holds it."""
+CHECKPOINT = "step_00000007.1"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return mh.Run(make_run(tmp_path_factory.mktemp("evaluation"), MIXTRAL))
+
+
+@pytest.fixture
+def text(tmp_path, monkeypatch):
+    """Return a file of raw text in the current directory."""
+    monkeypatch.chdir(tmp_path)
+    file = Path("heldout.txt")
+    file.write_text("a line of text\n" * 1000)
+    return file
+
+
+def store_evaluation(run, request):
+    """Store an evaluation that answers the request, and return it."""
+    score = Score(nats=8.0, tokens=4, text_bytes=9)
+    figures = {"domains": {"heldout.txt/all": score}, "languages": {}, "routing": {}, "tasks": {}}
+    evaluation = Evaluation(request=request, step=7, tokens=448, seconds=1.0, **figures)
+    save_evaluation(run.directory, evaluation)
+    return evaluation
+
+
+def test_an_evaluation_is_repeated_when_its_text_has_changed(run, text):
+    evaluation = store_evaluation(run, make_request(run.directory, CHECKPOINT, text=text))
+    notes = []
+    for paths in (str(text), text, [str(text)], [text], (text.absolute(),)):
+        assert run.evaluate(paths, checkpoint=7, on_note=notes.append, address=NOWHERE) == evaluation
+    expected_note = f"it was evaluated before, in {run.directory.evaluations}; `mhmoe eval --again` or recompute=True"
+    assert [note.startswith(expected_note) for note in notes] == [True] * 5
+    # The new text has the same size and beginning.
+    time = text.stat().st_mtime
+    text.write_text("a line of text\n" * 999 + "another line !\n")
+    os.utime(text, (time + 1, time + 1))
+    with pytest.raises(ClusterError):
+        run.evaluate(str(text), address=NOWHERE)
+    Path("more").mkdir()
+    Path("more/a.txt").write_text("some text\n")
+    key = make_request(run.directory, CHECKPOINT, text="more").key
+    assert make_request(run.directory, CHECKPOINT, text="more").key == key
+    Path("more/b.txt").write_text("some text\n")
+    assert make_request(run.directory, CHECKPOINT, text="more").key != key
+
+
+def test_a_changed_chat_template_changes_the_key(run, tmp_path):
+    conversation = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n'
+    (tmp_path / "talk").mkdir()
+    (tmp_path / "talk/a.jsonl").write_text(conversation)
+    template = tmp_path / "template.jinja"
+    template.touch()
+    keys = set()
+    for time in (1, 2):
+        os.utime(template, (time, time))
+        overrides = ["data.sources.talk.format=chat", f"data.chat_template={template}"]
+        keys.add(make_request(run.directory, CHECKPOINT, text=tmp_path / "talk", overrides=overrides).key)
+    assert len(keys) == 2
+
+
+def test_evaluations_without_text_keep_their_key():
+    request = EvalRequest(
+        run="r",
+        checkpoint=CHECKPOINT,
+        prepared="p",
+        text=None,
+        samples=0,
+        tasks=["arc_easy"],
+        task_folders=[],
+        limit=None,
+        batch=1,
+        half=False,
+        cpus=1,
+        gpus=0,
+    )
+    assert request.key == "step_00000007.1-633b17ea"
+
+
+def test_missing_text_is_an_error_before_a_job_starts(run, text):
+    for paths in ("nofile.txt", ["nofile.txt"]):
+        with pytest.raises(DataError, match=r"source nofile\.txt: there is no file or folder .*/nofile\.txt; correct"):
+            run.evaluate(paths, address=NOWHERE)
+
+
+def test_a_single_task_is_a_task(run):
+    assert make_request(run.directory, CHECKPOINT, tasks="arc_easy").tasks == ["arc_easy"]
+    request = make_request(run.directory, CHECKPOINT, tasks=["rte"], task_folders="own")
+    assert request.task_folders == [str(Path("own").absolute())]
+
+
+def test_an_imported_run_needs_text_or_tasks(tmp_path):
+    directory = make_run(tmp_path, MIXTRAL)
+    mark_imported(directory)
+    with pytest.raises(RunError, match="it was imported and has no held-out text; name some text or tasks"):
+        mh.Run(directory).evaluate()
+
+
+def test_an_evaluation_is_shown_by_its_figures(run, text):
+    evaluation = store_evaluation(run, make_request(run.directory, CHECKPOINT, text=text))
+    assert repr(evaluation) == str(evaluation) == f"Evaluation('{run.id}/{CHECKPOINT}', loss=2.0000, perplexity=7.389)"
+    tasks = {"rte": {"acc,none": 0.5}}
+    with_tasks = evaluation.model_copy(update={"domains": {}, "tasks": tasks})
+    assert str(with_tasks) == f"Evaluation('{run.id}/{CHECKPOINT}', tasks={tasks})"

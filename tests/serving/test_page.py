@@ -1,0 +1,100 @@
+"""Tests of the web page at /, in a real browser."""
+
+import base64
+import hashlib
+import re
+
+import pytest
+
+from mhmoe_ray.serving.api.app import create_app
+from mhmoe_ray.spec import KeySpec, ServeSpec
+from tests.serving.asking import call
+from tests.serving.conftest import build_model, serve_app
+from tests.serving.own import create_answerer
+
+KEY = KeySpec(name="ann", sha256=hashlib.sha256(b"secret").hexdigest())
+
+
+def test_page_policy_allows_only_its_own_script_and_style(answerer):
+    response = call(create_app(answerer, "tiny", ServeSpec(keys=(KEY,))), "GET", "/")
+    assert response.headers["content-type"].startswith("text/html")
+    policy = response.headers["content-security-policy"]
+    for tag in ("script", "style"):
+        [content] = re.findall(f"<{tag}>(.*?)</{tag}>", response.text, re.DOTALL)
+        digest = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
+        assert f"{tag}-src 'sha256-{digest}'" in policy
+    assert "default-src 'none'" in policy
+
+
+@pytest.mark.system
+@pytest.mark.parametrize("width", [390, 1200])
+def test_page_fits_the_screen_and_examples_fill_the_prompt(browser, answerer, width):
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    with serve_app(create_app(answerer, "tiny-abc123", ServeSpec())) as url:
+        browser.execute_cdp_cmd(
+            "Emulation.setDeviceMetricsOverride",
+            {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": False},
+        )
+        browser.get(url)
+        WebDriverWait(browser, 60).until(lambda _: browser.find_elements(By.CSS_SELECTOR, "#facts li"))
+        assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+        browser.find_elements(By.CSS_SELECTOR, "#examples button")[0].click()
+        assert browser.find_element(By.ID, "prompt").get_attribute("value") == "Once upon a time"
+        assert browser.find_element(By.ID, "go").text == "Generate"
+        browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+@pytest.mark.system
+def test_answer_is_streamed_and_can_be_stopped(browser, tokenizer):
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    def element(name):
+        return browser.find_element(By.ID, name)
+
+    def submit(tokens):
+        element("max_tokens").clear()
+        element("max_tokens").send_keys(str(tokens))
+        element("go").click()
+
+    def wait_for(condition):
+        return WebDriverWait(browser, 60, 0.02).until(lambda _: condition())
+
+    spec = ServeSpec(max_tokens=4000, keys=(KEY,))
+    answerer = create_answerer(build_model(), tokenizer, 4096, spec)
+    try:
+        with serve_app(create_app(answerer, "tiny-abc123", spec)) as url:
+            browser.get(url)
+            element("prompt").send_keys("the quick brown")
+            submit(20)
+            wait_for(lambda: "no such API key" in element("status").text)
+            assert "error" in element("status").get_attribute("class")
+
+            element("key").send_keys("secret")
+            element("temperature").clear()
+            element("temperature").send_keys("0")  # greedy, because a drawn token may end the answer
+            submit(20)
+            wait_for(lambda: element("status").text.startswith("20 tokens in "))
+            assert element("model").text == "tiny-abc123"
+            facts = [item.text for item in element("facts").find_elements(By.TAG_NAME, "li")]
+            assert "checkpoint tiny-abc123/step_00000040.1" in facts
+            assert any("experts, top-" in fact for fact in facts)
+            assert element("answer").text.startswith("the quick brown")
+            assert len(element("answer").text) > len("the quick brown")
+
+            submit(4000)
+            wait_for(lambda: len(element("answer").text) > 100)
+            assert not element("go").is_enabled()  # a part of the answer is shown, but it is not complete
+            element("stop").click()
+            wait_for(lambda: element("status").text == "stopped")
+            wait_for(lambda: answerer.engine.stats().running == 0)
+
+            element("max_tokens").clear()
+            submit(5000)
+            wait_for(lambda: "this server allows at most 4000" in element("status").text)
+            console = [line["message"] for line in browser.get_log("browser")]
+            assert all("401" in line or "400" in line for line in console), console
+    finally:
+        answerer.engine.close()
