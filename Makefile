@@ -11,6 +11,7 @@ INSTALL := $(BIN)/python -m pip install --no-compile
 COMPILE := $(BIN)/python -m compileall -qq -j 0 .venv/lib || true
 
 .PHONY: help quickstart test test-fast test-full test-system test-tools test-vllm soak-train soak-serve explore equal test-gpu
+.PHONY: gpu-acceptance gpu-wheels
 .PHONY: test-cpu check render clean
 
 help:
@@ -26,6 +27,8 @@ help:
 	@echo "make soak-train   50 random kills of one run, which must end like an undisturbed one (SOAK_SEED, SOAK_KILLS)"
 	@echo "make soak-serve   half an hour of clients of all kinds, good and bad (SOAK_SEED, SOAK_SECONDS)"
 	@echo "make test-gpu     the tests that need CUDA; without a GPU they skip"
+	@echo "make gpu-acceptance  what one GPU shows in half an hour, beside predictions; installs nothing (ACCEPTANCE='--parts"
+	@echo "                  layers'); make gpu-wheels fetches the packages that it needs beside torch"
 	@echo "make test-cpu     the tests that depend on the CPU, at each of its levels; MHMOE_CPU_LEVEL=avx2 make test"
 	@echo "                  holds all tests to one level: generic, avx2, avx512, avx512_bf16 or amx"
 	@echo "make explore      the tests without Ray, with new random examples"
@@ -70,6 +73,14 @@ soak-serve: .venv/installed-dev
 
 test-gpu: .venv/installed-dev
 	$(BIN)/python -m pytest -m gpu
+
+# Both need nothing but Python: the machine may have no network, and its torch must not be replaced.
+gpu-acceptance:
+	PYTHONPATH=.:kernels:.gpu-wheels $(PYTHON) -m mhmoe_ray.bench.acceptance $(ACCEPTANCE)
+
+gpu-wheels:
+	$(PYTHON) -m pip install --target .gpu-wheels --no-deps --upgrade pydantic pydantic-core annotated-types \
+		typing-inspection typing-extensions PyYAML
 
 test-cpu: .venv/installed-dev
 	$(BIN)/python -m tests.cpu_levels

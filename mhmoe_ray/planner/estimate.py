@@ -4,6 +4,8 @@ Matrix products take the longer of two times: that of their FLOPs at the share o
 that of their bytes at its share of the memory bandwidth. A backward costs two forwards. Of all parts but the experts,
 only the weights count as bytes, once in each pass. The time of an exchange has two terms. One is bytes over bandwidth,
 for the most loaded rank on the slowest class of links. The other is the latency of its messages, one after another.
+Kernels are launched one after another, ahead of the GPU. Where the launches take longer than the computation, the GPU
+waits for them.
 
 The estimate leaves out norms, routing and permutation of rows, recomputation by `moe.recompute`, the data stream,
 checkpoints, stragglers, congestion, and routing that is not uniform.
@@ -12,6 +14,7 @@ checkpoints, stragglers, congestion, and routing that is not uniform.
 from typing import NamedTuple
 
 from mhmoe_ray.planner.expert_step import expert_step, planned_model
+from mhmoe_ray.planner.launches import launches_per_micro_batch
 from mhmoe_ray.planner.memory import compute_memory
 from mhmoe_ray.planner.placement import Layout
 from mhmoe_ray.planner.sizes import (
@@ -27,10 +30,22 @@ from mhmoe_ray.planner.sizes import (
 from mhmoe_ray.planner.traffic import Exchange, LinkLoads, dispatch_exchanges, reduction_exchanges
 from mhmoe_ray.spec import RunSpec
 
-COMPUTE, MEMORY, LATENCY = "compute", "memory bandwidth", "latency"
+COMPUTE, MEMORY, LATENCY, LAUNCHES = "compute", "memory bandwidth", "latency", "launches of kernels"
 LINK_NAMES = {"node": "links within nodes", "domain": "links between nodes", "between": "links between domains"}
-"""Names of the resources that may bound a part of the step: COMPUTE, MEMORY, LATENCY, and the link classes by their key
-in `cluster.network`."""
+"""Names of the resources that may bound a part of the step: COMPUTE, MEMORY, LATENCY, LAUNCHES, and the link classes by
+their key in `cluster.network`."""
+REMEDIES = {
+    COMPUTE: "more or faster GPUs, or a smaller model, shorten it",
+    MEMORY: "a larger train.micro_batch_size with fewer train.micro_batches reads the weights less often",
+    LAUNCHES: "a larger train.micro_batch_size with fewer train.micro_batches launches fewer kernels",
+    LATENCY: "a larger train.micro_batch_size with fewer train.micro_batches sends fewer messages",
+    LINK_NAMES["node"]: "fewer ranks in an expert group (cluster.ep) exchange fewer rows",
+    LINK_NAMES["domain"]: "cluster.dispatch: hierarchical, or an expert group within a node (cluster.ep), spares them",
+    LINK_NAMES[
+        "between"
+    ]: "cluster.dispatch: hierarchical, or an expert group within a domain (cluster.ep), spares them",
+}
+"""Changes that shorten a part, by the resource that bounds it."""
 
 
 class StepTime(NamedTuple):
@@ -85,7 +100,7 @@ def estimate_step_time(spec: RunSpec, layout: Layout) -> Estimate:
 
 def _compute_times(spec: RunSpec, tokens: float) -> list[StepTime]:
     """Return the times per step of a rank's computation on its `tokens` tokens: all but experts, experts if there are
-    any, and the update of weights."""
+    any, the time for which the accelerator waits for launches, and the update of weights."""
     model, moe, accelerator = spec.model, spec.model.moe, spec.cluster.accelerator
     micro_batches = tokens / spec.tokens_per_micro_batch
     flops_rate = accelerator.peak_flops(spec.train.precision) * accelerator.flops_share
@@ -111,6 +126,10 @@ def _compute_times(spec: RunSpec, tokens: float) -> list[StepTime]:
     if step and moe:
         expert_passes = _cost_factor(spec, EXPERTS) * micro_batches * model.moe_layers
         times.append(product_time("experts", expert_passes * step.flops, expert_passes * step.bytes))
+    launch_seconds = micro_batches * launches_per_micro_batch(spec) * accelerator.launch_seconds
+    waiting_seconds = launch_seconds - sum(time.seconds for time in times)
+    if waiting_seconds > 0:
+        times.append(StepTime("waiting for launches", waiting_seconds, LAUNCHES))
     state = compute_memory(spec)
     # The update reads weights, moments and gradients, and writes weights and moments.
     update_bytes = 2 * (state.weights + state.moments) + state.gradients

@@ -32,6 +32,8 @@ class AcceleratorSpec(Section):
     """Peak memory bandwidth in bytes/s."""
     memory_share: float = Field(default=0.8, gt=0, le=1)
     """Share of the peak memory bandwidth that training reaches."""
+    launch_seconds: float = Field(default=4e-6, ge=0)
+    """Seconds from the launch of a kernel to that of the next one."""
 
     def peak_flops(self, precision: Literal["float32", "bfloat16"]) -> float:
         """Return the peak FLOP/s of matrix products in a precision."""

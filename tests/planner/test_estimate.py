@@ -14,11 +14,18 @@ PLAIN = {"share": 1, "node": {"latency": 0}, "domain": {"latency": 0}, "between"
 
 
 def spec_of(network=None, accelerator=None, model=None, train=None, **cluster):
-    """Return a bfloat16 spec with one group of four ranks, on a network without latencies unless `network` has some."""
+    """Return a bfloat16 spec with one group of four ranks, whose launches take no time, on a network without latencies
+    unless `network` has some."""
     network = {
         key: {**PLAIN[key], **value} if isinstance(value, dict) else value for key, value in (network or {}).items()
     }
-    cluster = {"workers": 4, "ep": 4, "network": {**PLAIN, **network}, "accelerator": accelerator or {}, **cluster}
+    cluster = {
+        "workers": 4,
+        "ep": 4,
+        "network": {**PLAIN, **network},
+        "accelerator": {"launch_seconds": 0, **(accelerator or {})},
+        **cluster,
+    }
     return tiny_spec(cluster=cluster, model=model or {}, train={"precision": "bfloat16", **(train or {})})
 
 

@@ -1,0 +1,81 @@
+"""Tests of the acceptance run for GPUs, which is rehearsed on the CPU at toy sizes."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mhmoe_ray.bench.acceptance.__main__ import PARTS
+from mhmoe_ray.bench.acceptance.predictions import PREDICTIONS
+from mhmoe_ray.bench.acceptance.report import append_record, failures, write_report
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.long
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_rehearsal_runs_all_parts_without_an_installation(tmp_path):
+    """The packages come from their folders, as on a machine where nothing can be installed."""
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
+    process = subprocess.run(
+        [sys.executable, "-m", "mhmoe_ray.bench.acceptance", "--device", "cpu", "--out", str(tmp_path)],
+        env=environment,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == 0, process.stdout + process.stderr
+    records = [json.loads(line) for line in (tmp_path / "records.jsonl").read_text().splitlines()]
+    assert {record["part"] for record in records} == PARTS.keys()
+    assert all(record["status"] == "done" for record in records if record["name"] == "end of the part")
+    checks = [record["passed"] for record in records if "passed" in record]
+    assert len(checks) > 20
+    assert all(checks)
+    report = (tmp_path / "report.md").read_text()
+    assert all(f"\n## {part}\n" in report for part in PARTS)
+    # Predictions are for full sizes on a GPU.
+    assert "reached" not in report
+
+
+def test_report_shows_predictions_and_failures(tmp_path):
+    append_record(tmp_path, "layers", {"name": "SMoE", "ms": 20.5})
+    append_record(tmp_path, "layers", {"name": "MH-MoE h 2 to SMoE", "times": 1.2})
+    append_record(tmp_path, "correctness", {"name": "grouped_gemm", "error": 0.5, "passed": False})
+    append_record(tmp_path, "layers", {"name": "end of the part", "status": "ended after its limit of 600 s"})
+    write_report(tmp_path, has_predictions=True)
+    report = (tmp_path / "report.md").read_text()
+    assert "| SMoE | ms 20.5 | at most 26 ms: reached |" in report
+    assert "| MH-MoE h 2 to SMoE | times 1.2 | at most 1.05 times: not reached |" in report
+    assert failures(tmp_path) == [
+        "correctness: grouped_gemm: error 0.5, passed False",
+        "layers: end of the part: status ended after its limit of 600 s",
+    ]
+
+
+def test_a_part_that_fails_is_reported_and_the_others_run(tmp_path):
+    process = subprocess.run(
+        [sys.executable, "-m", "mhmoe_ray.bench.acceptance", "--out", str(tmp_path), "--parts", "waits,ceilings"],
+        cwd=ROOT,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == 1
+    assert process.stdout.count("exit code 1") == 2
+    assert "there is no part other" in _refusal(tmp_path, "--parts", "other")
+
+
+def _refusal(tmp_path, *arguments):
+    """Return the error of a command that is refused."""
+    command = [sys.executable, "-m", "mhmoe_ray.bench.acceptance", "--out", str(tmp_path), *arguments]
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert process.returncode == 2
+    return process.stderr
+
+
+def test_predictions_belong_to_parts():
+    assert {name.partition(":")[0] for name in PREDICTIONS} <= PARTS.keys()

@@ -1,0 +1,67 @@
+"""Tests of the planned numbers of kernels, against those that models dispatch on fake tensors."""
+
+import importlib.util
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from mhmoe_ray.model.decoder import Decoder, routing_loss, token_losses
+from mhmoe_ray.planner.estimate import LAUNCHES, REMEDIES, estimate_step_time
+from mhmoe_ray.planner.launches import launches_per_micro_batch
+from mhmoe_ray.planner.placement import single_node_layout
+from tests.kernels.triton.accounting import Accounting
+from tests.specs import tiny_spec
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+TRUNK = {"vocab_size": 512, "d_model": 256, "layers": 4, "attention_heads": 4}
+
+
+def spec_of(moe, **train):
+    cluster = {"gpus_per_worker": 1, "workers": 1, "ep": 1}
+    has_dense_layers = moe.get("every", 2) > 1
+    return tiny_spec(
+        model={**TRUNK, "d_ff": 512 if has_dense_layers else None, "moe": moe},
+        cluster=cluster,
+        train={"precision": "bfloat16", **train},
+    )
+
+
+@pytest.mark.parametrize("kernel", ["grouped_gemm", "grouped_mm", "triton"])
+@pytest.mark.parametrize(("heads", "every"), [(1, 1), (1, 2), (2, 1)])
+def test_planned_launches_are_those_of_a_model(monkeypatch, kernel, heads, every):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    moe = {"heads": heads, "experts": 8, "top_k": 2, "d_expert": 256, "kernel": kernel, "every": every}
+    spec = spec_of(moe)
+    with FakeTensorMode():
+        model = Decoder(spec.model)
+        token_BT = torch.zeros(4, 65, dtype=torch.int64)
+        with Accounting() as accounting:
+            with torch.autocast("cpu", torch.bfloat16):
+                output = model(token_BT[:, :-1])
+            loss = token_losses(output.logits_BTV, token_BT[:, 1:]).sum() + routing_loss(spec.model, output.routing)
+            loss.backward()
+    assert launches_per_micro_batch(spec) == pytest.approx(sum(accounting.kernels.values()), rel=0.03)
+
+
+def test_a_step_of_small_micro_batches_is_bound_by_launches():
+    moe = {"heads": 2, "experts": 8, "top_k": 2, "d_expert": 256}
+    small, large = spec_of(moe, micro_batch_size=1), spec_of(moe, micro_batch_size=4096)
+    estimates = [estimate_step_time(spec, single_node_layout(1, 1)) for spec in (small, large)]
+    names = [[time.name for time in estimate.compute_times] for estimate in estimates]
+    assert ["waiting for launches" in parts for parts in names] == [True, False]
+    assert estimates[0].longest_part.bound == LAUNCHES
+    launches = small.train.micro_batches * launches_per_micro_batch(small)
+    update = estimates[0].compute_times[-1].seconds
+    # With one rank, there is nothing but launches and the update.
+    assert estimates[0].sequential_seconds == pytest.approx(launches * 4e-6 + update)
+    assert "micro_batch_size" in REMEDIES[LAUNCHES]
+
+
+def test_experts_that_run_one_after_another_launch_more_kernels():
+    moe = {"heads": 1, "experts": 64, "top_k": 2, "d_expert": 256}
+    loop, grouped = (spec_of({**moe, "kernel": kernel}) for kernel in ("grouped", "grouped_gemm"))
+    assert launches_per_micro_batch(loop) > 5 * launches_per_micro_batch(grouped)
+    assert launches_per_micro_batch(
+        spec_of({**moe, "kernel": "grouped_gemm"}, recompute=True)
+    ) > launches_per_micro_batch(grouped)
