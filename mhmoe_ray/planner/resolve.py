@@ -12,8 +12,11 @@ import difflib
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from pydantic import ValidationError
+
 from mhmoe_ray.errors import SpecError
 from mhmoe_ray.planner.match import SEARCH_LIMIT, SOLVED_KEYS, MatchSpec, solve_match
+from mhmoe_ray.planner.memory import compute_memory
 from mhmoe_ray.planner.papers import paper_presets
 from mhmoe_ray.planner.presets import FAMILIES, SIZES, Preset, SizeName, Tree
 from mhmoe_ray.planner.sizes import dense_width
@@ -94,8 +97,41 @@ def resolve_spec(tree: Tree, label: str, fill_tree: Callable[[Tree, str], Tree] 
         raise SpecError(label, "it is a sweep, not the spec of one run", "give it to `mhmoe sweep`")
     if fill_tree is not None:
         tree = fill_tree(tree, label)
+    own_train = tree.get("train") or {}
+    has_own_batches = not isinstance(own_train, dict) or bool({"micro_batches", "micro_batch_size"} & own_train.keys())
+    has_preset = "preset" in tree
     tree = _resolve_shorthands(tree, label)
-    return validate_section(RunSpec, tree, label, extra_keys=list(Shorthands.model_fields))
+    spec = validate_section(RunSpec, tree, label, extra_keys=list(Shorthands.model_fields))
+    return fill_gpu(spec) if has_preset and not has_own_batches else spec
+
+
+GPU_MEMORY_SHARE = 0.8
+"""Share of an accelerator's memory that planned memory may take; the framework and its buffers come on top."""
+
+
+def fill_gpu(spec: RunSpec) -> RunSpec:
+    """Return the spec of a preset with the largest micro-batches that fit on its GPUs, and as many samples in a step.
+
+    Presets have the papers' micro-batches of one sequence, with which a GPU mostly waits for launches. Specs for CPUs
+    stay as they are, and so do those with an expert capacity, which is counted per micro-batch.
+    """
+    moe, train = spec.model.moe, spec.train
+    if not spec.cluster.gpus_per_worker or (moe is not None and moe.capacity_factor is not None):
+        return spec
+    samples = train.micro_batches * train.micro_batch_size
+    for micro_batches in range(1, train.micro_batches):
+        if samples % micro_batches:
+            continue
+        batches = {"micro_batches": micro_batches, "micro_batch_size": samples // micro_batches}
+        tree = spec.model_dump(mode="json", by_alias=True)
+        try:
+            candidate = RunSpec.model_validate({**tree, "train": {**tree["train"], **batches}})
+        # The number of workers does not divide these micro-batches.
+        except ValidationError:
+            continue
+        if compute_memory(candidate).total <= GPU_MEMORY_SHARE * spec.cluster.accelerator.memory:
+            return candidate
+    return spec
 
 
 def preset_models(preset: Preset) -> tuple[ModelSpec, ModelSpec | None]:

@@ -5,7 +5,8 @@ import yaml
 
 from mhmoe_ray.checkpoint.start.resolve import load_spec
 from mhmoe_ray.errors import SpecError
-from mhmoe_ray.planner.resolve import all_presets, preset_models
+from mhmoe_ray.planner.memory import compute_memory
+from mhmoe_ray.planner.resolve import all_presets, preset_models, resolve_spec
 from mhmoe_ray.spec import dump_spec
 
 BASE = {
@@ -174,3 +175,34 @@ def test_specs_without_a_preset_stay_the_same():
     from mhmoe_ray.spec import load_resolved_spec
 
     assert load_spec(Path("jobs/quickstart.yaml")) == load_resolved_spec(Path("jobs/quickstart.yaml"))
+
+
+SMOE_BASE = {"name": "a", "preset": "smoe", "size": "base", "data": {"sources": {"t": {"path": "t"}}, "prepared": "p"}}
+
+
+@pytest.mark.parametrize(("workers", "memory"), [(1, 80e9), (8, 80e9), (8, 24e9)])
+def test_a_preset_fills_the_memory_of_gpus(workers, memory):
+    """The step keeps its samples, and twice the micro-batch would not fit."""
+    cluster = {"gpus_per_worker": 1, "workers": workers, "accelerator": {"memory": memory}}
+    spec = resolve_spec({**SMOE_BASE, "cluster": cluster}, "spec")
+    train = spec.train
+    assert train.micro_batches * train.micro_batch_size == 256
+    assert train.micro_batch_size > 1
+    assert train.micro_batches % workers == 0
+    assert compute_memory(spec).total <= 0.8 * memory
+    twice = spec.model_copy(update={"train": train.model_copy(update={"micro_batch_size": 2 * train.micro_batch_size})})
+    assert compute_memory(twice).total > 0.8 * memory or train.micro_batches == workers
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"cluster": {}},
+        {"cluster": {"gpus_per_worker": 1}, "train": {"micro_batch_size": 1}},
+        {"cluster": {"gpus_per_worker": 1}, "model": {"moe": {"capacity_factor": 1.0}}},
+    ],
+    ids=["CPUs", "own micro-batches", "static routing"],
+)
+def test_micro_batches_of_a_preset_stay_otherwise(change):
+    train = resolve_spec({**SMOE_BASE, **change}, "spec").train
+    assert (train.micro_batches, train.micro_batch_size) == (256, 1)
