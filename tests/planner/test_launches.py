@@ -28,10 +28,10 @@ def spec_of(moe, **train):
 
 
 @pytest.mark.parametrize("kernel", ["grouped_gemm", "grouped_mm", "triton"])
-@pytest.mark.parametrize(("heads", "every"), [(1, 1), (1, 2), (2, 1)])
-def test_planned_launches_are_those_of_a_model(monkeypatch, kernel, heads, every):
+@pytest.mark.parametrize(("heads", "spacing"), [(1, 1), (1, 2), (2, 1)])
+def test_planned_launches_are_those_of_a_model(monkeypatch, kernel, heads, spacing):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    moe = {"heads": heads, "experts": 8, "top_k": 2, "d_expert": 256, "kernel": kernel, "every": every}
+    moe = {"heads": heads, "experts": 8, "top_k": 2, "d_expert": 256, "kernel": kernel, "every": spacing}
     spec = spec_of(moe)
     with FakeTensorMode():
         model = Decoder(spec.model)
