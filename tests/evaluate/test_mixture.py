@@ -94,5 +94,5 @@ def test_a_known_domain_is_computed_by_its_expert_and_an_unknown_one_by_all():
 
 
 def test_a_domain_without_an_expert_is_named():
-    with pytest.raises(DataError, match="domain books/a: the model has no expert for it; give --prior"):
+    with pytest.raises(DataError, match="domain books/a: the model has no expert for it; give a prior"):
         measure_samples(make_model().eval(), [domain_samples("books/a", 0)], np.ones(300, np.int64), **SETTINGS)
