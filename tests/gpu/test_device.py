@@ -1,0 +1,128 @@
+"""What training, serving and measuring do on a GPU, beside a CPU. Without a GPU, the same tests compare a CPU with itself.
+
+They need neither Ray nor an installation: `make test-gpu` runs them on a machine where nothing can be installed.
+"""
+
+import asyncio
+import socket
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from mhmoe_ray.bench import checkpoints
+from mhmoe_ray.bench.acceptance.steps import VARIANTS, make_spec
+from mhmoe_ray.bench.layers import Shape
+from mhmoe_ray.bench.measure import Request as LayerRequest
+from mhmoe_ray.bench.measure import measure
+from mhmoe_ray.bench.steps import Case
+from mhmoe_ray.bench.timing import find_hardware
+from mhmoe_ray.model.decoder import Decoder
+from mhmoe_ray.model.init import init_weights
+from mhmoe_ray.serving.engine import Request, SamplingParams
+from mhmoe_ray.serving.engine.torch_engine import own_engine
+from mhmoe_ray.spec import ServeSpec
+
+CUDA = pytest.param(
+    "cuda",
+    marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")],
+)
+every_device = pytest.mark.parametrize("device", ["cpu", CUDA])
+pytestmark = pytest.mark.long
+
+
+def train(spec, device, steps=3):
+    """Return the losses of training steps, and the parameters after them on the CPU."""
+    case = Case(spec, torch.device(device))
+    losses = [case.step() for _ in range(steps)]
+    return losses, [p.detach().cpu() for p in case.trainer.model.parameters()]
+
+
+@every_device
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_training_has_the_losses_of_a_cpu(device, variant):
+    if device == "cpu" and variant not in ("plain", "multi-head", "static"):
+        pytest.skip("the other variants are compared on a GPU")
+    spec = make_spec(variant, "float32", is_toy=True)
+    losses, parameters = train(spec, device)
+    expected_losses, expected_parameters = train(spec, "cpu")
+    assert losses == pytest.approx(expected_losses, rel=1e-4)
+    for parameter, expected in zip(parameters, expected_parameters, strict=True):
+        torch.testing.assert_close(parameter, expected, rtol=1e-2, atol=1e-3)
+
+
+@pytest.fixture
+def process_group():
+    """Start a process group with this process as its only rank."""
+    with socket.socket() as free_socket:
+        free_socket.bind(("127.0.0.1", 0))
+        port = free_socket.getsockname()[1]
+    backend = "cuda:nccl,cpu:gloo" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, init_method=f"tcp://127.0.0.1:{port}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@every_device
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_strategies_train_alike_on_one_rank(process_group, device, strategy):
+    spec = make_spec("multi-head", "float32", is_toy=True)
+    expected_losses, _ = train(spec, "cpu")
+    cluster = spec.cluster.model_copy(update={"strategy": strategy})
+    losses, _ = train(spec.model_copy(update={"cluster": cluster}), device)
+    assert losses == pytest.approx(expected_losses, rel=1e-4)
+
+
+@every_device
+def test_checkpoints_hold_training_up_only_briefly(tmp_path, device):
+    spec = make_spec("multi-head", "bfloat16", is_toy=True)
+    figures = checkpoints.measure(spec, 1, tmp_path, find_hardware(device))
+    assert figures.state > 0
+    assert 0 < statistics.median(figures.pauses) <= statistics.median(figures.committed)
+
+
+def answer_tokens(device, prompts):
+    """Return the greedy answers of our engine to prompts of token ids, in float32."""
+    spec = make_spec("multi-head", "float32", is_toy=True)
+    model = Decoder(spec.model)
+    init_weights(model, 0)
+    settings = ServeSpec(
+        precision="float32", gpus_per_replica=int(device == "cuda"), cache_tokens=64, max_concurrency=4
+    )
+    engine = own_engine(model.eval(), frozenset(), spec.model.vocab_size, spec.data.seq_len, settings)
+
+    async def answer(prompt):
+        request = Request(tuple(prompt), SamplingParams(max_tokens=6, temperature=0))
+        return [token async for update in engine.generate(request) for token in update.tokens]
+
+    async def answer_all():
+        return await asyncio.gather(*map(answer, prompts))
+
+    try:
+        return asyncio.run(answer_all())
+    finally:
+        engine.close()
+
+
+@every_device
+def test_serving_gives_the_answers_of_a_cpu(device):
+    prompts = [[1, 2, 3], [7], [5, 4, 3, 2, 1, 0]]
+    assert answer_tokens(device, prompts) == answer_tokens("cpu", prompts)
+
+
+@every_device
+def test_layers_are_measured(device):
+    request = LayerRequest(Shape(16, 32, 4, 2, 16), heads=(2,), dtype="float32", rounds=1)
+    lines = []
+    measurements = measure(request, find_hardware(device), lines.append)
+    assert {figures.name for figures in measurements.figures} >= {"dense", "SMoE", "MH-MoE h 2"}
+    assert all(figures.median > 0 and figures.peak_bytes > 0 for figures in measurements.figures)
+
+
+def test_this_module_needs_no_ray():
+    code = "import sys; sys.modules['ray'] = None; import tests.gpu.test_device"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
