@@ -74,6 +74,7 @@ soak-serve: .venv/installed-dev
 # This installs nothing either, and needs no Ray: the settings of pytest and the common fixtures are left out.
 test-gpu:
 	PYTHONPATH=.:kernels:.gpu-wheels $(or $(wildcard $(BIN)/python),$(PYTHON)) -m pytest -c /dev/null --rootdir . \
+		-W ignore::pytest.PytestUnknownMarkWarning \
 		--noconftest -m gpu tests/gpu tests/kernels/triton tests/kernels/test_megablocks.py tests/bench
 
 # Both need nothing but Python: the machine may have no network, and its torch must not be replaced.

@@ -12,6 +12,7 @@ Shape suffixes, here and in mhmoe_ray.model:
     P  rows including a kernel's padding
 
     abilities.py        limits of each kernel, without torch
+    choice.py           table of the kernels that `auto` chooses on GPUs, without torch
     backends.py         common interface: rows and routes in, combined expert outputs per row out
     weights.py          stack of experts
     permutation.py      sorting of routes by expert, and its inverse
@@ -20,7 +21,7 @@ Shape suffixes, here and in mhmoe_ray.model:
     grouped.py          each expert once on its contiguous rows, with hand-written backwards
     megablocks.py       MegaBlocks' sort, histogram and copies around a grouped GEMM; CUDA only
     packed.py           inference on CPUs: a row's result does not depend on other rows
-    triton/             experts as fused Triton kernels
+    triton/             experts as Triton kernels, fused or as grouped products, and a fused router
     cpp/                experts as one fused kernel for CPUs
 """
 

@@ -12,6 +12,7 @@ steps.py        whole training steps of matched models
 checkpoints.py  time that a checkpoint blocks training
 run.py          a run beside the same steps in a bare loop
 commands.py     latency of the command line
+acceptance/     what one GPU shows in half an hour, beside predictions
 dispatch/       flat and hierarchical dispatch between two nodes
 ingest.py       from text to shards to micro-batches
 serve/          throughput of engines and servers

@@ -1,4 +1,4 @@
-"""What training, serving and measuring do on a GPU, beside a CPU. Without a GPU, the same tests compare a CPU with itself.
+"""Training, serving and measuring on a GPU, beside a CPU. Without a GPU, the same tests compare a CPU with itself.
 
 They need neither Ray nor an installation: `make test-gpu` runs them on a machine where nothing can be installed.
 """
