@@ -1,6 +1,8 @@
 """Base class of all spec sections: unknown keys are errors, numbers are finite, instances are immutable."""
 
-from pydantic import BaseModel, ConfigDict
+from typing import Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict
 
 
 class Section(BaseModel):
@@ -16,3 +18,14 @@ class Section(BaseModel):
 def section_keys(section: type[BaseModel]) -> list[str]:
     """Return the keys of a section as a spec writes them."""
     return [field.alias or name for name, field in section.model_fields.items()]
+
+
+def unmeasured(*names: str) -> BeforeValidator:
+    """Return a validator that refuses the names of techniques for GPUs which are not offered until they are measured."""
+
+    def refuse(value: Any) -> Any:
+        if value in names:
+            raise ValueError(f"{value} is not offered until it has been measured on a GPU: leave this key out")
+        return value
+
+    return BeforeValidator(refuse)

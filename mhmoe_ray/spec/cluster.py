@@ -7,11 +7,11 @@ The defaults are data-sheet figures of NVIDIA's DGX H100, with one 100 Gb/s Ethe
 """
 
 from collections.abc import Mapping
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_serializer, model_validator
 
-from mhmoe_ray.spec.base import Section
+from mhmoe_ray.spec.base import Section, unmeasured
 
 
 class AcceleratorSpec(Section):
@@ -152,7 +152,7 @@ class ClusterSpec(Section):
     """Reaction if an expert-parallel group must span more than one node. warn: print a warning and start. refuse: end
     the run before its first step. The run is checked whenever it starts or restarts, at its current number of
     workers."""
-    dispatch: Literal["flat", "hierarchical"] = "flat"
+    dispatch: Annotated[Literal["flat", "hierarchical"], unmeasured("deepep", "hybridep")] = "flat"
     """All-to-all of an expert-parallel group that spans several nodes. flat: each route's row is sent directly to the
     rank of its expert. hierarchical: a row is sent once to each other node that holds experts for it, and is forwarded
     from there."""

@@ -11,13 +11,13 @@ and the default is P2's.
 import math
 from collections.abc import Callable
 from fractions import Fraction
-from typing import Literal, NamedTuple, Self
+from typing import Annotated, Literal, NamedTuple, Self
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from mhmoe_kernels.abilities import KERNELS, KernelLimits, KernelName
 from mhmoe_ray.architectures import ARCHITECTURES, Architecture, ArchitectureName
-from mhmoe_ray.spec.base import Section
+from mhmoe_ray.spec.base import Section, unmeasured
 
 RouterName = Literal["linear", "xmoe", "xmoe_torchscale", "domain"]
 AttentionBias = Literal["none", "qkv", "all"]
@@ -148,14 +148,15 @@ class MoESpec(Section):
     expert had fewer rows than the mean, and falls by it if the expert had more. The bias affects only the choice of
     experts."""
 
-    kernel: KernelName = "auto"
+    kernel: Annotated[KernelName, unmeasured("sonicmoe", "deepgemm", "fp8", "cuda_graphs")] = "auto"
     """Kernel that runs routed rows through the experts (kernels/README.md). auto: the fastest kernel that the hardware
     can run. cpp: compiled for the CPU on which it runs. capacity: the papers' static layout with its N x E x C masks,
     for comparison."""
     recompute: float | None = Field(default=None, ge=0, le=1)
     """Share of the routes whose hidden rows are recomputed in the backward instead of kept. By default it is 0.6 if an
-    expert is at least 8 times as wide as a row, and otherwise 0. It applies to kernel grouped, and to auto where that
-    selects grouped. Of the other kernels, cpp and triton keep no hidden rows, and the rest keep all."""
+    expert is at least 8 times as wide as a row, and otherwise 0. It applies to kernels grouped, grouped_gemm and
+    grouped_mm, and to auto where that selects one of them. Of the other kernels, cpp and triton keep no hidden rows,
+    and the rest keep all."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -428,8 +429,7 @@ class ModelSpec(Section):
             )
         if limits.max_row_width is not None and row_width > limits.max_row_width:
             raise ValueError(
-                f"moe.kernel {moe.kernel} takes rows up to {limits.max_row_width} wide, not {row_width}: "
-                "set it to grouped"
+                f"moe.kernel {moe.kernel} takes rows up to {limits.max_row_width} wide, not {row_width}: set it to auto"
             )
 
     @property

@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from mhmoe_ray.spec.base import Section
+from mhmoe_ray.spec.base import Section, unmeasured
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
@@ -20,7 +20,7 @@ class TrainSpec(Section):
     depend on the number of workers."""
     micro_batch_size: PositiveInt
     """b: number of sequences in one micro-batch."""
-    precision: Literal["float32", "bfloat16"] = "float32"
+    precision: Annotated[Literal["float32", "bfloat16"], unmeasured("fp8", "float8", "nvfp4")] = "float32"
     """Precision of training. bfloat16: autocast for matrix products; weights, router and loss stay float32. On a CPU it
     is faster with AMX or AMD's AVX512_BF16. On Intel's CPUs without AMX, products take twice as long as in float32."""
     recompute: bool = False

@@ -117,8 +117,9 @@ def test_error_of_a_wrong_key_or_value_is_one_line_that_names_it(override, expec
         ),
         (
             ["moe.kernel=triton", "d_model=4096"],
-            "kernel triton takes rows up to 1024 wide, not 2048: set it to grouped",
+            "kernel triton takes rows up to 1024 wide, not 2048: set it to auto",
         ),
+        (["moe.kernel=sonicmoe"], r"kernel.*sonicmoe is not offered until it has been measured on a GPU"),
         (["backbone=subln", "kv_heads=2"], "kv_heads: grouped queries are for the llama backbone"),
         (["moe.heads=5"], "d_model 128 does not split into 5 equal sub-tokens; or set moe.d_sub_token"),
         (["moe.d_sub_token=0"], r"moe\.d_sub_token': Input should be greater than 0 \(got 0\)"),
