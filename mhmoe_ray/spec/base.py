@@ -21,7 +21,7 @@ def section_keys(section: type[BaseModel]) -> list[str]:
 
 
 def unmeasured(*names: str) -> BeforeValidator:
-    """Return a validator that refuses the names of techniques for GPUs which are not offered until they are measured."""
+    """Return a validator that refuses names of techniques for GPUs which are not offered until they are measured."""
 
     def refuse(value: Any) -> Any:
         if value in names:
