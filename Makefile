@@ -26,7 +26,7 @@ help:
 	@echo "make test-tools   exports in transformers 5.16, TRL, PEFT and lm-eval, which it installs in .venv-tools"
 	@echo "make soak-train   50 random kills of one run, which must end like an undisturbed one (SOAK_SEED, SOAK_KILLS)"
 	@echo "make soak-serve   half an hour of clients of all kinds, good and bad (SOAK_SEED, SOAK_SECONDS)"
-	@echo "make test-gpu     the tests that need CUDA, without an installation; without a GPU they skip"
+	@echo "make test-gpu     the tests that need CUDA, without an installation"
 	@echo "make gpu-acceptance  what one GPU shows in half an hour, beside predictions; installs nothing (ACCEPTANCE='--parts"
 	@echo "                  layers'); make gpu-wheels fetches the packages that it needs beside torch"
 	@echo "make test-cpu     the tests that depend on the CPU, at each of its levels; MHMOE_CPU_LEVEL=avx2 make test"
@@ -73,6 +73,7 @@ soak-serve: .venv/installed-dev
 
 # This installs nothing either, and needs no Ray: the settings of pytest and the common fixtures are left out.
 test-gpu:
+	@$(or $(wildcard $(BIN)/python),$(PYTHON)) -c "import torch; assert torch.cuda.is_available(), 'torch finds no GPU'"
 	PYTHONPATH=.:kernels:.gpu-wheels $(or $(wildcard $(BIN)/python),$(PYTHON)) -m pytest -c /dev/null --rootdir . \
 		-W ignore::pytest.PytestUnknownMarkWarning \
 		--noconftest -m gpu tests/gpu tests/kernels/triton tests/kernels/test_megablocks.py tests/bench

@@ -82,7 +82,8 @@ def unavailable_reason(name: str, device: torch.device, sizes: ExpertSizes | Non
 def expert_sizes(x_ND: Tensor, weights: ExpertWeights) -> ExpertSizes:
     """Return the sizes of experts that compute these rows."""
     dtype = str(x_ND.dtype).removeprefix("torch.")
-    return ExpertSizes(weights.function.name, dtype, x_ND.shape[1], weights.stacked[0].shape[1])
+    experts, hidden = weights.stacked[0].shape[:2]
+    return ExpertSizes(weights.function.name, dtype, x_ND.shape[1], hidden, experts)
 
 
 @cache

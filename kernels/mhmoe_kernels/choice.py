@@ -20,6 +20,8 @@ class ExpertSizes(NamedTuple):
     row_width: int
     hidden: int
     """Hidden width of an expert."""
+    experts: int
+    """Number of experts of a rank."""
 
     @property
     def is_aligned(self) -> bool:

@@ -123,7 +123,13 @@ class RunSpec(Section):
         model, moe = self.model, self.model.moe
         if moe is None:
             return None
-        return ExpertSizes(model.architecture.expert_function, self.train.precision, model.row_width, moe.d_expert)
+        return ExpertSizes(
+            model.architecture.expert_function,
+            self.train.precision,
+            model.row_width,
+            moe.d_expert,
+            moe.experts // self.cluster.ep,
+        )
 
     def _check_chat(self, source: str) -> None:
         """Check that conversations are trained whole and apart from each other; `source` is the name of one source."""

@@ -38,6 +38,10 @@ def unavailable_reason(device: torch.device) -> str | None:
     return None
 
 
+MAX_TORCH_GROUPS = 1024
+"""Number of groups that torch's grouped_mm no longer takes."""
+
+
 def is_interpreted() -> bool:
     """Return whether Triton interprets kernels on the CPU."""
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes")
@@ -53,14 +57,15 @@ def fused_refusal(device: torch.device, sizes: ExpertSizes) -> str | None:
         return f"kernel triton holds rows of at most {limit} values on the chip, and these have {sizes.row_width}"
     if device.type != "cuda":
         return None
+    if torch.version.hip:
+        return "kernel triton has only been compiled for NVIDIA's GPUs: use grouped_gemm"
     from mhmoe_kernels.triton.resources import fused_refusal as compiled_refusal
 
     kind = "swiglu" if sizes.function == "swiglu" else "gelu"
     properties = torch.cuda.get_device_properties(device)
     capability = 10 * properties.major + properties.minor
     dtype = torch.float32 if sizes.dtype == "float32" else torch.bfloat16
-    # AMD's GPUs do not have this property; they have 64 KiB.
-    shared_limit = getattr(properties, "shared_memory_per_block_optin", 64 << 10)
+    shared_limit: int = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
     reason = compiled_refusal(kind, sizes.row_width, dtype, capability, shared_limit)
     return f"kernel triton: {reason}" if reason else None
 
@@ -70,8 +75,13 @@ def grouped_mm_refusal(device: torch.device, sizes: ExpertSizes) -> str | None:
     line; None if it can."""
     if sizes.function != "swiglu":
         return "kernel grouped_mm has no biases, which these experts have: use grouped_gemm"
+    if sizes.experts >= MAX_TORCH_GROUPS:
+        return f"kernel grouped_mm takes fewer than {MAX_TORCH_GROUPS} experts, not {sizes.experts}: use grouped_gemm"
     if sizes.dtype != "bfloat16" or not sizes.is_aligned:
         return "kernel grouped_mm computes bfloat16 with widths that are multiples of 8: use grouped_gemm"
+    # AMD's capabilities have numbers of their own.
+    if device.type == "cuda" and torch.version.hip:
+        return "kernel grouped_mm has only been considered for NVIDIA's GPUs: use grouped_gemm"
     if device.type == "cuda" and (major := torch.cuda.get_device_capability(device)[0]) not in (9, 10):
         return f"torch's grouped_mm makes the host wait on compute capability {major}.x: use grouped_gemm"
     return None

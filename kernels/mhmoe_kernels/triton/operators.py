@@ -179,7 +179,7 @@ def _launch_schedule(count_E: Tensor, offset_E1: Tensor, expert_T: Tensor, start
     experts = len(count_E)
     sort.schedule_tiles[grid](
         count_E, offset_E1, expert_T, start_T, len(expert_T), experts, rows_per_tile, 32,
-        triton.next_power_of_2(experts),
+        max(16, triton.next_power_of_2(experts)),
     )  # fmt: skip
 
 

@@ -30,6 +30,9 @@ SHARED_LIMITS = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 
 MAX_SPILLED_BYTES = 64
 """Bytes per thread that a kernel may spill to memory before a choice of blocks counts as bad."""
 
+WIDTH, HIDDEN = 2048, 856
+"""Width of a row and hidden width of an expert for which grouped products are compiled. 856 is no multiple of 16."""
+
 _INT64 = {"expert_NK", "count_E", "dropped"}
 _INT32 = {
     "route_R", "slot_NK", "slot_KN", "slot_R", "offset_E1", "expert_T", "start_T", "count_BE", "before_BE", "total_E",
@@ -42,7 +45,6 @@ _FLOAT32 = {
 """Names of the kernels' arguments that point to numbers of a fixed type. All other pointers have names with an
 underscore, and point to the dtype of the computation."""
 _OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
-_ALIGNED_SIZES = ("IN", "OUT", "D", "F")
 
 _FUSED: dict[tuple[str, Kernel], triton.JITFunction] = {
     ("swiglu", "forward"): fused_swiglu.swiglu_forward,
@@ -70,27 +72,13 @@ class Usage(NamedTuple):
     """Bytes per thread that the kernel keeps in memory because registers are short."""
     shared_bytes: int
     matrix_instructions: int
-    traps: int
-    """Instructions that end the kernel with an error: the compiler could not translate a part of it."""
-
-    def refusal(self, shared_limit: int) -> str | None:
-        """Return the reason why the kernel cannot run, in one clause; None if it can.
-
-        Args:
-            shared_limit: bytes of shared memory that a program can have on the GPU.
-        """
-        if self.traps:
-            return "Triton compiles it to a trap for this GPU"
-        if self.shared_bytes > shared_limit:
-            return f"it needs {self.shared_bytes} bytes of shared memory, and this GPU has {shared_limit}"
-        return None
 
 
 def fused_builds(kind: str, width: int, dtype: torch.dtype) -> Iterator[Build]:
     """Yield the kernels of fused experts of one kind for rows of a width."""
     for (own_kind, kernel), function in _FUSED.items():
         if own_kind == kind:
-            options = kernel_options(64, 8, width, blocks_for(kind, kernel, width, dtype))
+            options = kernel_options(64, 8, width, HIDDEN, blocks_for(kind, kernel, width, dtype))
             yield Build(f"{kind} {kernel}", function, options)
 
 
@@ -99,6 +87,8 @@ def grouped_builds(capability: int, dtype: torch.dtype) -> Iterator[Build]:
     for block_rows in ROW_BLOCKS:
         block = linear_blocks(block_rows, dtype, capability)
         common = {
+            "IN": WIDTH,
+            "OUT": HIDDEN,
             "E": 64,
             "BLOCK_ROWS": block_rows,
             "BLOCK_OUT": block.out,
@@ -106,55 +96,66 @@ def grouped_builds(capability: int, dtype: torch.dtype) -> Iterator[Build]:
             "num_warps": block.warps,
             "num_stages": block.stages,
         }
-        for variant, flags in {
+        variants: dict[str, dict[str, Any]] = {
             "forward": {"TRANSPOSED": True},
             "forward with a bias": {"TRANSPOSED": True, "HAS_BIAS": True},
-            "forward of odd sizes": {"TRANSPOSED": True, "IS_EVEN": False},
+            "forward of other sizes": {"TRANSPOSED": True, "IS_EVEN": False, "IN": HIDDEN, "OUT": WIDTH},
             "forward with known rows": {"TRANSPOSED": True, "HAS_KNOWN_ROWS": True},
             "backward": {},
             "backward of two": {"HAS_SECOND": True},
-            "backward of odd sizes": {"IS_EVEN": False},
-        }.items():
+            "backward of other sizes": {"IS_EVEN": False, "IN": HIDDEN, "OUT": WIDTH},
+        }
+        for variant, flags in variants.items():
             defaults = dict.fromkeys(("TRANSPOSED", "HAS_SECOND", "HAS_BIAS", "HAS_KNOWN_ROWS"), False) | {
                 "IS_EVEN": True
             }
             yield Build(f"linear {block_rows} {variant}", product.grouped_linear, {**common, **defaults, **flags})
     block_out, block = outer_blocks(dtype, capability)
-    constants = {"E": 64, "BLOCK_ROWS": block.inner, "BLOCK_OUT": block_out, "BLOCK_IN": block.out}
-    yield Build("outer", product.grouped_outer, {**constants, "num_warps": block.warps, "num_stages": block.stages})
+    blocks = {"BLOCK_ROWS": block.inner, "BLOCK_OUT": block_out, "BLOCK_IN": block.out}
+    options = {"num_warps": block.warps, "num_stages": block.stages}
+    for name, sizes in {"outer": (HIDDEN, WIDTH), "outer of down": (WIDTH, HIDDEN)}.items():
+        constants = {"OUT": sizes[0], "IN": sizes[1], "E": 64}
+        yield Build(name, product.grouped_outer, {**constants, **blocks, **options})
 
 
 def small_builds() -> Iterator[Build]:
     """Yield the kernels between products, those of routes and those of the router, for typical sizes."""
-    blocks = {"BLOCK_R": 4, "BLOCK_F": 512}
+    blocks = {"F": HIDDEN, "BLOCK_R": 4, "BLOCK_F": 512}
     yield Build("swiglu", swiglu.swiglu_forward, {"BLOCK": 1024})
     yield Build("swiglu backward", swiglu.swiglu_backward, {"HAS_SCALES": True, **blocks})
     yield Build("gelu and norm", gelu.gelu_norm_forward, {"E": 64, **blocks})
-    yield Build("gelu and norm backward", gelu.gelu_norm_backward, {"E": 64, "HAS_SCALES": True, **blocks})
-    sums = {"HAS_SCALES": True, "BLOCK_R": 32, "BLOCK_F": 128}
+    yield Build("gelu and norm backward", gelu.gelu_norm_backward, {"D": WIDTH, "E": 64, "HAS_SCALES": True, **blocks})
+    sums = {"F": HIDDEN, "HAS_SCALES": True, "BLOCK_R": 32, "BLOCK_F": 128}
     yield Build("sums of the norm", gelu.norm_sums, sums)
     yield Build("sums of rows", gelu.row_sums, sums)
-    yield Build("gather", rows.gather_rows, {"K": 8, "BLOCK_R": 16, "BLOCK_D": 256})
+    yield Build("gather", rows.gather_rows, {"D": WIDTH, "K": 8, "BLOCK_R": 16, "BLOCK_D": 256})
     yield Build(
-        "combine", rows.combine_rows, {"K": 8, "HAS_SECOND": True, "HAS_GATES": True, "BLOCK_N": 16, "BLOCK_D": 256}
+        "combine",
+        rows.combine_rows,
+        {"D": WIDTH, "K": 8, "HAS_SECOND": True, "HAS_GATES": True, "BLOCK_N": 16, "BLOCK_D": 256},
     )
     route_block = sort.ROUTES_PER_BLOCK
-    yield Build(
-        "sort: counts", sort.count_routes, {"E": 300, "K": 8, "BY_CHOICE": True, "BLOCK": route_block, "BINS": 512}
-    )
-    yield Build("sort: sums", sort.add_counts, {"E": 300, "BLOCK_B": 128, "BLOCK_E": 16})
-    yield Build("sort: tiles", sort.schedule_tiles, {"E": 300, "BLOCK_ROWS": 128, "BLOCK_T": 32, "BLOCK_E": 512})
-    yield Build("sort: places", sort.place_routes, {"E": 300, "K": 8, "BY_CHOICE": True, "BLOCK": route_block})
-    routing = {"E": 300, "K": 8, "NORMALIZED": True, "BLOCK_N": 8, "BLOCK_E": 512}
-    yield Build("route", router.route_rows, routing)
-    yield Build("route backward", router.route_rows_backward, {**routing, "HAS_DROPS": True, "BLOCK_N": 4})
-    sums = {"E": 300, "K": 8, "COUNTS_FIRST": False, "BLOCK_P": 16, "BLOCK_E": 512}
-    yield Build("route: sums", router.sum_programs, sums)
-    yield Build("route: drops", router.drop_routes, {"E": 300, "K": 8, "BLOCK": 1024, "BLOCK_E": 512})
+    for experts in (1, 300, 1024):
+        columns = max(16, triton.next_power_of_2(experts))
+        choices = {"K": min(8, experts), "E": experts}
+        order = {"BY_CHOICE": True, "BLOCK": route_block, **choices}
+        bins = max(16, triton.next_power_of_2(experts + 1))
+        yield Build(f"sort: counts, E {experts}", sort.count_routes, {**order, "BINS": bins})
+        yield Build(f"sort: sums, E {experts}", sort.add_counts, {"E": experts, "BLOCK_B": 128, "BLOCK_E": 16})
+        tiles = {"E": experts, "BLOCK_ROWS": 128, "BLOCK_T": 32, "BLOCK_E": columns}
+        yield Build(f"sort: tiles, E {experts}", sort.schedule_tiles, tiles)
+        yield Build(f"sort: places, E {experts}", sort.place_routes, order)
+        routing = {**choices, "NORMALIZED": True, "BLOCK_E": columns}
+        yield Build(f"route, E {experts}", router.route_rows, {**routing, "BLOCK_N": max(1, 4096 // columns)})
+        backward = {**routing, "HAS_DROPS": True, "BLOCK_N": max(1, 2048 // columns)}
+        yield Build(f"route backward, E {experts}", router.route_rows_backward, backward)
+        programs = {**choices, "COUNTS_FIRST": False, "BLOCK_P": max(1, 8192 // columns), "BLOCK_E": columns}
+        yield Build(f"route: sums, E {experts}", router.sum_programs, programs)
+        yield Build(f"route: drops, E {experts}", router.drop_routes, {**choices, "BLOCK": 1024, "BLOCK_E": columns})
 
 
-def usage(build: Build, capability: int, dtype: torch.dtype) -> Usage:
-    """Return the resources of a kernel, compiled for a GPU with all sizes multiples of 16.
+def compile_build(build: Build, capability: int, dtype: torch.dtype) -> Any:
+    """Return a kernel compiled for a GPU, which need not be there.
 
     Args:
         build: the kernel.
@@ -168,13 +169,30 @@ def usage(build: Build, capability: int, dtype: torch.dtype) -> Usage:
         name: "constexpr" if name in constants else _argument_type(name, element) for name in build.function.arg_names
     }
     aligned = {
-        (index,): [["tt.divisibility", 16]]
-        for index, (name, kind) in enumerate(signature.items())
-        if kind.startswith("*") or (name in _ALIGNED_SIZES and kind != "constexpr")
+        (index,): [["tt.divisibility", 16]] for index, kind in enumerate(signature.values()) if kind.startswith("*")
     }
     source = ASTSource(build.function, signature, constants, aligned)
     target = GPUTarget("cuda", capability, 32)
-    compiled = triton.compile(source, target=target, options={"enable_fp_fusion": True, **options})
+    return triton.compile(source, target=target, options={"enable_fp_fusion": True, **options})
+
+
+def refusal(compiled: Any, shared_limit: int) -> str | None:
+    """Return the reason why a compiled kernel cannot run on a GPU, in one clause; None if it can.
+
+    Args:
+        compiled: result of `compile_build`.
+        shared_limit: bytes of shared memory that a program can have on the GPU.
+    """
+    # A trap ends a kernel with an error: the compiler could not translate a part of it.
+    if re.search(r"^\s*trap;", compiled.asm["ptx"], re.M):
+        return "Triton compiles it to a trap for this GPU"
+    if compiled.metadata.shared > shared_limit:
+        return f"it needs {compiled.metadata.shared} bytes of shared memory, and this GPU has {shared_limit}"
+    return None
+
+
+def usage(compiled: Any) -> Usage:
+    """Return the resources of a compiled kernel, by a tool that Triton brings along."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
@@ -187,7 +205,6 @@ def usage(build: Build, capability: int, dtype: torch.dtype) -> Usage:
         spilled_bytes=int(fields["STACK"]),
         shared_bytes=compiled.metadata.shared,
         matrix_instructions=sum(map(code.count, ("wgmma.mma_async", "mma.sync", "tcgen05.mma"))),
-        traps=len(re.findall(r"^\s*trap;", code, re.M)),
     )
 
 
@@ -213,7 +230,7 @@ def fused_refusal(kind: str, width: int, dtype: torch.dtype, capability: int, sh
         shared_limit: bytes of shared memory that a program can have.
     """
     for build in fused_builds(kind, width, dtype):
-        if reason := usage(build, capability, dtype).refusal(shared_limit):
+        if reason := refusal(compile_build(build, capability, dtype), shared_limit):
             return f"{build.name} for rows of {width}: {reason}"
     return None
 
@@ -225,9 +242,9 @@ def main(arguments: list[str]) -> None:
     for capability in capabilities:
         fused = [build for width in widths for kind in ("swiglu", "gelu") for build in _with_width(kind, width)]
         for build in (*grouped_builds(capability, torch.bfloat16), *small_builds(), *fused):
-            kernel_usage = usage(build, capability, torch.bfloat16)
-            warning = kernel_usage.refusal(SHARED_LIMITS[capability]) or ""
-            print(f"sm_{capability} {build.name:32} {tuple(kernel_usage)!s:32} {warning}", flush=True)
+            compiled = compile_build(build, capability, torch.bfloat16)
+            warning = refusal(compiled, SHARED_LIMITS[capability]) or ""
+            print(f"sm_{capability} {build.name:32} {tuple(usage(compiled))!s:28} {warning}", flush=True)
 
 
 def _with_width(kind: str, width: int) -> Iterator[Build]:

@@ -17,7 +17,7 @@ def _load_logits(logits_NE, row, N, E: tl.constexpr, BLOCK_E: tl.constexpr):
     return tl.where((expert < E)[None, :], logits, float("-inf"))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def route_rows(
     logits_NE, expert_NK, gate_NK, log_sum_N, probability_PE, first_PE, count_PE, z_P, N, scale,
     E: tl.constexpr, K: tl.constexpr, NORMALIZED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
@@ -44,7 +44,10 @@ def route_rows(
         probability_sum += tl.sum(tl.where(inside[:, None], probability, 0.0), 0)
         z_sum += tl.sum(tl.where(inside, log_sum * log_sum, 0.0), 0)
         # The gates of a row are divided by the sum of the chosen exponentials, or of all.
-        remaining, chosen_total = logits, tl.zeros([BLOCK_N], tl.float32)
+        # A row of NaN must still choose experts that exist, so NaN, -inf and very small logits rank alike, above the
+        # columns past E. The gates of such a row are NaN.
+        ranks = tl.where((column < E)[None, :], tl.maximum(logits, -3.4e38), float("-inf"))
+        remaining, chosen_total = ranks, tl.zeros([BLOCK_N], tl.float32)
         for k in tl.static_range(K):
             choice = tl.argmax(remaining, 1)
             is_chosen = column[None, :] == choice[:, None]
@@ -55,7 +58,7 @@ def route_rows(
             if k == 0:
                 first_sum += choice_count
             tl.store(expert_NK + row.to(tl.int64) * K + k, choice.to(tl.int64), mask=inside)
-        remaining, divisor = logits, chosen_total if NORMALIZED else total
+        remaining, divisor = ranks, chosen_total if NORMALIZED else total
         for k in tl.static_range(K):
             is_chosen = column[None, :] == tl.argmax(remaining, 1)[:, None]
             remaining = tl.where(is_chosen, float("-inf"), remaining)
@@ -68,7 +71,7 @@ def route_rows(
     tl.store(z_P + program, z_sum)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["P", "N"])
 def sum_programs(
     probability_PE, first_PE, count_PE, z_P, share_E, count_E, balance, z, P, N,
     E: tl.constexpr, K: tl.constexpr, COUNTS_FIRST: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_E: tl.constexpr,
@@ -99,7 +102,7 @@ def _load_gate_gradient(dgate_NK, kept_NK, value_offset, inside, HAS_DROPS: tl.c
     return tl.load(dgate_NK + value_offset, mask=mask, other=0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def route_rows_backward(
     logits_NE, expert_NK, gate_NK, log_sum_N, share_E, dgate_NK, dbalance, dz, kept_NK, dlogits_NE, N,
     scale, E: tl.constexpr, K: tl.constexpr, NORMALIZED: tl.constexpr, HAS_DROPS: tl.constexpr,
@@ -139,7 +142,7 @@ def route_rows_backward(
     tl.store(dlogits_NE + value_offset, dlogits, mask=inside[:, None] & (column < E)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "capacity"])
 def drop_routes(
     expert_NK, gate_NK, slot_KN, offset_E1, kept_gate_NK, kept_NK, count_E, dropped, N, capacity,
     E: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr, BLOCK_E: tl.constexpr,

@@ -112,7 +112,7 @@ def _drop_routes(expert_NK: Tensor, gate_NK: Tensor, experts: int, capacity: int
     rows, top_k = expert_NK.shape
     router.drop_routes[(triton.cdiv(rows * top_k, 1024),)](
         expert_NK, gate_NK, routes.slot_NK, routes.offset_E1, kept_gate_NK, kept_NK, count_E, dropped, rows, capacity,
-        experts, top_k, 1024, triton.next_power_of_2(experts),
+        experts, top_k, 1024, max(16, triton.next_power_of_2(experts)),
     )  # fmt: skip
     return results
 

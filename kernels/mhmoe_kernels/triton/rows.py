@@ -4,8 +4,8 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
-def gather_rows(x_ND, route_R, x_RD, R, D, K: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr):
+@triton.jit(do_not_specialize=["R"])
+def gather_rows(x_ND, route_R, x_RD, R, D: tl.constexpr, K: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr):
     """Copy the row of each sorted route; route r belongs to row r // K."""
     # The index is 64 bits wide, because the offset of a value may exceed 32 bits.
     slot = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -16,9 +16,9 @@ def gather_rows(x_ND, route_R, x_RD, R, D, K: tl.constexpr, BLOCK_R: tl.constexp
     tl.store(x_RD + slot[:, None] * D + column[None, :], x, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def combine_rows(
-    out_RD, second_RD, slot_NK, gate_NK, y_ND, N, D, K: tl.constexpr,
+    out_RD, second_RD, slot_NK, gate_NK, y_ND, N, D: tl.constexpr, K: tl.constexpr,
     HAS_SECOND: tl.constexpr, HAS_GATES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Add the routes of each row in float32, weighted by its gates; without gates, add them as they are.

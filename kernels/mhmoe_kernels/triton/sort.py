@@ -26,7 +26,7 @@ def _load_experts(expert_NK, index, R, E: tl.constexpr, K: tl.constexpr, BY_CHOI
     return tl.load(expert_NK + route, mask=index < R, other=E).to(tl.int32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R"])
 def count_routes(
     expert_NK, count_BE, R, E: tl.constexpr, K: tl.constexpr, BY_CHOICE: tl.constexpr,
     BLOCK: tl.constexpr, BINS: tl.constexpr,
@@ -39,7 +39,7 @@ def count_routes(
     tl.store(count_BE + block * E + bin_, tl.histogram(expert, BINS), mask=bin_ < E)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B"])
 def add_counts(count_BE, before_BE, total_E, B, E: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_E: tl.constexpr):
     """Store, for each block and expert, the number of the expert's routes in earlier blocks, and each total."""
     expert = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
@@ -54,7 +54,7 @@ def add_counts(count_BE, before_BE, total_E, B, E: tl.constexpr, BLOCK_B: tl.con
     tl.store(total_E + expert, total, mask=expert < E)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def schedule_tiles(
     total_E, offset_E1, expert_T, start_T, T, E: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
@@ -82,7 +82,7 @@ def schedule_tiles(
     tl.store(start_T + tile, first_route + (tile - first_tile) * BLOCK_ROWS, mask=tile < T)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R"])
 def place_routes(
     expert_NK, before_BE, offset_E1, route_R, slot_R, R, E: tl.constexpr, K: tl.constexpr, BY_CHOICE: tl.constexpr,
     BLOCK: tl.constexpr,

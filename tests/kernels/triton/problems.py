@@ -47,12 +47,12 @@ def outputs_and_gradients(function, x, expert, gate, weights):
     return y, *torch.autograd.grad((y * direction).sum(), [x, gate, *stacked], materialize_grads=True)
 
 
-def relative_errors(function, x, expert, gate, weights):
-    """Return the relative errors of the outputs of `function` and of each gradient, compared with `reference` in
-    float64."""
+def largest_error(function, x, expert, gate, weights):
+    """Return the largest relative error of the outputs of `function` and of each gradient, compared with `reference` in
+    float64; NaN if one of them is."""
     results = outputs_and_gradients(function, x, expert, gate, weights)
     wide_weights = ExpertWeights(weights.function, tuple(w.double() for w in weights.stacked))
     expected = outputs_and_gradients(partial(run_experts, "reference"), x.double(), expert, gate.double(), wide_weights)
     assert [t.dtype for t in results] == [x.dtype, x.dtype, gate.dtype, *(w.dtype for w in weights.stacked)]
     pairs = [(a.detach().double(), b.detach()) for a, b in zip(results, expected, strict=True)]
-    return [float((a - b).norm() / b.norm().clamp(min=1e-12)) for a, b in pairs]
+    return float(torch.stack([(a - b).norm() / b.norm().clamp(min=1e-12) for a, b in pairs]).max())

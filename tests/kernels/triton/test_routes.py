@@ -13,6 +13,8 @@ from tests.kernels.triton.problems import DEVICE
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed"),
     pytest.mark.long,
+    # They also run without a GPU, in the interpreter.
+    pytest.mark.gpu,
 ]
 
 

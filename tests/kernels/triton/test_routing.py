@@ -14,37 +14,33 @@ from tests.kernels.triton.problems import DEVICE
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed"),
     pytest.mark.long,
+    # They also run without a GPU, in the interpreter.
+    pytest.mark.gpu,
 ]
 
 
-@settings(deadline=None, max_examples=30)
-@given(
-    seed=st.integers(0, 2**20), rows=st.integers(1, 300), experts=st.sampled_from([2, 5, 16, 40]), k=st.integers(1, 2),
-    normalized=st.booleans(), scale=st.sampled_from([1.0, 2.5]), choices=st.sampled_from(["first", "all"]),
-    capacity_factor=st.sampled_from([None, 0.5, 1.25]),
-)  # fmt: skip
-def test_routing_is_that_of_the_model(seed, rows, experts, k, normalized, scale, choices, capacity_factor):
+class Logits(torch.nn.Module):
+    """Scores that are the rows themselves, so that a router routes given logits."""
+
+    def forward(self, x_NE):
+        return x_NE
+
+    def balance_probabilities(self, x_NE, probability_NE):
+        return probability_NE
+
+
+def assert_routing_is_that_of_the_model(logits, moe):
+    """Compare choices, gates, counts, losses and the gradient of the logits with the model's router in float64."""
     from mhmoe_kernels.triton import fused_routing
 
-    # With a single choice there are no others, and the spec says so.
-    normalized, choices = (normalized, choices) if k > 1 else (False, "first")
-    generator = torch.Generator().manual_seed(seed)
-    logits = (3 * torch.randn(rows, experts, generator=generator)).to(DEVICE).requires_grad_()
-    moe = MoESpec(
-        heads=1, experts=experts, top_k=k, d_expert=8, normalize_gates=normalized, gate_scale=scale,
-        balance_choices=choices, capacity_factor=capacity_factor,
-    )  # fmt: skip
     routing = fused_routing(
-        logits, k, moe.expert_capacity(rows), normalized=normalized, scale=scale, counts_first=choices == "first"
+        logits,
+        moe.top_k,
+        moe.expert_capacity(len(logits)),
+        normalized=moe.normalize_gates,
+        scale=moe.gate_scale,
+        counts_first=moe.balance_choices == "first",
     )
-
-    class Logits(torch.nn.Module):
-        def forward(self, x_NE):
-            return x_NE
-
-        def balance_probabilities(self, x_NE, probability_NE):
-            return probability_NE
-
     router = Router(8, moe)
     router.scores = Logits()
     wide_logits = logits.detach().double().requires_grad_()
@@ -53,7 +49,7 @@ def test_routing_is_that_of_the_model(seed, rows, experts, k, normalized, scale,
     assert torch.equal(routing.count_E, expected.count_E)
     assert torch.equal(routing.dropped_routes, expected.dropped_routes)
     assert torch.equal(routing.gate_NK == 0, expected.gate_NK == 0)
-    direction = torch.arange(rows * k, dtype=torch.float64, device=DEVICE).sin().view(rows, k)
+    direction = torch.arange(routing.gate_NK.numel(), dtype=torch.float64, device=DEVICE).sin().view_as(routing.gate_NK)
 
     def loss(result):
         return (result.gate_NK * direction).sum() + 3 * result.balance_loss + 0.1 * result.z_loss
@@ -63,3 +59,51 @@ def test_routing_is_that_of_the_model(seed, rows, experts, k, normalized, scale,
     [gradient] = torch.autograd.grad(loss(routing), logits)
     [expected_gradient] = torch.autograd.grad(loss(expected), wide_logits)
     torch.testing.assert_close(gradient.double(), expected_gradient, rtol=1e-4, atol=1e-5)
+
+
+def random_logits(seed, rows, experts):
+    generator = torch.Generator().manual_seed(seed)
+    return (3 * torch.randn(rows, experts, generator=generator)).to(DEVICE).requires_grad_()
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    seed=st.integers(0, 2**20), rows=st.integers(1, 300), experts=st.sampled_from([2, 5, 16, 40]), k=st.integers(1, 2),
+    normalized=st.booleans(), scale=st.sampled_from([1.0, 2.5]), choices=st.sampled_from(["first", "all"]),
+    capacity_factor=st.sampled_from([None, 0.5, 1.25]),
+)  # fmt: skip
+def test_routing_is_that_of_the_model(seed, rows, experts, k, normalized, scale, choices, capacity_factor):
+    # With a single choice there are no others, and the spec says so.
+    normalized, choices = (normalized, choices) if k > 1 else (False, "first")
+    moe = MoESpec(
+        heads=1, experts=experts, top_k=k, d_expert=8, normalize_gates=normalized, gate_scale=scale,
+        balance_choices=choices, capacity_factor=capacity_factor,
+    )  # fmt: skip
+    assert_routing_is_that_of_the_model(random_logits(seed, rows, experts), moe)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("capacity_factor", [None, 1.0])
+def test_many_rows_and_experts_are_routed_alike(capacity_factor):
+    moe = MoESpec(heads=1, experts=296, top_k=8, d_expert=8, capacity_factor=capacity_factor)
+    assert_routing_is_that_of_the_model(random_logits(1, 100_001, 296), moe)
+
+
+# numpy, by which the interpreter computes, warns of such numbers.
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("experts", [5, 40])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_rows_that_are_not_finite_choose_experts_that_exist(experts, value):
+    """A step whose numbers are not finite is skipped later, but until then all indices must be valid."""
+    from mhmoe_kernels.triton import fused_routing
+    from mhmoe_kernels.triton.operators import SortedRoutes, sort_routes
+
+    logits = random_logits(2, 20, experts).detach()
+    logits[3], logits[7, 1:] = value, value
+    routing = fused_routing(logits, 3, None, normalized=True, scale=1.0, counts_first=True)
+    assert int(routing.expert_NK.min()) >= 0
+    assert int(routing.expert_NK.max()) < experts
+    assert all(len(set(row)) == 3 for row in routing.expert_NK.tolist())
+    assert not routing.gate_NK[3].isfinite().all()
+    routes = SortedRoutes(*sort_routes(routing.expert_NK, experts, 16))
+    assert sorted(routes.route_R.tolist()) == list(range(60))

@@ -58,7 +58,7 @@ def load_rows(
 
 @triton.jit
 def load_columns(
-    w: tl.tensor, f_B: tl.tensor, F: tl.tensor, TRANSPOSED: tl.constexpr, D: tl.constexpr, CHUNKS: tl.constexpr
+    w: tl.tensor, f_B: tl.tensor, F: tl.constexpr, TRANSPOSED: tl.constexpr, D: tl.constexpr, CHUNKS: tl.constexpr
 ) -> tl.tuple:
     """Load the columns `f_B` of a matrix [D, F], or the rows `f_B` of a matrix [F, D] if TRANSPOSED, as chunks
     [width, B]."""
@@ -83,7 +83,7 @@ def store_rows(
 
 @triton.jit
 def store_columns(
-    w: tl.tensor, f_B: tl.tensor, F: tl.tensor, chunks: tl.tuple, TRANSPOSED: tl.constexpr,
+    w: tl.tensor, f_B: tl.tensor, F: tl.constexpr, chunks: tl.tuple, TRANSPOSED: tl.constexpr,
     D: tl.constexpr, CHUNKS: tl.constexpr,
 ) -> None:  # fmt: skip
     """Store chunks [width, B] in the columns `f_B` of a matrix [D, F], or in the rows `f_B` of a matrix [F, D] if

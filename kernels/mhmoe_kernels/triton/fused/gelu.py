@@ -64,8 +64,8 @@ def _dot_rows(rows, v_D, D: tl.constexpr, CHUNKS: tl.constexpr):
 @triton.jit
 def gelu_forward(
     x_ND, fc1_EFD, fc1_bias_EF, norm_weight_EF, fc2_EDF, s_ED, c_ED, route_R, offset_E1, expert_T, start_T,
-    out_RD, mean_R, rstd_R, F, eps,
-    E: tl.constexpr, K: tl.constexpr, D: tl.constexpr, CHUNKS: tl.constexpr,
+    out_RD, mean_R, rstd_R, eps,
+    F: tl.constexpr, E: tl.constexpr, K: tl.constexpr, D: tl.constexpr, CHUNKS: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
     # Indices are 64 bits wide, because the offset of a value may exceed 32 bits.
@@ -108,8 +108,8 @@ def gelu_forward(
 @triton.jit
 def gelu_backward_rows(
     x_ND, dy_ND, fc1_EFD, fc1_bias_EF, norm_weight_EF, fc2_EDF, s_ED, c_ED, mean_R, rstd_R, route_R, scale_S,
-    offset_E1, expert_T, start_T, dx_RD, dscale_S, a_R, c_R, F,
-    E: tl.constexpr, K: tl.constexpr, D: tl.constexpr, CHUNKS: tl.constexpr,
+    offset_E1, expert_T, start_T, dx_RD, dscale_S, a_R, c_R,
+    F: tl.constexpr, E: tl.constexpr, K: tl.constexpr, D: tl.constexpr, CHUNKS: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
     # Indices are 64 bits wide, because the offset of a value may exceed 32 bits.
@@ -153,8 +153,8 @@ def gelu_backward_rows(
 @triton.jit
 def gelu_backward_weights(
     x_ND, dy_ND, fc1_EFD, fc1_bias_EF, norm_weight_EF, norm_bias_EF, fc2_EDF, mean_R, rstd_R, a_R, c_R,
-    route_R, scale_S, offset_E1, dfc1_EFD, dfc1_bias_EF, dnorm_weight_EF, dnorm_bias_EF, dfc2_EDF, F,
-    E: tl.constexpr, K: tl.constexpr, D: tl.constexpr, CHUNKS: tl.constexpr,
+    route_R, scale_S, offset_E1, dfc1_EFD, dfc1_bias_EF, dnorm_weight_EF, dnorm_bias_EF, dfc2_EDF,
+    F: tl.constexpr, E: tl.constexpr, K: tl.constexpr, D: tl.constexpr, CHUNKS: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
     f = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)

@@ -19,9 +19,11 @@ from mhmoe_kernels.triton.operators import operator, schedule_tiles
 Tensors = list[Tensor]
 
 
-def kernel_options(experts: int, top_k: int, width: int, block: Blocks) -> dict[str, Any]:
-    """Return the constants and the compiler options of a kernel for rows of `width` with these block sizes."""
+def kernel_options(experts: int, top_k: int, width: int, hidden: int, block: Blocks) -> dict[str, Any]:
+    """Return the constants and the compiler options of a kernel for rows of `width`, experts of the hidden width
+    `hidden`, and these block sizes."""
     return {
+        "F": hidden,
         "E": experts,
         "K": top_k,
         "D": width,
@@ -45,7 +47,7 @@ class _Launch:
     def __init__(self, kind: str, kernel: Kernel, weights: Tensors, x_ND: Tensor, top_k: int) -> None:
         self.experts, self.hidden, self.width = weights[0].shape
         self.block = blocks_for(kind, kernel, self.width, x_ND.dtype)
-        self.options = kernel_options(self.experts, top_k, self.width, self.block)
+        self.options = kernel_options(self.experts, top_k, self.width, self.hidden, self.block)
 
     def tiles(self, offset_E1: Tensor, routes: int) -> tuple[Tensor, Tensor, Tensor]:
         """Return offset_E1, expert_T and start_T for tiles of this kernel."""
@@ -108,12 +110,12 @@ def fused_forward(
     tiles = launch.tiles(offset_E1, routes)
     grid = (len(tiles[1]),)
     if kind == "swiglu":
-        swiglu_forward[grid](x_ND, *weights, route_R, *tiles, out_RD, launch.hidden, **launch.options)
+        swiglu_forward[grid](x_ND, *weights, route_R, *tiles, out_RD, **launch.options)
         return out_RD, statistics
     fc1_EFD, fc1_bias_EF, norm_weight_EF, _, fc2_EDF, _ = weights
     gelu_forward[grid](
         x_ND, fc1_EFD, fc1_bias_EF, norm_weight_EF, fc2_EDF, *terms, route_R, *tiles, out_RD, *statistics,
-        launch.hidden, eps, **launch.options,
+        eps, **launch.options,
     )  # fmt: skip
     return out_RD, statistics
 
@@ -147,7 +149,7 @@ def fused_backward_rows(
         kernel, weights = gelu_backward_rows, [fc1_EFD, fc1_bias_EF, norm_weight_EF, fc2_EDF]
     kernel[(len(tiles[1]),)](
         x_ND, dy_ND, *weights, *terms, *statistics, route_R, scale_S, *tiles, dx_RD, dscale_S, *row_statistics,
-        launch.hidden, **launch.options,
+        **launch.options,
     )  # fmt: skip
     return dx_RD, dscale_S, row_statistics
 
@@ -168,12 +170,12 @@ def fused_backward_weights(
     gradients = [torch.empty_like(w) for w in weights]
     if kind == "swiglu":
         swiglu_backward_weights[launch.weights_grid](
-            x_ND, dy_ND, *weights, route_R, scale_S, offset_E1, *gradients, launch.hidden, **launch.options
+            x_ND, dy_ND, *weights, route_R, scale_S, offset_E1, *gradients, **launch.options
         )
         return gradients
     gelu_backward_weights[launch.weights_grid](
         x_ND, dy_ND, *weights[:5], *statistics, route_R, scale_S, offset_E1, *gradients[:5],
-        launch.hidden, **launch.options,
+        **launch.options,
     )  # fmt: skip
     width = min(128, triton.next_power_of_2(launch.width))
     weighted_row_sums[(triton.cdiv(launch.width, width), launch.experts)](

@@ -24,8 +24,8 @@ from mhmoe_kernels.triton.fused.chunks import (
 
 @triton.jit
 def swiglu_forward(
-    x_ND, gate_EFD, up_EFD, down_EDF, route_R, offset_E1, expert_T, start_T, out_RD, F,
-    E: tl.constexpr, K: tl.constexpr, D: tl.constexpr, CHUNKS: tl.constexpr,
+    x_ND, gate_EFD, up_EFD, down_EDF, route_R, offset_E1, expert_T, start_T, out_RD,
+    F: tl.constexpr, E: tl.constexpr, K: tl.constexpr, D: tl.constexpr, CHUNKS: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
     # Indices are 64 bits wide, because the offset of a value may exceed 32 bits.
@@ -56,8 +56,8 @@ def _swiglu_gradients(a, u, dh):
 
 @triton.jit
 def swiglu_backward_rows(
-    x_ND, dy_ND, gate_EFD, up_EFD, down_EDF, route_R, scale_S, offset_E1, expert_T, start_T, dx_RD, dscale_S, F,
-    E: tl.constexpr, K: tl.constexpr, D: tl.constexpr, CHUNKS: tl.constexpr,
+    x_ND, dy_ND, gate_EFD, up_EFD, down_EDF, route_R, scale_S, offset_E1, expert_T, start_T, dx_RD, dscale_S,
+    F: tl.constexpr, E: tl.constexpr, K: tl.constexpr, D: tl.constexpr, CHUNKS: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
     # Indices are 64 bits wide, because the offset of a value may exceed 32 bits.
@@ -89,8 +89,8 @@ def swiglu_backward_rows(
 
 @triton.jit
 def swiglu_backward_weights(
-    x_ND, dy_ND, gate_EFD, up_EFD, down_EDF, route_R, scale_S, offset_E1, dgate_EFD, dup_EFD, ddown_EDF, F,
-    E: tl.constexpr, K: tl.constexpr, D: tl.constexpr, CHUNKS: tl.constexpr,
+    x_ND, dy_ND, gate_EFD, up_EFD, down_EDF, route_R, scale_S, offset_E1, dgate_EFD, dup_EFD, ddown_EDF,
+    F: tl.constexpr, E: tl.constexpr, K: tl.constexpr, D: tl.constexpr, CHUNKS: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
     f = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)

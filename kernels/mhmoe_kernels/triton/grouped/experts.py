@@ -135,13 +135,15 @@ def steps_of(function: Function) -> ExpertSteps:
     return SwigluSteps() if isinstance(function, Swiglu) else GeluSublnSteps(function.eps)
 
 
-def _kept_hidden(hidden: Tensors, recompute: float) -> Tensors:
+def _kept_hidden(hidden: Tensors, recompute: float, products: Products) -> Tensors:
     """Return the part of hidden values that is kept for the backward: the first rows, without a share of the last ones.
 
-    Nothing is kept if all are recomputed.
+    Nothing is kept if all are recomputed, or if products would compute the kept rows again.
     """
     if recompute == 0:
         return hidden
+    if not products.skips_known_rows:
+        return ()
     rows = len(hidden[0])
     kept_rows = rows - round(recompute * rows)
     # A slice would keep the memory of all rows, so it is copied.
@@ -168,7 +170,7 @@ class _RoutedExperts(torch.autograd.Function):
         ctx.counts = len(weights), len(statistics)
         # If all hidden rows are recomputed, the rows are gathered again, too.
         x = x_ND if recompute == 1 else x_RD
-        ctx.save_for_backward(*routes, gate_NK, x, *weights, *statistics, *_kept_hidden(hidden, recompute))
+        ctx.save_for_backward(*routes, gate_NK, x, *weights, *statistics, *_kept_hidden(hidden, recompute, products))
         y_ND: Tensor = combine_rows(out_RD, None, routes.slot_NK, gate_NK)
         return y_ND
 
@@ -202,7 +204,7 @@ class _SortedExperts(torch.autograd.Function):
         hidden = steps.project(x_RD, weights, products)
         out_RD, statistics = steps.finish(hidden, weights, products)
         ctx.steps, ctx.products, ctx.recompute, ctx.counts = steps, products, recompute, (len(weights), len(statistics))
-        ctx.save_for_backward(x_RD, *weights, *statistics, *_kept_hidden(hidden, recompute))
+        ctx.save_for_backward(x_RD, *weights, *statistics, *_kept_hidden(hidden, recompute, products))
         return out_RD
 
     @staticmethod
@@ -227,8 +229,8 @@ def run(
     make_products: MakeProducts, x_ND: Tensor, expert_NK: Tensor, gate_NK: Tensor, weights: ExpertWeights
 ) -> Tensor:
     """Run routed rows through experts, as `mhmoe_kernels.run_experts` does, in float32 or bfloat16."""
-    steps = steps_of(weights.function)
-    return _routed_experts(steps, make_products, weights.recompute, expert_NK, x_ND, gate_NK, *weights.stacked)
+    steps, recompute = steps_of(weights.function), _applied_recompute(weights)
+    return _routed_experts(steps, make_products, recompute, expert_NK, x_ND, gate_NK, *weights.stacked)
 
 
 def run_sorted(make_products: MakeProducts, x_RD: Tensor, counts: list[int], weights: ExpertWeights) -> Tensor:
@@ -238,4 +240,9 @@ def run_sorted(make_products: MakeProducts, x_RD: Tensor, counts: list[int], wei
     count_E = torch.tensor(counts, dtype=torch.int32, pin_memory=x_RD.is_cuda).to(x_RD.device, non_blocking=True)
     offset_E1, expert_T, start_T = schedule_tiles(count_E, len(x_RD), tile_rows)
     products = make_products(Tiles(offset_E1, expert_T, start_T, tile_rows))
-    return _sorted_experts(steps_of(weights.function), products, weights.recompute, x_RD, *weights.stacked)
+    return _sorted_experts(steps_of(weights.function), products, _applied_recompute(weights), x_RD, *weights.stacked)
+
+
+def _applied_recompute(weights: ExpertWeights) -> float:
+    """Return the share of rows that are recomputed; without a backward there are none to keep a part of."""
+    return weights.recompute if torch.is_grad_enabled() else 0.0

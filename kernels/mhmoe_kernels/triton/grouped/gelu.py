@@ -25,15 +25,15 @@ def _gelu_slope(x):
 
 
 @triton.jit
-def _load_vector(v_EF, expert, column, F):
+def _load_vector(v_EF, expert, column, F: tl.constexpr):
     """Return part of an expert's vector as a float32 row."""
     return tl.load(v_EF + expert * F + column, mask=column < F, other=0.0).to(tl.float32)[None, :]
 
 
 @triton.jit
 def gelu_norm_forward(
-    inner_RF, norm_weight_EF, norm_bias_EF, offset_E1, expert_T, start_T, normed_RF, mean_R, rstd_R, F, eps,
-    E: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_F: tl.constexpr,
+    inner_RF, norm_weight_EF, norm_bias_EF, offset_E1, expert_T, start_T, normed_RF, mean_R, rstd_R, eps,
+    F: tl.constexpr, E: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
     """Compute normed = norm(gelu(inner)) for BLOCK_R rows of a tile."""
     expert = tl.load(expert_T + tl.program_id(0))
@@ -72,8 +72,9 @@ def gelu_norm_forward(
 @triton.jit
 def gelu_norm_backward(
     inner_RF, dnormed_RF, mean_R, rstd_R, norm_weight_EF, norm_bias_EF, dout_RD, out_bias_ED, scale_S, route_R,
-    offset_E1, expert_T, start_T, dinner_RF, normed_RF, dscale_S, F, D,
-    E: tl.constexpr, HAS_SCALES: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_F: tl.constexpr,
+    offset_E1, expert_T, start_T, dinner_RF, normed_RF, dscale_S,
+    F: tl.constexpr, D: tl.constexpr, E: tl.constexpr, HAS_SCALES: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
     """Compute the gradient of inner, and the normed values again, both multiplied by the route's scale.
 
@@ -129,7 +130,7 @@ def gelu_norm_backward(
 
 @triton.jit
 def norm_sums(
-    inner_RF, dnormed_RF, mean_R, rstd_R, scale_S, route_R, offset_E1, dweight_EF, dbias_EF, F,
+    inner_RF, dnormed_RF, mean_R, rstd_R, scale_S, route_R, offset_E1, dweight_EF, dbias_EF, F: tl.constexpr,
     HAS_SCALES: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
     """Compute the gradients of the norm's weight and bias, in float32: one program for BLOCK_F columns of an expert."""
@@ -157,7 +158,7 @@ def norm_sums(
 
 @triton.jit
 def row_sums(
-    x_RF, scale_S, route_R, offset_E1, sum_EF, F,
+    x_RF, scale_S, route_R, offset_E1, sum_EF, F: tl.constexpr,
     HAS_SCALES: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
     """Add each expert's rows in float32, multiplied by their scales: one program for BLOCK_F columns of an expert."""

@@ -158,7 +158,7 @@ def gelu_norm_forward(
         block_rows, block_columns = _norm_blocks(inner_RF.shape[1])
         gelu.gelu_norm_forward[_tile_grid(expert_T, rows_per_tile, block_rows)](
             inner_RF, norm_weight_EF, norm_bias_EF, offset_E1, expert_T, start_T, normed_RF, mean_R, rstd_R,
-            inner_RF.shape[1], eps, len(norm_weight_EF), block_rows, block_columns,
+            eps, inner_RF.shape[1], len(norm_weight_EF), block_rows, block_columns,
         )  # fmt: skip
     return normed_RF, mean_R, rstd_R
 

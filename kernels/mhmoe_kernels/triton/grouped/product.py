@@ -1,7 +1,9 @@
 """Persistent kernels of grouped matrix products: rows times the matrix of their expert, and the gradients of matrices.
 
 A fixed number of programs takes one tile after another until none is left, so one launch computes all experts, however
-many rows each of them has.
+many rows each of them has. Widths are constants of a kernel, so that the compiler knows which loads are aligned: a
+width of 856 is no multiple of 16, but its rows are multiples of 16 bytes. Numbers of rows and tiles, which change all
+the time, must not lead to other kernels (`do_not_specialize`).
 
     grouped_linear   y_r = x_r @ w_e^T, or x_r @ w_e, for the rows r of each expert e
     grouped_outer    dw_e = sum over the rows r of expert e of a_r^T b_r
@@ -25,7 +27,7 @@ def _dot(a, b, sums):
 
 @triton.jit
 def _add_product(
-    sums, x_RI, w_EMN, row, expert, column, IN, OUT,
+    sums, x_RI, w_EMN, row, expert, column, IN: tl.constexpr, OUT: tl.constexpr,
     TRANSPOSED: tl.constexpr, BLOCK_IN: tl.constexpr, IS_EVEN: tl.constexpr,
 ):  # fmt: skip
     """Return sums + x[row] @ w[expert][:, column], or with w[expert][column]^T if TRANSPOSED.
@@ -64,12 +66,12 @@ def _add_product(
     return sums
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "P"])
 def grouped_linear(
-    x_RI, w_EMN, x2_RI, w2_EMN, bias_EO, known_PO, y_RO, offset_E1, expert_T, start_T, T, P, IN, OUT,
-    E: tl.constexpr, TRANSPOSED: tl.constexpr, HAS_SECOND: tl.constexpr, HAS_BIAS: tl.constexpr,
-    HAS_KNOWN_ROWS: tl.constexpr, IS_EVEN: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr,
+    x_RI, w_EMN, x2_RI, w2_EMN, bias_EO, known_PO, y_RO, offset_E1, expert_T, start_T, T, P,
+    IN: tl.constexpr, OUT: tl.constexpr, E: tl.constexpr,
+    TRANSPOSED: tl.constexpr, HAS_SECOND: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_KNOWN_ROWS: tl.constexpr,
+    IS_EVEN: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr,
 ):  # fmt: skip
     """Compute the rows of y; with HAS_SECOND, y is the sum of two products with the same routes and shapes.
 
@@ -108,7 +110,7 @@ def grouped_linear(
 
 @triton.jit
 def grouped_outer(
-    a_RO, b_RI, dw_EOI, offset_E1, OUT, IN, E: tl.constexpr,
+    a_RO, b_RI, dw_EOI, offset_E1, OUT: tl.constexpr, IN: tl.constexpr, E: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr,
 ):  # fmt: skip
     """Compute dw of all experts; that of an expert without rows is 0."""

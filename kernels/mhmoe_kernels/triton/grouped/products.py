@@ -1,6 +1,7 @@
 """Products of sorted rows with the matrices of their experts, by Triton kernels or by torch."""
 
-from typing import NamedTuple, Protocol
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -28,6 +29,9 @@ class Tiles(NamedTuple):
 class Products(Protocol):
     """Products of sorted rows with the matrices of their experts."""
 
+    skips_known_rows: ClassVar[bool]
+    """Whether `linear` computes only those rows that are not known."""
+
     @property
     def tiles(self) -> Tiles:
         """Tiles of the rows."""
@@ -54,9 +58,11 @@ class Products(Protocol):
         """Return the gradient of the matrices for the gradient `dy_RO` of `linear`."""
 
 
-class TritonProducts(NamedTuple):
+@dataclass(frozen=True)
+class TritonProducts:
     """Products by the kernels of product.py."""
 
+    skips_known_rows: ClassVar[bool] = True
     tiles: Tiles
 
     def linear(
@@ -77,16 +83,18 @@ class TritonProducts(NamedTuple):
         return dw_EOI
 
 
-class TorchProducts(NamedTuple):
+@dataclass(frozen=True)
+class TorchProducts:
     """Products by torch's grouped_mm, which takes matrices without biases."""
 
+    skips_known_rows: ClassVar[bool] = False
     tiles: Tiles
 
     def linear(
         self, x_RI: Tensor, w_EOI: Tensor, bias_EO: Tensor | None = None, known_PO: Tensor | None = None
     ) -> Tensor:
-        # Known rows are computed again: grouped_mm cannot skip rows.
         assert bias_EO is None
+        assert known_PO is None
         return self._product(x_RI, w_EOI.transpose(1, 2))
 
     def backward(self, dy_RO: Tensor, w_EOI: Tensor) -> Tensor:
@@ -96,7 +104,12 @@ class TorchProducts(NamedTuple):
         return self._product(dy_RO, w_EOI), self._product(dy2_RO, w2_EOI)
 
     def outer(self, dy_RO: Tensor, x_RI: Tensor) -> Tensor:
-        return self._product(dy_RO.T, x_RI)
+        if not len(dy_RO):
+            return dy_RO.new_zeros(len(self.tiles.offset_E1) - 1, dy_RO.shape[1], x_RI.shape[1])
+        return torch.nn.functional.grouped_mm(dy_RO.T, x_RI, offs=self.tiles.offset_E1[1:])
 
-    def _product(self, a: Tensor, b: Tensor) -> Tensor:
-        return torch.nn.functional.grouped_mm(a, b, offs=self.tiles.offset_E1[1:])
+    def _product(self, x_RI: Tensor, w_EIO: Tensor) -> Tensor:
+        # Tensors without rows have no address, which CUTLASS may not accept.
+        if not len(x_RI):
+            return x_RI.new_empty(0, w_EIO.shape[2])
+        return torch.nn.functional.grouped_mm(x_RI, w_EIO, offs=self.tiles.offset_E1[1:])

@@ -14,9 +14,9 @@ def swiglu_forward(gate_RF, up_RF, hidden_RF, VALUES, BLOCK: tl.constexpr):
     tl.store(hidden_RF + value, (gate * tl.sigmoid(gate) * up_value).to(hidden_RF.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R"])
 def swiglu_backward(
-    gate_RF, up_RF, dhidden_RF, scale_S, route_R, dgate_RF, dup_RF, hidden_RF, dscale_S, R, F,
+    gate_RF, up_RF, dhidden_RF, scale_S, route_R, dgate_RF, dup_RF, hidden_RF, dscale_S, R, F: tl.constexpr,
     HAS_SCALES: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
     """Compute the gradients of gate and up, and the hidden values again, all multiplied by the route's scale.
