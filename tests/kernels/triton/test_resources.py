@@ -16,9 +16,18 @@ pytestmark = [
 ]
 
 
-def compile_in_process(tmp_path, code):
-    """Run code in a process in which Triton compiles instead of interpreting, and return what it prints."""
+OLDEST_TRITON = "3.6.0"
+"""Oldest version in pyproject.toml, which torch 2.11 brings along."""
+
+
+def compile_in_process(tmp_path, code, *packages):
+    """Run code in a process in which Triton compiles instead of interpreting, and return what it prints.
+
+    Packages in the folders `packages` replace installed ones.
+    """
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
+    if packages:
+        environment["PYTHONPATH"] = os.pathsep.join([*map(str, packages), os.environ.get("PYTHONPATH", "")])
     process = subprocess.run(
         [sys.executable, "-W", "error", "-c", code], env=environment, capture_output=True, text=True
     )
@@ -43,13 +52,11 @@ def test_grouped_products_compile_for_an_h100(tmp_path):
     assert printed == "9\n"
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("capability", [80, 90, 100, 120])
-def test_all_kernels_compile_for_every_generation(tmp_path, capability):
-    """Compiled kernels have no trap, fit into shared memory, and spill little at the sizes that `auto` chooses."""
-    printed = compile_in_process(
-        tmp_path,
+def compile_all(capability):
+    """Return code that compiles all kernels for a GPU and prints the version of Triton."""
+    return (
         "import torch\n"
+        "import triton\n"
         "from mhmoe_kernels.choice import GPU_CHOICES\n"
         "from mhmoe_kernels.triton.resources import *\n"
         f"capability = {capability}\n"
@@ -69,9 +76,41 @@ def test_all_kernels_compile_for_every_generation(tmp_path, capability):
         "for build in (*grouped_builds(capability, torch.float32), *small_builds()):\n"
         "    compiled = compile_build(build, capability, torch.float32)\n"
         "    assert refusal(compiled, SHARED_LIMITS[capability]) is None, build.name\n"
-        "print('compiled')\n",
+        "print(triton.__version__)\n"
     )
-    assert printed == "compiled\n"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [80, 90, 100, 120])
+def test_all_kernels_compile_for_every_generation(tmp_path, capability):
+    """Compiled kernels have no trap, fit into shared memory, and spill little at the sizes that `auto` chooses."""
+    assert compile_in_process(tmp_path, compile_all(capability)).count(".") == 2
+
+
+@pytest.fixture(scope="module")
+def oldest_triton(tmp_path_factory):
+    """Download the oldest version of Triton that is supported, and return its folder."""
+    folder = tmp_path_factory.mktemp("triton")
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "-q",
+        "--no-deps",
+        "--target",
+        folder,
+        f"triton=={OLDEST_TRITON}",
+    ]
+    subprocess.run(command, check=True)
+    return folder
+
+
+@pytest.mark.system
+@pytest.mark.parametrize("capability", [80, 90, 100, 120])
+def test_all_kernels_compile_with_the_oldest_triton(tmp_path, oldest_triton, capability):
+    printed = compile_in_process(tmp_path, compile_all(capability), oldest_triton)
+    assert printed == f"{OLDEST_TRITON}\n"
 
 
 @pytest.mark.slow

@@ -1,0 +1,132 @@
+"""Each kernel beside float64: outputs, gradients, equal bits, no rows, and an expert that gets nearly all rows."""
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from mhmoe_kernels import BACKENDS, ExpertWeights, Function, GeluSubln, Swiglu, run_experts, unavailable_reason
+from mhmoe_kernels.choice import ExpertSizes
+from mhmoe_ray.bench.acceptance.settings import Rows, Settings
+
+KERNELS = ("grouped_gemm", "grouped_mm", "triton", "grouped", "megablocks")
+FUNCTIONS: dict[str, Function] = {"swiglu": Swiglu(), "gelu_subln": GeluSubln()}
+TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
+"""Largest error of outputs and gradients, as norm of the difference divided by the norm of the float64 result."""
+_SHAPES = ((1000, 192, 768, 8, 2), (2000, 384, 1000, 40, 4), (2000, 96, 384, 128, 8), (1000, 2048, 512, 16, 4))
+_TOY_SHAPES = ((8, 16, 24, 3, 2),)
+_SANITIZER_SHAPES = ((600, 128, 200, 5, 2), (300, 96, 64, 5, 2))
+"""Rows, width of a row, hidden width, experts, and choices of a row."""
+
+
+def run(settings: Settings) -> Rows:
+    """Yield the largest errors of each kernel, function, dtype and shape; `passed` says whether they are small."""
+    yield from _compare_all(settings, _TOY_SHAPES if settings.is_toy else _SHAPES, 20 if settings.is_toy else 4000)
+
+
+def run_sanitized(settings: Settings) -> Rows:
+    """Yield the same for few shapes, which take the kernels through each of their branches under a sanitizer."""
+    yield from _compare_all(settings, _SANITIZER_SHAPES, 400)
+
+
+def _compare_all(settings: Settings, shapes: tuple[tuple[int, ...], ...], hot_rows: int) -> Rows:
+    device = settings.torch_device
+    for kernel in KERNELS:
+        for dtype in (torch.float32, torch.bfloat16):
+            # Fused kernels take long to compile, and float32 is not what they are for.
+            few_shapes = kernel == "triton" and dtype == torch.float32
+            cases = [
+                (f"{name}, rows {shape[0]} x {shape[1]}, hidden {shape[2]}, E {shape[3]}, k {shape[4]}", *case)
+                for shape in (shapes[:1] if few_shapes else shapes)
+                for name, function in FUNCTIONS.items()
+                for case in [(function, shape, False)]
+            ]
+            cases += [
+                ("no rows", Swiglu(), (0, 16, 16, 8, 1), False),
+                ("hot", Swiglu(), (hot_rows, 16, 16, 8, 1), True),
+            ]
+            for title, function, shape, is_hot in cases:
+                yield {"name": f"{kernel}, {dtype}, {title}", **_check(device, kernel, function, dtype, shape, is_hot)}
+
+
+def _check(
+    device: torch.device, kernel: str, function: Function, dtype: torch.dtype, shape: tuple[int, ...], is_hot: bool
+) -> dict[str, object]:
+    """Return the result of one case, or the reason why it is skipped or failed."""
+    _, width, hidden, experts, _ = shape
+    sizes = ExpertSizes(function.name, str(dtype).removeprefix("torch."), width, hidden, experts)
+    if reason := unavailable_reason(kernel, device, sizes):
+        # The general kernel must run on every GPU.
+        return {"skipped": reason, **({"passed": False} if kernel == "grouped_gemm" else {})}
+    try:
+        return compare(kernel, make_problem(function, dtype, shape, device, is_hot), TOLERANCES[dtype])
+    # One kernel that fails must not hide what the others do.
+    except Exception as error:
+        if device.type == "cuda":
+            # After an illegal access, every call fails, so the part cannot go on.
+            torch.cuda.synchronize()
+        return {"passed": False, "error": f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"}
+
+
+Problem = tuple[Tensor, Tensor, Tensor, ExpertWeights]
+"""Rows, experts and gates of each row, and the experts' weights."""
+
+
+def make_problem(
+    function: Function, dtype: torch.dtype, shape: tuple[int, ...], device: torch.device, is_hot: bool = False
+) -> Problem:
+    """Return a random problem with some gates of 0, as dropped routes have; with `is_hot`, nearly all rows go to one
+    expert and some experts get none."""
+    rows, width, hidden, experts, top_k = shape
+    generator = torch.Generator().manual_seed(rows + width)
+    draw = partial(torch.randn, generator=generator)
+    if isinstance(function, Swiglu):
+        gate_and_up = [draw(experts, hidden, width) * width**-0.5 for _ in range(2)]
+        stacked = [*gate_and_up, draw(experts, width, hidden) * hidden**-0.5]
+    else:
+        stacked = [draw(experts, hidden, width) * width**-0.5, draw(experts, hidden) * 0.5]
+        stacked += [1 + 0.3 * draw(experts, hidden), 0.3 * draw(experts, hidden)]
+        stacked += [draw(experts, width, hidden) * hidden**-0.5, 0.3 * draw(experts, width)]
+    expert_NK = torch.rand(rows, experts, generator=generator).topk(top_k, dim=-1).indices
+    if is_hot:
+        expert_NK = torch.where(torch.rand(rows, 1, generator=generator) < 0.95, 1, expert_NK % 4)
+    gate_NK = (torch.rand(rows, top_k, generator=generator) - 0.2).relu()
+    x_ND, *weights = (t.to(dtype).to(device) for t in (draw(rows, width), *stacked))
+    return x_ND, expert_NK.to(device), gate_NK.to(device), ExpertWeights(function, tuple(weights))
+
+
+def compare(kernel: str, problem: Problem, tolerance: float) -> dict[str, object]:
+    """Return the largest relative error of outputs and gradients, that of the worst row, and whether a second run has
+    equal bits."""
+    results = _results(kernel, *problem)
+    x_ND, expert_NK, gate_NK, weights = problem
+    wide_weights = weights._replace(stacked=tuple(w.double() for w in weights.stacked))
+    expected = _results("reference", x_ND.double(), expert_NK, gate_NK.double(), wide_weights)
+    errors = [(a.double() - b).norm() / b.norm().clamp(min=1e-12) for a, b in zip(results, expected, strict=True)]
+    # Unlike Python's, torch's largest value of numbers with a NaN is NaN, which fails the check.
+    error = float(torch.stack(errors).max())
+    row_error = _worst_row(results[0].double(), expected[0])
+    has_equal_bits = all(torch.equal(a, b) for a, b in zip(results, _results(kernel, *problem), strict=True))
+    # torch's own products need not give equal bits twice; ours must.
+    passed = error <= tolerance and row_error <= 10 * tolerance
+    passed = passed and (has_equal_bits or kernel not in ("grouped_gemm", "triton"))
+    return {"error": error, "row_error": row_error, "equal_bits": has_equal_bits, "passed": passed}
+
+
+def _worst_row(y_ND: Tensor, expected_ND: Tensor) -> float:
+    """Return the largest error of a row, divided by the mean norm of rows; a norm over all rows would hide it."""
+    if not len(y_ND):
+        return 0.0
+    return float((y_ND - expected_ND).norm(dim=1).max() / expected_ND.norm(dim=1).mean().clamp(min=1e-12))
+
+
+def _results(kernel: str, x_ND: Tensor, expert_NK: Tensor, gate_NK: Tensor, weights: ExpertWeights) -> list[Tensor]:
+    """Return the outputs, and the gradients of rows, gates and weights for a weighted sum of the outputs."""
+    assert kernel in BACKENDS
+    x, gate, *stacked = (t.detach().requires_grad_() for t in (x_ND, gate_NK, *weights.stacked))
+    y_ND = run_experts(kernel, x, expert_NK, gate, weights._replace(stacked=tuple(stacked)))
+    direction = torch.arange(y_ND.numel(), device=y_ND.device, dtype=torch.float64).sin().view_as(y_ND)
+    gradients = torch.autograd.grad(
+        (y_ND * direction.to(y_ND.dtype)).sum(), [x, gate, *stacked], materialize_grads=True
+    )
+    return [y_ND.detach(), *gradients]

@@ -1,0 +1,157 @@
+"""Time and memory of layers of equal work, forward and backward, with each kernel, beside layers of other packages."""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from mhmoe_kernels import unavailable_reason
+from mhmoe_kernels.choice import ExpertSizes
+from mhmoe_ray.bench.acceptance.settings import LayerSize, Rows, Settings
+from mhmoe_ray.bench.layers import Shape
+from mhmoe_ray.bench.measure import peak_bytes
+from mhmoe_ray.bench.peers import peer_layers
+from mhmoe_ray.bench.timing import device_clock, turns
+from mhmoe_ray.model.decoder import Decoder
+from mhmoe_ray.model.init import init_weights
+from mhmoe_ray.model.moe import MultiHeadMoE
+from mhmoe_ray.spec import ModelSpec
+
+KERNELS = ("grouped_gemm", "grouped_mm", "triton", "grouped")
+
+
+def make_spec(settings: Settings, size: LayerSize, kernel: str, capacity_factor: float | None = None) -> ModelSpec:
+    """Return the spec of a model that has this layer only."""
+    moe = {
+        "heads": size.heads,
+        "experts": size.experts,
+        "top_k": size.top_k,
+        "d_expert": size.hidden,
+        "every": 1,
+        "kernel": kernel,
+        "capacity_factor": capacity_factor,
+    }
+    return ModelSpec.model_validate(
+        {"vocab_size": 1, "d_model": settings.layer_width, "layers": 1, "attention_heads": 1, "moe": moe}
+    )
+
+
+def make_layer(settings: Settings, size: LayerSize, kernel: str, capacity_factor: float | None = None) -> MultiHeadMoE:
+    """Return a layer on the device, with initial weights in float32."""
+    model = Decoder(make_spec(settings, size, kernel, capacity_factor))
+    init_weights(model, 0)
+    [layer] = model.moe_layers()
+    return layer.to(settings.torch_device)
+
+
+def make_tokens(settings: Settings, tokens: int) -> Tensor:
+    """Return random tokens in bfloat16, which get a gradient."""
+    x_BTM = torch.randn(1, tokens, settings.layer_width, generator=torch.Generator().manual_seed(0))
+    return x_BTM.to(settings.torch_device, torch.bfloat16).requires_grad_()
+
+
+def kernels_of(settings: Settings, size: LayerSize) -> list[str]:
+    """Return the kernels that can compute a layer on the device."""
+    sizes = ExpertSizes("swiglu", "bfloat16", settings.layer_width // size.heads, size.hidden, size.experts)
+    return [kernel for kernel in KERNELS if unavailable_reason(kernel, settings.torch_device, sizes) is None]
+
+
+def layer_flops(settings: Settings, size: LayerSize, tokens: int) -> int:
+    """Return the FLOPs of the matrix products of a forward and backward pass."""
+    width = settings.layer_width // size.heads
+    experts = tokens * size.heads * size.top_k * 3 * width * size.hidden
+    projections = 2 * tokens * settings.layer_width**2 if size.heads > 1 else 0
+    router = tokens * size.heads * width * size.experts
+    # Each product has two more of the same size in the backward, and a multiply-add counts as two.
+    return 3 * 2 * (experts + projections + router)
+
+
+class _Case:
+    """Layer with its tokens, whose forward and backward are timed apart."""
+
+    def __init__(self, settings: Settings, module: torch.nn.Module, tokens: int) -> None:
+        self.module, self.x_BTM, self._device = module, make_tokens(settings, tokens), settings.device
+        self.forward_seconds: list[float] = []
+        self.backward_seconds: list[float] = []
+
+    def run(self, clock: Callable[[], float] | None) -> None:
+        """Run one pass; with a clock, record the time of its halves."""
+        read = clock or (lambda: 0.0)
+        start = read()
+        with torch.autocast(self._device, torch.bfloat16):
+            output = self.module(self.x_BTM)
+        y_BTM = output[0] if isinstance(output, tuple) else output
+        middle = read()
+        torch.autograd.backward(y_BTM, torch.ones_like(y_BTM))
+        end = read()
+        for leaf in (self.x_BTM, *self.module.parameters()):
+            leaf.grad = None
+        if clock is not None:
+            self.forward_seconds.append(middle - start)
+            self.backward_seconds.append(end - middle)
+
+
+def run(settings: Settings) -> Rows:
+    """Yield the time of each layer with each kernel, and ratios to the plain layer, both with kernel `auto`."""
+    for tokens in settings.layer_tokens:
+        yield from _measure(settings, tokens)
+
+
+def _measure(settings: Settings, tokens: int) -> Rows:
+    modules: dict[str, torch.nn.Module] = {}
+    flops: dict[str, int] = {}
+    for name, size in settings.layers.items():
+        for kernel in ("auto", *kernels_of(settings, size)):
+            title = name if kernel == "auto" else f"{name}, {kernel}"
+            modules[title], flops[title] = make_layer(settings, size, kernel), layer_flops(settings, size, tokens)
+        modules[f"{name}, static"] = make_layer(settings, size, "auto", capacity_factor=1.25)
+        flops[f"{name}, static"] = flops[name]
+    if not settings.is_toy:
+        plain = settings.layers["SMoE"]
+        shape = Shape(tokens, settings.layer_width, plain.experts, plain.top_k, plain.hidden)
+        peers, skipped = peer_layers(shape)
+        for peer in peers:
+            if "eager" not in peer.name:
+                modules[peer.name] = peer.build().to(settings.torch_device, torch.bfloat16)
+                flops[peer.name] = flops["SMoE"]
+        for peer_case in skipped:
+            yield {"name": f"{peer_case.name}, {tokens} tokens", "skipped": peer_case.reason}
+    cases, peaks = {}, {}
+    for name, module in modules.items():
+        case = _Case(settings, module, tokens)
+        try:
+            case.run(None)
+            peaks[name] = peak_bytes(partial(case.run, None), settings.torch_device)
+        # Static routing and other packages may need more memory than the GPU has.
+        except torch.OutOfMemoryError as error:
+            yield {"name": f"{name}, {tokens} tokens", "skipped": str(error).splitlines()[0][:200]}
+            continue
+        # One layer that fails must not hide the figures of the others.
+        except Exception as error:
+            if settings.device == "cuda":
+                torch.cuda.synchronize()
+            reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
+            yield {"name": f"{name}, {tokens} tokens", "passed": False, "error": reason}
+            continue
+        cases[name] = case
+    clock = device_clock(settings.torch_device)
+    for _, name in turns(cases, settings.rounds):
+        cases[name].run(clock)
+    medians = {name: _median(case.forward_seconds) + _median(case.backward_seconds) for name, case in cases.items()}
+    suffix = "" if tokens == settings.layer_tokens[-1] else f" at {tokens} tokens"
+    for name, case in cases.items():
+        yield {
+            "name": f"{name}{suffix}",
+            "ms": medians[name] * 1e3,
+            "forward_ms": _median(case.forward_seconds) * 1e3,
+            "TFLOP/s": flops[name] / medians[name] / 1e12,
+            "peak_gb": peaks[name] / 1e9,
+        }
+    for name in settings.layers:
+        if name != "SMoE" and name in medians and "SMoE" in medians:
+            yield {"name": f"{name} to SMoE{suffix}", "times": medians[name] / medians["SMoE"]}
+
+
+def _median(values: list[float]) -> float:
+    return sorted(values)[len(values) // 2]

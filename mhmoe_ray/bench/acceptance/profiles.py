@@ -1,0 +1,30 @@
+"""Kernels of the layer that is furthest from its prediction, by their time on the GPU."""
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from mhmoe_ray.bench.acceptance.layers import make_layer, make_tokens
+from mhmoe_ray.bench.acceptance.settings import Rows, Settings
+
+
+def run(settings: Settings) -> Rows:
+    """Yield the kernels of the multi-head layers with the kernel that `auto` takes, the longest first."""
+    is_cuda = settings.device == "cuda"
+    activity = ProfilerActivity.CUDA if is_cuda else ProfilerActivity.CPU
+    for name, size in settings.layers.items():
+        module, x_BTM = make_layer(settings, size, "auto"), make_tokens(settings, settings.layer_tokens[-1])
+        for is_measured in (False, True):
+            with profile(activities=[activity]) as profiler:
+                with torch.autocast(settings.device, torch.bfloat16):
+                    y_BTM, _ = module(x_BTM)
+                y_BTM.backward(torch.ones_like(y_BTM))
+                if is_cuda:
+                    torch.cuda.synchronize()
+            if not is_measured:
+                continue
+            times = {
+                event.key: (event.self_device_time_total if is_cuda else event.self_cpu_time_total, event.count)
+                for event in profiler.key_averages()
+            }
+            for kernel, (microseconds, count) in sorted(times.items(), key=lambda item: -item[1][0])[:12]:
+                yield {"name": f"{name}: {kernel[:80]}", "ms": microseconds / 1e3, "launches": count}

@@ -1,0 +1,59 @@
+"""Sizes of an acceptance run, and what its parts yield."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+
+Row = dict[str, Any]
+"""Result of a part, as JSON: `name` says what was measured, and the other keys are figures."""
+Rows = Iterator[Row]
+
+
+class LayerSize(NamedTuple):
+    """Sizes of a layer: heads h, experts E, choices k of a sub-token, and hidden width f of an expert."""
+
+    heads: int
+    experts: int
+    top_k: int
+    hidden: int
+
+
+class Settings(NamedTuple):
+    """Device and sizes of an acceptance run."""
+
+    device: Literal["cuda", "cpu"]
+    folder: Path
+    """Folder of the report."""
+    is_toy: bool
+    """Whether sizes are so small that all parts together take a minute on a CPU."""
+
+    @property
+    def torch_device(self) -> torch.device:
+        return torch.device(self.device)
+
+    @property
+    def rounds(self) -> int:
+        """Number of rounds of a measurement."""
+        return 1 if self.is_toy else 20
+
+    @property
+    def layer_width(self) -> int:
+        return 16 if self.is_toy else 2048
+
+    @property
+    def layer_tokens(self) -> tuple[int, ...]:
+        """Numbers of tokens of a layer, the one that is compared with predictions last."""
+        return (8,) if self.is_toy else (8192, 32768)
+
+    @property
+    def layers(self) -> dict[str, LayerSize]:
+        """Layers of equal multiply-adds and parameters: plain experts, and MH-MoE that matches them."""
+        if self.is_toy:
+            return {"SMoE": LayerSize(1, 4, 2, 16), "MH-MoE h 2": LayerSize(2, 4, 2, 16)}
+        return {
+            "SMoE": LayerSize(1, 64, 8, 1024),
+            "MH-MoE h 2": LayerSize(2, 152, 8, 856),
+            "MH-MoE h 4": LayerSize(4, 296, 8, 856),
+        }

@@ -1,0 +1,46 @@
+"""The pause of a checkpoint beside `torch.save`, and prefill and decode of the serving engine."""
+
+import statistics
+import tempfile
+from pathlib import Path
+
+import torch
+
+from mhmoe_ray.bench import checkpoints
+from mhmoe_ray.bench.acceptance.settings import Rows, Settings
+from mhmoe_ray.bench.steps import SMALL_SIZE, matched_models
+from mhmoe_ray.bench.timing import device_clock, find_hardware
+from mhmoe_ray.model.decoder import Decoder
+from mhmoe_ray.model.init import init_weights
+
+
+def run(settings: Settings) -> Rows:
+    """Yield the pause of a checkpoint, and the time of a forward pass over prompts and over single tokens."""
+    size = SMALL_SIZE._replace(d_model=96, layers=2, seq_len=8, vocab_size=64, micro_batch_size=1, micro_batches=1)
+    size = size if settings.is_toy else SMALL_SIZE._replace(d_model=768, layers=12)
+    specs = matched_models(size, (2,))
+    rounds = 1 if settings.is_toy else 5
+    with tempfile.TemporaryDirectory() as folder:
+        figures = checkpoints.measure(specs["MH-MoE h 2"], rounds, Path(folder), find_hardware(settings.device))
+    yield {
+        "name": "checkpoint",
+        "pause_ms": statistics.median(figures.pauses) * 1e3,
+        "to_torch_save": figures.pause_to_torch_save,
+        "state_gb": figures.state / 1e9,
+    }
+    clock = device_clock(settings.torch_device)
+    for name, spec in specs.items():
+        model = Decoder(spec.model)
+        init_weights(model, 0)
+        model = model.to(settings.torch_device).eval()
+        for phase, shape in {"prefill": (1, size.seq_len), "decode": (32, 1)}.items():
+            token_BT = torch.randint(spec.model.vocab_size, shape, device=settings.torch_device)
+            seconds = []
+            with torch.no_grad(), torch.autocast(settings.device, torch.bfloat16):
+                model(token_BT)
+                for _ in range(settings.rounds):
+                    start = clock()
+                    model(token_BT)
+                    seconds.append(clock() - start)
+            rate = token_BT.numel() / statistics.median(seconds)
+            yield {"name": f"{name}, {phase} of {shape[0]} x {shape[1]} tokens", "tokens/s": rate}

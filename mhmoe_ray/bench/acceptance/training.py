@@ -1,0 +1,59 @@
+"""Throughput of whole training steps: plain experts and MH-MoE, dropless and static, at two micro-batches."""
+
+from collections.abc import Callable
+
+import torch
+
+from mhmoe_ray.bench.acceptance.settings import Rows, Settings
+from mhmoe_ray.bench.steps import PAPER_TOKENS_PER_SECOND, SMALL_SIZE, Case, matched_models
+from mhmoe_ray.bench.timing import device_clock, time_interleaved
+from mhmoe_ray.planner.presets import Size
+from mhmoe_ray.planner.sizes import compute_sizes
+from mhmoe_ray.spec import RunSpec
+
+_PAPER_SIZE = Size(768, 12, 32000, 2048, steps=1000, micro_batches=1, micro_batch_size=16, precision="bfloat16")
+"""Size of the follow-up paper's models, with a micro-batch that fills a GPU of 80 GB."""
+
+
+def run(settings: Settings) -> Rows:
+    """Yield tokens a second, ratios to the plain model, and the share of the GPU's rate of products that is used."""
+    size = SMALL_SIZE._replace(d_model=96, layers=2, seq_len=8, vocab_size=64, micro_batch_size=1, micro_batches=1)
+    for micro_batch_size in (1,) if settings.is_toy else (16, 1):
+        base = size if settings.is_toy else _PAPER_SIZE
+        yield from _measure(settings, base._replace(micro_batch_size=micro_batch_size))
+
+
+def _measure(settings: Settings, size: Size) -> Rows:
+    suffix = " at micro-batches of 1" if size.micro_batch_size == 1 else ""
+    specs: dict[str, RunSpec] = {}
+    for name, spec in matched_models(size, (2,) if settings.is_toy else (2, 3)).items():
+        specs[name] = spec
+        assert spec.model.moe is not None
+        static_moe = spec.model.moe.model_copy(update={"capacity_factor": 1.25})
+        specs[f"{name}, static"] = spec.model_copy(update={"model": spec.model.with_moe(static_moe)})
+    cases: dict[str, Case] = {}
+    for name, spec in specs.items():
+        try:
+            case = Case(spec, settings.torch_device)
+            case.step()
+            cases[name] = case
+        except torch.OutOfMemoryError as error:
+            yield {"name": f"{name}{suffix}", "skipped": str(error).splitlines()[0][:200]}
+    steps: dict[str, Callable[[], object]] = {name: case.step for name, case in cases.items()}
+    timings = time_interleaved(steps, settings.rounds, device_clock(settings.torch_device))
+    rates = {name: specs[name].tokens_per_step / timing.median for name, timing in timings.items()}
+    for name, rate in rates.items():
+        flops = 6 * compute_sizes(specs[name].model).macs_per_token
+        yield {"name": f"{name}{suffix}", "tokens/s": rate, "TFLOP/s": rate * flops / 1e12}
+    for name in specs:
+        if name not in ("SMoE", "SMoE, static") and not name.endswith("static") and name in rates and "SMoE" in rates:
+            yield {"name": f"{name} to SMoE{suffix}", "times": rates["SMoE"] / rates[name]}
+        if f"{name}, static" in rates and name in rates:
+            published = "SMoE" if name == "SMoE" else "MH-MoE"
+            dynamic_rate, static_rate = (PAPER_TOKENS_PER_SECOND[published, kind] for kind in ("dynamic", "static"))
+            ratio = rates[name] / rates[f"{name}, static"]
+            yield {
+                "name": f"{name} static to dropless{suffix}",
+                "times": ratio,
+                "published": dynamic_rate / static_rate,
+            }
