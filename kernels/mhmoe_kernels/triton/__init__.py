@@ -3,6 +3,7 @@
 This module imports Triton at the first use, because the base install does not include it.
 
     operators.py   kernels as operators of torch; routes and rows
+    functions.py   products and GELU on the chip, which kernels share
     sort.py        stable sort of routes by expert, divided into tiles
     router.py, routing.py  softmax, top-k, gates, counts and losses of a router in one pass, and their operators
     rows.py        gather of rows, and the weighted sum of each row's routes

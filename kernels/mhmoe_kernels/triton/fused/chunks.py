@@ -9,13 +9,10 @@ A product over D is a sum over chunks. A product into D is one product for each 
 import triton
 import triton.language as tl
 
+from mhmoe_kernels.triton.functions import dot
+
 # Largest and smallest width of a chunk: the largest N of a wgmma instruction, and the smallest K of a bfloat16 product.
 _MAX_WIDTH, _MIN_WIDTH = 256, 16
-
-# Triton's interpreter multiplies the bits of bfloat16 as if they were integers (Triton 3.9, `create_dot`), so `_dot`
-# widens them to float32 there. The result is that of a matrix unit, where products of bfloat16 are exact and sums are
-# float32, too.
-_INTERPRETED: tl.constexpr = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 def chunk_widths(width: int) -> tuple[int, ...]:
@@ -123,20 +120,12 @@ def scale_rows(chunks: tl.tuple, scale_B1: tl.tensor) -> tl.tuple:
 
 
 @triton.jit
-def _dot(a: tl.tensor, b: tl.tensor, sums: tl.tensor) -> tl.tensor:
-    if _INTERPRETED:
-        a, b = a.to(tl.float32), b.to(tl.float32)
-    # By default Triton would multiply float32 as tf32, which drops 13 of the 23 bits of the fraction.
-    return tl.dot(a, b, sums, input_precision="ieee")
-
-
-@triton.jit
 def matmul(rows: tl.tuple, w: tl.tuple, TRANSPOSED: tl.constexpr) -> tl.tensor:
     """Return rows [B, D] @ w [D, F], as [B, F]; if TRANSPOSED, w is given as chunks of [F, D]."""
     F: tl.constexpr = w[0].shape[0 if TRANSPOSED else 1]
     out = tl.zeros([rows[0].shape[0], F], tl.float32)
     for c in tl.static_range(len(rows)):
-        out = _dot(rows[c], w[c].T if TRANSPOSED else w[c], out)
+        out = dot(rows[c], w[c].T if TRANSPOSED else w[c], out)
     return out
 
 
@@ -146,7 +135,7 @@ def add_matmul(sums: tl.tuple, h: tl.tensor, w: tl.tuple, TRANSPOSED: tl.constex
     [D, F]."""
     chunks = ()
     for c in tl.static_range(len(sums)):
-        chunks = chunks + (_dot(h.to(w[c].dtype), w[c].T if TRANSPOSED else w[c], sums[c]),)
+        chunks = chunks + (dot(h.to(w[c].dtype), w[c].T if TRANSPOSED else w[c], sums[c]),)
     return chunks
 
 
@@ -155,5 +144,5 @@ def add_outer(sums: tl.tuple, rows: tl.tuple, h: tl.tensor) -> tl.tuple:
     """Return sums [D, F] + rows [B, D] transposed @ h [B, F], with h rounded to the rows' dtype."""
     chunks = ()
     for c in tl.static_range(len(sums)):
-        chunks = chunks + (_dot(rows[c].T, h.to(rows[c].dtype), sums[c]),)
+        chunks = chunks + (dot(rows[c].T, h.to(rows[c].dtype), sums[c]),)
     return chunks

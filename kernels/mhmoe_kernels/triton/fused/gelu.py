@@ -18,6 +18,7 @@ A needs no loop over f. C needs a first loop, which also gives the gradient of t
 import triton
 import triton.language as tl
 
+from mhmoe_kernels.triton.functions import gelu, gelu_slope
 from mhmoe_kernels.triton.fused.chunks import (
     add_matmul,
     add_outer,
@@ -31,19 +32,6 @@ from mhmoe_kernels.triton.fused.chunks import (
     zeros_columns,
     zeros_rows,
 )
-
-_SQRT_HALF: tl.constexpr = tl.constexpr(0.7071067811865476)
-_DENSITY_AT_0: tl.constexpr = tl.constexpr(0.3989422804014327)
-
-
-@triton.jit
-def _gelu(u):
-    return 0.5 * u * (1 + tl.erf(u * _SQRT_HALF))
-
-
-@triton.jit
-def _gelu_slope(u):
-    return 0.5 * (1 + tl.erf(u * _SQRT_HALF)) + u * _DENSITY_AT_0 * tl.exp(-0.5 * u * u)
 
 
 @triton.jit
@@ -82,7 +70,7 @@ def gelu_forward(
     for f0 in range(0, F, BLOCK_F):
         f = f0 + tl.arange(0, BLOCK_F)
         u = matmul(x, load_rows(fc1_EFD + matrix, f, f < F, D, CHUNKS), True)
-        g = _gelu(u + _load_vector(fc1_bias_EF + expert * F, f, F))
+        g = gelu(u + _load_vector(fc1_bias_EF + expert * F, f, F))
         weighted = g * _load_vector(norm_weight_EF + expert * F, f, F)
         out = add_matmul(out, weighted, load_columns(fc2_EDF + matrix, f, F, False, D, CHUNKS), True)
         # g is 0 past F, so its sum needs no mask. Its deviations from the mean are not 0 there, so they need one.
@@ -130,7 +118,7 @@ def gelu_backward_rows(
     for f0 in range(0, F, BLOCK_F):
         f = f0 + tl.arange(0, BLOCK_F)
         fc1 = load_rows(fc1_EFD + matrix, f, f < F, D, CHUNKS)
-        z = (_gelu(matmul(x, fc1, True) + _load_vector(fc1_bias_EF + vector, f, F)) - mean) * rstd
+        z = (gelu(matmul(x, fc1, True) + _load_vector(fc1_bias_EF + vector, f, F)) - mean) * rstd
         t = matmul(dy, load_columns(fc2_EDF + matrix, f, F, False, D, CHUNKS), False)
         c += tl.sum(t * _load_vector(norm_weight_EF + vector, f, F) * z, 1)
     tl.store(dscale_S + route, c + _dot_rows(dy, c_ED + expert * D, D, CHUNKS), mask=inside)
@@ -144,8 +132,8 @@ def gelu_backward_rows(
         fc1 = load_rows(fc1_EFD + matrix, f, f < F, D, CHUNKS)
         u = matmul(x, fc1, True) + _load_vector(fc1_bias_EF + vector, f, F)
         t = matmul(dy, load_columns(fc2_EDF + matrix, f, F, False, D, CHUNKS), False)
-        dg = t * _load_vector(norm_weight_EF + vector, f, F) - a[:, None] - (_gelu(u) - mean) * rstd * c[:, None]
-        dx = add_matmul(dx, _gelu_slope(u) * dg, fc1, False)
+        dg = t * _load_vector(norm_weight_EF + vector, f, F) - a[:, None] - (gelu(u) - mean) * rstd * c[:, None]
+        dx = add_matmul(dx, gelu_slope(u) * dg, fc1, False)
     scale = tl.load(scale_S + route, mask=inside, other=0.0).to(tl.float32)[:, None] * rstd
     store_rows(dx_RD, slot, inside, scale_rows(dx, scale), D, CHUNKS)
 
@@ -185,9 +173,9 @@ def gelu_backward_weights(
         # Rows past the end get the scale 0, which removes them from all sums.
         scale = tl.load(scale_S + route, mask=inside, other=0.0).to(tl.float32)[:, None]
         u = matmul(x, fc1, False) + fc1_bias
-        z = (_gelu(u) - mean) * rstd
+        z = (gelu(u) - mean) * rstd
         t = matmul(dy, fc2, False)
-        du = _gelu_slope(u) * (t * norm_weight - a - z * c) * (rstd * scale)
+        du = gelu_slope(u) * (t * norm_weight - a - z * c) * (rstd * scale)
         t *= scale
         dfc1_bias += tl.sum(du, 0)
         dnorm_weight += tl.sum(t * z, 0)

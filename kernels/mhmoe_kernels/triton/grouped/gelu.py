@@ -10,18 +10,7 @@ with the norm's weight w and bias b. Mean and deviation are kept for the backwar
 import triton
 import triton.language as tl
 
-_SQRT_HALF: tl.constexpr = tl.constexpr(0.7071067811865476)
-_DENSITY_AT_0: tl.constexpr = tl.constexpr(0.3989422804014327)
-
-
-@triton.jit
-def _gelu(x):
-    return 0.5 * x * (1 + tl.erf(x * _SQRT_HALF))
-
-
-@triton.jit
-def _gelu_slope(x):
-    return 0.5 * (1 + tl.erf(x * _SQRT_HALF)) + x * _DENSITY_AT_0 * tl.exp(-0.5 * x * x)
+from mhmoe_kernels.triton.functions import gelu, gelu_slope
 
 
 @triton.jit
@@ -48,21 +37,21 @@ def gelu_norm_forward(
         mask = inside[:, None] & (column < F)[None, :]
         # gelu(0) is 0, so masked values do not count.
         inner = tl.load(inner_RF + slot[:, None] * F + column[None, :], mask=mask, other=0.0).to(tl.float32)
-        total += tl.sum(_gelu(inner), 1)
+        total += tl.sum(gelu(inner), 1)
     mean = total / F
     squares = tl.zeros([BLOCK_R], tl.float32)
     for start in range(0, F, BLOCK_F):
         column = start + tl.arange(0, BLOCK_F)
         mask = inside[:, None] & (column < F)[None, :]
         inner = tl.load(inner_RF + slot[:, None] * F + column[None, :], mask=mask, other=0.0).to(tl.float32)
-        deviation = tl.where(mask, _gelu(inner) - mean[:, None], 0.0)
+        deviation = tl.where(mask, gelu(inner) - mean[:, None], 0.0)
         squares += tl.sum(deviation * deviation, 1)
     rstd = tl.rsqrt(squares / F + eps)
     for start in range(0, F, BLOCK_F):
         column = start + tl.arange(0, BLOCK_F)
         mask = inside[:, None] & (column < F)[None, :]
         inner = tl.load(inner_RF + slot[:, None] * F + column[None, :], mask=mask, other=0.0).to(tl.float32)
-        normed = (_gelu(inner) - mean[:, None]) * rstd[:, None] * _load_vector(norm_weight_EF, expert, column, F)
+        normed = (gelu(inner) - mean[:, None]) * rstd[:, None] * _load_vector(norm_weight_EF, expert, column, F)
         normed += _load_vector(norm_bias_EF, expert, column, F)
         tl.store(normed_RF + slot[:, None] * F + column[None, :], normed.to(normed_RF.dtype.element_ty), mask=mask)
     tl.store(mean_R + slot, mean, mask=inside)
@@ -95,7 +84,7 @@ def gelu_norm_backward(
         column = start + tl.arange(0, BLOCK_F)
         mask = inside[:, None] & (column < F)[None, :]
         value = slot[:, None] * F + column[None, :]
-        z = (_gelu(tl.load(inner_RF + value, mask=mask, other=0.0).to(tl.float32)) - mean) * rstd
+        z = (gelu(tl.load(inner_RF + value, mask=mask, other=0.0).to(tl.float32)) - mean) * rstd
         dnormed = tl.load(dnormed_RF + value, mask=mask, other=0.0).to(tl.float32)
         weight = _load_vector(norm_weight_EF, expert, column, F)
         total += tl.sum(dnormed * weight, 1)
@@ -118,11 +107,11 @@ def gelu_norm_backward(
         mask = inside[:, None] & (column < F)[None, :]
         value = slot[:, None] * F + column[None, :]
         inner = tl.load(inner_RF + value, mask=mask, other=0.0).to(tl.float32)
-        z = (_gelu(inner) - mean) * rstd
+        z = (gelu(inner) - mean) * rstd
         dnormed = tl.load(dnormed_RF + value, mask=mask, other=0.0).to(tl.float32)
         weight = _load_vector(norm_weight_EF, expert, column, F)
         dgelu = rstd * (dnormed * weight - mean_total - z * mean_product)
-        dinner = dgelu * _gelu_slope(inner) * scale
+        dinner = dgelu * gelu_slope(inner) * scale
         tl.store(dinner_RF + value, dinner.to(dinner_RF.dtype.element_ty), mask=mask)
         normed = (weight * z + _load_vector(norm_bias_EF, expert, column, F)) * scale
         tl.store(normed_RF + value, normed.to(normed_RF.dtype.element_ty), mask=mask)
@@ -145,7 +134,7 @@ def norm_sums(
         value = slot[:, None] * F + column[None, :]
         mean = tl.load(mean_R + slot, mask=inside, other=0.0)[:, None]
         rstd = tl.load(rstd_R + slot, mask=inside, other=0.0)[:, None]
-        z = (_gelu(tl.load(inner_RF + value, mask=mask, other=0.0).to(tl.float32)) - mean) * rstd
+        z = (gelu(tl.load(inner_RF + value, mask=mask, other=0.0).to(tl.float32)) - mean) * rstd
         dnormed = tl.load(dnormed_RF + value, mask=mask, other=0.0).to(tl.float32)
         if HAS_SCALES:
             route = tl.load(route_R + slot, mask=inside, other=0)

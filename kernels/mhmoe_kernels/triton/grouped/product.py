@@ -12,17 +12,7 @@ the time, must not lead to other kernels (`do_not_specialize`).
 import triton
 import triton.language as tl
 
-# Triton's interpreter multiplies the bits of bfloat16 as if they were integers, so operands are widened there. The
-# result is that of a matrix unit, where products of bfloat16 are exact and sums are float32, too.
-_INTERPRETED: tl.constexpr = tl.constexpr(triton.knobs.runtime.interpret)
-
-
-@triton.jit
-def _dot(a, b, sums):
-    if _INTERPRETED:
-        a, b = a.to(tl.float32), b.to(tl.float32)
-    # By default Triton would multiply float32 as tf32, which drops 13 of the 23 bits of the fraction.
-    return tl.dot(a, b, sums, input_precision="ieee")
+from mhmoe_kernels.triton.functions import dot
 
 
 @triton.jit
@@ -56,11 +46,11 @@ def _add_product(
         w = w_EMN + expert * OUT * IN + inner[:, None] * OUT + column[None, :]
     for start_index in range(0, IN, BLOCK_IN):
         if IS_EVEN:
-            sums = _dot(tl.load(x), tl.load(w, mask=is_column, other=0.0), sums)
+            sums = dot(tl.load(x), tl.load(w, mask=is_column, other=0.0), sums)
         else:
             is_inside = start_index + inner < IN
             a = tl.load(x, mask=is_inside[None, :], other=0.0)
-            sums = _dot(a, tl.load(w, mask=is_inside[:, None] & is_column, other=0.0), sums)
+            sums = dot(a, tl.load(w, mask=is_inside[:, None] & is_column, other=0.0), sums)
         x += BLOCK_IN
         w += BLOCK_IN if TRANSPOSED else BLOCK_IN * OUT
     return sums
@@ -134,7 +124,7 @@ def grouped_outer(
                 mask=is_inside[:, None] & (in_ < IN)[None, :],
                 other=0.0,
             )
-            sums = _dot(a, b, sums)
+            sums = dot(a, b, sums)
         mask = (out < OUT)[:, None] & (in_ < IN)[None, :]
         dw = dw_EOI + expert.to(tl.int64) * OUT * IN + out[:, None] * IN + in_[None, :]
         tl.store(dw, sums.to(dw_EOI.dtype.element_ty), mask=mask)
