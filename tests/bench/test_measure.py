@@ -46,7 +46,7 @@ def test_named_kernel_that_refuses_sizes_is_skipped():
     ]
     assert [a.name for a in measurements.skipped] == [f"{n}, triton" for n in ("SMoE", "X-MoE", "fine-grained")]
     assert {a.reason for a in measurements.skipped} == {
-        "moe.kernel triton takes rows up to 1024 wide, not 1040: set it to grouped"
+        "moe.kernel triton takes rows up to 1024 wide, not 1040: set it to auto"
     }
     with pytest.raises(SpecError, match="triton takes rows up to 1024 wide"):
         measure(request._replace(kernels=["triton"]), timing.find_hardware("cpu"), lambda line: None)
