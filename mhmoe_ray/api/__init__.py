@@ -11,6 +11,7 @@
     checkpoints.py    the checkpoints of a run
     evaluation.py     the quality of a checkpoint
     model.py          a model in this process: generate text, compute logits
+    model_source.py   a stored model that is not loaded yet
     generation.py     checks of prompts, sampling and stop texts
     engine_thread.py  the engine of such a model, and its answers
     service.py        a model that a cluster serves

@@ -3,7 +3,6 @@
 import shlex
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from mhmoe_ray.api.connection import connect_to_train
 from mhmoe_ray.api.defaults import OnNote, default_storage, ignore_note
@@ -13,6 +12,7 @@ from mhmoe_ray.cluster.dashboard import RetryingCaller
 from mhmoe_ray.cluster.runs import (
     QUIET_SECONDS,
     Outcome,
+    RunEvents,
     outcome,
     outcome_or_lost,
     recorded_outcome,
@@ -278,10 +278,6 @@ def stop_run(run: RunDir, end_immediately: bool = False, on_note: OnNote = ignor
     if run_outcome.state == "stopped" and recorded_outcome(events.read(run)) is None:
         events.record(run, "stopped", reason="its job was ended")
     return run_outcome
-
-
-RunEvents = list[dict[str, Any]]
-"""Events of a run, oldest first."""
 
 
 def wait_for_outcome(

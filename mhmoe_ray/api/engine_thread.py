@@ -20,8 +20,7 @@ class Answer(NamedTuple):
     """An answer of a model."""
 
     text: str
-    tokens: int
-    """Number of tokens of the answer."""
+    token_count: int
     finish_reason: FinishReason
     """Reason why it ends: "stop" at the end of a document or at a stop string, "length" at a limit on tokens."""
 

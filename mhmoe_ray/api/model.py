@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from threading import Lock
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self, overload
+from typing import TYPE_CHECKING, Any, Literal, Self, overload
 
 from tokenizers import Tokenizer
 
@@ -33,20 +33,16 @@ from mhmoe_ray.api.generation import (
     split_prompts,
     stop_texts,
 )
+from mhmoe_ray.api.model_source import ModelSource, checkpoint_source, folder_source
 from mhmoe_ray.api.run import Run
 from mhmoe_ray.checkpoint.manifest import CheckpointManifest, is_committed, read_manifest
-from mhmoe_ray.checkpoint.tokenizer import load_run_tokenizer
-from mhmoe_ray.data.chat.template import ChatTemplate, ChatTemplateError
-from mhmoe_ray.data.tokenizer import boundary_texts
 from mhmoe_ray.errors import ServeError
 from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.serving.answer import (
     Answerer,
     AnswerPiece,
     ModelDetails,
-    PromptEncoder,
     check_length,
-    load_chat_template,
 )
 from mhmoe_ray.serving.engine import EngineError, Request, SamplingParams
 from mhmoe_ray.serving.engine.request import derived_seed
@@ -97,7 +93,7 @@ def load(
     if is_committed(folder):
         path = folder.absolute()
         return load_checkpoint(path, read_manifest(path, parts=("weights",)), device, threads)
-    return LoadedModel(_folder_source(Path(str(folder))), device, threads)
+    return LoadedModel(folder_source(Path(str(folder))), device, threads)
 
 
 def load_checkpoint(
@@ -115,64 +111,13 @@ def load_checkpoint(
         CheckpointError, DataError: the run's tokenizer is missing or damaged.
         ServeError: the run's chat template is invalid, or there is no such device.
     """
-    run, tokenizer = RunDir.of_checkpoint(checkpoint), load_run_tokenizer(checkpoint, manifest)
-
-    def load_decoder() -> "Decoder":
-        from mhmoe_ray.checkpoint.load import load_verified_model
-
-        return load_verified_model(checkpoint, manifest)
-
-    source = _ModelSource(
-        f"{run.id}/{checkpoint.name}",
-        manifest.model,
-        manifest.seq_len,
-        PromptEncoder(tokenizer, manifest.adds_start),
-        load_chat_template(run, tokenizer),
-        manifest.ends,
-        load_decoder,
-    )
-    return LoadedModel(source, device, threads)
-
-
-class _ModelSource(NamedTuple):
-    """A stored model: everything but its weights, and a function that loads these."""
-
-    name: str
-    model: ModelSpec
-    seq_len: int
-    encoder: PromptEncoder
-    template: ChatTemplate | None
-    ends: list[int]
-    """Token ids that end a text in addition to the tokenizer's own."""
-    load_decoder: Callable[[], "Decoder"]
-
-
-def _folder_source(folder: Path) -> _ModelSource:
-    """Return the model of a folder in Hugging Face's layout.
-
-    Raises:
-        CheckpointError: the folder lacks a file, is damaged, or holds a model that this package does not compute.
-        DataError: its tokenizer does not fit the model.
-        ServeError: its chat template is invalid.
-    """
-    # The module imports torch.
-    from mhmoe_ray.checkpoint.huggingface.load import read_folder_model
-
-    stored = read_folder_model(folder)
-    template = None
-    if stored.chat_template is not None:
-        try:
-            template = ChatTemplate(stored.chat_template, *boundary_texts(stored.tokenizer))
-        except ChatTemplateError as e:
-            raise ServeError("the chat template", str(e), f"correct it in {folder}") from e
-    encoder = PromptEncoder(stored.tokenizer, stored.adds_start)
-    return _ModelSource(folder.name, stored.model, stored.seq_len, encoder, template, stored.ends, stored.load_decoder)
+    return LoadedModel(checkpoint_source(checkpoint, manifest), device, threads)
 
 
 class LoadedModel:
     """A model in this process; a context manager that closes it."""
 
-    def __init__(self, source: _ModelSource, device: Device = "cpu", threads: int | None = None) -> None:
+    def __init__(self, source: ModelSource, device: Device = "cpu", threads: int | None = None) -> None:
         """Create the model without loading its weights; `load` finds one by name.
 
         Args:
@@ -453,7 +398,7 @@ class LoadedModel:
         return engine
 
 
-def _answerer_builder(source: _ModelSource, device: Device, threads: int) -> Callable[[], Answerer]:
+def _answerer_builder(source: ModelSource, device: Device, threads: int) -> Callable[[], Answerer]:
     """Return a function that loads the weights of a model and starts an engine with them.
 
     Args:

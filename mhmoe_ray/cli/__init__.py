@@ -3,7 +3,7 @@
     app.py         wires the commands; turns errors into one line and an exit code
     common.py      options and their completion, consoles, reading of specs and checkpoints, numbers and tables
     verbs.py       hints for unknown commands
-    jobs.py        the following of a command's jobs
+    jobs.py        follow the jobs of a command
     submit.py      start a run            follow.py     follow a run to its end
     runs.py        list, resume, stop, rm
     status.py      state of a run         logs.py       logs of its job and workers

@@ -1,4 +1,4 @@
-"""Following of a command's jobs."""
+"""Follow the jobs of a command: their progress, their end, and Ctrl-C."""
 
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any

@@ -28,12 +28,27 @@ def load_chat_template(run: RunDir, tokenizer: Tokenizer) -> ChatTemplate | None
         ServeError: the file is not a valid template.
     """
     file = run.chat_template_file
-    if not file.exists():
+    text = file.read_text() if file.exists() else None
+    return parse_chat_template(text, tokenizer, "correct chat_template.jinja in the run directory")
+
+
+def parse_chat_template(text: str | None, tokenizer: Tokenizer, fix: str) -> ChatTemplate | None:
+    """Return the chat template that a text is; None if there is no text.
+
+    Args:
+        text: the template, in Jinja.
+        tokenizer: the model's tokenizer, which has tokens for the start and the end of a document.
+        fix: remedy, for the error.
+
+    Raises:
+        ServeError: the text is not a valid template.
+    """
+    if text is None:
         return None
     try:
-        return ChatTemplate(file.read_text(), *boundary_texts(tokenizer))
+        return ChatTemplate(text, *boundary_texts(tokenizer))
     except ChatTemplateError as e:
-        raise ServeError("the chat template", str(e), "correct chat_template.jinja in the run directory") from e
+        raise ServeError("the chat template", str(e), fix) from e
 
 
 class ScoredText(NamedTuple):

@@ -1,7 +1,6 @@
 """Tests of handles on runs, by their directories: no cluster is needed for what a run directory tells."""
 
 import os
-import threading
 import time
 from pathlib import Path
 
@@ -82,14 +81,15 @@ def test_an_imported_run_has_no_spec(tmp_path, directory):
 
 
 def test_wait_reports_each_event_of_the_newest_attempt_once(directory):
-    reported_kinds, recorder = [], threading.Timer(1.2, lambda: events.record(directory, "finished", step=2))
+    reported_kinds = []
 
     def report(event):
         reported_kinds.append(event["event"])
         if event["event"] == "began":
             events.record(directory, "preparing", folder="prepared")
+        if event["event"] == "preparing":
+            events.record(directory, "finished", step=2)
 
-    recorder.start()
     assert mh.Run(directory).wait(on_event=report) == "finished"
     assert reported_kinds == ["submitted", "began", "preparing", "finished"]
 

@@ -1,0 +1,75 @@
+"""A stored model that is not loaded yet: of a run's checkpoint, or of a folder in Hugging Face's layout."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from mhmoe_ray.checkpoint.manifest import CheckpointManifest
+from mhmoe_ray.checkpoint.tokenizer import load_run_tokenizer
+from mhmoe_ray.data.chat.template import ChatTemplate
+from mhmoe_ray.runs.directory import RunDir
+from mhmoe_ray.serving.answer import PromptEncoder, load_chat_template, parse_chat_template
+from mhmoe_ray.spec import ModelSpec
+from mhmoe_ray.storage import Location
+
+if TYPE_CHECKING:
+    from mhmoe_ray.model.decoder import Decoder
+
+
+class ModelSource(NamedTuple):
+    """A stored model: everything but its weights, and a function that loads these."""
+
+    name: str
+    model: ModelSpec
+    seq_len: int
+    encoder: PromptEncoder
+    template: ChatTemplate | None
+    ends: list[int]
+    """Token ids that end a text in addition to the tokenizer's own."""
+    load_decoder: Callable[[], "Decoder"]
+
+
+def checkpoint_source(checkpoint: Location, manifest: CheckpointManifest) -> ModelSource:
+    """Return the model of a checkpoint inside its run directory.
+
+    Args:
+        checkpoint: the checkpoint.
+        manifest: its manifest, whose weights were verified.
+
+    Raises:
+        CheckpointError, DataError: the run's tokenizer is missing or damaged.
+        ServeError: the run's chat template is invalid.
+    """
+    run, tokenizer = RunDir.of_checkpoint(checkpoint), load_run_tokenizer(checkpoint, manifest)
+
+    def load_decoder() -> "Decoder":
+        from mhmoe_ray.checkpoint.load import load_verified_model
+
+        return load_verified_model(checkpoint, manifest)
+
+    return ModelSource(
+        f"{run.id}/{checkpoint.name}",
+        manifest.model,
+        manifest.seq_len,
+        PromptEncoder(tokenizer, manifest.adds_start),
+        load_chat_template(run, tokenizer),
+        manifest.ends,
+        load_decoder,
+    )
+
+
+def folder_source(folder: Path) -> ModelSource:
+    """Return the model of a folder in Hugging Face's layout.
+
+    Raises:
+        CheckpointError: the folder lacks a file, is damaged, or holds a model that this package does not compute.
+        DataError: its tokenizer does not fit the model.
+        ServeError: its chat template is invalid.
+    """
+    # The module imports torch.
+    from mhmoe_ray.checkpoint.huggingface.load import read_folder_model
+
+    stored = read_folder_model(folder)
+    template = parse_chat_template(stored.chat_template, stored.tokenizer, f"correct it in {folder}")
+    encoder = PromptEncoder(stored.tokenizer, stored.adds_start)
+    return ModelSource(folder.name, stored.model, stored.seq_len, encoder, template, stored.ends, stored.load_decoder)
