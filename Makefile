@@ -2,6 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 QUICKSTART_SET ?=
+# Version of Python on the machine with the GPU, for which packages are fetched here.
+GPU_PYTHON ?= 3.12
 # The commit that `make equal` compares with.
 BASE ?= HEAD
 # Two lanes of tests, each with its own Ray cluster. A free lane takes the next test file.
@@ -83,8 +85,8 @@ gpu-acceptance:
 	PYTHONPATH=.:kernels:.gpu-wheels $(PYTHON) -m mhmoe_ray.bench.acceptance $(ACCEPTANCE)
 
 gpu-wheels:
-	$(PYTHON) -m pip install --target .gpu-wheels --no-deps --upgrade pydantic pydantic-core annotated-types \
-		typing-inspection typing-extensions PyYAML
+	$(PYTHON) -m pip install --target .gpu-wheels --upgrade --only-binary=:all: --python-version $(GPU_PYTHON) \
+		-c constraints.txt pydantic PyYAML orjson zstandard
 
 test-cpu: .venv/installed-dev
 	$(BIN)/python -m tests.cpu_levels

@@ -23,6 +23,8 @@ class KernelLimits(NamedTuple):
     size_multiple: int = 1
     """Number of which the widths of rows and of experts must be multiples."""
     max_row_width: int | None = None
+    max_experts: int | None = None
+    """Largest number of experts of a rank."""
     kept_rows: Literal["as configured", "nothing", "all"] = "all"
     """Hidden rows of experts that the kernel keeps for the backward pass; "as configured" means that `moe.recompute`
     decides."""
@@ -38,8 +40,14 @@ KERNELS: dict[KernelName, KernelLimits] = {
     # Wider rows than 1024 do not fit on the chip (triton/fused/blocks.py).
     "triton": KernelLimits(device="CUDA", max_row_width=1024, kept_rows="nothing"),
     "grouped_gemm": KernelLimits(device="CUDA", kept_rows="as configured"),
+    # torch's grouped_mm has no biases, wants rows of multiples of 16 bytes, and takes fewer than 1024 groups.
     "grouped_mm": KernelLimits(
-        device="CUDA", precision="bfloat16", function="swiglu", size_multiple=8, kept_rows="as configured"
+        device="CUDA",
+        precision="bfloat16",
+        function="swiglu",
+        size_multiple=8,
+        max_experts=1023,
+        kept_rows="as configured",
     ),
     "megablocks": KernelLimits(device="CUDA"),
     "capacity": KernelLimits(is_static=True),

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mhmoe_kernels import cpp, megablocks, triton
 from mhmoe_kernels.abilities import KERNELS
-from mhmoe_kernels.choice import ExpertSizes, Purpose, gpu_kernels
+from mhmoe_kernels.choice import ExpertSizes, Purpose, gpu_kernels, limit_reason
 from mhmoe_kernels.grouped import RunSorted, run_grouped, run_sorted
 from mhmoe_kernels.packed import run_padded
 from mhmoe_kernels.reference import run_capacity, run_reference
@@ -38,8 +38,8 @@ class Backend(NamedTuple):
     has_backward: bool = True
     """False if the backend is for inference only."""
     refusal: Callable[[torch.device, ExpertSizes], str | None] = _never_refused
-    """Function that returns the reason why the backend cannot compute experts of these sizes on a device where it can
-    run, in one line; None if it can."""
+    """Function that returns the reason why the backend cannot compute experts of these sizes on a device, although it
+    can run there and its limits allow them, in one line; None if it can."""
 
 
 BACKENDS: dict[str, Backend] = {
@@ -76,7 +76,11 @@ def unavailable_reason(name: str, device: torch.device, sizes: ExpertSizes | Non
     if name == "auto":
         return None
     reason = BACKENDS[name].unavailable_reason(device)
-    return reason if reason or sizes is None else BACKENDS[name].refusal(device, sizes)
+    if reason or sizes is None:
+        return reason
+    # `padded` is not a kernel that a spec can name, so it is not in the table of limits.
+    limits_reason = next((limit_reason(kernel, sizes) for kernel in KERNELS if kernel == name), None)
+    return limits_reason or BACKENDS[name].refusal(device, sizes)
 
 
 def expert_sizes(x_ND: Tensor, weights: ExpertWeights) -> ExpertSizes:

@@ -1,6 +1,6 @@
 """The kernels that `auto` chooses on GPUs: one table, which the dispatcher and the planner read.
 
-This module does not import torch. CPUs are decided in `cpp` and `grouped`, by the level of the CPU.
+This module does not import torch. On CPUs, `cpp.is_faster` decides.
 """
 
 from collections.abc import Iterator
@@ -23,15 +23,12 @@ class ExpertSizes(NamedTuple):
     experts: int
     """Number of experts of a rank."""
 
-    @property
-    def is_aligned(self) -> bool:
-        """True if rows of the experts' matrices are multiples of 16 bytes, as torch's grouped_mm needs."""
-        value_bytes = 2 if self.dtype in ("bfloat16", "float16") else 4
-        return self.row_width * value_bytes % 16 == 0 and self.hidden * value_bytes % 16 == 0
-
 
 class GpuChoice(NamedTuple):
-    """Row of the table: a kernel, where it applies, and how it is known to be the best there."""
+    """Row of the table: a kernel, where it is preferred, and how it is known to be the best there.
+
+    It is not preferred where its own limits (`KERNELS`) forbid it.
+    """
 
     kernel: KernelName
     purposes: tuple[Purpose, ...]
@@ -41,8 +38,6 @@ class GpuChoice(NamedTuple):
     evidence: str
     """Where the choice was measured, or why it is predicted."""
     max_row_width: int | None = None
-    function: ExpertFunction | None = None
-    needs_alignment: bool = False
 
     def applies(self, purpose: Purpose, major: int, sizes: ExpertSizes) -> bool:
         """Return whether the row is about these experts on such a GPU."""
@@ -51,8 +46,6 @@ class GpuChoice(NamedTuple):
             and (self.majors is None or major in self.majors)
             and sizes.dtype in self.dtypes
             and (self.max_row_width is None or sizes.row_width <= self.max_row_width)
-            and self.function in (None, sizes.function)
-            and (sizes.is_aligned or not self.needs_alignment)
         )
 
 
@@ -71,8 +64,6 @@ GPU_CHOICES: tuple[GpuChoice, ...] = (
         (9, 10),
         ("bfloat16",),
         "predicted: CUTLASS reaches more of the peak than Triton; on other GPUs it waits for the host (pytorch#186620)",
-        function="swiglu",
-        needs_alignment=True,
     ),
     GpuChoice(
         "grouped_gemm",
@@ -92,6 +83,24 @@ GPU_CHOICES: tuple[GpuChoice, ...] = (
 """Rows in the order of preference. The first row that applies, and whose kernel can run on the GPU, is chosen."""
 
 
+def limit_reason(kernel: KernelName, sizes: ExpertSizes) -> str | None:
+    """Return the limit of a kernel that forbids experts of these sizes, in one line; None if there is none."""
+    limits = KERNELS[kernel]
+    if limits.function not in (None, sizes.function):
+        return f"kernel {kernel} computes {limits.function} experts, not {sizes.function}"
+    if limits.precision not in (None, sizes.dtype):
+        return f"kernel {kernel} computes in {limits.precision}, not in {sizes.dtype}"
+    if sizes.row_width % limits.size_multiple or sizes.hidden % limits.size_multiple:
+        return f"kernel {kernel} takes widths that are multiples of {limits.size_multiple}"
+    for name, limit, size in (
+        ("values in a row", limits.max_row_width, sizes.row_width),
+        ("experts", limits.max_experts, sizes.experts),
+    ):
+        if limit is not None and size > limit:
+            return f"kernel {kernel} takes up to {limit} {name}, not {size}"
+    return None
+
+
 def gpu_kernels(purpose: Purpose, major: int, sizes: ExpertSizes) -> Iterator[KernelName]:
     """Yield the kernels for experts on a GPU, the preferred one first.
 
@@ -101,7 +110,5 @@ def gpu_kernels(purpose: Purpose, major: int, sizes: ExpertSizes) -> Iterator[Ke
         sizes: sizes of the experts.
     """
     for choice in GPU_CHOICES:
-        limits = KERNELS[choice.kernel]
-        is_narrow = limits.max_row_width is None or sizes.row_width <= limits.max_row_width
-        if is_narrow and choice.applies(purpose, major, sizes):
+        if choice.applies(purpose, major, sizes) and limit_reason(choice.kernel, sizes) is None:
             yield choice.kernel

@@ -25,6 +25,8 @@ from mhmoe_ray.spec.base import Section
 from mhmoe_ray.spec.hints import MIN_SIMILARITY
 
 DEFAULT_SIZE: SizeName = "tiny"
+GPU_MEMORY_SHARE = 0.8
+"""Share of an accelerator's memory that planned memory may take; the framework and its buffers come on top."""
 
 
 def find_preset(name: str, size: SizeName | None = None) -> Preset:
@@ -102,14 +104,10 @@ def resolve_spec(tree: Tree, label: str, fill_tree: Callable[[Tree, str], Tree] 
     has_preset = "preset" in tree
     tree = _resolve_shorthands(tree, label)
     spec = validate_section(RunSpec, tree, label, extra_keys=list(Shorthands.model_fields))
-    return fill_gpu(spec) if has_preset and not has_own_batches else spec
+    return _fill_gpu(spec) if has_preset and not has_own_batches else spec
 
 
-GPU_MEMORY_SHARE = 0.8
-"""Share of an accelerator's memory that planned memory may take; the framework and its buffers come on top."""
-
-
-def fill_gpu(spec: RunSpec) -> RunSpec:
+def _fill_gpu(spec: RunSpec) -> RunSpec:
     """Return the spec of a preset with the largest micro-batches that fit on its GPUs, and as many samples in a step.
 
     Presets have the papers' micro-batches of one sequence, with which a GPU mostly waits for launches. Specs for CPUs

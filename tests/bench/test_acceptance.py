@@ -41,6 +41,31 @@ def test_rehearsal_runs_all_parts_without_an_installation(tmp_path):
     assert "reached" not in report
 
 
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_parts_need_only_torch_and_the_packages_that_are_fetched():
+    """A bare machine has torch with its own dependencies, numpy and pyarrow; `make gpu-wheels` adds others."""
+    [line] = [line for line in (ROOT / "Makefile").read_text().splitlines() if "-c constraints.txt pydantic" in line]
+    fetched = {name.lower().replace("pyyaml", "yaml") for name in line.split("constraints.txt")[1].split()}
+    fetched |= {"pydantic_core", "annotated_types", "typing_inspection", "typing_extensions"}
+    torchs_own = {"torch", "torchgen", "triton", "jinja2", "markupsafe", "mpmath", "sympy", "numpy", "pyarrow"}
+    # torch and triton use these if they are installed, and so they are here, but do not need them.
+    optional = ["cloudpickle", "dill", "tqdm"]
+    code = (
+        "import importlib, sys\n"
+        f"sys.modules.update(dict.fromkeys({[*optional, 'ray', 'tokenizers', 'typer', 'rich']!r}))\n"
+        f"for part in {[*PARTS, '__main__']!r}:\n"
+        "    if part != 'sanitizer':\n"
+        "        importlib.import_module('mhmoe_ray.bench.acceptance.' + part)\n"
+        "import mhmoe_kernels.triton.grouped.experts, mhmoe_kernels.triton.fused.experts\n"
+        "import mhmoe_kernels.triton.routing\n"
+        "files = {name: getattr(module, '__file__', None) or '' for name, module in sys.modules.items()}\n"
+        "print(*{name.partition('.')[0] for name, file in files.items() if 'site-packages' in file})\n"
+    )
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    own_finders = {name for name in process.stdout.split() if name.startswith(("_", "mhmoe"))}
+    assert set(process.stdout.split()) - own_finders <= fetched | torchs_own
+
+
 def test_report_shows_predictions_and_failures(tmp_path):
     append_record(tmp_path, "layers", {"name": "SMoE", "ms": 20.5})
     append_record(tmp_path, "layers", {"name": "MH-MoE h 2 to SMoE", "times": 1.2})

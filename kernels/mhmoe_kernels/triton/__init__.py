@@ -23,7 +23,6 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 
-from mhmoe_kernels.abilities import KERNELS
 from mhmoe_kernels.choice import ExpertSizes
 from mhmoe_kernels.weights import ExpertWeights
 
@@ -39,10 +38,6 @@ def unavailable_reason(device: torch.device) -> str | None:
     return None
 
 
-MAX_TORCH_GROUPS = 1024
-"""Number of groups that torch's grouped_mm no longer takes."""
-
-
 def is_interpreted() -> bool:
     """Return whether Triton interprets kernels on the CPU."""
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes")
@@ -53,9 +48,6 @@ def fused_refusal(device: torch.device, sizes: ExpertSizes) -> str | None:
 
     The kernels are compiled once for the GPU, which takes some seconds.
     """
-    limit = KERNELS["triton"].max_row_width
-    if limit is not None and sizes.row_width > limit:
-        return f"kernel triton holds rows of at most {limit} values on the chip, and these have {sizes.row_width}"
     if device.type != "cuda":
         return None
     if torch.version.hip:
@@ -72,14 +64,7 @@ def fused_refusal(device: torch.device, sizes: ExpertSizes) -> str | None:
 
 
 def grouped_mm_refusal(device: torch.device, sizes: ExpertSizes) -> str | None:
-    """Return the reason why torch's grouped_mm cannot compute experts of these sizes without waiting for a GPU, in one
-    line; None if it can."""
-    if sizes.function != "swiglu":
-        return "kernel grouped_mm has no biases, which these experts have: use grouped_gemm"
-    if sizes.experts >= MAX_TORCH_GROUPS:
-        return f"kernel grouped_mm takes fewer than {MAX_TORCH_GROUPS} experts, not {sizes.experts}: use grouped_gemm"
-    if sizes.dtype != "bfloat16" or not sizes.is_aligned:
-        return "kernel grouped_mm computes bfloat16 with widths that are multiples of 8: use grouped_gemm"
+    """Return the reason why torch's grouped_mm would wait for a GPU, in one line; None if it would not."""
     # AMD's capabilities have numbers of their own.
     if device.type == "cuda" and torch.version.hip:
         return "kernel grouped_mm has only been considered for NVIDIA's GPUs: use grouped_gemm"

@@ -6,7 +6,7 @@ largest number of kernels that it launches, which depends on nothing that only t
 """
 
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +21,12 @@ LAUNCHES: dict[str, int] = {}
 """Largest number of kernels that each operator launches, by its name."""
 _INTERPRETER_PROGRAMS = 4
 """Number of programs of a persistent kernel in Triton's interpreter, where programs run one after another."""
+
+
+def launch(kernel: Any, grid: tuple[int, ...]) -> Callable[..., Any]:
+    """Return a function that launches a kernel on a grid with its arguments and compiler options."""
+    # This is Triton's default. It is set explicitly, because Triton warns that the default will change.
+    return partial(kernel[grid], enable_fp_fusion=True)
 
 
 def operator(schema: str, launches: int, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
@@ -139,12 +145,12 @@ def sort_routes(expert_NK: Tensor, experts: int, rows_per_tile: int, by_choice: 
     bins = max(16, triton.next_power_of_2(experts + 1))
     count_BE, before_BE = (expert_NK.new_empty(blocks, experts, dtype=torch.int32) for _ in range(2))
     total_E = expert_NK.new_empty(experts, dtype=torch.int32)
-    sort.count_routes[(blocks,)](
+    launch(sort.count_routes, (blocks,))(
         expert_NK, count_BE, routes, experts, expert_NK.shape[1], by_choice, sort.ROUTES_PER_BLOCK, bins
     )
-    sort.add_counts[(triton.cdiv(experts, 16),)](count_BE, before_BE, total_E, blocks, experts, 128, 16)
+    launch(sort.add_counts, (triton.cdiv(experts, 16),))(count_BE, before_BE, total_E, blocks, experts, 128, 16)
     _launch_schedule(total_E, *results[2:], rows_per_tile)
-    sort.place_routes[(blocks,)](
+    launch(sort.place_routes, (blocks,))(
         expert_NK, before_BE, results.offset_E1, results.route_R, results.slot_NK, routes, experts,
         expert_NK.shape[1], by_choice, sort.ROUTES_PER_BLOCK,
     )  # fmt: skip
@@ -177,7 +183,7 @@ def _launch_schedule(count_E: Tensor, offset_E1: Tensor, expert_T: Tensor, start
     # There is one program at least, because the first one stores the offsets.
     grid = (max(1, triton.cdiv(len(expert_T), 32)),)
     experts = len(count_E)
-    sort.schedule_tiles[grid](
+    launch(sort.schedule_tiles, grid)(
         count_E, offset_E1, expert_T, start_T, len(expert_T), experts, rows_per_tile, 32,
         max(16, triton.next_power_of_2(experts)),
     )  # fmt: skip
@@ -194,7 +200,7 @@ def gather_rows(x_ND: Tensor, route_R: Tensor, top_k: int) -> Tensor:
     x_RD = x_ND.new_empty(routes, width)
     if routes:
         grid, block_rows, columns = _row_grid(routes, width)
-        rows.gather_rows[grid](x_ND, route_R, x_RD, routes, width, top_k, block_rows, columns)
+        launch(rows.gather_rows, grid)(x_ND, route_R, x_RD, routes, width, top_k, block_rows, columns)
     return x_RD
 
 
@@ -214,7 +220,7 @@ def combine_rows(out_RD: Tensor, second_RD: Tensor | None, slot_NK: Tensor, gate
         grid, block_rows, columns = _row_grid(count, width)
         # The kernel needs some pointers even for what there is not, but does not read them.
         second, gates = (out_RD if tensor is None else tensor for tensor in (second_RD, gate_NK))
-        rows.combine_rows[grid](
+        launch(rows.combine_rows, grid)(
             out_RD, second, slot_NK, gates, y_ND, count, width, top_k, second_RD is not None, gate_NK is not None,
             block_rows, columns,
         )  # fmt: skip

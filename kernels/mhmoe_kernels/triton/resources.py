@@ -44,7 +44,7 @@ _FLOAT32 = {
 }  # fmt: skip
 """Names of the kernels' arguments that point to numbers of a fixed type. All other pointers have names with an
 underscore, and point to the dtype of the computation."""
-_OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
+_OPTIONS = ("num_warps", "num_stages")
 
 _FUSED: dict[tuple[str, Kernel], triton.JITFunction] = {
     ("swiglu", "forward"): fused_swiglu.swiglu_forward,

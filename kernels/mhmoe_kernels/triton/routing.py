@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mhmoe_kernels.triton import router
-from mhmoe_kernels.triton.operators import SortedRoutes, operator, program_count, sort_routes
+from mhmoe_kernels.triton.operators import SortedRoutes, launch, operator, program_count, sort_routes
 
 
 def _row_blocks(experts: int, values: int) -> tuple[int, int]:
@@ -55,11 +55,11 @@ def _route(logits_NE: Tensor, top_k: int, normalized: bool, scale: float, counts
     probability_PE = logits_NE.new_empty(programs, experts)
     first_PE, count_PE = (logits_NE.new_empty(programs, experts, dtype=torch.int32) for _ in range(2))
     z_P = logits_NE.new_empty(programs)
-    router.route_rows[(programs,)](
+    launch(router.route_rows, (programs,))(
         logits_NE, expert_NK, gate_NK, log_sum_N, probability_PE, first_PE, count_PE, z_P, rows, scale,
         experts, top_k, normalized, block_rows, columns,
     )  # fmt: skip
-    router.sum_programs[(1,)](
+    launch(router.sum_programs, (1,))(
         probability_PE, first_PE, count_PE, z_P, share_E, count_E, balance, z, programs, rows,
         experts, top_k, counts_first, max(1, 8192 // columns), columns,
     )  # fmt: skip
@@ -81,7 +81,7 @@ def _route_backward(
     dlogits_NE = torch.empty_like(logits_NE)
     # Larger blocks spill registers.
     block_rows, columns = _row_blocks(experts, 2048)
-    router.route_rows_backward[(triton.cdiv(rows, block_rows),)](
+    launch(router.route_rows_backward, (triton.cdiv(rows, block_rows),))(
         logits_NE, expert_NK, gate_NK, log_sum_N, share_E, dgate_NK, dbalance, dz,
         dgate_NK if kept_NK is None else kept_NK, dlogits_NE, rows, scale,
         experts, expert_NK.shape[1], normalized, kept_NK is not None, block_rows, columns,
@@ -110,7 +110,7 @@ def _drop_routes(expert_NK: Tensor, gate_NK: Tensor, experts: int, capacity: int
     # Tiles are not needed, so their size does not matter.
     routes = SortedRoutes(*sort_routes(expert_NK, experts, 128, by_choice=True))
     rows, top_k = expert_NK.shape
-    router.drop_routes[(triton.cdiv(rows * top_k, 1024),)](
+    launch(router.drop_routes, (triton.cdiv(rows * top_k, 1024),))(
         expert_NK, gate_NK, routes.slot_NK, routes.offset_E1, kept_gate_NK, kept_NK, count_E, dropped, rows, capacity,
         experts, top_k, 1024, max(16, triton.next_power_of_2(experts)),
     )  # fmt: skip

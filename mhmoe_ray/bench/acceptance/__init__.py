@@ -2,9 +2,10 @@
 
     python3 -m mhmoe_ray.bench.acceptance --out acceptance
 
-It needs torch 2.11 or newer with its Triton, and pydantic, but no installation of this package and no Ray. Each part
-runs in a process of its own with a time limit, and appends its results to records.jsonl; report.md is written again
-after each part. `--device cpu` rehearses it at toy sizes, with Triton's interpreter.
+It needs torch 2.11 or newer with its Triton, and a few packages (`make gpu-wheels`), but no installation and no Ray.
+Each part runs in a process of its own with a time limit, and appends its results to records.jsonl; report.md is written
+again after each part. The whole is meant to take half an hour; the limits add up to 43 minutes. `--device cpu`
+rehearses it at toy sizes, with Triton's interpreter.
 
 __main__.py       run parts in processes, and write the report
 settings.py       sizes of a full run and of a rehearsal; what a part yields
@@ -17,5 +18,5 @@ waits.py          part: waits of the host, and kernels of a layer
 layers.py         part: time and memory of layers
 training.py       part: throughput of whole training steps
 state.py          part: pause of a checkpoint; prefill and decode
-profiles.py       part: kernels of the slowest layer
+profiles.py       part: kernels of each layer by their time
 """

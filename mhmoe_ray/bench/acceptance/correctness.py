@@ -7,7 +7,7 @@ from torch import Tensor
 
 from mhmoe_kernels import BACKENDS, ExpertWeights, Function, GeluSubln, Swiglu, run_experts, unavailable_reason
 from mhmoe_kernels.choice import ExpertSizes
-from mhmoe_ray.bench.acceptance.settings import Rows, Settings
+from mhmoe_ray.bench.acceptance.settings import Rows, Settings, first_line
 
 KERNELS = ("grouped_gemm", "grouped_mm", "triton", "grouped", "megablocks")
 FUNCTIONS: dict[str, Function] = {"swiglu": Swiglu(), "gelu_subln": GeluSubln()}
@@ -35,16 +35,12 @@ def _compare_all(settings: Settings, shapes: tuple[tuple[int, ...], ...], hot_ro
         for dtype in (torch.float32, torch.bfloat16):
             # Fused kernels take long to compile, and float32 is not what they are for.
             few_shapes = kernel == "triton" and dtype == torch.float32
-            cases = [
-                (f"{name}, rows {shape[0]} x {shape[1]}, hidden {shape[2]}, E {shape[3]}, k {shape[4]}", *case)
-                for shape in (shapes[:1] if few_shapes else shapes)
-                for name, function in FUNCTIONS.items()
-                for case in [(function, shape, False)]
-            ]
-            cases += [
-                ("no rows", Swiglu(), (0, 16, 16, 8, 1), False),
-                ("hot", Swiglu(), (hot_rows, 16, 16, 8, 1), True),
-            ]
+            cases: list[tuple[str, Function, tuple[int, ...], bool]] = []
+            for shape in shapes[:1] if few_shapes else shapes:
+                title = "rows {} x {}, hidden {}, E {}, k {}".format(*shape)
+                cases += [(f"{name}, {title}", function, shape, False) for name, function in FUNCTIONS.items()]
+            cases.append(("no rows", Swiglu(), (0, 16, 16, 8, 1), False))
+            cases.append(("hot", Swiglu(), (hot_rows, 16, 16, 8, 1), True))
             for title, function, shape, is_hot in cases:
                 yield {"name": f"{kernel}, {dtype}, {title}", **_check(device, kernel, function, dtype, shape, is_hot)}
 
@@ -65,7 +61,7 @@ def _check(
         if device.type == "cuda":
             # After an illegal access, every call fails, so the part cannot go on.
             torch.cuda.synchronize()
-        return {"passed": False, "error": f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"}
+        return {"passed": False, "error": first_line(error)}
 
 
 Problem = tuple[Tensor, Tensor, Tensor, ExpertWeights]

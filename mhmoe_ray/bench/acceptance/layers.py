@@ -2,13 +2,14 @@
 
 from collections.abc import Callable
 from functools import partial
+from statistics import median
 
 import torch
 from torch import Tensor
 
 from mhmoe_kernels import unavailable_reason
 from mhmoe_kernels.choice import ExpertSizes
-from mhmoe_ray.bench.acceptance.settings import LayerSize, Rows, Settings
+from mhmoe_ray.bench.acceptance.settings import LayerSize, Rows, Settings, first_line
 from mhmoe_ray.bench.layers import Shape
 from mhmoe_ray.bench.measure import peak_bytes
 from mhmoe_ray.bench.peers import peer_layers
@@ -125,33 +126,28 @@ def _measure(settings: Settings, tokens: int) -> Rows:
             peaks[name] = peak_bytes(partial(case.run, None), settings.torch_device)
         # Static routing and other packages may need more memory than the GPU has.
         except torch.OutOfMemoryError as error:
-            yield {"name": f"{name}, {tokens} tokens", "skipped": str(error).splitlines()[0][:200]}
+            yield {"name": f"{name}, {tokens} tokens", "skipped": first_line(error)}
             continue
         # One layer that fails must not hide the figures of the others.
         except Exception as error:
             if settings.device == "cuda":
                 torch.cuda.synchronize()
-            reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
-            yield {"name": f"{name}, {tokens} tokens", "passed": False, "error": reason}
+            yield {"name": f"{name}, {tokens} tokens", "passed": False, "error": first_line(error)}
             continue
         cases[name] = case
     clock = device_clock(settings.torch_device)
     for _, name in turns(cases, settings.rounds):
         cases[name].run(clock)
-    medians = {name: _median(case.forward_seconds) + _median(case.backward_seconds) for name, case in cases.items()}
+    medians = {name: median(case.forward_seconds) + median(case.backward_seconds) for name, case in cases.items()}
     suffix = "" if tokens == settings.layer_tokens[-1] else f" at {tokens} tokens"
     for name, case in cases.items():
         yield {
             "name": f"{name}{suffix}",
             "ms": medians[name] * 1e3,
-            "forward_ms": _median(case.forward_seconds) * 1e3,
+            "forward_ms": median(case.forward_seconds) * 1e3,
             "TFLOP/s": flops[name] / medians[name] / 1e12,
             "peak_gb": peaks[name] / 1e9,
         }
     for name in settings.layers:
         if name != "SMoE" and name in medians and "SMoE" in medians:
             yield {"name": f"{name} to SMoE{suffix}", "times": medians[name] / medians["SMoE"]}
-
-
-def _median(values: list[float]) -> float:
-    return sorted(values)[len(values) // 2]

@@ -1,4 +1,4 @@
-"""Kernels of the layer that is furthest from its prediction, by their time on the GPU."""
+"""Kernels of layers by their time on the GPU, to explain a figure that misses its prediction."""
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -8,7 +8,7 @@ from mhmoe_ray.bench.acceptance.settings import Rows, Settings
 
 
 def run(settings: Settings) -> Rows:
-    """Yield the kernels of the multi-head layers with the kernel that `auto` takes, the longest first."""
+    """Yield the kernels of each layer with the kernel that `auto` takes, the longest first."""
     is_cuda = settings.device == "cuda"
     activity = ProfilerActivity.CUDA if is_cuda else ProfilerActivity.CPU
     for name, size in settings.layers.items():

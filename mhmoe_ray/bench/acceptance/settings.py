@@ -57,3 +57,8 @@ class Settings(NamedTuple):
             "MH-MoE h 2": LayerSize(2, 152, 8, 856),
             "MH-MoE h 4": LayerSize(4, 296, 8, 856),
         }
+
+
+def first_line(error: Exception) -> str:
+    """Return the kind of an error and the first line of its message, cut to a length that a table can show."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import torch
 
-from mhmoe_ray.bench.acceptance.settings import Rows, Settings
+from mhmoe_ray.bench.acceptance.settings import Rows, Settings, first_line
 from mhmoe_ray.bench.steps import PAPER_TOKENS_PER_SECOND, SMALL_SIZE, Case, matched_models
 from mhmoe_ray.bench.timing import device_clock, time_interleaved
 from mhmoe_ray.planner.presets import Size
@@ -38,7 +38,7 @@ def _measure(settings: Settings, size: Size) -> Rows:
             case.step()
             cases[name] = case
         except torch.OutOfMemoryError as error:
-            yield {"name": f"{name}{suffix}", "skipped": str(error).splitlines()[0][:200]}
+            yield {"name": f"{name}{suffix}", "skipped": first_line(error)}
     steps: dict[str, Callable[[], object]] = {name: case.step for name, case in cases.items()}
     timings = time_interleaved(steps, settings.rounds, device_clock(settings.torch_device))
     rates = {name: specs[name].tokens_per_step / timing.median for name, timing in timings.items()}

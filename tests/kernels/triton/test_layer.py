@@ -130,7 +130,7 @@ def test_grouped_products_move_few_bytes_and_keep_little(layer):
 
 
 def test_operators_launch_what_they_state(monkeypatch):
-    """Each launch passes through the interpreter, which counts them."""
+    """Each launch passes through the interpreter, where the test counts it."""
     from triton.runtime import interpreter
 
     from mhmoe_kernels.triton.operators import LAUNCHES

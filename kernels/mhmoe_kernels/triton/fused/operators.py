@@ -14,7 +14,7 @@ from mhmoe_kernels.triton.fused.blocks import Blocks, Kernel, blocks_for
 from mhmoe_kernels.triton.fused.chunks import chunk_widths
 from mhmoe_kernels.triton.fused.gelu import gelu_backward_rows, gelu_backward_weights, gelu_forward, weighted_row_sums
 from mhmoe_kernels.triton.fused.swiglu import swiglu_backward_rows, swiglu_backward_weights, swiglu_forward
-from mhmoe_kernels.triton.operators import operator, schedule_tiles
+from mhmoe_kernels.triton.operators import launch, operator, schedule_tiles
 
 Tensors = list[Tensor]
 
@@ -32,8 +32,6 @@ def kernel_options(experts: int, top_k: int, width: int, hidden: int, block: Blo
         "BLOCK_F": block.hidden,
         "num_warps": block.warps,
         "num_stages": block.stages,
-        # This is Triton's default. It is set explicitly, because Triton warns that the default will change.
-        "enable_fp_fusion": True,
     }
 
 
@@ -41,7 +39,7 @@ def _float32(device_tensor: Tensor, *shape: int) -> Tensor:
     return device_tensor.new_empty(shape, dtype=torch.float32)
 
 
-class _Launch:
+class _KernelSetup:
     """Block sizes, tiles and options of one kernel for some routes."""
 
     def __init__(self, kind: str, kernel: Kernel, weights: Tensors, x_ND: Tensor, top_k: int) -> None:
@@ -106,16 +104,16 @@ def fused_forward(
     statistics = _empty_statistics(kind, x_ND, routes)
     if not routes:
         return out_RD, statistics
-    launch = _Launch(kind, "forward", weights, x_ND, top_k)
-    tiles = launch.tiles(offset_E1, routes)
+    setup = _KernelSetup(kind, "forward", weights, x_ND, top_k)
+    tiles = setup.tiles(offset_E1, routes)
     grid = (len(tiles[1]),)
     if kind == "swiglu":
-        swiglu_forward[grid](x_ND, *weights, route_R, *tiles, out_RD, **launch.options)
+        launch(swiglu_forward, grid)(x_ND, *weights, route_R, *tiles, out_RD, **setup.options)
         return out_RD, statistics
     fc1_EFD, fc1_bias_EF, norm_weight_EF, _, fc2_EDF, _ = weights
-    gelu_forward[grid](
+    launch(gelu_forward, grid)(
         x_ND, fc1_EFD, fc1_bias_EF, norm_weight_EF, fc2_EDF, *terms, route_R, *tiles, out_RD, *statistics,
-        eps, **launch.options,
+        eps, **setup.options,
     )  # fmt: skip
     return out_RD, statistics
 
@@ -141,15 +139,15 @@ def fused_backward_rows(
     row_statistics = _empty_statistics(kind, x_ND, routes)
     if not routes:
         return dx_RD, dscale_S, row_statistics
-    launch = _Launch(kind, "backward_rows", weights, x_ND, top_k)
-    tiles = launch.tiles(offset_E1, routes)
+    setup = _KernelSetup(kind, "backward_rows", weights, x_ND, top_k)
+    tiles = setup.tiles(offset_E1, routes)
     kernel = swiglu_backward_rows
     if kind != "swiglu":
         fc1_EFD, fc1_bias_EF, norm_weight_EF, _, fc2_EDF, _ = weights
         kernel, weights = gelu_backward_rows, [fc1_EFD, fc1_bias_EF, norm_weight_EF, fc2_EDF]
-    kernel[(len(tiles[1]),)](
+    launch(kernel, (len(tiles[1]),))(
         x_ND, dy_ND, *weights, *terms, *statistics, route_R, scale_S, *tiles, dx_RD, dscale_S, *row_statistics,
-        **launch.options,
+        **setup.options,
     )  # fmt: skip
     return dx_RD, dscale_S, row_statistics
 
@@ -166,19 +164,19 @@ def fused_backward_weights(
 ) -> Tensors:  # fmt: skip
     """Return the gradient of each of the `weights`. The statistics are those of `fused_forward`, then those of
     `fused_backward_rows`."""
-    launch = _Launch(kind, "backward_weights", weights, x_ND, top_k)
+    setup = _KernelSetup(kind, "backward_weights", weights, x_ND, top_k)
     gradients = [torch.empty_like(w) for w in weights]
     if kind == "swiglu":
-        swiglu_backward_weights[launch.weights_grid](
-            x_ND, dy_ND, *weights, route_R, scale_S, offset_E1, *gradients, **launch.options
+        launch(swiglu_backward_weights, setup.weights_grid)(
+            x_ND, dy_ND, *weights, route_R, scale_S, offset_E1, *gradients, **setup.options
         )
         return gradients
-    gelu_backward_weights[launch.weights_grid](
+    launch(gelu_backward_weights, setup.weights_grid)(
         x_ND, dy_ND, *weights[:5], *statistics, route_R, scale_S, offset_E1, *gradients[:5],
-        **launch.options,
+        **setup.options,
     )  # fmt: skip
-    width = min(128, triton.next_power_of_2(launch.width))
-    weighted_row_sums[(triton.cdiv(launch.width, width), launch.experts)](
-        dy_ND, route_R, scale_S, offset_E1, gradients[5], top_k, launch.width, 32, width, enable_fp_fusion=True
+    width = min(128, triton.next_power_of_2(setup.width))
+    launch(weighted_row_sums, (triton.cdiv(setup.width, width), setup.experts))(
+        dy_ND, route_R, scale_S, offset_E1, gradients[5], top_k, setup.width, 32, width
     )
     return gradients

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from mhmoe_kernels.triton.grouped import gelu, product, swiglu
 from mhmoe_kernels.triton.grouped.blocks import linear_blocks, outer_blocks
-from mhmoe_kernels.triton.operators import device_capability, operator, program_count
+from mhmoe_kernels.triton.operators import device_capability, launch, operator, program_count
 
 
 def _fake_linear(
@@ -44,7 +44,7 @@ def grouped_linear(
     if len(x_RI):
         block = linear_blocks(rows_per_tile, x_RI.dtype, device_capability(x_RI.device))
         tiles = len(expert_T) * triton.cdiv(out_width, block.out)
-        product.grouped_linear[(min(tiles, program_count(x_RI.device)),)](
+        launch(product.grouped_linear, (min(tiles, program_count(x_RI.device)),))(
             x_RI, w_EMN,
             x_RI if x2_RI is None else x2_RI, w_EMN if w2_EMN is None else w2_EMN,
             x_RI if bias_EO is None else bias_EO, x_RI if known_PO is None else known_PO,
@@ -69,7 +69,7 @@ def grouped_outer(a_RO: Tensor, b_RI: Tensor, offset_E1: Tensor) -> Tensor:
     dw_EOI = a_RO.new_empty(experts, out_width, in_width)
     block_out, block = outer_blocks(a_RO.dtype, device_capability(a_RO.device))
     tiles = experts * triton.cdiv(out_width, block_out) * triton.cdiv(in_width, block.out)
-    product.grouped_outer[(min(tiles, program_count(a_RO.device)),)](
+    launch(product.grouped_outer, (min(tiles, program_count(a_RO.device)),))(
         a_RO, b_RI, dw_EOI, offset_E1, out_width, in_width, experts,
         BLOCK_ROWS=block.inner, BLOCK_OUT=block_out, BLOCK_IN=block.out,
         num_warps=block.warps, num_stages=block.stages,
@@ -86,7 +86,7 @@ def swiglu_forward(gate_RF: Tensor, up_RF: Tensor) -> Tensor:
     """Return silu(gate) * up."""
     hidden_RF = torch.empty_like(gate_RF)
     if hidden_RF.numel():
-        swiglu.swiglu_forward[(triton.cdiv(hidden_RF.numel(), 1024),)](
+        launch(swiglu.swiglu_forward, (triton.cdiv(hidden_RF.numel(), 1024),))(
             gate_RF, up_RF, hidden_RF, hidden_RF.numel(), 1024
         )
     return hidden_RF
@@ -122,7 +122,7 @@ def swiglu_backward(
     if count:
         block_columns = min(512, max(16, triton.next_power_of_2(width)))
         block_rows = max(1, 2048 // block_columns)
-        swiglu.swiglu_backward[(triton.cdiv(count, block_rows),)](
+        launch(swiglu.swiglu_backward, (triton.cdiv(count, block_rows),))(
             gate_RF, up_RF, dhidden_RF, *_scale_pointers(scale_S, route_R, gate_RF), dgate_RF, dup_RF, hidden_RF,
             dscale_S, count, width, scale_S is not None, block_rows, block_columns,
         )  # fmt: skip
@@ -156,7 +156,7 @@ def gelu_norm_forward(
     mean_R, rstd_R = (inner_RF.new_empty(len(inner_RF), dtype=torch.float32) for _ in range(2))
     if len(inner_RF):
         block_rows, block_columns = _norm_blocks(inner_RF.shape[1])
-        gelu.gelu_norm_forward[_tile_grid(expert_T, rows_per_tile, block_rows)](
+        launch(gelu.gelu_norm_forward, _tile_grid(expert_T, rows_per_tile, block_rows))(
             inner_RF, norm_weight_EF, norm_bias_EF, offset_E1, expert_T, start_T, normed_RF, mean_R, rstd_R,
             eps, inner_RF.shape[1], len(norm_weight_EF), block_rows, block_columns,
         )  # fmt: skip
@@ -190,7 +190,7 @@ def gelu_norm_backward(
     dscale_S = _fake_scale_gradient(inner_RF, scale_S)
     if len(inner_RF):
         block_rows, block_columns = _norm_blocks(inner_RF.shape[1])
-        gelu.gelu_norm_backward[_tile_grid(expert_T, rows_per_tile, block_rows)](
+        launch(gelu.gelu_norm_backward, _tile_grid(expert_T, rows_per_tile, block_rows))(
             inner_RF, dnormed_RF, mean_R, rstd_R, norm_weight_EF, norm_bias_EF, dout_RD, out_bias_ED,
             *_scale_pointers(scale_S, route_R, inner_RF), offset_E1, expert_T, start_T, dinner_RF, normed_RF, dscale_S,
             inner_RF.shape[1], dout_RD.shape[1], len(norm_weight_EF), scale_S is not None, block_rows, block_columns,
@@ -214,7 +214,7 @@ def norm_sums(
     experts, width = len(offset_E1) - 1, inner_RF.shape[1]
     dweight_EF, dbias_EF = (inner_RF.new_empty(experts, width) for _ in range(2))
     block_columns = min(128, triton.next_power_of_2(width))
-    gelu.norm_sums[(triton.cdiv(width, block_columns), experts)](
+    launch(gelu.norm_sums, (triton.cdiv(width, block_columns), experts))(
         inner_RF, dnormed_RF, mean_R, rstd_R, *_scale_pointers(scale_S, route_R, inner_RF), offset_E1,
         dweight_EF, dbias_EF, width, scale_S is not None, 32, block_columns,
     )  # fmt: skip
@@ -231,7 +231,7 @@ def row_sums(x_RF: Tensor, scale_S: Tensor | None, route_R: Tensor | None, offse
     experts, width = len(offset_E1) - 1, x_RF.shape[1]
     sum_EF = x_RF.new_empty(experts, width)
     block_columns = min(128, triton.next_power_of_2(width))
-    gelu.row_sums[(triton.cdiv(width, block_columns), experts)](
+    launch(gelu.row_sums, (triton.cdiv(width, block_columns), experts))(
         x_RF, *_scale_pointers(scale_S, route_R, x_RF), offset_E1, sum_EF, width, scale_S is not None, 32, block_columns
     )
     return sum_EF
