@@ -200,7 +200,7 @@ def requested_layers(request: Request, device: torch.device) -> tuple[list[Layer
     shape = request.shape
     layers, skipped = our_layers(shape, request.heads, request.static, request.kernels, device, request.dtype)
     if request.peers:
-        more_layers, skipped_peers = peer_layers(shape)
+        more_layers, skipped_peers = peer_layers(shape, device)
         layers, skipped = layers + more_layers, skipped + skipped_peers
     excess_rows = {
         layer.name: rows

@@ -1,6 +1,6 @@
 """Expert layers of other packages, with the weights of our plain layer, so that routing and work are the same.
 
-transformers' Mixtral block and DeepSpeed's layer divide the k gates by their sum, as `normalize_gates` does.
+All of them divide the k gates by their sum, as `normalize_gates` does.
 """
 
 import sys
@@ -11,7 +11,7 @@ from importlib import metadata
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mhmoe_ray.bench.layers import Layer, Shape, SkippedCase, build_mixture
 from mhmoe_ray.model.feedforward import FeedForward
@@ -29,6 +29,15 @@ class Peer(NamedTuple):
     """Function that returns the package's layer with the weights of ours."""
     capacity_factor: float | None = None
     """Capacity factor of its routing; None if it drops no rows."""
+    needs_cuda: bool = False
+    """Whether it runs on NVIDIA's GPUs only."""
+    source: str | None = None
+    """Argument of `pip install`, if the package is not in the package index."""
+
+    @property
+    def install(self) -> str:
+        """Command that installs the package."""
+        return f"pip install '{self.source or f'{self.package}>={_join(self.oldest_version)}'}'"
 
 
 def build_mixtral(implementation: str, our_layer: MultiHeadMoE) -> nn.Module:
@@ -95,21 +104,86 @@ def build_deepspeed(drop_tokens: bool, our_layer: MultiHeadMoE) -> nn.Module:
     return layer
 
 
+def build_sonicmoe(our_layer: MultiHeadMoE) -> nn.Module:
+    """Return SonicMoE's layer with our weights. It needs a GPU of compute capability 9.0 or more."""
+    from sonicmoe import MoE
+    from sonicmoe.enums import ActivationType
+
+    gate_EFD, up_EFD, down_EDF = _weights(our_layer)
+    experts, d_expert, d_model = gate_EFD.shape
+    layer: nn.Module = MoE(
+        num_experts=experts,
+        num_experts_per_tok=our_layer.router.moe.top_k,
+        hidden_size=d_model,
+        intermediate_size=d_expert,
+        activation_function=ActivationType.SWIGLU,
+        add_bias=False,
+        std=1.0,
+    )
+    state = {
+        "router.weight": _router_weight(our_layer),
+        # Rows of gate and up take turns.
+        "c_fc.weight": torch.stack([gate_EFD, up_EFD], dim=2).flatten(1, 2),
+        "c_proj.weight": down_EDF,
+    }
+    layer.load_state_dict(state)
+    return layer
+
+
+class ScatterMoELayer(nn.Module):
+    """Router, and the experts of ScatterMoE with our weights."""
+
+    def __init__(self, our_layer: MultiHeadMoE) -> None:
+        from scattermoe.mlp import GLUMLP
+
+        super().__init__()
+        gate_EFD, up_EFD, down_EDF = _weights(our_layer)
+        experts, d_expert, d_model = gate_EFD.shape
+        self.top_k = our_layer.router.moe.top_k
+        self.router = nn.Linear(d_model, experts, bias=False)
+        self.experts: nn.Module = GLUMLP(d_model, d_expert, experts, self.top_k)
+        state = {
+            "router.weight": _router_weight(our_layer),
+            # The second half of the rows passes through the activation.
+            "experts.experts.weight": torch.cat([up_EFD, gate_EFD], dim=1),
+            "experts.output_experts.weight": down_EDF,
+        }
+        self.load_state_dict(state)
+
+    def forward(self, x_BTM: Tensor) -> Tensor:
+        """Return the outputs of the tokens."""
+        # Autocast does not reach ScatterMoE's own functions, so the types are converted here.
+        x_ND = x_BTM.flatten(0, 1).to(self.router.weight.dtype)
+        gate_NK, expert_NK = self.router(x_ND).float().softmax(-1).topk(self.top_k)
+        gate_NK = gate_NK / gate_NK.sum(-1, keepdim=True)
+        y_ND: Tensor = self.experts(x_ND, gate_NK.to(x_ND.dtype), expert_NK)
+        return y_ND.view_as(x_BTM)
+
+
 PEERS = (
-    Peer("transformers eager", "transformers", (5, 20), partial(build_mixtral, "eager")),
-    Peer("transformers grouped_mm", "transformers", (5, 20), partial(build_mixtral, "grouped_mm")),
+    Peer("transformers eager", "transformers", (5, 16), partial(build_mixtral, "eager")),
+    Peer("transformers grouped_mm", "transformers", (5, 16), partial(build_mixtral, "grouped_mm")),
     # Versions of DeepSpeed before 0.19.4 are not measured, because they moved rows with the masks of static routing.
     Peer("DeepSpeed capacity", "deepspeed", (0, 19, 4), partial(build_deepspeed, True), capacity_factor=1.0),
     Peer("DeepSpeed dropless", "deepspeed", (0, 19, 4), partial(build_deepspeed, False)),
+    Peer("SonicMoE", "sonic-moe", (0, 1, 2), build_sonicmoe, needs_cuda=True),
+    Peer(
+        "ScatterMoE",
+        "scattermoe",
+        (0, 3),
+        ScatterMoELayer,
+        needs_cuda=True,
+        source="git+https://github.com/shawntan/scattermoe",
+    ),
 )
 
 
-def peer_layers(shape: Shape) -> tuple[list[Layer], list[SkippedCase]]:
-    """Return the layers of other packages that can be measured here, and the others with the reason."""
+def peer_layers(shape: Shape, device: torch.device) -> tuple[list[Layer], list[SkippedCase]]:
+    """Return the layers of other packages that can be measured on a device, and the others with the reason."""
     layers, skipped = [], []
     for peer in PEERS:
         version = installed_version(peer.package)
-        if reason := unavailable_reason(peer, version):
+        if reason := unavailable_reason(peer, version, device):
             skipped.append(SkippedCase(peer.name, reason))
         else:
             moe = shape.plain_moe.model_copy(
@@ -123,19 +197,20 @@ def _build(peer: Peer, shape: Shape) -> nn.Module:
     return peer.build(build_mixture(shape, shape.plain_moe))
 
 
-def unavailable_reason(peer: Peer, version: str | None) -> str | None:
+def unavailable_reason(peer: Peer, version: str | None, device: torch.device) -> str | None:
     """Return the reason why a version of a package cannot be measured, in one line; None if it can.
 
     Args:
         peer: the layer of the package.
         version: the installed version; None if the package is not installed.
+        device: the device to run on.
     """
-    oldest_version = ".".join(map(str, peer.oldest_version))
-    install = f"pip install '{peer.package}>={oldest_version}'"
+    if peer.needs_cuda and device.type != "cuda":
+        return f"{peer.package} runs on NVIDIA's GPUs only"
     if version is None:
-        return f"{peer.package} is not installed: {install}"
+        return f"{peer.package} is not installed: {peer.install}"
     if _version_numbers(version) < peer.oldest_version:
-        return f"{peer.package} {version} is older than {oldest_version}: {install}"
+        return f"{peer.package} {version} is older than {_join(peer.oldest_version)}: {peer.install}"
     return None
 
 
@@ -145,6 +220,10 @@ def installed_version(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
+
+
+def _join(version_numbers: tuple[int, ...]) -> str:
+    return ".".join(map(str, version_numbers))
 
 
 def _version_numbers(version: str) -> tuple[int, ...]:
@@ -159,6 +238,6 @@ def _weights(our_layer: MultiHeadMoE) -> tuple[Any, Any, Any]:
     return gate_EFD, up_EFD, down_EDF
 
 
-def _router_weight(our_layer: MultiHeadMoE) -> torch.Tensor:
+def _router_weight(our_layer: MultiHeadMoE) -> Tensor:
     [weight_ED] = our_layer.router.parameters()
     return weight_ED.detach()

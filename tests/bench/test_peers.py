@@ -17,7 +17,7 @@ PEER_BY_NAME = {peer.name: peer for peer in PEERS}
 
 def _build_peer(name, our_layer):
     peer = PEER_BY_NAME[name]
-    if reason := unavailable_reason(peer, installed_version(peer.package)):
+    if reason := unavailable_reason(peer, installed_version(peer.package), CPU):
         pytest.skip(reason)
     return peer.build(our_layer)
 
@@ -64,7 +64,7 @@ def test_deepspeed_capacity_matches_our_static_routing():
 
 
 def test_peers_cost_as_much_as_dense_layer():
-    layers, skipped = peer_layers(SHAPE)
+    layers, skipped = peer_layers(SHAPE, CPU)
     assert {case.name for case in layers + skipped} == set(PEER_BY_NAME)
     dense_flops = 3 * 2 * 3 * SHAPE.tokens * SHAPE.d_model * SHAPE.top_k * SHAPE.d_expert
     for layer in layers:
@@ -81,11 +81,19 @@ def test_peers_cost_as_much_as_dense_layer():
 
 def test_missing_or_old_package_is_one_line():
     peer = PEER_BY_NAME["DeepSpeed capacity"]
-    assert unavailable_reason(peer, None) == "deepspeed is not installed: pip install 'deepspeed>=0.19.4'"
-    assert "deepspeed 0.19.3+cpu is older than 0.19.4" in str(unavailable_reason(peer, "0.19.3+cpu"))
+    assert unavailable_reason(peer, None, CPU) == "deepspeed is not installed: pip install 'deepspeed>=0.19.4'"
+    assert "deepspeed 0.19.3+cpu is older than 0.19.4" in str(unavailable_reason(peer, "0.19.3+cpu", CPU))
     assert (
-        unavailable_reason(peer, "0.19.4")
-        is unavailable_reason(peer, "0.20.0.dev1")
-        is unavailable_reason(peer, "1.0")
+        unavailable_reason(peer, "0.19.4", CPU)
+        is unavailable_reason(peer, "0.20.0.dev1", CPU)
+        is unavailable_reason(peer, "1.0", CPU)
         is None
     )
+
+
+def test_peer_for_gpus_is_not_measured_on_a_cpu():
+    for name in ("SonicMoE", "ScatterMoE"):
+        reason = unavailable_reason(PEER_BY_NAME[name], "9.0", CPU)
+        assert reason == f"{PEER_BY_NAME[name].package} runs on NVIDIA's GPUs only"
+    missing = unavailable_reason(PEER_BY_NAME["ScatterMoE"], None, torch.device("cuda"))
+    assert missing == "scattermoe is not installed: pip install 'git+https://github.com/shawntan/scattermoe'"

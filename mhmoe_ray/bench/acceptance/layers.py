@@ -111,7 +111,7 @@ def _measure(settings: Settings, tokens: int) -> Rows:
     if not settings.is_toy:
         plain = settings.layers["SMoE"]
         shape = Shape(tokens, settings.layer_width, plain.experts, plain.top_k, plain.hidden)
-        peers, skipped = peer_layers(shape)
+        peers, skipped = peer_layers(shape, settings.torch_device)
         for peer in peers:
             if "eager" not in peer.name:
                 modules[peer.name] = peer.build().to(settings.torch_device, torch.bfloat16)

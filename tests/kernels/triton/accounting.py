@@ -11,8 +11,6 @@ FREE = {
     "lift_fresh", "new_empty", "new_empty_strided", "permute", "reshape", "select", "slice", "split", "squeeze", "t",
     "transpose", "unbind", "unsqueeze", "view",
 }  # fmt: skip
-# torch's grouped_mm prepares the addresses of its groups by a kernel of its own.
-LAUNCHES = {"_grouped_mm": 2}
 
 
 def tensors_of(values):
@@ -30,13 +28,13 @@ class Accounting(TorchDispatchMode):
         self.kernels, self.bytes, self.shapes = Counter(), Counter(), []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        from mhmoe_kernels.triton.operators import LAUNCHES as OWN_LAUNCHES
+        from mhmoe_kernels.triton.operators import LAUNCHES
 
         results = function(*args, **(kwargs or {}))
         name = function._schema.name.split("::")[1]
         if function.namespace == "prim" or name in FREE:
             return results
-        self.kernels[name] += OWN_LAUNCHES[name] if function.namespace == "mhmoe" else LAUNCHES.get(name, 1)
+        self.kernels[name] += LAUNCHES[name] if function.namespace == "mhmoe" else 1
         operands = {id(t): t for t in (*tensors_of(args), *tensors_of(tuple((kwargs or {}).values())))}
         moved_tensors = [*operands.values(), *tensors_of(results)]
         self.bytes[name] += sum(t.numel() * t.element_size() for t in moved_tensors)

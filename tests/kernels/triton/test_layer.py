@@ -80,8 +80,7 @@ def test_layer_needs_no_value_on_the_host_and_few_kernels(layer, kernel, static)
     assert wide == []
 
 
-# The shape function of torch's grouped_mm asks a real GPU for its compute capability.
-@pytest.mark.parametrize(("layer", "kernel"), [case for case in CASES if case[1] != "grouped_mm"])
+@pytest.mark.parametrize(("layer", "kernel"), CASES)
 def test_inference_runs_on_fake_cuda_tensors(monkeypatch, layer, kernel):
     # A CPU build of torch cannot fill fake tensors of this device with random numbers.
     monkeypatch.setattr(torch.nn.Linear, "reset_parameters", lambda self: None)
@@ -167,7 +166,8 @@ def test_operators_launch_what_they_state(monkeypatch):
                     (y.sum() + routing.balance_loss + routing.z_loss).backward()
                 assert torch.equal(routing.count_E.sum() + routing.dropped_routes, torch.tensor(32))
                 assert torch.equal(routing.count_E, route_counts(routing.expert_NK, 4, routing.gate_NK != 0))
-    assert launches.keys() == LAUNCHES.keys() - {"schedule_tiles"}
+    # Kernels of torch do not pass through the interpreter.
+    assert launches.keys() == LAUNCHES.keys() - {"schedule_tiles", "torch_linear", "torch_outer"}
     for name, launch_counts in launches.items():
         # The sort of the tiles of another operator and small products on the host's side do not pass the interpreter.
         assert max(launch_counts) <= LAUNCHES[name], (name, launch_counts)

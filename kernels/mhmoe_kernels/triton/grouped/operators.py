@@ -77,6 +77,34 @@ def grouped_outer(a_RO: Tensor, b_RI: Tensor, offset_E1: Tensor) -> Tensor:
     return dw_EOI
 
 
+# torch's shape function of grouped_mm asks a real GPU for its compute capability, so the products by torch have
+# operators with shapes of their own. grouped_mm prepares the addresses of its groups by a second kernel.
+@operator(
+    "torch_linear(Tensor x_RI, Tensor w_EMN, Tensor offset_E1, bool transposed) -> Tensor",
+    launches=2,
+    fake=lambda x_RI, w_EMN, offset_E1, transposed: x_RI.new_empty(len(x_RI), w_EMN.shape[1 if transposed else 2]),
+)
+def torch_linear(x_RI: Tensor, w_EMN: Tensor, offset_E1: Tensor, transposed: bool) -> Tensor:
+    """Return x_r @ w_e for the rows r of each expert e by torch's grouped_mm; arguments are as in `grouped_linear`."""
+    w_EIO = w_EMN.transpose(1, 2) if transposed else w_EMN
+    # Tensors without rows have no address, which CUTLASS may not accept.
+    if not len(x_RI):
+        return x_RI.new_empty(0, w_EIO.shape[2])
+    return torch.nn.functional.grouped_mm(x_RI, w_EIO, offs=offset_E1[1:])
+
+
+@operator(
+    "torch_outer(Tensor a_RO, Tensor b_RI, Tensor offset_E1) -> Tensor",
+    launches=2,
+    fake=lambda a_RO, b_RI, offset_E1: a_RO.new_empty(len(offset_E1) - 1, a_RO.shape[1], b_RI.shape[1]),
+)
+def torch_outer(a_RO: Tensor, b_RI: Tensor, offset_E1: Tensor) -> Tensor:
+    """Return the result of `grouped_outer` by torch's grouped_mm."""
+    if not len(a_RO):
+        return a_RO.new_zeros(len(offset_E1) - 1, a_RO.shape[1], b_RI.shape[1])
+    return torch.nn.functional.grouped_mm(a_RO.T, b_RI, offs=offset_E1[1:])
+
+
 @operator(
     "swiglu_forward(Tensor gate_RF, Tensor up_RF) -> Tensor",
     launches=1,

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple, Protocol
 
-import torch
 from torch import Tensor
 
 from mhmoe_kernels.triton.grouped import operators as ops
@@ -95,21 +94,18 @@ class TorchProducts:
     ) -> Tensor:
         assert bias_EO is None
         assert known_PO is None
-        return self._product(x_RI, w_EOI.transpose(1, 2))
+        return self._product(x_RI, w_EOI, transposed=True)
 
     def backward(self, dy_RO: Tensor, w_EOI: Tensor) -> Tensor:
-        return self._product(dy_RO, w_EOI)
+        return self._product(dy_RO, w_EOI, transposed=False)
 
     def backward_sum(self, dy_RO: Tensor, w_EOI: Tensor, dy2_RO: Tensor, w2_EOI: Tensor) -> Parts:
-        return self._product(dy_RO, w_EOI), self._product(dy2_RO, w2_EOI)
+        return self.backward(dy_RO, w_EOI), self.backward(dy2_RO, w2_EOI)
 
     def outer(self, dy_RO: Tensor, x_RI: Tensor) -> Tensor:
-        if not len(dy_RO):
-            return dy_RO.new_zeros(len(self.tiles.offset_E1) - 1, dy_RO.shape[1], x_RI.shape[1])
-        return torch.nn.functional.grouped_mm(dy_RO.T, x_RI, offs=self.tiles.offset_E1[1:])
+        dw_EOI: Tensor = ops.torch_outer(dy_RO, x_RI, self.tiles.offset_E1)
+        return dw_EOI
 
-    def _product(self, x_RI: Tensor, w_EIO: Tensor) -> Tensor:
-        # Tensors without rows have no address, which CUTLASS may not accept.
-        if not len(x_RI):
-            return x_RI.new_empty(0, w_EIO.shape[2])
-        return torch.nn.functional.grouped_mm(x_RI, w_EIO, offs=self.tiles.offset_E1[1:])
+    def _product(self, x_RI: Tensor, w_EMN: Tensor, transposed: bool) -> Tensor:
+        y_RO: Tensor = ops.torch_linear(x_RI, w_EMN, self.tiles.offset_E1, transposed)
+        return y_RO
