@@ -53,7 +53,7 @@ def build_strategy(model: Decoder, mesh: Mesh, spec: RunSpec, fill: FillModel) -
     if name == "fsdp":
         from mhmoe_ray.distributed.strategies.fsdp import FsdpStrategy
 
-        return FsdpStrategy(model, mesh, spec.train, fill, spec.cluster.shard_experts)
+        return FsdpStrategy(model, mesh, spec.train, fill, spec.cluster)
     from mhmoe_ray.distributed.strategies.zero import ZeroStrategy
 
     return ZeroStrategy(model, mesh, spec.train, fill, stage=int(name.removeprefix("zero")))

@@ -22,7 +22,8 @@ from mhmoe_ray.errors import DataError
 from mhmoe_ray.evaluate.request import RoutingCounts
 from mhmoe_ray.evaluate.score import Score
 from mhmoe_ray.model.attention import document_indices
-from mhmoe_ray.model.decoder import Decoder, token_losses
+from mhmoe_ray.model.decoder import Decoder
+from mhmoe_ray.model.loss import token_losses
 from mhmoe_ray.model.router import Routing
 from mhmoe_ray.spec import DataSpec
 

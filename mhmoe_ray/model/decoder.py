@@ -12,12 +12,15 @@ from torch.utils.checkpoint import checkpoint
 from mhmoe_kernels import widen
 from mhmoe_ray.model.architectures import modules_of
 from mhmoe_ray.model.attention import Attention, CachedAttention, document_mask
+from mhmoe_ray.model.autocast import matmul_dtype
 from mhmoe_ray.model.feedforward import FeedForward
+from mhmoe_ray.model.loss import Loss, Targets, chunked_loss, full_loss
 from mhmoe_ray.model.moe import MultiHeadMoE, dispatch_locally
 from mhmoe_ray.model.noise import EMBEDDING, Noise, dropout
 from mhmoe_ray.model.rotary import RotaryTables, rotary_tables
 from mhmoe_ray.model.router import Routing
 from mhmoe_ray.spec import ModelSpec
+from mhmoe_ray.spec.train import Recompute
 
 R = TypeVar("R")
 
@@ -110,6 +113,14 @@ class DecoderOutput(NamedTuple):
     """Routing of each mixture-of-experts layer, from the lowest layer up."""
 
 
+class DecoderLoss(NamedTuple):
+    """Output of the decoder for a batch of tokens and their targets."""
+
+    loss: Loss
+    routing: list[Routing]
+    """Routing of each mixture-of-experts layer, from the lowest layer up."""
+
+
 class Decoder(nn.Module):
     """Decoder from tokens to next-token logits: an embedding, blocks, and an output layer."""
 
@@ -122,10 +133,11 @@ class Decoder(nn.Module):
         """
         super().__init__()
         self.spec = spec
-        self.recompute = False
-        """If true, training keeps only the input of each block and recomputes the rest in the backward (activation
-        recomputation). For a block whose experts are distributed over ranks, the forward also keeps the experts' inputs
-        and outputs, so that they need not be exchanged again."""
+        self.recompute: Recompute = "none"
+        """Part of each block that training recomputes in the backward, as in `TrainSpec.recompute`. Experts recompute
+        their hidden rows by themselves, by `MoESpec.recompute`."""
+        self.loss_chunk_rows: int | None = None
+        """Number of tokens whose logits exist at a time when the loss is computed; None for all of them."""
         self.embedding = nn.Embedding(spec.vocab_size, spec.d_model)
         self.blocks = nn.ModuleList(Block(spec, i, expert_ids) for i in range(spec.layers))
         self.norm = modules_of(spec).norm(spec)
@@ -138,8 +150,9 @@ class Decoder(nn.Module):
         noise: Noise | None = None,
         document_BT: Tensor | None = None,
         domain_B: Tensor | None = None,
-    ) -> DecoderOutput:
-        """Return next-token logits, and the routing of each mixture-of-experts layer.
+        targets: Targets | None = None,
+    ) -> DecoderOutput | DecoderLoss:
+        """Return next-token logits or, with targets, the loss; and the routing of each mixture-of-experts layer.
 
         Args:
             token_BT: token ids, int64.
@@ -149,6 +162,8 @@ class Decoder(nn.Module):
             document_BT: index of each token's document, int; required if the spec has `document_masks` and there is no
                 cache.
             domain_B: expert of each sequence, int64; required for router `domain`.
+            targets: the next tokens. The loss is computed here, because FSDP and ZeRO gather the weights of the output
+                layer only for the time of this call.
         """
         # A prompt is one document, so generation with a cache needs no mask.
         assert (document_BT is not None) == (self.spec.document_masks and cache is None)
@@ -159,23 +174,23 @@ class Decoder(nn.Module):
         x_BTM = widen(self.embedding(token_BT))
         if (scale := modules_of(self.spec).embedding_scale(self.spec)) != 1:
             x_BTM = x_BTM * scale
-        mask_B1TT = None if document_BT is None else document_mask(document_BT, _matmul_dtype(x_BTM))
+        mask_B1TT = None if document_BT is None else document_mask(document_BT, matmul_dtype(x_BTM))
         routings = []
         active_noise = noise if self.spec.is_random else None
         if active_noise:
             x_BTM = dropout(x_BTM, self.spec.dropout, active_noise.generator(EMBEDDING, token_BT.device))
 
-        recompute = self.recompute and torch.is_grad_enabled()
+        recompute = self.recompute if torch.is_grad_enabled() else "none"
         for i, block in enumerate(cast("list[Block]", self.blocks)):
-            # Recomputing a whole block with distributed experts would exchange their rows once more.
-            recompute_block = recompute and not block.has_distributed_experts
+            # Recomputing a whole block with distributed experts exchanges their rows once more.
+            recompute_block = recompute == "block" or (recompute == "exchange" and not block.has_distributed_experts)
 
             def run_block(
                 x_BTM: Tensor, i: int = i, block: Block = block, recompute_block: bool = recompute_block
             ) -> Any:
                 create_generator = partial(active_noise.generator, i, x_BTM.device) if active_noise else lambda: None
                 cached_attention = partial(cache.attend, i) if cache else None
-                recompute_attention = recompute and not recompute_block
+                recompute_attention = recompute == "exchange" and not recompute_block
                 return block(
                     x_BTM, tables, cached_attention, create_generator, mask_B1TT, recompute_attention, domain_B
                 )
@@ -186,8 +201,11 @@ class Decoder(nn.Module):
         if cache:
             x_BTM = cache.requested_rows(x_BTM)
         x_BTM = self.norm(x_BTM)
+        if targets is not None and self.loss_chunk_rows is not None:
+            weight_VM = self.embedding.weight if self.output is None else self.output.weight
+            return DecoderLoss(chunked_loss(x_BTM, weight_VM, targets, self.loss_chunk_rows), routings)
         logits = F.linear(x_BTM, self.embedding.weight) if self.output is None else self.output(x_BTM)
-        return DecoderOutput(logits, routings)
+        return DecoderOutput(logits, routings) if targets is None else DecoderLoss(full_loss(logits, targets), routings)
 
     def compile_dense(self) -> None:
         """Make torch.compile compile attention and dense feed-forward layers, in place, at their first use."""
@@ -215,18 +233,6 @@ def _recompute_in_backward(function: Callable[[Tensor], R], x_BTM: Tensor) -> R:
     # The state of torch's default generator need not be kept, because all draws come from other generators.
     result: R = checkpoint(function, x_BTM, use_reentrant=False, preserve_rng_state=False)
     return result
-
-
-def _matmul_dtype(x: Tensor) -> torch.dtype:
-    """Return the dtype of matrix products with x, which is autocast's if autocast is on."""
-    device_type = x.device.type
-    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else x.dtype
-
-
-def token_losses(logits_BTV: Tensor, target_BT: Tensor) -> Tensor:
-    """Return the cross-entropy of each token in nats, float32, shape BT."""
-    loss = F.cross_entropy(logits_BTV.float().flatten(0, 1), target_BT.flatten(), reduction="none")
-    return loss.view(target_BT.shape)
 
 
 def routing_loss(spec: ModelSpec, routing: list[Routing]) -> Tensor:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from mhmoe_kernels import ExpertWeights, choose_kernel, run_experts
 from mhmoe_ray.model.architectures import modules_of
+from mhmoe_ray.model.autocast import cast_for_autocast
 from mhmoe_ray.model.held import local_shard
 from mhmoe_ray.model.router import Routing
 from mhmoe_ray.spec import ModelSpec
@@ -27,7 +28,7 @@ class FeedForward(nn.Module):
             self.register_parameter(name, nn.Parameter(torch.empty(shape)))
 
     def forward(self, x_BTM: Tensor) -> Tensor:
-        return self.function(*_cast_for_autocast(x_BTM, tuple(self.parameters())))
+        return self.function(*cast_for_autocast(x_BTM, tuple(self.parameters())))
 
 
 def matrix_names(model: nn.Module) -> set[str]:
@@ -90,14 +91,5 @@ class Experts(nn.Module):
     def cast(self, x_ND: Tensor) -> tuple[Tensor, ExpertWeights]:
         """Return rows and the weights of this process's experts, both in autocast's dtype if autocast is on."""
         # Parameters are DTensors if training shards experts over ranks.
-        x_ND, *stacked = _cast_for_autocast(x_ND, tuple(local_shard(p) for p in self.parameters()))
+        x_ND, *stacked = cast_for_autocast(x_ND, tuple(local_shard(p) for p in self.parameters()))
         return x_ND, ExpertWeights(self.function, tuple(stacked), self.recompute)
-
-
-def _cast_for_autocast(x: Tensor, weights: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Return rows and weights in autocast's dtype if autocast is on, and unchanged otherwise."""
-    # Autocast casts the operands of torch's own operations, but here a whole expert is one operation.
-    if not torch.is_autocast_enabled(x.device.type):
-        return x, *weights
-    dtype = torch.get_autocast_dtype(x.device.type)
-    return tuple(t.to(dtype) for t in (x, *weights))

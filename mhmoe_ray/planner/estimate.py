@@ -19,6 +19,7 @@ from mhmoe_ray.planner.memory import compute_memory
 from mhmoe_ray.planner.placement import Layout
 from mhmoe_ray.planner.sizes import (
     EXPERTS,
+    OUTPUT,
     PROJECTIONS,
     ROUTER,
     SHARED,
@@ -140,13 +141,15 @@ def _cost_factor(spec: RunSpec, part: str) -> float:
     """Return the cost of a part's forward, backward and recomputation, in units of its forward."""
     # A backward costs two forwards, and recomputation one more. The output layer is in no block, so it is not
     # recomputed.
-    if not spec.train.recompute or part == "output":
+    recompute, is_distributed = spec.train.recompute, spec.cluster.ep > 1
+    if recompute == "none" or part == OUTPUT:
         return 3
-    if spec.cluster.ep == 1 or part not in (PROJECTIONS, ROUTER, EXPERTS, SHARED):
+    is_mixture_part = part in (PROJECTIONS, ROUTER, EXPERTS, SHARED)
+    if recompute == "block" or (recompute == "exchange" and not (is_distributed and is_mixture_part)):
         return 4
-    # If experts are distributed over ranks, nothing after a block's second norm is recomputed, except by a kernel that
-    # follows `moe.recompute` ("as configured"). It recomputes the hidden rows: all but the last of an expert's
-    # products.
+    # With `exchange`, nothing after the second norm of a block with distributed experts is recomputed, except by a
+    # kernel that follows `moe.recompute` ("as configured"). It recomputes the hidden rows: all but the last of an
+    # expert's products. With `experts`, nothing else is recomputed at all.
     moe = planned_model(spec).moe
     if part != EXPERTS or moe is None or moe.kernel_limits.kept_rows != "as configured":
         return 3

@@ -29,5 +29,6 @@ def launches_per_micro_batch(spec: RunSpec) -> int:
         local_experts = moe.experts // spec.cluster.ep
         block = MIXTURE_BLOCKS.get(kernel, LOOP_BLOCK + LOOP_EXPERT * local_experts)
         block_launches += mixture_blocks * (block + HEAD_PROJECTIONS * (moe.heads > 1))
-    # The forward, which is computed twice with `train.recompute`, has about a third of the kernels.
-    return OUTSIDE_BLOCKS + round(block_launches * (4 / 3 if spec.train.recompute else 1))
+    # The forward, which is computed twice if blocks are recomputed, has about a third of the kernels.
+    recomputes_blocks = spec.train.recompute in ("exchange", "block")
+    return OUTSIDE_BLOCKS + round(block_launches * (4 / 3 if recomputes_blocks else 1))

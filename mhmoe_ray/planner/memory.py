@@ -13,11 +13,15 @@ from mhmoe_ray.planner.sizes import (
     EMBEDDING,
     INT64,
     NORMS,
+    OUTPUT,
     ROUTER,
     Sizes,
     block_sizes,
+    bytes_of,
     bytes_per_value,
     compute_sizes,
+    float32_sizes,
+    gathered_bytes,
     model_parts,
 )
 from mhmoe_ray.spec import ClusterSpec, ModelSpec, MoESpec, RunSpec
@@ -39,7 +43,7 @@ class Memory(NamedTuple):
     activations: int
     """Bytes that one micro-batch keeps from forward to backward, including the log-probabilities of all tokens."""
     logits: int
-    """Bytes that the loss needs temporarily: gradients of log-probabilities and of logits, both in float32."""
+    """Bytes that the loss needs temporarily: those of `loss_bytes`."""
     gathered: int
     """Bytes of tensors that fsdp and zero3 temporarily gather from shards: the sum of `gathered_weight_bytes` and
     `unsharded_gradient_bytes`."""
@@ -71,10 +75,25 @@ def compute_memory(spec: RunSpec) -> Memory:
         activations=tokens * _activation_bytes_per_token(spec, size)
         + _shared_attention_bytes(spec, size)
         + _static_layout_bytes(model, tokens, size),
-        logits=tokens * model.vocab_size * 2 * FLOAT32,
+        logits=loss_bytes(spec),
         gathered=gathered_weight_bytes(spec) + unsharded_gradient_bytes(spec),
         checkpoint_copy=0 if spec.cluster.gpus_per_worker else checkpoint_copy_bytes(spec),
     )
+
+
+def loss_bytes(spec: RunSpec) -> int:
+    """Return the bytes that the loss needs temporarily.
+
+    With all logits at once, they are the gradients of log-probabilities and of logits, both in float32. A chunked loss
+    has the logits and the log-probabilities of a chunk in float32, the gradient of the output layer in float32 and, in
+    the precision of products, a copy of the layer and its gradient for a chunk.
+    """
+    tokens, vocab_size = spec.tokens_per_micro_batch, spec.model.vocab_size
+    if spec.train.loss_chunk_rows is None:
+        return tokens * vocab_size * 2 * FLOAT32
+    rows, size = min(tokens, spec.train.loss_chunk_rows), bytes_per_value(spec)
+    weight_bytes = FLOAT32 + (2 * size if size < FLOAT32 else 0)
+    return rows * vocab_size * 2 * FLOAT32 + vocab_size * spec.model.d_model * weight_bytes
 
 
 def checkpoint_copy_bytes(spec: RunSpec) -> int:
@@ -92,7 +111,7 @@ def gathered_weight_bytes(spec: RunSpec) -> int:
     # fsdp gathers the parameters outside blocks for the whole pass, the current block, and the next block in advance.
     # For zero3, `distributed/strategies/zero.py` sets the same upper bound.
     gathers_weights = spec.cluster.strategy in ("fsdp", "zero3") and spec.cluster.max_world_size > 1
-    return FLOAT32 * (block_sizes(spec.model).outside + 2 * _largest_block(spec)) if gathers_weights else 0
+    return _outside_bytes(spec) + 2 * _largest_block_bytes(spec) if gathers_weights else 0
 
 
 def unsharded_gradient_bytes(spec: RunSpec) -> int:
@@ -103,22 +122,36 @@ def unsharded_gradient_bytes(spec: RunSpec) -> int:
     # With one micro-batch per rank and step, the gradients of a block are reduced to shards after its backward. Only
     # those of one block and of what is outside blocks are unsharded at a time.
     if spec.train.micro_batches == spec.cluster.max_world_size:
-        return FLOAT32 * (block_sizes(spec.model).outside + _largest_block(spec))
-    counts = compute_sizes(spec.model)
+        return _outside_bytes(spec) + _largest_block_bytes(spec)
+    counts, size = compute_sizes(spec.model), bytes_of(spec.cluster.reduce_precision)
     # While several micro-batches accumulate, all gradients stay unsharded until the last backward. They take the place
     # of shards, whose bytes are therefore subtracted.
-    unsharded = FLOAT32 * (counts.parameters - counts.expert_parameters + counts.expert_parameters // spec.cluster.ep)
+    experts = counts.expert_parameters // spec.cluster.ep
+    unsharded = size * (counts.parameters - counts.expert_parameters)
+    unsharded += (size if spec.cluster.shards_experts else FLOAT32) * experts
     return unsharded - _state_bytes(spec.cluster, counts)[1]
 
 
-def _largest_block(spec: RunSpec) -> int:
-    """Return the number of parameters of the largest block, counting only those that ranks hold in shards."""
-    model, counts, expert_parameters = spec.model, block_sizes(spec.model), 0
+def gathers_in_bfloat16(spec: RunSpec) -> bool:
+    """Return whether ranks gather the weights that they hold in shards in bfloat16, and so have no copies of them."""
+    return spec.cluster.gather_precision == "bfloat16" and spec.cluster.max_world_size > 1
+
+
+def _outside_bytes(spec: RunSpec) -> int:
+    """Return the bytes of the gathered parameters outside blocks."""
+    return gathered_bytes(spec, block_sizes(spec.model).outside, float32_sizes(spec.model).outside)
+
+
+def _largest_block_bytes(spec: RunSpec) -> int:
+    """Return the bytes of the gathered parameters of the largest block, counting only those that ranks hold in
+    shards."""
+    model, counts, float32_counts = spec.model, block_sizes(spec.model), float32_sizes(spec.model)
+    expert_parameters = 0
     if model.moe and spec.cluster.shards_experts and spec.cluster.mesh_sizes()["dp"] > 1:
         expert_parameters = compute_sizes(model).expert_parameters // model.moe_layers // spec.cluster.ep
-    return max(
-        counts.dense if model.moe_layers < model.layers else 0, counts.mixture + expert_parameters if model.moe else 0
-    )
+    dense = gathered_bytes(spec, counts.dense, float32_counts.dense)
+    mixture = gathered_bytes(spec, counts.mixture + expert_parameters, float32_counts.mixture)
+    return max(dense if model.moe_layers < model.layers else 0, mixture if model.moe else 0)
 
 
 def _state_bytes(cluster: ClusterSpec, counts: Sizes) -> tuple[int, int, int]:
@@ -143,11 +176,20 @@ def _state_bytes(cluster: ClusterSpec, counts: Sizes) -> tuple[int, int, int]:
 
 def _copy_bytes(spec: RunSpec, counts: Sizes) -> int:
     """Return the bytes of the copies, in the precision of matrix products, of all weights that these products use."""
+    experts = counts.expert_parameters // spec.cluster.ep
+    if gathers_in_bfloat16(spec):
+        # What is gathered in bfloat16 needs no copies, so only experts that are not sharded have some.
+        is_sharded = spec.cluster.shards_experts and spec.cluster.mesh_sizes()["dp"] > 1
+        return 0 if is_sharded else bytes_per_value(spec) * experts
     # The router and the norms over whole tokens compute in float32, so their weights have no copies. An embedding has a
-    # copy only if it is tied, because it is then an operand of the output's product.
-    excluded_parts = {ROUTER, NORMS} | (set() if spec.model.tied_embeddings else {EMBEDDING})
+    # copy only if it is tied, because it is then an operand of the output's product. A chunked loss keeps no copy.
+    excluded_parts = {ROUTER, NORMS}
+    if spec.train.loss_chunk_rows is not None:
+        excluded_parts |= {EMBEDDING, OUTPUT}
+    elif not spec.model.tied_embeddings:
+        excluded_parts.add(EMBEDDING)
     total = sum(part.layers * part.parameters for part in model_parts(spec.model) if part.name not in excluded_parts)
-    return bytes_per_value(spec) * (total - counts.expert_parameters * (spec.cluster.ep - 1) // spec.cluster.ep)
+    return bytes_per_value(spec) * (total - counts.expert_parameters + experts)
 
 
 def _activation_bytes_per_token(spec: RunSpec, size: int) -> int:
@@ -162,8 +204,9 @@ def _activation_bytes_per_token(spec: RunSpec, size: int) -> int:
     dense = outer + (model.architecture.hidden_saved_bytes(model.d_ff, size) if model.d_ff is not None else 0)
     mixture = outer + (_moe_bytes(model, moe, size) if moe is not None else 0)
     noise = _dropout_bytes(model, size) if model.dropout else 0
-    # A block with distributed experts is recomputed only up to its second norm, and keeps everything from this norm on.
-    if spec.train.recompute and spec.cluster.ep > 1:
+    # With `exchange`, a block with distributed experts is recomputed only up to its second norm, and keeps everything
+    # from this norm on.
+    if spec.train.recompute == "exchange" and spec.cluster.ep > 1:
         attention_part = norm + _attention_bytes(model, size)
         layers = (
             model.layers * model.d_model * FLOAT32
@@ -172,12 +215,15 @@ def _activation_bytes_per_token(spec: RunSpec, size: int) -> int:
         )
         layers += noise // model.layers
     # Each block keeps its input. The one block that is being recomputed keeps everything.
-    elif spec.train.recompute:
+    elif spec.train.recompute in ("exchange", "block"):
         layers = model.layers * model.d_model * FLOAT32 + max(dense, mixture) + noise // model.layers
     else:
         layers = (model.layers - model.moe_layers) * dense + model.moe_layers * mixture + noise
-    # The other terms are those of the last norm, of the log-probabilities, and of the token ids and targets.
-    return layers + norm + FLOAT32 * model.vocab_size + 2 * INT64
+    # The other terms are those of the last norm, of the loss, and of the token ids and targets. A chunked loss keeps
+    # the gradient of its input instead of the input and the log-probabilities.
+    if spec.train.loss_chunk_rows is None:
+        return layers + norm + FLOAT32 * model.vocab_size + 2 * INT64
+    return layers + norm - size * model.d_model + FLOAT32 * model.d_model + 2 * INT64
 
 
 def _dropout_bytes(model: ModelSpec, size: int) -> int:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from mhmoe_ray.architectures import FLOAT32
 from mhmoe_ray.errors import SpecError
 from mhmoe_ray.spec import ModelSpec, MoESpec, RunSpec
+from mhmoe_ray.spec.cluster import Precision
 from mhmoe_ray.spec.model import default_d_ff
 
 # Bytes per value of the integer types.
@@ -15,9 +16,14 @@ INT32 = 4
 INT64 = 8
 
 
+def bytes_of(precision: Precision) -> int:
+    """Return the bytes of a value in a precision."""
+    return 2 if precision == "bfloat16" else FLOAT32
+
+
 def bytes_per_value(spec: RunSpec) -> int:
     """Return the bytes per value of the operands of matrix products and of the rows that ranks exchange."""
-    return 2 if spec.train.precision == "bfloat16" else FLOAT32
+    return bytes_of(spec.train.precision)
 
 
 def dense_width(trunk: Mapping[str, Any]) -> int:
@@ -69,7 +75,7 @@ class Sizes(NamedTuple):
     grows with h, so models of equal compute differ in memory traffic."""
 
 
-EMBEDDING, NORMS = "embedding", "norms"
+EMBEDDING, NORMS, OUTPUT = "embedding", "norms", "output"
 PROJECTIONS, ROUTER, EXPERTS, SHARED = "projections", "router", "experts", "shared expert"
 """Names of the parts that other modules look up."""
 
@@ -91,7 +97,7 @@ def model_parts(spec: ModelSpec) -> list[Part]:
         result += _moe_parts(spec, moe)
     # With tied embeddings the output has no parameters of its own, but its product still counts.
     output_parameters = 0 if spec.tied_embeddings else embedding_parameters
-    return [*result, Part("output", 1, output_parameters, output_parameters, embedding_parameters)]
+    return [*result, Part(OUTPUT, 1, output_parameters, output_parameters, embedding_parameters)]
 
 
 def _moe_parts(spec: ModelSpec, moe: MoESpec) -> list[Part]:
@@ -151,10 +157,24 @@ class BlockSizes(NamedTuple):
 def block_sizes(spec: ModelSpec) -> BlockSizes:
     """Return the numbers of parameters in a dense block, in a block with experts, and outside blocks."""
     parameters = {part.name: part.parameters for part in model_parts(spec)}
-    outside_blocks = parameters[EMBEDDING] + parameters["output"] + _parameters_per_norm(spec)
+    outside_blocks = parameters[EMBEDDING] + parameters[OUTPUT] + _parameters_per_norm(spec)
     shared = parameters["attention"] + (parameters[NORMS] - _parameters_per_norm(spec)) // spec.layers
     mixture = sum(parameters.get(name, 0) for name in (PROJECTIONS, ROUTER, SHARED))
     return BlockSizes(shared + parameters.get("feed-forward", 0), shared + mixture, outside_blocks)
+
+
+def float32_sizes(spec: ModelSpec) -> BlockSizes:
+    """Return the numbers of parameters of norms and routers, which compute in float32 in any precision of products."""
+    parameters = {part.name: part.parameters for part in model_parts(spec)}
+    norms = (parameters[NORMS] - _parameters_per_norm(spec)) // spec.layers
+    block = norms + _query_key_norm_parameters(spec)
+    return BlockSizes(block, block + parameters.get(ROUTER, 0), _parameters_per_norm(spec))
+
+
+def gathered_bytes(spec: RunSpec, parameters: int, float32_parameters: int) -> int:
+    """Return the bytes of gathered parameters, of which some are gathered in float32 in any precision."""
+    size = bytes_of(spec.cluster.gather_precision)
+    return size * (parameters - float32_parameters) + FLOAT32 * float32_parameters
 
 
 class Flops(NamedTuple):
@@ -200,8 +220,12 @@ def attention_macs(spec: ModelSpec) -> int:
 def _attention_parameters(spec: ModelSpec) -> int:
     qkv_width = spec.query_width + 2 * spec.kv_width
     bias_width = {"none": 0, "qkv": qkv_width, "all": qkv_width + spec.d_model}[spec.biased_attention]
-    norm_width = {"none": 0, "head": 2 * spec.head_width, "all": spec.query_width + spec.kv_width}[spec.qk_norm]
-    return attention_macs(spec) + bias_width + norm_width
+    return attention_macs(spec) + bias_width + _query_key_norm_parameters(spec)
+
+
+def _query_key_norm_parameters(spec: ModelSpec) -> int:
+    """Return the number of parameters of the norms of queries and keys in one attention layer."""
+    return {"none": 0, "head": 2 * spec.head_width, "all": spec.query_width + spec.kv_width}[spec.qk_norm]
 
 
 def model_flops_utilisation(spec: RunSpec, tokens_per_s: float, workers: int) -> float | None:

@@ -10,7 +10,15 @@ from typing import Any, NamedTuple
 
 from mhmoe_ray.architectures import FLOAT32
 from mhmoe_ray.planner.placement import Layout, NodeKind, Spread, single_node_layout
-from mhmoe_ray.planner.sizes import INT32, INT64, bytes_per_value, compute_sizes
+from mhmoe_ray.planner.sizes import (
+    INT32,
+    INT64,
+    bytes_of,
+    bytes_per_value,
+    compute_sizes,
+    float32_sizes,
+    gathered_bytes,
+)
 from mhmoe_ray.spec import RunSpec
 
 
@@ -189,7 +197,9 @@ def dispatch_exchanges(spec: RunSpec, layout: Layout | None = None) -> list[Exch
         return []
     layout = layout or single_node_layout(cluster.max_world_size, cluster.ep)
     groups = [layout.spread(ranks) for ranks in layout.groups.ranks]
-    times = model.moe_layers * _micro_batches(spec)
+    passes = model.moe_layers * _micro_batches(spec)
+    # A recomputed block repeats the exchanges of its forward.
+    forward_passes = 2 * passes if spec.train.recompute == "block" else passes
     tokens = spec.tokens_per_micro_batch
     # A token has h rows, and each row has k routes. At the default width d/h, the routes of a token have k * d values
     # whatever h is.
@@ -200,6 +210,7 @@ def dispatch_exchanges(spec: RunSpec, layout: Layout | None = None) -> list[Exch
     def build_exchange(name: str, pattern: Pattern) -> Exchange:
         links = group_loads(groups, pattern)
         sent_bytes = round(sum(s.mean for s in links))
+        times = passes if name.startswith("gradients") else forward_passes
         return Exchange(name, cluster.ep, sent_bytes, sent_bytes, times, links)
 
     def sized_pattern(size: int) -> Pattern:
@@ -264,15 +275,21 @@ def reduction_exchanges(spec: RunSpec, layout: Layout | None = None) -> list[Exc
     rank are left out."""
     cluster, counts = spec.cluster, compute_sizes(spec.model)
     layout = layout or single_node_layout(cluster.max_world_size, cluster.ep)
-    shared = FLOAT32 * (counts.parameters - counts.expert_parameters)
-    result = _collective_exchanges(spec, cluster.strategy, "all but experts", shared, layout, layout.world_group)
+    float32_counts = float32_sizes(spec.model)
+    dense_layers = spec.model.layers - spec.model.moe_layers
+    float32_parameters = float32_counts.outside + dense_layers * float32_counts.dense
+    float32_parameters += spec.model.moe_layers * float32_counts.mixture
+    shared = counts.parameters - counts.expert_parameters
+    result = _collective_exchanges(
+        spec, cluster.strategy, "all but experts", shared, float32_parameters, layout, layout.world_group
+    )
     if spec.model.moe is not None:
-        experts = FLOAT32 * counts.expert_parameters // cluster.ep
         result += _collective_exchanges(
             spec,
             cluster.strategy if cluster.shards_experts else "ddp",
             "experts",
-            experts,
+            counts.expert_parameters // cluster.ep,
+            0,
             layout,
             layout.data_parallel_groups,
         )
@@ -280,18 +297,33 @@ def reduction_exchanges(spec: RunSpec, layout: Layout | None = None) -> list[Exc
 
 
 def _collective_exchanges(
-    spec: RunSpec, strategy: str, label: str, size: int, layout: Layout, groups: list[list[int]]
+    spec: RunSpec,
+    strategy: str,
+    label: str,
+    parameters: int,
+    float32_parameters: int,
+    layout: Layout,
+    groups: list[list[int]],
 ) -> list[Exchange]:
-    """Return the exchanges by which each of these groups reduces the gradients of its `size` bytes of weights, and
-    gathers the weights if ranks hold shards.
+    """Return the exchanges by which each of these groups reduces the gradients of its parameters, and gathers the
+    weights if ranks hold shards.
 
     Blocks and buckets count as if they were sent in one piece. ZeRO 3 may still have up to two gathered blocks from the
     forward when the backward begins, which the count does not subtract.
+
+    Args:
+        spec: spec of the run.
+        strategy: strategy for these parameters.
+        label: name of the parameters.
+        parameters: number of the parameters of a group.
+        float32_parameters: number of those that are gathered in float32 in any precision.
+        layout: placement of the ranks.
+        groups: ranks of each group.
     """
     ranks, micro_batches = len(groups[0]), _micro_batches(spec)
     gradients, weights = f"gradients of {label}", f"weights of {label}"
     links = group_loads(map(layout.spread, groups), ring_pattern)
-    remote_bytes = size * (ranks - 1) // ranks
+    size = FLOAT32 * parameters
     if strategy == "ddp":
         sent_bytes = 2 * size * (ranks - 1) // ranks
         return [Exchange(gradients, ranks, size, sent_bytes, 1, links.scaled(sent_bytes, rounds=2))]
@@ -301,8 +333,18 @@ def _collective_exchanges(
     # zero2 and zero3 keep only shards of gradients, so each backward reduces them. With fsdp and zero1 only the last
     # backward does.
     reductions = micro_batches if strategy in ("zero2", "zero3") else 1
+    size = bytes_of(spec.cluster.reduce_precision) * parameters
+    gathered_size = gathered_bytes(spec, parameters, float32_parameters)
+    remote_bytes, remote_gathered_bytes = (total * (ranks - 1) // ranks for total in (size, gathered_size))
     return [
-        Exchange(weights, ranks, size // ranks, remote_bytes, gathers, links.scaled(remote_bytes)),
+        Exchange(
+            weights,
+            ranks,
+            gathered_size // ranks,
+            remote_gathered_bytes,
+            gathers,
+            links.scaled(remote_gathered_bytes),
+        ),
         Exchange(gradients, ranks, size, remote_bytes, reductions, links.scaled(remote_bytes)),
     ]
 

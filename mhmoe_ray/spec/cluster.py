@@ -13,6 +13,8 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_se
 
 from mhmoe_ray.spec.base import Section, unmeasured
 
+Precision = Literal["float32", "bfloat16"]
+
 
 class AcceleratorSpec(Section):
     """Accelerator of each worker, for `mhmoe plan` and for the metric `mfu`."""
@@ -35,7 +37,7 @@ class AcceleratorSpec(Section):
     launch_seconds: float = Field(default=4e-6, ge=0)
     """Seconds from the launch of a kernel to that of the next one."""
 
-    def peak_flops(self, precision: Literal["float32", "bfloat16"]) -> float:
+    def peak_flops(self, precision: Precision) -> float:
         """Return the peak FLOP/s of matrix products in a precision."""
         return self.bfloat16_flops if precision == "bfloat16" else self.float32_flops
 
@@ -148,6 +150,11 @@ class ClusterSpec(Section):
     `deepspeed`."""
     shard_experts: bool = False
     """If true, fsdp also shards experts, over the dp workers that hold the same experts."""
+    gather_precision: Precision = "float32"
+    """Precision in which fsdp gathers weights. bfloat16 halves the bytes that are sent and held, and needs
+    `train.precision` bfloat16. Norms and routers are gathered in float32, and all shards stay float32."""
+    reduce_precision: Precision = "float32"
+    """Precision in which fsdp sums gradients over the micro-batches of a step and over workers."""
     straddling: Literal["warn", "refuse"] = "warn"
     """Reaction if an expert-parallel group must span more than one node. warn: print a warning and start. refuse: end
     the run before its first step. The run is checked whenever it starts or restarts, at its current number of
@@ -186,6 +193,9 @@ class ClusterSpec(Section):
             )
         if self.shard_experts and self.strategy != "fsdp":
             raise ValueError(f"shard_experts is for strategy fsdp, so it would be ignored with {self.strategy}")
+        for name in ("gather_precision", "reduce_precision"):
+            if getattr(self, name) != "float32" and self.strategy != "fsdp":
+                raise ValueError(f"{name} is for strategy fsdp, so it would be ignored with {self.strategy}")
         return self
 
     @property

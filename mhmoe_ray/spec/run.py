@@ -79,10 +79,23 @@ class RunSpec(Section):
                 f"model.moe.kernel capacity holds all experts, but cluster.ep is {self.cluster.ep}: "
                 "set ep to 1, or kernel to grouped, which drops the same routes"
             )
-        if moe is not None and moe.recompute not in (None, 1) and self.train.recompute and self.cluster.ep > 1:
+        if moe is not None and moe.recompute not in (None, 1) and self._recomputes_experts:
             raise ValueError(
-                f"model.moe.recompute is {moe.recompute:g}, but with train.recompute and cluster.ep {self.cluster.ep} "
-                "experts recompute all of their hidden rows, so it would be ignored: leave it out"
+                f"model.moe.recompute is {moe.recompute:g}, but with train.recompute {self.train.recompute} and "
+                f"cluster.ep {self.cluster.ep} experts recompute all of their hidden rows, so it would be ignored: "
+                "leave it out"
+            )
+        if self.train.recompute == "experts" and moe is None:
+            raise ValueError("train.recompute is experts, but a dense model has none: set it to none or block")
+        if self.train.recompute == "experts" and moe is not None and moe.kernel_limits.kept_rows == "all":
+            raise ValueError(
+                f"train.recompute is experts, but kernel {moe.kernel} keeps all hidden rows: set train.recompute to "
+                "block, or model.moe.kernel to auto"
+            )
+        if self.cluster.gather_precision == "bfloat16" and self.train.precision != "bfloat16":
+            raise ValueError(
+                "cluster.gather_precision bfloat16 would round the weights of products in float32: "
+                "set train.precision to bfloat16 too"
             )
         if self.data.chat_sources:
             self._check_chat(self.data.chat_sources[0])
@@ -172,14 +185,17 @@ class RunSpec(Section):
     @property
     def computed_model(self) -> ModelSpec:
         """The model as training computes it: with the value of `moe.recompute` that applies."""
-        # With `train.recompute` and expert parallelism, a block is recomputed without its experts, which are spread
-        # over ranks. The experts then recompute their own hidden rows, if the kernel can.
         moe = self.model.moe
-        if moe is None or moe.kernel_limits.kept_rows != "as configured":
-            return self.model
-        if not self.train.recompute or self.cluster.ep == 1:
+        if moe is None or moe.kernel_limits.kept_rows != "as configured" or not self._recomputes_experts:
             return self.model
         return self.model.model_copy(update={"moe": moe.model_copy(update={"recompute": 1.0})})
+
+    @property
+    def _recomputes_experts(self) -> bool:
+        """True if experts recompute their own hidden rows, whatever `moe.recompute` is."""
+        # With `exchange` and expert parallelism, a block is recomputed without its experts, which are spread over
+        # ranks.
+        return self.train.recompute == "experts" or (self.train.recompute == "exchange" and self.cluster.ep > 1)
 
     @property
     def samples_per_step(self) -> int:

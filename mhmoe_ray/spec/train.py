@@ -4,11 +4,17 @@ section."""
 import math
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from mhmoe_ray.spec.base import Section, unmeasured
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
+Recompute = Literal["none", "experts", "exchange", "block"]
+
+
+def _recompute_from_flag(value: object) -> object:
+    """Return the meaning of `recompute` in specs of earlier versions, where it was true or false."""
+    return {True: "exchange", False: "none"}[value] if isinstance(value, bool) else value
 
 
 class TrainSpec(Section):
@@ -23,10 +29,16 @@ class TrainSpec(Section):
     precision: Annotated[Literal["float32", "bfloat16"], unmeasured("fp8", "float8", "nvfp4")] = "float32"
     """Precision of training. bfloat16: autocast for matrix products; weights, router and loss stay float32. On a CPU it
     is faster with AMX or AMD's AVX512_BF16. On Intel's CPUs without AMX, products take twice as long as in float32."""
-    recompute: bool = False
-    """Activation recomputation: the forward keeps only the input of each block, and the backward recomputes the rest.
-    This saves memory and takes about a third more time. With expert parallelism the inputs and outputs of experts are
-    kept too, because they would have to be exchanged again."""
+    recompute: Annotated[Recompute, BeforeValidator(_recompute_from_flag)] = "none"
+    """Activation recomputation: part of what the forward computes is not kept, but computed again in the backward.
+    none: everything is kept, but for `model.moe.recompute`. experts: the hidden rows of experts are not kept. exchange:
+    a block keeps its input and, with expert parallelism, all from its router on, so that no row is exchanged again;
+    hidden rows of experts are not kept. block: a block keeps its input only; with expert parallelism its rows are
+    exchanged once more. exchange and block take about a third more time."""
+    loss_chunk_rows: PositiveInt | None = None
+    """Number of tokens whose logits exist at a time, for the loss; by default all of a micro-batch. All logits take
+    several times micro_batch_size * seq_len * vocab_size values. With a number, the gradient of the output layer is
+    summed over chunks in float32."""
     compile: bool = False
     """If true, torch.compile compiles attention and dense feed-forward layers. Routing and experts, whose shapes change
     with every micro-batch, have kernels of their own."""

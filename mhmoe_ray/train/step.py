@@ -18,8 +18,9 @@ from mhmoe_ray.distributed.dispatch.exchange import SentBytes, flat_row_bytes
 from mhmoe_ray.distributed.mesh import Mesh
 from mhmoe_ray.errors import JobError, SpecError
 from mhmoe_ray.model.attention import document_indices
-from mhmoe_ray.model.decoder import Decoder, DecoderOutput, routing_loss, token_losses
+from mhmoe_ray.model.decoder import Decoder, DecoderLoss, routing_loss
 from mhmoe_ray.model.init import init_weights
+from mhmoe_ray.model.loss import Targets
 from mhmoe_ray.model.noise import Noise
 from mhmoe_ray.model.router import updated_bias
 from mhmoe_ray.planner.sizes import bytes_per_value
@@ -122,6 +123,7 @@ class Trainer:
         with torch.device("meta"):
             self.model = Decoder(spec.computed_model, mesh.expert_ids(moe.experts) if moe else None)
         self.model.recompute = spec.train.recompute
+        self.model.loss_chunk_rows = spec.train.loss_chunk_rows
         self._dispatch = build_dispatch(spec.cluster, mesh)
         if self._dispatch:
             for layer in self.model.moe_layers():
@@ -174,10 +176,7 @@ class Trainer:
             with self.strategy.micro_batch_context(is_last=i == rank_batches):
                 micro_batch = self.step * m + self.mesh.rank + (i - 1) * self.mesh.world_size
                 noise = Noise(spec.seed, micro_batch)
-                logits_BTV, routing = self.forward(batch, noise)
-                loss = (token_losses(logits_BTV, batch.token_BT[:, 1:]) * batch.counts_BT).sum()
-                # Without `del`, the logits would stay in memory beside their gradients in the backward.
-                del logits_BTV
+                (loss, _), routing = self.forward(batch, noise)
                 # This is M times the micro-batch's contribution to the mean over all targets of the step, because the
                 # backward below divides by M.
                 objective = loss / (max(1, targets) / m)
@@ -197,7 +196,8 @@ class Trainer:
         sums = RankSums(targets, loss_sum, balance_sum, int(dropped), count_LE.cpu())
         if moe and self._dispatch:
             row_bytes = spec.model.row_width * bytes_per_value(spec)
-            least_bytes = flat_row_bytes(sums.count_LE, self.mesh.expert_ids(moe.experts), row_bytes)
+            passes = 3 if spec.train.recompute == "block" else 2
+            least_bytes = flat_row_bytes(sums.count_LE, self.mesh.expert_ids(moe.experts), row_bytes, passes)
             wait_seconds = self._dispatch.pop_wait_seconds()
             sums = sums._replace(
                 sent_bytes=self._dispatch.pop_sent_bytes(), least_bytes=least_bytes, wait_seconds=wait_seconds
@@ -268,8 +268,8 @@ class Trainer:
         self.tokens += sums.targets
         return Update(norm, lr, applied)
 
-    def forward(self, batch: MicroBatch, noise: Noise | None = None) -> DecoderOutput:
-        """Run the model in the run's precision, with the document masks that its spec asks for.
+    def forward(self, batch: MicroBatch, noise: Noise | None = None) -> DecoderLoss:
+        """Return the loss of a micro-batch in the run's precision, with the document masks that its spec asks for.
 
         Args:
             batch: the samples, of which the model reads all tokens but the last.
@@ -288,7 +288,10 @@ class Trainer:
             document_BT = document_indices(document_starts_BT)
         with torch.autocast(self.device.type, dtype, enabled=enabled):
             model = self.strategy.module if torch.is_grad_enabled() else self.model
-            output: DecoderOutput = model(token_BT, noise=noise, document_BT=document_BT, domain_B=batch.domain_B)
+            targets = Targets(batch.token_BT[:, 1:], batch.counts_BT)
+            output: DecoderLoss = model(
+                token_BT, noise=noise, document_BT=document_BT, domain_B=batch.domain_B, targets=targets
+            )
         return output
 
     def _take_rows(self, part: Tensor, start: int, count: int) -> Tensor:
@@ -317,11 +320,8 @@ class Trainer:
         for i in range(batch_count):
             start = (i * world + self.mesh.rank) * b
             batch = _map_parts(padded, partial(self._take_rows, start=start, count=b))
-            output = self.forward(batch)
-            loss_BT, weight_BT = token_losses(output.logits_BTV, batch.token_BT[:, 1:]), batch.counts_BT
-            # Without `del`, the logits would stay in memory beside those of the next round.
-            del output
-            total += torch.stack([(loss_BT * weight_BT).sum(dtype=torch.float64), weight_BT.sum(dtype=torch.float64)])
+            loss_BT = self.forward(batch).loss.token_BT
+            total += torch.stack([t.sum(dtype=torch.float64) for t in (loss_BT, batch.counts_BT)])
             self.on_progress()
         if world > 1:
             dist.all_reduce(total)

@@ -95,5 +95,5 @@ def test_peer_for_gpus_is_not_measured_on_a_cpu():
     for name in ("SonicMoE", "ScatterMoE"):
         reason = unavailable_reason(PEER_BY_NAME[name], "9.0", CPU)
         assert reason == f"{PEER_BY_NAME[name].package} runs on NVIDIA's GPUs only"
-    missing = unavailable_reason(PEER_BY_NAME["ScatterMoE"], None, torch.device("cuda"))
-    assert missing == "scattermoe is not installed: pip install 'git+https://github.com/shawntan/scattermoe'"
+    missing_reason = unavailable_reason(PEER_BY_NAME["ScatterMoE"], None, torch.device("cuda"))
+    assert missing_reason == "scattermoe is not installed: pip install 'git+https://github.com/shawntan/scattermoe'"

@@ -7,7 +7,7 @@ import torch
 from mhmoe_ray.errors import DataError
 from mhmoe_ray.evaluate.measure import DomainSamples, measure_samples
 from mhmoe_ray.evaluate.mixture import DECAY, measure_mixture, mixture_losses
-from mhmoe_ray.model.decoder import token_losses
+from mhmoe_ray.model.loss import token_losses
 from tests.model.test_domain_router import make_model
 
 SETTINGS = {"batch_size": 3, "start_token": 0, "use_bfloat16": False, "on_progress": lambda *_: None}

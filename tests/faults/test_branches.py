@@ -12,7 +12,7 @@ from mhmoe_ray.checkpoint.load import load_model
 from mhmoe_ray.checkpoint.manifest import committed_checkpoints, stored_manifest
 from mhmoe_ray.data.shards.columns import split_padding
 from mhmoe_ray.data.stream import TrainingSamples
-from mhmoe_ray.model.decoder import token_losses
+from mhmoe_ray.model.loss import token_losses
 from mhmoe_ray.runs import history, metrics
 from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.runs.start import read_start

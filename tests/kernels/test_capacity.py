@@ -6,8 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mhmoe_kernels import run_experts
-from mhmoe_ray.model.decoder import Decoder, token_losses
+from mhmoe_ray.model.decoder import Decoder
 from mhmoe_ray.model.init import init_weights
+from mhmoe_ray.model.loss import token_losses
 from mhmoe_ray.model.noise import Noise
 from mhmoe_ray.model.router import capacity_mask
 from mhmoe_ray.spec import ModelSpec, MoESpec

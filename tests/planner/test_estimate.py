@@ -139,24 +139,34 @@ def test_a_step_has_all_its_micro_batches_and_all_their_layers(tied):
     )
 
 
-@pytest.mark.parametrize(("ep", "experts_passes"), [(1, 4), (4, 3 + 2 / 3)])
-def test_recomputation_costs_another_forward_of_the_blocks_only(ep, experts_passes):
-    """The embedding and the output are computed once. Experts that are distributed over ranks recompute only their
-    hidden rows, which are two of their three products; projections, router and shared expert of their layers are
-    kept."""
+@pytest.mark.parametrize(
+    ("recompute", "ep", "passes", "mixture_passes", "expert_passes"),
+    [
+        ("none", 4, 3, 3, 3),
+        ("experts", 1, 3, 3, 3 + 2 / 3),
+        ("exchange", 1, 4, 4, 4),
+        ("exchange", 4, 4, 3, 3 + 2 / 3),
+        ("block", 4, 4, 4, 4),
+    ],
+)
+def test_recomputation_costs_another_forward_of_its_part(recompute, ep, passes, mixture_passes, expert_passes):
+    """The embedding and the output are computed once. Experts by themselves recompute only their hidden rows, which are
+    two of their three products. With `exchange`, projections, router and shared expert of layers that are distributed
+    over ranks are kept."""
     accelerator = {"bfloat16_flops": 1e6, "flops_share": 1, "memory_bandwidth": 1e15}
     model = {**tiny_spec().model.model_dump(), "moe": {"experts": 4, "d_expert": 24, "d_shared": 16, "every": 2}}
     cluster = {"workers": 4, "ep": ep, "accelerator": accelerator}
-    train = {"precision": "bfloat16", "recompute": True}
+    train = {"precision": "bfloat16", "recompute": recompute}
     spec = tiny_spec(cluster=cluster, model=model, train=train)
     seconds = {time.name: time.seconds for time in estimate_step_time(spec, single_node_layout(4, ep)).compute_times}
     macs = {part.name: part.layers * part.macs for part in model_parts(spec.model)}
     expert_parts = ("projections", "router", "shared expert")
-    uncounted_macs = macs["output"] + (sum(macs[name] for name in expert_parts) if ep > 1 else 0)
+    mixture_flops, output_flops = 2 * sum(macs[name] for name in expert_parts), 2 * macs["output"]
     routed, tokens = macs["experts"], 2 * 16
-    forward = flops_per_token(spec.model, 16).forward - 2 * routed
-    assert seconds["all but experts"] == pytest.approx(tokens * (4 * forward - 2 * uncounted_macs) / 1e6)
-    assert seconds["experts"] == pytest.approx(tokens * experts_passes * 2 * routed / 1e6)
+    other_flops = flops_per_token(spec.model, 16).forward - 2 * routed - mixture_flops - output_flops
+    flops = passes * other_flops + mixture_passes * mixture_flops + 3 * output_flops
+    assert seconds["all but experts"] == pytest.approx(tokens * flops / 1e6)
+    assert seconds["experts"] == pytest.approx(tokens * expert_passes * 2 * routed / 1e6)
 
 
 def test_step_time_lies_between_its_longest_part_and_the_sum_of_its_parts():

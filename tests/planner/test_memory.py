@@ -12,8 +12,9 @@ from mhmoe_ray.architectures import ARCHITECTURES
 from mhmoe_ray.bench.measure import peak_bytes
 from mhmoe_ray.checkpoint.save import Saver
 from mhmoe_ray.distributed.mesh import build_mesh
-from mhmoe_ray.model.decoder import Decoder, routing_loss, token_losses
+from mhmoe_ray.model.decoder import Decoder, routing_loss
 from mhmoe_ray.model.init import init_weights
+from mhmoe_ray.model.loss import Targets
 from mhmoe_ray.model.noise import Noise
 from mhmoe_ray.model.router import SCORES_BY_ROUTER
 from mhmoe_ray.planner.expert_step import assumed_kernel, may_use_cpp
@@ -23,7 +24,7 @@ from mhmoe_ray.planner.memory import (
     gathered_weight_bytes,
     unsharded_gradient_bytes,
 )
-from mhmoe_ray.planner.sizes import block_sizes, compute_sizes
+from mhmoe_ray.planner.sizes import block_sizes, compute_sizes, float32_sizes, gathered_bytes
 from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.spec import RunSpec
 from mhmoe_ray.train.step import MicroBatch, Trainer
@@ -122,14 +123,17 @@ def autograd_bytes(spec: RunSpec) -> int:
     """Return the bytes that autograd saves, in addition to the weights, in the forward pass of a micro-batch."""
     model = Decoder(spec.model)
     init_weights(model, 0)
+    model.loss_chunk_rows = spec.train.loss_chunk_rows
     saved_tensors = SavedTensors(model)
     token_BT = torch.randint(spec.model.vocab_size, (spec.train.micro_batch_size, spec.data.seq_len + 1))
     bfloat16 = spec.train.precision == "bfloat16"
     with torch.autograd.graph.saved_tensors_hooks(saved_tensors, lambda t: t):
         with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
             document_BT = (token_BT[:, :-1] < 20).cumsum(1) if spec.model.document_masks else None
-            output = model(token_BT[:, :-1], noise=Noise(0, 0), document_BT=document_BT)
-        loss = token_losses(output.logits_BTV, token_BT[:, 1:]).mean()
+            # A single value takes the place of the mask of the targets, which is part of the batch.
+            targets = Targets(token_BT[:, 1:], torch.ones(1, 1, dtype=torch.bool).expand_as(token_BT[:, 1:]))
+            output = model(token_BT[:, :-1], noise=Noise(0, 0), document_BT=document_BT, targets=targets)
+        loss = output.loss.sum
         if spec.model.moe:
             loss = loss + routing_loss(spec.model, output.routing)
     assert loss.requires_grad
@@ -143,6 +147,22 @@ def test_planned_activations_equal_the_bytes_that_autograd_saves(kind, experts, 
     spec = spec_of(kind, experts, precision)
     memory = compute_memory(spec)
     assert memory.activations + memory.copies == pytest.approx(autograd_bytes(spec), rel=0.01)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", ["llama", "subln", "grouped-queries"])
+def test_planned_bytes_of_a_chunked_loss_equal_what_it_keeps(kind, precision):
+    """The gradients of the output layer and of its input take the place of the input and the log-probabilities."""
+    spec = spec_of(kind, "multi-head", precision)
+    chunked = spec.model_copy(update={"train": spec.train.model_copy(update={"loss_chunk_rows": 16})})
+    memory, chunked_memory = compute_memory(spec), compute_memory(chunked)
+    weight_bytes = 4 * spec.model.vocab_size * spec.model.d_model
+    saved_bytes = autograd_bytes(chunked) - weight_bytes
+    assert chunked_memory.activations + chunked_memory.copies == pytest.approx(saved_bytes, rel=0.01)
+    assert chunked_memory.activations < memory.activations
+    size = 4 if precision == "float32" else 2
+    product_bytes = 0 if precision == "float32" else 2 * size * spec.model.vocab_size * spec.model.d_model
+    assert chunked_memory.logits == 16 * spec.model.vocab_size * 8 + weight_bytes + product_bytes
 
 
 @st.composite
@@ -270,7 +290,7 @@ def autograd_bytes_of_rank(spec):
     token_BT = torch.randint(300, (spec.train.micro_batch_size, spec.data.seq_len + 1))
     with torch.autograd.graph.saved_tensors_hooks(saved_tensors, lambda t: t):
         output = trainer.forward(MicroBatch(token_BT, torch.ones_like(token_BT[:, 1:]).bool()), Noise(0, 0))
-        loss = token_losses(output.logits_BTV, token_BT[:, 1:]).mean() + routing_loss(spec.model, output.routing)
+        loss = output.loss.sum + routing_loss(spec.model, output.routing)
     loss.backward()
     return saved_tensors.bytes
 
@@ -390,12 +410,19 @@ def test_peak_memory_with_a_large_vocabulary_is_at_the_loss(workers, strategy, p
 
 
 @pytest.mark.parametrize(
-    ("experts", "ep", "min_ratio"), [("dense", 1, 3), ("multi-head", 1, 3), ("multi-head", 2, 1.5)]
+    ("experts", "ep", "mode", "min_ratio"),
+    [
+        ("dense", 1, "block", 3),
+        ("multi-head", 1, "block", 3),
+        ("multi-head", 1, "experts", 1.05),
+        ("multi-head", 2, "exchange", 1.5),
+        ("multi-head", 2, "block", 3),
+    ],
 )
-def test_recomputation_keeps_inputs_of_blocks_and_one_block(experts, ep, min_ratio):
+def test_recomputation_keeps_inputs_of_blocks_and_one_block(experts, ep, mode, min_ratio):
     """The planned difference between activations with and without recomputation is the measured one.
 
-    Experts on several ranks also keep the exchanged rows, which are not sent again.
+    With `exchange`, experts on several ranks also keep the exchanged rows, which are not sent again.
     """
 
     def activations_and_peak(recompute):
@@ -404,8 +431,8 @@ def test_recomputation_keeps_inputs_of_blocks_and_one_block(experts, ep, min_rat
         spec = tiny_spec(model=model, data={"seq_len": 256}, train=train, cluster={"workers": ep, "ep": ep})
         return compute_memory(spec).activations, sum(run_ranks(ep, peak_bytes_of_rank, spec)) / ep
 
-    activations, peak = activations_and_peak(False)
-    recomputed_activations, recomputed_peak = activations_and_peak(True)
+    activations, peak = activations_and_peak("none")
+    recomputed_activations, recomputed_peak = activations_and_peak(mode)
     assert recomputed_activations < activations / min_ratio
     # All other bytes of the backward pass are the same in both cases, or fewer with recomputation, so the peaks differ
     # by the activations.
@@ -418,8 +445,10 @@ def unsharded_bytes_of_rank(spec):
     trainer = build_trainer(spec)
 
     def fsdp_parameters():
-        groups = [m._get_fsdp_state()._fsdp_param_group for m in trainer.model.modules() if isinstance(m, FSDPModule)]
-        return [p for group in groups if group for p in group.fsdp_params]
+        # Several modules may share a group.
+        modules = [m for m in trainer.model.modules() if isinstance(m, FSDPModule)]
+        groups = {id(group): group for m in modules if (group := m._get_fsdp_state()._fsdp_param_group)}
+        return [p for group in groups.values() for p in group.fsdp_params]
 
     weights, gradients = [], []
 
@@ -442,23 +471,31 @@ def unsharded_bytes_of_rank(spec):
     return weights[0], gradients
 
 
-@pytest.mark.parametrize("shard_experts", [False, True])
-def test_gathered_bytes_of_fsdp_are_those_of_a_real_rank(shard_experts):
+@pytest.mark.parametrize(("shard_experts", "precision"), [(False, "float32"), (True, "float32"), (True, "bfloat16")])
+def test_gathered_bytes_of_fsdp_are_those_of_a_real_rank(shard_experts, precision):
     """The planned bytes of gathered weights and of unsharded gradients are those of FSDP.
 
     The plan has one block more than the rank, because a CPU gathers no block in advance.
     """
     model = {**tiny_spec().model.model_dump(), "moe": {**EXPERTS["multi-head"], "every": 1}, "d_ff": None}
-    spec = tiny_spec(model=model, cluster={"workers": 2, "strategy": "fsdp", "shard_experts": shard_experts})
+    cluster = {"workers": 2, "strategy": "fsdp", "shard_experts": shard_experts, "gather_precision": precision}
+    spec = tiny_spec(model=model, cluster=cluster, train={"precision": precision})
     parameters, experts = block_sizes(spec.model), compute_sizes(spec.model).expert_parameters
-    block = 4 * (parameters.mixture + (experts // 2 if shard_experts else 0))
+    wide_parameters = float32_sizes(spec.model)
+    block = gathered_bytes(spec, parameters.mixture + (experts // 2 if shard_experts else 0), wide_parameters.mixture)
     shards = compute_memory(spec).gradients - (0 if shard_experts else 4 * experts)
+    # Modules in float32 have groups of their own beside gathers in bfloat16. Those of the block and the last norm are
+    # not gathered while the experts compute.
+    later_bytes = 4 * (wide_parameters.mixture + wide_parameters.outside) if precision == "bfloat16" else 0
     for weights, gradients in run_ranks(2, unsharded_bytes_of_rank, spec):
-        assert gathered_weight_bytes(spec) == weights + block
+        assert gathered_weight_bytes(spec) == weights + block + later_bytes
         assert unsharded_gradient_bytes(spec) == gradients[0] - shards
         assert gradients[-1] == 0
-    single_micro_batch = tiny_spec(model=model, cluster=spec.cluster.model_dump(), train={"micro_batches": 2})
-    assert unsharded_gradient_bytes(single_micro_batch) == 4 * parameters.outside + block
+    single_micro_batch = tiny_spec(
+        model=model, cluster=spec.cluster.model_dump(), train={"micro_batches": 2, "precision": precision}
+    )
+    outside = gathered_bytes(spec, parameters.outside, wide_parameters.outside)
+    assert unsharded_gradient_bytes(single_micro_batch) == outside + block
     assert compute_memory(single_micro_batch).gathered == gathered_weight_bytes(
         single_micro_batch
     ) + unsharded_gradient_bytes(single_micro_batch)

@@ -58,6 +58,7 @@ WIDE = {"heads": 3, "d_sub_token": 20, "experts": 4, "top_k": 2, "d_expert": 24}
         (2, 2, {"precision": "bfloat16"}, {}),
         (2, 2, {}, WIDE),
         (2, 1, {}, {}),
+        (2, 2, {"recompute": "block"}, {}),
         pytest.param(4, 2, {}, {}, marks=pytest.mark.slow),
     ],
 )
@@ -133,9 +134,19 @@ def test_payload_and_number_of_exchanges_follow_from_the_spec():
     assert row_exchange(d_sub_token=32).payload == 4 * rows[0].payload
 
 
-@pytest.mark.parametrize("shard_experts", [False, True])
-def test_shards_are_gathered_and_reduced_as_in_a_real_step(shard_experts):
-    spec = tiny_spec(cluster={"workers": 2, "ep": 1, "strategy": "fsdp", "shard_experts": shard_experts})
+@pytest.mark.parametrize(
+    ("shard_experts", "gathers", "sums"),
+    [
+        (False, "float32", "float32"),
+        (True, "float32", "float32"),
+        (True, "bfloat16", "float32"),
+        (True, "bfloat16", "bfloat16"),
+    ],
+)
+def test_shards_are_gathered_and_reduced_as_in_a_real_step(shard_experts, gathers, sums):
+    cluster = {"workers": 2, "ep": 1, "strategy": "fsdp", "shard_experts": shard_experts}
+    cluster |= {"gather_precision": gathers, "reduce_precision": sums}
+    spec = tiny_spec(cluster=cluster, train={"precision": gathers})
     expected = all_exchanges(spec)
     gathered = sum(e.payload * e.times for e in expected if e.name.startswith("weights"))
     scattered = sum(e.payload * e.times for e in expected if e.name.startswith("gradients of all"))

@@ -150,13 +150,30 @@ def test_any_number_of_sub_tokens_is_possible_with_a_width_of_their_own():
     assert load_resolved_spec(QUICKSTART, default).model.joined_width == model.d_model
 
 
+def test_recomputation_was_a_flag_in_earlier_versions():
+    for flag, recompute in (("true", "exchange"), ("false", "none")):
+        assert load_resolved_spec(QUICKSTART, [f"train.recompute={flag}"]).train.recompute == recompute
+
+
+def test_recomputation_of_experts_needs_experts_that_can_recompute():
+    for overrides, reason in (
+        (["model.moe=null", "cluster.ep=1", "model.d_ff=64"], "a dense model has none"),
+        (["model.moe.kernel=reference"], "kernel reference keeps all hidden rows"),
+    ):
+        with pytest.raises(SpecError, match=reason):
+            load_resolved_spec(QUICKSTART, ["train.recompute=experts", *overrides])
+
+
 def test_a_value_that_another_section_overrides_is_refused():
     """The value is accepted if it equals the one that the other section causes."""
     recomputing = ["train.recompute=true", "model.moe.kernel=grouped"]
-    with pytest.raises(SpecError, match=r"is 0\.3, but with train\.recompute and cluster\.ep 2 experts recompute all"):
+    with pytest.raises(
+        SpecError, match=r"is 0\.3, but with train\.recompute exchange and cluster\.ep 2 experts recompute"
+    ):
         load_resolved_spec(QUICKSTART, [*recomputing, "model.moe.recompute=0.3"])
     load_resolved_spec(QUICKSTART, [*recomputing, "model.moe.recompute=1"])
     load_resolved_spec(QUICKSTART, [*recomputing, "model.moe.recompute=0.3", "cluster.ep=1"])
+    load_resolved_spec(QUICKSTART, ["train.recompute=block", "model.moe.kernel=grouped", "model.moe.recompute=0.3"])
     sliced = ["cluster.strategy=fsdp", "cluster.shard_experts=true", "cluster.ep=1"]
     load_resolved_spec(QUICKSTART, sliced)
     with pytest.raises(SpecError, match="shard_experts is true, but a dense model has no experts to shard: set shard_"):

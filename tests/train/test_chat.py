@@ -12,8 +12,9 @@ from mhmoe_ray.data.prepare.packing import pack_best_fit
 from mhmoe_ray.data.shards.columns import DOCUMENT_STARTS, TARGETS, TOKENS, padding_token, split_padding
 from mhmoe_ray.data.tokenizer import END_OF_TEXT
 from mhmoe_ray.data.tokenizer.train import train_bpe
-from mhmoe_ray.model.decoder import Decoder, token_losses
+from mhmoe_ray.model.decoder import Decoder
 from mhmoe_ray.model.init import init_weights
+from mhmoe_ray.model.loss import token_losses
 from mhmoe_ray.serving.api.app import create_app
 from mhmoe_ray.spec import RunSpec, ServeSpec
 from mhmoe_ray.train.step import MicroBatch

@@ -212,6 +212,29 @@ def test_bfloat16_losses_match_one_process(reference_in_bfloat16, workers, ep, s
             assert (result["gradients"][name] - gradient).norm() < 0.02 * gradient.norm() + 1e-9, name
 
 
+@pytest.mark.parametrize(
+    ("workers", "ep", "recompute", "reduce_precision"),
+    [
+        (4, 2, "exchange", "float32"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in [(2, 1, "none", "float32"), (2, 1, "block", "bfloat16"), (2, 2, "block", "float32")]
+        ),
+    ],
+)
+def test_gathers_in_bfloat16_match_one_process(reference_in_bfloat16, workers, ep, recompute, reduce_precision):
+    """Products read the same weights as with autocast. Only embeddings are rounded as well, so that some tokens choose
+    other experts."""
+    cluster = {"workers": workers, "ep": ep, "strategy": "fsdp", "shard_experts": True}
+    cluster |= {"gather_precision": "bfloat16", "reduce_precision": reduce_precision}
+    spec = tiny_spec(cluster=cluster, train={"precision": "bfloat16", "recompute": recompute})
+    for result in run_ranks(workers, jobs.train_and_collect, spec, STEPS):
+        assert result["losses"] == pytest.approx(reference_in_bfloat16["losses"], rel=2e-3)
+        for name, gradient in reference_in_bfloat16["gradients"].items():
+            assert result["gradients"][name].dtype == result["weights"][name].dtype == torch.float32
+            assert (result["gradients"][name] - gradient).norm() < 0.06 * gradient.norm() + 1e-9, name
+
+
 def train_compiled(spec, steps):
     """Return the results of `train_and_collect`, and the number of graphs that were compiled."""
     from torch._dynamo.utils import counters
@@ -266,19 +289,64 @@ def merged_model(model):
 def test_recomputation_is_bit_identical(model):
     expected, result = (
         jobs.train_and_collect(parallel_spec(1, 1, train={"recompute": recompute}, **merged_model(model)), 5)
-        for recompute in (False, True)
+        for recompute in ("none", "block")
     )
     assert result["losses"] == expected["losses"]
     for part in ("gradients", "weights", "moments"):
         assert all(torch.equal(result[part][name], tensor) for name, tensor in expected[part].items())
 
 
-@pytest.mark.parametrize(("ep", "strategy"), [(1, "fsdp"), (2, "ddp"), pytest.param(2, "fsdp", marks=pytest.mark.slow)])
-def test_recomputation_with_sharded_tensors_trains_like_one_process(reference, ep, strategy):
-    """Recomputation gathers sharded weights again, and does not exchange rows again."""
-    spec = parallel_spec(2, ep, strategy, strategy == "fsdp", train={"recompute": True})
-    for result in run_ranks(2, jobs.train_and_collect, spec, STEPS):
+@pytest.mark.parametrize(
+    ("workers", "ep", "strategy", "dispatch", "recompute"),
+    [
+        (2, 1, "fsdp", "flat", "block"),
+        (2, 2, "ddp", "flat", "exchange"),
+        (4, 2, "fsdp", "flat", "block"),
+        (2, 1, "zero3", "flat", "block"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in [
+                (2, 2, "fsdp", "flat", "exchange"),
+                (2, 2, "ddp", "flat", "experts"),
+                (2, 2, "ddp", "flat", "block"),
+                (4, 4, "ddp", "hierarchical", "block"),
+                (2, 2, "zero2", "flat", "block"),
+            ]
+        ),
+    ],
+)
+def test_recomputation_on_several_ranks_trains_like_one_process(reference, workers, ep, strategy, dispatch, recompute):
+    """Recomputation gathers sharded weights again and, for whole blocks, exchanges rows again."""
+    if strategy.startswith("zero"):
+        pytest.importorskip("deepspeed")
+    spec = parallel_spec(workers, ep, strategy, strategy == "fsdp", dispatch, train={"recompute": recompute})
+    for result in run_ranks(workers, jobs.train_and_collect, spec, STEPS):
         assert_alike(result, reference)
+
+
+@pytest.mark.parametrize(
+    ("workers", "ep", "strategy", "chunk_rows"),
+    [
+        (1, 1, "ddp", 5),
+        (2, 1, "zero3", 7),
+        (4, 2, "fsdp", 16),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in [(2, 2, "ddp", 9), (2, 1, "zero2", 1000), (2, 1, "zero1", 3)]
+        ),
+    ],
+)
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_a_chunked_loss_trains_like_all_logits(workers, ep, strategy, chunk_rows, tied):
+    """Gradients of a tied embedding are the sum of two, of which the loss gives one."""
+    if strategy.startswith("zero"):
+        pytest.importorskip("deepspeed")
+    sections = merged_model({"tied_embeddings": tied, "moe": {}})
+    expected = jobs.train_and_collect(parallel_spec(1, 1, **sections), STEPS)
+    train = {"loss_chunk_rows": chunk_rows}
+    spec = parallel_spec(workers, ep, strategy, strategy == "fsdp", train=train, **sections)
+    for result in run_ranks(workers, jobs.train_and_collect, spec, STEPS):
+        assert_alike(result, expected)
 
 
 def train_one_step(spec):
@@ -288,16 +356,20 @@ def train_one_step(spec):
     return sums.loss, sums.sent_bytes, jobs.full_gradients(trainer)
 
 
-def test_recomputation_sends_each_row_once():
-    """Losses, bytes sent and gradients are the same with and without recomputation."""
-    expected, result = (
+def test_recomputation_sends_rows_again_only_for_whole_blocks():
+    """Losses and gradients are the same with and without recomputation. A forward sends half of a step's rows."""
+    expected, exchange_result, block_result = (
         run_ranks(2, train_one_step, parallel_spec(2, 2, train={"recompute": recompute}, **merged_model(FIRST_PAPER)))[
             0
         ]
-        for recompute in (False, True)
+        for recompute in ("none", "exchange", "block")
     )
-    assert result[:2] == expected[:2]
-    assert all(torch.equal(result[2][name], tensor) for name, tensor in expected[2].items())
+    assert exchange_result[:2] == expected[:2]
+    assert block_result[0] == expected[0]
+    assert block_result[1].rows == expected[1].rows * 3 // 2
+    assert block_result[1].counts == 2 * expected[1].counts
+    for result in (exchange_result, block_result):
+        assert all(torch.equal(result[2][name], tensor) for name, tensor in expected[2].items())
 
 
 OVER_SEQUENCES = {"moe": {"balance_over": "sequence", "balance_weight": 0.5, "scoring": "sigmoid"}}

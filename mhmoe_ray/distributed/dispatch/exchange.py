@@ -70,19 +70,18 @@ class SentBytes(NamedTuple):
         return SentBytes(*(a + b for a, b in zip(self, other_bytes, strict=True)))
 
 
-def flat_row_bytes(count_LE: Tensor, expert_ids: range, row_bytes: int) -> int:
-    """Return the bytes of rows that flat dispatch sends between ranks for this rank's tokens: there and back, in the
-    forward and in the backward.
+def flat_row_bytes(count_LE: Tensor, expert_ids: range, row_bytes: int, passes: int = 2) -> int:
+    """Return the bytes of rows that flat dispatch sends between ranks for this rank's tokens, there and back.
 
     Args:
         count_LE: number of kept routes of this rank's tokens, per layer and expert.
         expert_ids: global ids of the experts that this rank holds.
         row_bytes: bytes of one row in an exchange.
+        passes: number of passes: a forward and a backward, and a forward more for recomputed blocks.
     """
     remote_routes = count_LE.sum() - count_LE[:, expert_ids.start : expert_ids.stop].sum()
-    # Each route to another rank is a row of its own. It is sent there and back, in the forward and in the backward:
-    # four times.
-    return 4 * int(remote_routes) * row_bytes
+    # Each route to another rank is a row of its own, which is sent there and back.
+    return passes * 2 * int(remote_routes) * row_bytes
 
 
 class PendingExchange(NamedTuple):

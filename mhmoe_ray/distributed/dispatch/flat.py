@@ -168,16 +168,18 @@ class _ExpertsFunction(torch.autograd.Function):
         differentiable: bool,
         *stacked: Tensor,
     ) -> Tensor:
-        leaf_weights = weights._replace(stacked=tuple(w.detach().requires_grad_(differentiable) for w in stacked))
         own_X, received_X = round_trip.own_X, [sum(count_J) for count_J in zip(*round_trip.in_JX, strict=True)]
         # Without other ranks `received_X` is an empty list, but each expert needs a count.
         received_X = received_X or [0] * len(own_X)
+        plain_weights = weights._replace(stacked=stacked)
         ctx.round_trip = round_trip
         ctx.own_pass, ctx.received_pass = (
-            _ExpertPass(kernel, count_X, leaf_weights) for count_X in (own_X, received_X)
+            _ExpertPass(kernel, count_X, plain_weights, differentiable) for count_X in (own_X, received_X)
         )
         # The own rows are cloned, because a view would keep all R rows in memory until the backward.
-        return round_trip(x_RD, lambda x: ctx.own_pass.forward(x.clone()), ctx.received_pass.forward)
+        y_RD = round_trip(x_RD, lambda x: ctx.own_pass.forward(x.clone()), ctx.received_pass.forward)
+        ctx.save_for_backward(*ctx.own_pass.take_saved(), *ctx.received_pass.take_saved())
+        return y_RD
 
     @staticmethod
     @once_differentiable
@@ -185,6 +187,10 @@ class _ExpertsFunction(torch.autograd.Function):
         own_pass, received_pass = ctx.own_pass, ctx.received_pass
         # ctx lives as long as the loss. The saved rows are needed only in this call, so ctx must not keep them.
         del ctx.own_pass, ctx.received_pass
+        saved_tensors = list(ctx.saved_tensors)
+        received_pass.saved_tensors = saved_tensors[own_pass.saved_count :]
+        own_pass.saved_tensors = saved_tensors[: own_pass.saved_count]
+        del saved_tensors
         dx_RD = ctx.round_trip(dy_RD.contiguous(), own_pass.backward, received_pass.backward)
         dstacked = (a.add_(b) for a, b in zip(own_pass.dstacked, received_pass.dstacked, strict=True))
         return dx_RD, None, None, None, None, *dstacked
@@ -194,25 +200,74 @@ _apply_experts: Callable[..., Tensor] = _ExpertsFunction.apply
 
 
 class _ExpertPass:
-    """Forward and backward of this rank's experts on one set of rows, with an autograd graph of its own."""
+    """Forward and backward of this rank's experts on one set of rows, with an autograd graph of its own.
 
-    def __init__(self, kernel: str, count_X: list[int], weights: ExpertWeights) -> None:
+    The graph has no tensors: the outer function saves them, so that a recomputed block frees them after its forward and
+    computes them again.
+    """
+
+    def __init__(self, kernel: str, count_X: list[int], weights: ExpertWeights, differentiable: bool) -> None:
+        """Prepare a pass.
+
+        Args:
+            kernel: name of the kernel.
+            count_X: number of rows of each expert.
+            weights: weights of this rank's experts.
+            differentiable: whether there will be a backward.
+        """
         self._kernel, self._count_X, self._weights = kernel, count_X, weights
+        self._differentiable = differentiable
+        self.saved_tensors: list[Tensor] = []
+        """Tensors that the graph needs in its backward."""
+        self.saved_count = 0
         self.dstacked: tuple[Tensor, ...] = ()
 
     def forward(self, x: Tensor) -> Tensor:
-        differentiable = self._weights.stacked[0].requires_grad
-        with torch.set_grad_enabled(differentiable):
-            x = x.detach().requires_grad_(differentiable)
-            y = run_sorted_experts(self._kernel, x, self._count_X, self._weights)
-        if differentiable:
-            # The backward needs only the gradient edge. A reference to y would keep values in memory that nothing
-            # reads.
-            self._x, self._edge = x, get_gradient_edge(y)
+        """Return the outputs of the experts for rows that are sorted by expert."""
+        if not self._differentiable:
+            return run_sorted_experts(self._kernel, x, self._count_X, self._weights)
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(self._save, self._load):
+            anchor = torch.empty(0, device=x.device, requires_grad=True)
+            x, *stacked = _start_graph(anchor, x, *self._weights.stacked)
+            self._input_edges = [get_gradient_edge(t) for t in (x, *stacked)]
+            y = run_sorted_experts(self._kernel, x, self._count_X, self._weights._replace(stacked=tuple(stacked)))
+        # The backward needs only the gradient edge. A reference to y would keep values in memory that nothing reads.
+        self._edge = get_gradient_edge(y)
         return y.detach()
 
+    def take_saved(self) -> list[Tensor]:
+        """Return the tensors that the backward needs, and keep them no longer."""
+        saved_tensors, self.saved_tensors = self.saved_tensors, []
+        self.saved_count = len(saved_tensors)
+        # The weights are among the saved tensors if the backward needs them.
+        del self._weights
+        return saved_tensors
+
     def backward(self, dy: Tensor) -> Tensor:
-        inputs = (self._x, *self._weights.stacked)
-        dx, *dstacked = torch.autograd.grad(self._edge, inputs, dy, materialize_grads=True)
+        """Return the gradient of the rows. `saved_tensors` must be those of `take_saved`."""
+        dx, *dstacked = torch.autograd.grad(self._edge, self._input_edges, dy)
         self.dstacked = tuple(dstacked)
+        self.saved_tensors = []
         return dx
+
+    def _save(self, tensor: Tensor) -> int:
+        self.saved_tensors.append(tensor)
+        return len(self.saved_tensors) - 1
+
+    def _load(self, index: int) -> Tensor:
+        return self.saved_tensors[index]
+
+
+class _StartGraph(torch.autograd.Function):
+    """Start of a graph whose inputs are not leaves. A leaf would stay in memory as long as the graph."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(t.view_as(t) for t in tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, ...]:
+        return (None,) * (1 + len(gradients))
+
+
+_start_graph: Callable[..., tuple[Tensor, ...]] = _StartGraph.apply

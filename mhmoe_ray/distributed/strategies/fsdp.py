@@ -1,12 +1,15 @@
 """FSDP2: each rank holds a shard of every tensor, and gathers the full tensors of a block while the block computes.
 
-Experts stay distributed by expert parallelism, or are also sharded over the dp ranks that hold the same experts.
+Experts stay distributed by expert parallelism, or are also sharded over the dp ranks that hold the same experts. Shards
+are float32. With `gather_precision` bfloat16, what products read is gathered in bfloat16, as autocast would cast it;
+norms and routers compute in float32, so they have groups of their own.
 """
 
 from contextlib import AbstractContextManager, nullcontext
 
+import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
 from mhmoe_ray.distributed.mesh import Mesh
@@ -14,13 +17,16 @@ from mhmoe_ray.distributed.optimizer import expert_parameters
 from mhmoe_ray.distributed.strategies.ddp import FillModel, Strategy
 from mhmoe_ray.model.decoder import Decoder
 from mhmoe_ray.model.feedforward import Experts
-from mhmoe_ray.spec import TrainSpec
+from mhmoe_ray.model.router import Router
+from mhmoe_ray.spec import ClusterSpec, TrainSpec
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class FsdpStrategy(Strategy):
     """The strategy fsdp: FSDP2 shards all parameters over ranks, and experts too if requested."""
 
-    def __init__(self, model: Decoder, mesh: Mesh, spec: TrainSpec, fill: FillModel, shard_experts: bool) -> None:
+    def __init__(self, model: Decoder, mesh: Mesh, spec: TrainSpec, fill: FillModel, cluster: ClusterSpec) -> None:
         """Fill and shard the model, and build the optimizer, as `Strategy` does.
 
         Args:
@@ -28,9 +34,11 @@ class FsdpStrategy(Strategy):
             mesh: mesh of this rank.
             spec: `train` section of the spec.
             fill: function that allocates and fills the model's weights; it is called once.
-            shard_experts: whether to shard experts over dp too.
+            cluster: `cluster` section of the spec.
         """
-        self._shards_experts = shard_experts and mesh.size("dp") > 1
+        self._shards_experts = cluster.shard_experts and mesh.size("dp") > 1
+        self._reduce_dtype = DTYPES[cluster.reduce_precision]
+        self._gather_dtype = DTYPES[cluster.gather_precision]
         super().__init__(model, mesh, spec, fill)
 
     def _wrap_model(self, fill: FillModel) -> nn.Module:
@@ -41,13 +49,33 @@ class FsdpStrategy(Strategy):
         ignored_parameters = set() if self._shards_experts else set(expert_parameters(self.model).values())
         world_mesh = self.mesh.world_mesh
         for block in self.model.blocks:
-            fully_shard(block, mesh=world_mesh, ignored_params=ignored_parameters)
+            self._shard_in_float32([m for m in block.modules() if isinstance(m, nn.RMSNorm | nn.LayerNorm | Router)])
+            fully_shard(block, mesh=world_mesh, ignored_params=ignored_parameters, mp_policy=self._policy)
+        self._shard_in_float32([self.model.norm])
         # By default FSDP2 leaves the root's own tensors gathered after a forward. They are sharded again here, so that
         # readers between steps always see shards.
-        fully_shard(self.model, mesh=world_mesh, reshard_after_forward=True, ignored_params=ignored_parameters)
+        fully_shard(
+            self.model,
+            mesh=world_mesh,
+            reshard_after_forward=True,
+            ignored_params=ignored_parameters,
+            mp_policy=self._policy,
+        )
         # The model is filled only after it was sharded, so that no rank ever holds the full tensors.
         fill(self.model)
         return self.model
+
+    @property
+    def _policy(self) -> MixedPrecisionPolicy:
+        """Precision of gathered weights, and of sums of gradients."""
+        return MixedPrecisionPolicy(self._gather_dtype, self._reduce_dtype, cast_forward_inputs=False)
+
+    def _shard_in_float32(self, modules: list[nn.Module]) -> None:
+        """Shard modules that compute in float32 as one group, if all others are gathered in bfloat16."""
+        if self._gather_dtype == torch.float32:
+            return
+        policy = MixedPrecisionPolicy(torch.float32, self._reduce_dtype, cast_forward_inputs=False)
+        fully_shard(modules, mesh=self.mesh.world_mesh, mp_policy=policy)
 
     def _shard_experts(self, module: Experts) -> None:
         """Shard this rank's experts of a layer over dp. Their parameters become DTensors over dp and ep."""
@@ -55,7 +83,7 @@ class FsdpStrategy(Strategy):
         for name, parameter in list(module.named_parameters()):
             expert_shard = DTensor.from_local(parameter.data, self.mesh.devices["ep"], [Shard(0)], run_check=False)
             module.register_parameter(name, nn.Parameter(expert_shard))
-        sharded_module = fully_shard(module, mesh=self.mesh.devices["dp"])
+        sharded_module = fully_shard(module, mesh=self.mesh.devices["dp"], mp_policy=self._policy)
         # By default FSDP2 would divide the gradients of experts by dp only, which makes them ep times too large. So
         # they are summed over dp and then divided by the world size.
         sharded_module.set_force_sum_reduction_for_comms(True)
