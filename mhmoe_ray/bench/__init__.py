@@ -9,6 +9,7 @@ measure.py      measure all layers at one shape: bytes of a pass, then time
 sweep.py        measure all layers along an axis, and the growth of their cost
 plot.py         draw a sweep
 steps.py        whole training steps of matched models
+loss.py         the output layer with its loss, for all logits at once and chunk by chunk
 checkpoints.py  time that a checkpoint blocks training
 run.py          a run beside the same steps in a bare loop
 commands.py     latency of the command line

@@ -2,8 +2,8 @@
 
 `layer` and `serve` have files of their own. This file has the other commands: `train` times whole training steps of
 models of equal work; `run` the overhead of a run; `dispatch` the sending of rows to experts on another node;
-`checkpoint` how long saving holds up training; `ingest` the way from text to shards and from shards to micro-batches;
-`commands` how long a user waits for the command line.
+`checkpoint` how long saving holds up training; `loss` the output layer with its loss; `ingest` the way from text to
+shards and from shards to micro-batches; `commands` how long a user waits for the command line.
 """
 
 import os
@@ -195,6 +195,50 @@ def checkpoint(
         print_json({**hardware.as_json(), "rounds": rounds, **figures.as_json()})
 
 
+def loss(
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of a micro-batch.")] = 2048,
+    vocab_size: Annotated[int, typer.Option(min=2, help="V")] = 32768,
+    d_model: Annotated[int, typer.Option(min=1, help="d")] = 512,
+    chunk_rows: Annotated[
+        list[int] | None, typer.Option(min=1, help="Tokens in a chunk, as in `train.loss_chunk_rows`; 128 by default.")
+    ] = None,
+    precision: Annotated[
+        Literal["float32", "bfloat16"], typer.Option(help="Precision, as in `train.precision`.")
+    ] = "bfloat16",
+    device: Annotated[Literal["cpu", "cuda"], typer.Option(help="Device to measure on.")] = "cpu",
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds, each of every way.")] = 7,
+    json: JsonOption = False,
+) -> None:
+    """Time the output layer with its loss, forward and backward, and measure its memory: with all logits at once, and
+    chunk by chunk.
+
+    All ways take turns in each round; times are medians. With --json the table goes to stderr.
+    """
+    from mhmoe_ray.bench import timing
+    from mhmoe_ray.bench.loss import Size, measure
+
+    hardware, size = timing.find_hardware(device), Size(tokens, vocab_size, d_model)
+    figures = measure(size, chunk_rows or [128], precision, rounds, hardware)
+    rows = [
+        [
+            f.name,
+            format_seconds(f.timing.median),
+            f"{f.time_ratio:.2f}",
+            format_bytes(f.peak_bytes),
+            f"{f.memory_ratio:.2f}",
+            f"{f.loss:.7f}",
+        ]
+        for f in figures
+    ]
+    table = number_table(["", "time", "to all", "peak", "to all", "loss"], rows)
+    title = f"{hardware}, {precision}; {tokens:,} tokens, V {vocab_size:,}, d {d_model}; {rounds} interleaved rounds"
+    tables.print_parts(note if json else out, [(title, table)])
+    if json:
+        print_json(
+            {**hardware.as_json(), "size": size._asdict(), "rounds": rounds, "ways": [f.as_json() for f in figures]}
+        )
+
+
 def ingest(
     spec: SpecArg,
     set_: SetOption = [],  # noqa: B006 - typer needs the list
@@ -300,6 +344,7 @@ def use_worker_memory(context: typer.Context) -> None:
 app.command("layer")(bench_layer.layer)
 app.command("train")(train)
 app.command("checkpoint")(checkpoint)
+app.command("loss")(loss)
 app.command("dispatch")(dispatch)
 app.command("run")(run)
 app.command("ingest")(ingest)

@@ -20,7 +20,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "shared expert": ({}, {"d_shared": 64}, {}),
     "sub-LN": ({"backbone": "subln"}, {}, {}),
     "grouped queries": ({"kv_heads": 2}, {}, {}),
-    "recompute": ({}, {}, {"recompute": True}),
+    "recompute": ({}, {}, {"recompute": "block"}),
     "compile": ({}, {}, {"compile": True}),
 }
 """Changes of the sections model, model.moe and train of each variant."""

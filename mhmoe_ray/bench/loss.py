@@ -1,0 +1,75 @@
+"""Time and peak memory of the output layer with its loss, for all logits at once and chunk by chunk."""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from mhmoe_ray.bench.layers import DTYPES, DTypeName
+from mhmoe_ray.bench.measure import peak_bytes
+from mhmoe_ray.bench.timing import Hardware, Timing, device_clock, time_interleaved
+from mhmoe_ray.model.loss import Loss, Targets, chunked_loss, full_loss
+
+ALL_LOGITS = "all logits"
+
+
+class Size(NamedTuple):
+    """Sizes of the loss."""
+
+    tokens: int = 2048
+    vocab_size: int = 32768
+    d_model: int = 512
+
+
+class Figures(NamedTuple):
+    """Measurements of one way to compute the loss."""
+
+    name: str
+    timing: Timing
+    """Seconds of a forward and a backward in each round."""
+    peak_bytes: int
+    """Largest number of bytes at one time, beside weights and inputs."""
+    loss: float
+    """Mean loss of a token in nats."""
+    time_ratio: float
+    """Ratio of the median time to that with all logits."""
+    memory_ratio: float
+    """Ratio of the peak to that with all logits."""
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the measurements as `mhmoe bench loss --json` prints them."""
+        return {**self._asdict(), "timing": self.timing.seconds}
+
+
+def measure(
+    size: Size, chunk_rows: Sequence[int], precision: DTypeName, rounds: int, hardware: Hardware
+) -> list[Figures]:
+    """Measure the loss with all logits and with each number of rows in a chunk, in interleaved rounds."""
+    device = hardware.device
+    generator = torch.Generator().manual_seed(0)
+    x_BTM = torch.randn(1, size.tokens, size.d_model, generator=generator).to(device).requires_grad_()
+    weight_VM = torch.randn(size.vocab_size, size.d_model, generator=generator).mul_(0.02).to(device).requires_grad_()
+    token_BT = torch.randint(size.vocab_size, (1, size.tokens), generator=generator).to(device)
+    targets = Targets(token_BT, torch.ones_like(token_BT, dtype=torch.bool))
+
+    def run(rows: int | None) -> float:
+        with torch.autocast(device.type, DTYPES[precision], enabled=precision == "bfloat16"):
+            loss: Loss
+            if rows is None:
+                loss = full_loss(F.linear(x_BTM, weight_VM), targets)
+            else:
+                loss = chunked_loss(x_BTM, weight_VM, targets, rows)
+        torch.autograd.grad(loss.sum, (x_BTM, weight_VM))
+        return float(loss.sum.detach()) / size.tokens
+
+    variants = {ALL_LOGITS: partial(run, None), **{f"{rows} rows": partial(run, rows) for rows in chunk_rows}}
+    losses = {name: variant() for name, variant in variants.items()}
+    peaks = {name: peak_bytes(variant, device) for name, variant in variants.items()}
+    timings = time_interleaved({**variants}, rounds, device_clock(device))
+    base_seconds, base_peak = timings[ALL_LOGITS].median, peaks[ALL_LOGITS]
+    return [
+        Figures(name, timing, peaks[name], losses[name], timing.median / base_seconds, peaks[name] / base_peak)
+        for name, timing in timings.items()
+    ]
