@@ -11,7 +11,7 @@ from mhmoe_ray.data.shards.manifest import check_recipe, read_data_manifest
 from mhmoe_ray.data.sources.find import source_errors
 from mhmoe_ray.data.tokenizer.load import read_given_tokenizer
 from mhmoe_ray.errors import DataError, SpecError
-from mhmoe_ray.planner.estimate import REMEDIES, Estimate, estimate_step_time, exchange_time
+from mhmoe_ray.planner.estimate import Estimate, estimate_step_time, exchange_time
 from mhmoe_ray.planner.expert_step import assumed_kernel, expected_drop_share, expert_step
 from mhmoe_ray.planner.match import compare_models
 from mhmoe_ray.planner.memory import checkpoint_copy_bytes, compute_memory
@@ -162,7 +162,7 @@ def estimate_figures(spec: RunSpec, layout: Layout, step: Estimate) -> dict[str,
         "traffic_per_rank": traffic_per_rank(spec, layout),
         "step": {
             "parts": [time._asdict() for time in [*step.compute_times, *step.exchange_times]],
-            "longest": {**step.longest_part._asdict(), "remedy": REMEDIES[step.longest_part.bound]},
+            "longest": {**step.longest_part._asdict(), "remedy": step.longest_part.remedy},
             **_figures(step),
         },
         "dispatches": dispatch_figures(spec, layout, step) if spec.cluster.ep > 1 else {},

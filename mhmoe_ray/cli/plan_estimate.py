@@ -7,7 +7,7 @@ from rich.table import Table
 from mhmoe_ray.api.placement import ASSUMED_NODE
 from mhmoe_ray.api.plan import dispatch_figures, traffic_per_rank
 from mhmoe_ray.cli.common import format_bytes, format_digits, format_seconds, number_table
-from mhmoe_ray.planner.estimate import REMEDIES, Estimate
+from mhmoe_ray.planner.estimate import Estimate
 from mhmoe_ray.planner.memory import compute_memory
 from mhmoe_ray.planner.placement import Layout
 from mhmoe_ray.spec import RunSpec
@@ -37,7 +37,7 @@ def summary_lines(spec: RunSpec, step: Estimate) -> list[str]:
         f"a step takes {format_seconds(step.overlapped_seconds)} to {format_seconds(step.sequential_seconds)}, "
         f"its longest part is {longest_part.name} "
         f"({longest_part.seconds / step.sequential_seconds:.0%} of the latter), bound by {longest_part.bound}: "
-        f"{REMEDIES[longest_part.bound]}",
+        f"{longest_part.remedy}",
     ]
 
 

@@ -14,11 +14,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mhmoe_ray.model.autocast import matmul_dtype
+from mhmoe_ray.spec.train import LOSS_CHUNKS_PER_PRODUCT
 
-CHUNKS_PER_PRODUCT = 4
-"""Number of chunks of logits whose gradients enter one product, in a dtype narrower than float32."""
-PRODUCT_ROWS = 4096
-"""Number of rows of a product that is converted to float32 and added."""
+PRODUCT_ROWS = {"cpu": 4096, "cuda": 32768}
+"""Number of rows of a product that are converted to float32 and added at a time. On a CPU, they stay in its cache."""
 
 
 class Targets(NamedTuple):
@@ -86,11 +85,12 @@ class _ChunkedLoss(torch.autograd.Function):
         dx_NM = torch.empty_like(x_NM) if needs_dx else None
         dweight_VM = torch.zeros_like(weight_VM, dtype=torch.float32) if needs_dweight else None
         # Gradients of logits in a narrow dtype take little memory, so a product takes those of several chunks.
-        product_rows = chunk_rows * (1 if dtype == torch.float32 else CHUNKS_PER_PRODUCT)
+        product_rows = chunk_rows * (1 if dtype == torch.float32 else LOSS_CHUNKS_PER_PRODUCT)
+        buffer_rows = min(product_rows, len(x_NM)) if needs_gradients else 0
+        buffer_PV = weight_VM.new_empty(buffer_rows, len(weight_VM), dtype=dtype)
         for product_start in range(0, len(x_NM), product_rows):
             product_end = min(product_start + product_rows, len(x_NM))
-            gradient_rows = product_end - product_start if needs_gradients else 0
-            dlogits_PV = weight_VM.new_empty(gradient_rows, len(weight_VM), dtype=dtype)
+            dlogits_PV = buffer_PV[: product_end - product_start]
             for start in range(product_start, product_end, chunk_rows):
                 rows = slice(start, min(start + chunk_rows, product_end))
                 target_C1 = target_N[rows, None]
@@ -128,6 +128,6 @@ def _add_product(sum_VM: Tensor, a_VC: Tensor, b_CM: Tensor) -> None:
     if a_VC.dtype == sum_VM.dtype:
         sum_VM.addmm_(a_VC, b_CM)
         return
-    # A part of the product stays in a CPU's cache until it is added.
-    for sum_part, a_part in zip(torch.split(sum_VM, PRODUCT_ROWS), torch.split(a_VC, PRODUCT_ROWS), strict=True):
+    rows = PRODUCT_ROWS[sum_VM.device.type]
+    for sum_part, a_part in zip(torch.split(sum_VM, rows), torch.split(a_VC, rows), strict=True):
         sum_part += a_part @ b_CM

@@ -46,7 +46,15 @@ REMEDIES = {
         "between"
     ]: "cluster.dispatch: hierarchical, or an expert group within a domain (cluster.ep), spares them",
 }
-"""Changes that shorten a part, by the resource that bounds it."""
+"""Changes that shorten computation or an exchange of rows, by the resource that bounds it."""
+UPDATE, WEIGHTS, GRADIENTS = "update of weights", "weights of ", "gradients of "
+STATE_REMEDIES = {
+    UPDATE: "more tokens per step (train.micro_batches) update less often, and sharding (cluster.strategy) shares it",
+    WEIGHTS: "more tokens per micro-batch (train.micro_batch_size) gather less often, cluster.gather_precision: "
+    "bfloat16 halves the bytes, and cluster.ep keeps experts in place",
+    GRADIENTS: "more tokens per step (train.micro_batches) reduce less often, and cluster.ep shares experts out",
+}
+"""Changes that shorten the update of weights and exchanges of weights and gradients, by the start of their names."""
 
 
 class StepTime(NamedTuple):
@@ -57,6 +65,12 @@ class StepTime(NamedTuple):
     """Seconds per training step."""
     bound: str
     """Name of the resource that takes most of the time."""
+
+    @property
+    def remedy(self) -> str:
+        """A change that shortens this part."""
+        state_remedies = [remedy for start, remedy in STATE_REMEDIES.items() if self.name.startswith(start)]
+        return state_remedies[0] if state_remedies else REMEDIES[self.bound]
 
 
 class Estimate(NamedTuple):
@@ -134,7 +148,7 @@ def _compute_times(spec: RunSpec, tokens: float) -> list[StepTime]:
     state = compute_memory(spec)
     # The update reads weights, moments and gradients, and writes weights and moments.
     update_bytes = 2 * (state.weights + state.moments) + state.gradients
-    return [*times, StepTime("update of weights", update_bytes / bandwidth, MEMORY)]
+    return [*times, StepTime(UPDATE, update_bytes / bandwidth, MEMORY)]
 
 
 def _cost_factor(spec: RunSpec, part: str) -> float:

@@ -10,6 +10,8 @@ from mhmoe_ray.spec import RunSpec
 
 OUTSIDE_BLOCKS = 58
 """Kernels of a micro-batch outside its blocks, forward and backward: embedding, output and loss."""
+LOSS_CHUNK = 14
+"""Kernels of a chunk of the loss (`train.loss_chunk_rows`)."""
 DENSE_BLOCK = 113
 """Kernels of a block with a dense layer."""
 MIXTURE_BLOCKS: dict[KernelName, int] = {"grouped_gemm": 129, "grouped_mm": 139, "triton": 125}
@@ -30,5 +32,8 @@ def launches_per_micro_batch(spec: RunSpec) -> int:
         block = MIXTURE_BLOCKS.get(kernel, LOOP_BLOCK + LOOP_EXPERT * local_experts)
         block_launches += mixture_blocks * (block + HEAD_PROJECTIONS * (moe.heads > 1))
     # The forward, which is computed twice if blocks are recomputed, has about a third of the kernels.
+    loss_launches = 0
+    if spec.train.loss_chunk_rows is not None:
+        loss_launches = LOSS_CHUNK * -(-spec.tokens_per_micro_batch // spec.train.loss_chunk_rows)
     recomputes_blocks = spec.train.recompute in ("exchange", "block")
-    return OUTSIDE_BLOCKS + round(block_launches * (4 / 3 if recomputes_blocks else 1))
+    return OUTSIDE_BLOCKS + loss_launches + round(block_launches * (4 / 3 if recomputes_blocks else 1))

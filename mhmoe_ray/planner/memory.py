@@ -25,6 +25,7 @@ from mhmoe_ray.planner.sizes import (
     model_parts,
 )
 from mhmoe_ray.spec import ClusterSpec, ModelSpec, MoESpec, RunSpec
+from mhmoe_ray.spec.train import LOSS_CHUNKS_PER_PRODUCT
 
 CHECKPOINT_BYTES = 3 * FLOAT32
 """Bytes per parameter in a checkpoint: its weight and AdamW's two moments."""
@@ -85,15 +86,20 @@ def loss_bytes(spec: RunSpec) -> int:
     """Return the bytes that the loss needs temporarily.
 
     With all logits at once, they are the gradients of log-probabilities and of logits, both in float32. A chunked loss
-    has the logits and the log-probabilities of a chunk in float32, the gradient of the output layer in float32 and, in
-    the precision of products, a copy of the layer and its gradient for a chunk.
+    has the logits and the log-probabilities of a chunk, those of the chunk before it, and the gradient of the output
+    layer, all in float32. In the precision of products, it has the gradients of the logits of one product, which takes
+    several chunks in a narrow precision, and a copy of the output layer, if this layer is not gathered in that
+    precision.
     """
     tokens, vocab_size = spec.tokens_per_micro_batch, spec.model.vocab_size
     if spec.train.loss_chunk_rows is None:
         return tokens * vocab_size * 2 * FLOAT32
-    rows, size = min(tokens, spec.train.loss_chunk_rows), bytes_per_value(spec)
-    weight_bytes = FLOAT32 + (2 * size if size < FLOAT32 else 0)
-    return rows * vocab_size * 2 * FLOAT32 + vocab_size * spec.model.d_model * weight_bytes
+    rows, size = spec.train.loss_chunk_rows, bytes_per_value(spec)
+    product_rows = rows if size == FLOAT32 else LOSS_CHUNKS_PER_PRODUCT * rows
+    copy_size = size if size < FLOAT32 and not gathers_in_bfloat16(spec) else 0
+    return vocab_size * (
+        min(rows, tokens) * 3 * FLOAT32 + min(product_rows, tokens) * size + spec.model.d_model * (FLOAT32 + copy_size)
+    )
 
 
 def checkpoint_copy_bytes(spec: RunSpec) -> int:

@@ -9,6 +9,8 @@ from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveFloat, Posi
 from mhmoe_ray.spec.base import Section, unmeasured
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
+LOSS_CHUNKS_PER_PRODUCT = 4
+"""Number of chunks of the loss whose gradients enter one product in bfloat16, because they take little memory."""
 Recompute = Literal["none", "experts", "exchange", "block"]
 
 

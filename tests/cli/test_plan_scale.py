@@ -15,7 +15,8 @@ from mhmoe_ray.planner.placement import Node
 from tests.cli.run import assert_one_line, mhmoe
 from tests.specs import tiny_spec
 
-TRILLION = str(Path(__file__).parents[2] / "jobs/scale/trillion.yaml")
+SCALE = Path(__file__).parents[2] / "jobs/scale"
+TRILLION, QWEN = str(SCALE / "trillion.yaml"), str(SCALE / "qwen3_30b.yaml")
 
 
 @pytest.fixture
@@ -66,6 +67,16 @@ def test_plan_of_a_trillion_parameters_on_1024_gpus(clusterless_project, monkeyp
     # The bytes that a rank sends have the same sum, whether they are added up by exchange or by link class.
     sent_bytes = sum(sum(link_bytes.values()) for link_bytes in step_estimate["traffic_per_rank"].values())
     assert sent_bytes == pytest.approx(sum(e["sent_per_step"] for e in plan["exchanges"]), rel=1e-6)
+
+
+def test_shape_of_qwen3_30b_fits_on_eight_gpus():
+    """Its weights, gradients and moments are float32, and nothing is on the host. Without the keys that save memory, it
+    needs more than twice as much."""
+    memory = plan(load_spec(QWEN), nodes=1, gpus=8)["memory_per_rank"]
+    assert memory["total"] <= 72e9
+    assert memory["moments"] == 2 * memory["weights"] == 2 * memory["gradients"]
+    plain = ["train.recompute=none", "train.loss_chunk_rows=null", "cluster.gather_precision=float32"]
+    assert plan(load_spec(QWEN, plain), nodes=1, gpus=8)["memory_per_rank"]["total"] > 144e9
 
 
 @pytest.mark.parametrize(("ep", "nodes"), [(64, 8), (256, 32)])

@@ -7,8 +7,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mhmoe_ray.model.decoder import Decoder, routing_loss
-from mhmoe_ray.model.loss import token_losses
-from mhmoe_ray.planner.estimate import LAUNCHES, REMEDIES, estimate_step_time
+from mhmoe_ray.model.loss import Targets
+from mhmoe_ray.planner.estimate import LAUNCHES, estimate_step_time
 from mhmoe_ray.planner.launches import launches_per_micro_batch
 from mhmoe_ray.planner.placement import single_node_layout
 from tests.kernels.triton.accounting import Accounting
@@ -29,19 +29,20 @@ def spec_of(moe, **train):
 
 
 @pytest.mark.parametrize("kernel", ["grouped_gemm", "grouped_mm", "triton"])
-@pytest.mark.parametrize(("heads", "spacing"), [(1, 1), (1, 2), (2, 1)])
-def test_planned_launches_are_those_of_a_model(monkeypatch, kernel, heads, spacing):
+@pytest.mark.parametrize(("heads", "spacing", "chunk_rows"), [(1, 1, None), (1, 2, 8), (2, 1, None)])
+def test_planned_launches_are_those_of_a_model(monkeypatch, kernel, heads, spacing, chunk_rows):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     moe = {"heads": heads, "experts": 8, "top_k": 2, "d_expert": 256, "kernel": kernel, "every": spacing}
-    spec = spec_of(moe)
+    spec = spec_of(moe, loss_chunk_rows=chunk_rows)
     with FakeTensorMode():
         model = Decoder(spec.model)
-        token_BT = torch.zeros(4, 65, dtype=torch.int64)
+        model.loss_chunk_rows = chunk_rows
+        token_BT = torch.zeros(spec.train.micro_batch_size, spec.data.seq_len + 1, dtype=torch.int64)
         with Accounting() as accounting:
             with torch.autocast("cpu", torch.bfloat16):
-                output = model(token_BT[:, :-1])
-            loss = token_losses(output.logits_BTV, token_BT[:, 1:]).sum() + routing_loss(spec.model, output.routing)
-            loss.backward()
+                targets = Targets(token_BT[:, 1:], torch.ones_like(token_BT[:, 1:]).bool())
+                output = model(token_BT[:, :-1], targets=targets)
+            (output.loss.sum + routing_loss(spec.model, output.routing)).backward()
     assert launches_per_micro_batch(spec) == pytest.approx(sum(accounting.kernels.values()), rel=0.03)
 
 
@@ -56,7 +57,7 @@ def test_a_step_of_small_micro_batches_is_bound_by_launches():
     update = estimates[0].compute_times[-1].seconds
     # With one rank, there is nothing but launches and the update.
     assert estimates[0].sequential_seconds == pytest.approx(launches * 4e-6 + update)
-    assert "micro_batch_size" in REMEDIES[LAUNCHES]
+    assert "micro_batch_size" in estimates[0].longest_part.remedy
 
 
 def test_experts_that_run_one_after_another_launch_more_kernels():

