@@ -88,7 +88,7 @@ def print_summary(spec: "RunSpec", step_estimate: "Estimate | None") -> None:
     from mhmoe_ray.cli.common import format_bytes
     from mhmoe_ray.cli.plan_estimate import format_cost
     from mhmoe_ray.planner.match import compare_models, experts_without_ep
-    from mhmoe_ray.planner.memory import CHECKPOINT_BYTES
+    from mhmoe_ray.planner.memory import checkpoint_bytes
     from mhmoe_ray.planner.resolve import preset_description
     from mhmoe_ray.planner.sizes import compute_sizes, flops_per_token
     from mhmoe_ray.spec.cluster import STREAM_CPUS, format_mesh
@@ -132,7 +132,7 @@ def print_summary(spec: "RunSpec", step_estimate: "Estimate | None") -> None:
         "tokens": f"{qualifier}{spec.tokens_per_step * spec.train.steps:,} in {spec.train.steps:,} steps "
         f"of {spec.tokens_per_step:,}; {training_flops * spec.tokens_per_step * spec.train.steps:.3g} FLOPs in all",
         "learning rate": _learning_rate(spec.train),
-        "checkpoints": f"{_checkpoints(spec.train)}, {format_bytes(CHECKPOINT_BYTES * size.parameters)} each",
+        "checkpoints": f"{_checkpoints(spec.train)}, {format_bytes(checkpoint_bytes(spec))} each",
         # The line starts with the largest number of workers. It is the last of `worker_counts`, so the slice leaves it
         # out.
         "workers": f"{cluster.workers.max} = {format_mesh(cluster.mesh_sizes())}, {_worker_resources(spec)} each"

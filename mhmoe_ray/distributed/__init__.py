@@ -4,6 +4,7 @@
     dispatch/       the all-to-all of rows to the ranks of their experts, and of outputs back
     strategies/     full or sharded parameters: ddp, fsdp, zero
     optimizer.py    AdamW
+    rounded_adamw.py   AdamW with moments in bfloat16
     build.py        build the dispatch and the strategy of a spec
 
 The tables list the storage of each tensor and the reduction of its gradient, for a world size of dp x ep

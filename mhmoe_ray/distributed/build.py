@@ -49,11 +49,11 @@ def build_strategy(model: Decoder, mesh: Mesh, spec: RunSpec, fill: FillModel) -
     """
     name = spec.cluster.strategy
     if mesh.world_size == 1 or name == "ddp":
-        return Strategy(model, mesh, spec.train, fill)
+        return Strategy(model, mesh, spec, fill)
     if name == "fsdp":
         from mhmoe_ray.distributed.strategies.fsdp import FsdpStrategy
 
-        return FsdpStrategy(model, mesh, spec.train, fill, spec.cluster)
+        return FsdpStrategy(model, mesh, spec, fill)
     from mhmoe_ray.distributed.strategies.zero import ZeroStrategy
 
-    return ZeroStrategy(model, mesh, spec.train, fill, stage=int(name.removeprefix("zero")))
+    return ZeroStrategy(model, mesh, spec, fill, stage=int(name.removeprefix("zero")))

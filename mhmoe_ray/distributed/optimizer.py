@@ -1,8 +1,12 @@
 """AdamW. `TrainSpec.learning_rate` computes its learning rate."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import nn
 
+from mhmoe_ray.distributed.rounded_adamw import RoundedAdamW, ValuePosition
 from mhmoe_ray.model.decoder import Decoder
 from mhmoe_ray.model.feedforward import Experts, matrix_names
 from mhmoe_ray.spec import TrainSpec
@@ -18,9 +22,18 @@ def expert_parameters(model: Decoder) -> dict[str, nn.Parameter]:
     }
 
 
-def build_optimizer(model: Decoder, spec: TrainSpec) -> torch.optim.AdamW:
+def build_optimizer(
+    model: Decoder, spec: TrainSpec, seed: int = 0, positions: Mapping[nn.Parameter, ValuePosition] | None = None
+) -> torch.optim.AdamW:
     """Return AdamW for all parameters, with weight decay of matrices, including those of experts, but not of norms and
-    biases."""
+    biases.
+
+    Args:
+        model: model with the parameters that this rank holds.
+        spec: `train` section of the spec.
+        seed: seed of the run, for moments in bfloat16.
+        positions: position of each parameter's values, for moments in bfloat16.
+    """
     # Experts have parameter groups of their own, because they may be sharded differently: they may be full tensors
     # where other parameters are sharded, or be sharded over fewer ranks.
     expert_names, decayed_names = set(expert_parameters(model)), matrix_names(model)
@@ -30,7 +43,11 @@ def build_optimizer(model: Decoder, spec: TrainSpec) -> torch.optim.AdamW:
     groups = [
         {"params": p, "weight_decay": spec.weight_decay * has_decay} for (_, has_decay), p in parameters_by_kind.items()
     ]
-    return torch.optim.AdamW(groups, lr=spec.lr, betas=spec.betas, eps=spec.eps, fused=True)
+    options: dict[str, Any] = {"lr": spec.lr, "betas": spec.betas, "eps": spec.eps, "fused": True}
+    if spec.moment_precision == "bfloat16":
+        assert positions is not None
+        return RoundedAdamW(groups, positions, seed, **options)
+    return torch.optim.AdamW(groups, **options)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:

@@ -24,11 +24,8 @@ from mhmoe_ray.planner.sizes import (
     gathered_bytes,
     model_parts,
 )
-from mhmoe_ray.spec import ClusterSpec, ModelSpec, MoESpec, RunSpec
+from mhmoe_ray.spec import ModelSpec, MoESpec, RunSpec
 from mhmoe_ray.spec.train import LOSS_CHUNKS_PER_PRODUCT
-
-CHECKPOINT_BYTES = 3 * FLOAT32
-"""Bytes per parameter in a checkpoint: its weight and AdamW's two moments."""
 
 
 class Memory(NamedTuple):
@@ -65,7 +62,7 @@ class Memory(NamedTuple):
 def compute_memory(spec: RunSpec) -> Memory:
     """Return the bytes, by kind, that one rank needs for training under uniform routing."""
     model, counts = spec.model, compute_sizes(spec.model)
-    weights, gradients, moments = _state_bytes(spec.cluster, counts)
+    weights, gradients, moments = _state_bytes(spec, counts)
     tokens = spec.tokens_per_micro_batch
     size = bytes_per_value(spec)
     return Memory(
@@ -102,13 +99,18 @@ def loss_bytes(spec: RunSpec) -> int:
     )
 
 
+def checkpoint_bytes(spec: RunSpec) -> int:
+    """Return the bytes of a checkpoint: those of weights and of AdamW's two moments."""
+    return (FLOAT32 + 2 * bytes_of(spec.train.moment_precision)) * compute_sizes(spec.model).parameters
+
+
 def checkpoint_copy_bytes(spec: RunSpec) -> int:
     """Return the bytes of host memory for the copy of weights and moments that a rank writes to a checkpoint, on
     average over ranks.
 
     The memory stays allocated after the first checkpoint. With GPUs it is pinned.
     """
-    return CHECKPOINT_BYTES * compute_sizes(spec.model).parameters // spec.cluster.max_world_size
+    return checkpoint_bytes(spec) // spec.cluster.max_world_size
 
 
 def gathered_weight_bytes(spec: RunSpec) -> int:
@@ -135,7 +137,7 @@ def unsharded_gradient_bytes(spec: RunSpec) -> int:
     experts = counts.expert_parameters // spec.cluster.ep
     unsharded = size * (counts.parameters - counts.expert_parameters)
     unsharded += (size if spec.cluster.shards_experts else FLOAT32) * experts
-    return unsharded - _state_bytes(spec.cluster, counts)[1]
+    return unsharded - _state_bytes(spec, counts)[1]
 
 
 def gathers_in_bfloat16(spec: RunSpec) -> bool:
@@ -160,9 +162,10 @@ def _largest_block_bytes(spec: RunSpec) -> int:
     return max(dense if model.moe_layers < model.layers else 0, mixture if model.moe else 0)
 
 
-def _state_bytes(cluster: ClusterSpec, counts: Sizes) -> tuple[int, int, int]:
+def _state_bytes(spec: RunSpec, counts: Sizes) -> tuple[int, int, int]:
     """Return the bytes of weights, gradients and moments under the strategy, on average over ranks."""
     # Experts are sharded over the dp ranks that hold the same experts, and all other tensors over all ranks.
+    cluster = spec.cluster
     strategy, world = cluster.strategy if cluster.max_world_size > 1 else "ddp", cluster.max_world_size
     experts = FLOAT32 * counts.expert_parameters / cluster.ep
     shared = FLOAT32 * (counts.parameters - counts.expert_parameters)
@@ -177,7 +180,8 @@ def _state_bytes(cluster: ClusterSpec, counts: Sizes) -> tuple[int, int, int]:
         "zero2": (unsharded + sharded, sharded, sharded),
         "zero3": (2 * sharded, sharded, sharded),
     }[strategy]
-    return round(weights), round(gradients), round(2 * moments)
+    moment_size = bytes_of(spec.train.moment_precision) / FLOAT32
+    return round(weights), round(gradients), round(2 * moments * moment_size)
 
 
 def _copy_bytes(spec: RunSpec, counts: Sizes) -> int:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from mhmoe_ray.architectures import FLOAT32
 from mhmoe_ray.errors import SpecError
 from mhmoe_ray.spec import ModelSpec, MoESpec, RunSpec
-from mhmoe_ray.spec.cluster import Precision
+from mhmoe_ray.spec.base import Precision
 from mhmoe_ray.spec.model import default_d_ff
 
 # Bytes per value of the integer types.

@@ -1,8 +1,10 @@
 """Base class of all spec sections: unknown keys are errors, numbers are finite, instances are immutable."""
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict
+
+Precision = Literal["float32", "bfloat16"]
 
 
 class Section(BaseModel):

@@ -11,9 +11,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_serializer, model_validator
 
-from mhmoe_ray.spec.base import Section, unmeasured
-
-Precision = Literal["float32", "bfloat16"]
+from mhmoe_ray.spec.base import Precision, Section, unmeasured
 
 
 class AcceleratorSpec(Section):

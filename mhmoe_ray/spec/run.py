@@ -97,6 +97,11 @@ class RunSpec(Section):
                 "cluster.gather_precision bfloat16 would round the weights of products in float32: "
                 "set train.precision to bfloat16 too"
             )
+        if self.train.moment_precision != "float32" and self.cluster.strategy.startswith("zero"):
+            raise ValueError(
+                f"train.moment_precision bfloat16 is for strategies ddp and fsdp, but DeepSpeed holds the moments of "
+                f"{self.cluster.strategy}: set train.moment_precision to float32"
+            )
         if self.data.chat_sources:
             self._check_chat(self.data.chat_sources[0])
         longest_sequence = self.model.architecture.longest_sequence

@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from mhmoe_ray.spec.base import Section, unmeasured
+from mhmoe_ray.spec.base import Precision, Section, unmeasured
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 LOSS_CHUNKS_PER_PRODUCT = 4
@@ -28,7 +28,7 @@ class TrainSpec(Section):
     depend on the number of workers."""
     micro_batch_size: PositiveInt
     """b: number of sequences in one micro-batch."""
-    precision: Annotated[Literal["float32", "bfloat16"], unmeasured("fp8", "float8", "nvfp4")] = "float32"
+    precision: Annotated[Precision, unmeasured("fp8", "float8", "nvfp4")] = "float32"
     """Precision of training. bfloat16: autocast for matrix products; weights, router and loss stay float32. On a CPU it
     is faster with AMX or AMD's AVX512_BF16. On Intel's CPUs without AMX, products take twice as long as in float32."""
     recompute: Annotated[Recompute, BeforeValidator(_recompute_from_flag)] = "none"
@@ -62,6 +62,10 @@ class TrainSpec(Section):
     """Weight decay of matrices. Norms and biases have none."""
     betas: tuple[Beta, Beta] = (0.9, 0.95)
     eps: PositiveFloat = 1e-6
+    moment_precision: Precision = "float32"
+    """Precision of AdamW's two moments. bfloat16 halves their memory and that of their part of a checkpoint. They are
+    then rounded stochastically, with random bits that do not depend on the number of workers. Updates are computed in
+    float32. It is for strategies ddp and fsdp."""
     clip_norm: float = Field(default=2.0, gt=0, allow_inf_nan=True)
     """Upper bound of the global gradient norm, over all ranks and experts. .inf: no clipping."""
     on_nonfinite: Literal["stop", "skip"] = "stop"

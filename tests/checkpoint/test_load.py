@@ -121,6 +121,35 @@ def test_checkpoint_of_any_strategy_continues_with_any_other(checkpoint_by, unin
         assert result["losses"] == pytest.approx(uninterrupted_losses, rel=1e-4)
 
 
+@pytest.mark.parametrize("saver", ["alone", pytest.param("ddp", marks=pytest.mark.slow), "fsdp-experts"])
+def test_moments_in_bfloat16_load_at_any_world_size_and_continue(tmp_path, saver):
+    """Random bits depend on the update and on positions in full tensors, so a restart on the same ranks changes no bit,
+    and other ranks round alike."""
+    train = {"moment_precision": "bfloat16"}
+    _, run = train_and_save(tmp_path, CLUSTERS[saver], train=train)
+    checkpoint = newest_checkpoint(run)[0]
+    alone = tiny_spec(train=train)
+    expected = run_ranks(1, jobs.load_and_describe, alone, checkpoint, 3)[0]
+    assert all(t.dtype == torch.bfloat16 for name, t in expected["moments"].items() if "exp_avg" in name)
+    uninterrupted_losses = run_ranks(1, jobs.train_and_collect, alone, STEPS + 3)[0]["losses"][STEPS:]
+    if saver == "alone":
+        assert expected["losses"] == uninterrupted_losses
+    for loader in ("ddp", "fsdp-experts"):
+        spec = tiny_spec(cluster=CLUSTERS[loader], train=train)
+        for result in run_ranks(CLUSTERS[loader]["workers"], jobs.load_and_describe, spec, checkpoint, 3):
+            assert all(torch.equal(result["moments"][name], t) for name, t in expected["moments"].items())
+            assert result["losses"] == pytest.approx(uninterrupted_losses, rel=1e-3)
+
+
+def test_moments_change_their_precision_in_a_branch(saved_checkpoint):
+    """A run in bfloat16 that starts from moments in float32 rounds them to nearest."""
+    checkpoint, expected = saved_checkpoint
+    spec = tiny_spec(train={"moment_precision": "bfloat16"})
+    [result] = run_ranks(1, jobs.load_and_describe, spec, checkpoint)
+    for name, tensor in expected["moments"].items():
+        assert torch.equal(result["moments"][name], tensor.bfloat16())
+
+
 EIGHT_EXPERTS = {
     "model": {**tiny_spec().model.model_dump(exclude={"moe"}), "moe": {"heads": 2, "experts": 8, "d_expert": 24}}
 }

@@ -70,11 +70,13 @@ def test_plan_of_a_trillion_parameters_on_1024_gpus(clusterless_project, monkeyp
 
 
 def test_shape_of_qwen3_30b_fits_on_eight_gpus():
-    """Its weights, gradients and moments are float32, and nothing is on the host. Without the keys that save memory, it
-    needs more than twice as much."""
+    """Weights, gradients and moments are float32, and nothing is on the host. Without the keys that save memory, the
+    model needs more than twice as much."""
     memory = plan(load_spec(QWEN), nodes=1, gpus=8)["memory_per_rank"]
     assert memory["total"] <= 72e9
     assert memory["moments"] == 2 * memory["weights"] == 2 * memory["gradients"]
+    moments = plan(load_spec(QWEN, ["train.moment_precision=bfloat16"]), nodes=1, gpus=8)["memory_per_rank"]["moments"]
+    assert moments == memory["moments"] / 2
     plain = ["train.recompute=none", "train.loss_chunk_rows=null", "cluster.gather_precision=float32"]
     assert plan(load_spec(QWEN, plain), nodes=1, gpus=8)["memory_per_rank"]["total"] > 144e9
 

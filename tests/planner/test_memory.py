@@ -265,9 +265,12 @@ def test_kernel_triton_is_planned_without_hidden_rows():
     assert saved == pytest.approx(tokens * hidden, rel=0.01)
 
 
-@pytest.mark.parametrize("experts", EXPERTS)
-def test_planned_weights_gradients_and_moments_equal_those_of_a_trainer(experts):
+@pytest.mark.parametrize(
+    ("experts", "moment_precision"), [*((experts, "float32") for experts in EXPERTS), ("multi-head", "bfloat16")]
+)
+def test_planned_weights_gradients_and_moments_equal_those_of_a_trainer(experts, moment_precision):
     spec = spec_of("llama", experts)
+    spec = spec.model_copy(update={"train": spec.train.model_copy(update={"moment_precision": moment_precision})})
     trainer = Trainer(spec, build_mesh(spec.cluster, ["here"], "cpu"), torch.device("cpu"))
     sums = trainer.accumulate(micro_batches(spec, 0))
     parameters = list(trainer.model.parameters())

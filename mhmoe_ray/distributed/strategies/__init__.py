@@ -3,6 +3,7 @@
     ddp.py    every rank has all of them, and DDP averages their gradients (ddp, and a single worker)
     fsdp.py   each rank has a shard of every tensor, by FSDP2 (fsdp); optionally also of experts
     zero.py   DeepSpeed's ZeRO (zero1, zero2, zero3; extra `deepspeed`)
+    gradients.py   the reduction of experts' gradients during the last backward, and clipping
 
 Under every strategy, experts stay distributed by expert parallelism. A rank's experts compute on rows of all ranks of
 its group. Their gradients are therefore summed over dp and divided by dp * ep, whereas all other gradients are averaged

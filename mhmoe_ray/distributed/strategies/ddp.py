@@ -1,6 +1,6 @@
 """DDP: every rank holds all parameters but other ranks' experts, and averages gradients in the last backward of a step.
 
-This module also has the base class of all strategies, the reduction of experts' gradients, and gradient clipping.
+This module also has the base class of all strategies.
 """
 
 import math
@@ -8,82 +8,20 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from mhmoe_ray.distributed.mesh import Mesh
 from mhmoe_ray.distributed.optimizer import build_optimizer, expert_parameters, set_learning_rate
+from mhmoe_ray.distributed.rounded_adamw import ValuePosition
+from mhmoe_ray.distributed.strategies.gradients import ExpertReduction, clip_gradients
 from mhmoe_ray.model.decoder import Decoder
-from mhmoe_ray.spec import TrainSpec
-
-
-def reduce_expert_gradients(model: Decoder, mesh: Mesh) -> None:
-    """Sum the gradients of experts over dp and divide them by dp * ep, in place.
-
-    Experts without a gradient get one of zeros. Gradients of experts that FSDP shards are complete already.
-    """
-    # A rank's experts have computed the rows of all ep ranks of their group, so their gradients already have the sum
-    # over ep. Only the sum over dp is missing.
-    if mesh.world_size == 1:
-        return
-    for parameter in expert_parameters(model).values():
-        # If a rank's experts got no row in any micro-batch of the step, they have no gradient, but the all-reduce needs
-        # a tensor from every rank.
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-        # FSDP itself has already summed and divided the gradients of sharded experts.
-        if isinstance(parameter, DTensor):
-            continue
-        if mesh.size("dp") > 1:
-            dist.all_reduce(parameter.grad, group=mesh.group("dp"))
-        parameter.grad /= mesh.world_size
-
-
-def clip_gradients(model: Decoder, mesh: Mesh, clip_norm: float) -> float:
-    """Scale all gradients in place so that their global norm, over the parameters of all ranks, is at most `clip_norm`.
-
-    Gradients whose norm is not finite stay as they are.
-
-    Returns:
-        The norm before clipping, the same number on every rank.
-    """
-    experts = expert_parameters(model)
-    # The norm must count each value once, so gradients are split into three kinds: replicated ones are the same on
-    # every rank, those of experts differ between ep ranks only, and sharded ones differ on every rank.
-    replicated: list[Tensor] = []
-    per_ep_rank: list[Tensor] = []
-    sharded: list[Tensor] = []
-    for name, parameter in model.named_parameters():
-        if parameter.grad is None:
-            continue
-        if isinstance(parameter.grad, DTensor):
-            sharded.append(parameter.grad.to_local())
-        else:
-            (per_ep_rank if name in experts else replicated).append(parameter.grad)
-    device = next(model.parameters()).device
-    squares = torch.stack([_square_sum(grads, device) for grads in (replicated, per_ep_rank, sharded)])
-    if mesh.size("ep") > 1:
-        dist.all_reduce(squares[1], group=mesh.group("ep"))
-    if sharded:
-        dist.all_reduce(squares[2])
-    norm = float(squares.sum().sqrt())
-    # Scaling cannot repair gradients whose norm is not finite, so they stay as they are and the caller must check the
-    # norm.
-    if clip_norm < norm < float("inf"):
-        torch._foreach_mul_(replicated + per_ep_rank + sharded, clip_norm / norm)
-    return norm
-
-
-def _square_sum(gradients: list[Tensor], device: torch.device) -> Tensor:
-    """Return the sum of the squares of all values, as a float64 scalar on the device."""
-    if not gradients:
-        return torch.zeros((), dtype=torch.float64, device=device)
-    return torch.stack(torch._foreach_norm(gradients)).double().square().sum()
-
+from mhmoe_ray.model.held import shard_offset
+from mhmoe_ray.spec import RunSpec
 
 MOMENT_NAMES = ("exp_avg", "exp_avg_sq")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+"""Dtypes by the names of the spec."""
 FillModel = Callable[[Decoder], None]
 """Function that allocates the memory of a model on the meta device and fills it with weights. For a DTensor, it does so
 only for this rank's shard."""
@@ -103,19 +41,20 @@ class Strategy:
     """True if `checkpoint_tensors` gathers tensors for its caller. Otherwise they are views, which change only in
     `apply_update`."""
 
-    def __init__(self, model: Decoder, mesh: Mesh, spec: TrainSpec, fill: FillModel) -> None:
+    def __init__(self, model: Decoder, mesh: Mesh, spec: RunSpec, fill: FillModel) -> None:
         """Fill and wrap the model, and build the optimizer.
 
         Args:
             model: model on the meta device.
             mesh: mesh of this rank.
-            spec: `train` section of the spec.
+            spec: spec of the run.
             fill: function that allocates and fills the model's weights; it is called once.
         """
         self.model, self.mesh, self.spec = model, mesh, spec
         self.module: nn.Module = self._wrap_model(fill)
         """Module to call for each forward pass with a backward."""
-        self.optimizer = build_optimizer(model, spec)
+        self._expert_reduction = ExpertReduction(model, mesh)
+        self.optimizer = build_optimizer(model, spec.train, spec.seed, self._value_positions())
 
     def _wrap_model(self, fill: FillModel) -> nn.Module:
         """Fill the model, and return the module to call in its place."""
@@ -125,6 +64,21 @@ class Strategy:
         _ignore_parameters(self.model, list(expert_parameters(self.model)))
         return DistributedDataParallel(self.model, gradient_as_bucket_view=True, forward_sync_buffers=False)
 
+    @property
+    def _moment_dtype(self) -> torch.dtype:
+        return DTYPES[self.spec.train.moment_precision]
+
+    def _value_positions(self) -> dict[nn.Parameter, ValuePosition]:
+        """Return the position in the model of the values of each parameter that this rank holds."""
+        parameters = dict(self.model.named_parameters())
+        positions = {}
+        for name, tensor in self._to_global({name: p.detach() for name, p in parameters.items()}).items():
+            # All shards are ranges of rows.
+            first_row, *others = shard_offset(tensor) or (0,)
+            assert not any(others)
+            positions[parameters[name]] = ValuePosition(name, first_row * math.prod(tensor.shape[1:]))
+        return positions
+
     def micro_batch_context(self, is_last: bool) -> AbstractContextManager[None]:
         """Return the context in which forward and backward of a micro-batch must run.
 
@@ -132,6 +86,7 @@ class Strategy:
             is_last: whether this is this rank's last micro-batch of the step. DDP and FSDP reduce gradients over ranks
                 only in its backward.
         """
+        self._expert_reduction.is_last_backward = is_last
         if isinstance(self.module, DistributedDataParallel) and not is_last:
             return self.module.no_sync()
         return nullcontext()
@@ -146,7 +101,7 @@ class Strategy:
 
     def finish_reduction(self) -> None:
         """Complete the reduction of the step's gradients over ranks, after the last backward."""
-        reduce_expert_gradients(self.model, self.mesh)
+        self._expert_reduction.finish()
 
     def apply_update(self, lr: float) -> float:
         """Clip gradients by their global norm and update the weights; return the norm before clipping, which is the
@@ -154,7 +109,7 @@ class Strategy:
 
         If the norm is not finite, the gradients are discarded and the weights stay the same.
         """
-        norm = clip_gradients(self.model, self.mesh, self.spec.clip_norm)
+        norm = clip_gradients(self.model, self.mesh, self.spec.train.clip_norm)
         if math.isfinite(norm):
             set_learning_rate(self.optimizer, lr)
             self.optimizer.step()
@@ -198,7 +153,7 @@ class Strategy:
         for parameter in self.model.parameters():
             self.optimizer.state[parameter] = {
                 "step": torch.tensor(float(step), device=parameter.device),
-                **{moment: torch.zeros_like(parameter) for moment in MOMENT_NAMES},
+                **{moment: torch.zeros_like(parameter, dtype=self._moment_dtype) for moment in MOMENT_NAMES},
             }
 
     def finish_loading(self, weights: dict[str, Tensor], moments: dict[str, Tensor]) -> None:

@@ -14,31 +14,20 @@ from torch.distributed.tensor import DTensor, Shard
 
 from mhmoe_ray.distributed.mesh import Mesh
 from mhmoe_ray.distributed.optimizer import expert_parameters
-from mhmoe_ray.distributed.strategies.ddp import FillModel, Strategy
+from mhmoe_ray.distributed.strategies.ddp import DTYPES, FillModel, Strategy
 from mhmoe_ray.model.decoder import Decoder
 from mhmoe_ray.model.feedforward import Experts
 from mhmoe_ray.model.router import Router
-from mhmoe_ray.spec import ClusterSpec, TrainSpec
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+from mhmoe_ray.spec import RunSpec
 
 
 class FsdpStrategy(Strategy):
     """The strategy fsdp: FSDP2 shards all parameters over ranks, and experts too if requested."""
 
-    def __init__(self, model: Decoder, mesh: Mesh, spec: TrainSpec, fill: FillModel, cluster: ClusterSpec) -> None:
-        """Fill and shard the model, and build the optimizer, as `Strategy` does.
-
-        Args:
-            model: model on the meta device.
-            mesh: mesh of this rank.
-            spec: `train` section of the spec.
-            fill: function that allocates and fills the model's weights; it is called once.
-            cluster: `cluster` section of the spec.
-        """
-        self._shards_experts = cluster.shard_experts and mesh.size("dp") > 1
-        self._reduce_dtype = DTYPES[cluster.reduce_precision]
-        self._gather_dtype = DTYPES[cluster.gather_precision]
+    def __init__(self, model: Decoder, mesh: Mesh, spec: RunSpec, fill: FillModel) -> None:
+        self._shards_experts = spec.cluster.shard_experts and mesh.size("dp") > 1
+        self._reduce_dtype = DTYPES[spec.cluster.reduce_precision]
+        self._gather_dtype = DTYPES[spec.cluster.gather_precision]
         super().__init__(model, mesh, spec, fill)
 
     def _wrap_model(self, fill: FillModel) -> nn.Module:
@@ -92,6 +81,7 @@ class FsdpStrategy(Strategy):
     def micro_batch_context(self, is_last: bool) -> AbstractContextManager[None]:
         assert isinstance(self.module, FSDPModule)
         self.module.set_requires_gradient_sync(is_last)
+        self._expert_reduction.is_last_backward = is_last
         return nullcontext()
 
     def _to_global(self, local: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -22,7 +22,7 @@ from mhmoe_ray.distributed.strategies.ddp import MOMENT_NAMES, FillModel, Strate
 from mhmoe_ray.errors import SpecError
 from mhmoe_ray.model.decoder import Decoder
 from mhmoe_ray.model.held import local_shard
-from mhmoe_ray.spec import TrainSpec
+from mhmoe_ray.spec import RunSpec
 
 
 class ZeroStrategy(Strategy):
@@ -30,13 +30,13 @@ class ZeroStrategy(Strategy):
 
     gathers_state = True
 
-    def __init__(self, model: Decoder, mesh: Mesh, spec: TrainSpec, fill: FillModel, stage: int) -> None:
+    def __init__(self, model: Decoder, mesh: Mesh, spec: RunSpec, fill: FillModel, stage: int) -> None:
         """Fill the model and initialize a DeepSpeed engine with it.
 
         Args:
             model: model on the meta device.
             mesh: mesh of this rank.
-            spec: `train` section of the spec.
+            spec: spec of the run.
             fill: function that allocates and fills the model's weights; it is called once.
             stage: stage of ZeRO, 1 to 3.
 
@@ -60,15 +60,16 @@ class ZeroStrategy(Strategy):
         if self._experts:
             self._register_experts()
             module = _add_expert_marker(model)
-        self.optimizer = build_optimizer(model, spec)
+        self.optimizer = build_optimizer(model, spec.train)
         expert_parameter_ids = {id(p) for p in self._experts.values()}
         for group in self.optimizer.param_groups:
             if any(id(p) in expert_parameter_ids for p in group["params"]):
                 group |= {"moe": True, "name": self._group_name}
+        train = spec.train
         config = {
-            "train_micro_batch_size_per_gpu": spec.micro_batch_size,
-            "gradient_accumulation_steps": spec.micro_batches // mesh.world_size,
-            "gradient_clipping": spec.clip_norm,
+            "train_micro_batch_size_per_gpu": train.micro_batch_size,
+            "gradient_accumulation_steps": train.micro_batches // mesh.world_size,
+            "gradient_clipping": train.clip_norm,
             "zero_allow_untested_optimizer": True,
             "zero_optimization": {
                 "stage": stage,
@@ -80,7 +81,7 @@ class ZeroStrategy(Strategy):
                 **_gathering_settings(model),
             },
         }
-        if spec.precision == "bfloat16":
+        if train.precision == "bfloat16":
             # Without these settings, DeepSpeed's forward disables autocast on CUDA. The list is empty, because
             # DeepSpeed would reduce the gradients of modules in its default list in bfloat16.
             autocast = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}

@@ -1,0 +1,119 @@
+"""AdamW with moments in bfloat16, which are rounded stochastically.
+
+Rounding to nearest would lose each change of a moment that is smaller than half a step between bfloat16 values. A
+stochastic rounding goes up with the probability by which the value lies above the lower neighbour, so that its mean is
+the value. Weights and the computation of an update are float32.
+
+The random bits are a hash of the run's seed, the name of the parameter, the number of the update, and the position of
+the value in the full tensor. They do not depend on how tensors are sharded, nor on restarts.
+"""
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.optim.adamw import adamw
+
+from mhmoe_ray.model.held import local_shard
+
+PIECE_VALUES = 1 << 18
+"""Number of values that are updated at a time, so that their moments in float32 take little memory and stay in the
+cache of a CPU."""
+_GOLDEN_RATIO = -0x61C8864680B583EB
+"""The odd number 2^64 / golden ratio, as a signed integer, which spreads positions over 64 bits."""
+
+
+class ValuePosition(NamedTuple):
+    """Position of a parameter's local values in the model."""
+
+    name: str
+    """Name of the parameter."""
+    offset: int
+    """Position of the first local value in the full tensor."""
+
+
+class RoundedAdamW(torch.optim.AdamW):
+    """AdamW with moments in bfloat16."""
+
+    def __init__(
+        self,
+        groups: Iterable[dict[str, Any]],
+        positions: Mapping[nn.Parameter, ValuePosition],
+        seed: int,
+        **options: Any,
+    ) -> None:
+        """Create the optimizer; its moments are created by the first update.
+
+        Args:
+            groups: parameter groups.
+            positions: position of each parameter.
+            seed: seed of the run.
+            options: options of AdamW.
+        """
+        super().__init__(groups, **options)
+        self._positions, self._seed = positions, seed
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]  # there is no closure, so no loss
+        """Update all parameters that have gradients."""
+        assert closure is None
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                state = self.state[parameter]
+                if not state:
+                    state["step"] = torch.zeros((), device=parameter.device)
+                    state |= {name: torch.zeros_like(parameter, dtype=torch.bfloat16) for name in _MOMENT_NAMES}
+                self._update(parameter, state, group)
+
+    def _update(self, parameter: nn.Parameter, state: dict[str, Any], group: dict[str, Any]) -> None:
+        position = self._positions[parameter]
+        key = _hash_key(self._seed, position.name, int(state["step"]))
+        tensors = (parameter, parameter.grad, *(state[name] for name in _MOMENT_NAMES))
+        pieces = zip(*(torch.split(local_shard(t).view(-1), PIECE_VALUES) for t in tensors), strict=True)
+        for i, (weight, gradient, *moments) in enumerate(pieces):
+            wide_moments = mean, square = [moment.float() for moment in moments]
+            adamw(
+                [weight], [gradient], [mean], [square], [], [state["step"].clone()],
+                foreach=False, fused=True, amsgrad=False, beta1=group["betas"][0], beta2=group["betas"][1],
+                lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"], maximize=False,
+            )  # fmt: skip
+            bits = random_bits(key, position.offset + i * PIECE_VALUES, len(weight), weight.device)
+            for moment, wide_moment, shift in zip(moments, wide_moments, (0, 16), strict=True):
+                moment.copy_(round_to_bfloat16(wide_moment, (bits >> shift) & 0xFFFF))
+        state["step"] += 1
+
+
+_MOMENT_NAMES = ("exp_avg", "exp_avg_sq")
+
+
+def round_to_bfloat16(values: Tensor, bits: Tensor) -> Tensor:
+    """Return finite float32 values as bfloat16, rounded to one of their two neighbours.
+
+    Args:
+        values: the values, float32.
+        bits: random integers in 0..65535, int32. The neighbour away from zero is taken if they and the 16 bits that
+            bfloat16 leaves out overflow together.
+    """
+    # The low 16 bits of the sum are 0 after the mask, so the conversion is exact.
+    return ((values.view(torch.int32) + bits) & -0x10000).view(torch.float32).to(torch.bfloat16)
+
+
+def random_bits(key: int, start: int, count: int, device: torch.device) -> Tensor:
+    """Return 32 random bits, as int32, for each of `count` positions from `start` on."""
+    position = torch.arange(start, start + count, device=device, dtype=torch.int64)
+    bits = ((position * _GOLDEN_RATIO) >> 32).to(torch.int32) ^ key
+    # These are the constants of a 32-bit integer hash whose bits are almost free of bias (lowbias32 of the
+    # hash-prospector project). Multiplication wraps around. The masks make the shifts logical ones.
+    bits = (bits ^ ((bits >> 16) & 0xFFFF)) * 0x7FEB352D
+    bits = (bits ^ ((bits >> 15) & 0x1FFFF)) * (0x846CA68B - (1 << 32))
+    return bits ^ ((bits >> 16) & 0xFFFF)
+
+
+def _hash_key(seed: int, name: str, update: int) -> int:
+    """Return a signed 32-bit integer for an update of a parameter."""
+    digest = hashlib.blake2b(f"{seed} {name} {update}".encode(), digest_size=4).digest()
+    return int.from_bytes(digest, "little", signed=True)

@@ -1,0 +1,70 @@
+"""Test of the order in which gradients of experts are reduced."""
+
+import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tests.forked import FORKED
+from tests.specs import tiny_spec
+from tests.train.jobs import build_trainer, rank_batches
+
+LAYERS = 4
+
+
+class EventLog(TorchDispatchMode):
+    """Mode that appends the shape of each all-reduced tensor to a list of events."""
+
+    def __init__(self, events):
+        super().__init__()
+        self.events = events
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if "allreduce" in function._schema.name:
+            self.events += [tuple(t.shape) for t in args[0]]
+        return function(*args, **(kwargs or {}))
+
+
+def record_events(connection):
+    """Train a step of two micro-batches as one of two ranks of a group that exchanges nothing, and send its events."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    model = {**tiny_spec().model.model_dump(), "layers": LAYERS}
+    model["moe"] = {"heads": 1, "experts": 3, "top_k": 2, "d_expert": 40, "every": 1, "kernel": "grouped"}
+    spec = tiny_spec(
+        model={**model, "d_ff": None}, cluster={"workers": 2, "strategy": "fsdp"}, train={"micro_batches": 4}
+    )
+    trainer = build_trainer(spec)
+    events = []
+    backward = trainer.strategy.backward
+
+    def backward_and_log(objective):
+        events.append("backward starts")
+        backward(objective)
+        events.append("backward ends")
+
+    trainer.strategy.backward = backward_and_log
+    for number, block in enumerate(trainer.model.blocks):
+        block.attention.register_full_backward_pre_hook(lambda *_, number=number: events.append(f"attention {number}"))
+    with EventLog(events):
+        trainer.accumulate(rank_batches(spec, 0, trainer))
+    connection.send(events)
+
+
+def test_each_layer_is_reduced_during_the_last_backward_from_the_top_down():
+    """The three matrices of a layer are reduced as soon as they are complete, before the backward of its attention."""
+    receiver, sender = FORKED.Pipe(duplex=False)
+    process = FORKED.Process(target=record_events, args=(sender,))
+    process.start()
+    sender.close()
+    events = receiver.recv()
+    process.join()
+    first_end = events.index("backward ends")
+    expert_shapes = [(3, 40, 32), (3, 40, 32), (3, 32, 40)]
+    is_expert = [event in expert_shapes for event in events]
+    assert not any(is_expert[:first_end])
+    last_backward = events[first_end + 1 : len(events) - events[::-1].index("backward ends")]
+    expert_events = [event for event in last_backward if event in expert_shapes or str(event).startswith("attention")]
+    assert expert_events == [
+        event for layer in reversed(range(LAYERS)) for event in (*expert_shapes, f"attention {layer}")
+    ]
+    assert sum(is_expert) == 3 * LAYERS
