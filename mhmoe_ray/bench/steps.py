@@ -18,6 +18,7 @@ import torch
 from mhmoe_ray.bench.measure import Figures
 from mhmoe_ray.bench.timing import Hardware, device_clock, time_interleaved
 from mhmoe_ray.distributed.mesh import build_mesh
+from mhmoe_ray.model.attention import document_offsets
 from mhmoe_ray.planner.match import matched_heads
 from mhmoe_ray.planner.presets import FAMILIES, Size
 from mhmoe_ray.planner.sizes import compute_sizes
@@ -75,7 +76,15 @@ class Case:
         token_MBT = torch.randint(spec.model.vocab_size, shape, generator=torch.Generator().manual_seed(spec.seed))
         # Random tokens have no padding, so all targets count.
         counts_BT = torch.ones(token_MBT[0, :, 1:].shape, dtype=torch.bool, device=device)
-        self.batches = [MicroBatch(token_BT, counts_BT) for token_BT in token_MBT.to(device)]
+        self.batches = [self._micro_batch(token_BT, counts_BT, device) for token_BT in token_MBT]
+
+    def _micro_batch(self, token_BT: torch.Tensor, counts_BT: torch.Tensor, device: torch.device) -> MicroBatch:
+        """Return a micro-batch on the device. If the model has document masks, token 0 begins a document."""
+        if not self.spec.model.document_masks:
+            return MicroBatch(token_BT.to(device), counts_BT)
+        starts_BT = token_BT[:, :-1] == 0
+        offset_N1 = document_offsets(starts_BT).to(device) if device.type == "cuda" else None
+        return MicroBatch(token_BT.to(device), counts_BT, starts_BT.to(device), None, offset_N1)
 
     def step(self) -> float:
         """Run one training step, and return its mean loss in nats per token."""

@@ -1,6 +1,7 @@
 """Causal self-attention with rotary positions and document masks."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 
 from mhmoe_kernels import widen
 from mhmoe_ray.model.architectures import modules_of
+from mhmoe_ray.model.autocast import matmul_dtype
 from mhmoe_ray.model.noise import default_generator_from
 from mhmoe_ray.model.rotary import RotaryTables, rotate
 from mhmoe_ray.spec import ModelSpec
@@ -39,6 +41,43 @@ def document_mask(document_BT: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros_like(visible_BTT, dtype=dtype).masked_fill_(~visible_BTT, float("-inf"))[:, None]
 
 
+def document_offsets(document_starts_BT: Tensor) -> Tensor:
+    """Return the position of each document's first token in the flattened tokens of a batch, and at the end the number
+    of tokens, int32. A sequence begins a document, too.
+
+    Args:
+        document_starts_BT: mask of the tokens that begin a document, in CPU memory, because its values decide the shape
+            of the result.
+    """
+    starts_BT = document_starts_BT.clone()
+    starts_BT[:, 0] = True
+    return torch.cat([starts_BT.flatten().nonzero()[:, 0], torch.tensor([starts_BT.numel()])]).int()
+
+
+class Documents(NamedTuple):
+    """Restriction of attention to each token's own document, in one of two forms."""
+
+    mask_B1TT: Tensor | None
+    """`document_mask`; None if attention reads the offsets."""
+    offset_N1: Tensor | None
+    """`document_offsets`, on the device of the tokens; None if attention reads the mask."""
+
+
+def has_variable_length_kernel(spec: ModelSpec, x: Tensor) -> bool:
+    """Return whether torch has a kernel that computes the attention of documents of any lengths without a mask.
+
+    Flash attention is for GPUs of compute capability 8.0 or more. Whether it is faster than the mask, and by how much,
+    has not been measured.
+
+    Args:
+        spec: spec of the model.
+        x: tensor on the device of the attention.
+    """
+    if x.device.type != "cuda" or matmul_dtype(x) not in (torch.bfloat16, torch.float16):
+        return False
+    return not spec.attention_dropout and spec.head_width % 8 == 0 and spec.head_width <= 256
+
+
 class Attention(nn.Module):
     """Causal self-attention with H heads. Several heads may share keys and values (grouped queries)."""
 
@@ -63,17 +102,17 @@ class Attention(nn.Module):
         tables: RotaryTables,
         cached_attention: CachedAttention | None = None,
         generator: torch.Generator | None = None,
-        mask_B1TT: Tensor | None = None,
+        documents: Documents | None = None,
     ) -> Tensor:
-        """Return the attention output of tokens, each of which attends to itself and to earlier tokens, or to those
-        that a mask allows.
+        """Return the attention output of tokens, each of which attends to itself and to earlier tokens, or only to
+        those of its document.
 
         Args:
             x_BTM: the T tokens.
             tables: `rotary_tables` of their positions.
             cached_attention: attention over a KV cache, for generation after earlier tokens.
             generator: generator of dropout on the attention weights; None in evaluation.
-            mask_B1TT: `document_mask`; None if `cached_attention` is given.
+            documents: the tokens' documents; None if `cached_attention` is given.
         """
         B, T, _ = x_BTM.shape
         heads_BTHC = self.qkv(x_BTM).view(B, T, -1, self.width)
@@ -82,7 +121,7 @@ class Attention(nn.Module):
             q, k = self._normed(self.q_norm, q), self._normed(self.k_norm, k)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         q, k = rotate(q, tables.q_cos_TC, tables.q_sin_TC), rotate(k, tables.k_cos_TC, tables.k_sin_TC)
-        y = cached_attention(q, k, v) if cached_attention is not None else self._attend(q, k, v, generator, mask_B1TT)
+        y = cached_attention(q, k, v) if cached_attention is not None else self._attend(q, k, v, generator, documents)
         output: Tensor = self.out(self.inner_norm(y.transpose(1, 2).flatten(2)))
         return output
 
@@ -97,10 +136,18 @@ class Attention(nn.Module):
         return normed_rows.to(rows_BTHC.dtype)
 
     def _attend(
-        self, q: Tensor, k: Tensor, v: Tensor, generator: torch.Generator | None, mask_B1TT: Tensor | None
+        self, q: Tensor, k: Tensor, v: Tensor, generator: torch.Generator | None, documents: Documents | None
     ) -> Tensor:
-        """Return causal attention without a KV cache: over earlier tokens and the token itself, or by the mask."""
+        """Return causal attention without a KV cache: over earlier tokens and the token itself, of all documents or of
+        its own."""
+        if documents is not None and documents.offset_N1 is not None:
+            return _attend_within_documents(q, k, v, documents.offset_N1)
+        mask_B1TT = None if documents is None else documents.mask_B1TT
         has_grouped_queries = self.kv_heads != self.heads
+        # On GPUs, no kernel takes grouped queries with a mask or in float32 but the one that keeps all T x T weights.
+        if has_grouped_queries and q.device.type == "cuda" and (mask_B1TT is not None or q.dtype == torch.float32):
+            k, v = (t.repeat_interleave(self.heads // self.kv_heads, dim=1) for t in (k, v))
+            has_grouped_queries = False
         dropout_rate = self.dropout if generator is not None else 0.0
         with default_generator_from(generator if dropout_rate else None):
             return F.scaled_dot_product_attention(
@@ -112,3 +159,17 @@ class Attention(nn.Module):
                 is_causal=mask_B1TT is None,
                 enable_gqa=has_grouped_queries,
             )
+
+
+def _attend_within_documents(q_BHTC: Tensor, k_BHTC: Tensor, v_BHTC: Tensor, offset_N1: Tensor) -> Tensor:
+    """Return causal attention within each document, by a kernel that skips all other pairs of tokens."""
+    # torch 2.11 has this function without grouped queries.
+    from torch.nn.attention.varlen import varlen_attn
+
+    B, H, T, C = q_BHTC.shape
+    if k_BHTC.shape[1] != H:
+        k_BHTC, v_BHTC = (t.repeat_interleave(H // t.shape[1], dim=1) for t in (k_BHTC, v_BHTC))
+    q, k, v = (t.transpose(1, 2).reshape(B * T, H, C) for t in (q_BHTC, k_BHTC, v_BHTC))
+    y = varlen_attn(q, k, v, offset_N1, offset_N1, T, T, window_size=(-1, 0))
+    assert isinstance(y, Tensor)  # without options there are no further results
+    return y.view(B, T, H, C).transpose(1, 2)

@@ -11,7 +11,13 @@ from torch.utils.checkpoint import checkpoint
 
 from mhmoe_kernels import widen
 from mhmoe_ray.model.architectures import modules_of
-from mhmoe_ray.model.attention import Attention, CachedAttention, document_mask
+from mhmoe_ray.model.attention import (
+    Attention,
+    CachedAttention,
+    Documents,
+    document_mask,
+    has_variable_length_kernel,
+)
 from mhmoe_ray.model.autocast import matmul_dtype
 from mhmoe_ray.model.feedforward import FeedForward
 from mhmoe_ray.model.loss import Loss, Targets, chunked_loss, full_loss
@@ -69,7 +75,7 @@ class Block(nn.Module):
         tables: RotaryTables,
         cached_attention: CachedAttention | None,
         create_generator: Callable[[], torch.Generator | None],
-        mask_B1TT: Tensor | None,
+        documents: Documents | None,
         recompute: bool,
         domain_B: Tensor | None,
     ) -> tuple[Tensor, Routing | None]:
@@ -81,7 +87,7 @@ class Block(nn.Module):
             cached_attention: attention over a KV cache, for generation after earlier tokens.
             create_generator: function that returns a new generator of dropout and routing, with the same draws at each
                 call; or that returns None in evaluation.
-            mask_B1TT: attention mask.
+            documents: the tokens' documents, to which attention is restricted.
             recompute: whether the backward recomputes the part before the feed-forward layer.
             domain_B: expert of each sequence, for router `domain`.
         """
@@ -90,7 +96,7 @@ class Block(nn.Module):
 
         def run_attention(x_BTM: Tensor) -> Tensor:
             generators.append(create_generator())
-            y_BTM = self.attention(self.attention_norm(x_BTM), tables, cached_attention, generators[-1], mask_B1TT)
+            y_BTM = self.attention(self.attention_norm(x_BTM), tables, cached_attention, generators[-1], documents)
             return x_BTM + dropout(y_BTM, self.dropout, generators[-1])
 
         x_BTM = _recompute_in_backward(run_attention, x_BTM) if recompute else run_attention(x_BTM)
@@ -151,6 +157,7 @@ class Decoder(nn.Module):
         document_BT: Tensor | None = None,
         domain_B: Tensor | None = None,
         targets: Targets | None = None,
+        document_offset_N1: Tensor | None = None,
     ) -> DecoderOutput | DecoderLoss:
         """Return next-token logits or, with targets, the loss; and the routing of each mixture-of-experts layer.
 
@@ -162,6 +169,7 @@ class Decoder(nn.Module):
             document_BT: index of each token's document, int; required if the spec has `document_masks` and there is no
                 cache.
             domain_B: expert of each sequence, int64; required for router `domain`.
+            document_offset_N1: `document_offsets` of the tokens, with which a GPU needs no mask of documents.
             targets: the next tokens. The loss is computed here, because FSDP and ZeRO gather the weights of the output
                 layer only for the time of this call.
         """
@@ -174,7 +182,11 @@ class Decoder(nn.Module):
         x_BTM = widen(self.embedding(token_BT))
         if (scale := modules_of(self.spec).embedding_scale(self.spec)) != 1:
             x_BTM = x_BTM * scale
-        mask_B1TT = None if document_BT is None else document_mask(document_BT, matmul_dtype(x_BTM))
+        documents = None
+        if document_BT is not None:
+            needs_mask = document_offset_N1 is None or not has_variable_length_kernel(self.spec, x_BTM)
+            mask_B1TT = document_mask(document_BT, matmul_dtype(x_BTM)) if needs_mask else None
+            documents = Documents(mask_B1TT, None if needs_mask else document_offset_N1)
         routings = []
         active_noise = noise if self.spec.is_random else None
         if active_noise:
@@ -192,7 +204,7 @@ class Decoder(nn.Module):
                 cached_attention = partial(cache.attend, i) if cache else None
                 recompute_attention = recompute == "exchange" and not recompute_block
                 return block(
-                    x_BTM, tables, cached_attention, create_generator, mask_B1TT, recompute_attention, domain_B
+                    x_BTM, tables, cached_attention, create_generator, documents, recompute_attention, domain_B
                 )
 
             x_BTM, routing = _recompute_in_backward(run_block, x_BTM) if recompute_block else run_block(x_BTM)

@@ -38,11 +38,13 @@ class MicroBatch(NamedTuple):
     """Mask of the input tokens that begin a document, bool, (b, T); None if start tokens tell it."""
     domain_B: Tensor | None = None
     """Expert of each sample for router `domain`, int64, (b,); None for any other router."""
+    document_offset_N1: Tensor | None = None
+    """`document_offsets` of the input tokens; None if attention reads a mask of documents."""
 
 
 def _map_parts(batch: MicroBatch, function: Callable[[Tensor], Tensor]) -> MicroBatch:
-    """Return a micro-batch with the results of a function of each of its tensors."""
-    token_BT, counts_BT, document_starts_BT, domain_B = batch
+    """Return a micro-batch with the results of a function of each tensor that has a row for each sample."""
+    token_BT, counts_BT, document_starts_BT, domain_B, _ = batch
     return MicroBatch(
         function(token_BT),
         function(counts_BT),
@@ -290,7 +292,12 @@ class Trainer:
             model = self.strategy.module if torch.is_grad_enabled() else self.model
             targets = Targets(batch.token_BT[:, 1:], batch.counts_BT)
             output: DecoderLoss = model(
-                token_BT, noise=noise, document_BT=document_BT, domain_B=batch.domain_B, targets=targets
+                token_BT,
+                noise=noise,
+                document_BT=document_BT,
+                domain_B=batch.domain_B,
+                targets=targets,
+                document_offset_N1=batch.document_offset_N1,
             )
         return output
 

@@ -28,6 +28,7 @@ from mhmoe_ray.data.tokenizer import boundaries, load_tokenizer
 from mhmoe_ray.distributed.dispatch.exchange import SentBytes
 from mhmoe_ray.distributed.mesh import build_mesh
 from mhmoe_ray.errors import DataError, JobError, StorageError
+from mhmoe_ray.model.attention import document_offsets
 from mhmoe_ray.runs import events, metrics
 from mhmoe_ray.runs.directory import RunDir, require_newest_attempt
 from mhmoe_ray.spec import RunSpec
@@ -106,6 +107,7 @@ class Worker:
         worker_infos = _gather_objects(heartbeat.worker_info)
         mesh = build_mesh(spec.cluster, [p.node for p in worker_infos], device.type, _node_domains(spec, worker_infos))
         start_token, end_tokens = boundaries(load_tokenizer(run.tokenizer_file, spec.model.vocab_size))
+        self._masked_start_token = start_token if spec.model.document_masks else None
         self.trainer = Trainer(spec, mesh, device, start_token, on_progress=heartbeat.report_progress)
         self.data = require_data_manifest(spec.data.prepared)
         self.rank = rank
@@ -166,7 +168,12 @@ class Worker:
         while trainer.step < spec.train.steps and not stop_requested:
             step_start = time.monotonic()
             self.heartbeat.report_phase(trainer.step, "training")
-            batches = _TimedBatches(stream, spec.train.micro_batches // trainer.mesh.world_size, self.data.token_bytes)
+            batches = _TimedBatches(
+                stream,
+                spec.train.micro_batches // trainer.mesh.world_size,
+                self.data.token_bytes,
+                self._masked_start_token,
+            )
             sums = trainer.accumulate(batches)
             try:
                 update = trainer.update(sums)
@@ -332,8 +339,15 @@ def _node_domains(spec: RunSpec, worker_infos: list[WorkerInfo]) -> list[str] | 
 class _TimedBatches:
     """Iterator over the next `count` micro-batches of a stream, which measures the wait for them and their digests."""
 
-    def __init__(self, stream: Iterator[tuple[Samples, np.ndarray | None]], count: int, token_bytes: int) -> None:
+    def __init__(
+        self,
+        stream: Iterator[tuple[Samples, np.ndarray | None]],
+        count: int,
+        token_bytes: int,
+        masked_start_token: int | None,
+    ) -> None:
         self._stream, self._remaining, self._token_bytes = stream, count, token_bytes
+        self._masked_start_token = masked_start_token
         self.wait_seconds = 0.0
         self.digests: list[int] = []
 
@@ -345,11 +359,18 @@ class _TimedBatches:
             self._remaining -= 1
             self.digests.append(sample_digest(stored_batch))
             samples = split_padding(stored_batch, self._token_bytes)._replace(experts=experts)
-            yield micro_batch(samples, ray.train.torch.get_device())
+            yield micro_batch(samples, ray.train.torch.get_device(), self._masked_start_token)
 
 
-def micro_batch(samples: ModelSamples, device: torch.device) -> MicroBatch:
-    """Return samples as a micro-batch on a device; the copy does not wait for work that is queued on the device."""
+def micro_batch(samples: ModelSamples, device: torch.device, masked_start_token: int | None = None) -> MicroBatch:
+    """Return samples as a micro-batch on a device; the copy does not wait for work that is queued on the device.
+
+    Args:
+        samples: the samples.
+        device: device of this rank.
+        masked_start_token: the token that precedes every document, if attention is restricted to documents. On a GPU,
+            the micro-batch then has the offsets of its documents.
+    """
 
     def transfer(part: np.ndarray) -> torch.Tensor:
         # A copy to a GPU is asynchronous only from pinned memory.
@@ -357,11 +378,16 @@ def micro_batch(samples: ModelSamples, device: torch.device) -> MicroBatch:
         return tensor.to(device) if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
     token_ids, target_mask, document_starts, experts = samples
+    offset_N1 = None
+    if masked_start_token is not None and device.type == "cuda":
+        starts = token_ids[:, :-1] == masked_start_token if document_starts is None else document_starts
+        offset_N1 = document_offsets(torch.from_numpy(starts)).numpy()
     return MicroBatch(
         transfer(token_ids),
         transfer(target_mask),
         None if document_starts is None else transfer(document_starts),
         None if experts is None else transfer(experts),
+        None if offset_N1 is None else transfer(offset_N1),
     )
 
 

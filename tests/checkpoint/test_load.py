@@ -128,10 +128,10 @@ def test_moments_in_bfloat16_load_at_any_world_size_and_continue(tmp_path, saver
     train = {"moment_precision": "bfloat16"}
     _, run = train_and_save(tmp_path, CLUSTERS[saver], train=train)
     checkpoint = newest_checkpoint(run)[0]
-    alone = tiny_spec(train=train)
-    expected = run_ranks(1, jobs.load_and_describe, alone, checkpoint, 3)[0]
+    single_spec = tiny_spec(train=train)
+    expected = run_ranks(1, jobs.load_and_describe, single_spec, checkpoint, 3)[0]
     assert all(t.dtype == torch.bfloat16 for name, t in expected["moments"].items() if "exp_avg" in name)
-    uninterrupted_losses = run_ranks(1, jobs.train_and_collect, alone, STEPS + 3)[0]["losses"][STEPS:]
+    uninterrupted_losses = run_ranks(1, jobs.train_and_collect, single_spec, STEPS + 3)[0]["losses"][STEPS:]
     if saver == "alone":
         assert expected["losses"] == uninterrupted_losses
     for loader in ("ddp", "fsdp-experts"):

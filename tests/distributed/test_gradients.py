@@ -1,6 +1,5 @@
 """Test of the order in which gradients of experts are reduced."""
 
-import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode

@@ -74,8 +74,8 @@ def test_shards_are_updated_like_the_full_tensor(monkeypatch):
 
 
 def test_moments_follow_those_in_float32_without_bias():
-    """With rounding to nearest, the second moment would stop to follow small gradients: a change of 5 % of a difference
-    is less than half a step of bfloat16."""
+    """Rounding to nearest would lose most changes of the second moment here: they are less than half a step of
+    bfloat16."""
     count, steps = 20_000, 120
     narrow, wide = (torch.nn.Parameter(torch.zeros(count)) for _ in range(2))
     optimizers = (

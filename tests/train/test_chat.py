@@ -92,7 +92,7 @@ def make_batches(spec: RunSpec, encoded, step: int) -> list[MicroBatch]:
 def losses_by_conversation(model: Decoder, batches: list[MicroBatch]) -> list[torch.Tensor]:
     """Return the losses of the targets of each conversation in micro-batches, computed alone and without masks."""
     losses = []
-    for token_BT, counts_BT, document_starts_BT, _ in batches:
+    for token_BT, counts_BT, document_starts_BT, *_ in batches:
         for token_T, counts_T, starts_T in zip(token_BT, counts_BT, document_starts_BT, strict=True):
             starts = [*starts_T.nonzero().flatten().tolist(), len(counts_T)]
             for start, stop in pairwise(starts):

@@ -20,7 +20,10 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "shared expert": ({}, {"d_shared": 64}, {}),
     "sub-LN": ({"backbone": "subln"}, {}, {}),
     "grouped queries": ({"kv_heads": 2}, {}, {}),
+    "document masks": ({"kv_heads": 2, "document_masks": True}, {}, {}),
     "recompute": ({}, {}, {"recompute": "block"}),
+    "chunked loss": ({}, {}, {"loss_chunk_rows": 48}),
+    "moments": ({}, {}, {"moment_precision": "bfloat16"}),
     "compile": ({}, {}, {"compile": True}),
 }
 """Changes of the sections model, model.moe and train of each variant."""

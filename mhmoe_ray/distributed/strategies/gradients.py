@@ -36,7 +36,7 @@ class ExpertReduction:
         self._complete: set[nn.Parameter] = set()
         """Parameters whose gradients are complete."""
         self._works: list[dist.Work] = []
-        self._started = 0
+        self._started_count = 0
         """Number of buckets whose all-reduces have started in this step."""
         self.is_last_backward = False
         """Whether the next backward is the last one of the step."""
@@ -51,16 +51,18 @@ class ExpertReduction:
         if not self.is_last_backward:
             return
         self._complete.add(parameter)
-        while self._started < len(self._buckets) and self._complete.issuperset(self._buckets[self._started]):
+        while self._started_count < len(self._buckets) and self._complete.issuperset(
+            self._buckets[self._started_count]
+        ):
             self._start_next()
 
     def _start_next(self) -> None:
-        for parameter in self._buckets[self._started]:
+        for parameter in self._buckets[self._started_count]:
             assert parameter.grad is not None
             work = dist.all_reduce(parameter.grad, group=self._mesh.group("dp"), async_op=True)
             assert work is not None
             self._works.append(work)
-        self._started += 1
+        self._started_count += 1
 
     def finish(self) -> None:
         """Complete the reduction of all gradients. Experts without a gradient get one of zeros."""
@@ -70,7 +72,7 @@ class ExpertReduction:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         if self._mesh.size("dp") > 1:
-            while self._started < len(self._buckets):
+            while self._started_count < len(self._buckets):
                 self._start_next()
         for work in self._works:
             work.wait()
@@ -80,7 +82,7 @@ class ExpertReduction:
                 parameter.grad /= self._mesh.world_size
         self._works.clear()
         self._complete.clear()
-        self._started = 0
+        self._started_count = 0
 
 
 def clip_gradients(model: Decoder, mesh: Mesh, clip_norm: float) -> float:
