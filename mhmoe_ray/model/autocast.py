@@ -10,7 +10,7 @@ def matmul_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else x.dtype
 
 
-def cast_for_autocast(x: Tensor, weights: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def cast_for_autocast(x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
     """Return rows and weights in autocast's dtype if autocast is on, and unchanged otherwise."""
     # Autocast casts the operands of torch's own operations, but a feed-forward layer or an expert is one operation.
     if not torch.is_autocast_enabled(x.device.type):

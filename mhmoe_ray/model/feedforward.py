@@ -17,7 +17,29 @@ Dispatch = Callable[[Tensor, Routing, "Experts"], Tensor]
 outputs."""
 
 
-class FeedForward(nn.Module):
+class CastingModule(nn.Module):
+    """Module whose parameters are the operands of one operation, to which autocast does not reach."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.step_casts: dict[int, Tensor] | None = None
+        """Parameters in autocast's dtype by their id, while a training step keeps them; None if it does not."""
+
+    def cast(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Return rows and all parameters, in the order of their registration, in autocast's dtype if autocast is on."""
+        # Parameters are DTensors if training shards experts over ranks.
+        weights = tuple(local_shard(p) for p in self.parameters())
+        if self.step_casts is None or not torch.is_grad_enabled():
+            return cast_for_autocast(x, *weights)
+        (x,) = cast_for_autocast(x)
+        # The gradients of all micro-batches pass through the same cast, which keeps nothing for its backward.
+        for weight in weights:
+            if id(weight) not in self.step_casts:
+                self.step_casts[id(weight)] = weight.to(x.dtype)
+        return x, *(self.step_casts[id(weight)] for weight in weights)
+
+
+class FeedForward(CastingModule):
     """Dense feed-forward layer on whole tokens."""
 
     def __init__(self, spec: ModelSpec, hidden: int) -> None:
@@ -28,7 +50,7 @@ class FeedForward(nn.Module):
             self.register_parameter(name, nn.Parameter(torch.empty(shape)))
 
     def forward(self, x_BTM: Tensor) -> Tensor:
-        return self.function(*cast_for_autocast(x_BTM, tuple(self.parameters())))
+        return self.function(*self.cast(x_BTM))
 
 
 def matrix_names(model: nn.Module) -> set[str]:
@@ -42,7 +64,7 @@ def matrix_names(model: nn.Module) -> set[str]:
     }
 
 
-class Experts(nn.Module):
+class Experts(CastingModule):
     """The experts of a layer that this process holds: all E of them, or a part of them with expert parallelism.
 
     Each expert computes the same as a FeedForward of a sub-token's width D and hidden width f. The parameters of all
@@ -75,11 +97,11 @@ class Experts(nn.Module):
                 the first expert of this process.
             capacity: expert capacity in rows; None if no route is dropped.
         """
-        x_ND, weights = self.cast(x_ND)
+        x_ND, weights = self.cast_rows(x_ND)
         return run_experts(self.select_kernel(x_ND, weights, capacity), x_ND, expert_NK, gate_NK, weights, capacity)
 
     def select_kernel(self, x_ND: Tensor, weights: ExpertWeights, capacity: int | None = None) -> str:
-        """Return the name of the kernel for these rows and weights, which `cast` returned.
+        """Return the name of the kernel for these rows and weights, which `cast_rows` returned.
 
         Args:
             x_ND: rows, in the dtype and on the device of the computation.
@@ -88,8 +110,7 @@ class Experts(nn.Module):
         """
         return choose_kernel(self.kernel, x_ND, weights, capacity)
 
-    def cast(self, x_ND: Tensor) -> tuple[Tensor, ExpertWeights]:
+    def cast_rows(self, x_ND: Tensor) -> tuple[Tensor, ExpertWeights]:
         """Return rows and the weights of this process's experts, both in autocast's dtype if autocast is on."""
-        # Parameters are DTensors if training shards experts over ranks.
-        x_ND, *stacked = cast_for_autocast(x_ND, tuple(local_shard(p) for p in self.parameters()))
+        x_ND, *stacked = self.cast(x_ND)
         return x_ND, ExpertWeights(self.function, tuple(stacked), self.recompute)

@@ -4,7 +4,8 @@ This module uses neither Ray nor files.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import NamedTuple
 
@@ -174,25 +175,26 @@ class Trainer:
             self._dispatch.pop_sent_bytes()
             self._dispatch.pop_wait_seconds()
         batches, targets = self._count_targets(batches)
-        for i, batch in enumerate(batches, start=1):
-            with self.strategy.micro_batch_context(is_last=i == rank_batches):
-                micro_batch = self.step * m + self.mesh.rank + (i - 1) * self.mesh.world_size
-                noise = Noise(spec.seed, micro_batch)
-                (loss, _), routing = self.forward(batch, noise)
-                # This is M times the micro-batch's contribution to the mean over all targets of the step, because the
-                # backward below divides by M.
-                objective = loss / (max(1, targets) / m)
-                loss_balance_dropped[0] += loss.detach()
-                if moe:
-                    objective = objective + routing_loss(spec.model, routing)
-                    balance_L = torch.stack([r.balance_loss.detach() for r in routing])
-                    loss_balance_dropped[1] += balance_L.double().sum()
-                    loss_balance_dropped[2] += torch.stack([r.dropped_routes for r in routing]).sum()
-                    count_LE += torch.stack([r.count_E for r in routing])
-                # Strategies divide the sum of gradients over ranks by the world size. The step's loss is a mean over M
-                # micro-batches, so this factor replaces the division by the world size with a division by M.
-                self.strategy.backward(objective * (self.mesh.world_size / m))
-            self.on_progress()
+        with self._weight_casts():
+            for i, batch in enumerate(batches, start=1):
+                with self.strategy.micro_batch_context(is_last=i == rank_batches):
+                    micro_batch = self.step * m + self.mesh.rank + (i - 1) * self.mesh.world_size
+                    noise = Noise(spec.seed, micro_batch)
+                    (loss, _), routing = self.forward(batch, noise)
+                    # This is M times the micro-batch's contribution to the mean over all targets of the step, because
+                    # the backward below divides by M.
+                    objective = loss / (max(1, targets) / m)
+                    loss_balance_dropped[0] += loss.detach()
+                    if moe:
+                        objective = objective + routing_loss(spec.model, routing)
+                        balance_L = torch.stack([r.balance_loss.detach() for r in routing])
+                        loss_balance_dropped[1] += balance_L.double().sum()
+                        loss_balance_dropped[2] += torch.stack([r.dropped_routes for r in routing]).sum()
+                        count_LE += torch.stack([r.count_E for r in routing])
+                    # Strategies divide the sum of gradients over ranks by the world size. The step's loss is a mean
+                    # over M micro-batches, so this factor replaces the division by the world size with a division by M.
+                    self.strategy.backward(objective * (self.mesh.world_size / m))
+                self.on_progress()
         self.strategy.finish_reduction()
         loss_sum, balance_sum, dropped = loss_balance_dropped.tolist()
         sums = RankSums(targets, loss_sum, balance_sum, int(dropped), count_LE.cpu())
@@ -205,6 +207,26 @@ class Trainer:
                 sent_bytes=self._dispatch.pop_sent_bytes(), least_bytes=least_bytes, wait_seconds=wait_seconds
             )
         return sums
+
+    @property
+    def _autocast(self) -> torch.autocast:
+        """Autocast context of the run's precision."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.spec.train.precision == "bfloat16")
+
+    @contextmanager
+    def _weight_casts(self) -> Iterator[None]:
+        """Context of a step's micro-batches, in which weights that this rank holds whole are cast for products once."""
+        layers = self.strategy.whole_layers()
+        for layer in layers:
+            layer.step_casts = {}
+        # Autocast keeps its casts until its outermost context ends. In the inner one, only `forward` has autocast.
+        outer_context = self._autocast if self.strategy.holds_whole_weights else nullcontext()
+        try:
+            with outer_context, torch.autocast(self.device.type, enabled=False):
+                yield
+        finally:
+            for layer in layers:
+                layer.step_casts = None
 
     def _count_targets(self, batches: Iterable[MicroBatch]) -> tuple[Iterable[MicroBatch], int]:
         """Return the micro-batches, and the number of targets that count in the micro-batches of all ranks."""
@@ -278,8 +300,6 @@ class Trainer:
             noise: random numbers of the micro-batch, for training; None for validation.
         """
         token_BT, document_starts_BT = batch.token_BT[:, :-1], batch.document_starts_BT
-        dtype = torch.bfloat16
-        enabled = self.spec.train.precision == "bfloat16"
         document_BT = None
         if self.spec.model.document_masks:
             if document_starts_BT is None:
@@ -288,7 +308,7 @@ class Trainer:
                 # This does no harm: padding lies at the end of a sample, where no target counts.
                 document_starts_BT = token_BT.eq(self._start_token)
             document_BT = document_indices(document_starts_BT)
-        with torch.autocast(self.device.type, dtype, enabled=enabled):
+        with self._autocast:
             model = self.strategy.module if torch.is_grad_enabled() else self.model
             targets = Targets(batch.token_BT[:, 1:], batch.counts_BT)
             output: DecoderLoss = model(

@@ -1,12 +1,15 @@
 """Tests of a single optimizer step, applied or skipped."""
 
 import math
+from collections import Counter
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mhmoe_ray.checkpoint.load import restore
 from mhmoe_ray.checkpoint.manifest import newest_checkpoint
+from mhmoe_ray.distributed.optimizer import expert_parameters
 from mhmoe_ray.errors import JobError
 from tests.checkpoint.test_load import new_run
 from tests.ranks import run_ranks
@@ -131,3 +134,30 @@ def test_more_than_ten_consecutive_skipped_steps_stop_the_run(tmp_path):
     make_gradient_infinite(trainer)
     with pytest.raises(JobError, match=r"gradient of step 11 is not finite .*, as those of the 10 steps before it"):
         trainer.update(sums)
+
+
+class Casts(TorchDispatchMode):
+    """Mode that counts the casts of parameters to bfloat16 by their shape."""
+
+    def __init__(self, parameters):
+        super().__init__()
+        self.addresses = {p.data_ptr(): name for name, p in parameters}
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function._schema.name == "aten::_to_copy" and kwargs.get("dtype") == torch.bfloat16:
+            self.counts[self.addresses.get(args[0].data_ptr())] += 1
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("recompute", ["none", "block"])
+def test_weights_are_cast_once_in_a_step(recompute):
+    """The step has four micro-batches. A recomputation reads the casts of its forward, too."""
+    spec = tiny_spec(train={"precision": "bfloat16", "micro_batches": 4, "recompute": recompute})
+    trainer = build_trainer(spec)
+    with Casts(trainer.model.named_parameters()) as casts:
+        trainer.accumulate(rank_batches(spec, 0, trainer))
+    del casts.counts[None]  # activations
+    assert set(casts.counts.values()) == {1}
+    assert {name for name in casts.counts if ".experts." in name} == set(expert_parameters(trainer.model))
+    assert all(layer.experts.step_casts is None for layer in trainer.model.moe_layers())

@@ -42,7 +42,7 @@ class FlatDispatch:
         self.pop_wait_seconds = self._exchange.pop_wait_seconds
 
     def __call__(self, x_ND: Tensor, routing: Routing, experts: Experts) -> Tensor:
-        x_ND, weights = experts.cast(x_ND)
+        x_ND, weights = experts.cast_rows(x_ND)
         return self.dispatch_rows(
             x_ND, routing.expert_NK, routing.gate_NK, experts.select_kernel(x_ND, weights), weights
         )

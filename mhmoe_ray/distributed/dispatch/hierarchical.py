@@ -124,7 +124,7 @@ class HierarchicalDispatch:
         return self._rail.pop_wait_seconds() + self._flat.pop_wait_seconds()
 
     def __call__(self, x_ND: Tensor, routing: Routing, experts: Experts) -> Tensor:
-        x_ND, weights = experts.cast(x_ND)
+        x_ND, weights = experts.cast_rows(x_ND)
         rail, expert_NK, gate_NK = self._rail, routing.expert_NK, routing.gate_NK
         experts_per_node = len(experts.expert_ids) * self._flat.ranks
 

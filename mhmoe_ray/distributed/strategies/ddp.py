@@ -16,7 +16,8 @@ from mhmoe_ray.distributed.optimizer import build_optimizer, expert_parameters, 
 from mhmoe_ray.distributed.rounded_adamw import ValuePosition
 from mhmoe_ray.distributed.strategies.gradients import ExpertReduction, clip_gradients
 from mhmoe_ray.model.decoder import Decoder
-from mhmoe_ray.model.held import shard_offset
+from mhmoe_ray.model.feedforward import CastingModule
+from mhmoe_ray.model.held import is_dtensor, shard_offset
 from mhmoe_ray.spec import RunSpec
 
 MOMENT_NAMES = ("exp_avg", "exp_avg_sq")
@@ -37,6 +38,8 @@ class Strategy:
     checkpoints the tensors to save or to fill.
     """
 
+    holds_whole_weights = True
+    """True if a rank holds all weights but other ranks' experts, and not only shards of them."""
     gathers_state = False
     """True if `checkpoint_tensors` gathers tensors for its caller. Otherwise they are views, which change only in
     `apply_update`."""
@@ -90,6 +93,11 @@ class Strategy:
         if isinstance(self.module, DistributedDataParallel) and not is_last:
             return self.module.no_sync()
         return nullcontext()
+
+    def whole_layers(self) -> list[CastingModule]:
+        """Return the feed-forward layers and experts that are not sharded, so that they stay the same for a step."""
+        layers = [m for m in self.model.modules() if isinstance(m, CastingModule)]
+        return [m for m in layers if not any(map(is_dtensor, m.parameters()))]
 
     def backward(self, objective: Tensor) -> None:
         """Run the backward of a micro-batch, which adds to the gradients of this rank.

@@ -24,6 +24,8 @@ from mhmoe_ray.spec import RunSpec
 class FsdpStrategy(Strategy):
     """The strategy fsdp: FSDP2 shards all parameters over ranks, and experts too if requested."""
 
+    holds_whole_weights = False
+
     def __init__(self, model: Decoder, mesh: Mesh, spec: RunSpec, fill: FillModel) -> None:
         self._shards_experts = spec.cluster.shard_experts and mesh.size("dp") > 1
         self._reduce_dtype = DTYPES[spec.cluster.reduce_precision]

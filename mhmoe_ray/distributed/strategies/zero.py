@@ -21,6 +21,7 @@ from mhmoe_ray.distributed.optimizer import build_optimizer, expert_parameters, 
 from mhmoe_ray.distributed.strategies.ddp import MOMENT_NAMES, FillModel, Strategy
 from mhmoe_ray.errors import SpecError
 from mhmoe_ray.model.decoder import Decoder
+from mhmoe_ray.model.feedforward import CastingModule
 from mhmoe_ray.model.held import local_shard
 from mhmoe_ray.spec import RunSpec
 
@@ -28,6 +29,7 @@ from mhmoe_ray.spec import RunSpec
 class ZeroStrategy(Strategy):
     """The strategies zero1, zero2 and zero3. A DeepSpeed engine holds the model and the optimizer."""
 
+    holds_whole_weights = False
     gathers_state = True
 
     def __init__(self, model: Decoder, mesh: Mesh, spec: RunSpec, fill: FillModel, stage: int) -> None:
@@ -114,6 +116,10 @@ class ZeroStrategy(Strategy):
     def micro_batch_context(self, is_last: bool) -> AbstractContextManager[None]:
         self.engine.set_gradient_accumulation_boundary(is_last)
         return nullcontext()
+
+    def whole_layers(self) -> list[CastingModule]:
+        """Return no layers, because DeepSpeed may replace the data of any parameter."""
+        return []
 
     def backward(self, objective: Tensor) -> None:
         self.engine.backward(objective, scale_wrt_gas=False)

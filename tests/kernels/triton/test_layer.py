@@ -107,7 +107,7 @@ def test_grouped_products_move_few_bytes_and_keep_little(layer):
         expert_NK = torch.empty(rows, top_k, dtype=torch.int64)
         gate_NK = torch.empty(rows, top_k, requires_grad=True)
         run = BACKENDS["grouped_gemm"].run
-        stacked = module.cast(x_ND)[1]._replace(stacked=tuple(weights))
+        stacked = module.cast_rows(x_ND)[1]._replace(stacked=tuple(weights))
         with Accounting() as accounting:
             y_ND, kept_bytes = saved_bytes(lambda: run(x_ND, expert_NK, gate_NK, stacked))
             y_ND.backward(torch.empty_like(y_ND))
