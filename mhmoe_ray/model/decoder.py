@@ -96,19 +96,21 @@ class Block(nn.Module):
 
         def run_attention(x_BTM: Tensor) -> Tensor:
             generators.append(create_generator())
-            y_BTM = self.attention(self.attention_norm(x_BTM), tables, cached_attention, generators[-1], documents)
-            return x_BTM + dropout(y_BTM, self.dropout, generators[-1])
+            y_BTM = self.attention(
+                self.attention_norm(widen(x_BTM)), tables, cached_attention, generators[-1], documents
+            )
+            return _add(x_BTM, dropout(y_BTM, self.dropout, generators[-1]))
 
         x_BTM = _recompute_in_backward(run_attention, x_BTM) if recompute else run_attention(x_BTM)
         # The first generator, in the state in which attention has left it; later ones belong to recomputations.
         generator = generators[0]
-        y_BTM = self.ffn_norm(x_BTM)
+        y_BTM = self.ffn_norm(widen(x_BTM))
         if self.moe is not None:
             # The layer itself applies dropout, on each expert's output.
             y_BTM, routing = self.moe(y_BTM, generator, domain_B)
-            return x_BTM + y_BTM, routing
+            return _add(x_BTM, y_BTM), routing
         assert self.ffn is not None
-        return x_BTM + dropout(self.ffn(y_BTM), self.dropout, generator), None
+        return _add(x_BTM, dropout(self.ffn(y_BTM), self.dropout, generator)), None
 
 
 class DecoderOutput(NamedTuple):
@@ -142,6 +144,8 @@ class Decoder(nn.Module):
         self.recompute: Recompute = "none"
         """Part of each block that training recomputes in the backward, as in `TrainSpec.recompute`. Experts recompute
         their hidden rows by themselves, by `MoESpec.recompute`."""
+        self.residual_dtype: torch.dtype | None = None
+        """Dtype of the residual stream between blocks; None for that of embeddings, at least float32."""
         self.loss_chunk_rows: int | None = None
         """Number of tokens whose logits exist at a time when the loss is computed; None for all of them."""
         self.embedding = nn.Embedding(spec.vocab_size, spec.d_model)
@@ -178,7 +182,7 @@ class Decoder(nn.Module):
         tables = rotary_tables(
             self.spec, cache.position_T if cache else torch.arange(token_BT.shape[1], device=token_BT.device)
         )
-        # A server may hold weights in bfloat16, but the residual stream stays float32.
+        # A server may hold weights in bfloat16, but the residual stream is float32 unless a run asks for less.
         x_BTM = widen(self.embedding(token_BT))
         if (scale := modules_of(self.spec).embedding_scale(self.spec)) != 1:
             x_BTM = x_BTM * scale
@@ -192,6 +196,8 @@ class Decoder(nn.Module):
         if active_noise:
             x_BTM = dropout(x_BTM, self.spec.dropout, active_noise.generator(EMBEDDING, token_BT.device))
 
+        if self.residual_dtype is not None:
+            x_BTM = x_BTM.to(self.residual_dtype)
         recompute = self.recompute if torch.is_grad_enabled() else "none"
         for i, block in enumerate(cast("list[Block]", self.blocks)):
             # Recomputing a whole block with distributed experts exchanges their rows once more.
@@ -212,7 +218,7 @@ class Decoder(nn.Module):
                 routings.append(routing)
         if cache:
             x_BTM = cache.requested_rows(x_BTM)
-        x_BTM = self.norm(x_BTM)
+        x_BTM = self.norm(widen(x_BTM))
         if targets is not None and self.loss_chunk_rows is not None:
             weight_VM = self.embedding.weight if self.output is None else self.output.weight
             return DecoderLoss(chunked_loss(x_BTM, weight_VM, targets, self.loss_chunk_rows), routings)
@@ -238,6 +244,11 @@ class Decoder(nn.Module):
     def training_buffers(self) -> dict[str, Tensor]:
         """Return the buffers that only training needs, by name: the experts' shares in the choices of the last step."""
         return {name: t for name, t in self.named_buffers() if name.endswith(".share_E")}
+
+
+def _add(x_BTM: Tensor, y_BTM: Tensor) -> Tensor:
+    """Return the residual stream with an output added, in the dtype of the stream."""
+    return (x_BTM + y_BTM).to(x_BTM.dtype)
 
 
 def _recompute_in_backward(function: Callable[[Tensor], R], x_BTM: Tensor) -> R:

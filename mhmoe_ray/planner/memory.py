@@ -214,19 +214,16 @@ def _activation_bytes_per_token(spec: RunSpec, size: int) -> int:
     dense = outer + (model.architecture.hidden_saved_bytes(model.d_ff, size) if model.d_ff is not None else 0)
     mixture = outer + (_moe_bytes(model, moe, size) if moe is not None else 0)
     noise = _dropout_bytes(model, size) if model.dropout else 0
+    block_input = model.d_model * bytes_of(spec.train.residual_precision)
     # With `exchange`, a block with distributed experts is recomputed only up to its second norm, and keeps everything
     # from this norm on.
     if spec.train.recompute == "exchange" and spec.cluster.ep > 1:
         attention_part = norm + _attention_bytes(model, size)
-        layers = (
-            model.layers * model.d_model * FLOAT32
-            + model.moe_layers * (mixture - attention_part)
-            + max(dense, attention_part)
-        )
+        layers = model.layers * block_input + model.moe_layers * (mixture - attention_part) + max(dense, attention_part)
         layers += noise // model.layers
     # Each block keeps its input. The one block that is being recomputed keeps everything.
     elif spec.train.recompute in ("exchange", "block"):
-        layers = model.layers * model.d_model * FLOAT32 + max(dense, mixture) + noise // model.layers
+        layers = model.layers * block_input + max(dense, mixture) + noise // model.layers
     else:
         layers = (model.layers - model.moe_layers) * dense + model.moe_layers * mixture + noise
     # The other terms are those of the last norm, of the loss, and of the token ids and targets. A chunked loss keeps

@@ -31,6 +31,9 @@ class TrainSpec(Section):
     precision: Annotated[Precision, unmeasured("fp8", "float8", "nvfp4")] = "float32"
     """Precision of training. bfloat16: autocast for matrix products; weights, router and loss stay float32. On a CPU it
     is faster with AMX or AMD's AVX512_BF16. On Intel's CPUs without AMX, products take twice as long as in float32."""
+    residual_precision: Precision = "float32"
+    """Precision of the residual stream between blocks. bfloat16 halves what recomputed blocks keep, and needs
+    `precision` bfloat16. Norms still compute in float32."""
     recompute: Annotated[Recompute, BeforeValidator(_recompute_from_flag)] = "none"
     """Activation recomputation: part of what the forward computes is not kept, but computed again in the backward.
     none: everything is kept, but for `model.moe.recompute`. experts: the hidden rows of experts are not kept. exchange:
@@ -80,6 +83,10 @@ class TrainSpec(Section):
     def _check(self) -> Self:
         if self.min_lr > self.lr:
             raise ValueError(f"min_lr {self.min_lr} is above lr {self.lr}")
+        if self.residual_precision == "bfloat16" and self.precision != "bfloat16":
+            raise ValueError(
+                "residual_precision bfloat16 would round a stream in float32: set precision to bfloat16 too"
+            )
         if self.schedule == "wsd" and self.decay_steps is None:
             raise ValueError("schedule wsd needs decay_steps, the number of steps of its decay")
         if self.schedule != "wsd" and self.decay_steps is not None:

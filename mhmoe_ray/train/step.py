@@ -127,6 +127,8 @@ class Trainer:
             self.model = Decoder(spec.computed_model, mesh.expert_ids(moe.experts) if moe else None)
         self.model.recompute = spec.train.recompute
         self.model.loss_chunk_rows = spec.train.loss_chunk_rows
+        if spec.train.residual_precision == "bfloat16":
+            self.model.residual_dtype = torch.bfloat16
         self._dispatch = build_dispatch(spec.cluster, mesh)
         if self._dispatch:
             for layer in self.model.moe_layers():

@@ -235,6 +235,20 @@ def test_gathers_in_bfloat16_match_one_process(reference_in_bfloat16, workers, e
             assert (result["gradients"][name] - gradient).norm() < 0.06 * gradient.norm() + 1e-9, name
 
 
+@pytest.mark.parametrize(
+    ("workers", "ep", "strategy"), [(1, 1, "ddp"), pytest.param(4, 2, "fsdp", marks=pytest.mark.slow)]
+)
+def test_a_residual_stream_in_bfloat16_trains_like_one_in_float32(reference_in_bfloat16, workers, ep, strategy):
+    """The stream is rounded after each of its four additions, by a part in 256 at most."""
+    train = {"precision": "bfloat16", "residual_precision": "bfloat16", "recompute": "block"}
+    spec = parallel_spec(workers, ep, strategy, strategy == "fsdp", train=train)
+    for result in run_ranks(workers, jobs.train_and_collect, spec, STEPS):
+        assert result["losses"] == pytest.approx(reference_in_bfloat16["losses"], rel=5e-3)
+        assert result["losses"] != reference_in_bfloat16["losses"]
+        for name, gradient in reference_in_bfloat16["gradients"].items():
+            assert (result["gradients"][name] - gradient).norm() < 0.15 * gradient.norm() + 1e-9, name
+
+
 def test_moments_in_bfloat16_train_like_those_in_float32(reference):
     """The losses of 20 steps differ by the rounding of moments, which is a part in 256 at most."""
     spec = parallel_spec(1, 1, train={"moment_precision": "bfloat16"})

@@ -17,12 +17,19 @@ from torch import Tensor
 _cuda_event: Callable[..., torch.cuda.Event] = torch.cuda.Event
 
 
+GPU_WAITS_PER_SAMPLE = 17
+"""Number of waits of a GPU of which one is measured, because each measurement takes two events. It is a prime, so that
+all exchanges of a layer get their turn."""
+
+
 class WaitTimer:
-    """Timer of a rank's waits for rows of other ranks."""
+    """Timer of a rank's waits for rows of other ranks. On a GPU it measures a sample of them."""
 
     def __init__(self) -> None:
         self._seconds = 0.0
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._gpu_waits = 0
+        """Number of waits of the GPU since the last call of `pop_seconds`."""
 
     @contextmanager
     def measure(self, device: torch.device) -> Iterator[None]:
@@ -30,6 +37,10 @@ class WaitTimer:
         # The host runs ahead while a GPU waits, so its clock does not see the wait. Events on the GPU's stream measure
         # the time instead.
         if device.type == "cuda":
+            self._gpu_waits += 1
+            if (self._gpu_waits - 1) % GPU_WAITS_PER_SAMPLE:
+                yield
+                return
             start_event, end_event = (_cuda_event(enable_timing=True) for _ in range(2))
             start_event.record()
             yield
@@ -46,10 +57,14 @@ class WaitTimer:
         On a GPU this waits until the measured work is complete.
         """
         # The host waits for the GPU only here, and not in every exchange.
+        sampled_seconds = 0.0
         for start_event, end_event in self._events:
             end_event.synchronize()
-            self._seconds += start_event.elapsed_time(end_event) / 1000
-        seconds, self._seconds, self._events = self._seconds, 0.0, []
+            sampled_seconds += start_event.elapsed_time(end_event) / 1000
+        seconds = self._seconds
+        if self._events:
+            seconds += sampled_seconds * self._gpu_waits / len(self._events)
+        self._seconds, self._events, self._gpu_waits = 0.0, [], 0
         return seconds
 
 

@@ -77,8 +77,8 @@ class Strategy:
         positions = {}
         for name, tensor in self._to_global({name: p.detach() for name, p in parameters.items()}).items():
             # All shards are ranges of rows.
-            first_row, *others = shard_offset(tensor) or (0,)
-            assert not any(others)
+            first_row, *other_offsets = shard_offset(tensor) or (0,)
+            assert not any(other_offsets)
             positions[parameters[name]] = ValuePosition(name, first_row * math.prod(tensor.shape[1:]))
         return positions
 
