@@ -94,7 +94,7 @@ test-cpu: .venv/installed-dev
 check: .venv/installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/mypy --num-workers auto
+	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python -m tests.language
 

@@ -15,7 +15,8 @@ The tables list the storage of each tensor and the reduction of its gradient, fo
     | experts        | all           | this rank's E / ep experts    | DTensor over E, Shard(0) on ep      |
     |                | shard_experts | these, each sharded over dp   | DTensor over E, sharded on dp, ep   |
     | all the others | ddp           | whole                         | plain, written once                 |
-    |                | fsdp          | a shard over all ranks        | DTensor, Shard(0) over all          |
+    |                | fsdp          | a shard over all ranks, or    | DTensor, Shard(0) over these        |
+    |                |               | over those of a shard group   |                                     |
     |                | zero1, zero2  | whole; moments (zero2: and    | plain, gathered by DeepSpeed        |
     |                |               | gradients) sharded            |                                     |
     |                | zero3         | a shard, of everything        | the same                            |

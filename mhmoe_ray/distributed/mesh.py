@@ -21,7 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from mhmoe_ray.errors import ClusterError
-from mhmoe_ray.planner.placement import expert_groups, ranks_by_node
+from mhmoe_ray.planner.placement import expert_groups, ranks_by_node, sharding_groups
 from mhmoe_ray.spec import ClusterSpec
 from mhmoe_ray.spec.cluster import MeshSizes
 
@@ -37,8 +37,12 @@ class Mesh:
     devices: DeviceMesh | None
     """Device mesh with the same dimensions; None without a process group, that is with one worker. Ranks along "dp"
     hold the same experts. Ranks along "ep" need not be an expert-parallel group."""
-    world_mesh: DeviceMesh | None
-    """Device mesh of all ranks in one dimension; None without a process group."""
+    shard_mesh: DeviceMesh | None
+    """Device mesh over which fsdp shards tensors: all ranks in one dimension or, with hybrid sharding, in "replicas"
+    and "shards"; None without a process group."""
+    expert_mesh: DeviceMesh | None
+    """Device mesh over which fsdp shards experts: `devices` or, with hybrid sharding, one with "replicas" and "shards"
+    in place of "dp"; None without a process group."""
     process_groups: dict[str, dist.ProcessGroup]
     """Process group of this rank along each dimension. Along "ep" it is the expert-parallel group. The dictionary is
     empty without a process group."""
@@ -56,6 +60,13 @@ class Mesh:
         """The number of expert-parallel groups that have different numbers of ranks on their nodes, or whose ranks are
         not in the order of nodes."""
         return sum(ranks_by_node(group, self.nodes) is None for group in self.groups)
+
+    @property
+    def replicas(self) -> int:
+        """The number of groups of ranks that each hold all tensors in shards."""
+        if self.shard_mesh is None or self.shard_mesh.ndim == 1:
+            return 1
+        return self.shard_mesh.size(0)
 
     @property
     def world_size(self) -> int:
@@ -120,7 +131,8 @@ def build_mesh(spec: ClusterSpec, nodes: Sequence[str], device_type: str, domain
             rank=0,
             coordinates=dict.fromkeys(spec.mesh_sizes(), 0),
             devices=None,
-            world_mesh=None,
+            shard_mesh=None,
+            expert_mesh=None,
             process_groups={},
             groups=groups.ranks,
             nodes=nodes,
@@ -141,12 +153,20 @@ def build_mesh(spec: ClusterSpec, nodes: Sequence[str], device_type: str, domain
         expert_group = create_process_group(groups.ranks)
         assert expert_group is not None
         process_groups["ep"] = expert_group
+    if spec.shard_group is None or spec.shard_group == world_size:
+        shard_mesh, expert_mesh = DeviceMesh(device_type, torch.arange(world_size), mesh_dim_names=("world",)), devices
+    else:
+        rank_RSE = torch.tensor(sharding_groups(groups.ranks, spec.shard_group))
+        rank_RS = rank_RSE.flatten(1).sort(dim=1).values
+        shard_mesh = DeviceMesh(device_type, rank_RS, mesh_dim_names=("replicas", "shards"))
+        expert_mesh = DeviceMesh(device_type, rank_RSE, mesh_dim_names=("replicas", "shards", "ep"))
     return Mesh(
         sizes=sizes,
         rank=rank,
         coordinates={name: devices.get_local_rank(name) for name in sizes},
         devices=devices,
-        world_mesh=DeviceMesh(device_type, torch.arange(world_size), mesh_dim_names=("world",)),
+        shard_mesh=shard_mesh,
+        expert_mesh=expert_mesh,
         process_groups=process_groups,
         groups=groups.ranks,
         nodes=nodes,

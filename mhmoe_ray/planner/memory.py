@@ -155,7 +155,7 @@ def _largest_block_bytes(spec: RunSpec) -> int:
     shards."""
     model, counts, float32_counts = spec.model, block_sizes(spec.model), float32_sizes(spec.model)
     expert_parameters = 0
-    if model.moe and spec.cluster.shards_experts and spec.cluster.mesh_sizes()["dp"] > 1:
+    if model.moe and spec.cluster.shards_experts and spec.cluster.expert_shard_ranks > 1:
         expert_parameters = compute_sizes(model).expert_parameters // model.moe_layers // spec.cluster.ep
     dense = gathered_bytes(spec, counts.dense, float32_counts.dense)
     mixture = gathered_bytes(spec, counts.mixture + expert_parameters, float32_counts.mixture)
@@ -164,12 +164,15 @@ def _largest_block_bytes(spec: RunSpec) -> int:
 
 def _state_bytes(spec: RunSpec, counts: Sizes) -> tuple[int, int, int]:
     """Return the bytes of weights, gradients and moments under the strategy, on average over ranks."""
-    # Experts are sharded over the dp ranks that hold the same experts, and all other tensors over all ranks.
+    # Experts are sharded over the ranks of a shard group that hold the same experts, and all other tensors over all
+    # ranks of the group.
     cluster = spec.cluster
-    strategy, world = cluster.strategy if cluster.max_world_size > 1 else "ddp", cluster.max_world_size
+    strategy = cluster.strategy if cluster.max_world_size > 1 else "ddp"
     experts = FLOAT32 * counts.expert_parameters / cluster.ep
     shared = FLOAT32 * (counts.parameters - counts.expert_parameters)
-    sharded = shared / world + (experts / cluster.mesh_sizes()["dp"] if cluster.shards_experts else experts)
+    sharded = shared / cluster.shard_ranks + (
+        experts / cluster.expert_shard_ranks if cluster.shards_experts else experts
+    )
     unsharded = shared + experts
     # ZeRO has shards of the weights in addition to the weights: its optimizer updates the shards, and the weights are
     # copied from them.
@@ -189,7 +192,7 @@ def _copy_bytes(spec: RunSpec, counts: Sizes) -> int:
     experts = counts.expert_parameters // spec.cluster.ep
     if gathers_in_bfloat16(spec):
         # What is gathered in bfloat16 needs no copies, so only experts that are not sharded have some.
-        is_sharded = spec.cluster.shards_experts and spec.cluster.mesh_sizes()["dp"] > 1
+        is_sharded = spec.cluster.shards_experts and spec.cluster.expert_shard_ranks > 1
         return 0 if is_sharded else bytes_per_value(spec) * experts
     # The router and the norms over whole tokens compute in float32, so their weights have no copies. An embedding has a
     # copy only if it is tied, because it is then an operand of the output's product. A chunked loss keeps no copy.

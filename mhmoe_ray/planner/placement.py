@@ -54,6 +54,20 @@ def expert_groups(nodes: Sequence[str], ep: int, domains: Sequence[str] | None =
     return ExpertGroups(groups, _spanning_groups(groups, nodes), _spanning_groups(groups, domains))
 
 
+def sharding_groups(expert_groups: Sequence[Sequence[int]], size: int) -> list[list[list[int]]]:
+    """Return the groups of ranks over which fsdp shards tensors: a list of each group's expert-parallel groups.
+
+    Args:
+        expert_groups: ranks of each expert-parallel group. Those of a node follow each other, so that a group stays on
+            a node if it can.
+        size: number of ranks of a group, a multiple of those of an expert-parallel group.
+    """
+    count = size // len(expert_groups[0])
+    groups = [[list(ranks) for ranks in expert_groups[i : i + count]] for i in range(0, len(expert_groups), count)]
+    # torch numbers the ranks of a process group in ascending order, so the ranks that hold the same experts ascend.
+    return [[list(row) for row in zip(*(sorted(c) for c in zip(*g, strict=True)), strict=True)] for g in groups]
+
+
 def ranks_by_node(group: Sequence[int], nodes: Sequence[str]) -> list[list[int]] | None:
     """Return the ranks of a group as one list per node, in the group's order.
 

@@ -3,13 +3,14 @@
 Link classes are links within a node, between nodes of a domain, and between domains.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Iterable
 from functools import cache
 from typing import Any, NamedTuple
 
 from mhmoe_ray.architectures import FLOAT32
-from mhmoe_ray.planner.placement import Layout, NodeKind, Spread, single_node_layout
+from mhmoe_ray.planner.placement import Layout, NodeKind, Spread, sharding_groups, single_node_layout
 from mhmoe_ray.planner.sizes import (
     INT32,
     INT64,
@@ -280,18 +281,22 @@ def reduction_exchanges(spec: RunSpec, layout: Layout | None = None) -> list[Exc
     float32_parameters = float32_counts.outside + dense_layers * float32_counts.dense
     float32_parameters += spec.model.moe_layers * float32_counts.mixture
     shared = counts.parameters - counts.expert_parameters
+    rank_RSE = sharding_groups(layout.groups.ranks, cluster.shard_ranks)
+    shard_groups = [sorted(itertools.chain(*group)) for group in rank_RSE]
     result = _collective_exchanges(
-        spec, cluster.strategy, "all but experts", shared, float32_parameters, layout, layout.world_group
+        spec, cluster.strategy, "all but experts", shared, float32_parameters, layout, shard_groups
     )
     if spec.model.moe is not None:
+        is_sharded = cluster.shards_experts and (cluster.strategy != "fsdp" or cluster.expert_shard_ranks > 1)
+        groups = [list(ranks) for group in rank_RSE for ranks in zip(*group, strict=True)]
         result += _collective_exchanges(
             spec,
-            cluster.strategy if cluster.shards_experts else "ddp",
+            cluster.strategy if is_sharded else "ddp",
             "experts",
             counts.expert_parameters // cluster.ep,
             0,
             layout,
-            layout.data_parallel_groups,
+            groups if is_sharded else layout.data_parallel_groups,
         )
     return [exchange for exchange in result if exchange.ranks > 1]
 
@@ -318,7 +323,8 @@ def _collective_exchanges(
         parameters: number of the parameters of a group.
         float32_parameters: number of those that are gathered in float32 in any precision.
         layout: placement of the ranks.
-        groups: ranks of each group.
+        groups: ranks of each group. With hybrid sharding, the ranks at the same position of groups sum their shards of
+            gradients.
     """
     ranks, micro_batches = len(groups[0]), _micro_batches(spec)
     gradients, weights = f"gradients of {label}", f"weights of {label}"
@@ -346,7 +352,33 @@ def _collective_exchanges(
             links.scaled(remote_gathered_bytes),
         ),
         Exchange(gradients, ranks, size, remote_bytes, reductions, links.scaled(remote_bytes)),
+        *_exchanges_between_groups(spec, gradients, size // ranks, layout, groups),
     ]
+
+
+def _exchanges_between_groups(
+    spec: RunSpec, name: str, shard_size: int, layout: Layout, groups: list[list[int]]
+) -> list[Exchange]:
+    """Return the exchange by which groups of hybrid sharding sum their shards of gradients; none without such groups.
+
+    Args:
+        spec: spec of the run.
+        name: name of the gradients.
+        shard_size: bytes of a shard.
+        layout: placement of the ranks.
+        groups: ranks of each group over which tensors are sharded, first those of the first shard group.
+    """
+    replicas = spec.cluster.max_world_size // spec.cluster.shard_ranks
+    if replicas == 1:
+        return []
+    # A shard group has a group for each share of the experts, or a single one.
+    shares = len(groups) // replicas
+    rows = [zip(*groups[share::shares], strict=True) for share in range(shares)]
+    replica_groups = [list(ranks) for row in rows for ranks in row]
+    links = group_loads(map(layout.spread, replica_groups), ring_pattern)
+    sent_bytes = 2 * shard_size * (replicas - 1) // replicas
+    link_loads = links.scaled(sent_bytes, rounds=2)
+    return [Exchange(f"{name}, between groups", replicas, shard_size, sent_bytes, 1, link_loads)]
 
 
 def _micro_batches(spec: RunSpec) -> int:

@@ -148,6 +148,10 @@ class ClusterSpec(Section):
     `deepspeed`."""
     shard_experts: bool = False
     """If true, fsdp also shards experts, over the dp workers that hold the same experts."""
+    shard_group: PositiveInt | None = None
+    """Number of workers over which fsdp shards tensors; by default all. With a number, each group of so many workers
+    holds all tensors in shards, and the groups sum their gradients (hybrid sharding). With as many workers as a node
+    has, weights are gathered within nodes only. It must be a multiple of ep that divides the number of workers."""
     gather_precision: Precision = "float32"
     """Precision in which fsdp gathers weights. bfloat16 halves the bytes that are sent and held, and needs
     `train.precision` bfloat16. Norms and routers are gathered in float32, and all shards stay float32."""
@@ -191,10 +195,31 @@ class ClusterSpec(Section):
             )
         if self.shard_experts and self.strategy != "fsdp":
             raise ValueError(f"shard_experts is for strategy fsdp, so it would be ignored with {self.strategy}")
+        if self.shard_group is not None:
+            self._check_shard_group(self.shard_group)
         for name in ("gather_precision", "reduce_precision"):
             if getattr(self, name) != "float32" and self.strategy != "fsdp":
                 raise ValueError(f"{name} is for strategy fsdp, so it would be ignored with {self.strategy}")
         return self
+
+    def _check_shard_group(self, size: int) -> None:
+        if self.strategy != "fsdp":
+            raise ValueError(f"shard_group is for strategy fsdp, so it would be ignored with {self.strategy}")
+        if size % self.ep:
+            raise ValueError(f"shard_group ({size}) must be a multiple of ep ({self.ep})")
+        for workers in (self.workers.min, self.workers.max):
+            if workers % size:
+                raise ValueError(f"workers ({workers}) must be a multiple of shard_group ({size})")
+
+    @property
+    def shard_ranks(self) -> int:
+        """The number of ranks over which the strategy shards tensors, at the largest number of ranks."""
+        return self.shard_group or self.max_world_size
+
+    @property
+    def expert_shard_ranks(self) -> int:
+        """The number of ranks over which the strategy shards an expert, if it shards experts."""
+        return self.shard_ranks // self.ep
 
     @property
     def cpus(self) -> int:

@@ -179,7 +179,8 @@ class RunSpec(Section):
     def worker_counts(self) -> list[int]:
         """The numbers of workers that the run may have, ascending. With each of them, all workers have the same number
         of micro-batches."""
-        candidate_counts = range(self.cluster.workers.min, self.cluster.workers.max + 1, self.cluster.ep)
+        step = self.cluster.shard_group or self.cluster.ep
+        candidate_counts = range(self.cluster.workers.min, self.cluster.workers.max + 1, step)
         return [n for n in candidate_counts if self.train.micro_batches % n == 0]
 
     def with_workers(self, count: int) -> Self:

@@ -76,11 +76,12 @@ CLUSTERS = {
     "ddp": {"workers": 2, "ep": 2},
     "fsdp": {"workers": 2, "ep": 1, "strategy": "fsdp"},
     "fsdp-experts": {"workers": 4, "ep": 2, "strategy": "fsdp", "shard_experts": True},
+    "hybrid": {"workers": 4, "ep": 1, "strategy": "fsdp", "shard_experts": True, "shard_group": 2},
     "zero1": {"workers": 2, "ep": 2, "strategy": "zero1"},
     "zero2": {"workers": 4, "ep": 2, "strategy": "zero2"},
     "zero3": {"workers": 2, "ep": 1, "strategy": "zero3"},
 }
-ALWAYS = {("fsdp-experts", "zero3"), ("zero1", "fsdp-experts"), ("zero3", "alone")}
+ALWAYS = {("fsdp-experts", "zero3"), ("zero1", "hybrid"), ("hybrid", "fsdp-experts"), ("zero3", "alone")}
 
 
 @pytest.fixture(scope="module")

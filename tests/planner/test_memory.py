@@ -387,6 +387,19 @@ def test_each_strategy_needs_less_memory_than_the_one_before():
     assert compute_memory(single_rank) == compute_memory(tiny_spec(cluster={"workers": 1}))
 
 
+def test_hybrid_sharding_holds_as_much_as_its_groups_alone():
+    """Eight ranks in groups of four hold what four ranks hold, with the same expert-parallel groups."""
+    cluster = {"ep": 2, "strategy": "fsdp", "shard_experts": True}
+    hybrid, group = (
+        compute_memory(tiny_spec(cluster={**cluster, **sizes}, train={"micro_batches": 8}))
+        for sizes in ({"workers": 8, "shard_group": 4}, {"workers": 4})
+    )
+    assert (hybrid.weights, hybrid.gradients, hybrid.moments) == (group.weights, group.gradients, group.moments)
+    for state in run_ranks(4, state_bytes_of_rank, tiny_spec(cluster={**cluster, "workers": 4, "shard_group": 2})):
+        expected = compute_memory(tiny_spec(cluster={**cluster, "workers": 2}))
+        assert state == pytest.approx((expected.weights, expected.gradients, expected.moments), rel=0.05)
+
+
 def peak_bytes_of_rank(spec):
     """Return the peak bytes that forward and backward of a micro-batch allocate on this rank, in addition to weights
     and gradients."""

@@ -134,6 +134,21 @@ def test_payload_and_number_of_exchanges_follow_from_the_spec():
     assert row_exchange(d_sub_token=32).payload == 4 * rows[0].payload
 
 
+@pytest.mark.parametrize("shard_experts", [False, True])
+def test_groups_of_hybrid_sharding_gather_by_themselves_and_sum_their_shards(shard_experts):
+    cluster = {"workers": 4, "strategy": "fsdp", "shard_experts": shard_experts, "shard_group": 2}
+    spec = tiny_spec(cluster=cluster)
+    expected = all_exchanges(spec)
+    gathered = sum(e.payload * e.times for e in expected if e.name.startswith("weights"))
+    between = sum(e.payload * e.times for e in expected if e.name.endswith("between groups"))
+    experts = sum(e.payload * e.times for e in expected if e.name == "gradients of experts")
+    assert {e.ranks for e in expected if e.name.startswith("weights") or e.name.endswith("between groups")} == {2}
+    for results in run_ranks(4, collectives_of_step, spec):
+        assert results["bytes"]["allgather_base"] == pytest.approx(gathered, rel=0.01)
+        expected_sum = between + (0 if shard_experts else experts)
+        assert results["bytes"]["allreduce"] == pytest.approx(expected_sum, rel=0.01)
+
+
 @pytest.mark.parametrize(
     ("shard_experts", "gathers", "sums"),
     [

@@ -347,6 +347,23 @@ def test_recomputation_on_several_ranks_trains_like_one_process(reference, worke
 
 
 @pytest.mark.parametrize(
+    ("ep", "shard_experts", "shard_group"),
+    [
+        (2, True, 2),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in [(1, False, 2), (1, True, 2), (2, True, 4), (1, True, 1), (4, False, 4)]
+        ),
+    ],
+)
+def test_hybrid_sharding_trains_like_one_process(reference, ep, shard_experts, shard_group):
+    """Four ranks shard in groups of so many ranks; the groups sum their gradients."""
+    cluster = {"workers": 4, "ep": ep, "strategy": "fsdp", "shard_experts": shard_experts, "shard_group": shard_group}
+    for result in run_ranks(4, jobs.train_and_collect, tiny_spec(cluster=cluster), STEPS):
+        assert_alike(result, reference)
+
+
+@pytest.mark.parametrize(
     ("workers", "ep", "strategy", "chunk_rows"),
     [
         (1, 1, "ddp", 5),

@@ -27,7 +27,8 @@ class FsdpStrategy(Strategy):
     holds_whole_weights = False
 
     def __init__(self, model: Decoder, mesh: Mesh, spec: RunSpec, fill: FillModel) -> None:
-        self._shards_experts = spec.cluster.shard_experts and mesh.size("dp") > 1
+        assert mesh.shard_mesh is not None
+        self._shards_experts = spec.cluster.shard_experts and mesh.size("dp") > mesh.replicas
         self._reduce_dtype = DTYPES[spec.cluster.reduce_precision]
         self._gather_dtype = DTYPES[spec.cluster.gather_precision]
         super().__init__(model, mesh, spec, fill)
@@ -38,16 +39,16 @@ class FsdpStrategy(Strategy):
             for module in experts:
                 self._shard_experts(module)
         ignored_parameters = set() if self._shards_experts else set(expert_parameters(self.model).values())
-        world_mesh = self.mesh.world_mesh
+        shard_mesh = self.mesh.shard_mesh
         for block in self.model.blocks:
             self._shard_in_float32([m for m in block.modules() if isinstance(m, nn.RMSNorm | nn.LayerNorm | Router)])
-            fully_shard(block, mesh=world_mesh, ignored_params=ignored_parameters, mp_policy=self._policy)
+            fully_shard(block, mesh=shard_mesh, ignored_params=ignored_parameters, mp_policy=self._policy)
         self._shard_in_float32([self.model.norm])
         # By default FSDP2 leaves the root's own tensors gathered after a forward. They are sharded again here, so that
         # readers between steps always see shards.
         fully_shard(
             self.model,
-            mesh=world_mesh,
+            mesh=shard_mesh,
             reshard_after_forward=True,
             ignored_params=ignored_parameters,
             mp_policy=self._policy,
@@ -66,15 +67,17 @@ class FsdpStrategy(Strategy):
         if self._gather_dtype == torch.float32:
             return
         policy = MixedPrecisionPolicy(torch.float32, self._reduce_dtype, cast_forward_inputs=False)
-        fully_shard(modules, mesh=self.mesh.world_mesh, mp_policy=policy)
+        fully_shard(modules, mesh=self.mesh.shard_mesh, mp_policy=policy)
 
     def _shard_experts(self, module: Experts) -> None:
-        """Shard this rank's experts of a layer over dp. Their parameters become DTensors over dp and ep."""
-        assert self.mesh.devices is not None
+        """Shard this rank's experts of a layer over dp. Their parameters become DTensors over `Mesh.expert_mesh`."""
+        mesh = self.mesh.expert_mesh
+        assert mesh is not None
         for name, parameter in list(module.named_parameters()):
-            expert_shard = DTensor.from_local(parameter.data, self.mesh.devices["ep"], [Shard(0)], run_check=False)
+            expert_shard = DTensor.from_local(parameter.data, mesh["ep"], [Shard(0)], run_check=False)
             module.register_parameter(name, nn.Parameter(expert_shard))
-        sharded_module = fully_shard(module, mesh=self.mesh.devices["dp"], mp_policy=self._policy)
+        assert mesh.mesh_dim_names is not None
+        sharded_module = fully_shard(module, mesh=mesh[mesh.mesh_dim_names[:-1]], mp_policy=self._policy)
         # By default FSDP2 would divide the gradients of experts by dp only, which makes them ep times too large. So
         # they are summed over dp and then divided by the world size.
         sharded_module.set_force_sum_reduction_for_comms(True)

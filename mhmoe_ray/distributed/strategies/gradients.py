@@ -112,6 +112,8 @@ def clip_gradients(model: Decoder, mesh: Mesh, clip_norm: float) -> float:
         dist.all_reduce(squares[1], group=mesh.group("ep"))
     if sharded:
         dist.all_reduce(squares[2])
+        # With hybrid sharding, several ranks hold the same shard.
+        squares[2] /= mesh.replicas
     norm = float(squares.sum().sqrt())
     # Scaling cannot repair gradients whose norm is not finite, so they stay as they are and the caller must check the
     # norm.
