@@ -5,7 +5,7 @@ This module uses neither Ray nor files.
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import NamedTuple
 
@@ -221,10 +221,14 @@ class Trainer:
         layers = self.strategy.whole_layers()
         for layer in layers:
             layer.step_casts = {}
+        contexts = ExitStack()
         # Autocast keeps its casts until its outermost context ends. In the inner one, only `forward` has autocast.
-        outer_context = self._autocast if self.strategy.holds_whole_weights else nullcontext()
+        # Casts of gathered weights must not be kept, so with shards the outermost context is that of `forward`.
+        if self.strategy.holds_whole_weights:
+            contexts.enter_context(self._autocast)
+            contexts.enter_context(torch.autocast(self.device.type, enabled=False))
         try:
-            with outer_context, torch.autocast(self.device.type, enabled=False):
+            with contexts:
                 yield
         finally:
             for layer in layers:

@@ -11,6 +11,8 @@ CHANGING_KEYS = {
     *("tokens_per_s", "mean_tokens_per_s", "data_wait", "exchange_wait", "mfu"),
     # processes, nodes and clusters
     *("pid", "host", "node", "address", "dashboard", "replica", "stats", "system_fingerprint"),
+    # times of files
+    "text_version",
 }
 """Keys of JSON objects whose values are left out."""
 LEFT_OUT = "(left out)"

@@ -195,7 +195,9 @@ def reference_in_bfloat16():
 @pytest.mark.parametrize(
     ("workers", "ep", "strategy"),
     [
+        # Two ranks have two micro-batches each, whose gradients accumulate.
         (2, 2, "ddp"),
+        (2, 1, "fsdp"),
         *(pytest.param(*case, marks=pytest.mark.slow) for case in [(4, 2, "fsdp"), (2, 2, "zero1"), (4, 2, "zero2")]),
     ],
 )
