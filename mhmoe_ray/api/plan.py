@@ -16,6 +16,7 @@ from mhmoe_ray.planner.expert_step import assumed_kernel, expected_drop_share, e
 from mhmoe_ray.planner.match import compare_models
 from mhmoe_ray.planner.memory import checkpoint_copy_bytes, compute_memory
 from mhmoe_ray.planner.placement import Layout, single_node_layout
+from mhmoe_ray.planner.remedies import memory_remedies
 from mhmoe_ray.planner.sizes import compute_sizes, flops_per_token, model_parts
 from mhmoe_ray.planner.traffic import Exchange, LinkLoads, all_exchanges, dispatch_exchanges, reduction_exchanges
 from mhmoe_ray.spec import RunSpec, apply_overrides, validate_section
@@ -158,7 +159,12 @@ def estimate_figures(spec: RunSpec, layout: Layout, step: Estimate) -> dict[str,
     accelerator, rank_memory = spec.cluster.accelerator, compute_memory(spec).total
     # Scripts read these keys, so the keys must not change when a field of an estimate is renamed.
     return {
-        "memory": {"needed": rank_memory, "there": accelerator.memory, "fits": rank_memory <= accelerator.memory},
+        "memory": {
+            "needed": rank_memory,
+            "there": accelerator.memory,
+            "fits": rank_memory <= accelerator.memory,
+            "remedies": [{"keys": remedy.keys, "saves": remedy.saved_bytes} for remedy in memory_remedies(spec)],
+        },
         "traffic_per_rank": traffic_per_rank(spec, layout),
         "step": {
             "parts": [time._asdict() for time in [*step.compute_times, *step.exchange_times]],

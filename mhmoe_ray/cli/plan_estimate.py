@@ -10,6 +10,7 @@ from mhmoe_ray.cli.common import format_bytes, format_digits, format_seconds, nu
 from mhmoe_ray.planner.estimate import Estimate
 from mhmoe_ray.planner.memory import compute_memory
 from mhmoe_ray.planner.placement import Layout
+from mhmoe_ray.planner.remedies import memory_remedies
 from mhmoe_ray.spec import RunSpec
 
 LINK_NAMES = ("within a node", "between nodes", "between domains")
@@ -30,10 +31,14 @@ def summary_lines(spec: RunSpec, step: Estimate) -> list[str]:
     """Return the summary of an estimate, a line each: whether a rank's memory suffices, and the time of a step."""
     rank_memory, accelerator = compute_memory(spec).total, spec.cluster.accelerator
     comparison = f"{rank_memory / 1e9:,.1f} GB needed, {accelerator.memory / 1e9:,.1f} GB on an {accelerator.name}"
-    fits = f"memory: fits, {comparison}" if rank_memory <= accelerator.memory else f"memory: does not fit, {comparison}"
+    fits = rank_memory <= accelerator.memory
+    lines = [f"memory: {'fits' if fits else 'does not fit'}, {comparison}; the framework and its buffers come on top"]
+    if not fits and (remedies := memory_remedies(spec)):
+        savings = "; ".join(f"{remedy} saves {format_bytes(remedy.saved_bytes)}" for remedy in remedies)
+        lines.append(f"each by itself, {savings}")
     longest_part = step.longest_part
     return [
-        f"{fits}; the framework and its buffers come on top",
+        *lines,
         f"a step takes {format_seconds(step.overlapped_seconds)} to {format_seconds(step.sequential_seconds)}, "
         f"its longest part is {longest_part.name} "
         f"({longest_part.seconds / step.sequential_seconds:.0%} of the latter), bound by {longest_part.bound}: "

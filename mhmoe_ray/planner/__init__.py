@@ -8,5 +8,5 @@ placement.py    ranks on nodes, and expert-parallel groups
 memory.py       bytes that a rank holds                   traffic.py      bytes that ranks exchange, by link
 schema.py       JSON schemas of the files that users write
 expert_step.py  work and traffic of the expert step       estimate.py     time per step
-launches.py     kernels that a GPU is told to launch
+launches.py     kernels that a GPU is told to launch      remedies.py     keys that lower the memory of a rank
 """
