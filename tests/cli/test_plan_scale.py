@@ -16,7 +16,7 @@ from tests.cli.run import assert_one_line, mhmoe
 from tests.specs import tiny_spec
 
 SCALE = Path(__file__).parents[2] / "jobs/scale"
-TRILLION, QWEN = str(SCALE / "trillion.yaml"), str(SCALE / "qwen3_30b.yaml")
+TRILLION, QWEN = str(SCALE / "trillion.yaml"), str(SCALE / "qwen3-30b.yaml")
 
 
 @pytest.fixture

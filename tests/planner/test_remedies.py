@@ -6,7 +6,7 @@ from mhmoe_ray.planner.memory import compute_memory
 from mhmoe_ray.planner.remedies import memory_remedies
 from mhmoe_ray.spec import load_resolved_spec
 
-QWEN = Path(__file__).parents[2] / "jobs/scale/qwen3_30b.yaml"
+QWEN = Path(__file__).parents[2] / "jobs/scale/qwen3-30b.yaml"
 PLAIN = ["train.recompute=none", "train.loss_chunk_rows=null", "cluster.gather_precision=float32"]
 
 
