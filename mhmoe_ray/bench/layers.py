@@ -6,7 +6,7 @@ and chooses four times as many.
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,14 +14,13 @@ from torch import Tensor, nn
 from mhmoe_kernels import BACKENDS, unavailable_reason
 from mhmoe_kernels.abilities import KERNELS
 from mhmoe_ray.errors import SpecError
+from mhmoe_ray.model.autocast import DTYPES
 from mhmoe_ray.model.decoder import Decoder
 from mhmoe_ray.model.init import init_weights
 from mhmoe_ray.model.moe import MultiHeadMoE
 from mhmoe_ray.planner.match import matched_heads
 from mhmoe_ray.spec import ModelSpec, MoESpec
-
-DTypeName = Literal["float32", "bfloat16"]
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+from mhmoe_ray.spec.base import Precision
 
 
 class Shape(NamedTuple):
@@ -69,7 +68,7 @@ def has_masks(moe: MoESpec | None) -> bool:
 class Case:
     """Layer with its weights and input on the device, for repeated passes."""
 
-    def __init__(self, layer: Layer, shape: Shape, dtype: DTypeName, device: torch.device) -> None:
+    def __init__(self, layer: Layer, shape: Shape, dtype: Precision, device: torch.device) -> None:
         self.layer = layer
         self.module = layer.build().to(device, DTYPES[dtype])
         # The seed is fixed, so that all layers get the same input.
@@ -101,7 +100,7 @@ def our_layers(
     static: bool,
     kernels: Sequence[str],
     device: torch.device,
-    dtype: DTypeName = "bfloat16",
+    dtype: Precision = "bfloat16",
 ) -> tuple[list[Layer], list[SkippedCase]]:
     """Return our layers to measure, and the requested kernels that cannot run.
 
@@ -143,7 +142,7 @@ def our_layers(
 
 
 def _split_kernels(
-    kernels: Sequence[str], device: torch.device, dtype: DTypeName
+    kernels: Sequence[str], device: torch.device, dtype: Precision
 ) -> tuple[list[str], list[SkippedCase]]:
     """Return the kernels that can run on the device with this data type, and the others with the reason.
 

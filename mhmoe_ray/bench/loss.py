@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from mhmoe_ray.bench.layers import DTYPES, DTypeName
 from mhmoe_ray.bench.measure import peak_bytes
 from mhmoe_ray.bench.timing import Hardware, Timing, device_clock, time_interleaved
-from mhmoe_ray.model.loss import Loss, Targets, chunked_loss, full_loss
+from mhmoe_ray.model.autocast import DTYPES
+from mhmoe_ray.model.loss import Targets, chunked_loss, full_loss
+from mhmoe_ray.spec.base import Precision
 
 ALL_LOGITS = "all logits"
 
@@ -44,7 +45,7 @@ class Figures(NamedTuple):
 
 
 def measure(
-    size: Size, chunk_rows: Sequence[int], precision: DTypeName, rounds: int, hardware: Hardware
+    size: Size, chunk_rows: Sequence[int], precision: Precision, rounds: int, hardware: Hardware
 ) -> list[Figures]:
     """Measure the loss with all logits and with each number of rows in a chunk, in interleaved rounds."""
     device = hardware.device
@@ -56,11 +57,11 @@ def measure(
 
     def run(rows: int | None) -> float:
         with torch.autocast(device.type, DTYPES[precision], enabled=precision == "bfloat16"):
-            loss: Loss
-            if rows is None:
-                loss = full_loss(F.linear(x_BTM, weight_VM), targets)
-            else:
-                loss = chunked_loss(x_BTM, weight_VM, targets, rows)
+            loss = (
+                full_loss(F.linear(x_BTM, weight_VM), targets)
+                if rows is None
+                else chunked_loss(x_BTM, weight_VM, targets, rows)
+            )
         torch.autograd.grad(loss.sum, (x_BTM, weight_VM))
         return float(loss.sum.detach()) / size.tokens
 

@@ -13,11 +13,12 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from mhmoe_ray.bench.layers import Case, DTypeName, Layer, Shape, SkippedCase, has_masks, our_layers
+from mhmoe_ray.bench.layers import Case, Layer, Shape, SkippedCase, has_masks, our_layers
 from mhmoe_ray.bench.peers import peer_layers
 from mhmoe_ray.bench.timing import Hardware, device_clock, time_interleaved
 from mhmoe_ray.errors import SpecError
 from mhmoe_ray.spec import MoESpec
+from mhmoe_ray.spec.base import Precision
 
 
 class Footprint(NamedTuple):
@@ -107,7 +108,7 @@ class Request(NamedTuple):
     shape: Shape
     heads: Sequence[int]
     """Numbers of heads h of the multi-head layers."""
-    dtype: DTypeName
+    dtype: Precision
     rounds: int
     kernels: Sequence[str] = ("auto",)
     static: bool = False

@@ -18,6 +18,8 @@ from torch.optim.adamw import adamw
 
 from mhmoe_ray.model.held import local_shard
 
+MOMENT_NAMES = ("exp_avg", "exp_avg_sq")
+"""Names of AdamW's two moments in its state."""
 PIECE_VALUES = 1 << 18
 """Number of values that are updated at a time, so that their moments in float32 take little memory and stay in the
 cache of a CPU."""
@@ -65,19 +67,21 @@ class RoundedAdamW(torch.optim.AdamW):
                     continue
                 state = self.state[parameter]
                 if not state:
-                    state["step"] = torch.zeros((), device=parameter.device)
-                    state |= {name: torch.zeros_like(parameter, dtype=torch.bfloat16) for name in _MOMENT_NAMES}
+                    # The host reads the number of updates, so it stays in CPU memory.
+                    state["step"] = torch.zeros(())
+                    state |= {name: torch.zeros_like(parameter, dtype=torch.bfloat16) for name in MOMENT_NAMES}
                 self._update(parameter, state, group)
 
     def _update(self, parameter: nn.Parameter, state: dict[str, Any], group: dict[str, Any]) -> None:
         position = self._positions[parameter]
-        key = _hash_key(self._seed, position.name, int(state["step"]))
-        tensors = (parameter, parameter.grad, *(state[name] for name in _MOMENT_NAMES))
+        updates = int(state["step"])
+        key = _hash_key(self._seed, position.name, updates)
+        tensors = (parameter, parameter.grad, *(state[name] for name in MOMENT_NAMES))
         pieces = zip(*(torch.split(local_shard(t).view(-1), PIECE_VALUES) for t in tensors), strict=True)
         for i, (weight, gradient, *moments) in enumerate(pieces):
             wide_moments = mean, square = [moment.float() for moment in moments]
             adamw(
-                [weight], [gradient], [mean], [square], [], [state["step"].clone()],
+                [weight], [gradient], [mean], [square], [], [weight.new_full((), updates)],
                 foreach=False, fused=True, amsgrad=False, beta1=group["betas"][0], beta2=group["betas"][1],
                 lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"], maximize=False,
             )  # fmt: skip
@@ -85,9 +89,6 @@ class RoundedAdamW(torch.optim.AdamW):
             for moment, wide_moment, shift in zip(moments, wide_moments, (0, 16), strict=True):
                 moment.copy_(round_to_bfloat16(wide_moment, (bits >> shift) & 0xFFFF))
         state["step"] += 1
-
-
-_MOMENT_NAMES = ("exp_avg", "exp_avg_sq")
 
 
 def round_to_bfloat16(values: Tensor, bits: Tensor) -> Tensor:

@@ -66,14 +66,17 @@ class Documents(NamedTuple):
 def has_variable_length_kernel(spec: ModelSpec, x: Tensor) -> bool:
     """Return whether torch has a kernel that computes the attention of documents of any lengths without a mask.
 
-    Flash attention is for GPUs of compute capability 8.0 or more. Whether it is faster than the mask, and by how much,
-    has not been measured.
+    Flash attention is for NVIDIA's GPUs of compute capability 8.0 or more. Whether it is faster than the mask, and by
+    how much, has not been measured.
 
     Args:
         spec: spec of the model.
         x: tensor on the device of the attention.
     """
-    if x.device.type != "cuda" or matmul_dtype(x) not in (torch.bfloat16, torch.float16):
+    if x.device.type != "cuda" or torch.version.hip or matmul_dtype(x) not in (torch.bfloat16, torch.float16):
+        return False
+    # A fake tensor may be on a GPU where there is none.
+    if torch.cuda.is_available() and torch.cuda.get_device_capability(x.device) < (8, 0):
         return False
     return not spec.attention_dropout and spec.head_width % 8 == 0 and spec.head_width <= 256
 

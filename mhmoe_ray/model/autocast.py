@@ -1,7 +1,12 @@
-"""The dtype of matrix products with autocast."""
+"""The dtype of matrix products, with autocast or by the name of a precision."""
 
 import torch
 from torch import Tensor
+
+from mhmoe_ray.spec.base import Precision
+
+DTYPES: dict[Precision, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+"""Dtypes by the names of precisions in a spec."""
 
 
 def matmul_dtype(x: Tensor) -> torch.dtype:

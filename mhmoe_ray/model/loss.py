@@ -2,10 +2,11 @@
 
 All logits of a micro-batch take N * V values, several times over: in the dtype of the product, in float32, as
 log-probabilities and as gradients. The chunked loss computes a few rows at a time, and their gradients with them, so
-that only one chunk exists at any time. What it keeps for the backward are the two gradients: of the hidden states, and
-of the weights in float32.
+that only one chunk exists at any time. It keeps two gradients for the backward: that of the hidden states, and that of
+the weights in float32.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -64,7 +65,7 @@ def chunked_loss(x_BTM: Tensor, weight_VM: Tensor, targets: Targets, chunk_rows:
     """
     dtype = matmul_dtype(x_BTM)
     differentiable = torch.is_grad_enabled()
-    loss, loss_N = _ChunkedLoss.apply(  # type: ignore[no-untyped-call]
+    loss, loss_N = _apply_chunked_loss(
         x_BTM.flatten(0, 1), weight_VM, targets.token_BT.flatten(), targets.counts_BT.flatten(), chunk_rows, dtype,
         differentiable and x_BTM.requires_grad, differentiable and weight_VM.requires_grad,
     )  # fmt: skip
@@ -121,6 +122,9 @@ class _ChunkedLoss(torch.autograd.Function):
         # This gradient is as large as the weights, so it is scaled in place: the backward runs once.
         dweight_VM = None if dweight_VM is None else dweight_VM.mul_(dloss).to(ctx.weight_dtype)
         return dx_NM, dweight_VM, None, None, None, None, None, None
+
+
+_apply_chunked_loss: Callable[..., tuple[Tensor, Tensor]] = _ChunkedLoss.apply
 
 
 def _add_product(sum_VM: Tensor, a_VC: Tensor, b_CM: Tensor) -> None:

@@ -55,12 +55,13 @@ def expert_groups(nodes: Sequence[str], ep: int, domains: Sequence[str] | None =
 
 
 def sharding_groups(expert_groups: Sequence[Sequence[int]], size: int) -> list[list[list[int]]]:
-    """Return the groups of ranks over which fsdp shards tensors: a list of each group's expert-parallel groups.
+    """Return the groups of ranks over which fsdp shards tensors. Each group is a list of rows: the ranks of a row share
+    the experts, and the ranks of a column hold the same ones.
 
     Args:
-        expert_groups: ranks of each expert-parallel group. Those of a node follow each other, so that a group stays on
-            a node if it can.
-        size: number of ranks of a group, a multiple of those of an expert-parallel group.
+        expert_groups: all rows, as in `ExpertGroups`. Those of a node follow each other, so that a group stays on a
+            node if it can.
+        size: number of ranks of a group, a multiple of those of a row.
     """
     count = size // len(expert_groups[0])
     groups = [[list(ranks) for ranks in expert_groups[i : i + count]] for i in range(0, len(expert_groups), count)]
@@ -206,11 +207,6 @@ class Layout(NamedTuple):
         """Return the number of nodes of each kind that hold the ranks of a group."""
         ranks_per_node = Counter((self.domains[rank], self.nodes[rank]) for rank in ranks)
         return Counter(NodeKind(domain, count) for (domain, _), count in ranks_per_node.items())
-
-    @property
-    def world_group(self) -> list[list[int]]:
-        """A list of one group, which has all ranks."""
-        return [list(range(len(self.nodes)))]
 
     @property
     def data_parallel_groups(self) -> list[list[int]]:

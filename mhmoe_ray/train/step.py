@@ -221,14 +221,14 @@ class Trainer:
         layers = self.strategy.whole_layers()
         for layer in layers:
             layer.step_casts = {}
-        contexts = ExitStack()
-        # Autocast keeps its casts until its outermost context ends. In the inner one, only `forward` has autocast.
-        # Casts of gathered weights must not be kept, so with shards the outermost context is that of `forward`.
-        if self.strategy.holds_whole_weights:
-            contexts.enter_context(self._autocast)
-            contexts.enter_context(torch.autocast(self.device.type, enabled=False))
         try:
-            with contexts:
+            with ExitStack() as contexts:
+                # Autocast keeps its casts until its outermost context ends. In the inner one, only `forward` has
+                # autocast. Casts of gathered weights must not be kept, so with shards there is no context around that
+                # of `forward`.
+                if self.strategy.holds_whole_weights:
+                    contexts.enter_context(self._autocast)
+                    contexts.enter_context(torch.autocast(self.device.type, enabled=False))
                 yield
         finally:
             for layer in layers:

@@ -334,7 +334,7 @@ def test_shell_completes_runs_and_keys(tmp_path, run, ended_run):
     assert completions("mhmoe status ") == [ended_run.id, run.id]
     assert completions("mhmoe logs ti") == [run.id]
     assert completions("mhmoe sta") == ["status"]
-    assert completions("mhmoe plan x.yaml --set train.l") == ["train.lr="]
+    assert completions("mhmoe plan x.yaml --set train.l") == ["train.loss_chunk_rows=", "train.lr="]
     assert completions("mhmoe plan x.yaml --set p") == ["preset="]
     assert "match.by=" in completions("mhmoe plan x.yaml --set ma")
     assert "model.moe.experts=" in completions("mhmoe submit x.yaml --set model.moe.e")

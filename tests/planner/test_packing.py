@@ -45,7 +45,7 @@ def test_groups_straddle_no_more_than_whole_groups_of_each_node_allow(sizes, ep,
     layout = build_layout(rank_nodes, ep)
     groups_on_nodes = sum(count // ep for count in Counter(rank_nodes).values())
     assert len(layout.groups.ranks) - len(layout.groups.straddling_indices) == groups_on_nodes
-    assert sorted(rank for ranks in layout.data_parallel_groups for rank in ranks) == layout.world_group[0]
+    assert sorted(rank for ranks in layout.data_parallel_groups for rank in ranks) == list(range(len(layout.nodes)))
 
 
 def test_group_of_four_spans_nodes_with_six_and_two_free_gpus():

@@ -24,7 +24,7 @@ from mhmoe_ray.checkpoint.start.record import build_record
 from mhmoe_ray.checkpoint.start.source import StartModel, find_start_model
 from mhmoe_ray.checkpoint.start.transform import StartTransform
 from mhmoe_ray.data.shards.manifest import data_digest
-from mhmoe_ray.distributed.strategies.ddp import MOMENT_NAMES
+from mhmoe_ray.distributed.rounded_adamw import MOMENT_NAMES
 from mhmoe_ray.model.decoder import Decoder
 from mhmoe_ray.runs import events
 from mhmoe_ray.runs.directory import RunDir

@@ -13,16 +13,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mhmoe_ray.distributed.mesh import Mesh
 from mhmoe_ray.distributed.optimizer import build_optimizer, expert_parameters, set_learning_rate
-from mhmoe_ray.distributed.rounded_adamw import ValuePosition
+from mhmoe_ray.distributed.rounded_adamw import MOMENT_NAMES, RoundedAdamW, ValuePosition
 from mhmoe_ray.distributed.strategies.gradients import ExpertReduction, clip_gradients
+from mhmoe_ray.model.autocast import DTYPES
 from mhmoe_ray.model.decoder import Decoder
 from mhmoe_ray.model.feedforward import CastingModule
 from mhmoe_ray.model.held import is_dtensor, shard_offset
 from mhmoe_ray.spec import RunSpec
 
-MOMENT_NAMES = ("exp_avg", "exp_avg_sq")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-"""Dtypes by the names of the spec."""
 FillModel = Callable[[Decoder], None]
 """Function that allocates the memory of a model on the meta device and fills it with weights. For a DTensor, it does so
 only for this rank's shard."""
@@ -158,9 +156,10 @@ class Strategy:
     def start_at_step(self, step: int) -> None:
         """Give the optimizer the state that it has after `step` updates, with moments of zero. Loading a checkpoint
         fills them afterwards."""
+        step_device = "cpu" if isinstance(self.optimizer, RoundedAdamW) else None
         for parameter in self.model.parameters():
             self.optimizer.state[parameter] = {
-                "step": torch.tensor(float(step), device=parameter.device),
+                "step": torch.tensor(float(step), device=step_device or parameter.device),
                 **{moment: torch.zeros_like(parameter, dtype=self._moment_dtype) for moment in MOMENT_NAMES},
             }
 

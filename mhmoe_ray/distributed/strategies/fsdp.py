@@ -14,7 +14,8 @@ from torch.distributed.tensor import DTensor, Shard
 
 from mhmoe_ray.distributed.mesh import Mesh
 from mhmoe_ray.distributed.optimizer import expert_parameters
-from mhmoe_ray.distributed.strategies.ddp import DTYPES, FillModel, Strategy
+from mhmoe_ray.distributed.strategies.ddp import FillModel, Strategy
+from mhmoe_ray.model.autocast import DTYPES
 from mhmoe_ray.model.decoder import Decoder
 from mhmoe_ray.model.feedforward import Experts
 from mhmoe_ray.model.router import Router

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from mhmoe_ray.distributed.mesh import Mesh
 from mhmoe_ray.distributed.optimizer import build_optimizer, expert_parameters, set_learning_rate
-from mhmoe_ray.distributed.strategies.ddp import MOMENT_NAMES, FillModel, Strategy
+from mhmoe_ray.distributed.rounded_adamw import MOMENT_NAMES
+from mhmoe_ray.distributed.strategies.ddp import FillModel, Strategy
 from mhmoe_ray.errors import SpecError
 from mhmoe_ray.model.decoder import Decoder
 from mhmoe_ray.model.feedforward import CastingModule
