@@ -18,7 +18,8 @@ Shape suffixes, here and in mhmoe_ray.model:
     permutation.py      sorting of routes by expert, and its inverse
     cpu.py              instruction level of the CPU
     reference.py        readable reference for tests, and GShard's static routing for comparison
-    grouped.py          each expert once on its contiguous rows, with hand-written backwards
+    operators.py        kernels as operators of torch
+    grouped/            each expert once on its contiguous rows, with hand-written backwards
     megablocks.py       MegaBlocks' sort, histogram and copies around a grouped GEMM; CUDA only
     packed.py           inference on CPUs: a row's result does not depend on other rows
     triton/             experts as Triton kernels, fused or as grouped products, and a fused router
@@ -31,6 +32,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mhmoe_kernels.backends import (
         BACKENDS,
+        allow_compilation,
         can_fuse_routing,
         choose_kernel,
         run_experts,
@@ -47,6 +49,7 @@ __all__ = [
     "Function",
     "GeluSubln",
     "Swiglu",
+    "allow_compilation",
     "can_fuse_routing",
     "choose_kernel",
     "combine",

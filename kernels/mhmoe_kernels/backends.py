@@ -3,7 +3,7 @@ gradients."""
 
 from collections.abc import Callable
 from functools import cache, partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from mhmoe_kernels.abilities import KERNELS
 from mhmoe_kernels.choice import ExpertSizes, Purpose, gpu_kernels, limit_reason
 from mhmoe_kernels.grouped import RunSorted, run_grouped, run_sorted
 from mhmoe_kernels.packed import run_padded
+from mhmoe_kernels.permutation import copy_to_device
 from mhmoe_kernels.reference import run_capacity, run_reference
 from mhmoe_kernels.weights import ExpertWeights
 
@@ -90,12 +91,28 @@ def expert_sizes(x_ND: Tensor, weights: ExpertWeights) -> ExpertSizes:
     return ExpertSizes(weights.function.name, dtype, x_ND.shape[1], hidden, experts)
 
 
+def _choose_for_device(purpose: Purpose, device: torch.device, *size_fields: Any) -> str:
+    # `allow_compilation` needs plain values as arguments, so the fields of the sizes are separate.
+    sizes = ExpertSizes(*size_fields)
+    if device.type == "cuda":
+        return _choose_gpu_kernel(purpose, device, sizes)
+    return "cpp" if device.type == "cpu" and cpp.is_faster(sizes) else "grouped"
+
+
 @cache
 def _choose_gpu_kernel(purpose: Purpose, device: torch.device, sizes: ExpertSizes) -> str:
     """Return the first kernel of the table for a GPU that can compute these experts there."""
     major, _ = torch.cuda.get_device_capability(device)
     candidates = gpu_kernels(purpose, major, sizes)
     return next(kernel for kernel in candidates if unavailable_reason(kernel, device, sizes) is None)
+
+
+def allow_compilation() -> None:
+    """Let torch.compile ask once which kernel to run, and whether it can run here, and keep the answers in compiled
+    code."""
+    # As a decorator, this function would load torch's compiler with this module, which takes seconds.
+    for function in (_choose_for_device, cpp.unavailable_reason, triton.unavailable_reason):
+        torch.compiler.assume_constant_result(function)  # type: ignore[no-untyped-call]
 
 
 def choose_kernel(name: str, x_ND: Tensor, weights: ExpertWeights, expert_capacity: int | None = None) -> str:
@@ -112,10 +129,8 @@ def choose_kernel(name: str, x_ND: Tensor, weights: ExpertWeights, expert_capaci
     """
     if name != "auto" and (expert_capacity is not None or name not in STATIC_BACKENDS):
         return name
-    if x_ND.device.type == "cuda":
-        purpose: Purpose = "training" if torch.is_grad_enabled() else "inference"
-        return _choose_gpu_kernel(purpose, x_ND.device, expert_sizes(x_ND, weights))
-    return "cpp" if cpp.is_faster(x_ND, weights) else "grouped"
+    purpose: Purpose = "training" if torch.is_grad_enabled() else "inference"
+    return _choose_for_device(purpose, x_ND.device, *expert_sizes(x_ND, weights))
 
 
 def run_experts(
@@ -158,15 +173,15 @@ def run_sorted_experts(backend: str, x_RD: Tensor, counts: list[int], weights: E
     Returns:
         y_RD. As in `run_experts`, R may be 0, and experts may get no rows.
     """
+    count_E = torch.tensor(counts)
     if (run_sorted_rows := BACKENDS[backend].run_sorted) is not None:
         with _without_autocast(x_RD):
-            return run_sorted_rows(x_RD, counts, weights)
+            return run_sorted_rows(x_RD, count_E, weights)
     # Backends without `run_sorted` take routes and sort them again. This is cheap for `triton`, which sorts R numbers
     # and reads the rows in place.
-    expert_E = torch.arange(len(counts), device=x_RD.device)
-    # The host need not wait for the GPU, because the copy is from pinned memory and the output size is known.
-    count_E = torch.tensor(counts, pin_memory=x_RD.is_cuda).to(x_RD.device, non_blocking=True)
-    expert_R = expert_E.repeat_interleave(count_E, output_size=len(x_RD))
+    expert_E = torch.arange(len(count_E), device=x_RD.device)
+    # The host need not wait for the GPU, because the output size is known.
+    expert_R = expert_E.repeat_interleave(copy_to_device(count_E, x_RD.device), output_size=len(x_RD))
     ones_R1 = torch.ones(len(x_RD), 1, dtype=torch.float32, device=x_RD.device)
     return run_experts(backend, x_RD, expert_R[:, None], ones_R1, weights)
 

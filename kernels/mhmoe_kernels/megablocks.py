@@ -150,7 +150,7 @@ def _import_module(name: str) -> ModuleType:
 
 def _run_sorted_rows(x_RD: Tensor, count_E: Tensor, end_E: Tensor, weights: ExpertWeights) -> Tensor:
     if x_RD.dtype == torch.float64 or not can_group(weights):
-        return run_sorted(x_RD, count_E.tolist(), weights)
+        return run_sorted(x_RD, count_E.cpu(), weights)
     return run_grouped_gemm(x_RD, weights, _grouped_matmul(x_RD, count_E, end_E))
 
 

@@ -19,6 +19,12 @@ def widen(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
+def copy_to_device(numbers: Tensor, device: torch.device) -> Tensor:
+    """Return numbers in CPU memory as a tensor on a device. The host does not wait for a GPU."""
+    pinned_numbers = numbers.pin_memory() if device.type == "cuda" else numbers
+    return pinned_numbers.to(device, non_blocking=True)
+
+
 CACHE_VALUES = 1 << 17
 """Number of float32 values of an array that fits into a CPU's cache beside other arrays of that size."""
 

@@ -93,13 +93,24 @@ class Case:
         return sums.loss / sums.targets
 
 
-def measure(size: Size, heads: Sequence[int], rounds: int, hardware: Hardware) -> list[StepFigures]:
+def measure(
+    size: Size, heads: Sequence[int], rounds: int, hardware: Hardware, compiled: bool = False
+) -> list[StepFigures]:
     """Measure training steps of the plain model and of its matched models, in interleaved rounds; the plain one first.
+
+    Args:
+        size: size of the models.
+        heads: numbers of heads h of the matched models.
+        rounds: number of rounds.
+        hardware: device of the steps.
+        compiled: whether to measure each model with `train.compile`, too.
 
     Raises:
         SpecError: in the same cases as `matched_models`.
     """
     specs = matched_models(size, heads)
+    if compiled:
+        specs |= {f"{name}, compiled": _compiled(spec) for name, spec in specs.items()}
     cases: dict[str, Callable[[], object]] = {n: Case(spec, hardware.device).step for n, spec in specs.items()}
     timings = time_interleaved(cases, rounds, device_clock(hardware.device))
     plain_median = timings["SMoE"].median
@@ -110,10 +121,15 @@ def measure(size: Size, heads: Sequence[int], rounds: int, hardware: Hardware) -
             timing.seconds,
             timing.median,
             timing.median / plain_median,
-            time_ratio("SMoE" if name == "SMoE" else "MH-MoE", "dynamic"),
+            time_ratio("SMoE" if name.startswith("SMoE") else "MH-MoE", "dynamic"),
         )
         for name, timing in timings.items()
     ]
+
+
+def _compiled(spec: RunSpec) -> RunSpec:
+    """Return a spec with `train.compile`."""
+    return spec.model_copy(update={"train": spec.train.model_copy(update={"compile": True})})
 
 
 def matched_models(size: Size, heads: Sequence[int]) -> dict[str, RunSpec]:

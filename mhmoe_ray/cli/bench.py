@@ -44,6 +44,9 @@ def train(
         Literal["float32", "bfloat16"], typer.Option(help="Precision, as in `train.precision`.")
     ] = "bfloat16",
     device: Annotated[Literal["cpu", "cuda"], typer.Option(help="Device to measure on.")] = "cpu",
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="Also time every model with `train.compile`, which compiles for minutes.")
+    ] = False,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds, each of a step of every model.")] = 9,
     json: JsonOption = False,
 ) -> None:
@@ -67,7 +70,7 @@ def train(
     )
     hardware = timing.find_hardware(device)
     with checked_sizes("bench train"):
-        figures = measure(size, heads or [2, 3], rounds, hardware)
+        figures = measure(size, heads or [2, 3], rounds, hardware, compiled)
     tokens = size.micro_batches * size.micro_batch_size * size.seq_len
     title = f"{hardware}, {precision}; steps of {tokens:,} tokens, medians of {rounds} interleaved rounds"
     # With --json, stdout must hold only the JSON, so the table goes to stderr.

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mhmoe_kernels import widen
+from mhmoe_kernels import allow_compilation, widen
 from mhmoe_ray.model.architectures import modules_of
 from mhmoe_ray.model.attention import (
     Attention,
@@ -91,19 +91,15 @@ class Block(nn.Module):
             recompute: whether the backward recomputes the part before the feed-forward layer.
             domain_B: expert of each sequence, for router `domain`.
         """
-        # A recomputation draws the same numbers only from a new generator in its initial state.
-        generators: list[torch.Generator | None] = []
 
-        def run_attention(x_BTM: Tensor) -> Tensor:
-            generators.append(create_generator())
-            y_BTM = self.attention(
-                self.attention_norm(widen(x_BTM)), tables, cached_attention, generators[-1], documents
-            )
-            return _add(x_BTM, dropout(y_BTM, self.dropout, generators[-1]))
+        def run_attention(x_BTM: Tensor) -> tuple[Tensor, torch.Generator | None]:
+            # A recomputation draws the same numbers only from a new generator in its initial state.
+            generator = create_generator()
+            y_BTM = self.attention(self.attention_norm(widen(x_BTM)), tables, cached_attention, generator, documents)
+            return _add(x_BTM, dropout(y_BTM, self.dropout, generator)), generator
 
-        x_BTM = _recompute_in_backward(run_attention, x_BTM) if recompute else run_attention(x_BTM)
-        # The first generator, in the state in which attention has left it; later ones belong to recomputations.
-        generator = generators[0]
+        # The generator is in the state in which attention has left it.
+        x_BTM, generator = _recompute_in_backward(run_attention, x_BTM) if recompute else run_attention(x_BTM)
         y_BTM = self.ffn_norm(widen(x_BTM))
         if self.moe is not None:
             # The layer itself applies dropout, on each expert's output.
@@ -225,11 +221,21 @@ class Decoder(nn.Module):
         logits = F.linear(x_BTM, self.embedding.weight) if self.output is None else self.output(x_BTM)
         return DecoderOutput(logits, routings) if targets is None else DecoderLoss(full_loss(logits, targets), routings)
 
-    def compile_dense(self) -> None:
-        """Make torch.compile compile attention and dense feed-forward layers, in place, at their first use."""
-        for module in self.modules():
-            if isinstance(module, Attention | FeedForward):
-                module.compile()
+    def compile_blocks(self, **options: Any) -> None:
+        """Make torch.compile compile each block, in place, at its first use.
+
+        An exchange of rows between ranks stays as it is, and divides a block into parts that are compiled by
+        themselves. The model must draw no random numbers.
+
+        Args:
+            options: options of torch.compile.
+        """
+        allow_compilation()
+        for layer in self.moe_layers():
+            if layer.dispatch is not dispatch_locally:
+                layer.dispatch = torch.compiler.disable(layer.dispatch)  # type: ignore[no-untyped-call]
+        for block in self.blocks:
+            block.compile(**options)
 
     def moe_layers(self) -> list[MultiHeadMoE]:
         return [m for m in self.modules() if isinstance(m, MultiHeadMoE)]

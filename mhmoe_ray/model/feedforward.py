@@ -1,6 +1,7 @@
 """Feed-forward modules: the dense layer and the stack of experts. Both compute the same function."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,31 +13,25 @@ from mhmoe_ray.model.held import local_shard
 from mhmoe_ray.model.router import Routing
 from mhmoe_ray.spec import ModelSpec
 
-Dispatch = Callable[[Tensor, Routing, "Experts"], Tensor]
-"""Function (x_ND, routing, experts) -> y_ND that sends routed rows to their experts and returns the combined
-outputs."""
-
 
 class CastingModule(nn.Module):
     """Module whose parameters are the operands of one operation, to which autocast does not reach."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.step_casts: dict[int, Tensor] | None = None
-        """Parameters in autocast's dtype by their id, while a training step keeps them; None if it does not."""
+        self.step_casts: tuple[Tensor, ...] | None = None
+        """Result of `cast_weights` while a training step keeps it; None if it does not."""
+
+    def cast_weights(self) -> tuple[Tensor, ...]:
+        """Return all parameters, in the order of their registration, in autocast's dtype if autocast is on."""
+        # Parameters are DTensors if training shards experts over ranks.
+        return cast_for_autocast(*(local_shard(p) for p in self.parameters()))
 
     def cast(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Return rows and all parameters, in the order of their registration, in autocast's dtype if autocast is on."""
-        # Parameters are DTensors if training shards experts over ranks.
-        weights = tuple(local_shard(p) for p in self.parameters())
-        if self.step_casts is None or not torch.is_grad_enabled():
-            return cast_for_autocast(x, *weights)
-        (x,) = cast_for_autocast(x)
-        # The gradients of all micro-batches pass through the same cast, which keeps nothing for its backward.
-        for weight in weights:
-            if id(weight) not in self.step_casts:
-                self.step_casts[id(weight)] = weight.to(x.dtype)
-        return x, *(self.step_casts[id(weight)] for weight in weights)
+        """Return rows and all parameters in autocast's dtype if autocast is on."""
+        # The gradients of all micro-batches pass through the casts of a step, which keep nothing for their backward.
+        weights = self.step_casts if torch.is_grad_enabled() else None
+        return *cast_for_autocast(x), *(weights or self.cast_weights())
 
 
 class FeedForward(CastingModule):
@@ -51,6 +46,14 @@ class FeedForward(CastingModule):
 
     def forward(self, x_BTM: Tensor) -> Tensor:
         return self.function(*self.cast(x_BTM))
+
+
+class SharedExpert(NamedTuple):
+    """Shared expert of a layer with its input. A dispatch computes it, so that it can do so while rows travel."""
+
+    layer: FeedForward
+    x_BTM: Tensor
+    """Whole tokens."""
 
 
 def matrix_names(model: nn.Module) -> set[str]:
@@ -83,11 +86,13 @@ class Experts(CastingModule):
             base_name, _, dimensions = name.rpartition("_")
             self.register_parameter(f"{base_name}_E{dimensions}", nn.Parameter(torch.empty(len(expert_ids), *shape)))
 
-    def forward(self, x_ND: Tensor, routing: Routing, dispatch: Dispatch) -> Tensor:
+    def forward(
+        self, x_ND: Tensor, routing: Routing, dispatch: "Dispatch", shared: SharedExpert | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """Return the result of `dispatch`: each row's sum of expert outputs weighted by gates, also from experts of
-        other ranks."""
+        other ranks, and the output of the shared expert, if there is one."""
         # It is a forward pass of this module because FSDP gathers sharded parameters for the time of a forward.
-        return dispatch(x_ND, routing, self)
+        return dispatch(x_ND, routing, self, shared)
 
     def compute(self, x_ND: Tensor, expert_NK: Tensor, gate_NK: Tensor, capacity: int | None = None) -> Tensor:
         """Run rows through the experts of this process, and return each row's sum of outputs weighted by gates.
@@ -114,3 +119,8 @@ class Experts(CastingModule):
         """Return rows and the weights of this process's experts, both in autocast's dtype if autocast is on."""
         x_ND, *stacked = self.cast(x_ND)
         return x_ND, ExpertWeights(self.function, tuple(stacked), self.recompute)
+
+
+Dispatch = Callable[[Tensor, Routing, Experts, SharedExpert | None], tuple[Tensor, Tensor | None]]
+"""Function (x_ND, routing, experts, shared) -> (y_ND, y_BTM) that sends routed rows to their experts, and returns the
+combined outputs and those of the shared expert, if there is one."""

@@ -24,16 +24,19 @@ import torch
 from torch import Tensor, nn
 
 from mhmoe_ray.model.domain_router import build_router
-from mhmoe_ray.model.feedforward import Dispatch, Experts, FeedForward
+from mhmoe_ray.model.feedforward import Dispatch, Experts, FeedForward, SharedExpert
 from mhmoe_ray.model.noise import dropout
 from mhmoe_ray.model.router import Routing
 from mhmoe_ray.spec import ModelSpec
 
 
-def dispatch_locally(x_ND: Tensor, routing: Routing, experts: Experts) -> Tensor:
-    """Return each sub-token's sum of expert outputs weighted by gates. This process must hold all experts of the
-    layer."""
-    return experts.compute(x_ND, routing.expert_NK, routing.gate_NK, routing.capacity)
+def dispatch_locally(
+    x_ND: Tensor, routing: Routing, experts: Experts, shared: SharedExpert | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Return each sub-token's sum of expert outputs weighted by gates, and the output of the shared expert, if there is
+    one. This process must hold all experts of the layer."""
+    y_ND = experts.compute(x_ND, routing.expert_NK, routing.gate_NK, routing.capacity)
+    return y_ND, None if shared is None else shared.layer(shared.x_BTM)
 
 
 def _build_projection(widths: Iterable[int]) -> nn.Module:
@@ -83,20 +86,23 @@ class MultiHeadMoE(nn.Module):
         x = self.head(x_BTM)
         x_ND = x.reshape(-1, x.shape[-1] // self.heads)
         routing: Routing = self.router(x_ND, generator, len(x_BTM), domain_B)
-        y_ND = self._run_experts(x_ND, routing, generator)
+        shared = None if self.shared is None else SharedExpert(self.shared, x_BTM)
+        y_ND, shared_BTM = self._run_experts(x_ND, routing, generator, shared)
         if self.residual:
             y_ND = x_ND + y_ND
         y_BTM: Tensor = self.merge(y_ND.view_as(x))
-        if self.shared is not None:
-            y_BTM = y_BTM + dropout(self.shared(x_BTM), self.dropout, generator)
+        if shared_BTM is not None:
+            y_BTM = y_BTM + dropout(shared_BTM, self.dropout, generator)
         return y_BTM, routing
 
-    def _run_experts(self, x_ND: Tensor, routing: Routing, generator: torch.Generator | None) -> Tensor:
-        """Return each sub-token's sum of expert outputs weighted by gates; with a generator, dropout applies to each
-        output before its gate."""
+    def _run_experts(
+        self, x_ND: Tensor, routing: Routing, generator: torch.Generator | None, shared: SharedExpert | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return each sub-token's sum of expert outputs weighted by gates, and the output of the shared expert, if
+        there is one. With a generator, dropout applies to each routed expert's output before its gate."""
         if not self.dropout or generator is None:
-            y_ND: Tensor = self.experts(x_ND, routing, self.dispatch)
-            return y_ND
+            outputs: tuple[Tensor, Tensor | None] = self.experts(x_ND, routing, self.dispatch, shared)
+            return outputs
         # Kernels and dispatch return weighted sums, but dropout applies to single outputs. So each route becomes a row
         # of its own with weight 1, and its gate applies after dropout. Experts compute as many rows as without dropout.
         # Masks are drawn here, on the rank of the sub-token, so that they do not depend on the number of ranks.
@@ -105,7 +111,6 @@ class MultiHeadMoE(nn.Module):
         # A gate of 0 marks a dropped route, which must stay dropped.
         gate_R1 = (routing.gate_NK != 0).to(routing.gate_NK).view(-1, 1)
         single_routing = routing._replace(expert_NK=routing.expert_NK.view(-1, 1), gate_NK=gate_R1)
-        out_NKD = dropout(self.experts(x_RD, single_routing, self.dispatch), self.dropout, generator).view(
-            -1, top_k, x_ND.shape[1]
-        )
-        return (out_NKD * routing.gate_NK[..., None]).sum(1).to(out_NKD.dtype)
+        out_RD, shared_BTM = self.experts(x_RD, single_routing, self.dispatch, shared)
+        out_NKD = dropout(out_RD, self.dropout, generator).view(-1, top_k, x_ND.shape[1])
+        return (out_NKD * routing.gate_NK[..., None]).sum(1).to(out_NKD.dtype), shared_BTM

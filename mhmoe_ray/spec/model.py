@@ -10,7 +10,6 @@ and the default is P2's.
 
 import math
 from collections.abc import Callable
-from fractions import Fraction
 from typing import Annotated, Literal, NamedTuple, Self
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
@@ -251,9 +250,9 @@ class MoESpec(Section):
         # k * ceil(N / E) in P2.
         if self.capacity_factor is None:
             return None
-        # The factor's decimal digits as a fraction, because as binary numbers 1.1 * 10 is above 11.
-        exact_capacity = Fraction(str(self.capacity_factor)) * self.top_k * -(-rows // self.experts)
-        return math.ceil(exact_capacity)
+        # The factor's decimal digits as an integer, because as binary numbers 1.1 * 10 is above 11.
+        factor_digits = round(self.capacity_factor * 10**9)
+        return -(-factor_digits * self.top_k * -(-rows // self.experts) // 10**9)
 
     @property
     def is_random(self) -> bool:

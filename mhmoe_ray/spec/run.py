@@ -102,6 +102,12 @@ class RunSpec(Section):
                 f"train.moment_precision bfloat16 is for strategies ddp and fsdp, but DeepSpeed holds the moments of "
                 f"{self.cluster.strategy}: set train.moment_precision to float32"
             )
+        if self.train.compile and self.model.is_random:
+            raise ValueError(
+                "train.compile cannot compile random numbers that are the same for any number of workers: set dropout, "
+                "attention_dropout and moe.jitter of the model to 0 and moe.second_expert to always, or train.compile "
+                "to false"
+            )
         if self.data.chat_sources:
             self._check_chat(self.data.chat_sources[0])
         longest_sequence = self.model.architecture.longest_sequence

@@ -45,8 +45,9 @@ class TrainSpec(Section):
     several times micro_batch_size * seq_len * vocab_size values. With a number, the gradient of the output layer is
     summed over chunks in float32."""
     compile: bool = False
-    """If true, torch.compile compiles attention and dense feed-forward layers. Routing and experts, whose shapes change
-    with every micro-batch, have kernels of their own."""
+    """If true, torch.compile compiles each block: all but the products of experts, which have kernels of their own, and
+    the exchange of rows between ranks. All equal blocks share the compiled code. The model must draw no random numbers,
+    such as dropout's. In bfloat16, compiled operations round fewer values in between, so losses differ a little."""
     lr: PositiveFloat = 6e-4
     min_lr: float = Field(default=3e-5, ge=0)
     """Learning rate at the end of the decay. Schedule `constant` does not use it."""

@@ -134,7 +134,7 @@ class Trainer:
             for layer in self.model.moe_layers():
                 layer.dispatch = self._dispatch
         if spec.train.compile:
-            self.model.compile_dense()
+            self.model.compile_blocks()
         self.strategy = build_strategy(self.model, mesh, spec, self._initialize_weights)
         self.step = 0
         self.tokens = 0
@@ -219,9 +219,10 @@ class Trainer:
     def _weight_casts(self) -> Iterator[None]:
         """Context of a step's micro-batches, in which weights that this rank holds whole are cast for products once."""
         layers = self.strategy.whole_layers()
-        for layer in layers:
-            layer.step_casts = {}
         try:
+            with self._autocast:
+                for layer in layers:
+                    layer.step_casts = layer.cast_weights()
             with ExitStack() as contexts:
                 # Autocast keeps its casts until its outermost context ends. In the inner one, only `forward` has
                 # autocast. Casts of gathered weights must not be kept, so with shards there is no context around that

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import torch
 
-from mhmoe_ray.model.feedforward import Experts
+from mhmoe_ray.model.feedforward import Experts, FeedForward, SharedExpert
 from mhmoe_ray.model.moe import dispatch_locally
 from mhmoe_ray.model.router import Routing
 from tests.specs import tiny_spec
@@ -28,10 +28,28 @@ class Case(NamedTuple):
     model: tuple[tuple[str, object], ...] = ()
     kernel: str = "auto"
     recompute: float = 0.0
+    has_shared_expert: bool = False
+    """Whether a shared expert computes the same rows, whose output is added."""
 
     @property
     def experts(self) -> int:
         return EXPERTS_PER_RANK * len(self.rows)
+
+
+def build_spec(case):
+    """Return the spec of the model whose experts a case has."""
+    moe = {"heads": 1, "experts": case.experts, "top_k": 1, "d_expert": 24, "kernel": case.kernel}
+    model = {**tiny_spec().model.model_dump(), "d_model": WIDTH, "moe": moe, **dict(case.model)}
+    return tiny_spec(model=model).model
+
+
+def build_shared_layer(case):
+    """Return the shared expert of a case, the same on every rank."""
+    generator = torch.Generator().manual_seed(6)
+    layer = FeedForward(build_spec(case), 20).double()
+    for p in layer.parameters():
+        p.data.copy_(torch.randn(p.shape, generator=generator, dtype=torch.float64) / 4)
+    return layer.to(case.dtype)
 
 
 def build_problem(case, expert_ids, only_rank=None):
@@ -41,9 +59,7 @@ def build_problem(case, expert_ids, only_rank=None):
     experts and rows are then rounded to the dtype of the case.
     """
     g = torch.Generator().manual_seed(5)
-    moe = {"heads": 1, "experts": case.experts, "top_k": 1, "d_expert": 24, "kernel": case.kernel}
-    model = {**tiny_spec().model.model_dump(), "d_model": WIDTH, "moe": moe, **dict(case.model)}
-    experts = Experts(tiny_spec(model=model).model, expert_ids).double()
+    experts = Experts(build_spec(case), expert_ids).double()
     for p in experts.parameters():
         full_tensor = torch.randn(case.experts, *p.shape[1:], generator=g, dtype=torch.float64) / 4
         p.data.copy_(full_tensor[expert_ids.start : expert_ids.stop])
@@ -64,13 +80,18 @@ def build_problem(case, expert_ids, only_rank=None):
 
 
 def outputs_and_gradients(case, dispatch, experts, x_ND, expert_NK, gate_NK, kept_NK, dy_ND):
-    """Return the list of outputs and gradients of rows, gates and expert weights under a dispatch, and the routing."""
+    """Return the list of outputs and gradients of rows, gates, expert weights and those of the shared expert under a
+    dispatch, and the routing."""
     x_ND, gate_NK = (t.requires_grad_() for t in (x_ND, gate_NK.to(torch.promote_types(case.dtype, torch.float32))))
     count_E = torch.bincount(expert_NK[kept_NK], minlength=case.experts)
     routing = Routing(expert_NK, gate_NK * kept_NK, *[torch.zeros(())] * 2, count_E, torch.zeros(()), None)
     with torch.autocast("cpu", torch.bfloat16, enabled=case.autocast):
-        y_ND = dispatch(x_ND, routing, experts)
-    inputs = (x_ND, gate_NK, *experts.parameters())
+        shared_layer = build_shared_layer(case) if case.has_shared_expert else None
+        shared = None if shared_layer is None else SharedExpert(shared_layer, x_ND)
+        y_ND, y_shared_ND = dispatch(x_ND, routing, experts, shared)
+    y_ND = y_ND if y_shared_ND is None else y_ND + y_shared_ND
+    shared_parameters = [] if shared_layer is None else shared_layer.parameters()
+    inputs = (x_ND, gate_NK, *experts.parameters(), *shared_parameters)
     gradients = torch.autograd.grad(y_ND, inputs, dy_ND.to(y_ND.dtype), materialize_grads=True)
     assert [g.dtype for g in gradients] == [t.dtype for t in inputs]
     return [y_ND.detach(), *gradients], routing
@@ -85,7 +106,9 @@ def assert_equal_to_one_process(case, ranks):
     expected, _ = outputs_and_gradients(exact_case, dispatch_locally, *build_problem(exact_case, range(case.experts)))
     assert all(tensors[0].dtype == (torch.bfloat16 if case.autocast else case.dtype) for tensors in ranks)
     for i, oracle in enumerate(expected):
-        output = torch.cat([tensors[i] for tensors in ranks])
+        parts = [tensors[i] for tensors in ranks]
+        is_shared = case.has_shared_expert and i >= len(expected) - len(list(build_shared_layer(case).parameters()))
+        output = sum(parts) if is_shared else torch.cat(parts)
         assert output.shape == oracle.shape
         rounding = 0.05 if case.autocast else {torch.float64: 1e-12, torch.float32: 1e-6}.get(case.dtype, 0.05)
-        assert (output - oracle).norm() <= rounding * oracle.norm(), ("y", "dx", "dgate", *["weights"] * 9)[i]
+        assert (output - oracle).norm() <= rounding * oracle.norm(), ("y", "dx", "dgate", *["weights"] * 15)[i]

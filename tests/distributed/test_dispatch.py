@@ -11,12 +11,15 @@ import mhmoe_kernels
 from mhmoe_ray.distributed.dispatch import flat
 from mhmoe_ray.distributed.dispatch.exchange import flat_row_bytes
 from mhmoe_ray.distributed.dispatch.flat import FlatDispatch
+from mhmoe_ray.distributed.dispatch.inner_pass import InnerPass
+from mhmoe_ray.model.feedforward import SharedExpert
 from tests.distributed.routed import (
     EXPERTS_PER_RANK,
     WIDTH,
     Case,
     assert_equal_to_one_process,
     build_problem,
+    build_shared_layer,
     outputs_and_gradients,
 )
 from tests.ranks import run_ranks
@@ -37,6 +40,8 @@ CASES = {
     "every row at home": Case(used_experts=(0, 1), is_local=True),
     "some routes dropped": Case(dropped=0.4),
     "all in bfloat16": Case(dtype=torch.bfloat16),
+    "shared expert": Case(has_shared_expert=True),
+    "shared expert of no row": Case(rows=(11, 0, 9), has_shared_expert=True, model=(("backbone", "subln"),)),
     "autocast": Case(dtype=torch.float32, autocast=True),
     "autocast of a gelu": Case(dtype=torch.float32, autocast=True, model=(("backbone", "subln"),)),
 }
@@ -57,7 +62,9 @@ def results_of_rank():
         saved_tensors = []
         hooks = torch.autograd.graph.saved_tensors_hooks(saved_tensors.append, lambda t: t)
         with torch.no_grad(), hooks, torch.autocast("cpu", torch.bfloat16, enabled=case.autocast):
-            output = dispatch(problem[0], routing, experts)
+            shared = SharedExpert(build_shared_layer(case), problem[0]) if case.has_shared_expert else None
+            output, shared_output = dispatch(problem[0], routing, experts, shared)
+            output = output if shared_output is None else output + shared_output
         row_bytes = WIDTH * (2 if case.autocast else case.dtype.itemsize)
         results[name] = {
             "tensors": tensors,
@@ -65,14 +72,14 @@ def results_of_rank():
             "sent": sent_bytes,
             "least": flat_row_bytes(routing.count_E[None], expert_ids, row_bytes),
         }
-    y_ND = dispatch(problem[0], routing, experts)
+    y_ND, _ = dispatch(problem[0], routing, experts)
     results["parts"] = [count_live_passes(), torch.autograd.grad(y_ND.sum(), experts.fc2_EDF), count_live_passes()]
     return results
 
 
 def count_live_passes():
     """Return the number of passes through experts whose objects are still in memory."""
-    return sum(isinstance(o, flat._ExpertPass) for o in gc.get_objects() if type(o).__module__ == flat.__name__)
+    return sum(type(o) is InnerPass for o in gc.get_objects())
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +125,7 @@ def test_each_remote_route_is_sent_as_a_row_four_times():
 
 
 def steps_with_a_slow_peer(path):
-    """Run forward and backward on two ranks, and return the names of this rank's steps in order.
+    """Run forward and backward with a shared expert on two ranks, and return the names of this rank's steps in order.
 
     Rank 1 starts an exchange only after rank 0 has done the step that must not wait for that exchange.
     """
@@ -126,7 +133,7 @@ def steps_with_a_slow_peer(path):
     store = dist.FileStore(str(path), 2)
     start, permute, run = dist.all_to_all_single, flat.permute, mhmoe_kernels.run_sorted_experts
     awaited_steps = iter(
-        ["permuted", "own rows, forward", "their rows, forward", "own rows, backward", "their rows, backward"]
+        ["permuted", "own rows, forward", "shared expert, forward", "own rows, backward", "shared expert, backward"]
     )
 
     def record_step(step):
@@ -136,9 +143,7 @@ def steps_with_a_slow_peer(path):
 
     def start_when_ready(*args, **kwargs):
         step = next(awaited_steps)
-        # No wait is needed where results are exchanged: rank 0 must do its step with the rows of rank 1 before that
-        # exchange.
-        if rank == 1 and "their" not in step:
+        if rank == 1:
             store.wait([step], timedelta(seconds=60))
         return start(*args, **kwargs)
 
@@ -156,15 +161,25 @@ def steps_with_a_slow_peer(path):
 
     dist.all_to_all_single, flat.permute, flat.run_sorted_experts = start_when_ready, permute_and_record, run_and_record
     experts, *problem = build_problem(case, range(rank * 3, rank * 3 + 3), rank)
-    outputs_and_gradients(case, FlatDispatch(dist.group.WORLD), experts, *problem)
+    layer = build_shared_layer(case)
+
+    def compute_and_record(x, *weights, function=layer.function):
+        record_step("shared expert, forward")
+        x.register_hook(lambda _: record_step("shared expert, backward"))
+        return function(x, *weights)
+
+    layer.function = compute_and_record
+    flat_dispatch = FlatDispatch(dist.group.WORLD)
+
+    def dispatch(x_ND, routing, experts, shared):
+        return sum(flat_dispatch(x_ND, routing, experts, SharedExpert(layer, x_ND))), None
+
+    outputs_and_gradients(case, dispatch, experts, *problem)
     return steps
 
 
-def test_a_rank_works_on_its_own_rows_while_the_others_rows_are_not_there(tmp_path):
+def test_a_rank_computes_what_it_has_while_rows_travel(tmp_path):
     """If rank 0 waited for the exchange first, rank 1 would wait for the step of rank 0 until its timeout."""
     for steps in run_ranks(2, steps_with_a_slow_peer, tmp_path / "store"):
-        own_text, received_text = "own rows, {}", "their rows, {}"
-        assert steps == [
-            "permuted",
-            *(text.format(way) for way in ("forward", "backward") for text in (own_text, received_text)),
-        ]
+        texts = ("own rows, {}", "their rows, {}", "shared expert, {}")
+        assert steps == ["permuted", *(text.format(way) for way in ("forward", "backward") for text in texts)]

@@ -6,15 +6,18 @@ import torch
 import torch.distributed as dist
 
 from mhmoe_ray.distributed.build import build_dispatch
+from mhmoe_ray.distributed.dispatch.exchange import PendingExchange
 from mhmoe_ray.distributed.dispatch.flat import FlatDispatch
 from mhmoe_ray.distributed.dispatch.hierarchical import HierarchicalDispatch
 from mhmoe_ray.distributed.mesh import build_mesh
+from mhmoe_ray.model.feedforward import SharedExpert
 from tests.distributed.routed import (
     EXPERTS_PER_RANK,
     WIDTH,
     Case,
     assert_equal_to_one_process,
     build_problem,
+    build_shared_layer,
     outputs_and_gradients,
 )
 from tests.ranks import run_ranks
@@ -30,6 +33,8 @@ CASES = {
     "all experts chosen": Case(ROWS, top_k=8),
     "float32": Case(ROWS, top_k=4, dtype=torch.float32),
     "gelu": Case(ROWS, model=(("backbone", "subln"),)),
+    "shared expert": Case(ROWS, has_shared_expert=True),
+    "shared expert of a gelu": Case(ROWS, has_shared_expert=True, model=(("backbone", "subln"),)),
     "no row at a rank": Case((11, 0, 9, 5)),
     "no row at a node": Case((0, 0, 9, 5)),
     "no row anywhere": Case((0, 0, 0, 0)),
@@ -67,7 +72,9 @@ def results_of_rank():
             saved_tensors = []
             hooks = torch.autograd.graph.saved_tensors_hooks(saved_tensors.append, lambda t: t)
             with torch.no_grad(), hooks, torch.autocast("cpu", torch.bfloat16, enabled=case.autocast):
-                output = hierarchical(problem[0], routing, experts)
+                shared = SharedExpert(build_shared_layer(case), problem[0]) if case.has_shared_expert else None
+                output, shared_output = hierarchical(problem[0], routing, experts, shared)
+                output = output if shared_output is None else output + shared_output
             outputs_and_gradients(case, flat, experts, *problem)
             results[layout, name] = {
                 "tensors": tensors,
@@ -130,3 +137,45 @@ def test_a_row_crosses_once_to_each_node_that_has_experts_for_it(ranks, layout, 
 
 def test_a_group_within_a_node_or_unequally_spread_stays_flat(ranks):
     assert [rank["no grid"] for rank in ranks] == [[FlatDispatch] * 3] * RANKS
+
+
+def steps_of_rank():
+    """Return the names of this rank's steps of exchanges along the rail and of a shared expert, in order."""
+    case, rank, steps = Case(ROWS), dist.get_rank(), []
+    hierarchical = dispatch_of("hierarchical", LAYOUTS["4 nodes of 1"])
+    experts, *problem = build_problem(case, range(rank * EXPERTS_PER_RANK, (rank + 1) * EXPERTS_PER_RANK), rank)
+    layer = build_shared_layer(case)
+
+    def compute_and_record(x, *weights, function=layer.function):
+        steps.append("shared expert")
+        x.register_hook(lambda _: steps.append("shared expert"))
+        return function(x, *weights)
+
+    def start_and_record(*arguments, start=hierarchical._rail.start_rows):
+        steps.append("start")
+        return start(*arguments)
+
+    def wait_and_record(pending, wait=PendingExchange.wait):
+        result = wait(pending)
+        # The exchanges of a node with one rank have no work.
+        if pending.work:
+            steps.append("end")
+        return result
+
+    layer.function, hierarchical._rail.start_rows, PendingExchange.wait = (
+        compute_and_record,
+        start_and_record,
+        wait_and_record,
+    )
+
+    def dispatch(x_ND, routing, experts, shared):
+        return sum(hierarchical(x_ND, routing, experts, SharedExpert(layer, x_ND))), None
+
+    outputs_and_gradients(case, dispatch, experts, *problem)
+    return steps
+
+
+def test_a_shared_expert_is_computed_while_rows_cross_between_nodes():
+    for steps in run_ranks(RANKS, steps_of_rank):
+        counts, exchange, overlapped_exchange = ["end"], ["start", "end"], ["start", "shared expert", "end"]
+        assert steps == [*counts, *overlapped_exchange, *exchange, *exchange, *overlapped_exchange]

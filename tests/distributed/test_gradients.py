@@ -1,5 +1,6 @@
-"""Test of the order in which gradients of experts are reduced."""
+"""Tests of the order of collectives: gradients of experts are reduced, and weights gathered, beside computation."""
 
+import pytest
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -12,7 +13,7 @@ LAYERS = 4
 
 
 class EventLog(TorchDispatchMode):
-    """Mode that appends the shape of each all-reduced tensor to a list of events."""
+    """Mode that appends the shape of each all-reduced tensor, and each gathering of weights, to a list of events."""
 
     def __init__(self, events):
         super().__init__()
@@ -21,6 +22,8 @@ class EventLog(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if "allreduce" in function._schema.name:
             self.events += [tuple(t.shape) for t in args[0]]
+        elif "allgather" in function._schema.name:
+            self.events.append("gather")
         return function(*args, **(kwargs or {}))
 
 
@@ -43,20 +46,34 @@ def record_events(connection):
 
     trainer.strategy.backward = backward_and_log
     for number, block in enumerate(trainer.model.blocks):
+        block.attention.register_forward_pre_hook(lambda *_, number=number: events.append(f"forward {number}"))
         block.attention.register_full_backward_pre_hook(lambda *_, number=number: events.append(f"attention {number}"))
     with EventLog(events):
         trainer.accumulate(rank_batches(spec, 0, trainer))
     connection.send(events)
 
 
-def test_each_layer_is_reduced_during_the_last_backward_from_the_top_down():
-    """The three matrices of a layer are reduced as soon as they are complete, before the backward of its attention."""
+@pytest.fixture(scope="module")
+def events():
+    """Return the events of a step of two micro-batches on one rank."""
     receiver, sender = FORKED.Pipe(duplex=False)
     process = FORKED.Process(target=record_events, args=(sender,))
     process.start()
     sender.close()
-    events = receiver.recv()
+    received_events = receiver.recv()
     process.join()
+    return received_events
+
+
+def test_weights_of_a_block_are_gathered_before_the_block_before_it_computes(events):
+    """There is one gathering for each block, and one for what is outside blocks."""
+    forward = events[: events.index("backward starts")]
+    gathers_before = [forward[: forward.index(f"forward {layer}")].count("gather") for layer in range(LAYERS)]
+    assert gathers_before == [min(layer + 3, LAYERS + 1) for layer in range(LAYERS)]
+
+
+def test_each_layer_is_reduced_during_the_last_backward_from_the_top_down(events):
+    """The three matrices of a layer are reduced as soon as they are complete, before the backward of its attention."""
     first_end = events.index("backward ends")
     expert_shapes = [(3, 40, 32), (3, 40, 32), (3, 32, 40)]
     is_expert = [event in expert_shapes for event in events]

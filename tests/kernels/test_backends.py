@@ -13,13 +13,13 @@ from mhmoe_kernels import (
     GeluSubln,
     Swiglu,
     combine,
-    grouped,
     permute,
     plan_routes,
     run_experts,
     run_sorted_experts,
 )
 from mhmoe_kernels.backends import BACKENDS
+from mhmoe_kernels.grouped import pieces as grouped_pieces
 from tests.kernels.problems import make_problem, outputs_and_gradients, with_gradients
 
 permutation_module = importlib.import_module("mhmoe_kernels.permutation")
@@ -55,8 +55,8 @@ def test_grouped_matches_reference_with_empty_experts(
     *routes, weights = make_problem(seed, n, d=8, f=6, e=e, k=k, dtype=dtype, n_used=n_used, function=function)
     tolerance = {torch.float64: 1e-9, torch.float32: 5e-4}[dtype]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(grouped, "MAX_PIECE_ROWS", piece)
-        patch.setattr(grouped, "WINDOW_STEPS", steps)
+        patch.setattr(grouped_pieces, "MAX_PIECE_ROWS", piece)
+        patch.setattr(grouped_pieces, "WINDOW_STEPS", steps)
         patch.setattr(permutation_module, "CACHE_VALUES", cached)
         results = outputs_and_gradients("grouped", *routes, weights._replace(recompute=recompute))
     for actual, expected in zip(results, outputs_and_gradients("reference", *routes, weights), strict=True):
@@ -72,7 +72,7 @@ def test_pieces_cover_rows_of_each_expert_in_order(counts, recompute, rounded, r
     """The pieces also recompute the given share of all rows, respect the limits of rows and of cache bytes, and have
     windows within all rows."""
     pieces, total = (
-        grouped.split_into_pieces(counts, recompute, round_windows=rounded, row_bytes=row_bytes),
+        grouped_pieces.split_into_pieces(counts, recompute, round_windows=rounded, row_bytes=row_bytes),
         sum(counts),
     )
     expert_of_row = [e for e, count in enumerate(counts) for _ in range(count)]
@@ -80,8 +80,8 @@ def test_pieces_cover_rows_of_each_expert_in_order(counts, recompute, rounded, r
     assert [p.start for p in pieces] == [sum(p.rows for p in pieces[:i]) for i in range(len(pieces))]
     assert [p.expert for p in pieces if p.is_first] == [e for e, count in enumerate(counts) if count]
     assert sum(p.rows for p in pieces if not p.keeps_hidden) == round(recompute * total)
-    assert all(p.rows <= grouped.MAX_PIECE_ROWS for p in pieces if not p.keeps_hidden or row_bytes)
-    assert all(p.rows <= max(128, grouped.CACHE_BYTES / row_bytes) for p in pieces if row_bytes)
+    assert all(p.rows <= grouped_pieces.MAX_PIECE_ROWS for p in pieces if not p.keeps_hidden or row_bytes)
+    assert all(p.rows <= max(128, grouped_pieces.CACHE_BYTES / row_bytes) for p in pieces if row_bytes)
     for p in pieces:
         assert p.rows <= p.window_rows
         assert p.window.stop <= total
@@ -94,13 +94,15 @@ def test_window_sizes_are_few():
     A CPU's libraries compile a kernel for each number of rows, so few sizes mean few compilations.
     """
     shapes = {
-        p.window_rows for n in range(700, 1400) for p in grouped.split_into_pieces([n, 5000], 0, round_windows=True)[:1]
+        p.window_rows
+        for n in range(700, 1400)
+        for p in grouped_pieces.split_into_pieces([n, 5000], 0, round_windows=True)[:1]
     }
     assert len(shapes) <= 33
     assert all(
         p.window_rows <= 1.04 * n
         for n in range(1, 9000)
-        for p in grouped.split_into_pieces([n, n], 0, round_windows=True)[:1]
+        for p in grouped_pieces.split_into_pieces([n, n], 0, round_windows=True)[:1]
     )
 
 
@@ -127,7 +129,7 @@ def test_bfloat16_grouped_is_near_float64(function, recompute):
         "reference", exact_tensors[0], expert, exact_tensors[1], ExpertWeights(function, tuple(exact_tensors[2:]))
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(grouped, "MAX_PIECE_ROWS", 128)
+        patch.setattr(grouped_pieces, "MAX_PIECE_ROWS", 128)
         results = outputs_and_gradients("grouped", x, expert, gate, weights._replace(recompute=recompute))
     for actual, expected in zip(results, expected_results, strict=True):
         assert actual.dtype == torch.bfloat16
@@ -136,11 +138,11 @@ def test_bfloat16_grouped_is_near_float64(function, recompute):
 
 def test_accumulator_rounds_once_over_many_pieces():
     """The sum of 1000 ones in bfloat16 pieces is 1000, while a sum in bfloat16 would stop growing at 256."""
-    accumulator = grouped.GradientAccumulator(torch.empty(1, 1, 1, dtype=torch.bfloat16))
+    accumulator = grouped_pieces.GradientAccumulator(torch.empty(1, 1, 1, dtype=torch.bfloat16))
     one_11 = torch.ones(1, 1, dtype=torch.bfloat16)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(grouped, "MAX_PIECE_ROWS", 1)
-        for piece in grouped.split_into_pieces([1000], 1, round_windows=False):
+        patch.setattr(grouped_pieces, "MAX_PIECE_ROWS", 1)
+        for piece in grouped_pieces.split_into_pieces([1000], 1, round_windows=False):
             accumulator.add(piece, one_11, one_11)
     assert accumulator.total_EOI.item() == 1000
 
@@ -150,9 +152,9 @@ def test_grouped_keeps_no_hidden_rows_without_backward(function, monkeypatch):
     """The kernel creates no piece that keeps its hidden rows under no_grad."""
     pieces = []
     monkeypatch.setattr(
-        grouped.Piece,
+        grouped_pieces.Piece,
         "__new__",
-        lambda cls, *a, create=grouped.Piece.__new__: pieces.append(create(cls, *a)) or pieces[-1],
+        lambda cls, *a, create=grouped_pieces.Piece.__new__: pieces.append(create(cls, *a)) or pieces[-1],
     )
     *routes, weights = make_problem(3, n=40, d=8, f=6, e=2, k=1, function=function)
     with torch.no_grad():

@@ -24,7 +24,7 @@ def run_both(x, counts, weights):
     """Return the outputs and gradients of the experts with a grouped GEMM, and those of kernel `grouped`."""
     return [
         with_gradients(y, [x, *weights.stacked])
-        for y in (run_grouped_gemm(x, weights, make_matmul(counts)), run_sorted(x, counts, weights))
+        for y in (run_grouped_gemm(x, weights, make_matmul(counts)), run_sorted(x, torch.tensor(counts), weights))
     ]
 
 

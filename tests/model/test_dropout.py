@@ -60,7 +60,7 @@ def test_each_expert_of_a_sub_token_has_its_own_dropout_mask():
         layer.experts.compute(x_ND[:1], routing.expert_NK[:1, k : k + 1], routing.gate_NK[:1, k : k + 1])
         for k in (0, 1)
     )
-    output = layer._run_experts(x_ND, routing, generator())
+    output, _ = layer._run_experts(x_ND, routing, generator(), None)
     sums = torch.stack([0 * first_output, 2 * first_output, 2 * second_output, 2 * (first_output + second_output)])
     is_sum = (output[None] - sums).abs() < 1e-12
     assert is_sum.any(0).all()

@@ -61,7 +61,7 @@ def test_sub_tokens_are_slices_of_their_token_token_by_token(data):
     layer, moe, x = data.draw(layers())
     mixed, width = layer.head(x).flatten(0, 1), moe.d_sub_token or WIDTH // moe.heads
     calls = []
-    layer.dispatch = lambda x_ND, routing, experts: calls.append(x_ND) or x_ND
+    layer.dispatch = lambda x_ND, routing, experts, shared: (calls.append(x_ND) or x_ND, None)
     layer(x)
     for i, token in enumerate(mixed):
         for j in range(moe.heads):

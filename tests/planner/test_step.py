@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from mhmoe_kernels import grouped
+from mhmoe_kernels.grouped import pieces
 from mhmoe_ray.model.decoder import Decoder
 from mhmoe_ray.model.init import init_weights
 from mhmoe_ray.planner.expert_step import expert_step
@@ -26,7 +26,7 @@ MODELS = [
 @pytest.fixture(autouse=True)
 def exact_row_counts(monkeypatch):
     """Let kernel `grouped` compute exact numbers of rows; on a CPU it rounds them up, which the plan does not count."""
-    monkeypatch.setattr(grouped, "WINDOW_STEPS", 1 << 20)
+    monkeypatch.setattr(pieces, "WINDOW_STEPS", 1 << 20)
 
 
 def spec_of(model):

@@ -180,6 +180,13 @@ def test_a_value_that_another_section_overrides_is_refused():
         load_resolved_spec(QUICKSTART, [*sliced, "model.moe=null"])
 
 
+@pytest.mark.parametrize("override", ["model.dropout=0.1", "model.attention_dropout=0.1", "model.moe.jitter=0.1"])
+def test_compiled_models_with_random_numbers_are_refused(override):
+    assert load_resolved_spec(QUICKSTART, ["train.compile=true"]).train.compile
+    with pytest.raises(SpecError, match=r"train\.compile cannot compile random numbers .* or train\.compile to false"):
+        load_resolved_spec(QUICKSTART, ["train.compile=true", override])
+
+
 def test_a_kernel_for_cpus_is_refused_on_gpus():
     half = ["model.moe.kernel=cpp", "train.precision=bfloat16"]
     assert load_resolved_spec(QUICKSTART, half).model.recomputed_share == 1

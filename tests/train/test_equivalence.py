@@ -267,9 +267,24 @@ def train_compiled(spec, steps):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("workers", "ep", "strategy"), [(1, 1, "ddp"), (2, 2, "ddp"), (2, 2, "fsdp")])
-def test_compiled_dense_parts_train_like_one_process(reference, workers, ep, strategy):
-    spec = parallel_spec(workers, ep, strategy, train={"compile": True})
+@pytest.mark.parametrize(
+    ("workers", "ep", "strategy", "shard_experts", "recompute"),
+    [
+        (1, 1, "ddp", False, "none"),
+        (2, 1, "ddp", False, "block"),
+        (2, 2, "ddp", False, "exchange"),
+        (2, 2, "fsdp", False, "none"),
+        (2, 1, "fsdp", True, "experts"),
+        (4, 2, "fsdp", True, "exchange"),
+        (2, 1, "zero1", False, "none"),
+        (2, 2, "zero2", False, "none"),
+        (2, 1, "zero3", False, "none"),
+    ],
+)
+def test_compiled_blocks_train_like_one_process(reference, workers, ep, strategy, shard_experts, recompute):
+    if strategy.startswith("zero"):
+        pytest.importorskip("deepspeed")
+    spec = parallel_spec(workers, ep, strategy, shard_experts, train={"compile": True, "recompute": recompute})
     for result, graphs in run_ranks(workers, train_compiled, spec, STEPS):
         assert graphs > 0
         assert_alike(result, reference)

@@ -9,46 +9,65 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mhmoe_kernels.cpp.build import library
+from mhmoe_kernels.operators import compiled_operator
 
 
-def swiglu_sorted(x_RD: Tensor, counts: list[int], gate_EFD: Tensor, up_EFD: Tensor, down_EDF: Tensor) -> Tensor:
+def swiglu_sorted(x_RD: Tensor, count_E: Tensor, gate_EFD: Tensor, up_EFD: Tensor, down_EDF: Tensor) -> Tensor:
     """Return down(silu(gate(x)) * up(x)) with the expert of each row; all tensors are bfloat16, D and F are even.
 
     Args:
-        x_RD: rows; the first counts[0] belong to expert 0, and so on.
-        counts: number of rows per expert; their sum is R.
+        x_RD: rows; the first count_E[0] belong to expert 0, and so on.
+        count_E: number of rows per expert, int64; their sum is R.
         gate_EFD, up_EFD, down_EDF: weights of the E experts.
     """
-    return _swiglu(x_RD, counts, gate_EFD, up_EFD, down_EDF)
+    return _swiglu(x_RD, count_E, gate_EFD, up_EFD, down_EDF)
 
 
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_RD: Tensor, counts: list[int], *stacked: Tensor) -> Tensor:
-        count_E = torch.tensor(counts, dtype=torch.int64)
+    def forward(ctx: Any, x_RD: Tensor, count_E: Tensor, *stacked: Tensor) -> Tensor:
         x_RD, *weights = (t.contiguous() for t in (x_RD, *stacked))
-        y_RD = torch.empty_like(x_RD)
-        sizes = _sizes(weights[0])
-        scratch = _scratch_memory(library().forward_bytes, *sizes[1:])
-        library().forward(*_pointers(x_RD, *weights, y_RD, scratch, count_E), *sizes)
         # The backward computes the hidden layer again, so only inputs are kept.
         ctx.save_for_backward(x_RD, *weights)
         ctx.count_E = count_E
+        y_RD: Tensor = _forward(x_RD, count_E, *weights)
         return y_RD
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy_RD: Tensor) -> tuple[Tensor | None, ...]:
-        x_RD, *weights = ctx.saved_tensors
-        dx_RD, *gradients = (torch.empty_like(t) for t in (x_RD, *weights))
-        sizes = _sizes(weights[0])
-        scratch = _scratch_memory(library().backward_bytes, *_pointers(ctx.count_E), *sizes)
-        tensors = (x_RD, *weights, dy_RD.contiguous(), dx_RD, *gradients, scratch, ctx.count_E)
-        library().backward(*_pointers(*tensors), *sizes)
+        dx_RD, *gradients = _backward(dy_RD.contiguous(), ctx.count_E, *ctx.saved_tensors)
         return dx_RD, None, *gradients
 
 
-_swiglu: Callable[[Tensor, list[int], Tensor, Tensor, Tensor], Tensor] = _SwiGLU.apply
+_swiglu: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor] = _SwiGLU.apply
+
+
+@compiled_operator(
+    "cpp_swiglu_forward(Tensor x_RD, Tensor count_E, Tensor gate_EFD, Tensor up_EFD, Tensor down_EDF) -> Tensor",
+    fake=lambda x_RD, *_: torch.empty_like(x_RD),
+)
+def _forward(x_RD: Tensor, count_E: Tensor, *weights: Tensor) -> Tensor:
+    """Return the outputs; all tensors are contiguous."""
+    y_RD = torch.empty_like(x_RD)
+    sizes = _sizes(weights[0])
+    scratch = _scratch_memory(library().forward_bytes, *sizes[1:])
+    library().forward(*_pointers(x_RD, *weights, y_RD, scratch, count_E), *sizes)
+    return y_RD
+
+
+@compiled_operator(
+    "cpp_swiglu_backward(Tensor dy_RD, Tensor count_E, Tensor x_RD, Tensor gate_EFD, Tensor up_EFD, Tensor down_EDF)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    fake=lambda dy_RD, count_E, *tensors: tuple(map(torch.empty_like, tensors)),
+)
+def _backward(dy_RD: Tensor, count_E: Tensor, x_RD: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+    """Return the gradients of the rows and of the weights; all tensors are contiguous."""
+    dx_RD, *gradients = (torch.empty_like(t) for t in (x_RD, *weights))
+    sizes = _sizes(weights[0])
+    scratch = _scratch_memory(library().backward_bytes, *_pointers(count_E), *sizes)
+    library().backward(*_pointers(x_RD, *weights, dy_RD, dx_RD, *gradients, scratch, count_E), *sizes)
+    return dx_RD, *gradients
 
 
 def _sizes(gate_EFD: Tensor) -> tuple[Any, ...]:

@@ -117,7 +117,7 @@ def run_grouped(
         return run(TorchProducts if use_torch else TritonProducts, x_ND, expert_NK, gate_NK, weights)
 
 
-def run_sorted_grouped(x_RD: Tensor, counts: list[int], weights: ExpertWeights, use_torch: bool = False) -> Tensor:
+def run_sorted_grouped(x_RD: Tensor, count_E: Tensor, weights: ExpertWeights, use_torch: bool = False) -> Tensor:
     """Run rows that are sorted by expert through experts by grouped products, as `mhmoe_kernels.run_sorted_experts`
     does. `use_torch` and errors are those of `run_grouped`."""
     _check(x_RD, weights)
@@ -125,7 +125,7 @@ def run_sorted_grouped(x_RD: Tensor, counts: list[int], weights: ExpertWeights, 
     from mhmoe_kernels.triton.grouped.products import TorchProducts, TritonProducts
 
     with _device_of(x_RD):
-        return run_sorted(TorchProducts if use_torch else TritonProducts, x_RD, counts, weights)
+        return run_sorted(TorchProducts if use_torch else TritonProducts, x_RD, count_E, weights)
 
 
 MAX_FUSED_EXPERTS = 1024
@@ -153,7 +153,7 @@ def can_fuse_routing(logits_NE: Tensor) -> bool:
     """Return whether `fused_routing` takes these logits, here."""
     rows, experts = logits_NE.shape
     is_suitable = rows > 0 and experts <= MAX_FUSED_EXPERTS and logits_NE.dtype == torch.float32
-    return is_suitable and (is_fake(logits_NE) or unavailable_reason(logits_NE.device) is None)
+    return is_suitable and (_is_fake(logits_NE) or unavailable_reason(logits_NE.device) is None)
 
 
 def fused_routing(
@@ -178,7 +178,15 @@ def fused_routing(
 
 def _device_of(tensor: Tensor) -> AbstractContextManager[Any]:
     """Return a context in which kernels are launched on the tensor's device; fake tensors launch none."""
-    return nullcontext() if is_fake(tensor) else torch.cuda.device_of(tensor)  # type: ignore[no-untyped-call]
+    # Compiled code chooses the device itself.
+    if torch.compiler.is_compiling() or is_fake(tensor):
+        return nullcontext()
+    return torch.cuda.device_of(tensor)  # type: ignore[no-untyped-call]
+
+
+def _is_fake(tensor: Tensor) -> bool:
+    # torch.compile cannot trace `is_fake`. The tensors that it traces stand for those of a real device.
+    return not torch.compiler.is_compiling() and is_fake(tensor)
 
 
 def _check(x_ND: Tensor, weights: ExpertWeights) -> None:
@@ -186,5 +194,5 @@ def _check(x_ND: Tensor, weights: ExpertWeights) -> None:
     if {x_ND.dtype, *(w.dtype for w in weights.stacked)} not in ({torch.float32}, {torch.bfloat16}):
         raise TypeError(f"rows and weights must all be float32 or all bfloat16, not {x_ND.dtype} and others")
     # A fake tensor has no device that could lack anything.
-    if not is_fake(x_ND) and (reason := unavailable_reason(x_ND.device)):
+    if not _is_fake(x_ND) and (reason := unavailable_reason(x_ND.device)):
         raise RuntimeError(reason)

@@ -1,8 +1,7 @@
-"""Kernels as operators of torch, `torch.ops.mhmoe.*`, and those operators that all experts need: routes and rows.
+"""Triton kernels as operators of torch, and those operators that all experts need: routes and rows.
 
-An operator allocates its results and launches its kernels. It also has a fake implementation, which gives the shapes of
-its results without computing them; so fake tensors and tracing run through it without a GPU. Each operator states the
-largest number of kernels that it launches, which depends on nothing that only the device knows.
+An operator allocates its results and launches its kernels. Fake tensors and tracing run through it without a GPU. Each
+operator states the largest number of kernels that it launches, which depends on nothing that only the device knows.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,10 +12,10 @@ import torch
 import triton
 from torch import Tensor
 
+from mhmoe_kernels.operators import operator as define_operator
 from mhmoe_kernels.triton import rows, sort
 
 Tensors = tuple[Tensor, ...]
-LIBRARY = torch.library.Library("mhmoe", "DEF")  # type: ignore[no-untyped-call]  # torch has no types for it
 LAUNCHES: dict[str, int] = {}
 """Largest number of kernels that each operator launches, by its name."""
 _INTERPRETER_PROGRAMS = 4
@@ -30,7 +29,7 @@ def launch(kernel: Any, grid: tuple[int, ...]) -> Callable[..., Any]:
 
 
 def operator(schema: str, launches: int, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
-    """Return a decorator that makes a function an operator, and returns this operator.
+    """Return the decorator of `mhmoe_kernels.operators.operator` for a function that launches kernels.
 
     Args:
         schema: name, arguments and results as torch writes them.
@@ -38,16 +37,8 @@ def operator(schema: str, launches: int, fake: Callable[..., Any]) -> Callable[[
         fake: function that returns empty results for the same arguments.
     """
 
-    def define(function: Callable[..., Any]) -> Any:
-        name = schema.partition("(")[0]
-        LIBRARY.define(schema)  # type: ignore[no-untyped-call]
-        for device in ("CPU", "CUDA"):
-            LIBRARY.impl(name, function, device)  # type: ignore[no-untyped-call]
-        torch.library.register_fake(f"mhmoe::{name}", fake, lib=LIBRARY)
-        LAUNCHES[name] = launches
-        return getattr(torch.ops.mhmoe, name).default
-
-    return define
+    LAUNCHES[schema.partition("(")[0]] = launches
+    return define_operator(schema, fake)
 
 
 class SortedRoutes(NamedTuple):

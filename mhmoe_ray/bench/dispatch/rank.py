@@ -34,7 +34,7 @@ class Case:
 
     def run(self, dispatch: Dispatch) -> None:
         """Run a forward and backward pass, with gradients of rows, gates and weights, and drop the gradients."""
-        y_ND = dispatch(self.x_ND, self.routing, self.experts)
+        y_ND, _ = dispatch(self.x_ND, self.routing, self.experts, None)
         torch.autograd.backward(y_ND, torch.ones_like(y_ND))
         for leaf in (self.x_ND, self.gate_NK, *self.experts.parameters()):
             leaf.grad = None

@@ -2,6 +2,7 @@
 
     flat.py           each route's row goes directly to its expert's rank
     hierarchical.py   each row goes once to each node that has experts for it, then to ranks of that node; sums return
+    inner_pass.py     computation inside an autograd function, whose place in forward and backward a dispatch chooses
     exchange.py       the uneven all-to-all of both, with counts of its bytes and a timer of a rank's waits
 
 Both dispatches are uneven and dropless. Their outputs and gradients are the same except for rounding. Every rank takes

@@ -1,26 +1,27 @@
 """Flat dispatch: each route's row goes directly to the rank that holds its expert.
 
 A rank's own rows enter no exchange. Forward and backward, its experts compute on them while the rows of other ranks are
-being sent.
+being sent. A shared expert is computed while the results of these rows travel back.
 
-    forward     counts out | permute, read counts | rows out      | experts: own rows | received rows | outputs back
-    backward                                        gradients out | the same          | the same      | gradients back
+    forward     counts out | permute, read counts | rows out      | own rows | received rows | outputs back   | shared
+    backward                                        gradients out | the same | the same      | gradients back | shared
 
 In this module R rows are sorted by expert, with this rank's own experts first and dropped routes last.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.autograd.graph import get_gradient_edge
 
-from mhmoe_kernels import ExpertWeights, combine, permute, plan_routes, run_sorted_experts
+from mhmoe_kernels import ExpertWeights, Function, combine, permute, plan_routes, run_sorted_experts
 from mhmoe_ray.distributed.dispatch.exchange import Exchange, PendingExchange
-from mhmoe_ray.model.feedforward import Experts
+from mhmoe_ray.distributed.dispatch.inner_pass import InnerPass, SharedPass, restore_saved, take_all_saved
+from mhmoe_ray.model.feedforward import Experts, SharedExpert
 from mhmoe_ray.model.router import Routing
 
 
@@ -41,11 +42,12 @@ class FlatDispatch:
         self.ranks, self.pop_sent_bytes = self._exchange.ranks, self._exchange.pop_sent_bytes
         self.pop_wait_seconds = self._exchange.pop_wait_seconds
 
-    def __call__(self, x_ND: Tensor, routing: Routing, experts: Experts) -> Tensor:
+    def __call__(
+        self, x_ND: Tensor, routing: Routing, experts: Experts, shared: SharedExpert | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         x_ND, weights = experts.cast_rows(x_ND)
-        return self.dispatch_rows(
-            x_ND, routing.expert_NK, routing.gate_NK, experts.select_kernel(x_ND, weights), weights
-        )
+        kernel = experts.select_kernel(x_ND, weights)
+        return self.dispatch_rows(x_ND, routing.expert_NK, routing.gate_NK, kernel, weights, shared)
 
     def dispatch_rows(
         self,
@@ -54,9 +56,11 @@ class FlatDispatch:
         gate_NK: Tensor,
         kernel: str,
         weights: ExpertWeights,
+        shared: SharedExpert | None = None,
         routes: int | None = None,
-    ) -> Tensor:
-        """Send rows to the ranks of their experts, and return each row's sum of expert outputs weighted by gates.
+    ) -> tuple[Tensor, Tensor | None]:
+        """Send rows to the ranks of their experts, and return each row's sum of expert outputs weighted by gates, and
+        the output of the shared expert, if there is one.
 
         Args:
             x_ND: rows, in the dtype of the weights.
@@ -64,6 +68,7 @@ class FlatDispatch:
             gate_NK: gates of the routes; 0 for a route that was dropped.
             kernel: name of the kernel that runs the experts.
             weights: weights of the experts that this rank holds.
+            shared: shared expert, to be computed while rows travel.
             routes: number of routes that were not dropped. If it is given, dropped routes take no memory.
         """
         local_experts = len(weights.stacked[0])
@@ -80,8 +85,8 @@ class FlatDispatch:
         round_trip = _RoundTrip(
             self._exchange.start_rows, own_X, other_counts[: self.ranks - 1], other_counts[self.ranks - 1 :]
         )
-        out_RD = _run_experts(x_RD, round_trip, kernel, weights)
-        return combine(out_RD, gate_NK, plan)
+        out_RD, y_BTM = _run_experts(x_RD, round_trip, kernel, weights, shared)
+        return combine(out_RD, gate_NK, plan), y_BTM
 
     def _sort_labels(self, expert_NK: Tensor, gate_NK: Tensor, n_local: int) -> Tensor:
         """Return a label for each route. Sorted by labels, routes to this rank's experts are first, those to other
@@ -103,7 +108,11 @@ class _RoundTrip(NamedTuple):
     """Number of rows from each other rank for each expert of this rank."""
 
     def __call__(
-        self, x_RD: Tensor, compute_own: Callable[[Tensor], Tensor], compute_received: Callable[[Tensor], Tensor]
+        self,
+        x_RD: Tensor,
+        compute_own: Callable[[Tensor], Tensor],
+        compute_received: Callable[[Tensor], Tensor],
+        compute_meanwhile: Callable[[], None],
     ) -> Tensor:
         """Send rows to the ranks of their experts, compute, and return the R results in the order of x_RD, with 0 for
         dropped routes.
@@ -112,6 +121,7 @@ class _RoundTrip(NamedTuple):
             x_RD: rows, or gradients of outputs.
             compute_own: function that applies this rank's experts to its own rows, sorted by expert.
             compute_received: function that applies this rank's experts to the received rows, sorted by expert.
+            compute_meanwhile: function that is called while results travel back.
         """
         out_J, in_J = [sum(count_X) for count_X in self.out_JX], [sum(count_X) for count_X in self.in_JX]
         own_rows = sum(self.own_X)
@@ -125,6 +135,7 @@ class _RoundTrip(NamedTuple):
         )
         y_RD[:own_rows] = y_own
         y_RD[end:] = 0
+        compute_meanwhile()
         returning.wait()
         return y_RD
 
@@ -145,129 +156,80 @@ def _transpose_blocks(rows: Tensor, counts_AB: Sequence[Sequence[int]]) -> Tenso
     return torch.cat([block for b in range(B) for block in blocks[b::B]])
 
 
-def _run_experts(x_RD: Tensor, round_trip: _RoundTrip, kernel: str, weights: ExpertWeights) -> Tensor:
-    """Return the output of the expert of each sorted row, with gradients; 0 for dropped routes."""
-    # `_ExpertsFunction` gets this flag as an argument, because gradients are always disabled inside an autograd
-    # function.
-    differentiable = torch.is_grad_enabled()
-    return _apply_experts(x_RD, round_trip, kernel, weights, differentiable, *weights.stacked)
+def _run_experts(
+    x_RD: Tensor, round_trip: _RoundTrip, kernel: str, weights: ExpertWeights, shared: SharedExpert | None
+) -> tuple[Tensor, Tensor | None]:
+    """Return the output of the expert of each sorted row, 0 for dropped routes, and that of the shared expert, if there
+    is one; with gradients."""
+    stacked, weights = weights.stacked, weights._replace(stacked=())
+    shared_function = None if shared is None else shared.layer.function
+    shared_tensors = () if shared is None else shared.layer.cast(shared.x_BTM)
+    # The function gets the flag as an argument, because gradients are always disabled inside an autograd function.
+    settings = _Settings(kernel, weights, len(stacked), shared_function, torch.is_grad_enabled())
+    y_RD, *shared_outputs = _apply_experts(round_trip, settings, x_RD, *stacked, *shared_tensors)
+    return y_RD, next(iter(shared_outputs), None)
+
+
+class _Settings(NamedTuple):
+    """Arguments of `_ExpertsFunction` that are no tensors."""
+
+    kernel: str
+    weights: ExpertWeights
+    """Experts without their weights."""
+    weight_count: int
+    """Number of the experts' stacked weights."""
+    shared_function: Function | None
+    """Function of the shared expert, if there is one."""
+    differentiable: bool
+    """Whether there will be a backward."""
+
+    def expert_pass(self, counts: list[int], stacked: Sequence[Tensor]) -> InnerPass:
+        """Return a pass of rows through this rank's experts.
+
+        Args:
+            counts: number of rows of each expert.
+            stacked: weights of the experts.
+        """
+        kernel, weights = self.kernel, self.weights
+
+        def run(x: Tensor, *stacked: Tensor) -> Tensor:
+            return run_sorted_experts(kernel, x, counts, weights._replace(stacked=stacked))
+
+        return InnerPass(run, stacked, self.differentiable)
 
 
 # A single autograd function runs all steps from rows to outputs. With a function for each step, autograd would run
 # their backwards in reverse order, and so wait for received rows before it works on the rank's own rows.
 class _ExpertsFunction(torch.autograd.Function):
-    """Autograd function of `_run_experts`."""
+    """Autograd function of `_run_experts`. The shared expert is computed while outputs, or gradients, travel back."""
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x_RD: Tensor,
-        round_trip: _RoundTrip,
-        kernel: str,
-        weights: ExpertWeights,
-        differentiable: bool,
-        *stacked: Tensor,
-    ) -> Tensor:
+        ctx: Any, round_trip: _RoundTrip, settings: _Settings, x_RD: Tensor, *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        stacked, shared_tensors = tensors[: settings.weight_count], tensors[settings.weight_count :]
         own_X, received_X = round_trip.own_X, [sum(count_J) for count_J in zip(*round_trip.in_JX, strict=True)]
         # Without other ranks `received_X` is an empty list, but each expert needs a count.
         received_X = received_X or [0] * len(own_X)
-        plain_weights = weights._replace(stacked=stacked)
-        ctx.round_trip = round_trip
-        ctx.own_pass, ctx.received_pass = (
-            _ExpertPass(kernel, count_X, plain_weights, differentiable) for count_X in (own_X, received_X)
-        )
+        own_pass, received_pass = (settings.expert_pass(counts, stacked) for counts in (own_X, received_X))
+        shared = SharedPass(settings.shared_function, shared_tensors, settings.differentiable)
         # The own rows are cloned, because a view would keep all R rows in memory until the backward.
-        y_RD = round_trip(x_RD, lambda x: ctx.own_pass.forward(x.clone()), ctx.received_pass.forward)
-        ctx.save_for_backward(*ctx.own_pass.take_saved(), *ctx.received_pass.take_saved())
-        return y_RD
+        y_RD = round_trip(x_RD, lambda x: own_pass.forward(x.clone()), received_pass.forward, shared.forward)
+        ctx.round_trip, ctx.passes = round_trip, (own_pass, received_pass, shared)
+        ctx.save_for_backward(*take_all_saved([own_pass, received_pass, *shared.passes]))
+        return y_RD, *shared.outputs
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy_RD: Tensor) -> tuple[Tensor | None, ...]:
-        own_pass, received_pass = ctx.own_pass, ctx.received_pass
+    def backward(ctx: Any, dy_RD: Tensor, *dy_shared: Tensor) -> tuple[Tensor | None, ...]:
+        own_pass, received_pass, shared = ctx.passes
         # ctx lives as long as the loss. The saved rows are needed only in this call, so ctx must not keep them.
-        del ctx.own_pass, ctx.received_pass
-        saved_tensors = list(ctx.saved_tensors)
-        received_pass.saved_tensors = saved_tensors[own_pass.saved_count :]
-        own_pass.saved_tensors = saved_tensors[: own_pass.saved_count]
-        del saved_tensors
-        dx_RD = ctx.round_trip(dy_RD.contiguous(), own_pass.backward, received_pass.backward)
-        dstacked = (a.add_(b) for a, b in zip(own_pass.dstacked, received_pass.dstacked, strict=True))
-        return dx_RD, None, None, None, None, *dstacked
+        del ctx.passes
+        restore_saved([own_pass, received_pass, *shared.passes], list(ctx.saved_tensors))
+        compute_shared = partial(shared.backward, dy_shared)
+        dx_RD = ctx.round_trip(dy_RD.contiguous(), own_pass.backward, received_pass.backward, compute_shared)
+        dstacked = (a.add_(b) for a, b in zip(own_pass.dweights, received_pass.dweights, strict=True))
+        return None, None, dx_RD, *dstacked, *shared.gradients
 
 
-_apply_experts: Callable[..., Tensor] = _ExpertsFunction.apply
-
-
-class _ExpertPass:
-    """Forward and backward of this rank's experts on one set of rows, with an autograd graph of its own.
-
-    The graph has no tensors: the outer function saves them, so that a recomputed block frees them after its forward and
-    computes them again.
-    """
-
-    def __init__(self, kernel: str, count_X: list[int], weights: ExpertWeights, differentiable: bool) -> None:
-        """Prepare a pass.
-
-        Args:
-            kernel: name of the kernel.
-            count_X: number of rows of each expert.
-            weights: weights of this rank's experts.
-            differentiable: whether there will be a backward.
-        """
-        self._kernel, self._count_X, self._weights = kernel, count_X, weights
-        self._differentiable = differentiable
-        self.saved_tensors: list[Tensor] = []
-        """Tensors that the graph needs in its backward."""
-        self.saved_count = 0
-        self.dstacked: tuple[Tensor, ...] = ()
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the outputs of the experts for rows that are sorted by expert."""
-        if not self._differentiable:
-            return run_sorted_experts(self._kernel, x, self._count_X, self._weights)
-        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(self._save, self._load):
-            anchor = torch.empty(0, device=x.device, requires_grad=True)
-            x, *stacked = _start_graph(anchor, x, *self._weights.stacked)
-            self._input_edges = [get_gradient_edge(t) for t in (x, *stacked)]
-            y = run_sorted_experts(self._kernel, x, self._count_X, self._weights._replace(stacked=tuple(stacked)))
-        # The backward needs only the gradient edge. A reference to y would keep values in memory that nothing reads.
-        self._edge = get_gradient_edge(y)
-        return y.detach()
-
-    def take_saved(self) -> list[Tensor]:
-        """Return the tensors that the backward needs, and keep them no longer."""
-        saved_tensors, self.saved_tensors = self.saved_tensors, []
-        self.saved_count = len(saved_tensors)
-        # The weights are among the saved tensors if the backward needs them.
-        del self._weights
-        return saved_tensors
-
-    def backward(self, dy: Tensor) -> Tensor:
-        """Return the gradient of the rows. `saved_tensors` must be those of `take_saved`."""
-        dx, *dstacked = torch.autograd.grad(self._edge, self._input_edges, dy)
-        self.dstacked = tuple(dstacked)
-        self.saved_tensors = []
-        return dx
-
-    def _save(self, tensor: Tensor) -> int:
-        self.saved_tensors.append(tensor)
-        return len(self.saved_tensors) - 1
-
-    def _load(self, index: int) -> Tensor:
-        return self.saved_tensors[index]
-
-
-class _StartGraph(torch.autograd.Function):
-    """Start of a graph whose inputs are not leaves. A leaf would stay in memory as long as the graph."""
-
-    @staticmethod
-    def forward(ctx: Any, anchor: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
-        return tuple(t.view_as(t) for t in tensors)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, ...]:
-        return (None,) * (1 + len(gradients))
-
-
-_start_graph: Callable[..., tuple[Tensor, ...]] = _StartGraph.apply
+_apply_experts: Callable[..., tuple[Tensor, ...]] = _ExpertsFunction.apply

@@ -9,6 +9,8 @@ each received row, and the sender adds it to its own sum.
     forward     counts | rows, gates along the rail | own and received rows, flat | sums back, added
     backward             gradients of sums out      | the same                    | gradients of rows and gates back
 
+A shared expert is computed while rows, and in the backward their gradients, travel along the rail.
+
 A row with two experts on another node therefore crosses once each way instead of twice, but it may be sent on to a
 neighbour there. A sum in bfloat16 is rounded once more than in flat dispatch. The host waits for the device twice
 instead of once. Nothing is saved if routes are rows of their own, as under dropout (`model/moe.py`).
@@ -17,7 +19,8 @@ The two stages are those of the hierarchical all-to-all of DeepSpeed-MoE (arXiv 
 2412.19437, section 3.2.2) a row also crosses once per node, but the number of nodes is limited.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -25,10 +28,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mhmoe_kernels import combine, permute, plan_routes
+from mhmoe_kernels import Function, combine, permute, plan_routes
 from mhmoe_ray.distributed.dispatch.exchange import Exchange, SentBytes
 from mhmoe_ray.distributed.dispatch.flat import FlatDispatch
-from mhmoe_ray.model.feedforward import Experts
+from mhmoe_ray.distributed.dispatch.inner_pass import SharedPass, restore_saved, take_all_saved
+from mhmoe_ray.model.feedforward import Experts, SharedExpert
 from mhmoe_ray.model.router import Routing
 
 
@@ -42,29 +46,48 @@ class RowCounts(NamedTuple):
 
 
 def exchange_rows(
-    exchange: Exchange, source_counts: RowCounts, target_counts: RowCounts, *tensors: Tensor
-) -> tuple[Tensor, ...]:
-    """Exchange rows of several tensors with other ranks and return the received rows, one tensor for each. In the
-    backward, gradients are exchanged in the opposite direction.
+    exchange: Exchange,
+    source_counts: RowCounts,
+    target_counts: RowCounts,
+    tensors: Sequence[Tensor],
+    shared: SharedExpert | None = None,
+) -> tuple[list[Tensor], Tensor | None]:
+    """Exchange rows of several tensors with other ranks. Return the received rows, one tensor for each, and the output
+    of the shared expert, if there is one. In the backward, gradients are exchanged in the opposite direction.
 
     Args:
         exchange: exchange with the other ranks.
         source_counts: numbers of rows of every tensor before the exchange.
         target_counts: numbers of rows of every tensor after the exchange.
         tensors: two-dimensional tensors of any dtype and width, with the same number of rows.
+        shared: shared expert, to be computed while rows travel.
     """
-    return _apply_exchange(exchange, source_counts, target_counts, *tensors)
+    shared_function = None if shared is None else shared.layer.function
+    shared_tensors = () if shared is None else shared.layer.cast(shared.x_BTM)
+    # The function gets the flag as an argument, because gradients are always disabled inside an autograd function.
+    outputs = _apply_exchange(
+        exchange, source_counts, target_counts, shared_function, torch.is_grad_enabled(), len(tensors), *tensors,
+        *shared_tensors,
+    )  # fmt: skip
+    return list(outputs[: len(tensors)]), next(iter(outputs[len(tensors) :]), None)
 
 
 def _exchange_tensors(
-    exchange: Exchange, source_counts: RowCounts, target_counts: RowCounts, tensors: list[Tensor]
+    exchange: Exchange,
+    source_counts: RowCounts,
+    target_counts: RowCounts,
+    tensors: list[Tensor],
+    compute_meanwhile: Callable[[], None],
 ) -> list[Tensor]:
-    """Exchange rows of several tensors as `exchange_rows` does, but without autograd."""
+    """Exchange rows of several tensors as `exchange_rows` does, but without autograd. `compute_meanwhile` is called
+    while rows travel."""
     sent_rows, received_rows = sum(source_counts.count_J), sum(target_counts.count_J)
     # The rows of all tensors are joined byte by byte into one tensor, so that there is one exchange instead of several.
     rows = torch.cat([t[:sent_rows].contiguous().view(torch.uint8) for t in tensors], 1)
     received = rows.new_empty(received_rows, rows.shape[1])
-    exchange.start_rows(rows, received, source_counts.count_J, target_counts.count_J).wait()
+    pending = exchange.start_rows(rows, received, source_counts.count_J, target_counts.count_J)
+    compute_meanwhile()
+    pending.wait()
     outputs = [t.new_empty(target_counts.rows, t.shape[1]) for t in tensors]
     for t, part in zip(outputs, torch.split(received, [t.shape[1] * t.itemsize for t in tensors], 1), strict=True):
         t[:received_rows].view(torch.uint8).copy_(part)
@@ -77,22 +100,39 @@ class _ExchangeRows(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, exchange: Exchange, source_counts: RowCounts, target_counts: RowCounts, *tensors: Tensor
+        ctx: Any,
+        exchange: Exchange,
+        source_counts: RowCounts,
+        target_counts: RowCounts,
+        shared_function: Function | None,
+        differentiable: bool,
+        count: int,
+        *tensors: Tensor,
     ) -> tuple[Tensor, ...]:
-        ctx.reverse_arguments = exchange, target_counts, source_counts
-        outputs = _exchange_tensors(exchange, source_counts, target_counts, list(tensors))
+        shared = SharedPass(shared_function, tensors[count:], differentiable)
+        outputs = _exchange_tensors(exchange, source_counts, target_counts, list(tensors[:count]), shared.forward)
+        ctx.reverse_arguments, ctx.shared, ctx.count = (exchange, target_counts, source_counts), shared, count
+        ctx.save_for_backward(*take_all_saved(shared.passes))
         ctx.mark_non_differentiable(*(t for t in outputs if not t.is_floating_point()))
-        return tuple(outputs)
+        return *outputs, *shared.outputs
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *all_gradients: Tensor) -> tuple[Tensor | None, ...]:
+        gradients, shared = all_gradients[: ctx.count], ctx.shared
+        # ctx lives as long as the loss, and must not keep the saved tensors.
+        del ctx.shared
+        restore_saved(shared.passes, list(ctx.saved_tensors))
         # All gradients are sent, even those that this rank does not need: another rank may need them, and an exchange
         # must have the same tensors on all ranks.
         float_gradients = [gradient for gradient in gradients if gradient.is_floating_point()]
         exchange, source_counts, target_counts = ctx.reverse_arguments
-        returned_gradients = iter(_exchange_tensors(exchange, source_counts, target_counts, float_gradients))
-        return None, None, None, *(next(returned_gradients) if g.is_floating_point() else None for g in gradients)
+        compute_shared = partial(shared.backward, all_gradients[ctx.count :])
+        returned_gradients = iter(
+            _exchange_tensors(exchange, source_counts, target_counts, float_gradients, compute_shared)
+        )
+        row_gradients = (next(returned_gradients) if g.is_floating_point() else None for g in gradients)
+        return None, None, None, None, None, None, *row_gradients, *shared.gradients
 
 
 _apply_exchange: Callable[..., tuple[Tensor, ...]] = _ExchangeRows.apply
@@ -123,7 +163,9 @@ class HierarchicalDispatch:
         """Return the seconds that this rank waited for other ranks since the last call, and start from 0 again."""
         return self._rail.pop_wait_seconds() + self._flat.pop_wait_seconds()
 
-    def __call__(self, x_ND: Tensor, routing: Routing, experts: Experts) -> Tensor:
+    def __call__(
+        self, x_ND: Tensor, routing: Routing, experts: Experts, shared: SharedExpert | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         x_ND, weights = experts.cast_rows(x_ND)
         rail, expert_NK, gate_NK = self._rail, routing.expert_NK, routing.gate_NK
         experts_per_node = len(experts.expert_ids) * self._flat.ranks
@@ -147,9 +189,8 @@ class HierarchicalDispatch:
         remote_counts = RowCounts([rows for rows, _ in in_J], sum(rows for rows, _ in in_J))
 
         expert_RK = expert_NK.index_select(0, plan.row_R).int()
-        received = exchange_rows(
-            rail, local_counts, remote_counts, permute(x_ND, plan), permute(gate_NK, plan), expert_RK
-        )
+        outgoing = (permute(x_ND, plan), permute(gate_NK, plan), expert_RK)
+        received, y_BTM = exchange_rows(rail, local_counts, remote_counts, outgoing, shared)
         x_WD, gate_WK, expert_WK = (
             torch.cat(tensors) for tensors in zip((x_ND, gate_NK, expert_NK), received, strict=True)
         )
@@ -160,7 +201,8 @@ class HierarchicalDispatch:
         # them meanwhile would take a second flat dispatch, with five more exchanges, to hide at most 1/G of the
         # experts' work (distributed/README.md).
         routes = node_counts[rail.rank][1] + sum(routes for _, routes in in_J)
-        y_WD = self._flat.dispatch_rows(x_WD, expert_WK, gate_WK, experts.select_kernel(x_ND, weights), weights, routes)
+        kernel = experts.select_kernel(x_ND, weights)
+        y_WD, _ = self._flat.dispatch_rows(x_WD, expert_WK, gate_WK, kernel, weights, routes=routes)
         y_ND, y_SD = torch.split(y_WD, [len(x_ND), remote_counts.rows])
-        (sum_RD,) = exchange_rows(rail, remote_counts, local_counts, y_SD)
-        return y_ND + combine(sum_RD, is_sent_NG.to(gate_NK), plan)
+        (sum_RD,), _ = exchange_rows(rail, remote_counts, local_counts, (y_SD,))
+        return y_ND + combine(sum_RD, is_sent_NG.to(gate_NK), plan), y_BTM

@@ -6,6 +6,7 @@ norms and routers compute in float32, so they have groups of their own.
 """
 
 from contextlib import AbstractContextManager, nullcontext
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -35,16 +36,23 @@ class FsdpStrategy(Strategy):
         super().__init__(model, mesh, spec, fill)
 
     def _wrap_model(self, fill: FillModel) -> nn.Module:
-        experts = [m for m in self.model.modules() if isinstance(m, Experts)]
-        if self._shards_experts:
-            for module in experts:
-                self._shard_experts(module)
+        # One module of each group of parameters that are gathered together, in the order of the forward.
+        units: list[FSDPModule] = []
         ignored_parameters = set() if self._shards_experts else set(expert_parameters(self.model).values())
         shard_mesh = self.mesh.shard_mesh
         for block in self.model.blocks:
-            self._shard_in_float32([m for m in block.modules() if isinstance(m, nn.RMSNorm | nn.LayerNorm | Router)])
-            fully_shard(block, mesh=shard_mesh, ignored_params=ignored_parameters, mp_policy=self._policy)
-        self._shard_in_float32([self.model.norm])
+            experts = [m for m in block.modules() if isinstance(m, Experts)] if self._shards_experts else []
+            expert_units = [self._shard_experts(module) for module in experts]
+            norms_and_router: list[nn.Module] = [
+                m for m in block.modules() if isinstance(m, nn.RMSNorm | nn.LayerNorm | Router)
+            ]
+            float32_units = self._shard_in_float32(norms_and_router)
+            block_unit = fully_shard(block, mesh=shard_mesh, ignored_params=ignored_parameters, mp_policy=self._policy)
+            units += [block_unit, *float32_units, *expert_units]
+        units += self._shard_in_float32([self.model.norm])
+        # A unit is gathered while the one before it computes. FSDP2 does the same in the backward by itself.
+        for unit, next_unit in pairwise(units):
+            unit.set_modules_to_forward_prefetch([next_unit])
         # By default FSDP2 leaves the root's own tensors gathered after a forward. They are sharded again here, so that
         # readers between steps always see shards.
         fully_shard(
@@ -63,15 +71,17 @@ class FsdpStrategy(Strategy):
         """Precision of gathered weights, and of sums of gradients."""
         return MixedPrecisionPolicy(self._gather_dtype, self._reduce_dtype, cast_forward_inputs=False)
 
-    def _shard_in_float32(self, modules: list[nn.Module]) -> None:
-        """Shard modules that compute in float32 as one group, if all others are gathered in bfloat16."""
+    def _shard_in_float32(self, modules: list[nn.Module]) -> list[FSDPModule]:
+        """Shard modules that compute in float32 as one group, if all others are gathered in bfloat16. Return the first
+        module of the group, or no module if there is no group."""
         if self._gather_dtype == torch.float32:
-            return
+            return []
         policy = MixedPrecisionPolicy(torch.float32, self._reduce_dtype, cast_forward_inputs=False)
-        fully_shard(modules, mesh=self.mesh.shard_mesh, mp_policy=policy)
+        return fully_shard(modules, mesh=self.mesh.shard_mesh, mp_policy=policy)[:1]
 
-    def _shard_experts(self, module: Experts) -> None:
-        """Shard this rank's experts of a layer over dp. Their parameters become DTensors over `Mesh.expert_mesh`."""
+    def _shard_experts(self, module: Experts) -> FSDPModule:
+        """Shard this rank's experts of a layer over dp, and return them. Their parameters become DTensors over
+        `Mesh.expert_mesh`."""
         mesh = self.mesh.expert_mesh
         assert mesh is not None
         for name, parameter in list(module.named_parameters()):
@@ -83,6 +93,7 @@ class FsdpStrategy(Strategy):
         # they are summed over dp and then divided by the world size.
         sharded_module.set_force_sum_reduction_for_comms(True)
         sharded_module.set_gradient_divide_factor(self.mesh.world_size)
+        return sharded_module
 
     def micro_batch_context(self, is_last: bool) -> AbstractContextManager[None]:
         assert isinstance(self.module, FSDPModule)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from mhmoe_kernels import widen
 from mhmoe_kernels.packed import PackedMatrix, pack_layer, run_packed
 from mhmoe_ray.model.decoder import Block, Decoder
-from mhmoe_ray.model.feedforward import Dispatch, Experts, FeedForward
+from mhmoe_ray.model.feedforward import Dispatch, Experts, FeedForward, SharedExpert
 from mhmoe_ray.model.router import Router, Routing
 
 
@@ -42,8 +42,11 @@ class PackedExperts(nn.Module):
         expert_weights = zip(*(p.unbind() for p in experts.parameters()), strict=True)
         self._experts = [pack_layer(experts.function, weights) for weights in expert_weights]
 
-    def forward(self, x_ND: Tensor, routing: Routing, _: Dispatch) -> Tensor:
-        return run_packed(x_ND, routing.expert_NK, routing.gate_NK, self._experts)
+    def forward(
+        self, x_ND: Tensor, routing: Routing, _: Dispatch, shared: SharedExpert | None
+    ) -> tuple[Tensor, Tensor | None]:
+        y_ND = run_packed(x_ND, routing.expert_NK, routing.gate_NK, self._experts)
+        return y_ND, None if shared is None else shared.layer(shared.x_BTM)
 
 
 class InferenceRouter(nn.Module):

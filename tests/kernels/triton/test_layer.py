@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mhmoe_kernels import BACKENDS
+from mhmoe_kernels import BACKENDS, allow_compilation
 from mhmoe_kernels.choice import GPU_CHOICES
 from mhmoe_ray.model.moe import MultiHeadMoE
 from mhmoe_ray.model.router import route_counts
@@ -172,3 +172,36 @@ def test_operators_launch_what_they_state(monkeypatch):
         # The sort of the tiles of another operator and small products on the host's side do not pass the interpreter.
         assert max(launch_counts) <= LAUNCHES[name], (name, launch_counts)
         assert max(launch_counts) >= 1, name
+
+
+@pytest.mark.filterwarnings("default")  # tracing gives rise to warnings inside torch
+@pytest.mark.parametrize(
+    ("backbone", "kernel", "capacity_factor"),
+    [
+        ("llama", "grouped_gemm", None),
+        ("subln", "grouped_gemm", 1.0),
+        ("llama", "triton", 1.0),
+        ("subln", "triton", None),
+    ],
+)
+def test_compiled_layer_is_one_graph_with_the_same_results(backbone, kernel, capacity_factor):
+    moe = {
+        "heads": 2, "experts": 4, "top_k": 2, "d_expert": 16, "every": 1, "kernel": kernel,
+        "capacity_factor": capacity_factor,
+    }  # fmt: skip
+    spec = ModelSpec(vocab_size=1, d_model=32, layers=1, attention_heads=1, backbone=backbone, moe=moe)
+    module = MultiHeadMoE(spec)
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    x_BTM = torch.randn(1, 8, 32, requires_grad=True)
+
+    def run():
+        y_BTM, routing = module(x_BTM)
+        outputs = [y_BTM, routing.balance_loss, routing.z_loss]
+        return outputs, torch.autograd.grad(sum(t.sum() for t in outputs), [x_BTM, *module.parameters()])
+
+    expected = run()
+    torch._dynamo.reset()
+    allow_compilation()
+    module.compile(backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(run(), expected, rtol=1e-5, atol=1e-6)

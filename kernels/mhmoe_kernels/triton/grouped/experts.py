@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from mhmoe_kernels.permutation import copy_to_device
 from mhmoe_kernels.triton.grouped import operators as ops
 from mhmoe_kernels.triton.grouped.blocks import rows_per_tile
 from mhmoe_kernels.triton.grouped.products import Parts, Products, Tiles
@@ -233,12 +234,11 @@ def run(
     return _routed_experts(steps, make_products, recompute, expert_NK, x_ND, gate_NK, *weights.stacked)
 
 
-def run_sorted(make_products: MakeProducts, x_RD: Tensor, counts: list[int], weights: ExpertWeights) -> Tensor:
+def run_sorted(make_products: MakeProducts, x_RD: Tensor, count_E: Tensor, weights: ExpertWeights) -> Tensor:
     """Run rows that are sorted by expert through their experts, as `mhmoe_kernels.run_sorted_experts` does."""
-    tile_rows = rows_per_tile(len(x_RD), len(counts))
-    # The host need not wait for the GPU, because the copy is from pinned memory.
-    count_E = torch.tensor(counts, dtype=torch.int32, pin_memory=x_RD.is_cuda).to(x_RD.device, non_blocking=True)
-    offset_E1, expert_T, start_T = schedule_tiles(count_E, len(x_RD), tile_rows)
+    tile_rows = rows_per_tile(len(x_RD), len(count_E))
+    device_count_E = copy_to_device(count_E.int(), x_RD.device)
+    offset_E1, expert_T, start_T = schedule_tiles(device_count_E, len(x_RD), tile_rows)
     products = make_products(Tiles(offset_E1, expert_T, start_T, tile_rows))
     return _sorted_experts(steps_of(weights.function), products, _applied_recompute(weights), x_RD, *weights.stacked)
 

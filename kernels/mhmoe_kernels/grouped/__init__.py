@@ -1,0 +1,51 @@
+"""Kernel `grouped`: it sorts routes by expert, runs each expert once on its contiguous rows, and restores the order.
+
+It runs on any device. Both kinds of experts have a hand-written backward, which keeps less than autograd, or nothing.
+
+    pieces.py   pieces of sorted rows
+    swiglu.py   SwiGLU experts
+    gelu.py     GELU experts with SubLN
+"""
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from mhmoe_kernels.grouped.gelu import gelu_sorted
+from mhmoe_kernels.grouped.swiglu import swiglu_sorted
+from mhmoe_kernels.permutation import combine, permute, plan_routes
+from mhmoe_kernels.weights import ExpertWeights, Swiglu
+
+RunSorted = Callable[[Tensor, Tensor, ExpertWeights], Tensor]
+"""Function (x_RD, count_E, weights) -> y_RD of rows that are sorted by expert; `run_sorted` describes the arguments."""
+
+
+def sort_and_run(
+    run_sorted: RunSorted, x_ND: Tensor, expert_NK: Tensor, gate_NK: Tensor, weights: ExpertWeights
+) -> Tensor:
+    """Sort routed rows by expert, run them through their experts with `run_sorted`, and combine the outputs per row.
+
+    Arguments and result are those of `mhmoe_kernels.run_experts`.
+    """
+    # `cpu` makes the host wait for a GPU, but the loop over experts needs the counts on the host.
+    plan = plan_routes(expert_NK, len(weights.stacked[0]))
+    return combine(run_sorted(permute(x_ND, plan), plan.count_E.cpu(), weights), gate_NK, plan)
+
+
+def run_grouped(x_ND: Tensor, expert_NK: Tensor, gate_NK: Tensor, weights: ExpertWeights) -> Tensor:
+    """Run routed rows through experts, as `mhmoe_kernels.run_experts` does."""
+    return sort_and_run(run_sorted, x_ND, expert_NK, gate_NK, weights)
+
+
+def run_sorted(x_RD: Tensor, count_E: Tensor, weights: ExpertWeights) -> Tensor:
+    """Run rows that are sorted by expert through their experts.
+
+    Args:
+        x_RD: rows; the first count_E[0] belong to expert 0, and so on.
+        count_E: number of rows per expert, int64, in CPU memory; their sum is R.
+        weights: the experts, len(count_E) of them.
+    """
+    if isinstance(weights.function, Swiglu):
+        gate_EFD, up_EFD, down_EDF = weights.stacked
+        return swiglu_sorted(x_RD, count_E, gate_EFD, up_EFD, down_EDF, weights.recompute)
+    return gelu_sorted(x_RD, count_E, weights.stacked, weights.function.eps, weights.recompute)

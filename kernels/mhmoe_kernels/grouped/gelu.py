@@ -1,0 +1,156 @@
+"""GELU experts with SubLN, once each on their rows.
+
+With h heads a row has width d/h, and there are h times as many hidden values in all, so passes over the hidden layer
+cost more than products. On a CPU, rows therefore pass in pieces whose hidden layer stays in the cache. The backward
+keeps the input of the GELU, one value where autograd keeps three, or nothing for recomputed rows.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from mhmoe_kernels.grouped.pieces import (
+    GradientAccumulator,
+    Piece,
+    kept_buffer_rows,
+    new_hidden_buffers,
+    split_into_pieces,
+)
+from mhmoe_kernels.operators import compiled_operator
+from mhmoe_kernels.permutation import widen
+
+
+def gelu_sorted(x_RD: Tensor, count_E: Tensor, weights: tuple[Tensor, ...], eps: float, recompute: float) -> Tensor:
+    """Return fc2(norm(gelu(fc1(x)))) with the expert of each row.
+
+    Args:
+        x_RD: rows; the first count_E[0] belong to expert 0, and so on.
+        count_E: number of rows per expert, int64, in CPU memory; their sum is R.
+        weights: the weights of `GeluSubln`, stacked over experts.
+        eps: value added to the variance in the norm.
+        recompute: share of the rows for which nothing is kept for the backward.
+    """
+    # If gradients are disabled, there is no backward, so the share is 1.0 and no hidden rows are kept.
+    return _gelu(x_RD, count_E, eps, recompute if torch.is_grad_enabled() else 1.0, *weights)
+
+
+class _GELU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_RD: Tensor, count_E: Tensor, eps: float, recompute: float, *weights: Tensor) -> Tensor:
+        out_RD, kept_RF = _gelu_forward(x_RD, count_E, eps, recompute, *weights)
+        ctx.count_E, ctx.eps, ctx.recompute = count_E, eps, recompute
+        ctx.save_for_backward(x_RD, kept_RF, *weights)
+        return out_RD  # type: ignore[no-any-return]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout_RD: Tensor) -> tuple[Tensor | None, ...]:
+        dx_RD, *gradients = _gelu_backward(dout_RD, ctx.count_E, ctx.eps, ctx.recompute, *ctx.saved_tensors)
+        return dx_RD, None, None, None, *gradients
+
+
+_gelu: Callable[..., Tensor] = _GELU.apply
+
+
+def _gelu_pieces(x_RD: Tensor, count_E: Tensor, fc1_EFD: Tensor, recompute: float) -> list[Piece]:
+    is_cpu = x_RD.device.type == "cpu"
+    row_bytes = fc1_EFD.shape[1] * x_RD.element_size() if is_cpu else 0
+    return split_into_pieces(count_E.tolist(), recompute, round_windows=is_cpu, row_bytes=row_bytes)
+
+
+def _fake_gelu_forward(
+    x_RD: Tensor, count_E: Tensor, eps: float, recompute: float, fc1_EFD: Tensor, *weights: Tensor
+) -> tuple[Tensor, Tensor]:
+    rows = kept_buffer_rows(len(x_RD), recompute, round_windows=x_RD.device.type == "cpu")
+    return torch.empty_like(x_RD), x_RD.new_empty(rows, fc1_EFD.shape[1])
+
+
+_GELU_WEIGHTS = (
+    "Tensor fc1_EFD, Tensor fc1_bias_EF, Tensor norm_EF, Tensor norm_bias_EF, Tensor fc2_EDF, Tensor fc2_bias_ED"
+)
+
+
+@compiled_operator(
+    f"grouped_gelu_forward(Tensor x_RD, Tensor count_E, float eps, float recompute, {_GELU_WEIGHTS})"
+    " -> (Tensor, Tensor)",
+    fake=_fake_gelu_forward,
+)
+def _gelu_forward(
+    x_RD: Tensor, count_E: Tensor, eps: float, recompute: float, *weights: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the outputs, and the kept rows of the GELU's input."""
+    fc1_EFD, fc1_bias_EF, norm_EF, norm_bias_EF, fc2_EDF, fc2_bias_ED = weights
+    width = fc1_EFD.shape[1]
+    pieces = _gelu_pieces(x_RD, count_E, fc1_EFD, recompute)
+    out_RD, kept_RF = _fake_gelu_forward(x_RD, count_E, eps, recompute, *weights)
+    [temporary_PF] = new_hidden_buffers(1, x_RD, width, [p for p in pieces if not p.keeps_hidden])
+    [hidden_PF] = new_hidden_buffers(1, x_RD, width, pieces)
+    for piece in pieces:
+        e, window, buffer_rows = piece.expert, piece.window, piece.buffer_rows
+        inner_PF = kept_RF[window] if piece.keeps_hidden else temporary_PF[buffer_rows]
+        torch.addmm(fc1_bias_EF[e], x_RD[window], fc1_EFD[e].T, out=inner_PF)
+        gelu = torch.ops.aten.gelu.out(inner_PF, out=hidden_PF[buffer_rows])
+        normed = torch.native_layer_norm(gelu, (width,), norm_EF[e], norm_bias_EF[e], eps)[0]
+        torch.addmm(fc2_bias_ED[e], normed, fc2_EDF[e].T, out=out_RD[window])
+    return out_RD, kept_RF
+
+
+@compiled_operator(
+    "grouped_gelu_backward(Tensor dout_RD, Tensor count_E, float eps, float recompute, Tensor x_RD, Tensor kept_RF,"
+    f" {_GELU_WEIGHTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    fake=lambda dout_RD, count_E, eps, recompute, x_RD, kept_RF, *weights: tuple(
+        map(torch.empty_like, (x_RD, *weights))
+    ),
+)
+def _gelu_backward(
+    dout_RD: Tensor, count_E: Tensor, eps: float, recompute: float, x_RD: Tensor, kept_RF: Tensor, *weights: Tensor
+) -> tuple[Tensor, ...]:
+    """Return the gradients of the rows and of the weights."""
+    fc1_EFD, fc1_bias_EF, norm_EF, norm_bias_EF, fc2_EDF, _ = weights
+    width = fc1_EFD.shape[1]
+    pieces = _gelu_pieces(x_RD, count_E, fc1_EFD, recompute)
+    dout_RD = dout_RD.contiguous()
+    dx_RD = torch.empty_like(x_RD)
+    fc1_sum, fc2_sum = GradientAccumulator(fc1_EFD), GradientAccumulator(fc2_EDF)
+    # Gradients of vectors are summed in float32. The norm's own backward would sum the gradients of its weight and
+    # bias in bfloat16, which makes them wrong by 7 to 30 % over 4,000 rows.
+    vectors = [torch.zeros_like(widen(w)) for w in (fc1_bias_EF, norm_EF, norm_bias_EF, weights[-1])]
+    dfc1_bias_EF, dnorm_EF, dnorm_bias_EF, dfc2_bias_ED = vectors
+    [temporary_PF] = new_hidden_buffers(1, x_RD, width, [p for p in pieces if not p.keeps_hidden])
+    scratch_buffers = new_hidden_buffers(3, x_RD, width, pieces)
+    for piece in pieces:
+        e, window, buffer_rows = piece.expert, piece.window, piece.buffer_rows
+        x, dout = x_RD[window], dout_RD[window]
+        gelu, dnormed, dinner = (t[buffer_rows] for t in scratch_buffers)
+        inner_PF = kept_RF[window] if piece.keeps_hidden else temporary_PF[buffer_rows]
+        if not piece.keeps_hidden:
+            torch.addmm(fc1_bias_EF[e], x, fc1_EFD[e].T, out=inner_PF)
+        torch.ops.aten.gelu.out(inner_PF, out=gelu)
+        whitened, mean, rstd = torch.native_layer_norm(gelu, (width,), None, None, eps)
+        normed = torch.addcmul(norm_bias_EF[e], whitened, norm_EF[e], out=dinner)
+        # Zeros keep the rows past the piece out of sums over rows. All later gradients follow from dnormed, so they
+        # are 0 there, too.
+        normed[piece.padding_rows].zero_()
+        torch.mm(dout, fc2_EDF[e], out=dnormed)
+        dnormed[piece.padding_rows].zero_()
+        fc2_sum.add(piece, dout.T, normed)
+        dgelu = torch.ops.aten.native_layer_norm_backward(
+            dnormed, gelu, (width,), mean, rstd, norm_EF[e], norm_bias_EF[e], [True, False, False]
+        )[0]
+        dnorm_EF[e] += whitened.mul_(dnormed).sum(0, dtype=dnorm_EF.dtype)
+        dnorm_bias_EF[e] += dnormed.sum(0, dtype=dnorm_EF.dtype)
+        torch.ops.aten.gelu_backward.grad_input(dgelu, inner_PF, grad_input=dinner)
+        fc1_sum.add(piece, dinner.T, x)
+        torch.mm(dinner, fc1_EFD[e], out=dx_RD[window])
+        dfc1_bias_EF[e] += dinner.sum(0, dtype=dnorm_EF.dtype)
+        dfc2_bias_ED[e] += dout[: piece.rows].sum(0, dtype=dnorm_EF.dtype)
+    # Experts without rows have no piece, so their gradients are still uninitialized and are set to 0 here.
+    for idle_expert in set(range(len(fc1_EFD))) - {piece.expert for piece in pieces}:
+        fc1_sum.total_EOI[idle_expert].zero_()
+        fc2_sum.total_EOI[idle_expert].zero_()
+    dfc1_bias, dnorm_weight, dnorm_shift, dfc2_bias = (v.to(x_RD.dtype) for v in vectors)
+    dfc1, dfc2 = fc1_sum.total_EOI, fc2_sum.total_EOI
+    return dx_RD, dfc1, dfc1_bias, dnorm_weight, dnorm_shift, dfc2, dfc2_bias

@@ -1,0 +1,134 @@
+"""SwiGLU experts, once each on their rows.
+
+For each row of an expert, autograd keeps four times F values. This backward keeps twice F, gate and up, and computes
+the rest from them with a product and a sigmoid. For recomputed rows it keeps nothing: the backward computes gate and up
+again, and the rows pass in pieces that are small enough for their hidden layer to stay in the cache.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from mhmoe_kernels.grouped.pieces import GradientAccumulator, kept_buffer_rows, new_hidden_buffers, split_into_pieces
+from mhmoe_kernels.operators import compiled_operator
+
+
+def swiglu_sorted(
+    x_RD: Tensor, count_E: Tensor, gate_EFD: Tensor, up_EFD: Tensor, down_EDF: Tensor, recompute: float
+) -> Tensor:
+    """Return down(silu(gate(x)) * up(x)) with the expert of each row.
+
+    Args:
+        x_RD: rows; the first count_E[0] belong to expert 0, and so on.
+        count_E: number of rows per expert, int64, in CPU memory; their sum is R.
+        gate_EFD, up_EFD, down_EDF: weights of the E experts.
+        recompute: share of the rows whose hidden layer is not kept for the backward.
+    """
+    # If gradients are disabled, there is no backward, so the share is 1.0 and no hidden rows are kept.
+    return _swiglu(x_RD, count_E, recompute if torch.is_grad_enabled() else 1.0, gate_EFD, up_EFD, down_EDF)
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x_RD: Tensor, count_E: Tensor, recompute: float, gate_EFD: Tensor, up_EFD: Tensor, down_EDF: Tensor
+    ) -> Tensor:
+        out_RD, *kept_buffers = _swiglu_forward(x_RD, count_E, recompute, gate_EFD, up_EFD, down_EDF)
+        ctx.count_E, ctx.recompute = count_E, recompute
+        ctx.save_for_backward(x_RD, gate_EFD, up_EFD, down_EDF, *kept_buffers)
+        return out_RD  # type: ignore[no-any-return]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout_RD: Tensor) -> tuple[Tensor | None, ...]:
+        dx_RD, *gradients = _swiglu_backward(dout_RD, ctx.count_E, ctx.recompute, *ctx.saved_tensors)
+        return dx_RD, None, None, *gradients
+
+
+_swiglu: Callable[[Tensor, Tensor, float, Tensor, Tensor, Tensor], Tensor] = _SwiGLU.apply
+
+
+def _fake_swiglu_forward(
+    x_RD: Tensor, count_E: Tensor, recompute: float, gate_EFD: Tensor, up_EFD: Tensor, down_EDF: Tensor
+) -> tuple[Tensor, ...]:
+    rows = kept_buffer_rows(len(x_RD), recompute, round_windows=x_RD.device.type == "cpu")
+    return torch.empty_like(x_RD), *(x_RD.new_empty(rows, gate_EFD.shape[1]) for _ in range(2))
+
+
+@compiled_operator(
+    "grouped_swiglu_forward(Tensor x_RD, Tensor count_E, float recompute, Tensor gate_EFD, Tensor up_EFD,"
+    " Tensor down_EDF) -> (Tensor, Tensor, Tensor)",
+    fake=_fake_swiglu_forward,
+)
+def _swiglu_forward(
+    x_RD: Tensor, count_E: Tensor, recompute: float, gate_EFD: Tensor, up_EFD: Tensor, down_EDF: Tensor
+) -> tuple[Tensor, ...]:
+    """Return the outputs, and the kept rows of gate and up."""
+    pieces = split_into_pieces(count_E.tolist(), recompute, round_windows=x_RD.device.type == "cpu")
+    width = gate_EFD.shape[1]
+    out_RD, *kept_buffers = _fake_swiglu_forward(x_RD, count_E, recompute, gate_EFD, up_EFD, down_EDF)
+    temporary_buffers = new_hidden_buffers(2, x_RD, width, [p for p in pieces if not p.keeps_hidden])
+    [hidden_PF] = new_hidden_buffers(1, x_RD, width, pieces)
+    for piece in pieces:
+        e, window, buffer_rows = piece.expert, piece.window, piece.buffer_rows
+        gate_PF, up_PF = (
+            (t[window] for t in kept_buffers) if piece.keeps_hidden else (t[buffer_rows] for t in temporary_buffers)
+        )
+        torch.mm(x_RD[window], gate_EFD[e].T, out=gate_PF)
+        torch.mm(x_RD[window], up_EFD[e].T, out=up_PF)
+        hidden = torch.ops.aten.silu.out(gate_PF, out=hidden_PF[buffer_rows]).mul_(up_PF)
+        torch.mm(hidden, down_EDF[e].T, out=out_RD[window])
+    return out_RD, *kept_buffers
+
+
+@compiled_operator(
+    "grouped_swiglu_backward(Tensor dout_RD, Tensor count_E, float recompute, Tensor x_RD, Tensor gate_EFD,"
+    " Tensor up_EFD, Tensor down_EDF, Tensor kept_gate, Tensor kept_up) -> (Tensor, Tensor, Tensor, Tensor)",
+    fake=lambda dout_RD, count_E, recompute, *tensors: tuple(torch.empty_like(t) for t in tensors[:4]),
+)
+def _swiglu_backward(
+    dout_RD: Tensor, count_E: Tensor, recompute: float, x_RD: Tensor, gate_EFD: Tensor, up_EFD: Tensor,
+    down_EDF: Tensor, *kept_buffers: Tensor,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Return the gradients of the rows and of the weights."""
+    pieces = split_into_pieces(count_E.tolist(), recompute, round_windows=x_RD.device.type == "cpu")
+    dout_RD = dout_RD.contiguous()
+    dx_RD = torch.empty_like(x_RD)
+    accumulators = [GradientAccumulator(w) for w in (gate_EFD, up_EFD, down_EDF)]
+    gate_sum, up_sum, down_sum = accumulators
+    width = gate_EFD.shape[1]
+    temporary_buffers = new_hidden_buffers(2, x_RD, width, [p for p in pieces if not p.keeps_hidden])
+    scratch_buffers = new_hidden_buffers(3, x_RD, width, pieces)
+    for piece in pieces:
+        e, window, buffer_rows = piece.expert, piece.window, piece.buffer_rows
+        x, dout = x_RD[window], dout_RD[window]
+        hidden, dhidden, silu = (t[buffer_rows] for t in scratch_buffers)
+        gate_PF, up_PF = (
+            (t[window] for t in kept_buffers) if piece.keeps_hidden else (t[buffer_rows] for t in temporary_buffers)
+        )
+        if not piece.keeps_hidden:
+            torch.mm(x, gate_EFD[e].T, out=gate_PF)
+            torch.mm(x, up_EFD[e].T, out=up_PF)
+        torch.ops.aten.silu.out(gate_PF, out=silu)
+        torch.mul(silu, up_PF, out=hidden)
+        # The window's rows past the piece belong to another expert or piece. Zeros there keep them out of the weight
+        # gradients; dup and dgate are products with dhidden and so are 0 there, too.
+        hidden[piece.padding_rows].zero_()
+        torch.mm(dout, down_EDF[e], out=dhidden)
+        dhidden[piece.padding_rows].zero_()
+        down_sum.add(piece, dout.T, hidden)
+        dup = silu.mul_(dhidden)
+        dgate = torch.ops.aten.silu_backward.grad_input(dhidden.mul_(up_PF), gate_PF, grad_input=hidden)
+        up_sum.add(piece, dup.T, x)
+        gate_sum.add(piece, dgate.T, x)
+        torch.mm(dgate, gate_EFD[e], out=dx_RD[window])
+        dx_RD[window].addmm_(dup, up_EFD[e])
+    # Experts without rows have no piece, so their gradients are still uninitialized and are set to 0 here.
+    gradients = [s.total_EOI for s in accumulators]
+    for idle_expert in set(range(len(gate_EFD))) - {piece.expert for piece in pieces}:
+        for gradient in gradients:
+            gradient[idle_expert].zero_()
+    return dx_RD, *gradients

@@ -1,0 +1,126 @@
+"""Computation inside an autograd function, forward and backward, with an autograd graph of its own.
+
+An autograd function of a dispatch contains several such passes, so that it can choose their order in the backward, too.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
+
+from mhmoe_kernels import Function
+
+
+class InnerPass:
+    """Forward and backward of a function of rows and weights, inside an autograd function.
+
+    The graph has no tensors: the outer function saves them, so that a recomputed block frees them after its forward and
+    computes them again.
+    """
+
+    def __init__(self, function: Callable[..., Tensor], weights: Iterable[Tensor], differentiable: bool) -> None:
+        """Prepare a pass.
+
+        Args:
+            function: function (x, *weights) -> y.
+            weights: weights of the function.
+            differentiable: whether there will be a backward.
+        """
+        self._function, self._weights, self._differentiable = function, tuple(weights), differentiable
+        self.saved_tensors: list[Tensor] = []
+        """Tensors that the graph needs in its backward."""
+        self.saved_count = 0
+        self.dweights: tuple[Tensor, ...] = ()
+        """Gradients of the weights, after the backward."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the function of the rows."""
+        if not self._differentiable:
+            return self._function(x, *self._weights)
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(self._save, self._load):
+            anchor = torch.empty(0, device=x.device, requires_grad=True)
+            x, *weights = _start_graph(anchor, x, *self._weights)
+            self._input_edges = [get_gradient_edge(t) for t in (x, *weights)]
+            y = self._function(x, *weights)
+        # The backward needs only the gradient edge. A reference to y would keep values in memory that nothing reads.
+        self._edge = get_gradient_edge(y)
+        return y.detach()
+
+    def take_saved(self) -> list[Tensor]:
+        """Return the tensors that the backward needs, and keep them no longer."""
+        saved_tensors, self.saved_tensors = self.saved_tensors, []
+        self.saved_count = len(saved_tensors)
+        # The weights are among the saved tensors if the backward needs them.
+        del self._function, self._weights
+        return saved_tensors
+
+    def backward(self, dy: Tensor) -> Tensor:
+        """Return the gradient of the rows. `saved_tensors` must be those of `take_saved`."""
+        dx, *dweights = torch.autograd.grad(self._edge, self._input_edges, dy)
+        self.dweights = tuple(dweights)
+        self.saved_tensors = []
+        return dx
+
+    def _save(self, tensor: Tensor) -> int:
+        self.saved_tensors.append(tensor)
+        return len(self.saved_tensors) - 1
+
+    def _load(self, index: int) -> Tensor:
+        return self.saved_tensors[index]
+
+
+class SharedPass:
+    """Pass of tokens through the shared expert of a layer, if there is one."""
+
+    def __init__(self, function: Function | None, tensors: Sequence[Tensor], differentiable: bool) -> None:
+        """Prepare the pass.
+
+        Args:
+            function: function of the shared expert; None if there is none.
+            tensors: the tokens, and the weights of the function.
+            differentiable: whether there will be a backward.
+        """
+        self._inputs = list(tensors[:1])
+        self.passes = [] if function is None else [InnerPass(function, tensors[1:], differentiable)]
+        self.outputs: list[Tensor] = []
+        """Output of the expert, after the forward; empty if there is no expert."""
+        self.gradients: list[Tensor] = []
+        """Gradients of the tokens and weights, after the backward."""
+
+    def forward(self) -> None:
+        """Compute the output."""
+        self.outputs = [inner_pass.forward(self._inputs.pop()) for inner_pass in self.passes]
+
+    def backward(self, doutputs: Sequence[Tensor]) -> None:
+        """Compute the gradients for those of the outputs."""
+        for inner_pass, dy in zip(self.passes, doutputs, strict=True):
+            self.gradients = [inner_pass.backward(dy), *inner_pass.dweights]
+
+
+def take_all_saved(passes: Iterable[InnerPass]) -> list[Tensor]:
+    """Return the tensors that the backwards of all passes need, for the outer function to save."""
+    return [tensor for inner_pass in passes for tensor in inner_pass.take_saved()]
+
+
+def restore_saved(passes: Iterable[InnerPass], saved_tensors: list[Tensor]) -> None:
+    """Give each pass its tensors back, before their backwards. The list is empty afterwards."""
+    for inner_pass in passes:
+        inner_pass.saved_tensors = saved_tensors[: inner_pass.saved_count]
+        del saved_tensors[: inner_pass.saved_count]
+
+
+class _StartGraph(torch.autograd.Function):
+    """Start of a graph whose inputs are not leaves. A leaf would stay in memory as long as the graph."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(t.view_as(t) for t in tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, ...]:
+        return (None,) * (1 + len(gradients))
+
+
+_start_graph: Callable[..., tuple[Tensor, ...]] = _StartGraph.apply
