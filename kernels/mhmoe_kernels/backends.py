@@ -92,6 +92,7 @@ def expert_sizes(x_ND: Tensor, weights: ExpertWeights) -> ExpertSizes:
 
 
 def _choose_for_device(purpose: Purpose, device: torch.device, *size_fields: Any) -> str:
+    """Return the kernel that should be fastest on a device for experts of these sizes (`ExpertSizes`)."""
     # `allow_compilation` needs plain values as arguments, so the fields of the sizes are separate.
     sizes = ExpertSizes(*size_fields)
     if device.type == "cuda":

@@ -48,7 +48,7 @@ def run_argument(run: RunDir) -> str:
 
 
 def start_run(spec: RunSpec, address: str | None = None, on_note: OnNote = ignore_note) -> tuple[RunDir, Connection]:
-    """Create the run of a spec and start its first attempt; its data was checked (`connection.check_training_data`).
+    """Create the run of a spec and start its first attempt; its data was checked (`connection.check_training`).
 
     Args:
         spec: spec of the run.

@@ -139,10 +139,11 @@ def _check_capacity(demand: WorkerDemand, nodes: list[Node], name: str) -> None:
         raise ClusterError(name, shortage, demand.advice)
 
 
-def check_training_data(spec: RunSpec) -> None:
-    """Raise if a spec cannot be trained on its data, prepared or raw, before a job is started that would fail.
+def check_training(spec: RunSpec) -> None:
+    """Raise if a spec cannot be trained, or not on its data, prepared or raw, before a job is started that would fail.
 
     Raises:
+        SpecError: torch.compile cannot compile the model.
         DataError: the data is not prepared, and text is missing or the chat template cannot be used; or the prepared
             data does not suffice for the spec or was made with other settings.
     """
@@ -153,6 +154,7 @@ def check_training_data(spec: RunSpec) -> None:
     from mhmoe_ray.data.shards.manifest import check_recipe, read_data_manifest
     from mhmoe_ray.data.sources import find_files
 
+    spec.check_compilation()
     prepared = read_data_manifest(spec.data.prepared)
     if prepared:
         check_recipe(spec.data.prepared, prepared, spec)

@@ -10,7 +10,7 @@ from typing import Any
 
 from mhmoe_ray.api import attempts
 from mhmoe_ray.api.checkpoints import Checkpoint, CheckpointName, list_checkpoints, path_text, pick_checkpoint
-from mhmoe_ray.api.connection import check_training_data
+from mhmoe_ray.api.connection import check_training
 from mhmoe_ray.api.defaults import OnNote, Prior, default_storage, ignore_note
 from mhmoe_ray.api.evaluation import Texts, has_domain_experts, load_or_evaluate, make_request
 from mhmoe_ray.api.logs import log_lines, without_colours
@@ -47,7 +47,7 @@ def submit(spec: RunSpec, address: str | None = None, on_note: OnNote = ignore_n
         JobError: the cluster does not accept the job.
     """
     require_spec(spec)
-    check_training_data(spec)
+    check_training(spec)
     return Run(attempts.start_run(spec, address, on_note)[0])
 
 

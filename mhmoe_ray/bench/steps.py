@@ -110,6 +110,8 @@ def measure(
     """
     specs = matched_models(size, heads)
     if compiled:
+        # All models share the code of their blocks, of which torch keeps few versions and then stops to compile.
+        torch._dynamo.config.recompile_limit = 4 * len(specs)
         specs |= {f"{name}, compiled": _compiled(spec) for name, spec in specs.items()}
     cases: dict[str, Callable[[], object]] = {n: Case(spec, hardware.device).step for n, spec in specs.items()}
     timings = time_interleaved(cases, rounds, device_clock(hardware.device))

@@ -46,7 +46,7 @@ def submit(
     For example `mhmoe submit jobs/quickstart.yaml --set train.steps=50`.
     """
     from mhmoe_ray.api.attempts import restart_run, start_run
-    from mhmoe_ray.api.connection import check_training_data
+    from mhmoe_ray.api.connection import check_training
     from mhmoe_ray.api.placement import forecast_placement, placement_remarks
     from mhmoe_ray.api.plan import estimate_step
     from mhmoe_ray.cluster.connect import uses_local_cluster
@@ -73,7 +73,7 @@ def submit(
         note.print(f"resuming run {run.id}")
         connection = restart_run(run, resolved, address, print_note)
     else:
-        check_training_data(resolved)
+        check_training(resolved)
         if not json:
             # Only the cost in the summary depends on the placement. A run on CPUs has no estimated cost, so it needs no
             # placement here.

@@ -365,7 +365,7 @@ def _submit_order(
         reason = f"its runs need {shared_folder} prepared in different ways"
         raise SpecError(f"sweep {directory.name}", reason, "give each way of preparing its own data.prepared")
     for spec in spec_by_preparation.values():
-        checks.check_training_data(spec)
+        checks.check_training(spec)
     client.check_unchanged_specs(directory, selected_runs)
     # A local cluster must hold `concurrent` runs at a time, even if all of them are as large as the largest run.
     cpus = max(spec.cluster.cpus for spec in specs) * concurrent

@@ -142,6 +142,8 @@ class Decoder(nn.Module):
         their hidden rows by themselves, by `MoESpec.recompute`."""
         self.residual_dtype: torch.dtype | None = None
         """Dtype of the residual stream between blocks; None for that of embeddings, at least float32."""
+        self.is_compiled = False
+        """True if torch.compile compiles the blocks."""
         self.loss_chunk_rows: int | None = None
         """Number of tokens whose logits exist at a time when the loss is computed; None for all of them."""
         self.embedding = nn.Embedding(spec.vocab_size, spec.d_model)
@@ -187,6 +189,9 @@ class Decoder(nn.Module):
             needs_mask = document_offset_N1 is None or not has_variable_length_kernel(self.spec, x_BTM)
             mask_B1TT = document_mask(document_BT, matmul_dtype(x_BTM)) if needs_mask else None
             documents = Documents(mask_B1TT, None if needs_mask else document_offset_N1)
+            if self.is_compiled and documents.offset_N1 is not None:
+                # Every micro-batch has another number of documents.
+                torch._dynamo.maybe_mark_dynamic(documents.offset_N1, 0)
         routings = []
         active_noise = noise if self.spec.is_random else None
         if active_noise:
@@ -234,8 +239,11 @@ class Decoder(nn.Module):
         for layer in self.moe_layers():
             if layer.dispatch is not dispatch_locally:
                 layer.dispatch = torch.compiler.disable(layer.dispatch)  # type: ignore[no-untyped-call]
+        self.is_compiled = True
         for block in self.blocks:
-            block.compile(**options)
+            # All shapes but the number of documents stay the same. If another model in this process has other sizes,
+            # torch would compile code for any size, which needs values of sizes that it does not have.
+            block.compile(dynamic=False, **options)
 
     def moe_layers(self) -> list[MultiHeadMoE]:
         return [m for m in self.modules() if isinstance(m, MultiHeadMoE)]

@@ -86,12 +86,17 @@ class MultiHeadMoE(nn.Module):
         x = self.head(x_BTM)
         x_ND = x.reshape(-1, x.shape[-1] // self.heads)
         routing: Routing = self.router(x_ND, generator, len(x_BTM), domain_B)
-        shared = None if self.shared is None else SharedExpert(self.shared, x_BTM)
+        # A dispatch between ranks computes the shared expert while rows travel.
+        shared = None
+        if self.shared is not None and self.dispatch is not dispatch_locally:
+            shared = SharedExpert(self.shared, x_BTM)
         y_ND, shared_BTM = self._run_experts(x_ND, routing, generator, shared)
         if self.residual:
             y_ND = x_ND + y_ND
         y_BTM: Tensor = self.merge(y_ND.view_as(x))
-        if shared_BTM is not None:
+        if self.shared is not None:
+            if shared_BTM is None:
+                shared_BTM = self.shared(x_BTM)
             y_BTM = y_BTM + dropout(shared_BTM, self.dropout, generator)
         return y_BTM, routing
 

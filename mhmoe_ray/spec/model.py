@@ -250,8 +250,8 @@ class MoESpec(Section):
         # k * ceil(N / E) in P2.
         if self.capacity_factor is None:
             return None
-        # The factor's decimal digits as an integer, because as binary numbers 1.1 * 10 is above 11.
-        factor_digits = round(self.capacity_factor * 10**9)
+        # The factor with nine decimal places as an integer, because as binary numbers 1.1 * 10 is above 11.
+        factor_digits = max(1, round(self.capacity_factor * 10**9))
         return -(-factor_digits * self.top_k * -(-rows // self.experts) // 10**9)
 
     @property

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Self
 from pydantic import Field, NonNegativeInt, PlainSerializer, PlainValidator, model_validator
 
 from mhmoe_kernels.choice import ExpertSizes
+from mhmoe_ray.errors import SpecError
 from mhmoe_ray.spec.base import Section
 from mhmoe_ray.spec.cluster import ClusterSpec, WorkerRange
 from mhmoe_ray.spec.data import DataSpec, absolute_path
@@ -102,12 +103,6 @@ class RunSpec(Section):
                 f"train.moment_precision bfloat16 is for strategies ddp and fsdp, but DeepSpeed holds the moments of "
                 f"{self.cluster.strategy}: set train.moment_precision to float32"
             )
-        if self.train.compile and self.model.is_random:
-            raise ValueError(
-                "train.compile cannot compile random numbers that are the same for any number of workers: set dropout, "
-                "attention_dropout and moe.jitter of the model to 0 and moe.second_expert to always, or train.compile "
-                "to false"
-            )
         if self.data.chat_sources:
             self._check_chat(self.data.chat_sources[0])
         longest_sequence = self.model.architecture.longest_sequence
@@ -154,6 +149,18 @@ class RunSpec(Section):
             moe.d_expert,
             moe.experts // self.cluster.ep,
         )
+
+    def check_compilation(self) -> None:
+        """Check that torch.compile can compile the model, if the spec asks for it. Runs of earlier versions may have
+        specs that this one cannot train any more, but reads.
+
+        Raises:
+            SpecError: the model draws random numbers.
+        """
+        if self.train.compile and self.model.is_random:
+            reason = "it cannot compile random numbers that are the same for any number of workers"
+            fix = "set dropout, attention_dropout and moe.jitter of the model to 0 and moe.second_expert to always"
+            raise SpecError("train.compile", reason, f"{fix}, or train.compile to false")
 
     def _check_chat(self, source: str) -> None:
         """Check that conversations are trained whole and apart from each other; `source` is the name of one source."""

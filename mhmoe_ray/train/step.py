@@ -113,8 +113,10 @@ class Trainer:
             on_progress: called after each micro-batch and after each tensor of a checkpoint or of the initial weights.
 
         Raises:
-            SpecError: the kernel cannot run on this device, or a package that the strategy needs is not installed.
+            SpecError: the kernel cannot run on this device, torch.compile cannot compile the model, or a package that
+                the strategy needs is not installed.
         """
+        spec.check_compilation()
         assert spec.train.micro_batches % mesh.world_size == 0
         self.spec, self.mesh, self.device = spec, mesh, device
         self._start_token, self.on_progress = start_token, on_progress

@@ -1,11 +1,13 @@
 """Tests of flat dispatch between processes, against all rows and experts in one process."""
 
 import gc
+import weakref
 from datetime import timedelta
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch.utils.checkpoint import checkpoint
 
 import mhmoe_kernels
 from mhmoe_ray.distributed.dispatch import flat
@@ -74,7 +76,35 @@ def results_of_rank():
         }
     y_ND, _ = dispatch(problem[0], routing, experts)
     results["parts"] = [count_live_passes(), torch.autograd.grad(y_ND.sum(), experts.fc2_EDF), count_live_passes()]
+    results["after recomputation"] = live_outputs_after_recomputation(problem[0], routing, experts)
     return results
+
+
+def live_outputs_after_recomputation(x_ND, routing, experts):
+    """Return the number of outputs of passes that are in memory after the backward of a recomputed dispatch with a
+    shared expert, if Python's collector has not run; and the number of passes."""
+    dispatch, layer = FlatDispatch(dist.group.WORLD), build_shared_layer(Case(model=(("backbone", "subln"),)))
+    layer, outputs = layer.to(x_ND.dtype), []
+    # Their graph has had its backward.
+    routing = routing._replace(gate_NK=routing.gate_NK.detach())
+
+    def compute(x_ND):
+        return sum(dispatch(x_ND, routing, experts, SharedExpert(layer, x_ND)))
+
+    def forward_and_record(inner_pass, x, forward=InnerPass.forward):
+        y = forward(inner_pass, x)
+        outputs.append(weakref.ref(y))
+        return y
+
+    gc.collect()
+    gc.disable()
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(InnerPass, "forward", forward_and_record)
+            checkpoint(compute, x_ND, use_reentrant=False).sum().backward()
+        return sum(output() is not None for output in outputs), len(outputs)
+    finally:
+        gc.enable()
 
 
 def count_live_passes():
@@ -117,6 +147,11 @@ def test_the_backward_frees_its_tensors_while_the_loss_lives(ranks):
         previous_count, gradient, final_count = rank["parts"]
         assert (previous_count, final_count) == (2, 0)
         assert gradient[0].any()
+
+
+def test_a_recomputed_shared_expert_leaves_nothing_behind(ranks):
+    """The forward and its recomputation have three passes each: of own rows, of received rows and of the tokens."""
+    assert [rank["after recomputation"] for rank in ranks] == [(0, 6)] * RANKS
 
 
 def test_each_remote_route_is_sent_as_a_row_four_times():

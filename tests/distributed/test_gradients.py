@@ -27,13 +27,20 @@ class EventLog(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def record_events(connection):
-    """Train a step of two micro-batches as one of two ranks of a group that exchanges nothing, and send its events."""
+def record_events(connection, cluster, train):
+    """Train a step of two micro-batches as one of two ranks of a group that exchanges nothing, and send its events.
+
+    Args:
+        connection: end of a pipe.
+        cluster, train: keys of the sections of the spec.
+    """
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
     model = {**tiny_spec().model.model_dump(), "layers": LAYERS}
     model["moe"] = {"heads": 1, "experts": 3, "top_k": 2, "d_expert": 40, "every": 1, "kernel": "grouped"}
     spec = tiny_spec(
-        model={**model, "d_ff": None}, cluster={"workers": 2, "strategy": "fsdp"}, train={"micro_batches": 4}
+        model={**model, "d_ff": None},
+        cluster={"workers": 2, "strategy": "fsdp", **cluster},
+        train={"micro_batches": 4, **train},
     )
     trainer = build_trainer(spec)
     events = []
@@ -55,9 +62,13 @@ def record_events(connection):
 
 @pytest.fixture(scope="module")
 def events():
-    """Return the events of a step of two micro-batches on one rank."""
+    return events_of_a_step({}, {})
+
+
+def events_of_a_step(cluster, train):
+    """Return the events of `record_events` in a process of its own."""
     receiver, sender = FORKED.Pipe(duplex=False)
-    process = FORKED.Process(target=record_events, args=(sender,))
+    process = FORKED.Process(target=record_events, args=(sender, cluster, train))
     process.start()
     sender.close()
     received_events = receiver.recv()
@@ -70,6 +81,15 @@ def test_weights_of_a_block_are_gathered_before_the_block_before_it_computes(eve
     forward = events[: events.index("backward starts")]
     gathers_before = [forward[: forward.index(f"forward {layer}")].count("gather") for layer in range(LAYERS)]
     assert gathers_before == [min(layer + 3, LAYERS + 1) for layer in range(LAYERS)]
+
+
+def test_recomputed_blocks_are_gathered_once_in_a_backward():
+    """Each block has a group of what products read and one of norms and router. The final norm has one, too, and so has
+    what is outside blocks; these two are still gathered when the backward starts."""
+    cluster, train = {"gather_precision": "bfloat16"}, {"precision": "bfloat16", "recompute": "block"}
+    events = events_of_a_step(cluster, train)
+    backward = events[events.index("backward starts") : events.index("backward ends")]
+    assert backward.count("gather") == 2 * LAYERS + 2
 
 
 def test_each_layer_is_reduced_during_the_last_backward_from_the_top_down(events):

@@ -6,9 +6,11 @@ compiler is needed. tests/train/test_equivalence.py trains with the default back
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch._dynamo.utils import counters
 
-from mhmoe_ray.model.attention import document_indices
+from mhmoe_ray.model import attention, decoder
+from mhmoe_ray.model.attention import document_indices, document_mask, document_offsets
 from mhmoe_ray.model.decoder import Decoder, routing_loss
 from mhmoe_ray.model.init import init_weights
 from mhmoe_ray.model.loss import Targets
@@ -89,9 +91,46 @@ def test_blocks_are_one_graph_in_bfloat16_and_recomputed(compilations, recompute
     torch.testing.assert_close(losses, expected_losses, rtol=1e-3, atol=1e-3)
 
 
+def test_models_of_several_sizes_are_compiled_without_a_break(compilations):
+    """For a second model, torch would compile code for any size, which cannot choose a kernel."""
+    for number, heads in enumerate((1, 2, 4), start=1):
+        spec = ModelSpec.model_validate({**MODEL, "moe": {**MOE, "heads": heads, "d_expert": 12 * heads}})
+        losses_and_gradients(spec, torch.float32, "none", "aot_eager")
+        assert compilations["stats"]["unique_graphs"] == number
+    assert not compilations["graph_break"]
+
+
 def test_dense_blocks_and_blocks_with_experts_are_two_graphs(compilations):
     spec = ModelSpec.model_validate({**MODEL, "d_ff": 48, "layers": 4, "moe": {**MOE, "every": 2}})
     expected_losses, _ = losses_and_gradients(spec, torch.float32, "none")
     losses, _ = losses_and_gradients(spec, torch.float32, "none", "aot_eager")
     assert compilations["stats"]["unique_graphs"] == 2
     torch.testing.assert_close(losses, expected_losses, rtol=1e-5, atol=1e-6)
+
+
+def attend_by_offsets(q_BHTC, k_BHTC, v_BHTC, offset_N1):
+    """Stand-in for the kernel of documents, which needs a GPU: attention with the mask that the offsets describe."""
+    B, _, T, _ = q_BHTC.shape
+    document_BT = torch.searchsorted(offset_N1, torch.arange(B * T, dtype=torch.int32), right=True).view(B, T)
+    mask_B1TT = document_mask(document_BT, q_BHTC.dtype)
+    return F.scaled_dot_product_attention(q_BHTC, k_BHTC, v_BHTC, attn_mask=mask_B1TT)
+
+
+def test_any_number_of_documents_has_the_same_graph(monkeypatch, compilations):
+    monkeypatch.setattr(decoder, "has_variable_length_kernel", lambda spec, x: True)
+    monkeypatch.setattr(attention, "_attend_within_documents", attend_by_offsets)
+    spec = ModelSpec.model_validate({**MODEL, "document_masks": True, "moe": MOE})
+    model = Decoder(spec)
+    init_weights(model, seed=3)
+    token_BT = torch.arange(24).view(2, 12) % spec.vocab_size
+    starts = [torch.arange(24).view(2, 12) % length == 0 for length in (12, 5, 3)]
+
+    def logits():
+        for starts_BT in starts:
+            documents = {"document_BT": document_indices(starts_BT), "document_offset_N1": document_offsets(starts_BT)}
+            yield model(token_BT, **documents).logits_BTV.detach()
+
+    expected = list(logits())
+    model.compile_blocks(backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(list(logits()), expected, rtol=1e-5, atol=1e-5)
+    assert compilations["stats"]["unique_graphs"] == 1

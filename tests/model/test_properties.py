@@ -86,7 +86,7 @@ def test_experts_that_return_their_input_give_the_tokens_back(data, dtype, heads
     # Kernel `reference` calls this function, and kernel `grouped` the one that is patched below.
     layer.experts.function = lambda x_ND, *weights: x_ND
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(grouped, "run_sorted", lambda x_RD, counts, weights: x_RD)
+        patch.setattr(grouped, "run_sorted", lambda x_RD, count_E, weights: x_RD)
         y, routing = layer(x)
     assert (routing.gate_NK == 1).all()
     assert torch.equal(y, x)

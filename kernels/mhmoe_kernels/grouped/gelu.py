@@ -61,7 +61,7 @@ def _gelu_pieces(x_RD: Tensor, count_E: Tensor, fc1_EFD: Tensor, recompute: floa
     return split_into_pieces(count_E.tolist(), recompute, round_windows=is_cpu, row_bytes=row_bytes)
 
 
-def _fake_gelu_forward(
+def _new_gelu_results(
     x_RD: Tensor, count_E: Tensor, eps: float, recompute: float, fc1_EFD: Tensor, *weights: Tensor
 ) -> tuple[Tensor, Tensor]:
     rows = kept_buffer_rows(len(x_RD), recompute, round_windows=x_RD.device.type == "cpu")
@@ -76,7 +76,7 @@ _GELU_WEIGHTS = (
 @compiled_operator(
     f"grouped_gelu_forward(Tensor x_RD, Tensor count_E, float eps, float recompute, {_GELU_WEIGHTS})"
     " -> (Tensor, Tensor)",
-    fake=_fake_gelu_forward,
+    fake=_new_gelu_results,
 )
 def _gelu_forward(
     x_RD: Tensor, count_E: Tensor, eps: float, recompute: float, *weights: Tensor
@@ -85,7 +85,7 @@ def _gelu_forward(
     fc1_EFD, fc1_bias_EF, norm_EF, norm_bias_EF, fc2_EDF, fc2_bias_ED = weights
     width = fc1_EFD.shape[1]
     pieces = _gelu_pieces(x_RD, count_E, fc1_EFD, recompute)
-    out_RD, kept_RF = _fake_gelu_forward(x_RD, count_E, eps, recompute, *weights)
+    out_RD, kept_RF = _new_gelu_results(x_RD, count_E, eps, recompute, *weights)
     [temporary_PF] = new_hidden_buffers(1, x_RD, width, [p for p in pieces if not p.keeps_hidden])
     [hidden_PF] = new_hidden_buffers(1, x_RD, width, pieces)
     for piece in pieces:

@@ -51,7 +51,7 @@ class _SwiGLU(torch.autograd.Function):
 _swiglu: Callable[[Tensor, Tensor, float, Tensor, Tensor, Tensor], Tensor] = _SwiGLU.apply
 
 
-def _fake_swiglu_forward(
+def _new_swiglu_results(
     x_RD: Tensor, count_E: Tensor, recompute: float, gate_EFD: Tensor, up_EFD: Tensor, down_EDF: Tensor
 ) -> tuple[Tensor, ...]:
     rows = kept_buffer_rows(len(x_RD), recompute, round_windows=x_RD.device.type == "cpu")
@@ -61,7 +61,7 @@ def _fake_swiglu_forward(
 @compiled_operator(
     "grouped_swiglu_forward(Tensor x_RD, Tensor count_E, float recompute, Tensor gate_EFD, Tensor up_EFD,"
     " Tensor down_EDF) -> (Tensor, Tensor, Tensor)",
-    fake=_fake_swiglu_forward,
+    fake=_new_swiglu_results,
 )
 def _swiglu_forward(
     x_RD: Tensor, count_E: Tensor, recompute: float, gate_EFD: Tensor, up_EFD: Tensor, down_EDF: Tensor
@@ -69,7 +69,7 @@ def _swiglu_forward(
     """Return the outputs, and the kept rows of gate and up."""
     pieces = split_into_pieces(count_E.tolist(), recompute, round_windows=x_RD.device.type == "cpu")
     width = gate_EFD.shape[1]
-    out_RD, *kept_buffers = _fake_swiglu_forward(x_RD, count_E, recompute, gate_EFD, up_EFD, down_EDF)
+    out_RD, *kept_buffers = _new_swiglu_results(x_RD, count_E, recompute, gate_EFD, up_EFD, down_EDF)
     temporary_buffers = new_hidden_buffers(2, x_RD, width, [p for p in pieces if not p.keeps_hidden])
     [hidden_PF] = new_hidden_buffers(1, x_RD, width, pieces)
     for piece in pieces:

@@ -1,4 +1,4 @@
-"""Triton kernels as operators of torch, and those operators that all experts need: routes and rows.
+"""Launch of Triton kernels as operators of torch, and the operators of routes and rows, which all experts need.
 
 An operator allocates its results and launches its kernels. Fake tensors and tracing run through it without a GPU. Each
 operator states the largest number of kernels that it launches, which depends on nothing that only the device knows.

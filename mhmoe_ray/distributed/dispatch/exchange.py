@@ -2,7 +2,7 @@
 waits.
 
 Before the all-to-all of rows, an all-to-all of counts tells each rank how many rows it will receive. Each all-to-all is
-asynchronous, so that a rank can compute on its own rows meanwhile.
+asynchronous, so that a rank can compute on its own rows, or a shared expert, meanwhile.
 """
 
 import time

@@ -20,7 +20,13 @@ from torch.autograd.function import once_differentiable
 
 from mhmoe_kernels import ExpertWeights, Function, combine, permute, plan_routes, run_sorted_experts
 from mhmoe_ray.distributed.dispatch.exchange import Exchange, PendingExchange
-from mhmoe_ray.distributed.dispatch.inner_pass import InnerPass, SharedPass, restore_saved, take_all_saved
+from mhmoe_ray.distributed.dispatch.inner_pass import (
+    InnerPass,
+    SharedPass,
+    restore_saved,
+    shared_arguments,
+    take_all_saved,
+)
 from mhmoe_ray.model.feedforward import Experts, SharedExpert
 from mhmoe_ray.model.router import Routing
 
@@ -162,12 +168,11 @@ def _run_experts(
     """Return the output of the expert of each sorted row, 0 for dropped routes, and that of the shared expert, if there
     is one; with gradients."""
     stacked, weights = weights.stacked, weights._replace(stacked=())
-    shared_function = None if shared is None else shared.layer.function
-    shared_tensors = () if shared is None else shared.layer.cast(shared.x_BTM)
+    shared_function, shared_tensors = shared_arguments(shared)
     # The function gets the flag as an argument, because gradients are always disabled inside an autograd function.
     settings = _Settings(kernel, weights, len(stacked), shared_function, torch.is_grad_enabled())
     y_RD, *shared_outputs = _apply_experts(round_trip, settings, x_RD, *stacked, *shared_tensors)
-    return y_RD, next(iter(shared_outputs), None)
+    return y_RD, shared_outputs[0] if shared_outputs else None
 
 
 class _Settings(NamedTuple):
@@ -214,10 +219,16 @@ class _ExpertsFunction(torch.autograd.Function):
         own_pass, received_pass = (settings.expert_pass(counts, stacked) for counts in (own_X, received_X))
         shared = SharedPass(settings.shared_function, shared_tensors, settings.differentiable)
         # The own rows are cloned, because a view would keep all R rows in memory until the backward.
-        y_RD = round_trip(x_RD, lambda x: own_pass.forward(x.clone()), received_pass.forward, shared.forward)
+        shared_outputs: list[Tensor] = []
+        y_RD = round_trip(
+            x_RD,
+            lambda x: own_pass.forward(x.clone()),
+            received_pass.forward,
+            lambda: shared_outputs.extend(shared.forward()),
+        )
         ctx.round_trip, ctx.passes = round_trip, (own_pass, received_pass, shared)
         ctx.save_for_backward(*take_all_saved([own_pass, received_pass, *shared.passes]))
-        return y_RD, *shared.outputs
+        return y_RD, *shared_outputs
 
     @staticmethod
     @once_differentiable

@@ -31,7 +31,7 @@ from torch.autograd.function import once_differentiable
 from mhmoe_kernels import Function, combine, permute, plan_routes
 from mhmoe_ray.distributed.dispatch.exchange import Exchange, SentBytes
 from mhmoe_ray.distributed.dispatch.flat import FlatDispatch
-from mhmoe_ray.distributed.dispatch.inner_pass import SharedPass, restore_saved, take_all_saved
+from mhmoe_ray.distributed.dispatch.inner_pass import SharedPass, restore_saved, shared_arguments, take_all_saved
 from mhmoe_ray.model.feedforward import Experts, SharedExpert
 from mhmoe_ray.model.router import Routing
 
@@ -62,14 +62,13 @@ def exchange_rows(
         tensors: two-dimensional tensors of any dtype and width, with the same number of rows.
         shared: shared expert, to be computed while rows travel.
     """
-    shared_function = None if shared is None else shared.layer.function
-    shared_tensors = () if shared is None else shared.layer.cast(shared.x_BTM)
+    shared_function, shared_tensors = shared_arguments(shared)
     # The function gets the flag as an argument, because gradients are always disabled inside an autograd function.
     outputs = _apply_exchange(
         exchange, source_counts, target_counts, shared_function, torch.is_grad_enabled(), len(tensors), *tensors,
         *shared_tensors,
     )  # fmt: skip
-    return list(outputs[: len(tensors)]), next(iter(outputs[len(tensors) :]), None)
+    return list(outputs[: len(tensors)]), None if shared is None else outputs[-1]
 
 
 def _exchange_tensors(
@@ -110,11 +109,18 @@ class _ExchangeRows(torch.autograd.Function):
         *tensors: Tensor,
     ) -> tuple[Tensor, ...]:
         shared = SharedPass(shared_function, tensors[count:], differentiable)
-        outputs = _exchange_tensors(exchange, source_counts, target_counts, list(tensors[:count]), shared.forward)
+        shared_outputs: list[Tensor] = []
+        outputs = _exchange_tensors(
+            exchange,
+            source_counts,
+            target_counts,
+            list(tensors[:count]),
+            lambda: shared_outputs.extend(shared.forward()),
+        )
         ctx.reverse_arguments, ctx.shared, ctx.count = (exchange, target_counts, source_counts), shared, count
         ctx.save_for_backward(*take_all_saved(shared.passes))
         ctx.mark_non_differentiable(*(t for t in outputs if not t.is_floating_point()))
-        return *outputs, *shared.outputs
+        return *outputs, *shared_outputs
 
     @staticmethod
     @once_differentiable

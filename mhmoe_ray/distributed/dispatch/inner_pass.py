@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
 from mhmoe_kernels import Function
+from mhmoe_ray.model.feedforward import SharedExpert
 
 
 class InnerPass:
@@ -71,6 +72,12 @@ class InnerPass:
         return self.saved_tensors[index]
 
 
+def shared_arguments(shared: SharedExpert | None) -> tuple[Function | None, tuple[Tensor, ...]]:
+    """Return the function of a shared expert with its tokens and weights, in autocast's dtype if autocast is on; None
+    without tensors if there is no shared expert."""
+    return (None, ()) if shared is None else (shared.layer.function, shared.layer.cast(shared.x_BTM))
+
+
 class SharedPass:
     """Pass of tokens through the shared expert of a layer, if there is one."""
 
@@ -84,14 +91,13 @@ class SharedPass:
         """
         self._inputs = list(tensors[:1])
         self.passes = [] if function is None else [InnerPass(function, tensors[1:], differentiable)]
-        self.outputs: list[Tensor] = []
-        """Output of the expert, after the forward; empty if there is no expert."""
         self.gradients: list[Tensor] = []
         """Gradients of the tokens and weights, after the backward."""
 
-    def forward(self) -> None:
-        """Compute the output."""
-        self.outputs = [inner_pass.forward(self._inputs.pop()) for inner_pass in self.passes]
+    def forward(self) -> list[Tensor]:
+        """Return the output of the expert; an empty list if there is no expert."""
+        # The pass must not keep the output, whose graph has the outer function, which has the pass.
+        return [inner_pass.forward(self._inputs.pop()) for inner_pass in self.passes]
 
     def backward(self, doutputs: Sequence[Tensor]) -> None:
         """Compute the gradients for those of the outputs."""

@@ -36,7 +36,6 @@ class FsdpStrategy(Strategy):
         super().__init__(model, mesh, spec, fill)
 
     def _wrap_model(self, fill: FillModel) -> nn.Module:
-        # One module of each group of parameters that are gathered together, in the order of the forward.
         units: list[FSDPModule] = []
         ignored_parameters = set() if self._shards_experts else set(expert_parameters(self.model).values())
         shard_mesh = self.mesh.shard_mesh
@@ -50,9 +49,9 @@ class FsdpStrategy(Strategy):
             block_unit = fully_shard(block, mesh=shard_mesh, ignored_params=ignored_parameters, mp_policy=self._policy)
             units += [block_unit, *float32_units, *expert_units]
         units += self._shard_in_float32([self.model.norm])
-        # A unit is gathered while the one before it computes. FSDP2 does the same in the backward by itself.
-        for unit, next_unit in pairwise(units):
-            unit.set_modules_to_forward_prefetch([next_unit])
+        self._units = units
+        """One module of each group of parameters that are gathered together, in the order of the forward."""
+        self._prefetch_in_forward(True)
         # By default FSDP2 leaves the root's own tensors gathered after a forward. They are sharded again here, so that
         # readers between steps always see shards.
         fully_shard(
@@ -65,6 +64,20 @@ class FsdpStrategy(Strategy):
         # The model is filled only after it was sharded, so that no rank ever holds the full tensors.
         fill(self.model)
         return self.model
+
+    def _prefetch_in_forward(self, enabled: bool) -> None:
+        """Let each unit, when its forward starts, gather the unit after it. FSDP2 does so in the backward by itself."""
+        for unit, next_unit in pairwise(self._units):
+            unit.set_modules_to_forward_prefetch([next_unit] if enabled else [])
+
+    def backward(self, objective: Tensor) -> None:
+        # A recomputed block runs its forward again. The block after it has done its backward, and would stay gathered
+        # until all have.
+        self._prefetch_in_forward(False)
+        try:
+            super().backward(objective)
+        finally:
+            self._prefetch_in_forward(True)
 
     @property
     def _policy(self) -> MixedPrecisionPolicy:

@@ -43,10 +43,10 @@ class PackedExperts(nn.Module):
         self._experts = [pack_layer(experts.function, weights) for weights in expert_weights]
 
     def forward(
-        self, x_ND: Tensor, routing: Routing, _: Dispatch, shared: SharedExpert | None
-    ) -> tuple[Tensor, Tensor | None]:
-        y_ND = run_packed(x_ND, routing.expert_NK, routing.gate_NK, self._experts)
-        return y_ND, None if shared is None else shared.layer(shared.x_BTM)
+        self, x_ND: Tensor, routing: Routing, dispatch: Dispatch, shared: SharedExpert | None
+    ) -> tuple[Tensor, None]:
+        assert shared is None, "without other ranks, the layer computes its shared expert itself"
+        return run_packed(x_ND, routing.expert_NK, routing.gate_NK, self._experts), None
 
 
 class InferenceRouter(nn.Module):
