@@ -182,7 +182,7 @@ def test_a_value_that_another_section_overrides_is_refused():
 
 @pytest.mark.parametrize("override", ["model.dropout=0.1", "model.attention_dropout=0.1", "model.moe.jitter=0.1"])
 def test_compiled_models_with_random_numbers_are_refused(override):
-    """They are refused before training only, because an older run may have such a spec."""
+    """The spec itself stays readable, because an older run may have one like it."""
     load_resolved_spec(QUICKSTART, ["train.compile=true"]).check_compilation()
     load_resolved_spec(QUICKSTART, [override]).check_compilation()
     spec = load_resolved_spec(QUICKSTART, ["train.compile=true", override])
