@@ -110,7 +110,8 @@ def measure(
     """
     specs = matched_models(size, heads)
     if compiled:
-        # All models share the code of their blocks, of which torch keeps few versions and then stops to compile.
+        # All models share the code of their blocks. By default torch compiles it for eight different sizes at most, and
+        # runs the blocks of further models without compilation.
         torch._dynamo.config.recompile_limit = 4 * len(specs)
         specs |= {f"{name}, compiled": _compiled(spec) for name, spec in specs.items()}
     cases: dict[str, Callable[[], object]] = {n: Case(spec, hardware.device).step for n, spec in specs.items()}

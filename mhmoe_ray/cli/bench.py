@@ -46,9 +46,7 @@ def train(
     device: Annotated[Literal["cpu", "cuda"], typer.Option(help="Device to measure on.")] = "cpu",
     compiled: Annotated[
         bool,
-        typer.Option(
-            "--compile", help="Also time every model with `train.compile`, which takes half a minute to compile."
-        ),
+        typer.Option("--compile", help="Also time every model with `train.compile`; each compiles for half a minute."),
     ] = False,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds, each of a step of every model.")] = 9,
     json: JsonOption = False,

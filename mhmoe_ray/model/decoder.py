@@ -241,8 +241,8 @@ class Decoder(nn.Module):
                 layer.dispatch = torch.compiler.disable(layer.dispatch)  # type: ignore[no-untyped-call]
         self.is_compiled = True
         for block in self.blocks:
-            # All shapes but the number of documents stay the same. If another model in this process has other sizes,
-            # torch would compile code for any size, which needs values of sizes that it does not have.
+            # All sizes but the number of documents stay the same. By default, torch compiles code for any size as soon
+            # as another model in this process has other sizes. Such code cannot choose a kernel, which depends on them.
             block.compile(dynamic=False, **options)
 
     def moe_layers(self) -> list[MultiHeadMoE]:

@@ -218,8 +218,8 @@ class _ExpertsFunction(torch.autograd.Function):
         received_X = received_X or [0] * len(own_X)
         own_pass, received_pass = (settings.expert_pass(counts, stacked) for counts in (own_X, received_X))
         shared = SharedPass(settings.shared_function, shared_tensors, settings.differentiable)
-        # The own rows are cloned, because a view would keep all R rows in memory until the backward.
         shared_outputs: list[Tensor] = []
+        # The own rows are cloned, because a view would keep all R rows in memory until the backward.
         y_RD = round_trip(
             x_RD,
             lambda x: own_pass.forward(x.clone()),

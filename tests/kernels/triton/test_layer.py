@@ -30,6 +30,16 @@ def make_spec(layer, kernel, **moe):
     return ModelSpec(vocab_size=1, d_model=WIDTH, layers=1, attention_heads=1, moe=moe)
 
 
+def build_small_layer(backbone, kernel, capacity_factor):
+    """Return a layer with random weights that is small enough for Triton's interpreter."""
+    moe = {"heads": 2, "experts": 4, "top_k": 2, "d_expert": 16, "every": 1}
+    moe |= {"kernel": kernel, "capacity_factor": capacity_factor}
+    module = MultiHeadMoE(ModelSpec(vocab_size=1, d_model=32, layers=1, attention_heads=1, backbone=backbone, moe=moe))
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    return module
+
+
 def kernels_of(layer):
     """Return the sync-free kernels that take the rows of a layer: kernel `triton` takes those of up to 1024 values."""
     return [kernel for kernel in SYNC_FREE if kernel != "triton" or layer != "h 1"]
@@ -153,14 +163,7 @@ def test_operators_launch_what_they_state(monkeypatch):
     for backbone in ("llama", "subln"):
         for kernel in ("grouped_gemm", "triton"):
             for capacity_factor in (None, 1.0):
-                moe = {
-                    "heads": 2, "experts": 4, "top_k": 2, "d_expert": 16, "every": 1, "kernel": kernel,
-                    "capacity_factor": capacity_factor,
-                }  # fmt: skip
-                spec = ModelSpec(vocab_size=1, d_model=32, layers=1, attention_heads=1, backbone=backbone, moe=moe)
-                module = MultiHeadMoE(spec)
-                for parameter in module.parameters():
-                    torch.nn.init.normal_(parameter, std=0.1)
+                module = build_small_layer(backbone, kernel, capacity_factor)
                 with Launches():
                     y, routing = module(torch.randn(1, 8, 32, requires_grad=True))
                     (y.sum() + routing.balance_loss + routing.z_loss).backward()
@@ -185,14 +188,7 @@ def test_operators_launch_what_they_state(monkeypatch):
     ],
 )
 def test_compiled_layer_is_one_graph_with_the_same_results(backbone, kernel, capacity_factor):
-    moe = {
-        "heads": 2, "experts": 4, "top_k": 2, "d_expert": 16, "every": 1, "kernel": kernel,
-        "capacity_factor": capacity_factor,
-    }  # fmt: skip
-    spec = ModelSpec(vocab_size=1, d_model=32, layers=1, attention_heads=1, backbone=backbone, moe=moe)
-    module = MultiHeadMoE(spec)
-    for parameter in module.parameters():
-        torch.nn.init.normal_(parameter, std=0.1)
+    module = build_small_layer(backbone, kernel, capacity_factor)
     x_BTM = torch.randn(1, 8, 32, requires_grad=True)
 
     def run():
