@@ -95,6 +95,13 @@ def _quality_rows(run_state: dict[str, Any]) -> dict[str, str | None]:
         rows["validation"] = (
             f"loss {format_nats(validation['val_loss'])}, perplexity {perplexity_text}, at step {validation['step']:,}"
         )
+    if last_metrics and (part_losses := last_metrics.get("part_loss")):
+        validation_losses = (validation or {}).get("val_part_loss", {})
+        rows["  of parts"] = ", ".join(
+            f"{name} {format_nats(loss)}"
+            + (f" (validation {format_nats(validation_losses[name])})" if name in validation_losses else "")
+            for name, loss in part_losses.items()
+        )
     # The row helps to judge the loss: a model whose loss is above these values has not yet learned more than the
     # frequencies of tokens and of pairs of tokens.
     if baselines:

@@ -10,7 +10,7 @@ so a block holds many micro-batches if the training is long enough:
 Every row carries its position, so that a worker notices at once if it receives the rows of another rank.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import ray.data
 
+from mhmoe_ray.data.domains import source_of
 from mhmoe_ray.data.order.mixture import training_order
 from mhmoe_ray.data.shards.columns import (
     ModelSamples,
@@ -187,21 +188,29 @@ def domain_experts(moe: MoESpec | None, names: Sequence[str]) -> np.ndarray | No
     return np.array([-1 if number is None else number for number in numbers], np.int64)
 
 
-def validation_samples(folder: Path, manifest: DataManifest, moe: MoESpec | None = None) -> ModelSamples:
+def validation_samples(
+    folder: Path, manifest: DataManifest, moe: MoESpec | None = None, sources: Collection[str] | None = None
+) -> ModelSamples:
     """Return the validation samples of a prepared folder as a model takes them.
 
     Args:
         folder: the prepared folder.
         manifest: its manifest.
         moe: `moe` section of the model. With router `domain`, samples of domains without an expert are left out.
+        sources: sources of the samples; by default all.
     """
     reader = ShardReader(folder, manifest.validation, manifest.token_bytes)
     samples = split_padding(reader.read(np.arange(len(reader))), manifest.token_bytes)
-    numbers = domain_experts(moe, list(manifest.domains))
-    if numbers is None:
-        return samples
     # Validation samples are stored domain after domain in the manifest's order.
-    experts = np.repeat(numbers, [domain.validation_samples for domain in manifest.domains.values()])
-    is_kept = experts >= 0
-    document_starts = None if samples.document_starts is None else samples.document_starts[is_kept]
-    return ModelSamples(samples.token_ids[is_kept], samples.target_mask[is_kept], document_starts, experts[is_kept])
+    counts = [domain.validation_samples for domain in manifest.domains.values()]
+    is_kept = np.repeat([sources is None or source_of(name) in sources for name in manifest.domains], counts)
+    numbers = domain_experts(moe, list(manifest.domains))
+    experts = None if numbers is None else np.repeat(numbers, counts)
+    if experts is not None:
+        is_kept &= experts >= 0
+    if is_kept.all():
+        return samples._replace(experts=experts)
+    document_starts, experts = (
+        None if column is None else column[is_kept] for column in (samples.document_starts, experts)
+    )
+    return ModelSamples(samples.token_ids[is_kept], samples.target_mask[is_kept], document_starts, experts)

@@ -20,8 +20,14 @@ def append(run: RunDir, line: dict[str, Any]) -> None:
     On an object store it may be written a second later, or by `flush`.
     """
     assert line.keys() <= METRICS.keys(), f"not in the registry: {line.keys() - METRICS.keys()}"
-    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
-    jsonl.append(run.metrics_file, finite, immediate=False)
+    jsonl.append(run.metrics_file, {name: _to_json(value) for name, value in line.items()}, immediate=False)
+
+
+def _to_json(value: Any) -> Any:
+    """Return a value of a line with None for each number that is not finite."""
+    if isinstance(value, dict):
+        return {key: _to_json(number) for key, number in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def flush(run: RunDir) -> None:

@@ -55,9 +55,9 @@ class Metric:
     help: str
     """Description in one sentence, for Prometheus and for the panel."""
     unit: Unit = "short"
-    scope: Literal["run", "rank", "layer", "expert", "file"] = "run"
-    """Scope of a value: the run, or each rank, layer or expert, which Prometheus has as labels; `file` is for
-    metrics.jsonl alone."""
+    scope: Literal["run", "rank", "layer", "expert", "part", "file"] = "run"
+    """Scope of a value: the run, or each rank, layer, expert or part of micro-batches, which Prometheus has as labels;
+    `file` is for metrics.jsonl alone. There, a value of each part is an object with the parts' names as keys."""
     tag: str | None = None
     """Tag in TensorBoard and MLflow; None leaves the metric out there."""
     panel: Panel | None = None
@@ -71,7 +71,9 @@ class Metric:
     @property
     def labels(self) -> tuple[str, ...]:
         """Labels in Prometheus beside `run`."""
-        return {"rank": ("rank",), "layer": ("layer",), "expert": ("layer", "expert")}.get(self.scope, ())
+        return {"rank": ("rank",), "layer": ("layer",), "expert": ("layer", "expert"), "part": ("part",)}.get(
+            self.scope, ()
+        )
 
 
 METRICS: dict[str, Metric] = {}
@@ -97,11 +99,23 @@ LOSS = _metric(
     panel=Panel("training", "Loss", "{{run}} training"),
     plot=Plot("training loss", "nats per token"),
 )
+PART_LOSS = _metric(
+    "part_loss",
+    "Mean loss of the newest step in each part of its micro-batches (`data.parts`), in nats per token.",
+    scope="part",
+    panel=Panel("training", "Loss", "{{run}} training, {{part}}"),
+)
 VAL_LOSS = _metric(
     "val_loss",
     "Loss of the newest validation, in nats per held-out token.",
     tag="loss/validation",
     panel=Panel("training", "Loss", "{{run}} validation"),
+)
+VAL_PART_LOSS = _metric(
+    "val_part_loss",
+    "Loss of the newest validation in the held-out text of each part of micro-batches, in nats per token.",
+    scope="part",
+    panel=Panel("training", "Loss", "{{run}} validation, {{part}}"),
 )
 TOKENS_PER_S = _metric(
     "tokens_per_s",
@@ -216,6 +230,8 @@ VAL_TOKENS = _metric("val_tokens", "Held-out tokens of the validation.", scope="
 def tagged_values(line: dict[str, Any]) -> dict[str, float]:
     """Return the values of a step's line by their tags in TensorBoard and MLflow, without absent or non-finite ones."""
     values = {metric.tag: line.get(name) for name, metric in METRICS.items() if metric.tag}
+    for kind, name in (("training", PART_LOSS), ("validation", VAL_PART_LOSS)):
+        values |= {f"loss/{kind}_{part}": value for part, value in line.get(name, {}).items()}
     return {tag: value for tag, value in values.items() if value is not None and math.isfinite(value)}
 
 

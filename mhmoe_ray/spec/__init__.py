@@ -17,7 +17,7 @@ from mhmoe_ray.spec.load import (
     validate_section,
 )
 from mhmoe_ray.spec.model import ModelSpec, MoESpec
-from mhmoe_ray.spec.run import NON_TRAINING_SECTIONS, ReferenceSpec, RunSpec
+from mhmoe_ray.spec.run import NON_TRAINING_SECTIONS, MicroBatchPart, ReferenceSpec, RunSpec
 from mhmoe_ray.spec.serve import DeploySpec, KeySpec, ServeSpec
 from mhmoe_ray.spec.start import StartSpec
 from mhmoe_ray.spec.sweep import SweepRun, SweepSize, SweepSpec
@@ -31,6 +31,7 @@ __all__ = [
     "FilterSpec",
     "Format",
     "KeySpec",
+    "MicroBatchPart",
     "MoESpec",
     "ModelSpec",
     "PhaseSpec",

@@ -137,12 +137,24 @@ class SourceSpec(Section):
             raise ValueError("text_field is for records with a text, and format chat reads messages")
 
 
+class PartSpec(Section):
+    """Part of every micro-batch: a fixed number of samples, of the mixture of some sources."""
+
+    sources: list[SourceName] = Field(min_length=1)
+    """Sources of the part. Each source belongs to one part."""
+    micro_batch_size: PositiveInt
+    """Number of sequences of this part in a micro-batch."""
+
+
 class DataSpec(Section):
     """Sources of text, their mixture, the tokenizer, and the packing into samples."""
 
     sources: dict[SourceName, SourceSpec] = Field(min_length=1)
     schedule: list[PhaseSpec] = Field(default_factory=list)
     """Changes of the mixture during training, by step."""
+    parts: dict[SourceName, PartSpec] = Field(default_factory=dict)
+    """Parts of every micro-batch, by name. Each part has an order and a mixture of its own, and the sum of their
+    numbers of sequences is train.micro_batch_size. Without parts, the mixture of all sources fills a micro-batch."""
     prepared: Path
     """Folder for the packed token shards. `data prepare` writes them once, and training only reads them. If the folder
     lies below a source's path, it is not part of that source."""
@@ -205,6 +217,7 @@ class DataSpec(Section):
         for step, mixes in self.mixes.items():
             if not any(mix.weight for mix in mixes.values()):
                 raise ValueError(f"every source has weight 0 from step {step} on")
+        self._check_parts()
         if self.tokenizer is None and self.tokenizer_pattern is not None:
             raise ValueError("tokenizer_pattern is for a given vocabulary in tiktoken's format: give tokenizer as well")
         # Both have None as the default, so that an explicit value that equals the default is refused too.
@@ -214,6 +227,23 @@ class DataSpec(Section):
         if self.chat_template is not None and not self.chat_sources:
             raise ValueError("chat_template is for sources of format chat, and there is none: remove it")
         return self
+
+    def _check_parts(self) -> None:
+        """Check that each source is in one part, if there are parts, and that no part is ever without a source."""
+        names = [name for part in self.parts.values() for name in part.sources]
+        if not names:
+            return
+        for name in (*names, *self.sources):
+            if name not in self.sources:
+                raise ValueError(
+                    f"parts name {name!r}, which is not a source; the sources are {', '.join(self.sources)}"
+                )
+            if names.count(name) != 1:
+                raise ValueError(f"source {name} is in {names.count(name)} parts: name it in one")
+        for step, mixes in self.mixes.items():
+            for part_name, part in self.parts.items():
+                if not any(mixes[name].weight for name in part.sources):
+                    raise ValueError(f"every source of part {part_name} has weight 0 from step {step} on")
 
     @property
     def chat_sources(self) -> list[str]:

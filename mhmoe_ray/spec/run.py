@@ -1,7 +1,7 @@
 """The complete spec of a run."""
 
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, NamedTuple, Self
 
 from pydantic import Field, NonNegativeInt, PlainSerializer, PlainValidator, model_validator
 
@@ -36,6 +36,16 @@ class ReferenceSpec(Section):
     name: str
     moe: MoESpec | None = None
     """Expert layers of the reference. By default the reference is the dense model."""
+
+
+class MicroBatchPart(NamedTuple):
+    """Part of every micro-batch."""
+
+    name: str
+    """Name of the part; empty for the only part of a spec without parts."""
+    sources: tuple[str, ...]
+    samples: int
+    """Number of its samples in a micro-batch."""
 
 
 class RunSpec(Section):
@@ -103,6 +113,7 @@ class RunSpec(Section):
                 f"train.moment_precision bfloat16 is for strategies ddp and fsdp, but DeepSpeed holds the moments of "
                 f"{self.cluster.strategy}: set train.moment_precision to float32"
             )
+        self._check_parts()
         if self.data.chat_sources:
             self._check_chat(self.data.chat_sources[0])
         longest_sequence = self.model.architecture.longest_sequence
@@ -118,6 +129,14 @@ class RunSpec(Section):
                     f"({workers}), so that every worker gets equally many"
                 )
         return self
+
+    def _check_parts(self) -> None:
+        sizes = [part.micro_batch_size for part in self.data.parts.values()]
+        if sizes and sum(sizes) != self.train.micro_batch_size:
+            raise ValueError(
+                f"train.micro_batch_size is {self.train.micro_batch_size}, but the parts of a micro-batch have "
+                f"{' + '.join(map(str, sizes))} sequences: set it to {sum(sizes)}"
+            )
 
     def _check_kernel(self, moe: MoESpec) -> None:
         limits, gpus = moe.kernel_limits, self.cluster.gpus_per_worker
@@ -215,6 +234,13 @@ class RunSpec(Section):
         # With `exchange` and expert parallelism, a block is recomputed without its experts, which are spread over
         # ranks.
         return self.train.recompute == "experts" or (self.train.recompute == "exchange" and self.cluster.ep > 1)
+
+    @property
+    def parts(self) -> list[MicroBatchPart]:
+        """The parts of every micro-batch in their order; a single one without a name if the spec has no parts."""
+        if not self.data.parts:
+            return [MicroBatchPart("", tuple(self.data.sources), self.train.micro_batch_size)]
+        return [MicroBatchPart(name, tuple(p.sources), p.micro_batch_size) for name, p in self.data.parts.items()]
 
     @property
     def samples_per_step(self) -> int:

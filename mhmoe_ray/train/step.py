@@ -67,6 +67,9 @@ class RankSums(NamedTuple):
     """Number of routes dropped because the expert capacity was used up, over all layers."""
     count_LE: Tensor
     """Number of kept routes per layer and expert, int64."""
+    part_sums_P2: Tensor
+    """Loss in nats and number of targets that count in each part of micro-batches, float64; P is 0 if the spec names no
+    parts."""
     sent_bytes: SentBytes = SentBytes()
     """Bytes that expert-parallel dispatch sent to other ranks."""
     least_bytes: int = 0
@@ -173,6 +176,8 @@ class Trainer:
         # The sums stay on the device until the end, so that the host does not wait for each micro-batch.
         loss_balance_dropped = torch.zeros(3, dtype=torch.float64, device=self.device)
         count_LE = self.zero_counts().to(self.device)
+        part_sizes = [part.micro_batch_size for part in spec.data.parts.values()]
+        part_sums_P2 = torch.zeros(len(part_sizes), 2, dtype=torch.float64, device=self.device)
         if self._dispatch:
             # A validation since the last step has sent rows, too. Its bytes and waiting time do not belong to this
             # step, so they are discarded.
@@ -184,11 +189,14 @@ class Trainer:
                 with self.strategy.micro_batch_context(is_last=i == rank_batches):
                     micro_batch = self.step * m + self.mesh.rank + (i - 1) * self.mesh.world_size
                     noise = Noise(spec.seed, micro_batch)
-                    (loss, _), routing = self.forward(batch, noise)
+                    (loss, loss_BT), routing = self.forward(batch, noise)
                     # This is M times the micro-batch's contribution to the mean over all targets of the step, because
                     # the backward below divides by M.
                     objective = loss / (max(1, targets) / m)
                     loss_balance_dropped[0] += loss.detach()
+                    if part_sizes:
+                        values_2B = torch.stack([t.sum(1, dtype=torch.float64) for t in (loss_BT, batch.counts_BT)])
+                        part_sums_P2 += torch.stack([part.sum(1) for part in torch.split(values_2B, part_sizes, 1)])
                     if moe:
                         objective = objective + routing_loss(spec.model, routing)
                         balance_L = torch.stack([r.balance_loss.detach() for r in routing])
@@ -201,7 +209,7 @@ class Trainer:
                 self.on_progress()
         self.strategy.finish_reduction()
         loss_sum, balance_sum, dropped = loss_balance_dropped.tolist()
-        sums = RankSums(targets, loss_sum, balance_sum, int(dropped), count_LE.cpu())
+        sums = RankSums(targets, loss_sum, balance_sum, int(dropped), count_LE.cpu(), part_sums_P2.cpu())
         if moe and self._dispatch:
             row_bytes = spec.model.row_width * bytes_per_value(spec)
             passes = 3 if spec.train.recompute == "block" else 2

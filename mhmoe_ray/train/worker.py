@@ -159,9 +159,7 @@ class Worker:
             PreemptedError: a node of the worker group is preempted; a checkpoint has been saved.
         """
         spec, trainer = self.spec, self.trainer
-        validation_batch = micro_batch(
-            validation_samples(spec.data.prepared, self.data, spec.model.moe), torch.device("cpu")
-        )
+        validation_batches = self._validation_batches()
         stream = self._stream()
         counts_LE = trainer.zero_counts()
         stop_requested = False
@@ -188,8 +186,7 @@ class Worker:
             is_last_step = trainer.step == spec.train.steps or stop_requested
             if is_last_step or trainer.step % spec.train.validate_every == 0:
                 self.heartbeat.report_phase(trainer.step, "validating")
-                loss, tokens = trainer.validate(validation_batch)
-                line |= {metrics.VAL_LOSS: loss, metrics.VAL_TOKENS: tokens}
+                line |= self._validate(validation_batches)
             self.telemetry.report(line, step_counts_LE, waits)
             if is_last_step or is_preempted or trainer.step % spec.train.checkpoint_every == 0:
                 self.heartbeat.report_phase(trainer.step, "saving")
@@ -205,6 +202,28 @@ class Worker:
                     LOGGER.info("step %d: loss %.4f, validation loss %.4f", trainer.step, loss, val_loss)
                 ray.train.report(line)
         self.saver.wait()
+
+    def _validation_batches(self) -> dict[str, MicroBatch]:
+        """Return the held-out samples of each part of micro-batches that has any, by the name of the part; all of them
+        without a name if the spec names no parts."""
+        spec, batches = self.spec, {}
+        for part in spec.parts:
+            sources = part.sources if part.name else None
+            samples = validation_samples(spec.data.prepared, self.data, spec.model.moe, sources)
+            if len(samples.token_ids) or not part.name:
+                batches[part.name] = micro_batch(samples, torch.device("cpu"))
+        return batches
+
+    def _validate(self, batches: dict[str, MicroBatch]) -> dict[str, Any]:
+        """Return the metrics of a validation; `batches` has the held-out samples of each part."""
+        losses = {name: self.trainer.validate(batch) for name, batch in batches.items()}
+        tokens = sum(token_count for _, token_count in losses.values())
+        if not self.spec.data.parts:
+            [(loss, _)] = losses.values()
+            return {metrics.VAL_LOSS: loss, metrics.VAL_TOKENS: tokens}
+        loss = sum(loss * token_count for loss, token_count in losses.values()) / tokens
+        part_losses = {name: loss for name, (loss, _) in losses.items()}
+        return {metrics.VAL_LOSS: loss, metrics.VAL_TOKENS: tokens, metrics.VAL_PART_LOSS: part_losses}
 
     def _agree_on_start(self) -> tuple[int, tuple[Location, CheckpointManifest] | None]:
         """Return the number of this worker group, and the checkpoint to restore or None; all ranks get the same.
@@ -270,9 +289,12 @@ class Worker:
             values_to_maximize,
             [*batches.digests],
             sums.count_LE.flatten().tolist(),
+            sums.part_sums_P2.flatten().tolist(),
         ]
         gathered_values = _gather_numbers(torch.tensor(list(chain(*rank_values)), dtype=torch.float64))
-        totals, maxima, digests, routes = torch.split(gathered_values, [len(part) for part in rank_values], dim=1)
+        totals, maxima, digests, routes, part_sums = torch.split(
+            gathered_values, [len(part) for part in rank_values], dim=1
+        )
         loss, balance, dropped, sent_rows, least_rows, sent_counts, sent_between_nodes = totals.sum(0).tolist()
         data_wait, exchange_wait, stop_flag, preemption_flag, failure_flag = maxima.max(0).values.tolist()
         if failure_flag:
@@ -280,11 +302,14 @@ class Worker:
             # those that went on would wait for the others in their next collective operation.
             self.saver.wait()
         count_LE = routes.sum(0).long().view_as(sums.count_LE)
+        part_sums_P2 = part_sums.sum(0).view_as(sums.part_sums_P2)
         # The j-th micro-batch of rank r is micro-batch j * world + r of the step, so the transposed digests are in the
         # step's order.
         digest = combine_digests(int(d) for d in digests.T.flatten())
         total_sent = SentBytes(int(sent_rows), int(sent_counts), int(sent_between_nodes))
-        step_totals = StepTotals(sums.targets, loss, balance, dropped, count_LE, total_sent, int(least_rows), digest)
+        step_totals = StepTotals(
+            sums.targets, loss, balance, dropped, count_LE, part_sums_P2, total_sent, int(least_rows), digest
+        )
         longest_waits, seconds = WaitShares(data_wait, exchange_wait), time.monotonic() - step_start
         line = step_line(spec, trainer, self.group, step_totals, longest_waits, update, seconds)
         return line, count_LE, waits, bool(stop_flag), bool(preemption_flag)

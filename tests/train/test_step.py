@@ -161,3 +161,38 @@ def test_weights_are_cast_once_in_a_step(recompute):
     assert set(casts.counts.values()) == {1}
     assert {name for name in casts.counts if ".experts." in name} == set(expert_parameters(trainer.model))
     assert all(layer.experts.step_casts is None for layer in trainer.model.moe_layers())
+
+
+def step_of_parts(spec):
+    """Return this rank's sums of a step, and the loss of each token of its micro-batches with the targets' mask."""
+    trainer = build_trainer(spec)
+    batches = rank_batches(spec, 0, trainer)
+    with torch.no_grad():
+        losses = [trainer.forward(batch).loss.token_BT for batch in batches]
+    return trainer.accumulate(batches), torch.stack(losses), torch.stack([batch.counts_BT for batch in batches])
+
+
+@pytest.mark.parametrize("sections", [{}, {"data": {"packing": "best_fit"}}, {"train": {"loss_chunk_rows": 5}}])
+def test_the_loss_of_each_part_is_that_of_its_samples(sections):
+    sources = {"web": {"path": "web"}, "books": {"path": "books"}}
+    parts = {
+        "a": {"sources": ["web"], "micro_batch_size": 3},
+        "b": {"sources": ["books"], "micro_batch_size": 1},
+    }
+    data, train = sections.get("data", {}), sections.get("train", {})
+    spec = tiny_spec(
+        data={"sources": sources, "parts": parts, **data},
+        train={"micro_batch_size": 4, **train},
+        cluster={"workers": 2},
+    )
+    for sums, loss_MBT, counts_MBT in run_ranks(2, step_of_parts, spec):
+        for part, samples in enumerate((slice(0, 3), slice(3, 4))):
+            expected = [t[:, samples].sum(dtype=torch.float64) for t in (loss_MBT, counts_MBT)]
+            torch.testing.assert_close(sums.part_sums_P2[part], torch.stack(expected), rtol=1e-6, atol=0)
+        assert sums.part_sums_P2[:, 0].sum() == pytest.approx(sums.loss, rel=1e-6)
+
+
+def test_a_step_without_parts_has_no_losses_of_parts():
+    spec = tiny_spec()
+    trainer = build_trainer(spec)
+    assert trainer.accumulate(rank_batches(spec, 0, trainer)).part_sums_P2.shape == (0, 2)

@@ -18,15 +18,14 @@ number of positions, so that limits are exact to the sample, and the order depen
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Context, Decimal
-from functools import cached_property
 from itertools import accumulate, pairwise
 from math import fsum
 
 from mhmoe_ray.data.domains import source_of, subfolder_of
-from mhmoe_ray.data.order.order import MAX_WEIGHT, Order, OrderedDomain, Phase, seeded_hash
+from mhmoe_ray.data.order.order import MAX_WEIGHT, Order, OrderedDomain, PartedOrder, Phase, seeded_hash
 from mhmoe_ray.data.shards.manifest import DataManifest
 from mhmoe_ray.errors import DataError
-from mhmoe_ray.spec import RunSpec, SourceMix
+from mhmoe_ray.spec import MicroBatchPart, RunSpec, SourceMix
 
 
 def apportion(total: int, weights: Sequence[float], limits: Sequence[int], offset: float) -> list[int]:
@@ -86,14 +85,8 @@ class MixturePhase:
     """Shares before temperature and limits, summing to 1."""
     tempered: list[float]
     """Shares with temperature and before limits, summing to 1."""
-    weights: list[int]
-    """Mixture weights, with temperature and limits, as whole numbers for the order."""
-
-    @cached_property
-    def shares(self) -> list[float]:
-        """Shares with temperature and after limits, summing to 1."""
-        weight_sum = sum(self.weights)
-        return [w / weight_sum for w in self.weights]
+    shares: list[float]
+    """Shares with temperature and after limits, summing to 1."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +100,7 @@ class Mixture:
     """Number of samples of each domain that earlier runs have read, whose order this run continues."""
     phases: list[MixturePhase]
     samples_per_step: int
-    order: Order
+    order: Order | PartedOrder
 
     def samples_read(self, from_step: int, to_step: int) -> list[int]:
         """Return the number of samples of each domain that steps from_step .. to_step - 1 read."""
@@ -120,7 +113,8 @@ class Mixture:
 def compute_mixture(spec: RunSpec, manifest: DataManifest, samples_before: Mapping[str, int] | None = None) -> Mixture:
     """Return the mixture of all domains that fill at least one sample, in the order of names.
 
-    Domains that no phase reads have share 0.
+    Domains that no phase reads have share 0. If micro-batches have parts, the shares in them are those of all parts
+    together.
 
     Args:
         spec: the spec of the run.
@@ -132,16 +126,25 @@ def compute_mixture(spec: RunSpec, manifest: DataManifest, samples_before: Mappi
         DataError: a domain with a fixed share fills no sample, no domain of a source does, `max_epochs_of` names a
             subfolder that is not in the data, or the limits leave steps without data.
     """
-    names = sorted(name for name, d in manifest.domains.items() if d.samples and source_of(name) in spec.data.sources)
+    mixtures = [_compute_part(spec, part, manifest, samples_before) for part in spec.parts]
+    return mixtures[0] if len(mixtures) == 1 else _combine_parts(spec, mixtures)
+
+
+def _compute_part(
+    spec: RunSpec, part: MicroBatchPart, manifest: DataManifest, samples_before: Mapping[str, int] | None
+) -> Mixture:
+    """Return the mixture of one part of every micro-batch; the other arguments are those of `compute_mixture`."""
+    names = sorted(name for name, d in manifest.domains.items() if d.samples and source_of(name) in part.sources)
     domains = [OrderedDomain(name, source_of(name), manifest.domains[name].samples) for name in names]
     tokens = [manifest.domains[name].tokens for name in names]
     first_slots = [(samples_before or {}).get(name, 0) for name in names]
-    limits = _domain_limits(spec, manifest, domains, first_slots)
+    limits = _domain_limits(spec, part, manifest, domains, first_slots)
+    samples_per_step = spec.train.micro_batches * part.samples
     # A phase that starts after the end of the training is not read.
     phase_starts = [step for step in spec.data.mixes if step < spec.train.steps]
     by_size, tempered = [], []
     for step in phase_starts:
-        mixes = spec.data.mixes[step]
+        mixes = {name: mix for name, mix in spec.data.mixes[step].items() if name in part.sources}
         by_size.append(phase_shares(mixes, domains, tokens, apply_temperature=False))
         tempered.append(phase_shares(mixes, domains, tokens, apply_temperature=True))
     _check_experts(spec, names, tempered)
@@ -149,9 +152,9 @@ def compute_mixture(spec: RunSpec, manifest: DataManifest, samples_before: Mappi
     # With limits, the weights must add up to the number of positions, so that the limits are exact. Without limits, a
     # fixed total is used, so that a longer training begins with the same order as a shorter one.
     if any(limit is not None for limit in limits):
-        positions = [n * spec.samples_per_step for n in steps]
+        positions = [n * samples_per_step for n in steps]
         split_limits = _split_limits(limits, positions, tempered)
-        _check_limits(spec, phase_starts, limits, tempered)
+        _check_limits(spec, part, phase_starts, limits, tempered)
     else:
         positions = [MAX_WEIGHT] * len(steps)
         split_limits = [[MAX_WEIGHT] * len(domains) for _ in steps]
@@ -165,10 +168,56 @@ def compute_mixture(spec: RunSpec, manifest: DataManifest, samples_before: Mappi
         )
         for i, (total, shares, phase_limits) in enumerate(zip(positions, tempered, split_limits, strict=True))
     ]
-    phases = [MixturePhase(*row) for row in zip(phase_starts, steps, by_size, tempered, weights, strict=True)]
-    order_phases = [Phase(p.from_step * spec.samples_per_step, p.weights) for p in phases]
+    shares = [[w / sum(phase_weights) for w in phase_weights] for phase_weights in weights]
+    phases = [MixturePhase(*row) for row in zip(phase_starts, steps, by_size, tempered, shares, strict=True)]
+    order_phases = [
+        Phase(step * samples_per_step, phase_weights) for step, phase_weights in zip(phase_starts, weights, strict=True)
+    ]
     order = Order(spec.seed, domains, order_phases, first_slots)
-    return Mixture(domains, limits, first_slots, phases, spec.samples_per_step, order)
+    return Mixture(domains, limits, first_slots, phases, samples_per_step, order)
+
+
+def _combine_parts(spec: RunSpec, mixtures: Sequence[Mixture]) -> Mixture:
+    """Return the mixture of all parts of micro-batches together.
+
+    Args:
+        spec: the spec of the run.
+        mixtures: the mixture of each part.
+    """
+    sizes = [part.samples for part in spec.parts]
+    # Each row has the number of a part and the number of a domain in it, in the order of the domains' names.
+    rows = sorted(
+        ((part, number) for part, mixture in enumerate(mixtures) for number in range(len(mixture.domains))),
+        key=lambda row: mixtures[row[0]].domains[row[1]].name,
+    )
+    numbers = {row: number for number, row in enumerate(rows)}
+    domains_of_parts = [
+        [numbers[part, number] for number in range(len(mixture.domains))] for part, mixture in enumerate(mixtures)
+    ]
+
+    def join_shares(shares: Sequence[Sequence[float]]) -> list[float]:
+        """Return the shares of all domains, given those of each part."""
+        return [shares[part][number] * sizes[part] / sum(sizes) for part, number in rows]
+
+    phases = [
+        MixturePhase(
+            part_phases[0].from_step,
+            part_phases[0].steps,
+            join_shares([phase.by_size for phase in part_phases]),
+            join_shares([phase.tempered for phase in part_phases]),
+            join_shares([phase.shares for phase in part_phases]),
+        )
+        for part_phases in zip(*(mixture.phases for mixture in mixtures), strict=True)
+    ]
+    orders = [mixture.order for mixture in mixtures if isinstance(mixture.order, Order)]
+    return Mixture(
+        [mixtures[part].domains[number] for part, number in rows],
+        [mixtures[part].limits[number] for part, number in rows],
+        [mixtures[part].samples_before[number] for part, number in rows],
+        phases,
+        spec.samples_per_step,
+        PartedOrder(orders, sizes, domains_of_parts),
+    )
 
 
 def _check_experts(spec: RunSpec, names: Sequence[str], phase_shares: Sequence[Sequence[float]]) -> None:
@@ -188,7 +237,7 @@ def _check_experts(spec: RunSpec, names: Sequence[str], phase_shares: Sequence[S
 
 def training_order(
     spec: RunSpec, manifest: DataManifest, samples_before: Mapping[str, int] | None = None
-) -> tuple[list[str], Order]:
+) -> tuple[list[str], Order | PartedOrder]:
     """Return the names of the mixture's domains and the order; domain i of the order is the i-th name of the list.
 
     The arguments are those of `compute_mixture`.
@@ -201,13 +250,18 @@ def training_order(
 
 
 def _domain_limits(
-    spec: RunSpec, manifest: DataManifest, domains: Sequence[OrderedDomain], samples_before: Sequence[int]
+    spec: RunSpec,
+    part: MicroBatchPart,
+    manifest: DataManifest,
+    domains: Sequence[OrderedDomain],
+    samples_before: Sequence[int],
 ) -> list[int | None]:
     """Return the number of samples of each domain that `max_epochs` allows this run to read; None for a domain without
     a limit.
 
     Args:
         spec: the spec of the run.
+        part: the part of micro-batches to which the domains belong.
         manifest: the manifest of its prepared data.
         domains: the domains, in the order of the result.
         samples_before: the number of samples of each domain that earlier runs have read.
@@ -216,8 +270,8 @@ def _domain_limits(
         DataError: `max_epochs_of` names a subfolder that is not in the prepared data, or earlier runs have read a
             domain beyond its limit.
     """
-    for name, source in spec.data.sources.items():
-        for subfolder in source.max_epochs_of:
+    for name in part.sources:
+        for subfolder in spec.data.sources[name].max_epochs_of:
             if f"{name}/{subfolder}" not in manifest.domains:
                 reason = f"there is no {name}/{subfolder} in the prepared data"
                 raise DataError(f"data.sources.{name}.max_epochs_of", reason, "name a subfolder of that source")
@@ -309,7 +363,11 @@ def _split_limits(
 
 
 def _check_limits(
-    spec: RunSpec, phase_starts: Sequence[int], limits: Sequence[int | None], shares: Sequence[Sequence[float]]
+    spec: RunSpec,
+    part: MicroBatchPart,
+    phase_starts: Sequence[int],
+    limits: Sequence[int | None],
+    shares: Sequence[Sequence[float]],
 ) -> None:
     """Check that the limits leave enough samples for every phase.
 
@@ -323,7 +381,7 @@ def _check_limits(
         The result is the number of the phase, the number of available samples, and the number of required ones.
         """
         phase_bounds = [min(step, steps) for step in (*phase_starts, steps)]
-        positions = [(stop - start) * spec.samples_per_step for start, stop in pairwise(phase_bounds)]
+        positions = [(stop - start) * spec.train.micro_batches * part.samples for start, stop in pairwise(phase_bounds)]
         for i, phase_limits in enumerate(_split_limits(limits, positions, shares)):
             available = sum(limit for limit, share in zip(phase_limits, shares[i], strict=True) if share)
             if available < positions[i]:
@@ -345,7 +403,8 @@ def _check_limits(
     phase_text = f" from step {phase_starts[phase]} on" if len(phase_starts) > 1 else ""
     reason = f"max_epochs allows {available:,} samples{phase_text}, and {required:,} are needed"
     fix = f"set train.steps to {feasible_steps:,}, or raise max_epochs, or add text"
-    raise DataError("mixture", reason, fix if feasible_steps else "raise max_epochs, or add text")
+    subject = f"mixture of part {part.name}" if part.name else "mixture"
+    raise DataError(subject, reason, fix if feasible_steps else "raise max_epochs, or add text")
 
 
 def _split_by_source(

@@ -294,7 +294,8 @@ class Phase(NamedTuple):
 
 
 class Order:
-    """Order of a training: it maps each position to a domain and a sample of that domain."""
+    """Order of a training, or of a part of its micro-batches: it maps each position to a domain and a sample of that
+    domain."""
 
     def __init__(
         self,
@@ -374,3 +375,45 @@ class Order:
             offset + count - first_slot
             for offset, count, first_slot in zip(self._rank_offsets[phase], slot_counts, self._first_slots, strict=True)
         ]
+
+
+class PartedOrder:
+    """Order of a training whose micro-batches have parts, each of a fixed size and with an order of its own.
+
+    The samples of a micro-batch are those of its parts, one part after another. Those of micro-batch m in a part of b
+    samples have positions m*b .. (m+1)*b - 1 in the part's order.
+    """
+
+    def __init__(self, orders: Sequence[Order], sizes: Sequence[int], domains: Sequence[Sequence[int]]) -> None:
+        """Combine the orders of the parts.
+
+        Args:
+            orders: order of each part.
+            sizes: number of samples of each part in a micro-batch.
+            domains: for each part, the number in the result of each domain of its order.
+        """
+        self._orders, self._sizes = orders, sizes
+        self._domains = [np.asarray(numbers, np.int64) for numbers in domains]
+        self._ends = np.cumsum(sizes)
+        self._starts = self._ends - sizes
+
+    def __call__(self, position: I64) -> tuple[I64, I64]:
+        """Map positions (n,) to (domain, sample of that domain), each (n,)."""
+        batch, row = np.divmod(position, self._ends[-1])
+        part_of_row = np.searchsorted(self._ends, row, side="right")
+        domain, sample = np.empty_like(position), np.empty_like(position)
+        for part, (order, size) in enumerate(zip(self._orders, self._sizes, strict=True)):
+            rows = np.flatnonzero(part_of_row == part)
+            part_domain, sample[rows] = order(batch[rows] * size + row[rows] - self._starts[part])
+            domain[rows] = self._domains[part].take(part_domain)
+        return domain, sample
+
+    def domain_counts(self, position: int) -> list[int]:
+        """Return the number of samples of each domain among the first `position` positions."""
+        batch, row = divmod(position, int(self._ends[-1]))
+        counts = [0] * sum(map(len, self._domains))
+        for part, (order, size) in enumerate(zip(self._orders, self._sizes, strict=True)):
+            part_position = batch * size + min(max(row - int(self._starts[part]), 0), size)
+            for number, count in zip(self._domains[part], order.domain_counts(part_position), strict=True):
+                counts[number] = count
+        return counts

@@ -24,6 +24,7 @@ class StepTotals(NamedTuple):
     balance: float
     dropped: float
     count_LE: Tensor
+    part_sums_P2: Tensor
     sent_bytes: SentBytes
     least_bytes: int
     digest: str
@@ -67,6 +68,9 @@ def step_line(
         metrics.DATA_WAIT: waits.data,
         metrics.STREAM: totals.digest,
     }
+    if spec.data.parts:
+        part_losses = (loss / max(1, targets) for loss, targets in totals.part_sums_P2.tolist())
+        line[metrics.PART_LOSS] = dict(zip(spec.data.parts, part_losses, strict=True))
     if moe:
         count_LE = totals.count_LE
         line[metrics.DROPPED] = totals.dropped / (totals.dropped + float(count_LE.sum()))

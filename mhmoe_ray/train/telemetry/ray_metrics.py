@@ -83,13 +83,13 @@ def add_run(gauges: Gauges, steps: int) -> None:
         gauges: gauges of rank 0.
         steps: number of steps of the complete run.
     """
-    for metric in _metrics_of_scope("run", "layer", "expert"):
+    for metric in _metrics_of_scope("run", "layer", "expert", "part"):
         gauges.add(metric)
     gauges.set(STEPS, steps)
 
 
 def report_run(gauges: Gauges, line: dict[str, Any], count_LE: Tensor) -> None:
-    """Report a step's metrics of the whole run, of each layer and of each expert.
+    """Report a step's metrics of the whole run, of each part of micro-batches, of each layer and of each expert.
 
     Args:
         gauges: gauges of rank 0.
@@ -100,6 +100,9 @@ def report_run(gauges: Gauges, line: dict[str, Any], count_LE: Tensor) -> None:
         value = line.get(metric.name)
         if (gauge_value := metric.absent if value is None else value) is not None:
             gauges.set(metric.name, gauge_value)
+    for metric in _metrics_of_scope("part"):
+        for part, value in line.get(metric.name, {}).items():
+            gauges.set(metric.name, value, part=part)
     # A dense model has no experts to report.
     if not len(count_LE):
         return

@@ -15,6 +15,7 @@ import pytest
 
 from mhmoe_ray.cluster import jobs
 from mhmoe_ray.cluster.connect import connect
+from mhmoe_ray.data.domains import source_of
 from mhmoe_ray.data.prepare.job import PrepareRequest
 from mhmoe_ray.data.prepare.validation import is_validation
 from mhmoe_ray.data.prepare.work import read_progress
@@ -196,6 +197,11 @@ def test_prepare_writes_every_document_once(results):
     assert int(samples.target_mask.sum()) == manifest.validation_tokens == held_out_tokens
     assert sum(d.validation_samples for d in manifest.domains.values()) == len(samples.token_ids)
     assert samples.token_ids.max() < padding_token(manifest.token_bytes)
+    # The samples of sources, in the order of names, are all samples.
+    sources = sorted({source_of(name) for name in manifest.domains})
+    samples_by_source = [validation_samples(folder, manifest, sources=[source]) for source in sources]
+    assert np.array_equal(np.concatenate([part.token_ids for part in samples_by_source]), samples.token_ids)
+    assert np.array_equal(np.concatenate([part.target_mask for part in samples_by_source]), samples.target_mask)
     first_text = tokenizer.decode([int(t) for t in samples.token_ids[0]], skip_special_tokens=False)
     assert first_text.startswith(END_OF_TEXT)
 

@@ -1,0 +1,69 @@
+"""Tests of runs whose micro-batches have parts: samples on any number of workers, and the metrics of each part."""
+
+import pytest
+
+from mhmoe_ray.runs import history, metrics
+from tests.cli.conftest import write_spec
+from tests.cli.run import mhmoe
+from tests.data.texts import make_documents, write_documents
+from tests.watch import newest_run
+
+pytestmark = pytest.mark.long
+PARTS = {"first": {"sources": ["a"], "micro_batch_size": 1}, "others": {"sources": ["b", "c"], "micro_batch_size": 3}}
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory, local_cluster):
+    folder = tmp_path_factory.mktemp("parts")
+    for name in "abc":
+        write_documents(folder / name / "one.jsonl", make_documents(name, 30))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runs(project):
+    """Return the results of `train` for a run with one worker and for one with two."""
+    return [train(project, workers) for workers in (1, 2)]
+
+
+def train(project, workers):
+    """Train a run with some number of workers, and return its metrics of each step and its status."""
+    write_spec(
+        project,
+        data={
+            "sources": {name: {"path": name} for name in "abc"},
+            "parts": PARTS,
+            "prepared": "prepared",
+        },
+        train={"steps": 6, "micro_batch_size": 4, "validate_every": 3, "checkpoint_every": 6},
+        cluster={"workers": workers, "ep": workers},
+    )
+    result = mhmoe(project, "submit", "spec.yaml")
+    assert result.code == 0, result.err
+    run = newest_run(project)
+    return history.read(run), mhmoe(project, "status", run.id)
+
+
+def test_steps_have_the_same_samples_on_any_number_of_workers(runs):
+    first_streams, second_streams = ([line[metrics.STREAM] for line in lines] for lines, _ in runs)
+    assert len(first_streams) == 6
+    assert first_streams == second_streams
+
+
+def test_the_losses_of_parts_add_up_to_the_loss(runs):
+    """All samples have equally many targets, so the parts count by their numbers of samples."""
+    for lines, _ in runs:
+        for line in lines:
+            first_loss, other_loss = (line[metrics.PART_LOSS][name] for name in PARTS)
+            assert (first_loss + 3 * other_loss) / 4 == pytest.approx(line[metrics.LOSS], rel=1e-5)
+
+
+def test_validation_and_status_have_the_losses_of_parts(runs):
+    (lines, status), (second_lines, _) = runs
+    validated_lines = [line for line in lines if metrics.VAL_LOSS in line]
+    assert [line[metrics.STEP] for line in validated_lines] == [3, 6]
+    part_losses = validated_lines[-1][metrics.VAL_PART_LOSS]
+    assert list(part_losses) == list(PARTS)
+    assert min(part_losses.values()) <= validated_lines[-1][metrics.VAL_LOSS] <= max(part_losses.values())
+    assert second_lines[-1][metrics.VAL_PART_LOSS] == pytest.approx(part_losses, rel=1e-3)
+    assert f"first {lines[-1][metrics.PART_LOSS]['first']:.4f} (validation {part_losses['first']:.4f})" in status.out
