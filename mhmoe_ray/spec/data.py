@@ -1,4 +1,5 @@
-"""The `data` section: sources of raw text, their mixture, the tokenizer, and the folder of the prepared shards."""
+"""The `data` section: sources of raw text and pictures, their mixture, the tokenizer, and the folder of the prepared
+shards."""
 
 from pathlib import Path
 from typing import Annotated, Literal, Self
@@ -9,7 +10,9 @@ from mhmoe_ray.spec.base import Section
 from mhmoe_ray.spec.filters import FilterSpec
 from mhmoe_ray.storage import refuse_password
 
-Format = Literal["jsonl", "redpajama-v2", "parquet", "text", "huggingface", "chat"]
+Format = Literal["jsonl", "redpajama-v2", "parquet", "text", "huggingface", "chat", "webdataset", "images", "coco"]
+Column = Literal["image", "text"]
+Objective = Literal["next_token", "masked", "contrastive"]
 
 SUFFIXES: dict[Format, tuple[str, ...]] = {
     "jsonl": (".jsonl", ".jsonl.zst", ".jsonl.gz", ".json.gz", ".json.zst", ".ndjson"),
@@ -17,11 +20,20 @@ SUFFIXES: dict[Format, tuple[str, ...]] = {
     "text": (".txt", ".txt.gz", ".txt.zst"),
 }
 """File name suffixes by which formats are recognized. `data/sources/find.py` recognizes the other formats by their
-folders, except `chat`."""
+folders, except `chat` and the formats of pictures."""
 
 # A record of a conversation may have a text as well, so nothing but the spec can say which of them is meant.
 CHAT_SUFFIXES = SUFFIXES["jsonl"] + SUFFIXES["parquet"]
 """Suffixes of files of conversations: JSON lines and Parquet. This format is never recognized; a spec names it."""
+
+PICTURE_COLUMNS: dict[Format, tuple[Column, ...]] = {
+    "webdataset": ("image", "text"),
+    "images": ("image",),
+    "coco": ("image", "text"),
+}
+"""Formats of pictures, which a spec names, and the columns that their samples have by default."""
+IMAGE_FORMATS = {*PICTURE_COLUMNS, "parquet", "huggingface"}
+"""Formats whose records may have an image."""
 
 
 # Weights and shares have a large upper bound because users may write token counts as well as fractions.
@@ -79,9 +91,17 @@ class SourceSpec(Section):
     format: Format | None = None
     """Format of the files. By default it is recognized by the files' names. RedPajama-1T and most other data sets are
     `jsonl`. Conversations (`chat`) are never recognized: JSON lines or Parquet whose records have `messages`, a list of
-    {role, content}, or a `prompt` and a `completion`."""
+    {role, content}, or a `prompt` and a `completion`. Nor are pictures: `webdataset` (tar files with an image and a
+    caption under each key), `images` (folders of image files, as ImageNet has them) and `coco` (captions in COCO's
+    JSON). Parquet and `huggingface` may have images as well; see `columns`."""
+    columns: list[Column] | None = Field(default=None, min_length=1)
+    """Columns of a sample of this source: `text`, `image`, or both. The default is text; for webdataset and coco both,
+    for images the image. Images are for models with an encoder."""
     text_field: str | None = Field(default=None, min_length=1)
-    """Key or column that holds the text; by default `raw_content` in redpajama-v2, `text` elsewhere."""
+    """Key or column that holds the text; by default `raw_content` in redpajama-v2, `text` elsewhere. In webdataset, the
+    suffix of the member with the caption; a suffix json.KEY names a key of a JSON member. By default it is `txt`."""
+    image_field: str | None = Field(default=None, min_length=1)
+    """Column of Parquet or `huggingface` that holds the image, as bytes or as {bytes, path}; by default `image`."""
     delimiter: str | None = None
     """Line that ends a document in format text ("" is a blank line). By default a file is one document."""
     filters: FilterSpec | None = None
@@ -114,7 +134,23 @@ class SourceSpec(Section):
             raise ValueError('delimiter is a line without its line break: "" is a blank one')
         if self.format is not None:
             self.check_format(self.format)
+        if self.columns is not None and len(set(self.columns)) < len(self.columns):
+            raise ValueError("columns has a name twice")
+        if "image" in self.sample_columns and self.format not in IMAGE_FORMATS:
+            formats = ", ".join(sorted(IMAGE_FORMATS))
+            raise ValueError(f"columns has image, so format must be one of {formats}, and it is {self.format}")
+        if "text" in self.sample_columns and self.format == "images":
+            raise ValueError("files of format images have no text: remove text from columns")
+        if self.image_field is not None and ("image" not in self.sample_columns or self.format in PICTURE_COLUMNS):
+            raise ValueError("image_field is for an image in a column of parquet or huggingface, and would be ignored")
         return self
+
+    @property
+    def sample_columns(self) -> tuple[Column, ...]:
+        """The columns of a sample of this source, in the order of their names."""
+        if self.columns is not None:
+            return tuple(sorted(self.columns))
+        return ("text",) if self.format is None else PICTURE_COLUMNS.get(self.format, ("text",))
 
     @property
     def mix(self) -> SourceMix:
@@ -131,8 +167,8 @@ class SourceSpec(Section):
             raise ValueError(f"filters go by RedPajama-V2's signals and tables, which format {format} does not have")
         if self.delimiter is not None and format != "text":
             raise ValueError(f"delimiter is for format text, and this is {format}")
-        if self.text_field is not None and format == "text":
-            raise ValueError("text_field is for records, and format text has none")
+        if self.text_field is not None and format in ("text", "images", "coco"):
+            raise ValueError(f"text_field is for records, and format {format} has none")
         if self.text_field is not None and format == "chat":
             raise ValueError("text_field is for records with a text, and format chat reads messages")
 
@@ -143,11 +179,29 @@ class PartSpec(Section):
     sources: list[SourceName] = Field(min_length=1)
     """Sources of the part. Each source belongs to one part."""
     micro_batch_size: PositiveInt
-    """Number of sequences of this part in a micro-batch."""
+    """Number of samples of this part in a micro-batch."""
+    objective: Objective | None = None
+    """Task of this part. next_token: each token is predicted from those before it; a decoder has no other. masked: what
+    is hidden in an image, a text or a pair of both is predicted; the default of an encoder. contrastive: each image is
+    matched with its text among all texts of the part in the same micro-batch, and each text with its image."""
+    weight: PositiveFloat = 1.0
+    """Factor of the losses of this part in the loss of an encoder, which is the sum of their means."""
+
+
+class ImageSpec(Section):
+    """Images: their limits, and how training crops them. Validation reads the largest square at the centre."""
+
+    max_megapixels: PositiveFloat = 50.0
+    """Largest number of pixels of an image, in millions. Larger images are quarantined before they are decoded."""
+    min_crop: float = Field(default=0.5, gt=0, le=1)
+    """Smallest area of a random crop, as a share of the image. Its aspect ratio is between 3/4 and 4/3. 1: no random
+    crops, but the largest square at the centre."""
+    flip: bool = False
+    """If true, half of the crops are mirrored. Captions that say left or right then become wrong."""
 
 
 class DataSpec(Section):
-    """Sources of text, their mixture, the tokenizer, and the packing into samples."""
+    """Sources of text and pictures, their mixture, the tokenizer, and the packing into samples."""
 
     sources: dict[SourceName, SourceSpec] = Field(min_length=1)
     schedule: list[PhaseSpec] = Field(default_factory=list)
@@ -159,10 +213,14 @@ class DataSpec(Section):
     """Folder for the packed token shards. `data prepare` writes them once, and training only reads them. If the folder
     lies below a source's path, it is not part of that source."""
     seq_len: PositiveInt
-    """T: number of tokens in a sequence. A stored sample has T + 1 tokens, of which the last T are the targets."""
+    """T: number of tokens in a sequence. A stored sample has T + 1 tokens, of which the last T are the targets. A sample
+    of an encoder has T tokens: a start token and those of one text. Longer captions are cut, and longer texts without
+    an image become several samples."""
     packing: Literal["concat", "best_fit"] = "concat"
     """Sequence packing. concat: documents follow each other and are cut where a sample ends. best_fit: documents that
     fit into a sample are not cut, and samples are filled up with padding, whose targets do not count in the loss."""
+    images: ImageSpec = ImageSpec()
+    """Limits and crops of images."""
     tokenizer: Path | None = None
     """Path of a tokenizer.json, or of a vocabulary in tiktoken's format; by default a tokenizer is trained on the
     sources."""
@@ -184,8 +242,8 @@ class DataSpec(Section):
     """Largest number of validation samples. If there are more held-out samples, an evenly spaced selection of them is
     kept."""
     max_document_mb: PositiveFloat = 32.0
-    """Largest size of a document in MB, as it is stored (its line, its text file, or its value in a column). Larger
-    documents are quarantined."""
+    """Largest size of a document in MB, as it is stored (its line, its text or image file, or its value in a column).
+    Larger documents are quarantined."""
     max_bad_lines: NonNegativeInt = 0
     """Largest number of unreadable lines, rows or text files. They are quarantined; one more stops the job."""
     max_bad_share: float = Field(default=0.0, ge=0, lt=1)
@@ -244,6 +302,11 @@ class DataSpec(Section):
             for part_name, part in self.parts.items():
                 if not any(mixes[name].weight for name in part.sources):
                     raise ValueError(f"every source of part {part_name} has weight 0 from step {step} on")
+
+    @property
+    def has_images(self) -> bool:
+        """True if any source has images."""
+        return any("image" in source.sample_columns for source in self.sources.values())
 
     @property
     def chat_sources(self) -> list[str]:

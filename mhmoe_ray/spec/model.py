@@ -1,4 +1,5 @@
-"""The `model` section: a decoder with (multi-head) mixture-of-experts layers, its routers and its kernels.
+"""The `model` section: a decoder or an encoder with (multi-head) mixture-of-experts layers, its routers and its
+kernels.
 
 Sizes use the papers' names: d (`d_model`), h (`moe.heads`), E (`moe.experts`), k (`moe.top_k`), f (`moe.d_expert`). D
 (`moe.d_sub_token`) is the width of a sub-token, which is d / h in the papers. P1 is the first MH-MoE paper (arXiv
@@ -317,14 +318,85 @@ class RopeScaling(Section):
         return self
 
 
+class EncoderSpec(Section):
+    """A multiway encoder of images and texts instead of a decoder (BEiT-3, arXiv 2208.10442).
+
+    Each layer has norms, projections and a feed-forward layer for patches of images, and others for tokens of texts.
+    Attention is over all patches and tokens of a sample, and the experts of a layer serve both.
+    """
+
+    image_size: PositiveInt
+    """Height and width of an image in pixels, as the model reads it."""
+    patch_size: PositiveInt
+    """Height and width of a patch in pixels."""
+    text_positions: PositiveInt
+    """Number of learned positions of a text; at least data.seq_len."""
+    image_positions: PositiveInt | None = None
+    """Number of learned positions of an image; by default one for each patch, and one for the image as a whole."""
+    image_targets: Literal["pixels", "codebook"] = "pixels"
+    """What a hidden patch is predicted as. pixels: its pixels, normalized by their mean and standard deviation (MAE,
+    arXiv 2111.06377). codebook: the number of the entry that is closest to them, in a codebook that `data prepare` makes
+    by k-means of patches. This is not the tokenizer of BEiT v2, which a trained teacher needs."""
+    codebook_size: int = Field(default=8192, ge=2)
+    """Number of entries of the codebook, for image_targets codebook."""
+    d_match: PositiveInt | None = None
+    """Width of the vectors that objective `contrastive` compares. By default there is no such head."""
+    experts: Literal["beside", "replace"] = "beside"
+    """Position of the experts in their layers. beside: their output is added to that of the feed-forward layers.
+    replace: they take the place of the feed-forward layers."""
+    routers: Literal["shared", "per_modality"] = "shared"
+    """Routers of a layer with experts: one for patches and tokens, or one for each."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.image_size % self.patch_size:
+            raise ValueError(f"image_size {self.image_size} must be a multiple of patch_size ({self.patch_size})")
+        if self.image_positions is not None and self.image_positions < self.patches + 1:
+            raise ValueError(
+                f"image_positions is {self.image_positions}, but an image has {self.patches} patches and a position of "
+                f"its own: raise it to {self.patches + 1}, or patch_size"
+            )
+        if self.image_targets == "pixels" and self.codebook_size != type(self).model_fields["codebook_size"].default:
+            raise ValueError("image_targets is pixels, so codebook_size would be ignored")
+        return self
+
+    @property
+    def patches_per_side(self) -> int:
+        return self.image_size // self.patch_size
+
+    @property
+    def patches(self) -> int:
+        """The number of patches of an image."""
+        return self.patches_per_side**2
+
+    @property
+    def patch_values(self) -> int:
+        """The number of values of a patch: three for each pixel."""
+        return 3 * self.patch_size**2
+
+    @property
+    def image_tokens(self) -> int:
+        """The number of positions that an image takes: its patches, and the image as a whole."""
+        return self.patches + 1
+
+    @property
+    def target_values(self) -> int:
+        """The number of values that the model computes for a hidden patch."""
+        return self.patch_values if self.image_targets == "pixels" else self.codebook_size
+
+
 class ModelSpec(Section):
-    """The model: a decoder, its sizes and its options."""
+    """The model: a decoder or an encoder, its sizes and its options."""
 
     backbone: ArchitectureName = "llama"
-    """Architecture of the decoder. llama (P2): RMSNorm, rotary positions, SwiGLU, no biases. subln (P1): LayerNorm also
+    """Architecture of the layers. llama (P2): RMSNorm, rotary positions, SwiGLU, no biases. subln (P1): LayerNorm also
     inside attention and feed-forward, xPos, GELU, biases, embeddings scaled by sqrt(d)."""
+    encoder: EncoderSpec | None = None
+    """Makes the model an encoder of images and texts, with learned positions and without xPos and the scaling of
+    embeddings. It needs backbone subln. By default the model is a decoder."""
     vocab_size: PositiveInt
-    """Number of rows of the embedding. A tokenizer that `data prepare` trains has at most this many entries."""
+    """Number of rows of the embedding. A tokenizer that `data prepare` trains has at most this many entries. The last
+    row of an encoder is the mask token, and its tokenizer has one entry less."""
     d_model: PositiveInt
     layers: PositiveInt
     attention_heads: PositiveInt
@@ -377,7 +449,7 @@ class ModelSpec(Section):
             )
         if self.attention_heads % self.n_kv_heads:
             raise ValueError(f"attention_heads ({self.attention_heads}) must be a multiple of kv_heads")
-        dense = self.layers - self.moe_layers
+        dense = self.dense_layers
         if dense and self.d_ff is None:
             raise ValueError(f"d_ff is missing: {dense} of the {self.layers} layers are dense feed-forward layers")
         if not dense and self.d_ff is not None:
@@ -391,6 +463,8 @@ class ModelSpec(Section):
             )
         if self.moe:
             self._check_kernel(self.moe)
+        if self.encoder:
+            self._check_encoder(self.encoder)
         return self
 
     def _check_trunk_options(self) -> None:
@@ -431,6 +505,27 @@ class ModelSpec(Section):
                 f"moe.kernel {moe.kernel} takes rows up to {limits.max_row_width} wide, not {row_width}: set it to auto"
             )
 
+    def _check_encoder(self, encoder: EncoderSpec) -> None:
+        """Check that no option of decoders alone is set, and that an encoder can run the layers."""
+        if self.backbone != "subln":
+            raise ValueError(f"an encoder has the layers of backbone subln, not {self.backbone}: set backbone to subln")
+        if self.document_masks:
+            raise ValueError("document_masks is for decoders: a sample of an encoder has one text, so remove it")
+        if self.tied_embeddings:
+            raise ValueError("the output of an encoder has weights of its own: set tied_embeddings to false")
+        if self.vocab_size < 2:
+            raise ValueError("vocab_size must be at least 2, because the last token of an encoder is the mask token")
+        if self.moe is None:
+            return
+        for key in ("balance_over", "router"):
+            if getattr(self.moe, key) in ("sequence", "domain"):
+                raise ValueError(f"moe.{key} {getattr(self.moe, key)} is for decoders, which read samples of one kind")
+        if self.moe.d_shared and encoder.experts == "beside":
+            raise ValueError(
+                "experts beside the feed-forward layers have shared layers already: set moe.d_shared to 0, or "
+                "encoder.experts to replace"
+            )
+
     @property
     def architecture(self) -> Architecture:
         """The options and counts of the backbone's architecture."""
@@ -441,7 +536,7 @@ class ModelSpec(Section):
 
         Dense layers get the default width if the trunk has none. The checks of the spec apply to the new model.
         """
-        has_dense_layers = moe is None or moe.every > 1 or moe.dense_first > 0
+        has_dense_layers = moe is None or moe.every > 1 or moe.dense_first > 0 or self.has_experts_beside
         d_ff = (self.d_ff or default_d_ff(self.d_model)) if has_dense_layers else None
         return ModelSpec.model_validate({**self.model_dump(exclude={"moe", "d_ff"}), "d_ff": d_ff, "moe": moe})
 
@@ -489,6 +584,21 @@ class ModelSpec(Section):
     def moe_layers(self) -> int:
         """The number of mixture-of-experts layers."""
         return sum(self.is_moe_layer(i) for i in range(self.layers))
+
+    @property
+    def has_experts_beside(self) -> bool:
+        """True if layers with experts have dense feed-forward layers as well."""
+        return self.encoder is not None and self.encoder.experts == "beside"
+
+    @property
+    def dense_layers(self) -> int:
+        """The number of layers that have dense feed-forward layers."""
+        return self.layers if self.has_experts_beside else self.layers - self.moe_layers
+
+    @property
+    def text_vocab_size(self) -> int:
+        """The largest number of entries of a tokenizer: all rows of the embedding but the mask token."""
+        return self.vocab_size - (self.encoder is not None)
 
     @property
     def is_random(self) -> bool:

@@ -9,11 +9,11 @@ from mhmoe_kernels.choice import ExpertSizes
 from mhmoe_ray.errors import SpecError
 from mhmoe_ray.spec.base import Section
 from mhmoe_ray.spec.cluster import ClusterSpec, WorkerRange
-from mhmoe_ray.spec.data import DataSpec, absolute_path
-from mhmoe_ray.spec.model import ModelSpec, MoESpec
+from mhmoe_ray.spec.data import Column, DataSpec, Objective, absolute_path
+from mhmoe_ray.spec.model import EncoderSpec, ModelSpec, MoESpec
 from mhmoe_ray.spec.serve import ServeSpec
 from mhmoe_ray.spec.start import StartSpec
-from mhmoe_ray.spec.train import TrackingSpec, TrainSpec
+from mhmoe_ray.spec.train import MaskingSpec, TrackingSpec, TrainSpec
 from mhmoe_ray.storage import Location, ObjectPath, location
 
 
@@ -46,6 +46,18 @@ class MicroBatchPart(NamedTuple):
     sources: tuple[str, ...]
     samples: int
     """Number of its samples in a micro-batch."""
+    objective: Objective
+    columns: tuple[Column, ...]
+    """Columns of its samples, in the order of their names."""
+    weight: float
+    """Factor of its losses in the loss of an encoder."""
+
+    @property
+    def losses(self) -> tuple[str, ...]:
+        """The names of its losses: a masked pair of image and text has one for each of them."""
+        if self.objective == "masked" and len(self.columns) > 1:
+            return tuple(f"{self.name}_{column}" for column in self.columns)
+        return (self.name,)
 
 
 class RunSpec(Section):
@@ -114,6 +126,13 @@ class RunSpec(Section):
                 f"{self.cluster.strategy}: set train.moment_precision to float32"
             )
         self._check_parts()
+        if self.model.encoder is None:
+            if self.data.has_images:
+                raise ValueError("sources with images are for a model with an encoder: set model.encoder")
+            if self.train.masking != MaskingSpec():
+                raise ValueError("train.masking is for a model with an encoder, and would be ignored: remove it")
+        else:
+            self._check_encoder(self.model.encoder)
         if self.data.chat_sources:
             self._check_chat(self.data.chat_sources[0])
         longest_sequence = self.model.architecture.longest_sequence
@@ -135,8 +154,57 @@ class RunSpec(Section):
         if sizes and sum(sizes) != self.train.micro_batch_size:
             raise ValueError(
                 f"train.micro_batch_size is {self.train.micro_batch_size}, but the parts of a micro-batch have "
-                f"{' + '.join(map(str, sizes))} sequences: set it to {sum(sizes)}"
+                f"{' + '.join(map(str, sizes))} samples: set it to {sum(sizes)}"
             )
+        for name, part in self.data.parts.items():
+            if self.model.encoder is None and part.objective not in (None, "next_token"):
+                raise ValueError(f"data.parts.{name}.objective {part.objective} is for models with an encoder")
+            if self.model.encoder is None and part.weight != 1:
+                raise ValueError(f"data.parts.{name}.weight is for models with an encoder, and would be ignored")
+            if self.model.encoder is not None and part.objective == "next_token":
+                raise ValueError(f"data.parts.{name}.objective is next_token, but an encoder reads whole texts")
+
+    def _check_encoder(self, encoder: EncoderSpec) -> None:
+        """Check that the parts of micro-batches give an encoder all that it has to learn."""
+        if not self.data.parts:
+            raise ValueError("an encoder needs data.parts: at least one with texts and one with images, or pairs")
+        for part in self.parts:
+            for source in part.sources:
+                columns = self.data.sources[source].sample_columns
+                if columns != part.columns:
+                    raise ValueError(
+                        f"part {part.name} has sources with {' and '.join(part.columns)}, but data.sources.{source} has "
+                        f"{' and '.join(columns)}: set its columns, or put it into a part of its own"
+                    )
+            if part.objective == "contrastive" and len(part.columns) < 2:
+                raise ValueError(f"part {part.name} is contrastive, so its sources need an image and a text")
+            if part.objective == "contrastive" and part.samples < 2:
+                raise ValueError(f"part {part.name} is contrastive, so its micro_batch_size must be at least 2")
+        losses = [loss for part in self.parts for loss in part.losses]
+        if len(set(losses)) < len(losses):
+            raise ValueError(f"two losses of the parts have the same name, among {', '.join(losses)}: rename a part")
+        masked_columns = {column for part in self.parts if part.objective == "masked" for column in part.columns}
+        if masked_columns != {"image", "text"}:
+            raise ValueError("an encoder needs parts with objective masked for images and for texts, or for pairs")
+        has_contrast = any(part.objective == "contrastive" for part in self.parts)
+        if has_contrast != (encoder.d_match is not None):
+            state = "missing" if has_contrast else "given, but no part of data.parts is contrastive"
+            raise ValueError(f"model.encoder.d_match is {state}: set both or none")
+        if self.data.seq_len > encoder.text_positions:
+            raise ValueError(
+                f"data.seq_len is {self.data.seq_len}, but a text has {encoder.text_positions} positions: lower it, or "
+                "raise model.encoder.text_positions"
+            )
+        if self.data.seq_len < 2:
+            raise ValueError("data.seq_len must be at least 2: a start token, and a token of the text")
+        if self.data.packing != "concat":
+            raise ValueError("data.packing is for decoders: each text of an encoder is a sample of its own; remove it")
+        if self.data.chat_sources:
+            raise ValueError(f"data.sources.{self.data.chat_sources[0]} has conversations, which decoders alone read")
+        if self.train.loss_chunk_rows is not None:
+            raise ValueError("train.loss_chunk_rows is for decoders: an encoder computes logits of hidden tokens alone")
+        if self.start is not None:
+            raise ValueError("start is for decoders: remove it")
 
     def _check_kernel(self, moe: MoESpec) -> None:
         limits, gpus = moe.kernel_limits, self.cluster.gpus_per_worker
@@ -239,8 +307,25 @@ class RunSpec(Section):
     def parts(self) -> list[MicroBatchPart]:
         """The parts of every micro-batch in their order; a single one without a name if the spec has no parts."""
         if not self.data.parts:
-            return [MicroBatchPart("", tuple(self.data.sources), self.train.micro_batch_size)]
-        return [MicroBatchPart(name, tuple(p.sources), p.micro_batch_size) for name, p in self.data.parts.items()]
+            sources = tuple(self.data.sources)
+            return [MicroBatchPart("", sources, self.train.micro_batch_size, "next_token", ("text",), 1.0)]
+        default: Objective = "next_token" if self.model.encoder is None else "masked"
+        return [
+            MicroBatchPart(
+                name,
+                tuple(part.sources),
+                part.micro_batch_size,
+                part.objective or default,
+                self.data.sources[part.sources[0]].sample_columns,
+                part.weight,
+            )
+            for name, part in self.data.parts.items()
+        ]
+
+    @property
+    def loss_names(self) -> list[str]:
+        """The names of the losses of a run whose micro-batches have parts, in the order of the parts."""
+        return [name for part in self.parts for name in part.losses] if self.data.parts else []
 
     @property
     def samples_per_step(self) -> int:

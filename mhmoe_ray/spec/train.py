@@ -19,6 +19,23 @@ def _recompute_from_flag(value: object) -> object:
     return {True: "exchange", False: "none"}[value] if isinstance(value, bool) else value
 
 
+MaskedShare = Annotated[float, Field(gt=0, lt=1)]
+
+
+class MaskingSpec(Section):
+    """Shares of texts and images that objective `masked` hides (BEiT-3, arXiv 2208.10442). Of hidden tokens, 80 % are
+    replaced by the mask token, 10 % by random tokens, and 10 % stay (BERT)."""
+
+    text: MaskedShare = 0.15
+    """Share of the tokens of a text that has no image."""
+    image: MaskedShare = 0.4
+    """Share of the patches of an image that has no text. Rectangular blocks of patches are hidden (BEiT v2)."""
+    pair_text: MaskedShare = 0.5
+    """Share of the tokens of a text with an image."""
+    pair_image: MaskedShare = 0.4
+    """Share of the patches of an image with a text."""
+
+
 class TrainSpec(Section):
     """Batches, precision, optimizer, learning-rate schedule, and intervals of validation and checkpoints."""
 
@@ -28,6 +45,8 @@ class TrainSpec(Section):
     depend on the number of workers."""
     micro_batch_size: PositiveInt
     """b: number of sequences in one micro-batch."""
+    masking: MaskingSpec = MaskingSpec()
+    """Shares of texts and images that an encoder has to predict."""
     precision: Annotated[Precision, unmeasured("fp8", "float8", "nvfp4")] = "float32"
     """Precision of training. bfloat16: autocast for matrix products; weights, router and loss stay float32. On a CPU it
     is faster with AMX or AMD's AVX512_BF16. On Intel's CPUs without AMX, products take twice as long as in float32."""
