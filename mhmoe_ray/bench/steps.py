@@ -23,7 +23,8 @@ from mhmoe_ray.planner.match import matched_heads
 from mhmoe_ray.planner.presets import FAMILIES, Size
 from mhmoe_ray.planner.sizes import compute_sizes
 from mhmoe_ray.spec import DataSpec, ModelSpec, RunSpec, SourceSpec, TrainSpec
-from mhmoe_ray.train.step import MicroBatch, Trainer
+from mhmoe_ray.train.objectives import MicroBatch
+from mhmoe_ray.train.step import Trainer
 
 SMALL_SIZE = Size(384, 4, 8192, 256, steps=1000, micro_batches=2, micro_batch_size=8, precision="bfloat16")
 """Size at which a step takes about a second on two CPU cores.

@@ -94,7 +94,7 @@ def print_summary(spec: "RunSpec", step_estimate: "Estimate | None") -> None:
     from mhmoe_ray.spec.cluster import STREAM_CPUS, format_mesh
 
     size, cluster, model, moe = compute_sizes(spec.model), spec.cluster, spec.model, spec.model.moe
-    training_flops = flops_per_token(model, spec.data.seq_len).training
+    training_flops = flops_per_token(model, spec.attention_length).training
     experts = "none"
     if moe:
         kind = f"multi-head, {moe.heads} heads" if moe.heads > 1 else "plain"

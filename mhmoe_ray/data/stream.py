@@ -19,8 +19,10 @@ import numpy as np
 import ray.data
 
 from mhmoe_ray.data.domains import source_of
+from mhmoe_ray.data.encoder_samples import EncoderSamples, EncoderTrainingSamples
 from mhmoe_ray.data.order.mixture import training_order
 from mhmoe_ray.data.shards.columns import (
+    EXPERT,
     ModelSamples,
     Samples,
     columns_of,
@@ -76,7 +78,8 @@ def training_stream(
 
     Its blocks are for `world_size` ranks in turn. The last block of each rank may extend past the end of the training;
     no rank reads those rows. The columns are `position` (int64) and those of the samples (data/shards/columns.py); for
-    router `domain` also `expert` (int64). The caller must read the dataset with `preserve_order`.
+    router `domain` also `expert` (int64). For an encoder, a row is a whole micro-batch, and its position is that of its
+    first sample (encoder_samples.py). The caller must read the dataset with `preserve_order`.
 
     Args:
         spec: spec of the run.
@@ -84,6 +87,8 @@ def training_stream(
         world_size: number of ranks.
         samples_before: samples of each domain that earlier runs have read (`compute_mixture`).
     """
+    if spec.model.encoder is not None:
+        return _encoder_stream(spec, start // spec.train.micro_batch_size, world_size)
     rows = spec.train.steps * spec.samples_per_step - start
     b = spec.train.micro_batch_size
     # A token takes at most four bytes. A short training has small blocks, so that each rank gets at least one block.
@@ -121,6 +126,42 @@ def _read_rows(
     columns = {"position": positions, **columns_of(samples.read(existing_positions))}
     experts = samples.experts(existing_positions)
     return columns if experts is None else {**columns, EXPERT: experts}
+
+
+def micro_batch_bytes(spec: RunSpec) -> int:
+    """Return the approximate number of bytes of a micro-batch of an encoder in the stream."""
+    encoder = spec.model.encoder
+    assert encoder is not None
+    images, texts = (sum(part.samples for part in spec.parts if name in part.columns) for name in ("image", "text"))
+    # A pixel has three bytes. A text has stored tokens, inputs and a mask.
+    return images * (3 * encoder.image_size**2 + encoder.patches) + texts * 9 * spec.data.seq_len
+
+
+def _encoder_stream(spec: RunSpec, start: int, world_size: int) -> ray.data.Dataset:
+    """Return the stream of the micro-batches of an encoder, from number `start` to the end of the training."""
+    rows = spec.train.steps * spec.train.micro_batches - start
+    block_rows = max(1, min(MAX_MICRO_BATCHES, BLOCK_BYTES // micro_batch_bytes(spec), rows // world_size))
+    layout = StreamLayout(world_size, 1, block_rows)
+    rounds = -(-rows // (block_rows * world_size))
+    row_count = rounds * world_size * block_rows
+    row_ids = ray.data.range(row_count, override_num_blocks=min(MAX_TASKS, -(-row_count // block_rows)))
+    read_rows = partial(_read_micro_batches, spec=spec, layout=layout, start=start, end=start + rows)
+    stream = row_ids.map_batches(read_rows, batch_size=block_rows).repartition(
+        target_num_rows_per_block=block_rows, strict=True
+    )
+    stream.context.enable_progress_bars = False
+    return stream
+
+
+def _read_micro_batches(
+    batch: dict[str, np.ndarray], *, spec: RunSpec, layout: StreamLayout, start: int, end: int
+) -> dict[str, Any]:
+    samples = EncoderTrainingSamples.open_cached(spec)
+    # No rank reads the rows past the end, so any existing micro-batch can fill them.
+    numbers = np.minimum(start + layout.positions(batch["id"]), end - 1)
+    micro_batches = [samples.read(int(number)) for number in numbers]
+    columns = {name: np.stack([getattr(row, name) for row in micro_batches]) for name in EncoderSamples._fields}
+    return {"position": numbers * spec.train.micro_batch_size, **columns}
 
 
 class TrainingSamples:
@@ -174,10 +215,6 @@ class TrainingSamples:
 @lru_cache(maxsize=2)
 def _open_samples(spec_json: str, samples_before: tuple[tuple[str, int], ...]) -> TrainingSamples:
     return TrainingSamples(RunSpec.model_validate_json(spec_json), dict(samples_before))
-
-
-EXPERT = "expert"
-"""Name of the column with the expert of each sample."""
 
 
 def domain_experts(moe: MoESpec | None, names: Sequence[str]) -> np.ndarray | None:

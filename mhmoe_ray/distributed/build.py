@@ -4,7 +4,7 @@ from mhmoe_ray.distributed.dispatch.flat import FlatDispatch
 from mhmoe_ray.distributed.dispatch.hierarchical import HierarchicalDispatch
 from mhmoe_ray.distributed.mesh import Mesh, create_process_group
 from mhmoe_ray.distributed.strategies.ddp import FillModel, Strategy
-from mhmoe_ray.model.decoder import Decoder
+from mhmoe_ray.model.trunk import Trunk
 from mhmoe_ray.planner.placement import ranks_by_node
 from mhmoe_ray.spec import ClusterSpec, RunSpec
 
@@ -32,7 +32,7 @@ def build_dispatch(spec: ClusterSpec, mesh: Mesh) -> FlatDispatch | Hierarchical
     return FlatDispatch(mesh.group("ep"), [mesh.nodes[rank] for rank in our_group])
 
 
-def build_strategy(model: Decoder, mesh: Mesh, spec: RunSpec, fill: FillModel) -> Strategy:
+def build_strategy(model: Trunk, mesh: Mesh, spec: RunSpec, fill: FillModel) -> Strategy:
     """Return the strategy of a run, which allocates and fills the model with `fill` and shards it.
 
     This is a collective operation. With one worker the result is always a plain `Strategy`, because there is nothing to

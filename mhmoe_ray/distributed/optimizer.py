@@ -7,12 +7,12 @@ import torch
 from torch import nn
 
 from mhmoe_ray.distributed.rounded_adamw import RoundedAdamW, ValuePosition
-from mhmoe_ray.model.decoder import Decoder
+from mhmoe_ray.model.trunk import Trunk
 from mhmoe_ray.model.feedforward import Experts, matrix_names
 from mhmoe_ray.spec import TrainSpec
 
 
-def expert_parameters(model: Decoder) -> dict[str, nn.Parameter]:
+def expert_parameters(model: Trunk) -> dict[str, nn.Parameter]:
     """Return the parameters of the routed experts that this process holds, by their name in the model."""
     return {
         f"{module_name}.{name}": parameter
@@ -23,7 +23,7 @@ def expert_parameters(model: Decoder) -> dict[str, nn.Parameter]:
 
 
 def build_optimizer(
-    model: Decoder, spec: TrainSpec, seed: int = 0, positions: Mapping[nn.Parameter, ValuePosition] | None = None
+    model: Trunk, spec: TrainSpec, seed: int = 0, positions: Mapping[nn.Parameter, ValuePosition] | None = None
 ) -> torch.optim.AdamW:
     """Return AdamW for all parameters, with weight decay of matrices, including those of experts, but not of norms and
     biases.

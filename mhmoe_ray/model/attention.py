@@ -117,15 +117,24 @@ class Attention(nn.Module):
             generator: generator of dropout on the attention weights; None in evaluation.
             documents: the tokens' documents; None if `cached_attention` is given.
         """
-        B, T, _ = x_BTM.shape
-        heads_BTHC = self.qkv(x_BTM).view(B, T, -1, self.width)
-        q, k, v = torch.split(heads_BTHC, [self.heads, self.kv_heads, self.kv_heads], dim=2)
-        if self.qk_norm != "none":
-            q, k = self._normed(self.q_norm, q), self._normed(self.k_norm, k)
+        q, k, v = self.project(x_BTM)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         q, k = rotate(q, tables.q_cos_TC, tables.q_sin_TC), rotate(k, tables.k_cos_TC, tables.k_sin_TC)
         y = cached_attention(q, k, v) if cached_attention is not None else self._attend(q, k, v, generator, documents)
-        output: Tensor = self.out(self.inner_norm(y.transpose(1, 2).flatten(2)))
+        return self.merge(y.transpose(1, 2))
+
+    def project(self, x_BTM: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the queries, keys and values of tokens, each (B, T, heads, C), before rotation."""
+        B, T, _ = x_BTM.shape
+        heads_BTHC = self.qkv(x_BTM).view(B, T, self.heads + 2 * self.kv_heads, self.width)
+        q, k, v = torch.split(heads_BTHC, [self.heads, self.kv_heads, self.kv_heads], dim=2)
+        if self.qk_norm != "none":
+            q, k = self._normed(self.q_norm, q), self._normed(self.k_norm, k)
+        return q, k, v
+
+    def merge(self, y_BTHC: Tensor) -> Tensor:
+        """Return the output of the layer for the attention output of each head."""
+        output: Tensor = self.out(self.inner_norm(y_BTHC.flatten(2)))
         return output
 
     def _normed(self, norm: nn.Module, rows_BTHC: Tensor) -> Tensor:

@@ -2,14 +2,13 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple, Protocol, TypeVar, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from mhmoe_kernels import allow_compilation, widen
+from mhmoe_kernels import widen
 from mhmoe_ray.model.architectures import modules_of
 from mhmoe_ray.model.attention import (
     Attention,
@@ -21,14 +20,12 @@ from mhmoe_ray.model.attention import (
 from mhmoe_ray.model.autocast import matmul_dtype
 from mhmoe_ray.model.feedforward import FeedForward
 from mhmoe_ray.model.loss import Loss, Targets, chunked_loss, full_loss
-from mhmoe_ray.model.moe import MultiHeadMoE, dispatch_locally
+from mhmoe_ray.model.moe import MultiHeadMoE
 from mhmoe_ray.model.noise import EMBEDDING, Noise, dropout
 from mhmoe_ray.model.rotary import RotaryTables, rotary_tables
 from mhmoe_ray.model.router import Routing
+from mhmoe_ray.model.trunk import Trunk, TrunkBlock, add_residual, recompute_in_backward
 from mhmoe_ray.spec import ModelSpec
-from mhmoe_ray.spec.train import Recompute
-
-R = TypeVar("R")
 
 
 class KeyValueCache(Protocol):
@@ -48,7 +45,7 @@ class KeyValueCache(Protocol):
         ...
 
 
-class Block(nn.Module):
+class Block(TrunkBlock):
     """Decoder block: x + attention(norm(x)), then x + feed-forward(norm(x)). The feed-forward layer is dense or a
     mixture of experts."""
 
@@ -63,11 +60,6 @@ class Block(nn.Module):
         if self.moe is None:
             assert spec.d_ff is not None
             self.ffn = FeedForward(spec, spec.d_ff)
-
-    @property
-    def has_distributed_experts(self) -> bool:
-        """True if the block has experts that are distributed over ranks (expert parallelism)."""
-        return self.moe is not None and self.moe.dispatch is not dispatch_locally
 
     def forward(
         self,
@@ -96,17 +88,17 @@ class Block(nn.Module):
             # A recomputation draws the same numbers only from a new generator in its initial state.
             generator = create_generator()
             y_BTM = self.attention(self.attention_norm(widen(x_BTM)), tables, cached_attention, generator, documents)
-            return _add(x_BTM, dropout(y_BTM, self.dropout, generator)), generator
+            return add_residual(x_BTM, dropout(y_BTM, self.dropout, generator)), generator
 
         # The generator is in the state in which attention has left it.
-        x_BTM, generator = _recompute_in_backward(run_attention, x_BTM) if recompute else run_attention(x_BTM)
+        x_BTM, generator = recompute_in_backward(run_attention, x_BTM) if recompute else run_attention(x_BTM)
         y_BTM = self.ffn_norm(widen(x_BTM))
         if self.moe is not None:
             # The layer itself applies dropout, on each expert's output.
             y_BTM, routing = self.moe(y_BTM, generator, domain_B)
-            return _add(x_BTM, y_BTM), routing
+            return add_residual(x_BTM, y_BTM), routing
         assert self.ffn is not None
-        return _add(x_BTM, dropout(self.ffn(y_BTM), self.dropout, generator)), None
+        return add_residual(x_BTM, dropout(self.ffn(y_BTM), self.dropout, generator)), None
 
 
 class DecoderOutput(NamedTuple):
@@ -125,7 +117,7 @@ class DecoderLoss(NamedTuple):
     """Routing of each mixture-of-experts layer, from the lowest layer up."""
 
 
-class Decoder(nn.Module):
+class Decoder(Trunk):
     """Decoder from tokens to next-token logits: an embedding, blocks, and an output layer."""
 
     def __init__(self, spec: ModelSpec, expert_ids: range | None = None) -> None:
@@ -135,21 +127,16 @@ class Decoder(nn.Module):
             spec: the model's sizes and options.
             expert_ids: global ids of the experts that this process holds in every layer; by default all.
         """
-        super().__init__()
-        self.spec = spec
-        self.recompute: Recompute = "none"
-        """Part of each block that training recomputes in the backward, as in `TrainSpec.recompute`. Experts recompute
-        their hidden rows by themselves, by `MoESpec.recompute`."""
-        self.residual_dtype: torch.dtype | None = None
-        """Dtype of the residual stream between blocks; None for that of embeddings, at least float32."""
-        self.is_compiled = False
-        """True if torch.compile compiles the blocks."""
+        super().__init__(spec)
         self.loss_chunk_rows: int | None = None
         """Number of tokens whose logits exist at a time when the loss is computed; None for all of them."""
         self.embedding = nn.Embedding(spec.vocab_size, spec.d_model)
         self.blocks = nn.ModuleList(Block(spec, i, expert_ids) for i in range(spec.layers))
         self.norm = modules_of(spec).norm(spec)
         self.output = None if spec.tied_embeddings else nn.Linear(spec.d_model, spec.vocab_size, bias=False)
+
+    def final_norms(self) -> list[nn.Module]:
+        return [self.norm]
 
     def forward(
         self,
@@ -199,22 +186,19 @@ class Decoder(nn.Module):
 
         if self.residual_dtype is not None:
             x_BTM = x_BTM.to(self.residual_dtype)
-        recompute = self.recompute if torch.is_grad_enabled() else "none"
         for i, block in enumerate(cast("list[Block]", self.blocks)):
-            # Recomputing a whole block with distributed experts exchanges their rows once more.
-            recompute_block = recompute == "block" or (recompute == "exchange" and not block.has_distributed_experts)
+            recompute_block, recompute_attention = self.recomputed_parts(block)
 
             def run_block(
-                x_BTM: Tensor, i: int = i, block: Block = block, recompute_block: bool = recompute_block
+                x_BTM: Tensor, i: int = i, block: Block = block, recompute_attention: bool = recompute_attention
             ) -> Any:
                 create_generator = partial(active_noise.generator, i, x_BTM.device) if active_noise else lambda: None
                 cached_attention = partial(cache.attend, i) if cache else None
-                recompute_attention = recompute == "exchange" and not recompute_block
                 return block(
                     x_BTM, tables, cached_attention, create_generator, documents, recompute_attention, domain_B
                 )
 
-            x_BTM, routing = _recompute_in_backward(run_block, x_BTM) if recompute_block else run_block(x_BTM)
+            x_BTM, routing = recompute_in_backward(run_block, x_BTM) if recompute_block else run_block(x_BTM)
             if routing is not None:
                 routings.append(routing)
         if cache:
@@ -225,61 +209,3 @@ class Decoder(nn.Module):
             return DecoderLoss(chunked_loss(x_BTM, weight_VM, targets, self.loss_chunk_rows), routings)
         logits = F.linear(x_BTM, self.embedding.weight) if self.output is None else self.output(x_BTM)
         return DecoderOutput(logits, routings) if targets is None else DecoderLoss(full_loss(logits, targets), routings)
-
-    def compile_blocks(self, **options: Any) -> None:
-        """Make torch.compile compile each block, in place, at its first use.
-
-        An exchange of rows between ranks stays as it is, and divides a block into parts that are compiled by
-        themselves. The model must draw no random numbers.
-
-        Args:
-            options: options of torch.compile.
-        """
-        allow_compilation()
-        for layer in self.moe_layers():
-            if layer.dispatch is not dispatch_locally:
-                layer.dispatch = torch.compiler.disable(layer.dispatch)  # type: ignore[no-untyped-call]
-        self.is_compiled = True
-        for block in self.blocks:
-            # All sizes but the number of documents stay the same. By default, torch compiles code for any size as soon
-            # as another model in this process has other sizes. Such code cannot choose a kernel, which depends on them.
-            block.compile(dynamic=False, **options)
-
-    def moe_layers(self) -> list[MultiHeadMoE]:
-        return [m for m in self.modules() if isinstance(m, MultiHeadMoE)]
-
-    def named_tensors(self) -> dict[str, Tensor]:
-        """Return all parameters and buffers by name, detached: the `weights` of a checkpoint. The buffers are the
-        routers' selection biases."""
-        training_buffers = self.training_buffers()
-        tensors = (*self.named_parameters(), *self.named_buffers())
-        return {name: t.detach() for name, t in tensors if name not in training_buffers}
-
-    def training_buffers(self) -> dict[str, Tensor]:
-        """Return the buffers that only training needs, by name: the experts' shares in the choices of the last step."""
-        return {name: t for name, t in self.named_buffers() if name.endswith(".share_E")}
-
-
-def _add(x_BTM: Tensor, y_BTM: Tensor) -> Tensor:
-    """Return the residual stream with an output added, in the dtype of the stream."""
-    return (x_BTM + y_BTM).to(x_BTM.dtype)
-
-
-def _recompute_in_backward(function: Callable[[Tensor], R], x_BTM: Tensor) -> R:
-    """Return `function(x_BTM)`. Only its input is kept for the backward, which calls the function again."""
-    # The state of torch's default generator need not be kept, because all draws come from other generators.
-    result: R = checkpoint(function, x_BTM, use_reentrant=False, preserve_rng_state=False)
-    return result
-
-
-def routing_loss(spec: ModelSpec, routing: list[Routing]) -> Tensor:
-    """Return the load balancing loss and the router z-loss of a micro-batch, weighted by the spec and summed over
-    layers.
-
-    Args:
-        spec: spec of the model, which must have experts.
-        routing: routing of each mixture-of-experts layer.
-    """
-    assert spec.moe is not None
-    layers = [spec.moe.balance_weight * r.balance_loss + spec.moe.z_weight * r.z_loss for r in routing]
-    return torch.stack(layers).sum()

@@ -25,6 +25,7 @@ class DomainRouter(Router):
         generator: torch.Generator | None = None,
         sequences: int = 1,
         domain_B: Tensor | None = None,
+        image_rows: int = 0,
     ) -> Routing:
         """Return the routing of rows.
 
@@ -33,6 +34,7 @@ class DomainRouter(Router):
             generator: not used, because this routing draws no random numbers.
             sequences: B, the number of sequences, which have equally many rows.
             domain_B: expert of each sequence, int64; required.
+            image_rows: not used.
         """
         assert domain_B is not None, "router domain needs the domain of each sequence"
         expert_N1 = domain_B.repeat_interleave(len(x_ND) // sequences)[:, None]
@@ -46,8 +48,3 @@ class DomainRouter(Router):
             dropped_routes=torch.zeros((), dtype=torch.int64, device=x_ND.device),
             capacity=None,
         )
-
-
-def build_router(width: int, moe: MoESpec) -> Router:
-    """Return the router of a layer for rows of width `width`, with uninitialized parameters."""
-    return DomainRouter(moe) if moe.router == "domain" else Router(width, moe)

@@ -9,25 +9,26 @@ from torch import Tensor, nn
 
 from mhmoe_ray.model import router
 from mhmoe_ray.model.architectures import modules_of
-from mhmoe_ray.model.decoder import Decoder
+from mhmoe_ray.model.trunk import Trunk
 from mhmoe_ray.model.feedforward import Experts
 from mhmoe_ray.model.held import is_dtensor, local_shard, shard_offset
 from mhmoe_ray.model.noise import seeded_generator
 
 
 @torch.no_grad()
-def init_weights(model: Decoder, seed: int, on_tensor: Callable[[], None] = lambda: None) -> None:
+def init_weights(model: Trunk, seed: int, on_tensor: Callable[[], None] = lambda: None) -> None:
     """Set every parameter and buffer of `model` to its initial values, in place. Of a DTensor, set this rank's shard.
 
     | tensor | initial values |
     | --- | --- |
-    | embedding, untied output | normal, sd d^-0.5 |
+    | embeddings, untied output | normal, sd d^-0.5 |
     | attention | as nn.Linear (torchscale has a Xavier initialization for it that nothing calls) |
     | feed-forward, experts | as nn.Linear; every expert has a seed of its own |
     | head projection | Xavier with gain 1/sqrt 2, bias as nn.Linear |
     | merge projection | Xavier, bias 0 |
     | router | as nn.Linear; X-MoE's expert embeddings orthogonal, gain 0.32 |
     | norms | 1, bias 0 |
+    | factor of the contrastive loss | 1 / 0.07, as in CLIP |
 
     The values of nn.Linear, of weights and biases, are uniform in +-n^-0.5, where n is the fan-in of the matrix. For a
     layer of the head projection, n is d if the layer is the first one or if sub-tokens have the default width, and
@@ -61,7 +62,7 @@ def init_weights(model: Decoder, seed: int, on_tensor: Callable[[], None] = lamb
 
 
 @torch.no_grad()
-def initial_tensor(model: Decoder, name: str, seed: int) -> Tensor:
+def initial_tensor(model: Trunk, name: str, seed: int) -> Tensor:
     """Return the initial values of one tensor of a model, in CPU memory, as `init_weights` sets them.
 
     Args:
@@ -81,18 +82,18 @@ def initial_tensor(model: Decoder, name: str, seed: int) -> Tensor:
     return _initial_tensor(model, module, name, tensor, seed)
 
 
-def _initial_expert(model: Decoder, module: Experts, name: str, template: Tensor, expert: int, seed: int) -> Tensor:
+def _initial_expert(model: Trunk, module: Experts, name: str, template: Tensor, expert: int, seed: int) -> Tensor:
     """Return the initial values of one expert's slice of a stacked tensor; every expert has a seed of its own."""
     return _initial_values(model, module, name, template, seeded_generator(f"{seed}:{name}.{expert}"))
 
 
-def _initial_tensor(model: Decoder, module: nn.Module, name: str, template: Tensor, seed: int) -> Tensor:
+def _initial_tensor(model: Trunk, module: nn.Module, name: str, template: Tensor, seed: int) -> Tensor:
     """Return the initial values of a full tensor that is not of experts."""
     return _initial_values(model, module, name, template, seeded_generator(f"{seed}:{name}"))
 
 
 def _initial_values(
-    model: Decoder, module: nn.Module, name: str, template: Tensor, generator: torch.Generator
+    model: Trunk, module: nn.Module, name: str, template: Tensor, generator: torch.Generator
 ) -> Tensor:
     """Return the initial values of a tensor in CPU memory, with the shape and dtype of `template`."""
     t = torch.empty(template.shape, dtype=template.dtype)
@@ -108,7 +109,9 @@ def _fill_initial_values(module: nn.Module, name: str, t: Tensor, generator: tor
         nn.init.constant_(t, math.log(router.INITIAL_TEMPERATURE - router.MIN_TEMPERATURE))
     elif "expert_EQ" in name:
         nn.init.orthogonal_(t, gain=0.32, generator=generator)
-    elif "embedding" in name or name.startswith("output."):
+    elif name == "match.log_scale":
+        nn.init.constant_(t, math.log(1 / 0.07))
+    elif "embedding" in name or (name.startswith("output.") and t.ndim == 2):
         nn.init.normal_(t, std=t.shape[1] ** -0.5, generator=generator)
     # P1 and P2 do not describe several projection layers: each is initialized as if it were the only one.
     elif ".head." in name or ".merge." in name:

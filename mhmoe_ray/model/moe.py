@@ -23,10 +23,11 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from mhmoe_ray.model.domain_router import build_router
+from mhmoe_ray.model.domain_router import DomainRouter
 from mhmoe_ray.model.feedforward import Dispatch, Experts, FeedForward, SharedExpert
+from mhmoe_ray.model.modality_router import ModalityRouter
 from mhmoe_ray.model.noise import dropout
-from mhmoe_ray.model.router import Routing
+from mhmoe_ray.model.router import Router, Routing
 from mhmoe_ray.spec import ModelSpec
 
 
@@ -48,6 +49,14 @@ def _build_projection(widths: Iterable[int]) -> nn.Module:
     return nn.Sequential(*(module for layer in linear_layers for module in (layer, nn.ReLU())))[:-1]
 
 
+def build_router(spec: ModelSpec) -> Router:
+    """Return the router of a layer, with uninitialized parameters."""
+    assert spec.moe is not None
+    if spec.encoder is not None and spec.encoder.routers == "per_modality":
+        return ModalityRouter(spec.row_width, spec.moe)
+    return (DomainRouter if spec.moe.router == "domain" else Router)(spec.row_width, spec.moe)
+
+
 class MultiHeadMoE(nn.Module):
     """Multi-head mixture-of-experts layer of one block.
 
@@ -67,14 +76,18 @@ class MultiHeadMoE(nn.Module):
         self.heads, self.residual, self.dropout = moe.heads, moe.sub_token_residual, spec.dropout
         widths = spec.projection_widths
         self.head = _build_projection(widths) if moe.has_head_projection else nn.Identity()
-        self.router = build_router(spec.row_width, moe)
+        self.router = build_router(spec)
         self.experts = Experts(spec, range(moe.experts) if expert_ids is None else expert_ids)
         self.merge = _build_projection(reversed(widths)) if moe.has_merge_projection else nn.Identity()
         self.shared = FeedForward(spec, moe.d_shared) if moe.d_shared else None
         self.dispatch: Dispatch = dispatch_locally
 
     def forward(
-        self, x_BTM: Tensor, generator: torch.Generator | None = None, domain_B: Tensor | None = None
+        self,
+        x_BTM: Tensor,
+        generator: torch.Generator | None = None,
+        domain_B: Tensor | None = None,
+        image_tokens: int = 0,
     ) -> tuple[Tensor, Routing]:
         """Return the output (B, T, M) of the layer, and its routing.
 
@@ -82,10 +95,11 @@ class MultiHeadMoE(nn.Module):
             x_BTM: the tokens.
             generator: generator of the router's randomness and of dropout in training; None in evaluation.
             domain_B: expert of each sequence, for router `domain`.
+            image_tokens: number of first tokens that are patches of images, for routers by modality.
         """
         x = self.head(x_BTM)
         x_ND = x.reshape(-1, x.shape[-1] // self.heads)
-        routing: Routing = self.router(x_ND, generator, len(x_BTM), domain_B)
+        routing: Routing = self.router(x_ND, generator, len(x_BTM), domain_B, image_tokens * self.heads)
         # A dispatch between ranks computes the shared expert while rows travel.
         shared = None
         if self.shared is not None and self.dispatch is not dispatch_locally:

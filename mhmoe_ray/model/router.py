@@ -9,7 +9,7 @@ Everything here is computed in float32 or wider.
 """
 
 from abc import ABC, abstractmethod
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -113,6 +113,14 @@ def build_scores(width: int, moe: MoESpec) -> BaseScores:
     """Return the module that computes the logits of router `moe.router` for rows of width `width`. Its parameters are
     uninitialized."""
     return SCORES_BY_ROUTER[moe.router](width, moe)
+
+
+class Scores(Protocol):
+    """Function that computes the logits of rows, and what the load balancing loss needs of them (`BaseScores`)."""
+
+    def __call__(self, x_ND: Tensor) -> Tensor: ...
+
+    def balance_probabilities(self, x_ND: Tensor, probability_NE: Tensor) -> Tensor: ...
 
 
 def route_counts(expert_NK: Tensor, experts: int, kept_NK: Tensor | None = None) -> Tensor:
@@ -223,7 +231,7 @@ class Router(nn.Module):
     def __init__(self, width: int, moe: MoESpec) -> None:
         super().__init__()
         self.moe = moe
-        self.scores = build_scores(width, moe)
+        self._build_scores(width)
         if moe.bias_rate:
             self.bias_E: Tensor
             self.register_buffer("bias_E", torch.zeros(moe.experts))
@@ -233,12 +241,21 @@ class Router(nn.Module):
             self.register_buffer("share_E", torch.zeros(moe.experts), persistent=False)
             """Share of each expert in the choices of the step before; zero in the first step."""
 
+    def _build_scores(self, width: int) -> None:
+        """Create the modules that compute logits for rows of width `width`."""
+        self.scores = build_scores(width, self.moe)
+
+    def _scores_of(self, image_rows: int) -> Scores:
+        """Return the function that computes logits, if the first `image_rows` rows are of images."""
+        return self.scores
+
     def forward(
         self,
         x_ND: Tensor,
         generator: torch.Generator | None = None,
         sequences: int = 1,
         domain_B: Tensor | None = None,
+        image_rows: int = 0,
     ) -> Routing:
         """Return the routing of rows. The expert capacity applies only in training mode (`Module.train`).
 
@@ -247,17 +264,20 @@ class Router(nn.Module):
             generator: generator of jitter and of P1's random second expert; neither applies without one.
             sequences: number of sequences, whose rows lie one after another.
             domain_B: not used; `DomainRouter` needs it.
+            image_rows: number of first rows that are of images, for routers by modality.
         """
         # Autocast would compute logits in bfloat16.
         with torch.autocast(x_ND.device.type, enabled=False):
-            return self._route(widen(x_ND), generator, sequences)
+            return self._route(widen(x_ND), generator, sequences, self._scores_of(image_rows))
 
-    def _route(self, x_ND: Tensor, generator: torch.Generator | None, sequences: int = 1) -> Routing:
-        """Return the routing of rows in float32 or wider. Autocast must be off."""
+    def _route(
+        self, x_ND: Tensor, generator: torch.Generator | None, sequences: int, scores: Scores
+    ) -> Routing:
+        """Return the routing of rows in float32 or wider, with logits from `scores`. Autocast must be off."""
         moe, rows = self.moe, len(x_ND)
         if moe.jitter and generator is not None:
             x_ND = x_ND * torch.empty_like(x_ND).uniform_(1 - moe.jitter, 1 + moe.jitter, generator=generator)
-        logits_NE = self.scores(x_ND)
+        logits_NE = scores(x_ND)
         capacity = moe.expert_capacity(rows) if self.training else None
         if self._is_plain(generator) and can_fuse_routing(moe.kernel, logits_NE):
             fused = fused_routing(
@@ -273,7 +293,7 @@ class Router(nn.Module):
         candidate_NK = self._candidate_routes(expert_NK, gate_NK, generator)
         kept_NK = candidate_NK if capacity is None else capacity_mask(expert_NK, candidate_NK, moe.experts, capacity)
         count_E = route_counts(expert_NK, moe.experts, kept_NK)
-        balance_NE = self.scores.balance_probabilities(x_ND, probability_NE)
+        balance_NE = scores.balance_probabilities(x_ND, probability_NE)
         return Routing(
             expert_NK,
             gate_NK * kept_NK,
@@ -291,7 +311,9 @@ class Router(nn.Module):
         moe = self.moe
         has_random_choice = moe.second_expert == "random" and generator is not None
         # X-MoE's load balancing loss uses other probabilities than routing.
-        has_own_probabilities = type(self.scores).balance_probabilities is not BaseScores.balance_probabilities
+        has_own_probabilities = (
+            SCORES_BY_ROUTER[moe.router].balance_probabilities is not BaseScores.balance_probabilities
+        )
         return not (
             moe.scoring != "softmax"
             or moe.bias_rate
@@ -315,7 +337,7 @@ class Router(nn.Module):
         """Choose the top k experts of each row.
 
         Args:
-            logits_NE: logits from `scores`.
+            logits_NE: logits of the rows.
 
         Returns:
             expert_NK and gate_NK as in `Routing`, before any drop, and the probabilities NE: the scores of each row,

@@ -103,7 +103,7 @@ class Estimate(NamedTuple):
 def estimate_step_time(spec: RunSpec, layout: Layout) -> Estimate:
     """Return an estimate of the time per training step of a run, for a placement of its ranks."""
     rank_tokens = spec.tokens_per_step / len(layout.nodes)
-    training_flops = flops_per_token(spec.model, spec.data.seq_len).training
+    training_flops = flops_per_token(spec.model, spec.attention_length).training
     return Estimate(
         _compute_times(spec, rank_tokens),
         _exchange_times(spec, layout),
@@ -132,7 +132,7 @@ def _compute_times(spec: RunSpec, tokens: float) -> list[StepTime]:
     other_parts = [
         (part, _cost_factor(spec, part.name)) for part in model_parts(model) if part.macs and part.name != EXPERTS
     ]
-    score_flops = flops_per_token(model, spec.data.seq_len).forward - 2 * compute_sizes(model).macs_per_token
+    score_flops = flops_per_token(model, spec.attention_length).forward - 2 * compute_sizes(model).macs_per_token
     flops = _cost_factor(spec, "attention") * score_flops + sum(cost * 2 * p.layers * p.macs for p, cost in other_parts)
     # A tied output has no parameters of its own, but its product reads the embedding, whose size is `macs`.
     weights = sum(cost * p.layers * (p.parameters or p.macs) for p, cost in other_parts)

@@ -24,7 +24,7 @@ from mhmoe_ray.planner.sizes import (
     gathered_bytes,
     model_parts,
 )
-from mhmoe_ray.spec import ModelSpec, MoESpec, RunSpec
+from mhmoe_ray.spec import EncoderSpec, ModelSpec, MoESpec, RunSpec
 from mhmoe_ray.spec.train import LOSS_CHUNKS_PER_PRODUCT
 
 
@@ -71,6 +71,7 @@ def compute_memory(spec: RunSpec) -> Memory:
         moments=moments,
         copies=_copy_bytes(spec, counts) if size < FLOAT32 else 0,
         activations=tokens * _activation_bytes_per_token(spec, size)
+        + (FLOAT32 * hidden_output_values(spec, model.encoder) if model.encoder is not None else 0)
         + _shared_attention_bytes(spec, size)
         + _static_layout_bytes(model, tokens, size),
         logits=loss_bytes(spec),
@@ -89,6 +90,8 @@ def loss_bytes(spec: RunSpec) -> int:
     precision.
     """
     tokens, vocab_size = spec.tokens_per_micro_batch, spec.model.vocab_size
+    if spec.model.encoder is not None:
+        return 2 * FLOAT32 * hidden_output_values(spec, spec.model.encoder)
     if spec.train.loss_chunk_rows is None:
         return tokens * vocab_size * 2 * FLOAT32
     rows, size = spec.train.loss_chunk_rows, bytes_per_value(spec)
@@ -97,6 +100,25 @@ def loss_bytes(spec: RunSpec) -> int:
     return vocab_size * (
         min(rows, tokens) * 3 * FLOAT32 + min(product_rows, tokens) * size + spec.model.d_model * (FLOAT32 + copy_size)
     )
+
+
+def hidden_output_values(spec: RunSpec, encoder: EncoderSpec) -> int:
+    """Return the number of outputs of an encoder for a micro-batch, which it computes for hidden patches and tokens.
+
+    Texts count as if all of them had `data.seq_len` tokens.
+    """
+    masking, values = spec.train.masking, 0.0
+    for part in spec.parts:
+        if part.objective != "masked":
+            continue
+        is_pair = len(part.columns) > 1
+        if "image" in part.columns:
+            share = masking.pair_image if is_pair else masking.image
+            values += part.samples * share * encoder.patches * encoder.target_values
+        if "text" in part.columns:
+            share = masking.pair_text if is_pair else masking.text
+            values += part.samples * share * (spec.data.seq_len - 1) * spec.model.vocab_size
+    return round(values)
 
 
 def checkpoint_bytes(spec: RunSpec) -> int:
@@ -214,8 +236,9 @@ def _activation_bytes_per_token(spec: RunSpec, size: int) -> int:
     moe = model.moe
     norm = model.architecture.norm_saved_bytes(model.d_model, size)
     outer = norm + _attention_bytes(model, size) + norm
-    dense = outer + (model.architecture.hidden_saved_bytes(model.d_ff, size) if model.d_ff is not None else 0)
-    mixture = outer + (_moe_bytes(model, moe, size) if moe is not None else 0)
+    hidden = model.architecture.hidden_saved_bytes(model.d_ff, size) if model.d_ff is not None else 0
+    dense = outer + hidden
+    mixture = outer + (_moe_bytes(model, moe, size) if moe is not None else 0) + hidden * model.has_experts_beside
     noise = _dropout_bytes(model, size) if model.dropout else 0
     block_input = model.d_model * bytes_of(spec.train.residual_precision)
     # With `exchange`, a block with distributed experts is recomputed only up to its second norm, and keeps everything
@@ -229,6 +252,9 @@ def _activation_bytes_per_token(spec: RunSpec, size: int) -> int:
         layers = model.layers * block_input + max(dense, mixture) + noise // model.layers
     else:
         layers = (model.layers - model.moe_layers) * dense + model.moe_layers * mixture + noise
+    # The outputs of an encoder are counted apart, because it computes few of them.
+    if model.encoder is not None:
+        return layers + norm
     # The other terms are those of the last norm, of the loss, and of the token ids and targets. A chunked loss keeps
     # the gradient of its input instead of the input and the log-probabilities.
     if spec.train.loss_chunk_rows is None:
@@ -239,7 +265,7 @@ def _activation_bytes_per_token(spec: RunSpec, size: int) -> int:
 def _dropout_bytes(model: ModelSpec, size: int) -> int:
     """Return the bytes per token that dropout keeps for the backward in all layers."""
     # Masks have one byte per value. Outputs of experts are kept before and after dropout, because gates apply after it.
-    masks = model.d_model * (1 + model.layers + model.layers - model.moe_layers)
+    masks = model.d_model * (1 + model.layers + model.dense_layers)
     if model.moe is None:
         return masks
     outputs = model.joined_width * model.moe.top_k
@@ -250,6 +276,8 @@ def _dropout_bytes(model: ModelSpec, size: int) -> int:
 def _shared_attention_bytes(spec: RunSpec, size: int) -> int:
     """Return the bytes that the attention of all layers shares: cosines and sines for queries and for keys, and the
     document mask."""
+    if spec.model.encoder is not None:
+        return 0  # learned positions, and a small mask of padding
     T = spec.data.seq_len
     mask = size * spec.train.micro_batch_size * T**2 if spec.model.document_masks else 0
     return 4 * FLOAT32 * T * spec.model.head_width + mask

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from mhmoe_ray.architectures import FLOAT32
 from mhmoe_ray.errors import SpecError
-from mhmoe_ray.spec import ModelSpec, MoESpec, RunSpec
+from mhmoe_ray.spec import EncoderSpec, ModelSpec, MoESpec, RunSpec
 from mhmoe_ray.spec.base import Precision
 from mhmoe_ray.spec.model import default_d_ff
 
@@ -65,7 +65,8 @@ class Sizes(NamedTuple):
     """Number of parameters that one token's forward pass uses if its h sub-tokens are routed to min(h*k, E) different
     experts."""
     macs_per_token: int
-    """Multiply-adds of all matrix products for one token, including output logits, without attention scores."""
+    """Multiply-adds of all matrix products for one token, including output logits, without attention scores. A token of
+    an encoder is a patch or a token. Its outputs are left out, because they are computed for hidden ones alone."""
     moe_macs_per_token: int
     """Multiply-adds of the mixture-of-experts layers for one token: projections, router, experts and shared expert."""
     router_macs_per_token: int
@@ -75,29 +76,59 @@ class Sizes(NamedTuple):
     grows with h, so models of equal compute differ in memory traffic."""
 
 
-EMBEDDING, NORMS, OUTPUT = "embedding", "norms", "output"
+EMBEDDING, PATCHES, NORMS, OUTPUT = "embedding", "patches", "norms", "output"
 PROJECTIONS, ROUTER, EXPERTS, SHARED = "projections", "router", "experts", "shared expert"
+MATCH = "match"
 """Names of the parts that other modules look up."""
 
 
 def model_parts(spec: ModelSpec) -> list[Part]:
     """Return the parts of a model, from the embedding to the output, without parts that the model does not have."""
-    d, moe, dense_layers = spec.d_model, spec.moe, spec.layers - spec.moe_layers
-    embedding_parameters, norms = spec.vocab_size * d, _norm_parameters(spec)
-    result = [
-        Part(EMBEDDING, 1, embedding_parameters, embedding_parameters, 0),
-        Part("attention", spec.layers, *_all_active(_attention_parameters(spec)), attention_macs(spec)),
+    d, moe, branches = spec.d_model, spec.moe, _branches(spec)
+    embedding_parameters, norms = _embedding_parameters(spec), _norm_parameters(spec)
+    attention = _attention_parameters(spec)
+    result = [Part(EMBEDDING, 1, *_all_active(embedding_parameters), 0)]
+    if spec.encoder is not None:
+        projection = spec.encoder.patch_values * d
+        result.append(Part(PATCHES, 1, *_all_active(projection + d), projection))
+    result += [
+        Part("attention", spec.layers, branches * attention, attention, attention_macs(spec)),
         Part(NORMS, 1, *_all_active(norms), 0),
     ]
-    if dense_layers:
+    if spec.dense_layers:
         assert spec.d_ff is not None
         dense, macs = spec.architecture.expert_parameters(d, spec.d_ff), spec.architecture.expert_macs(d, spec.d_ff)
-        result.append(Part("feed-forward", dense_layers, *_all_active(dense), macs))
+        result.append(Part("feed-forward", spec.dense_layers, branches * dense, dense, macs))
     if moe is not None:
         result += _moe_parts(spec, moe)
+    if spec.encoder is not None:
+        return [*result, *_head_parts(spec, spec.encoder)]
     # With tied embeddings the output has no parameters of its own, but its product still counts.
     output_parameters = 0 if spec.tied_embeddings else embedding_parameters
     return [*result, Part(OUTPUT, 1, output_parameters, output_parameters, embedding_parameters)]
+
+
+def _branches(spec: ModelSpec) -> int:
+    """Return the number of copies of attention, norms and feed-forward layers in a block: one for each modality."""
+    return 1 if spec.encoder is None else 2
+
+
+def _embedding_parameters(spec: ModelSpec) -> int:
+    """Return the number of parameters of all embeddings: of an encoder also those of positions, of an image as a whole,
+    and of hidden patches."""
+    rows, encoder = spec.vocab_size, spec.encoder
+    if encoder is not None:
+        rows += encoder.text_positions + (encoder.image_positions or encoder.image_tokens) + 2
+    return rows * spec.d_model
+
+
+def _head_parts(spec: ModelSpec, encoder: EncoderSpec) -> list[Part]:
+    """Return the parts of an encoder's heads."""
+    outputs = (spec.d_model + 1) * (encoder.target_values + spec.vocab_size)
+    result = [Part(OUTPUT, 1, *_all_active(outputs), 0)]
+    if encoder.d_match is not None:
+        result.append(Part(MATCH, 1, *_all_active(2 * spec.d_model * encoder.d_match + 1), 0))
+    return result
 
 
 def _moe_parts(spec: ModelSpec, moe: MoESpec) -> list[Part]:
@@ -106,9 +137,10 @@ def _moe_parts(spec: ModelSpec, moe: MoESpec) -> list[Part]:
     expert = spec.architecture.expert_parameters(width, moe.d_expert)
     expert_macs = spec.architecture.expert_macs(width, moe.d_expert)
     routes, router = moe.heads * moe.top_k, moe.router_sizes(width)
+    routers = 2 if spec.encoder is not None and spec.encoder.routers == "per_modality" else 1
     result = [
         _projections_part(spec, moe),
-        Part(ROUTER, layers, *_all_active(router.parameters), moe.heads * router.macs),
+        Part(ROUTER, layers, routers * router.parameters, router.parameters, moe.heads * router.macs),
         # A token has `routes` routes but uses at most E experts, because its sub-tokens may share experts.
         Part(EXPERTS, layers, moe.experts * expert, min(routes, moe.experts) * expert, routes * expert_macs),
     ]
@@ -157,18 +189,21 @@ class BlockSizes(NamedTuple):
 def block_sizes(spec: ModelSpec) -> BlockSizes:
     """Return the numbers of parameters in a dense block, in a block with experts, and outside blocks."""
     parameters = {part.name: part.parameters for part in model_parts(spec)}
-    outside_blocks = parameters[EMBEDDING] + parameters[OUTPUT] + _parameters_per_norm(spec)
-    shared = parameters["attention"] + (parameters[NORMS] - _parameters_per_norm(spec)) // spec.layers
+    outside_parts = (EMBEDDING, PATCHES, OUTPUT, MATCH)
+    outside_blocks = sum(parameters.get(name, 0) for name in outside_parts) + _final_norm_parameters(spec)
+    shared = parameters["attention"] + (parameters[NORMS] - _final_norm_parameters(spec)) // spec.layers
+    dense = parameters.get("feed-forward", 0)
     mixture = sum(parameters.get(name, 0) for name in (PROJECTIONS, ROUTER, SHARED))
-    return BlockSizes(shared + parameters.get("feed-forward", 0), shared + mixture, outside_blocks)
+    mixture += dense if spec.has_experts_beside else 0
+    return BlockSizes(shared + dense, shared + mixture, outside_blocks)
 
 
 def float32_sizes(spec: ModelSpec) -> BlockSizes:
     """Return the numbers of parameters of norms and routers, which compute in float32 in any precision of products."""
     parameters = {part.name: part.parameters for part in model_parts(spec)}
-    norms = (parameters[NORMS] - _parameters_per_norm(spec)) // spec.layers
+    norms = (parameters[NORMS] - _final_norm_parameters(spec)) // spec.layers
     block = norms + _query_key_norm_parameters(spec)
-    return BlockSizes(block, block + parameters.get(ROUTER, 0), _parameters_per_norm(spec))
+    return BlockSizes(block, block + parameters.get(ROUTER, 0), _final_norm_parameters(spec))
 
 
 def gathered_bytes(spec: RunSpec, parameters: int, float32_parameters: int) -> int:
@@ -185,14 +220,19 @@ class Flops(NamedTuple):
     """FLOPs of the forward, and of the backward at twice its cost."""
 
 
-def flops_per_token(spec: ModelSpec, seq_len: int) -> Flops:
+def flops_per_token(spec: ModelSpec, attention_length: float) -> Flops:
     """Return the FLOPs per token of all matrix products, including attention scores and weighted values.
 
     Document masks do not reduce them.
+
+    Args:
+        spec: spec of the model.
+        attention_length: length of the sample that a token belongs to (`RunSpec.attention_length`).
     """
-    # A token attends to (T + 1) / 2 keys on average. Each key costs as many multiply-adds as a token's queries have
-    # values, for its score, and as many for its value.
-    scores = spec.layers * spec.query_width * (seq_len + 1)
+    # With causal attention, a token attends to (T + 1) / 2 keys on average. Each key costs as many multiply-adds as a
+    # token's queries have values, for its score, and as many for its value.
+    keys = (attention_length + 1) / 2 if spec.encoder is None else attention_length
+    scores = round(2 * spec.layers * spec.query_width * keys)
     forward = 2 * (compute_sizes(spec).macs_per_token + scores)
     return Flops(forward, 3 * forward)
 
@@ -204,7 +244,12 @@ def _all_active(parameters: int) -> tuple[int, int]:
 
 def _norm_parameters(spec: ModelSpec) -> int:
     """Return the number of parameters of all norms over whole tokens, including the final one."""
-    return (spec.architecture.norms_per_block * spec.layers + 1) * _parameters_per_norm(spec)
+    norms_of_blocks = _branches(spec) * spec.architecture.norms_per_block * spec.layers * _parameters_per_norm(spec)
+    return norms_of_blocks + _final_norm_parameters(spec)
+
+
+def _final_norm_parameters(spec: ModelSpec) -> int:
+    return _branches(spec) * _parameters_per_norm(spec)
 
 
 def _parameters_per_norm(spec: ModelSpec) -> int:
@@ -245,5 +290,5 @@ def model_flops_utilisation(spec: RunSpec, tokens_per_s: float, workers: int) ->
     if not spec.cluster.gpus_per_worker:
         return None
     peak_flops = spec.cluster.accelerator.peak_flops(spec.train.precision)
-    needed_flops = flops_per_token(spec.model, spec.data.seq_len).training * tokens_per_s
+    needed_flops = flops_per_token(spec.model, spec.attention_length).training * tokens_per_s
     return needed_flops / (workers * spec.cluster.gpus_per_worker * peak_flops)

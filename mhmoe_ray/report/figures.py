@@ -116,7 +116,7 @@ class RunFigures:
 
     def flops(self, tokens: float) -> float:
         """Return the FLOPs of all matrix products of training on `tokens` tokens, as `mhmoe plan` counts them."""
-        return tokens * flops_per_token(self.spec.model, self.spec.data.seq_len).training
+        return tokens * flops_per_token(self.spec.model, self.spec.attention_length).training
 
 
 class Routes(NamedTuple):

@@ -334,13 +334,33 @@ class RunSpec(Section):
 
     @property
     def tokens_per_step(self) -> int:
-        """The number of predicted tokens per step: M x b x T. With best-fit packing this includes padding."""
-        return self.samples_per_step * self.data.seq_len
+        """The number of predicted tokens per step: M x b x T, which includes padding with best-fit packing. For an
+        encoder, the number of positions of all images and texts."""
+        return self.train.micro_batches * self.tokens_per_micro_batch
 
     @property
     def tokens_per_micro_batch(self) -> int:
-        """The number of tokens in a micro-batch of one worker: b x T."""
-        return self.train.micro_batch_size * self.data.seq_len
+        """The number of tokens in a micro-batch of one worker: b x T, or the positions of all its images and texts."""
+        return sum(length * count for length, count in self._sample_lengths)
+
+    @property
+    def attention_length(self) -> float:
+        """The length of the sample that a token belongs to: T, or for an encoder the mean over all positions."""
+        return sum(length**2 * count for length, count in self._sample_lengths) / self.tokens_per_micro_batch
+
+    @property
+    def _sample_lengths(self) -> list[tuple[int, int]]:
+        """The length over which attention is, and the number of samples with it, for each part of a micro-batch. The
+        images and the texts of a contrastive part are samples of their own."""
+        encoder, lengths = self.model.encoder, []
+        if encoder is None:
+            return [(self.data.seq_len, self.train.micro_batch_size)]
+        for part in self.parts:
+            column_lengths = [encoder.image_tokens if name == "image" else self.data.seq_len for name in part.columns]
+            if part.objective == "masked":
+                column_lengths = [sum(column_lengths)]
+            lengths += [(length, part.samples) for length in column_lengths]
+        return lengths
 
     def with_absolute_paths(self, base: Path) -> Self:
         """Return the same spec with absolute paths. Relative paths start at `base`; addresses in an object store stay

@@ -6,9 +6,9 @@ This module uses neither Ray nor files.
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -18,49 +18,24 @@ from mhmoe_ray.distributed.build import build_dispatch, build_strategy
 from mhmoe_ray.distributed.dispatch.exchange import SentBytes, flat_row_bytes
 from mhmoe_ray.distributed.mesh import Mesh
 from mhmoe_ray.errors import JobError, SpecError
-from mhmoe_ray.model.attention import document_indices
-from mhmoe_ray.model.decoder import Decoder, DecoderLoss, routing_loss
+from mhmoe_ray.model.build import build_model
+from mhmoe_ray.model.decoder import Decoder
 from mhmoe_ray.model.init import init_weights
-from mhmoe_ray.model.loss import Targets
 from mhmoe_ray.model.noise import Noise
 from mhmoe_ray.model.router import updated_bias
+from mhmoe_ray.model.trunk import Trunk, routing_loss
 from mhmoe_ray.planner.sizes import bytes_per_value
 from mhmoe_ray.spec import MoESpec, RunSpec
-
-
-class MicroBatch(NamedTuple):
-    """Micro-batch of b samples: their token ids, and the targets that count."""
-
-    token_BT: Tensor
-    """Token ids of each sample, int64, (b, T + 1): T inputs, and T targets that are shifted by one."""
-    counts_BT: Tensor
-    """Mask of the targets, bool, (b, T): True for those that count, False for padding and what is only read."""
-    document_starts_BT: Tensor | None = None
-    """Mask of the input tokens that begin a document, bool, (b, T); None if start tokens tell it."""
-    domain_B: Tensor | None = None
-    """Expert of each sample for router `domain`, int64, (b,); None for any other router."""
-    document_offset_N1: Tensor | None = None
-    """`document_offsets` of the input tokens; None if attention reads a mask of documents."""
-
-
-def _map_parts(batch: MicroBatch, function: Callable[[Tensor], Tensor]) -> MicroBatch:
-    """Return a micro-batch with the results of a function of each tensor that has a row for each sample."""
-    token_BT, counts_BT, document_starts_BT, domain_B, _ = batch
-    return MicroBatch(
-        function(token_BT),
-        function(counts_BT),
-        None if document_starts_BT is None else function(document_starts_BT),
-        None if domain_B is None else function(domain_B),
-    )
+from mhmoe_ray.train.objectives import Environment, build_objective
 
 
 class RankSums(NamedTuple):
     """Sums over this rank's micro-batches of a step."""
 
     targets: int
-    """Number of targets that count, over all ranks."""
+    """Number of targets that count, over all ranks; of an encoder, the number of patches and tokens that it reads."""
     loss: float
-    """Loss in nats, summed over targets that count."""
+    """Loss in nats, summed over targets that count, of all terms."""
     balance: float
     """Balance loss, summed over micro-batches and layers."""
     dropped: int
@@ -68,8 +43,7 @@ class RankSums(NamedTuple):
     count_LE: Tensor
     """Number of kept routes per layer and expert, int64."""
     part_sums_P2: Tensor
-    """Loss in nats and number of targets that count in each part of micro-batches, float64; P is 0 if the spec names no
-    parts."""
+    """Sum and number of targets of each loss in `RunSpec.loss_names`, float64; P is 0 if the spec names no parts."""
     sent_bytes: SentBytes = SentBytes()
     """Bytes that expert-parallel dispatch sent to other ranks."""
     least_bytes: int = 0
@@ -105,6 +79,7 @@ class Trainer:
         device: torch.device,
         start_token: int | None = None,
         on_progress: Callable[[], None] = lambda: None,
+        codebook: np.ndarray | None = None,
     ) -> None:
         """Build the model with its dispatch and its parallel strategy, and initialize the weights.
 
@@ -114,6 +89,7 @@ class Trainer:
             device: device of this rank.
             start_token: the token that precedes every document; needed if the model has `document_masks`.
             on_progress: called after each micro-batch and after each tensor of a checkpoint or of the initial weights.
+            codebook: entries of the codebook, for an encoder with image_targets codebook.
 
         Raises:
             SpecError: the kernel cannot run on this device, torch.compile cannot compile the model, or a package that
@@ -122,16 +98,17 @@ class Trainer:
         spec.check_compilation()
         assert spec.train.micro_batches % mesh.world_size == 0
         self.spec, self.mesh, self.device = spec, mesh, device
-        self._start_token, self.on_progress = start_token, on_progress
+        self.on_progress = on_progress
         moe = spec.model.moe
         if moe and (reason := unavailable_reason(moe.kernel, device, spec.expert_sizes)):
             raise SpecError(f"model.moe.kernel {moe.kernel}", reason, "install what it needs, or set it to auto")
         # On this device, weights take no memory. The strategy allocates them later, because a rank may hold only a part
         # of them.
         with torch.device("meta"):
-            self.model = Decoder(spec.computed_model, mesh.expert_ids(moe.experts) if moe else None)
+            self.model = build_model(spec.computed_model, mesh.expert_ids(moe.experts) if moe else None)
         self.model.recompute = spec.train.recompute
-        self.model.loss_chunk_rows = spec.train.loss_chunk_rows
+        if isinstance(self.model, Decoder):
+            self.model.loss_chunk_rows = spec.train.loss_chunk_rows
         if spec.train.residual_precision == "bfloat16":
             self.model.residual_dtype = torch.bfloat16
         self._dispatch = build_dispatch(spec.cluster, mesh)
@@ -141,6 +118,8 @@ class Trainer:
         if spec.train.compile:
             self.model.compile_blocks()
         self.strategy = build_strategy(self.model, mesh, spec, self._initialize_weights)
+        environment = Environment(spec, mesh, device, self._run_model, lambda: self.on_progress())
+        self.objective = build_objective(environment, start_token, codebook)
         self.step = 0
         self.tokens = 0
         """Number of targets that counted in the steps so far, over all ranks."""
@@ -153,19 +132,19 @@ class Trainer:
         self.updates_before = 0
         """Number of updates of the optimizer before step 0, in the runs whose moments this run continues."""
 
-    def _initialize_weights(self, model: Decoder) -> None:
+    def _initialize_weights(self, model: Trunk) -> None:
         model.to_empty(device=self.device)
         init_weights(model, self.spec.seed, self.on_progress)
 
-    def accumulate(self, batches: Iterable[MicroBatch]) -> RankSums:
+    def accumulate(self, batches: Iterable[Any]) -> RankSums:
         """Accumulate the gradients of this rank's micro-batches, and reduce them over ranks.
 
         The gradients are neither clipped nor applied yet; `update` does that. The result has this rank's sums of the
         loss, the route counts and the bytes sent.
 
-        Every target that counts has the same weight in the step's loss, whatever the padding of its micro-batch.
-        Padding is routed like any token. So the balance loss, the expert capacity and the route counts include it: they
-        describe the rows that experts compute.
+        Every target of a loss has the same weight in the step's loss, whatever the padding of its micro-batch. Padding
+        is routed like any token. So the balance loss, the expert capacity and the route counts include it: they describe
+        the rows that experts compute.
 
         Args:
             batches: the M / world micro-batches of this rank, on the device.
@@ -176,27 +155,30 @@ class Trainer:
         # The sums stay on the device until the end, so that the host does not wait for each micro-batch.
         loss_balance_dropped = torch.zeros(3, dtype=torch.float64, device=self.device)
         count_LE = self.zero_counts().to(self.device)
-        part_sizes = [part.micro_batch_size for part in spec.data.parts.values()]
-        part_sums_P2 = torch.zeros(len(part_sizes), 2, dtype=torch.float64, device=self.device)
+        part_sums_P2 = torch.zeros(len(spec.loss_names), 2, dtype=torch.float64, device=self.device)
         if self._dispatch:
             # A validation since the last step has sent rows, too. Its bytes and waiting time do not belong to this
             # step, so they are discarded.
             self._dispatch.pop_sent_bytes()
             self._dispatch.pop_wait_seconds()
-        batches, targets = self._count_targets(batches)
+        batches, term_counts, targets = self.objective.count_targets(batches)
         with self._weight_casts():
             for i, batch in enumerate(batches, start=1):
                 with self.strategy.micro_batch_context(is_last=i == rank_batches):
                     micro_batch = self.step * m + self.mesh.rank + (i - 1) * self.mesh.world_size
                     noise = Noise(spec.seed, micro_batch)
-                    (loss, loss_BT), routing = self.forward(batch, noise)
-                    # This is M times the micro-batch's contribution to the mean over all targets of the step, because
-                    # the backward below divides by M.
-                    objective = loss / (max(1, targets) / m)
-                    loss_balance_dropped[0] += loss.detach()
-                    if part_sizes:
-                        values_2B = torch.stack([t.sum(1, dtype=torch.float64) for t in (loss_BT, batch.counts_BT)])
-                        part_sums_P2 += torch.stack([part.sum(1) for part in torch.split(values_2B, part_sizes, 1)])
+                    output = self.forward(batch, noise)
+                    sums = self.objective.loss_sums(output, batch)
+                    # Each term is M times the micro-batch's contribution to the mean over all targets of the step,
+                    # because the backward below divides by M.
+                    terms = [
+                        weight * (loss / (max(1, count) / m))
+                        for weight, loss, count in zip(self.objective.weights, sums.terms, term_counts, strict=True)
+                    ]
+                    objective = sum(terms[1:], terms[0])
+                    loss_balance_dropped[0] += sum(loss.detach() for loss in sums.terms)
+                    part_sums_P2 += sums.part_sums_P2
+                    routing = output.routing
                     if moe:
                         objective = objective + routing_loss(spec.model, routing)
                         balance_L = torch.stack([r.balance_loss.detach() for r in routing])
@@ -209,16 +191,16 @@ class Trainer:
                 self.on_progress()
         self.strategy.finish_reduction()
         loss_sum, balance_sum, dropped = loss_balance_dropped.tolist()
-        sums = RankSums(targets, loss_sum, balance_sum, int(dropped), count_LE.cpu(), part_sums_P2.cpu())
+        rank_sums = RankSums(targets, loss_sum, balance_sum, int(dropped), count_LE.cpu(), part_sums_P2.cpu())
         if moe and self._dispatch:
             row_bytes = spec.model.row_width * bytes_per_value(spec)
             passes = 3 if spec.train.recompute == "block" else 2
-            least_bytes = flat_row_bytes(sums.count_LE, self.mesh.expert_ids(moe.experts), row_bytes, passes)
+            least_bytes = flat_row_bytes(rank_sums.count_LE, self.mesh.expert_ids(moe.experts), row_bytes, passes)
             wait_seconds = self._dispatch.pop_wait_seconds()
-            sums = sums._replace(
+            rank_sums = rank_sums._replace(
                 sent_bytes=self._dispatch.pop_sent_bytes(), least_bytes=least_bytes, wait_seconds=wait_seconds
             )
-        return sums
+        return rank_sums
 
     @property
     def _autocast(self) -> torch.autocast:
@@ -244,18 +226,6 @@ class Trainer:
         finally:
             for layer in layers:
                 layer.step_casts = None
-
-    def _count_targets(self, batches: Iterable[MicroBatch]) -> tuple[Iterable[MicroBatch], int]:
-        """Return the micro-batches, and the number of targets that count in the micro-batches of all ranks."""
-        # Samples of "concat" have no padding, so the number follows from the spec. The micro-batches then need not be
-        # read before the first forward pass.
-        if self.spec.data.packing == "concat":
-            return batches, self.spec.tokens_per_step
-        batches = list(batches)
-        count = torch.stack([batch.counts_BT.sum() for batch in batches]).sum()
-        if self.mesh.world_size > 1:
-            dist.all_reduce(count)
-        return batches, int(count)
 
     def zero_counts(self) -> Tensor:
         """Return zeros for the counts of routes per layer and expert, (L, E), int64; E is 0 for a dense model."""
@@ -309,64 +279,17 @@ class Trainer:
         self.tokens += sums.targets
         return Update(norm, lr, applied)
 
-    def forward(self, batch: MicroBatch, noise: Noise | None = None) -> DecoderLoss:
-        """Return the loss of a micro-batch in the run's precision, with the document masks that its spec asks for.
+    def forward(self, batch: Any, noise: Noise | None = None) -> Any:
+        """Return the losses and the routing of a micro-batch in the run's precision (`Objective.run`).
 
         Args:
-            batch: the samples, of which the model reads all tokens but the last.
+            batch: micro-batch of the objective.
             noise: random numbers of the micro-batch, for training; None for validation.
         """
-        token_BT, document_starts_BT = batch.token_BT[:, :-1], batch.document_starts_BT
-        document_BT = None
-        if self.spec.model.document_masks:
-            if document_starts_BT is None:
-                assert self._start_token is not None
-                # Padding is token 0, which may also be the start token, so padding may seem to begin new documents.
-                # This does no harm: padding lies at the end of a sample, where no target counts.
-                document_starts_BT = token_BT.eq(self._start_token)
-            document_BT = document_indices(document_starts_BT)
+        return self.objective.run(batch, noise)
+
+    def _run_model(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the model in the run's precision, through the strategy if gradients are enabled."""
         with self._autocast:
             model = self.strategy.module if torch.is_grad_enabled() else self.model
-            targets = Targets(batch.token_BT[:, 1:], batch.counts_BT)
-            output: DecoderLoss = model(
-                token_BT,
-                noise=noise,
-                document_BT=document_BT,
-                domain_B=batch.domain_B,
-                targets=targets,
-                document_offset_N1=batch.document_offset_N1,
-            )
-        return output
-
-    def _take_rows(self, part: Tensor, start: int, count: int) -> Tensor:
-        """Return `count` rows of a tensor from row `start` on, on this rank's device."""
-        return part[start : start + count].to(self.device)
-
-    @torch.no_grad()
-    def validate(self, samples: MicroBatch) -> tuple[float, int]:
-        """Return the mean loss in nats over the held-out tokens, and their number; both are the same on every rank.
-
-        With static routing, routes above the expert capacity are dropped as in training. The first paper's code does
-        the same (`-1` as its capacity in evaluation). The package `evaluate` drops none.
-
-        Args:
-            samples: all held-out samples; every rank passes the same.
-        """
-        b, world = self.spec.train.micro_batch_size, self.mesh.world_size
-        sample_count = len(samples.token_BT)
-        batch_count = -(-sample_count // (b * world))
-        padding_rows = batch_count * b * world - sample_count
-        # Samples that have no weight in the mean fill the last round, so that every rank takes part in every
-        # all-to-all.
-        padded = _map_parts(samples, lambda part: torch.cat([part, part[:1].expand(padding_rows, *part.shape[1:])]))
-        padded.counts_BT[sample_count:] = False
-        total = torch.zeros(2, dtype=torch.float64, device=self.device)
-        for i in range(batch_count):
-            start = (i * world + self.mesh.rank) * b
-            batch = _map_parts(padded, partial(self._take_rows, start=start, count=b))
-            loss_BT = self.forward(batch).loss.token_BT
-            total += torch.stack([t.sum(dtype=torch.float64) for t in (loss_BT, batch.counts_BT)])
-            self.on_progress()
-        if world > 1:
-            dist.all_reduce(total)
-        return float(total[0] / total[1]), int(total[1])
+            return model(*args, **kwargs)

@@ -1,6 +1,6 @@
 """Worker of a training run: one rank, which restores a checkpoint, then trains, validates and saves until the run ends.
 
-The samples of each step have a digest (`sample_digest`, `combine_digests`). It is equal for equal samples in equal
+The samples of each step have a digest (`Objective.receive`, `combine_digests`). It is equal for equal samples in equal
 order, at any number of workers.
 """
 
@@ -21,36 +21,22 @@ import torch.distributed as dist
 from mhmoe_ray.checkpoint.load import restore
 from mhmoe_ray.checkpoint.manifest import CheckpointManifest, stored_manifest
 from mhmoe_ray.checkpoint.save import Saver
-from mhmoe_ray.data.shards.columns import TOKENS, ModelSamples, Samples, columns_of, join_columns, split_padding
 from mhmoe_ray.data.shards.manifest import require_data_manifest
-from mhmoe_ray.data.stream import EXPERT, validation_samples
+from mhmoe_ray.data.shards.rows import read_codebook
 from mhmoe_ray.data.tokenizer import boundaries, load_tokenizer
 from mhmoe_ray.distributed.dispatch.exchange import SentBytes
 from mhmoe_ray.distributed.mesh import build_mesh
 from mhmoe_ray.errors import DataError, JobError, StorageError
-from mhmoe_ray.model.attention import document_offsets
 from mhmoe_ray.runs import events, metrics
 from mhmoe_ray.runs.directory import RunDir, require_newest_attempt
 from mhmoe_ray.spec import RunSpec
 from mhmoe_ray.storage import Location, location
 from mhmoe_ray.train.preemption import PreemptedError, preemption_notice
-from mhmoe_ray.train.step import MicroBatch, RankSums, Trainer, Update
+from mhmoe_ray.train.objectives import Objective
+from mhmoe_ray.train.objectives.next_token import DIGEST_BYTES
+from mhmoe_ray.train.step import RankSums, Trainer, Update
 from mhmoe_ray.train.telemetry import StepTotals, Telemetry, WaitShares, step_line
 from mhmoe_ray.train.watchdog import Heartbeat, WorkerInfo
-
-# Number of bytes of a micro-batch's digest. Ranks exchange digests as float64, which holds every integer of 6 bytes
-# exactly.
-DIGEST_BYTES = 6
-
-
-def sample_digest(samples: Samples) -> int:
-    """Return the digest of one micro-batch of samples, (b, T + 1)."""
-    columns = columns_of(samples)
-    digest = hashlib.blake2b(np.ascontiguousarray(columns.pop(TOKENS), "<i8").tobytes(), digest_size=DIGEST_BYTES)
-    for mask in columns.values():
-        digest.update(mask.tobytes())
-    return int.from_bytes(digest.digest(), "little")
-
 
 def combine_digests(digests: Iterable[int]) -> str:
     """Return one hexadecimal digest for the micro-batches of a step, given in the step's order."""
@@ -107,9 +93,9 @@ class Worker:
         worker_infos = _gather_objects(heartbeat.worker_info)
         mesh = build_mesh(spec.cluster, [p.node for p in worker_infos], device.type, _node_domains(spec, worker_infos))
         start_token, end_tokens = boundaries(load_tokenizer(run.tokenizer_file, spec.model.vocab_size))
-        self._masked_start_token = start_token if spec.model.document_masks else None
-        self.trainer = Trainer(spec, mesh, device, start_token, on_progress=heartbeat.report_progress)
         self.data = require_data_manifest(spec.data.prepared)
+        codebook = read_codebook(spec.data.prepared, self.data)
+        self.trainer = Trainer(spec, mesh, device, start_token, heartbeat.report_progress, codebook)
         self.rank = rank
         # The first rank that makes this call causes Ray to create the stream. This also chooses the checkpoint to start
         # from, so the call must come before `_agree_on_start`.
@@ -159,19 +145,15 @@ class Worker:
             PreemptedError: a node of the worker group is preempted; a checkpoint has been saved.
         """
         spec, trainer = self.spec, self.trainer
-        validation_batches = self._validation_batches()
+        held_out_samples = trainer.objective.load_validation(self.data)
         stream = self._stream()
         counts_LE = trainer.zero_counts()
         stop_requested = False
         while trainer.step < spec.train.steps and not stop_requested:
             step_start = time.monotonic()
             self.heartbeat.report_phase(trainer.step, "training")
-            batches = _TimedBatches(
-                stream,
-                spec.train.micro_batches // trainer.mesh.world_size,
-                self.data.token_bytes,
-                self._masked_start_token,
-            )
+            rank_batches = spec.train.micro_batches // trainer.mesh.world_size
+            batches = _TimedBatches(stream, rank_batches, trainer.objective)
             sums = trainer.accumulate(batches)
             try:
                 update = trainer.update(sums)
@@ -186,7 +168,7 @@ class Worker:
             is_last_step = trainer.step == spec.train.steps or stop_requested
             if is_last_step or trainer.step % spec.train.validate_every == 0:
                 self.heartbeat.report_phase(trainer.step, "validating")
-                line |= self._validate(validation_batches)
+                line |= self._validate(held_out_samples)
             self.telemetry.report(line, step_counts_LE, waits)
             if is_last_step or is_preempted or trainer.step % spec.train.checkpoint_every == 0:
                 self.heartbeat.report_phase(trainer.step, "saving")
@@ -203,27 +185,13 @@ class Worker:
                 ray.train.report(line)
         self.saver.wait()
 
-    def _validation_batches(self) -> dict[str, MicroBatch]:
-        """Return the held-out samples of each part of micro-batches that has any, by the name of the part; all of them
-        without a name if the spec names no parts."""
-        spec, batches = self.spec, {}
-        for part in spec.parts:
-            sources = part.sources if part.name else None
-            samples = validation_samples(spec.data.prepared, self.data, spec.model.moe, sources)
-            if len(samples.token_ids) or not part.name:
-                batches[part.name] = micro_batch(samples, torch.device("cpu"))
-        return batches
-
-    def _validate(self, batches: dict[str, MicroBatch]) -> dict[str, Any]:
-        """Return the metrics of a validation; `batches` has the held-out samples of each part."""
-        losses = {name: self.trainer.validate(batch) for name, batch in batches.items()}
-        tokens = sum(token_count for _, token_count in losses.values())
-        if not self.spec.data.parts:
-            [(loss, _)] = losses.values()
-            return {metrics.VAL_LOSS: loss, metrics.VAL_TOKENS: tokens}
-        loss = sum(loss * token_count for loss, token_count in losses.values()) / tokens
-        part_losses = {name: loss for name, (loss, _) in losses.items()}
-        return {metrics.VAL_LOSS: loss, metrics.VAL_TOKENS: tokens, metrics.VAL_PART_LOSS: part_losses}
+    def _validate(self, held_out_samples: Any) -> dict[str, Any]:
+        """Return the metrics of a validation on the held-out samples of the objective."""
+        validation = self.trainer.objective.validate(held_out_samples)
+        line: dict[str, Any] = {metrics.VAL_LOSS: validation.loss, metrics.VAL_TOKENS: validation.targets}
+        if validation.part_losses:
+            line[metrics.VAL_PART_LOSS] = validation.part_losses
+        return line
 
     def _agree_on_start(self) -> tuple[int, tuple[Location, CheckpointManifest] | None]:
         """Return the number of this worker group, and the checkpoint to restore or None; all ranks get the same.
@@ -245,24 +213,24 @@ class Worker:
         agreed_choice: tuple[int, tuple[Location, CheckpointManifest] | None] = _gather_objects(choice)[0]
         return agreed_choice
 
-    def _stream(self) -> Iterator[tuple[Samples, np.ndarray | None]]:
-        """Yield this rank's micro-batches as they are stored, with the expert of each sample for router `domain`.
+    def _stream(self) -> Iterator[dict[str, np.ndarray]]:
+        """Yield the columns of this rank's micro-batches as the stream has them.
 
         Raises:
             DataError: a micro-batch is not the next one of the training order.
         """
         spec, world = self.spec, self.trainer.mesh.world_size
-        b = spec.train.micro_batch_size
+        b, rows = spec.train.micro_batch_size, self.trainer.objective.rows_per_micro_batch
         first_position = self.start_step * spec.samples_per_step + self.rank * b
-        for i, batch in enumerate(self.shard.iter_batches(batch_size=b, prefetch_batches=4, batch_format="numpy")):
-            expected_positions = first_position + i * world * b + np.arange(b)
+        for i, batch in enumerate(self.shard.iter_batches(batch_size=rows, prefetch_batches=4, batch_format="numpy")):
+            expected_positions = first_position + i * world * b + np.arange(rows)
             if not np.array_equal(batch["position"], expected_positions):
                 reason = (
                     f"rank {self.rank} got positions from {batch['position'][0]} on, "
                     f"not from {expected_positions[0]} on"
                 )
                 raise DataError("training stream", reason, "this is a defect; the run can be resumed")
-            yield join_columns(batch), batch.get(EXPERT)
+            yield batch
 
     def _gather_metrics(
         self, sums: RankSums, batches: "_TimedBatches", update: Update, step_start: float
@@ -365,55 +333,21 @@ class _TimedBatches:
     """Iterator over the next `count` micro-batches of a stream, which measures the wait for them and their digests."""
 
     def __init__(
-        self,
-        stream: Iterator[tuple[Samples, np.ndarray | None]],
-        count: int,
-        token_bytes: int,
-        masked_start_token: int | None,
+        self, stream: Iterator[dict[str, np.ndarray]], count: int, objective: Objective[Any, Any]
     ) -> None:
-        self._stream, self._remaining, self._token_bytes = stream, count, token_bytes
-        self._masked_start_token = masked_start_token
+        self._stream, self._remaining, self._objective = stream, count, objective
         self.wait_seconds = 0.0
         self.digests: list[int] = []
 
-    def __iter__(self) -> Iterator[MicroBatch]:
+    def __iter__(self) -> Iterator[Any]:
         while self._remaining:
             request_time = time.monotonic()
-            stored_batch, experts = next(self._stream)
+            rows = next(self._stream)
             self.wait_seconds += time.monotonic() - request_time
             self._remaining -= 1
-            self.digests.append(sample_digest(stored_batch))
-            samples = split_padding(stored_batch, self._token_bytes)._replace(experts=experts)
-            yield micro_batch(samples, ray.train.torch.get_device(), self._masked_start_token)
-
-
-def micro_batch(samples: ModelSamples, device: torch.device, masked_start_token: int | None = None) -> MicroBatch:
-    """Return samples as a micro-batch on a device; the copy does not wait for work that is queued on the device.
-
-    Args:
-        samples: the samples.
-        device: device of this rank.
-        masked_start_token: the token that precedes every document, if attention is restricted to documents. On a GPU,
-            the micro-batch then has the offsets of its documents.
-    """
-
-    def transfer(part: np.ndarray) -> torch.Tensor:
-        # A copy to a GPU is asynchronous only from pinned memory.
-        tensor = torch.from_numpy(part)
-        return tensor.to(device) if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
-
-    token_ids, target_mask, document_starts, experts = samples
-    offset_N1 = None
-    if masked_start_token is not None and device.type == "cuda":
-        starts = token_ids[:, :-1] == masked_start_token if document_starts is None else document_starts
-        offset_N1 = document_offsets(torch.from_numpy(starts)).numpy()
-    return MicroBatch(
-        transfer(token_ids),
-        transfer(target_mask),
-        None if document_starts is None else transfer(document_starts),
-        None if experts is None else transfer(experts),
-        None if offset_N1 is None else transfer(offset_N1),
-    )
+            digest, batch = self._objective.receive(rows)
+            self.digests.append(digest)
+            yield batch
 
 
 def _gather_objects(value: Any) -> list[Any]:

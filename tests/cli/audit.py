@@ -6,7 +6,8 @@ from mhmoe_ray.data.stream import TrainingSamples
 from mhmoe_ray.runs import history, metrics
 from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.runs.start import read_start
-from mhmoe_ray.train.worker import combine_digests, sample_digest
+from mhmoe_ray.train.objectives.next_token import sample_digest
+from mhmoe_ray.train.worker import combine_digests
 
 
 def expected_streams(run: RunDir) -> list[str]:

@@ -6,7 +6,7 @@ import ray.data
 
 from mhmoe_ray.data.stream import training_stream
 from mhmoe_ray.spec import RunSpec
-from mhmoe_ray.train.worker import sample_digest
+from mhmoe_ray.train.objectives.next_token import sample_digest
 
 
 def read_splits(spec: RunSpec, world_size: int, start_position: int) -> list[list[tuple[list[int], int]]]:

@@ -11,7 +11,8 @@ from torch._dynamo.utils import counters
 
 from mhmoe_ray.model import attention, decoder
 from mhmoe_ray.model.attention import document_indices, document_mask, document_offsets
-from mhmoe_ray.model.decoder import Decoder, routing_loss
+from mhmoe_ray.model.decoder import Decoder
+from mhmoe_ray.model.trunk import routing_loss
 from mhmoe_ray.model.feedforward import CastingModule
 from mhmoe_ray.model.init import init_weights
 from mhmoe_ray.model.loss import Targets

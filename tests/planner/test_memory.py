@@ -12,7 +12,8 @@ from mhmoe_ray.architectures import ARCHITECTURES
 from mhmoe_ray.bench.measure import peak_bytes
 from mhmoe_ray.checkpoint.save import Saver
 from mhmoe_ray.distributed.mesh import build_mesh
-from mhmoe_ray.model.decoder import Decoder, routing_loss
+from mhmoe_ray.model.decoder import Decoder
+from mhmoe_ray.model.trunk import routing_loss
 from mhmoe_ray.model.init import init_weights
 from mhmoe_ray.model.loss import Targets
 from mhmoe_ray.model.noise import Noise
@@ -27,7 +28,8 @@ from mhmoe_ray.planner.memory import (
 from mhmoe_ray.planner.sizes import block_sizes, compute_sizes, float32_sizes, gathered_bytes
 from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.spec import RunSpec
-from mhmoe_ray.train.step import MicroBatch, Trainer
+from mhmoe_ray.train.objectives import MicroBatch
+from mhmoe_ray.train.step import Trainer
 from tests.checkpoint.test_load import new_run
 from tests.kernels.test_cpp import MUST_COMPILE
 from tests.ranks import run_ranks

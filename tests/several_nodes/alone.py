@@ -11,7 +11,7 @@ from mhmoe_ray.data.stream import TrainingSamples
 from mhmoe_ray.distributed.mesh import build_mesh
 from mhmoe_ray.spec import RunSpec
 from mhmoe_ray.train.step import Trainer
-from mhmoe_ray.train.worker import micro_batch
+from mhmoe_ray.train.objectives.next_token import micro_batch
 
 
 class SingleProcessResult(NamedTuple):

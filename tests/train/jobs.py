@@ -13,7 +13,8 @@ from mhmoe_ray.checkpoint.save import Saver
 from mhmoe_ray.distributed.mesh import build_mesh
 from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.spec import RunSpec
-from mhmoe_ray.train.step import MicroBatch, Trainer
+from mhmoe_ray.train.objectives import MicroBatch
+from mhmoe_ray.train.step import Trainer
 
 # This token begins a document. It is also the padding, as with our tokenizers.
 START_TOKEN = 0
@@ -101,7 +102,7 @@ def train_and_collect(spec: RunSpec, steps: int, nodes: list[str] | None = None)
         "weights": full_tensors(trainer.strategy.checkpoint_weights()),
         "moments": full_tensors(trainer.strategy.checkpoint_moments()),
         "tokens": trainer.tokens,
-        "validation": trainer.validate(MicroBatch(*validation_samples(spec))),
+        "validation": trainer.objective.validate_part(MicroBatch(*validation_samples(spec))),
     }
 
 
@@ -152,7 +153,7 @@ def _train_step(spec: RunSpec, step: int, trainer: Trainer) -> float:
 
 def validation_loss(spec: RunSpec, token_NT: torch.Tensor, counts_NT: torch.Tensor) -> tuple[float, int]:
     """Return the validation loss of initial weights, and the number of targets that count."""
-    return build_trainer(spec).validate(MicroBatch(token_NT, counts_NT))
+    return build_trainer(spec).objective.validate_part(MicroBatch(token_NT, counts_NT))
 
 
 def train_without_rows(spec: RunSpec) -> dict[str, Any]:

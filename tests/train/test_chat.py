@@ -17,8 +17,8 @@ from mhmoe_ray.model.init import init_weights
 from mhmoe_ray.model.loss import token_losses
 from mhmoe_ray.serving.api.app import create_app
 from mhmoe_ray.spec import RunSpec, ServeSpec
-from mhmoe_ray.train.step import MicroBatch
-from mhmoe_ray.train.worker import micro_batch
+from mhmoe_ray.train.objectives import MicroBatch
+from mhmoe_ray.train.objectives.next_token import micro_batch
 from tests.serving.asking import call
 from tests.serving.own import create_answerer
 from tests.specs import tiny_spec
@@ -141,7 +141,7 @@ def test_validation_is_over_the_assistants_tokens(encoded):
     columns = [[getattr(batch, name) for batch in batches] for name in MicroBatch._fields[:3]]
     held_out_batch = MicroBatch(*map(torch.cat, columns))
     expected = pytest.approx(loss.mean().item(), rel=1e-5), len(loss)
-    assert jobs.build_trainer(spec).validate(held_out_batch) == expected
+    assert jobs.build_trainer(spec).objective.validate_part(held_out_batch) == expected
 
 
 @pytest.mark.long

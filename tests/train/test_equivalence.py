@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mhmoe_ray.checkpoint.manifest import newest_checkpoint
-from mhmoe_ray.train.step import MicroBatch
+from mhmoe_ray.train.objectives import MicroBatch
 from tests.checkpoint.test_load import new_run
 from tests.ranks import run_ranks
 from tests.specs import tiny_spec

@@ -8,12 +8,13 @@ import torch
 
 from mhmoe_ray.checkpoint.load import restore
 from mhmoe_ray.checkpoint.manifest import read_manifest
-from mhmoe_ray.model.decoder import Decoder, routing_loss
+from mhmoe_ray.model.decoder import Decoder
+from mhmoe_ray.model.trunk import routing_loss
 from mhmoe_ray.model.init import init_weights
 from mhmoe_ray.model.loss import token_losses
 from mhmoe_ray.runs.directory import create_run
 from mhmoe_ray.spec import RunSpec
-from mhmoe_ray.train.step import MicroBatch
+from mhmoe_ray.train.objectives import MicroBatch
 from tests.ranks import run_ranks
 from tests.specs import tiny_spec
 from tests.train import jobs
@@ -111,7 +112,7 @@ def test_validation_masks_documents_as_training_does():
     spec = padded_spec()
     batches = jobs.micro_batches(spec, 0)
     samples = [torch.cat([batch.token_BT for batch in batches]), torch.cat([batch.counts_BT for batch in batches])]
-    packed_result = jobs.build_trainer(spec).validate(MicroBatch(*samples))
+    packed_result = jobs.build_trainer(spec).objective.validate_part(MicroBatch(*samples))
     tokens, counts = [], []
     for token_T, counts_T in zip(*samples, strict=True):
         starts = [*token_T[:-1].eq(jobs.START_TOKEN).nonzero().flatten().tolist(), spec.data.seq_len]
@@ -119,7 +120,7 @@ def test_validation_masks_documents_as_training_does():
             shift = torch.arange(spec.data.seq_len + 1)
             tokens.append(torch.where(shift <= end - start, token_T.roll(-start), 0))
             counts.append((shift[:-1] < end - start) & counts_T.roll(-start))
-    loss, target_count = jobs.build_trainer(padded_spec(masks=False)).validate(
+    loss, target_count = jobs.build_trainer(padded_spec(masks=False)).objective.validate_part(
         MicroBatch(torch.stack(tokens), torch.stack(counts))
     )
     assert packed_result == (pytest.approx(loss, rel=1e-5), target_count)

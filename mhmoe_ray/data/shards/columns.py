@@ -22,6 +22,8 @@ Samples = np.ndarray[tuple[int, int], np.dtype[Any]]
 """Array of samples, (samples, T + 1): of token ids, or of rows with a field for each column."""
 
 TOKENS, TARGETS, DOCUMENT_STARTS = "tokens", "targets", "document_starts"
+EXPERT = "expert"
+"""Name of the column of the training stream with the expert of each sample, for router `domain`."""
 
 
 def token_dtype(token_bytes: int) -> np.dtype[np.unsignedinteger]:

@@ -16,12 +16,12 @@ from mhmoe_ray.distributed.optimizer import build_optimizer, expert_parameters, 
 from mhmoe_ray.distributed.rounded_adamw import MOMENT_NAMES, RoundedAdamW, ValuePosition
 from mhmoe_ray.distributed.strategies.gradients import ExpertReduction, clip_gradients
 from mhmoe_ray.model.autocast import DTYPES
-from mhmoe_ray.model.decoder import Decoder
+from mhmoe_ray.model.trunk import Trunk
 from mhmoe_ray.model.feedforward import CastingModule
 from mhmoe_ray.model.held import is_dtensor, shard_offset
 from mhmoe_ray.spec import RunSpec
 
-FillModel = Callable[[Decoder], None]
+FillModel = Callable[[Trunk], None]
 """Function that allocates the memory of a model on the meta device and fills it with weights. For a DTensor, it does so
 only for this rank's shard."""
 
@@ -42,7 +42,7 @@ class Strategy:
     """True if `checkpoint_tensors` gathers tensors for its caller. Otherwise they are views, which change only in
     `apply_update`."""
 
-    def __init__(self, model: Decoder, mesh: Mesh, spec: RunSpec, fill: FillModel) -> None:
+    def __init__(self, model: Trunk, mesh: Mesh, spec: RunSpec, fill: FillModel) -> None:
         """Fill and wrap the model, and build the optimizer.
 
         Args:

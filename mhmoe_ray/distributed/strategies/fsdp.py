@@ -17,7 +17,7 @@ from mhmoe_ray.distributed.mesh import Mesh
 from mhmoe_ray.distributed.optimizer import expert_parameters
 from mhmoe_ray.distributed.strategies.ddp import FillModel, Strategy
 from mhmoe_ray.model.autocast import DTYPES
-from mhmoe_ray.model.decoder import Decoder
+from mhmoe_ray.model.trunk import Trunk
 from mhmoe_ray.model.feedforward import Experts
 from mhmoe_ray.model.router import Router
 from mhmoe_ray.spec import RunSpec
@@ -28,7 +28,7 @@ class FsdpStrategy(Strategy):
 
     holds_whole_weights = False
 
-    def __init__(self, model: Decoder, mesh: Mesh, spec: RunSpec, fill: FillModel) -> None:
+    def __init__(self, model: Trunk, mesh: Mesh, spec: RunSpec, fill: FillModel) -> None:
         assert mesh.shard_mesh is not None
         self._shards_experts = spec.cluster.shard_experts and mesh.size("dp") > mesh.replicas
         self._reduce_dtype = DTYPES[spec.cluster.reduce_precision]
@@ -48,7 +48,7 @@ class FsdpStrategy(Strategy):
             float32_units = self._shard_in_float32(norms_and_router)
             block_unit = fully_shard(block, mesh=shard_mesh, ignored_params=ignored_parameters, mp_policy=self._policy)
             units += [block_unit, *float32_units, *expert_units]
-        units += self._shard_in_float32([self.model.norm])
+        units += self._shard_in_float32(self.model.final_norms())
         self._units = units
         """One module of each group of parameters that are gathered together, in the order of the forward."""
         self._prefetch_in_forward(True)

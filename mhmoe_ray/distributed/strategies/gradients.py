@@ -7,7 +7,7 @@ from torch.distributed.tensor import DTensor
 
 from mhmoe_ray.distributed.mesh import Mesh
 from mhmoe_ray.distributed.optimizer import expert_parameters
-from mhmoe_ray.model.decoder import Decoder
+from mhmoe_ray.model.trunk import Trunk
 from mhmoe_ray.model.feedforward import Experts
 
 
@@ -20,7 +20,7 @@ class ExpertReduction:
     ranks, from the highest layer down.
     """
 
-    def __init__(self, model: Decoder, mesh: Mesh) -> None:
+    def __init__(self, model: Trunk, mesh: Mesh) -> None:
         """Prepare the reduction, and watch the gradients if there is something to sum.
 
         Args:
@@ -85,7 +85,7 @@ class ExpertReduction:
         self._started_count = 0
 
 
-def clip_gradients(model: Decoder, mesh: Mesh, clip_norm: float) -> float:
+def clip_gradients(model: Trunk, mesh: Mesh, clip_norm: float) -> float:
     """Scale all gradients in place so that their global norm, over the parameters of all ranks, is at most `clip_norm`.
 
     Gradients whose norm is not finite stay as they are.

@@ -21,7 +21,7 @@ from mhmoe_ray.distributed.optimizer import build_optimizer, expert_parameters, 
 from mhmoe_ray.distributed.rounded_adamw import MOMENT_NAMES
 from mhmoe_ray.distributed.strategies.ddp import FillModel, Strategy
 from mhmoe_ray.errors import SpecError
-from mhmoe_ray.model.decoder import Decoder
+from mhmoe_ray.model.trunk import Trunk
 from mhmoe_ray.model.feedforward import CastingModule
 from mhmoe_ray.model.held import local_shard
 from mhmoe_ray.spec import RunSpec
@@ -33,7 +33,7 @@ class ZeroStrategy(Strategy):
     holds_whole_weights = False
     gathers_state = True
 
-    def __init__(self, model: Decoder, mesh: Mesh, spec: RunSpec, fill: FillModel, stage: int) -> None:
+    def __init__(self, model: Trunk, mesh: Mesh, spec: RunSpec, fill: FillModel, stage: int) -> None:
         """Fill the model and initialize a DeepSpeed engine with it.
 
         Args:
@@ -208,7 +208,7 @@ class ZeroStrategy(Strategy):
                 safe_set_full_optimizer_state(parameter, local_shard(moments[f"{moment}.{name}"]), moment)
 
 
-def _gathering_settings(model: Decoder) -> dict[str, int]:
+def _gathering_settings(model: Trunk) -> dict[str, int]:
     """Return the part of DeepSpeed's configuration with which stage 3 gathers only the current and the next block, like
     fsdp, and keeps small tensors such as norms gathered."""
     # By default DeepSpeed gathers up to 1e9 parameters at a time, so a smaller model would stay gathered from its
@@ -233,7 +233,7 @@ def _disable_compilation() -> None:
     ops.__compatible_ops__[ShareMemCommBuilder.NAME] = False
 
 
-def _add_expert_marker(model: Decoder) -> nn.Module:
+def _add_expert_marker(model: Trunk) -> nn.Module:
     """Return a module that calls the model and also has an empty layer, by whose class DeepSpeed recognizes that there
     are experts."""
     from deepspeed.moe.layer import MoE

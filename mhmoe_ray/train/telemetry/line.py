@@ -59,8 +59,7 @@ def step_line(
         metrics.STEP: trainer.step,
         metrics.GROUP: group,
         metrics.TIME: time.time(),
-        # A step that consists only of padding has no targets. `max` then avoids the division of 0 by 0.
-        metrics.LOSS: totals.loss / max(1, totals.targets),
+        metrics.LOSS: trainer.objective.step_loss(totals.loss, totals.targets, totals.part_sums_P2),
         metrics.GRAD_NORM: update.norm,
         metrics.LR: update.lr,
         metrics.TOKENS: trainer.tokens,
@@ -70,7 +69,7 @@ def step_line(
     }
     if spec.data.parts:
         part_losses = (loss / max(1, targets) for loss, targets in totals.part_sums_P2.tolist())
-        line[metrics.PART_LOSS] = dict(zip(spec.data.parts, part_losses, strict=True))
+        line[metrics.PART_LOSS] = dict(zip(spec.loss_names, part_losses, strict=True))
     if moe:
         count_LE = totals.count_LE
         line[metrics.DROPPED] = totals.dropped / (totals.dropped + float(count_LE.sum()))

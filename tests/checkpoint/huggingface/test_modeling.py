@@ -19,7 +19,8 @@ from mhmoe_ray.checkpoint.huggingface.import_ import import_folder
 from mhmoe_ray.checkpoint.huggingface.names import tensor_entries
 from mhmoe_ray.checkpoint.load import load_model
 from mhmoe_ray.checkpoint.manifest import newest_checkpoint
-from mhmoe_ray.model.decoder import Decoder, routing_loss
+from mhmoe_ray.model.decoder import Decoder
+from mhmoe_ray.model.trunk import routing_loss
 from mhmoe_ray.serving.engine import SamplingParams
 from mhmoe_ray.serving.load import load_answerer
 from mhmoe_ray.spec import ServeSpec

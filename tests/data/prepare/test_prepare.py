@@ -26,7 +26,7 @@ from mhmoe_ray.data.stream import TrainingSamples, validation_samples
 from mhmoe_ray.data.tokenizer import END_OF_TEXT, load_tokenizer
 from mhmoe_ray.spec import PhaseSpec, RunSpec, SourceMix, dump_spec
 from mhmoe_ray.storage import describe_file
-from mhmoe_ray.train.worker import sample_digest
+from mhmoe_ray.train.objectives.next_token import sample_digest
 from tests.data.shards.test_verify import expected_reports, make_folders
 from tests.data.texts import write_corpus, write_documents
 from tests.specs import tiny_spec

@@ -18,7 +18,7 @@ from mhmoe_ray.data.shards.columns import (
     with_all_columns,
 )
 from mhmoe_ray.data.shards.files import ShardReader, rows_per_shard, write_shard
-from mhmoe_ray.train.worker import sample_digest
+from mhmoe_ray.train.objectives.next_token import sample_digest
 from tests.data.shards.manifests import make_manifest
 
 

@@ -1,0 +1,72 @@
+"""Crops of images: pure functions of a seed and a label, like masks (masking.py)."""
+
+import math
+from decimal import Decimal
+from typing import NamedTuple
+
+import numpy as np
+
+from mhmoe_ray.data.images import decode_image
+from mhmoe_ray.data.masking import Draws
+from mhmoe_ray.spec import ImageSpec
+
+MIN_ASPECT = Decimal("0.75")
+"""Smallest ratio of width to height of a crop; the largest is its inverse."""
+TRIES = 10
+"""Number of boxes that are drawn before the largest square at the centre is used, if none fits into the image."""
+
+
+class Crop(NamedTuple):
+    """Part of an image that the model reads."""
+
+    box: tuple[float, float, float, float]
+    """Left, top, right and bottom edge in pixels."""
+    is_mirrored: bool = False
+
+
+def centre_crop(width: int, height: int) -> Crop:
+    """Return the largest square at the centre of an image."""
+    side = min(width, height)
+    left, top = (width - side) / 2, (height - side) / 2
+    return Crop((left, top, left + side, top + side))
+
+
+def random_crop(width: int, height: int, images: ImageSpec, seed: int, label: str) -> Crop:
+    """Return a random crop of an image, as `data.images` of a spec asks for.
+
+    Args:
+        width, height: size of the image in pixels.
+        images: the section of the spec.
+        seed: seed of the run.
+        label: label of the sample.
+    """
+    draws = Draws(seed, label)
+    is_mirrored = images.flip and float(draws.uniform(1)[0]) < 0.5
+    if images.min_crop == 1:
+        return centre_crop(width, height)._replace(is_mirrored=is_mirrored)
+    for _ in range(TRIES):
+        area = draws.between(images.min_crop, 1) * width * height
+        aspect = draws.ratio(MIN_ASPECT)
+        crop_width, crop_height = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < crop_width <= width and 0 < crop_height <= height:
+            left, top = draws.integer(0, width - crop_width), draws.integer(0, height - crop_height)
+            return Crop((left, top, left + crop_width, top + crop_height), is_mirrored)
+    return centre_crop(width, height)._replace(is_mirrored=is_mirrored)
+
+
+def read_crop(content: bytes, size: int, images: ImageSpec | None, seed: int, label: str) -> np.ndarray:
+    """Return a crop of an image as the model reads it, uint8 (size, size, 3).
+
+    Args:
+        content: the encoded image.
+        size: height and width of the result in pixels.
+        images: section of the spec for a random crop; None for the largest square at the centre.
+        seed: seed of the run.
+        label: label of the sample.
+    """
+    from PIL import Image
+
+    image = decode_image(content)
+    crop = centre_crop(*image.size) if images is None else random_crop(*image.size, images, seed, label)
+    pixels = np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box=crop.box))
+    return pixels[:, ::-1] if crop.is_mirrored else pixels

@@ -1,0 +1,178 @@
+"""Samples of an encoder: decoded crops of images, tokens of texts, and the masks of both, part by part.
+
+| column        | values of a micro-batch                                               |
+| ------------- | --------------------------------------------------------------------- |
+| images        | crops, uint8 (images, size, size, 3)                                  |
+| patch_hidden  | mask of hidden patches, bool (images, patches)                        |
+| tokens        | tokens as they are stored, with padding, (texts, T)                   |
+| inputs        | tokens as the model reads them: hidden ones are replaced              |
+| token_hidden  | mask of hidden tokens, bool (texts, T)                                |
+
+Images and texts follow the order of the parts. Crops and masks depend on the seed, the part and the sample's position in
+the training alone, not on the number of ranks.
+"""
+
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+
+from mhmoe_ray.data.crops import read_crop
+from mhmoe_ray.data.domains import source_of
+from mhmoe_ray.data.masking import block_mask, hide_tokens, text_mask
+from mhmoe_ray.data.order.mixture import training_order
+from mhmoe_ray.data.shards.columns import padding_token
+from mhmoe_ray.data.shards.manifest import DataManifest, require_data_manifest
+from mhmoe_ray.data.shards.rows import RowReader
+from mhmoe_ray.spec import MicroBatchPart, RunSpec
+
+
+class EncoderSamples(NamedTuple):
+    """Samples of one or several parts; the fields are the columns of the table in this file."""
+
+    images: np.ndarray
+    patch_hidden: np.ndarray
+    tokens: np.ndarray
+    inputs: np.ndarray
+    token_hidden: np.ndarray
+
+    @classmethod
+    def join(cls, parts: Sequence["EncoderSamples"]) -> "EncoderSamples":
+        """Return the samples of several parts, one part after another."""
+        return cls(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
+
+    def rows(self, part: MicroBatchPart, start: int, stop: int) -> "EncoderSamples":
+        """Return samples `start` to `stop` - 1 of a part whose samples these are all."""
+        image_rows, text_rows = (slice(start, stop) if name in part.columns else slice(0) for name in ("image", "text"))
+        return EncoderSamples(*(column[image_rows] for column in self[:2]), *(column[text_rows] for column in self[2:]))
+
+
+class SampleMaker:
+    """Maker of the samples of a part from stored rows: it decodes and crops images, and hides patches and tokens."""
+
+    def __init__(self, spec: RunSpec, token_bytes: int) -> None:
+        encoder = spec.model.encoder
+        assert encoder is not None
+        self._spec, self._encoder, self._padding = spec, encoder, padding_token(token_bytes)
+
+    def make(
+        self, part: MicroBatchPart, tokens: np.ndarray, images: Sequence[bytes], labels: Sequence[str], *, crops: bool
+    ) -> EncoderSamples:
+        """Return samples of a part.
+
+        Args:
+            part: the part.
+            tokens: stored tokens of each sample, (samples, T).
+            images: encoded image of each sample; empty for a sample without one.
+            labels: label of each sample, which decides its crop and its masks.
+            crops: whether to crop images at random, as in training.
+        """
+        seed, encoder, sections = self._spec.seed, self._encoder, self._spec.train.masking
+        is_pair, is_masked = len(part.columns) > 1, part.objective == "masked"
+        image_share = sections.pair_image if is_pair else sections.image
+        text_share = sections.pair_text if is_pair else sections.text
+        side = encoder.patches_per_side
+        image_labels = labels if "image" in part.columns else []
+        crop_spec = self._spec.data.images if crops else None
+        pixels = [
+            read_crop(content, encoder.image_size, crop_spec, seed, f"{label} crop")
+            for content, label in zip(images, image_labels, strict=False)
+        ]
+        patch_hidden = [
+            block_mask(side, side, image_share, seed, f"{label} image").ravel() if is_masked else np.zeros(side**2, bool)
+            for label in image_labels
+        ]
+        texts = tokens if "text" in part.columns else tokens[:0]
+        inputs, token_hidden = texts.copy(), np.zeros(texts.shape, bool)
+        for number, row in enumerate(texts if is_masked else texts[:0]):
+            # The start token is never hidden.
+            count = int((row != self._padding).sum()) - 1
+            if count > 0:
+                label, stretch = labels[number], slice(1, 1 + count)
+                mask = text_mask(count, text_share, seed, f"{label} text")
+                token_hidden[number, stretch] = mask
+                inputs[number, stretch] = hide_tokens(
+                    row[stretch], mask, self._spec.model.vocab_size, seed, f"{label} tokens"
+                )
+        size = encoder.image_size
+        return EncoderSamples(
+            np.stack(pixels) if pixels else np.empty((0, size, size, 3), np.uint8),
+            np.stack(patch_hidden) if patch_hidden else np.empty((0, side**2), bool),
+            texts,
+            inputs,
+            token_hidden,
+        )
+
+
+class EncoderTrainingSamples:
+    """Random access to the micro-batches of a training by their number."""
+
+    def __init__(self, spec: RunSpec) -> None:
+        folder = spec.data.prepared
+        manifest = require_data_manifest(folder)
+        self._spec, self._maker = spec, SampleMaker(spec, manifest.token_bytes)
+        names, self._order = training_order(spec, manifest)
+        self._readers = [RowReader(folder, manifest.domains[name].shards, manifest.token_bytes) for name in names]
+
+    @staticmethod
+    def open_cached(spec: RunSpec) -> "EncoderTrainingSamples":
+        """Return the samples of a spec; a process opens them once and caches them for its next tasks."""
+        return _open_samples(spec.model_dump_json())
+
+    def read(self, micro_batch: int) -> EncoderSamples:
+        """Return the samples of a micro-batch of the training."""
+        first_position = micro_batch * self._spec.train.micro_batch_size
+        parts = []
+        for part in self._spec.parts:
+            positions = first_position + np.arange(part.samples)
+            first_position += part.samples
+            tokens, images = self._read_rows(positions)
+            labels = [f"{part.name} {position}" for position in positions]
+            parts.append(self._maker.make(part, tokens, images, labels, crops=True))
+        return EncoderSamples.join(parts)
+
+    def _read_rows(self, positions: np.ndarray) -> tuple[np.ndarray, list[bytes]]:
+        """Return the stored tokens and images of the samples at these positions, which belong to one part."""
+        domains, samples = self._order(positions)
+        tokens: np.ndarray | None = None
+        images = [b""] * len(positions)
+        for d in np.unique(domains):
+            rows = np.flatnonzero(domains == d)
+            domain_tokens, domain_images = self._readers[d].read(samples[rows])
+            if tokens is None:
+                tokens = np.empty((len(positions), domain_tokens.shape[1]), domain_tokens.dtype)
+            tokens[rows] = domain_tokens
+            for row, image in zip(rows, domain_images, strict=True):
+                images[row] = image
+        assert tokens is not None
+        return tokens, images
+
+
+# The argument is JSON, since a cache needs hashable arguments and a spec is not hashable.
+@lru_cache(maxsize=2)
+def _open_samples(spec_json: str) -> EncoderTrainingSamples:
+    return EncoderTrainingSamples(RunSpec.model_validate_json(spec_json))
+
+
+def encoder_validation_samples(spec: RunSpec, manifest: DataManifest) -> Mapping[str, EncoderSamples]:
+    """Return the held-out samples of each part that has any, with masks that are the same at every validation.
+
+    Images are cropped to the largest square at their centre.
+
+    Args:
+        spec: spec of the run.
+        manifest: manifest of its prepared data.
+    """
+    reader = RowReader(spec.data.prepared, manifest.validation, manifest.token_bytes)
+    # Validation samples are stored domain after domain in the manifest's order.
+    counts = [domain.validation_samples for domain in manifest.domains.values()]
+    sources = np.repeat([source_of(name) for name in manifest.domains], counts)
+    maker, samples = SampleMaker(spec, manifest.token_bytes), {}
+    for part in spec.parts:
+        numbers = np.flatnonzero(np.isin(sources, part.sources))
+        if len(numbers):
+            tokens, images = reader.read(numbers)
+            labels = [f"validation {part.name} {number}" for number in range(len(numbers))]
+            samples[part.name] = maker.make(part, tokens, images, labels, crops=False)
+    return samples

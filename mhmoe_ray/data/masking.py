@@ -1,0 +1,134 @@
+"""Masks of masked pre-training: pure functions of a seed and a label, equal on every machine and in every process.
+
+A label names the part of a micro-batch and the position of a sample in the training, so a mask depends neither on the
+number of ranks nor on restarts. Sizes and shares are those of BEiT v2 (arXiv 2208.06366) and BEiT-3 (arXiv 2208.10442).
+"""
+
+import math
+from decimal import Context, Decimal
+
+import numpy as np
+
+from mhmoe_ray.data.order.order import seeded_hash
+
+MIN_BLOCK_SHARE = 16 / 14**2
+"""Smallest area of a block, as a share of all patches: 16 of 14 x 14 patches in BEiT v2."""
+MIN_ASPECT = Decimal("0.3")
+"""Smallest ratio of height to width of a block; the largest is its inverse."""
+TRIES = 10
+"""Number of blocks that are drawn before single patches fill the rest, if none of them covers new patches."""
+
+
+class Draws:
+    """Random draws from a seed and a label. They depend on raw bits only, which do not change between versions."""
+
+    def __init__(self, seed: int, label: str) -> None:
+        self._bits = np.random.Philox(key=seeded_hash(seed, label))
+
+    def uniform(self, count: int) -> np.ndarray:
+        """Return `count` numbers from 0 to below 1, float64."""
+        return (np.atleast_1d(self._bits.random_raw(count)) >> np.uint64(11)) * 2.0**-53
+
+    def between(self, low: float, high: float) -> float:
+        """Return a number from `low` to below `high`."""
+        return low + (high - low) * float(self.uniform(1)[0])
+
+    def integer(self, low: int, high: int) -> int:
+        """Return a whole number from `low` to `high`, both included."""
+        return low + int((high - low + 1) * float(self.uniform(1)[0]))
+
+    def ratio(self, smallest: Decimal) -> float:
+        """Return a ratio between `smallest`, which is below 1, and its inverse. Its logarithm is uniform."""
+        # The last bit of the C library's exponential function differs between machines, and that of decimals does not.
+        return float(Context(prec=28).power(smallest, Decimal(self.between(-1, 1))))
+
+    def choose(self, candidates: np.ndarray, count: int) -> np.ndarray:
+        """Return `count` different elements of `candidates`, in their order."""
+        # A stable sort makes equal draws, of which there are hardly any, the same on every machine.
+        return candidates[np.sort(np.argsort(self.uniform(len(candidates)), kind="stable")[:count])]
+
+
+def block_mask(rows: int, columns: int, share: float, seed: int, label: str) -> np.ndarray:
+    """Return a mask of the patches of an image that are hidden: rectangular blocks, and single patches at the end.
+
+    Args:
+        rows, columns: number of patches along each side.
+        share: share of the patches to hide; the number is rounded, and then exact.
+        seed: seed of the run.
+        label: label of the sample.
+
+    Returns:
+        The mask, (rows, columns) bool.
+    """
+    draws = Draws(seed, label)
+    mask = np.zeros((rows, columns), np.bool_)
+    count = math.floor(share * rows * columns + 0.5)
+    min_area = MIN_BLOCK_SHARE * rows * columns
+    while (missing := count - int(mask.sum())) > 0:
+        if not any(_add_block(mask, draws, min_area, missing) for _ in range(TRIES)):
+            mask.flat[draws.choose(np.flatnonzero(~mask), missing)] = True
+    return mask
+
+
+def _add_block(mask: np.ndarray, draws: Draws, min_area: float, missing: int) -> bool:
+    """Draw a block, and add it to the mask if it hides at least one and at most `missing` more patches; return whether
+    it was added."""
+    rows, columns = mask.shape
+    area = draws.between(min(min_area, missing), missing)
+    aspect = draws.ratio(MIN_ASPECT)
+    height, width = (max(1, math.floor(math.sqrt(value) + 0.5)) for value in (area * aspect, area / aspect))
+    if height > rows or width > columns:
+        return False
+    top, left = draws.integer(0, rows - height), draws.integer(0, columns - width)
+    block = mask[top : top + height, left : left + width]
+    if not 0 < block.size - int(block.sum()) <= missing:
+        return False
+    block[:] = True
+    return True
+
+
+MASK_TOKEN_SHARE, RANDOM_TOKEN_SHARE = 0.8, 0.1
+"""Shares of hidden tokens that are replaced by the mask token and by a random token; the rest stays (BERT, arXiv
+1810.04805)."""
+
+
+def hide_tokens(tokens: np.ndarray, mask: np.ndarray, vocab_size: int, seed: int, label: str) -> np.ndarray:
+    """Return tokens as the model reads them: hidden ones are replaced by the mask token, by random tokens, or stay.
+
+    Args:
+        tokens: token ids of a text, (tokens,).
+        mask: mask of the hidden ones.
+        vocab_size: V; the mask token is the last one, V - 1.
+        seed: seed of the run.
+        label: label of the sample.
+    """
+    inputs, hidden = tokens.copy(), np.flatnonzero(mask)
+    draws = Draws(seed, label)
+    fate, random_token = draws.uniform(len(hidden)), draws.uniform(len(hidden))
+    random_tokens = (random_token * (vocab_size - 1)).astype(tokens.dtype)
+    is_random = fate < MASK_TOKEN_SHARE + RANDOM_TOKEN_SHARE
+    inputs[hidden[is_random]] = random_tokens[is_random]
+    inputs[hidden[fate < MASK_TOKEN_SHARE]] = vocab_size - 1
+    return inputs
+
+
+def masked_count(tokens: int, share: float) -> int:
+    """Return the number of tokens of a text to hide: the share of them, rounded, at least one and not all of several."""
+    return max(1, min(math.floor(tokens * share + 0.5), tokens - 1))
+
+
+def text_mask(tokens: int, share: float, seed: int, label: str) -> np.ndarray:
+    """Return a mask of the tokens of a text that are hidden.
+
+    Args:
+        tokens: number of tokens of the text, at least 1.
+        share: share of the tokens to hide (`masked_count`).
+        seed: seed of the run.
+        label: label of the sample.
+
+    Returns:
+        The mask, (tokens,) bool.
+    """
+    mask = np.zeros(tokens, np.bool_)
+    mask[Draws(seed, label).choose(np.arange(tokens), masked_count(tokens, share))] = True
+    return mask

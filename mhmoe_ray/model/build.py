@@ -1,0 +1,15 @@
+"""Construction of the model that a spec describes."""
+
+from mhmoe_ray.model.decoder import Decoder
+from mhmoe_ray.model.encoder import Encoder
+from mhmoe_ray.spec import ModelSpec
+
+
+def build_model(spec: ModelSpec, expert_ids: range | None = None) -> Decoder | Encoder:
+    """Return the model with uninitialized weights.
+
+    Args:
+        spec: the model's sizes and options.
+        expert_ids: global ids of the experts that this process holds in every layer; by default all.
+    """
+    return (Decoder if spec.encoder is None else Encoder)(spec, expert_ids)

@@ -1,0 +1,122 @@
+"""The trunk of a model: what the decoder and the encoder share about their blocks, whatever attention they have."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from mhmoe_kernels import allow_compilation
+from mhmoe_ray.model.moe import MultiHeadMoE, dispatch_locally
+from mhmoe_ray.model.router import Routing
+from mhmoe_ray.spec import ModelSpec
+from mhmoe_ray.spec.train import Recompute
+
+R = TypeVar("R")
+
+
+class TrunkBlock(nn.Module):
+    """Block of a trunk, which may have experts."""
+
+    moe: MultiHeadMoE | None
+
+    @property
+    def has_distributed_experts(self) -> bool:
+        """True if the block has experts that are distributed over ranks (expert parallelism)."""
+        return self.moe is not None and self.moe.dispatch is not dispatch_locally
+
+
+class RecomputedParts(NamedTuple):
+    """Parts of a block that the backward recomputes."""
+
+    block: bool
+    """True if it recomputes the whole block."""
+    attention: bool
+    """True if it recomputes the part before the feed-forward layer alone."""
+
+
+class Trunk(nn.Module):
+    """Stack of blocks; the base class of all models."""
+
+    blocks: nn.ModuleList
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.recompute: Recompute = "none"
+        """Part of each block that training recomputes in the backward, as in `TrainSpec.recompute`. Experts recompute
+        their hidden rows by themselves, by `MoESpec.recompute`."""
+        self.residual_dtype: torch.dtype | None = None
+        """Dtype of the residual stream between blocks; None for that of embeddings, at least float32."""
+        self.is_compiled = False
+        """True if torch.compile compiles the blocks."""
+
+    def final_norms(self) -> list[nn.Module]:
+        """Return the norms between the last block and the heads."""
+        raise NotImplementedError
+
+    def recomputed_parts(self, block: TrunkBlock) -> RecomputedParts:
+        """Return the parts of a block that the backward recomputes; none without gradients."""
+        recompute = self.recompute if torch.is_grad_enabled() else "none"
+        # Recomputing a whole block with distributed experts exchanges their rows once more.
+        is_whole = recompute == "block" or (recompute == "exchange" and not block.has_distributed_experts)
+        return RecomputedParts(is_whole, recompute == "exchange" and not is_whole)
+
+    def compile_blocks(self, **options: Any) -> None:
+        """Make torch.compile compile each block, in place, at its first use.
+
+        An exchange of rows between ranks stays as it is, and divides a block into parts that are compiled by
+        themselves. The model must draw no random numbers.
+
+        Args:
+            options: options of torch.compile.
+        """
+        allow_compilation()
+        for layer in self.moe_layers():
+            if layer.dispatch is not dispatch_locally:
+                layer.dispatch = torch.compiler.disable(layer.dispatch)  # type: ignore[no-untyped-call]
+        self.is_compiled = True
+        for block in self.blocks:
+            # All sizes but the number of documents stay the same. By default, torch compiles code for any size as soon
+            # as another model in this process has other sizes. Such code cannot choose a kernel, which depends on them.
+            block.compile(dynamic=False, **options)
+
+    def moe_layers(self) -> list[MultiHeadMoE]:
+        return [m for m in self.modules() if isinstance(m, MultiHeadMoE)]
+
+    def named_tensors(self) -> dict[str, Tensor]:
+        """Return all parameters and buffers by name, detached: the `weights` of a checkpoint. The buffers are the
+        routers' selection biases."""
+        training_buffers = self.training_buffers()
+        tensors = (*self.named_parameters(), *self.named_buffers())
+        return {name: t.detach() for name, t in tensors if name not in training_buffers}
+
+    def training_buffers(self) -> dict[str, Tensor]:
+        """Return the buffers that only training needs, by name: the experts' shares in the choices of the last step."""
+        return {name: t for name, t in self.named_buffers() if name.endswith(".share_E")}
+
+
+def add_residual(x_BTM: Tensor, y_BTM: Tensor) -> Tensor:
+    """Return the residual stream with an output added, in the dtype of the stream."""
+    return (x_BTM + y_BTM).to(x_BTM.dtype)
+
+
+def recompute_in_backward(function: Callable[..., R], *inputs: Tensor) -> R:
+    """Return `function(*inputs)`. Only its inputs are kept for the backward, which calls the function again."""
+    # The state of torch's default generator need not be kept, because all draws come from other generators.
+    result: R = checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
+    return result
+
+
+def routing_loss(spec: ModelSpec, routing: list[Routing]) -> Tensor:
+    """Return the load balancing loss and the router z-loss of a micro-batch, weighted by the spec and summed over
+    layers.
+
+    Args:
+        spec: spec of the model, which must have experts.
+        routing: routing of each mixture-of-experts layer.
+    """
+    assert spec.moe is not None
+    layers = [spec.moe.balance_weight * r.balance_loss + spec.moe.z_weight * r.z_loss for r in routing]
+    return torch.stack(layers).sum()

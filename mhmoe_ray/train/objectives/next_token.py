@@ -1,0 +1,229 @@
+"""The objective of decoders: each token is predicted from those before it."""
+
+import hashlib
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mhmoe_ray.data.shards.columns import (
+    EXPERT,
+    TOKENS,
+    ModelSamples,
+    Samples,
+    columns_of,
+    join_columns,
+    split_padding,
+    token_bytes_for,
+)
+from mhmoe_ray.data.shards.manifest import DataManifest
+from mhmoe_ray.model.attention import document_indices, document_offsets
+from mhmoe_ray.model.decoder import DecoderLoss
+from mhmoe_ray.model.loss import Targets
+from mhmoe_ray.model.noise import Noise
+from mhmoe_ray.train.objectives.base import Environment, LossSums, Objective, Validation
+
+# Number of bytes of a micro-batch's digest. Ranks exchange digests as float64, which holds every integer of 6 bytes
+# exactly.
+DIGEST_BYTES = 6
+
+
+class MicroBatch(NamedTuple):
+    """Micro-batch of b samples: their token ids, and the targets that count."""
+
+    token_BT: Tensor
+    """Token ids of each sample, int64, (b, T + 1): T inputs, and T targets that are shifted by one."""
+    counts_BT: Tensor
+    """Mask of the targets, bool, (b, T): True for those that count, False for padding and what is only read."""
+    document_starts_BT: Tensor | None = None
+    """Mask of the input tokens that begin a document, bool, (b, T); None if start tokens tell it."""
+    domain_B: Tensor | None = None
+    """Expert of each sample for router `domain`, int64, (b,); None for any other router."""
+    document_offset_N1: Tensor | None = None
+    """`document_offsets` of the input tokens; None if attention reads a mask of documents."""
+
+
+def sample_digest(samples: Samples) -> int:
+    """Return the digest of one micro-batch of samples, (b, T + 1)."""
+    columns = columns_of(samples)
+    digest = hashlib.blake2b(np.ascontiguousarray(columns.pop(TOKENS), "<i8").tobytes(), digest_size=DIGEST_BYTES)
+    for mask in columns.values():
+        digest.update(mask.tobytes())
+    return int.from_bytes(digest.digest(), "little")
+
+
+def copy_to_device(array: np.ndarray, device: torch.device) -> Tensor:
+    """Return an array as a tensor on a device; the copy does not wait for work that is queued on the device."""
+    # A copy to a GPU is asynchronous only from pinned memory.
+    tensor = torch.from_numpy(array)
+    return tensor.to(device) if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+
+
+def micro_batch(samples: ModelSamples, device: torch.device, masked_start_token: int | None = None) -> MicroBatch:
+    """Return samples as a micro-batch on a device; the copy does not wait for work that is queued on the device.
+
+    Args:
+        samples: the samples.
+        device: device of this rank.
+        masked_start_token: the token that precedes every document, if attention is restricted to documents. On a GPU,
+            the micro-batch then has the offsets of its documents.
+    """
+    transfer = partial(copy_to_device, device=device)
+    token_ids, target_mask, document_starts, experts = samples
+    offset_N1 = None
+    if masked_start_token is not None and device.type == "cuda":
+        starts = token_ids[:, :-1] == masked_start_token if document_starts is None else document_starts
+        offset_N1 = document_offsets(torch.from_numpy(starts)).numpy()
+    return MicroBatch(
+        transfer(token_ids),
+        transfer(target_mask),
+        None if document_starts is None else transfer(document_starts),
+        None if experts is None else transfer(experts),
+        None if offset_N1 is None else transfer(offset_N1),
+    )
+
+
+def _map_parts(batch: MicroBatch, function: Callable[[Tensor], Tensor]) -> MicroBatch:
+    """Return a micro-batch with the results of a function of each tensor that has a row for each sample."""
+    token_BT, counts_BT, document_starts_BT, domain_B, _ = batch
+    return MicroBatch(
+        function(token_BT),
+        function(counts_BT),
+        None if document_starts_BT is None else function(document_starts_BT),
+        None if domain_B is None else function(domain_B),
+    )
+
+
+class NextToken(Objective[MicroBatch, DecoderLoss]):
+    """Objective of decoders. Every target that counts has the same weight, whatever the padding of its micro-batch."""
+
+    weights = (1.0,)
+
+    def __init__(self, environment: Environment, start_token: int | None) -> None:
+        """Create the objective.
+
+        Args:
+            environment: environment of this rank.
+            start_token: the token that precedes every document; needed if the model has `document_masks`.
+        """
+        super().__init__(environment)
+        self.rows_per_micro_batch = self.spec.train.micro_batch_size
+        self._start_token = start_token
+        self._token_bytes = token_bytes_for(self.spec.model.vocab_size)
+        self._part_sizes = [part.micro_batch_size for part in self.spec.data.parts.values()]
+
+    def receive(self, rows: Mapping[str, np.ndarray]) -> tuple[int, MicroBatch]:
+        stored = join_columns(rows)
+        samples = split_padding(stored, self._token_bytes)._replace(experts=rows.get(EXPERT))
+        masked_start_token = self._start_token if self.spec.model.document_masks else None
+        return sample_digest(stored), micro_batch(samples, self.device, masked_start_token)
+
+    def count_targets(self, batches: Iterable[MicroBatch]) -> tuple[Iterable[MicroBatch], list[int], int]:
+        # Samples of "concat" have no padding, so the number follows from the spec. The micro-batches then need not be
+        # read before the first forward pass.
+        if self.spec.data.packing == "concat":
+            targets = self.spec.tokens_per_step
+            return batches, [targets], targets
+        batches = list(batches)
+        count = torch.stack([batch.counts_BT.sum() for batch in batches]).sum()
+        if self.mesh.world_size > 1:
+            dist.all_reduce(count)
+        return batches, [int(count)], int(count)
+
+    def run(self, batch: MicroBatch, noise: Noise | None) -> DecoderLoss:
+        """Return the loss of a micro-batch, with the document masks that the spec asks for.
+
+        Args:
+            batch: the samples, of which the model reads all tokens but the last.
+            noise: random numbers of the micro-batch, for training; None for validation.
+        """
+        token_BT, document_starts_BT = batch.token_BT[:, :-1], batch.document_starts_BT
+        document_BT = None
+        if self.spec.model.document_masks:
+            if document_starts_BT is None:
+                assert self._start_token is not None
+                # Padding is token 0, which may also be the start token, so padding may seem to begin new documents.
+                # This does no harm: padding lies at the end of a sample, where no target counts.
+                document_starts_BT = token_BT.eq(self._start_token)
+            document_BT = document_indices(document_starts_BT)
+        output: DecoderLoss = self.environment.run_model(
+            token_BT,
+            noise=noise,
+            document_BT=document_BT,
+            domain_B=batch.domain_B,
+            targets=Targets(batch.token_BT[:, 1:], batch.counts_BT),
+            document_offset_N1=batch.document_offset_N1,
+        )
+        return output
+
+    def loss_sums(self, output: DecoderLoss, batch: MicroBatch) -> LossSums:
+        loss, loss_BT = output.loss
+        part_sums_P2 = torch.zeros(0, 2, dtype=torch.float64, device=self.device)
+        if self._part_sizes:
+            values_2B = torch.stack([t.sum(1, dtype=torch.float64) for t in (loss_BT, batch.counts_BT)])
+            part_sums_P2 = torch.stack([part.sum(1) for part in torch.split(values_2B, self._part_sizes, 1)])
+        return LossSums([loss], part_sums_P2)
+
+    def step_loss(self, loss: float, targets: int, part_sums_P2: Tensor) -> float:
+        # A step that consists only of padding has no targets. `max` then avoids the division of 0 by 0.
+        return loss / max(1, targets)
+
+    def load_validation(self, manifest: DataManifest) -> dict[str, MicroBatch]:
+        """Return the held-out samples of each part of micro-batches that has any, by the name of the part; all of them
+        without a name if the spec names no parts."""
+        # The stream is for Ray, and nothing else here is.
+        from mhmoe_ray.data.stream import validation_samples
+
+        spec, batches = self.spec, {}
+        for part in spec.parts:
+            sources = part.sources if part.name else None
+            samples = validation_samples(spec.data.prepared, manifest, spec.model.moe, sources)
+            if len(samples.token_ids) or not part.name:
+                batches[part.name] = micro_batch(samples, torch.device("cpu"))
+        return batches
+
+    def validate(self, samples: dict[str, MicroBatch]) -> Validation:
+        losses = {name: self.validate_part(batch) for name, batch in samples.items()}
+        tokens = sum(token_count for _, token_count in losses.values())
+        if not self.spec.data.parts:
+            [(loss, _)] = losses.values()
+            return Validation(loss, tokens, {})
+        loss = sum(loss * token_count for loss, token_count in losses.values()) / tokens
+        return Validation(loss, tokens, {name: loss for name, (loss, _) in losses.items()})
+
+    def _take_rows(self, part: Tensor, start: int, count: int) -> Tensor:
+        """Return `count` rows of a tensor from row `start` on, on this rank's device."""
+        return part[start : start + count].to(self.device)
+
+    @torch.no_grad()
+    def validate_part(self, samples: MicroBatch) -> tuple[float, int]:
+        """Return the mean loss in nats over held-out tokens, and their number; both are the same on every rank.
+
+        With static routing, routes above the expert capacity are dropped as in training. The first paper's code does
+        the same (`-1` as its capacity in evaluation). The package `evaluate` drops none.
+
+        Args:
+            samples: all held-out samples; every rank passes the same.
+        """
+        b, world = self.spec.train.micro_batch_size, self.mesh.world_size
+        sample_count = len(samples.token_BT)
+        batch_count = -(-sample_count // (b * world))
+        padding_rows = batch_count * b * world - sample_count
+        # Samples that have no weight in the mean fill the last round, so that every rank takes part in every
+        # all-to-all.
+        padded = _map_parts(samples, lambda part: torch.cat([part, part[:1].expand(padding_rows, *part.shape[1:])]))
+        padded.counts_BT[sample_count:] = False
+        total = torch.zeros(2, dtype=torch.float64, device=self.device)
+        for i in range(batch_count):
+            start = (i * world + self.mesh.rank) * b
+            batch = _map_parts(padded, partial(self._take_rows, start=start, count=b))
+            loss_BT = self.run(batch, None).loss.token_BT
+            total += torch.stack([t.sum(dtype=torch.float64) for t in (loss_BT, batch.counts_BT)])
+            self.environment.on_progress()
+        if world > 1:
+            dist.all_reduce(total)
+        return float(total[0] / total[1]), int(total[1])

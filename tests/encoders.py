@@ -1,0 +1,99 @@
+"""Small encoders for tests, and samples for them."""
+
+import copy
+from typing import Any
+
+import numpy as np
+import torch
+
+from mhmoe_ray.data.encoder_samples import EncoderSamples
+from mhmoe_ray.data.masking import block_mask, hide_tokens, text_mask
+from mhmoe_ray.model.encoder import EncoderBatch
+from mhmoe_ray.spec import MicroBatchPart, RunSpec
+from mhmoe_ray.train.objectives.masked import BatchMaker
+
+PADDING = 65_535
+ENCODER: dict[str, Any] = {
+    "name": "tiny",
+    "storage": "/nowhere/runs",
+    "model": {
+        "backbone": "subln",
+        "encoder": {"image_size": 16, "patch_size": 4, "text_positions": 12, "d_match": 8},
+        "vocab_size": 300,
+        "d_model": 32,
+        "layers": 2,
+        "attention_heads": 2,
+        "d_ff": 48,
+        "tied_embeddings": False,
+        "moe": {"heads": 2, "experts": 4, "top_k": 2, "d_expert": 24, "every": 1, "dense_first": 1},
+    },
+    "data": {
+        "prepared": "/nowhere/prepared",
+        "seq_len": 12,
+        "sources": {
+            "captions": {"path": "/nowhere/captions", "format": "text"},
+            "pictures": {"path": "/nowhere/pictures", "format": "images"},
+            "described": {"path": "/nowhere/described", "format": "webdataset"},
+            "matched": {"path": "/nowhere/matched", "format": "webdataset"},
+        },
+        "parts": {
+            "texts": {"sources": ["captions"], "micro_batch_size": 3},
+            "images": {"sources": ["pictures"], "micro_batch_size": 2},
+            "pairs": {"sources": ["described"], "micro_batch_size": 4, "weight": 0.5},
+            "match": {"sources": ["matched"], "micro_batch_size": 3, "objective": "contrastive"},
+        },
+    },
+    "train": {"steps": 20, "micro_batches": 4, "micro_batch_size": 12, "lr": 3e-3, "warmup_steps": 2},
+}
+
+
+def encoder_spec(**changes: Any) -> RunSpec:
+    """Return the spec `ENCODER` with changed values, whose keys have `__` for the dots of a path."""
+    tree = copy.deepcopy(ENCODER)
+    for path, value in changes.items():
+        *sections, key = path.split("__")
+        section = tree
+        for name in sections:
+            section = section.setdefault(name, {})
+        section[key] = value
+    return RunSpec.model_validate(tree)
+
+
+def part_samples(spec: RunSpec, part: MicroBatchPart, seed: int) -> EncoderSamples:
+    """Return samples of one part with random images, tokens and masks, all of which depend on the seed."""
+    rng, encoder = np.random.default_rng(seed), spec.model.encoder
+    assert encoder is not None
+    images, texts = (part.samples * (name in part.columns) for name in ("image", "text"))
+    side = encoder.patches_per_side
+    tokens = np.full((texts, spec.data.seq_len), PADDING, np.uint16)
+    inputs, token_hidden = tokens.copy(), np.zeros(tokens.shape, bool)
+    for number in range(texts):
+        count, label = int(rng.integers(1, spec.data.seq_len - 1)), f"{seed} {number}"
+        tokens[number, : count + 1] = inputs[number, : count + 1] = [0, *rng.integers(1, 290, count)]
+        if part.objective == "masked":
+            stretch = slice(1, 1 + count)
+            mask = token_hidden[number, stretch] = text_mask(count, 0.5, 0, label)
+            inputs[number, stretch] = hide_tokens(tokens[number, stretch], mask, spec.model.vocab_size, 0, label)
+    is_masked = part.objective == "masked"
+    return EncoderSamples(
+        rng.integers(0, 256, (images, encoder.image_size, encoder.image_size, 3), np.uint8),
+        np.array(
+            [block_mask(side, side, 0.4, 0, f"{seed} {number}").ravel() * is_masked for number in range(images)], bool
+        ).reshape(images, side**2),
+        tokens,
+        inputs,
+        token_hidden,
+    )
+
+
+def micro_batch_samples(spec: RunSpec, micro_batch: int) -> EncoderSamples:
+    """Return the samples of all parts of a micro-batch."""
+    return EncoderSamples.join(
+        [part_samples(spec, part, 100 * micro_batch + number) for number, part in enumerate(spec.parts)]
+    )
+
+
+def encoder_batch(spec: RunSpec, micro_batch: int = 0) -> EncoderBatch:
+    """Return a micro-batch for the model, on the CPU."""
+    maker = BatchMaker(spec, torch.device("cpu"))
+    return maker.make(spec.parts, micro_batch_samples(spec, micro_batch))

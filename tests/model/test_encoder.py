@@ -1,0 +1,207 @@
+"""Tests of the multiway encoder."""
+
+
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from mhmoe_ray.model.build import build_model
+from mhmoe_ray.model.encoder import MatchHead, image_patches
+from mhmoe_ray.model.init import init_weights
+from mhmoe_ray.model.noise import Noise
+from mhmoe_ray.planner.sizes import block_sizes, compute_sizes
+from mhmoe_ray.spec import ModelSpec
+from mhmoe_ray.train.objectives.masked import BatchMaker
+from tests.encoders import encoder_batch, encoder_spec, part_samples
+
+BASE = {
+    "backbone": "subln",
+    "encoder": {
+        "image_size": 224,
+        "patch_size": 16,
+        "image_positions": 199,
+        "text_positions": 1024,
+        "image_targets": "codebook",
+        "codebook_size": 8192,
+    },
+    "vocab_size": 64_010,
+    "d_model": 768,
+    "layers": 12,
+    "attention_heads": 12,
+    "d_ff": 3072,
+    "tied_embeddings": False,
+}
+
+
+def build_encoder(spec):
+    """Return the encoder of a spec with initial weights, in evaluation mode."""
+    model = build_model(spec.model)
+    init_weights(model, 0)
+    return model.eval()
+
+
+def losses(model, batch):
+    """Return the values of each loss, of each target."""
+    with torch.no_grad():
+        return [loss.value_I for loss in model(batch).losses]
+
+
+def test_beit3_base_has_its_number_of_parameters():
+    """276,510,730 is the sum over BEiT-3's published layers, heads and tables of positions."""
+    spec = ModelSpec.model_validate(BASE)
+    with torch.device("meta"):
+        model = build_model(spec)
+    assert sum(p.numel() for p in model.parameters()) == compute_sizes(spec).parameters == 276_510_730
+
+
+@pytest.mark.parametrize("moe", [None, {"heads": 4, "every": 1, "dense_first": 1}, {"heads": 1, "every": 2}])
+@pytest.mark.parametrize("experts", ["beside", "replace"])
+@pytest.mark.parametrize("routers", ["shared", "per_modality"])
+@pytest.mark.parametrize("targets", ["pixels", "codebook"])
+def test_counts_of_parameters_are_those_of_the_model(moe, experts, routers, targets):
+    spec = encoder_spec(
+        model__layers=4,
+        model__moe=moe and {"experts": 4, "d_expert": 24, "router": "xmoe_torchscale", **moe},
+        model__encoder__experts=experts,
+        model__encoder__routers=routers,
+        model__encoder__image_targets=targets,
+    ).model
+    with torch.device("meta"):
+        model = build_model(spec)
+    sizes = block_sizes(spec)
+    assert sum(p.numel() for p in model.parameters()) == compute_sizes(spec).parameters
+    assert sum(p.numel() for n, p in model.named_parameters() if not n.startswith("blocks.")) == sizes.outside
+    for block in model.blocks:
+        parameters = sum(p.numel() for name, p in block.named_parameters() if ".experts." not in name)
+        assert parameters == (sizes.dense if block.moe is None else sizes.mixture)
+
+
+@pytest.mark.parametrize("routers", ["shared", "per_modality"])
+def test_samples_do_not_influence_each_other(routers):
+    """Each sample of a masked part has the same losses by itself as in a micro-batch of all parts."""
+    spec = encoder_spec(model__encoder__routers=routers)
+    model, maker = build_encoder(spec), BatchMaker(spec, torch.device("cpu"))
+    batch_losses = dict(zip(spec.loss_names, losses(model, encoder_batch(spec)), strict=True))
+    for number, part in enumerate(spec.parts[:3]):
+        samples = part_samples(spec, part, number)
+        singles = [
+            losses(model, maker.make([part._replace(samples=1)], samples.rows(part, i, i + 1)))
+            for i in range(part.samples)
+        ]
+        for name, values in zip(part.losses, zip(*singles, strict=True), strict=True):
+            torch.testing.assert_close(torch.cat(values), batch_losses[name], rtol=1e-5, atol=1e-5)
+
+
+def test_padding_has_no_influence():
+    spec = encoder_spec()
+    model, batch = build_encoder(spec), encoder_batch(spec)
+    other_batch = batch._replace(token_NT=torch.where(batch.is_token_NT, batch.token_NT, 17))
+    for values, other_values in zip(losses(model, batch), losses(model, other_batch), strict=True):
+        torch.testing.assert_close(values, other_values)
+
+
+def test_halves_of_a_pair_influence_each_other():
+    """A pair's tokens depend on its image and its patches on its text; a text without an image has no such input."""
+    spec = encoder_spec()
+    model, batch = build_encoder(spec), encoder_batch(spec)
+    changed_image = batch._replace(image_NYXC=255 - batch.image_NYXC)
+    changed_text = batch._replace(token_NT=(batch.token_NT + 1) % 290)
+    expected, by_image, by_text = (
+        dict(zip(spec.loss_names, losses(model, b), strict=True)) for b in (batch, changed_image, changed_text)
+    )
+    assert torch.equal(expected["texts"], by_image["texts"])
+    assert torch.equal(expected["images"], by_text["images"])
+    for name, other in (("pairs_text", by_image), ("pairs_image", by_text), ("match", by_image), ("match", by_text)):
+        assert not torch.isclose(expected[name], other[name]).any()
+
+
+def test_hidden_patches_are_not_read():
+    spec = encoder_spec()
+    model, batch = build_encoder(spec), encoder_batch(spec)
+    pixels = batch.image_NYXC.view(-1, 4, 4, 4, 4, 3)
+    hidden = batch.patch_hidden_NP.view(-1, 4, 1, 4, 1, 1)
+    other_batch = batch._replace(image_NYXC=torch.where(hidden, 255 - pixels, pixels).view_as(batch.image_NYXC))
+    for values, other_values in zip(losses(model, batch), losses(model, other_batch), strict=True):
+        torch.testing.assert_close(values, other_values)
+
+
+def test_patches_are_squares_in_reading_order():
+    image = torch.arange(2 * 4 * 6 * 3).view(2, 4, 6, 3).to(torch.uint8)
+    patches = image_patches(image, 2) * 255
+    assert patches.shape == (2, 6, 12)
+    for number in range(6):
+        row, column = divmod(number, 3)
+        square = image[:, 2 * row : 2 * row + 2, 2 * column : 2 * column + 2]
+        torch.testing.assert_close(patches[:, number], square.flatten(1).float())
+
+
+def test_a_router_by_modality_has_weights_for_each():
+    """A change of the text router changes the routes of texts, and none of images alone."""
+    spec = encoder_spec(model__encoder__routers="per_modality")
+    model, batch = build_encoder(spec), encoder_batch(spec)
+    before = dict(zip(spec.loss_names, losses(model, batch), strict=True))
+    with torch.no_grad():
+        for layer in model.moe_layers():
+            layer.router.text.weight_ED.neg_()
+    after = dict(zip(spec.loss_names, losses(model, batch), strict=True))
+    assert torch.equal(before["images"], after["images"])
+    assert not torch.isclose(before["texts"], after["texts"]).any()
+
+
+def test_the_loss_of_matching_is_that_of_two_classifications():
+    head = MatchHead(6, 4)
+    torch.nn.init.normal_(head.image.weight)
+    torch.nn.init.normal_(head.text.weight)
+    torch.nn.init.constant_(head.log_scale, 1.3)
+    image, text = torch.randn(2, 5, 6)
+    values = head(image, text)
+    a, b = (x / x.norm(dim=1, keepdim=True) for x in (image @ head.image.weight.T, text @ head.text.weight.T))
+    logits = torch.exp(torch.tensor(1.3)) * a @ b.T
+    expected = [
+        (logits[i].logsumexp(0) - logits[i, i] + logits[:, i].logsumexp(0) - logits[i, i]) / 2 for i in range(5)
+    ]
+    torch.testing.assert_close(values, torch.stack(expected))
+    assert head(image[:0], text[:0]).shape == (0,)
+
+
+@pytest.mark.parametrize("recompute", ["experts", "exchange", "block"])
+def test_recomputation_keeps_losses_and_gradients(recompute):
+    spec = encoder_spec(model__dropout=0.1, model__attention_dropout=0.1)
+    results = []
+    for value in ("none", recompute):
+        model = build_encoder(spec).train()
+        model.recompute = value
+        output = model(encoder_batch(spec), noise=Noise(0, 3))
+        sum(loss.sum for loss in output.losses).backward()
+        results.append((output.losses, [p.grad for p in model.parameters()]))
+    (expected, expected_gradients), (recomputed, gradients) = results
+    for a, b in zip(expected, recomputed, strict=True):
+        torch.testing.assert_close(a.value_I, b.value_I)
+    for a, b in zip(expected_gradients, gradients, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_every_parameter_has_a_gradient():
+    spec = encoder_spec(model__encoder__routers="per_modality")
+    model = build_encoder(spec).train()
+    output = model(encoder_batch(spec))
+    sum(loss.sum for loss in output.losses).backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+
+
+@pytest.mark.filterwarnings("default")  # tracing gives rise to warnings inside torch
+def test_blocks_are_compiled_once():
+    """All equal blocks share their code, whatever the numbers of hidden patches and tokens."""
+    spec = encoder_spec(model__layers=4)
+    model = build_encoder(spec)
+    batches = [encoder_batch(spec, micro_batch) for micro_batch in range(3)]
+    expected = [losses(model, batch) for batch in batches]
+    torch._dynamo.reset()
+    counters.clear()
+    model.compile_blocks(backend="aot_eager", fullgraph=True)
+    for batch, expected_losses in zip(batches, expected, strict=True):
+        for values, expected_values in zip(losses(model, batch), expected_losses, strict=True):
+            torch.testing.assert_close(values, expected_values, rtol=1e-5, atol=1e-5)
+    # One graph is for a block without experts, and one for the others.
+    assert counters["stats"]["unique_graphs"] == 2
