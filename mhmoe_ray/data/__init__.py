@@ -7,6 +7,7 @@ chat/        renders conversations with a chat template, and marks the assistant
 prepare/     the job that runs once: sources -> tokenizer -> packed samples
 shards/      the prepared data: a folder of packed samples and its manifest
 order/       the order of samples: a pure function of (seed, position)
+images.py    checks image files, and decodes them
 domains.py   names of domains and languages
 stream.py    streams the shards in that order to the workers of a training
 """

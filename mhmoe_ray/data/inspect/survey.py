@@ -223,7 +223,7 @@ def _read_file(row: dict[str, Any], *, request: SurveyRequest, partitions: int) 
 
     `data` is the entries of one partition as bytes, or, with `_FILE_SURVEY` as partition, a pickled `DomainSurvey`.
     """
-    file = RawFile(*(row[name] for name in RawFile._fields))
+    file = RawFile.from_row(row)
     for item in survey_file(row["number"], file, request.data, request.tokenizer, request.rules):
         if isinstance(item, FileSurvey):
             yield {"partition": _FILE_SURVEY, "domain": file.domain, "data": pickle.dumps(item.survey)}

@@ -160,7 +160,7 @@ def read_chunks(
         template: the template that renders conversations; None if no source has any.
     """
     for row in table.to_pylist():
-        file = RawFile(*(row[name] for name in RawFile._fields))
+        file = RawFile.from_row(row)
         for chunk in _file_chunks(row["number"], file, spec, limit, quarantine, characters, template):
             yield chunk.as_table()
 

@@ -1,18 +1,20 @@
-"""Readers of text columns, checked before decoding: Parquet files and Hugging Face's Arrow streams.
+"""Readers of columns of texts and images, checked before decoding: Parquet files and Hugging Face's Arrow streams.
 
 The check is needed because pyarrow's own decoding of damaged offsets has crashed the process. A row is a document. In a
 damaged Parquet file only the damaged row groups are lost; in a stream that `save_to_disk` wrote, everything from the
 damaged batch on is lost.
 """
 
+import itertools
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from mhmoe_ray.data.sources.items import BadLine, Document, RawFile, Reason, Tally
+from mhmoe_ray.data.sources.items import BadLine, Document, Fault, RawFile, ReadSettings, Reason, Tally
+from mhmoe_ray.data.sources.pictures import check_image, picture_document
 from mhmoe_ray.data.sources.records import text_problem
 from mhmoe_ray.data.sources.storage import Storage, short_message
 from mhmoe_ray.spec import SourceSpec
@@ -95,28 +97,127 @@ def _decode_batch(texts: pa.Array, path: str, first_row: int, limit: int) -> Ite
             yield Document(decoded_text, row) if reason is None else BadLine(path, row, reason)
 
 
+class ColumnError(Exception):
+    """Error of a file that lacks the columns to read; its text is the reason."""
+
+
+_TEXT_COLUMN = "text"
+# A source of texts does not name the column of images. These are the names that Hugging Face and img2dataset use.
+_IMAGE_COLUMNS = ("image", "jpg", "png", "webp")
+
+
+class _RowReader:
+    """Reader of the rows of a file of the formats `parquet` and `huggingface`.
+
+    Args:
+        source: the settings of the source.
+        settings: the limits of documents and images.
+        schema: the schema of the file.
+        path: the path of the file.
+
+    Raises:
+        ColumnError: the file lacks a column.
+    """
+
+    def __init__(self, source: SourceSpec, settings: ReadSettings, schema: pa.Schema, path: str) -> None:
+        self._columns, self._settings, self._path = source.sample_columns, settings, path
+        self._text_column = (source.text_field or _TEXT_COLUMN) if "text" in self._columns else None
+        self._image_column: str | None = None
+        if "image" in self._columns:
+            self._image_column = source.image_field or _IMAGE_COLUMNS[0]
+            if problem := image_column_problem(schema, self._image_column):
+                raise ColumnError(problem)
+        elif settings.hashes_images:
+            self._image_column = next((name for name in _IMAGE_COLUMNS if not image_column_problem(schema, name)), None)
+        if self._text_column is not None and (problem := column_problem(schema, self._text_column)):
+            raise ColumnError(problem)
+
+    @property
+    def columns(self) -> list[str]:
+        """Names of the columns to read."""
+        return [name for name in (self._text_column, self._image_column) if name is not None]
+
+    def items_in(self, batch: pa.RecordBatch, first_row: int) -> Iterator[Document | BadLine]:
+        """Yield a `Document` or a `BadLine` for each row; `first_row` is the number of the first one, from 0."""
+        limit = self._settings.document_bytes
+        text_items: Iterable[Document | BadLine | None] = itertools.repeat(None, len(batch))
+        if self._text_column is not None:
+            texts = as_bytes(batch.column(self._text_column))
+            text_items = documents_in(texts, self._path, first_row, limit)
+        if self._image_column is None:
+            yield from (item for item in text_items if item is not None)
+            return
+        images = image_bytes(batch.column(self._image_column), limit)
+        for line, (item, image) in enumerate(zip(text_items, images, strict=True), start=first_row + 1):
+            caption = Fault(item.reason, item.detail) if isinstance(item, BadLine) else item and item.text
+            checked_image = check_image(image, self._settings) if "image" in self._columns else image
+            yield picture_document(self._path, line, "", checked_image, caption, self._columns)
+
+
+def image_column_problem(schema: pa.Schema, column: str) -> str | None:
+    """Return the reason why images cannot be read from a column, or None if it exists and holds image files."""
+    if column not in schema.names:
+        names = ", ".join(map(repr, schema.names))
+        hint = "; download the images with img2dataset first" if {"url", "URL"} & {*schema.names} else ""
+        return f"it has no column {column!r}; it has {names}{hint}"
+    column_type = schema.field(column).type
+    if pa.types.is_string(column_type) or pa.types.is_large_string(column_type):
+        return f"its column {column!r} holds {column_type}, not images: download them with img2dataset first"
+    if pa.types.is_struct(column_type) and column_type.get_field_index("bytes") >= 0:
+        column_type = column_type.field("bytes").type
+    return None if _is_binary(column_type) else f"its column {column!r} holds {column_type}, not images"
+
+
+def _is_binary(data_type: pa.DataType) -> bool:
+    return bool(
+        pa.types.is_binary(data_type) or pa.types.is_large_binary(data_type) or pa.types.is_binary_view(data_type)
+    )
+
+
+def image_bytes(images: pa.Array, limit: int) -> Iterator[bytes | Fault]:
+    """Yield the content of each row of a column of images, or the reason why it has none.
+
+    Args:
+        images: a column of bytes, or of structures with the field `bytes`.
+        limit: largest size of an image in bytes.
+
+    Raises:
+        ArrowInvalid: offsets point outside of the data.
+    """
+    reason = "it is null"
+    if pa.types.is_struct(images.type):
+        images.validate()
+        images = images.flatten()[images.type.get_field_index("bytes")]
+        reason = "its bytes are null: only the path of a file may be stored"
+    images.validate(full=True)
+    for image in images:
+        # The buffer is a view, so nothing is copied of an image that is too large.
+        buffer = image.as_buffer()
+        if buffer is None:
+            yield Fault(Reason.NO_IMAGE, reason)
+        else:
+            yield Fault(Reason.TOO_LONG, f"{buffer.size:,} bytes") if buffer.size > limit else buffer.to_pybytes()
+
+
 def read_parquet(
-    storage: Storage, file: RawFile, source: SourceSpec, limit: int, tally: Tally
+    storage: Storage, file: RawFile, source: SourceSpec, settings: ReadSettings, tally: Tally
 ) -> Iterator[Document | BadLine]:
     """Yield the rows of a Parquet file as documents, and an item for each row group that is damaged.
 
     See `reading.FormatReader` for the arguments.
     """
-    column = source.text_field or "text"
+    row_reader: _RowReader | None = None
 
-    def check_columns(schema: pa.Schema) -> list[str]:
-        if problem := column_problem(schema, column):
-            raise ColumnError(problem)
-        return [column]
+    def choose_columns(schema: pa.Schema) -> list[str]:
+        nonlocal row_reader
+        row_reader = _RowReader(source, settings, schema, file.path)
+        return row_reader.columns
 
     def read_batch(batch: pa.RecordBatch, first_row: int) -> Iterator[Document | BadLine]:
-        return documents_in(as_bytes(batch.column(0)), file.path, first_row, limit)
+        assert row_reader is not None
+        return row_reader.items_in(batch, first_row)
 
-    return read_row_groups(storage, file, tally, check_columns, read_batch)
-
-
-class ColumnError(Exception):
-    """Error of a file that lacks the columns to read; its text is the reason."""
+    return read_row_groups(storage, file, tally, choose_columns, read_batch)
 
 
 def read_row_groups(
@@ -145,13 +246,13 @@ def read_row_groups(
             except ColumnError as e:
                 yield BadLine(file.path, 1, Reason.PART_LOST, str(e))
                 return
-            in_dictionary = any(pa.types.is_dictionary(table.schema_arrow.field(column).type) for column in columns)
+            in_dictionary = all(pa.types.is_dictionary(table.schema_arrow.field(column).type) for column in columns)
             total = max(1, table.metadata.num_rows)
             for group in range(table.num_row_groups):
                 group_start, row = row, row + table.metadata.row_group(group).num_rows
                 next_row = group_start
                 # Each batch has the whole dictionary, which small batches would decode again and again, so a row group
-                # is read as one batch.
+                # of texts is read as one batch. With images, that could be gigabytes.
                 batch_rows = max(1, row - group_start) if in_dictionary else ROWS_PER_BATCH
                 try:
                     for batch in table.iter_batches(batch_rows, [group], columns, use_threads=False):
@@ -175,13 +276,12 @@ _END_OF_STREAM = struct.pack("<Ii", 0xFFFFFFFF, 0)
 
 
 def read_huggingface(
-    storage: Storage, file: RawFile, source: SourceSpec, limit: int, tally: Tally
+    storage: Storage, file: RawFile, source: SourceSpec, settings: ReadSettings, tally: Tally
 ) -> Iterator[Document | BadLine]:
     """Yield the rows of an Arrow stream that Hugging Face's `save_to_disk` wrote as documents, up to any damage.
 
     The last item reports the damage. See `reading.FormatReader` for the arguments.
     """
-    column = source.text_field or "text"
     row = 0
     try:
         with storage.open_seekable(file.path) as stream:
@@ -191,12 +291,13 @@ def read_huggingface(
             is_cut_off = stream.read() != _END_OF_STREAM
             stream.seek(0)
             with pa.ipc.open_stream(stream) as batches:
-                problem = column_problem(batches.schema, column)
-                if problem:
-                    yield BadLine(file.path, 1, Reason.PART_LOST, problem)
+                try:
+                    row_reader = _RowReader(source, settings, batches.schema, file.path)
+                except ColumnError as e:
+                    yield BadLine(file.path, 1, Reason.PART_LOST, str(e))
                     return
                 for batch in batches:
-                    yield from documents_in(as_bytes(batch.column(column)), file.path, row, limit)
+                    yield from row_reader.items_in(batch, row)
                     row += len(batch)
                     tally.bytes_read = stream.tell()
         if is_cut_off:

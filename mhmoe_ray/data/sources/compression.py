@@ -55,7 +55,7 @@ def decompress(chunks: Iterator[bytes], name: str) -> Iterator[bytes]:
     Raises:
         DamageError: `chunks` raises it, the content cannot be decompressed any further, or its format is not supported.
     """
-    data = _ByteBuffer(chunks)
+    data = ByteBuffer(chunks)
     magic = data.peek(10)
     if magic.startswith(GZIP):
         return _gunzip(data)
@@ -95,7 +95,7 @@ def _is_text(start: bytes) -> bool:
     return len(start) > 0 and all(byte >= 0x20 or byte in b"\t\n\r" for byte in start)
 
 
-class _ByteBuffer:
+class ByteBuffer:
     """Buffer over chunks from which any number of bytes can be taken."""
 
     def __init__(self, chunks: Iterator[bytes]) -> None:
@@ -136,7 +136,7 @@ class _ByteBuffer:
             yield chunk
 
 
-def _gunzip(data: _ByteBuffer) -> Iterator[bytes]:
+def _gunzip(data: ByteBuffer) -> Iterator[bytes]:
     """Yield the decompressed content of gzip members (RFC 1952); zero bytes after a member are skipped as padding.
 
     Raises:
@@ -180,7 +180,7 @@ def _zlib_reason(error: zlib.error) -> str:
     return str(error).rpartition(": ")[2]
 
 
-def _unzstd(data: _ByteBuffer) -> Iterator[bytes]:
+def _unzstd(data: ByteBuffer) -> Iterator[bytes]:
     """Yield the decompressed content of zstd frames (RFC 8878), block by block.
 
     Raises:
@@ -222,7 +222,7 @@ def _unzstd(data: _ByteBuffer) -> Iterator[bytes]:
             yield _decompress_piece(decompressor, _take_exactly(data, 4))
 
 
-def _take_exactly(data: _ByteBuffer, count: int) -> bytes:
+def _take_exactly(data: ByteBuffer, count: int) -> bytes:
     """Take `count` bytes; raise DamageError if there are fewer."""
     content = data.take(count)
     if len(content) < count:

@@ -9,7 +9,7 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 import pyarrow as pa
 
 from mhmoe_ray.data.domains import source_of, subfolder_of
+from mhmoe_ray.data.images import IMAGE_SUFFIXES
 from mhmoe_ray.data.sources.items import RawFile
 from mhmoe_ray.data.sources.redpajama_v2 import DOCUMENTS_PATH, SidecarFiles
 from mhmoe_ray.data.sources.storage import ListedFile, Storage, relative_path, short_message
@@ -91,8 +92,10 @@ def fingerprints(spec: DataSpec, files: Sequence[RawFile]) -> dict[str, str]:
             continue
         root, digests[name] = Storage(path).root(), hashlib.sha256()
         for file in source_files:
-            with Path(file.path).open("rb") as stream:
-                first_hash = hashlib.sha256(stream.read(FINGERPRINT_BYTES)).hexdigest()
+            # Of the images of a folder, the names and the beginning of the first one are read: there may be millions.
+            first_bytes = "\0".join(file.members).encode()
+            with Path(file.stored_paths[0]).open("rb") as stream:
+                first_hash = hashlib.sha256(first_bytes + stream.read(FINGERPRINT_BYTES)).hexdigest()
             # Paths are relative to the root, so that a source that was moved keeps its fingerprint.
             entry = f"{file.domain}\0{relative_path(root, file.path)}\0{file.size}\0{first_hash}\n"
             digests[name].update(entry.encode())
@@ -115,12 +118,25 @@ def version_hash(spec: DataSpec, files: Sequence[RawFile]) -> str:
     digest = hashlib.sha256()
     for name, group in itertools.groupby(files, lambda file: source_of(file.domain)):
         source_files = list(group)
-        times = Storage(spec.sources[name].path).modification_times([file.path for file in source_files])
-        for file, modification_time in zip(source_files, times, strict=True):
-            digest.update(f"{file.domain}\0{file.path}\0{file.size}\0{modification_time}\n".encode())
+        stored_files = [(file, path) for file in source_files for path in file.stored_paths]
+        times = Storage(spec.sources[name].path).modification_times([path for _, path in stored_files])
+        for (file, path), modification_time in zip(stored_files, times, strict=True):
+            digest.update(f"{file.domain}\0{path}\0{file.size}\0{modification_time}\n".encode())
     if spec.chat_template is not None:
         digest.update(f"{spec.chat_template.stat().st_mtime_ns}\n".encode())
     return digest.hexdigest()
+
+
+_FILE_SCHEMA = pa.schema(
+    [
+        ("number", pa.int64()),
+        ("domain", pa.string()),
+        ("path", pa.string()),
+        ("size", pa.int64()),
+        ("format", pa.string()),
+        ("members", pa.list_(pa.string())),
+    ]
+)
 
 
 def file_blocks(files: Sequence[RawFile]) -> list[pa.Table]:
@@ -135,7 +151,7 @@ def file_blocks(files: Sequence[RawFile]) -> list[pa.Table]:
         rows.append({"number": number, **file._asdict()})
         size += file.size
         if size >= BLOCK_BYTES or len(rows) == files_per_block or number == len(files) - 1:
-            blocks.append(pa.Table.from_pylist(rows))
+            blocks.append(pa.Table.from_pylist(rows, _FILE_SCHEMA))
             rows, size = [], 0
     return blocks
 
@@ -204,12 +220,16 @@ def _files_of_source(name: str, source: SourceSpec, subfolders: list[str] | None
         selected_files = _huggingface_files(subject, storage, root, listed_files)
     else:
         selected_files = _files_by_suffix(source, storage, root, format, listed_files)
-    files = [RawFile(f"{name}/{subfolder}", path, size, format) for subfolder, (path, size) in selected_files]
+    if format == "images":
+        files = list(_image_folders(name, root, selected_files))
+    else:
+        files = [RawFile(f"{name}/{subfolder}", path, size, format) for subfolder, (path, size) in selected_files]
     if not files:
         fix = "correct its path, format or filters, or name its files by a pattern with *"
         raise DataError(subject, f"nothing below {source.path} is a file of format {format}", fix)
     expected_subfolders = subfolders
-    if subfolders is None and _suffixes(format):
+    # Below the path of COCO's captions, other folders have the images.
+    if subfolders is None and _suffixes(format) and format != "coco":
         expected_subfolders = sorted({subfolder_at(root, path) for path, _ in listed_files} - {ROOT_SUBFOLDER})
     filled_domains = {file.domain for file in files}
     # Without this check, a subfolder that has no files of the format would be missing from the training without notice.
@@ -229,9 +249,9 @@ def _check_names(subject: str, files: list[RawFile]) -> None:
         DataError: a name is not UTF-8.
     """
     # A local name may be any bytes, but pyarrow and JSON accept only text.
-    for file in files:
-        printable_path = file.path.encode(errors="backslashreplace").decode()
-        if printable_path != file.path:
+    for path in (path for file in files for path in file.stored_paths):
+        printable_path = path.encode(errors="backslashreplace").decode()
+        if printable_path != path:
             raise DataError(subject, f"the name of {printable_path} is not UTF-8", "rename it")
 
 
@@ -268,9 +288,40 @@ def subfolder_at(root: str, path: str) -> str:
     return folder if slash else ROOT_SUBFOLDER
 
 
+# These formats are never recognised by suffixes: a spec names them.
+_PICTURE_SUFFIXES: dict[Format, tuple[str, ...]] = {
+    "webdataset": (".tar", ".tar.gz", ".tgz", ".tar.zst"),
+    "images": tuple(f".{suffix}" for suffix in IMAGE_SUFFIXES),
+    "coco": (".json", ".json.gz", ".json.zst"),
+}
+IMAGES_BYTES = 64 << 20
+"""Total size of the images of a folder from which a further `RawFile` begins: some seconds of reading."""
+
+
 def _suffixes(format: Format) -> tuple[str, ...]:
     """Return the suffixes of the files of a format; none for a format whose files are found by their folders."""
-    return CHAT_SUFFIXES if format == "chat" else SUFFIXES.get(format, ())
+    return CHAT_SUFFIXES if format == "chat" else SUFFIXES.get(format) or _PICTURE_SUFFIXES.get(format, ())
+
+
+def _image_folders(name: str, root: str, image_files: Iterable[tuple[str, ListedFile]]) -> Iterator[RawFile]:
+    """Yield the images of a source as files of about `IMAGES_BYTES`, folder by folder.
+
+    Args:
+        name: the name of the source.
+        root: the folder of the source.
+        image_files: the subfolder and listing of each image, in the order of paths.
+    """
+    for subfolder, group in itertools.groupby(image_files, lambda image_file: image_file[0]):
+        folder = root if subfolder == ROOT_SUBFOLDER else f"{root.rstrip('/')}/{subfolder}"
+        members, size = list[str](), 0
+        for _, (path, image_bytes) in group:
+            members.append(relative_path(folder, path))
+            size += image_bytes
+            if size >= IMAGES_BYTES:
+                yield RawFile(f"{name}/{subfolder}", folder, size, "images", tuple(members))
+                members, size = [], 0
+        if members:
+            yield RawFile(f"{name}/{subfolder}", folder, size, "images", tuple(members))
 
 
 def _files_by_suffix(
@@ -282,7 +333,9 @@ def _files_by_suffix(
     """
     takes_all = source.format is not None and (len(listed_files) == 1 or storage.is_pattern)
     for file in listed_files:
-        if takes_all or file.path.endswith(_suffixes(format)):
+        # Cameras write suffixes in capitals, so those of images may be in either case.
+        path = file.path.lower() if format == "images" else file.path
+        if takes_all or path.endswith(_suffixes(format)):
             yield subfolder_at(root, file.path), file
 
 

@@ -1,12 +1,13 @@
 """Items of raw files: documents, and lines that could not be read, with their location and reason."""
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from mhmoe_ray.data.chat.template import RenderedConversation
-from mhmoe_ray.spec import Format
+from mhmoe_ray.spec import DataSpec, Format
 
 _COMPRESSED_SUFFIXES = (".gz", ".zst", ".parquet")
 # These are the bytes of text per byte of a compressed file. A rough number suffices, since it only serves to estimate
@@ -15,15 +16,28 @@ _COMPRESSION_RATIO = 3
 
 
 class RawFile(NamedTuple):
-    """File of raw text."""
+    """File of raw text or of pictures, or some of the images of a folder."""
 
     domain: str
     """Domain of the file, <source>/<subfolder>, for example redpajama/book."""
     path: str
-    """Local path of the file, or its URI without the query."""
+    """Local path of the file or folder, or its URI without the query."""
     size: int
-    """Size of the file in bytes, when it was listed."""
+    """Size of the file, or of all images, in bytes, when it was listed."""
     format: Format
+    members: tuple[str, ...] = ()
+    """Paths of the images of a folder (format `images`), relative to `path`; empty for a single file."""
+
+    @classmethod
+    def from_row(cls, row: Mapping[str, Any]) -> "RawFile":
+        """Return the file in a row of a table that `find.file_blocks` made."""
+        file = cls(*(row[name] for name in cls._fields))
+        return file._replace(members=tuple(file.members))
+
+    @property
+    def stored_paths(self) -> list[str]:
+        """Paths of all stored files: of the images of a folder, or `path`."""
+        return [f"{self.path}/{member}" for member in self.members] or [self.path]
 
     @property
     def inflation(self) -> int:
@@ -35,14 +49,19 @@ class Document(NamedTuple):
     """Document that was read from a raw file."""
 
     text: str
-    """Text of the document, never empty and always valid Unicode."""
+    """Text of the document, always valid Unicode. It is empty only if the document is an image alone."""
     line: int
-    """Number of the document's line, row, or first line, from 1."""
+    """Number of the document's line, row, member, or first line, from 1."""
     language: str | None = None
     """Language that the document's record names; None if it names none."""
     conversation: RenderedConversation | None = None
     """The document as the chat template renders it, if it is a conversation; `text` then has the contents of its
     messages."""
+    image: bytes | None = None
+    """Image of the document, the encoded file as it is stored; None if it has none."""
+    image_hash: str | None = None
+    """Hash of the image of the document's record, also if the source uses only the text; None if it has none. All
+    documents of one image have the same hash, so that they are on the same side of the validation split."""
 
     @property
     def model_text(self) -> str:
@@ -62,6 +81,10 @@ class Reason(StrEnum):
     TOO_LONG = "it is longer than data.max_document_mb"
     NO_CONVERSATION = "it is not a conversation"
     NO_RENDERING = "the chat template does not render it"
+    NO_IMAGE = "it has no image"
+    NOT_IMAGE = "it is not an image"
+    TOO_MANY_PIXELS = "its image has more pixels than data.images.max_megapixels"
+    DAMAGED_IMAGE = "its image is damaged"
     NO_SIGNALS = "it cannot be judged by its signals"
     PART_LOST = "a part of the file is lost"
 
@@ -71,12 +94,35 @@ class Reason(StrEnum):
         return self is Reason.PART_LOST
 
 
+class Fault(NamedTuple):
+    """Reason why an image or a text cannot be used."""
+
+    reason: Reason
+    detail: str = ""
+
+
+class ReadSettings(NamedTuple):
+    """Settings of the data section that apply to the documents of all sources."""
+
+    document_bytes: int
+    """Largest size of a document in bytes, as it is stored."""
+    pixels: int
+    """Largest number of pixels of an image."""
+    hashes_images: bool
+    """True if some source has images. Then the documents of a source of texts, too, have the hashes of the images in
+    their records."""
+
+    @classmethod
+    def from_spec(cls, spec: DataSpec) -> "ReadSettings":
+        return cls(int(spec.max_document_mb * 1e6), int(spec.images.max_megapixels * 1e6), spec.has_images)
+
+
 class BadLine(NamedTuple):
-    """Line, row or part of a raw file that could not be read."""
+    """Line, row, member or part of a raw file that could not be read."""
 
     path: str
     line: int
-    """Number of the line, row, or first line, from 1; for a lost part, the first line or row that is lost."""
+    """Number of the line, row, member, or first line, from 1; for a lost part, the first one that is lost."""
     reason: Reason
     detail: str = ""
 

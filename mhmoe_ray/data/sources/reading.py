@@ -8,6 +8,9 @@
 | parquet      | a row                                               | columns.py      |
 | huggingface  | a row of a folder that `save_to_disk` wrote         | columns.py      |
 | chat         | a conversation: a line of JSON or a row of Parquet  | chat.py         |
+| webdataset   | the image and the caption of a key in a tar file    | webdataset.py   |
+| images       | an image file                                       | pictures.py     |
+| coco         | an annotation with a caption, and its image         | pictures.py     |
 """
 
 from collections.abc import Iterator
@@ -15,12 +18,15 @@ from typing import Protocol
 
 from mhmoe_ray.data.chat.template import ChatTemplate, check_template
 from mhmoe_ray.data.domains import source_of
+from mhmoe_ray.data.images import require_pillow
 from mhmoe_ray.data.sources.chat import read_chat
 from mhmoe_ray.data.sources.columns import read_huggingface, read_parquet
-from mhmoe_ray.data.sources.items import BadLine, Document, RawFile, Tally
+from mhmoe_ray.data.sources.items import BadLine, Document, RawFile, ReadSettings, Tally
+from mhmoe_ray.data.sources.pictures import read_coco, read_images
 from mhmoe_ray.data.sources.records import read_jsonl, read_text
 from mhmoe_ray.data.sources.redpajama_v2 import read_redpajama_v2
 from mhmoe_ray.data.sources.storage import Storage
+from mhmoe_ray.data.sources.webdataset import read_webdataset
 from mhmoe_ray.spec import DataSpec, Format, SourceSpec
 
 
@@ -28,7 +34,7 @@ class FormatReader(Protocol):
     """Function that reads the files of one format."""
 
     def __call__(
-        self, storage: Storage, file: RawFile, source: SourceSpec, limit: int, tally: Tally
+        self, storage: Storage, file: RawFile, source: SourceSpec, settings: ReadSettings, tally: Tally
     ) -> Iterator[Document | BadLine]:
         """Yield the documents of a file and the items that could not be read, in their order in the file.
 
@@ -39,7 +45,7 @@ class FormatReader(Protocol):
             file: the file to read.
             source: the settings of the file's source, with the name of the text's key or column and other keys of this
                 format.
-            limit: largest size of a document in bytes.
+            settings: the limits of documents and images.
             tally: the tally whose `bytes_read` and `dropped` the reader updates.
         """
 
@@ -51,6 +57,9 @@ READERS: dict[Format, FormatReader] = {
     "parquet": read_parquet,
     "text": read_text,
     "huggingface": read_huggingface,
+    "webdataset": read_webdataset,
+    "images": read_images,
+    "coco": read_coco,
 }
 
 
@@ -66,7 +75,8 @@ class FileReader:
             boundary tokens.
 
     Raises:
-        DataError: the section's chat template is needed and cannot be used.
+        DataError: the section's chat template is needed and cannot be used, or the source has images and Pillow is
+            missing.
     """
 
     def __init__(self, file: RawFile, spec: DataSpec, template: ChatTemplate | None = None) -> None:
@@ -97,7 +107,9 @@ def _read_items(
 ) -> Iterator[Document | BadLine]:
     source = spec.sources[source_of(file.domain)]
     storage = Storage(source.path)
-    limit = int(spec.max_document_mb * 1e6)
+    settings = ReadSettings.from_spec(spec)
     if file.format == "chat":
-        return read_chat(storage, file, limit, tally, template or check_template(spec))
-    return READERS[file.format](storage, file, source, limit, tally)
+        return read_chat(storage, file, settings.document_bytes, tally, template or check_template(spec))
+    if "image" in source.sample_columns:
+        require_pillow()
+    return READERS[file.format](storage, file, source, settings, tally)

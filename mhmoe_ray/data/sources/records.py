@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import orjson
 
 from mhmoe_ray.data.sources.compression import decompress
-from mhmoe_ray.data.sources.items import BadLine, DamageError, Document, RawFile, Reason, Tally
+from mhmoe_ray.data.sources.items import BadLine, DamageError, Document, RawFile, ReadSettings, Reason, Tally
 from mhmoe_ray.data.sources.storage import Storage
 from mhmoe_ray.spec import SourceSpec
 
@@ -199,21 +199,22 @@ def json_type(value: Any) -> str:
 
 
 def read_jsonl(
-    storage: Storage, file: RawFile, source: SourceSpec, limit: int, tally: Tally
+    storage: Storage, file: RawFile, source: SourceSpec, settings: ReadSettings, tally: Tally
 ) -> Iterator[Document | BadLine]:
     """Yield the lines of a file of JSON lines as documents; see `reading.FormatReader` for the arguments."""
-    for record in read_records(storage, file, limit, tally):
+    for record in read_records(storage, file, settings.document_bytes, tally):
         yield record if isinstance(record, BadLine) else document_of(record, source.text_field or "text", file.path)
 
 
 def read_text(
-    storage: Storage, file: RawFile, source: SourceSpec, limit: int, tally: Tally
+    storage: Storage, file: RawFile, source: SourceSpec, settings: ReadSettings, tally: Tally
 ) -> Iterator[Document | BadLine]:
     """Yield a plain text file as one document, or its parts between delimiter lines as documents.
 
     In a damaged file, the part with the damage and all later parts are lost. See `reading.FormatReader` for the
     arguments.
     """
+    limit = settings.document_bytes
     part = _TextPart(file.path, limit)
     end = None if source.delimiter is None else source.delimiter.encode()
     number = 0

@@ -19,7 +19,7 @@ from itertools import chain
 from typing import Any, NamedTuple
 
 from mhmoe_ray.data.sources.columns import PYARROW_ERRORS, open_parquet
-from mhmoe_ray.data.sources.items import BadLine, Document, RawFile, Reason, Tally
+from mhmoe_ray.data.sources.items import BadLine, Document, RawFile, ReadSettings, Reason, Tally
 from mhmoe_ray.data.sources.records import Record, document_of, read_records
 from mhmoe_ray.data.sources.storage import Storage, short_message
 from mhmoe_ray.spec import FilterSpec, SignalRule, SourceSpec
@@ -133,7 +133,7 @@ class SidecarFiles(NamedTuple):
 
 
 def read_redpajama_v2(
-    storage: Storage, file: RawFile, source: SourceSpec, limit: int, tally: Tally
+    storage: Storage, file: RawFile, source: SourceSpec, settings: ReadSettings, tally: Tally
 ) -> Iterator[Document | BadLine]:
     """Yield the documents of a RedPajama-V2 file that pass the source's filters; count the others in `tally.dropped`.
 
@@ -142,14 +142,14 @@ def read_redpajama_v2(
     text_field, filters = source.text_field or TEXT_FIELD, source.filters or FilterSpec()
     sidecars = SidecarFiles.from_documents(file.path)
     rules = filter_rules(filters)
-    signals = _SignalReader(storage, sidecars.signals, limit) if rules else None
+    signals = _SignalReader(storage, sidecars.signals, settings.document_bytes) if rules else None
     line = 1
     try:
         duplicates = _duplicate_rows(storage, sidecars.duplicates) if filters.deduplicate else frozenset()
         near_duplicates = (
             _NearDuplicates(storage, sidecars.minhash, filters.near_duplicates) if filters.near_duplicates else None
         )
-        for record in read_records(storage, file, limit, tally):
+        for record in read_records(storage, file, settings.document_bytes, tally):
             document = record if isinstance(record, BadLine) else document_of(record, text_field, file.path)
             line, row = document.line, document.line - 1
             if isinstance(document, BadLine):

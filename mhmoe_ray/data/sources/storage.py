@@ -174,6 +174,26 @@ class Storage:
         # The file is not memory-mapped: a mapped file that shrinks would crash the process.
         return self._fs.open_input_file(path.removeprefix(self._prefix))
 
+    @property
+    def _chunk_bytes(self) -> int:
+        return OBJECT_CHUNK_BYTES if self._prefix else CHUNK_BYTES
+
+    def read_bytes(self, path: str, limit: int) -> bytes | None:
+        """Return the content of a file, or None if it has more than `limit` bytes.
+
+        Raises:
+            OSError: there is no such file, or it cannot be read.
+        """
+        content = bytearray()
+        try:
+            with self.open(path) as stream:
+                while len(content) <= limit and (chunk := stream.read(self._chunk_bytes)):
+                    content += chunk
+        # pyarrow raises these exceptions for a path that cannot be one.
+        except (pa.ArrowException, ValueError) as e:
+            raise OSError(str(e)) from e
+        return bytes(content) if len(content) <= limit else None
+
     def chunks(self, file: RawFile, tally: Tally) -> Iterator[bytes]:
         """Yield the bytes of a file as they are stored, and count them in `tally.bytes_read`.
 
@@ -183,7 +203,7 @@ class Storage:
         read_bytes = 0
         try:
             with self.open(file.path) as stream:
-                while chunk := stream.read(OBJECT_CHUNK_BYTES if self._prefix else CHUNK_BYTES):
+                while chunk := stream.read(self._chunk_bytes):
                     read_bytes += len(chunk)
                     tally.bytes_read += len(chunk)
                     yield chunk

@@ -1,0 +1,135 @@
+"""Reader of WebDataset's tar files, which may be compressed.
+
+The members of a sample follow each other and have the same key: the path up to the first dot of the file name. What
+follows the dot is the suffix. A sample has one image: of several, the one whose suffix comes first in `IMAGE_SUFFIXES`.
+Its caption is the member with the suffix `text_field`, by default `txt`, or with `text_field: json.KEY` the value of a
+key in the member with the suffix `json`. Other members are skipped, and so are members whose names have no dot.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import orjson
+
+from mhmoe_ray.data.images import IMAGE_SUFFIXES
+from mhmoe_ray.data.sources.compression import decompress
+from mhmoe_ray.data.sources.items import BadLine, DamageError, Document, Fault, RawFile, ReadSettings, Reason, Tally
+from mhmoe_ray.data.sources.pictures import check_image, decode_caption, picture_document
+from mhmoe_ray.data.sources.records import json_type
+from mhmoe_ray.data.sources.storage import Storage
+from mhmoe_ray.data.sources.tar import TarMember, read_members
+from mhmoe_ray.spec import SourceSpec
+
+_JSON_PREFIX = "json."
+
+
+def split_name(name: str) -> tuple[str, str] | None:
+    """Return the key and the suffix in the name of a member, or None if it has none."""
+    folder, slash, file_name = name.removeprefix("./").rpartition("/")
+    stem, dot, suffix = file_name.partition(".")
+    return (folder + slash + stem, suffix.lower()) if stem and dot else None
+
+
+@dataclass
+class _Sample:
+    """Members of one key."""
+
+    key: str
+    number: int
+    """Number of the first member."""
+    contents: dict[str, bytes | Fault] = field(default_factory=dict)
+    """Content of each member that is needed, by suffix, or the reason why it cannot be used."""
+
+    def add(self, suffix: str, member: TarMember) -> None:
+        if member.content is not None:
+            self.contents[suffix] = member.content
+        elif member.kind == "file":
+            self.contents[suffix] = Fault(Reason.TOO_LONG, f"{member.size:,} bytes in .{suffix}")
+        else:
+            self.contents[suffix] = Fault(Reason.NO_IMAGE, f".{suffix} is a link or another special file")
+
+
+def read_webdataset(
+    storage: Storage, file: RawFile, source: SourceSpec, settings: ReadSettings, tally: Tally
+) -> Iterator[Document | BadLine]:
+    """Yield the samples of a tar file as documents, up to any damage; see `reading.FormatReader` for the arguments."""
+    columns = source.sample_columns
+    caption_suffix = _caption_suffix(source)
+    # A source of texts reads the images as well, for their hashes.
+    suffixes = {*IMAGE_SUFFIXES, *([caption_suffix] if "text" in columns else [])}
+
+    def is_selected(name: str) -> bool:
+        parts = split_name(name)
+        return parts is not None and parts[1] in suffixes
+
+    def to_item(sample: _Sample) -> Document | BadLine:
+        image = next((sample.contents[suffix] for suffix in IMAGE_SUFFIXES if suffix in sample.contents), None)
+        if "image" in columns:
+            image = check_image(image, settings)
+        caption = _caption(sample, source) if "text" in columns else None
+        return picture_document(file.path, sample.number, sample.key, image, caption, columns)
+
+    sample, number = None, 0
+    try:
+        content = decompress(storage.chunks(file, tally), file.path)
+        for member in read_members(content, is_selected, settings.document_bytes):
+            number, parts = member.number, split_name(member.name)
+            if parts is None or member.kind == "folder":
+                continue
+            key, suffix = parts
+            if sample is None or sample.key != key:
+                if sample is not None:
+                    yield to_item(sample)
+                sample = _Sample(key, number)
+            if suffix in suffixes:
+                sample.add(suffix, member)
+    except DamageError as damage:
+        # The members of the last sample may be complete. If not, the sample is a part of the loss.
+        item = to_item(sample) if sample is not None else None
+        if isinstance(item, Document):
+            yield item
+        elif sample is not None:
+            number = sample.number - 1
+        yield BadLine(file.path, number + 1, Reason.PART_LOST, damage.reason)
+        return
+    if sample is not None:
+        yield to_item(sample)
+
+
+def _caption_suffix(source: SourceSpec) -> str:
+    text_field = source.text_field or "txt"
+    return "json" if text_field.startswith(_JSON_PREFIX) else text_field.lower()
+
+
+def _caption(sample: _Sample, source: SourceSpec) -> str | Fault:
+    """Return the caption of a sample, or the reason why it has none."""
+    suffix, text_field = _caption_suffix(source), source.text_field or "txt"
+    content = sample.contents.get(suffix)
+    if content is None:
+        return Fault(Reason.NO_TEXT, f"no member .{suffix}")
+    if isinstance(content, Fault):
+        return content
+    if not text_field.startswith(_JSON_PREFIX):
+        return decode_caption(content)
+    fields = _parse_json(content)
+    if isinstance(fields, Fault):
+        return fields
+    key = text_field.removeprefix(_JSON_PREFIX)
+    if not isinstance(fields, dict) or key not in fields:
+        return Fault(Reason.NO_TEXT, f"no key {key!r} in .json")
+    value = fields[key]
+    return value if isinstance(value, str) else Fault(Reason.NO_TEXT, f"{key!r} in .json is {json_type(value)}")
+
+
+def _parse_json(content: bytes) -> object | Fault:
+    parsed: object
+    try:
+        parsed = orjson.loads(content)
+    except ValueError:
+        # The standard library accepts NaN and lone surrogates, which other programs write.
+        try:
+            parsed = json.loads(content)
+        except (ValueError, RecursionError) as e:
+            return Fault(Reason.NOT_JSON, str(e))
+    return parsed

@@ -1,0 +1,88 @@
+"""Pictures with captions for tests, and writers of all formats that hold pictures."""
+
+import io
+import json
+import tarfile
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+from tests.data.texts import make_documents
+
+FORMATS = ("png", "jpg", "webp")
+
+
+class Picture(NamedTuple):
+    """Image file with a caption."""
+
+    name: str
+    """Name of the image file, without its folder."""
+    image: bytes
+    caption: str
+
+
+def encode_image(pixels: np.ndarray, suffix: str = "png", **options) -> bytes:
+    """Return an image file with these pixels, (height, width, channels) uint8."""
+    sink = io.BytesIO()
+    Image.fromarray(pixels).save(sink, {"jpg": "JPEG"}.get(suffix, suffix), **options)
+    return sink.getvalue()
+
+
+def make_pictures(count: int, words: int = 6, size: int = 24) -> list[Picture]:
+    """Return `count` different pictures, the same at each call, in several formats and sizes."""
+    random = np.random.default_rng(5)
+    pictures = []
+    for number, caption in enumerate(make_documents("picture", count, words)):
+        suffix = FORMATS[number % len(FORMATS)]
+        pixels = random.integers(0, 256, (size + number % 5, size + number % 7, 3), np.uint8)
+        pictures.append(Picture(f"{number:05d}.{suffix}", encode_image(pixels, suffix), caption))
+    return pictures
+
+
+def write_tar(path: Path, members: list[tuple[str, bytes]]) -> None:
+    """Write members to a tar file with the standard library."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, content in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+
+
+def tar_members(pictures: list[Picture]) -> list[tuple[str, bytes]]:
+    """Return the members of pictures in the order of WebDataset: the image, then its caption."""
+    members = []
+    for name, image, caption in pictures:
+        members += [(name, image), (f"{name.partition('.')[0]}.txt", caption.encode())]
+    return members
+
+
+def write_coco(folder: Path, pictures: list[Picture], split: str = "train2017") -> Path:
+    """Write pictures as COCO's captions with their images beside; return the path of the JSON file."""
+    (folder / split).mkdir(parents=True, exist_ok=True)
+    (folder / "annotations").mkdir(exist_ok=True)
+    for name, image, _ in pictures:
+        (folder / split / name).write_bytes(image)
+    path = folder / "annotations" / f"captions_{split}.json"
+    images = [{"id": number, "file_name": picture.name} for number, picture in enumerate(pictures)]
+    annotations = [{"id": n, "image_id": n, "caption": picture.caption} for n, picture in enumerate(pictures)]
+    path.write_text(json.dumps({"images": images, "annotations": annotations}))
+    return path
+
+
+def write_image_folder(folder: Path, pictures: list[Picture]) -> None:
+    """Write the images of pictures as files of one folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, image, _ in pictures:
+        (folder / name).write_bytes(image)
+
+
+def write_parquet(path: Path, pictures: list[Picture], image_field: str = "image") -> None:
+    """Write pictures as Parquet with the images as plain bytes, as img2dataset does."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    columns = {image_field: [picture.image for picture in pictures], "text": [picture.caption for picture in pictures]}
+    pq.write_table(pa.table(columns), path)

@@ -1,0 +1,540 @@
+"""Tests of the readers of pictures: every format yields the same documents, and bad records are quarantined one by
+one."""
+
+import gzip
+import io
+import json
+import os
+import struct
+import sys
+import tarfile
+import tracemalloc
+import zlib
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import webdataset
+import zstandard
+from datasets import Dataset, Features, Value
+from datasets import Image as ImageFeature
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from pyarrow import fs
+
+from mhmoe_ray.data import images
+from mhmoe_ray.data.images import TooManyPixelsError, check_image_file, decode_image
+from mhmoe_ray.data.sources import FileReader, Reason, find, find_files, version_hash
+from mhmoe_ray.data.sources.find import file_blocks, fingerprints
+from mhmoe_ray.data.sources.items import BadLine, Document, RawFile
+from mhmoe_ray.data.sources.pictures import image_hash
+from mhmoe_ray.data.sources.storage import CHUNK_BYTES
+from mhmoe_ray.errors import DataError
+from tests.data.pictures import (
+    encode_image,
+    make_pictures,
+    tar_members,
+    write_coco,
+    write_image_folder,
+    write_parquet,
+    write_tar,
+)
+from tests.data.sources.damage import apply_edits, edit_lists
+from tests.data.sources.read import bad_lines, data_spec, document_texts, iterate_source, read_source
+
+PICTURES = make_pictures(12)
+PAIRS = sorted((picture.image, picture.caption) for picture in PICTURES)
+BOTH_COLUMNS = {"columns": ["image", "text"]}
+
+
+def pairs(items):
+    """Return the sorted images and texts of documents."""
+    assert all(isinstance(item, Document) for item in items), [item for item in items if isinstance(item, BadLine)]
+    return sorted((item.image, item.text) for item in items)
+
+
+def faults(items):
+    """Return the line, the reason and the detail of each item that could not be read."""
+    return [(item.line, item.reason, item.detail) for item in items if isinstance(item, BadLine)]
+
+
+def write_with_datasets(folder, pictures):
+    """Return a data set of the package `datasets`, written to `folder` by save_to_disk and to_parquet."""
+    rows = [{"image": {"bytes": p.image, "path": p.name}, "text": p.caption} for p in pictures]
+    dataset = Dataset.from_list(rows, features=Features({"image": ImageFeature(), "text": Value("string")}))
+    dataset.save_to_disk(folder / "saved")
+    (folder / "parquet").mkdir()
+    dataset.to_parquet(folder / "parquet" / "rows.parquet")
+
+
+def write_with_webdataset(folder, pictures):
+    """Write pictures by the package `webdataset` to a plain and a compressed tar file."""
+    folder.mkdir()
+    for part, name in ((pictures[::2], "a.tar"), (pictures[1::2], "b.tar.gz")):
+        with webdataset.TarWriter(str(folder / name)) as sink:
+            for picture in part:
+                key, _, suffix = picture.name.partition(".")
+                sink.write({"__key__": f"deep/{key}", suffix: picture.image, "txt": picture.caption, "cls": b"7"})
+
+
+def test_all_formats_yield_the_same_documents(tmp_path):
+    write_with_webdataset(tmp_path / "tar", PICTURES)
+    write_with_datasets(tmp_path, PICTURES)
+    write_parquet(tmp_path / "plain" / "rows.parquet", PICTURES, "jpg")
+    write_coco(tmp_path / "coco", PICTURES)
+    sources = {
+        "tar": {"format": "webdataset"},
+        "saved": {"format": "huggingface", **BOTH_COLUMNS},
+        "parquet": {"format": "parquet", **BOTH_COLUMNS},
+        "plain": {"format": "parquet", "image_field": "jpg", **BOTH_COLUMNS},
+        "coco/annotations": {"format": "coco"},
+    }
+    for name, keys in sources.items():
+        items, tally = read_source(tmp_path / name, **keys)
+        assert pairs(items) == PAIRS, name
+        assert all(item.image_hash == image_hash(item.image) for item in items)
+        assert tally.bytes_read == sum(file.size for file in find_files(data_spec(tmp_path / name, **keys)))
+    write_image_folder(tmp_path / "folder" / "a", PICTURES[:5])
+    write_image_folder(tmp_path / "folder" / "b" / "deep", PICTURES[5:])
+    items, _ = read_source(tmp_path / "folder", format="images")
+    assert pairs(items) == sorted((picture.image, "") for picture in PICTURES)
+
+
+@pytest.mark.parametrize("columns", [["text"], ["image"]])
+def test_sources_of_one_column_have_the_hashes_of_images(tmp_path, columns):
+    write_with_webdataset(tmp_path / "tar", PICTURES)
+    write_with_datasets(tmp_path, PICTURES)
+    write_coco(tmp_path / "coco", PICTURES)
+    sources = {"tar": "webdataset", "coco/annotations": "coco", "saved": "huggingface", "parquet": "parquet"}
+    expected = sorted(
+        (image_hash(p.image), p.caption if columns == ["text"] else "", p.image if columns == ["image"] else None)
+        for p in PICTURES
+    )
+    for name, format in sources.items():
+        tree = {"path": str(tmp_path / name), "format": format, "columns": columns}
+        # Hashes of images in Parquet and Arrow files are read only if another source has images.
+        spec = data_spec(tmp_path, format="images").model_copy(update={"sources": {}})
+        sources_spec = data_spec(**tree).sources | {"other": data_spec(tmp_path, format="images").sources["web"]}
+        spec = spec.model_copy(update={"sources": sources_spec})
+        documents = [document for file in find_files(spec, ["web"]) for document in FileReader(file, spec)]
+        assert sorted((d.image_hash, d.text, d.image) for d in documents) == expected, name
+    items, _ = read_source(tmp_path / "parquet")
+    assert document_texts(items) == [picture.caption for picture in PICTURES]
+    assert all(item.image_hash is None for item in items)
+
+
+def test_images_only_need_no_captions(tmp_path):
+    write_tar(tmp_path / "a.tar", [(picture.name, picture.image) for picture in PICTURES])
+    items, _ = read_source(tmp_path, format="webdataset", columns=["image"])
+    assert pairs(items) == sorted((picture.image, "") for picture in PICTURES)
+    assert [item.line for item in items] == list(range(1, 13))
+
+
+def png_chunk(kind, content):
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+def bomb(width=60_000, height=60_000):
+    """Return a PNG file of a few kB whose header names billions of pixels."""
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    body = png_chunk(b"IDAT", zlib.compress(bytes(1 << 20)))
+    return b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", header) + body + png_chunk(b"IEND", b"")
+
+
+def flip_bit(content, offset):
+    return content[:offset] + bytes([content[offset] ^ 1]) + content[offset + 1 :]
+
+
+GOOD = PICTURES[0]
+BAD_IMAGES = {
+    "text": (b"this is no image", Reason.NOT_IMAGE),
+    "empty": (b"", Reason.NOT_IMAGE),
+    "bomb": (bomb(), Reason.TOO_MANY_PIXELS),
+    "cut": (PICTURES[1].image[: len(PICTURES[1].image) // 2], Reason.DAMAGED_IMAGE),
+    "flipped": (flip_bit(GOOD.image, len(GOOD.image) // 2), Reason.DAMAGED_IMAGE),
+    "large": (encode_image(np.zeros((2100, 500, 3), np.uint8)), Reason.TOO_MANY_PIXELS),
+    "long": (encode_image(np.random.default_rng(1).integers(0, 256, (250, 250, 3), np.uint8)), Reason.TOO_LONG),
+}
+LIMITS = {"max_document_mb": 0.1}
+
+
+def one_megapixel_spec(path, **source):
+    spec = data_spec(path, **LIMITS, **source)
+    return spec.model_copy(update={"images": spec.images.model_copy(update={"max_megapixels": 1.0})})
+
+
+def read_with_limits(path, **source):
+    spec = one_megapixel_spec(path, **source)
+    return [item for file in find_files(spec) for item in FileReader(file, spec)]
+
+
+def test_webdataset_quarantines_bad_samples_only(tmp_path):
+    members = tar_members(PICTURES[:2])
+    for name, (image, _) in BAD_IMAGES.items():
+        members += [(f"bad/{name}.png", image), (f"bad/{name}.txt", b"a caption")]
+    bad_captions = {
+        "latin": (b"gr\xfc\xdfe", Reason.NOT_UTF8, "latin: byte 3 of the caption"),
+        "blank": (b" \n", Reason.EMPTY, "blank"),
+        "huge": (b"x" * 100_001, Reason.TOO_LONG, "huge: 100,001 bytes in .txt"),
+    }
+    for name, (caption, *_) in bad_captions.items():
+        members += [(f"{name}.png", GOOD.image), (f"{name}.txt", caption)]
+    members += [("alone.png", GOOD.image), ("dumb.txt", b"no image"), ("neither.cls", b"3")]
+    members += [("README", b"skipped"), ("._a.png", b"skipped"), *tar_members(PICTURES[2:4])]
+    write_tar(tmp_path / "a.tar", members)
+    items = read_with_limits(tmp_path, format="webdataset")
+    assert pairs([i for i in items if isinstance(i, Document)]) == sorted((p.image, p.caption) for p in PICTURES[:4])
+    numbers = {name: number for number, (name, _) in enumerate(members, start=1)}
+    expected = [(numbers[f"bad/{name}.png"], reason, f"bad/{name}") for name, (_, reason) in BAD_IMAGES.items()]
+    expected += [(numbers[f"{name}.png"], reason, detail) for name, (_, reason, detail) in bad_captions.items()]
+    expected += [
+        (numbers["alone.png"], Reason.NO_TEXT, "alone: no member .txt"),
+        (numbers["dumb.txt"], Reason.NO_IMAGE, "dumb"),
+        (numbers["neither.cls"], Reason.NO_IMAGE, "neither"),
+    ]
+    assert [(line, reason) for line, reason, _ in faults(items)] == [(line, reason) for line, reason, _ in expected]
+    assert all(detail.startswith(start) for (*_, detail), (*_, start) in zip(faults(items), expected, strict=True))
+
+
+def test_all_other_formats_quarantine_bad_images_only(tmp_path):
+    good = PICTURES[:1]
+    named_images = [(f"{name}.png", image) for name, (image, _) in BAD_IMAGES.items()]
+    pictures = [*(good[0]._replace(name=name, image=image) for name, image in named_images), *good]
+    reasons = [reason for _, reason in BAD_IMAGES.values()]
+    write_parquet(tmp_path / "parquet" / "rows.parquet", pictures)
+    write_image_folder(tmp_path / "folder", pictures)
+    write_coco(tmp_path / "coco", pictures)
+    for name, keys in {
+        "parquet": {"format": "parquet", **BOTH_COLUMNS},
+        "coco/annotations": {"format": "coco"},
+        "folder": {"format": "images"},
+    }.items():
+        items = read_with_limits(tmp_path / name, **keys)
+        assert [item.image for item in items if isinstance(item, Document)] == [good[0].image]
+        assert sorted(reason for _, reason, _ in faults(items)) == sorted(reasons), name
+        if name != "folder":
+            assert [line for line, *_ in faults(items)] == list(range(1, 8))
+        else:
+            assert [(i.path.rpartition("/")[2], i.line) for i in items if isinstance(i, BadLine)] == sorted(
+                (picture_name, 1) for picture_name, _ in named_images
+            )
+
+
+def test_a_bomb_is_not_decoded():
+    tracemalloc.start()
+    # Pillow would warn above its own limit, and refuse above twice that, if the spec allowed more.
+    for side in (12_000, 30_000):
+        with pytest.raises(TooManyPixelsError, match=f"{side:,} x {side:,}"):
+            check_image_file(bomb(side, side), 50_000_000)
+    assert tracemalloc.get_traced_memory()[1] < 5e6
+    tracemalloc.stop()
+
+
+def test_webdataset_caption_in_json(tmp_path):
+    captions = {
+        "a": '{"caption": "a boat"}',
+        "b": '{"caption": null}',
+        "c": "[]",
+        "d": "{",
+        "e": '{"caption": "\\ud800"}',
+    }
+    members = [
+        member
+        for key, text in captions.items()
+        for member in ((f"{key}.jpg", PICTURES[1].image), (f"{key}.json", text.encode()))
+    ]
+    write_tar(tmp_path / "a.tar", members)
+    items, _ = read_source(tmp_path, format="webdataset", text_field="json.caption")
+    assert document_texts(items) == ["a boat"]
+    assert [(line, reason) for line, reason, _ in faults(items)] == [
+        (3, Reason.NO_TEXT),
+        (5, Reason.NO_TEXT),
+        (7, Reason.NOT_JSON),
+        (9, Reason.SURROGATE),
+    ]
+    assert faults(items)[0][2] == "b: 'caption' in .json is null"
+
+
+def test_webdataset_takes_the_preferred_image_of_a_key(tmp_path):
+    members = [("a.jpg", PICTURES[1].image), ("a.PNG", PICTURES[0].image), ("a.seg.png", b"mask"), ("a.txt", b"boat")]
+    write_tar(tmp_path / "a.tar", members)
+    assert pairs(read_source(tmp_path, format="webdataset")[0]) == [(PICTURES[0].image, "boat")]
+
+
+@pytest.mark.parametrize("compress", [bytes, gzip.compress, zstandard.compress])
+def test_truncated_tar_yields_all_before_the_cut(tmp_path, compress):
+    write_tar(tmp_path / "whole.tar", tar_members(PICTURES))
+    content = (tmp_path / "whole.tar").read_bytes()
+    with tarfile.open(tmp_path / "whole.tar") as tar:
+        ends = [member.offset_data + member.size for member in tar.getmembers()]
+    (tmp_path / "whole.tar").unlink()
+    for length in (0, 100, ends[4] - 3, ends[5], ends[5] + 700, ends[23], -(-ends[23] // 512) * 512):
+        (tmp_path / "a.tar").write_bytes(compress(content[:length]))
+        items, tally = read_source(tmp_path, format="webdataset")
+        complete = sum(end <= length for end in ends[1::2])
+        assert document_texts(items) == [picture.caption for picture in PICTURES[:complete]]
+        [(line, reason, _)] = faults(items)
+        assert reason is Reason.PART_LOST
+        assert 2 * complete < line <= 2 * complete + 2
+        assert tally.damaged == 1
+
+
+def test_damaged_tar_header_is_reported(tmp_path):
+    write_tar(tmp_path / "a.tar", tar_members(PICTURES))
+    with tarfile.open(tmp_path / "a.tar") as tar:
+        offset = tar.getmembers()[6].offset
+    content = (tmp_path / "a.tar").read_bytes()
+    (tmp_path / "a.tar").write_bytes(flip_bit(content, offset + 3))
+    items, _ = read_source(tmp_path, format="webdataset")
+    assert document_texts(items) == [picture.caption for picture in PICTURES[:3]]
+    assert faults(items) == [(7, Reason.PART_LOST, "the header after 6 members is damaged")]
+    # A hole of zeros looks like the end mark, but more follows.
+    (tmp_path / "a.tar").write_bytes(content[:offset] + bytes(1024) + content[offset + 1024 :])
+    assert faults(read_source(tmp_path, format="webdataset")[0]) == [
+        (7, Reason.PART_LOST, "its end mark is followed by other bytes")
+    ]
+    (tmp_path / "a.tar").write_bytes(b"hello" * 500)
+    assert faults(read_source(tmp_path, format="webdataset")[0])[0][2] == "it is not a tar file"
+
+
+@pytest.mark.parametrize("tar_format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_tar_formats_with_long_names_and_links(tmp_path, tar_format):
+    folder = "/".join(["a-folder-of-a-long-name"] * (9 if tar_format != tarfile.USTAR_FORMAT else 4))
+    with tarfile.open(tmp_path / "a.tar", "w", format=tar_format) as tar:
+        directory = tarfile.TarInfo("folder.jpg")
+        directory.type = tarfile.DIRTYPE
+        tar.addfile(directory)
+        for key in ("ähre", "b"):
+            for suffix, content in (("png", GOOD.image), ("txt", key.encode())):
+                member = tarfile.TarInfo(f"{folder}/{key}.{suffix}")
+                member.size, member.mtime = len(content), 1.5 if tar_format == tarfile.PAX_FORMAT else 1
+                tar.addfile(member, io.BytesIO(content))
+        link = tarfile.TarInfo("c.png")
+        link.type, link.linkname = tarfile.SYMTYPE, "b.png"
+        tar.addfile(link)
+    items, _ = read_source(tmp_path, format="webdataset")
+    assert pairs([i for i in items if isinstance(i, Document)]) == [(GOOD.image, "b"), (GOOD.image, "ähre")]
+    assert [item.line for item in items] == [2, 4, 6]
+    assert faults(items) == [(6, Reason.NO_IMAGE, "c: .png is a link or another special file")]
+
+
+def test_webdataset_reader_holds_one_sample(tmp_path):
+    noise = os.urandom(1 << 20)
+    members = [
+        member
+        for i in range(60)
+        for member in ((f"{i:03d}.npy", noise), *tar_members([GOOD._replace(name=f"{i:03d}.png")]))
+    ]
+    write_tar(tmp_path / "a.tar", members)
+    tracemalloc.start()
+    assert sum(1 for _ in iterate_source(tmp_path, format="webdataset")) == 60
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 10 * CHUNK_BYTES
+
+
+def test_coco_documents_are_annotations(tmp_path):
+    path = write_coco(tmp_path, PICTURES[:3])
+    tree = json.loads(path.read_text())
+    tree["annotations"] += [
+        {"image_id": 0, "caption": "again"},
+        {"image_id": 99, "caption": "no such image"},
+        {"image_id": 1, "caption": 7},
+        "nonsense",
+        {"image_id": 2, "caption": " "},
+    ]
+    tree["images"] += [
+        {"id": 3, "file_name": "gone.jpg"},
+        {"id": 4},
+        {"id": 5, "file_name": "../../etc/passwd"},
+        {"id": 6, "file_name": PICTURES[0].name},
+    ]
+    tree["annotations"] += [{"image_id": 3, "caption": "gone"}, {"image_id": 5, "caption": "elsewhere"}]
+    path.write_text(json.dumps(tree))
+    items, _ = read_source(path, format="coco")
+    assert [(i.line, i.text) for i in items if isinstance(i, Document)] == [
+        (1, PICTURES[0].caption),
+        (4, "again"),
+        (2, PICTURES[1].caption),
+        (3, PICTURES[2].caption),
+    ]
+    assert [(line, reason) for line, reason, _ in faults(items)] == [
+        (5, Reason.NO_IMAGE),
+        (7, Reason.NO_IMAGE),
+        (6, Reason.NO_TEXT),
+        (8, Reason.EMPTY),
+        (9, Reason.NO_IMAGE),
+        (5, Reason.NO_IMAGE),
+        (10, Reason.NO_IMAGE),
+        (7, Reason.NO_TEXT),
+    ]
+    assert faults(items)[-1][2] == f"{PICTURES[0].name}: the image has no caption"
+    assert len(read_source(path, format="coco", columns=["image"])[0]) == 7
+
+
+@pytest.mark.parametrize("content", [b"{", b"[]", b'{"images": [], "annotations": [{"bbox": []}]}'])
+def test_json_that_is_not_cocos_is_reported(tmp_path, content):
+    (tmp_path / "captions.json").write_bytes(content)
+    assert bad_lines(read_source(tmp_path, format="coco")[0]) == [(1, Reason.PART_LOST)]
+
+
+def test_coco_images_may_be_in_four_folders(tmp_path):
+    path = write_coco(tmp_path, PICTURES)
+    for folder in (tmp_path, tmp_path / "annotations", tmp_path / "annotations" / "train2017"):
+        for file in (*tmp_path.rglob("*.png"), *tmp_path.rglob("*.jpg"), *tmp_path.rglob("*.webp")):
+            folder.mkdir(exist_ok=True)
+            file.rename(folder / file.name)
+        assert pairs(read_source(path, format="coco")[0]) == PAIRS
+
+
+def test_a_folder_of_images_is_a_few_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(find, "IMAGES_BYTES", 3000)
+    write_image_folder(tmp_path / "a", PICTURES[:6])
+    write_image_folder(tmp_path / "b" / "deep", PICTURES[6:9])
+    write_image_folder(tmp_path, PICTURES[9:])
+    (tmp_path / "b" / "SHOUTED.JPG").write_bytes(PICTURES[1].image)
+    (tmp_path / "labels.txt").write_text("not an image")
+    spec = data_spec(tmp_path, format="images")
+    files = find_files(spec)
+    assert {file.domain for file in files} == {"web/a", "web/b", "web/all"}
+    assert 3 < len(files) < 13
+    assert all(file.size < 6000 for file in files)
+    assert sorted(path for file in files for path in file.stored_paths) == sorted(
+        str(path) for path in tmp_path.rglob("*.*") if path.is_file() and path.suffix != ".txt"
+    )
+    rows = [row for block in file_blocks(files) for row in block.to_pylist()]
+    assert [RawFile.from_row(row) for row in rows] == files
+    first_hashes = fingerprints(spec, files), version_hash(spec, files)
+    (tmp_path / "b" / "deep" / PICTURES[6].name).rename(tmp_path / "b" / "deep" / "other.png")
+    files = find_files(spec)
+    assert fingerprints(spec, files) != first_hashes[0]
+    assert version_hash(spec, files) != first_hashes[1]
+    (tmp_path / "a" / PICTURES[2].name).unlink()
+    items = [item for file in files for item in FileReader(file, spec)]
+    assert faults(items) == [(1, Reason.PART_LOST, "it no longer exists")]
+    assert len(items) == 13
+
+
+def test_parquet_quarantines_rows_without_image_or_caption(tmp_path):
+    image_type = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    rows = [
+        {"image": {"bytes": GOOD.image, "path": "a.png"}, "text": "a boat"},
+        {"image": {"bytes": None, "path": "b.png"}, "text": "a path alone"},
+        {"image": None, "text": "nothing"},
+        {"image": {"bytes": GOOD.image, "path": None}, "text": None},
+        {"image": {"bytes": GOOD.image, "path": None}, "text": " "},
+        {"image": {"bytes": GOOD.image, "path": None}, "text": "the last"},
+    ]
+    table = pa.Table.from_pylist(rows, pa.schema([("image", image_type), ("text", pa.string())]))
+    pq.write_table(table, tmp_path / "a.parquet", row_group_size=4)
+    items, _ = read_source(tmp_path, format="parquet", **BOTH_COLUMNS)
+    assert pairs([i for i in items if isinstance(i, Document)]) == [(GOOD.image, "a boat"), (GOOD.image, "the last")]
+    no_bytes = "its bytes are null: only the path of a file may be stored"
+    assert faults(items) == [
+        (2, Reason.NO_IMAGE, no_bytes),
+        (3, Reason.NO_IMAGE, no_bytes),
+        (4, Reason.NO_TEXT, "it is null"),
+        (5, Reason.EMPTY, ""),
+    ]
+
+
+def test_parquet_of_addresses_is_refused(tmp_path):
+    pq.write_table(pa.table({"URL": ["https://example.org/a.jpg"], "TEXT": ["a boat"]}), tmp_path / "a.parquet")
+    [item], _ = read_source(tmp_path, format="parquet", **BOTH_COLUMNS)
+    assert item.message.endswith("'URL', 'TEXT'; download the images with img2dataset first)")
+    [item], _ = read_source(tmp_path, format="parquet", image_field="URL", **BOTH_COLUMNS)
+    assert item.message.endswith("holds string, not images: download them with img2dataset first)")
+
+
+def test_parquet_reader_of_pictures_survives_damage(tmp_path):
+    """Rows of other row groups than the damaged one are read."""
+    path = tmp_path / "a.parquet"
+    write_parquet(path, PICTURES)
+    table = pq.read_table(path)
+    pq.write_table(table, path, row_group_size=4, write_page_checksum=True, use_dictionary=False)
+    column = pq.read_metadata(path).row_group(1).column(0)
+    content = path.read_bytes()
+    path.write_bytes(flip_bit(content, column.data_page_offset + column.total_compressed_size // 2))
+    items, _ = read_source(tmp_path, format="parquet", **BOTH_COLUMNS)
+    assert document_texts(items) == [picture.caption for picture in PICTURES[:4] + PICTURES[8:]]
+    assert bad_lines(items) == [(5, Reason.PART_LOST)]
+
+
+def test_s3_sources_of_pictures_read_like_local_ones(tmp_path, s3):
+    query, file_system = s3
+    write_with_webdataset(tmp_path / "tar", PICTURES)
+    write_coco(tmp_path / "coco", PICTURES)
+    write_image_folder(tmp_path / "folder" / "a", PICTURES)
+    write_parquet(tmp_path / "parquet" / "rows.parquet", PICTURES)
+    sources = {
+        "tar": {"format": "webdataset"},
+        "coco/annotations": {"format": "coco"},
+        "folder": {"format": "images"},
+        "parquet": {"format": "parquet", **BOTH_COLUMNS},
+    }
+    for name in ("tar", "coco", "folder", "parquet"):
+        fs.copy_files(str(tmp_path / name), f"bucket/pictures/{name}", destination_filesystem=file_system)
+    for name, keys in sources.items():
+        local_items, local_tally = read_source(tmp_path / name, **keys)
+        remote_items, remote_tally = read_source(f"s3://bucket/pictures/{name}?{query}", **keys)
+        assert remote_items == local_items
+        assert remote_tally == local_tally
+        assert len(local_items) == 12
+    file_system.delete_file(f"bucket/pictures/coco/train2017/{PICTURES[0].name}")
+    items, _ = read_source(f"s3://bucket/pictures/coco/annotations?{query}", format="coco")
+    assert [reason for _, reason, _ in faults(items)] == [Reason.NO_IMAGE]
+    assert len(items) == 12
+
+
+@given(data=st.data())
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_webdataset_reader_survives_damage(tmp_path, data):
+    """Samples before the damage are read, and the reader raises no error."""
+    write_tar(tmp_path / "a.tar", tar_members(PICTURES))
+    with tarfile.open(tmp_path / "a.tar") as tar:
+        ends = [member.offset_data + member.size for member in tar.getmembers()]
+    content = (tmp_path / "a.tar").read_bytes()
+    edits = data.draw(edit_lists(len(content)))
+    (tmp_path / "a.tar").write_bytes(apply_edits(content, edits))
+    items, tally = read_source(tmp_path, format="webdataset")
+    # A sample ends only with the header of the next one.
+    unharmed = sum(end + 1024 <= edits[0].offset for end in ends[1::2])
+    assert document_texts(items)[:unharmed] == [picture.caption for picture in PICTURES[:unharmed]]
+    assert len(items) >= 1
+    assert tally.files == 1
+
+
+def test_decode_image_is_rgb_upright_and_opaque():
+    pixels = np.zeros((2, 3, 4), np.uint8)
+    pixels[0, 0] = 255, 0, 0, 255
+    pixels[1, 2] = 0, 0, 0, 128
+    decoded = np.asarray(decode_image(encode_image(pixels)))
+    assert decoded.shape == (2, 3, 3)
+    assert decoded[0, 0].tolist() == [255, 0, 0]
+    assert decoded[0, 1].tolist() == [255, 255, 255]
+    assert decoded[1, 2].tolist() == [127, 127, 127]
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned = np.asarray(decode_image(encode_image(pixels[:, :, :3], exif=exif.tobytes())))
+    assert turned.shape == (3, 2, 3)
+    assert turned[0, 1].tolist() == [255, 0, 0]
+    grey = np.array([[0, 256 * 100, 65535]], np.uint16)
+    assert np.asarray(decode_image(encode_image(grey)))[0, :, 0].tolist() == [0, 100, 255]
+    palette = io.BytesIO()
+    Image.fromarray(pixels[:, :, 3]).convert("P").save(palette, "gif", transparency=0)
+    assert np.asarray(decode_image(palette.getvalue()))[1, 0].tolist() == [255, 255, 255]
+    cmyk = io.BytesIO()
+    Image.new("CMYK", (4, 4)).save(cmyk, "jpeg")
+    assert decode_image(cmyk.getvalue()).mode == "RGB"
+
+
+def test_missing_pillow_is_one_line(tmp_path, monkeypatch):
+    write_tar(tmp_path / "a.tar", tar_members(PICTURES))
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    monkeypatch.setattr(images.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(DataError, match=r"pip install 'mhmoe-ray\[pictures\]'$"):
+        read_source(tmp_path, format="webdataset")
+    # The captions alone need no decoder.
+    assert len(read_source(tmp_path, format="webdataset", columns=["text"])[0]) == 12
