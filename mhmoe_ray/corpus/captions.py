@@ -1,0 +1,180 @@
+"""Concepts that artists draw, with their names in many languages and their classes.
+
+The concepts are Unicode's emoji. Their names and keywords come from the annotations of CLDR (LDML, part 2), their
+groups and subgroups from `emoji-test.txt` (UTS 51). The subjects of stamps are concepts too, with their own captions.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath
+from xml.etree import ElementTree
+
+from mhmoe_ray.errors import DataError
+
+VARIATION_SELECTOR = "\ufe0f"
+"""Character that asks for the picture of the character before it; CLDR leaves it out of all sequences."""
+SKIN_TONES = range(0x1F3FB, 0x1F400)
+UNTRANSLATED_MARK = "↑↑↑"
+"""Text by which a locale of CLDR refers to the name in its parent."""
+
+
+@dataclass(frozen=True)
+class Concept:
+    """A thing that artists draw, with its captions.
+
+    Attributes:
+        key: the key of the concept's files; for an emoji its code points in hexadecimal without U+FE0F, such as
+            "1f44b-1f3fb".
+        characters: the emoji itself; empty for the subject of a stamp.
+        name: the English caption.
+        keywords: English keywords.
+        class_name: the subgroup of an emoji, or the folder of a stamp.
+        group: the group that contains the class.
+        captions: the caption by locale, a tag of BCP 47 ("pt-BR"); English is one of them.
+    """
+
+    key: str
+    characters: str
+    name: str
+    keywords: tuple[str, ...]
+    class_name: str
+    group: str
+    captions: Mapping[str, str]
+
+
+@dataclass
+class Annotations:
+    """The names and keywords of one locale of CLDR, by the key of a concept."""
+
+    names: dict[str, str] = field(default_factory=dict)
+    keywords: dict[str, tuple[str, ...]] = field(default_factory=dict)
+
+
+def sequence_key(characters: str) -> str:
+    """Return the key of an emoji: its code points in hexadecimal, without U+FE0F."""
+    return "-".join(f"{ord(c):04x}" for c in characters if c != VARIATION_SELECTOR)
+
+
+def untoned_key(key: str) -> str:
+    """Return the key of the same emoji without skin tones, which all its skin tones share."""
+    # A part of a stamp's key is no hexadecimal number of this range, so that such a key stays as it is.
+    tones = {f"{code_point:x}" for code_point in SKIN_TONES}
+    return "-".join(part for part in key.split("-") if part not in tones) or key
+
+
+def read_annotations(content: bytes, annotations: Annotations) -> None:
+    """Add the names and keywords of a file of CLDR to those of its locale.
+
+    Names and keywords that nobody has confirmed, and references to a parent locale, are left out.
+
+    Args:
+        content: XML of the folder `annotations` or `annotationsDerived`.
+        annotations: the annotations of the file's locale, to which those of the file are added.
+
+    Raises:
+        ElementTree.ParseError: the content is not XML.
+    """
+    for element in ElementTree.fromstring(content).iter("annotation"):
+        text = " ".join((element.text or "").split())
+        if not text or UNTRANSLATED_MARK in text or element.get("draft") in ("unconfirmed", "provisional"):
+            continue
+        key = sequence_key(element.get("cp", ""))
+        if element.get("type") == "tts":
+            annotations.names[key] = text
+        else:
+            annotations.keywords[key] = tuple(keyword.strip() for keyword in text.split("|"))
+
+
+def read_locales(files: Mapping[str, bytes]) -> dict[str, Annotations]:
+    """Return the annotations of all locales, by tag of BCP 47.
+
+    Args:
+        files: the content of files of CLDR by path; the name of a file is its locale ("de_CH.xml").
+
+    Raises:
+        DataError: a file is not XML.
+    """
+    locales = dict[str, Annotations]()
+    for path, content in sorted(files.items()):
+        name = PurePosixPath(path).stem
+        # The root locale has code points for names.
+        if name == "root":
+            continue
+        annotations = locales.setdefault(name.replace("_", "-"), Annotations())
+        try:
+            read_annotations(content, annotations)
+        except ElementTree.ParseError as e:
+            raise DataError(
+                f"annotations {path}", f"they are not XML ({e})", "delete the package from the cache"
+            ) from e
+    # A locale that agrees with its parent in everything has a file without names.
+    return {tag: annotations for tag, annotations in locales.items() if annotations.names}
+
+
+def read_emoji_table(text: str) -> dict[str, tuple[str, str, str]]:
+    """Return the characters, the group and the subgroup of each complete emoji, by key.
+
+    Args:
+        text: the text of `emoji-test.txt`. Parts of emoji, such as a hair colour alone, are left out.
+    """
+    table, group, subgroup = dict[str, tuple[str, str, str]](), "", ""
+    for line in text.splitlines():
+        if heading := re.fullmatch(r"# (group|subgroup): (.+)", line):
+            if heading[1] == "group":
+                group = heading[2]
+            else:
+                subgroup = heading[2]
+        elif row := re.match(r"([0-9A-F ]+); fully-qualified", line):
+            characters = "".join(chr(int(code_point, 16)) for code_point in row[1].split())
+            table[sequence_key(characters)] = characters, group, subgroup
+    return table
+
+
+def emoji_concepts(locales: Mapping[str, Annotations], table: Mapping[str, tuple[str, str, str]]) -> dict[str, Concept]:
+    """Return the concepts of all emoji that have an English name and a class, by key in sorted order."""
+    english = locales.get("en", Annotations())
+    return {
+        key: Concept(
+            key=key,
+            characters=characters,
+            name=english.names[key],
+            keywords=english.keywords.get(key, ()),
+            class_name=subgroup,
+            group=group,
+            captions={tag: locale.names[key] for tag, locale in sorted(locales.items()) if key in locale.names},
+        )
+        for key, (characters, group, subgroup) in sorted(table.items())
+        if key in english.names
+    }
+
+
+def stamp_concept(path: str, lines: Iterable[str]) -> Concept | None:
+    """Return the concept of a stamp; None if its text has no English caption.
+
+    Args:
+        path: the path of the stamp below the folder of stamps, without suffix ("animals/birds/crow").
+        lines: the lines of its text: the English caption, then translations such as `pt_BR.utf8=Um corvo.`
+    """
+    first_line, *translation_lines = [" ".join(line.split()) for line in lines] or [""]
+    if not first_line:
+        return None
+    captions = {"en": first_line}
+    for line in translation_lines:
+        if translation := re.fullmatch(r"(\w+)(@\w+)?\.utf8= ?(.+)", line):
+            language, variety, caption = translation.groups(default="")
+            tag = language.replace("_", "-") + {"@latin": "-Latn"}.get(variety, variety.replace("@", "-"))
+            # The translators' tools fill gaps with the English caption.
+            if caption != first_line or language.startswith("en_"):
+                captions[tag] = caption
+    folder = PurePosixPath(path).parent
+    return Concept(
+        # A dot would end the key in WebDataset's format, and a slash would make folders.
+        key=path.replace("/", "__").replace(".", "_"),
+        characters="",
+        name=first_line,
+        keywords=(),
+        class_name=folder.as_posix(),
+        group=folder.parts[0] if folder.parts else "",
+        captions=dict(sorted(captions.items())),
+    )

@@ -1,0 +1,157 @@
+"""Rendering of drawings from fonts, SVG and bitmap files into square PNG files with alpha (extra `picture-sample`)."""
+
+import io
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from mhmoe_ray.corpus.captions import VARIATION_SELECTOR
+from mhmoe_ray.errors import DataError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+EMOJI_FONT_SIZE = 109
+"""Size in pixels of the only bitmaps that Noto Color Emoji has."""
+REFERENCE_CHARACTER = "\U0001f600"
+"""Character whose glyph has the size of all glyphs of a font of emoji."""
+SVG_DPI = 96
+"""Pixels per inch of SVG (CSS 2.1), for drawings whose size is in millimetres."""
+
+
+class UndrawableError(Exception):
+    """A drawing that cannot be rendered; the text of the error is the reason, for a count of drawings by reason."""
+
+
+def check_libraries() -> None:
+    """Check that the libraries that render drawings are installed.
+
+    Raises:
+        DataError: Pillow or resvg-py is not installed.
+    """
+    try:
+        import PIL.ImageFont  # noqa: F401
+        import resvg_py  # noqa: F401
+    except ImportError as e:
+        package = "resvg-py" if e.name == "resvg_py" else "pillow"
+        raise DataError(
+            "data sample --pictures", f"the package {package} is missing", "pip install 'mhmoe-ray[picture-sample]'"
+        ) from e
+
+
+class EmojiFont:
+    """A font whose glyphs are colour bitmaps, one for each emoji.
+
+    Args:
+        content: the content of the font's file.
+
+    Raises:
+        DataError: Pillow cannot read the font.
+    """
+
+    def __init__(self, content: bytes) -> None:
+        from PIL import ImageFont, features
+
+        # Only raqm joins several characters to one glyph. Without it, emoji of a single character can be drawn.
+        self._has_layout = features.check("raqm")
+        layout = ImageFont.Layout.RAQM if self._has_layout else ImageFont.Layout.BASIC
+        try:
+            self._font = ImageFont.truetype(io.BytesIO(content), EMOJI_FONT_SIZE, layout_engine=layout)
+        except OSError as e:
+            raise DataError("font of emoji", f"it cannot be read ({e})", "delete its package from the cache") from e
+        x_min, _, x_max, _ = self._font.getbbox(REFERENCE_CHARACTER)
+        self._glyph_width = x_max - x_min
+
+    def draw(self, characters: str) -> "Image":
+        """Return the drawing of an emoji, with alpha.
+
+        Raises:
+            UndrawableError: the font has no glyph for the emoji, or only several glyphs side by side.
+        """
+        from PIL import Image, ImageDraw
+
+        if not self._has_layout:
+            characters = characters.replace(VARIATION_SELECTOR, "")
+            if len(characters) > 1:
+                raise UndrawableError("sequence needs a Pillow with raqm")
+        x_min, y_min, x_max, y_max = self._font.getbbox(characters)
+        if x_max <= x_min or y_max <= y_min:
+            raise UndrawableError("no glyph")
+        # Characters that the font cannot join become several glyphs. All glyphs of the font have the same width, apart
+        # from rounding.
+        if x_max - x_min > self._glyph_width + 1:
+            raise UndrawableError("no glyph for the whole sequence")
+        size = (round(x_max - x_min), round(y_max - y_min))
+        # Pillow blends the drawing into the image below it, on which its colours depend. With black below, colours are
+        # multiplied by alpha, and a division restores them.
+        image = Image.new("RGBA", size)
+        ImageDraw.Draw(image).text((-x_min, -y_min), characters, font=self._font, embedded_color=True)
+        pixels = np.asarray(image).astype(np.uint32)
+        alpha = pixels[..., 3:]
+        pixels[..., :3] = np.minimum(255, (pixels[..., :3] * 255 + alpha // 2) // np.maximum(alpha, 1))
+        return Image.fromarray(pixels.astype(np.uint8))
+
+
+def render_svg(content: bytes, width: int) -> "Image":
+    """Return a rendered SVG drawing with alpha; its height follows from the drawing's proportions.
+
+    Args:
+        content: the SVG text.
+        width: the width of the rendered drawing in pixels.
+
+    Raises:
+        UndrawableError: resvg cannot render the drawing.
+    """
+    import resvg_py
+    from PIL import Image
+
+    # Fonts of the machine would make the result depend on the machine.
+    try:
+        png = resvg_py.svg_to_bytes(
+            svg_string=content.decode("utf-8"), width=width, dpi=SVG_DPI, skip_system_fonts=True
+        )
+    except ValueError as e:
+        raise UndrawableError("unreadable SVG") from e
+    return Image.open(io.BytesIO(bytes(png)))
+
+
+def read_bitmap(content: bytes) -> "Image":
+    """Return the picture in a PNG file, with alpha.
+
+    Raises:
+        UndrawableError: Pillow cannot read the file.
+    """
+    from PIL import Image
+
+    try:
+        return Image.open(io.BytesIO(content)).convert("RGBA")
+    # Pillow raises these errors for damaged files, the last one for pictures that are too large to be honest.
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
+        raise UndrawableError("unreadable PNG") from e
+
+
+def square_png(image: "Image", size: int) -> bytes:
+    """Return a PNG file of a square with a picture in its middle, on transparent ground.
+
+    The picture is scaled to the size of the square and keeps its proportions.
+
+    Args:
+        image: the picture; without alpha it is opaque.
+        size: the width and height of the square in pixels.
+
+    Raises:
+        UndrawableError: every pixel of the picture is transparent.
+    """
+    from PIL import Image
+
+    picture = image.convert("RGBA")
+    if picture.getchannel("A").getbbox() is None:
+        raise UndrawableError("empty drawing")
+    scale = size / max(picture.size)
+    width, height = (max(1, round(length * scale)) for length in picture.size)
+    scaled = picture.resize((width, height), Image.Resampling.LANCZOS)
+    square = Image.new("RGBA", (size, size))
+    square.paste(scaled, ((size - width) // 2, (size - height) // 2))
+    buffer = io.BytesIO()
+    square.save(buffer, "PNG")
+    return buffer.getvalue()
