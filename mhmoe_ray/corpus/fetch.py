@@ -100,8 +100,8 @@ def _cached_file(package: SourcePackage, folder: Path) -> Path | None:
     name, _, version = package.name.partition("==")
     if package.origin == "Debian":
         return next(iter(sorted(folder.glob(f"{name}_*.deb"))), None)
-    # The file name of a wheel begins with the project's name in lower case. Hyphens separate the parts of a file name, so
-    # those of the project's name become underscores.
+    # The file name of a wheel begins with the project's name in lower case. Hyphens separate the parts of a file name,
+    # so those of the project's name become underscores.
     return next(iter(sorted(folder.glob(f"{name.lower().replace('-', '_')}-{version}-*.whl"))), None)
 
 

@@ -59,7 +59,8 @@ class PictureSummary:
     def as_json(self) -> dict[str, Any]:
         """Return the summary as `mhmoe data sample --pictures --json` prints it."""
         fields = asdict(self)
-        return {**fields, "missing": fields.pop("missing_packages")}
+        missing_packages = fields.pop("missing_packages")
+        return {**fields, "missing": missing_packages}
 
     def describe_shortfall(self, artists: Iterable[Artist] = ARTISTS) -> str | None:
         """Return a clause that names the artists without any picture; None if there are none."""
@@ -177,9 +178,10 @@ class _PictureSample:
             is_shared = first_key != concept.key
             writer.add(concept, png, artist.name, artist.package.license, first_key if is_shared else None)
             self._count_picture(name, concept, is_shared)
-        for name, writer in sorted(writers.items()):
-            writer.close()
-            self.summary.pictures[name] = writer.picture_count
+        for name in (f"{part}/{artist.name}" for part in _PARTS):
+            if writer := writers.get(name):
+                writer.close()
+                self.summary.pictures[name] = writer.picture_count
         if reasons := {reason: count for reason, count in sorted(failures.items()) if count}:
             self.summary.left_out[artist.name] = reasons
         if not writers:
