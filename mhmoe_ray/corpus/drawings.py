@@ -35,7 +35,7 @@ def check_libraries() -> None:
     except ImportError as e:
         package = "resvg-py" if e.name == "resvg_py" else "pillow"
         raise DataError(
-            "data sample --pictures", f"the package {package} is missing", "pip install 'mhmoe-ray[picture-sample]'"
+            "picture sample", f"the package {package} is missing", "pip install 'mhmoe-ray[picture-sample]'"
         ) from e
 
 

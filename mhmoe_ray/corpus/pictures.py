@@ -178,10 +178,9 @@ class _PictureSample:
             is_shared = first_key != concept.key
             writer.add(concept, png, artist.name, artist.package.license, first_key if is_shared else None)
             self._count_picture(name, concept, is_shared)
-        for name in (f"{part}/{artist.name}" for part in _PARTS):
-            if writer := writers.get(name):
-                writer.close()
-                self.summary.pictures[name] = writer.picture_count
+        for name in sorted(writers, key=lambda name: _PARTS.index(name.partition("/")[0])):
+            writers[name].close()
+            self.summary.pictures[name] = writers[name].picture_count
         if reasons := {reason: count for reason, count in sorted(failures.items()) if count}:
             self.summary.left_out[artist.name] = reasons
         if not writers:

@@ -266,7 +266,7 @@ def test_a_missing_library_is_one_line(tmp_path, monkeypatch, module, package):
         return import_module(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", refuse_module)
-    message = rf"data sample --pictures: the package {package} is missing; pip install 'mhmoe-ray\[picture-sample\]'"
+    message = rf"picture sample: the package {package} is missing; pip install 'mhmoe-ray\[picture-sample\]'"
     with pytest.raises(DataError, match=message):
         write_picture_sample(tmp_path, tmp_path, print)
     assert not any(tmp_path.iterdir())
