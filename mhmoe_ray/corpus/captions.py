@@ -15,8 +15,21 @@ from mhmoe_ray.errors import DataError
 VARIATION_SELECTOR = "\ufe0f"
 """Character that asks for the picture of the character before it; CLDR leaves it out of all sequences."""
 SKIN_TONES = range(0x1F3FB, 0x1F400)
+SEX_SIGNS = "\u2640\u2642"
+"""Signs that, joined to an emoji of a person, make it a woman or a man."""
 UNTRANSLATED_MARK = "↑↑↑"
 """Text by which a locale of CLDR refers to the name in its parent."""
+
+_CLDR_TAGS = {
+    "ca@valencia": "ca-ES-VALENCIA",
+    "nb": "no",
+    "pt": "pt-PT",
+    "pt_BR": "pt",
+    "sr@latin": "sr-Latn",
+    "zh_CN": "zh",
+    "zh_TW": "zh-Hant",
+}
+"""Tags in CLDR of locales that stamps name otherwise, so that a locale has one tag in the whole sample."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +44,7 @@ class Concept:
         keywords: English keywords.
         class_name: the subgroup of an emoji, or the folder of a stamp.
         group: the group that contains the class.
-        captions: the caption by locale, a tag of BCP 47 ("pt-BR"); English is one of them.
+        captions: the caption by locale, a tag of BCP 47 as CLDR has it ("pt-PT"); English is one of them.
     """
 
     key: str
@@ -56,11 +69,14 @@ def sequence_key(characters: str) -> str:
     return "-".join(f"{ord(c):04x}" for c in characters if c != VARIATION_SELECTOR)
 
 
-def untoned_key(key: str) -> str:
-    """Return the key of the same emoji without skin tones, which all its skin tones share."""
+def base_key(key: str) -> str:
+    """Return the key of the same emoji without skin tone and sex, which all of its variants share."""
     # A part of a stamp's key is no hexadecimal number of this range, so that such a key stays as it is.
     tones = {f"{code_point:x}" for code_point in SKIN_TONES}
-    return "-".join(part for part in key.split("-") if part not in tones) or key
+    untoned_key = "-".join(part for part in key.split("-") if part not in tones) or key
+    for sign in SEX_SIGNS:
+        untoned_key = untoned_key.removesuffix(f"-200d-{ord(sign):x}")
+    return untoned_key
 
 
 def read_annotations(content: bytes, annotations: Annotations) -> None:
@@ -161,12 +177,11 @@ def stamp_concept(path: str, lines: Iterable[str]) -> Concept | None:
         return None
     captions = {"en": first_line}
     for line in translation_lines:
-        if translation := re.fullmatch(r"(\w+)(@\w+)?\.utf8= ?(.+)", line):
-            language, variety, caption = translation.groups(default="")
-            tag = language.replace("_", "-") + {"@latin": "-Latn"}.get(variety, variety.replace("@", "-"))
+        if translation := re.fullmatch(r"([\w@]+)\.utf8= ?(.+)", line):
+            locale, caption = translation.groups()
             # The translators' tools fill gaps with the English caption.
-            if caption != first_line or language.startswith("en_"):
-                captions[tag] = caption
+            if caption != first_line or locale.startswith("en_"):
+                captions[_CLDR_TAGS.get(locale, locale.replace("_", "-"))] = caption
     folder = PurePosixPath(path).parent
     return Concept(
         # A dot would end the key in WebDataset's format, and a slash would make folders.

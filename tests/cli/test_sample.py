@@ -1,5 +1,7 @@
 """Tests of `mhmoe data sample` on a machine that can download nothing, or write nothing."""
 
+import pytest
+
 from tests.cli.run import mhmoe
 
 
@@ -24,6 +26,19 @@ def test_large_sample_without_clients_names_missing_packages(tmp_path):
     ]
     assert "redpajama/book" in result.out
     assert sorted(p.name for p in tmp_path.iterdir()) == ["bin", "out"]
+
+
+def test_picture_sample_without_clients_names_missing_artists(tmp_path):
+    pytest.importorskip("PIL")
+    pytest.importorskip("resvg_py")
+    (tmp_path / "bin").mkdir()
+    result = mhmoe(tmp_path, "data", "sample", "out", "--pictures", PATH=str(tmp_path / "bin"), PIP_NO_INDEX="1")
+    *warnings, last_line = result.err.splitlines()
+    assert result.code == 4
+    assert last_line.startswith("error: data sample out: it has no pictures of noto, openmoji, stamps, gemojione; ")
+    assert len(warnings) == 1
+    assert warnings[0].startswith("warning: packages of Debian: there is no apt-get here; ")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["bin"]
 
 
 def test_unwritable_folder_is_one_line(tmp_path):

@@ -3,12 +3,12 @@
 import pytest
 
 from mhmoe_ray.corpus.captions import (
+    base_key,
     emoji_concepts,
     read_emoji_table,
     read_locales,
     sequence_key,
     stamp_concept,
-    untoned_key,
 )
 from mhmoe_ray.errors import DataError
 
@@ -93,11 +93,11 @@ def test_emoji_concepts_need_an_english_name(locales):
     assert (concepts["263a"].name, concepts["263a"].class_name) == ("smiling face", "face-affection")
 
 
-def test_keys_leave_out_the_variation_selector_and_skin_tones():
+def test_keys_leave_out_the_variation_selector_and_variants():
     key = sequence_key("\U0001f3cb\U0001f3fc\u200d\u2642\ufe0f")
     assert key == "1f3cb-1f3fc-200d-2642"
-    assert untoned_key(key) == "1f3cb-200d-2642"
-    assert untoned_key("1f3fb") == "1f3fb"
+    assert base_key(key) == "1f3cb"
+    assert base_key("1f3fb") == "1f3fb"
 
 
 def test_stamp_concept_has_its_captions_and_folder():
@@ -108,6 +108,7 @@ def test_stamp_concept_has_its_captions_and_folder():
             "de.utf8=Eine Krähe.",
             "ga.utf8=A crow.",
             "en_GB.utf8=A crow.",
+            "nb.utf8=En kråke.",
             "pt_BR.utf8=Um corvo.",
             "sr@latin.utf8=Vrana",
             "ca@valencia.utf8= Un corb.",
@@ -118,11 +119,12 @@ def test_stamp_concept_has_its_captions_and_folder():
     assert concept.key == "animals__birds__crow_2"
     assert (concept.name, concept.class_name, concept.group) == ("A crow.", "animals/birds", "animals")
     assert concept.captions == {
-        "ca-valencia": "Un corb.",
+        "ca-ES-VALENCIA": "Un corb.",
         "de": "Eine Krähe.",
         "en": "A crow.",
         "en-GB": "A crow.",
-        "pt-BR": "Um corvo.",
+        "no": "En kråke.",
+        "pt": "Um corvo.",
         "sr-Latn": "Vrana",
     }
     assert stamp_concept("a/b", []) is None
