@@ -54,7 +54,7 @@ def build_router(spec: ModelSpec) -> Router:
     assert spec.moe is not None
     if spec.encoder is not None and spec.encoder.routers == "per_modality":
         return ModalityRouter(spec.row_width, spec.moe)
-    return (DomainRouter if spec.moe.router == "domain" else Router)(spec.row_width, spec.moe)
+    return DomainRouter(spec.moe) if spec.moe.router == "domain" else Router(spec.row_width, spec.moe)
 
 
 class MultiHeadMoE(nn.Module):

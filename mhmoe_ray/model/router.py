@@ -268,13 +268,13 @@ class Router(nn.Module):
         """
         # Autocast would compute logits in bfloat16.
         with torch.autocast(x_ND.device.type, enabled=False):
-            return self._route(widen(x_ND), generator, sequences, self._scores_of(image_rows))
+            return self._route(widen(x_ND), generator, sequences, image_rows)
 
     def _route(
-        self, x_ND: Tensor, generator: torch.Generator | None, sequences: int, scores: Scores
+        self, x_ND: Tensor, generator: torch.Generator | None, sequences: int = 1, image_rows: int = 0
     ) -> Routing:
-        """Return the routing of rows in float32 or wider, with logits from `scores`. Autocast must be off."""
-        moe, rows = self.moe, len(x_ND)
+        """Return the routing of rows in float32 or wider. Autocast must be off."""
+        moe, rows, scores = self.moe, len(x_ND), self._scores_of(image_rows)
         if moe.jitter and generator is not None:
             x_ND = x_ND * torch.empty_like(x_ND).uniform_(1 - moe.jitter, 1 + moe.jitter, generator=generator)
         logits_NE = scores(x_ND)

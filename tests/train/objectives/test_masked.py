@@ -1,0 +1,133 @@
+"""Tests of the objectives of encoders: losses of a step on any number of ranks, weights of parts, and validation."""
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from mhmoe_ray.data.encoder_samples import EncoderSamples
+from mhmoe_ray.train.objectives.masked import BatchMaker, encoder_digest, normalized_patches
+from tests.encoders import encoder_spec, micro_batch_samples, part_samples
+from tests.ranks import run_ranks
+from tests.train.jobs import build_trainer, full_gradients, full_tensors
+
+
+def stream_rows(samples):
+    """Return samples as a row of the training stream."""
+    return {name: getattr(samples, name)[None] for name in EncoderSamples._fields}
+
+
+def rank_batches(spec, trainer, step):
+    """Return this rank's micro-batches of a step."""
+    m, mesh = spec.train.micro_batches, trainer.mesh
+    numbers = range(step * m + mesh.rank, (step + 1) * m, mesh.world_size)
+    return [trainer.objective.receive(stream_rows(micro_batch_samples(spec, number)))[1] for number in numbers]
+
+
+def train_and_validate(spec, steps=3):
+    """Train from step 0, and return the losses of each step, the first gradients, the weights, and a validation."""
+    trainer = build_trainer(spec)
+    losses, gradients = [], {}
+    for step in range(steps):
+        sums = trainer.accumulate(rank_batches(spec, trainer, step))
+        if step == 0:
+            gradients = full_gradients(trainer)
+        trainer.update(sums)
+        part_sums_P2 = sums.part_sums_P2
+        if trainer.mesh.world_size > 1:
+            dist.all_reduce(part_sums_P2)
+        losses.append(part_sums_P2)
+    # The numbers of held-out samples do not divide evenly over ranks.
+    held_out = {part.name: part_samples(spec, part._replace(samples=7), 900 + i) for i, part in enumerate(spec.parts)}
+    return {
+        "losses": losses,
+        "gradients": gradients,
+        "weights": full_tensors(trainer.strategy.checkpoint_weights()),
+        "validation": trainer.objective.validate(held_out),
+    }
+
+
+@pytest.fixture(scope="module")
+def single_rank_result():
+    [result] = run_ranks(1, train_and_validate, encoder_spec())
+    return result
+
+
+@pytest.mark.parametrize(
+    ("workers", "cluster"),
+    [(2, {"ep": 1}), (2, {"ep": 2}), (4, {"ep": 2}), (2, {"ep": 2, "strategy": "fsdp"}), (2, {"strategy": "zero2"})],
+    ids=["2-ranks", "ep-2", "4-ranks-ep-2", "fsdp-ep-2", "zero2"],
+)
+def test_ranks_train_as_one_does(single_rank_result, workers, cluster):
+    spec = encoder_spec(cluster={"workers": workers, **cluster})
+    expected = single_rank_result
+    for result in run_ranks(workers, train_and_validate, spec):
+        for losses, expected_losses in zip(result["losses"], expected["losses"], strict=True):
+            torch.testing.assert_close(losses, expected_losses, rtol=1e-5, atol=1e-5)
+        for name, gradient in expected["gradients"].items():
+            torch.testing.assert_close(result["gradients"][name], gradient, rtol=1e-3, atol=2e-6, msg=name)
+        assert result["validation"].targets == expected["validation"].targets
+        assert result["validation"].loss == pytest.approx(expected["validation"].loss, rel=1e-4)
+        assert result["validation"].part_losses == pytest.approx(expected["validation"].part_losses, rel=1e-4)
+
+
+def test_the_loss_of_a_step_is_the_weighted_sum_of_means(single_rank_result):
+    """The gradient is that of the sum over losses of weight times mean over all targets of the step."""
+    spec = encoder_spec()
+    trainer = build_trainer(spec)
+    batches = rank_batches(spec, trainer, 0)
+    outputs = [trainer.model(batch) for batch in batches]
+    weights = {"pairs_image": 0.5, "pairs_text": 0.5}
+    total = sum(
+        weights.get(name, 1)
+        * sum(output.losses[i].sum for output in outputs)
+        / sum(len(output.losses[i].value_I) for output in outputs)
+        for i, name in enumerate(spec.loss_names)
+    )
+    balance = sum(routing.balance_loss for output in outputs for routing in output.routing) / len(batches)
+    (total + spec.model.moe.balance_weight * balance).backward()
+    for name, parameter in trainer.model.named_parameters():
+        expected = single_rank_result["gradients"][name]
+        torch.testing.assert_close(parameter.grad, expected, rtol=1e-3, atol=2e-6, msg=name)
+    [sums] = single_rank_result["losses"][:1]
+    means = dict(zip(spec.loss_names, (sums[:, 0] / sums[:, 1]).tolist(), strict=True))
+    expected_loss = sum(weights.get(name, 1) * mean for name, mean in means.items())
+    assert trainer.objective.step_loss(0, 0, sums) == pytest.approx(expected_loss)
+    assert list(means) == ["texts", "images", "pairs_image", "pairs_text", "match"]
+
+
+def test_a_matching_part_is_validated_in_whole_micro_batches(single_rank_result):
+    """Of seven pairs, six fill micro-batches of three; a single one would be matched without a choice."""
+    trainer = build_trainer(encoder_spec())
+    part = trainer.spec.parts[3]
+    samples = {"match": part_samples(trainer.spec, part._replace(samples=7), 5)}
+    assert trainer.objective.validate(samples).targets == 6
+    few = {"match": part_samples(trainer.spec, part._replace(samples=2), 5)}
+    assert trainer.objective.validate(few).targets == 2
+
+
+def test_digests_depend_on_every_column():
+    samples = micro_batch_samples(encoder_spec(), 0)
+    digests = {encoder_digest(samples)}
+    for name in EncoderSamples._fields:
+        column = getattr(samples, name).copy()
+        column.flat[-1] ^= True
+        digests.add(encoder_digest(samples._replace(**{name: column})))
+    assert len(digests) == 6
+
+
+def test_normalized_patches_have_mean_0_and_deviation_1():
+    patches = torch.rand(5, 48) * torch.arange(1, 6)[:, None]
+    normalized = normalized_patches(patches)
+    torch.testing.assert_close(normalized.mean(1), torch.zeros(5), atol=1e-6, rtol=0)
+    torch.testing.assert_close(normalized.std(1), torch.ones(5), atol=1e-3, rtol=0)
+    assert torch.equal(normalized_patches(torch.full((1, 48), 0.7)).round(decimals=3), torch.zeros(1, 48))
+
+
+def test_targets_of_a_codebook_are_its_nearest_entries():
+    spec = encoder_spec(model__encoder__image_targets="codebook", model__encoder__codebook_size=6)
+    codebook = torch.randn(6, 48)
+    samples = micro_batch_samples(spec, 0)
+    batch = BatchMaker(spec, torch.device("cpu"), codebook.numpy()).make(spec.parts, samples)
+    pixel_batch = BatchMaker(spec, torch.device("cpu")).make(spec.parts, samples)
+    distances = (pixel_batch.patch_target_I[:, None] - codebook).square().sum(-1)
+    assert torch.equal(batch.patch_target_I, distances.argmin(1))
