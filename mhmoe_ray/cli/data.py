@@ -50,6 +50,7 @@ def prepare(
     """
     from mhmoe_ray.api.connection import connect_to_cluster
     from mhmoe_ray.data.chat.template import check_template
+    from mhmoe_ray.data.images import require_pillow
     from mhmoe_ray.data.prepare.work import clean_up
     from mhmoe_ray.data.shards.manifest import check_recipe, read_data_manifest
     from mhmoe_ray.data.sources import find_files
@@ -58,8 +59,10 @@ def prepare(
     folder = resolved.data.prepared
     manifest = read_data_manifest(folder)
     if manifest is None:
-        # These calls raise an error if text is missing or the chat template is wrong, before a cluster is started to
-        # read the text.
+        # These calls raise an error if text is missing, the chat template is wrong or a package is missing, before a
+        # cluster is started to read the text.
+        if resolved.data.has_images:
+            require_pillow()
         find_files(resolved.data)
         if resolved.data.chat_sources:
             check_template(resolved.data)
@@ -106,6 +109,7 @@ def _print_manifest(manifest: "DataManifest") -> None:
     """Print the counts of each domain of prepared data, and the entropies of its held-out text."""
     columns = ["", "documents", "held out", "bad", "text", "tokens", "bytes/token", "samples", "cut", "padding"]
     columns += ["targets"] if manifest.chat else []
+    columns += ["images"] if manifest.encoder else []
     rows = []
     for name, d in manifest.domains.items():
         # `text_bytes` includes held-out text, so the number of tokens must include held-out tokens too.
@@ -123,6 +127,7 @@ def _print_manifest(manifest: "DataManifest") -> None:
                 f"{d.cut_documents / d.documents:.1%}" if d.documents else "",
                 f"{d.padding / (d.samples * manifest.seq_len):.2%}" if d.samples else "",
                 *([] if d.target_tokens is None else [f"{d.target_tokens:,}"]),
+                *([] if d.images is None else [f"{d.images:,}"]),
             ]
         )
     print_untruncated(number_table(columns, rows))

@@ -11,7 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+from mhmoe_ray.spec import RunSpec, SourceSpec
 from tests.data.texts import make_documents
+from tests.specs import tiny_spec
 
 FORMATS = ("png", "jpg", "webp")
 
@@ -86,3 +88,28 @@ def write_parquet(path: Path, pictures: list[Picture], image_field: str = "image
     path.parent.mkdir(parents=True, exist_ok=True)
     columns = {image_field: [picture.image for picture in pictures], "text": [picture.caption for picture in pictures]}
     pq.write_table(pa.table(columns), path)
+
+
+def encoder_spec(folder: Path, sources: dict[str, dict], model: dict | None = None, **data) -> RunSpec:
+    """Return the spec of a tiny encoder that reads sources below `folder`.
+
+    Sources with the same columns are one part of a micro-batch.
+
+    Args:
+        folder: the folder of the relative paths.
+        sources: the keys of each source.
+        model: keys of `model.encoder` to change.
+        data: keys of the section `data` to change.
+    """
+    spec_sources = {name: SourceSpec.model_validate(source) for name, source in sources.items()}
+    parts = {}
+    for name, source in spec_sources.items():
+        part_name = "-".join(source.sample_columns)
+        parts.setdefault(part_name, {"sources": [], "micro_batch_size": 2})["sources"].append(name)
+    encoder = {"image_size": 32, "patch_size": 8, "text_positions": 32, **(model or {})}
+    return tiny_spec(
+        folder,
+        model={"backbone": "subln", "tied_embeddings": False, "encoder": encoder},
+        data={"sources": sources, "parts": parts, "seq_len": 32, "validation_fraction": 0.2, **data},
+        train={"micro_batch_size": 2 * len(parts)},
+    )

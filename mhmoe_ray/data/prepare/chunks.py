@@ -90,8 +90,8 @@ class QuarantineLimit:
 
 
 CHUNK_CHARACTERS = 4 << 20
-"""Characters of text per chunk: one core tokenises them in a fraction of a second, or with the tokenizers library in
-seconds."""
+"""Characters of text and bytes of images per chunk: one core tokenises so much text in a fraction of a second, or with
+the tokenizers library in seconds."""
 
 BAD_LINE_CHARACTERS = 500
 """Number of characters that an unreadable line adds to the size of a chunk."""
@@ -104,6 +104,8 @@ SCHEMA = pa.schema(
         ("tally", pa.binary()),
         ("is_aborted", pa.bool_()),
         ("conversations", pa.binary()),
+        ("images", pa.list_(pa.large_binary())),
+        ("image_hashes", pa.list_(pa.string())),
     ]
 )
 
@@ -122,6 +124,10 @@ class Chunk(NamedTuple):
     """True if the reading of the file was aborted here, since it has more bad items than the spec allows."""
     conversations: list[RenderedConversation] | None = None
     """The rendered conversations whose contents `texts` has; None if the file has documents of another kind."""
+    images: list[bytes] | None = None
+    """The image of each document, empty if it has none; None if no document's record has an image."""
+    image_hashes: list[str] | None = None
+    """The hash of the image of each document's record, empty if it has none; None as `images`."""
 
     def as_table(self) -> pa.Table:
         """Return the chunk as a table of one row with `SCHEMA`."""
@@ -133,10 +139,12 @@ class Chunk(NamedTuple):
     @classmethod
     def from_table(cls, table: pa.Table) -> "Chunk":
         """Return the chunk in a table that `as_table` made."""
-        file, number, texts, tally, is_aborted, conversations = (
+        file, number, texts, tally, is_aborted, conversations, images, image_hashes = (
             column[0].as_py() for column in table.select(SCHEMA.names).columns
         )
-        return cls(file, number, texts, pickle.loads(tally), is_aborted, pickle.loads(conversations))
+        return cls(
+            file, number, texts, pickle.loads(tally), is_aborted, pickle.loads(conversations), images, image_hashes
+        )
 
 
 def read_chunks(
@@ -156,7 +164,7 @@ def read_chunks(
         limit: the limit on bad items; if a file alone will probably exceed it, its reading ends with a chunk that has
             `is_aborted`.
         quarantine: the folder for unreadable lines; each chunk with bad items writes one file.
-        characters: number of characters that fill a chunk.
+        characters: number of characters of text and bytes of images that fill a chunk.
         template: the template that renders conversations; None if no source has any.
     """
     for row in table.to_pylist():
@@ -177,22 +185,34 @@ def _file_chunks(
     """Yield the chunks of one file; `read_chunks` describes the arguments."""
     reader = FileReader(file, spec, template)
     previous_tally, texts, bad_entries, size, chunk_number, is_aborted = Tally(), list[str](), list[str](), 0, 0, False
-    conversations = list[RenderedConversation]()
+    conversations, images, image_hashes = list[RenderedConversation](), list[bytes](), list[str]()
 
     def finish() -> Chunk:
-        nonlocal previous_tally, texts, conversations, bad_entries, size, chunk_number
+        nonlocal previous_tally, texts, conversations, images, image_hashes, bad_entries, size, chunk_number
         if bad_entries:
             replace_file(quarantine_file(quarantine, file_number, chunk_number), "".join(bad_entries).encode())
         tally = reader.tally.counts_since(previous_tally)
-        chunk = Chunk(file_number, chunk_number, texts, tally, is_aborted, conversations or None)
-        previous_tally, texts, conversations = reader.tally.copy(), [], []
+        has_images = any(image_hashes)
+        chunk = Chunk(
+            file_number,
+            chunk_number,
+            texts,
+            tally,
+            is_aborted,
+            conversations or None,
+            images if has_images else None,
+            image_hashes if has_images else None,
+        )
+        previous_tally, texts, conversations, images, image_hashes = reader.tally.copy(), [], [], [], []
         bad_entries, size, chunk_number = [], 0, chunk_number + 1
         return chunk
 
     for item in reader:
         if isinstance(item, Document):
             texts.append(item.text)
-            size += len(item.text)
+            images.append(item.image or b"")
+            image_hashes.append(item.image_hash or "")
+            size += len(item.text) + len(item.image or b"")
             if item.conversation is not None:
                 conversations.append(item.conversation)
         else:

@@ -1,7 +1,7 @@
 """The pipeline from raw text to packed shards, with Ray Data.
 
     files -> chunks of documents -> parts (their tokens)      chunks.py, tokenise.py
-    parts, domain by domain      -> shards (packed samples)   packing.py, validation.py
+    parts, domain by domain      -> shards (packed samples)   packing.py, validation.py; rows.py for an encoder
 
 Tasks read files, tokenise chunks and pack shards in parallel; each has a few chunks or one shard in memory. The result
 depends on the files and the settings only, not on the number of tasks or on earlier jobs that were killed. It is
@@ -11,12 +11,12 @@ published under its name in one rename, when it is complete.
 import hashlib
 import pickle
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from math import ceil
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import ray
@@ -26,6 +26,7 @@ from tokenizers import Tokenizer
 from mhmoe_ray.data.chat.encoder import ConversationEncoder
 from mhmoe_ray.data.chat.template import ChatTemplate, ChatTemplateError, check_template, template_error
 from mhmoe_ray.data.domains import source_of
+from mhmoe_ray.data.images import require_pillow
 from mhmoe_ray.data.prepare.baselines import compute_baselines, join_pairs, token_pairs
 from mhmoe_ray.data.prepare.chunks import (
     CHUNK_CHARACTERS,
@@ -34,8 +35,16 @@ from mhmoe_ray.data.prepare.chunks import (
     quarantine_file,
     read_chunks,
 )
-from mhmoe_ray.data.prepare.packing import ShardResult, make_shard, plan_shards
+from mhmoe_ray.data.prepare.packing import ShardPlan, ShardResult, make_shard, plan_shards
 from mhmoe_ray.data.prepare.parts import PartSlice, TokenStream
+from mhmoe_ray.data.prepare.rows import (
+    RowPart,
+    RowPlan,
+    RowSlice,
+    make_row_shard,
+    plan_row_shards,
+    write_validation_rows,
+)
 from mhmoe_ray.data.prepare.tokenise import Part, TokenisedChunk, tokenise_chunk
 from mhmoe_ray.data.prepare.validation import ValidationSplit, write_validation_split
 from mhmoe_ray.data.prepare.work import ProgressReport, StagingDirectory, clean_up, publish, staging_directory
@@ -47,12 +56,14 @@ from mhmoe_ray.data.shards.manifest import (
     ChatData,
     DataManifest,
     Domain,
+    EncoderData,
     Shard,
     read_data_manifest,
     recipe,
     require_data_manifest,
     require_prepared_data,
 )
+from mhmoe_ray.data.shards.rows import RowReader
 from mhmoe_ray.data.sources import Tally, file_blocks, find_files
 from mhmoe_ray.data.sources.find import fingerprints
 from mhmoe_ray.data.tokenizer import boundaries, boundary_texts, load_tokenizer, store_given_tokenizer, train_tokenizer
@@ -63,6 +74,9 @@ from mhmoe_ray.storage import describe_file, write_json
 CPUS_PER_READER = 8
 """CPUs per reader: one core reads at least as fast as this many cores tokenise. Readers and tokenising tasks wait for
 each other, so readers reserve no CPU in Ray."""
+
+CPUS_PER_PICTURE_READER = 1
+"""CPUs per reader of pictures: it also decodes each image, which takes nearly all of the time."""
 
 CPUS_PER_CHAT_READER = 2
 """CPUs per reader of conversations: it also renders them, which takes about as long as their tokenising."""
@@ -102,6 +116,10 @@ def prepare(spec: RunSpec) -> DataManifest:
     return require_prepared_data(spec)
 
 
+_PlannedShards = tuple[list[ShardPlan] | list[RowPlan], Callable[[dict[str, Any]], dict[str, Any]]]
+"""Plans of shards, and the task that writes the shard of one plan."""
+
+
 @contextmanager
 def _chunk_sized_blocks() -> Iterator[None]:
     """Set the block size of Ray Data to a chunk within this context, and switch off its progress bars."""
@@ -134,6 +152,22 @@ def check_not_empty(spec: DataSpec, by_domain: dict[str, list[Part]]) -> None:
         raise DataError("training", "no domain fills a single sample", "shorten data.seq_len or add documents")
 
 
+def check_rows_not_empty(by_domain: dict[str, list[Part]]) -> None:
+    """Check that an encoder has training samples and held-out samples, and some of each have a text.
+
+    Raises:
+        DataError: it has not.
+    """
+    counts = [part.counts for parts in by_domain.values() for part in parts]
+    fix = "raise data.validation_fraction or add documents"
+    if not any(count.held_out_documents for count in counts):
+        raise DataError("validation", "no document is in the held-out share", fix)
+    if not any(count.held_out_tokens for count in counts):
+        raise DataError("validation", "no document of the held-out share has a text", fix)
+    if not any(count.rows and count.rows.targets for count in counts):
+        raise DataError("training", "no document has a text to train on", "add documents with texts")
+
+
 class _Preparation:
     """One job's preparation of the data of a spec in a staging directory."""
 
@@ -144,6 +178,8 @@ class _Preparation:
         if spec.data.chat_sources:
             # Tasks render conversations, too, but Ray would wrap their errors in tracebacks.
             check_template(spec.data)
+        if spec.data.has_images:
+            require_pillow()
         self._files = find_files(spec.data)
         self._fingerprints = fingerprints(spec.data, self._files)
         self._limit = QuarantineLimit(spec.data, self._files)
@@ -162,16 +198,15 @@ class _Preparation:
         by_domain: dict[str, list[Part]] = defaultdict(list)
         for part in parts:
             by_domain[self._files[part.file].domain].append(part)
-        check_not_empty(self._data_spec, by_domain)
+        if self._spec.model.encoder is None:
+            check_not_empty(self._data_spec, by_domain)
+        else:
+            check_rows_not_empty(by_domain)
         self._log(f"packing {len(by_domain)} domains and languages")
         shard_results = self._write_shards(by_domain, start)
         self._report.enter_stage("finishing")
-        held_out = {name: self._held_out_stream(name, domain_parts) for name, domain_parts in sorted(by_domain.items())}
         shards = {name: [result.shard for result in shard_results[name]] for name in by_domain}
-        finish = ray.remote(_finish).options(num_cpus=1)
-        validation, baselines = ray.get(
-            finish.remote(self._staging.result_path, held_out, shards, self._spec, self._token_bytes, start)
-        )
+        validation, baselines = self._write_validation(by_domain, shards, start)
         manifest = DataManifest(
             recipe=recipe(self._spec),
             fingerprints=self._fingerprints,
@@ -179,6 +214,7 @@ class _Preparation:
             token_bytes=self._token_bytes,
             tokenizer_sha256=describe_file(self._tokenizer).sha256,
             chat=chat,
+            encoder=None if self._spec.model.encoder is None else EncoderData(),
             domains={
                 name: _domain_entry(
                     by_domain[name],
@@ -187,6 +223,7 @@ class _Preparation:
                     validation.sample_counts[name],
                     self._data_spec.seq_len,
                     has_chat=chat is not None,
+                    is_encoder=self._spec.model.encoder is not None,
                 )
                 for name in sorted(by_domain)
             },
@@ -202,7 +239,7 @@ class _Preparation:
 
     def _make_tokenizer(self) -> Tokenizer:
         """Train the tokenizer or take the given one, write tokenizer.json, and return the tokenizer."""
-        path, vocab_size = self._tokenizer, self._spec.model.vocab_size
+        path, vocab_size = self._tokenizer, self._spec.model.text_vocab_size
         if self._data_spec.tokenizer is not None:
             store_given_tokenizer(self._data_spec, vocab_size, path)
         else:
@@ -259,11 +296,13 @@ class _Preparation:
             parts=self._staging.parts_path,
             validation_fraction=self._data_spec.validation_fraction,
             token_bytes=self._token_bytes,
+            row_tokens=None if self._spec.model.encoder is None else self._data_spec.seq_len,
         )
         # An autoscaling cluster may have no nodes yet. The number of readers then follows from the CPUs that the spec
         # asks for.
         cpus = ray.cluster_resources().get("CPU", 0) or min(self._spec.cluster.cpus, MAX_EXPECTED_CPUS)
-        readers = ceil(cpus / (CPUS_PER_CHAT_READER if template else CPUS_PER_READER))
+        cpus_per_reader = CPUS_PER_CHAT_READER if template else CPUS_PER_READER
+        readers = ceil(cpus / (CPUS_PER_PICTURE_READER if self._data_spec.has_images else cpus_per_reader))
         files = ray.data.from_arrow(file_blocks(self._files))
         chunks = files.map_batches(read, batch_format="pyarrow", batch_size=1, num_cpus=0, concurrency=readers)
         parts, tally, report = [], Tally(), self._report
@@ -316,15 +355,13 @@ class _Preparation:
         ]
         return self._stream(domain, slices)
 
-    def _write_shards(self, by_domain: dict[str, list[Part]], start: int) -> dict[str, list[ShardResult]]:
-        """Write the training shards of all domains; return each domain's results in the order of its shards."""
+    def _plan_shards(self, by_domain: dict[str, list[Part]], start: int) -> _PlannedShards:
+        """Return the plans of a decoder's shards, and the task that writes one of them."""
         plans = [
             plan
             for name, parts in by_domain.items()
             for plan in plan_shards(name, self._training_stream(name, parts), self._data_spec, self._token_bytes)
         ]
-        self._report.shards, self._report.total_shards = 0, len(plans)
-        self._report.enter_stage("packing")
         task = partial(
             make_shard,
             folder=self._staging.result_path,
@@ -332,6 +369,58 @@ class _Preparation:
             token_bytes=self._token_bytes,
             start=start,
         )
+        return plans, task
+
+    def _plan_row_shards(self, by_domain: dict[str, list[Part]]) -> _PlannedShards:
+        """Return the plans of an encoder's shards, and the task that writes one of them."""
+        plans = [
+            plan
+            for name, parts in by_domain.items()
+            for plan in plan_row_shards(
+                name,
+                [RowPart(part.name, part.counts.documents, part.counts.rows) for part in parts if part.counts.rows],
+                self._data_spec.seq_len * self._token_bytes,
+            )
+        ]
+        return plans, partial(make_row_shard, folder=self._staging.result_path, parts=self._staging.parts_path)
+
+    def _write_validation(
+        self, by_domain: dict[str, list[Part]], shards: dict[str, list[Shard]], start: int
+    ) -> "_FinishResult":
+        """Write the validation samples and compute the baselines in a task; the last two arguments are `_finish`'s."""
+        names, folder = sorted(by_domain), self._staging.result_path
+        if self._spec.model.encoder is None:
+            held_out = {name: self._held_out_stream(name, by_domain[name]) for name in names}
+            finish = ray.remote(_finish).options(num_cpus=1)
+            result: _FinishResult = ray.get(
+                finish.remote(folder, held_out, shards, self._spec, self._token_bytes, start)
+            )
+            return result
+        held_out_rows = {
+            name: [
+                RowSlice(part.name, counts.samples, counts.samples + counts.held_out_samples)
+                for part in by_domain[name]
+                if (counts := part.counts.rows) is not None and counts.held_out_samples
+            ]
+            for name in names
+        }
+        finish_rows = ray.remote(_finish_rows).options(num_cpus=1)
+        row_result: _FinishResult | None = ray.get(
+            finish_rows.remote(folder, self._staging.parts_path, held_out_rows, shards, self._spec, self._token_bytes)
+        )
+        if row_result is None:
+            fix = "raise data.validation_samples or add documents with texts"
+            raise DataError("validation", "no selected held-out sample has a text", fix)
+        return row_result
+
+    def _write_shards(self, by_domain: dict[str, list[Part]], start: int) -> dict[str, list[ShardResult]]:
+        """Write the training shards of all domains; return each domain's results in the order of its shards."""
+        if self._spec.model.encoder is None:
+            plans, task = self._plan_shards(by_domain, start)
+        else:
+            plans, task = self._plan_row_shards(by_domain)
+        self._report.shards, self._report.total_shards = 0, len(plans)
+        self._report.enter_stage("packing")
         shard_results: dict[str, list[ShardResult]] = {name: [] for name in by_domain}
         rows = [{"plan": pickle.dumps(plan)} for plan in plans]
         # With a block for each plan, Ray Data runs a task for each shard.
@@ -351,6 +440,7 @@ def _domain_entry(
     seq_len: int,
     *,
     has_chat: bool,
+    is_encoder: bool,
 ) -> Domain:
     """Return the manifest's entry of a domain, from its parts, its tally and the results of its shards.
 
@@ -361,6 +451,7 @@ def _domain_entry(
         validation_samples: number of its validation samples.
         seq_len: T.
         has_chat: whether any source of the folder has conversations; then the entry has the number of targets.
+        is_encoder: whether the folder is for an encoder; then the entry has the number of images.
     """
     counts = [part.counts for part in parts]
     documents, tokens = sum(c.documents for c in counts), sum(c.tokens for c in counts)
@@ -372,6 +463,7 @@ def _domain_entry(
     # unused. With best fit, a document has as many targets as tokens, because its end is a target too, and none is
     # unused.
     targets = samples * seq_len - padding
+    rows = [c.rows for c in counts if c.rows is not None]
     return Domain(
         documents=documents,
         validation_documents=sum(c.held_out_documents for c in counts),
@@ -382,10 +474,12 @@ def _domain_entry(
         validation_tokens=sum(c.held_out_tokens for c in counts),
         samples=samples,
         validation_samples=validation_samples,
-        unused_tokens=max(0, tokens - 1 - targets),
+        unused_tokens=sum(c.cut_tokens for c in rows) if is_encoder else max(0, tokens - 1 - targets),
         padding=padding,
         target_tokens=sum(result.targets for result in shard_results) if has_chat else None,
         cut_documents=documents - sum(result.whole_documents for result in shard_results),
+        images=sum(c.images for c in rows) if is_encoder else None,
+        image_bytes=sum(c.image_bytes for c in rows) if is_encoder else None,
         shards=[result.shard for result in shard_results],
     )
 
@@ -422,12 +516,51 @@ def _finish(
     )
     padding = padding_token(token_bytes)
     readers = [ShardReader(folder, shards[name], token_bytes) for name in sorted(shards) if shards[name]]
-    share = min(1.0, BASELINE_TOKENS / (sum(len(reader) for reader in readers) * spec.data.seq_len))
+    share = _baseline_share(readers, spec)
     train_pairs = (token_pairs(reader.read(np.arange(ceil(share * len(reader)))), padding) for reader in readers)
     validation = ShardReader(folder, validation_split.shards, token_bytes)
     baselines = compute_baselines(
         join_pairs(train_pairs),
         token_pairs(validation.read(np.arange(len(validation))), padding),
+        spec.model.vocab_size,
+    )
+    return _FinishResult(validation_split, baselines)
+
+
+def _baseline_share(readers: Sequence[ShardReader | RowReader], spec: RunSpec) -> float:
+    """Return the share of the training samples on which the bigram model is counted."""
+    return min(1.0, BASELINE_TOKENS / (sum(len(reader) for reader in readers) * spec.data.seq_len))
+
+
+def _finish_rows(
+    folder: Path,
+    parts: Path,
+    held_out: dict[str, list[RowSlice]],
+    shards: dict[str, list[Shard]],
+    spec: RunSpec,
+    token_bytes: int,
+) -> _FinishResult | None:
+    """Do the work of `_finish` for an encoder, with the texts of samples; return None if no selected sample has one.
+
+    Args:
+        folder: the staging directory of the result, with the training shards.
+        parts: the folder of the parts.
+        held_out: held-out rows by domain.
+        shards: training shards by domain.
+        spec: the spec.
+        token_bytes: bytes per token, 2 or 4.
+    """
+    validation_split = write_validation_rows(folder, parts, held_out, spec.data.validation_samples, token_bytes)
+    if not validation_split.target_count:
+        return None
+    padding = padding_token(token_bytes)
+    readers = [RowReader(folder, shards[name], token_bytes) for name in sorted(shards) if shards[name]]
+    share = _baseline_share(readers, spec)
+    train_pairs = (token_pairs(reader.read_tokens(np.arange(ceil(share * len(reader)))), padding) for reader in readers)
+    validation = RowReader(folder, validation_split.shards, token_bytes)
+    baselines = compute_baselines(
+        join_pairs(train_pairs),
+        token_pairs(validation.read_tokens(np.arange(len(validation))), padding),
         spec.model.vocab_size,
     )
     return _FinishResult(validation_split, baselines)

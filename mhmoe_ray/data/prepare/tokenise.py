@@ -1,4 +1,6 @@
-"""Tokenising of a chunk of documents: its tokens become a part, a file whose name is a hash of its texts and settings.
+"""Tokenising of a chunk of documents into a part, a file whose name is a hash of its texts and settings.
+
+A part has the tokens of the documents, or the rows of an encoder's samples (rows.py).
 
 A part that exists is reused. So a job that follows a killed one continues its work, even if files were added, moved or
 changed in between.
@@ -18,6 +20,7 @@ from pydantic import BaseModel
 from mhmoe_ray.data.chat.encoder import conversation_encoder
 from mhmoe_ray.data.prepare.chunks import Chunk
 from mhmoe_ray.data.prepare.parts import Tokens, part_file
+from mhmoe_ray.data.prepare.rows import RowCounts, is_held_out, make_rows, rows_file, update_digest
 from mhmoe_ray.data.prepare.validation import is_validation
 from mhmoe_ray.data.shards.columns import conversation_dtype, token_dtype
 from mhmoe_ray.data.sources import Tally
@@ -40,6 +43,8 @@ class PartCounts(BaseModel):
     held_out_tokens: int = 0
     text_bytes: int = 0
     """UTF-8 bytes of the texts of all these documents."""
+    rows: RowCounts | None = None
+    """Counts of an encoder's rows; None for a decoder, whose parts have tokens."""
 
 
 class Part(NamedTuple):
@@ -82,6 +87,7 @@ def tokenise_chunk(
     parts: Path,
     validation_fraction: float,
     token_bytes: int,
+    row_tokens: int | None = None,
 ) -> dict[str, Any]:
     """Tokenise a chunk into a part, or reuse the part if it exists: a task of Ray Data.
 
@@ -94,6 +100,7 @@ def tokenise_chunk(
         parts: the folder of the parts.
         validation_fraction: share of the documents that is held out.
         token_bytes: bytes per token, 2 or 4.
+        row_tokens: T for an encoder, whose parts have rows; None for a decoder.
     """
     # Ray runs one such process for each CPU, so the library must not start threads for all CPUs in each of them.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -101,20 +108,27 @@ def tokenise_chunk(
     name, counts, is_reused = "", PartCounts(), False
     if chunk.texts:
         dtype = token_dtype(token_bytes) if chunk.conversations is None else conversation_dtype(token_bytes)
-        name = _part_name(chunk, tokenizer_sha256, validation_fraction, token_bytes)
-        existing_counts = _find_counts(part_file(parts, name), dtype.itemsize)
+        name = _part_name(chunk, tokenizer_sha256, validation_fraction, token_bytes, row_tokens)
+        path = part_file(parts, name) if row_tokens is None else rows_file(parts, name)
+        existing_counts = _find_counts(path, dtype.itemsize)
         is_reused, counts = existing_counts is not None, existing_counts or counts
         if not is_reused:
-            documents = _encode_documents(chunk, tokenizer, token_bytes)
-            tokens, counts = _split_documents(chunk.texts, documents, validation_fraction, dtype)
-            replace_file(part_file(parts, name), tokens.tobytes())
-            # The counts are written after the tokens, so a part with counts has all of its tokens.
-            replace_file(_counts_file(part_file(parts, name)), counts.model_dump_json().encode())
+            if row_tokens is None:
+                documents = _encode_documents(chunk, tokenizer, token_bytes)
+                tokens, counts = _split_documents(chunk.texts, documents, validation_fraction, dtype)
+                content = memoryview(tokens.tobytes())
+            else:
+                content, counts = _encode_rows(chunk, tokenizer, validation_fraction, row_tokens, token_bytes)
+            replace_file(path, content)
+            # The counts are written after the content, so a part with counts is complete.
+            replace_file(_counts_file(path), counts.model_dump_json().encode())
     tokenised = TokenisedChunk(Part(chunk.file, chunk.number, name, counts), chunk.tally, chunk.is_aborted, is_reused)
     return {key: [value] for key, value in tokenised.as_row().items()}
 
 
-def _part_name(chunk: Chunk, tokenizer_sha256: str, validation_fraction: float, token_bytes: int) -> str:
+def _part_name(
+    chunk: Chunk, tokenizer_sha256: str, validation_fraction: float, token_bytes: int, row_tokens: int | None
+) -> str:
     """Return the name of a part: a hash of everything that determines its content."""
     digest = hashlib.sha256(f"{tokenizer_sha256} {validation_fraction} {token_bytes}".encode())
     for text in chunk.texts:
@@ -125,6 +139,8 @@ def _part_name(chunk: Chunk, tokenizer_sha256: str, validation_fraction: float, 
         digest.update(data)
     if chunk.conversations is not None:
         digest.update(repr([(text, *spans) for text, spans in chunk.conversations]).encode())
+    if row_tokens is not None:
+        update_digest(digest, chunk, row_tokens)
     return digest.hexdigest()[:40]
 
 
@@ -136,7 +152,7 @@ def _find_counts(part: Path, row_bytes: int) -> PartCounts | None:
     """Return the counts of an existing part, or None if the part is missing, incomplete or of another size.
 
     Args:
-        part: the path of the part's tokens.
+        part: the path of the part's tokens or rows.
         row_bytes: bytes per token with all its columns.
     """
     try:
@@ -145,7 +161,8 @@ def _find_counts(part: Path, row_bytes: int) -> PartCounts | None:
     except FileNotFoundError:
         return None
     # A part of another size is damaged. It counts as missing, so that it is encoded again.
-    return counts if size == (counts.tokens + counts.held_out_tokens) * row_bytes else None
+    expected_size = (counts.tokens + counts.held_out_tokens) * row_bytes
+    return counts if size == (counts.rows.file_bytes if counts.rows else expected_size) else None
 
 
 def _encode_documents(chunk: Chunk, tokenizer: Path, token_bytes: int) -> Iterator[Tokens]:
@@ -184,6 +201,27 @@ def _split_documents(
             counts.tokens += len(tokens)
     # Training documents come first, so that each kind is one slice of the part.
     return np.concatenate([*train, *held_out]), counts
+
+
+def _encode_rows(
+    chunk: Chunk, tokenizer: Path, validation_fraction: float, seq_len: int, token_bytes: int
+) -> tuple[memoryview, PartCounts]:
+    """Return the content and the counts of a part of an encoder's rows; the arguments are those of `make_rows`."""
+    texts = [text for text in chunk.texts if text]
+    encoded = (
+        ids for batch in (_batches(texts, len) if texts else ()) for ids in document_encoder(tokenizer).encode(batch)
+    )
+    documents = [next(encoded) if text else [] for text in chunk.texts]
+    content, row_counts = make_rows(chunk, documents, validation_fraction, seq_len, token_bytes)
+    counts = PartCounts(rows=row_counts, text_bytes=sum(len(text.encode()) for text in texts))
+    for number, ids in enumerate(documents):
+        if is_held_out(chunk, number, validation_fraction):
+            counts.held_out_documents += 1
+            counts.held_out_tokens += len(ids)
+        else:
+            counts.documents += 1
+            counts.tokens += len(ids)
+    return content, counts
 
 
 T = TypeVar("T")

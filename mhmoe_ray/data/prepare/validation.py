@@ -5,6 +5,8 @@ Conversations are packed by best fit here, too.
 """
 
 import hashlib
+from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,7 +20,10 @@ from mhmoe_ray.data.shards.manifest import Shard
 
 
 def is_validation(text: str, fraction: float) -> bool:
-    """Return whether a document is held out for validation: a hash of its text selects a share of `fraction`."""
+    """Return whether a document is held out for validation: a hash of its text selects a share of `fraction`.
+
+    For a document with an image, the text is the hash of the image (prepare/rows.py).
+    """
     # The hash puts copies of a text on the same side, so that no copy of a validation text is trained on.
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") < fraction * 2**64
@@ -62,11 +67,8 @@ def write_validation_split(
         len(packed_samples[name]) if name in packed_samples else -(-max(0, len(stream) - 1) // seq_len)
         for name, stream in streams.items()
     ]
-    ends = np.cumsum([0, *available])
-    selected = np.unique(np.linspace(0, ends[-1] - 1, min(max_samples, ends[-1])).round().astype(int))
     rows, counts = list[Tokens](), {}
-    for (name, stream), start, end in zip(streams.items(), ends, ends[1:], strict=False):
-        domain_samples = selected[(selected >= start) & (selected < end)] - start
+    for (name, stream), domain_samples in zip(streams.items(), select_samples(available, max_samples), strict=True):
         counts[name] = len(domain_samples)
         if name in packed_samples:
             rows += [*packed_samples[name][domain_samples]]
@@ -80,6 +82,18 @@ def write_validation_split(
         for number, first_row in enumerate(range(0, len(samples), per_shard))
     ]
     return ValidationSplit(shards, counts, int(target_mask(samples, padding)[:, 1:].sum()))
+
+
+def select_samples(available: Sequence[int], max_samples: int) -> list[np.ndarray]:
+    """Return the numbers of the selected samples of each domain, spread evenly over the samples of all domains.
+
+    Args:
+        available: number of held-out samples of each domain.
+        max_samples: largest number of samples of all domains together.
+    """
+    ends = np.cumsum([0, *available])
+    selected = np.unique(np.linspace(0, ends[-1] - 1, min(max_samples, ends[-1])).round().astype(int))
+    return [selected[(selected >= start) & (selected < end)] - start for start, end in pairwise(ends)]
 
 
 def _read_sample(stream: TokenStream, number: int, seq_len: int, token_bytes: int) -> Tokens:

@@ -17,7 +17,7 @@ import pyarrow as pa
 import ray.data
 
 from mhmoe_ray.data.shards.columns import TOKENS, Samples, columns_of, join_columns, token_dtype
-from mhmoe_ray.data.shards.manifest import TEMPLATE_FILE, DataManifest, Shard
+from mhmoe_ray.data.shards.manifest import CODEBOOK_FILE, TEMPLATE_FILE, DataManifest, Shard
 from mhmoe_ray.errors import DataError
 from mhmoe_ray.storage import describe_file, replace_file
 
@@ -124,7 +124,7 @@ LOCAL_CHECK_BYTES = 1 << 30
 def verify_shards(folder: Path, manifest: DataManifest) -> None:
     """Verify that the files of a prepared folder exist and have the content that was written.
 
-    They are the shards, the tokenizer and, if there are conversations, the chat template.
+    They are the shards, the tokenizer and, where the folder has them, the chat template and the codebook.
 
     Raises:
         DataError: a file is missing or damaged.
@@ -134,8 +134,11 @@ def verify_shards(folder: Path, manifest: DataManifest) -> None:
     expected_hashes = {"tokenizer.json": manifest.tokenizer_sha256} | {s.file: s.sha256 for s in shards}
     if manifest.chat is not None:
         expected_hashes[TEMPLATE_FILE] = manifest.chat.template_sha256
+    if manifest.encoder is not None and manifest.encoder.codebook_sha256 is not None:
+        expected_hashes[CODEBOOK_FILE] = manifest.encoder.codebook_sha256
     rows = [{"file": file, "sha256": sha256} for file, sha256 in expected_hashes.items()]
     total_bytes = sum(s.rows for s in shards) * manifest.seq_len * manifest.token_bytes
+    total_bytes += sum(d.image_bytes or 0 for d in manifest.domains.values())
     for problem in (_check_locally if total_bytes <= LOCAL_CHECK_BYTES else _check_on_cluster)(rows, folder):
         raise DataError(
             f"prepared file {folder / problem['file']}", problem["reason"], f"remove {folder} and prepare again"

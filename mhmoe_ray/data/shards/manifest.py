@@ -1,10 +1,12 @@
 """The data manifest of a folder of prepared shards; it is written last, so a folder with a manifest is complete.
 
 <prepared>/
-  train/<domain>/00000.arrow ...   packed samples, one column `tokens`; of conversations two more (see columns.py)
+  train/<domain>/00000.arrow ...   packed samples, one column `tokens`; of conversations two more (see columns.py);
+                                   for an encoder rows of `tokens` and `image` (see rows.py)
   validation/00000.arrow           the held-out samples, domain by domain
   tokenizer.json  quarantine.jsonl  manifest.json
   chat_template.jinja              the template of the conversations, if a source has any
+  codebook.npy                     the codebook of an encoder with image_targets codebook
 """
 
 import hashlib
@@ -25,6 +27,7 @@ from mhmoe_ray.storage import describe_file
 FORMAT = 3
 _TOKENIZER_KEYS = {"tokenizer", "tokenizer_pattern", "tokenizer_model", "tokenizer_train_mb"}
 TEMPLATE_FILE = "chat_template.jinja"
+CODEBOOK_FILE = "codebook.npy"
 # These keys of a source determine the documents that it yields.
 _READING_KEYS = {"format", "text_field", "delimiter", "filters"}
 
@@ -39,22 +42,22 @@ class Shard(BaseModel):
     sha256: str
 
 
-class _ChatAware(BaseModel):
-    """Part of the manifest that has more fields in a folder with conversations."""
+class _KindAware(BaseModel):
+    """Part of the manifest that has more fields in a folder with conversations, or in one for an encoder."""
 
     @model_serializer(mode="wrap")
-    def _leave_out_chat_fields(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Return the fields without those about conversations if there are none."""
-        # The manifest of a folder of text has the same bytes as before there were conversations, because checkpoints
+    def _leave_out_unset_fields(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Return the fields without those about conversations or images if there are none."""
+        # The manifest of a folder of text has the same bytes as before there were other kinds, because checkpoints
         # identify their data by a hash of it.
         fields: dict[str, Any] = handler(self)
-        return {key: value for key, value in fields.items() if value is not None or key not in _CHAT_FIELDS}
+        return {key: value for key, value in fields.items() if value is not None or key not in _KIND_FIELDS}
 
 
-_CHAT_FIELDS = {"target_tokens", "chat"}
+_KIND_FIELDS = {"target_tokens", "chat", "images", "image_bytes", "encoder"}
 
 
-class Domain(_ChatAware):
+class Domain(_KindAware):
     """Entry of a domain in the manifest: its counts and its shards."""
 
     documents: int
@@ -68,7 +71,7 @@ class Domain(_ChatAware):
     text_bytes: int
     """UTF-8 bytes of the texts of all training and held-out documents."""
     tokens: int
-    """Number of tokens of the training documents, including one start token for each."""
+    """Number of tokens of the training documents, including one start token for each text."""
     validation_tokens: int
     """Number of tokens of all held-out documents, including start tokens; the selected samples may have fewer."""
     samples: int
@@ -76,15 +79,26 @@ class Domain(_ChatAware):
     validation_samples: int
     """Number of held-out samples that were selected."""
     unused_tokens: int
-    """Number of tokens after the last full sample with packing by concatenation; always less than a sample has."""
+    """Number of tokens after the last full sample with packing by concatenation; always less than a sample has. In a
+    folder for an encoder, the number of tokens that were cut from texts with images."""
     padding: int
-    """Number of targets that are padding, in samples that were filled up because no document fits."""
+    """Number of targets that are padding, in samples that were filled up because no document fits. In a folder for an
+    encoder, the number of padding tokens."""
     target_tokens: int | None = None
     """Number of targets that count in the training samples: of conversations, the tokens of the assistant's turns. None
     in a folder without conversations, where all targets but padding count."""
     cut_documents: int
     """Number of training documents that are not whole in one sample."""
+    images: int | None = None
+    """Number of training samples with an image; None in a folder that is not for an encoder."""
+    image_bytes: int | None = None
+    """Bytes of the images of these samples; None like `images`."""
     shards: list[Shard]
+
+    @property
+    def size(self) -> int:
+        """Size by which the domains of a source share its weight: tokens, or samples in a folder for an encoder."""
+        return self.tokens if self.images is None else self.samples
 
 
 class Baselines(BaseModel):
@@ -109,7 +123,14 @@ class ChatData(BaseModel):
     """Tokens that end a turn of the assistant."""
 
 
-class DataManifest(_ChatAware):
+class EncoderData(BaseModel):
+    """Facts about a prepared folder for an encoder."""
+
+    codebook_sha256: str | None = None
+    """SHA-256 of the file of the codebook; None if the encoder has none."""
+
+
+class DataManifest(_KindAware):
     """Manifest of a prepared folder: the settings of its preparation, its counts and its shards."""
 
     recipe: dict[str, Any]
@@ -122,11 +143,13 @@ class DataManifest(_ChatAware):
     tokenizer_sha256: str
     chat: ChatData | None = None
     """Facts about the conversations; None if no source has any."""
+    encoder: EncoderData | None = None
+    """Facts about the samples of an encoder; None if the folder is for a decoder."""
     domains: dict[str, Domain]
     validation: list[Shard]
     validation_tokens: int
-    """Number of targets that count in the samples of `validation`. The field of the same name in `domains` counts all
-    held-out tokens."""
+    """Number of targets that count in the samples of `validation`; for an encoder, of tokens of texts without start
+    tokens. The field of the same name in `domains` counts all held-out tokens."""
     baselines: Baselines
     """Baselines of the loss on these targets."""
     bad_lines: int
@@ -142,7 +165,7 @@ def recipe(spec: RunSpec) -> dict[str, Any]:
     # The mixture is not among the settings, since it only affects reading. A tokenizer that was trained for one mixture
     # stays when the mixture changes.
     data = spec.data
-    settings = {
+    settings: dict[str, Any] = {
         "format": FORMAT,
         "sources": {name: str(source.path) for name, source in data.sources.items()},
         "subfolders": {name: subfolders for name in data.sources if (subfolders := data.named_subfolders(name))},
@@ -163,6 +186,13 @@ def recipe(spec: RunSpec) -> dict[str, Any]:
     if data.chat_sources:
         digest = hashlib.sha256(read_template(data).encode()).hexdigest()
         settings["chat_template"] = f"a template of SHA-256 {digest}"
+    encoder = spec.model.encoder
+    if encoder is not None:
+        for name, source in data.sources.items():
+            settings["reading"][name] |= {"columns": [*source.sample_columns], "image_field": source.image_field}
+        settings |= {"sample": "text", "max_megapixels": data.images.max_megapixels}
+        if encoder.image_targets == "codebook":
+            settings["codebook"] = [encoder.codebook_size, encoder.image_size, encoder.patch_size]
     return settings
 
 

@@ -163,7 +163,9 @@ def read_coco(
         if not isinstance(name, str) or not _is_id(entry.get("id")):
             yield BadLine(file.path, number, Reason.NO_IMAGE, f"image {number} has no id and file_name")
             continue
-        image = finder.read_image(name, settings.document_bytes)
+        image: bytes | Fault | None = None
+        if "image" in columns or settings.hashes_images:
+            image = finder.read_image(name, settings.document_bytes)
         if "image" in columns:
             # An image is checked once, however many captions it has.
             image = check_image(image, settings)

@@ -56,8 +56,9 @@ def read_webdataset(
     """Yield the samples of a tar file as documents, up to any damage; see `reading.FormatReader` for the arguments."""
     columns = source.sample_columns
     caption_suffix = _caption_suffix(source)
-    # A source of texts reads the images as well, for their hashes.
-    suffixes = {*IMAGE_SUFFIXES, *([caption_suffix] if "text" in columns else [])}
+    # A source of texts reads the images as well, if their hashes are needed.
+    image_suffixes = IMAGE_SUFFIXES if "image" in columns or settings.hashes_images else ()
+    suffixes = {*image_suffixes, *([caption_suffix] if "text" in columns else [])}
 
     def is_selected(name: str) -> bool:
         parts = split_name(name)

@@ -21,6 +21,7 @@ import heapq
 import io
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
+from functools import partial
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -37,27 +38,35 @@ READ_FACTOR = 64
 
 def sample_texts(files: list[RawFile], spec: DataSpec) -> Iterator[str]:
     """Yield sampled texts for training a tokenizer: about `spec.tokenizer_train_mb` million characters, or all."""
-    for file, characters in file_budgets(files, spec):
-        yield from _sample_file(file, spec, characters)
+    # Images are not decoded here: sources are read as if they had texts alone.
+    text_sources = {name: source for name, source in spec.sources.items() if "text" in source.sample_columns}
+    text_files = [file for file in files if source_of(file.domain) in text_sources]
+    text_spec = spec
+    if spec.has_images:
+        readable_sources = {n: source.model_copy(update={"columns": ["text"]}) for n, source in text_sources.items()}
+        text_spec = spec.model_copy(update={"sources": readable_sources})
+    for file, characters in file_budgets(text_files, spec):
+        yield from _sample_file(file, text_spec, characters)
 
 
 def file_budgets(files: list[RawFile], spec: DataSpec) -> list[tuple[RawFile, int]]:
     """Return the files to read for a tokenizer's training and the number of characters to sample of each."""
+    text_size = partial(_text_size, spec=spec)
     by_domain: dict[str, list[RawFile]] = defaultdict(list)
     for file in files:
         by_domain[file.domain].append(file)
     budgets = domain_budgets(
-        {name: sum(map(_text_size, domain_files)) for name, domain_files in by_domain.items()}, spec
+        {name: sum(map(text_size, domain_files)) for name, domain_files in by_domain.items()}, spec
     )
     result = []
     for name, domain_files in by_domain.items():
         count, sampled_files = max(1, budgets[name] // MIN_FILE_CHARACTERS), domain_files
         while count < len(domain_files):
             sampled_files = [domain_files[i * len(domain_files) // count] for i in range(count)]
-            if sum(map(_text_size, sampled_files)) >= 4 * budgets[name]:
+            if sum(map(text_size, sampled_files)) >= 4 * budgets[name]:
                 break
             count, sampled_files = 2 * count, domain_files
-        sizes = [_text_size(file) for file in sampled_files]
+        sizes = [text_size(file) for file in sampled_files]
         total = min(budgets[name], sum(sizes))
         parts = apportion(total, sizes, sizes, 0.5) if total else []
         result += [(file, part) for file, part in zip(sampled_files, parts, strict=bool(parts)) if part]
@@ -78,7 +87,12 @@ def domain_budgets(sizes: dict[str, int], spec: DataSpec) -> dict[str, int]:
     names = sorted(sizes)
     domains = [OrderedDomain(name, source_of(name), 0) for name in names]
     weights = [0.0] * len(names)
-    for mixes in spec.mixes.values():
+    sources = {domain.source for domain in domains}
+    for phase_mixes in spec.mixes.values():
+        # Sources of images have no text, and a phase may read nothing else.
+        mixes = {name: mix for name, mix in phase_mixes.items() if name in sources}
+        if not any(mix.weight for mix in mixes.values()):
+            continue
         shares = phase_shares(mixes, domains, [max(1, sizes[name]) for name in names], apply_temperature=True)
         weights = [current_weight or share for current_weight, share in zip(weights, shares, strict=True)]
     limits = [sizes[name] if weight else 0 for name, weight in zip(names, weights, strict=True)]
@@ -86,8 +100,16 @@ def domain_budgets(sizes: dict[str, int], spec: DataSpec) -> dict[str, int]:
     return dict(zip(names, apportion(total, weights, limits, 0.5), strict=True))
 
 
-def _text_size(file: RawFile) -> int:
+# This is the number of stored bytes of a pair of an image and a caption per character of the caption. Pairs of the web
+# have some hundreds, and small drawings fewer than ten. Too low a number reads fewer files than the text needs.
+_PAIR_BYTES_PER_CHARACTER = 20
+
+
+def _text_size(file: RawFile, spec: DataSpec) -> int:
     """Return the estimated number of characters of a file's text."""
+    has_images = "image" in spec.sources[source_of(file.domain)].sample_columns
+    if file.format == "webdataset" or (has_images and file.format != "coco"):
+        return file.size // _PAIR_BYTES_PER_CHARACTER
     return file.size * file.inflation
 
 

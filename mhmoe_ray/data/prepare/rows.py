@@ -1,0 +1,238 @@
+"""Samples of an encoder: the rows of a chunk as a part, and the shards and validation samples that parts make.
+
+A text with an image is one row, and is cut if it has more than T - 1 tokens. A text without an image becomes as many
+rows as it needs, and each begins with the start token. An image without text is one row of padding.
+
+A part is an Arrow file of rows: those of the training documents, then those of the held-out ones. A shard has whole
+parts.
+"""
+
+import hashlib
+import pickle
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+from pydantic import BaseModel
+
+from mhmoe_ray.data.prepare.chunks import Chunk
+from mhmoe_ray.data.prepare.packing import ShardResult
+from mhmoe_ray.data.prepare.validation import ValidationSplit, is_validation, select_samples
+from mhmoe_ray.data.shards.columns import padding_token, token_dtype
+from mhmoe_ray.data.shards.files import SHARD_BYTES
+from mhmoe_ray.data.shards.manifest import Shard
+from mhmoe_ray.data.shards.rows import file_content, join_batches, map_rows, row_batch, tokens_of, write_row_shard
+
+
+class RowCounts(BaseModel):
+    """Counts of the rows of a part."""
+
+    samples: int = 0
+    """Number of training rows."""
+    held_out_samples: int = 0
+    images: int = 0
+    """Number of training rows with an image."""
+    image_bytes: int = 0
+    """Bytes of the images of the training rows."""
+    targets: int = 0
+    """Number of tokens of the training rows without start tokens and padding."""
+    padding: int = 0
+    """Number of padding tokens in the training rows."""
+    cut_documents: int = 0
+    """Number of training documents that were cut, or became several rows."""
+    cut_tokens: int = 0
+    """Number of tokens of training documents that no row has."""
+    file_bytes: int = 0
+    """Size of the part's file."""
+
+
+def rows_file(folder: Path, name: str) -> Path:
+    """Return the path of the file with a part's rows."""
+    return folder / name[:2] / f"{name}.arrow"
+
+
+def is_held_out(chunk: Chunk, document: int, fraction: float) -> bool:
+    """Return whether a document of a chunk is held out, by its image if its record has one, otherwise by its text."""
+    image_hash = chunk.image_hashes[document] if chunk.image_hashes else ""
+    return is_validation(image_hash or chunk.texts[document], fraction)
+
+
+def update_digest(digest: "hashlib._Hash", chunk: Chunk, seq_len: int) -> None:
+    """Add to the digest of a part what determines its rows, besides the texts and the tokenizer."""
+    digest.update(f"rows of {seq_len}".encode())
+    if chunk.images is not None and chunk.image_hashes is not None:
+        digest.update(repr([(bool(i), h) for i, h in zip(chunk.images, chunk.image_hashes, strict=True)]).encode())
+
+
+def make_rows(
+    chunk: Chunk, documents: Sequence[Sequence[int]], validation_fraction: float, seq_len: int, token_bytes: int
+) -> tuple[memoryview, RowCounts]:
+    """Return the content of the file of a part, and the counts of its rows.
+
+    Args:
+        chunk: the chunk, with at least one document.
+        documents: the tokens of each document with its start token; empty for a document without text.
+        validation_fraction: share of the documents that is held out.
+        seq_len: T.
+        token_bytes: bytes per token, 2 or 4.
+    """
+    counts, padding = RowCounts(), padding_token(token_bytes)
+    train_rows, held_out_rows = list[tuple[np.ndarray, bytes]](), list[tuple[np.ndarray, bytes]]()
+    for number, tokens in enumerate(documents):
+        image = chunk.images[number] if chunk.images is not None else b""
+        rows = [(row, image) for row in _token_rows(tokens, bool(image), seq_len, padding, token_bytes)]
+        if is_held_out(chunk, number, validation_fraction):
+            held_out_rows += rows
+            continue
+        train_rows += rows
+        counts.images += bool(image) * len(rows)
+        counts.image_bytes += len(image)
+        # Each row of a text has a start token of its own; the document has one.
+        targets = sum(int((row[1:] != padding).sum()) for row, _ in rows)
+        counts.targets += targets
+        counts.padding += sum(int((row == padding).sum()) for row, _ in rows)
+        counts.cut_tokens += max(0, len(tokens) - 1) - targets
+        counts.cut_documents += len(tokens) > seq_len
+    counts.samples, counts.held_out_samples = len(train_rows), len(held_out_rows)
+    rows = [*train_rows, *held_out_rows]
+    if not rows:
+        return memoryview(b""), counts
+    content = file_content(row_batch(np.stack([row for row, _ in rows]), [image for _, image in rows]))
+    counts.file_bytes = len(content)
+    return content, counts
+
+
+def _token_rows(
+    tokens: Sequence[int], has_image: bool, seq_len: int, padding: int, token_bytes: int
+) -> Iterator[np.ndarray]:
+    """Yield the tokens of each row of a document; the arguments are those of `make_rows`."""
+    width = seq_len - 1
+    row_count = 1 if has_image else -(-max(0, len(tokens) - 1) // width)
+    for number in range(row_count):
+        row = np.full(seq_len, padding, token_dtype(token_bytes))
+        if tokens:
+            stretch = tokens[1 + number * width : 1 + (number + 1) * width]
+            row[0] = tokens[0]
+            row[1 : 1 + len(stretch)] = stretch
+        yield row
+
+
+class RowSlice(NamedTuple):
+    """Slice of a part's rows: those of its training documents, or those of its held-out documents."""
+
+    name: str
+    start: int
+    stop: int
+
+    def map_batch(self, folder: Path) -> pa.RecordBatch:
+        """Return the rows, memory-mapped; `folder` is that of the parts."""
+        return map_rows(rows_file(folder, self.name)).slice(self.start, self.stop - self.start)
+
+
+class RowPlan(NamedTuple):
+    """Plan of one shard of a domain: the rows that it gets."""
+
+    domain: str
+    number: int
+    """Number of the shard within the domain, from 0."""
+    slices: list[RowSlice]
+    padding: int
+    whole_documents: int
+    targets: int
+
+
+class RowPart(NamedTuple):
+    """Part of a domain, as the plans of its shards need it."""
+
+    name: str
+    documents: int
+    """Number of training documents."""
+    counts: RowCounts
+
+
+def plan_row_shards(domain: str, parts: Sequence[RowPart], row_bytes: int) -> list[RowPlan]:
+    """Return the plans of a domain's shards.
+
+    A shard has whole parts, which together have at least `SHARD_BYTES` bytes, except for the last shard.
+
+    Args:
+        domain: the domain.
+        parts: its parts.
+        row_bytes: bytes of the tokens of a row.
+    """
+    plans, group, size = list[RowPlan](), list[RowPart](), 0
+    for index, part in enumerate(parts):
+        if part.counts.samples:
+            group.append(part)
+            size += part.counts.samples * row_bytes + part.counts.image_bytes
+        if group and (size >= SHARD_BYTES or index == len(parts) - 1):
+            plans.append(
+                RowPlan(
+                    domain,
+                    len(plans),
+                    [RowSlice(member.name, 0, member.counts.samples) for member in group],
+                    sum(member.counts.padding for member in group),
+                    sum(member.documents - member.counts.cut_documents for member in group),
+                    sum(member.counts.targets for member in group),
+                )
+            )
+            group, size = [], 0
+    return plans
+
+
+def make_row_shard(row: dict[str, Any], *, folder: Path, parts: Path) -> dict[str, Any]:
+    """Join the rows of one shard and write its file: a task of Ray Data.
+
+    It takes a pickled `RowPlan` in the column `plan` and returns a pickled `ShardResult` in the column `result`.
+
+    Args:
+        row: the row with the plan.
+        folder: the staging directory of the result.
+        parts: the folder of the parts.
+    """
+    plan: RowPlan = pickle.loads(row["plan"])
+    batch = join_batches([row_slice.map_batch(parts) for row_slice in plan.slices])
+    shard = write_row_shard(folder, f"train/{plan.domain}/{plan.number:05d}.arrow", batch)
+    result = ShardResult(plan.domain, plan.number, shard, plan.padding, plan.whole_documents, plan.targets)
+    return {"result": pickle.dumps(result)}
+
+
+def write_validation_rows(
+    folder: Path, parts: Path, held_out: dict[str, list[RowSlice]], max_samples: int, token_bytes: int
+) -> ValidationSplit:
+    """Select validation samples, spread evenly over all held-out rows, and write their shards.
+
+    Args:
+        folder: the staging directory of the result.
+        parts: the folder of the parts.
+        held_out: held-out rows by domain.
+        max_samples: largest number of samples of all domains together.
+        token_bytes: bytes per token, 2 or 4.
+    """
+    available = [sum(row_slice.stop - row_slice.start for row_slice in slices) for slices in held_out.values()]
+    counts, shards, targets = dict[str, int](), list[Shard](), 0
+    batches, size = list[pa.RecordBatch](), 0
+
+    def write() -> None:
+        nonlocal batches, size
+        shards.append(write_row_shard(folder, f"validation/{len(shards):05d}.arrow", join_batches(batches)))
+        batches, size = [], 0
+
+    for (name, slices), selected in zip(held_out.items(), select_samples(available, max_samples), strict=True):
+        counts[name], first_row = len(selected), 0
+        for row_slice in slices:
+            end_row = first_row + row_slice.stop - row_slice.start
+            for index in selected[(selected >= first_row) & (selected < end_row)] - first_row:
+                batch = row_slice.map_batch(parts).slice(int(index), 1)
+                tokens = tokens_of(batch, token_bytes)
+                targets += int((tokens[:, 1:] != padding_token(token_bytes)).sum())
+                batches.append(batch)
+                size += batch.nbytes
+                if size >= SHARD_BYTES:
+                    write()
+            first_row = end_row
+    if batches:
+        write()
+    return ValidationSplit(shards, counts, targets)

@@ -1,0 +1,126 @@
+"""Rows of an encoder's samples: writing them as shards, and reading them.
+
+A sample is a row with two columns. `tokens` has T tokens of 2 or 4 bytes: the start token and those of a text, filled
+up with padding; without a text, all are padding. `image` has the image file as it was stored, and is empty without an
+image. A shard is an Arrow file of one batch without nulls, which is memory-mapped for reading.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from mhmoe_ray.data.shards.columns import TOKENS, token_dtype
+from mhmoe_ray.data.shards.files import OPEN_SHARDS
+from mhmoe_ray.data.shards.manifest import Shard
+from mhmoe_ray.storage import replace_file
+
+IMAGE = "image"
+
+
+def row_batch(tokens: np.ndarray, images: Sequence[bytes]) -> pa.RecordBatch:
+    """Return rows as a batch with the columns of a shard.
+
+    Args:
+        tokens: (rows, T) tokens in the dtype of the folder, at least one row.
+        images: the image file of each row; empty for a row without image.
+    """
+    stored_tokens = np.ascontiguousarray(tokens).view(np.uint8)
+    token_type = pa.binary(stored_tokens.shape[1])
+    token_column = pa.FixedSizeBinaryArray.from_buffers(token_type, len(tokens), [None, pa.py_buffer(stored_tokens)])
+    fields = [pa.field(TOKENS, token_type, nullable=False), pa.field(IMAGE, pa.large_binary(), nullable=False)]
+    return pa.record_batch([token_column, pa.array(images, pa.large_binary())], schema=pa.schema(fields))
+
+
+def join_batches(batches: Sequence[pa.RecordBatch]) -> pa.RecordBatch:
+    """Return the rows of one or more batches as one batch."""
+    # The file of a slice would have bytes of the rows after it, as padding between its columns. `concat_arrays` copies
+    # the rows alone, so that the bytes of a shard depend on its rows alone.
+    schema = batches[0].schema
+    columns = [pa.concat_arrays([batch.column(name) for batch in batches]) for name in schema.names]
+    return pa.record_batch(columns, schema=schema)
+
+
+def file_content(batch: pa.RecordBatch) -> memoryview:
+    """Return the content of an Arrow file with one batch."""
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, batch.schema) as writer:
+        writer.write_batch(batch)
+    return memoryview(sink.getvalue())
+
+
+def write_row_shard(folder: Path, file: str, batch: pa.RecordBatch) -> Shard:
+    """Write one shard file in one step and return its entry for the manifest.
+
+    Args:
+        folder: the folder of the prepared data.
+        file: the path of the file below that folder.
+        batch: the rows, from `row_batch` or `join_batches`.
+    """
+    content = file_content(batch)
+    replace_file(folder / file, content)
+    return Shard(file=file, rows=len(batch), sha256=hashlib.sha256(content).hexdigest())
+
+
+def map_rows(path: Path | str) -> pa.RecordBatch:
+    """Return the rows of an Arrow file as a memory-mapped batch."""
+    with pa.memory_map(str(path)) as source:
+        return pa.ipc.open_file(source).get_batch(0)
+
+
+_map_shard = lru_cache(maxsize=OPEN_SHARDS)(map_rows)
+
+
+def tokens_of(batch: pa.RecordBatch, token_bytes: int) -> np.ndarray:
+    """Return the tokens of a batch, (rows, T), as a view of its memory."""
+    column = batch.column(TOKENS)
+    length = column.type.byte_width // token_bytes
+    all_tokens = np.frombuffer(column.buffers()[1], token_dtype(token_bytes)).reshape(-1, length)
+    # The buffer of a slice has the rows before and after it, too.
+    return all_tokens[column.offset : column.offset + len(column)]
+
+
+class RowReader:
+    """Random access to the rows of a list of shards, in the order of the list."""
+
+    def __init__(self, folder: Path, shards: Sequence[Shard], token_bytes: int) -> None:
+        self._paths = [str(folder / s.file) for s in shards]
+        self._starts = np.cumsum([0, *(s.rows for s in shards)])
+        self._token_bytes = token_bytes
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def read(self, numbers: np.ndarray) -> tuple[np.ndarray, list[bytes]]:
+        """Return the tokens (rows, T) and the image files of rows; an image is empty if the row has none.
+
+        Args:
+            numbers: the numbers of the rows, at least one.
+        """
+        shard_of, row_of = self._locate(numbers)
+        images = [
+            _map_shard(self._paths[shard]).column(IMAGE)[int(row)].as_py()
+            for shard, row in zip(shard_of, row_of, strict=True)
+        ]
+        return self.read_tokens(numbers), images
+
+    def read_tokens(self, numbers: np.ndarray) -> np.ndarray:
+        """Return the tokens (rows, T) of rows without reading their images; `numbers` is as for `read`."""
+        shard_of, row_of = self._locate(numbers)
+        tokens: np.ndarray | None = None
+        for shard in np.unique(shard_of):
+            indices = np.flatnonzero(shard_of == shard)
+            rows = tokens_of(_map_shard(self._paths[shard]), self._token_bytes)
+            if tokens is None:
+                tokens = np.empty((len(numbers), rows.shape[1]), rows.dtype)
+            tokens[indices] = rows[row_of[indices]]
+        assert tokens is not None, "a caller asks for at least one row"
+        return tokens
+
+    def _locate(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the shard of each row and its number within the shard."""
+        shard_of = np.searchsorted(self._starts, numbers, side="right") - 1
+        return shard_of, numbers - self._starts[shard_of]
