@@ -10,7 +10,7 @@ from mhmoe_ray.data.encoder_samples import EncoderSamples
 from mhmoe_ray.data.masking import block_mask, hide_tokens, text_mask
 from mhmoe_ray.model.encoder import EncoderBatch
 from mhmoe_ray.spec import MicroBatchPart, RunSpec
-from mhmoe_ray.train.objectives.masked import BatchMaker
+from mhmoe_ray.data.encoder_batches import BatchMaker
 
 PADDING = 65_535
 ENCODER: dict[str, Any] = {
@@ -95,5 +95,5 @@ def micro_batch_samples(spec: RunSpec, micro_batch: int) -> EncoderSamples:
 
 def encoder_batch(spec: RunSpec, micro_batch: int = 0) -> EncoderBatch:
     """Return a micro-batch for the model, on the CPU."""
-    maker = BatchMaker(spec, torch.device("cpu"))
+    maker = BatchMaker(spec.model, torch.device("cpu"))
     return maker.make(spec.parts, micro_batch_samples(spec, micro_batch))

@@ -6,7 +6,7 @@ other rank.
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,8 +23,12 @@ from mhmoe_ray.checkpoint.format import (
 from mhmoe_ray.checkpoint.manifest import CheckpointManifest, read_manifest, removed_error
 from mhmoe_ray.errors import CheckpointError
 from mhmoe_ray.model.decoder import Decoder
+from mhmoe_ray.model.encoder import Encoder
+from mhmoe_ray.model.trunk import Trunk
 from mhmoe_ray.spec import ModelSpec, RunSpec
 from mhmoe_ray.storage import Location
+
+M = TypeVar("M", bound=Trunk)
 
 # Serving imports this module and needs no distributed tensors.
 if TYPE_CHECKING:
@@ -151,22 +155,37 @@ def load_model(checkpoint: Location) -> tuple[Decoder, CheckpointManifest]:
 
     Raises:
         CheckpointError: the checkpoint is uncommitted, torn or damaged, or does not hold the model that its manifest
-            names.
+            names; or its model is an encoder.
     """
     manifest = read_manifest(checkpoint, parts=("weights",))
+    if manifest.model.encoder is not None:
+        reason = "its model is an encoder, which does not predict next tokens"
+        raise CheckpointError(f"checkpoint {checkpoint}", reason, "evaluate it with `mhmoe eval`, or name another run")
     return load_verified_model(checkpoint, manifest), manifest
 
 
 def load_verified_model(checkpoint: Location, manifest: CheckpointManifest) -> Decoder:
-    """Load the model of a checkpoint like `load_model`, but without verifying its files; `read_manifest` did that."""
+    """Load the decoder of a checkpoint like `load_model`, but without verifying its files; `read_manifest` did that."""
     model = inference_decoder(manifest.model)
+    load_tensors(checkpoint / "weights", model.named_tensors())
+    return model
+
+
+def load_verified_encoder(checkpoint: Location, manifest: CheckpointManifest) -> Encoder:
+    """Load the encoder of a checkpoint like `load_verified_model`."""
+    model = _for_inference(Encoder(manifest.model))
     load_tensors(checkpoint / "weights", model.named_tensors())
     return model
 
 
 def inference_decoder(spec: ModelSpec) -> Decoder:
     """Return a decoder with all experts and uninitialized weights, in evaluation mode, float32, without gradients."""
-    model = Decoder(spec).requires_grad_(False).eval()
+    return _for_inference(Decoder(spec))
+
+
+def _for_inference(model: M) -> M:
+    """Return a model in evaluation mode, without gradients, with kernels that every machine has."""
+    model.requires_grad_(False).eval()
     for layer in model.moe_layers():
         # The kernel of the training may need a device or a package that this machine lacks.
         layer.experts.kernel = "auto"

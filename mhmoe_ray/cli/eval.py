@@ -27,7 +27,7 @@ from mhmoe_ray.cli.common import (
 
 if TYPE_CHECKING:
     from mhmoe_ray.evaluate.request import Evaluation
-    from mhmoe_ray.evaluate.score import Score
+    from mhmoe_ray.evaluate.score import EncoderFigures, Score
 
 
 TextOption = Annotated[
@@ -90,7 +90,9 @@ def eval_(
     json: JsonOption = False,
 ) -> None:
     """Show loss, perplexity and bits per byte of a run's checkpoint, by domain and language, on its held-out text or
-    any other text; or its scores in lm-eval's tasks.
+    any other text; or its scores in lm-eval's tasks. For an encoder: the loss of each part of its held-out samples, and
+    the value of the image, which is how much better hidden tokens of captions are predicted with their image than with
+    another or without one.
 
     The result stays in the run directory. Routing is dropless, as in serving. For example `mhmoe eval --text books/
     --samples 100`, or `mhmoe eval --tasks english --limit 200`.
@@ -130,10 +132,31 @@ def eval_(
     )
     if evaluation.domains:
         _print_scores(evaluation)
+    if evaluation.encoder:
+        _print_encoder_figures(evaluation.encoder)
     if evaluation.tasks:
         print_untruncated(
             number_table(["", "questions", "measure", "value", "standard error"], _task_rows(evaluation.tasks))
         )
+
+
+def _print_encoder_figures(figures: "EncoderFigures") -> None:
+    """Print the losses of the parts of micro-batches, and the value of the image in nats per hidden token."""
+    if figures.losses:
+        rows = [
+            [name, f"{score.loss:.4f}", f"{score.perplexity:.2f}" if score.perplexity else "-", f"{score.targets:,}"]
+            for name, score in figures.losses.items()
+        ]
+        print_untruncated(number_table(["", "loss", "perplexity", "targets"], rows))
+    if figures.image_values:
+        columns = ["hidden tokens of", "own image", "another", "none", "over another", "over none", "pairs", "tokens"]
+        rows = []
+        for name, value in figures.image_values.items():
+            losses = (value.own_image, value.other_image, value.no_image)
+            gains = (value.other_image - value.own_image, value.no_image - value.own_image)
+            texts = [*(f"{loss:.4f}" for loss in losses), *(f"{gain:+.4f}" for gain in gains)]
+            rows.append([name, *texts, f"{value.pairs:,}", f"{value.tokens:,}"])
+        print_untruncated(number_table(columns, rows))
 
 
 def _task_rows(tasks: dict[str, dict[str, Any]]) -> list[list[str]]:
@@ -157,6 +180,8 @@ def _figures_dict(evaluation: "Evaluation") -> dict[str, dict[str, dict[str, flo
         "domains": {name: score.figures() for name, score in evaluation.domains.items()},
         "languages": {name: score.figures() for name, score in evaluation.languages.items()},
     }
+    if evaluation.encoder:
+        figures["image_values"] = {name: value.figures() for name, value in evaluation.encoder.image_values.items()}
     return {**figures, "total": {"all": evaluation.total_score.figures()}} if evaluation.domains else figures
 
 

@@ -121,6 +121,8 @@ def print_summary(spec: "RunSpec", step_estimate: "Estimate | None") -> None:
         "preset": f"{spec.origin}: {preset_description(spec.origin)}" if spec.origin else None,
         "start": "\n".join(start_record.lines()) if start_record else None,
         "model": f"{model.backbone}, d {model.d_model}, {model.layers} layers, vocabulary {model.vocab_size}",
+        "encoder": _encoder(spec),
+        "micro-batch": _parts(spec),
         "mixture of experts": experts,
         "parameters": f"{size.parameters:,}",
         "  of experts": f"{size.expert_parameters:,}" if moe else None,
@@ -143,6 +145,31 @@ def print_summary(spec: "RunSpec", step_estimate: "Estimate | None") -> None:
         "storage": str(spec.storage),
     }
     out.print(fact_table(rows, title=spec.name))
+
+
+def _encoder(spec: "RunSpec") -> str | None:
+    """Return the line about an encoder: its images, texts and targets; None for a decoder."""
+    encoder = spec.model.encoder
+    if encoder is None:
+        return None
+    targets = "pixels" if encoder.image_targets == "pixels" else f"a codebook of {encoder.codebook_size:,} entries"
+    text = (
+        f"images of {encoder.image_size} x {encoder.image_size} pixels in {encoder.patches} patches, which are "
+        f"predicted as {targets}; texts of up to {spec.data.seq_len - 1} tokens"
+    )
+    if spec.model.moe is None:
+        return text
+    routers = "one router" if encoder.routers == "shared" else "a router for each modality"
+    position = "beside" if encoder.experts == "beside" else "in place of"
+    return f"{text}; experts {position} the feed-forward layers, with {routers}"
+
+
+def _parts(spec: "RunSpec") -> str | None:
+    """Return the line about the parts of a micro-batch; None if the spec names none."""
+    if not spec.data.parts:
+        return None
+    parts = (f"{part.samples} {part.name} ({part.objective.replace('_', ' ')})" for part in spec.parts)
+    return ", ".join(parts)
 
 
 def _learning_rate(train: "TrainSpec") -> str:

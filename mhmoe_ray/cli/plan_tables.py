@@ -22,6 +22,8 @@ def tables(spec: RunSpec, placement: Placement) -> Iterator[tuple[str, Table]]:
         name = spec.reference.name
         yield f"beside {name} on the same trunk", _parity_table(spec.model, name, reference)
     batch = f"{spec.train.micro_batch_size} x {spec.data.seq_len} tokens"
+    if spec.model.encoder is not None:
+        batch = f"{spec.tokens_per_micro_batch:,} patches and tokens"
     yield f"memory of a rank, micro-batches of {batch}", _memory_table(spec)
     step = expert_step(spec)
     if step:

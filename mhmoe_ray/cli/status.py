@@ -85,15 +85,18 @@ def _quality_rows(run_state: dict[str, Any]) -> dict[str, str | None]:
     from mhmoe_ray.runs.metrics import METRICS
 
     last_metrics, validation, baselines = run_state["last"], run_state["validation"], run_state["baselines"]
+    is_encoder = run_state["encoder"]
     rows: dict[str, str | None] = {}
     if last_metrics:
         curve = sparkline([line["loss"] for line in run_state["curve"]])
-        rows["loss"] = f"{format_nats(last_metrics['loss'])} nats per token  {curve}".rstrip()
+        unit = "of all parts" if is_encoder else "nats per token"
+        rows["loss"] = f"{format_nats(last_metrics['loss'])} {unit}  {curve}".rstrip()
     if validation:
         perplexity = validation["val_perplexity"]
-        perplexity_text = f"{perplexity:,.2f}" if perplexity else "not finite"
+        # The loss of an encoder is a sum over parts with different units.
+        perplexity_text = "" if is_encoder else f", perplexity {f'{perplexity:,.2f}' if perplexity else 'not finite'}"
         rows["validation"] = (
-            f"loss {format_nats(validation['val_loss'])}, perplexity {perplexity_text}, at step {validation['step']:,}"
+            f"loss {format_nats(validation['val_loss'])}{perplexity_text}, at step {validation['step']:,}"
         )
     if last_metrics and (part_losses := last_metrics.get("part_loss")):
         validation_losses = (validation or {}).get("val_part_loss", {})
@@ -104,7 +107,9 @@ def _quality_rows(run_state: dict[str, Any]) -> dict[str, str | None]:
         )
     # The row helps to judge the loss: a model whose loss is above these values has not yet learned more than the
     # frequencies of tokens and of pairs of tokens.
-    if baselines:
+    if baselines and is_encoder:
+        rows["  to beat"] = f"{baselines['unigram_entropy']:.4f} unigram entropy of held-out texts"
+    elif baselines:
         rows["  to beat"] = (
             f"{baselines['unigram_entropy']:.4f} unigram entropy of that text, "
             f"{baselines['bigram']:.4f} bigram model of {baselines['bigram_tokens']:,} training tokens"

@@ -210,7 +210,8 @@ def run_status(run: RunDir) -> dict[str, Any]:
         "worker_starts": sum(e["event"] == "started" for e in run_events),
         "steps": spec.train.steps if spec else None,
         "last": last_line,
-        "validation": _with_perplexity(run_course.validation_line),
+        "encoder": spec is not None and spec.model.encoder is not None,
+        "validation": _with_perplexity(run_course.validation_line, spec),
         "missing": _missing_resources(state, run_events),
         "baselines": events.newest_event(run_events, "prepared"),
         "asked": _requested_resources(spec) if spec else None,
@@ -259,10 +260,12 @@ def _missing_resources(state: str, run_events: RunEvents) -> str | None:
     return waiting.get("missing") if waiting else None
 
 
-def _with_perplexity(line: dict[str, Any] | None) -> dict[str, Any] | None:
+def _with_perplexity(line: dict[str, Any] | None, spec: RunSpec | None) -> dict[str, Any] | None:
+    """Return the line of a validation with its perplexity, which is None for the loss of an encoder."""
     if line is None:
         return None
-    return {**line, "val_perplexity": metrics.perplexity(line[metrics.VAL_LOSS])}
+    is_encoder = spec is not None and spec.model.encoder is not None
+    return {**line, "val_perplexity": None if is_encoder else metrics.perplexity(line[metrics.VAL_LOSS])}
 
 
 def _requested_resources(spec: RunSpec) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """Evaluation of a checkpoint: its losses and its routing on held-out text, on any other text, and on tasks.
 
     request.py      the request, the evaluation that answers it, and counts of routes
-    score.py        the score of a predicted text: loss, perplexity, bits per byte
+    score.py        the score of a predicted text: loss, perplexity, bits per byte; and the scores of an encoder
+    encoder.py      measures an encoder's losses, and the value of the image for the text of a pair
     measure.py      cuts text into samples, and measures a model's losses and routes over them
     mixture.py      text of unknown domain, predicted by all experts of a DEMix model together
     activation.py   figures on the use of experts, from counts of routes

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel
 
-from mhmoe_ray.evaluate.score import Score
+from mhmoe_ray.evaluate.score import EncoderFigures, Score
 from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.spec import DataSpec
 from mhmoe_ray.storage import Location, location, write_json
@@ -82,9 +82,9 @@ class EvalRequest(BaseModel):
     @property
     def description(self) -> str:
         """Description of what is evaluated, for the user; empty if nothing is."""
-        parts = ["held-out text"] if self.prepared else []
+        parts = ["held-out samples"] if self.prepared else []
         if self.text:
-            parts.append(f"text {', '.join(self.text.sources)}")
+            parts.append(f"{'pictures' if self.text.has_images else 'text'} {', '.join(self.text.sources)}")
         if self.tasks:
             parts.append(f"tasks {', '.join(self.tasks)}")
         return " and ".join(parts)
@@ -108,6 +108,8 @@ class Evaluation(BaseModel):
     """Counts of routes by domain; empty for a dense model."""
     tasks: dict[str, dict[str, Any]]
     """lm-eval's results by task: metrics and their standard errors."""
+    encoder: EncoderFigures | None = None
+    """Figures of an encoder; None for a decoder."""
 
     def __repr__(self) -> str:
         parts = [repr(f"{location(self.request.run).name}/{self.request.checkpoint}")]
@@ -117,6 +119,8 @@ class Evaluation(BaseModel):
             parts += [f"loss={score.loss:.4f}", f"perplexity={perplexity}"]
         if self.tasks:
             parts.append(f"tasks={self.tasks!r}")
+        if self.encoder:
+            parts += [f"{name}={score.loss:.4f}" for name, score in self.encoder.losses.items()]
         return f"Evaluation({', '.join(parts)})"
 
     __str__ = __repr__

@@ -1,4 +1,4 @@
-"""The score of a text that a model predicted: loss, perplexity, bits per byte."""
+"""Scores: of a text that a model predicted (loss, perplexity, bits per byte), and of an encoder."""
 
 import math
 from typing import Self
@@ -57,3 +57,50 @@ class Score(BaseModel):
             "tokens": self.tokens,
             "bytes": self.text_bytes,
         }
+
+
+class EncoderLossScore(BaseModel):
+    """Mean of one of the losses over held-out samples."""
+
+    loss: float
+    targets: int
+    """Number of hidden patches, hidden tokens or pairs."""
+    is_text: bool
+    """True if it is the cross-entropy of tokens, which has a perplexity."""
+
+    @property
+    def perplexity(self) -> float | None:
+        """Perplexity of hidden tokens; None for other losses, and if it is larger than any float."""
+        return metrics.perplexity(self.loss) if self.is_text else None
+
+
+class ImageValue(BaseModel):
+    """Mean losses of the hidden tokens of captions, in nats."""
+
+    pairs: int
+    """Number of captions."""
+    tokens: int
+    """Number of hidden tokens."""
+    own_image: float
+    """Loss with the image that belongs to the caption."""
+    other_image: float
+    """Loss with the image of another caption, drawn by the run's seed."""
+    no_image: float
+    """Loss of the caption alone."""
+
+    def figures(self) -> dict[str, float]:
+        """Return the losses, and the value of the image over another one and over none."""
+        return {
+            **self.model_dump(),
+            "over_other_image": self.other_image - self.own_image,
+            "over_no_image": self.no_image - self.own_image,
+        }
+
+
+class EncoderFigures(BaseModel):
+    """Figures of an encoder."""
+
+    losses: dict[str, EncoderLossScore]
+    """Losses of the parts of micro-batches, by the names in `RunSpec.loss_names`; only for held-out samples."""
+    image_values: dict[str, ImageValue]
+    """Value of the image by domain, for domains of pairs."""

@@ -27,14 +27,17 @@ def check_engine(manifest: CheckpointManifest, spec: ServeSpec) -> None:
     Raises:
         ServeError: the engine is not installed, or cannot compute this model.
     """
-    check_router(manifest.model)
+    check_generates(manifest.model)
     if spec.engine == "vllm":
         _require_vllm()
         check_fits(manifest.model, on_cpu=not spec.gpus_per_replica)
 
 
-def check_router(model: ModelSpec) -> None:
-    """Raise ServeError if a model cannot generate text without knowing the domain of the text."""
+def check_generates(model: ModelSpec) -> None:
+    """Raise ServeError if a model cannot generate text: it is an encoder, or needs the domain of the text."""
+    if model.encoder is not None:
+        reason = "it is an encoder, which does not predict next tokens"
+        raise ServeError("the model", reason, "evaluate it with `mhmoe eval`; decoders are served")
     moe = model.moe
     if moe is not None and moe.router == "domain":
         reason = "its router needs the domain of a text, which a prompt does not name"
@@ -61,7 +64,7 @@ def load_engine(checkpoint: Location, manifest: CheckpointManifest, tokenizer: T
         CheckpointError: the weights do not belong to the manifest's model.
         ServeError: the engine is not installed, or cannot compute this model.
     """
-    check_router(manifest.model)
+    check_generates(manifest.model)
     stop_token_ids, tokenizer_size = token_limits(tokenizer, manifest.ends)
     if spec.engine == "vllm":
         _require_vllm()

@@ -12,7 +12,7 @@ from mhmoe_ray.model.init import init_weights
 from mhmoe_ray.model.noise import Noise
 from mhmoe_ray.planner.sizes import block_sizes, compute_sizes
 from mhmoe_ray.spec import ModelSpec
-from mhmoe_ray.train.objectives.masked import BatchMaker
+from mhmoe_ray.data.encoder_batches import BatchMaker
 from tests.encoders import encoder_batch, encoder_spec, part_samples
 
 BASE = {
@@ -81,7 +81,7 @@ def test_counts_of_parameters_are_those_of_the_model(moe, experts, routers, targ
 def test_samples_do_not_influence_each_other(routers):
     """Each sample of a masked part has the same losses by itself as in a micro-batch of all parts."""
     spec = encoder_spec(model__encoder__routers=routers)
-    model, maker = build_encoder(spec), BatchMaker(spec, torch.device("cpu"))
+    model, maker = build_encoder(spec), BatchMaker(spec.model, torch.device("cpu"))
     batch_losses = dict(zip(spec.loss_names, losses(model, encoder_batch(spec)), strict=True))
     for number, part in enumerate(spec.parts[:3]):
         samples = part_samples(spec, part, number)

@@ -1,6 +1,7 @@
 """Mixture weights: the shares in which a training reads the domains, phase by phase, from the spec and the data.
 
-    by size      W_s p_i: the source's weight, divided over its subfolders by their tokens, or by fixed shares
+    by size      W_s p_i: the source's weight, divided over its subfolders by their tokens (of an encoder, by their
+                 samples), or by fixed shares
     tempered     W_s q_i, q_i = p_i^alpha / sum_j p_j^alpha (XLM's rule); fixed shares stay
     weights      the mixture weights: the tempered shares after `max_epochs`, as whole numbers for the order
 
@@ -136,7 +137,9 @@ def _compute_part(
     """Return the mixture of one part of every micro-batch; the other arguments are those of `compute_mixture`."""
     names = sorted(name for name, d in manifest.domains.items() if d.samples and source_of(name) in part.sources)
     domains = [OrderedDomain(name, source_of(name), manifest.domains[name].samples) for name in names]
-    tokens = [manifest.domains[name].tokens for name in names]
+    # Images have no tokens, and a text of an encoder takes one sample, so its domains are as large as their samples.
+    size_field = "tokens" if spec.model.encoder is None else "samples"
+    sizes = [getattr(manifest.domains[name], size_field) for name in names]
     first_slots = [(samples_before or {}).get(name, 0) for name in names]
     limits = _domain_limits(spec, part, manifest, domains, first_slots)
     samples_per_step = spec.train.micro_batches * part.samples
@@ -145,8 +148,8 @@ def _compute_part(
     by_size, tempered = [], []
     for step in phase_starts:
         mixes = {name: mix for name, mix in spec.data.mixes[step].items() if name in part.sources}
-        by_size.append(phase_shares(mixes, domains, tokens, apply_temperature=False))
-        tempered.append(phase_shares(mixes, domains, tokens, apply_temperature=True))
+        by_size.append(phase_shares(mixes, domains, sizes, apply_temperature=False))
+        tempered.append(phase_shares(mixes, domains, sizes, apply_temperature=True))
     _check_experts(spec, names, tempered)
     steps = [stop - start for start, stop in pairwise([*phase_starts, spec.train.steps])]
     # With limits, the weights must add up to the number of positions, so that the limits are exact. Without limits, a
@@ -295,15 +298,15 @@ def _domain_limits(
 
 
 def phase_shares(
-    mixes: dict[str, SourceMix], domains: Sequence[OrderedDomain], tokens: Sequence[int], *, apply_temperature: bool
+    mixes: dict[str, SourceMix], domains: Sequence[OrderedDomain], sizes: Sequence[int], *, apply_temperature: bool
 ) -> list[float]:
     """Return the share of each domain in one phase before limits; the shares sum to 1.
 
     Args:
         mixes: the weight, shares and temperature of each source in the phase.
         domains: the domains, in the order of the result.
-        tokens: number of tokens of each domain.
-        apply_temperature: whether to raise token counts to the exponent alpha of their source.
+        sizes: number of tokens of each domain, or of its samples for an encoder.
+        apply_temperature: whether to raise sizes to the exponent alpha of their source.
 
     Raises:
         DataError: a domain with a fixed share, or every domain of a source, fills no sample.
@@ -322,7 +325,7 @@ def phase_shares(
             weights = mix.shares
         else:
             alpha = mix.alpha if apply_temperature and mix.alpha is not None else 1.0
-            weights = {subfolder: _power(tokens[i], alpha) for subfolder, i in domain_of_subfolder.items()}
+            weights = {subfolder: _power(sizes[i], alpha) for subfolder, i in domain_of_subfolder.items()}
         if not weights:
             raise DataError(f"source {name}", "none of its domains fills a sample", "give it more text")
         share_sum = fsum(weights.values())

@@ -82,7 +82,7 @@ def make_rows(
     train_rows, held_out_rows = list[tuple[np.ndarray, bytes]](), list[tuple[np.ndarray, bytes]]()
     for number, tokens in enumerate(documents):
         image = chunk.images[number] if chunk.images is not None else b""
-        rows = [(row, image) for row in _token_rows(tokens, bool(image), seq_len, padding, token_bytes)]
+        rows = [(row, image) for row in token_rows(tokens, bool(image), seq_len, padding, token_bytes)]
         if is_held_out(chunk, number, validation_fraction):
             held_out_rows += rows
             continue
@@ -104,7 +104,7 @@ def make_rows(
     return content, counts
 
 
-def _token_rows(
+def token_rows(
     tokens: Sequence[int], has_image: bool, seq_len: int, padding: int, token_bytes: int
 ) -> Iterator[np.ndarray]:
     """Yield the tokens of each row of a document; the arguments are those of `make_rows`."""

@@ -63,6 +63,7 @@ class InferenceRouter(nn.Module):
         _: torch.Generator | None = None,
         sequences: int = 1,
         domain_B: Tensor | None = None,
+        image_rows: int = 0,
     ) -> Routing:
         # The scores stay float32 even if the model computes in bfloat16, as in training.
         with torch.autocast(x_ND.device.type, enabled=False):

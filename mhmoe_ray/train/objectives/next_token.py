@@ -25,6 +25,7 @@ from mhmoe_ray.model.attention import document_indices, document_offsets
 from mhmoe_ray.model.decoder import DecoderLoss
 from mhmoe_ray.model.loss import Targets
 from mhmoe_ray.model.noise import Noise
+from mhmoe_ray.model.transfer import copy_to_device
 from mhmoe_ray.train.objectives.base import Environment, LossSums, Objective, Validation
 
 # Number of bytes of a micro-batch's digest. Ranks exchange digests as float64, which holds every integer of 6 bytes
@@ -54,13 +55,6 @@ def sample_digest(samples: Samples) -> int:
     for mask in columns.values():
         digest.update(mask.tobytes())
     return int.from_bytes(digest.digest(), "little")
-
-
-def copy_to_device(array: np.ndarray, device: torch.device) -> Tensor:
-    """Return an array as a tensor on a device; the copy does not wait for work that is queued on the device."""
-    # A copy to a GPU is asynchronous only from pinned memory.
-    tensor = torch.from_numpy(array)
-    return tensor.to(device) if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
 
 def micro_batch(samples: ModelSamples, device: torch.device, masked_start_token: int | None = None) -> MicroBatch:

@@ -5,7 +5,8 @@ import torch
 import torch.distributed as dist
 
 from mhmoe_ray.data.encoder_samples import EncoderSamples
-from mhmoe_ray.train.objectives.masked import BatchMaker, encoder_digest, normalized_patches
+from mhmoe_ray.data.encoder_batches import BatchMaker, normalized_patches
+from mhmoe_ray.train.objectives.masked import encoder_digest
 from tests.encoders import encoder_spec, micro_batch_samples, part_samples
 from tests.ranks import run_ranks
 from tests.train.jobs import build_trainer, full_gradients, full_tensors
@@ -127,7 +128,7 @@ def test_targets_of_a_codebook_are_its_nearest_entries():
     spec = encoder_spec(model__encoder__image_targets="codebook", model__encoder__codebook_size=6)
     codebook = torch.randn(6, 48)
     samples = micro_batch_samples(spec, 0)
-    batch = BatchMaker(spec, torch.device("cpu"), codebook.numpy()).make(spec.parts, samples)
-    pixel_batch = BatchMaker(spec, torch.device("cpu")).make(spec.parts, samples)
+    batch = BatchMaker(spec.model, torch.device("cpu"), codebook.numpy()).make(spec.parts, samples)
+    pixel_batch = BatchMaker(spec.model, torch.device("cpu")).make(spec.parts, samples)
     distances = (pixel_batch.patch_target_I[:, None] - codebook).square().sum(-1)
     assert torch.equal(batch.patch_target_I, distances.argmin(1))

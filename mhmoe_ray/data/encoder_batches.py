@@ -1,0 +1,88 @@
+"""Micro-batches of an encoder: from samples in CPU memory to the tensors that the model takes, with their targets."""
+
+from collections.abc import Iterable, Iterator
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mhmoe_ray.data.encoder_samples import EncoderSamples
+from mhmoe_ray.data.shards.columns import padding_token, token_bytes_for
+from mhmoe_ray.model.encoder import EncoderBatch, Group, GroupSize, LossKind, image_patches
+from mhmoe_ray.model.transfer import copy_to_device
+from mhmoe_ray.spec import MicroBatchPart, ModelSpec
+
+
+def normalized_patches(patch_IV: Tensor) -> Tensor:
+    """Return patches of which each is normalized by the mean and the standard deviation of its values (MAE, arXiv
+    2111.06377)."""
+    # torch warns about the variance of nothing.
+    if not len(patch_IV):
+        return patch_IV
+    variance_I1, mean_I1 = torch.var_mean(patch_IV, dim=-1, keepdim=True)
+    return (patch_IV - mean_I1) / (variance_I1 + 1e-6).sqrt()
+
+
+class BatchMaker:
+    """Maker of micro-batches of an encoder from samples in CPU memory."""
+
+    def __init__(self, spec: ModelSpec, device: torch.device, codebook: np.ndarray | None = None) -> None:
+        """Create the maker.
+
+        Args:
+            spec: spec of the model.
+            device: device of the micro-batches.
+            codebook: entries of the codebook, float32 (entries, values), if patches are predicted as entries.
+        """
+        assert spec.encoder is not None
+        self._patch_size, self._device = spec.encoder.patch_size, device
+        self._padding = padding_token(token_bytes_for(spec.vocab_size))
+        self._codebook = None if codebook is None else copy_to_device(codebook, device)
+
+    def make(self, parts: Iterable[MicroBatchPart], samples: EncoderSamples) -> EncoderBatch:
+        """Return the micro-batch of samples; its targets are computed on the device.
+
+        Args:
+            parts: the parts, with the number of samples that each has here.
+            samples: their samples.
+        """
+        transfer = partial(copy_to_device, device=self._device)
+        hidden_patch_I, hidden_token_J = (
+            np.flatnonzero(mask) for mask in (samples.patch_hidden, samples.token_hidden)
+        )
+        is_token = samples.inputs != self._padding
+        token_NT = np.where(is_token, samples.inputs, 0).astype(np.int64)
+        target_J = samples.tokens.ravel()[hidden_token_J].astype(np.int64)
+        image_NYXC, patch_I = transfer(samples.images), transfer(hidden_patch_I)
+        return EncoderBatch(
+            tuple(_groups(parts, samples)),
+            image_NYXC,
+            transfer(samples.patch_hidden),
+            transfer(token_NT),
+            transfer(is_token),
+            patch_I,
+            self._patch_targets(image_NYXC, patch_I),
+            transfer(hidden_token_J),
+            transfer(target_J),
+        )
+
+    def _patch_targets(self, image_NYXC: Tensor, hidden_patch_I: Tensor) -> Tensor:
+        hidden_IV = image_patches(image_NYXC, self._patch_size).flatten(0, 1)[hidden_patch_I]
+        target_IV = normalized_patches(hidden_IV)
+        return target_IV if self._codebook is None else torch.cdist(target_IV, self._codebook).argmin(1)
+
+
+def _groups(parts: Iterable[MicroBatchPart], samples: EncoderSamples) -> Iterator[Group]:
+    """Yield the group of each part of a micro-batch."""
+    first_image = first_text = 0
+    for part in parts:
+        images, texts = (part.samples * (column in part.columns) for column in ("image", "text"))
+        patch_hidden = samples.patch_hidden[first_image : first_image + images]
+        token_hidden = samples.token_hidden[first_text : first_text + texts]
+        first_image, first_text = first_image + images, first_text + texts
+        is_contrastive = part.objective == "contrastive"
+        is_joint = len(part.columns) > 1 and not is_contrastive
+        losses: tuple[LossKind, ...] = ("match",) if is_contrastive else part.columns
+        size = GroupSize(images, texts, is_joint)
+        yield Group(size, int(patch_hidden.sum()), int(token_hidden.sum()), losses)

@@ -1,0 +1,188 @@
+"""Evaluation of an encoder: its losses on held-out samples, and the value of the image for the text of a pair.
+
+The value of the image is measured on hidden tokens of captions, which are the same each time: with their own image, with
+the image of another caption, and without an image. Its unit is nats per hidden token. A model that ignores images has
+the same loss with any of them.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from mhmoe_ray.data.domains import source_of
+from mhmoe_ray.data.encoder_batches import BatchMaker
+from mhmoe_ray.data.encoder_samples import EncoderSamples, SampleMaker
+from mhmoe_ray.data.order.order import seeded_hash
+from mhmoe_ray.data.prepare.rows import token_rows
+from mhmoe_ray.data.shards.columns import padding_token, token_bytes_for
+from mhmoe_ray.data.shards.manifest import DataManifest
+from mhmoe_ray.data.shards.rows import RowReader
+from mhmoe_ray.data.sources import Document, FileReader, find_files
+from mhmoe_ray.data.tokenizer import DocumentEncoder
+from mhmoe_ray.errors import DataError
+from mhmoe_ray.evaluate.score import EncoderLossScore, ImageValue
+from mhmoe_ray.model.encoder import Encoder
+from mhmoe_ray.spec import DataSpec, MicroBatchPart, RunSpec
+
+Progress = Callable[[str, int, int], None]
+"""Function (name, finished samples, all samples) that reports progress."""
+
+
+class Pairs(NamedTuple):
+    """Captions of one domain with their images."""
+
+    domain: str
+    tokens: np.ndarray
+    """Stored tokens, (pairs, T)."""
+    images: list[bytes]
+
+
+class EncoderMeter:
+    """Meter of an encoder's losses on one device."""
+
+    def __init__(
+        self,
+        model: Encoder,
+        spec: RunSpec,
+        codebook: np.ndarray | None = None,
+        *,
+        use_bfloat16: bool,
+        on_progress: Progress,
+    ) -> None:
+        """Create the meter.
+
+        Args:
+            model: the model in evaluation mode.
+            spec: spec of its run.
+            codebook: entries of the codebook, for image_targets codebook.
+            use_bfloat16: whether products are in bfloat16.
+            on_progress: function that reports progress.
+        """
+        self._model, self._spec, self._use_bfloat16, self._on_progress = model, spec, use_bfloat16, on_progress
+        self._device = next(model.parameters()).device
+        self._batch_maker = BatchMaker(spec.model, self._device, codebook)
+
+    @torch.no_grad()
+    def _sums(self, name: str, part: MicroBatchPart, samples: EncoderSamples) -> np.ndarray:
+        """Return the sum and the number of targets of each loss of a part, (losses, 2)."""
+        total = max(len(samples.images), len(samples.tokens))
+        if part.objective == "contrastive" and total > part.samples:
+            # A smaller micro-batch at the end would have fewer pairs to choose from, and so a smaller loss.
+            total -= total % part.samples
+        sums = np.zeros((len(part.losses), 2))
+        for start in range(0, total, part.samples):
+            stop = min(total, start + part.samples)
+            batch = self._batch_maker.make([part._replace(samples=stop - start)], samples.rows(part, start, stop))
+            with torch.autocast(self._device.type, torch.bfloat16, enabled=self._use_bfloat16):
+                losses = self._model(batch).losses
+            sums += [[float(loss.value_I.double().sum()), len(loss.value_I)] for loss in losses]
+            self._on_progress(name, stop, total)
+        return sums
+
+    def losses(self, samples: Mapping[str, EncoderSamples]) -> dict[str, EncoderLossScore]:
+        """Return the mean of each loss over held-out samples of parts, by the name of the loss."""
+        scores = {}
+        for part in self._spec.parts:
+            if part.name in samples:
+                kinds = ["match"] if part.objective == "contrastive" else part.columns
+                sums = self._sums(part.name, part, samples[part.name])
+                for name, kind, (total, count) in zip(part.losses, kinds, sums, strict=True):
+                    scores[name] = EncoderLossScore(
+                        loss=total / max(1, count), targets=int(count), is_text=kind == "text"
+                    )
+        return scores
+
+    def image_value(self, pairs: Pairs) -> ImageValue | None:
+        """Return the value of the image for the captions of a domain; None if all captions are the same.
+
+        Images are whole, and cropped to the largest square at their centre.
+
+        Args:
+            pairs: the captions with their images.
+        """
+        other_images = self._draw_other_images(pairs)
+        if other_images is None:
+            return None
+        pair = MicroBatchPart("pairs", (), self._spec.train.micro_batch_size, "masked", ("image", "text"), 1.0)
+        text = pair._replace(name="texts", columns=("text",))
+        maker = SampleMaker(self._spec, token_bytes_for(self._spec.model.vocab_size))
+        labels = [f"value of the image {pairs.domain} {number}" for number in range(len(pairs.images))]
+        losses, tokens = {}, 0
+        for name, part, images in (
+            ("own_image", pair, pairs.images),
+            ("other_image", pair, other_images),
+            ("no_image", text, pairs.images),
+        ):
+            samples = maker.make(pair, pairs.tokens, images, labels, crops=False)
+            samples = samples._replace(patch_hidden=np.zeros_like(samples.patch_hidden))
+            if part is text:
+                samples = samples._replace(images=samples.images[:0], patch_hidden=samples.patch_hidden[:0])
+            total, count = self._sums(f"{pairs.domain} {name.replace('_', ' ')}", part, samples)[-1]
+            losses[name], tokens = total / count, int(count)
+        return ImageValue(pairs=len(pairs.images), tokens=tokens, **losses)
+
+    def _draw_other_images(self, pairs: Pairs) -> list[bytes] | None:
+        """Return the image of another caption for each caption; None if all captions are the same."""
+        rng = np.random.Generator(np.random.Philox(key=seeded_hash(self._spec.seed, f"other images {pairs.domain}")))
+        captions = [row.tobytes() for row in pairs.tokens]
+        if len(set(captions)) < 2:
+            return None
+        other_images = []
+        for caption in captions:
+            number = int(rng.integers(len(captions)))
+            while captions[number] == caption:
+                number = int(rng.integers(len(captions)))
+            other_images.append(pairs.images[number])
+        return other_images
+
+
+def held_out_pairs(spec: RunSpec, manifest: DataManifest) -> Iterator[Pairs]:
+    """Yield the held-out pairs of each domain of a run's prepared data.
+
+    Args:
+        spec: spec of the run.
+        manifest: manifest of the prepared data.
+    """
+    reader = RowReader(spec.data.prepared, manifest.validation, manifest.token_bytes)
+    first_row = 0
+    for name, domain in manifest.domains.items():
+        rows = np.arange(first_row, first_row := first_row + domain.validation_samples)
+        if len(rows) and len(spec.data.sources[source_of(name)].sample_columns) > 1:
+            yield Pairs(name, *reader.read(rows))
+
+
+def raw_pairs(data: DataSpec, encoder: DocumentEncoder, spec: RunSpec, max_pairs: int) -> Iterator[Pairs]:
+    """Yield the pairs of each domain of raw data, in the order of its files; longer captions are cut.
+
+    Args:
+        data: the data section that names the pictures.
+        encoder: encoder of the run's tokenizer.
+        spec: spec of the run.
+        max_pairs: largest number of pairs per domain.
+
+    Raises:
+        DataError: a source has no pairs of an image and a text, or none of a domain can be read.
+    """
+    seq_len, token_bytes = spec.data.seq_len, token_bytes_for(spec.model.vocab_size)
+    for name, source in data.sources.items():
+        if len(source.sample_columns) < 2:
+            fix = f"set data.sources.{name}.format to that of the pictures, such as webdataset"
+            raise DataError(f"source {name}", "it has no pairs of an image and a text", fix)
+    pairs_by_domain: dict[str, list[tuple[np.ndarray, bytes]]] = {}
+    for file in find_files(data):
+        pairs = pairs_by_domain.setdefault(file.domain, [])
+        if len(pairs) >= max_pairs:
+            continue
+        for item in FileReader(file, data):
+            if isinstance(item, Document) and item.image is not None:
+                tokens = encoder.encode([item.text])[0]
+                [row] = token_rows(tokens, True, seq_len, padding_token(token_bytes), token_bytes)
+                pairs.append((row, item.image))
+            if len(pairs) >= max_pairs:
+                break
+    for domain, pairs in pairs_by_domain.items():
+        if not pairs:
+            raise DataError(f"pictures {domain}", "no pair in them can be read", "see `mhmoe data inspect`")
+        yield Pairs(domain, np.stack([row for row, _ in pairs]), [image for _, image in pairs])

@@ -1,0 +1,134 @@
+"""Tests of runs that train an encoder on pictures: the samples on any number of workers and after a kill, evaluation."""
+
+import copy
+
+import pytest
+import yaml
+
+from mhmoe_ray.checkpoint.manifest import committed_checkpoints, read_manifest
+from mhmoe_ray.runs import history, metrics
+from tests.cli.run import mhmoe
+from tests.data.pictures import make_pictures, tar_members, write_tar
+from tests.encoders import ENCODER
+from tests.faults import harness
+from tests.watch import newest_run, start_events, wait_for_end
+
+pytestmark = pytest.mark.long
+STEPS = 12
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory, local_cluster):
+    """Return a project folder with pictures, whose first run prepares the data for all others."""
+    folder = tmp_path_factory.mktemp("pictures")
+    pictures = make_pictures(120)
+    write_tar(folder / "raw" / "train" / "00000.tar", tar_members(pictures[:90]))
+    write_tar(folder / "raw" / "test" / "00000.tar", tar_members(pictures[90:]))
+    return folder
+
+
+def write_spec(folder, workers, **train):
+    """Write a spec with three kinds of samples from the same pictures, and a matching part."""
+    tree = copy.deepcopy(ENCODER)
+    path = "raw/train"
+    tree["storage"] = "runs"
+    tree["data"] |= {"prepared": "prepared", "validation_fraction": 0.2}
+    tree["data"]["sources"] = {
+        "captions": {"path": path, "format": "webdataset", "columns": ["text"]},
+        "pictures": {"path": path, "format": "webdataset", "columns": ["image"]},
+        "described": {"path": path, "format": "webdataset"},
+        "matched": {"path": path, "format": "webdataset"},
+    }
+    tree["train"] |= {"steps": STEPS, "validate_every": 6, "checkpoint_every": 2, **train}
+    tree["cluster"] = {"workers": workers, "ep": min(2, workers)}
+    (folder / "spec.yaml").write_text(yaml.safe_dump(tree))
+
+
+def train(folder, workers):
+    """Train a run on some number of workers to its end, and return it."""
+    write_spec(folder, workers)
+    result = mhmoe(folder, "submit", "spec.yaml")
+    assert result.code == 0, result.err
+    return newest_run(folder)
+
+
+@pytest.fixture(scope="module")
+def runs(project):
+    """Return a finished run of each number of workers."""
+    return {workers: train(project, workers) for workers in (1, 2, 4)}
+
+
+def streams(run):
+    return [line[metrics.STREAM] for line in history.read(run)]
+
+
+def test_crops_and_masks_are_the_same_on_any_number_of_workers(runs):
+    expected = streams(runs[1])
+    assert len(set(expected)) == STEPS
+    assert streams(runs[2]) == streams(runs[4]) == expected
+
+
+def test_losses_are_the_same_on_any_number_of_workers(runs):
+    lines = history.read(runs[1])
+    for workers in (2, 4):
+        for line, expected in zip(history.read(runs[workers]), lines, strict=True):
+            assert line[metrics.PART_LOSS] == pytest.approx(expected[metrics.PART_LOSS], rel=2e-3)
+    validation = lines[-1][metrics.VAL_PART_LOSS]
+    assert list(validation) == ["texts", "images", "pairs_image", "pairs_text", "match"]
+    weights = {"pairs_image": 0.5, "pairs_text": 0.5}
+    total = sum(weights.get(name, 1) * loss for name, loss in validation.items())
+    assert lines[-1][metrics.VAL_LOSS] == pytest.approx(total, rel=1e-6)
+
+
+def test_a_killed_run_ends_as_an_undisturbed_one(project, runs):
+    write_spec(project, 2)
+    run = harness.submit(project)
+    [worker, _] = harness.workers_of_start(run, 1)
+    assert harness.kill(worker["pid"])
+    wait_for_end(run)
+    assert len(start_events(run)) == 2
+    assert streams(run) == streams(runs[2])
+    assert [line[metrics.LOSS] for line in history.read(run)] == [line[metrics.LOSS] for line in history.read(runs[2])]
+    killed, undisturbed = (read_manifest(committed_checkpoints(r)[-1]) for r in (run, runs[2]))
+    assert killed.files == undisturbed.files
+
+
+def test_an_encoder_is_evaluated_on_held_out_samples_and_on_other_pictures(project, runs):
+    run = runs[2]
+    held_out = mhmoe(project, "eval", run.id, "--json").json()
+    validation = history.read(run)[-1][metrics.VAL_PART_LOSS]
+    losses = {name: score["loss"] for name, score in held_out["encoder"]["losses"].items()}
+    assert losses == pytest.approx(validation, rel=1e-4)
+    assert held_out["figures"]["image_values"].keys() == {"described/all", "matched/all"}
+    result = mhmoe(project, "eval", run.id, "--text", "raw/test", "--set", "data.sources.test.format=webdataset", "--json")
+    [(domain, value)] = result.json()["figures"]["image_values"].items()
+    assert (domain, value["pairs"]) == ("test/all", 30)
+    assert value["over_no_image"] == pytest.approx(value["no_image"] - value["own_image"])
+    assert value["own_image"] != value["other_image"] != value["no_image"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        (["generate", "{run}", "--prompt", "a"], "it is an encoder"),
+        (["ckpt", "export", "{run}", "--to", "exported"], "its model is an encoder"),
+        (["eval", "{run}", "--tasks", "english"], "lm-eval's tasks are for decoders"),
+        (["eval", "{run}", "--text", "raw/test"], "it has no pairs of an image and a text"),
+    ],
+    ids=["generate", "export", "tasks", "text"],
+)
+def test_what_only_decoders_do_is_refused_in_one_line(project, runs, arguments, error):
+    words = [word.format(run=runs[2].id) for word in arguments]
+    result = mhmoe(project, *words)
+    assert result.code != 0
+    assert error in result.err.splitlines()[-1]
+    assert "Traceback" not in result.err
+
+
+def test_plan_and_status_describe_an_encoder(project, runs):
+    write_spec(project, 2)
+    plan = mhmoe(project, "plan", "spec.yaml").out
+    assert "3 texts (masked), 2 images (masked), 4 pairs (masked), 3 match (contrastive)" in " ".join(plan.split())
+    status = mhmoe(project, "status", runs[2].id).out
+    assert "of all parts" in status
+    assert "perplexity" not in status
