@@ -46,7 +46,7 @@ from mhmoe_ray.serving.answer import (
 )
 from mhmoe_ray.serving.engine import EngineError, Request, SamplingParams
 from mhmoe_ray.serving.engine.request import derived_seed
-from mhmoe_ray.serving.load import check_router, token_limits
+from mhmoe_ray.serving.load import check_generates, token_limits
 from mhmoe_ray.spec import ModelSpec, ServeSpec
 from mhmoe_ray.storage import Location
 
@@ -297,7 +297,7 @@ class LoadedModel:
         Raises:
             ServeError: the prompt does not fit, or the model cannot generate text or has no chat template.
         """
-        check_router(self.spec)
+        check_generates(self.spec)
         ids = self.encode(prompt)
         check_length(ids, has_answer=True, seq_len=self.seq_len)
         seed = derived_seed(sampling["seed"], index)

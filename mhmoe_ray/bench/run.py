@@ -30,8 +30,8 @@ from mhmoe_ray.spec import RunSpec
 from mhmoe_ray.spec.cluster import WorkerRange
 from mhmoe_ray.train import malloc
 from mhmoe_ray.train.driver import train_run
-from mhmoe_ray.train.step import Trainer
 from mhmoe_ray.train.objectives.next_token import micro_batch
+from mhmoe_ray.train.step import Trainer
 
 WARM_UP_STEPS = 10
 """Number of steps that are not timed: the first steps wait for the stream and for the compilation of kernels."""

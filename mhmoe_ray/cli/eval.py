@@ -175,8 +175,8 @@ def _task_rows(tasks: dict[str, dict[str, Any]]) -> list[list[str]]:
     return rows
 
 
-def _figures_dict(evaluation: "Evaluation") -> dict[str, dict[str, dict[str, float | None]]]:
-    figures = {
+def _figures_dict(evaluation: "Evaluation") -> dict[str, dict[str, Any]]:
+    figures: dict[str, dict[str, Any]] = {
         "domains": {name: score.figures() for name, score in evaluation.domains.items()},
         "languages": {name: score.figures() for name, score in evaluation.languages.items()},
     }

@@ -1,13 +1,17 @@
-"""The data pipeline: it turns raw text into the micro-batches of a training step.
+"""The data pipeline: it turns raw text and pictures into the micro-batches of a training step.
 
-sources/     reads raw text of any format, one document at a time
-inspect/     surveys raw text and reports its problems
-tokenizer/   turns text into token ids
-chat/        renders conversations with a chat template, and marks the assistant's tokens
-prepare/     the job that runs once: sources -> tokenizer -> packed samples
-shards/      the prepared data: a folder of packed samples and its manifest
-order/       the order of samples: a pure function of (seed, position)
-images.py    checks image files, and decodes them
-domains.py   names of domains and languages
-stream.py    streams the shards in that order to the workers of a training
+sources/             reads raw text and pictures of any format, one document at a time
+inspect/             surveys raw text and reports its problems
+tokenizer/           turns text into token ids
+chat/                renders conversations with a chat template, and marks the assistant's tokens
+prepare/             the job that runs once: sources -> tokenizer -> packed samples
+shards/              the prepared data: a folder of packed samples and its manifest
+order/               the order of samples: a pure function of (seed, position)
+images.py            checks image files, and decodes them
+crops.py             crops of images: pure functions of (seed, part, position)
+masking.py           masks of patches and tokens, which are pure functions, too
+encoder_samples.py   samples of an encoder: crops, tokens and masks, part by part
+encoder_batches.py   micro-batches of an encoder: tensors and targets
+domains.py           names of domains and languages
+stream.py            streams the shards in that order to the workers of a training
 """

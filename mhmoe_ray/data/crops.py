@@ -27,8 +27,8 @@ class Crop(NamedTuple):
 def centre_crop(width: int, height: int) -> Crop:
     """Return the largest square at the centre of an image."""
     side = min(width, height)
-    left, top = (width - side) / 2, (height - side) / 2
-    return Crop((left, top, left + side, top + side))
+    x, y = (width - side) / 2, (height - side) / 2
+    return Crop((x, y, x + side, y + side))
 
 
 def random_crop(width: int, height: int, images: ImageSpec, seed: int, label: str) -> Crop:
@@ -49,8 +49,8 @@ def random_crop(width: int, height: int, images: ImageSpec, seed: int, label: st
         aspect = draws.ratio(MIN_ASPECT)
         crop_width, crop_height = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < crop_width <= width and 0 < crop_height <= height:
-            left, top = draws.integer(0, width - crop_width), draws.integer(0, height - crop_height)
-            return Crop((left, top, left + crop_width, top + crop_height), is_mirrored)
+            x, y = draws.integer(0, width - crop_width), draws.integer(0, height - crop_height)
+            return Crop((x, y, x + crop_width, y + crop_height), is_mirrored)
     return centre_crop(width, height)._replace(is_mirrored=is_mirrored)
 
 

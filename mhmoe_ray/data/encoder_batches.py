@@ -48,9 +48,7 @@ class BatchMaker:
             samples: their samples.
         """
         transfer = partial(copy_to_device, device=self._device)
-        hidden_patch_I, hidden_token_J = (
-            np.flatnonzero(mask) for mask in (samples.patch_hidden, samples.token_hidden)
-        )
+        hidden_patch_I, hidden_token_J = (np.flatnonzero(mask) for mask in (samples.patch_hidden, samples.token_hidden))
         is_token = samples.inputs != self._padding
         token_NT = np.where(is_token, samples.inputs, 0).astype(np.int64)
         target_J = samples.tokens.ravel()[hidden_token_J].astype(np.int64)

@@ -8,8 +8,8 @@
 | inputs        | tokens as the model reads them: hidden ones are replaced              |
 | token_hidden  | mask of hidden tokens, bool (texts, T)                                |
 
-Images and texts follow the order of the parts. Crops and masks depend on the seed, the part and the sample's position in
-the training alone, not on the number of ranks.
+Images and texts follow the order of the parts. Crops and masks depend on the seed, the part and the sample's position
+in the training alone, not on the number of ranks.
 """
 
 from collections.abc import Mapping, Sequence
@@ -80,7 +80,9 @@ class SampleMaker:
             for content, label in zip(images, image_labels, strict=False)
         ]
         patch_hidden = [
-            block_mask(side, side, image_share, seed, f"{label} image").ravel() if is_masked else np.zeros(side**2, bool)
+            block_mask(side, side, image_share, seed, f"{label} image").ravel()
+            if is_masked
+            else np.zeros(side**2, bool)
             for label in image_labels
         ]
         texts = tokens if "text" in part.columns else tokens[:0]

@@ -64,24 +64,24 @@ def block_mask(rows: int, columns: int, share: float, seed: int, label: str) -> 
     mask = np.zeros((rows, columns), np.bool_)
     count = math.floor(share * rows * columns + 0.5)
     min_area = MIN_BLOCK_SHARE * rows * columns
-    while (missing := count - int(mask.sum())) > 0:
-        if not any(_add_block(mask, draws, min_area, missing) for _ in range(TRIES)):
-            mask.flat[draws.choose(np.flatnonzero(~mask), missing)] = True
+    while (missing_count := count - int(mask.sum())) > 0:
+        if not any(_add_block(mask, draws, min_area, missing_count) for _ in range(TRIES)):
+            mask.flat[draws.choose(np.flatnonzero(~mask), missing_count)] = True
     return mask
 
 
-def _add_block(mask: np.ndarray, draws: Draws, min_area: float, missing: int) -> bool:
-    """Draw a block, and add it to the mask if it hides at least one and at most `missing` more patches; return whether
-    it was added."""
+def _add_block(mask: np.ndarray, draws: Draws, min_area: float, missing_count: int) -> bool:
+    """Draw a block, and add it to the mask if it hides at least one and at most `missing_count` more patches; return
+    whether it was added."""
     rows, columns = mask.shape
-    area = draws.between(min(min_area, missing), missing)
+    area = draws.between(min(min_area, missing_count), missing_count)
     aspect = draws.ratio(MIN_ASPECT)
     height, width = (max(1, math.floor(math.sqrt(value) + 0.5)) for value in (area * aspect, area / aspect))
     if height > rows or width > columns:
         return False
-    top, left = draws.integer(0, rows - height), draws.integer(0, columns - width)
-    block = mask[top : top + height, left : left + width]
-    if not 0 < block.size - int(block.sum()) <= missing:
+    row, column = draws.integer(0, rows - height), draws.integer(0, columns - width)
+    block = mask[row : row + height, column : column + width]
+    if not 0 < block.size - int(block.sum()) <= missing_count:
         return False
     block[:] = True
     return True
@@ -113,7 +113,7 @@ def hide_tokens(tokens: np.ndarray, mask: np.ndarray, vocab_size: int, seed: int
 
 
 def masked_count(tokens: int, share: float) -> int:
-    """Return the number of tokens of a text to hide: the share of them, rounded, at least one and not all of several."""
+    """Return the number of tokens to hide: their share, rounded, at least one and not all of several."""
     return max(1, min(math.floor(tokens * share + 0.5), tokens - 1))
 
 

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from mhmoe_ray.distributed.rounded_adamw import RoundedAdamW, ValuePosition
-from mhmoe_ray.model.trunk import Trunk
 from mhmoe_ray.model.feedforward import Experts, matrix_names
+from mhmoe_ray.model.trunk import Trunk
 from mhmoe_ray.spec import TrainSpec
 
 

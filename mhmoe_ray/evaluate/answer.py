@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterable
 from itertools import chain
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import TypedDict
 
 import numpy as np
 import torch
@@ -72,11 +72,10 @@ def run_evaluation(request: EvalRequest, print_line: Callable[[str], None]) -> N
     if manifest.model.encoder is not None:
         figures = _encoder_figures(request, run, checkpoint, manifest, print_line)
         seconds = time.monotonic() - start_time
-        empty: dict[str, Any] = dict.fromkeys(("domains", "languages", "routing", "tasks"), {})
-        evaluation = Evaluation(
-            request=request, step=manifest.step, tokens=manifest.tokens, seconds=seconds, encoder=figures, **empty
+        save_evaluation(
+            run,
+            Evaluation(request=request, step=manifest.step, tokens=manifest.tokens, seconds=seconds, encoder=figures),
         )
-        save_evaluation(run, evaluation)
         return
     model = load_verified_model(checkpoint, manifest)
     if request.gpus:
@@ -155,13 +154,13 @@ def _encoder_figures(
         DataError: the pictures cannot be read, or the data is not what the run was trained on.
     """
     if request.tasks:
-        raise RunError(f"run {run.id}", "it trains an encoder, and lm-eval's tasks are for decoders", "leave out --tasks")
+        raise RunError(
+            f"run {run.id}", "it trains an encoder, and lm-eval's tasks are for decoders", "leave out --tasks"
+        )
     model, spec = load_verified_encoder(checkpoint, manifest), run.spec()
     if request.gpus:
         model.to("cuda")
-    meter = EncoderMeter(
-        model, spec, use_bfloat16=request.half, on_progress=_progress_callback(print_line)
-    )
+    meter = EncoderMeter(model, spec, use_bfloat16=request.half, on_progress=_progress_callback(print_line))
     losses: dict[str, EncoderLossScore] = {}
     if request.text:
         tokenizer = load_run_tokenizer(checkpoint, manifest)

@@ -1,8 +1,8 @@
 """Evaluation of an encoder: its losses on held-out samples, and the value of the image for the text of a pair.
 
-The value of the image is measured on hidden tokens of captions, which are the same each time: with their own image, with
-the image of another caption, and without an image. Its unit is nats per hidden token. A model that ignores images has
-the same loss with any of them.
+The value of the image is measured on hidden tokens of captions, which are the same each time: with their own image,
+with the image of another caption, and without an image. Its unit is nats per hidden token. A model that ignores images
+has the same loss with any of them.
 """
 
 from collections.abc import Callable, Iterator, Mapping

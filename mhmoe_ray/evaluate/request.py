@@ -100,13 +100,13 @@ class Evaluation(BaseModel):
     """Number of tokens that the checkpoint was trained on."""
     seconds: float
     """Duration of the evaluation."""
-    domains: dict[str, Score]
+    domains: dict[str, Score] = {}
     """Scores by domain; empty if no text was evaluated."""
-    languages: dict[str, Score]
+    languages: dict[str, Score] = {}
     """Scores by language, over the domains whose folders are named after a language."""
-    routing: dict[str, RoutingCounts]
+    routing: dict[str, RoutingCounts] = {}
     """Counts of routes by domain; empty for a dense model."""
-    tasks: dict[str, dict[str, Any]]
+    tasks: dict[str, dict[str, Any]] = {}
     """lm-eval's results by task: metrics and their standard errors."""
     encoder: EncoderFigures | None = None
     """Figures of an encoder; None for a decoder."""

@@ -7,8 +7,8 @@ halves of a pair, and the experts of a layer take the rows of all groups in one 
     images (N, P + 1, M)  norm, projections |  attention of   | norm, feed-forward of images  + | experts of
     texts  (N, T, M)      norm, projections |  each group     | norm, feed-forward of texts   + | both
 
-An image begins with a position of its own, which is never hidden and stands for the image as a whole; a text begins with
-its start token.
+An image begins with a position of its own, which is never hidden and stands for the image as a whole; a text begins
+with its start token.
 """
 
 from collections.abc import Callable, Sequence
@@ -166,9 +166,7 @@ class EncoderBlock(TrunkBlock):
             if recompute
             else run_attention(image_NSM, text_NTM)
         )
-        normed = [
-            branch.ffn_norm(widen(x)) for branch, x in ((self.image, image_NSM), (self.text, text_NTM))
-        ]
+        normed = [branch.ffn_norm(widen(x)) for branch, x in ((self.image, image_NSM), (self.text, text_NTM))]
         outputs = [
             None if branch.ffn is None else dropout(branch.ffn(y), self.dropout, generator)
             for branch, y in zip((self.image, self.text), normed, strict=True)
@@ -216,9 +214,7 @@ class EncoderBlock(TrunkBlock):
                 text_outputs.append(self._attend_over(text_part, mask, generator))
         return self.image.attention.merge(torch.cat(image_outputs)), self.text.attention.merge(torch.cat(text_outputs))
 
-    def _attend_over(
-        self, heads: Sequence[Tensor], mask: Tensor | None, generator: torch.Generator | None
-    ) -> Tensor:
+    def _attend_over(self, heads: Sequence[Tensor], mask: Tensor | None, generator: torch.Generator | None) -> Tensor:
         """Return the attention output (B, U, H, C) of queries, keys and values of the same shape."""
         q, k, v = (t.transpose(1, 2) for t in heads)
         dropout_rate = self.attention_dropout if generator is not None else 0.0
@@ -288,7 +284,9 @@ class Encoder(Trunk):
         self.text_position_embedding = nn.Embedding(encoder.text_positions, d)
         self.blocks = nn.ModuleList(EncoderBlock(spec, i, expert_ids) for i in range(spec.layers))
         self.image_norm, self.text_norm = modules_of(spec).norm(spec), modules_of(spec).norm(spec)
-        self.output = nn.ModuleDict({"image": nn.Linear(d, encoder.target_values), "text": nn.Linear(d, spec.vocab_size)})
+        self.output = nn.ModuleDict(
+            {"image": nn.Linear(d, encoder.target_values), "text": nn.Linear(d, spec.vocab_size)}
+        )
         self.match: MatchHead | None = None if encoder.d_match is None else MatchHead(d, encoder.d_match)
 
     def final_norms(self) -> list[nn.Module]:

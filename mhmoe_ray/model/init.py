@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from mhmoe_ray.model import router
 from mhmoe_ray.model.architectures import modules_of
-from mhmoe_ray.model.trunk import Trunk
 from mhmoe_ray.model.feedforward import Experts
 from mhmoe_ray.model.held import is_dtensor, local_shard, shard_offset
 from mhmoe_ray.model.noise import seeded_generator
+from mhmoe_ray.model.trunk import Trunk
 
 
 @torch.no_grad()
@@ -92,9 +92,7 @@ def _initial_tensor(model: Trunk, module: nn.Module, name: str, template: Tensor
     return _initial_values(model, module, name, template, seeded_generator(f"{seed}:{name}"))
 
 
-def _initial_values(
-    model: Trunk, module: nn.Module, name: str, template: Tensor, generator: torch.Generator
-) -> Tensor:
+def _initial_values(model: Trunk, module: nn.Module, name: str, template: Tensor, generator: torch.Generator) -> Tensor:
     """Return the initial values of a tensor in CPU memory, with the shape and dtype of `template`."""
     t = torch.empty(template.shape, dtype=template.dtype)
     _fill_initial_values(module, name, t, generator)

@@ -213,9 +213,9 @@ class DataSpec(Section):
     """Folder for the packed token shards. `data prepare` writes them once, and training only reads them. If the folder
     lies below a source's path, it is not part of that source."""
     seq_len: PositiveInt
-    """T: number of tokens in a sequence. A stored sample has T + 1 tokens, of which the last T are the targets. A sample
-    of an encoder has T tokens: a start token and those of one text. Longer captions are cut, and longer texts without
-    an image become several samples."""
+    """T: number of tokens in a sequence. A stored sample has T + 1 tokens, of which the last T are the targets. A
+    sample of an encoder has T tokens: a start token and those of one text. Longer captions are cut, and longer texts
+    without an image become several samples."""
     packing: Literal["concat", "best_fit"] = "concat"
     """Sequence packing. concat: documents follow each other and are cut where a sample ends. best_fit: documents that
     fit into a sample are not cut, and samples are filled up with padding, whose targets do not count in the loss."""

@@ -334,9 +334,9 @@ class EncoderSpec(Section):
     image_positions: PositiveInt | None = None
     """Number of learned positions of an image; by default one for each patch, and one for the image as a whole."""
     image_targets: Literal["pixels", "codebook"] = "pixels"
-    """What a hidden patch is predicted as. pixels: its pixels, normalized by their mean and standard deviation (MAE,
-    arXiv 2111.06377). codebook: the number of the entry that is closest to them, in a codebook that `data prepare` makes
-    by k-means of patches. This is not the tokenizer of BEiT v2, which a trained teacher needs."""
+    """Targets of hidden patches. pixels: their pixels, normalized by their mean and standard deviation (MAE, arXiv
+    2111.06377). codebook: the number of the entry that is closest to them, in a codebook that `data prepare` makes by
+    k-means of patches. This is not the tokenizer of BEiT v2, which needs a trained teacher."""
     codebook_size: int = Field(default=8192, ge=2)
     """Number of entries of the codebook, for image_targets codebook."""
     d_match: PositiveInt | None = None

@@ -173,8 +173,8 @@ class RunSpec(Section):
                 columns = self.data.sources[source].sample_columns
                 if columns != part.columns:
                     raise ValueError(
-                        f"part {part.name} has sources with {' and '.join(part.columns)}, but data.sources.{source} has "
-                        f"{' and '.join(columns)}: set its columns, or put it into a part of its own"
+                        f"part {part.name} has sources with {' and '.join(part.columns)}, but data.sources.{source} "
+                        f"has {' and '.join(columns)}: set its columns, or put it into a part of its own"
                     )
             if part.objective == "contrastive" and len(part.columns) < 2:
                 raise ValueError(f"part {part.name} is contrastive, so its sources need an image and a text")

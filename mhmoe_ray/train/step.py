@@ -26,7 +26,7 @@ from mhmoe_ray.model.router import updated_bias
 from mhmoe_ray.model.trunk import Trunk, routing_loss
 from mhmoe_ray.planner.sizes import bytes_per_value
 from mhmoe_ray.spec import MoESpec, RunSpec
-from mhmoe_ray.train.objectives import Environment, build_objective
+from mhmoe_ray.train.objectives import Environment, LossSums, build_objective
 
 
 class RankSums(NamedTuple):
@@ -119,7 +119,8 @@ class Trainer:
             self.model.compile_blocks()
         self.strategy = build_strategy(self.model, mesh, spec, self._initialize_weights)
         environment = Environment(spec, mesh, device, self._run_model, lambda: self.on_progress())
-        self.objective = build_objective(environment, start_token, codebook)
+        self.objective: Any = build_objective(environment, start_token, codebook)
+        """Objective of the run, a `NextToken` or `Masked`."""
         self.step = 0
         self.tokens = 0
         """Number of targets that counted in the steps so far, over all ranks."""
@@ -143,15 +144,15 @@ class Trainer:
         loss, the route counts and the bytes sent.
 
         Every target of a loss has the same weight in the step's loss, whatever the padding of its micro-batch. Padding
-        is routed like any token. So the balance loss, the expert capacity and the route counts include it: they describe
-        the rows that experts compute.
+        is routed like any token. So the balance loss, the expert capacity and the route counts include it: they
+        describe the rows that experts compute.
 
         Args:
             batches: the M / world micro-batches of this rank, on the device.
         """
         spec, m = self.spec, self.spec.train.micro_batches
         rank_batches = m // self.mesh.world_size
-        moe = spec.model.moe
+        moe, objective = spec.model.moe, self.objective
         # The sums stay on the device until the end, so that the host does not wait for each micro-batch.
         loss_balance_dropped = torch.zeros(3, dtype=torch.float64, device=self.device)
         count_LE = self.zero_counts().to(self.device)
@@ -161,33 +162,33 @@ class Trainer:
             # step, so they are discarded.
             self._dispatch.pop_sent_bytes()
             self._dispatch.pop_wait_seconds()
-        batches, term_counts, targets = self.objective.count_targets(batches)
+        batches, term_counts, targets = objective.count_targets(batches)
         with self._weight_casts():
             for i, batch in enumerate(batches, start=1):
                 with self.strategy.micro_batch_context(is_last=i == rank_batches):
                     micro_batch = self.step * m + self.mesh.rank + (i - 1) * self.mesh.world_size
                     noise = Noise(spec.seed, micro_batch)
                     output = self.forward(batch, noise)
-                    sums = self.objective.loss_sums(output, batch)
+                    sums: LossSums = objective.loss_sums(output, batch)
                     # Each term is M times the micro-batch's contribution to the mean over all targets of the step,
                     # because the backward below divides by M.
                     terms = [
                         weight * (loss / (max(1, count) / m))
-                        for weight, loss, count in zip(self.objective.weights, sums.terms, term_counts, strict=True)
+                        for weight, loss, count in zip(objective.weights, sums.terms, term_counts, strict=True)
                     ]
-                    objective = sum(terms[1:], terms[0])
+                    step_loss = sum(terms[1:], terms[0])
                     loss_balance_dropped[0] += sum(loss.detach() for loss in sums.terms)
                     part_sums_P2 += sums.part_sums_P2
                     routing = output.routing
                     if moe:
-                        objective = objective + routing_loss(spec.model, routing)
+                        step_loss = step_loss + routing_loss(spec.model, routing)
                         balance_L = torch.stack([r.balance_loss.detach() for r in routing])
                         loss_balance_dropped[1] += balance_L.double().sum()
                         loss_balance_dropped[2] += torch.stack([r.dropped_routes for r in routing]).sum()
                         count_LE += torch.stack([r.count_E for r in routing])
                     # Strategies divide the sum of gradients over ranks by the world size. The step's loss is a mean
                     # over M micro-batches, so this factor replaces the division by the world size with a division by M.
-                    self.strategy.backward(objective * (self.mesh.world_size / m))
+                    self.strategy.backward(step_loss * (self.mesh.world_size / m))
                 self.on_progress()
         self.strategy.finish_reduction()
         loss_sum, balance_sum, dropped = loss_balance_dropped.tolist()

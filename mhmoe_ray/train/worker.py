@@ -30,12 +30,13 @@ from mhmoe_ray.runs import events, metrics
 from mhmoe_ray.runs.directory import RunDir, require_newest_attempt
 from mhmoe_ray.spec import RunSpec
 from mhmoe_ray.storage import Location, location
-from mhmoe_ray.train.preemption import PreemptedError, preemption_notice
 from mhmoe_ray.train.objectives import Objective
 from mhmoe_ray.train.objectives.next_token import DIGEST_BYTES
+from mhmoe_ray.train.preemption import PreemptedError, preemption_notice
 from mhmoe_ray.train.step import RankSums, Trainer, Update
 from mhmoe_ray.train.telemetry import StepTotals, Telemetry, WaitShares, step_line
 from mhmoe_ray.train.watchdog import Heartbeat, WorkerInfo
+
 
 def combine_digests(digests: Iterable[int]) -> str:
     """Return one hexadecimal digest for the micro-batches of a step, given in the step's order."""
@@ -330,9 +331,7 @@ def _node_domains(spec: RunSpec, worker_infos: list[WorkerInfo]) -> list[str] | 
 class _TimedBatches:
     """Iterator over the next `count` micro-batches of a stream, which measures the wait for them and their digests."""
 
-    def __init__(
-        self, stream: Iterator[dict[str, np.ndarray]], count: int, objective: Objective[Any, Any]
-    ) -> None:
+    def __init__(self, stream: Iterator[dict[str, np.ndarray]], count: int, objective: Objective[Any, Any]) -> None:
         self._stream, self._remaining, self._objective = stream, count, objective
         self.wait_seconds = 0.0
         self.digests: list[int] = []

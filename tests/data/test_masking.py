@@ -23,7 +23,7 @@ def neighbour_share(mask):
 
 
 def test_blocks_are_larger_than_single_patches():
-    """Of single patches, 0.4^2 + 0.6^2 = 0.52 of the pairs would be alike."""
+    """A mask of single patches would have 0.4^2 + 0.6^2 = 0.52 of the pairs alike."""
     masks = [block_mask(14, 14, 0.4, seed, "x") for seed in range(200)]
     assert np.mean([neighbour_share(mask) for mask in masks]) > 0.75
     shares = np.mean(masks, axis=0)
@@ -60,5 +60,5 @@ def test_draws_are_uniform_and_inclusive():
     values = draws.uniform(10_000)
     assert 0 <= values.min() < values.max() < 1
     assert values.mean() == pytest.approx(0.5, abs=0.02)
-    chosen = draws.choose(np.arange(100), 10)
-    assert (np.diff(chosen) > 0).all()
+    chosen_numbers = draws.choose(np.arange(100), 10)
+    assert (np.diff(chosen_numbers) > 0).all()

@@ -14,8 +14,8 @@ from mhmoe_ray.runs import history, metrics
 from mhmoe_ray.runs.directory import RunDir, create_run
 from mhmoe_ray.spec import load_resolved_spec
 from mhmoe_ray.storage import copy_file
-from mhmoe_ray.train.step import Trainer
 from mhmoe_ray.train.objectives.next_token import micro_batch, sample_digest
+from mhmoe_ray.train.step import Trainer
 from mhmoe_ray.train.worker import combine_digests
 from tests.cli.run import mhmoe
 from tests.data.texts import make_documents, write_documents

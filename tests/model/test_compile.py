@@ -12,10 +12,10 @@ from torch._dynamo.utils import counters
 from mhmoe_ray.model import attention, decoder
 from mhmoe_ray.model.attention import document_indices, document_mask, document_offsets
 from mhmoe_ray.model.decoder import Decoder
-from mhmoe_ray.model.trunk import routing_loss
 from mhmoe_ray.model.feedforward import CastingModule
 from mhmoe_ray.model.init import init_weights
 from mhmoe_ray.model.loss import Targets
+from mhmoe_ray.model.trunk import routing_loss
 from mhmoe_ray.spec import ModelSpec
 
 # Tracing gives rise to warnings inside torch, which must not be errors there.

@@ -6,10 +6,10 @@ import torch.nn.functional as F
 
 from mhmoe_ray.model.attention import Attention
 from mhmoe_ray.model.decoder import Decoder
-from mhmoe_ray.model.trunk import routing_loss
 from mhmoe_ray.model.init import init_weights
 from mhmoe_ray.model.noise import EMBEDDING, Noise, dropout
 from mhmoe_ray.model.rotary import rotary_tables
+from mhmoe_ray.model.trunk import routing_loss
 from mhmoe_ray.spec import ModelSpec, MoESpec
 
 CPU = torch.device("cpu")

@@ -1,18 +1,16 @@
 """Tests of the multiway encoder."""
 
-
-
 import pytest
 import torch
 from torch._dynamo.utils import counters
 
+from mhmoe_ray.data.encoder_batches import BatchMaker
 from mhmoe_ray.model.build import build_model
 from mhmoe_ray.model.encoder import MatchHead, image_patches
 from mhmoe_ray.model.init import init_weights
 from mhmoe_ray.model.noise import Noise
 from mhmoe_ray.planner.sizes import block_sizes, compute_sizes
 from mhmoe_ray.spec import ModelSpec
-from mhmoe_ray.data.encoder_batches import BatchMaker
 from tests.encoders import encoder_batch, encoder_spec, part_samples
 
 BASE = {
@@ -112,8 +110,9 @@ def test_halves_of_a_pair_influence_each_other():
     )
     assert torch.equal(expected["texts"], by_image["texts"])
     assert torch.equal(expected["images"], by_text["images"])
-    for name, other in (("pairs_text", by_image), ("pairs_image", by_text), ("match", by_image), ("match", by_text)):
-        assert not torch.isclose(expected[name], other[name]).any()
+    pairs = [("pairs_text", by_image), ("pairs_image", by_text), ("match", by_image), ("match", by_text)]
+    for name, changed_losses in pairs:
+        assert not torch.isclose(expected[name], changed_losses[name]).any()
 
 
 def test_hidden_patches_are_not_read():
@@ -140,13 +139,13 @@ def test_a_router_by_modality_has_weights_for_each():
     """A change of the text router changes the routes of texts, and none of images alone."""
     spec = encoder_spec(model__encoder__routers="per_modality")
     model, batch = build_encoder(spec), encoder_batch(spec)
-    before = dict(zip(spec.loss_names, losses(model, batch), strict=True))
+    first_losses = dict(zip(spec.loss_names, losses(model, batch), strict=True))
     with torch.no_grad():
         for layer in model.moe_layers():
             layer.router.text.weight_ED.neg_()
-    after = dict(zip(spec.loss_names, losses(model, batch), strict=True))
-    assert torch.equal(before["images"], after["images"])
-    assert not torch.isclose(before["texts"], after["texts"]).any()
+    changed_losses = dict(zip(spec.loss_names, losses(model, batch), strict=True))
+    assert torch.equal(first_losses["images"], changed_losses["images"])
+    assert not torch.isclose(first_losses["texts"], changed_losses["texts"]).any()
 
 
 def test_the_loss_of_matching_is_that_of_two_classifications():

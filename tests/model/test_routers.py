@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from mhmoe_ray.model.decoder import Decoder
-from mhmoe_ray.model.trunk import routing_loss
 from mhmoe_ray.model.init import init_weights
 from mhmoe_ray.model.loss import token_losses
 from mhmoe_ray.model.noise import Noise
 from mhmoe_ray.model.router import SCORES_BY_ROUTER, Router, balance_loss, capacity_mask, updated_bias, z_loss
+from mhmoe_ray.model.trunk import routing_loss
 from mhmoe_ray.spec import ModelSpec, MoESpec
 
 

@@ -13,11 +13,11 @@ from mhmoe_ray.bench.measure import peak_bytes
 from mhmoe_ray.checkpoint.save import Saver
 from mhmoe_ray.distributed.mesh import build_mesh
 from mhmoe_ray.model.decoder import Decoder
-from mhmoe_ray.model.trunk import routing_loss
 from mhmoe_ray.model.init import init_weights
 from mhmoe_ray.model.loss import Targets
 from mhmoe_ray.model.noise import Noise
 from mhmoe_ray.model.router import SCORES_BY_ROUTER
+from mhmoe_ray.model.trunk import routing_loss
 from mhmoe_ray.planner.expert_step import assumed_kernel, may_use_cpp
 from mhmoe_ray.planner.memory import (
     checkpoint_copy_bytes,

@@ -10,8 +10,8 @@ from mhmoe_ray.data.shards.manifest import require_data_manifest
 from mhmoe_ray.data.stream import TrainingSamples
 from mhmoe_ray.distributed.mesh import build_mesh
 from mhmoe_ray.spec import RunSpec
-from mhmoe_ray.train.step import Trainer
 from mhmoe_ray.train.objectives.next_token import micro_batch
+from mhmoe_ray.train.step import Trainer
 
 
 class SingleProcessResult(NamedTuple):

@@ -1,4 +1,4 @@
-"""Tests of runs that train an encoder on pictures: the samples on any number of workers and after a kill, evaluation."""
+"""Tests of runs that train an encoder on pictures: samples on any number of workers and after a kill, evaluation."""
 
 import copy
 
@@ -100,7 +100,9 @@ def test_an_encoder_is_evaluated_on_held_out_samples_and_on_other_pictures(proje
     losses = {name: score["loss"] for name, score in held_out["encoder"]["losses"].items()}
     assert losses == pytest.approx(validation, rel=1e-4)
     assert held_out["figures"]["image_values"].keys() == {"described/all", "matched/all"}
-    result = mhmoe(project, "eval", run.id, "--text", "raw/test", "--set", "data.sources.test.format=webdataset", "--json")
+    result = mhmoe(
+        project, "eval", run.id, "--text", "raw/test", "--set", "data.sources.test.format=webdataset", "--json"
+    )
     [(domain, value)] = result.json()["figures"]["image_values"].items()
     assert (domain, value["pairs"]) == ("test/all", 30)
     assert value["over_no_image"] == pytest.approx(value["no_image"] - value["own_image"])

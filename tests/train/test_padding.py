@@ -9,9 +9,9 @@ import torch
 from mhmoe_ray.checkpoint.load import restore
 from mhmoe_ray.checkpoint.manifest import read_manifest
 from mhmoe_ray.model.decoder import Decoder
-from mhmoe_ray.model.trunk import routing_loss
 from mhmoe_ray.model.init import init_weights
 from mhmoe_ray.model.loss import token_losses
+from mhmoe_ray.model.trunk import routing_loss
 from mhmoe_ray.runs.directory import create_run
 from mhmoe_ray.spec import RunSpec
 from mhmoe_ray.train.objectives import MicroBatch

@@ -16,9 +16,9 @@ from mhmoe_ray.distributed.optimizer import build_optimizer, expert_parameters, 
 from mhmoe_ray.distributed.rounded_adamw import MOMENT_NAMES, RoundedAdamW, ValuePosition
 from mhmoe_ray.distributed.strategies.gradients import ExpertReduction, clip_gradients
 from mhmoe_ray.model.autocast import DTYPES
-from mhmoe_ray.model.trunk import Trunk
 from mhmoe_ray.model.feedforward import CastingModule
 from mhmoe_ray.model.held import is_dtensor, shard_offset
+from mhmoe_ray.model.trunk import Trunk
 from mhmoe_ray.spec import RunSpec
 
 FillModel = Callable[[Trunk], None]

@@ -17,9 +17,9 @@ from mhmoe_ray.distributed.mesh import Mesh
 from mhmoe_ray.distributed.optimizer import expert_parameters
 from mhmoe_ray.distributed.strategies.ddp import FillModel, Strategy
 from mhmoe_ray.model.autocast import DTYPES
-from mhmoe_ray.model.trunk import Trunk
 from mhmoe_ray.model.feedforward import Experts
 from mhmoe_ray.model.router import Router
+from mhmoe_ray.model.trunk import Trunk
 from mhmoe_ray.spec import RunSpec
 
 

@@ -7,8 +7,8 @@ from torch.distributed.tensor import DTensor
 
 from mhmoe_ray.distributed.mesh import Mesh
 from mhmoe_ray.distributed.optimizer import expert_parameters
-from mhmoe_ray.model.trunk import Trunk
 from mhmoe_ray.model.feedforward import Experts
+from mhmoe_ray.model.trunk import Trunk
 
 
 class ExpertReduction:

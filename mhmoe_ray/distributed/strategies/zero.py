@@ -21,9 +21,9 @@ from mhmoe_ray.distributed.optimizer import build_optimizer, expert_parameters, 
 from mhmoe_ray.distributed.rounded_adamw import MOMENT_NAMES
 from mhmoe_ray.distributed.strategies.ddp import FillModel, Strategy
 from mhmoe_ray.errors import SpecError
-from mhmoe_ray.model.trunk import Trunk
 from mhmoe_ray.model.feedforward import CastingModule
 from mhmoe_ray.model.held import local_shard
+from mhmoe_ray.model.trunk import Trunk
 from mhmoe_ray.spec import RunSpec
 
 

@@ -1,8 +1,8 @@
 """Objectives: what a micro-batch is to the model, its losses, and their validation.
 
-    base.py         the interface of an objective
-    next_token.py   decoders: each token is predicted from those before it
-    masked.py       encoders: hidden patches and tokens are predicted, and images are matched with their texts
+base.py         the interface of an objective
+next_token.py   decoders: each token is predicted from those before it
+masked.py       encoders: hidden patches and tokens are predicted, and images are matched with their texts
 """
 
 import numpy as np

@@ -2,8 +2,8 @@
 
 Each part of a micro-batch is a group of the encoder's batch, and has one loss for its patches, one for its tokens, or
 one for its pairs. The loss of a step is the sum over these losses of the part's weight times the mean over all their
-targets, so a part counts equally whatever the number of its targets. The pairs of a contrastive part are compared within
-a micro-batch, so their loss does not depend on the number of ranks.
+targets, so a part counts equally whatever the number of its targets. The pairs of a contrastive part are compared
+within a micro-batch, so their loss does not depend on the number of ranks.
 """
 
 import hashlib
@@ -73,7 +73,7 @@ class Masked(Objective[EncoderBatch, EncoderLoss]):
 
     @torch.no_grad()
     def validate(self, samples: Mapping[str, EncoderSamples]) -> Validation:
-        names, weights, sums = [], [], []
+        names, weights, sums = list[str](), list[float](), list[Tensor]()
         for part in self.spec.parts:
             if part.name in samples:
                 names += part.losses
@@ -110,4 +110,5 @@ def _target_counts(groups: Iterable[Group]) -> list[int]:
 
 def _weighted_mean(weights: Iterable[float], sum_P2: Tensor) -> float:
     """Return the sum of the means of losses, each times its weight."""
-    return sum(weight * total / max(1, count) for weight, (total, count) in zip(weights, sum_P2.tolist(), strict=True))
+    means: list[float] = (sum_P2[:, 0] / sum_P2[:, 1].clamp(min=1)).tolist()
+    return sum(weight * mean for weight, mean in zip(weights, means, strict=True))

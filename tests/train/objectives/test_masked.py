@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from mhmoe_ray.data.encoder_samples import EncoderSamples
 from mhmoe_ray.data.encoder_batches import BatchMaker, normalized_patches
+from mhmoe_ray.data.encoder_samples import EncoderSamples
 from mhmoe_ray.train.objectives.masked import encoder_digest
 from tests.encoders import encoder_spec, micro_batch_samples, part_samples
 from tests.ranks import run_ranks
@@ -97,13 +97,13 @@ def test_the_loss_of_a_step_is_the_weighted_sum_of_means(single_rank_result):
 
 
 def test_a_matching_part_is_validated_in_whole_micro_batches(single_rank_result):
-    """Of seven pairs, six fill micro-batches of three; a single one would be matched without a choice."""
+    """Six of seven pairs fill micro-batches of three; a single one would be matched without a choice."""
     trainer = build_trainer(encoder_spec())
     part = trainer.spec.parts[3]
     samples = {"match": part_samples(trainer.spec, part._replace(samples=7), 5)}
     assert trainer.objective.validate(samples).targets == 6
-    few = {"match": part_samples(trainer.spec, part._replace(samples=2), 5)}
-    assert trainer.objective.validate(few).targets == 2
+    few_samples = {"match": part_samples(trainer.spec, part._replace(samples=2), 5)}
+    assert trainer.objective.validate(few_samples).targets == 2
 
 
 def test_digests_depend_on_every_column():
