@@ -7,6 +7,7 @@ tokenise.py     turns a chunk into a part: its tokens in one file
 parts.py        presents the tokens of a domain as one stream over its parts
 packing.py      plans shards, by concatenation or best fit, and writes each in a task
 rows.py         makes parts, shards and validation samples of an encoder, with texts and images
+codebook.py     makes the codebook of an encoder, by k-means of patches of images
 validation.py   selects the held-out documents, and makes samples of them
 baselines.py    computes the unigram and bigram baselines of the validation loss
 work.py         manages the staging directories, the progress report, and the publishing of the result

@@ -35,6 +35,7 @@ from mhmoe_ray.data.prepare.chunks import (
     quarantine_file,
     read_chunks,
 )
+from mhmoe_ray.data.prepare.codebook import write_codebook
 from mhmoe_ray.data.prepare.packing import ShardPlan, ShardResult, make_shard, plan_shards
 from mhmoe_ray.data.prepare.parts import PartSlice, TokenStream
 from mhmoe_ray.data.prepare.rows import (
@@ -69,6 +70,7 @@ from mhmoe_ray.data.sources.find import fingerprints
 from mhmoe_ray.data.tokenizer import boundaries, boundary_texts, load_tokenizer, store_given_tokenizer, train_tokenizer
 from mhmoe_ray.errors import DataError
 from mhmoe_ray.spec import DataSpec, RunSpec
+from mhmoe_ray.spec.model import EncoderSpec
 from mhmoe_ray.storage import describe_file, write_json
 
 CPUS_PER_READER = 8
@@ -152,8 +154,8 @@ def check_not_empty(spec: DataSpec, by_domain: dict[str, list[Part]]) -> None:
         raise DataError("training", "no domain fills a single sample", "shorten data.seq_len or add documents")
 
 
-def check_rows_not_empty(by_domain: dict[str, list[Part]]) -> None:
-    """Check that an encoder has training samples and held-out samples, and some of each have a text.
+def check_rows_not_empty(encoder: EncoderSpec, by_domain: dict[str, list[Part]]) -> None:
+    """Check that an encoder has training samples and held-out samples, some of each with a text, and enough patches.
 
     Raises:
         DataError: it has not.
@@ -166,6 +168,12 @@ def check_rows_not_empty(by_domain: dict[str, list[Part]]) -> None:
         raise DataError("validation", "no document of the held-out share has a text", fix)
     if not any(count.rows and count.rows.targets for count in counts):
         raise DataError("training", "no document has a text to train on", "add documents with texts")
+    patches = sum(count.rows.images for count in counts if count.rows) * encoder.patches
+    if encoder.image_targets == "codebook" and patches < encoder.codebook_size:
+        reason = (
+            f"its images have {patches:,} patches, fewer than the {encoder.codebook_size:,} entries of the codebook"
+        )
+        raise DataError("training", reason, "add images, or lower model.encoder.codebook_size")
 
 
 class _Preparation:
@@ -201,12 +209,13 @@ class _Preparation:
         if self._spec.model.encoder is None:
             check_not_empty(self._data_spec, by_domain)
         else:
-            check_rows_not_empty(by_domain)
+            check_rows_not_empty(self._spec.model.encoder, by_domain)
         self._log(f"packing {len(by_domain)} domains and languages")
         shard_results = self._write_shards(by_domain, start)
         self._report.enter_stage("finishing")
         shards = {name: [result.shard for result in shard_results[name]] for name in by_domain}
         validation, baselines = self._write_validation(by_domain, shards, start)
+        encoder = self._write_codebook(by_domain, shards)
         manifest = DataManifest(
             recipe=recipe(self._spec),
             fingerprints=self._fingerprints,
@@ -214,7 +223,7 @@ class _Preparation:
             token_bytes=self._token_bytes,
             tokenizer_sha256=describe_file(self._tokenizer).sha256,
             chat=chat,
-            encoder=None if self._spec.model.encoder is None else EncoderData(),
+            encoder=encoder,
             domains={
                 name: _domain_entry(
                     by_domain[name],
@@ -412,6 +421,24 @@ class _Preparation:
             fix = "raise data.validation_samples or add documents with texts"
             raise DataError("validation", "no selected held-out sample has a text", fix)
         return row_result
+
+    def _write_codebook(self, by_domain: dict[str, list[Part]], shards: dict[str, list[Shard]]) -> EncoderData | None:
+        """Write the codebook if the encoder has one, and return the facts for the manifest; None for a decoder."""
+        encoder = self._spec.model.encoder
+        if encoder is None:
+            return None
+        if encoder.image_targets != "codebook":
+            return EncoderData()
+        self._log(f"codebook of {encoder.codebook_size:,} entries")
+        # All training samples of a domain have an image, or none has.
+        image_domains = [
+            name for name, parts in by_domain.items() if any(p.counts.rows and p.counts.rows.images for p in parts)
+        ]
+        image_shards = {name: shards[name] for name in image_domains}
+        write = ray.remote(write_codebook).options(num_cpus=1)
+        return EncoderData(
+            codebook_sha256=ray.get(write.remote(self._staging.result_path, image_shards, encoder, self._token_bytes))
+        )
 
     def _write_shards(self, by_domain: dict[str, list[Part]], start: int) -> dict[str, list[ShardResult]]:
         """Write the training shards of all domains; return each domain's results in the order of its shards."""

@@ -9,6 +9,8 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
+from mhmoe_ray.data.images import centre_square, decode_image
+from mhmoe_ray.data.prepare.codebook import normalized_patches
 from mhmoe_ray.data.prepare.job import PrepareRequest
 from mhmoe_ray.data.prepare.validation import is_validation
 from mhmoe_ray.data.shards.columns import padding_token
@@ -86,8 +88,9 @@ def results(local_cluster, tmp_path_factory):
         "pictures": {"path": "folder", "format": "images"},
         "captions": {"path": "bad", "format": "webdataset", "columns": ["text"]},
     }
+    codebook = {"image_targets": "codebook", "codebook_size": 40}
     mixed, serial, killed = (
-        encoder_spec(folder, sources, prepared=f"made/{name}/data", max_bad_lines=1)
+        encoder_spec(folder, sources, codebook, prepared=f"made/{name}/data", max_bad_lines=1)
         for name in ("mixed", "serial", "killed")
     )
     run_on_cluster(
@@ -209,13 +212,25 @@ def test_result_is_independent_of_tasks_chunks_and_kills(results, name):
     first_folder, second_folder = results.mixed.data.prepared, getattr(results, name).data.prepared
     names = sorted(str(p.relative_to(first_folder)) for p in first_folder.rglob("*") if p.is_file())
     assert names == sorted(str(p.relative_to(second_folder)) for p in second_folder.rglob("*") if p.is_file())
-    assert len(names) == 9
+    assert len(names) == 10
     assert filecmp.cmpfiles(first_folder, second_folder, names, shallow=False)[1:] == ([], [])
     assert [*second_folder.parent.iterdir()] == [second_folder]
 
 
 def test_a_killed_preparation_reuses_parts(results):
     assert any("of them from an earlier job" in line for line in results.lines)
+
+
+def test_codebook_has_the_nearest_entries_of_patches(results):
+    folder, manifest = results.mixed.data.prepared, require_prepared_data(results.mixed)
+    codebook = np.load(folder / "codebook.npy")
+    assert codebook.shape == (40, 3 * 8 * 8)
+    assert codebook.dtype == np.float32
+    assert manifest.encoder.codebook_sha256 == describe_file(folder / "codebook.npy").sha256
+    patches = normalized_patches(centre_square(decode_image(PICTURES[0].image), 32), 8)
+    distances = np.square(patches[:, None] - codebook).sum(axis=2)
+    # The entries explain a part of the patches, whose values have a variance of 1.
+    assert distances.min(axis=1).mean() < 0.95 * np.square(patches).sum(axis=1).mean()
 
 
 def test_damaged_shards_of_rows_are_reported(results):

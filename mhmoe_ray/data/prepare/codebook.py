@@ -1,0 +1,123 @@
+"""The codebook of an encoder: k-means of normalized patches of training images.
+
+The patches are a sample: at most `SAMPLE_BYTES` of them, of at most `MAX_IMAGES` images, and the same at each run. An
+image is cropped to the largest square at its centre.
+"""
+
+import hashlib
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from mhmoe_ray.data.images import centre_square, decode_image
+from mhmoe_ray.data.shards.manifest import CODEBOOK_FILE, Shard
+from mhmoe_ray.data.shards.rows import RowReader
+from mhmoe_ray.spec.model import EncoderSpec
+from mhmoe_ray.storage import replace_file
+
+SAMPLE_BYTES = 128 << 20
+MAX_IMAGES = 20_000
+ITERATIONS = 10
+# The same small number that training adds to the variance of a patch (MAE).
+_VARIANCE_OFFSET = 1e-6
+_DISTANCE_BYTES = 64 << 20
+_SEED = 0
+
+
+def write_codebook(folder: Path, shards: Mapping[str, Sequence[Shard]], encoder: EncoderSpec, token_bytes: int) -> str:
+    """Make the codebook, write its file, float32 (entries, values), and return the SHA-256 of the file: a Ray task.
+
+    Args:
+        folder: the staging directory of the result, with the training shards.
+        shards: training shards of the domains with images.
+        encoder: the encoder; its images must have at least as many patches as the codebook has entries.
+        token_bytes: bytes per token, 2 or 4.
+    """
+    readers = [RowReader(folder, shards[name], token_bytes) for name in sorted(shards) if shards[name]]
+    codebook = k_means(sample_patches(readers, encoder), encoder.codebook_size)
+    sink = io.BytesIO()
+    np.save(sink, codebook)
+    replace_file(folder / CODEBOOK_FILE, sink.getvalue())
+    return hashlib.sha256(sink.getvalue()).hexdigest()
+
+
+def sample_patches(readers: Sequence[RowReader], encoder: EncoderSpec) -> np.ndarray:
+    """Return normalized patches of training images, (patches, values) float32.
+
+    Args:
+        readers: readers of the domains with images.
+        encoder: the encoder.
+    """
+    random = np.random.default_rng(_SEED)
+    ends = np.cumsum([0, *map(len, readers)])
+    image_count = min(int(ends[-1]), MAX_IMAGES)
+    patch_count = max(encoder.codebook_size, SAMPLE_BYTES // (4 * encoder.patch_values))
+    per_image = min(encoder.patches, -(-patch_count // image_count))
+    numbers = np.sort(random.choice(ends[-1], image_count, replace=False))
+    patches = np.empty((image_count, per_image, encoder.patch_values), np.float32)
+    for index, number in enumerate(numbers):
+        reader = int(np.searchsorted(ends, number, side="right")) - 1
+        _, [image] = readers[reader].read(np.array([number - ends[reader]]))
+        patch_numbers = np.sort(random.choice(encoder.patches, per_image, replace=False))
+        pixels = centre_square(decode_image(image), encoder.image_size)
+        patches[index] = normalized_patches(pixels, encoder.patch_size)[patch_numbers]
+    return patches.reshape(-1, encoder.patch_values)
+
+
+def normalized_patches(pixels: np.ndarray, patch_size: int) -> np.ndarray:
+    """Return the patches of an image, (patches, values) float32, each normalized as in training.
+
+    Args:
+        pixels: (height, width, 3) uint8.
+        patch_size: height and width of a patch in pixels.
+    """
+    rows, columns = (side // patch_size for side in pixels.shape[:2])
+    split = pixels.reshape(rows, patch_size, columns, patch_size, 3).transpose(0, 2, 1, 3, 4)
+    patches = split.reshape(rows * columns, -1).astype(np.float32) / 255
+    variance = patches.var(axis=1, ddof=1, keepdims=True)
+    normalized: np.ndarray = (patches - patches.mean(axis=1, keepdims=True)) / np.sqrt(variance + _VARIANCE_OFFSET)
+    return normalized
+
+
+def k_means(points: np.ndarray, entries: int) -> np.ndarray:
+    """Return the centres of clusters by Lloyd's algorithm, (entries, values) float32.
+
+    An entry that no point is nearest to moves to the point with the largest distance from its own entry.
+
+    Args:
+        points: (points, values) float32, at least as many as entries.
+        entries: number of centres.
+    """
+    random = np.random.default_rng(_SEED)
+    centres: np.ndarray = points[np.sort(random.choice(len(points), entries, replace=False))]
+    previous_centres = np.full(len(points), -1)
+    for _ in range(ITERATIONS):
+        nearest_centres, distances = _nearest_centres(points, centres)
+        if np.array_equal(nearest_centres, previous_centres):
+            break
+        previous_centres = nearest_centres
+        counts = np.bincount(nearest_centres, minlength=entries)
+        filled = np.flatnonzero(counts)
+        starts = np.cumsum(counts)[filled] - counts[filled]
+        sums = np.add.reduceat(points[np.argsort(nearest_centres, kind="stable")], starts)
+        centres[filled] = sums / counts[filled, None]
+        empty = np.flatnonzero(counts == 0)
+        centres[empty] = points[np.argsort(-distances, kind="stable")[: len(empty)]]
+    return centres
+
+
+def _nearest_centres(points: np.ndarray, centres: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the number of the centre that is nearest to each point, and the square of its distance."""
+    nearest_centres, distances = np.empty(len(points), np.int64), np.empty(len(points), np.float32)
+    centre_squares = np.square(centres).sum(axis=1)
+    rows = max(1, _DISTANCE_BYTES // (4 * len(centres)))
+    for start in range(0, len(points), rows):
+        stretch = points[start : start + rows]
+        # |p - c|^2 without |p|^2, which is the same for all centres of a point.
+        scores = centre_squares - 2 * stretch @ centres.T
+        nearest_centres[start : start + rows] = scores.argmin(axis=1)
+        smallest = np.take_along_axis(scores, nearest_centres[start : start + rows, None], axis=1)[:, 0]
+        distances[start : start + rows] = smallest + np.square(stretch).sum(axis=1)
+    return nearest_centres, distances
