@@ -1,6 +1,7 @@
 """Crops of images: pure functions of a seed and a label, like masks (masking.py)."""
 
 import math
+from collections.abc import Callable
 from decimal import Decimal
 from typing import NamedTuple
 
@@ -19,7 +20,7 @@ TRIES = 10
 class Crop(NamedTuple):
     """Part of an image that the model reads."""
 
-    box: tuple[float, float, float, float]
+    box: tuple[int, int, int, int]
     """Left, top, right and bottom edge in pixels."""
     is_mirrored: bool = False
 
@@ -27,7 +28,7 @@ class Crop(NamedTuple):
 def centre_crop(width: int, height: int) -> Crop:
     """Return the largest square at the centre of an image."""
     side = min(width, height)
-    x, y = (width - side) / 2, (height - side) / 2
+    x, y = (width - side) // 2, (height - side) // 2
     return Crop((x, y, x + side, y + side))
 
 
@@ -54,19 +55,17 @@ def random_crop(width: int, height: int, images: ImageSpec, seed: int, label: st
     return centre_crop(width, height)._replace(is_mirrored=is_mirrored)
 
 
-def read_crop(content: bytes, size: int, images: ImageSpec | None, seed: int, label: str) -> np.ndarray:
+def read_crop(content: bytes, size: int, choose_crop: Callable[[int, int], Crop] = centre_crop) -> np.ndarray:
     """Return a crop of an image as the model reads it, uint8 (size, size, 3).
 
     Args:
         content: the encoded image.
         size: height and width of the result in pixels.
-        images: section of the spec for a random crop; None for the largest square at the centre.
-        seed: seed of the run.
-        label: label of the sample.
+        choose_crop: function (width, height) -> crop.
     """
     from PIL import Image
 
     image = decode_image(content)
-    crop = centre_crop(*image.size) if images is None else random_crop(*image.size, images, seed, label)
+    crop = choose_crop(*image.size)
     pixels = np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box=crop.box))
     return pixels[:, ::-1] if crop.is_mirrored else pixels

@@ -12,13 +12,13 @@ Images and texts follow the order of the parts. Crops and masks depend on the se
 in the training alone, not on the number of ranks.
 """
 
-from collections.abc import Mapping, Sequence
-from functools import lru_cache
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import numpy as np
 
-from mhmoe_ray.data.crops import read_crop
+from mhmoe_ray.data.crops import Crop, centre_crop, random_crop, read_crop
 from mhmoe_ray.data.domains import source_of
 from mhmoe_ray.data.masking import block_mask, hide_tokens, text_mask
 from mhmoe_ray.data.order.mixture import training_order
@@ -74,9 +74,8 @@ class SampleMaker:
         text_share = sections.pair_text if is_pair else sections.text
         side = encoder.patches_per_side
         image_labels = labels if "image" in part.columns else []
-        crop_spec = self._spec.data.images if crops else None
         pixels = [
-            read_crop(content, encoder.image_size, crop_spec, seed, f"{label} crop")
+            read_crop(content, encoder.image_size, self._crop_function(f"{label} crop") if crops else centre_crop)
             for content, label in zip(images, image_labels, strict=False)
         ]
         patch_hidden = [
@@ -105,6 +104,10 @@ class SampleMaker:
             inputs,
             token_hidden,
         )
+
+    def _crop_function(self, label: str) -> Callable[[int, int], Crop]:
+        """Return the function that chooses the random crop of a sample from the size of its image."""
+        return partial(random_crop, images=self._spec.data.images, seed=self._spec.seed, label=label)
 
 
 class EncoderTrainingSamples:

@@ -7,8 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from mhmoe_ray.errors import DataError
 
 if TYPE_CHECKING:
@@ -86,16 +84,6 @@ def check_image_file(content: bytes, max_pixels: int) -> None:
     # Pillow's decoders raise exceptions of many classes for damaged files, also SyntaxError and struct.error.
     except Exception as e:
         raise DamagedImageError(" ".join(str(e).split())[:200]) from e
-
-
-def centre_square(image: "Image.Image", size: int) -> np.ndarray:
-    """Return the largest square at the centre of an RGB image, resized to (size, size, 3) uint8."""
-    from PIL import Image
-
-    side = min(image.size)
-    x, y = (image.width - side) // 2, (image.height - side) // 2
-    square = image.resize((size, size), Image.Resampling.BICUBIC, box=(x, y, x + side, y + side))
-    return np.asarray(square)
 
 
 @contextmanager

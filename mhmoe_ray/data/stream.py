@@ -144,7 +144,8 @@ def _encoder_stream(spec: RunSpec, start: int, world_size: int) -> ray.data.Data
     layout = StreamLayout(world_size, 1, block_rows)
     rounds = -(-rows // (block_rows * world_size))
     row_count = rounds * world_size * block_rows
-    row_ids = ray.data.range(row_count, override_num_blocks=min(MAX_TASKS, -(-row_count // block_rows)))
+    rows_per_task = BLOCKS_PER_TASK * block_rows
+    row_ids = ray.data.range(row_count, override_num_blocks=min(MAX_TASKS, -(-row_count // rows_per_task)))
     read_rows = partial(_read_micro_batches, spec=spec, layout=layout, start=start, end=start + rows)
     stream = row_ids.map_batches(read_rows, batch_size=block_rows).repartition(
         target_num_rows_per_block=block_rows, strict=True

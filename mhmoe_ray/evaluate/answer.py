@@ -20,6 +20,7 @@ from mhmoe_ray.data.chat.template import ChatTemplate, ChatTemplateError, check_
 from mhmoe_ray.data.domains import language_of_folder, subfolder_of
 from mhmoe_ray.data.encoder_samples import encoder_validation_samples
 from mhmoe_ray.data.shards.manifest import require_data_manifest, require_matching_data
+from mhmoe_ray.data.shards.rows import read_codebook
 from mhmoe_ray.data.tokenizer import DocumentEncoder, boundaries, boundary_texts, token_widths
 from mhmoe_ray.errors import CheckpointError, RunError
 from mhmoe_ray.evaluate.encoder import EncoderMeter, held_out_pairs, raw_pairs
@@ -160,7 +161,11 @@ def _encoder_figures(
     model, spec = load_verified_encoder(checkpoint, manifest), run.spec()
     if request.gpus:
         model.to("cuda")
-    meter = EncoderMeter(model, spec, use_bfloat16=request.half, on_progress=_progress_callback(print_line))
+    codebook = None
+    assert spec.model.encoder is not None
+    if spec.model.encoder.image_targets == "codebook":
+        codebook = read_codebook(spec.data.prepared, require_data_manifest(spec.data.prepared))
+    meter = EncoderMeter(model, spec, codebook, use_bfloat16=request.half, on_progress=_progress_callback(print_line))
     losses: dict[str, EncoderLossScore] = {}
     if request.text:
         tokenizer = load_run_tokenizer(checkpoint, manifest)

@@ -22,6 +22,7 @@ from mhmoe_ray.checkpoint.load import restore
 from mhmoe_ray.checkpoint.manifest import CheckpointManifest, stored_manifest
 from mhmoe_ray.checkpoint.save import Saver
 from mhmoe_ray.data.shards.manifest import require_data_manifest
+from mhmoe_ray.data.shards.rows import read_codebook
 from mhmoe_ray.data.tokenizer import boundaries, load_tokenizer
 from mhmoe_ray.distributed.dispatch.exchange import SentBytes
 from mhmoe_ray.distributed.mesh import build_mesh
@@ -94,7 +95,8 @@ class Worker:
         mesh = build_mesh(spec.cluster, [p.node for p in worker_infos], device.type, _node_domains(spec, worker_infos))
         start_token, end_tokens = boundaries(load_tokenizer(run.tokenizer_file, spec.model.vocab_size))
         self.data = require_data_manifest(spec.data.prepared)
-        self.trainer = Trainer(spec, mesh, device, start_token, heartbeat.report_progress)
+        codebook = read_codebook(spec.data.prepared, self.data)
+        self.trainer = Trainer(spec, mesh, device, start_token, heartbeat.report_progress, codebook)
         self.rank = rank
         # The first rank that makes this call causes Ray to create the stream. This also chooses the checkpoint to start
         # from, so the call must come before `_agree_on_start`.

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mhmoe_ray.data.images import centre_square, decode_image
+from mhmoe_ray.data.crops import read_crop
 from mhmoe_ray.data.shards.manifest import CODEBOOK_FILE, Shard
 from mhmoe_ray.data.shards.rows import RowReader
 from mhmoe_ray.spec.model import EncoderSpec
@@ -61,7 +61,7 @@ def sample_patches(readers: Sequence[RowReader], encoder: EncoderSpec) -> np.nda
         reader = int(np.searchsorted(ends, number, side="right")) - 1
         _, [image] = readers[reader].read(np.array([number - ends[reader]]))
         patch_numbers = np.sort(random.choice(encoder.patches, per_image, replace=False))
-        pixels = centre_square(decode_image(image), encoder.image_size)
+        pixels = read_crop(image, encoder.image_size)
         patches[index] = normalized_patches(pixels, encoder.patch_size)[patch_numbers]
     return patches.reshape(-1, encoder.patch_values)
 

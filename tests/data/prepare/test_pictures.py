@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
-from mhmoe_ray.data.images import centre_square, decode_image
+from mhmoe_ray.data.crops import read_crop
 from mhmoe_ray.data.prepare.codebook import normalized_patches
 from mhmoe_ray.data.prepare.job import PrepareRequest
 from mhmoe_ray.data.prepare.validation import is_validation
@@ -227,7 +227,7 @@ def test_codebook_has_the_nearest_entries_of_patches(results):
     assert codebook.shape == (40, 3 * 8 * 8)
     assert codebook.dtype == np.float32
     assert manifest.encoder.codebook_sha256 == describe_file(folder / "codebook.npy").sha256
-    patches = normalized_patches(centre_square(decode_image(PICTURES[0].image), 32), 8)
+    patches = normalized_patches(read_crop(PICTURES[0].image, 32), 8)
     distances = np.square(patches[:, None] - codebook).sum(axis=2)
     # The entries explain a part of the patches, whose values have a variance of 1.
     assert distances.min(axis=1).mean() < 0.95 * np.square(patches).sum(axis=1).mean()
