@@ -17,7 +17,7 @@ from mhmoe_ray.cli.common import AddressOption, JsonOption, out, print_json, pri
 
 if TYPE_CHECKING:
     from mhmoe_ray.data.inspect.copies import DomainCopies
-    from mhmoe_ray.data.inspect.figures import DomainSurvey, Figures
+    from mhmoe_ray.data.inspect.figures import DomainSurvey, Figures, ImageFigures
     from mhmoe_ray.data.inspect.lint import Problem
     from mhmoe_ray.data.inspect.result import Survey
     from mhmoe_ray.data.shards.manifest import DataManifest
@@ -141,8 +141,8 @@ def inspect(
     """Read text on the cluster and show its contents, by domain and by language.
 
     It counts documents, bytes, characters and words; tokens, with the tokenizer of the spec's prepared folder, else
-    with data.tokenizer, and fertility; lengths; unreadable records; exact copies. Of prepared data it also shows the
-    contents of the shards.
+    with data.tokenizer, and fertility; lengths; images and their sizes; unreadable records; exact copies. Of prepared
+    data it also shows the contents of the shards.
     """
     target = resolve_target(data, set_)
     # Packed samples are read here from the prepared folder, so no job is needed.
@@ -234,6 +234,24 @@ def _figures_dict(figures: "Figures") -> dict[str, Any]:
         "lengths_in_tokens": lengths(tokens) if tokens else None,
         "longest": figures.longest,
         "longest_at": str(figures.longest_at) if figures.longest_at else None,
+        # Reports on text alone have no figures of images.
+        **({"images": _images_dict(figures.images)} if figures.images.images else {}),
+    }
+
+
+def _images_dict(figures: "ImageFigures") -> dict[str, Any]:
+    """Return the figures of images as JSON data."""
+    from mhmoe_ray.data.inspect.figures import octave_counts, quantile
+
+    return {
+        "images": figures.images,
+        "bytes": figures.bytes,
+        "shorter_sides": {
+            **{name: quantile(figures.sides, share) for name, share in QUANTILES.items()},
+            "octaves": octave_counts(figures.sides),
+        },
+        "aspect_ratios": {f"{2**ratio:.2f}": count for ratio, count in sorted(figures.aspect_ratios.items())},
+        "extreme_aspect_ratios": figures.extreme,
     }
 
 
@@ -254,14 +272,20 @@ def _print_samples(target: InspectTarget, start: int, count: int, json: bool) ->
 
     Raises:
         BadParameter: the target is raw text, which has no packed samples.
+        SpecError: the model is an encoder.
         DataError: the data is not prepared, or the training has no such positions.
     """
     from mhmoe_ray.checkpoint.start.record import plan_start
     from mhmoe_ray.data.inspect.samples import decode_samples
+    from mhmoe_ray.errors import SpecError
 
     if target.spec is None:
         raise typer.BadParameter(
             f"--samples: {target.name} is raw text, which has no packed samples; give a spec with prepared data"
+        )
+    if target.spec.model.encoder is not None:
+        raise SpecError(
+            f"spec {target.name}", "--samples shows texts of a decoder, and this is an encoder", "leave it out"
         )
     record = plan_start(target.spec)
     samples = decode_samples(target.spec, start, count, record.samples_before if record else None)

@@ -36,6 +36,7 @@ def print_survey(survey: dict[str, Any], *, held_out: bool) -> None:
         out.print("no tokens: prepare the data, or give a tokenizer.json by --set data.tokenizer=PATH", soft_wrap=True)
     _print_domains(survey, held_out)
     _print_lengths(survey)
+    _print_images(survey)
     _print_languages(survey)
     _print_unread(survey)
     _print_copies(survey)
@@ -124,7 +125,7 @@ def _print_lengths(survey: dict[str, Any]) -> None:
     rows = []
     for name, row in _rows_by_source(survey):
         lengths = row.get(key)
-        if not lengths:
+        if not lengths or not lengths["octaves"]:
             rows.append([name, *[""] * 7])
             continue
         quantiles = [f"{value:,}" for quantile, value in lengths.items() if quantile != "octaves"]
@@ -133,6 +134,23 @@ def _print_lengths(survey: dict[str, Any]) -> None:
         rows.append([name, bars, *quantiles, f"{row['longest']:,}", row["longest_at"]])
     title = f"lengths of documents in {unit}; bars: by powers of two, from {octaves[0]:,} to {2 * octaves[-1]:,}"
     _print_table(title, ["", "p10", "median", "p90", "p99", "longest (characters)", "at"], rows)
+
+
+def _print_images(survey: dict[str, Any]) -> None:
+    """Print the number and the sizes of images by domain; print nothing without images."""
+    from mhmoe_ray.data.inspect.figures import MAX_ASPECT_RATIO
+
+    rows = []
+    for name, row in _rows_by_source(survey):
+        images = row.get("images")
+        if images is None:
+            rows.append([name, *[""] * 7])
+            continue
+        quantiles = [f"{value:,}" for quantile, value in images["shorter_sides"].items() if quantile != "octaves"]
+        extreme = _format_percent(images["extreme_aspect_ratios"], images["images"])
+        rows.append([name, f"{images['images']:,}", format_bytes(images["bytes"]), *quantiles, extreme])
+    columns = ["images", "stored", "p10", "median", "p90", "p99", f"over {MAX_ASPECT_RATIO:g}:1"]
+    _print_table("images, and the quantiles of their shorter sides in pixels", columns, rows)
 
 
 def _print_languages(survey: dict[str, Any]) -> None:

@@ -86,6 +86,13 @@ def check_image_file(content: bytes, max_pixels: int) -> None:
         raise DamagedImageError(" ".join(str(e).split())[:200]) from e
 
 
+def image_size(content: bytes) -> tuple[int, int]:
+    """Return the width and the height in the header of an image file."""
+    with _open_image(content) as image:
+        size: tuple[int, int] = image.size
+        return size
+
+
 @contextmanager
 def _open_image(content: bytes) -> "Iterator[Image.Image]":
     """Open an image file and read its header, without warnings about its content."""

@@ -7,6 +7,7 @@ at most a sixteenth of its length wide. So counts by octave are exact, and a qua
 true one.
 """
 
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -103,6 +104,42 @@ class Finding:
         self.examples = sorted([*self.examples, *examples])[:EXAMPLES]
 
 
+MAX_ASPECT_RATIO = 3.0
+"""Ratio of the sides of an image above which it counts as extreme: a square crop then shows less than a third of it."""
+
+
+@dataclass
+class ImageFigures:
+    """Figures of the images of one domain and language."""
+
+    images: int = 0
+    bytes: int = 0
+    """Bytes of the image files."""
+    sides: Counter[int] = field(default_factory=Counter)
+    """Histogram of the shorter sides in pixels: number of images by `histogram_bin`."""
+    aspect_ratios: Counter[float] = field(default_factory=Counter)
+    """Number of images by the ratio of width to height, rounded to one decimal place of its logarithm to base 2."""
+    extreme: int = 0
+    """Number of images with one side more than `MAX_ASPECT_RATIO` times as long as the other."""
+
+    def add_image(self, size: int, width: int, height: int) -> None:
+        """Add one image: the bytes of its file, and its width and height in pixels."""
+        self.images += 1
+        self.bytes += size
+        self.sides[histogram_bin(min(width, height))] += 1
+        # The addition turns -0.0 into 0.0, which JSON would tell apart.
+        self.aspect_ratios[round(math.log2(width / height), 1) + 0.0] += 1
+        self.extreme += max(width, height) > MAX_ASPECT_RATIO * min(width, height)
+
+    def __iadd__(self, addend: "ImageFigures") -> "ImageFigures":
+        self.images += addend.images
+        self.bytes += addend.bytes
+        self.sides += addend.sides
+        self.aspect_ratios += addend.aspect_ratios
+        self.extreme += addend.extreme
+        return self
+
+
 @dataclass
 class Figures:
     """Figures of the documents of one domain and language."""
@@ -129,6 +166,9 @@ class Figures:
     """Length of the longest document in characters."""
     longest_at: TextLocation | None = None
     """Location of the longest document; None without documents."""
+    images: ImageFigures = field(default_factory=ImageFigures)
+    """Figures of the images. A document that is an image alone is in no figure of texts but `documents` and
+    `held_out`."""
 
     def add_document(
         self, text: str, size: int, words: int, tokens: int | None, held_out: bool, location: TextLocation
@@ -161,6 +201,7 @@ class Figures:
         for name in ("documents", "bytes", "characters", "words", "unspaced", "held_out", "tokens", "unknown"):
             setattr(self, name, getattr(self, name) + getattr(addend, name))
         self.lengths += addend.lengths
+        self.images += addend.images
         self.token_lengths += addend.token_lengths
         if addend.longest_at:
             self._update_longest(addend.longest, addend.longest_at)

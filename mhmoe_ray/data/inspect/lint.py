@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from mhmoe_ray.data.domains import source_of, subfolder_of
 from mhmoe_ray.data.inspect import textrules
-from mhmoe_ray.data.inspect.figures import EXAMPLES, DomainSurvey, Finding
+from mhmoe_ray.data.inspect.figures import EXAMPLES, MAX_ASPECT_RATIO, DomainSurvey, Finding, histogram_bin
 from mhmoe_ray.data.inspect.result import Survey
 from mhmoe_ray.data.order.mixture import compute_mixture
 from mhmoe_ray.data.prepare.chunks import QuarantineLimit
@@ -20,6 +20,8 @@ from mhmoe_ray.spec import DataSpec, RunSpec
 
 MAX_COPY_SHARE = 0.01
 """Largest share of a domain's documents that may be copies without a warning."""
+MAX_IMAGE_SHARE = 0.1
+"""Largest share of a domain's images that may be small, or narrow, without a warning."""
 MIN_BYTES_PER_TOKEN = 1.5
 """Bytes of text per token below which a tokenizer spells a language out nearly byte by byte."""
 MAX_UNKNOWN_SHARE = 0.001
@@ -117,12 +119,12 @@ def _format_examples(finding: Finding) -> list[tuple[str, str]]:
 def _find_unread_files(inputs: LintInput) -> Iterator[Problem]:
     """Yield a warning for each source that has files which are not read, because they have another format."""
     files = find_files(inputs.data_spec)
-    read_paths = {file.path for file in files}
+    read_paths = {path for file in files for path in file.stored_paths}
     formats = {source_of(file.domain): file.format for file in files}
     for name, source in inputs.data_spec.sources.items():
         # Folders of these formats have other files beside the documents, so files that are not read are no problem
         # there.
-        if formats[name] in ("redpajama-v2", "huggingface"):
+        if formats[name] in ("redpajama-v2", "huggingface", "coco"):
             continue
         root, listed_files = list_files(Storage(source.path), inputs.data_spec.prepared)
         subfolders = inputs.data_spec.named_subfolders(name)
@@ -171,7 +173,7 @@ def _find_small_domains(inputs: LintInput) -> Iterator[Problem]:
         return
     T = inputs.data_spec.seq_len
     message, fix = f"it does not fill one sample of {T:,} + 1 tokens", "add text, shorten data.seq_len or drop it"
-    if inputs.data_spec.packing == "best_fit":
+    if _has_whole_documents(inputs):
         message, fix = "it has no document to train on", "add text, lower data.validation_fraction or drop it"
     for name, domain in inputs.survey.domains.items():
         if not _fills_sample(name, domain, inputs):
@@ -193,6 +195,13 @@ def _find_small_domains(inputs: LintInput) -> Iterator[Problem]:
             yield Problem("no-validation", False, name, message, fix, domain.all_figures.documents, examples)
 
 
+def _has_whole_documents(inputs: LintInput) -> bool:
+    """Return whether one training document is enough for a sample: with best fit or for an encoder, padding fills it
+    up."""
+    is_encoder = inputs.spec is not None and inputs.spec.model.encoder is not None
+    return is_encoder or inputs.data_spec.packing == "best_fit"
+
+
 def _fills_sample(name: str, domain: DomainSurvey, inputs: LintInput) -> bool:
     """Return whether a domain has at least one training sample, by the manifest if that has the domain.
 
@@ -201,8 +210,7 @@ def _fills_sample(name: str, domain: DomainSurvey, inputs: LintInput) -> bool:
     if inputs.manifest is not None and name in inputs.manifest.domains:
         return inputs.manifest.domains[name].samples > 0
     figures = domain.all_figures
-    # With best fit one training document is enough, since padding fills the rest of its sample.
-    if inputs.data_spec.packing == "best_fit":
+    if _has_whole_documents(inputs):
         return figures.documents > figures.held_out
     # Without a tokenizer, the bytes are an upper limit of the tokens, because a token has at least one byte. Each
     # document adds a start token.
@@ -265,6 +273,29 @@ def _find_poor_tokenization(inputs: LintInput) -> Iterator[Problem]:
                 yield Problem("unknown-tokens", False, name, message, fix, figures.documents, [(location, evidence)])
 
 
+def _find_unsuitable_images(inputs: LintInput) -> Iterator[Problem]:
+    """Yield a warning for each domain with many images that are smaller than the model's, or long and narrow."""
+    encoder = inputs.spec.model.encoder if inputs.spec else None
+    for name, domain in inputs.survey.domains.items():
+        figures = domain.all_figures.images
+        max_count = MAX_IMAGE_SHARE * figures.images
+        size = encoder.image_size if encoder else 0
+        # Bins of sides are a sixteenth of a side wide, so images that are a little too small do not count.
+        small = sum(count for side, count in figures.sides.items() if side < histogram_bin(size))
+        if small > max_count:
+            message = f"over {MAX_IMAGE_SHARE:.0%} of its images are smaller than model.encoder.image_size"
+            examples = [(name, f"{small / figures.images:.0%} have a side below {size:,} pixels")]
+            fix = "use larger images, or lower model.encoder.image_size"
+            yield Problem("small-images", False, name, message, fix, small, examples)
+        if figures.extreme > max_count:
+            message = (
+                f"over {MAX_IMAGE_SHARE:.0%} of its images are more than {MAX_ASPECT_RATIO:g} times as long as wide"
+            )
+            examples = [(name, f"{figures.extreme / figures.images:.0%} of its images")]
+            fix = "remove banners and strips: a square crop shows a small part of them"
+            yield Problem("narrow-images", False, name, message, fix, figures.extreme, examples)
+
+
 RULES: list[Callable[[LintInput], Iterator[Problem]]] = [
     _find_unreadable_items,
     _find_damaged_texts,
@@ -273,4 +304,5 @@ RULES: list[Callable[[LintInput], Iterator[Problem]]] = [
     _find_small_domains,
     _find_repeated_domains,
     _find_poor_tokenization,
+    _find_unsuitable_images,
 ]

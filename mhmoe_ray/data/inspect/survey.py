@@ -20,6 +20,7 @@ import ray.data
 
 from mhmoe_ray.data import domains
 from mhmoe_ray.data.domains import subfolder_of
+from mhmoe_ray.data.images import image_size, require_pillow
 from mhmoe_ray.data.inspect.copies import ENTRY_DTYPE, Copies, count_copies, partition_entries, text_hash
 from mhmoe_ray.data.inspect.figures import DomainSurvey, Figures, Finding, TextLocation
 from mhmoe_ray.data.inspect.result import Survey, SurveyRequest
@@ -103,13 +104,24 @@ def survey_file(
         record_language = domains.language_of_record(document.language)
         figures = survey.languages.setdefault(record_language or folder_language, Figures())
         tokens = None if ids is None else len(ids)
-        figures.add_document(text, size, len(words), tokens, is_validation(text, spec.validation_fraction), location)
+        held_out = is_validation(document.image_hash or text, spec.validation_fraction)
+        if document.image is not None:
+            figures.images.add_image(len(document.image), *image_size(document.image))
+            # Copies of a pair have the same image and the same text, and copies of an image alone the same image.
+            size += len(document.image)
+            entries.append((text_hash([*words, str(document.image_hash)]), number, document.line, size))
+        else:
+            entries.append((text_hash(words), number, document.line, size))
+        if text:
+            figures.add_document(text, len(text.encode()), len(words), tokens, held_out, location)
+        else:
+            figures.documents += 1
+            figures.held_out += held_out
         if ids is not None and encoder is not None and encoder.unknown is not None:
             figures.unknown += ids.count(encoder.unknown)
-        if rules:
+        if rules and text:
             for rule, evidence in broken_rules(text, words, record_language, file.domain, special).items():
                 survey.findings.setdefault(rule, Finding()).add_examples(1, [(location, evidence)])
-        entries.append((text_hash(words), number, document.line, size))
         # Entries are yielded in arrays of limited size, so that the memory of a task stays bounded even for a large
         # file.
         if len(entries) == ENTRIES_PER_ARRAY:
@@ -147,7 +159,8 @@ def _take_batch(documents: Iterator[Document]) -> Iterator[Document]:
     characters = 0
     for document in islice(documents, DOCUMENTS_PER_CALL):
         yield document
-        characters += len(document.text)
+        # Images count as well, because the memory of a batch must stay bounded.
+        characters += len(document.text) + len(document.image or b"")
         if characters > CHARACTERS_PER_CALL:
             return
 
@@ -172,6 +185,8 @@ def survey(request: SurveyRequest, partition_bytes: int = PARTITION_BYTES) -> Su
     # Open the tokenizer here too, so that an unusable one is reported before any task starts.
     if request.tokenizer:
         open_encoder(request.tokenizer, request.data.tokenizer_pattern)
+    if request.data.has_images:
+        require_pillow()
     ray.data.DataContext.get_current().enable_progress_bars = False
     files = find_files(request.data)
     total_bytes = sum(file.size for file in files)

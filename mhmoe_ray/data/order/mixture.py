@@ -137,9 +137,7 @@ def _compute_part(
     """Return the mixture of one part of every micro-batch; the other arguments are those of `compute_mixture`."""
     names = sorted(name for name, d in manifest.domains.items() if d.samples and source_of(name) in part.sources)
     domains = [OrderedDomain(name, source_of(name), manifest.domains[name].samples) for name in names]
-    # Images have no tokens, and a text of an encoder takes one sample, so its domains are as large as their samples.
-    size_field = "tokens" if spec.model.encoder is None else "samples"
-    sizes = [getattr(manifest.domains[name], size_field) for name in names]
+    sizes = [manifest.domains[name].size for name in names]
     first_slots = [(samples_before or {}).get(name, 0) for name in names]
     limits = _domain_limits(spec, part, manifest, domains, first_slots)
     samples_per_step = spec.train.micro_batches * part.samples
