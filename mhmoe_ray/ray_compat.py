@@ -31,6 +31,8 @@ PRIVATE_NAMES = {
     "WORKER_GROUP_START_TIMEOUT_S_ENV_VAR": _TRAIN + "constants",
     "WorkerGroupStartupTimeoutError": _TRAIN + "exceptions",
     "get_train_context": _TRAIN + "execution.context",
+    # Callbacks of the loop that executes a dataset, for `data/stream.py`.
+    "ExecutionCallback": "ray.data._internal.execution.execution_callback",
     # Accelerators of this machine, as `ray start` counts them, for `cluster/nodes.py`.
     "get_accelerator_manager_for_resource": "ray._private.accelerators",
     # Rules for the files that Ray sends with a job, and the largest size of their package, for `cluster/jobs.py`.

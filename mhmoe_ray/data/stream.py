@@ -10,6 +10,7 @@ so a block holds many micro-batches if the training is long enough:
 Every row carries its position, so that a worker notices at once if it receives the rows of another rank.
 """
 
+import time
 from collections.abc import Collection, Mapping, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
@@ -32,6 +33,7 @@ from mhmoe_ray.data.shards.columns import (
 )
 from mhmoe_ray.data.shards.files import ShardReader
 from mhmoe_ray.data.shards.manifest import DataManifest, require_data_manifest
+from mhmoe_ray.ray_compat import ExecutionCallback
 from mhmoe_ray.spec import MoESpec, RunSpec
 
 BLOCK_BYTES = 1 << 20
@@ -42,6 +44,28 @@ BLOCKS_PER_TASK = 16
 # This is the largest number of tasks, because Ray creates all tasks at the start. In a long run each task is longer
 # instead, and it yields its blocks one by one.
 MAX_TASKS = 2_000
+
+
+LOOP_PAUSE_SECONDS = 0.01
+"""Pause between two steps of the loop in which Ray Data starts tasks and hands out blocks."""
+
+
+class PausingCallback(ExecutionCallback):  # type: ignore[misc]  # a name of `ray_compat` has type Any
+    """Callback that makes Ray Data's loop pause at each step.
+
+    While tasks wait for workers to consume their blocks, the loop would otherwise run without a pause, and keep almost
+    half of a core busy.
+    """
+
+    def on_execution_step(self, executor: object) -> None:
+        time.sleep(LOOP_PAUSE_SECONDS)
+
+
+def _quiet(stream: ray.data.Dataset) -> ray.data.Dataset:
+    """Return a stream without progress bars, which would fill the job's log, and with pauses in its loop."""
+    stream.context.enable_progress_bars = False
+    stream.context.custom_execution_callback_classes = [PausingCallback]
+    return stream
 
 
 class StreamLayout(NamedTuple):
@@ -105,9 +129,7 @@ def training_stream(
     )
     blocks = row_ids.map_batches(read_rows, batch_size=rows_per_task)
     stream = blocks.repartition(target_num_rows_per_block=layout.block_rows, strict=True)
-    # Progress bars would fill the job's log.
-    stream.context.enable_progress_bars = False
-    return stream
+    return _quiet(stream)
 
 
 def _read_rows(
@@ -150,8 +172,7 @@ def _encoder_stream(spec: RunSpec, start: int, world_size: int) -> ray.data.Data
     stream = row_ids.map_batches(read_rows, batch_size=block_rows).repartition(
         target_num_rows_per_block=block_rows, strict=True
     )
-    stream.context.enable_progress_bars = False
-    return stream
+    return _quiet(stream)
 
 
 def _read_micro_batches(
