@@ -43,6 +43,46 @@ _P1_TRAIN = {
     "clip_norm": 2.0,
     **checkpoint_intervals(300_000),
 }
+# BEiT-3 base with the output of BEiT v2's codebook, whose 277 million parameters table 11 of P1 has as the dense model.
+# P1's release has no code for its multimodal models. That experts lie beside the feed-forward layers of every second
+# block is inferred: with E experts this gives 276 + 28.4 E million parameters for X-MoE, and the table 276 + 29.75 E.
+_P1_ENCODER_TRUNK: Tree = {
+    "backbone": "subln",
+    "encoder": {
+        "image_size": 224,
+        "patch_size": 16,
+        "image_positions": 199,
+        "text_positions": 1024,
+        "image_targets": "codebook",
+        "codebook_size": 8192,
+    },
+    "vocab_size": 64_010,
+    "d_model": 768,
+    "layers": 12,
+    "attention_heads": 12,
+    "d_ff": 3072,
+    "tied_embeddings": False,
+    "dropout": 0.1,
+    "attention_dropout": 0.1,
+}
+# The number of steps and the numbers of samples of the parts are BEiT-3's in proportion; P1 states the batch of 512.
+_P1_ENCODER_TRAIN: Tree = {
+    "steps": 1_000_000,
+    "micro_batches": 16,
+    "micro_batch_size": 32,
+    "precision": "bfloat16",
+    "schedule": "cosine",
+    "lr": 2.8e-3,
+    "min_lr": 0.0,
+    "warmup_steps": 10_000,
+    "weight_decay": 0.05,
+    "betas": (0.9, 0.98),
+    "eps": 1e-6,
+    "clip_norm": 2.0,
+    **checkpoint_intervals(1_000_000),
+}
+ENCODER_SEQ_LEN = 128
+"""Tokens of a text in P1's multimodal runs, with the start token; P1 does not state it."""
 # P1's dense and X-MoE models have micro-batches of two sequences. The size matters, because expert capacity is per
 # micro-batch.
 _TWO_SEQUENCES = {"micro_batches": 128, "micro_batch_size": 2}
@@ -78,7 +118,7 @@ SEQ_LEN = 2048
 @cache
 def paper_presets() -> Mapping[str, Preset]:
     """Return the presets of all models of the papers, by name, such as `p1-mhmoe-8-h4`."""
-    return dict([*_first_paper(), *_rebuttal(), *_follow_up(), *_mixtral()])
+    return dict([*_first_paper(), *_first_paper_encoders(), *_rebuttal(), *_follow_up(), *_mixtral()])
 
 
 def _first_paper() -> Iterator[tuple[str, Preset]]:
@@ -101,6 +141,30 @@ def _first_paper() -> Iterator[tuple[str, Preset]]:
                     f"p1-mhmoe-{experts}-h{heads}{suffix}",
                     Preset(description, _P1_TRUNK, moe, xmoe, _P1_TRAIN, SEQ_LEN),
                 )
+
+
+def _first_paper_encoders() -> Iterator[tuple[str, Preset]]:
+    """Yield the presets of P1's multimodal models by name, which are encoders of images and texts."""
+    dense, trunk, train = "p1-multimodal-dense", _P1_ENCODER_TRUNK, _P1_ENCODER_TRAIN
+    yield dense, Preset("P1, BEiT-3 base", trunk, None, None, train, ENCODER_SEQ_LEN)
+    for experts in (8, 32):
+        xmoe = f"p1-multimodal-xmoe-{experts}"
+        position = "experts beside the feed-forward layers of every second block, which is inferred"
+        description = f"P1, BEiT-3 base: X-MoE with {experts} experts; {position}"
+        yield xmoe, Preset(description, trunk, _p1_moe(1, experts, 2), dense, train, ENCODER_SEQ_LEN)
+        description = f"P1, BEiT-3 base: MH-MoE with {experts} experts, h 4; widths by equal parameters"
+        moe = _p1_encoder_moe(experts)
+        yield f"p1-multimodal-mhmoe-{experts}-h4", Preset(description, trunk, moe, xmoe, train, ENCODER_SEQ_LEN)
+
+
+def _p1_encoder_moe(experts: int) -> Callable[[Mapping[str, Any]], Tree]:
+    """Return a function from the trunk of an encoder to the `moe` section of P1's MH-MoE with 4 heads."""
+
+    def build_section(trunk: Mapping[str, Any]) -> Tree:
+        width = equal_parameter_width(4, experts, trunk["d_model"], dense_width(trunk))
+        return {"heads": 4, "experts": experts, "d_expert": width, **_p1_routing(2)}
+
+    return build_section
 
 
 def _p1_moe(heads: int, experts: int, top_k: int) -> Callable[[Mapping[str, Any]], Tree]:

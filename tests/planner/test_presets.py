@@ -41,6 +41,14 @@ def test_the_first_papers_dense_model_and_logs_are_exact():
     assert parts_of("p1-mhmoe-8-h2")[0] == 140_921_856
 
 
+# The multimodal rows of table 11, whose layers are inferred: all parameters of X-MoE and of MH-MoE in millions.
+@pytest.mark.parametrize(("experts", "xmoe", "mhmoe"), [(8, 514, 505), (32, 1228, 1209)])
+def test_the_first_papers_multimodal_models_are_within_four_percent_of_table_11(experts, xmoe, mhmoe):
+    assert parts_of("p1-multimodal-dense") == (276_510_730, 0, 276_510_730)
+    for name, millions in [(f"xmoe-{experts}", xmoe), (f"mhmoe-{experts}-h4", mhmoe)]:
+        assert parts_of(f"p1-multimodal-{name}")[2] == pytest.approx(1e6 * millions, rel=0.04)
+
+
 @pytest.mark.parametrize("experts", P1_EXPERTS)
 @pytest.mark.parametrize("heads", [h for h in P1_HEADS if h != 4])
 def test_other_heads_of_the_first_paper_have_no_more_parameters_than_xmoe(experts, heads):

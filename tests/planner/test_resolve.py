@@ -14,6 +14,19 @@ BASE = {
     "preset": "mhmoe",
     "data": {"sources": {"web": {"path": "raw"}}, "prepared": "prepared"},
 }
+ENCODERS_DATA = {
+    "sources": {
+        "texts": {"path": "raw"},
+        "images": {"path": "raw", "format": "images"},
+        "pairs": {"path": "raw", "format": "coco"},
+    },
+    "parts": {
+        "texts": {"sources": ["texts"], "micro_batch_size": 11},
+        "images": {"sources": ["images"], "micro_batch_size": 11},
+        "pairs": {"sources": ["pairs"], "micro_batch_size": 10},
+    },
+    "prepared": "prepared",
+}
 MIXTRALS_TRAINING = ["train.steps=1", "train.micro_batches=1", "train.micro_batch_size=1"]
 
 
@@ -32,7 +45,8 @@ def write_spec(tmp_path):
 @pytest.mark.parametrize(("name", "size"), [(name, size) for name, size, _ in all_presets()])
 def test_every_preset_makes_a_complete_spec_that_reads_back(write_spec, tmp_path, name, size):
     overrides = [f"preset={name}", *([f"size={size}"] if size else [])]
-    spec = write_spec(overrides=overrides + (MIXTRALS_TRAINING if "mixtral" in name else []))
+    data = ENCODERS_DATA if "multimodal" in name else BASE["data"]
+    spec = write_spec(overrides=overrides + (MIXTRALS_TRAINING if "mixtral" in name else []), data=data)
     preset = next(p for n, s, p in all_presets() if (n, s) == (name, size))
     model, reference = preset_models(preset)
     assert spec.model == model
