@@ -155,9 +155,7 @@ def _encoder_figures(
         DataError: the pictures cannot be read, or the data is not what the run was trained on.
     """
     if request.tasks:
-        raise RunError(
-            f"run {run.id}", "it trains an encoder, and lm-eval's tasks are for decoders", "leave out --tasks"
-        )
+        raise RunError(f"run {run.id}", "it trains an encoder, and lm-eval's tasks are for decoders", "name no tasks")
     model, spec = load_verified_encoder(checkpoint, manifest), run.spec()
     if request.gpus:
         model.to("cuda")

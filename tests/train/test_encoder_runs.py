@@ -41,7 +41,7 @@ def write_spec(folder, workers, **train):
     }
     tree["train"] |= {"steps": STEPS, "validate_every": 6, "checkpoint_every": 2, **train}
     tree["cluster"] = {"workers": workers, "ep": min(2, workers)}
-    (folder / "spec.yaml").write_text(yaml.safe_dump(tree))
+    (folder / "spec.yaml").write_text(yaml.safe_dump(tree, sort_keys=False))
 
 
 def train(folder, workers):
