@@ -1,13 +1,16 @@
 """Preparation of text as shards, and streaming of micro-batches, by several packages in interleaved rounds.
 
 Our preparation is compared with Hugging Face's datasets, and our stream with MosaicML's streaming, if they are
-installed. Each measurement runs in a process and a folder of its own.
+installed. The stream of an encoder is compared with a bare pool of processes that decode and crop the same images. Each
+measurement runs in a process and a folder of its own.
 """
 
+import multiprocessing
 import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +23,7 @@ from tokenizers import Tokenizer
 from mhmoe_ray.bench.process_memory import PeakMemory
 from mhmoe_ray.bench.processes import Measurement, run_in_process
 from mhmoe_ray.bench.timing import turns
+from mhmoe_ray.data.encoder_samples import EncoderSamples, EncoderTrainingSamples
 from mhmoe_ray.data.prepare.pipeline import prepare
 from mhmoe_ray.data.shards.files import ShardReader
 from mhmoe_ray.data.shards.manifest import require_data_manifest
@@ -67,8 +71,10 @@ def stream_with_mhmoe(spec: RunSpec, folder: Path, processes: int) -> dict[str, 
     stream.context.execution_options = ray.data.ExecutionOptions(preserve_order=True)
     [split] = stream.streaming_split(1, equal=True)
     b, batch_count, start_time = spec.train.micro_batch_size, spec.train.steps * spec.train.micro_batches, 0.0
-    for number, batch in enumerate(split.iter_batches(batch_size=b, batch_format="numpy", prefetch_batches=4)):
-        assert np.array_equal(batch["position"], number * b + np.arange(b)), "the order"
+    # A row of an encoder's stream is a whole micro-batch.
+    rows = b if spec.model.encoder is None else 1
+    for number, batch in enumerate(split.iter_batches(batch_size=rows, batch_format="numpy", prefetch_batches=4)):
+        assert np.array_equal(batch["position"], number * b + np.arange(rows)), "the order"
         # The clock starts after the first micro-batch, because the wait for it includes the start of the stream, which
         # is not measured.
         if number == 0:
@@ -76,6 +82,27 @@ def stream_with_mhmoe(spec: RunSpec, folder: Path, processes: int) -> dict[str, 
         if number == batch_count - 1:
             break
     return {"seconds": time.perf_counter() - start_time, "micro_batches": batch_count - 1}
+
+
+def stream_with_pool(spec: RunSpec, folder: Path, processes: int) -> dict[str, Any]:
+    """Make all micro-batches of an encoder's training in a pool of processes, and measure all but the first.
+
+    Args:
+        spec: the spec of a training whose data are prepared.
+        folder: not used.
+        processes: the number of processes.
+    """
+    batch_count, start_time = spec.train.steps * spec.train.micro_batches, 0.0
+    with multiprocessing.get_context("spawn").Pool(processes) as pool:
+        for number, _ in enumerate(pool.imap(partial(_read_micro_batch, spec), range(batch_count), POOL_CHUNK)):
+            if number == 0:
+                start_time = time.perf_counter()
+        seconds = time.perf_counter() - start_time
+    return {"seconds": seconds, "micro_batches": batch_count - 1}
+
+
+def _read_micro_batch(spec: RunSpec, number: int) -> EncoderSamples:
+    return EncoderTrainingSamples.open_cached(spec).read(number)
 
 
 def prepare_with_datasets(spec: RunSpec, folder: Path, processes: int) -> dict[str, Any]:
@@ -205,8 +232,13 @@ CONTESTANTS = {
     "prepare: datasets, our encoder": Contestant("prepare", "datasets", prepare_with_our_encoder),
     "stream: mhmoe": Contestant("stream", "ray", stream_with_mhmoe),
     "stream: mosaicml-streaming": Contestant("stream", "streaming", stream_with_mosaicml),
+    "stream: a bare pool": Contestant("stream", "ray", stream_with_pool),
 }
 OUR_CONTESTANTS = ("prepare: mhmoe", "stream: mhmoe")
+ENCODER_CONTESTANTS = ("stream: mhmoe", "stream: a bare pool")
+"""Contestants for the spec of an encoder."""
+POOL_CHUNK = 4
+"""Number of micro-batches that a process of the pool gets at a time."""
 
 
 class Figures(NamedTuple):

@@ -96,10 +96,15 @@ def run(
     """
     from mhmoe_ray.bench.run import WARM_UP_STEPS, measure
     from mhmoe_ray.data.shards.manifest import require_prepared_data
+    from mhmoe_ray.errors import SpecError
 
     resolved = read_spec(spec, set_)
     # The preparation of data is not measured, so the data must be prepared already.
     require_prepared_data(resolved)
+    if resolved.model.encoder is not None:
+        raise SpecError(
+            "bench run", "the spec trains an encoder, and the bare loop is for decoders", "name another spec"
+        )
     figures = measure(resolved, threads, rounds, lambda line: note.print(line))
     # The measured seconds do not include the warm-up steps, so rates must not count these steps either.
     steps = resolved.train.steps - WARM_UP_STEPS
@@ -254,25 +259,28 @@ def ingest(
     """Time the preparation of a spec's text, and the stream of its training, each time in new processes.
 
     The spec must name its tokenizer, because training one is not measured. The text is prepared again in a temporary
-    folder; the stream reads the spec's own prepared data, for all of its train.steps. With --json the table goes to
-    stderr.
+    folder; the stream reads the spec's own prepared data, for all of its train.steps. For an encoder, its stream is
+    compared with a bare pool of processes that decode and crop the same images. With --json the table goes to stderr.
     """
-    from mhmoe_ray.bench.ingest import CONTESTANTS, OUR_CONTESTANTS, run_contest
+    from mhmoe_ray.bench.ingest import CONTESTANTS, ENCODER_CONTESTANTS, OUR_CONTESTANTS, run_contest
     from mhmoe_ray.bench.timing import installed_contestants
     from mhmoe_ray.data.shards.manifest import require_prepared_data
     from mhmoe_ray.errors import SpecError
 
     resolved = read_spec(spec, set_)
-    if resolved.data.tokenizer is None:
+    is_encoder = resolved.model.encoder is not None
+    if resolved.data.tokenizer is None and not is_encoder:
         fix = "prepare it, set data.tokenizer to the tokenizer.json in there and data.prepared to another folder"
         raise SpecError("bench ingest", "the spec has no data.tokenizer", fix)
     # The stream is timed on the spec's own prepared data, so this data must exist.
     require_prepared_data(resolved)
-    names = (
-        installed_contestants({name: contestant.package for name, contestant in CONTESTANTS.items()}, note.print)
-        if peers
-        else list(OUR_CONTESTANTS)
-    )
+    if is_encoder:
+        names = list(ENCODER_CONTESTANTS)
+    elif peers:
+        packages = {name: c.package for name, c in CONTESTANTS.items() if name not in ENCODER_CONTESTANTS[1:]}
+        names = installed_contestants(packages, note.print)
+    else:
+        names = list(OUR_CONTESTANTS)
     figures = list(run_contest(resolved, names, rounds, processes, note.print))
     rows = []
     for f in figures:

@@ -221,6 +221,7 @@ def variant_rows(directory: "SweepDir") -> list[dict[str, Any]]:
 
 def print_rows(rows: list[dict[str, Any]]) -> None:
     """Print the rows of a sweep's variants as a table."""
+    part_names = [*dict.fromkeys(name for row in rows for name in row["part_losses"])]
     cells = []
     for row in rows:
         deviation = f"{row['deviation']:.4f}" if row["deviation"] is not None else ""
@@ -229,8 +230,9 @@ def print_rows(rows: list[dict[str, Any]]) -> None:
         speed = f"{row['tokens_per_s']:,.0f}" if row["tokens_per_s"] else ""
         states = ", ".join(f"{count} {state}" for state, count in row["states"].items())
         ratios = [f"{row['parameters_ratio']:.3f}", f"{row['macs_ratio']:.3f}"]
-        cells.append([row["variant"], *ratios, loss, deviation, perplexity, speed, states])
-    columns = ["", "parameters", "multiply-adds", "loss", "+-", "perplexity", "tok/s", "runs"]
+        parts = [f"{row['part_losses'][name]:.4f}" if name in row["part_losses"] else "" for name in part_names]
+        cells.append([row["variant"], *ratios, loss, deviation, perplexity, *parts, speed, states])
+    columns = ["", "parameters", "multiply-adds", "loss", "+-", "perplexity", *part_names, "tok/s", "runs"]
     print_untruncated(number_table(columns, cells))
     steps = {row["step"] for row in rows if row["step"]}
     if steps:

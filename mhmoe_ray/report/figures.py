@@ -71,6 +71,12 @@ class RunFigures:
         return {step: loss for step, loss in loss_by_step.items() if loss is not None and math.isfinite(loss)}
 
     @property
+    def part_validations(self) -> dict[int, dict[str, float]]:
+        """Validation losses of the parts of micro-batches, by step and name; empty without parts."""
+        lines = (line for line in self.lines if metrics.VAL_PART_LOSS in line)
+        return {line[metrics.STEP]: line[metrics.VAL_PART_LOSS] for line in lines}
+
+    @property
     def steps(self) -> int:
         """Number of steps done."""
         return int(self.lines[-1][metrics.STEP]) if self.lines else 0

@@ -75,6 +75,7 @@ def write_report(runs: Sequence[RunDir], folder: Path, baseline: str | None = No
             title=", ".join(v.name for v in all_variants),
             creation_time=time.strftime("%Y-%m-%d %H:%M"),
             rows=[_variant_row(v, baseline_variant, step, routes_by_name.get(v.name)) for v in all_variants],
+            part_names=[*dict.fromkeys(name for v in all_variants for name in (v.part_losses(step) if step else {}))],
             baseline=baseline_variant.name,
             step=step,
             verdicts=verdicts,

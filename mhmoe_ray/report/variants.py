@@ -61,8 +61,21 @@ class Variant:
         return statistics.stdev(losses) if len(losses) > 1 else None
 
     def perplexity(self, step: int) -> float | None:
-        """Return the perplexity of the mean loss at a step; None without a loss."""
-        return metrics.perplexity(self.mean_loss(step))
+        """Return the perplexity of the mean loss at a step; None without a loss, and for encoders, whose loss is a sum
+        over parts with different units."""
+        return None if self.has_encoder else metrics.perplexity(self.mean_loss(step))
+
+    @property
+    def has_encoder(self) -> bool:
+        """True if the runs train an encoder."""
+        return any(run.spec.model.encoder is not None for run in self.runs)
+
+    def part_losses(self, step: int) -> dict[str, float]:
+        """Return the mean validation loss of each part of micro-batches at a step, over the runs that have it."""
+        losses = [run.part_validations.get(step, {}) for run in self.runs]
+        names = dict.fromkeys(name for run_losses in losses for name in run_losses)
+        means = {name: _mean(run_losses.get(name) for run_losses in losses) for name in names}
+        return {name: mean for name, mean in means.items() if mean is not None}
 
     def recent_mean(self, metric: str) -> float | None:
         """Return the mean of a metric over the last tenth of the steps and over the runs that have it; None if none."""
@@ -99,6 +112,7 @@ def variant_row(variant: Variant, variant_sizes: Sizes, baseline_sizes: Sizes, s
         "loss": variant.mean_loss(step) if step else None,
         "deviation": variant.deviation(step) if step else None,
         "perplexity": variant.perplexity(step) if step else None,
+        "part_losses": variant.part_losses(step) if step else {},
         "balance": variant.recent_mean(metrics.BALANCE),
         "dropped": variant.recent_mean(metrics.DROPPED),
         "tokens_per_s": variant.tokens_per_s,
@@ -205,6 +219,8 @@ class Verdict(NamedTuple):
     """Number of seeds of the variant with fewer."""
     paired: bool
     """Whether differences were taken seed by seed, over the seeds that both variants have."""
+    has_encoder: bool = False
+    """Whether the losses are those of encoders, which are sums over parts."""
 
     @property
     def is_clear(self) -> bool:
@@ -214,14 +230,15 @@ class Verdict(NamedTuple):
     def as_json(self) -> dict[str, Any]:
         """Return the verdict as an object for `mhmoe report --json`."""
         fields = self._asdict()
+        del fields["has_encoder"]
         return {"baseline": fields.pop("baseline"), "other": fields.pop("variant"), **fields}
 
     @property
     def text(self) -> str:
         """Sentence that states the result."""
         word = "lower" if self.difference < 0 else "higher"
-        figures = f"{abs(self.difference):.4f} nats {word}"
-        if (ratio := metrics.perplexity(self.difference)) is not None:
+        figures = f"{abs(self.difference):.4f} {'' if self.has_encoder else 'nats '}{word}"
+        if not self.has_encoder and (ratio := metrics.perplexity(self.difference)) is not None:
             figures += f", perplexity {100 * abs(ratio - 1):.1f}% {word}"
         if self.low is None:
             return f"{self.variant} to {self.baseline}: {figures}; with one seed its uncertainty is unknown"
@@ -252,7 +269,7 @@ def compare_variants(baseline: Variant, variant: Variant, step: int) -> Verdict 
     seeds = min(len(losses.baseline), len(losses.variant))
     low, high = _interval(losses) if seeds > 1 else (None, None)
     difference = statistics.fmean(losses.differences)
-    return Verdict(baseline.name, variant.name, step, difference, low, high, seeds, losses.paired)
+    return Verdict(baseline.name, variant.name, step, difference, low, high, seeds, losses.paired, variant.has_encoder)
 
 
 def _interval(losses: Losses) -> tuple[float, float]:
