@@ -42,7 +42,7 @@ def random_crop(width: int, height: int, images: ImageSpec, seed: int, label: st
         label: label of the sample.
     """
     draws = Draws(seed, label)
-    is_mirrored = images.flip and float(draws.uniform(1)[0]) < 0.5
+    is_mirrored = images.flip and draws.number() < 0.5
     if images.min_crop == 1:
         return centre_crop(width, height)._replace(is_mirrored=is_mirrored)
     for _ in range(TRIES):
