@@ -46,6 +46,17 @@ ENCODER: dict[str, Any] = {
     "train": {"steps": 20, "micro_batches": 4, "micro_batch_size": 12, "lr": 3e-3, "warmup_steps": 2},
 }
 
+SMEAR: dict[str, Any] = {
+    "router": "smear",
+    "heads": 1,
+    "experts": 4,
+    "top_k": 1,
+    "d_expert": 24,
+    "every": 1,
+    "dense_first": 1,
+}
+"""Experts that router smear averages, for the layers of `ENCODER`."""
+
 
 def encoder_spec(**changes: Any) -> RunSpec:
     """Return the spec `ENCODER` with changed values, whose keys have `__` for the dots of a path."""
@@ -55,7 +66,7 @@ def encoder_spec(**changes: Any) -> RunSpec:
         section = tree
         for name in sections:
             section = section.setdefault(name, {})
-        section[key] = value
+        section[key] = copy.deepcopy(value)
     return RunSpec.model_validate(tree)
 
 

@@ -122,7 +122,7 @@ def placement_figures(spec: RunSpec, placement: Placement) -> dict[str, Any]:
         "start": start_record.model_dump(mode="json") if start_record else None,
         "sizes": compute_sizes(spec.model)._asdict(),
         "parts": [part._asdict() for part in model_parts(spec.model)],
-        "flops_per_token": flops_per_token(spec.model, spec.attention_length)._asdict(),
+        "flops_per_token": flops_per_token(spec.model, spec.attention_length, spec.samples_per_token)._asdict(),
         "parity": {name: comparison.as_json() for name, comparison in ratios.items()},
         "kernel": assumed_kernel(spec),
         "dropped_by_chance": expected_drop_share(moe, spec.tokens_per_micro_batch * moe.heads) if moe else None,

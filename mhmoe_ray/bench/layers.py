@@ -184,6 +184,7 @@ def build_mixture(shape: Shape, moe: MoESpec) -> MultiHeadMoE:
     model = Decoder(_model_spec(shape, moe))
     init_weights(model, 0)
     [layer] = model.moe_layers()
+    assert isinstance(layer, MultiHeadMoE)
     return layer
 
 

@@ -94,16 +94,20 @@ def print_summary(spec: "RunSpec", step_estimate: "Estimate | None") -> None:
     from mhmoe_ray.spec.cluster import STREAM_CPUS, format_mesh
 
     size, cluster, model, moe = compute_sizes(spec.model), spec.cluster, spec.model, spec.model.moe
-    training_flops = flops_per_token(model, spec.attention_length).training
+    training_flops = flops_per_token(model, spec.attention_length, spec.samples_per_token).training
     experts = "none"
     if moe:
         kind = f"multi-head, {moe.heads} heads" if moe.heads > 1 else "plain"
         if moe.d_sub_token is not None:
             kind += f", sub-tokens of width {moe.d_sub_token}"
+        routing = f"top {moe.top_k}, {moe.router} router, " + (
+            f"capacity factor {moe.capacity_factor:g}" if moe.capacity_factor else "dropless"
+        )
+        if moe.router == "smear":
+            routing = "which router smear averages into one for each sample"
         experts = (
             f"{kind}; {model.moe_layers} of {model.layers} layers have {moe.experts} experts of width {moe.d_expert}, "
-            f"top {moe.top_k}, {moe.router} router, "
-            + (f"capacity factor {moe.capacity_factor:g}" if moe.capacity_factor else "dropless")
+            f"{routing}"
         )
     ratios = None
     if spec.reference and (reference := spec.reference_model):
@@ -128,6 +132,7 @@ def print_summary(spec: "RunSpec", step_estimate: "Estimate | None") -> None:
         "  of experts": f"{size.expert_parameters:,}" if moe else None,
         "  active per token": f"{size.active_parameters:,} at most" if moe else None,
         "multiply-adds per token": f"{size.macs_per_token:,} ({size.moe_macs_per_token:,} in expert layers)",
+        "averages of experts": _merging(spec),
         "static routing": _static_routing(spec),
         "kernel": _kernel(spec),
         "to its reference": ratios,
@@ -162,6 +167,19 @@ def _encoder(spec: "RunSpec") -> str | None:
     routers = "one router" if encoder.routers == "shared" else "a router for each modality"
     position = "beside" if encoder.experts == "beside" else "in place of"
     return f"{text}; experts {position} the feed-forward layers, with {routers}"
+
+
+def _merging(spec: "RunSpec") -> str | None:
+    """Return the line about the averages of experts with router smear; None for other routers."""
+    from mhmoe_ray.planner.sizes import merge_macs
+
+    macs = spec.model.moe_layers * merge_macs(spec.model)
+    if not macs:
+        return None
+    return (
+        f"{macs:,} multiply-adds per sample; {spec.samples_per_micro_batch:,} samples in a micro-batch, that is "
+        f"{round(macs * spec.samples_per_token):,} per token in addition"
+    )
 
 
 def _parts(spec: "RunSpec") -> str | None:
@@ -221,7 +239,7 @@ def _kernel(spec: "RunSpec") -> str | None:
     """Describe the kernel that memory is computed for if the spec's kernel is "auto"; return None for any other."""
     from mhmoe_ray.planner.expert_step import assumed_kernel, may_use_cpp
 
-    if spec.model.moe is None or spec.model.moe.kernel != "auto":
+    if spec.model.moe is None or spec.model.moe.kernel != "auto" or spec.model.moe.router == "smear":
         return None
     remark = "; where CPUs have AMX it is cpp, which keeps less" if may_use_cpp(spec) else ""
     return f"auto, taken to be {assumed_kernel(spec)}{remark}"

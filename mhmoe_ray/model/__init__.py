@@ -40,7 +40,8 @@ Other designs are built from these parts and need no backbone of their own. Deep
 `d_shared`. Mixtral has `kv_heads`, `tied_embeddings: false`, `every: 1` and `normalize_gates: true`. Both are presets
 (planner/). With `heads: 2` and a `d_sub_token` of d, a layer can compute the same as a plain layer whose experts it has
 (moe.py). Qwen, OLMoE and DeepSeek-V3's routing add norms of queries and keys, biases of attention, scaled positions,
-sigmoid scores and groups of experts, which are options too. SMEAR (soft merging of experts, arXiv 2306.03745) is not
-offered, for two reasons. Its router averages over the whole sequence, so that in a decoder later tokens would influence
-earlier ones. It merges weights into one expert, whereas everything here sends rows to experts.
+sigmoid scores and groups of experts, which are options too. SMEAR (soft merging of experts, arXiv 2306.03745) is
+the only one that does not send rows to experts: router `smear` averages the weights of all experts into one expert for
+each sample (smear.py). It averages over whole samples, so that in a decoder later tokens would influence earlier ones,
+and is therefore for encoders alone.
 """

@@ -49,6 +49,8 @@ class Block(TrunkBlock):
     """Decoder block: x + attention(norm(x)), then x + feed-forward(norm(x)). The feed-forward layer is dense or a
     mixture of experts."""
 
+    moe: MultiHeadMoE | None
+
     def __init__(self, spec: ModelSpec, layer: int, expert_ids: range | None) -> None:
         super().__init__()
         self.dropout = spec.dropout

@@ -24,9 +24,10 @@ from mhmoe_ray.model.architectures import modules_of
 from mhmoe_ray.model.attention import Attention
 from mhmoe_ray.model.autocast import matmul_dtype
 from mhmoe_ray.model.feedforward import FeedForward
-from mhmoe_ray.model.moe import MultiHeadMoE
+from mhmoe_ray.model.moe import MoELayer, MultiHeadMoE
 from mhmoe_ray.model.noise import EMBEDDING, Noise, default_generator_from, dropout
 from mhmoe_ray.model.router import Routing
+from mhmoe_ray.model.smear import MergedExperts
 from mhmoe_ray.model.trunk import Trunk, TrunkBlock, add_residual, recompute_in_backward
 from mhmoe_ray.spec import ModelSpec
 
@@ -128,7 +129,11 @@ class EncoderBlock(TrunkBlock):
         super().__init__()
         self.dropout, self.attention_dropout = spec.dropout, spec.attention_dropout
         self.image, self.text = Branch(spec, layer), Branch(spec, layer)
-        self.moe = MultiHeadMoE(spec, expert_ids) if spec.is_moe_layer(layer) else None
+        self.moe: MoELayer | None = None
+        if spec.is_moe_layer(layer):
+            assert spec.moe is not None
+            layer_class = MergedExperts if spec.moe.router == "smear" else MultiHeadMoE
+            self.moe = layer_class(spec, expert_ids)
 
     def forward(
         self,
@@ -145,7 +150,7 @@ class EncoderBlock(TrunkBlock):
             image_NSM: positions of all images.
             text_NTM: tokens of all texts.
             sizes: sizes of the groups of the batch.
-            masks: `attention_masks` of the groups.
+            masks: `attention_masks` of the samples.
             create_generator: function that returns a new generator of dropout and routing, with the same draws at each
                 call; or that returns None in evaluation.
             recompute: whether the backward recomputes the part before the feed-forward layer.
@@ -174,10 +179,19 @@ class EncoderBlock(TrunkBlock):
         routing = None
         if self.moe is not None:
             # The layer itself applies dropout, on each expert's output.
-            rows_1NM = torch.cat([y.flatten(0, 1) for y in normed])[None]
-            y_1NM, routing = self.moe(rows_1NM, generator, image_tokens=normed[0].shape[:2].numel())
-            parts = torch.split(y_1NM[0], [y.shape[:2].numel() for y in normed])
-            expert_outputs = [part.view(y.shape) for part, y in zip(parts, normed, strict=True)]
+            expert_outputs: Sequence[Tensor]
+            if isinstance(self.moe, MergedExperts):
+                samples = join_samples(normed[0], normed[1], sizes)
+                if not samples:
+                    # FSDP gathers weights on all ranks together, so a rank without samples runs the layer, too.
+                    samples, masks = [normed[0][:0]], [None]
+                sample_outputs, routing = self.moe(samples, masks, generator)
+                expert_outputs = split_samples(sample_outputs, sizes, normed[0], normed[1])
+            else:
+                rows_1NM = torch.cat([y.flatten(0, 1) for y in normed])[None]
+                y_1NM, routing = self.moe(rows_1NM, generator, image_tokens=normed[0].shape[:2].numel())
+                parts = torch.split(y_1NM[0], [y.shape[:2].numel() for y in normed])
+                expert_outputs = [part.view(y.shape) for part, y in zip(parts, normed, strict=True)]
             outputs = [y if x is None else x + y for x, y in zip(outputs, expert_outputs, strict=True)]
         image_y, text_y = outputs
         assert image_y is not None
@@ -195,24 +209,13 @@ class EncoderBlock(TrunkBlock):
         """Return the attention outputs of images and texts; attention is over whole samples, in both directions."""
         image_heads = self.image.attention.project(self.image.attention_norm(widen(image_NSM)))
         text_heads = self.text.attention.project(self.text.attention_norm(widen(text_NTM)))
-        image_outputs, text_outputs = [image_heads[0][:0]], [text_heads[0][:0]]
-        first_image = first_text = 0
-        for (images, texts, is_joint), mask in zip(sizes, masks, strict=True):
-            image_part = [heads[first_image : first_image + images] for heads in image_heads]
-            text_part = [heads[first_text : first_text + texts] for heads in text_heads]
-            first_image, first_text = first_image + images, first_text + texts
-            if is_joint:
-                joined = [torch.cat(halves, 1) for halves in zip(image_part, text_part, strict=True)]
-                y_BUHC = self._attend_over(joined, mask, generator)
-                image_y, text_y = torch.split(y_BUHC, [image_NSM.shape[1], text_NTM.shape[1]], 1)
-                image_outputs.append(image_y)
-                text_outputs.append(text_y)
-                continue
-            if images:
-                image_outputs.append(self._attend_over(image_part, None, generator))
-            if texts:
-                text_outputs.append(self._attend_over(text_part, mask, generator))
-        return self.image.attention.merge(torch.cat(image_outputs)), self.text.attention.merge(torch.cat(text_outputs))
+        heads = [join_samples(*halves, sizes) for halves in zip(image_heads, text_heads, strict=True)]
+        outputs = [
+            self._attend_over(sample_heads, mask, generator)
+            for sample_heads, mask in zip(zip(*heads, strict=True), masks, strict=True)
+        ]
+        image_y, text_y = split_samples(outputs, sizes, image_heads[0], text_heads[0])
+        return self.image.attention.merge(image_y), self.text.attention.merge(text_y)
 
     def _attend_over(self, heads: Sequence[Tensor], mask: Tensor | None, generator: torch.Generator | None) -> Tensor:
         """Return the attention output (B, U, H, C) of queries, keys and values of the same shape."""
@@ -223,11 +226,58 @@ class EncoderBlock(TrunkBlock):
         return y_BHUC.transpose(1, 2)
 
 
+def join_samples(image_NS: Tensor, text_NT: Tensor, sizes: Sequence[GroupSize]) -> list[Tensor]:
+    """Return values at the positions of whole samples, (B, U, ...), for each set of samples of the same kind.
+
+    A group has a set of pairs, or a set of images and a set of texts; sets of images or texts without samples are left
+    out.
+
+    Args:
+        image_NS: values of all images, (N, S, ...).
+        text_NT: values of all texts, (N, T, ...).
+        sizes: sizes of the groups of the batch.
+    """
+    image_parts = torch.split(image_NS, [size.images for size in sizes])
+    text_parts = torch.split(text_NT, [size.texts for size in sizes])
+    samples = []
+    for size, image_part, text_part in zip(sizes, image_parts, text_parts, strict=True):
+        if size.is_joint:
+            samples.append(torch.cat([image_part, text_part], 1))
+        else:
+            samples += [part for part in (image_part, text_part) if len(part)]
+    return samples
+
+
+def split_samples(
+    samples: Sequence[Tensor], sizes: Sequence[GroupSize], image_NS: Tensor, text_NT: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the values of all images and those of all texts: the inverse of `join_samples`.
+
+    Args:
+        samples: values of the sets of samples.
+        sizes: sizes of the groups of the batch.
+        image_NS, text_NT: tensors of images and of texts of the shapes of the results.
+    """
+    image_parts, text_parts = [image_NS[:0]], [text_NT[:0]]
+    sample_sets = iter(samples)
+    for size in sizes:
+        if size.is_joint:
+            image_part, text_part = torch.split(next(sample_sets), [image_NS.shape[1], text_NT.shape[1]], 1)
+            image_parts.append(image_part)
+            text_parts.append(text_part)
+            continue
+        if size.images:
+            image_parts.append(next(sample_sets))
+        if size.texts:
+            text_parts.append(next(sample_sets))
+    return torch.cat(image_parts), torch.cat(text_parts)
+
+
 def attention_masks(
     sizes: Sequence[GroupSize], is_token_NT: Tensor, image_tokens: int, dtype: torch.dtype
 ) -> list[Tensor | None]:
-    """Return the mask of each group that is added to attention scores, (B, 1, 1, keys): 0 for a key, and -inf for
-    padding. It is None for a group without texts.
+    """Return the mask of each set of samples of `join_samples`, which is added to attention scores, (B, 1, 1, keys): 0
+    for a key, and -inf for padding. It is None for images alone.
 
     Args:
         sizes: sizes of the groups of the batch.
@@ -237,8 +287,9 @@ def attention_masks(
     """
     masks: list[Tensor | None] = []
     for size, is_token_BT in zip(sizes, torch.split(is_token_NT, [size.texts for size in sizes]), strict=True):
-        if not size.texts:
+        if size.images and not size.is_joint:
             masks.append(None)
+        if not size.texts and not size.is_joint:
             continue
         is_key_BU = F.pad(is_token_BT, (image_tokens, 0), value=True) if size.is_joint else is_token_BT
         # The mask is not boolean, because every layer would convert it into one like this.

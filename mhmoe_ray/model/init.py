@@ -27,6 +27,7 @@ def init_weights(model: Trunk, seed: int, on_tensor: Callable[[], None] = lambda
     | head projection | Xavier with gain 1/sqrt 2, bias as nn.Linear |
     | merge projection | Xavier, bias 0 |
     | router | as nn.Linear; X-MoE's expert embeddings orthogonal, gain 0.32 |
+    | gain of the rows of router smear | 0.01, as in its authors' code |
     | norms | 1, bias 0 |
     | factor of the contrastive loss | 1 / 0.07, as in CLIP |
 
@@ -107,6 +108,8 @@ def _fill_initial_values(module: nn.Module, name: str, t: Tensor, generator: tor
         nn.init.constant_(t, math.log(router.INITIAL_TEMPERATURE - router.MIN_TEMPERATURE))
     elif "expert_EQ" in name:
         nn.init.orthogonal_(t, gain=0.32, generator=generator)
+    elif name.endswith(".row_gain_D"):
+        nn.init.constant_(t, 0.01)
     elif name == "match.log_scale":
         nn.init.constant_(t, math.log(1 / 0.07))
     elif "embedding" in name or (name.startswith("output.") and t.ndim == 2):

@@ -57,11 +57,17 @@ def build_router(spec: ModelSpec) -> Router:
     return DomainRouter(spec.moe) if spec.moe.router == "domain" else Router(spec.row_width, spec.moe)
 
 
-class MultiHeadMoE(nn.Module):
-    """Multi-head mixture-of-experts layer of one block.
+class MoELayer(nn.Module):
+    """Mixture-of-experts layer of one block; the base class of all kinds."""
 
-    Its `dispatch` sends sub-tokens to their experts. Expert parallelism replaces the default, `dispatch_locally`.
-    """
+    router: Router
+    experts: Experts
+    dispatch: Dispatch
+    """Function that sends sub-tokens to their experts. Expert parallelism replaces the default, `dispatch_locally`."""
+
+
+class MultiHeadMoE(MoELayer):
+    """Multi-head mixture-of-experts layer of one block."""
 
     def __init__(self, spec: ModelSpec, expert_ids: range | None = None) -> None:
         """Create the layer with uninitialized weights.
@@ -80,7 +86,7 @@ class MultiHeadMoE(nn.Module):
         self.experts = Experts(spec, range(moe.experts) if expert_ids is None else expert_ids)
         self.merge = _build_projection(reversed(widths)) if moe.has_merge_projection else nn.Identity()
         self.shared = FeedForward(spec, moe.d_shared) if moe.d_shared else None
-        self.dispatch: Dispatch = dispatch_locally
+        self.dispatch = dispatch_locally
 
     def forward(
         self,

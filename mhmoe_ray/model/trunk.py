@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mhmoe_kernels import allow_compilation
-from mhmoe_ray.model.moe import MultiHeadMoE, dispatch_locally
+from mhmoe_ray.model.moe import MoELayer, dispatch_locally
 from mhmoe_ray.model.router import Routing
 from mhmoe_ray.spec import ModelSpec
 from mhmoe_ray.spec.train import Recompute
@@ -19,7 +19,7 @@ R = TypeVar("R")
 class TrunkBlock(nn.Module):
     """Block of a trunk, which may have experts."""
 
-    moe: MultiHeadMoE | None
+    moe: MoELayer | None
 
     @property
     def has_distributed_experts(self) -> bool:
@@ -82,8 +82,8 @@ class Trunk(nn.Module):
             # as another model in this process has other sizes. Such code cannot choose a kernel, which depends on them.
             block.compile(dynamic=False, **options)
 
-    def moe_layers(self) -> list[MultiHeadMoE]:
-        return [m for m in self.modules() if isinstance(m, MultiHeadMoE)]
+    def moe_layers(self) -> list[MoELayer]:
+        return [m for m in self.modules() if isinstance(m, MoELayer)]
 
     def named_tensors(self) -> dict[str, Tensor]:
         """Return all parameters and buffers by name, detached: the `weights` of a checkpoint. The buffers are the

@@ -103,7 +103,7 @@ class Estimate(NamedTuple):
 def estimate_step_time(spec: RunSpec, layout: Layout) -> Estimate:
     """Return an estimate of the time per training step of a run, for a placement of its ranks."""
     rank_tokens = spec.tokens_per_step / len(layout.nodes)
-    training_flops = flops_per_token(spec.model, spec.attention_length).training
+    training_flops = flops_per_token(spec.model, spec.attention_length, spec.samples_per_token).training
     return Estimate(
         _compute_times(spec, rank_tokens),
         _exchange_times(spec, layout),

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from mhmoe_kernels.abilities import KERNELS, KernelName
 from mhmoe_kernels.choice import gpu_kernels
-from mhmoe_ray.planner.sizes import bytes_per_value
+from mhmoe_ray.planner.sizes import bytes_per_value, merge_macs
 from mhmoe_ray.spec import ModelSpec, MoESpec, RunSpec
 
 ASSUMED_MAJOR = 9
@@ -13,12 +13,15 @@ ASSUMED_MAJOR = 9
 
 
 def assumed_kernel(spec: RunSpec) -> KernelName | None:
-    """Return the kernel that experts will probably run on; None for a dense model."""
+    """Return the kernel that experts will probably run on; None for a dense model and for router smear, whose merged
+    experts are batched products of torch."""
     # `mhmoe_kernels.choose_kernel` would need the run's hardware, so its choice for `auto` is predicted: on GPUs, that
     # of an H100, and otherwise grouped. On CPUs with AMX the choice is cpp, which needs less memory.
     moe = spec.model.moe
-    if moe is None or moe.kernel != "auto":
-        return moe.kernel if moe else None
+    if moe is None or moe.router == "smear":
+        return None
+    if moe.kernel != "auto":
+        return moe.kernel
     if not spec.cluster.gpus_per_worker:
         return "grouped"
     assert spec.expert_sizes is not None
@@ -29,7 +32,7 @@ def may_use_cpp(spec: RunSpec) -> bool:
     """Return whether a run on CPUs with AMX would get kernel `cpp`: its kernel is `auto`, and its sizes, function and
     precision allow `cpp`."""
     model, moe, limits = spec.model, spec.model.moe, KERNELS["cpp"]
-    if moe is None or moe.kernel != "auto" or spec.cluster.gpus_per_worker:
+    if moe is None or moe.kernel != "auto" or moe.router == "smear" or spec.cluster.gpus_per_worker:
         return False
     has_valid_sizes = not (model.row_width % limits.size_multiple or moe.d_expert % limits.size_multiple)
     has_valid_function = limits.function == model.architecture.expert_function
@@ -40,7 +43,7 @@ def planned_model(spec: RunSpec) -> ModelSpec:
     """Return the model of a run with the kernel of `assumed_kernel` instead of `auto`, and with the value of
     `moe.recompute` that applies (`RunSpec.computed_model`)."""
     model, kernel = spec.computed_model, assumed_kernel(spec)
-    if model.moe is None:
+    if model.moe is None or kernel is None:
         return model
     return model.model_copy(update={"moe": model.moe.model_copy(update={"kernel": kernel})})
 
@@ -65,16 +68,21 @@ class ExpertStep(NamedTuple):
 
 
 def expert_step(spec: RunSpec) -> ExpertStep | None:
-    """Return the counts of a run's expert step; None for a dense model."""
+    """Return the counts of a run's expert step; None for a dense model.
+
+    With router smear they include the averages of experts: all experts are read, and each sample's expert is written
+    and read.
+    """
     model, moe = spec.model, spec.model.moe
     if moe is None:
         return None
     width = model.row_width
     rows = spec.tokens_per_micro_batch * moe.heads * moe.top_k
+    merged_experts = spec.samples_per_micro_batch if moe.router == "smear" else 0
     values = model.architecture.expert_matrices * (
-        rows * (width + moe.d_expert) + moe.experts // spec.cluster.ep * width * moe.d_expert
+        rows * (width + moe.d_expert) + (moe.experts // spec.cluster.ep + 2 * merged_experts) * width * moe.d_expert
     )
-    flops = 2 * rows * model.architecture.expert_macs(width, moe.d_expert)
+    flops = 2 * (rows * model.architecture.expert_macs(width, moe.d_expert) + merged_experts * merge_macs(model))
     return ExpertStep(rows, flops, values * bytes_per_value(spec))
 
 

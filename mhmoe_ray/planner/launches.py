@@ -27,7 +27,10 @@ def launches_per_micro_batch(spec: RunSpec) -> int:
     model, moe, kernel = spec.model, spec.model.moe, assumed_kernel(spec)
     dense_blocks, mixture_blocks = model.layers - model.moe_layers, model.moe_layers
     block_launches = dense_blocks * DENSE_BLOCK
-    if moe is not None and kernel is not None:
+    if moe is not None and kernel is None:
+        # The merged experts of router smear run like a dense layer, and few kernels more merge them.
+        block_launches += mixture_blocks * DENSE_BLOCK
+    elif moe is not None and kernel is not None:
         local_experts = moe.experts // spec.cluster.ep
         block = MIXTURE_BLOCKS.get(kernel, LOOP_BLOCK + LOOP_EXPERT * local_experts)
         block_launches += mixture_blocks * (block + HEAD_PROJECTIONS * (moe.heads > 1))

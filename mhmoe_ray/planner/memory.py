@@ -73,7 +73,8 @@ def compute_memory(spec: RunSpec) -> Memory:
         activations=tokens * _activation_bytes_per_token(spec, size)
         + (FLOAT32 * hidden_output_values(spec, model.encoder) if model.encoder is not None else 0)
         + _shared_attention_bytes(spec, size)
-        + _static_layout_bytes(model, tokens, size),
+        + _static_layout_bytes(model, tokens, size)
+        + _merged_expert_bytes(spec, size),
         logits=loss_bytes(spec),
         gathered=gathered_weight_bytes(spec) + unsharded_gradient_bytes(spec),
         checkpoint_copy=0 if spec.cluster.gpus_per_worker else checkpoint_copy_bytes(spec),
@@ -270,7 +271,8 @@ def _dropout_bytes(model: ModelSpec, size: int) -> int:
         return masks
     outputs = model.joined_width * model.moe.top_k
     shared = model.d_model if model.moe.d_shared else 0
-    return masks + model.moe_layers * (outputs * (1 + size) + shared)
+    # Router smear has no gates at outputs.
+    return masks + model.moe_layers * (outputs * (1 + size * (model.moe.router != "smear")) + shared)
 
 
 def _shared_attention_bytes(spec: RunSpec, size: int) -> int:
@@ -315,6 +317,21 @@ def _static_layout_bytes(model: ModelSpec, tokens: int, size: int) -> int:
     return model.moe_layers * slots * ((moe.top_k + 2) * rows * size + 2 * width + hidden)
 
 
+def _merged_expert_bytes(spec: RunSpec, size: int) -> int:
+    """Return the bytes of the experts that router smear averages for each sample, over all layers that keep them; 0 for
+    other routers.
+
+    They are weights, so that they do not depend on the lengths of samples. Their gradients, which take as much memory
+    for one layer at a time, are left out.
+    """
+    model = spec.model
+    if model.moe is None or model.moe.router != "smear":
+        return 0
+    expert = model.architecture.expert_parameters(model.row_width, model.moe.d_expert)
+    layers = model.moe_layers if spec.train.recompute == "none" else 1
+    return layers * spec.samples_per_micro_batch * expert * size
+
+
 def _expert_hidden_bytes(model: ModelSpec, moe: MoESpec, size: int) -> int:
     """Return the bytes that an expert saves for the hidden row of one route, on average over routes with and without
     recomputation."""
@@ -335,10 +352,30 @@ def _router_bytes(moe: MoESpec, width: int) -> int:
     return FLOAT32 * values
 
 
+def _smear_bytes(model: ModelSpec, moe: MoESpec, size: int) -> int:
+    """Return the bytes per token that a layer with router smear saves for the backward, without the averaged experts
+    and without what the router saves for each sample."""
+    d, architecture = model.d_model, model.architecture
+    # The rows of all samples are joined. The result of the norm before the layer is saved only if there is a layer
+    # beside the experts.
+    total = -d * size * (not model.has_experts_beside)
+    if model.recomputed_share:
+        total += d * FLOAT32
+    else:
+        # In a batch of experts, the inner norm and the product with its weight are two operations, and both save rows.
+        total += d * size + architecture.hidden_saved_bytes(moe.d_expert, size) + moe.d_expert * size
+    if moe.d_shared:
+        # The shared expert casts the joined rows for itself.
+        total += architecture.hidden_saved_bytes(moe.d_shared, size) + d * size * (size < FLOAT32)
+    return total
+
+
 def _moe_bytes(model: ModelSpec, moe: MoESpec, size: int) -> int:
     """Return the bytes per token that one mixture-of-experts layer saves for the backward, without the static layout of
     kernel `capacity` and without dropout."""
     d, joined_width, routes = model.d_model, model.joined_width, moe.heads * moe.top_k
+    if moe.router == "smear":
+        return _smear_bytes(model, moe, size)
     row_bytes = routes * model.row_width * size
     total = 0
     if moe.kernel != "capacity":

@@ -63,10 +63,11 @@ class Sizes(NamedTuple):
     """Number of parameters of all routed experts."""
     active_parameters: int
     """Number of parameters that one token's forward pass uses if its h sub-tokens are routed to min(h*k, E) different
-    experts."""
+    experts. With router smear it uses all experts."""
     macs_per_token: int
     """Multiply-adds of all matrix products for one token, including output logits, without attention scores. A token of
-    an encoder is a patch or a token. Its outputs are left out, because they are computed for hidden ones alone."""
+    an encoder is a patch or a token. Its outputs are left out, because they are computed for hidden ones alone. The
+    costs of router smear are those of whole samples (`merge_macs`), and left out as well."""
     moe_macs_per_token: int
     """Multiply-adds of the mixture-of-experts layers for one token: projections, router, experts and shared expert."""
     router_macs_per_token: int
@@ -138,11 +139,12 @@ def _moe_parts(spec: ModelSpec, moe: MoESpec) -> list[Part]:
     expert_macs = spec.architecture.expert_macs(width, moe.d_expert)
     routes, router = moe.heads * moe.top_k, moe.router_sizes(width)
     routers = 2 if spec.encoder is not None and spec.encoder.routers == "per_modality" else 1
+    used_experts = moe.experts if moe.router == "smear" else min(routes, moe.experts)
     result = [
         _projections_part(spec, moe),
         Part(ROUTER, layers, routers * router.parameters, router.parameters, moe.heads * router.macs),
         # A token has `routes` routes but uses at most E experts, because its sub-tokens may share experts.
-        Part(EXPERTS, layers, moe.experts * expert, min(routes, moe.experts) * expert, routes * expert_macs),
+        Part(EXPERTS, layers, moe.experts * expert, used_experts * expert, routes * expert_macs),
     ]
     if moe.d_shared:
         shared = spec.architecture.expert_parameters(d, moe.d_shared)
@@ -220,7 +222,16 @@ class Flops(NamedTuple):
     """FLOPs of the forward, and of the backward at twice its cost."""
 
 
-def flops_per_token(spec: ModelSpec, attention_length: float) -> Flops:
+def merge_macs(spec: ModelSpec) -> int:
+    """Return the multiply-adds for one sample with which router smear averages the experts of a layer, including its
+    logits; 0 for other routers."""
+    moe = spec.moe
+    if moe is None or moe.router != "smear":
+        return 0
+    return moe.experts * (spec.architecture.expert_parameters(spec.row_width, moe.d_expert) + spec.row_width)
+
+
+def flops_per_token(spec: ModelSpec, attention_length: float, samples_per_token: float = 0.0) -> Flops:
     """Return the FLOPs per token of all matrix products, including attention scores and weighted values.
 
     Document masks do not reduce them.
@@ -228,12 +239,15 @@ def flops_per_token(spec: ModelSpec, attention_length: float) -> Flops:
     Args:
         spec: spec of the model.
         attention_length: length of the sample that a token belongs to (`RunSpec.attention_length`).
+        samples_per_token: number of samples for each token, for which router smear averages experts
+            (`RunSpec.samples_per_token`).
     """
     # With causal attention, a token attends to (T + 1) / 2 keys on average. Each key costs as many multiply-adds as a
     # token's queries have values, for its score, and as many for its value.
     keys = (attention_length + 1) / 2 if spec.encoder is None else attention_length
     scores = round(2 * spec.layers * spec.query_width * keys)
-    forward = 2 * (compute_sizes(spec).macs_per_token + scores)
+    merging = round(spec.moe_layers * merge_macs(spec) * samples_per_token)
+    forward = 2 * (compute_sizes(spec).macs_per_token + scores + merging)
     return Flops(forward, 3 * forward)
 
 
@@ -290,5 +304,5 @@ def model_flops_utilisation(spec: RunSpec, tokens_per_s: float, workers: int) ->
     if not spec.cluster.gpus_per_worker:
         return None
     peak_flops = spec.cluster.accelerator.peak_flops(spec.train.precision)
-    needed_flops = flops_per_token(spec.model, spec.attention_length).training * tokens_per_s
+    needed_flops = flops_per_token(spec.model, spec.attention_length, spec.samples_per_token).training * tokens_per_s
     return needed_flops / (workers * spec.cluster.gpus_per_worker * peak_flops)

@@ -122,7 +122,8 @@ class RunFigures:
 
     def flops(self, tokens: float) -> float:
         """Return the FLOPs of all matrix products of training on `tokens` tokens, as `mhmoe plan` counts them."""
-        return tokens * flops_per_token(self.spec.model, self.spec.attention_length).training
+        spec = self.spec
+        return tokens * flops_per_token(spec.model, spec.attention_length, spec.samples_per_token).training
 
 
 class Routes(NamedTuple):

@@ -19,7 +19,7 @@ from mhmoe_kernels.abilities import KERNELS, KernelLimits, KernelName
 from mhmoe_ray.architectures import ARCHITECTURES, Architecture, ArchitectureName
 from mhmoe_ray.spec.base import Section, unmeasured
 
-RouterName = Literal["linear", "xmoe", "xmoe_torchscale", "domain"]
+RouterName = Literal["linear", "xmoe", "xmoe_torchscale", "domain", "smear"]
 AttentionBias = Literal["none", "qkv", "all"]
 
 
@@ -47,6 +47,13 @@ def _domain_sizes(E: int, D: int, Q: int) -> RouterSizes:
     return RouterSizes(macs=0, parameters=0, saved_values=0)
 
 
+def _smear_sizes(E: int, D: int, Q: int) -> RouterSizes:
+    """Return the counts of router smear for E experts and rows of D values."""
+    # It computes logits once for each sample. `planner/sizes.py` counts that cost with the merging of experts. Besides
+    # the matrix, its parameters are the weight and bias of a norm, and the gain of another.
+    return RouterSizes(macs=0, parameters=D * E + 3 * D, saved_values=0)
+
+
 def _torchscale_sizes(E: int, D: int, Q: int) -> RouterSizes:
     return RouterSizes(macs=Q * (D + E), parameters=Q * (D + E), saved_values=Q)
 
@@ -58,6 +65,7 @@ ROUTERS: dict[RouterName, Callable[[int, int, int], RouterSizes]] = {
     "xmoe": _xmoe_sizes,
     "xmoe_torchscale": _torchscale_sizes,
     "domain": _domain_sizes,
+    "smear": _smear_sizes,
 }
 
 
@@ -99,7 +107,8 @@ class MoESpec(Section):
     """Router. linear: softmax of W x (P2). xmoe: X-MoE's router as published, the cosine of a projection with expert
     embeddings, divided by a learnable temperature. xmoe_torchscale: X-MoE's router as coded and used for P1, with 16
     dimensions, only the expert side normalized, and no temperature. domain: no router; each document goes to the expert
-    of its domain (DEMix, arXiv 2108.05036)."""
+    of its domain (DEMix, arXiv 2108.05036). smear: for encoders; the weights of all experts are averaged into one
+    expert for each sample (SMEAR, arXiv 2306.03745)."""
     domains: list[str] | None = Field(default=None, min_length=1)
     """Names of the experts of router `domain`, in their order: sources (`web`) or domains (`web/en`) of the data. A
     document belongs to the expert with the name of its domain, and otherwise to the one with the name of its source."""
@@ -119,6 +128,9 @@ class MoESpec(Section):
     a row are considered. The value of a group is the sum of its two largest scores (DeepSeek-V3)."""
     top_groups: PositiveInt = 1
     """Number of groups whose experts are considered for a row."""
+    expert_dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Probability in training that router smear leaves an expert out of a sample's average (0.1 in the runs of SMEAR's
+    authors)."""
     jitter: float = Field(default=0.0, ge=0, lt=1)
     """Router jitter: in training, the router's input is multiplied by factors drawn uniformly from 1 - jitter to 1 +
     jitter."""
@@ -180,6 +192,7 @@ class MoESpec(Section):
         if self.balance_choices == "all" and self.top_k == 1:
             raise ValueError("top_k is 1, so balance_choices: all would be ignored: there is only a first choice")
         self._check_domains()
+        self._check_smear()
         if self.scoring == "sigmoid" and self.router != "linear":
             raise ValueError(f"router {self.router} is defined with softmax: remove scoring, or use router linear")
         self._check_groups()
@@ -212,6 +225,27 @@ class MoESpec(Section):
         for key in ("gate_scale", "jitter", "capacity_factor", "balance_over", "z_weight", "bias_rate"):
             if getattr(self, key) != type(self).model_fields[key].default:
                 raise ValueError(f"router domain computes no scores, so {key} would be ignored: remove it")
+
+    def _check_smear(self) -> None:
+        if self.router != "smear":
+            if self.expert_dropout:
+                raise ValueError(f"expert_dropout is for router smear, and would be ignored with router {self.router}")
+            return
+        if self.heads != 1:
+            raise ValueError("router smear averages experts for whole samples, and splits no tokens: set heads to 1")
+        if self.top_k != 1:
+            raise ValueError("router smear averages all experts into one and makes no choice: set top_k to 1")
+        # The load balancing loss has a default weight, so a weight is no mistake; it has no effect.
+        refused_keys = (
+            *("d_sub_token", "sub_token_residual", "gate_scale", "groups", "jitter", "capacity_factor", "balance_over"),
+            *("z_weight", "bias_rate", "kernel", "recompute"),
+        )
+        for key in refused_keys:
+            if getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(f"router smear sends no rows to experts, so {key} would be ignored: remove it")
+        for key in ("head_projection", "merge_projection"):
+            if getattr(self, key):
+                raise ValueError(f"router smear has no projections: remove {key}")
 
     def expert_of_domain(self, domain: str) -> int | None:
         """Return the number of the expert of router `domain` for a domain of the data; None if it has none."""
@@ -258,7 +292,7 @@ class MoESpec(Section):
     @property
     def is_random(self) -> bool:
         """True if routing draws random numbers in training."""
-        return self.jitter > 0 or self.second_expert == "random"
+        return self.jitter > 0 or self.second_expert == "random" or self.expert_dropout > 0
 
     @property
     def routing_width(self) -> int:
@@ -463,6 +497,7 @@ class ModelSpec(Section):
             )
         if self.moe:
             self._check_kernel(self.moe)
+            self._check_smear(self.moe)
         if self.encoder:
             self._check_encoder(self.encoder)
         return self
@@ -503,6 +538,19 @@ class ModelSpec(Section):
         if limits.max_row_width is not None and row_width > limits.max_row_width:
             raise ValueError(
                 f"moe.kernel {moe.kernel} takes rows up to {limits.max_row_width} wide, not {row_width}: set it to auto"
+            )
+
+    def _check_smear(self, moe: MoESpec) -> None:
+        if moe.router != "smear":
+            return
+        if self.encoder is None:
+            raise ValueError(
+                "moe.router smear averages over whole samples, so that in a decoder later tokens would influence "
+                "earlier ones: set moe.router to linear, or make the model an encoder"
+            )
+        if self.encoder.routers != "shared":
+            raise ValueError(
+                "moe.router smear has one expert for the image and the text of a pair: set encoder.routers to shared"
             )
 
     def _check_encoder(self, encoder: EncoderSpec) -> None:
@@ -551,6 +599,8 @@ class ModelSpec(Section):
         moe = self.moe
         if moe is None:
             return 0.0
+        if moe.router == "smear":
+            return moe.recompute or 0.0
         if moe.kernel_limits.kept_rows != "as configured":
             return float(moe.kernel_limits.kept_rows == "nothing")
         if moe.recompute is not None:

@@ -102,6 +102,11 @@ class RunSpec(Section):
                 f"model.moe.kernel capacity holds all experts, but cluster.ep is {self.cluster.ep}: "
                 "set ep to 1, or kernel to grouped, which drops the same routes"
             )
+        if moe is not None and moe.router == "smear" and self.cluster.ep > 1:
+            raise ValueError(
+                f"model.moe.router smear averages all experts of a layer, but cluster.ep is {self.cluster.ep}: "
+                "set ep to 1"
+            )
         if moe is not None and moe.recompute not in (None, 1) and self._recomputes_experts:
             raise ValueError(
                 f"model.moe.recompute is {moe.recompute:g}, but with train.recompute {self.train.recompute} and "
@@ -246,7 +251,10 @@ class RunSpec(Section):
         """
         if self.train.compile and self.model.is_random:
             reason = "it cannot compile random numbers that are the same for any number of workers"
-            fix = "set dropout, attention_dropout and moe.jitter of the model to 0 and moe.second_expert to always"
+            fix = (
+                "set dropout, attention_dropout, moe.jitter and moe.expert_dropout of the model to 0 and "
+                "moe.second_expert to always"
+            )
             raise SpecError("train.compile", reason, f"{fix}, or train.compile to false")
 
     def _check_chat(self, source: str) -> None:
@@ -347,6 +355,16 @@ class RunSpec(Section):
     def attention_length(self) -> float:
         """The length of the sample that a token belongs to: T, or for an encoder the mean over all positions."""
         return sum(length**2 * count for length, count in self._sample_lengths) / self.tokens_per_micro_batch
+
+    @property
+    def samples_per_token(self) -> float:
+        """The number of samples in a micro-batch for each of its tokens, or positions of an encoder."""
+        return self.samples_per_micro_batch / self.tokens_per_micro_batch
+
+    @property
+    def samples_per_micro_batch(self) -> int:
+        """The number of samples in a micro-batch, over each of which attention is."""
+        return sum(count for _, count in self._sample_lengths)
 
     @property
     def _sample_lengths(self) -> list[tuple[int, int]]:

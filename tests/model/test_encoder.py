@@ -11,7 +11,7 @@ from mhmoe_ray.model.init import init_weights
 from mhmoe_ray.model.noise import Noise
 from mhmoe_ray.planner.sizes import block_sizes, compute_sizes
 from mhmoe_ray.spec import ModelSpec
-from tests.encoders import encoder_batch, encoder_spec, part_samples
+from tests.encoders import ENCODER, SMEAR, encoder_batch, encoder_spec, part_samples
 
 BASE = {
     "backbone": "subln",
@@ -30,6 +30,9 @@ BASE = {
     "d_ff": 3072,
     "tied_embeddings": False,
 }
+
+
+EXPERTS = {"multi-head": ENCODER["model"]["moe"], "smear": SMEAR}
 
 
 def build_encoder(spec):
@@ -91,8 +94,9 @@ def test_samples_do_not_influence_each_other(routers):
             torch.testing.assert_close(torch.cat(values), batch_losses[name], rtol=1e-5, atol=1e-5)
 
 
-def test_padding_has_no_influence():
-    spec = encoder_spec()
+@pytest.mark.parametrize("experts", EXPERTS)
+def test_padding_has_no_influence(experts):
+    spec = encoder_spec(model__moe=EXPERTS[experts])
     model, batch = build_encoder(spec), encoder_batch(spec)
     other_batch = batch._replace(token_NT=torch.where(batch.is_token_NT, batch.token_NT, 17))
     for values, other_values in zip(losses(model, batch), losses(model, other_batch), strict=True):
@@ -165,10 +169,17 @@ def test_the_loss_of_matching_is_that_of_two_classifications():
 
 
 @pytest.mark.parametrize("recompute", ["experts", "exchange", "block"])
-def test_recomputation_keeps_losses_and_gradients(recompute):
-    spec = encoder_spec(model__dropout=0.1, model__attention_dropout=0.1)
+@pytest.mark.parametrize("experts", EXPERTS)
+def test_recomputation_keeps_losses_and_gradients(recompute, experts):
     results = []
     for value in ("none", recompute):
+        spec = encoder_spec(
+            model__dropout=0.1,
+            model__attention_dropout=0.1,
+            model__moe={**EXPERTS[experts], "expert_dropout": 0.2 if experts == "smear" else 0},
+            train__recompute=value,
+        )
+        spec = spec.model_copy(update={"model": spec.computed_model})
         model = build_encoder(spec).train()
         model.recompute = value
         output = model(encoder_batch(spec), noise=Noise(0, 3))
@@ -181,8 +192,11 @@ def test_recomputation_keeps_losses_and_gradients(recompute):
         torch.testing.assert_close(a, b)
 
 
-def test_every_parameter_has_a_gradient():
-    spec = encoder_spec(model__encoder__routers="per_modality")
+@pytest.mark.parametrize(
+    "changes", [{"model__encoder__routers": "per_modality"}, {"model__moe": SMEAR}], ids=["per modality", "smear"]
+)
+def test_every_parameter_has_a_gradient(changes):
+    spec = encoder_spec(**changes)
     model = build_encoder(spec).train()
     output = model(encoder_batch(spec))
     sum(loss.sum for loss in output.losses).backward()
@@ -190,9 +204,10 @@ def test_every_parameter_has_a_gradient():
 
 
 @pytest.mark.filterwarnings("default")  # tracing gives rise to warnings inside torch
-def test_blocks_are_compiled_once():
+@pytest.mark.parametrize("experts", EXPERTS)
+def test_blocks_are_compiled_once(experts):
     """All equal blocks share their code, whatever the numbers of hidden patches and tokens."""
-    spec = encoder_spec(model__layers=4)
+    spec = encoder_spec(model__layers=4, model__moe=EXPERTS[experts])
     model = build_encoder(spec)
     batches = [encoder_batch(spec, micro_batch) for micro_batch in range(3)]
     expected = [losses(model, batch) for batch in batches]

@@ -12,6 +12,7 @@ from mhmoe_ray.architectures import ARCHITECTURES
 from mhmoe_ray.bench.measure import peak_bytes
 from mhmoe_ray.checkpoint.save import Saver
 from mhmoe_ray.distributed.mesh import build_mesh
+from mhmoe_ray.model.build import build_model
 from mhmoe_ray.model.decoder import Decoder
 from mhmoe_ray.model.init import init_weights
 from mhmoe_ray.model.loss import Targets
@@ -31,6 +32,7 @@ from mhmoe_ray.spec import RunSpec
 from mhmoe_ray.train.objectives import MicroBatch
 from mhmoe_ray.train.step import Trainer
 from tests.checkpoint.test_load import new_run
+from tests.encoders import SMEAR, encoder_batch, encoder_spec
 from tests.kernels.test_cpp import MUST_COMPILE
 from tests.ranks import run_ranks
 from tests.specs import tiny_spec
@@ -228,6 +230,47 @@ def test_planned_activations_of_kernel_reference_equal_saved_bytes(kind):
     plain = spec.model.with_moe(spec.model.moe.model_copy(update={"kernel": "reference"}))
     spec = spec.model_copy(update={"model": plain})
     assert compute_memory(spec).activations == pytest.approx(autograd_bytes(spec), rel=0.03)
+
+
+def encoder_bytes(spec: RunSpec) -> int:
+    """Return the bytes that autograd saves, in addition to the weights, in the forward of an encoder's micro-batch."""
+    model = build_model(spec.computed_model)
+    init_weights(model, 0)
+    saved_tensors = SavedTensors(model)
+    with (
+        torch.autograd.graph.saved_tensors_hooks(saved_tensors, lambda t: t),
+        torch.autocast("cpu", torch.bfloat16, enabled=spec.train.precision == "bfloat16"),
+    ):
+        output = model(encoder_batch(spec), noise=Noise(0, 0))
+    assert all(loss.sum.requires_grad for loss in output.losses)
+    return saved_tensors.bytes
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize(("experts", "d_shared"), [("beside", 0), ("replace", 0), ("replace", 40)])
+def test_planned_bytes_of_averaged_experts_equal_what_autograd_saves(precision, dropout, experts, d_shared):
+    """The bytes that experts add to a dense encoder are compared, because the plan counts other parts of an encoder
+    less exactly."""
+    options = {"train__precision": precision, "model__dropout": dropout}
+    moe = {**SMEAR, "d_expert": 80, "d_shared": d_shared}
+    dense = encoder_spec(model__moe=None, **options)
+    spec = encoder_spec(model__moe=moe, model__encoder__experts=experts, **options)
+    plans = [compute_memory(s) for s in (spec, dense)]
+    planned, planned_dense = (memory.activations + memory.copies for memory in plans)
+    # The plan leaves out what the router saves for each sample, and counts biases of averaged experts, which autograd
+    # does not save.
+    assert planned - planned_dense == pytest.approx(encoder_bytes(spec) - encoder_bytes(dense), rel=0.015)
+
+
+def test_recomputed_averages_of_experts_are_planned_for_one_layer():
+    """A layer keeps its input rows alone with train.recompute experts, and the plan has one layer's experts for the
+    backward."""
+    options = {"model__layers": 4, "model__moe": {**SMEAR, "d_expert": 80}}
+    plain, recomputed = (encoder_spec(train__recompute=value, **options) for value in ("none", "experts"))
+    merged = 4 * recomputed.samples_per_micro_batch * compute_sizes(recomputed.model).expert_parameters // (3 * 4)
+    planned = compute_memory(plain).activations - compute_memory(recomputed).activations
+    assert planned + merged == pytest.approx(encoder_bytes(plain) - encoder_bytes(recomputed), rel=0.02)
 
 
 @pytest.mark.parametrize(

@@ -43,6 +43,7 @@ def make_layer(settings: Settings, size: LayerSize, kernel: str, capacity_factor
     model = Decoder(make_spec(settings, size, kernel, capacity_factor))
     init_weights(model, 0)
     [layer] = model.moe_layers()
+    assert isinstance(layer, MultiHeadMoE)
     return layer.to(settings.torch_device)
 
 

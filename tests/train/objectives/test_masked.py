@@ -7,9 +7,12 @@ import torch.distributed as dist
 from mhmoe_ray.data.encoder_batches import BatchMaker, normalized_patches
 from mhmoe_ray.data.encoder_samples import EncoderSamples
 from mhmoe_ray.train.objectives.masked import encoder_digest
-from tests.encoders import encoder_spec, micro_batch_samples, part_samples
+from tests.encoders import SMEAR, encoder_spec, micro_batch_samples, part_samples
 from tests.ranks import run_ranks
 from tests.train.jobs import build_trainer, full_gradients, full_tensors
+
+
+SMEAR_WITH_NOISE = {**SMEAR, "expert_dropout": 0.1}
 
 
 def stream_rows(samples):
@@ -59,8 +62,30 @@ def single_rank_result():
     ids=["2-ranks", "ep-2", "4-ranks-ep-2", "fsdp-ep-2", "zero2"],
 )
 def test_ranks_train_as_one_does(single_rank_result, workers, cluster):
-    spec = encoder_spec(cluster={"workers": workers, **cluster})
-    expected = single_rank_result
+    check_results_of_ranks(single_rank_result, encoder_spec(cluster={"workers": workers, **cluster}), workers)
+
+
+@pytest.fixture(scope="module")
+def smear_result():
+    [result] = run_ranks(1, train_and_validate, encoder_spec(model__moe=SMEAR_WITH_NOISE))
+    return result
+
+
+@pytest.mark.parametrize(
+    "cluster",
+    [{}, {"strategy": "fsdp", "shard_experts": True}, {"strategy": "zero2"}],
+    ids=["ddp", "fsdp-sharded-experts", "zero2"],
+)
+def test_ranks_average_experts_as_one_does(smear_result, cluster):
+    """Router smear with expert dropout trains the same on two ranks; with fsdp each rank holds a shard of each layer's
+    experts."""
+    check_results_of_ranks(
+        smear_result, encoder_spec(model__moe=SMEAR_WITH_NOISE, cluster={"workers": 2, **cluster}), 2
+    )
+
+
+def check_results_of_ranks(expected, spec, workers):
+    """Check that all ranks have the results of a single one."""
     for result in run_ranks(workers, train_and_validate, spec):
         for losses, expected_losses in zip(result["losses"], expected["losses"], strict=True):
             torch.testing.assert_close(losses, expected_losses, rtol=1e-5, atol=1e-5)

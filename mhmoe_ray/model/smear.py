@@ -1,0 +1,221 @@
+"""SMEAR, soft merging of experts with adaptive routing (arXiv 2306.03745): each sample has an expert of its own, which
+is a weighted average of all experts.
+
+    positions of a sample (U, M) -> mean of the real ones -> norm -> logits -> softmax -> probabilities (E)
+    weights of experts (E, F, M) -> average by probabilities (F, M) -> merged expert, which computes all U positions
+
+There is no discrete choice, so that the router learns by gradients alone, and neither an expert capacity nor a load
+balancing loss is needed. The router averages over whole samples, so the layer is for encoders.
+
+The router is that of the authors' code (github.com/r-three/smear, class Router of adapter_utils.py) with the settings
+of its runs of SMEAR: the mean passes a layer norm, and so does each expert's row of the router's weights, whose gain
+starts at 0.01. There is no bias. Their norm of rows has a bias vector as well; it is left out here, because it adds the
+same number to the logits of all experts and cannot change a softmax.
+
+Probabilities are computed in float32 or wider. Weights are merged in the precision of matrix products.
+
+Additional shape suffixes: S samples of a micro-batch, U positions of a sample.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mhmoe_kernels import widen
+from mhmoe_ray.model.feedforward import Experts, FeedForward, SharedExpert
+from mhmoe_ray.model.moe import MoELayer, dispatch_locally
+from mhmoe_ray.model.noise import dropout
+from mhmoe_ray.model.router import LinearScores, Router, Routing, route_counts
+from mhmoe_ray.model.trunk import recompute_in_backward
+from mhmoe_ray.spec import ModelSpec, MoESpec
+
+
+class SmearScores(LinearScores):
+    """Logits of router `smear`: products of normalized means with normalized rows of weights."""
+
+    def __init__(self, width: int, moe: MoESpec, eps: float) -> None:
+        """Create uninitialized parameters.
+
+        Args:
+            width: D, the width of a mean.
+            moe: spec of the layer.
+            eps: value added to variances in the norms.
+        """
+        super().__init__(width, moe)
+        self.eps = eps
+        self.norm_weight_D, self.norm_bias_D = nn.Parameter(torch.empty(width)), nn.Parameter(torch.empty(width))
+        self.row_gain_D = nn.Parameter(torch.empty(width))
+
+    def forward(self, x_ND: Tensor) -> Tensor:
+        normed_ND = F.layer_norm(x_ND, x_ND.shape[1:], widen(self.norm_weight_D), widen(self.norm_bias_D), self.eps)
+        row_ED = F.layer_norm(widen(self.weight_ED), x_ND.shape[1:], widen(self.row_gain_D), None, self.eps)
+        return normed_ND @ row_ED.T
+
+
+class SmearRouter(Router):
+    """Router of one layer that gives each sample a probability for every expert."""
+
+    def __init__(self, width: int, moe: MoESpec, eps: float) -> None:
+        # The constructor of `Router` would create the module that computes scores without the norms.
+        nn.Module.__init__(self)
+        self.moe, self.scores = moe, SmearScores(width, moe, eps)
+
+    def forward(
+        self,
+        x_ND: Tensor,
+        generator: torch.Generator | None = None,
+        sequences: int = 1,
+        domain_B: Tensor | None = None,
+        image_rows: int = 0,
+    ) -> Routing:
+        """Return the routing of samples to all experts, with their probabilities as gates.
+
+        Args:
+            x_ND: the mean of each sample.
+            generator: generator of expert dropout; without one it does not apply.
+            sequences, domain_B, image_rows: not used.
+        """
+        # Autocast would compute logits in bfloat16.
+        with torch.autocast(x_ND.device.type, enabled=False):
+            probability_NE = self.scores(widen(x_ND)).softmax(-1)
+        probability_NE = self._drop_experts(probability_NE, generator)
+        zero = torch.zeros((), device=x_ND.device)
+        return Routing(
+            expert_NK=torch.arange(self.moe.experts, device=x_ND.device).expand_as(probability_NE),
+            gate_NK=probability_NE,
+            balance_loss=zero,
+            z_loss=zero,
+            count_E=route_counts(probability_NE.argmax(-1, keepdim=True), self.moe.experts),
+            dropped_routes=torch.zeros((), dtype=torch.int64, device=x_ND.device),
+            capacity=None,
+        )
+
+    def _drop_experts(self, probability_NE: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Return the probabilities with some experts left out at random for each sample, and the rest scaled to a sum
+        of 1 again."""
+        rate = self.moe.expert_dropout
+        if not rate or generator is None:
+            return probability_NE
+        keep_mask = torch.rand(probability_NE.shape, device=probability_NE.device, generator=generator) >= rate
+        # With the authors' constant, a sample without any expert left gets the plain average of all.
+        kept_NE = probability_NE * keep_mask + 1e-10
+        return kept_NE / kept_NE.sum(-1, keepdim=True)
+
+
+class MergedExperts(MoELayer):
+    """Layer of one block with router `smear`, for whole samples.
+
+    Its parameters have the names of those of `MultiHeadMoE` with one head.
+    """
+
+    def __init__(self, spec: ModelSpec, expert_ids: range | None = None) -> None:
+        """Create the layer with uninitialized weights.
+
+        Args:
+            spec: model spec; its `moe` section must have router `smear`.
+            expert_ids: global ids of the experts that this process holds, which must be all of them.
+        """
+        super().__init__()
+        moe = spec.moe
+        assert moe is not None
+        assert expert_ids is None or len(expert_ids) == moe.experts
+        self.dropout = spec.dropout
+        self.router = SmearRouter(spec.row_width, moe, spec.norm_eps)
+        self.experts = Experts(spec, range(moe.experts))
+        self.shared = FeedForward(spec, moe.d_shared) if moe.d_shared else None
+        self.dispatch = dispatch_locally
+
+    def forward(
+        self, samples: Sequence[Tensor], masks: Sequence[Tensor | None], generator: torch.Generator | None = None
+    ) -> tuple[list[Tensor], Routing]:
+        """Return the outputs of all positions, and the routing of samples.
+
+        The routing has a row for each sample, with all experts. Its counts are numbers of positions, padding included:
+        a sample's positions count for its most probable expert. So they show whether the router prefers some experts,
+        although each position is computed by all of them.
+
+        Args:
+            samples: sets of samples of equal length, (B, U, M) each.
+            masks: mask of each set that is added to attention scores, (B, 1, 1, U), or None if the set has no padding.
+            generator: generator of expert dropout and of dropout in training; None in evaluation.
+        """
+        lengths = [x_BUM.shape[:2] for x_BUM in samples]
+        x_NM = torch.cat([x_BUM.flatten(0, 1) for x_BUM in samples])
+        x_parts = _split_rows(x_NM, lengths)
+        means = [_mean_of_positions(x_BUM, mask) for x_BUM, mask in zip(x_parts, masks, strict=True)]
+        routing: Routing = self.router(torch.cat(means), generator)
+        routing = routing._replace(count_E=self._count_positions(routing.gate_NK, lengths))
+        # The dispatch runs within a forward of the experts, in which FSDP has gathered their weights.
+        y_NM, _ = self.experts(x_NM, routing, partial(run_merged, lengths=lengths))
+        y_NM = dropout(y_NM, self.dropout, generator)
+        if self.shared is not None:
+            y_NM = y_NM + dropout(self.shared(x_NM), self.dropout, generator)
+        return _split_rows(y_NM, lengths), routing
+
+    def _count_positions(self, probability_SE: Tensor, lengths: Sequence[torch.Size]) -> Tensor:
+        """Return the number of positions of the samples whose most probable expert is e, for each expert e."""
+        best_parts = torch.split(probability_SE.argmax(-1, keepdim=True), [samples for samples, _ in lengths])
+        counts = [
+            positions * route_counts(best_B1, probability_SE.shape[1])
+            for best_B1, (_, positions) in zip(best_parts, lengths, strict=True)
+        ]
+        return torch.stack(counts).sum(0)
+
+
+def run_merged(
+    x_NM: Tensor,
+    routing: Routing,
+    experts: Experts,
+    shared: SharedExpert | None = None,
+    *,
+    lengths: Sequence[torch.Size],
+) -> tuple[Tensor, None]:
+    """Compute the positions of each sample by the sample's merged expert, as a dispatch.
+
+    Args:
+        x_NM: positions of all samples.
+        routing: routing of samples to all experts.
+        experts: all experts of the layer.
+        shared: not used.
+        lengths: number of samples and of positions of each, for each set of samples.
+    """
+
+    def run(x_NM: Tensor, probability_SE: Tensor) -> Tensor:
+        x_NM, weights = experts.cast_rows(x_NM)
+        probability_SE = probability_SE.to(weights.stacked[0].dtype)
+        merged = [
+            (probability_SE @ stack.flatten(1)).view(len(probability_SE), *stack.shape[1:]) for stack in weights.stacked
+        ]
+        sample_counts = [samples for samples, _ in lengths]
+        merged_parts = zip(*(torch.split(weight, sample_counts) for weight in merged), strict=True)
+        # The method is named because vmap takes the name of its function, which torch.compile cannot find for the
+        # instance of a data class.
+        run_samples = torch.vmap(weights.function.__call__)
+        outputs = [run_samples(x, *part) for x, part in zip(_split_rows(x_NM, lengths), merged_parts, strict=True)]
+        return torch.cat([y.flatten(0, 1) for y in outputs])
+
+    # Hidden rows need the merged weights for their backward, so both are recomputed together.
+    if experts.recompute and torch.is_grad_enabled():
+        return recompute_in_backward(run, x_NM, routing.gate_NK), None
+    return run(x_NM, routing.gate_NK), None
+
+
+def _split_rows(x_NM: Tensor, lengths: Sequence[torch.Size]) -> list[Tensor]:
+    """Return the rows of each set of samples, (B, U, M), as views."""
+    parts = torch.split(x_NM, [length.numel() for length in lengths])
+    return [part.view(*length, x_NM.shape[1]) for part, length in zip(parts, lengths, strict=True)]
+
+
+def _mean_of_positions(x_BUM: Tensor, mask: Tensor | None) -> Tensor:
+    """Return the mean over the positions of each sample without padding, in float32 or wider."""
+    x_BUM = widen(x_BUM)
+    if mask is None:
+        return x_BUM.mean(1)
+    is_real_BU = (mask[:, 0, 0] == 0).to(x_BUM.dtype)
+    share_BU = is_real_BU / is_real_BU.sum(1, keepdim=True)
+    # Autocast would compute the product in bfloat16.
+    with torch.autocast(x_BUM.device.type, enabled=False):
+        return (share_BU[:, None] @ x_BUM)[:, 0]
