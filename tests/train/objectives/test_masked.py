@@ -11,7 +11,6 @@ from tests.encoders import SMEAR, encoder_spec, micro_batch_samples, part_sample
 from tests.ranks import run_ranks
 from tests.train.jobs import build_trainer, full_gradients, full_tensors
 
-
 SMEAR_WITH_NOISE = {**SMEAR, "expert_dropout": 0.1}
 
 
