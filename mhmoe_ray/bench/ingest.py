@@ -23,8 +23,9 @@ from tokenizers import Tokenizer
 from mhmoe_ray.bench.process_memory import PeakMemory
 from mhmoe_ray.bench.processes import Measurement, run_in_process
 from mhmoe_ray.bench.timing import turns
-from mhmoe_ray.data.encoder_samples import EncoderSamples, EncoderTrainingSamples
+from mhmoe_ray.data.encoder_samples import EncoderTrainingSamples
 from mhmoe_ray.data.prepare.pipeline import prepare
+from mhmoe_ray.data.shards.columns import EncoderSamples
 from mhmoe_ray.data.shards.files import ShardReader
 from mhmoe_ray.data.shards.manifest import require_data_manifest
 from mhmoe_ray.data.sources import find_files

@@ -7,8 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mhmoe_ray.data.encoder_samples import EncoderSamples
-from mhmoe_ray.data.shards.columns import padding_token, token_bytes_for
+from mhmoe_ray.data.shards.columns import EncoderSamples, padding_token, token_bytes_for
 from mhmoe_ray.model.encoder import EncoderBatch, Group, GroupSize, LossKind, image_patches
 from mhmoe_ray.model.transfer import copy_to_device
 from mhmoe_ray.spec import MicroBatchPart, ModelSpec

@@ -1,20 +1,11 @@
 """Samples of an encoder: decoded crops of images, tokens of texts, and the masks of both, part by part.
 
-| column        | values of a micro-batch                                               |
-| ------------- | --------------------------------------------------------------------- |
-| images        | crops, uint8 (images, size, size, 3)                                  |
-| patch_hidden  | mask of hidden patches, bool (images, patches)                        |
-| tokens        | tokens as they are stored, with padding, (texts, T)                   |
-| inputs        | tokens as the model reads them: hidden ones are replaced              |
-| token_hidden  | mask of hidden tokens, bool (texts, T)                                |
-
 Images and texts follow the order of the parts. Crops and masks depend on the seed, the part and the sample's position
 in the training alone, not on the number of ranks.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache, partial
-from typing import NamedTuple
 
 import numpy as np
 
@@ -22,30 +13,10 @@ from mhmoe_ray.data.crops import Crop, centre_crop, random_crop, read_crop
 from mhmoe_ray.data.domains import source_of
 from mhmoe_ray.data.masking import block_mask, hide_tokens, text_mask
 from mhmoe_ray.data.order.mixture import training_order
-from mhmoe_ray.data.shards.columns import padding_token
+from mhmoe_ray.data.shards.columns import EncoderSamples, padding_token
 from mhmoe_ray.data.shards.manifest import DataManifest, require_data_manifest
 from mhmoe_ray.data.shards.rows import RowReader
 from mhmoe_ray.spec import MicroBatchPart, RunSpec
-
-
-class EncoderSamples(NamedTuple):
-    """Samples of one or several parts; the fields are the columns of the table in this file."""
-
-    images: np.ndarray
-    patch_hidden: np.ndarray
-    tokens: np.ndarray
-    inputs: np.ndarray
-    token_hidden: np.ndarray
-
-    @classmethod
-    def join(cls, parts: Sequence["EncoderSamples"]) -> "EncoderSamples":
-        """Return the samples of several parts, one part after another."""
-        return cls(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
-
-    def rows(self, part: MicroBatchPart, start: int, stop: int) -> "EncoderSamples":
-        """Return samples `start` to `stop` - 1 of a part whose samples these are all."""
-        image_rows, text_rows = (slice(start, stop) if name in part.columns else slice(0) for name in ("image", "text"))
-        return EncoderSamples(*(column[image_rows] for column in self[:2]), *(column[text_rows] for column in self[2:]))
 
 
 class SampleMaker:

@@ -20,10 +20,11 @@ import numpy as np
 import ray.data
 
 from mhmoe_ray.data.domains import source_of
-from mhmoe_ray.data.encoder_samples import EncoderSamples, EncoderTrainingSamples
+from mhmoe_ray.data.encoder_samples import EncoderTrainingSamples
 from mhmoe_ray.data.order.mixture import training_order
 from mhmoe_ray.data.shards.columns import (
     EXPERT,
+    EncoderSamples,
     ModelSamples,
     Samples,
     columns_of,

@@ -13,10 +13,10 @@ import torch
 
 from mhmoe_ray.data.domains import source_of
 from mhmoe_ray.data.encoder_batches import BatchMaker
-from mhmoe_ray.data.encoder_samples import EncoderSamples, SampleMaker
+from mhmoe_ray.data.encoder_samples import SampleMaker
 from mhmoe_ray.data.order.order import seeded_hash
 from mhmoe_ray.data.prepare.rows import token_rows
-from mhmoe_ray.data.shards.columns import padding_token, token_bytes_for
+from mhmoe_ray.data.shards.columns import EncoderSamples, padding_token, token_bytes_for
 from mhmoe_ray.data.shards.manifest import DataManifest
 from mhmoe_ray.data.shards.rows import RowReader
 from mhmoe_ray.data.sources import Document, FileReader, find_files

@@ -13,10 +13,12 @@ field for each column. Of text, all tokens but padding are targets, and document
 conversation, the start token may also end a turn.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from mhmoe_ray.spec import MicroBatchPart
 
 Samples = np.ndarray[tuple[int, int], np.dtype[Any]]
 """Array of samples, (samples, T + 1): of token ids, or of rows with a field for each column."""
@@ -122,3 +124,28 @@ def split_padding(samples: Samples, token_bytes: int) -> ModelSamples:
     token_ids = np.where(tokens != padding, tokens, 0).astype(np.int64)
     document_starts = None if samples.dtype.names is None else np.ascontiguousarray(samples[DOCUMENT_STARTS][:, :-1])
     return ModelSamples(token_ids, np.ascontiguousarray(target_mask(samples, padding)[:, 1:]), document_starts)
+
+
+class EncoderSamples(NamedTuple):
+    """Samples of an encoder, of one or several parts of micro-batches; images and texts follow the order of parts."""
+
+    images: np.ndarray
+    """Crops, (images, size, size, 3) uint8."""
+    patch_hidden: np.ndarray
+    """Mask of hidden patches, (images, patches) bool."""
+    tokens: np.ndarray
+    """Tokens as they are stored, with padding, (texts, T)."""
+    inputs: np.ndarray
+    """Tokens as the model reads them: hidden ones are replaced."""
+    token_hidden: np.ndarray
+    """Mask of hidden tokens, (texts, T) bool."""
+
+    @classmethod
+    def join(cls, parts: Sequence["EncoderSamples"]) -> "EncoderSamples":
+        """Return the samples of several parts, one part after another."""
+        return cls(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
+
+    def rows(self, part: MicroBatchPart, start: int, stop: int) -> "EncoderSamples":
+        """Return samples `start` to `stop` - 1 of a part whose samples these are all."""
+        image_rows, text_rows = (slice(start, stop) if name in part.columns else slice(0) for name in ("image", "text"))
+        return EncoderSamples(*(column[image_rows] for column in self[:2]), *(column[text_rows] for column in self[2:]))

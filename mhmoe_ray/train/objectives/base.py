@@ -2,16 +2,18 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mhmoe_ray.data.shards.manifest import DataManifest
 from mhmoe_ray.distributed.mesh import Mesh
 from mhmoe_ray.model.noise import Noise
 from mhmoe_ray.spec import RunSpec
+
+if TYPE_CHECKING:
+    from mhmoe_ray.data.shards.manifest import DataManifest
 
 Batch = TypeVar("Batch")
 Output = TypeVar("Output")
@@ -101,7 +103,7 @@ class Objective(ABC, Generic[Batch, Output]):
         """
 
     @abstractmethod
-    def load_validation(self, manifest: DataManifest) -> Any:
+    def load_validation(self, manifest: "DataManifest") -> Any:
         """Return the held-out samples that `validate` takes; every rank loads the same.
 
         Args:

@@ -8,6 +8,7 @@ within a micro-batch, so their loss does not depend on the number of ranks.
 
 import hashlib
 from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -15,13 +16,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mhmoe_ray.data.encoder_batches import BatchMaker
-from mhmoe_ray.data.encoder_samples import EncoderSamples, encoder_validation_samples
-from mhmoe_ray.data.shards.manifest import DataManifest
+from mhmoe_ray.data.shards.columns import EncoderSamples
 from mhmoe_ray.model.encoder import EncoderBatch, EncoderLoss, Group
 from mhmoe_ray.model.noise import Noise
 from mhmoe_ray.spec import MicroBatchPart
 from mhmoe_ray.train.objectives.base import Environment, LossSums, Objective, Validation
 from mhmoe_ray.train.objectives.next_token import DIGEST_BYTES
+
+if TYPE_CHECKING:
+    from mhmoe_ray.data.shards.manifest import DataManifest
 
 
 def encoder_digest(samples: EncoderSamples) -> int:
@@ -68,7 +71,10 @@ class Masked(Objective[EncoderBatch, EncoderLoss]):
     def step_loss(self, loss: float, targets: int, part_sums_P2: Tensor) -> float:
         return _weighted_mean(self.weights, part_sums_P2)
 
-    def load_validation(self, manifest: DataManifest) -> Mapping[str, EncoderSamples]:
+    def load_validation(self, manifest: "DataManifest") -> Mapping[str, EncoderSamples]:
+        # The rest of the module needs neither Ray nor the preparation of data.
+        from mhmoe_ray.data.encoder_samples import encoder_validation_samples
+
         return encoder_validation_samples(self.spec, manifest)
 
     @torch.no_grad()

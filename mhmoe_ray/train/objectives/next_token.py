@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -20,13 +20,15 @@ from mhmoe_ray.data.shards.columns import (
     split_padding,
     token_bytes_for,
 )
-from mhmoe_ray.data.shards.manifest import DataManifest
 from mhmoe_ray.model.attention import document_indices, document_offsets
 from mhmoe_ray.model.decoder import DecoderLoss
 from mhmoe_ray.model.loss import Targets
 from mhmoe_ray.model.noise import Noise
 from mhmoe_ray.model.transfer import copy_to_device
 from mhmoe_ray.train.objectives.base import Environment, LossSums, Objective, Validation
+
+if TYPE_CHECKING:
+    from mhmoe_ray.data.shards.manifest import DataManifest
 
 # Number of bytes of a micro-batch's digest. Ranks exchange digests as float64, which holds every integer of 6 bytes
 # exactly.
@@ -166,7 +168,7 @@ class NextToken(Objective[MicroBatch, DecoderLoss]):
         # A step that consists only of padding has no targets. `max` then avoids the division of 0 by 0.
         return loss / max(1, targets)
 
-    def load_validation(self, manifest: DataManifest) -> dict[str, MicroBatch]:
+    def load_validation(self, manifest: "DataManifest") -> dict[str, MicroBatch]:
         """Return the held-out samples of each part of micro-batches that has any, by the name of the part; all of them
         without a name if the spec names no parts."""
         # The stream is for Ray, and nothing else here is.

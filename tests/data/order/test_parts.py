@@ -92,7 +92,7 @@ def test_a_limit_belongs_to_the_part_of_its_source():
             "source web is in 2 parts: name it in one",
         ),
         ({"a": {"sources": ["wen"], "micro_batch_size": 1}}, 1, "parts name 'wen', which is not a source"),
-        (PARTS, 6, r"micro_batch_size is 6, but the parts of a micro-batch have 3 \+ 2 sequences: set it to 5"),
+        (PARTS, 6, r"micro_batch_size is 6, but the parts of a micro-batch have 3 \+ 2 samples: set it to 5"),
     ],
 )
 def test_impossible_parts_are_refused(parts, size, reason):

@@ -5,7 +5,7 @@ import torch
 import torch.distributed as dist
 
 from mhmoe_ray.data.encoder_batches import BatchMaker, normalized_patches
-from mhmoe_ray.data.encoder_samples import EncoderSamples
+from mhmoe_ray.data.shards.columns import EncoderSamples
 from mhmoe_ray.train.objectives.masked import encoder_digest
 from tests.encoders import SMEAR, encoder_spec, micro_batch_samples, part_samples
 from tests.ranks import run_ranks
