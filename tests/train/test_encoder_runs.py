@@ -15,6 +15,7 @@ from tests.watch import newest_run, start_events, wait_for_end
 
 pytestmark = pytest.mark.long
 STEPS = 12
+TEXT_ALONE = ["--set", "data.sources.test.format=webdataset", "--set", "data.sources.test.columns=[text]"]
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +116,7 @@ def test_an_encoder_is_evaluated_on_held_out_samples_and_on_other_pictures(proje
         (["generate", "{run}", "--prompt", "a"], "it is an encoder"),
         (["ckpt", "export", "{run}", "--to", "exported"], "its model is an encoder"),
         (["eval", "{run}", "--tasks", "english"], "lm-eval's tasks are for decoders"),
-        (["eval", "{run}", "--text", "raw/test"], "it has no pairs of an image and a text"),
+        (["eval", "{run}", "--text", "raw/test", *TEXT_ALONE], "it has no pairs of an image and a text"),
     ],
     ids=["generate", "export", "tasks", "text"],
 )
