@@ -13,6 +13,18 @@ from mhmoe_ray.model.transfer import copy_to_device
 from mhmoe_ray.spec import MicroBatchPart, ModelSpec
 
 
+def evaluated_samples(part: MicroBatchPart, samples: EncoderSamples) -> int:
+    """Return how many samples of a part an evaluation uses, from the first one on.
+
+    They are all, but those of a contrastive part fill whole micro-batches if there are enough: a smaller one would have
+    fewer pairs to choose from, and so a smaller loss.
+    """
+    count = max(len(samples.images), len(samples.tokens))
+    if part.objective == "contrastive" and count > part.samples:
+        count -= count % part.samples
+    return count
+
+
 def normalized_patches(patch_IV: Tensor) -> Tensor:
     """Return patches of which each is normalized by the mean and the standard deviation of its values (MAE, arXiv
     2111.06377)."""

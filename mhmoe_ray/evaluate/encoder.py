@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from mhmoe_ray.data.domains import source_of
-from mhmoe_ray.data.encoder_batches import BatchMaker
+from mhmoe_ray.data.encoder_batches import BatchMaker, evaluated_samples
 from mhmoe_ray.data.encoder_samples import SampleMaker
 from mhmoe_ray.data.order.order import seeded_hash
 from mhmoe_ray.data.prepare.rows import token_rows
@@ -67,10 +67,7 @@ class EncoderMeter:
     @torch.no_grad()
     def _sums(self, name: str, part: MicroBatchPart, samples: EncoderSamples) -> np.ndarray:
         """Return the sum and the number of targets of each loss of a part, (losses, 2)."""
-        total = max(len(samples.images), len(samples.tokens))
-        if part.objective == "contrastive" and total > part.samples:
-            # A smaller micro-batch at the end would have fewer pairs to choose from, and so a smaller loss.
-            total -= total % part.samples
+        total = evaluated_samples(part, samples)
         sums = np.zeros((len(part.losses), 2))
         for start in range(0, total, part.samples):
             stop = min(total, start + part.samples)

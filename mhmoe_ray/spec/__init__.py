@@ -3,6 +3,7 @@ Ray."""
 
 from mhmoe_ray.spec.cluster import ClusterSpec
 from mhmoe_ray.spec.data import DataSpec, Format, ImageSpec, PhaseSpec, SourceMix, SourceSpec
+from mhmoe_ray.spec.encoder import EncoderSpec
 from mhmoe_ray.spec.filters import FilterSpec, SignalRule
 from mhmoe_ray.spec.load import (
     apply_overrides,
@@ -16,7 +17,7 @@ from mhmoe_ray.spec.load import (
     read_tree,
     validate_section,
 )
-from mhmoe_ray.spec.model import EncoderSpec, ModelSpec, MoESpec
+from mhmoe_ray.spec.model import ModelSpec, MoESpec
 from mhmoe_ray.spec.run import NON_TRAINING_SECTIONS, MicroBatchPart, ReferenceSpec, RunSpec
 from mhmoe_ray.spec.serve import DeploySpec, KeySpec, ServeSpec
 from mhmoe_ray.spec.start import StartSpec

@@ -18,6 +18,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_va
 from mhmoe_kernels.abilities import KERNELS, KernelLimits, KernelName
 from mhmoe_ray.architectures import ARCHITECTURES, Architecture, ArchitectureName
 from mhmoe_ray.spec.base import Section, unmeasured
+from mhmoe_ray.spec.encoder import EncoderSpec
 
 RouterName = Literal["linear", "xmoe", "xmoe_torchscale", "domain", "smear"]
 AttentionBias = Literal["none", "qkv", "all"]
@@ -350,73 +351,6 @@ class RopeScaling(Section):
         if self.type == "llama3" and self.low_freq_factor >= self.high_freq_factor:
             raise ValueError("low_freq_factor must be below high_freq_factor")
         return self
-
-
-class EncoderSpec(Section):
-    """A multiway encoder of images and texts instead of a decoder (BEiT-3, arXiv 2208.10442).
-
-    Each layer has norms, projections and a feed-forward layer for patches of images, and others for tokens of texts.
-    Attention is over all patches and tokens of a sample, and the experts of a layer serve both.
-    """
-
-    image_size: PositiveInt
-    """Height and width of an image in pixels, as the model reads it."""
-    patch_size: PositiveInt
-    """Height and width of a patch in pixels."""
-    text_positions: PositiveInt
-    """Number of learned positions of a text; at least data.seq_len."""
-    image_positions: PositiveInt | None = None
-    """Number of learned positions of an image; by default one for each patch, and one for the image as a whole."""
-    image_targets: Literal["pixels", "codebook"] = "pixels"
-    """Targets of hidden patches. pixels: their pixels, normalized by their mean and standard deviation (MAE, arXiv
-    2111.06377). codebook: the number of the entry that is closest to them, in a codebook that `data prepare` makes by
-    k-means of patches. This is not the tokenizer of BEiT v2, which needs a trained teacher."""
-    codebook_size: int = Field(default=8192, ge=2)
-    """Number of entries of the codebook, for image_targets codebook."""
-    d_match: PositiveInt | None = None
-    """Width of the vectors that objective `contrastive` compares. By default there is no such head."""
-    experts: Literal["beside", "replace"] = "beside"
-    """Position of the experts in their layers. beside: their output is added to that of the feed-forward layers.
-    replace: they take the place of the feed-forward layers."""
-    routers: Literal["shared", "per_modality"] = "shared"
-    """Routers of a layer with experts: one for patches and tokens, or one for each."""
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.image_size % self.patch_size:
-            raise ValueError(f"image_size {self.image_size} must be a multiple of patch_size ({self.patch_size})")
-        if self.image_positions is not None and self.image_positions < self.patches + 1:
-            raise ValueError(
-                f"image_positions is {self.image_positions}, but an image has {self.patches} patches and a position of "
-                f"its own: raise it to {self.patches + 1}, or patch_size"
-            )
-        if self.image_targets == "pixels" and self.codebook_size != type(self).model_fields["codebook_size"].default:
-            raise ValueError("image_targets is pixels, so codebook_size would be ignored")
-        return self
-
-    @property
-    def patches_per_side(self) -> int:
-        return self.image_size // self.patch_size
-
-    @property
-    def patches(self) -> int:
-        """The number of patches of an image."""
-        return self.patches_per_side**2
-
-    @property
-    def patch_values(self) -> int:
-        """The number of values of a patch: three for each pixel."""
-        return 3 * self.patch_size**2
-
-    @property
-    def image_tokens(self) -> int:
-        """The number of positions that an image takes: its patches, and the image as a whole."""
-        return self.patches + 1
-
-    @property
-    def target_values(self) -> int:
-        """The number of values that the model computes for a hidden patch."""
-        return self.patch_values if self.image_targets == "pixels" else self.codebook_size
 
 
 class ModelSpec(Section):

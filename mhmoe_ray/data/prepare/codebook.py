@@ -14,7 +14,7 @@ import numpy as np
 from mhmoe_ray.data.crops import read_crop
 from mhmoe_ray.data.shards.manifest import CODEBOOK_FILE, Shard
 from mhmoe_ray.data.shards.rows import RowReader
-from mhmoe_ray.spec.model import EncoderSpec
+from mhmoe_ray.spec.encoder import EncoderSpec
 from mhmoe_ray.storage import replace_file
 
 SAMPLE_BYTES = 128 << 20

@@ -70,7 +70,7 @@ from mhmoe_ray.data.sources.find import fingerprints
 from mhmoe_ray.data.tokenizer import boundaries, boundary_texts, load_tokenizer, store_given_tokenizer, train_tokenizer
 from mhmoe_ray.errors import DataError
 from mhmoe_ray.spec import DataSpec, RunSpec
-from mhmoe_ray.spec.model import EncoderSpec
+from mhmoe_ray.spec.encoder import EncoderSpec
 from mhmoe_ray.storage import describe_file, write_json
 
 CPUS_PER_READER = 8

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mhmoe_ray.data.encoder_batches import BatchMaker
+from mhmoe_ray.data.encoder_batches import BatchMaker, evaluated_samples
 from mhmoe_ray.data.shards.columns import EncoderSamples
 from mhmoe_ray.model.encoder import EncoderBatch, EncoderLoss, Group
 from mhmoe_ray.model.noise import Noise
@@ -91,10 +91,7 @@ class Masked(Objective[EncoderBatch, EncoderLoss]):
 
     def _validate_part(self, part: MicroBatchPart, samples: EncoderSamples) -> Tensor:
         """Return the sum and the number of targets of each loss of a part, (P, 2) float64, over all ranks."""
-        total = max(len(samples.images), len(samples.tokens))
-        if part.objective == "contrastive" and total > part.samples:
-            # A smaller micro-batch at the end would have fewer pairs to choose from, and so a smaller loss.
-            total -= total % part.samples
+        total = evaluated_samples(part, samples)
         world, rank = self.mesh.world_size, self.mesh.rank
         sum_P2 = torch.zeros(len(part.losses), 2, dtype=torch.float64, device=self.device)
         for round_start in range(0, total, world * part.samples):
