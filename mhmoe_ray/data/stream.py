@@ -11,7 +11,7 @@ Every row carries its position, so that a worker notices at once if it receives 
 """
 
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,7 +35,7 @@ from mhmoe_ray.data.shards.columns import (
 from mhmoe_ray.data.shards.files import ShardReader
 from mhmoe_ray.data.shards.manifest import DataManifest, require_data_manifest
 from mhmoe_ray.ray_compat import ExecutionCallback
-from mhmoe_ray.spec import MoESpec, RunSpec
+from mhmoe_ray.spec import EncoderSpec, MoESpec, RunSpec
 
 BLOCK_BYTES = 1 << 20
 MAX_MICRO_BATCHES = 32
@@ -45,8 +45,7 @@ BLOCKS_PER_TASK = 16
 # This is the largest number of tasks, because Ray creates all tasks at the start. In a long run each task is longer
 # instead, and it yields its blocks one by one.
 MAX_TASKS = 2_000
-
-
+ReadRows = Callable[[dict[str, np.ndarray]], dict[str, Any]]
 LOOP_PAUSE_SECONDS = 0.01
 """Pause between two steps of the loop in which Ray Data starts tasks and hands out blocks."""
 
@@ -60,13 +59,6 @@ class PausingCallback(ExecutionCallback):  # type: ignore[misc]  # a name of `ra
 
     def on_execution_step(self, executor: object) -> None:
         time.sleep(LOOP_PAUSE_SECONDS)
-
-
-def _quiet(stream: ray.data.Dataset) -> ray.data.Dataset:
-    """Return a stream without progress bars, which would fill the job's log, and with pauses in its loop."""
-    stream.context.enable_progress_bars = False
-    stream.context.custom_execution_callback_classes = [PausingCallback]
-    return stream
 
 
 class StreamLayout(NamedTuple):
@@ -113,7 +105,7 @@ def training_stream(
         samples_before: samples of each domain that earlier runs have read (`compute_mixture`).
     """
     if spec.model.encoder is not None:
-        return _encoder_stream(spec, start // spec.train.micro_batch_size, world_size)
+        return _encoder_stream(spec, spec.model.encoder, start // spec.train.micro_batch_size, world_size)
     rows = spec.train.steps * spec.samples_per_step - start
     b = spec.train.micro_batch_size
     # A token takes at most four bytes. A short training has small blocks, so that each rank gets at least one block.
@@ -121,16 +113,31 @@ def training_stream(
         1, min(MAX_MICRO_BATCHES, BLOCK_BYTES // (4 * b * (spec.data.seq_len + 1)), rows // (b * world_size))
     )
     layout = StreamLayout(world_size, b, micro_batches)
-    rounds = -(-rows // (layout.block_rows * world_size))
-    rows_per_task = BLOCKS_PER_TASK * layout.block_rows
-    row_count = rounds * world_size * layout.block_rows
-    row_ids = ray.data.range(row_count, override_num_blocks=min(MAX_TASKS, -(-row_count // rows_per_task)))
     read_rows = partial(
         _read_rows, spec=spec, samples_before=samples_before, layout=layout, start=start, end=start + rows
     )
-    blocks = row_ids.map_batches(read_rows, batch_size=rows_per_task)
+    return _stream_of_blocks(read_rows, layout, rows, batch_rows=BLOCKS_PER_TASK * layout.block_rows)
+
+
+def _stream_of_blocks(read_rows: ReadRows, layout: StreamLayout, rows: int, batch_rows: int) -> ray.data.Dataset:
+    """Return a stream of at least `rows` rows, with as many blocks for each rank.
+
+    Args:
+        read_rows: function from row numbers, in column `id`, to the columns of those rows.
+        layout: layout of the stream.
+        rows: number of rows that the ranks read.
+        batch_rows: number of rows in one call of `read_rows`.
+    """
+    rounds = -(-rows // (layout.block_rows * layout.world_size))
+    row_count = rounds * layout.world_size * layout.block_rows
+    tasks = min(MAX_TASKS, -(-row_count // (BLOCKS_PER_TASK * layout.block_rows)))
+    row_ids = ray.data.range(row_count, override_num_blocks=tasks)
+    blocks = row_ids.map_batches(read_rows, batch_size=batch_rows)
     stream = blocks.repartition(target_num_rows_per_block=layout.block_rows, strict=True)
-    return _quiet(stream)
+    # Progress bars would fill the job's log.
+    stream.context.enable_progress_bars = False
+    stream.context.custom_execution_callback_classes = [PausingCallback]
+    return stream
 
 
 def _read_rows(
@@ -151,29 +158,20 @@ def _read_rows(
     return columns if experts is None else {**columns, EXPERT: experts}
 
 
-def micro_batch_bytes(spec: RunSpec) -> int:
+def _micro_batch_bytes(spec: RunSpec, encoder: EncoderSpec) -> int:
     """Return the approximate number of bytes of a micro-batch of an encoder in the stream."""
-    encoder = spec.model.encoder
-    assert encoder is not None
     images, texts = (sum(part.samples for part in spec.parts if name in part.columns) for name in ("image", "text"))
     # A pixel has three bytes. A text has stored tokens, inputs and a mask.
     return images * (3 * encoder.image_size**2 + encoder.patches) + texts * 9 * spec.data.seq_len
 
 
-def _encoder_stream(spec: RunSpec, start: int, world_size: int) -> ray.data.Dataset:
+def _encoder_stream(spec: RunSpec, encoder: EncoderSpec, start: int, world_size: int) -> ray.data.Dataset:
     """Return the stream of the micro-batches of an encoder, from number `start` to the end of the training."""
     rows = spec.train.steps * spec.train.micro_batches - start
-    block_rows = max(1, min(MAX_MICRO_BATCHES, BLOCK_BYTES // micro_batch_bytes(spec), rows // world_size))
+    block_rows = max(1, min(MAX_MICRO_BATCHES, BLOCK_BYTES // _micro_batch_bytes(spec, encoder), rows // world_size))
     layout = StreamLayout(world_size, 1, block_rows)
-    rounds = -(-rows // (block_rows * world_size))
-    row_count = rounds * world_size * block_rows
-    rows_per_task = BLOCKS_PER_TASK * block_rows
-    row_ids = ray.data.range(row_count, override_num_blocks=min(MAX_TASKS, -(-row_count // rows_per_task)))
     read_rows = partial(_read_micro_batches, spec=spec, layout=layout, start=start, end=start + rows)
-    stream = row_ids.map_batches(read_rows, batch_size=block_rows).repartition(
-        target_num_rows_per_block=block_rows, strict=True
-    )
-    return _quiet(stream)
+    return _stream_of_blocks(read_rows, layout, rows, batch_rows=block_rows)
 
 
 def _read_micro_batches(

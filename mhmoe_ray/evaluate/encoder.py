@@ -106,22 +106,21 @@ class EncoderMeter:
         text = pair._replace(name="texts", columns=("text",))
         maker = SampleMaker(self._spec, token_bytes_for(self._spec.model.vocab_size))
         labels = [f"value of the image {pairs.domain} {number}" for number in range(len(pairs.images))]
+        samples = maker.make(pair, pairs.tokens, pairs.images, labels, crops=False)
+        samples = samples._replace(patch_hidden=np.zeros_like(samples.patch_hidden))
         losses, tokens = {}, 0
         for name, part, images in (
-            ("own_image", pair, pairs.images),
-            ("other_image", pair, other_images),
-            ("no_image", text, pairs.images),
+            ("own_image", pair, samples.images),
+            ("other_image", pair, samples.images[other_images]),
+            ("no_image", text, samples.images[:0]),
         ):
-            samples = maker.make(pair, pairs.tokens, images, labels, crops=False)
-            samples = samples._replace(patch_hidden=np.zeros_like(samples.patch_hidden))
-            if part is text:
-                samples = samples._replace(images=samples.images[:0], patch_hidden=samples.patch_hidden[:0])
-            total, count = self._sums(f"{pairs.domain} {name.replace('_', ' ')}", part, samples)[-1]
+            shown_samples = samples._replace(images=images, patch_hidden=samples.patch_hidden[: len(images)])
+            total, count = self._sums(f"{pairs.domain} {name.replace('_', ' ')}", part, shown_samples)[-1]
             losses[name], tokens = total / count, int(count)
         return ImageValue(pairs=len(pairs.images), tokens=tokens, **losses)
 
-    def _draw_other_images(self, pairs: Pairs) -> list[bytes] | None:
-        """Return the image of another caption for each caption; None if all captions are the same."""
+    def _draw_other_images(self, pairs: Pairs) -> list[int] | None:
+        """Return the number of the image of another caption for each caption; None if all captions are the same."""
         rng = np.random.Generator(np.random.Philox(key=seeded_hash(self._spec.seed, f"other images {pairs.domain}")))
         captions = [row.tobytes() for row in pairs.tokens]
         if len(set(captions)) < 2:
@@ -131,7 +130,7 @@ class EncoderMeter:
             number = int(rng.integers(len(captions)))
             while captions[number] == caption:
                 number = int(rng.integers(len(captions)))
-            other_images.append(pairs.images[number])
+            other_images.append(number)
         return other_images
 
 

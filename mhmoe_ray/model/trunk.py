@@ -1,5 +1,6 @@
 """The trunk of a model: what the decoder and the encoder share about their blocks, whatever attention they have."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
@@ -36,7 +37,7 @@ class RecomputedParts(NamedTuple):
     """True if it recomputes the part before the feed-forward layer alone."""
 
 
-class Trunk(nn.Module):
+class Trunk(nn.Module, ABC):
     """Stack of blocks; the base class of all models."""
 
     blocks: nn.ModuleList
@@ -52,9 +53,9 @@ class Trunk(nn.Module):
         self.is_compiled = False
         """True if torch.compile compiles the blocks."""
 
+    @abstractmethod
     def final_norms(self) -> list[nn.Module]:
         """Return the norms between the last block and the heads."""
-        raise NotImplementedError
 
     def recomputed_parts(self, block: TrunkBlock) -> RecomputedParts:
         """Return the parts of a block that the backward recomputes; none without gradients."""

@@ -153,26 +153,16 @@ def _first_paper_encoders() -> Iterator[tuple[str, Preset]]:
         description = f"P1, BEiT-3 base: X-MoE with {experts} experts; {position}"
         yield xmoe, Preset(description, trunk, _p1_moe(1, experts, 2), dense, train, ENCODER_SEQ_LEN)
         description = f"P1, BEiT-3 base: MH-MoE with {experts} experts, h 4; widths by equal parameters"
-        moe = _p1_encoder_moe(experts)
+        moe = _p1_moe(4, experts, 2)
         yield f"p1-multimodal-mhmoe-{experts}-h4", Preset(description, trunk, moe, xmoe, train, ENCODER_SEQ_LEN)
-
-
-def _p1_encoder_moe(experts: int) -> Callable[[Mapping[str, Any]], Tree]:
-    """Return a function from the trunk of an encoder to the `moe` section of P1's MH-MoE with 4 heads."""
-
-    def build_section(trunk: Mapping[str, Any]) -> Tree:
-        width = equal_parameter_width(4, experts, trunk["d_model"], dense_width(trunk))
-        return {"heads": 4, "experts": experts, "d_expert": width, **_p1_routing(2)}
-
-    return build_section
 
 
 def _p1_moe(heads: int, experts: int, top_k: int) -> Callable[[Mapping[str, Any]], Tree]:
     """Return a function from a trunk to P1's `moe` section.
 
     With one head, an expert is as wide as a dense layer. With several, its width is that of equal parameters; h 4 on
-    P1's own trunk has `P1_FITTED_WIDTHS` instead. The function raises a SpecError if a width of the trunk is not a
-    number.
+    the trunk of P1's decoders has `P1_FITTED_WIDTHS` instead. The function raises a SpecError if a width of the trunk
+    is not a number.
     """
 
     def build_section(trunk: Mapping[str, Any]) -> Tree:
@@ -181,7 +171,8 @@ def _p1_moe(heads: int, experts: int, top_k: int) -> Callable[[Mapping[str, Any]
         if not isinstance(d_model, int):
             remedy = "give it a number"
             raise SpecError("model.d_model", f"widths of experts follow from it, and it is {d_model!r}", remedy)
-        if heads == 4 and (d_model, hidden) == (_P1_TRUNK["d_model"], _P1_TRUNK["d_ff"]):
+        is_decoder = trunk.get("encoder") is None
+        if heads == 4 and is_decoder and (d_model, hidden) == (_P1_TRUNK["d_model"], _P1_TRUNK["d_ff"]):
             width = P1_FITTED_WIDTHS[experts]
         elif heads > 1:
             width = equal_parameter_width(heads, experts, d_model, hidden)

@@ -493,6 +493,8 @@ class ModelSpec(Section):
             raise ValueError(f"an encoder has the layers of backbone subln, not {self.backbone}: set backbone to subln")
         if self.document_masks:
             raise ValueError("document_masks is for decoders: a sample of an encoder has one text, so remove it")
+        if self.rope_theta != type(self).model_fields["rope_theta"].default:
+            raise ValueError("an encoder has tables of positions, so rope_theta would be ignored: remove it")
         if self.tied_embeddings:
             raise ValueError("the output of an encoder has weights of its own: set tied_embeddings to false")
         if self.vocab_size < 2:

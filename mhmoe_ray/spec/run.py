@@ -9,7 +9,7 @@ from mhmoe_kernels.choice import ExpertSizes
 from mhmoe_ray.errors import SpecError
 from mhmoe_ray.spec.base import Section
 from mhmoe_ray.spec.cluster import ClusterSpec, WorkerRange
-from mhmoe_ray.spec.data import Column, DataSpec, Objective, absolute_path
+from mhmoe_ray.spec.data import Column, DataSpec, ImageSpec, Objective, absolute_path
 from mhmoe_ray.spec.encoder import EncoderSpec
 from mhmoe_ray.spec.model import ModelSpec, MoESpec
 from mhmoe_ray.spec.serve import ServeSpec
@@ -137,6 +137,8 @@ class RunSpec(Section):
                 raise ValueError("sources with images are for a model with an encoder: set model.encoder")
             if self.train.masking != MaskingSpec():
                 raise ValueError("train.masking is for a model with an encoder, and would be ignored: remove it")
+            if self.data.images != ImageSpec():
+                raise ValueError("data.images is for a model with an encoder, and would be ignored: remove it")
         else:
             self._check_encoder(self.model.encoder)
         if self.data.chat_sources:

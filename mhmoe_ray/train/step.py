@@ -26,7 +26,7 @@ from mhmoe_ray.model.router import updated_bias
 from mhmoe_ray.model.trunk import Trunk, routing_loss
 from mhmoe_ray.planner.sizes import bytes_per_value
 from mhmoe_ray.spec import MoESpec, RunSpec
-from mhmoe_ray.train.objectives import Environment, LossSums, build_objective
+from mhmoe_ray.train.objectives import Environment, LossSums, Objective, build_objective
 
 
 class RankSums(NamedTuple):
@@ -119,7 +119,7 @@ class Trainer:
             self.model.compile_blocks()
         self.strategy = build_strategy(self.model, mesh, spec, self._initialize_weights)
         environment = Environment(spec, mesh, device, self._run_model, lambda: self.on_progress())
-        self.objective: Any = build_objective(environment, start_token, codebook)
+        self.objective: Objective[Any, Any] = build_objective(environment, start_token, codebook)
         """Objective of the run, a `NextToken` or `Masked`."""
         self.step = 0
         self.tokens = 0

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch._dynamo.utils import counters
 
 from mhmoe_ray.data.encoder_batches import BatchMaker
@@ -9,29 +10,12 @@ from mhmoe_ray.model.build import build_model
 from mhmoe_ray.model.encoder import MatchHead, image_patches
 from mhmoe_ray.model.init import init_weights
 from mhmoe_ray.model.noise import Noise
+from mhmoe_ray.planner.resolve import find_preset
 from mhmoe_ray.planner.sizes import block_sizes, compute_sizes
 from mhmoe_ray.spec import ModelSpec
 from tests.encoders import ENCODER, SMEAR, encoder_batch, encoder_spec, part_samples
 
-BASE = {
-    "backbone": "subln",
-    "encoder": {
-        "image_size": 224,
-        "patch_size": 16,
-        "image_positions": 199,
-        "text_positions": 1024,
-        "image_targets": "codebook",
-        "codebook_size": 8192,
-    },
-    "vocab_size": 64_010,
-    "d_model": 768,
-    "layers": 12,
-    "attention_heads": 12,
-    "d_ff": 3072,
-    "tied_embeddings": False,
-}
-
-
+TEXTS = {"captions": {"path": "/nowhere/captions", "format": "text"}}
 EXPERTS = {"multi-head": ENCODER["model"]["moe"], "smear": SMEAR}
 
 
@@ -50,7 +34,7 @@ def losses(model, batch):
 
 def test_beit3_base_has_its_number_of_parameters():
     """276,510,730 is the sum over BEiT-3's published layers, heads and tables of positions."""
-    spec = ModelSpec.model_validate(BASE)
+    spec = ModelSpec.model_validate(find_preset("p1-multimodal-dense").trunk)
     with torch.device("meta"):
         model = build_model(spec)
     assert sum(p.numel() for p in model.parameters()) == compute_sizes(spec).parameters == 276_510_730
@@ -219,3 +203,17 @@ def test_blocks_are_compiled_once(experts):
             torch.testing.assert_close(values, expected_values, rtol=1e-5, atol=1e-5)
     # One graph is for a block without experts, and one for the others.
     assert counters["stats"]["unique_graphs"] == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "error"),
+    [
+        ({"model__rope_theta": 500_000.0}, "rope_theta would be ignored"),
+        ({"model__document_masks": True}, "document_masks is for decoders"),
+        ({"model__tied_embeddings": True}, "set tied_embeddings to false"),
+        ({"model__encoder": None, "data__sources": TEXTS, "data__parts": {}}, "data.images is for a model with"),
+    ],
+)
+def test_keys_that_a_model_would_ignore_are_refused(changes, error):
+    with pytest.raises(ValidationError, match=error):
+        encoder_spec(**{"data__images": {"min_crop": 0.7}, **changes})
