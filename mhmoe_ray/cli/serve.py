@@ -149,6 +149,7 @@ def _wait_until_running(service: "Service") -> None:
     """Wait until a service answers; Ctrl-C ends the command, not the deployment."""
     hint = f"Serve goes on. See: mhmoe serve status; to end it: mhmoe serve down {service.name}"
     with detach_on_interrupt(hint):
+        print_note("waiting until it answers; Ctrl-C ends the wait, not the deployment")
         service.wait(on_note=print_note)
 
 

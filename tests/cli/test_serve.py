@@ -11,7 +11,7 @@ from mhmoe_ray.cluster.connect import connect
 from mhmoe_ray.cluster.serve_removal import remove
 from tests.checkpoint.huggingface.conftest import MIXTRAL, make_run
 from tests.cli.run import assert_one_line, command, mhmoe
-from tests.watch import end_by_ctrl_c, events_of_kind, wait_until
+from tests.watch import end_by_ctrl_c, events_of_kind
 
 pytestmark = pytest.mark.ray
 
@@ -97,7 +97,9 @@ def test_interrupted_deploy_leaves_a_record_of_the_application(tmp_path, run, fu
     )
     try:
         assert deploying.stderr.readline().startswith("deploying ")
-        [event] = wait_until(lambda: events_of_kind(run, "served"), "the record")
+        # From this line on, the command handles Ctrl-C.
+        assert deploying.stderr.readline().startswith("waiting until it answers")
+        [event] = events_of_kind(run, "served")
         assert (event["application"], event["url"]) == ("late", f"http://127.0.0.1:{unused_port}/late")
         err = end_by_ctrl_c(deploying)
         hint = "detached; Serve goes on. See: mhmoe serve status; to end it: mhmoe serve down late"
