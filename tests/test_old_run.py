@@ -61,6 +61,7 @@ def test_resumed_steps_have_the_metrics_of_the_earlier_version(resumed):
             assert step[key] == (value if tolerance is None else pytest.approx(value, abs=tolerance)), step["step"]
 
 
+@pytest.mark.slow
 def test_served_completion_equals_that_of_the_earlier_version(resumed):
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))

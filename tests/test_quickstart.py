@@ -137,10 +137,12 @@ def test_printed_curl_command_is_answered(first_output):
     assert answer.json()["choices"][0]["text"].strip()
 
 
+@pytest.mark.slow
 def test_commands_of_the_readme_succeed_in_their_order(readme):
     assert len(readme) > 8
 
 
+@pytest.mark.slow
 def test_stopped_run_resumes_at_its_step_with_fewer_workers(project, readme):
     _, run, *_ = list_runs(project / "runs")
     stopped_status, steps = readme["stopped"].json(), run.spec().train.steps
@@ -160,6 +162,7 @@ def test_stopped_run_resumes_at_its_step_with_fewer_workers(project, readme):
     assert history.last_line(run)[metrics.TOKENS] == steps * run.spec().tokens_per_step
 
 
+@pytest.mark.slow
 def test_eval_of_the_readme_equals_the_last_validation(project, readme):
     _, run, *_ = list_runs(project / "runs")
     evaluated, last_line = readme["evaluated"].json()["figures"], history.last_line(run)

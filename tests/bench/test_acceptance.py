@@ -16,6 +16,7 @@ from mhmoe_ray.bench.acceptance.report import append_record, failures, write_rep
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 @pytest.mark.long
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 def test_rehearsal_runs_all_parts_without_an_installation(tmp_path):

@@ -49,7 +49,9 @@ metric_list: [{{metric: exact_match}}]
 """
 
 
-@pytest.fixture(scope="module", params=["llama", "torchscale", "dense"])
+@pytest.fixture(
+    scope="module", params=["llama", *(pytest.param(name, marks=pytest.mark.slow) for name in ("torchscale", "dense"))]
+)
 def run(request, tmp_path_factory):
     """Return a run and the folder of its export."""
     folder = tmp_path_factory.mktemp("run")

@@ -77,6 +77,7 @@ def branch_spec(folder: Path, base: RunDir, **changes) -> None:
     (folder / "spec.yaml").write_text(json.dumps({**spec, **changes}))
 
 
+@pytest.mark.slow
 def test_a_killed_branch_with_a_new_source_equals_an_undisturbed_one(folder, base):
     """The branch changes the batch, the learning rate and the mixture, and goes on in each domain where its start
     stood."""

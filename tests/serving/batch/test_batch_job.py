@@ -46,6 +46,7 @@ def start(folder: Path, words: list[str]) -> subprocess.Popen[str]:
 
 @pytest.mark.ray
 @pytest.mark.long
+@pytest.mark.slow
 def test_answers_survive_the_death_of_a_worker_and_of_the_driver(tmp_path, local_cluster, batch_run, server):
     """Every row is answered once, in the order of the input, with the answer of the server."""
     prompts = [f"the quick {i}" for i in range(ROWS)]
