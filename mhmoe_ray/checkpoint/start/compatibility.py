@@ -38,6 +38,10 @@ def check_start(start: StartSpec, model: ModelSpec, start_models: Sequence[Start
     for reason, fix in checks[start.how](model, first_model.model, len(start_models)):
         raise SpecError(f"start.from {first_model.ancestor.name}", reason, fix)
     _check_new_experts(start, model, first_model.model)
+    encoder, start_encoder = model.encoder, first_model.model.encoder
+    if start.optimizer and encoder and start_encoder and encoder.d_match and not start_encoder.d_match:
+        reason = "start.optimizer is true, but the head of model.encoder.d_match is new and has no state"
+        raise SpecError(f"start.from {first_model.ancestor.name}", reason, "set start.optimizer to false")
 
 
 def _check_new_experts(start: StartSpec, model: ModelSpec, start_model: ModelSpec) -> None:
@@ -88,6 +92,9 @@ def _copy_problems(model: ModelSpec, start_model: ModelSpec, count: int) -> Iter
     # Selection biases begin at zero, where they change nothing, so a run may add them.
     if model.moe and start_model.moe and not start_model.moe.bias_rate:
         ignored_keys.add("bias_rate")
+    # The head of objective contrastive may be added, with its initial values, or left out.
+    if model.encoder and start_model.encoder and None in (model.encoder.d_match, start_model.encoder.d_match):
+        ignored_keys.add("d_match")
     # Experts of domains may be added, left out and reordered.
     if model.moe and start_model.moe and model.moe.router == start_model.moe.router == "domain":
         ignored_keys |= {"experts", "domains"}

@@ -24,8 +24,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from mhmoe_ray.model.decoder import Decoder
 from mhmoe_ray.model.init import initial_tensor
+from mhmoe_ray.model.trunk import Trunk
 from mhmoe_ray.spec import ModelSpec
 
 _EXPERTS = re.compile(r"(blocks\.\d+)\.moe\.experts\.(.+)_E(\w+)")
@@ -38,7 +38,7 @@ class StartTransform:
     """Computes the first weights of a model from those of other models, one tensor at a time."""
 
     def __init__(
-        self, model: Decoder, start_model: Decoder, seed: int, new_experts: Mapping[str, str] | None = None
+        self, model: Trunk, start_model: Trunk, seed: int, new_experts: Mapping[str, str] | None = None
     ) -> None:
         """Prepare the transformation.
 

@@ -25,7 +25,8 @@ from mhmoe_ray.checkpoint.start.source import StartModel, find_start_model
 from mhmoe_ray.checkpoint.start.transform import StartTransform
 from mhmoe_ray.data.shards.manifest import data_digest
 from mhmoe_ray.distributed.rounded_adamw import MOMENT_NAMES
-from mhmoe_ray.model.decoder import Decoder
+from mhmoe_ray.model.build import build_model
+from mhmoe_ray.model.trunk import Trunk
 from mhmoe_ray.runs import events
 from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.runs.start import write_start
@@ -92,8 +93,8 @@ def write_start_checkpoint(run: RunDir, spec: RunSpec) -> None:
 def _write_weights(folder: Location, spec: RunSpec, start_models: list[StartModel]) -> dict[str, FileEntry]:
     """Write the weights of step 0, a file for each layer; return the sizes and hashes of the files."""
     with torch.device("meta"):
-        model, start_decoder = Decoder(spec.model), Decoder(start_models[0].model)
-    transform = StartTransform(model, start_decoder, spec.seed, spec.start.new_experts if spec.start else None)
+        model, start_model = build_model(spec.model), build_model(start_models[0].model)
+    transform = StartTransform(model, start_model, spec.seed, spec.start.new_experts if spec.start else None)
     with ExitStack() as stack:
         sources = [_open_groups(start_model, stack) for start_model in start_models]
         # The names of the model's tensors are grouped like those of the start.
@@ -115,7 +116,7 @@ def _file_name(number: int) -> str:
     return f"part_{number:05d}{SUFFIX}"
 
 
-def _layer_groups(model: Decoder) -> list[list[str]]:
+def _layer_groups(model: Trunk) -> list[list[str]]:
     """Return the names of a model's tensors in groups: those outside the layers, then those of each layer."""
     groups: list[list[str]] = [[] for _ in range(1 + model.spec.layers)]
     for name in model.named_tensors():
@@ -141,7 +142,7 @@ def _open_groups(start_model: StartModel, stack: ExitStack) -> Iterator[dict[str
 def _checkpoint_groups(checkpoint: Location, spec: ModelSpec) -> Iterator[dict[str, Tensor]]:
     """Yield the tensors of a checkpoint in their stored dtype, in the groups of `_layer_groups`."""
     with torch.device("meta"):
-        model = Decoder(spec)
+        model = build_model(spec)
     for names in _layer_groups(model):
         yield _read_tensors(checkpoint / "weights", {name: model.named_tensors()[name].shape for name in names})
 
@@ -161,7 +162,7 @@ def _read_tensors(folder: Location, shapes: Mapping[str, torch.Size]) -> dict[st
 def _write_moments(folder: Location, spec: RunSpec, start_model: StartModel) -> dict[str, FileEntry]:
     """Copy the optimizer's moments and the training buffers, a file for each layer; return sizes and hashes."""
     with torch.device("meta"):
-        model = Decoder(spec.model)
+        model = build_model(spec.model)
     parameters, buffers = dict(model.named_parameters()), model.training_buffers()
     stored_names = read_index(start_model.path / "optim").keys()
     files = {}
