@@ -2,7 +2,8 @@
 
 A sample is a row with two columns. `tokens` has T tokens of 2 or 4 bytes: the start token and those of a text, filled
 up with padding; without a text, all are padding. `image` has the image file as it was stored, and is empty without an
-image. A shard is an Arrow file of one batch without nulls, which is memory-mapped for reading.
+image. The column is dictionary-encoded, so that an image with many captions is stored once in a shard. A shard is an
+Arrow file of one batch without nulls, which is memory-mapped for reading.
 """
 
 import hashlib
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from mhmoe_ray.data.shards.columns import TOKENS, token_dtype
 from mhmoe_ray.data.shards.files import OPEN_SHARDS, file_problem
@@ -32,17 +34,26 @@ def row_batch(tokens: np.ndarray, images: Sequence[bytes]) -> pa.RecordBatch:
     stored_tokens = np.ascontiguousarray(tokens).view(np.uint8)
     token_type = pa.binary(stored_tokens.shape[1])
     token_column = pa.FixedSizeBinaryArray.from_buffers(token_type, len(tokens), [None, pa.py_buffer(stored_tokens)])
-    fields = [pa.field(TOKENS, token_type, nullable=False), pa.field(IMAGE, pa.large_binary(), nullable=False)]
-    return pa.record_batch([token_column, pa.array(images, pa.large_binary())], schema=pa.schema(fields))
+    image_column = pa.array(images, pa.large_binary()).dictionary_encode()
+    fields = [pa.field(TOKENS, token_type, nullable=False), pa.field(IMAGE, image_column.type, nullable=False)]
+    return pa.record_batch([token_column, image_column], schema=pa.schema(fields))
 
 
 def join_batches(batches: Sequence[pa.RecordBatch]) -> pa.RecordBatch:
     """Return the rows of one or more batches as one batch."""
     # The file of a slice would have bytes of the rows after it, as padding between its columns. `concat_arrays` copies
     # the rows alone, so that the bytes of a shard depend on its rows alone.
-    schema = batches[0].schema
-    columns = [pa.concat_arrays([batch.column(name) for batch in batches]) for name in schema.names]
-    return pa.record_batch(columns, schema=schema)
+    tokens = pa.concat_arrays([batch.column(TOKENS) for batch in batches])
+    # Arrow joins dictionaries and leaves out repetitions, too.
+    images = pa.concat_arrays([_used_images(batch.column(IMAGE)) for batch in batches])
+    return pa.record_batch([tokens, images], schema=batches[0].schema)
+
+
+def _used_images(images: pa.DictionaryArray) -> pa.DictionaryArray:
+    """Return a column of images whose dictionary has the images of its rows alone, in the order of the rows."""
+    used_numbers = pc.unique(images.indices)
+    indices = pc.index_in(images.indices, used_numbers).cast(images.indices.type)
+    return pa.DictionaryArray.from_arrays(indices, images.dictionary.take(used_numbers))
 
 
 def file_content(batch: pa.RecordBatch) -> memoryview:

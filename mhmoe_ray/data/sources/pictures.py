@@ -66,6 +66,7 @@ def picture_document(
     image: bytes | Fault | None,
     caption: str | Fault | None,
     columns: Sequence[Column],
+    language: str | None = None,
 ) -> Document | BadLine:
     """Return a record with an image, a caption or both as a document, or the reason why it cannot be used.
 
@@ -76,6 +77,7 @@ def picture_document(
         image: the image, from `check_image` if the document has it; the reason why it cannot be used, or None.
         caption: the caption, the reason why it cannot be used, or None if the document has none.
         columns: the columns of the source's samples.
+        language: the language of the caption; None if the record does not name it.
     """
 
     def bad_line(reason: Reason, detail: str = "") -> BadLine:
@@ -94,6 +96,7 @@ def picture_document(
     return Document(
         text,
         line,
+        language,
         image=content if "image" in columns else None,
         image_hash=None if content is None else image_hash(content),
     )

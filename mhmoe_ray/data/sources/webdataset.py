@@ -3,7 +3,8 @@
 The members of a sample follow each other and have the same key: the path up to the first dot of the file name. What
 follows the dot is the suffix. A sample has one image: of several, the one whose suffix comes first in `IMAGE_SUFFIXES`.
 Its caption is the member with the suffix `text_field`, by default `txt`, or with `text_field: json.KEY` the value of a
-key in the member with the suffix `json`. Other members are skipped, and so are members whose names have no dot.
+key in the member with the suffix `json`. If that value is an object, it has captions by language, and each of them is a
+document with the same image. Other members are skipped, and so are members whose names have no dot.
 """
 
 import json
@@ -64,12 +65,19 @@ def read_webdataset(
         parts = split_name(name)
         return parts is not None and parts[1] in suffixes
 
-    def to_item(sample: _Sample) -> Document | BadLine:
+    def to_items(sample: _Sample) -> list[Document | BadLine]:
         image = next((sample.contents[suffix] for suffix in IMAGE_SUFFIXES if suffix in sample.contents), None)
         if "image" in columns:
             image = check_image(image, settings)
-        caption = _caption(sample, source) if "text" in columns else None
-        return picture_document(file.path, sample.number, sample.key, image, caption, columns)
+        captions: dict[str | None, str | Fault | None] = (
+            _captions(sample, source) if "text" in columns else {None: None}
+        )
+        items = [
+            picture_document(file.path, sample.number, sample.key, image, caption, columns, language)
+            for language, caption in captions.items()
+        ]
+        # If the image cannot be used, no caption can, and the sample is one line in the quarantine.
+        return items[:1] if isinstance(image, Fault) else items
 
     sample, number = None, 0
     try:
@@ -81,21 +89,21 @@ def read_webdataset(
             key, suffix = parts
             if sample is None or sample.key != key:
                 if sample is not None:
-                    yield to_item(sample)
+                    yield from to_items(sample)
                 sample = _Sample(key, number)
             if suffix in suffixes:
                 sample.add(suffix, member)
     except DamageError as damage:
         # The members of the last sample may be complete. If not, the sample is a part of the loss.
-        item = to_item(sample) if sample is not None else None
-        if isinstance(item, Document):
-            yield item
+        items = to_items(sample) if sample is not None else []
+        if items and all(isinstance(item, Document) for item in items):
+            yield from items
         elif sample is not None:
             number = sample.number - 1
         yield BadLine(file.path, number + 1, Reason.PART_LOST, damage.reason)
         return
     if sample is not None:
-        yield to_item(sample)
+        yield from to_items(sample)
 
 
 def _caption_suffix(source: SourceSpec) -> str:
@@ -103,23 +111,34 @@ def _caption_suffix(source: SourceSpec) -> str:
     return "json" if text_field.startswith(_JSON_PREFIX) else text_field.lower()
 
 
-def _caption(sample: _Sample, source: SourceSpec) -> str | Fault:
-    """Return the caption of a sample, or the reason why it has none."""
+def _captions(sample: _Sample, source: SourceSpec) -> dict[str | None, str | Fault | None]:
+    """Return the captions of a sample by language, or the reason why one cannot be used or why there is none."""
     suffix, text_field = _caption_suffix(source), source.text_field or "txt"
     content = sample.contents.get(suffix)
     if content is None:
-        return Fault(Reason.NO_TEXT, f"no member .{suffix}")
+        return {None: Fault(Reason.NO_TEXT, f"no member .{suffix}")}
     if isinstance(content, Fault):
-        return content
+        return {None: content}
     if not text_field.startswith(_JSON_PREFIX):
-        return decode_caption(content)
+        return {None: decode_caption(content)}
     fields = _parse_json(content)
     if isinstance(fields, Fault):
-        return fields
+        return {None: fields}
     key = text_field.removeprefix(_JSON_PREFIX)
     if not isinstance(fields, dict) or key not in fields:
-        return Fault(Reason.NO_TEXT, f"no key {key!r} in .json")
+        return {None: Fault(Reason.NO_TEXT, f"no key {key!r} in .json")}
     value = fields[key]
+    if not isinstance(value, dict):
+        return {None: _checked_caption(value, key)}
+    captions: dict[str | None, str | Fault | None] = {
+        language: _checked_caption(caption, f"{key}.{language}")
+        for language, caption in value.items()
+        if source.languages is None or language in source.languages
+    }
+    return captions or {None: Fault(Reason.NO_TEXT, f"{key!r} in .json has no caption in these languages")}
+
+
+def _checked_caption(value: object, key: str) -> str | Fault:
     return value if isinstance(value, str) else Fault(Reason.NO_TEXT, f"{key!r} in .json is {json_type(value)}")
 
 

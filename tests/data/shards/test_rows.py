@@ -32,3 +32,14 @@ def test_bytes_of_a_shard_depend_on_its_rows_only(tmp_path):
     for cuts in ([2, 7], [2, 3, 7], [2, 5, 6, 7]):
         slices = [batch.slice(start, stop - start) for start, stop in pairwise(cuts)]
         assert file_content(join_batches(slices)) == expected
+
+
+def test_an_image_with_many_captions_is_stored_once(tmp_path):
+    images = [b"a" * 10_000, b"a" * 10_000, b"", b"b" * 10_000, b"a" * 10_000, b""]
+    batch = row_batch(TOKENS[:6], images)
+    shard = write_row_shard(tmp_path, "a.arrow", join_batches([batch, batch.slice(4, 1)]))
+    assert (tmp_path / "a.arrow").stat().st_size < 22_000
+    tokens, read_images = RowReader(tmp_path, [shard], 2).read(np.arange(7))
+    assert read_images == [*images, images[4]]
+    assert np.array_equal(tokens, TOKENS[[0, 1, 2, 3, 4, 5, 4]])
+    assert file_content(join_batches([batch.slice(1, 2)])) == file_content(row_batch(TOKENS[1:3], images[1:3]))

@@ -257,6 +257,36 @@ def test_webdataset_caption_in_json(tmp_path):
     assert faults(items)[0][2] == "b: 'caption' in .json is null"
 
 
+def test_webdataset_captions_by_language(tmp_path):
+    """Each caption is a document with the image of its sample, and a broken image is one line of the quarantine."""
+    captions = {
+        "a": {"en": "a boat", "de": "ein Boot", "fr": 7},
+        "b": {"de": "ein Baum"},
+        "c": {"it": "un cane"},
+        "broken": {"en": "a hill", "de": "ein Berg"},
+    }
+    members = [
+        member
+        for key, texts in captions.items()
+        for member in (
+            (f"{key}.jpg", b"broken" if key == "broken" else PICTURES[1].image),
+            (f"{key}.json", json.dumps({"names": texts}).encode()),
+        )
+    ]
+    write_tar(tmp_path / "a.tar", members)
+    items, _ = read_source(tmp_path, format="webdataset", text_field="json.names")
+    documents = [(item.text, item.language, item.image) for item in items if isinstance(item, Document)]
+    expected = [("a boat", "en"), ("ein Boot", "de"), ("ein Baum", "de"), ("un cane", "it")]
+    assert documents == [(*caption, PICTURES[1].image) for caption in expected]
+    assert faults(items) == [
+        (1, Reason.NO_TEXT, "a: 'names.fr' in .json is a number"),
+        (7, Reason.NOT_IMAGE, "broken"),
+    ]
+    items, _ = read_source(tmp_path, format="webdataset", text_field="json.names", languages=["en", "de"])
+    assert document_texts(items) == ["a boat", "ein Boot", "ein Baum"]
+    assert faults(items)[0] == (5, Reason.NO_TEXT, "c: 'names' in .json has no caption in these languages")
+
+
 def test_webdataset_takes_the_preferred_image_of_a_key(tmp_path):
     members = [("a.jpg", PICTURES[1].image), ("a.PNG", PICTURES[0].image), ("a.seg.png", b"mask"), ("a.txt", b"boat")]
     write_tar(tmp_path / "a.tar", members)
