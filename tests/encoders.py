@@ -58,6 +58,13 @@ SMEAR: dict[str, Any] = {
 """Experts that router smear averages, for the layers of `ENCODER`."""
 
 
+CAPTION_DATA: dict[str, Any] = {
+    "sources": ENCODER["data"]["sources"],
+    "parts": {**ENCODER["data"]["parts"], "match": {**ENCODER["data"]["parts"]["match"], "objective": "caption"}},
+}
+"""Sources and parts like those of `ENCODER` with a part of captions, for an encoder without a head for matching."""
+
+
 def encoder_spec(**changes: Any) -> RunSpec:
     """Return the spec `ENCODER` with changed values, whose keys have `__` for the dots of a path."""
     tree = copy.deepcopy(ENCODER)
@@ -85,6 +92,8 @@ def part_samples(spec: RunSpec, part: MicroBatchPart, seed: int) -> EncoderSampl
             stretch = slice(1, 1 + count)
             mask = token_hidden[number, stretch] = text_mask(count, 0.5, 0, label)
             inputs[number, stretch] = hide_tokens(tokens[number, stretch], mask, spec.model.vocab_size, 0, label)
+        elif part.objective == "caption":
+            token_hidden[number, : count + 1] = True
     is_masked = part.objective == "masked"
     return EncoderSamples(
         rng.integers(0, 256, (images, encoder.image_size, encoder.image_size, 3), np.uint8),

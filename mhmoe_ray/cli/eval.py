@@ -27,7 +27,7 @@ from mhmoe_ray.cli.common import (
 
 if TYPE_CHECKING:
     from mhmoe_ray.evaluate.request import Evaluation
-    from mhmoe_ray.evaluate.score import EncoderFigures, Score
+    from mhmoe_ray.evaluate.score import EncoderFigures, RetrievalFigures, Score
 
 
 TextOption = Annotated[
@@ -157,6 +157,40 @@ def _print_encoder_figures(figures: "EncoderFigures") -> None:
             texts = [*(f"{loss:.4f}" for loss in losses), *(f"{gain:+.4f}" for gain in gains)]
             rows.append([name, *texts, f"{value.pairs:,}", f"{value.tokens:,}"])
         print_untruncated(number_table(columns, rows))
+
+    if figures.retrieval:
+        columns = ["retrieval in", "images", "captions", *(f"{way} R@{rank}" for way in WAYS for rank in (1, 5, 10))]
+        print_untruncated(number_table(columns, _retrieval_rows(figures.retrieval)))
+
+    for name, caption_figures in figures.captions.items():
+        rows = [
+            [label, f"{score.images:,}", f"{score.bleu:.1f}", f"{score.cider:.3f}", f"{score.exact:.1%}"]
+            for label, score in (
+                (f"captions of {name}", caption_figures.model),
+                ("  nearest pixels", caption_figures.baseline),
+            )
+            if score is not None
+        ]
+        print_untruncated(number_table(["", "images", "BLEU-4", "CIDEr-D", "exactly right"], rows))
+        for reference, caption in caption_figures.examples:
+            out.print(f"  {reference}: {caption}", markup=False, highlight=False, soft_wrap=True)
+
+
+WAYS = ("name", "image")
+
+
+def _retrieval_rows(figures: "dict[str, RetrievalFigures]") -> list[list[str]]:
+    """Return the rows of the table of retrieval: of each domain, and below it of each language."""
+    rows = []
+    for domain, domain_figures in figures.items():
+        for name, entry in {domain: domain_figures, **domain_figures.languages}.items():
+            label = name if name == domain else f"  {name}"
+            for row_label, score in ((label, entry.model), ("  nearest pixels", entry.baseline)):
+                if score is not None:
+                    recalls = (score.image_to_text, score.text_to_image)
+                    shares = [f"{value:.1%}" for r in recalls for value in (r.at_1, r.at_5, r.at_10)]
+                    rows.append([row_label, f"{score.images:,}", f"{score.captions:,}", *shares])
+    return rows
 
 
 def _task_rows(tasks: dict[str, dict[str, Any]]) -> list[list[str]]:

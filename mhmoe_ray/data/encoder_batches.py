@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mhmoe_ray.data.shards.columns import EncoderSamples, padding_token, token_bytes_for
-from mhmoe_ray.model.encoder import EncoderBatch, Group, GroupSize, LossKind, image_patches
+from mhmoe_ray.model.encoder import EncoderBatch, Group, GroupSize, image_patches
 from mhmoe_ray.model.transfer import copy_to_device
 from mhmoe_ray.spec import MicroBatchPart, ModelSpec
 
@@ -62,7 +62,8 @@ class BatchMaker:
         hidden_patch_I, hidden_token_J = (np.flatnonzero(mask) for mask in (samples.patch_hidden, samples.token_hidden))
         is_token = samples.inputs != self._padding
         token_NT = np.where(is_token, samples.inputs, 0).astype(np.int64)
-        target_J = samples.tokens.ravel()[hidden_token_J].astype(np.int64)
+        parts = list(parts)
+        target_J = self._predicted_tokens(parts, samples.tokens).ravel()[hidden_token_J].astype(np.int64)
         image_NYXC, patch_I = transfer(samples.images), transfer(hidden_patch_I)
         return EncoderBatch(
             tuple(_groups(parts, samples)),
@@ -75,6 +76,19 @@ class BatchMaker:
             transfer(hidden_token_J),
             transfer(target_J),
         )
+
+    def _predicted_tokens(self, parts: Iterable[MicroBatchPart], token_NT: np.ndarray) -> np.ndarray:
+        """Return the token to predict at each position of the texts, (N, T): the one that stands there, or in a part of
+        captions the next one. The end of a caption is its start token, which no text has inside."""
+        predicted_NT, first_text = token_NT, 0
+        for part in parts:
+            texts = slice(first_text, first_text := first_text + part.samples * ("text" in part.columns))
+            if part.objective == "caption":
+                next_BT = np.roll(token_NT[texts], -1, axis=1)
+                start_B1 = token_NT[texts, :1]
+                predicted_NT = predicted_NT.copy()
+                predicted_NT[texts] = np.where(next_BT == self._padding, start_B1, next_BT)
+        return predicted_NT
 
     def _patch_targets(self, image_NYXC: Tensor, hidden_patch_I: Tensor) -> Tensor:
         hidden_IV = image_patches(image_NYXC, self._patch_size).flatten(0, 1)[hidden_patch_I]
@@ -90,8 +104,6 @@ def _groups(parts: Iterable[MicroBatchPart], samples: EncoderSamples) -> Iterato
         patch_hidden = samples.patch_hidden[first_image : first_image + images]
         token_hidden = samples.token_hidden[first_text : first_text + texts]
         first_image, first_text = first_image + images, first_text + texts
-        is_contrastive = part.objective == "contrastive"
-        is_joint = len(part.columns) > 1 and not is_contrastive
-        losses: tuple[LossKind, ...] = ("match",) if is_contrastive else part.columns
-        size = GroupSize(images, texts, is_joint)
-        yield Group(size, int(patch_hidden.sum()), int(token_hidden.sum()), losses)
+        is_joint = len(part.columns) > 1 and part.objective != "contrastive"
+        size = GroupSize(images, texts, is_joint, is_causal=part.objective == "caption")
+        yield Group(size, int(patch_hidden.sum()), int(token_hidden.sum()), part.loss_kinds)

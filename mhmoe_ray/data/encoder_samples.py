@@ -67,6 +67,11 @@ class SampleMaker:
                 inputs[number, stretch] = hide_tokens(
                     row[stretch], mask, self._spec.model.vocab_size, seed, f"{label} tokens"
                 )
+        if part.objective == "caption":
+            # A token is predicted at the position before it, and the end of a text at its last token. Of a text that
+            # was cut, the last token predicts nothing.
+            token_hidden = texts != self._padding
+            token_hidden[:, -1] = False
         size = encoder.image_size
         return EncoderSamples(
             np.stack(pixels) if pixels else np.empty((0, size, size, 3), np.uint8),

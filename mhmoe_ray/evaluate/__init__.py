@@ -3,6 +3,10 @@
     request.py      the request, the evaluation that answers it, and counts of routes
     score.py        the score of a predicted text: loss, perplexity, bits per byte; and the scores of an encoder
     encoder.py      measures an encoder's losses, and the value of the image for the text of a pair
+    retrieval.py    finds captions of images and images of captions
+    captions.py     scores the captions that an encoder writes
+    nearest.py      nearest images of the training in pixels, the baseline of both
+    encoder_figures.py  computes all figures of an encoder
     measure.py      cuts text into samples, and measures a model's losses and routes over them
     mixture.py      text of unknown domain, predicted by all experts of a DEMix model together
     activation.py   figures on the use of experts, from counts of routes

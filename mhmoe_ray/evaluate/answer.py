@@ -12,18 +12,16 @@ import torch
 from tokenizers import Tokenizer
 
 from mhmoe_ray.checkpoint.huggingface.export import export
-from mhmoe_ray.checkpoint.load import load_verified_encoder, load_verified_model
-from mhmoe_ray.checkpoint.manifest import CheckpointManifest, read_manifest
+from mhmoe_ray.checkpoint.load import load_verified_model
+from mhmoe_ray.checkpoint.manifest import read_manifest
 from mhmoe_ray.checkpoint.tokenizer import load_run_tokenizer
 from mhmoe_ray.data.chat.encoder import ConversationEncoder
 from mhmoe_ray.data.chat.template import ChatTemplate, ChatTemplateError, check_template
 from mhmoe_ray.data.domains import language_of_folder, subfolder_of
-from mhmoe_ray.data.encoder_samples import encoder_validation_samples
-from mhmoe_ray.data.shards.manifest import require_data_manifest, require_matching_data
-from mhmoe_ray.data.shards.rows import read_codebook
+from mhmoe_ray.data.shards.manifest import require_matching_data
 from mhmoe_ray.data.tokenizer import DocumentEncoder, boundaries, boundary_texts, token_widths
-from mhmoe_ray.errors import CheckpointError, RunError
-from mhmoe_ray.evaluate.encoder import EncoderMeter, held_out_pairs, raw_pairs
+from mhmoe_ray.errors import CheckpointError
+from mhmoe_ray.evaluate.encoder_figures import encoder_figures
 from mhmoe_ray.evaluate.harness import expand_tasks, run_tasks
 from mhmoe_ray.evaluate.measure import (
     DomainSamples,
@@ -34,10 +32,10 @@ from mhmoe_ray.evaluate.measure import (
 )
 from mhmoe_ray.evaluate.mixture import measure_mixture
 from mhmoe_ray.evaluate.request import EvalRequest, Evaluation, RoutingCounts, save_evaluation
-from mhmoe_ray.evaluate.score import EncoderFigures, EncoderLossScore, Score
+from mhmoe_ray.evaluate.score import Score
 from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.spec import DataSpec
-from mhmoe_ray.storage import Location, location
+from mhmoe_ray.storage import location
 
 # Least time between two lines about the progress of a domain. A line for every batch would flood the log of the job.
 PROGRESS_SECONDS = 5.0
@@ -71,7 +69,7 @@ def run_evaluation(request: EvalRequest, print_line: Callable[[str], None]) -> N
     checkpoint = run.checkpoints / request.checkpoint
     manifest = read_manifest(checkpoint, parts=("weights",))
     if manifest.model.encoder is not None:
-        figures = _encoder_figures(request, run, checkpoint, manifest, print_line)
+        figures = encoder_figures(request, run, checkpoint, manifest, print_line, _progress_callback(print_line))
         seconds = time.monotonic() - start_time
         save_evaluation(
             run,
@@ -139,43 +137,6 @@ def run_evaluation(request: EvalRequest, print_line: Callable[[str], None]) -> N
         tasks=tasks,
     )
     save_evaluation(run, evaluation)
-
-
-def _encoder_figures(
-    request: EvalRequest,
-    run: RunDir,
-    checkpoint: Location,
-    manifest: CheckpointManifest,
-    print_line: Callable[[str], None],
-) -> EncoderFigures:
-    """Return the figures of an encoder on what a request asks for.
-
-    Raises:
-        RunError: the request asks for tasks.
-        DataError: the pictures cannot be read, or the data is not what the run was trained on.
-    """
-    if request.tasks:
-        raise RunError(f"run {run.id}", "it trains an encoder, and lm-eval's tasks are for decoders", "name no tasks")
-    model, spec = load_verified_encoder(checkpoint, manifest), run.spec()
-    if request.gpus:
-        model.to("cuda")
-    codebook = None
-    assert spec.model.encoder is not None
-    if spec.model.encoder.image_targets == "codebook":
-        codebook = read_codebook(spec.data.prepared, require_data_manifest(spec.data.prepared))
-    meter = EncoderMeter(model, spec, codebook, use_bfloat16=request.half, on_progress=_progress_callback(print_line))
-    losses: dict[str, EncoderLossScore] = {}
-    if request.text:
-        tokenizer = load_run_tokenizer(checkpoint, manifest)
-        pairs = raw_pairs(request.text, DocumentEncoder(tokenizer), spec, request.samples)
-    else:
-        assert request.prepared is not None
-        require_matching_data(manifest.data_sha256, Path(request.prepared), "or evaluate other pictures")
-        data = require_data_manifest(Path(request.prepared))
-        losses = meter.losses(encoder_validation_samples(spec, data))
-        pairs = held_out_pairs(spec, data)
-    values = {domain_pairs.domain: meter.image_value(domain_pairs) for domain_pairs in pairs}
-    return EncoderFigures(losses=losses, image_values={name: value for name, value in values.items() if value})
 
 
 def _chat_template(run: RunDir, text: DataSpec, tokenizer: Tokenizer) -> ChatTemplate:

@@ -5,12 +5,14 @@ with the image of another caption, and without an image. Its unit is nats per hi
 has the same loss with any of them.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from mhmoe_ray.data.crops import read_crop
 from mhmoe_ray.data.domains import source_of
 from mhmoe_ray.data.encoder_batches import BatchMaker, evaluated_samples
 from mhmoe_ray.data.encoder_samples import SampleMaker
@@ -22,9 +24,12 @@ from mhmoe_ray.data.shards.rows import RowReader
 from mhmoe_ray.data.sources import Document, FileReader, find_files
 from mhmoe_ray.data.tokenizer import DocumentEncoder
 from mhmoe_ray.errors import DataError
+from mhmoe_ray.evaluate.retrieval import Candidates
 from mhmoe_ray.evaluate.score import EncoderLossScore, ImageValue
+from mhmoe_ray.model.captions import write_captions
 from mhmoe_ray.model.encoder import Encoder
-from mhmoe_ray.spec import DataSpec, MicroBatchPart, RunSpec
+from mhmoe_ray.model.transfer import copy_to_device
+from mhmoe_ray.spec import Column, DataSpec, MicroBatchPart, RunSpec
 
 Progress = Callable[[str, int, int], None]
 """Function (name, finished samples, all samples) that reports progress."""
@@ -37,6 +42,8 @@ class Pairs(NamedTuple):
     tokens: np.ndarray
     """Stored tokens, (pairs, T)."""
     images: list[bytes]
+    languages: list[str | None]
+    """Language of each caption; None if its record does not name it."""
 
 
 class EncoderMeter:
@@ -83,11 +90,10 @@ class EncoderMeter:
         scores = {}
         for part in self._spec.parts:
             if part.name in samples:
-                kinds = ["match"] if part.objective == "contrastive" else part.columns
                 sums = self._sums(part.name, part, samples[part.name])
-                for name, kind, (total, count) in zip(part.losses, kinds, sums, strict=True):
+                for name, kind, (total, count) in zip(part.losses, part.loss_kinds, sums, strict=True):
                     scores[name] = EncoderLossScore(
-                        loss=total / max(1, count), targets=int(count), is_text=kind == "text"
+                        loss=total / max(1, count), targets=int(count), is_text=kind in ("text", "caption")
                     )
         return scores
 
@@ -119,6 +125,57 @@ class EncoderMeter:
             losses[name], tokens = total / count, int(count)
         return ImageValue(pairs=len(pairs.images), tokens=tokens, **losses)
 
+    @torch.no_grad()
+    def similarities(self, candidates: Candidates) -> np.ndarray:
+        """Return the cosine of each image and each caption, (images, captions) float32, for a model with a head for
+        matching. Images are cropped to the largest square at their centre."""
+        head = self._model.match
+        assert head is not None
+        size = self._spec.train.micro_batch_size
+        pair = MicroBatchPart("pairs", (), size, "contrastive", ("image", "text"), 1.0)
+        maker = SampleMaker(self._spec, token_bytes_for(self._spec.model.vocab_size))
+        vectors: dict[Column, list[Tensor]] = {"image": [], "text": []}
+        counts: dict[Column, int] = {"image": len(candidates.images), "text": len(candidates.captions)}
+        for column, count in counts.items():
+            for start in range(0, count, size):
+                part = pair._replace(samples=min(size, count - start), columns=(column,))
+                stretch = slice(start, start + part.samples)
+                labels = [""] * part.samples
+                samples = maker.make(
+                    part, candidates.captions[stretch], candidates.images[stretch], labels, crops=False
+                )
+                with torch.autocast(self._device.type, torch.bfloat16, enabled=self._use_bfloat16):
+                    encoded = self._model.encode(self._batch_maker.make([part], samples))
+                    vectors[column].append(
+                        head.image_vectors(encoded.image_NSM[:, 0])
+                        if column == "image"
+                        else head.text_vectors(encoded.text_NTM[:, 0])
+                    )
+                self._on_progress(f"vectors of {column}s", start + part.samples, count)
+        image_IW, text_CW = torch.cat(vectors["image"]), torch.cat(vectors["text"])
+        return (image_IW @ text_CW.T).cpu().numpy()
+
+    @property
+    def padding(self) -> int:
+        """The value that marks padding in stored tokens."""
+        return padding_token(token_bytes_for(self._spec.model.vocab_size))
+
+    def captions(self, images: Sequence[bytes], start_token: int) -> list[list[int]]:
+        """Return the tokens of a caption for each image, cropped to the largest square at its centre."""
+        assert self._spec.model.encoder is not None
+        size, batch, captions = (
+            self._spec.model.encoder.image_size,
+            self._spec.train.micro_batch_size,
+            list[list[int]](),
+        )
+        for start in range(0, len(images), batch):
+            crops = np.stack([read_crop(image, size) for image in images[start : start + batch]])
+            with torch.autocast(self._device.type, torch.bfloat16, enabled=self._use_bfloat16):
+                image_NYXC = copy_to_device(crops, self._device)
+                captions += write_captions(self._model, image_NYXC, start_token, self._spec.data.seq_len - 1)
+            self._on_progress("captions", len(captions), len(images))
+        return captions
+
     def _draw_other_images(self, pairs: Pairs) -> list[int] | None:
         """Return the number of the image of another caption for each caption; None if all captions are the same."""
         rng = np.random.Generator(np.random.Philox(key=seeded_hash(self._spec.seed, f"other images {pairs.domain}")))
@@ -146,7 +203,24 @@ def held_out_pairs(spec: RunSpec, manifest: DataManifest) -> Iterator[Pairs]:
     for name, domain in manifest.domains.items():
         rows = np.arange(first_row, first_row := first_row + domain.validation_samples)
         if len(rows) and len(spec.data.sources[source_of(name)].sample_columns) > 1:
-            yield Pairs(name, *reader.read(rows))
+            yield Pairs(name, *reader.read(rows), [None] * len(rows))
+
+
+def training_pairs(spec: RunSpec, manifest: DataManifest) -> tuple[np.ndarray, Iterator[bytes]]:
+    """Return the stored tokens, (samples, T), and the images of all pairs of a run's prepared data.
+
+    Args:
+        spec: spec of the run.
+        manifest: manifest of the prepared data.
+    """
+    readers = [
+        RowReader(spec.data.prepared, domain.shards, manifest.token_bytes)
+        for name, domain in manifest.domains.items()
+        if len(spec.data.sources[source_of(name)].sample_columns) > 1
+    ]
+    tokens = np.concatenate([reader.read_tokens(np.arange(len(reader))) for reader in readers])
+    images = (reader.read(np.array([number]))[1][0] for reader in readers for number in range(len(reader)))
+    return tokens, images
 
 
 def raw_pairs(data: DataSpec, encoder: DocumentEncoder, spec: RunSpec, max_pairs: int) -> Iterator[Pairs]:
@@ -166,7 +240,7 @@ def raw_pairs(data: DataSpec, encoder: DocumentEncoder, spec: RunSpec, max_pairs
         if len(source.sample_columns) < 2:
             fix = f"set data.sources.{name}.format to that of the pictures, such as webdataset"
             raise DataError(f"source {name}", "it has no pairs of an image and a text", fix)
-    pairs_by_domain: dict[str, list[tuple[np.ndarray, bytes]]] = {}
+    pairs_by_domain: dict[str, list[tuple[np.ndarray, bytes, str | None]]] = {}
     for file in find_files(data):
         pairs = pairs_by_domain.setdefault(file.domain, [])
         if len(pairs) >= max_pairs:
@@ -175,10 +249,11 @@ def raw_pairs(data: DataSpec, encoder: DocumentEncoder, spec: RunSpec, max_pairs
             if isinstance(item, Document) and item.image is not None:
                 tokens = encoder.encode([item.text])[0]
                 [row] = token_rows(tokens, True, seq_len, padding_token(token_bytes), token_bytes)
-                pairs.append((row, item.image))
+                pairs.append((row, item.image, item.language))
             if len(pairs) >= max_pairs:
                 break
     for domain, pairs in pairs_by_domain.items():
         if not pairs:
             raise DataError(f"pictures {domain}", "no pair in them can be read", "see `mhmoe data inspect`")
-        yield Pairs(domain, np.stack([row for row, _ in pairs]), [image for _, image in pairs])
+        rows, images, languages = zip(*pairs, strict=True)
+        yield Pairs(domain, np.stack(rows), list(images), list(languages))

@@ -97,6 +97,62 @@ class ImageValue(BaseModel):
         }
 
 
+class Recall(BaseModel):
+    """Share of queries whose best fitting candidate is among the first 1, 5 and 10."""
+
+    at_1: float
+    at_5: float
+    at_10: float
+
+
+class RetrievalScore(BaseModel):
+    """Score of a retrieval among images and captions."""
+
+    images: int
+    captions: int
+    image_to_text: Recall
+    """Recall of captions that fit an image."""
+    text_to_image: Recall
+    """Recall of images that fit a caption."""
+
+
+class LanguageRetrieval(BaseModel):
+    """Retrieval by a model and by its baseline, on the same images and captions."""
+
+    model: RetrievalScore
+    baseline: RetrievalScore | None
+    """Score of the nearest training images in pixels (`evaluate.nearest`); None if the data of the training is gone."""
+
+
+class RetrievalFigures(LanguageRetrieval):
+    """Retrieval among all pairs of a domain."""
+
+    languages: dict[str, LanguageRetrieval] = {}
+    """Retrieval among the captions of each language, if the captions are in several."""
+
+
+class CaptionScore(BaseModel):
+    """Score of captions of images (`evaluate.captions`)."""
+
+    images: int
+    bleu: float
+    """BLEU-4, from 0 to 100."""
+    cider: float
+    """CIDEr-D, from 0 to 10."""
+    exact: float
+    """Share of captions whose words are exactly those of a right one."""
+
+
+class CaptionFigures(BaseModel):
+    """Captions by a model and by its baseline, of the same images."""
+
+    model: CaptionScore
+    baseline: CaptionScore | None
+    """Score of the captions of the nearest training images in pixels; None if the data of the training is gone."""
+    examples: list[tuple[str, str]]
+    """Captions of the first images: a right one and that of the model."""
+
+
 class EncoderFigures(BaseModel):
     """Figures of an encoder."""
 
@@ -104,3 +160,7 @@ class EncoderFigures(BaseModel):
     """Losses of the parts of micro-batches, by the names in `RunSpec.loss_names`; only for held-out samples."""
     image_values: dict[str, ImageValue]
     """Value of the image by domain, for domains of pairs."""
+    retrieval: dict[str, RetrievalFigures] = {}
+    """Retrieval by domain of pairs, for a model with a head for matching."""
+    captions: dict[str, CaptionFigures] = {}
+    """Captions by domain of pairs, for a model that is trained on captions."""

@@ -13,7 +13,7 @@ with its start token.
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -29,13 +29,10 @@ from mhmoe_ray.model.noise import EMBEDDING, Noise, default_generator_from, drop
 from mhmoe_ray.model.router import Routing
 from mhmoe_ray.model.smear import MergedExperts
 from mhmoe_ray.model.trunk import Trunk, TrunkBlock, add_residual, recompute_in_backward
-from mhmoe_ray.spec import ModelSpec
+from mhmoe_ray.spec import LossKind, ModelSpec
 
 MAX_MATCH_SCALE = 100.0
 """Largest factor of cosines in the contrastive loss (CLIP, arXiv 2103.00020)."""
-
-
-LossKind = Literal["image", "text", "match"]
 
 
 class GroupSize(NamedTuple):
@@ -47,6 +44,8 @@ class GroupSize(NamedTuple):
     """Number of texts, which follow those of the groups before it."""
     is_joint: bool
     """True if each image and the text of the same number are one sample, over which attention is."""
+    is_causal: bool = False
+    """True if images of joint samples attend to themselves alone, and tokens to their image and to tokens before."""
 
 
 class Group(NamedTuple):
@@ -58,14 +57,13 @@ class Group(NamedTuple):
     hidden_tokens: int
     """Number of tokens to predict, in all its texts."""
     losses: tuple[LossKind, ...]
-    """Losses of the group: of its patches (image), of its tokens (text), or of matching each image with the text of the
-    same number (match)."""
+    """Losses of the group. For `match`, each image is matched with the text of the same number."""
 
     @property
     def target_counts(self) -> list[int]:
         """The number of targets of each loss."""
-        counts = {"image": self.hidden_patches, "text": self.hidden_tokens, "match": self.size.images}
-        return [counts[kind] for kind in self.losses]
+        counts: dict[LossKind, int] = {"image": self.hidden_patches, "match": self.size.images}
+        return [counts.get(kind, self.hidden_tokens) for kind in self.losses]
 
 
 class EncoderBatch(NamedTuple):
@@ -85,9 +83,10 @@ class EncoderBatch(NamedTuple):
     patch_target_I: Tensor
     """Targets of these patches: normalized pixels, float32 (I, values), or entries of the codebook, int64 (I,)."""
     hidden_token_J: Tensor
-    """Indices of the tokens to predict among all tokens of all texts, ascending, int64."""
+    """Indices of the positions at which a token is predicted, among those of all texts, ascending, int64: positions of
+    hidden tokens, and for captions the position before each token."""
     token_target_J: Tensor
-    """Targets of these tokens, int64."""
+    """Tokens to predict at these positions, int64."""
 
 
 class LossPart(NamedTuple):
@@ -104,6 +103,17 @@ class EncoderLoss(NamedTuple):
 
     losses: list[LossPart]
     """Losses of the groups, one group after another, in the order of `Group.losses`."""
+    routing: list[Routing]
+    """Routing of each mixture-of-experts layer, from the lowest layer up."""
+
+
+class Encoded(NamedTuple):
+    """Outputs of the encoder's last norms for a micro-batch."""
+
+    image_NSM: Tensor
+    """Outputs of all images: of each image as a whole at position 0, then of its patches."""
+    text_NTM: Tensor
+    """Outputs of the tokens of all texts."""
     routing: list[Routing]
     """Routing of each mixture-of-experts layer, from the lowest layer up."""
 
@@ -276,8 +286,9 @@ def split_samples(
 def attention_masks(
     sizes: Sequence[GroupSize], is_token_NT: Tensor, image_tokens: int, dtype: torch.dtype
 ) -> list[Tensor | None]:
-    """Return the mask of each set of samples of `join_samples`, which is added to attention scores, (B, 1, 1, keys): 0
-    for a key, and -inf for padding. It is None for images alone.
+    """Return the mask of each set of samples of `join_samples`, which is added to attention scores, (B, 1, 1, keys) or
+    for causal groups (B, 1, queries, keys): 0 for a key, and -inf for padding and for keys that a query must not see.
+    It is None for images alone.
 
     Args:
         sizes: sizes of the groups of the batch.
@@ -292,9 +303,14 @@ def attention_masks(
         if not size.texts and not size.is_joint:
             continue
         is_key_BU = F.pad(is_token_BT, (image_tokens, 0), value=True) if size.is_joint else is_token_BT
+        is_key_BQU = is_key_BU[:, None]
+        if size.is_causal:
+            is_seen_QU = torch.ones(2 * is_key_BU.shape[1:], dtype=torch.bool, device=is_key_BU.device).tril()
+            is_seen_QU[:image_tokens, :image_tokens] = True
+            is_key_BQU = is_key_BQU & is_seen_QU
         # The mask is not boolean, because every layer would convert it into one like this.
-        mask_BU = torch.zeros(is_key_BU.shape, dtype=dtype, device=is_key_BU.device)
-        masks.append(mask_BU.masked_fill_(~is_key_BU, float("-inf"))[:, None, None])
+        mask_BQU = torch.zeros(is_key_BQU.shape, dtype=dtype, device=is_key_BU.device)
+        masks.append(mask_BQU.masked_fill_(~is_key_BQU, float("-inf"))[:, None])
     return masks
 
 
@@ -350,6 +366,11 @@ class Encoder(Trunk):
             batch: the micro-batch.
             noise: randomness of a training step, None in evaluation; used only if the spec has any.
         """
+        encoded = self.encode(batch, noise)
+        return EncoderLoss(self._losses(batch, encoded.image_NSM, encoded.text_NTM), encoded.routing)
+
+    def encode(self, batch: EncoderBatch, noise: Noise | None = None) -> Encoded:
+        """Return the outputs of the last norms for a micro-batch; for the arguments see `forward`."""
         active_noise = noise if self.spec.is_random else None
         image_NSM, text_NTM = self._embed(batch, active_noise)
         # Compiled blocks must not depend on the numbers of hidden patches and tokens, which change all the time.
@@ -375,8 +396,7 @@ class Encoder(Trunk):
             )
             if routing is not None:
                 routings.append(routing)
-        image_NSM, text_NTM = self.image_norm(widen(image_NSM)), self.text_norm(widen(text_NTM))
-        return EncoderLoss(self._losses(batch, image_NSM, text_NTM), routings)
+        return Encoded(self.image_norm(widen(image_NSM)), self.text_norm(widen(text_NTM)), routings)
 
     def _embed(self, batch: EncoderBatch, noise: Noise | None) -> tuple[Tensor, Tensor]:
         """Return the inputs of the first block for images and texts."""
@@ -412,7 +432,10 @@ class Encoder(Trunk):
                     values.append(self.match(image_NSM[images, 0], text_NTM[texts, 0]))
                 else:
                     values.append(patch_part if kind == "image" else token_part)
-        return [LossPart(value_I.sum(), value_I.detach()) for value_I in values]
+        parts = [LossPart(value_I.sum(), value_I.detach()) for value_I in values]
+        # If no part hides anything, the heads still get gradients, of zeros, as strategies expect of every weight.
+        unused_heads = patch_values[:0].sum() + token_values[:0].sum()
+        return [parts[0]._replace(sum=parts[0].sum + unused_heads), *parts[1:]]
 
 
 def _patch_losses(output_IV: Tensor, target_I: Tensor) -> Tensor:
@@ -432,10 +455,18 @@ class MatchHead(nn.Module):
         # It is a vector of one element, because neither FSDP2 nor DeepSpeed accepts scalars.
         self.log_scale = nn.Parameter(torch.empty(1))
 
+    def image_vectors(self, image_BM: Tensor) -> Tensor:
+        """Return the vectors of images, of length 1, (B, W) float32, from the outputs at their first positions."""
+        return F.normalize(self.image(image_BM).float())
+
+    def text_vectors(self, text_BM: Tensor) -> Tensor:
+        """Return the vectors of texts, of length 1, (B, W) float32, from the outputs at their start tokens."""
+        return F.normalize(self.text(text_BM).float())
+
     def forward(self, image_BM: Tensor, text_BM: Tensor) -> Tensor:
         """Return the loss of each pair in nats: the mean cross-entropies of its text among all texts for its image, and
         of its image among all images for its text (CLIP, arXiv 2103.00020)."""
-        image_BW, text_BW = F.normalize(self.image(image_BM).float()), F.normalize(self.text(text_BM).float())
+        image_BW, text_BW = self.image_vectors(image_BM), self.text_vectors(text_BM)
         if not len(image_BM):
             return image_BW.new_empty(0)
         with torch.autocast(image_BM.device.type, enabled=False):

@@ -104,12 +104,16 @@ def loss_bytes(spec: RunSpec) -> int:
 
 
 def hidden_output_values(spec: RunSpec, encoder: EncoderSpec) -> int:
-    """Return the number of outputs of an encoder for a micro-batch, which it computes for hidden patches and tokens.
+    """Return the number of outputs of an encoder for a micro-batch, which it computes for hidden patches and tokens,
+    and for all tokens of captions.
 
     Texts count as if all of them had `data.seq_len` tokens.
     """
     masking, values = spec.train.masking, 0.0
     for part in spec.parts:
+        text_values = part.samples * (spec.data.seq_len - 1) * spec.model.vocab_size
+        if part.objective == "caption":
+            values += text_values
         if part.objective != "masked":
             continue
         is_pair = len(part.columns) > 1
@@ -118,7 +122,7 @@ def hidden_output_values(spec: RunSpec, encoder: EncoderSpec) -> int:
             values += part.samples * share * encoder.patches * encoder.target_values
         if "text" in part.columns:
             share = masking.pair_text if is_pair else masking.text
-            values += part.samples * share * (spec.data.seq_len - 1) * spec.model.vocab_size
+            values += share * text_values
     return round(values)
 
 

@@ -2,7 +2,7 @@
 Ray."""
 
 from mhmoe_ray.spec.cluster import ClusterSpec
-from mhmoe_ray.spec.data import DataSpec, Format, ImageSpec, PhaseSpec, SourceMix, SourceSpec
+from mhmoe_ray.spec.data import Column, DataSpec, Format, ImageSpec, PhaseSpec, SourceMix, SourceSpec
 from mhmoe_ray.spec.encoder import EncoderSpec
 from mhmoe_ray.spec.filters import FilterSpec, SignalRule
 from mhmoe_ray.spec.load import (
@@ -18,7 +18,7 @@ from mhmoe_ray.spec.load import (
     validate_section,
 )
 from mhmoe_ray.spec.model import ModelSpec, MoESpec
-from mhmoe_ray.spec.run import NON_TRAINING_SECTIONS, MicroBatchPart, ReferenceSpec, RunSpec
+from mhmoe_ray.spec.run import NON_TRAINING_SECTIONS, LossKind, MicroBatchPart, ReferenceSpec, RunSpec
 from mhmoe_ray.spec.serve import DeploySpec, KeySpec, ServeSpec
 from mhmoe_ray.spec.start import StartSpec
 from mhmoe_ray.spec.sweep import SweepRun, SweepSize, SweepSpec
@@ -27,6 +27,7 @@ from mhmoe_ray.spec.train import TrainSpec
 __all__ = [
     "NON_TRAINING_SECTIONS",
     "ClusterSpec",
+    "Column",
     "DataSpec",
     "DeploySpec",
     "EncoderSpec",
@@ -34,6 +35,7 @@ __all__ = [
     "Format",
     "ImageSpec",
     "KeySpec",
+    "LossKind",
     "MicroBatchPart",
     "MoESpec",
     "ModelSpec",

@@ -12,7 +12,7 @@ from mhmoe_ray.storage import refuse_password
 
 Format = Literal["jsonl", "redpajama-v2", "parquet", "text", "huggingface", "chat", "webdataset", "images", "coco"]
 Column = Literal["image", "text"]
-Objective = Literal["next_token", "masked", "contrastive"]
+Objective = Literal["next_token", "masked", "contrastive", "caption"]
 
 SUFFIXES: dict[Format, tuple[str, ...]] = {
     "jsonl": (".jsonl", ".jsonl.zst", ".jsonl.gz", ".json.gz", ".json.zst", ".ndjson"),
@@ -100,6 +100,9 @@ class SourceSpec(Section):
     text_field: str | None = Field(default=None, min_length=1)
     """Key or column that holds the text; by default `raw_content` in redpajama-v2, `text` elsewhere. In webdataset, the
     suffix of the member with the caption; a suffix json.KEY names a key of a JSON member. By default it is `txt`."""
+    languages: list[str] | None = Field(default=None, min_length=1)
+    """Languages of the captions to read, for format webdataset, if json.KEY is an object with a caption for each
+    language. By default all. An image with several captions is a sample with each of them."""
     image_field: str | None = Field(default=None, min_length=1)
     """Column of Parquet or `huggingface` that holds the image, as bytes or as {bytes, path}; by default `image`."""
     delimiter: str | None = None
@@ -169,6 +172,10 @@ class SourceSpec(Section):
             raise ValueError(f"delimiter is for format text, and this is {format}")
         if self.text_field is not None and format in ("text", "images", "coco"):
             raise ValueError(f"text_field is for records, and format {format} has none")
+        if self.languages is not None and not (format == "webdataset" and (self.text_field or "").startswith("json.")):
+            raise ValueError(
+                "languages choose captions in a key of JSON: set format webdataset and text_field json.KEY"
+            )
         if self.text_field is not None and format == "chat":
             raise ValueError("text_field is for records with a text, and format chat reads messages")
 
@@ -183,7 +190,8 @@ class PartSpec(Section):
     objective: Objective | None = None
     """Task of this part. next_token: each token is predicted from those before it; a decoder has no other. masked: what
     is hidden in an image, a text or a pair of both is predicted; the default of an encoder. contrastive: each image is
-    matched with its text among all texts of the part in the same micro-batch, and each text with its image."""
+    matched with its text among all texts of the part in the same micro-batch, and each text with its image. caption:
+    each token of a text, and its end, is predicted from its image and the tokens before it."""
     weight: PositiveFloat = 1.0
     """Factor of the losses of this part in the loss of an encoder, which is the sum of their means."""
 

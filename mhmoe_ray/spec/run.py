@@ -1,7 +1,7 @@
 """The complete spec of a run."""
 
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, Self
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
 from pydantic import Field, NonNegativeInt, PlainSerializer, PlainValidator, model_validator
 
@@ -39,6 +39,11 @@ class ReferenceSpec(Section):
     """Expert layers of the reference. By default the reference is the dense model."""
 
 
+LossKind = Literal["image", "text", "match", "caption"]
+"""Kind of a loss of an encoder: of hidden patches, of hidden tokens, of matching images with texts, or of the tokens of
+captions."""
+
+
 class MicroBatchPart(NamedTuple):
     """Part of every micro-batch."""
 
@@ -59,6 +64,13 @@ class MicroBatchPart(NamedTuple):
         if self.objective == "masked" and len(self.columns) > 1:
             return tuple(f"{self.name}_{column}" for column in self.columns)
         return (self.name,)
+
+    @property
+    def loss_kinds(self) -> tuple[LossKind, ...]:
+        """The kind of each of its losses, if its model is an encoder."""
+        if self.objective == "contrastive":
+            return ("match",)
+        return ("caption",) if self.objective == "caption" else self.columns
 
 
 class RunSpec(Section):
@@ -184,16 +196,25 @@ class RunSpec(Section):
                         f"part {part.name} has sources with {' and '.join(part.columns)}, but data.sources.{source} "
                         f"has {' and '.join(columns)}: set its columns, or put it into a part of its own"
                     )
-            if part.objective == "contrastive" and len(part.columns) < 2:
-                raise ValueError(f"part {part.name} is contrastive, so its sources need an image and a text")
+            if part.objective in ("contrastive", "caption") and len(part.columns) < 2:
+                raise ValueError(f"part {part.name} is {part.objective}, so its sources need an image and a text")
+            if part.objective == "caption" and self.model.moe is not None and self.model.moe.router == "smear":
+                raise ValueError(
+                    f"part {part.name} is caption, whose tokens must not see later ones, but router smear averages "
+                    "experts over all of them: choose another objective or router"
+                )
             if part.objective == "contrastive" and part.samples < 2:
                 raise ValueError(f"part {part.name} is contrastive, so its micro_batch_size must be at least 2")
         losses = [loss for part in self.parts for loss in part.losses]
         if len(set(losses)) < len(losses):
             raise ValueError(f"two losses of the parts have the same name, among {', '.join(losses)}: rename a part")
         masked_columns = {column for part in self.parts if part.objective == "masked" for column in part.columns}
-        if masked_columns != {"image", "text"}:
-            raise ValueError("an encoder needs parts with objective masked for images and for texts, or for pairs")
+        # Fine-tuning may have any objectives, because the start has learned to read both.
+        if masked_columns != {"image", "text"} and self.start is None:
+            raise ValueError(
+                "an encoder needs parts with objective masked for images and for texts, or for pairs, unless it starts "
+                "from another run"
+            )
         has_contrast = any(part.objective == "contrastive" for part in self.parts)
         if has_contrast != (encoder.d_match is not None):
             state = "missing" if has_contrast else "given, but no part of data.parts is contrastive"
@@ -211,8 +232,10 @@ class RunSpec(Section):
             raise ValueError(f"data.sources.{self.data.chat_sources[0]} has conversations, which decoders alone read")
         if self.train.loss_chunk_rows is not None:
             raise ValueError("train.loss_chunk_rows is for decoders: an encoder computes logits of hidden tokens alone")
-        if self.start is not None:
-            raise ValueError("start is for decoders: remove it")
+        if self.start is not None and self.start.how != "copy":
+            raise ValueError(f"start.how {self.start.how} is for decoders: an encoder can only start from a copy")
+        if self.start is not None and self.start.order == "continue":
+            raise ValueError("start.order continue is for decoders: remove it")
 
     def _check_kernel(self, moe: MoESpec) -> None:
         limits, gpus = moe.kernel_limits, self.cluster.gpus_per_worker

@@ -1,5 +1,6 @@
 """Tests of the multiway encoder."""
 
+import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
@@ -13,7 +14,7 @@ from mhmoe_ray.model.noise import Noise
 from mhmoe_ray.planner.resolve import find_preset
 from mhmoe_ray.planner.sizes import block_sizes, compute_sizes
 from mhmoe_ray.spec import ModelSpec
-from tests.encoders import ENCODER, SMEAR, encoder_batch, encoder_spec, part_samples
+from tests.encoders import CAPTION_DATA, ENCODER, PADDING, SMEAR, encoder_batch, encoder_spec, part_samples
 
 TEXTS = {"captions": {"path": "/nowhere/captions", "format": "text"}}
 EXPERTS = {"multi-head": ENCODER["model"]["moe"], "smear": SMEAR}
@@ -101,6 +102,49 @@ def test_halves_of_a_pair_influence_each_other():
     pairs = [("pairs_text", by_image), ("pairs_image", by_text), ("match", by_image), ("match", by_text)]
     for name, changed_losses in pairs:
         assert not torch.isclose(expected[name], changed_losses[name]).any()
+
+
+def caption_batch(change_image=False, changed_position=None):
+    """Return an encoder and a micro-batch of one caption of five tokens, and change its image or one of its tokens."""
+    spec = encoder_spec(model__encoder__d_match=None, data__parts=CAPTION_DATA["parts"])
+    part = spec.parts[-1]._replace(samples=1)
+    samples = part_samples(spec, part, 0)
+    samples.tokens[0, :6] = samples.inputs[0, :6] = [0, 11, 12, 13, 14, 15]
+    samples.tokens[0, 6:] = samples.inputs[0, 6:] = PADDING
+    samples.token_hidden[0] = np.arange(spec.data.seq_len) < 6
+    if changed_position is not None:
+        samples.inputs[0, changed_position] = 200
+    if change_image:
+        samples.images[0] = 255 - samples.images[0]
+    return build_encoder(spec), BatchMaker(spec.model, torch.device("cpu")).make([part], samples)
+
+
+def test_captions_predict_each_token_and_the_end():
+    _, batch = caption_batch()
+    assert batch.hidden_token_J.tolist() == [0, 1, 2, 3, 4, 5]
+    # The start token marks the end, too.
+    assert batch.token_target_J.tolist() == [11, 12, 13, 14, 15, 0]
+
+
+def test_tokens_of_captions_see_their_image_and_earlier_tokens_alone():
+    model, batch = caption_batch()
+    [expected] = losses(model, batch)
+    [changed] = losses(model, caption_batch(changed_position=3)[1])
+    torch.testing.assert_close(changed[:3], expected[:3], rtol=0, atol=1e-6)
+    assert (changed[3:] - expected[3:]).abs().min() > 1e-5
+    [other_image] = losses(model, caption_batch(change_image=True)[1])
+    assert (other_image - expected).abs().min() > 1e-5
+
+
+def test_images_of_captions_do_not_see_their_text():
+    """Otherwise the image would tell a token what follows it. Two blocks are needed for that way round."""
+    model, batch = caption_batch()
+    output = {}
+    model.image_norm.register_forward_hook(lambda module, inputs, result: output.update(image=result))
+    losses(model, batch)
+    expected = output["image"]
+    losses(model, caption_batch(changed_position=1)[1])
+    torch.testing.assert_close(output["image"], expected, rtol=0, atol=1e-6)
 
 
 def test_hidden_patches_are_not_read():

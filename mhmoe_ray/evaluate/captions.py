@@ -1,0 +1,102 @@
+"""Scores of captions: BLEU, CIDEr-D, and the share of captions that are exactly right.
+
+Both metrics count words as `words` splits them, so their figures are comparable only with figures by the same split.
+CIDEr-D is that of arXiv 1411.5726, section 4: its document frequencies are those of the references.
+"""
+
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mhmoe_ray.evaluate.score import CaptionScore
+
+MAX_GRAM = 4
+"""Largest number of words of an n-gram, in both metrics."""
+CIDER_SIGMA = 6.0
+"""Standard deviation of the penalty of CIDEr-D for another length than that of the reference, in words."""
+# In these scripts no spaces lie between words, so every character is a word: Thai, Lao, Myanmar, Khmer, Hiragana,
+# Katakana, and Chinese characters.
+_UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff"
+_WORD = re.compile(rf"[{_UNSPACED}]|(?:(?![{_UNSPACED}])\w)+")
+
+NGrams = Mapping[tuple[str, ...], float]
+
+
+def words(text: str) -> list[str]:
+    """Return the words of a text in lower case, without punctuation."""
+    return _WORD.findall(text.lower())
+
+
+def score_captions(captions: Sequence[str], references: Sequence[Sequence[str]]) -> CaptionScore:
+    """Return the score of captions.
+
+    Args:
+        captions: a caption for each image, at least one.
+        references: the right captions of each image, at least one for each.
+    """
+    import sacrebleu
+
+    caption_words = [words(caption) for caption in captions]
+    reference_words = [[words(reference) for reference in group] for group in references]
+    most_references = max(len(group) for group in references)
+    # sacrebleu takes the first reference of all captions, then the second, and None where there is none.
+    streams: list[Sequence[Any]] = [
+        [" ".join(group[number]) if number < len(group) else None for group in reference_words]
+        for number in range(most_references)
+    ]
+    joined_captions = [" ".join(caption) for caption in caption_words]
+    bleu = sacrebleu.corpus_bleu(joined_captions, streams, tokenize="none", force=True)
+    exact_count = sum(caption in group for caption, group in zip(caption_words, reference_words, strict=True))
+    return CaptionScore(
+        images=len(captions),
+        bleu=bleu.score,
+        cider=cider_d(caption_words, reference_words),
+        exact=exact_count / len(captions),
+    )
+
+
+def cider_d(captions: Sequence[Sequence[str]], references: Sequence[Sequence[Sequence[str]]]) -> float:
+    """Return the CIDEr-D of captions as lists of words; 10 is that of captions that equal their references."""
+    document_counts = Counter[tuple[str, ...]]()
+    for group in references:
+        document_counts.update({gram for reference in group for gram in _count_grams(reference)})
+    log_images = math.log(len(references))
+
+    def weights(text: Sequence[str]) -> Sequence[NGrams]:
+        """Return the n-grams of a text by their length, weighted by frequency and rarity."""
+        grams_by_length: list[dict[tuple[str, ...], float]] = [{} for _ in range(MAX_GRAM)]
+        for gram, count in _count_grams(text).items():
+            rarity = log_images - math.log(max(1, document_counts[gram]))
+            grams_by_length[len(gram) - 1][gram] = count * rarity
+        return grams_by_length
+
+    total = 0.0
+    for caption, group in zip(captions, references, strict=True):
+        caption_weights = weights(caption)
+        for reference in group:
+            penalty = math.exp(-((len(caption) - len(reference)) ** 2) / (2 * CIDER_SIGMA**2))
+            pairs = zip(caption_weights, weights(reference), strict=True)
+            total += penalty * sum(_clipped_cosine(*pair) for pair in pairs) / MAX_GRAM / len(group)
+    return 10 * total / len(captions)
+
+
+def _count_grams(text: Sequence[str]) -> Counter[tuple[str, ...]]:
+    """Return the counts of the n-grams of a text, of 1 to `MAX_GRAM` words."""
+    return Counter(
+        tuple(text[start : start + length])
+        for length in range(1, MAX_GRAM + 1)
+        for start in range(len(text) - length + 1)
+    )
+
+
+def _clipped_cosine(caption: NGrams, reference: NGrams) -> float:
+    """Return the cosine of weighted n-grams; a weight of the caption counts at most like that of the reference."""
+    norms = [math.sqrt(sum(weight**2 for weight in grams.values())) for grams in (caption, reference)]
+    if not all(norms):
+        return 0.0
+    product = sum(
+        min(weight, reference[gram]) * reference[gram] for gram, weight in caption.items() if gram in reference
+    )
+    return product / (norms[0] * norms[1])

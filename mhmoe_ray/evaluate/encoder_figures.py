@@ -1,0 +1,139 @@
+"""All figures of an encoder: those of what its run trains, each beside its baseline."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from mhmoe_ray.checkpoint.load import load_verified_encoder
+from mhmoe_ray.checkpoint.manifest import CheckpointManifest
+from mhmoe_ray.checkpoint.tokenizer import load_run_tokenizer
+from mhmoe_ray.data.encoder_samples import encoder_validation_samples
+from mhmoe_ray.data.shards.manifest import read_data_manifest, require_data_manifest, require_matching_data
+from mhmoe_ray.data.shards.rows import read_codebook
+from mhmoe_ray.data.tokenizer import DocumentEncoder, boundaries
+from mhmoe_ray.errors import RunError
+from mhmoe_ray.evaluate.captions import score_captions
+from mhmoe_ray.evaluate.encoder import EncoderMeter, Pairs, Progress, held_out_pairs, raw_pairs, training_pairs
+from mhmoe_ray.evaluate.nearest import NearestImages
+from mhmoe_ray.evaluate.request import EvalRequest
+from mhmoe_ray.evaluate.retrieval import Candidates, nearest_scores, retrieval_figures
+from mhmoe_ray.evaluate.score import CaptionFigures, EncoderFigures, EncoderLossScore
+from mhmoe_ray.runs.directory import RunDir
+from mhmoe_ray.spec import RunSpec
+from mhmoe_ray.storage import Location
+
+EXAMPLES = 8
+"""Number of captions that an evaluation keeps as examples."""
+
+
+class Baseline(NamedTuple):
+    """Pairs of the training, and the distances of images to them."""
+
+    tokens: np.ndarray
+    """Stored tokens of the captions, (samples, T)."""
+    neighbours: NearestImages
+
+
+def encoder_figures(
+    request: EvalRequest,
+    run: RunDir,
+    checkpoint: Location,
+    manifest: CheckpointManifest,
+    print_line: Callable[[str], None],
+    on_progress: Progress,
+) -> EncoderFigures:
+    """Return the figures of an encoder on what a request asks for.
+
+    Args:
+        request: the request.
+        run: the run.
+        checkpoint: the run's checkpoint.
+        manifest: its manifest.
+        print_line: a function that prints a line.
+        on_progress: a function that reports progress.
+
+    Raises:
+        RunError: the request asks for tasks.
+        DataError: the pictures cannot be read, or the data is not what the run was trained on.
+    """
+    if request.tasks:
+        raise RunError(f"run {run.id}", "it trains an encoder, and lm-eval's tasks are for decoders", "name no tasks")
+    model, spec = load_verified_encoder(checkpoint, manifest), run.spec()
+    if request.gpus:
+        model.to("cuda")
+    codebook = None
+    assert spec.model.encoder is not None
+    if spec.model.encoder.image_targets == "codebook":
+        codebook = read_codebook(spec.data.prepared, require_data_manifest(spec.data.prepared))
+    meter = EncoderMeter(model, spec, codebook, use_bfloat16=request.half, on_progress=on_progress)
+    tokenizer = load_run_tokenizer(checkpoint, manifest)
+    losses: dict[str, EncoderLossScore] = {}
+    if request.text:
+        pairs = raw_pairs(request.text, DocumentEncoder(tokenizer), spec, request.samples)
+    else:
+        assert request.prepared is not None
+        require_matching_data(manifest.data_sha256, Path(request.prepared), "or evaluate other pictures")
+        data = require_data_manifest(Path(request.prepared))
+        losses = meter.losses(encoder_validation_samples(spec, data))
+        pairs = held_out_pairs(spec, data)
+    hides_text = any(part.objective == "masked" and "text" in part.columns for part in spec.parts)
+    writes_captions = any(part.objective == "caption" for part in spec.parts)
+    baseline = _read_baseline(spec, print_line) if model.match is not None or writes_captions else None
+    figures = EncoderFigures(losses=losses, image_values={})
+    for domain_pairs in pairs:
+        domain = domain_pairs.domain
+        if hides_text and (value := meter.image_value(domain_pairs)):
+            figures.image_values[domain] = value
+        if model.match is not None:
+            scorer = (
+                partial(nearest_scores, neighbours=baseline.neighbours, training_tokens=baseline.tokens)
+                if baseline
+                else None
+            )
+            figures.retrieval[domain] = retrieval_figures(
+                domain_pairs.images, domain_pairs.tokens, domain_pairs.languages, meter.similarities, scorer
+            )
+        if writes_captions:
+            figures.captions[domain] = _caption_figures(domain_pairs, meter, tokenizer, baseline)
+    return figures
+
+
+def _read_baseline(spec: RunSpec, print_line: Callable[[str], None]) -> Baseline | None:
+    """Return the baseline of a run; None if the data of its training is gone."""
+    manifest = read_data_manifest(spec.data.prepared)
+    if manifest is None:
+        print_line(f"no nearest neighbours: the training's data is not in {spec.data.prepared}")
+        return None
+    tokens, images = training_pairs(spec, manifest)
+    return Baseline(tokens, NearestImages(images))
+
+
+def _caption_figures(
+    pairs: Pairs, meter: EncoderMeter, tokenizer: Tokenizer, baseline: Baseline | None
+) -> CaptionFigures:
+    """Return the scores of captions of the different images of some pairs."""
+    candidates = Candidates.of_pairs(pairs.images, pairs.tokens)
+    start_token = boundaries(tokenizer).start
+
+    def to_texts(rows: Sequence[Sequence[int]] | np.ndarray) -> list[str]:
+        # Padding is no token, and a caption ends where its row does.
+        texts: list[str] = tokenizer.decode_batch(
+            [[token for token in row if token != start_token and token < meter.padding] for row in rows]
+        )
+        return [text.strip() for text in texts]
+
+    caption_texts = to_texts(candidates.captions.tolist())
+    references = [[caption_texts[number] for number in np.flatnonzero(row)] for row in candidates.fits]
+    captions = to_texts(meter.captions(candidates.images, start_token))
+    baseline_score = None
+    if baseline is not None:
+        nearest_tokens = baseline.tokens[baseline.neighbours.nearest_samples(candidates.images)]
+        baseline_score = score_captions(to_texts(nearest_tokens.tolist()), references)
+    examples = [(group[0], caption) for group, caption in zip(references, captions, strict=True)]
+    return CaptionFigures(
+        model=score_captions(captions, references), baseline=baseline_score, examples=examples[:EXAMPLES]
+    )
