@@ -4,8 +4,9 @@ Images and texts follow the order of the parts. Crops and masks depend on the se
 in the training alone, not on the number of ranks.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache, partial
+from typing import NamedTuple
 
 import numpy as np
 
@@ -17,6 +18,17 @@ from mhmoe_ray.data.shards.columns import EncoderSamples, padding_token
 from mhmoe_ray.data.shards.manifest import DataManifest, require_data_manifest
 from mhmoe_ray.data.shards.rows import RowReader
 from mhmoe_ray.spec import MicroBatchPart, RunSpec
+
+
+class Pairs(NamedTuple):
+    """Captions of one domain with their images."""
+
+    domain: str
+    tokens: np.ndarray
+    """Stored tokens, (pairs, T)."""
+    images: list[bytes]
+    languages: list[str | None]
+    """Language of each caption; None if its record does not name it."""
 
 
 class SampleMaker:
@@ -157,3 +169,18 @@ def encoder_validation_samples(spec: RunSpec, manifest: DataManifest) -> Mapping
             labels = [f"validation {part.name} {number}" for number in range(len(numbers))]
             samples[part.name] = maker.make(part, tokens, images, labels, crops=False)
     return samples
+
+
+def held_out_pairs(spec: RunSpec, manifest: DataManifest) -> Iterator[Pairs]:
+    """Yield the held-out pairs of each domain of a run's prepared data.
+
+    Args:
+        spec: spec of the run.
+        manifest: manifest of the prepared data.
+    """
+    reader = RowReader(spec.data.prepared, manifest.validation, manifest.token_bytes)
+    first_row = 0
+    for name, domain in manifest.domains.items():
+        rows = np.arange(first_row, first_row := first_row + domain.validation_samples)
+        if len(rows) and len(spec.data.sources[source_of(name)].sample_columns) > 1:
+            yield Pairs(name, *reader.read(rows), [None] * len(rows))

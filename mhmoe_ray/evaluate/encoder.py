@@ -6,7 +6,6 @@ has the same loss with any of them.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor
 from mhmoe_ray.data.crops import read_crop
 from mhmoe_ray.data.domains import source_of
 from mhmoe_ray.data.encoder_batches import BatchMaker, evaluated_samples
-from mhmoe_ray.data.encoder_samples import SampleMaker
+from mhmoe_ray.data.encoder_samples import Pairs, SampleMaker
 from mhmoe_ray.data.order.order import seeded_hash
 from mhmoe_ray.data.prepare.rows import token_rows
 from mhmoe_ray.data.shards.columns import EncoderSamples, padding_token, token_bytes_for
@@ -33,17 +32,6 @@ from mhmoe_ray.spec import Column, DataSpec, MicroBatchPart, RunSpec
 
 Progress = Callable[[str, int, int], None]
 """Function (name, finished samples, all samples) that reports progress."""
-
-
-class Pairs(NamedTuple):
-    """Captions of one domain with their images."""
-
-    domain: str
-    tokens: np.ndarray
-    """Stored tokens, (pairs, T)."""
-    images: list[bytes]
-    languages: list[str | None]
-    """Language of each caption; None if its record does not name it."""
 
 
 class EncoderMeter:
@@ -189,21 +177,6 @@ class EncoderMeter:
                 number = int(rng.integers(len(captions)))
             other_images.append(number)
         return other_images
-
-
-def held_out_pairs(spec: RunSpec, manifest: DataManifest) -> Iterator[Pairs]:
-    """Yield the held-out pairs of each domain of a run's prepared data.
-
-    Args:
-        spec: spec of the run.
-        manifest: manifest of the prepared data.
-    """
-    reader = RowReader(spec.data.prepared, manifest.validation, manifest.token_bytes)
-    first_row = 0
-    for name, domain in manifest.domains.items():
-        rows = np.arange(first_row, first_row := first_row + domain.validation_samples)
-        if len(rows) and len(spec.data.sources[source_of(name)].sample_columns) > 1:
-            yield Pairs(name, *reader.read(rows), [None] * len(rows))
 
 
 def training_pairs(spec: RunSpec, manifest: DataManifest) -> tuple[np.ndarray, Iterator[bytes]]:

@@ -11,13 +11,13 @@ from tokenizers import Tokenizer
 from mhmoe_ray.checkpoint.load import load_verified_encoder
 from mhmoe_ray.checkpoint.manifest import CheckpointManifest
 from mhmoe_ray.checkpoint.tokenizer import load_run_tokenizer
-from mhmoe_ray.data.encoder_samples import encoder_validation_samples
+from mhmoe_ray.data.encoder_samples import Pairs, encoder_validation_samples, held_out_pairs
 from mhmoe_ray.data.shards.manifest import read_data_manifest, require_data_manifest, require_matching_data
 from mhmoe_ray.data.shards.rows import read_codebook
 from mhmoe_ray.data.tokenizer import DocumentEncoder, boundaries
 from mhmoe_ray.errors import RunError
 from mhmoe_ray.evaluate.captions import score_captions
-from mhmoe_ray.evaluate.encoder import EncoderMeter, Pairs, Progress, held_out_pairs, raw_pairs, training_pairs
+from mhmoe_ray.evaluate.encoder import EncoderMeter, Progress, raw_pairs, training_pairs
 from mhmoe_ray.evaluate.nearest import NearestImages
 from mhmoe_ray.evaluate.request import EvalRequest
 from mhmoe_ray.evaluate.retrieval import Candidates, nearest_scores, retrieval_figures

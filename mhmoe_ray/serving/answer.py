@@ -13,7 +13,7 @@ from mhmoe_ray.errors import ServeError
 from mhmoe_ray.planner.sizes import compute_sizes
 from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.serving.detokenizer import TextDecoder, TextStream, TokenBytes
-from mhmoe_ray.serving.engine import Engine, FinishReason, Request, ScoredToken
+from mhmoe_ray.serving.engine import Engine, FinishReason, Request, ScoredToken, ServedEngine
 from mhmoe_ray.spec import ModelSpec
 
 
@@ -185,8 +185,34 @@ class PromptEncoder:
         return list(encoding.ids)
 
 
-class Answerer(PromptEncoder):
+class ServedText(PromptEncoder):
+    """The tokenizer and facts of a served model: text to tokens, and tokens to text."""
+
+    def __init__(
+        self, engine: ServedEngine, tokenizer: Tokenizer, details: ModelDetails, adds_start: bool = True
+    ) -> None:
+        """Combine an engine with what is needed to turn text into tokens and tokens into text.
+
+        Args:
+            engine: the engine that computes the answers.
+            tokenizer: the model's tokenizer, which has tokens for the start and end of a document.
+            details: facts about the model.
+            adds_start: whether a start token precedes a text, as in the model's training.
+        """
+        super().__init__(tokenizer, adds_start)
+        self.engine, self.details = engine, details
+        self.template: ChatTemplate | None = None
+        """The chat template; None if the model has none."""
+        self.tokenizer_size = token_count(tokenizer)
+        """Number of token ids; every id is below it."""
+        self.boundary_texts = boundary_texts(tokenizer)
+        self.decode = TextDecoder(tokenizer)
+
+
+class Answerer(ServedText):
     """An engine together with the tokenizer and the chat template of its model."""
+
+    engine: Engine
 
     def __init__(
         self,
@@ -196,21 +222,9 @@ class Answerer(PromptEncoder):
         details: ModelDetails,
         adds_start: bool = True,
     ) -> None:
-        """Combine an engine with what is needed to turn text into tokens and tokens into text.
-
-        Args:
-            engine: the engine that computes the answers.
-            tokenizer: the model's tokenizer, which has tokens for the start and end of a document.
-            template: the chat template; None if the model has none.
-            details: facts about the model.
-            adds_start: whether a start token precedes a text, as in the model's training.
-        """
-        super().__init__(tokenizer, adds_start)
-        self.engine, self.template, self.details = engine, template, details
-        self.tokenizer_size = token_count(tokenizer)
-        """Number of token ids; every id is below it."""
-        self.boundary_texts = boundary_texts(tokenizer)
-        self.decode = TextDecoder(tokenizer)
+        """Combine an engine with its tokenizer; for the arguments see `ServedText`, and `template` there."""
+        super().__init__(engine, tokenizer, details, adds_start)
+        self.template = template
         self._token_bytes = TokenBytes(tokenizer, self.decode)
 
     def check_length(self, prompt_ids: Sequence[int], has_answer: bool) -> None:

@@ -17,7 +17,7 @@ from mhmoe_ray.serving.api.access import ExceededLimit, LocalRateLimiter, has_li
 from mhmoe_ray.serving.api.app import create_app, replica_stats
 from mhmoe_ray.serving.config import DEPLOYMENT, LIMITS_DEPLOYMENT
 from mhmoe_ray.serving.engine import EngineError
-from mhmoe_ray.serving.load import check_engine
+from mhmoe_ray.serving.load import check_served
 from mhmoe_ray.serving.ray_metrics import export_periodically
 from mhmoe_ray.spec import KeySpec, ServeSpec
 from mhmoe_ray.storage import location
@@ -85,9 +85,9 @@ class Completions:
             rate_limiter: handle of `SharedRateLimiter`; None if no API key has limits.
         """
         # The import is here because only replicas need the model. Serve builds the application in another process.
-        from mhmoe_ray.serving.load import load_answerer
+        from mhmoe_ray.serving.load import load_served
 
-        self._args, self._answerer = args, load_answerer(location(args.checkpoint), args.serve)
+        self._args, self._answerer = args, load_served(location(args.checkpoint), args.serve)
         self._rate_limiter = RemoteRateLimiter(rate_limiter) if rate_limiter else None
         export_periodically(self._answerer.engine.stats, args.model)
 
@@ -126,7 +126,7 @@ def build(args: Args) -> serve.Application:
     try:
         checkpoint = location(args.checkpoint)
         manifest = read_manifest(checkpoint, parts=("weights",))
-        check_engine(manifest, args.serve)
+        check_served(manifest, args.serve, RunDir.of_checkpoint(checkpoint))
         tokenizer = load_run_tokenizer(checkpoint, manifest)
         load_chat_template(RunDir.of_checkpoint(checkpoint), tokenizer)
     except MhmoeError as e:

@@ -6,6 +6,7 @@ imported only when that engine is loaded, so a process that only checks does not
 
 from collections.abc import Iterable
 from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
 from tokenizers import Tokenizer
 
@@ -17,12 +18,32 @@ from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.serving.answer import Answerer, ModelDetails, load_chat_template
 from mhmoe_ray.serving.engine import Engine
 from mhmoe_ray.serving.vllm.folder import check_fits
-from mhmoe_ray.spec import ModelSpec, ServeSpec
+from mhmoe_ray.spec import EncoderSpec, ModelSpec, ServeSpec
 from mhmoe_ray.storage import Location
+
+if TYPE_CHECKING:
+    from mhmoe_ray.serving.encoder.answer import EncoderAnswerer
+
+
+def check_served(manifest: CheckpointManifest, spec: ServeSpec, run: RunDir) -> None:
+    """Check that a server can answer with a model, which is a decoder or an encoder, without starting the engine.
+
+    Args:
+        manifest: the checkpoint's manifest.
+        spec: the engine.
+        run: the run of the checkpoint.
+
+    Raises:
+        ServeError: the engine is not installed, or cannot compute this model.
+    """
+    if manifest.model.encoder is None:
+        check_engine(manifest, spec)
+    else:
+        check_encoder(manifest.model.encoder, spec, run)
 
 
 def check_engine(manifest: CheckpointManifest, spec: ServeSpec) -> None:
-    """Check that the spec's engine is installed here and can compute the model, without starting the engine.
+    """Check that the spec's engine is installed here and can generate text with the model, without starting it.
 
     Raises:
         ServeError: the engine is not installed, or cannot compute this model.
@@ -33,11 +54,28 @@ def check_engine(manifest: CheckpointManifest, spec: ServeSpec) -> None:
         check_fits(manifest.model, on_cpu=not spec.gpus_per_replica)
 
 
+def check_encoder(encoder: EncoderSpec, spec: ServeSpec, run: RunDir) -> None:
+    """Raise ServeError if an encoder has nothing to answer with, or another engine than torch is asked for."""
+    if spec.engine != "torch":
+        raise ServeError(
+            f"engine {spec.engine}", "it computes decoders, and this is an encoder", "set serve.engine=torch"
+        )
+    if encoder.d_match is None and not writes_captions(run):
+        reason = "it was trained neither to match images with texts nor to write captions"
+        fix = "fine-tune it with a part of objective contrastive or caption (`start.from`)"
+        raise ServeError("the model", reason, fix)
+
+
+def writes_captions(run: RunDir) -> bool:
+    """Return whether a run trains an encoder on captions."""
+    return any(part.objective == "caption" for part in run.spec().parts)
+
+
 def check_generates(model: ModelSpec) -> None:
     """Raise ServeError if a model cannot generate text: it is an encoder, or needs the domain of the text."""
     if model.encoder is not None:
         reason = "it is an encoder, which does not predict next tokens"
-        raise ServeError("the model", reason, "evaluate it with `mhmoe eval`; decoders are served")
+        raise ServeError("the model", reason, "ask it for vectors and captions with `mhmoe serve deploy`")
     moe = model.moe
     if moe is not None and moe.router == "domain":
         reason = "its router needs the domain of a text, which a prompt does not name"
@@ -87,6 +125,62 @@ def token_limits(tokenizer: Tokenizer, ends: Iterable[int]) -> tuple[frozenset[i
     # The model may have more rows of logits than the tokenizer has tokens, and the engine must not sample the id of a
     # row without a text.
     return boundaries(tokenizer).ends.union(ends), token_count(tokenizer)
+
+
+def load_served(checkpoint: Location, spec: ServeSpec) -> "Answerer | EncoderAnswerer":
+    """Start the engine for a checkpoint of a decoder or an encoder, and return it with all that answers need.
+
+    Args:
+        checkpoint: a checkpoint directory inside its run directory.
+        spec: engine, precision, and limits on numbers of requests.
+
+    Raises:
+        CheckpointError, DataError: the checkpoint or the run's tokenizer is missing or damaged.
+        ServeError: the engine is not installed, or cannot compute this model, or the run's chat template is invalid.
+    """
+    manifest = read_manifest(checkpoint, parts=("weights",))
+    if manifest.model.encoder is None:
+        return load_answerer(checkpoint, spec, manifest)
+    return load_encoder(checkpoint, spec, manifest)
+
+
+def load_encoder(checkpoint: Location, spec: ServeSpec, manifest: CheckpointManifest) -> "EncoderAnswerer":
+    """Start the engine for a checkpoint of an encoder; for the arguments and errors see `load_served`."""
+    import torch
+
+    from mhmoe_ray.checkpoint.load import load_verified_encoder
+    from mhmoe_ray.serving.encoder.answer import EncoderAnswerer
+    from mhmoe_ray.serving.encoder.engine import EncoderEngine
+
+    torch.set_num_threads(1)
+    run, encoder = RunDir.of_checkpoint(checkpoint), manifest.model.encoder
+    assert encoder is not None
+    check_encoder(encoder, spec, run)
+    tokenizer = load_run_tokenizer(checkpoint, manifest)
+    model = load_verified_encoder(checkpoint, manifest)
+    if spec.gpus_per_replica:
+        model.to("cuda")
+    details = ModelDetails.from_spec(f"{run.id}/{checkpoint.name}", manifest.model)
+    engine = EncoderEngine(model, manifest.seq_len, boundaries(tokenizer).start, spec)
+    return EncoderAnswerer(
+        engine, tokenizer, details, encoder, writes_captions=writes_captions(run), names=held_out_names(run, tokenizer)
+    )
+
+
+def held_out_names(run: RunDir, tokenizer: Tokenizer) -> list[str]:
+    """Return the captions of a run's held-out images, each once; none if its prepared data is not visible here."""
+    from mhmoe_ray.data.encoder_samples import held_out_pairs
+    from mhmoe_ray.data.shards.columns import padding_token
+    from mhmoe_ray.data.shards.manifest import read_data_manifest
+
+    spec = run.spec()
+    manifest = read_data_manifest(spec.data.prepared)
+    if manifest is None:
+        return []
+    padding, start_token = padding_token(manifest.token_bytes), boundaries(tokenizer).start
+    rows = [row for pairs in held_out_pairs(spec, manifest) for row in pairs.tokens.tolist()]
+    names = tokenizer.decode_batch([[token for token in row if token not in (padding, start_token)] for row in rows])
+    return sorted({name.strip() for name in names})
 
 
 def load_answerer(checkpoint: Location, spec: ServeSpec, manifest: CheckpointManifest | None = None) -> Answerer:

@@ -14,8 +14,8 @@ from fastapi import APIRouter, Depends, FastAPI, Response
 from fastapi.responses import HTMLResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 
-from mhmoe_ray.serving.answer import Answerer
-from mhmoe_ray.serving.api import completions
+from mhmoe_ray.serving.answer import Answerer, ServedText
+from mhmoe_ray.serving.api import completions, embeddings
 from mhmoe_ray.serving.api.access import AccessControl, BodySizeLimit, LocalRateLimiter, RateLimiter
 from mhmoe_ray.serving.api.errors import HANDLERS, RESPONSES
 from mhmoe_ray.serving.api.metrics import render_exposition
@@ -29,15 +29,16 @@ from mhmoe_ray.serving.api.schema import (
     TokenizeResponse,
     TokenizerInfo,
 )
-from mhmoe_ray.serving.api.service import Service
+from mhmoe_ray.serving.api.service import ModelService, Service
+from mhmoe_ray.serving.encoder.answer import EncoderAnswerer
 from mhmoe_ray.serving.engine import EngineError
 from mhmoe_ray.spec import ServeSpec
 
 
-def page_router() -> APIRouter:
-    """Return a router with the route GET /, the web page."""
+def page_router(file: str) -> APIRouter:
+    """Return a router with the route GET /, the web page in a file of this package."""
     routes = APIRouter()
-    text = files(__package__).joinpath("page.html").read_text("utf-8")
+    text = files(__package__).joinpath(file).read_text("utf-8")
     headers = {"Content-Security-Policy": _content_security_policy(text), "X-Content-Type-Options": "nosniff"}
 
     @routes.get("/", include_in_schema=False)
@@ -65,7 +66,7 @@ StatsCollector = Callable[[], Awaitable[list[dict[str, Any]]]]
 
 
 def create_app(
-    answerer: Answerer,
+    answerer: Answerer | EncoderAnswerer,
     model: str,
     spec: ServeSpec,
     replica: str = "",
@@ -82,12 +83,19 @@ def create_app(
         collect_stats: returns the result of `replica_stats` for each replica; by default there is only this one.
         rate_limiter: rate limiter over all replicas; by default limits are counted in this process.
     """
-    service = Service(answerer, model, spec, AccessControl(spec.keys, rate_limiter or LocalRateLimiter(spec.keys)))
+    access = AccessControl(spec.keys, rate_limiter or LocalRateLimiter(spec.keys))
     app = FastAPI(title="mhmoe-ray", exception_handlers=HANDLERS)
     app.add_middleware(BodySizeLimit, max_bytes=spec.max_body_bytes)
-    app.include_router(completions.completions_router(service), responses=RESPONSES)
-    app.include_router(page_router())
-    app.include_router(completions.chat_router(service), responses=RESPONSES)
+    service: ModelService[EncoderAnswerer] | Service
+    if isinstance(answerer, EncoderAnswerer):
+        service = ModelService(answerer, model, spec, access)
+        app.include_router(embeddings.embeddings_router(service), responses=RESPONSES)
+        app.include_router(page_router("pictures.html"))
+    else:
+        service = Service(answerer, model, spec, access)
+        app.include_router(completions.completions_router(service), responses=RESPONSES)
+        app.include_router(page_router("page.html"))
+        app.include_router(completions.chat_router(service), responses=RESPONSES)
     app.include_router(
         _info_router(service, replica, collect_stats),
         dependencies=[Depends(service.access.authenticate)],
@@ -122,12 +130,14 @@ def _describe_api(app: FastAPI) -> dict[str, Any]:
     return description
 
 
-def replica_stats(answerer: Answerer, replica: str) -> dict[str, Any]:
+def replica_stats(answerer: ServedText, replica: str) -> dict[str, Any]:
     """Return the statistics of a replica's engine as a JSON object."""
     return {"replica": replica, **answerer.engine.stats().as_json()}
 
 
-def _info_router(service: Service, replica: str, collect_stats: StatsCollector | None) -> APIRouter:
+def _info_router(
+    service: ModelService[EncoderAnswerer] | Service, replica: str, collect_stats: StatsCollector | None
+) -> APIRouter:
     """Return a router with the routes for models, tokenizing and statistics.
 
     Args:

@@ -5,9 +5,10 @@ import logging
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Generic, TypeVar
 
 from mhmoe_ray.errors import ServeError
-from mhmoe_ray.serving.answer import Answerer
+from mhmoe_ray.serving.answer import Answerer, ServedText
 from mhmoe_ray.serving.api.access import AccessControl, Client
 from mhmoe_ray.serving.api.errors import RequestError
 from mhmoe_ray.serving.api.schema import SamplingRequest
@@ -18,11 +19,14 @@ from mhmoe_ray.spec import ServeSpec
 logger = logging.getLogger("ray.serve")
 
 
-@dataclass
-class Service:
-    """The served model with the server's limits and clients, and what all routes do with them."""
+Text = TypeVar("Text", bound=ServedText)
 
-    answerer: Answerer
+
+@dataclass
+class ModelService(Generic[Text]):
+    """The served model with the server's limits and clients, and what the routes of any model do with them."""
+
+    answerer: Text
     model: str
     """The model's name for clients."""
     spec: ServeSpec
@@ -30,15 +34,43 @@ class Service:
     access: AccessControl
     start_time: int = field(default_factory=lambda: int(time.time()))
 
-    def __post_init__(self) -> None:
-        # All requests share one pacer, because its interval depends on the number of all streams of the replica.
-        self.pacer = StreamPacer(self.spec.stream_interval)
-
     def check_model(self, model_name: str | None) -> None:
         """Raise RequestError if a request names another model than the served one."""
         if model_name not in (None, self.model):
             message = f"there is no model {model_name!r} here; this server has {self.model!r}"
             raise RequestError(404, message, "model", "model_not_found")
+
+    async def encode(self, prompt: str) -> list[int]:
+        """Return the token ids of a prompt, after the token that starts a document."""
+        # A thread encodes the prompt, because a long prompt takes seconds and streams must go on meanwhile.
+        return await asyncio.to_thread(self.answerer.encode, prompt)
+
+    async def decode(self, tokens: Sequence[int]) -> str:
+        """Return the text of token ids."""
+        # A thread decodes the tokens, for the same reason as in `encode`.
+        return await asyncio.to_thread(self.answerer.decode, tokens)
+
+    async def begin_request(self, client: Client) -> None:
+        """Count one more request of a client.
+
+        Raises:
+            RequestError: the client has used up a rate limit, or the rate limiter does not answer in time.
+        """
+        # The wait has a timeout, because the rate limiter may be another process, which does not answer while it is
+        # restarted.
+        try:
+            async with asyncio.timeout(self.spec.request_timeout):
+                await client.begin_request()
+        except TimeoutError as e:
+            raise timeout_error(self.spec.request_timeout) from e
+
+
+class Service(ModelService[Answerer]):
+    """A served decoder, and what the routes of completions do with it."""
+
+    def __post_init__(self) -> None:
+        # All requests share one pacer, because its interval depends on the number of all streams of the replica.
+        self.pacer = StreamPacer(self.spec.stream_interval)
 
     def check_max_tokens(self, max_tokens: int, param: str) -> None:
         """Raise RequestError if a request asks for more tokens than the server allows.
@@ -50,16 +82,6 @@ class Service:
         if max_tokens > self.spec.max_tokens:
             message = f"{param} is {max_tokens}, and this server allows at most {self.spec.max_tokens}"
             raise RequestError(400, message, param)
-
-    async def encode(self, prompt: str) -> list[int]:
-        """Return the token ids of a prompt, after the token that starts a document."""
-        # A thread encodes the prompt, because a long prompt takes seconds and streams must go on meanwhile.
-        return await asyncio.to_thread(self.answerer.encode, prompt)
-
-    async def decode(self, tokens: Sequence[int]) -> str:
-        """Return the text of token ids."""
-        # A thread decodes the tokens, for the same reason as in `encode`.
-        return await asyncio.to_thread(self.answerer.decode, tokens)
 
     async def prompt_ids(self, prompt: str | Sequence[int], has_answer: bool, param: str) -> tuple[int, ...]:
         """Return the token ids of a prompt, checked for unknown ids and for length.
@@ -112,13 +134,7 @@ class Service:
         if len(engine_requests) > (max_choices := self.spec.max_concurrency + self.spec.max_waiting):
             message = f"{len(engine_requests)} choices are more than the {max_choices} that this server takes at a time"
             raise RequestError(400, message, "n")
-        # The wait has a timeout, because the rate limiter may be another process, which does not answer while it is
-        # restarted.
-        try:
-            async with asyncio.timeout(self.spec.request_timeout):
-                await client.begin_request()
-        except TimeoutError as e:
-            raise timeout_error(self.spec.request_timeout) from e
+        await self.begin_request(client)
         if self.spec.log_prompts:
             for engine_request, added_tokens in engine_requests:
                 logger.info(

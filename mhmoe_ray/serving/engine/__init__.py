@@ -18,6 +18,7 @@ from mhmoe_ray.serving.engine.request import (
     Request,
     SamplingParams,
     ScoredToken,
+    ServedEngine,
     Stats,
     Update,
 )
@@ -30,6 +31,7 @@ __all__ = [
     "Request",
     "SamplingParams",
     "ScoredToken",
+    "ServedEngine",
     "Stats",
     "Update",
 ]

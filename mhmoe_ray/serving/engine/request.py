@@ -156,21 +156,12 @@ class Update(NamedTuple):
     """Reason why the answer ends; set on the last update only."""
 
 
-class Engine(Protocol):
-    """The interface of engines; `TorchEngine` implements it."""
+class ServedEngine(Protocol):
+    """The interface of all engines that a server asks for their state: those of decoders and those of encoders."""
 
     @property
     def seq_len(self) -> int:
-        """Largest number of tokens of prompt and answer together."""
-        ...
-
-    def generate(self, request: Request) -> AsyncGenerator[Update, None]:
-        """Yield the answer in parts, each as soon as it is computed. Closing the generator early aborts the request.
-
-        Raises:
-            BusyError: too many requests wait already.
-            EngineError: the engine is broken.
-        """
+        """Largest number of tokens of prompt and answer together, or of a text that an encoder reads."""
         ...
 
     @property
@@ -184,6 +175,19 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Stop the engine and fail its unfinished requests. Must be called before the process ends."""
+        ...
+
+
+class Engine(ServedEngine, Protocol):
+    """The interface of engines of decoders; `TorchEngine` implements it."""
+
+    def generate(self, request: Request) -> AsyncGenerator[Update, None]:
+        """Yield the answer in parts, each as soon as it is computed. Closing the generator early aborts the request.
+
+        Raises:
+            BusyError: too many requests wait already.
+            EngineError: the engine is broken.
+        """
         ...
 
 

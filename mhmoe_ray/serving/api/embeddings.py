@@ -1,0 +1,332 @@
+"""The routes of encoders: POST /v1/embeddings, /rerank and /routes, and POST /v1/chat/completions for captions.
+
+Images are data URLs. /v1/embeddings is OpenAI's, and takes an image in place of a text. /rerank is that of Cohere's and
+Jina's clients. A conversation with one image is answered by the image's caption.
+"""
+
+import asyncio
+import base64
+import time
+import uuid
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from fastapi import APIRouter, Depends
+from fastapi.responses import StreamingResponse
+from pydantic import BaseModel, Field
+
+from mhmoe_ray.errors import ServeError
+from mhmoe_ray.serving.api.access import Client
+from mhmoe_ray.serving.api.errors import RequestError
+from mhmoe_ray.serving.api.schema import (
+    WHOLE_NUMBER,
+    ChatChoice,
+    ChatChunk,
+    ChatCompletion,
+    ChatDelta,
+    ChatResponseMessage,
+    StreamOptions,
+    StrictRequest,
+    Text,
+    Usage,
+)
+from mhmoe_ray.serving.api.service import ModelService
+from mhmoe_ray.serving.api.stream import timeout_error
+from mhmoe_ray.serving.encoder.answer import EncoderAnswerer
+from mhmoe_ray.serving.encoder.engine import EncodeRequest, Encoding
+from mhmoe_ray.serving.encoder.images import RefusedImageError
+
+MAX_DOCUMENTS = 2048
+"""Largest number of documents of a request to /rerank."""
+EncoderService = ModelService[EncoderAnswerer]
+Reader = Callable[[], Awaitable[EncodeRequest]]
+
+
+class EmbeddingRequest(StrictRequest):
+    """A request for the vectors of texts and images."""
+
+    input: Text | Annotated[list[Text], Field(min_length=1, max_length=MAX_DOCUMENTS)]
+    model: str | None = None
+    encoding_format: Literal["float", "base64"] = "float"
+    user: str | None = None
+    """The client's identifier of its user; it is accepted and ignored."""
+
+
+class Embedding(BaseModel):
+    """Vector of a text or an image, of length 1."""
+
+    object: Literal["embedding"] = "embedding"
+    index: int
+    embedding: list[float] | str
+    """The values, or with `encoding_format: base64` their bytes as little-endian float32."""
+
+
+class EmbeddingUsage(BaseModel):
+    """Tokens of a request for vectors; an image has as many as it has patches, and one."""
+
+    prompt_tokens: int
+    total_tokens: int
+
+
+class EmbeddingList(BaseModel):
+    """Vectors in the order of the request."""
+
+    object: Literal["list"] = "list"
+    data: list[Embedding]
+    model: str
+    usage: EmbeddingUsage
+
+
+class RerankDocument(StrictRequest):
+    """A document with a text, or an image as a data URL."""
+
+    text: Text | None = None
+    image: Text | None = None
+
+
+Query = Text | RerankDocument
+
+
+class RerankRequest(StrictRequest):
+    """A request to order documents by how well they match a query; both may be texts or images."""
+
+    query: Query
+    documents: Annotated[list[Query], Field(min_length=1, max_length=MAX_DOCUMENTS)]
+    model: str | None = None
+    top_n: Annotated[int, Field(ge=1), WHOLE_NUMBER] | None = None
+    return_documents: bool = False
+
+
+class RankedDocument(BaseModel):
+    """A document with its score."""
+
+    index: int
+    """Number of the document in the request."""
+    relevance_score: float
+    """Cosine of its vector and the query's."""
+    document: dict[str, str] | None = None
+
+
+class RerankResponse(BaseModel):
+    """The best documents, best first; equal ones stay in the order of the request."""
+
+    id: str
+    model: str
+    results: list[RankedDocument]
+    usage: EmbeddingUsage
+
+
+class RoutesRequest(StrictRequest):
+    """A request for the experts that the patches of an image choose."""
+
+    image: Text
+    model: str | None = None
+
+
+class Routes(BaseModel):
+    """First choices of the sub-tokens of an image's patches, in each layer with experts."""
+
+    model: str
+    patches_per_side: int
+    experts: int
+    routes: list[list[list[int]]]
+    """Expert by layer, patch (row by row) and head."""
+
+
+class Names(BaseModel):
+    """Captions of held-out images of the training."""
+
+    names: list[str]
+
+
+class ImageUrl(StrictRequest):
+    url: Text
+    detail: str | None = None
+    """OpenAI's choice of a resolution; it is accepted and ignored, because the model has one."""
+
+
+class ContentPart(StrictRequest):
+    """Part of a chat message: an image, or a text, which has no effect."""
+
+    type: Literal["text", "image_url"]
+    text: Text | None = None
+    image_url: ImageUrl | None = None
+
+
+class CaptionMessage(StrictRequest):
+    role: Literal["system", "user"]
+    content: Text | list[ContentPart]
+
+
+class CaptionRequest(StrictRequest):
+    """A conversation with one image, whose caption is the answer."""
+
+    messages: Annotated[list[CaptionMessage], Field(min_length=1)]
+    model: str | None = None
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    user: str | None = None
+    # The caption is the most likely one, so these have no effect; clients send them by default.
+    temperature: float | None = None
+    max_tokens: Annotated[int, Field(ge=1), WHOLE_NUMBER] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1), WHOLE_NUMBER] | None = None
+    n: Literal[1] = 1
+
+
+def embeddings_router(service: EncoderService) -> APIRouter:
+    """Return a router with the routes that an encoder can answer: by its head for matching, and by its captions."""
+    routes, answerer = APIRouter(), service.answerer
+    AccessedClient = Annotated[Client, Depends(service.access.authenticate)]
+
+    @routes.get("/names")
+    async def names(client: AccessedClient) -> Names:
+        """Return captions of held-out images, which the web page proposes as names of pictures."""
+        return Names(names=answerer.names)
+
+    if answerer.has_vectors:
+
+        @routes.post("/v1/embeddings")
+        async def embeddings(request: EmbeddingRequest, client: AccessedClient) -> EmbeddingList:
+            service.check_model(request.model)
+            values = [request.input] if isinstance(request.input, str) else request.input
+            encodings, usage = await _answer(
+                service, client, [partial(answerer.read, value) for value in values], "input"
+            )
+            data = [
+                Embedding(index=number, embedding=_encode(encoding, request.encoding_format))
+                for number, encoding in enumerate(encodings)
+            ]
+            return EmbeddingList(data=data, model=service.model, usage=usage)
+
+        @routes.post("/rerank")
+        @routes.post("/v1/rerank", include_in_schema=False)
+        async def rerank(request: RerankRequest, client: AccessedClient) -> RerankResponse:
+            service.check_model(request.model)
+            documents = [_Document(document, "documents") for document in request.documents]
+            readers = [partial(document.read, answerer) for document in (_Document(request.query, "query"), *documents)]
+            [query_encoding, *encodings], usage = await _answer(service, client, readers, "documents")
+            scores = np.stack([_vector(encoding) for encoding in encodings]) @ _vector(query_encoding)
+            order = np.argsort(-scores, kind="stable")[: request.top_n]
+            results = [
+                RankedDocument(
+                    index=int(number),
+                    relevance_score=float(scores[number]),
+                    document=documents[number].content if request.return_documents else None,
+                )
+                for number in order
+            ]
+            return RerankResponse(id=f"rerank-{uuid.uuid4().hex}", model=service.model, results=results, usage=usage)
+
+        @routes.post("/routes")
+        async def image_routes(request: RoutesRequest, client: AccessedClient) -> Routes:
+            """Return the experts of an image's patches."""
+            service.check_model(request.model)
+            [encoding], _ = await _answer(service, client, [partial(answerer.read_image, request.image)], "image")
+            choices = [] if encoding.expert_LSH is None else encoding.expert_LSH[:, 1:].tolist()
+            side = answerer.encoder.patches_per_side
+            return Routes(model=service.model, patches_per_side=side, experts=answerer.details.experts, routes=choices)
+
+    if answerer.writes_captions:
+
+        @routes.post("/v1/chat/completions", response_model=ChatCompletion)
+        async def chat(request: CaptionRequest, client: AccessedClient) -> Any:
+            service.check_model(request.model)
+            reader = partial(answerer.read_image, _image_url(request), is_caption=True)
+            [encoding], prompt_usage = await _answer(service, client, [reader], "messages")
+            caption_ids = encoding.caption_ids or []
+            client.record_tokens(len(caption_ids))
+            usage = Usage(
+                prompt_tokens=prompt_usage.prompt_tokens,
+                completion_tokens=len(caption_ids),
+                total_tokens=prompt_usage.prompt_tokens + len(caption_ids),
+            )
+            fields: dict[str, Any] = {
+                "id": f"chatcmpl-{uuid.uuid4().hex}",
+                "created": int(time.time()),
+                "model": service.model,
+            }
+            caption = await service.decode(caption_ids)
+            message = ChatResponseMessage(role="assistant", content=caption.strip())
+            if request.stream:
+                delta = ChatDelta(index=0, delta=message, logprobs=None, finish_reason="stop")
+                chunks = [ChatChunk(**fields, choices=[delta])]
+                if request.stream_options and request.stream_options.include_usage:
+                    chunks.append(ChatChunk(**fields, choices=[], usage=usage))
+                lines = [f"data: {chunk.model_dump_json()}\n\n" for chunk in chunks]
+                return StreamingResponse(iter([*lines, "data: [DONE]\n\n"]), media_type="text/event-stream")
+            choice = ChatChoice(index=0, message=message, logprobs=None, finish_reason="stop")
+            return ChatCompletion(**fields, choices=[choice], usage=usage)
+
+    return routes
+
+
+async def _answer(
+    service: EncoderService, client: Client, readers: Sequence[Reader], param: str
+) -> tuple[list[Encoding], EmbeddingUsage]:
+    """Return the engine's answers to what a client's request has, and the usage of their inputs.
+
+    Args:
+        service: the served model.
+        client: the client, whose limits count the request.
+        readers: functions that read the requests to the engine, which are called one after another.
+        param: name of the request's field.
+
+    Raises:
+        RequestError: a value cannot be used, the client has used up a rate limit, or there is no answer in time.
+    """
+    await service.begin_request(client)
+    try:
+        async with asyncio.timeout(service.spec.request_timeout):
+            requests = [await reader() for reader in readers]
+            encodings = await service.answerer.engine.encode(requests)
+    except TimeoutError as e:
+        raise timeout_error(service.spec.request_timeout) from e
+    except RefusedImageError as e:
+        raise RequestError(400, f"{param!r}: {e}", param, "invalid_image") from e
+    except ServeError as e:
+        raise RequestError(400, str(e), param, "context_length_exceeded") from e
+    image_tokens = service.answerer.encoder.image_tokens
+    tokens = sum(len(request.token_ids) if request.image is None else image_tokens for request in requests)
+    client.record_tokens(tokens)
+    return encodings, EmbeddingUsage(prompt_tokens=tokens, total_tokens=tokens)
+
+
+class _Document:
+    """Query or document of a request to /rerank."""
+
+    def __init__(self, query: Query, param: str) -> None:
+        """Check that a query or a document has a text or an image; `param` names the request's field."""
+        fields = {"text": query} if isinstance(query, str) else query.model_dump(exclude_none=True)
+        if len(fields) != 1:
+            raise RequestError(400, f"{param!r}: a document has a text or an image", param)
+        self.content: dict[str, str] = fields
+
+    async def read(self, answerer: EncoderAnswerer) -> EncodeRequest:
+        """Return the request for its vector; a plain text may be the data URL of an image."""
+        if "image" in self.content:
+            return await answerer.read_image(self.content["image"])
+        return await answerer.read(self.content["text"])
+
+
+def _image_url(request: CaptionRequest) -> str:
+    """Return the data URL of the only image of a conversation."""
+    parts = [part for message in request.messages if not isinstance(message.content, str) for part in message.content]
+    urls = [part.image_url.url for part in parts if part.image_url is not None]
+    if len(urls) != 1:
+        raise RequestError(400, f"'messages' must have one image, and has {len(urls)}", "messages")
+    return urls[0]
+
+
+def _vector(encoding: Encoding) -> np.ndarray:
+    assert encoding.vector_W is not None
+    return encoding.vector_W
+
+
+def _encode(encoding: Encoding, encoding_format: str) -> list[float] | str:
+    vector = _vector(encoding)
+    if encoding_format == "float":
+        values: list[float] = vector.tolist()
+        return values
+    return base64.b64encode(vector.astype("<f4").tobytes()).decode()

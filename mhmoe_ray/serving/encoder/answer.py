@@ -1,0 +1,76 @@
+"""Images and texts in, vectors and captions out: an engine of encoders with the tokenizer of its model."""
+
+import asyncio
+from collections.abc import Sequence
+
+from tokenizers import Tokenizer
+
+from mhmoe_ray.errors import ServeError
+from mhmoe_ray.serving.answer import ModelDetails, ServedText
+from mhmoe_ray.serving.encoder.engine import EncoderEngine, EncodeRequest
+from mhmoe_ray.serving.encoder.images import is_image_url, read_image
+from mhmoe_ray.spec import EncoderSpec
+
+
+class EncoderAnswerer(ServedText):
+    """An engine of encoders together with the tokenizer of its model."""
+
+    engine: EncoderEngine
+
+    def __init__(
+        self,
+        engine: EncoderEngine,
+        tokenizer: Tokenizer,
+        details: ModelDetails,
+        encoder: EncoderSpec,
+        *,
+        writes_captions: bool,
+        names: Sequence[str] = (),
+    ) -> None:
+        """Combine an engine with its tokenizer.
+
+        Args:
+            engine: the engine.
+            tokenizer: the model's tokenizer.
+            details: facts about the model.
+            encoder: sizes of images and patches.
+            writes_captions: whether the model was trained on captions.
+            names: captions of the training's held-out images, which the web page proposes as names.
+        """
+        super().__init__(engine, tokenizer, details)
+        self.encoder, self.writes_captions, self.names = encoder, writes_captions, list(names)
+
+    @property
+    def has_vectors(self) -> bool:
+        """True if the model has a head for matching, and so vectors of images and texts."""
+        return self.encoder.d_match is not None
+
+    # Threads decode images and texts, because large ones take a while and other requests must go on meanwhile.
+    async def read_image(self, url: str, *, is_caption: bool = False) -> EncodeRequest:
+        """Return the request for the vector or the caption of the image in a data URL.
+
+        Raises:
+            RefusedImageError: the image cannot be used.
+        """
+        image = await asyncio.to_thread(read_image, url, self.encoder.image_size)
+        return EncodeRequest(image=image, is_caption=is_caption)
+
+    async def read_text(self, text: str) -> EncodeRequest:
+        """Return the request for the vector of a text.
+
+        Raises:
+            ServeError: the text is longer than the model's longest text.
+        """
+        token_ids = await asyncio.to_thread(self.encode, text)
+        if len(token_ids) > self.engine.seq_len:
+            reason = f"it has {len(token_ids)} tokens with the start token, and the model reads {self.engine.seq_len}"
+            raise ServeError("the text", reason, "shorten it")
+        return EncodeRequest(token_ids=token_ids)
+
+    async def read(self, value: str) -> EncodeRequest:
+        """Return the request for the vector of a text, or of an image if the text is its data URL.
+
+        Raises:
+            RefusedImageError, ServeError: raised by `read_image` and `read_text`.
+        """
+        return await (self.read_image(value) if is_image_url(value) else self.read_text(value))

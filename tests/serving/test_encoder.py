@@ -1,0 +1,320 @@
+"""Tests of serving an encoder: vectors, ranking, captions and routes over HTTP, by OpenAI's client and by hand."""
+
+import asyncio
+import base64
+import http.server
+import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import numpy as np
+import openai
+import pytest
+import torch
+
+from mhmoe_ray.checkpoint.manifest import CheckpointManifest, checkpoint_name, commit, read_manifest
+from mhmoe_ray.errors import ServeError
+from mhmoe_ray.evaluate.encoder import EncoderMeter
+from mhmoe_ray.evaluate.retrieval import Candidates
+from mhmoe_ray.model.build import build_model
+from mhmoe_ray.model.captions import write_captions
+from mhmoe_ray.model.init import init_weights
+from mhmoe_ray.runs.directory import create_run
+from mhmoe_ray.serving.api.app import create_app
+from mhmoe_ray.serving.encoder.engine import EncoderEngine, EncodeRequest
+from mhmoe_ray.serving.encoder.images import read_image
+from mhmoe_ray.serving.engine import BusyError, EngineError
+from mhmoe_ray.serving.load import check_served, load_served
+from mhmoe_ray.spec import ServeSpec
+from mhmoe_ray.storage import describe_file
+from tests.data.pictures import encode_image
+from tests.data.sources.test_pictures import bomb
+from tests.encoders import ENCODER, PADDING, encoder_spec
+from tests.saved import save_tensors
+from tests.serving.conftest import build_tokenizer, serve_app
+
+SEQ_LEN = 12
+WORDS = ["the fox", "jumps over", "lazy dog", "quick", "brown fox jumps"]
+SOURCES = {**ENCODER["data"]["sources"], "written": {"path": "/nowhere/written", "format": "webdataset"}}
+CAPTIONS = {"captions_of": {"sources": ["written"], "micro_batch_size": 2, "objective": "caption"}}
+
+
+def make_encoder_run(folder, *, writes_captions=True, d_match=8):
+    """Return a run with a checkpoint of an encoder with random weights, and the model."""
+    parts = {name: part for name, part in ENCODER["data"]["parts"].items() if d_match or name != "match"}
+    sources = {name: source for name, source in SOURCES.items() if d_match or name != "matched"}
+    if writes_captions:
+        parts |= CAPTIONS
+    else:
+        del sources["written"]
+    spec = encoder_spec(
+        storage=str(folder / "runs"),
+        data__parts=parts,
+        data__sources=sources,
+        data__prepared=str(folder / "prepared"),
+        train__micro_batch_size=sum(part["micro_batch_size"] for part in parts.values()),
+        model__encoder__d_match=d_match,
+    )
+    run = create_run(spec)
+    build_tokenizer().save(str(run.tokenizer_file))
+    model = build_model(spec.model).eval().requires_grad_(False)
+    init_weights(model, 3)
+    checkpoint = run.checkpoints / checkpoint_name(1, 1)
+    checkpoint.mkdir(parents=True)
+    save_tensors(checkpoint / "weights", model.named_tensors())
+    manifest = CheckpointManifest(
+        step=1,
+        tokens=64,
+        position=1,
+        seed=3,
+        world=1,
+        ep=1,
+        model=spec.model,
+        seq_len=SEQ_LEN,
+        tokenizer_sha256=describe_file(run.tokenizer_file).sha256,
+        data_sha256="",
+        files={str(p.relative_to(checkpoint)): describe_file(p) for p in checkpoint.glob("*/*")},
+    )
+    commit(checkpoint, manifest)
+    return run, model
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory):
+    return make_encoder_run(tmp_path_factory.mktemp("encoder"))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(encoder):
+    run, _ = encoder
+    return run.checkpoints / checkpoint_name(1, 1)
+
+
+@pytest.fixture(scope="module")
+def answerer(checkpoint):
+    answerer = load_served(checkpoint, ServeSpec(max_concurrency=4))
+    yield answerer
+    answerer.engine.close()
+
+
+@pytest.fixture(scope="module")
+def url(answerer):
+    with serve_app(create_app(answerer, "pictures", ServeSpec(max_concurrency=4))) as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def client(url):
+    return openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+
+
+def data_url(content: bytes, kind: str = "png") -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+
+
+IMAGES = [encode_image(np.random.default_rng(n).integers(0, 256, (20, 24, 3), np.uint8)) for n in range(5)]
+URLS = [data_url(image) for image in IMAGES]
+
+
+@pytest.fixture(scope="module")
+def similarities(encoder, answerer):
+    """Return the similarities by which `mhmoe eval` ranks, of `IMAGES` and `WORDS`."""
+    run, model = encoder
+    rows = np.full((len(WORDS), SEQ_LEN), PADDING, np.uint16)
+    for row, text in zip(rows, WORDS, strict=True):
+        token_ids = answerer.encode(text)
+        row[: len(token_ids)] = token_ids
+    meter = EncoderMeter(model, run.spec(), use_bfloat16=False, on_progress=lambda *_: None)
+    return meter.similarities(Candidates(IMAGES, rows, np.eye(5, dtype=bool)))
+
+
+def test_openai_client_gets_the_vectors_of_texts_and_images(client, similarities):
+    vectors = {
+        encoding_format: np.array(
+            [item.embedding for item in client.embeddings.create(model="pictures", input=[*URLS, *WORDS]).data]
+        )
+        for encoding_format in ("base64", "float")
+    }
+    assert np.allclose(np.linalg.norm(vectors["float"], axis=1), 1, atol=1e-5)
+    assert np.allclose(vectors["base64"], vectors["float"], atol=1e-6)
+    cosines = vectors["float"][:5] @ vectors["float"][5:].T
+    assert np.allclose(cosines, similarities, atol=1e-5)
+    single_vector = client.embeddings.create(model="pictures", input=URLS[2], encoding_format="float").data[0].embedding
+    assert np.allclose(single_vector, vectors["float"][2], atol=1e-5)
+
+
+def test_ranking_is_that_of_the_evaluation(url, similarities):
+    for number, image_url in enumerate(URLS):
+        body = {"query": {"image": image_url}, "documents": WORDS}
+        results = httpx.post(f"{url}/rerank", json=body).json()["results"]
+        assert [result["index"] for result in results] == np.argsort(-similarities[number], kind="stable").tolist()
+        scores = [similarities[number, result["index"]] for result in results]
+        assert [result["relevance_score"] for result in results] == pytest.approx(scores, abs=1e-5)
+    body = {"query": WORDS[1], "documents": [{"image": url} for url in URLS], "top_n": 2, "return_documents": True}
+    results = httpx.post(f"{url}/v1/rerank", json=body).json()["results"]
+    assert [result["index"] for result in results] == np.argsort(-similarities[:, 1], kind="stable")[:2].tolist()
+    assert results[0]["document"] == {"image": URLS[results[0]["index"]]}
+
+
+def chat_messages(image_url):
+    parts = [{"type": "text", "text": "What is this?"}, {"type": "image_url", "image_url": {"url": image_url}}]
+    return [{"role": "user", "content": parts}]
+
+
+def test_a_conversation_with_an_image_is_answered_by_its_caption(client, encoder, answerer):
+    _, model = encoder
+    images = torch.from_numpy(np.stack([read_image(image_url, 16) for image_url in URLS]))
+    start_token = answerer.start_token
+    captions = write_captions(model, images, start_token, SEQ_LEN - 1)
+    assert len({tuple(caption) for caption in captions}) > 1
+    for image_url, caption in zip(URLS, captions, strict=True):
+        answer = client.chat.completions.create(model="pictures", messages=chat_messages(image_url))
+        assert answer.choices[0].message.content == answerer.decode(caption).strip()
+        assert answer.usage.completion_tokens == len(caption)
+    chunks = list(client.chat.completions.create(model="pictures", messages=chat_messages(URLS[0]), stream=True))
+    assert chunks[0].choices[0].delta.content == answerer.decode(captions[0]).strip()
+
+
+def test_routes_are_those_of_the_patches(url, encoder):
+    _, model = encoder
+    body = httpx.post(f"{url}/routes", json={"image": URLS[0]}).json()
+    # One layer with experts, 4 x 4 patches, two heads.
+    assert (body["patches_per_side"], np.array(body["routes"]).shape) == (4, (1, 16, 2))
+    engine_routes = np.array(body["routes"])
+    assert engine_routes.min() >= 0
+    assert engine_routes.max() < model.spec.moe.experts
+    stats = httpx.get(f"{url}/stats").json()["replicas"][0]
+    assert sum(stats["count_LE"][0]) > 0
+
+
+@pytest.mark.parametrize(
+    ("image_url", "reason"),
+    [
+        (data_url(bomb()), "more than 20 million"),
+        (data_url(IMAGES[0][:200]), "cannot be decoded"),
+        (data_url(b"<svg/>", "svg+xml"), "no image of a known format"),
+        (data_url(b"%PDF-1.4", "png"), "no image of a known format"),
+        ("data:image/png;base64,@@@", "not base64"),
+    ],
+    ids=["bomb", "truncated", "svg", "wrong-type", "not-base64"],
+)
+def test_hostile_images_are_refused(client, image_url, reason):
+    with pytest.raises(openai.BadRequestError, match=reason) as error:
+        client.embeddings.create(model="pictures", input=[WORDS[0], image_url])
+    assert error.value.body["code"] == "invalid_image"
+    with pytest.raises(openai.BadRequestError, match=reason):
+        client.chat.completions.create(model="pictures", messages=chat_messages(image_url))
+    assert client.embeddings.create(model="pictures", input=WORDS[0]).data
+
+
+def test_addresses_of_images_are_never_fetched(client):
+    requested_paths = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            requested_paths.append(self.path)
+            self.send_response(200)
+            self.end_headers()
+
+    server = http.server.HTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        address = f"http://127.0.0.1:{server.server_port}/picture.png"
+        with pytest.raises(openai.BadRequestError, match="other URLs are not fetched"):
+            client.chat.completions.create(model="pictures", messages=chat_messages(address))
+        # As an input of /v1/embeddings an address is a text like any other.
+        with pytest.raises(openai.BadRequestError, match="shorten it"):
+            client.embeddings.create(model="pictures", input=address)
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert requested_paths == []
+
+
+@pytest.mark.parametrize(
+    ("route", "body", "status", "param"),
+    [
+        ("v1/embeddings", {"input": []}, 400, "input"),
+        ("v1/embeddings", {"input": "fox", "dimensions": 4}, 400, "dimensions"),
+        ("v1/embeddings", {"input": "fox", "model": "other"}, 404, "model"),
+        ("rerank", {"query": {"text": "fox", "image": URLS[0]}, "documents": ["dog"]}, 400, "query"),
+        ("rerank", {"query": "fox", "documents": [{}]}, 400, "documents"),
+        ("rerank", {"query": "fox", "documents": [{"image": "http://127.0.0.1/a.png"}]}, 400, "documents"),
+        ("v1/chat/completions", {"messages": [{"role": "user", "content": "fox"}]}, 400, "messages"),
+        ("routes", {"image": "fox"}, 400, "image"),
+        ("v1/completions", {"prompt": "fox"}, 404, None),
+    ],
+)
+def test_wrong_requests_are_refused_by_the_name_of_the_field(url, route, body, status, param):
+    answer = httpx.post(f"{url}/{route}", json=body)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (status, param), answer.text
+
+
+def test_requests_of_many_clients_are_computed_together(answerer, client, similarities):
+    steps_before = answerer.engine.stats().steps
+    with ThreadPoolExecutor(24) as pool:
+        futures = [
+            pool.submit(client.embeddings.create, model="pictures", input=WORDS[n % 5], encoding_format="float")
+            for n in range(48)
+        ]
+        vectors = [np.array(future.result().data[0].embedding) for future in futures]
+    assert all(np.allclose(vector, vectors[number % 5], atol=1e-5) for number, vector in enumerate(vectors))
+    stats = answerer.engine.stats()
+    assert stats.steps - steps_before < 48
+    assert (stats.waiting, stats.running) == (0, 0)
+
+
+def test_a_full_engine_refuses_requests_and_a_closed_one_fails_them(encoder):
+    _, model = encoder
+    engine = EncoderEngine(model, SEQ_LEN, 0, ServeSpec(max_concurrency=1, max_waiting=1))
+    text = EncodeRequest(token_ids=(0, 5, 6))
+
+    async def fill():
+        return await asyncio.gather(*(engine.encode([text]) for _ in range(6)), return_exceptions=True)
+
+    answers = asyncio.run(fill())
+    assert any(isinstance(answer, BusyError) for answer in answers)
+    assert any(isinstance(answer, list) for answer in answers)
+    engine.close()
+    with pytest.raises(EngineError, match="it was closed"):
+        asyncio.run(engine.encode([text]))
+
+
+def test_an_error_of_the_model_breaks_the_engine(encoder):
+    run, _ = encoder
+    model = build_model(run.spec().model).eval()
+    engine = EncoderEngine(model, SEQ_LEN, 0, ServeSpec())
+    with pytest.raises(EngineError, match="IndexError"):
+        asyncio.run(engine.encode([EncodeRequest(token_ids=(0, 999_999))]))
+    assert "IndexError" in engine.failure_reason
+    engine.close()
+
+
+@pytest.mark.parametrize(
+    ("options", "spec", "reason"),
+    [
+        ({"writes_captions": False, "d_match": None}, ServeSpec(), "neither to match images with texts"),
+        ({}, ServeSpec(engine="vllm"), "it computes decoders"),
+    ],
+)
+def test_an_encoder_without_answers_is_refused_before_it_is_loaded(tmp_path, options, spec, reason):
+    run, _ = make_encoder_run(tmp_path, **options)
+    manifest = read_manifest(run.checkpoints / checkpoint_name(1, 1))
+    with pytest.raises(ServeError, match=reason):
+        check_served(manifest, spec, run)
+
+
+def test_an_encoder_of_captions_alone_has_no_vectors(tmp_path):
+    run, _ = make_encoder_run(tmp_path, d_match=None)
+    answerer = load_served(run.checkpoints / checkpoint_name(1, 1), ServeSpec())
+    with serve_app(create_app(answerer, "captions", ServeSpec())) as url:
+        assert httpx.post(f"{url}/v1/embeddings", json={"input": "fox"}).status_code == 404
+        answer = httpx.post(
+            f"{url}/v1/chat/completions",
+            content=json.dumps({"messages": chat_messages(URLS[0])}),
+            headers={"Content-Type": "application/json"},
+        )
+        assert answer.status_code == 200
+        assert httpx.get(f"{url}/ready").status_code == 200
+    answerer.engine.close()
