@@ -65,6 +65,7 @@ class ModelService(Generic[Text]):
             raise timeout_error(self.spec.request_timeout) from e
 
 
+@dataclass
 class Service(ModelService[Answerer]):
     """A served decoder, and what the routes of completions do with it."""
 
