@@ -8,7 +8,7 @@ from mhmoe_ray.api.connection import connect_to_cluster
 from mhmoe_ray.api.defaults import EVALUATION_SAMPLES, OnNote, Prior, ignore_note
 from mhmoe_ray.cluster import remote
 from mhmoe_ray.cluster.remote import SubmittedJob
-from mhmoe_ray.errors import DataError, RunError
+from mhmoe_ray.errors import DataError, RunError, SpecError
 from mhmoe_ray.evaluate.job import EvalJob
 from mhmoe_ray.evaluate.request import EvalRequest, Evaluation, load_evaluation
 from mhmoe_ray.runs.directory import RunDir
@@ -37,6 +37,7 @@ def make_request(
     limit: int | None = None,
     gpus: int | None = None,
     prior: Prior | None = None,
+    probe: str | PathLike[str] | None = None,
 ) -> EvalRequest:
     """Return a request to evaluate a run's checkpoint on raw text and in tasks, or on held-out samples without either.
 
@@ -54,11 +55,14 @@ def make_request(
         gpus: number of GPUs; None for as many as a worker of the training had.
         prior: prior probabilities of the domains of the text, for router `domain`; None if the domains are known.
 
+        probe: pictures on which a linear probe is trained that classifies those of `text`; None for none.
+
     Raises:
         SpecError: an override is wrong.
         DataError: there is no such text.
     """
     text_data = raw_text_sections(_text_list(text), overrides)[0] if text else None
+    probe_data = _probe_data(text_data, fspath(probe)) if text_data and probe is not None else None
     # An imported run has neither a spec nor held-out samples, so defaults replace the spec.
     spec = None if run.is_imported else run.spec()
     cluster = spec.cluster if spec else ClusterSpec()
@@ -78,7 +82,18 @@ def make_request(
         cpus=cluster.cpus_per_worker,
         gpus=cluster.gpus_per_worker if gpus is None else gpus,
         prior=prior,
+        probe=probe_data,
+        probe_version=_text_version(probe_data) if probe_data else None,
     )
+
+
+def _probe_data(text: DataSpec, path: str) -> DataSpec:
+    """Return the data section by which the pictures of a probe are read: like those that it classifies."""
+    sources = list(text.sources.values())
+    if len(sources) > 1:
+        raise SpecError("--probe", f"it classifies one source, and there are {len(sources)}", "name one with --text")
+    source = sources[0].model_copy(update={"path": str(Path(path).absolute()) if "://" not in path else path})
+    return text.model_copy(update={"sources": {"probe": source}})
 
 
 def _text_list(texts: Texts) -> list[str]:

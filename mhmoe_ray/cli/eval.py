@@ -27,7 +27,7 @@ from mhmoe_ray.cli.common import (
 
 if TYPE_CHECKING:
     from mhmoe_ray.evaluate.request import Evaluation
-    from mhmoe_ray.evaluate.score import EncoderFigures, RetrievalFigures, Score
+    from mhmoe_ray.evaluate.score import ClassScore, EncoderFigures, RetrievalFigures, Score
 
 
 TextOption = Annotated[
@@ -84,6 +84,14 @@ def eval_(
     checkpoint: CheckpointOption = None,
     gpus: GpusOption = None,
     prior: PriorOption = None,
+    probe: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PICTURES",
+            help="For an encoder: classify the pictures of --text, whose captions are classes, by a linear probe that "
+            "is trained on these pictures.",
+        ),
+    ] = None,
     recompute: AgainOption = False,
     storage: StorageOption = STORAGE,
     address: AddressOption = None,
@@ -105,6 +113,8 @@ def eval_(
     task_names = [task.strip() for task in tasks.split(",")] if tasks else []
     if not task_names and (limit or task_folder):
         raise typer.BadParameter("--limit and --task-folder are about --tasks: name some")
+    if probe and not text:
+        raise typer.BadParameter("--probe classifies the pictures of --text: name some")
     # The weights need not be hashed here, because the job loads them and damage shows then.
     path, manifest = pick_checkpoint(run_dir, checkpoint, verify_hashes=False)
     if prior is not None and not has_domain_experts(manifest.model):
@@ -120,6 +130,7 @@ def eval_(
         limit=limit,
         gpus=gpus,
         prior=prior,
+        probe=probe,
     )
     evaluation = load_or_evaluate(run_dir, request, recompute, address, follow=jobs.follow_job, on_note=print_note)
     if json:
@@ -140,6 +151,20 @@ def eval_(
         )
 
 
+def _print_class_scores(scores: "dict[str, ClassScore]") -> None:
+    """Print the accuracy of a linear probe beside its baselines."""
+    columns = ["classes of", "linear probe", "nearest pixels", "largest class", "classes", "images", "trained on"]
+    rows = [
+        [
+            name,
+            *(f"{share:.1%}" for share in (score.accuracy, score.baseline, score.largest_class)),
+            *(f"{count:,}" for count in (score.classes, score.images, score.training_images)),
+        ]
+        for name, score in scores.items()
+    ]
+    print_untruncated(number_table(columns, rows))
+
+
 def _print_encoder_figures(figures: "EncoderFigures") -> None:
     """Print the losses of the parts of micro-batches, and the value of the image in nats per hidden token."""
     if figures.losses:
@@ -148,6 +173,8 @@ def _print_encoder_figures(figures: "EncoderFigures") -> None:
             for name, score in figures.losses.items()
         ]
         print_untruncated(number_table(["", "loss", "perplexity", "targets"], rows))
+    if figures.classes:
+        _print_class_scores(figures.classes)
     if figures.image_values:
         columns = ["hidden tokens of", "own image", "another", "none", "over another", "over none", "pairs", "tokens"]
         rows = []

@@ -5,7 +5,8 @@
     encoder.py      measures an encoder's losses, and the value of the image for the text of a pair
     retrieval.py    finds captions of images and images of captions
     captions.py     scores the captions that an encoder writes
-    nearest.py      nearest images of the training in pixels, the baseline of both
+    probe.py        classifies images by a linear probe
+    nearest.py      nearest images of the training in pixels, the baseline of these three
     encoder_figures.py  computes all figures of an encoder
     measure.py      cuts text into samples, and measures a model's losses and routes over them
     mixture.py      text of unknown domain, predicted by all experts of a DEMix model together

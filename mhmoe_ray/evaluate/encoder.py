@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from mhmoe_ray.data.crops import read_crop
 from mhmoe_ray.data.domains import source_of
@@ -26,9 +25,9 @@ from mhmoe_ray.errors import DataError
 from mhmoe_ray.evaluate.retrieval import Candidates
 from mhmoe_ray.evaluate.score import EncoderLossScore, ImageValue
 from mhmoe_ray.model.captions import write_captions
-from mhmoe_ray.model.encoder import Encoder
+from mhmoe_ray.model.encoder import Encoded, Encoder
 from mhmoe_ray.model.transfer import copy_to_device
-from mhmoe_ray.spec import Column, DataSpec, MicroBatchPart, RunSpec
+from mhmoe_ray.spec import DataSpec, MicroBatchPart, RunSpec
 
 Progress = Callable[[str, int, int], None]
 """Function (name, finished samples, all samples) that reports progress."""
@@ -117,31 +116,49 @@ class EncoderMeter:
     def similarities(self, candidates: Candidates) -> np.ndarray:
         """Return the cosine of each image and each caption, (images, captions) float32, for a model with a head for
         matching. Images are cropped to the largest square at their centre."""
-        head = self._model.match
+        head, size = self._model.match, self._spec.train.micro_batch_size
         assert head is not None
-        size = self._spec.train.micro_batch_size
-        pair = MicroBatchPart("pairs", (), size, "contrastive", ("image", "text"), 1.0)
+        image_part = MicroBatchPart("images", (), size, "contrastive", ("image",), 1.0)
+        text_part = image_part._replace(name="texts", columns=("text",))
+        image_vectors = [
+            head.image_vectors(encoded.image_NSM[:, 0])
+            for encoded in self._encode(image_part, candidates.captions[:0], candidates.images)
+        ]
+        text_vectors = [
+            head.text_vectors(encoded.text_NTM[:, 0]) for encoded in self._encode(text_part, candidates.captions, [])
+        ]
+        return (torch.cat(image_vectors) @ torch.cat(text_vectors).T).cpu().numpy()
+
+    def _encode(self, part: MicroBatchPart, tokens: np.ndarray, images: Sequence[bytes]) -> Iterator[Encoded]:
+        """Yield the outputs for images alone or texts alone, in micro-batches of the size of a part.
+
+        Args:
+            part: part of one column.
+            tokens: stored tokens of texts, (texts, T).
+            images: image files, which are cropped to the largest square at their centre.
+        """
         maker = SampleMaker(self._spec, token_bytes_for(self._spec.model.vocab_size))
-        vectors: dict[Column, list[Tensor]] = {"image": [], "text": []}
-        counts: dict[Column, int] = {"image": len(candidates.images), "text": len(candidates.captions)}
-        for column, count in counts.items():
-            for start in range(0, count, size):
-                part = pair._replace(samples=min(size, count - start), columns=(column,))
-                stretch = slice(start, start + part.samples)
-                labels = [""] * part.samples
-                samples = maker.make(
-                    part, candidates.captions[stretch], candidates.images[stretch], labels, crops=False
-                )
-                with torch.autocast(self._device.type, torch.bfloat16, enabled=self._use_bfloat16):
-                    encoded = self._model.encode(self._batch_maker.make([part], samples))
-                    vectors[column].append(
-                        head.image_vectors(encoded.image_NSM[:, 0])
-                        if column == "image"
-                        else head.text_vectors(encoded.text_NTM[:, 0])
-                    )
-                self._on_progress(f"vectors of {column}s", start + part.samples, count)
-        image_IW, text_CW = torch.cat(vectors["image"]), torch.cat(vectors["text"])
-        return (image_IW @ text_CW.T).cpu().numpy()
+        count = max(len(tokens), len(images))
+        for start in range(0, count, part.samples):
+            stop = min(count, start + part.samples)
+            batch_part = part._replace(samples=stop - start)
+            samples = maker.make(
+                batch_part, tokens[start:stop], images[start:stop], [""] * batch_part.samples, crops=False
+            )
+            with torch.autocast(self._device.type, torch.bfloat16, enabled=self._use_bfloat16):
+                yield self._model.encode(self._batch_maker.make([batch_part], samples))
+            self._on_progress(f"vectors of {part.name}", stop, count)
+
+    @torch.no_grad()
+    def features(self, images: Sequence[bytes]) -> np.ndarray:
+        """Return the features of images, (images, 2d) float32: the outputs of each image as a whole, and the means of
+        those of its patches."""
+        part = MicroBatchPart("images", (), self._spec.train.micro_batch_size, "contrastive", ("image",), 1.0)
+        features = []
+        for encoded in self._encode(part, np.empty((0, self._spec.data.seq_len)), images):
+            parts = [encoded.image_NSM[:, 0], encoded.image_NSM[:, 1:].mean(1)]
+            features.append(torch.cat(parts, 1).float().cpu().numpy())
+        return np.concatenate(features)
 
     @property
     def padding(self) -> int:

@@ -19,9 +19,10 @@ from mhmoe_ray.errors import RunError
 from mhmoe_ray.evaluate.captions import score_captions
 from mhmoe_ray.evaluate.encoder import EncoderMeter, Progress, raw_pairs, training_pairs
 from mhmoe_ray.evaluate.nearest import NearestImages
+from mhmoe_ray.evaluate.probe import classify
 from mhmoe_ray.evaluate.request import EvalRequest
 from mhmoe_ray.evaluate.retrieval import Candidates, nearest_scores, retrieval_figures
-from mhmoe_ray.evaluate.score import CaptionFigures, EncoderFigures, EncoderLossScore
+from mhmoe_ray.evaluate.score import CaptionFigures, ClassScore, EncoderFigures, EncoderLossScore
 from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.spec import RunSpec
 from mhmoe_ray.storage import Location
@@ -80,6 +81,11 @@ def encoder_figures(
         data = require_data_manifest(Path(request.prepared))
         losses = meter.losses(encoder_validation_samples(spec, data))
         pairs = held_out_pairs(spec, data)
+    if request.probe is not None:
+        probe_pairs = list(raw_pairs(request.probe, DocumentEncoder(tokenizer), spec, request.samples))
+        return EncoderFigures(
+            losses={}, image_values={}, classes={p.domain: _class_score(p, probe_pairs, meter) for p in pairs}
+        )
     hides_text = any(part.objective == "masked" and "text" in part.columns for part in spec.parts)
     writes_captions = any(part.objective == "caption" for part in spec.parts)
     baseline = _read_baseline(spec, print_line) if model.match is not None or writes_captions else None
@@ -110,6 +116,19 @@ def _read_baseline(spec: RunSpec, print_line: Callable[[str], None]) -> Baseline
         return None
     tokens, images = training_pairs(spec, manifest)
     return Baseline(tokens, NearestImages(images))
+
+
+def _class_score(pairs: Pairs, probe_pairs: Sequence[Pairs], meter: EncoderMeter) -> ClassScore:
+    """Return the accuracy of a linear probe on some pictures, whose captions are their classes."""
+    training_images = [image for domain_pairs in probe_pairs for image in domain_pairs.images]
+    return classify(
+        meter.features(training_images),
+        training_images,
+        [row.tobytes() for domain_pairs in probe_pairs for row in domain_pairs.tokens],
+        meter.features(pairs.images),
+        pairs.images,
+        [row.tobytes() for row in pairs.tokens],
+    )
 
 
 def _caption_figures(

@@ -60,6 +60,11 @@ class EvalRequest(BaseModel):
     """True to compute matrix products in bfloat16."""
     cpus: int
     gpus: int
+    probe: DataSpec | None = None
+    """Pictures on which a linear probe is trained, whose captions are classes; the pictures of `text` are then
+    classified by it. None for everything else."""
+    probe_version: str | None = None
+    """Hash that changes with the files of `probe`."""
     prior: Literal["uniform", "updating", "cached"] | None = None
     """Prior probabilities of domains for a model with router `domain`, whose experts then predict together; None if the
     domain of each text is known, and for all other models."""
@@ -72,8 +77,10 @@ class EvalRequest(BaseModel):
         the same key. If a file of the text changes, the key does, too.
         """
         excluded_fields = {"run", "batch", "cpus", "gpus"}
-        # Evaluations of earlier versions had neither of these fields, and are still found under their names.
-        excluded_fields |= {name for name in ("prior", "text_version") if getattr(self, name) is None}
+        # Evaluations of earlier versions had none of these fields, and are still found under their names.
+        excluded_fields |= {
+            name for name in ("prior", "probe", "probe_version", "text_version") if getattr(self, name) is None
+        }
         question_fields = self.model_dump(mode="json", exclude=excluded_fields)
         return (
             f"{self.checkpoint}-{hashlib.sha256(json.dumps(question_fields, sort_keys=True).encode()).hexdigest()[:8]}"
@@ -87,6 +94,8 @@ class EvalRequest(BaseModel):
             parts.append(f"{'pictures' if self.text.has_images else 'text'} {', '.join(self.text.sources)}")
         if self.tasks:
             parts.append(f"tasks {', '.join(self.tasks)}")
+        if self.probe:
+            parts.append(f"a linear probe on {', '.join(source.path for source in self.probe.sources.values())}")
         return " and ".join(parts)
 
 

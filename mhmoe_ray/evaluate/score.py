@@ -153,6 +153,20 @@ class CaptionFigures(BaseModel):
     """Captions of the first images: a right one and that of the model."""
 
 
+class ClassScore(BaseModel):
+    """Accuracy of a linear probe (`evaluate.probe`)."""
+
+    training_images: int
+    images: int
+    classes: int
+    accuracy: float
+    """Share of images whose class the probe names."""
+    baseline: float
+    """The same of the class of the nearest training image in pixels."""
+    largest_class: float
+    """Share of images of the class that most training images have."""
+
+
 class EncoderFigures(BaseModel):
     """Figures of an encoder."""
 
@@ -164,3 +178,5 @@ class EncoderFigures(BaseModel):
     """Retrieval by domain of pairs, for a model with a head for matching."""
     captions: dict[str, CaptionFigures] = {}
     """Captions by domain of pairs, for a model that is trained on captions."""
+    classes: dict[str, ClassScore] = {}
+    """Linear probe by domain, if the request asks for one."""
