@@ -49,7 +49,7 @@ def routing(
 ) -> None:
     """Show how a run's router balanced in training, and where its checkpoint sends the tokens of its held-out text or
     any other: loads, share of experts in use by threshold, how many experts a token's sub-tokens see, how often heads
-    agree, and how domains and languages differ.
+    agree, and how domains and languages differ, or images and texts.
 
     For example `mhmoe routing --text books/ --samples 100`.
     """
@@ -63,9 +63,6 @@ def routing(
         # The error is raised before the checkpoint is evaluated, because the evaluation could take minutes on the
         # cluster.
         raise dense_error
-    if not run_dir.is_imported and run_dir.spec().model.encoder is not None:
-        reason = "it trains an encoder, whose routes are counted in training alone"
-        raise RunError(f"run {run_dir.id}", reason, "see its balance with `mhmoe status`, or name a decoder's run")
     require_text(text, set_, samples)
     path, _ = pick_checkpoint(run_dir, checkpoint, verify_hashes=False)
     request = make_request(run_dir, path.name, text=text, overrides=set_, samples=samples, gpus=gpus)

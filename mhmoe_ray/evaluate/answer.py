@@ -31,7 +31,7 @@ from mhmoe_ray.evaluate.measure import (
     text_samples,
 )
 from mhmoe_ray.evaluate.mixture import measure_mixture
-from mhmoe_ray.evaluate.request import EvalRequest, Evaluation, RoutingCounts, save_evaluation
+from mhmoe_ray.evaluate.request import EvalRequest, Evaluation, save_evaluation
 from mhmoe_ray.evaluate.score import Score
 from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.spec import DataSpec
@@ -69,11 +69,20 @@ def run_evaluation(request: EvalRequest, print_line: Callable[[str], None]) -> N
     checkpoint = run.checkpoints / request.checkpoint
     manifest = read_manifest(checkpoint, parts=("weights",))
     if manifest.model.encoder is not None:
-        figures = encoder_figures(request, run, checkpoint, manifest, print_line, _progress_callback(print_line))
+        figures, routing = encoder_figures(
+            request, run, checkpoint, manifest, print_line, _progress_callback(print_line)
+        )
         seconds = time.monotonic() - start_time
         save_evaluation(
             run,
-            Evaluation(request=request, step=manifest.step, tokens=manifest.tokens, seconds=seconds, encoder=figures),
+            Evaluation(
+                request=request,
+                step=manifest.step,
+                tokens=manifest.tokens,
+                seconds=seconds,
+                routing=routing,
+                encoder=figures,
+            ),
         )
         return
     model = load_verified_model(checkpoint, manifest)
@@ -103,7 +112,7 @@ def run_evaluation(request: EvalRequest, print_line: Callable[[str], None]) -> N
         "use_bfloat16": request.half,
         "on_progress": _progress_callback(print_line),
     }
-    routing: dict[str, RoutingCounts] = {}
+    routing = {}
     if request.prior is None:
         domains, routing = measure_samples(model, samples, widths, **settings)
     else:

@@ -22,6 +22,8 @@ from mhmoe_ray.data.shards.rows import RowReader
 from mhmoe_ray.data.sources import Document, FileReader, find_files
 from mhmoe_ray.data.tokenizer import DocumentEncoder
 from mhmoe_ray.errors import DataError
+from mhmoe_ray.evaluate.measure import RouteCounter
+from mhmoe_ray.evaluate.request import RoutingCounts
 from mhmoe_ray.evaluate.retrieval import Candidates
 from mhmoe_ray.evaluate.score import EncoderLossScore, ImageValue
 from mhmoe_ray.model.captions import write_captions
@@ -148,6 +150,38 @@ class EncoderMeter:
             with torch.autocast(self._device.type, torch.bfloat16, enabled=self._use_bfloat16):
                 yield self._model.encode(self._batch_maker.make([batch_part], samples))
             self._on_progress(f"vectors of {part.name}", stop, count)
+
+    @torch.no_grad()
+    def count_routes(self, pairs: Pairs) -> dict[str, RoutingCounts]:
+        """Return the counts of the routes of images and of texts of some pairs, in which nothing is hidden.
+
+        They are empty for a model whose tokens choose no experts.
+        """
+        moe, batch_size = self._model.spec.moe, self._spec.train.micro_batch_size
+        if moe is None or moe.router == "smear":
+            return {}
+        counter = RouteCounter(self._model)
+        # Objective contrastive hides nothing, and objective masked makes an image and its text one sample.
+        pair = MicroBatchPart("pairs", (), batch_size, "contrastive", ("image", "text"), 1.0)
+        maker = SampleMaker(self._spec, token_bytes_for(self._spec.model.vocab_size))
+        for start in range(0, len(pairs.images), batch_size):
+            stop = min(len(pairs.images), start + batch_size)
+            part = pair._replace(samples=stop - start)
+            labels = [""] * part.samples
+            samples = maker.make(part, pairs.tokens[start:stop], pairs.images[start:stop], labels, crops=False)
+            batch = self._batch_maker.make([part._replace(objective="masked")], samples)
+            is_text_N = torch.zeros(batch.token_NT.numel(), dtype=torch.bool, device=self._device)
+            is_image_N = torch.ones(part.samples * self._model.image_tokens, dtype=torch.bool, device=self._device)
+            masks = {
+                "images": torch.cat([is_image_N, is_text_N]),
+                "texts": torch.cat([~is_image_N, batch.is_token_NT.flatten()]),
+            }
+            for modality, mask_N in masks.items():
+                autocast = torch.autocast(self._device.type, torch.bfloat16, enabled=self._use_bfloat16)
+                with autocast, counter.counting_routes(f"{pairs.domain} {modality}", mask_N):
+                    self._model.encode(batch)
+            self._on_progress(f"routes of {pairs.domain}", stop, len(pairs.images))
+        return counter.routing_counts()
 
     @torch.no_grad()
     def features(self, images: Sequence[bytes]) -> np.ndarray:

@@ -20,7 +20,7 @@ from mhmoe_ray.evaluate.captions import score_captions
 from mhmoe_ray.evaluate.encoder import EncoderMeter, Progress, raw_pairs, training_pairs
 from mhmoe_ray.evaluate.nearest import NearestImages
 from mhmoe_ray.evaluate.probe import classify
-from mhmoe_ray.evaluate.request import EvalRequest
+from mhmoe_ray.evaluate.request import EvalRequest, RoutingCounts
 from mhmoe_ray.evaluate.retrieval import Candidates, nearest_scores, retrieval_figures
 from mhmoe_ray.evaluate.score import CaptionFigures, ClassScore, EncoderFigures, EncoderLossScore
 from mhmoe_ray.runs.directory import RunDir
@@ -46,8 +46,8 @@ def encoder_figures(
     manifest: CheckpointManifest,
     print_line: Callable[[str], None],
     on_progress: Progress,
-) -> EncoderFigures:
-    """Return the figures of an encoder on what a request asks for.
+) -> tuple[EncoderFigures, dict[str, RoutingCounts]]:
+    """Return the figures of an encoder on what a request asks for, and the counts of routes of images and texts.
 
     Args:
         request: the request.
@@ -83,15 +83,15 @@ def encoder_figures(
         pairs = held_out_pairs(spec, data)
     if request.probe is not None:
         probe_pairs = list(raw_pairs(request.probe, DocumentEncoder(tokenizer), spec, request.samples))
-        return EncoderFigures(
-            losses={}, image_values={}, classes={p.domain: _class_score(p, probe_pairs, meter) for p in pairs}
-        )
+        classes = {p.domain: _class_score(p, probe_pairs, meter) for p in pairs}
+        return EncoderFigures(losses={}, image_values={}, classes=classes), {}
     hides_text = any(part.objective == "masked" and "text" in part.columns for part in spec.parts)
     writes_captions = any(part.objective == "caption" for part in spec.parts)
     baseline = _read_baseline(spec, print_line) if model.match is not None or writes_captions else None
-    figures = EncoderFigures(losses=losses, image_values={})
+    figures, routing = EncoderFigures(losses=losses, image_values={}), dict[str, RoutingCounts]()
     for domain_pairs in pairs:
         domain = domain_pairs.domain
+        routing |= meter.count_routes(domain_pairs)
         if hides_text and (value := meter.image_value(domain_pairs)):
             figures.image_values[domain] = value
         if model.match is not None:
@@ -105,7 +105,7 @@ def encoder_figures(
             )
         if writes_captions:
             figures.captions[domain] = _caption_figures(domain_pairs, meter, tokenizer, baseline)
-    return figures
+    return figures, routing
 
 
 def _read_baseline(spec: RunSpec, print_line: Callable[[str], None]) -> Baseline | None:

@@ -25,6 +25,7 @@ from mhmoe_ray.model.attention import document_indices
 from mhmoe_ray.model.decoder import Decoder
 from mhmoe_ray.model.loss import token_losses
 from mhmoe_ray.model.router import Routing
+from mhmoe_ray.model.trunk import Trunk
 from mhmoe_ray.spec import DataSpec
 
 
@@ -165,7 +166,7 @@ _TOKEN_BYTES = 4
 class RouteCounter:
     """Counter of the routes that a model's routers choose in forward passes, by domain."""
 
-    def __init__(self, model: Decoder) -> None:
+    def __init__(self, model: Trunk) -> None:
         """Create a counter of the routes of a mixture-of-experts model; all counts are zero."""
         moe = model.spec.moe
         assert moe is not None

@@ -35,7 +35,7 @@ def spec_schema() -> dict[str, Any]:
         "title": "A run of mhmoe-ray",
         "properties": properties,
         "required": ["name", "data"],
-        "anyOf": [{"required": ["model", "train"]}, {"required": ["preset"]}],
+        "anyOf": [{"required": [*keys]} for keys in (("model", "train"), ("start", "train"), ("preset",))],
     }
 
 

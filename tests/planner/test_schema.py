@@ -46,10 +46,12 @@ def test_a_mistake_is_refused(change):
         jsonschema.validate(tree, SCHEMAS["spec"])
 
 
-def test_a_preset_takes_the_place_of_a_model():
+def test_a_preset_or_a_start_takes_the_place_of_a_model():
     tree = yaml.safe_load(Path("jobs/quickstart.yaml").read_text())
     short = {"name": "a", "preset": "mhmoe", "size": "tiny", "data": tree["data"]}
     jsonschema.validate(short, SCHEMAS["spec"])
+    start = {"name": "a", "start": {"from": "quickstart"}, "train": {"steps": 1}, "data": tree["data"]}
+    jsonschema.validate(start, SCHEMAS["spec"])
     del short["preset"], short["size"]
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate(short, SCHEMAS["spec"])

@@ -111,6 +111,19 @@ def test_an_encoder_is_evaluated_on_held_out_samples_and_on_other_pictures(proje
     losses = {name: score["loss"] for name, score in held_out["encoder"]["losses"].items()}
     assert losses == pytest.approx(validation, rel=1e-4)
     assert held_out["figures"]["image_values"].keys() == {"described/all", "matched/all"}
+    retrieval = held_out["encoder"]["retrieval"]["matched/all"]
+    for score in (retrieval["model"], retrieval["baseline"]):
+        assert score["images"] == score["captions"] > 1
+        assert 0 <= score["image_to_text"]["at_1"] <= score["image_to_text"]["at_10"] <= 1
+    # The evaluation has counted the routes, too, of images and of texts.
+    routing = mhmoe(project, "routing", run.id, "--json").json()
+    assert routing["domains"].keys() == {
+        f"{domain}/all {modality}" for domain in ("described", "matched") for modality in ("images", "texts")
+    }
+    images = routing["domains"]["described/all images"]
+    assert images["tokens"] % 17 == 0
+    assert len(images["load"]) == 1
+    assert sum(images["load"][0]) == pytest.approx(4)
     result = mhmoe(
         project, "eval", run.id, "--text", "raw/test", "--set", "data.sources.test.format=webdataset", "--json"
     )
