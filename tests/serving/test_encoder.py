@@ -172,6 +172,11 @@ def test_a_conversation_with_an_image_is_answered_by_its_caption(client, encoder
         answer = client.chat.completions.create(model="pictures", messages=chat_messages(image_url))
         assert answer.choices[0].message.content == answerer.decode(caption).strip()
         assert answer.usage.completion_tokens == len(caption)
+    longest = max(captions, key=len)
+    number = captions.index(longest)
+    cut = client.chat.completions.create(model="pictures", messages=chat_messages(URLS[number]), max_tokens=1)
+    assert cut.choices[0].message.content == answerer.decode(longest[:1]).strip()
+    assert (cut.choices[0].finish_reason, cut.usage.completion_tokens) == ("length", 1)
     chunks = list(client.chat.completions.create(model="pictures", messages=chat_messages(URLS[0]), stream=True))
     assert chunks[0].choices[0].delta.content == answerer.decode(captions[0]).strip()
 

@@ -89,7 +89,8 @@ def create_app(
     service: ModelService[EncoderAnswerer] | Service
     if isinstance(answerer, EncoderAnswerer):
         service = ModelService(answerer, model, spec, access)
-        app.include_router(embeddings.embeddings_router(service), responses=RESPONSES)
+        for router in embeddings.encoder_routers(service):
+            app.include_router(router, responses=RESPONSES)
         app.include_router(page_router("pictures.html"))
     else:
         service = Service(answerer, model, spec, access)

@@ -10,10 +10,10 @@ import time
 import uuid
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import numpy as np
-from fastapi import APIRouter, Depends
+from fastapi import APIRouter, Depends, Response
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, Field
 
@@ -37,6 +37,7 @@ from mhmoe_ray.serving.api.stream import timeout_error
 from mhmoe_ray.serving.encoder.answer import EncoderAnswerer
 from mhmoe_ray.serving.encoder.engine import EncodeRequest, Encoding
 from mhmoe_ray.serving.encoder.images import RefusedImageError
+from mhmoe_ray.serving.engine import FinishReason
 
 MAX_DOCUMENTS = 2048
 """Largest number of documents of a request to /rerank."""
@@ -168,96 +169,120 @@ class CaptionRequest(StrictRequest):
     stream: bool = False
     stream_options: StreamOptions | None = None
     user: str | None = None
-    # The caption is the most likely one, so these have no effect; clients send them by default.
     temperature: float | None = None
+    """It has no effect, because the caption is the most likely one; clients send it by default."""
     max_tokens: Annotated[int, Field(ge=1), WHOLE_NUMBER] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1), WHOLE_NUMBER] | None = None
     n: Literal[1] = 1
 
 
-def embeddings_router(service: EncoderService) -> APIRouter:
-    """Return a router with the routes that an encoder can answer: by its head for matching, and by its captions."""
-    routes, answerer = APIRouter(), service.answerer
-    AccessedClient = Annotated[Client, Depends(service.access.authenticate)]
+def encoder_routers(service: EncoderService) -> list[APIRouter]:
+    """Return routers with the routes that an encoder can answer: by its head for matching, and by its captions."""
+    routers = [_names_router(service)]
+    if service.answerer.has_vectors:
+        routers.append(vectors_router(service))
+    if service.answerer.writes_captions:
+        routers.append(captions_router(service))
+    return routers
 
-    @routes.get("/names")
-    async def names(client: AccessedClient) -> Names:
+
+def _names_router(service: EncoderService) -> APIRouter:
+    """Return a router with the route GET /names."""
+    routes = APIRouter()
+
+    @routes.get("/names", dependencies=[Depends(service.access.authenticate)])
+    async def names() -> Names:
         """Return captions of held-out images, which the web page proposes as names of pictures."""
-        return Names(names=answerer.names)
+        return Names(names=service.answerer.names)
 
-    if answerer.has_vectors:
+    return routes
 
-        @routes.post("/v1/embeddings")
-        async def embeddings(request: EmbeddingRequest, client: AccessedClient) -> EmbeddingList:
-            service.check_model(request.model)
-            values = [request.input] if isinstance(request.input, str) else request.input
-            encodings, usage = await _answer(
-                service, client, [partial(answerer.read, value) for value in values], "input"
+
+def vectors_router(service: EncoderService) -> APIRouter:
+    """Return a router with the routes POST /v1/embeddings, /rerank and /routes."""
+    routes, answerer = APIRouter(), service.answerer
+
+    @routes.post("/v1/embeddings")
+    async def embeddings(
+        request: EmbeddingRequest, client: Annotated[Client, Depends(service.access.authenticate)]
+    ) -> EmbeddingList:
+        service.check_model(request.model)
+        values = [request.input] if isinstance(request.input, str) else request.input
+        encodings, usage = await _answer(service, client, [partial(answerer.read, value) for value in values], "input")
+        data = [
+            Embedding(index=number, embedding=_encode(encoding, request.encoding_format))
+            for number, encoding in enumerate(encodings)
+        ]
+        return EmbeddingList(data=data, model=service.model, usage=usage)
+
+    @routes.post("/rerank")
+    @routes.post("/v1/rerank", include_in_schema=False)
+    async def rerank(
+        request: RerankRequest, client: Annotated[Client, Depends(service.access.authenticate)]
+    ) -> RerankResponse:
+        service.check_model(request.model)
+        documents = [_Document(document, "documents") for document in request.documents]
+        readers = [partial(document.read, answerer) for document in (_Document(request.query, "query"), *documents)]
+        [query_encoding, *encodings], usage = await _answer(service, client, readers, "documents")
+        scores = np.stack([_vector(encoding) for encoding in encodings]) @ _vector(query_encoding)
+        order = np.argsort(-scores, kind="stable")[: request.top_n]
+        results = [
+            RankedDocument(
+                index=int(number),
+                relevance_score=float(scores[number]),
+                document=documents[number].content if request.return_documents else None,
             )
-            data = [
-                Embedding(index=number, embedding=_encode(encoding, request.encoding_format))
-                for number, encoding in enumerate(encodings)
-            ]
-            return EmbeddingList(data=data, model=service.model, usage=usage)
+            for number in order
+        ]
+        return RerankResponse(id=f"rerank-{uuid.uuid4().hex}", model=service.model, results=results, usage=usage)
 
-        @routes.post("/rerank")
-        @routes.post("/v1/rerank", include_in_schema=False)
-        async def rerank(request: RerankRequest, client: AccessedClient) -> RerankResponse:
-            service.check_model(request.model)
-            documents = [_Document(document, "documents") for document in request.documents]
-            readers = [partial(document.read, answerer) for document in (_Document(request.query, "query"), *documents)]
-            [query_encoding, *encodings], usage = await _answer(service, client, readers, "documents")
-            scores = np.stack([_vector(encoding) for encoding in encodings]) @ _vector(query_encoding)
-            order = np.argsort(-scores, kind="stable")[: request.top_n]
-            results = [
-                RankedDocument(
-                    index=int(number),
-                    relevance_score=float(scores[number]),
-                    document=documents[number].content if request.return_documents else None,
-                )
-                for number in order
-            ]
-            return RerankResponse(id=f"rerank-{uuid.uuid4().hex}", model=service.model, results=results, usage=usage)
+    @routes.post("/routes")
+    async def image_routes(
+        request: RoutesRequest, client: Annotated[Client, Depends(service.access.authenticate)]
+    ) -> Routes:
+        """Return the experts of an image's patches."""
+        service.check_model(request.model)
+        [encoding], _ = await _answer(service, client, [partial(answerer.read_image, request.image)], "image")
+        choices = [] if encoding.expert_LSH is None else encoding.expert_LSH[:, 1:].tolist()
+        side = answerer.encoder.patches_per_side
+        return Routes(model=service.model, patches_per_side=side, experts=answerer.details.experts, routes=choices)
 
-        @routes.post("/routes")
-        async def image_routes(request: RoutesRequest, client: AccessedClient) -> Routes:
-            """Return the experts of an image's patches."""
-            service.check_model(request.model)
-            [encoding], _ = await _answer(service, client, [partial(answerer.read_image, request.image)], "image")
-            choices = [] if encoding.expert_LSH is None else encoding.expert_LSH[:, 1:].tolist()
-            side = answerer.encoder.patches_per_side
-            return Routes(model=service.model, patches_per_side=side, experts=answerer.details.experts, routes=choices)
+    return routes
 
-    if answerer.writes_captions:
 
-        @routes.post("/v1/chat/completions", response_model=ChatCompletion)
-        async def chat(request: CaptionRequest, client: AccessedClient) -> Any:
-            service.check_model(request.model)
-            reader = partial(answerer.read_image, _image_url(request), is_caption=True)
-            [encoding], prompt_usage = await _answer(service, client, [reader], "messages")
-            caption_ids = encoding.caption_ids or []
-            client.record_tokens(len(caption_ids))
-            usage = Usage(
-                prompt_tokens=prompt_usage.prompt_tokens,
-                completion_tokens=len(caption_ids),
-                total_tokens=prompt_usage.prompt_tokens + len(caption_ids),
-            )
-            fields: dict[str, Any] = {
-                "id": f"chatcmpl-{uuid.uuid4().hex}",
-                "created": int(time.time()),
-                "model": service.model,
-            }
-            caption = await service.decode(caption_ids)
-            message = ChatResponseMessage(role="assistant", content=caption.strip())
-            if request.stream:
-                delta = ChatDelta(index=0, delta=message, logprobs=None, finish_reason="stop")
-                chunks = [ChatChunk(**fields, choices=[delta])]
-                if request.stream_options and request.stream_options.include_usage:
-                    chunks.append(ChatChunk(**fields, choices=[], usage=usage))
-                lines = [f"data: {chunk.model_dump_json()}\n\n" for chunk in chunks]
-                return StreamingResponse(iter([*lines, "data: [DONE]\n\n"]), media_type="text/event-stream")
-            choice = ChatChoice(index=0, message=message, logprobs=None, finish_reason="stop")
-            return ChatCompletion(**fields, choices=[choice], usage=usage)
+def captions_router(service: EncoderService) -> APIRouter:
+    """Return a router with the route POST /v1/chat/completions, which answers an image by its caption."""
+    routes, answerer = APIRouter(), service.answerer
+
+    @routes.post("/v1/chat/completions", response_model=ChatCompletion)
+    async def chat(
+        request: CaptionRequest, client: Annotated[Client, Depends(service.access.authenticate)]
+    ) -> Response | ChatCompletion:
+        service.check_model(request.model)
+        reader = partial(answerer.read_image, _image_url(request), is_caption=True)
+        [encoding], prompt_usage = await _answer(service, client, [reader], "messages")
+        caption_ids, longest = encoding.caption_ids or [], answerer.engine.seq_len - 1
+        limit = min(request.max_completion_tokens or longest, request.max_tokens or longest)
+        finish_reason: FinishReason = "stop" if len(caption_ids) < min(limit + 1, longest) else "length"
+        caption = await service.decode(caption_ids[:limit])
+        client.record_tokens(len(caption_ids[:limit]))
+        usage = Usage(
+            prompt_tokens=prompt_usage.prompt_tokens,
+            completion_tokens=len(caption_ids[:limit]),
+            total_tokens=prompt_usage.prompt_tokens + len(caption_ids[:limit]),
+        )
+        answer_id, created = f"chatcmpl-{uuid.uuid4().hex}", int(time.time())
+        message = ChatResponseMessage(role="assistant", content=caption.strip())
+        if not request.stream:
+            choice = ChatChoice(index=0, message=message, logprobs=None, finish_reason=finish_reason)
+            return ChatCompletion(id=answer_id, created=created, model=service.model, choices=[choice], usage=usage)
+        # A caption is short, so that it is one chunk.
+        delta = ChatDelta(index=0, delta=message, logprobs=None, finish_reason=finish_reason)
+        chunks = [ChatChunk(id=answer_id, created=created, model=service.model, choices=[delta])]
+        if request.stream_options and request.stream_options.include_usage:
+            chunks.append(ChatChunk(id=answer_id, created=created, model=service.model, choices=[], usage=usage))
+        events = [f"data: {chunk.model_dump_json()}\n\n" for chunk in chunks]
+        return StreamingResponse(iter([*events, "data: [DONE]\n\n"]), media_type="text/event-stream")
 
     return routes
 
