@@ -59,6 +59,7 @@ def deploy(
 ) -> None:
     """Serve a run's checkpoint without converting it, in place of the application that has this name now."""
     from mhmoe_ray.api.service import serve
+    from mhmoe_ray.checkpoint.manifest import stored_manifest
     from mhmoe_ray.cli.serve_choice import option_overrides
     from mhmoe_ray.runs.directory import RunDir
 
@@ -75,9 +76,10 @@ def deploy(
     _wait_until_running(service)
     application, run_dir = service.application, RunDir.of_checkpoint(service.checkpoint)
     hint = "ask it" if application.reachable else "ask it on the cluster's machine"
+    is_encoder = stored_manifest(service.checkpoint).model.encoder is not None
+    command, route = (embeddings_command, "embeddings") if is_encoder else (curl_command, "completions")
     out.print(
-        f"serving {run_dir.id} at {application.url}/v1/completions; {hint}: {curl_command(application.url)}",
-        soft_wrap=True,
+        f"serving {run_dir.id} at {application.url}/v1/{route}; {hint}: {command(application.url)}", soft_wrap=True
     )
 
 
@@ -157,6 +159,12 @@ def curl_command(url: str) -> str:
     """Return a shell command that sends a completion request to the server at `url`."""
     body = '{"prompt": "Fellow citizens", "max_tokens": 32}'
     return f"curl {url}/v1/completions -H 'Content-Type: application/json' -d '{body}'"
+
+
+def embeddings_command(url: str) -> str:
+    """Return a shell command that asks the server of an encoder at `url` for the vector of a text."""
+    body = '{"input": "green apple"}'
+    return f"curl {url}/v1/embeddings -H 'Content-Type: application/json' -d '{body}'"
 
 
 def _load_table(replicas: list[dict[str, Any]]) -> Table:
