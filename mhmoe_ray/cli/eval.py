@@ -89,7 +89,7 @@ def eval_(
         typer.Option(
             metavar="PICTURES",
             help="For an encoder: classify the pictures of --text, whose captions are classes, by a linear probe that "
-            "is trained on these pictures.",
+            "is trained on these pictures; --samples bounds both.",
         ),
     ] = None,
     recompute: AgainOption = False,
@@ -100,7 +100,7 @@ def eval_(
     """Show loss, perplexity and bits per byte of a run's checkpoint, by domain and language, on its held-out text or
     any other text; or its scores in lm-eval's tasks. For an encoder: the loss of each part of its held-out samples, and
     the value of the image, which is how much better hidden tokens of captions are predicted with their image than with
-    another or without one.
+    another or without one; retrieval and captions, if it learned them; or classes by a linear probe.
 
     The result stays in the run directory. Routing is dropless, as in serving. For example `mhmoe eval --text books/
     --samples 100`, or `mhmoe eval --tasks english --limit 200`.
@@ -119,6 +119,8 @@ def eval_(
     path, manifest = pick_checkpoint(run_dir, checkpoint, verify_hashes=False)
     if prior is not None and not has_domain_experts(manifest.model):
         raise typer.BadParameter("--prior is for a model with router domain, and this model has no experts of domains")
+    if probe and manifest.model.encoder is None:
+        raise typer.BadParameter("--probe classifies pictures, and this model is a decoder")
     request = make_request(
         run_dir,
         path.name,

@@ -59,7 +59,11 @@ def routing(
 
     run_dir = find_run(run, storage)
     dense_error = RunError(f"run {run_dir.id}", "it is a dense model, without a router", "name a run with experts")
-    if not run_dir.is_imported and run_dir.spec().model.moe is None:
+    moe = None if run_dir.is_imported else run_dir.spec().model.moe
+    if moe is not None and moe.router == "smear":
+        reason = "router smear averages all experts, so that no token chooses any"
+        raise RunError(f"run {run_dir.id}", reason, "name a run with another router")
+    if not run_dir.is_imported and moe is None:
         # The error is raised before the checkpoint is evaluated, because the evaluation could take minutes on the
         # cluster.
         raise dense_error
@@ -68,8 +72,11 @@ def routing(
     request = make_request(run_dir, path.name, text=text, overrides=set_, samples=samples, gpus=gpus)
     evaluation = load_or_evaluate(run_dir, request, recompute, address, follow=jobs.follow_job, on_note=print_note)
     # An imported run has no spec, so only its evaluation shows that it is dense.
-    if not evaluation.routing:
+    if not evaluation.routing and moe is None:
         raise dense_error
+    if not evaluation.routing:
+        reason = "there are no pairs of an image and a text to count routes of"
+        raise RunError(f"run {run_dir.id}", reason, "name pictures with captions by --text")
     figures = routing_figures(evaluation.routing)
     training = [] if run_dir.is_imported else _training_metrics(run_dir)
     if json:

@@ -76,11 +76,14 @@ def deploy(
     _wait_until_running(service)
     application, run_dir = service.application, RunDir.of_checkpoint(service.checkpoint)
     hint = "ask it" if application.reachable else "ask it on the cluster's machine"
-    is_encoder = stored_manifest(service.checkpoint).model.encoder is not None
-    command, route = (embeddings_command, "embeddings") if is_encoder else (curl_command, "completions")
-    out.print(
-        f"serving {run_dir.id} at {application.url}/v1/{route}; {hint}: {command(application.url)}", soft_wrap=True
-    )
+    encoder = stored_manifest(service.checkpoint).model.encoder
+    if encoder is None:
+        route, command = "completions", curl_command(application.url)
+    elif encoder.d_match is not None:
+        route, command = "embeddings", embeddings_command(application.url)
+    else:
+        route, command = "chat/completions", f"curl {application.url}/v1/models"
+    out.print(f"serving {run_dir.id} at {application.url}/v1/{route}; {hint}: {command}", soft_wrap=True)
 
 
 @app.command()

@@ -3,13 +3,16 @@
 import math
 from collections.abc import Callable
 from decimal import Decimal
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from mhmoe_ray.data.images import decode_image
 from mhmoe_ray.data.masking import Draws
 from mhmoe_ray.spec import ImageSpec
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 MIN_ASPECT = Decimal("0.75")
 """Smallest ratio of width to height of a crop; the largest is its inverse."""
@@ -63,9 +66,13 @@ def read_crop(content: bytes, size: int, choose_crop: Callable[[int, int], Crop]
         size: height and width of the result in pixels.
         choose_crop: function (width, height) -> crop.
     """
+    return crop_pixels(decode_image(content), size, choose_crop)
+
+
+def crop_pixels(image: "Image.Image", size: int, choose_crop: Callable[[int, int], Crop] = centre_crop) -> np.ndarray:
+    """Return a crop of a decoded image; for the arguments and the result see `read_crop`."""
     from PIL import Image
 
-    image = decode_image(content)
     crop = choose_crop(*image.size)
     pixels = np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box=crop.box))
     return pixels[:, ::-1] if crop.is_mirrored else pixels

@@ -179,8 +179,22 @@ def held_out_pairs(spec: RunSpec, manifest: DataManifest) -> Iterator[Pairs]:
         manifest: manifest of the prepared data.
     """
     reader = RowReader(spec.data.prepared, manifest.validation, manifest.token_bytes)
+    for name, rows in _held_out_pair_rows(spec, manifest):
+        yield Pairs(name, *reader.read(rows), [None] * len(rows))
+
+
+def held_out_captions(spec: RunSpec, manifest: DataManifest) -> np.ndarray:
+    """Return the stored tokens of the held-out captions, (captions, T), without reading their images; for the arguments
+    see `held_out_pairs`."""
+    reader = RowReader(spec.data.prepared, manifest.validation, manifest.token_bytes)
+    tokens = [reader.read_tokens(rows) for _, rows in _held_out_pair_rows(spec, manifest)]
+    return np.concatenate([np.empty((0, spec.data.seq_len), np.int64), *tokens])
+
+
+def _held_out_pair_rows(spec: RunSpec, manifest: DataManifest) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield each domain of pairs with the numbers of its held-out rows, of which there is at least one."""
     first_row = 0
     for name, domain in manifest.domains.items():
         rows = np.arange(first_row, first_row := first_row + domain.validation_samples)
         if len(rows) and len(spec.data.sources[source_of(name)].sample_columns) > 1:
-            yield Pairs(name, *reader.read(rows), [None] * len(rows))
+            yield name, rows

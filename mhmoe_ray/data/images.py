@@ -53,8 +53,8 @@ def decode_image(content: bytes) -> "Image.Image":
         return _to_rgb(image)
 
 
-def check_image_file(content: bytes, max_pixels: int) -> None:
-    """Check that `decode_image` decodes an image file.
+def check_image_file(content: bytes, max_pixels: int) -> "Image.Image":
+    """Check that `decode_image` decodes an image file, and return its result.
 
     An image with too many pixels is never decoded: its size is in its header.
 
@@ -76,7 +76,7 @@ def check_image_file(content: bytes, max_pixels: int) -> None:
             if image.format == "PNG":
                 # Decoding ignores the checksums of a PNG file's chunks. `verify` checks them and closes the image.
                 image.verify()
-        decode_image(content)
+        return decode_image(content)
     except ImageError:
         raise
     except UnidentifiedImageError as e:

@@ -6,6 +6,7 @@ CIDEr-D is that of arXiv 1411.5726, section 4: its document frequencies are thos
 
 import math
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,17 +17,28 @@ MAX_GRAM = 4
 """Largest number of words of an n-gram, in both metrics."""
 CIDER_SIGMA = 6.0
 """Standard deviation of the penalty of CIDEr-D for another length than that of the reference, in words."""
-# In these scripts no spaces lie between words, so every character is a word: Thai, Lao, Myanmar, Khmer, Hiragana,
+# In these scripts no spaces lie between words, so every letter is a word: Thai, Lao, Myanmar, Khmer, Hiragana,
 # Katakana, and Chinese characters.
-_UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff"
-_WORD = re.compile(rf"[{_UNSPACED}]|(?:(?![{_UNSPACED}])\w)+")
+_UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]")
 
 NGrams = Mapping[tuple[str, ...], float]
 
 
 def words(text: str) -> list[str]:
-    """Return the words of a text in lower case, without punctuation."""
-    return _WORD.findall(text.lower())
+    """Return the words of a text in lower case, without punctuation: letters and digits with the marks on them.
+
+    A text without any, such as an emoji, is one word.
+    """
+    found_words, is_open = list[str](), False
+    for character in unicodedata.normalize("NFC", text.lower()):
+        kind, is_unspaced = unicodedata.category(character)[0], _UNSPACED.match(character) is not None
+        if (kind == "M" and found_words) or (kind in "LN" and is_open and not is_unspaced):
+            found_words[-1] += character
+        elif kind in "LN":
+            found_words.append(character)
+        # A letter of an unspaced script ends its word.
+        is_open = kind in "LMN" and not is_unspaced and bool(found_words)
+    return found_words or text.split()
 
 
 def score_captions(captions: Sequence[str], references: Sequence[Sequence[str]]) -> CaptionScore:

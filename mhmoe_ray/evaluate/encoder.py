@@ -148,7 +148,8 @@ class EncoderMeter:
                 batch_part, tokens[start:stop], images[start:stop], [""] * batch_part.samples, crops=False
             )
             with torch.autocast(self._device.type, torch.bfloat16, enabled=self._use_bfloat16):
-                yield self._model.encode(self._batch_maker.make([batch_part], samples))
+                encoded = self._model.encode(self._batch_maker.make([batch_part], samples))
+            yield encoded
             self._on_progress(f"vectors of {part.name}", stop, count)
 
     @torch.no_grad()

@@ -12,7 +12,12 @@ from mhmoe_ray.checkpoint.load import load_verified_encoder
 from mhmoe_ray.checkpoint.manifest import CheckpointManifest
 from mhmoe_ray.checkpoint.tokenizer import load_run_tokenizer
 from mhmoe_ray.data.encoder_samples import Pairs, encoder_validation_samples, held_out_pairs
-from mhmoe_ray.data.shards.manifest import read_data_manifest, require_data_manifest, require_matching_data
+from mhmoe_ray.data.shards.manifest import (
+    data_digest,
+    read_data_manifest,
+    require_data_manifest,
+    require_matching_data,
+)
 from mhmoe_ray.data.shards.rows import read_codebook
 from mhmoe_ray.data.tokenizer import DocumentEncoder, boundaries
 from mhmoe_ray.errors import RunError
@@ -87,7 +92,7 @@ def encoder_figures(
         return EncoderFigures(losses={}, image_values={}, classes=classes), {}
     hides_text = any(part.objective == "masked" and "text" in part.columns for part in spec.parts)
     writes_captions = any(part.objective == "caption" for part in spec.parts)
-    baseline = _read_baseline(spec, print_line) if model.match is not None or writes_captions else None
+    baseline = _read_baseline(spec, manifest, print_line) if model.match is not None or writes_captions else None
     figures, routing = EncoderFigures(losses=losses, image_values={}), dict[str, RoutingCounts]()
     for domain_pairs in pairs:
         domain = domain_pairs.domain
@@ -108,10 +113,12 @@ def encoder_figures(
     return figures, routing
 
 
-def _read_baseline(spec: RunSpec, print_line: Callable[[str], None]) -> Baseline | None:
-    """Return the baseline of a run; None if the data of its training is gone."""
+def _read_baseline(
+    spec: RunSpec, checkpoint_manifest: CheckpointManifest, print_line: Callable[[str], None]
+) -> Baseline | None:
+    """Return the baseline of a run; None if the data of its training is gone, or was replaced by other data."""
     manifest = read_data_manifest(spec.data.prepared)
-    if manifest is None:
+    if manifest is None or data_digest(spec.data.prepared) != checkpoint_manifest.data_sha256:
         print_line(f"no nearest neighbours: the training's data is not in {spec.data.prepared}")
         return None
     tokens, images = training_pairs(spec, manifest)

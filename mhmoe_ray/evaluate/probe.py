@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mhmoe_ray.errors import DataError
 from mhmoe_ray.evaluate.nearest import NearestImages
 from mhmoe_ray.evaluate.score import ClassScore
 
@@ -38,11 +39,18 @@ def classify(
         features: features of the other images.
         images: the same images as files.
         classes: their classes; one that no training image has counts as wrong.
+
+    Raises:
+        DataError: there are too few training images.
     """
     numbers = {name: number for number, name in enumerate(sorted(set(training_classes)))}
     training_labels = np.array([numbers[name] for name in training_classes])
     labels = np.array([numbers.get(name, -1) for name in classes])
-    is_fitted = np.arange(len(training_labels)) % HELD_OUT > 0
+    if len(training_labels) < HELD_OUT:
+        fix = "name a folder with more pictures"
+        raise DataError("--probe", f"it has {len(training_labels)} pictures, and a probe needs {HELD_OUT}", fix)
+    # The order is random, because pictures of a class may follow each other or come at regular distances.
+    is_fitted = np.random.default_rng(0).permutation(len(training_labels)) % HELD_OUT > 0
     accuracies = {
         penalty: _accuracy(training_features, training_labels, is_fitted, ~is_fitted, len(numbers), penalty)
         for penalty in PENALTIES

@@ -28,12 +28,16 @@ def write_captions(model: Encoder, image_NYXC: Tensor, start_token: int, max_tok
         numbers = is_open_N.nonzero()[:, 0]
         encoded = model.encode(caption_batch(image_NYXC[numbers], token_NT[numbers]))
         next_token_N = torch.full((images,), start_token, device=device)
-        next_token_N[numbers] = model.output["text"](encoded.text_NTM[:, -1]).argmax(-1)
+        # In bfloat16, several tokens would often have the same largest logit.
+        with torch.autocast(device.type, enabled=False):
+            next_token_N[numbers] = model.output["text"](encoded.text_NTM[:, -1].float()).argmax(-1)
         is_open_N = is_open_N & (next_token_N != start_token)
         if not is_open_N.any():
             break
-        for number in is_open_N.nonzero()[:, 0].tolist():
-            captions[number].append(int(next_token_N[number]))
+        for caption, token in zip(captions, next_token_N.tolist(), strict=True):
+            # The start token ends a caption.
+            if token != start_token:
+                caption.append(token)
         token_NT = torch.cat([token_NT, next_token_N[:, None]], 1)
     return captions
 

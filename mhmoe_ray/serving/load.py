@@ -161,26 +161,31 @@ def load_encoder(checkpoint: Location, spec: ServeSpec, manifest: CheckpointMani
     if spec.gpus_per_replica:
         model.to("cuda")
     details = ModelDetails.from_spec(f"{run.id}/{checkpoint.name}", manifest.model)
+    names = held_out_names(run, manifest, tokenizer)
     engine = EncoderEngine(model, manifest.seq_len, boundaries(tokenizer).start, spec)
-    return EncoderAnswerer(
-        engine, tokenizer, details, encoder, writes_captions=writes_captions(run), names=held_out_names(run, tokenizer)
-    )
+    return EncoderAnswerer(engine, tokenizer, details, encoder, writes_captions=writes_captions(run), names=names)
 
 
-def held_out_names(run: RunDir, tokenizer: Tokenizer) -> list[str]:
-    """Return the captions of a run's held-out images, each once; none if its prepared data is not visible here."""
-    from mhmoe_ray.data.encoder_samples import held_out_pairs
+def held_out_names(run: RunDir, checkpoint_manifest: CheckpointManifest, tokenizer: Tokenizer) -> list[str]:
+    """Return the captions of a run's held-out images, each once, without those that were cut.
+
+    There are none if the data of the training is not visible here.
+    """
+    from mhmoe_ray.data.encoder_samples import held_out_captions
     from mhmoe_ray.data.shards.columns import padding_token
-    from mhmoe_ray.data.shards.manifest import read_data_manifest
+    from mhmoe_ray.data.shards.manifest import data_digest, read_data_manifest
+    from mhmoe_ray.data.tokenizer import DocumentEncoder
 
     spec = run.spec()
     manifest = read_data_manifest(spec.data.prepared)
-    if manifest is None:
+    if manifest is None or data_digest(spec.data.prepared) != checkpoint_manifest.data_sha256:
         return []
-    padding, start_token = padding_token(manifest.token_bytes), boundaries(tokenizer).start
-    rows = [row for pairs in held_out_pairs(spec, manifest) for row in pairs.tokens.tolist()]
-    names = tokenizer.decode_batch([[token for token in row if token not in (padding, start_token)] for row in rows])
-    return sorted({name.strip() for name in names})
+    padding = padding_token(manifest.token_bytes)
+    rows = [[token for token in row if token != padding] for row in held_out_captions(spec, manifest).tolist()]
+    names = [name.strip() for name in tokenizer.decode_batch([row[1:] for row in rows])]
+    encoded_names = DocumentEncoder(tokenizer).encode(names)
+    # A client sends a name as a text. That of a cut caption may have other tokens, and more than the model reads.
+    return sorted({name for name, row, encoded in zip(names, rows, encoded_names, strict=True) if row == encoded})
 
 
 def load_answerer(checkpoint: Location, spec: ServeSpec, manifest: CheckpointManifest | None = None) -> Answerer:

@@ -236,6 +236,11 @@ class RunSpec(Section):
             raise ValueError(f"start.how {self.start.how} is for decoders: an encoder can only start from a copy")
         if self.start is not None and self.start.order == "continue":
             raise ValueError("start.order continue is for decoders: remove it")
+        if self.start is not None and encoder.image_targets == "codebook" and "image" in masked_columns:
+            raise ValueError(
+                "a codebook is made of a run's own images, so patches would mean other entries than at its start: use "
+                "parts with objectives contrastive and caption, or texts"
+            )
 
     def _check_kernel(self, moe: MoESpec) -> None:
         limits, gpus = moe.kernel_limits, self.cluster.gpus_per_worker
@@ -401,7 +406,7 @@ class RunSpec(Section):
             return [(self.data.seq_len, self.train.micro_batch_size)]
         for part in self.parts:
             column_lengths = [encoder.image_tokens if name == "image" else self.data.seq_len for name in part.columns]
-            if part.objective == "masked":
+            if part.objective != "contrastive":
                 column_lengths = [sum(column_lengths)]
             lengths += [(length, part.samples) for length in column_lengths]
         return lengths

@@ -50,6 +50,10 @@ def test_captions_that_equal_their_references_have_the_best_scores():
         ("l'été d'Oslo", ["l", "été", "d", "oslo"]),
         ("红色的 boat 2", ["红", "色", "的", "boat", "2"]),
         ("ภาพ", ["ภ", "า", "พ"]),
+        ("हिन्दी शब्द", ["हिन्दी", "शब्द"]),
+        ("தமிழ்", ["தமிழ்"]),
+        ("e\u0301te\u0301", ["été"]),
+        ("😀 !", ["😀", "!"]),
     ],
 )
 def test_words_are_lower_case_and_single_characters_where_no_spaces_divide_them(text, expected):

@@ -1,7 +1,10 @@
 """Tests of runs that train an encoder on pictures: samples on any number of workers and after a kill, evaluation."""
 
+import base64
 import copy
+import re
 
+import httpx
 import pytest
 import yaml
 
@@ -131,6 +134,47 @@ def test_an_encoder_is_evaluated_on_held_out_samples_and_on_other_pictures(proje
     assert (domain, value["pairs"]) == ("test/all", 30)
     assert value["over_no_image"] == pytest.approx(value["no_image"] - value["own_image"])
     assert value["own_image"] != value["other_image"] != value["no_image"]
+
+
+@pytest.mark.slow
+def test_a_fine_tuned_encoder_is_evaluated_and_served(project, runs, unused_port):
+    path = "raw/train"
+    tree = {
+        "name": "fine",
+        "storage": "runs",
+        "start": {"from": runs[2].id},
+        "data": {
+            "sources": {name: {"path": path, "format": "webdataset"} for name in ("matched", "named")},
+            "parts": {
+                "match": {"sources": ["matched"], "micro_batch_size": 8, "objective": "contrastive"},
+                "names": {"sources": ["named"], "micro_batch_size": 4, "objective": "caption"},
+            },
+            "prepared": "fine",
+            "validation_fraction": 0.2,
+        },
+        "train": {**ENCODER["train"], "steps": 6, "validate_every": 3, "checkpoint_every": 6},
+        "cluster": {"workers": 2, "ep": 2},
+    }
+    (project / "fine.yaml").write_text(yaml.safe_dump(tree, sort_keys=False))
+    result = mhmoe(project, "submit", "fine.yaml")
+    assert result.code == 0, result.err
+    run = newest_run(project)
+    figures = mhmoe(project, "eval", run.id, "--json").json()["encoder"]
+    assert figures["captions"].keys() == figures["retrieval"].keys() == {"matched/all", "named/all"}
+    assert figures["image_values"] == {}
+    deployed = mhmoe(project, "serve", "deploy", run.id, "--name", "fine", "--set", f"serve.port={unused_port}")
+    assert deployed.code == 0, deployed.err
+    try:
+        url = re.search(r" at (http://\S+)/v1/embeddings;", deployed.out)[1]
+        image = "data:image/png;base64," + base64.b64encode(make_pictures(1)[0].image).decode()
+        vectors = httpx.post(f"{url}/v1/embeddings", json={"input": [image, "a picture"]}).json()["data"]
+        assert len(vectors) == 2
+        messages = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": image}}]}]
+        caption = httpx.post(f"{url}/v1/chat/completions", json={"messages": messages}).json()
+        assert isinstance(caption["choices"][0]["message"]["content"], str)
+        assert httpx.get(f"{url}/names").json()["names"]
+    finally:
+        assert mhmoe(project, "serve", "down", "fine").code == 0
 
 
 @pytest.mark.parametrize(

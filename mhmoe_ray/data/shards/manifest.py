@@ -190,6 +190,8 @@ def recipe(spec: RunSpec) -> dict[str, Any]:
     if encoder is not None:
         for name, source in data.sources.items():
             settings["reading"][name] |= {"columns": [*source.sample_columns], "image_field": source.image_field}
+            if source.languages is not None:
+                settings["reading"][name]["languages"] = source.languages
         settings |= {"sample": "text", "max_megapixels": data.images.max_megapixels}
         if encoder.image_targets == "codebook":
             settings["codebook"] = [encoder.codebook_size, encoder.image_size, encoder.patch_size]

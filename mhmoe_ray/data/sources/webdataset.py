@@ -72,6 +72,8 @@ def read_webdataset(
         captions: dict[str | None, str | Fault | None] = (
             _captions(sample, source) if "text" in columns else {None: None}
         )
+        if not captions:
+            tally.dropped["no caption in languages"] += 1
         items = [
             picture_document(file.path, sample.number, sample.key, image, caption, columns, language)
             for language, caption in captions.items()
@@ -112,7 +114,10 @@ def _caption_suffix(source: SourceSpec) -> str:
 
 
 def _captions(sample: _Sample, source: SourceSpec) -> dict[str | None, str | Fault | None]:
-    """Return the captions of a sample by language, or the reason why one cannot be used or why there is none."""
+    """Return the captions of a sample by language, or the reason why one cannot be used or why there is none.
+
+    It is empty if there are captions, but none in the languages that the source chooses.
+    """
     suffix, text_field = _caption_suffix(source), source.text_field or "txt"
     content = sample.contents.get(suffix)
     if content is None:
@@ -130,12 +135,13 @@ def _captions(sample: _Sample, source: SourceSpec) -> dict[str | None, str | Fau
     value = fields[key]
     if not isinstance(value, dict):
         return {None: _checked_caption(value, key)}
-    captions: dict[str | None, str | Fault | None] = {
+    if not any(caption is not None for caption in value.values()):
+        return {None: Fault(Reason.NO_TEXT, f"{key!r} in .json has no caption")}
+    return {
         language: _checked_caption(caption, f"{key}.{language}")
         for language, caption in value.items()
-        if source.languages is None or language in source.languages
+        if caption is not None and (source.languages is None or language in source.languages)
     }
-    return captions or {None: Fault(Reason.NO_TEXT, f"{key!r} in .json has no caption in these languages")}
 
 
 def _checked_caption(value: object, key: str) -> str | Fault:

@@ -261,7 +261,7 @@ def captions_router(service: EncoderService) -> APIRouter:
         service.check_model(request.model)
         reader = partial(answerer.read_image, _image_url(request), is_caption=True)
         [encoding], prompt_usage = await _answer(service, client, [reader], "messages")
-        caption_ids, longest = encoding.caption_ids or [], answerer.engine.seq_len - 1
+        caption_ids, longest = encoding.caption_ids or [], min(answerer.engine.seq_len - 1, service.spec.max_tokens)
         limit = min(request.max_completion_tokens or longest, request.max_tokens or longest)
         finish_reason: FinishReason = "stop" if len(caption_ids) < min(limit + 1, longest) else "length"
         caption = await service.decode(caption_ids[:limit])
@@ -304,8 +304,9 @@ async def _answer(
     await service.begin_request(client)
     try:
         async with asyncio.timeout(service.spec.request_timeout):
-            requests = [await reader() for reader in readers]
-            encodings = await service.answerer.engine.encode(requests)
+            with service.answerer.engine.admission():
+                requests = [await reader() for reader in readers]
+                encodings = await service.answerer.engine.encode(requests)
     except TimeoutError as e:
         raise timeout_error(service.spec.request_timeout) from e
     except RefusedImageError as e:

@@ -19,14 +19,14 @@ from mhmoe_ray.spec import ServeSpec
 logger = logging.getLogger("ray.serve")
 
 
-Text = TypeVar("Text", bound=ServedText)
+Served = TypeVar("Served", bound=ServedText)
 
 
 @dataclass
-class ModelService(Generic[Text]):
+class ModelService(Generic[Served]):
     """The served model with the server's limits and clients, and what the routes of any model do with them."""
 
-    answerer: Text
+    answerer: Served
     model: str
     """The model's name for clients."""
     spec: ServeSpec

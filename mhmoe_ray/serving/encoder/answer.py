@@ -2,14 +2,20 @@
 
 import asyncio
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 from tokenizers import Tokenizer
 
+from mhmoe_ray.data.tokenizer import DocumentEncoder
 from mhmoe_ray.errors import ServeError
 from mhmoe_ray.serving.answer import ModelDetails, ServedText
 from mhmoe_ray.serving.encoder.engine import EncoderEngine, EncodeRequest
 from mhmoe_ray.serving.encoder.images import is_image_url, read_image
 from mhmoe_ray.spec import EncoderSpec
+
+# Pillow's warnings are silenced by a context that is not safe with several threads.
+DECODED_IMAGES = 1
+"""Number of images that a replica decodes at a time."""
 
 
 class EncoderAnswerer(ServedText):
@@ -39,20 +45,25 @@ class EncoderAnswerer(ServedText):
         """
         super().__init__(engine, tokenizer, details)
         self.encoder, self.writes_captions, self.names = encoder, writes_captions, list(names)
+        # Like the texts of the training, a text has no special tokens but the first one.
+        self._document_encoder = DocumentEncoder(tokenizer)
+        self._image_pool = ThreadPoolExecutor(DECODED_IMAGES, thread_name_prefix="images")
 
     @property
     def has_vectors(self) -> bool:
         """True if the model has a head for matching, and so vectors of images and texts."""
         return self.encoder.d_match is not None
 
-    # Threads decode images and texts, because large ones take a while and other requests must go on meanwhile.
+    # Threads decode images and texts, because large ones take a while and other requests must go on meanwhile. Few
+    # images are decoded at a time, because a large one takes hundreds of megabytes.
     async def read_image(self, url: str, *, is_caption: bool = False) -> EncodeRequest:
         """Return the request for the vector or the caption of the image in a data URL.
 
         Raises:
             RefusedImageError: the image cannot be used.
         """
-        image = await asyncio.to_thread(read_image, url, self.encoder.image_size)
+        loop = asyncio.get_running_loop()
+        image = await loop.run_in_executor(self._image_pool, read_image, url, self.encoder.image_size)
         return EncodeRequest(image=image, is_caption=is_caption)
 
     async def read_text(self, text: str) -> EncodeRequest:
@@ -61,14 +72,14 @@ class EncoderAnswerer(ServedText):
         Raises:
             ServeError: the text is longer than the model's longest text.
         """
-        token_ids = await asyncio.to_thread(self.encode, text)
+        [token_ids] = await asyncio.to_thread(self._document_encoder.encode, [text])
         if len(token_ids) > self.engine.seq_len:
             reason = f"it has {len(token_ids)} tokens with the start token, and the model reads {self.engine.seq_len}"
             raise ServeError("the text", reason, "shorten it")
         return EncodeRequest(token_ids=token_ids)
 
     async def read(self, value: str) -> EncodeRequest:
-        """Return the request for the vector of a text, or of an image if the text is its data URL.
+        """Return the request for the vector of a text, or of an image if the value is a data URL.
 
         Raises:
             RefusedImageError, ServeError: raised by `read_image` and `read_text`.

@@ -1,4 +1,4 @@
-"""The engine of encoders: a thread computes all requests that wait together, in one forward pass.
+"""The engine of encoders: a thread computes up to `max_concurrency` inputs of all requests in one forward pass.
 
 Captions take one pass for each of their tokens.
 """
@@ -6,8 +6,8 @@ Captions take one pass for each of their tokens.
 import asyncio
 import time
 from collections import deque
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, field
 from threading import Condition, Thread
@@ -70,7 +70,10 @@ class EncoderEngine:
         self.seq_len, self._model, self._start_token, self._spec = seq_len, model, start_token, spec
         self._device = model.embedding.weight.device
         self._condition = Condition()
-        self._waiting = deque[_State]()
+        self._waiting = deque[deque[_State]]()
+        """Inputs that wait, of each request of a client; the requests take turns."""
+        self._admitted = 0
+        """Number of requests of clients that are decoded, computed or wait."""
         self._running: list[_State] = []
         moe = model.spec.moe
         self._stats = Stats(count_LE=[[0] * (moe.experts if moe else 0) for _ in range(model.spec.moe_layers)])
@@ -79,25 +82,46 @@ class EncoderEngine:
         self._thread = Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
-    async def encode(self, requests: Sequence[EncodeRequest]) -> list[Encoding]:
-        """Return the answers to some requests of one client.
+    @contextmanager
+    def admission(self) -> Iterator[None]:
+        """Return a context for one request of a client, in which its images are decoded and its inputs are encoded.
 
         Raises:
-            BusyError: too many requests wait already.
+            BusyError: too many requests of clients are in the engine already.
             EngineError: the engine is broken or closed.
         """
-        loop = asyncio.get_running_loop()
-        states = [_State(request, loop.create_future(), loop) for request in requests]
         with self._condition:
             if self._failure or self._is_closed:
                 raise EngineError(self.failure_reason or "it was closed")
-            count = len(self._waiting) + len(self._running)
-            # A client with many texts in one request is served if the engine is idle.
-            if count and count + len(states) > self._spec.max_concurrency + self._spec.max_waiting:
-                raise BusyError(f"{len(self._waiting)} requests wait already")
-            self._waiting.extend(states)
+            if self._admitted >= self._spec.max_concurrency + self._spec.max_waiting:
+                raise BusyError(f"{self._admitted} requests are computed or wait already")
+            self._admitted += 1
+        try:
+            yield
+        finally:
+            with self._condition:
+                self._admitted -= 1
+
+    async def encode(self, requests: Sequence[EncodeRequest]) -> list[Encoding]:
+        """Return the answers to the inputs of one request of a client.
+
+        Raises:
+            EngineError: the engine is broken or closed.
+        """
+        loop = asyncio.get_running_loop()
+        states = deque(_State(request, loop.create_future(), loop) for request in requests)
+        answers = [state.answer for state in states]
+        with self._condition:
+            if self._failure or self._is_closed:
+                raise EngineError(self.failure_reason or "it was closed")
+            self._waiting.append(states)
             self._condition.notify()
-        return list(await asyncio.gather(*(state.answer for state in states)))
+        try:
+            return list(await asyncio.gather(*answers))
+        finally:
+            # The rest of a request that failed or whose client has gone away is not computed.
+            with self._condition:
+                states.clear()
 
     @property
     def failure_reason(self) -> str | None:
@@ -108,7 +132,7 @@ class EncoderEngine:
         """Return the statistics of the engine up to now. A step is a forward pass over all requests of a round."""
         with self._condition:
             stats = deepcopy(self._stats)
-            stats.waiting, stats.running = len(self._waiting), len(self._running)
+            stats.waiting, stats.running = sum(map(len, self._waiting)), len(self._running)
             return stats
 
     def close(self) -> None:
@@ -130,7 +154,7 @@ class EncoderEngine:
             self._failure = e
         with self._condition:
             self._is_closed = True
-            unfinished_states = [*self._running, *self._waiting]
+            unfinished_states = [*self._running, *(state for states in self._waiting for state in states)]
             self._running, self._waiting = [], deque()
         for state in unfinished_states:
             _deliver(state, EngineError(self.failure_reason or "it was closed"))
@@ -138,12 +162,17 @@ class EncoderEngine:
     def _next_states(self) -> list[_State]:
         """Wait for requests and return those of the next round; return none once the engine is closed."""
         with self._condition:
-            while not self._waiting and not self._is_closed:
+            while not any(self._waiting) and not self._is_closed:
+                self._waiting.clear()
                 self._condition.wait()
             if self._is_closed:
                 return []
-            count = min(len(self._waiting), self._spec.max_concurrency)
-            self._running = [self._waiting.popleft() for _ in range(count)]
+            self._running = []
+            while self._waiting and len(self._running) < self._spec.max_concurrency:
+                states = self._waiting.popleft()
+                if states:
+                    self._running.append(states.popleft())
+                    self._waiting.append(states)
             for state in self._running:
                 self._stats.queue.add(time.monotonic() - state.arrival_time)
             return self._running
@@ -155,7 +184,8 @@ class EncoderEngine:
             self._stats.requests += len(states)
             for state, encoding in zip(states, encodings, strict=True):
                 self._stats.first_token.add(time.monotonic() - state.arrival_time)
-                self._stats.prompt_tokens += len(state.request.token_ids)
+                is_text = state.request.image is None
+                self._stats.prompt_tokens += len(state.request.token_ids) if is_text else self._model.image_tokens
                 self._stats.answer_tokens += len(encoding.caption_ids or ())
         for state, encoding in zip(states, encodings, strict=True):
             _deliver(state, encoding)

@@ -6,7 +6,7 @@ import re
 
 import numpy as np
 
-from mhmoe_ray.data.crops import read_crop
+from mhmoe_ray.data.crops import crop_pixels
 from mhmoe_ray.data.images import DamagedImageError, NotImageError, TooManyPixelsError, check_image_file
 
 _DATA_URL = re.compile(r"data:image/[a-z0-9.+-]+;base64,", re.IGNORECASE)
@@ -43,11 +43,11 @@ def read_image(url: str, size: int) -> np.ndarray:
     except (binascii.Error, ValueError) as e:
         raise RefusedImageError(f"the data URL is not base64: {e}") from e
     try:
-        check_image_file(content, round(MAX_MEGAPIXELS * 1e6))
+        image = check_image_file(content, round(MAX_MEGAPIXELS * 1e6))
     except NotImageError as e:
         raise RefusedImageError("the data URL has no image of a known format") from e
     except TooManyPixelsError as e:
         raise RefusedImageError(f"the image has {e} pixels, more than {MAX_MEGAPIXELS:.0f} million") from e
     except DamagedImageError as e:
         raise RefusedImageError(f"the image cannot be decoded: {e}") from e
-    return read_crop(content, size)
+    return crop_pixels(image, size)

@@ -263,7 +263,7 @@ def test_webdataset_captions_by_language(tmp_path):
         "a": {"en": "a boat", "de": "ein Boot", "fr": 7},
         "b": {"de": "ein Baum"},
         "c": {"it": "un cane"},
-        "broken": {"en": "a hill", "de": "ein Berg"},
+        "broken": {"en": "a hill", "de": "ein Berg", "fr": None},
     }
     members = [
         member
@@ -284,7 +284,8 @@ def test_webdataset_captions_by_language(tmp_path):
     ]
     items, _ = read_source(tmp_path, format="webdataset", text_field="json.names", languages=["en", "de"])
     assert document_texts(items) == ["a boat", "ein Boot", "ein Baum"]
-    assert faults(items)[0] == (5, Reason.NO_TEXT, "c: 'names' in .json has no caption in these languages")
+    # A picture without a caption in these languages is left out, and is no fault.
+    assert faults(items) == [(7, Reason.NOT_IMAGE, "broken")]
 
 
 def test_webdataset_takes_the_preferred_image_of_a_key(tmp_path):
