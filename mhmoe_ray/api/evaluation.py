@@ -91,7 +91,7 @@ def _probe_data(text: DataSpec, path: str) -> DataSpec:
     """Return the data section by which the pictures of a probe are read: like those that it classifies."""
     sources = list(text.sources.values())
     if len(sources) > 1:
-        raise SpecError("--probe", f"it classifies one source, and there are {len(sources)}", "name one with --text")
+        raise SpecError("the linear probe", f"it classifies one source, and there are {len(sources)}", "name one text")
     source = sources[0].model_copy(update={"path": str(Path(path).absolute()) if "://" not in path else path})
     return text.model_copy(update={"sources": {"probe": source}})
 

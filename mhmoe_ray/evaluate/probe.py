@@ -48,7 +48,9 @@ def classify(
     labels = np.array([numbers.get(name, -1) for name in classes])
     if len(training_labels) < HELD_OUT:
         fix = "name a folder with more pictures"
-        raise DataError("--probe", f"it has {len(training_labels)} pictures, and a probe needs {HELD_OUT}", fix)
+        raise DataError(
+            "the linear probe", f"it has {len(training_labels)} pictures, and a probe needs {HELD_OUT}", fix
+        )
     # The order is random, because pictures of a class may follow each other or come at regular distances.
     is_fitted = np.random.default_rng(0).permutation(len(training_labels)) % HELD_OUT > 0
     accuracies = {

@@ -131,6 +131,7 @@ def assert_old_domain_continues(run: RunDir, base: RunDir) -> None:
     assert {domain for domain, _ in located} == {"web/a", "more/b"}
 
 
+@pytest.mark.slow  # the killed branch has prepared its data
 def test_a_branch_that_cannot_be_continued_is_refused_before_it_is_submitted(folder, base):
     branch_spec(folder, base, seed=1)
     assert_one_line(mhmoe(folder, "submit", "spec.yaml", "--detach"), 3, f"seed is 1, and that of {base.id}")

@@ -24,8 +24,9 @@ from mhmoe_ray.model.captions import write_captions
 from mhmoe_ray.model.init import init_weights
 from mhmoe_ray.runs.directory import create_run
 from mhmoe_ray.serving.api.app import create_app
-from mhmoe_ray.serving.encoder.engine import EncoderEngine, EncodeRequest
+from mhmoe_ray.serving.encoder.engine import EncoderEngine
 from mhmoe_ray.serving.encoder.images import read_image
+from mhmoe_ray.serving.encoder.request import EncodeRequest
 from mhmoe_ray.serving.engine import BusyError, EngineError
 from mhmoe_ray.serving.load import check_served, load_served
 from mhmoe_ray.spec import ServeSpec

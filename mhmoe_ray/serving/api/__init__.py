@@ -1,7 +1,8 @@
 """OpenAI's API over HTTP.
 
-app.py           the FastAPI application with all routes; it defines the small routes and / (page.html)
+app.py           the FastAPI application with all routes; it defines the small routes and / (page.html, pictures.html)
 completions.py   /v1/completions and /v1/chat/completions
+embeddings.py    /v1/embeddings, /rerank, /routes, and captions at /v1/chat/completions, for encoders
 access.py        API keys, rate limits, and the largest size of a request
 stream.py        merges, counts and streams the pieces of answers
 schema.py        schemas of requests, responses and errors

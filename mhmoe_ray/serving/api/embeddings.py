@@ -35,8 +35,8 @@ from mhmoe_ray.serving.api.schema import (
 from mhmoe_ray.serving.api.service import ModelService
 from mhmoe_ray.serving.api.stream import timeout_error
 from mhmoe_ray.serving.encoder.answer import EncoderAnswerer
-from mhmoe_ray.serving.encoder.engine import EncodeRequest, Encoding
 from mhmoe_ray.serving.encoder.images import RefusedImageError
+from mhmoe_ray.serving.encoder.request import EncodeRequest, Encoding
 from mhmoe_ray.serving.engine import FinishReason
 
 MAX_DOCUMENTS = 2048

@@ -3,15 +3,19 @@
 import asyncio
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
 
 from tokenizers import Tokenizer
 
 from mhmoe_ray.data.tokenizer import DocumentEncoder
 from mhmoe_ray.errors import ServeError
 from mhmoe_ray.serving.answer import ModelDetails, ServedText
-from mhmoe_ray.serving.encoder.engine import EncoderEngine, EncodeRequest
 from mhmoe_ray.serving.encoder.images import is_image_url, read_image
+from mhmoe_ray.serving.encoder.request import EncodeRequest
 from mhmoe_ray.spec import EncoderSpec
+
+if TYPE_CHECKING:
+    from mhmoe_ray.serving.encoder.engine import EncoderEngine
 
 # Pillow's warnings are silenced by a context that is not safe with several threads.
 DECODED_IMAGES = 1
@@ -21,11 +25,11 @@ DECODED_IMAGES = 1
 class EncoderAnswerer(ServedText):
     """An engine of encoders together with the tokenizer of its model."""
 
-    engine: EncoderEngine
+    engine: "EncoderEngine"
 
     def __init__(
         self,
-        engine: EncoderEngine,
+        engine: "EncoderEngine",
         tokenizer: Tokenizer,
         details: ModelDetails,
         encoder: EncoderSpec,
