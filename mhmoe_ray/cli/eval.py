@@ -206,6 +206,7 @@ def _print_encoder_figures(figures: "EncoderFigures") -> None:
 
 
 WAYS = ("name", "image")
+"""Found things of the two directions of retrieval: a name for an image, and an image for a name."""
 
 
 def _retrieval_rows(figures: "dict[str, RetrievalFigures]") -> list[list[str]]:
