@@ -11,8 +11,8 @@ from mhmoe_ray.spec.filters import FilterSpec
 from mhmoe_ray.storage import refuse_password
 
 Format = Literal["jsonl", "redpajama-v2", "parquet", "text", "huggingface", "chat", "webdataset", "images", "coco"]
-Column = Literal["image", "text"]
-Objective = Literal["next_token", "masked", "contrastive", "caption"]
+Column = Literal["class", "image", "objects", "text"]
+Objective = Literal["next_token", "masked", "contrastive", "caption", "classify", "detect"]
 
 SUFFIXES: dict[Format, tuple[str, ...]] = {
     "jsonl": (".jsonl", ".jsonl.zst", ".jsonl.gz", ".json.gz", ".json.zst", ".ndjson"),
@@ -34,6 +34,8 @@ PICTURE_COLUMNS: dict[Format, tuple[Column, ...]] = {
 """Formats of pictures, which a spec names, and the columns that their samples have by default."""
 IMAGE_FORMATS = {*PICTURE_COLUMNS, "parquet", "huggingface"}
 """Formats whose records may have an image."""
+CLASS_FORMATS = IMAGE_FORMATS - {"coco"}
+"""Formats whose records may have the class of an image."""
 
 
 # Weights and shares have a large upper bound because users may write token counts as well as fractions.
@@ -95,14 +97,20 @@ class SourceSpec(Section):
     caption under each key), `images` (folders of image files, as ImageNet has them) and `coco` (captions in COCO's
     JSON). Parquet and `huggingface` may have images as well; see `columns`."""
     columns: list[Column] | None = Field(default=None, min_length=1)
-    """Columns of a sample of this source: `text`, `image`, or both. The default is text; for webdataset and coco both,
-    for images the image. Images are for models with an encoder."""
+    """Columns of a sample of this source: `text`, `image`, or both; or for vision models `image` and `class`, or `image`
+    and `objects`. The default is text; for webdataset and coco text and image, for images the image. Images are for
+    models with an encoder and for vision models. `class` is the class of an image: in images the name of the folder
+    directly below the path, elsewhere `class_field`. `objects` are the boxes, classes and masks in COCO's JSON of
+    instances."""
     text_field: str | None = Field(default=None, min_length=1)
     """Key or column that holds the text; by default `raw_content` in redpajama-v2, `text` elsewhere. In webdataset, the
     suffix of the member with the caption; a suffix json.KEY names a key of a JSON member. By default it is `txt`."""
     languages: list[str] | None = Field(default=None, min_length=1)
     """Languages of the captions to read, for format webdataset, if json.KEY is an object with a caption for each
     language. By default all. An image with several captions is a sample with each of them."""
+    class_field: str | None = Field(default=None, min_length=1)
+    """Column of Parquet or `huggingface` that holds the class, a text or a number; by default `label`. In webdataset, the
+    suffix of the member with the class, by default `cls`; a suffix json.KEY names a key of a JSON member."""
     image_field: str | None = Field(default=None, min_length=1)
     """Column of Parquet or `huggingface` that holds the image, as bytes or as {bytes, path}; by default `image`."""
     delimiter: str | None = None
@@ -144,9 +152,23 @@ class SourceSpec(Section):
             raise ValueError(f"columns has image, so format must be one of {formats}, and it is {self.format}")
         if "text" in self.sample_columns and self.format == "images":
             raise ValueError("files of format images have no text: remove text from columns")
+        self._check_annotation_columns()
         if self.image_field is not None and ("image" not in self.sample_columns or self.format in PICTURE_COLUMNS):
             raise ValueError("image_field is for an image in a column of parquet or huggingface, and would be ignored")
         return self
+
+    def _check_annotation_columns(self) -> None:
+        """Check that the format has the class or the objects that `columns` names."""
+        annotations: set[Column] = {"class", "objects"} & set(self.sample_columns)
+        if annotations and ("image" not in self.sample_columns or len(self.sample_columns) > 2):
+            raise ValueError("columns with class or objects are those of vision models: image and one of the two")
+        if "class" in annotations and self.format not in CLASS_FORMATS:
+            formats = ", ".join(sorted(CLASS_FORMATS))
+            raise ValueError(f"columns has class, so format must be one of {formats}, and it is {self.format}")
+        if "objects" in annotations and self.format != "coco":
+            raise ValueError(f"columns has objects, so format must be coco, and it is {self.format}")
+        if self.class_field is not None and ("class" not in annotations or self.format == "images"):
+            raise ValueError("class_field is for a class in webdataset, parquet or huggingface, and would be ignored")
 
     @property
     def sample_columns(self) -> tuple[Column, ...]:

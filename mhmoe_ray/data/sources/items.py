@@ -63,6 +63,9 @@ class Document(NamedTuple):
     """Hash of the image of the document's record, also if the source uses only the text; None if it has none. All
     documents of one image have the same hash, so that they are on the same side of the validation split."""
 
+    annotation: bytes | None = None
+    """Class or objects of the image (`data.annotations.pack`), if the source has a column of them; otherwise None."""
+
     @property
     def model_text(self) -> str:
         """Text that a model reads: that of the rendered conversation, otherwise the text itself."""
@@ -85,6 +88,8 @@ class Reason(StrEnum):
     NOT_IMAGE = "it is not an image"
     TOO_MANY_PIXELS = "its image has more pixels than data.images.max_megapixels"
     DAMAGED_IMAGE = "its image is damaged"
+    NO_CLASS = "it has no class"
+    BAD_OBJECT = "its object cannot be used"
     NO_SIGNALS = "it cannot be judged by its signals"
     PART_LOST = "a part of the file is lost"
 

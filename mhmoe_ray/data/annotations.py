@@ -1,0 +1,55 @@
+"""Annotations of images for vision models: a class, or objects with boxes, classes and masks; and their storage as JSON.
+
+Classes are stored by name. Their numbers are those of the sorted names of all training samples of a task.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import orjson
+
+
+class Instance(NamedTuple):
+    """Object in an image."""
+
+    class_name: str
+    box: tuple[float, float, float, float]
+    """Left, top, right and bottom edge in pixels."""
+    mask: str | None
+    """Mask in the size of the image as COCO's compressed run lengths (`counts`); None if the object has only a box."""
+    is_crowd: bool = False
+    """True if the mask covers a group of objects, which training leaves out and evaluation ignores."""
+
+
+class Annotation(NamedTuple):
+    """Annotation of an image, as its source has it."""
+
+    class_name: str | None = None
+    """Class of the image; None if its source has objects."""
+    instances: tuple[Instance, ...] = ()
+    image_id: int | str | None = None
+    """Id of the image in its source, if its source has objects."""
+
+
+def pack(annotation: Annotation) -> bytes:
+    """Return an annotation as it is stored."""
+    if annotation.class_name is not None:
+        return orjson.dumps({"class": annotation.class_name})
+    return orjson.dumps({"image_id": annotation.image_id, "objects": [i._asdict() for i in annotation.instances]})
+
+
+def unpack(content: bytes) -> Annotation:
+    """Return the annotation that `pack` stored."""
+    tree = orjson.loads(content)
+    if "class" in tree:
+        return Annotation(tree["class"])
+    instances = (Instance(**{**fields, "box": tuple(fields["box"])}) for fields in tree["objects"])
+    return Annotation(None, tuple(instances), tree["image_id"])
+
+
+def decode_mask(counts: str, width: int, height: int) -> np.ndarray:
+    """Return a stored mask, bool (height, width)."""
+    from pycocotools import mask as coco_masks
+
+    mask: np.ndarray = coco_masks.decode({"size": [height, width], "counts": counts.encode()}).astype(bool)
+    return mask
