@@ -6,7 +6,7 @@ other rank.
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from mhmoe_ray.errors import CheckpointError
 from mhmoe_ray.model.decoder import Decoder
 from mhmoe_ray.model.encoder import Encoder
 from mhmoe_ray.model.trunk import Trunk
+from mhmoe_ray.model.vision import Vision
 from mhmoe_ray.spec import ModelSpec, RunSpec
 from mhmoe_ray.storage import Location
 
@@ -110,6 +111,17 @@ def _mismatch_error(folder: Location, reason: str) -> CheckpointError:
     return CheckpointError(f"checkpoint {folder.parent}", reason, "use the model section that it was written with")
 
 
+class StatefulObjective(Protocol):
+    """Interface of an objective (`train.objectives.Objective`) for checkpoints."""
+
+    @property
+    def state(self) -> dict[str, Any] | None:
+        """State that checkpoints must have besides weights and moments; None if there is none."""
+
+    def load_state(self, state: Mapping[str, Any] | None) -> None:
+        """Continue from the state in a checkpoint."""
+
+
 class TrainerState(Protocol):
     """Interface of a trainer (`train.step.Trainer`) for checkpoints: its state, mesh, device and progress."""
 
@@ -125,6 +137,9 @@ class TrainerState(Protocol):
     before_update: Callable[[], None]
     """Callback that is called when the state is about to change."""
     on_progress: Callable[[], None]
+
+    @property
+    def objective(self) -> StatefulObjective: ...
 
 
 def restore(trainer: TrainerState, checkpoint: Location, manifest: CheckpointManifest) -> None:
@@ -142,6 +157,7 @@ def restore(trainer: TrainerState, checkpoint: Location, manifest: CheckpointMan
         buffers = strategy.model.training_buffers()
         load_tensors(checkpoint / "optim", {**moments, **buffers}, trainer.on_progress)
     strategy.finish_loading(weights, moments)
+    trainer.objective.load_state(manifest.objective)
     trainer.updates_before = manifest.updates_before
     trainer.step, trainer.tokens = manifest.step, manifest.tokens
     trainer.skipped, trainer.skipped_in_a_row = manifest.skipped, manifest.skipped_in_a_row
@@ -158,8 +174,9 @@ def load_model(checkpoint: Location) -> tuple[Decoder, CheckpointManifest]:
             names; or its model is an encoder.
     """
     manifest = read_manifest(checkpoint, parts=("weights",))
-    if manifest.model.encoder is not None:
-        reason = "its model is an encoder, which does not predict next tokens"
+    if manifest.model.encoder is not None or manifest.model.vision is not None:
+        kind = "an encoder" if manifest.model.encoder is not None else "a vision model"
+        reason = f"its model is {kind}, which does not predict next tokens"
         raise CheckpointError(f"checkpoint {checkpoint}", reason, "evaluate it with `mhmoe eval`, or name another run")
     return load_verified_model(checkpoint, manifest), manifest
 
@@ -175,6 +192,15 @@ def load_verified_encoder(checkpoint: Location, manifest: CheckpointManifest) ->
     """Load the encoder of a checkpoint like `load_verified_model`."""
     model = _for_inference(Encoder(manifest.model))
     load_tensors(checkpoint / "weights", model.named_tensors())
+    return model
+
+
+def load_verified_vision(checkpoint: Location, manifest: CheckpointManifest) -> Vision:
+    """Load the vision model of a checkpoint like `load_verified_model`, with its tasks' numbers of experts."""
+    model = _for_inference(Vision(manifest.model))
+    load_tensors(checkpoint / "weights", model.named_tensors())
+    if manifest.objective is not None:
+        model.set_top_k([task["top_k"] for task in manifest.objective["tasks"].values()])
     return model
 
 

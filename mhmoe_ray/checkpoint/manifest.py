@@ -26,7 +26,7 @@ a mix. For the same reason a directory must hold exactly the files of the manife
 import json
 import re
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ValidationError
 
@@ -51,6 +51,8 @@ class CheckpointManifest(BaseModel):
     """Number of these steps that updated nothing, because their gradient was not finite."""
     skipped_in_a_row: int = 0
     """Number of consecutive steps up to this one that updated nothing."""
+    objective: dict[str, Any] | None = None
+    """State of the objective: of a vision model with an adaptive number of experts."""
     updates_before: int = 0
     """Number of updates of the optimizer before step 0, in the runs whose moments this run continues."""
     tokens: int
@@ -69,7 +71,10 @@ class CheckpointManifest(BaseModel):
     folder, and those that end an assistant's turn in the training data. Older manifests have none."""
     adds_start: bool = True
     """Whether a start token precedes a text; false for imported weights whose own tokenizer adds none."""
-    tokenizer_sha256: str
+    tokenizer_sha256: str | None
+    """Hash of the tokenizer's file; None for a vision model."""
+    classes_sha256: str | None = None
+    """Hash of the file with the names of classes; None for another model."""
     data_sha256: str | None
     """Hash of the prepared data's manifest: `position` counts samples of that data only. None for imported weights,
     which were not trained on data prepared here."""

@@ -148,7 +148,9 @@ class Saver:
         self._copy_done = Event()
         self._pause_seconds = 0.0
         self._data_sha256 = data_digest(trainer.spec.data.prepared)
-        self._tokenizer_sha256 = describe_file(run.tokenizer_file).sha256
+        is_vision = trainer.spec.model.vision is not None
+        self._tokenizer_sha256 = None if is_vision else describe_file(run.tokenizer_file).sha256
+        self._classes_sha256 = describe_file(run.classes_file).sha256 if is_vision else None
         self._thread: Thread | None = None
         self._error: Exception | None = None
 
@@ -263,6 +265,8 @@ class Saver:
             adds_start=self._adds_start,
             data_sha256=self._data_sha256,
             tokenizer_sha256=self._tokenizer_sha256,
+            classes_sha256=self._classes_sha256,
+            objective=trainer.objective.state,
             files={},
         )
 

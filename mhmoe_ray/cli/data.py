@@ -109,7 +109,7 @@ def _print_manifest(manifest: "DataManifest") -> None:
     """Print the counts of each domain of prepared data, and the entropies of its held-out text."""
     columns = ["", "documents", "held out", "bad", "text", "tokens", "bytes/token", "samples", "cut", "padding"]
     columns += ["targets"] if manifest.chat else []
-    columns += ["images"] if manifest.encoder else []
+    columns += ["images"] if manifest.encoder or manifest.vision else []
     rows = []
     for name, d in manifest.domains.items():
         # `text_bytes` includes held-out text, so the number of tokens must include held-out tokens too.
@@ -125,12 +125,15 @@ def _print_manifest(manifest: "DataManifest") -> None:
                 f"{d.text_bytes / tokens:.2f}" if tokens else "",
                 f"{d.samples:,}",
                 f"{d.cut_documents / d.documents:.1%}" if d.documents else "",
-                f"{d.padding / (d.samples * manifest.seq_len):.2%}" if d.samples else "",
+                f"{d.padding / (d.samples * manifest.seq_len):.2%}" if d.samples and manifest.seq_len else "",
                 *([] if d.target_tokens is None else [f"{d.target_tokens:,}"]),
                 *([] if d.images is None else [f"{d.images:,}"]),
             ]
         )
     print_untruncated(number_table(columns, rows))
+    if manifest.baselines is None:
+        out.print(f"{manifest.validation_tokens:,} held-out images")
+        return
     unit = "targets" if manifest.chat else "tokens"
     out.print(
         f"{manifest.validation_tokens:,} held-out {unit}: unigram entropy {manifest.baselines.unigram_entropy:.4f}, "

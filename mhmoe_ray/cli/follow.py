@@ -199,6 +199,8 @@ class _RunView:
             note.print(f"training from step {event['step']} on {layout}{restart_note}")
             if warning := events.describe_straddling_groups(event):
                 note.print(f"warning: {warning}")
+        elif kind == "adapted":
+            note.print(f"step {event['step']:,}: task {event['task']} chooses {event['top_k']} experts")
         elif kind == "lost":
             note.print(f"warning: {events.describe_failure(event)}", soft_wrap=True)
         elif kind == "hung":

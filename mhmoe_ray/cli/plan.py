@@ -19,7 +19,7 @@ from mhmoe_ray.cli.common import (
 
 if TYPE_CHECKING:
     from mhmoe_ray.planner.estimate import Estimate
-    from mhmoe_ray.spec import RunSpec
+    from mhmoe_ray.spec import ModelSpec, RunSpec
     from mhmoe_ray.spec.train import TrainSpec
 
 
@@ -124,8 +124,10 @@ def print_summary(spec: "RunSpec", step_estimate: "Estimate | None") -> None:
     rows = {
         "preset": f"{spec.origin}: {preset_description(spec.origin)}" if spec.origin else None,
         "start": "\n".join(start_record.lines()) if start_record else None,
-        "model": f"{model.backbone}, d {model.d_model}, {model.layers} layers, vocabulary {model.vocab_size}",
+        "model": f"{model.backbone}, d {model.d_model}, {model.layers} layers"
+        + (f", vocabulary {model.vocab_size}" if model.vocab_size else ""),
         "encoder": _encoder(spec),
+        "vision": _vision(model),
         "micro-batch": _parts(spec),
         "mixture of experts": experts,
         "parameters": f"{size.parameters:,}",
@@ -167,6 +169,23 @@ def _encoder(spec: "RunSpec") -> str | None:
     routers = "one router" if encoder.routers == "shared" else "a router for each modality"
     position = "beside" if encoder.experts == "beside" else "in place of"
     return f"{text}; experts {position} the feed-forward layers, with {routers}"
+
+
+def _vision(model: "ModelSpec") -> str | None:
+    """Return the line about a vision model: its tasks and its routers; None for another model."""
+    vision = model.vision
+    if vision is None:
+        return None
+    tasks = [
+        f"{name}: images of {task.image_size} x {task.image_size} pixels in {vision.patches(task)} patches, "
+        + (f"{task.classes} classes" if task.detector is None else f"objects of {task.classes} classes")
+        for name, task in vision.tasks.items()
+    ]
+    if model.moe is not None:
+        router = "one router for all tasks" if vision.routers == "shared" else "a router for each task"
+        adaptive = vision.adaptive
+        tasks.append(router + (f", which chooses up to {adaptive.largest} experts" if adaptive else ""))
+    return "\n".join(tasks)
 
 
 def _merging(spec: "RunSpec") -> str | None:

@@ -24,6 +24,8 @@ def tables(spec: RunSpec, placement: Placement) -> Iterator[tuple[str, Table]]:
     batch = f"{spec.train.micro_batch_size} x {spec.data.seq_len} tokens"
     if spec.model.encoder is not None:
         batch = f"{spec.tokens_per_micro_batch:,} patches and tokens"
+    if spec.model.vision is not None:
+        batch = f"{spec.tokens_per_micro_batch:,} patches"
     yield f"memory of a rank, micro-batches of {batch}", _memory_table(spec)
     step = expert_step(spec)
     if step:

@@ -10,8 +10,11 @@ order/               the order of samples: a pure function of (seed, position)
 images.py            checks image files, and decodes them
 crops.py             crops of images: pure functions of (seed, part, position)
 masking.py           masks of patches and tokens, which are pure functions, too
+row_order.py         rows of images in the order of a training
 encoder_samples.py   samples of an encoder: crops, tokens and masks, part by part
 encoder_batches.py   micro-batches of an encoder: tensors and targets
+annotations.py       classes and objects of images, and how they are stored
+vision_samples.py    samples of a vision model: images with classes or objects, task by task
 domains.py           names of domains and languages
 stream.py            streams the shards in that order to the workers of a training
 """

@@ -1,4 +1,5 @@
-"""Annotations of images for vision models: a class, or objects with boxes, classes and masks; and their storage as JSON.
+"""Annotations of images for vision models: a class, or objects with boxes, classes and masks; and their storage as
+JSON.
 
 Classes are stored by name. Their numbers are those of the sorted names of all training samples of a task.
 """
@@ -29,6 +30,11 @@ class Annotation(NamedTuple):
     instances: tuple[Instance, ...] = ()
     image_id: int | str | None = None
     """Id of the image in its source, if its source has objects."""
+
+    @property
+    def class_names(self) -> set[str]:
+        """The names of all classes in this annotation."""
+        return {i.class_name for i in self.instances} if self.class_name is None else {self.class_name}
 
 
 def pack(annotation: Annotation) -> bytes:

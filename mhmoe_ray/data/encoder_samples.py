@@ -13,9 +13,9 @@ import numpy as np
 from mhmoe_ray.data.crops import Crop, centre_crop, random_crop, read_crop
 from mhmoe_ray.data.domains import source_of
 from mhmoe_ray.data.masking import block_mask, hide_tokens, text_mask
-from mhmoe_ray.data.order.mixture import training_order
+from mhmoe_ray.data.row_order import RowOrder
 from mhmoe_ray.data.shards.columns import EncoderSamples, padding_token
-from mhmoe_ray.data.shards.manifest import DataManifest, require_data_manifest
+from mhmoe_ray.data.shards.manifest import DataManifest
 from mhmoe_ray.data.shards.rows import RowReader
 from mhmoe_ray.spec import MicroBatchPart, RunSpec
 
@@ -102,11 +102,8 @@ class EncoderTrainingSamples:
     """Random access to the micro-batches of a training by their number."""
 
     def __init__(self, spec: RunSpec) -> None:
-        folder = spec.data.prepared
-        manifest = require_data_manifest(folder)
-        self._spec, self._maker = spec, SampleMaker(spec, manifest.token_bytes)
-        names, self._order = training_order(spec, manifest)
-        self._readers = [RowReader(folder, manifest.domains[name].shards, manifest.token_bytes) for name in names]
+        self._order = RowOrder(spec)
+        self._maker = SampleMaker(spec, self._order.token_bytes)
 
     @staticmethod
     def open_cached(spec: RunSpec) -> "EncoderTrainingSamples":
@@ -115,29 +112,24 @@ class EncoderTrainingSamples:
 
     def read(self, micro_batch: int) -> EncoderSamples:
         """Return the samples of a micro-batch of the training."""
-        first_position = micro_batch * self._spec.train.micro_batch_size
-        parts = []
-        for part in self._spec.parts:
-            positions = first_position + np.arange(part.samples)
-            first_position += part.samples
-            tokens, images = self._read_rows(positions)
-            labels = [f"{part.name} {position}" for position in positions]
-            parts.append(self._maker.make(part, tokens, images, labels, crops=True))
-        return EncoderSamples.join(parts)
+        return EncoderSamples.join(
+            [
+                self._maker.make(part.part, *self._read_rows(part.positions), part.labels, crops=True)
+                for part in self._order.parts(micro_batch)
+            ]
+        )
 
     def _read_rows(self, positions: np.ndarray) -> tuple[np.ndarray, list[bytes]]:
         """Return the stored tokens and images of the samples at these positions, which belong to one part."""
-        domains, samples = self._order(positions)
         tokens: np.ndarray | None = None
         images = [b""] * len(positions)
-        for d in np.unique(domains):
-            rows = np.flatnonzero(domains == d)
-            domain_tokens, domain_images = self._readers[d].read(samples[rows])
+        for group in self._order.locate(positions):
+            domain_tokens, domain_images = group.reader.read(group.numbers)
             if tokens is None:
                 tokens = np.empty((len(positions), domain_tokens.shape[1]), domain_tokens.dtype)
-            tokens[rows] = domain_tokens
-            for row, image in zip(rows, domain_images, strict=True):
-                images[row] = image
+            tokens[group.indices] = domain_tokens
+            for index, image in zip(group.indices, domain_images, strict=True):
+                images[index] = image
         assert tokens is not None
         return tokens, images
 

@@ -34,8 +34,9 @@ from mhmoe_ray.data.shards.columns import (
 )
 from mhmoe_ray.data.shards.files import ShardReader
 from mhmoe_ray.data.shards.manifest import DataManifest, require_data_manifest
+from mhmoe_ray.data.vision_samples import VisionTrainingSamples, stream_columns
 from mhmoe_ray.ray_compat import ExecutionCallback
-from mhmoe_ray.spec import EncoderSpec, MoESpec, RunSpec
+from mhmoe_ray.spec import MoESpec, RunSpec
 
 BLOCK_BYTES = 1 << 20
 MAX_MICRO_BATCHES = 32
@@ -95,8 +96,9 @@ def training_stream(
 
     Its blocks are for `world_size` ranks in turn. The last block of each rank may extend past the end of the training;
     no rank reads those rows. The columns are `position` (int64) and those of the samples (data/shards/columns.py); for
-    router `domain` also `expert` (int64). For an encoder, a row is a whole micro-batch, and its position is that of its
-    first sample (encoder_samples.py). The caller must read the dataset with `preserve_order`.
+    router `domain` also `expert` (int64). For an encoder or a vision model, a row is a whole micro-batch, and its
+    position is that of its first sample (encoder_samples.py, vision_samples.py). The caller must read the dataset with
+    `preserve_order`.
 
     Args:
         spec: spec of the run.
@@ -104,8 +106,8 @@ def training_stream(
         world_size: number of ranks.
         samples_before: samples of each domain that earlier runs have read (`compute_mixture`).
     """
-    if spec.model.encoder is not None:
-        return _encoder_stream(spec, spec.model.encoder, start // spec.train.micro_batch_size, world_size)
+    if spec.model.encoder is not None or spec.model.vision is not None:
+        return _micro_batch_stream(spec, start // spec.train.micro_batch_size, world_size)
     rows = spec.train.steps * spec.samples_per_step - start
     b = spec.train.micro_batch_size
     # A token takes at most four bytes. A short training has small blocks, so that each rank gets at least one block.
@@ -158,17 +160,22 @@ def _read_rows(
     return columns if experts is None else {**columns, EXPERT: experts}
 
 
-def _micro_batch_bytes(spec: RunSpec, encoder: EncoderSpec) -> int:
-    """Return the approximate number of bytes of a micro-batch of an encoder in the stream."""
+def _micro_batch_bytes(spec: RunSpec) -> int:
+    """Return the approximate number of bytes of a micro-batch of images in the stream."""
+    encoder, vision = spec.model.encoder, spec.model.vision
+    if vision is not None:
+        return sum(3 * vision.tasks[part.name].image_size ** 2 * part.samples for part in spec.parts)
+    assert encoder is not None
     images, texts = (sum(part.samples for part in spec.parts if name in part.columns) for name in ("image", "text"))
     # A pixel has three bytes. A text has stored tokens, inputs and a mask.
     return images * (3 * encoder.image_size**2 + encoder.patches) + texts * 9 * spec.data.seq_len
 
 
-def _encoder_stream(spec: RunSpec, encoder: EncoderSpec, start: int, world_size: int) -> ray.data.Dataset:
-    """Return the stream of the micro-batches of an encoder, from number `start` to the end of the training."""
+def _micro_batch_stream(spec: RunSpec, start: int, world_size: int) -> ray.data.Dataset:
+    """Return the stream of whole micro-batches, of an encoder or a vision model, from number `start` to the end of the
+    training."""
     rows = spec.train.steps * spec.train.micro_batches - start
-    block_rows = max(1, min(MAX_MICRO_BATCHES, BLOCK_BYTES // _micro_batch_bytes(spec, encoder), rows // world_size))
+    block_rows = max(1, min(MAX_MICRO_BATCHES, BLOCK_BYTES // _micro_batch_bytes(spec), rows // world_size))
     layout = StreamLayout(world_size, 1, block_rows)
     read_rows = partial(_read_micro_batches, spec=spec, layout=layout, start=start, end=start + rows)
     return _stream_of_blocks(read_rows, layout, rows, batch_rows=block_rows)
@@ -177,11 +184,15 @@ def _encoder_stream(spec: RunSpec, encoder: EncoderSpec, start: int, world_size:
 def _read_micro_batches(
     batch: dict[str, np.ndarray], *, spec: RunSpec, layout: StreamLayout, start: int, end: int
 ) -> dict[str, Any]:
-    samples = EncoderTrainingSamples.open_cached(spec)
     # No rank reads the rows past the end, so any existing micro-batch can fill them.
     numbers = np.minimum(start + layout.positions(batch["id"]), end - 1)
-    micro_batches = [samples.read(int(number)) for number in numbers]
-    columns = {name: np.stack([getattr(row, name) for row in micro_batches]) for name in EncoderSamples._fields}
+    if spec.model.vision is not None:
+        vision_samples = VisionTrainingSamples.open_cached(spec)
+        columns = stream_columns([vision_samples.read(int(number)) for number in numbers])
+    else:
+        encoder_samples = EncoderTrainingSamples.open_cached(spec)
+        micro_batches = [encoder_samples.read(int(number)) for number in numbers]
+        columns = {name: np.stack([getattr(row, name) for row in micro_batches]) for name in EncoderSamples._fields}
     return {"position": numbers * spec.train.micro_batch_size, **columns}
 
 

@@ -4,6 +4,8 @@ It has no parameters. In training and in validation the domain is known, and a s
 text of unknown origin, `evaluate/mixture.py` weights the predictions of all experts by their posterior probabilities.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -25,7 +27,7 @@ class DomainRouter(Router):
         generator: torch.Generator | None = None,
         sequences: int = 1,
         domain_B: Tensor | None = None,
-        image_rows: int = 0,
+        group_rows: Sequence[int] = (),
     ) -> Routing:
         """Return the routing of rows.
 
@@ -34,7 +36,7 @@ class DomainRouter(Router):
             generator: not used, because this routing draws no random numbers.
             sequences: B, the number of sequences, which have equally many rows.
             domain_B: expert of each sequence, int64; required.
-            image_rows: not used.
+            group_rows: not used.
         """
         assert domain_B is not None, "router domain needs the domain of each sequence"
         expert_N1 = domain_B.repeat_interleave(len(x_ND) // sequences)[:, None]

@@ -98,8 +98,8 @@ class LossPart(NamedTuple):
     """Loss of each target, without gradients."""
 
 
-class EncoderLoss(NamedTuple):
-    """Output of the encoder for a micro-batch."""
+class PartLosses(NamedTuple):
+    """Losses of the parts of a micro-batch."""
 
     losses: list[LossPart]
     """Losses of the groups, one group after another, in the order of `Group.losses`."""
@@ -199,8 +199,9 @@ class EncoderBlock(TrunkBlock):
                 expert_outputs = split_samples(sample_outputs, sizes, normed[0], normed[1])
             else:
                 rows_1NM = torch.cat([y.flatten(0, 1) for y in normed])[None]
-                y_1NM, routing = self.moe(rows_1NM, generator, image_tokens=normed[0].shape[:2].numel())
-                parts = torch.split(y_1NM[0], [y.shape[:2].numel() for y in normed])
+                group_tokens = [y.shape[:2].numel() for y in normed]
+                y_1NM, routing = self.moe(rows_1NM, generator, group_tokens=group_tokens)
+                parts = torch.split(y_1NM[0], group_tokens)
                 expert_outputs = [part.view(y.shape) for part, y in zip(parts, normed, strict=True)]
             outputs = [y if x is None else x + y for x, y in zip(outputs, expert_outputs, strict=True)]
         image_y, text_y = outputs
@@ -359,7 +360,7 @@ class Encoder(Trunk):
     def final_norms(self) -> list[nn.Module]:
         return [self.image_norm, self.text_norm]
 
-    def forward(self, batch: EncoderBatch, noise: Noise | None = None) -> EncoderLoss:
+    def forward(self, batch: EncoderBatch, noise: Noise | None = None) -> PartLosses:
         """Return the losses of a micro-batch, and the routing of each mixture-of-experts layer.
 
         Args:
@@ -367,7 +368,7 @@ class Encoder(Trunk):
             noise: randomness of a training step, None in evaluation; used only if the spec has any.
         """
         encoded = self.encode(batch, noise)
-        return EncoderLoss(self._losses(batch, encoded.image_NSM, encoded.text_NTM), encoded.routing)
+        return PartLosses(self._losses(batch, encoded.image_NSM, encoded.text_NTM), encoded.routing)
 
     def encode(self, batch: EncoderBatch, noise: Noise | None = None) -> Encoded:
         """Return the outputs of the last norms for a micro-batch; for the arguments see `forward`."""

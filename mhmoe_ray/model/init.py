@@ -29,6 +29,7 @@ def init_weights(model: Trunk, seed: int, on_tensor: Callable[[], None] = lambda
     | router | as nn.Linear; X-MoE's expert embeddings orthogonal, gain 0.32 |
     | gain of the rows of router smear | 0.01, as in its authors' code |
     | norms | 1, bias 0 |
+    | convolutions of detectors | as nn.Conv2d |
     | factor of the contrastive loss | 1 / 0.07, as in CLIP |
 
     The values of nn.Linear, of weights and biases, are uniform in +-n^-0.5, where n is the fan-in of the matrix. For a
@@ -102,9 +103,11 @@ def _initial_values(model: Trunk, module: nn.Module, name: str, template: Tensor
 
 def _fill_initial_values(module: nn.Module, name: str, t: Tensor, generator: torch.Generator) -> None:
     """Fill `t` with the initial values of the table in `init_weights`, by the full name of the tensor."""
-    if "norm" in name:
-        nn.init.constant_(t, 0.0 if "bias" in name else 1.0)
-    elif "temperature" in name:
+    # Only the last two parts of a name say what a tensor is: the names of tasks before them may be any words.
+    kind = ".".join(name.split(".")[-2:])
+    if "norm" in kind:
+        nn.init.constant_(t, 0.0 if "bias" in kind else 1.0)
+    elif "temperature" in kind:
         nn.init.constant_(t, math.log(router.INITIAL_TEMPERATURE - router.MIN_TEMPERATURE))
     elif "expert_EQ" in name:
         nn.init.orthogonal_(t, gain=0.32, generator=generator)
@@ -112,10 +115,10 @@ def _fill_initial_values(module: nn.Module, name: str, t: Tensor, generator: tor
         nn.init.constant_(t, 0.01)
     elif name == "match.log_scale":
         nn.init.constant_(t, math.log(1 / 0.07))
-    elif "embedding" in name or (name.startswith("output.") and t.ndim == 2):
+    elif "embedding" in kind or (name.startswith("output.") and t.ndim == 2):
         nn.init.normal_(t, std=t.shape[1] ** -0.5, generator=generator)
     # P1 and P2 do not describe several projection layers: each is initialized as if it were the only one.
-    elif ".head." in name or ".merge." in name:
+    elif ".moe.head." in name or ".moe.merge." in name:
         _fill_projection(module, name, t, generator)
     elif t.ndim == 1:
         _fill_bias(module, name, t, generator)
@@ -125,7 +128,7 @@ def _fill_initial_values(module: nn.Module, name: str, t: Tensor, generator: tor
 
 def _fill_projection(module: nn.Module, name: str, t: Tensor, generator: torch.Generator) -> None:
     """Fill a weight or a bias of a head or merge projection."""
-    is_head = ".head." in name
+    is_head = ".moe.head." in name
     if t.ndim == 2:
         nn.init.xavier_uniform_(t, gain=2**-0.5 if is_head else 1.0, generator=generator)
     elif is_head:
@@ -144,6 +147,8 @@ def _fan_in(module: nn.Module, bias_name: str) -> int:
     """Return the fan-in of the matrix that a bias belongs to. `module` has both."""
     if isinstance(module, nn.Linear):
         return module.in_features
+    if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
+        return math.prod(module.weight.shape[1:])
     # In a feed-forward layer the names of a bias and its matrix both begin with fc1 or fc2.
     layer = bias_name.rpartition(".")[2][:3]
     return next(p.shape[-1] for name, p in module.named_parameters() if name[:3] == layer)

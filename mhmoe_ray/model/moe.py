@@ -17,7 +17,7 @@ code. Each of a sub-token's k experts has its own mask. Neither the projections 
 dropout.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 
 import torch
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from mhmoe_ray.model.domain_router import DomainRouter
 from mhmoe_ray.model.feedforward import Dispatch, Experts, FeedForward, SharedExpert
-from mhmoe_ray.model.modality_router import ModalityRouter
+from mhmoe_ray.model.group_router import ModalityRouter, TaskRouter
 from mhmoe_ray.model.noise import dropout
 from mhmoe_ray.model.router import Router, Routing
 from mhmoe_ray.spec import ModelSpec
@@ -52,6 +52,8 @@ def _build_projection(widths: Iterable[int]) -> nn.Module:
 def build_router(spec: ModelSpec) -> Router:
     """Return the router of a layer, with uninitialized parameters."""
     assert spec.moe is not None
+    if spec.vision is not None:
+        return TaskRouter(spec.row_width, spec.moe, list(spec.vision.tasks), is_shared=spec.vision.routers == "shared")
     if spec.encoder is not None and spec.encoder.routers == "per_modality":
         return ModalityRouter(spec.row_width, spec.moe)
     return DomainRouter(spec.moe) if spec.moe.router == "domain" else Router(spec.row_width, spec.moe)
@@ -93,7 +95,7 @@ class MultiHeadMoE(MoELayer):
         x_BTM: Tensor,
         generator: torch.Generator | None = None,
         domain_B: Tensor | None = None,
-        image_tokens: int = 0,
+        group_tokens: Sequence[int] = (),
     ) -> tuple[Tensor, Routing]:
         """Return the output (B, T, M) of the layer, and its routing.
 
@@ -101,11 +103,12 @@ class MultiHeadMoE(MoELayer):
             x_BTM: the tokens.
             generator: generator of the router's randomness and of dropout in training; None in evaluation.
             domain_B: expert of each sequence, for router `domain`.
-            image_tokens: number of first tokens that are patches of images, for routers by modality.
+            group_tokens: number of tokens of each group, for routers by modality or by task.
         """
         x = self.head(x_BTM)
         x_ND = x.reshape(-1, x.shape[-1] // self.heads)
-        routing: Routing = self.router(x_ND, generator, len(x_BTM), domain_B, image_tokens * self.heads)
+        group_rows = [count * self.heads for count in group_tokens]
+        routing: Routing = self.router(x_ND, generator, len(x_BTM), domain_B, group_rows)
         # A dispatch between ranks computes the shared expert while rows travel.
         shared = None
         if self.shared is not None and self.dispatch is not dispatch_locally:

@@ -9,6 +9,8 @@ from torch import Tensor
 
 EMBEDDING = -1
 """Layer number of the embedding's random draws."""
+HEADS = -2
+"""Layer number of the random draws of heads after the last layer."""
 
 
 def seeded_generator(name: str, device: torch.device | str = "cpu") -> torch.Generator:
@@ -25,7 +27,7 @@ class Noise:
         self._name = f"{seed}:{micro_batch}"
 
     def generator(self, layer: int, device: torch.device) -> torch.Generator:
-        """Return a new generator for a layer, or for `EMBEDDING`, with the same draws at each call."""
+        """Return a new generator for a layer, for `EMBEDDING` or for `HEADS`, with the same draws at each call."""
         return seeded_generator(f"{self._name}:{layer}", device)
 
 

@@ -8,7 +8,9 @@ belongs to one layer, and a model sums the losses over its layers.
 Everything here is computed in float32 or wider.
 """
 
+import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -161,6 +163,32 @@ def sequence_balance_loss(probability_NE: Tensor, expert_NK: Tensor, sequences: 
     return experts * (mean_SE * share_SE).sum(1).mean()
 
 
+def squared_variation(load_E: Tensor) -> Tensor:
+    """Return the square of the coefficient of variation of the experts' loads: 0 if all are equal."""
+    return load_E.var(correction=0) / load_E.mean().square()
+
+
+def importance_load_loss(
+    probability_NE: Tensor, clean_logits_NE: Tensor, noisy_logits_NE: Tensor, top_k: int, noise: float
+) -> Tensor:
+    """Return the importance loss plus the load loss of V-MoE (arXiv 2106.05974, appendix A).
+
+    The importance of an expert is the sum of its probabilities over all rows. Its load is the mean probability that it
+    would be chosen, if only its own noise were drawn again. Each loss is the squared coefficient of variation.
+
+    Args:
+        probability_NE: probabilities of rows without noise.
+        clean_logits_NE: logits of rows without noise.
+        noisy_logits_NE: logits by which experts were chosen.
+        top_k: number of experts that a row chooses.
+        noise: standard deviation of the noise.
+    """
+    threshold_N1 = noisy_logits_NE.topk(top_k, dim=-1).values[:, -1:]
+    # The probability that a normal variable exceeds z is erfc(z / sqrt 2) / 2.
+    chosen_NE = torch.erfc((threshold_N1 - clean_logits_NE) / (noise * math.sqrt(2))) / 2
+    return squared_variation(probability_NE.sum(0)) + squared_variation(chosen_NE.mean(0))
+
+
 def z_loss(logits_NE: Tensor) -> Tensor:
     """Return the router z-loss: the mean over rows of the squared log-sum-exp of the logits (ST-MoE, arXiv
     2202.08906)."""
@@ -225,6 +253,40 @@ class Routing(NamedTuple):
     """Expert capacity in rows if routing is static; None if it is dropless."""
 
 
+class TopK(NamedTuple):
+    """Numbers of experts that rows choose."""
+
+    largest: int
+    """Largest number of a row: K, the number of columns of a routing."""
+    count_N: Tensor | None = None
+    """Number of each row, int64; None if all rows have the same."""
+
+
+class RoutedLogits(NamedTuple):
+    """Logits of rows, and the choice by them, as the load balancing loss needs them."""
+
+    x_ND: Tensor
+    """Rows in float32 or wider."""
+    clean_NE: Tensor
+    """Logits without noise."""
+    noisy_NE: Tensor
+    """Logits by which experts were chosen; those without noise if there is none."""
+    probability_NE: Tensor
+    """Probabilities of the logits by which experts were chosen."""
+    expert_NK: Tensor
+    """Chosen experts."""
+
+    def slice(self, start: int, stop: int, top_k: int) -> "RoutedLogits":
+        """Return the logits of rows `start` to `stop` - 1, with the first `top_k` choices."""
+        x_ND, clean_NE, noisy_NE, probability_NE, expert_NK = (field[start:stop] for field in self)
+        return RoutedLogits(x_ND, clean_NE, noisy_NE, probability_NE, expert_NK[:, :top_k])
+
+
+def _chosen_mask(top_k: TopK, count_N: Tensor) -> Tensor:
+    """Return the mask NK of the routes that each row chooses: the first `count_N` of its K."""
+    return torch.arange(top_k.largest, device=count_N.device) < count_N[:, None]
+
+
 class Router(nn.Module):
     """Router of one layer: softmax of the logits, then the top k experts."""
 
@@ -245,9 +307,17 @@ class Router(nn.Module):
         """Create the modules that compute logits for rows of width `width`."""
         self.scores = build_scores(width, self.moe)
 
-    def _scores_of(self, image_rows: int) -> Scores:
-        """Return the function that computes logits, if the first `image_rows` rows are of images."""
+    def _scores_of(self, group_rows: Sequence[int]) -> Scores:
+        """Return the function that computes the logits of rows in groups of these sizes."""
         return self.scores
+
+    def _top_k_of(self, group_rows: Sequence[int], device: torch.device) -> TopK:
+        """Return how many experts rows in groups of these sizes choose."""
+        return TopK(self.moe.top_k)
+
+    def _capacity(self, group_rows: Sequence[int], rows: int) -> int | None:
+        """Return the expert capacity for rows in groups of these sizes."""
+        return self.moe.expert_capacity(rows)
 
     def forward(
         self,
@@ -255,50 +325,57 @@ class Router(nn.Module):
         generator: torch.Generator | None = None,
         sequences: int = 1,
         domain_B: Tensor | None = None,
-        image_rows: int = 0,
+        group_rows: Sequence[int] = (),
     ) -> Routing:
         """Return the routing of rows. The expert capacity applies only in training mode (`Module.train`).
 
         Args:
             x_ND: the rows.
-            generator: generator of jitter and of P1's random second expert; neither applies without one.
+            generator: generator of jitter, noise and P1's random second expert; none of them applies without one.
             sequences: number of sequences, whose rows lie one after another.
             domain_B: not used; `DomainRouter` needs it.
-            image_rows: number of first rows that are of images, for routers by modality.
+            group_rows: number of rows of each group, for routers by modality or by task; groups lie one after another.
         """
         # Autocast would compute logits in bfloat16.
         with torch.autocast(x_ND.device.type, enabled=False):
-            return self._route(widen(x_ND), generator, sequences, image_rows)
+            return self._route(widen(x_ND), generator, sequences, group_rows)
 
     def _route(
-        self, x_ND: Tensor, generator: torch.Generator | None, sequences: int = 1, image_rows: int = 0
+        self, x_ND: Tensor, generator: torch.Generator | None, sequences: int = 1, group_rows: Sequence[int] = ()
     ) -> Routing:
         """Return the routing of rows in float32 or wider. Autocast must be off."""
-        moe, rows, scores = self.moe, len(x_ND), self._scores_of(image_rows)
+        moe, rows, scores = self.moe, len(x_ND), self._scores_of(group_rows)
+        top_k = self._top_k_of(group_rows, x_ND.device)
         if moe.jitter and generator is not None:
             x_ND = x_ND * torch.empty_like(x_ND).uniform_(1 - moe.jitter, 1 + moe.jitter, generator=generator)
-        logits_NE = scores(x_ND)
-        capacity = moe.expert_capacity(rows) if self.training else None
-        if self._is_plain(generator) and can_fuse_routing(moe.kernel, logits_NE):
+        clean_NE = logits_NE = scores(x_ND)
+        if moe.noise and generator is not None:
+            noise_NE = torch.empty_like(logits_NE).normal_(std=moe.noise / moe.experts, generator=generator)
+            logits_NE = logits_NE + noise_NE
+        capacity = self._capacity(group_rows, rows) if self.training else None
+        if top_k.count_N is None and self._is_plain(generator) and can_fuse_routing(moe.kernel, logits_NE):
             fused = fused_routing(
                 logits_NE,
-                moe.top_k,
+                top_k.largest,
                 capacity,
                 normalized=moe.normalize_gates,
                 scale=moe.gate_scale,
                 counts_first=moe.balance_choices == "first",
             )
             return Routing(*fused, capacity)
-        expert_NK, gate_NK, probability_NE = self.choose_experts(logits_NE)
+        expert_NK, gate_NK, probability_NE = self.choose_experts(logits_NE, top_k)
         candidate_NK = self._candidate_routes(expert_NK, gate_NK, generator)
+        if top_k.count_N is not None:
+            candidate_NK &= _chosen_mask(top_k, top_k.count_N)
         kept_NK = candidate_NK if capacity is None else capacity_mask(expert_NK, candidate_NK, moe.experts, capacity)
         count_E = route_counts(expert_NK, moe.experts, kept_NK)
         balance_NE = scores.balance_probabilities(x_ND, probability_NE)
+        routed = RoutedLogits(x_ND, clean_NE, logits_NE, balance_NE, expert_NK)
         return Routing(
             expert_NK,
             gate_NK * kept_NK,
             # The load balancing loss and the router z-loss of no rows would be NaN. The sum is 0 and has a gradient.
-            self._balance_loss(balance_NE, expert_NK, sequences) if rows else logits_NE.sum(),
+            self._balance_loss(routed, sequences, group_rows) if rows else logits_NE.sum(),
             z_loss(logits_NE) if rows else logits_NE.sum(),
             count_E,
             candidate_NK.sum() - count_E.sum(),
@@ -319,30 +396,38 @@ class Router(nn.Module):
             or moe.bias_rate
             or moe.groups > 1
             or moe.balance_over != "micro_batch"
+            or moe.balance != "shares"
             or has_random_choice
             or has_own_probabilities
         )
 
-    def _balance_loss(self, probability_NE: Tensor, expert_NK: Tensor, sequences: int) -> Tensor:
+    def _balance_loss(self, routed: RoutedLogits, sequences: int, group_rows: Sequence[int]) -> Tensor:
         """Return the load balancing loss of the rows, over the choices that the spec counts."""
-        moe = self.moe
+        moe, probability_NE = self.moe, routed.probability_NE
+        if moe.balance == "importance_load":
+            top_k = routed.expert_NK.shape[1]
+            probability_NE = routed.clean_NE.softmax(-1)
+            noise = moe.noise / moe.experts
+            return importance_load_loss(probability_NE, routed.clean_NE, routed.noisy_NE, top_k, noise)
         if moe.balance_over == "step":
             return moe.experts * (probability_NE.mean(0) * self.share_E).sum()
-        balanced_NK = expert_NK[:, :1] if moe.balance_choices == "first" else expert_NK
+        balanced_NK = routed.expert_NK[:, :1] if moe.balance_choices == "first" else routed.expert_NK
         if moe.balance_over == "sequence":
             return sequence_balance_loss(probability_NE, balanced_NK, sequences)
         return balance_loss(probability_NE, balanced_NK)
 
-    def choose_experts(self, logits_NE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def choose_experts(self, logits_NE: Tensor, top_k: TopK | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Choose the top k experts of each row.
 
         Args:
             logits_NE: logits of the rows.
+            top_k: numbers of experts; by default that of the spec for all rows.
 
         Returns:
             expert_NK and gate_NK as in `Routing`, before any drop, and the probabilities NE: the scores of each row,
-            which add up to 1.
+            which add up to 1. A row has K different experts; if it chooses fewer, the gates of the rest are 0.
         """
+        top_k = top_k or TopK(self.moe.top_k)
         moe = self.moe
         is_softmax = moe.scoring == "softmax"
         score_NE = logits_NE.softmax(-1) if is_softmax else logits_NE.sigmoid()
@@ -351,12 +436,18 @@ class Router(nn.Module):
         if moe.groups > 1:
             # The choice has no gradient, so nothing need be kept for one.
             preference_NE = mask_groups(preference_NE.detach(), moe.groups, moe.top_groups)
-        expert_NK = preference_NE.topk(moe.top_k, dim=-1).indices
+        expert_NK = preference_NE.topk(top_k.largest, dim=-1).indices
         gate_NK = score_NE.gather(-1, expert_NK)
+        chosen_NK = None if top_k.count_N is None else _chosen_mask(top_k, top_k.count_N)
+        if chosen_NK is not None:
+            gate_NK = gate_NK * chosen_NK
         if moe.normalize_gates and is_softmax:
             # This equals dividing the chosen probabilities by their sum. That sum is 0 if a bias chose experts whose
             # probabilities have all underflowed.
-            gate_NK = logits_NE.gather(-1, expert_NK).softmax(-1)
+            chosen_logits_NK = logits_NE.gather(-1, expert_NK)
+            if chosen_NK is not None:
+                chosen_logits_NK = chosen_logits_NK.masked_fill(~chosen_NK, float("-inf"))
+            gate_NK = chosen_logits_NK.softmax(-1)
         elif moe.normalize_gates:
             # DeepSeek-V3's code adds the same constant, so that the sum cannot be 0.
             gate_NK = gate_NK / (gate_NK.sum(-1, keepdim=True) + 1e-20)

@@ -69,14 +69,14 @@ class SmearRouter(Router):
         generator: torch.Generator | None = None,
         sequences: int = 1,
         domain_B: Tensor | None = None,
-        image_rows: int = 0,
+        group_rows: Sequence[int] = (),
     ) -> Routing:
         """Return the routing of samples to all experts, with their probabilities as gates.
 
         Args:
             x_ND: the mean of each sample.
             generator: generator of expert dropout; without one it does not apply.
-            sequences, domain_B, image_rows: not used.
+            sequences, domain_B, group_rows: not used.
         """
         # Autocast would compute logits in bfloat16.
         with torch.autocast(x_ND.device.type, enabled=False):

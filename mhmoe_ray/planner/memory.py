@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from mhmoe_ray.architectures import FLOAT32
 from mhmoe_ray.planner.expert_step import planned_model
+from mhmoe_ray.planner.heads import head_activation_bytes
 from mhmoe_ray.planner.sizes import (
     EMBEDDING,
     INT64,
@@ -72,6 +73,7 @@ def compute_memory(spec: RunSpec) -> Memory:
         copies=_copy_bytes(spec, counts) if size < FLOAT32 else 0,
         activations=tokens * _activation_bytes_per_token(spec, size)
         + (FLOAT32 * hidden_output_values(spec, model.encoder) if model.encoder is not None else 0)
+        + _head_bytes(spec)
         + _shared_attention_bytes(spec, size)
         + _static_layout_bytes(model, tokens, size)
         + _merged_expert_bytes(spec, size),
@@ -93,6 +95,8 @@ def loss_bytes(spec: RunSpec) -> int:
     tokens, vocab_size = spec.tokens_per_micro_batch, spec.model.vocab_size
     if spec.model.encoder is not None:
         return 2 * FLOAT32 * hidden_output_values(spec, spec.model.encoder)
+    if spec.model.vision is not None:
+        return 0  # the losses of heads are small
     if spec.train.loss_chunk_rows is None:
         return tokens * vocab_size * 2 * FLOAT32
     rows, size = spec.train.loss_chunk_rows, bytes_per_value(spec)
@@ -124,6 +128,14 @@ def hidden_output_values(spec: RunSpec, encoder: EncoderSpec) -> int:
             share = masking.pair_text if is_pair else masking.text
             values += share * text_values
     return round(values)
+
+
+def _head_bytes(spec: RunSpec) -> int:
+    """Return the bytes that the heads of a vision model keep for a micro-batch; 0 for other models."""
+    vision = spec.model.vision
+    if vision is None:
+        return 0
+    return sum(part.samples * head_activation_bytes(vision, vision.tasks[part.name]) for part in spec.parts)
 
 
 def checkpoint_bytes(spec: RunSpec) -> int:
@@ -257,8 +269,9 @@ def _activation_bytes_per_token(spec: RunSpec, size: int) -> int:
         layers = model.layers * block_input + max(dense, mixture) + noise // model.layers
     else:
         layers = (model.layers - model.moe_layers) * dense + model.moe_layers * mixture + noise
-    # The outputs of an encoder are counted apart, because it computes few of them.
-    if model.encoder is not None:
+    # The outputs of an encoder are counted apart, because it computes few of them, and so are the heads of a vision
+    # model, which compute per image.
+    if model.encoder is not None or model.vision is not None:
         return layers + norm
     # The other terms are those of the last norm, of the loss, and of the token ids and targets. A chunked loss keeps
     # the gradient of its input instead of the input and the log-probabilities.
@@ -282,7 +295,7 @@ def _dropout_bytes(model: ModelSpec, size: int) -> int:
 def _shared_attention_bytes(spec: RunSpec, size: int) -> int:
     """Return the bytes that the attention of all layers shares: cosines and sines for queries and for keys, and the
     document mask."""
-    if spec.model.encoder is not None:
+    if spec.model.encoder is not None or spec.model.vision is not None:
         return 0  # learned positions, and a small mask of padding
     T = spec.data.seq_len
     mask = size * spec.train.micro_batch_size * T**2 if spec.model.document_masks else 0

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from mhmoe_ray.architectures import FLOAT32
 from mhmoe_ray.errors import SpecError
+from mhmoe_ray.planner.heads import head_parameters
 from mhmoe_ray.spec import EncoderSpec, ModelSpec, MoESpec, RunSpec
 from mhmoe_ray.spec.base import Precision
 from mhmoe_ray.spec.model import default_d_ff
@@ -66,7 +67,8 @@ class Sizes(NamedTuple):
     experts. With router smear it uses all experts."""
     macs_per_token: int
     """Multiply-adds of all matrix products for one token, including output logits, without attention scores. A token of
-    an encoder is a patch or a token. Its outputs are left out, because they are computed for hidden ones alone. The
+    an encoder is a patch or a token. Its outputs are left out, because they are computed for hidden ones alone. A token
+    of a vision model is a patch, and its heads are left out, because they compute per image and per object. The
     costs of router smear are those of whole samples (`merge_macs`), and left out as well."""
     moe_macs_per_token: int
     """Multiply-adds of the mixture-of-experts layers for one token: projections, router, experts and shared expert."""
@@ -79,7 +81,7 @@ class Sizes(NamedTuple):
 
 EMBEDDING, PATCHES, NORMS, OUTPUT = "embedding", "patches", "norms", "output"
 PROJECTIONS, ROUTER, EXPERTS, SHARED = "projections", "router", "experts", "shared expert"
-MATCH = "match"
+MATCH, HEADS = "match", "heads"
 """Names of the parts that other modules look up."""
 
 
@@ -92,6 +94,9 @@ def model_parts(spec: ModelSpec) -> list[Part]:
     if spec.encoder is not None:
         projection = spec.encoder.patch_values * d
         result.append(Part(PATCHES, 1, *_all_active(projection + d), projection))
+    if spec.vision is not None:
+        projection = spec.vision.patch_values * d
+        result.append(Part(PATCHES, 1, len(spec.vision.tasks) * (projection + d), projection + d, projection))
     result += [
         Part("attention", spec.layers, branches * attention, attention, attention_macs(spec)),
         Part(NORMS, 1, *_all_active(norms), 0),
@@ -104,6 +109,10 @@ def model_parts(spec: ModelSpec) -> list[Part]:
         result += _moe_parts(spec, moe)
     if spec.encoder is not None:
         return [*result, *_head_parts(spec, spec.encoder)]
+    if spec.vision is not None:
+        # A patch has the head of its task.
+        heads = [head_parameters(spec, task) for task in spec.vision.tasks.values()]
+        return [*result, Part(HEADS, 1, sum(heads), max(heads), 0)]
     # With tied embeddings the output has no parameters of its own, but its product still counts.
     output_parameters = 0 if spec.tied_embeddings else embedding_parameters
     return [*result, Part(OUTPUT, 1, output_parameters, output_parameters, embedding_parameters)]
@@ -117,7 +126,9 @@ def _branches(spec: ModelSpec) -> int:
 def _embedding_parameters(spec: ModelSpec) -> int:
     """Return the number of parameters of all embeddings: of an encoder also those of positions, of an image as a whole,
     and of hidden patches."""
-    rows, encoder = spec.vocab_size, spec.encoder
+    rows, encoder, vision = spec.vocab_size, spec.encoder, spec.vision
+    if vision is not None:
+        rows += sum(vision.patches(task) for task in vision.tasks.values())
     if encoder is not None:
         rows += encoder.text_positions + (encoder.image_positions or encoder.image_tokens) + 2
     return rows * spec.d_model
@@ -139,6 +150,8 @@ def _moe_parts(spec: ModelSpec, moe: MoESpec) -> list[Part]:
     expert_macs = spec.architecture.expert_macs(width, moe.d_expert)
     routes, router = moe.heads * moe.top_k, moe.router_sizes(width)
     routers = 2 if spec.encoder is not None and spec.encoder.routers == "per_modality" else 1
+    if spec.vision is not None and spec.vision.routers == "per_task":
+        routers = len(spec.vision.tasks)
     used_experts = moe.experts if moe.router == "smear" else min(routes, moe.experts)
     result = [
         _projections_part(spec, moe),
@@ -191,7 +204,7 @@ class BlockSizes(NamedTuple):
 def block_sizes(spec: ModelSpec) -> BlockSizes:
     """Return the numbers of parameters in a dense block, in a block with experts, and outside blocks."""
     parameters = {part.name: part.parameters for part in model_parts(spec)}
-    outside_parts = (EMBEDDING, PATCHES, OUTPUT, MATCH)
+    outside_parts = (EMBEDDING, PATCHES, OUTPUT, MATCH, HEADS)
     outside_blocks = sum(parameters.get(name, 0) for name in outside_parts) + _final_norm_parameters(spec)
     shared = parameters["attention"] + (parameters[NORMS] - _final_norm_parameters(spec)) // spec.layers
     dense = parameters.get("feed-forward", 0)
@@ -244,7 +257,8 @@ def flops_per_token(spec: ModelSpec, attention_length: float, samples_per_token:
     """
     # With causal attention, a token attends to (T + 1) / 2 keys on average. Each key costs as many multiply-adds as a
     # token's queries have values, for its score, and as many for its value.
-    keys = (attention_length + 1) / 2 if spec.encoder is None else attention_length
+    is_causal = spec.encoder is None and spec.vision is None
+    keys = (attention_length + 1) / 2 if is_causal else attention_length
     scores = round(2 * spec.layers * spec.query_width * keys)
     merging = round(spec.moe_layers * merge_macs(spec) * samples_per_token)
     forward = 2 * (compute_sizes(spec).macs_per_token + scores + merging)

@@ -73,6 +73,11 @@ class RunDir:
         return self.path / "tokenizer.json"
 
     @property
+    def classes_file(self) -> Location:
+        """Path of the names of classes, for vision models."""
+        return self.path / "classes.json"
+
+    @property
     def chat_template_file(self) -> Location:
         """Path of the Jinja template that turns a conversation into a prompt, for models that have one."""
         return self.path / CHAT_TEMPLATE

@@ -25,6 +25,7 @@ EventKind = Literal[
     "lost",  # rank, reason, host, lines (last lines of the rank's log), ranks (number of all failed ranks)
     "checkpoint",  # step, name, pause (seconds that training waited), seconds (until it was committed)
     "preempted",  # step, nodes (ids of the preempted nodes), deadline (in seconds since the epoch, or null)
+    "adapted",  # step, task, top_k (the new number of experts that the task of a vision model chooses)
     "skipped_checkpoint",  # name, reason
     "dropped_checkpoint",  # name
     "finished",  # step

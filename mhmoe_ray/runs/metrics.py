@@ -202,6 +202,12 @@ EXPERT_LOAD = _metric(
     scope="expert",
     panel=Panel("routing", "Load of each expert now", "layer {{layer}}, {{expert}}", kind="bargauge"),
 )
+TASK_TOP_K = _metric(
+    "task_top_k",
+    "Number of experts that each task of a vision model chooses, where it is adaptive.",
+    scope="part",
+    panel=Panel("routing", "Experts that a task chooses", "{{run}} {{part}}"),
+)
 ROWS_SENT = _metric(
     "rows_sent",
     "Bytes of routed rows, outputs and gradients that left their rank in the newest step, over all ranks.",

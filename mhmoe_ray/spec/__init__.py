@@ -23,13 +23,16 @@ from mhmoe_ray.spec.serve import DeploySpec, KeySpec, ServeSpec
 from mhmoe_ray.spec.start import StartSpec
 from mhmoe_ray.spec.sweep import SweepRun, SweepSize, SweepSpec
 from mhmoe_ray.spec.train import TrainSpec
+from mhmoe_ray.spec.vision import AdaptiveSpec, DetectorSpec, TaskSpec, VisionSpec
 
 __all__ = [
     "NON_TRAINING_SECTIONS",
+    "AdaptiveSpec",
     "ClusterSpec",
     "Column",
     "DataSpec",
     "DeploySpec",
+    "DetectorSpec",
     "EncoderSpec",
     "FilterSpec",
     "Format",
@@ -50,7 +53,9 @@ __all__ = [
     "SweepRun",
     "SweepSize",
     "SweepSpec",
+    "TaskSpec",
     "TrainSpec",
+    "VisionSpec",
     "apply_overrides",
     "dotted_items",
     "dump_spec",

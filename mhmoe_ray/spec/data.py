@@ -97,9 +97,9 @@ class SourceSpec(Section):
     caption under each key), `images` (folders of image files, as ImageNet has them) and `coco` (captions in COCO's
     JSON). Parquet and `huggingface` may have images as well; see `columns`."""
     columns: list[Column] | None = Field(default=None, min_length=1)
-    """Columns of a sample of this source: `text`, `image`, or both; or for vision models `image` and `class`, or `image`
-    and `objects`. The default is text; for webdataset and coco text and image, for images the image. Images are for
-    models with an encoder and for vision models. `class` is the class of an image: in images the name of the folder
+    """Columns of a sample of this source: `text`, `image`, or both; or for vision models `image` and `class`, or
+    `image` and `objects`. The default is text; for webdataset and coco text and image, for images the image. Images are
+    for models with an encoder and for vision models. `class` is the class of an image: in images the name of the folder
     directly below the path, elsewhere `class_field`. `objects` are the boxes, classes and masks in COCO's JSON of
     instances."""
     text_field: str | None = Field(default=None, min_length=1)
@@ -109,8 +109,8 @@ class SourceSpec(Section):
     """Languages of the captions to read, for format webdataset, if json.KEY is an object with a caption for each
     language. By default all. An image with several captions is a sample with each of them."""
     class_field: str | None = Field(default=None, min_length=1)
-    """Column of Parquet or `huggingface` that holds the class, a text or a number; by default `label`. In webdataset, the
-    suffix of the member with the class, by default `cls`; a suffix json.KEY names a key of a JSON member."""
+    """Column of Parquet or `huggingface` that holds the class, a text or a number; by default `label`. In webdataset,
+    the suffix of the member with the class, by default `cls`; a suffix json.KEY names a key of a JSON member."""
     image_field: str | None = Field(default=None, min_length=1)
     """Column of Parquet or `huggingface` that holds the image, as bytes or as {bytes, path}; by default `image`."""
     delimiter: str | None = None
@@ -159,7 +159,7 @@ class SourceSpec(Section):
 
     def _check_annotation_columns(self) -> None:
         """Check that the format has the class or the objects that `columns` names."""
-        annotations: set[Column] = {"class", "objects"} & set(self.sample_columns)
+        annotations = [column for column in self.sample_columns if column in ("class", "objects")]
         if annotations and ("image" not in self.sample_columns or len(self.sample_columns) > 2):
             raise ValueError("columns with class or objects are those of vision models: image and one of the two")
         if "class" in annotations and self.format not in CLASS_FORMATS:
@@ -213,9 +213,11 @@ class PartSpec(Section):
     """Task of this part. next_token: each token is predicted from those before it; a decoder has no other. masked: what
     is hidden in an image, a text or a pair of both is predicted; the default of an encoder. contrastive: each image is
     matched with its text among all texts of the part in the same micro-batch, and each text with its image. caption:
-    each token of a text, and its end, is predicted from its image and the tokens before it."""
+    each token of a text, and its end, is predicted from its image and the tokens before it. A vision model has the
+    task of the part's name, classify or detect, and needs no objective."""
     weight: PositiveFloat = 1.0
-    """Factor of the losses of this part in the loss of an encoder, which is the sum of their means."""
+    """Factor of the losses of this part in the loss of an encoder or a vision model, which is the sum of their
+    means."""
 
 
 class ImageSpec(Section):
@@ -242,10 +244,10 @@ class DataSpec(Section):
     prepared: Path
     """Folder for the packed token shards. `data prepare` writes them once, and training only reads them. If the folder
     lies below a source's path, it is not part of that source."""
-    seq_len: PositiveInt
-    """T: number of tokens in a sequence. A stored sample has T + 1 tokens, of which the last T are the targets. A
-    sample of an encoder has T tokens: a start token and those of one text. Longer captions are cut, and longer texts
-    without an image become several samples."""
+    seq_len: NonNegativeInt = 0
+    """T: number of tokens in a sequence; vision models have none. A stored sample has T + 1 tokens, of which the last T
+    are the targets. A sample of an encoder has T tokens: a start token and those of one text. Longer captions are cut,
+    and longer texts without an image become several samples."""
     packing: Literal["concat", "best_fit"] = "concat"
     """Sequence packing. concat: documents follow each other and are cut where a sample ends. best_fit: documents that
     fit into a sample are not cut, and samples are filled up with padding, whose targets do not count in the loss."""

@@ -1,5 +1,5 @@
-"""The `model` section: a decoder or an encoder with (multi-head) mixture-of-experts layers, its routers and its
-kernels.
+"""The `model` section: a decoder, an encoder or a vision model with (multi-head) mixture-of-experts layers, its routers
+and its kernels.
 
 Sizes use the papers' names: d (`d_model`), h (`moe.heads`), E (`moe.experts`), k (`moe.top_k`), f (`moe.d_expert`). D
 (`moe.d_sub_token`) is the width of a sub-token, which is d / h in the papers. P1 is the first MH-MoE paper (arXiv
@@ -19,6 +19,7 @@ from mhmoe_kernels.abilities import KERNELS, KernelLimits, KernelName
 from mhmoe_ray.architectures import ARCHITECTURES, Architecture, ArchitectureName
 from mhmoe_ray.spec.base import Section, unmeasured
 from mhmoe_ray.spec.encoder import EncoderSpec
+from mhmoe_ray.spec.vision import VisionSpec
 
 RouterName = Literal["linear", "xmoe", "xmoe_torchscale", "domain", "smear"]
 AttentionBias = Literal["none", "qkv", "all"]
@@ -135,6 +136,9 @@ class MoESpec(Section):
     jitter: float = Field(default=0.0, ge=0, lt=1)
     """Router jitter: in training, the router's input is multiplied by factors drawn uniformly from 1 - jitter to 1 +
     jitter."""
+    noise: float = Field(default=0.0, ge=0)
+    """Noise of the router: in training, its logits get normal noise with a standard deviation of this number divided by
+    E (V-MoE and AdaMV-MoE: 1)."""
     capacity_factor: PositiveFloat | None = None
     """Capacity factor of static routing, which limits the rows of an expert in training and validation. The expert
     capacity is this factor times k * ceil(N / E) for the N rows of a micro-batch. Rows beyond it are dropped; first
@@ -147,6 +151,10 @@ class MoESpec(Section):
     balance_weight: float = Field(default=0.01, ge=0)
     """Factor of the load balancing loss, which is summed over layers. A uniform router costs exactly this much per
     layer."""
+    balance: Literal["shares", "importance_load"] = "shares"
+    """Load balancing loss. shares: each expert's mean probability times its share of the choices (both papers' code).
+    importance_load: the squared coefficients of variation of the experts' importance and of their load (V-MoE), for
+    which the router must have noise."""
     balance_choices: Literal["first", "all"] = "first"
     """Choices that the load balancing loss counts: the first choice of each row (both papers' code), or all k."""
     balance_over: Literal["micro_batch", "sequence", "step"] = "micro_batch"
@@ -182,6 +190,12 @@ class MoESpec(Section):
         if self.balance_choices == "all" and not self.balance_weight:
             raise ValueError("balance_weight is 0, so balance_choices would be ignored")
         self._check_balance_over()
+        if self.balance == "importance_load" and not self.noise:
+            raise ValueError("balance: importance_load measures load by the router's noise: set noise")
+        if self.balance == "importance_load" and (self.balance_over != "micro_batch" or self.balance_choices == "all"):
+            raise ValueError(
+                "balance: importance_load is over the rows of a micro-batch: remove the other balance keys"
+            )
         if self.projection_layers > 1 and not (self.has_head_projection or self.has_merge_projection):
             raise ValueError("there is neither head nor merge projection, so projection_layers would be ignored")
         if self.recompute is not None and self.kernel_limits.kept_rows != "as configured":
@@ -223,7 +237,7 @@ class MoESpec(Section):
         if self.top_k != 1:
             raise ValueError("router domain sends a document to one expert: set top_k to 1")
         # The load balancing loss has a default weight, so a weight is no mistake; it has no effect.
-        for key in ("gate_scale", "jitter", "capacity_factor", "balance_over", "z_weight", "bias_rate"):
+        for key in ("gate_scale", "jitter", "noise", "capacity_factor", "balance_over", "z_weight", "bias_rate"):
             if getattr(self, key) != type(self).model_fields[key].default:
                 raise ValueError(f"router domain computes no scores, so {key} would be ignored: remove it")
 
@@ -238,8 +252,8 @@ class MoESpec(Section):
             raise ValueError("router smear averages all experts into one and makes no choice: set top_k to 1")
         # The load balancing loss has a default weight, so a weight is no mistake; it has no effect.
         refused_keys = (
-            *("d_sub_token", "sub_token_residual", "gate_scale", "groups", "jitter", "capacity_factor", "balance_over"),
-            *("z_weight", "bias_rate", "kernel", "recompute"),
+            *("d_sub_token", "sub_token_residual", "gate_scale", "groups", "jitter", "noise"),
+            *("capacity_factor", "balance_over", "z_weight", "bias_rate", "kernel", "recompute"),
         )
         for key in refused_keys:
             if getattr(self, key) != type(self).model_fields[key].default:
@@ -279,21 +293,26 @@ class MoESpec(Section):
         """The limits of the layer's kernel."""
         return KERNELS[self.kernel]
 
-    def expert_capacity(self, rows: int) -> int | None:
+    def expert_capacity(self, rows: int, top_k: int | None = None) -> int | None:
         """Return the expert capacity for N rows: capacity_factor * k * ceil(N / E), rounded up; None if routing is
-        dropless."""
+        dropless.
+
+        Args:
+            rows: N.
+            top_k: k, by default that of the spec.
+        """
         # With factor 1 this is the capacity of both papers' code: 2 * ceil(N / E) for P1's top-2 routing, and
         # k * ceil(N / E) in P2.
         if self.capacity_factor is None:
             return None
         # The factor with nine decimal places as an integer, because as binary numbers 1.1 * 10 is above 11.
         factor_digits = max(1, round(self.capacity_factor * 10**9))
-        return -(-factor_digits * self.top_k * -(-rows // self.experts) // 10**9)
+        return -(-factor_digits * (top_k or self.top_k) * -(-rows // self.experts) // 10**9)
 
     @property
     def is_random(self) -> bool:
         """True if routing draws random numbers in training."""
-        return self.jitter > 0 or self.second_expert == "random" or self.expert_dropout > 0
+        return self.jitter > 0 or self.noise > 0 or self.second_expert == "random" or self.expert_dropout > 0
 
     @property
     def routing_width(self) -> int:
@@ -362,9 +381,11 @@ class ModelSpec(Section):
     encoder: EncoderSpec | None = None
     """Makes the model an encoder of images and texts, with learned positions and without xPos and the scaling of
     embeddings. It needs backbone subln. By default the model is a decoder."""
-    vocab_size: PositiveInt
-    """Number of rows of the embedding. A tokenizer that `data prepare` trains has at most this many entries. The last
-    row of an encoder is the mask token, and its tokenizer has one entry less."""
+    vision: VisionSpec | None = None
+    """Makes the model a vision transformer, with learned positions. By default the model is a decoder."""
+    vocab_size: NonNegativeInt = 0
+    """Number of rows of the embedding; vision models have none. A tokenizer that `data prepare` trains has at most this
+    many entries. The last row of an encoder is the mask token, and its tokenizer has one entry less."""
     d_model: PositiveInt
     layers: PositiveInt
     attention_heads: PositiveInt
@@ -407,6 +428,8 @@ class ModelSpec(Section):
             )
         if self.d_head is not None and self.d_head % 2:
             raise ValueError(f"d_head is {self.d_head}, but rotary positions need an even width per head")
+        if not self.vocab_size and self.vision is None:
+            raise ValueError("vocab_size is missing: the number of rows of the embedding")
         self._check_trunk_options()
         if self.kv_heads is not None and not self.architecture.grouped_queries:
             backbones = " or ".join(
@@ -434,6 +457,8 @@ class ModelSpec(Section):
             self._check_smear(self.moe)
         if self.encoder:
             self._check_encoder(self.encoder)
+        if self.vision:
+            self._check_vision(self.vision)
         return self
 
     def _check_trunk_options(self) -> None:
@@ -509,6 +534,33 @@ class ModelSpec(Section):
                 "experts beside the feed-forward layers have shared layers already: set moe.d_shared to 0, or "
                 "encoder.experts to replace"
             )
+
+    def _check_vision(self, vision: VisionSpec) -> None:
+        """Check that no option of decoders or encoders is set, and that a vision model can run the layers."""
+        if self.encoder is not None:
+            raise ValueError("model has both encoder and vision: remove one of them")
+        fields = type(self).model_fields
+        for key in ("vocab_size", "document_masks", "rope_theta", "tied_embeddings"):
+            if getattr(self, key) != fields[key].default:
+                raise ValueError(f"a vision model has no tokens, so {key} would be ignored: remove it")
+        if self.rope_scaling is not None:
+            raise ValueError("a vision model has tables of positions, so rope_scaling would be ignored: remove it")
+        if self.moe is None:
+            if vision.adaptive is not None:
+                raise ValueError("vision.adaptive chooses the number of experts, but model.moe is missing: set it")
+            return
+        if self.moe.router in ("domain", "smear"):
+            raise ValueError(f"moe.router {self.moe.router} is not for vision models: set it to linear or xmoe")
+        if self.moe.balance_over != "micro_batch":
+            raise ValueError(f"moe.balance_over {self.moe.balance_over} is for decoders: remove it")
+        if vision.adaptive is not None:
+            if not self.moe.top_k <= vision.adaptive.largest <= self.moe.experts:
+                raise ValueError(
+                    f"vision.adaptive.largest is {vision.adaptive.largest}, and must be between moe.top_k "
+                    f"({self.moe.top_k}) and moe.experts ({self.moe.experts})"
+                )
+            if self.moe.second_expert == "random":
+                raise ValueError("moe.second_expert random is for top_k 2, but vision.adaptive changes it: remove one")
 
     @property
     def architecture(self) -> Architecture:

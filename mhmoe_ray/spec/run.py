@@ -15,6 +15,7 @@ from mhmoe_ray.spec.model import ModelSpec, MoESpec
 from mhmoe_ray.spec.serve import ServeSpec
 from mhmoe_ray.spec.start import StartSpec
 from mhmoe_ray.spec.train import MaskingSpec, TrackingSpec, TrainSpec
+from mhmoe_ray.spec.vision import VisionSpec
 from mhmoe_ray.storage import Location, ObjectPath, location
 
 
@@ -42,6 +43,9 @@ class ReferenceSpec(Section):
 LossKind = Literal["image", "text", "match", "caption"]
 """Kind of a loss of an encoder: of hidden patches, of hidden tokens, of matching images with texts, or of the tokens of
 captions."""
+DETECTION_LOSSES = ("objectness", "proposals", "classes", "boxes", "masks")
+"""Losses of a detector: whether anchors have objects, the edges of proposals, the classes and the edges of boxes, and
+their masks."""
 
 
 class MicroBatchPart(NamedTuple):
@@ -56,13 +60,17 @@ class MicroBatchPart(NamedTuple):
     columns: tuple[Column, ...]
     """Columns of its samples, in the order of their names."""
     weight: float
-    """Factor of its losses in the loss of an encoder."""
+    """Factor of its losses in the loss of an encoder or a vision model."""
+    has_masks: bool = False
+    """True if it trains a detector with masks."""
 
     @property
     def losses(self) -> tuple[str, ...]:
         """The names of its losses: a masked pair of image and text has one for each of them."""
         if self.objective == "masked" and len(self.columns) > 1:
             return tuple(f"{self.name}_{column}" for column in self.columns)
+        if self.objective == "detect":
+            return tuple(f"{self.name}_{kind}" for kind in DETECTION_LOSSES if kind != "masks" or self.has_masks)
         return (self.name,)
 
     @property
@@ -70,7 +78,9 @@ class MicroBatchPart(NamedTuple):
         """The kind of each of its losses, if its model is an encoder."""
         if self.objective == "contrastive":
             return ("match",)
-        return ("caption",) if self.objective == "caption" else self.columns
+        if self.objective == "caption":
+            return ("caption",)
+        return tuple(kind for kind in ("image", "text") if kind in self.columns)
 
 
 class RunSpec(Section):
@@ -144,15 +154,19 @@ class RunSpec(Section):
                 f"{self.cluster.strategy}: set train.moment_precision to float32"
             )
         self._check_parts()
-        if self.model.encoder is None:
+        if self.model.encoder is None and self.train.masking != MaskingSpec():
+            raise ValueError("train.masking is for a model with an encoder, and would be ignored: remove it")
+        if self.model.encoder is not None:
+            self._check_encoder(self.model.encoder)
+        elif self.model.vision is not None:
+            self._check_vision(self.model.vision)
+        else:
             if self.data.has_images:
                 raise ValueError("sources with images are for a model with an encoder: set model.encoder")
-            if self.train.masking != MaskingSpec():
-                raise ValueError("train.masking is for a model with an encoder, and would be ignored: remove it")
             if self.data.images != ImageSpec():
                 raise ValueError("data.images is for a model with an encoder, and would be ignored: remove it")
-        else:
-            self._check_encoder(self.model.encoder)
+        if not self.data.seq_len and self.model.vision is None:
+            raise ValueError("data.seq_len is missing: the number of tokens in a sequence")
         if self.data.chat_sources:
             self._check_chat(self.data.chat_sources[0])
         longest_sequence = self.model.architecture.longest_sequence
@@ -177,6 +191,10 @@ class RunSpec(Section):
                 f"{' + '.join(map(str, sizes))} samples: set it to {sum(sizes)}"
             )
         for name, part in self.data.parts.items():
+            if self.model.vision is not None:
+                continue
+            if part.objective in ("classify", "detect"):
+                raise ValueError(f"data.parts.{name}.objective {part.objective} is for vision models: set model.vision")
             if self.model.encoder is None and part.objective not in (None, "next_token"):
                 raise ValueError(f"data.parts.{name}.objective {part.objective} is for models with an encoder")
             if self.model.encoder is None and part.weight != 1:
@@ -191,6 +209,8 @@ class RunSpec(Section):
         for part in self.parts:
             for source in part.sources:
                 columns = self.data.sources[source].sample_columns
+                if not {"image", "text"}.issuperset(columns):
+                    raise ValueError(f"data.sources.{source} has {columns[0]} for vision models: set its columns")
                 if columns != part.columns:
                     raise ValueError(
                         f"part {part.name} has sources with {' and '.join(part.columns)}, but data.sources.{source} "
@@ -242,6 +262,32 @@ class RunSpec(Section):
                 "parts with objectives contrastive and caption, or texts"
             )
 
+    def _check_vision(self, vision: VisionSpec) -> None:
+        """Check that each task of a vision model has a part of its name, with the samples that it learns from."""
+        if vision.tasks.keys() != self.data.parts.keys():
+            names, parts = ", ".join(vision.tasks), ", ".join(self.data.parts) or "none"
+            raise ValueError(f"model.vision.tasks are {names}, but data.parts are {parts}: give each task a part")
+        for name, task in vision.tasks.items():
+            part, column = self.data.parts[name], "class" if task.detector is None else "objects"
+            if part.objective not in (None, task.objective):
+                raise ValueError(
+                    f"data.parts.{name}.objective is {part.objective}, but its task is {task.objective}: remove it"
+                )
+            for source in part.sources:
+                columns = self.data.sources[source].sample_columns
+                if set(columns) != {"image", column}:
+                    raise ValueError(
+                        f"task {name} needs sources with image and {column}, but data.sources.{source} has "
+                        f"{' and '.join(columns)}: set its columns"
+                    )
+        for key in ("seq_len", "packing", "tokenizer", "tokenizer_pattern", "tokenizer_model", "tokenizer_train_mb"):
+            if getattr(self.data, key) != type(self.data).model_fields[key].default:
+                raise ValueError(f"data.{key} is for texts, and would be ignored by a vision model: remove it")
+        if self.train.loss_chunk_rows is not None:
+            raise ValueError("train.loss_chunk_rows is for decoders: remove it")
+        if self.start is not None:
+            raise ValueError("start is for decoders and encoders: remove it")
+
     def _check_kernel(self, moe: MoESpec) -> None:
         limits, gpus = moe.kernel_limits, self.cluster.gpus_per_worker
         if limits.device == "CUDA" and not gpus:
@@ -283,7 +329,7 @@ class RunSpec(Section):
         if self.train.compile and self.model.is_random:
             reason = "it cannot compile random numbers that are the same for any number of workers"
             fix = (
-                "set dropout, attention_dropout, moe.jitter and moe.expert_dropout of the model to 0 and "
+                "set dropout, attention_dropout, moe.jitter, moe.noise and moe.expert_dropout of the model to 0 and "
                 "moe.second_expert to always"
             )
             raise SpecError("train.compile", reason, f"{fix}, or train.compile to false")
@@ -344,21 +390,24 @@ class RunSpec(Section):
 
     @property
     def parts(self) -> list[MicroBatchPart]:
-        """The parts of every micro-batch in their order; a single one without a name if the spec has no parts."""
+        """The parts of every micro-batch in their order; a single one without a name if the spec has no parts. Those of
+        a vision model have the order of its tasks."""
         if not self.data.parts:
             sources = tuple(self.data.sources)
             return [MicroBatchPart("", sources, self.train.micro_batch_size, "next_token", ("text",), 1.0)]
         default: Objective = "next_token" if self.model.encoder is None else "masked"
+        tasks = self.model.vision.tasks if self.model.vision else {}
         return [
             MicroBatchPart(
                 name,
                 tuple(part.sources),
                 part.micro_batch_size,
-                part.objective or default,
+                tasks[name].objective if name in tasks else part.objective or default,
                 self.data.sources[part.sources[0]].sample_columns,
                 part.weight,
+                has_masks=name in tasks and (detector := tasks[name].detector) is not None and detector.masks,
             )
-            for name, part in self.data.parts.items()
+            for name, part in ((name, self.data.parts[name]) for name in tasks or self.data.parts)
         ]
 
     @property
@@ -401,7 +450,9 @@ class RunSpec(Section):
     def _sample_lengths(self) -> list[tuple[int, int]]:
         """The length over which attention is, and the number of samples with it, for each part of a micro-batch. The
         images and the texts of a contrastive part are samples of their own."""
-        encoder, lengths = self.model.encoder, []
+        encoder, vision, lengths = self.model.encoder, self.model.vision, []
+        if vision is not None:
+            return [(vision.patches(vision.tasks[part.name]), part.samples) for part in self.parts]
         if encoder is None:
             return [(self.data.seq_len, self.train.micro_batch_size)]
         for part in self.parts:

@@ -1,6 +1,7 @@
 """Driver of a run's job: prepare missing data, and train with Ray Train's workers."""
 
 import os
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -13,13 +14,13 @@ from mhmoe_ray.checkpoint.start.write import write_start_checkpoint
 from mhmoe_ray.data.order.mixture import training_order
 from mhmoe_ray.data.prepare.pipeline import prepare
 from mhmoe_ray.data.shards.files import verify_shards
-from mhmoe_ray.data.shards.manifest import TEMPLATE_FILE, require_matching_data
+from mhmoe_ray.data.shards.manifest import CLASSES_FILE, TEMPLATE_FILE, require_matching_data
 from mhmoe_ray.errors import DataError, JobError, MhmoeError
 from mhmoe_ray.runs import events
 from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.runs.start import read_start
 from mhmoe_ray.spec import RunSpec
-from mhmoe_ray.storage import ObjectPath, copy_file, describe_file
+from mhmoe_ray.storage import Location, ObjectPath, copy_file, describe_file
 from mhmoe_ray.train.malloc import malloc_settings
 from mhmoe_ray.train.resilience import RunTrainer
 from mhmoe_ray.train.stream_start import ResumingDataConfig, describe_on_all_nodes
@@ -110,7 +111,11 @@ def _prepare_data(run: RunDir, spec: RunSpec) -> None:
     # later, in a task of the stream. Without start.json, the run has not begun.
     record = read_start(run) or plan_start(spec)
     training_order(spec, manifest, record.samples_before if record else None)
-    prepared_files = {"tokenizer": (folder / "tokenizer.json", run.tokenizer_file, manifest.tokenizer_sha256)}
+    prepared_files: dict[str, tuple[Path, Location, str | None]] = {}
+    if manifest.vision is None:
+        prepared_files["tokenizer"] = (folder / "tokenizer.json", run.tokenizer_file, manifest.tokenizer_sha256)
+    else:
+        prepared_files["classes"] = (folder / CLASSES_FILE, run.classes_file, manifest.vision.classes_sha256)
     if manifest.chat is not None:
         template = (folder / TEMPLATE_FILE, run.chat_template_file, manifest.chat.template_sha256)
         prepared_files["chat template"] = template
@@ -120,7 +125,7 @@ def _prepare_data(run: RunDir, spec: RunSpec) -> None:
         elif describe_file(run_file).sha256 != sha256:
             fix = "restore the prepared folder, or submit a new run"
             raise DataError(f"prepared data {folder}", f"its {name} is not the one this run began with", fix)
-    baselines = manifest.baselines.model_dump()
+    baselines = manifest.baselines.model_dump() if manifest.baselines else {}
     events.record(run, "prepared", validation_tokens=manifest.validation_tokens, **baselines)
 
 

@@ -119,8 +119,8 @@ class Trainer:
             self.model.compile_blocks()
         self.strategy = build_strategy(self.model, mesh, spec, self._initialize_weights)
         environment = Environment(spec, mesh, device, self._run_model, lambda: self.on_progress())
-        self.objective: Objective[Any, Any] = build_objective(environment, start_token, codebook)
-        """Objective of the run, a `NextToken` or `Masked`."""
+        self.objective: Objective[Any, Any] = build_objective(environment, self.model, start_token, codebook)
+        """Objective of the run, a `NextToken`, `Masked` or `Tasks`."""
         self.step = 0
         self.tokens = 0
         """Number of targets that counted in the steps so far, over all ranks."""

@@ -24,6 +24,7 @@ from mhmoe_ray.checkpoint.save import Saver
 from mhmoe_ray.data.shards.manifest import require_data_manifest
 from mhmoe_ray.data.shards.rows import read_codebook
 from mhmoe_ray.data.tokenizer import boundaries, load_tokenizer
+from mhmoe_ray.data.vision_samples import VisionSamples
 from mhmoe_ray.distributed.dispatch.exchange import SentBytes
 from mhmoe_ray.distributed.mesh import build_mesh
 from mhmoe_ray.errors import DataError, JobError, StorageError
@@ -31,7 +32,7 @@ from mhmoe_ray.runs import events, metrics
 from mhmoe_ray.runs.directory import RunDir, require_newest_attempt
 from mhmoe_ray.spec import RunSpec
 from mhmoe_ray.storage import Location, location
-from mhmoe_ray.train.objectives import Objective
+from mhmoe_ray.train.objectives import Objective, Tasks
 from mhmoe_ray.train.objectives.next_token import DIGEST_BYTES
 from mhmoe_ray.train.preemption import PreemptedError, preemption_notice
 from mhmoe_ray.train.step import RankSums, Trainer, Update
@@ -93,7 +94,9 @@ class Worker:
         rank = heartbeat.worker_info.rank
         worker_infos = _gather_objects(heartbeat.worker_info)
         mesh = build_mesh(spec.cluster, [p.node for p in worker_infos], device.type, _node_domains(spec, worker_infos))
-        start_token, end_tokens = boundaries(load_tokenizer(run.tokenizer_file, spec.model.vocab_size))
+        start_token, end_tokens = None, frozenset[int]()
+        if spec.model.vision is None:
+            start_token, end_tokens = boundaries(load_tokenizer(run.tokenizer_file, spec.model.vocab_size))
         self.data = require_data_manifest(spec.data.prepared)
         codebook = read_codebook(spec.data.prepared, self.data)
         self.trainer = Trainer(spec, mesh, device, start_token, heartbeat.report_progress, codebook)
@@ -170,6 +173,8 @@ class Worker:
             if is_last_step or trainer.step % spec.train.validate_every == 0:
                 self.heartbeat.report_phase(trainer.step, "validating")
                 line |= self._validate(held_out_samples)
+            if isinstance(trainer.objective, Tasks):
+                line |= self._adapt(trainer.objective, held_out_samples)
             self.telemetry.report(line, step_counts_LE, waits)
             if is_last_step or is_preempted or trainer.step % spec.train.checkpoint_every == 0:
                 self.heartbeat.report_phase(trainer.step, "saving")
@@ -193,6 +198,14 @@ class Worker:
         if validation.part_losses:
             line[metrics.VAL_PART_LOSS] = validation.part_losses
         return line
+
+    def _adapt(self, objective: Tasks, held_out_samples: VisionSamples) -> dict[str, Any]:
+        """Change the tasks' numbers of experts if the spec asks for it; return the metrics with these numbers."""
+        for change in objective.adapt(held_out_samples, self.trainer.step):
+            if self.rank == 0:
+                events.record(self.run, "adapted", step=self.trainer.step, task=change.task, top_k=change.top_k)
+            LOGGER.info("step %d: task %s chooses %d experts", self.trainer.step, change.task, change.top_k)
+        return {} if objective.adaptive is None else {metrics.TASK_TOP_K: objective.adaptive.top_k}
 
     def _agree_on_start(self) -> tuple[int, tuple[Location, CheckpointManifest] | None]:
         """Return the number of this worker group, and the checkpoint to restore or None; all ranks get the same.

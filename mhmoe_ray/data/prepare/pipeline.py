@@ -11,14 +11,13 @@ published under its name in one rename, when it is complete.
 import hashlib
 import pickle
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from math import ceil
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import ray
 import ray.data
 from tokenizers import Tokenizer
@@ -27,7 +26,7 @@ from mhmoe_ray.data.chat.encoder import ConversationEncoder
 from mhmoe_ray.data.chat.template import ChatTemplate, ChatTemplateError, check_template, template_error
 from mhmoe_ray.data.domains import source_of
 from mhmoe_ray.data.images import require_pillow
-from mhmoe_ray.data.prepare.baselines import compute_baselines, join_pairs, token_pairs
+from mhmoe_ray.data.prepare.checks import check_not_empty, check_rows_not_empty, classes_of_tasks
 from mhmoe_ray.data.prepare.chunks import (
     CHUNK_CHARACTERS,
     QUARANTINE_FILE,
@@ -36,6 +35,7 @@ from mhmoe_ray.data.prepare.chunks import (
     read_chunks,
 )
 from mhmoe_ray.data.prepare.codebook import write_codebook
+from mhmoe_ray.data.prepare.finish import FinishResult, domain_entry, finish, finish_rows
 from mhmoe_ray.data.prepare.packing import ShardPlan, ShardResult, make_shard, plan_shards
 from mhmoe_ray.data.prepare.parts import PartSlice, TokenStream
 from mhmoe_ray.data.prepare.rows import (
@@ -44,33 +44,28 @@ from mhmoe_ray.data.prepare.rows import (
     RowSlice,
     make_row_shard,
     plan_row_shards,
-    write_validation_rows,
 )
 from mhmoe_ray.data.prepare.tokenise import Part, TokenisedChunk, tokenise_chunk
-from mhmoe_ray.data.prepare.validation import ValidationSplit, write_validation_split
 from mhmoe_ray.data.prepare.work import ProgressReport, StagingDirectory, clean_up, publish, staging_directory
-from mhmoe_ray.data.shards.columns import conversation_dtype, padding_token, token_bytes_for, token_dtype
-from mhmoe_ray.data.shards.files import ShardReader
+from mhmoe_ray.data.shards.columns import conversation_dtype, token_bytes_for, token_dtype
 from mhmoe_ray.data.shards.manifest import (
+    CLASSES_FILE,
     TEMPLATE_FILE,
-    Baselines,
     ChatData,
     DataManifest,
-    Domain,
     EncoderData,
     Shard,
+    VisionData,
     read_data_manifest,
     recipe,
     require_data_manifest,
     require_prepared_data,
 )
-from mhmoe_ray.data.shards.rows import RowReader
 from mhmoe_ray.data.sources import Tally, file_blocks, find_files
 from mhmoe_ray.data.sources.find import fingerprints
 from mhmoe_ray.data.tokenizer import boundaries, boundary_texts, load_tokenizer, store_given_tokenizer, train_tokenizer
 from mhmoe_ray.errors import DataError
-from mhmoe_ray.spec import DataSpec, RunSpec
-from mhmoe_ray.spec.encoder import EncoderSpec
+from mhmoe_ray.spec import RunSpec
 from mhmoe_ray.storage import describe_file, write_json
 
 CPUS_PER_READER = 8
@@ -86,9 +81,6 @@ CPUS_PER_CHAT_READER = 2
 MAX_EXPECTED_CPUS = 64
 """Largest number of CPUs that are expected of a cluster that has none yet. The readers for them start at once, maybe on
 the head node."""
-
-BASELINE_TOKENS = 20_000_000
-"""Approximate number of training tokens on which the bigram model is counted."""
 
 
 def prepare(spec: RunSpec) -> DataManifest:
@@ -135,53 +127,14 @@ def _chunk_sized_blocks() -> Iterator[None]:
         context.target_max_block_size, context.enable_progress_bars = previous_settings
 
 
-def check_not_empty(spec: DataSpec, by_domain: dict[str, list[Part]]) -> None:
-    """Check that some domain has tokens for a validation sample, and some domain tokens for a training sample.
-
-    Tokens of different domains do not add up: a sample has tokens of one domain.
-
-    Raises:
-        DataError: no domain has a validation sample, or none has a training sample.
-    """
-    # The check is not in a task, since Ray would wrap its error in a traceback.
-    fix = "raise data.validation_fraction or add documents"
-    if not any(part.counts.held_out_documents for parts in by_domain.values() for part in parts):
-        raise DataError("validation", "no document is in the held-out share", fix)
-    if all(sum(part.counts.held_out_tokens for part in parts) < 2 for parts in by_domain.values()):
-        raise DataError("validation", "the documents of the held-out share have no tokens", fix)
-    min_tokens = 1 if spec.packing == "best_fit" else spec.seq_len + 1
-    if all(sum(part.counts.tokens for part in parts) < min_tokens for parts in by_domain.values()):
-        raise DataError("training", "no domain fills a single sample", "shorten data.seq_len or add documents")
-
-
-def check_rows_not_empty(encoder: EncoderSpec, by_domain: dict[str, list[Part]]) -> None:
-    """Check that an encoder has training samples and held-out samples, some of each with a text, and enough patches.
-
-    Raises:
-        DataError: it has not.
-    """
-    counts = [part.counts for parts in by_domain.values() for part in parts]
-    fix = "raise data.validation_fraction or add documents"
-    if not any(count.held_out_documents for count in counts):
-        raise DataError("validation", "no document is in the held-out share", fix)
-    if not any(count.held_out_tokens for count in counts):
-        raise DataError("validation", "no document of the held-out share has a text", fix)
-    if not any(count.rows and count.rows.targets for count in counts):
-        raise DataError("training", "no document has a text to train on", "add documents with texts")
-    patches = sum(count.rows.images for count in counts if count.rows) * encoder.patches
-    if encoder.image_targets == "codebook" and patches < encoder.codebook_size:
-        reason = (
-            f"its images have {patches:,} patches, fewer than the {encoder.codebook_size:,} entries of the codebook"
-        )
-        raise DataError("training", reason, "add images, or lower model.encoder.codebook_size")
-
-
 class _Preparation:
     """One job's preparation of the data of a spec in a staging directory."""
 
     def __init__(self, spec: RunSpec, staging: StagingDirectory) -> None:
         self._spec, self._data_spec, self._staging = spec, spec.data, staging
-        self._tokenizer = staging.result_path / "tokenizer.json"
+        # The samples of a vision model have no tokens.
+        self._tokenizer = None if spec.model.vision else staging.result_path / "tokenizer.json"
+        self._has_rows = spec.model.encoder is not None or spec.model.vision is not None
         self._token_bytes = token_bytes_for(spec.model.vocab_size)
         if spec.data.chat_sources:
             # Tasks render conversations, too, but Ray would wrap their errors in tracebacks.
@@ -195,21 +148,25 @@ class _Preparation:
 
     def run(self) -> None:
         """Run all stages and write the complete result into the staging directory, the manifest last."""
-        self._log(f"tokenizer for {len(self._files)} files")
-        self._report.enter_stage("tokenizer")
-        tokenizer = self._make_tokenizer()
-        start = boundaries(tokenizer).start
-        template, chat = self._check_chat(tokenizer)
-        self._log(f"tokenising {len(self._files)} files")
+        start, template, chat, tokenizer_sha256 = 0, None, None, None
+        if self._tokenizer is not None:
+            self._log(f"tokenizer for {len(self._files)} files")
+            self._report.enter_stage("tokenizer")
+            tokenizer = self._make_tokenizer(self._tokenizer)
+            start = boundaries(tokenizer).start
+            template, chat = self._check_chat(tokenizer)
+            tokenizer_sha256 = describe_file(self._tokenizer).sha256
+        self._log(f"{'tokenising' if self._tokenizer else 'reading'} {len(self._files)} files")
         self._report.enter_stage("tokenising")
-        parts, tallies = self._tokenise(template)
+        parts, tallies = self._tokenise(template, tokenizer_sha256)
         by_domain: dict[str, list[Part]] = defaultdict(list)
         for part in parts:
             by_domain[self._files[part.file].domain].append(part)
-        if self._spec.model.encoder is None:
-            check_not_empty(self._data_spec, by_domain)
-        else:
+        vision = self._write_classes(by_domain)
+        if self._spec.model.encoder is not None:
             check_rows_not_empty(self._spec.model.encoder, by_domain)
+        elif vision is None:
+            check_not_empty(self._data_spec, by_domain)
         self._log(f"packing {len(by_domain)} domains and languages")
         shard_results = self._write_shards(by_domain, start)
         self._report.enter_stage("finishing")
@@ -221,18 +178,19 @@ class _Preparation:
             fingerprints=self._fingerprints,
             seq_len=self._data_spec.seq_len,
             token_bytes=self._token_bytes,
-            tokenizer_sha256=describe_file(self._tokenizer).sha256,
+            tokenizer_sha256=tokenizer_sha256,
             chat=chat,
             encoder=encoder,
+            vision=vision,
             domains={
-                name: _domain_entry(
+                name: domain_entry(
                     by_domain[name],
                     tallies[name],
                     shard_results[name],
                     validation.sample_counts[name],
                     self._data_spec.seq_len,
                     has_chat=chat is not None,
-                    is_encoder=self._spec.model.encoder is not None,
+                    has_rows=self._has_rows,
                 )
                 for name in sorted(by_domain)
             },
@@ -246,9 +204,9 @@ class _Preparation:
     def _log(self, text: str) -> None:
         print(f"prepare: {text}", flush=True)
 
-    def _make_tokenizer(self) -> Tokenizer:
-        """Train the tokenizer or take the given one, write tokenizer.json, and return the tokenizer."""
-        path, vocab_size = self._tokenizer, self._spec.model.text_vocab_size
+    def _make_tokenizer(self, path: Path) -> Tokenizer:
+        """Train the tokenizer or take the given one, write it to `path`, and return the tokenizer."""
+        vocab_size = self._spec.model.text_vocab_size
         if self._data_spec.tokenizer is not None:
             store_given_tokenizer(self._data_spec, vocab_size, path)
         else:
@@ -277,11 +235,14 @@ class _Preparation:
             template_sha256=digest, start_token=boundaries(tokenizer).start, turn_ends=sorted(turn_ends)
         )
 
-    def _tokenise(self, template: ChatTemplate | None) -> tuple[list[Part], dict[str, Tally]]:
+    def _tokenise(
+        self, template: ChatTemplate | None, tokenizer_sha256: str | None
+    ) -> tuple[list[Part], dict[str, Tally]]:
         """Tokenise all files into parts, keep the progress report up to date, and write the quarantine file.
 
         Args:
             template: the template that renders conversations; None if no source has any.
+            tokenizer_sha256: SHA-256 of the tokenizer; None for a vision model.
 
         Returns:
             All parts in the order of files and chunks, and the tallies by domain.
@@ -301,11 +262,11 @@ class _Preparation:
         tokenise = partial(
             tokenise_chunk,
             tokenizer=self._tokenizer,
-            tokenizer_sha256=describe_file(self._tokenizer).sha256,
+            tokenizer_sha256=tokenizer_sha256,
             parts=self._staging.parts_path,
             validation_fraction=self._data_spec.validation_fraction,
             token_bytes=self._token_bytes,
-            row_tokens=None if self._spec.model.encoder is None else self._data_spec.seq_len,
+            row_tokens=self._data_spec.seq_len if self._has_rows else None,
         )
         # An autoscaling cluster may have no nodes yet. The number of readers then follows from the CPUs that the spec
         # asks for.
@@ -336,7 +297,8 @@ class _Preparation:
         if self._limit.is_exceeded(tally):
             raise self._limit.error(tally)
         reused_text = f", {report.reused_tokens:,} of them from an earlier job" if report.reused_tokens else ""
-        self._log(f"{report.documents:,} documents have {report.tokens:,} tokens{reused_text}")
+        tokens_text = f" have {report.tokens:,} tokens{reused_text}" if self._tokenizer else ""
+        self._log(f"{report.documents:,} documents{tokens_text}")
         # Tasks end in any order. Sorting the parts makes the result independent of that order.
         parts.sort(key=lambda part: (part.file, part.chunk))
         with (self._staging.result_path / QUARANTINE_FILE).open("wb") as out:
@@ -381,7 +343,7 @@ class _Preparation:
         return plans, task
 
     def _plan_row_shards(self, by_domain: dict[str, list[Part]]) -> _PlannedShards:
-        """Return the plans of an encoder's shards, and the task that writes one of them."""
+        """Return the plans of the shards of an encoder or a vision model, and the task that writes one of them."""
         plans = [
             plan
             for name, parts in by_domain.items()
@@ -395,14 +357,14 @@ class _Preparation:
 
     def _write_validation(
         self, by_domain: dict[str, list[Part]], shards: dict[str, list[Shard]], start: int
-    ) -> "_FinishResult":
-        """Write the validation samples and compute the baselines in a task; the last two arguments are `_finish`'s."""
+    ) -> "FinishResult":
+        """Write the validation samples and compute the baselines in a task; the last two arguments are `finish`'s."""
         names, folder = sorted(by_domain), self._staging.result_path
-        if self._spec.model.encoder is None:
+        if not self._has_rows:
             held_out = {name: self._held_out_stream(name, by_domain[name]) for name in names}
-            finish = ray.remote(_finish).options(num_cpus=1)
-            result: _FinishResult = ray.get(
-                finish.remote(folder, held_out, shards, self._spec, self._token_bytes, start)
+            finish_task = ray.remote(finish).options(num_cpus=1)
+            result: FinishResult = ray.get(
+                finish_task.remote(folder, held_out, shards, self._spec, self._token_bytes, start)
             )
             return result
         held_out_rows = {
@@ -413,14 +375,27 @@ class _Preparation:
             ]
             for name in names
         }
-        finish_rows = ray.remote(_finish_rows).options(num_cpus=1)
-        row_result: _FinishResult | None = ray.get(
-            finish_rows.remote(folder, self._staging.parts_path, held_out_rows, shards, self._spec, self._token_bytes)
+        rows_task = ray.remote(finish_rows).options(num_cpus=1)
+        row_result: FinishResult | None = ray.get(
+            rows_task.remote(folder, self._staging.parts_path, held_out_rows, shards, self._spec, self._token_bytes)
         )
         if row_result is None:
             fix = "raise data.validation_samples or add documents with texts"
             raise DataError("validation", "no selected held-out sample has a text", fix)
         return row_result
+
+    def _write_classes(self, by_domain: dict[str, list[Part]]) -> VisionData | None:
+        """Write the names of the classes of a vision model's tasks, and return the facts for the manifest; None for
+        another model.
+
+        Raises:
+            DataError: a task has not the samples that it needs.
+        """
+        if self._spec.model.vision is None:
+            return None
+        path = self._staging.result_path / CLASSES_FILE
+        write_json(path, classes_of_tasks(self._spec, by_domain))
+        return VisionData(classes_sha256=describe_file(path).sha256)
 
     def _write_codebook(self, by_domain: dict[str, list[Part]], shards: dict[str, list[Shard]]) -> EncoderData | None:
         """Write the codebook if the encoder has one, and return the facts for the manifest; None for a decoder."""
@@ -442,10 +417,10 @@ class _Preparation:
 
     def _write_shards(self, by_domain: dict[str, list[Part]], start: int) -> dict[str, list[ShardResult]]:
         """Write the training shards of all domains; return each domain's results in the order of its shards."""
-        if self._spec.model.encoder is None:
-            plans, task = self._plan_shards(by_domain, start)
-        else:
+        if self._has_rows:
             plans, task = self._plan_row_shards(by_domain)
+        else:
+            plans, task = self._plan_shards(by_domain, start)
         self._report.shards, self._report.total_shards = 0, len(plans)
         self._report.enter_stage("packing")
         shard_results: dict[str, list[ShardResult]] = {name: [] for name in by_domain}
@@ -457,137 +432,3 @@ class _Preparation:
             self._report.shards += 1
             self._report.refresh()
         return {name: sorted(shards, key=lambda result: result.number) for name, shards in shard_results.items()}
-
-
-def _domain_entry(
-    parts: list[Part],
-    tally: Tally,
-    shard_results: list[ShardResult],
-    validation_samples: int,
-    seq_len: int,
-    *,
-    has_chat: bool,
-    is_encoder: bool,
-) -> Domain:
-    """Return the manifest's entry of a domain, from its parts, its tally and the results of its shards.
-
-    Args:
-        parts: the parts of the domain.
-        tally: the tally of reading its files.
-        shard_results: the results of writing its training shards.
-        validation_samples: number of its validation samples.
-        seq_len: T.
-        has_chat: whether any source of the folder has conversations; then the entry has the number of targets.
-        is_encoder: whether the folder is for an encoder; then the entry has the number of images.
-    """
-    counts = [part.counts for part in parts]
-    documents, tokens = sum(c.documents for c in counts), sum(c.tokens for c in counts)
-    samples, padding = (
-        sum(result.shard.rows for result in shard_results),
-        sum(result.padding for result in shard_results),
-    )
-    # With concatenation, each token but the first of the domain can be a target, so `tokens - 1 - targets` tokens are
-    # unused. With best fit, a document has as many targets as tokens, because its end is a target too, and none is
-    # unused.
-    targets = samples * seq_len - padding
-    rows = [c.rows for c in counts if c.rows is not None]
-    return Domain(
-        documents=documents,
-        validation_documents=sum(c.held_out_documents for c in counts),
-        quarantined=dict(tally.bad),
-        dropped=dict(tally.dropped),
-        text_bytes=sum(c.text_bytes for c in counts),
-        tokens=tokens,
-        validation_tokens=sum(c.held_out_tokens for c in counts),
-        samples=samples,
-        validation_samples=validation_samples,
-        unused_tokens=sum(c.cut_tokens for c in rows) if is_encoder else max(0, tokens - 1 - targets),
-        padding=padding,
-        target_tokens=sum(result.targets for result in shard_results) if has_chat else None,
-        cut_documents=documents - sum(result.whole_documents for result in shard_results),
-        images=sum(c.images for c in rows) if is_encoder else None,
-        image_bytes=sum(c.image_bytes for c in rows) if is_encoder else None,
-        shards=[result.shard for result in shard_results],
-    )
-
-
-class _FinishResult(NamedTuple):
-    """Result of the stage that ends a preparation."""
-
-    validation: ValidationSplit
-    baselines: Baselines
-
-
-def _finish(
-    folder: Path,
-    held_out: dict[str, TokenStream],
-    shards: dict[str, list[Shard]],
-    spec: RunSpec,
-    token_bytes: int,
-    start_token: int,
-) -> _FinishResult:
-    """Write the validation samples and compute the baselines of the validation loss.
-
-    The bigram model is counted on the first samples of each domain, about `BASELINE_TOKENS` tokens in all.
-
-    Args:
-        folder: the staging directory of the result, with the training shards.
-        held_out: held-out tokens by domain.
-        shards: training shards by domain.
-        spec: the spec.
-        token_bytes: bytes per token, 2 or 4.
-        start_token: the token that each document begins with.
-    """
-    validation_split = write_validation_split(
-        folder, held_out, spec.data.validation_samples, spec.data.seq_len, token_bytes, start_token
-    )
-    padding = padding_token(token_bytes)
-    readers = [ShardReader(folder, shards[name], token_bytes) for name in sorted(shards) if shards[name]]
-    share = _baseline_share(readers, spec)
-    train_pairs = (token_pairs(reader.read(np.arange(ceil(share * len(reader)))), padding) for reader in readers)
-    validation = ShardReader(folder, validation_split.shards, token_bytes)
-    baselines = compute_baselines(
-        join_pairs(train_pairs),
-        token_pairs(validation.read(np.arange(len(validation))), padding),
-        spec.model.vocab_size,
-    )
-    return _FinishResult(validation_split, baselines)
-
-
-def _baseline_share(readers: Sequence[ShardReader | RowReader], spec: RunSpec) -> float:
-    """Return the share of the training samples on which the bigram model is counted."""
-    return min(1.0, BASELINE_TOKENS / (sum(len(reader) for reader in readers) * spec.data.seq_len))
-
-
-def _finish_rows(
-    folder: Path,
-    parts: Path,
-    held_out: dict[str, list[RowSlice]],
-    shards: dict[str, list[Shard]],
-    spec: RunSpec,
-    token_bytes: int,
-) -> _FinishResult | None:
-    """Do the work of `_finish` for an encoder, with the texts of samples; return None if no selected sample has one.
-
-    Args:
-        folder: the staging directory of the result, with the training shards.
-        parts: the folder of the parts.
-        held_out: held-out rows by domain.
-        shards: training shards by domain.
-        spec: the spec.
-        token_bytes: bytes per token, 2 or 4.
-    """
-    validation_split = write_validation_rows(folder, parts, held_out, spec.data.validation_samples, token_bytes)
-    if not validation_split.target_count:
-        return None
-    padding = padding_token(token_bytes)
-    readers = [RowReader(folder, shards[name], token_bytes) for name in sorted(shards) if shards[name]]
-    share = _baseline_share(readers, spec)
-    train_pairs = (token_pairs(reader.read_tokens(np.arange(ceil(share * len(reader)))), padding) for reader in readers)
-    validation = RowReader(folder, validation_split.shards, token_bytes)
-    baselines = compute_baselines(
-        join_pairs(train_pairs),
-        token_pairs(validation.read_tokens(np.arange(len(validation))), padding),
-        spec.model.vocab_size,
-    )
-    return _FinishResult(validation_split, baselines)

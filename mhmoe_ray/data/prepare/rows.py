@@ -1,7 +1,9 @@
-"""Samples of an encoder: the rows of a chunk as a part, and the shards and validation samples that parts make.
+"""Samples of encoders and vision models: the rows of a chunk as a part, and the shards and validation samples that
+parts make.
 
 A text with an image is one row, and is cut if it has more than T - 1 tokens. A text without an image becomes as many
-rows as it needs, and each begins with the start token. An image without text is one row of padding.
+rows as it needs, and each begins with the start token. An image without text is one row of padding. An image of a
+vision model is one row with its annotation, and without tokens.
 
 A part is an Arrow file of rows: those of the training documents, then those of the held-out ones. A shard has whole
 parts.
@@ -17,10 +19,11 @@ import numpy as np
 import pyarrow as pa
 from pydantic import BaseModel
 
+from mhmoe_ray.data.annotations import unpack
 from mhmoe_ray.data.prepare.chunks import Chunk
 from mhmoe_ray.data.prepare.packing import ShardResult
 from mhmoe_ray.data.prepare.validation import ValidationSplit, is_validation, select_samples
-from mhmoe_ray.data.shards.columns import padding_token, token_dtype
+from mhmoe_ray.data.shards.columns import TOKENS, padding_token, token_dtype
 from mhmoe_ray.data.shards.files import SHARD_BYTES
 from mhmoe_ray.data.shards.manifest import Shard
 from mhmoe_ray.data.shards.rows import file_content, join_batches, map_rows, row_batch, tokens_of, write_row_shard
@@ -44,6 +47,8 @@ class RowCounts(BaseModel):
     """Number of training documents that were cut, or became several rows."""
     cut_tokens: int = 0
     """Number of tokens of training documents that no row has."""
+    class_names: list[str] = []
+    """Names of all classes in the annotations of a vision model, sorted."""
     file_bytes: int = 0
     """Size of the part's file."""
 
@@ -100,6 +105,33 @@ def make_rows(
     if not rows:
         return memoryview(b""), counts
     content = file_content(row_batch(np.stack([row for row, _ in rows]), [image for _, image in rows]))
+    counts.file_bytes = len(content)
+    return content, counts
+
+
+def make_annotated_rows(chunk: Chunk, validation_fraction: float) -> tuple[memoryview, RowCounts]:
+    """Return the content of the file of a part of a vision model's rows, and the counts of its rows.
+
+    Args:
+        chunk: the chunk, with at least one document, all of which have an image and an annotation.
+        validation_fraction: share of the documents that is held out.
+    """
+    assert chunk.images is not None
+    assert chunk.annotations is not None
+    held_out = [is_held_out(chunk, number, validation_fraction) for number in range(len(chunk.texts))]
+    numbers = sorted(range(len(held_out)), key=lambda number: held_out[number])
+    annotations = [unpack(content) for content in chunk.annotations]
+    class_names = {name for annotation in annotations for name in annotation.class_names}
+    trained_bytes = [len(image) for image, is_out in zip(chunk.images, held_out, strict=True) if not is_out]
+    counts = RowCounts(
+        samples=len(trained_bytes),
+        held_out_samples=sum(held_out),
+        images=len(trained_bytes),
+        image_bytes=sum(trained_bytes),
+        class_names=sorted(class_names),
+    )
+    images, stored_annotations = ([column[n] for n in numbers] for column in (chunk.images, chunk.annotations))
+    content = file_content(row_batch(None, images, stored_annotations))
     counts.file_bytes = len(content)
     return content, counts
 
@@ -226,8 +258,11 @@ def write_validation_rows(
             end_row = first_row + row_slice.stop - row_slice.start
             for index in selected[(selected >= first_row) & (selected < end_row)] - first_row:
                 batch = row_slice.map_batch(parts).slice(int(index), 1)
-                tokens = tokens_of(batch, token_bytes)
-                targets += int((tokens[:, 1:] != padding_token(token_bytes)).sum())
+                if TOKENS in batch.schema.names:
+                    tokens = tokens_of(batch, token_bytes)
+                    targets += int((tokens[:, 1:] != padding_token(token_bytes)).sum())
+                else:
+                    targets += 1
                 batches.append(batch)
                 size += batch.nbytes
                 if size >= SHARD_BYTES:

@@ -20,7 +20,14 @@ from pydantic import BaseModel
 from mhmoe_ray.data.chat.encoder import conversation_encoder
 from mhmoe_ray.data.prepare.chunks import Chunk
 from mhmoe_ray.data.prepare.parts import Tokens, part_file
-from mhmoe_ray.data.prepare.rows import RowCounts, is_held_out, make_rows, rows_file, update_digest
+from mhmoe_ray.data.prepare.rows import (
+    RowCounts,
+    is_held_out,
+    make_annotated_rows,
+    make_rows,
+    rows_file,
+    update_digest,
+)
 from mhmoe_ray.data.prepare.validation import is_validation
 from mhmoe_ray.data.shards.columns import conversation_dtype, token_dtype
 from mhmoe_ray.data.sources import Tally
@@ -82,8 +89,8 @@ class TokenisedChunk(NamedTuple):
 def tokenise_chunk(
     table: pa.Table,
     *,
-    tokenizer: Path,
-    tokenizer_sha256: str,
+    tokenizer: Path | None,
+    tokenizer_sha256: str | None,
     parts: Path,
     validation_fraction: float,
     token_bytes: int,
@@ -95,12 +102,13 @@ def tokenise_chunk(
 
     Args:
         table: a table that `read_chunks` yielded.
-        tokenizer: the path of a tokenizer.json, which never changes.
+        tokenizer: the path of a tokenizer.json, which never changes; None for a vision model, whose parts have rows of
+            annotated images.
         tokenizer_sha256: SHA-256 of that file.
         parts: the folder of the parts.
         validation_fraction: share of the documents that is held out.
         token_bytes: bytes per token, 2 or 4.
-        row_tokens: T for an encoder, whose parts have rows; None for a decoder.
+        row_tokens: T for an encoder, whose parts have rows, and 0 for a vision model; None for a decoder.
     """
     # Ray runs one such process for each CPU, so the library must not start threads for all CPUs in each of them.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -113,7 +121,12 @@ def tokenise_chunk(
         existing_counts = _find_counts(path, dtype.itemsize)
         is_reused, counts = existing_counts is not None, existing_counts or counts
         if not is_reused:
-            if row_tokens is None:
+            if tokenizer is None:
+                content, row_counts = make_annotated_rows(chunk, validation_fraction)
+                counts = PartCounts(
+                    documents=row_counts.samples, held_out_documents=row_counts.held_out_samples, rows=row_counts
+                )
+            elif row_tokens is None:
                 documents = _encode_documents(chunk, tokenizer, token_bytes)
                 tokens, counts = _split_documents(chunk.texts, documents, validation_fraction, dtype)
                 content = memoryview(tokens.tobytes())
@@ -127,7 +140,7 @@ def tokenise_chunk(
 
 
 def _part_name(
-    chunk: Chunk, tokenizer_sha256: str, validation_fraction: float, token_bytes: int, row_tokens: int | None
+    chunk: Chunk, tokenizer_sha256: str | None, validation_fraction: float, token_bytes: int, row_tokens: int | None
 ) -> str:
     """Return the name of a part: a hash of everything that determines its content."""
     digest = hashlib.sha256(f"{tokenizer_sha256} {validation_fraction} {token_bytes}".encode())

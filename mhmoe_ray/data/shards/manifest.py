@@ -2,11 +2,13 @@
 
 <prepared>/
   train/<domain>/00000.arrow ...   packed samples, one column `tokens`; of conversations two more (see columns.py);
-                                   for an encoder rows of `tokens` and `image` (see rows.py)
+                                   for an encoder rows of `tokens` and `image`, for a vision model of `image` and
+                                   `annotation` (see rows.py)
   validation/00000.arrow           the held-out samples, domain by domain
   tokenizer.json  quarantine.jsonl  manifest.json
   chat_template.jinja              the template of the conversations, if a source has any
   codebook.npy                     the codebook of an encoder with image_targets codebook
+  classes.json                     the names of the classes of each task of a vision model, in place of tokenizer.json
 """
 
 import hashlib
@@ -20,7 +22,7 @@ from mhmoe_ray.data.chat.template import read_template
 from mhmoe_ray.data.sources.find import find_files, fingerprints
 from mhmoe_ray.errors import DataError
 from mhmoe_ray.spec import RunSpec
-from mhmoe_ray.storage import describe_file
+from mhmoe_ray.storage import Location, describe_file
 
 # This is the version of the format of prepared folders. It is part of the recipe, so folders of another version are
 # refused.
@@ -28,6 +30,7 @@ FORMAT = 3
 _TOKENIZER_KEYS = {"tokenizer", "tokenizer_pattern", "tokenizer_model", "tokenizer_train_mb"}
 TEMPLATE_FILE = "chat_template.jinja"
 CODEBOOK_FILE = "codebook.npy"
+CLASSES_FILE = "classes.json"
 # These keys of a source determine the documents that it yields.
 _READING_KEYS = {"format", "text_field", "delimiter", "filters"}
 
@@ -43,7 +46,7 @@ class Shard(BaseModel):
 
 
 class _KindAware(BaseModel):
-    """Part of the manifest that has more fields in a folder with conversations, or in one for an encoder."""
+    """Part of the manifest that has more fields in a folder with conversations or images."""
 
     @model_serializer(mode="wrap")
     def _leave_out_unset_fields(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -54,7 +57,7 @@ class _KindAware(BaseModel):
         return {key: value for key, value in fields.items() if value is not None or key not in _KIND_FIELDS}
 
 
-_KIND_FIELDS = {"target_tokens", "chat", "images", "image_bytes", "encoder"}
+_KIND_FIELDS = {"target_tokens", "chat", "images", "image_bytes", "encoder", "vision"}
 
 
 class Domain(_KindAware):
@@ -90,14 +93,14 @@ class Domain(_KindAware):
     cut_documents: int
     """Number of training documents that are not whole in one sample."""
     images: int | None = None
-    """Number of training samples with an image; None in a folder that is not for an encoder."""
+    """Number of training samples with an image; None in a folder for a decoder."""
     image_bytes: int | None = None
     """Bytes of the images of these samples; None like `images`."""
     shards: list[Shard]
 
     @property
     def size(self) -> int:
-        """Size by which the domains of a source share its weight: tokens, or samples in a folder for an encoder."""
+        """Size by which the domains of a source share its weight: tokens, or samples in a folder with images."""
         return self.tokens if self.images is None else self.samples
 
 
@@ -130,6 +133,13 @@ class EncoderData(BaseModel):
     """SHA-256 of the file of the codebook; None if the encoder has none."""
 
 
+class VisionData(BaseModel):
+    """Facts about a prepared folder for a vision model."""
+
+    classes_sha256: str
+    """SHA-256 of the file with the names of classes."""
+
+
 class DataManifest(_KindAware):
     """Manifest of a prepared folder: the settings of its preparation, its counts and its shards."""
 
@@ -140,18 +150,22 @@ class DataManifest(_KindAware):
     seq_len: int
     token_bytes: int
     """Bytes per token, 2 or 4; tokens are little-endian unsigned integers."""
-    tokenizer_sha256: str
+    tokenizer_sha256: str | None
+    """SHA-256 of the tokenizer's file; None in a folder for a vision model."""
     chat: ChatData | None = None
     """Facts about the conversations; None if no source has any."""
     encoder: EncoderData | None = None
-    """Facts about the samples of an encoder; None if the folder is for a decoder."""
+    """Facts about the samples of an encoder; None if the folder is for another model."""
+    vision: VisionData | None = None
+    """Facts about the samples of a vision model; None if the folder is for another model."""
     domains: dict[str, Domain]
     validation: list[Shard]
     validation_tokens: int
     """Number of targets that count in the samples of `validation`; for an encoder, of tokens of texts without start
-    tokens. The field of the same name in `domains` counts all held-out tokens."""
-    baselines: Baselines
-    """Baselines of the loss on these targets."""
+    tokens, and for a vision model the number of samples. The field of the same name in `domains` counts all held-out
+    tokens."""
+    baselines: Baselines | None
+    """Baselines of the loss on these targets; None for a vision model."""
     bad_lines: int
     """Number of all quarantined items, including lost parts, which `Tally.bad_lines` leaves out."""
 
@@ -195,7 +209,26 @@ def recipe(spec: RunSpec) -> dict[str, Any]:
         settings |= {"sample": "text", "max_megapixels": data.images.max_megapixels}
         if encoder.image_targets == "codebook":
             settings["codebook"] = [encoder.codebook_size, encoder.image_size, encoder.patch_size]
+    if spec.model.vision is not None:
+        for name, source in data.sources.items():
+            settings["reading"][name] |= {"columns": [*source.sample_columns], "image_field": source.image_field}
+            settings["reading"][name]["class_field"] = source.class_field
+        settings |= {"sample": "annotated image", "max_megapixels": data.images.max_megapixels}
+        settings["tasks"] = {part.name: [*part.sources] for part in spec.parts}
     return settings
+
+
+def read_classes(file: Location) -> dict[str, list[str]]:
+    """Return the names of the classes of each task, in the order of their numbers, from a `classes.json`.
+
+    Raises:
+        DataError: the file is missing or damaged.
+    """
+    try:
+        classes: dict[str, list[str]] = json.loads(file.read_bytes())
+    except (OSError, ValueError) as e:
+        raise DataError(f"names of classes {file}", str(e), "prepare the data again, or restore the run") from e
+    return classes
 
 
 def _given_tokenizer(path: Path) -> str:
@@ -210,7 +243,7 @@ def _given_tokenizer(path: Path) -> str:
         raise DataError(f"tokenizer {path}", e.strerror or str(e), "restore it, or correct data.tokenizer") from e
 
 
-def _tokenizer_label(sha256: str) -> str:
+def _tokenizer_label(sha256: str | None) -> str:
     return f"a file of SHA-256 {sha256}"
 
 

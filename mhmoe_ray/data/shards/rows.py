@@ -1,9 +1,10 @@
-"""Rows of an encoder's samples: writing them as shards, and reading them.
+"""Rows of the samples of encoders and vision models: writing them as shards, and reading them.
 
-A sample is a row with two columns. `tokens` has T tokens of 2 or 4 bytes: the start token and those of a text, filled
-up with padding; without a text, all are padding. `image` has the image file as it was stored, and is empty without an
-image. The column is dictionary-encoded, so that an image with many captions is stored once in a shard. A shard is an
-Arrow file of one batch without nulls, which is memory-mapped for reading.
+A sample of an encoder is a row with two columns. `tokens` has T tokens of 2 or 4 bytes: the start token and those of a
+text, filled up with padding; without a text, all are padding. `image` has the image file as it was stored, and is empty
+without an image. The column is dictionary-encoded, so that an image with many captions is stored once in a shard. A
+sample of a vision model has the columns `image` and `annotation`, its class or its objects (data/annotations.py). A
+shard is an Arrow file of one batch without nulls, which is memory-mapped for reading.
 """
 
 import hashlib
@@ -21,32 +22,45 @@ from mhmoe_ray.data.shards.manifest import CODEBOOK_FILE, DataManifest, Shard
 from mhmoe_ray.errors import DataError
 from mhmoe_ray.storage import replace_file
 
-IMAGE = "image"
+IMAGE, ANNOTATION = "image", "annotation"
 
 
-def row_batch(tokens: np.ndarray, images: Sequence[bytes]) -> pa.RecordBatch:
+def row_batch(
+    tokens: np.ndarray | None, images: Sequence[bytes], annotations: Sequence[bytes] | None = None
+) -> pa.RecordBatch:
     """Return rows as a batch with the columns of a shard.
 
     Args:
-        tokens: (rows, T) tokens in the dtype of the folder, at least one row.
+        tokens: (rows, T) tokens in the dtype of the folder, at least one row; None for a vision model.
         images: the image file of each row; empty for a row without image.
+        annotations: the annotation of each row, for a vision model; None for an encoder.
     """
-    stored_tokens = np.ascontiguousarray(tokens).view(np.uint8)
-    token_type = pa.binary(stored_tokens.shape[1])
-    token_column = pa.FixedSizeBinaryArray.from_buffers(token_type, len(tokens), [None, pa.py_buffer(stored_tokens)])
-    image_column = pa.array(images, pa.large_binary()).dictionary_encode()
-    fields = [pa.field(TOKENS, token_type, nullable=False), pa.field(IMAGE, image_column.type, nullable=False)]
-    return pa.record_batch([token_column, image_column], schema=pa.schema(fields))
+    columns: dict[str, pa.Array] = {}
+    if tokens is not None:
+        stored_tokens = np.ascontiguousarray(tokens).view(np.uint8)
+        token_type = pa.binary(stored_tokens.shape[1])
+        columns[TOKENS] = pa.FixedSizeBinaryArray.from_buffers(
+            token_type, len(tokens), [None, pa.py_buffer(stored_tokens)]
+        )
+    columns[IMAGE] = pa.array(images, pa.large_binary()).dictionary_encode()
+    if annotations is not None:
+        columns[ANNOTATION] = pa.array(annotations, pa.large_binary())
+    fields = [pa.field(name, column.type, nullable=False) for name, column in columns.items()]
+    return pa.record_batch([*columns.values()], schema=pa.schema(fields))
 
 
 def join_batches(batches: Sequence[pa.RecordBatch]) -> pa.RecordBatch:
     """Return the rows of one or more batches as one batch."""
-    # The file of a slice would have bytes of the rows after it, as padding between its columns. `concat_arrays` copies
-    # the rows alone, so that the bytes of a shard depend on its rows alone.
-    tokens = pa.concat_arrays([batch.column(TOKENS) for batch in batches])
-    # Arrow joins dictionaries and leaves out repetitions, too.
-    images = pa.concat_arrays([_used_images(batch.column(IMAGE)) for batch in batches])
-    return pa.record_batch([tokens, images], schema=batches[0].schema)
+
+    def join(name: str) -> pa.Array:
+        # The file of a slice would have bytes of the rows after it, as padding between its columns. `concat_arrays`
+        # copies the rows alone, so that the bytes of a shard depend on its rows alone.
+        columns = [batch.column(name) for batch in batches]
+        # Arrow joins dictionaries and leaves out repetitions, too.
+        return pa.concat_arrays([_used_images(column) for column in columns] if name == IMAGE else columns)
+
+    schema = batches[0].schema
+    return pa.record_batch([join(name) for name in schema.names], schema=schema)
 
 
 def _used_images(images: pa.DictionaryArray) -> pa.DictionaryArray:
@@ -112,12 +126,15 @@ class RowReader:
         Args:
             numbers: the numbers of the rows, at least one.
         """
+        return self.read_tokens(numbers), self.read_values(IMAGE, numbers)
+
+    def read_values(self, column: str, numbers: np.ndarray) -> list[bytes]:
+        """Return the values of rows in column `image` or `annotation`; `numbers` is as for `read`."""
         shard_of, row_of = self._locate(numbers)
-        images = [
-            _map_shard(self._paths[shard]).column(IMAGE)[int(row)].as_py()
+        return [
+            _map_shard(self._paths[shard]).column(column)[int(row)].as_py()
             for shard, row in zip(shard_of, row_of, strict=True)
         ]
-        return self.read_tokens(numbers), images
 
     def read_tokens(self, numbers: np.ndarray) -> np.ndarray:
         """Return the tokens (rows, T) of rows without reading their images; `numbers` is as for `read`."""

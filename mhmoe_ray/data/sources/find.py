@@ -37,8 +37,8 @@ FINGERPRINT_BYTES = 4096
 """Number of first bytes of a file that its fingerprint includes: files that differ only later nearly always have
 different sizes."""
 
-_PREPARED_FILES = ("manifest.json", "tokenizer.json", "quarantine.jsonl")
-"""Files of a prepared folder; no other folder has all of them."""
+_PREPARED_FILES = ("manifest.json", "quarantine.jsonl")
+"""Files of a prepared folder; no other folder has both of them."""
 _STAGING_DIRECTORY = re.compile(r"\.partial-[0-9a-f]{8}/")
 _STATE_FILE, _SPLITS_FILE = "state.json", "dataset_dict.json"
 

@@ -1,5 +1,6 @@
 """Packed models for inference on a CPU: all matrices are packed (`mhmoe_kernels.packed`), the plain ones released."""
 
+from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -63,7 +64,7 @@ class InferenceRouter(nn.Module):
         _: torch.Generator | None = None,
         sequences: int = 1,
         domain_B: Tensor | None = None,
-        image_rows: int = 0,
+        group_rows: Sequence[int] = (),
     ) -> Routing:
         # The scores stay float32 even if the model computes in bfloat16, as in training.
         with torch.autocast(x_ND.device.type, enabled=False):

@@ -102,6 +102,14 @@ class Objective(ABC, Generic[Batch, Output]):
             part_sums_P2: sums of `LossSums.part_sums_P2`.
         """
 
+    @property
+    def state(self) -> dict[str, Any] | None:
+        """State that checkpoints must have besides weights and moments; None if there is none."""
+        return None
+
+    def load_state(self, state: Mapping[str, Any] | None) -> None:
+        """Continue from the state in a checkpoint."""
+
     @abstractmethod
     def load_validation(self, manifest: "DataManifest") -> Any:
         """Return the held-out samples that `validate` takes; every rank loads the same.

@@ -1,0 +1,83 @@
+"""Checks that a preparation has enough samples, before shards are written."""
+
+from collections.abc import Mapping, Sequence
+
+from mhmoe_ray.data.domains import source_of
+from mhmoe_ray.data.prepare.tokenise import Part
+from mhmoe_ray.errors import DataError
+from mhmoe_ray.spec import DataSpec, RunSpec
+from mhmoe_ray.spec.encoder import EncoderSpec
+
+
+def check_not_empty(spec: DataSpec, by_domain: dict[str, list[Part]]) -> None:
+    """Check that some domain has tokens for a validation sample, and some domain tokens for a training sample.
+
+    Tokens of different domains do not add up: a sample has tokens of one domain.
+
+    Raises:
+        DataError: no domain has a validation sample, or none has a training sample.
+    """
+    # The check is not in a task, since Ray would wrap its error in a traceback.
+    fix = "raise data.validation_fraction or add documents"
+    if not any(part.counts.held_out_documents for parts in by_domain.values() for part in parts):
+        raise DataError("validation", "no document is in the held-out share", fix)
+    if all(sum(part.counts.held_out_tokens for part in parts) < 2 for parts in by_domain.values()):
+        raise DataError("validation", "the documents of the held-out share have no tokens", fix)
+    min_tokens = 1 if spec.packing == "best_fit" else spec.seq_len + 1
+    if all(sum(part.counts.tokens for part in parts) < min_tokens for parts in by_domain.values()):
+        raise DataError("training", "no domain fills a single sample", "shorten data.seq_len or add documents")
+
+
+def check_rows_not_empty(encoder: EncoderSpec, by_domain: dict[str, list[Part]]) -> None:
+    """Check that an encoder has training samples and held-out samples, some of each with a text, and enough patches.
+
+    Raises:
+        DataError: it has not.
+    """
+    counts = [part.counts for parts in by_domain.values() for part in parts]
+    fix = "raise data.validation_fraction or add documents"
+    if not any(count.held_out_documents for count in counts):
+        raise DataError("validation", "no document is in the held-out share", fix)
+    if not any(count.held_out_tokens for count in counts):
+        raise DataError("validation", "no document of the held-out share has a text", fix)
+    if not any(count.rows and count.rows.targets for count in counts):
+        raise DataError("training", "no document has a text to train on", "add documents with texts")
+    patches = sum(count.rows.images for count in counts if count.rows) * encoder.patches
+    if encoder.image_targets == "codebook" and patches < encoder.codebook_size:
+        reason = (
+            f"its images have {patches:,} patches, fewer than the {encoder.codebook_size:,} entries of the codebook"
+        )
+        raise DataError("training", reason, "add images, or lower model.encoder.codebook_size")
+
+
+def classes_of_tasks(spec: RunSpec, by_domain: Mapping[str, Sequence[Part]]) -> dict[str, list[str]]:
+    """Return the names of the classes of each task of a vision model, sorted.
+
+    Raises:
+        DataError: a task has no training samples or no held-out samples, no class, or more classes than outputs.
+    """
+    assert spec.model.vision is not None
+    classes = {}
+    for part in spec.parts:
+        counts = [
+            row_counts
+            for domain, parts in by_domain.items()
+            if source_of(domain) in part.sources
+            for prepared_part in parts
+            if (row_counts := prepared_part.counts.rows) is not None
+        ]
+        subject, names = f"task {part.name}", {name for count in counts for name in count.class_names}
+        for total, kind in (
+            (sum(c.samples for c in counts), "training"),
+            (sum(c.held_out_samples for c in counts), "held-out"),
+        ):
+            if not total:
+                raise DataError(subject, f"it has no {kind} images", "change data.validation_fraction or add images")
+        if not names:
+            raise DataError(subject, "its images have no objects", "add annotations")
+        limit = spec.model.vision.tasks[part.name].classes
+        if len(names) > limit:
+            reason = f"its images have {len(names):,} classes, and its head has {limit:,} outputs"
+            raise DataError(subject, reason, f"raise model.vision.tasks.{part.name}.classes to {len(names)}")
+        classes[part.name] = sorted(names)
+    return classes

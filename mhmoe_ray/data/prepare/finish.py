@@ -1,0 +1,162 @@
+"""The end of a preparation: validation samples, baselines of the validation loss, and the entries of the manifest."""
+
+from collections.abc import Sequence
+from math import ceil
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from mhmoe_ray.data.prepare.baselines import compute_baselines, join_pairs, token_pairs
+from mhmoe_ray.data.prepare.packing import ShardResult
+from mhmoe_ray.data.prepare.parts import TokenStream
+from mhmoe_ray.data.prepare.rows import RowSlice, write_validation_rows
+from mhmoe_ray.data.prepare.tokenise import Part
+from mhmoe_ray.data.prepare.validation import ValidationSplit, write_validation_split
+from mhmoe_ray.data.shards.columns import padding_token
+from mhmoe_ray.data.shards.files import ShardReader
+from mhmoe_ray.data.shards.manifest import Baselines, Domain, Shard
+from mhmoe_ray.data.shards.rows import RowReader
+from mhmoe_ray.data.sources import Tally
+from mhmoe_ray.spec import RunSpec
+
+BASELINE_TOKENS = 20_000_000
+"""Approximate number of training tokens on which the bigram model is counted."""
+
+
+def domain_entry(
+    parts: list[Part],
+    tally: Tally,
+    shard_results: list[ShardResult],
+    validation_samples: int,
+    seq_len: int,
+    *,
+    has_chat: bool,
+    has_rows: bool,
+) -> Domain:
+    """Return the manifest's entry of a domain, from its parts, its tally and the results of its shards.
+
+    Args:
+        parts: the parts of the domain.
+        tally: the tally of reading its files.
+        shard_results: the results of writing its training shards.
+        validation_samples: number of its validation samples.
+        seq_len: T.
+        has_chat: whether any source of the folder has conversations; then the entry has the number of targets.
+        has_rows: whether the folder is for an encoder or a vision model; then the entry has the number of images.
+    """
+    counts = [part.counts for part in parts]
+    documents, tokens = sum(c.documents for c in counts), sum(c.tokens for c in counts)
+    samples, padding = (
+        sum(result.shard.rows for result in shard_results),
+        sum(result.padding for result in shard_results),
+    )
+    # With concatenation, each token but the first of the domain can be a target, so `tokens - 1 - targets` tokens are
+    # unused. With best fit, a document has as many targets as tokens, because its end is a target too, and none is
+    # unused.
+    targets = samples * seq_len - padding
+    rows = [c.rows for c in counts if c.rows is not None]
+    return Domain(
+        documents=documents,
+        validation_documents=sum(c.held_out_documents for c in counts),
+        quarantined=dict(tally.bad),
+        dropped=dict(tally.dropped),
+        text_bytes=sum(c.text_bytes for c in counts),
+        tokens=tokens,
+        validation_tokens=sum(c.held_out_tokens for c in counts),
+        samples=samples,
+        validation_samples=validation_samples,
+        unused_tokens=sum(c.cut_tokens for c in rows) if has_rows else max(0, tokens - 1 - targets),
+        padding=padding,
+        target_tokens=sum(result.targets for result in shard_results) if has_chat else None,
+        cut_documents=documents - sum(result.whole_documents for result in shard_results),
+        images=sum(c.images for c in rows) if has_rows else None,
+        image_bytes=sum(c.image_bytes for c in rows) if has_rows else None,
+        shards=[result.shard for result in shard_results],
+    )
+
+
+class FinishResult(NamedTuple):
+    """Result of the stage that ends a preparation."""
+
+    validation: ValidationSplit
+    baselines: Baselines | None
+    """None for a vision model."""
+
+
+def finish(
+    folder: Path,
+    held_out: dict[str, TokenStream],
+    shards: dict[str, list[Shard]],
+    spec: RunSpec,
+    token_bytes: int,
+    start_token: int,
+) -> FinishResult:
+    """Write the validation samples and compute the baselines of the validation loss.
+
+    The bigram model is counted on the first samples of each domain, about `BASELINE_TOKENS` tokens in all.
+
+    Args:
+        folder: the staging directory of the result, with the training shards.
+        held_out: held-out tokens by domain.
+        shards: training shards by domain.
+        spec: the spec.
+        token_bytes: bytes per token, 2 or 4.
+        start_token: the token that each document begins with.
+    """
+    validation_split = write_validation_split(
+        folder, held_out, spec.data.validation_samples, spec.data.seq_len, token_bytes, start_token
+    )
+    padding = padding_token(token_bytes)
+    readers = [ShardReader(folder, shards[name], token_bytes) for name in sorted(shards) if shards[name]]
+    share = _baseline_share(readers, spec)
+    train_pairs = (token_pairs(reader.read(np.arange(ceil(share * len(reader)))), padding) for reader in readers)
+    validation = ShardReader(folder, validation_split.shards, token_bytes)
+    baselines = compute_baselines(
+        join_pairs(train_pairs),
+        token_pairs(validation.read(np.arange(len(validation))), padding),
+        spec.model.vocab_size,
+    )
+    return FinishResult(validation_split, baselines)
+
+
+def _baseline_share(readers: Sequence[ShardReader | RowReader], spec: RunSpec) -> float:
+    """Return the share of the training samples on which the bigram model is counted."""
+    return min(1.0, BASELINE_TOKENS / (sum(len(reader) for reader in readers) * spec.data.seq_len))
+
+
+def finish_rows(
+    folder: Path,
+    parts: Path,
+    held_out: dict[str, list[RowSlice]],
+    shards: dict[str, list[Shard]],
+    spec: RunSpec,
+    token_bytes: int,
+) -> FinishResult | None:
+    """Do the work of `finish` for an encoder, with the texts of samples, or for a vision model, without baselines;
+    return None if no selected sample of an encoder has a text.
+
+    Args:
+        folder: the staging directory of the result, with the training shards.
+        parts: the folder of the parts.
+        held_out: held-out rows by domain.
+        shards: training shards by domain.
+        spec: the spec.
+        token_bytes: bytes per token, 2 or 4.
+    """
+    validation_split = write_validation_rows(folder, parts, held_out, spec.data.validation_samples, token_bytes)
+    if spec.model.vision is not None:
+        return FinishResult(validation_split, None)
+    if not validation_split.target_count:
+        return None
+    padding = padding_token(token_bytes)
+    readers = [RowReader(folder, shards[name], token_bytes) for name in sorted(shards) if shards[name]]
+    share = _baseline_share(readers, spec)
+    train_pairs = (token_pairs(reader.read_tokens(np.arange(ceil(share * len(reader)))), padding) for reader in readers)
+    validation = RowReader(folder, validation_split.shards, token_bytes)
+    baselines = compute_baselines(
+        join_pairs(train_pairs),
+        token_pairs(validation.read_tokens(np.arange(len(validation))), padding),
+        spec.model.vocab_size,
+    )
+    return FinishResult(validation_split, baselines)

@@ -1,0 +1,334 @@
+"""Samples of a vision model: decoded images with their classes or their objects, task by task.
+
+Images to classify are cropped. Images with objects are cropped in training; in evaluation they are scaled to fit, and
+filled up with grey to a square. Crops depend on the seed, the task and the sample's position in the training alone.
+"""
+
+import io
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import lru_cache, partial
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from mhmoe_ray.data.annotations import Annotation, Instance, decode_mask, unpack
+from mhmoe_ray.data.crops import Crop, centre_crop, crop_pixels, random_crop
+from mhmoe_ray.data.domains import source_of
+from mhmoe_ray.data.images import decode_image
+from mhmoe_ray.data.row_order import RowOrder
+from mhmoe_ray.data.shards.manifest import CLASSES_FILE, DataManifest, read_classes
+from mhmoe_ray.data.shards.rows import ANNOTATION, IMAGE, RowReader
+from mhmoe_ray.spec import MicroBatchPart, RunSpec
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+FILLING = (128, 128, 128)
+"""Colour of the pixels that fill an image up to a square."""
+MIN_VISIBLE_SHARE = 0.3
+"""Share of an object that a crop must have at least; otherwise the object is left out."""
+MIN_SIDE = 2
+"""Height and width in pixels that an object must have at least, as the model reads it."""
+
+
+class ImageObjects(NamedTuple):
+    """Objects of one image in the pixels that the model reads."""
+
+    boxes: np.ndarray
+    """Left, top, right and bottom edges, (objects, 4) float32."""
+    classes: np.ndarray
+    """Classes, (objects,) int64."""
+    masks: np.ndarray
+    """Masks, (objects, size, size) bool; with no rows if the detector has no masks."""
+
+
+class TaskSamples(NamedTuple):
+    """Samples of one task."""
+
+    images: np.ndarray
+    """Images, (samples, size, size, 3) uint8."""
+    classes: np.ndarray | None = None
+    """Class of each image, (samples,) int64; None for detection."""
+    objects: Sequence[ImageObjects] = ()
+    """Objects of each image; empty for classification."""
+
+    def rows(self, start: int, stop: int) -> "TaskSamples":
+        """Return samples `start` to `stop` - 1."""
+        classes = None if self.classes is None else self.classes[start:stop]
+        return TaskSamples(self.images[start:stop], classes, self.objects[start:stop])
+
+    def arrays(self) -> Iterator[np.ndarray]:
+        """Yield all values of these samples, for a digest."""
+        yield self.images
+        if self.classes is not None:
+            yield self.classes
+        for image_objects in self.objects:
+            yield from image_objects
+
+
+VisionSamples = Mapping[str, TaskSamples]
+"""Samples of a micro-batch by task."""
+
+
+class Fit(NamedTuple):
+    """Place of a whole image in the square that the model reads: at the top left, scaled."""
+
+    scale: float
+    width: int
+    """Width of the scaled image in pixels."""
+    height: int
+
+    @classmethod
+    def of(cls, width: int, height: int, size: int) -> "Fit":
+        """Return the place of an image of this width and height in a square of `size` pixels."""
+        scale = size / max(width, height)
+        return cls(scale, max(1, round(width * scale)), max(1, round(height * scale)))
+
+
+def fit_pixels(image: "Image.Image", size: int) -> np.ndarray:
+    """Return a whole image scaled into a square, uint8 (size, size, 3)."""
+    from PIL import Image
+
+    fit = Fit.of(*image.size, size)
+    canvas = Image.new("RGB", (size, size), FILLING)
+    canvas.paste(image.resize((fit.width, fit.height), Image.Resampling.BICUBIC))
+    return np.asarray(canvas)
+
+
+class TaskSampleMaker:
+    """Maker of the samples of one task from stored rows."""
+
+    def __init__(self, spec: RunSpec, part: MicroBatchPart, class_names: Sequence[str]) -> None:
+        """Create the maker.
+
+        Args:
+            spec: spec of the run.
+            part: part of micro-batches with the task.
+            class_names: names of the classes of the task, in the order of their numbers.
+        """
+        assert spec.model.vision is not None
+        self._spec, self._part, self._task = spec, part, spec.model.vision.tasks[part.name]
+        self._numbers = {name: number for number, name in enumerate(class_names)}
+
+    def make(self, images: Sequence[bytes], annotations: Sequence[bytes], labels: Sequence[str] | None) -> TaskSamples:
+        """Return samples.
+
+        Args:
+            images: encoded image of each sample.
+            annotations: stored annotation of each sample.
+            labels: label of each sample, which decides its crop in training; None in evaluation.
+        """
+        size, unpacked = self._task.image_size, [unpack(content) for content in annotations]
+        choosers = [self._crop_function(label) for label in labels] if labels is not None else [None] * len(images)
+        decoded = (decode_image(content) for content in images)
+        if self._task.detector is None:
+            pixels = [
+                crop_pixels(image, size, choose_crop or centre_crop)
+                for image, choose_crop in zip(decoded, choosers, strict=True)
+            ]
+            classes = [self._numbers[a.class_name] for a in unpacked if a.class_name is not None]
+            return TaskSamples(_stack(pixels, size), np.array(classes, np.int64))
+        samples = [
+            self._read_objects(image, annotation, choose_crop)
+            for image, annotation, choose_crop in zip(decoded, unpacked, choosers, strict=True)
+        ]
+        return TaskSamples(_stack([pixels for pixels, _ in samples], size), None, [found for _, found in samples])
+
+    def _crop_function(self, label: str) -> Callable[[int, int], Crop]:
+        """Return the function that chooses the random crop of a sample from the size of its image."""
+        return partial(random_crop, images=self._spec.data.images, seed=self._spec.seed, label=f"{label} crop")
+
+    def _read_objects(
+        self, image: "Image.Image", annotation: Annotation, choose_crop: Callable[[int, int], Crop] | None
+    ) -> tuple[np.ndarray, ImageObjects]:
+        """Return an image as the model reads it, with the objects that are in it."""
+        from PIL import Image
+
+        size, (width, height) = self._task.image_size, image.size
+        if choose_crop is None:
+            crop, target_size = Crop((0, 0, width, height)), Fit.of(width, height, size)[1:]
+            pixels = fit_pixels(image, size)
+        else:
+            crop, target_size = choose_crop(width, height), (size, size)
+            pixels = crop_pixels(image, size, lambda *_: crop)
+        boxes, classes, masks = list[np.ndarray](), list[int](), list[np.ndarray]()
+        for instance in annotation.instances:
+            if instance.is_crowd:
+                continue
+            mask = None
+            if instance.mask is not None:
+                full_mask = decode_mask(instance.mask, width, height)
+                scaled = Image.fromarray(full_mask.astype(np.uint8) * 255).resize(
+                    target_size, Image.Resampling.BILINEAR, box=crop.box
+                )
+                mask = np.zeros((size, size), bool)
+                mask[: target_size[1], : target_size[0]] = np.asarray(scaled) >= 128
+                mask = mask[:, ::-1] if crop.is_mirrored else mask
+            box = _visible_box(instance, mask, crop, target_size, size)
+            if box is not None:
+                boxes.append(box)
+                classes.append(self._numbers[instance.class_name])
+                masks += [mask] if self._part.has_masks and mask is not None else []
+        return pixels, ImageObjects(
+            np.array(boxes, np.float32).reshape(-1, 4),
+            np.array(classes, np.int64),
+            np.stack(masks) if masks else np.zeros((0, size, size), bool),
+        )
+
+
+def _stack(pixels: Sequence[np.ndarray], size: int) -> np.ndarray:
+    return np.stack(pixels) if pixels else np.empty((0, size, size, 3), np.uint8)
+
+
+def _visible_box(
+    instance: Instance, mask: np.ndarray | None, crop: Crop, target_size: tuple[int, int], size: int
+) -> np.ndarray | None:
+    """Return the edges of an object in the pixels that the model reads, or None if too little of it is visible.
+
+    Args:
+        instance: the object in its image.
+        mask: its mask as the model reads it; None if it has only a box.
+        crop: part of the image that the model reads.
+        target_size: width and height of this part, as the model reads it.
+        size: height and width of the square that the model reads.
+    """
+    left, top, right, bottom = crop.box
+    scale = np.array([target_size[0] / (right - left), target_size[1] / (bottom - top)] * 2)
+    full_box = (np.array(instance.box) - [left, top, left, top]) * scale
+    box = np.clip(full_box, 0, [*target_size, *target_size])
+    if crop.is_mirrored:
+        box = np.array([size - box[2], box[1], size - box[0], box[3]])
+    full_area = float(np.prod(full_box[2:] - full_box[:2]))
+    if np.prod(np.maximum(0, box[2:] - box[:2])) < MIN_VISIBLE_SHARE * full_area:
+        return None
+    if mask is not None:
+        rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+        if not len(rows):
+            return None
+        box = np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1])
+    return box if min(box[2:] - box[:2]) >= MIN_SIDE else None
+
+
+def task_makers(spec: RunSpec, classes: Mapping[str, Sequence[str]]) -> dict[str, TaskSampleMaker]:
+    """Return the maker of the samples of each task; `classes` has the names of its classes."""
+    return {part.name: TaskSampleMaker(spec, part, classes[part.name]) for part in spec.parts}
+
+
+class VisionTrainingSamples:
+    """Random access to the micro-batches of a training by their number."""
+
+    def __init__(self, spec: RunSpec) -> None:
+        self._order = RowOrder(spec)
+        self._makers = task_makers(spec, read_classes(spec.data.prepared / CLASSES_FILE))
+
+    @staticmethod
+    def open_cached(spec: RunSpec) -> "VisionTrainingSamples":
+        """Return the samples of a spec; a process opens them once and caches them for its next tasks."""
+        return _open_samples(spec.model_dump_json())
+
+    def read(self, micro_batch: int) -> VisionSamples:
+        """Return the samples of a micro-batch of the training."""
+        samples = {}
+        for part in self._order.parts(micro_batch):
+            columns = {name: [b""] * len(part.positions) for name in (IMAGE, ANNOTATION)}
+            for group in self._order.locate(part.positions):
+                for name, values in columns.items():
+                    for index, value in zip(group.indices, group.reader.read_values(name, group.numbers), strict=True):
+                        values[index] = value
+            samples[part.part.name] = self._makers[part.part.name].make(
+                columns[IMAGE], columns[ANNOTATION], part.labels
+            )
+        return samples
+
+
+# The argument is JSON, since a cache needs hashable arguments and a spec is not hashable.
+@lru_cache(maxsize=2)
+def _open_samples(spec_json: str) -> VisionTrainingSamples:
+    return VisionTrainingSamples(RunSpec.model_validate_json(spec_json))
+
+
+class AnnotatedImages(NamedTuple):
+    """Images of one task as they are stored."""
+
+    images: list[bytes]
+    annotations: list[bytes]
+
+
+def held_out_images(spec: RunSpec, manifest: DataManifest) -> dict[str, AnnotatedImages]:
+    """Return the held-out images of each task of a run's prepared data that has any.
+
+    Args:
+        spec: spec of the run.
+        manifest: manifest of the prepared data.
+    """
+    reader = RowReader(spec.data.prepared, manifest.validation, manifest.token_bytes)
+    # Validation samples are stored domain after domain in the manifest's order.
+    counts = [domain.validation_samples for domain in manifest.domains.values()]
+    sources = np.repeat([source_of(name) for name in manifest.domains], counts)
+    numbers = {part.name: np.flatnonzero(np.isin(sources, part.sources)) for part in spec.parts}
+    return {
+        name: AnnotatedImages(reader.read_values(IMAGE, rows), reader.read_values(ANNOTATION, rows))
+        for name, rows in numbers.items()
+        if len(rows)
+    }
+
+
+def vision_validation_samples(spec: RunSpec, manifest: DataManifest) -> VisionSamples:
+    """Return the held-out samples of each task that has any, as evaluation reads them."""
+    makers = task_makers(spec, read_classes(spec.data.prepared / CLASSES_FILE))
+    return {name: makers[name].make(*stored, None) for name, stored in held_out_images(spec, manifest).items()}
+
+
+def stream_columns(micro_batches: Sequence[VisionSamples]) -> dict[str, np.ndarray]:
+    """Return the columns of the training stream for micro-batches, a row for each: images by task, and classes, or the
+    objects of all images as bytes."""
+    columns = {}
+    for name in micro_batches[0]:
+        tasks = [micro_batch[name] for micro_batch in micro_batches]
+        columns[f"{name} images"] = np.stack([task.images for task in tasks])
+        if tasks[0].classes is not None:
+            columns[f"{name} classes"] = np.stack([task.classes for task in tasks if task.classes is not None])
+        else:
+            columns[f"{name} objects"] = np.array([_pack_objects(task.objects) for task in tasks], object)
+    return columns
+
+
+def samples_in_row(row: Mapping[str, np.ndarray], parts: Sequence[MicroBatchPart]) -> VisionSamples:
+    """Return the samples of a micro-batch from its row of the stream: the inverse of `stream_columns`.
+
+    Args:
+        row: columns with one row.
+        parts: parts of micro-batches.
+    """
+    # Columns of the stream may be read-only memory, of which torch makes no tensors.
+    samples = {}
+    for part in parts:
+        images = np.array(row[f"{part.name} images"][0])
+        if part.objective == "classify":
+            samples[part.name] = TaskSamples(images, np.array(row[f"{part.name} classes"][0]))
+        else:
+            samples[part.name] = TaskSamples(images, None, _unpack_objects(row[f"{part.name} objects"][0]))
+    return samples
+
+
+def _pack_objects(objects: Sequence[ImageObjects]) -> bytes:
+    """Return the objects of images as bytes; masks take a bit for each pixel."""
+    # Images have different numbers of objects, so a column of arrays would have a row of its own shape for each.
+    buffer = io.BytesIO()
+    arrays = dict[str, Any]()
+    for number, (boxes, classes, masks) in enumerate(objects):
+        arrays |= {f"boxes{number}": boxes, f"classes{number}": classes, f"shape{number}": np.array(masks.shape)}
+        arrays[f"masks{number}"] = np.packbits(masks)
+    np.savez(buffer, **arrays)
+    return buffer.getvalue()
+
+
+def _unpack_objects(content: bytes) -> list[ImageObjects]:
+    """Return the objects of images from the bytes of `_pack_objects`."""
+    objects = []
+    with np.load(io.BytesIO(content)) as arrays:
+        for number in range(len(arrays.files) // 4):
+            shape = tuple(arrays[f"shape{number}"])
+            masks = np.unpackbits(arrays[f"masks{number}"], count=int(np.prod(shape))).reshape(shape).astype(bool)
+            objects.append(ImageObjects(arrays[f"boxes{number}"], arrays[f"classes{number}"], masks))
+    return objects

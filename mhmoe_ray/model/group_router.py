@@ -1,0 +1,103 @@
+"""Routers with scores for each group of rows, all of which choose among the same experts: for each modality, patches of
+images and tokens of texts; or for each task of a vision model (AdaMV-MoE, ICCV 2023)."""
+
+from collections.abc import Sequence
+from itertools import accumulate, pairwise
+
+import torch
+from torch import Tensor, nn
+
+from mhmoe_ray.model.router import BaseScores, RoutedLogits, Router, Scores, TopK, build_scores
+from mhmoe_ray.spec import MoESpec
+
+
+class ModalityRouter(Router):
+    """Router of one layer that computes the logits of patches and those of tokens by different weights.
+
+    All else is over the rows of both: the choice of experts, their capacity, and the load balancing loss.
+    """
+
+    def _build_scores(self, width: int) -> None:
+        self.image, self.text = build_scores(width, self.moe), build_scores(width, self.moe)
+
+    def _scores_of(self, group_rows: Sequence[int]) -> Scores:
+        return _SplitScores([self.image, self.text], group_rows)
+
+
+class TaskRouter(Router):
+    """Router of one layer of a vision model, whose tasks may have weights and numbers of experts of their own.
+
+    The experts' capacity is over the rows of all tasks. The load balancing loss is the sum over tasks of the loss of
+    their rows if they have weights of their own, and otherwise that of all rows.
+    """
+
+    def __init__(self, width: int, moe: MoESpec, tasks: Sequence[str], *, is_shared: bool) -> None:
+        """Create the router with uninitialized parameters.
+
+        Args:
+            width: width of a row.
+            moe: spec of the layer.
+            tasks: names of the tasks, in the order of the groups of rows.
+            is_shared: whether all tasks have the same weights.
+        """
+        self._tasks, self._is_shared = tuple(tasks), is_shared
+        super().__init__(width, moe)
+        self.top_k = [moe.top_k for _ in tasks]
+        """Number of experts that a row of each task chooses."""
+
+    def _build_scores(self, width: int) -> None:
+        if self._is_shared:
+            super()._build_scores(width)
+        else:
+            self.tasks = nn.ModuleDict({name: build_scores(width, self.moe) for name in self._tasks})
+
+    def _scores_of(self, group_rows: Sequence[int]) -> Scores:
+        if self._is_shared:
+            return self.scores
+        return _SplitScores([self.tasks[name] for name in self._tasks], group_rows)  # type: ignore[misc]
+
+    def _top_k_of(self, group_rows: Sequence[int], device: torch.device) -> TopK:
+        if len(set(self.top_k)) == 1:
+            return TopK(self.top_k[0])
+        count_N = torch.tensor(self.top_k, device=device).repeat_interleave(torch.tensor(group_rows, device=device))
+        return TopK(max(self.top_k), count_N)
+
+    def _capacity(self, group_rows: Sequence[int], rows: int) -> int | None:
+        capacities = [self.moe.expert_capacity(n, k) for n, k in zip(group_rows, self.top_k, strict=True)]
+        return None if self.moe.capacity_factor is None else sum(filter(None, capacities))
+
+    def _balance_loss(self, routed: RoutedLogits, sequences: int, group_rows: Sequence[int]) -> Tensor:
+        if self._is_shared and len(set(self.top_k)) == 1:
+            return super()._balance_loss(routed, sequences, group_rows)
+        ends = accumulate(group_rows, initial=0)
+        losses = [
+            super(TaskRouter, self)._balance_loss(routed.slice(start, stop, k), sequences, ())
+            for (start, stop), k in zip(pairwise(ends), self.top_k, strict=True)
+            if stop > start
+        ]
+        if self._is_shared:
+            # One router has one loss, whatever the number of tasks.
+            losses = [loss * n / sum(group_rows) for loss, n in zip(losses, filter(None, group_rows), strict=True)]
+        return torch.stack(losses).sum()
+
+
+class _SplitScores:
+    """Logits of rows in groups, of which each has scores of its own.
+
+    Args:
+        scores: the scores of each group.
+        group_rows: number of rows of each group.
+    """
+
+    def __init__(self, scores: Sequence[BaseScores], group_rows: Sequence[int]) -> None:
+        self._scores, self._group_rows = scores, list(group_rows)
+
+    def __call__(self, x_ND: Tensor) -> Tensor:
+        groups = torch.split(x_ND, self._group_rows)
+        return torch.cat([scores(x) for scores, x in zip(self._scores, groups, strict=True)])
+
+    def balance_probabilities(self, x_ND: Tensor, probability_NE: Tensor) -> Tensor:
+        groups = zip(*(torch.split(t, self._group_rows) for t in (x_ND, probability_NE)), strict=True)
+        return torch.cat(
+            [scores.balance_probabilities(*group) for scores, group in zip(self._scores, groups, strict=True)]
+        )

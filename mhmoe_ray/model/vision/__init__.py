@@ -1,0 +1,11 @@
+"""The vision model: a vision transformer with tasks that share its blocks and its experts.
+
+model.py      the trunk, the micro-batch, and the losses of all tasks
+pyramid.py    maps of several scales from the one map of patches
+detector.py   region proposals, boxes with classes, and masks
+"""
+
+from mhmoe_ray.model.vision.detector import Detection, Objects
+from mhmoe_ray.model.vision.model import TaskBatch, Vision, VisionBatch
+
+__all__ = ["Detection", "Objects", "TaskBatch", "Vision", "VisionBatch"]

@@ -1,0 +1,289 @@
+"""The heads of a detector: region proposals, boxes with classes, and masks (Mask R-CNN, arXiv 1703.06870).
+
+torchvision has the parts: matching, sampling, pooling of regions, the heads, and the removal of overlaps. Its losses
+are means over what was sampled in a batch, so that a micro-batch with fewer objects would count them more. Here every
+loss is one of an image: a sum over its samples, divided by the number of samples that an image should have. Masks alone
+have the mean over the sampled objects of an image.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mhmoe_ray.model.noise import default_generator_from
+from mhmoe_ray.model.vision.pyramid import Pyramid
+from mhmoe_ray.spec import TaskSpec
+
+BOX_BETA = 1 / 9
+"""Error of an edge up to which the loss is quadratic, and above which it is linear, as in torchvision."""
+MASK_SIZE = 14
+"""Height and width of the map from which the mask of a region is computed; the mask has twice the size."""
+
+
+class Objects(NamedTuple):
+    """Objects of an image in the pixels that the model reads."""
+
+    box_O4: Tensor
+    """Left, top, right and bottom edges, float32."""
+    class_O: Tensor
+    """Classes, int64, from 0."""
+    mask_OYX: Tensor
+    """Masks, uint8 of 0 and 1; with no rows if the detector has no masks."""
+
+
+class Detection(NamedTuple):
+    """Objects that a detector finds in an image, the most certain ones first."""
+
+    box_O4: Tensor
+    """Edges in pixels of the image that the model reads."""
+    class_O: Tensor
+    """Classes, int64, from 0."""
+    score_O: Tensor
+    mask_OYX: Tensor
+    """Probabilities of masks in the size of the image that the model reads; with no rows if the detector has none."""
+
+
+class Proposals(NamedTuple):
+    """Region proposals for images, and what their losses need."""
+
+    boxes: list[Tensor]
+    """Proposals of each image, (proposals, 4), without gradients."""
+    objectness_NA: Tensor
+    """Logit of each anchor that it has an object."""
+    edge_NA4: Tensor
+    """Edges of the object of each anchor, relative to the anchor."""
+    anchors: list[Tensor]
+    """Anchors of each image, (A, 4)."""
+
+
+class Detector(nn.Module):
+    """Detector on the map of a vision transformer."""
+
+    def __init__(self, d_model: int, task: TaskSpec, norm_eps: float) -> None:
+        """Create the detector with uninitialized weights.
+
+        Args:
+            d_model: number of channels of the map.
+            task: the task, which must have a detector.
+            norm_eps: epsilon of norms.
+        """
+        # The package is an extra, which other models do not need.
+        from torchvision.models.detection.anchor_utils import AnchorGenerator
+        from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+        from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+        from torchvision.models.detection.roi_heads import RoIHeads
+        from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
+        from torchvision.ops import MultiScaleRoIAlign
+
+        super().__init__()
+        spec = task.detector
+        assert spec is not None
+        self.spec, self.image_size = spec, task.image_size
+        self.pyramid = Pyramid(d_model, spec.width, spec.scales)
+        names = [str(number) for number in range(len(spec.scales))]
+        anchors_per_cell = len(spec.anchor_sizes) * len(spec.anchor_ratios)
+        # Anchors are numbers, also where weights are built without memory. Their sizes depend on the map, and are set
+        # by the first image.
+        with torch.device("cpu"):
+            self.anchors = AnchorGenerator([(1.0,)] * len(names), [(1.0,)] * len(names))
+        self.regions = RegionProposalNetwork(
+            self.anchors,
+            RPNHead(spec.width, anchors_per_cell),
+            fg_iou_thresh=0.7,
+            bg_iou_thresh=0.3,
+            batch_size_per_image=spec.anchor_samples,
+            positive_fraction=0.5,
+            pre_nms_top_n={"training": spec.candidates, "testing": spec.candidates},
+            post_nms_top_n={"training": spec.proposals, "testing": spec.proposals},
+            nms_thresh=0.7,
+        )
+        mask_modules: dict[str, nn.Module] = {}
+        if spec.masks:
+            mask_modules = {
+                "mask_roi_pool": MultiScaleRoIAlign(names, MASK_SIZE, 2),
+                "mask_head": MaskRCNNHeads(spec.width, [spec.width] * spec.mask_layers, 1),
+                "mask_predictor": MaskRCNNPredictor(spec.width, spec.width, task.classes + 1),
+            }
+        pooled_size = 7
+        self.boxes = RoIHeads(
+            MultiScaleRoIAlign(names, pooled_size, 2),
+            TwoMLPHead(spec.width * pooled_size**2, spec.d_box),
+            FastRCNNPredictor(spec.d_box, task.classes + 1),
+            fg_iou_thresh=0.5,
+            bg_iou_thresh=0.5,
+            batch_size_per_image=spec.box_samples,
+            positive_fraction=0.25,
+            bbox_reg_weights=None,
+            score_thresh=spec.score_threshold,
+            nms_thresh=spec.overlap_threshold,
+            detections_per_img=spec.max_objects,
+            **mask_modules,
+        )
+
+    def losses(self, map_NMYX: Tensor, targets: Sequence[Objects], generator: torch.Generator) -> list[Tensor]:
+        """Return the losses of each image, of `spec.run.DETECTION_LOSSES` in their order, (N,) float32 each.
+
+        Args:
+            map_NMYX: map of each image.
+            targets: objects of each image.
+            generator: generator of the draws of samples.
+        """
+        # torchvision numbers classes from 1, and 0 is the background.
+        dicts = [{"boxes": t.box_O4, "labels": t.class_O + 1, "masks": t.mask_OYX} for t in targets]
+        if not dicts:
+            return [map_NMYX.sum((1, 2, 3))] * (5 if self.spec.masks else 4)
+        features = self._features(map_NMYX)
+        proposals = self._propose(features)
+        # torchvision draws from the default generator of the device.
+        with default_generator_from(generator):
+            anchor_losses = self._anchor_losses(proposals, dicts)
+            boxes, matches, labels, edges = self.boxes.select_training_samples(list(proposals.boxes), dicts)
+        return [*anchor_losses, *self._region_losses(features, boxes, labels, edges, matches, dicts)]
+
+    @torch.no_grad()
+    def detect(self, map_NMYX: Tensor) -> list[Detection]:
+        """Return the objects that are found in each image."""
+        from torchvision.models.detection.roi_heads import paste_masks_in_image
+
+        if not len(map_NMYX):
+            return []
+        features = self._features(map_NMYX)
+        boxes = self._propose(features).boxes
+        sizes = self._sizes(map_NMYX)
+        was_training = self.boxes.training
+        self.boxes.eval()
+        results, _ = self.boxes(features, boxes, sizes)
+        self.boxes.train(was_training)
+        size = (self.image_size, self.image_size)
+        detections = []
+        for result in results:
+            mask_OYX = map_NMYX.new_zeros(0, *size)
+            if self.spec.masks:
+                mask_OYX = paste_masks_in_image(result["masks"], result["boxes"], size)[:, 0]
+            detections.append(Detection(result["boxes"], result["labels"] - 1, result["scores"], mask_OYX))
+        return detections
+
+    def _sizes(self, map_NMYX: Tensor) -> list[tuple[int, int]]:
+        return [(self.image_size, self.image_size)] * len(map_NMYX)
+
+    def _features(self, map_NMYX: Tensor) -> dict[str, Tensor]:
+        """Return the maps of the pyramid by the names that torchvision's pooling has for them."""
+        return {str(number): level for number, level in enumerate(self.pyramid(map_NMYX))}
+
+    def _propose(self, features: dict[str, Tensor]) -> Proposals:
+        """Return region proposals from the maps of the pyramid."""
+        from torchvision.models.detection.rpn import concat_box_prediction_layers
+
+        maps = list(features.values())
+        objectness, edges = self.regions.head(maps)
+        anchors = self._anchors_of(maps)
+        counts = [t[0].numel() for t in objectness]
+        objectness_R1, edge_R4 = concat_box_prediction_layers(objectness, edges)
+        images = len(maps[0])
+        box_NA4 = self.regions.box_coder.decode(edge_R4.detach(), anchors).view(images, -1, 4)
+        sizes = [(self.image_size, self.image_size)] * images
+        boxes, _ = self.regions.filter_proposals(box_NA4, objectness_R1.detach(), sizes, counts)
+        return Proposals(boxes, objectness_R1.view(images, -1), edge_R4.view(images, -1, 4), anchors)
+
+    def _anchors_of(self, maps: Sequence[Tensor]) -> list[Tensor]:
+        """Return the anchors of each image: of all maps, in the order of `concat_box_prediction_layers`."""
+        spec, device = self.spec, maps[0].device
+        strides = [self.image_size // level.shape[-1] for level in maps]
+        self.anchors.cell_anchors = [
+            self.anchors.generate_anchors(
+                [size * stride for size in spec.anchor_sizes], spec.anchor_ratios, torch.float32, device
+            )
+            for stride in strides
+        ]
+        strides_yx = [[torch.tensor(stride, device=device)] * 2 for stride in strides]
+        anchors = self.anchors.grid_anchors([list(level.shape[-2:]) for level in maps], strides_yx)
+        return [torch.cat(anchors)] * len(maps[0])
+
+    def _anchor_losses(self, proposals: Proposals, targets: list[dict[str, Tensor]]) -> list[Tensor]:
+        """Return the losses of objectness and of the edges of proposals of each image, (N,) each."""
+        regions = self.regions
+        labels, matched_boxes = regions.assign_targets_to_anchors(proposals.anchors, targets)
+        edge_NA4 = torch.stack(regions.box_coder.encode(matched_boxes, proposals.anchors))
+        positive, negative = (torch.stack(masks) for masks in regions.fg_bg_sampler(labels))
+        is_positive_NA, is_sampled_NA = positive.bool(), (positive + negative).bool()
+        label_NA = torch.stack(labels)
+        objectness_NA = F.binary_cross_entropy_with_logits(proposals.objectness_NA, label_NA.clamp(0), reduction="none")
+        edge_loss_NA = F.smooth_l1_loss(proposals.edge_NA4, edge_NA4, beta=BOX_BETA, reduction="none").sum(-1)
+        quota = self.spec.anchor_samples
+        return [
+            torch.where(mask_NA, loss_NA, 0).sum(1) / quota
+            for mask_NA, loss_NA in ((is_sampled_NA, objectness_NA), (is_positive_NA, edge_loss_NA))
+        ]
+
+    def _region_losses(
+        self,
+        features: dict[str, Tensor],
+        boxes: list[Tensor],
+        labels: list[Tensor],
+        edges: list[Tensor],
+        matches: list[Tensor],
+        targets: list[dict[str, Tensor]],
+    ) -> list[Tensor]:
+        """Return the losses of classes and edges of boxes, and of masks, of each image, (N,) each.
+
+        Args:
+            features: maps of the pyramid.
+            boxes, labels, edges, matches: sampled regions of each image: their edges, their classes, the edges of their
+                objects relative to them, and the numbers of their objects.
+            targets: objects of each image.
+        """
+        sizes = [(self.image_size, self.image_size)] * len(boxes)
+        pooled = self.boxes.box_head(self.boxes.box_roi_pool(features, boxes, sizes))
+        logits_RC, edge_RC4 = self.boxes.box_predictor(pooled)
+        counts, quota = [len(b) for b in boxes], self.spec.box_samples
+        label_R, edge_R4 = torch.cat(labels), torch.cat(edges)
+        class_loss_R = F.cross_entropy(logits_RC, label_R, reduction="none")
+        # A region of the background has no edges to learn. Its class 0 selects edges that are then masked.
+        own_edge_R4 = edge_RC4.view(len(label_R), -1, 4)[torch.arange(len(label_R), device=label_R.device), label_R]
+        edge_loss_R = F.smooth_l1_loss(own_edge_R4, edge_R4, beta=BOX_BETA, reduction="none").sum(-1)
+        edge_loss_R = torch.where(label_R > 0, edge_loss_R, 0)
+        losses = [_sums_of_images(loss_R, counts) / quota for loss_R in (class_loss_R, edge_loss_R)]
+        if self.spec.masks:
+            losses.append(self._mask_losses(features, boxes, labels, matches, targets))
+        return losses
+
+    def _mask_losses(
+        self,
+        features: dict[str, Tensor],
+        boxes: list[Tensor],
+        labels: list[Tensor],
+        matches: list[Tensor],
+        targets: list[dict[str, Tensor]],
+    ) -> Tensor:
+        """Return the mean loss of the masks of each image's sampled objects, (N,); for the arguments see
+        `_region_losses`."""
+        from torchvision.models.detection.roi_heads import project_masks_on_boxes
+
+        heads: Any = self.boxes
+        chosen = [torch.where(label_R > 0)[0] for label_R in labels]
+        mask_boxes = [box_R4[rows] for box_R4, rows in zip(boxes, chosen, strict=True)]
+        sizes = [(self.image_size, self.image_size)] * len(boxes)
+        logits_RCYX = heads.mask_predictor(heads.mask_head(heads.mask_roi_pool(features, mask_boxes, sizes)))
+        counts = [len(rows) for rows in chosen]
+        label_R = torch.cat([label_R[rows] for label_R, rows in zip(labels, chosen, strict=True)])
+        if not len(label_R):
+            # The head still gets gradients, of zeros, as strategies expect of every weight.
+            return torch.stack([logits_RCYX.sum()] * len(boxes))
+        target_RYX = torch.cat(
+            [
+                project_masks_on_boxes(target["masks"], box_R4, match_R[rows], logits_RCYX.shape[-1])
+                for target, box_R4, match_R, rows in zip(targets, mask_boxes, matches, chosen, strict=True)
+                if len(rows)
+            ]
+        )
+        own_logits_RYX = logits_RCYX[torch.arange(len(label_R), device=label_R.device), label_R]
+        loss_R = F.binary_cross_entropy_with_logits(own_logits_RYX, target_RYX, reduction="none").mean((1, 2))
+        return _sums_of_images(loss_R, counts) / torch.tensor(counts, device=loss_R.device).clamp(min=1)
+
+
+def _sums_of_images(value_R: Tensor, counts: Sequence[int]) -> Tensor:
+    """Return the sum of the values of each image, of which each has `counts` values."""
+    return torch.stack([part.sum() for part in torch.split(value_R, list(counts))])

@@ -1,0 +1,59 @@
+"""Parameters and memory of the heads of a vision model, computed from the spec. Tests compare them with a built
+model."""
+
+from mhmoe_ray.architectures import FLOAT32
+from mhmoe_ray.spec import DetectorSpec, ModelSpec, TaskSpec, VisionSpec
+
+POOLED_CELLS = 7**2
+MASK_CELLS = 14**2
+"""Cells of the map of a region from which its class and its mask are computed (`model/vision/detector.py`)."""
+
+
+def head_parameters(model: ModelSpec, task: TaskSpec) -> int:
+    """Return the number of parameters of the head of a task."""
+    if task.detector is None:
+        return (model.d_model + 1) * task.classes
+    detector, width = task.detector, task.detector.width
+    outputs, anchors = task.classes + 1, len(detector.anchor_sizes) * len(detector.anchor_ratios)
+    convolution = 9 * width**2 + width
+    pyramid = sum(_level_parameters(model.d_model, width, scale) for scale in detector.scales)
+    regions = convolution + 5 * (width + 1) * anchors
+    boxes = (width * POOLED_CELLS + 1) * detector.d_box + (detector.d_box + 1) * (detector.d_box + 5 * outputs)
+    masks = detector.mask_layers * convolution + 4 * width**2 + width + (width + 1) * outputs
+    return pyramid + regions + boxes + (masks if detector.masks else 0)
+
+
+def _level_parameters(d_model: int, width: int, scale: float) -> int:
+    """Return the number of parameters of one level of the feature pyramid."""
+    channels, total = d_model, 0
+    for number in range(int(scale) // 2):
+        half = channels // 2
+        total += 4 * channels * half + half
+        total += 2 * half if number == 0 and scale == 4 else 0
+        channels = half
+    return total + channels * width + 9 * width**2 + 4 * width
+
+
+def head_activation_bytes(vision: VisionSpec, task: TaskSpec) -> int:
+    """Return the approximate number of bytes that the head of a task keeps for one image from forward to backward, in
+    float32. Anchors and samples of objects, whose number varies, are left out."""
+    if task.detector is None:
+        return FLOAT32 * 2 * task.classes
+    return FLOAT32 * (_map_values(vision, task, task.detector) + _region_values(task, task.detector))
+
+
+def _map_values(vision: VisionSpec, task: TaskSpec, detector: DetectorSpec) -> int:
+    """Return the number of values of the maps of the pyramid, and of the outputs for anchors."""
+    cells = sum(int(vision.patches(task) * scale**2) for scale in detector.scales)
+    anchors = len(detector.anchor_sizes) * len(detector.anchor_ratios)
+    # A level keeps the input and the output of two convolutions and two norms; regions have a convolution more.
+    return cells * (7 * detector.width + 8 * anchors)
+
+
+def _region_values(task: TaskSpec, detector: DetectorSpec) -> int:
+    """Return the number of values of the sampled regions, a quarter of which have masks."""
+    boxes = detector.box_samples * (detector.width * POOLED_CELLS + 3 * detector.d_box)
+    if not detector.masks:
+        return boxes
+    mask_values = MASK_CELLS * (detector.width * (2 * detector.mask_layers + 5) + 4 * 2 * (task.classes + 1))
+    return boxes + detector.box_samples // 4 * mask_values

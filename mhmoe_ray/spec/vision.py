@@ -1,0 +1,136 @@
+"""The `model.vision` section: a vision transformer with tasks, their heads, and the adaptive number of experts."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import AfterValidator, Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+
+from mhmoe_ray.spec.base import Section
+
+
+def _check_scale(scale: float) -> float:
+    if scale not in (4, 2, 1, 0.5):
+        raise ValueError("a scale is 4, 2, 1 or 0.5")
+    return scale
+
+
+class DetectorSpec(Section):
+    """Heads that find objects: feature pyramid, region proposals, boxes with classes, and masks (Mask R-CNN, arXiv
+    1703.06870)."""
+
+    scales: list[Annotated[float, AfterValidator(_check_scale)]] = Field(default=[2, 1, 0.5], min_length=1)
+    """Sizes of the maps of the feature pyramid, relative to the map of patches (ViTDet, arXiv 2203.16527): 4, 2, 1 or
+    0.5."""
+    width: PositiveInt = 64
+    """Number of channels of the pyramid."""
+    anchor_sizes: list[PositiveFloat] = Field(default=[4, 6], min_length=1)
+    """Sides of the anchors at each place of a map, in cells of that map."""
+    anchor_ratios: list[PositiveFloat] = Field(default=[0.5, 1, 2], min_length=1)
+    """Ratios of height to width of the anchors."""
+    anchor_samples: PositiveInt = 256
+    """Number of anchors of an image whose losses count; half of them at most contain an object."""
+    candidates: PositiveInt = 200
+    """Number of best anchors of each map that become proposals, before overlapping ones are removed."""
+    proposals: PositiveInt = 100
+    """Largest number of proposals of an image."""
+    box_samples: PositiveInt = 64
+    """Number of proposals of an image whose losses count; a quarter of them at most contain an object."""
+    d_box: PositiveInt = 256
+    """Hidden width of the head of boxes and classes."""
+    masks: bool = True
+    """If true, the detector has a head for masks, and every object in its data must have a mask."""
+    mask_layers: PositiveInt = 2
+    """Number of convolutions in the head of masks."""
+    score_threshold: float = Field(default=0.05, ge=0, lt=1)
+    """Lowest score of an object that is reported."""
+    overlap_threshold: float = Field(default=0.5, gt=0, le=1)
+    """Overlap (intersection over union) above which the less certain of two objects of a class is left out."""
+    max_objects: PositiveInt = 100
+    """Largest number of objects that are reported for an image."""
+
+
+TaskName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
+
+
+class TaskSpec(Section):
+    """Task of a vision model: to classify images, or with a detector to find objects in them."""
+
+    image_size: PositiveInt
+    """Height and width of an image in pixels, as the model reads it. Images to classify are cropped; those in which
+    objects are sought are filled up with grey to a square."""
+    classes: PositiveInt
+    """Number of classes at most: the data may have fewer, and then the outputs for the rest are never right."""
+    detector: DetectorSpec | None = None
+    """Makes it a task of detection. By default it is one of classification, from the mean of all patches."""
+
+    @property
+    def objective(self) -> Literal["classify", "detect"]:
+        """The objective of the parts of micro-batches that train this task."""
+        return "classify" if self.detector is None else "detect"
+
+
+class AdaptiveSpec(Section):
+    """Adaptive number of experts: each task raises its own k while its validation loss does not improve (AdaMV-MoE,
+    ICCV 2023). It begins with `moe.top_k`."""
+
+    largest: PositiveInt
+    """Largest k of a task."""
+    every: PositiveInt = 2_000
+    """Number of steps between two validations."""
+    patience: PositiveInt = 5_000
+    """Number of steps without an improvement after which k changes."""
+    batches: PositiveInt = 11
+    """Number of micro-batches of held-out samples of each task whose losses are summed."""
+    first_loss: PositiveFloat = 100.0
+    """Loss that the first validation is compared with."""
+    first_step: int = Field(default=40_000, ge=0)
+    """Step of the best loss until a validation has improved it."""
+    rule: Literal["published", "coded"] = "published"
+    """published: each task decides by itself, and a raise that did not help is taken back, after which k stays. coded:
+    as the authors' code does it. There, all tasks share the memory of the last change and the stop, and a task at the
+    largest k takes nothing back."""
+
+
+class VisionSpec(Section):
+    """A vision transformer instead of a decoder (ViT, arXiv 2010.11929): all tasks share its blocks and its experts.
+
+    Each task has a projection of patches, positions and a head of its own.
+    """
+
+    patch_size: PositiveInt
+    """Height and width of a patch in pixels."""
+    tasks: dict[TaskName, TaskSpec] = Field(min_length=1)
+    """Tasks by name; each has a part of the same name in data.parts."""
+    routers: Literal["shared", "per_task"] = "per_task"
+    """Routers of a layer with experts: one for all tasks, or one for each."""
+    adaptive: AdaptiveSpec | None = None
+    """Makes the number of experts adaptive. By default it is moe.top_k for all tasks."""
+    label_smoothing: NonNegativeFloat = Field(default=0.0, lt=1)
+    """Share of the target of a class that is spread over all classes, in training."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for name, task in self.tasks.items():
+            if task.image_size % self.patch_size:
+                raise ValueError(
+                    f"tasks.{name}.image_size {task.image_size} must be a multiple of patch_size ({self.patch_size})"
+                )
+            if task.detector is not None and self.patch_size & (self.patch_size - 1):
+                raise ValueError(f"patch_size is {self.patch_size}, but a detector needs a power of 2")
+            if task.detector is not None and 0.5 in task.detector.scales and self.patches_per_side(task) % 2:
+                raise ValueError(
+                    f"tasks.{name} has a map of {self.patches_per_side(task)} patches a side, which cannot be halved: "
+                    "remove 0.5 from its detector.scales, or change image_size"
+                )
+        return self
+
+    def patches_per_side(self, task: TaskSpec) -> int:
+        return task.image_size // self.patch_size
+
+    def patches(self, task: TaskSpec) -> int:
+        """Return the number of patches of an image of a task."""
+        return self.patches_per_side(task) ** 2
+
+    @property
+    def patch_values(self) -> int:
+        """The number of values of a patch: three for each pixel."""
+        return 3 * self.patch_size**2

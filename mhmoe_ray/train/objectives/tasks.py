@@ -1,0 +1,119 @@
+"""The objective of vision models: images are classified, and objects are found in them, as each task of the spec says.
+
+Every loss of a task is a mean over images, so a micro-batch counts equally whatever the number of its objects.
+"""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from mhmoe_ray.data.vision_samples import TaskSamples, VisionSamples, samples_in_row
+from mhmoe_ray.model.transfer import copy_to_device
+from mhmoe_ray.model.vision import Objects, TaskBatch, Vision, VisionBatch
+from mhmoe_ray.spec import MicroBatchPart
+from mhmoe_ray.train.adaptive import AdaptiveTopK, TopKChange
+from mhmoe_ray.train.objectives.base import Environment
+from mhmoe_ray.train.objectives.next_token import DIGEST_BYTES
+from mhmoe_ray.train.objectives.parts import PartObjective
+
+if TYPE_CHECKING:
+    from mhmoe_ray.data.shards.manifest import DataManifest
+
+
+def task_batch(samples: TaskSamples, device: torch.device) -> TaskBatch:
+    """Return samples of a task on a device."""
+    image_NYXC = copy_to_device(samples.images, device)
+    if samples.classes is not None:
+        return TaskBatch(image_NYXC, copy_to_device(samples.classes, device))
+    objects = [
+        Objects(*(copy_to_device(array, device) for array in (boxes, classes, masks.astype(np.uint8))))
+        for boxes, classes, masks in samples.objects
+    ]
+    return TaskBatch(image_NYXC, None, objects)
+
+
+class Tasks(PartObjective[VisionBatch]):
+    """Objective of vision models: the tasks of a micro-batch."""
+
+    def __init__(self, environment: Environment, model: Vision) -> None:
+        super().__init__(environment)
+        assert self.spec.model.vision is not None
+        self._vision, self._model = self.spec.model.vision, model
+        self._parts = {part.name: part for part in self.spec.parts}
+        moe, adaptive = self.spec.model.moe, self._vision.adaptive
+        self.adaptive: AdaptiveTopK | None = None
+        if moe is not None and adaptive is not None:
+            self.adaptive = AdaptiveTopK(adaptive, list(self._vision.tasks), moe.top_k)
+
+    def receive(self, rows: Mapping[str, np.ndarray]) -> tuple[int, VisionBatch]:
+        samples = samples_in_row(rows, self.spec.parts)
+        digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
+        for task_samples in samples.values():
+            for array in task_samples.arrays():
+                digest.update(np.ascontiguousarray(array).tobytes())
+        return int.from_bytes(digest.digest(), "little"), self._batch(samples)
+
+    def _batch(self, samples: VisionSamples) -> VisionBatch:
+        """Return samples as a micro-batch; tasks without samples have no images."""
+        return tuple(
+            task_batch(samples.get(name) or self._no_samples(name), self.device) for name in self._vision.tasks
+        )
+
+    def _no_samples(self, name: str) -> TaskSamples:
+        task = self._vision.tasks[name]
+        images = np.empty((0, task.image_size, task.image_size, 3), np.uint8)
+        return TaskSamples(images, np.empty(0, np.int64) if task.detector is None else None)
+
+    def target_counts(self, batch: VisionBatch) -> list[int]:
+        return [len(task.image_NYXC) for part, task in zip(self.spec.parts, batch, strict=True) for _ in part.losses]
+
+    def evaluated_samples(self, part: MicroBatchPart, samples: TaskSamples) -> int:
+        return len(samples.images)
+
+    def part_batch(self, part: MicroBatchPart, samples: TaskSamples, start: int, stop: int) -> VisionBatch:
+        return self._batch({part.name: samples.rows(start, stop)})
+
+    def losses_of(self, part: MicroBatchPart) -> slice:
+        names = self.spec.loss_names
+        start = names.index(part.losses[0])
+        return slice(start, start + len(part.losses))
+
+    def load_validation(self, manifest: "DataManifest") -> VisionSamples:
+        from mhmoe_ray.data.vision_samples import vision_validation_samples
+
+        return vision_validation_samples(self.spec, manifest)
+
+    def adapt(self, samples: VisionSamples, step: int) -> Sequence[TopKChange]:
+        """Validate the tasks and change their numbers of experts, if the spec says so and this step is one for it.
+
+        This is a collective operation. All ranks get the same changes.
+
+        Args:
+            samples: held-out samples.
+            step: number of steps done.
+        """
+        rule = self.adaptive
+        if rule is None or step % rule.spec.every:
+            return []
+        with torch.no_grad():
+            losses = {
+                name: float((sums[:, 0] / sums[:, 1].clamp(min=1)).sum()) * rule.spec.batches
+                for name in self._vision.tasks
+                if name in samples
+                for sums in [self.part_sums(self._parts[name], samples[name], rule.spec.batches)]
+            }
+        changes = rule.update(step, losses)
+        self._model.set_top_k([rule.top_k[name] for name in self._vision.tasks])
+        return changes
+
+    @property
+    def state(self) -> dict[str, Any] | None:
+        return None if self.adaptive is None else self.adaptive.state.model_dump()
+
+    def load_state(self, state: Mapping[str, Any] | None) -> None:
+        if self.adaptive is not None and state is not None:
+            self.adaptive.load(state)
+            self._model.set_top_k([self.adaptive.top_k[name] for name in self._vision.tasks])
