@@ -49,8 +49,8 @@ def prepare(
     An interrupted preparation is continued: text that was tokenised with the same settings is not tokenised again.
     """
     from mhmoe_ray.api.connection import connect_to_cluster
+    from mhmoe_ray.data.annotations import require_image_packages
     from mhmoe_ray.data.chat.template import check_template
-    from mhmoe_ray.data.images import require_pillow
     from mhmoe_ray.data.prepare.work import clean_up
     from mhmoe_ray.data.shards.manifest import check_recipe, read_data_manifest
     from mhmoe_ray.data.sources import find_files
@@ -61,8 +61,7 @@ def prepare(
     if manifest is None:
         # These calls raise an error if text is missing, the chat template is wrong or a package is missing, before a
         # cluster is started to read the text.
-        if resolved.data.has_images:
-            require_pillow()
+        require_image_packages(resolved.data.sources.values())
         find_files(resolved.data)
         if resolved.data.chat_sources:
             check_template(resolved.data)

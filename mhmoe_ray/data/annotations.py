@@ -1,13 +1,18 @@
-"""Annotations of images for vision models: a class, or objects with boxes, classes and masks; and their storage as
-JSON.
+"""Annotations of images for vision models, a class or objects with boxes, classes and masks, and their storage as JSON.
 
 Classes are stored by name. Their numbers are those of the sorted names of all training samples of a task.
 """
 
+import importlib.util
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
 import orjson
+
+from mhmoe_ray.data.images import require_pillow
+from mhmoe_ray.errors import DataError
+from mhmoe_ray.spec import SourceSpec
 
 
 class Instance(NamedTuple):
@@ -35,6 +40,20 @@ class Annotation(NamedTuple):
     def class_names(self) -> set[str]:
         """The names of all classes in this annotation."""
         return {i.class_name for i in self.instances} if self.class_name is None else {self.class_name}
+
+
+def require_image_packages(sources: Iterable[SourceSpec]) -> None:
+    """Check that the packages are installed that read the images and the objects of sources.
+
+    Raises:
+        DataError: a package is missing.
+    """
+    columns = {column for source in sources for column in source.sample_columns}
+    if "image" in columns:
+        require_pillow()
+    if "objects" in columns and importlib.util.find_spec("pycocotools") is None:
+        fix = "pip install 'mhmoe-ray[vision]'"
+        raise DataError("sources with objects", "the package pycocotools is missing", fix)
 
 
 def pack(annotation: Annotation) -> bytes:

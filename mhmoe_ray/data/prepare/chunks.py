@@ -90,8 +90,8 @@ class QuarantineLimit:
 
 
 CHUNK_CHARACTERS = 4 << 20
-"""Characters of text and bytes of images per chunk: one core tokenises so much text in a fraction of a second, or with
-the tokenizers library in seconds."""
+"""Characters of text and bytes of images and annotations per chunk: one core tokenises so much text in a fraction of a
+second, or with the tokenizers library in seconds."""
 
 BAD_LINE_CHARACTERS = 500
 """Number of characters that an unreadable line adds to the size of a chunk."""
@@ -106,6 +106,7 @@ SCHEMA = pa.schema(
         ("conversations", pa.binary()),
         ("images", pa.list_(pa.large_binary())),
         ("image_hashes", pa.list_(pa.string())),
+        ("annotations", pa.list_(pa.large_binary())),
     ]
 )
 
@@ -128,6 +129,8 @@ class Chunk(NamedTuple):
     """The image of each document, empty if it has none; None if no document's record has an image."""
     image_hashes: list[str] | None = None
     """The hash of the image of each document's record, empty if it has none; None as `images`."""
+    annotations: list[bytes] | None = None
+    """The annotation of each document's image, empty if it has none; None if no document has one."""
 
     def as_table(self) -> pa.Table:
         """Return the chunk as a table of one row with `SCHEMA`."""
@@ -139,12 +142,10 @@ class Chunk(NamedTuple):
     @classmethod
     def from_table(cls, table: pa.Table) -> "Chunk":
         """Return the chunk in a table that `as_table` made."""
-        file, number, texts, tally, is_aborted, conversations, images, image_hashes = (
+        file, number, texts, tally, is_aborted, conversations, *image_columns = (
             column[0].as_py() for column in table.select(SCHEMA.names).columns
         )
-        return cls(
-            file, number, texts, pickle.loads(tally), is_aborted, pickle.loads(conversations), images, image_hashes
-        )
+        return cls(file, number, texts, pickle.loads(tally), is_aborted, pickle.loads(conversations), *image_columns)
 
 
 def read_chunks(
@@ -164,7 +165,7 @@ def read_chunks(
         limit: the limit on bad items; if a file alone will probably exceed it, its reading ends with a chunk that has
             `is_aborted`.
         quarantine: the folder for unreadable lines; each chunk with bad items writes one file.
-        characters: number of characters of text and bytes of images that fill a chunk.
+        characters: number of characters of text and bytes of images and annotations that fill a chunk.
         template: the template that renders conversations; None if no source has any.
     """
     for row in table.to_pylist():
@@ -186,9 +187,11 @@ def _file_chunks(
     reader = FileReader(file, spec, template)
     previous_tally, texts, bad_entries, size, chunk_number, is_aborted = Tally(), list[str](), list[str](), 0, 0, False
     conversations, images, image_hashes = list[RenderedConversation](), list[bytes](), list[str]()
+    annotations = list[bytes]()
 
     def finish() -> Chunk:
-        nonlocal previous_tally, texts, conversations, images, image_hashes, bad_entries, size, chunk_number
+        nonlocal previous_tally, texts, conversations, images, image_hashes, annotations
+        nonlocal bad_entries, size, chunk_number
         if bad_entries:
             replace_file(quarantine_file(quarantine, file_number, chunk_number), "".join(bad_entries).encode())
         tally = reader.tally.counts_since(previous_tally)
@@ -202,8 +205,10 @@ def _file_chunks(
             conversations or None,
             images if has_images else None,
             image_hashes if has_images else None,
+            annotations if any(annotations) else None,
         )
-        previous_tally, texts, conversations, images, image_hashes = reader.tally.copy(), [], [], [], []
+        previous_tally, texts, conversations = reader.tally.copy(), [], []
+        images, image_hashes, annotations = [], [], []
         bad_entries, size, chunk_number = [], 0, chunk_number + 1
         return chunk
 
@@ -212,7 +217,8 @@ def _file_chunks(
             texts.append(item.text)
             images.append(item.image or b"")
             image_hashes.append(item.image_hash or "")
-            size += len(item.text) + len(item.image or b"")
+            annotations.append(item.annotation or b"")
+            size += len(item.text) + len(item.image or b"") + len(item.annotation or b"")
             if item.conversation is not None:
                 conversations.append(item.conversation)
         else:

@@ -22,10 +22,10 @@ import ray
 import ray.data
 from tokenizers import Tokenizer
 
+from mhmoe_ray.data.annotations import require_image_packages
 from mhmoe_ray.data.chat.encoder import ConversationEncoder
 from mhmoe_ray.data.chat.template import ChatTemplate, ChatTemplateError, check_template, template_error
 from mhmoe_ray.data.domains import source_of
-from mhmoe_ray.data.images import require_pillow
 from mhmoe_ray.data.prepare.checks import check_not_empty, check_rows_not_empty, classes_of_tasks
 from mhmoe_ray.data.prepare.chunks import (
     CHUNK_CHARACTERS,
@@ -139,8 +139,7 @@ class _Preparation:
         if spec.data.chat_sources:
             # Tasks render conversations, too, but Ray would wrap their errors in tracebacks.
             check_template(spec.data)
-        if spec.data.has_images:
-            require_pillow()
+        require_image_packages(spec.data.sources.values())
         self._files = find_files(spec.data)
         self._fingerprints = fingerprints(spec.data, self._files)
         self._limit = QuarantineLimit(spec.data, self._files)

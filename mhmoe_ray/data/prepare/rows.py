@@ -69,6 +69,8 @@ def update_digest(digest: "hashlib._Hash", chunk: Chunk, seq_len: int) -> None:
     digest.update(f"rows of {seq_len}".encode())
     if chunk.images is not None and chunk.image_hashes is not None:
         digest.update(repr([(bool(i), h) for i, h in zip(chunk.images, chunk.image_hashes, strict=True)]).encode())
+    if chunk.annotations is not None:
+        digest.update(f"annotations {chunk.annotations}".encode())
 
 
 def make_rows(

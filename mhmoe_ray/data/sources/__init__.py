@@ -9,8 +9,8 @@
 find.py lists the files of a source and detects their format; reading.py reads one file and yields the items that
 items.py defines. Bytes come through storage.py and compression.py. records.py reads JSON lines and plain text,
 columns.py reads Parquet and Arrow streams, redpajama_v2.py reads documents and filters them by quality signals, and
-chat.py reads conversations. pictures.py reads folders of images and COCO's captions, and webdataset.py reads pictures
-in the tar files that tar.py parses.
+chat.py reads conversations. pictures.py reads folders of images, coco.py reads COCO's captions and objects, whose masks
+masks.py checks, and webdataset.py reads pictures in the tar files that tar.py parses.
 Files of JSON lines and of text may be compressed with zstd or gzip, under any name.
 """
 

@@ -1,4 +1,5 @@
-"""Readers of columns of texts and images, checked before decoding: Parquet files and Hugging Face's Arrow streams.
+"""Readers of columns of texts, images and classes, checked before decoding: Parquet files and Hugging Face's Arrow
+streams.
 
 The check is needed because pyarrow's own decoding of damaged offsets has crashed the process. A row is a document. In a
 damaged Parquet file only the damaged row groups are lost; in a stream that `save_to_disk` wrote, everything from the
@@ -9,12 +10,13 @@ import itertools
 import struct
 from collections.abc import Callable, Iterable, Iterator
 
+import orjson
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from mhmoe_ray.data.sources.items import BadLine, Document, Fault, RawFile, ReadSettings, Reason, Tally
-from mhmoe_ray.data.sources.pictures import check_image, picture_document
+from mhmoe_ray.data.sources.pictures import check_image, class_annotation, picture_document
 from mhmoe_ray.data.sources.records import text_problem
 from mhmoe_ray.data.sources.storage import Storage, short_message
 from mhmoe_ray.spec import SourceSpec
@@ -40,13 +42,20 @@ def column_problem(schema: pa.Schema, column: str) -> str | None:
     if column not in schema.names:
         hint = "; conversations need format chat" if "messages" in schema.names else ""
         return f"it has no column {column!r}; it has {', '.join(map(repr, schema.names))}{hint}"
+    column_type = _value_type(schema, column)
+    return None if _is_string(column_type) else f"its column {column!r} holds {column_type}, not strings"
+
+
+def _value_type(schema: pa.Schema, column: str) -> pa.DataType:
+    """Return the type of a column's values, which may be in a dictionary."""
     column_type = schema.field(column).type
-    column_type = column_type.value_type if pa.types.is_dictionary(column_type) else column_type
-    if not (
-        pa.types.is_string(column_type) or pa.types.is_large_string(column_type) or pa.types.is_string_view(column_type)
-    ):
-        return f"its column {column!r} holds {column_type}, not strings"
-    return None
+    return column_type.value_type if pa.types.is_dictionary(column_type) else column_type
+
+
+def _is_string(data_type: pa.DataType) -> bool:
+    return bool(
+        pa.types.is_string(data_type) or pa.types.is_large_string(data_type) or pa.types.is_string_view(data_type)
+    )
 
 
 def as_bytes(texts: pa.Array) -> pa.Array:
@@ -101,7 +110,7 @@ class ColumnError(Exception):
     """Error of a file that lacks the columns to read; its text is the reason."""
 
 
-_TEXT_COLUMN = "text"
+_TEXT_COLUMN, _CLASS_COLUMN = "text", "label"
 # A source of texts does not name the column of images. These are the names that Hugging Face and img2dataset use.
 _IMAGE_COLUMNS = ("image", "jpg", "png", "webp")
 
@@ -131,11 +140,18 @@ class _RowReader:
             self._image_column = next((name for name in _IMAGE_COLUMNS if not image_column_problem(schema, name)), None)
         if self._text_column is not None and (problem := column_problem(schema, self._text_column)):
             raise ColumnError(problem)
+        self._class_column = (source.class_field or _CLASS_COLUMN) if "class" in self._columns else None
+        self._class_names: list[str] | None = None
+        if self._class_column is not None:
+            if problem := class_column_problem(schema, self._class_column):
+                raise ColumnError(problem)
+            self._class_names = label_names(schema, self._class_column)
 
     @property
     def columns(self) -> list[str]:
         """Names of the columns to read."""
-        return [name for name in (self._text_column, self._image_column) if name is not None]
+        names = (self._text_column, self._image_column, self._class_column)
+        return [name for name in names if name is not None]
 
     def items_in(self, batch: pa.RecordBatch, first_row: int) -> Iterator[Document | BadLine]:
         """Yield a `Document` or a `BadLine` for each row; `first_row` is the number of the first one, from 0."""
@@ -148,10 +164,14 @@ class _RowReader:
             yield from (item for item in text_items if item is not None)
             return
         images = image_bytes(batch.column(self._image_column), limit)
-        for line, (item, image) in enumerate(zip(text_items, images, strict=True), start=first_row + 1):
+        annotations: Iterable[bytes | Fault | None] = itertools.repeat(None, len(batch))
+        if self._class_column is not None:
+            annotations = map(class_annotation, classes_in(batch.column(self._class_column), self._class_names, limit))
+        rows = zip(text_items, images, annotations, strict=True)
+        for line, (item, image, annotation) in enumerate(rows, start=first_row + 1):
             caption = Fault(item.reason, item.detail) if isinstance(item, BadLine) else item and item.text
             checked_image = check_image(image, self._settings) if "image" in self._columns else image
-            yield picture_document(self._path, line, "", checked_image, caption, self._columns)
+            yield picture_document(self._path, line, "", checked_image, caption, self._columns, annotation=annotation)
 
 
 def image_column_problem(schema: pa.Schema, column: str) -> str | None:
@@ -197,6 +217,63 @@ def image_bytes(images: pa.Array, limit: int) -> Iterator[bytes | Fault]:
             yield Fault(Reason.NO_IMAGE, reason)
         else:
             yield Fault(Reason.TOO_LONG, f"{buffer.size:,} bytes") if buffer.size > limit else buffer.to_pybytes()
+
+
+def class_column_problem(schema: pa.Schema, column: str) -> str | None:
+    """Return the reason why classes cannot be read from a column, or None if it exists and holds texts or integers."""
+    if column not in schema.names:
+        return f"it has no column {column!r}; it has {', '.join(map(repr, schema.names))}"
+    column_type = _value_type(schema, column)
+    if _is_string(column_type) or pa.types.is_integer(column_type):
+        return None
+    return f"its column {column!r} holds {column_type}, not classes"
+
+
+def label_names(schema: pa.Schema, column: str) -> list[str] | None:
+    """Return the names of a column's integers that Hugging Face stored with the schema, or None if it has none."""
+    try:
+        tree = orjson.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+        names = tree["info"]["features"][column]["names"]
+    except (ValueError, KeyError, TypeError, IndexError):
+        return None
+    return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else None
+
+
+def classes_in(classes: pa.Array, names: list[str] | None, limit: int) -> Iterator[str | Fault]:
+    """Yield the class of each row of a column, or the reason why it has none.
+
+    Args:
+        classes: a column that `class_column_problem` accepts.
+        names: the names of its integers; None if the class of an integer is the number as text.
+        limit: largest size of a name in bytes.
+
+    Raises:
+        ArrowInvalid: offsets or indices point outside of the data.
+    """
+    value_type = classes.type.value_type if pa.types.is_dictionary(classes.type) else classes.type
+    if _is_string(value_type):
+        contents = as_bytes(classes)
+    else:
+        classes.validate(full=True)
+        contents = classes
+    for content in contents:
+        value = content.as_py()
+        if value is None:
+            yield Fault(Reason.NO_CLASS, "it is null")
+        elif isinstance(value, int):
+            if names is None:
+                yield str(value)
+            elif 0 <= value < len(names):
+                yield names[value]
+            else:
+                yield Fault(Reason.NO_CLASS, f"{value} is the number of none of its {len(names):,} classes")
+        elif len(value) > limit:
+            yield Fault(Reason.TOO_LONG, f"{len(value):,} bytes in its class")
+        else:
+            try:
+                yield value.decode()
+            except UnicodeDecodeError as e:
+                yield Fault(Reason.NOT_UTF8, f"byte {e.start + 1} of the class")
 
 
 def read_parquet(

@@ -1,7 +1,7 @@
 """Discovery of the raw files of a spec: the files of each source, their format, and the domain of each file.
 
 The domain of a file is the folder directly below the source's path, in RedPajama-V2 its language. Files in the path
-itself belong to the domain `all`.
+itself belong to the domain `all`. If these folders are the classes of images, all images belong to the domain `all`.
 """
 
 import hashlib
@@ -220,21 +220,28 @@ def _files_of_source(name: str, source: SourceSpec, subfolders: list[str] | None
         selected_files = _huggingface_files(subject, storage, root, listed_files)
     else:
         selected_files = _files_by_suffix(source, storage, root, format, listed_files)
+    filled_subfolders = None
     if format == "images":
-        files = list(_image_folders(name, root, selected_files))
+        image_files = list(selected_files)
+        if "class" in source.sample_columns:
+            # There may be thousands of classes, and a mixture by class would not be meant.
+            filled_subfolders = {subfolder for subfolder, _ in image_files}
+            image_files = [(ROOT_SUBFOLDER, file) for _, file in image_files]
+        files = list(_image_folders(name, root, image_files))
     else:
         files = [RawFile(f"{name}/{subfolder}", path, size, format) for subfolder, (path, size) in selected_files]
     if not files:
         fix = "correct its path, format or filters, or name its files by a pattern with *"
         raise DataError(subject, f"nothing below {source.path} is a file of format {format}", fix)
     expected_subfolders = subfolders
-    # Below the path of COCO's captions, other folders have the images.
+    # Below the path of COCO's annotations, other folders have the images.
     if subfolders is None and _suffixes(format) and format != "coco":
         expected_subfolders = sorted({subfolder_at(root, path) for path, _ in listed_files} - {ROOT_SUBFOLDER})
-    filled_domains = {file.domain for file in files}
+    if subfolders is not None or filled_subfolders is None:
+        filled_subfolders = {subfolder_of(file.domain) for file in files}
     # Without this check, a subfolder that has no files of the format would be missing from the training without notice.
     for subfolder in expected_subfolders or ():
-        if f"{name}/{subfolder}" not in filled_domains:
+        if subfolder not in filled_subfolders:
             fix = "remove the folder, or correct data.sources"
             raise DataError(f"{subject}/{subfolder}", f"{root} has no file of format {format} for it", fix)
     requested_files = [file for file in files if subfolders is None or subfolder_of(file.domain) in subfolders]

@@ -62,7 +62,6 @@ class Document(NamedTuple):
     image_hash: str | None = None
     """Hash of the image of the document's record, also if the source uses only the text; None if it has none. All
     documents of one image have the same hash, so that they are on the same side of the validation split."""
-
     annotation: bytes | None = None
     """Class or objects of the image (`data.annotations.pack`), if the source has a column of them; otherwise None."""
 

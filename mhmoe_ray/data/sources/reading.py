@@ -10,19 +10,21 @@
 | chat         | a conversation: a line of JSON or a row of Parquet  | chat.py         |
 | webdataset   | the image and the caption of a key in a tar file    | webdataset.py   |
 | images       | an image file                                       | pictures.py     |
-| coco         | an annotation with a caption, and its image         | pictures.py     |
+| coco         | an annotation with a caption, and its image         | coco.py         |
+| coco         | with the column objects: an image and its objects   | coco.py         |
 """
 
 from collections.abc import Iterator
 from typing import Protocol
 
+from mhmoe_ray.data.annotations import require_image_packages
 from mhmoe_ray.data.chat.template import ChatTemplate, check_template
 from mhmoe_ray.data.domains import source_of
-from mhmoe_ray.data.images import require_pillow
 from mhmoe_ray.data.sources.chat import read_chat
+from mhmoe_ray.data.sources.coco import read_coco
 from mhmoe_ray.data.sources.columns import read_huggingface, read_parquet
 from mhmoe_ray.data.sources.items import BadLine, Document, RawFile, ReadSettings, Tally
-from mhmoe_ray.data.sources.pictures import read_coco, read_images
+from mhmoe_ray.data.sources.pictures import read_images
 from mhmoe_ray.data.sources.records import read_jsonl, read_text
 from mhmoe_ray.data.sources.redpajama_v2 import read_redpajama_v2
 from mhmoe_ray.data.sources.storage import Storage
@@ -75,8 +77,8 @@ class FileReader:
             boundary tokens.
 
     Raises:
-        DataError: the section's chat template is needed and cannot be used, or the source has images and Pillow is
-            missing.
+        DataError: the section's chat template is needed and cannot be used, or the source has images and a package
+            for them is missing.
     """
 
     def __init__(self, file: RawFile, spec: DataSpec, template: ChatTemplate | None = None) -> None:
@@ -110,6 +112,5 @@ def _read_items(
     settings = ReadSettings.from_spec(spec)
     if file.format == "chat":
         return read_chat(storage, file, settings.document_bytes, tally, template or check_template(spec))
-    if "image" in source.sample_columns:
-        require_pillow()
+    require_image_packages([source])
     return READERS[file.format](storage, file, source, settings, tally)

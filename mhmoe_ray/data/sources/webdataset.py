@@ -4,7 +4,9 @@ The members of a sample follow each other and have the same key: the path up to 
 follows the dot is the suffix. A sample has one image: of several, the one whose suffix comes first in `IMAGE_SUFFIXES`.
 Its caption is the member with the suffix `text_field`, by default `txt`, or with `text_field: json.KEY` the value of a
 key in the member with the suffix `json`. If that value is an object, it has captions by language, and each of them is a
-document with the same image. Other members are skipped, and so are members whose names have no dot.
+document with the same image. If the source has classes, the member with the suffix `class_field`, by default `cls`,
+has the class as text, or with `class_field: json.KEY` the value of the key, a text or an integer. Other members are
+skipped, and so are members whose names have no dot.
 """
 
 import json
@@ -16,13 +18,14 @@ import orjson
 from mhmoe_ray.data.images import IMAGE_SUFFIXES
 from mhmoe_ray.data.sources.compression import decompress
 from mhmoe_ray.data.sources.items import BadLine, DamageError, Document, Fault, RawFile, ReadSettings, Reason, Tally
-from mhmoe_ray.data.sources.pictures import check_image, decode_caption, picture_document
+from mhmoe_ray.data.sources.pictures import check_image, class_annotation, decode_caption, picture_document
 from mhmoe_ray.data.sources.records import json_type
 from mhmoe_ray.data.sources.storage import Storage
 from mhmoe_ray.data.sources.tar import TarMember, read_members
 from mhmoe_ray.spec import SourceSpec
 
 _JSON_PREFIX = "json."
+_DEFAULT_TEXT_FIELD, _DEFAULT_CLASS_FIELD = "txt", "cls"
 
 
 def split_name(name: str) -> tuple[str, str] | None:
@@ -56,10 +59,14 @@ def read_webdataset(
 ) -> Iterator[Document | BadLine]:
     """Yield the samples of a tar file as documents, up to any damage; see `reading.FormatReader` for the arguments."""
     columns = source.sample_columns
-    caption_suffix = _caption_suffix(source)
+    class_field = (source.class_field or _DEFAULT_CLASS_FIELD) if "class" in columns else None
     # A source of texts reads the images as well, if their hashes are needed.
     image_suffixes = IMAGE_SUFFIXES if "image" in columns or settings.hashes_images else ()
-    suffixes = {*image_suffixes, *([caption_suffix] if "text" in columns else [])}
+    suffixes = {*image_suffixes}
+    if "text" in columns:
+        suffixes.add(_suffix(source.text_field or _DEFAULT_TEXT_FIELD))
+    if class_field is not None:
+        suffixes.add(_suffix(class_field))
 
     def is_selected(name: str) -> bool:
         parts = split_name(name)
@@ -74,8 +81,9 @@ def read_webdataset(
         )
         if not captions:
             tally.dropped["no caption in languages"] += 1
+        annotation = class_annotation(_class_name(sample, class_field)) if class_field is not None else None
         items = [
-            picture_document(file.path, sample.number, sample.key, image, caption, columns, language)
+            picture_document(file.path, sample.number, sample.key, image, caption, columns, language, annotation)
             for language, caption in captions.items()
         ]
         # If the image cannot be used, no caption can, and the sample is one line in the quarantine.
@@ -108,9 +116,34 @@ def read_webdataset(
         yield from to_items(sample)
 
 
-def _caption_suffix(source: SourceSpec) -> str:
-    text_field = source.text_field or "txt"
-    return "json" if text_field.startswith(_JSON_PREFIX) else text_field.lower()
+def _suffix(field_name: str) -> str:
+    """Return the suffix of the member that has a field."""
+    return "json" if field_name.startswith(_JSON_PREFIX) else field_name.lower()
+
+
+def _class_name(sample: _Sample, class_field: str) -> str | Fault:
+    """Return the class of a sample, or the reason why it has none."""
+    suffix = _suffix(class_field)
+    content = sample.contents.get(suffix)
+    if content is None:
+        return Fault(Reason.NO_CLASS, f"no member .{suffix}")
+    if isinstance(content, Fault):
+        # The reason of a link is that there is no image.
+        return Fault(Reason.NO_CLASS, content.detail) if content.reason is Reason.NO_IMAGE else content
+    if not class_field.startswith(_JSON_PREFIX):
+        text = decode_caption(content, "class")
+        return text.strip() if isinstance(text, str) else text
+    fields = _parse_json(content)
+    if isinstance(fields, Fault):
+        return fields
+    key = class_field.removeprefix(_JSON_PREFIX)
+    if not isinstance(fields, dict) or key not in fields:
+        return Fault(Reason.NO_CLASS, f"no key {key!r} in .json")
+    value = fields[key]
+    # True and false are integers in Python, but not in JSON.
+    if type(value) is int:
+        return str(value)
+    return value if isinstance(value, str) else Fault(Reason.NO_CLASS, f"{key!r} in .json is {json_type(value)}")
 
 
 def _captions(sample: _Sample, source: SourceSpec) -> dict[str | None, str | Fault | None]:
@@ -118,7 +151,8 @@ def _captions(sample: _Sample, source: SourceSpec) -> dict[str | None, str | Fau
 
     It is empty if there are captions, but none in the languages that the source chooses.
     """
-    suffix, text_field = _caption_suffix(source), source.text_field or "txt"
+    text_field = source.text_field or _DEFAULT_TEXT_FIELD
+    suffix = _suffix(text_field)
     content = sample.contents.get(suffix)
     if content is None:
         return {None: Fault(Reason.NO_TEXT, f"no member .{suffix}")}

@@ -51,3 +51,8 @@ def apply_edits(data: bytes, edits: list[Edit]) -> bytes:
 def is_untouched(start: int, end: int, edits: list[Edit]) -> bool:
     """Return whether no edit touches the bytes start .. end - 1 or the edges of this range."""
     return all(edit.offset + edit.removed_count < start or edit.offset > end for edit in edits)
+
+
+def flip_bit(content: bytes, offset: int) -> bytes:
+    """Return a file with another lowest bit of one byte."""
+    return content[:offset] + bytes([content[offset] ^ 1]) + content[offset + 1 :]

@@ -41,7 +41,7 @@ from tests.data.pictures import (
     write_parquet,
     write_tar,
 )
-from tests.data.sources.damage import apply_edits, edit_lists
+from tests.data.sources.damage import apply_edits, edit_lists, flip_bit
 from tests.data.sources.read import bad_lines, data_spec, document_texts, iterate_source, read_source
 
 PICTURES = make_pictures(12)
@@ -141,10 +141,6 @@ def bomb(width=60_000, height=60_000):
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     body = png_chunk(b"IDAT", zlib.compress(bytes(1 << 20)))
     return b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", header) + body + png_chunk(b"IEND", b"")
-
-
-def flip_bit(content, offset):
-    return content[:offset] + bytes([content[offset] ^ 1]) + content[offset + 1 :]
 
 
 GOOD = PICTURES[0]

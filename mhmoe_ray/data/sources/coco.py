@@ -1,0 +1,275 @@
+"""Reader of COCO's JSON: captions of images, or images with objects.
+
+COCO's JSON has `images`, a list of {id, file_name}, and `annotations`. Those of captions are {image_id, caption}: the
+document of an annotation is its caption and its image. If a source uses only the images, each image is one document.
+
+Those of instances are {id, image_id, category_id, bbox, segmentation, iscrowd}, and `categories` is a list of {id,
+name}: a document is an image with all its objects, also if it has none. An object that cannot be used is quarantined
+by its id, and its image stays. The size of an image is that of its file, because `width` and `height` may be wrong.
+
+Images are looked for under `file_name` in four folders: the folder of the JSON file and its parent, then in both the
+folder that is named like the split, the last word of the file's name (`train2017` for `captions_train2017.json`).
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import orjson
+
+from mhmoe_ray.data.annotations import Annotation, Instance, pack
+from mhmoe_ray.data.sources.compression import decompress
+from mhmoe_ray.data.sources.items import BadLine, DamageError, Document, Fault, RawFile, ReadSettings, Reason, Tally
+from mhmoe_ray.data.sources.masks import ObjectError, encode_mask, is_number
+from mhmoe_ray.data.sources.pictures import check_image, decode_checked_image, picture_document
+from mhmoe_ray.data.sources.records import json_type, text_problem
+from mhmoe_ray.data.sources.storage import Storage, short_message
+from mhmoe_ray.spec import SourceSpec
+from mhmoe_ray.spec.data import Column
+
+MAX_ID_CHARACTERS = 100
+"""Largest number of characters of an id that a message shows."""
+
+
+class _CocoFile(NamedTuple):
+    """Content of a JSON file."""
+
+    images: list[Any]
+    annotations: list[Any]
+    class_names: dict[int | str, str]
+    """Names of the categories by id; empty if the source reads no objects."""
+
+
+class _ImageAnnotation(NamedTuple):
+    """Annotation of an image in COCO's JSON."""
+
+    number: int
+    """Number of the annotation within the file, from 1."""
+    fields: dict[str, Any]
+
+
+def read_coco(
+    storage: Storage, file: RawFile, source: SourceSpec, settings: ReadSettings, tally: Tally
+) -> Iterator[Document | BadLine]:
+    """Yield the captions, or the images with their objects, of a JSON file as documents, image by image.
+
+    The number of a document is that of its annotation; of an image without caption, with objects, or if only images
+    are used, it is the number of the image. See `reading.FormatReader` for the arguments.
+    """
+    columns = source.sample_columns
+    try:
+        # The bytes are counted below, image by image, because the images take most of the time.
+        content = b"".join(decompress(storage.chunks(file, Tally()), file.path))
+        coco = _parse_coco(content, columns)
+    except DamageError as damage:
+        yield BadLine(file.path, 1, Reason.PART_LOST, damage.reason)
+        return
+    del content
+    finder, read_ids = _ImageFinder(storage, file.path), set[int | str]()
+    by_image: dict[Any, list[_ImageAnnotation]] = defaultdict(list)
+    known_ids = {entry.get("id") for entry in coco.images if isinstance(entry, dict) and _is_id(entry.get("id"))}
+    for number, entry in enumerate(coco.annotations if columns != ("image",) else (), start=1):
+        image_id: Any = entry.get("image_id") if isinstance(entry, dict) else None
+        if not _is_id(image_id) or image_id not in known_ids:
+            yield BadLine(file.path, number, Reason.NO_IMAGE, f"image_id {_id_text(image_id)} is not among its images")
+        else:
+            by_image[image_id].append(_ImageAnnotation(number, entry))
+    for number, entry in enumerate(coco.images, start=1):
+        tally.bytes_read = file.size * number // len(coco.images)
+        name = entry.get("file_name") if isinstance(entry, dict) else None
+        if not isinstance(name, str) or not _is_id(entry.get("id")):
+            yield BadLine(file.path, number, Reason.NO_IMAGE, f"image {number} has no id and file_name")
+            continue
+        image: bytes | Fault | None = None
+        if "image" in columns or settings.hashes_images:
+            image = finder.read_image(name, settings.document_bytes)
+        annotations = by_image.get(entry["id"], [])
+        if "objects" in columns:
+            # The objects of the id cannot belong to both images, and results are scored by the id.
+            if entry["id"] in read_ids:
+                image = Fault(Reason.NO_IMAGE, f"its id {_id_text(entry['id'])} is that of an earlier image")
+            read_ids.add(entry["id"])
+            yield from _read_objects(file.path, number, entry, image, annotations, coco.class_names, columns, settings)
+            continue
+        if "image" in columns:
+            # An image is checked once, however many captions it has.
+            image = check_image(image, settings)
+        if "text" not in columns:
+            yield picture_document(file.path, number, name, image, None, columns)
+            continue
+        if not annotations:
+            yield BadLine(file.path, number, Reason.NO_TEXT, f"{name}: the image has no caption")
+        for annotation in annotations:
+            caption = annotation.fields.get("caption")
+            if not isinstance(caption, str):
+                caption = Fault(Reason.NO_TEXT, f"its caption is {json_type(caption)}")
+            yield picture_document(file.path, annotation.number, name, image, caption, columns)
+
+
+def _is_id(value: object) -> bool:
+    return isinstance(value, int | str)
+
+
+def _id_text(value: object) -> str:
+    """Return an id for the user. A list may be nested too deeply for Python to print it."""
+    is_printable = value is None or isinstance(value, int | float | str)
+    return repr(value)[:MAX_ID_CHARACTERS] if is_printable else json_type(value)
+
+
+def _parse_coco(content: bytes, columns: Sequence[Column]) -> _CocoFile:
+    """Return the content of a JSON file.
+
+    Args:
+        content: the JSON.
+        columns: the columns of the source's samples.
+
+    Raises:
+        DamageError: it is not JSON, or it has not what the source reads.
+    """
+    try:
+        tree = orjson.loads(content)
+    except ValueError as e:
+        raise DamageError(f"it is not JSON: {e}") from e
+    images, annotations = (tree.get(key) if isinstance(tree, dict) else None for key in ("images", "annotations"))
+    if not isinstance(images, list) or not isinstance(annotations, list):
+        raise DamageError("it has no lists 'images' and 'annotations'")
+    has_objects = "objects" in columns
+    key = "bbox" if has_objects else "caption"
+    if annotations and not any(isinstance(entry, dict) and key in entry for entry in annotations):
+        if has_objects:
+            raise DamageError("its annotations have no objects: name the files of instances by a pattern")
+        raise DamageError("its annotations have no captions: name the files of captions by a pattern")
+    if not has_objects:
+        return _CocoFile(images, annotations, {})
+    categories = tree.get("categories")
+    if annotations and not isinstance(categories, list):
+        raise DamageError("it has no list 'categories'")
+    class_names = {
+        category["id"]: category["name"]
+        for category in (categories if isinstance(categories, list) else ())
+        if isinstance(category, dict) and _is_id(category.get("id")) and _is_class_name(category.get("name"))
+    }
+    return _CocoFile(images, annotations, class_names)
+
+
+def _is_class_name(name: object) -> bool:
+    return isinstance(name, str) and text_problem(name) is None
+
+
+def _read_objects(
+    path: str,
+    number: int,
+    entry: dict[str, Any],
+    image: bytes | Fault | None,
+    annotations: list[_ImageAnnotation],
+    class_names: dict[int | str, str],
+    columns: Sequence[Column],
+    settings: ReadSettings,
+) -> Iterator[Document | BadLine]:
+    """Yield the objects of an image that cannot be used, then the image with the others as a document.
+
+    Args:
+        path: the path of the JSON file.
+        number: the number of the image within the file.
+        entry: the image in the JSON, with `id` and `file_name`.
+        image: the image file, or the reason why it could not be read.
+        annotations: the annotations of the image.
+        class_names: the names of the categories by id.
+        columns: the columns of the source's samples.
+        settings: the limits of documents and images.
+    """
+    decoded_image = decode_checked_image(image, settings)
+    if isinstance(decoded_image, Fault):
+        yield picture_document(path, number, entry["file_name"], decoded_image, None, columns)
+        return
+    instances = []
+    for annotation in annotations:
+        try:
+            instances.append(_checked_instance(annotation.fields, class_names, *decoded_image.size))
+        except ObjectError as e:
+            detail = f"annotation {_id_text(annotation.fields.get('id'))}: {e}"
+            yield BadLine(path, annotation.number, Reason.BAD_OBJECT, detail)
+    content = pack(Annotation(image_id=entry["id"], instances=tuple(instances)))
+    yield picture_document(path, number, entry["file_name"], image, None, columns, annotation=content)
+
+
+def _checked_instance(fields: dict[str, Any], class_names: dict[int | str, str], width: int, height: int) -> Instance:
+    """Return the object of an annotation, with its box cut off at the edges of the image.
+
+    Args:
+        fields: the annotation in the JSON.
+        class_names: the names of the categories by id.
+        width: width of the image.
+        height: height of the image.
+
+    Raises:
+        ObjectError: the object cannot be used.
+    """
+    category_id = fields.get("category_id")
+    if not _is_id(category_id) or category_id not in class_names:
+        raise ObjectError(f"category_id {_id_text(category_id)} is not among the categories with a name")
+    is_crowd = fields.get("iscrowd")
+    if is_crowd not in (None, 0, 1):
+        raise ObjectError("its iscrowd is neither 0 nor 1")
+    box = _checked_box(fields.get("bbox"), width, height)
+    segmentation = fields.get("segmentation")
+    # Programs that label boxes alone write an empty list.
+    mask = None if segmentation is None or segmentation == [] else encode_mask(segmentation, width, height)
+    return Instance(class_names[category_id], box, mask, bool(is_crowd))
+
+
+def _checked_box(bbox: object, width: int, height: int) -> tuple[float, float, float, float]:
+    """Return the edges of a box of COCO's JSON, [x, y, width, height], within an image.
+
+    Raises:
+        ObjectError: it is no box, or it lies outside of the image.
+    """
+    if not isinstance(bbox, list) or len(bbox) != 4 or not all(map(is_number, bbox)):
+        raise ObjectError("its bbox is no list of four numbers")
+    x, y, box_width, box_height = map(float, bbox)
+    if not all(map(math.isfinite, (x, y, box_width, box_height))):
+        raise ObjectError("its bbox has a number that is not finite")
+    if box_width <= 0 or box_height <= 0:
+        raise ObjectError("its bbox has no area")
+    x_min, x_max = max(x, 0.0), min(x + box_width, float(width))
+    y_min, y_max = max(y, 0.0), min(y + box_height, float(height))
+    if x_min >= x_max or y_min >= y_max:
+        raise ObjectError("its bbox is outside of the image")
+    return x_min, y_min, x_max, y_max
+
+
+class _ImageFinder:
+    """Finder of the images that a JSON file names.
+
+    Args:
+        storage: the storage that holds the file.
+        path: the path of the JSON file.
+    """
+
+    def __init__(self, storage: Storage, path: str) -> None:
+        self._storage = storage
+        folder, _, file_name = path.rpartition("/")
+        parent = folder.rpartition("/")[0]
+        split = file_name.partition(".")[0].rpartition("_")[2]
+        roots = [folder, parent] if parent and not parent.endswith(("/", ":")) else [folder]
+        self._folders = [f"{root}/" if root else "" for root in roots]
+        self._folders += [f"{root}{split}/" for root in self._folders]
+
+    def read_image(self, name: str, limit: int) -> bytes | Fault:
+        """Return the content of an image, or the reason why it cannot be read; `limit` is its largest size in bytes."""
+        # A name from somebody else's file must not lead outside of the data set.
+        if name.startswith("/") or ".." in name.split("/"):
+            return Fault(Reason.NO_IMAGE, "its name is no path below a folder")
+        for folder in self._folders:
+            try:
+                content = self._storage.read_bytes(folder + name, limit)
+            except FileNotFoundError:
+                continue
+            except OSError as e:
+                return Fault(Reason.NO_IMAGE, short_message(e))
+            # All images of a file are usually in one folder, so that folder is tried first for the next one.
+            self._folders.remove(folder)
+            self._folders.insert(0, folder)
+            return Fault(Reason.TOO_LONG) if content is None else content
+        return Fault(Reason.NO_IMAGE, f"no such file in {' or '.join(self._folders)}")

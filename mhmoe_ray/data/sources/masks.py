@@ -1,0 +1,156 @@
+"""Masks of objects in COCO's JSON, polygons or run lengths, checked and encoded as compressed run lengths.
+
+Run lengths go through the pixels column by column: a run of pixels outside of the object, then one inside, and so on.
+They are a list of numbers or COCO's compressed string. pycocotools encodes the masks. It is C code that trusts its
+input: wrong run lengths make it write outside of its memory. Everything is therefore checked before it is called.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from mhmoe_ray.data.sources.records import json_type
+
+MAX_PIXELS = (1 << 31) - 1
+"""Largest number of pixels of an image with masks: pycocotools has pixel numbers of 32 bits with a sign."""
+MAX_POLYGONS = 10_000
+"""Largest number of polygons of a mask: joining so many takes about a second."""
+MASKS_PER_MERGE = 64
+MAX_OUTLINE = 1_000_000
+"""Largest length of the outline of a mask's polygons. pycocotools takes some 100 bytes of memory for each pixel."""
+
+_FIRST_CHARACTER = ord("0")
+_MAX_SHIFT = 40
+
+
+class ObjectError(Exception):
+    """Error of an object that cannot be used; its text is the reason."""
+
+
+def is_number(value: object) -> bool:
+    """Return whether a value of JSON is a number: true and false are none, although Python counts with them."""
+    return type(value) in (int, float)
+
+
+def encode_mask(segmentation: object, width: int, height: int) -> str:
+    """Return the mask of an object as compressed run lengths in the size of its image.
+
+    Args:
+        segmentation: the value of COCO's JSON.
+        width: width of the image.
+        height: height of the image.
+
+    Raises:
+        ObjectError: the value is no mask of such an image, or no pixel belongs to the mask.
+    """
+    from pycocotools import mask as coco_masks
+
+    if width * height > MAX_PIXELS:
+        raise ObjectError("its image has too many pixels for a mask")
+    mask: dict[str, Any]
+    if isinstance(segmentation, list):
+        polygons = _checked_polygons(segmentation, width, height)
+        polygon_masks = coco_masks.frPyObjects(polygons, height, width)
+        # Joining all masks at once would take time that grows with the square of their number.
+        while len(polygon_masks) > 1:
+            groups = range(0, len(polygon_masks), MASKS_PER_MERGE)
+            polygon_masks = [coco_masks.merge(polygon_masks[start : start + MASKS_PER_MERGE]) for start in groups]
+        [mask] = polygon_masks
+    elif isinstance(segmentation, dict):
+        run_lengths = _checked_run_lengths(segmentation, width, height)
+        uncompressed_mask = {"size": [height, width], "counts": _join_runs(run_lengths)}
+        mask = coco_masks.frPyObjects(uncompressed_mask, height, width)
+    else:
+        raise ObjectError(f"its segmentation is {json_type(segmentation)}")
+    if not coco_masks.area(mask):
+        raise ObjectError("its mask has no pixel")
+    counts: str = mask["counts"].decode()
+    return counts
+
+
+def _checked_polygons(segmentation: list[Any], width: int, height: int) -> list[np.ndarray]:
+    """Return the coordinates of each polygon, x and y in turn.
+
+    Raises:
+        ObjectError: they are no polygons, or drawing them would take too much time or memory.
+    """
+    if not 0 < len(segmentation) <= MAX_POLYGONS:
+        raise ObjectError(f"its segmentation has {len(segmentation):,} polygons")
+    polygons, outline, limits = list[np.ndarray](), 0.0, np.array([width, height], np.float64)
+    for polygon in segmentation:
+        if not isinstance(polygon, list) or len(polygon) < 6 or len(polygon) % 2 or not all(map(is_number, polygon)):
+            raise ObjectError("a polygon of its segmentation is no list of three or more x and y")
+        points = np.array(polygon, np.float64).reshape(-1, 2)
+        # The comparison is false for numbers that are not finite as well.
+        if not ((points >= -limits) & (points <= 2 * limits)).all():
+            raise ObjectError("a polygon of its segmentation reaches far outside of the image")
+        outline += float(np.abs(points - np.roll(points, 1, axis=0)).max(axis=1).sum()) + len(points)
+        if outline > MAX_OUTLINE:
+            raise ObjectError(f"the outline of its segmentation is longer than {MAX_OUTLINE:,} pixels")
+        polygons.append(points.reshape(-1))
+    return polygons
+
+
+def _checked_run_lengths(segmentation: dict[str, Any], width: int, height: int) -> list[int]:
+    """Return the run lengths of a mask; their sum is the number of pixels.
+
+    Raises:
+        ObjectError: they are no run lengths of an image of this size.
+    """
+    size, counts, pixels = segmentation.get("size"), segmentation.get("counts"), width * height
+    if not isinstance(size, list) or len(size) != 2 or not all(map(is_number, size)):
+        raise ObjectError("its segmentation has no size of two numbers")
+    if size != [height, width]:
+        raise ObjectError(f"the size of its segmentation, {size}, is not that of the image, {[height, width]}")
+    if isinstance(counts, str):
+        counts = decode_run_lengths(counts, pixels)
+    elif not isinstance(counts, list) or not all(type(count) is int and 0 <= count <= pixels for count in counts):
+        raise ObjectError("the counts of its segmentation are no run lengths")
+    if (total := sum(counts)) != pixels:
+        raise ObjectError(f"the counts of its segmentation have {total:,} pixels, and its size has {pixels:,}")
+    return counts
+
+
+def decode_run_lengths(text: str, pixels: int) -> list[int]:
+    """Return the run lengths in COCO's compressed string.
+
+    Each character has 5 bits of a number from the lowest ones on, and one bit that is set if more follow. From the
+    fourth number on, a number is the difference to the one before the previous one.
+
+    Args:
+        text: the string.
+        pixels: number of pixels of the image.
+
+    Raises:
+        ObjectError: the string has other characters, or numbers that are no run lengths of so many pixels.
+    """
+    counts, value, shift = list[int](), 0, 0
+    for character in text:
+        digit = ord(character) - _FIRST_CHARACTER
+        if not 0 <= digit < 64 or shift > _MAX_SHIFT:
+            raise ObjectError("the counts of its segmentation are no run lengths")
+        value |= (digit & 31) << shift
+        shift += 5
+        if digit & 32:
+            continue
+        if digit & 16:
+            value -= 1 << shift
+        if len(counts) > 2:
+            value += counts[-2]
+        if not 0 <= value <= pixels:
+            raise ObjectError("the counts of its segmentation are no run lengths")
+        counts.append(value)
+        value, shift = 0, 0
+    if shift:
+        raise ObjectError("the counts of its segmentation are cut off")
+    return counts
+
+
+def _join_runs(counts: Sequence[int]) -> list[int]:
+    """Return the same mask without runs of no pixels, except for the first one: pycocotools has room for no others."""
+    lengths, values = np.array(counts, np.int64), np.arange(len(counts)) % 2
+    values, lengths = values[lengths > 0], lengths[lengths > 0]
+    starts = np.flatnonzero(np.diff(values, prepend=-1))
+    joined_lengths: list[int] = np.add.reduceat(lengths, starts).tolist()
+    return [0, *joined_lengths] if values[0] else joined_lengths

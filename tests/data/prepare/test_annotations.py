@@ -1,0 +1,35 @@
+"""Tests of the names of parts whose images have annotations."""
+
+from mhmoe_ray.data.annotations import Annotation, Instance, pack
+from mhmoe_ray.data.prepare.chunks import Chunk
+from mhmoe_ray.data.prepare.tokenise import TokenisedChunk, tokenise_chunk
+from mhmoe_ray.data.sources import Tally
+from mhmoe_ray.data.tokenizer.train import train_bpe
+
+NAME_WITHOUT_ANNOTATIONS = "0da6bc7b325fcdbc3cbba3ac98ededb8c0b008bd"
+"""Name of the part of `CHUNK` before there were annotations: parts of earlier versions are reused."""
+CHUNK = Chunk(0, 0, ["", "a boat"], Tally(), False, None, [b"image", b""], ["hash", ""])
+
+
+def test_a_part_is_named_by_its_annotations(tmp_path):
+    train_bpe(["a boat on the sea"], 300).save(str(tmp_path / "tokenizer.json"))
+
+    def part_name(annotations):
+        chunk = CHUNK._replace(annotations=annotations)
+        assert Chunk.from_table(chunk.as_table()) == chunk
+        row = tokenise_chunk(
+            chunk.as_table(),
+            tokenizer=tmp_path / "tokenizer.json",
+            parts=tmp_path / "parts",
+            tokenizer_sha256="1",
+            validation_fraction=0.5,
+            token_bytes=2,
+            row_tokens=8,
+        )
+        return TokenisedChunk.from_row({key: value for key, [value] in row.items()}).part.name
+
+    objects = Annotation(image_id=7, instances=(Instance("boat", (0.0, 0.5, 2.0, 3.0), None),))
+    contents = [pack(Annotation("boat")), pack(Annotation("moon")), pack(objects), pack(objects._replace(image_id=8))]
+    names = [part_name(None), *(part_name([content, b""]) for content in contents), part_name([b"", contents[0]])]
+    assert names[0] == NAME_WITHOUT_ANNOTATIONS
+    assert len(set(names)) == len(names)
