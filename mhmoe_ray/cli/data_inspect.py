@@ -243,6 +243,14 @@ def _images_dict(figures: "ImageFigures") -> dict[str, Any]:
     """Return the figures of images as JSON data."""
     from mhmoe_ray.data.inspect.figures import octave_counts, quantile
 
+    annotations: dict[str, Any] = {}
+    if figures.classes:
+        annotations["classes"] = dict(sorted(figures.classes.items()))
+    if figures.objects:
+        annotations["objects_per_image"] = {
+            **{name: quantile(figures.objects, share) for name, share in QUANTILES.items()},
+            "octaves": octave_counts(figures.objects),
+        }
     return {
         "images": figures.images,
         "bytes": figures.bytes,
@@ -252,6 +260,8 @@ def _images_dict(figures: "ImageFigures") -> dict[str, Any]:
         },
         "aspect_ratios": {f"{2**ratio:.2f}": count for ratio, count in sorted(figures.aspect_ratios.items())},
         "extreme_aspect_ratios": figures.extreme,
+        # Only sources for vision models have classes or objects.
+        **annotations,
     }
 
 

@@ -37,6 +37,7 @@ def print_survey(survey: dict[str, Any], *, held_out: bool) -> None:
     _print_domains(survey, held_out)
     _print_lengths(survey)
     _print_images(survey)
+    _print_classes(survey)
     _print_languages(survey)
     _print_unread(survey)
     _print_copies(survey)
@@ -151,6 +152,20 @@ def _print_images(survey: dict[str, Any]) -> None:
         rows.append([name, f"{images['images']:,}", format_bytes(images["bytes"]), *quantiles, extreme])
     columns = ["images", "stored", "p10", "median", "p90", "p99", f"over {MAX_ASPECT_RATIO:g}:1"]
     _print_table("images, and the quantiles of their shorter sides in pixels", columns, rows)
+
+
+def _print_classes(survey: dict[str, Any]) -> None:
+    """Print the numbers of classes and of objects by domain; print nothing without classes and objects."""
+    rows = []
+    for name, row in _rows_by_source(survey):
+        images = row.get("images") or {}
+        counts = images.get("classes", {}).values()
+        objects = {key: value for key, value in images.get("objects_per_image", {}).items() if key != "octaves"}
+        class_cells = [f"{value:,}" for value in (len(counts), min(counts), max(counts))] if counts else [""] * 3
+        object_cells = [f"{value:,}" for value in objects.values()] or [""] * 4
+        rows.append([name, *class_cells, *object_cells])
+    columns = ["classes", "smallest", "largest", "p10", "median", "p90", "p99"]
+    _print_table("classes with their images or objects, and the quantiles of the objects of an image", columns, rows)
 
 
 def _print_languages(survey: dict[str, Any]) -> None:

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from mhmoe_ray.data.annotations import Annotation
 from mhmoe_ray.data.sources import Tally
 
 # Halving an octave four times gives 16 bins.
@@ -121,6 +122,10 @@ class ImageFigures:
     """Number of images by the ratio of width to height, rounded to one decimal place of its logarithm to base 2."""
     extreme: int = 0
     """Number of images with one side more than `MAX_ASPECT_RATIO` times as long as the other."""
+    classes: Counter[str] = field(default_factory=Counter)
+    """Number of images of each class, or of objects of each class."""
+    objects: Counter[int] = field(default_factory=Counter)
+    """Histogram of the objects of an image, if the source has objects: number of images by `histogram_bin`."""
 
     def add_image(self, size: int, width: int, height: int) -> None:
         """Add one image: the bytes of its file, and its width and height in pixels."""
@@ -131,12 +136,22 @@ class ImageFigures:
         self.aspect_ratios[round(math.log2(width / height), 1) + 0.0] += 1
         self.extreme += max(width, height) > MAX_ASPECT_RATIO * min(width, height)
 
+    def add_annotation(self, annotation: Annotation) -> None:
+        """Add the class or the objects of one image."""
+        if annotation.class_name is not None:
+            self.classes[annotation.class_name] += 1
+        else:
+            self.objects[histogram_bin(len(annotation.instances))] += 1
+            self.classes.update(instance.class_name for instance in annotation.instances)
+
     def __iadd__(self, addend: "ImageFigures") -> "ImageFigures":
         self.images += addend.images
         self.bytes += addend.bytes
         self.sides += addend.sides
         self.aspect_ratios += addend.aspect_ratios
         self.extreme += addend.extreme
+        self.classes += addend.classes
+        self.objects += addend.objects
         return self
 
 

@@ -19,8 +19,9 @@ import ray
 import ray.data
 
 from mhmoe_ray.data import domains
+from mhmoe_ray.data.annotations import require_image_packages, unpack
 from mhmoe_ray.data.domains import subfolder_of
-from mhmoe_ray.data.images import image_size, require_pillow
+from mhmoe_ray.data.images import image_size
 from mhmoe_ray.data.inspect.copies import ENTRY_DTYPE, Copies, count_copies, partition_entries, text_hash
 from mhmoe_ray.data.inspect.figures import DomainSurvey, Figures, Finding, TextLocation
 from mhmoe_ray.data.inspect.result import Survey, SurveyRequest
@@ -107,6 +108,8 @@ def survey_file(
         held_out = is_validation(document.image_hash or text, spec.validation_fraction)
         if document.image is not None:
             figures.images.add_image(len(document.image), *image_size(document.image))
+            if document.annotation is not None:
+                figures.images.add_annotation(unpack(document.annotation))
             # Copies of a pair have the same image and the same text, and copies of an image alone the same image.
             size += len(document.image)
             entries.append((text_hash([*words, str(document.image_hash)]), number, document.line, size))
@@ -185,8 +188,7 @@ def survey(request: SurveyRequest, partition_bytes: int = PARTITION_BYTES) -> Su
     # Open the tokenizer here too, so that an unusable one is reported before any task starts.
     if request.tokenizer:
         open_encoder(request.tokenizer, request.data.tokenizer_pattern)
-    if request.data.has_images:
-        require_pillow()
+    require_image_packages(request.data.sources.values())
     ray.data.DataContext.get_current().enable_progress_bars = False
     files = find_files(request.data)
     total_bytes = sum(file.size for file in files)
