@@ -24,6 +24,7 @@ from mhmoe_ray.cli.common import (
     print_note,
     print_untruncated,
 )
+from mhmoe_ray.cli.eval_vision import print_vision_figures
 
 if TYPE_CHECKING:
     from mhmoe_ray.evaluate.request import Evaluation
@@ -100,7 +101,8 @@ def eval_(
     """Show loss, perplexity and bits per byte of a run's checkpoint, by domain and language, on its held-out text or
     any other text; or its scores in lm-eval's tasks. For an encoder: the loss of each part of its held-out samples, and
     the value of the image, which is how much better hidden tokens of captions are predicted with their image than with
-    another or without one; retrieval and captions, if it learned them; or classes by a linear probe.
+    another or without one; retrieval and captions, if it learned them; or classes by a linear probe. For a vision
+    model: the losses of its tasks, the accuracy of classes, and COCO's average precision of objects.
 
     The result stays in the run directory. Routing is dropless, as in serving. For example `mhmoe eval --text books/
     --samples 100`, or `mhmoe eval --tasks english --limit 200`.
@@ -120,7 +122,7 @@ def eval_(
     if prior is not None and not has_domain_experts(manifest.model):
         raise typer.BadParameter("--prior is for a model with router domain, and this model has no experts of domains")
     if probe and manifest.model.encoder is None:
-        raise typer.BadParameter("--probe classifies pictures, and this model is a decoder")
+        raise typer.BadParameter("--probe classifies pictures by an encoder, and this model is none")
     request = make_request(
         run_dir,
         path.name,
@@ -147,6 +149,8 @@ def eval_(
         _print_scores(evaluation)
     if evaluation.encoder:
         _print_encoder_figures(evaluation.encoder)
+    if evaluation.vision:
+        print_vision_figures(evaluation.vision)
     if evaluation.tasks:
         print_untruncated(
             number_table(["", "questions", "measure", "value", "standard error"], _task_rows(evaluation.tasks))

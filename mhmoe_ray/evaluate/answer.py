@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterable
 from itertools import chain
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
@@ -33,6 +33,7 @@ from mhmoe_ray.evaluate.measure import (
 from mhmoe_ray.evaluate.mixture import measure_mixture
 from mhmoe_ray.evaluate.request import EvalRequest, Evaluation, save_evaluation
 from mhmoe_ray.evaluate.score import Score
+from mhmoe_ray.evaluate.vision import vision_figures
 from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.spec import DataSpec
 from mhmoe_ray.storage import location
@@ -68,22 +69,17 @@ def run_evaluation(request: EvalRequest, print_line: Callable[[str], None]) -> N
     run = RunDir(location(request.run))
     checkpoint = run.checkpoints / request.checkpoint
     manifest = read_manifest(checkpoint, parts=("weights",))
-    if manifest.model.encoder is not None:
-        figures, routing = encoder_figures(
-            request, run, checkpoint, manifest, print_line, _progress_callback(print_line)
-        )
+    if manifest.model.encoder is not None or manifest.model.vision is not None:
+        arguments = (request, run, checkpoint, manifest, print_line, _progress_callback(print_line))
+        if manifest.model.encoder is not None:
+            encoder_result, routing = encoder_figures(*arguments)
+            figures: dict[str, Any] = {"encoder": encoder_result, "routing": routing}
+        else:
+            vision_result, routing = vision_figures(*arguments)
+            figures = {"vision": vision_result, "routing": routing}
         seconds = time.monotonic() - start_time
-        save_evaluation(
-            run,
-            Evaluation(
-                request=request,
-                step=manifest.step,
-                tokens=manifest.tokens,
-                seconds=seconds,
-                routing=routing,
-                encoder=figures,
-            ),
-        )
+        evaluation = Evaluation(request=request, step=manifest.step, tokens=manifest.tokens, seconds=seconds, **figures)
+        save_evaluation(run, evaluation)
         return
     model = load_verified_model(checkpoint, manifest)
     if request.gpus:

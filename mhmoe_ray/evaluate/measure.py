@@ -173,17 +173,20 @@ class RouteCounter:
         self._moe, self._layers = moe, model.moe_layers()
         self._counts_by_domain: dict[str, _DomainCounts] = {}
         self._mask_N: Tensor | None = None
+        self._top_k = moe.top_k
         self._current_counts: _DomainCounts | None = None
 
     @contextmanager
-    def counting_routes(self, domain: str, mask_BT: Tensor) -> Iterator[None]:
+    def counting_routes(self, domain: str, mask_BT: Tensor, top_k: int | None = None) -> Iterator[None]:
         """Count the routes of the forward pass that runs within the context.
 
         Args:
             domain: the domain that the tokens of the forward pass belong to.
             mask_BT: mask of the tokens whose routes count.
+            top_k: number of experts that these tokens choose; by default that of the spec.
         """
-        shape = len(self._layers), self._moe.experts, self._moe.heads, self._moe.top_k
+        self._top_k = top_k or self._moe.top_k
+        shape = len(self._layers), self._moe.experts, self._moe.heads, self._top_k
         self._current_counts = self._counts_by_domain.setdefault(domain, _DomainCounts.empty(*shape))
         self._mask_N = mask_BT.flatten()
         self._current_counts.tokens += int(self._mask_N.sum())
@@ -204,8 +207,10 @@ class RouteCounter:
             assert self._current_counts is not None
             assert self._mask_N is not None
             heads = self._moe.heads
-            expert_NHK = routing.expert_NK.view(-1, heads, self._moe.top_k)[self._mask_N]
-            gate_NHK = routing.gate_NK.view_as(routing.expert_NK).view(-1, heads, self._moe.top_k)[self._mask_N]
+            # A model whose tasks choose different numbers of experts has columns for the largest number.
+            expert_NHK = routing.expert_NK.view(-1, heads, routing.expert_NK.shape[1])[self._mask_N, :, : self._top_k]
+            gate_NHK = routing.gate_NK.view_as(routing.expert_NK).view(-1, heads, routing.expert_NK.shape[1])
+            gate_NHK = gate_NHK[self._mask_N, :, : self._top_k]
             self._current_counts.add_routes(layer_index, expert_NHK, gate_NHK)
 
         return count_routes

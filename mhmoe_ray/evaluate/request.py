@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel
 
-from mhmoe_ray.evaluate.score import EncoderFigures, Score
+from mhmoe_ray.evaluate.score import EncoderFigures, Score, VisionFigures
 from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.spec import DataSpec
 from mhmoe_ray.storage import Location, location, write_json
@@ -118,7 +118,9 @@ class Evaluation(BaseModel):
     tasks: dict[str, dict[str, Any]] = {}
     """lm-eval's results by task: metrics and their standard errors."""
     encoder: EncoderFigures | None = None
-    """Figures of an encoder; None for a decoder."""
+    """Figures of an encoder; None for another model."""
+    vision: VisionFigures | None = None
+    """Figures of a vision model; None for another model."""
 
     def __repr__(self) -> str:
         parts = [repr(f"{location(self.request.run).name}/{self.request.checkpoint}")]
@@ -130,6 +132,9 @@ class Evaluation(BaseModel):
             parts.append(f"tasks={self.tasks!r}")
         if self.encoder:
             parts += [f"{name}={score.loss:.4f}" for name, score in self.encoder.losses.items()]
+        if self.vision:
+            parts += [f"{name} top_1={figures.top_1:.4f}" for name, figures in self.vision.classes.items()]
+            parts += [f"{name} box_ap={f.precision.box_ap:.4f}" for name, f in self.vision.objects.items()]
         return f"Evaluation({', '.join(parts)})"
 
     __str__ = __repr__

@@ -1,4 +1,4 @@
-"""Scores: of a text that a model predicted (loss, perplexity, bits per byte), and of an encoder."""
+"""Scores: of a text that a model predicted (loss, perplexity, bits per byte), of an encoder, and of a vision model."""
 
 import math
 from typing import Self
@@ -180,3 +180,53 @@ class EncoderFigures(BaseModel):
     """Captions by domain of pairs, for a model that is trained on captions."""
     classes: dict[str, ClassScore] = {}
     """Linear probe by domain, if the request asks for one."""
+
+
+class AccuracyFigures(BaseModel):
+    """Accuracy of a task of classification."""
+
+    images: int
+    classes: int
+    """Number of classes of these images."""
+    top_1: float
+    """Share of images whose class has the highest score."""
+    top_5: float
+    """Share of images whose class is among the five with the highest scores."""
+    baseline: float | None
+    """Share of images whose class is that of the nearest training image in pixels (`evaluate.nearest`); None if the
+    data of the training is gone."""
+    largest_class: float | None
+    """Share of images of the class that most training images have; None like `baseline`."""
+
+
+class ObjectPrecision(BaseModel):
+    """Average precision of detected objects, from 0 to 1 (`evaluate.objects`)."""
+
+    box_ap: float
+    """Mean over overlaps from 0.5 to 0.95."""
+    box_ap50: float
+    box_ap75: float
+    mask_ap: float | None
+    """The same of masks; None if model or images have none."""
+    mask_ap50: float | None
+    any_class_box_ap50: float
+    """Average precision of boxes at overlap 0.5, whatever their classes."""
+
+
+class ObjectFigures(BaseModel):
+    """Figures of a task of detection."""
+
+    images: int
+    objects: int
+    precision: ObjectPrecision
+
+
+class VisionFigures(BaseModel):
+    """Figures of a vision model."""
+
+    losses: dict[str, float]
+    """Mean over images of each loss, by the names in `RunSpec.loss_names`."""
+    classes: dict[str, AccuracyFigures] = {}
+    """Accuracy of each task of classification."""
+    objects: dict[str, ObjectFigures] = {}
+    """Average precision of each task of detection."""

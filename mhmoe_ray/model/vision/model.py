@@ -169,6 +169,13 @@ class Vision(Trunk):
     def final_norms(self) -> list[nn.Module]:
         return [self.norm]
 
+    @property
+    def top_k(self) -> list[int]:
+        """The number of experts of each task, in the order of the spec's tasks. The model must have experts."""
+        router = self.moe_layers()[0].router
+        assert isinstance(router, TaskRouter)
+        return router.top_k
+
     def set_top_k(self, top_k: Sequence[int]) -> None:
         """Set the number of experts of each task, in the order of the spec's tasks."""
         for layer in self.moe_layers():

@@ -1,0 +1,157 @@
+"""Average precision of objects, of their boxes and of their masks, as COCO defines it (pycocotools)."""
+
+import contextlib
+import io
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mhmoe_ray.data.annotations import Annotation
+from mhmoe_ray.data.images import image_size
+from mhmoe_ray.data.vision_samples import Fit
+from mhmoe_ray.evaluate.score import ObjectPrecision
+from mhmoe_ray.model.vision import Detection
+
+MASK_THRESHOLD = 0.5
+"""Probability from which a pixel belongs to a mask."""
+
+
+class StoredDetection(NamedTuple):
+    """Objects that were found in an image, in its stored pixels."""
+
+    boxes: np.ndarray
+    """Left, top, right and bottom edges, (objects, 4) float64."""
+    classes: np.ndarray
+    """Classes, (objects,) int64."""
+    scores: np.ndarray
+    masks: list[bytes]
+    """Masks as COCO's compressed run lengths; empty if the model finds no masks."""
+
+
+def stored_detection(detection: Detection, width: int, height: int, fit: Fit) -> StoredDetection:
+    """Return objects in the pixels of a stored image.
+
+    Args:
+        detection: the objects in the pixels that the model reads.
+        width, height: size of the stored image.
+        fit: place of the image in the square that the model reads.
+    """
+    edges = np.array([width, height] * 2)
+    scale = edges / np.array([fit.width, fit.height] * 2)
+    boxes = np.clip(detection.box_O4.double().cpu().numpy() * scale, 0, edges)
+    masks = [stored_mask(mask.cpu().numpy(), width, height, fit) for mask in detection.mask_OYX]
+    return StoredDetection(boxes, detection.class_O.cpu().numpy(), detection.score_O.cpu().numpy(), masks)
+
+
+def scaled_mask(mask: np.ndarray, width: int, height: int, fit: Fit) -> np.ndarray:
+    """Return the mask of an object in a stored image, bool (height, width), from the probabilities of its pixels as the
+    model reads the image."""
+    from PIL import Image
+
+    part = Image.fromarray(mask[: fit.height, : fit.width].astype(np.float32))
+    return np.asarray(part.resize((width, height), Image.Resampling.BILINEAR)) >= MASK_THRESHOLD
+
+
+def stored_mask(mask: np.ndarray, width: int, height: int, fit: Fit) -> bytes:
+    """Return `scaled_mask` as COCO's compressed run lengths."""
+    from pycocotools import mask as coco_masks
+
+    counts: bytes = coco_masks.encode(np.asfortranarray(scaled_mask(mask, width, height, fit), np.uint8))["counts"]
+    return counts
+
+
+def average_precision(
+    images: Sequence[bytes],
+    annotations: Sequence[Annotation],
+    detections: Sequence[StoredDetection],
+    class_names: Sequence[str],
+) -> ObjectPrecision:
+    """Return the average precision of detected objects.
+
+    Args:
+        images: image files.
+        annotations: objects of each image; objects of crowds are ignored.
+        detections: detected objects of each image.
+        class_names: names of the classes, in the order of their numbers.
+    """
+    has_masks = any(d.masks for d in detections) and all(
+        instance.mask is not None for annotation in annotations for instance in annotation.instances
+    )
+    numbers = {name: number for number, name in enumerate(class_names)}
+    sizes = [image_size(content)[::-1] for content in images]
+    truth: dict[str, Any] = {
+        "info": {},
+        "images": [{"id": n, "height": h, "width": w} for n, (h, w) in enumerate(sizes)],
+        "categories": [{"id": number, "name": name} for name, number in numbers.items()],
+        "annotations": [],
+    }
+    for image, annotation in enumerate(annotations):
+        for instance in annotation.instances:
+            x0, y0, x1, y1 = instance.box
+            entry: dict[str, Any] = {
+                "id": len(truth["annotations"]) + 1,
+                "image_id": image,
+                "bbox": [x0, y0, x1 - x0, y1 - y0],
+            }
+            entry |= {"category_id": numbers[instance.class_name], "iscrowd": int(instance.is_crowd)}
+            entry["area"] = (x1 - x0) * (y1 - y0)
+            if instance.mask is not None:
+                entry["segmentation"] = {"size": list(sizes[image]), "counts": instance.mask}
+                entry["area"] = _mask_area(entry["segmentation"])
+            truth["annotations"].append(entry)
+    results = []
+    for image, detection in enumerate(detections):
+        for number, (x0, y0, x1, y1) in enumerate(detection.boxes.tolist()):
+            entry = {"image_id": image, "category_id": int(detection.classes[number])}
+            entry |= {"bbox": [x0, y0, x1 - x0, y1 - y0], "score": float(detection.scores[number])}
+            if has_masks:
+                entry["segmentation"] = {"size": list(sizes[image]), "counts": detection.masks[number]}
+            results.append(entry)
+    boxes = _precisions(truth, results, "bbox", by_class=True)
+    masks = _precisions(truth, results, "segm", by_class=True) if has_masks else None
+    return ObjectPrecision(
+        box_ap=boxes[0],
+        box_ap50=boxes[1],
+        box_ap75=boxes[2],
+        mask_ap=None if masks is None else masks[0],
+        mask_ap50=None if masks is None else masks[1],
+        any_class_box_ap50=_precisions(truth, results, "bbox", by_class=False)[1],
+    )
+
+
+def _mask_area(mask: dict[str, Any]) -> float:
+    from pycocotools import mask as coco_masks
+
+    return float(coco_masks.area(mask))
+
+
+def _precisions(
+    truth: dict[str, Any], results: list[dict[str, Any]], kind: str, *, by_class: bool
+) -> tuple[float, float, float]:
+    """Return the average precision over overlaps from 0.5 to 0.95, that at 0.5, and that at 0.75; 0 without results.
+
+    Args:
+        truth: objects of images in COCO's form.
+        results: detected objects in COCO's form.
+        kind: `bbox` or `segm`.
+        by_class: whether an object counts as found only with the right class.
+    """
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    if not results:
+        return 0.0, 0.0, 0.0
+    # pycocotools prints what it does.
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco = COCO()
+        coco.dataset = truth
+        coco.createIndex()
+        evaluation = COCOeval(coco, coco.loadRes([dict(result) for result in results]), kind)
+        evaluation.params.useCats = int(by_class)
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    # COCO marks a figure without any object by -1.
+    overall, at_50, at_75 = (max(0.0, float(value)) for value in evaluation.stats[:3])
+    return overall, at_50, at_75

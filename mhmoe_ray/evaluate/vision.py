@@ -1,0 +1,271 @@
+"""Evaluation of a vision model: its losses, the accuracy of classes, and the average precision of objects.
+
+Average precision is COCO's, computed by pycocotools in the pixels of the images as they are stored. Beside the accuracy
+of classes stands that of the nearest training image in pixels (nearest.py).
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from mhmoe_ray.checkpoint.load import load_verified_vision
+from mhmoe_ray.checkpoint.manifest import CheckpointManifest
+from mhmoe_ray.data.annotations import Annotation, unpack
+from mhmoe_ray.data.images import image_size
+from mhmoe_ray.data.shards.manifest import (
+    data_digest,
+    read_classes,
+    read_data_manifest,
+    require_data_manifest,
+    require_matching_data,
+)
+from mhmoe_ray.data.shards.rows import ANNOTATION, IMAGE, RowReader
+from mhmoe_ray.data.sources import Document, FileReader, find_files
+from mhmoe_ray.data.vision_samples import AnnotatedImages, Fit, TaskSamples, held_out_images, task_makers
+from mhmoe_ray.errors import DataError, RunError
+from mhmoe_ray.evaluate.measure import RouteCounter
+from mhmoe_ray.evaluate.nearest import NearestImages
+from mhmoe_ray.evaluate.objects import StoredDetection, average_precision, stored_detection
+from mhmoe_ray.evaluate.request import EvalRequest, RoutingCounts
+from mhmoe_ray.evaluate.score import AccuracyFigures, ObjectFigures, VisionFigures
+from mhmoe_ray.model.vision import TaskBatch, Vision
+from mhmoe_ray.runs.directory import RunDir
+from mhmoe_ray.spec import DataSpec, MicroBatchPart, RunSpec
+from mhmoe_ray.storage import Location
+from mhmoe_ray.train.objectives.tasks import task_batch
+
+Progress = Callable[[str, int, int], None]
+"""Function that reports progress: the name of what is evaluated, and the numbers of finished and of all samples."""
+
+
+class TaskOutputs(NamedTuple):
+    """Outputs of a task for a batch of its images."""
+
+    losses: list[np.ndarray]
+    """Each loss of each image."""
+    logits_NC: np.ndarray | None
+    """Logits of classes; None for detection."""
+    detections: list[StoredDetection]
+    """Objects in each image, in its stored pixels; empty for classification."""
+
+
+class VisionMeter:
+    """Meter of a vision model's tasks on one device."""
+
+    def __init__(self, model: Vision, *, use_bfloat16: bool, on_progress: Progress) -> None:
+        self._model, self._use_bfloat16, self._on_progress = model, use_bfloat16, on_progress
+        self._device = next(model.parameters()).device
+        self.counter = None if model.spec.moe is None else RouteCounter(model)
+
+    @torch.no_grad()
+    def run(
+        self, part: MicroBatchPart, samples: TaskSamples, images: Sequence[bytes], label: str
+    ) -> Iterator[TaskOutputs]:
+        """Yield the outputs of a task for each batch of its samples.
+
+        Args:
+            part: part of micro-batches with the task.
+            samples: the samples.
+            images: the image file of each sample.
+            label: name of the samples, under which routes are counted.
+        """
+        names = list(self._model.tasks)
+        task_number = names.index(part.name)
+        empty = [self._empty_batch(name) for name in names]
+        for start in range(0, len(images), part.samples):
+            stop = min(len(images), start + part.samples)
+            batch = list(empty)
+            batch[task_number] = task_batch(samples.rows(start, stop), self._device)
+            with torch.autocast(self._device.type, torch.bfloat16, enabled=self._use_bfloat16):
+                # The losses are computed by a pass of their own, because they are those of training: with samplers.
+                losses = [loss.value_I for loss in self._model(tuple(batch)).losses]
+                features = self._encode(batch, task_number, label)
+                detections, logits_NC = list[StoredDetection](), None
+                if part.objective == "classify":
+                    logits_NC = self._model.class_logits(part.name, features).cpu().numpy()
+                else:
+                    size = self._model.tasks[part.name].image_size
+                    for content, detection in zip(
+                        images[start:stop], self._model.detect(part.name, features), strict=True
+                    ):
+                        width, height = image_size(content)
+                        detections.append(stored_detection(detection, width, height, Fit.of(width, height, size)))
+            own_losses = [loss.cpu().numpy() for loss in losses if len(loss)]
+            yield TaskOutputs(own_losses, logits_NC, detections)
+            self._on_progress(label, stop, len(images))
+
+    def _encode(self, batch: Sequence[TaskBatch], task_number: int, label: str) -> torch.Tensor:
+        """Return the patches of the only task in a batch that has images, and count their routes."""
+        images = [task.image_NYXC for task in batch]
+        if self.counter is None:
+            return self._model.encode(images).patches[task_number]
+        vision = self._model.spec.vision
+        assert vision is not None
+        patches = vision.patches(list(vision.tasks.values())[task_number])
+        mask_N = torch.ones(len(images[task_number]) * patches, dtype=torch.bool, device=self._device)
+        with self.counter.counting_routes(label, mask_N, self._model.top_k[task_number]):
+            return self._model.encode(images).patches[task_number]
+
+    def _empty_batch(self, name: str) -> TaskBatch:
+        size = self._model.tasks[name].image_size
+        image_NYXC = torch.empty((0, size, size, 3), dtype=torch.uint8, device=self._device)
+        is_classified = self._model.tasks[name].detector is None
+        return TaskBatch(image_NYXC, image_NYXC.new_empty(0, dtype=torch.int64) if is_classified else None)
+
+
+def vision_figures(
+    request: EvalRequest,
+    run: RunDir,
+    checkpoint: Location,
+    manifest: CheckpointManifest,
+    print_line: Callable[[str], None],
+    on_progress: Progress,
+) -> tuple[VisionFigures, dict[str, RoutingCounts]]:
+    """Return the figures of a vision model on what a request asks for, and the counts of routes by task.
+
+    Args:
+        request: the request.
+        run: the run.
+        checkpoint: the run's checkpoint.
+        manifest: its manifest.
+        print_line: a function that prints a line.
+        on_progress: a function that reports progress.
+
+    Raises:
+        RunError: the request asks for tasks of lm-eval.
+        DataError: the images cannot be read, or the data is not what the run was trained on.
+    """
+    if request.tasks:
+        reason = "it trains a vision model, and lm-eval's tasks are for decoders"
+        raise RunError(f"run {run.id}", reason, "name no tasks")
+    model, spec, classes = load_verified_vision(checkpoint, manifest), run.spec(), read_classes(run.classes_file)
+    if request.gpus:
+        model.to("cuda")
+    if request.text:
+        images_by_task = dict(_raw_images(request.text, spec, request.samples))
+    else:
+        assert request.prepared is not None
+        require_matching_data(manifest.data_sha256, Path(request.prepared), "or evaluate other images")
+        images_by_task = held_out_images(spec, require_data_manifest(Path(request.prepared)))
+    meter = VisionMeter(model, use_bfloat16=request.half, on_progress=on_progress)
+    figures, makers = VisionFigures(losses={}), task_makers(spec, classes)
+    for part in spec.parts:
+        if (stored := images_by_task.get(part.name)) is None:
+            continue
+        annotations = [unpack(content) for content in stored.annotations]
+        _check_classes(part.name, annotations, classes[part.name])
+        samples = makers[part.name].make(*stored, None)
+        outputs = list(meter.run(part, samples, stored.images, f"{part.name} images"))
+        for name, values in zip(part.losses, zip(*(o.losses for o in outputs), strict=True), strict=True):
+            figures.losses[name] = float(np.concatenate(values).mean())
+        if part.objective == "classify":
+            assert samples.classes is not None
+            logits_NC = np.concatenate([o.logits_NC for o in outputs if o.logits_NC is not None])
+            neighbours = _read_baseline(spec, part, manifest, print_line)
+            figures.classes[part.name] = _accuracy_figures(logits_NC, samples.classes, stored, neighbours, classes)
+        else:
+            detections = [detection for o in outputs for detection in o.detections]
+            figures.objects[part.name] = ObjectFigures(
+                images=len(annotations),
+                objects=sum(len(annotation.instances) for annotation in annotations),
+                precision=average_precision(stored.images, annotations, detections, classes[part.name]),
+            )
+    routing = {} if meter.counter is None else meter.counter.routing_counts()
+    return figures, routing
+
+
+def _raw_images(data: DataSpec, spec: RunSpec, max_images: int) -> Iterator[tuple[str, AnnotatedImages]]:
+    """Yield each task with its images among those of raw data.
+
+    Args:
+        data: the data section that names the images.
+        spec: spec of the run.
+        max_images: largest number of images of a task.
+
+    Raises:
+        DataError: a source has neither classes nor objects, no task of the model fits it, or it has no usable image.
+    """
+    images_by_source = {name: AnnotatedImages([], []) for name in data.sources}
+    for file in find_files(data):
+        stored = images_by_source[file.domain.partition("/")[0]]
+        for item in FileReader(file, data):
+            if len(stored.images) >= max_images:
+                break
+            if isinstance(item, Document) and item.image is not None and item.annotation is not None:
+                stored.images.append(item.image)
+                stored.annotations.append(item.annotation)
+    for name, source in data.sources.items():
+        parts = [part.name for part in spec.parts if set(part.columns) == set(source.sample_columns)]
+        if not parts:
+            fix = f"set data.sources.{name}.columns and format to those of images with classes or objects"
+            raise DataError(f"source {name}", "no task of the model is about what its columns have", fix)
+        if not images_by_source[name].images:
+            raise DataError(f"source {name}", "no image in it can be used", "see `mhmoe data inspect`")
+        for part_name in parts:
+            yield part_name, images_by_source[name]
+
+
+def _check_classes(task: str, annotations: Sequence[Annotation], names: Sequence[str]) -> None:
+    """Raise DataError if images have classes that the model does not know."""
+    unknown_names = sorted({name for annotation in annotations for name in annotation.class_names} - set(names))
+    if unknown_names:
+        reason = f"the model was not trained on {len(unknown_names)} of its classes, such as {unknown_names[0]!r}"
+        raise DataError(f"images of task {task}", reason, "evaluate images of the classes of the training")
+
+
+class _Neighbours(NamedTuple):
+    """Images of the training of a task, and their classes."""
+
+    nearest: NearestImages
+    classes: list[str]
+
+
+def _read_baseline(
+    spec: RunSpec, part: MicroBatchPart, checkpoint_manifest: CheckpointManifest, print_line: Callable[[str], None]
+) -> _Neighbours | None:
+    """Return the training images of a task; None if the data of its training is gone, or was replaced by other data."""
+    folder = spec.data.prepared
+    manifest = read_data_manifest(folder)
+    if manifest is None or data_digest(folder) != checkpoint_manifest.data_sha256:
+        print_line(f"no nearest neighbours: the training's data is not in {folder}")
+        return None
+    readers = [
+        RowReader(folder, domain.shards, manifest.token_bytes)
+        for name, domain in manifest.domains.items()
+        if name.partition("/")[0] in part.sources and domain.samples
+    ]
+    images, class_names = list[bytes](), list[str]()
+    for reader in readers:
+        rows = np.arange(len(reader))
+        images += reader.read_values(IMAGE, rows)
+        class_names += [unpack(content).class_name or "" for content in reader.read_values(ANNOTATION, rows)]
+    return _Neighbours(NearestImages(images), class_names)
+
+
+def _accuracy_figures(
+    logits_NC: np.ndarray,
+    class_N: np.ndarray,
+    stored: AnnotatedImages,
+    neighbours: _Neighbours | None,
+    classes: Mapping[str, Sequence[str]],
+) -> AccuracyFigures:
+    """Return the accuracy of a task, beside that of the nearest training images."""
+    rank_N = (logits_NC > logits_NC[np.arange(len(class_N)), class_N][:, None]).sum(1)
+    names = [unpack(content).class_name for content in stored.annotations]
+    baseline = largest_class = None
+    if neighbours is not None:
+        nearest_names = [neighbours.classes[number] for number in neighbours.nearest.nearest_samples(stored.images)]
+        baseline = float(np.mean([a == b for a, b in zip(nearest_names, names, strict=True)]))
+        most_frequent = max(set(neighbours.classes), key=lambda name: (neighbours.classes.count(name), name))
+        largest_class = float(np.mean([name == most_frequent for name in names]))
+    return AccuracyFigures(
+        images=len(class_N),
+        classes=len(set(names)),
+        top_1=float((rank_N < 1).mean()),
+        top_5=float((rank_N < 5).mean()),
+        baseline=baseline,
+        largest_class=largest_class,
+    )
