@@ -1,7 +1,7 @@
 """Rendering of drawings from fonts, SVG and bitmap files into square PNG files with alpha (extra `picture-sample`)."""
 
 import io
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -23,19 +23,23 @@ class UndrawableError(Exception):
     """A drawing that cannot be rendered; the text of the error is the reason, for a count of drawings by reason."""
 
 
-def check_libraries() -> None:
-    """Check that the libraries that render drawings are installed.
+def check_libraries(extra: Literal["picture-sample", "scene-sample"] = "picture-sample") -> None:
+    """Check that the libraries of an extra are installed.
 
     Raises:
-        DataError: Pillow or resvg-py is not installed.
+        DataError: Pillow, resvg-py or, for scenes, pycocotools is not installed.
     """
     try:
         import PIL.ImageFont  # noqa: F401
         import resvg_py  # noqa: F401
+
+        if extra == "scene-sample":
+            import pycocotools.mask  # noqa: F401
     except ImportError as e:
-        package = "resvg-py" if e.name == "resvg_py" else "pillow"
+        module = (e.name or "").partition(".")[0]
+        package = {"resvg_py": "resvg-py", "pycocotools": "pycocotools"}.get(module, "pillow")
         raise DataError(
-            "picture sample", f"the package {package} is missing", "pip install 'mhmoe-ray[picture-sample]'"
+            extra.replace("-", " "), f"the package {package} is missing", f"pip install 'mhmoe-ray[{extra}]'"
         ) from e
 
 
