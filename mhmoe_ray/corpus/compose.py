@@ -1,0 +1,148 @@
+"""Composition of a scene: drawings over a crop of a background, with the mask of the visible part of each."""
+
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import TYPE_CHECKING, TypeVar
+
+import numpy as np
+
+from mhmoe_ray.corpus.backgrounds import Background
+from mhmoe_ray.corpus.scene_objects import Drawing
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+_Item = TypeVar("_Item")
+
+LARGEST_COUNT = 6
+"""Largest number of objects in a scene."""
+SCALES = (0.2, 0.6)
+"""Range of the longer side of an object, as a share of the scene's side."""
+ROTATIONS = (-15.0, 15.0)
+"""Range of the rotation of an object in degrees."""
+BRIGHTNESSES = (0.8, 1.2)
+"""Range of the factor of an object's brightness."""
+SMALLEST_VISIBLE_SHARE = 0.4
+"""Smallest share of an object's pixels that later objects leave visible."""
+SMALLEST_AREA = 16
+"""Smallest number of pixels of an object: some drawings of thin lines vanish when they are small."""
+ATTEMPTS = 5
+"""Number of draws of an object before the scene goes without it."""
+LARGEST_OUTSIDE_ALPHA = 127
+"""Largest alpha of a pixel that does not belong to an object's mask (of 255)."""
+UNMIRRORED_CLASSES = frozenset({"flag"})
+"""Classes of objects whose mirror image is another thing."""
+
+
+@dataclass
+class SceneObject:
+    """An object in a scene.
+
+    Attributes:
+        class_name: the class of the object.
+        drawing: the drawing of the object.
+        mask: whether the object is visible, by pixel of the scene (bool, height x width).
+        drawn_area: number of the object's pixels without occlusion.
+    """
+
+    class_name: str
+    drawing: Drawing
+    mask: np.ndarray
+    drawn_area: int
+
+
+@dataclass
+class Scene:
+    """A picture with objects, which are ordered from back to front.
+
+    Attributes:
+        image: the picture in RGB.
+        background: the name of the background.
+        objects: the objects.
+    """
+
+    image: "Image"
+    background: str
+    objects: list[SceneObject]
+
+
+def seeded_generator(label: str) -> np.random.Generator:
+    """Return a generator of random numbers whose seed is a hash of a label."""
+    return np.random.default_rng(int.from_bytes(blake2b(label.encode(), digest_size=16).digest()))
+
+
+class SceneComposer:
+    """Composer of the scenes of a split.
+
+    Args:
+        backgrounds: the backgrounds; at least one.
+        drawings: the drawings by class of objects, at least one class. Drawings that look almost the same, such as
+            those of one emoji in all skin tones, form a group, and each group of a class is equally likely.
+        size: width and height of a scene in pixels.
+    """
+
+    def __init__(
+        self, backgrounds: Sequence[Background], drawings: Mapping[str, Sequence[Sequence[Drawing]]], size: int
+    ) -> None:
+        self._backgrounds, self._size = backgrounds, size
+        self._groups = sorted(drawings.items())
+
+    def compose(self, generator: np.random.Generator) -> Scene:
+        """Return a random scene.
+
+        Args:
+            generator: the source of the random numbers; the scene depends on its state alone.
+        """
+        background = _choose(self._backgrounds, generator)
+        scene = Scene(background.crop(self._size, generator), background.name, [])
+        for _ in range(generator.integers(1, LARGEST_COUNT + 1)):
+            for _ in range(ATTEMPTS):
+                if self._add_object(scene, generator):
+                    break
+        return scene
+
+    def _add_object(self, scene: Scene, generator: np.random.Generator) -> bool:
+        """Put a random object in front of a scene; return False if it would be too small or hide too much."""
+        class_name, groups = _choose(self._groups, generator)
+        drawing = _choose(_choose(groups, generator), generator)
+        picture = self._draw_picture(class_name, drawing, generator)
+        x, y = (int(generator.integers(self._size - length + 1)) for length in picture.size)
+        mask = np.zeros((self._size, self._size), bool)
+        alpha = picture.getchannel("A")
+        mask[y : y + picture.height, x : x + picture.width] = np.asarray(alpha) > LARGEST_OUTSIDE_ALPHA
+        area = int(mask.sum())
+        if area < SMALLEST_AREA:
+            return False
+        remaining_masks = [placed.mask & ~mask for placed in scene.objects]
+        for placed, remaining_mask in zip(scene.objects, remaining_masks, strict=True):
+            if remaining_mask.sum() < max(SMALLEST_AREA, SMALLEST_VISIBLE_SHARE * placed.drawn_area):
+                return False
+        for placed, remaining_mask in zip(scene.objects, remaining_masks, strict=True):
+            placed.mask = remaining_mask
+        scene.image.paste(picture, (x, y), alpha)
+        scene.objects.append(SceneObject(class_name, drawing, mask, area))
+        return True
+
+    def _draw_picture(self, class_name: str, drawing: Drawing, generator: np.random.Generator) -> "Image":
+        """Return a drawing in a random size, direction, rotation and brightness, cut to its visible part."""
+        from PIL import Image, ImageEnhance, ImageOps
+
+        side = self._size * generator.uniform(*SCALES)
+        is_mirrored = generator.random() < 0.5
+        degrees, brightness = generator.uniform(*ROTATIONS), generator.uniform(*BRIGHTNESSES)
+        picture: Image.Image = Image.open(io.BytesIO(drawing.png))
+        if is_mirrored and class_name not in UNMIRRORED_CLASSES:
+            picture = ImageOps.mirror(picture)
+        picture = picture.rotate(degrees, Image.Resampling.BICUBIC, expand=True)
+        picture = picture.crop(picture.getchannel("A").getbbox())
+        scale = side / max(picture.size)
+        width, height = (max(1, round(length * scale)) for length in picture.size)
+        picture = picture.resize((width, height), Image.Resampling.LANCZOS)
+        return ImageEnhance.Brightness(picture).enhance(brightness)
+
+
+def _choose(items: Sequence[_Item], generator: np.random.Generator) -> _Item:
+    """Return a random item of a sequence; all are equally likely."""
+    return items[int(generator.integers(len(items)))]

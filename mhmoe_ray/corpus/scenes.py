@@ -1,0 +1,256 @@
+"""The scene sample: composed scenes with objects and their masks, and folders of drawings by class.
+
+    DIR/scenes/SPLIT/annotations/instances_SPLIT.json   objects in COCO's format: boxes, classes and masks
+    DIR/scenes/SPLIT/SPLIT/NNNNNN.jpg                   the scenes
+    DIR/classes/SPLIT/CLASS/ARTIST-KEY.png              drawings of emoji on white, by their subgroup
+    DIR/licenses                                        the licence text that each package contains
+
+SPLIT is train, validation or test. The concepts and the backgrounds of validation and test are not in the training.
+Every artist is in every split.
+"""
+
+import io
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mhmoe_ray.corpus.artists import ARTISTS, Artist
+from mhmoe_ray.corpus.backgrounds import BACKGROUND_PACKAGES, Background, read_backgrounds
+from mhmoe_ray.corpus.captions import Concept
+from mhmoe_ray.corpus.compose import SceneComposer, SceneObject, seeded_generator
+from mhmoe_ray.corpus.drawing_packages import PICTURE_SIZE, SPLITS, DrawingPackages, DrawingSummary, copyright_path
+from mhmoe_ray.corpus.drawings import check_libraries
+from mhmoe_ray.corpus.packages import SourcePackage
+from mhmoe_ray.corpus.scene_objects import OBJECT_CLASSES, Drawing, likeness_key, object_class, split_of
+from mhmoe_ray.errors import DataError
+
+SCENE_SIZE = 128
+"""Width and height of a scene in pixels."""
+SCENE_COUNTS = {"train": 4000, "validation": 300, "test": 500}
+"""Number of scenes by split."""
+JPEG_QUALITY = 92
+_CATEGORY_IDS = {name: number for number, name in enumerate(OBJECT_CLASSES, start=1)}
+
+
+@dataclass
+class SceneSummary(DrawingSummary):
+    """Summary of a scene sample on disk.
+
+    Attributes:
+        scenes: number of scenes by split.
+        objects: number of objects by split and class.
+        drawings: number of drawings that scenes of a split can contain, by split.
+        backgrounds: number of backgrounds by split.
+        pictures: number of pictures in the folders of classes, by split.
+        classes: number of folders of classes by split.
+    """
+
+    scenes: dict[str, int] = field(default_factory=dict)
+    objects: dict[str, dict[str, int]] = field(default_factory=dict)
+    drawings: dict[str, int] = field(default_factory=dict)
+    backgrounds: dict[str, int] = field(default_factory=dict)
+    pictures: dict[str, int] = field(default_factory=dict)
+    classes: dict[str, int] = field(default_factory=dict)
+
+    def describe_shortfall(self) -> str | None:
+        """Return a clause that tells what the sample lacks; None if it is complete."""
+        if missing_splits := [split for split in SPLITS if not self.scenes.get(split)]:
+            return f"it has no scenes for {', '.join(missing_splits)}"
+        package_count = len(self.missing_packages)
+        return f"{package_count} of its packages are missing" if package_count else None
+
+
+def write_scene_sample(
+    folder: Path,
+    cache: Path,
+    print_line: Callable[[str], None],
+    scene_seed: int = 0,
+    size: int = SCENE_SIZE,
+    counts: Mapping[str, int] = SCENE_COUNTS,
+    artists: Iterable[Artist] = ARTISTS,
+    background_packages: Iterable[SourcePackage] = BACKGROUND_PACKAGES,
+) -> SceneSummary:
+    """Write the scene sample below `folder` and return its summary; an earlier sample there is replaced.
+
+    A package that cannot be downloaded or read is left out. The same packages and seed give the same files, byte for
+    byte.
+
+    Args:
+        folder: the folder of the sample.
+        cache: the folder of the downloads; a package in it is not downloaded again.
+        print_line: a function that prints a line for each package, and a warning for each missing package.
+        scene_seed: the seed of the scenes. Scenes of another seed are other arrangements of the same objects and
+            backgrounds: the split of these does not depend on it.
+        size: the width and height of the scenes in pixels.
+        counts: the number of scenes by split.
+        artists: the artists.
+        background_packages: the packages of the backgrounds.
+
+    Raises:
+        DataError: Pillow, resvg-py or pycocotools is not installed, or a folder cannot be written.
+    """
+    check_libraries("scene-sample")
+    sample = _SceneSample(folder, cache, print_line)
+    try:
+        _remove_scenes(folder)
+        concepts = sample.packages.attempt(sample.packages.read_concepts) or {}
+        for artist in artists:
+            if concepts or not artist.draws_emoji:
+                sample.packages.attempt(partial(sample.add_artist, artist, concepts))
+        for package in background_packages:
+            sample.packages.attempt(partial(sample.add_backgrounds, package))
+        for split, count in counts.items():
+            sample.write_scenes(split, count, scene_seed, size)
+    except OSError as e:
+        raise DataError(f"data sample {folder}", e.strerror or str(e), "name folders you can write") from e
+    return sample.summary
+
+
+class _SceneSample:
+    """A scene sample while it is written."""
+
+    def __init__(self, folder: Path, cache: Path, print_line: Callable[[str], None]) -> None:
+        self._folder, self._print_line = folder, print_line
+        self.summary = SceneSummary()
+        self.packages = DrawingPackages(folder, cache, print_line, self.summary)
+        self._split_by_drawing = dict[bytes, str]()
+        # Drawings of scenes by split, class of objects and likeness key.
+        self._drawings: dict[str, dict[str, dict[str, list[Drawing]]]] = {split: {} for split in SPLITS}
+        self._backgrounds: dict[str, list[Background]] = {split: [] for split in SPLITS}
+
+    def add_artist(self, artist: Artist, concepts: Mapping[str, Concept]) -> None:
+        """Write the drawings of an artist into the folders of classes, and remember those for scenes.
+
+        Args:
+            artist: the artist.
+            concepts: the concepts of emoji by key.
+
+        Raises:
+            DataError: the package is missing or damaged, or has no drawings where older versions have them.
+        """
+        failures, picture_count = Counter[str](), 0
+        training_classes = {c.class_name for c in concepts.values() if split_of(likeness_key(c.key)) == "train"}
+        for concept, png in self.packages.read_drawings(artist, concepts, PICTURE_SIZE, failures):
+            group_key = likeness_key(concept.key)
+            split = split_of(group_key)
+            # Some concepts share a drawing, such as the flags of Norway and Svalbard. A drawing must not be in two
+            # splits.
+            if self._split_by_drawing.setdefault(blake2b(png).digest(), split) != split:
+                failures["same as a drawing of another split"] += 1
+                continue
+            class_name = object_class(concept)
+            if class_name:
+                groups = self._drawings[split].setdefault(class_name, {})
+                groups.setdefault(group_key, []).append(Drawing(concept.key, artist.name, png))
+                self.summary.drawings[split] = self.summary.drawings.get(split, 0) + 1
+            # The folders of stamps are other classes than the subgroups of emoji.
+            is_classified = artist.draws_emoji and concept.class_name in training_classes
+            if is_classified:
+                self._write_picture(split, concept, artist, png)
+            elif not class_name:
+                failures["of no class"] += 1
+            picture_count += bool(is_classified or class_name)
+        self.packages.finish_artist(artist, picture_count, failures)
+
+    def _write_picture(self, split: str, concept: Concept, artist: Artist, png: bytes) -> None:
+        """Write a drawing on white into the folder of its class."""
+        from PIL import Image
+
+        drawing = Image.open(io.BytesIO(png))
+        picture = Image.new("RGB", drawing.size, "white")
+        picture.paste(drawing, mask=drawing)
+        class_folder = self._folder / "classes" / split / concept.class_name
+        if not class_folder.exists():
+            class_folder.mkdir(parents=True)
+            self.summary.classes[split] = self.summary.classes.get(split, 0) + 1
+        picture.save(class_folder / f"{artist.name}-{concept.key}.png")
+        self.summary.pictures[split] = self.summary.pictures.get(split, 0) + 1
+
+    def add_backgrounds(self, package: SourcePackage) -> None:
+        """Read the backgrounds of a package.
+
+        Raises:
+            DataError: the package is missing or damaged, or a picture cannot be read.
+        """
+        backgrounds = list(read_backgrounds(package, self.packages.read_files(package, copyright_path(package))))
+        for background in backgrounds:
+            split = split_of(background.name)
+            self._backgrounds[split].append(background)
+            self.summary.backgrounds[split] = self.summary.backgrounds.get(split, 0) + 1
+        self._print_line(f"{package.name}: {len(backgrounds):,} backgrounds")
+
+    def write_scenes(self, split: str, count: int, scene_seed: int, size: int) -> None:
+        """Write the scenes of a split with their annotations, if it has drawings and backgrounds."""
+        drawings, backgrounds = self._drawings[split], self._backgrounds[split]
+        if not drawings or not backgrounds:
+            return
+        # Packages of any order give the same scenes.
+        backgrounds.sort(key=lambda background: background.name)
+        sorted_groups = {name: [groups[key] for key in sorted(groups)] for name, groups in drawings.items()}
+        composer = SceneComposer(backgrounds, sorted_groups, size)
+        image_folder = self._folder / "scenes" / split / split
+        image_folder.mkdir(parents=True, exist_ok=True)
+        images, annotations = list[dict[str, Any]](), list[dict[str, Any]]()
+        object_counts = Counter(dict.fromkeys(OBJECT_CLASSES, 0))
+        # COCO's evaluation takes id 0 for no object, so ids begin with 1.
+        for image_id in range(1, count + 1):
+            scene = composer.compose(seeded_generator(f"{split} {scene_seed} {image_id}"))
+            name = f"{image_id:06d}.jpg"
+            scene.image.save(image_folder / name, quality=JPEG_QUALITY)
+            image = {"id": image_id, "file_name": name, "width": size, "height": size}
+            images.append({**image, "background": scene.background})
+            for scene_object in scene.objects:
+                annotations.append(_annotation(len(annotations) + 1, image_id, scene_object))
+                object_counts[scene_object.class_name] += 1
+        categories = [{"id": number, "name": name} for name, number in _CATEGORY_IDS.items()]
+        path = self._folder / "scenes" / split / "annotations" / f"instances_{split}.json"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps({"images": images, "annotations": annotations, "categories": categories}))
+        self.summary.scenes[split], self.summary.objects[split] = count, dict(object_counts)
+        self._print_line(f"{split}: {count:,} scenes with {len(annotations):,} objects")
+
+
+def _annotation(annotation_id: int, image_id: int, scene_object: SceneObject) -> dict[str, Any]:
+    """Return an object of a scene in COCO's format, with its concept and its artist."""
+    from pycocotools import mask as coco_masks
+
+    rows, columns = (np.flatnonzero(scene_object.mask.any(axis=axis)) for axis in (1, 0))
+    x, y = int(columns[0]), int(rows[0])
+    run_lengths = coco_masks.encode(np.asfortranarray(scene_object.mask, np.uint8))
+    return {
+        "id": annotation_id,
+        "image_id": image_id,
+        "category_id": _CATEGORY_IDS[scene_object.class_name],
+        "bbox": [x, y, int(columns[-1]) - x + 1, int(rows[-1]) - y + 1],
+        "area": int(scene_object.mask.sum()),
+        "segmentation": {"size": list(scene_object.mask.shape), "counts": run_lengths["counts"].decode()},
+        "iscrowd": 0,
+        "concept": scene_object.drawing.key,
+        "artist": scene_object.drawing.artist,
+    }
+
+
+def _remove_scenes(folder: Path) -> None:
+    """Remove the files of an earlier sample in a folder, and the folders of classes that are then empty."""
+    # A new sample with fewer scenes would overwrite only some of the earlier ones, so all of them are removed first.
+    for split in SPLITS:
+        scene_folder = folder / "scenes" / split
+        # Without its annotations, a sample that is only partly removed is not mistaken for a complete one.
+        (scene_folder / "annotations" / f"instances_{split}.json").unlink(missing_ok=True)
+        for path in scene_folder.glob(f"{split}/*.jpg"):
+            if re.fullmatch(r"\d{6}\.jpg", path.name):
+                path.unlink()
+        for class_folder in folder.glob(f"classes/{split}/*/"):
+            for path in class_folder.glob("*.png"):
+                if path.name.partition("-")[0] in {artist.name for artist in ARTISTS}:
+                    path.unlink()
+            if not any(class_folder.iterdir()):
+                class_folder.rmdir()
