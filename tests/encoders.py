@@ -1,6 +1,5 @@
 """Small encoders for tests, and samples for them."""
 
-import copy
 from typing import Any
 
 import numpy as np
@@ -11,6 +10,7 @@ from mhmoe_ray.data.masking import block_mask, hide_tokens, text_mask
 from mhmoe_ray.data.shards.columns import EncoderSamples
 from mhmoe_ray.model.encoder import EncoderBatch
 from mhmoe_ray.spec import MicroBatchPart, RunSpec
+from tests.specs import with_changes
 
 PADDING = 65_535
 ENCODER: dict[str, Any] = {
@@ -67,14 +67,7 @@ CAPTION_DATA: dict[str, Any] = {
 
 def encoder_spec(**changes: Any) -> RunSpec:
     """Return the spec `ENCODER` with changed values, whose keys have `__` for the dots of a path."""
-    tree = copy.deepcopy(ENCODER)
-    for path, value in changes.items():
-        *sections, key = path.split("__")
-        section = tree
-        for name in sections:
-            section = section.setdefault(name, {})
-        section[key] = copy.deepcopy(value)
-    return RunSpec.model_validate(tree)
+    return RunSpec.model_validate(with_changes(ENCODER, changes))
 
 
 def part_samples(spec: RunSpec, part: MicroBatchPart, seed: int) -> EncoderSamples:

@@ -1,5 +1,7 @@
 """Small specs for tests."""
 
+import copy
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,3 +31,15 @@ def tiny_spec(folder: Path = Path("/nowhere"), **sections: dict[str, Any]) -> Ru
     tree = {k: {**v, **sections.get(k, {})} if isinstance(v, dict) else v for k, v in TINY.items()}
     tree |= {k: v for k, v in sections.items() if k not in TINY}
     return RunSpec.model_validate(tree).with_absolute_paths(folder)
+
+
+def with_changes(tree: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a copy of the tree of a spec with changed values, whose keys have `__` for the dots of a path."""
+    changed_tree = copy.deepcopy(dict(tree))
+    for path, value in changes.items():
+        *sections, key = path.split("__")
+        section = changed_tree
+        for name in sections:
+            section = section.setdefault(name, {})
+        section[key] = copy.deepcopy(value)
+    return changed_tree
