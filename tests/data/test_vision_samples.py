@@ -1,0 +1,106 @@
+"""Tests of the samples of vision models: crops and fits of objects beside the same operation on pixels."""
+
+import numpy as np
+import pytest
+
+from mhmoe_ray.data.annotations import Annotation, Instance, pack
+from mhmoe_ray.data.vision_samples import Fit, TaskSampleMaker, fit_pixels
+from tests.data.pictures import encode_image
+from tests.visions import vision_spec
+
+NAMES = ["circle", "ring", "square"]
+
+
+def encoded_mask(mask):
+    from pycocotools import mask as coco_masks
+
+    return coco_masks.encode(np.asfortranarray(mask, np.uint8))["counts"].decode()
+
+
+def instance(mask, name="square", **fields):
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    box = (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1)
+    return Instance(name, tuple(map(float, box)), encoded_mask(mask), **fields)
+
+
+def maker(**changes):
+    """Return the maker of the samples of detection, whose images have 32 x 32 pixels."""
+    spec = vision_spec(**changes)
+    return TaskSampleMaker(spec, spec.parts[1], NAMES)
+
+
+def image_with(mask):
+    """Return an image file that is red where the mask is, and grey elsewhere."""
+    pixels = np.full((*mask.shape, 3), 90, np.uint8)
+    pixels[mask] = (250, 0, 0)
+    return encode_image(pixels)
+
+
+def red_pixels(pixels):
+    return (pixels[..., 0] > 170) & (pixels[..., 1] < 45)
+
+
+def square_mask(height, width, top, left, side):
+    mask = np.zeros((height, width), bool)
+    mask[top : top + side, left : left + side] = True
+    return mask
+
+
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("label", [f"detect {number}" for number in range(6)])
+def test_boxes_and_masks_of_a_crop_are_those_of_its_pixels(label, flip):
+    mask = square_mask(80, 120, 20, 40, 36)
+    annotation = pack(Annotation(instances=(instance(mask),)))
+    samples = maker(data__images={"min_crop": 0.6, "flip": flip}).make([image_with(mask)], [annotation], [label])
+    [objects] = samples.objects
+    seen = red_pixels(samples.images[0])
+    if not len(objects.boxes):
+        assert seen.sum() < 0.35 * 36 * 36 * 32 * 32 / (80 * 120 * 0.6)
+        return
+    [box], [found_mask] = objects.boxes, objects.masks
+    assert objects.classes.tolist() == [2]
+    # Interpolation blurs the edge by a pixel at most.
+    assert (found_mask != seen).sum() <= 4 * 32
+    rows, columns = np.flatnonzero(seen.any(1)), np.flatnonzero(seen.any(0))
+    assert np.abs(box - [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]).max() <= 1.5
+
+
+def test_evaluation_scales_whole_images_into_the_square():
+    mask = square_mask(40, 80, 10, 20, 20)
+    samples = maker().make([image_with(mask)], [pack(Annotation(instances=(instance(mask, "circle"),)))], None)
+    assert samples.images.shape == (1, 32, 32, 3)
+    assert np.all(samples.images[0, 16:] == 128)
+    [objects] = samples.objects
+    assert objects.boxes.tolist() == [[8, 4, 16, 12]]
+    assert objects.masks[0].sum() == 64
+    assert Fit.of(80, 40, 32) == (0.4, 32, 16)
+    # Proportions are kept in both directions, and small images are enlarged.
+    assert Fit.of(10, 20, 32) == (1.6, 16, 32)
+    assert fit_pixels(__import__("PIL.Image").Image.new("RGB", (1, 500)), 32).shape == (32, 32, 3)
+
+
+def test_objects_of_crowds_and_slivers_are_left_out():
+    visible, crowd = square_mask(64, 64, 4, 4, 20), square_mask(64, 64, 30, 30, 20)
+    tiny = square_mask(64, 64, 60, 60, 2)
+    annotation = Annotation(instances=(instance(visible), instance(crowd, is_crowd=True), instance(tiny, "ring")))
+    [objects] = maker().make([image_with(visible)], [pack(annotation)], None).objects
+    assert objects.classes.tolist() == [2]
+
+
+def test_an_object_with_a_box_alone_is_read_for_a_detector_without_masks():
+    changes = {"model__vision__tasks__detect__detector__masks": False}
+    box_only = Instance("ring", (16.0, 8.0, 48.0, 40.0), None)
+    image = image_with(square_mask(64, 64, 8, 16, 32))
+    [objects] = maker(**changes).make([image], [pack(Annotation(instances=(box_only,)))], None).objects
+    assert objects.boxes.tolist() == [[8, 4, 24, 20]]
+    assert objects.masks.shape == (0, 32, 32)
+
+
+def test_classes_have_the_numbers_of_the_names_of_the_task():
+    spec = vision_spec()
+    class_maker = TaskSampleMaker(spec, spec.parts[0], ["ant", "bee", "cat"])
+    images = [encode_image(np.full((20, 30, 3), value, np.uint8)) for value in (10, 90, 170)]
+    samples = class_maker.make(images, [pack(Annotation(name)) for name in ("cat", "ant", "cat")], None)
+    assert samples.classes.tolist() == [2, 0, 2]
+    assert samples.images.shape == (3, 16, 16, 3)
+    assert samples.images[:, 8, 8, 0].tolist() == [10, 90, 170]

@@ -1,0 +1,74 @@
+"""Tests of the average precision of objects, and of detections in the pixels of stored images."""
+
+import numpy as np
+import pytest
+import torch
+
+from mhmoe_ray.data.annotations import Annotation
+from mhmoe_ray.data.vision_samples import Fit
+from mhmoe_ray.evaluate.objects import StoredDetection, average_precision, scaled_mask, stored_detection
+from mhmoe_ray.model.vision import Detection
+from tests.data.pictures import encode_image
+from tests.data.test_vision_samples import NAMES, encoded_mask, instance, square_mask
+
+IMAGE = encode_image(np.zeros((48, 64, 3), np.uint8))
+TRUTH = [
+    Annotation(
+        instances=(instance(square_mask(48, 64, 4, 4, 16), "circle"), instance(square_mask(48, 64, 24, 30, 20)))
+    ),
+    Annotation(instances=(instance(square_mask(48, 64, 10, 10, 24), "ring"),)),
+]
+
+
+def detection_of(annotation, names=NAMES, shift=0.0, score=0.9):
+    """Return the objects of an annotation as detections, shifted to the right."""
+    masks = [i.mask.encode() for i in annotation.instances]
+    boxes = np.array([i.box for i in annotation.instances]) + np.array([shift, 0, shift, 0])
+    classes = np.array([names.index(i.class_name) for i in annotation.instances])
+    return StoredDetection(boxes, classes, np.full(len(classes), score), masks)
+
+
+def precision(detections):
+    return average_precision([IMAGE] * len(TRUTH), TRUTH, detections, NAMES)
+
+
+def test_the_truth_has_a_precision_of_one():
+    result = precision([detection_of(annotation) for annotation in TRUTH])
+    assert all(value == pytest.approx(1) for value in result.model_dump().values())
+
+
+def test_overlaps_classes_and_misses_lower_the_precision():
+    # Shifts by a fifth of the smallest side leave overlaps of 2 / 3 and more.
+    shifted = precision([detection_of(annotation, shift=3.2) for annotation in TRUTH])
+    assert (shifted.box_ap50, shifted.mask_ap50) == pytest.approx((1, 1))
+    assert shifted.box_ap75 == pytest.approx(1 / 3)
+    assert 0.3 < shifted.box_ap < 0.8
+    wrong_names = [NAMES[1], NAMES[2], NAMES[0]]
+    wrong = precision([detection_of(annotation, names=wrong_names) for annotation in TRUTH])
+    assert (wrong.box_ap50, wrong.any_class_box_ap50) == pytest.approx((0, 1))
+    missed = precision([detection_of(TRUTH[0]), StoredDetection(np.empty((0, 4)), np.empty(0), np.empty(0), [])])
+    assert missed.box_ap50 == pytest.approx(2 / 3)
+    assert missed.any_class_box_ap50 == pytest.approx(2 / 3, abs=0.01)
+
+
+def test_nothing_detected_has_a_precision_of_zero():
+    empty = StoredDetection(np.empty((0, 4)), np.empty(0), np.empty(0), [])
+    assert precision([empty, empty]).box_ap50 == 0
+
+
+def test_a_detection_is_scaled_to_the_pixels_of_the_stored_image():
+    """An image of 64 x 48 pixels lies in the upper three quarters of a square of 32 pixels."""
+    fit = Fit.of(64, 48, 32)
+    mask = torch.zeros(32, 32)
+    mask[4:12, 6:20] = 1
+    detection = Detection(torch.tensor([[6.0, 4, 20, 12]]), torch.tensor([1]), torch.tensor([0.7]), mask[None])
+    stored = stored_detection(detection, 64, 48, fit)
+    assert stored.boxes.tolist() == [[12, 8, 40, 24]]
+    expected = np.zeros((48, 64), bool)
+    expected[8:24, 12:40] = True
+    assert np.array_equal(scaled_mask(mask.numpy(), 64, 48, fit), expected)
+    assert stored.masks == [encoded_mask(expected).encode()]
+    outside = Detection(
+        torch.tensor([[-5.0, 2, 40, 40]]), torch.tensor([0]), torch.tensor([0.5]), torch.zeros(0, 32, 32)
+    )
+    assert stored_detection(outside, 64, 48, fit).boxes.tolist() == [[0, 4, 64, 48]]

@@ -1,0 +1,49 @@
+"""Tests of the planned parameters and memory of vision models, beside built ones."""
+
+import pytest
+import torch
+
+from mhmoe_ray.model.build import build_model
+from mhmoe_ray.model.init import init_weights
+from mhmoe_ray.model.noise import Noise
+from mhmoe_ray.planner.memory import compute_memory
+from mhmoe_ray.planner.sizes import block_sizes, compute_sizes
+from tests.planner.test_memory import SavedTensors
+from tests.visions import vision_batch, vision_spec
+
+DETECTOR = "model__vision__tasks__detect__detector"
+SPECS = {
+    "task-routers": {},
+    "one-router": {"model__vision__routers": "shared"},
+    "dense": {"model__moe": None},
+    "llama": {"model__backbone": "llama"},
+    "every-scale": {f"{DETECTOR}__scales": [4, 2, 1, 0.5], f"{DETECTOR}__mask_layers": 3},
+    "no-masks": {f"{DETECTOR}__masks": False, f"{DETECTOR}__anchor_sizes": [3, 4, 5]},
+    "x-moe": {"model__moe__router": "xmoe", "model__moe__heads": 1},
+}
+
+
+@pytest.mark.parametrize("changes", SPECS.values(), ids=SPECS)
+def test_planned_parameters_equal_those_of_a_built_model(changes):
+    spec = vision_spec(**changes)
+    with torch.device("meta"):
+        model = build_model(spec.model)
+    count = sum(p.numel() for p in model.parameters())
+    assert compute_sizes(spec.model).parameters == count
+    blocks = block_sizes(spec.model)
+    experts = compute_sizes(spec.model).expert_parameters
+    mixtures = spec.model.moe_layers
+    dense = (spec.model.layers - mixtures) * blocks.dense + mixtures * blocks.mixture
+    assert dense + blocks.outside + experts == count
+
+
+@pytest.mark.parametrize("changes", [{}, {f"{DETECTOR}__masks": False}, {"model__moe": None}])
+def test_planned_activations_are_near_the_bytes_that_autograd_saves(changes):
+    """The numbers of proposals and of objects vary, so the plan of a detector is approximate."""
+    spec = vision_spec(**changes)
+    model = build_model(spec.computed_model)
+    init_weights(model, 0)
+    saved_tensors = SavedTensors(model)
+    with torch.autograd.graph.saved_tensors_hooks(saved_tensors, lambda t: t):
+        model(vision_batch(spec), noise=Noise(0, 0))
+    assert compute_memory(spec).activations == pytest.approx(saved_tensors.bytes, rel=0.25)
