@@ -85,16 +85,16 @@ def _quality_rows(run_state: dict[str, Any]) -> dict[str, str | None]:
     from mhmoe_ray.runs.metrics import METRICS
 
     last_metrics, validation, baselines = run_state["last"], run_state["validation"], run_state["baselines"]
-    is_encoder = run_state["encoder"]
+    # The loss of an encoder or a vision model is a sum over parts with different units.
+    is_summed = run_state["model_kind"] in ("encoder", "vision")
     rows: dict[str, str | None] = {}
     if last_metrics:
         curve = sparkline([line["loss"] for line in run_state["curve"]])
-        unit = "of all parts" if is_encoder else "nats per token"
+        unit = "of all parts" if is_summed else "nats per token"
         rows["loss"] = f"{format_nats(last_metrics['loss'])} {unit}  {curve}".rstrip()
     if validation:
         perplexity = validation["val_perplexity"]
-        # The loss of an encoder is a sum over parts with different units.
-        perplexity_text = "" if is_encoder else f", perplexity {f'{perplexity:,.2f}' if perplexity else 'not finite'}"
+        perplexity_text = "" if is_summed else f", perplexity {f'{perplexity:,.2f}' if perplexity else 'not finite'}"
         rows["validation"] = (
             f"loss {format_nats(validation['val_loss'])}{perplexity_text}, at step {validation['step']:,}"
         )
@@ -107,9 +107,9 @@ def _quality_rows(run_state: dict[str, Any]) -> dict[str, str | None]:
         )
     # The row helps to judge the loss: a model whose loss is above these values has not yet learned more than the
     # frequencies of tokens and of pairs of tokens.
-    if baselines and is_encoder:
+    if baselines and run_state["model_kind"] == "encoder":
         rows["  to beat"] = f"{baselines['unigram_entropy']:.4f} unigram entropy of held-out texts"
-    elif baselines:
+    elif baselines and "bigram" in baselines:
         rows["  to beat"] = (
             f"{baselines['unigram_entropy']:.4f} unigram entropy of that text, "
             f"{baselines['bigram']:.4f} bigram model of {baselines['bigram_tokens']:,} training tokens"

@@ -210,7 +210,7 @@ def run_status(run: RunDir) -> dict[str, Any]:
         "worker_starts": sum(e["event"] == "started" for e in run_events),
         "steps": spec.train.steps if spec else None,
         "last": last_line,
-        "encoder": spec is not None and spec.model.encoder is not None,
+        "model_kind": spec.model.kind if spec is not None else None,
         "validation": _with_perplexity(run_course.validation_line, spec),
         "missing": _missing_resources(state, run_events),
         "baselines": events.newest_event(run_events, "prepared"),
@@ -261,11 +261,11 @@ def _missing_resources(state: str, run_events: RunEvents) -> str | None:
 
 
 def _with_perplexity(line: dict[str, Any] | None, spec: RunSpec | None) -> dict[str, Any] | None:
-    """Return the line of a validation with its perplexity, which is None for the loss of an encoder."""
+    """Return the line of a validation with its perplexity, which is None for the loss of an encoder or a vision model."""
     if line is None:
         return None
-    is_encoder = spec is not None and spec.model.encoder is not None
-    return {**line, "val_perplexity": None if is_encoder else metrics.perplexity(line[metrics.VAL_LOSS])}
+    is_summed = spec is not None and spec.model.kind != "decoder"
+    return {**line, "val_perplexity": None if is_summed else metrics.perplexity(line[metrics.VAL_LOSS])}
 
 
 def _requested_resources(spec: RunSpec) -> dict[str, Any]:

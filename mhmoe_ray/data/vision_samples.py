@@ -79,7 +79,7 @@ class Fit(NamedTuple):
     height: int
 
     @classmethod
-    def of(cls, width: int, height: int, size: int) -> "Fit":
+    def of_image(cls, width: int, height: int, size: int) -> "Fit":
         """Return the place of an image of this width and height in a square of `size` pixels."""
         scale = size / max(width, height)
         return cls(scale, max(1, round(width * scale)), max(1, round(height * scale)))
@@ -89,7 +89,7 @@ def fit_pixels(image: "Image.Image", size: int) -> np.ndarray:
     """Return a whole image scaled into a square, uint8 (size, size, 3)."""
     from PIL import Image
 
-    fit = Fit.of(*image.size, size)
+    fit = Fit.of_image(*image.size, size)
     canvas = Image.new("RGB", (size, size), FILLING)
     canvas.paste(image.resize((fit.width, fit.height), Image.Resampling.BICUBIC))
     return np.asarray(canvas)
@@ -132,7 +132,7 @@ class TaskSampleMaker:
             self._read_objects(image, annotation, choose_crop)
             for image, annotation, choose_crop in zip(decoded, unpacked, choosers, strict=True)
         ]
-        return TaskSamples(_stack([pixels for pixels, _ in samples], size), None, [found for _, found in samples])
+        return TaskSamples(_stack([pixels for pixels, _ in samples], size), None, [objects for _, objects in samples])
 
     def _crop_function(self, label: str) -> Callable[[int, int], Crop]:
         """Return the function that chooses the random crop of a sample from the size of its image."""
@@ -146,7 +146,7 @@ class TaskSampleMaker:
 
         size, (width, height) = self._task.image_size, image.size
         if choose_crop is None:
-            crop, target_size = Crop((0, 0, width, height)), Fit.of(width, height, size)[1:]
+            crop, target_size = Crop((0, 0, width, height)), Fit.of_image(width, height, size)[1:]
             pixels = fit_pixels(image, size)
         else:
             crop, target_size = choose_crop(width, height), (size, size)
@@ -192,9 +192,10 @@ def _visible_box(
         target_size: width and height of this part, as the model reads it.
         size: height and width of the square that the model reads.
     """
-    left, top, right, bottom = crop.box
-    scale = np.array([target_size[0] / (right - left), target_size[1] / (bottom - top)] * 2)
-    full_box = (np.array(instance.box) - [left, top, left, top]) * scale
+    left_edge, top_edge, right_edge, bottom_edge = crop.box
+    crop_width, crop_height = right_edge - left_edge, bottom_edge - top_edge
+    scale = np.array([target_size[0] / crop_width, target_size[1] / crop_height] * 2)
+    full_box = (np.array(instance.box) - [left_edge, top_edge, left_edge, top_edge]) * scale
     box = np.clip(full_box, 0, [*target_size, *target_size])
     if crop.is_mirrored:
         box = np.array([size - box[2], box[1], size - box[0], box[3]])

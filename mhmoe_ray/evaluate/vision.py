@@ -92,7 +92,7 @@ class VisionMeter:
                         images[start:stop], self._model.detect(part.name, features), strict=True
                     ):
                         width, height = image_size(content)
-                        detections.append(stored_detection(detection, width, height, Fit.of(width, height, size)))
+                        detections.append(stored_detection(detection, width, height, Fit.of_image(width, height, size)))
             own_losses = [loss.cpu().numpy() for loss in losses if len(loss)]
             yield TaskOutputs(own_losses, logits_NC, detections)
             self._on_progress(label, stop, len(images))
@@ -219,7 +219,7 @@ def _check_classes(task: str, annotations: Sequence[Annotation], names: Sequence
 class _Neighbours(NamedTuple):
     """Images of the training of a task, and their classes."""
 
-    nearest: NearestImages
+    nearest_images: NearestImages
     classes: list[str]
 
 
@@ -257,7 +257,9 @@ def _accuracy_figures(
     names = [unpack(content).class_name for content in stored.annotations]
     baseline = largest_class = None
     if neighbours is not None:
-        nearest_names = [neighbours.classes[number] for number in neighbours.nearest.nearest_samples(stored.images)]
+        nearest_names = [
+            neighbours.classes[number] for number in neighbours.nearest_images.nearest_samples(stored.images)
+        ]
         baseline = float(np.mean([a == b for a, b in zip(nearest_names, names, strict=True)]))
         most_frequent = max(set(neighbours.classes), key=lambda name: (neighbours.classes.count(name), name))
         largest_class = float(np.mean([name == most_frequent for name in names]))

@@ -63,12 +63,12 @@ class Variant:
     def perplexity(self, step: int) -> float | None:
         """Return the perplexity of the mean loss at a step; None without a loss, and for encoders, whose loss is a sum
         over parts with different units."""
-        return None if self.has_encoder else metrics.perplexity(self.mean_loss(step))
+        return None if self.has_summed_loss else metrics.perplexity(self.mean_loss(step))
 
     @property
-    def has_encoder(self) -> bool:
-        """True if the runs train an encoder."""
-        return any(run.spec.model.encoder is not None for run in self.runs)
+    def has_summed_loss(self) -> bool:
+        """True if the runs train encoders or vision models, whose loss is a sum over parts."""
+        return any(run.spec.model.kind != "decoder" for run in self.runs)
 
     def part_losses(self, step: int) -> dict[str, float]:
         """Return the mean validation loss of each part of micro-batches at a step, over the runs that have it."""
@@ -219,7 +219,7 @@ class Verdict(NamedTuple):
     """Number of seeds of the variant with fewer."""
     paired: bool
     """Whether differences were taken seed by seed, over the seeds that both variants have."""
-    has_encoder: bool = False
+    has_summed_loss: bool = False
     """Whether the losses are those of encoders, which are sums over parts."""
 
     @property
@@ -230,15 +230,15 @@ class Verdict(NamedTuple):
     def as_json(self) -> dict[str, Any]:
         """Return the verdict as an object for `mhmoe report --json`."""
         fields = self._asdict()
-        del fields["has_encoder"]
+        del fields["has_summed_loss"]
         return {"baseline": fields.pop("baseline"), "other": fields.pop("variant"), **fields}
 
     @property
     def text(self) -> str:
         """Sentence that states the result."""
         word = "lower" if self.difference < 0 else "higher"
-        figures = f"{abs(self.difference):.4f} {'' if self.has_encoder else 'nats '}{word}"
-        if not self.has_encoder and (ratio := metrics.perplexity(self.difference)) is not None:
+        figures = f"{abs(self.difference):.4f} {'' if self.has_summed_loss else 'nats '}{word}"
+        if not self.has_summed_loss and (ratio := metrics.perplexity(self.difference)) is not None:
             figures += f", perplexity {100 * abs(ratio - 1):.1f}% {word}"
         if self.low is None:
             return f"{self.variant} to {self.baseline}: {figures}; with one seed its uncertainty is unknown"
@@ -269,7 +269,9 @@ def compare_variants(baseline: Variant, variant: Variant, step: int) -> Verdict 
     seeds = min(len(losses.baseline), len(losses.variant))
     low, high = _interval(losses) if seeds > 1 else (None, None)
     difference = statistics.fmean(losses.differences)
-    return Verdict(baseline.name, variant.name, step, difference, low, high, seeds, losses.paired, variant.has_encoder)
+    return Verdict(
+        baseline.name, variant.name, step, difference, low, high, seeds, losses.paired, variant.has_summed_loss
+    )
 
 
 def _interval(losses: Losses) -> tuple[float, float]:

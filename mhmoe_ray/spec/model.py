@@ -23,6 +23,7 @@ from mhmoe_ray.spec.vision import VisionSpec
 
 RouterName = Literal["linear", "xmoe", "xmoe_torchscale", "domain", "smear"]
 AttentionBias = Literal["none", "qkv", "all"]
+ModelKind = Literal["decoder", "encoder", "vision"]
 
 
 class RouterSizes(NamedTuple):
@@ -561,6 +562,13 @@ class ModelSpec(Section):
                 )
             if self.moe.second_expert == "random":
                 raise ValueError("moe.second_expert random is for top_k 2, but vision.adaptive changes it: remove one")
+
+    @property
+    def kind(self) -> ModelKind:
+        """The kind of the model. The loss of all kinds but decoders is a sum over parts with different units."""
+        if self.encoder is not None:
+            return "encoder"
+        return "decoder" if self.vision is None else "vision"
 
     @property
     def architecture(self) -> Architecture:

@@ -74,7 +74,7 @@ class AdaptiveSpec(Section):
 
     largest: PositiveInt
     """Largest k of a task."""
-    every: PositiveInt = 2_000
+    interval: PositiveInt = 2_000
     """Number of steps between two validations."""
     patience: PositiveInt = 5_000
     """Number of steps without an improvement after which k changes."""

@@ -56,8 +56,8 @@ class AdaptiveTopK:
             top_k: k of all tasks at the start.
         """
         self.spec = spec
-        first = TaskState(top_k=top_k, best_loss=spec.first_loss, best_step=spec.first_step)
-        self.state = AdaptiveState(tasks={name: first.model_copy() for name in tasks})
+        first_state = TaskState(top_k=top_k, best_loss=spec.first_loss, best_step=spec.first_step)
+        self.state = AdaptiveState(tasks={name: first_state.model_copy() for name in tasks})
 
     @property
     def top_k(self) -> dict[str, int]:
@@ -75,10 +75,10 @@ class AdaptiveTopK:
             step: number of steps done.
             losses: summed validation loss of each task; tasks without held-out samples are left out.
         """
-        before = self.top_k
+        previous_top_k = self.top_k
         for name, loss in losses.items():
             self._update_task(self.state.tasks[name], step, loss)
-        return [TopKChange(name, k) for name, k in self.top_k.items() if k != before[name]]
+        return [TopKChange(name, k) for name, k in self.top_k.items() if k != previous_top_k[name]]
 
     def _update_task(self, task: TaskState, step: int, loss: float) -> None:
         is_coded = self.spec.rule == "coded"

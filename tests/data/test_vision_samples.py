@@ -40,9 +40,9 @@ def red_pixels(pixels):
     return (pixels[..., 0] > 170) & (pixels[..., 1] < 45)
 
 
-def square_mask(height, width, top, left, side):
+def square_mask(height, width, top_edge, left_edge, side):
     mask = np.zeros((height, width), bool)
-    mask[top : top + side, left : left + side] = True
+    mask[top_edge : top_edge + side, left_edge : left_edge + side] = True
     return mask
 
 
@@ -53,15 +53,15 @@ def test_boxes_and_masks_of_a_crop_are_those_of_its_pixels(label, flip):
     annotation = pack(Annotation(instances=(instance(mask),)))
     samples = maker(data__images={"min_crop": 0.6, "flip": flip}).make([image_with(mask)], [annotation], [label])
     [objects] = samples.objects
-    seen = red_pixels(samples.images[0])
+    seen_mask = red_pixels(samples.images[0])
     if not len(objects.boxes):
-        assert seen.sum() < 0.35 * 36 * 36 * 32 * 32 / (80 * 120 * 0.6)
+        assert seen_mask.sum() < 0.35 * 36 * 36 * 32 * 32 / (80 * 120 * 0.6)
         return
     [box], [found_mask] = objects.boxes, objects.masks
     assert objects.classes.tolist() == [2]
     # Interpolation blurs the edge by a pixel at most.
-    assert (found_mask != seen).sum() <= 4 * 32
-    rows, columns = np.flatnonzero(seen.any(1)), np.flatnonzero(seen.any(0))
+    assert (found_mask != seen_mask).sum() <= 4 * 32
+    rows, columns = np.flatnonzero(seen_mask.any(1)), np.flatnonzero(seen_mask.any(0))
     assert np.abs(box - [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]).max() <= 1.5
 
 
@@ -73,9 +73,9 @@ def test_evaluation_scales_whole_images_into_the_square():
     [objects] = samples.objects
     assert objects.boxes.tolist() == [[8, 4, 16, 12]]
     assert objects.masks[0].sum() == 64
-    assert Fit.of(80, 40, 32) == (0.4, 32, 16)
+    assert Fit.of_image(80, 40, 32) == (0.4, 32, 16)
     # Proportions are kept in both directions, and small images are enlarged.
-    assert Fit.of(10, 20, 32) == (1.6, 16, 32)
+    assert Fit.of_image(10, 20, 32) == (1.6, 16, 32)
     assert fit_pixels(__import__("PIL.Image").Image.new("RGB", (1, 500)), 32).shape == (32, 32, 3)
 
 

@@ -44,8 +44,8 @@ def test_overlaps_classes_and_misses_lower_the_precision():
     assert shifted.box_ap75 == pytest.approx(1 / 3)
     assert 0.3 < shifted.box_ap < 0.8
     wrong_names = [NAMES[1], NAMES[2], NAMES[0]]
-    wrong = precision([detection_of(annotation, names=wrong_names) for annotation in TRUTH])
-    assert (wrong.box_ap50, wrong.any_class_box_ap50) == pytest.approx((0, 1))
+    wrong_result = precision([detection_of(annotation, names=wrong_names) for annotation in TRUTH])
+    assert (wrong_result.box_ap50, wrong_result.any_class_box_ap50) == pytest.approx((0, 1))
     missed = precision([detection_of(TRUTH[0]), StoredDetection(np.empty((0, 4)), np.empty(0), np.empty(0), [])])
     assert missed.box_ap50 == pytest.approx(2 / 3)
     assert missed.any_class_box_ap50 == pytest.approx(2 / 3, abs=0.01)
@@ -58,7 +58,7 @@ def test_nothing_detected_has_a_precision_of_zero():
 
 def test_a_detection_is_scaled_to_the_pixels_of_the_stored_image():
     """An image of 64 x 48 pixels lies in the upper three quarters of a square of 32 pixels."""
-    fit = Fit.of(64, 48, 32)
+    fit = Fit.of_image(64, 48, 32)
     mask = torch.zeros(32, 32)
     mask[4:12, 6:20] = 1
     detection = Detection(torch.tensor([[6.0, 4, 20, 12]]), torch.tensor([1]), torch.tensor([0.7]), mask[None])

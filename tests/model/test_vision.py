@@ -35,8 +35,8 @@ def test_images_of_one_task_do_not_influence_those_of_another():
     torch.testing.assert_close(losses[0].value_I, mixed_losses[0].value_I)
     assert not torch.allclose(losses[1].value_I, mixed_losses[1].value_I)
     # Neither do the other images of the same task.
-    alone = model.encode([batch[0].image_NYXC[:1], batch[1].image_NYXC[:0]]).patches[0]
-    torch.testing.assert_close(alone, model.encode([task.image_NYXC for task in batch]).patches[0][:1])
+    alone_patches = model.encode([batch[0].image_NYXC[:1], batch[1].image_NYXC[:0]]).patches[0]
+    torch.testing.assert_close(alone_patches, model.encode([task.image_NYXC for task in batch]).patches[0][:1])
 
 
 def test_a_task_has_a_router_of_its_own_and_shares_the_experts():
@@ -118,12 +118,12 @@ def test_the_samples_of_a_detector_follow_the_noise_of_a_micro_batch():
     spec = vision_spec()
     model, batch = built_model(spec), vision_batch(spec)
     state = torch.get_rng_state()
-    first, again, other = (
+    losses, equal_losses, other_losses = (
         torch.cat([loss.value_I for loss in model(batch, noise).losses])
         for noise in (Noise(0, 1), Noise(0, 1), Noise(0, 2))
     )
-    assert torch.equal(first, again)
-    assert not torch.equal(first, other)
+    assert torch.equal(losses, equal_losses)
+    assert not torch.equal(losses, other_losses)
     # An evaluation draws as well, and always the same.
     assert torch.equal(*(torch.cat([loss.value_I for loss in model(batch).losses]) for _ in range(2)))
     assert torch.equal(state, torch.get_rng_state())

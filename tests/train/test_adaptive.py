@@ -5,7 +5,7 @@ import pytest
 from mhmoe_ray.spec import AdaptiveSpec
 from mhmoe_ray.train.adaptive import AdaptiveTopK
 
-SPEC = {"largest": 4, "every": 2_000, "patience": 5_000}
+SPEC = {"largest": 4, "interval": 2_000, "patience": 5_000}
 
 
 def run_rule(rule_name, table, tasks=("det", "cls"), start=2, **spec):
@@ -59,17 +59,17 @@ def test_the_first_step_counts_only_until_a_loss_is_below_the_first_loss():
     assert run_rule("published", table, ["det"], first_step=0)[1] == (3,)
 
 
-def both(*rows):
+def two_tasks(*rows):
     return [(step, {"det": det, "cls": cls}) for step, det, cls in rows]
 
 
-STALLED = both((2_000, 5.0, 3.0), (4_000, 5.0, 3.0), (6_000, 5.0, 3.0), (8_000, 5.0, 3.0), (10_000, 5.0, 3.0))
+STALLED = two_tasks((2_000, 5.0, 3.0), (4_000, 5.0, 3.0), (6_000, 5.0, 3.0), (8_000, 5.0, 3.0), (10_000, 5.0, 3.0))
 
 
 def test_as_published_tasks_decide_by_themselves():
     assert run_rule("published", STALLED) == [(2, 2), (2, 2), (2, 2), (3, 3), (2, 2)]
     # The raise of one task helps, and that of the other does not.
-    table = [*STALLED[:4], *both((10_000, 4.0, 3.0), (12_000, 4.0, 3.0))]
+    table = [*STALLED[:4], *two_tasks((10_000, 4.0, 3.0), (12_000, 4.0, 3.0))]
     assert run_rule("published", table)[3:] == [(3, 3), (3, 2), (3, 2)]
 
 
@@ -77,7 +77,7 @@ def test_as_coded_tasks_share_the_memory_of_the_last_change_and_the_stop():
     # The first task raises its k, and the second takes the raise for its own, lowers its k and stops both.
     assert run_rule("coded", STALLED) == [(2, 2), (2, 2), (2, 2), (3, 1), (3, 1)]
     # An improvement of one task clears the memory for the other.
-    table = [*STALLED[:3], *both((8_000, 5.0, 2.9), (10_000, 5.0, 2.8), (16_000, 5.0, 2.7))]
+    table = [*STALLED[:3], *two_tasks((8_000, 5.0, 2.9), (10_000, 5.0, 2.8), (16_000, 5.0, 2.7))]
     assert run_rule("coded", table)[3:] == [(3, 2), (4, 2), (4, 2)]
 
 

@@ -263,19 +263,19 @@ class Detector(nn.Module):
         from torchvision.models.detection.roi_heads import project_masks_on_boxes
 
         heads: Any = self.boxes
-        chosen = [torch.where(label_R > 0)[0] for label_R in labels]
-        mask_boxes = [box_R4[rows] for box_R4, rows in zip(boxes, chosen, strict=True)]
+        object_rows = [torch.where(label_R > 0)[0] for label_R in labels]
+        mask_boxes = [box_R4[rows] for box_R4, rows in zip(boxes, object_rows, strict=True)]
         sizes = [(self.image_size, self.image_size)] * len(boxes)
         logits_RCYX = heads.mask_predictor(heads.mask_head(heads.mask_roi_pool(features, mask_boxes, sizes)))
-        counts = [len(rows) for rows in chosen]
-        label_R = torch.cat([label_R[rows] for label_R, rows in zip(labels, chosen, strict=True)])
+        counts = [len(rows) for rows in object_rows]
+        label_R = torch.cat([label_R[rows] for label_R, rows in zip(labels, object_rows, strict=True)])
         if not len(label_R):
             # The head still gets gradients, of zeros, as strategies expect of every weight.
             return torch.stack([logits_RCYX.sum()] * len(boxes))
         target_RYX = torch.cat(
             [
                 project_masks_on_boxes(target["masks"], box_R4, match_R[rows], logits_RCYX.shape[-1])
-                for target, box_R4, match_R, rows in zip(targets, mask_boxes, matches, chosen, strict=True)
+                for target, box_R4, match_R, rows in zip(targets, mask_boxes, matches, object_rows, strict=True)
                 if len(rows)
             ]
         )

@@ -251,4 +251,6 @@ class Vision(Trunk):
             if routing is not None:
                 routings.append(routing)
         rows = torch.split(self.norm(widen(x_1RM))[0], [shape.rows for shape in shapes])
-        return Features([x_RM.view(*shape, self.spec.d_model) for x_RM, shape in zip(rows, shapes, strict=True)], routings)
+        return Features(
+            [x_RM.view(*shape, self.spec.d_model) for x_RM, shape in zip(rows, shapes, strict=True)], routings
+        )

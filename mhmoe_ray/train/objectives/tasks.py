@@ -96,7 +96,7 @@ class Tasks(PartObjective[VisionBatch]):
             step: number of steps done.
         """
         rule = self.adaptive
-        if rule is None or step % rule.spec.every:
+        if rule is None or step % rule.spec.interval:
             return []
         with torch.no_grad():
             losses = {

@@ -10,7 +10,7 @@ from tests.ranks import run_ranks
 from tests.train.jobs import build_trainer, full_gradients, full_tensors
 from tests.visions import micro_batch_samples, task_samples, vision_spec
 
-ADAPTIVE = {"largest": 3, "every": 1, "patience": 1, "batches": 2}
+ADAPTIVE = {"largest": 3, "interval": 1, "patience": 1, "batches": 2}
 
 
 def rank_batches(spec, trainer, step):

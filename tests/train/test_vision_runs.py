@@ -1,0 +1,185 @@
+"""Tests of runs that train a vision model: samples on any number of workers and after a kill, evaluation, routing."""
+
+import copy
+
+import pytest
+import yaml
+
+from mhmoe_ray.checkpoint.manifest import committed_checkpoints, read_manifest
+from mhmoe_ray.runs import events, history, metrics
+from tests.cli.run import mhmoe
+from tests.data.scenes import write_class_folders, write_coco_folder
+from tests.faults import harness
+from tests.visions import VISION
+from tests.watch import newest_run, start_events, wait_for_end
+
+pytestmark = pytest.mark.long
+STEPS = 8
+ADAPTIVE = {"largest": 3, "interval": 2, "patience": 1, "batches": 2, "first_loss": 1e-6, "first_step": 0}
+"""No loss is below the first loss, so each task raises its number of experts at the first validation, and takes it back
+at the second one."""
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory, local_cluster):
+    """Return a project folder with images, whose first run prepares the data for all others."""
+    folder = tmp_path_factory.mktemp("vision")
+    write_class_folders(folder / "raw" / "classes", 60)
+    write_coco_folder(folder / "raw" / "scenes", 50)
+    write_class_folders(folder / "raw" / "test-classes", 12)
+    write_coco_folder(folder / "raw" / "test-scenes", 10)
+    return folder
+
+
+def write_spec(folder, workers, **sections):
+    tree = copy.deepcopy(VISION)
+    tree["storage"] = "runs"
+    tree["model"]["vision"]["adaptive"] = ADAPTIVE
+    tree["model"]["moe"] |= {"noise": 1.0, "balance": "importance_load"}
+    tree["data"] |= {"prepared": "prepared", "validation_fraction": 0.2}
+    tree["data"]["sources"]["drawings"]["path"] = "raw/classes"
+    tree["data"]["sources"]["scenes"]["path"] = "raw/scenes/annotations/instances_*.json"
+    tree["train"] |= {"steps": STEPS, "validate_every": 4, "checkpoint_every": 2}
+    tree["cluster"] = {"workers": workers, "ep": min(2, workers)}
+    for name, section in sections.items():
+        tree[name] |= section
+    (folder / "spec.yaml").write_text(yaml.safe_dump(tree, sort_keys=False))
+
+
+def train(folder, workers):
+    """Train a run on some number of workers to its end, and return it."""
+    write_spec(folder, workers)
+    result = mhmoe(folder, "submit", "spec.yaml")
+    assert result.code == 0, result.err
+    return newest_run(folder)
+
+
+@pytest.fixture(scope="module")
+def runs(project):
+    """Return a finished run of one worker and one of two."""
+    return {workers: train(project, workers) for workers in (1, 2)}
+
+
+def streams(run):
+    return [line[metrics.STREAM] for line in history.read(run)]
+
+
+def test_crops_classes_and_objects_are_the_same_on_any_number_of_workers(runs):
+    expected = streams(runs[1])
+    assert len(set(expected)) == STEPS
+    assert streams(runs[2]) == expected
+
+
+def test_losses_are_the_same_on_any_number_of_workers(runs):
+    lines = {workers: history.read(run) for workers, run in runs.items()}
+    for line, expected in zip(lines[2], lines[1], strict=True):
+        assert line[metrics.PART_LOSS] == pytest.approx(expected[metrics.PART_LOSS], rel=5e-3, abs=1e-4)
+    last_line = lines[1][-1]
+    assert last_line[metrics.TASK_TOP_K] == {"classify": 2, "detect": 2}
+    adapted = [(e["step"], e["task"], e["top_k"]) for e in events.read(runs[1]) if e["event"] == "adapted"]
+    assert adapted == [(2, "classify", 3), (2, "detect", 3), (4, "classify", 2), (4, "detect", 2)]
+
+
+def test_a_killed_run_ends_as_an_undisturbed_one(project, runs):
+    write_spec(project, 2)
+    run = harness.submit(project)
+    [worker, _] = harness.workers_of_start(run, 1)
+    assert harness.kill(worker["pid"])
+    wait_for_end(run)
+    assert len(start_events(run)) == 2
+    assert streams(run) == streams(runs[2])
+    killed, undisturbed = (read_manifest(committed_checkpoints(r)[-1]) for r in (run, runs[2]))
+    assert killed.files == undisturbed.files
+    assert killed.objective == undisturbed.objective is not None
+
+
+def test_a_vision_model_is_evaluated_on_held_out_images_and_on_others(project, runs):
+    run = runs[2]
+    held_out = mhmoe(project, "eval", run.id, "--json").json()["vision"]
+    validation = history.read(run)[-1][metrics.VAL_PART_LOSS]
+    assert held_out["losses"].keys() == validation.keys()
+    assert held_out["losses"]["classify"] == pytest.approx(validation["classify"], rel=1e-4)
+    [accuracy] = held_out["classes"].values()
+    assert 0 <= accuracy["top_1"] <= accuracy["top_5"] == 1
+    # The colours are easy for the nearest training image.
+    assert accuracy["baseline"] > 0.9
+    text = ["--text", "raw/test-classes", "--text", "raw/test-scenes/annotations/*.json"]
+    keys = {"test-classes": ("images", "[image,class]"), "annotations": ("coco", "[image,objects]")}
+    for name, (format_name, columns) in keys.items():
+        text += [
+            "--set",
+            f"data.sources.{name}.format={format_name}",
+            "--set",
+            f"data.sources.{name}.columns={columns}",
+        ]
+    result = mhmoe(project, "eval", run.id, *text)
+    assert result.code == 0, result.err
+    assert "any class AP50" in result.out
+    other_figures = mhmoe(project, "eval", run.id, *text, "--json").json()["vision"]
+    assert (other_figures["classes"]["classify"]["images"], other_figures["objects"]["detect"]["objects"]) == (12, 10)
+    # The evaluation has counted the routes, too, of each task.
+    routing = mhmoe(project, "routing", run.id, "--json").json()
+    assert routing["domains"].keys() == {"classify images", "detect images"}
+    assert routing["domains"]["detect images"]["tokens"] % 64 == 0
+
+
+def test_plan_status_and_data_describe_a_vision_model(project, runs):
+    write_spec(project, 2)
+    plan = mhmoe(project, "plan", "spec.yaml").out
+    assert "objects of 3 classes" in plan
+    assert "a router for each task, which chooses up to 3 experts" in plan
+    status = mhmoe(project, "status", runs[2].id)
+    assert status.code == 0, status.err
+    assert "detect_masks" in status.out
+    assert "perplexity" not in status.out
+    prepared = mhmoe(project, "data", "prepare", "spec.yaml")
+    assert "held-out images" in prepared.out, prepared.err
+
+
+def prepare_fails(project, error):
+    """Check that a preparation of the spec ends with an error in one line."""
+    result = mhmoe(project, "data", "prepare", "spec.yaml")
+    assert result.code != 0
+    assert error in result.err.splitlines()[-1]
+    assert "Traceback" not in result.err
+
+
+def test_more_classes_than_outputs_end_a_preparation(project):
+    tasks = copy.deepcopy(VISION["model"]["vision"]["tasks"])
+    tasks["classify"]["classes"] = 2
+    write_spec(project, 1, model={"vision": {**VISION["model"]["vision"], "tasks": tasks}}, data={"prepared": "few"})
+    prepare_fails(project, "raise model.vision.tasks.classify.classes to 3")
+
+
+def test_a_broken_object_ends_a_preparation_with_its_id(project):
+    write_coco_folder(project / "raw" / "broken", 10)
+    path = project / "raw" / "broken" / "annotations" / "instances_train.json"
+    path.write_text(path.read_text().replace('"bbox": [', '"bbox": ["wide", ', 1))
+    sources = copy.deepcopy(VISION["data"]["sources"])
+    sources["drawings"]["path"], sources["scenes"]["path"] = "raw/classes", str(path)
+    write_spec(project, 1, data={"prepared": "broken", "sources": sources})
+    prepare_fails(project, "annotation 1: ")
+
+
+TEXT_WITHOUT_CLASSES = ["--text", "raw/test-classes", "--set", "data.sources.test-classes.format=images"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        (["generate", "{run}", "--prompt", "a"], "it is a vision model"),
+        (["ckpt", "export", "{run}", "--to", "exported"], "a vision model"),
+        (["eval", "{run}", "--tasks", "english"], "lm-eval's tasks are for decoders"),
+        (
+            ["eval", "{run}", "--text", "raw/test-classes", "--set", "data.sources.test-classes.format=images"],
+            "no task",
+        ),
+    ],
+    ids=["generate", "export", "tasks", "text"],
+)
+def test_what_only_other_models_do_is_refused_in_one_line(project, runs, arguments, error):
+    words = [word.format(run=runs[2].id) for word in arguments]
+    result = mhmoe(project, *words)
+    assert result.code != 0
+    assert error in result.err.splitlines()[-1]
+    assert "Traceback" not in result.err
