@@ -261,7 +261,8 @@ def _missing_resources(state: str, run_events: RunEvents) -> str | None:
 
 
 def _with_perplexity(line: dict[str, Any] | None, spec: RunSpec | None) -> dict[str, Any] | None:
-    """Return the line of a validation with its perplexity, which is None for the loss of an encoder or a vision model."""
+    """Return the line of a validation with its perplexity, which is None for the loss of an encoder or a vision
+    model."""
     if line is None:
         return None
     is_summed = spec is not None and spec.model.kind != "decoder"
