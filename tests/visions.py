@@ -5,10 +5,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from mhmoe_ray.data.vision_batches import task_batch
 from mhmoe_ray.data.vision_samples import ImageObjects, TaskSamples, VisionSamples
 from mhmoe_ray.model.vision import VisionBatch
 from mhmoe_ray.spec import MicroBatchPart, RunSpec
-from mhmoe_ray.train.objectives.tasks import task_batch
 from tests.specs import with_changes
 
 VISION: dict[str, Any] = {

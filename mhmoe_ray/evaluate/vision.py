@@ -24,6 +24,7 @@ from mhmoe_ray.data.shards.manifest import (
 )
 from mhmoe_ray.data.shards.rows import ANNOTATION, IMAGE, RowReader
 from mhmoe_ray.data.sources import Document, FileReader, find_files
+from mhmoe_ray.data.vision_batches import task_batch
 from mhmoe_ray.data.vision_samples import AnnotatedImages, Fit, TaskSamples, held_out_images, task_makers
 from mhmoe_ray.errors import DataError, RunError
 from mhmoe_ray.evaluate.measure import RouteCounter
@@ -35,7 +36,6 @@ from mhmoe_ray.model.vision import TaskBatch, Vision
 from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.spec import DataSpec, MicroBatchPart, RunSpec
 from mhmoe_ray.storage import Location
-from mhmoe_ray.train.objectives.tasks import task_batch
 
 Progress = Callable[[str, int, int], None]
 """Function that reports progress: the name of what is evaluated, and the numbers of finished and of all samples."""

@@ -6,6 +6,7 @@ import torch
 import torchvision.models.detection.roi_heads as roi_heads
 from torch import nn
 
+from mhmoe_ray.data.vision_batches import task_batch
 from mhmoe_ray.data.vision_samples import TaskSamples
 from mhmoe_ray.model.build import build_model
 from mhmoe_ray.model.init import init_weights
@@ -13,7 +14,6 @@ from mhmoe_ray.model.noise import Noise, default_generator_from, seeded_generato
 from mhmoe_ray.model.vision import Vision
 from mhmoe_ray.model.vision.detector import Detector
 from mhmoe_ray.model.vision.pyramid import Pyramid
-from mhmoe_ray.train.objectives.tasks import task_batch
 from tests.visions import VISION, image_objects, task_samples, vision_batch, vision_spec
 
 

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from mhmoe_ray.data.vision_batches import task_batch
 from mhmoe_ray.data.vision_samples import TaskSamples, VisionSamples, samples_in_row
-from mhmoe_ray.model.transfer import copy_to_device
-from mhmoe_ray.model.vision import Objects, TaskBatch, Vision, VisionBatch
+from mhmoe_ray.model.vision import Vision, VisionBatch
 from mhmoe_ray.spec import MicroBatchPart
 from mhmoe_ray.train.adaptive import AdaptiveTopK, TopKChange
 from mhmoe_ray.train.objectives.base import Environment
@@ -21,18 +21,6 @@ from mhmoe_ray.train.objectives.parts import PartObjective
 
 if TYPE_CHECKING:
     from mhmoe_ray.data.shards.manifest import DataManifest
-
-
-def task_batch(samples: TaskSamples, device: torch.device) -> TaskBatch:
-    """Return samples of a task on a device."""
-    image_NYXC = copy_to_device(samples.images, device)
-    if samples.classes is not None:
-        return TaskBatch(image_NYXC, copy_to_device(samples.classes, device))
-    objects = [
-        Objects(*(copy_to_device(array, device) for array in (boxes, classes, masks.astype(np.uint8))))
-        for boxes, classes, masks in samples.objects
-    ]
-    return TaskBatch(image_NYXC, None, objects)
 
 
 class Tasks(PartObjective[VisionBatch]):
