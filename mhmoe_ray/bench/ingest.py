@@ -1,7 +1,7 @@
 """Preparation of text as shards, and streaming of micro-batches, by several packages in interleaved rounds.
 
 Our preparation is compared with Hugging Face's datasets, and our stream with MosaicML's streaming, if they are
-installed. The stream of an encoder is compared with a bare pool of processes that decode and crop the same images. Each
+installed. The stream of a model with images is compared with a bare pool of processes that decode and crop the same images. Each
 measurement runs in a process and a folder of its own.
 """
 
@@ -31,6 +31,7 @@ from mhmoe_ray.data.shards.manifest import require_data_manifest
 from mhmoe_ray.data.sources import find_files
 from mhmoe_ray.data.stream import training_stream
 from mhmoe_ray.data.tokenizer import boundaries, document_encoder
+from mhmoe_ray.data.vision_samples import VisionSamples, VisionTrainingSamples
 from mhmoe_ray.spec import RunSpec
 
 
@@ -72,8 +73,8 @@ def stream_with_mhmoe(spec: RunSpec, folder: Path, processes: int) -> dict[str, 
     stream.context.execution_options = ray.data.ExecutionOptions(preserve_order=True)
     [split] = stream.streaming_split(1, equal=True)
     b, batch_count, start_time = spec.train.micro_batch_size, spec.train.steps * spec.train.micro_batches, 0.0
-    # A row of an encoder's stream is a whole micro-batch.
-    rows = b if spec.model.encoder is None else 1
+    # A row of a stream of images is a whole micro-batch.
+    rows = b if spec.model.kind == "decoder" else 1
     for number, batch in enumerate(split.iter_batches(batch_size=rows, batch_format="numpy", prefetch_batches=4)):
         assert np.array_equal(batch["position"], number * b + np.arange(rows)), "the order"
         # The clock starts after the first micro-batch, because the wait for it includes the start of the stream, which
@@ -86,7 +87,7 @@ def stream_with_mhmoe(spec: RunSpec, folder: Path, processes: int) -> dict[str, 
 
 
 def stream_with_pool(spec: RunSpec, folder: Path, processes: int) -> dict[str, Any]:
-    """Make all micro-batches of an encoder's training in a pool of processes, and measure all but the first.
+    """Make all micro-batches of a training with images in a pool of processes, and measure all but the first.
 
     Args:
         spec: the spec of a training whose data are prepared.
@@ -102,8 +103,9 @@ def stream_with_pool(spec: RunSpec, folder: Path, processes: int) -> dict[str, A
     return {"seconds": seconds, "micro_batches": batch_count - 1}
 
 
-def _read_micro_batch(spec: RunSpec, number: int) -> EncoderSamples:
-    return EncoderTrainingSamples.open_cached(spec).read(number)
+def _read_micro_batch(spec: RunSpec, number: int) -> EncoderSamples | VisionSamples:
+    samples = EncoderTrainingSamples if spec.model.kind == "encoder" else VisionTrainingSamples
+    return samples.open_cached(spec).read(number)
 
 
 def prepare_with_datasets(spec: RunSpec, folder: Path, processes: int) -> dict[str, Any]:
@@ -236,8 +238,8 @@ CONTESTANTS = {
     "stream: a bare pool": Contestant("stream", "ray", stream_with_pool),
 }
 OUR_CONTESTANTS = ("prepare: mhmoe", "stream: mhmoe")
-ENCODER_CONTESTANTS = ("stream: mhmoe", "stream: a bare pool")
-"""Contestants for the spec of an encoder."""
+IMAGE_CONTESTANTS = ("stream: mhmoe", "stream: a bare pool")
+"""Contestants for the spec of a model with images."""
 POOL_CHUNK = 4
 """Number of micro-batches that a process of the pool gets at a time."""
 

@@ -101,10 +101,9 @@ def run(
     resolved = read_spec(spec, set_)
     # The preparation of data is not measured, so the data must be prepared already.
     require_prepared_data(resolved)
-    if resolved.model.encoder is not None:
-        raise SpecError(
-            "bench run", "the spec trains an encoder, and the bare loop is for decoders", "name another spec"
-        )
+    if resolved.model.kind != "decoder":
+        reason = f"the spec's model is of kind {resolved.model.kind}, and the bare loop is for decoders"
+        raise SpecError("bench run", reason, "name another spec")
     figures = measure(resolved, threads, rounds, lambda line: note.print(line))
     # The measured seconds do not include the warm-up steps, so rates must not count these steps either.
     steps = resolved.train.steps - WARM_UP_STEPS
@@ -259,25 +258,25 @@ def ingest(
     """Time the preparation of a spec's text, and the stream of its training, each time in new processes.
 
     The spec must name its tokenizer, because training one is not measured. The text is prepared again in a temporary
-    folder; the stream reads the spec's own prepared data, for all of its train.steps. For an encoder, its stream is
+    folder; the stream reads the spec's own prepared data, for all of its train.steps. For models with images, the stream is
     compared with a bare pool of processes that decode and crop the same images. With --json the table goes to stderr.
     """
-    from mhmoe_ray.bench.ingest import CONTESTANTS, ENCODER_CONTESTANTS, OUR_CONTESTANTS, run_contest
+    from mhmoe_ray.bench.ingest import CONTESTANTS, IMAGE_CONTESTANTS, OUR_CONTESTANTS, run_contest
     from mhmoe_ray.bench.timing import installed_contestants
     from mhmoe_ray.data.shards.manifest import require_prepared_data
     from mhmoe_ray.errors import SpecError
 
     resolved = read_spec(spec, set_)
-    is_encoder = resolved.model.encoder is not None
-    if resolved.data.tokenizer is None and not is_encoder:
+    has_images = resolved.model.kind != "decoder"
+    if resolved.data.tokenizer is None and not has_images:
         fix = "prepare it, set data.tokenizer to the tokenizer.json in there and data.prepared to another folder"
         raise SpecError("bench ingest", "the spec has no data.tokenizer", fix)
     # The stream is timed on the spec's own prepared data, so this data must exist.
     require_prepared_data(resolved)
-    if is_encoder:
-        names = list(ENCODER_CONTESTANTS)
+    if has_images:
+        names = list(IMAGE_CONTESTANTS)
     elif peers:
-        packages = {name: c.package for name, c in CONTESTANTS.items() if name not in ENCODER_CONTESTANTS[1:]}
+        packages = {name: c.package for name, c in CONTESTANTS.items() if name not in IMAGE_CONTESTANTS[1:]}
         names = installed_contestants(packages, note.print)
     else:
         names = list(OUR_CONTESTANTS)

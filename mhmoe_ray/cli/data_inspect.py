@@ -282,7 +282,7 @@ def _print_samples(target: InspectTarget, start: int, count: int, json: bool) ->
 
     Raises:
         BadParameter: the target is raw text, which has no packed samples.
-        SpecError: the model is an encoder.
+        SpecError: the model is no decoder.
         DataError: the data is not prepared, or the training has no such positions.
     """
     from mhmoe_ray.checkpoint.start.record import plan_start
@@ -293,10 +293,9 @@ def _print_samples(target: InspectTarget, start: int, count: int, json: bool) ->
         raise typer.BadParameter(
             f"--samples: {target.name} is raw text, which has no packed samples; give a spec with prepared data"
         )
-    if target.spec.model.encoder is not None:
-        raise SpecError(
-            f"spec {target.name}", "--samples shows texts of a decoder, and this is an encoder", "leave it out"
-        )
+    if target.spec.model.kind != "decoder":
+        reason = f"--samples shows texts of a decoder, and this is of kind {target.spec.model.kind}"
+        raise SpecError(f"spec {target.name}", reason, "leave it out")
     record = plan_start(target.spec)
     samples = decode_samples(target.spec, start, count, record.samples_before if record else None)
     if json:

@@ -3,12 +3,14 @@ images and tokens of texts; or for each task of a vision model (AdaMV-MoE, ICCV 
 
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from mhmoe_ray.model.router import BaseScores, RoutedLogits, Router, Scores, TopK, build_scores
 from mhmoe_ray.spec import MoESpec
+from mhmoe_ray.spec.vision import module_key
 
 
 class ModalityRouter(Router):
@@ -40,6 +42,7 @@ class TaskRouter(Router):
             tasks: names of the tasks, in the order of the groups of rows.
             is_shared: whether all tasks have the same weights.
         """
+        # The constructor of the base class builds the scores, which needs both.
         self._tasks, self._is_shared = tuple(tasks), is_shared
         super().__init__(width, moe)
         self.top_k = [moe.top_k for _ in tasks]
@@ -49,12 +52,12 @@ class TaskRouter(Router):
         if self._is_shared:
             super()._build_scores(width)
         else:
-            self.tasks = nn.ModuleDict({name: build_scores(width, self.moe) for name in self._tasks})
+            self.tasks = nn.ModuleDict({module_key(name): build_scores(width, self.moe) for name in self._tasks})
 
     def _scores_of(self, group_rows: Sequence[int]) -> Scores:
         if self._is_shared:
             return self.scores
-        return _SplitScores([self.tasks[name] for name in self._tasks], group_rows)  # type: ignore[misc]
+        return _SplitScores(cast("list[BaseScores]", [*self.tasks.values()]), group_rows)
 
     def _top_k_of(self, group_rows: Sequence[int], device: torch.device) -> TopK:
         if len(set(self.top_k)) == 1:

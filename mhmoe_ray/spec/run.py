@@ -410,6 +410,13 @@ class RunSpec(Section):
             for name, part in ((name, self.data.parts[name]) for name in tasks or self.data.parts)
         ]
 
+    def image_size_of(self, source: str) -> int:
+        """Return the height and width in pixels in which the model reads the images of a source; 0 if it reads none."""
+        if self.model.vision is not None:
+            sizes = [self.model.vision.tasks[part.name].image_size for part in self.parts if source in part.sources]
+            return sizes[0] if sizes else 0
+        return self.model.encoder.image_size if self.model.encoder else 0
+
     @property
     def loss_names(self) -> list[str]:
         """The names of the losses of a run whose micro-batches have parts, in the order of the parts."""

@@ -51,6 +51,11 @@ class DetectorSpec(Section):
 TaskName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
 
 
+def module_key(task: str) -> str:
+    """Return the name of the modules of a task. Names of tasks themselves may be those of torch's own methods."""
+    return f"task_{task}"
+
+
 class TaskSpec(Section):
     """Task of a vision model: to classify images, or with a detector to find objects in them."""
 

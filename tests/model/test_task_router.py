@@ -27,7 +27,7 @@ def rows(seed=0):
 def router_of(router, task):
     """Return a plain router with the weights of one task."""
     plain = Router(8, router.moe).double()
-    source = router.scores if hasattr(router, "scores") else router.tasks[task]
+    source = router.scores if hasattr(router, "scores") else router.tasks[f"task_{task}"]
     plain.scores.load_state_dict(source.state_dict())
     return plain
 

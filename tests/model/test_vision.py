@@ -43,11 +43,11 @@ def test_a_task_has_a_router_of_its_own_and_shares_the_experts():
     spec = vision_spec()
     model = built_model(spec)
     names = {name for name, _ in model.named_parameters()}
-    assert {f"blocks.1.moe.router.tasks.{task}.weight_ED" for task in ("classify", "detect")} <= names
+    assert {f"blocks.1.moe.router.tasks.task_{task}.weight_ED" for task in ("classify", "detect")} <= names
     batch = vision_batch(spec)
     losses = [loss.value_I for loss in model(batch).losses]
     with torch.no_grad():
-        model.blocks[1].moe.router.tasks["detect"].weight_ED.neg_()
+        model.blocks[1].moe.router.tasks["task_detect"].weight_ED.neg_()
     changed_losses = [loss.value_I for loss in model(batch).losses]
     torch.testing.assert_close(losses[0], changed_losses[0])
     assert not torch.allclose(losses[1], changed_losses[1])
@@ -76,7 +76,7 @@ def test_losses_of_an_image_are_those_of_torchvision():
         model__vision__tasks__detect__detector__box_samples=8,
     )
     model = built_model(spec)
-    detector = model.outputs["detect"]
+    detector = model.outputs["task_detect"]
     assert isinstance(detector, Detector)
     part = spec.parts[1]._replace(samples=1)
     batch = task_batch(task_samples(spec, part, 3), torch.device("cpu"))
@@ -141,7 +141,7 @@ def test_anchors_are_centred_on_the_cells_of_each_map():
         model__vision__tasks__detect__detector__anchor_sizes=[2.0],
         model__vision__tasks__detect__detector__anchor_ratios=[1.0],
     )
-    detector = built_model(spec).outputs["detect"]
+    detector = built_model(spec).outputs["task_detect"]
     maps = [torch.zeros(1, 16, 16, 16), torch.zeros(1, 16, 8, 8)]
     [anchors] = detector._anchors_of(maps)
     sides = anchors[:, 2:] - anchors[:, :2]

@@ -196,10 +196,10 @@ def _find_small_domains(inputs: LintInput) -> Iterator[Problem]:
 
 
 def _has_whole_documents(inputs: LintInput) -> bool:
-    """Return whether one training document is enough for a sample: with best fit or for an encoder, padding fills it
-    up."""
-    is_encoder = inputs.spec is not None and inputs.spec.model.encoder is not None
-    return is_encoder or inputs.data_spec.packing == "best_fit"
+    """Return whether one training document is enough for a sample: with best fit, padding fills it up, and samples with
+    images have a document each."""
+    has_images = inputs.spec is not None and inputs.spec.model.kind != "decoder"
+    return has_images or inputs.data_spec.packing == "best_fit"
 
 
 def _fills_sample(name: str, domain: DomainSurvey, inputs: LintInput) -> bool:
@@ -275,17 +275,16 @@ def _find_poor_tokenization(inputs: LintInput) -> Iterator[Problem]:
 
 def _find_unsuitable_images(inputs: LintInput) -> Iterator[Problem]:
     """Yield a warning for each domain with many images that are smaller than the model's, or long and narrow."""
-    encoder = inputs.spec.model.encoder if inputs.spec else None
     for name, domain in inputs.survey.domains.items():
         figures = domain.all_figures.images
         max_count = MAX_IMAGE_SHARE * figures.images
-        size = encoder.image_size if encoder else 0
+        size = inputs.spec.image_size_of(source_of(name)) if inputs.spec else 0
         # Bins of sides are a sixteenth of a side wide, so images that are a little too small do not count.
         small = sum(count for side, count in figures.sides.items() if side < histogram_bin(size))
         if small > max_count:
-            message = f"over {MAX_IMAGE_SHARE:.0%} of its images are smaller than model.encoder.image_size"
+            message = f"over {MAX_IMAGE_SHARE:.0%} of its images are smaller than the model reads them"
             examples = [(name, f"{small / figures.images:.0%} have a side below {size:,} pixels")]
-            fix = "use larger images, or lower model.encoder.image_size"
+            fix = "use larger images, or lower image_size in the model section"
             yield Problem("small-images", False, name, message, fix, small, examples)
         if figures.extreme > max_count:
             message = (

@@ -62,13 +62,12 @@ class Proposals(NamedTuple):
 class Detector(nn.Module):
     """Detector on the map of a vision transformer."""
 
-    def __init__(self, d_model: int, task: TaskSpec, norm_eps: float) -> None:
+    def __init__(self, d_model: int, task: TaskSpec) -> None:
         """Create the detector with uninitialized weights.
 
         Args:
             d_model: number of channels of the map.
             task: the task, which must have a detector.
-            norm_eps: epsilon of norms.
         """
         # The package is an extra, which other models do not need.
         from torchvision.models.detection.anchor_utils import AnchorGenerator

@@ -26,6 +26,7 @@ from mhmoe_ray.model.router import Routing
 from mhmoe_ray.model.trunk import Trunk, TrunkBlock, add_residual, recompute_in_backward
 from mhmoe_ray.model.vision.detector import Detection, Detector, Objects
 from mhmoe_ray.spec import ModelSpec, TaskSpec
+from mhmoe_ray.spec.vision import module_key
 
 
 class TaskBatch(NamedTuple):
@@ -155,12 +156,12 @@ class Vision(Trunk):
         vision, d = spec.vision, spec.d_model
         assert vision is not None
         self.tasks = vision.tasks
-        self.inputs = nn.ModuleDict({name: TaskInput(spec, task) for name, task in self.tasks.items()})
+        self.inputs = nn.ModuleDict({module_key(name): TaskInput(spec, task) for name, task in self.tasks.items()})
         self.blocks = nn.ModuleList(VisionBlock(spec, i, expert_ids) for i in range(spec.layers))
         self.norm = modules_of(spec).norm(spec)
         self.outputs = nn.ModuleDict(
             {
-                name: nn.Linear(d, task.classes) if task.detector is None else Detector(d, task, spec.norm_eps)
+                module_key(name): nn.Linear(d, task.classes) if task.detector is None else Detector(d, task)
                 for name, task in self.tasks.items()
             }
         )
@@ -206,7 +207,7 @@ class Vision(Trunk):
         """Return the value of each loss of a task for each of its images."""
         if self.tasks[name].detector is not None:
             with torch.autocast(patch_NPM.device.type, enabled=False):
-                detector = cast("Detector", self.outputs[name])
+                detector = cast("Detector", self.outputs[module_key(name)])
                 return detector.losses(self._maps(patch_NPM), batch.objects, generator)
         assert batch.class_N is not None
         logits_NC = self.class_logits(name, patch_NPM)
@@ -215,13 +216,13 @@ class Vision(Trunk):
 
     def class_logits(self, name: str, patch_NPM: Tensor) -> Tensor:
         """Return the logits of the classes of images, (N, classes) float32, from the patches of a task."""
-        logits_NC: Tensor = self.outputs[name](patch_NPM.mean(1))
+        logits_NC: Tensor = self.outputs[module_key(name)](patch_NPM.mean(1))
         return logits_NC.float()
 
     def detect(self, name: str, patch_NPM: Tensor) -> list[Detection]:
         """Return the objects in images, from the patches of a task of detection."""
         with torch.autocast(patch_NPM.device.type, enabled=False):
-            return cast("Detector", self.outputs[name]).detect(self._maps(patch_NPM))
+            return cast("Detector", self.outputs[module_key(name)]).detect(self._maps(patch_NPM))
 
     @staticmethod
     def _maps(patch_NPM: Tensor) -> Tensor:
