@@ -1,8 +1,8 @@
 """Preparation of text as shards, and streaming of micro-batches, by several packages in interleaved rounds.
 
 Our preparation is compared with Hugging Face's datasets, and our stream with MosaicML's streaming, if they are
-installed. The stream of a model with images is compared with a bare pool of processes that decode and crop the same images. Each
-measurement runs in a process and a folder of its own.
+installed. The stream of a model with images is compared with a bare pool of processes that decode and crop the same
+images. Each measurement runs in a process and a folder of its own.
 """
 
 import multiprocessing

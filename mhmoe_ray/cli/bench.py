@@ -258,8 +258,9 @@ def ingest(
     """Time the preparation of a spec's text, and the stream of its training, each time in new processes.
 
     The spec must name its tokenizer, because training one is not measured. The text is prepared again in a temporary
-    folder; the stream reads the spec's own prepared data, for all of its train.steps. For models with images, the stream is
-    compared with a bare pool of processes that decode and crop the same images. With --json the table goes to stderr.
+    folder; the stream reads the spec's own prepared data, for all of its train.steps. For models with images, the
+    stream is compared with a bare pool of processes that decode and crop the same images. With --json the table goes to
+    stderr.
     """
     from mhmoe_ray.bench.ingest import CONTESTANTS, IMAGE_CONTESTANTS, OUR_CONTESTANTS, run_contest
     from mhmoe_ray.bench.timing import installed_contestants
