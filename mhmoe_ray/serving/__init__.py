@@ -7,6 +7,7 @@ answer.py          text in, text out: turns a prompt into pieces of the answer's
 detokenizer.py     turns tokens into streamed text, of which no piece is ever retracted
 engine/            token ids in, token ids out, for many requests at once
 vllm/              vLLM as an engine
+images.py          decodes images of requests
 encoder/           vectors of images and texts, and captions of images
 batch/             answers all rows of a file, by a Ray Data job
 load.py            loads a checkpoint with its engine and tokenizer; has the engines by name

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from mhmoe_ray.checkpoint.manifest import CheckpointManifest, checkpoint_name, commit, read_manifest
+from mhmoe_ray.data.crops import crop_pixels
 from mhmoe_ray.data.encoder_batches import BatchMaker
 from mhmoe_ray.data.encoder_samples import SampleMaker
 from mhmoe_ray.errors import ServeError
@@ -25,9 +26,9 @@ from mhmoe_ray.model.init import init_weights
 from mhmoe_ray.runs.directory import create_run
 from mhmoe_ray.serving.api.app import create_app
 from mhmoe_ray.serving.encoder.engine import EncoderEngine
-from mhmoe_ray.serving.encoder.images import read_image
 from mhmoe_ray.serving.encoder.request import EncodeRequest
 from mhmoe_ray.serving.engine import BusyError, EngineError
+from mhmoe_ray.serving.images import read_image_url
 from mhmoe_ray.serving.load import check_served, load_served
 from mhmoe_ray.spec import ServeSpec
 from mhmoe_ray.storage import describe_file
@@ -167,7 +168,7 @@ def chat_messages(image_url):
 
 def test_a_conversation_with_an_image_is_answered_by_its_caption(client, encoder, answerer):
     _, model = encoder
-    images = torch.from_numpy(np.stack([read_image(image_url, 16) for image_url in URLS]))
+    images = torch.from_numpy(np.stack([crop_pixels(read_image_url(image_url), 16) for image_url in URLS]))
     start_token = answerer.start_token
     captions = write_captions(model, images, start_token, SEQ_LEN - 1)
     assert len({tuple(caption) for caption in captions}) > 1
@@ -280,7 +281,7 @@ def test_requests_take_turns_in_passes_of_bounded_size(encoder):
     text, finished = EncodeRequest(token_ids=(0, 5, 6)), []
 
     async def ask(name, count):
-        await engine.encode([text] * count)
+        await engine.answer([text] * count)
         finished.append(name)
 
     async def ask_both():
@@ -305,7 +306,7 @@ def test_inputs_of_a_client_that_has_gone_away_are_not_computed(encoder):
     async def leave():
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(0.05):
-                await engine.encode([EncodeRequest(token_ids=(0, 5, 6))] * 100_000)
+                await engine.answer([EncodeRequest(token_ids=(0, 5, 6))] * 100_000)
 
     asyncio.run(leave())
     stats = engine.stats()
@@ -324,7 +325,7 @@ def test_a_full_engine_refuses_requests_and_a_closed_one_fails_them(encoder):
         pass
     engine.close()
     with pytest.raises(EngineError, match="it was closed"):
-        asyncio.run(engine.encode([EncodeRequest(token_ids=(0, 5, 6))]))
+        asyncio.run(engine.answer([EncodeRequest(token_ids=(0, 5, 6))]))
     with pytest.raises(EngineError, match="it was closed"), engine.admission():
         pass
 
@@ -334,7 +335,7 @@ def test_an_error_of_the_model_breaks_the_engine(encoder):
     model = build_model(run.spec().model).eval()
     engine = EncoderEngine(model, SEQ_LEN, 0, ServeSpec())
     with pytest.raises(EngineError, match="IndexError"):
-        asyncio.run(engine.encode([EncodeRequest(token_ids=(0, 999_999))]))
+        asyncio.run(engine.answer([EncodeRequest(token_ids=(0, 999_999))]))
     assert "IndexError" in engine.failure_reason
     engine.close()
 

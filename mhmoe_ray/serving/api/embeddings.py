@@ -35,9 +35,9 @@ from mhmoe_ray.serving.api.schema import (
 from mhmoe_ray.serving.api.service import ModelService
 from mhmoe_ray.serving.api.stream import timeout_error
 from mhmoe_ray.serving.encoder.answer import EncoderAnswerer
-from mhmoe_ray.serving.encoder.images import RefusedImageError
 from mhmoe_ray.serving.encoder.request import EncodeRequest, Encoding
 from mhmoe_ray.serving.engine import FinishReason
+from mhmoe_ray.serving.images import RefusedImageError
 
 MAX_DOCUMENTS = 2048
 """Largest number of documents of a request to /rerank."""
@@ -306,7 +306,7 @@ async def _answer(
         async with asyncio.timeout(service.spec.request_timeout):
             with service.answerer.engine.admission():
                 requests = [await reader() for reader in readers]
-                encodings = await service.answerer.engine.encode(requests)
+                encodings = await service.answerer.engine.answer(requests)
     except TimeoutError as e:
         raise timeout_error(service.spec.request_timeout) from e
     except RefusedImageError as e:

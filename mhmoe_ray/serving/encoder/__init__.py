@@ -1,6 +1,5 @@
 """Serving of encoders: vectors of images and texts, and captions of images.
 
-images.py   reads images of requests, which are data URLs
 request.py  requests to the engine, and its answers
 engine.py   computes inputs of all requests together, in one forward pass
 answer.py   images and texts in, vectors and captions out

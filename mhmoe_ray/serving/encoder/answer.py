@@ -2,24 +2,21 @@
 
 import asyncio
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
+import numpy as np
 from tokenizers import Tokenizer
 
+from mhmoe_ray.data.crops import crop_pixels
 from mhmoe_ray.data.tokenizer import DocumentEncoder
 from mhmoe_ray.errors import ServeError
 from mhmoe_ray.serving.answer import ModelDetails, ServedText
-from mhmoe_ray.serving.encoder.images import is_image_url, read_image
 from mhmoe_ray.serving.encoder.request import EncodeRequest
+from mhmoe_ray.serving.images import ImageThread, is_image_url, read_image_url
 from mhmoe_ray.spec import EncoderSpec
 
 if TYPE_CHECKING:
     from mhmoe_ray.serving.encoder.engine import EncoderEngine
-
-# Pillow's warnings are silenced by a context that is not safe with several threads.
-DECODED_IMAGES = 1
-"""Number of images that a replica decodes at a time."""
 
 
 class EncoderAnswerer(ServedText):
@@ -51,24 +48,26 @@ class EncoderAnswerer(ServedText):
         self.encoder, self.writes_captions, self.names = encoder, writes_captions, list(names)
         # Like the texts of the training, a text has no special tokens but the first one.
         self._document_encoder = DocumentEncoder(tokenizer)
-        self._image_pool = ThreadPoolExecutor(DECODED_IMAGES, thread_name_prefix="images")
+        self._image_thread = ImageThread()
 
     @property
     def has_vectors(self) -> bool:
         """True if the model has a head for matching, and so vectors of images and texts."""
         return self.encoder.d_match is not None
 
-    # Threads decode images and texts, because large ones take a while and other requests must go on meanwhile. Few
-    # images are decoded at a time, because a large one takes hundreds of megabytes.
+    # Threads decode images and texts, because large ones take a while and other requests must go on meanwhile.
     async def read_image(self, url: str, *, is_caption: bool = False) -> EncodeRequest:
         """Return the request for the vector or the caption of the image in a data URL.
 
         Raises:
             RefusedImageError: the image cannot be used.
         """
-        loop = asyncio.get_running_loop()
-        image = await loop.run_in_executor(self._image_pool, read_image, url, self.encoder.image_size)
+        image = await self._image_thread.run(self._read_pixels, url)
         return EncodeRequest(image=image, is_caption=is_caption)
+
+    def _read_pixels(self, url: str) -> np.ndarray:
+        """Return the image in a data URL as the model reads it: the largest square at its centre."""
+        return crop_pixels(read_image_url(url), self.encoder.image_size)
 
     async def read_text(self, text: str) -> EncodeRequest:
         """Return the request for the vector of a text.

@@ -1,7 +1,9 @@
 """Engines: token ids in, token ids out, for many requests at once.
 
 request.py        requests, updates, sampling parameters and statistics; the interface of all engines
-threaded.py       base class of the engines: a thread that computes round after round
+background.py     base class of all engines: a thread, its lock, its failure and its end
+threaded.py       base class of engines of decoders: updates of answers, round after round
+round_engine.py   base class of engines of encoders and vision models: one answer to each input
 torch_engine.py   this project's own engine: each round is one step of the model
 packed_model.py   its model with matrices packed for inference on a CPU
 scheduler.py      continuous batching: chooses the tokens that the next step computes

@@ -2,13 +2,13 @@
 
 import asyncio
 import time
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections import deque
 from collections.abc import AsyncGenerator, Callable
 from copy import deepcopy
-from threading import Condition, Thread
 from typing import Generic, TypeVar
 
+from mhmoe_ray.serving.engine.background import BackgroundEngine
 from mhmoe_ray.serving.engine.request import BusyError, EngineError, Request, Stats, Update
 
 # The rate of answer tokens is a mean over this time, as `Stats.answer_rate` says.
@@ -44,7 +44,7 @@ class RequestState:
 T = TypeVar("T", bound=RequestState)
 
 
-class ThreadedEngine(ABC, Generic[T]):
+class ThreadedEngine(BackgroundEngine, Generic[T]):
     """Base class of an `Engine` that computes in its own thread.
 
     Methods of this class whose names begin with an underscore must be called with the lock `_condition` held. The
@@ -60,17 +60,13 @@ class ThreadedEngine(ABC, Generic[T]):
             max_concurrency: number of requests that are computed at a time.
             max_waiting: number of requests that may wait.
         """
+        super().__init__()
         self._seq_len, self._max_concurrency, self._max_waiting = seq_len, max_concurrency, max_waiting
-        self._condition = Condition()
-        self._stats = Stats()
         # The limit bounds memory while nobody reads statistics. It is far above the number of tokens in ten seconds.
         self._token_times = deque[float](maxlen=1_000_000)
         """Times of the newest tokens, by `time.monotonic`."""
         self._pending_updates: dict[asyncio.AbstractEventLoop, list[tuple[UpdateQueue, Update | Exception]]] = {}
         """Updates of a round by event loop. They are delivered together: waking a loop costs more than a token."""
-        self._failure: Exception | None = None
-        self._is_closed = False
-        self._thread = Thread(target=self._run, name="engine", daemon=True)
 
     @abstractmethod
     def _add_request(self, request: Request, max_new_tokens: int, deliver: Deliver) -> T:
@@ -110,8 +106,7 @@ class ThreadedEngine(ABC, Generic[T]):
 
         max_new_tokens = min(request.sampling_params.max_tokens, self._seq_len - len(request.prompt_ids))
         with self._condition:
-            if self._failure or self._is_closed:
-                raise EngineError(self.failure_reason or "it was closed")
+            self._require_open()
             # Running and waiting requests count together. The choices of one HTTP request arrive at the same time and
             # all wait until the next round, so even an idle engine would refuse some of them if only waiting requests
             # counted.
@@ -145,30 +140,17 @@ class ThreadedEngine(ABC, Generic[T]):
             self._fill_stats(stats)
             return stats
 
-    @property
-    def failure_reason(self) -> str | None:
-        """Exception that broke the engine, as text; None while it works."""
-        return f"{type(self._failure).__name__}: {self._failure}" if self._failure else None
-
-    def close(self) -> None:
-        """Stop the engine and wait for its thread to end; see `Engine.close`."""
-        with self._condition:
-            self._is_closed = True
-            self._condition.notify()
-        self._thread.join()
-
     def _run(self) -> None:
         """Run rounds until the engine is closed or fails, then fail all requests. The thread calls this."""
-        error: Exception = EngineError("it was closed")
         try:
             while self._run_round():
                 self._deliver_updates()
         # Any exception of a round breaks the engine, and its requests must learn that nobody computes them any more.
         except Exception as e:
-            self._failure = error = e
+            self._failure = e
         with self._condition:
             for state in self._all_requests():
-                self._fail_request(state, EngineError(self.failure_reason or str(error)))
+                self._fail_request(state, self._end_error())
         self._deliver_updates()
 
     def _wait_for_work(self) -> None:
