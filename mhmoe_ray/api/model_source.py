@@ -37,7 +37,7 @@ def checkpoint_source(checkpoint: Location, manifest: CheckpointManifest) -> Mod
         manifest: its manifest, whose weights were verified.
 
     Raises:
-        CheckpointError, DataError: the run's tokenizer is missing or damaged.
+        CheckpointError, DataError: the run's tokenizer is missing or damaged, or the model is a vision model.
         ServeError: the run's chat template is invalid.
     """
     run, tokenizer = RunDir.of_checkpoint(checkpoint), load_run_tokenizer(checkpoint, manifest)

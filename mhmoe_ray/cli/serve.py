@@ -76,14 +76,18 @@ def deploy(
     _wait_until_running(service)
     application, run_dir = service.application, RunDir.of_checkpoint(service.checkpoint)
     hint = "ask it" if application.reachable else "ask it on the cluster's machine"
-    encoder = stored_manifest(service.checkpoint).model.encoder
-    if encoder is None:
-        route, command = "completions", curl_command(application.url)
-    elif encoder.d_match is not None:
-        route, command = "embeddings", embeddings_command(application.url)
+    model = stored_manifest(service.checkpoint).model
+    if model.vision is not None:
+        is_classifier = next(iter(model.vision.tasks.values())).detector is None
+        route = "image-classification" if is_classifier else "object-detection"
+        command = image_command(f"{application.url}/{route}")
+    elif model.encoder is None:
+        route, command = "v1/completions", curl_command(application.url)
+    elif model.encoder.d_match is not None:
+        route, command = "v1/embeddings", embeddings_command(application.url)
     else:
-        route, command = "chat/completions", f"curl {application.url}/v1/models"
-    out.print(f"serving {run_dir.id} at {application.url}/v1/{route}; {hint}: {command}", soft_wrap=True)
+        route, command = "v1/chat/completions", f"curl {application.url}/v1/models"
+    out.print(f"serving {run_dir.id} at {application.url}/{route}; {hint}: {command}", soft_wrap=True)
 
 
 @app.command()
@@ -168,6 +172,11 @@ def embeddings_command(url: str) -> str:
     """Return a shell command that asks the server of an encoder at `url` for the vector of a text."""
     body = '{"input": "green apple"}'
     return f"curl {url}/v1/embeddings -H 'Content-Type: application/json' -d '{body}'"
+
+
+def image_command(url: str) -> str:
+    """Return a shell command that sends an image to a route of a vision model."""
+    return f"curl {url} -H 'Content-Type: image/jpeg' --data-binary @image.jpg"
 
 
 def _load_table(replicas: list[dict[str, Any]]) -> Table:

@@ -17,6 +17,7 @@ encoder_batches.py   micro-batches of an encoder: tensors and targets
 annotations.py       classes and objects of images, and how they are stored
 vision_samples.py    samples of a vision model: images with classes or objects, task by task
 vision_batches.py    micro-batches of a vision model: tensors
+stored_pixels.py     boxes and masks of a vision model in the pixels of stored images
 domains.py           names of domains and languages
 stream.py            streams the shards in that order to the workers of a training
 """

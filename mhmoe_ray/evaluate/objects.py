@@ -9,6 +9,7 @@ import numpy as np
 
 from mhmoe_ray.data.annotations import Annotation
 from mhmoe_ray.data.images import image_size
+from mhmoe_ray.data.stored_pixels import stored_boxes, stored_probabilities
 from mhmoe_ray.data.vision_samples import Fit
 from mhmoe_ray.evaluate.score import ObjectPrecision
 from mhmoe_ray.model.vision import Detection
@@ -37,27 +38,18 @@ def stored_detection(detection: Detection, width: int, height: int, fit: Fit) ->
         width, height: size of the stored image.
         fit: place of the image in the square that the model reads.
     """
-    edges = np.array([width, height] * 2)
-    scale = edges / np.array([fit.width, fit.height] * 2)
-    boxes = np.clip(detection.box_O4.double().cpu().numpy() * scale, 0, edges)
+    boxes = stored_boxes(detection.box_O4.cpu().numpy(), width, height, fit)
     masks = [stored_mask(mask.cpu().numpy(), width, height, fit) for mask in detection.mask_OYX]
     return StoredDetection(boxes, detection.class_O.cpu().numpy(), detection.score_O.cpu().numpy(), masks)
 
 
-def scaled_mask(mask: np.ndarray, width: int, height: int, fit: Fit) -> np.ndarray:
-    """Return the mask of an object in a stored image, bool (height, width), from the probabilities of its pixels as the
-    model reads the image."""
-    from PIL import Image
-
-    part = Image.fromarray(mask[: fit.height, : fit.width].astype(np.float32))
-    return np.asarray(part.resize((width, height), Image.Resampling.BILINEAR)) >= MASK_THRESHOLD
-
-
 def stored_mask(mask: np.ndarray, width: int, height: int, fit: Fit) -> bytes:
-    """Return `scaled_mask` as COCO's compressed run lengths."""
+    """Return the mask of an object in a stored image as COCO's compressed run lengths, from the probabilities of its
+    pixels as the model reads the image."""
     from pycocotools import mask as coco_masks
 
-    counts: bytes = coco_masks.encode(np.asfortranarray(scaled_mask(mask, width, height, fit), np.uint8))["counts"]
+    is_object_YX = stored_probabilities(mask, width, height, fit) >= MASK_THRESHOLD
+    counts: bytes = coco_masks.encode(np.asfortranarray(is_object_YX, np.uint8))["counts"]
     return counts
 
 

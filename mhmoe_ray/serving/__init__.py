@@ -9,6 +9,7 @@ engine/            token ids in, token ids out, for many requests at once
 vllm/              vLLM as an engine
 images.py          decodes images of requests
 encoder/           vectors of images and texts, and captions of images
+vision/            classes of images, and objects with boxes and masks
 batch/             answers all rows of a file, by a Ray Data job
 load.py            loads a checkpoint with its engine and tokenizer; has the engines by name
 ray_metrics.py     an engine's statistics as Ray metrics

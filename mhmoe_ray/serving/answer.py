@@ -13,7 +13,7 @@ from mhmoe_ray.errors import ServeError
 from mhmoe_ray.planner.sizes import compute_sizes
 from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.serving.detokenizer import TextDecoder, TextStream, TokenBytes
-from mhmoe_ray.serving.engine import Engine, FinishReason, Request, ScoredToken, ServedEngine
+from mhmoe_ray.serving.engine import Engine, FinishReason, Request, ScoredToken, ServedEngine, TextEngine
 from mhmoe_ray.spec import ModelSpec
 
 
@@ -185,11 +185,21 @@ class PromptEncoder:
         return list(encoding.ids)
 
 
-class ServedText(PromptEncoder):
+class ServedModel:
+    """The engine and facts of a served model."""
+
+    def __init__(self, engine: ServedEngine, details: ModelDetails) -> None:
+        """Combine an engine with facts about its model."""
+        self.engine, self.details = engine, details
+
+
+class ServedText(ServedModel, PromptEncoder):
     """The tokenizer and facts of a served model: text to tokens, and tokens to text."""
 
+    engine: TextEngine
+
     def __init__(
-        self, engine: ServedEngine, tokenizer: Tokenizer, details: ModelDetails, adds_start: bool = True
+        self, engine: TextEngine, tokenizer: Tokenizer, details: ModelDetails, adds_start: bool = True
     ) -> None:
         """Combine an engine with what is needed to turn text into tokens and tokens into text.
 
@@ -199,8 +209,8 @@ class ServedText(PromptEncoder):
             details: facts about the model.
             adds_start: whether a start token precedes a text, as in the model's training.
         """
-        super().__init__(tokenizer, adds_start)
-        self.engine, self.details = engine, details
+        ServedModel.__init__(self, engine, details)
+        PromptEncoder.__init__(self, tokenizer, adds_start)
         self.template: ChatTemplate | None = None
         """The chat template; None if the model has none."""
         self.tokenizer_size = token_count(tokenizer)

@@ -9,6 +9,7 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from mhmoe_ray.checkpoint.manifest import read_manifest
+from mhmoe_ray.checkpoint.run_files import load_run_classes
 from mhmoe_ray.checkpoint.tokenizer import load_run_tokenizer
 from mhmoe_ray.errors import MhmoeError
 from mhmoe_ray.runs.directory import RunDir
@@ -127,8 +128,10 @@ def build(args: Args) -> serve.Application:
         checkpoint = location(args.checkpoint)
         manifest = read_manifest(checkpoint, parts=("weights",))
         check_served(manifest, args.serve, RunDir.of_checkpoint(checkpoint))
-        tokenizer = load_run_tokenizer(checkpoint, manifest)
-        load_chat_template(RunDir.of_checkpoint(checkpoint), tokenizer)
+        if manifest.model.vision is not None:
+            load_run_classes(checkpoint, manifest)
+        else:
+            load_chat_template(RunDir.of_checkpoint(checkpoint), load_run_tokenizer(checkpoint, manifest))
     except MhmoeError as e:
         raise RayServeException(str(e)) from e
     rate_limiter = None

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from tokenizers import Tokenizer
 
 from mhmoe_ray.checkpoint.manifest import CheckpointManifest, read_manifest
+from mhmoe_ray.checkpoint.run_files import load_run_classes
 from mhmoe_ray.checkpoint.tokenizer import load_run_tokenizer
 from mhmoe_ray.data.tokenizer import boundaries, token_count
 from mhmoe_ray.errors import ServeError
@@ -18,15 +19,16 @@ from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.serving.answer import Answerer, ModelDetails, load_chat_template
 from mhmoe_ray.serving.engine import Engine
 from mhmoe_ray.serving.vllm.folder import check_fits
-from mhmoe_ray.spec import EncoderSpec, ModelSpec, ServeSpec
+from mhmoe_ray.spec import EncoderSpec, ModelSpec, ServeSpec, VisionSpec
 from mhmoe_ray.storage import Location
 
 if TYPE_CHECKING:
     from mhmoe_ray.serving.encoder.answer import EncoderAnswerer
+    from mhmoe_ray.serving.vision.answer import VisionAnswerer
 
 
 def check_served(manifest: CheckpointManifest, spec: ServeSpec, run: RunDir) -> None:
-    """Check that a server can answer with a model, which is a decoder or an encoder, without starting the engine.
+    """Check that a server can answer with a model of any kind, without starting the engine.
 
     Args:
         manifest: the checkpoint's manifest.
@@ -34,12 +36,14 @@ def check_served(manifest: CheckpointManifest, spec: ServeSpec, run: RunDir) -> 
         run: the run of the checkpoint.
 
     Raises:
-        ServeError: the engine is not installed, or cannot compute this model.
+        ServeError: the engine or a package is not installed, or the engine cannot compute this model.
     """
-    if manifest.model.encoder is None:
-        check_engine(manifest, spec)
-    else:
+    if manifest.model.vision is not None:
+        check_vision(manifest.model.vision, spec)
+    elif manifest.model.encoder is not None:
         check_encoder(manifest.model.encoder, spec, run)
+    else:
+        check_engine(manifest, spec)
 
 
 def check_engine(manifest: CheckpointManifest, spec: ServeSpec) -> None:
@@ -56,14 +60,28 @@ def check_engine(manifest: CheckpointManifest, spec: ServeSpec) -> None:
 
 def check_encoder(encoder: EncoderSpec, spec: ServeSpec, run: RunDir) -> None:
     """Raise ServeError if an encoder has nothing to answer with, or another engine than torch is asked for."""
-    if spec.engine != "torch":
-        raise ServeError(
-            f"engine {spec.engine}", "it computes decoders, and this is an encoder", "set serve.engine=torch"
-        )
+    _require_torch_engine(spec, "an encoder")
     if encoder.d_match is None and not writes_captions(run):
         reason = "it was trained neither to match images with texts nor to write captions"
         fix = "fine-tune it with a part of objective contrastive or caption (`start.from`)"
         raise ServeError("the model", reason, fix)
+
+
+def check_vision(vision: VisionSpec, spec: ServeSpec) -> None:
+    """Raise ServeError if a package for a vision model is missing, or another engine than torch is asked for."""
+    _require_torch_engine(spec, "a vision model")
+    packages = {"PIL": "pillow"}
+    if any(task.detector is not None for task in vision.tasks.values()):
+        packages["torchvision"] = "torchvision"
+    for module, package in packages.items():
+        if find_spec(module) is None:
+            reason = f"it needs the package {package}, which is missing"
+            raise ServeError("the model", reason, "pip install 'mhmoe-ray[vision]' where replicas run")
+
+
+def _require_torch_engine(spec: ServeSpec, kind: str) -> None:
+    if spec.engine != "torch":
+        raise ServeError(f"engine {spec.engine}", f"it computes decoders, and this is {kind}", "set serve.engine=torch")
 
 
 def writes_captions(run: RunDir) -> bool:
@@ -72,7 +90,10 @@ def writes_captions(run: RunDir) -> bool:
 
 
 def check_generates(model: ModelSpec) -> None:
-    """Raise ServeError if a model cannot generate text: it is an encoder, or needs the domain of the text."""
+    """Raise ServeError if a model cannot generate text: it is no decoder, or needs the domain of the text."""
+    if model.vision is not None:
+        reason = "it is a vision model, which does not predict next tokens"
+        raise ServeError("the model", reason, "ask it for classes and objects with `mhmoe serve deploy`")
     if model.encoder is not None:
         reason = "it is an encoder, which does not predict next tokens"
         raise ServeError("the model", reason, "ask it for vectors and captions with `mhmoe serve deploy`")
@@ -127,21 +148,43 @@ def token_limits(tokenizer: Tokenizer, ends: Iterable[int]) -> tuple[frozenset[i
     return boundaries(tokenizer).ends.union(ends), token_count(tokenizer)
 
 
-def load_served(checkpoint: Location, spec: ServeSpec) -> "Answerer | EncoderAnswerer":
-    """Start the engine for a checkpoint of a decoder or an encoder, and return it with all that answers need.
+def load_served(checkpoint: Location, spec: ServeSpec) -> "Answerer | EncoderAnswerer | VisionAnswerer":
+    """Start the engine for a checkpoint of a model of any kind, and return it with all that answers need.
 
     Args:
         checkpoint: a checkpoint directory inside its run directory.
         spec: engine, precision, and limits on numbers of requests.
 
     Raises:
-        CheckpointError, DataError: the checkpoint or the run's tokenizer is missing or damaged.
+        CheckpointError, DataError: the checkpoint, or the run's tokenizer or list of classes, is missing or damaged.
         ServeError: the engine is not installed, or cannot compute this model, or the run's chat template is invalid.
     """
     manifest = read_manifest(checkpoint, parts=("weights",))
-    if manifest.model.encoder is None:
-        return load_answerer(checkpoint, spec, manifest)
-    return load_encoder(checkpoint, spec, manifest)
+    if manifest.model.vision is not None:
+        return load_vision(checkpoint, spec, manifest)
+    if manifest.model.encoder is not None:
+        return load_encoder(checkpoint, spec, manifest)
+    return load_answerer(checkpoint, spec, manifest)
+
+
+def load_vision(checkpoint: Location, spec: ServeSpec, manifest: CheckpointManifest) -> "VisionAnswerer":
+    """Start the engine for a checkpoint of a vision model; for the arguments and errors see `load_served`."""
+    import torch
+
+    from mhmoe_ray.checkpoint.load import load_verified_vision
+    from mhmoe_ray.serving.vision.answer import VisionAnswerer
+    from mhmoe_ray.serving.vision.engine import VisionEngine
+
+    torch.set_num_threads(1)
+    vision = manifest.model.vision
+    assert vision is not None
+    check_vision(vision, spec)
+    class_names = load_run_classes(checkpoint, manifest)
+    model = load_verified_vision(checkpoint, manifest)
+    if spec.gpus_per_replica:
+        model.to("cuda")
+    details = ModelDetails.from_spec(f"{RunDir.of_checkpoint(checkpoint).id}/{checkpoint.name}", manifest.model)
+    return VisionAnswerer(VisionEngine(model, spec), details, vision, class_names)
 
 
 def load_encoder(checkpoint: Location, spec: ServeSpec, manifest: CheckpointManifest) -> "EncoderAnswerer":

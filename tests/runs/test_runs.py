@@ -5,7 +5,7 @@ import resource
 import pytest
 
 from mhmoe_ray import storage as manifests
-from mhmoe_ray.checkpoint.manifest import CheckpointManifest, commit, newest_checkpoint, read_manifest
+from mhmoe_ray.checkpoint.manifest import newest_checkpoint, read_manifest
 from mhmoe_ray.checkpoint.retention import delete_checkpoint
 from mhmoe_ray.errors import CheckpointError, RunError, SpecError, StorageError
 from mhmoe_ray.evaluate.score import Score
@@ -21,8 +21,9 @@ from mhmoe_ray.runs.directory import (
     read_attempts,
     require_newest_attempt,
 )
-from mhmoe_ray.storage import ObjectPath, describe_file
+from mhmoe_ray.storage import ObjectPath
 from tests.s3 import CREDENTIALS
+from tests.saved import commit_checkpoint
 from tests.specs import tiny_spec
 
 
@@ -36,10 +37,7 @@ def write_checkpoint(run, step, group=1):
     checkpoint = run.checkpoints / f"step_{step:08d}.{group}"
     (checkpoint / "weights").mkdir(parents=True)
     (checkpoint / "weights" / "w.safetensors").write_bytes(b"w" * step)
-    files = {"weights/w.safetensors": describe_file(checkpoint / "weights" / "w.safetensors")}
-    spec = run.spec()
-    fields = {"step": step, "tokens": 1, "position": 1, "seed": 0, "world": 1, "ep": 1, "model": spec.model}
-    commit(checkpoint, CheckpointManifest(**fields, seq_len=16, tokenizer_sha256="", data_sha256="", files=files))
+    commit_checkpoint(checkpoint, run.spec().model, step=step, tokens=1, seed=0, seq_len=16, tokenizer_sha256="")
     return checkpoint
 
 

@@ -19,7 +19,7 @@ from torch import distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
-from mhmoe_ray.checkpoint.manifest import CheckpointManifest, checkpoint_name, commit
+from mhmoe_ray.checkpoint.manifest import checkpoint_name
 from mhmoe_ray.cluster.spawn import free_ports
 from mhmoe_ray.data.tokenizer import END_OF_TEXT
 from mhmoe_ray.model.decoder import Decoder
@@ -27,8 +27,7 @@ from mhmoe_ray.model.init import init_weights
 from mhmoe_ray.serving.answer import Answerer
 from mhmoe_ray.serving.load import load_answerer
 from mhmoe_ray.spec import ModelSpec, MoESpec, ServeSpec
-from mhmoe_ray.storage import describe_file
-from tests.saved import save_tensors
+from tests.saved import commit_checkpoint, save_tensors
 
 SEQ_LEN = 64
 # The model has more rows of embeddings than the tokenizer has tokens. This happens if a small corpus gives fewer merges
@@ -66,31 +65,12 @@ def build_model(spec: ModelSpec = SPEC, local_experts: range | None = None) -> D
     return model
 
 
-def commit_checkpoint(checkpoint: Path, spec: ModelSpec, world_size: int) -> None:
-    """Complete a checkpoint by writing the manifest of the files in it."""
-    files = {str(p.relative_to(checkpoint)): describe_file(p) for p in checkpoint.glob("*/*")}
-    manifest = CheckpointManifest(
-        step=1,
-        tokens=64,
-        position=1,
-        seed=7,
-        world=world_size,
-        ep=world_size,
-        model=spec,
-        seq_len=SEQ_LEN,
-        tokenizer_sha256=describe_file(checkpoint.parent.parent / "tokenizer.json").sha256,
-        data_sha256="",
-        files=files,
-    )
-    commit(checkpoint, manifest)
-
-
 def save_checkpoint(run: Path, step: int, model: Decoder) -> Path:
     """Write a checkpoint from one process, and return its folder."""
     checkpoint = run / "checkpoints" / checkpoint_name(step, 1)
     checkpoint.mkdir(parents=True)
     save_tensors(checkpoint / "weights", model.named_tensors())
-    commit_checkpoint(checkpoint, model.spec, 1)
+    commit_checkpoint(checkpoint, model.spec, seq_len=SEQ_LEN)
     return checkpoint
 
 
@@ -99,7 +79,7 @@ def save_expert_parallel(run: Path, step: int, spec: ModelSpec) -> Path:
     checkpoint = run / "checkpoints" / checkpoint_name(step, 1)
     checkpoint.mkdir(parents=True)
     mp.spawn(_save_rank, args=(free_port(), checkpoint / "weights", spec), nprocs=2)
-    commit_checkpoint(checkpoint, spec, 2)
+    commit_checkpoint(checkpoint, spec, seq_len=SEQ_LEN, world=2, ep=2)
     return checkpoint
 
 

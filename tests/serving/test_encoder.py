@@ -13,7 +13,7 @@ import openai
 import pytest
 import torch
 
-from mhmoe_ray.checkpoint.manifest import CheckpointManifest, checkpoint_name, commit, read_manifest
+from mhmoe_ray.checkpoint.manifest import checkpoint_name, read_manifest
 from mhmoe_ray.data.crops import crop_pixels
 from mhmoe_ray.data.encoder_batches import BatchMaker
 from mhmoe_ray.data.encoder_samples import SampleMaker
@@ -31,11 +31,10 @@ from mhmoe_ray.serving.engine import BusyError, EngineError
 from mhmoe_ray.serving.images import read_image_url
 from mhmoe_ray.serving.load import check_served, load_served
 from mhmoe_ray.spec import ServeSpec
-from mhmoe_ray.storage import describe_file
 from tests.data.pictures import encode_image
 from tests.data.sources.test_pictures import bomb
 from tests.encoders import ENCODER, PADDING, encoder_spec
-from tests.saved import save_tensors
+from tests.saved import commit_checkpoint, save_tensors
 from tests.serving.conftest import build_tokenizer, serve_app
 
 SEQ_LEN = 12
@@ -67,20 +66,7 @@ def make_encoder_run(folder, *, writes_captions=True, d_match=8):
     checkpoint = run.checkpoints / checkpoint_name(1, 1)
     checkpoint.mkdir(parents=True)
     save_tensors(checkpoint / "weights", model.named_tensors())
-    manifest = CheckpointManifest(
-        step=1,
-        tokens=64,
-        position=1,
-        seed=3,
-        world=1,
-        ep=1,
-        model=spec.model,
-        seq_len=SEQ_LEN,
-        tokenizer_sha256=describe_file(run.tokenizer_file).sha256,
-        data_sha256="",
-        files={str(p.relative_to(checkpoint)): describe_file(p) for p in checkpoint.glob("*/*")},
-    )
-    commit(checkpoint, manifest)
+    commit_checkpoint(checkpoint, spec.model, seed=3, seq_len=SEQ_LEN)
     return run, model
 
 

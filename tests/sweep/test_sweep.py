@@ -7,7 +7,6 @@ import itertools
 
 import pytest
 
-from mhmoe_ray.checkpoint.manifest import CheckpointManifest, commit
 from mhmoe_ray.cluster import jobs
 from mhmoe_ray.cluster.connect import Connection, connect
 from mhmoe_ray.data.shards.manifest import recipe
@@ -17,9 +16,10 @@ from mhmoe_ray.runs import events, history, metrics
 from mhmoe_ray.runs.directory import Attempt, add_attempt, create_run, newest_attempt_number
 from mhmoe_ray.runs.sweeps import Order, sweep_dir
 from mhmoe_ray.spec import SweepRun
-from mhmoe_ray.storage import describe_file, write_json
+from mhmoe_ray.storage import write_json
 from mhmoe_ray.sweep import client, scheduler
 from tests.data.shards.manifests import make_manifest
+from tests.saved import commit_checkpoint
 from tests.specs import tiny_spec
 from tests.watch import wait_until
 
@@ -174,22 +174,9 @@ def test_a_run_waits_for_the_run_that_it_starts_from(tmp_path, sweep, capsys):
 def write_checkpoint(run):
     """Write a checkpoint of step 20 without files, and the run's tokenizer."""
     run.tokenizer_file.write_text("{}")
-    manifest = CheckpointManifest(
-        step=20,
-        tokens=0,
-        position=0,
-        seed=0,
-        world=1,
-        ep=1,
-        model=run.spec().model,
-        seq_len=16,
-        tokenizer_sha256=describe_file(run.tokenizer_file).sha256,
-        data_sha256=None,
-        files={},
-    )
     checkpoint = run.checkpoints / "step_00000020.1"
     checkpoint.mkdir()
-    commit(checkpoint, manifest)
+    commit_checkpoint(checkpoint, run.spec().model, step=20, tokens=0, position=0, seq_len=16, data_sha256=None)
 
 
 def test_a_run_whose_start_is_not_wanted_is_not_started(tmp_path, sweep, capsys):

@@ -48,11 +48,12 @@ def export(checkpoint: Location, manifest: CheckpointManifest, target: Path) -> 
 
     Raises:
         CheckpointError: the folder cannot be written, the checkpoint cannot be read, its tokenizer is missing or
-            another one, or its model is an encoder or has router `domain`.
+            another one, or its model is no decoder or has router `domain`.
     """
     subject = f"folder {target}"
-    if manifest.model.encoder is not None:
-        reason = "its model is an encoder, for which there is no exported form"
+    if manifest.model.encoder is not None or manifest.model.vision is not None:
+        kind = "an encoder" if manifest.model.encoder is not None else "a vision model"
+        reason = f"its model is {kind}, for which there is no exported form"
         raise CheckpointError(f"checkpoint {checkpoint}", reason, "export a decoder")
     if manifest.model.moe is not None and manifest.model.moe.router == "domain":
         reason = "its router needs the domain of a text, which other tools do not give"

@@ -3,22 +3,18 @@
 Ray Serve runs it; nothing here depends on Ray.
 """
 
-import base64
-import hashlib
-import re
 from collections.abc import Awaitable, Callable
-from importlib.resources import files
 from typing import Any
 
 from fastapi import APIRouter, Depends, FastAPI, Response
-from fastapi.responses import HTMLResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 
-from mhmoe_ray.serving.answer import Answerer, ServedText
-from mhmoe_ray.serving.api import completions, embeddings
+from mhmoe_ray.serving.answer import Answerer, ServedModel, ServedText
+from mhmoe_ray.serving.api import completions, embeddings, vision
 from mhmoe_ray.serving.api.access import AccessControl, BodySizeLimit, LocalRateLimiter, RateLimiter
 from mhmoe_ray.serving.api.errors import HANDLERS, RESPONSES
 from mhmoe_ray.serving.api.metrics import render_exposition
+from mhmoe_ray.serving.api.pages import page_router
 from mhmoe_ray.serving.api.schema import (
     DetokenizeRequest,
     DetokenizeResponse,
@@ -29,44 +25,18 @@ from mhmoe_ray.serving.api.schema import (
     TokenizeResponse,
     TokenizerInfo,
 )
-from mhmoe_ray.serving.api.service import ModelService, Service
+from mhmoe_ray.serving.api.service import ModelService, Service, TextService
 from mhmoe_ray.serving.encoder.answer import EncoderAnswerer
 from mhmoe_ray.serving.engine import EngineError
+from mhmoe_ray.serving.vision.answer import VisionAnswerer
 from mhmoe_ray.spec import ServeSpec
 
-
-def page_router(file: str) -> APIRouter:
-    """Return a router with the route GET /, the web page in a file of this package."""
-    routes = APIRouter()
-    text = files(__package__).joinpath(file).read_text("utf-8")
-    headers = {"Content-Security-Policy": _content_security_policy(text), "X-Content-Type-Options": "nosniff"}
-
-    @routes.get("/", include_in_schema=False)
-    async def page() -> HTMLResponse:
-        return HTMLResponse(text, headers=headers)
-
-    return routes
-
-
-def _content_security_policy(page: str) -> str:
-    """Return the page's Content-Security-Policy.
-
-    It allows the page's own script and style, by their hashes, and connections to this server.
-    """
-
-    def tag_hash(tag: str) -> str:
-        [content] = re.findall(f"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
-        return base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
-
-    sources = f"script-src 'sha256-{tag_hash('script')}'; style-src 'sha256-{tag_hash('style')}'; connect-src 'self'"
-    return f"default-src 'none'; {sources}; form-action 'none'; frame-ancestors 'none'; base-uri 'none'"
-
-
 StatsCollector = Callable[[], Awaitable[list[dict[str, Any]]]]
+AnyService = Service | TextService[EncoderAnswerer] | ModelService[VisionAnswerer]
 
 
 def create_app(
-    answerer: Answerer | EncoderAnswerer,
+    answerer: Answerer | EncoderAnswerer | VisionAnswerer,
     model: str,
     spec: ServeSpec,
     replica: str = "",
@@ -76,7 +46,7 @@ def create_app(
     """Return the HTTP application with all routes, which answers with one engine.
 
     Args:
-        answerer: engine and tokenizer, shared by all requests.
+        answerer: engine, and what else answers need, shared by all requests.
         model: the model's name for clients.
         spec: limits and API keys.
         replica: name of this process among the replicas that serve the same model.
@@ -86,9 +56,13 @@ def create_app(
     access = AccessControl(spec.keys, rate_limiter or LocalRateLimiter(spec.keys))
     app = FastAPI(title="mhmoe-ray", exception_handlers=HANDLERS)
     app.add_middleware(BodySizeLimit, max_bytes=spec.max_body_bytes)
-    service: ModelService[EncoderAnswerer] | Service
-    if isinstance(answerer, EncoderAnswerer):
+    service: AnyService
+    if isinstance(answerer, VisionAnswerer):
         service = ModelService(answerer, model, spec, access)
+        app.include_router(vision.vision_router(service), responses=RESPONSES)
+        app.include_router(page_router("vision.html"))
+    elif isinstance(answerer, EncoderAnswerer):
+        service = TextService(answerer, model, spec, access)
         for router in embeddings.encoder_routers(service):
             app.include_router(router, responses=RESPONSES)
         app.include_router(page_router("pictures.html"))
@@ -97,11 +71,11 @@ def create_app(
         app.include_router(completions.completions_router(service), responses=RESPONSES)
         app.include_router(page_router("page.html"))
         app.include_router(completions.chat_router(service), responses=RESPONSES)
-    app.include_router(
-        _info_router(service, replica, collect_stats),
-        dependencies=[Depends(service.access.authenticate)],
-        responses=RESPONSES,
-    )
+    info_routers = [_info_router(service, replica, collect_stats)]
+    if isinstance(service, TextService):
+        info_routers.append(_tokenizer_router(service))
+    for router in info_routers:
+        app.include_router(router, dependencies=[Depends(service.access.authenticate)], responses=RESPONSES)
 
     @app.get("/health")
     async def health() -> dict[str, str]:
@@ -131,15 +105,13 @@ def _describe_api(app: FastAPI) -> dict[str, Any]:
     return description
 
 
-def replica_stats(answerer: ServedText, replica: str) -> dict[str, Any]:
+def replica_stats(answerer: ServedModel, replica: str) -> dict[str, Any]:
     """Return the statistics of a replica's engine as a JSON object."""
     return {"replica": replica, **answerer.engine.stats().as_json()}
 
 
-def _info_router(
-    service: ModelService[EncoderAnswerer] | Service, replica: str, collect_stats: StatsCollector | None
-) -> APIRouter:
-    """Return a router with the routes for models, tokenizing and statistics.
+def _info_router(service: AnyService, replica: str, collect_stats: StatsCollector | None) -> APIRouter:
+    """Return a router with the routes for models and statistics.
 
     Args:
         service: the served model.
@@ -155,8 +127,27 @@ def _info_router(
     @routes.get("/v1/models/{name}")
     async def model(name: str) -> Model:
         service.check_model(name)
-        length = answerer.engine.seq_len
+        length = answerer.engine.seq_len if isinstance(answerer, ServedText) else None
         return Model(id=service.model, created=service.start_time, max_model_len=length, details=answerer.details)
+
+    @routes.get("/metrics", response_class=Response)
+    async def metrics() -> Response:
+        """Return the statistics of this replica in Prometheus' format."""
+        text = render_exposition(answerer.engine.stats(), {"model": service.model, "replica": replica})
+        return Response(text, media_type=CONTENT_TYPE_LATEST)
+
+    @routes.get("/stats")
+    async def stats() -> StatsResponse:
+        """Return the statistics of all replicas."""
+        stats_list = await collect_stats() if collect_stats else [replica_stats(answerer, replica)]
+        return StatsResponse(model=service.model, replicas=stats_list)
+
+    return routes
+
+
+def _tokenizer_router(service: Service | TextService[EncoderAnswerer]) -> APIRouter:
+    """Return a router with the routes of the tokenizer of a model of texts."""
+    routes, answerer = APIRouter(), service.answerer
 
     @routes.post("/tokenize")
     async def tokenize(request: TokenizeRequest) -> TokenizeResponse:
@@ -176,17 +167,5 @@ def _info_router(
         start_text, end_text = answerer.boundary_texts
         template = answerer.template.text if answerer.template else None
         return TokenizerInfo(bos_token=start_text, eos_token=end_text, chat_template=template)
-
-    @routes.get("/metrics", response_class=Response)
-    async def metrics() -> Response:
-        """Return the statistics of this replica in Prometheus' format."""
-        text = render_exposition(answerer.engine.stats(), {"model": service.model, "replica": replica})
-        return Response(text, media_type=CONTENT_TYPE_LATEST)
-
-    @routes.get("/stats")
-    async def stats() -> StatsResponse:
-        """Return the statistics of all replicas."""
-        stats_list = await collect_stats() if collect_stats else [replica_stats(answerer, replica)]
-        return StatsResponse(model=service.model, replicas=stats_list)
 
     return routes

@@ -4,7 +4,6 @@ Images are data URLs. /v1/embeddings is OpenAI's, and takes an image in place of
 Jina's clients. A conversation with one image is answered by the image's caption.
 """
 
-import asyncio
 import base64
 import time
 import uuid
@@ -20,6 +19,7 @@ from pydantic import BaseModel, Field
 from mhmoe_ray.errors import ServeError
 from mhmoe_ray.serving.api.access import Client
 from mhmoe_ray.serving.api.errors import RequestError
+from mhmoe_ray.serving.api.images import RoutesRequest, image_request
 from mhmoe_ray.serving.api.schema import (
     WHOLE_NUMBER,
     ChatChoice,
@@ -32,16 +32,14 @@ from mhmoe_ray.serving.api.schema import (
     Text,
     Usage,
 )
-from mhmoe_ray.serving.api.service import ModelService
-from mhmoe_ray.serving.api.stream import timeout_error
+from mhmoe_ray.serving.api.service import TextService
 from mhmoe_ray.serving.encoder.answer import EncoderAnswerer
 from mhmoe_ray.serving.encoder.request import EncodeRequest, Encoding
 from mhmoe_ray.serving.engine import FinishReason
-from mhmoe_ray.serving.images import RefusedImageError
 
 MAX_DOCUMENTS = 2048
 """Largest number of documents of a request to /rerank."""
-EncoderService = ModelService[EncoderAnswerer]
+EncoderService = TextService[EncoderAnswerer]
 Reader = Callable[[], Awaitable[EncodeRequest]]
 
 
@@ -117,13 +115,6 @@ class RerankResponse(BaseModel):
     model: str
     results: list[RankedDocument]
     usage: EmbeddingUsage
-
-
-class RoutesRequest(StrictRequest):
-    """A request for the experts that the patches of an image choose."""
-
-    image: Text
-    model: str | None = None
 
 
 class Routes(BaseModel):
@@ -301,16 +292,10 @@ async def _answer(
     Raises:
         RequestError: a value cannot be used, the client has used up a rate limit, or there is no answer in time.
     """
-    await service.begin_request(client)
     try:
-        async with asyncio.timeout(service.spec.request_timeout):
-            with service.answerer.engine.admission():
-                requests = [await reader() for reader in readers]
-                encodings = await service.answerer.engine.answer(requests)
-    except TimeoutError as e:
-        raise timeout_error(service.spec.request_timeout) from e
-    except RefusedImageError as e:
-        raise RequestError(400, f"{param!r}: {e}", param, "invalid_image") from e
+        async with image_request(service, client, param):
+            requests = [await reader() for reader in readers]
+            encodings = await service.answerer.engine.answer(requests)
     except ServeError as e:
         raise RequestError(400, str(e), param, "context_length_exceeded") from e
     image_tokens = service.answerer.encoder.image_tokens

@@ -355,8 +355,8 @@ class Model(BaseModel):
     object: Literal["model"] = "model"
     created: int
     owned_by: Literal["mhmoe-ray"] = "mhmoe-ray"
-    max_model_len: int
-    """Largest number of tokens of prompt and answer together."""
+    max_model_len: int | None
+    """Largest number of tokens of prompt and answer together; None for a vision model."""
     details: ModelDetails
 
 

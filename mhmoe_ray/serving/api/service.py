@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 from mhmoe_ray.errors import ServeError
-from mhmoe_ray.serving.answer import Answerer, ServedText
+from mhmoe_ray.serving.answer import Answerer, ServedModel, ServedText
 from mhmoe_ray.serving.api.access import AccessControl, Client
 from mhmoe_ray.serving.api.errors import RequestError
 from mhmoe_ray.serving.api.schema import SamplingRequest
@@ -19,7 +19,8 @@ from mhmoe_ray.spec import ServeSpec
 logger = logging.getLogger("ray.serve")
 
 
-Served = TypeVar("Served", bound=ServedText)
+Served = TypeVar("Served", bound=ServedModel)
+Text = TypeVar("Text", bound=ServedText)
 
 
 @dataclass
@@ -40,16 +41,6 @@ class ModelService(Generic[Served]):
             message = f"there is no model {model_name!r} here; this server has {self.model!r}"
             raise RequestError(404, message, "model", "model_not_found")
 
-    async def encode(self, prompt: str) -> list[int]:
-        """Return the token ids of a prompt, after the token that starts a document."""
-        # A thread encodes the prompt, because a long prompt takes seconds and streams must go on meanwhile.
-        return await asyncio.to_thread(self.answerer.encode, prompt)
-
-    async def decode(self, tokens: Sequence[int]) -> str:
-        """Return the text of token ids."""
-        # A thread decodes the tokens, for the same reason as in `encode`.
-        return await asyncio.to_thread(self.answerer.decode, tokens)
-
     async def begin_request(self, client: Client) -> None:
         """Count one more request of a client.
 
@@ -65,8 +56,22 @@ class ModelService(Generic[Served]):
             raise timeout_error(self.spec.request_timeout) from e
 
 
+class TextService(ModelService[Text]):
+    """A served model of texts, and what the routes of decoders and encoders do with it."""
+
+    async def encode(self, prompt: str) -> list[int]:
+        """Return the token ids of a prompt, after the token that starts a document."""
+        # A thread encodes the prompt, because a long prompt takes seconds and streams must go on meanwhile.
+        return await asyncio.to_thread(self.answerer.encode, prompt)
+
+    async def decode(self, tokens: Sequence[int]) -> str:
+        """Return the text of token ids."""
+        # A thread decodes the tokens, for the same reason as in `encode`.
+        return await asyncio.to_thread(self.answerer.decode, tokens)
+
+
 @dataclass
-class Service(ModelService[Answerer]):
+class Service(TextService[Answerer]):
     """A served decoder, and what the routes of completions do with it."""
 
     def __post_init__(self) -> None:

@@ -22,6 +22,7 @@ from mhmoe_ray.serving.engine.request import (
     ScoredToken,
     ServedEngine,
     Stats,
+    TextEngine,
     Update,
 )
 
@@ -35,5 +36,6 @@ __all__ = [
     "ScoredToken",
     "ServedEngine",
     "Stats",
+    "TextEngine",
     "Update",
 ]

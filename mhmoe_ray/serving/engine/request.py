@@ -157,12 +157,7 @@ class Update(NamedTuple):
 
 
 class ServedEngine(Protocol):
-    """The interface of all engines that a server asks for their state: those of decoders and those of encoders."""
-
-    @property
-    def seq_len(self) -> int:
-        """Largest number of tokens of prompt and answer together, or of a text that an encoder reads."""
-        ...
+    """The interface of all engines that a server asks for their state."""
 
     @property
     def failure_reason(self) -> str | None:
@@ -178,7 +173,16 @@ class ServedEngine(Protocol):
         ...
 
 
-class Engine(ServedEngine, Protocol):
+class TextEngine(ServedEngine, Protocol):
+    """The interface of engines of decoders and encoders, which read texts."""
+
+    @property
+    def seq_len(self) -> int:
+        """Largest number of tokens of prompt and answer together, or of a text that an encoder reads."""
+        ...
+
+
+class Engine(TextEngine, Protocol):
     """The interface of engines of decoders; `TorchEngine` implements it."""
 
     def generate(self, request: Request) -> AsyncGenerator[Update, None]:

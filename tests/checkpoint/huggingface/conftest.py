@@ -6,15 +6,14 @@ import pytest
 import torch
 
 from mhmoe_ray.checkpoint.huggingface.export import export
-from mhmoe_ray.checkpoint.manifest import CheckpointManifest, checkpoint_name, commit, newest_checkpoint
+from mhmoe_ray.checkpoint.manifest import checkpoint_name, newest_checkpoint
 from mhmoe_ray.model.decoder import Decoder
 from mhmoe_ray.model.init import init_weights
 from mhmoe_ray.runs import events
 from mhmoe_ray.runs.directory import Attempt, RunDir, add_attempt, create_run
 from mhmoe_ray.spec import ModelSpec, MoESpec
-from mhmoe_ray.storage import describe_file
 from tests.llama_tokenizer import llama_tokenizer
-from tests.saved import save_tensors
+from tests.saved import commit_checkpoint, save_tensors
 from tests.specs import tiny_spec
 
 SEQ_LEN = 64
@@ -91,20 +90,8 @@ def make_run(folder: Path, spec: ModelSpec, seq_len: int = SEQ_LEN) -> RunDir:
     checkpoint = run.checkpoints / checkpoint_name(7, 1)
     checkpoint.mkdir()
     save_tensors(checkpoint / "weights", random_model(spec).named_tensors())
-    manifest = CheckpointManifest(
-        step=7,
-        tokens=448,
-        position=7,
-        seed=3,
-        world=1,
-        ep=1,
-        model=spec,
-        seq_len=seq_len,
-        tokenizer_sha256=describe_file(run.tokenizer_file).sha256,
-        data_sha256="0" * 64,
-        files={str(p.relative_to(checkpoint)): describe_file(p) for p in checkpoint.glob("*/*")},
-    )
-    commit(checkpoint, manifest)
+    fields = {"step": 7, "tokens": 448, "position": 7, "seed": 3, "data_sha256": "0" * 64}
+    commit_checkpoint(checkpoint, spec, seq_len=seq_len, **fields)
     events.record(run, "checkpoint", step=7, name=checkpoint.name)
     events.record(run, "finished", step=7)
     return run

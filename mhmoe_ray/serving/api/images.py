@@ -1,0 +1,47 @@
+"""Requests with images: what the routes of encoders and of vision models share."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from mhmoe_ray.serving.api.access import Client
+from mhmoe_ray.serving.api.errors import RequestError
+from mhmoe_ray.serving.api.schema import StrictRequest, Text
+from mhmoe_ray.serving.api.service import ModelService
+from mhmoe_ray.serving.api.stream import timeout_error
+from mhmoe_ray.serving.encoder.answer import EncoderAnswerer
+from mhmoe_ray.serving.images import RefusedImageError
+from mhmoe_ray.serving.vision.answer import VisionAnswerer
+
+
+class RoutesRequest(StrictRequest):
+    """A request for the experts that the patches of an image choose."""
+
+    image: Text
+    model: str | None = None
+
+
+@asynccontextmanager
+async def image_request(
+    service: ModelService[EncoderAnswerer] | ModelService[VisionAnswerer], client: Client, param: str | None
+) -> AsyncIterator[None]:
+    """Count a request of a client, and return a context in which its images are decoded and computed.
+
+    Args:
+        service: the served model.
+        client: the client, whose limits count the request.
+        param: name of the request's field with the image; None if the body is the image.
+
+    Raises:
+        RequestError: an image cannot be used, the client has used up a rate limit, or the context takes too long.
+        BusyError, EngineError: the engine is busy or broken.
+    """
+    await service.begin_request(client)
+    try:
+        async with asyncio.timeout(service.spec.request_timeout):
+            with service.answerer.engine.admission():
+                yield
+    except TimeoutError as e:
+        raise timeout_error(service.spec.request_timeout) from e
+    except RefusedImageError as e:
+        raise RequestError(400, f"{repr(param) if param else 'the body'}: {e}", param, "invalid_image") from e

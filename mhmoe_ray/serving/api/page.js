@@ -1,0 +1,99 @@
+// Functions that all pages of the server share.
+const element = id => document.getElementById(id);
+const base = location.pathname.replace(/\/?$/, "/");
+
+function headers(type = "application/json") {
+  const key = element("key").value;
+  return { "Content-Type": type, ...(key ? { Authorization: `Bearer ${key}` } : {}) };
+}
+
+function showStatus(text, isError = false) {
+  element("status").textContent = text;
+  element("status").classList.toggle("error", isError);
+}
+
+async function errorMessage(response) {
+  const body = await response.json().catch(() => null);
+  return body?.error?.message ?? `the server answered ${response.status}`;
+}
+
+// Sends an object as JSON, a file as it is, or with nothing a GET; a route that the model lacks gives null.
+async function ask(route, body) {
+  const isFile = body instanceof Blob;
+  const response = await fetch(base + route, {
+    method: body ? "POST" : "GET",
+    headers: headers(isFile ? body.type || "application/octet-stream" : undefined),
+    body: isFile ? body : body && JSON.stringify(body),
+  });
+  if (response.status === 404 || response.status === 405) return null;
+  if (!response.ok) throw new Error(await errorMessage(response));
+  return response.json();
+}
+
+function addText(parent, tag, text, className = "") {
+  const child = document.createElement(tag);
+  child.textContent = text;
+  if (className) child.className = className;
+  parent.append(child);
+  return child;
+}
+
+function count(number) {
+  for (const [unit, size] of [["B", 1e9], ["M", 1e6], ["K", 1e3]])
+    if (number >= size) return `${(number / size).toPrecision(3)} ${unit}`;
+  return `${number}`;
+}
+
+function facts(model) {
+  const d = model.details, labels = [`${count(d.parameters)} parameters`, `${d.layers} layers`];
+  if (d.experts) {
+    labels.push(`${count(d.active_parameters)} active per token`, `${d.experts} experts, top-${d.top_k}`);
+    labels.push(d.heads > 1 ? `MH-MoE, ${d.heads} heads` : "sparse mixture of experts");
+  } else labels.push("dense");
+  if (model.max_model_len) labels.push(`${model.max_model_len.toLocaleString("en")} tokens of context`);
+  return [...labels, `checkpoint ${d.checkpoint}`];
+}
+
+function showFacts(model) {
+  element("model").textContent = document.title = model.id;
+  element("facts").replaceChildren();
+  facts(model).forEach(fact => addText(element("facts"), "li", fact));
+}
+
+const readFile = file => new Promise((resolve, reject) => {
+  const reader = new FileReader();
+  reader.onload = () => resolve(reader.result);
+  reader.onerror = () => reject(reader.error);
+  reader.readAsDataURL(file);
+});
+
+const colour = (number, count) => `hsl(${Math.round(360 * number / Math.max(1, count))} 65% 55%)`;
+
+function addLegend(parent, entries) {
+  parent.replaceChildren();
+  for (const [label, entryColour] of entries) {
+    const item = document.createElement("li"), swatch = document.createElement("span");
+    swatch.className = "swatch";
+    swatch.style.backgroundColor = entryColour;
+    item.append(swatch, label);
+    parent.append(item);
+  }
+}
+
+// Returns a figure with a square picture below a grid of cells, of which fill(cell) returns the colour.
+function gridFigure(picture, square, cellsPerSide, fill, caption) {
+  const figure = document.createElement("figure"), canvas = document.createElement("canvas");
+  canvas.width = canvas.height = 240;
+  const context = canvas.getContext("2d"), cell = canvas.width / cellsPerSide;
+  context.drawImage(picture, square[0], square[1], square[2] - square[0], square[3] - square[1], 0, 0, canvas.width, canvas.height);
+  context.globalAlpha = 0.6;
+  for (let number = 0; number < cellsPerSide ** 2; number++) {
+    context.fillStyle = fill(number);
+    context.fillRect(number % cellsPerSide * cell, Math.floor(number / cellsPerSide) * cell, cell, cell);
+  }
+  canvas.setAttribute("role", "img");
+  canvas.setAttribute("aria-label", caption);
+  figure.append(canvas);
+  addText(figure, "figcaption", caption);
+  return figure;
+}

@@ -1,0 +1,45 @@
+"""The web pages of a server. All have the style of page.css and the functions of page.js, which are put into them."""
+
+import base64
+import hashlib
+import re
+from importlib.resources import files
+
+from fastapi import APIRouter
+from fastapi.responses import HTMLResponse
+
+SHARED_FILES = {"/* page.css */": "page.css", "// page.js": "page.js"}
+"""Lines of a page that stand for the content of a file."""
+
+
+def page_router(file: str) -> APIRouter:
+    """Return a router with the route GET /, the web page in a file of this package."""
+    routes = APIRouter()
+    text = _read(file)
+    for line, shared_file in SHARED_FILES.items():
+        text = text.replace(line, _read(shared_file))
+    headers = {"Content-Security-Policy": _content_security_policy(text), "X-Content-Type-Options": "nosniff"}
+
+    @routes.get("/", include_in_schema=False)
+    async def page() -> HTMLResponse:
+        return HTMLResponse(text, headers=headers)
+
+    return routes
+
+
+def _read(file: str) -> str:
+    return files(__package__).joinpath(file).read_text("utf-8")
+
+
+def _content_security_policy(page: str) -> str:
+    """Return the page's Content-Security-Policy.
+
+    It allows the page's own script and style, by their hashes, and connections to this server.
+    """
+
+    def tag_hash(tag: str) -> str:
+        [content] = re.findall(f"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
+        return base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
+
+    sources = f"script-src 'sha256-{tag_hash('script')}'; style-src 'sha256-{tag_hash('style')}'; connect-src 'self'"
+    return f"default-src 'none'; {sources}; form-action 'none'; frame-ancestors 'none'; base-uri 'none'"

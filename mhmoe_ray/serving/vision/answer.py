@@ -1,0 +1,212 @@
+"""Images in, classes and objects out: an engine of vision models with the names of the classes of its tasks."""
+
+import io
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+import numpy as np
+
+from mhmoe_ray.data.crops import centre_crop, crop_pixels
+from mhmoe_ray.data.stored_pixels import stored_boxes, stored_probabilities
+from mhmoe_ray.data.vision_samples import Fit, fit_pixels
+from mhmoe_ray.serving.answer import ModelDetails, ServedModel
+from mhmoe_ray.serving.images import ImageThread, read_image_file, read_image_text
+from mhmoe_ray.serving.vision.request import VisionOutput, VisionRequest
+from mhmoe_ray.spec import TaskSpec, VisionSpec
+
+if TYPE_CHECKING:
+    from mhmoe_ray.serving.vision.engine import VisionEngine
+
+TaskKind = Literal["image-classification", "object-detection", "image-segmentation"]
+"""Kind of a task, by the names that Hugging Face has for them."""
+ScoreFunction = Literal["softmax", "sigmoid", "none"]
+"""Function that turns the logits of classes into scores."""
+
+
+def kinds_of(task: TaskSpec) -> list[TaskKind]:
+    """Return the kinds of requests that a task can answer."""
+    if task.detector is None:
+        return ["image-classification"]
+    return ["object-detection", "image-segmentation"] if task.detector.masks else ["object-detection"]
+
+
+class TaskImage(NamedTuple):
+    """Image of a request, as a task reads it."""
+
+    pixels: np.ndarray
+    """Pixels that the model reads, uint8 (size, size, 3)."""
+    width: int
+    """Width of the image itself in pixels."""
+    height: int
+
+    @property
+    def fit(self) -> Fit:
+        """Place of the image in the square that a detector reads."""
+        return Fit.of(self.width, self.height, len(self.pixels))
+
+
+class LabelScore(NamedTuple):
+    """Class of an image with its score."""
+
+    label: str
+    score: float
+
+
+class DetectedObject(NamedTuple):
+    """Object in the pixels of an image."""
+
+    label: str
+    score: float
+    box: tuple[int, int, int, int]
+    """Left, top, right and bottom edge."""
+    mask_YX: np.ndarray | None
+    """Probability that each pixel that the model reads belongs to it; None if the detector has no masks."""
+
+
+class VisionAnswerer(ServedModel):
+    """An engine of vision models together with the names of the classes of its tasks."""
+
+    engine: "VisionEngine"
+
+    def __init__(
+        self,
+        engine: "VisionEngine",
+        details: ModelDetails,
+        vision: VisionSpec,
+        class_names: Mapping[str, Sequence[str]],
+    ) -> None:
+        """Combine an engine with the names of classes.
+
+        Args:
+            engine: the engine.
+            details: facts about the model.
+            vision: tasks of the model.
+            class_names: names of the classes of each task, in the order of their numbers.
+        """
+        super().__init__(engine, details)
+        self.vision, self.class_names = vision, class_names
+        self._image_thread = ImageThread()
+
+    async def read(self, task: str, source: bytes | str) -> TaskImage:
+        """Return an image as a task reads it.
+
+        Args:
+            task: name of the task.
+            source: the image file, or a text with it in base64 or as a data URL.
+
+        Raises:
+            RefusedImageError: the image cannot be used.
+        """
+        return await self._image_thread.run(_read_image, source, self.vision.tasks[task])
+
+    async def compute(self, task: str, image: TaskImage, *, has_routes: bool = False) -> VisionOutput:
+        """Return the outputs of a task for an image.
+
+        Args:
+            task: name of the task.
+            image: the image.
+            has_routes: whether the experts of its patches are asked for.
+
+        Raises:
+            EngineError: the engine is broken or closed.
+        """
+        [output] = await self.engine.answer([VisionRequest(task, image.pixels, has_routes)])
+        return output
+
+    def scores(self, task: str, output: VisionOutput, function: ScoreFunction) -> list[LabelScore]:
+        """Return the classes of an image with their scores, best first.
+
+        Args:
+            task: name of the task.
+            output: outputs of the task for the image.
+            function: function that turns logits into scores.
+        """
+        assert output.logits_C is not None
+        score_C = _FUNCTIONS[function](output.logits_C.astype(np.float64))
+        # The model may have more outputs than the data has classes, and the rest have no names.
+        names = self.class_names[task]
+        order = np.argsort(-score_C[: len(names)], kind="stable")
+        return [LabelScore(names[number], float(score_C[number])) for number in order]
+
+    def objects(self, task: str, output: VisionOutput, image: TaskImage, threshold: float) -> list[DetectedObject]:
+        """Return the objects in an image, the most certain ones first.
+
+        Args:
+            task: name of the task.
+            output: outputs of the task for the image.
+            image: the image.
+            threshold: lowest score of an object.
+        """
+        detected, names = output.objects, self.class_names[task]
+        assert detected is not None
+        box_O4 = stored_boxes(detected.box_O4, image.width, image.height, image.fit)
+        # A box in the filling beside the image has no area. The model may have more outputs than the data has classes,
+        # and the rest have no names.
+        has_area_O = (box_O4[:, 2:] > box_O4[:, :2]).all(1)
+        is_answer_O = has_area_O & (detected.score_O >= threshold) & (detected.class_O < len(names))
+        masks = list(detected.mask_OYX) or [None] * len(box_O4)
+        return [
+            DetectedObject(
+                label=names[detected.class_O[number]],
+                score=float(detected.score_O[number]),
+                box=tuple(box_O4[number].round().astype(int).tolist()),
+                mask_YX=masks[number],
+            )
+            for number in np.flatnonzero(is_answer_O)
+        ]
+
+    async def draw_mask(self, detected: DetectedObject, image: TaskImage, threshold: float) -> bytes:
+        """Return the mask of an object as a PNG file in the size of the image, white where the object is.
+
+        Args:
+            detected: the object.
+            image: the image.
+            threshold: probability from which a pixel belongs to the object.
+        """
+        assert detected.mask_YX is not None
+        return await self._image_thread.run(_draw_mask, detected.mask_YX, image, threshold)
+
+    def square(self, task: str, image: TaskImage) -> tuple[int, int, int, int]:
+        """Return the square of an image that the patches of a task cover: left, top, right and bottom edge in pixels.
+
+        A detector reads the whole image at the top left of its square, so the square may be larger than the image.
+        """
+        if self.vision.tasks[task].detector is None:
+            return centre_crop(image.width, image.height).box
+        side = max(image.width, image.height)
+        return 0, 0, side, side
+
+
+def _read_image(source: bytes | str, task: TaskSpec) -> TaskImage:
+    image = read_image_file(source) if isinstance(source, bytes) else read_image_text(source)
+    # Evaluation reads images in the same way (`data.vision_samples.TaskSampleMaker`).
+    pixels = crop_pixels(image, task.image_size) if task.detector is None else fit_pixels(image, task.image_size)
+    return TaskImage(pixels, *image.size)
+
+
+def _draw_mask(mask_YX: np.ndarray, image: TaskImage, threshold: float) -> bytes:
+    from PIL import Image
+
+    is_object_YX = stored_probabilities(mask_YX, image.width, image.height, image.fit) >= threshold
+    sink = io.BytesIO()
+    Image.fromarray(is_object_YX.astype(np.uint8) * 255).save(sink, "PNG")
+    return sink.getvalue()
+
+
+def _softmax(logits_C: np.ndarray) -> np.ndarray:
+    weight_C = np.exp(logits_C - logits_C.max())
+    probability_C: np.ndarray = weight_C / weight_C.sum()
+    return probability_C
+
+
+def _sigmoid(logits_C: np.ndarray) -> np.ndarray:
+    # tanh does not overflow, as the exponential function would.
+    probability_C: np.ndarray = 0.5 * (1 + np.tanh(logits_C / 2))
+    return probability_C
+
+
+_FUNCTIONS: dict[ScoreFunction, Callable[[np.ndarray], np.ndarray]] = {
+    "softmax": _softmax,
+    "sigmoid": _sigmoid,
+    "none": lambda logits_C: logits_C,
+}

@@ -1,0 +1,72 @@
+"""The engine of vision models: a thread computes up to `max_concurrency` images of a task in one forward pass."""
+
+from collections.abc import Hashable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mhmoe_ray.model.vision import Detection, Vision
+from mhmoe_ray.serving.engine.round_engine import RoundEngine
+from mhmoe_ray.serving.vision.request import DetectedObjects, VisionOutput, VisionRequest
+from mhmoe_ray.spec import ServeSpec
+
+
+class VisionEngine(RoundEngine[VisionRequest, VisionOutput]):
+    """Engine of one vision model."""
+
+    def __init__(self, model: Vision, spec: ServeSpec) -> None:
+        """Start the engine and its thread.
+
+        Args:
+            model: the model in evaluation mode, on its device.
+            spec: precision, threads, and limits on numbers of requests.
+        """
+        super().__init__(model.spec, next(model.parameters()).device, spec)
+        vision = model.spec.vision
+        assert vision is not None
+        self._model = model
+        self.top_k = dict(zip(model.tasks, model.top_k if model.spec.moe else [0] * len(model.tasks), strict=True))
+        """Number of experts of each task; 0 without experts."""
+        self.patches = {name: vision.patches(task) for name, task in model.tasks.items()}
+        """Number of patches of an image of each task."""
+        self._thread.start()
+
+    def _round_key(self, request: VisionRequest) -> Hashable:
+        return request.task
+
+    def _count_tokens(self, request: VisionRequest, answer: VisionOutput) -> tuple[int, int]:
+        return self.patches[request.task], 0
+
+    def _compute(self, requests: Sequence[VisionRequest]) -> list[VisionOutput]:
+        name = requests[0].task
+        pixels_NYXC = torch.from_numpy(np.stack([request.image for request in requests])).to(self._device)
+        features = self._model.encode([pixels_NYXC if task == name else self._no_images(task) for task in self.patches])
+        patch_NPM = features.patches[list(self.patches).index(name)]
+        self._record_pass(features.routing, patch_NPM.shape[:2].numel())
+        if self._model.tasks[name].detector is None:
+            outputs = [VisionOutput(logits_C.numpy()) for logits_C in self._model.class_logits(name, patch_NPM).cpu()]
+        else:
+            outputs = [VisionOutput(None, _on_host(detection)) for detection in self._model.detect(name, patch_NPM)]
+        if features.routing and any(request.has_routes for request in requests):
+            heads = self._model.spec.moe.heads if self._model.spec.moe else 1
+            # A task with fewer experts than another one leaves out its last choices.
+            choices = [
+                routing.expert_NK[:, : self.top_k[name]].view(*patch_NPM.shape[:2], heads, -1).cpu().numpy()
+                for routing in features.routing
+            ]
+            expert_NLPHK = np.stack(choices, 1)
+            outputs = [
+                output._replace(expert_LPHK=expert_LPHK) if request.has_routes else output
+                for request, output, expert_LPHK in zip(requests, outputs, expert_NLPHK, strict=True)
+            ]
+        return outputs
+
+    def _no_images(self, task: str) -> Tensor:
+        size = self._model.tasks[task].image_size
+        return torch.empty((0, size, size, 3), dtype=torch.uint8, device=self._device)
+
+
+def _on_host(detection: Detection) -> DetectedObjects:
+    """Return objects in memory that other threads use without the device."""
+    return DetectedObjects(*(tensor.cpu().numpy() for tensor in detection))
