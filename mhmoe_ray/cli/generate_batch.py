@@ -168,14 +168,16 @@ def _make_request(
 
     Raises:
         DataError: the input cannot be read, or the folder is for another request.
-        ServeError: the input has conversations, and the run has no chat template.
+        ServeError: the model cannot generate text, or the input has conversations and the run no chat template.
     """
-    from mhmoe_ray.checkpoint.manifest import MANIFEST
+    from mhmoe_ray.checkpoint.manifest import MANIFEST, stored_manifest
     from mhmoe_ray.errors import DataError, ServeError
     from mhmoe_ray.serving.batch.input import open_input
     from mhmoe_ray.serving.batch.request import CHUNK_ROWS, BatchRequest, InputFile
+    from mhmoe_ray.serving.load import check_generates
     from mhmoe_ray.storage import describe_file, location
 
+    check_generates(stored_manifest(checkpoint).model)
     source, stored_request = open_input(input_path), output.stored_request()
     try:
         input_file = InputFile(path=input_path, format=source.format, sha256=describe_file(location(input_path)).sha256)

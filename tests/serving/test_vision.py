@@ -18,6 +18,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import mhmoe_ray as mh
+from mhmoe_ray.api import connection
 from mhmoe_ray.checkpoint.huggingface.export import export
 from mhmoe_ray.checkpoint.manifest import checkpoint_name, read_manifest
 from mhmoe_ray.cli.app import app as cli_app
@@ -406,7 +407,8 @@ def test_another_engine_and_changed_classes_are_refused(tmp_path):
         load_served(checkpoint, ServeSpec())
 
 
-def test_commands_for_texts_refuse_a_vision_model_in_a_line(vision, checkpoint, tmp_path):
+def test_commands_for_texts_refuse_a_vision_model_in_a_line(vision, checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(connection, "connect_to_cluster", lambda *_: pytest.fail("a job was started"))
     run, _ = vision
     with pytest.raises(CheckpointError, match="its model is a vision model, for which there is no exported form"):
         export(checkpoint, read_manifest(checkpoint), tmp_path / "exported")
