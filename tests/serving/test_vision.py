@@ -5,6 +5,9 @@ import base64
 import hashlib
 import http.server
 import io
+import json
+import shutil
+import subprocess
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -22,6 +25,7 @@ from mhmoe_ray.api import connection
 from mhmoe_ray.checkpoint.huggingface.export import export
 from mhmoe_ray.checkpoint.manifest import checkpoint_name, read_manifest
 from mhmoe_ray.cli.app import app as cli_app
+from mhmoe_ray.cli.serve import image_command
 from mhmoe_ray.data.annotations import Annotation, Instance, decode_mask, pack
 from mhmoe_ray.data.vision_samples import task_makers
 from mhmoe_ray.errors import CheckpointError, ServeError
@@ -163,6 +167,14 @@ def test_body_is_the_image_or_json_with_it(url, content_type):
     for inputs in (encoded, f"data:image/png;base64,{encoded}"):
         for body in ({"inputs": inputs}, {"inputs": inputs, "parameters": {"threshold": None}}):
             assert httpx.post(route, json=body).json() == expected.json()
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
+def test_printed_command_is_answered(url, tmp_path):
+    (tmp_path / "image.jpg").write_bytes(encode_image(random_pixels(1, 40, 60), "jpg"))
+    command = ["bash", "-c", image_command(f"{url}/object-detection")]
+    answer = subprocess.run(command, cwd=tmp_path, capture_output=True, check=True).stdout
+    assert set(json.loads(answer)[0]) == {"label", "score", "box"}
 
 
 def test_image_is_turned_as_its_camera_says(url):
