@@ -18,6 +18,12 @@ IMAGE_SUFFIXES = ("png", "jpg", "jpeg", "webp", "bmp", "gif", "tif", "tiff")
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 
 
+_ORIENTATION = 0x0112
+"""EXIF tag that says how an image must be turned."""
+_FIRST_SIDE_ORIENTATION = 5
+"""Smallest orientation of an image that lies on its side; the larger ones, up to 8, do, too."""
+
+
 class ImageError(Exception):
     """Error of an image file that cannot be used; its text is the detail."""
 
@@ -87,10 +93,11 @@ def check_image_file(content: bytes, max_pixels: int) -> "Image.Image":
 
 
 def image_size(content: bytes) -> tuple[int, int]:
-    """Return the width and the height in the header of an image file."""
+    """Return the width and the height of the image that `decode_image` returns, from the header of its file."""
     with _open_image(content) as image:
-        size: tuple[int, int] = image.size
-        return size
+        width, height = image.size
+        is_on_side = image.getexif().get(_ORIENTATION, 1) >= _FIRST_SIDE_ORIENTATION
+        return (height, width) if is_on_side else (width, height)
 
 
 @contextmanager

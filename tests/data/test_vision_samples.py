@@ -1,9 +1,13 @@
 """Tests of the samples of vision models: crops and fits of objects beside the same operation on pixels."""
 
+import io
+
 import numpy as np
 import pytest
+from PIL import Image
 
 from mhmoe_ray.data.annotations import Annotation, Instance, pack
+from mhmoe_ray.data.images import decode_image, image_size
 from mhmoe_ray.data.vision_samples import Fit, TaskSampleMaker, fit_pixels
 from tests.data.pictures import encode_image
 from tests.visions import vision_spec
@@ -76,7 +80,7 @@ def test_evaluation_scales_whole_images_into_the_square():
     assert Fit.of_image(80, 40, 32) == (0.4, 32, 16)
     # Proportions are kept in both directions, and small images are enlarged.
     assert Fit.of_image(10, 20, 32) == (1.6, 16, 32)
-    assert fit_pixels(__import__("PIL.Image").Image.new("RGB", (1, 500)), 32).shape == (32, 32, 3)
+    assert fit_pixels(Image.new("RGB", (1, 500)), 32).shape == (32, 32, 3)
 
 
 def test_objects_of_crowds_and_slivers_are_left_out():
@@ -104,3 +108,13 @@ def test_classes_have_the_numbers_of_the_names_of_the_task():
     assert samples.classes.tolist() == [2, 0, 2]
     assert samples.images.shape == (3, 16, 16, 3)
     assert samples.images[:, 8, 8, 0].tolist() == [10, 90, 170]
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_the_size_of_an_image_is_that_of_its_decoded_pixels(orientation):
+    image = Image.new("RGB", (30, 20))
+    exif = image.getexif()
+    exif[0x0112] = orientation
+    sink = io.BytesIO()
+    image.save(sink, "JPEG", exif=exif)
+    assert image_size(sink.getvalue()) == decode_image(sink.getvalue()).size

@@ -38,9 +38,9 @@ from mhmoe_ray.serving.vision.request import VisionRequest
 from mhmoe_ray.spec import KeySpec, ServeSpec
 from tests.data.pictures import encode_image
 from tests.data.sources.test_pictures import bomb
+from tests.served_vision import CLASSES, make_vision_run, random_pixels
 from tests.serving.asking import call
 from tests.serving.conftest import serve_app
-from tests.served_vision import CLASSES, make_vision_run, random_pixels
 
 SIZES = [(40, 60), (60, 36), (33, 33)]
 """Height and width of each image."""

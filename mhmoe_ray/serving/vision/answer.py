@@ -42,7 +42,7 @@ class TaskImage(NamedTuple):
     @property
     def fit(self) -> Fit:
         """Place of the image in the square that a detector reads."""
-        return Fit.of(self.width, self.height, len(self.pixels))
+        return Fit.of_image(self.width, self.height, len(self.pixels))
 
 
 class LabelScore(NamedTuple):
