@@ -1,5 +1,8 @@
-"""Parameters and memory of the heads of a vision model, computed from the spec. Tests compare them with a built
-model."""
+"""Parameters and memory of the stem and the heads of a vision model, computed from the spec. Tests compare them with a
+built model."""
+
+from itertools import pairwise
+from typing import NamedTuple
 
 from mhmoe_ray.architectures import FLOAT32
 from mhmoe_ray.spec import DetectorSpec, ModelSpec, TaskSpec, VisionSpec
@@ -7,6 +10,29 @@ from mhmoe_ray.spec import DetectorSpec, ModelSpec, TaskSpec, VisionSpec
 POOLED_CELLS = 7**2
 MASK_CELLS = 14**2
 """Cells of the map of a region from which its class and its mask are computed (`model/vision/detector.py`)."""
+
+
+class StemSizes(NamedTuple):
+    """Counts of the layers from pixels to patches of one task."""
+
+    parameters: int
+    macs: int
+    """Multiply-adds per patch."""
+
+
+def stem_sizes(model: ModelSpec, vision: VisionSpec) -> StemSizes:
+    """Return the counts of the stem of one task."""
+    if vision.stem == "linear":
+        projection = vision.patch_values * model.d_model
+        return StemSizes(projection + model.d_model, projection)
+    widths = vision.stem_widths(model.d_model)
+    output = model.d_model**2
+    parameters, macs, cells = output + model.d_model, output, vision.patch_size**2
+    for channels, width in pairwise(widths):
+        cells //= 4
+        parameters += 9 * channels * width + 2 * width
+        macs += cells * 9 * channels * width
+    return StemSizes(parameters, macs)
 
 
 def head_parameters(model: ModelSpec, task: TaskSpec) -> int:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from mhmoe_ray.architectures import FLOAT32
 from mhmoe_ray.errors import SpecError
-from mhmoe_ray.planner.heads import head_parameters
+from mhmoe_ray.planner.heads import head_parameters, stem_sizes
 from mhmoe_ray.spec import EncoderSpec, ModelSpec, MoESpec, RunSpec
 from mhmoe_ray.spec.base import Precision
 from mhmoe_ray.spec.model import default_d_ff
@@ -95,8 +95,8 @@ def model_parts(spec: ModelSpec) -> list[Part]:
         projection = spec.encoder.patch_values * d
         result.append(Part(PATCHES, 1, *_all_active(projection + d), projection))
     if spec.vision is not None:
-        projection = spec.vision.patch_values * d
-        result.append(Part(PATCHES, 1, len(spec.vision.tasks) * (projection + d), projection + d, projection))
+        stem = stem_sizes(spec, spec.vision)
+        result.append(Part(PATCHES, 1, len(spec.vision.tasks) * stem.parameters, *stem))
     result += [
         Part("attention", spec.layers, branches * attention, attention, attention_macs(spec)),
         Part(NORMS, 1, *_all_active(norms), 0),

@@ -429,6 +429,8 @@ class ModelSpec(Section):
             )
         if self.d_head is not None and self.d_head % 2:
             raise ValueError(f"d_head is {self.d_head}, but rotary positions need an even width per head")
+        if self.encoder is not None and self.vision is not None:
+            raise ValueError("model has both encoder and vision: remove one of them")
         if not self.vocab_size and self.vision is None:
             raise ValueError("vocab_size is missing: the number of rows of the embedding")
         self._check_trunk_options()
@@ -538,8 +540,6 @@ class ModelSpec(Section):
 
     def _check_vision(self, vision: VisionSpec) -> None:
         """Check that no option of decoders or encoders is set, and that a vision model can run the layers."""
-        if self.encoder is not None:
-            raise ValueError("model has both encoder and vision: remove one of them")
         fields = type(self).model_fields
         for key in ("vocab_size", "document_masks", "rope_theta", "tied_embeddings"):
             if getattr(self, key) != fields[key].default:

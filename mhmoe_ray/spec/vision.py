@@ -103,6 +103,10 @@ class VisionSpec(Section):
 
     patch_size: PositiveInt
     """Height and width of a patch in pixels."""
+    stem: Literal["linear", "convolutions"] = "linear"
+    """Layers from pixels to patches. linear: one projection of the pixels of a patch (ViT). convolutions: 3 x 3
+    convolutions of stride 2, with which a model learns faster from few images (arXiv 2106.14881); patch_size must be a
+    power of 2."""
     tasks: dict[TaskName, TaskSpec] = Field(min_length=1)
     """Tasks by name; each has a part of the same name in data.parts."""
     routers: Literal["shared", "per_task"] = "per_task"
@@ -114,6 +118,8 @@ class VisionSpec(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        if self.stem == "convolutions" and (self.patch_size == 1 or self.patch_size & (self.patch_size - 1)):
+            raise ValueError(f"patch_size is {self.patch_size}, but a stem of convolutions needs a power of 2")
         for name, task in self.tasks.items():
             if task.image_size % self.patch_size:
                 raise ValueError(
@@ -139,3 +145,9 @@ class VisionSpec(Section):
     def patch_values(self) -> int:
         """The number of values of a patch: three for each pixel."""
         return 3 * self.patch_size**2
+
+    def stem_widths(self, d_model: int) -> list[int]:
+        """Return the number of channels before and after each convolution of the stem: the last one has d, and each one
+        before half as many as the next."""
+        layers = self.patch_size.bit_length() - 1
+        return [3, *(max(1, d_model >> (layers - 1 - layer)) for layer in range(layers))]

@@ -16,6 +16,7 @@ SPECS = {
     "task-routers": {},
     "one-router": {"model__vision__routers": "shared"},
     "dense": {"model__moe": None},
+    "convolutions": {"model__vision__stem": "convolutions"},
     "llama": {"model__backbone": "llama"},
     "every-scale": {f"{DETECTOR}__scales": [4, 2, 1, 0.5], f"{DETECTOR}__mask_layers": 3},
     "no-masks": {f"{DETECTOR}__masks": False, f"{DETECTOR}__anchor_sizes": [3, 4, 5]},

@@ -1,6 +1,7 @@
 """The vision model: a vision transformer with tasks that share its blocks and its experts.
 
 model.py      the trunk, the micro-batch, and the losses of all tasks
+stem.py       patches of images, with positions
 pyramid.py    maps of several scales from the one map of patches
 detector.py   region proposals, boxes with classes, and masks
 """

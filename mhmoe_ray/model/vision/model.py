@@ -18,14 +18,15 @@ from torch import Tensor, nn
 
 from mhmoe_kernels import widen
 from mhmoe_ray.model.architectures import modules_of
-from mhmoe_ray.model.encoder import Branch, LossPart, PartLosses, image_patches
+from mhmoe_ray.model.encoder import Branch, LossPart, PartLosses
 from mhmoe_ray.model.group_router import TaskRouter
 from mhmoe_ray.model.moe import MoELayer, MultiHeadMoE
 from mhmoe_ray.model.noise import EMBEDDING, HEADS, Noise, default_generator_from, dropout, seeded_generator
 from mhmoe_ray.model.router import Routing
 from mhmoe_ray.model.trunk import Trunk, TrunkBlock, add_residual, recompute_in_backward
 from mhmoe_ray.model.vision.detector import Detection, Detector, Objects
-from mhmoe_ray.spec import ModelSpec, TaskSpec
+from mhmoe_ray.model.vision.stem import TaskInput
+from mhmoe_ray.spec import ModelSpec
 from mhmoe_ray.spec.vision import module_key
 
 
@@ -123,23 +124,6 @@ class Features(NamedTuple):
     """Patches of each task, (images, patches, M)."""
     routing: list[Routing]
     """Routing of each mixture-of-experts layer, from the lowest layer up."""
-
-
-class TaskInput(nn.Module):
-    """Projection of the patches of one task, with positions."""
-
-    def __init__(self, spec: ModelSpec, task: TaskSpec) -> None:
-        super().__init__()
-        assert spec.vision is not None
-        self.patch_size = spec.vision.patch_size
-        self.patch_projection = nn.Linear(spec.vision.patch_values, spec.d_model)
-        self.position_embedding = nn.Embedding(spec.vision.patches(task), spec.d_model)
-
-    def forward(self, image_NYXC: Tensor) -> Tensor:
-        """Return the input of the first block for images, (N, P, M)."""
-        # Pixels from -1 to 1.
-        patch_NPM = widen(self.patch_projection(2 * image_patches(image_NYXC, self.patch_size) - 1))
-        return patch_NPM + self.position_embedding.weight
 
 
 class Vision(Trunk):
