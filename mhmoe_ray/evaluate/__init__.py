@@ -1,13 +1,15 @@
 """Evaluation of a checkpoint: its losses and its routing on held-out text, on any other text, and on tasks.
 
     request.py      the request, the evaluation that answers it, and counts of routes
-    score.py        the score of a predicted text: loss, perplexity, bits per byte; and the scores of an encoder
+    score.py        the score of a predicted text: loss, perplexity, bits per byte; and those of encoders and vision models
     encoder.py      measures an encoder's losses, and the value of the image for the text of a pair
     retrieval.py    finds captions of images and images of captions
     captions.py     scores the captions that an encoder writes
     probe.py        classifies images by a linear probe
     nearest.py      nearest images of the training in pixels, the baseline of these three
     encoder_figures.py  computes all figures of an encoder
+    vision.py       computes all figures of a vision model
+    objects.py      average precision of objects in images
     measure.py      cuts text into samples, and measures a model's losses and routes over them
     mixture.py      text of unknown domain, predicted by all experts of a DEMix model together
     activation.py   figures on the use of experts, from counts of routes

@@ -4,6 +4,7 @@ resolve.py      spec files with preset, size and match; presets by name
 presets.py      presets in families of three sizes        papers.py       the papers' models
 match.py        expert width and count that match a reference, and the comparison with it
 sizes.py        parameters, multiply-adds, bytes per number
+heads.py        those of the stem and the heads of vision models
 placement.py    ranks on nodes, and expert-parallel groups
 memory.py       bytes that a rank holds                   traffic.py      bytes that ranks exchange, by link
 schema.py       JSON schemas of the files that users write

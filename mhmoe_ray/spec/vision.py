@@ -36,6 +36,9 @@ class DetectorSpec(Section):
     """Number of proposals of an image whose losses count; a quarter of them at most contain an object."""
     d_box: PositiveInt = 256
     """Hidden width of the head of boxes and classes."""
+    pooling_samples: PositiveInt = 2
+    """Number of points along each side of a cell from which the features of a region are interpolated. With 1, training
+    is faster on CPUs, where the gradient of this step uses a single core."""
     masks: bool = True
     """If true, the detector has a head for masks, and every object in its data must have a mask."""
     mask_layers: PositiveInt = 2

@@ -8,6 +8,7 @@
     worker.py            one rank: restore, train, validate, save
     malloc.py            malloc settings of a CPU worker
     step.py              one optimizer step of M micro-batches
+    adaptive.py          the adaptive number of experts of a vision model's tasks
     objectives/          what a micro-batch is to the model, its losses, and their validation
     watchdog.py          heartbeats of the ranks, and the actor that kills the process of a rank that hangs
     worker_failures.py   record of failed workers, with the reason
@@ -23,7 +24,8 @@ this:
     |                | number before their first backward, else it is M * b * T                                     |
     | routing losses | mean over micro-batches, each over all its rows, padding included                            |
     | validation     | sum over counted held-out targets, divided by their number                                   |
-    | encoder        | sum over losses of parts: weight times the mean over all targets of the loss in the step     |
+    | encoder,       | sum over losses of parts: weight times the mean over all targets of the loss in the step;    |
+    |   vision model | the targets of a vision model are images                                                     |
 
 A target counts unless it is padding.
 """

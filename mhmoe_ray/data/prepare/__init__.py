@@ -6,7 +6,9 @@ chunks.py       reads the documents of raw files in chunks, and quarantines unre
 tokenise.py     turns a chunk into a part: its tokens in one file
 parts.py        presents the tokens of a domain as one stream over its parts
 packing.py      plans shards, by concatenation or best fit, and writes each in a task
-rows.py         makes parts, shards and validation samples of an encoder, with texts and images
+rows.py         makes parts, shards and validation samples of encoders and vision models, with images
+checks.py       checks that there are enough samples, before shards are written
+finish.py       makes validation samples, baselines, and the manifest's entries
 codebook.py     makes the codebook of an encoder, by k-means of patches of images
 validation.py   selects the held-out documents, and makes samples of them
 baselines.py    computes the unigram and bigram baselines of the validation loss

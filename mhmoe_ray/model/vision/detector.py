@@ -102,13 +102,13 @@ class Detector(nn.Module):
         mask_modules: dict[str, nn.Module] = {}
         if spec.masks:
             mask_modules = {
-                "mask_roi_pool": MultiScaleRoIAlign(names, MASK_SIZE, 2),
+                "mask_roi_pool": MultiScaleRoIAlign(names, MASK_SIZE, spec.pooling_samples),
                 "mask_head": MaskRCNNHeads(spec.width, [spec.width] * spec.mask_layers, 1),
                 "mask_predictor": MaskRCNNPredictor(spec.width, spec.width, task.classes + 1),
             }
         pooled_size = 7
         self.boxes = RoIHeads(
-            MultiScaleRoIAlign(names, pooled_size, 2),
+            MultiScaleRoIAlign(names, pooled_size, spec.pooling_samples),
             TwoMLPHead(spec.width * pooled_size**2, spec.d_box),
             FastRCNNPredictor(spec.d_box, task.classes + 1),
             fg_iou_thresh=0.5,
