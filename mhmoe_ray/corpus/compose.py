@@ -16,15 +16,15 @@ if TYPE_CHECKING:
 
 _Item = TypeVar("_Item")
 
-LARGEST_COUNT = 6
+LARGEST_COUNT = 4
 """Largest number of objects in a scene."""
-SCALES = (0.2, 0.6)
+SCALES = (0.25, 0.65)
 """Range of the longer side of an object, as a share of the scene's side."""
 ROTATIONS = (-15.0, 15.0)
 """Range of the rotation of an object in degrees."""
 BRIGHTNESSES = (0.8, 1.2)
 """Range of the factor of an object's brightness."""
-SMALLEST_VISIBLE_SHARE = 0.4
+SMALLEST_VISIBLE_SHARE = 0.5
 """Smallest share of an object's pixels that later objects leave visible."""
 SMALLEST_AREA = 16
 """Smallest number of pixels of an object: some drawings of thin lines vanish when they are small."""

@@ -44,8 +44,8 @@ def head_parameters(model: ModelSpec, task: TaskSpec) -> int:
     convolution = 9 * width**2 + width
     pyramid = sum(_level_parameters(model.d_model, width, scale) for scale in detector.scales)
     regions = convolution + 5 * (width + 1) * anchors
-    boxes = (width * POOLED_CELLS + 1) * detector.d_box + (detector.d_box + 1) * (detector.d_box + 5 * outputs)
-    masks = detector.mask_layers * convolution + 4 * width**2 + width + (width + 1) * outputs
+    boxes = detector.d_box * (width * POOLED_CELLS + detector.d_box + 4) + (detector.d_box + 1) * 5 * outputs
+    masks = detector.mask_layers * (convolution + width) + 4 * width**2 + width + (width + 1) * outputs
     return pyramid + regions + boxes + (masks if detector.masks else 0)
 
 
@@ -77,8 +77,8 @@ def _map_values(vision: VisionSpec, task: TaskSpec, detector: DetectorSpec) -> i
 
 
 def _region_values(task: TaskSpec, detector: DetectorSpec) -> int:
-    """Return the number of values of the sampled regions, a quarter of which have masks."""
-    boxes = detector.box_samples * (detector.width * POOLED_CELLS + 3 * detector.d_box)
+    """Return the number of values of the sampled regions, of which half at most have masks: here, a quarter."""
+    boxes = detector.box_samples * (detector.width * POOLED_CELLS + 5 * detector.d_box)
     if not detector.masks:
         return boxes
     mask_values = MASK_CELLS * (detector.width * (2 * detector.mask_layers + 5) + 4 * 2 * (task.classes + 1))

@@ -33,7 +33,7 @@ class DetectorSpec(Section):
     proposals: PositiveInt = 100
     """Largest number of proposals of an image."""
     box_samples: PositiveInt = 64
-    """Number of proposals of an image whose losses count; a quarter of them at most contain an object."""
+    """Number of proposals of an image whose losses count; half of them at most contain an object."""
     d_box: PositiveInt = 256
     """Hidden width of the head of boxes and classes."""
     pooling_samples: PositiveInt = 2

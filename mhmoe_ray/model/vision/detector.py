@@ -6,6 +6,7 @@ loss is one of an image: a sum over its samples, divided by the number of sample
 have the mean over the sampled objects of an image.
 """
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mhmoe_ray.model.noise import default_generator_from
-from mhmoe_ray.model.vision.pyramid import Pyramid
+from mhmoe_ray.model.vision.pyramid import MapNorm, Pyramid
 from mhmoe_ray.spec import TaskSpec
 
 BOX_BETA = 1 / 9
@@ -59,6 +60,26 @@ class Proposals(NamedTuple):
     """Anchors of each image, (A, 4)."""
 
 
+class BoxHead(nn.Sequential):
+    """Layers from the pooled features of a region to those from which its class and its edges are computed.
+
+    Norms make a detector learn faster without weights from another training (arXiv 1811.08883).
+    """
+
+    def __init__(self, pooled_values: int, width: int) -> None:
+        super().__init__(
+            OrderedDict(
+                flatten=nn.Flatten(),
+                hidden=nn.Linear(pooled_values, width, bias=False),
+                hidden_norm=nn.LayerNorm(width),
+                hidden_function=nn.ReLU(),
+                output=nn.Linear(width, width, bias=False),
+                output_norm=nn.LayerNorm(width),
+                output_function=nn.ReLU(),
+            )
+        )
+
+
 class Detector(nn.Module):
     """Detector on the map of a vision transformer."""
 
@@ -71,7 +92,7 @@ class Detector(nn.Module):
         """
         # The package is an extra, which other models do not need.
         from torchvision.models.detection.anchor_utils import AnchorGenerator
-        from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+        from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
         from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
         from torchvision.models.detection.roi_heads import RoIHeads
         from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
@@ -103,18 +124,18 @@ class Detector(nn.Module):
         if spec.masks:
             mask_modules = {
                 "mask_roi_pool": MultiScaleRoIAlign(names, MASK_SIZE, spec.pooling_samples),
-                "mask_head": MaskRCNNHeads(spec.width, [spec.width] * spec.mask_layers, 1),
+                "mask_head": MaskRCNNHeads(spec.width, [spec.width] * spec.mask_layers, 1, norm_layer=MapNorm),
                 "mask_predictor": MaskRCNNPredictor(spec.width, spec.width, task.classes + 1),
             }
         pooled_size = 7
         self.boxes = RoIHeads(
             MultiScaleRoIAlign(names, pooled_size, spec.pooling_samples),
-            TwoMLPHead(spec.width * pooled_size**2, spec.d_box),
+            BoxHead(spec.width * pooled_size**2, spec.d_box),
             FastRCNNPredictor(spec.d_box, task.classes + 1),
             fg_iou_thresh=0.5,
             bg_iou_thresh=0.5,
             batch_size_per_image=spec.box_samples,
-            positive_fraction=0.25,
+            positive_fraction=0.5,
             bbox_reg_weights=None,
             score_thresh=spec.score_threshold,
             nms_thresh=spec.overlap_threshold,
