@@ -1,7 +1,7 @@
 """Evaluation of a checkpoint: its losses and its routing on held-out text, on any other text, and on tasks.
 
     request.py      the request, the evaluation that answers it, and counts of routes
-    score.py        the score of a predicted text: loss, perplexity, bits per byte; and those of encoders and vision models
+    score.py        scores: loss, perplexity and bits per byte of texts; those of encoders and of vision models
     encoder.py      measures an encoder's losses, and the value of the image for the text of a pair
     retrieval.py    finds captions of images and images of captions
     captions.py     scores the captions that an encoder writes

@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from mhmoe_ray.data.annotations import Annotation
+from mhmoe_ray.data.stored_pixels import stored_probabilities
 from mhmoe_ray.data.vision_samples import Fit
-from mhmoe_ray.evaluate.objects import StoredDetection, average_precision, scaled_mask, stored_detection
+from mhmoe_ray.evaluate.objects import StoredDetection, average_precision, stored_detection
 from mhmoe_ray.model.vision import Detection
 from tests.data.pictures import encode_image
 from tests.data.test_vision_samples import NAMES, encoded_mask, instance, square_mask
@@ -66,7 +67,7 @@ def test_a_detection_is_scaled_to_the_pixels_of_the_stored_image():
     assert stored.boxes.tolist() == [[12, 8, 40, 24]]
     expected = np.zeros((48, 64), bool)
     expected[8:24, 12:40] = True
-    assert np.array_equal(scaled_mask(mask.numpy(), 64, 48, fit), expected)
+    assert np.array_equal(stored_probabilities(mask.numpy(), 64, 48, fit) >= 0.5, expected)
     assert stored.masks == [encoded_mask(expected).encode()]
     outside = Detection(
         torch.tensor([[-5.0, 2, 40, 40]]), torch.tensor([0]), torch.tensor([0.5]), torch.zeros(0, 32, 32)

@@ -24,7 +24,7 @@ def test_a_dumped_spec_reads_back_equal(tmp_path):
         ("trian.steps=5", "unknown key 'trian'; did you mean 'train'?"),
         ("model.moe.topk=3", "unknown key 'model.moe.topk'; did you mean 'top_k'?"),
         ("data.sources.redpajama.wieght=2", "did you mean 'weight'?"),
-        ("model.zzzz=1", "known keys here: backbone, encoder, vocab_size"),
+        ("model.zzzz=1", "known keys here: backbone, encoder, vision, vocab_size"),
         ("train.lr=fast", "'train.lr': Input should be a valid number"),
         ("serve.port=70000", "'serve.port': Input should be less than or equal to 65535 (got 70000)"),
         ("model.moe.top_k=9", "top_k is 9, but there are only 8 experts"),
