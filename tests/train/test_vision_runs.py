@@ -167,7 +167,7 @@ TEXT_WITHOUT_CLASSES = ["--text", "raw/test-classes", "--set", "data.sources.tes
 @pytest.mark.parametrize(
     ("arguments", "error"),
     [
-        (["generate", "{run}", "--prompt", "a"], "it is a vision model"),
+        (["generate", "{run}", "--prompt", "a"], "its model is a vision model"),
         (["ckpt", "export", "{run}", "--to", "exported"], "a vision model"),
         (["eval", "{run}", "--tasks", "english"], "lm-eval's tasks are for decoders"),
         (
