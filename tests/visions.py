@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from mhmoe_ray.data.vision_batches import task_batch
-from mhmoe_ray.data.vision_samples import ImageObjects, TaskSamples, VisionSamples
+from mhmoe_ray.data.vision_columns import ImageObjects, TaskSamples, VisionSamples
 from mhmoe_ray.model.vision import VisionBatch
 from mhmoe_ray.spec import MicroBatchPart, RunSpec
 from tests.specs import with_changes

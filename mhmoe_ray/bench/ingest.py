@@ -31,7 +31,8 @@ from mhmoe_ray.data.shards.manifest import require_data_manifest
 from mhmoe_ray.data.sources import find_files
 from mhmoe_ray.data.stream import training_stream
 from mhmoe_ray.data.tokenizer import boundaries, document_encoder
-from mhmoe_ray.data.vision_samples import VisionSamples, VisionTrainingSamples
+from mhmoe_ray.data.vision_columns import VisionSamples
+from mhmoe_ray.data.vision_samples import VisionTrainingSamples
 from mhmoe_ray.spec import RunSpec
 
 

@@ -16,6 +16,7 @@ encoder_samples.py   samples of an encoder: crops, tokens and masks, part by par
 encoder_batches.py   micro-batches of an encoder: tensors and targets
 annotations.py       classes and objects of images, and how they are stored
 vision_samples.py    samples of a vision model: images with classes or objects, task by task
+vision_columns.py    these samples in memory, and as columns of the stream
 vision_batches.py    micro-batches of a vision model: tensors
 stored_pixels.py     boxes and masks of a vision model in the pixels of stored images
 domains.py           names of domains and languages

@@ -34,7 +34,8 @@ from mhmoe_ray.data.shards.columns import (
 )
 from mhmoe_ray.data.shards.files import ShardReader
 from mhmoe_ray.data.shards.manifest import DataManifest, require_data_manifest
-from mhmoe_ray.data.vision_samples import VisionTrainingSamples, stream_columns
+from mhmoe_ray.data.vision_columns import stream_columns
+from mhmoe_ray.data.vision_samples import VisionTrainingSamples
 from mhmoe_ray.ray_compat import ExecutionCallback
 from mhmoe_ray.spec import MoESpec, RunSpec
 

@@ -4,10 +4,9 @@ Images to classify are cropped. Images with objects are cropped in training; in 
 filled up with grey to a square. Crops depend on the seed, the task and the sample's position in the training alone.
 """
 
-import io
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache, partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -18,6 +17,7 @@ from mhmoe_ray.data.images import decode_image
 from mhmoe_ray.data.row_order import RowOrder
 from mhmoe_ray.data.shards.manifest import CLASSES_FILE, DataManifest, read_classes
 from mhmoe_ray.data.shards.rows import ANNOTATION, IMAGE, RowReader
+from mhmoe_ray.data.vision_columns import ImageObjects, TaskSamples, VisionSamples
 from mhmoe_ray.spec import MicroBatchPart, RunSpec
 
 if TYPE_CHECKING:
@@ -29,45 +29,6 @@ MIN_VISIBLE_SHARE = 0.3
 """Share of an object that a crop must have at least; otherwise the object is left out."""
 MIN_SIDE = 2
 """Height and width in pixels that an object must have at least, as the model reads it."""
-
-
-class ImageObjects(NamedTuple):
-    """Objects of one image in the pixels that the model reads."""
-
-    boxes: np.ndarray
-    """Left, top, right and bottom edges, (objects, 4) float32."""
-    classes: np.ndarray
-    """Classes, (objects,) int64."""
-    masks: np.ndarray
-    """Masks, (objects, size, size) bool; with no rows if the detector has no masks."""
-
-
-class TaskSamples(NamedTuple):
-    """Samples of one task."""
-
-    images: np.ndarray
-    """Images, (samples, size, size, 3) uint8."""
-    classes: np.ndarray | None = None
-    """Class of each image, (samples,) int64; None for detection."""
-    objects: Sequence[ImageObjects] = ()
-    """Objects of each image; empty for classification."""
-
-    def rows(self, start: int, stop: int) -> "TaskSamples":
-        """Return samples `start` to `stop` - 1."""
-        classes = None if self.classes is None else self.classes[start:stop]
-        return TaskSamples(self.images[start:stop], classes, self.objects[start:stop])
-
-    def arrays(self) -> Iterator[np.ndarray]:
-        """Yield all values of these samples, for a digest."""
-        yield self.images
-        if self.classes is not None:
-            yield self.classes
-        for image_objects in self.objects:
-            yield from image_objects
-
-
-VisionSamples = Mapping[str, TaskSamples]
-"""Samples of a micro-batch by task."""
 
 
 class Fit(NamedTuple):
@@ -278,58 +239,3 @@ def vision_validation_samples(spec: RunSpec, manifest: DataManifest) -> VisionSa
     """Return the held-out samples of each task that has any, as evaluation reads them."""
     makers = task_makers(spec, read_classes(spec.data.prepared / CLASSES_FILE))
     return {name: makers[name].make(*stored, None) for name, stored in held_out_images(spec, manifest).items()}
-
-
-def stream_columns(micro_batches: Sequence[VisionSamples]) -> dict[str, np.ndarray]:
-    """Return the columns of the training stream for micro-batches, a row for each: images by task, and classes, or the
-    objects of all images as bytes."""
-    columns = {}
-    for name in micro_batches[0]:
-        tasks = [micro_batch[name] for micro_batch in micro_batches]
-        columns[f"{name} images"] = np.stack([task.images for task in tasks])
-        if tasks[0].classes is not None:
-            columns[f"{name} classes"] = np.stack([task.classes for task in tasks if task.classes is not None])
-        else:
-            columns[f"{name} objects"] = np.array([_pack_objects(task.objects) for task in tasks], object)
-    return columns
-
-
-def samples_in_row(row: Mapping[str, np.ndarray], parts: Sequence[MicroBatchPart]) -> VisionSamples:
-    """Return the samples of a micro-batch from its row of the stream: the inverse of `stream_columns`.
-
-    Args:
-        row: columns with one row.
-        parts: parts of micro-batches.
-    """
-    # Columns of the stream may be read-only memory, of which torch makes no tensors.
-    samples = {}
-    for part in parts:
-        images = np.array(row[f"{part.name} images"][0])
-        if part.objective == "classify":
-            samples[part.name] = TaskSamples(images, np.array(row[f"{part.name} classes"][0]))
-        else:
-            samples[part.name] = TaskSamples(images, None, _unpack_objects(row[f"{part.name} objects"][0]))
-    return samples
-
-
-def _pack_objects(objects: Sequence[ImageObjects]) -> bytes:
-    """Return the objects of images as bytes; masks take a bit for each pixel."""
-    # Images have different numbers of objects, so a column of arrays would have a row of its own shape for each.
-    buffer = io.BytesIO()
-    arrays = dict[str, Any]()
-    for number, (boxes, classes, masks) in enumerate(objects):
-        arrays |= {f"boxes{number}": boxes, f"classes{number}": classes, f"shape{number}": np.array(masks.shape)}
-        arrays[f"masks{number}"] = np.packbits(masks)
-    np.savez(buffer, **arrays)
-    return buffer.getvalue()
-
-
-def _unpack_objects(content: bytes) -> list[ImageObjects]:
-    """Return the objects of images from the bytes of `_pack_objects`."""
-    objects = []
-    with np.load(io.BytesIO(content)) as arrays:
-        for number in range(len(arrays.files) // 4):
-            shape = tuple(arrays[f"shape{number}"])
-            masks = np.unpackbits(arrays[f"masks{number}"], count=int(np.prod(shape))).reshape(shape).astype(bool)
-            objects.append(ImageObjects(arrays[f"boxes{number}"], arrays[f"classes{number}"], masks))
-    return objects

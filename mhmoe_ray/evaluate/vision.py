@@ -25,7 +25,8 @@ from mhmoe_ray.data.shards.manifest import (
 from mhmoe_ray.data.shards.rows import ANNOTATION, IMAGE, RowReader
 from mhmoe_ray.data.sources import Document, FileReader, find_files
 from mhmoe_ray.data.vision_batches import task_batch
-from mhmoe_ray.data.vision_samples import AnnotatedImages, Fit, TaskSamples, held_out_images, task_makers
+from mhmoe_ray.data.vision_columns import TaskSamples
+from mhmoe_ray.data.vision_samples import AnnotatedImages, Fit, held_out_images, task_makers
 from mhmoe_ray.errors import DataError, RunError
 from mhmoe_ray.evaluate.measure import RouteCounter
 from mhmoe_ray.evaluate.nearest import NearestImages

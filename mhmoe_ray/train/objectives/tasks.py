@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from mhmoe_ray.data.vision_batches import task_batch
-from mhmoe_ray.data.vision_samples import TaskSamples, VisionSamples, samples_in_row
+from mhmoe_ray.data.vision_columns import TaskSamples, VisionSamples, samples_in_row
 from mhmoe_ray.model.vision import Vision, VisionBatch
 from mhmoe_ray.spec import MicroBatchPart
 from mhmoe_ray.train.adaptive import AdaptiveTopK, TopKChange
