@@ -46,7 +46,7 @@ EXCEPTIONS = {
     ("mhmoe_ray/runs/sweeps.py", "wanted"): "a key of a sweep's orders",
     ("mhmoe_ray/serving/app.py", "again"): "a key of the arguments of a deployed application",
     ("mhmoe_ray/runs/start.py", "how"): "a key of start.json",
-    ("mhmoe_ray/spec/model.py", "every"): "a key of specs",
+    ("mhmoe_ray/spec/moe.py", "every"): "a key of specs",
     ("mhmoe_ray/spec/start.py", "how"): "a key of specs",
     ("mhmoe_ray/spec/sweep.py", "only"): "a key of sweeps",
     ("mhmoe_ray/train/watchdog.py", "began"): "a key of the event `started`",

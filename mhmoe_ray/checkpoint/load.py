@@ -174,9 +174,8 @@ def load_model(checkpoint: Location) -> tuple[Decoder, CheckpointManifest]:
             names; or its model is an encoder.
     """
     manifest = read_manifest(checkpoint, parts=("weights",))
-    if manifest.model.encoder is not None or manifest.model.vision is not None:
-        kind = "an encoder" if manifest.model.encoder is not None else "a vision model"
-        reason = f"its model is {kind}, which does not predict next tokens"
+    if manifest.model.kind != "decoder":
+        reason = f"its model is {manifest.model.kind_name}, which does not predict next tokens"
         raise CheckpointError(f"checkpoint {checkpoint}", reason, "evaluate it with `mhmoe eval`, or name another run")
     return load_verified_model(checkpoint, manifest), manifest
 

@@ -8,7 +8,6 @@ prepare/             the job that runs once: sources -> tokenizer -> packed samp
 shards/              the prepared data: a folder of packed samples and its manifest
 order/               the order of samples: a pure function of (seed, position)
 images.py            checks image files, and decodes them
-annotations.py       stores classes and objects of images as JSON
 crops.py             crops of images: pure functions of (seed, part, position)
 masking.py           masks of patches and tokens, which are pure functions, too
 row_order.py         rows of images in the order of a training

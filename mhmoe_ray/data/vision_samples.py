@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 FILLING = (128, 128, 128)
 """Colour of the pixels that fill an image up to a square."""
 MIN_VISIBLE_SHARE = 0.3
-"""Share of an object that a crop must have at least; otherwise the object is left out."""
+"""Share of an object's box that a crop must have at least; otherwise the object is left out."""
 MIN_SIDE = 2
 """Height and width in pixels that an object must have at least, as the model reads it."""
 

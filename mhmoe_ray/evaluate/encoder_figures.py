@@ -13,8 +13,6 @@ from mhmoe_ray.checkpoint.manifest import CheckpointManifest
 from mhmoe_ray.checkpoint.tokenizer import load_run_tokenizer
 from mhmoe_ray.data.encoder_samples import Pairs, encoder_validation_samples, held_out_pairs
 from mhmoe_ray.data.shards.manifest import (
-    data_digest,
-    read_data_manifest,
     require_data_manifest,
     require_matching_data,
 )
@@ -23,7 +21,7 @@ from mhmoe_ray.data.tokenizer import DocumentEncoder, boundaries
 from mhmoe_ray.errors import RunError
 from mhmoe_ray.evaluate.captions import score_captions
 from mhmoe_ray.evaluate.encoder import EncoderMeter, Progress, raw_pairs, training_pairs
-from mhmoe_ray.evaluate.nearest import NearestImages
+from mhmoe_ray.evaluate.nearest import NearestImages, training_manifest
 from mhmoe_ray.evaluate.probe import classify
 from mhmoe_ray.evaluate.request import EvalRequest, RoutingCounts
 from mhmoe_ray.evaluate.retrieval import Candidates, nearest_scores, retrieval_figures
@@ -117,9 +115,8 @@ def _read_baseline(
     spec: RunSpec, checkpoint_manifest: CheckpointManifest, print_line: Callable[[str], None]
 ) -> Baseline | None:
     """Return the baseline of a run; None if the data of its training is gone, or was replaced by other data."""
-    manifest = read_data_manifest(spec.data.prepared)
-    if manifest is None or data_digest(spec.data.prepared) != checkpoint_manifest.data_sha256:
-        print_line(f"no nearest neighbours: the training's data is not in {spec.data.prepared}")
+    manifest = training_manifest(spec, checkpoint_manifest.data_sha256, print_line)
+    if manifest is None:
         return None
     tokens, images = training_pairs(spec, manifest)
     return Baseline(tokens, NearestImages(images))

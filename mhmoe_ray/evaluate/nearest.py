@@ -5,16 +5,33 @@ two images is the Euclidean one.
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 
 from mhmoe_ray.data.crops import read_crop
+from mhmoe_ray.data.shards.manifest import DataManifest, data_digest, read_data_manifest
+from mhmoe_ray.spec import RunSpec
 
 SIZE = 16
 """Height and width of the images that are compared, in pixels."""
 BLOCK_IMAGES = 256
 """Number of images whose distances are computed at a time."""
+
+
+def training_manifest(spec: RunSpec, data_sha256: str | None, print_line: Callable[[str], None]) -> DataManifest | None:
+    """Return the manifest of the data that a run was trained on; None if it is gone, or was replaced by other data.
+
+    Args:
+        spec: spec of the run.
+        data_sha256: hash of the data in the run's checkpoint.
+        print_line: a function that prints a line.
+    """
+    manifest = read_data_manifest(spec.data.prepared)
+    if manifest is None or data_digest(spec.data.prepared) != data_sha256:
+        print_line(f"no nearest neighbours: the training's data is not in {spec.data.prepared}")
+        return None
+    return manifest
 
 
 class NearestImages:

@@ -14,11 +14,10 @@ import torch
 from mhmoe_ray.checkpoint.load import load_verified_vision
 from mhmoe_ray.checkpoint.manifest import CheckpointManifest
 from mhmoe_ray.data.annotations import Annotation, unpack
+from mhmoe_ray.data.domains import source_of
 from mhmoe_ray.data.images import image_size
 from mhmoe_ray.data.shards.manifest import (
-    data_digest,
     read_classes,
-    read_data_manifest,
     require_data_manifest,
     require_matching_data,
 )
@@ -29,11 +28,11 @@ from mhmoe_ray.data.vision_columns import TaskSamples
 from mhmoe_ray.data.vision_samples import AnnotatedImages, Fit, held_out_images, task_makers
 from mhmoe_ray.errors import DataError, RunError
 from mhmoe_ray.evaluate.measure import RouteCounter
-from mhmoe_ray.evaluate.nearest import NearestImages
+from mhmoe_ray.evaluate.nearest import NearestImages, training_manifest
 from mhmoe_ray.evaluate.objects import StoredDetection, average_precision, stored_detection
 from mhmoe_ray.evaluate.request import EvalRequest, RoutingCounts
 from mhmoe_ray.evaluate.score import AccuracyFigures, ObjectFigures, VisionFigures
-from mhmoe_ray.model.vision import TaskBatch, Vision
+from mhmoe_ray.model.vision import Features, TaskBatch, Vision
 from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.spec import DataSpec, MicroBatchPart, RunSpec
 from mhmoe_ray.storage import Location
@@ -81,9 +80,9 @@ class VisionMeter:
             batch = list(empty)
             batch[task_number] = task_batch(samples.rows(start, stop), self._device)
             with torch.autocast(self._device.type, torch.bfloat16, enabled=self._use_bfloat16):
-                # The losses are computed by a pass of their own, because they are those of training: with samplers.
-                losses = [loss.value_I for loss in self._model(tuple(batch)).losses]
-                features = self._encode(batch, task_number, label)
+                all_features = self._encode(batch, task_number, label)
+                losses = [loss.value_I for loss in self._model.losses(tuple(batch), all_features)]
+                features = all_features.patches[task_number]
                 detections, logits_NC = list[StoredDetection](), None
                 if part.objective == "classify":
                     logits_NC = self._model.class_logits(part.name, features).cpu().numpy()
@@ -98,17 +97,17 @@ class VisionMeter:
             yield TaskOutputs(own_losses, logits_NC, detections)
             self._on_progress(label, stop, len(images))
 
-    def _encode(self, batch: Sequence[TaskBatch], task_number: int, label: str) -> torch.Tensor:
-        """Return the patches of the only task in a batch that has images, and count their routes."""
+    def _encode(self, batch: Sequence[TaskBatch], task_number: int, label: str) -> Features:
+        """Return the features of a batch in which one task alone has images, and count their routes."""
         images = [task.image_NYXC for task in batch]
         if self.counter is None:
-            return self._model.encode(images).patches[task_number]
+            return self._model.encode(images)
         vision = self._model.spec.vision
         assert vision is not None
         patches = vision.patches(list(vision.tasks.values())[task_number])
         mask_N = torch.ones(len(images[task_number]) * patches, dtype=torch.bool, device=self._device)
         with self.counter.counting_routes(label, mask_N, self._model.top_k[task_number]):
-            return self._model.encode(images).patches[task_number]
+            return self._model.encode(images)
 
     def _empty_batch(self, name: str) -> TaskBatch:
         size = self._model.tasks[name].image_size
@@ -191,7 +190,7 @@ def _raw_images(data: DataSpec, spec: RunSpec, max_images: int) -> Iterator[tupl
     """
     images_by_source = {name: AnnotatedImages([], []) for name in data.sources}
     for file in find_files(data):
-        stored = images_by_source[file.domain.partition("/")[0]]
+        stored = images_by_source[source_of(file.domain)]
         for item in FileReader(file, data):
             if len(stored.images) >= max_images:
                 break
@@ -228,15 +227,13 @@ def _read_baseline(
     spec: RunSpec, part: MicroBatchPart, checkpoint_manifest: CheckpointManifest, print_line: Callable[[str], None]
 ) -> _Neighbours | None:
     """Return the training images of a task; None if the data of its training is gone, or was replaced by other data."""
-    folder = spec.data.prepared
-    manifest = read_data_manifest(folder)
-    if manifest is None or data_digest(folder) != checkpoint_manifest.data_sha256:
-        print_line(f"no nearest neighbours: the training's data is not in {folder}")
+    manifest = training_manifest(spec, checkpoint_manifest.data_sha256, print_line)
+    if manifest is None:
         return None
     readers = [
-        RowReader(folder, domain.shards, manifest.token_bytes)
+        RowReader(spec.data.prepared, domain.shards, manifest.token_bytes)
         for name, domain in manifest.domains.items()
-        if name.partition("/")[0] in part.sources and domain.samples
+        if source_of(name) in part.sources and domain.samples
     ]
     images, class_names = list[bytes](), list[str]()
     for reader in readers:

@@ -7,9 +7,9 @@ Shape suffixes: those of mhmoe_kernels (N D K E R F and others), and
     V  vocabulary size            M  width of the model (d), before it is split into sub-tokens
     L  mixture-of-experts layers  Q  width of X-MoE's routing projection
 
-The papers, their tables and their code disagree. Each reading below is an option of `spec/model.py`; * marks the
-default.
-P1 is the first paper (arXiv 2404.15045), P2 the follow-up (arXiv 2411.16205), X-MoE is arXiv 2204.09179.
+The papers, their tables and their code disagree. Each reading below is an option of `spec/moe.py` or `spec/model.py`; *
+marks the default. P1 is the first paper (arXiv 2404.15045), P2 the follow-up (arXiv 2411.16205), X-MoE is arXiv
+2204.09179.
 
     | topic, option                   | readings                                     | why that default            |
     | ------------------------------- | -------------------------------------------- | --------------------------- |

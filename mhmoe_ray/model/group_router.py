@@ -59,6 +59,10 @@ class TaskRouter(Router):
             return self.scores
         return _SplitScores(cast("list[BaseScores]", [*self.tasks.values()]), group_rows)
 
+    def _is_plain(self, generator: torch.Generator | None) -> bool:
+        # A fused kernel computes one load balancing loss over all rows.
+        return self._is_shared and super()._is_plain(generator)
+
     def _top_k_of(self, group_rows: Sequence[int], device: torch.device) -> TopK:
         if len(set(self.top_k)) == 1:
             return TopK(self.top_k[0])

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from mhmoe_kernels import can_fuse_routing, fused_routing, widen
 from mhmoe_ray.spec import MoESpec
-from mhmoe_ray.spec.model import RouterName
+from mhmoe_ray.spec.moe import RouterName
 
 
 class BaseScores(nn.Module, ABC):

@@ -17,7 +17,8 @@ from mhmoe_ray.spec.load import (
     read_tree,
     validate_section,
 )
-from mhmoe_ray.spec.model import ModelSpec, MoESpec
+from mhmoe_ray.spec.model import ModelSpec
+from mhmoe_ray.spec.moe import MoESpec
 from mhmoe_ray.spec.run import NON_TRAINING_SECTIONS, LossKind, MicroBatchPart, ReferenceSpec, RunSpec
 from mhmoe_ray.spec.serve import DeploySpec, KeySpec, ServeSpec
 from mhmoe_ray.spec.start import StartSpec

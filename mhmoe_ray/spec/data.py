@@ -221,7 +221,8 @@ class PartSpec(Section):
 
 
 class ImageSpec(Section):
-    """Images: their limits, and how training crops them. Validation reads the largest square at the centre."""
+    """Images: their limits, and how training crops them. Validation reads the largest square at the centre, or for
+    objects the whole image."""
 
     max_megapixels: PositiveFloat = 50.0
     """Largest number of pixels of an image, in millions. Larger images are quarantined before they are decoded."""

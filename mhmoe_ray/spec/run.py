@@ -11,7 +11,8 @@ from mhmoe_ray.spec.base import Section
 from mhmoe_ray.spec.cluster import ClusterSpec, WorkerRange
 from mhmoe_ray.spec.data import Column, DataSpec, ImageSpec, Objective, absolute_path
 from mhmoe_ray.spec.encoder import EncoderSpec
-from mhmoe_ray.spec.model import ModelSpec, MoESpec
+from mhmoe_ray.spec.model import ModelSpec
+from mhmoe_ray.spec.moe import MoESpec
 from mhmoe_ray.spec.serve import ServeSpec
 from mhmoe_ray.spec.start import StartSpec
 from mhmoe_ray.spec.train import MaskingSpec, TrackingSpec, TrainSpec

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt, model_validator
 
 from mhmoe_ray.spec.base import Section
 
@@ -116,8 +116,6 @@ class VisionSpec(Section):
     """Routers of a layer with experts: one for all tasks, or one for each."""
     adaptive: AdaptiveSpec | None = None
     """Makes the number of experts adaptive. By default it is moe.top_k for all tasks."""
-    label_smoothing: NonNegativeFloat = Field(default=0.0, lt=1)
-    """Share of the target of a class that is spread over all classes, in training."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

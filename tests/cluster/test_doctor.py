@@ -13,7 +13,7 @@ import pytest
 from mhmoe_kernels.cpp import build
 from mhmoe_ray.cluster import dashboard, doctor
 from mhmoe_ray.cluster.spawn import free_ports
-from mhmoe_ray.spec.model import MoESpec
+from mhmoe_ray.spec.moe import MoESpec
 from mhmoe_ray.storage import location
 from tests.cli.run import mhmoe
 from tests.watch import wait_until

@@ -71,6 +71,19 @@ def test_the_balance_loss_of_task_routers_is_the_sum_over_tasks():
     torch.testing.assert_close(router(x, group_rows=ROWS).balance_loss, sum(losses))
 
 
+def test_a_kernel_with_one_loss_for_all_rows_is_not_used_with_weights_for_each_task(monkeypatch):
+    """The fused routing of GPUs would compute another load balancing loss than the sum over tasks."""
+    monkeypatch.setattr("mhmoe_ray.model.router.can_fuse_routing", lambda *_: True)
+    fused_calls = []
+    monkeypatch.setattr(
+        "mhmoe_ray.model.router.fused_routing", lambda *args, **_: fused_calls.append(args) or [None] * 6
+    )
+    task_router()(rows(), group_rows=ROWS)
+    assert not fused_calls
+    task_router(is_shared=True)(rows(), group_rows=ROWS)
+    assert len(fused_calls) == 1
+
+
 def test_capacity_follows_the_number_of_experts_of_each_task():
     router, x = task_router(capacity_factor=1.0), rows()
     router.top_k = [1, 2]

@@ -1,6 +1,7 @@
 """Tests of runs that train a vision model: samples on any number of workers and after a kill, evaluation, routing."""
 
 import copy
+import json
 
 import pytest
 import yaml
@@ -159,6 +160,18 @@ def test_a_broken_object_ends_a_preparation_with_its_id(project):
     sources["drawings"]["path"], sources["scenes"]["path"] = "raw/classes", str(path)
     write_spec(project, 1, data={"prepared": "broken", "sources": sources})
     prepare_fails(project, "annotation 1: ")
+
+
+def test_objects_without_masks_end_a_preparation_for_a_detector_that_learns_masks(project):
+    write_coco_folder(project / "raw" / "boxes", 10)
+    path = project / "raw" / "boxes" / "annotations" / "instances_train.json"
+    tree = json.loads(path.read_text())
+    del tree["annotations"][3]["segmentation"]
+    path.write_text(json.dumps(tree))
+    sources = copy.deepcopy(VISION["data"]["sources"])
+    sources["drawings"]["path"], sources["scenes"]["path"] = "raw/classes", str(path)
+    write_spec(project, 1, data={"prepared": "boxes", "sources": sources})
+    prepare_fails(project, "task detect: 1 of its objects have no mask; add masks, or set")
 
 
 TEXT_WITHOUT_CLASSES = ["--text", "raw/test-classes", "--set", "data.sources.test-classes.format=images"]

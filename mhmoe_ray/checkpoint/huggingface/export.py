@@ -51,9 +51,8 @@ def export(checkpoint: Location, manifest: CheckpointManifest, target: Path) -> 
             another one, or its model is no decoder or has router `domain`.
     """
     subject = f"folder {target}"
-    if manifest.model.encoder is not None or manifest.model.vision is not None:
-        kind = "an encoder" if manifest.model.encoder is not None else "a vision model"
-        reason = f"its model is {kind}, for which there is no exported form"
+    if manifest.model.kind != "decoder":
+        reason = f"its model is {manifest.model.kind_name}, for which there is no exported form"
         raise CheckpointError(f"checkpoint {checkpoint}", reason, "export a decoder")
     if manifest.model.moe is not None and manifest.model.moe.router == "domain":
         reason = "its router needs the domain of a text, which other tools do not give"

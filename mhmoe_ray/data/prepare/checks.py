@@ -54,7 +54,8 @@ def classes_of_tasks(spec: RunSpec, by_domain: Mapping[str, Sequence[Part]]) -> 
     """Return the names of the classes of each task of a vision model, sorted.
 
     Raises:
-        DataError: a task has no training samples or no held-out samples, no class, or more classes than outputs.
+        DataError: a task has no training samples or no held-out samples, no class, or more classes than outputs; or its
+            detector learns masks, and an object has none.
     """
     assert spec.model.vision is not None
     classes = {}
@@ -75,6 +76,10 @@ def classes_of_tasks(spec: RunSpec, by_domain: Mapping[str, Sequence[Part]]) -> 
                 raise DataError(subject, f"it has no {kind} images", "change data.validation_fraction or add images")
         if not names:
             raise DataError(subject, "its images have no objects", "add annotations")
+        maskless_objects = sum(count.objects_without_mask for count in counts)
+        if part.has_masks and maskless_objects:
+            fix = f"add masks, or set model.vision.tasks.{part.name}.detector.masks to false"
+            raise DataError(subject, f"{maskless_objects:,} of its objects have no mask", fix)
         limit = spec.model.vision.tasks[part.name].classes
         if len(names) > limit:
             reason = f"its images have {len(names):,} classes, and its head has {limit:,} outputs"

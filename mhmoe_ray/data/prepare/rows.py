@@ -49,6 +49,8 @@ class RowCounts(BaseModel):
     """Number of tokens of training documents that no row has."""
     class_names: list[str] = []
     """Names of all classes in the annotations of a vision model, sorted."""
+    objects_without_mask: int = 0
+    """Number of objects in the annotations of a vision model that have a box alone."""
     file_bytes: int = 0
     """Size of the part's file."""
 
@@ -131,6 +133,7 @@ def make_annotated_rows(chunk: Chunk, validation_fraction: float) -> tuple[memor
         images=len(trained_bytes),
         image_bytes=sum(trained_bytes),
         class_names=sorted(class_names),
+        objects_without_mask=sum(i.mask is None for annotation in annotations for i in annotation.instances),
     )
     images, stored_annotations = ([column[n] for n in numbers] for column in (chunk.images, chunk.annotations))
     content = file_content(row_batch(None, images, stored_annotations))

@@ -7,6 +7,6 @@ detector.py   region proposals, boxes with classes, and masks
 """
 
 from mhmoe_ray.model.vision.detector import Detection, Objects
-from mhmoe_ray.model.vision.model import TaskBatch, Vision, VisionBatch
+from mhmoe_ray.model.vision.model import Features, TaskBatch, Vision, VisionBatch
 
-__all__ = ["Detection", "Objects", "TaskBatch", "Vision", "VisionBatch"]
+__all__ = ["Detection", "Features", "Objects", "TaskBatch", "Vision", "VisionBatch"]

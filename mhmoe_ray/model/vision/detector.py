@@ -20,6 +20,8 @@ from mhmoe_ray.spec import TaskSpec
 
 BOX_BETA = 1 / 9
 """Error of an edge up to which the loss is quadratic, and above which it is linear, as in torchvision."""
+POOLED_SIZE = 7
+"""Height and width of the map from which the class and the edges of a region are computed."""
 MASK_SIZE = 14
 """Height and width of the map from which the mask of a region is computed; the mask has twice the size."""
 
@@ -127,10 +129,9 @@ class Detector(nn.Module):
                 "mask_head": MaskRCNNHeads(spec.width, [spec.width] * spec.mask_layers, 1, norm_layer=MapNorm),
                 "mask_predictor": MaskRCNNPredictor(spec.width, spec.width, task.classes + 1),
             }
-        pooled_size = 7
         self.boxes = RoIHeads(
-            MultiScaleRoIAlign(names, pooled_size, spec.pooling_samples),
-            BoxHead(spec.width * pooled_size**2, spec.d_box),
+            MultiScaleRoIAlign(names, POOLED_SIZE, spec.pooling_samples),
+            BoxHead(spec.width * POOLED_SIZE**2, spec.d_box),
             FastRCNNPredictor(spec.d_box, task.classes + 1),
             fg_iou_thresh=0.5,
             bg_iou_thresh=0.5,
@@ -165,18 +166,14 @@ class Detector(nn.Module):
 
     @torch.no_grad()
     def detect(self, map_NMYX: Tensor) -> list[Detection]:
-        """Return the objects that are found in each image."""
+        """Return the objects that are found in each image. The model must be in evaluation mode."""
         from torchvision.models.detection.roi_heads import paste_masks_in_image
 
         if not len(map_NMYX):
             return []
         features = self._features(map_NMYX)
         boxes = self._propose(features).boxes
-        sizes = self._sizes(map_NMYX)
-        was_training = self.boxes.training
-        self.boxes.eval()
-        results, _ = self.boxes(features, boxes, sizes)
-        self.boxes.train(was_training)
+        results, _ = self.boxes(features, boxes, self._sizes(len(boxes)))
         size = (self.image_size, self.image_size)
         detections = []
         for result in results:
@@ -186,8 +183,9 @@ class Detector(nn.Module):
             detections.append(Detection(result["boxes"], result["labels"] - 1, result["scores"], mask_OYX))
         return detections
 
-    def _sizes(self, map_NMYX: Tensor) -> list[tuple[int, int]]:
-        return [(self.image_size, self.image_size)] * len(map_NMYX)
+    def _sizes(self, images: int) -> list[tuple[int, int]]:
+        """Return the height and width of each of a number of images, as torchvision asks for them."""
+        return [(self.image_size, self.image_size)] * images
 
     def _features(self, map_NMYX: Tensor) -> dict[str, Tensor]:
         """Return the maps of the pyramid by the names that torchvision's pooling has for them."""
@@ -204,8 +202,7 @@ class Detector(nn.Module):
         objectness_R1, edge_R4 = concat_box_prediction_layers(objectness, edges)
         images = len(maps[0])
         box_NA4 = self.regions.box_coder.decode(edge_R4.detach(), anchors).view(images, -1, 4)
-        sizes = [(self.image_size, self.image_size)] * images
-        boxes, _ = self.regions.filter_proposals(box_NA4, objectness_R1.detach(), sizes, counts)
+        boxes, _ = self.regions.filter_proposals(box_NA4, objectness_R1.detach(), self._sizes(images), counts)
         return Proposals(boxes, objectness_R1.view(images, -1), edge_R4.view(images, -1, 4), anchors)
 
     def _anchors_of(self, maps: Sequence[Tensor]) -> list[Tensor]:
@@ -255,7 +252,7 @@ class Detector(nn.Module):
                 objects relative to them, and the numbers of their objects.
             targets: objects of each image.
         """
-        sizes = [(self.image_size, self.image_size)] * len(boxes)
+        sizes = self._sizes(len(boxes))
         pooled = self.boxes.box_head(self.boxes.box_roi_pool(features, boxes, sizes))
         logits_RC, edge_RC4 = self.boxes.box_predictor(pooled)
         counts, quota = [len(b) for b in boxes], self.spec.box_samples
@@ -285,7 +282,7 @@ class Detector(nn.Module):
         heads: Any = self.boxes
         object_rows = [torch.where(label_R > 0)[0] for label_R in labels]
         mask_boxes = [box_R4[rows] for box_R4, rows in zip(boxes, object_rows, strict=True)]
-        sizes = [(self.image_size, self.image_size)] * len(boxes)
+        sizes = self._sizes(len(boxes))
         logits_RCYX = heads.mask_predictor(heads.mask_head(heads.mask_roi_pool(features, mask_boxes, sizes)))
         counts = [len(rows) for rows in object_rows]
         label_R = torch.cat([label_R[rows] for label_R, rows in zip(labels, object_rows, strict=True)])

@@ -149,7 +149,6 @@ class Vision(Trunk):
                 for name, task in self.tasks.items()
             }
         )
-        self.label_smoothing = vision.label_smoothing
 
     def final_norms(self) -> list[nn.Module]:
         return [self.norm]
@@ -176,18 +175,20 @@ class Vision(Trunk):
                 are then the same at every call.
         """
         features = self.encode([task.image_NYXC for task in batch], noise)
-        # A head of its own draws after those before it, so its samples do not depend on other layers.
+        return PartLosses(self.losses(batch, features, noise), features.routing)
+
+    def losses(self, batch: VisionBatch, features: Features, noise: Noise | None = None) -> list[LossPart]:
+        """Return the losses of each task of a micro-batch from its features; for the noise see `forward`."""
+        # All detectors draw from one generator, one after another, and the blocks have generators of their own.
         device = features.patches[0].device
         generator = seeded_generator("evaluation", device) if noise is None else noise.generator(HEADS, device)
         losses = list[LossPart]()
         for name, task_batch, patch_NPM in zip(self.tasks, batch, features.patches, strict=True):
-            values = self._values_of(name, task_batch, patch_NPM, generator, is_training=noise is not None)
+            values = self._values_of(name, task_batch, patch_NPM, generator)
             losses += [LossPart(value_N.sum(), value_N.detach()) for value_N in values]
-        return PartLosses(losses, features.routing)
+        return losses
 
-    def _values_of(
-        self, name: str, batch: TaskBatch, patch_NPM: Tensor, generator: torch.Generator, *, is_training: bool
-    ) -> list[Tensor]:
+    def _values_of(self, name: str, batch: TaskBatch, patch_NPM: Tensor, generator: torch.Generator) -> list[Tensor]:
         """Return the value of each loss of a task for each of its images."""
         if self.tasks[name].detector is not None:
             with torch.autocast(patch_NPM.device.type, enabled=False):
@@ -195,8 +196,7 @@ class Vision(Trunk):
                 return detector.losses(self._maps(patch_NPM), batch.objects, generator)
         assert batch.class_N is not None
         logits_NC = self.class_logits(name, patch_NPM)
-        smoothing = self.label_smoothing if is_training else 0.0
-        return [F.cross_entropy(logits_NC, batch.class_N, reduction="none", label_smoothing=smoothing)]
+        return [F.cross_entropy(logits_NC, batch.class_N, reduction="none")]
 
     def class_logits(self, name: str, patch_NPM: Tensor) -> Tensor:
         """Return the logits of the classes of images, (N, classes) float32, from the patches of a task."""

@@ -274,7 +274,7 @@ async def _read_body(http_request: Request, parameters: type[Parameters]) -> tup
     content = await http_request.body()
     if content_type == "application/json":
         try:
-            body = ImageInput[parameters].model_validate_json(content)  # type: ignore[valid-type]
+            body = ImageInput[parameters].model_validate_json(content)  # type: ignore[valid-type]  # made at run time
         except ValidationError as e:
             # The handler of these errors names the second part of the location.
             paths = [".".join(map(str, error["loc"])) for error in e.errors()]

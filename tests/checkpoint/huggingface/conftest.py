@@ -30,7 +30,14 @@ MIXTRAL = ModelSpec(
     document_masks=True,
     moe=MoESpec(heads=1, experts=4, d_expert=24, every=1, normalize_gates=True, z_weight=0.1, jitter=0.01),
 )
-ALL_FEATURES = {"d_expert": 24, "d_shared": 16, "projection_layers": 3, "bias_rate": 0.1, "capacity_factor": 2.0}
+ALL_FEATURES = {
+    "d_expert": 24,
+    "d_shared": 16,
+    "projection_layers": 3,
+    "bias_rate": 0.1,
+    "capacity_factor": 2.0,
+    "noise": 1.0,
+}
 MODELS = {
     "llama": ModelSpec(**DENSE, kv_heads=2, moe=MoESpec(**ALL_FEATURES, sub_token_residual=True)),
     "xmoe": ModelSpec(**DENSE, backbone="subln", moe=MoESpec(**ALL_FEATURES, router="xmoe", router_dim=5)),

@@ -15,6 +15,7 @@ from mhmoe_ray.checkpoint.huggingface.import_ import import_folder
 from mhmoe_ray.checkpoint.load import load_model
 from mhmoe_ray.checkpoint.manifest import newest_checkpoint
 from mhmoe_ray.errors import CheckpointError
+from mhmoe_ray.spec import ModelSpec, MoESpec
 from tests.checkpoint.huggingface.conftest import MODELS, SEQ_LEN, TEXT, export_run
 from tests.checkpoint.huggingface.test_names import model_specs
 from tests.llama_tokenizer import llama_tokenizer
@@ -127,6 +128,13 @@ def test_mhmoe_adapter_expresses_every_model(spec):
     chosen_adapter = choose_adapter(spec, 64)
     assert computed_function(chosen_adapter.to_model_spec()) == computed_function(spec)
     assert chosen_adapter.context_length == 64
+
+
+def test_losses_of_the_router_do_not_keep_a_model_from_being_exported():
+    moe = MoESpec(d_expert=24, noise=1.0, balance="importance_load")
+    spec = ModelSpec(vocab_size=320, d_model=32, layers=2, attention_heads=4, d_ff=48, moe=moe)
+    exported_spec = choose_adapter(spec, SEQ_LEN).to_model_spec()
+    assert computed_function(exported_spec) == computed_function(spec)
 
 
 def test_written_keys_are_read_back():

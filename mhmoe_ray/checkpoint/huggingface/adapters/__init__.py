@@ -36,8 +36,10 @@ ADAPTERS: dict[str, type[Adapter]] = {
 TRAINING_OPTIONS = {"dropout", "attention_dropout", "document_masks"}
 MOE_TRAINING_OPTIONS = {
     "jitter",
+    "noise",
     "capacity_factor",
     "second_expert",
+    "balance",
     "balance_weight",
     "balance_choices",
     "balance_over",

@@ -7,7 +7,7 @@ from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveIn
 from mhmoe_ray.architectures import ArchitectureName
 from mhmoe_ray.checkpoint.huggingface.adapters.base import Adapter
 from mhmoe_ray.spec import ModelSpec
-from mhmoe_ray.spec.model import RouterName
+from mhmoe_ray.spec.moe import RouterName
 
 BIAS_RATE = 0.001
 """`bias_rate` of an imported router that has a selection bias (DeepSeek-V3's rate); it matters only in training."""
