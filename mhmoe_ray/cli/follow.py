@@ -70,13 +70,11 @@ def format_progress(progress: "PreparationProgress") -> str:
     """Return the counts of a preparation's progress as one line; return an empty line for a stage without counts."""
     if progress.stage == "packing":
         return f"{progress.done:,} of {progress.total:,} shards"
-    if progress.stage != "tokenising":
+    if progress.stage in ("tokenizer", "finishing"):
         return ""
-    parts = [
-        f"{format_bytes(progress.done)} of {format_bytes(progress.total)}",
-        f"{progress.documents:,} documents",
-        f"{progress.tokens:,} tokens",
-    ]
+    parts = [f"{format_bytes(progress.done)} of {format_bytes(progress.total)}", f"{progress.documents:,} documents"]
+    if progress.stage == "tokenising":
+        parts.append(f"{progress.tokens:,} tokens")
     if progress.found_tokens:
         parts.append(f"{progress.found_tokens:,} of them tokenised earlier")
     if progress.seconds_left is not None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
 from mhmoe_ray.data.annotations import Annotation
 from mhmoe_ray.data.images import image_size
@@ -16,6 +17,8 @@ from mhmoe_ray.model.vision import Detection
 
 MASK_THRESHOLD = 0.5
 """Probability from which a pixel belongs to a mask."""
+DUPLICATE_OVERLAP = 0.5
+"""Overlap (intersection over union) above which two boxes are one object, where classes do not count."""
 
 
 class StoredDetection(NamedTuple):
@@ -92,14 +95,17 @@ def average_precision(
                 entry["segmentation"] = {"size": list(sizes[image]), "counts": instance.mask}
                 entry["area"] = _mask_area(entry["segmentation"])
             truth["annotations"].append(entry)
-    results = []
+    results, any_class_results = [], []
     for image, detection in enumerate(detections):
+        distinct = _distinct_boxes(detection)
         for number, (x0, y0, x1, y1) in enumerate(detection.boxes.tolist()):
             entry = {"image_id": image, "category_id": int(detection.classes[number])}
             entry |= {"bbox": [x0, y0, x1 - x0, y1 - y0], "score": float(detection.scores[number])}
             if has_masks:
                 entry["segmentation"] = {"size": list(sizes[image]), "counts": detection.masks[number]}
             results.append(entry)
+            if number in distinct:
+                any_class_results.append(entry)
     boxes = _precisions(truth, results, "bbox", by_class=True)
     masks = _precisions(truth, results, "segm", by_class=True) if has_masks else None
     return ObjectPrecision(
@@ -108,8 +114,20 @@ def average_precision(
         box_ap75=boxes[2],
         mask_ap=None if masks is None else masks[0],
         mask_ap50=None if masks is None else masks[1],
-        any_class_box_ap50=_precisions(truth, results, "bbox", by_class=False)[1],
+        any_class_box_ap50=_precisions(truth, any_class_results, "bbox", by_class=False)[1],
     )
+
+
+def _distinct_boxes(detection: StoredDetection) -> set[int]:
+    """Return the numbers of the boxes of an image that remain if classes do not count.
+
+    A detector reports a region once for each class that it may have. Without this, all but one of them would count as
+    errors.
+    """
+    from torchvision.ops import nms
+
+    boxes, scores = (torch.tensor(values, dtype=torch.float32) for values in (detection.boxes, detection.scores))
+    return set(nms(boxes, scores, DUPLICATE_OVERLAP).tolist())
 
 
 def _mask_area(mask: dict[str, Any]) -> float:

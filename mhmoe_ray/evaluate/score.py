@@ -210,7 +210,8 @@ class ObjectPrecision(BaseModel):
     """The same of masks; None if model or images have none."""
     mask_ap50: float | None
     any_class_box_ap50: float
-    """Average precision of boxes at overlap 0.5, whatever their classes."""
+    """Average precision of boxes at overlap 0.5, whatever their classes. Overlapping boxes of an image count once, with
+    the highest of their scores."""
 
 
 class ObjectFigures(BaseModel):

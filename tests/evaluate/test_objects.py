@@ -52,6 +52,23 @@ def test_overlaps_classes_and_misses_lower_the_precision():
     assert missed.any_class_box_ap50 == pytest.approx(2 / 3, abs=0.01)
 
 
+def test_a_region_of_several_classes_is_one_object_if_classes_do_not_count():
+    """The wrong class has the higher score, so that the right one is a second box at the same place."""
+    result = precision(
+        [
+            StoredDetection(
+                np.concatenate([wrong.boxes, right.boxes]),
+                np.concatenate([(wrong.classes + 1) % len(NAMES), right.classes]),
+                np.concatenate([wrong.scores, right.scores]),
+                wrong.masks + right.masks,
+            )
+            for wrong, right in ((detection_of(a), detection_of(a, shift=2, score=0.5)) for a in TRUTH)
+        ]
+    )
+    assert result.any_class_box_ap50 == pytest.approx(1)
+    assert result.box_ap50 < 1
+
+
 def test_nothing_detected_has_a_precision_of_zero():
     empty = StoredDetection(np.empty((0, 4)), np.empty(0), np.empty(0), [])
     assert precision([empty, empty]).box_ap50 == 0

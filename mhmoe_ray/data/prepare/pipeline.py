@@ -46,7 +46,7 @@ from mhmoe_ray.data.prepare.rows import (
     plan_row_shards,
 )
 from mhmoe_ray.data.prepare.tokenise import Part, TokenisedChunk, tokenise_chunk
-from mhmoe_ray.data.prepare.work import ProgressReport, StagingDirectory, clean_up, publish, staging_directory
+from mhmoe_ray.data.prepare.work import ProgressReport, Stage, StagingDirectory, clean_up, publish, staging_directory
 from mhmoe_ray.data.shards.columns import conversation_dtype, token_bytes_for, token_dtype
 from mhmoe_ray.data.shards.manifest import (
     CLASSES_FILE,
@@ -155,8 +155,9 @@ class _Preparation:
             start = boundaries(tokenizer).start
             template, chat = self._check_chat(tokenizer)
             tokenizer_sha256 = describe_file(self._tokenizer).sha256
-        self._log(f"{'tokenising' if self._tokenizer else 'reading'} {len(self._files)} files")
-        self._report.enter_stage("tokenising")
+        stage: Stage = "tokenising" if self._tokenizer else "reading"
+        self._log(f"{stage} {len(self._files)} files")
+        self._report.enter_stage(stage)
         parts, tallies = self._tokenise(template, tokenizer_sha256)
         by_domain: dict[str, list[Part]] = defaultdict(list)
         for part in parts:

@@ -34,7 +34,9 @@ from mhmoe_ray.storage import replace_file
 PROGRESS_FILE = "progress.json"
 WRITE_SECONDS = 1.0
 
-Stage = Literal["tokenizer", "tokenising", "packing", "finishing"]
+Stage = Literal["tokenizer", "tokenising", "reading", "packing", "finishing"]
+READING_STAGES: tuple[Stage, ...] = ("tokenising", "reading")
+"""Stages in which the files are read: `reading` if there is no text to tokenise, as for vision models."""
 
 
 class PreparationProgress(BaseModel):
@@ -42,19 +44,19 @@ class PreparationProgress(BaseModel):
 
     stage: Stage
     done: int
-    """Number of shards that are written while packing; in the other stages stored bytes that are tokenised."""
+    """Number of shards that are written while packing; in the other stages stored bytes that are read."""
     total: int
     """Number of all shards while packing; in the other stages stored bytes of all files."""
     documents: int
-    """Number of documents that are tokenised."""
+    """Number of documents that are read."""
     tokens: int
     """Number of their tokens."""
     found_tokens: int
     """Number of those tokens in parts that an earlier job wrote."""
     bytes_per_s: float
-    """Stored bytes that this job tokenises per second, without reused parts; 0 in other stages."""
+    """Stored bytes that this job reads per second, without reused parts; 0 in other stages."""
     seconds_left: float | None
-    """Estimated seconds until tokenising ends; None while there is no estimate."""
+    """Estimated seconds until all files are read; None while there is no estimate."""
 
 
 @dataclass
@@ -99,9 +101,9 @@ class ProgressReport:
             documents=self.documents,
             tokens=self.tokens,
             found_tokens=self.reused_tokens,
-            bytes_per_s=new_bytes / seconds if self.stage == "tokenising" else 0.0,
+            bytes_per_s=new_bytes / seconds if self.stage in READING_STAGES else 0.0,
             seconds_left=(self.total_bytes - self.done_bytes) * seconds / new_bytes
-            if new_bytes and self.stage == "tokenising"
+            if new_bytes and self.stage in READING_STAGES
             else None,
         )
         replace_file(self.folder / PROGRESS_FILE, progress.model_dump_json().encode())

@@ -1,11 +1,13 @@
-"""Tests of the cleanup after preparations, without Ray."""
+"""Tests of the progress of preparations and of the cleanup after them, without Ray."""
 
 import os
 
+from mhmoe_ray.cli.follow import format_progress
 from mhmoe_ray.data.prepare import work
 from mhmoe_ray.data.prepare.pipeline import prepare
 from mhmoe_ray.data.prepare.work import (
     ALIVE_FILE,
+    ProgressReport,
     StagingDirectory,
     clean_up,
     read_progress,
@@ -100,3 +102,15 @@ def make_stale_folder(shared_path):
     (stale_folder / ALIVE_FILE).touch()
     os.utime(stale_folder / ALIVE_FILE, (0, 0))
     return stale_folder
+
+
+def test_progress_names_tokens_only_where_texts_are_tokenised(tmp_path):
+    """A vision model's preparation has no tokens, and still says how long it takes."""
+    report = ProgressReport(tmp_path, total_bytes=2_000_000, done_bytes=500_000, documents=7)
+    report.enter_stage("reading")
+    line = format_progress(read_progress(tmp_path))
+    assert "7 documents" in line
+    assert "left" in line
+    assert "tokens" not in line
+    report.enter_stage("tokenising")
+    assert "0 tokens" in format_progress(read_progress(tmp_path))
