@@ -26,7 +26,8 @@ def report(
     json: JsonOption = False,
 ) -> None:
     """Write one self-contained HTML page, and PNGs, that compare runs: losses against steps, tokens and FLOPs, sizes
-    and compute, balance, loads of experts, throughput, and a verdict with its uncertainty over seeds (extra `report`).
+    and compute, balance, loads of experts, throughput, a verdict with its uncertainty over seeds, and the accuracies,
+    precisions and recalls of evaluations that all runs have (extra `report`).
 
     Runs that differ in their seed alone count as one variant. For example `mhmoe report follow-up-small --baseline
     smoe`.
@@ -47,10 +48,11 @@ def report(
             run_dirs.append(find_run(name, storage, with_job=True))
     # A run may be named twice, itself and by its sweep, but counts once. `dict.fromkeys` keeps the order of runs, which
     # decides the default baseline.
-    verdicts = write_report(list(dict.fromkeys(run_dirs)), target_folder, baseline)
+    result = write_report(list(dict.fromkeys(run_dirs)), target_folder, baseline)
     if json:
-        print_json({"page": str(target_folder / PAGE_FILE), "verdicts": [v.as_json() for v in verdicts]})
+        verdicts, quality = ([item.as_json() for item in items] for items in (result.verdicts, result.quality))
+        print_json({"page": str(target_folder / PAGE_FILE), "verdicts": verdicts, "quality": quality})
         return
-    for verdict in verdicts:
+    for verdict in result.verdicts:
         out.print(verdict.text, soft_wrap=True)
     out.print(f"{target_folder / PAGE_FILE}", soft_wrap=True)

@@ -144,6 +144,13 @@ class Evaluation(BaseModel):
         """Sum of the scores of all domains."""
         return sum(self.domains.values(), Score())
 
+    @property
+    def quality(self) -> dict[str, float]:
+        """How well an encoder or a vision model does what it is for, by name; empty for a decoder, whose quality is its
+        loss."""
+        figures = self.encoder or self.vision
+        return figures.quality() if figures else {}
+
 
 def save_evaluation(run: RunDir, evaluation: Evaluation) -> Location:
     """Store an evaluation in the run directory and return its path."""

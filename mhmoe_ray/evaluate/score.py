@@ -181,6 +181,17 @@ class EncoderFigures(BaseModel):
     classes: dict[str, ClassScore] = {}
     """Linear probe by domain, if the request asks for one."""
 
+    def quality(self) -> dict[str, float]:
+        """Return how well the model does what it is for, by the names that reports show. More is better."""
+        values = {}
+        for domain, retrieval in self.retrieval.items():
+            values[f"{domain}, R@10 of captions"] = retrieval.model.image_to_text.at_10
+            values[f"{domain}, R@10 of images"] = retrieval.model.text_to_image.at_10
+        for domain, captions in self.captions.items():
+            values[f"{domain}, BLEU-4"], values[f"{domain}, CIDEr-D"] = captions.model.bleu, captions.model.cider
+        values |= {f"{domain}, accuracy of the probe": score.accuracy for domain, score in self.classes.items()}
+        return values
+
 
 class AccuracyFigures(BaseModel):
     """Accuracy of a task of classification."""
@@ -231,3 +242,16 @@ class VisionFigures(BaseModel):
     """Accuracy of each task of classification."""
     objects: dict[str, ObjectFigures] = {}
     """Average precision of each task of detection."""
+
+    def quality(self) -> dict[str, float]:
+        """Return how well the model does what it is for, by the names that reports show. More is better."""
+        values = {}
+        for task, accuracy in self.classes.items():
+            values[f"{task}, top 1"], values[f"{task}, top 5"] = accuracy.top_1, accuracy.top_5
+        for task, objects in self.objects.items():
+            precision = objects.precision
+            values[f"{task}, box AP"], values[f"{task}, box AP50"] = precision.box_ap, precision.box_ap50
+            if precision.mask_ap is not None and precision.mask_ap50 is not None:
+                values[f"{task}, mask AP"], values[f"{task}, mask AP50"] = precision.mask_ap, precision.mask_ap50
+            values[f"{task}, box AP50 whatever the class"] = precision.any_class_box_ap50
+        return values

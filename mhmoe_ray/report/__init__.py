@@ -2,6 +2,8 @@
 
     figures.py    the numbers of a run, and the experts that its tokens go to
     variants.py   runs that differ only in their seed as one variant, a sweep as a table, and which variant is better
+    seeds.py      values of two variants by seed, and the interval of their difference
+    quality.py    accuracies, precisions and recalls of evaluations that all runs have
     plots.py      figures
     page.py       the page of `mhmoe report`, from page.html
 

@@ -45,9 +45,14 @@ class RunFigures:
         return compute_sizes(self.spec.model)
 
     @cached_property
+    def all_evaluations(self) -> list[Evaluation]:
+        """All evaluations of the run, those of its newest step last."""
+        return load_evaluations(self.run)
+
+    @property
     def evaluations(self) -> list[Evaluation]:
         """Evaluations on the prepared held-out text, the newest last; those on texts of users are left out."""
-        return [e for e in load_evaluations(self.run) if e.request.prepared]
+        return [e for e in self.all_evaluations if e.request.prepared]
 
     @cached_property
     def run_events(self) -> list[dict[str, Any]]:

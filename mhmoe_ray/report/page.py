@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jinja2 import Environment, PackageLoader, select_autoescape
 
@@ -15,6 +15,7 @@ from mhmoe_ray import pictures
 from mhmoe_ray.errors import RunError
 from mhmoe_ray.report import plots
 from mhmoe_ray.report.figures import Routes, RunFigures, compare_expert_use, read_routes
+from mhmoe_ray.report.quality import QualityTable, evaluations_by_key, quality_tables
 from mhmoe_ray.report.variants import Variant, Verdict, compare_variants, group_variants, matched_step, variant_row
 from mhmoe_ray.runs import events, metrics
 from mhmoe_ray.runs.directory import RunDir
@@ -30,7 +31,14 @@ MAX_LOAD = 2.0
 """Upper end of the colour scale of loads: a single overloaded expert must not hide the differences of the others."""
 
 
-def write_report(runs: Sequence[RunDir], folder: Path, baseline: str | None = None) -> list[Verdict]:
+class ReportResult(NamedTuple):
+    """Results on the page of a report."""
+
+    verdicts: list[Verdict]
+    quality: list[QualityTable]
+
+
+def write_report(runs: Sequence[RunDir], folder: Path, baseline: str | None = None) -> ReportResult:
     """Write a report that compares runs: the page, and its figures as PNGs.
 
     Args:
@@ -39,7 +47,7 @@ def write_report(runs: Sequence[RunDir], folder: Path, baseline: str | None = No
         baseline: the name of the variant that the others are compared with; the first variant by default.
 
     Returns:
-        The verdicts on the page.
+        The results on the page.
 
     Raises:
         RunError: no run has numbers yet, a run was imported, or there is no such baseline.
@@ -62,6 +70,7 @@ def write_report(runs: Sequence[RunDir], folder: Path, baseline: str | None = No
     other_variants = [variant for variant in all_variants if variant is not baseline_variant]
     comparisons = [compare_variants(baseline_variant, variant, step) for variant in other_variants] if step else []
     verdicts = [verdict for verdict in comparisons if verdict is not None]
+    quality = quality_tables(all_variants, baseline_variant)
     routes_by_name = {v.name: routes for v in all_variants if (routes := read_routes(v.routes_run)) is not None}
     with _translated_write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -79,6 +88,8 @@ def write_report(runs: Sequence[RunDir], folder: Path, baseline: str | None = No
             baseline=baseline_variant.name,
             step=step,
             verdicts=verdicts,
+            quality=quality,
+            unevaluated=_unevaluated_runs(counted_runs),
             figures=figures,
             expert_use=_expert_use_sentences(baseline_variant.name, routes_by_name),
             different_keys=_different_keys(all_variants),
@@ -95,7 +106,7 @@ def write_report(runs: Sequence[RunDir], folder: Path, baseline: str | None = No
     )
     with _translated_write_errors(folder):
         (folder / PAGE_FILE).write_text(page)
-    return verdicts
+    return ReportResult(verdicts, quality)
 
 
 def _find_baseline(
@@ -212,6 +223,12 @@ def _different_keys(all_variants: Sequence[Variant]) -> dict[str, list[str]]:
     keys = dict.fromkeys(key for leaves in flat for key in leaves)
     values_by_key = {key: [str(leaves.get(key, "")) for leaves in flat] for key in keys}
     return {key: values for key, values in values_by_key.items() if len(set(values)) > 1}
+
+
+def _unevaluated_runs(runs: Sequence[RunFigures]) -> list[str]:
+    """Return the ids of runs that lack an evaluation which others have, so that its figures are left out."""
+    keys = [set(evaluations_by_key(run)) for run in runs]
+    return [run.run.id for run, own_keys in zip(runs, keys, strict=True) if not own_keys and any(keys)]
 
 
 def _unequal_conditions(all_variants: Sequence[Variant]) -> list[str]:

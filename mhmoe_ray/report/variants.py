@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any, NamedTuple
 
-from mhmoe_ray.errors import DataError
 from mhmoe_ray.planner.sizes import Sizes, compute_sizes
 from mhmoe_ray.report.figures import RunFigures
+from mhmoe_ray.report.seeds import CONFIDENCE, SeedValues, pair_values
 from mhmoe_ray.runs import events, metrics
 from mhmoe_ray.runs.sweeps import SweepDir
 from mhmoe_ray.spec import NON_TRAINING_SECTIONS, RunSpec, SweepRun
@@ -18,25 +18,6 @@ from mhmoe_ray.spec.sweep import unseeded_name
 
 _UNTRAINED_KEYS = NON_TRAINING_SECTIONS | {"name", "storage", "seed", "origin", "reference"}
 """Sections and keys of a spec that do not change what is trained."""
-
-
-class Losses(NamedTuple):
-    """Validation losses of two variants that are compared."""
-
-    baseline: list[float]
-    variant: list[float]
-    paired: bool
-    """Whether the losses are paired by seed.
-
-    Losses are paired over the common seeds if there are two or more of them, or if one variant has no other seeds.
-    """
-
-    @property
-    def differences(self) -> list[float]:
-        """Losses of the variant minus those of the baseline: seed by seed if paired, else minus the baseline's mean."""
-        if self.paired:
-            return [b - a for a, b in zip(self.baseline, self.variant, strict=True)]
-        return [b - statistics.fmean(self.baseline) for b in self.variant]
 
 
 @dataclass(frozen=True)
@@ -119,15 +100,9 @@ def variant_row(variant: Variant, variant_sizes: Sizes, baseline_sizes: Sizes, s
     }
 
 
-def losses_at(step: int, baseline: Variant, variant: Variant) -> Losses | None:
+def losses_at(step: int, baseline: Variant, variant: Variant) -> SeedValues | None:
     """Return the losses of two variants at a step; None if one of them has no loss there."""
-    a, b = baseline.losses(step), variant.losses(step)
-    if not a or not b:
-        return None
-    common = sorted(a.keys() & b.keys())
-    if len(common) > 1 or len(common) == min(len(a), len(b)):
-        return Losses([a[seed] for seed in common], [b[seed] for seed in common], paired=True)
-    return Losses(list(a.values()), list(b.values()), paired=False)
+    return pair_values(baseline.losses(step), variant.losses(step))
 
 
 def group_variants(runs: Sequence[RunFigures]) -> list[Variant]:
@@ -198,10 +173,6 @@ def _shorten_names(names: Sequence[str]) -> list[str]:
     return [name if cut.count(name) == 1 else f"{name} ({cut[:i].count(name) + 1})" for i, name in enumerate(cut)]
 
 
-CONFIDENCE = 0.95
-"""Probability that the interval of a verdict contains the true difference."""
-
-
 class Verdict(NamedTuple):
     """Result of comparing two variants: the difference of validation losses, in nats per token.
 
@@ -266,24 +237,18 @@ def compare_variants(baseline: Variant, variant: Variant, step: int) -> Verdict 
     losses = losses_at(step, baseline, variant)
     if losses is None:
         return None
-    seeds = min(len(losses.baseline), len(losses.variant))
-    low, high = _interval(losses) if seeds > 1 else (None, None)
-    difference = statistics.fmean(losses.differences)
+    low, high = losses.interval() or (None, None)
     return Verdict(
-        baseline.name, variant.name, step, difference, low, high, seeds, losses.paired, variant.has_summed_loss
+        baseline.name,
+        variant.name,
+        step,
+        losses.difference,
+        low,
+        high,
+        losses.seeds,
+        losses.paired,
+        variant.has_summed_loss,
     )
-
-
-def _interval(losses: Losses) -> tuple[float, float]:
-    """Return the confidence interval of the mean difference: Student's for paired losses, else Welch's."""
-    try:
-        from scipy import stats
-    except ImportError as e:
-        raise DataError("intervals", "scipy is missing", "pip install 'mhmoe-ray[report]'") from e
-    a, b = losses.baseline, losses.variant
-    test = stats.ttest_rel(b, a) if losses.paired else stats.ttest_ind(b, a, equal_var=False)
-    interval = test.confidence_interval(CONFIDENCE)
-    return float(interval.low), float(interval.high)
 
 
 def sweep_table(sweep_dir: SweepDir) -> list[dict[str, Any]]:

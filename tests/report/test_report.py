@@ -8,11 +8,12 @@ import pytest
 
 from mhmoe_ray.errors import DataError, RunError
 from mhmoe_ray.evaluate.request import EvalRequest, Evaluation, RoutingCounts, load_evaluations, save_evaluation
-from mhmoe_ray.evaluate.score import Score
+from mhmoe_ray.evaluate.score import AccuracyFigures, ObjectFigures, ObjectPrecision, Score, VisionFigures
 from mhmoe_ray.planner.sizes import flops_per_token
 from mhmoe_ray.report.figures import RunFigures
 from mhmoe_ray.report.page import write_report
 from mhmoe_ray.report.plots import draw_differences
+from mhmoe_ray.report.quality import quality_tables
 from mhmoe_ray.report.variants import Variant, compare_variants, group_variants, losses_at, matched_step
 from mhmoe_ray.runs import events, history, metrics
 from mhmoe_ray.runs.directory import Attempt, RunDir, add_attempt, create_run, mark_imported
@@ -137,13 +138,13 @@ def test_started_and_failed_runs_do_not_change_the_compared_step(tmp_path):
     started_run = make_run(tmp_path, "began", 0, 3.0, moe={**MOE, "top_k": 3}, steps=3, end_event=None)
     failed_run = make_run(tmp_path, "failed", 0, 3.0, moe={**MOE, "top_k": 4}, steps=10, end_event="failed")
     runs = [*six_runs(tmp_path), make_run(tmp_path, "b", 0, 3.0, moe=top_1_moe), started_run, failed_run]
-    verdicts = write_report(runs, tmp_path / "out")
+    verdicts = write_report(runs, tmp_path / "out").verdicts
     assert [(v.variant, v.step) for v in verdicts] == [("mhmoe-h2", 20), ("b", 20)]
     page = " ".join((tmp_path / "out" / "report.html").read_text().split())
     assert f"ended early, unlike others:</strong> {failed_run.id} (failed)." in page
     assert '<td>began</td><td data-label="loss"></td>' in page
     unfinished_run = make_run(tmp_path, "on", 0, 3.0, moe={**MOE, "top_k": 4}, steps=10, end_event=None)
-    verdicts = write_report([*six_runs(tmp_path), unfinished_run], tmp_path / "out")
+    verdicts = write_report([*six_runs(tmp_path), unfinished_run], tmp_path / "out").verdicts
     assert [(v.variant, v.step) for v in verdicts] == [("mhmoe-h2", 10), ("on", 10)]
 
 
@@ -203,7 +204,7 @@ def test_training_flops_are_those_of_the_plan(tmp_path):
 
 def test_diverged_runs_and_runs_without_numbers_are_left_out_and_named(tmp_path):
     runs = [*six_runs(tmp_path), make_run(tmp_path, "nan", 0, math.nan), make_run(tmp_path, "waiting", 0, 3.0, steps=0)]
-    verdicts = write_report(runs, tmp_path / "out")
+    verdicts = write_report(runs, tmp_path / "out").verdicts
     assert [(v.variant, v.step) for v in verdicts] == [("mhmoe-h2", 20)]
     page = " ".join((tmp_path / "out" / "report.html").read_text().split())
     assert f"not finite:</strong> {runs[6].id}." in page
@@ -353,6 +354,67 @@ def test_evaluations_of_a_step_are_sorted_by_key(tmp_path):
     assert keys == sorted(keys)
 
 
+def store_vision_evaluation(run, top_1, box_ap50, *, masks=True, samples=500):
+    """Store an evaluation of a run's last checkpoint on pictures of the user, with these figures."""
+    fields = {"prepared": None, "text": None, "samples": samples, "tasks": [], "task_folders": [], "limit": None}
+    request = EvalRequest(
+        run=str(run.path), checkpoint="step_00000020.1", batch=8, half=False, cpus=1, gpus=0, **fields
+    )
+    accuracy = AccuracyFigures(images=9, classes=3, top_1=top_1, top_5=0.9, baseline=None, largest_class=None)
+    precision = ObjectPrecision(
+        box_ap=0.1,
+        box_ap50=box_ap50,
+        box_ap75=0.1,
+        mask_ap=0.1 if masks else None,
+        mask_ap50=0.2 if masks else None,
+        any_class_box_ap50=0.6,
+    )
+    figures = VisionFigures(
+        losses={}, classes={"name": accuracy}, objects={"find": ObjectFigures(images=9, objects=9, precision=precision)}
+    )
+    save_evaluation(run, Evaluation(request=request, step=20, tokens=2560, seconds=1.0, vision=figures))
+
+
+def test_figures_of_evaluations_have_intervals_over_seeds(tmp_path):
+    runs = six_runs(tmp_path)
+    for run, top_1, ap50 in zip(runs, (0.5, 0.6, 0.7, 0.55, 0.67, 0.77), (0.1, 0.1, 0.1, 0.2, 0.3, 0.4), strict=True):
+        store_vision_evaluation(run, top_1, ap50)
+    dense, mhmoe = read_variants(runs)
+    [table] = quality_tables([dense, mhmoe], dense)
+    rows = {(row.figure, row.variant): row for row in table.rows}
+    assert [name for name, _ in rows][::2] == [
+        *("name, top 1", "name, top 5"),
+        *("find, box AP", "find, box AP50", "find, mask AP", "find, mask AP50", "find, box AP50 whatever the class"),
+    ]
+    base, other = rows["name, top 1", "dense"], rows["name, top 1", "mhmoe-h2"]
+    assert (base.mean, base.deviation, base.difference) == (pytest.approx(0.6), pytest.approx(0.1), None)
+    # The differences 0.05, 0.07 and 0.07 have a deviation of 0.011547; Student's quantile with 2 degrees is 4.302653.
+    half_width = 4.302653 * 0.011547 / math.sqrt(3)
+    expected = (0.19 / 3, 0.19 / 3 - half_width, 0.19 / 3 + half_width)
+    assert (other.difference, other.low, other.high) == pytest.approx(expected, abs=1e-5)
+    result = write_report(runs, tmp_path / "out")
+    assert result.quality == [table]
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "<td>find, box AP50</td>" in page
+    assert '<td data-label="to dense">+0.2000</td>' in page
+    assert "Without an evaluation" not in page
+
+
+def test_an_evaluation_that_a_run_lacks_is_left_out_and_the_run_is_named(tmp_path):
+    runs = six_runs(tmp_path)
+    for run in runs[:-1]:
+        store_vision_evaluation(run, 0.5, 0.1)
+    store_vision_evaluation(runs[0], 0.5, 0.1, samples=7)
+    assert write_report(runs, tmp_path / "out").quality == []
+    assert f"Without an evaluation that others have: {runs[-1].id}." in (tmp_path / "out" / "report.html").read_text()
+    store_vision_evaluation(runs[-1], 0.5, 0.1, masks=False)
+    [table] = write_report(runs, tmp_path / "out").quality
+    assert {row.variant: row.deviation for row in table.rows if row.figure == "find, mask AP"} == {
+        "dense": 0,
+        "mhmoe-h2": 0,
+    }
+
+
 class LinkCollector(HTMLParser):
     """Parser that collects the targets of all links and sources of a page in `links`."""
 
@@ -369,7 +431,7 @@ def test_the_page_is_self_contained_and_has_its_pictures_beside_it(tmp_path):
     runs = [*six_runs(tmp_path), make_run(tmp_path, "top-1", 0, 3.0, moe={**MOE, "top_k": 1, "d_sub_token": 16})]
     store_evaluation(runs[3], tokens_of=[60] * 4, distinct=[0, 0, 0, 60, 40])
     store_evaluation(runs[6], tokens_of=[60, 60, 60, 0], distinct=[0, 100, 0])
-    verdicts = write_report(runs, tmp_path / "out", baseline="mhmoe-h2")
+    verdicts = write_report(runs, tmp_path / "out", baseline="mhmoe-h2").verdicts
     assert [v.variant for v in verdicts] == ["dense", "top-1"]
     page = (tmp_path / "out" / "report.html").read_text()
     links = LinkCollector()
@@ -397,7 +459,7 @@ def test_the_page_is_self_contained_and_has_its_pictures_beside_it(tmp_path):
 def test_a_loss_with_an_overflowing_perplexity_is_reported(tmp_path):
     runs = [make_run(tmp_path, "a", seed, 3.0 + seed / 10) for seed in (0, 1)]
     runs += [make_run(tmp_path, "b", seed, 800.0 + seed, moe={**MOE, "top_k": 1}) for seed in (0, 1)]
-    [verdict] = write_report(runs, tmp_path / "out")
+    [verdict] = write_report(runs, tmp_path / "out").verdicts
     assert verdict.text.startswith("b to a: 797.4500 nats higher (")
 
 
