@@ -2,11 +2,13 @@
 
     request.py      the request, the evaluation that answers it, and counts of routes
     score.py        scores: loss, perplexity and bits per byte of texts; those of encoders and of vision models
+    context.py      what is evaluated, and the form of the answer
     encoder.py      measures an encoder's losses, and the value of the image for the text of a pair
     retrieval.py    finds captions of images and images of captions
     captions.py     scores the captions that an encoder writes
     probe.py        classifies images by a linear probe
     nearest.py      nearest images of the training in pixels, the baseline of these three
+    decoder_figures.py  computes all figures of a decoder
     encoder_figures.py  computes all figures of an encoder
     vision.py       computes all figures of a vision model
     objects.py      average precision of objects in images

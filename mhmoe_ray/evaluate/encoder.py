@@ -5,7 +5,7 @@ with the image of another caption, and without an image. Its unit is nats per hi
 has the same loss with any of them.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from mhmoe_ray.data.shards.rows import RowReader
 from mhmoe_ray.data.sources import Document, FileReader, find_files
 from mhmoe_ray.data.tokenizer import DocumentEncoder
 from mhmoe_ray.errors import DataError
+from mhmoe_ray.evaluate.context import Progress
 from mhmoe_ray.evaluate.measure import RouteCounter
 from mhmoe_ray.evaluate.request import RoutingCounts
 from mhmoe_ray.evaluate.retrieval import Candidates
@@ -30,9 +31,6 @@ from mhmoe_ray.model.captions import write_captions
 from mhmoe_ray.model.encoder import Encoded, Encoder
 from mhmoe_ray.model.transfer import copy_to_device
 from mhmoe_ray.spec import DataSpec, MicroBatchPart, RunSpec
-
-Progress = Callable[[str, int, int], None]
-"""Function (name, finished samples, all samples) that reports progress."""
 
 
 class EncoderMeter:

@@ -18,17 +18,15 @@ from mhmoe_ray.data.shards.manifest import (
 )
 from mhmoe_ray.data.shards.rows import read_codebook
 from mhmoe_ray.data.tokenizer import DocumentEncoder, boundaries
-from mhmoe_ray.errors import RunError
 from mhmoe_ray.evaluate.captions import score_captions
-from mhmoe_ray.evaluate.encoder import EncoderMeter, Progress, raw_pairs, training_pairs
+from mhmoe_ray.evaluate.context import EvaluationAnswer, EvaluationContext
+from mhmoe_ray.evaluate.encoder import EncoderMeter, raw_pairs, training_pairs
 from mhmoe_ray.evaluate.nearest import NearestImages, training_manifest
 from mhmoe_ray.evaluate.probe import classify
-from mhmoe_ray.evaluate.request import EvalRequest, RoutingCounts
+from mhmoe_ray.evaluate.request import RoutingCounts
 from mhmoe_ray.evaluate.retrieval import Candidates, nearest_scores, retrieval_figures
 from mhmoe_ray.evaluate.score import CaptionFigures, ClassScore, EncoderFigures, EncoderLossScore
-from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.spec import RunSpec
-from mhmoe_ray.storage import Location
 
 EXAMPLES = 8
 """Number of captions that an evaluation keeps as examples."""
@@ -42,30 +40,13 @@ class Baseline(NamedTuple):
     neighbours: NearestImages
 
 
-def encoder_figures(
-    request: EvalRequest,
-    run: RunDir,
-    checkpoint: Location,
-    manifest: CheckpointManifest,
-    print_line: Callable[[str], None],
-    on_progress: Progress,
-) -> tuple[EncoderFigures, dict[str, RoutingCounts]]:
+def encoder_figures(context: EvaluationContext) -> EvaluationAnswer:
     """Return the figures of an encoder on what a request asks for, and the counts of routes of images and texts.
 
-    Args:
-        request: the request.
-        run: the run.
-        checkpoint: the run's checkpoint.
-        manifest: its manifest.
-        print_line: a function that prints a line.
-        on_progress: a function that reports progress.
-
     Raises:
-        RunError: the request asks for tasks.
         DataError: the pictures cannot be read, or the data is not what the run was trained on.
     """
-    if request.tasks:
-        raise RunError(f"run {run.id}", "it trains an encoder, and lm-eval's tasks are for decoders", "name no tasks")
+    request, run, checkpoint, manifest, print_line, on_progress = context
     model, spec = load_verified_encoder(checkpoint, manifest), run.spec()
     if request.gpus:
         model.to("cuda")
@@ -87,7 +68,7 @@ def encoder_figures(
     if request.probe is not None:
         probe_pairs = list(raw_pairs(request.probe, DocumentEncoder(tokenizer), spec, request.samples))
         classes = {p.domain: _class_score(p, probe_pairs, meter) for p in pairs}
-        return EncoderFigures(losses={}, image_values={}, classes=classes), {}
+        return {"encoder": EncoderFigures(losses={}, image_values={}, classes=classes)}
     hides_text = any(part.objective == "masked" and "text" in part.columns for part in spec.parts)
     writes_captions = any(part.objective == "caption" for part in spec.parts)
     baseline = _read_baseline(spec, manifest, print_line) if model.match is not None or writes_captions else None
@@ -108,7 +89,7 @@ def encoder_figures(
             )
         if writes_captions:
             figures.captions[domain] = _caption_figures(domain_pairs, meter, tokenizer, baseline)
-    return figures, routing
+    return {"encoder": figures, "routing": routing}
 
 
 def _read_baseline(

@@ -146,8 +146,7 @@ class Evaluation(BaseModel):
 
     @property
     def quality(self) -> dict[str, float]:
-        """How well an encoder or a vision model does what it is for, by name; empty for a decoder, whose quality is its
-        loss."""
+        """Accuracies, precisions and recalls by name; empty for a decoder, whose quality is its loss."""
         figures = self.encoder or self.vision
         return figures.quality() if figures else {}
 

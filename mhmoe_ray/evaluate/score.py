@@ -182,7 +182,7 @@ class EncoderFigures(BaseModel):
     """Linear probe by domain, if the request asks for one."""
 
     def quality(self) -> dict[str, float]:
-        """Return how well the model does what it is for, by the names that reports show. More is better."""
+        """Return accuracies, precisions and recalls by the names that reports show. More is better."""
         values = {}
         for domain, retrieval in self.retrieval.items():
             values[f"{domain}, R@10 of captions"] = retrieval.model.image_to_text.at_10
@@ -244,7 +244,7 @@ class VisionFigures(BaseModel):
     """Average precision of each task of detection."""
 
     def quality(self) -> dict[str, float]:
-        """Return how well the model does what it is for, by the names that reports show. More is better."""
+        """Return accuracies, precisions and recalls by the names that reports show. More is better."""
         values = {}
         for task, accuracy in self.classes.items():
             values[f"{task}, top 1"], values[f"{task}, top 5"] = accuracy.top_1, accuracy.top_5

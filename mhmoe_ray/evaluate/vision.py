@@ -26,19 +26,14 @@ from mhmoe_ray.data.sources import Document, FileReader, find_files
 from mhmoe_ray.data.vision_batches import task_batch
 from mhmoe_ray.data.vision_columns import TaskSamples
 from mhmoe_ray.data.vision_samples import AnnotatedImages, Fit, held_out_images, task_makers
-from mhmoe_ray.errors import DataError, RunError
+from mhmoe_ray.errors import DataError
+from mhmoe_ray.evaluate.context import EvaluationAnswer, EvaluationContext, Progress
 from mhmoe_ray.evaluate.measure import RouteCounter
 from mhmoe_ray.evaluate.nearest import NearestImages, training_manifest
 from mhmoe_ray.evaluate.objects import StoredDetection, average_precision, stored_detection
-from mhmoe_ray.evaluate.request import EvalRequest, RoutingCounts
 from mhmoe_ray.evaluate.score import AccuracyFigures, ObjectFigures, VisionFigures
 from mhmoe_ray.model.vision import Features, TaskBatch, Vision
-from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.spec import DataSpec, MicroBatchPart, RunSpec
-from mhmoe_ray.storage import Location
-
-Progress = Callable[[str, int, int], None]
-"""Function that reports progress: the name of what is evaluated, and the numbers of finished and of all samples."""
 
 
 class TaskOutputs(NamedTuple):
@@ -116,31 +111,13 @@ class VisionMeter:
         return TaskBatch(image_NYXC, image_NYXC.new_empty(0, dtype=torch.int64) if is_classified else None)
 
 
-def vision_figures(
-    request: EvalRequest,
-    run: RunDir,
-    checkpoint: Location,
-    manifest: CheckpointManifest,
-    print_line: Callable[[str], None],
-    on_progress: Progress,
-) -> tuple[VisionFigures, dict[str, RoutingCounts]]:
+def vision_figures(context: EvaluationContext) -> EvaluationAnswer:
     """Return the figures of a vision model on what a request asks for, and the counts of routes by task.
 
-    Args:
-        request: the request.
-        run: the run.
-        checkpoint: the run's checkpoint.
-        manifest: its manifest.
-        print_line: a function that prints a line.
-        on_progress: a function that reports progress.
-
     Raises:
-        RunError: the request asks for tasks of lm-eval.
         DataError: the images cannot be read, or the data is not what the run was trained on.
     """
-    if request.tasks:
-        reason = "it trains a vision model, and lm-eval's tasks are for decoders"
-        raise RunError(f"run {run.id}", reason, "name no tasks")
+    request, run, checkpoint, manifest, print_line, on_progress = context
     model, spec, classes = load_verified_vision(checkpoint, manifest), run.spec(), read_classes(run.classes_file)
     if request.gpus:
         model.to("cuda")
@@ -174,7 +151,7 @@ def vision_figures(
                 precision=average_precision(stored.images, annotations, detections, classes[part.name]),
             )
     routing = {} if meter.counter is None else meter.counter.routing_counts()
-    return figures, routing
+    return {"vision": figures, "routing": routing}
 
 
 def _raw_images(data: DataSpec, spec: RunSpec, max_images: int) -> Iterator[tuple[str, AnnotatedImages]]:

@@ -57,12 +57,14 @@ def test_a_region_of_several_classes_is_one_object_if_classes_do_not_count():
     result = precision(
         [
             StoredDetection(
-                np.concatenate([wrong.boxes, right.boxes]),
-                np.concatenate([(wrong.classes + 1) % len(NAMES), right.classes]),
-                np.concatenate([wrong.scores, right.scores]),
-                wrong.masks + right.masks,
+                np.concatenate([wrong_detection.boxes, right_detection.boxes]),
+                np.concatenate([(wrong_detection.classes + 1) % len(NAMES), right_detection.classes]),
+                np.concatenate([wrong_detection.scores, right_detection.scores]),
+                wrong_detection.masks + right_detection.masks,
             )
-            for wrong, right in ((detection_of(a), detection_of(a, shift=2, score=0.5)) for a in TRUTH)
+            for wrong_detection, right_detection in (
+                (detection_of(a), detection_of(a, shift=2, score=0.5)) for a in TRUTH
+            )
         ]
     )
     assert result.any_class_box_ap50 == pytest.approx(1)

@@ -386,12 +386,12 @@ def test_figures_of_evaluations_have_intervals_over_seeds(tmp_path):
         *("name, top 1", "name, top 5"),
         *("find, box AP", "find, box AP50", "find, mask AP", "find, mask AP50", "find, box AP50 whatever the class"),
     ]
-    base, other = rows["name, top 1", "dense"], rows["name, top 1", "mhmoe-h2"]
-    assert (base.mean, base.deviation, base.difference) == (pytest.approx(0.6), pytest.approx(0.1), None)
+    base_row, other_row = rows["name, top 1", "dense"], rows["name, top 1", "mhmoe-h2"]
+    assert (base_row.mean, base_row.deviation, base_row.difference) == (pytest.approx(0.6), pytest.approx(0.1), None)
     # The differences 0.05, 0.07 and 0.07 have a deviation of 0.011547; Student's quantile with 2 degrees is 4.302653.
     half_width = 4.302653 * 0.011547 / math.sqrt(3)
     expected = (0.19 / 3, 0.19 / 3 - half_width, 0.19 / 3 + half_width)
-    assert (other.difference, other.low, other.high) == pytest.approx(expected, abs=1e-5)
+    assert (other_row.difference, other_row.low, other_row.high) == pytest.approx(expected, abs=1e-5)
     result = write_report(runs, tmp_path / "out")
     assert result.quality == [table]
     page = (tmp_path / "out" / "report.html").read_text()

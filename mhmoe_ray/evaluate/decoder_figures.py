@@ -1,0 +1,134 @@
+"""All figures of a decoder: its losses and routes on texts, and its scores in lm-eval's tasks."""
+
+import tempfile
+from collections.abc import Iterable
+from itertools import chain
+from pathlib import Path
+from typing import TypedDict
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from mhmoe_ray.checkpoint.huggingface.export import export
+from mhmoe_ray.checkpoint.load import load_verified_model
+from mhmoe_ray.checkpoint.tokenizer import load_run_tokenizer
+from mhmoe_ray.data.chat.encoder import ConversationEncoder
+from mhmoe_ray.data.chat.template import ChatTemplate, ChatTemplateError, check_template
+from mhmoe_ray.data.domains import language_of_folder, subfolder_of
+from mhmoe_ray.data.shards.manifest import require_matching_data
+from mhmoe_ray.data.tokenizer import DocumentEncoder, boundaries, boundary_texts, token_widths
+from mhmoe_ray.errors import CheckpointError
+from mhmoe_ray.evaluate.context import EvaluationAnswer, EvaluationContext, Progress
+from mhmoe_ray.evaluate.harness import expand_tasks, run_tasks
+from mhmoe_ray.evaluate.measure import (
+    DomainSamples,
+    conversation_samples,
+    held_out_samples,
+    measure_samples,
+    text_samples,
+)
+from mhmoe_ray.evaluate.mixture import measure_mixture
+from mhmoe_ray.evaluate.request import RoutingCounts
+from mhmoe_ray.evaluate.score import Score
+from mhmoe_ray.runs.directory import RunDir
+from mhmoe_ray.spec import DataSpec
+
+
+class MeasureSettings(TypedDict):
+    """Arguments of `measure_samples` and `measure_mixture`."""
+
+    batch_size: int
+    start_token: int
+    use_bfloat16: bool
+    on_progress: Progress
+
+
+def decoder_figures(context: EvaluationContext) -> EvaluationAnswer:
+    """Return the figures of a decoder on what a request asks for.
+
+    Raises:
+        MhmoeError: the checkpoint, text or data cannot be read, or the data is not what the run was trained on.
+    """
+    request, run, checkpoint, manifest = context[:4]
+    model = load_verified_model(checkpoint, manifest)
+    if request.gpus:
+        model.to("cuda")
+    tokenizer = load_run_tokenizer(checkpoint, manifest)
+    samples: Iterable[DomainSamples] = ()
+    if request.text:
+        text, seq_len = request.text, manifest.seq_len
+        samples = text_samples(text, DocumentEncoder(tokenizer), seq_len, request.samples)
+        if text.chat_sources:
+            encoder, masks = ConversationEncoder(tokenizer), manifest.model.document_masks
+            template = _chat_template(run, text, tokenizer)
+            samples = chain(
+                samples,
+                conversation_samples(text, encoder, template, seq_len, request.samples, is_packed=masks),
+            )
+    elif request.prepared:
+        # The text must be the data of the run: documents that are held out in other data may be in the run's training
+        # data.
+        require_matching_data(manifest.data_sha256, Path(request.prepared), "or evaluate other text")
+        samples = held_out_samples(Path(request.prepared))
+    widths = _pad_widths(token_widths(tokenizer), manifest.model.vocab_size)
+    settings: MeasureSettings = {
+        "batch_size": request.batch,
+        "start_token": boundaries(tokenizer).start,
+        "use_bfloat16": request.half,
+        "on_progress": context.on_progress,
+    }
+    routing: dict[str, RoutingCounts] = {}
+    if request.prior is None:
+        domains, routing = measure_samples(model, samples, widths, **settings)
+    else:
+        domains = measure_mixture(model, samples, widths, request.prior, **settings)
+    # lm-eval loads the exported model, so this one would be in memory a second time.
+    del model
+    tasks = {}
+    if request.tasks:
+        context.print_line(f"tasks {', '.join(expand_tasks(request.tasks))}")
+        # lm-eval gets the model that an export gives to anybody, so that its own command prints the same figures.
+        with tempfile.TemporaryDirectory() as folder:
+            exported_folder = Path(folder) / run.id
+            export(checkpoint, manifest, exported_folder)
+            tasks = run_tasks(
+                exported_folder,
+                expand_tasks(request.tasks),
+                request.task_folders,
+                batch_size=request.batch,
+                use_bfloat16=request.half,
+                device="cuda" if request.gpus else "cpu",
+                question_limit=request.limit,
+            )
+    return {"domains": domains, "languages": _language_scores(domains), "routing": routing, "tasks": tasks}
+
+
+def _chat_template(run: RunDir, text: DataSpec, tokenizer: Tokenizer) -> ChatTemplate:
+    """Return the template for conversations: the one that the text names, else the run's, else the built-in one.
+
+    Raises:
+        DataError: the template that the text names cannot be used.
+        CheckpointError: the run's template cannot be used.
+    """
+    texts = boundary_texts(tokenizer)
+    if text.chat_template is not None or not run.chat_template_file.exists():
+        return check_template(text, *texts)
+    try:
+        return ChatTemplate(run.chat_template_file.read_text(), *texts)
+    except ChatTemplateError as e:
+        subject = f"chat template {run.chat_template_file}"
+        raise CheckpointError(subject, str(e), "correct it, or set data.chat_template to another") from e
+
+
+def _pad_widths(widths: np.ndarray, vocab_size: int) -> np.ndarray:
+    """Pad the widths of tokens with zeros to the model's vocabulary, which may have more entries than the tokenizer."""
+    return np.pad(widths, (0, max(0, vocab_size - len(widths))))
+
+
+def _language_scores(domains: dict[str, Score]) -> dict[str, Score]:
+    """Add up the scores of the domains of each language; domains without a language in their name are left out."""
+    scores: dict[str, Score] = {}
+    for domain, score in domains.items():
+        if language := language_of_folder(subfolder_of(domain)):
+            scores[language] = scores.get(language, Score()) + score
+    return scores
