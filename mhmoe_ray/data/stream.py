@@ -48,7 +48,7 @@ BLOCKS_PER_TASK = 16
 # instead, and it yields its blocks one by one.
 MAX_TASKS = 2_000
 ReadRows = Callable[[dict[str, np.ndarray]], dict[str, Any]]
-LOOP_PAUSE_SECONDS = 0.05
+LOOP_PAUSE_SECONDS = 0.03
 """Pause between two steps of the loop in which Ray Data starts tasks and hands out blocks."""
 
 
