@@ -44,13 +44,13 @@ def run_evaluation(request: EvalRequest, print_line: Callable[[str], None]) -> N
     run = RunDir(location(request.run))
     checkpoint = run.checkpoints / request.checkpoint
     manifest = read_manifest(checkpoint, parts=("weights",))
-    kind = manifest.model.kind
-    if request.tasks and kind != "decoder":
+    model = manifest.model
+    if request.tasks and model.kind != "decoder":
         raise RunError(
-            f"run {run.id}", f"its model is of kind {kind}, and lm-eval's tasks are for decoders", "name no tasks"
+            f"run {run.id}", f"its model is {model.kind_name}, and lm-eval's tasks are for decoders", "name no tasks"
         )
     on_progress = _progress_callback(print_line)
-    figures = FIGURES[kind](EvaluationContext(request, run, checkpoint, manifest, print_line, on_progress))
+    figures = FIGURES[model.kind](EvaluationContext(request, run, checkpoint, manifest, print_line, on_progress))
     seconds = time.monotonic() - start_time
     save_evaluation(
         run, Evaluation(request=request, step=manifest.step, tokens=manifest.tokens, seconds=seconds, **figures)

@@ -15,7 +15,7 @@ from mhmoe_ray import pictures
 from mhmoe_ray.errors import RunError
 from mhmoe_ray.report import plots
 from mhmoe_ray.report.figures import Routes, RunFigures, compare_expert_use, read_routes
-from mhmoe_ray.report.quality import QualityTable, evaluations_by_key, quality_tables
+from mhmoe_ray.report.quality import QualityTable, quality_tables, runs_without_quality
 from mhmoe_ray.report.variants import Variant, Verdict, compare_variants, group_variants, matched_step, variant_row
 from mhmoe_ray.runs import events, metrics
 from mhmoe_ray.runs.directory import RunDir
@@ -89,7 +89,7 @@ def write_report(runs: Sequence[RunDir], folder: Path, baseline: str | None = No
             step=step,
             verdicts=verdicts,
             quality=quality,
-            unevaluated=_unevaluated_runs(counted_runs),
+            unevaluated=[run.run.id for run in runs_without_quality(all_variants)],
             figures=figures,
             expert_use=_expert_use_sentences(baseline_variant.name, routes_by_name),
             different_keys=_different_keys(all_variants),
@@ -223,12 +223,6 @@ def _different_keys(all_variants: Sequence[Variant]) -> dict[str, list[str]]:
     keys = dict.fromkeys(key for leaves in flat for key in leaves)
     values_by_key = {key: [str(leaves.get(key, "")) for leaves in flat] for key in keys}
     return {key: values for key, values in values_by_key.items() if len(set(values)) > 1}
-
-
-def _unevaluated_runs(runs: Sequence[RunFigures]) -> list[str]:
-    """Return the ids of runs that lack an evaluation which others have, so that its figures are left out."""
-    keys = [set(evaluations_by_key(run)) for run in runs]
-    return [run.run.id for run, own_keys in zip(runs, keys, strict=True) if not own_keys and any(keys)]
 
 
 def _unequal_conditions(all_variants: Sequence[Variant]) -> list[str]:

@@ -1,6 +1,7 @@
 """Tables of what variants do well: accuracies, precisions and recalls of evaluations that all their runs have."""
 
 import statistics
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -49,12 +50,23 @@ def quality_tables(variants: Sequence[Variant], baseline: Variant) -> list[Quali
     Raises:
         DataError: scipy, which intervals need, is not installed.
     """
-    by_key = [evaluations_by_key(run) for variant in variants for run in variant.runs]
+    by_key = [_evaluations_by_key(run) for variant in variants for run in variant.runs]
     common_keys = [key for key in by_key[0] if all(key in evaluations for evaluations in by_key)] if by_key else []
     return [_table(by_key[0][key], key, variants, baseline) for key in common_keys]
 
 
-def evaluations_by_key(run: RunFigures) -> dict[str, Evaluation]:
+def runs_without_quality(variants: Sequence[Variant]) -> list[RunFigures]:
+    """Return the runs that keep an evaluation out of the tables: those that lack the one that most runs have.
+
+    There are none if all runs have an evaluation in common, and none if no run has any.
+    """
+    by_run = [(run, set(_evaluations_by_key(run))) for variant in variants for run in variant.runs]
+    run_counts = Counter(key for _, keys in by_run for key in keys)
+    [(most_common_key, _)] = run_counts.most_common(1) or [("", 0)]
+    return [run for run, keys in by_run if run_counts and most_common_key not in keys]
+
+
+def _evaluations_by_key(run: RunFigures) -> dict[str, Evaluation]:
     """Return the evaluations of a run that have figures of quality, by the key of their request, which is equal for the
     same question to different runs."""
     return {e.request.key: e for e in run.all_evaluations if e.quality}
@@ -86,5 +98,5 @@ def _table(example: Evaluation, key: str, variants: Sequence[Variant], baseline:
 
 def _values_by_seed(variant: Variant, key: str, figure: str) -> dict[int, float]:
     """Return a figure of a variant's runs by seed. Runs of a model without this part, such as masks, do not have it."""
-    qualities = {run.spec.seed: evaluations_by_key(run)[key].quality for run in variant.runs}
+    qualities = {run.spec.seed: _evaluations_by_key(run)[key].quality for run in variant.runs}
     return {seed: quality[figure] for seed, quality in qualities.items() if figure in quality}

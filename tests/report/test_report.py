@@ -1,6 +1,5 @@
 """Tests of reports on runs with known numbers."""
 
-import json
 import math
 from html.parser import HTMLParser
 
@@ -8,85 +7,18 @@ import pytest
 
 from mhmoe_ray.errors import DataError, RunError
 from mhmoe_ray.evaluate.request import EvalRequest, Evaluation, RoutingCounts, load_evaluations, save_evaluation
-from mhmoe_ray.evaluate.score import AccuracyFigures, ObjectFigures, ObjectPrecision, Score, VisionFigures
+from mhmoe_ray.evaluate.score import Score
 from mhmoe_ray.planner.sizes import flops_per_token
 from mhmoe_ray.report.figures import RunFigures
 from mhmoe_ray.report.page import write_report
 from mhmoe_ray.report.plots import draw_differences
-from mhmoe_ray.report.quality import quality_tables
-from mhmoe_ray.report.variants import Variant, compare_variants, group_variants, losses_at, matched_step
+from mhmoe_ray.report.variants import Variant, compare_variants, losses_at, matched_step
 from mhmoe_ray.runs import events, history, metrics
-from mhmoe_ray.runs.directory import Attempt, RunDir, add_attempt, create_run, mark_imported
+from mhmoe_ray.runs.directory import RunDir, mark_imported
 from mhmoe_ray.spec import DataSpec
-from tests.specs import tiny_spec
+from tests.report.runs import MOE, make_run, read_variants, six_runs
 
 pytestmark = pytest.mark.long
-
-MOE = {"heads": 2, "experts": 4, "top_k": 2, "d_expert": 24}
-
-
-def make_run(
-    folder,
-    name,
-    seed,
-    final,
-    moe=MOE,
-    steps=20,
-    validated=5,
-    micro_batches=4,
-    speed=100.0,
-    balance=1.0,
-    end_event="finished",
-) -> RunDir:
-    """Write a run directory with a history, as if the run had trained, and return it.
-
-    Args:
-        folder: The project folder.
-        name: The name of its variant.
-        seed: The seed of the run.
-        final: The validation loss at step 20; earlier ones are higher.
-        moe: The section of the mixture of experts, or None for a dense model.
-        steps: The number of steps in the history; the spec has 20.
-        validated: The number of steps from one validation to the next.
-        micro_batches: The micro-batches of a step in the spec.
-        speed: The tokens per second, to which each step adds its number.
-        balance: The balance of the router, to which each step adds 1 / step.
-        end_event: The kind of the last event, or None if the run has not ended.
-    """
-    spec = tiny_spec(folder, model={"moe": moe}, train={"micro_batches": micro_batches})
-    spec = spec.model_copy(update={"name": f"sweep-{name}-s{seed}", "seed": seed})
-    run = create_run(spec)
-    add_attempt(run, Attempt(f"{run.id}-1", "http://127.0.0.1:1", local=True))
-    for step in range(1, steps + 1):
-        line = {metrics.STEP: step, metrics.TIME: 1000.0 + step, metrics.LOSS: final + 1 / step, metrics.GROUP: 1}
-        line |= {metrics.TOKENS: 128 * step, metrics.TOKENS_PER_S: speed + step}
-        if moe:
-            line |= {metrics.BALANCE: balance + 1 / step, metrics.ENTROPY: 0.9, metrics.DROPPED: 0.0}
-        if step % validated == 0:
-            line[metrics.VAL_LOSS] = final + (20 - step) / 20
-        history.append(run, line)
-    history.flush(run)
-    if moe:
-        counts = {"step": steps, "routes_per_layer_and_expert": [[10, 20, 30, 40]]}
-        (run.routing / f"step_{steps:08d}.1.json").write_text(json.dumps(counts))
-    if end_event:
-        events.record(run, end_event, **({"reason": "its end"} if end_event == "failed" else {"step": steps}))
-    return run
-
-
-def six_runs(folder):
-    """Write and return the finished runs of the variants `dense` and `mhmoe-h2` with the seeds 0, 1 and 2."""
-    losses = {"dense": (3.0, 3.1, 3.2), "mhmoe-h2": (2.9, 2.98, 3.11)}
-    return [
-        make_run(folder, name, seed, loss, moe=None if name == "dense" else MOE)
-        for name, values in losses.items()
-        for seed, loss in enumerate(values)
-    ]
-
-
-def read_variants(runs):
-    """Read the figures of runs, and return their variants."""
-    return group_variants([RunFigures.read(run) for run in runs])
 
 
 def test_runs_that_differ_in_their_seed_alone_are_one_variant(tmp_path):
@@ -352,67 +284,6 @@ def test_evaluations_of_a_step_are_sorted_by_key(tmp_path):
         store_evaluation(run, [60] * 4, [0, 0, 0, 60, 40], prepared=f"/data/{n}")
     keys = [evaluation.request.key for evaluation in load_evaluations(run)]
     assert keys == sorted(keys)
-
-
-def store_vision_evaluation(run, top_1, box_ap50, *, masks=True, samples=500):
-    """Store an evaluation of a run's last checkpoint on pictures of the user, with these figures."""
-    fields = {"prepared": None, "text": None, "samples": samples, "tasks": [], "task_folders": [], "limit": None}
-    request = EvalRequest(
-        run=str(run.path), checkpoint="step_00000020.1", batch=8, half=False, cpus=1, gpus=0, **fields
-    )
-    accuracy = AccuracyFigures(images=9, classes=3, top_1=top_1, top_5=0.9, baseline=None, largest_class=None)
-    precision = ObjectPrecision(
-        box_ap=0.1,
-        box_ap50=box_ap50,
-        box_ap75=0.1,
-        mask_ap=0.1 if masks else None,
-        mask_ap50=0.2 if masks else None,
-        any_class_box_ap50=0.6,
-    )
-    figures = VisionFigures(
-        losses={}, classes={"name": accuracy}, objects={"find": ObjectFigures(images=9, objects=9, precision=precision)}
-    )
-    save_evaluation(run, Evaluation(request=request, step=20, tokens=2560, seconds=1.0, vision=figures))
-
-
-def test_figures_of_evaluations_have_intervals_over_seeds(tmp_path):
-    runs = six_runs(tmp_path)
-    for run, top_1, ap50 in zip(runs, (0.5, 0.6, 0.7, 0.55, 0.67, 0.77), (0.1, 0.1, 0.1, 0.2, 0.3, 0.4), strict=True):
-        store_vision_evaluation(run, top_1, ap50)
-    dense, mhmoe = read_variants(runs)
-    [table] = quality_tables([dense, mhmoe], dense)
-    rows = {(row.figure, row.variant): row for row in table.rows}
-    assert [name for name, _ in rows][::2] == [
-        *("name, top 1", "name, top 5"),
-        *("find, box AP", "find, box AP50", "find, mask AP", "find, mask AP50", "find, box AP50 whatever the class"),
-    ]
-    base_row, other_row = rows["name, top 1", "dense"], rows["name, top 1", "mhmoe-h2"]
-    assert (base_row.mean, base_row.deviation, base_row.difference) == (pytest.approx(0.6), pytest.approx(0.1), None)
-    # The differences 0.05, 0.07 and 0.07 have a deviation of 0.011547; Student's quantile with 2 degrees is 4.302653.
-    half_width = 4.302653 * 0.011547 / math.sqrt(3)
-    expected = (0.19 / 3, 0.19 / 3 - half_width, 0.19 / 3 + half_width)
-    assert (other_row.difference, other_row.low, other_row.high) == pytest.approx(expected, abs=1e-5)
-    result = write_report(runs, tmp_path / "out")
-    assert result.quality == [table]
-    page = (tmp_path / "out" / "report.html").read_text()
-    assert "<td>find, box AP50</td>" in page
-    assert '<td data-label="to dense">+0.2000</td>' in page
-    assert "Without an evaluation" not in page
-
-
-def test_an_evaluation_that_a_run_lacks_is_left_out_and_the_run_is_named(tmp_path):
-    runs = six_runs(tmp_path)
-    for run in runs[:-1]:
-        store_vision_evaluation(run, 0.5, 0.1)
-    store_vision_evaluation(runs[0], 0.5, 0.1, samples=7)
-    assert write_report(runs, tmp_path / "out").quality == []
-    assert f"Without an evaluation that others have: {runs[-1].id}." in (tmp_path / "out" / "report.html").read_text()
-    store_vision_evaluation(runs[-1], 0.5, 0.1, masks=False)
-    [table] = write_report(runs, tmp_path / "out").quality
-    assert {row.variant: row.deviation for row in table.rows if row.figure == "find, mask AP"} == {
-        "dense": 0,
-        "mhmoe-h2": 0,
-    }
 
 
 class LinkCollector(HTMLParser):
