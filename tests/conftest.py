@@ -119,6 +119,18 @@ def pytest_collection_finish(session: pytest.Session) -> None:
         multiprocessing.process.BaseProcess.start = skip_process_start
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """Seed torch, so that fixtures draw the same numbers whatever tests their lane has run before."""
+    torch.manual_seed(0)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_call() -> None:
+    """Seed torch again, because the fixtures of a test may exist since earlier tests."""
+    torch.manual_seed(0)
+
+
 class LaneScheduling(LoadFileScheduling):
     """Scheduler of pytest-xdist that runs all tests of a file, and all tests below one of `FOLDERS`, in one lane."""
 

@@ -295,7 +295,8 @@ def ingest(
         rows.append([f.name, f"{seconds:.1f} s", rate, f"{f.ratio_to_ours:.2f}", peak])
     columns = ["", "median", "", "time to ours", "largest process"]
     b, length = resolved.train.micro_batch_size, resolved.data.seq_len
-    title = f"{processes} processes each, micro-batches of {b} x {length:,} tokens; {rounds} rounds in turn"
+    samples = f"{b} samples" if has_images else f"{b} x {length:,} tokens"
+    title = f"{processes} processes each, micro-batches of {samples}; {rounds} rounds in turn"
     tables.print_parts(note if json else out, [(title, number_table(columns, rows))])
     if json:
         figures_json = {f.name: {"rounds": f.rounds, "to_ours": f.ratio_to_ours} for f in figures}

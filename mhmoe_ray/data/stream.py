@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
 import ray.data
 
 from mhmoe_ray.data.domains import source_of
@@ -78,6 +79,11 @@ class StreamLayout(NamedTuple):
         """Number of rows, which are samples, in a block."""
         return self.micro_batches * self.micro_batch_size
 
+    def rows(self, blocks: np.ndarray) -> np.ndarray:
+        """Return the numbers of the rows of these blocks, one block after the other; blocks and rows both count from
+        the start of the stream."""
+        return np.asarray((blocks[:, np.newaxis] * self.block_rows + np.arange(self.block_rows)).ravel())
+
     def positions(self, rows: np.ndarray) -> np.ndarray:
         """Return the position of each row's sample; rows and positions both count from the start of the stream.
 
@@ -120,24 +126,31 @@ def training_stream(
     read_rows = partial(
         _read_rows, spec=spec, samples_before=samples_before, layout=layout, start=start, end=start + rows
     )
-    return _stream_of_blocks(read_rows, layout, rows, batch_rows=BLOCKS_PER_TASK * layout.block_rows)
+    return _stream_of_blocks(read_rows, layout, rows, blocks_per_call=BLOCKS_PER_TASK)
 
 
-def _stream_of_blocks(read_rows: ReadRows, layout: StreamLayout, rows: int, batch_rows: int) -> ray.data.Dataset:
+def _stream_of_blocks(read_rows: ReadRows, layout: StreamLayout, rows: int, blocks_per_call: int) -> ray.data.Dataset:
     """Return a stream of at least `rows` rows, with as many blocks for each rank.
 
     Args:
-        read_rows: function from row numbers, in column `id`, to the columns of those rows.
+        read_rows: function from the numbers of blocks, in column `block`, to the columns of the rows of those blocks.
         layout: layout of the stream.
         rows: number of rows that the ranks read.
-        batch_rows: number of rows in one call of `read_rows`.
+        blocks_per_call: largest number of blocks in a call of `read_rows`.
     """
     rounds = -(-rows // (layout.block_rows * layout.world_size))
-    row_count = rounds * layout.world_size * layout.block_rows
-    tasks = min(MAX_TASKS, -(-row_count // (BLOCKS_PER_TASK * layout.block_rows)))
-    row_ids = ray.data.range(row_count, override_num_blocks=tasks)
-    blocks = row_ids.map_batches(read_rows, batch_size=batch_rows)
-    stream = blocks.repartition(target_num_rows_per_block=layout.block_rows, strict=True)
+    block_count = rounds * layout.world_size
+    tasks = min(MAX_TASKS, -(-block_count // BLOCKS_PER_TASK))
+    # The numbers are given as tables, since numbers of `ray.data.range` would be made by tasks of their own.
+    block_numbers = ray.data.from_arrow(
+        [pa.table({"block": numbers}) for numbers in np.array_split(np.arange(block_count), tasks)]
+    )
+    # A task's rows are whole blocks, so that the repartition cuts them apart exactly. A strict one would join tasks.
+    stream = block_numbers.map_batches(read_rows, batch_size=blocks_per_call).repartition(
+        target_num_rows_per_block=layout.block_rows
+    )
+    # Ray Data would otherwise collect 128 MB of a task's rows before it cuts the first block from them.
+    stream.context.target_max_block_size = BLOCK_BYTES
     # Progress bars would fill the job's log.
     stream.context.enable_progress_bars = False
     stream.context.custom_execution_callback_classes = [PausingCallback]
@@ -153,7 +166,7 @@ def _read_rows(
     start: int,
     end: int,
 ) -> dict[str, Any]:
-    positions = start + layout.positions(batch["id"])
+    positions = start + layout.positions(layout.rows(batch["block"]))
     samples = TrainingSamples.open_cached(spec, samples_before)
     # No rank reads the rows past the end, so any existing sample can fill them.
     existing_positions = np.minimum(positions, end - 1)
@@ -180,14 +193,14 @@ def _micro_batch_stream(spec: RunSpec, start: int, world_size: int) -> ray.data.
     block_rows = max(1, min(MAX_MICRO_BATCHES, BLOCK_BYTES // _micro_batch_bytes(spec), rows // world_size))
     layout = StreamLayout(world_size, 1, block_rows)
     read_rows = partial(_read_micro_batches, spec=spec, layout=layout, start=start, end=start + rows)
-    return _stream_of_blocks(read_rows, layout, rows, batch_rows=block_rows)
+    return _stream_of_blocks(read_rows, layout, rows, blocks_per_call=1)
 
 
 def _read_micro_batches(
     batch: dict[str, np.ndarray], *, spec: RunSpec, layout: StreamLayout, start: int, end: int
 ) -> dict[str, Any]:
     # No rank reads the rows past the end, so any existing micro-batch can fill them.
-    numbers = np.minimum(start + layout.positions(batch["id"]), end - 1)
+    numbers = np.minimum(start + layout.positions(layout.rows(batch["block"])), end - 1)
     if spec.model.vision is not None:
         vision_samples = VisionTrainingSamples.open_cached(spec)
         columns = stream_columns([vision_samples.read(int(number)) for number in numbers])
