@@ -44,7 +44,7 @@ quickstart: .venv/installed
 test: check
 # With PYTHONDONTWRITEBYTECODE set, each process of the tests would compile every module of ours that it imports.
 	$(BIN)/python -m compileall -q mhmoe_ray kernels tests
-	$(BIN)/python -m pytest $(LANES)
+	$(BIN)/python -m pytest $(LANES) --durations 60
 
 test-fast: .venv/installed-dev
 	$(BIN)/python -m pytest $(LANES) --fast

@@ -2,7 +2,9 @@
 
 import io
 import json
+import struct
 import tarfile
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,6 +34,17 @@ def encode_image(pixels: np.ndarray, suffix: str = "png", **options) -> bytes:
     sink = io.BytesIO()
     Image.fromarray(pixels).save(sink, {"jpg": "JPEG"}.get(suffix, suffix), **options)
     return sink.getvalue()
+
+
+def bomb(width: int = 60_000, height: int = 60_000) -> bytes:
+    """Return a PNG file of a few kB whose header names billions of pixels."""
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    body = _png_chunk(b"IDAT", zlib.compress(bytes(1 << 20)))
+    return b"\x89PNG\r\n\x1a\n" + _png_chunk(b"IHDR", header) + body + _png_chunk(b"IEND", b"")
+
+
+def _png_chunk(kind: bytes, content: bytes) -> bytes:
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
 
 def make_pictures(count: int, words: int = 6, size: int = 24) -> list[Picture]:

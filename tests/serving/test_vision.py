@@ -3,12 +3,10 @@
 import asyncio
 import base64
 import hashlib
-import http.server
 import io
 import json
 import shutil
 import subprocess
-import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
@@ -37,10 +35,10 @@ from mhmoe_ray.serving.vision.engine import VisionEngine
 from mhmoe_ray.serving.vision.request import VisionRequest
 from mhmoe_ray.spec import KeySpec, ServeSpec
 from tests.data.pictures import encode_image
-from tests.data.sources.test_pictures import bomb
 from tests.served_vision import CLASSES, make_vision_run, random_pixels
 from tests.serving.asking import call
 from tests.serving.conftest import serve_app
+from tests.serving.hostile_images import HOSTILE_IMAGES, recording_server
 
 SIZES = [(40, 60), (60, 36), (33, 33)]
 """Height and width of each image."""
@@ -215,16 +213,10 @@ def test_model_of_one_kind_refuses_the_others(tmp_path):
     )
 
 
-HOSTILE_FILES = {
-    "bomb": (bomb(), "more than 20 million"),
-    "truncated": (IMAGES[0][:200], "cannot be decoded"),
-    "svg": (b"<svg/>", "no image of a known format"),
-    "pdf": (b"%PDF-1.4", "no image of a known format"),
-    "empty": (b"", "empty"),
-}
+HOSTILE_BODIES = {**HOSTILE_IMAGES, "empty": (b"", "empty")}
 
 
-@pytest.mark.parametrize(("content", "message"), HOSTILE_FILES.values(), ids=HOSTILE_FILES)
+@pytest.mark.parametrize(("content", "message"), HOSTILE_BODIES.values(), ids=HOSTILE_BODIES)
 @pytest.mark.parametrize("route", KINDS)
 def test_hostile_images_are_refused(url, answerer, route, content, message):
     passes = answerer.engine.stats().steps
@@ -281,25 +273,12 @@ def test_wrong_parameters_are_refused_by_their_name(url, route, parameters):
 
 
 def test_addresses_of_images_are_never_fetched(url):
-    requested_paths = []
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            requested_paths.append(self.path)
-            self.send_response(200)
-            self.end_headers()
-
-    server = http.server.HTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        for address in (f"http://127.0.0.1:{server.server_port}/a.png", "https://127.0.0.1/a.png", "file:///a.png"):
+    with recording_server() as server:
+        for address in (f"{server.url}/a.png", "https://127.0.0.1/a.png", "file:///a.png"):
             answer = httpx.post(f"{url}/image-classification", json={"inputs": address})
             assert answer.status_code == 400
             assert "other URLs are not fetched" in answer.json()["error"]["message"]
-    finally:
-        server.shutdown()
-        server.server_close()
-    assert requested_paths == []
+    assert server.requested_paths == []
 
 
 SQUARES = [("animals", 4, [10, 0, 50, 40]), ("things", 8, [0, 0, 60, 60])]

@@ -8,13 +8,12 @@ import httpx
 import pytest
 import yaml
 
-from mhmoe_ray.checkpoint.manifest import committed_checkpoints, read_manifest
 from mhmoe_ray.runs import history, metrics
 from tests.cli.run import mhmoe
 from tests.data.pictures import make_pictures, tar_members, write_tar
 from tests.encoders import ENCODER
-from tests.faults import harness
-from tests.watch import newest_run, start_events, wait_for_end
+from tests.train.image_runs import assert_a_kill_changes_nothing, assert_refused, streams, train_to_end
+from tests.watch import newest_run
 
 pytestmark = pytest.mark.long
 STEPS = 12
@@ -51,19 +50,13 @@ def write_spec(folder, workers, **train):
 def train(folder, workers):
     """Train a run on some number of workers to its end, and return it."""
     write_spec(folder, workers)
-    result = mhmoe(folder, "submit", "spec.yaml")
-    assert result.code == 0, result.err
-    return newest_run(folder)
+    return train_to_end(folder)
 
 
 @pytest.fixture(scope="module")
 def runs(project):
     """Return a finished run of one worker and one of two."""
     return {workers: train(project, workers) for workers in (1, 2)}
-
-
-def streams(run):
-    return [line[metrics.STREAM] for line in history.read(run)]
 
 
 def test_crops_and_masks_are_the_same_on_any_number_of_workers(runs):
@@ -96,15 +89,7 @@ def test_losses_are_the_same_on_any_number_of_workers(runs):
 
 def test_a_killed_run_ends_as_an_undisturbed_one(project, runs):
     write_spec(project, 2)
-    run = harness.submit(project)
-    [worker, _] = harness.workers_of_start(run, 1)
-    assert harness.kill(worker["pid"])
-    wait_for_end(run)
-    assert len(start_events(run)) == 2
-    assert streams(run) == streams(runs[2])
-    assert [line[metrics.LOSS] for line in history.read(run)] == [line[metrics.LOSS] for line in history.read(runs[2])]
-    killed, undisturbed = (read_manifest(committed_checkpoints(r)[-1]) for r in (run, runs[2]))
-    assert killed.files == undisturbed.files
+    assert_a_kill_changes_nothing(project, runs[2])
 
 
 def test_an_encoder_is_evaluated_on_held_out_samples_and_on_other_pictures(project, runs):
@@ -188,11 +173,7 @@ def test_a_fine_tuned_encoder_is_evaluated_and_served(project, runs, unused_port
     ids=["generate", "export", "tasks", "text"],
 )
 def test_what_only_decoders_do_is_refused_in_one_line(project, runs, arguments, error):
-    words = [word.format(run=runs[2].id) for word in arguments]
-    result = mhmoe(project, *words)
-    assert result.code != 0
-    assert error in result.err.splitlines()[-1]
-    assert "Traceback" not in result.err
+    assert_refused(project, [word.format(run=runs[2].id) for word in arguments], error)
 
 
 def test_plan_and_status_describe_an_encoder(project, runs):

@@ -6,16 +6,16 @@ import json
 import pytest
 import yaml
 
-from mhmoe_ray.checkpoint.manifest import committed_checkpoints, read_manifest
 from mhmoe_ray.runs import events, history, metrics
 from tests.cli.run import mhmoe
 from tests.data.scenes import write_class_folders, write_coco_folder
-from tests.faults import harness
+from tests.train.image_runs import assert_a_kill_changes_nothing, assert_refused, streams, train_to_end
 from tests.visions import VISION
-from tests.watch import newest_run, start_events, wait_for_end
 
 pytestmark = pytest.mark.long
 STEPS = 8
+PREPARE = ["data", "prepare", "spec.yaml"]
+TEXT_WITHOUT_CLASSES = ["--text", "raw/test-classes", "--set", "data.sources.test-classes.format=images"]
 ADAPTIVE = {"largest": 3, "interval": 2, "patience": 1, "batches": 2, "first_loss": 1e-6, "first_step": 0}
 """No loss is below the first loss, so each task raises its number of experts at the first validation, and takes it back
 at the second one."""
@@ -50,19 +50,13 @@ def write_spec(folder, workers, **sections):
 def train(folder, workers):
     """Train a run on some number of workers to its end, and return it."""
     write_spec(folder, workers)
-    result = mhmoe(folder, "submit", "spec.yaml")
-    assert result.code == 0, result.err
-    return newest_run(folder)
+    return train_to_end(folder)
 
 
 @pytest.fixture(scope="module")
 def runs(project):
     """Return a finished run of one worker and one of two."""
     return {workers: train(project, workers) for workers in (1, 2)}
-
-
-def streams(run):
-    return [line[metrics.STREAM] for line in history.read(run)]
 
 
 def test_crops_classes_and_objects_are_the_same_on_any_number_of_workers(runs):
@@ -83,14 +77,7 @@ def test_losses_are_the_same_on_any_number_of_workers(runs):
 
 def test_a_killed_run_ends_as_an_undisturbed_one(project, runs):
     write_spec(project, 2)
-    run = harness.submit(project)
-    [worker, _] = harness.workers_of_start(run, 1)
-    assert harness.kill(worker["pid"])
-    wait_for_end(run)
-    assert len(start_events(run)) == 2
-    assert streams(run) == streams(runs[2])
-    killed, undisturbed = (read_manifest(committed_checkpoints(r)[-1]) for r in (run, runs[2]))
-    assert killed.files == undisturbed.files
+    killed, undisturbed = assert_a_kill_changes_nothing(project, runs[2])
     assert killed.objective == undisturbed.objective is not None
 
 
@@ -137,19 +124,11 @@ def test_plan_status_and_data_describe_a_vision_model(project, runs):
     assert "held-out images" in prepared.out, prepared.err
 
 
-def prepare_fails(project, error):
-    """Check that a preparation of the spec ends with an error in one line."""
-    result = mhmoe(project, "data", "prepare", "spec.yaml")
-    assert result.code != 0
-    assert error in result.err.splitlines()[-1]
-    assert "Traceback" not in result.err
-
-
 def test_more_classes_than_outputs_end_a_preparation(project):
     tasks = copy.deepcopy(VISION["model"]["vision"]["tasks"])
     tasks["classify"]["classes"] = 2
     write_spec(project, 1, model={"vision": {**VISION["model"]["vision"], "tasks": tasks}}, data={"prepared": "few"})
-    prepare_fails(project, "raise model.vision.tasks.classify.classes to 3")
+    assert_refused(project, PREPARE, "raise model.vision.tasks.classify.classes to 3")
 
 
 def test_a_broken_object_ends_a_preparation_with_its_id(project):
@@ -159,7 +138,7 @@ def test_a_broken_object_ends_a_preparation_with_its_id(project):
     sources = copy.deepcopy(VISION["data"]["sources"])
     sources["drawings"]["path"], sources["scenes"]["path"] = "raw/classes", str(path)
     write_spec(project, 1, data={"prepared": "broken", "sources": sources})
-    prepare_fails(project, "annotation 1: ")
+    assert_refused(project, PREPARE, "annotation 1: ")
 
 
 def test_objects_without_masks_end_a_preparation_for_a_detector_that_learns_masks(project):
@@ -171,10 +150,7 @@ def test_objects_without_masks_end_a_preparation_for_a_detector_that_learns_mask
     sources = copy.deepcopy(VISION["data"]["sources"])
     sources["drawings"]["path"], sources["scenes"]["path"] = "raw/classes", str(path)
     write_spec(project, 1, data={"prepared": "boxes", "sources": sources})
-    prepare_fails(project, "task detect: 1 of its objects have no mask; add masks, or set")
-
-
-TEXT_WITHOUT_CLASSES = ["--text", "raw/test-classes", "--set", "data.sources.test-classes.format=images"]
+    assert_refused(project, PREPARE, "task detect: 1 of its objects have no mask; add masks, or set")
 
 
 @pytest.mark.parametrize(
@@ -183,16 +159,9 @@ TEXT_WITHOUT_CLASSES = ["--text", "raw/test-classes", "--set", "data.sources.tes
         (["generate", "{run}", "--prompt", "a"], "its model is a vision model"),
         (["ckpt", "export", "{run}", "--to", "exported"], "a vision model"),
         (["eval", "{run}", "--tasks", "english"], "lm-eval's tasks are for decoders"),
-        (
-            ["eval", "{run}", "--text", "raw/test-classes", "--set", "data.sources.test-classes.format=images"],
-            "no task",
-        ),
+        (["eval", "{run}", *TEXT_WITHOUT_CLASSES], "no task"),
     ],
     ids=["generate", "export", "tasks", "text"],
 )
 def test_what_only_other_models_do_is_refused_in_one_line(project, runs, arguments, error):
-    words = [word.format(run=runs[2].id) for word in arguments]
-    result = mhmoe(project, *words)
-    assert result.code != 0
-    assert error in result.err.splitlines()[-1]
-    assert "Traceback" not in result.err
+    assert_refused(project, [word.format(run=runs[2].id) for word in arguments], error)

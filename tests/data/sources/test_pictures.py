@@ -5,11 +5,9 @@ import gzip
 import io
 import json
 import os
-import struct
 import sys
 import tarfile
 import tracemalloc
-import zlib
 
 import numpy as np
 import pyarrow as pa
@@ -33,6 +31,7 @@ from mhmoe_ray.data.sources.pictures import image_hash
 from mhmoe_ray.data.sources.storage import CHUNK_BYTES
 from mhmoe_ray.errors import DataError
 from tests.data.pictures import (
+    bomb,
     encode_image,
     make_pictures,
     tar_members,
@@ -130,17 +129,6 @@ def test_images_only_need_no_captions(tmp_path):
     items, _ = read_source(tmp_path, format="webdataset", columns=["image"])
     assert pairs(items) == sorted((picture.image, "") for picture in PICTURES)
     assert [item.line for item in items] == list(range(1, 13))
-
-
-def png_chunk(kind, content):
-    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-
-
-def bomb(width=60_000, height=60_000):
-    """Return a PNG file of a few kB whose header names billions of pixels."""
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    body = png_chunk(b"IDAT", zlib.compress(bytes(1 << 20)))
-    return b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", header) + body + png_chunk(b"IEND", b"")
 
 
 GOOD = PICTURES[0]
