@@ -1,6 +1,6 @@
 """The end of a preparation: validation samples, baselines of the validation loss, and the entries of the manifest."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import ceil
 from pathlib import Path
 from typing import NamedTuple
@@ -22,6 +22,8 @@ from mhmoe_ray.spec import RunSpec
 
 BASELINE_TOKENS = 20_000_000
 """Approximate number of training tokens on which the bigram model is counted."""
+SizedReader = tuple[int, Callable[[np.ndarray], np.ndarray]]
+"""The number of samples, and the function that reads the tokens of samples by their numbers."""
 
 
 def domain_entry(
@@ -107,22 +109,10 @@ def finish(
     validation_split = write_validation_split(
         folder, held_out, spec.data.validation_samples, spec.data.seq_len, token_bytes, start_token
     )
-    padding = padding_token(token_bytes)
     readers = [ShardReader(folder, shards[name], token_bytes) for name in sorted(shards) if shards[name]]
-    share = _baseline_share(readers, spec)
-    train_pairs = (token_pairs(reader.read(np.arange(ceil(share * len(reader)))), padding) for reader in readers)
-    validation = ShardReader(folder, validation_split.shards, token_bytes)
-    baselines = compute_baselines(
-        join_pairs(train_pairs),
-        token_pairs(validation.read(np.arange(len(validation))), padding),
-        spec.model.vocab_size,
-    )
-    return FinishResult(validation_split, baselines)
-
-
-def _baseline_share(readers: Sequence[ShardReader | RowReader], spec: RunSpec) -> float:
-    """Return the share of the training samples on which the bigram model is counted."""
-    return min(1.0, BASELINE_TOKENS / (sum(len(reader) for reader in readers) * spec.data.seq_len))
+    validation_reader = ShardReader(folder, validation_split.shards, token_bytes)
+    training, validation = [(len(r), r.read) for r in readers], (len(validation_reader), validation_reader.read)
+    return FinishResult(validation_split, _measure_baselines(training, validation, spec, token_bytes))
 
 
 def finish_rows(
@@ -149,14 +139,21 @@ def finish_rows(
         return FinishResult(validation_split, None)
     if not validation_split.target_count:
         return None
-    padding = padding_token(token_bytes)
     readers = [RowReader(folder, shards[name], token_bytes) for name in sorted(shards) if shards[name]]
-    share = _baseline_share(readers, spec)
-    train_pairs = (token_pairs(reader.read_tokens(np.arange(ceil(share * len(reader)))), padding) for reader in readers)
-    validation = RowReader(folder, validation_split.shards, token_bytes)
-    baselines = compute_baselines(
-        join_pairs(train_pairs),
-        token_pairs(validation.read_tokens(np.arange(len(validation))), padding),
-        spec.model.vocab_size,
-    )
-    return FinishResult(validation_split, baselines)
+    validation_reader = RowReader(folder, validation_split.shards, token_bytes)
+    training = [(len(r), r.read_tokens) for r in readers]
+    validation = (len(validation_reader), validation_reader.read_tokens)
+    return FinishResult(validation_split, _measure_baselines(training, validation, spec, token_bytes))
+
+
+def _measure_baselines(
+    training: Sequence[SizedReader], validation: SizedReader, spec: RunSpec, token_bytes: int
+) -> Baselines:
+    """Compute the baselines of the validation loss; the bigram model is counted on the first samples of each domain."""
+    padding = padding_token(token_bytes)
+    tokens = sum(samples for samples, _ in training) * spec.data.seq_len
+    share = min(1.0, BASELINE_TOKENS / tokens)
+    train_pairs = (token_pairs(read(np.arange(ceil(share * samples))), padding) for samples, read in training)
+    samples, read = validation
+    validation_pairs = token_pairs(read(np.arange(samples)), padding)
+    return compute_baselines(join_pairs(train_pairs), validation_pairs, spec.model.vocab_size)
