@@ -54,32 +54,23 @@ def train(folder, workers):
 
 
 @pytest.fixture(scope="module")
-def runs(project):
-    """Return a finished run of one worker and one of two."""
-    return {workers: train(project, workers) for workers in (1, 2)}
-
-
-def test_crops_and_masks_are_the_same_on_any_number_of_workers(runs):
-    expected = streams(runs[1])
-    assert len(set(expected)) == STEPS
-    assert streams(runs[2]) == expected
+def run(project):
+    """Return a finished run of two workers."""
+    return train(project, 2)
 
 
 @pytest.mark.slow
-def test_four_workers_have_the_samples_and_losses_of_one(project, runs):
-    run = train(project, 4)
-    assert streams(run) == streams(runs[1])
-    assert_losses_are_those_of(run, runs[1])
-
-
-def assert_losses_are_those_of(run, expected_run):
-    for line, expected in zip(history.read(run), history.read(expected_run), strict=True):
+@pytest.mark.parametrize("workers", [1, 4])
+def test_samples_and_losses_are_the_same_on_any_number_of_workers(project, run, workers):
+    other_run = train(project, workers)
+    assert streams(other_run) == streams(run)
+    for line, expected in zip(history.read(other_run), history.read(run), strict=True):
         assert line[metrics.PART_LOSS] == pytest.approx(expected[metrics.PART_LOSS], rel=2e-3)
 
 
-def test_losses_are_the_same_on_any_number_of_workers(runs):
-    assert_losses_are_those_of(runs[2], runs[1])
-    lines = history.read(runs[1])
+def test_parts_have_losses_of_their_own(run):
+    assert len(set(streams(run))) == STEPS
+    lines = history.read(run)
     validation = lines[-1][metrics.VAL_PART_LOSS]
     assert list(validation) == ["texts", "images", "pairs_image", "pairs_text", "match"]
     weights = {"pairs_image": 0.5, "pairs_text": 0.5}
@@ -87,13 +78,12 @@ def test_losses_are_the_same_on_any_number_of_workers(runs):
     assert lines[-1][metrics.VAL_LOSS] == pytest.approx(total, rel=1e-6)
 
 
-def test_a_killed_run_ends_as_an_undisturbed_one(project, runs):
+def test_a_killed_run_ends_as_an_undisturbed_one(project, run):
     write_spec(project, 2)
-    assert_a_kill_changes_nothing(project, runs[2])
+    assert_a_kill_changes_nothing(project, run)
 
 
-def test_an_encoder_is_evaluated_on_held_out_samples_and_on_other_pictures(project, runs):
-    run = runs[2]
+def test_an_encoder_is_evaluated_on_held_out_samples_and_on_other_pictures(project, run):
     held_out = mhmoe(project, "eval", run.id, "--json").json()
     validation = history.read(run)[-1][metrics.VAL_PART_LOSS]
     losses = {name: score["loss"] for name, score in held_out["encoder"]["losses"].items()}
@@ -122,12 +112,12 @@ def test_an_encoder_is_evaluated_on_held_out_samples_and_on_other_pictures(proje
 
 
 @pytest.mark.slow
-def test_a_fine_tuned_encoder_is_evaluated_and_served(project, runs, unused_port):
+def test_a_fine_tuned_encoder_is_evaluated_and_served(project, run, unused_port):
     path = "raw/train"
     tree = {
         "name": "fine",
         "storage": "runs",
-        "start": {"from": runs[2].id},
+        "start": {"from": run.id},
         "data": {
             "sources": {name: {"path": path, "format": "webdataset"} for name in ("matched", "named")},
             "parts": {
@@ -143,11 +133,11 @@ def test_a_fine_tuned_encoder_is_evaluated_and_served(project, runs, unused_port
     (project / "fine.yaml").write_text(yaml.safe_dump(tree, sort_keys=False))
     result = mhmoe(project, "submit", "fine.yaml")
     assert result.code == 0, result.err
-    run = newest_run(project)
-    figures = mhmoe(project, "eval", run.id, "--json").json()["encoder"]
+    fine_run = newest_run(project)
+    figures = mhmoe(project, "eval", fine_run.id, "--json").json()["encoder"]
     assert figures["captions"].keys() == figures["retrieval"].keys() == {"matched/all", "named/all"}
     assert figures["image_values"] == {}
-    deployed = mhmoe(project, "serve", "deploy", run.id, "--name", "fine", "--set", f"serve.port={unused_port}")
+    deployed = mhmoe(project, "serve", "deploy", fine_run.id, "--name", "fine", "--set", f"serve.port={unused_port}")
     assert deployed.code == 0, deployed.err
     try:
         url = re.search(r" at (http://\S+)/v1/embeddings;", deployed.out)[1]
@@ -172,14 +162,14 @@ def test_a_fine_tuned_encoder_is_evaluated_and_served(project, runs, unused_port
     ],
     ids=["generate", "export", "tasks", "text"],
 )
-def test_what_only_decoders_do_is_refused_in_one_line(project, runs, arguments, error):
-    assert_refused(project, [word.format(run=runs[2].id) for word in arguments], error)
+def test_what_only_decoders_do_is_refused_in_one_line(project, run, arguments, error):
+    assert_refused(project, [word.format(run=run.id) for word in arguments], error)
 
 
-def test_plan_and_status_describe_an_encoder(project, runs):
+def test_plan_and_status_describe_an_encoder(project, run):
     write_spec(project, 2)
     plan = mhmoe(project, "plan", "spec.yaml").out
     assert "3 texts (masked), 2 images (masked), 4 pairs (masked), 3 match (contrastive)" in " ".join(plan.split())
-    status = mhmoe(project, "status", runs[2].id).out
+    status = mhmoe(project, "status", run.id).out
     assert "of all parts" in status
     assert "perplexity" not in status
