@@ -122,7 +122,7 @@ def vision_figures(context: EvaluationContext) -> EvaluationAnswer:
     if request.gpus:
         model.to("cuda")
     if request.text:
-        images_by_task = dict(_raw_images(request.text, spec, request.samples))
+        images_by_task = _raw_images(request.text, spec, classes, request.samples)
     else:
         assert request.prepared is not None
         require_matching_data(manifest.data_sha256, Path(request.prepared), "or evaluate other images")
@@ -133,7 +133,7 @@ def vision_figures(context: EvaluationContext) -> EvaluationAnswer:
         if (stored := images_by_task.get(part.name)) is None:
             continue
         annotations = [unpack(content) for content in stored.annotations]
-        _check_classes(part.name, annotations, classes[part.name])
+        _check_annotations(part, annotations, classes[part.name])
         samples = makers[part.name].make(*stored, None)
         outputs = list(meter.run(part, samples, stored.images, f"{part.name} images"))
         for name, values in zip(part.losses, zip(*(o.losses for o in outputs), strict=True), strict=True):
@@ -154,16 +154,19 @@ def vision_figures(context: EvaluationContext) -> EvaluationAnswer:
     return {"vision": figures, "routing": routing}
 
 
-def _raw_images(data: DataSpec, spec: RunSpec, max_images: int) -> Iterator[tuple[str, AnnotatedImages]]:
-    """Yield each task with its images among those of raw data.
+def _raw_images(
+    data: DataSpec, spec: RunSpec, classes: Mapping[str, Sequence[str]], max_images: int
+) -> dict[str, AnnotatedImages]:
+    """Return the images of raw data for each task that they fit.
 
     Args:
         data: the data section that names the images.
         spec: spec of the run.
-        max_images: largest number of images of a task.
+        classes: names of the classes of each task.
+        max_images: largest number of images of a source.
 
     Raises:
-        DataError: a source has neither classes nor objects, no task of the model fits it, or it has no usable image.
+        DataError: a source has no usable image, or it does not fit exactly one task.
     """
     images_by_source = {name: AnnotatedImages([], []) for name in data.sources}
     for file in find_files(data):
@@ -174,23 +177,53 @@ def _raw_images(data: DataSpec, spec: RunSpec, max_images: int) -> Iterator[tupl
             if isinstance(item, Document) and item.image is not None and item.annotation is not None:
                 stored.images.append(item.image)
                 stored.annotations.append(item.annotation)
-    for name, source in data.sources.items():
-        parts = [part.name for part in spec.parts if set(part.columns) == set(source.sample_columns)]
-        if not parts:
-            fix = f"set data.sources.{name}.columns and format to those of images with classes or objects"
-            raise DataError(f"source {name}", "no task of the model is about what its columns have", fix)
-        if not images_by_source[name].images:
+    images_by_task: dict[str, AnnotatedImages] = {}
+    for name, stored in images_by_source.items():
+        if not stored.images:
             raise DataError(f"source {name}", "no image in it can be used", "see `mhmoe data inspect`")
-        for part_name in parts:
-            yield part_name, images_by_source[name]
+        task = _task_of_source(name, data, spec, classes, stored)
+        images, annotations = images_by_task.setdefault(task, AnnotatedImages([], []))
+        images += stored.images
+        annotations += stored.annotations
+    return images_by_task
 
 
-def _check_classes(task: str, annotations: Sequence[Annotation], names: Sequence[str]) -> None:
-    """Raise DataError if images have classes that the model does not know."""
+def _task_of_source(
+    name: str, data: DataSpec, spec: RunSpec, classes: Mapping[str, Sequence[str]], stored: AnnotatedImages
+) -> str:
+    """Return the task whose images a source has.
+
+    Among the tasks of its columns, it is the one with its name, or else the only one that knows all of its classes.
+
+    Raises:
+        DataError: there is none, or there are several.
+    """
+    columns = set(data.sources[name].sample_columns)
+    tasks = [part.name for part in spec.parts if set(part.columns) == columns]
+    if not tasks:
+        fix = f"set data.sources.{name}.columns and format to those of images with classes or objects"
+        raise DataError(f"source {name}", "no task of the model is about what its columns have", fix)
+    if name in tasks or len(tasks) == 1:
+        return name if name in tasks else tasks[0]
+    class_names = {class_name for content in stored.annotations for class_name in unpack(content).class_names}
+    fitting_tasks = [task for task in tasks if class_names.issubset(classes[task])]
+    if len(fitting_tasks) != 1:
+        reason = f"its classes fit {len(fitting_tasks)} of the tasks {', '.join(tasks)}"
+        raise DataError(f"source {name}", reason, "give the source the name of its task")
+    return fitting_tasks[0]
+
+
+def _check_annotations(part: MicroBatchPart, annotations: Sequence[Annotation], names: Sequence[str]) -> None:
+    """Raise DataError if images have classes that the model does not know, or lack masks that its loss needs."""
+    subject = f"images of task {part.name}"
     unknown_names = sorted({name for annotation in annotations for name in annotation.class_names} - set(names))
     if unknown_names:
         reason = f"the model was not trained on {len(unknown_names)} of its classes, such as {unknown_names[0]!r}"
-        raise DataError(f"images of task {task}", reason, "evaluate images of the classes of the training")
+        raise DataError(subject, reason, "evaluate images of the classes of the training")
+    instances = [instance for annotation in annotations for instance in annotation.instances if not instance.is_crowd]
+    maskless_objects = sum(instance.mask is None for instance in instances)
+    if part.has_masks and maskless_objects:
+        raise DataError(subject, f"{maskless_objects:,} of their objects have no mask", "add masks")
 
 
 class _Neighbours(NamedTuple):
@@ -228,7 +261,8 @@ def _accuracy_figures(
     classes: Mapping[str, Sequence[str]],
 ) -> AccuracyFigures:
     """Return the accuracy of a task, beside that of the nearest training images."""
-    rank_N = (logits_NC > logits_NC[np.arange(len(class_N)), class_N][:, None]).sum(1)
+    # Ties count against the model.
+    rank_N = (logits_NC >= logits_NC[np.arange(len(class_N)), class_N][:, None]).sum(1) - 1
     names = [unpack(content).class_name for content in stored.annotations]
     baseline = largest_class = None
     if neighbours is not None:

@@ -103,19 +103,20 @@ def _initial_values(model: Trunk, module: nn.Module, name: str, template: Tensor
 
 def _fill_initial_values(module: nn.Module, name: str, t: Tensor, generator: torch.Generator) -> None:
     """Fill `t` with the initial values of the table in `init_weights`, by the full name of the tensor."""
-    # Only the last two parts of a name say what a tensor is: the names of tasks before them may be any words.
-    kind = ".".join(name.split(".")[-2:])
-    if "norm" in kind:
-        nn.init.constant_(t, 0.0 if "bias" in kind else 1.0)
-    elif "temperature" in kind:
+    # Modules and the last part of a name say what a tensor is. The parts before may be any words, such as the names of
+    # tasks.
+    tensor_name = name.rpartition(".")[2]
+    if isinstance(module, nn.LayerNorm | nn.RMSNorm) or tensor_name.startswith("norm_"):
+        nn.init.constant_(t, 0.0 if "bias" in tensor_name else 1.0)
+    elif tensor_name == "log_temperature":
         nn.init.constant_(t, math.log(router.INITIAL_TEMPERATURE - router.MIN_TEMPERATURE))
-    elif "expert_EQ" in name:
+    elif tensor_name == "expert_EQ":
         nn.init.orthogonal_(t, gain=0.32, generator=generator)
-    elif name.endswith(".row_gain_D"):
+    elif tensor_name == "row_gain_D":
         nn.init.constant_(t, 0.01)
-    elif name == "match.log_scale":
+    elif tensor_name == "log_scale":
         nn.init.constant_(t, math.log(1 / 0.07))
-    elif "embedding" in kind or (name.startswith("output.") and t.ndim == 2):
+    elif isinstance(module, nn.Embedding) or (name.startswith("output.") and t.ndim == 2):
         nn.init.normal_(t, std=t.shape[1] ** -0.5, generator=generator)
     # P1 and P2 do not describe several projection layers: each is initialized as if it were the only one.
     elif ".moe.head." in name or ".moe.merge." in name:

@@ -35,6 +35,18 @@ def stem_sizes(model: ModelSpec, vision: VisionSpec) -> StemSizes:
     return StemSizes(parameters, macs)
 
 
+def stem_activation_bytes(model: ModelSpec, vision: VisionSpec) -> int:
+    """Return the number of bytes per patch that the stem keeps from forward to backward, in float32."""
+    values = vision.patch_values
+    if vision.stem == "convolutions":
+        cells = vision.patch_size**2
+        for width in vision.stem_widths(model.d_model)[1:]:
+            cells //= 4
+            # The norm keeps its input with a mean and a deviation, GELU keeps its input, and the next layer its own.
+            values += cells * (3 * width + 2)
+    return FLOAT32 * values
+
+
 def head_parameters(model: ModelSpec, task: TaskSpec) -> int:
     """Return the number of parameters of the head of a task."""
     if task.detector is None:

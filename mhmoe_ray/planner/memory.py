@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from mhmoe_ray.architectures import FLOAT32
 from mhmoe_ray.planner.expert_step import planned_model
-from mhmoe_ray.planner.heads import head_activation_bytes
+from mhmoe_ray.planner.heads import head_activation_bytes, stem_activation_bytes
 from mhmoe_ray.planner.sizes import (
     EMBEDDING,
     INT64,
@@ -61,7 +61,11 @@ class Memory(NamedTuple):
 
 
 def compute_memory(spec: RunSpec) -> Memory:
-    """Return the bytes, by kind, that one rank needs for training under uniform routing."""
+    """Return the bytes, by kind, that one rank needs for training under uniform routing.
+
+    If the number of experts is adaptive, all tasks have the largest one.
+    """
+    spec = spec.model_copy(update={"model": spec.model.at_largest_top_k()})
     model, counts = spec.model, compute_sizes(spec.model)
     weights, gradients, moments = _state_bytes(spec, counts)
     tokens = spec.tokens_per_micro_batch
@@ -73,7 +77,7 @@ def compute_memory(spec: RunSpec) -> Memory:
         copies=_copy_bytes(spec, counts) if size < FLOAT32 else 0,
         activations=tokens * _activation_bytes_per_token(spec, size)
         + (FLOAT32 * hidden_output_values(spec, model.encoder) if model.encoder is not None else 0)
-        + _head_bytes(spec)
+        + _task_bytes(spec)
         + _shared_attention_bytes(spec, size)
         + _static_layout_bytes(model, tokens, size)
         + _merged_expert_bytes(spec, size),
@@ -130,12 +134,13 @@ def hidden_output_values(spec: RunSpec, encoder: EncoderSpec) -> int:
     return round(values)
 
 
-def _head_bytes(spec: RunSpec) -> int:
-    """Return the bytes that the heads of a vision model keep for a micro-batch; 0 for other models."""
+def _task_bytes(spec: RunSpec) -> int:
+    """Return the bytes that the stems and heads of a vision model keep for a micro-batch; 0 for other models."""
     vision = spec.model.vision
     if vision is None:
         return 0
-    return sum(part.samples * head_activation_bytes(vision, vision.tasks[part.name]) for part in spec.parts)
+    stem = spec.tokens_per_micro_batch * stem_activation_bytes(spec.model, vision)
+    return stem + sum(part.samples * head_activation_bytes(vision, vision.tasks[part.name]) for part in spec.parts)
 
 
 def checkpoint_bytes(spec: RunSpec) -> int:

@@ -214,11 +214,15 @@ def block_sizes(spec: ModelSpec) -> BlockSizes:
 
 
 def float32_sizes(spec: ModelSpec) -> BlockSizes:
-    """Return the numbers of parameters of norms and routers, which compute in float32 in any precision of products."""
+    """Return the numbers of parameters of norms and routers, which compute in float32 in any precision of products.
+
+    Those outside blocks include the inputs and heads of a vision model, which fsdp gathers in float32.
+    """
     parameters = {part.name: part.parameters for part in model_parts(spec)}
     norms = (parameters[NORMS] - _final_norm_parameters(spec)) // spec.layers
     block = norms + _query_key_norm_parameters(spec)
-    return BlockSizes(block, block + parameters.get(ROUTER, 0), _final_norm_parameters(spec))
+    outside = block_sizes(spec).outside if spec.vision is not None else _final_norm_parameters(spec)
+    return BlockSizes(block, block + parameters.get(ROUTER, 0), outside)
 
 
 def gathered_bytes(spec: RunSpec, parameters: int, float32_parameters: int) -> int:

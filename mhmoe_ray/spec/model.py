@@ -12,7 +12,7 @@ from mhmoe_ray.architectures import ARCHITECTURES, Architecture, ArchitectureNam
 from mhmoe_ray.spec.base import Section
 from mhmoe_ray.spec.encoder import EncoderSpec
 from mhmoe_ray.spec.moe import MoESpec
-from mhmoe_ray.spec.vision import VisionSpec
+from mhmoe_ray.spec.vision import AdaptiveSpec, VisionSpec
 
 AttentionBias = Literal["none", "qkv", "all"]
 ModelKind = Literal["decoder", "encoder", "vision"]
@@ -254,6 +254,23 @@ class ModelSpec(Section):
                 )
             if self.moe.second_expert == "random":
                 raise ValueError("moe.second_expert random is for top_k 2, but vision.adaptive changes it: remove one")
+            self._check_adaptive(self.moe, vision.adaptive)
+
+    @staticmethod
+    def _check_adaptive(moe: MoESpec, adaptive: AdaptiveSpec) -> None:
+        """Check that tasks can have every number of experts that the rule may choose."""
+        if moe.groups > 1 and adaptive.largest > moe.top_groups * (moe.experts // moe.groups):
+            raise ValueError(
+                f"vision.adaptive.largest is {adaptive.largest}, but moe.top_groups ({moe.top_groups}) leaves a row "
+                f"{moe.top_groups * (moe.experts // moe.groups)} experts: lower largest, or raise top_groups"
+            )
+        # As coded, one task may take the raise of another for its own, and then has an expert less than at the start.
+        smallest = 2 if moe.normalize_gates else 1
+        if adaptive.rule == "coded" and moe.top_k - 1 < smallest:
+            raise ValueError(
+                f"vision.adaptive.rule coded may lower a task to {moe.top_k - 1} experts, which must be at least "
+                f"{smallest} here: raise moe.top_k, or set the rule to published"
+            )
 
     @property
     def kind(self) -> ModelKind:
@@ -280,6 +297,13 @@ class ModelSpec(Section):
         has_dense_layers = moe is None or moe.every > 1 or moe.dense_first > 0 or self.has_experts_beside
         d_ff = (self.d_ff or default_d_ff(self.d_model)) if has_dense_layers else None
         return ModelSpec.model_validate({**self.model_dump(exclude={"moe", "d_ff"}), "d_ff": d_ff, "moe": moe})
+
+    def at_largest_top_k(self) -> "ModelSpec":
+        """Return the model with the largest number of experts that a task may have, if the number is adaptive."""
+        adaptive = None if self.vision is None else self.vision.adaptive
+        if self.moe is None or adaptive is None:
+            return self
+        return self.model_copy(update={"moe": self.moe.model_copy(update={"top_k": adaptive.largest})})
 
     def is_moe_layer(self, layer: int) -> bool:
         """Return whether layer `layer` (counted from 0) is a mixture of experts."""

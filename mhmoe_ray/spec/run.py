@@ -284,6 +284,11 @@ class RunSpec(Section):
         for key in ("seq_len", "packing", "tokenizer", "tokenizer_pattern", "tokenizer_model", "tokenizer_train_mb"):
             if getattr(self.data, key) != type(self.data).model_fields[key].default:
                 raise ValueError(f"data.{key} is for texts, and would be ignored by a vision model: remove it")
+        if self.cluster.strategy == "zero3" and any(task.detector is not None for task in vision.tasks.values()):
+            raise ValueError(
+                "cluster.strategy zero3 gathers weights when a module runs, but a detector does not run on a worker "
+                "without images: set it to fsdp or zero2"
+            )
         if self.train.loss_chunk_rows is not None:
             raise ValueError("train.loss_chunk_rows is for decoders: remove it")
         if self.start is not None:

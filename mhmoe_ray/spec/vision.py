@@ -1,5 +1,6 @@
 """The `model.vision` section: a vision transformer with tasks, their heads, and the adaptive number of experts."""
 
+from itertools import pairwise
 from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt, model_validator
@@ -19,7 +20,7 @@ class DetectorSpec(Section):
 
     scales: list[Annotated[float, AfterValidator(_check_scale)]] = Field(default=[2, 1, 0.5], min_length=1)
     """Sizes of the maps of the feature pyramid, relative to the map of patches (ViTDet, arXiv 2203.16527): 4, 2, 1 or
-    0.5."""
+    0.5, each half of the one before it."""
     width: PositiveInt = 64
     """Number of channels of the pyramid."""
     anchor_sizes: list[PositiveFloat] = Field(default=[4, 6], min_length=1)
@@ -49,6 +50,13 @@ class DetectorSpec(Section):
     """Overlap (intersection over union) above which the less certain of two objects of a class is left out."""
     max_objects: PositiveInt = 100
     """Largest number of objects that are reported for an image."""
+
+    @model_validator(mode="after")
+    def _check_order(self) -> Self:
+        # torchvision's pooling takes the first map for the finest one, and each next one for half of it.
+        if any(fine != 2 * coarse for fine, coarse in pairwise(self.scales)):
+            raise ValueError("each of the scales must be half of the one before it, such as 2, 1, 0.5")
+        return self
 
 
 TaskName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
@@ -83,7 +91,8 @@ class AdaptiveSpec(Section):
     largest: PositiveInt
     """Largest k of a task."""
     interval: PositiveInt = 2_000
-    """Number of steps between two validations."""
+    """Number of steps between two validations. A change applies from the next step on, and none is made after the last
+    step."""
     patience: PositiveInt = 5_000
     """Number of steps without an improvement after which k changes."""
     batches: PositiveInt = 11
@@ -128,6 +137,11 @@ class VisionSpec(Section):
                 )
             if task.detector is not None and self.patch_size & (self.patch_size - 1):
                 raise ValueError(f"patch_size is {self.patch_size}, but a detector needs a power of 2")
+            if task.detector is not None and task.detector.scales[0] > self.patch_size:
+                raise ValueError(
+                    f"tasks.{name}.detector.scales has {task.detector.scales[0]:g}, but a patch of {self.patch_size} "
+                    "pixels a side cannot be divided into so many cells: remove this scale, or raise patch_size"
+                )
             if task.detector is not None and 0.5 in task.detector.scales and self.patches_per_side(task) % 2:
                 raise ValueError(
                     f"tasks.{name} has a map of {self.patches_per_side(task)} patches a side, which cannot be halved: "

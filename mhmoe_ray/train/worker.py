@@ -201,7 +201,9 @@ class Worker:
 
     def _adapt(self, objective: Tasks, held_out_samples: VisionSamples) -> dict[str, Any]:
         """Change the tasks' numbers of experts if the spec asks for it; return the metrics with these numbers."""
-        for change in objective.adapt(held_out_samples, self.trainer.step):
+        # After the last step there is no training with other numbers, so the model keeps those that it has.
+        is_end = self.trainer.step == self.spec.train.steps
+        for change in [] if is_end else objective.adapt(held_out_samples, self.trainer.step):
             if self.rank == 0:
                 events.record(self.run, "adapted", step=self.trainer.step, task=change.task, top_k=change.top_k)
             LOGGER.info("step %d: task %s chooses %d experts", self.trainer.step, change.task, change.top_k)

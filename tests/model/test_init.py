@@ -3,11 +3,13 @@ import math
 import pytest
 import torch
 
+from mhmoe_ray.model.build import build_model
 from mhmoe_ray.model.decoder import Decoder
 from mhmoe_ray.model.init import init_weights
 from mhmoe_ray.model.router import SCORES_BY_ROUTER
 from mhmoe_ray.spec import ModelSpec, MoESpec
 from tests.specs import tiny_spec
+from tests.visions import vision_spec
 
 
 def initial_weights(seed=0, expert_ids=None):
@@ -109,3 +111,20 @@ def test_every_weight_starts_within_its_bound(backbone, router):
             parts = tensor.chunk(3) if isinstance(bound, tuple) else [tensor]
             for part, b in zip(parts, bound if isinstance(bound, tuple) else [bound], strict=True):
                 assert 0.85 * b <= part.abs().max() <= b, name
+
+
+def test_norms_and_heads_of_vision_models_start_alike_whatever_their_names():
+    """The norms of the head of masks have only numbers as names, and names of tasks may be any words."""
+    tree = vision_spec().model.vision.model_dump()["tasks"]
+    tasks = {"normal": tree["classify"], "embedding": tree["detect"]}
+    parts = {"normal": {"sources": ["drawings"], "micro_batch_size": 3}}
+    parts["embedding"] = {"sources": ["scenes"], "micro_batch_size": 2}
+    model = build_model(vision_spec(model__vision__tasks=tasks, data__parts=parts).model)
+    init_weights(model, 0)
+    norms = [module for module in model.modules() if isinstance(module, torch.nn.LayerNorm)]
+    assert all((norm.weight == 1).all() and (norm.bias == 0).all() for norm in norms)
+    heads = [p for name, p in model.named_parameters() if "task_normal" in name and p.dim() > 1]
+    assert len(heads) == 4
+    for weight in heads:
+        if weight.shape[0] != 16:  # positions are drawn from a normal distribution
+            assert 0 < weight.abs().max() <= weight.shape[1] ** -0.5

@@ -38,12 +38,34 @@ def test_planned_parameters_equal_those_of_a_built_model(changes):
     assert dense + blocks.outside + experts == count
 
 
-@pytest.mark.parametrize("changes", [{}, {f"{DETECTOR}__masks": False}, {"model__moe": None}])
+# In these models the stem and the choice of experts need most of the memory.
+CLASSIFIER = {
+    "data__parts": {"classify": {"sources": ["drawings"], "micro_batch_size": 5}},
+    "data__sources": {"drawings": {"path": "/nowhere/drawings", "format": "images", "columns": ["image", "class"]}},
+    "model__vision__tasks": {"classify": {"image_size": 64, "classes": 5}},
+    "model__vision__patch_size": 8,
+}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {f"{DETECTOR}__masks": False},
+        {"model__moe": None},
+        CLASSIFIER,
+        {**CLASSIFIER, "model__vision__stem": "convolutions"},
+        {**CLASSIFIER, "model__vision__adaptive": {"largest": 4}, "model__moe__top_k": 1},
+    ],
+    ids=["detector", "no-masks", "dense", "linear-stem", "convolutions", "adaptive"],
+)
 def test_planned_activations_are_near_the_bytes_that_autograd_saves(changes):
     """The numbers of proposals and of objects vary, so the plan of a detector is approximate."""
     spec = vision_spec(**changes)
     model = build_model(spec.computed_model)
     init_weights(model, 0)
+    if spec.model.vision.adaptive is not None:
+        model.set_top_k([spec.model.vision.adaptive.largest] * len(model.tasks))
     saved_tensors = SavedTensors(model)
     with torch.autograd.graph.saved_tensors_hooks(saved_tensors, lambda t: t):
         model(vision_batch(spec), noise=Noise(0, 0))

@@ -15,6 +15,9 @@ DETECT = "model__vision__tasks__detect"
     [
         ({"model__vision__patch_size": 5}, "must be a multiple of patch_size"),
         ({f"{DETECT}__detector__scales": [0.3]}, "a scale is 4, 2, 1 or 0.5"),
+        ({f"{DETECT}__detector__scales": [1, 2]}, "each of the scales must be half of the one before it"),
+        ({f"{DETECT}__detector__scales": [4, 1]}, "each of the scales must be half of the one before it"),
+        ({"model__vision__patch_size": 2, f"{DETECT}__detector__scales": [4, 2]}, "detector.scales has 4, but a patch"),
         ({f"{DETECT}__image_size": 36, f"{DETECT}__detector__scales": [0.5]}, "cannot be halved"),
         ({"model__vocab_size": 300}, "vocab_size would be ignored"),
         ({"model__encoder": {"image_size": 16, "patch_size": 4, "text_positions": 4}}, "both encoder and vision"),
@@ -23,6 +26,19 @@ DETECT = "model__vision__tasks__detect"
             "for an encoder|vision|encoder",
         ),
         ({"model__vision__adaptive": {"largest": 5}}, "between moe.top_k"),
+        (
+            {"model__moe__groups": 2, "model__vision__adaptive": {"largest": 3}},
+            r"moe.top_groups \(1\) leaves a row 2 experts",
+        ),
+        (
+            {"model__moe__top_k": 1, "model__vision__adaptive": {"largest": 2, "rule": "coded"}},
+            "may lower a task to 0 experts, which must be at least 1",
+        ),
+        (
+            {"model__moe__normalize_gates": True, "model__vision__adaptive": {"largest": 3, "rule": "coded"}},
+            "may lower a task to 1 experts, which must be at least 2",
+        ),
+        ({"cluster": {"strategy": "zero3"}}, "a detector does not run on a worker without images"),
         ({"model__moe": None, "model__vision__adaptive": {"largest": 2}}, "model.moe is missing"),
         ({"data__seq_len": 12}, "data.seq_len is for texts"),
         ({"data__parts__detect__objective": "classify"}, "its task is detect"),

@@ -2,7 +2,8 @@
 
 Experts stay distributed by expert parallelism, or are also sharded over the dp ranks that hold the same experts. Shards
 are float32. With `gather_precision` bfloat16, what products read is gathered in bfloat16, as autocast would cast it;
-norms and routers compute in float32, so they have groups of their own.
+norms and routers compute in float32, so they have groups of their own. Inputs and heads of vision models are gathered
+in float32.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -52,6 +53,9 @@ class FsdpStrategy(Strategy):
         self._units = units
         """One module of each group of parameters that are gathered together, in the order of the forward."""
         self._prefetch_in_forward(True)
+        # Detectors and the norms of stems compute in float32, and are not called as modules, so they cannot have groups
+        # of their own.
+        root_policy = self._policy if self.model.spec.vision is None else self._float32_policy
         # By default FSDP2 leaves the root's own tensors gathered after a forward. They are sharded again here, so that
         # readers between steps always see shards.
         fully_shard(
@@ -59,7 +63,7 @@ class FsdpStrategy(Strategy):
             mesh=shard_mesh,
             reshard_after_forward=True,
             ignored_params=ignored_parameters,
-            mp_policy=self._policy,
+            mp_policy=root_policy,
         )
         # The model is filled only after it was sharded, so that no rank ever holds the full tensors.
         fill(self.model)
@@ -84,13 +88,17 @@ class FsdpStrategy(Strategy):
         """Precision of gathered weights, and of sums of gradients."""
         return MixedPrecisionPolicy(self._gather_dtype, self._reduce_dtype, cast_forward_inputs=False)
 
+    @property
+    def _float32_policy(self) -> MixedPrecisionPolicy:
+        """Precision of weights that are gathered in float32, and of sums of their gradients."""
+        return MixedPrecisionPolicy(torch.float32, self._reduce_dtype, cast_forward_inputs=False)
+
     def _shard_in_float32(self, modules: list[nn.Module]) -> list[FSDPModule]:
         """Shard modules that compute in float32 as one group, if all others are gathered in bfloat16. Return the first
         module of the group, or no module if there is no group."""
         if self._gather_dtype == torch.float32:
             return []
-        policy = MixedPrecisionPolicy(torch.float32, self._reduce_dtype, cast_forward_inputs=False)
-        return fully_shard(modules, mesh=self.mesh.shard_mesh, mp_policy=policy)[:1]
+        return fully_shard(modules, mesh=self.mesh.shard_mesh, mp_policy=self._float32_policy)[:1]
 
     def _shard_experts(self, module: Experts) -> FSDPModule:
         """Shard this rank's experts of a layer over dp, and return them. Their parameters become DTensors over

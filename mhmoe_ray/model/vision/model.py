@@ -200,8 +200,10 @@ class Vision(Trunk):
 
     def class_logits(self, name: str, patch_NPM: Tensor) -> Tensor:
         """Return the logits of the classes of images, (N, classes) float32, from the patches of a task."""
-        logits_NC: Tensor = self.outputs[module_key(name)](patch_NPM.mean(1))
-        return logits_NC.float()
+        # In bfloat16, the logits of several classes would often be equal.
+        with torch.autocast(patch_NPM.device.type, enabled=False):
+            logits_NC: Tensor = self.outputs[module_key(name)](widen(patch_NPM).mean(1))
+        return logits_NC
 
     def detect(self, name: str, patch_NPM: Tensor) -> list[Detection]:
         """Return the objects in images, from the patches of a task of detection."""

@@ -80,6 +80,14 @@ def test_ranks_train_as_one_does(single_rank_result, workers, cluster):
         assert result["top_k"] == single_rank_result["top_k"]
 
 
+def test_heads_compute_in_float32_where_blocks_are_gathered_in_bfloat16():
+    options = {"train__precision": "bfloat16"}
+    cluster = {"workers": 2, "ep": 2, "strategy": "fsdp", "gather_precision": "bfloat16"}
+    [expected] = run_ranks(1, train_and_validate, vision_spec(**options))
+    for result in run_ranks(2, train_and_validate, vision_spec(**options, cluster=cluster)):
+        torch.testing.assert_close(result["losses"][0], expected["losses"][0], rtol=0.05, atol=0.05)
+
+
 def test_losses_of_a_step_are_means_over_images_times_the_weights_of_tasks():
     spec = vision_spec()
     trainer = build_trainer(spec)
