@@ -45,9 +45,12 @@ MAX_MICRO_BATCHES = 32
 """Largest number of micro-batches in a block; more would not be faster, and the first step waits for a block of each
 rank."""
 BLOCKS_PER_TASK = 16
-# This is the largest number of tasks, because Ray creates all tasks at the start. In a long run each task is longer
-# instead, and it yields its blocks one by one.
-MAX_TASKS = 2_000
+"""Number of blocks of a task, which yields them one by one; in a long run it is larger."""
+MAX_TABLES = 2_000
+"""Largest number of tables with the numbers of blocks. Ray stores all of them at the start, in milliseconds each."""
+MAX_TASK_BYTES = 512 << 20
+"""Largest size of the blocks of a task. They wait in the object store for the blocks of all tasks before it. If the
+store had no room for them, only the first of the running tasks would go on."""
 ReadRows = Callable[[dict[str, np.ndarray]], dict[str, Any]]
 LOOP_PAUSE_SECONDS = 0.03
 """Pause between two steps of the loop in which Ray Data starts tasks and hands out blocks. A step takes some
@@ -126,25 +129,37 @@ def training_stream(
     read_rows = partial(
         _read_rows, spec=spec, samples_before=samples_before, layout=layout, start=start, end=start + rows
     )
-    return _stream_of_blocks(read_rows, layout, rows, blocks_per_call=BLOCKS_PER_TASK)
+    return _stream_of_blocks(read_rows, layout, rows, BLOCK_BYTES, blocks_per_call=BLOCKS_PER_TASK)
 
 
-def _stream_of_blocks(read_rows: ReadRows, layout: StreamLayout, rows: int, blocks_per_call: int) -> ray.data.Dataset:
+def task_blocks(block_count: int, block_bytes: int) -> int:
+    """Return the largest number of blocks of a task, for a number of blocks of some size in bytes."""
+    return min(max(BLOCKS_PER_TASK, -(-block_count // MAX_TABLES)), max(1, MAX_TASK_BYTES // block_bytes))
+
+
+def _stream_of_blocks(
+    read_rows: ReadRows, layout: StreamLayout, rows: int, block_bytes: int, *, blocks_per_call: int
+) -> ray.data.Dataset:
     """Return a stream of at least `rows` rows, with as many blocks for each rank.
 
     Args:
         read_rows: function from the numbers of blocks, in column `block`, to the columns of the rows of those blocks.
         layout: layout of the stream.
         rows: number of rows that the ranks read.
+        block_bytes: approximate size of a block.
         blocks_per_call: largest number of blocks in a call of `read_rows`.
     """
     rounds = -(-rows // (layout.block_rows * layout.world_size))
     block_count = rounds * layout.world_size
-    tasks = min(MAX_TASKS, -(-block_count // BLOCKS_PER_TASK))
+    size = task_blocks(block_count, block_bytes)
+    tables = min(MAX_TABLES, -(-block_count // size))
     # The numbers are given as tables, since numbers of `ray.data.range` would be made by tasks of their own.
     block_numbers = ray.data.from_arrow(
-        [pa.table({"block": numbers}) for numbers in np.array_split(np.arange(block_count), tasks)]
+        [pa.table({"block": numbers}) for numbers in np.array_split(np.arange(block_count), tables)]
     )
+    if block_count > tables * size:
+        # More tasks than tables are created little by little, by tasks that cut the tables.
+        block_numbers = block_numbers.repartition(target_num_rows_per_block=size)
     # A task's rows are whole blocks, so that the repartition cuts them apart exactly. A strict one would join tasks.
     stream = block_numbers.map_batches(read_rows, batch_size=blocks_per_call).repartition(
         target_num_rows_per_block=layout.block_rows
@@ -193,7 +208,7 @@ def _micro_batch_stream(spec: RunSpec, start: int, world_size: int) -> ray.data.
     block_rows = max(1, min(MAX_MICRO_BATCHES, BLOCK_BYTES // _micro_batch_bytes(spec), rows // world_size))
     layout = StreamLayout(world_size, 1, block_rows)
     read_rows = partial(_read_micro_batches, spec=spec, layout=layout, start=start, end=start + rows)
-    return _stream_of_blocks(read_rows, layout, rows, blocks_per_call=1)
+    return _stream_of_blocks(read_rows, layout, rows, block_rows * _micro_batch_bytes(spec), blocks_per_call=1)
 
 
 def _read_micro_batches(
