@@ -45,7 +45,7 @@ def prepare(
     address: AddressOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Tokenise and pack a spec's text into shards, as a job on the cluster, unless it is prepared already.
+    """Tokenise and pack a spec's data into shards, as a job on the cluster, unless it is prepared already.
 
     An interrupted preparation is continued: text that was tokenised with the same settings is not tokenised again.
     """
@@ -294,7 +294,7 @@ def _print_left_out(summary: "DrawingSummary") -> None:
         out.print(f"{artist}, left out: {counts}", soft_wrap=True)
 
 
-app = typer.Typer(cls=SuggestingGroup, help="Make, inspect and prepare training text.", no_args_is_help=True)
+app = typer.Typer(cls=SuggestingGroup, help="Make, inspect and prepare training data.", no_args_is_help=True)
 app.command("sample")(sample)
 app.command("inspect")(data_inspect.inspect)
 app.command("lint")(data_inspect.lint)

@@ -137,7 +137,7 @@ class Routes(NamedTuple):
     load: np.ndarray
     """Share of each expert in its layer's routes, times E, shape (L, E)."""
     source: str
-    """Description of the text on which the routes were counted, with the step."""
+    """Description of the samples whose routes were counted, with the step."""
     activated: list[float] | None
     """Share of activated experts for each of activation.THRESHOLDS; None without an evaluation of routing."""
     activated_relative: list[float]
@@ -174,7 +174,7 @@ def read_routes(figures: RunFigures) -> Routes | None:
     counts = record["routes_per_layer_and_expert"]
     if not counts:
         return None
-    source = f"training text up to step {record['step']:,}"
+    source = f"training samples up to step {record['step']:,}"
     return Routes(
         activation.expert_loads(counts), source, None, activation.relative_activated_shares(counts), None, None
     )
