@@ -144,10 +144,20 @@ class _PictureSample:
 
 
 def _remove_pictures(folder: Path) -> None:
-    """Remove the shards of an earlier sample in a folder, and the folders that are then empty."""
+    """Remove the shards of an earlier sample in a folder, and the artists' folders that are then empty.
+
+    Raises:
+        DataError: a folder of the sample is a link, so that files outside of the sample would be removed.
+    """
     # A new sample that is shorter would overwrite only some of the earlier shards, so all of them are removed first.
     for part in SPLITS:
-        for artist_folder in folder.glob(f"{part}/*/"):
+        # img2dataset names shards in the same way, so only folders of artists are searched.
+        artist_folders = [folder / part / artist.name for artist in ARTISTS]
+        for path in (folder / part, *artist_folders):
+            if path.is_symlink():
+                fix = "remove the link, or name another folder"
+                raise DataError(f"data sample {path}", "it is a link, whose files are not of the sample", fix)
+        for artist_folder in filter(Path.is_dir, artist_folders):
             for path in artist_folder.iterdir():
                 if _SHARD_NAME.fullmatch(path.name):
                     path.unlink()

@@ -190,14 +190,15 @@ def test_summary_counts_what_has_no_picture(sample):
 
 def test_sample_is_the_same_for_the_same_packages_and_replaces_an_earlier_one(sample, cache, tmp_path):
     folder, summary = sample
-    old_shard = tmp_path / "train" / "old-artist" / "00007.tar"
-    own_file = tmp_path / "train" / "noto" / "notes.txt"
-    for path in (old_shard, own_file):
-        path.parent.mkdir(parents=True)
+    old_shard = tmp_path / "train" / "noto" / "00007.tar"
+    own_paths = [tmp_path / "train" / "noto" / "notes.txt", tmp_path / "train" / "my-photos" / "00000.tar"]
+    for path in (old_shard, *own_paths):
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("x")
     assert write_test_sample(tmp_path, cache)[0] == summary
-    assert own_file.read_text() == "x"
-    own_file.unlink()
+    for path in own_paths:
+        assert path.read_text() == "x"
+        path.unlink()
     files = sorted(p.relative_to(folder) for p in folder.rglob("*") if p.is_file())
     assert files == sorted(p.relative_to(tmp_path) for p in tmp_path.rglob("*") if p.is_file())
     for name in files:
@@ -206,6 +207,20 @@ def test_sample_is_the_same_for_the_same_packages_and_replaces_an_earlier_one(sa
         members = tar.getmembers()
     assert {(m.mtime, m.uid, m.gid, m.uname) for m in members} == {(0, 0, 0, "")}
     assert [m.name for m in members] == sorted(m.name for m in members)
+
+
+@pytest.mark.parametrize("link", ["train", "validation/gemojione"])
+def test_a_link_among_the_folders_is_refused(cache, tmp_path, link):
+    shards, folder = tmp_path / "shards", tmp_path / "sample"
+    (shards / "noto").mkdir(parents=True)
+    own_paths = [shards / "00000.tar", shards / "noto" / "00000.tar"]
+    for path in own_paths:
+        path.write_text("x")
+    (folder / link).parent.mkdir(parents=True)
+    (folder / link).symlink_to(shards)
+    with pytest.raises(DataError, match=f"data sample .*{link}: it is a link"):
+        write_test_sample(folder, cache)
+    assert all(path.read_text() == "x" for path in own_paths)
 
 
 def test_missing_packages_are_warnings(cache, tmp_path):
