@@ -36,6 +36,8 @@ IMAGE_FORMATS = {*PICTURE_COLUMNS, "parquet", "huggingface"}
 """Formats whose records may have an image."""
 CLASS_FORMATS = IMAGE_FORMATS - {"coco"}
 """Formats whose records may have the class of an image."""
+IMAGE_COLUMNS = ("image", "jpg", "png", "webp")
+"""Names that Hugging Face and img2dataset give to a column of images; the first is the default of `image_field`."""
 
 
 # Weights and shares have a large upper bound because users may write token counts as well as fractions.
@@ -112,7 +114,9 @@ class SourceSpec(Section):
     """Column of Parquet or `huggingface` that holds the class, a text or a number; by default `label`. In webdataset,
     the suffix of the member with the class, by default `cls`; a suffix json.KEY names a key of a JSON member."""
     image_field: str | None = Field(default=None, min_length=1)
-    """Column of Parquet or `huggingface` that holds the image, as bytes or as {bytes, path}; by default `image`."""
+    """Column of Parquet or `huggingface` that holds the image, as bytes or as {bytes, path}; by default `image`. A
+    source of texts alone reads only the hash of the image, if another source has images: the text of a held-out image
+    is held out, too. By default it looks for the columns of the other sources, then for image, jpg, png and webp."""
     delimiter: str | None = None
     """Line that ends a document in format text ("" is a blank line). By default a file is one document."""
     filters: FilterSpec | None = None
@@ -153,8 +157,6 @@ class SourceSpec(Section):
         if "text" in self.sample_columns and self.format == "images":
             raise ValueError("files of format images have no text: remove text from columns")
         self._check_annotation_columns()
-        if self.image_field is not None and ("image" not in self.sample_columns or self.format in PICTURE_COLUMNS):
-            raise ValueError("image_field is for an image in a column of parquet or huggingface, and would be ignored")
         return self
 
     def _check_annotation_columns(self) -> None:
@@ -178,6 +180,14 @@ class SourceSpec(Section):
         return ("text",) if self.format is None else PICTURE_COLUMNS.get(self.format, ("text",))
 
     @property
+    def image_column(self) -> str | None:
+        """The column that has the image of a record; None in formats without columns, and if a source of texts does not
+        name it."""
+        if self.image_field is None and "image" in self.sample_columns and self.format not in PICTURE_COLUMNS:
+            return IMAGE_COLUMNS[0]
+        return self.image_field
+
+    @property
     def mix(self) -> SourceMix:
         """The mix of this source at the start of training."""
         return SourceMix(weight=self.weight, alpha=None if self.shares else self.alpha, shares=self.shares)
@@ -190,6 +200,8 @@ class SourceSpec(Section):
         """
         if self.filters is not None and format != "redpajama-v2":
             raise ValueError(f"filters go by RedPajama-V2's signals and tables, which format {format} does not have")
+        if self.image_field is not None and format not in ("parquet", "huggingface"):
+            raise ValueError(f"image_field is for a column of parquet or huggingface, and this is {format}")
         if self.delimiter is not None and format != "text":
             raise ValueError(f"delimiter is for format text, and this is {format}")
         if self.text_field is not None and format in ("text", "images", "coco"):
@@ -309,6 +321,7 @@ class DataSpec(Section):
             if not any(mix.weight for mix in mixes.values()):
                 raise ValueError(f"every source has weight 0 from step {step} on")
         self._check_parts()
+        self._check_image_columns()
         if self.tokenizer is None and self.tokenizer_pattern is not None:
             raise ValueError("tokenizer_pattern is for a given vocabulary in tiktoken's format: give tokenizer as well")
         # Both have None as the default, so that an explicit value that equals the default is refused too.
@@ -335,6 +348,37 @@ class DataSpec(Section):
             for part_name, part in self.parts.items():
                 if not any(mixes[name].weight for name in part.sources):
                     raise ValueError(f"every source of part {part_name} has weight 0 from step {step} on")
+
+    def _check_image_columns(self) -> None:
+        """Check that each source of texts with `image_field` needs it, and that sources of one path take the same image
+        of a record, by which its documents are held out."""
+        first_sources = dict[str, str]()
+        for name, source in self.sources.items():
+            if source.image_field is not None and not self.has_images:
+                raise ValueError(f"no source has images, so image_field of source {name} would be ignored: remove it")
+            if source.image_column is None:
+                continue
+            first_name = first_sources.setdefault(source.path, name)
+            first_column = self.sources[first_name].image_column
+            if source.image_column != first_column:
+                raise ValueError(
+                    f"sources {first_name} and {name} read different images of the same records (image_field "
+                    f"{first_column} and {source.image_column}), so that one could train on what the other holds out: "
+                    "name the same image_field"
+                )
+
+    def image_columns(self, name: str) -> tuple[str, ...]:
+        """Return the names under which the column of images is looked for in the files of a source, the likeliest
+        first; none if no source has images."""
+        source = self.sources[name]
+        if source.image_column is not None:
+            return (source.image_column,)
+        if not self.has_images:
+            return ()
+        # A source of texts finds the image by which another source of the same records holds their documents out.
+        sorted_sources = sorted(self.sources.values(), key=lambda candidate: candidate.path != source.path)
+        columns = [candidate.image_column for candidate in sorted_sources if candidate.image_column is not None]
+        return tuple(dict.fromkeys([*columns, *IMAGE_COLUMNS]))
 
     @property
     def has_images(self) -> bool:

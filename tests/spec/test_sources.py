@@ -25,6 +25,7 @@ def test_a_path_may_be_a_uri_and_stays_one(tmp_path):
         ({"format": "text", "delimiter": "\n"}, 'delimiter is a line without its line break: "" is a blank one'),
         ({"delimiter": "---\r"}, "delimiter is a line without its line break"),
         ({"format": "text", "text_field": "body"}, "format text has none"),
+        ({"format": "jsonl", "image_field": "jpg"}, "image_field is for a column of parquet or huggingface"),
         ({"format": "chat", "text_field": "body"}, "format chat reads messages"),
         ({"format": "chat", "delimiter": ""}, "delimiter is for format text"),
         ({"filters": {"signals": ["rps_doc_wordcount > 3"]}}, "did you mean 'rps_doc_word_count'"),
@@ -37,6 +38,34 @@ def test_a_path_may_be_a_uri_and_stays_one(tmp_path):
 def test_an_ignored_or_misspelt_key_is_refused(keys, message):
     with pytest.raises(ValidationError, match=message):
         SourceSpec.model_validate({"path": "x", **keys})
+
+
+PHOTOS = {"path": "x", "format": "parquet", "columns": ["image", "text"], "image_field": "photo"}
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        ({"path": "x", "format": "parquet"}, None),
+        ({"path": "x", "format": "parquet", "image_field": "photo"}, None),
+        ({"path": "y", "format": "parquet", "image_field": "thumbnail"}, None),
+        ({"path": "x", "format": "parquet", "image_field": "thumbnail"}, r"different images .*photo and thumbnail\)"),
+        ({"path": "x", "format": "parquet", "columns": ["image"]}, r"different images .*photo and image\)"),
+    ],
+)
+def test_sources_of_one_path_take_the_same_image_of_a_record(texts, message):
+    tree = {"sources": {"photos": PHOTOS, "texts": texts}, "prepared": "prepared", "seq_len": 8}
+    if message is None:
+        DataSpec.model_validate(tree)
+    else:
+        with pytest.raises(ValidationError, match=message):
+            DataSpec.model_validate(tree)
+
+
+def test_a_column_of_images_that_no_source_needs_is_refused():
+    texts = {"path": "x", "format": "parquet", "image_field": "photo"}
+    with pytest.raises(ValidationError, match="image_field of source texts would be ignored"):
+        DataSpec.model_validate({"sources": {"texts": texts}, "prepared": "prepared", "seq_len": 8})
 
 
 CHAT = {"sources": {"talk": {"path": "x", "format": "chat"}, "web": {"path": "y"}}}

@@ -111,8 +111,6 @@ class ColumnError(Exception):
 
 
 _TEXT_COLUMN, _CLASS_COLUMN = "text", "label"
-# A source of texts does not name the column of images. These are the names that Hugging Face and img2dataset use.
-_IMAGE_COLUMNS = ("image", "jpg", "png", "webp")
 
 
 class _RowReader:
@@ -131,13 +129,11 @@ class _RowReader:
     def __init__(self, source: SourceSpec, settings: ReadSettings, schema: pa.Schema, path: str) -> None:
         self._columns, self._settings, self._path = source.sample_columns, settings, path
         self._text_column = (source.text_field or _TEXT_COLUMN) if "text" in self._columns else None
-        self._image_column: str | None = None
-        if "image" in self._columns:
-            self._image_column = source.image_field or _IMAGE_COLUMNS[0]
-            if problem := image_column_problem(schema, self._image_column):
-                raise ColumnError(problem)
-        elif settings.hashes_images:
-            self._image_column = next((name for name in _IMAGE_COLUMNS if not image_column_problem(schema, name)), None)
+        if source.image_column is not None and (problem := image_column_problem(schema, source.image_column)):
+            raise ColumnError(problem)
+        # Texts alone may be in a file without images.
+        image_columns = (name for name in settings.image_columns if not image_column_problem(schema, name))
+        self._image_column = next(image_columns, None)
         if self._text_column is not None and (problem := column_problem(schema, self._text_column)):
             raise ColumnError(problem)
         self._class_column = (source.class_field or _CLASS_COLUMN) if "class" in self._columns else None

@@ -106,7 +106,7 @@ class Fault(NamedTuple):
 
 
 class ReadSettings(NamedTuple):
-    """Settings of the data section that apply to the documents of all sources."""
+    """Settings of the data section for the documents of a source."""
 
     document_bytes: int
     """Largest size of a document in bytes, as it is stored."""
@@ -115,10 +115,14 @@ class ReadSettings(NamedTuple):
     hashes_images: bool
     """True if some source has images. Then the documents of a source of texts, too, have the hashes of the images in
     their records."""
+    image_columns: tuple[str, ...]
+    """Names under which the source's files may have a column of images (`DataSpec.image_columns`)."""
 
     @classmethod
-    def from_spec(cls, spec: DataSpec) -> "ReadSettings":
-        return cls(int(spec.max_document_mb * 1e6), int(spec.images.max_megapixels * 1e6), spec.has_images)
+    def from_spec(cls, spec: DataSpec, source: str) -> "ReadSettings":
+        """Return the settings for the files of a source, by its name."""
+        document_bytes, pixels = int(spec.max_document_mb * 1e6), int(spec.images.max_megapixels * 1e6)
+        return cls(document_bytes, pixels, spec.has_images, spec.image_columns(source))
 
 
 class BadLine(NamedTuple):

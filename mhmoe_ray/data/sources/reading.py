@@ -107,9 +107,10 @@ class FileReader:
 def _read_items(
     file: RawFile, spec: DataSpec, tally: Tally, template: ChatTemplate | None
 ) -> Iterator[Document | BadLine]:
-    source = spec.sources[source_of(file.domain)]
+    name = source_of(file.domain)
+    source = spec.sources[name]
     storage = Storage(source.path)
-    settings = ReadSettings.from_spec(spec)
+    settings = ReadSettings.from_spec(spec, name)
     if file.format == "chat":
         return read_chat(storage, file, settings.document_bytes, tally, template or check_template(spec))
     require_image_packages([source])

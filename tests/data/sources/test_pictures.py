@@ -30,6 +30,7 @@ from mhmoe_ray.data.sources.items import BadLine, Document, RawFile
 from mhmoe_ray.data.sources.pictures import image_hash
 from mhmoe_ray.data.sources.storage import CHUNK_BYTES
 from mhmoe_ray.errors import DataError
+from mhmoe_ray.spec import DataSpec
 from tests.data.pictures import (
     bomb,
     encode_image,
@@ -122,6 +123,41 @@ def test_sources_of_one_column_have_the_hashes_of_images(tmp_path, columns):
     items, _ = read_source(tmp_path / "parquet")
     assert document_texts(items) == [picture.caption for picture in PICTURES]
     assert all(item.image_hash is None for item in items)
+
+
+@pytest.mark.parametrize("format", ["parquet", "huggingface"])
+def test_texts_have_the_hash_of_the_image_that_another_source_of_their_records_uses(tmp_path, format):
+    """A source of texts finds the column that the source of pairs names, and reads its own if it names one."""
+    photos, thumbnails = PICTURES[:6], PICTURES[6:]
+    table = pa.table(
+        {
+            "image": [picture.image for picture in thumbnails],
+            "photo": [picture.image for picture in photos],
+            "text": [picture.caption for picture in photos],
+        }
+    )
+    folder = tmp_path / "pairs"
+    if format == "parquet":
+        folder.mkdir()
+        pq.write_table(table, folder / "rows.parquet")
+    else:
+        Dataset(table).save_to_disk(folder)
+    # The other sources read nothing here; the first one's default column is in the file, too.
+    sources = {
+        "other": {"path": str(tmp_path / "other"), "format": format, **BOTH_COLUMNS},
+        "photos": {"path": str(folder), "format": format, "image_field": "photo", **BOTH_COLUMNS},
+        "texts": {"path": str(folder), "format": format},
+        "copy": {"path": str(folder / "*"), "format": format, "image_field": "photo"},
+    }
+    spec = DataSpec.model_validate({"sources": sources, "prepared": "prepared"})
+    expected = [(picture.caption, image_hash(picture.image)) for picture in photos]
+    for name in ("photos", "texts", "copy"):
+        documents = [item for file in find_files(spec, [name]) for item in FileReader(file, spec)]
+        assert [(d.text, d.image_hash) for d in documents] == expected, name
+    sources["copy"]["image_field"] = "picture"
+    spec = DataSpec.model_validate({"sources": sources, "prepared": "prepared"})
+    [item] = [item for file in find_files(spec, ["copy"]) for item in FileReader(file, spec)]
+    assert item.detail == "it has no column 'picture'; it has 'image', 'photo', 'text'"
 
 
 def test_images_only_need_no_captions(tmp_path):
