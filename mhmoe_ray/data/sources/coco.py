@@ -81,15 +81,17 @@ def read_coco(
         if not isinstance(name, str) or not _is_id(entry.get("id")):
             yield BadLine(file.path, number, Reason.NO_IMAGE, f"image {number} has no id and file_name")
             continue
+        # The annotations of the id cannot belong to both images, and results are scored by the id.
+        if columns != ("image",) and entry["id"] in read_ids:
+            detail = f"{name}: its id {_id_text(entry['id'])} is that of an earlier image"
+            yield BadLine(file.path, number, Reason.NO_IMAGE, detail)
+            continue
+        read_ids.add(entry["id"])
         image: bytes | Fault | None = None
         if "image" in columns or settings.hashes_images:
             image = finder.read_image(name, settings.document_bytes)
         annotations = by_image.get(entry["id"], [])
         if "objects" in columns:
-            # The objects of the id cannot belong to both images, and results are scored by the id.
-            if entry["id"] in read_ids:
-                image = Fault(Reason.NO_IMAGE, f"its id {_id_text(entry['id'])} is that of an earlier image")
-            read_ids.add(entry["id"])
             yield from _read_objects(file.path, number, entry, image, annotations, coco.class_names, columns, settings)
             continue
         if "image" in columns:

@@ -86,8 +86,8 @@ def read_webdataset(
             picture_document(file.path, sample.number, sample.key, image, caption, columns, language, annotation)
             for language, caption in captions.items()
         ]
-        # If the image cannot be used, no caption can, and the sample is one line in the quarantine.
-        return items[:1] if isinstance(image, Fault) else items
+        # If the image of the documents cannot be used, no caption can, and the sample is one line in the quarantine.
+        return items[:1] if "image" in columns and isinstance(image, Fault) else items
 
     sample, number = None, 0
     try:

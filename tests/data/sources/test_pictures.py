@@ -302,10 +302,33 @@ def test_webdataset_captions_by_language(tmp_path):
         (1, Reason.NO_TEXT, "a: 'names.fr' in .json is a number"),
         (7, Reason.NOT_IMAGE, "broken"),
     ]
-    items, _ = read_source(tmp_path, format="webdataset", text_field="json.names", languages=["en", "de"])
+    languages = {"text_field": "json.names", "languages": ["en", "de"]}
+    items, _ = read_source(tmp_path, format="webdataset", **languages)
     assert document_texts(items) == ["a boat", "ein Boot", "ein Baum"]
     # A picture without a caption in these languages is left out, and is no fault.
     assert faults(items) == [(7, Reason.NOT_IMAGE, "broken")]
+
+
+@pytest.mark.parametrize("image", ["link", "too long"])
+def test_captions_alone_need_no_usable_image(tmp_path, image):
+    content = json.dumps({"names": {"en": "a boat", "de": "ein Boot"}}).encode()
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        member = tarfile.TarInfo("a.png")
+        if image == "link":
+            member.type, member.linkname = tarfile.SYMTYPE, "b.png"
+        else:
+            member.size = 2000
+        tar.addfile(member, io.BytesIO(bytes(member.size)))
+        record = tarfile.TarInfo("a.json")
+        record.size = len(content)
+        tar.addfile(record, io.BytesIO(content))
+    source = {"path": str(tmp_path), "format": "webdataset", "text_field": "json.names"}
+    # A second source has images, so that the first one reads their hashes.
+    sources = {"web": source | {"columns": ["text"]}, "pairs": source}
+    tree = {"sources": sources, "prepared": "prepared", "max_document_mb": 0.001}
+    spec = DataSpec.model_validate(tree)
+    [file] = find_files(spec, ["web"])
+    assert document_texts([*FileReader(file, spec)]) == ["a boat", "ein Boot"]
 
 
 def test_webdataset_takes_the_preferred_image_of_a_key(tmp_path):
@@ -388,6 +411,7 @@ def test_webdataset_reader_holds_one_sample(tmp_path):
 
 def test_coco_documents_are_annotations(tmp_path):
     path = write_coco(tmp_path, PICTURES[:3])
+    write_image_folder(tmp_path / "train2017", [PICTURES[3]])
     tree = json.loads(path.read_text())
     tree["annotations"] += [
         {"image_id": 0, "caption": "again"},
@@ -401,6 +425,7 @@ def test_coco_documents_are_annotations(tmp_path):
         {"id": 4},
         {"id": 5, "file_name": "../../etc/passwd"},
         {"id": 6, "file_name": PICTURES[0].name},
+        {"id": 1, "file_name": PICTURES[3].name},
     ]
     tree["annotations"] += [{"image_id": 3, "caption": "gone"}, {"image_id": 5, "caption": "elsewhere"}]
     path.write_text(json.dumps(tree))
@@ -420,9 +445,15 @@ def test_coco_documents_are_annotations(tmp_path):
         (5, Reason.NO_IMAGE),
         (10, Reason.NO_IMAGE),
         (7, Reason.NO_TEXT),
+        (8, Reason.NO_IMAGE),
     ]
-    assert faults(items)[-1][2] == f"{PICTURES[0].name}: the image has no caption"
-    assert len(read_source(path, format="coco", columns=["image"])[0]) == 7
+    assert faults(items)[-2][2] == f"{PICTURES[0].name}: the image has no caption"
+    assert faults(items)[-1][2] == f"{PICTURES[3].name}: its id 1 is that of an earlier image"
+    texts, _ = read_source(path, format="coco", columns=["text"])
+    assert document_texts(texts) == [*document_texts(items), "gone", "elsewhere"]
+    assert faults(texts)[-1] == faults(items)[-1]
+    # Images alone need no ids of their own.
+    assert len(read_source(path, format="coco", columns=["image"])[0]) == 8
 
 
 @pytest.mark.parametrize("content", [b"{", b"[]", b'{"images": [], "annotations": [{"bbox": []}]}'])
