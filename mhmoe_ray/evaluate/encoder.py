@@ -11,14 +11,11 @@ import numpy as np
 import torch
 
 from mhmoe_ray.data.crops import read_crop
-from mhmoe_ray.data.domains import source_of
 from mhmoe_ray.data.encoder_batches import BatchMaker, evaluated_samples
 from mhmoe_ray.data.encoder_samples import Pairs, SampleMaker
 from mhmoe_ray.data.order.order import seeded_hash
 from mhmoe_ray.data.prepare.rows import token_rows
 from mhmoe_ray.data.shards.columns import EncoderSamples, padding_token, token_bytes_for
-from mhmoe_ray.data.shards.manifest import DataManifest
-from mhmoe_ray.data.shards.rows import RowReader
 from mhmoe_ray.data.sources import Document, FileReader, find_files
 from mhmoe_ray.data.tokenizer import DocumentEncoder
 from mhmoe_ray.errors import DataError
@@ -227,23 +224,6 @@ class EncoderMeter:
                 number = int(rng.integers(len(captions)))
             other_images.append(number)
         return other_images
-
-
-def training_pairs(spec: RunSpec, manifest: DataManifest) -> tuple[np.ndarray, Iterator[bytes]]:
-    """Return the stored tokens, (samples, T), and the images of all pairs of a run's prepared data.
-
-    Args:
-        spec: spec of the run.
-        manifest: manifest of the prepared data.
-    """
-    readers = [
-        RowReader(spec.data.prepared, domain.shards, manifest.token_bytes)
-        for name, domain in manifest.domains.items()
-        if len(spec.data.sources[source_of(name)].sample_columns) > 1
-    ]
-    tokens = np.concatenate([reader.read_tokens(np.arange(len(reader))) for reader in readers])
-    images = (reader.read(np.array([number]))[1][0] for reader in readers for number in range(len(reader)))
-    return tokens, images
 
 
 def raw_pairs(data: DataSpec, encoder: DocumentEncoder, spec: RunSpec, max_pairs: int) -> Iterator[Pairs]:

@@ -17,8 +17,8 @@ from mhmoe_ray.data.shards.rows import read_codebook
 from mhmoe_ray.data.tokenizer import DocumentEncoder, boundaries
 from mhmoe_ray.evaluate.captions import score_captions
 from mhmoe_ray.evaluate.context import EvaluationAnswer, EvaluationContext
-from mhmoe_ray.evaluate.encoder import EncoderMeter, raw_pairs, training_pairs
-from mhmoe_ray.evaluate.nearest import NearestImages, training_manifest
+from mhmoe_ray.evaluate.encoder import EncoderMeter, raw_pairs
+from mhmoe_ray.evaluate.nearest import NearestImages, training_manifest, training_readers
 from mhmoe_ray.evaluate.probe import classify
 from mhmoe_ray.evaluate.request import RoutingCounts
 from mhmoe_ray.evaluate.retrieval import Candidates, nearest_scores, retrieval_figures
@@ -69,7 +69,9 @@ def encoder_figures(context: EvaluationContext) -> EvaluationAnswer:
     hides_text = any(part.objective == "masked" and "text" in part.columns for part in spec.parts)
     writes_captions = any(part.objective == "caption" for part in spec.parts)
     baseline = _read_baseline(spec, manifest, print_line) if model.match is not None or writes_captions else None
-    figures, routing = EncoderFigures(losses=losses, image_values={}), dict[str, RoutingCounts]()
+    training_images = baseline.neighbours.image_count if baseline else None
+    figures = EncoderFigures(losses=losses, image_values={}, training_images=training_images)
+    routing = dict[str, RoutingCounts]()
     for domain_pairs in pairs:
         domain = domain_pairs.domain
         routing |= meter.count_routes(domain_pairs)
@@ -96,8 +98,10 @@ def _read_baseline(
     manifest = training_manifest(spec, checkpoint_manifest.data_sha256, print_line)
     if manifest is None:
         return None
-    tokens, images = training_pairs(spec, manifest)
-    return Baseline(tokens, NearestImages(images))
+    pair_sources = [name for name, source in spec.data.sources.items() if len(source.sample_columns) > 1]
+    readers = training_readers(spec, manifest, pair_sources)
+    tokens = np.concatenate([reader.read_tokens(np.arange(len(reader))) for reader in readers])
+    return Baseline(tokens, NearestImages.of_training(readers))
 
 
 def _class_score(pairs: Pairs, probe_pairs: Sequence[Pairs], meter: EncoderMeter) -> ClassScore:

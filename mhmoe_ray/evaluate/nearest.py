@@ -10,13 +10,19 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import numpy as np
 
 from mhmoe_ray.data.crops import read_crop
+from mhmoe_ray.data.domains import source_of
 from mhmoe_ray.data.shards.manifest import DataManifest, data_digest, read_data_manifest
+from mhmoe_ray.data.shards.rows import IMAGE, RowReader
 from mhmoe_ray.spec import RunSpec
 
 SIZE = 16
 """Height and width of the images that are compared, in pixels."""
 BLOCK_IMAGES = 256
 """Number of images whose distances are computed at a time."""
+MAX_IMAGES = 20_000
+"""Largest number of training images that are compared; of more, an evenly spaced selection is. Each must be decoded."""
+BLOCK_SCORES = 1 << 24
+"""Approximate number of scores of pairs that are in memory at a time."""
 
 
 def training_manifest(spec: RunSpec, data_sha256: str | None, print_line: Callable[[str], None]) -> DataManifest | None:
@@ -34,21 +40,80 @@ def training_manifest(spec: RunSpec, data_sha256: str | None, print_line: Callab
     return manifest
 
 
-class NearestImages:
-    """Distances of images to the images of a training."""
+def training_readers(spec: RunSpec, manifest: DataManifest, sources: Iterable[str]) -> list[RowReader]:
+    """Return readers of the training samples of some sources, one for each domain that has any.
 
-    def __init__(self, training_images: Iterable[bytes]) -> None:
+    Args:
+        spec: spec of the run.
+        manifest: manifest of its prepared data.
+        sources: names of the sources.
+    """
+    names = set(sources)
+    return [
+        RowReader(spec.data.prepared, domain.shards, manifest.token_bytes)
+        for name, domain in manifest.domains.items()
+        if source_of(name) in names and domain.samples
+    ]
+
+
+class NearestImages:
+    """Distances of images to the images of a training.
+
+    Attributes:
+        image_count: number of different images of the training that are compared.
+    """
+
+    def __init__(self, training_images: Iterable[bytes], image_of: np.ndarray | None = None) -> None:
         """Decode the images of the training; an image that occurs several times is decoded once.
 
         Args:
-            training_images: the image file of each sample, at least one.
+            training_images: image files, at least one.
+            image_of: number of the image of each sample, below 0 for a sample whose image is not compared; by default
+                there is one image for each sample.
         """
-        images, self._image_of = distinct_images(training_images)
-        pixel_NV = _pixels(images)
+        # Only the small pixels of an image are kept, since all files together may be larger than the memory.
+        numbers, pixels, number_of = dict[bytes, int](), list[np.ndarray](), list[int]()
+        for image in training_images:
+            number = numbers.setdefault(_digest(image), len(numbers))
+            if number == len(pixels):
+                pixels.append(read_crop(image, SIZE).ravel())
+            number_of.append(number)
+        self.image_count = len(pixels)
+        self._image_of = np.array(number_of, np.int64)
+        if image_of is not None:
+            self._image_of = np.where(image_of < 0, -1, self._image_of[image_of])
+        pixel_NV = _values(pixels)
         self._mean_V = pixel_NV.mean(0)
         # A pixel that is the same in all images says nothing.
         self._scale_V = 1 / np.maximum(pixel_NV.std(0), 1e-6)
         self._training_NV = self._standardize(pixel_NV)
+
+    @staticmethod
+    def of_training(readers: Sequence[RowReader]) -> "NearestImages":
+        """Return the distances to the images of training samples, or to `MAX_IMAGES` of them.
+
+        Args:
+            readers: readers of the samples; the samples are numbered in their order.
+        """
+        ends, image_numbers = np.cumsum([0, *map(len, readers)]), list[np.ndarray]()
+        image_count = 0
+        for reader in readers:
+            numbers, reader_images = reader.image_numbers()
+            image_numbers.append(image_count + numbers)
+            image_count += reader_images
+        image_of_sample = np.concatenate(image_numbers)
+        first_samples = np.sort(np.unique(image_of_sample, return_index=True)[1])
+        # `linspace` ends at both ends, and its rounded numbers differ because there are enough to choose from.
+        count = min(MAX_IMAGES, len(first_samples))
+        samples = first_samples[np.linspace(0, len(first_samples) - 1, count).round().astype(np.int64)]
+        number_of_image = np.full(image_count, -1)
+        number_of_image[image_of_sample[samples]] = np.arange(count)
+        reader_of = np.searchsorted(ends, samples, side="right") - 1
+        images = (
+            readers[reader].read_values(IMAGE, np.array([sample - ends[reader]]))[0]
+            for reader, sample in zip(reader_of, samples, strict=True)
+        )
+        return NearestImages(images, number_of_image[image_of_sample])
 
     def _standardize(self, pixel_NV: np.ndarray) -> np.ndarray:
         standardized_NV: np.ndarray = (pixel_NV - self._mean_V) * self._scale_V
@@ -63,21 +128,25 @@ class NearestImages:
             labels: label of each sample of the training; a label below 0 is none.
             label_count: number of labels, which are numbered from 0.
         """
-        is_labelled = labels >= 0
+        is_labelled = (labels >= 0) & (self._image_of >= 0)
         # Each pair of an image and a label counts once, in the order of the labels.
         pairs = np.unique(np.stack([labels[is_labelled], self._image_of[is_labelled]], 1), axis=0)
         scores = np.full((len(images), label_count), -np.inf, np.float32)
         if not len(pairs):
             return scores
         present_labels, first_pairs = np.unique(pairs[:, 0], return_index=True)
+        rows = max(1, BLOCK_SCORES // len(pairs))
         for start, score_BN in self._blocks(images):
-            best_BL = np.maximum.reduceat(score_BN[:, pairs[:, 1]], first_pairs, axis=1)
-            scores[start : start + BLOCK_IMAGES, present_labels] = best_BL
+            for row in range(0, len(score_BN), rows):
+                score_BP = score_BN[row : row + rows, pairs[:, 1]]
+                best_BL = np.maximum.reduceat(score_BP, first_pairs, axis=1)
+                scores[start + row : start + row + len(score_BP), present_labels] = best_BL
         return scores
 
     def nearest_samples(self, images: Sequence[bytes]) -> list[int]:
         """Return the number of the first sample of the training with the nearest image, for each image."""
-        first_samples = np.unique(self._image_of, return_index=True)[1]
+        compared_samples = np.flatnonzero(self._image_of >= 0)
+        first_samples = compared_samples[np.unique(self._image_of[compared_samples], return_index=True)[1]]
         nearest_numbers = np.concatenate([score_BN.argmax(1) for _, score_BN in self._blocks(images)])
         return [int(sample) for sample in first_samples[nearest_numbers]]
 
@@ -86,7 +155,8 @@ class NearestImages:
         the training, (images, training images)."""
         training_norm_N = np.square(self._training_NV).sum(1)
         for start in range(0, len(images), BLOCK_IMAGES):
-            query_BV = self._standardize(_pixels(images[start : start + BLOCK_IMAGES]))
+            pixels = [read_crop(image, SIZE).ravel() for image in images[start : start + BLOCK_IMAGES]]
+            query_BV = self._standardize(_values(pixels))
             norm_B1 = np.square(query_BV).sum(1, keepdims=True)
             yield start, 2 * query_BV @ self._training_NV.T - norm_B1 - training_norm_N
 
@@ -95,13 +165,17 @@ def distinct_images(images: Iterable[bytes]) -> tuple[list[bytes], np.ndarray]:
     """Return the different images in the order of their first occurrence, and for each image the number of its own."""
     numbers, distinct, image_of = dict[bytes, int](), list[bytes](), list[int]()
     for image in images:
-        number = numbers.setdefault(hashlib.blake2b(image, digest_size=16).digest(), len(numbers))
+        number = numbers.setdefault(_digest(image), len(numbers))
         if number == len(distinct):
             distinct.append(image)
         image_of.append(number)
     return distinct, np.array(image_of, np.int64)
 
 
-def _pixels(images: Sequence[bytes]) -> np.ndarray:
+def _digest(image: bytes) -> bytes:
+    return hashlib.blake2b(image, digest_size=16).digest()
+
+
+def _values(pixels: Sequence[np.ndarray]) -> np.ndarray:
     """Return the values of the pixels of images, from 0 to 1, (images, values) float32."""
-    return np.stack([read_crop(image, SIZE).ravel() for image in images]).astype(np.float32) / 255
+    return np.stack(pixels).astype(np.float32) / 255

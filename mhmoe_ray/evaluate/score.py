@@ -180,6 +180,9 @@ class EncoderFigures(BaseModel):
     """Captions by domain of pairs, for a model that is trained on captions."""
     classes: dict[str, ClassScore] = {}
     """Linear probe by domain, if the request asks for one."""
+    training_images: int | None = None
+    """Number of training images among which the baseline of retrieval and captions looks for the nearest one; None
+    without a baseline."""
 
     def quality(self) -> dict[str, float]:
         """Return accuracies, precisions and recalls by the names that reports show. More is better."""
@@ -208,6 +211,8 @@ class AccuracyFigures(BaseModel):
     data of the training is gone."""
     largest_class: float | None
     """Share of images of the class that most training images have; None like `baseline`."""
+    training_images: int | None = None
+    """Number of training images among which the baseline looks for the nearest one; None like `baseline`."""
 
 
 class ObjectPrecision(BaseModel):

@@ -21,7 +21,7 @@ from mhmoe_ray.data.shards.manifest import (
     require_data_manifest,
     require_matching_data,
 )
-from mhmoe_ray.data.shards.rows import ANNOTATION, IMAGE, RowReader
+from mhmoe_ray.data.shards.rows import ANNOTATION
 from mhmoe_ray.data.sources import Document, FileReader, find_files
 from mhmoe_ray.data.vision_batches import task_batch
 from mhmoe_ray.data.vision_columns import TaskSamples
@@ -29,7 +29,7 @@ from mhmoe_ray.data.vision_samples import AnnotatedImages, Fit, held_out_images,
 from mhmoe_ray.errors import DataError
 from mhmoe_ray.evaluate.context import EvaluationAnswer, EvaluationContext, Progress
 from mhmoe_ray.evaluate.measure import RouteCounter
-from mhmoe_ray.evaluate.nearest import NearestImages, training_manifest
+from mhmoe_ray.evaluate.nearest import NearestImages, training_manifest, training_readers
 from mhmoe_ray.evaluate.objects import StoredDetection, average_precision, stored_detection
 from mhmoe_ray.evaluate.score import AccuracyFigures, ObjectFigures, VisionFigures
 from mhmoe_ray.model.vision import Features, TaskBatch, Vision
@@ -240,17 +240,12 @@ def _read_baseline(
     manifest = training_manifest(spec, checkpoint_manifest.data_sha256, print_line)
     if manifest is None:
         return None
-    readers = [
-        RowReader(spec.data.prepared, domain.shards, manifest.token_bytes)
-        for name, domain in manifest.domains.items()
-        if source_of(name) in part.sources and domain.samples
-    ]
-    images, class_names = list[bytes](), list[str]()
+    readers = training_readers(spec, manifest, part.sources)
+    class_names = list[str]()
     for reader in readers:
-        rows = np.arange(len(reader))
-        images += reader.read_values(IMAGE, rows)
-        class_names += [unpack(content).class_name or "" for content in reader.read_values(ANNOTATION, rows)]
-    return _Neighbours(NearestImages(images), class_names)
+        annotations = reader.read_values(ANNOTATION, np.arange(len(reader)))
+        class_names += [unpack(content).class_name or "" for content in annotations]
+    return _Neighbours(NearestImages.of_training(readers), class_names)
 
 
 def _accuracy_figures(
@@ -279,4 +274,5 @@ def _accuracy_figures(
         top_5=float((rank_N < 5).mean()),
         baseline=baseline,
         largest_class=largest_class,
+        training_images=None if neighbours is None else neighbours.nearest_images.image_count,
     )

@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 import torch
 
+from mhmoe_ray.data.crops import read_crop
 from mhmoe_ray.data.encoder_batches import BatchMaker
 from mhmoe_ray.data.encoder_samples import SampleMaker
+from mhmoe_ray.data.shards.rows import RowReader, row_batch, write_row_shard
 from mhmoe_ray.evaluate.encoder import EncoderMeter
 from mhmoe_ray.evaluate.nearest import NearestImages, distinct_images
 from mhmoe_ray.evaluate.retrieval import Candidates, nearest_scores, recall, retrieval_figures, score_retrieval
@@ -64,6 +66,48 @@ def test_a_caption_is_as_near_as_the_nearest_image_of_the_training_with_it():
             expected = max(single_scores[number][row] for number in range(12) if training_tokens[number][1] == token)
             assert scores[row, column] == pytest.approx(expected, rel=1e-4)
         assert scores[row, 3] == -np.inf
+
+
+def test_equal_blocks_of_scores_give_the_same_scores(monkeypatch):
+    rng = np.random.default_rng(0)
+    images = [encode_image(rng.integers(0, 256, (16, 16, 3), np.uint8)) for _ in range(10)]
+    labels = np.arange(10) % 3
+    expected = NearestImages(images).scores(images, labels, 3)
+    monkeypatch.setattr("mhmoe_ray.evaluate.nearest.BLOCK_SCORES", 25)
+    assert (NearestImages(images).scores(images, labels, 3) == expected).all()
+
+
+def test_neighbours_are_an_evenly_spaced_selection_of_the_different_training_images(tmp_path, monkeypatch):
+    """Rows with the same image are compared once, and rows whose image is left out never."""
+    # Each image has two captions, and the last one of a shard comes again in the next shard.
+    greys = [flat_image(*[30 * number] * 3) for number in range(8)]
+    shards = [[0, 0, 1, 1, 2, 2], [2, 3, 3, 4, 4], [5, 5, 6, 6, 7, 7]]
+    readers = []
+    for number, images in enumerate(shards):
+        tokens = np.stack([caption(image) for image in images])
+        shard = write_row_shard(tmp_path, f"{number}.arrow", row_batch(tokens, [greys[image] for image in images]))
+        readers.append(RowReader(tmp_path, [shard], 2))
+    assert readers[1].image_numbers()[0].tolist() == [0, 1, 1, 2, 2]
+    labels = np.concatenate([reader.read_tokens(np.arange(len(reader)))[:, 1] for reader in readers]).astype(np.int64)
+    neighbours = NearestImages.of_training(readers)
+    assert neighbours.image_count == 8
+    assert labels[neighbours.nearest_samples(greys)].tolist() == [*range(8)]
+    assert neighbours.scores(greys, labels, 8).argmax(1).tolist() == [*range(8)]
+
+    decoded_images = []
+    monkeypatch.setattr("mhmoe_ray.evaluate.nearest.MAX_IMAGES", 3)
+    monkeypatch.setattr(
+        "mhmoe_ray.evaluate.nearest.read_crop",
+        lambda image, size: decoded_images.append(greys.index(image)) or read_crop(image, size),
+    )
+    neighbours = NearestImages.of_training(readers)
+    # The image 2 stands in two shards, so it counts twice among the nine stored images.
+    assert decoded_images == [0, 3, 7]
+    assert neighbours.image_count == 3
+    assert labels[neighbours.nearest_samples(greys)].tolist() == [0, 0, 3, 3, 3, 3, 7, 7]
+    assert np.isfinite(neighbours.scores(greys, labels, 8)).all(0).tolist() == [
+        number in (0, 3, 7) for number in range(8)
+    ]
 
 
 def test_the_baseline_names_images_that_look_like_those_of_the_training():

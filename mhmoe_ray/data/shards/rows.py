@@ -136,6 +136,16 @@ class RowReader:
             for shard, row in zip(shard_of, row_of, strict=True)
         ]
 
+    def image_numbers(self) -> tuple[np.ndarray, int]:
+        """Return the number of the stored image of each row, and the number of stored images, without reading them. A
+        shard stores an image once, so only rows of different shards may have equal images of different numbers."""
+        numbers, count = [np.empty(0, np.int64)], 0
+        for path in self._paths:
+            column = _map_shard(path).column(IMAGE)
+            numbers.append(count + column.indices.to_numpy().astype(np.int64))
+            count += len(column.dictionary)
+        return np.concatenate(numbers), count
+
     def read_tokens(self, numbers: np.ndarray) -> np.ndarray:
         """Return the tokens (rows, T) of rows without reading their images; `numbers` is as for `read`."""
         shard_of, row_of = self._locate(numbers)
