@@ -52,6 +52,7 @@ def prepare(
     from mhmoe_ray.api.connection import connect_to_cluster
     from mhmoe_ray.data.annotations import require_image_packages
     from mhmoe_ray.data.chat.template import check_template
+    from mhmoe_ray.data.prepare.checks import sparse_parts
     from mhmoe_ray.data.prepare.work import clean_up
     from mhmoe_ray.data.shards.manifest import check_recipe, read_data_manifest
     from mhmoe_ray.data.sources import find_files
@@ -72,6 +73,9 @@ def prepare(
     check_recipe(folder, manifest, resolved)
     # The job removes its staging directories at its end. A job that was killed after its last shard left them behind.
     clean_up(folder)
+    if manifest.encoder or manifest.vision:
+        for warning in sparse_parts(resolved, manifest.domains):
+            print_note(f"warning: {warning}")
     if json:
         print_json(manifest.model_dump())
         return

@@ -285,7 +285,8 @@ class DataSpec(Section):
     """Share of documents that are held out for validation. They are chosen by a hash of their text."""
     validation_samples: PositiveInt = 512
     """Largest number of validation samples. If there are more held-out samples, an evenly spaced selection of them is
-    kept."""
+    kept: of texts over all of them together, of encoders and vision models over those of each source and domain, which
+    get equal shares."""
     max_document_mb: PositiveFloat = 32.0
     """Largest size of a document in MB, as it is stored (its line, its text or image file, or its value in a column).
     Larger documents are quarantined."""

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from mhmoe_ray.data.domains import source_of
 from mhmoe_ray.data.prepare.tokenise import Part
+from mhmoe_ray.data.shards.manifest import Domain
 from mhmoe_ray.errors import DataError
 from mhmoe_ray.spec import DataSpec, RunSpec
 from mhmoe_ray.spec.encoder import EncoderSpec
@@ -48,6 +49,25 @@ def check_rows_not_empty(encoder: EncoderSpec, by_domain: dict[str, list[Part]])
             f"its images have {patches:,} patches, fewer than the {encoder.codebook_size:,} entries of the codebook"
         )
         raise DataError("training", reason, "add images, or lower model.encoder.codebook_size")
+
+
+def sparse_parts(spec: RunSpec, domains: Mapping[str, Domain]) -> list[str]:
+    """Return a warning for each part of micro-batches that has fewer held-out samples than samples in a micro-batch.
+
+    Args:
+        spec: spec of an encoder or a vision model.
+        domains: the domains of its prepared data.
+    """
+    warnings = []
+    for part in spec.parts:
+        count = sum(domain.validation_samples for name, domain in domains.items() if source_of(name) in part.sources)
+        if count < part.samples:
+            warnings.append(
+                f"part {part.name} has fewer held-out samples ({count:,}) than samples in a micro-batch "
+                f"({part.samples:,}), so its validation losses say little: raise data.validation_fraction and "
+                "data.validation_samples, or add documents"
+            )
+    return warnings
 
 
 def classes_of_tasks(spec: RunSpec, by_domain: Mapping[str, Sequence[Part]]) -> dict[str, list[str]]:

@@ -26,7 +26,7 @@ from mhmoe_ray.data.annotations import require_image_packages
 from mhmoe_ray.data.chat.encoder import ConversationEncoder
 from mhmoe_ray.data.chat.template import ChatTemplate, ChatTemplateError, check_template, template_error
 from mhmoe_ray.data.domains import source_of
-from mhmoe_ray.data.prepare.checks import check_not_empty, check_rows_not_empty, classes_of_tasks
+from mhmoe_ray.data.prepare.checks import check_not_empty, check_rows_not_empty, classes_of_tasks, sparse_parts
 from mhmoe_ray.data.prepare.chunks import (
     CHUNK_CHARACTERS,
     QUARANTINE_FILE,
@@ -199,6 +199,9 @@ class _Preparation:
             baselines=baselines,
             bad_lines=sum(tally.bad.total() for tally in tallies.values()),
         )
+        if self._has_rows:
+            for warning in sparse_parts(self._spec, manifest.domains):
+                self._log(f"warning: {warning}")
         write_json(self._staging.result_path / "manifest.json", manifest.model_dump(mode="json"))
 
     def _log(self, text: str) -> None:

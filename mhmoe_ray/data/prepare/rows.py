@@ -22,7 +22,7 @@ from pydantic import BaseModel
 from mhmoe_ray.data.annotations import unpack
 from mhmoe_ray.data.prepare.chunks import Chunk
 from mhmoe_ray.data.prepare.packing import ShardResult
-from mhmoe_ray.data.prepare.validation import ValidationSplit, is_validation, select_samples
+from mhmoe_ray.data.prepare.validation import ValidationSplit, is_validation, select_rows
 from mhmoe_ray.data.shards.columns import TOKENS, padding_token, token_dtype
 from mhmoe_ray.data.shards.files import SHARD_BYTES
 from mhmoe_ray.data.shards.manifest import Shard
@@ -239,7 +239,7 @@ def make_row_shard(row: dict[str, Any], *, folder: Path, parts: Path) -> dict[st
 def write_validation_rows(
     folder: Path, parts: Path, held_out: dict[str, list[RowSlice]], max_samples: int, token_bytes: int
 ) -> ValidationSplit:
-    """Select validation samples, spread evenly over all held-out rows, and write their shards.
+    """Select validation samples among the held-out rows (`select_rows`), and write their shards.
 
     Args:
         folder: the staging directory of the result.
@@ -248,7 +248,10 @@ def write_validation_rows(
         max_samples: largest number of samples of all domains together.
         token_bytes: bytes per token, 2 or 4.
     """
-    available = [sum(row_slice.stop - row_slice.start for row_slice in slices) for slices in held_out.values()]
+    selected_rows = select_rows(
+        {name: sum(row_slice.stop - row_slice.start for row_slice in slices) for name, slices in held_out.items()},
+        max_samples,
+    )
     counts, shards, targets = dict[str, int](), list[Shard](), 0
     batches, size = list[pa.RecordBatch](), 0
 
@@ -257,8 +260,9 @@ def write_validation_rows(
         shards.append(write_row_shard(folder, f"validation/{len(shards):05d}.arrow", join_batches(batches)))
         batches, size = [], 0
 
-    for (name, slices), selected in zip(held_out.items(), select_samples(available, max_samples), strict=True):
-        counts[name], first_row = len(selected), 0
+    for name, slices in held_out.items():
+        selected, first_row = selected_rows[name], 0
+        counts[name] = len(selected)
         for row_slice in slices:
             end_row = first_row + row_slice.stop - row_slice.start
             for index in selected[(selected >= first_row) & (selected < end_row)] - first_row:

@@ -1,17 +1,19 @@
 """The validation split: the selection of held-out documents, and their samples.
 
-The samples are spread evenly over all held-out text and are cut as by concatenation, also if training uses best fit.
-Conversations are packed by best fit here, too.
+The samples of texts are spread evenly over all held-out text and are cut as by concatenation, also if training uses
+best fit. Conversations are packed by best fit here, too. Those of encoders and vision models are divided among the
+sources, because the sources are of different kinds, and each kind has losses of its own.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from mhmoe_ray.data.domains import source_of
 from mhmoe_ray.data.prepare.packing import pack_best_fit
 from mhmoe_ray.data.prepare.parts import Tokens, TokenStream
 from mhmoe_ray.data.shards.columns import padding_token, target_mask, token_dtype, with_all_columns
@@ -94,6 +96,36 @@ def select_samples(available: Sequence[int], max_samples: int) -> list[np.ndarra
     ends = np.cumsum([0, *available])
     selected = np.unique(np.linspace(0, ends[-1] - 1, min(max_samples, ends[-1])).round().astype(int))
     return [selected[(selected >= start) & (selected < end)] - start for start, end in pairwise(ends)]
+
+
+def select_rows(available: Mapping[str, int], max_samples: int) -> dict[str, np.ndarray]:
+    """Return the numbers of the selected rows of each domain, spread evenly over its held-out rows.
+
+    Each source gets an equal share of the samples, and each domain one of its source's. What one lacks goes to others.
+
+    Args:
+        available: number of held-out rows of each domain.
+        max_samples: largest number of samples of all domains together.
+    """
+    domains_by_source: dict[str, list[str]] = {}
+    for name in available:
+        domains_by_source.setdefault(source_of(name), []).append(name)
+    source_rows = [sum(available[name] for name in names) for names in domains_by_source.values()]
+    counts = dict[str, int]()
+    for names, share in zip(domains_by_source.values(), _equal_shares(source_rows, max_samples), strict=True):
+        counts |= zip(names, _equal_shares([available[name] for name in names], share), strict=True)
+    return {
+        name: np.unique(np.linspace(0, available[name] - 1, counts[name]).round().astype(int)) for name in available
+    }
+
+
+def _equal_shares(available: Sequence[int], total: int) -> list[int]:
+    """Return the division of `total` into equal shares, of which none is larger than what is available."""
+    shares = [0] * len(available)
+    # The rarest come first, because what they lack is divided among the others.
+    for share_count, index in enumerate(sorted(range(len(available)), key=lambda index: available[index])):
+        shares[index] = min(available[index], -(-(total - sum(shares)) // (len(available) - share_count)))
+    return shares
 
 
 def _read_sample(stream: TokenStream, number: int, seq_len: int, token_bytes: int) -> Tokens:

@@ -1,0 +1,65 @@
+"""Tests of the validation samples of encoders and vision models, and of the warning of too few of them."""
+
+import numpy as np
+import pytest
+
+from mhmoe_ray.data.prepare.checks import sparse_parts
+from mhmoe_ray.data.prepare.rows import RowSlice, rows_file, write_validation_rows
+from mhmoe_ray.data.prepare.validation import select_rows
+from mhmoe_ray.data.shards.manifest import Domain
+from mhmoe_ray.data.shards.rows import RowReader, file_content, row_batch
+from tests.encoders import encoder_spec
+
+
+def selected_counts(available, max_samples):
+    return {name: len(rows) for name, rows in select_rows(available, max_samples).items()}
+
+
+@pytest.mark.parametrize(
+    ("available", "max_samples", "expected"),
+    [
+        # A rare source is whole, and the other ones share what it leaves.
+        ({"pairs/all": 6, "texts/de": 9000, "images/a": 40}, 50, {"pairs/all": 6, "texts/de": 22, "images/a": 22}),
+        # A source of many domains has no larger share than a source of one.
+        ({"a/1": 50, "a/2": 50, "a/3": 2, "b/all": 500}, 40, {"a/1": 9, "a/2": 9, "a/3": 2, "b/all": 20}),
+        # If the samples cannot be divided, they go to the rarest.
+        ({"a/all": 9, "b/all": 8, "c/all": 7}, 5, {"a/all": 1, "b/all": 2, "c/all": 2}),
+        ({"a/all": 3, "b/all": 0, "c/all": 4}, 100, {"a/all": 3, "b/all": 0, "c/all": 4}),
+    ],
+)
+def test_sources_and_their_domains_get_equal_shares(available, max_samples, expected):
+    assert selected_counts(available, max_samples) == expected
+
+
+def test_selected_rows_are_evenly_spaced():
+    selected = select_rows({"a/all": 1000, "b/all": 5}, 105)
+    assert selected["b/all"].tolist() == [0, 1, 2, 3, 4]
+    assert (selected["a/all"][0], selected["a/all"][-1]) == (0, 999)
+    assert set(np.diff(selected["a/all"])) == {10, 11}
+
+
+def test_validation_samples_are_rows_of_their_slices(tmp_path):
+    """Each domain has the held-out rows of several parts."""
+    held_out = {}
+    for domain, first_token in (("a/all", 0), ("b/all", 100)):
+        held_out[domain] = []
+        for part in range(3):
+            tokens = np.arange(10, dtype=np.uint16)[:, None].repeat(4, 1) + np.uint16(first_token + 10 * part)
+            path = rows_file(tmp_path / "parts", f"{domain[0]}{part}")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(file_content(row_batch(tokens, [b""] * 10)))
+            held_out[domain].append(RowSlice(f"{domain[0]}{part}", 6, 10))
+    split = write_validation_rows(tmp_path, tmp_path / "parts", held_out, 6, 2)
+    assert split.sample_counts == {"a/all": 3, "b/all": 3}
+    tokens = RowReader(tmp_path, split.shards, 2).read_tokens(np.arange(6))
+    assert tokens[:, 0].tolist() == [6, 18, 29, 106, 118, 129]
+
+
+def test_a_part_with_less_than_a_micro_batch_of_held_out_samples_is_a_warning():
+    counts = {"captions/a": 2, "captions/b": 1, "pictures/all": 1, "described/all": 0, "matched/all": 3}
+    domains = {name: Domain.model_construct(validation_samples=count) for name, count in counts.items()}
+    warnings = sparse_parts(encoder_spec(), domains)
+    assert [warning.partition(", ")[0] for warning in warnings] == [
+        "part images has fewer held-out samples (1) than samples in a micro-batch (2)",
+        "part pairs has fewer held-out samples (0) than samples in a micro-batch (4)",
+    ]
