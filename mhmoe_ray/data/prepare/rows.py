@@ -26,7 +26,15 @@ from mhmoe_ray.data.prepare.validation import ValidationSplit, is_validation, se
 from mhmoe_ray.data.shards.columns import TOKENS, padding_token, token_dtype
 from mhmoe_ray.data.shards.files import SHARD_BYTES
 from mhmoe_ray.data.shards.manifest import Shard
-from mhmoe_ray.data.shards.rows import file_content, join_batches, map_rows, row_batch, tokens_of, write_row_shard
+from mhmoe_ray.data.shards.rows import (
+    file_content,
+    join_batches,
+    map_rows,
+    row_batch,
+    row_bytes,
+    tokens_of,
+    write_row_shard,
+)
 
 
 class RowCounts(BaseModel):
@@ -273,7 +281,7 @@ def write_validation_rows(
                 else:
                     targets += 1
                 batches.append(batch)
-                size += batch.nbytes
+                size += row_bytes(batch)
                 if size >= SHARD_BYTES:
                     write()
             first_row = end_row

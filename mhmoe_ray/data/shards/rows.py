@@ -63,6 +63,13 @@ def join_batches(batches: Sequence[pa.RecordBatch]) -> pa.RecordBatch:
     return pa.record_batch([join(name) for name in schema.names], schema=schema)
 
 
+def row_bytes(row: pa.RecordBatch) -> int:
+    """Return the number of bytes of the values of a row, which is a slice of a batch."""
+    # For Arrow, the images of all rows of the batch belong to each slice of it.
+    other_columns = sum(row.column(name).nbytes for name in row.schema.names if name != IMAGE)
+    return int(other_columns) + len(row.column(IMAGE)[0].as_py())
+
+
 def _used_images(images: pa.DictionaryArray) -> pa.DictionaryArray:
     """Return a column of images whose dictionary has the images of its rows alone, in the order of the rows."""
     used_numbers = pc.unique(images.indices)

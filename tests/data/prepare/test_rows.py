@@ -55,6 +55,18 @@ def test_validation_samples_are_rows_of_their_slices(tmp_path):
     assert tokens[:, 0].tolist() == [6, 18, 29, 106, 118, 129]
 
 
+def test_validation_shards_are_filled_with_rows(tmp_path, monkeypatch):
+    """The images of other rows of a part do not count."""
+    monkeypatch.setattr("mhmoe_ray.data.prepare.rows.SHARD_BYTES", 25_000)
+    path = rows_file(tmp_path / "parts", "part")
+    path.parent.mkdir(parents=True)
+    images = [bytes([number]) * 10_000 for number in range(8)]
+    path.write_bytes(file_content(row_batch(np.zeros((8, 4), np.uint16), images)))
+    split = write_validation_rows(tmp_path, tmp_path / "parts", {"a/all": [RowSlice("part", 0, 8)]}, 8, 2)
+    assert [shard.rows for shard in split.shards] == [3, 3, 2]
+    assert RowReader(tmp_path, split.shards, 2).read_values("image", np.arange(8)) == images
+
+
 def test_a_part_with_less_than_a_micro_batch_of_held_out_samples_is_a_warning():
     counts = {"captions/a": 2, "captions/b": 1, "pictures/all": 1, "described/all": 0, "matched/all": 3}
     domains = {name: Domain.model_construct(validation_samples=count) for name, count in counts.items()}
