@@ -48,7 +48,8 @@ def make_request(
         checkpoint: name of the checkpoint.
         text: folders, files or patterns of raw text, or one of them; empty for none.
         overrides: overrides of data keys, by which the text is read.
-        samples: largest number of samples of each domain of the text; None for the default.
+        samples: largest number of samples of each domain of the text, of pictures the largest number of different
+            images; None for the default.
         tasks: names of lm-eval's tasks, or one of them; empty for none.
         task_folders: folders of the user's own tasks.
         limit: largest number of questions of each task; None for all.

@@ -38,7 +38,12 @@ AgainOption = Annotated[
     bool, typer.Option("--again", help="Evaluate even if the run directory holds the result already.")
 ]
 SamplesOption = Annotated[
-    int | None, typer.Option(min=1, help=f"Samples of each domain of --text, at most; {EVALUATION_SAMPLES} by default.")
+    int | None,
+    typer.Option(
+        min=1,
+        help=f"Samples of each domain of --text, at most; {EVALUATION_SAMPLES} by default. Of pictures, different "
+        "images.",
+    ),
 ]
 TextSetOption = Annotated[
     list[str], typer.Option("--set", metavar="KEY=VALUE", help="Set a data key of a spec, by which --text is read.")

@@ -1,8 +1,8 @@
 """Evaluation of an encoder: its losses on held-out samples, and the value of the image for the text of a pair.
 
 The value of the image is measured on hidden tokens of captions, which are the same each time: with their own image,
-with the image of another caption, and without an image. Its unit is nats per hidden token. A model that ignores images
-has the same loss with any of them.
+with another image, of another caption, and without an image. Its unit is nats per hidden token. A model that ignores
+images has the same loss with any of them.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,6 +21,7 @@ from mhmoe_ray.data.tokenizer import DocumentEncoder
 from mhmoe_ray.errors import DataError
 from mhmoe_ray.evaluate.context import Progress
 from mhmoe_ray.evaluate.measure import RouteCounter
+from mhmoe_ray.evaluate.nearest import distinct_images
 from mhmoe_ray.evaluate.request import RoutingCounts
 from mhmoe_ray.evaluate.retrieval import Candidates
 from mhmoe_ray.evaluate.score import EncoderLossScore, ImageValue
@@ -28,6 +29,10 @@ from mhmoe_ray.model.captions import write_captions
 from mhmoe_ray.model.encoder import Encoded, Encoder
 from mhmoe_ray.model.transfer import copy_to_device
 from mhmoe_ray.spec import DataSpec, MicroBatchPart, RunSpec
+
+CAPTIONS_PER_IMAGE = 5
+"""Largest number of captions of an image on which the value of the image and routes are measured. COCO has as many; an
+image with captions in all languages has hundreds."""
 
 
 class EncoderMeter:
@@ -82,13 +87,15 @@ class EncoderMeter:
         return scores
 
     def image_value(self, pairs: Pairs) -> ImageValue | None:
-        """Return the value of the image for the captions of a domain; None if all captions are the same.
+        """Return the value of the image for the captions of a domain; None if a caption goes with every image.
 
-        Images are whole, and cropped to the largest square at their centre.
+        Images are whole, and cropped to the largest square at their centre. An image is measured on
+        `CAPTIONS_PER_IMAGE` captions at most.
 
         Args:
             pairs: the captions with their images.
         """
+        pairs = with_few_captions(pairs)
         other_images = self._draw_other_images(pairs)
         if other_images is None:
             return None
@@ -151,11 +158,13 @@ class EncoderMeter:
     def count_routes(self, pairs: Pairs) -> dict[str, RoutingCounts]:
         """Return the counts of the routes of images and of texts of some pairs, in which nothing is hidden.
 
-        They are empty for a model whose tokens choose no experts.
+        Of an image, `CAPTIONS_PER_IMAGE` captions count at most. The counts are empty for a model whose tokens choose
+        no experts.
         """
         moe, batch_size = self._model.spec.moe, self._spec.train.micro_batch_size
         if moe is None or moe.router == "smear":
             return {}
+        pairs = with_few_captions(pairs)
         counter = RouteCounter(self._model)
         # Objective contrastive hides nothing, and objective masked makes an image and its text one sample.
         pair = MicroBatchPart("pairs", (), batch_size, "contrastive", ("image", "text"), 1.0)
@@ -212,28 +221,46 @@ class EncoderMeter:
         return captions
 
     def _draw_other_images(self, pairs: Pairs) -> list[int] | None:
-        """Return the number of the image of another caption for each caption; None if all captions are the same."""
+        """Return the number of a pair for each pair whose caption and image are both others; None if one has none."""
         rng = np.random.Generator(np.random.Philox(key=seeded_hash(self._spec.seed, f"other images {pairs.domain}")))
-        captions = [row.tobytes() for row in pairs.tokens]
-        if len(set(captions)) < 2:
-            return None
+        captions = np.unique(pairs.tokens, axis=0, return_inverse=True)[1].ravel()
+        images = distinct_images(pairs.images)[1]
         other_images = []
-        for caption in captions:
+        for caption, image in zip(captions, images, strict=True):
+            is_other = (captions != caption) & (images != image)
+            if not is_other.any():
+                return None
             number = int(rng.integers(len(captions)))
-            while captions[number] == caption:
+            while not is_other[number]:
                 number = int(rng.integers(len(captions)))
             other_images.append(number)
         return other_images
 
 
-def raw_pairs(data: DataSpec, encoder: DocumentEncoder, spec: RunSpec, max_pairs: int) -> Iterator[Pairs]:
-    """Yield the pairs of each domain of raw data, in the order of its files; longer captions are cut.
+def with_few_captions(pairs: Pairs) -> Pairs:
+    """Return pairs with at most `CAPTIONS_PER_IMAGE` captions of each image, evenly spaced among those that it has."""
+    pairs_by_image: dict[int, list[int]] = {}
+    for number, image in enumerate(distinct_images(pairs.images)[1]):
+        pairs_by_image.setdefault(int(image), []).append(number)
+    numbers = sorted(
+        numbers[position * len(numbers) // count]
+        for numbers in pairs_by_image.values()
+        for count in [min(len(numbers), CAPTIONS_PER_IMAGE)]
+        for position in range(count)
+    )
+    images, languages = [pairs.images[number] for number in numbers], [pairs.languages[number] for number in numbers]
+    return Pairs(pairs.domain, pairs.tokens[numbers], images, languages)
+
+
+def raw_pairs(data: DataSpec, encoder: DocumentEncoder, spec: RunSpec, max_images: int) -> Iterator[Pairs]:
+    """Yield the pairs of each domain of raw data, in the order of its files, up to the first image that is too many;
+    longer captions are cut.
 
     Args:
         data: the data section that names the pictures.
         encoder: encoder of the run's tokenizer.
         spec: spec of the run.
-        max_pairs: largest number of pairs per domain.
+        max_images: largest number of different images per domain.
 
     Raises:
         DataError: a source has no pairs of an image and a text, or none of a domain can be read.
@@ -244,19 +271,26 @@ def raw_pairs(data: DataSpec, encoder: DocumentEncoder, spec: RunSpec, max_pairs
             fix = f"set data.sources.{name}.format to that of the pictures, such as webdataset"
             raise DataError(f"source {name}", "it has no pairs of an image and a text", fix)
     pairs_by_domain: dict[str, list[tuple[np.ndarray, bytes, str | None]]] = {}
+    images_by_domain: dict[str, dict[str, bytes]] = {}
+    complete_domains = set[str]()
     for file in find_files(data):
-        pairs = pairs_by_domain.setdefault(file.domain, [])
-        if len(pairs) >= max_pairs:
+        pairs, images = pairs_by_domain.setdefault(file.domain, []), images_by_domain.setdefault(file.domain, {})
+        if file.domain in complete_domains:
             continue
         for item in FileReader(file, data):
-            if isinstance(item, Document) and item.image is not None:
-                tokens = encoder.encode([item.text])[0]
-                [row] = token_rows(tokens, True, seq_len, padding_token(token_bytes), token_bytes)
-                pairs.append((row, item.image, item.language))
-            if len(pairs) >= max_pairs:
+            if not isinstance(item, Document) or item.image is None:
+                continue
+            assert item.image_hash is not None
+            if item.image_hash not in images and len(images) == max_images:
+                complete_domains.add(file.domain)
                 break
+            # All captions of an image share its bytes.
+            image = images.setdefault(item.image_hash, item.image)
+            tokens = encoder.encode([item.text])[0]
+            [row] = token_rows(tokens, True, seq_len, padding_token(token_bytes), token_bytes)
+            pairs.append((row, image, item.language))
     for domain, pairs in pairs_by_domain.items():
         if not pairs:
             raise DataError(f"pictures {domain}", "no pair in them can be read", "see `mhmoe data inspect`")
-        rows, images, languages = zip(*pairs, strict=True)
-        yield Pairs(domain, np.stack(rows), list(images), list(languages))
+        rows, image_files, languages = zip(*pairs, strict=True)
+        yield Pairs(domain, np.stack(rows), list(image_files), list(languages))

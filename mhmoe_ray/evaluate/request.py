@@ -47,7 +47,7 @@ class EvalRequest(BaseModel):
     """Hash that changes with the files of the text (`data.sources.version_hash`); None without text, and in requests of
     earlier versions."""
     samples: int
-    """Largest number of samples of each domain of raw text."""
+    """Largest number of samples of each domain of raw text; of pictures, of different images."""
     tasks: list[str]
     """Names of lm-eval's tasks, or `english` or `xnli`."""
     task_folders: list[str]

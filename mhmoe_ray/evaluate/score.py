@@ -78,13 +78,13 @@ class ImageValue(BaseModel):
     """Mean losses of the hidden tokens of captions, in nats."""
 
     pairs: int
-    """Number of captions."""
+    """Number of captions; of an image, a few at most (`evaluate.encoder.CAPTIONS_PER_IMAGE`)."""
     tokens: int
     """Number of hidden tokens."""
     own_image: float
     """Loss with the image that belongs to the caption."""
     other_image: float
-    """Loss with the image of another caption, drawn by the run's seed."""
+    """Loss with another image, of another caption, drawn by the run's seed."""
     no_image: float
     """Loss of the caption alone."""
 
