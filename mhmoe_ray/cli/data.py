@@ -136,7 +136,8 @@ def _print_manifest(manifest: "DataManifest") -> None:
         )
     print_untruncated(number_table(columns, rows))
     if manifest.baselines is None:
-        out.print(f"{manifest.validation_tokens:,} held-out images")
+        images = sum(domain.validation_samples for domain in manifest.domains.values())
+        out.print(f"{images:,} held-out images")
         return
     unit = "targets" if manifest.chat else "tokens"
     out.print(

@@ -107,7 +107,8 @@ def _quality_rows(run_state: dict[str, Any]) -> dict[str, str | None]:
         )
     # The row helps to judge the loss: a model whose loss is above these values has not yet learned more than the
     # frequencies of tokens and of pairs of tokens.
-    if baselines and run_state["model_kind"] == "encoder":
+    # Without texts there are no such values.
+    if baselines and "bigram" in baselines and run_state["model_kind"] == "encoder":
         rows["  to beat"] = f"{baselines['unigram_entropy']:.4f} unigram entropy of held-out texts"
     elif baselines and "bigram" in baselines:
         rows["  to beat"] = (

@@ -44,9 +44,11 @@ class BatchMaker:
         Args:
             spec: spec of the model.
             device: device of the micro-batches.
-            codebook: entries of the codebook, float32 (entries, values), if patches are predicted as entries.
+            codebook: entries of the codebook, float32 (entries, values), if patches are predicted as entries; None if
+                no patch is hidden.
         """
         assert spec.encoder is not None
+        self._predicts_entries = spec.encoder.image_targets == "codebook"
         self._patch_size, self._device = spec.encoder.patch_size, device
         self._padding = padding_token(token_bytes_for(spec.vocab_size))
         self._codebook = None if codebook is None else copy_to_device(codebook, device)
@@ -91,6 +93,9 @@ class BatchMaker:
         return predicted_NT
 
     def _patch_targets(self, image_NYXC: Tensor, hidden_patch_I: Tensor) -> Tensor:
+        if self._predicts_entries and self._codebook is None:
+            assert not len(hidden_patch_I), "without its codebook, an encoder predicts no patches"
+            return hidden_patch_I
         hidden_IV = image_patches(image_NYXC, self._patch_size).flatten(0, 1)[hidden_patch_I]
         target_IV = normalized_patches(hidden_IV)
         return target_IV if self._codebook is None else torch.cdist(target_IV, self._codebook).argmin(1)

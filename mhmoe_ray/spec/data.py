@@ -387,6 +387,11 @@ class DataSpec(Section):
         return any("image" in source.sample_columns for source in self.sources.values())
 
     @property
+    def has_texts(self) -> bool:
+        """True if any source has texts."""
+        return any("text" in source.sample_columns for source in self.sources.values())
+
+    @property
     def chat_sources(self) -> list[str]:
         """The names of the sources of conversations."""
         return [name for name, source in self.sources.items() if source.format == "chat"]

@@ -416,6 +416,16 @@ class RunSpec(Section):
             for name, part in ((name, self.data.parts[name]) for name in tasks or self.data.parts)
         ]
 
+    @property
+    def has_codebook(self) -> bool:
+        """True if a part predicts hidden patches as entries of a codebook, which the preparation of data makes."""
+        encoder = self.model.encoder
+        return (
+            encoder is not None
+            and encoder.image_targets == "codebook"
+            and any(part.objective == "masked" and "image" in part.columns for part in self.parts)
+        )
+
     def image_size_of(self, source: str) -> int:
         """Return the height and width in pixels in which the model reads the images of a source; 0 if it reads none."""
         if self.model.vision is not None:

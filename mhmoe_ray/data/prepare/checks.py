@@ -1,16 +1,19 @@
 """Checks that a preparation has enough samples, before shards are written."""
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from mhmoe_ray.data.domains import source_of
-from mhmoe_ray.data.prepare.tokenise import Part
 from mhmoe_ray.data.shards.manifest import Domain
 from mhmoe_ray.errors import DataError
 from mhmoe_ray.spec import DataSpec, RunSpec
-from mhmoe_ray.spec.encoder import EncoderSpec
+
+if TYPE_CHECKING:
+    # Its module imports Ray, which the command line needs only if there is nothing prepared yet.
+    from mhmoe_ray.data.prepare.tokenise import Part
 
 
-def check_not_empty(spec: DataSpec, by_domain: dict[str, list[Part]]) -> None:
+def check_not_empty(spec: DataSpec, by_domain: "dict[str, list[Part]]") -> None:
     """Check that some domain has tokens for a validation sample, and some domain tokens for a training sample.
 
     Tokens of different domains do not add up: a sample has tokens of one domain.
@@ -29,25 +32,29 @@ def check_not_empty(spec: DataSpec, by_domain: dict[str, list[Part]]) -> None:
         raise DataError("training", "no domain fills a single sample", "shorten data.seq_len or add documents")
 
 
-def check_rows_not_empty(encoder: EncoderSpec, by_domain: dict[str, list[Part]]) -> None:
-    """Check that an encoder has training samples and held-out samples, some of each with a text, and enough patches.
+def check_rows_not_empty(spec: RunSpec, by_domain: "dict[str, list[Part]]") -> None:
+    """Check that an encoder has training samples and held-out samples, some of each with a text if any source has
+    texts, and enough patches for its codebook.
 
     Raises:
         DataError: it has not.
     """
+    assert spec.model.encoder is not None
     counts = [part.counts for parts in by_domain.values() for part in parts]
     fix = "raise data.validation_fraction or add documents"
     if not any(count.held_out_documents for count in counts):
         raise DataError("validation", "no document is in the held-out share", fix)
-    if not any(count.held_out_tokens for count in counts):
-        raise DataError("validation", "no document of the held-out share has a text", fix)
-    if not any(count.rows and count.rows.targets for count in counts):
-        raise DataError("training", "no document has a text to train on", "add documents with texts")
-    patches = sum(count.rows.images for count in counts if count.rows) * encoder.patches
-    if encoder.image_targets == "codebook" and patches < encoder.codebook_size:
-        reason = (
-            f"its images have {patches:,} patches, fewer than the {encoder.codebook_size:,} entries of the codebook"
-        )
+    if not any(count.rows and count.rows.samples for count in counts):
+        raise DataError("training", "every document is in the held-out share", "add documents")
+    if spec.data.has_texts:
+        if not any(count.held_out_tokens for count in counts):
+            raise DataError("validation", "no document of the held-out share has a text", fix)
+        if not any(count.rows and count.rows.targets for count in counts):
+            raise DataError("training", "no document has a text to train on", "add documents with texts")
+    patches = sum(count.rows.images for count in counts if count.rows) * spec.model.encoder.patches
+    entries = spec.model.encoder.codebook_size
+    if spec.has_codebook and patches < entries:
+        reason = f"its images have {patches:,} patches, fewer than the {entries:,} entries of the codebook"
         raise DataError("training", reason, "add images, or lower model.encoder.codebook_size")
 
 
@@ -70,7 +77,7 @@ def sparse_parts(spec: RunSpec, domains: Mapping[str, Domain]) -> list[str]:
     return warnings
 
 
-def classes_of_tasks(spec: RunSpec, by_domain: Mapping[str, Sequence[Part]]) -> dict[str, list[str]]:
+def classes_of_tasks(spec: RunSpec, by_domain: "Mapping[str, Sequence[Part]]") -> dict[str, list[str]]:
     """Return the names of the classes of each task of a vision model, sorted.
 
     Raises:

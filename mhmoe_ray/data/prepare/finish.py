@@ -83,7 +83,7 @@ class FinishResult(NamedTuple):
 
     validation: ValidationSplit
     baselines: Baselines | None
-    """None for a vision model."""
+    """None if no source has texts."""
 
 
 def finish(
@@ -123,8 +123,8 @@ def finish_rows(
     spec: RunSpec,
     token_bytes: int,
 ) -> FinishResult | None:
-    """Do the work of `finish` for an encoder, with the texts of samples, or for a vision model, without baselines;
-    return None if no selected sample of an encoder has a text.
+    """Do the work of `finish` for an encoder, with the texts of samples, or for images alone, without baselines; return
+    None if there are texts, and no selected sample has one.
 
     Args:
         folder: the staging directory of the result, with the training shards.
@@ -135,7 +135,7 @@ def finish_rows(
         token_bytes: bytes per token, 2 or 4.
     """
     validation_split = write_validation_rows(folder, parts, held_out, spec.data.validation_samples, token_bytes)
-    if spec.model.vision is not None:
+    if not spec.data.has_texts:
         return FinishResult(validation_split, None)
     if not validation_split.target_count:
         return None

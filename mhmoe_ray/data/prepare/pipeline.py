@@ -164,7 +164,7 @@ class _Preparation:
             by_domain[self._files[part.file].domain].append(part)
         vision = self._write_classes(by_domain)
         if self._spec.model.encoder is not None:
-            check_rows_not_empty(self._spec.model.encoder, by_domain)
+            check_rows_not_empty(self._spec, by_domain)
         elif vision is None:
             check_not_empty(self._data_spec, by_domain)
         self._log(f"packing {len(by_domain)} domains and languages")
@@ -401,11 +401,11 @@ class _Preparation:
         return VisionData(classes_sha256=describe_file(path).sha256)
 
     def _write_codebook(self, by_domain: dict[str, list[Part]], shards: dict[str, list[Shard]]) -> EncoderData | None:
-        """Write the codebook if the encoder has one, and return the facts for the manifest; None for a decoder."""
+        """Write the codebook if the encoder learns one, and return the facts for the manifest; None for a decoder."""
         encoder = self._spec.model.encoder
         if encoder is None:
             return None
-        if encoder.image_targets != "codebook":
+        if not self._spec.has_codebook:
             return EncoderData()
         self._log(f"codebook of {encoder.codebook_size:,} entries")
         # All training samples of a domain have an image, or none has.

@@ -165,7 +165,7 @@ class DataManifest(_KindAware):
     tokens, and for a vision model the number of samples. The field of the same name in `domains` counts all held-out
     tokens."""
     baselines: Baselines | None
-    """Baselines of the loss on these targets; None for a vision model."""
+    """Baselines of the loss on these targets; None without texts."""
     bad_lines: int
     """Number of all quarantined items, including lost parts, which `Tally.bad_lines` leaves out."""
 
@@ -207,7 +207,7 @@ def recipe(spec: RunSpec) -> dict[str, Any]:
             if source.languages is not None:
                 settings["reading"][name]["languages"] = source.languages
         settings |= {"sample": "text", "max_megapixels": data.images.max_megapixels}
-        if encoder.image_targets == "codebook":
+        if spec.has_codebook:
             settings["codebook"] = [encoder.codebook_size, encoder.image_size, encoder.patch_size]
     if spec.model.vision is not None:
         for name, source in data.sources.items():

@@ -3,12 +3,15 @@
 import numpy as np
 import pytest
 
-from mhmoe_ray.data.prepare.checks import sparse_parts
-from mhmoe_ray.data.prepare.rows import RowSlice, rows_file, write_validation_rows
+from mhmoe_ray.data.prepare.checks import check_rows_not_empty, sparse_parts
+from mhmoe_ray.data.prepare.finish import finish_rows
+from mhmoe_ray.data.prepare.rows import RowCounts, RowSlice, rows_file, write_validation_rows
+from mhmoe_ray.data.prepare.tokenise import Part, PartCounts
 from mhmoe_ray.data.prepare.validation import select_rows
-from mhmoe_ray.data.shards.manifest import Domain
+from mhmoe_ray.data.shards.manifest import Domain, recipe
 from mhmoe_ray.data.shards.rows import RowReader, file_content, row_batch
-from tests.encoders import encoder_spec
+from mhmoe_ray.errors import DataError
+from tests.encoders import ENCODER, encoder_spec
 
 
 def selected_counts(available, max_samples):
@@ -75,3 +78,48 @@ def test_a_part_with_less_than_a_micro_batch_of_held_out_samples_is_a_warning():
         "part images has fewer held-out samples (1) than samples in a micro-batch (2)",
         "part pairs has fewer held-out samples (0) than samples in a micro-batch (4)",
     ]
+
+
+CODEBOOK = {"model__encoder__image_targets": "codebook", "model__encoder__codebook_size": 500}
+
+
+def fine_tuning_spec(part, **changes):
+    """Return the spec of a fine-tuning on one part of `ENCODER`."""
+    section = ENCODER["data"]["parts"][part]
+    return encoder_spec(
+        start={"from": "pretrained"},
+        data__parts={part: section},
+        data__sources={name: ENCODER["data"]["sources"][name] for name in section["sources"]},
+        train__micro_batch_size=section["micro_batch_size"],
+        model__encoder__d_match=8 if part == "match" else None,
+        **changes,
+    )
+
+
+def test_fine_tuning_on_images_alone_needs_no_texts(tmp_path):
+    spec = fine_tuning_spec("images", data__prepared=str(tmp_path))
+    counts = PartCounts(documents=8, held_out_documents=2, rows=RowCounts(samples=8, held_out_samples=2, images=8))
+    check_rows_not_empty(spec, {"pictures/all": [Part(0, 0, "part", counts)]})
+    path = rows_file(tmp_path / "parts", "part")
+    path.parent.mkdir(parents=True)
+    path.write_bytes(file_content(row_batch(np.full((10, 12), 65_535, np.uint16), [b"an image"] * 10)))
+    held_out = {"pictures/all": [RowSlice("part", 8, 10)]}
+    result = finish_rows(tmp_path, tmp_path / "parts", held_out, {"pictures/all": []}, spec, 2)
+    assert result.baselines is None
+    assert result.validation.sample_counts == {"pictures/all": 2}
+    # With texts, images alone are not enough.
+    with pytest.raises(DataError, match="no document of the held-out share has a text"):
+        check_rows_not_empty(encoder_spec(), {"pictures/all": [Part(0, 0, "part", counts)]})
+
+
+@pytest.mark.parametrize("part", ["texts", "match"])
+def test_a_codebook_that_no_part_predicts_is_not_made(part):
+    spec = fine_tuning_spec(part, **CODEBOOK)
+    rows = RowCounts(samples=8, held_out_samples=2, images=2, targets=20)
+    parts = {"x/all": [Part(0, 0, "", PartCounts(documents=8, held_out_documents=2, held_out_tokens=5, rows=rows))]}
+    check_rows_not_empty(spec, parts)
+    assert "codebook" not in recipe(spec)
+    pretraining_spec = encoder_spec(**CODEBOOK)
+    with pytest.raises(DataError, match="its images have 32 patches, fewer than the 500 entries of the codebook"):
+        check_rows_not_empty(pretraining_spec, parts)
+    assert "codebook" in recipe(pretraining_spec)

@@ -6,8 +6,10 @@ import torch.distributed as dist
 
 from mhmoe_ray.data.encoder_batches import BatchMaker, normalized_patches
 from mhmoe_ray.data.shards.columns import EncoderSamples
+from mhmoe_ray.model.build import build_model
+from mhmoe_ray.model.init import init_weights
 from mhmoe_ray.train.objectives.masked import encoder_digest
-from tests.encoders import SMEAR, encoder_spec, micro_batch_samples, part_samples
+from tests.encoders import ENCODER, SMEAR, encoder_spec, micro_batch_samples, part_samples
 from tests.ranks import run_ranks
 from tests.train.jobs import build_trainer, full_gradients, full_tensors
 
@@ -153,6 +155,29 @@ def test_targets_of_a_codebook_are_its_nearest_entries():
     codebook = torch.randn(6, 48)
     samples = micro_batch_samples(spec, 0)
     batch = BatchMaker(spec.model, torch.device("cpu"), codebook.numpy()).make(spec.parts, samples)
-    pixel_batch = BatchMaker(spec.model, torch.device("cpu")).make(spec.parts, samples)
+    pixel_batch = BatchMaker(encoder_spec().model, torch.device("cpu")).make(spec.parts, samples)
     distances = (pixel_batch.patch_target_I[:, None] - codebook).square().sum(-1)
     assert torch.equal(batch.patch_target_I, distances.argmin(1))
+
+
+def test_an_encoder_that_predicts_no_patches_needs_no_codebook():
+    """The encoder is fine-tuned on texts and on matching, from one that learned a codebook."""
+    names = ("texts", "match")
+    parts = {name: ENCODER["data"]["parts"][name] for name in names}
+    spec = encoder_spec(
+        start={"from": "pretrained"},
+        data__parts=parts,
+        data__sources={name: ENCODER["data"]["sources"][name] for name in ("captions", "matched")},
+        train__micro_batch_size=6,
+        model__encoder__image_targets="codebook",
+        model__encoder__codebook_size=6,
+    )
+    assert not spec.has_codebook
+    model = build_model(spec.model)
+    init_weights(model, 0)
+    batch = BatchMaker(spec.model, torch.device("cpu")).make(spec.parts, micro_batch_samples(spec, 0))
+    losses = model(batch).losses
+    assert len(losses) == 2
+    assert all(torch.isfinite(loss.sum) for loss in losses)
+    sum(loss.sum for loss in losses).backward()
+    assert not model.output["image"].weight.grad.any()
