@@ -11,6 +11,7 @@ from functools import cache
 import numpy as np
 
 from mhmoe_ray.data.order.order import seeded_hash
+from mhmoe_ray.spec.train import hidden_count
 
 MIN_BLOCK_SHARE = 16 / 14**2
 """Smallest area of a block, as a share of all patches: 16 of 14 x 14 patches in BEiT v2."""
@@ -83,7 +84,7 @@ def block_mask(rows: int, columns: int, share: float, seed: int, label: str) -> 
     """
     draws = Draws(seed, label)
     mask = np.zeros((rows, columns), np.bool_)
-    count = math.floor(share * rows * columns + 0.5)
+    count = hidden_count(rows * columns, share)
     min_area = MIN_BLOCK_SHARE * rows * columns
     while (missing_count := count - int(mask.sum())) > 0:
         if not any(_add_block(mask, draws, min_area, missing_count) for _ in range(TRIES)):
@@ -135,7 +136,7 @@ def hide_tokens(tokens: np.ndarray, mask: np.ndarray, vocab_size: int, seed: int
 
 def masked_count(tokens: int, share: float) -> int:
     """Return the number of tokens to hide: their share, rounded, at least one and not all of several."""
-    return max(1, min(math.floor(tokens * share + 0.5), tokens - 1))
+    return max(1, min(hidden_count(tokens, share), tokens - 1))
 
 
 def text_mask(tokens: int, share: float, seed: int, label: str) -> np.ndarray:

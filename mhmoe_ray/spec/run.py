@@ -66,6 +66,13 @@ class MicroBatchPart(NamedTuple):
     """True if it trains a detector with masks."""
 
     @property
+    def masking_keys(self) -> tuple[str, ...]:
+        """The keys of `train.masking` with the shares that it hides."""
+        if self.objective != "masked":
+            return ()
+        return self.columns if len(self.columns) == 1 else tuple(f"pair_{column}" for column in self.columns)
+
+    @property
     def losses(self) -> tuple[str, ...]:
         """The names of its losses: a masked pair of image and text has one for each of them."""
         if self.objective == "masked" and len(self.columns) > 1:
@@ -236,6 +243,7 @@ class RunSpec(Section):
                 "an encoder needs parts with objective masked for images and for texts, or for pairs, unless it starts "
                 "from another run"
             )
+        self.train.masking.check_use({key for part in self.parts for key in part.masking_keys}, encoder.patches)
         has_contrast = any(part.objective == "contrastive" for part in self.parts)
         if has_contrast != (encoder.d_match is not None):
             state = "missing" if has_contrast else "given, but no part of data.parts is contrastive"

@@ -2,6 +2,7 @@
 section."""
 
 import math
+from collections.abc import Collection
 from typing import Annotated, Literal, Self
 
 from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
@@ -34,6 +35,34 @@ class MaskingSpec(Section):
     """Share of the tokens of a text with an image."""
     pair_image: MaskedShare = 0.4
     """Share of the patches of an image with a text."""
+
+    def check_use(self, used_keys: Collection[str], patches: int) -> None:
+        """Check that each share that a spec sets is used, and that those of images hide some patches and leave some.
+
+        Args:
+            used_keys: keys of the shares that the parts of micro-batches use.
+            patches: number of patches of an image.
+
+        Raises:
+            ValueError: a share would be ignored, or hides nothing or everything.
+        """
+        for key, field in type(self).model_fields.items():
+            share = getattr(self, key)
+            if key not in used_keys and share != field.default:
+                raise ValueError(
+                    f"train.masking.{key} is {share}, but no part with objective masked has what it hides: remove it"
+                )
+            if key in used_keys and key.endswith("image") and not 0 < hidden_count(patches, share) < patches:
+                amount = "none" if hidden_count(patches, share) == 0 else "all"
+                raise ValueError(
+                    f"train.masking.{key} is {share}, which hides {amount} of the {patches} patches of an image: "
+                    "change it, or lower model.encoder.patch_size"
+                )
+
+
+def hidden_count(count: int, share: float) -> int:
+    """Return the number of patches or tokens to hide: a share of `count`, rounded."""
+    return math.floor(share * count + 0.5)
 
 
 class TrainSpec(Section):

@@ -1,0 +1,44 @@
+"""Tests of the shares that an encoder hides: mistakes of users."""
+
+import pytest
+from pydantic import ValidationError
+
+from tests.encoders import CAPTION_DATA, encoder_spec
+
+PARTS = CAPTION_DATA["parts"]
+
+
+@pytest.mark.parametrize("key", ["image", "pair_image"])
+@pytest.mark.parametrize(("share", "amount"), [(0.03, "none"), (0.97, "all")])
+def test_a_share_that_hides_no_patch_or_all_is_refused(key, share, amount):
+    with pytest.raises(
+        ValidationError, match=f"train.masking.{key} is {share}, which hides {amount} of the 16 patches"
+    ):
+        encoder_spec(train__masking={key: share})
+
+
+@pytest.mark.parametrize("share", [0.04, 0.96])
+def test_a_share_may_hide_one_patch_or_leave_one(share):
+    # Texts always have a hidden token and, if they have several, one that is not.
+    spec = encoder_spec(train__masking={"image": share, "pair_image": share, "text": 0.001, "pair_text": 0.999})
+    assert spec.train.masking.image == share
+
+
+@pytest.mark.parametrize(
+    ("key", "part"), [("text", "texts"), ("image", "images"), ("pair_text", "pairs"), ("pair_image", "pairs")]
+)
+def test_a_share_that_no_part_uses_is_refused(key, part):
+    parts = {name: section for name, section in PARTS.items() if name != part}
+    sources = {name: CAPTION_DATA["sources"][name] for section in parts.values() for name in section["sources"]}
+    changes = {
+        # A part of captions hides nothing.
+        "data__parts": parts,
+        "data__sources": sources,
+        "train__micro_batch_size": sum(section["micro_batch_size"] for section in parts.values()),
+        "model__encoder__d_match": None,
+        "model__moe": None,
+        "start": {"from": "pretrained"},
+    }
+    encoder_spec(**changes)
+    with pytest.raises(ValidationError, match=f"train.masking.{key} is 0.3, but no part with objective masked has"):
+        encoder_spec(**changes, train__masking={key: 0.3})
