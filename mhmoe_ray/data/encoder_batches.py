@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from functools import partial
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -13,13 +14,24 @@ from mhmoe_ray.model.transfer import copy_to_device
 from mhmoe_ray.spec import MicroBatchPart, ModelSpec
 
 
-def evaluated_samples(part: MicroBatchPart, samples: EncoderSamples) -> int:
+class PartSamples(Protocol):
+    """Samples of one part, in memory (`EncoderSamples`) or decoded when they are asked for (`HeldOutSamples`)."""
+
+    @property
+    def sample_count(self) -> int:
+        """The number of samples."""
+
+    def rows(self, part: MicroBatchPart, start: int, stop: int) -> EncoderSamples:
+        """Return samples `start` to `stop` - 1 of the part."""
+
+
+def evaluated_samples(part: MicroBatchPart, samples: PartSamples) -> int:
     """Return how many samples of a part an evaluation uses, from the first one on.
 
     They are all, but those of a contrastive part fill whole micro-batches if there are enough: a smaller one would have
     fewer pairs to choose from, and so a smaller loss.
     """
-    count = max(len(samples.images), len(samples.tokens))
+    count = samples.sample_count
     if part.objective == "contrastive" and count > part.samples:
         count -= count % part.samples
     return count

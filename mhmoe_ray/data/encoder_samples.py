@@ -16,7 +16,7 @@ from mhmoe_ray.data.masking import block_mask, hide_tokens, text_mask
 from mhmoe_ray.data.row_order import RowOrder
 from mhmoe_ray.data.shards.columns import EncoderSamples, padding_token
 from mhmoe_ray.data.shards.manifest import DataManifest
-from mhmoe_ray.data.shards.rows import RowReader
+from mhmoe_ray.data.shards.rows import IMAGE, RowReader
 from mhmoe_ray.spec import MicroBatchPart, RunSpec
 
 
@@ -140,10 +140,38 @@ def _open_samples(spec_json: str) -> EncoderTrainingSamples:
     return EncoderTrainingSamples(RunSpec.model_validate_json(spec_json))
 
 
-def encoder_validation_samples(spec: RunSpec, manifest: DataManifest) -> Mapping[str, EncoderSamples]:
-    """Return the held-out samples of each part that has any, with masks that are the same at every validation.
+class HeldOutSamples:
+    """Held-out samples of a part, which are read and decoded when they are asked for.
 
-    Images are cropped to the largest square at their centre.
+    Their masks are the same each time. Images are cropped to the largest square at their centre.
+    """
+
+    def __init__(self, maker: SampleMaker, reader: RowReader, numbers: np.ndarray) -> None:
+        """Create the samples.
+
+        Args:
+            maker: maker of the samples.
+            reader: reader of the held-out rows.
+            numbers: numbers of the part's rows.
+        """
+        self._maker, self._reader, self._numbers = maker, reader, numbers
+
+    @property
+    def sample_count(self) -> int:
+        """The number of samples."""
+        return len(self._numbers)
+
+    def rows(self, part: MicroBatchPart, start: int, stop: int) -> EncoderSamples:
+        """Return samples `start` to `stop` - 1; `part` is their part."""
+        # The reader reads at least one row. Without any, tokens have the shape and the type of those of the first one.
+        tokens = self._reader.read_tokens(self._numbers[start:stop] if start < stop else self._numbers[:1])
+        tokens, images = tokens[: stop - start], self._reader.read_values(IMAGE, self._numbers[start:stop])
+        labels = [f"validation {part.name} {number}" for number in range(start, stop)]
+        return self._maker.make(part, tokens, images, labels, crops=False)
+
+
+def encoder_validation_samples(spec: RunSpec, manifest: DataManifest) -> Mapping[str, HeldOutSamples]:
+    """Return the held-out samples of each part that has any.
 
     Args:
         spec: spec of the run.
@@ -153,14 +181,9 @@ def encoder_validation_samples(spec: RunSpec, manifest: DataManifest) -> Mapping
     # Validation samples are stored domain after domain in the manifest's order.
     counts = [domain.validation_samples for domain in manifest.domains.values()]
     sources = np.repeat([source_of(name) for name in manifest.domains], counts)
-    maker, samples = SampleMaker(spec, manifest.token_bytes), {}
-    for part in spec.parts:
-        numbers = np.flatnonzero(np.isin(sources, part.sources))
-        if len(numbers):
-            tokens, images = reader.read(numbers)
-            labels = [f"validation {part.name} {number}" for number in range(len(numbers))]
-            samples[part.name] = maker.make(part, tokens, images, labels, crops=False)
-    return samples
+    maker = SampleMaker(spec, manifest.token_bytes)
+    numbers = {part.name: np.flatnonzero(np.isin(sources, part.sources)) for part in spec.parts}
+    return {name: HeldOutSamples(maker, reader, rows) for name, rows in numbers.items() if len(rows)}
 
 
 def held_out_pairs(spec: RunSpec, manifest: DataManifest) -> Iterator[Pairs]:

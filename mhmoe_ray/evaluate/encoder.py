@@ -11,11 +11,11 @@ import numpy as np
 import torch
 
 from mhmoe_ray.data.crops import read_crop
-from mhmoe_ray.data.encoder_batches import BatchMaker, evaluated_samples
+from mhmoe_ray.data.encoder_batches import BatchMaker, PartSamples, evaluated_samples
 from mhmoe_ray.data.encoder_samples import Pairs, SampleMaker
 from mhmoe_ray.data.order.order import seeded_hash
 from mhmoe_ray.data.prepare.rows import token_rows
-from mhmoe_ray.data.shards.columns import EncoderSamples, padding_token, token_bytes_for
+from mhmoe_ray.data.shards.columns import padding_token, token_bytes_for
 from mhmoe_ray.data.sources import Document, FileReader, find_files
 from mhmoe_ray.data.tokenizer import DocumentEncoder
 from mhmoe_ray.errors import DataError
@@ -61,7 +61,7 @@ class EncoderMeter:
         self._batch_maker = BatchMaker(spec.model, self._device, codebook)
 
     @torch.no_grad()
-    def _sums(self, name: str, part: MicroBatchPart, samples: EncoderSamples) -> np.ndarray:
+    def _sums(self, name: str, part: MicroBatchPart, samples: PartSamples) -> np.ndarray:
         """Return the sum and the number of targets of each loss of a part, (losses, 2)."""
         total = evaluated_samples(part, samples)
         sums = np.zeros((len(part.losses), 2))
@@ -74,7 +74,7 @@ class EncoderMeter:
             self._on_progress(name, stop, total)
         return sums
 
-    def losses(self, samples: Mapping[str, EncoderSamples]) -> dict[str, EncoderLossScore]:
+    def losses(self, samples: Mapping[str, PartSamples]) -> dict[str, EncoderLossScore]:
         """Return the mean of each loss over held-out samples of parts, by the name of the loss."""
         scores = {}
         for part in self._spec.parts:

@@ -145,6 +145,11 @@ class EncoderSamples(NamedTuple):
         """Return the samples of several parts, one part after another."""
         return cls(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
 
+    @property
+    def sample_count(self) -> int:
+        """The number of samples, if they are those of one part."""
+        return max(len(self.images), len(self.tokens))
+
     def rows(self, part: MicroBatchPart, start: int, stop: int) -> "EncoderSamples":
         """Return samples `start` to `stop` - 1 of a part whose samples these are all."""
         image_rows, text_rows = (slice(start, stop) if name in part.columns else slice(0) for name in ("image", "text"))

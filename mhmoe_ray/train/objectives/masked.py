@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mhmoe_ray.data.encoder_batches import BatchMaker, evaluated_samples
+from mhmoe_ray.data.encoder_batches import BatchMaker, PartSamples, evaluated_samples
 from mhmoe_ray.data.shards.columns import EncoderSamples
 from mhmoe_ray.model.encoder import EncoderBatch
 from mhmoe_ray.spec import MicroBatchPart
@@ -46,13 +46,13 @@ class Masked(PartObjective[EncoderBatch]):
     def target_counts(self, batch: EncoderBatch) -> list[int]:
         return [count for group in batch.groups for count in group.target_counts]
 
-    def evaluated_samples(self, part: MicroBatchPart, samples: EncoderSamples) -> int:
+    def evaluated_samples(self, part: MicroBatchPart, samples: PartSamples) -> int:
         return evaluated_samples(part, samples)
 
-    def part_batch(self, part: MicroBatchPart, samples: EncoderSamples, start: int, stop: int) -> EncoderBatch:
+    def part_batch(self, part: MicroBatchPart, samples: PartSamples, start: int, stop: int) -> EncoderBatch:
         return self._batch_maker.make([part._replace(samples=stop - start)], samples.rows(part, start, stop))
 
-    def load_validation(self, manifest: "DataManifest") -> Mapping[str, EncoderSamples]:
+    def load_validation(self, manifest: "DataManifest") -> Mapping[str, PartSamples]:
         # The rest of the module needs neither Ray nor the preparation of data.
         from mhmoe_ray.data.encoder_samples import encoder_validation_samples
 
