@@ -47,21 +47,22 @@ def encoder_figures(context: EvaluationContext) -> EvaluationAnswer:
     model, spec = load_verified_encoder(checkpoint, manifest), run.spec()
     if request.gpus:
         model.to("cuda")
-    codebook = None
-    assert spec.model.encoder is not None
-    if spec.model.encoder.image_targets == "codebook":
-        codebook = read_codebook(spec.data.prepared, require_data_manifest(spec.data.prepared))
-    meter = EncoderMeter(model, spec, codebook, use_bfloat16=request.half, on_progress=on_progress)
-    tokenizer = load_run_tokenizer(checkpoint, manifest)
-    losses: dict[str, EncoderLossScore] = {}
-    if request.text:
-        pairs = raw_pairs(request.text, DocumentEncoder(tokenizer), spec, request.samples)
-    else:
+    codebook = data = None
+    if not request.text:
         assert request.prepared is not None
         require_matching_data(manifest.data_sha256, Path(request.prepared), "or evaluate other pictures")
         data = require_data_manifest(Path(request.prepared))
+        # Only the losses of held-out images need it.
+        codebook = read_codebook(spec.data.prepared, data)
+    meter = EncoderMeter(model, spec, codebook, use_bfloat16=request.half, on_progress=on_progress)
+    tokenizer = load_run_tokenizer(checkpoint, manifest)
+    losses: dict[str, EncoderLossScore] = {}
+    if data is not None:
         losses = meter.losses(encoder_validation_samples(spec, data))
         pairs = held_out_pairs(spec, data)
+    else:
+        assert request.text is not None
+        pairs = raw_pairs(request.text, DocumentEncoder(tokenizer), spec, request.samples)
     if request.probe is not None:
         probe_pairs = list(raw_pairs(request.probe, DocumentEncoder(tokenizer), spec, request.samples))
         classes = {p.domain: _class_score(p, probe_pairs, meter) for p in pairs}

@@ -5,16 +5,23 @@ import json
 import numpy as np
 import pytest
 
+from mhmoe_ray.api.evaluation import make_request
+from mhmoe_ray.checkpoint.manifest import checkpoint_name, read_manifest
 from mhmoe_ray.data.encoder_samples import Pairs
 from mhmoe_ray.data.tokenizer import DocumentEncoder
 from mhmoe_ray.data.tokenizer.train import train_bpe
+from mhmoe_ray.evaluate.context import EvaluationContext
 from mhmoe_ray.evaluate.encoder import EncoderMeter, raw_pairs, with_few_captions
+from mhmoe_ray.evaluate.encoder_figures import encoder_figures
 from mhmoe_ray.evaluate.nearest import distinct_images
 from mhmoe_ray.model.build import build_model
 from mhmoe_ray.model.init import init_weights
-from tests.data.pictures import encode_image, make_pictures, write_tar
+from mhmoe_ray.runs.directory import create_run
+from tests.data.pictures import encode_image, make_pictures, tar_members, write_tar
 from tests.data.sources.read import data_spec
 from tests.encoders import PADDING, encoder_spec
+from tests.saved import commit_checkpoint, save_tensors
+from tests.serving.conftest import build_tokenizer
 
 
 def caption(*tokens):
@@ -35,6 +42,35 @@ def meter():
     model = build_model(spec.model)
     init_weights(model, 0)
     return EncoderMeter(model.eval(), spec, use_bfloat16=False, on_progress=lambda *_: None)
+
+
+def test_other_pictures_need_neither_the_prepared_data_nor_the_codebook(tmp_path):
+    spec = encoder_spec(
+        storage=str(tmp_path / "runs"),
+        data__prepared=str(tmp_path / "removed"),
+        model__encoder__image_targets="codebook",
+        model__encoder__codebook_size=6,
+    )
+    run = create_run(spec)
+    run.attempts_file.write_text("{}")
+    build_tokenizer().save(str(run.tokenizer_file))
+    model = build_model(spec.model).eval().requires_grad_(False)
+    init_weights(model, 0)
+    checkpoint = run.checkpoints / checkpoint_name(1, 1)
+    checkpoint.mkdir(parents=True)
+    save_tensors(checkpoint / "weights", model.named_tensors())
+    commit_checkpoint(checkpoint, spec.model, seq_len=12)
+    write_tar(tmp_path / "test" / "a.tar", tar_members(make_pictures(6)))
+    request = make_request(
+        run, checkpoint.name, text=tmp_path / "test", overrides=["data.sources.test.format=webdataset"]
+    )
+    lines = []
+    context = EvaluationContext(request, run, checkpoint, read_manifest(checkpoint), lines.append, lambda *_: None)
+    figures = encoder_figures(context)["encoder"]
+    assert figures.losses == {}
+    assert figures.image_values["test/all"].pairs == 6
+    assert figures.retrieval["test/all"].baseline is None
+    assert lines == [f"no nearest neighbours: the training's data is not in {tmp_path / 'removed'}"]
 
 
 def test_other_images_are_others_and_have_other_captions(meter, monkeypatch):
