@@ -10,18 +10,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from mhmoe_ray.data.crops import read_crop
+from mhmoe_ray.data.encoder_batches import normalized_patches
 from mhmoe_ray.data.shards.manifest import CODEBOOK_FILE, Shard
 from mhmoe_ray.data.shards.rows import RowReader
+from mhmoe_ray.model.encoder import image_patches
 from mhmoe_ray.spec.encoder import EncoderSpec
 from mhmoe_ray.storage import replace_file
 
 SAMPLE_BYTES = 128 << 20
 MAX_IMAGES = 20_000
 ITERATIONS = 10
-# The same small number that training adds to the variance of a patch (MAE).
-_VARIANCE_OFFSET = 1e-6
 _DISTANCE_BYTES = 64 << 20
 _SEED = 0
 
@@ -62,23 +63,9 @@ def sample_patches(readers: Sequence[RowReader], encoder: EncoderSpec) -> np.nda
         _, [image] = readers[reader].read(np.array([number - ends[reader]]))
         patch_numbers = np.sort(random.choice(encoder.patches, per_image, replace=False))
         pixels = read_crop(image, encoder.image_size)
-        patches[index] = normalized_patches(pixels, encoder.patch_size)[patch_numbers]
+        image_NYXC = torch.from_numpy(np.array(pixels))[None]
+        patches[index] = normalized_patches(image_patches(image_NYXC, encoder.patch_size)[0])[patch_numbers].numpy()
     return patches.reshape(-1, encoder.patch_values)
-
-
-def normalized_patches(pixels: np.ndarray, patch_size: int) -> np.ndarray:
-    """Return the patches of an image, (patches, values) float32, each normalized as in training.
-
-    Args:
-        pixels: (height, width, 3) uint8.
-        patch_size: height and width of a patch in pixels.
-    """
-    rows, columns = (side // patch_size for side in pixels.shape[:2])
-    split = pixels.reshape(rows, patch_size, columns, patch_size, 3).transpose(0, 2, 1, 3, 4)
-    patches = split.reshape(rows * columns, -1).astype(np.float32) / 255
-    variance = patches.var(axis=1, ddof=1, keepdims=True)
-    normalized: np.ndarray = (patches - patches.mean(axis=1, keepdims=True)) / np.sqrt(variance + _VARIANCE_OFFSET)
-    return normalized
 
 
 def k_means(points: np.ndarray, entries: int) -> np.ndarray:

@@ -34,7 +34,6 @@ from mhmoe_ray.data.prepare.chunks import (
     quarantine_file,
     read_chunks,
 )
-from mhmoe_ray.data.prepare.codebook import write_codebook
 from mhmoe_ray.data.prepare.finish import FinishResult, domain_entry, finish, finish_rows
 from mhmoe_ray.data.prepare.packing import ShardPlan, ShardResult, make_shard, plan_shards
 from mhmoe_ray.data.prepare.parts import PartSlice, TokenStream
@@ -407,6 +406,9 @@ class _Preparation:
             return None
         if not self._spec.has_codebook:
             return EncoderData()
+        # It needs torch, whose import takes seconds, and few preparations make a codebook.
+        from mhmoe_ray.data.prepare.codebook import write_codebook
+
         self._log(f"codebook of {encoder.codebook_size:,} entries")
         # All training samples of a domain have an image, or none has.
         image_domains = [

@@ -3,20 +3,27 @@
 import numpy as np
 import torch
 
-from mhmoe_ray.data.prepare.codebook import k_means, normalized_patches
+from mhmoe_ray.data.encoder_batches import BatchMaker
+from mhmoe_ray.data.encoder_samples import SampleMaker
+from mhmoe_ray.data.prepare.codebook import k_means, sample_patches
+from mhmoe_ray.data.shards.rows import RowReader, row_batch, write_row_shard
+from tests.data.pictures import make_pictures
+from tests.encoders import encoder_spec
 
 
-def test_patches_are_normalized_row_by_row():
-    pixels = np.random.default_rng(0).integers(0, 256, (6, 4, 3), np.uint8)
-    pixels[:2, 2:] = 9
-    patches = normalized_patches(pixels, 2)
-    assert patches.shape == (6, 12)
-    for number, patch in enumerate(patches):
-        row, column = 2 * (number // 2), 2 * (number % 2)
-        values = torch.tensor(pixels[row : row + 2, column : column + 2].reshape(-1)).float() / 255
-        variance, mean = torch.var_mean(values)
-        assert np.allclose(patch, (values - mean) / (variance + 1e-6).sqrt(), atol=1e-5)
-    assert np.abs(patches[1]).max() < 1e-3
+def test_patches_of_the_sample_are_the_targets_of_training(tmp_path):
+    """The sample has all patches of all images, since there are few."""
+    pictures = make_pictures(5)
+    spec = encoder_spec()
+    tokens = np.zeros((5, 12), np.uint16)
+    shard = write_row_shard(tmp_path, "a.arrow", row_batch(tokens, [picture.image for picture in pictures]))
+    patches = sample_patches([RowReader(tmp_path, [shard], 2)], spec.model.encoder)
+    part = next(part for part in spec.parts if part.name == "images")._replace(samples=5)
+    samples = SampleMaker(spec, 2).make(part, tokens, [p.image for p in pictures], [""] * 5, crops=False)
+    samples = samples._replace(patch_hidden=np.ones_like(samples.patch_hidden))
+    targets = BatchMaker(spec.model, torch.device("cpu")).make([part], samples).patch_target_I
+    assert patches.shape == (5 * 16, 48)
+    torch.testing.assert_close(torch.from_numpy(patches), targets, rtol=1e-5, atol=1e-5)
 
 
 def test_centres_are_the_means_of_the_points_nearest_to_them():

@@ -8,9 +8,10 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
+import torch
 
 from mhmoe_ray.data.crops import read_crop
-from mhmoe_ray.data.prepare.codebook import normalized_patches
+from mhmoe_ray.data.encoder_batches import normalized_patches
 from mhmoe_ray.data.prepare.job import PrepareRequest
 from mhmoe_ray.data.prepare.validation import is_validation
 from mhmoe_ray.data.shards.columns import padding_token
@@ -20,6 +21,7 @@ from mhmoe_ray.data.shards.rows import RowReader
 from mhmoe_ray.data.sources.pictures import image_hash
 from mhmoe_ray.data.tokenizer import END_OF_TEXT, load_tokenizer
 from mhmoe_ray.errors import DataError
+from mhmoe_ray.model.encoder import image_patches
 from mhmoe_ray.spec import RunSpec, dump_spec
 from mhmoe_ray.storage import describe_file
 from tests.data.pictures import (
@@ -227,7 +229,8 @@ def test_codebook_has_the_nearest_entries_of_patches(results):
     assert codebook.shape == (40, 3 * 8 * 8)
     assert codebook.dtype == np.float32
     assert manifest.encoder.codebook_sha256 == describe_file(folder / "codebook.npy").sha256
-    patches = normalized_patches(read_crop(PICTURES[0].image, 32), 8)
+    image_NYXC = torch.from_numpy(read_crop(PICTURES[0].image, 32).copy())[None]
+    patches = normalized_patches(image_patches(image_NYXC, 8)[0]).numpy()
     distances = np.square(patches[:, None] - codebook).sum(axis=2)
     # The entries explain a part of the patches, whose values have a variance of 1.
     assert distances.min(axis=1).mean() < 0.95 * np.square(patches).sum(axis=1).mean()
