@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from mhmoe_ray.data.jpeg import count_scans
 from mhmoe_ray.errors import DataError
 
 if TYPE_CHECKING:
@@ -17,7 +18,14 @@ IMAGE_SUFFIXES = ("png", "jpg", "jpeg", "webp", "bmp", "gif", "tif", "tiff")
 # Pillow knows more formats. Some of them start other programs (EPS), and data sets of pictures use none of them.
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 
-
+# Pillow's tables for resizing grow with the side, and not with the number of pixels.
+MAX_SIDE = 32_768
+"""Largest height or width of an image."""
+# Libtiff has this limit for JPEG data in TIFF files. Encoders write about ten scans.
+MAX_SCANS = 100
+"""Largest number of scans of a JPEG file."""
+_TILE_WIDTH, _TILE_LENGTH = 322, 323
+"""TIFF tags of the size of tiles."""
 _ORIENTATION = 0x0112
 """EXIF tag that says how an image must be turned."""
 _FIRST_SIDE_ORIENTATION = 5
@@ -33,7 +41,11 @@ class NotImageError(ImageError):
 
 
 class TooManyPixelsError(ImageError):
-    """Error of an image with more pixels than the limit."""
+    """Error of an image with more pixels than the limit; its text is their number."""
+
+
+class ImageLimitError(ImageError):
+    """Error of an image that exceeds a fixed limit; its text says which one."""
 
 
 class DamagedImageError(ImageError):
@@ -76,9 +88,7 @@ def check_image_file(content: bytes, max_pixels: int) -> "Image.Image":
 
     try:
         with _open_image(content) as image:
-            width, height = image.size
-            if width * height > max_pixels:
-                raise TooManyPixelsError(f"{width:,} x {height:,}")
+            _check_limits(image, content, max_pixels)
             if image.format == "PNG":
                 # Decoding ignores the checksums of a PNG file's chunks. `verify` checks them and closes the image.
                 image.verify()
@@ -90,6 +100,30 @@ def check_image_file(content: bytes, max_pixels: int) -> "Image.Image":
     # Pillow's decoders raise exceptions of many classes for damaged files, also SyntaxError and struct.error.
     except Exception as e:
         raise DamagedImageError(" ".join(str(e).split())[:200]) from e
+
+
+def _check_limits(image: "Image.Image", content: bytes, max_pixels: int) -> None:
+    """Raise ImageError if an image takes more memory or time to decode than the size of its file suggests.
+
+    Args:
+        image: the image, of which the header alone was read.
+        content: the content of its file.
+        max_pixels: largest number of pixels.
+    """
+    from PIL.TiffImagePlugin import TiffImageFile
+
+    width, height = image.size
+    if width * height > max_pixels:
+        raise TooManyPixelsError(f"{width:,} x {height:,}")
+    if max(width, height) > MAX_SIDE:
+        raise ImageLimitError(f"its longest side has {max(width, height):,} pixels, more than {MAX_SIDE:,}")
+    if isinstance(image, TiffImageFile):
+        # Libtiff decodes whole tiles, however small the image is.
+        tile_width, tile_height = (int(image.tag_v2.get(tag, 1)) for tag in (_TILE_WIDTH, _TILE_LENGTH))
+        if tile_width * tile_height > max_pixels:
+            raise TooManyPixelsError(f"tiles of {tile_width:,} x {tile_height:,}")
+    elif content.startswith(b"\xff\xd8") and (scans := count_scans(content)) > MAX_SCANS:
+        raise ImageLimitError(f"it has {scans:,} scans, more than {MAX_SCANS}")
 
 
 def image_size(content: bytes) -> tuple[int, int]:

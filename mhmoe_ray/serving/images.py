@@ -8,7 +8,13 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
-from mhmoe_ray.data.images import DamagedImageError, NotImageError, TooManyPixelsError, check_image_file
+from mhmoe_ray.data.images import (
+    DamagedImageError,
+    ImageLimitError,
+    NotImageError,
+    TooManyPixelsError,
+    check_image_file,
+)
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -81,6 +87,8 @@ def read_image_file(content: bytes) -> "Image.Image":
         raise RefusedImageError(reason if content else "it is empty") from e
     except TooManyPixelsError as e:
         raise RefusedImageError(f"the image has {e} pixels, more than {MAX_MEGAPIXELS:.0f} million") from e
+    except ImageLimitError as e:
+        raise RefusedImageError(f"the image cannot be used: {e}") from e
     except DamagedImageError as e:
         raise RefusedImageError(f"the image cannot be decoded: {e}") from e
 

@@ -47,6 +47,24 @@ def _png_chunk(kind: bytes, content: bytes) -> bytes:
     return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
 
+def jpeg_of_scans(extra_scans: int) -> bytes:
+    """Return a progressive JPEG file whose last scan is repeated, with start markers of scans in a comment."""
+    pixels = np.random.default_rng(7).integers(0, 256, (24, 24, 3), np.uint8)
+    content = encode_image(pixels, "jpg", progressive=True, comment=b"\xff\xda" * 200)
+    last_scan = content[content.rindex(b"\xff\xda") : -2]
+    return content[:-2] + last_scan * extra_scans + content[-2:]
+
+
+def tiff_of_tile(side: int) -> bytes:
+    """Return a TIFF file with 16 grey pixels in one compressed tile, whose height and width are `side`."""
+    tile = zlib.compress(bytes(256))
+    # Width, height, bits, compression (deflate), photometric, channels, tile width, tile height, offset, bytes.
+    tags = {256: 4, 257: 4, 258: 8, 259: 8, 262: 1, 277: 1, 322: side, 323: side, 324: 8, 325: len(tile)}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    directory = struct.pack("<H", len(tags)) + entries + bytes(4)
+    return b"II*\0" + struct.pack("<I", 8 + len(tile)) + tile + directory
+
+
 def make_pictures(count: int, words: int = 6, size: int = 24) -> list[Picture]:
     """Return `count` different pictures, the same at each call, in several formats and sizes."""
     random = np.random.default_rng(5)

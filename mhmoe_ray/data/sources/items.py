@@ -86,6 +86,7 @@ class Reason(StrEnum):
     NO_IMAGE = "it has no image"
     NOT_IMAGE = "it is not an image"
     TOO_MANY_PIXELS = "its image has more pixels than data.images.max_megapixels"
+    IMAGE_LIMIT = "its image exceeds a fixed limit"
     DAMAGED_IMAGE = "its image is damaged"
     NO_CLASS = "it has no class"
     BAD_OBJECT = "its object cannot be used"

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from mhmoe_ray.data.annotations import Annotation, pack
-from mhmoe_ray.data.images import ImageError, NotImageError, TooManyPixelsError, check_image_file
+from mhmoe_ray.data.images import ImageError, ImageLimitError, NotImageError, TooManyPixelsError, check_image_file
 from mhmoe_ray.data.sources.items import BadLine, Document, Fault, RawFile, ReadSettings, Reason, Tally
 from mhmoe_ray.data.sources.records import BOM, text_problem
 from mhmoe_ray.data.sources.storage import Storage, short_message
@@ -45,6 +45,8 @@ def decode_checked_image(image: bytes | Fault | None, settings: ReadSettings) ->
         return Fault(Reason.NOT_IMAGE)
     except TooManyPixelsError as e:
         return Fault(Reason.TOO_MANY_PIXELS, str(e))
+    except ImageLimitError as e:
+        return Fault(Reason.IMAGE_LIMIT, str(e))
     except ImageError as e:
         return Fault(Reason.DAMAGED_IMAGE, str(e))
 

@@ -24,6 +24,7 @@ from pyarrow import fs
 
 from mhmoe_ray.data import images
 from mhmoe_ray.data.images import TooManyPixelsError, check_image_file, decode_image
+from mhmoe_ray.data.jpeg import count_scans
 from mhmoe_ray.data.sources import FileReader, Reason, find, find_files, version_hash
 from mhmoe_ray.data.sources.find import file_blocks, fingerprints
 from mhmoe_ray.data.sources.items import BadLine, Document, RawFile
@@ -34,8 +35,10 @@ from mhmoe_ray.spec import DataSpec
 from tests.data.pictures import (
     bomb,
     encode_image,
+    jpeg_of_scans,
     make_pictures,
     tar_members,
+    tiff_of_tile,
     write_coco,
     write_image_folder,
     write_parquet,
@@ -172,6 +175,9 @@ BAD_IMAGES = {
     "text": (b"this is no image", Reason.NOT_IMAGE),
     "empty": (b"", Reason.NOT_IMAGE),
     "bomb": (bomb(), Reason.TOO_MANY_PIXELS),
+    "scans": (jpeg_of_scans(200), Reason.IMAGE_LIMIT),
+    "narrow": (bomb(40_000, 1), Reason.IMAGE_LIMIT),
+    "tile": (tiff_of_tile(60_000), Reason.TOO_MANY_PIXELS),
     "cut": (PICTURES[1].image[: len(PICTURES[1].image) // 2], Reason.DAMAGED_IMAGE),
     "flipped": (flip_bit(GOOD.image, len(GOOD.image) // 2), Reason.DAMAGED_IMAGE),
     "large": (encode_image(np.zeros((2100, 500, 3), np.uint8)), Reason.TOO_MANY_PIXELS),
@@ -235,7 +241,7 @@ def test_all_other_formats_quarantine_bad_images_only(tmp_path):
         assert [item.image for item in items if isinstance(item, Document)] == [good[0].image]
         assert sorted(reason for _, reason, _ in faults(items)) == sorted(reasons), name
         if name != "folder":
-            assert [line for line, *_ in faults(items)] == list(range(1, 8))
+            assert [line for line, *_ in faults(items)] == list(range(1, 1 + len(BAD_IMAGES)))
         else:
             assert [(i.path.rpartition("/")[2], i.line) for i in items if isinstance(i, BadLine)] == sorted(
                 (picture_name, 1) for picture_name, _ in named_images
@@ -250,6 +256,15 @@ def test_a_bomb_is_not_decoded():
             check_image_file(bomb(side, side), 50_000_000)
     assert tracemalloc.get_traced_memory()[1] < 5e6
     tracemalloc.stop()
+
+
+def test_images_within_the_limits_are_decoded():
+    """Comments of a JPEG file may have the bytes of a scan's start, and files of any encoder have repeated ones."""
+    for extra_scans in (0, 80):
+        content = jpeg_of_scans(extra_scans)
+        assert count_scans(content) == content.count(b"\xff\xda") - 200
+        assert check_image_file(content, 50_000_000).size == (24, 24)
+    assert check_image_file(tiff_of_tile(16), 50_000_000).size == (4, 4)
 
 
 def test_webdataset_caption_in_json(tmp_path):

@@ -1,0 +1,24 @@
+"""Scans of JPEG files, counted without decoding them.
+
+A decoder works through the whole image for each scan, even for one of a few bytes, so a small file may take hours.
+"""
+
+import re
+
+# In the data of a scan, FF is followed by 00 or by a restart marker. FF may be repeated before any marker.
+_MARKER = re.compile(rb"\xff([^\x00\xd0-\xd7\xff])")
+_FIRST_SEGMENT = 0xC0
+"""Smallest marker that may have a segment; decoders skip the smaller ones or end with an error."""
+_START_OF_IMAGE, _END_OF_IMAGE, _START_OF_SCAN = 0xD8, 0xD9, 0xDA
+
+
+def count_scans(content: bytes) -> int:
+    """Return the number of scans that a decoder reads from a JPEG file."""
+    scans, position = 0, 0
+    while (match := _MARKER.search(content, position)) and (marker := match[1][0]) != _END_OF_IMAGE:
+        position = match.end()
+        if marker >= _FIRST_SEGMENT and marker != _START_OF_IMAGE:
+            # A segment starts with its length. Bytes in it, such as a preview in EXIF data, are no markers.
+            position += int.from_bytes(content[position : position + 2])
+        scans += marker == _START_OF_SCAN
+    return scans
