@@ -8,7 +8,7 @@ from mhmoe_ray.data.encoder_batches import BatchMaker
 from mhmoe_ray.data.shards.columns import EncoderSamples
 from mhmoe_ray.evaluate.captions import cider_d, score_captions, words
 from mhmoe_ray.model.build import build_model
-from mhmoe_ray.model.captions import write_captions
+from mhmoe_ray.model.captions import next_tokens, write_captions
 from mhmoe_ray.model.init import init_weights
 from tests.encoders import CAPTION_DATA, PADDING, encoder_spec
 
@@ -91,3 +91,18 @@ def test_a_caption_ends_with_the_start_token():
         model.output["text"].bias[0] = 1e4
     images = torch.zeros(3, 16, 16, 3, dtype=torch.uint8)
     assert write_captions(model.eval(), images, start_token=0, max_tokens=8) == [[], [], []]
+
+
+def test_captions_of_different_lengths_share_a_pass():
+    spec = encoder_spec(model__encoder__d_match=None, data__parts=CAPTION_DATA["parts"])
+    model = build_model(spec.model)
+    init_weights(model, 1)
+    model.eval()
+    images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (4, 16, 16, 3), np.uint8))
+    captions = [[5, 6, 7], [], [8], [9, 5]]
+    tokens, _ = next_tokens(model, images, captions, start_token=0)
+    single_tokens = [
+        next_tokens(model, images[n : n + 1], [caption], start_token=0)[0] for n, caption in enumerate(captions)
+    ]
+    assert [[token] for token in tokens] == single_tokens
+    assert len(set(tokens)) > 1

@@ -9,6 +9,7 @@ from fastapi import FastAPI
 
 from mhmoe_ray.serving.answer import Answerer, AnswerPiece
 from mhmoe_ray.serving.engine import Engine, Request, SamplingParams, ScoredToken
+from mhmoe_ray.serving.engine.round_engine import RoundEngine
 
 
 class Answer(NamedTuple):
@@ -51,6 +52,12 @@ def answer_pieces(
         return [piece async for piece in answerer.answer(Request(tuple(token_ids), params), stop_strings)]
 
     return asyncio.run(collect_pieces())
+
+
+async def answer_inputs(engine: RoundEngine, inputs: Sequence[Any], client: str = "") -> list[Any]:
+    """Send one request of a client to an engine of encoders or vision models, and return its answers."""
+    with engine.admission(client) as request:
+        return await engine.answer(request, inputs)
 
 
 def call(app: FastAPI, method: str, path: str, **request: Any) -> httpx.Response:

@@ -1,4 +1,4 @@
-from mhmoe_ray.serving.engine.scheduler import FairQueue
+from mhmoe_ray.serving.engine.fair_queue import FairQueue
 
 
 def test_fair_queue_alternates_between_clients():

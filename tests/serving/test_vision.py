@@ -36,7 +36,7 @@ from mhmoe_ray.serving.vision.request import VisionRequest
 from mhmoe_ray.spec import KeySpec, ServeSpec
 from tests.data.pictures import encode_image
 from tests.served_vision import CLASSES, make_vision_run, random_pixels
-from tests.serving.asking import call
+from tests.serving.asking import answer_inputs, call
 from tests.serving.conftest import serve_app
 from tests.serving.hostile_images import HOSTILE_IMAGES, recording_server
 
@@ -356,7 +356,7 @@ def test_images_of_a_task_share_a_pass_and_those_of_others_come_next(vision):
     requests = {task: VisionRequest(task, np.zeros((size, size, 3), np.uint8)) for task, size in sizes.items()}
 
     async def ask(number, task):
-        await engine.answer([requests[task]])
+        await answer_inputs(engine, [requests[task]])
         finished.append((number, task))
 
     async def ask_all():
@@ -378,11 +378,11 @@ def test_images_of_a_task_share_a_pass_and_those_of_others_come_next(vision):
 def test_a_full_engine_refuses_requests_and_a_broken_one_fails_them(vision):
     _, model = vision
     engine = VisionEngine(model, ServeSpec(max_concurrency=1, max_waiting=1))
-    with engine.admission(), engine.admission(), pytest.raises(BusyError), engine.admission():
+    with engine.admission(""), engine.admission(""), pytest.raises(BusyError), engine.admission(""):
         pass
     with pytest.raises(EngineError):
-        asyncio.run(engine.answer([VisionRequest("animals", np.zeros((7, 7, 3), np.uint8))]))
-    with pytest.raises(EngineError), engine.admission():
+        asyncio.run(answer_inputs(engine, [VisionRequest("animals", np.zeros((7, 7, 3), np.uint8))]))
+    with pytest.raises(EngineError), engine.admission(""):
         pass
     assert engine.failure_reason
     engine.close()

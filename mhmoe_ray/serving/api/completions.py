@@ -142,9 +142,7 @@ def chat_router(service: Service) -> APIRouter:
         request: ChatRequest, client: Annotated[Client, Depends(service.access.authenticate)]
     ) -> Response | ChatCompletion:
         service.check_model(request.model)
-        max_completion_tokens = request.max_completion_tokens
-        max_tokens = max_completion_tokens or request.max_tokens or service.spec.max_tokens
-        service.check_max_tokens(max_tokens, "max_completion_tokens" if max_completion_tokens else "max_tokens")
+        max_tokens = service.chat_max_tokens(request.max_completion_tokens, request.max_tokens)
         ids = await _encode_messages(service, request)
         logprobs = request.top_logprobs if request.logprobs else None
         engine_requests = [

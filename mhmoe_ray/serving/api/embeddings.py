@@ -34,11 +34,8 @@ from mhmoe_ray.serving.api.schema import (
 )
 from mhmoe_ray.serving.api.service import TextService
 from mhmoe_ray.serving.encoder.answer import EncoderAnswerer
-from mhmoe_ray.serving.encoder.request import EncodeRequest, Encoding
-from mhmoe_ray.serving.engine import FinishReason
+from mhmoe_ray.serving.encoder.request import MAX_DOCUMENTS, EncodeRequest, Encoding
 
-MAX_DOCUMENTS = 2048
-"""Largest number of documents of a request to /rerank."""
 EncoderService = TextService[EncoderAnswerer]
 Reader = Callable[[], Awaitable[EncodeRequest]]
 
@@ -250,17 +247,15 @@ def captions_router(service: EncoderService) -> APIRouter:
         request: CaptionRequest, client: Annotated[Client, Depends(service.access.authenticate)]
     ) -> Response | ChatCompletion:
         service.check_model(request.model)
-        reader = partial(answerer.read_image, _image_url(request), is_caption=True)
+        max_tokens = service.chat_max_tokens(request.max_completion_tokens, request.max_tokens)
+        reader = partial(answerer.read_image, _image_url(request), max_tokens)
         [encoding], prompt_usage = await _answer(service, client, [reader], "messages")
-        caption_ids, longest = encoding.caption_ids or [], min(answerer.engine.seq_len - 1, service.spec.max_tokens)
-        limit = min(request.max_completion_tokens or longest, request.max_tokens or longest)
-        finish_reason: FinishReason = "stop" if len(caption_ids) < min(limit + 1, longest) else "length"
-        caption = await service.decode(caption_ids[:limit])
-        client.record_tokens(len(caption_ids[:limit]))
+        caption_ids, finish_reason = encoding.caption_ids or [], encoding.finish_reason
+        caption = await service.decode(caption_ids)
         usage = Usage(
             prompt_tokens=prompt_usage.prompt_tokens,
-            completion_tokens=len(caption_ids[:limit]),
-            total_tokens=prompt_usage.prompt_tokens + len(caption_ids[:limit]),
+            completion_tokens=len(caption_ids),
+            total_tokens=prompt_usage.prompt_tokens + len(caption_ids),
         )
         answer_id, created = f"chatcmpl-{uuid.uuid4().hex}", int(time.time())
         message = ChatResponseMessage(role="assistant", content=caption.strip())
@@ -293,15 +288,12 @@ async def _answer(
         RequestError: a value cannot be used, the client has used up a rate limit, or there is no answer in time.
     """
     try:
-        async with image_request(service, client, param):
-            requests = [await reader() for reader in readers]
-            encodings = await service.answerer.engine.answer(requests)
+        async with image_request(service, client, param) as request:
+            inputs = [await reader() for reader in readers]
+            encodings = await service.answerer.engine.answer(request, inputs)
     except ServeError as e:
         raise RequestError(400, str(e), param, "context_length_exceeded") from e
-    image_tokens = service.answerer.encoder.image_tokens
-    tokens = sum(len(request.token_ids) if request.image is None else image_tokens for request in requests)
-    client.record_tokens(tokens)
-    return encodings, EmbeddingUsage(prompt_tokens=tokens, total_tokens=tokens)
+    return encodings, EmbeddingUsage(prompt_tokens=request.input_tokens, total_tokens=request.input_tokens)
 
 
 class _Document:

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
 from mhmoe_ray.serving.api.access import Client
 from mhmoe_ray.serving.api.errors import RequestError
@@ -10,6 +11,8 @@ from mhmoe_ray.serving.api.schema import StrictRequest, Text
 from mhmoe_ray.serving.api.service import ModelService
 from mhmoe_ray.serving.api.stream import timeout_error
 from mhmoe_ray.serving.encoder.answer import EncoderAnswerer
+from mhmoe_ray.serving.engine import EngineError
+from mhmoe_ray.serving.engine.client_request import ClientRequest
 from mhmoe_ray.serving.images import RefusedImageError
 from mhmoe_ray.serving.vision.answer import VisionAnswerer
 
@@ -24,8 +27,11 @@ class RoutesRequest(StrictRequest):
 @asynccontextmanager
 async def image_request(
     service: ModelService[EncoderAnswerer] | ModelService[VisionAnswerer], client: Client, param: str | None
-) -> AsyncIterator[None]:
+) -> AsyncIterator[ClientRequest[Any, Any]]:
     """Count a request of a client, and return a context in which its images are decoded and computed.
+
+    In the end, the tokens of its inputs and answers count against the client's rate limit, unless the engine failed
+    before it had any token of an answer.
 
     Args:
         service: the served model.
@@ -39,8 +45,17 @@ async def image_request(
     await service.begin_request(client)
     try:
         async with asyncio.timeout(service.spec.request_timeout):
-            with service.answerer.engine.admission():
-                yield
+            with service.answerer.engine.admission(client.name) as request:
+                is_failed = False
+                try:
+                    yield request
+                except EngineError:
+                    is_failed = True
+                    raise
+                finally:
+                    # The tokens count however the request ends: a client that leaves early has used them.
+                    if request.answer_tokens or not is_failed:
+                        client.record_tokens(request.input_tokens + request.answer_tokens)
     except TimeoutError as e:
         raise timeout_error(service.spec.request_timeout) from e
     except RefusedImageError as e:

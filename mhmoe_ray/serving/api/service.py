@@ -69,15 +69,6 @@ class TextService(ModelService[Text]):
         # A thread decodes the tokens, for the same reason as in `encode`.
         return await asyncio.to_thread(self.answerer.decode, tokens)
 
-
-@dataclass
-class Service(TextService[Answerer]):
-    """A served decoder, and what the routes of completions do with it."""
-
-    def __post_init__(self) -> None:
-        # All requests share one pacer, because its interval depends on the number of all streams of the replica.
-        self.pacer = StreamPacer(self.spec.stream_interval)
-
     def check_max_tokens(self, max_tokens: int, param: str) -> None:
         """Raise RequestError if a request asks for more tokens than the server allows.
 
@@ -88,6 +79,29 @@ class Service(TextService[Answerer]):
         if max_tokens > self.spec.max_tokens:
             message = f"{param} is {max_tokens}, and this server allows at most {self.spec.max_tokens}"
             raise RequestError(400, message, param)
+
+    def chat_max_tokens(self, max_completion_tokens: int | None, max_tokens: int | None) -> int:
+        """Return the largest number of tokens of the answer to a conversation.
+
+        Args:
+            max_completion_tokens: the request's field of this name, which comes before the other one.
+            max_tokens: the request's field of this name. Without either, the server's limit applies.
+
+        Raises:
+            RequestError: the request asks for more tokens than the server allows.
+        """
+        limit = max_completion_tokens or max_tokens or self.spec.max_tokens
+        self.check_max_tokens(limit, "max_completion_tokens" if max_completion_tokens else "max_tokens")
+        return limit
+
+
+@dataclass
+class Service(TextService[Answerer]):
+    """A served decoder, and what the routes of completions do with it."""
+
+    def __post_init__(self) -> None:
+        # All requests share one pacer, because its interval depends on the number of all streams of the replica.
+        self.pacer = StreamPacer(self.spec.stream_interval)
 
     async def prompt_ids(self, prompt: str | Sequence[int], has_answer: bool, param: str) -> tuple[int, ...]:
         """Return the token ids of a prompt, checked for unknown ids and for length.

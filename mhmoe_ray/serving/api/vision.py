@@ -17,7 +17,15 @@ from mhmoe_ray.serving.api.errors import RequestError
 from mhmoe_ray.serving.api.images import RoutesRequest, image_request
 from mhmoe_ray.serving.api.schema import WHOLE_NUMBER, StrictRequest, Text
 from mhmoe_ray.serving.api.service import ModelService
-from mhmoe_ray.serving.vision.answer import DetectedObject, ScoreFunction, TaskImage, TaskKind, VisionAnswerer, kinds_of
+from mhmoe_ray.serving.vision.answer import (
+    AdmittedRequest,
+    DetectedObject,
+    ScoreFunction,
+    TaskImage,
+    TaskKind,
+    VisionAnswerer,
+    kinds_of,
+)
 
 DEFAULT_CLASSES = 5
 """Number of classes of an answer without `top_k`, as in transformers' pipelines."""
@@ -149,9 +157,8 @@ def vision_router(service: VisionService) -> APIRouter:
         """Return the classes of an image, best first."""
         source, parameters = await _read_body(http_request, ClassificationParameters)
         name = _choose_task(answerer, task, "image-classification")
-        async with _image_request(service, client, source):
-            output = await answerer.compute(name, await answerer.read(name, source))
-        client.record_tokens(answerer.engine.patches[name])
+        async with _image_request(service, client, source) as request:
+            output = await answerer.compute(request, name, await answerer.read(name, source))
         scores = answerer.scores(name, output, parameters.function_to_apply)[: parameters.top_k]
         return [ClassScore(label=label, score=score) for label, score in scores]
 
@@ -162,9 +169,8 @@ def vision_router(service: VisionService) -> APIRouter:
         """Return the objects in an image with their boxes, the most certain ones first."""
         source, parameters = await _read_body(http_request, DetectionParameters)
         name = _choose_task(answerer, task, "object-detection")
-        async with _image_request(service, client, source):
-            _, objects = await _detect(answerer, name, source, parameters.threshold)
-        client.record_tokens(answerer.engine.patches[name])
+        async with _image_request(service, client, source) as request:
+            _, objects = await _detect(answerer, request, name, source, parameters.threshold)
         return [
             ObjectBox(
                 label=detected.label,
@@ -184,10 +190,9 @@ def vision_router(service: VisionService) -> APIRouter:
             message = f"'parameters.subtask' is {parameters.subtask}, and this server has instance segmentation alone"
             raise RequestError(400, message, "parameters.subtask")
         name = _choose_task(answerer, task, "image-segmentation")
-        async with _image_request(service, client, source):
-            image, objects = await _detect(answerer, name, source, parameters.threshold)
+        async with _image_request(service, client, source) as request:
+            image, objects = await _detect(answerer, request, name, source, parameters.threshold)
             masks = [await answerer.draw_mask(detected, image, parameters.mask_threshold) for detected in objects]
-        client.record_tokens(answerer.engine.patches[name])
         return [
             ObjectMask(label=detected.label, score=detected.score, mask=base64.b64encode(mask).decode())
             for detected, mask in zip(objects, masks, strict=True)
@@ -198,10 +203,9 @@ def vision_router(service: VisionService) -> APIRouter:
         """Return the experts of an image's patches in a task."""
         service.check_model(request.model)
         name = _choose_task(answerer, request.task, None)
-        async with image_request(service, client, "image"):
+        async with image_request(service, client, "image") as admitted_request:
             image = await answerer.read(name, request.image)
-            output = await answerer.compute(name, image, has_routes=True)
-        client.record_tokens(answerer.engine.patches[name])
+            output = await answerer.compute(admitted_request, name, image, has_routes=True)
         return TaskRoutes(
             model=service.model,
             task=name,
@@ -215,17 +219,19 @@ def vision_router(service: VisionService) -> APIRouter:
     return routes
 
 
-def _image_request(service: VisionService, client: Client, source: bytes | str) -> AbstractAsyncContextManager[None]:
+def _image_request(
+    service: VisionService, client: Client, source: bytes | str
+) -> AbstractAsyncContextManager[AdmittedRequest]:
     """Return the context of a request whose image is the body or its field `inputs`; see `image_request`."""
     return image_request(service, client, "inputs" if isinstance(source, str) else None)
 
 
 async def _detect(
-    answerer: VisionAnswerer, task: str, source: bytes | str, threshold: float
+    answerer: VisionAnswerer, request: AdmittedRequest, task: str, source: bytes | str, threshold: float
 ) -> tuple[TaskImage, list[DetectedObject]]:
     """Return an image and the objects in it."""
     image = await answerer.read(task, source)
-    output = await answerer.compute(task, image)
+    output = await answerer.compute(request, task, image)
     return image, answerer.objects(task, output, image, threshold)
 
 

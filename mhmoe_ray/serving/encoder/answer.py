@@ -56,14 +56,18 @@ class EncoderAnswerer(ServedText):
         return self.encoder.d_match is not None
 
     # Threads decode images and texts, because large ones take a while and other requests must go on meanwhile.
-    async def read_image(self, url: str, *, is_caption: bool = False) -> EncodeRequest:
+    async def read_image(self, url: str, max_tokens: int | None = None) -> EncodeRequest:
         """Return the request for the vector or the caption of the image in a data URL.
+
+        Args:
+            url: the data URL.
+            max_tokens: largest number of tokens of the caption; None for the vector.
 
         Raises:
             RefusedImageError: the image cannot be used.
         """
         image = await self._image_thread.run(self._read_pixels, url)
-        return EncodeRequest(image=image, is_caption=is_caption)
+        return EncodeRequest(image=image, max_tokens=max_tokens)
 
     def _read_pixels(self, url: str) -> np.ndarray:
         """Return the image in a data URL as the model reads it: the largest square at its centre."""

@@ -1,17 +1,18 @@
 """The engine of encoders: a thread computes up to `max_concurrency` inputs of all requests in one forward pass.
 
-Captions take one pass for each of their tokens.
+Vectors and captions take turns. A pass computes one token of each of its captions, so that other requests wait for a
+token at most.
 """
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import numpy as np
 import torch
 
-from mhmoe_ray.model.captions import write_captions
+from mhmoe_ray.model.captions import next_tokens
 from mhmoe_ray.model.encoder import Encoded, Encoder, EncoderBatch, Group, GroupSize
 from mhmoe_ray.serving.encoder.request import EncodeRequest, Encoding
-from mhmoe_ray.serving.engine.round_engine import RoundEngine
+from mhmoe_ray.serving.engine.round_engine import Continued, RoundEngine
 from mhmoe_ray.spec import ServeSpec
 
 
@@ -31,25 +32,42 @@ class EncoderEngine(RoundEngine[EncodeRequest, Encoding]):
         self.seq_len, self._model, self._start_token = seq_len, model, start_token
         self._thread.start()
 
-    def _count_tokens(self, request: EncodeRequest, answer: Encoding) -> tuple[int, int]:
-        input_tokens = len(request.token_ids) if request.image is None else self._model.image_tokens
-        return input_tokens, len(answer.caption_ids or ())
+    def _count_input_tokens(self, value: EncodeRequest) -> int:
+        return len(value.token_ids) if value.image is None else self._model.image_tokens
 
-    def _compute(self, requests: Sequence[EncodeRequest]) -> list[Encoding]:
-        encodings = [Encoding()] * len(requests)
-        captioned = [number for number, request in enumerate(requests) if request.is_caption]
-        images = [n for n, request in enumerate(requests) if request.image is not None and not request.is_caption]
-        texts = [number for number, request in enumerate(requests) if request.image is None]
-        if images or texts:
-            vectors = self._vectors([requests[n].image for n in images], [requests[n].token_ids for n in texts])
-            for number, encoding in zip([*images, *texts], vectors, strict=True):
-                encodings[number] = encoding
-        if captioned:
-            image_NYXC = self._image_tensor([requests[number].image for number in captioned])
-            captions = write_captions(self._model, image_NYXC, self._start_token, self.seq_len - 1)
-            for number, caption in zip(captioned, captions, strict=True):
-                encodings[number] = Encoding(caption_ids=caption)
+    def _count_answer_tokens(self, answer: Encoding) -> int:
+        return len(answer.caption_ids or ())
+
+    def _round_key(self, value: EncodeRequest) -> Hashable:
+        return value.is_caption
+
+    def _compute(self, inputs: Sequence[EncodeRequest]) -> Sequence[Encoding | Continued[EncodeRequest]]:
+        if inputs[0].is_caption:
+            return self._continue_captions(inputs)
+        encodings = [Encoding()] * len(inputs)
+        images = [number for number, value in enumerate(inputs) if value.image is not None]
+        texts = [number for number, value in enumerate(inputs) if value.image is None]
+        vectors = self._vectors([inputs[n].image for n in images], [inputs[n].token_ids for n in texts])
+        for number, encoding in zip([*images, *texts], vectors, strict=True):
+            encodings[number] = encoding
         return encodings
+
+    def _continue_captions(self, inputs: Sequence[EncodeRequest]) -> list[Encoding | Continued[EncodeRequest]]:
+        """Compute the next token of each caption; return the captions, and the inputs of those that are unfinished."""
+        image_NYXC = self._image_tensor([value.image for value in inputs])
+        tokens, encoded = next_tokens(self._model, image_NYXC, [value.token_ids for value in inputs], self._start_token)
+        self._count_routes(encoded)
+        results = list[Encoding | Continued[EncodeRequest]]()
+        for value, token in zip(inputs, tokens, strict=True):
+            caption = [*value.token_ids, token]
+            # The start token precedes the caption, so the model reads one token fewer than of a text.
+            if token == self._start_token:
+                results.append(Encoding(caption_ids=caption[:-1], finish_reason="stop"))
+            elif len(caption) >= min(value.max_tokens or 0, self.seq_len - 1):
+                results.append(Encoding(caption_ids=caption, finish_reason="length"))
+            else:
+                results.append(Continued(value._replace(token_ids=caption)))
+        return results
 
     def _image_tensor(self, images: Sequence[np.ndarray | None]) -> torch.Tensor:
         size = self._model.spec.encoder.image_size if self._model.spec.encoder else 0

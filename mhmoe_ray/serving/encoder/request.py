@@ -5,6 +5,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+from mhmoe_ray.serving.engine import FinishReason
+
+MAX_DOCUMENTS = 2048
+"""Largest number of inputs of a request to /v1/embeddings, and of documents of one to /rerank."""
+
 
 class EncodeRequest(NamedTuple):
     """Request for the vector of an image or a text, or for the caption of an image."""
@@ -12,9 +17,14 @@ class EncodeRequest(NamedTuple):
     image: np.ndarray | None = None
     """Image as the model reads it, uint8 (size, size, 3); None for a text."""
     token_ids: Sequence[int] = ()
-    """Tokens of a text, with the start token; empty for an image."""
-    is_caption: bool = False
-    """True if a caption of the image is asked for instead of its vector."""
+    """Tokens of a text, with the start token; of an image, the tokens of its caption so far."""
+    max_tokens: int | None = None
+    """Largest number of tokens of the caption of the image; None asks for a vector."""
+
+    @property
+    def is_caption(self) -> bool:
+        """True if a caption is asked for."""
+        return self.max_tokens is not None
 
 
 class Encoding(NamedTuple):
@@ -24,6 +34,8 @@ class Encoding(NamedTuple):
     """Vector of length 1, float32; None for a caption."""
     caption_ids: list[int] | None = None
     """Tokens of a caption without start and end; None for a vector."""
+    finish_reason: FinishReason | None = None
+    """Reason why a caption ends; None for a vector."""
     expert_LSH: np.ndarray | None = None
     """First choice of each sub-token of each position of an image, in each layer with experts; None for a text, and
     without experts."""

@@ -1,11 +1,13 @@
 """Engines: token ids in, token ids out, for many requests at once.
 
 request.py        requests, updates, sampling parameters and statistics; the interface of all engines
-background.py     base class of all engines: a thread, its lock, its failure and its end
+background.py     base class of all engines: a thread, its lock, its figures, its failure and its end
 threaded.py       base class of engines of decoders: updates of answers, round after round
-round_engine.py   base class of engines of encoders and vision models: one answer to each input
+client_request.py requests of clients in engines of encoders and vision models, and their inputs
+round_engine.py   base class of these engines: one answer to each input
 torch_engine.py   this project's own engine: each round is one step of the model
 packed_model.py   its model with matrices packed for inference on a CPU
+fair_queue.py     the queue of waiting requests, in which clients take turns
 scheduler.py      continuous batching: chooses the tokens that the next step computes
 block_pool.py     KV-cache blocks: reference counts, a free list, and prefix caching by block hash
 paged_cache.py    the KV cache itself, and the decoder's view of it in one step

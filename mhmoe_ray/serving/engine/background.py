@@ -1,9 +1,25 @@
-"""Base class of engines that compute in a thread of their own: their lock, their failure, and their end."""
+"""Base class of engines that compute in a thread of their own: their lock, their figures, their failure, and their
+end."""
 
+import time
 from abc import ABC, abstractmethod
+from collections import deque
 from threading import Condition, Thread
 
 from mhmoe_ray.serving.engine.request import EngineError, Stats
+
+# The rate of answer tokens is a mean over this time, as `Stats.answer_rate` says.
+RATE_WINDOW_SECONDS = 10.0
+
+
+class RequestTimes:
+    """Times of a request that arrives now, by `time.monotonic`."""
+
+    def __init__(self) -> None:
+        # vLLM reports its times by this clock too, so the two can be compared.
+        self.arrival_time = time.monotonic()
+        self.last_token_time: float | None = None
+        """Time of the answer's newest token; None before the first one."""
 
 
 class BackgroundEngine(ABC):
@@ -16,6 +32,9 @@ class BackgroundEngine(ABC):
         self._stats = Stats()
         self._failure: Exception | None = None
         self._is_closed = False
+        # The limit bounds memory while nobody reads statistics. It is far above the number of tokens in ten seconds.
+        self._token_times = deque[float](maxlen=1_000_000)
+        """Times of the newest tokens, by `time.monotonic`."""
         self._thread = Thread(target=self._run, name="engine", daemon=True)
 
     @abstractmethod
@@ -38,6 +57,24 @@ class BackgroundEngine(ABC):
         """Raise EngineError if the engine is broken or closed. Must be called with the lock held."""
         if self._failure or self._is_closed:
             raise self._end_error()
+
+    def _record_token(self, times: RequestTimes) -> None:
+        """Record that the answer to a request has one more token. Must be called with the lock held."""
+        current_time = time.monotonic()
+        if times.last_token_time is None:
+            self._stats.first_token.add(current_time - times.arrival_time)
+        else:
+            self._stats.each_token.add(current_time - times.last_token_time)
+        times.last_token_time = current_time
+        self._stats.answer_tokens += 1
+        self._token_times.append(current_time)
+
+    def _answer_rate(self) -> float:
+        """Return the present value of `Stats.answer_rate`. Must be called with the lock held."""
+        window_start = time.monotonic() - RATE_WINDOW_SECONDS
+        while self._token_times and self._token_times[0] < window_start:
+            self._token_times.popleft()
+        return len(self._token_times) / RATE_WINDOW_SECONDS
 
     def _end_error(self) -> EngineError:
         """Return the error of a request that the engine does not answer any more."""

@@ -42,7 +42,9 @@ class Stats:
 
     # The names of the fields are public: they are keys of `/stats` and parts of the names of metrics.
     waiting: int = 0
+    """Number of requests that wait; those of encoders and vision models also while their images are decoded."""
     running: int = 0
+    """Number of requests that are computed."""
     cache_used: float = 0.0
     """Share of the cache's blocks that requests hold."""
     requests: int = 0
@@ -59,7 +61,7 @@ class Stats:
     queue: Histogram = field(default_factory=Histogram)
     """Seconds from a request's arrival to its first step."""
     first_token: Histogram = field(default_factory=Histogram)
-    """Seconds from a request's arrival to its first token."""
+    """Seconds from a request's arrival to its first token; without tokens, to its first answer."""
     each_token: Histogram = field(default_factory=Histogram)
     """Seconds between two tokens of an answer."""
     count_LE: list[list[int]] = field(default_factory=list)

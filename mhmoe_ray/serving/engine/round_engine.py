@@ -1,42 +1,37 @@
-"""Base class of engines of encoders and vision models, whose requests have one answer instead of a stream of tokens.
+"""Base class of engines of encoders and vision models, whose requests have inputs with one answer each.
 
-A thread computes up to `max_concurrency` inputs of all requests in one round. A client's request may have several
-inputs, and requests take turns. Inputs of one round have the same key, such as the task of a vision model.
+A thread computes up to `max_concurrency` inputs of all requests in one round. Clients take turns, and so do requests of
+a client and inputs of a request. Inputs of one round have the same key, such as the task of a vision model, and keys
+take turns too. An answer may take several rounds, such as a caption, of which each round computes a token.
 """
 
 import asyncio
 import time
 from abc import abstractmethod
-from collections import deque
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
-from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from typing import Generic, NamedTuple
 
 import torch
 
 from mhmoe_ray.model.router import Routing
 from mhmoe_ray.serving.engine.background import BackgroundEngine
+from mhmoe_ray.serving.engine.client_request import ClientRequest, Input, InputState, Output
+from mhmoe_ray.serving.engine.fair_queue import FairQueue
 from mhmoe_ray.serving.engine.request import BusyError, Stats
 from mhmoe_ray.spec import ModelSpec, ServeSpec
 
-Input = TypeVar("Input")
-Output = TypeVar("Output")
 
+class Continued(NamedTuple, Generic[Input]):
+    """Result of a round for an input whose answer has one more token and is unfinished."""
 
-@dataclass
-class _State(Generic[Input, Output]):
-    """Input in the engine, with the future of its answer."""
-
-    request: Input
-    answer: "asyncio.Future[Output]"
-    loop: asyncio.AbstractEventLoop
-    arrival_time: float = field(default_factory=time.monotonic)
+    value: Input
+    """Input of a later round."""
 
 
 class RoundEngine(BackgroundEngine, Generic[Input, Output]):
-    """Base class of an engine that answers each input by one result, in one process, on a CPU or one GPU."""
+    """Base class of an engine that computes rounds of inputs, in one process, on a CPU or one GPU."""
 
     def __init__(self, model: ModelSpec, device: torch.device, spec: ServeSpec) -> None:
         """Create the engine; a subclass starts its thread.
@@ -48,70 +43,85 @@ class RoundEngine(BackgroundEngine, Generic[Input, Output]):
         """
         super().__init__()
         self._spec, self._device = spec, device
-        self._waiting = deque[deque[_State[Input, Output]]]()
-        """Inputs that wait, of each request of a client; the requests take turns."""
-        self._admitted = 0
-        """Number of requests of clients that are decoded, computed or wait."""
-        self._running: list[_State[Input, Output]] = []
+        self._queues: dict[Hashable, FairQueue[ClientRequest[Input, Output]]] = {}
+        """Requests with inputs that wait, by their key; the first key with any has the next turn."""
+        self._requests = set[ClientRequest[Input, Output]]()
+        """Requests whose images are decoded, or whose inputs are computed or wait."""
+        self._running: list[InputState[Input, Output]] = []
         experts = model.moe.experts if model.moe else 0
         self._stats = Stats(count_LE=[[0] * experts for _ in range(model.moe_layers)])
 
     @abstractmethod
-    def _compute(self, requests: Sequence[Input]) -> list[Output]:
-        """Return the answers to the inputs of a round."""
+    def _compute(self, inputs: Sequence[Input]) -> Sequence[Output | Continued[Input]]:
+        """Return the result of a round for each of its inputs."""
 
     @abstractmethod
-    def _count_tokens(self, request: Input, answer: Output) -> tuple[int, int]:
-        """Return the numbers of tokens or patches of an input, and of tokens of its answer."""
+    def _count_input_tokens(self, value: Input) -> int:
+        """Return the number of tokens or patches of an input."""
 
-    def _round_key(self, request: Input) -> Hashable:
-        """Return the key of an input; those of one round are equal."""
+    def _count_answer_tokens(self, answer: Output) -> int:
+        """Return the number of tokens of an answer."""
+        return 0
+
+    def _round_key(self, value: Input) -> Hashable:
+        """Return the key of an input; those of one round, and those of one request, are equal."""
         return None
 
     @contextmanager
-    def admission(self) -> Iterator[None]:
+    def admission(self, client: str) -> Iterator[ClientRequest[Input, Output]]:
         """Return a context for one request of a client, in which its images are decoded and its inputs are computed.
+
+        Args:
+            client: name of the client.
 
         Raises:
             BusyError: too many requests of clients are in the engine already.
             EngineError: the engine is broken or closed.
         """
+        request = ClientRequest[Input, Output](client)
         with self._condition:
             self._require_open()
-            if self._admitted >= self._spec.max_concurrency + self._spec.max_waiting:
-                raise BusyError(f"{self._admitted} requests are computed or wait already")
-            self._admitted += 1
+            if len(self._requests) >= self._spec.max_concurrency + self._spec.max_waiting:
+                raise BusyError(f"{len(self._requests)} requests are computed or wait already")
+            self._requests.add(request)
         try:
-            yield
+            yield request
         finally:
             with self._condition:
-                self._admitted -= 1
+                self._requests.remove(request)
+                self._stats.requests += 1
+                # The rest of a request that failed or whose client has gone away is not computed.
+                if request.waiting_inputs:
+                    self._queue_of(request).remove(request.client, request)
+                    request.waiting_inputs.clear()
 
-    async def answer(self, requests: Sequence[Input]) -> list[Output]:
-        """Return the answers to the inputs of one request of a client.
+    async def answer(self, request: ClientRequest[Input, Output], inputs: Sequence[Input]) -> list[Output]:
+        """Return the answers to the inputs of a request.
+
+        Args:
+            request: the request, within its admission.
+            inputs: its inputs, all at once and at least one.
 
         Raises:
             EngineError: the engine is broken or closed.
         """
         loop = asyncio.get_running_loop()
-        states = deque(_State[Input, Output](request, loop.create_future(), loop) for request in requests)
-        answers = [state.answer for state in states]
+        states = [InputState(value, request, loop.create_future(), loop) for value in inputs]
         with self._condition:
             self._require_open()
-            self._waiting.append(states)
+            request.input_tokens = sum(map(self._count_input_tokens, inputs))
+            request.waiting_inputs.extend(states)
+            self._queue_of(request).add(request.client, request)
             self._condition.notify()
-        try:
-            return list(await asyncio.gather(*answers))
-        finally:
-            # The rest of a request that failed or whose client has gone away is not computed.
-            with self._condition:
-                states.clear()
+        return list(await asyncio.gather(*(state.answer for state in states)))
 
     def stats(self) -> Stats:
-        """Return the statistics of the engine up to now. A step is a forward pass over all requests of a round."""
+        """Return the statistics of the engine up to now. A step is a forward pass over all inputs of a round."""
         with self._condition:
             stats = deepcopy(self._stats)
-            stats.waiting, stats.running = sum(map(len, self._waiting)), len(self._running)
+            stats.running = len(self._requests.intersection(state.request for state in self._running))
+            stats.waiting = len(self._requests) - stats.running
+            stats.answer_rate = self._answer_rate()
             return stats
 
     def _run(self) -> None:
@@ -121,63 +131,93 @@ class RoundEngine(BackgroundEngine, Generic[Input, Output]):
         try:
             while states := self._next_states():
                 with torch.inference_mode(), self._autocast():
-                    outputs = self._compute([state.request for state in states])
-                self._finish(states, outputs)
+                    results = self._compute([state.value for state in states])
+                self._finish_round(states, results)
         # Any exception of a round breaks the engine, and its requests must learn that nobody computes them any more.
         except Exception as e:
             self._failure = e
         with self._condition:
             self._is_closed = True
-            unfinished_states = [*self._running, *(state for states in self._waiting for state in states)]
-            self._running, self._waiting = [], deque()
+            waiting_requests = [request for queue in self._queues.values() for request in queue]
+            unfinished_states = [*self._running, *(state for r in waiting_requests for state in r.waiting_inputs)]
+            self._running = []
         for state in unfinished_states:
-            _deliver(state, self._end_error())
+            state.deliver(self._end_error())
 
     def _autocast(self) -> AbstractContextManager[object]:
         """Return a context in which products have the precision of the spec."""
         is_half = self._spec.precision == "bfloat16"
         return torch.autocast(self._device.type, torch.bfloat16) if is_half else nullcontext()
 
-    def _next_states(self) -> list[_State[Input, Output]]:
+    def _queue_of(self, request: ClientRequest[Input, Output]) -> FairQueue[ClientRequest[Input, Output]]:
+        """Return the queue of a request that has inputs which wait. Must be called with the lock held."""
+        return self._queues.setdefault(self._round_key(request.waiting_inputs[0].value), FairQueue())
+
+    def _next_states(self) -> list[InputState[Input, Output]]:
         """Wait for requests and return the inputs of the next round; return none once the engine is closed."""
         with self._condition:
-            while not any(self._waiting) and not self._is_closed:
-                self._waiting.clear()
+            while not self._is_closed and not any(map(len, self._queues.values())):
                 self._condition.wait()
             if self._is_closed:
                 return []
+            key = next(key for key, queue in self._queues.items() if len(queue))
+            # The key goes behind all others.
+            self._queues[key] = queue = self._queues.pop(key)
             self._running = []
-            skipped_requests = deque[deque[_State[Input, Output]]]()
-            while self._waiting and len(self._running) < self._spec.max_concurrency:
-                states = self._waiting.popleft()
-                if not states:
-                    continue
-                if self._running and self._key_of(states[0]) != self._key_of(self._running[0]):
-                    skipped_requests.append(states)
-                    continue
-                self._running.append(states.popleft())
-                self._waiting.append(states)
-            # Those of another key come first in the next round, so that none of them waits forever.
-            self._waiting.extendleft(reversed(skipped_requests))
+            while len(queue) and len(self._running) < self._spec.max_concurrency:
+                request = queue.pop()
+                self._running.append(request.waiting_inputs.popleft())
+                if request.waiting_inputs:
+                    queue.add(request.client, request)
             for state in self._running:
-                self._stats.queue.add(time.monotonic() - state.arrival_time)
+                self._record_start(state)
             return self._running
 
-    def _key_of(self, state: _State[Input, Output]) -> Hashable:
-        return self._round_key(state.request)
+    def _record_start(self, state: InputState[Input, Output]) -> None:
+        """Record that an input is in a round, if it is its first one. Must be called with the lock held."""
+        if not state.request.is_started:
+            state.request.is_started = True
+            self._stats.queue.add(time.monotonic() - state.request.arrival_time)
+        if not state.is_started:
+            state.is_started = True
+            self._stats.prompt_tokens += self._count_input_tokens(state.value)
 
-    def _finish(self, states: Sequence[_State[Input, Output]], outputs: Sequence[Output]) -> None:
-        """Deliver the answers of a round and count them."""
+    def _finish_round(
+        self, states: Sequence[InputState[Input, Output]], results: Sequence[Output | Continued[Input]]
+    ) -> None:
+        """Count the results of a round, deliver answers, and let unfinished inputs wait for their next turn."""
         with self._condition:
             self._running = []
-            self._stats.requests += len(states)
-            for state, output in zip(states, outputs, strict=True):
-                self._stats.first_token.add(time.monotonic() - state.arrival_time)
-                prompt_tokens, answer_tokens = self._count_tokens(state.request, output)
-                self._stats.prompt_tokens += prompt_tokens
-                self._stats.answer_tokens += answer_tokens
-        for state, output in zip(states, outputs, strict=True):
-            _deliver(state, output)
+            for state, result in zip(states, results, strict=True):
+                if isinstance(result, Continued):
+                    self._record_new_tokens(state, state.token_count + 1)
+                    self._continue_later(state, result)
+                else:
+                    self._record_new_tokens(state, self._count_answer_tokens(result))
+                    if state.request.last_token_time is None:
+                        state.request.last_token_time = time.monotonic()
+                        self._stats.first_token.add(state.request.last_token_time - state.request.arrival_time)
+        for state, result in zip(states, results, strict=True):
+            if not isinstance(result, Continued):
+                state.deliver(result)
+
+    def _record_new_tokens(self, state: InputState[Input, Output], token_count: int) -> None:
+        """Record that the answer to an input has `token_count` tokens now. Must be called with the lock held."""
+        for _ in range(token_count - state.token_count):
+            self._record_token(state.request)
+        state.request.answer_tokens += token_count - state.token_count
+        state.token_count = token_count
+
+    def _continue_later(self, state: InputState[Input, Output], result: Continued[Input]) -> None:
+        """Let an unfinished input wait, unless its client has gone away. Must be called with the lock held."""
+        request = state.request
+        if request not in self._requests:
+            return
+        state.value = result.value
+        is_queued = bool(request.waiting_inputs)
+        request.waiting_inputs.append(state)
+        if not is_queued:
+            self._queue_of(request).add(request.client, request)
 
     def _record_pass(self, routings: Sequence[Routing], tokens: int) -> None:
         """Count a forward pass.
@@ -192,20 +232,3 @@ class RoundEngine(BackgroundEngine, Generic[Input, Output]):
                 self._stats.count_LE[layer] = [a + b for a, b in zip(self._stats.count_LE[layer], counts, strict=True)]
             self._stats.steps += 1
             self._stats.step_tokens += tokens
-
-
-def _deliver(state: _State[Input, Output], answer: Output | Exception) -> None:
-    """Pass an answer or an error to the coroutine of a request."""
-
-    def set_answer() -> None:
-        # A client that has gone away has cancelled its future.
-        if state.answer.done():
-            return
-        if isinstance(answer, Exception):
-            state.answer.set_exception(answer)
-        else:
-            state.answer.set_result(answer)
-
-    # A loop may be closed while one of its requests is still in the engine, as when `asyncio.run` ends early.
-    if not state.loop.is_closed():
-        state.loop.call_soon_threadsafe(set_answer)

@@ -1,25 +1,20 @@
 """Base class of engines: a thread computes round after round and delivers updates to the requests' coroutines."""
 
 import asyncio
-import time
 from abc import abstractmethod
-from collections import deque
 from collections.abc import AsyncGenerator, Callable
 from copy import deepcopy
 from typing import Generic, TypeVar
 
-from mhmoe_ray.serving.engine.background import BackgroundEngine
+from mhmoe_ray.serving.engine.background import BackgroundEngine, RequestTimes
 from mhmoe_ray.serving.engine.request import BusyError, EngineError, Request, Stats, Update
-
-# The rate of answer tokens is a mean over this time, as `Stats.answer_rate` says.
-RATE_WINDOW_SECONDS = 10.0
 
 Deliver = Callable[[Update | Exception], None]
 """Function that passes an update or an error to the request's coroutine. The engine's thread calls it."""
 UpdateQueue = asyncio.Queue[Update | Exception]
 
 
-class RequestState:
+class RequestState(RequestTimes):
     """The state of a request inside an engine, from its arrival to its end."""
 
     def __init__(self, request: Request, max_new_tokens: int, deliver: Deliver) -> None:
@@ -30,15 +25,12 @@ class RequestState:
             max_new_tokens: largest number of tokens of the answer.
             deliver: function that is called with each update of the answer, or with an error.
         """
+        super().__init__()
         self.request, self.max_new_tokens, self.deliver = request, max_new_tokens, deliver
         self.is_abandoned = False
         """Whether the generator of the answer is closed, so that nobody reads further updates."""
         self.is_running = False
         """Whether the engine has started to compute the request."""
-        # vLLM reports its times by the clock `time.monotonic` too, so the two can be compared.
-        self.arrival_time = time.monotonic()
-        self.last_token_time: float | None = None
-        """Time of the answer's newest token, by `time.monotonic`; None before the first one."""
 
 
 T = TypeVar("T", bound=RequestState)
@@ -62,9 +54,6 @@ class ThreadedEngine(BackgroundEngine, Generic[T]):
         """
         super().__init__()
         self._seq_len, self._max_concurrency, self._max_waiting = seq_len, max_concurrency, max_waiting
-        # The limit bounds memory while nobody reads statistics. It is far above the number of tokens in ten seconds.
-        self._token_times = deque[float](maxlen=1_000_000)
-        """Times of the newest tokens, by `time.monotonic`."""
         self._pending_updates: dict[asyncio.AbstractEventLoop, list[tuple[UpdateQueue, Update | Exception]]] = {}
         """Updates of a round by event loop. They are delivered together: waking a loop costs more than a token."""
 
@@ -133,10 +122,7 @@ class ThreadedEngine(BackgroundEngine, Generic[T]):
             stats = deepcopy(self._stats)
             stats.waiting = self._count_waiting()
             stats.running = len(self._all_requests()) - stats.waiting
-            window_start = time.monotonic() - RATE_WINDOW_SECONDS
-            while self._token_times and self._token_times[0] < window_start:
-                self._token_times.popleft()
-            stats.answer_rate = len(self._token_times) / RATE_WINDOW_SECONDS
+            stats.answer_rate = self._answer_rate()
             self._fill_stats(stats)
             return stats
 
@@ -186,17 +172,6 @@ class ThreadedEngine(BackgroundEngine, Generic[T]):
         self._stats.queue.add(queue_seconds)
         self._stats.prompt_tokens += len(state.request.prompt_ids)
         self._stats.reused_tokens += reused_tokens
-
-    def _record_token(self, state: T) -> None:
-        """Record that the answer has one more token."""
-        current_time = time.monotonic()
-        if state.last_token_time is None:
-            self._stats.first_token.add(current_time - state.arrival_time)
-        else:
-            self._stats.each_token.add(current_time - state.last_token_time)
-        state.last_token_time = current_time
-        self._stats.answer_tokens += 1
-        self._token_times.append(current_time)
 
     def _fail_request(self, state: T, error: EngineError) -> None:
         """Deliver an error to a request and end it."""

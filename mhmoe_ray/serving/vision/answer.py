@@ -10,6 +10,7 @@ from mhmoe_ray.data.crops import centre_crop, crop_pixels
 from mhmoe_ray.data.stored_pixels import stored_boxes, stored_probabilities
 from mhmoe_ray.data.vision_samples import Fit, fit_pixels
 from mhmoe_ray.serving.answer import ModelDetails, ServedModel
+from mhmoe_ray.serving.engine.client_request import ClientRequest
 from mhmoe_ray.serving.images import ImageThread, read_image_file, read_image_text
 from mhmoe_ray.serving.vision.request import VisionOutput, VisionRequest
 from mhmoe_ray.spec import TaskSpec, VisionSpec
@@ -17,6 +18,7 @@ from mhmoe_ray.spec import TaskSpec, VisionSpec
 if TYPE_CHECKING:
     from mhmoe_ray.serving.vision.engine import VisionEngine
 
+AdmittedRequest = ClientRequest[VisionRequest, VisionOutput]
 TaskKind = Literal["image-classification", "object-detection", "image-segmentation"]
 """Kind of a task, by the names that Hugging Face has for them."""
 ScoreFunction = Literal["softmax", "sigmoid", "none"]
@@ -99,10 +101,13 @@ class VisionAnswerer(ServedModel):
         """
         return await self._image_thread.run(_read_image, source, self.vision.tasks[task])
 
-    async def compute(self, task: str, image: TaskImage, *, has_routes: bool = False) -> VisionOutput:
+    async def compute(
+        self, request: AdmittedRequest, task: str, image: TaskImage, *, has_routes: bool = False
+    ) -> VisionOutput:
         """Return the outputs of a task for an image.
 
         Args:
+            request: the client's request, which the engine has admitted.
             task: name of the task.
             image: the image.
             has_routes: whether the experts of its patches are asked for.
@@ -110,7 +115,7 @@ class VisionAnswerer(ServedModel):
         Raises:
             EngineError: the engine is broken or closed.
         """
-        [output] = await self.engine.answer([VisionRequest(task, image.pixels, has_routes)])
+        [output] = await self.engine.answer(request, [VisionRequest(task, image.pixels, has_routes)])
         return output
 
     def scores(self, task: str, output: VisionOutput, function: ScoreFunction) -> list[LabelScore]:

@@ -32,15 +32,15 @@ class VisionEngine(RoundEngine[VisionRequest, VisionOutput]):
         """Number of patches of an image of each task."""
         self._thread.start()
 
-    def _round_key(self, request: VisionRequest) -> Hashable:
-        return request.task
+    def _round_key(self, value: VisionRequest) -> Hashable:
+        return value.task
 
-    def _count_tokens(self, request: VisionRequest, answer: VisionOutput) -> tuple[int, int]:
-        return self.patches[request.task], 0
+    def _count_input_tokens(self, value: VisionRequest) -> int:
+        return self.patches[value.task]
 
-    def _compute(self, requests: Sequence[VisionRequest]) -> list[VisionOutput]:
-        name = requests[0].task
-        pixels_NYXC = torch.from_numpy(np.stack([request.image for request in requests])).to(self._device)
+    def _compute(self, inputs: Sequence[VisionRequest]) -> list[VisionOutput]:
+        name = inputs[0].task
+        pixels_NYXC = torch.from_numpy(np.stack([value.image for value in inputs])).to(self._device)
         features = self._model.encode([pixels_NYXC if task == name else self._no_images(task) for task in self.patches])
         patch_NPM = features.patches[list(self.patches).index(name)]
         self._record_pass(features.routing, patch_NPM.shape[:2].numel())
@@ -48,7 +48,7 @@ class VisionEngine(RoundEngine[VisionRequest, VisionOutput]):
             outputs = [VisionOutput(logits_C.numpy()) for logits_C in self._model.class_logits(name, patch_NPM).cpu()]
         else:
             outputs = [VisionOutput(None, _on_host(detection)) for detection in self._model.detect(name, patch_NPM)]
-        if features.routing and any(request.has_routes for request in requests):
+        if features.routing and any(value.has_routes for value in inputs):
             heads = self._model.spec.moe.heads if self._model.spec.moe else 1
             # A task with fewer experts than another one leaves out its last choices.
             choices = [
@@ -57,8 +57,8 @@ class VisionEngine(RoundEngine[VisionRequest, VisionOutput]):
             ]
             expert_NLPHK = np.stack(choices, 1)
             outputs = [
-                output._replace(expert_LPHK=expert_LPHK) if request.has_routes else output
-                for request, output, expert_LPHK in zip(requests, outputs, expert_NLPHK, strict=True)
+                output._replace(expert_LPHK=expert_LPHK) if value.has_routes else output
+                for value, output, expert_LPHK in zip(inputs, outputs, expert_NLPHK, strict=True)
             ]
         return outputs
 

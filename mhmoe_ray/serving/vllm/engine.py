@@ -23,6 +23,7 @@ from vllm.v1.executor import Executor
 from vllm.v1.metrics.loggers import StatLoggerBase
 
 from mhmoe_ray.checkpoint.manifest import CheckpointManifest
+from mhmoe_ray.serving.engine.fair_queue import FairQueue
 from mhmoe_ray.serving.engine.request import (
     EngineError,
     FinishReason,
@@ -32,7 +33,6 @@ from mhmoe_ray.serving.engine.request import (
     Stats,
     Update,
 )
-from mhmoe_ray.serving.engine.scheduler import FairQueue
 from mhmoe_ray.serving.engine.threaded import Deliver, RequestState, ThreadedEngine
 from mhmoe_ray.serving.vllm.folder import LOAD_FORMAT, check_fits, write_folder
 from mhmoe_ray.spec import ServeSpec
