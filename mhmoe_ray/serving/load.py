@@ -4,7 +4,7 @@ To add an engine, add it to this module and its name to `spec/serve.py`. The lib
 imported only when that engine is loaded, so a process that only checks does not need it.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
@@ -59,24 +59,34 @@ def check_engine(manifest: CheckpointManifest, spec: ServeSpec) -> None:
 
 
 def check_encoder(encoder: EncoderSpec, spec: ServeSpec, run: RunDir) -> None:
-    """Raise ServeError if an encoder has nothing to answer with, or another engine than torch is asked for."""
+    """Raise ServeError if an encoder has nothing to answer with, the package for images is missing, or another engine
+    than torch is asked for."""
     _require_torch_engine(spec, "an encoder")
     if encoder.d_match is None and not writes_captions(run):
         reason = "it was trained neither to match images with texts nor to write captions"
         fix = "fine-tune it with a part of objective contrastive or caption (`start.from`)"
         raise ServeError("the model", reason, fix)
+    _require_packages({"PIL": "pillow"}, "pictures")
 
 
 def check_vision(vision: VisionSpec, spec: ServeSpec) -> None:
     """Raise ServeError if a package for a vision model is missing, or another engine than torch is asked for."""
     _require_torch_engine(spec, "a vision model")
-    packages = {"PIL": "pillow"}
-    if any(task.detector is not None for task in vision.tasks.values()):
-        packages["torchvision"] = "torchvision"
+    has_detector = any(task.detector is not None for task in vision.tasks.values())
+    _require_packages({"PIL": "pillow"} | ({"torchvision": "torchvision"} if has_detector else {}), "vision")
+
+
+def _require_packages(packages: Mapping[str, str], extra: str) -> None:
+    """Raise ServeError if a package is missing.
+
+    Args:
+        packages: packages by the names of their modules.
+        extra: extra of this project that installs them.
+    """
     for module, package in packages.items():
         if find_spec(module) is None:
             reason = f"it needs the package {package}, which is missing"
-            raise ServeError("the model", reason, "pip install 'mhmoe-ray[vision]' where replicas run")
+            raise ServeError("the model", reason, f"pip install 'mhmoe-ray[{extra}]' where replicas run")
 
 
 def _require_torch_engine(spec: ServeSpec, kind: str) -> None:
@@ -194,6 +204,7 @@ def load_encoder(checkpoint: Location, spec: ServeSpec, manifest: CheckpointMani
     from mhmoe_ray.checkpoint.load import load_verified_encoder
     from mhmoe_ray.serving.encoder.answer import EncoderAnswerer
     from mhmoe_ray.serving.encoder.engine import EncoderEngine
+    from mhmoe_ray.serving.encoder.names import held_out_names
 
     torch.set_num_threads(1)
     run, encoder = RunDir.of_checkpoint(checkpoint), manifest.model.encoder
@@ -207,28 +218,6 @@ def load_encoder(checkpoint: Location, spec: ServeSpec, manifest: CheckpointMani
     names = held_out_names(run, manifest, tokenizer)
     engine = EncoderEngine(model, manifest.seq_len, boundaries(tokenizer).start, spec)
     return EncoderAnswerer(engine, tokenizer, details, encoder, writes_captions=writes_captions(run), names=names)
-
-
-def held_out_names(run: RunDir, checkpoint_manifest: CheckpointManifest, tokenizer: Tokenizer) -> list[str]:
-    """Return the captions of a run's held-out images, each once, without those that were cut.
-
-    There are none if the data of the training is not visible here.
-    """
-    from mhmoe_ray.data.encoder_samples import held_out_captions
-    from mhmoe_ray.data.shards.columns import padding_token
-    from mhmoe_ray.data.shards.manifest import data_digest, read_data_manifest
-    from mhmoe_ray.data.tokenizer import DocumentEncoder
-
-    spec = run.spec()
-    manifest = read_data_manifest(spec.data.prepared)
-    if manifest is None or data_digest(spec.data.prepared) != checkpoint_manifest.data_sha256:
-        return []
-    padding = padding_token(manifest.token_bytes)
-    rows = [[token for token in row if token != padding] for row in held_out_captions(spec, manifest).tolist()]
-    names = [name.strip() for name in tokenizer.decode_batch([row[1:] for row in rows])]
-    encoded_names = DocumentEncoder(tokenizer).encode(names)
-    # A client sends a name as a text. That of a cut caption may have other tokens, and more than the model reads.
-    return sorted({name for name, row, encoded in zip(names, rows, encoded_names, strict=True) if row == encoded})
 
 
 def load_answerer(checkpoint: Location, spec: ServeSpec, manifest: CheckpointManifest | None = None) -> Answerer:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 
 import httpx
 import numpy as np
@@ -24,10 +25,12 @@ from mhmoe_ray.model.build import build_model
 from mhmoe_ray.model.captions import write_captions
 from mhmoe_ray.model.init import init_weights
 from mhmoe_ray.runs.directory import create_run
+from mhmoe_ray.serving import load
 from mhmoe_ray.serving.api.app import create_app
+from mhmoe_ray.serving.encoder import names
 from mhmoe_ray.serving.encoder.answer import EncoderAnswerer
 from mhmoe_ray.serving.encoder.engine import EncoderEngine
-from mhmoe_ray.serving.encoder.request import EncodeRequest
+from mhmoe_ray.serving.encoder.request import MAX_DOCUMENTS, EncodeRequest
 from mhmoe_ray.serving.engine import BusyError, EngineError
 from mhmoe_ray.serving.images import read_image_url
 from mhmoe_ray.serving.load import check_served, load_served
@@ -515,6 +518,32 @@ def test_an_encoder_without_answers_is_refused_before_it_is_loaded(tmp_path, opt
     manifest = read_manifest(run.checkpoints / checkpoint_name(1, 1))
     with pytest.raises(ServeError, match=reason):
         check_served(manifest, spec, run)
+
+
+def test_an_encoder_is_refused_where_images_cannot_be_decoded(encoder, checkpoint, monkeypatch):
+    run, _ = encoder
+    monkeypatch.setattr(load, "find_spec", lambda module: None if module == "PIL" else find_spec(module))
+    with pytest.raises(ServeError, match=r"it needs the package pillow.*mhmoe-ray\[pictures\]"):
+        check_served(read_manifest(checkpoint), ServeSpec(), run)
+
+
+def test_an_encoder_is_served_without_names_if_they_cannot_be_read(tmp_path, caplog):
+    run, _ = make_encoder_run(tmp_path)
+    (tmp_path / "prepared").mkdir()
+    answerer = load_served(run.checkpoints / checkpoint_name(1, 1), ServeSpec())
+    answerer.engine.close()
+    assert answerer.names == []
+    [warning] = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert "it has no manifest.json" in warning
+
+
+@pytest.mark.parametrize(("count", "first_names"), [(0, []), (3, ["0", "1", "2"]), (5000, ["0", "3", "6"])])
+def test_page_gets_as_many_names_as_it_can_send(encoder, answerer, checkpoint, monkeypatch, count, first_names):
+    run, _ = encoder
+    monkeypatch.setattr(names, "_read_names", lambda *_: [str(number) for number in range(count)])
+    proposed_names = names.held_out_names(run, read_manifest(checkpoint), answerer.tokenizer)
+    assert proposed_names[:3] == first_names
+    assert len(proposed_names) <= MAX_DOCUMENTS
 
 
 def test_an_encoder_of_captions_alone_has_no_vectors(tmp_path):

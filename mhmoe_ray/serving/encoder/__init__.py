@@ -2,5 +2,6 @@
 
 request.py  requests to the engine, and its answers
 engine.py   computes inputs of all requests together, in one forward pass
+names.py    names that the web page proposes
 answer.py   images and texts in, vectors and captions out
 """

@@ -1,0 +1,51 @@
+"""Names that the web page of an encoder proposes: captions of the training's held-out images."""
+
+import logging
+
+import pyarrow as pa
+from tokenizers import Tokenizer
+
+from mhmoe_ray.checkpoint.manifest import CheckpointManifest
+from mhmoe_ray.data.encoder_samples import held_out_captions
+from mhmoe_ray.data.shards.columns import padding_token
+from mhmoe_ray.data.shards.manifest import data_digest, read_data_manifest
+from mhmoe_ray.data.tokenizer import DocumentEncoder
+from mhmoe_ray.errors import DataError
+from mhmoe_ray.runs.directory import RunDir
+from mhmoe_ray.serving.encoder.request import MAX_DOCUMENTS
+
+logger = logging.getLogger("ray.serve")
+
+
+def held_out_names(run: RunDir, checkpoint_manifest: CheckpointManifest, tokenizer: Tokenizer) -> list[str]:
+    """Return captions of a run's held-out images, each once, without those that were cut.
+
+    There are as many as a request to /rerank may have. There are none if the data of the training is not visible here,
+    or cannot be read.
+    """
+    try:
+        names = _read_names(run, checkpoint_manifest, tokenizer)
+    # The model answers without names, too, and an error would start the replica again and again.
+    except (DataError, OSError, pa.ArrowInvalid) as e:
+        logger.warning("The page proposes no names, because the data of the training cannot be read: %s", e)
+        return []
+    # The names are in the order of the alphabet, so that a step over them leaves none of its parts out.
+    return names[:: -(-len(names) // MAX_DOCUMENTS) or 1]
+
+
+def _read_names(run: RunDir, checkpoint_manifest: CheckpointManifest, tokenizer: Tokenizer) -> list[str]:
+    """Return all names in the order of the alphabet.
+
+    Raises:
+        DataError, OSError, pyarrow.ArrowInvalid: the data cannot be read.
+    """
+    spec = run.spec()
+    manifest = read_data_manifest(spec.data.prepared)
+    if manifest is None or data_digest(spec.data.prepared) != checkpoint_manifest.data_sha256:
+        return []
+    padding = padding_token(manifest.token_bytes)
+    rows = [[token for token in row if token != padding] for row in held_out_captions(spec, manifest).tolist()]
+    names = [name.strip() for name in tokenizer.decode_batch([row[1:] for row in rows])]
+    encoded_names = DocumentEncoder(tokenizer).encode(names)
+    # A client sends a name as a text. That of a cut caption may have other tokens, and more than the model reads.
+    return sorted({name for name, row, encoded in zip(names, rows, encoded_names, strict=True) if row == encoded})
