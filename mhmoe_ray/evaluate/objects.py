@@ -13,7 +13,7 @@ from mhmoe_ray.data.images import image_size
 from mhmoe_ray.data.stored_pixels import stored_boxes, stored_probabilities
 from mhmoe_ray.data.vision_samples import Fit
 from mhmoe_ray.evaluate.score import ObjectPrecision
-from mhmoe_ray.model.vision import Detection
+from mhmoe_ray.model.vision import Detection, paste_mask
 
 MASK_THRESHOLD = 0.5
 """Probability from which a pixel belongs to a mask."""
@@ -33,16 +33,21 @@ class StoredDetection(NamedTuple):
     """Masks as COCO's compressed run lengths; empty if the model finds no masks."""
 
 
-def stored_detection(detection: Detection, width: int, height: int, fit: Fit) -> StoredDetection:
+def stored_detection(detection: Detection, width: int, height: int, size: int) -> StoredDetection:
     """Return objects in the pixels of a stored image.
 
     Args:
         detection: the objects in the pixels that the model reads.
         width, height: size of the stored image.
-        fit: place of the image in the square that the model reads.
+        size: height and width of the square that the model reads.
     """
+    fit = Fit.of_image(width, height, size)
     boxes = stored_boxes(detection.box_O4.cpu().numpy(), width, height, fit)
-    masks = [stored_mask(mask.cpu().numpy(), width, height, fit) for mask in detection.mask_OYX]
+    # One mask at a time, because an image may have a hundred objects. Without masks, there are none to pair with boxes.
+    masks = [
+        stored_mask(paste_mask(box_mask_YX, box_4, size).cpu().numpy(), width, height, fit)
+        for box_mask_YX, box_4 in zip(detection.box_mask_OYX, detection.box_O4, strict=False)
+    ]
     return StoredDetection(boxes, detection.class_O.cpu().numpy(), detection.score_O.cpu().numpy(), masks)
 
 

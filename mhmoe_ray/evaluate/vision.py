@@ -25,7 +25,7 @@ from mhmoe_ray.data.shards.rows import ANNOTATION
 from mhmoe_ray.data.sources import Document, FileReader, find_files
 from mhmoe_ray.data.vision_batches import task_batch
 from mhmoe_ray.data.vision_columns import TaskSamples
-from mhmoe_ray.data.vision_samples import AnnotatedImages, Fit, held_out_images, task_makers
+from mhmoe_ray.data.vision_samples import AnnotatedImages, held_out_images, task_makers
 from mhmoe_ray.errors import DataError
 from mhmoe_ray.evaluate.context import EvaluationAnswer, EvaluationContext, Progress
 from mhmoe_ray.evaluate.measure import RouteCounter
@@ -87,7 +87,7 @@ class VisionMeter:
                         images[start:stop], self._model.detect(part.name, features), strict=True
                     ):
                         width, height = image_size(content)
-                        detections.append(stored_detection(detection, width, height, Fit.of_image(width, height, size)))
+                        detections.append(stored_detection(detection, width, height, size))
             own_losses = [loss.cpu().numpy() for loss in losses if len(loss)]
             yield TaskOutputs(own_losses, logits_NC, detections)
             self._on_progress(label, stop, len(images))

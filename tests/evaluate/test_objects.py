@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 import torch
 
-from mhmoe_ray.data.annotations import Annotation
+from mhmoe_ray.data.annotations import Annotation, decode_mask
 from mhmoe_ray.data.stored_pixels import stored_probabilities
 from mhmoe_ray.data.vision_samples import Fit
 from mhmoe_ray.evaluate.objects import StoredDetection, average_precision, stored_detection
 from mhmoe_ray.model.vision import Detection
 from tests.data.pictures import encode_image
-from tests.data.test_vision_samples import NAMES, encoded_mask, instance, square_mask
+from tests.data.test_vision_samples import NAMES, instance, square_mask
 
 IMAGE = encode_image(np.zeros((48, 64, 3), np.uint8))
 TRUTH = [
@@ -81,14 +81,19 @@ def test_a_detection_is_scaled_to_the_pixels_of_the_stored_image():
     fit = Fit.of_image(64, 48, 32)
     mask = torch.zeros(32, 32)
     mask[4:12, 6:20] = 1
-    detection = Detection(torch.tensor([[6.0, 4, 20, 12]]), torch.tensor([1]), torch.tensor([0.7]), mask[None])
-    stored = stored_detection(detection, 64, 48, fit)
+    box_mask_OYX = torch.ones(1, 28, 28)
+    detection = Detection(torch.tensor([[6.0, 4, 20, 12]]), torch.tensor([1]), torch.tensor([0.7]), box_mask_OYX)
+    stored = stored_detection(detection, 64, 48, 32)
     assert stored.boxes.tolist() == [[12, 8, 40, 24]]
     expected = np.zeros((48, 64), bool)
     expected[8:24, 12:40] = True
     assert np.array_equal(stored_probabilities(mask.numpy(), 64, 48, fit) >= 0.5, expected)
-    assert stored.masks == [encoded_mask(expected).encode()]
+    mask_YX = decode_mask(stored.masks[0].decode(), 64, 48)
+    assert mask_YX[expected].all()
+    # torchvision rounds the edges of a mask to pixels of the square, of which each has two of the image.
+    expected[6:26, 10:42] = True
+    assert not mask_YX[~expected].any()
     outside = Detection(
-        torch.tensor([[-5.0, 2, 40, 40]]), torch.tensor([0]), torch.tensor([0.5]), torch.zeros(0, 32, 32)
+        torch.tensor([[-5.0, 2, 40, 40]]), torch.tensor([0]), torch.tensor([0.5]), torch.zeros(0, 28, 28)
     )
-    assert stored_detection(outside, 64, 48, fit).boxes.tolist() == [[0, 4, 64, 48]]
+    assert stored_detection(outside, 64, 48, 32).boxes.tolist() == [[0, 4, 64, 48]]

@@ -11,7 +11,7 @@ from mhmoe_ray.data.vision_columns import TaskSamples
 from mhmoe_ray.model.build import build_model
 from mhmoe_ray.model.init import init_weights
 from mhmoe_ray.model.noise import Noise, default_generator_from, seeded_generator
-from mhmoe_ray.model.vision import Vision
+from mhmoe_ray.model.vision import Vision, paste_mask
 from mhmoe_ray.model.vision.detector import Detector
 from mhmoe_ray.model.vision.pyramid import Pyramid
 from tests.visions import VISION, image_objects, task_samples, vision_batch, vision_spec
@@ -183,7 +183,8 @@ def test_a_model_learns_to_find_objects_and_their_masks():
     for detection, objects in zip(detections, held_out.objects, strict=True):
         if len(detection.class_O) and detection.class_O[0] == objects.class_O[0]:
             hits += 1
-            mask, truth = detection.mask_OYX[0] > 0.5, objects.mask_OYX[0].bool()
+            mask = paste_mask(detection.box_mask_OYX[0], detection.box_O4[0], 32) > 0.5
+            truth = objects.mask_OYX[0].bool()
             mask_overlaps += float((mask & truth).sum() / (mask | truth).sum())
     assert hits >= 12
     assert mask_overlaps / hits > 0.6

@@ -7,6 +7,7 @@ import io
 import json
 import shutil
 import subprocess
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
@@ -153,6 +154,38 @@ def test_hub_client_gets_the_masks_of_the_evaluation_in_the_size_of_the_image(vi
         lenient = client.image_segmentation(image, threshold=0.0, mask_threshold=0.1, subtask="instance")
         assert all((np.asarray(a.mask) >= np.asarray(b.mask)).all() for a, b in zip(lenient, answer, strict=True))
     assert pixels
+
+
+def test_engine_keeps_the_small_masks_of_the_detector(answerer):
+    async def detect():
+        image = await answerer.read("things", IMAGES[0])
+        with answerer.engine.admission("") as request:
+            return await answerer.compute(request, "things", image)
+
+    objects = asyncio.run(detect()).objects
+    assert objects.box_mask_OYX.shape == (len(objects.box_O4), 28, 28)
+    assert len(objects.box_O4)
+
+
+def test_other_images_are_answered_while_masks_are_drawn(answerer):
+    app, may_draw = create_app(answerer, "scenes", ServeSpec()), threading.Event()
+
+    async def ask_both():
+        held_thread = asyncio.create_task(answerer._mask_thread.run(may_draw.wait))
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            url = "/image-segmentation?task=things"
+            body = {"inputs": base64.b64encode(IMAGES[0]).decode(), "parameters": {"threshold": 0}}
+            segmentation = asyncio.create_task(client.post(url, json=body))
+            detection = await client.post("/object-detection?task=things", content=IMAGES[1])
+            is_drawn = segmentation.done()
+            may_draw.set()
+            await held_thread
+            return detection, is_drawn, await segmentation
+
+    detection, is_drawn, segmentation = asyncio.run(asyncio.wait_for(ask_both(), 60))
+    assert (detection.status_code, is_drawn, segmentation.status_code) == (200, False, 200)
+    assert segmentation.json()
 
 
 @pytest.mark.parametrize("content_type", ["image/png", "application/octet-stream", "image/x-unknown", None])

@@ -6,7 +6,7 @@ pyramid.py    maps of several scales from the one map of patches
 detector.py   region proposals, boxes with classes, and masks
 """
 
-from mhmoe_ray.model.vision.detector import Detection, Objects
+from mhmoe_ray.model.vision.detector import Detection, Objects, paste_mask
 from mhmoe_ray.model.vision.model import Features, TaskBatch, Vision, VisionBatch
 
-__all__ = ["Detection", "Features", "Objects", "TaskBatch", "Vision", "VisionBatch"]
+__all__ = ["Detection", "Features", "Objects", "TaskBatch", "Vision", "VisionBatch", "paste_mask"]

@@ -45,8 +45,9 @@ class Detection(NamedTuple):
     class_O: Tensor
     """Classes, int64, from 0."""
     score_O: Tensor
-    mask_OYX: Tensor
-    """Probabilities of masks in the size of the image that the model reads; with no rows if the detector has none."""
+    box_mask_OYX: Tensor
+    """Probabilities of masks as the head computes them, of a few cells in each box; with no rows if the detector has
+    none. `paste_mask` brings one to the size of the image that the model reads."""
 
 
 class Proposals(NamedTuple):
@@ -167,21 +168,21 @@ class Detector(nn.Module):
     @torch.no_grad()
     def detect(self, map_NMYX: Tensor) -> list[Detection]:
         """Return the objects that are found in each image. The model must be in evaluation mode."""
-        from torchvision.models.detection.roi_heads import paste_masks_in_image
-
         if not len(map_NMYX):
             return []
         features = self._features(map_NMYX)
         boxes = self._propose(features).boxes
         results, _ = self.boxes(features, boxes, self._sizes(len(boxes)))
-        size = (self.image_size, self.image_size)
-        detections = []
-        for result in results:
-            mask_OYX = map_NMYX.new_zeros(0, *size)
-            if self.spec.masks:
-                mask_OYX = paste_masks_in_image(result["masks"], result["boxes"], size)[:, 0]
-            detections.append(Detection(result["boxes"], result["labels"] - 1, result["scores"], mask_OYX))
-        return detections
+        no_masks = map_NMYX.new_zeros(0, 2 * MASK_SIZE, 2 * MASK_SIZE)
+        return [
+            Detection(
+                result["boxes"],
+                result["labels"] - 1,
+                result["scores"],
+                result["masks"][:, 0] if self.spec.masks else no_masks,
+            )
+            for result in results
+        ]
 
     def _sizes(self, images: int) -> list[tuple[int, int]]:
         """Return the height and width of each of a number of images, as torchvision asks for them."""
@@ -299,6 +300,20 @@ class Detector(nn.Module):
         own_logits_RYX = logits_RCYX[torch.arange(len(label_R), device=label_R.device), label_R]
         loss_R = F.binary_cross_entropy_with_logits(own_logits_RYX, target_RYX, reduction="none").mean((1, 2))
         return _sums_of_images(loss_R, counts) / torch.tensor(counts, device=loss_R.device).clamp(min=1)
+
+
+def paste_mask(box_mask_YX: Tensor, box_4: Tensor, image_size: int) -> Tensor:
+    """Return the probability that each pixel of the square image that the model reads belongs to an object.
+
+    Args:
+        box_mask_YX: probabilities of cells in the box of the object.
+        box_4: edges of the box.
+        image_size: height and width of the image.
+    """
+    from torchvision.models.detection.roi_heads import paste_masks_in_image
+
+    mask_YX: Tensor = paste_masks_in_image(box_mask_YX[None, None], box_4[None], (image_size, image_size))[0, 0]
+    return mask_YX
 
 
 def _sums_of_images(value_R: Tensor, counts: Sequence[int]) -> Tensor:

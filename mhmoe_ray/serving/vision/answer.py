@@ -54,6 +54,15 @@ class LabelScore(NamedTuple):
     score: float
 
 
+class BoxMask(NamedTuple):
+    """Mask of an object in the square that the model reads."""
+
+    probability_YX: np.ndarray
+    """Probability that each of a few cells of the box belongs to the object."""
+    box_4: np.ndarray
+    """Left, top, right and bottom edge of the box."""
+
+
 class DetectedObject(NamedTuple):
     """Object in the pixels of an image."""
 
@@ -61,8 +70,8 @@ class DetectedObject(NamedTuple):
     score: float
     box: tuple[int, int, int, int]
     """Left, top, right and bottom edge."""
-    mask_YX: np.ndarray | None
-    """Probability that each pixel that the model reads belongs to it; None if the detector has no masks."""
+    mask: BoxMask | None
+    """Its mask; None if the detector has no masks."""
 
 
 class VisionAnswerer(ServedModel):
@@ -87,7 +96,8 @@ class VisionAnswerer(ServedModel):
         """
         super().__init__(engine, details)
         self.vision, self.class_names = vision, class_names
-        self._image_thread = ImageThread()
+        # Drawing the masks of one image takes longer than reading an image, and other requests must be read meanwhile.
+        self._image_thread, self._mask_thread = ImageThread(), ImageThread()
 
     async def read(self, task: str, source: bytes | str) -> TaskImage:
         """Return an image as a task reads it.
@@ -149,13 +159,13 @@ class VisionAnswerer(ServedModel):
         # and the rest have no names.
         has_area_O = (box_O4[:, 2:] > box_O4[:, :2]).all(1)
         is_answer_O = has_area_O & (detected.score_O >= threshold) & (detected.class_O < len(names))
-        masks = list(detected.mask_OYX) or [None] * len(box_O4)
+        masks = list(map(BoxMask, detected.box_mask_OYX, detected.box_O4)) or [None] * len(box_O4)
         return [
             DetectedObject(
                 label=names[detected.class_O[number]],
                 score=float(detected.score_O[number]),
                 box=tuple(box_O4[number].round().astype(int).tolist()),
-                mask_YX=masks[number],
+                mask=masks[number],
             )
             for number in np.flatnonzero(is_answer_O)
         ]
@@ -168,8 +178,8 @@ class VisionAnswerer(ServedModel):
             image: the image.
             threshold: probability from which a pixel belongs to the object.
         """
-        assert detected.mask_YX is not None
-        return await self._image_thread.run(_draw_mask, detected.mask_YX, image, threshold)
+        assert detected.mask is not None
+        return await self._mask_thread.run(_draw_mask, detected.mask, image, threshold)
 
     def square(self, task: str, image: TaskImage) -> tuple[int, int, int, int]:
         """Return the square of an image that the patches of a task cover: left, top, right and bottom edge in pixels.
@@ -189,9 +199,17 @@ def _read_image(source: bytes | str, task: TaskSpec) -> TaskImage:
     return TaskImage(pixels, *image.size)
 
 
-def _draw_mask(mask_YX: np.ndarray, image: TaskImage, threshold: float) -> bytes:
+def _draw_mask(mask: BoxMask, image: TaskImage, threshold: float) -> bytes:
+    # The import is here because a process that only checks needs no torch.
+    import torch
     from PIL import Image
 
+    from mhmoe_ray.model.vision import paste_mask
+
+    # torch keeps this number for each calling thread. More threads would slow down those of the engine.
+    torch.set_num_threads(1)
+    probability_YX, box_4 = (torch.from_numpy(values) for values in mask)
+    mask_YX = paste_mask(probability_YX, box_4, len(image.pixels)).numpy()
     is_object_YX = stored_probabilities(mask_YX, image.width, image.height, image.fit) >= threshold
     sink = io.BytesIO()
     Image.fromarray(is_object_YX.astype(np.uint8) * 255).save(sink, "PNG")

@@ -23,8 +23,8 @@ class DetectedObjects(NamedTuple):
     class_O: np.ndarray
     """Numbers of their classes."""
     score_O: np.ndarray
-    mask_OYX: np.ndarray
-    """Probability that each pixel belongs to the object; with no rows if the detector has no masks."""
+    box_mask_OYX: np.ndarray
+    """Probabilities of masks in the boxes; with no rows if the detector has no masks."""
 
 
 class VisionOutput(NamedTuple):
