@@ -8,6 +8,7 @@ prepare/             the job that runs once: sources -> tokenizer -> packed samp
 shards/              the prepared data: a folder of packed samples and its manifest
 order/               the order of samples: a pure function of (seed, position)
 images.py            checks image files, and decodes them
+jpeg.py              counts the scans of a JPEG file without decoding it
 crops.py             crops of images: pure functions of (seed, part, position)
 masking.py           masks of patches and tokens, which are pure functions, too
 row_order.py         rows of images in the order of a training
