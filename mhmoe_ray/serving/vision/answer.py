@@ -159,13 +159,13 @@ class VisionAnswerer(ServedModel):
         # and the rest have no names.
         has_area_O = (box_O4[:, 2:] > box_O4[:, :2]).all(1)
         is_answer_O = has_area_O & (detected.score_O >= threshold) & (detected.class_O < len(names))
-        masks = list(map(BoxMask, detected.box_mask_OYX, detected.box_O4)) or [None] * len(box_O4)
+        has_masks = len(detected.box_mask_OYX) > 0
         return [
             DetectedObject(
                 label=names[detected.class_O[number]],
                 score=float(detected.score_O[number]),
                 box=tuple(box_O4[number].round().astype(int).tolist()),
-                mask=masks[number],
+                mask=BoxMask(detected.box_mask_OYX[number], detected.box_O4[number]) if has_masks else None,
             )
             for number in np.flatnonzero(is_answer_O)
         ]
