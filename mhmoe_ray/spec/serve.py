@@ -61,7 +61,8 @@ class ServeSpec(Section):
     next chunk. If a replica has more than a dozen streams, the interval grows, up to 0.25, so that the replica sends
     250 chunks a second for all streams together. 0: one chunk per token, each of which Serve's proxy forwards
     separately."""
-    max_body_bytes: PositiveInt = 1 << 20
+    max_body_bytes: PositiveInt | None = None
+    """Largest size of the body of a request in bytes. The default is 1 MiB, and 16 MiB for models that read images."""
     log_prompts: bool = False
     """If true, replicas log the text of each prompt. If false, the log has a line for each request without any of its
     text."""

@@ -183,7 +183,9 @@ def test_too_large_body_is_refused(app, chunked):
     headers = {"content-type": "application/json", **bearer_header("ann")}
     response = call(app, "POST", "/v1/completions", content=body_parts() if chunked else body, headers=headers)
     assert response.status_code == 413
-    assert response.json()["error"]["code"] == "request_too_large"
+    error = response.json()["error"]
+    assert error["code"] == "request_too_large"
+    assert error["message"].endswith("send a smaller one, or raise serve.max_body_bytes")
 
 
 @pytest.mark.parametrize("stream", [False, True])

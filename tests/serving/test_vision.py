@@ -202,7 +202,10 @@ def test_body_is_the_image_or_json_with_it(url, content_type):
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
 def test_printed_command_is_answered(url, tmp_path):
-    (tmp_path / "image.jpg").write_bytes(encode_image(random_pixels(1, 40, 60), "jpg"))
+    # The photos of cameras are larger than the bodies that a decoder reads.
+    photo = encode_image(np.random.default_rng(0).integers(0, 256, (1000, 1000, 3), np.uint8), "jpg", quality=95)
+    assert len(photo) > 1 << 20
+    (tmp_path / "image.jpg").write_bytes(photo)
     command = ["bash", "-c", image_command(f"{url}/object-detection")]
     answer = subprocess.run(command, cwd=tmp_path, capture_output=True, check=True).stdout
     assert set(json.loads(answer)[0]) == {"label", "score", "box"}
@@ -273,7 +276,7 @@ def test_hostile_images_are_refused(url, answerer, route, content, message):
         ("image-classification", {"json": {"inputs": "data:text/html;base64,AAAA"}}, 400, "inputs"),
         ("image-classification", {"json": {"inputs": 5}}, 400, "inputs"),
         ("image-classification", {"json": {"inputs": "AAAA", "options": {}}}, 400, "options"),
-        ("image-segmentation", {"content": bytes(2 << 20)}, 413, None),
+        ("image-segmentation", {"content": bytes(17 << 20)}, 413, None),
         ("routes", {"json": {"image": "http://127.0.0.1/a.png"}}, 400, "image"),
         ("routes", {"json": {"image": "x", "task": "nowhere"}}, 404, "task"),
         ("routes", {"json": {"image": "x", "model": "other"}}, 404, "model"),

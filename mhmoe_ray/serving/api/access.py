@@ -158,6 +158,12 @@ class AccessControl:
         return matching_client
 
 
+TEXT_BODY_BYTES = 1 << 20
+"""Largest size of a body by default."""
+IMAGE_BODY_BYTES = 16 << 20
+"""Largest size of a body by default, if the model reads images."""
+
+
 class BodySizeLimit:
     """Middleware that answers a request with a 413 if its body has more than `max_bytes` bytes.
 
@@ -183,7 +189,9 @@ class BodySizeLimit:
             if not message.get("more_body"):
                 break
         if is_too_large:
-            error = RequestError(413, f"the body may have at most {self._max_bytes:,} bytes", code="request_too_large")
+            reason = f"the body has more than {self._max_bytes:,} bytes"
+            fix = "send a smaller one, or raise serve.max_body_bytes"
+            error = RequestError(413, f"{reason}; {fix}", code="request_too_large")
             await error_response(error)(scope, receive, send)
             return
 

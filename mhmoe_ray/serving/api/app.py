@@ -11,7 +11,14 @@ from prometheus_client import CONTENT_TYPE_LATEST
 
 from mhmoe_ray.serving.answer import Answerer, ServedModel, ServedText
 from mhmoe_ray.serving.api import completions, embeddings, vision
-from mhmoe_ray.serving.api.access import AccessControl, BodySizeLimit, LocalRateLimiter, RateLimiter
+from mhmoe_ray.serving.api.access import (
+    IMAGE_BODY_BYTES,
+    TEXT_BODY_BYTES,
+    AccessControl,
+    BodySizeLimit,
+    LocalRateLimiter,
+    RateLimiter,
+)
 from mhmoe_ray.serving.api.errors import HANDLERS, RESPONSES
 from mhmoe_ray.serving.api.metrics import render_exposition
 from mhmoe_ray.serving.api.pages import page_router
@@ -55,7 +62,8 @@ def create_app(
     """
     access = AccessControl(spec.keys, rate_limiter or LocalRateLimiter(spec.keys))
     app = FastAPI(title="mhmoe-ray", exception_handlers=HANDLERS)
-    app.add_middleware(BodySizeLimit, max_bytes=spec.max_body_bytes)
+    default_body_bytes = TEXT_BODY_BYTES if isinstance(answerer, Answerer) else IMAGE_BODY_BYTES
+    app.add_middleware(BodySizeLimit, max_bytes=spec.max_body_bytes or default_body_bytes)
     service: AnyService
     if isinstance(answerer, VisionAnswerer):
         service = ModelService(answerer, model, spec, access)

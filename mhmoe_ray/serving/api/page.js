@@ -2,9 +2,9 @@
 const element = id => document.getElementById(id);
 const base = location.pathname.replace(/\/?$/, "/");
 
-function headers(type = "application/json") {
+function headers() {
   const key = element("key").value;
-  return { "Content-Type": type, ...(key ? { Authorization: `Bearer ${key}` } : {}) };
+  return { "Content-Type": "application/json", ...(key ? { Authorization: `Bearer ${key}` } : {}) };
 }
 
 function showStatus(text, isError = false) {
@@ -17,13 +17,12 @@ async function errorMessage(response) {
   return body?.error?.message ?? `the server answered ${response.status}`;
 }
 
-// Sends an object as JSON, a file as it is, or with nothing a GET; a route that the model lacks gives null.
+// Sends an object as JSON, or with nothing a GET; a route that the model lacks gives null.
 async function ask(route, body) {
-  const isFile = body instanceof Blob;
   const response = await fetch(base + route, {
     method: body ? "POST" : "GET",
-    headers: headers(isFile ? body.type || "application/octet-stream" : undefined),
-    body: isFile ? body : body && JSON.stringify(body),
+    headers: headers(),
+    body: body && JSON.stringify(body),
   });
   if (response.status === 404 || response.status === 405) return null;
   if (!response.ok) throw new Error(await errorMessage(response));
