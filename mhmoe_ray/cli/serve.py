@@ -86,7 +86,7 @@ def deploy(
     elif model.encoder.d_match is not None:
         route, command = "v1/embeddings", embeddings_command(application.url)
     else:
-        route, command = "v1/chat/completions", f"curl {application.url}/v1/models"
+        route, command = "v1/chat/completions", caption_command(application.url)
     out.print(f"serving {run_dir.id} at {application.url}/{route}; {hint}: {command}", soft_wrap=True)
 
 
@@ -172,6 +172,15 @@ def embeddings_command(url: str) -> str:
     """Return a shell command that asks the server of an encoder at `url` for the vector of a text."""
     body = '{"input": "green apple"}'
     return f"curl {url}/v1/embeddings -H 'Content-Type: application/json' -d '{body}'"
+
+
+def caption_command(url: str) -> str:
+    """Return a shell command that asks the server of an encoder at `url` for the caption of an image."""
+    image = '{"type": "image_url", "image_url": {"url": "data:image/jpeg;base64,%s"}}'
+    body = f'{{"messages": [{{"role": "user", "content": [{image}]}}]}}'
+    # An argument of a program may have 128 KiB, but printf is a part of the shell.
+    encoded_body = f"printf '{body}' \"$(base64 < image.jpg | tr -d '\\n')\""
+    return f"{encoded_body} | curl {url}/v1/chat/completions -H 'Content-Type: application/json' -d @-"
 
 
 def image_command(url: str) -> str:

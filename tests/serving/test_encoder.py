@@ -4,6 +4,9 @@ import asyncio
 import base64
 import hashlib
 import json
+import logging
+import shutil
+import subprocess
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
@@ -15,6 +18,7 @@ import pytest
 import torch
 
 from mhmoe_ray.checkpoint.manifest import checkpoint_name, read_manifest
+from mhmoe_ray.cli.serve import caption_command
 from mhmoe_ray.data.crops import crop_pixels
 from mhmoe_ray.data.encoder_batches import BatchMaker
 from mhmoe_ray.data.encoder_samples import SampleMaker
@@ -392,12 +396,12 @@ def test_other_requests_are_answered_between_the_tokens_of_a_caption(encoder):
     async def ask_all():
         tasks = [asyncio.create_task(ask("long", caption_request(8)))]
         await engine.run_rounds(2)
-        others = {
+        other_requests = {
             "short": caption_request(2, 1),
             "text": EncodeRequest(token_ids=(0, 5, 6)),
             "image": caption_request(None, 2),
         }
-        tasks += [asyncio.create_task(ask(name, value)) for name, value in others.items()]
+        tasks += [asyncio.create_task(ask(name, value)) for name, value in other_requests.items()]
         await asyncio.sleep(0)
         engine.allow_rounds(100)
         return await asyncio.gather(*tasks)
@@ -443,6 +447,37 @@ def test_figures_count_requests_from_their_admission_to_their_end(encoder):
     assert (stats.waiting, stats.running, stats.requests, stats.prompt_tokens) == (0, 0, 2, 15)
     assert (stats.queue.count, stats.first_token.count, stats.answer_tokens) == (1, 1, 0)
     engine.close()
+
+
+def test_texts_are_logged_without_images_only_if_the_spec_says_so(answerer, monkeypatch, caplog):
+    # The logger of Serve is set up by Ray, which this test does without.
+    monkeypatch.setattr(logging.getLogger("ray.serve"), "propagate", True)
+    caplog.set_level(logging.INFO, "ray.serve")
+    for spec in (ServeSpec(), ServeSpec(log_prompts=True)):
+        app = create_app(answerer, "pictures", spec)
+        caplog.clear()
+        call(app, "POST", "/v1/embeddings", json={"input": [WORDS[0], URLS[0]]})
+        call(app, "POST", "/rerank", json={"query": WORDS[1], "documents": [{"image": URLS[0]}]})
+        messages = [record.getMessage() for record in caplog.records if record.name == "ray.serve"]
+        assert messages == [f"somebody asks: {text!r}" for text in WORDS[:2]] * spec.log_prompts
+
+
+def test_tokens_of_a_text_are_those_that_the_model_reads(answerer):
+    app, text = create_app(answerer, "pictures", ServeSpec()), "<|endoftext|>"
+    tokens = call(app, "POST", "/tokenize", json={"prompt": text}).json()["tokens"]
+    assert tokens == list(asyncio.run(answerer.read_text(text)).token_ids)
+    assert (tokens[0], answerer.start_token in tokens[1:]) == (answerer.start_token, False)
+    usage = call(app, "POST", "/v1/embeddings", json={"input": "fox"}).json()["usage"]
+    assert call(app, "POST", "/tokenize", json={"prompt": "fox"}).json()["count"] == usage["prompt_tokens"]
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
+def test_printed_command_of_captions_is_answered(url, tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (1000, 1000, 3), np.uint8)
+    (tmp_path / "image.jpg").write_bytes(encode_image(pixels, "jpg", quality=95))
+    command = ["bash", "-c", caption_command(url)]
+    answer = subprocess.run(command, cwd=tmp_path, capture_output=True, check=True).stdout
+    assert json.loads(answer)["choices"][0]["message"]["role"] == "assistant"
 
 
 @pytest.mark.parametrize(

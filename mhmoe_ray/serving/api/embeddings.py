@@ -290,6 +290,8 @@ async def _answer(
     try:
         async with image_request(service, client, param) as request:
             inputs = [await reader() for reader in readers]
+            # An image has no text, and a text begins with the start token.
+            service.log_prompts(client, (value.token_ids[1:] for value in inputs if value.image is None))
             encodings = await service.answerer.engine.answer(request, inputs)
     except ServeError as e:
         raise RequestError(400, str(e), param, "context_length_exceeded") from e

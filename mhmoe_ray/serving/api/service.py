@@ -69,6 +69,12 @@ class TextService(ModelService[Text]):
         # A thread decodes the tokens, for the same reason as in `encode`.
         return await asyncio.to_thread(self.answerer.decode, tokens)
 
+    def log_prompts(self, client: Client, prompts: Iterable[Sequence[int]]) -> None:
+        """Log the texts of a client's request, if the server logs them; `prompts` has their tokens."""
+        if self.spec.log_prompts:
+            for token_ids in prompts:
+                logger.info("%s asks: %r", client.name or "somebody", self.answerer.decode(token_ids))
+
     def check_max_tokens(self, max_tokens: int, param: str) -> None:
         """Raise RequestError if a request asks for more tokens than the server allows.
 
@@ -155,13 +161,8 @@ class Service(TextService[Answerer]):
             message = f"{len(engine_requests)} choices are more than the {max_choices} that this server takes at a time"
             raise RequestError(400, message, "n")
         await self.begin_request(client)
-        if self.spec.log_prompts:
-            for engine_request, added_tokens in engine_requests:
-                logger.info(
-                    "%s asks: %r",
-                    client.name or "somebody",
-                    self.answerer.decode(engine_request.prompt_ids[added_tokens:]),
-                )
+        prompts = (engine_request.prompt_ids[added_tokens:] for engine_request, added_tokens in engine_requests)
+        self.log_prompts(client, prompts)
         answers = [
             self.answerer.answer(engine_request, request.stop, echo, added_tokens)
             for engine_request, added_tokens in engine_requests

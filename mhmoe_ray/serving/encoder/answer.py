@@ -46,7 +46,6 @@ class EncoderAnswerer(ServedText):
         """
         super().__init__(engine, tokenizer, details)
         self.encoder, self.writes_captions, self.names = encoder, writes_captions, list(names)
-        # Like the texts of the training, a text has no special tokens but the first one.
         self._document_encoder = DocumentEncoder(tokenizer)
         self._image_thread = ImageThread()
 
@@ -54,6 +53,12 @@ class EncoderAnswerer(ServedText):
     def has_vectors(self) -> bool:
         """True if the model has a head for matching, and so vectors of images and texts."""
         return self.encoder.d_match is not None
+
+    def encode(self, prompt: str) -> list[int]:
+        """Return the token ids of a text after the start token, as the model reads it."""
+        # Like the texts of the training, a text has no special tokens but the first one.
+        [token_ids] = self._document_encoder.encode([prompt])
+        return list(token_ids)
 
     # Threads decode images and texts, because large ones take a while and other requests must go on meanwhile.
     async def read_image(self, url: str, max_tokens: int | None = None) -> EncodeRequest:
@@ -79,7 +84,7 @@ class EncoderAnswerer(ServedText):
         Raises:
             ServeError: the text is longer than the model's longest text.
         """
-        [token_ids] = await asyncio.to_thread(self._document_encoder.encode, [text])
+        token_ids = await asyncio.to_thread(self.encode, text)
         if len(token_ids) > self.engine.seq_len:
             reason = f"it has {len(token_ids)} tokens with the start token, and the model reads {self.engine.seq_len}"
             raise ServeError("the text", reason, "shorten it")
