@@ -96,6 +96,9 @@ def make_vision_run(folder: Path, tasks: tuple[str, ...] = tuple(CLASSES)) -> tu
         if name.endswith(".cls_score.bias"):
             # Random weights may take every region for background, which is class 0.
             parameter[0] -= 10
+        if name.endswith(".mask_fcn_logits.bias"):
+            # Nor would any cell of a mask belong to its object.
+            parameter += 2
     top_k = [1, *[2] * (len(tasks) - 1)]
     model.set_top_k(top_k)
     objective = {"tasks": {name: {"top_k": k} for name, k in zip(tasks, top_k, strict=True)}}
