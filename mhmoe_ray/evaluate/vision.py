@@ -179,8 +179,6 @@ def _raw_images(
                 stored.annotations.append(item.annotation)
     images_by_task: dict[str, AnnotatedImages] = {}
     for name, stored in images_by_source.items():
-        if not stored.images:
-            raise DataError(f"source {name}", "no image in it can be used", "see `mhmoe data inspect`")
         task = _task_of_source(name, data, spec, classes, stored)
         images, annotations = images_by_task.setdefault(task, AnnotatedImages([], []))
         images += stored.images
@@ -196,13 +194,15 @@ def _task_of_source(
     Among the tasks of its columns, it is the one with its name, or else the only one that knows all of its classes.
 
     Raises:
-        DataError: there is none, or there are several.
+        DataError: there is none, or there are several, or the source has no usable image.
     """
     columns = set(data.sources[name].sample_columns)
     tasks = [part.name for part in spec.parts if set(part.columns) == columns]
     if not tasks:
         fix = f"set data.sources.{name}.columns and format to those of images with classes or objects"
         raise DataError(f"source {name}", "no task of the model is about what its columns have", fix)
+    if not stored.images:
+        raise DataError(f"source {name}", "no image in it can be used", "see `mhmoe data inspect`")
     if name in tasks or len(tasks) == 1:
         return name if name in tasks else tasks[0]
     class_names = {class_name for content in stored.annotations for class_name in unpack(content).class_names}

@@ -96,6 +96,15 @@ def test_objects_without_masks_are_refused_for_a_detector_that_learns_masks(run,
     assert evaluate(run, {"boxes": write_objects(tmp_path / "boxes", "cup", has_masks=True)}).objects["things"].images
 
 
+def test_a_source_without_classes_and_one_without_usable_images_are_refused(run, tmp_path):
+    source = write_classes(tmp_path / "some", ["cat"])
+    with pytest.raises(DataError, match="no task of the model is about what its columns have"):
+        evaluate(run, {"some": {**source, "columns": ["image"]}})
+    (tmp_path / "some" / "cat" / "image.png").write_bytes(b"no image")
+    with pytest.raises(DataError, match="no image in it can be used"):
+        evaluate(run, {"some": source})
+
+
 def test_ties_count_against_the_model():
     logits_NC = np.array([[1.0, 1.0, 0.0], [2.0, 1.0, 0.0]], np.float32)
     contents = [pack(Annotation("cat"))] * 2
