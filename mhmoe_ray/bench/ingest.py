@@ -79,7 +79,7 @@ def stream_with_mhmoe(spec: RunSpec, folder: Path, processes: int) -> dict[str, 
     for number, batch in enumerate(split.iter_batches(batch_size=rows, batch_format="numpy", prefetch_batches=4)):
         assert np.array_equal(batch["position"], number * b + np.arange(rows)), "the order"
         # The clock starts after the first micro-batch, because the wait for it includes the start of the stream, which
-        # is not measured. By then each task has made a few micro-batches more, so a fair measurement has thousands.
+        # is not measured. By then each task has made a few micro-batches more, so a fair measurement has a thousand.
         if number == 0:
             start_time = time.perf_counter()
         if number == batch_count - 1:

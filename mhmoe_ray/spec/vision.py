@@ -91,8 +91,7 @@ class AdaptiveSpec(Section):
     largest: PositiveInt
     """Largest k of a task."""
     interval: PositiveInt = 2_000
-    """Number of steps between two validations. A change applies from the next step on, and none is made after the last
-    step."""
+    """Number of steps between two validations. Each is made before the next step, so none after the last one."""
     patience: PositiveInt = 5_000
     """Number of steps without an improvement after which k changes."""
     batches: PositiveInt = 11

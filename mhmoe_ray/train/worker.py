@@ -154,6 +154,10 @@ class Worker:
         counts_LE = trainer.zero_counts()
         stop_requested = False
         while trainer.step < spec.train.steps and not stop_requested:
+            # Tasks change before a step and not after one. A checkpoint then has the model of its validation loss, and
+            # a run that is continued after its last step changes as one of that length does.
+            objective = trainer.objective
+            task_metrics = self._adapt(objective, held_out_samples) if isinstance(objective, Tasks) else {}
             step_start = time.monotonic()
             self.heartbeat.report_phase(trainer.step, "training")
             rank_batches = spec.train.micro_batches // trainer.mesh.world_size
@@ -173,8 +177,7 @@ class Worker:
             if is_last_step or trainer.step % spec.train.validate_every == 0:
                 self.heartbeat.report_phase(trainer.step, "validating")
                 line |= self._validate(held_out_samples)
-            if isinstance(trainer.objective, Tasks):
-                line |= self._adapt(trainer.objective, held_out_samples)
+            line |= task_metrics
             self.telemetry.report(line, step_counts_LE, waits)
             if is_last_step or is_preempted or trainer.step % spec.train.checkpoint_every == 0:
                 self.heartbeat.report_phase(trainer.step, "saving")
@@ -201,9 +204,7 @@ class Worker:
 
     def _adapt(self, objective: Tasks, held_out_samples: VisionSamples) -> dict[str, Any]:
         """Change the tasks' numbers of experts if the spec asks for it; return the metrics with these numbers."""
-        # After the last step there is no training with other numbers, so the model keeps those that it has.
-        is_end = self.trainer.step == self.spec.train.steps
-        for change in [] if is_end else objective.adapt(held_out_samples, self.trainer.step):
+        for change in objective.adapt(held_out_samples, self.trainer.step):
             if self.rank == 0:
                 events.record(self.run, "adapted", step=self.trainer.step, task=change.task, top_k=change.top_k)
             LOGGER.info("step %d: task %s chooses %d experts", self.trainer.step, change.task, change.top_k)

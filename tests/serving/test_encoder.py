@@ -1,12 +1,10 @@
 """Tests of serving an encoder: vectors, ranking, captions and routes over HTTP, by OpenAI's client and by hand."""
 
 import asyncio
-import base64
 import hashlib
 import json
 import shutil
 import subprocess
-import threading
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 
@@ -26,79 +24,23 @@ from mhmoe_ray.evaluate.encoder import EncoderMeter
 from mhmoe_ray.evaluate.retrieval import Candidates
 from mhmoe_ray.model.build import build_model
 from mhmoe_ray.model.captions import write_captions
-from mhmoe_ray.model.init import init_weights
-from mhmoe_ray.runs.directory import create_run
 from mhmoe_ray.serving import load
 from mhmoe_ray.serving.api.app import create_app
-from mhmoe_ray.serving.encoder import names
 from mhmoe_ray.serving.encoder.answer import EncoderAnswerer
 from mhmoe_ray.serving.encoder.engine import EncoderEngine
-from mhmoe_ray.serving.encoder.request import MAX_DOCUMENTS, EncodeRequest
-from mhmoe_ray.serving.engine import BusyError, EngineError
+from mhmoe_ray.serving.encoder.names import evenly_spaced
+from mhmoe_ray.serving.encoder.request import MAX_DOCUMENTS
 from mhmoe_ray.serving.images import read_image_url
 from mhmoe_ray.serving.load import check_served, load_served
 from mhmoe_ray.spec import KeySpec, ServeSpec
 from tests.data.pictures import encode_image
-from tests.encoders import ENCODER, PADDING, encoder_spec
-from tests.saved import commit_checkpoint, save_tensors
-from tests.serving.asking import answer_inputs, call
-from tests.serving.conftest import build_tokenizer, serve_app
+from tests.encoders import PADDING
+from tests.served_encoder import IMAGES, SEQ_LEN, URLS, SteppedEngine, data_url, endless_model, make_encoder_run
+from tests.serving.asking import call
+from tests.serving.conftest import serve_app
 from tests.serving.hostile_images import HOSTILE_IMAGES, recording_server
 
-SEQ_LEN = 12
 WORDS = ["the fox", "jumps over", "lazy dog", "quick", "brown fox jumps"]
-SOURCES = {**ENCODER["data"]["sources"], "written": {"path": "/nowhere/written", "format": "webdataset"}}
-CAPTIONS = {"captions_of": {"sources": ["written"], "micro_batch_size": 2, "objective": "caption"}}
-
-
-def make_encoder_run(folder, *, writes_captions=True, d_match=8):
-    """Return a run with a checkpoint of an encoder with random weights, and the model."""
-    parts = {name: part for name, part in ENCODER["data"]["parts"].items() if d_match or name != "match"}
-    sources = {name: source for name, source in SOURCES.items() if d_match or name != "matched"}
-    if writes_captions:
-        parts |= CAPTIONS
-    else:
-        del sources["written"]
-    spec = encoder_spec(
-        storage=str(folder / "runs"),
-        data__parts=parts,
-        data__sources=sources,
-        data__prepared=str(folder / "prepared"),
-        train__micro_batch_size=sum(part["micro_batch_size"] for part in parts.values()),
-        model__encoder__d_match=d_match,
-    )
-    run = create_run(spec)
-    build_tokenizer().save(str(run.tokenizer_file))
-    model = build_model(spec.model).eval().requires_grad_(False)
-    init_weights(model, 3)
-    checkpoint = run.checkpoints / checkpoint_name(1, 1)
-    checkpoint.mkdir(parents=True)
-    save_tensors(checkpoint / "weights", model.named_tensors())
-    commit_checkpoint(checkpoint, spec.model, seed=3, seq_len=SEQ_LEN)
-    return run, model
-
-
-class SteppedEngine(EncoderEngine):
-    """Engine that computes a round only once a test allows it."""
-
-    def __init__(self, *args):
-        self._allowed_rounds = threading.Semaphore(0)
-        super().__init__(*args)
-
-    def _compute(self, inputs):
-        self._allowed_rounds.acquire()
-        return super()._compute(inputs)
-
-    def allow_rounds(self, count):
-        for _ in range(count):
-            self._allowed_rounds.release()
-
-    async def run_rounds(self, count):
-        """Let the engine compute rounds, and wait until it has."""
-        steps = self.stats().steps + count
-        self.allow_rounds(count)
-        while self.stats().steps < steps:
-            await asyncio.sleep(0.01)
 
 
 @pytest.fixture(scope="module")
@@ -128,14 +70,6 @@ def url(answerer):
 @pytest.fixture(scope="module")
 def client(url):
     return openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
-
-
-def data_url(content: bytes) -> str:
-    return f"data:image/png;base64,{base64.b64encode(content).decode()}"
-
-
-IMAGES = [encode_image(np.random.default_rng(n).integers(0, 256, (20, 24, 3), np.uint8)) for n in range(5)]
-URLS = [data_url(image) for image in IMAGES]
 
 
 @pytest.fixture(scope="module")
@@ -279,175 +213,6 @@ def test_requests_of_many_clients_get_their_own_answers(answerer, client):
     assert (stats.waiting, stats.running) == (0, 0)
 
 
-def test_requests_take_turns_in_passes_of_bounded_size(encoder):
-    """A short request is answered before a long one that arrived before it."""
-    _, model = encoder
-    engine = EncoderEngine(model, SEQ_LEN, 0, ServeSpec(max_concurrency=2))
-    text, finished = EncodeRequest(token_ids=(0, 5, 6)), []
-
-    async def ask(name, count):
-        await answer_inputs(engine, [text] * count)
-        finished.append(name)
-
-    async def ask_both():
-        # The engine takes its first inputs under this lock, so it finds both requests.
-        engine._condition.acquire()
-        tasks = [asyncio.create_task(ask(name, count)) for name, count in (("long", 20), ("short", 1))]
-        await asyncio.sleep(0)
-        engine._condition.release()
-        await asyncio.gather(*tasks)
-
-    asyncio.run(ask_both())
-    assert finished == ["short", "long"]
-    # One pass has an input of each, and the other 19 inputs take ten passes.
-    assert engine.stats().steps == 11
-    engine.close()
-
-
-def test_inputs_of_a_client_that_has_gone_away_are_not_computed(encoder):
-    _, model = encoder
-    engine = EncoderEngine(model, SEQ_LEN, 0, ServeSpec(max_concurrency=1))
-
-    async def leave():
-        with pytest.raises(TimeoutError):
-            async with asyncio.timeout(0.05):
-                await answer_inputs(engine, [EncodeRequest(token_ids=(0, 5, 6))] * 100_000)
-
-    asyncio.run(leave())
-    stats = engine.stats()
-    assert (stats.waiting, stats.requests) == (0, 1)
-    assert stats.prompt_tokens < 3 * 100_000
-    engine.close()
-
-
-def test_clients_take_turns_whatever_the_number_of_their_requests(encoder):
-    _, model = encoder
-    engine, finished = SteppedEngine(model, SEQ_LEN, 0, ServeSpec(max_concurrency=1)), []
-
-    async def ask(client, number):
-        await answer_inputs(engine, [EncodeRequest(token_ids=(0, 5, 6))], client)
-        finished.append((client, number))
-
-    async def ask_all():
-        requests = [("ann", 0), ("ann", 1), ("ann", 2), ("bob", 0), ("bob", 1), ("cid", 0)]
-        tasks = [asyncio.create_task(ask(*request)) for request in requests]
-        await asyncio.sleep(0)
-        engine.allow_rounds(6)
-        await asyncio.gather(*tasks)
-
-    asyncio.run(ask_all())
-    assert finished == [("ann", 0), ("bob", 0), ("cid", 0), ("ann", 1), ("bob", 1), ("ann", 2)]
-    engine.close()
-
-
-def endless_model(encoder):
-    """Return a model whose captions never end by themselves."""
-    run, _ = encoder
-    model = build_model(run.spec().model).eval().requires_grad_(False)
-    init_weights(model, 3)
-    model.output["text"].bias[0] = -1e4
-    return model
-
-
-def caption_request(max_tokens, number=0):
-    return EncodeRequest(image=crop_pixels(read_image_url(URLS[number]), 16), max_tokens=max_tokens)
-
-
-@pytest.mark.parametrize(
-    ("max_tokens", "token_count"), [(1, 1), (3, 3), (SEQ_LEN - 1, SEQ_LEN - 1), (500, SEQ_LEN - 1)]
-)
-def test_limit_of_a_caption_bounds_its_passes(encoder, max_tokens, token_count):
-    model = endless_model(encoder)
-    engine = EncoderEngine(model, SEQ_LEN, 0, ServeSpec())
-    [encoding] = asyncio.run(answer_inputs(engine, [caption_request(max_tokens)]))
-    image = torch.from_numpy(np.stack([caption_request(max_tokens).image]))
-    assert [encoding.caption_ids] == write_captions(model, image, 0, token_count)
-    assert encoding.finish_reason == "length"
-    stats = engine.stats()
-    assert (stats.steps, stats.answer_tokens) == (token_count, token_count)
-    # A pass computes 17 positions of the image, the start token and the caption so far.
-    assert stats.step_tokens == sum(17 + 1 + length for length in range(token_count))
-    assert sum(stats.count_LE[0]) > 0
-    assert stats.answer_rate == token_count / 10
-    assert (stats.first_token.count, stats.each_token.count) == (1, token_count - 1)
-    engine.close()
-
-
-def test_a_caption_that_ends_by_itself_says_so(encoder):
-    model = endless_model(encoder)
-    model.output["text"].bias[0] = 1e4
-    engine = EncoderEngine(model, SEQ_LEN, 0, ServeSpec())
-    [encoding] = asyncio.run(answer_inputs(engine, [caption_request(1)]))
-    assert (encoding.caption_ids, encoding.finish_reason) == ([], "stop")
-    engine.close()
-
-
-def test_other_requests_are_answered_between_the_tokens_of_a_caption(encoder):
-    """Another caption joins after two tokens, and a text and an image get their vectors meanwhile."""
-    model = endless_model(encoder)
-    engine, finished = SteppedEngine(model, SEQ_LEN, 0, ServeSpec(max_concurrency=2)), []
-
-    async def ask(name, value):
-        [encoding] = await answer_inputs(engine, [value])
-        finished.append(name)
-        return encoding.caption_ids
-
-    async def ask_all():
-        tasks = [asyncio.create_task(ask("long", caption_request(8)))]
-        await engine.run_rounds(2)
-        other_requests = {
-            "short": caption_request(2, 1),
-            "text": EncodeRequest(token_ids=(0, 5, 6)),
-            "image": caption_request(None, 2),
-        }
-        tasks += [asyncio.create_task(ask(name, value)) for name, value in other_requests.items()]
-        await asyncio.sleep(0)
-        engine.allow_rounds(100)
-        return await asyncio.gather(*tasks)
-
-    captions = asyncio.run(ask_all())
-    assert finished[-1] == "long"
-    images = torch.from_numpy(np.stack([caption_request(1, number).image for number in (0, 1)]))
-    expected = write_captions(model, images, 0, 8)
-    assert captions[:2] == [expected[0], expected[1][:2]]
-    # Eight passes compute both captions, and one the two vectors.
-    assert engine.stats().steps == 9
-    engine.close()
-
-
-def test_an_abandoned_caption_drops_out(encoder):
-    engine = SteppedEngine(endless_model(encoder), SEQ_LEN, 0, ServeSpec())
-
-    async def leave():
-        task = asyncio.create_task(answer_inputs(engine, [caption_request(8)]))
-        await engine.run_rounds(2)
-        task.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await task
-        engine.allow_rounds(100)
-        await answer_inputs(engine, [EncodeRequest(token_ids=(0, 5, 6))])
-
-    asyncio.run(leave())
-    stats = engine.stats()
-    # The third pass had begun when the client left.
-    assert stats.steps <= 4
-    assert (stats.waiting, stats.running, stats.requests) == (0, 0, 2)
-    engine.close()
-
-
-def test_figures_count_requests_from_their_admission_to_their_end(encoder):
-    _, model = encoder
-    engine, text = EncoderEngine(model, SEQ_LEN, 0, ServeSpec()), EncodeRequest(token_ids=(0, 5, 6))
-    with engine.admission("ann"):
-        stats = engine.stats()
-        assert (stats.waiting, stats.running, stats.requests) == (1, 0, 0)
-    asyncio.run(answer_inputs(engine, [text] * 5))
-    stats = engine.stats()
-    assert (stats.waiting, stats.running, stats.requests, stats.prompt_tokens) == (0, 0, 2, 15)
-    assert (stats.queue.count, stats.first_token.count, stats.answer_tokens) == (1, 1, 0)
-    engine.close()
-
-
 def test_texts_are_logged_without_images_only_if_the_spec_says_so(answerer, caplog):
     caplog.set_level("INFO")
     for spec in (ServeSpec(), ServeSpec(log_prompts=True)):
@@ -491,7 +256,7 @@ def test_a_request_that_times_out_counts_against_the_limit_on_tokens(encoder, an
     held_answerer = EncoderAnswerer(
         engine, answerer.tokenizer, answerer.details, answerer.encoder, writes_captions=True
     )
-    app = create_app(held_answerer, "pictures", ServeSpec(keys=(key,), request_timeout=0.5))
+    app = create_app(held_answerer, "pictures", ServeSpec(keys=(key,), request_timeout=3))
     headers = {"Authorization": "Bearer secret"}
     answers = [call(app, "POST", f"/{route}", json=body, headers=headers) for _ in range(2)]
     assert [answer.status_code for answer in answers] == [503, 429]
@@ -510,31 +275,6 @@ def test_requests_of_a_broken_engine_cost_nothing(encoder, answerer):
     body, headers = {"messages": chat_messages(URLS[0])}, {"Authorization": "Bearer secret"}
     answers = [call(app, "POST", "/v1/chat/completions", json=body, headers=headers) for _ in range(3)]
     assert [answer.status_code for answer in answers] == [503] * 3
-    engine.close()
-
-
-def test_a_full_engine_refuses_requests_and_a_closed_one_fails_them(encoder):
-    _, model = encoder
-    engine = EncoderEngine(model, SEQ_LEN, 0, ServeSpec(max_concurrency=1, max_waiting=1))
-    reason = "2 requests are computed or wait already"
-    with engine.admission(""), engine.admission(""), pytest.raises(BusyError, match=reason), engine.admission(""):
-        pass
-    with engine.admission(""):
-        pass
-    engine.close()
-    with pytest.raises(EngineError, match="it was closed"):
-        asyncio.run(answer_inputs(engine, [EncodeRequest(token_ids=(0, 5, 6))]))
-    with pytest.raises(EngineError, match="it was closed"), engine.admission(""):
-        pass
-
-
-def test_an_error_of_the_model_breaks_the_engine(encoder):
-    run, _ = encoder
-    model = build_model(run.spec().model).eval()
-    engine = EncoderEngine(model, SEQ_LEN, 0, ServeSpec())
-    with pytest.raises(EngineError, match="IndexError"):
-        asyncio.run(answer_inputs(engine, [EncodeRequest(token_ids=(0, 999_999))]))
-    assert "IndexError" in engine.failure_reason
     engine.close()
 
 
@@ -569,15 +309,6 @@ def test_an_encoder_is_served_without_names_if_they_cannot_be_read(tmp_path, cap
     assert "it has no manifest.json" in warning
 
 
-@pytest.mark.parametrize(("count", "first_names"), [(0, []), (3, ["0", "1", "2"]), (5000, ["0", "3", "6"])])
-def test_page_gets_as_many_names_as_it_can_send(encoder, answerer, checkpoint, monkeypatch, count, first_names):
-    run, _ = encoder
-    monkeypatch.setattr(names, "_read_names", lambda *_: [str(number) for number in range(count)])
-    proposed_names = names.held_out_names(run, read_manifest(checkpoint), answerer.tokenizer)
-    assert proposed_names[:3] == first_names
-    assert len(proposed_names) <= MAX_DOCUMENTS
-
-
 def test_an_encoder_of_captions_alone_has_no_vectors(tmp_path):
     run, _ = make_encoder_run(tmp_path, d_match=None)
     answerer = load_served(run.checkpoints / checkpoint_name(1, 1), ServeSpec())
@@ -591,3 +322,10 @@ def test_an_encoder_of_captions_alone_has_no_vectors(tmp_path):
         assert answer.status_code == 200
         assert httpx.get(f"{url}/ready").status_code == 200
     answerer.engine.close()
+
+
+@pytest.mark.parametrize(("count", "first_names"), [(0, []), (3, ["0", "1", "2"]), (5000, ["0", "3", "6"])])
+def test_page_gets_as_many_names_as_it_can_send(count, first_names):
+    names = evenly_spaced([str(number) for number in range(count)], MAX_DOCUMENTS)
+    assert names[:3] == first_names
+    assert len(names) <= MAX_DOCUMENTS

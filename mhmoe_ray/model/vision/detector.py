@@ -146,7 +146,7 @@ class Detector(nn.Module):
         )
 
     def losses(self, map_NMYX: Tensor, targets: Sequence[Objects], generator: torch.Generator) -> list[Tensor]:
-        """Return the losses of each image, of `spec.run.DETECTION_LOSSES` in their order, (N,) float32 each.
+        """Return the losses of each image, of `spec.parts.DETECTION_LOSSES` in their order, (N,) float32 each.
 
         Args:
             map_NMYX: map of each image.

@@ -1,6 +1,7 @@
 """Names that the web page of an encoder proposes: captions of the training's held-out images."""
 
 import logging
+from collections.abc import Sequence
 
 import pyarrow as pa
 from tokenizers import Tokenizer
@@ -29,8 +30,12 @@ def held_out_names(run: RunDir, checkpoint_manifest: CheckpointManifest, tokeniz
     except (DataError, OSError, pa.ArrowInvalid) as e:
         logger.warning("The page proposes no names, because the data of the training cannot be read: %s", e)
         return []
-    # The names are in the order of the alphabet, so that a step over them leaves none of its parts out.
-    return names[:: -(-len(names) // MAX_DOCUMENTS) or 1]
+    return evenly_spaced(names, MAX_DOCUMENTS)
+
+
+def evenly_spaced(sorted_names: Sequence[str], limit: int) -> list[str]:
+    """Return at most `limit` names, evenly spaced, so that none of the alphabet is left out."""
+    return list(sorted_names[:: -(-len(sorted_names) // limit) or 1])
 
 
 def _read_names(run: RunDir, checkpoint_manifest: CheckpointManifest, tokenizer: Tokenizer) -> list[str]:

@@ -84,7 +84,7 @@ class Tasks(PartObjective[VisionBatch]):
             step: number of steps done.
         """
         rule = self.adaptive
-        if rule is None or step % rule.spec.interval:
+        if rule is None or step == 0 or step % rule.spec.interval:
             return []
         with torch.no_grad():
             losses = {
