@@ -188,11 +188,10 @@ class RunSpec(Section):
         if len(set(losses)) < len(losses):
             raise ValueError(f"two losses of the parts have the same name, among {', '.join(losses)}: rename a part")
         masked_columns = {column for part in self.parts if part.objective == "masked" for column in part.columns}
-        # Fine-tuning may have any objectives, because the start has learned to read both.
-        if masked_columns != {"image", "text"} and self.start is None:
+        # A start has learned to read both already.
+        if {column for part in self.parts for column in part.columns} != {"image", "text"} and self.start is None:
             raise ValueError(
-                "an encoder needs parts with objective masked for images and for texts, or for pairs, unless it starts "
-                "from another run"
+                "an encoder needs parts with images and with texts, or with pairs, unless it starts from another run"
             )
         self.train.masking.check_use({key for part in self.parts for key in part.masking_keys}, encoder.patches)
         has_contrast = any(part.objective == "contrastive" for part in self.parts)

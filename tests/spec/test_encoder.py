@@ -42,3 +42,26 @@ def test_a_share_that_no_part_uses_is_refused(key, part):
     encoder_spec(**changes)
     with pytest.raises(ValidationError, match=f"train.masking.{key} is 0.3, but no part with objective masked has"):
         encoder_spec(**changes, train__masking={key: 0.3})
+
+
+def contrastive_changes(*columns):
+    """Return the changes of a spec to one part that matches pairs, or masks what `columns` name."""
+    objective = "contrastive" if len(columns) > 1 else "masked"
+    return {
+        "data__sources": {"drawings": {"path": "raw", "format": "webdataset", "columns": list(columns)}},
+        "data__parts": {"drawings": {"sources": ["drawings"], "micro_batch_size": 4, "objective": objective}},
+        "train__micro_batch_size": 4,
+        "model__encoder__d_match": 8 if len(columns) > 1 else None,
+        "model__moe": None,
+    }
+
+
+def test_an_encoder_may_learn_from_pairs_without_masks():
+    assert encoder_spec(**contrastive_changes("image", "text")).start is None
+
+
+@pytest.mark.parametrize("column", ["image", "text"])
+def test_an_encoder_of_one_modality_is_refused_unless_its_start_has_both(column):
+    with pytest.raises(ValidationError, match="an encoder needs parts with images and with texts, or with pairs"):
+        encoder_spec(**contrastive_changes(column))
+    encoder_spec(**contrastive_changes(column), start={"from": "pretrained"})
