@@ -23,7 +23,7 @@ from tokenizers import Tokenizer
 from mhmoe_ray.bench.process_memory import PeakMemory
 from mhmoe_ray.bench.processes import Measurement, run_in_process
 from mhmoe_ray.bench.timing import turns
-from mhmoe_ray.data.encoder_samples import EncoderTrainingSamples
+from mhmoe_ray.data.encoder.samples import EncoderTrainingSamples
 from mhmoe_ray.data.prepare.pipeline import prepare
 from mhmoe_ray.data.shards.columns import EncoderSamples
 from mhmoe_ray.data.shards.files import ShardReader
@@ -31,8 +31,8 @@ from mhmoe_ray.data.shards.manifest import require_data_manifest
 from mhmoe_ray.data.sources import find_files
 from mhmoe_ray.data.stream import training_stream
 from mhmoe_ray.data.tokenizer import boundaries, document_encoder
-from mhmoe_ray.data.vision_columns import VisionSamples
-from mhmoe_ray.data.vision_samples import VisionTrainingSamples
+from mhmoe_ray.data.vision.columns import VisionSamples
+from mhmoe_ray.data.vision.samples import VisionTrainingSamples
 from mhmoe_ray.spec import RunSpec
 
 

@@ -7,7 +7,7 @@ from mhmoe_ray.bench.layers import has_masks
 from mhmoe_ray.bench.measure import Figures, Request
 from mhmoe_ray.bench.sweep import AXES, Sweep
 from mhmoe_ray.bench.timing import Hardware
-from mhmoe_ray.pictures import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILION, new_figure, save, short, style
+from mhmoe_ray.plotting import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILION, new_figure, save, short, style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -171,8 +171,8 @@ def _check_png(png: Path, axis: "AxisName | None") -> None:
         BadParameter: there is no axis.
         DataError: matplotlib is not installed, or the file could not be written.
     """
-    from mhmoe_ray import pictures
+    from mhmoe_ray import plotting
 
     if axis is None:
         raise typer.BadParameter(f"--png {png}: a plot needs an axis; give --over, for example --over tokens")
-    pictures.check(png)
+    plotting.check(png)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mhmoe_ray import pictures
+from mhmoe_ray import plotting
 from mhmoe_ray.api.defaults import SPEC_SUFFIXES
 from mhmoe_ray.cli import data_inspect_view, jobs
 from mhmoe_ray.cli.common import AddressOption, JsonOption, out, print_json, print_note, read_spec
@@ -151,7 +151,7 @@ def inspect(
         return
     # This call raises an error if the picture cannot be written, before all text is read, which may take long.
     if png:
-        pictures.check(png)
+        plotting.check(png)
     summary = {
         "name": target.name,
         **survey_dict(run_survey(target, address, check_rules=False)),

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from mhmoe_ray.cli.common import BARS, format_bytes, number_table, out, print_untruncated
 from mhmoe_ray.data.domains import source_of, subfolder_of
-from mhmoe_ray.pictures import BLUE, ROW_INCHES, VERMILION, new_figure, save, short, style
+from mhmoe_ray.plotting import BLUE, ROW_INCHES, VERMILION, new_figure, save, short, style
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -21,7 +21,7 @@ from mhmoe_ray.cli.common import (
     read_spec,
 )
 from mhmoe_ray.data.domains import source_of, subfolder_of
-from mhmoe_ray.pictures import COLOURS, ROW_INCHES, new_figure, save, style
+from mhmoe_ray.plotting import COLOURS, ROW_INCHES, new_figure, save, style
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -21,7 +21,7 @@ import pyarrow as pa
 import ray.data
 
 from mhmoe_ray.data.domains import source_of
-from mhmoe_ray.data.encoder_samples import EncoderTrainingSamples
+from mhmoe_ray.data.encoder.samples import EncoderTrainingSamples
 from mhmoe_ray.data.order.mixture import training_order
 from mhmoe_ray.data.shards.columns import (
     EXPERT,
@@ -35,8 +35,8 @@ from mhmoe_ray.data.shards.columns import (
 )
 from mhmoe_ray.data.shards.files import ShardReader
 from mhmoe_ray.data.shards.manifest import DataManifest, require_data_manifest
-from mhmoe_ray.data.vision_columns import stream_columns
-from mhmoe_ray.data.vision_samples import VisionTrainingSamples
+from mhmoe_ray.data.vision.columns import stream_columns
+from mhmoe_ray.data.vision.samples import VisionTrainingSamples
 from mhmoe_ray.ray_compat import ExecutionCallback
 from mhmoe_ray.spec import MoESpec, RunSpec
 
@@ -108,7 +108,7 @@ def training_stream(
     Its blocks are for `world_size` ranks in turn. The last block of each rank may extend past the end of the training;
     no rank reads those rows. The columns are `position` (int64) and those of the samples (data/shards/columns.py); for
     router `domain` also `expert` (int64). For an encoder or a vision model, a row is a whole micro-batch, and its
-    position is that of its first sample (encoder_samples.py, vision_samples.py). The caller must read the dataset with
+    position is that of its first sample (encoder/samples.py, vision/samples.py). The caller must read the dataset with
     `preserve_order`.
 
     Args:

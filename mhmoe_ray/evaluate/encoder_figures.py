@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 from mhmoe_ray.checkpoint.load import load_verified_encoder
 from mhmoe_ray.checkpoint.manifest import CheckpointManifest
 from mhmoe_ray.checkpoint.tokenizer import load_run_tokenizer
-from mhmoe_ray.data.encoder_samples import Pairs, encoder_validation_samples, held_out_pairs
+from mhmoe_ray.data.encoder.samples import Pairs, encoder_validation_samples, held_out_pairs
 from mhmoe_ray.data.shards.manifest import require_data_manifest, require_matching_data
 from mhmoe_ray.data.shards.rows import read_codebook
 from mhmoe_ray.data.tokenizer import DocumentEncoder, boundaries

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 
-from mhmoe_ray.data.crops import read_crop
 from mhmoe_ray.data.domains import source_of
+from mhmoe_ray.data.images.crops import read_crop
 from mhmoe_ray.data.shards.manifest import DataManifest, data_digest, read_data_manifest
 from mhmoe_ray.data.shards.rows import IMAGE, RowReader
 from mhmoe_ray.spec import RunSpec

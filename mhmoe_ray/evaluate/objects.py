@@ -8,10 +8,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from mhmoe_ray.data.annotations import Annotation
-from mhmoe_ray.data.images import image_size
-from mhmoe_ray.data.stored_pixels import stored_boxes, stored_probabilities
-from mhmoe_ray.data.vision_samples import Fit
+from mhmoe_ray.data.images.files import image_size
+from mhmoe_ray.data.vision.annotations import Annotation
+from mhmoe_ray.data.vision.fit import Fit, stored_boxes, stored_probabilities
 from mhmoe_ray.evaluate.score import ObjectPrecision
 from mhmoe_ray.model.vision import Detection, paste_mask
 

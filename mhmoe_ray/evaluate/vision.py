@@ -13,9 +13,8 @@ import torch
 
 from mhmoe_ray.checkpoint.load import load_verified_vision
 from mhmoe_ray.checkpoint.manifest import CheckpointManifest
-from mhmoe_ray.data.annotations import Annotation, unpack
 from mhmoe_ray.data.domains import source_of
-from mhmoe_ray.data.images import image_size
+from mhmoe_ray.data.images.files import image_size
 from mhmoe_ray.data.shards.manifest import (
     read_classes,
     require_data_manifest,
@@ -23,9 +22,10 @@ from mhmoe_ray.data.shards.manifest import (
 )
 from mhmoe_ray.data.shards.rows import ANNOTATION
 from mhmoe_ray.data.sources import Document, FileReader, find_files
-from mhmoe_ray.data.vision_batches import task_batch
-from mhmoe_ray.data.vision_columns import TaskSamples
-from mhmoe_ray.data.vision_samples import AnnotatedImages, held_out_images, task_makers
+from mhmoe_ray.data.vision.annotations import Annotation, unpack
+from mhmoe_ray.data.vision.batches import task_batch
+from mhmoe_ray.data.vision.columns import HeldOutSamples
+from mhmoe_ray.data.vision.samples import AnnotatedImages, StoredSamples, held_out_images, task_makers
 from mhmoe_ray.errors import DataError
 from mhmoe_ray.evaluate.context import EvaluationAnswer, EvaluationContext, Progress
 from mhmoe_ray.evaluate.measure import RouteCounter
@@ -57,7 +57,7 @@ class VisionMeter:
 
     @torch.no_grad()
     def run(
-        self, part: MicroBatchPart, samples: TaskSamples, images: Sequence[bytes], label: str
+        self, part: MicroBatchPart, samples: HeldOutSamples, images: Sequence[bytes], label: str
     ) -> Iterator[TaskOutputs]:
         """Yield the outputs of a task for each batch of its samples.
 
@@ -134,15 +134,16 @@ def vision_figures(context: EvaluationContext) -> EvaluationAnswer:
             continue
         annotations = [unpack(content) for content in stored.annotations]
         _check_annotations(part, annotations, classes[part.name])
-        samples = makers[part.name].make(*stored, None)
+        samples = StoredSamples(makers[part.name], stored)
         outputs = list(meter.run(part, samples, stored.images, f"{part.name} images"))
         for name, values in zip(part.losses, zip(*(o.losses for o in outputs), strict=True), strict=True):
             figures.losses[name] = float(np.concatenate(values).mean())
         if part.objective == "classify":
-            assert samples.classes is not None
             logits_NC = np.concatenate([o.logits_NC for o in outputs if o.logits_NC is not None])
             neighbours = _read_baseline(spec, part, manifest, print_line)
-            figures.classes[part.name] = _accuracy_figures(logits_NC, samples.classes, stored, neighbours, classes)
+            figures.classes[part.name] = _accuracy_figures(
+                logits_NC, annotations, classes[part.name], stored.images, neighbours
+            )
         else:
             detections = [detection for o in outputs for detection in o.detections]
             figures.objects[part.name] = ObjectFigures(
@@ -168,26 +169,23 @@ def _raw_images(
     Raises:
         DataError: a source has no usable image, or it does not fit exactly one task.
     """
-    images_by_source = {name: AnnotatedImages([], []) for name in data.sources}
+    rows_by_source: dict[str, list[tuple[bytes, bytes]]] = {name: [] for name in data.sources}
     for file in find_files(data):
-        stored = images_by_source[source_of(file.domain)]
+        rows = rows_by_source[source_of(file.domain)]
         for item in FileReader(file, data):
-            if len(stored.images) >= max_images:
+            if len(rows) >= max_images:
                 break
             if isinstance(item, Document) and item.image is not None and item.annotation is not None:
-                stored.images.append(item.image)
-                stored.annotations.append(item.annotation)
-    images_by_task: dict[str, AnnotatedImages] = {}
-    for name, stored in images_by_source.items():
-        task = _task_of_source(name, data, spec, classes, stored)
-        images, annotations = images_by_task.setdefault(task, AnnotatedImages([], []))
-        images += stored.images
-        annotations += stored.annotations
-    return images_by_task
+                rows.append((item.image, item.annotation))
+    rows_by_task: dict[str, list[tuple[bytes, bytes]]] = {}
+    for name, rows in rows_by_source.items():
+        task = _task_of_source(name, data, spec, classes, [annotation for _, annotation in rows])
+        rows_by_task.setdefault(task, []).extend(rows)
+    return {task: AnnotatedImages(*map(list, zip(*rows, strict=True))) for task, rows in rows_by_task.items()}
 
 
 def _task_of_source(
-    name: str, data: DataSpec, spec: RunSpec, classes: Mapping[str, Sequence[str]], stored: AnnotatedImages
+    name: str, data: DataSpec, spec: RunSpec, classes: Mapping[str, Sequence[str]], annotations: Sequence[bytes]
 ) -> str:
     """Return the task whose images a source has.
 
@@ -201,11 +199,11 @@ def _task_of_source(
     if not tasks:
         fix = f"set data.sources.{name}.columns and format to those of images with classes or objects"
         raise DataError(f"source {name}", "no task of the model is about what its columns have", fix)
-    if not stored.images:
+    if not annotations:
         raise DataError(f"source {name}", "no image in it can be used", "see `mhmoe data inspect`")
     if name in tasks or len(tasks) == 1:
         return name if name in tasks else tasks[0]
-    class_names = {class_name for content in stored.annotations for class_name in unpack(content).class_names}
+    class_names = {class_name for content in annotations for class_name in unpack(content).class_names}
     fitting_tasks = [task for task in tasks if class_names.issubset(classes[task])]
     if len(fitting_tasks) != 1:
         reason = f"its classes fit {len(fitting_tasks)} of the tasks {', '.join(tasks)}"
@@ -250,20 +248,27 @@ def _read_baseline(
 
 def _accuracy_figures(
     logits_NC: np.ndarray,
-    class_N: np.ndarray,
-    stored: AnnotatedImages,
+    annotations: Sequence[Annotation],
+    class_names: Sequence[str],
+    images: Sequence[bytes],
     neighbours: _Neighbours | None,
-    classes: Mapping[str, Sequence[str]],
 ) -> AccuracyFigures:
-    """Return the accuracy of a task, beside that of the nearest training images."""
+    """Return the accuracy of a task, beside that of the nearest training images.
+
+    Args:
+        logits_NC: logits of the classes of each image.
+        annotations: the class of each image.
+        class_names: names of the classes, in the order of their numbers.
+        images: image files, which are compared with those of the training.
+        neighbours: images of the training; None without a baseline.
+    """
+    names = [annotation.class_name or "" for annotation in annotations]
+    class_N = np.array([class_names.index(name) for name in names])
     # Ties count against the model.
     rank_N = (logits_NC >= logits_NC[np.arange(len(class_N)), class_N][:, None]).sum(1) - 1
-    names = [unpack(content).class_name for content in stored.annotations]
     baseline = largest_class = None
     if neighbours is not None:
-        nearest_names = [
-            neighbours.classes[number] for number in neighbours.nearest_images.nearest_samples(stored.images)
-        ]
+        nearest_names = [neighbours.classes[number] for number in neighbours.nearest_images.nearest_samples(images)]
         baseline = float(np.mean([a == b for a, b in zip(nearest_names, names, strict=True)]))
         most_frequent = max(set(neighbours.classes), key=lambda name: (neighbours.classes.count(name), name))
         largest_class = float(np.mean([name == most_frequent for name in names]))

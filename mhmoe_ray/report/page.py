@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jinja2 import Environment, PackageLoader, select_autoescape
 
-from mhmoe_ray import pictures
+from mhmoe_ray import plotting
 from mhmoe_ray.errors import RunError
 from mhmoe_ray.report import plots
 from mhmoe_ray.report.figures import Routes, RunFigures, compare_expert_use, read_routes
@@ -74,7 +74,7 @@ def write_report(runs: Sequence[RunDir], folder: Path, baseline: str | None = No
     routes_by_name = {v.name: routes for v in all_variants if (routes := read_routes(v.routes_run)) is not None}
     with _translated_write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    with pictures.style():
+    with plotting.style():
         drawn_figures = _figures(all_variants, baseline_variant, routes_by_name)
         figures = {name: _write_figure(figure, folder / f"{name}.png") for name, figure in drawn_figures}
     page = (
@@ -130,7 +130,7 @@ def _find_baseline(
 
 def _translated_write_errors(folder: Path) -> AbstractContextManager[None]:
     """Context manager that turns an OSError into a DataError about the report's folder."""
-    return pictures.writing(f"report {folder}", "name a folder you can write")
+    return plotting.writing(f"report {folder}", "name a folder you can write")
 
 
 def _environment() -> Environment:
@@ -178,7 +178,7 @@ def _expert_use_sentences(baseline: str, routes_by_name: dict[str, Routes]) -> l
 
 def _write_figure(figure: "Figure", png: Path) -> str:
     """Write a figure as PNG, and return it as SVG for the page."""
-    pictures.save(figure, png)
+    plotting.save(figure, png)
     svg = io.StringIO()
     figure.savefig(svg, format="svg", metadata={"Date": None})
     # The figure's fixed size is removed, so that the figure takes the width of the page's column.

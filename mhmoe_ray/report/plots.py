@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mhmoe_ray.evaluate import activation
-from mhmoe_ray.pictures import COLOURS, ROW_INCHES, new_figure
+from mhmoe_ray.plotting import COLOURS, ROW_INCHES, new_figure
 from mhmoe_ray.report.figures import Routes, RunFigures
 from mhmoe_ray.report.variants import Variant, losses_at
 from mhmoe_ray.runs import metrics

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
-from mhmoe_ray.data.images import (
+from mhmoe_ray.data.images.files import (
     DamagedImageError,
     ImageLimitError,
     NotImageError,

@@ -24,7 +24,7 @@ from mhmoe_ray.checkpoint.save import Saver
 from mhmoe_ray.data.shards.manifest import require_data_manifest
 from mhmoe_ray.data.shards.rows import read_codebook
 from mhmoe_ray.data.tokenizer import boundaries, load_tokenizer
-from mhmoe_ray.data.vision_columns import VisionSamples
+from mhmoe_ray.data.vision.columns import VisionSamples
 from mhmoe_ray.distributed.dispatch.exchange import SentBytes
 from mhmoe_ray.distributed.mesh import build_mesh
 from mhmoe_ray.errors import DataError, JobError, StorageError

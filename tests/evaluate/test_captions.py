@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from mhmoe_ray.data.encoder_batches import BatchMaker
+from mhmoe_ray.data.encoder.batches import BatchMaker
 from mhmoe_ray.data.shards.columns import EncoderSamples
 from mhmoe_ray.evaluate.captions import cider_d, score_captions, words
 from mhmoe_ray.model.build import build_model

@@ -7,7 +7,7 @@ import pytest
 
 from mhmoe_ray.api.evaluation import make_request
 from mhmoe_ray.checkpoint.manifest import checkpoint_name, read_manifest
-from mhmoe_ray.data.encoder_samples import Pairs
+from mhmoe_ray.data.encoder.samples import Pairs
 from mhmoe_ray.data.tokenizer import DocumentEncoder
 from mhmoe_ray.data.tokenizer.train import train_bpe
 from mhmoe_ray.evaluate.context import EvaluationContext

@@ -4,13 +4,12 @@ import numpy as np
 import pytest
 import torch
 
-from mhmoe_ray.data.annotations import Annotation, decode_mask
-from mhmoe_ray.data.stored_pixels import stored_probabilities
-from mhmoe_ray.data.vision_samples import Fit
+from mhmoe_ray.data.vision.annotations import Annotation, decode_mask
+from mhmoe_ray.data.vision.fit import Fit, stored_probabilities
 from mhmoe_ray.evaluate.objects import StoredDetection, average_precision, stored_detection
 from mhmoe_ray.model.vision import Detection
 from tests.data.pictures import encode_image
-from tests.data.test_vision_samples import NAMES, instance, square_mask
+from tests.data.vision.test_samples import NAMES, instance, square_mask
 
 IMAGE = encode_image(np.zeros((48, 64, 3), np.uint8))
 TRUTH = [

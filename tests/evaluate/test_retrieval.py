@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from mhmoe_ray.data.crops import read_crop
-from mhmoe_ray.data.encoder_batches import BatchMaker
-from mhmoe_ray.data.encoder_samples import SampleMaker
+from mhmoe_ray.data.encoder.batches import BatchMaker
+from mhmoe_ray.data.encoder.samples import SampleMaker
+from mhmoe_ray.data.images.crops import read_crop
 from mhmoe_ray.data.shards.rows import RowReader, row_batch, write_row_shard
 from mhmoe_ray.evaluate.encoder import EncoderMeter
 from mhmoe_ray.evaluate.nearest import NearestImages, distinct_images

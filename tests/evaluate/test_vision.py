@@ -8,8 +8,7 @@ import pytest
 from PIL import Image
 
 from mhmoe_ray.checkpoint.manifest import committed_checkpoints, read_manifest
-from mhmoe_ray.data.annotations import Annotation, pack
-from mhmoe_ray.data.vision_samples import AnnotatedImages
+from mhmoe_ray.data.vision.annotations import Annotation
 from mhmoe_ray.errors import DataError
 from mhmoe_ray.evaluate.context import EvaluationContext
 from mhmoe_ray.evaluate.request import EvalRequest
@@ -107,6 +106,5 @@ def test_a_source_without_classes_and_one_without_usable_images_are_refused(run,
 
 def test_ties_count_against_the_model():
     logits_NC = np.array([[1.0, 1.0, 0.0], [2.0, 1.0, 0.0]], np.float32)
-    contents = [pack(Annotation("cat"))] * 2
-    figures = _accuracy_figures(logits_NC, np.array([0, 0]), AnnotatedImages([b""] * 2, contents), None, {})
+    figures = _accuracy_figures(logits_NC, [Annotation("cat")] * 2, ["cat", "cow", "dog"], [b""] * 2, None)
     assert figures.top_1 == 0.5

@@ -6,7 +6,7 @@ import torch
 from pydantic import ValidationError
 from torch._dynamo.utils import counters
 
-from mhmoe_ray.data.encoder_batches import BatchMaker
+from mhmoe_ray.data.encoder.batches import BatchMaker
 from mhmoe_ray.model.build import build_model
 from mhmoe_ray.model.encoder import MatchHead, image_patches
 from mhmoe_ray.model.init import init_weights

@@ -6,8 +6,8 @@ import torch
 import torchvision.models.detection.roi_heads as roi_heads
 from torch import nn
 
-from mhmoe_ray.data.vision_batches import task_batch
-from mhmoe_ray.data.vision_columns import TaskSamples
+from mhmoe_ray.data.vision.batches import task_batch
+from mhmoe_ray.data.vision.columns import TaskSamples
 from mhmoe_ray.model.build import build_model
 from mhmoe_ray.model.init import init_weights
 from mhmoe_ray.model.noise import Noise, default_generator_from, seeded_generator

@@ -16,9 +16,9 @@ import torch
 
 from mhmoe_ray.checkpoint.manifest import checkpoint_name, read_manifest
 from mhmoe_ray.cli.serve import caption_command
-from mhmoe_ray.data.crops import crop_pixels
-from mhmoe_ray.data.encoder_batches import BatchMaker
-from mhmoe_ray.data.encoder_samples import SampleMaker
+from mhmoe_ray.data.encoder.batches import BatchMaker
+from mhmoe_ray.data.encoder.samples import SampleMaker
+from mhmoe_ray.data.images.crops import crop_pixels
 from mhmoe_ray.errors import ServeError
 from mhmoe_ray.evaluate.encoder import EncoderMeter
 from mhmoe_ray.evaluate.retrieval import Candidates

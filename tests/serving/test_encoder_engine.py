@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from mhmoe_ray.data.crops import crop_pixels
+from mhmoe_ray.data.images.crops import crop_pixels
 from mhmoe_ray.model.build import build_model
 from mhmoe_ray.model.captions import write_captions
 from mhmoe_ray.serving.encoder.engine import EncoderEngine

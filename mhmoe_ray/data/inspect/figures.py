@@ -14,8 +14,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from mhmoe_ray.data.annotations import Annotation
 from mhmoe_ray.data.sources import Tally
+from mhmoe_ray.data.vision.annotations import Annotation
 
 # Halving an octave four times gives 16 bins.
 OCTAVE_HALVINGS = 4

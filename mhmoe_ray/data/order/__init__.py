@@ -1,1 +1,6 @@
-"""The order of samples: mixture.py computes the mixture weights of a spec, order.py the sample at each position."""
+"""The order of samples.
+
+mixture.py   the mixture weights of a spec
+order.py     the sample at each position: a pure function of (seed, position)
+rows.py      rows of images at the positions of a micro-batch with parts
+"""

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mhmoe_ray.data.crops import read_crop
-from mhmoe_ray.data.encoder_batches import normalized_patches
+from mhmoe_ray.data.encoder.batches import normalized_patches
+from mhmoe_ray.data.images.crops import read_crop
 from mhmoe_ray.data.shards.manifest import CODEBOOK_FILE, Shard
 from mhmoe_ray.data.shards.rows import RowReader
 from mhmoe_ray.model.encoder import image_patches

@@ -22,7 +22,6 @@ import ray
 import ray.data
 from tokenizers import Tokenizer
 
-from mhmoe_ray.data.annotations import require_image_packages
 from mhmoe_ray.data.chat.encoder import ConversationEncoder
 from mhmoe_ray.data.chat.template import ChatTemplate, ChatTemplateError, check_template, template_error
 from mhmoe_ray.data.domains import source_of
@@ -63,6 +62,7 @@ from mhmoe_ray.data.shards.manifest import (
 from mhmoe_ray.data.sources import Tally, file_blocks, find_files
 from mhmoe_ray.data.sources.find import fingerprints
 from mhmoe_ray.data.tokenizer import boundaries, boundary_texts, load_tokenizer, store_given_tokenizer, train_tokenizer
+from mhmoe_ray.data.vision.annotations import require_image_packages
 from mhmoe_ray.errors import DataError
 from mhmoe_ray.spec import RunSpec
 from mhmoe_ray.storage import describe_file, write_json

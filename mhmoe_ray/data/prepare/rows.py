@@ -19,7 +19,6 @@ import numpy as np
 import pyarrow as pa
 from pydantic import BaseModel
 
-from mhmoe_ray.data.annotations import unpack
 from mhmoe_ray.data.prepare.chunks import Chunk
 from mhmoe_ray.data.prepare.packing import ShardResult
 from mhmoe_ray.data.prepare.validation import ValidationSplit, is_validation, select_rows
@@ -35,6 +34,7 @@ from mhmoe_ray.data.shards.rows import (
     tokens_of,
     write_row_shard,
 )
+from mhmoe_ray.data.vision.annotations import unpack
 
 
 class RowCounts(BaseModel):

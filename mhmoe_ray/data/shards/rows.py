@@ -3,14 +3,15 @@
 A sample of an encoder is a row with two columns. `tokens` has T tokens of 2 or 4 bytes: the start token and those of a
 text, filled up with padding; without a text, all are padding. `image` has the image file as it was stored, and is empty
 without an image. The column is dictionary-encoded, so that an image with many captions is stored once in a shard. A
-sample of a vision model has the columns `image` and `annotation`, its class or its objects (data/annotations.py). A
-shard is an Arrow file of one batch without nulls, which is memory-mapped for reading.
+sample of a vision model has the columns `image` and `annotation`, which is its class or its objects
+(data/vision/annotations.py). A shard is an Arrow file of one batch without nulls, which is memory-mapped for reading.
 """
 
 import hashlib
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import overload
 
 import numpy as np
 import pyarrow as pa
@@ -114,6 +115,27 @@ def tokens_of(batch: pa.RecordBatch, token_bytes: int) -> np.ndarray:
     all_tokens = np.frombuffer(column.buffers()[1], token_dtype(token_bytes)).reshape(-1, length)
     # The buffer of a slice has the rows before and after it, too.
     return all_tokens[column.offset : column.offset + len(column)]
+
+
+class StoredValues(Sequence[bytes]):
+    """Values of some rows in column `image` or `annotation`, which are read when they are asked for."""
+
+    def __init__(self, reader: "RowReader", column: str, numbers: np.ndarray) -> None:
+        """Create the values; `numbers` are those of the rows."""
+        self._reader, self._column, self._numbers = reader, column, numbers
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    @overload
+    def __getitem__(self, index: int) -> bytes: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[bytes]: ...
+
+    def __getitem__(self, index: int | slice) -> bytes | list[bytes]:
+        values = self._reader.read_values(self._column, np.atleast_1d(self._numbers[index]))
+        return values if isinstance(index, slice) else values[0]
 
 
 class RowReader:

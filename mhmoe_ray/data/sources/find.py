@@ -17,7 +17,7 @@ from typing import Any
 import pyarrow as pa
 
 from mhmoe_ray.data.domains import source_of, subfolder_of
-from mhmoe_ray.data.images import IMAGE_SUFFIXES
+from mhmoe_ray.data.images.files import IMAGE_SUFFIXES
 from mhmoe_ray.data.sources.items import RawFile
 from mhmoe_ray.data.sources.redpajama_v2 import DOCUMENTS_PATH, SidecarFiles
 from mhmoe_ray.data.sources.storage import ListedFile, Storage, relative_path, short_message

@@ -17,7 +17,6 @@
 from collections.abc import Iterator
 from typing import Protocol
 
-from mhmoe_ray.data.annotations import require_image_packages
 from mhmoe_ray.data.chat.template import ChatTemplate, check_template
 from mhmoe_ray.data.domains import source_of
 from mhmoe_ray.data.sources.chat import read_chat
@@ -29,6 +28,7 @@ from mhmoe_ray.data.sources.records import read_jsonl, read_text
 from mhmoe_ray.data.sources.redpajama_v2 import read_redpajama_v2
 from mhmoe_ray.data.sources.storage import Storage
 from mhmoe_ray.data.sources.webdataset import read_webdataset
+from mhmoe_ray.data.vision.annotations import require_image_packages
 from mhmoe_ray.spec import DataSpec, Format, SourceSpec
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 import orjson
 
-from mhmoe_ray.data.images import IMAGE_SUFFIXES
+from mhmoe_ray.data.images.files import IMAGE_SUFFIXES
 from mhmoe_ray.data.sources.compression import decompress
 from mhmoe_ray.data.sources.items import BadLine, DamageError, Document, Fault, RawFile, ReadSettings, Reason, Tally
 from mhmoe_ray.data.sources.pictures import check_image, class_annotation, decode_caption, picture_document

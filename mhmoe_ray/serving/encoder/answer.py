@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from tokenizers import Tokenizer
 
-from mhmoe_ray.data.crops import crop_pixels
+from mhmoe_ray.data.images.crops import crop_pixels
 from mhmoe_ray.data.tokenizer import DocumentEncoder
 from mhmoe_ray.errors import ServeError
 from mhmoe_ray.serving.answer import ModelDetails, ServedText

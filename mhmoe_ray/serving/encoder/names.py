@@ -7,7 +7,7 @@ import pyarrow as pa
 from tokenizers import Tokenizer
 
 from mhmoe_ray.checkpoint.manifest import CheckpointManifest
-from mhmoe_ray.data.encoder_samples import held_out_captions
+from mhmoe_ray.data.encoder.samples import held_out_captions
 from mhmoe_ray.data.shards.columns import padding_token
 from mhmoe_ray.data.shards.manifest import data_digest, read_data_manifest
 from mhmoe_ray.data.tokenizer import DocumentEncoder

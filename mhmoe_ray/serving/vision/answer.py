@@ -6,9 +6,8 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 
-from mhmoe_ray.data.crops import centre_crop, crop_pixels
-from mhmoe_ray.data.stored_pixels import stored_boxes, stored_probabilities
-from mhmoe_ray.data.vision_samples import Fit, fit_pixels
+from mhmoe_ray.data.images.crops import centre_crop, crop_pixels
+from mhmoe_ray.data.vision.fit import Fit, fit_pixels, stored_boxes, stored_probabilities
 from mhmoe_ray.serving.answer import ModelDetails, ServedModel
 from mhmoe_ray.serving.engine.client_request import ClientRequest
 from mhmoe_ray.serving.images import ImageThread, read_image_file, read_image_text
@@ -194,7 +193,7 @@ class VisionAnswerer(ServedModel):
 
 def _read_image(source: bytes | str, task: TaskSpec) -> TaskImage:
     image = read_image_file(source) if isinstance(source, bytes) else read_image_text(source)
-    # Evaluation reads images in the same way (`data.vision_samples.TaskSampleMaker`).
+    # Evaluation reads images in the same way (`data.vision.samples.TaskSampleMaker`).
     pixels = crop_pixels(image, task.image_size) if task.detector is None else fit_pixels(image, task.image_size)
     return TaskImage(pixels, *image.size)
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mhmoe_ray.data.encoder_batches import BatchMaker, PartSamples, evaluated_samples
+from mhmoe_ray.data.encoder.batches import BatchMaker, PartSamples, evaluated_samples
 from mhmoe_ray.data.shards.columns import EncoderSamples
 from mhmoe_ray.model.encoder import EncoderBatch
 from mhmoe_ray.spec import MicroBatchPart
@@ -54,6 +54,6 @@ class Masked(PartObjective[EncoderBatch]):
 
     def load_validation(self, manifest: "DataManifest") -> Mapping[str, PartSamples]:
         # The rest of the module needs neither Ray nor the preparation of data.
-        from mhmoe_ray.data.encoder_samples import encoder_validation_samples
+        from mhmoe_ray.data.encoder.samples import encoder_validation_samples
 
         return encoder_validation_samples(self.spec, manifest)

@@ -3,8 +3,8 @@
 import numpy as np
 import torch
 
-from mhmoe_ray.data.encoder_batches import BatchMaker
-from mhmoe_ray.data.encoder_samples import SampleMaker
+from mhmoe_ray.data.encoder.batches import BatchMaker
+from mhmoe_ray.data.encoder.samples import SampleMaker
 from mhmoe_ray.data.prepare.codebook import k_means, sample_patches
 from mhmoe_ray.data.shards.rows import RowReader, row_batch, write_row_shard
 from tests.data.pictures import make_pictures

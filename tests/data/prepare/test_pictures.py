@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from mhmoe_ray.data.crops import read_crop
-from mhmoe_ray.data.encoder_batches import normalized_patches
+from mhmoe_ray.data.encoder.batches import normalized_patches
+from mhmoe_ray.data.images.crops import read_crop
 from mhmoe_ray.data.prepare.job import PrepareRequest
 from mhmoe_ray.data.prepare.validation import is_validation
 from mhmoe_ray.data.shards.columns import padding_token

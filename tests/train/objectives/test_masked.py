@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from mhmoe_ray.data.encoder_batches import BatchMaker, normalized_patches
+from mhmoe_ray.data.encoder.batches import BatchMaker, normalized_patches
 from mhmoe_ray.data.shards.columns import EncoderSamples
 from mhmoe_ray.model.build import build_model
 from mhmoe_ray.model.init import init_weights

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from mhmoe_ray.data.jpeg import count_scans
+from mhmoe_ray.data.images.jpeg import count_scans
 from mhmoe_ray.errors import DataError
 
 if TYPE_CHECKING:

@@ -2,7 +2,7 @@
 
 import io
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -30,6 +30,11 @@ class TaskSamples(NamedTuple):
     objects: Sequence[ImageObjects] = ()
     """Objects of each image; empty for classification."""
 
+    @property
+    def sample_count(self) -> int:
+        """The number of samples."""
+        return len(self.images)
+
     def rows(self, start: int, stop: int) -> "TaskSamples":
         """Return samples `start` to `stop` - 1."""
         classes = None if self.classes is None else self.classes[start:stop]
@@ -42,6 +47,17 @@ class TaskSamples(NamedTuple):
             yield self.classes
         for image_objects in self.objects:
             yield from image_objects
+
+
+class HeldOutSamples(Protocol):
+    """Samples of one task, in memory (`TaskSamples`) or decoded when they are asked for (`StoredSamples`)."""
+
+    @property
+    def sample_count(self) -> int:
+        """The number of samples."""
+
+    def rows(self, start: int, stop: int) -> TaskSamples:
+        """Return samples `start` to `stop` - 1."""
 
 
 VisionSamples = Mapping[str, TaskSamples]

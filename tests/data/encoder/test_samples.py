@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from mhmoe_ray.data.crops import read_crop
-from mhmoe_ray.data.encoder_samples import SampleMaker, encoder_validation_samples
+from mhmoe_ray.data.encoder.samples import SampleMaker, encoder_validation_samples
+from mhmoe_ray.data.images.crops import read_crop
 from mhmoe_ray.data.shards.manifest import DataManifest, Domain
 from mhmoe_ray.data.shards.rows import row_batch, write_row_shard
 from tests.data.pictures import make_pictures
@@ -38,7 +38,7 @@ def test_held_out_samples_are_decoded_micro_batch_by_micro_batch(prepared, monke
     spec, manifest, _, images = prepared
     decoded_images = []
     monkeypatch.setattr(
-        "mhmoe_ray.data.encoder_samples.read_crop",
+        "mhmoe_ray.data.encoder.samples.read_crop",
         lambda content, *arguments: decoded_images.append(content) or read_crop(content, *arguments),
     )
     samples = encoder_validation_samples(spec, manifest)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import orjson
 
-from mhmoe_ray.data.images import require_pillow
+from mhmoe_ray.data.images.files import require_pillow
 from mhmoe_ray.errors import DataError
 from mhmoe_ray.spec import SourceSpec
 

@@ -1,20 +1,20 @@
 import pytest
 
-from mhmoe_ray import pictures
+from mhmoe_ray import plotting
 from mhmoe_ray.errors import DataError
 
 
 def test_check_changes_and_creates_no_file(tmp_path):
     existing_picture = tmp_path / "there.png"
     existing_picture.write_bytes(b"before")
-    pictures.check(existing_picture)
-    pictures.check(tmp_path / "new.png")
+    plotting.check(existing_picture)
+    plotting.check(tmp_path / "new.png")
     assert existing_picture.read_bytes() == b"before"
     assert list(tmp_path.iterdir()) == [existing_picture]
 
 
 def test_a_path_that_cannot_be_written_is_one_line(tmp_path):
-    for write_picture in (pictures.check, lambda path: pictures.save(pictures.new_figure(1, 1), path)):
+    for write_picture in (plotting.check, lambda path: plotting.save(plotting.new_figure(1, 1), path)):
         with pytest.raises(DataError, match=r"picture .*a\.png: No such file or directory; name a file you can write"):
             write_picture(tmp_path / "no" / "a.png")
 
@@ -23,9 +23,9 @@ def test_a_path_that_cannot_be_written_is_one_line(tmp_path):
     ("number", "text"), [(1, "1"), (1000, "1,000"), (1024, "1K"), (1536, "1,536"), (65536, "64K"), (3 << 20, "3M")]
 )
 def test_short_abbreviates_multiples_of_1024(number, text):
-    assert pictures.short(number) == text
+    assert plotting.short(number) == text
 
 
 def test_a_picture_of_thousands_of_rows_can_be_written(tmp_path):
-    pictures.save(pictures.new_figure(1, 4000 * pictures.ROW_INCHES), tmp_path / "a.png")
+    plotting.save(plotting.new_figure(1, 4000 * plotting.ROW_INCHES), tmp_path / "a.png")
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")

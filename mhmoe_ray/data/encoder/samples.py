@@ -10,10 +10,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mhmoe_ray.data.crops import Crop, centre_crop, random_crop, read_crop
 from mhmoe_ray.data.domains import source_of
-from mhmoe_ray.data.masking import block_mask, hide_tokens, text_mask
-from mhmoe_ray.data.row_order import RowOrder
+from mhmoe_ray.data.encoder.masking import block_mask, hide_tokens, text_mask
+from mhmoe_ray.data.images.crops import Crop, centre_crop, random_crop, read_crop
+from mhmoe_ray.data.order.rows import RowOrder
 from mhmoe_ray.data.shards.columns import EncoderSamples, padding_token
 from mhmoe_ray.data.shards.manifest import DataManifest
 from mhmoe_ray.data.shards.rows import IMAGE, RowReader

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mhmoe_ray.data.annotations import Annotation, Instance, pack
-from mhmoe_ray.data.images import decode_image, image_size
-from mhmoe_ray.data.vision_samples import Fit, TaskSampleMaker, fit_pixels
+from mhmoe_ray.data.images.files import decode_image, image_size
+from mhmoe_ray.data.vision.annotations import Annotation, Instance, pack
+from mhmoe_ray.data.vision.fit import Fit, fit_pixels
+from mhmoe_ray.data.vision.samples import TaskSampleMaker
 from tests.data.pictures import encode_image
 from tests.visions import vision_spec
 

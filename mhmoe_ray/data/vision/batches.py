@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from mhmoe_ray.data.vision_columns import TaskSamples
+from mhmoe_ray.data.vision.columns import TaskSamples
 from mhmoe_ray.model.transfer import copy_to_device
 from mhmoe_ray.model.vision import Objects, TaskBatch
 

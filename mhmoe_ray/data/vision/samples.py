@@ -10,50 +10,24 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from mhmoe_ray.data.annotations import Annotation, Instance, decode_mask, unpack
-from mhmoe_ray.data.crops import Crop, centre_crop, crop_pixels, random_crop
 from mhmoe_ray.data.domains import source_of
-from mhmoe_ray.data.images import decode_image
-from mhmoe_ray.data.row_order import RowOrder
+from mhmoe_ray.data.images.crops import Crop, centre_crop, crop_pixels, random_crop
+from mhmoe_ray.data.images.files import decode_image
+from mhmoe_ray.data.order.rows import RowOrder
 from mhmoe_ray.data.shards.manifest import CLASSES_FILE, DataManifest, read_classes
-from mhmoe_ray.data.shards.rows import ANNOTATION, IMAGE, RowReader
-from mhmoe_ray.data.vision_columns import ImageObjects, TaskSamples, VisionSamples
+from mhmoe_ray.data.shards.rows import ANNOTATION, IMAGE, RowReader, StoredValues
+from mhmoe_ray.data.vision.annotations import Annotation, Instance, decode_mask, unpack
+from mhmoe_ray.data.vision.columns import ImageObjects, TaskSamples, VisionSamples
+from mhmoe_ray.data.vision.fit import Fit, fit_pixels
 from mhmoe_ray.spec import MicroBatchPart, RunSpec
 
 if TYPE_CHECKING:
     from PIL import Image
 
-FILLING = (128, 128, 128)
-"""Colour of the pixels that fill an image up to a square."""
 MIN_VISIBLE_SHARE = 0.3
 """Share of an object's box that a crop must have at least; otherwise the object is left out."""
 MIN_SIDE = 2
 """Height and width in pixels that an object must have at least, as the model reads it."""
-
-
-class Fit(NamedTuple):
-    """Place of a whole image in the square that the model reads: at the top left, scaled."""
-
-    scale: float
-    width: int
-    """Width of the scaled image in pixels."""
-    height: int
-
-    @classmethod
-    def of_image(cls, width: int, height: int, size: int) -> "Fit":
-        """Return the place of an image of this width and height in a square of `size` pixels."""
-        scale = size / max(width, height)
-        return cls(scale, max(1, round(width * scale)), max(1, round(height * scale)))
-
-
-def fit_pixels(image: "Image.Image", size: int) -> np.ndarray:
-    """Return a whole image scaled into a square, uint8 (size, size, 3)."""
-    from PIL import Image
-
-    fit = Fit.of_image(*image.size, size)
-    canvas = Image.new("RGB", (size, size), FILLING)
-    canvas.paste(image.resize((fit.width, fit.height), Image.Resampling.BICUBIC))
-    return np.asarray(canvas)
 
 
 class TaskSampleMaker:
@@ -212,12 +186,28 @@ def _open_samples(spec_json: str) -> VisionTrainingSamples:
 class AnnotatedImages(NamedTuple):
     """Images of one task as they are stored."""
 
-    images: list[bytes]
-    annotations: list[bytes]
+    images: Sequence[bytes]
+    annotations: Sequence[bytes]
+
+
+class StoredSamples:
+    """Samples of a task as evaluation reads them, which are decoded when they are asked for."""
+
+    def __init__(self, maker: TaskSampleMaker, stored: AnnotatedImages) -> None:
+        self._maker, self._stored = maker, stored
+
+    @property
+    def sample_count(self) -> int:
+        """The number of samples."""
+        return len(self._stored.images)
+
+    def rows(self, start: int, stop: int) -> TaskSamples:
+        """Return samples `start` to `stop` - 1."""
+        return self._maker.make(self._stored.images[start:stop], self._stored.annotations[start:stop], None)
 
 
 def held_out_images(spec: RunSpec, manifest: DataManifest) -> dict[str, AnnotatedImages]:
-    """Return the held-out images of each task of a run's prepared data that has any.
+    """Return the held-out images of each task of a run's prepared data that has any. They are read when they are used.
 
     Args:
         spec: spec of the run.
@@ -229,13 +219,13 @@ def held_out_images(spec: RunSpec, manifest: DataManifest) -> dict[str, Annotate
     sources = np.repeat([source_of(name) for name in manifest.domains], counts)
     numbers = {part.name: np.flatnonzero(np.isin(sources, part.sources)) for part in spec.parts}
     return {
-        name: AnnotatedImages(reader.read_values(IMAGE, rows), reader.read_values(ANNOTATION, rows))
+        name: AnnotatedImages(StoredValues(reader, IMAGE, rows), StoredValues(reader, ANNOTATION, rows))
         for name, rows in numbers.items()
         if len(rows)
     }
 
 
-def vision_validation_samples(spec: RunSpec, manifest: DataManifest) -> VisionSamples:
+def vision_validation_samples(spec: RunSpec, manifest: DataManifest) -> Mapping[str, StoredSamples]:
     """Return the held-out samples of each task that has any, as evaluation reads them."""
     makers = task_makers(spec, read_classes(spec.data.prepared / CLASSES_FILE))
-    return {name: makers[name].make(*stored, None) for name, stored in held_out_images(spec, manifest).items()}
+    return {name: StoredSamples(makers[name], stored) for name, stored in held_out_images(spec, manifest).items()}

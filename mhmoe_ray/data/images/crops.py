@@ -1,4 +1,4 @@
-"""Crops of images: pure functions of a seed and a label, like masks (masking.py)."""
+"""Crops of images: pure functions of a seed and a label, like the masks of an encoder (encoder/masking.py)."""
 
 import math
 from collections.abc import Callable
@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from mhmoe_ray.data.images import decode_image
-from mhmoe_ray.data.masking import Draws
+from mhmoe_ray.data.draws import Draws
+from mhmoe_ray.data.images.files import decode_image
 from mhmoe_ray.spec import ImageSpec
 
 if TYPE_CHECKING:

@@ -1,0 +1,8 @@
+"""Samples of a vision model: images with classes or objects.
+
+annotations.py  classes and objects of images, and how they are stored
+fit.py          the place of a whole image in the square that the model reads
+columns.py      samples in memory, and as columns of the stream
+samples.py      samples from stored rows, task by task
+batches.py      micro-batches: tensors
+"""

@@ -1,0 +1,64 @@
+"""Place of a whole image in the square that a vision model reads, and boxes and masks in the pixels of the image."""
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+FILLING = (128, 128, 128)
+"""Colour of the pixels that fill an image up to a square."""
+
+
+class Fit(NamedTuple):
+    """Place of a whole image in the square that the model reads: at the top left, scaled."""
+
+    scale: float
+    width: int
+    """Width of the scaled image in pixels."""
+    height: int
+
+    @classmethod
+    def of_image(cls, width: int, height: int, size: int) -> "Fit":
+        """Return the place of an image of this width and height in a square of `size` pixels."""
+        scale = size / max(width, height)
+        return cls(scale, max(1, round(width * scale)), max(1, round(height * scale)))
+
+
+def fit_pixels(image: "Image.Image", size: int) -> np.ndarray:
+    """Return a whole image scaled into a square, uint8 (size, size, 3)."""
+    from PIL import Image
+
+    fit = Fit.of_image(*image.size, size)
+    canvas = Image.new("RGB", (size, size), FILLING)
+    canvas.paste(image.resize((fit.width, fit.height), Image.Resampling.BICUBIC))
+    return np.asarray(canvas)
+
+
+def stored_boxes(box_O4: np.ndarray, width: int, height: int, fit: Fit) -> np.ndarray:
+    """Return boxes in a stored image, (objects, 4) float64.
+
+    Args:
+        box_O4: left, top, right and bottom edges in the pixels that the model reads.
+        width, height: size of the stored image.
+        fit: place of the image in the square that the model reads.
+    """
+    edges = np.array([width, height] * 2)
+    scale = edges / np.array([fit.width, fit.height] * 2)
+    boxes: np.ndarray = np.clip(box_O4.astype(np.float64) * scale, 0, edges)
+    return boxes
+
+
+def stored_probabilities(mask_YX: np.ndarray, width: int, height: int, fit: Fit) -> np.ndarray:
+    """Return the probability that each pixel of a stored image belongs to an object, float32 (height, width).
+
+    Args:
+        mask_YX: these probabilities in the square that the model reads.
+        width, height: size of the stored image.
+        fit: place of the image in that square.
+    """
+    from PIL import Image
+
+    part = Image.fromarray(mask_YX[: fit.height, : fit.width].astype(np.float32))
+    return np.asarray(part.resize((width, height), Image.Resampling.BILINEAR))
