@@ -25,8 +25,8 @@ from mhmoe_ray.evaluate.nearest import distinct_images
 from mhmoe_ray.evaluate.request import RoutingCounts
 from mhmoe_ray.evaluate.retrieval import Candidates
 from mhmoe_ray.evaluate.score import EncoderLossScore, ImageValue
-from mhmoe_ray.model.captions import write_captions
 from mhmoe_ray.model.encoder import Encoded, Encoder
+from mhmoe_ray.model.encoder.captions import write_captions
 from mhmoe_ray.model.transfer import copy_to_device
 from mhmoe_ray.spec import DataSpec, MicroBatchPart, RunSpec
 

@@ -7,11 +7,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from mhmoe_ray.model import router
 from mhmoe_ray.model.architectures import modules_of
 from mhmoe_ray.model.feedforward import Experts
 from mhmoe_ray.model.held import is_dtensor, local_shard, shard_offset
 from mhmoe_ray.model.noise import seeded_generator
+from mhmoe_ray.model.router.scores import INITIAL_TEMPERATURE, MIN_TEMPERATURE
 from mhmoe_ray.model.trunk import Trunk
 
 
@@ -109,7 +109,7 @@ def _fill_initial_values(module: nn.Module, name: str, t: Tensor, generator: tor
     if isinstance(module, nn.LayerNorm | nn.RMSNorm) or tensor_name.startswith("norm_"):
         nn.init.constant_(t, 0.0 if "bias" in tensor_name else 1.0)
     elif tensor_name == "log_temperature":
-        nn.init.constant_(t, math.log(router.INITIAL_TEMPERATURE - router.MIN_TEMPERATURE))
+        nn.init.constant_(t, math.log(INITIAL_TEMPERATURE - MIN_TEMPERATURE))
     elif tensor_name == "expert_EQ":
         nn.init.orthogonal_(t, gain=0.32, generator=generator)
     elif tensor_name == "row_gain_D":

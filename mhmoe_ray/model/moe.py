@@ -23,11 +23,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from mhmoe_ray.model.domain_router import DomainRouter
 from mhmoe_ray.model.feedforward import Dispatch, Experts, FeedForward, SharedExpert
-from mhmoe_ray.model.group_router import ModalityRouter, TaskRouter
 from mhmoe_ray.model.noise import dropout
-from mhmoe_ray.model.router import Router, Routing
+from mhmoe_ray.model.router import DomainRouter, ModalityRouter, Router, Routing, TaskRouter
 from mhmoe_ray.spec import ModelSpec
 
 

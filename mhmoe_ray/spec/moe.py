@@ -55,7 +55,7 @@ def _torchscale_sizes(E: int, D: int, Q: int) -> RouterSizes:
 
 
 # The sizes of each router for E experts and rows of D values, which X-MoE's routers first project to Q values.
-# `model/router.py` computes the logits.
+# `model/router/scores.py` computes the logits.
 ROUTERS: dict[RouterName, Callable[[int, int, int], RouterSizes]] = {
     "linear": _linear_sizes,
     "xmoe": _xmoe_sizes,

@@ -8,7 +8,7 @@ from mhmoe_ray.data.encoder.batches import BatchMaker
 from mhmoe_ray.data.shards.columns import EncoderSamples
 from mhmoe_ray.evaluate.captions import cider_d, score_captions, words
 from mhmoe_ray.model.build import build_model
-from mhmoe_ray.model.captions import next_tokens, write_captions
+from mhmoe_ray.model.encoder.captions import next_tokens, write_captions
 from mhmoe_ray.model.init import init_weights
 from tests.encoders import CAPTION_DATA, PADDING, encoder_spec
 

@@ -10,7 +10,7 @@ from mhmoe_ray.model.decoder import Decoder
 from mhmoe_ray.model.init import init_weights
 from mhmoe_ray.model.loss import token_losses
 from mhmoe_ray.model.noise import Noise
-from mhmoe_ray.model.router import capacity_mask
+from mhmoe_ray.model.router.top_k import capacity_mask
 from mhmoe_ray.spec import ModelSpec, MoESpec
 from tests.kernels.problems import make_problem
 

@@ -13,7 +13,9 @@ from mhmoe_ray.model.decoder import Decoder
 from mhmoe_ray.model.init import init_weights
 from mhmoe_ray.model.loss import token_losses
 from mhmoe_ray.model.noise import Noise
-from mhmoe_ray.model.router import SCORES_BY_ROUTER, Router, balance_loss, capacity_mask, updated_bias, z_loss
+from mhmoe_ray.model.router import SCORES_BY_ROUTER, Router
+from mhmoe_ray.model.router.balance import switch_balance_loss, updated_bias, z_loss
+from mhmoe_ray.model.router.top_k import capacity_mask
 from mhmoe_ray.model.trunk import routing_loss
 from mhmoe_ray.spec import ModelSpec, MoESpec
 
@@ -44,7 +46,7 @@ def test_xmoe_router_computes_the_published_formula():
     torch.testing.assert_close(routing.gate_NK, probability.topk(2).values)
     # The load balancing loss divides by the initial temperature of 0.3, so that it cannot be lowered by learning
     # another one.
-    expected_loss = balance_loss((cosine / 0.3).softmax(-1), routing.expert_NK[:, :1])
+    expected_loss = switch_balance_loss((cosine / 0.3).softmax(-1), routing.expert_NK[:, :1])
     torch.testing.assert_close(routing.balance_loss, expected_loss)
 
 
@@ -209,7 +211,7 @@ def test_balance_loss_over_all_choices_and_z_loss_match_plain_formulas():
     chosen_experts = p.topk(3).indices
     share = [sum(int(e) == i for row in chosen_experts for e in row) / 90 for i in range(8)]
     expected = 8 * sum(float(p[:, i].mean()) * share[i] for i in range(8))
-    assert balance_loss(p, chosen_experts).item() == pytest.approx(expected)
+    assert switch_balance_loss(p, chosen_experts).item() == pytest.approx(expected)
     # The rows have different sums, so that the mean of their squares is not the square of their mean.
     logits = torch.tensor([[1.0, 1, 1, 1], [1, 2, 3, 10]]).log()
     assert z_loss(logits).item() == pytest.approx((math.log(4) ** 2 + math.log(16) ** 2) / 2)

@@ -4,8 +4,8 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from mhmoe_ray.model.group_router import TaskRouter
-from mhmoe_ray.model.router import Router, importance_load_loss
+from mhmoe_ray.model.router import Router, TaskRouter
+from mhmoe_ray.model.router.balance import importance_load_loss
 from mhmoe_ray.spec import MoESpec
 
 ROWS = [12, 20]
@@ -73,10 +73,10 @@ def test_the_balance_loss_of_task_routers_is_the_sum_over_tasks():
 
 def test_a_kernel_with_one_loss_for_all_rows_is_not_used_with_weights_for_each_task(monkeypatch):
     """The fused routing of GPUs would compute another load balancing loss than the sum over tasks."""
-    monkeypatch.setattr("mhmoe_ray.model.router.can_fuse_routing", lambda *_: True)
+    monkeypatch.setattr("mhmoe_ray.model.router.top_k.can_fuse_routing", lambda *_: True)
     fused_calls = []
     monkeypatch.setattr(
-        "mhmoe_ray.model.router.fused_routing", lambda *args, **_: fused_calls.append(args) or [None] * 6
+        "mhmoe_ray.model.router.top_k.fused_routing", lambda *args, **_: fused_calls.append(args) or [None] * 6
     )
     task_router()(rows(), group_rows=ROWS)
     assert not fused_calls

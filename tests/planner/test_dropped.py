@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from mhmoe_ray.model.router import capacity_mask
+from mhmoe_ray.model.router.top_k import capacity_mask
 from mhmoe_ray.planner.expert_step import expected_drop_share
 from mhmoe_ray.spec import MoESpec
 

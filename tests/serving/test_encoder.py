@@ -23,7 +23,7 @@ from mhmoe_ray.errors import ServeError
 from mhmoe_ray.evaluate.encoder import EncoderMeter
 from mhmoe_ray.evaluate.retrieval import Candidates
 from mhmoe_ray.model.build import build_model
-from mhmoe_ray.model.captions import write_captions
+from mhmoe_ray.model.encoder.captions import write_captions
 from mhmoe_ray.serving import load
 from mhmoe_ray.serving.api.app import create_app
 from mhmoe_ray.serving.encoder.answer import EncoderAnswerer

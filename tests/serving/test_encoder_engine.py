@@ -8,7 +8,7 @@ import torch
 
 from mhmoe_ray.data.images.crops import crop_pixels
 from mhmoe_ray.model.build import build_model
-from mhmoe_ray.model.captions import write_captions
+from mhmoe_ray.model.encoder.captions import write_captions
 from mhmoe_ray.serving.encoder.engine import EncoderEngine
 from mhmoe_ray.serving.encoder.request import EncodeRequest
 from mhmoe_ray.serving.engine import BusyError, EngineError

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from mhmoe_ray.data.shards.columns import EncoderSamples, padding_token, token_bytes_for
-from mhmoe_ray.model.encoder import EncoderBatch, Group, GroupSize, image_patches
+from mhmoe_ray.model.encoder import EncoderBatch, Group, GroupSize
+from mhmoe_ray.model.patches import image_patches
 from mhmoe_ray.model.transfer import copy_to_device
 from mhmoe_ray.spec import MicroBatchPart, ModelSpec
 

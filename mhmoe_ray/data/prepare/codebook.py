@@ -16,7 +16,7 @@ from mhmoe_ray.data.encoder.batches import normalized_patches
 from mhmoe_ray.data.images.crops import read_crop
 from mhmoe_ray.data.shards.manifest import CODEBOOK_FILE, Shard
 from mhmoe_ray.data.shards.rows import RowReader
-from mhmoe_ray.model.encoder import image_patches
+from mhmoe_ray.model.patches import image_patches
 from mhmoe_ray.spec.encoder import EncoderSpec
 from mhmoe_ray.storage import replace_file
 

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 from mhmoe_kernels import widen
 from mhmoe_ray.model.architectures import modules_of
-from mhmoe_ray.model.encoder import Branch, LossPart, PartLosses
-from mhmoe_ray.model.group_router import TaskRouter
+from mhmoe_ray.model.encoder import Branch
 from mhmoe_ray.model.moe import MoELayer, MultiHeadMoE
 from mhmoe_ray.model.noise import EMBEDDING, HEADS, Noise, default_generator_from, dropout, seeded_generator
-from mhmoe_ray.model.router import Routing
+from mhmoe_ray.model.part_losses import LossPart, PartLosses
+from mhmoe_ray.model.router import Routing, TaskRouter
 from mhmoe_ray.model.trunk import Trunk, TrunkBlock, add_residual, recompute_in_backward
 from mhmoe_ray.model.vision.detector import Detection, Detector, Objects
 from mhmoe_ray.model.vision.stem import TaskInput

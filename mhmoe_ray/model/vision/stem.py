@@ -6,7 +6,7 @@ from itertools import pairwise
 from torch import Tensor, nn
 
 from mhmoe_kernels import widen
-from mhmoe_ray.model.encoder import image_patches
+from mhmoe_ray.model.patches import image_patches
 from mhmoe_ray.model.vision.pyramid import MapNorm
 from mhmoe_ray.spec import ModelSpec, TaskSpec
 

@@ -9,8 +9,8 @@ from collections.abc import Hashable, Sequence
 import numpy as np
 import torch
 
-from mhmoe_ray.model.captions import next_tokens
 from mhmoe_ray.model.encoder import Encoded, Encoder, EncoderBatch, Group, GroupSize
+from mhmoe_ray.model.encoder.captions import next_tokens
 from mhmoe_ray.serving.encoder.request import EncodeRequest, Encoding
 from mhmoe_ray.serving.engine.round_engine import Continued, RoundEngine
 from mhmoe_ray.spec import ServeSpec

@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mhmoe_ray.model.encoder import PartLosses
 from mhmoe_ray.model.noise import Noise
+from mhmoe_ray.model.part_losses import PartLosses
 from mhmoe_ray.spec import MicroBatchPart
 from mhmoe_ray.train.objectives.base import Environment, LossSums, Objective, Validation
 

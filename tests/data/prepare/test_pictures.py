@@ -21,7 +21,7 @@ from mhmoe_ray.data.shards.rows import RowReader
 from mhmoe_ray.data.sources.pictures import image_hash
 from mhmoe_ray.data.tokenizer import END_OF_TEXT, load_tokenizer
 from mhmoe_ray.errors import DataError
-from mhmoe_ray.model.encoder import image_patches
+from mhmoe_ray.model.patches import image_patches
 from mhmoe_ray.spec import RunSpec, dump_spec
 from mhmoe_ray.storage import describe_file
 from tests.data.pictures import (

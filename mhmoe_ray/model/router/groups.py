@@ -8,7 +8,9 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from mhmoe_ray.model.router import BaseScores, RoutedLogits, Router, Scores, TopK, build_scores
+from mhmoe_ray.model.router.balance import RoutedLogits
+from mhmoe_ray.model.router.scores import BaseScores, Scores, build_scores
+from mhmoe_ray.model.router.top_k import Router, TopK
 from mhmoe_ray.spec import MoESpec
 from mhmoe_ray.spec.vision import module_key
 

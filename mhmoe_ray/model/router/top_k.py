@@ -1,205 +1,19 @@
-"""The router: logits over E experts per row, top-k routing, expert capacity, load balancing loss and router z-loss.
+"""The top-k router of one layer: the choice of experts by their logits, gates, and expert capacity.
 
-Logits are W x (P1, equation 5; P2, section 2.1), X-MoE's as published, or X-MoE's as torchscale computes them, which P1
-used. With an expert capacity, an expert takes a limited number of rows, and the routes beyond it are dropped. The load
-balancing loss and a selection bias make the load of experts equal; the router z-loss keeps logits small. Each of them
-belongs to one layer, and a model sums the losses over its layers.
-
-Everything here is computed in float32 or wider.
+With an expert capacity, an expert takes a limited number of rows, and the routes beyond it are dropped. Everything here
+is computed in float32 or wider.
 """
 
-import math
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mhmoe_kernels import can_fuse_routing, fused_routing, widen
+from mhmoe_ray.model.router.balance import RoutedLogits, balance_loss, route_counts, z_loss
+from mhmoe_ray.model.router.scores import SCORES_BY_ROUTER, BaseScores, Scores, build_scores
 from mhmoe_ray.spec import MoESpec
-from mhmoe_ray.spec.moe import RouterName
-
-
-class BaseScores(nn.Module, ABC):
-    """Module that computes a router's logits; the base class of all kinds."""
-
-    @abstractmethod
-    def __init__(self, width: int, moe: MoESpec) -> None:
-        """Create uninitialized parameters.
-
-        Args:
-            width: D, the width of a row.
-            moe: spec of the layer, with its number of experts E.
-        """
-        super().__init__()
-
-    @abstractmethod
-    def forward(self, x_ND: Tensor) -> Tensor:
-        """Return the logits NE of rows, in float32 or wider."""
-
-    def balance_probabilities(self, x_ND: Tensor, probability_NE: Tensor) -> Tensor:
-        """Return the probabilities NE for the load balancing loss; by default those of the routing itself."""
-        return probability_NE
-
-
-class LinearScores(BaseScores):
-    """Logits W x of router `linear`."""
-
-    def __init__(self, width: int, moe: MoESpec) -> None:
-        super().__init__(width, moe)
-        self.weight_ED = nn.Parameter(torch.empty(moe.experts, width))
-
-    def forward(self, x_ND: Tensor) -> Tensor:
-        return x_ND @ widen(self.weight_ED).T
-
-
-# X-MoE's initial temperature (arXiv 2204.09179).
-INITIAL_TEMPERATURE = 0.3
-# Tutel's bound. At a temperature of 0 scores would be infinite, and below 0 their order would be reversed.
-MIN_TEMPERATURE = 0.01
-
-
-class XMoEScores(BaseScores):
-    """Logits of router `xmoe`, as published: the cosines of projected rows with expert embeddings, divided by a
-    learnable temperature."""
-
-    def __init__(self, width: int, moe: MoESpec) -> None:
-        super().__init__(width, moe)
-        self.reduce_QD = nn.Parameter(torch.empty(moe.routing_width, width))
-        self.expert_EQ = nn.Parameter(torch.empty(moe.experts, moe.routing_width))
-        # The logarithm is the parameter, because the temperature itself could reach 0 within 500 steps of Adam at a
-        # learning rate of 6e-4. It is a vector of one element, because neither FSDP2 nor DeepSpeed accepts scalars.
-        self.log_temperature = nn.Parameter(torch.empty(1))
-
-    def forward(self, x_ND: Tensor) -> Tensor:
-        return self.cosine(x_ND) / self.temperature
-
-    def balance_probabilities(self, x_ND: Tensor, probability_NE: Tensor) -> Tensor:
-        """Return the probabilities NE at the initial temperature instead of the learned one, as X-MoE's load balancing
-        loss uses them."""
-        # At the learned temperature, training could lower the loss just by raising the temperature.
-        return (self.cosine(x_ND) / INITIAL_TEMPERATURE).softmax(-1)
-
-    @property
-    def temperature(self) -> Tensor:
-        return MIN_TEMPERATURE + widen(self.log_temperature).exp()
-
-    def cosine(self, x_ND: Tensor) -> Tensor:
-        """Return the cosines NE of projected rows with expert embeddings."""
-        return F.normalize(x_ND @ widen(self.reduce_QD).T, dim=-1) @ F.normalize(widen(self.expert_EQ), dim=-1).T
-
-
-class TorchscaleScores(BaseScores):
-    """Logits of router `xmoe_torchscale`, which are X-MoE's as P1's code computes them: only the expert embeddings are
-    normalized, and there is no temperature."""
-
-    def __init__(self, width: int, moe: MoESpec) -> None:
-        super().__init__(width, moe)
-        self.reduce_QD = nn.Parameter(torch.empty(moe.routing_width, width))
-        self.expert_EQ = nn.Parameter(torch.empty(moe.experts, moe.routing_width))
-
-    def forward(self, x_ND: Tensor) -> Tensor:
-        return x_ND @ widen(self.reduce_QD).T @ F.normalize(widen(self.expert_EQ), dim=-1, eps=1e-4).T
-
-
-SCORES_BY_ROUTER: dict[RouterName, type[BaseScores]] = {
-    "linear": LinearScores,
-    "xmoe": XMoEScores,
-    "xmoe_torchscale": TorchscaleScores,
-}
-
-
-def build_scores(width: int, moe: MoESpec) -> BaseScores:
-    """Return the module that computes the logits of router `moe.router` for rows of width `width`. Its parameters are
-    uninitialized."""
-    return SCORES_BY_ROUTER[moe.router](width, moe)
-
-
-class Scores(Protocol):
-    """Function that computes the logits of rows, and what the load balancing loss needs of them (`BaseScores`)."""
-
-    def __call__(self, x_ND: Tensor) -> Tensor: ...
-
-    def balance_probabilities(self, x_ND: Tensor, probability_NE: Tensor) -> Tensor: ...
-
-
-def route_counts(expert_NK: Tensor, experts: int, kept_NK: Tensor | None = None) -> Tensor:
-    """Return the number of routes to each of `experts` experts, int64. With the mask `kept_NK`, only the routes that it
-    selects count."""
-    # bincount would make the host wait for a GPU.
-    weight_NK = torch.ones_like(expert_NK) if kept_NK is None else kept_NK.long()
-    zero_E = torch.zeros(experts, dtype=torch.int64, device=expert_NK.device)
-    return zero_E.scatter_add_(0, expert_NK.flatten(), weight_NK.flatten())
-
-
-def balance_loss(probability_NE: Tensor, expert_NK: Tensor) -> Tensor:
-    """Return the load balancing loss E * sum_e mean_n(p_ne) * (share of the choices that are e), before any drop
-    (Switch Transformers, arXiv 2101.03961, equation 4).
-
-    With only the first column of `expert_NK` it has the form of both papers' code; with all columns, MegaBlocks'. It is
-    exactly 1 if either factor is uniform, and at most E. Its gradient flows only through the probabilities.
-    """
-    experts = probability_NE.shape[1]
-    share_E = route_counts(expert_NK, experts).to(probability_NE.dtype) / expert_NK.numel()
-    return experts * (probability_NE.mean(0) * share_E).sum()
-
-
-def sequence_balance_loss(probability_NE: Tensor, expert_NK: Tensor, sequences: int) -> Tensor:
-    """Return the mean over sequences of the load balancing loss of each sequence (DeepSeek-V3, arXiv 2412.19437,
-    equations 17 to 20).
-
-    Args:
-        probability_NE: probabilities of rows; the rows of a sequence lie one after another.
-        expert_NK: choices that count.
-        sequences: number of sequences, which have equally many rows.
-    """
-    experts = probability_NE.shape[1]
-    choice_SC = expert_NK.reshape(sequences, -1)
-    one_SC = torch.ones_like(choice_SC, dtype=probability_NE.dtype)
-    share_SE = one_SC.new_zeros(sequences, experts).scatter_add_(1, choice_SC, one_SC) / choice_SC.shape[1]
-    mean_SE = probability_NE.view(sequences, -1, experts).mean(1)
-    return experts * (mean_SE * share_SE).sum(1).mean()
-
-
-def squared_variation(load_E: Tensor) -> Tensor:
-    """Return the square of the coefficient of variation of the experts' loads: 0 if all are equal."""
-    return load_E.var(correction=0) / load_E.mean().square()
-
-
-def importance_load_loss(
-    probability_NE: Tensor, clean_logits_NE: Tensor, noisy_logits_NE: Tensor, top_k: int, noise: float
-) -> Tensor:
-    """Return the importance loss plus the load loss of V-MoE (arXiv 2106.05974, appendix A).
-
-    The importance of an expert is the sum of its probabilities over all rows. Its load is the mean probability that it
-    would be chosen, if only its own noise were drawn again. Each loss is the squared coefficient of variation.
-
-    Args:
-        probability_NE: probabilities of rows without noise.
-        clean_logits_NE: logits of rows without noise.
-        noisy_logits_NE: logits by which experts were chosen.
-        top_k: number of experts that a row chooses.
-        noise: standard deviation of the noise.
-    """
-    threshold_N1 = noisy_logits_NE.topk(top_k, dim=-1).values[:, -1:]
-    # The probability that a normal variable exceeds z is erfc(z / sqrt 2) / 2.
-    chosen_NE = torch.erfc((threshold_N1 - clean_logits_NE) / (noise * math.sqrt(2))) / 2
-    return squared_variation(probability_NE.sum(0)) + squared_variation(chosen_NE.mean(0))
-
-
-def z_loss(logits_NE: Tensor) -> Tensor:
-    """Return the router z-loss: the mean over rows of the squared log-sum-exp of the logits (ST-MoE, arXiv
-    2202.08906)."""
-    return logits_NE.logsumexp(-1).square().mean()
-
-
-def updated_bias(bias_E: Tensor, count_E: Tensor, rate: float) -> Tensor:
-    """Return the selection bias for the next step: raised by `rate` for experts with fewer routes than the mean, and
-    lowered by `rate` for experts with more (auxiliary-loss-free balancing, arXiv 2408.15664)."""
-    load_E = count_E.to(bias_E.dtype)
-    return bias_E + rate * (load_E.mean() - load_E).sign()
 
 
 def capacity_mask(expert_NK: Tensor, candidate_NK: Tensor, experts: int, capacity: int) -> Tensor:
@@ -260,26 +74,6 @@ class TopK(NamedTuple):
     """Largest number of a row: K, the number of columns of a routing."""
     count_N: Tensor | None = None
     """Number of each row, int64; None if all rows have the same."""
-
-
-class RoutedLogits(NamedTuple):
-    """Logits of rows, and the choice by them, as the load balancing loss needs them."""
-
-    x_ND: Tensor
-    """Rows in float32 or wider."""
-    clean_NE: Tensor
-    """Logits without noise."""
-    noisy_NE: Tensor
-    """Logits by which experts were chosen; those without noise if there is none."""
-    probability_NE: Tensor
-    """Probabilities of the logits by which experts were chosen."""
-    expert_NK: Tensor
-    """Chosen experts."""
-
-    def slice(self, start: int, stop: int, top_k: int) -> "RoutedLogits":
-        """Return the logits of rows `start` to `stop` - 1, with the first `top_k` choices."""
-        x_ND, clean_NE, noisy_NE, probability_NE, expert_NK = (field[start:stop] for field in self)
-        return RoutedLogits(x_ND, clean_NE, noisy_NE, probability_NE, expert_NK[:, :top_k])
 
 
 def _chosen_mask(top_k: TopK, count_N: Tensor) -> Tensor:
@@ -402,19 +196,8 @@ class Router(nn.Module):
         )
 
     def _balance_loss(self, routed: RoutedLogits, sequences: int, group_rows: Sequence[int]) -> Tensor:
-        """Return the load balancing loss of the rows, over the choices that the spec counts."""
-        moe, probability_NE = self.moe, routed.probability_NE
-        if moe.balance == "importance_load":
-            top_k = routed.expert_NK.shape[1]
-            probability_NE = routed.clean_NE.softmax(-1)
-            noise = moe.noise / moe.experts
-            return importance_load_loss(probability_NE, routed.clean_NE, routed.noisy_NE, top_k, noise)
-        if moe.balance_over == "step":
-            return moe.experts * (probability_NE.mean(0) * self.share_E).sum()
-        balanced_NK = routed.expert_NK[:, :1] if moe.balance_choices == "first" else routed.expert_NK
-        if moe.balance_over == "sequence":
-            return sequence_balance_loss(probability_NE, balanced_NK, sequences)
-        return balance_loss(probability_NE, balanced_NK)
+        """Return the loss by which rows in groups of these sizes balance the loads of experts."""
+        return balance_loss(self.moe, routed, sequences, self.share_E if self.moe.balance_over == "step" else None)
 
     def choose_experts(self, logits_NE: Tensor, top_k: TopK | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Choose the top k experts of each row.

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from mhmoe_ray.model.router import Router, Routing, route_counts
+from mhmoe_ray.model.router.balance import route_counts
+from mhmoe_ray.model.router.top_k import Router, Routing
 from mhmoe_ray.spec import MoESpec
 
 

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mhmoe_ray.model.encoder import Encoded, Encoder, EncoderBatch, Group, GroupSize
+from mhmoe_ray.model.encoder.batch import EncoderBatch, Group, GroupSize
+from mhmoe_ray.model.encoder.model import Encoded, Encoder
 
 
 @torch.no_grad()

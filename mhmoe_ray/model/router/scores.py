@@ -1,0 +1,119 @@
+"""Logits of a router over E experts per row.
+
+Logits are W x (P1, equation 5; P2, section 2.1), X-MoE's as published, or X-MoE's as torchscale computes them, which P1
+used. They are computed in float32 or wider.
+"""
+
+from abc import ABC, abstractmethod
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mhmoe_kernels import widen
+from mhmoe_ray.spec import MoESpec
+from mhmoe_ray.spec.moe import RouterName
+
+
+class BaseScores(nn.Module, ABC):
+    """Module that computes a router's logits; the base class of all kinds."""
+
+    @abstractmethod
+    def __init__(self, width: int, moe: MoESpec) -> None:
+        """Create uninitialized parameters.
+
+        Args:
+            width: D, the width of a row.
+            moe: spec of the layer, with its number of experts E.
+        """
+        super().__init__()
+
+    @abstractmethod
+    def forward(self, x_ND: Tensor) -> Tensor:
+        """Return the logits NE of rows, in float32 or wider."""
+
+    def balance_probabilities(self, x_ND: Tensor, probability_NE: Tensor) -> Tensor:
+        """Return the probabilities NE for the load balancing loss; by default those of the routing itself."""
+        return probability_NE
+
+
+class LinearScores(BaseScores):
+    """Logits W x of router `linear`."""
+
+    def __init__(self, width: int, moe: MoESpec) -> None:
+        super().__init__(width, moe)
+        self.weight_ED = nn.Parameter(torch.empty(moe.experts, width))
+
+    def forward(self, x_ND: Tensor) -> Tensor:
+        return x_ND @ widen(self.weight_ED).T
+
+
+# X-MoE's initial temperature (arXiv 2204.09179).
+INITIAL_TEMPERATURE = 0.3
+# Tutel's bound. At a temperature of 0 scores would be infinite, and below 0 their order would be reversed.
+MIN_TEMPERATURE = 0.01
+
+
+class XMoEScores(BaseScores):
+    """Logits of router `xmoe`, as published: the cosines of projected rows with expert embeddings, divided by a
+    learnable temperature."""
+
+    def __init__(self, width: int, moe: MoESpec) -> None:
+        super().__init__(width, moe)
+        self.reduce_QD = nn.Parameter(torch.empty(moe.routing_width, width))
+        self.expert_EQ = nn.Parameter(torch.empty(moe.experts, moe.routing_width))
+        # The logarithm is the parameter, because the temperature itself could reach 0 within 500 steps of Adam at a
+        # learning rate of 6e-4. It is a vector of one element, because neither FSDP2 nor DeepSpeed accepts scalars.
+        self.log_temperature = nn.Parameter(torch.empty(1))
+
+    def forward(self, x_ND: Tensor) -> Tensor:
+        return self.cosine(x_ND) / self.temperature
+
+    def balance_probabilities(self, x_ND: Tensor, probability_NE: Tensor) -> Tensor:
+        """Return the probabilities NE at the initial temperature instead of the learned one, as X-MoE's load balancing
+        loss uses them."""
+        # At the learned temperature, training could lower the loss just by raising the temperature.
+        return (self.cosine(x_ND) / INITIAL_TEMPERATURE).softmax(-1)
+
+    @property
+    def temperature(self) -> Tensor:
+        return MIN_TEMPERATURE + widen(self.log_temperature).exp()
+
+    def cosine(self, x_ND: Tensor) -> Tensor:
+        """Return the cosines NE of projected rows with expert embeddings."""
+        return F.normalize(x_ND @ widen(self.reduce_QD).T, dim=-1) @ F.normalize(widen(self.expert_EQ), dim=-1).T
+
+
+class TorchscaleScores(BaseScores):
+    """Logits of router `xmoe_torchscale`, which are X-MoE's as P1's code computes them: only the expert embeddings are
+    normalized, and there is no temperature."""
+
+    def __init__(self, width: int, moe: MoESpec) -> None:
+        super().__init__(width, moe)
+        self.reduce_QD = nn.Parameter(torch.empty(moe.routing_width, width))
+        self.expert_EQ = nn.Parameter(torch.empty(moe.experts, moe.routing_width))
+
+    def forward(self, x_ND: Tensor) -> Tensor:
+        return x_ND @ widen(self.reduce_QD).T @ F.normalize(widen(self.expert_EQ), dim=-1, eps=1e-4).T
+
+
+SCORES_BY_ROUTER: dict[RouterName, type[BaseScores]] = {
+    "linear": LinearScores,
+    "xmoe": XMoEScores,
+    "xmoe_torchscale": TorchscaleScores,
+}
+
+
+def build_scores(width: int, moe: MoESpec) -> BaseScores:
+    """Return the module that computes the logits of router `moe.router` for rows of width `width`. Its parameters are
+    uninitialized."""
+    return SCORES_BY_ROUTER[moe.router](width, moe)
+
+
+class Scores(Protocol):
+    """Function that computes the logits of rows, and what the load balancing loss needs of them (`BaseScores`)."""
+
+    def __call__(self, x_ND: Tensor) -> Tensor: ...
+
+    def balance_probabilities(self, x_ND: Tensor, probability_NE: Tensor) -> Tensor: ...
