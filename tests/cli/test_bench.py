@@ -7,7 +7,7 @@ from typer import BadParameter
 from mhmoe_ray.bench.peers import PEERS
 from mhmoe_ray.cli.bench_layer import layer
 from mhmoe_ray.errors import DataError, SpecError
-from tests.cli.run import assert_one_line, mhmoe_subprocess
+from tests.cli.run import assert_one_line, mhmoe, mhmoe_subprocess
 
 SMALL = ("--tokens", "16", "--d-model", "48", "--experts", "4", "--d-expert", "96", "--rounds", "2")
 
@@ -73,7 +73,7 @@ def test_plot_without_matplotlib_is_refused_before_measuring(tmp_path, monkeypat
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"points": "16"}, "give --over"),
+        ({"points": "16"}, "there is no axis for them; give --over"),
         ({"axis": "tokens", "points": "16,many"}, "not whole numbers"),
         ({"axis": "tokens", "points": "0"}, "at least 1"),
         ({"axis": "heads", "heads": [2]}, "would be ignored"),
@@ -95,16 +95,15 @@ def test_impossible_layer_sizes_are_refused(options):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("layer", "--points", "4"), "there is no axis"),
-        (("serve", "engines", "--rate", "2"), "no clients that come at random"),
-        (("serve", "heads", "--peers"), "would ignore --peers"),
-        (("serve", "heads", "--prompt", "64"), "would ignore --peers, --equal and --prompt"),
-        (("serve", "engines", "--prompt", "900"), "1,687 tokens at most, but models have 1,024 positions"),
-        (("serve", "engines", "--prompt", "1000", "--equal"), "1,064 tokens at most"),
+        (("engines", "--rate", "2"), "no clients that come at random"),
+        (("heads", "--peers"), "would ignore --peers"),
+        (("heads", "--prompt", "64"), "would ignore --peers, --equal and --prompt"),
+        (("engines", "--prompt", "900"), "1,687 tokens at most, but models have 1,024 positions"),
+        (("engines", "--prompt", "1000", "--equal"), "1,064 tokens at most"),
     ],
 )
 def test_contradicting_options_are_usage_errors(tmp_path, words, message):
-    result = mhmoe_subprocess(tmp_path, "bench", *words)
+    result = mhmoe(tmp_path, "bench", "serve", *words)
     assert result.code == 2
     assert message in " ".join(result.err.split())
 

@@ -160,6 +160,7 @@ def test_finished_run_is_neither_stopped_nor_resumed(corpus, finished):
     assert_one_line(mhmoe(corpus, "resume", run.id, "--set", "train.lr=1"), 3, "change only cluster keys")
 
 
+@pytest.mark.slow  # tests/cli/test_errors.py has a run that fails in its job
 def test_failed_run_shows_its_reason_in_one_line(corpus, local_cluster):
     """The worker's own reason, a gradient that is not finite, must reach the command line."""
     write_spec(corpus, train={"lr": 1e30, "min_lr": 0}, cluster={"workers": 1, "ep": 1, "max_failures": 0})

@@ -89,6 +89,7 @@ def test_replicas_run_in_the_environment_of_the_spec(connection, port, tmp_path)
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_concurrent_deployments_and_removals_do_not_undo_each_other(connection, port):
     """Two deployments at once start Serve, and both answer; two removals at once end it."""
     with ThreadPoolExecutor(2) as pool:

@@ -7,10 +7,11 @@ from contextlib import aclosing
 
 import httpx
 import pytest
+from starlette.responses import PlainTextResponse
 
 from mhmoe_ray.api.serve_target import with_environment_keys
 from mhmoe_ray.errors import SpecError
-from mhmoe_ray.serving.api.access import LocalRateLimiter, TokenBucket
+from mhmoe_ray.serving.api.access import BodySizeLimit, LocalRateLimiter, TokenBucket
 from mhmoe_ray.serving.api.app import create_app
 from mhmoe_ray.serving.engine import Request, SamplingParams
 from mhmoe_ray.spec import KeySpec, ServeSpec
@@ -186,6 +187,39 @@ def test_too_large_body_is_refused(app, chunked):
     error = response.json()["error"]
     assert error["code"] == "request_too_large"
     assert error["message"].endswith("send a smaller one, or raise serve.max_body_bytes")
+
+
+def test_bodies_of_unanswered_requests_are_bounded():
+    """Ten bytes fit. Answers end in the test's order."""
+    ends, sizes = [], []
+
+    async def application(scope, receive, send):
+        message = await receive()
+        sizes.append(len(message["body"]))
+        ends.append(asyncio.Event())
+        await ends[-1].wait()
+        await PlainTextResponse("done")(scope, receive, send)
+
+    async def ask_four():
+        transport = httpx.ASGITransport(BodySizeLimit(application, max_bytes=6, max_held_bytes=10))
+        async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+            unanswered = [asyncio.create_task(client.post("/", content=b"x" * size)) for size in (6, 4)]
+            while len(ends) < 2:
+                await asyncio.sleep(0)
+            refused_response = await client.post("/", content=b"x")
+            ends[1].set()
+            await unanswered[1]
+            last = asyncio.create_task(client.post("/", content=b"x"))
+            while len(ends) < 3:
+                await asyncio.sleep(0)
+            for end in ends:
+                end.set()
+            return refused_response, [response.status_code for response in await asyncio.gather(*unanswered, last)]
+
+    refused_response, codes = asyncio.run(ask_four())
+    assert (refused_response.status_code, refused_response.headers["retry-after"]) == (429, "1")
+    assert refused_response.json()["error"]["code"] == "busy"
+    assert (codes, sizes) == ([200] * 3, [6, 4, 1])
 
 
 @pytest.mark.parametrize("stream", [False, True])

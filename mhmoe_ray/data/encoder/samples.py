@@ -13,7 +13,7 @@ import numpy as np
 from mhmoe_ray.data.domains import source_of
 from mhmoe_ray.data.encoder.masking import block_mask, hide_tokens, text_mask
 from mhmoe_ray.data.images.crops import Crop, centre_crop, random_crop, read_crop
-from mhmoe_ray.data.order.rows import RowOrder
+from mhmoe_ray.data.order.rows import RowOrder, held_out_numbers
 from mhmoe_ray.data.shards.columns import EncoderSamples, padding_token
 from mhmoe_ray.data.shards.manifest import DataManifest
 from mhmoe_ray.data.shards.rows import IMAGE, RowReader
@@ -178,12 +178,8 @@ def encoder_validation_samples(spec: RunSpec, manifest: DataManifest) -> Mapping
         manifest: manifest of its prepared data.
     """
     reader = RowReader(spec.data.prepared, manifest.validation, manifest.token_bytes)
-    # Validation samples are stored domain after domain in the manifest's order.
-    counts = [domain.validation_samples for domain in manifest.domains.values()]
-    sources = np.repeat([source_of(name) for name in manifest.domains], counts)
     maker = SampleMaker(spec, manifest.token_bytes)
-    numbers = {part.name: np.flatnonzero(np.isin(sources, part.sources)) for part in spec.parts}
-    return {name: HeldOutSamples(maker, reader, rows) for name, rows in numbers.items() if len(rows)}
+    return {name: HeldOutSamples(maker, reader, rows) for name, rows in held_out_numbers(spec, manifest).items()}
 
 
 def held_out_pairs(spec: RunSpec, manifest: DataManifest) -> Iterator[Pairs]:

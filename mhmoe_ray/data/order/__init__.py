@@ -2,5 +2,5 @@
 
 mixture.py   the mixture weights of a spec
 order.py     the sample at each position: a pure function of (seed, position)
-rows.py      rows of images at the positions of a micro-batch with parts
+rows.py      rows of images at the positions of a micro-batch with parts, and the held-out ones
 """

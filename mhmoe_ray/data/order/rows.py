@@ -1,12 +1,13 @@
-"""Rows of prepared images in the order of a training: where the sample at a position is stored."""
+"""Rows of prepared images: where the sample at a position of the training is stored, and the held-out ones."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 
+from mhmoe_ray.data.domains import source_of
 from mhmoe_ray.data.order.mixture import training_order
-from mhmoe_ray.data.shards.manifest import require_data_manifest
+from mhmoe_ray.data.shards.manifest import DataManifest, require_data_manifest
 from mhmoe_ray.data.shards.rows import RowReader
 from mhmoe_ray.spec import MicroBatchPart, RunSpec
 
@@ -57,3 +58,17 @@ class RowOrder:
         for domain in np.unique(domains):
             indices = np.flatnonzero(domains == domain)
             yield RowGroup(indices, self._readers[domain], numbers[indices])
+
+
+def held_out_numbers(spec: RunSpec, manifest: DataManifest) -> dict[str, np.ndarray]:
+    """Return the numbers of the held-out rows of each part that has any, among all held-out rows.
+
+    Args:
+        spec: spec of the run.
+        manifest: manifest of its prepared data.
+    """
+    # Held-out rows are stored domain after domain in the manifest's order.
+    counts = [domain.validation_samples for domain in manifest.domains.values()]
+    sources = np.repeat([source_of(name) for name in manifest.domains], counts)
+    numbers = {part.name: np.flatnonzero(np.isin(sources, part.sources)) for part in spec.parts}
+    return {name: rows for name, rows in numbers.items() if len(rows)}

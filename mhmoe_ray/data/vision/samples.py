@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from mhmoe_ray.data.domains import source_of
 from mhmoe_ray.data.images.crops import Crop, centre_crop, crop_pixels, random_crop
 from mhmoe_ray.data.images.files import decode_image
-from mhmoe_ray.data.order.rows import RowOrder
+from mhmoe_ray.data.order.rows import RowOrder, held_out_numbers
 from mhmoe_ray.data.shards.manifest import CLASSES_FILE, DataManifest, read_classes
 from mhmoe_ray.data.shards.rows import ANNOTATION, IMAGE, RowReader, StoredValues
 from mhmoe_ray.data.vision.annotations import Annotation, Instance, decode_mask, unpack
@@ -214,14 +213,9 @@ def held_out_images(spec: RunSpec, manifest: DataManifest) -> dict[str, Annotate
         manifest: manifest of the prepared data.
     """
     reader = RowReader(spec.data.prepared, manifest.validation, manifest.token_bytes)
-    # Validation samples are stored domain after domain in the manifest's order.
-    counts = [domain.validation_samples for domain in manifest.domains.values()]
-    sources = np.repeat([source_of(name) for name in manifest.domains], counts)
-    numbers = {part.name: np.flatnonzero(np.isin(sources, part.sources)) for part in spec.parts}
     return {
         name: AnnotatedImages(StoredValues(reader, IMAGE, rows), StoredValues(reader, ANNOTATION, rows))
-        for name, rows in numbers.items()
-        if len(rows)
+        for name, rows in held_out_numbers(spec, manifest).items()
     }
 
 

@@ -164,39 +164,57 @@ IMAGE_BODY_BYTES = 16 << 20
 """Largest size of a body by default, if the model reads images."""
 
 
-class BodySizeLimit:
-    """Middleware that answers a request with a 413 if its body has more than `max_bytes` bytes.
+BODIES_IN_MEMORY = 32
+"""Number of bodies of the largest size that a server holds at the same time."""
 
-    It refuses the body before all of it is in memory.
+
+class BodySizeLimit:
+    """Middleware that refuses bodies before all of them are in memory.
+
+    A request gets a 413 if its body has more than `max_bytes` bytes, and a 429 if the bodies of all requests that are
+    not answered yet have more than `max_held_bytes` bytes together.
     """
 
-    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
-        self._app, self._max_bytes = app, max_bytes
+    def __init__(self, app: ASGIApp, max_bytes: int, max_held_bytes: int) -> None:
+        self._app, self._max_bytes, self._max_held_bytes = app, max_bytes, max_held_bytes
+        self._held_bytes = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         declared_size = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
-        size, messages = 0, list[Message]()
         # A chunked body declares no size, and a declared size may be false, so the bytes are counted too.
-        is_too_large = declared_size.isdigit() and int(declared_size) > self._max_bytes
-        while not is_too_large:
-            message = await receive()
-            messages.append(message)
-            size += len(message.get("body", b""))
-            is_too_large = size > self._max_bytes
-            if not message.get("more_body"):
-                break
-        if is_too_large:
-            reason = f"the body has more than {self._max_bytes:,} bytes"
-            fix = "send a smaller one, or raise serve.max_body_bytes"
-            error = RequestError(413, f"{reason}; {fix}", code="request_too_large")
-            await error_response(error)(scope, receive, send)
-            return
+        error = self._error(int(declared_size)) if declared_size.isdigit() else None
+        size, messages = 0, list[Message]()
 
         # The body has been received already, so the application gets the stored messages first.
         async def replay() -> Message:
             return messages.pop(0) if messages else await receive()
 
-        await self._app(scope, replay, send)
+        try:
+            while error is None:
+                message = await receive()
+                messages.append(message)
+                size += len(message.get("body", b""))
+                self._held_bytes += len(message.get("body", b""))
+                error = self._error(size)
+                if not message.get("more_body"):
+                    break
+            if error is None:
+                await self._app(scope, replay, send)
+            else:
+                await error_response(error)(scope, receive, send)
+        finally:
+            self._held_bytes -= size
+
+    def _error(self, size: int) -> RequestError | None:
+        """Return the error of a request whose body has `size` bytes or more; None if it may be received."""
+        if size > self._max_bytes:
+            reason = f"the body has more than {self._max_bytes:,} bytes"
+            fix = "send a smaller one, or raise serve.max_body_bytes"
+            return RequestError(413, f"{reason}; {fix}", code="request_too_large")
+        if self._held_bytes > self._max_held_bytes:
+            reason = f"the requests that it answers have {self._max_held_bytes:,} bytes or more"
+            return RequestError(429, f"the server is busy: {reason}; try again in 1 s", code="busy", retry_after=1)
+        return None

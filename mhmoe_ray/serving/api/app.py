@@ -12,6 +12,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from mhmoe_ray.serving.answer import Answerer, ServedModel, ServedText
 from mhmoe_ray.serving.api import completions, embeddings, vision
 from mhmoe_ray.serving.api.access import (
+    BODIES_IN_MEMORY,
     IMAGE_BODY_BYTES,
     TEXT_BODY_BYTES,
     AccessControl,
@@ -63,7 +64,8 @@ def create_app(
     access = AccessControl(spec.keys, rate_limiter or LocalRateLimiter(spec.keys))
     app = FastAPI(title="mhmoe-ray", exception_handlers=HANDLERS)
     default_body_bytes = TEXT_BODY_BYTES if isinstance(answerer, Answerer) else IMAGE_BODY_BYTES
-    app.add_middleware(BodySizeLimit, max_bytes=spec.max_body_bytes or default_body_bytes)
+    max_bytes = spec.max_body_bytes or default_body_bytes
+    app.add_middleware(BodySizeLimit, max_bytes=max_bytes, max_held_bytes=BODIES_IN_MEMORY * max_bytes)
     service: AnyService
     if isinstance(answerer, VisionAnswerer):
         service = ModelService(answerer, model, spec, access)

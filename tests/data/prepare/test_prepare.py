@@ -227,6 +227,7 @@ def test_prepare_resumes_after_a_killed_job(killed_job, results):
     assert list(folder.parent.iterdir()) == [folder]
 
 
+@pytest.mark.slow  # test_work.py has the quick tests of staging directories
 def test_concurrent_jobs_prepare_the_same_files(results, local_cluster, tmp_path):
     concurrent_spec = spec_in_folder(results.spec, tmp_path / "again")
     run = partial(
