@@ -35,7 +35,7 @@ PRIVATE_NAMES = {
     "ExecutionCallback": "ray.data._internal.execution.execution_callback",
     # Accelerators of this machine, as `ray start` counts them, for `cluster/nodes.py`.
     "get_accelerator_manager_for_resource": "ray._private.accelerators",
-    # Rules for the files that Ray sends with a job, and the largest size of their package, for `cluster/jobs.py`.
+    # Rules for the files that Ray sends with a job, and the largest size of their package, for `cluster/packages.py`.
     "GCS_STORAGE_MAX_SIZE": _PACKAGING,
     "_get_excludes": _PACKAGING,
     "get_excludes_from_ignore_files": _PACKAGING,

@@ -16,7 +16,8 @@
     generate.py, generate_batch.py          answers without a server, to a prompt or to all rows of a file
     ckpt.py        checkpoints, and conversion from and to other tools' formats
     eval.py, eval_vision.py   quality of a checkpoint   routing.py    its use of experts
-    sweep.py       many runs as one       report.py     comparison of runs
+    sweep.py, sweep_follow.py               many runs as one
+    report.py      comparison of runs
     bench.py, bench_layer.py, bench_serve.py, bench_tables.py   measurements
     cluster.py     the local cluster, names for others, doctor
 

@@ -8,7 +8,8 @@ local.py         a Ray cluster of our own on this machine
 spawn.py         start its `ray start`, and find the processes that belong to it
 dashboard.py     requests to a Ray dashboard, and retries while it is busy
 nodes.py         the nodes of a cluster, their free resources, and the logs of their processes
-jobs.py          Ray jobs: submit, inspect, follow and stop them; the files that are sent with one
+jobs.py          Ray jobs: submit, inspect, follow and stop them
+packages.py      the files that are sent to a cluster with a job
 remote.py        requests that run as Ray jobs, and their results
 runs.py          attempts of runs: start one, its outcome, and everything that `mhmoe status` shows
 serving.py       Ray Serve applications: deploy and inspect them

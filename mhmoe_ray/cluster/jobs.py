@@ -1,16 +1,13 @@
-"""Ray jobs: submit, inspect, follow and stop them; and the files that are sent to a cluster with a job."""
+"""Ray jobs: submit, inspect, follow and stop them."""
 
 import functools
-import importlib.util
 import logging
 import os
 import re
 import shlex
 import sys
-from collections import Counter
 from collections.abc import AsyncGenerator, Generator, Iterator, Mapping, Sequence
 from contextlib import aclosing, closing, contextmanager, suppress
-from pathlib import Path
 from queue import SimpleQueue
 from threading import Thread
 from typing import Any, NamedTuple, TypeVar
@@ -18,6 +15,7 @@ from typing import Any, NamedTuple, TypeVar
 from mhmoe_ray.cluster import dashboard, tokens
 from mhmoe_ray.cluster.connect import Connection
 from mhmoe_ray.cluster.dashboard import unreachable
+from mhmoe_ray.cluster.packages import check_size, with_packages
 from mhmoe_ray.errors import JobError, MhmoeError, SpecError
 from mhmoe_ray.ray_compat import SDK_LOGGERS
 
@@ -65,102 +63,6 @@ def failure_reason(text: str) -> str:
     return lines[-1].strip().rstrip(".")[:500] if lines else "no reason given"
 
 
-EXCLUDED_PATTERNS = (
-    ".git",
-    ".hg",
-    ".venv",
-    "venv",
-    "node_modules",
-    "__pycache__",
-    ".*_cache",
-    "*.egg-info",
-    "wandb",
-    "mlruns",
-)
-"""Patterns, in the syntax of .gitignore, of files that no job needs; .gitignore and .rayignore files count as well."""
-SHOWN_PARTS = 5
-"""Number of the largest parts that an error about a too large folder names."""
-
-
-class SentFolder(NamedTuple):
-    """A folder of this machine that Ray uploads with a job."""
-
-    folder: Path
-    parts: dict[str, int]
-    """Bytes of each file or folder that lies directly in `folder`, the largest first."""
-
-    @property
-    def size(self) -> int:
-        return sum(self.parts.values())
-
-
-def sent_folders(runtime_env: Mapping[str, Any]) -> list[SentFolder]:
-    """Return the folders of this machine that Ray would send for a runtime environment, with the sizes of their parts.
-
-    Files that are excluded do not count.
-    """
-    excludes = list(runtime_env.get("excludes", []))
-    modules = [runtime_env.get("working_dir"), *runtime_env.get("py_modules", [])]
-    folders = [Path(p) for p in modules if isinstance(p, str) and "://" not in p and Path(p).is_dir()]
-    return [SentFolder(folder, _sizes(folder, excludes)) for folder in folders]
-
-
-def check_size(runtime_env: Mapping[str, Any]) -> None:
-    """Check that Ray accepts the size of each folder that the runtime environment sends.
-
-    Raises:
-        SpecError: one of the folders is larger than Ray takes; the error names its largest parts.
-    """
-    from mhmoe_ray.ray_compat import GCS_STORAGE_MAX_SIZE
-
-    for sent_folder in sent_folders(runtime_env):
-        if sent_folder.size > GCS_STORAGE_MAX_SIZE:
-            largest_parts = list(sent_folder.parts.items())[:SHOWN_PARTS]
-            part_list = ", ".join(f"{name} {_format_megabytes(size)}" for name, size in largest_parts)
-            size, limit = _format_megabytes(sent_folder.size), _format_megabytes(GCS_STORAGE_MAX_SIZE)
-            reason = f"{sent_folder.folder} has {size}, and Ray sends at most {limit}; largest: {part_list}"
-            fix = "leave things out by `excludes` of cluster.runtime_env or a .rayignore, or name a smaller folder"
-            raise SpecError("cluster.runtime_env", reason, fix)
-
-
-def _sizes(folder: Path, excludes: list[str]) -> dict[str, int]:
-    """Return the bytes that Ray would send of each file or folder directly in `folder`, the largest first."""
-    from mhmoe_ray.ray_compat import _get_excludes
-
-    count: Counter[str] = Counter()
-    for path in _files(folder, [_get_excludes(folder, excludes)]):
-        count[path.relative_to(folder).parts[0]] += path.stat().st_size
-    return dict(count.most_common())
-
-
-def _files(folder: Path, predicates: list[Any]) -> Iterator[Path]:
-    """Yield the files below a folder, except those that one of the predicates or an ignore file excludes."""
-    from mhmoe_ray.ray_compat import get_excludes_from_ignore_files
-
-    predicates = predicates + get_excludes_from_ignore_files(folder, include_gitignore=True, logger=_SilentLogger())
-    for path in sorted(folder.iterdir()):
-        if any(is_excluded(path) for is_excluded in predicates):
-            continue
-        if path.is_dir() and not path.is_symlink():
-            yield from _files(path, predicates)
-        elif path.is_file():
-            yield path
-
-
-class _SilentLogger:
-    """Logger for Ray's functions on exclude patterns."""
-
-    def info(self, *_: object) -> None:
-        """Drop the message: Ray writes one about each file with patterns."""
-
-
-def _format_megabytes(size: int) -> str:
-    return f"{size / 1e6:,.1f} MB"
-
-
-PACKAGES = ("mhmoe_ray", "mhmoe_kernels")
-
-
 class JobInfo(NamedTuple):
     """State of a Ray job."""
 
@@ -202,22 +104,6 @@ def job_request(
         "runtime_env": dict(runtime_env or {}) if local else with_packages(runtime_env or {}),
         "metadata": dict(metadata or {}),
     }
-
-
-def with_packages(runtime_env: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the runtime environment extended by our packages, for a cluster that has not installed them.
-
-    Files that no job needs (`EXCLUDED_PATTERNS`) are excluded too.
-    """
-    folders = []
-    for package in PACKAGES:
-        module_spec = importlib.util.find_spec(package)
-        assert module_spec is not None
-        assert module_spec.origin is not None
-        folders.append(str(Path(module_spec.origin).parent))
-    modules = [*runtime_env.get("py_modules", []), *folders]
-    excludes = [*runtime_env.get("excludes", []), *EXCLUDED_PATTERNS]
-    return {**runtime_env, "py_modules": modules, "excludes": excludes}
 
 
 def submit(connection: Connection, request: Mapping[str, Any]) -> None:

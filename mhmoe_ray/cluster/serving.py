@@ -10,14 +10,8 @@ from urllib.parse import urlsplit
 from mhmoe_ray.cluster import dashboard
 from mhmoe_ray.cluster.connect import Connection
 from mhmoe_ray.cluster.dashboard import RetryingCaller
-from mhmoe_ray.cluster.jobs import (
-    EXCLUDED_PATTERNS,
-    PACKAGES,
-    check_size,
-    failure_reason,
-    translated_errors,
-    with_packages,
-)
+from mhmoe_ray.cluster.jobs import failure_reason, translated_errors
+from mhmoe_ray.cluster.packages import EXCLUDED_PATTERNS, PACKAGES, check_size, with_packages
 from mhmoe_ray.cluster.serve_client import app_configs, client, config_lock, put_configs, serve_details, shut_down_idle
 from mhmoe_ray.errors import ServeError, SpecError
 from mhmoe_ray.serving.config import IMPORT_PATH

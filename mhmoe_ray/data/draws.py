@@ -1,11 +1,16 @@
 """Random draws from a seed and a label, equal on every machine and in every process."""
 
+import hashlib
 from decimal import Context, Decimal
 from functools import cache
 
 import numpy as np
 
-from mhmoe_ray.data.order.order import seeded_hash
+
+def seeded_hash(seed: int, label: str) -> int:
+    """Return a 64-bit hash of a seed and a label, from 0 to 2^64 - 1; it is the same on every machine."""
+    return int.from_bytes(hashlib.blake2b(f"{seed}:{label}".encode(), digest_size=8).digest(), "little")
+
 
 RATIOS = 1024
 """Number of different ratios that `Draws.ratio` draws from."""

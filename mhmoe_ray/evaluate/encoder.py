@@ -10,10 +10,10 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 import torch
 
+from mhmoe_ray.data.draws import seeded_hash
 from mhmoe_ray.data.encoder.batches import BatchMaker, PartSamples, evaluated_samples
 from mhmoe_ray.data.encoder.samples import Pairs, SampleMaker
 from mhmoe_ray.data.images.crops import read_crop
-from mhmoe_ray.data.order.order import seeded_hash
 from mhmoe_ray.data.prepare.rows import token_rows
 from mhmoe_ray.data.shards.columns import padding_token, token_bytes_for
 from mhmoe_ray.data.sources import Document, FileReader, find_files

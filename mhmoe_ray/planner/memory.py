@@ -8,11 +8,15 @@ kernel (with attention_dropout on a CPU). Padding needs as much memory as other 
 from typing import NamedTuple
 
 from mhmoe_ray.architectures import FLOAT32
-from mhmoe_ray.planner.expert_step import planned_model
+from mhmoe_ray.planner.activations import (
+    activation_bytes_per_token,
+    merged_expert_bytes,
+    shared_attention_bytes,
+    static_layout_bytes,
+)
 from mhmoe_ray.planner.heads import head_activation_bytes, stem_activation_bytes
 from mhmoe_ray.planner.sizes import (
     EMBEDDING,
-    INT64,
     NORMS,
     OUTPUT,
     ROUTER,
@@ -25,7 +29,7 @@ from mhmoe_ray.planner.sizes import (
     gathered_bytes,
     model_parts,
 )
-from mhmoe_ray.spec import EncoderSpec, ModelSpec, MoESpec, RunSpec
+from mhmoe_ray.spec import EncoderSpec, RunSpec
 from mhmoe_ray.spec.train import LOSS_CHUNKS_PER_PRODUCT
 
 
@@ -75,12 +79,12 @@ def compute_memory(spec: RunSpec) -> Memory:
         gradients=gradients,
         moments=moments,
         copies=_copy_bytes(spec, counts) if size < FLOAT32 else 0,
-        activations=tokens * _activation_bytes_per_token(spec, size)
+        activations=tokens * activation_bytes_per_token(spec, size)
         + (FLOAT32 * hidden_output_values(spec, model.encoder) if model.encoder is not None else 0)
         + _task_bytes(spec)
-        + _shared_attention_bytes(spec, size)
-        + _static_layout_bytes(model, tokens, size)
-        + _merged_expert_bytes(spec, size),
+        + shared_attention_bytes(spec, size)
+        + static_layout_bytes(model, tokens, size)
+        + merged_expert_bytes(spec, size),
         logits=loss_bytes(spec),
         gathered=gathered_weight_bytes(spec) + unsharded_gradient_bytes(spec),
         checkpoint_copy=0 if spec.cluster.gpus_per_worker else checkpoint_copy_bytes(spec),
@@ -247,181 +251,3 @@ def _copy_bytes(spec: RunSpec, counts: Sizes) -> int:
         excluded_parts.add(EMBEDDING)
     total = sum(part.layers * part.parameters for part in model_parts(spec.model) if part.name not in excluded_parts)
     return bytes_per_value(spec) * (total - counts.expert_parameters + experts)
-
-
-def _activation_bytes_per_token(spec: RunSpec, size: int) -> int:
-    """Return the bytes per token that all layers and the loss keep from forward to backward.
-
-    With `train.recompute` this includes the largest block that is recomputed.
-    """
-    model = planned_model(spec)
-    moe = model.moe
-    norm = model.architecture.norm_saved_bytes(model.d_model, size)
-    outer = norm + _attention_bytes(model, size) + norm
-    hidden = model.architecture.hidden_saved_bytes(model.d_ff, size) if model.d_ff is not None else 0
-    dense = outer + hidden
-    mixture = outer + (_moe_bytes(model, moe, size) if moe is not None else 0) + hidden * model.has_experts_beside
-    noise = _dropout_bytes(model, size) if model.dropout else 0
-    block_input = model.d_model * bytes_of(spec.train.residual_precision)
-    # With `exchange`, a block with distributed experts is recomputed only up to its second norm, and keeps everything
-    # from this norm on.
-    if spec.train.recompute == "exchange" and spec.cluster.ep > 1:
-        attention_part = norm + _attention_bytes(model, size)
-        layers = model.layers * block_input + model.moe_layers * (mixture - attention_part) + max(dense, attention_part)
-        layers += noise // model.layers
-    # Each block keeps its input. The one block that is being recomputed keeps everything.
-    elif spec.train.recompute in ("exchange", "block"):
-        layers = model.layers * block_input + max(dense, mixture) + noise // model.layers
-    else:
-        layers = (model.layers - model.moe_layers) * dense + model.moe_layers * mixture + noise
-    # The outputs of an encoder are counted apart, because it computes few of them, and so are the heads of a vision
-    # model, which compute per image.
-    if model.encoder is not None or model.vision is not None:
-        return layers + norm
-    # The other terms are those of the last norm, of the loss, and of the token ids and targets. A chunked loss keeps
-    # the gradient of its input instead of the input and the log-probabilities.
-    if spec.train.loss_chunk_rows is None:
-        return layers + norm + FLOAT32 * model.vocab_size + 2 * INT64
-    return layers + norm - size * model.d_model + FLOAT32 * model.d_model + 2 * INT64
-
-
-def _dropout_bytes(model: ModelSpec, size: int) -> int:
-    """Return the bytes per token that dropout keeps for the backward in all layers."""
-    # Masks have one byte per value. Outputs of experts are kept before and after dropout, because gates apply after it.
-    masks = model.d_model * (1 + model.layers + model.dense_layers)
-    if model.moe is None:
-        return masks
-    outputs = model.joined_width * model.moe.top_k
-    shared = model.d_model if model.moe.d_shared else 0
-    # Router smear has no gates at outputs.
-    return masks + model.moe_layers * (outputs * (1 + size * (model.moe.router != "smear")) + shared)
-
-
-def _shared_attention_bytes(spec: RunSpec, size: int) -> int:
-    """Return the bytes that the attention of all layers shares: cosines and sines for queries and for keys, and the
-    document mask."""
-    if spec.model.encoder is not None or spec.model.vision is not None:
-        return 0  # learned positions, and a small mask of padding
-    T = spec.data.seq_len
-    mask = size * spec.train.micro_batch_size * T**2 if spec.model.document_masks else 0
-    return 4 * FLOAT32 * T * spec.model.head_width + mask
-
-
-def _attention_bytes(model: ModelSpec, size: int) -> int:
-    """Return the bytes per token that one attention layer saves for the backward."""
-    saved_bytes = model.architecture.attention_saved_bytes(
-        model.query_width, model.kv_width, model.attention_heads, size
-    )
-    if model.qk_norm == "none":
-        return saved_bytes
-    # RMSNorm saves its normalized rows in float32, and a statistic of each. With a narrower dtype it also saves its
-    # input, which is a copy in float32.
-    norm_rows = model.attention_heads + model.n_kv_heads if model.qk_norm == "head" else 2
-    copies = 1 if size == FLOAT32 else 2
-    return saved_bytes + FLOAT32 * (copies * (model.query_width + model.kv_width) + norm_rows)
-
-
-def _static_layout_bytes(model: ModelSpec, tokens: int, size: int) -> int:
-    """Return the additional bytes of kernel `capacity` over all layers; 0 for other kernels."""
-    # The additional bytes are those of N x E x C masks, of each choice and of their sums, and of the rows and hidden
-    # rows of every slot.
-    moe = model.moe
-    if moe is None or moe.kernel != "capacity":
-        return 0
-    rows = tokens * moe.heads
-    slots = moe.experts * (moe.expert_capacity(rows) or 0)
-    width = model.row_width * size
-    hidden = model.architecture.hidden_saved_bytes(moe.d_expert, size)
-    # With dropout, each route is a row of its own with the constant weight 1. So no output is kept for the gradient of
-    # a gate.
-    if model.dropout:
-        return model.moe_layers * slots * (2 * moe.top_k * rows * size + width + hidden)
-    return model.moe_layers * slots * ((moe.top_k + 2) * rows * size + 2 * width + hidden)
-
-
-def _merged_expert_bytes(spec: RunSpec, size: int) -> int:
-    """Return the bytes of the experts that router smear averages for each sample, over all layers that keep them; 0 for
-    other routers.
-
-    They are weights, so that they do not depend on the lengths of samples. Their gradients, which take as much memory
-    for one layer at a time, are left out.
-    """
-    model = spec.model
-    if model.moe is None or model.moe.router != "smear":
-        return 0
-    expert = model.architecture.expert_parameters(model.row_width, model.moe.d_expert)
-    layers = model.moe_layers if spec.train.recompute == "none" else 1
-    return layers * spec.samples_per_micro_batch * expert * size
-
-
-def _expert_hidden_bytes(model: ModelSpec, moe: MoESpec, size: int) -> int:
-    """Return the bytes that an expert saves for the hidden row of one route, on average over routes with and without
-    recomputation."""
-    has_manual_backward = moe.kernel_limits.kept_rows == "as configured"
-    saved_bytes = (
-        model.architecture.grouped_hidden_saved_bytes if has_manual_backward else model.architecture.hidden_saved_bytes
-    )
-    bytes_per_row = saved_bytes(moe.d_expert, size)
-    return round((1 - model.recomputed_share) * bytes_per_row)
-
-
-def _router_bytes(moe: MoESpec, width: int) -> int:
-    """Return the bytes that the router saves per sub-token: probabilities, logits, and the values before them."""
-    values = 2 * moe.experts + moe.router_sizes(width).saved_values
-    if moe.scoring == "sigmoid":
-        # Scores are divided by their sum for the load balancing loss, and gates by theirs for the experts.
-        values += 1 + (moe.top_k + 1 if moe.normalize_gates else 0)
-    return FLOAT32 * values
-
-
-def _smear_bytes(model: ModelSpec, moe: MoESpec, size: int) -> int:
-    """Return the bytes per token that a layer with router smear saves for the backward, without the averaged experts
-    and without what the router saves for each sample."""
-    d, architecture = model.d_model, model.architecture
-    # The rows of all samples are joined. The result of the norm before the layer is saved only if there is a layer
-    # beside the experts.
-    total = -d * size * (not model.has_experts_beside)
-    if model.recomputed_share:
-        total += d * FLOAT32
-    else:
-        # In a batch of experts, the inner norm and the product with its weight are two operations, and both save rows.
-        total += d * size + architecture.hidden_saved_bytes(moe.d_expert, size) + moe.d_expert * size
-    if moe.d_shared:
-        # The shared expert casts the joined rows for itself.
-        total += architecture.hidden_saved_bytes(moe.d_shared, size) + d * size * (size < FLOAT32)
-    return total
-
-
-def _moe_bytes(model: ModelSpec, moe: MoESpec, size: int) -> int:
-    """Return the bytes per token that one mixture-of-experts layer saves for the backward, without the static layout of
-    kernel `capacity` and without dropout."""
-    d, joined_width, routes = model.d_model, model.joined_width, moe.heads * moe.top_k
-    if moe.router == "smear":
-        return _smear_bytes(model, moe, size)
-    row_bytes = routes * model.row_width * size
-    total = 0
-    if moe.kernel != "capacity":
-        total += row_bytes + routes * _expert_hidden_bytes(model, moe, size) + row_bytes + routes * FLOAT32
-    # The result of the norm before the layer is saved if it is an operand of a matrix product.
-    is_norm_saved = moe.has_head_projection or bool(moe.d_shared)
-    # The next bytes are the router's input, unless it counts already as the result of the norm, and the factors of
-    # jitter.
-    saves_input = moe.has_head_projection or size < FLOAT32 or (moe.jitter > 0 and is_norm_saved)
-    total += joined_width * FLOAT32 * (saves_input + (moe.jitter > 0))
-    total -= d * size * (size < FLOAT32 and not is_norm_saved)
-    # The next bytes are the operand of the merge projection, and that of each further layer of the two projections.
-    total += (
-        joined_width
-        * size
-        * (
-            moe.has_merge_projection
-            + (moe.projection_layers - 1) * (moe.has_head_projection + moe.has_merge_projection)
-        )
-    )
-    # The next bytes are the values of the router, and the choice and the mask of each route.
-    total += moe.heads * (_router_bytes(moe, model.row_width) + FLOAT32) + routes * (INT64 + 1)
-    if moe.d_shared:
-        total += model.architecture.hidden_saved_bytes(moe.d_shared, size)
-        # The head projection and the shared expert each cast the result of the norm for themselves.
-        total += d * size * (size < FLOAT32 and moe.has_head_projection)
-    return total

@@ -10,14 +10,13 @@ from mhmoe_ray.errors import SpecError
 from mhmoe_ray.spec.base import Section
 from mhmoe_ray.spec.cluster import ClusterSpec, WorkerRange
 from mhmoe_ray.spec.data import DataSpec, ImageSpec, Objective, absolute_path
-from mhmoe_ray.spec.encoder import EncoderSpec
 from mhmoe_ray.spec.model import ModelSpec
 from mhmoe_ray.spec.moe import MoESpec
+from mhmoe_ray.spec.part_checks import check_encoder_parts, check_parts, check_vision_parts
 from mhmoe_ray.spec.parts import MicroBatchPart
 from mhmoe_ray.spec.serve import ServeSpec
 from mhmoe_ray.spec.start import StartSpec
 from mhmoe_ray.spec.train import MaskingSpec, TrackingSpec, TrainSpec
-from mhmoe_ray.spec.vision import VisionSpec
 from mhmoe_ray.storage import Location, ObjectPath, location
 
 
@@ -112,13 +111,13 @@ class RunSpec(Section):
                 f"train.moment_precision bfloat16 is for strategies ddp and fsdp, but DeepSpeed holds the moments of "
                 f"{self.cluster.strategy}: set train.moment_precision to float32"
             )
-        self._check_parts()
+        check_parts(self)
         if self.model.encoder is None and self.train.masking != MaskingSpec():
             raise ValueError("train.masking is for a model with an encoder, and would be ignored: remove it")
         if self.model.encoder is not None:
-            self._check_encoder(self.model.encoder)
+            check_encoder_parts(self, self.model.encoder)
         elif self.model.vision is not None:
-            self._check_vision(self.model.vision)
+            check_vision_parts(self, self.model.vision)
         else:
             if self.data.has_images:
                 raise ValueError("sources with images are for a model with an encoder: set model.encoder")
@@ -141,116 +140,6 @@ class RunSpec(Section):
                     f"({workers}), so that every worker gets equally many"
                 )
         return self
-
-    def _check_parts(self) -> None:
-        sizes = [part.micro_batch_size for part in self.data.parts.values()]
-        if sizes and sum(sizes) != self.train.micro_batch_size:
-            raise ValueError(
-                f"train.micro_batch_size is {self.train.micro_batch_size}, but the parts of a micro-batch have "
-                f"{' + '.join(map(str, sizes))} samples: set it to {sum(sizes)}"
-            )
-        for name, part in self.data.parts.items():
-            if self.model.vision is not None:
-                continue
-            if part.objective in ("classify", "detect"):
-                raise ValueError(f"data.parts.{name}.objective {part.objective} is for vision models: set model.vision")
-            if self.model.encoder is None and part.objective not in (None, "next_token"):
-                raise ValueError(f"data.parts.{name}.objective {part.objective} is for models with an encoder")
-            if self.model.encoder is None and part.weight != 1:
-                raise ValueError(f"data.parts.{name}.weight is for models with an encoder, and would be ignored")
-            if self.model.encoder is not None and part.objective == "next_token":
-                raise ValueError(f"data.parts.{name}.objective is next_token, but an encoder reads whole texts")
-
-    def _check_encoder(self, encoder: EncoderSpec) -> None:
-        """Check that the parts of micro-batches give an encoder all that it has to learn."""
-        if not self.data.parts:
-            raise ValueError("an encoder needs data.parts: at least one with texts and one with images, or pairs")
-        for part in self.parts:
-            for source in part.sources:
-                columns = self.data.sources[source].sample_columns
-                if not {"image", "text"}.issuperset(columns):
-                    raise ValueError(f"data.sources.{source} has {columns[0]} for vision models: set its columns")
-                if columns != part.columns:
-                    raise ValueError(
-                        f"part {part.name} has sources with {' and '.join(part.columns)}, but data.sources.{source} "
-                        f"has {' and '.join(columns)}: set its columns, or put it into a part of its own"
-                    )
-            if part.objective in ("contrastive", "caption") and len(part.columns) < 2:
-                raise ValueError(f"part {part.name} is {part.objective}, so its sources need an image and a text")
-            if part.objective == "caption" and self.model.moe is not None and self.model.moe.router == "smear":
-                raise ValueError(
-                    f"part {part.name} is caption, whose tokens must not see later ones, but router smear averages "
-                    "experts over all of them: choose another objective or router"
-                )
-            if part.objective == "contrastive" and part.samples < 2:
-                raise ValueError(f"part {part.name} is contrastive, so its micro_batch_size must be at least 2")
-        losses = [loss for part in self.parts for loss in part.losses]
-        if len(set(losses)) < len(losses):
-            raise ValueError(f"two losses of the parts have the same name, among {', '.join(losses)}: rename a part")
-        masked_columns = {column for part in self.parts if part.objective == "masked" for column in part.columns}
-        # A start has learned to read both already.
-        if {column for part in self.parts for column in part.columns} != {"image", "text"} and self.start is None:
-            raise ValueError(
-                "an encoder needs parts with images and with texts, or with pairs, unless it starts from another run"
-            )
-        self.train.masking.check_use({key for part in self.parts for key in part.masking_keys}, encoder.patches)
-        has_contrast = any(part.objective == "contrastive" for part in self.parts)
-        if has_contrast != (encoder.d_match is not None):
-            state = "missing" if has_contrast else "given, but no part of data.parts is contrastive"
-            raise ValueError(f"model.encoder.d_match is {state}: set both or none")
-        if self.data.seq_len > encoder.text_positions:
-            raise ValueError(
-                f"data.seq_len is {self.data.seq_len}, but a text has {encoder.text_positions} positions: lower it, or "
-                "raise model.encoder.text_positions"
-            )
-        if self.data.seq_len < 2:
-            raise ValueError("data.seq_len must be at least 2: a start token, and a token of the text")
-        if self.data.packing != "concat":
-            raise ValueError("data.packing is for decoders: each text of an encoder is a sample of its own; remove it")
-        if self.data.chat_sources:
-            raise ValueError(f"data.sources.{self.data.chat_sources[0]} has conversations, which decoders alone read")
-        if self.train.loss_chunk_rows is not None:
-            raise ValueError("train.loss_chunk_rows is for decoders: an encoder computes logits of hidden tokens alone")
-        if self.start is not None and self.start.how != "copy":
-            raise ValueError(f"start.how {self.start.how} is for decoders: an encoder can only start from a copy")
-        if self.start is not None and self.start.order == "continue":
-            raise ValueError("start.order continue is for decoders: remove it")
-        if self.start is not None and encoder.image_targets == "codebook" and "image" in masked_columns:
-            raise ValueError(
-                "a codebook is made of a run's own images, so patches would mean other entries than at its start: use "
-                "parts with objectives contrastive and caption, or texts"
-            )
-
-    def _check_vision(self, vision: VisionSpec) -> None:
-        """Check that each task of a vision model has a part of its name, with the samples that it learns from."""
-        if vision.tasks.keys() != self.data.parts.keys():
-            names, parts = ", ".join(vision.tasks), ", ".join(self.data.parts) or "none"
-            raise ValueError(f"model.vision.tasks are {names}, but data.parts are {parts}: give each task a part")
-        for name, task in vision.tasks.items():
-            part, column = self.data.parts[name], "class" if task.detector is None else "objects"
-            if part.objective not in (None, task.objective):
-                raise ValueError(
-                    f"data.parts.{name}.objective is {part.objective}, but its task is {task.objective}: remove it"
-                )
-            for source in part.sources:
-                columns = self.data.sources[source].sample_columns
-                if set(columns) != {"image", column}:
-                    raise ValueError(
-                        f"task {name} needs sources with image and {column}, but data.sources.{source} has "
-                        f"{' and '.join(columns)}: set its columns"
-                    )
-        for key in ("seq_len", "packing", "tokenizer", "tokenizer_pattern", "tokenizer_model", "tokenizer_train_mb"):
-            if getattr(self.data, key) != type(self.data).model_fields[key].default:
-                raise ValueError(f"data.{key} is for texts, and would be ignored by a vision model: remove it")
-        if self.cluster.strategy == "zero3" and any(task.detector is not None for task in vision.tasks.values()):
-            raise ValueError(
-                "cluster.strategy zero3 gathers weights when a module runs, but a detector does not run on a worker "
-                "without images: set it to fsdp or zero2"
-            )
-        if self.train.loss_chunk_rows is not None:
-            raise ValueError("train.loss_chunk_rows is for decoders: remove it")
-        if self.start is not None:
-            raise ValueError("start is for decoders and encoders: remove it")
 
     def _check_kernel(self, moe: MoESpec) -> None:
         limits, gpus = moe.kernel_limits, self.cluster.gpus_per_worker

@@ -4,8 +4,7 @@ import zipfile
 
 import pytest
 
-from mhmoe_ray.cluster import jobs
-from mhmoe_ray.cluster.jobs import check_size, sent_folders
+from mhmoe_ray.cluster.packages import check_size, sent_folders, with_packages
 from mhmoe_ray.errors import SpecError
 
 
@@ -33,7 +32,7 @@ def project(tmp_path):
 def test_sent_folders_are_exactly_what_ray_packs(project, tmp_path_factory):
     from ray._private.runtime_env.packaging import create_package
 
-    env = jobs.with_packages({"working_dir": str(project), "excludes": ["*.md", "/secret.key"]})
+    env = with_packages({"working_dir": str(project), "excludes": ["*.md", "/secret.key"]})
     folders = sent_folders(env)
     assert [s.folder.name for s in folders] == [project.name, "mhmoe_ray", "mhmoe_kernels"]
     assert folders[0].parts == {"pkg": 205, "code.py": 100, ".gitignore": 6}

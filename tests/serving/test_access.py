@@ -209,12 +209,14 @@ def test_bodies_of_unanswered_requests_are_bounded():
             refused_response = await client.post("/", content=b"x")
             ends[1].set()
             await unanswered[1]
-            last = asyncio.create_task(client.post("/", content=b"x"))
+            last_request = asyncio.create_task(client.post("/", content=b"x"))
             while len(ends) < 3:
                 await asyncio.sleep(0)
             for end in ends:
                 end.set()
-            return refused_response, [response.status_code for response in await asyncio.gather(*unanswered, last)]
+            return refused_response, [
+                response.status_code for response in await asyncio.gather(*unanswered, last_request)
+            ]
 
     refused_response, codes = asyncio.run(ask_four())
     assert (refused_response.status_code, refused_response.headers["retry-after"]) == (429, "1")

@@ -23,7 +23,9 @@ from itertools import accumulate, pairwise
 from math import fsum
 
 from mhmoe_ray.data.domains import source_of, subfolder_of
-from mhmoe_ray.data.order.order import MAX_WEIGHT, Order, OrderedDomain, PartedOrder, Phase, seeded_hash
+from mhmoe_ray.data.draws import seeded_hash
+from mhmoe_ray.data.order.interleaver import MAX_WEIGHT
+from mhmoe_ray.data.order.order import Order, OrderedDomain, PartedOrder, Phase
 from mhmoe_ray.data.shards.manifest import DataManifest
 from mhmoe_ray.errors import DataError
 from mhmoe_ray.spec import MicroBatchPart, RunSpec, SourceMix

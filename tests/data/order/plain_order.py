@@ -2,7 +2,8 @@
 
 from collections.abc import Iterator, Sequence
 
-from mhmoe_ray.data.order.order import OrderedDomain, Phase, seeded_hash
+from mhmoe_ray.data.draws import seeded_hash
+from mhmoe_ray.data.order.order import OrderedDomain, Phase
 
 SOURCE_ERROR, DOMAIN_ERROR = 3.36, 6.72
 """Largest errors of sources and of domains, in slots, as data/order/order.py proves them."""

@@ -2,7 +2,8 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mhmoe_ray.data.order.order import MAX_WEIGHT, Order, OrderedDomain, Phase
+from mhmoe_ray.data.order.interleaver import MAX_WEIGHT
+from mhmoe_ray.data.order.order import Order, OrderedDomain, Phase
 from tests.data.order.plain_order import DOMAIN_ERROR, SOURCE_ERROR, plain_order
 
 SEEDS = st.integers(0, 2**32)

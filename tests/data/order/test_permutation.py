@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mhmoe_ray.data.order.order import MAX_POSITION, Permutations, seeded_hash
+from mhmoe_ray.data.draws import seeded_hash
+from mhmoe_ray.data.order.permutation import MAX_POSITION, Permutations
 from tests.data.order.plain_order import mix_bits, permute_position
 
 KEYS = st.integers(0, 2**64 - 1)

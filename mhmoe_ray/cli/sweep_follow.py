@@ -1,0 +1,159 @@
+"""The progress of a sweep, which a command shows until its runs are over."""
+
+import time
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+
+from mhmoe_ray.cli.common import detach_on_interrupt, format_nats, note, print_note
+
+if TYPE_CHECKING:
+    from mhmoe_ray.cluster.connect import Connection
+    from mhmoe_ray.runs.sweeps import Order, SweepDir
+
+
+POLL_SECONDS = 1.0
+# Seconds between two requests that ask the cluster whether the job is alive. The run directories, which show the
+# progress, are read more often.
+JOB_CHECK_SECONDS = 5.0
+# Largest number of restarts of a job that ended without an error of its own. The limit is for a job that always ends
+# so.
+MAX_RESTARTS = 3
+
+
+def follow_order(directory: "SweepDir", name: str, connection: "Connection") -> None:
+    """Show the progress of an order until its runs are over or a stop is requested.
+
+    An order is a command's request to start runs of a sweep; a job on the cluster starts them. If the job was killed,
+    it is restarted at most `MAX_RESTARTS` times.
+
+    Args:
+        directory: the sweep's directory.
+        name: name of the order.
+        connection: connection to the cluster.
+
+    Raises:
+        MhmoeError: the job ended with an error of its own.
+        ClusterError, StorageError: the cluster or the storage no longer answers.
+    """
+    from mhmoe_ray.cluster.dashboard import RetryingCaller
+    from mhmoe_ray.sweep import client
+
+    restarts, check_time, note_printed, job_end_time, caller = (
+        0,
+        time.monotonic(),
+        False,
+        0.0,
+        RetryingCaller(print_note),
+    )
+    hint = "the sweep goes on. The same command follows it again, and ends it with --stop"
+    with detach_on_interrupt(hint), _progress_bar() as bar:
+        view = _ProgressView(directory, directory.read_order(name), bar)
+        while not caller.call(view.refresh, False):
+            time.sleep(POLL_SECONDS)
+            if time.monotonic() - check_time < JOB_CHECK_SECONDS:
+                continue
+            order_state = caller.call(partial(_newest_order, directory), None)
+            if order_state is None:
+                continue
+            newest_name, order, stop_requested = order_state
+            if newest_name != name and not note_printed:
+                note.print("another command asked for runs of this sweep; its job also starts the runs of this command")
+                note_printed = True
+            is_alive = caller.call(partial(client.is_alive, order), True)
+            check_time = time.monotonic()
+            if is_alive:
+                job_end_time = 0.0
+                continue
+            if stop_requested or caller.call(view.refresh, False):
+                return
+            job_end_time = job_end_time or check_time
+            # The order is read again, because a stop may have ended the job, or a newer order may have replaced it,
+            # during the calls above.
+            later_state = caller.call(partial(_newest_order, directory), None)
+            if later_state and later_state[2]:
+                return
+            if (
+                later_state is None
+                or later_state[0] != newest_name
+                or (newest_name != name and check_time - job_end_time < 2 * JOB_CHECK_SECONDS)
+            ):
+                # The command that submitted the newest order may still follow it. This command waits, so that the other
+                # command can restart the job first.
+                continue
+            if error := client.logged_error(order):
+                # If the order is another command's, that command shows the error.
+                if newest_name != name:
+                    return
+                raise error
+            if restarts == MAX_RESTARTS:
+                return
+            restarts += 1
+            note.print("the job that starts the runs has ended; it is started again")
+            name = client.restart_job(directory, connection, order)
+
+
+def _newest_order(directory: "SweepDir") -> "tuple[str, Order, bool]":
+    """Return the name of a sweep's newest order, the order itself, and whether a stop of the sweep is requested."""
+    newest_name = directory.order_names()[-1]
+    return newest_name, directory.read_order(newest_name), directory.stop_file.exists()
+
+
+def _progress_bar() -> Progress:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(20),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[status]}"),
+    )
+    return Progress(*columns, console=note, disable=not note.is_terminal)
+
+
+class _ProgressView:
+    """View of the progress of an order's runs: a progress bar on a terminal, lines elsewhere."""
+
+    def __init__(self, directory: "SweepDir", order: "Order", bar: Progress) -> None:
+        self._directory, self._order, self._bar = directory, order, bar
+        self._entries = order.wanted_entries
+        self._total_task = bar.add_task("runs", total=len(self._entries), status="")
+        self._tasks: dict[str, TaskID] = {}
+        self._printed_states: dict[str, str] = {}
+
+    def refresh(self) -> bool:
+        """Show the runs' states and steps as their directories have them now, and return whether all runs are over."""
+        from mhmoe_ray.runs import history, metrics
+        from mhmoe_ray.sweep.client import is_to_run, state_of
+
+        runs, ended_count = self._directory.runs(), 0
+        for entry in self._entries:
+            if (run := runs.get(entry.name)) is None:
+                continue
+            # A finished run stays finished, so its directory need not be read again.
+            if self._printed_states.get(entry.name) == "finished":
+                ended_count += 1
+                continue
+            state = state_of(run)
+            ended_count += not is_to_run(entry.name, run, state, self._order)
+            last_metrics = history.last_line(run) if run.metrics_file.exists() else None
+            if self._printed_states.get(entry.name) != state:
+                self._printed_states[entry.name] = state
+                if not note.is_terminal and state != "submitted":
+                    step_text = f" at step {last_metrics[metrics.STEP]}" if last_metrics else ""
+                    note.print(f"{entry.name}: {state}{step_text}")
+            self._update_task(entry.name, state, entry.spec.train.steps, last_metrics)
+        self._bar.update(self._total_task, completed=ended_count)
+        return ended_count == len(self._entries)
+
+    def _update_task(self, name: str, state: str, steps: int, last_metrics: dict[str, Any] | None) -> None:
+        """Show a run's progress in its task of the bar; remove the task once the run has ended."""
+        from mhmoe_ray.runs import events, metrics
+
+        if events.is_end_state(state):
+            if (task := self._tasks.pop(name, None)) is not None:
+                self._bar.remove_task(task)
+            return
+        if name not in self._tasks:
+            self._tasks[name] = self._bar.add_task(name, total=steps, status="")
+        status = f"loss {format_nats(last_metrics[metrics.LOSS])}" if last_metrics else state
+        self._bar.update(self._tasks[name], completed=last_metrics[metrics.STEP] if last_metrics else 0, status=status)
