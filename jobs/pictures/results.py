@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from mhmoe_ray import pictures
+from mhmoe_ray import plotting
 
 RESULTS = Path(__file__).parent.parent / "paper" / "RESULTS.md"
 RAW, NORMALISED = "The follow-up paper's comparison, at equal compute", "The same with gate weights that add up to 1"
@@ -26,13 +26,13 @@ def differences(section: str) -> dict[str, tuple[float, float, float]]:
 
 def main() -> None:
     """Draw the differences of both tables as points with intervals, and save results.svg beside this file."""
-    with pictures.style():
-        figure = pictures.new_figure(6.4, 2.7)
+    with plotting.style():
+        figure = plotting.new_figure(6.4, 2.7)
         axis = figure.subplots()
-        axis.axvline(0, color=pictures.GREY, linewidth=1)
+        axis.axvline(0, color=plotting.GREY, linewidth=1)
         for shift, colour, label, section in (
-            (-0.12, pictures.VERMILION, "gate weights as in the paper's code", RAW),
-            (0.12, pictures.BLUE, "gate weights that add up to 1", NORMALISED),
+            (-0.12, plotting.VERMILION, "gate weights as in the paper's code", RAW),
+            (0.12, plotting.BLUE, "gate weights that add up to 1", NORMALISED),
         ):
             difference_by_variant = differences(section)
             for position, name in enumerate(VARIANTS):

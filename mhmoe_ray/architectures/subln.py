@@ -48,12 +48,12 @@ class Subln(Architecture):
         return self.expert_macs(width, hidden) + 3 * hidden + width
 
     def norm_saved_bytes(self, d: int, size: int) -> int:
-        # Saved are the input of LayerNorm, its output as the operand of the next product, and two statistics.
+        # LayerNorm saves its input, its output as the operand of the next product, and two statistics.
         return d * (FLOAT32 + size) + 2 * FLOAT32
 
     def attention_saved_bytes(self, q_width: int, kv_width: int, heads: int, size: int) -> int:
-        # Saved are queries and keys before and after rotation, values, and the result before and after the inner norm;
-        # also a statistic per head and two of the norm.
+        # Attention saves queries and keys before and after rotation, values, and the result before and after the inner
+        # norm, and also a statistic per head and two of the norm.
         return size * (4 * q_width + 3 * kv_width) + FLOAT32 * (heads + 2)
 
     def hidden_saved_bytes(self, hidden: int, size: int) -> int:

@@ -50,7 +50,7 @@ class PeakMemory:
 
 def descendants(root: int) -> list[int]:
     """Return the ids of all descendants of a process, without the process itself."""
-    # /proc names the parent of each process but not its children, so the children are collected from the parents.
+    # Not every kernel lists the children of a process in /proc. Each names its parent, so children are found by that.
     children: dict[int, list[int]] = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():

@@ -159,5 +159,5 @@ def fit_exponent(measured_values: Sequence[tuple[int, float]]) -> float:
 
 
 def relative_spread(measured_values: Sequence[tuple[int, float]]) -> float:
-    """Return max / min - 1 of the values."""
+    """Return max / min - 1 of the second entries of the pairs."""
     return max(y for _, y in measured_values) / min(y for _, y in measured_values) - 1

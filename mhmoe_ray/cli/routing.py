@@ -137,7 +137,8 @@ def _training_metrics(run: "RunDir") -> list[dict[str, Any]]:
     names = (metrics.STEP, metrics.BALANCE, metrics.ENTROPY, metrics.LEAST_EXPERT, metrics.DROPPED)
     lines = read_trend(run, run.spec().train.validate_every).curve
     points = [round(i * (len(lines) - 1) / (CURVE_POINTS - 1)) for i in range(CURVE_POINTS)]
-    # If the curve has fewer lines than CURVE_POINTS, some indices occur twice, and `dict.fromkeys` removes the copies.
+    # If the curve has fewer lines than CURVE_POINTS, some indices occur more than once; `dict.fromkeys` removes the
+    # copies.
     return [{name: lines[i].get(name) for name in names} for i in dict.fromkeys(points)] if lines else []
 
 

@@ -26,7 +26,7 @@ def follow_order(directory: "SweepDir", name: str, connection: "Connection") -> 
     """Show the progress of an order until its runs are over or a stop is requested.
 
     An order is a command's request to start runs of a sweep; a job on the cluster starts them. If the job was killed,
-    it is restarted at most `MAX_RESTARTS` times.
+    it is restarted at most `MAX_RESTARTS` times; if it ends once more, the function returns.
 
     Args:
         directory: the sweep's directory.

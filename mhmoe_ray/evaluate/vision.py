@@ -24,7 +24,7 @@ from mhmoe_ray.data.shards.rows import ANNOTATION
 from mhmoe_ray.data.sources import Document, FileReader, find_files
 from mhmoe_ray.data.vision.annotations import Annotation, unpack
 from mhmoe_ray.data.vision.batches import task_batch
-from mhmoe_ray.data.vision.columns import HeldOutSamples
+from mhmoe_ray.data.vision.columns import HeldOutTaskSamples
 from mhmoe_ray.data.vision.samples import AnnotatedImages, StoredSamples, held_out_images, task_makers
 from mhmoe_ray.errors import DataError
 from mhmoe_ray.evaluate.context import EvaluationAnswer, EvaluationContext, Progress
@@ -57,7 +57,7 @@ class VisionMeter:
 
     @torch.no_grad()
     def run(
-        self, part: MicroBatchPart, samples: HeldOutSamples, images: Sequence[bytes], label: str
+        self, part: MicroBatchPart, samples: HeldOutTaskSamples, images: Sequence[bytes], label: str
     ) -> Iterator[TaskOutputs]:
         """Yield the outputs of a task for each batch of its samples.
 
@@ -263,7 +263,8 @@ def _accuracy_figures(
         neighbours: images of the training; None without a baseline.
     """
     names = [annotation.class_name or "" for annotation in annotations]
-    class_N = np.array([class_names.index(name) for name in names])
+    numbers = {name: number for number, name in enumerate(class_names)}
+    class_N = np.array([numbers[name] for name in names])
     # Ties count against the model.
     rank_N = (logits_NC >= logits_NC[np.arange(len(class_N)), class_N][:, None]).sum(1) - 1
     baseline = largest_class = None

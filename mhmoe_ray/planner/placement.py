@@ -130,7 +130,7 @@ def capacity_shortfall(nodes: "Sequence[Node]", cpus: int, gpus: int, workers: i
 
 
 class Node(NamedTuple):
-    """Node with the resources that are counted on it: those that are free now, or all that it has."""
+    """Node with its numbers of CPUs and GPUs: those that are free now, or all that it has."""
 
     name: str
     cpus: float

@@ -290,7 +290,8 @@ def _parameters_per_norm(spec: ModelSpec) -> int:
 
 def attention_macs(spec: ModelSpec) -> int:
     """Return the multiply-adds of the four projections of one attention layer, for one token."""
-    # The projections of queries and of the output have as many multiply-adds, and so have those of keys and values.
+    # The projections of queries and of the output have equally many multiply-adds, and so have those of keys and
+    # values.
     return 2 * spec.d_model * (spec.query_width + spec.kv_width)
 
 

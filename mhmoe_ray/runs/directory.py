@@ -18,7 +18,7 @@ CHAT_TEMPLATE = "chat_template.jinja"
 
 @dataclass(frozen=True)
 class RunDir:
-    """Directory of a run, with the paths of its files; it may not exist."""
+    """Directory of a run, with the paths of its files. The directory need not exist."""
 
     path: Location
 

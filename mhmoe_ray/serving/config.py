@@ -58,7 +58,8 @@ def application_config(
         # A replica that an update or autoscaling removes gets this time to finish its running requests.
         "graceful_shutdown_timeout_s": spec.request_timeout,
         # Serve's limit is above the engine's limit. So it is the engine that refuses requests, because it knows the
-        # clients, and health checks are answered however many requests wait.
+        # clients, and health checks are answered however many requests wait. Only requests whose bodies would take too
+        # much memory are refused before (`BodySizeLimit`).
         "max_ongoing_requests": spec.max_concurrency + spec.max_waiting + SPARE_REQUESTS,
         "max_queued_requests": spec.max_waiting * spec.replicas.max + SPARE_REQUESTS,
         "backpressure_config": {"status_code": 429, "retry_after_s": 1},

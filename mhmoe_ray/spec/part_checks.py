@@ -56,7 +56,6 @@ def check_encoder_parts(spec: "RunSpec", encoder: EncoderSpec) -> None:
     losses = [loss for part in spec.parts for loss in part.losses]
     if len(set(losses)) < len(losses):
         raise ValueError(f"two losses of the parts have the same name, among {', '.join(losses)}: rename a part")
-    masked_columns = {column for part in spec.parts if part.objective == "masked" for column in part.columns}
     # A start has learned to read both already.
     if {column for part in spec.parts for column in part.columns} != {"image", "text"} and spec.start is None:
         raise ValueError(
@@ -84,7 +83,12 @@ def check_encoder_parts(spec: "RunSpec", encoder: EncoderSpec) -> None:
         raise ValueError(f"start.how {spec.start.how} is for decoders: an encoder can only start from a copy")
     if spec.start is not None and spec.start.order == "continue":
         raise ValueError("start.order continue is for decoders: remove it")
-    if spec.start is not None and encoder.image_targets == "codebook" and "image" in masked_columns:
+    hides_images = any(part.objective == "masked" and "image" in part.columns for part in spec.parts)
+    if spec.start is None and encoder.image_targets == "codebook" and not hides_images:
+        raise ValueError(
+            "model.encoder.image_targets is codebook, but no part with objective masked has images: remove it"
+        )
+    if spec.start is not None and encoder.image_targets == "codebook" and hides_images:
         raise ValueError(
             "a codebook is made of a run's own images, so patches would mean other entries than at its start: use "
             "parts with objectives contrastive and caption, or texts"

@@ -62,7 +62,8 @@ class ServeSpec(Section):
     250 chunks a second for all streams together. 0: one chunk per token, each of which Serve's proxy forwards
     separately."""
     max_body_bytes: PositiveInt | None = None
-    """Largest size of the body of a request in bytes. The default is 1 MiB, and 16 MiB for models that read images."""
+    """Largest size of the body of a request in bytes. The default is 1 MiB, and 16 MiB for models that read images. A
+    replica refuses bodies while those of unanswered requests have 32 times as many bytes, but at least 256 MiB."""
     log_prompts: bool = False
     """If true, replicas log the text of each prompt. If false, the log has a line for each request without any of its
     text."""

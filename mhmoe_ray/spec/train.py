@@ -151,7 +151,7 @@ class TrainSpec(Section):
 
     @property
     def last_decay_step(self) -> int:
-        """The step at which the learning rate reaches min_lr."""
+        """The step at which a learning rate that decays reaches min_lr."""
         return self.schedule_steps or self.steps
 
     def learning_rate(self, step: int) -> float:

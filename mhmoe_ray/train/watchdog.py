@@ -156,7 +156,7 @@ class Watchdog:
 
     @classmethod
     def start(cls, run: RunDir, timeout: float) -> Any:
-        """Start the watchdog actor, which watches until the job ends, and return its handle."""
+        """Start the watchdog actor, which watches all ranks until the job ends, and return its handle."""
         # The watchdog runs on the job's own node, so that it survives the loss of any other node.
         strategy = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         actor = ray.remote(num_cpus=0)(cls).options(scheduling_strategy=strategy).remote(str(run.path), timeout)

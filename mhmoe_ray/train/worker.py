@@ -7,7 +7,7 @@ order, at any number of workers.
 import hashlib
 import logging
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
 from typing import Any
 
@@ -24,7 +24,7 @@ from mhmoe_ray.checkpoint.save import Saver
 from mhmoe_ray.data.shards.manifest import require_data_manifest
 from mhmoe_ray.data.shards.rows import read_codebook
 from mhmoe_ray.data.tokenizer import boundaries, load_tokenizer
-from mhmoe_ray.data.vision.columns import VisionSamples
+from mhmoe_ray.data.vision.columns import HeldOutTaskSamples
 from mhmoe_ray.distributed.dispatch.exchange import SentBytes
 from mhmoe_ray.distributed.mesh import build_mesh
 from mhmoe_ray.errors import DataError, JobError, StorageError
@@ -202,7 +202,7 @@ class Worker:
             line[metrics.VAL_PART_LOSS] = validation.part_losses
         return line
 
-    def _adapt(self, objective: Tasks, held_out_samples: VisionSamples) -> dict[str, Any]:
+    def _adapt(self, objective: Tasks, held_out_samples: Mapping[str, HeldOutTaskSamples]) -> dict[str, Any]:
         """Change the tasks' numbers of experts if the spec asks for it; return the metrics with these numbers."""
         for change in objective.adapt(held_out_samples, self.trainer.step):
             if self.rank == 0:

@@ -22,7 +22,7 @@ PORT = 8017
 """Port in the examples. The test takes a free one instead, because another test may use this one."""
 
 
-@pytest.mark.slow  # the quick tests of these functions are in this folder
+@pytest.mark.slow  # this folder and tests/cli have quick tests of these functions
 @pytest.mark.ray
 def test_examples_of_the_readme_run_in_their_order(tmp_path, local_cluster):
     examples = re.findall(r"^```python\n(.*?)^```", README.read_text(), re.S | re.M)

@@ -349,3 +349,16 @@ def test_run_too_large_for_the_cluster_is_refused_at_once(corpus):
     assert time.monotonic() - start_time < 30
     assert_one_line(result, 5, "it needs 2 workers with 1 CPU and 1 GPU each, and the cluster has no GPU")
     assert sorted(corpus.glob("runs/*")) == previous_runs
+
+
+def test_a_finished_run_is_trained_longer(corpus, finished):
+    """This is the last test, because others expect the run to have 30 steps."""
+    run, _ = finished
+    first_losses = [line[metrics.LOSS] for line in history.read(run)]
+    result = mhmoe(corpus, "resume", run.id, "--until", "34")
+    assert result.code == 0, result.err
+    assert "training from step 30 on 2 workers" in result.err
+    losses = [line[metrics.LOSS] for line in history.read(run)]
+    assert (len(losses), losses[:30]) == (34, first_losses)
+    assert_samples_in_order(run)
+    assert mhmoe(corpus, "status", run.id, "--json").json()["state"] == "finished"

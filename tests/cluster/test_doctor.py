@@ -110,7 +110,6 @@ def test_local_cluster_has_no_problems(local_cluster):
 
 
 @pytest.mark.ray
-@pytest.mark.slow
 def test_open_dashboard_is_a_warning(tmp_path):
     """The dashboard is one of `ray start`, which by default everybody who reaches it can use without a token."""
     gcs_port, dashboard_port, client_port, *metric_ports = map(str, free_ports(5))

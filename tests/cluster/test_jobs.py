@@ -8,7 +8,7 @@ import time
 import pytest
 
 from mhmoe_ray.cluster import jobs
-from mhmoe_ray.cluster.jobs import EXCLUDED_PATTERNS
+from mhmoe_ray.cluster.packages import EXCLUDED_PATTERNS
 from mhmoe_ray.cluster.runs import outcome, recorded_outcome, start_attempt
 from mhmoe_ray.errors import ClusterError, JobError, SpecError
 from mhmoe_ray.runs import events

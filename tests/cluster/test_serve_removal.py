@@ -96,7 +96,7 @@ def test_remove_lets_requests_finish_and_cancels_starting_replicas(connection, p
 
 
 @pytest.mark.ray
-@pytest.mark.slow
+@pytest.mark.slow  # test_remove_lets_requests_finish... is the quick test of a removal
 def test_concurrent_removals_during_an_update_without_room_succeed(connection, port, monkeypatch):
     """The replica of the previous version runs, and there is no room for that of the update.
 
@@ -124,7 +124,7 @@ def test_concurrent_removals_during_an_update_without_room_succeed(connection, p
 
 
 @pytest.mark.ray
-@pytest.mark.slow
+@pytest.mark.slow  # the same
 def test_remove_cancels_a_replica_that_starts_meanwhile(connection, port, tmp_path, monkeypatch):
     """The replica starts at the worst moment: just after Serve has reported that there are no replicas."""
     gate = tmp_path / "gate"

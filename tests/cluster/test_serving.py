@@ -89,7 +89,7 @@ def test_replicas_run_in_the_environment_of_the_spec(connection, port, tmp_path)
 
 
 @pytest.mark.ray
-@pytest.mark.slow
+@pytest.mark.slow  # test_serve_removal.py has the quick test of a removal beside a deployment
 def test_concurrent_deployments_and_removals_do_not_undo_each_other(connection, port):
     """Two deployments at once start Serve, and both answer; two removals at once end it."""
     with ThreadPoolExecutor(2) as pool:

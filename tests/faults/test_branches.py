@@ -52,7 +52,7 @@ def base(folder) -> RunDir:
     return train(folder, "base", 20)
 
 
-@pytest.mark.slow  # tests/checkpoint/start has the quick tests of branches, tests/faults/test_kills.py those of kills
+@pytest.mark.slow  # tests/cli/test_runs.py has the quick test of a run that is trained longer
 def test_a_run_that_is_continued_equals_one_that_never_ended(folder, base):
     assert_one_line(mhmoe(folder, "resume", base.id), 7, "it is finished", "--until")
     assert_one_line(mhmoe(folder, "resume", base.id, "--until", "20"), 7, "its spec has 20 steps already")

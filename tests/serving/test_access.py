@@ -189,39 +189,88 @@ def test_too_large_body_is_refused(app, chunked):
     assert error["message"].endswith("send a smaller one, or raise serve.max_body_bytes")
 
 
-def test_bodies_of_unanswered_requests_are_bounded():
-    """Ten bytes fit. Answers end in the test's order."""
-    ends, sizes = [], []
+class Gate:
+    """An application whose answers wait until the test lets them go on."""
 
-    async def application(scope, receive, send):
-        message = await receive()
-        sizes.append(len(message["body"]))
-        ends.append(asyncio.Event())
-        await ends[-1].wait()
+    def __init__(self):
+        self.sizes, self.ends, self.is_broken = [], [], False
+
+    async def __call__(self, scope, receive, send):
+        size, has_more = 0, True
+        while has_more:
+            message = await receive()
+            size, has_more = size + len(message.get("body", b"")), message.get("more_body")
+        self.sizes.append(size)
+        self.ends.append(asyncio.Event())
+        await self.ends[-1].wait()
+        if self.is_broken:
+            raise RuntimeError("broken")
         await PlainTextResponse("done")(scope, receive, send)
 
-    async def ask_four():
-        transport = httpx.ASGITransport(BodySizeLimit(application, max_bytes=6, max_held_bytes=10))
-        async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
-            unanswered = [asyncio.create_task(client.post("/", content=b"x" * size)) for size in (6, 4)]
-            while len(ends) < 2:
+    async def wait_for(self, count):
+        async with asyncio.timeout(10):
+            while len(self.ends) < count:
                 await asyncio.sleep(0)
-            refused_response = await client.post("/", content=b"x")
-            ends[1].set()
-            await unanswered[1]
-            last_request = asyncio.create_task(client.post("/", content=b"x"))
-            while len(ends) < 3:
-                await asyncio.sleep(0)
-            for end in ends:
-                end.set()
-            return refused_response, [
-                response.status_code for response in await asyncio.gather(*unanswered, last_request)
-            ]
 
-    refused_response, codes = asyncio.run(ask_four())
-    assert (refused_response.status_code, refused_response.headers["retry-after"]) == (429, "1")
-    assert refused_response.json()["error"]["code"] == "busy"
-    assert (codes, sizes) == ([200] * 3, [6, 4, 1])
+
+def limited_client(gate, **changes):
+    """Return a client of an application with bodies of 6 bytes at most, and 10 for all unanswered requests."""
+    transport = httpx.ASGITransport(BodySizeLimit(gate, **{"max_bytes": 6, "max_held_bytes": 10, **changes}))
+    return httpx.AsyncClient(transport=transport, base_url="http://server")
+
+
+async def one_by_one(body):
+    for byte in body:
+        yield bytes([byte])
+
+
+@pytest.mark.parametrize("is_broken", [False, True])
+def test_bodies_of_unanswered_requests_are_bounded(is_broken):
+    async def ask():
+        gate = Gate()
+        async with limited_client(gate) as client:
+            unanswered = [asyncio.create_task(client.post("/", content=b"x" * size)) for size in (6, 4)]
+            await gate.wait_for(2)
+            refused_responses = [await client.post("/", content=content) for content in (b"x", one_by_one(b"xx"))]
+            empty_request = asyncio.create_task(client.get("/"))
+            await gate.wait_for(3)
+            gate.is_broken = is_broken
+            gate.ends[1].set()
+            await asyncio.gather(unanswered[1], return_exceptions=True)
+            gate.is_broken = False
+            last_request = asyncio.create_task(client.post("/", content=one_by_one(b"xxxx")))
+            await gate.wait_for(4)
+            for end in gate.ends:
+                end.set()
+            responses = await asyncio.gather(unanswered[0], empty_request, last_request)
+        return gate.sizes, refused_responses, [response.status_code for response in responses]
+
+    sizes, refused_responses, codes = asyncio.run(ask())
+    for response in refused_responses:
+        assert (response.status_code, response.headers["retry-after"]) == (429, "1")
+        assert response.json()["error"]["code"] == "busy"
+    assert (codes, sizes) == ([200] * 3, [6, 4, 0, 4])
+
+
+def test_a_body_that_does_not_arrive_holds_no_memory(monkeypatch):
+    monkeypatch.setattr("mhmoe_ray.serving.api.access.BODY_SECONDS", 0.2)
+
+    async def ask():
+        gate, end = Gate(), asyncio.Event()
+
+        async def unfinished_body():
+            yield b"xxxxxx"
+            await end.wait()
+
+        async with limited_client(gate, max_held_bytes=6) as client:
+            late_request = asyncio.create_task(client.post("/", content=unfinished_body()))
+            late_response = await late_request
+            next_request = asyncio.create_task(client.post("/", content=b"xxxxxx"))
+            await gate.wait_for(1)
+            gate.ends[0].set()
+            return late_response.status_code, (await next_request).status_code
+
+    assert asyncio.run(ask()) == (408, 200)
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -44,7 +44,7 @@ def test_a_share_that_no_part_uses_is_refused(key, part):
         encoder_spec(**changes, train__masking={key: 0.3})
 
 
-def contrastive_changes(*columns):
+def one_part_changes(*columns):
     """Return the changes of a spec to one part that matches pairs, or masks what `columns` name."""
     objective = "contrastive" if len(columns) > 1 else "masked"
     return {
@@ -57,11 +57,17 @@ def contrastive_changes(*columns):
 
 
 def test_an_encoder_may_learn_from_pairs_without_masks():
-    assert encoder_spec(**contrastive_changes("image", "text")).start is None
+    assert encoder_spec(**one_part_changes("image", "text")).start is None
 
 
 @pytest.mark.parametrize("column", ["image", "text"])
 def test_an_encoder_of_one_modality_is_refused_unless_its_start_has_both(column):
     with pytest.raises(ValidationError, match="an encoder needs parts with images and with texts, or with pairs"):
-        encoder_spec(**contrastive_changes(column))
-    encoder_spec(**contrastive_changes(column), start={"from": "pretrained"})
+        encoder_spec(**one_part_changes(column))
+    encoder_spec(**one_part_changes(column), start={"from": "pretrained"})
+
+
+def test_a_codebook_that_no_part_predicts_is_refused():
+    changes = one_part_changes("image", "text")
+    with pytest.raises(ValidationError, match="image_targets is codebook, but no part with objective masked has"):
+        encoder_spec(**changes, model__encoder__image_targets="codebook")

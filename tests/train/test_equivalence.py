@@ -384,11 +384,11 @@ def test_hybrid_sharding_trains_like_one_process(reference, ep, shard_experts, s
     ("workers", "ep", "strategy", "chunk_rows"),
     [
         (1, 1, "ddp", 5),
+        (2, 2, "ddp", 9),
         *(
             pytest.param(*case, marks=pytest.mark.slow)
             for case in [
                 (4, 2, "fsdp", 16),
-                (2, 2, "ddp", 9),
                 (2, 1, "zero3", 7),
                 (2, 1, "zero2", 1000),
                 (2, 1, "zero1", 3),

@@ -77,7 +77,7 @@ class TensorEntry(NamedTuple):
         return {name: (rows, *self.shape[1:]) for name, rows in zip(self.exported_names, self.row_counts, strict=True)}
 
     def with_replacements(self, replacements: NameReplacements) -> "TensorEntry":
-        """Return the entry with other exported names."""
+        """Return the entry with exported names in which the first part of each pair is replaced by the second."""
         names = self.exported_names
         for part, own_part in replacements:
             names = tuple(name.replace(part, own_part) for name in names)

@@ -92,7 +92,8 @@ def tokenizer_identity(content: bytes) -> str:
     Args:
         content: content of a tokenizer.json.
     """
-    # Other tools write the same tokenizer in another form, or with other special tokens that it adds.
+    # Other tools may write the same tokenizer in another form of JSON, or with a post-processor that adds other special
+    # tokens to a text. So only the parts that encode text are hashed.
     parts = json.loads(Tokenizer.from_buffer(content).to_str())
     added_tokens = [(token["id"], token["content"]) for token in parts["added_tokens"]]
     identity_parts = [parts["model"], parts["normalizer"], parts["pre_tokenizer"], added_tokens]

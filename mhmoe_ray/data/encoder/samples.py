@@ -48,7 +48,7 @@ class SampleMaker:
             part: the part.
             tokens: stored tokens of each sample, (samples, T).
             images: encoded image of each sample; empty for a sample without one.
-            labels: label of each sample, which decides its crop and its masks.
+            labels: label of each sample. With the seed of the run, it determines the random crop and the masks.
             crops: whether to crop images at random, as in training.
         """
         seed, encoder, sections = self._spec.seed, self._encoder, self._spec.train.masking

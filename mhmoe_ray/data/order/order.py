@@ -17,8 +17,8 @@ So the text of a step is the same at any number of workers.
 
 The domain of a position: a phase of the training has whole-number weights and assigns its positions to domains in
 proportion to them, starting at a seeded slot of an endless sequence. In every prefix of the phase a source is within
-3.36 samples of its share and a domain within 6.72; a phase whose length is the sum of its weights reads exactly its
-weights.
+3.36 samples of its share and a domain within 6.72 (interleaver.py); a phase whose length is the sum of its weights
+reads exactly its weights.
 
 The sample within the domain: slot n of a domain, counted from 0 over all phases, belongs to epoch n // size and takes
 element n mod size of that epoch's permutation. The permutation depends on seed, name and size of the domain only, so

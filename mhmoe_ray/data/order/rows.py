@@ -31,7 +31,7 @@ class PartPositions(NamedTuple):
 
     @property
     def labels(self) -> list[str]:
-        """The label of each sample, which decides its crop and its masks."""
+        """The label of each sample. With the seed of the run, it determines the random crop and the masks."""
         return [f"{self.part.name} {position}" for position in self.positions]
 
 

@@ -158,7 +158,7 @@ class RowReader:
         return self.read_tokens(numbers), self.read_values(IMAGE, numbers)
 
     def read_values(self, column: str, numbers: np.ndarray) -> list[bytes]:
-        """Return the values of rows in column `image` or `annotation`; `numbers` is as for `read`."""
+        """Return the values of rows in column `image` or `annotation`; `numbers` may be empty."""
         shard_of, row_of = self._locate(numbers)
         return [
             _map_shard(self._paths[shard]).column(column)[int(row)].as_py()

@@ -63,7 +63,8 @@ class Document(NamedTuple):
     """Hash of the image of the document's record, also if the source uses only the text; None if it has none. All
     documents of one image have the same hash, so that they are on the same side of the validation split."""
     annotation: bytes | None = None
-    """Class or objects of the image (`data.annotations.pack`), if the source has a column of them; otherwise None."""
+    """Class or objects of the image (`data.vision.annotations.pack`), if the source has a column of them; otherwise
+    None."""
 
     @property
     def model_text(self) -> str:

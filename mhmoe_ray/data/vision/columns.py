@@ -49,7 +49,7 @@ class TaskSamples(NamedTuple):
             yield from image_objects
 
 
-class HeldOutSamples(Protocol):
+class HeldOutTaskSamples(Protocol):
     """Samples of one task, in memory (`TaskSamples`) or decoded when they are asked for (`StoredSamples`)."""
 
     @property

@@ -50,7 +50,7 @@ class TaskSampleMaker:
         Args:
             images: encoded image of each sample.
             annotations: stored annotation of each sample.
-            labels: label of each sample, which decides its crop in training; None in evaluation.
+            labels: label of each sample, which with the seed of the run determines its random crop; None in evaluation.
         """
         size, unpacked = self._task.image_size, [unpack(content) for content in annotations]
         choosers = [self._crop_function(label) for label in labels] if labels is not None else [None] * len(images)

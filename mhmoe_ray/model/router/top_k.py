@@ -177,8 +177,9 @@ class Router(nn.Module):
         )
 
     def _is_plain(self, generator: torch.Generator | None) -> bool:
-        """Return whether routing is a softmax, the k largest scores, and losses over a micro-batch, with nothing
-        added to them."""
+        """Return whether `fused_routing` can compute the routing: softmax scores, the k largest of them without a bias
+        or groups, no random second expert, and a load balancing loss of shares over a micro-batch, from the same
+        probabilities. Jitter and noise may come before it."""
         moe = self.moe
         has_random_choice = moe.second_expert == "random" and generator is not None
         # X-MoE's load balancing loss uses other probabilities than routing.

@@ -1,5 +1,6 @@
 """Access control: API keys, a rate limit per client on requests and on tokens, and the largest size of a request."""
 
+import asyncio
 import hashlib
 import hmac
 import time
@@ -77,7 +78,7 @@ class LocalRateLimiter:
 
 
 class RateLimiter(Protocol):
-    """The interface of rate limiters: in this process (`LocalRateLimiter`), or in one that replicas share."""
+    """Interface of rate limiters, which count in this process (`LocalRateLimiter`) or in one that replicas share."""
 
     async def begin_request(self, client: str) -> ExceededLimit | None:
         """Count one more request of a client. If a limit is used up, do not count it and return that limit."""
@@ -164,15 +165,20 @@ IMAGE_BODY_BYTES = 16 << 20
 """Largest size of a body by default, if the model reads images."""
 
 
-BODIES_IN_MEMORY = 32
+HELD_BODIES = 32
 """Number of bodies of the largest size that a server holds at the same time."""
+MIN_HELD_BYTES = 256 << 20
+"""Number of bytes of bodies that a server holds in any case."""
+BODY_SECONDS = 120.0
+"""Seconds in which a body must arrive."""
 
 
 class BodySizeLimit:
     """Middleware that refuses bodies before all of them are in memory.
 
     A request gets a 413 if its body has more than `max_bytes` bytes, and a 429 if the bodies of all requests that are
-    not answered yet have more than `max_held_bytes` bytes together.
+    not answered yet would have more than `max_held_bytes` bytes together. If a body does not arrive within
+    `BODY_SECONDS`, the request gets a 408, so that a client that stops in the middle does not hold memory.
     """
 
     def __init__(self, app: ASGIApp, max_bytes: int, max_held_bytes: int) -> None:
@@ -184,37 +190,44 @@ class BodySizeLimit:
             await self._app(scope, receive, send)
             return
         declared_size = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
-        # A chunked body declares no size, and a declared size may be false, so the bytes are counted too.
-        error = self._error(int(declared_size)) if declared_size.isdigit() else None
         size, messages = 0, list[Message]()
+        # A chunked body declares no size, and a declared size may be false, so the bytes are counted too.
+        error = self._error(0, int(declared_size)) if declared_size.isdigit() else None
 
         # The body has been received already, so the application gets the stored messages first.
         async def replay() -> Message:
             return messages.pop(0) if messages else await receive()
 
         try:
-            while error is None:
-                message = await receive()
-                messages.append(message)
-                size += len(message.get("body", b""))
-                self._held_bytes += len(message.get("body", b""))
-                error = self._error(size)
-                if not message.get("more_body"):
-                    break
+            try:
+                async with asyncio.timeout(BODY_SECONDS):
+                    while error is None:
+                        message = await receive()
+                        chunk_size = len(message.get("body", b""))
+                        if error := self._error(size, size + chunk_size):
+                            break
+                        messages.append(message)
+                        size += chunk_size
+                        self._held_bytes += chunk_size
+                        if not message.get("more_body"):
+                            break
+            except TimeoutError:
+                message = f"the body did not arrive within {BODY_SECONDS:g} s; send it again"
+                error = RequestError(408, message, code="timeout")
             if error is None:
                 await self._app(scope, replay, send)
-            else:
-                await error_response(error)(scope, receive, send)
         finally:
             self._held_bytes -= size
+        if error is not None:
+            await error_response(error)(scope, receive, send)
 
-    def _error(self, size: int) -> RequestError | None:
-        """Return the error of a request whose body has `size` bytes or more; None if it may be received."""
-        if size > self._max_bytes:
+    def _error(self, size: int, new_size: int) -> RequestError | None:
+        """Return the error of a request if its body grows from `size` to `new_size` bytes; None if it may."""
+        if new_size > self._max_bytes:
             reason = f"the body has more than {self._max_bytes:,} bytes"
             fix = "send a smaller one, or raise serve.max_body_bytes"
             return RequestError(413, f"{reason}; {fix}", code="request_too_large")
-        if self._held_bytes > self._max_held_bytes:
-            reason = f"the requests that it answers have {self._max_held_bytes:,} bytes or more"
+        if new_size > size and self._held_bytes + new_size - size > self._max_held_bytes:
+            reason = f"the requests that it answers have {self._held_bytes:,} bytes"
             return RequestError(429, f"the server is busy: {reason}; try again in 1 s", code="busy", retry_after=1)
         return None

@@ -12,8 +12,9 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from mhmoe_ray.serving.answer import Answerer, ServedModel, ServedText
 from mhmoe_ray.serving.api import completions, embeddings, vision
 from mhmoe_ray.serving.api.access import (
-    BODIES_IN_MEMORY,
+    HELD_BODIES,
     IMAGE_BODY_BYTES,
+    MIN_HELD_BYTES,
     TEXT_BODY_BYTES,
     AccessControl,
     BodySizeLimit,
@@ -65,7 +66,7 @@ def create_app(
     app = FastAPI(title="mhmoe-ray", exception_handlers=HANDLERS)
     default_body_bytes = TEXT_BODY_BYTES if isinstance(answerer, Answerer) else IMAGE_BODY_BYTES
     max_bytes = spec.max_body_bytes or default_body_bytes
-    app.add_middleware(BodySizeLimit, max_bytes=max_bytes, max_held_bytes=BODIES_IN_MEMORY * max_bytes)
+    app.add_middleware(BodySizeLimit, max_bytes=max_bytes, max_held_bytes=max(MIN_HELD_BYTES, HELD_BODIES * max_bytes))
     service: AnyService
     if isinstance(answerer, VisionAnswerer):
         service = ModelService(answerer, model, spec, access)

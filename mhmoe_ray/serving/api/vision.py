@@ -300,7 +300,7 @@ async def _read_body(http_request: Request, parameters: type[Parameters]) -> tup
 
 
 def _body_description(parameters: type[StrictRequest]) -> dict[str, Any]:
-    """Return the body of a route for the API's description."""
+    """Return the request body of a route for its OpenAPI description."""
     file_schema = {"schema": {"type": "string", "format": "binary"}}
     json_schema = {
         "type": "object",

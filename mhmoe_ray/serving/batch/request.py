@@ -15,7 +15,7 @@ _HASH_CHARACTERS = 8
 
 
 class SamplingOptions(BaseModel):
-    """Options of the answers: how they are drawn, and which scores they have."""
+    """Options of the answers: how tokens are drawn, where an answer ends, and which scores it has."""
 
     max_tokens: int
     temperature: float

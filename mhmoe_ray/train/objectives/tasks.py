@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from mhmoe_ray.data.vision.batches import task_batch
-from mhmoe_ray.data.vision.columns import HeldOutSamples, TaskSamples, VisionSamples, samples_in_row
+from mhmoe_ray.data.vision.columns import HeldOutTaskSamples, TaskSamples, VisionSamples, samples_in_row
 from mhmoe_ray.model.vision import Vision, VisionBatch
 from mhmoe_ray.spec import MicroBatchPart
 from mhmoe_ray.train.adaptive import AdaptiveTopK, TopKChange
@@ -58,10 +58,10 @@ class Tasks(PartObjective[VisionBatch]):
     def target_counts(self, batch: VisionBatch) -> list[int]:
         return [len(task.image_NYXC) for part, task in zip(self.spec.parts, batch, strict=True) for _ in part.losses]
 
-    def evaluated_samples(self, part: MicroBatchPart, samples: HeldOutSamples) -> int:
+    def evaluated_samples(self, part: MicroBatchPart, samples: HeldOutTaskSamples) -> int:
         return samples.sample_count
 
-    def part_batch(self, part: MicroBatchPart, samples: HeldOutSamples, start: int, stop: int) -> VisionBatch:
+    def part_batch(self, part: MicroBatchPart, samples: HeldOutTaskSamples, start: int, stop: int) -> VisionBatch:
         return self._batch({part.name: samples.rows(start, stop)})
 
     def losses_of(self, part: MicroBatchPart) -> slice:
@@ -69,12 +69,12 @@ class Tasks(PartObjective[VisionBatch]):
         start = names.index(part.losses[0])
         return slice(start, start + len(part.losses))
 
-    def load_validation(self, manifest: "DataManifest") -> Mapping[str, HeldOutSamples]:
+    def load_validation(self, manifest: "DataManifest") -> Mapping[str, HeldOutTaskSamples]:
         from mhmoe_ray.data.vision.samples import vision_validation_samples
 
         return vision_validation_samples(self.spec, manifest)
 
-    def adapt(self, samples: Mapping[str, HeldOutSamples], step: int) -> Sequence[TopKChange]:
+    def adapt(self, samples: Mapping[str, HeldOutTaskSamples], step: int) -> Sequence[TopKChange]:
         """Validate the tasks and change their numbers of experts, if the spec says so and this step is one for it.
 
         This is a collective operation. All ranks get the same changes.

@@ -21,7 +21,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pyarrow import fs
 
-from mhmoe_ray.data import images
+from mhmoe_ray.data.images import files
 from mhmoe_ray.data.sources import FileReader, Reason, find, find_files, version_hash
 from mhmoe_ray.data.sources.find import file_blocks, fingerprints
 from mhmoe_ray.data.sources.items import BadLine, Document, RawFile
@@ -584,7 +584,7 @@ def test_webdataset_reader_survives_damage(tmp_path, data):
 def test_missing_pillow_is_one_line(tmp_path, monkeypatch):
     write_tar(tmp_path / "a.tar", tar_members(PICTURES))
     monkeypatch.setitem(sys.modules, "PIL", None)
-    monkeypatch.setattr(images.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(files.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(DataError, match=r"pip install 'mhmoe-ray\[pictures\]'$"):
         read_source(tmp_path, format="webdataset")
     # The captions alone need no decoder.

@@ -158,7 +158,7 @@ def swiglu_backward(
 
 
 def _scale_pointers(scale_S: Tensor | None, route_R: Tensor | None, other_tensor: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the tensors of the scales for a kernel; without scales, some tensors that it does not read."""
+    """Return the scales and the routes for a kernel; without scales, `other_tensor` twice, which it does not read."""
     return (other_tensor, other_tensor) if scale_S is None or route_R is None else (scale_S, route_R)
 
 
