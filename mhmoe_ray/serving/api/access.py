@@ -212,8 +212,8 @@ class BodySizeLimit:
                         if not message.get("more_body"):
                             break
             except TimeoutError:
-                message = f"the body did not arrive within {BODY_SECONDS:g} s; send it again"
-                error = RequestError(408, message, code="timeout")
+                reason = f"the body did not arrive within {BODY_SECONDS:g} s; send it again"
+                error = RequestError(408, reason, code="timeout")
             if error is None:
                 await self._app(scope, replay, send)
         finally:
