@@ -67,8 +67,8 @@ def encoder_figures(context: EvaluationContext) -> EvaluationAnswer:
         probe_pairs = list(raw_pairs(request.probe, DocumentEncoder(tokenizer), spec, request.samples))
         classes = {p.domain: _class_score(p, probe_pairs, meter) for p in pairs}
         return {"encoder": EncoderFigures(losses={}, image_values={}, classes=classes)}
-    hides_text = any(part.objective == "masked" and "text" in part.columns for part in spec.parts)
-    writes_captions = any(part.objective == "caption" for part in spec.parts)
+    hides_text = any(part.traits.hides and "text" in part.columns for part in spec.parts)
+    writes_captions = any(part.traits.writes for part in spec.parts)
     baseline = _read_baseline(spec, manifest, print_line) if model.match is not None or writes_captions else None
     training_images = baseline.neighbours.image_count if baseline else None
     figures = EncoderFigures(losses=losses, image_values={}, training_images=training_images)

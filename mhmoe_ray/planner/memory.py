@@ -124,9 +124,9 @@ def hidden_output_values(spec: RunSpec, encoder: EncoderSpec) -> int:
     masking, values = spec.train.masking, 0.0
     for part in spec.parts:
         text_values = part.samples * (spec.data.seq_len - 1) * spec.model.vocab_size
-        if part.objective == "caption":
+        if part.traits.writes:
             values += text_values
-        if part.objective != "masked":
+        if not part.traits.hides:
             continue
         is_pair = len(part.columns) > 1
         if "image" in part.columns:

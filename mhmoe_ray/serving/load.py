@@ -96,7 +96,7 @@ def _require_torch_engine(spec: ServeSpec, kind: str) -> None:
 
 def writes_captions(run: RunDir) -> bool:
     """Return whether a run trains an encoder on captions."""
-    return any(part.objective == "caption" for part in run.spec().parts)
+    return any(part.traits.writes for part in run.spec().parts)
 
 
 def check_generates(model: ModelSpec) -> None:

@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 from mhmoe_ray.spec.encoder import EncoderSpec
+from mhmoe_ray.spec.parts import OBJECTIVES
 from mhmoe_ray.spec.vision import VisionSpec
 
 if TYPE_CHECKING:
@@ -20,14 +21,15 @@ def check_parts(spec: "RunSpec") -> None:
     for name, part in spec.data.parts.items():
         if spec.model.vision is not None:
             continue
-        if part.objective in ("classify", "detect"):
+        model = OBJECTIVES[part.objective].model if part.objective is not None else None
+        if model == "vision":
             raise ValueError(f"data.parts.{name}.objective {part.objective} is for vision models: set model.vision")
-        if spec.model.encoder is None and part.objective not in (None, "next_token"):
+        if spec.model.encoder is None and model == "encoder":
             raise ValueError(f"data.parts.{name}.objective {part.objective} is for models with an encoder")
         if spec.model.encoder is None and part.weight != 1:
             raise ValueError(f"data.parts.{name}.weight is for models with an encoder, and would be ignored")
-        if spec.model.encoder is not None and part.objective == "next_token":
-            raise ValueError(f"data.parts.{name}.objective is next_token, but an encoder reads whole texts")
+        if spec.model.encoder is not None and model == "decoder":
+            raise ValueError(f"data.parts.{name}.objective is {part.objective}, but an encoder reads whole texts")
 
 
 def check_encoder_parts(spec: "RunSpec", encoder: EncoderSpec) -> None:
@@ -44,15 +46,15 @@ def check_encoder_parts(spec: "RunSpec", encoder: EncoderSpec) -> None:
                     f"part {part.name} has sources with {' and '.join(part.columns)}, but data.sources.{source} "
                     f"has {' and '.join(columns)}: set its columns, or put it into a part of its own"
                 )
-        if part.objective in ("contrastive", "caption") and len(part.columns) < 2:
+        if part.traits.needs_pairs and len(part.columns) < 2:
             raise ValueError(f"part {part.name} is {part.objective}, so its sources need an image and a text")
-        if part.objective == "caption" and spec.model.moe is not None and spec.model.moe.router == "smear":
+        if part.traits.writes and spec.model.moe is not None and spec.model.moe.router == "smear":
             raise ValueError(
-                f"part {part.name} is caption, whose tokens must not see later ones, but router smear averages "
-                "experts over all of them: choose another objective or router"
+                f"part {part.name} is {part.objective}, whose tokens must not see later ones, but router smear "
+                "averages experts over all of them: choose another objective or router"
             )
-        if part.objective == "contrastive" and part.samples < 2:
-            raise ValueError(f"part {part.name} is contrastive, so its micro_batch_size must be at least 2")
+        if part.traits.compares and part.samples < 2:
+            raise ValueError(f"part {part.name} is {part.objective}, so its micro_batch_size must be at least 2")
     losses = [loss for part in spec.parts for loss in part.losses]
     if len(set(losses)) < len(losses):
         raise ValueError(f"two losses of the parts have the same name, among {', '.join(losses)}: rename a part")
@@ -62,7 +64,7 @@ def check_encoder_parts(spec: "RunSpec", encoder: EncoderSpec) -> None:
             "an encoder needs parts with images and with texts, or with pairs, unless it starts from another run"
         )
     spec.train.masking.check_use({key for part in spec.parts for key in part.masking_keys}, encoder.patches)
-    has_contrast = any(part.objective == "contrastive" for part in spec.parts)
+    has_contrast = any(part.traits.compares for part in spec.parts)
     if has_contrast != (encoder.d_match is not None):
         state = "missing" if has_contrast else "given, but no part of data.parts is contrastive"
         raise ValueError(f"model.encoder.d_match is {state}: set both or none")
@@ -83,7 +85,7 @@ def check_encoder_parts(spec: "RunSpec", encoder: EncoderSpec) -> None:
         raise ValueError(f"start.how {spec.start.how} is for decoders: an encoder can only start from a copy")
     if spec.start is not None and spec.start.order == "continue":
         raise ValueError("start.order continue is for decoders: remove it")
-    hides_images = any(part.objective == "masked" and "image" in part.columns for part in spec.parts)
+    hides_images = any(part.traits.hides and "image" in part.columns for part in spec.parts)
     if spec.start is None and encoder.image_targets == "codebook" and not hides_images:
         raise ValueError(
             "model.encoder.image_targets is codebook, but no part with objective masked has images: remove it"

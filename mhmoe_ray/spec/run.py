@@ -270,7 +270,7 @@ class RunSpec(Section):
         return (
             encoder is not None
             and encoder.image_targets == "codebook"
-            and any(part.objective == "masked" and "image" in part.columns for part in self.parts)
+            and any(part.traits.hides and "image" in part.columns for part in self.parts)
         )
 
     def image_size_of(self, source: str) -> int:
@@ -327,7 +327,7 @@ class RunSpec(Section):
             return [(self.data.seq_len, self.train.micro_batch_size)]
         for part in self.parts:
             column_lengths = [encoder.image_tokens if name == "image" else self.data.seq_len for name in part.columns]
-            if part.objective != "contrastive":
+            if part.is_joint:
                 column_lengths = [sum(column_lengths)]
             lengths += [(length, part.samples) for length in column_lengths]
         return lengths

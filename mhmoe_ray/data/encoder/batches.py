@@ -29,11 +29,11 @@ class PartSamples(Protocol):
 def evaluated_samples(part: MicroBatchPart, samples: PartSamples) -> int:
     """Return how many samples of a part an evaluation uses, from the first one on.
 
-    They are all, but those of a contrastive part fill whole micro-batches if there are enough: a smaller one would have
-    fewer pairs to choose from, and so a smaller loss.
+    They are all, but those of a part that compares them fill whole micro-batches if there are enough: a smaller one
+    would have fewer pairs to choose from, and so a smaller loss.
     """
     count = samples.sample_count
-    if part.objective == "contrastive" and count > part.samples:
+    if part.traits.compares and count > part.samples:
         count -= count % part.samples
     return count
 
@@ -98,7 +98,7 @@ class BatchMaker:
         predicted_NT, first_text = token_NT, 0
         for part in parts:
             texts = slice(first_text, first_text := first_text + part.samples * ("text" in part.columns))
-            if part.objective == "caption":
+            if part.traits.writes:
                 next_BT = np.roll(token_NT[texts], -1, axis=1)
                 start_B1 = token_NT[texts, :1]
                 predicted_NT = predicted_NT.copy()
@@ -122,6 +122,5 @@ def _groups(parts: Iterable[MicroBatchPart], samples: EncoderSamples) -> Iterato
         patch_hidden = samples.patch_hidden[first_image : first_image + images]
         token_hidden = samples.token_hidden[first_text : first_text + texts]
         first_image, first_text = first_image + images, first_text + texts
-        is_joint = len(part.columns) > 1 and part.objective != "contrastive"
-        size = GroupSize(images, texts, is_joint, is_causal=part.objective == "caption")
+        size = GroupSize(images, texts, part.is_joint, is_causal=part.traits.writes)
         yield Group(size, int(patch_hidden.sum()), int(token_hidden.sum()), part.loss_kinds)

@@ -52,7 +52,7 @@ class SampleMaker:
             crops: whether to crop images at random, as in training.
         """
         seed, encoder, sections = self._spec.seed, self._encoder, self._spec.train.masking
-        is_pair, is_masked = len(part.columns) > 1, part.objective == "masked"
+        is_pair, is_masked = len(part.columns) > 1, part.traits.hides
         image_share = sections.pair_image if is_pair else sections.image
         text_share = sections.pair_text if is_pair else sections.text
         side = encoder.patches_per_side
@@ -79,7 +79,7 @@ class SampleMaker:
                 inputs[number, stretch] = hide_tokens(
                     row[stretch], mask, self._spec.model.vocab_size, seed, f"{label} tokens"
                 )
-        if part.objective == "caption":
+        if part.traits.writes:
             # A token is predicted at the position before it, and the end of a text at its last token. Of a text that
             # was cut, the last token predicts nothing.
             token_hidden = texts != self._padding
