@@ -352,7 +352,7 @@ def test_run_too_large_for_the_cluster_is_refused_at_once(corpus):
 
 
 def test_a_finished_run_is_trained_longer(corpus, finished):
-    """This is the last test, because others expect the run to have 30 steps."""
+    # Other tests expect the run to have 30 steps, so this is the last one.
     run, _ = finished
     first_losses = [line[metrics.LOSS] for line in history.read(run)]
     result = mhmoe(corpus, "resume", run.id, "--until", "34")

@@ -196,10 +196,10 @@ class Gate:
         self.sizes, self.ends, self.is_broken = [], [], False
 
     async def __call__(self, scope, receive, send):
-        size, has_more = 0, True
-        while has_more:
+        size, more_body = 0, True
+        while more_body:
             message = await receive()
-            size, has_more = size + len(message.get("body", b"")), message.get("more_body")
+            size, more_body = size + len(message.get("body", b"")), message.get("more_body")
         self.sizes.append(size)
         self.ends.append(asyncio.Event())
         await self.ends[-1].wait()
@@ -219,7 +219,7 @@ def limited_client(gate, **changes):
     return httpx.AsyncClient(transport=transport, base_url="http://server")
 
 
-async def one_by_one(body):
+async def single_bytes(body):
     for byte in body:
         yield bytes([byte])
 
@@ -231,14 +231,14 @@ def test_bodies_of_unanswered_requests_are_bounded(is_broken):
         async with limited_client(gate) as client:
             unanswered = [asyncio.create_task(client.post("/", content=b"x" * size)) for size in (6, 4)]
             await gate.wait_for(2)
-            refused_responses = [await client.post("/", content=content) for content in (b"x", one_by_one(b"xx"))]
+            refused_responses = [await client.post("/", content=content) for content in (b"x", single_bytes(b"xx"))]
             empty_request = asyncio.create_task(client.get("/"))
             await gate.wait_for(3)
             gate.is_broken = is_broken
             gate.ends[1].set()
             await asyncio.gather(unanswered[1], return_exceptions=True)
             gate.is_broken = False
-            last_request = asyncio.create_task(client.post("/", content=one_by_one(b"xxxx")))
+            last_request = asyncio.create_task(client.post("/", content=single_bytes(b"xxxx")))
             await gate.wait_for(4)
             for end in gate.ends:
                 end.set()
