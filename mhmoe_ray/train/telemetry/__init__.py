@@ -2,6 +2,7 @@
 
     line.py          all metrics of a step, under the names of runs/metrics.py
     sinks.py         metrics.jsonl, and all sinks below, for one rank
+    tracker.py       the interface of trackers: TensorBoard, MLflow
     ray_metrics.py   Ray's metrics, which each node exports to Prometheus, under the names of runs/metrics.py
     tensorboard.py   event files in the run directory
     mlflow.py        an MLflow server, if the spec names one
@@ -11,7 +12,7 @@ a straggler can be found (train/watchdog.py).
 """
 
 from mhmoe_ray.train.telemetry.line import StepTotals, WaitShares, step_line
-from mhmoe_ray.train.telemetry.mlflow import EndStatus
 from mhmoe_ray.train.telemetry.sinks import Telemetry
+from mhmoe_ray.train.telemetry.tracker import EndStatus
 
 __all__ = ["EndStatus", "StepTotals", "Telemetry", "WaitShares", "step_line"]

@@ -10,13 +10,14 @@ import os
 from collections.abc import Iterator
 from queue import Empty, SimpleQueue
 from threading import Event, Thread
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from mhmoe_ray.errors import JobError
 from mhmoe_ray.runs import metrics
 from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.runs.metrics import tagged_values
 from mhmoe_ray.spec import RunSpec, dotted_items
+from mhmoe_ray.train.telemetry.tracker import EndStatus
 
 if TYPE_CHECKING:
     from mlflow.entities import Metric
@@ -32,7 +33,6 @@ MAX_METRICS_PER_REQUEST = 1000
 MAX_VALUE_CHARACTERS = 6000
 """Largest number of characters of a parameter's value in MLflow."""
 TAG = "mhmoe_run"
-EndStatus = Literal["FINISHED", "KILLED", "FAILED"]
 
 
 class MlflowRun:
@@ -68,6 +68,9 @@ class MlflowRun:
         time_ms, step = int(line[metrics.TIME] * 1000), line[metrics.STEP]
         for tag, value in tagged_values(line).items():
             self._queue.put(Metric(tag, value, time_ms, step))
+
+    def flush(self) -> None:
+        """Do nothing, because the thread sends metrics by itself."""
 
     def close(self, end_status: EndStatus) -> None:
         """Send the remaining metrics and the run's final status, and stop the thread; wait at most `CLOSE_SECONDS`.
@@ -182,3 +185,9 @@ def _drain(queue: "SimpleQueue[Metric]") -> "Iterator[Metric]":
             yield queue.get_nowait()
         except Empty:
             return
+
+
+def open_tracker(run: RunDir, spec: RunSpec, group: int, start: int) -> MlflowRun | None:
+    """Return the tracker of a run; None if the spec names no server. The worker group and its first step do not
+    matter."""
+    return MlflowRun(run, spec) if spec.tracking.mlflow else None

@@ -1,5 +1,6 @@
 """Sinks of a run's metrics: metrics.jsonl, Ray's metrics, TensorBoard and MLflow."""
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -7,10 +8,16 @@ from torch import Tensor
 from mhmoe_ray.runs import history
 from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.spec import RunSpec
+from mhmoe_ray.train.telemetry import mlflow, tensorboard
 from mhmoe_ray.train.telemetry.line import WaitShares
-from mhmoe_ray.train.telemetry.mlflow import EndStatus, MlflowRun
 from mhmoe_ray.train.telemetry.ray_metrics import Gauges, add_rank, add_run, report_rank, report_run
-from mhmoe_ray.train.telemetry.tensorboard import TensorBoard
+from mhmoe_ray.train.telemetry.tracker import EndStatus, Tracker
+
+OpenTracker = Callable[[RunDir, RunSpec, int, int], Tracker | None]
+"""Function that opens the tracker of a run, given its spec, the number of the worker group and the step from which that
+group continues; it returns None if the spec does not ask for the tracker."""
+TRACKERS: tuple[OpenTracker, ...] = (tensorboard.open_tracker, mlflow.open_tracker)
+"""The trackers beside metrics.jsonl and Ray's metrics."""
 
 
 class Telemetry:
@@ -30,11 +37,11 @@ class Telemetry:
         self._reports_run = rank == 0
         self._gauges = Gauges(run.id)
         add_rank(self._gauges)
-        self._board, self._mlflow = None, None
+        self._trackers: list[Tracker] = []
         if self._reports_run:
             add_run(self._gauges, spec.train.steps)
-            self._board = TensorBoard(run, group, start)
-            self._mlflow = MlflowRun(run, spec) if spec.tracking.mlflow else None
+            trackers = (open_tracker(run, spec, group, start) for open_tracker in TRACKERS)
+            self._trackers = [tracker for tracker in trackers if tracker is not None]
 
     def report(self, line: dict[str, Any], count_LE: Tensor, waits: WaitShares) -> None:
         """Report a step: this rank's waits and, on rank 0, the metrics of the whole run.
@@ -48,25 +55,21 @@ class Telemetry:
         if self._reports_run:
             history.append(self._run, line)
             report_run(self._gauges, line, count_LE)
-        if self._board:
-            self._board.report(line)
-        if self._mlflow:
-            self._mlflow.report(line)
+        for tracker in self._trackers:
+            tracker.report(line)
 
     def flush(self) -> None:
         """Write everything that was reported to metrics.jsonl and to the event files."""
         history.flush(self._run)
-        if self._board:
-            self._board.flush()
+        for tracker in self._trackers:
+            tracker.flush()
 
     def close(self, end_status: EndStatus) -> None:
         """Close all sinks of this rank.
 
         Args:
-            end_status: MLflow status for the end of the training.
+            end_status: status for the end of the training.
         """
         self._gauges.close()
-        if self._board:
-            self._board.close()
-        if self._mlflow:
-            self._mlflow.close(end_status)
+        for tracker in self._trackers:
+            tracker.close(end_status)

@@ -15,7 +15,9 @@ from tensorboardX.proto.summary_pb2 import Summary
 from mhmoe_ray.runs import metrics
 from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.runs.metrics import tagged_values
+from mhmoe_ray.spec import RunSpec
 from mhmoe_ray.storage import copy_file
+from mhmoe_ray.train.telemetry.tracker import EndStatus
 
 FLUSH_SECONDS = 10.0
 """Seconds after which written events are flushed, except on an object store."""
@@ -55,7 +57,8 @@ class TensorBoard:
         self._writer.flush()
         self._flushed = time.monotonic()
 
-    def close(self) -> None:
+    def close(self, end_status: EndStatus) -> None:
+        """Write all events, and close the event file; TensorBoard shows no status."""
         if self._spool:
             self._upload()
             self._spool.cleanup()
@@ -80,3 +83,8 @@ class TensorBoard:
         for file in Path(self._spool.name).iterdir():
             copy_file(file, self._folder / file.name)
             file.unlink()
+
+
+def open_tracker(run: RunDir, spec: RunSpec, group: int, start: int) -> TensorBoard:
+    """Return the tracker of a run; for the arguments see `TensorBoard`."""
+    return TensorBoard(run, group, start)

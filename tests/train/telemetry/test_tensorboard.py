@@ -41,10 +41,10 @@ def test_restart_replaces_repeated_steps(tmp_path):
     assert scalars["loss/training"] == approx([(s, 8.0 / s) for s in range(1, 6)] + [(6, 1.0)])
     assert scalars["loss/validation"] == [(6, 2.5)]
     assert "optimizer/gradient_norm" not in scalars
-    board.close()
+    board.close("FINISHED")
     second_board = TensorBoard(run, group=2, start=4)
     second_board.report(line(5, 16.0))
-    second_board.close()
+    second_board.close("FINISHED")
     scalars = read(run.tensorboard)
     assert scalars["loss/training"] == approx([(s, 8.0 / s) for s in range(1, 5)] + [(5, 16.0)])
     assert scalars["loss/validation"] == []
@@ -60,7 +60,7 @@ def test_object_store_gets_one_file_per_flush(tmp_path, s3):
         if step % 2 == 0:
             board.flush()
             file_sizes.append({p.name: p.stat().st_size for p in run.tensorboard.iterdir()})
-    board.close()
+    board.close("FINISHED")
     assert [len(files) for files in file_sizes] == [1, 2, 3]
     assert file_sizes[0].items() <= file_sizes[1].items() <= file_sizes[2].items()
     local_folder = tmp_path / "here"

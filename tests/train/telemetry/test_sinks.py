@@ -1,0 +1,42 @@
+"""Tests of the sinks of a run's metrics."""
+
+import torch
+
+from mhmoe_ray.runs import history, metrics
+from mhmoe_ray.runs.directory import RunDir
+from mhmoe_ray.train.telemetry import Telemetry, WaitShares, sinks
+from tests.specs import tiny_spec
+
+
+class ListTracker:
+    """A tracker that keeps what it is told in a list."""
+
+    def __init__(self):
+        self.calls = []
+
+    def report(self, line):
+        self.calls.append(line[metrics.STEP])
+
+    def flush(self):
+        self.calls.append("flush")
+
+    def close(self, end_status):
+        self.calls.append(end_status)
+
+
+def open_telemetry(folder, rank):
+    return Telemetry(RunDir(folder), tiny_spec(folder), rank, group=1, start=0)
+
+
+def test_trackers_get_the_lines_and_the_end_of_a_run_from_rank_0(tmp_path, monkeypatch):
+    tracker = ListTracker()
+    monkeypatch.setattr(sinks, "TRACKERS", (lambda *_: None, lambda *_: tracker))
+    for rank in (1, 0):
+        telemetry = open_telemetry(tmp_path, rank)
+        for step in (1, 2):
+            line = {metrics.STEP: step, metrics.TIME: 0.0, metrics.LOSS: 1.0, metrics.TOKENS: 8}
+            telemetry.report(line, torch.ones(1, 4), WaitShares(0.0, 0.0))
+        telemetry.flush()
+        telemetry.close("KILLED")
+    assert tracker.calls == [1, 2, "flush", "KILLED"]
+    assert [line[metrics.STEP] for line in history.read(RunDir(tmp_path))] == [1, 2]
