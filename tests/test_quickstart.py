@@ -62,8 +62,8 @@ def project(tmp_path_factory, lane_home):
 
 @pytest.fixture(scope="module")
 def first_output(project):
-    """Yield the output of a quickstart of 60 steps instead of 700; its cluster is left running."""
-    yield run_quickstart(project, "train.steps=60", "train.validate_every=60", "train.checkpoint_every=30", KEEP="1")
+    """Yield the output of a quickstart of 100 steps instead of 700; its cluster is left running."""
+    yield run_quickstart(project, "train.steps=100", "train.validate_every=100", "train.checkpoint_every=50", KEEP="1")
     # Later tests of this lane serve on other ports. The commands of the README, if they ran, have ended the server.
     if mhmoe(project, "serve", "status", "--json").json():
         assert mhmoe(project, "serve", "down").code == 0

@@ -156,12 +156,21 @@ def test_a_fine_tuned_encoder_is_evaluated_and_served(project, run, unused_port)
 @pytest.mark.parametrize(
     ("arguments", "error"),
     [
-        (["generate", "{run}", "--prompt", "a"], "it is an encoder"),
-        (["ckpt", "export", "{run}", "--to", "exported"], "its model is an encoder"),
-        (["eval", "{run}", "--tasks", "english"], "lm-eval's tasks are for decoders"),
-        (["eval", "{run}", "--text", "raw/test", *TEXT_ALONE], "it has no pairs of an image and a text"),
+        pytest.param(["generate", "{run}", "--prompt", "a"], "it is an encoder", id="generate"),
+        pytest.param(["ckpt", "export", "{run}", "--to", "exported"], "its model is an encoder", id="export"),
+        pytest.param(
+            ["eval", "{run}", "--tasks", "english"],
+            "lm-eval's tasks are for decoders",
+            id="tasks",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            ["eval", "{run}", "--text", "raw/test", *TEXT_ALONE],
+            "it has no pairs of an image and a text",
+            id="text",
+            marks=pytest.mark.slow,
+        ),
     ],
-    ids=["generate", "export", "tasks", "text"],
 )
 def test_what_only_decoders_do_is_refused_in_one_line(project, run, arguments, error):
     assert_refused(project, [word.format(run=run.id) for word in arguments], error)

@@ -156,12 +156,16 @@ def test_objects_without_masks_end_a_preparation_for_a_detector_that_learns_mask
 @pytest.mark.parametrize(
     ("arguments", "error"),
     [
-        (["generate", "{run}", "--prompt", "a"], "its model is a vision model"),
-        (["ckpt", "export", "{run}", "--to", "exported"], "a vision model"),
-        (["eval", "{run}", "--tasks", "english"], "lm-eval's tasks are for decoders"),
-        (["eval", "{run}", *TEXT_WITHOUT_CLASSES], "no task"),
+        pytest.param(["generate", "{run}", "--prompt", "a"], "its model is a vision model", id="generate"),
+        pytest.param(["ckpt", "export", "{run}", "--to", "exported"], "a vision model", id="export"),
+        pytest.param(
+            ["eval", "{run}", "--tasks", "english"],
+            "lm-eval's tasks are for decoders",
+            id="tasks",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(["eval", "{run}", *TEXT_WITHOUT_CLASSES], "no task", id="text", marks=pytest.mark.slow),
     ],
-    ids=["generate", "export", "tasks", "text"],
 )
 def test_what_only_other_models_do_is_refused_in_one_line(project, run, arguments, error):
     assert_refused(project, [word.format(run=run.id) for word in arguments], error)
