@@ -6,6 +6,9 @@ QUICKSTART_SET ?=
 GPU_PYTHON ?= 3.12
 # The commit that `make equal` compares with.
 BASE ?= HEAD
+# If this variable is set, each process of the tests compiles every module that it imports, and each lane rewrites the
+# assertions of all tests, which takes 13 s. The empty value unsets it.
+export PYTHONDONTWRITEBYTECODE :=
 # Two lanes of tests, each with its own Ray cluster. A free lane takes the next test file.
 LANES := -n 2 --dist loadfile --no-loadscope-reorder
 # pip compiles one file after another; compileall uses all cores. Like pip, it skips files for another Python version.
@@ -42,7 +45,7 @@ quickstart: .venv/installed
 	$(BIN)/python jobs/quickstart.py $(QUICKSTART_SET)
 
 test: check
-# With PYTHONDONTWRITEBYTECODE set, each process of the tests would compile every module of ours that it imports.
+# The first processes of the tests would all compile the same modules.
 	$(BIN)/python -m compileall -q mhmoe_ray kernels tests
 	$(BIN)/python -m pytest $(LANES) --durations 60
 

@@ -46,6 +46,7 @@ def test_bench_loss_compares_chunks_with_all_logits(tmp_path):
     assert "interleaved rounds" in result.err
 
 
+@pytest.mark.long
 def test_bench_layer_over_an_axis_gives_tables_and_a_plot(tmp_path, capsys):
     png = tmp_path / "a.png"
     threads = torch.get_num_threads()

@@ -54,6 +54,7 @@ def test_unknown_cpu_level_is_an_error(monkeypatch, request):
     assert "MHMOE_CPU_LEVEL is 'sse9', but levels are generic, avx2" in findings["torch"].message
 
 
+@pytest.mark.long
 def test_storage_check_reports_failures_and_leaves_no_files(tmp_path):
     assert level_by_check(doctor.storage_findings(tmp_path / "new")) == {"storage": "ok"}
     assert list(tmp_path.iterdir()) == []

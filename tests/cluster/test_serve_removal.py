@@ -26,6 +26,7 @@ from tests.cluster.applications import (
 from tests.watch import LIMIT, wait_until
 
 
+@pytest.mark.long
 def test_remove_waits_for_a_deletion_in_progress_unless_it_is_deployed_again(monkeypatch):
     """The server is simulated. Serve reports no deployments of an application that it is deleting."""
     monkeypatch.setattr(serve_removal, "REPORT_SECONDS", 0)

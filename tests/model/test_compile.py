@@ -19,7 +19,7 @@ from mhmoe_ray.model.trunk import routing_loss
 from mhmoe_ray.spec import ModelSpec
 
 # Tracing gives rise to warnings inside torch, which must not be errors there.
-pytestmark = pytest.mark.filterwarnings("default")
+pytestmark = [pytest.mark.filterwarnings("default"), pytest.mark.long]
 
 MODEL = {"vocab_size": 97, "d_model": 32, "layers": 3, "attention_heads": 4}
 MOE = {"heads": 2, "experts": 8, "top_k": 2, "d_expert": 24, "every": 1, "z_weight": 0.01}

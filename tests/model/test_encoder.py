@@ -234,6 +234,7 @@ def test_every_parameter_has_a_gradient(changes):
 
 @pytest.mark.filterwarnings("default")  # tracing gives rise to warnings inside torch
 @pytest.mark.parametrize("experts", EXPERTS)
+@pytest.mark.long
 def test_blocks_are_compiled_once(experts):
     """All equal blocks share their code, whatever the numbers of hidden patches and tokens."""
     spec = encoder_spec(model__layers=4, model__moe=EXPERTS[experts])

@@ -149,6 +149,7 @@ def test_anchors_are_centred_on_the_cells_of_each_map():
     assert torch.equal(anchors[:2], torch.tensor([[-2.0, -2, 2, 2], [0, -2, 4, 2]]))
 
 
+@pytest.mark.long
 def test_a_model_learns_to_find_objects_and_their_masks():
     """Coloured ellipses on grey: the class is the colour."""
     spec = vision_spec(

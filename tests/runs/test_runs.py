@@ -105,6 +105,7 @@ def test_run_removed_while_listing_is_left_out(tmp_path, capsys, monkeypatch):
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.long
 def test_unreachable_storage_is_reported(monkeypatch):
     # Without credentials, the client would look for them in places that time out slowly.
     for name, value in CREDENTIALS.items():

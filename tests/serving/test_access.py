@@ -281,6 +281,7 @@ def test_slow_answer_times_out(answerer, stream):
     assert response.json()["error"]["code"] == "timeout"
 
 
+@pytest.mark.long
 def test_silent_rate_limiter_delays_only_clients_with_limits(answerer):
     """Requests of clients with limits time out if the rate limiter does not answer; other clients get their answers."""
     clients = []

@@ -249,6 +249,7 @@ def test_printed_command_of_captions_is_answered(url, tmp_path):
         ("v1/chat/completions", {"messages": chat_messages(URLS[0])}, 2),
     ],
 )
+@pytest.mark.long
 def test_a_request_that_times_out_counts_against_the_limit_on_tokens(encoder, answerer, route, body, rounds):
     engine = SteppedEngine(endless_model(encoder), SEQ_LEN, 0, ServeSpec())
     engine.allow_rounds(rounds)

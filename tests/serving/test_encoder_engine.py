@@ -48,6 +48,7 @@ def test_requests_take_turns_in_passes_of_bounded_size(encoder):
     engine.close()
 
 
+@pytest.mark.long
 def test_inputs_of_a_client_that_has_gone_away_are_not_computed(encoder):
     _, model = encoder
     engine = EncoderEngine(model, SEQ_LEN, 0, ServeSpec(max_concurrency=1))

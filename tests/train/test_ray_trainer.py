@@ -103,6 +103,7 @@ def test_retry_waits_until_run_directory_can_be_read(tmp_path, monkeypatch, caps
     assert capsys.readouterr().out.count("the workers start again when the run directory can be read") == 2
 
 
+@pytest.mark.long
 def test_storage_failure_does_not_end_elastic_run(tmp_path, monkeypatch):
     policy = DivisorScalingPolicy(
         ScalingConfig(num_workers=(1, 4)), RunDir(tmp_path), tiny_spec(cluster={"workers": {"min": 1, "max": 4}})
