@@ -45,7 +45,7 @@ quickstart: .venv/installed
 	$(BIN)/python jobs/quickstart.py $(QUICKSTART_SET)
 
 test: check
-# The first processes of the tests would all compile the same modules.
+# Otherwise the first processes of the tests would all compile the same modules.
 	$(BIN)/python -m compileall -q mhmoe_ray kernels tests
 	$(BIN)/python -m pytest $(LANES) --durations 60
 

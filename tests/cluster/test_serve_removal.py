@@ -125,7 +125,7 @@ def test_concurrent_removals_during_an_update_without_room_succeed(connection, p
 
 
 @pytest.mark.ray
-@pytest.mark.slow  # the same
+@pytest.mark.slow  # test_remove_lets_requests_finish... is the quick test of a removal
 def test_remove_cancels_a_replica_that_starts_meanwhile(connection, port, tmp_path, monkeypatch):
     """The replica starts at the worst moment: just after Serve has reported that there are no replicas."""
     gate = tmp_path / "gate"

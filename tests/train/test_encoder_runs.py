@@ -78,7 +78,7 @@ def test_parts_have_losses_of_their_own(run):
     assert lines[-1][metrics.VAL_LOSS] == pytest.approx(total, rel=1e-6)
 
 
-@pytest.mark.slow  # vision models, whose runs have the same parts, have the quick one
+@pytest.mark.slow  # test_vision_runs.py has the quick test of a kill
 def test_a_killed_run_ends_as_an_undisturbed_one(project, run):
     write_spec(project, 2)
     assert_a_kill_changes_nothing(project, run)

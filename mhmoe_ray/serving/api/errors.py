@@ -134,6 +134,7 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
         400: "The request is wrong; `param` names the field.",
         401: "There is no such API key.",
         404: "There is no such model.",
+        408: "The body did not arrive in time.",
         413: "The body is too large.",
         429: "Too many requests; `Retry-After` says when to come back.",
         503: "The server cannot answer, or did not in time.",

@@ -9,7 +9,7 @@ from tests.specs import tiny_spec
 
 
 class ListTracker:
-    """A tracker that keeps what it is told in a list."""
+    """A tracker that lists its calls."""
 
     def __init__(self):
         self.calls = []
