@@ -6,6 +6,7 @@ transformers takes seconds, so the classes are registered when somebody else imp
 
 import sys
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from importlib.metadata import version
@@ -16,6 +17,7 @@ OLDEST_TRANSFORMERS = (5, 16)
 """Oldest version of transformers that the classes were tested with. With older ones, nothing is registered."""
 CONFIG_MODULE = "transformers.models.auto.configuration_auto"
 MODEL_MODULE = "transformers.models.auto.modeling_auto"
+OWN_MODULE = "mhmoe_ray.checkpoint.huggingface.modeling_mhmoe"
 
 
 def _register_config(module: ModuleType) -> None:
@@ -25,18 +27,28 @@ def _register_config(module: ModuleType) -> None:
 
 
 def _register_models(module: ModuleType) -> None:
-    from mhmoe_ray.checkpoint.huggingface import modeling_mhmoe as models
     from mhmoe_ray.checkpoint.huggingface.configuration_mhmoe import MhmoeConfig
 
+    models = import_module(OWN_MODULE)
+    if not hasattr(models, "MhmoeForCausalLM"):
+        # Our module is being imported, and one of its own imports has imported this one. The classes are registered at
+        # its end.
+        return
     module.AutoModel.register(MhmoeConfig, models.MhmoeModel, exist_ok=True)
     module.AutoModelForCausalLM.register(MhmoeConfig, models.MhmoeForCausalLM, exist_ok=True)
+
+
+def _register_own_models(_: ModuleType) -> None:
+    if MODEL_MODULE in sys.modules:
+        _register_models(sys.modules[MODEL_MODULE])
 
 
 REGISTRATIONS: dict[str, Callable[[ModuleType], None]] = {
     CONFIG_MODULE: _register_config,
     MODEL_MODULE: _register_models,
+    OWN_MODULE: _register_own_models,
 }
-"""Function that registers the classes, by the module with the auto classes, which is its argument."""
+"""Function that registers the classes, by the module after whose import it is called with that module."""
 
 
 def _is_supported() -> bool:
@@ -62,7 +74,7 @@ class _RegisteringLoader(Loader):
 
 
 class _RegisteringFinder(MetaPathFinder):
-    """Finder of the modules with the auto classes; it leaves the search itself to the other finders."""
+    """Finder of the modules in `REGISTRATIONS`; it leaves the search itself to the other finders."""
 
     def __init__(self) -> None:
         self._names = set(REGISTRATIONS)

@@ -92,7 +92,7 @@ def spec_for_layout(spec: RunSpec, layout: Layout) -> RunSpec:
 
 
 def _place_workers(spec: RunSpec, description: str, nodes: list[Node], has_stream: bool = False) -> Placement:
-    """Return the placement of as many workers as would start on these nodes, or the shortage if none would start.
+    """Return the placement of as many workers as would start on these nodes; if none would, it names the shortage.
 
     Args:
         spec: spec of the run.

@@ -16,7 +16,7 @@ FLOAT32 = 4
 
 
 class Architecture(ABC):
-    """Options of an architecture for the spec, and its counts for the planner."""
+    """An architecture: its options, its counts of parameters and bytes, and the names of its exported tensors."""
 
     expert_function: ClassVar[ExpertFunction]
     """Name in mhmoe_kernels of the function of a dense feed-forward layer and of an expert."""

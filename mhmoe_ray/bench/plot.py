@@ -73,7 +73,8 @@ def draw_picture(sweep: Sweep, request: Request, hardware: Hardware) -> "Figure"
 def layer_styles(series: dict[str, dict[int, Figures]]) -> dict[str, Style]:
     """Return the style of each layer of a sweep by the layer's name.
 
-    The colour shows the kind of layer, so static routing and other kernels share it. The mark shows the order.
+    A layer has one colour, with static routing and with any kernel. The marks differ in the order of `series`; they are
+    hollow for static routing and for layers of other packages.
     """
     colour_by_layer: dict[str, str] = {}
     styles = {}

@@ -195,7 +195,11 @@ def load_verified_encoder(checkpoint: Location, manifest: CheckpointManifest) ->
 
 
 def load_verified_vision(checkpoint: Location, manifest: CheckpointManifest) -> Vision:
-    """Load the vision model of a checkpoint like `load_verified_model`, with its tasks' numbers of experts."""
+    """Load the vision model of a checkpoint like `load_verified_model`, and set each task's number of experts per token.
+
+    The numbers are those of the moment at which the checkpoint was saved. Without them in the manifest, those of the
+    spec stay.
+    """
     model = _for_inference(Vision(manifest.model))
     load_tensors(checkpoint / "weights", model.named_tensors())
     if manifest.objective is not None:

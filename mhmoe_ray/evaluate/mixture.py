@@ -55,7 +55,10 @@ def mixture_losses(losses_NE: Probabilities, prior: Prior) -> Probabilities:
 
 
 def _updating_priors(losses_NE: Probabilities) -> Probabilities:
-    """Return the prior of each sample for `updating`; that of the first one is uniform."""
+    """Return the prior of each sample for `updating`: the mean of the posteriors of all samples before it.
+
+    Older samples weigh less (`DECAY`). The prior of the first sample is uniform.
+    """
     prior_NE = np.empty_like(losses_NE)
     average_E, weight = np.zeros(losses_NE.shape[1]), 0.0
     for n, losses_E in enumerate(losses_NE):

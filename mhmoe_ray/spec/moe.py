@@ -230,7 +230,7 @@ class MoESpec(Section):
             raise ValueError(f"experts is {self.experts}, but domains names {len(self.domains)}: set it to that")
         if self.top_k != 1:
             raise ValueError("router domain sends a document to one expert: set top_k to 1")
-        # The load balancing loss has a default weight, so a weight is no mistake; it has no effect.
+        # `balance_weight` is not among these keys: specs that compare routers set it for all, and here it has no effect.
         for key in ("gate_scale", "jitter", "noise", "capacity_factor", "balance_over", "z_weight", "bias_rate"):
             if getattr(self, key) != type(self).model_fields[key].default:
                 raise ValueError(f"router domain computes no scores, so {key} would be ignored: remove it")
@@ -244,7 +244,7 @@ class MoESpec(Section):
             raise ValueError("router smear averages experts for whole samples, and splits no tokens: set heads to 1")
         if self.top_k != 1:
             raise ValueError("router smear averages all experts into one and makes no choice: set top_k to 1")
-        # The load balancing loss has a default weight, so a weight is no mistake; it has no effect.
+        # `balance_weight` is not among these keys: specs that compare routers set it for all, and here it has no effect.
         refused_keys = (
             *("d_sub_token", "sub_token_residual", "gate_scale", "groups", "jitter", "noise"),
             *("capacity_factor", "balance_over", "z_weight", "bias_rate", "kernel", "recompute"),
@@ -311,7 +311,7 @@ class MoESpec(Section):
     @property
     def routing_width(self) -> int:
         """The width Q of the projection in X-MoE's routers. Router `linear` has none and ignores it."""
-        # P1's code has no other width than 16.
+        # The first paper's code has no other width than 16.
         return 16 if self.router == "xmoe_torchscale" else self.router_dim or max(2, self.experts // 2)
 
     def router_sizes(self, width: int) -> RouterSizes:

@@ -21,9 +21,10 @@ def combine_rows(
     out_RD, second_RD, slot_NK, gate_NK, y_ND, N, D: tl.constexpr, K: tl.constexpr,
     HAS_SECOND: tl.constexpr, HAS_GATES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Add the routes of each row in float32, weighted by its gates; without gates, add them as they are.
+    """Add the outputs of each row's routes in float32, each multiplied by the route's gate.
 
-    With HAS_SECOND, a route is the sum of two rows.
+    Without HAS_GATES, outputs are added as they are. With HAS_SECOND, the output of a route is the sum of its rows of
+    `out_RD` and `second_RD`.
     """
     row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)

@@ -254,7 +254,10 @@ def _find_repeated_domains(inputs: LintInput) -> Iterator[Problem]:
 
 
 def _find_poor_tokenization(inputs: LintInput) -> Iterator[Problem]:
-    """Yield warnings for each language of a domain that has few bytes per token or many unknown tokens."""
+    """Yield a warning for each language of each domain with few bytes per token, and one for many unknown tokens.
+
+    Languages with fewer than `MIN_TOKENS` tokens are skipped.
+    """
     fix = "use a tokenizer that knows this language, or train one with more of its text"
     for name, domain in inputs.survey.domains.items():
         for language, figures in sorted(domain.languages.items()):

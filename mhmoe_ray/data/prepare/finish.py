@@ -79,7 +79,7 @@ def domain_entry(
 
 
 class FinishResult(NamedTuple):
-    """Result of the stage that ends a preparation."""
+    """Validation split and baselines, the results of the last stage of a preparation."""
 
     validation: ValidationSplit
     baselines: Baselines | None

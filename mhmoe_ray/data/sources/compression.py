@@ -104,7 +104,7 @@ class ByteBuffer:
         self._offset = 0
 
     def take(self, count: int) -> bytes:
-        """Take `count` bytes, or fewer at the end of the file."""
+        """Return the next `count` bytes and remove them from the buffer; fewer at the end of the file."""
         while len(self._buffer) - self._offset < count and (chunk := next(self._chunks, b"")):
             self._buffer, self._offset = self._buffer[self._offset :] + chunk, 0
         content = self._buffer[self._offset : self._offset + count]

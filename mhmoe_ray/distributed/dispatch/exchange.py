@@ -142,7 +142,7 @@ class Exchange:
         return [*values[: self.rank], *values[self.rank + 1 :]]
 
     def pop_sent_bytes(self) -> SentBytes:
-        """Return the bytes that this rank sent since the last call, and start from 0 again."""
+        """Return the numbers of bytes that this rank has sent since the last call, and start from 0 again."""
         sent_bytes, self._sent_bytes = self._sent_bytes, SentBytes()
         return sent_bytes
 

@@ -170,7 +170,6 @@ class Strategy:
         """
 
     def _to_global(self, local: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return the same tensors by parameter name, but those of experts as DTensors of the global shape, without
-        copies."""
+        """Return `local` with the tensors of experts as DTensors of their global shape, without copies."""
         experts = expert_parameters(self.model)
         return {name: self.mesh.expert_dtensor(t) if name in experts else t for name, t in local.items()}

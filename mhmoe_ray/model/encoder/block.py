@@ -90,7 +90,7 @@ class EncoderBlock(TrunkBlock):
         ]
         routing = None
         if self.moe is not None:
-            # The layer itself applies dropout, on each expert's output.
+            # `self.moe` itself applies dropout, to each expert's output.
             expert_outputs: Sequence[Tensor]
             if isinstance(self.moe, MergedExperts):
                 samples = join_samples(normed[0], normed[1], sizes)

@@ -159,7 +159,7 @@ class Detector(nn.Module):
             return [map_NMYX.sum((1, 2, 3))] * (5 if self.spec.masks else 4)
         features = self._features(map_NMYX)
         proposals = self._propose(features)
-        # torchvision draws from the default generator of the device.
+        # torchvision draws from the default generator of the device, so ours sets the state of that one meanwhile.
         with default_generator_from(generator):
             anchor_losses = self._anchor_losses(proposals, dicts)
             boxes, matches, labels, edges = self.boxes.select_training_samples(list(proposals.boxes), dicts)

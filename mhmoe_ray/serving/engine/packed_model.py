@@ -36,7 +36,10 @@ class PackedFeedForward(nn.Module):
 
 
 class PackedExperts(nn.Module):
-    """All experts of a layer, with packed matrices; a replacement of `Experts` that needs no dispatch."""
+    """All experts of a layer, with matrices in the layout of oneDNN (`mhmoe_kernels.packed`), for inference.
+
+    It replaces `Experts` and ignores the dispatch, because one process holds all experts.
+    """
 
     def __init__(self, experts: Experts) -> None:
         super().__init__()

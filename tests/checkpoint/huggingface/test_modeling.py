@@ -201,6 +201,13 @@ from transformers import AutoModel, AutoModelForCausalLM
 """
     + REGISTERED
 )
+IMPORT_OWN_MODULE = (
+    """
+import sys, mhmoe_ray.checkpoint.huggingface.modeling_mhmoe
+from transformers import AutoModel, AutoModelForCausalLM
+"""
+    + REGISTERED
+)
 
 
 @pytest.fixture(scope="module")
@@ -223,8 +230,9 @@ def test_export_needs_only_torch_and_transformers(exported_folder, tmp_path):
     run_script(LOAD + IMPORT_AFTER, exported_folder, tmp_path=tmp_path)
 
 
-def test_package_registers_the_model_before_transformers_is_imported(exported_folder, tmp_path):
-    run_script(IMPORT_BEFORE, exported_folder, tmp_path=tmp_path)
+@pytest.mark.parametrize("script", [IMPORT_BEFORE, IMPORT_OWN_MODULE], ids=["package", "module"])
+def test_package_registers_the_model_before_transformers_is_imported(exported_folder, tmp_path, script):
+    run_script(script, exported_folder, tmp_path=tmp_path)
 
 
 def test_exported_folder_describes_itself(exported_folder):

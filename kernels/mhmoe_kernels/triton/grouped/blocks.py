@@ -39,12 +39,12 @@ def rows_per_tile(routes: int, experts: int) -> int:
 
 
 def linear_blocks(rows: int, dtype: torch.dtype, capability: int) -> ProductBlocks:
-    """Return the blocks of `grouped_linear` for tiles of `rows` rows.
+    """Return the block sizes, warps and stages with which `grouped_linear` is launched for tiles of `rows` rows.
 
     Args:
-        rows: rows of a tile.
+        rows: number of rows of a tile.
         dtype: dtype of the operands.
-        capability: compute capability without its dot.
+        capability: compute capability without its dot, such as 90 for 9.0.
     """
     if dtype == torch.float32:
         # Matrix units do not compute exact float32 products, so single threads multiply and add.

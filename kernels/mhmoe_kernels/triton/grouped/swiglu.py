@@ -6,7 +6,7 @@ import triton.language as tl
 
 @triton.jit
 def swiglu_forward(gate_RF, up_RF, hidden_RF, VALUES, BLOCK: tl.constexpr):
-    """Compute hidden values one by one, in float32."""
+    """Compute the hidden values silu(gate) * up in float32, and store them in the dtype of `hidden_RF`."""
     value = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = value < VALUES
     gate = tl.load(gate_RF + value, mask=mask, other=0.0).to(tl.float32)
