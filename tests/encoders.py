@@ -81,13 +81,13 @@ def part_samples(spec: RunSpec, part: MicroBatchPart, seed: int) -> EncoderSampl
     for number in range(texts):
         count, label = int(rng.integers(1, spec.data.seq_len - 1)), f"{seed} {number}"
         tokens[number, : count + 1] = inputs[number, : count + 1] = [0, *rng.integers(1, 290, count)]
-        if part.objective == "masked":
+        if part.traits.hides:
             stretch = slice(1, 1 + count)
             mask = token_hidden[number, stretch] = text_mask(count, 0.5, 0, label)
             inputs[number, stretch] = hide_tokens(tokens[number, stretch], mask, spec.model.vocab_size, 0, label)
-        elif part.objective == "caption":
+        elif part.traits.writes:
             token_hidden[number, : count + 1] = True
-    is_masked = part.objective == "masked"
+    is_masked = part.traits.hides
     return EncoderSamples(
         rng.integers(0, 256, (images, encoder.image_size, encoder.image_size, 3), np.uint8),
         np.array(

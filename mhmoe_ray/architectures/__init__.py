@@ -9,14 +9,17 @@ each architecture with the built model.
     subln.py    LayerNorm also inside attention and feed-forward, xPos and GELU (P1)
 """
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from mhmoe_ray.architectures.base import FLOAT32, Architecture
 from mhmoe_ray.architectures.llama import Llama
 from mhmoe_ray.architectures.subln import Subln
 
-ArchitectureName = Literal["llama", "subln"]
-ARCHITECTURES: dict[ArchitectureName, Architecture] = {"llama": Llama(), "subln": Subln()}
+ARCHITECTURES: dict[str, Architecture] = {"llama": Llama(), "subln": Subln()}
 """All architectures by their name in a spec (`model.backbone`)."""
+if TYPE_CHECKING:
+    ArchitectureName = str
+else:
+    ArchitectureName = Literal[tuple(ARCHITECTURES)]
 
 __all__ = ["ARCHITECTURES", "FLOAT32", "Architecture", "ArchitectureName"]

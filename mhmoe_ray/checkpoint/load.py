@@ -195,9 +195,9 @@ def load_verified_encoder(checkpoint: Location, manifest: CheckpointManifest) ->
 
 
 def load_verified_vision(checkpoint: Location, manifest: CheckpointManifest) -> Vision:
-    """Load the vision model of a checkpoint like `load_verified_model`, and set each task's number of experts per token.
+    """Load the vision model of a checkpoint like `load_verified_model`, and set the number of experts of each task.
 
-    The numbers are those of the moment at which the checkpoint was saved. Without them in the manifest, those of the
+    The numbers are those that the tasks had when the checkpoint was saved. Without them in the manifest, those of the
     spec stay.
     """
     model = _for_inference(Vision(manifest.model))

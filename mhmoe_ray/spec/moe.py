@@ -9,14 +9,12 @@ P2's.
 """
 
 from collections.abc import Callable
-from typing import Annotated, Literal, NamedTuple, Self
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple, Self
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from mhmoe_kernels.abilities import KERNELS, KernelLimits, KernelName
 from mhmoe_ray.spec.base import Section, unmeasured
-
-RouterName = Literal["linear", "xmoe", "xmoe_torchscale", "domain", "smear"]
 
 
 class RouterSizes(NamedTuple):
@@ -54,15 +52,29 @@ def _torchscale_sizes(E: int, D: int, Q: int) -> RouterSizes:
     return RouterSizes(macs=Q * (D + E), parameters=Q * (D + E), saved_values=Q)
 
 
-# The sizes of each router for E experts and rows of D values, which X-MoE's routers first project to Q values.
-# `model/router/scores.py` computes the logits.
-ROUTERS: dict[RouterName, Callable[[int, int, int], RouterSizes]] = {
-    "linear": _linear_sizes,
-    "xmoe": _xmoe_sizes,
-    "xmoe_torchscale": _torchscale_sizes,
-    "domain": _domain_sizes,
-    "smear": _smear_sizes,
+class RouterTraits(NamedTuple):
+    """Properties of a router."""
+
+    sizes: Callable[[int, int, int], RouterSizes]
+    """Function that returns its counts for E experts and rows of D values, which X-MoE's routers first project to Q
+    values."""
+    scores: str | None = None
+    """Module and name of the class that computes its logits, a subclass of `BaseScores`; None if it has no logits for
+    each row."""
+
+
+ROUTERS: dict[str, RouterTraits] = {
+    "linear": RouterTraits(_linear_sizes, "mhmoe_ray.model.router.scores:LinearScores"),
+    "xmoe": RouterTraits(_xmoe_sizes, "mhmoe_ray.model.router.scores:XMoEScores"),
+    "xmoe_torchscale": RouterTraits(_torchscale_sizes, "mhmoe_ray.model.router.scores:TorchscaleScores"),
+    "domain": RouterTraits(_domain_sizes),
+    "smear": RouterTraits(_smear_sizes),
 }
+"""All routers by their name in a spec (`model.moe.router`)."""
+if TYPE_CHECKING:
+    RouterName = str
+else:
+    RouterName = Literal[tuple(ROUTERS)]
 
 
 class MoESpec(Section):
@@ -230,7 +242,8 @@ class MoESpec(Section):
             raise ValueError(f"experts is {self.experts}, but domains names {len(self.domains)}: set it to that")
         if self.top_k != 1:
             raise ValueError("router domain sends a document to one expert: set top_k to 1")
-        # `balance_weight` is not among these keys: specs that compare routers set it for all, and here it has no effect.
+        # `balance_weight` is not among these keys: specs that compare routers set it for all of them. Here it has no
+        # effect.
         for key in ("gate_scale", "jitter", "noise", "capacity_factor", "balance_over", "z_weight", "bias_rate"):
             if getattr(self, key) != type(self).model_fields[key].default:
                 raise ValueError(f"router domain computes no scores, so {key} would be ignored: remove it")
@@ -244,7 +257,8 @@ class MoESpec(Section):
             raise ValueError("router smear averages experts for whole samples, and splits no tokens: set heads to 1")
         if self.top_k != 1:
             raise ValueError("router smear averages all experts into one and makes no choice: set top_k to 1")
-        # `balance_weight` is not among these keys: specs that compare routers set it for all, and here it has no effect.
+        # `balance_weight` is not among these keys: specs that compare routers set it for all of them. Here it has no
+        # effect.
         refused_keys = (
             *("d_sub_token", "sub_token_residual", "gate_scale", "groups", "jitter", "noise"),
             *("capacity_factor", "balance_over", "z_weight", "bias_rate", "kernel", "recompute"),
@@ -316,4 +330,4 @@ class MoESpec(Section):
 
     def router_sizes(self, width: int) -> RouterSizes:
         """Return the counts of the router for rows of width `width`."""
-        return ROUTERS[self.router](self.experts, width, self.routing_width)
+        return ROUTERS[self.router].sizes(self.experts, width, self.routing_width)

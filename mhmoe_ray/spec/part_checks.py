@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from mhmoe_ray.spec.encoder import EncoderSpec
-from mhmoe_ray.spec.parts import OBJECTIVES
+from mhmoe_ray.spec.objectives import OBJECTIVES
 from mhmoe_ray.spec.vision import VisionSpec
 
 if TYPE_CHECKING:

@@ -9,9 +9,10 @@ from mhmoe_kernels.choice import ExpertSizes
 from mhmoe_ray.errors import SpecError
 from mhmoe_ray.spec.base import Section
 from mhmoe_ray.spec.cluster import ClusterSpec, WorkerRange
-from mhmoe_ray.spec.data import DataSpec, ImageSpec, Objective, absolute_path
+from mhmoe_ray.spec.data import DataSpec, ImageSpec, absolute_path
 from mhmoe_ray.spec.model import ModelSpec
 from mhmoe_ray.spec.moe import MoESpec
+from mhmoe_ray.spec.objectives import Objective
 from mhmoe_ray.spec.part_checks import check_encoder_parts, check_parts, check_vision_parts
 from mhmoe_ray.spec.parts import MicroBatchPart
 from mhmoe_ray.spec.serve import ServeSpec

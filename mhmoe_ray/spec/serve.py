@@ -1,7 +1,7 @@
 """The `serve` section, for one Ray Serve application per checkpoint, and the sections of a spec that a deployment
 reads."""
 
-from typing import Literal, Self
+from typing import TYPE_CHECKING, Literal, NamedTuple, Self
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
@@ -20,6 +20,32 @@ class KeySpec(Section):
     requests are refused until the limit allows them again."""
 
 
+class EngineTraits(NamedTuple):
+    """Properties of an inference engine."""
+
+    start: str
+    """Module and name of the function that starts it (`StartEngine` in serving/load.py)."""
+    check: str | None = None
+    """Module and name of the function of a model and a `ServeSpec` that raises ServeError if the engine is not
+    installed or cannot compute the model; None if it computes all decoders. The module does not import the engine's
+    library."""
+    has_ranks: bool = False
+    """True if a replica may have several ranks (`serve.tensor_parallel`)."""
+
+
+ENGINES = {
+    "torch": EngineTraits(start="mhmoe_ray.serving.engine.torch_engine:start_engine"),
+    "vllm": EngineTraits(
+        start="mhmoe_ray.serving.vllm.engine:VllmEngine", check="mhmoe_ray.serving.vllm.folder:check", has_ranks=True
+    ),
+}
+"""All engines by their name in a spec (`serve.engine`)."""
+if TYPE_CHECKING:
+    EngineName = str
+else:
+    EngineName = Literal[tuple(ENGINES)]
+
+
 class ServeSpec(Section):
     """Replicas of a served checkpoint, their engine, and the limits of requests."""
 
@@ -31,7 +57,7 @@ class ServeSpec(Section):
     """Order of an update. true: each new replica starts before an old one stops, so the cluster must have room for
     both. false: an old replica stops taking requests before a new one starts. With a single replica, requests then
     wait, at most `max_waiting` of them, and they are refused if the new replica cannot start."""
-    engine: Literal["torch", "vllm"] = "torch"
+    engine: EngineName = "torch"
     """Inference engine. torch: the engine of this project, on CPUs or one GPU. vllm: vLLM, which must be installed on
     the nodes of the replicas."""
     cpus_per_replica: PositiveInt = 1
@@ -73,8 +99,10 @@ class ServeSpec(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.engine == "torch" and self.tensor_parallel > 1:
-            raise ValueError("engine torch is one process, so tensor_parallel would be ignored: set engine: vllm")
+        if self.tensor_parallel > 1 and not ENGINES[self.engine].has_ranks:
+            engines = " or ".join(name for name, traits in ENGINES.items() if traits.has_ranks)
+            reason = f"engine {self.engine} is one process, so tensor_parallel would be ignored"
+            raise ValueError(f"{reason}: set engine: {engines}")
         if self.expert_parallel and self.tensor_parallel == 1:
             raise ValueError("expert_parallel divides experts among tensor_parallel ranks, and there is one rank")
         if self.gpus_per_replica not in (0, self.tensor_parallel):

@@ -85,8 +85,9 @@ class TaskSpec(Section):
 
 
 class AdaptiveSpec(Section):
-    """Adaptive number of experts (AdaMV-MoE, ICCV 2023): each task has its own k, which begins with `moe.top_k` and rises
-    by one if the task's validation loss has not improved for `patience` steps. A rise that does not help is taken back."""
+    """Adaptive number of experts (AdaMV-MoE, ICCV 2023): each task has its own k, which begins with `moe.top_k` and
+    rises by one if the task's validation loss has not improved for `patience` steps. A rise that does not help is taken
+    back."""
 
     largest: PositiveInt
     """Largest k of a task."""

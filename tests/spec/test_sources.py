@@ -26,7 +26,7 @@ def test_a_path_may_be_a_uri_and_stays_one(tmp_path):
         ({"delimiter": "---\r"}, "delimiter is a line without its line break"),
         ({"format": "text", "text_field": "body"}, "format text has none"),
         ({"format": "jsonl", "image_field": "jpg"}, "image_field is for a column of parquet or huggingface"),
-        ({"format": "chat", "text_field": "body"}, "format chat reads messages"),
+        ({"format": "chat", "text_field": "body"}, "format chat has none"),
         ({"format": "chat", "delimiter": ""}, "delimiter is for format text"),
         ({"filters": {"signals": ["rps_doc_wordcount > 3"]}}, "did you mean 'rps_doc_word_count'"),
         ({"filters": {"signals": ["ccnet_perplexity"]}}, "write a rule as `signal op number`"),

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING
 
 from mhmoe_ray.data.images.jpeg import count_scans
 from mhmoe_ray.errors import DataError
+from mhmoe_ray.spec.formats import FORMATS
 
 if TYPE_CHECKING:
     from PIL import Image
 
-IMAGE_SUFFIXES = ("png", "jpg", "jpeg", "webp", "bmp", "gif", "tif", "tiff")
-"""Suffixes of image files, the preferred ones first."""
+IMAGE_SUFFIXES = tuple(suffix.removeprefix(".") for suffix in FORMATS["images"].suffixes)
+"""Suffixes of image files without their dots, the preferred ones first."""
 # Pillow knows more formats. Some of them start other programs (EPS), and data sets of pictures use none of them.
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 

@@ -26,7 +26,7 @@ from mhmoe_ray.data.sources.records import json_type, text_problem
 from mhmoe_ray.data.sources.storage import Storage, short_message
 from mhmoe_ray.data.vision.annotations import Annotation, Instance, pack
 from mhmoe_ray.spec import SourceSpec
-from mhmoe_ray.spec.data import Column
+from mhmoe_ray.spec.formats import Column
 
 MAX_ID_CHARACTERS = 100
 """Largest number of characters of an id that a message shows."""

@@ -17,13 +17,12 @@ from typing import Any
 import pyarrow as pa
 
 from mhmoe_ray.data.domains import source_of, subfolder_of
-from mhmoe_ray.data.images.files import IMAGE_SUFFIXES
 from mhmoe_ray.data.sources.items import RawFile
 from mhmoe_ray.data.sources.redpajama_v2 import DOCUMENTS_PATH, SidecarFiles
 from mhmoe_ray.data.sources.storage import ListedFile, Storage, relative_path, short_message
 from mhmoe_ray.errors import DataError
 from mhmoe_ray.spec import DataSpec, FilterSpec, Format, SourceSpec
-from mhmoe_ray.spec.data import CHAT_SUFFIXES, SUFFIXES
+from mhmoe_ray.spec.formats import FORMATS
 
 ROOT_SUBFOLDER = "all"
 """Subfolder name in the domain of files that are in no subfolder."""
@@ -235,7 +234,7 @@ def _files_of_source(name: str, source: SourceSpec, subfolders: list[str] | None
         raise DataError(subject, f"nothing below {source.path} is a file of format {format}", fix)
     expected_subfolders = subfolders
     # Below the path of COCO's annotations, other folders have the images.
-    if subfolders is None and _suffixes(format) and format != "coco":
+    if subfolders is None and FORMATS[format].suffixes and format != "coco":
         expected_subfolders = sorted({subfolder_at(root, path) for path, _ in listed_files} - {ROOT_SUBFOLDER})
     if subfolders is not None or filled_subfolders is None:
         filled_subfolders = {subfolder_of(file.domain) for file in files}
@@ -273,9 +272,8 @@ def _detect_format(subject: str, source: SourceSpec, listed_files: list[ListedFi
         return "redpajama-v2"
     if names & {_STATE_FILE, _SPLITS_FILE}:
         return "huggingface"
-    formats: list[Format] = [
-        format for format, suffixes in SUFFIXES.items() if any(n.endswith(suffixes) for n in names)
-    ]
+    suffixes = {name: traits.suffixes for name, traits in FORMATS.items() if traits.is_recognized}
+    formats = [name for name in suffixes if any(n.endswith(suffixes[name]) for n in names)]
     # A text file beside files of another format is a README or a licence, so the other format is the source's.
     if len(formats) > 1 and "text" in formats:
         formats.remove("text")
@@ -284,7 +282,7 @@ def _detect_format(subject: str, source: SourceSpec, listed_files: list[ListedFi
     if formats:
         reason, fix = f"{source.path} holds files of formats {' and '.join(formats)}", "name one as its format"
     else:
-        reason = f"{source.path} holds no file ending in {', '.join(sum(SUFFIXES.values(), ()))}"
+        reason = f"{source.path} holds no file ending in {', '.join(sum(suffixes.values(), ()))}"
         fix = "correct its path, or name its files by a pattern and their format"
     raise DataError(subject, reason, fix)
 
@@ -295,19 +293,8 @@ def subfolder_at(root: str, path: str) -> str:
     return folder if slash else ROOT_SUBFOLDER
 
 
-# These formats are never recognised by suffixes: a spec names them.
-_PICTURE_SUFFIXES: dict[Format, tuple[str, ...]] = {
-    "webdataset": (".tar", ".tar.gz", ".tgz", ".tar.zst"),
-    "images": tuple(f".{suffix}" for suffix in IMAGE_SUFFIXES),
-    "coco": (".json", ".json.gz", ".json.zst"),
-}
 IMAGES_BYTES = 64 << 20
 """Total size of the images of a folder from which a further `RawFile` begins: some seconds of reading."""
-
-
-def _suffixes(format: Format) -> tuple[str, ...]:
-    """Return the suffixes of the files of a format; none for a format whose files are found by their folders."""
-    return CHAT_SUFFIXES if format == "chat" else SUFFIXES.get(format) or _PICTURE_SUFFIXES.get(format, ())
 
 
 def _image_folders(name: str, root: str, image_files: Iterable[tuple[str, ListedFile]]) -> Iterator[RawFile]:
@@ -342,7 +329,7 @@ def _files_by_suffix(
     for file in listed_files:
         # Cameras write suffixes in capitals, so those of images may be in either case.
         path = file.path.lower() if format == "images" else file.path
-        if takes_all or path.endswith(_suffixes(format)):
+        if takes_all or path.endswith(FORMATS[format].suffixes):
             yield subfolder_at(root, file.path), file
 
 

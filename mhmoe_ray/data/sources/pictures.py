@@ -10,7 +10,7 @@ from mhmoe_ray.data.sources.records import BOM, text_problem
 from mhmoe_ray.data.sources.storage import Storage, short_message
 from mhmoe_ray.data.vision.annotations import Annotation, pack
 from mhmoe_ray.spec import SourceSpec
-from mhmoe_ray.spec.data import Column
+from mhmoe_ray.spec.formats import Column
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -15,21 +15,17 @@
 """
 
 from collections.abc import Iterator
+from pkgutil import resolve_name
 from typing import Protocol
 
 from mhmoe_ray.data.chat.template import ChatTemplate, check_template
 from mhmoe_ray.data.domains import source_of
 from mhmoe_ray.data.sources.chat import read_chat
-from mhmoe_ray.data.sources.coco import read_coco
-from mhmoe_ray.data.sources.columns import read_huggingface, read_parquet
 from mhmoe_ray.data.sources.items import BadLine, Document, RawFile, ReadSettings, Tally
-from mhmoe_ray.data.sources.pictures import read_images
-from mhmoe_ray.data.sources.records import read_jsonl, read_text
-from mhmoe_ray.data.sources.redpajama_v2 import read_redpajama_v2
 from mhmoe_ray.data.sources.storage import Storage
-from mhmoe_ray.data.sources.webdataset import read_webdataset
 from mhmoe_ray.data.vision.annotations import require_image_packages
-from mhmoe_ray.spec import DataSpec, Format, SourceSpec
+from mhmoe_ray.spec import DataSpec, SourceSpec
+from mhmoe_ray.spec.formats import FORMATS
 
 
 class FormatReader(Protocol):
@@ -50,19 +46,6 @@ class FormatReader(Protocol):
             settings: the limits of documents and images.
             tally: the tally whose `bytes_read` and `dropped` the reader updates.
         """
-
-
-# Format `chat` is not here, because its reader needs a chat template, too.
-READERS: dict[Format, FormatReader] = {
-    "jsonl": read_jsonl,
-    "redpajama-v2": read_redpajama_v2,
-    "parquet": read_parquet,
-    "text": read_text,
-    "huggingface": read_huggingface,
-    "webdataset": read_webdataset,
-    "images": read_images,
-    "coco": read_coco,
-}
 
 
 class FileReader:
@@ -114,4 +97,7 @@ def _read_items(
     if file.format == "chat":
         return read_chat(storage, file, settings.document_bytes, tally, template or check_template(spec))
     require_image_packages([source])
-    return READERS[file.format](storage, file, source, settings, tally)
+    reader_name = FORMATS[file.format].reader
+    assert reader_name is not None, "format chat has been read above"
+    read: FormatReader = resolve_name(reader_name)
+    return read(storage, file, source, settings, tally)

@@ -178,8 +178,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 def train_unigram(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """Train a byte-level Unigram language model (Kudo 2018, arXiv 1804.10959); `<|endoftext|>` has the last id."""
-    # SentencePiece trains the model, because the scores of the tokenizers library differ from run to run: it sums in the
-    # order of a hash table. That library only splits the texts into words.
+    # SentencePiece trains the model, because the scores of the tokenizers library differ from run to run: that library
+    # sums in the order of a hash table. Here it only splits the texts into words.
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
     split = pre_tokenizers.Sequence([byte_level, pre_tokenizers.FixedLength(MAX_WORD_BYTES)])
     words: Counter[str] = Counter()

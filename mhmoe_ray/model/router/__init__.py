@@ -1,6 +1,8 @@
 """Routers: they choose the experts of each row of a layer.
 
-scores.py   logits over the experts, and the table of all kinds
+base.py     the interface of the modules that compute logits
+scores.py   logits over the experts
+table.py    the table of all such modules
 top_k.py    the choice of experts by their logits, gates, and expert capacity
 balance.py  load balancing losses, the selection bias, and the router z-loss
 groups.py   routers with logits of their own for each modality or each task
@@ -10,7 +12,8 @@ domain.py   the router that sends a sequence to the expert of its domain
 from mhmoe_ray.model.router.balance import route_counts, updated_bias
 from mhmoe_ray.model.router.domain import DomainRouter
 from mhmoe_ray.model.router.groups import ModalityRouter, TaskRouter
-from mhmoe_ray.model.router.scores import SCORES_BY_ROUTER, LinearScores
+from mhmoe_ray.model.router.scores import LinearScores
+from mhmoe_ray.model.router.table import SCORES_BY_ROUTER
 from mhmoe_ray.model.router.top_k import Router, Routing
 
 __all__ = [

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from mhmoe_ray.model.router.balance import RoutedLogits
-from mhmoe_ray.model.router.scores import BaseScores, Scores, build_scores
+from mhmoe_ray.model.router.base import BaseScores, Scores
+from mhmoe_ray.model.router.table import build_scores
 from mhmoe_ray.model.router.top_k import Router, TopK
 from mhmoe_ray.spec import MoESpec
 from mhmoe_ray.spec.vision import module_key

@@ -4,38 +4,13 @@ Logits are W x (P1, equation 5; P2, section 2.1), X-MoE's as published, or X-MoE
 used. They are computed in float32 or wider.
 """
 
-from abc import ABC, abstractmethod
-from typing import Protocol
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mhmoe_kernels import widen
+from mhmoe_ray.model.router.base import BaseScores
 from mhmoe_ray.spec import MoESpec
-from mhmoe_ray.spec.moe import RouterName
-
-
-class BaseScores(nn.Module, ABC):
-    """Module that computes a router's logits; the base class of all kinds."""
-
-    @abstractmethod
-    def __init__(self, width: int, moe: MoESpec) -> None:
-        """Create uninitialized parameters.
-
-        Args:
-            width: D, the width of a row.
-            moe: spec of the layer, with its number of experts E.
-        """
-        super().__init__()
-
-    @abstractmethod
-    def forward(self, x_ND: Tensor) -> Tensor:
-        """Return the logits NE of rows, in float32 or wider."""
-
-    def balance_probabilities(self, x_ND: Tensor, probability_NE: Tensor) -> Tensor:
-        """Return the probabilities NE for the load balancing loss; by default those of the routing itself."""
-        return probability_NE
 
 
 class LinearScores(BaseScores):
@@ -96,24 +71,3 @@ class TorchscaleScores(BaseScores):
 
     def forward(self, x_ND: Tensor) -> Tensor:
         return x_ND @ widen(self.reduce_QD).T @ F.normalize(widen(self.expert_EQ), dim=-1, eps=1e-4).T
-
-
-SCORES_BY_ROUTER: dict[RouterName, type[BaseScores]] = {
-    "linear": LinearScores,
-    "xmoe": XMoEScores,
-    "xmoe_torchscale": TorchscaleScores,
-}
-
-
-def build_scores(width: int, moe: MoESpec) -> BaseScores:
-    """Return the module that computes the logits of router `moe.router` for rows of width `width`. Its parameters are
-    uninitialized."""
-    return SCORES_BY_ROUTER[moe.router](width, moe)
-
-
-class Scores(Protocol):
-    """Function that computes the logits of rows, and what the load balancing loss needs of them (`BaseScores`)."""
-
-    def __call__(self, x_ND: Tensor) -> Tensor: ...
-
-    def balance_probabilities(self, x_ND: Tensor, probability_NE: Tensor) -> Tensor: ...

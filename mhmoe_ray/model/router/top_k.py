@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from mhmoe_kernels import can_fuse_routing, fused_routing, widen
 from mhmoe_ray.model.router.balance import RoutedLogits, balance_loss, route_counts, z_loss
-from mhmoe_ray.model.router.scores import SCORES_BY_ROUTER, BaseScores, Scores, build_scores
+from mhmoe_ray.model.router.base import BaseScores, Scores
+from mhmoe_ray.model.router.table import SCORES_BY_ROUTER, build_scores
 from mhmoe_ray.spec import MoESpec
 
 

@@ -7,7 +7,7 @@ from mhmoe_ray.data.sources.storage import Storage, short_message
 from mhmoe_ray.errors import DataError
 from mhmoe_ray.serving.batch.formats import FORMATS, SourceFile
 from mhmoe_ray.serving.batch.rows import MESSAGES, parse_row, taken_column
-from mhmoe_ray.spec.data import SUFFIXES
+from mhmoe_ray.spec import formats
 
 
 def open_input(path: str) -> SourceFile:
@@ -30,9 +30,9 @@ def open_input(path: str) -> SourceFile:
     if len(files) != 1 or not name.endswith(files[0].path.rpartition("/")[2]):
         raise DataError(subject, "it is not a single file", "name one file of JSON lines or Parquet")
     for format_name in FORMATS:
-        if name.endswith(SUFFIXES[format_name]):
+        if name.endswith(formats.FORMATS[format_name].suffixes):
             return SourceFile(storage, RawFile("", files[0].path, files[0].size, format_name), format_name)
-    suffixes = ", ".join(suffix for format_name in FORMATS for suffix in SUFFIXES[format_name])
+    suffixes = ", ".join(suffix for format_name in FORMATS for suffix in formats.FORMATS[format_name].suffixes)
     raise DataError(subject, "its suffix is not one of JSON lines or Parquet", f"give it one of {suffixes}")
 
 

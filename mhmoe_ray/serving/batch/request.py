@@ -7,6 +7,7 @@ from pydantic import BaseModel
 
 from mhmoe_ray.serving.engine import SamplingParams
 from mhmoe_ray.serving.engine.request import derived_seed
+from mhmoe_ray.spec.serve import EngineName
 from mhmoe_ray.storage import location
 
 CHUNK_ROWS = 128
@@ -61,7 +62,7 @@ class BatchRequest(BaseModel):
     """Hash of the checkpoint's manifest, which has the hashes of all weights."""
     input: InputFile
     sampling: SamplingOptions
-    engine: Literal["torch", "vllm"]
+    engine: EngineName
     precision: Literal["float32", "bfloat16"]
     chunk_rows: int
     """Number of rows of each chunk; the last chunk may have fewer."""

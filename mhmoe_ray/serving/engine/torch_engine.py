@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from mhmoe_kernels import packed
+from mhmoe_ray.checkpoint.load import load_verified_model
+from mhmoe_ray.checkpoint.manifest import CheckpointManifest
 from mhmoe_ray.model.decoder import Decoder
 from mhmoe_ray.model.feedforward import matrix_names
 from mhmoe_ray.serving.engine.block_pool import BlockPool, count_blocks
@@ -20,6 +22,7 @@ from mhmoe_ray.serving.engine.sampler import Sampler, score_tokens
 from mhmoe_ray.serving.engine.scheduler import Scheduler, Sequence, TokenChunk
 from mhmoe_ray.serving.engine.threaded import Deliver, ThreadedEngine
 from mhmoe_ray.spec import ServeSpec
+from mhmoe_ray.storage import Location
 
 # A large step uses a device better, but running answers wait for it. A GPU needs more rows than a CPU to be busy.
 PREFILL_BUDGET = {"cpu": 256, "cuda": 2048}
@@ -225,6 +228,18 @@ def _score_prompt(chunk: TokenChunk, logits_RV: Tensor) -> list[ScoredToken]:
     scores = [ScoredToken(sequence.token_ids[0])] if chunk.start == 0 else []
     token_ids = sequence.token_ids[chunk.start + 1 : chunk.start + 1 + chunk.length]
     return scores + score_tokens(logits_RV[: len(token_ids)], token_ids, request.logprobs or 0)
+
+
+def start_engine(
+    checkpoint: Location,
+    manifest: CheckpointManifest,
+    stop_token_ids: frozenset[int],
+    tokenizer_size: int,
+    spec: ServeSpec,
+) -> TorchEngine:
+    """Return a `TorchEngine` with the model of a checkpoint (`StartEngine` in serving/load.py)."""
+    model = load_verified_model(checkpoint, manifest)
+    return own_engine(model, stop_token_ids, tokenizer_size, manifest.seq_len, spec)
 
 
 def own_engine(

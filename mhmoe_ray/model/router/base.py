@@ -1,0 +1,38 @@
+"""The interface of the modules that compute a router's logits."""
+
+from abc import ABC, abstractmethod
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from mhmoe_ray.spec import MoESpec
+
+
+class BaseScores(nn.Module, ABC):
+    """Module that computes a router's logits; the base class of all kinds."""
+
+    @abstractmethod
+    def __init__(self, width: int, moe: MoESpec) -> None:
+        """Create uninitialized parameters.
+
+        Args:
+            width: D, the width of a row.
+            moe: spec of the layer, with its number of experts E.
+        """
+        super().__init__()
+
+    @abstractmethod
+    def forward(self, x_ND: Tensor) -> Tensor:
+        """Return the logits NE of rows, in float32 or wider."""
+
+    def balance_probabilities(self, x_ND: Tensor, probability_NE: Tensor) -> Tensor:
+        """Return the probabilities NE for the load balancing loss; by default those of the routing itself."""
+        return probability_NE
+
+
+class Scores(Protocol):
+    """Function that computes the logits of rows, and what the load balancing loss needs of them (`BaseScores`)."""
+
+    def __call__(self, x_ND: Tensor) -> Tensor: ...
+
+    def balance_probabilities(self, x_ND: Tensor, probability_NE: Tensor) -> Tensor: ...

@@ -1,0 +1,17 @@
+"""The modules of all routers that compute logits, by the names of the routers."""
+
+from pkgutil import resolve_name
+
+from mhmoe_ray.model.router.base import BaseScores
+from mhmoe_ray.spec import MoESpec
+from mhmoe_ray.spec.moe import ROUTERS
+
+SCORES_BY_ROUTER: dict[str, type[BaseScores]] = {
+    name: resolve_name(traits.scores) for name, traits in ROUTERS.items() if traits.scores is not None
+}
+
+
+def build_scores(width: int, moe: MoESpec) -> BaseScores:
+    """Return the module that computes the logits of router `moe.router` for rows of width `width`. Its parameters are
+    uninitialized."""
+    return SCORES_BY_ROUTER[moe.router](width, moe)

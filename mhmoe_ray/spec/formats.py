@@ -1,0 +1,91 @@
+"""The formats of raw text and pictures, and their properties."""
+
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+Column = Literal["class", "image", "objects", "text"]
+
+_READERS = "mhmoe_ray.data.sources"
+_JSON_LINES = (".jsonl", ".jsonl.zst", ".jsonl.gz", ".json.gz", ".json.zst", ".ndjson")
+_PARQUET = (".parquet",)
+
+
+class FormatTraits(NamedTuple):
+    """Properties of a format, which the checks of sources, the search for files and their reading follow."""
+
+    reader: str | None
+    """Module and name of the function that reads a file (`FormatReader` in data/sources/reading.py); None for `chat`,
+    whose reader needs a chat template, too."""
+    suffixes: tuple[str, ...] = ()
+    """Suffixes of its files; none if the files are found by the folders that they are in."""
+    is_recognized: bool = False
+    """True if a source without a format has this one if its files have these suffixes. A spec names the other formats,
+    except those that `data/sources/find.py` recognizes by their folders."""
+    keys: tuple[str, ...] = ()
+    """Those of the keys `SOURCE_KEYS` of a source that it uses."""
+    columns: tuple[Column, ...] = ("text",)
+    """Columns of a sample by default."""
+    possible_columns: tuple[Column, ...] = ("text",)
+    """Columns that a record may have."""
+
+
+FORMATS: dict[str, FormatTraits] = {
+    "jsonl": FormatTraits(f"{_READERS}.records:read_jsonl", _JSON_LINES, is_recognized=True, keys=("text_field",)),
+    "redpajama-v2": FormatTraits(f"{_READERS}.redpajama_v2:read_redpajama_v2", keys=("text_field", "filters")),
+    "parquet": FormatTraits(
+        f"{_READERS}.columns:read_parquet",
+        _PARQUET,
+        is_recognized=True,
+        keys=("text_field", "image_field"),
+        possible_columns=("class", "image", "text"),
+    ),
+    "text": FormatTraits(
+        f"{_READERS}.records:read_text", (".txt", ".txt.gz", ".txt.zst"), is_recognized=True, keys=("delimiter",)
+    ),
+    "huggingface": FormatTraits(
+        f"{_READERS}.columns:read_huggingface",
+        keys=("text_field", "image_field"),
+        possible_columns=("class", "image", "text"),
+    ),
+    # A record of a conversation may have a text as well, so nothing but the spec can say which of them is meant.
+    "chat": FormatTraits(None, _JSON_LINES + _PARQUET),
+    "webdataset": FormatTraits(
+        f"{_READERS}.webdataset:read_webdataset",
+        (".tar", ".tar.gz", ".tgz", ".tar.zst"),
+        keys=("text_field", "languages"),
+        columns=("image", "text"),
+        possible_columns=("class", "image", "text"),
+    ),
+    "images": FormatTraits(
+        f"{_READERS}.pictures:read_images",
+        (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"),
+        columns=("image",),
+        possible_columns=("class", "image"),
+    ),
+    "coco": FormatTraits(
+        f"{_READERS}.coco:read_coco",
+        (".json", ".json.gz", ".json.zst"),
+        columns=("image", "text"),
+        possible_columns=("image", "objects", "text"),
+    ),
+}
+"""All formats by their name in a spec (`data.sources.NAME.format`)."""
+if TYPE_CHECKING:
+    Format = str
+else:
+    Format = Literal[tuple(FORMATS)]
+
+SOURCE_KEYS = {
+    "filters": "filters go by RedPajama-V2's signals and tables, which format {} does not have",
+    "image_field": "image_field is for a column of parquet or huggingface, and this is {}",
+    "delimiter": "delimiter is for format text, and this is {}",
+    "text_field": "text_field is for records with a text, and format {} has none",
+    "languages": "languages choose captions in a key of JSON: set format webdataset and text_field json.KEY",
+}
+"""Keys of a source that only some formats use, with the refusal of the others."""
+IMAGE_COLUMNS = ("image", "jpg", "png", "webp")
+"""Names that Hugging Face and img2dataset give to a column of images; the first is the default of `image_field`."""
+
+
+def formats_with(column: Column) -> list[str]:
+    """Return the names of the formats whose records may have a column, sorted."""
+    return sorted(name for name, traits in FORMATS.items() if column in traits.possible_columns)
