@@ -47,7 +47,7 @@ quickstart: .venv/installed
 test: check
 # Otherwise the first processes of the tests would all compile the same modules.
 	$(BIN)/python -m compileall -q mhmoe_ray kernels tests
-	$(BIN)/python -m pytest $(LANES) --durations 60
+	$(BIN)/python -m pytest $(LANES) --forks --durations 60
 
 test-fast: .venv/installed-dev
 	$(BIN)/python -m pytest $(LANES) --fast

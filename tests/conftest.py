@@ -66,6 +66,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "Run only quick tests that compute in this process: none that starts Ray, another process or a compiler."
     )
     parser.addoption("--fast", action="store_true", help=help_text)
+    help_text = "Fork the workers of Ray from servers that have imported the large modules (ray_forks/worker_forks.py)."
+    parser.addoption("--forks", action="store_true", help=help_text)
 
 
 def skip_process_start(*_: object, **__: object) -> NoReturn:
@@ -90,6 +92,10 @@ def pytest_configure(config: pytest.Config) -> None:
         # Triton reads this variable when it is first imported, and in some tests torch imports it, so it is set before
         # any test.
         os.environ["TRITON_INTERPRET"] = "1"
+    if config.getoption("--forks") and "PYTEST_XDIST_WORKER" not in os.environ:
+        # Lanes inherit this path, and so do the processes that tests start: raylets, and workers from these.
+        folders = [str(Path(__file__).parent / "ray_forks"), *filter(None, [os.environ.get("PYTHONPATH")])]
+        os.environ["PYTHONPATH"] = os.pathsep.join(folders)
     if config.getoption("--fast"):
         # Ignore warnings about unclosed pipes: a test that is skipped where it starts a process does not close the
         # pipes that it opened for that process.

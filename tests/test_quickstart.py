@@ -62,8 +62,9 @@ def project(tmp_path_factory, lane_home):
 
 @pytest.fixture(scope="module")
 def first_output(project):
-    """Yield the output of a quickstart of 100 steps instead of 700; its cluster is left running."""
-    yield run_quickstart(project, "train.steps=100", "train.validate_every=100", "train.checkpoint_every=50", KEEP="1")
+    """Yield the output of a quickstart of 60 steps instead of 700; its cluster is left running."""
+    steps = ("train.steps=60", "train.warmup_steps=10", "train.validate_every=60", "train.checkpoint_every=30")
+    yield run_quickstart(project, *steps, KEEP="1")
     # Later tests of this lane serve on other ports. The commands of the README, if they ran, have ended the server.
     if mhmoe(project, "serve", "status", "--json").json():
         assert mhmoe(project, "serve", "down").code == 0
@@ -103,7 +104,7 @@ def printed_losses(printed: str) -> tuple[float, float, float]:
 
 def test_quickstart_learns_and_prints_both_baselines(project, first_output):
     loss, unigram, bigram = printed_losses(first_output)
-    assert 0 < loss < unigram - 0.5
+    assert 0 < loss < unigram - 0.2
     assert 0 < bigram < unigram
     run, *_ = list_runs(project / "runs")
     for part in (f"run directory  {run.path}", "dashboard      http://127.0.0.1:", "ask it         curl http://"):

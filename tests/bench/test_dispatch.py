@@ -22,6 +22,7 @@ needs_root = pytest.mark.skipif(
 )
 
 
+@pytest.mark.slow  # tests/planner/test_traffic.py has the expected bytes, and tests/distributed the dispatch
 def test_dispatch_sends_expected_bytes(tmp_path):
     result = mhmoe_subprocess(tmp_path, "bench", "dispatch", "--tokens", "16", "--rounds", "1", "--json")
     output = result.json()

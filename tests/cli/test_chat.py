@@ -160,6 +160,7 @@ def test_commands_show_targets(project, run):
 
 
 @pytest.mark.ray
+@pytest.mark.slow  # tests/data/sources/test_chat.py has the reader
 def test_record_without_an_answer_stops_the_preparation_in_one_line(tmp_path, local_cluster):
     write_chat_project(tmp_path)
     with (tmp_path / "raw/talk/en/one.jsonl").open("a") as out:

@@ -155,11 +155,12 @@ def test_corrupt_line_is_refused(tmp_path):
 
 
 @pytest.mark.ray
+@pytest.mark.slow  # tests/data/prepare/test_held_out.py has the check
 @pytest.mark.parametrize(
     ("override", "message"),
     [
         ("data.validation_fraction=1e-12", "no document is in the held-out share"),
-        pytest.param("data.seq_len=100000", "no domain fills a single sample", marks=pytest.mark.slow),
+        ("data.seq_len=100000", "no domain fills a single sample"),
     ],
 )
 def test_too_little_text_is_one_line(local_cluster, tmp_path, override, message):

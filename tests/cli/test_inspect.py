@@ -101,14 +101,11 @@ def test_last_start_token_is_shown_as_the_end_of_a_document(capsys):
 def test_lint_lists_warnings_and_errors(local_cluster, tmp_path):
     write_documents(tmp_path / "raw" / "b" / "two.jsonl", TEXTS["web/b"])
     (tmp_path / "raw" / "notes.md").write_text("about")
-    result = mhmoe(tmp_path, "data", "lint", "raw")
-    assert result.code == 0
-    assert result.out.splitlines()[0] == "warning unread-files: files that are not of format jsonl are not read"
-    assert "1 warning in 30 documents of 1 domains" in result.out
     with (tmp_path / "raw" / "b" / "bad.jsonl").open("w") as out:
         out.write('{"text": "a <|endoftext|> b"}\n{torn\n')
     failed = mhmoe(tmp_path, "data", "lint", "raw")
     assert_one_line(failed, 4, "data of raw: 1 error and 2 warnings")
+    assert "warning unread-files: files that are not of format jsonl are not read" in failed.out.splitlines()
     assert f"{tmp_path}/raw/b/bad.jsonl:1  'a <|endoftext|> b'" in failed.out
     assert f"{tmp_path}/raw/b/bad.jsonl:2" in failed.out
 

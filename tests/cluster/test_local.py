@@ -90,6 +90,7 @@ def test_cluster_is_private_to_its_user(local_cluster):
 
 
 @pytest.mark.ray
+@pytest.mark.slow  # the fixture `lane_home` stops a cluster in each session
 def test_stop_ends_every_process_of_one_cluster_and_none_of_another(local_cluster, tmp_path, monkeypatch):
     monkeypatch.setenv("MHMOE_HOME", str(tmp_path))
     servers = [

@@ -49,6 +49,7 @@ def test_without_packages_removes_only_our_uploaded_packages():
 
 
 @pytest.mark.ray
+@pytest.mark.slow  # tests/cli/test_serve.py has the environment in the configuration that is deployed
 def test_replicas_run_in_the_environment_of_the_spec(connection, port, tmp_path):
     """Replicas also do so after an update, and on a cluster that we did not start, which is sent our packages too.
 

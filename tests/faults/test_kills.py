@@ -36,6 +36,7 @@ def _environment(pid: int) -> dict[str, str]:
     return dict(pair.split("=", 1) for pair in pairs if pair)
 
 
+@pytest.mark.slow  # tests/train/test_vision_runs.py has the quick test of a kill
 def test_two_random_kills_change_nothing(project, request):
     """The seed kills a worker and then the driver, after which the run is resumed."""
     run = started_run(project, keep_checkpoints=2)

@@ -8,7 +8,8 @@ from tests.cli.run import mhmoe
 from tests.data.texts import make_documents, write_documents
 from tests.watch import newest_run
 
-pytestmark = pytest.mark.long
+# tests/data/order/test_parts.py has the quick tests of the order of parts, and test_encoder_runs.py those of their losses.
+pytestmark = pytest.mark.slow
 PARTS = {"first": {"sources": ["a"], "micro_batch_size": 1}, "others": {"sources": ["b", "c"], "micro_batch_size": 3}}
 
 
@@ -44,7 +45,6 @@ def run(project):
     return train(project, 2)
 
 
-@pytest.mark.slow  # tests/data/order/test_parts.py has the order of the samples of parts
 def test_steps_have_the_same_samples_on_any_number_of_workers(project, run):
     lines, other_lines = run[0], train(project, 1)[0]
     assert len(lines) == 6

@@ -124,6 +124,7 @@ def test_plan_status_and_data_describe_a_vision_model(project, run):
     assert "held-out images" in prepared.out, prepared.err
 
 
+@pytest.mark.slow  # tests/data/prepare/test_classes.py has the check
 def test_more_classes_than_outputs_end_a_preparation(project):
     tasks = copy.deepcopy(VISION["model"]["vision"]["tasks"])
     tasks["classify"]["classes"] = 2
@@ -141,6 +142,7 @@ def test_a_broken_object_ends_a_preparation_with_its_id(project):
     assert_refused(project, PREPARE, "annotation 1: ")
 
 
+@pytest.mark.slow  # tests/data/prepare/test_classes.py has the check
 def test_objects_without_masks_end_a_preparation_for_a_detector_that_learns_masks(project):
     write_coco_folder(project / "raw" / "boxes", 10)
     path = project / "raw" / "boxes" / "annotations" / "instances_train.json"

@@ -9,7 +9,8 @@ from tests.data.sources.read import data_spec
 from tests.data.texts import make_documents, write_corpus, write_documents, write_lines
 from tests.llama_tokenizer import llama_tokenizer
 
-pytestmark = pytest.mark.ray
+# test_surveys.py compares serial surveys, and tests/cli/test_inspect.py has the job.
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")
@@ -31,9 +32,9 @@ def request_and_expected(tmp_path_factory):
     "module",
     [
         ["mhmoe_ray.data.inspect.job"],
-        pytest.param(["tests.data.inspect.survey_otherwise", "serially"], marks=pytest.mark.slow),
+        ["tests.data.inspect.survey_otherwise", "serially"],
         # With several partitions, the survey starts the actors of a shuffle.
-        pytest.param(["tests.data.inspect.survey_otherwise", "in-partitions"], marks=pytest.mark.slow),
+        ["tests.data.inspect.survey_otherwise", "in-partitions"],
     ],
     ids=["in-parallel", "serially", "in-partitions"],
 )
