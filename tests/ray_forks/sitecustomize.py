@@ -2,8 +2,10 @@
 
 import sys
 
-if sys.orig_argv[1:] and sys.orig_argv[1].endswith("/ray/_private/workers/setup_worker.py"):
-    if sys.orig_argv[2].endswith("/ray/_private/workers/default_worker.py"):
-        import worker_forks
+# Ray's Python scripts for a worker: one sets up its environment, and then runs the other.
+SCRIPTS = ["setup_worker.py", "default_worker.py"]
 
-        worker_forks.start_worker(sys.orig_argv[2:])
+if [word.rpartition("/ray/_private/workers/")[2] for word in sys.orig_argv[1:3]] == SCRIPTS:
+    import worker_forks
+
+    worker_forks.start_worker(sys.orig_argv[2:])

@@ -46,7 +46,7 @@ def start_worker(words: list[str]) -> None:
         return
     [raylet_name] = (word for word in worker_words if word.startswith("--raylet-name="))
     environment = {**os.environ, **(context.get("env_vars") or {})}
-    request = json.dumps({"words": worker_words, "environment": environment, "folder": os.getcwd()}).encode()
+    request = json.dumps({"words": worker_words, "environment": environment, "folder": str(Path.cwd())}).encode()
     # Each job has a server of its own, because Ray reads the job's id when it is imported. A name that begins with a
     # zero byte is not that of a file, and ends with its server.
     address = f"\0{raylet_name} {os.environ.get('RAY_JOB_ID')}"
@@ -96,7 +96,7 @@ def become_server(address: str, request: str) -> None:
 def serve(listener: socket.socket, first_request: str) -> None:
     """Fork a worker for each request; end when there have been none for a while. Only workers return."""
     import_modules(MODULES)
-    # The system then removes ended workers at once. Otherwise they would stay as zombies, because nobody waits for them.
+    # The system then removes ended workers at once. Otherwise they would stay as zombies, as nobody waits for them.
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     if not os.fork():
         return become_worker(json.loads(first_request))

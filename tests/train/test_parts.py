@@ -8,7 +8,7 @@ from tests.cli.run import mhmoe
 from tests.data.texts import make_documents, write_documents
 from tests.watch import newest_run
 
-# tests/data/order/test_parts.py has the quick tests of the order of parts, and test_encoder_runs.py those of their losses.
+# Quick tests: tests/data/order/test_parts.py of the order of parts, and test_encoder_runs.py of their losses.
 pytestmark = pytest.mark.slow
 PARTS = {"first": {"sources": ["a"], "micro_batch_size": 1}, "others": {"sources": ["b", "c"], "micro_batch_size": 3}}
 

@@ -61,7 +61,7 @@ def loss_with_autocast_flag(spec, cuda_autocast):
     return trainer.accumulate(rank_batches(spec, 0, trainer)).loss
 
 
-@pytest.mark.parametrize("strategy", ["zero2", "zero3"])
+@pytest.mark.parametrize("strategy", ["zero2", pytest.param("zero3", marks=pytest.mark.slow)])
 def test_deepspeed_keeps_autocast_on(strategy):
     """A loss in bfloat16 differs from the one in float32, and does not depend on the switch of autocast for CUDA."""
     pytest.importorskip("deepspeed")

@@ -35,6 +35,7 @@ def compile_in_process(tmp_path, code, *packages):
     return process.stdout
 
 
+@pytest.mark.slow  # test_experts.py runs the kernels in the interpreter
 def test_grouped_products_compile_for_an_h100(tmp_path):
     """The products of training use the matrix units, without traps, within shared memory and with few spills."""
     printed = compile_in_process(
