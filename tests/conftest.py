@@ -38,6 +38,8 @@ USER_CLUSTER_VARIABLES = (
 )
 """Environment variables by which a user names a cluster or its token; tests remove them."""
 
+LONGEST_FILES = {"test_quickstart.py", "test_vision_runs.py", "test_encoder_runs.py", "test_old_run.py"}
+
 QUIET_SETTINGS = {
     # The autoscaler runs less often, because these clusters never scale. At Ray's default of 5 s it takes 2.5 per cent
     # of a core.
@@ -106,14 +108,14 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Sort the tests of the longest file, test_quickstart.py, to the front, so that no lane runs it alone at the end.
+    """Sort the tests of the longest files to the front, so that no lane runs one of them alone at the end.
 
     With `--fast`, remove the tests marked `ray` or `long`.
     """
     if config.getoption("--fast"):
         excluded_markers = ("ray", "long")
         items[:] = [item for item in items if not any(map(item.get_closest_marker, excluded_markers))]
-    items.sort(key=lambda item: item.path.name != "test_quickstart.py")
+    items.sort(key=lambda item: item.path.name not in LONGEST_FILES)
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

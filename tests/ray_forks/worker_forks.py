@@ -99,6 +99,8 @@ def serve(listener: socket.socket, first_request: str) -> None:
     # The system then removes ended workers at once. Otherwise they would stay as zombies, as nobody waits for them.
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     if not os.fork():
+        # The address is in use as long as any process has the listener.
+        listener.close()
         return become_worker(json.loads(first_request))
     listener.settimeout(IDLE_SECONDS)
     while True:
@@ -117,6 +119,7 @@ def serve(listener: socket.socket, first_request: str) -> None:
                 import_modules(TRAINING_MODULES)
             if not os.fork():
                 listener.close()
+                connection.close()
                 for number, file in enumerate(files):
                     os.dup2(file, number)
                 return become_worker(request)
