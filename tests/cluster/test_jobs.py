@@ -54,7 +54,12 @@ def test_failed_job_has_its_last_log_line_as_message(connection):
     _submit(connection, "fails", "print('before'); raise ValueError('two\\nlines')")
     assert _wait(connection, "fails") == "FAILED"
     assert jobs.message(connection, "fails") == "ValueError: two lines"
-    assert jobs.logs(connection, "fails").endswith("ValueError: two\nlines\n")
+    assert "ValueError: two\nlines\n" in jobs.logs(connection, "fails")
+
+
+def test_line_about_the_entrypoint_is_no_reason():
+    text = "before\nValueError: two\nlines\nRunning entrypoint for job a: python -c 'print(1)'\n . .\n"
+    assert jobs.failure_reason(text) == "ValueError: two lines"
 
 
 @pytest.mark.ray
