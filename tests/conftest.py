@@ -39,6 +39,7 @@ USER_CLUSTER_VARIABLES = (
 """Environment variables by which a user names a cluster or its token; tests remove them."""
 
 LONGEST_FILES = {"test_quickstart.py", "test_vision_runs.py", "test_encoder_runs.py", "test_old_run.py"}
+"""Names of the test files that take longest; lanes start with them."""
 
 QUIET_SETTINGS = {
     # The autoscaler runs less often, because these clusters never scale. At Ray's default of 5 s it takes 2.5 per cent

@@ -55,9 +55,9 @@ def failure_reason(text: str) -> str:
     It is the exception that ends a traceback, else the last line.
     """
     text = re.sub(r"\x1b\[[0-9;]*m|^Request failed with status code \d+: ", "", text)
-    # Ray writes a buffered line about the entrypoint, which may come after all lines of a short job.
-    is_reason = re.compile(r"(?!Running entrypoint for job ).*[^ .]").match
-    lines = [line.rstrip() for line in text.splitlines() if is_reason(line)]
+    lines = [line.rstrip() for line in text.splitlines() if line.strip(" .")]
+    # Ray buffers this line, so it may come after all lines of a short job.
+    lines = [line for line in lines if not line.startswith("Running entrypoint for job ")]
     for i in reversed(range(len(lines))):
         if re.match(r"[\w.]+(Error|Exception|Exit|Interrupt)(:|$)", lines[i]):
             # The message of an exception may have several lines, so all lines from the exception on are joined.

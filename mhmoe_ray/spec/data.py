@@ -126,8 +126,8 @@ class SourceSpec(Section):
         if "image" in self.sample_columns and self.format not in formats_with("image"):
             formats = ", ".join(formats_with("image"))
             raise ValueError(f"columns has image, so format must be one of {formats}, and it is {self.format}")
-        if "text" in self.sample_columns and self.format == "images":
-            raise ValueError("files of format images have no text: remove text from columns")
+        if "text" in self.sample_columns and self.format and "text" not in FORMATS[self.format].possible_columns:
+            raise ValueError(f"files of format {self.format} have no text: remove text from columns")
         self._check_annotation_columns()
         return self
 

@@ -242,8 +242,7 @@ class MoESpec(Section):
             raise ValueError(f"experts is {self.experts}, but domains names {len(self.domains)}: set it to that")
         if self.top_k != 1:
             raise ValueError("router domain sends a document to one expert: set top_k to 1")
-        # `balance_weight` is not among these keys: specs that compare routers set it for all of them. Here it has no
-        # effect.
+        # A spec may set `balance_weight`, which is not among these keys, but it has no effect here.
         for key in ("gate_scale", "jitter", "noise", "capacity_factor", "balance_over", "z_weight", "bias_rate"):
             if getattr(self, key) != type(self).model_fields[key].default:
                 raise ValueError(f"router domain computes no scores, so {key} would be ignored: remove it")
@@ -257,8 +256,7 @@ class MoESpec(Section):
             raise ValueError("router smear averages experts for whole samples, and splits no tokens: set heads to 1")
         if self.top_k != 1:
             raise ValueError("router smear averages all experts into one and makes no choice: set top_k to 1")
-        # `balance_weight` is not among these keys: specs that compare routers set it for all of them. Here it has no
-        # effect.
+        # A spec may set `balance_weight`, which is not among these keys, but it has no effect here.
         refused_keys = (
             *("d_sub_token", "sub_token_residual", "gate_scale", "groups", "jitter", "noise"),
             *("capacity_factor", "balance_over", "z_weight", "bias_rate", "kernel", "recompute"),

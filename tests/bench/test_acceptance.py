@@ -82,7 +82,7 @@ def test_report_shows_predictions_and_failures(tmp_path):
     ]
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # test_report_shows_predictions_and_failures has the report of a failure
 def test_a_part_that_fails_is_reported_and_the_others_run(tmp_path):
     process = subprocess.run(
         [sys.executable, "-m", "mhmoe_ray.bench.acceptance", "--out", str(tmp_path), "--parts", "waits,ceilings"],

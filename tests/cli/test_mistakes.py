@@ -72,7 +72,7 @@ KEYS = [
     KeyMistake("resume_from_checkpoint=true", None, "mhmoe resume RUN"),
     KeyMistake("train.steps=many", None, "'train.steps': Input should be a valid integer"),
     KeyMistake("train.steps=-1", None, "'train.steps': Input should be greater than 0"),
-    KeyMistake("model.backbone=mistral", None, "'model.backbone': Input should be 'llama'"),
+    KeyMistake("model.backbone=mistral", None, "'model.backbone': Input should be 'llama' or 'subln'"),
     KeyMistake("cluster.workers=3", None, "must be a multiple of"),
     KeyMistake("train.steps", None, "it is not key=value"),
 ]

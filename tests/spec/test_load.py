@@ -15,7 +15,7 @@ def test_a_dumped_spec_reads_back_equal(tmp_path):
     (tmp_path / "spec.yaml").write_text(dump_spec(spec))
     assert load_resolved_spec(tmp_path / "spec.yaml") == spec
     assert spec.train.lr == 1e-3
-    assert spec.cluster.ep == 1
+    assert spec.cluster.mesh_sizes() == {"dp": 2, "ep": 1}
 
 
 @pytest.mark.parametrize(
@@ -110,7 +110,7 @@ def test_error_of_a_wrong_key_or_value_is_one_line_that_names_it(override, expec
         (["moe.kernel=capacity", "moe.capacity_factor=1"], "capacity holds all experts, but cluster.ep is 2"),
         (["moe.kernel=reference", "moe.recompute=0"], "kernel reference cannot recompute a share of routes"),
         (["moe.top_k=1", "moe.balance_choices=all"], "balance_choices: all would be ignored: there is only a first"),
-        (["moe.kernel=cpp", "backbone=subln"], "kernel cpp computes experts of backbone llama"),
+        (["moe.kernel=cpp", "backbone=subln"], "kernel cpp computes experts of backbone llama only"),
         (
             ["moe.kernel=cpp", "moe.d_expert=191"],
             "kernel cpp takes widths that are multiples of 2, but rows are 64 wide and experts 191",
@@ -120,7 +120,7 @@ def test_error_of_a_wrong_key_or_value_is_one_line_that_names_it(override, expec
             "kernel triton takes rows up to 1024 wide, not 2048: set it to auto",
         ),
         (["moe.kernel=sonicmoe"], r"kernel.*sonicmoe is not offered until it has been measured on a GPU"),
-        (["backbone=subln", "kv_heads=2"], "kv_heads: grouped queries are for the llama"),
+        (["backbone=subln", "kv_heads=2"], "kv_heads: grouped queries are for the llama backbone"),
         (["moe.heads=5"], "d_model 128 does not split into 5 equal sub-tokens; or set moe.d_sub_token"),
         (["moe.d_sub_token=0"], r"moe\.d_sub_token': Input should be greater than 0 \(got 0\)"),
         (["moe.d_sub_token=wide"], r"moe\.d_sub_token': Input should be a valid integer"),

@@ -73,7 +73,7 @@ def test_datasets_prepares_as_many_tokens_except_batch_ends(project):
     assert len(peer_tokens) == 2
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # tests/cli/test_errors.py has the errors of preparations
 @pytest.mark.ray
 def test_failure_is_one_line_with_cause(tmp_path):
     """If a preparation fails, the command prints one line that names the contestant and the cause."""

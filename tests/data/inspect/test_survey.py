@@ -9,7 +9,7 @@ from tests.data.sources.read import data_spec
 from tests.data.texts import make_documents, write_corpus, write_documents, write_lines
 from tests.llama_tokenizer import llama_tokenizer
 
-# test_surveys.py compares serial surveys, and tests/cli/test_inspect.py has the job.
+# Quick tests: test_reading.py of serial surveys, and tests/cli/test_inspect.py of the job.
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 
