@@ -5,6 +5,7 @@ import torch
 from typer import BadParameter
 
 from mhmoe_ray.bench.peers import PEERS
+from mhmoe_ray.cli.bench import checkpoint
 from mhmoe_ray.cli.bench_layer import layer
 from mhmoe_ray.errors import DataError, SpecError
 from tests.cli.run import assert_one_line, mhmoe, mhmoe_subprocess
@@ -61,10 +62,6 @@ def test_bench_layer_over_an_axis_gives_tables_and_a_plot(tmp_path, capsys):
     assert png.read_bytes().startswith(b"\x89PNG")
 
 
-def test_heads_that_do_not_split_the_width_are_one_line(tmp_path):
-    assert_one_line(mhmoe_subprocess(tmp_path, "bench", "layer", *SMALL, "--heads", "5"), 3, "does not split")
-
-
 def test_plot_without_matplotlib_is_refused_before_measuring(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(DataError, match=r"matplotlib is missing; pip install 'mhmoe-ray\[plots\]'"):
@@ -86,10 +83,17 @@ def test_contradicting_options_are_refused(options, message):
 
 
 @pytest.mark.parametrize(
-    "options", [{"top_k": 9}, {"axis": "top-k", "points": "1,9", "tokens": 4, "d_model": 16, "rounds": 1}]
+    ("options", "message"),
+    [
+        ({"top_k": 9}, "there are only 8 experts"),
+        ({"axis": "top-k", "points": "1,9", "tokens": 4, "d_model": 16, "rounds": 1}, "there are only 8 experts"),
+        ({"heads": [5], "d_model": 48}, "a width of 48 does not split"),
+        ({"kernels": "cpp", "dtype": "float32", "tokens": 16}, "kernel cpp computes in bfloat16, not in float32"),
+    ],
 )
-def test_impossible_layer_sizes_are_refused(options):
-    with pytest.raises(SpecError, match="there are only 8 experts"):
+@pytest.mark.cpu
+def test_impossible_layers_are_refused(options, message):
+    with pytest.raises(SpecError, match=message):
         layer(**options)
 
 
@@ -109,20 +113,14 @@ def test_contradicting_options_are_usage_errors(tmp_path, words, message):
     assert message in " ".join(result.err.split())
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (("checkpoint", "--d-model", "130"), "bench checkpoint: d_model 130 must be a multiple of twice"),
-        (("serve", "engines", "--d-model", "65"), "bench serve: d_model 65 must be a multiple of twice"),
-        (
-            ("layer", *SMALL, "--kernels", "cpp", "--dtype", "float32"),
-            "kernel cpp computes in bfloat16, not in float32",
-        ),
-    ],
-)
-@pytest.mark.cpu
-def test_impossible_sizes_and_kernels_are_one_line(tmp_path, words, message):
-    assert_one_line(mhmoe_subprocess(tmp_path, "bench", *words), 3, message)
+def test_impossible_width_of_a_served_model_is_one_line(tmp_path):
+    result = mhmoe(tmp_path, "bench", "serve", "engines", "--d-model", "65")
+    assert_one_line(result, 3, "bench serve: d_model 65 must be a multiple of twice")
+
+
+def test_impossible_width_of_a_saved_model_is_refused():
+    with pytest.raises(SpecError, match="bench checkpoint: d_model 130 must be a multiple of twice"):
+        checkpoint(d_model=130)
 
 
 def test_plot_needs_an_axis_and_a_writable_file(tmp_path):
@@ -141,7 +139,6 @@ def test_bench_train_shows_steps_of_matched_models(tmp_path):
     assert [row["model"] for row in figures["models"]] == ["SMoE", "MH-MoE h 3"]
     assert all(len(row["seconds"]) == 2 for row in figures["models"])
     assert "the paper's" in result.err
-    assert_one_line(mhmoe_subprocess(tmp_path, "bench", "train", *sizes, "--heads", "5"), 3, "48 does not split")
 
 
 def test_bench_commands_times_help_and_the_status_of_a_long_run(corpus):

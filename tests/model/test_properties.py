@@ -13,7 +13,7 @@ from tests.model.drawn import WIDTH, layers, specs
 
 pytestmark = pytest.mark.long
 
-common = settings(deadline=None, max_examples=150)
+common = settings(deadline=None, max_examples=60)
 DTYPES = st.sampled_from([torch.float64, torch.float32, torch.bfloat16])
 GATES = {torch.float64: torch.float64, torch.float32: torch.float32, torch.bfloat16: torch.float32}
 
